@@ -1,0 +1,54 @@
+"""A Gaussian over weight space: the simplest `Posterior`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bnnflow.seeding import as_generator
+from bnnflow.types import Seed
+
+__all__ = ["Gaussian"]
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """N(loc, scale_tril scale_tril^T).
+
+    Args:
+        loc: ``(dim,)``.
+        scale_tril: ``(dim, dim)`` lower triangular, or ``(dim,)`` for independent coordinates.
+    """
+
+    loc: Tensor
+    scale_tril: Tensor
+
+    @classmethod
+    def fit(cls, theta: Tensor, *, shrinkage: float = 1e-3) -> Gaussian:
+        """Fit mean and full covariance to draws ``(..., dim)``, shrunk a little towards its diagonal."""
+        flat = theta.reshape(-1, theta.shape[-1]).double()
+        covariance = torch.cov(flat.T)
+        diagonal = torch.diag(covariance.diagonal().clamp(min=1e-12))
+        factor = torch.linalg.cholesky((1 - shrinkage) * covariance + shrinkage * diagonal)
+        return cls(flat.mean(0).to(theta.dtype), factor.to(theta.dtype))
+
+    def sample(self, n: int, seed: Seed) -> Tensor:
+        """Draw ``(n, dim)``."""
+        generator = as_generator(seed, self.loc.device)
+        noise = torch.randn(n, len(self.loc), generator=generator, device=self.loc.device, dtype=self.loc.dtype)
+        return self.loc + (noise * self.scale_tril if self.scale_tril.dim() == 1 else noise @ self.scale_tril.T)
+
+    def log_prob(self, theta: Tensor) -> Tensor:
+        """Return the log density, ``(..., dim) -> (...)`` in float64."""
+        offset = (theta - self.loc).double()
+        factor = self.scale_tril.double()
+        if factor.dim() == 1:
+            z, log_det = offset / factor, factor.log().sum()
+        else:
+            flat = offset.reshape(-1, len(factor))
+            z = torch.linalg.solve_triangular(factor, flat.T, upper=False).T.reshape(offset.shape)
+            log_det = factor.diagonal().log().sum()
+        return -0.5 * (z * z).sum(-1) - log_det - 0.5 * len(factor) * math.log(2 * math.pi)

@@ -1,0 +1,152 @@
+"""Many copies of one network, evaluated at once.
+
+Both classes answer the same three questions for a batch of flat weights ``theta`` ``(batch, dim)`` and inputs ``x``:
+the outputs, the outputs with their pullback, and the outputs with their Jacobian. ``ChainNetwork`` writes the
+backward pass of a perceptron out in batched matrix products; ``ModuleNetwork`` maps any module with ``vmap``.
+Everything is differentiable again, forwards and backwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bnnflow.weights import Layer, WeightSpec
+
+__all__ = ["ChainNetwork", "ModuleNetwork", "Pullback"]
+
+Pullback = Callable[[Tensor], Tensor]
+"""Gradient by the outputs ``(batch, n, out)`` to gradient by the weights ``(batch, dim)``."""
+
+
+class _Step(NamedTuple):
+    """What the forward pass through one layer leaves for the backward pass; feature-major."""
+
+    h: Tensor  # (in, n) or (batch, in, n)
+    a: Tensor  # (batch, out, n)
+    value: Tensor  # (batch, out, n)
+
+
+class ChainNetwork:
+    """A perceptron: alternating affine layers and elementwise activations.
+
+    Activations are kept feature-major, ``(batch, features, n)``, so that every product is one batched GEMM with the
+    rows of data along its fastest axis.
+    """
+
+    def __init__(self, spec: WeightSpec) -> None:
+        self._spec = spec
+        self._layers = spec.layers
+
+    @property
+    def in_features(self) -> int:
+        """Number of inputs."""
+        return self._spec.shapes[self._layers[0].weight][1]
+
+    def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
+        """Return the outputs, ``(batch, n, out)``."""
+        return self._forward(theta, x)[-1].value.mT
+
+    def pullback(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Pullback]:
+        """Return the outputs and the function that carries a gradient by them back to the weights."""
+        tape = self._forward(theta, x)
+        return tape[-1].value.mT, lambda grad_outputs: self._backward(theta, tape, grad_outputs.mT)
+
+    def jacobian(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the outputs and their derivative by the weights, ``(batch, n, out, dim)``."""
+        tape = self._forward(theta, x)
+        params = self._params(theta)
+        out, n = tape[-1].value.shape[-2:]
+        batch = theta.shape[0]
+        # delta[b, k, j, i]: derivative of output k by pre-activation j, at row i
+        delta = torch.eye(out, dtype=theta.dtype, device=theta.device).reshape(1, out, out, 1).expand(batch, -1, -1, n)
+        blocks: dict[str, Tensor] = {}
+        for layer, step in zip(reversed(self._layers), reversed(tape), strict=True):
+            delta = delta * layer.activation.derivative(step.a, step.value).unsqueeze(1)
+            h = step.h if step.h.dim() == 3 else step.h.expand(batch, *step.h.shape)
+            blocks[layer.weight] = torch.einsum("bkji,bfi->bikjf", delta, h).flatten(3)
+            if layer.bias is not None:
+                blocks[layer.bias] = delta.permute(0, 3, 1, 2)
+            if layer is not self._layers[0]:
+                delta = torch.einsum("bjf,bkji->bkfi", params[layer.weight], delta)
+        names = [name for name in self._spec.names if name in blocks]
+        return tape[-1].value.mT, torch.cat([blocks[name] for name in names], -1)
+
+    def _params(self, theta: Tensor) -> dict[str, Tensor]:
+        spec = self._spec
+        return {
+            name: theta[:, spec.slices[name]].unflatten(-1, spec.shapes[name])
+            for layer in self._layers
+            for name in (layer.weight, layer.bias)
+            if name is not None
+        }
+
+    def _forward(self, theta: Tensor, x: Tensor) -> list[_Step]:
+        params = self._params(theta)
+        h = x.flatten(1).T  # (in, n), shared by every network
+        tape = []
+        for layer in self._layers:
+            a = self._affine(params, layer, h)
+            value = layer.activation(a)
+            tape.append(_Step(h, a, value))
+            h = value
+        return tape
+
+    @staticmethod
+    def _affine(params: dict[str, Tensor], layer: Layer, h: Tensor) -> Tensor:
+        weight = params[layer.weight]  # (batch, out, in)
+        if h.dim() == 2:
+            product = torch.matmul(weight, h)
+            return product if layer.bias is None else product + params[layer.bias].unsqueeze(-1)
+        if layer.bias is None:
+            return torch.bmm(weight, h)
+        return torch.baddbmm(params[layer.bias].unsqueeze(-1), weight, h)  # (batch, out, n)
+
+    def _backward(self, theta: Tensor, tape: list[_Step], delta: Tensor) -> Tensor:
+        params = self._params(theta)
+        grads: dict[str, Tensor] = {}
+        for layer, step in zip(reversed(self._layers), reversed(tape), strict=True):
+            if layer.activation.name != "identity":
+                delta = delta * layer.activation.derivative(step.a, step.value)  # (batch, out, n)
+            grads[layer.weight] = torch.matmul(delta, step.h.mT).flatten(1)
+            if layer.bias is not None:
+                grads[layer.bias] = delta.sum(-1)
+            if layer is not self._layers[0]:
+                delta = torch.matmul(params[layer.weight].mT, delta)
+        return torch.cat([grads[name] for name in self._spec.names if name in grads], -1)  # (batch, dim)
+
+
+class ModuleNetwork:
+    """Any module that maps a batch of inputs to a batch of outputs, through ``vmap(functional_call)``."""
+
+    def __init__(self, net: nn.Module, spec: WeightSpec) -> None:
+        self._net = net
+        self._names = tuple(name for name, _ in net.named_parameters())
+        self._slices = [spec.slices[name] for name in self._names]
+        self._shapes = [spec.shapes[name] for name in self._names]
+
+    def _one(self, theta: Tensor, x: Tensor) -> Tensor:
+        """Evaluate the network with one weight vector, ``(dim,) -> (n, out)``."""
+        parts = zip(self._names, self._slices, self._shapes, strict=True)
+        params = {name: theta[where].reshape(shape) for name, where, shape in parts}
+        outputs = torch.func.functional_call(self._net, params, (x,))
+        return outputs.unsqueeze(-1) if outputs.dim() == 1 else outputs
+
+    def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
+        """Return the outputs, ``(batch, n, out)``."""
+        return torch.func.vmap(self._one, in_dims=(0, None), randomness="error")(theta, x)
+
+    def pullback(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Pullback]:
+        """Return the outputs and the function that carries a gradient by them back to the weights."""
+        size = self._slices[-1].stop
+        outputs, vjp = torch.func.vjp(lambda weights: self(weights, x), theta[:, :size])
+        return outputs, lambda grad_outputs: vjp(grad_outputs)[0]
+
+    def jacobian(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the outputs and their derivative by the weights, ``(batch, n, out, dim)``."""
+        size = self._slices[-1].stop
+        one = torch.func.vmap(torch.func.jacrev(lambda weights, x: self._one(weights, x)), in_dims=(0, None))
+        return self(theta, x), one(theta[:, :size], x)

@@ -1,0 +1,15 @@
+"""Progress bars, shown only to a person at a terminal."""
+
+from __future__ import annotations
+
+import sys
+
+from tqdm import tqdm
+
+__all__ = ["progress_bar"]
+
+
+def progress_bar(total: int | None, description: str, progress: bool, unit: str = "it") -> tqdm:
+    """Return a tqdm bar on stderr; silent unless ``progress`` is set and stderr is a terminal."""
+    shown = progress and sys.stderr.isatty()
+    return tqdm(total=total, desc=description, unit=unit, disable=not shown, dynamic_ncols=True, mininterval=0.2)

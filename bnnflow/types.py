@@ -1,0 +1,96 @@
+"""The types that travel between rooms: protocols and literals, no logic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+if TYPE_CHECKING:
+    from bnnflow.weights import WeightSpec
+
+__all__ = [
+    "Kernel",
+    "Likelihood",
+    "LogDensity",
+    "LogDensityAndGrad",
+    "Noise",
+    "Posterior",
+    "Prior",
+    "Seed",
+    "Solver",
+    "Trace",
+]
+
+LogDensity = Callable[[Tensor], Tensor]
+"""``(..., dim) -> (...)``, float64."""
+
+LogDensityAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""``(..., dim) -> (...), (..., dim)``."""
+
+Seed = int | torch.Generator
+
+Trace = Literal["exact", "hutchinson"]
+Noise = Literal["rademacher", "gaussian"]
+Solver = Literal["euler", "midpoint", "rk4"]
+
+
+class Kernel(NamedTuple):
+    """A Markov kernel over batches of chains.
+
+    ``init(theta, generator) -> state`` and ``step(state, generator) -> (state, info)``; every field of a state
+    and of an info has the chains as its leading axis.
+    """
+
+    init: Callable[[Tensor, torch.Generator], Any]
+    step: Callable[[Any, torch.Generator], tuple[Any, Any]]
+
+
+class Posterior(Protocol):
+    """A normalised distribution over weight space."""
+
+    def sample(self, n: int, seed: Seed) -> Tensor:
+        """Draw ``(n, dim)``."""
+        ...
+
+    def log_prob(self, theta: Tensor) -> Tensor:
+        """Evaluate the normalised log density, ``(..., dim) -> (...)``."""
+        ...
+
+
+class Prior(Protocol):
+    """What a prior must say: one elementwise distribution for every tensor of the network."""
+
+    def distributions(self, spec: WeightSpec) -> dict[str, Distribution]:
+        """Return a distribution per tensor name; each must broadcast to the tensor's shape."""
+        ...
+
+
+class Likelihood(Protocol):
+    """What a likelihood must say. ``parameters`` are positive and learned through their logarithm.
+
+    A method ``score(outputs, y, parameters)``, the gradient of ``log_prob`` by the outputs and by the log
+    parameters, is optional: without it automatic differentiation is used.
+    """
+
+    kind: Literal["regression", "classification"]
+
+    @property
+    def parameters(self) -> dict[str, Distribution]:
+        """Return the prior of every learned parameter, by name; empty when nothing is learned."""
+        ...
+
+    def validate(self, y: Tensor, n_outputs: int) -> Tensor:
+        """Return ``y`` in the shape and dtype that ``log_prob`` wants, or raise ``ValueError``."""
+        ...
+
+    def log_prob(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """Return the log density of every row, ``(..., n, out) -> (..., n)``."""
+        ...
+
+    def mean(self, outputs: Tensor) -> Tensor:
+        """Return the predictive mean given the weights; for classes, their probabilities."""
+        ...
