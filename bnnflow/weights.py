@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -124,6 +124,27 @@ class WeightSpec:
             shapes={name: self.shapes[name] for name in kept},
             axes={name: self.axes[name] for name in kept},
             extras=(),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain values from which ``from_description`` rebuilds the spec."""
+        return {
+            "shapes": [[name, list(self.shapes[name]), list(self.axes[name])] for name in self.names],
+            "activations": {label: activation.name for label, activation in self.activations.items()},
+            "layers": [[layer.weight, layer.bias, layer.activation.name] for layer in self.layers],
+            "extras": list(self.extras),
+        }
+
+    @classmethod
+    def from_description(cls, values: dict[str, Any]) -> WeightSpec:
+        """Rebuild a spec from what ``describe`` returned."""
+        return cls(
+            tuple(name for name, _, _ in values["shapes"]),
+            {name: tuple(shape) for name, shape, _ in values["shapes"]},
+            {name: tuple(axes) for name, _, axes in values["shapes"]},
+            {label: Activation(name) for label, name in values["activations"].items()},
+            tuple(Layer(weight, bias, Activation(name)) for weight, bias, name in values["layers"]),
+            tuple(values["extras"]),
         )
 
     # ---------------------------------------------------------------- layout
