@@ -152,6 +152,20 @@ class FlatPrior:
         """Say whether every coordinate of ``theta`` is normal."""
         return len(self._blocks) == 1 and isinstance(self._blocks[0].distribution, td.Normal)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self._first.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the parameters."""
+        return self._first.dtype
+
+    @property
+    def _first(self) -> Tensor:
+        return next(iter(_parameters(self._blocks[0].distribution).values()))
+
     def to(self, device: torch.device | str, dtype: torch.dtype) -> FlatPrior:
         """Return the same prior with its parameters elsewhere."""
         moved = object.__new__(FlatPrior)
@@ -181,13 +195,12 @@ class FlatPrior:
 
     def sample(self, n: int, seed: Seed) -> Tensor:
         """Draw ``(n, dim)``."""
-        first = next(v for v in _parameters(self._blocks[0].distribution).values())
-        generator = as_generator(seed, first.device)
+        generator = as_generator(seed, self.device)
         parts = []
         for block in self._blocks:
             d = block.distribution
             if isinstance(d, td.Normal):
-                noise = torch.randn(n, *d.loc.shape, generator=generator, device=first.device, dtype=first.dtype)
+                noise = torch.randn(n, *d.loc.shape, generator=generator, device=self.device, dtype=self.dtype)
                 value = d.loc + d.scale * noise
             else:
                 with isolated(generator):

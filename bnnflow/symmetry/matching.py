@@ -20,9 +20,8 @@ def match(
     spec: WeightSpec,
     reference: Tensor,
     *,
-    prior: Prior | None = None,
+    group: Symmetries | None = None,
     sweeps: int = 5,
-    weights: Tensor | None = None,
 ) -> Tensor:
     """Permute and flip hidden units so that each network is as close to its reference as can be found.
 
@@ -34,16 +33,15 @@ def match(
         theta: networks, ``(..., dim)``.
         spec: what their entries mean.
         reference: ``(dim,)``, or ``(..., dim)`` for a reference of each network's own.
-        prior: restrict the group to the symmetries that keep this prior too.
+        group: the permutations and signs to use; by default all that keep the network's function.
         sweeps: the most passes over the hidden layers; one suffices for a single hidden layer.
-        weights: ``(dim,)`` non-negative weights of the squared distance, exchangeable over units; all ones if None.
 
     Returns:
         The matched networks, ``(..., dim)``.
     """
-    group = spec.symmetries(prior)
+    group = spec.symmetries() if group is None else group
     flat = theta.reshape(-1, spec.dim)
-    target = (reference if weights is None else reference * weights).expand_as(theta).reshape(-1, spec.dim)
+    target = reference.expand_as(theta).reshape(-1, spec.dim)
     labels = [label for label in spec.widths if label in group.permutation]
     if len(labels) <= 1:
         matched = _sweep(flat, spec, target, labels, group, set())
@@ -128,12 +126,13 @@ def align(
     """
     theta = draws.theta if isinstance(draws, Draws) else draws
     flat = theta.reshape(-1, model.dim)
+    group = model.spec.symmetries(model.prior)
     if reference is not None:
-        flat = match(flat, model.spec, reference, prior=model.prior)
+        flat = match(flat, model.spec, reference, group=group)
     else:
         mean = flat[model.log_joint(flat).argmax()]
         for _ in range(rounds):
-            flat = match(flat, model.spec, mean, prior=model.prior)
+            flat = match(flat, model.spec, mean, group=group)
             new_mean = flat.mean(0)
             if torch.allclose(new_mean, mean, rtol=1e-4, atol=1e-5):
                 break
