@@ -1,0 +1,79 @@
+"""bnnflow: posteriors of neural networks, sampled, aligned, transported and reported."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bnnflow import data, equivariant, inference, model, predictive, symmetry, transport
+    from bnnflow.draws import Draws
+    from bnnflow.files import load
+    from bnnflow.gaussian import Gaussian
+    from bnnflow.inference import HMC, VI, DeepEnsemble, sample
+    from bnnflow.model import BayesianModel, likelihoods, priors
+    from bnnflow.predictive import metrics, predict
+    from bnnflow.report import diagnose, report, to_arviz
+    from bnnflow.symmetry import align
+    from bnnflow.transport import Flow, fit_flow, refine
+    from bnnflow.weights import WeightSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HMC",
+    "VI",
+    "BayesianModel",
+    "DeepEnsemble",
+    "Draws",
+    "Flow",
+    "Gaussian",
+    "WeightSpec",
+    "__version__",
+    "align",
+    "data",
+    "diagnose",
+    "equivariant",
+    "fit_flow",
+    "inference",
+    "likelihoods",
+    "load",
+    "metrics",
+    "model",
+    "predict",
+    "predictive",
+    "priors",
+    "refine",
+    "report",
+    "sample",
+    "symmetry",
+    "to_arviz",
+    "transport",
+]
+
+# Where each name lives. They are imported on first use (PEP 562): a script pays only for the rooms it enters.
+_HOMES = {
+    "draws": ("Draws",),
+    "files": ("load",),
+    "gaussian": ("Gaussian",),
+    "inference": ("HMC", "VI", "DeepEnsemble", "sample"),
+    "model": ("BayesianModel", "likelihoods", "priors"),
+    "predictive": ("metrics", "predict"),
+    "report": ("diagnose", "to_arviz"),
+    "symmetry": ("align",),
+    "transport": ("Flow", "fit_flow", "refine"),
+    "weights": ("WeightSpec",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"bnnflow.{home}"), name)
+    if name in __all__:  # a room; `report` is one that can be called
+        return import_module(f"bnnflow.{name}")
+    raise AttributeError(f"module 'bnnflow' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -200,7 +200,8 @@ class WeightSpec:
         """
         self.check(theta)
         return {
-            name: theta[..., where].reshape(*theta.shape[:-1], *self.shapes[name]) for name, where in self.slices.items()
+            name: theta[..., where].reshape(*theta.shape[:-1], *self.shapes[name])
+            for name, where in self.slices.items()
         }
 
     def check(self, theta: Tensor) -> None:
@@ -265,9 +266,7 @@ class WeightSpec:
             for axis, label in enumerate(self.axes[name]):
                 if label in scales:
                     scale = scales[label].to(theta)
-                    along = scale.reshape(
-                        *scale.shape[:-1], *(1,) * axis, shape[axis], *(1,) * (len(shape) - axis - 1)
-                    )
+                    along = scale.reshape(*scale.shape[:-1], *(1,) * axis, shape[axis], *(1,) * (len(shape) - axis - 1))
                     factor = factor * along if axis == 0 else factor / along
             parts.append(factor.reshape(*factor.shape[: factor.dim() - len(shape)], -1))
         lead = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
@@ -352,7 +351,9 @@ class WeightSpec:
 def _dtype_of(distribution: torch.distributions.Distribution) -> torch.dtype:
     """Return the dtype that a distribution's parameters have."""
     tensors = [getattr(distribution, name, None) for name in distribution.arg_constraints]
-    return next((t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()), torch.get_default_dtype())
+    return next(
+        (t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()), torch.get_default_dtype()
+    )
 
 
 def _trace_chain(net: nn.Module) -> tuple[Layer, ...]:
@@ -394,7 +395,9 @@ def _trace_chain(net: nn.Module) -> tuple[Layer, ...]:
         takes_tensor_alone = module is not None or (len(node.args) == 1 and not node.kwargs)
         activation = activation_of(operation) if takes_tensor_alone else None  # type: ignore[arg-type]
         if activation is None or not layers or layers[-1].activation.name != "identity":
-            raise ValueError(f"cannot label {what}: expected Linear layers with one elementwise activation between them")
+            raise ValueError(
+                f"cannot label {what}: expected Linear layers with one elementwise activation between them"
+            )
         layers[-1] = layers[-1]._replace(activation=activation)
     if not layers:
         raise ValueError(f"cannot label {type(net).__name__}: it has no Linear layer")

@@ -61,8 +61,7 @@ class FusedLinear(nn.Module):
         pooled = pooled.split([*out.units, *out.matrices, out.globals], -1)
         matrices = [mix(block) for mix, block in zip(self.mix_matrices, fused.matrices, strict=True)]
         matrices = [
-            block + part[..., None, None, :]
-            for block, part in zip(matrices, pooled[len(out.units) : -1], strict=True)
+            block + part[..., None, None, :] for block, part in zip(matrices, pooled[len(out.units) : -1], strict=True)
         ]
         units = []
         for layer, mix in enumerate(self.mix_units):

@@ -68,8 +68,10 @@ class Layout(nn.Module):
                 units[at[0]].append(index)
             else:
                 loose.append(index)
-        blocks = [torch.cat(parts, -1) if parts else torch.empty(n, 0, dtype=torch.long) for parts, n in
-                  zip(units, self.widths, strict=True)]
+        blocks = [
+            torch.cat(parts, -1) if parts else torch.empty(n, 0, dtype=torch.long)
+            for parts, n in zip(units, self.widths, strict=True)
+        ]
         blocks += [*matrices, torch.cat(loose) if loose else torch.empty(0, dtype=torch.long)]
         self._shapes = [tuple(block.shape) for block in blocks]
         order = torch.cat([block.flatten() for block in blocks])
@@ -91,8 +93,10 @@ class Layout(nn.Module):
         lead = features.shape[:-2]
         ordered = features.index_select(-2, self._order)
         parts = ordered.split([torch.Size(shape).numel() for shape in self._shapes], -2)
-        blocks = [part.reshape(*lead, *shape[:-1], -1) if part.numel() else part.new_zeros(*lead, *shape[:-1], 0)
-                  for part, shape in zip(parts, self._shapes, strict=True)]
+        blocks = [
+            part.reshape(*lead, *shape[:-1], -1) if part.numel() else part.new_zeros(*lead, *shape[:-1], 0)
+            for part, shape in zip(parts, self._shapes, strict=True)
+        ]
         n = len(self.widths)
         return Fused(list(blocks[:n]), list(blocks[n:-1]), blocks[-1])
 

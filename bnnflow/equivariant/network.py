@@ -89,10 +89,12 @@ class _Block(nn.Module):
             nn.Linear(expansion * c, c) for c in [*channels.units, *channels.matrices, channels.globals]
         )
         self.rows = nn.ModuleList(
-            nn.Linear(channels.units[r], c, bias=False) for (r, _), c in zip(layout.ends, channels.matrices, strict=True)
+            nn.Linear(channels.units[r], c, bias=False)
+            for (r, _), c in zip(layout.ends, channels.matrices, strict=True)
         )
         self.columns = nn.ModuleList(
-            nn.Linear(channels.units[k], c, bias=False) for (_, k), c in zip(layout.ends, channels.matrices, strict=True)
+            nn.Linear(channels.units[k], c, bias=False)
+            for (_, k), c in zip(layout.ends, channels.matrices, strict=True)
         )
         self._sizes = [*channels.units, *channels.matrices, channels.globals]
         self.modulate = nn.Linear(condition, 3 * sum(self._sizes))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from bnnflow.model.network import ChainNetwork, ModuleNetwork, Pullback
-from bnnflow.model.priors import FlatPrior, as_prior
+from bnnflow.model.priors import FlatPrior, as_prior, elementwise, rebuild
 from bnnflow.types import Likelihood, Prior, Seed
 from bnnflow.weights import WeightSpec
 
@@ -148,9 +148,7 @@ class BayesianModel:
 
     def likelihood_parameters(self, theta: Tensor) -> dict[str, Tensor]:
         """Return the learned likelihood parameters, positive, ``(..., 1)`` each."""
-        return {
-            name: theta[..., self.spec.slices[_PREFIX + name]].exp() for name in self.likelihood.parameters
-        }
+        return {name: theta[..., self.spec.slices[_PREFIX + name]].exp() for name in self.likelihood.parameters}
 
     def log_prior(self, theta: Tensor) -> Tensor:
         """Return the log prior density of ``theta``, untempered, ``(..., dim) -> (...)``."""
@@ -225,9 +223,7 @@ class BayesianModel:
         parameters = self.likelihood_parameters(theta)
         grad_outputs, grad_parameters = self._score(outputs, parameters)
         factor, information = self.likelihood.fisher_factor(outputs, parameters)  # type: ignore[attr-defined]
-        grad = torch.cat(
-            [torch.einsum("bnk,bnkd->bd", grad_outputs, jacobian), *grad_parameters.values()], -1
-        )
+        grad = torch.cat([torch.einsum("bnk,bnkd->bd", grad_outputs, jacobian), *grad_parameters.values()], -1)
         rows = torch.einsum("bnkr,bnkd->bnrd", factor, jacobian).flatten(1, 2)  # (batch, n * out, network dim)
         if information:
             extra = torch.diag_embed(torch.cat(list(information.values()), -1).sqrt())  # (batch, extras, extras)
@@ -285,25 +281,22 @@ class BayesianModel:
         import pyro.poutine as poutine
 
         network, spec, likelihood = self.network, self.spec, self.likelihood
-        distributions = self.prior.distributions(spec.network)
+        sites = {name: (name, d, spec.shapes[name]) for name, d in self.prior.distributions(spec.network).items()}
+        sites |= {_PREFIX + name: (f"likelihood.{name}", d, (1,)) for name, d in likelihood.parameters.items()}
 
-        def placed(distribution: Distribution, shape: tuple[int, ...]) -> Distribution:
-            expanded = distribution.expand(torch.Size(shape))
-            return expanded.to_event(len(shape)) if hasattr(expanded, "to_event") else dist.Independent(
-                expanded, len(shape)
-            )  # type: ignore[no-any-return]
+        def placed(name: str) -> Distribution:
+            _, distribution, shape = sites[name]
+            flat = elementwise(name, distribution, shape, name in spec.extras)
+            return dist.Independent(rebuild(flat, lambda v: v.to(self.device, self.dtype)), len(shape))
+
+        distributions = {name: placed(name) for name in spec.names}
 
         def model() -> None:
-            weights = {
-                name: pyro.sample(name, placed(distributions[name], spec.shapes[name])) for name in spec.network.names
-            }
-            values = {
-                name: pyro.sample(f"likelihood.{name}", placed(d, (1,))) for name, d in likelihood.parameters.items()
-            }
-            theta = spec.flatten(weights | {_PREFIX + name: value.log() for name, value in values.items()})
-            outputs = network(theta.reshape(-1, spec.dim), self.x)
-            values = {name: value.reshape(-1, 1) for name, value in values.items()}
-            log_likelihood = likelihood.log_prob(outputs, self.y, values).sum(-1)
+            values = {name: pyro.sample(sites[name][0], distributions[name]) for name in spec.names}
+            theta = spec.flatten({n: v.log() if n in spec.extras else v for n, v in values.items()})
+            flat = theta.reshape(-1, spec.dim)
+            outputs = network(flat, self.x)
+            log_likelihood = likelihood.log_prob(outputs, self.y, self.likelihood_parameters(flat)).sum(-1)
             pyro.factor("log_likelihood", log_likelihood.reshape(theta.shape[:-1]))
 
         return poutine.scale(model, scale=1 / self.temperature)
@@ -347,7 +340,9 @@ class BayesianModel:
 def _check_modules(net: nn.Module) -> None:
     for name, module in net.named_modules():
         kind = type(module).__name__
-        if isinstance(module, nn.modules.batchnorm._NormBase) and not isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        if isinstance(module, nn.modules.batchnorm._NormBase) and not isinstance(
+            module, nn.modules.instancenorm._InstanceNorm
+        ):
             raise ValueError(
                 f"module {name!r} ({kind}) makes a row's output depend on the other rows, so there is no likelihood "
                 "of single rows; use LayerNorm or GroupNorm"

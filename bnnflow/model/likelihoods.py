@@ -42,7 +42,7 @@ class Gaussian:
     """
 
     scale: float | None = None
-    scale_prior: Distribution = field(default_factory=lambda: HalfNormal(torch.tensor(1.0)))
+    scale_prior: Distribution = field(default_factory=lambda: HalfNormal(torch.tensor(1.0, dtype=torch.float64)))
     kind: Literal["regression"] = field(default="regression", init=False)
 
     def __post_init__(self) -> None:
@@ -88,6 +88,15 @@ class Gaussian:
     def variance(self, outputs: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return the variance of y given the weights, ``(..., n, out)``."""
         return (self._scale(outputs, parameters) ** 2).expand_as(outputs)
+
+    def cdf(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """Return P(target <= y) given the weights, ``(..., n, out)``."""
+        return torch.special.ndtr((y - outputs) / self._scale(outputs, parameters))
+
+    def sample(self, outputs: Tensor, parameters: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+        """Draw y given the weights, ``(..., n, out)``."""
+        noise = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
+        return outputs + self._scale(outputs, parameters) * noise
 
     def _scale(self, outputs: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         if self.scale is not None:
@@ -144,6 +153,17 @@ class HeteroscedasticGaussian:
     def variance(self, outputs: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return the variance of y given the weights, ``(..., n, targets)``."""
         return self._scale(outputs.chunk(2, -1)[1]) ** 2
+
+    def cdf(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """Return P(target <= y) given the weights, ``(..., n, targets)``."""
+        mean, raw = outputs.chunk(2, -1)
+        return torch.special.ndtr((y - mean) / self._scale(raw))
+
+    def sample(self, outputs: Tensor, parameters: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+        """Draw y given the weights, ``(..., n, targets)``."""
+        mean, raw = outputs.chunk(2, -1)
+        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+        return mean + self._scale(raw) * noise
 
     def _scale(self, raw: Tensor) -> Tensor:
         return F.softplus(raw) + self.min_scale

@@ -8,7 +8,7 @@ knows the map to standard normal coordinates, in which the transport works.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,11 @@ __all__ = ["FanIn", "FlatPrior", "Independent", "Laplace", "Normal", "PerTensor"
 _LOG_2PI = math.log(2 * math.pi)
 
 
+def _exact(value: float) -> Tensor:
+    """Keep a setting in double precision; a model rounds it to its own."""
+    return torch.tensor(float(value), dtype=torch.float64)
+
+
 @dataclass(frozen=True)
 class Independent:
     """One distribution for every weight, independently.
@@ -38,22 +43,22 @@ class Independent:
 
     def distributions(self, spec: WeightSpec) -> dict[str, Distribution]:
         """Return the same distribution for every tensor."""
-        return {name: self.distribution for name in spec.names}
+        return dict.fromkeys(spec.names, self.distribution)
 
 
-def Normal(scale: float = 1.0, loc: float = 0.0) -> Independent:  # noqa: N802 - reads as a distribution
+def Normal(scale: float = 1.0, loc: float = 0.0) -> Independent:
     """Return independent normal weights with standard deviation ``scale``."""
-    return Independent(td.Normal(torch.tensor(float(loc)), torch.tensor(float(scale))))
+    return Independent(td.Normal(_exact(loc), _exact(scale)))
 
 
-def Laplace(scale: float = 1.0, loc: float = 0.0) -> Independent:  # noqa: N802
+def Laplace(scale: float = 1.0, loc: float = 0.0) -> Independent:
     """Return independent Laplace weights."""
-    return Independent(td.Laplace(torch.tensor(float(loc)), torch.tensor(float(scale))))
+    return Independent(td.Laplace(_exact(loc), _exact(scale)))
 
 
-def StudentT(df: float = 4.0, scale: float = 1.0, loc: float = 0.0) -> Independent:  # noqa: N802
+def StudentT(df: float = 4.0, scale: float = 1.0, loc: float = 0.0) -> Independent:
     """Return independent Student-t weights."""
-    return Independent(td.StudentT(torch.tensor(float(df)), torch.tensor(float(loc)), torch.tensor(float(scale))))
+    return Independent(td.StudentT(_exact(df), _exact(loc), _exact(scale)))
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,8 @@ class FanIn:
         fan_in = {name: math.prod(shape[1:]) for name, shape in spec.shapes.items()}
         return {
             name: td.Normal(
-                torch.tensor(0.0),
-                torch.tensor(self.scale / math.sqrt(fan_in[name]) if len(shape) > 1 else self.bias_scale),
+                _exact(0.0),
+                _exact(self.scale / math.sqrt(fan_in[name]) if len(shape) > 1 else self.bias_scale),
             )
             for name, shape in spec.shapes.items()
         }
@@ -142,7 +147,9 @@ class FlatPrior:
     def __init__(self, spec: WeightSpec, distributions: Mapping[str, Distribution], positive: frozenset[str]) -> None:
         self.dim = spec.dim
         blocks = [
-            _Block(where, _elementwise(name, distributions[name], spec.shapes[name], name in positive), name in positive)
+            _Block(
+                where, _elementwise(name, distributions[name], spec.shapes[name], name in positive), name in positive
+            )
             for name, where in spec.slices.items()
         ]
         self._blocks = _merge_normals(blocks)
@@ -171,7 +178,7 @@ class FlatPrior:
         moved = object.__new__(FlatPrior)
         moved.dim = self.dim
         moved._blocks = [
-            _Block(b.where, _rebuild(b.distribution, lambda v: v.to(device, dtype)), b.log) for b in self._blocks
+            _Block(b.where, rebuild(b.distribution, lambda v: v.to(device, dtype)), b.log) for b in self._blocks
         ]
         return moved
 
@@ -250,7 +257,7 @@ class FlatPrior:
         d = block.distribution
         if isinstance(d, td.Normal):
             return (theta - d.loc) / d.scale
-        d = _rebuild(d, lambda v: v.double())
+        d = rebuild(d, lambda v: v.double())
         value = theta.double().exp() if block.log else theta.double()
         # The smaller tail decides, so that neither rounds to probability one.
         p = d.cdf(value).clamp(_TINY, 1 - _EPSILON)
@@ -261,7 +268,7 @@ class FlatPrior:
         d = block.distribution
         if isinstance(d, td.Normal):
             return d.loc + d.scale * z
-        d = _rebuild(d, lambda v: v.double())
+        d = rebuild(d, lambda v: v.double())
         value = d.icdf(torch.special.ndtr(z.double()).clamp(_TINY, 1 - _EPSILON))
         return (value.log() if block.log else value).to(z.dtype)
 
@@ -307,13 +314,14 @@ def _parameters(distribution: Distribution) -> dict[str, Tensor]:
     return {name: torch.as_tensor(getattr(distribution, name)) for name in names}
 
 
-def _rebuild(distribution: Distribution, change) -> Distribution:
+def rebuild(distribution: Distribution, change: Callable[[Tensor], Tensor]) -> Distribution:
+    """Return the same family with ``change`` applied to every parameter."""
     family = getattr(td, type(distribution).__name__)
     return family(**{name: change(value) for name, value in _parameters(distribution).items()}, validate_args=False)
 
 
-def _elementwise(name: str, distribution: Distribution, shape: tuple[int, ...], positive: bool) -> Distribution:
-    """Check one tensor's distribution and lay it out flat, ``(size,)``."""
+def elementwise(name: str, distribution: Distribution, shape: tuple[int, ...], positive: bool) -> Distribution:
+    """Check one tensor's distribution and expand it to the tensor's shape, without event axes."""
     while isinstance(distribution, td.Independent) or type(distribution).__name__ == "MaskedDistribution":
         distribution = distribution.base_dist  # type: ignore[attr-defined]
     family = type(distribution).__name__
@@ -333,7 +341,7 @@ def _elementwise(name: str, distribution: Distribution, shape: tuple[int, ...], 
         fits = False
     if not fits:
         raise ValueError(f"prior of {name!r} has shape {tuple(distribution.batch_shape)}, the tensor {shape}")
-    return _rebuild(distribution, lambda v: v.detach().expand(shape).reshape(-1))
+    return rebuild(distribution, lambda v: v.detach().expand(shape))
 
 
 def _merge_normals(blocks: list[_Block]) -> list[_Block]:

@@ -63,8 +63,8 @@ def refine(
     else:
         mass = torch.ones(model.dim, dtype=flat.dtype, device=flat.device)
 
-    def adapted(step_size: float, acceptance: Tensor, gain: float) -> float:
-        return step_size * math.exp(gain * (float(acceptance.mean()) - target_acceptance))
+    def adapted(step_size: float, acceptance: Tensor) -> float:
+        return step_size * math.exp(float(acceptance.mean()) - target_acceptance)
 
     step_size = 0.5 * model.dim**-0.25
     pilot_rows = flat[torch.randperm(len(flat), generator=generator, device=flat.device)[:64]]
@@ -72,7 +72,7 @@ def refine(
     for _ in range(pilot_steps):
         kernel = hmc(target, step_size, pilot_leapfrog, mass, trajectory_jitter=1.0)
         _, info = kernel.step(kernel.init(pilot_rows, generator), generator)
-        step_size = adapted(step_size, info.acceptance_rate, 1.5)
+        step_size = adapted(step_size, info.acceptance_rate)
 
     gradients = 1 + pilot_steps * (pilot_leapfrog + 1) * len(pilot_rows) / len(flat)
     kernel = hmc(target, step_size, n_leapfrog, mass)
@@ -86,7 +86,7 @@ def refine(
             acceptance = torch.cat([info.acceptance_rate for _, info in moved])
             counts = [float(info.n_steps[0]) * len(info.n_steps) for _, info in moved]
             gradients += sum(counts) / len(flat)
-            step_size = adapted(step_size, acceptance, 0.3)
+            step_size = adapted(step_size, acceptance)
             bar.update()
     moved_theta = torch.cat([state.theta for state in states])
     log_joint = torch.cat([state.log_joint for state in states])

@@ -35,12 +35,15 @@ class Displacement(Protocol):
         ...
 
 
+_PROBE = 0.05  # length of the finite difference, in prior standard deviations: float32 needs it this long
+
+
 @dataclass(frozen=True)
 class GradientSteps:
     """Climb u(y) - |y - mu|^2 / (2 s^2) by gradient steps scaled to the curvature along them.
 
-    Each step is s^2 / (1 + s^2 lambda) times the residual, with lambda the Rayleigh quotient of -u'' along it by a
-    finite difference. Costs 2 ``steps`` + 1 gradients.
+    Each step is s^2 / (1 + s^2 lambda) times the residual, with lambda the positive part of the Rayleigh quotient of
+    -u'' along it, by a finite difference. Costs 2 ``steps`` + 1 gradients.
 
     Args:
         steps: number of steps.
@@ -57,12 +60,13 @@ class GradientSteps:
         for _ in range(self.steps):
             y = mu + s2 * w
             residual = grad - w
-            norm2 = (residual * residual).sum(-1, keepdim=True)
-            norm = (norm2 + 1e-12).sqrt()
-            probe = 0.01 / norm
-            curvature = ((grad - context.grad(y + probe * residual)) * residual).sum(-1, keepdim=True)
-            curvature = (curvature / (probe * norm2 + 1e-9)).clamp(min=0)
-            step = torch.minimum(1 / (1 + s2 * curvature), self.max_norm / (s2 * norm + 1e-9))
+            norm = ((residual * residual).sum(-1, keepdim=True) + 1e-12).sqrt()
+            direction = residual / norm
+            change = (grad - context.grad(y + _PROBE * direction)) * direction
+            curvature = s2 * change.sum(-1, keepdim=True) / _PROBE
+            # Smooth stand-ins for max(0, curvature) and for min(step, bound): a kink would spoil the solver's order.
+            damping = 1 + 0.5 * (curvature + (curvature * curvature + 0.01).sqrt())
+            step = 1 / (damping * damping + (s2 * norm / self.max_norm) ** 2).sqrt()
             w = w + step * residual
             grad = context.grad(mu + s2 * w)
         return Drive(w, grad)
@@ -94,10 +98,8 @@ class GaussNewton:
                 projected = (factor @ w.unsqueeze(-1)).squeeze(-1)
                 target = grad + s2 * (factor.mT @ projected.unsqueeze(-1)).squeeze(-1)
             change = _solve(factor, s2, target) - w
-            if self.max_norm < float("inf"):
-                length = s2 * ((change * change).sum(-1, keepdim=True) + 1e-12).sqrt()
-                change = change * (self.max_norm / (length + 1e-9)).clamp(max=1)
-            w = w + change
+            length2 = (s2 * s2) * (change * change).sum(-1, keepdim=True)
+            w = w + change / (1 + length2 / self.max_norm**2).sqrt()
         return Drive(w, grad)
 
 

@@ -165,9 +165,7 @@ class Flow:
         flat = theta.reshape(-1, self.dim)
         log_probs = []
         for rows in flat.split(chunk_size):
-            x0, change = self._transport(
-                self.source.to_normal(rows), grid, trace, probes, noise, generator, solver
-            )
+            x0, change = self._transport(self.source.to_normal(rows), grid, trace, probes, noise, generator, solver)
             log_probs.append(_log_normal(x0) + change + self.source.log_jacobian(rows))
         return torch.cat(log_probs).reshape(theta.shape[:-1])
 

@@ -181,7 +181,7 @@ class _Trainer:
             self._optimiser.step()
             decay = min(0.998, self.count / (self.count + 20))
             torch._foreach_lerp_(self._averages, [p.detach() for p in self._parameters], 1 - decay)
-            value = float(loss)
+            value = float(loss.detach())
             self.loss = value if math.isnan(self.loss) else self.loss + 0.01 * (value - self.loss)
         return loss.detach()
 

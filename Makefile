@@ -1,0 +1,55 @@
+# Every target prepares what it needs: `make test` in a fresh clone creates .venv and installs into it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test validate lint docs bench clean
+
+help:  ## Show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.core  ## Run examples/demo.py
+	$(BIN)/python examples/demo.py
+
+# One thread a worker, or the workers fight for the cores.
+test: export OMP_NUM_THREADS := 1
+test: $(VENV)/.test  ## Run the tests and the doctests (10 minutes at most on two cores)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
+
+validate: export OMP_NUM_THREADS := 1
+validate: $(VENV)/.test  ## Run the full calibration, coverage and kill tests (long)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m validate
+
+lint: $(VENV)/.test  ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+docs: $(VENV)/.docs  ## Build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.bench  ## Run every benchmark in turn
+	@set -e; for script in $(sort $(wildcard tests/benchmarks/bench_*.py)); do \
+		echo "== $$script"; $(BIN)/python $$script; done
+
+clean:  ## Remove caches and build outputs; .venv and out/ stay
+	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis .coverage *.egg-info
+	find bnnflow tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: .core is the package alone, the others add the extra of the same name.
+# The constraints pin torch, so that no loose request can replace the build that is already there.
+$(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/pip install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/pip install -q -c constraints.txt -e '.[$*]'
+	@touch $@
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("bnnflow needs Python 3.11 or newer, \
+	and $(PYTHON) is %d.%d; choose another: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)

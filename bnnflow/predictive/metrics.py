@@ -1,0 +1,177 @@
+"""Scores of a prediction. Each takes ``(prediction, y)`` and is a mean over rows; lower case, no synonyms."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bnnflow.predictive.average import Prediction
+
+__all__ = [
+    "Reliability",
+    "accuracy",
+    "brier",
+    "coverage",
+    "crps",
+    "ece",
+    "lppd",
+    "pit",
+    "reliability",
+    "rmse",
+    "rowwise",
+]
+
+_NODES = 8  # Gauss-Legendre nodes of a panel
+_REACH = 5.0  # of the integral, in asinh of standard deviations: sinh(5) = 74
+
+
+class Reliability(NamedTuple):
+    """Rows binned by the probability of the predicted class; ``(bins,)`` each, NaN means of empty bins."""
+
+    confidence: Tensor  # mean probability of the predicted class
+    accuracy: Tensor  # fraction of rows predicted right
+    count: Tensor  # rows
+    edges: Tensor  # (bins + 1,)
+
+
+def accuracy(prediction: Prediction, y: Tensor | np.ndarray) -> float:
+    """Return the fraction of rows whose most probable class is the label."""
+    return float(_correct(prediction, y).mean())
+
+
+def rmse(prediction: Prediction, y: Tensor | np.ndarray) -> float:
+    """Return the root mean squared error of the predictive mean, over rows and targets."""
+    return float(_squared_error(prediction, y).mean().sqrt())
+
+
+def lppd(prediction: Prediction, y: Tensor | np.ndarray) -> float:
+    """Return the log pointwise predictive density: the mean over rows of the mixture's log density, in nats."""
+    return float(prediction.log_prob(y).mean())
+
+
+def brier(prediction: Prediction, y: Tensor | np.ndarray) -> float:
+    """Return the Brier score: squared error of the probabilities summed over classes, mean over rows; 0 to 2."""
+    return float(_brier(prediction, y).mean())
+
+
+def crps(prediction: Prediction, y: Tensor | np.ndarray) -> float:
+    """Return the continuous ranked probability score, mean over rows and targets, in units of y.
+
+    CRPS = integral of (F(z) - 1{z >= y})^2 dz, with F the cdf of the predictive mixture, by Gauss-Legendre panels on
+    both sides of y (in asinh of standard deviations, so that tails are cheap). The error is below 1e-4 standard
+    deviations as long as the mixture is smooth on a scale of a tenth of its standard deviation, or has few draws:
+    the panels grow finer as draws get fewer.
+
+    Raises:
+        ValueError: for classes, or if y does not fit.
+    """
+    return float(_crps(prediction, y).mean())
+
+
+def pit(prediction: Prediction, y: Tensor | np.ndarray) -> Tensor:
+    """Return the probability integral transform, the mixture's cdf at y; uniform if the prediction is calibrated.
+
+    Returns:
+        ``(n,)`` or ``(n, targets)``.
+    """
+    return prediction.cdf(y)
+
+
+def coverage(prediction: Prediction, y: Tensor | np.ndarray, level: float) -> float:
+    """Return the fraction of targets inside the central predictive interval of probability ``level``.
+
+    A target is inside if its probability integral transform is within level / 2 of a half, so no quantile is needed.
+
+    Raises:
+        ValueError: for classes, or a level outside (0, 1).
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
+    return float(((pit(prediction, y) - 0.5).abs() <= level / 2).double().mean())
+
+
+def reliability(prediction: Prediction, y: Tensor | np.ndarray, bins: int = 15) -> Reliability:
+    """Bin rows by the probability of the predicted class, in bins of equal width from 0 to 1, both ends included.
+
+    Raises:
+        ValueError: for regression, or if y does not fit.
+    """
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
+    correct = _correct(prediction, y)
+    confidence = prediction.probs.max(-1).values
+    index = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
+    count = torch.bincount(index, minlength=bins)
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=count.device)
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.bincount(index, weights=values, minlength=bins) / count
+
+    return Reliability(mean(confidence), mean(correct), count, edges)
+
+
+def ece(prediction: Prediction, y: Tensor | np.ndarray, bins: int = 15) -> float:
+    """Return the expected calibration error of the predicted class (Guo et al. 2017): mean gap between confidence
+    and accuracy, over the bins of `reliability`, weighted by their rows.
+    """  # fmt: skip
+    binned = reliability(prediction, y, bins)
+    gaps = (binned.confidence - binned.accuracy).abs().nan_to_num(0.0)
+    return float((gaps * binned.count).sum() / binned.count.sum())
+
+
+def rowwise(prediction: Prediction, y: Tensor | np.ndarray) -> dict[str, Tensor]:
+    """Return what the metrics average, ``(n,)`` each, for standard errors and paired comparisons.
+
+    Returns:
+        ``log_prob`` always; ``correct`` and ``brier`` for classes; ``squared_error`` and ``crps`` for regression,
+        means over targets.
+    """
+    scores = {"log_prob": prediction.log_prob(y)}
+    if prediction.kind == "classification":
+        return scores | {"correct": _correct(prediction, y), "brier": _brier(prediction, y)}
+    several = {"squared_error": _squared_error(prediction, y), "crps": _crps(prediction, y)}
+    return scores | {name: values.reshape(len(prediction), -1).mean(-1) for name, values in several.items()}
+
+
+def _correct(prediction: Prediction, y: Tensor | np.ndarray) -> Tensor:
+    return (prediction.probs.argmax(-1) == prediction.targets(y)).double()
+
+
+def _brier(prediction: Prediction, y: Tensor | np.ndarray) -> Tensor:
+    probs = prediction.probs
+    return (probs - F.one_hot(prediction.targets(y), probs.shape[-1])).square().sum(-1)
+
+
+def _squared_error(prediction: Prediction, y: Tensor | np.ndarray) -> Tensor:
+    if prediction.kind != "regression":
+        raise ValueError("the squared error is defined for regression; for classes use brier")
+    return (prediction.mean - prediction.targets(y)).square()
+
+
+def _crps(prediction: Prediction, y: Tensor | np.ndarray) -> Tensor:
+    y = prediction.targets(y)
+    flat = y.reshape(len(prediction), -1)  # (n, targets)
+    mean, sd = prediction.mean.reshape(flat.shape), prediction.sd.reshape(flat.shape)
+    at_y = ((flat - mean) / sd).asinh()
+    panels = min(512, max(6, 2**14 // len(prediction.theta)))
+    nodes, weights = _panels(panels)
+    nodes, weights = (torch.from_numpy(values).to(flat).reshape(-1, 1, 1) for values in (nodes, weights))
+    total = torch.zeros_like(flat)
+    below, above = (at_y.clamp(max=-_REACH), at_y), (at_y, at_y.clamp(min=_REACH))  # y itself may lie beyond
+    for start, stop in (below, above):
+        u = start + (stop - start) * nodes  # (nodes, n, targets)
+        cdf = prediction._cdf(mean + sd * u.sinh())
+        integrand = (cdf if stop is at_y else 1 - cdf).square() * sd * u.cosh()
+        total += (integrand * weights).sum(0) * (stop - start)
+    return total.reshape(y.shape)
+
+
+def _panels(panels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return nodes and weights of the composite Gauss-Legendre rule on [0, 1]."""
+    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+    starts = np.arange(panels)[:, None]
+    return ((starts + (nodes + 1) / 2) / panels).ravel(), np.tile(weights / (2 * panels), panels)

@@ -1,0 +1,135 @@
+"""Draws as ArviZ data: the groups are xarray data sets, and only the last step depends on ArviZ's version."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnnflow.draws import Draws
+from bnnflow.model import BayesianModel
+from bnnflow.predictive import predict
+from bnnflow.weights import WeightSpec
+
+if TYPE_CHECKING:
+    from xarray import Dataset
+
+__all__ = ["function_values", "import_arviz", "to_arviz"]
+
+_SAMPLE = ("chain", "draw")
+
+
+def to_arviz(
+    draws: Draws,
+    model: BayesianModel,
+    x: Tensor | np.ndarray | None = None,
+    y: Tensor | np.ndarray | None = None,
+) -> Any:
+    """Convert draws for ArviZ.
+
+    Groups: ``posterior`` (one variable a tensor, its axes named by hidden layer: ``h1``), ``sample_stats`` (``lp``,
+    the sampler's statistics and ``log_weight`` if there are weights), ``predictions`` (``mean``, what each draw
+    predicts at x), ``log_likelihood`` and ``observed_data`` (``y``, row by row), ``constant_data`` (``x``).
+
+    Args:
+        draws: the draws.
+        model: their model.
+        x: inputs of ``predictions`` and ``log_likelihood``; the training inputs if None, which is what ``az.loo``
+            wants.
+        y: targets at x. With x but without y the groups that need y are left out.
+
+    Returns:
+        ``arviz.InferenceData`` with ArviZ 0.x, ``xarray.DataTree`` with 1.x.
+
+    Raises:
+        ValueError: if x or y does not fit, or y is given without x.
+    """
+    if x is None and y is not None:
+        raise ValueError("y needs its x; leave both out for the training data")
+    model.spec.check(draws.theta)
+    inputs = model.inputs(x)
+    has_targets = x is None or y is not None
+    targets = model.targets(y) if has_targets else None
+    if targets is not None and len(targets) != len(inputs):
+        raise ValueError(f"x has {len(inputs)} rows and y has {len(targets)}")
+    groups = {
+        "posterior": _posterior(draws, model.spec),
+        "sample_stats": _sample_stats(draws),
+        "predictions": _dataset({"mean": (function_values(draws, model, inputs), ("row", "output"))}),
+        "constant_data": _dataset({"x": (_numpy(inputs), _names("row", "x", inputs.dim()))}, sampled=False),
+    }
+    if targets is not None:
+        values = _log_likelihood(draws, model, inputs, targets)
+        groups["log_likelihood"] = _dataset({"y": (values, ("row",))})
+        groups["observed_data"] = _dataset({"y": (_numpy(targets), _names("row", "y", targets.dim()))}, sampled=False)
+    groups["posterior"].attrs |= {"inference_library": "bnnflow", "info": json.dumps(draws.info, default=str)}
+    return _convert(groups)
+
+
+def import_arviz() -> ModuleType:
+    """Import ArviZ without the announcement that it makes on import."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        import arviz
+    return arviz
+
+
+def function_values(draws: Draws, model: BayesianModel, x: Tensor | np.ndarray | None = None) -> np.ndarray:
+    """Return what each draw predicts, ``(chain, draw, n, targets)`` or ``(chain, draw, n, classes)``, float64."""
+    values = torch.cat([chunk.cpu() for chunk in predict(model, draws.theta, x).functions()])
+    return values.reshape(draws.chains, draws.draws, *values.shape[1:]).numpy()
+
+
+def _posterior(draws: Draws, spec: WeightSpec) -> Dataset:
+    variables = {}
+    for name, tensor in spec.unflatten(draws.theta).items():
+        dims = tuple(label or f"{name}_dim_{axis}" for axis, label in enumerate(spec.axes[name]))
+        variables[name] = (_numpy(tensor), dims)
+    return _dataset(variables)
+
+
+def _sample_stats(draws: Draws) -> Dataset:
+    stats = {"lp": draws.log_joint, **draws.stats}
+    if draws.log_weights is not None:
+        stats["log_weight"] = draws.log_weights
+    return _dataset({name: (_numpy(values), ()) for name, values in stats.items()})
+
+
+def _log_likelihood(draws: Draws, model: BayesianModel, x: Tensor, y: Tensor) -> np.ndarray:
+    """Return ``(chain, draw, n)``."""
+    chunks = draws.flat.split(predict(model, draws.theta, x).chunk_size)
+    with torch.no_grad():
+        rows = [model.pointwise_log_likelihood(part.to(model.device, model.dtype), x, y).cpu() for part in chunks]
+    values = torch.cat(rows).double()
+    return values.reshape(draws.chains, draws.draws, -1).numpy()
+
+
+def _dataset(variables: dict[str, tuple[np.ndarray, tuple[str, ...]]], *, sampled: bool = True) -> Dataset:
+    import xarray
+
+    lead = _SAMPLE if sampled else ()
+    data = {name: ((*lead, *dims), values) for name, (values, dims) in variables.items()}
+    sizes = {dim: size for dims, values in data.values() for dim, size in zip(dims, values.shape, strict=True)}
+    return xarray.Dataset(data, coords={dim: np.arange(size) for dim, size in sizes.items()})
+
+
+def _convert(groups: dict[str, Dataset]) -> Any:
+    arviz = import_arviz()
+    if hasattr(arviz, "InferenceData"):
+        return arviz.InferenceData(**groups)
+    import xarray
+
+    return xarray.DataTree.from_dict(groups)
+
+
+def _names(first: str, name: str, dims: int) -> tuple[str, ...]:
+    return (first, *(f"{name}_dim_{axis}" for axis in range(1, dims)))
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy()

@@ -1,0 +1,321 @@
+"""Several answers to one question: evaluate each method on the same test rows and say which to use."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnnflow.draws import Draws
+from bnnflow.model import BayesianModel
+from bnnflow.predictive import Prediction, metrics, predict
+from bnnflow.report.diagnose import Diagnosis, diagnose
+
+__all__ = ["Comparison", "Entry", "Evaluation", "compare", "gather"]
+
+TAKEN = 4000  # draws that are taken of a posterior given as a distribution
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One method's draws, whatever form they came in."""
+
+    name: str
+    draws: Draws | tuple[Tensor, Tensor | None]
+    info: dict[str, Any]
+    seconds: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """One method's results: ``row`` holds its line of the table, ``scores`` what the metrics average."""
+
+    entry: Entry
+    prediction: Prediction
+    diagnosis: Diagnosis
+    scores: dict[str, Tensor]
+    row: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The method's name in the report."""
+        return self.entry.name
+
+    @property
+    def exact(self) -> bool:
+        """Whether the method leaves the posterior invariant: chains with an accept step, unless ``info`` says."""
+        draws = self.entry.draws
+        metropolis = isinstance(draws, Draws) and "acceptance_rate" in draws.stats
+        return self.diagnosis.kind == "chains" and bool(self.entry.info.get("exact", metropolis))
+
+    @property
+    def ess(self) -> float:
+        """Bulk effective sample size of the worst prediction; zero if unknown."""
+        bulk = self.diagnosis.ess_bulk
+        return 0.0 if bulk is None else float(bulk.min())
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """All methods on the same rows.
+
+    Attributes:
+        evaluations: in the order given.
+        reference: name of the exact sampler that the others are compared with, or None.
+        headline: which method to use, in a sentence.
+        remarks: a sentence for each method, in the same order.
+    """
+
+    evaluations: tuple[Evaluation, ...]
+    reference: str | None
+    headline: str
+    remarks: tuple[str, ...]
+
+
+def gather(
+    results: Mapping[str, Any], model: BayesianModel, seconds: Mapping[str, float] | None
+) -> list[tuple[str, Any]]:
+    """Check everything that was passed and return the methods, before any work starts.
+
+    Raises:
+        ValueError: for no methods, names that are not text, values that are no draws, weights of another model.
+    """
+    if not isinstance(results, Mapping) or not results:
+        raise ValueError("results must map at least one method's name to its draws")
+    unknown = set(seconds or {}) - set(results)
+    if unknown:
+        raise ValueError(f"seconds names methods that have no results: {', '.join(sorted(map(str, unknown)))}")
+    for name, value in results.items():
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"a method's name must be text, got {name!r}")
+        theta = _theta(value)
+        if theta is None:
+            if not callable(getattr(value, "sample", None)):
+                raise ValueError(
+                    f"{name}: expected Draws, weights, (weights, log weights) or something with sample(n, seed), "
+                    f"got {type(value).__name__}"
+                )
+        elif theta.dim() == 0 or theta.shape[-1] != model.dim or theta.numel() == 0:
+            raise ValueError(f"{name}: weights must be (..., {model.dim}) and not empty, got {tuple(theta.shape)}")
+    return list(results.items())
+
+
+def compare(
+    results: list[tuple[str, Any]],
+    model: BayesianModel,
+    x: Tensor,
+    y: Tensor,
+    seconds: Mapping[str, float] | None = None,
+) -> Comparison:
+    """Evaluate every method at the test rows (checked by the caller) and put the outcome into words."""
+    evaluations = [_evaluate(_entry(name, value, (seconds or {}).get(name)), model, x, y) for name, value in results]
+    _mark_best(evaluations)
+    candidates = [e for e in evaluations if e.exact and e.diagnosis.verdict != "do not trust"]
+    reference = max(candidates, key=lambda e: e.ess, default=None)
+    return Comparison(
+        tuple(evaluations),
+        reference.name if reference else None,
+        _headline(evaluations, reference),
+        tuple(_remark(e, reference, len(y)) for e in evaluations),
+    )
+
+
+# -------------------------------------------------------------------- evaluation
+
+
+def _theta(value: Any) -> Tensor | None:
+    """Return the weights of anything that holds weights, or None."""
+    if isinstance(value, tuple):
+        value = value[0] if len(value) == 2 else None
+    theta = value if isinstance(value, Tensor) else getattr(value, "theta", None)
+    return theta if isinstance(theta, Tensor) else None
+
+
+def _entry(name: str, value: Any, seconds: float | None) -> Entry:
+    info = dict(getattr(value, "info", None) or {})
+    seconds = seconds if seconds is not None else info.get("seconds")
+    if isinstance(value, Draws):
+        return Entry(name, value, info, seconds)
+    theta = _theta(value)
+    if theta is None:
+        start = time.perf_counter()
+        theta = value.sample(TAKEN, 0)
+        info = {"method": type(value).__name__, "draws taken": TAKEN, "seed": 0} | info
+        seconds = seconds if seconds is not None else time.perf_counter() - start
+    weights = value[1] if isinstance(value, tuple) else getattr(value, "log_weights", None)
+    return Entry(name, (theta, weights if isinstance(weights, Tensor) else None), info, seconds)
+
+
+def _evaluate(entry: Entry, model: BayesianModel, x: Tensor, y: Tensor) -> Evaluation:
+    prediction = predict(model, entry.draws, x)
+    scores = metrics.rowwise(prediction, y)
+    log_likelihood, log_joint = _mean_densities(prediction)
+    n = len(scores["log_prob"])
+    row: dict[str, Any] = {"method": entry.name}
+    if prediction.kind == "classification":
+        row |= {
+            "accuracy": float(scores["correct"].mean()),
+            "lppd": float(scores["log_prob"].mean()),
+            "lppd_se": _standard_error(scores["log_prob"]),
+            "brier": float(scores["brier"].mean()),
+            "ece": metrics.ece(prediction, y),
+        }
+    else:
+        row |= {
+            "rmse": float(scores["squared_error"].mean().sqrt()),
+            "lppd": float(scores["log_prob"].mean()),
+            "lppd_se": _standard_error(scores["log_prob"]),
+            "crps": float(scores["crps"].mean()),
+            "coverage_90": metrics.coverage(prediction, y, 0.9),
+        }
+    draws = entry.draws.theta if isinstance(entry.draws, Draws) else entry.draws[0]
+    count = draws.shape[:-1].numel()
+    diagnosis = diagnose(entry.draws, model, x)
+    row |= {
+        "log_likelihood": log_likelihood,
+        "log_joint": log_joint,
+        "draws": count,
+        "seconds": entry.seconds,
+        "seconds_per_1000_draws": None if entry.seconds is None else 1000 * entry.seconds / count,
+        "gradients_per_chain": entry.info.get("gradients_per_chain"),
+        "verdict": diagnosis.verdict,
+        "rows": n,
+        "best": (),
+    }
+    return Evaluation(entry, prediction, diagnosis, scores, row)
+
+
+def _mean_densities(prediction: Prediction) -> tuple[float, float]:
+    """Return the weighted means over draws of the training data's log likelihood and of log_joint."""
+    model = prediction.model
+    chunk_size = max(1, prediction.chunk_size * len(prediction) // len(model.x))
+    log_likelihood = log_joint = 0.0
+    weights = prediction.log_weights.exp().split(chunk_size)
+    for theta, weight in zip(prediction.theta.split(chunk_size), weights, strict=True):
+        theta = theta.detach().to(model.device, model.dtype)
+        with torch.no_grad():
+            likelihood, prior = model.log_likelihood(theta), model.log_prior(theta)
+        log_likelihood += float((weight * likelihood).sum())
+        log_joint += float((weight * (likelihood + prior)).sum()) / model.temperature
+    return log_likelihood, log_joint
+
+
+def _standard_error(values: Tensor) -> float:
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+_BETTER = {"accuracy": ("correct", 1), "rmse": ("squared_error", -1), "lppd": ("log_prob", 1)}
+_BETTER |= {"brier": ("brier", -1), "crps": ("crps", -1)}
+
+
+def _mark_best(evaluations: list[Evaluation]) -> None:
+    """Mark, column by column, the best value and all that cannot be told apart from it (two standard errors)."""
+    if len(evaluations) < 2:
+        return
+    for column, (score, sign) in _BETTER.items():
+        if column not in evaluations[0].row:
+            continue
+        best = max(evaluations, key=lambda e: sign * float(e.scores[score].mean()))
+        for e in evaluations:
+            behind, noise = _difference(best.scores[score], e.scores[score])
+            if abs(behind) <= 2 * noise or behind == 0:
+                e.row["best"] += (column,)
+    for e in evaluations:
+        if "coverage_90" in e.row and abs(e.row["coverage_90"] - 0.9) <= 2 * math.sqrt(0.09 / e.row["rows"]):
+            e.row["best"] += ("coverage_90",)
+
+
+def _difference(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Return the mean of a - b over rows and its standard error; the rows are paired."""
+    noise = _standard_error(a - b)
+    return float((a - b).mean()), 0.0 if math.isnan(noise) else noise
+
+
+# -------------------------------------------------------------------- words
+
+
+def _headline(evaluations: list[Evaluation], reference: Evaluation | None) -> str:
+    if reference is None:
+        best = max(evaluations, key=lambda e: e.row["lppd"])
+        why = (
+            "no exact sampler is among the methods"
+            if not any(e.exact for e in evaluations)
+            else "the exact sampler has not converged"
+        )
+        if len(evaluations) == 1:
+            return f"Nothing here certifies {best.name}: {why}."
+        return (
+            f"{best.name} predicts the test rows best, but {why}: how close it comes to the posterior is unknown. "
+            "Run HMC until its verdict is good, then compare."
+        )
+    text = f"Use {reference.name}: an exact sampler"
+    text += " that has converged." if reference.diagnosis.verdict == "trust" else ", though to be trusted with care."
+    stand_ins = [e for e in evaluations if e is not reference and _stands_in(e, reference)]
+    if stand_ins:
+        fastest = min(stand_ins, key=lambda e: e.entry.seconds or math.inf)
+        text += (
+            f" On these rows {fastest.name} predicts as well ({_against(fastest, reference)}) "
+            f"in {_duration(fastest.entry.seconds)} instead of {_duration(reference.entry.seconds)}: "
+            "a stand-in where speed matters, for inputs like these."
+        )
+    return text
+
+
+def _stands_in(e: Evaluation, reference: Evaluation) -> bool:
+    """Whether a method is faster and its LPPD at most noise below the reference's, and not by much."""
+    if e.entry.seconds is None or reference.entry.seconds is None or e.entry.seconds >= reference.entry.seconds:
+        return False
+    difference, noise = _difference(e.scores["log_prob"], reference.scores["log_prob"])
+    return e.diagnosis.verdict != "do not trust" and difference + 2 * noise >= 0 and difference >= -0.05
+
+
+def _remark(e: Evaluation, reference: Evaluation | None, rows: int) -> str:
+    if e is reference:
+        return f"The reference: {_sentence(e.diagnosis.reasons)}"
+    text = ""
+    if reference is not None:
+        difference, noise = _difference(e.scores["log_prob"], reference.scores["log_prob"])
+        if abs(difference) <= 2 * noise:
+            text = f"Not to be told apart from {reference.name} on {rows:,} rows ({_against(e, reference)}). "
+        elif difference < 0:
+            text = (
+                f"Worse than {reference.name} ({_against(e, reference)}): to a typical test row it gives "
+                f"{_percent(math.exp(difference))} of the probability. "
+            )
+        else:
+            text = (
+                f"Better than {reference.name} on these rows ({_against(e, reference)}), though {reference.name} is "
+                "exact: a sign that the model, not the sampling, could be improved. "
+            )
+    if e.diagnosis.kind == "independent":
+        method = e.entry.info.get("method", "")
+        few = f"{e.row['draws']} fitted networks" if method == "DeepEnsemble" else "Independent draws"
+        return text + f"{few}: no chains to compare, so its own convergence cannot be certified."
+    return text + _sentence(e.diagnosis.reasons)
+
+
+def _against(e: Evaluation, reference: Evaluation) -> str:
+    difference, noise = _difference(e.scores["log_prob"], reference.scores["log_prob"])
+    return f"LPPD {difference:+.3f} ± {noise:.3f}".replace("-", "−")
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.0f} %" if fraction >= 0.01 else f"{100 * fraction:.1g} %"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown time"
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _sentence(reasons: tuple[str, ...]) -> str:
+    text = "; ".join(reasons)
+    return text[0].upper() + text[1:] + "."

@@ -1,0 +1,277 @@
+"""Can these draws be trusted? Convergence judged where it matters: in the predictions, not in the weights."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnnflow.draws import Draws, as_theta
+from bnnflow.model import BayesianModel
+from bnnflow.report.arviz import function_values, import_arviz
+
+__all__ = ["Diagnosis", "diagnose"]
+
+Verdict = Literal["trust", "trust with care", "do not trust", "approximate: compare with an exact sampler"]
+Kind = Literal["chains", "weighted", "independent"]
+
+R_HAT = (1.01, 1.05)  # up to the first: converged; beyond the second: not (Vehtari et al. 2021)
+ESS = (400, 100)  # from the first: enough; below the second: not
+E_BFMI = 0.3  # below: the momenta do not explore the energy (Betancourt 2016)
+DIVERGENCES = 0.01  # beyond this fraction the posterior has regions that the chains cannot enter
+MAX_ROWS = 100
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Diagnosis:
+    """What is known about the convergence of draws. Printing it shows the verdict.
+
+    Attributes:
+        verdict: the short answer.
+        reasons: why, each with what to do about it.
+        kind: Markov ``"chains"``, ``"weighted"`` draws, or ``"independent"`` draws of an approximation.
+        method: name of the method, if known.
+        chains: number of chains.
+        draws: draws in all.
+        rows: ``(rows,)``, numbers of the inputs at which functions were compared.
+        r_hat: ``(rows, outputs)`` rank-normalised split R-hat of what the draws predict; None without chains.
+        ess_bulk: ``(rows, outputs)`` bulk effective sample size, all chains together.
+        ess_tail: ``(rows, outputs)`` tail effective sample size.
+        ess_weights: effective sample size of the weights, if there are weights.
+        divergences: number of divergent transitions, if recorded.
+        acceptance: mean acceptance rate, if recorded.
+        e_bfmi: smallest E-BFMI of a chain, if energies were recorded.
+    """
+
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    kind: Kind
+    method: str
+    chains: int
+    draws: int
+    rows: np.ndarray | None = None
+    r_hat: np.ndarray | None = None
+    ess_bulk: np.ndarray | None = None
+    ess_tail: np.ndarray | None = None
+    ess_weights: float | None = None
+    divergences: int | None = None
+    acceptance: float | None = None
+    e_bfmi: float | None = None
+
+    def __str__(self) -> str:
+        """Lay the verdict out for a terminal."""
+        lines = [f"{self.method or 'draws'}: {self.verdict}"]
+        lines += [f"  {line}" for line in self._figures()]
+        lines += [f"  - {reason}" for reason in self.reasons]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _figures(self) -> list[str]:
+        if self.kind == "independent":
+            return [f"{self.draws:,} draws"]
+        lines = [f"{self.chains} x {self.draws // self.chains:,} draws"]
+        if self.rows is not None and self.r_hat is not None:
+            lines[0] += f"; predictions at {len(self.rows)} inputs"
+            lines.append(
+                f"R-hat     worst {np.max(self.r_hat):8.3f}   median {np.median(self.r_hat):8.3f}   (want <= {R_HAT[0]})"
+            )
+        for name, values in (("bulk ESS", self.ess_bulk), ("tail ESS", self.ess_tail)):
+            if values is not None:
+                lines.append(
+                    f"{name}  worst {np.min(values):8,.0f}   median {np.median(values):8,.0f}   (want >= {ESS[0]})"
+                )
+        if self.ess_weights is not None:
+            lines.append(f"ESS of the weights {self.ess_weights:,.0f}   (want >= {ESS[0]})")
+        counts = []
+        if self.acceptance is not None:
+            counts.append(f"acceptance {self.acceptance:.2f}")
+        if self.divergences is not None:
+            counts.append(f"divergences {self.divergences:,} of {self.draws:,}")
+        if self.e_bfmi is not None:
+            counts.append(f"E-BFMI {self.e_bfmi:.2f}")
+        return lines + ([", ".join(counts)] if counts else [])
+
+
+def diagnose(
+    draws: Draws | Tensor | tuple[Tensor, Tensor | None],
+    model: BayesianModel,
+    x: Tensor | np.ndarray | None = None,
+) -> Diagnosis:
+    """Judge whether draws represent the posterior, as far as they themselves can tell.
+
+    Draws with statistics of a sampler are Markov chains. For these, rank-normalised split R-hat and bulk and tail
+    effective sample sizes (Vehtari et al. 2021) are computed of the predictions at up to 100 inputs, spread evenly:
+    weights that differ by a symmetry of the network give the same predictions, so chains that never meet in weight
+    space can still agree. Draws without statistics are independent draws of an approximation: there is nothing to
+    compare, and the verdict says so.
+
+    Args:
+        draws: draws, weights ``(..., dim)``, or a pair of weights and log weights.
+        model: their model.
+        x: inputs at which predictions are compared; the training inputs if None.
+
+    Raises:
+        ValueError: if the weights or x have the wrong shape.
+
+    Example:
+        >>> net = torch.nn.Linear(1, 1)
+        >>> from bnnflow.model import likelihoods
+        >>> x = torch.linspace(-1, 1, 5)[:, None]
+        >>> model = BayesianModel(net, torch.distributions.Normal(0.0, 1.0), likelihoods.Gaussian(0.1), x, x)
+        >>> diagnose(model.sample_prior(100, seed=0), model).verdict
+        'approximate: compare with an exact sampler'
+    """
+    theta, log_weights = as_theta(draws)
+    model.spec.check(theta)
+    if len(theta) == 0:
+        raise ValueError("there are no draws to judge")
+    x = model.inputs(x)
+    if log_weights is not None:
+        return _weighted(draws, log_weights)
+    if isinstance(draws, Draws) and draws.stats:
+        return _chains(draws, model, x)
+    return _independent(draws, len(theta))
+
+
+def _method(draws: object) -> str:
+    return str(draws.info.get("method", "")) if isinstance(draws, Draws) else ""
+
+
+def _independent(draws: object, n: int) -> Diagnosis:
+    reasons = [
+        "these are not Markov chains: there are no chains to compare, so R-hat and ESS say nothing, and the "
+        "convergence of an approximation to the posterior cannot be certified from its own draws; compare its "
+        "predictions with those of an exact sampler such as HMC"
+    ]
+    if _method(draws) == "DeepEnsemble":
+        reasons.insert(0, f"{n} members are {n} fitted networks, not draws: they have no effective sample size")
+    elif n < ESS[1]:
+        reasons.append(f"{n} draws are few: averages over them are noisy; take a thousand")
+    chains = draws.chains if isinstance(draws, Draws) else 1
+    return Diagnosis(
+        "approximate: compare with an exact sampler", tuple(reasons), "independent", _method(draws), chains, n
+    )
+
+
+def _weighted(draws: object, log_weights: Tensor) -> Diagnosis:
+    log_weights = log_weights.double() - log_weights.double().logsumexp(0)
+    ess = float((-(2 * log_weights).logsumexp(0)).exp())
+    verdict: Verdict = "trust with care" if ess >= ESS[0] else "do not trust"
+    reasons = ["weighted draws have no chains to compare; repeat with another seed to see how far the results move"]
+    if not ess >= ESS[0]:
+        reasons.insert(0, f"the weights leave {ess:.0f} effective draws of {len(log_weights):,}; draw more")
+    chains = draws.chains if isinstance(draws, Draws) else 1
+    method = _method(draws)
+    return Diagnosis(verdict, tuple(reasons), "weighted", method, chains, len(log_weights), ess_weights=ess)
+
+
+def _chains(draws: Draws, model: BayesianModel, x: Tensor) -> Diagnosis:
+    rows = np.unique(np.linspace(0, len(x) - 1, min(MAX_ROWS, len(x))).round().astype(int))
+    r_hat = bulk = tail = None
+    moved = True
+    if draws.draws >= 4:
+        values = function_values(draws, model, x[rows])
+        if model.likelihood.kind == "classification" and values.shape[-1] == 2:
+            values = values[..., 1:]  # the other probability says the same
+        r_hat, bulk, tail = _compare(values)
+        moved = bool((values != values[:1, :1]).any())
+    stats = draws.stats
+    diverging = int(stats["diverging"].sum()) if "diverging" in stats else None
+    acceptance = float(stats["acceptance_rate"].double().mean()) if "acceptance_rate" in stats else None
+    e_bfmi = _e_bfmi(stats["energy"]) if "energy" in stats and draws.draws >= 4 else None
+    total = draws.chains * draws.draws
+    severe, mild = [], []
+
+    if r_hat is None or bulk is None or tail is None:
+        severe.append("fewer than 4 draws a chain: nothing can be said; draw more")
+    elif not moved:
+        severe.append("no chain ever moved: reduce the step size")
+    else:
+        worst = float(r_hat.max())
+        if not worst <= R_HAT[0]:
+            (mild if worst <= R_HAT[1] else severe).append(
+                f"chains disagree about predictions (R-hat up to {worst:.3g}): run a longer warm-up and more draws, or "
+                "start from a trained network or an ensemble"
+            )
+        ess = float(min(bulk.min(), tail.min()))
+        if not ess >= ESS[0]:
+            more = f"about {math.ceil(ESS[0] / ess)} times as many draws" if ess > 0 else "many more draws"
+            (mild if ess >= ESS[1] else severe).append(
+                f"only {ess:.0f} effective draws of the worst prediction: take {more}"
+            )
+    if draws.chains == 1:
+        mild.append("one chain cannot show what it has not found: run at least four")
+    if diverging:
+        (mild if diverging <= DIVERGENCES * total else severe).append(
+            f"{diverging:,} of {total:,} transitions diverged: raise the target acceptance or run a longer warm-up"
+        )
+    if e_bfmi is not None and not e_bfmi >= E_BFMI:
+        mild.append(f"E-BFMI {e_bfmi:.2f} is below {E_BFMI}: energies are explored slowly; take more draws")
+    if acceptance is not None and acceptance < 0.2:
+        mild.append(f"acceptance is {acceptance:.2f}: run a longer warm-up or start with a smaller step size")
+    if draws.info.get("interrupted"):
+        mild.append("the run was interrupted")
+    if model.temperature != 1:
+        mild.append(f"this is the posterior tempered at T = {model.temperature:g}")
+
+    verdict: Verdict = "do not trust" if severe else "trust with care" if mild else "trust"
+    reasons = tuple(severe + mild) or ("chains agree, and there are enough effective draws of every prediction",)
+    return Diagnosis(
+        verdict,
+        reasons,
+        "chains",
+        _method(draws),
+        draws.chains,
+        total,
+        rows if r_hat is not None else None,
+        r_hat,
+        bulk,
+        tail,
+        divergences=diverging,
+        acceptance=acceptance,
+        e_bfmi=e_bfmi,
+    )
+
+
+def _compare(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return R-hat, bulk and tail ESS of ``(chain, draw, rows, outputs)``, ``(rows, outputs)`` each.
+
+    Chains that are each constant but differ have infinite R-hat and no effective draws.
+    """
+    import xarray
+
+    arviz = import_arviz()
+
+    def dataset(values: np.ndarray) -> xarray.Dataset:
+        return xarray.Dataset({"mean": (("chain", "draw", "row", "output"), values)})
+
+    halves = values
+    if len(values) == 1:  # R-hat wants two chains; a single one is compared with itself
+        half = values.shape[1] // 2
+        halves = values[:, : 2 * half].reshape(2, half, *values.shape[2:])
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        r_hat = arviz.rhat(dataset(halves))["mean"].to_numpy()
+        bulk = arviz.ess(dataset(values), method="bulk")["mean"].to_numpy()
+        tail = arviz.ess(dataset(values), method="tail")["mean"].to_numpy()
+    constant = (values == values[:1, :1]).all((0, 1))
+    r_hat = np.where(constant, 1.0, np.nan_to_num(r_hat, nan=np.inf))
+    bulk, tail = (
+        np.where(constant, values.shape[0] * values.shape[1], np.where(np.isinf(r_hat), 0.0, np.nan_to_num(ess)))
+        for ess in (bulk, tail)
+    )
+    return r_hat, bulk, tail
+
+
+def _e_bfmi(energy: Tensor) -> float:
+    """Return the smallest ratio, over chains, of the energy's squared steps to its variance."""
+    energy = energy.double()
+    steps = energy.diff(dim=1).square().mean(1)
+    ratio = steps / energy.var(1, correction=0)
+    return float(torch.nan_to_num(ratio, nan=0.0).min())

@@ -1,0 +1,459 @@
+"""The report: one HTML file, no scripts, nothing loaded from anywhere."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import math
+import platform
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata, resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnnflow.draws import Draws
+from bnnflow.model import BayesianModel
+from bnnflow.report import plots
+from bnnflow.report.compare import Comparison, Evaluation, _duration, compare, gather
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Report", "report"]
+
+
+class _Column(NamedTuple):
+    key: str
+    label: str
+    format: str
+    about: str
+
+
+_COLUMNS = (
+    _Column("accuracy", "accuracy", ".1%", "fraction of rows predicted right"),
+    _Column("rmse", "RMSE", ".4f", "root mean squared error of the predictive mean"),
+    _Column("lppd", "LPPD", ".3f", "mean log density of the test rows under the mixture over draws, ± its standard error over rows, nats; higher is better"),
+    _Column("brier", "Brier", ".4f", "squared error of the class probabilities, summed over classes; lower is better"),
+    _Column("crps", "CRPS", ".4f", "continuous ranked probability score, units of the target; lower is better"),
+    _Column("ece", "ECE", ".3f", "expected calibration error, 15 bins; biased upwards on few rows, so never marked"),
+    _Column("coverage_90", "90 % cover", ".1%", "targets inside the central 90 % interval; 90 % is best"),
+    _Column("log_likelihood", "log lik.", ",.1f", "log likelihood of the training data, mean over draws"),
+    _Column("log_joint", "log joint", ",.1f", "log joint density of weights and training data, mean over draws"),
+    _Column("draws", "draws", ",", "draws of the weights"),
+    _Column("seconds", "seconds", ".3g", "wall-clock time to obtain them"),
+    _Column("seconds_per_1000_draws", "s / 1,000", ".3g", "the same for 1,000 draws"),
+    _Column("gradients_per_chain", "gradients", ",", "gradient evaluations of a chain, member or fit"),
+)  # fmt: skip
+
+
+class Figures(NamedTuple):
+    """A picture, ready to be put into the page."""
+
+    svg: str
+    caption: str
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """One experiment of a report: everything the template shows."""
+
+    title: str
+    comparison: Comparison
+    figures: tuple[Figures, ...]
+    about: dict[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """A finished report; printing it shows the comparison table.
+
+    Attributes:
+        title: heading of the page.
+        sections: one for each experiment.
+        path: the file, or None if it has not been written.
+    """
+
+    title: str
+    sections: tuple[Section, ...]
+    path: Path | None = None
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """One dict for each method: the unrounded numbers of the comparison table, by ``experiment``."""
+        return [
+            {"experiment": section.title, **e.row} for section in self.sections for e in section.comparison.evaluations
+        ]
+
+    @classmethod
+    def combine(cls, reports: Iterable[Report], path: str | Path, *, title: str | None = None) -> Report:
+        """Write several reports into one file, a section each, in the order given.
+
+        Args:
+            reports: made by `report`, with ``path=None`` if they need no file of their own.
+            path: the file.
+            title: heading of the page; the first report's if None.
+
+        Raises:
+            ValueError: if there are no reports, or path is a folder.
+        """
+        reports = list(reports)
+        if not reports:
+            raise ValueError("there are no reports to combine")
+        sections = tuple(section for each in reports for section in each.sections)
+        return cls(title or reports[0].title, sections).write(path)
+
+    def write(self, path: str | Path) -> Report:
+        """Write the page, making folders as needed, and return the report with its path."""
+        path = _check_path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.html(), encoding="utf-8")
+        return Report(self.title, self.sections, path)
+
+    def html(self) -> str:
+        """Return the page."""
+        import jinja2
+
+        text = resources.files("bnnflow.report").joinpath("template.html").read_text(encoding="utf-8")
+        environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        environment.filters["duration"] = _duration
+        shown = [_Shown.of(section, number) for number, section in enumerate(self.sections, start=1)]
+        return environment.from_string(text).render(
+            title=self.title,
+            sections=shown,
+            versions=_versions(),
+            date=datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
+        )
+
+    def __str__(self) -> str:
+        """Lay the comparison out for a terminal."""
+        blocks = []
+        for section in self.sections:
+            columns = _columns(section.comparison)
+            head = ["method", *(column.label for column in columns), "verdict"]
+            lines = [
+                [e.name, *(_plain(e, column) for column in columns), e.diagnosis.verdict.split(":")[0]]
+                for e in section.comparison.evaluations
+            ]
+            widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+            aligned = [
+                "  ".join(
+                    cell.ljust(width) if i in (0, len(head) - 1) else cell.rjust(width)
+                    for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+                ).rstrip()
+                for line in [head, ["-" * width for width in widths], *lines]
+            ]
+            blocks.append("\n".join([section.title, "", *aligned, "", section.comparison.headline]))
+        if self.path is not None:
+            blocks.append(f"written to {self.path}")
+        return "\n\n".join(blocks)
+
+
+def report(
+    results: Mapping[str, Any],
+    model: BayesianModel,
+    x_test: Tensor | np.ndarray,
+    y_test: Tensor | np.ndarray,
+    path: str | Path | None = "report.html",
+    *,
+    title: str | None = None,
+    seconds: Mapping[str, float] | None = None,
+) -> Report:
+    """Compare methods on test rows and write what a reader needs to judge them into one HTML file.
+
+    The page starts with the verdict in words, then compares the methods in a table, shows calibration and
+    predictions, the convergence of predictions (R-hat, effective sample sizes), the settings of each run, and the
+    versions of the software. It needs no network and no scripts.
+
+    Args:
+        results: by name, `Draws`, weights ``(..., dim)``, a pair of weights and log weights, anything with ``theta``
+            and ``log_weights``, or a posterior with ``sample(n, seed)``, of which 4,000 draws are taken.
+        model: the model that all of them are draws of.
+        x_test: ``(n, ...)``.
+        y_test: ``(n,)`` or ``(n, targets)``.
+        path: the file; None writes none (see `Report.combine`, which puts several reports into one).
+        title: heading.
+        seconds: wall-clock time of each method, where ``draws.info`` does not have it or should not be believed.
+
+    Raises:
+        ValueError: before any work, for methods, inputs or targets that do not fit, or a path that is a folder.
+
+    Example:
+        >>> net = torch.nn.Linear(2, 2)
+        >>> from bnnflow.model import likelihoods
+        >>> x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
+        >>> y = (x[:, 0] > 0).long()
+        >>> model = BayesianModel(net, torch.distributions.Normal(0.0, 1.0), likelihoods.Categorical(), x, y)
+        >>> made = report({"prior": model.sample_prior(50, seed=0)}, model, x, y, path=None)
+        >>> made.table[0]["draws"]
+        50
+    """
+    methods = gather(results, model, seconds)
+    if x_test is None or y_test is None:
+        raise ValueError("x_test and y_test are needed")
+    x, y = model.inputs(x_test), model.targets(y_test)
+    if len(x) != len(y):
+        raise ValueError(f"x_test has {len(x)} rows and y_test has {len(y)}")
+    if path is not None:
+        _check_path(path)
+    kind = model.likelihood.kind
+    title = title or f"Posterior comparison: {kind}, {model.dim:,} weights"
+    comparison = compare(methods, model, x, y, seconds)
+    section = Section(title, comparison, _figures(comparison, model, y), _about(model, len(y)))
+    made = Report(title, (section,))
+    return made if path is None else made.write(path)
+
+
+# -------------------------------------------------------------------- what the template shows
+
+
+class _Shown(NamedTuple):
+    """A section in the template's terms: text and cells, no logic left."""
+
+    number: int
+    title: str
+    headline: str
+    methods: list[dict[str, Any]]
+    columns: list[_Column]
+    rows: list[list[dict[str, Any]]]
+    several: bool
+    reference: str | None
+    figures: list[dict[str, Any]]
+    convergence: list[dict[str, Any]]
+    runs: list[dict[str, Any]]
+    about: dict[str, str]
+
+    @classmethod
+    def of(cls, section: Section, number: int) -> _Shown:
+        from markupsafe import Markup
+
+        comparison = section.comparison
+        columns = _columns(comparison)
+        palette = plots.colours([e.name for e in comparison.evaluations])
+        return cls(
+            number=number,
+            title=section.title,
+            headline=comparison.headline,
+            methods=[
+                {
+                    "name": e.name,
+                    "colour": palette[e.name],
+                    "verdict": e.diagnosis.verdict,
+                    "grade": {"trust": "good", "do not trust": "bad"}.get(e.diagnosis.verdict, "fair"),
+                    "remark": remark,
+                }
+                for e, remark in zip(comparison.evaluations, comparison.remarks, strict=True)
+            ],
+            columns=columns,
+            rows=[
+                [{"text": _plain(e, column), "best": column.key in e.row["best"]} for column in columns]
+                for e in comparison.evaluations
+            ],
+            several=len(comparison.evaluations) > 1,
+            reference=comparison.reference,
+            figures=[
+                {"svg": Markup(_unique(figure.svg, f"s{number}f{i}-")), "caption": figure.caption}
+                for i, figure in enumerate(section.figures)
+            ],
+            convergence=[_convergence(e) for e in comparison.evaluations if e.diagnosis.r_hat is not None],
+            runs=[_run(e) for e in comparison.evaluations],
+            about=section.about,
+        )
+
+
+def _columns(comparison: Comparison) -> list[_Column]:
+    rows = [e.row for e in comparison.evaluations]
+    return [column for column in _COLUMNS if any(row.get(column.key) is not None for row in rows)]
+
+
+def _plain(e: Evaluation, column: _Column) -> str:
+    value = e.row.get(column.key)
+    if value is None:
+        return "–"
+    text = _number(value, column.format)
+    if column.key == "lppd" and not math.isnan(e.row["lppd_se"]):
+        text += f" ± {_number(e.row['lppd_se'], column.format)}"
+    return text
+
+
+def _number(value: float, form: str) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "–" if math.isnan(value) else f"{value}".replace("inf", "∞").replace("-", "−")
+    if form == ".3g" and abs(value) >= 1000:
+        form = ",.0f"
+    if form == ".3f" and abs(value) >= 1000:
+        form = ",.0f"
+    return format(value, form).replace("-", "−").replace("%", " %")
+
+
+def _convergence(e: Evaluation) -> dict[str, Any]:
+    d = e.diagnosis
+    assert d.r_hat is not None and d.ess_bulk is not None and d.ess_tail is not None and d.rows is not None
+    order = np.argsort(-d.r_hat, axis=None, kind="stable")[:5]
+    worst = []
+    for row, output in zip(*np.unravel_index(order, d.r_hat.shape), strict=True):
+        classes = e.prediction.kind == "classification"
+        output_name = int(output) + (1 if classes and d.r_hat.shape[1] == 1 else 0)
+        worst.append(
+            {
+                "row": int(d.rows[row]),
+                "output": output_name,
+                "r_hat": _number(float(d.r_hat[row, output]), ".3f"),
+                "bulk": _number(float(d.ess_bulk[row, output]), ",.0f"),
+                "tail": _number(float(d.ess_tail[row, output]), ",.0f"),
+            }
+        )
+    summary = [
+        ("R-hat", _number(float(d.r_hat.max()), ".3f"), _number(float(np.median(d.r_hat)), ".3f"), "at most 1.01"),
+        ("bulk ESS", _number(float(d.ess_bulk.min()), ",.0f"), _number(float(np.median(d.ess_bulk)), ",.0f"), "at least 400"),
+        ("tail ESS", _number(float(d.ess_tail.min()), ",.0f"), _number(float(np.median(d.ess_tail)), ",.0f"), "at least 400"),
+    ]  # fmt: skip
+    counts = {
+        "chains × draws": f"{d.chains} × {d.draws // d.chains:,}",
+        "acceptance": None if d.acceptance is None else f"{d.acceptance:.2f}",
+        "divergences": None if d.divergences is None else f"{d.divergences:,} of {d.draws:,}",
+        "E-BFMI, smallest": None if d.e_bfmi is None else f"{d.e_bfmi:.2f}",
+        "inputs compared": f"{len(d.rows):,}",
+    }
+    return {
+        "name": e.name,
+        "summary": summary,
+        "worst": worst,
+        "several_outputs": e.prediction.kind == "classification" or d.r_hat.shape[1] > 1,
+        "output_label": "class" if e.prediction.kind == "classification" else "target",
+        "counts": {key: value for key, value in counts.items() if value is not None},
+    }
+
+
+def _run(e: Evaluation) -> dict[str, Any]:
+    draws = e.entry.draws
+    shape = tuple((draws.theta if isinstance(draws, Draws) else draws[0]).shape[:-1])
+    facts = {"draws": " × ".join(f"{size:,}" for size in shape) or "1", "time": _duration(e.entry.seconds)}
+    evidence = draws.log_evidence if isinstance(draws, Draws) else None
+    if evidence is not None:
+        facts["log evidence"] = f"{evidence[0]:.2f} ± {evidence[1]:.2f}".replace("-", "−")
+    hidden = {"seconds", "settings", "method"}
+    for key, value in e.entry.info.items():
+        if key not in hidden:
+            facts[str(key).replace("_", " ")] = _fact(value)
+    settings = e.entry.info.get("settings") or e.entry.info.get("method") or "weights as given"
+    return {"name": e.name, "settings": str(settings), "facts": facts}
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = f"{value:,}" if isinstance(value, int) else str(value)
+    return text if len(text) <= 200 else text[:200] + " …"
+
+
+def _about(model: BayesianModel, rows: int) -> dict[str, str]:
+    widths = ", ".join(f"{name}: {width}" for name, width in model.spec.widths.items())
+    about = {
+        "weights": f"{model.dim:,}" + (f" (hidden units {widths})" if widths else ""),
+        "likelihood": repr(model.likelihood).replace(f", kind='{model.likelihood.kind}'", "")
+        .replace(f"kind='{model.likelihood.kind}'", ""),
+        "prior": _describe(model.prior),
+        "training rows": f"{len(model.x):,}",
+        "test rows": f"{rows:,}",
+        "fingerprint": model.fingerprint(),
+    }  # fmt: skip
+    if model.temperature != 1:
+        about["temperature"] = f"{model.temperature:g}"
+    return about
+
+
+def _describe(value: Any) -> str:
+    text = re.sub(r"<(?:[\w.]+\.)?(\w+) object at 0x[0-9a-f]+>", r"\1", repr(value))
+    return text if len(text) <= 300 else text[:300] + " …"
+
+
+@cache
+def _versions() -> dict[str, str]:
+    versions = {"Python": platform.python_version(), "torch": torch.__version__}
+    for package in ("bnnflow", "numpy", "arviz", "matplotlib", "pyro-ppl"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return dict(sorted(versions.items(), key=lambda item: (item[0] != "bnnflow", item[0].lower())))
+
+
+def _check_path(path: str | Path) -> Path:
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"path must be a file, {path} is a folder")
+    return path
+
+
+# -------------------------------------------------------------------- pictures
+
+
+def _figures(comparison: Comparison, model: BayesianModel, y: Tensor) -> tuple[Figures, ...]:
+    predictions = {e.name: e.prediction for e in comparison.evaluations}
+    names = ", ".join(predictions)
+    if model.likelihood.kind == "classification":
+        calibration = (
+            "Calibration. Accuracy against the probability of the predicted class, in 15 bins. A calibrated method "
+            "stays within the grey bars, which hold 95 % of a bin's outcomes; below the diagonal it is over-confident. "
+            "Columns at the foot show the share of rows in each bin."
+        )
+        spread = (
+            "Confidence. Test rows by the probability of the predicted class, for those predicted right and wrong; "
+            "the count axis is logarithmic above 10. Mistakes should be made with doubt."
+        )
+        shown = [(plots.reliability(predictions, y), calibration), (plots.predictive(predictions, y), spread)]
+    else:
+        calibration = (
+            "Calibration. Share of test targets inside central predictive intervals of every nominal coverage. The "
+            "grey region holds 95 % of outcomes of a calibrated method; below it intervals are too narrow, above too "
+            "wide."
+        )
+        single = model.x.flatten(1).shape[1] == 1 and y.shape[-1] == 1
+        if single:
+            figure = plots.predictive_band(predictions, model.x, model.y)
+            spread = (
+                "Predictions. Mean, 50 % and 90 % bands of the target, and between dashed lines 90 % of the function "
+                "itself (without noise), at the test inputs; dots are training data. The vertical axis is bounded by "
+                "the data."
+            )
+        else:
+            figure = plots.predictive(predictions, y)
+            spread = (
+                "Predictions. Mean and 90 % interval of test rows, in the order of the observed target; at most 120 "
+                "rows are drawn."
+            )
+        shown = [(plots.reliability(predictions, y), calibration), (figure, spread)]
+    return tuple(Figures(_svg(figure, f"{text.split('.')[0]} of {names}"), text) for figure, text in shown)
+
+
+def _svg(figure: Figure, label: str) -> str:
+    """Render a figure as an inline picture: text stays text, ink takes the page's colour."""
+    import html
+
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bnnflow"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<svg[^>]*?) width="([\d.]+)pt" height="[\d.]+pt"', r'\1 style="max-width:\2pt"', text, count=1)
+    text = text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label, quote=True)}" ', 1)
+    return text.replace(plots.INK, "currentColor").strip()
+
+
+def _unique(svg: str, prefix: str) -> str:
+    """Prefix every identifier, so that pictures on one page do not refer to each other's parts."""
+    svg = re.sub(r'\bid="', f'id="{prefix}', svg)
+    svg = re.sub(r'href="#', f'href="#{prefix}', svg)
+    return svg.replace("url(#", f"url(#{prefix}")

@@ -1,0 +1,271 @@
+"""Plots of predictions, side by side for several methods. Each returns a figure and changes no global state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnnflow.predictive import Prediction, metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["colours", "predictive", "predictive_band", "reliability"]
+
+INK = "#1b1f24"  # text and axes; the HTML report lets it follow the page's own colour
+_GREY = "#808890"
+_PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b0578d", "#3a9bd9", "#c98a00")  # after Okabe and Ito
+_SMALL, _BODY = 9, 10
+_MAX_ROWS = 120
+_MAX_DRAWS = 2000  # bands need no more
+
+
+def colours(names: list[str]) -> dict[str, str]:
+    """Return a colour for every method, the same in every plot of the same methods."""
+    return {name: _PALETTE[index % len(_PALETTE)] for index, name in enumerate(names)}
+
+
+def predictive_band(
+    predictions: Mapping[str, Prediction],
+    x_train: Tensor | np.ndarray | None = None,
+    y_train: Tensor | np.ndarray | None = None,
+    *,
+    truth: Tensor | np.ndarray | None = None,
+    x_label: str = "x",
+    y_label: str = "y",
+) -> Figure:
+    """Plot one-dimensional regressions: mean, predictive 50 % and 90 % bands, and the band without noise.
+
+    The inputs of the predictions are the grid. Bands use at most 2,000 draws, evenly spaced.
+
+    Args:
+        predictions: by method; one input feature and one target each.
+        x_train: ``(n,)`` or ``(n, 1)``, training inputs to show.
+        y_train: their targets.
+        truth: the noiseless function at the first prediction's inputs, if known.
+        x_label: with units.
+        y_label: with units.
+
+    Raises:
+        ValueError: for classes, several features or several targets.
+    """
+    _check(predictions, "regression")
+    for name, prediction in predictions.items():
+        if prediction.x.flatten(1).shape[1] != 1 or prediction.mean.dim() != 1:
+            raise ValueError(f"{name} is not a regression of one target on one feature")
+    figure, axes = _panels(list(predictions), height=2.9)
+    for (name, prediction), ax in zip(predictions.items(), axes, strict=True):
+        x, order = prediction.x.flatten().sort()
+        bands = _array(_thin(prediction).quantile([0.05, 0.25, 0.75, 0.95])[:, order])
+        mean, noiseless = _array(prediction.mean[order]), 1.645 * _array(prediction.epistemic[order])
+        x, colour = _array(x), colours(list(predictions))[name]
+        ax.fill_between(x, bands[0], bands[3], color=colour, alpha=0.18, linewidth=0, label="90 % of y")
+        ax.fill_between(x, bands[1], bands[2], color=colour, alpha=0.32, linewidth=0, label="50 % of y")
+        for sign in (-1, 1):
+            label = "90 % of the function" if sign > 0 else None
+            ax.plot(x, mean + sign * noiseless, color=colour, linewidth=0.9, linestyle=(0, (4, 2)), label=label)
+        ax.plot(x, mean, color=colour, linewidth=1.8, label="mean")
+        if truth is not None:
+            true = _array(truth).ravel()[_array(next(iter(predictions.values())).x.flatten().argsort())]
+            ax.plot(x, true, color=INK, linewidth=0.9, linestyle=":", label="truth")
+        if x_train is not None and y_train is not None:
+            ax.plot(_array(x_train).ravel(), _array(y_train).ravel(), ".", color=INK, markersize=3.5, label="data")
+    _limit(axes, predictions, y_train)
+    _legend(figure, axes[0])
+    _labels(figure, axes, x_label, y_label)
+    return figure
+
+
+def reliability(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray, bins: int = 15) -> Figure:
+    """Plot calibration: accuracy against confidence for classes, empirical against nominal coverage for regression.
+
+    The grey region holds 95 % of the curves of a calibrated model with this many rows (for classes it is the error
+    bar of each bin instead).
+
+    Args:
+        predictions: by method.
+        y: labels or targets at their inputs.
+        bins: number of bins of the confidence.
+    """
+    classes = next(iter(predictions.values())).kind == "classification"
+    _check(predictions, "classification" if classes else "regression")
+    figure, axes = _panels(list(predictions), height=2.7, square=True)
+    for (name, prediction), ax in zip(predictions.items(), axes, strict=True):
+        colour = colours(list(predictions))[name]
+        ax.plot([0, 1], [0, 1], color=_GREY, linewidth=1)
+        if classes:
+            _confidence_curve(ax, prediction, y, bins, colour)
+        else:
+            _coverage_curve(ax, prediction, y, colour)
+        ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+        ticks = [0, 0.25, 0.5, 0.75, 1]
+        ax.set_xticks(ticks, ["0", "", "0.5", "", "1"])
+        ax.set_yticks(ticks, ["0", "", "0.5", "", "1"])
+    if classes:
+        _labels(figure, axes, "probability of the predicted class", "fraction predicted right")
+    else:
+        _labels(figure, axes, "nominal coverage of central intervals", "targets inside")
+    return figure
+
+
+def predictive(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) -> Figure:
+    """Plot predictions at test rows against what was observed.
+
+    Regression: mean and 90 % interval of each row, in the order of the observed targets (at most 120 rows, evenly
+    spaced in that order; several targets are pooled). Classes: histograms of the probability of the predicted class,
+    for rows predicted right and wrong.
+
+    Args:
+        predictions: by method.
+        y: labels or targets at their inputs.
+    """
+    if next(iter(predictions.values())).kind == "classification":
+        return _confidences(predictions, y)
+    _check(predictions, "regression")
+    figure, axes = _panels(list(predictions), height=2.7)
+    for (name, prediction), ax in zip(predictions.items(), axes, strict=True):
+        colour = colours(list(predictions))[name]
+        low, high = (_array(end).ravel() for end in _thin(prediction).interval(0.9))
+        mean, seen = _array(prediction.mean).ravel(), _array(prediction.targets(y)).ravel()
+        order = np.argsort(seen)
+        order = order[np.unique(np.linspace(0, len(order) - 1, min(_MAX_ROWS, len(order))).astype(int))]
+        rank = np.arange(len(order))
+        ax.vlines(rank, low[order], high[order], color=colour, alpha=0.45, linewidth=1.6, label="90 % interval")
+        ax.plot(rank, mean[order], "o", color=colour, markersize=3, label="mean")
+        ax.plot(rank, seen[order], "_", color=INK, markersize=6, markeredgewidth=1.2, label="observed")
+        ax.set_xticks([])
+    _limit(axes, predictions, y)
+    _legend(figure, axes[0])
+    _labels(figure, axes, "test rows in the order of their targets", "target")
+    return figure
+
+
+# -------------------------------------------------------------------- panels
+
+
+def _confidence_curve(ax: Axes, prediction: Prediction, y: Any, bins: int, colour: str) -> None:
+    binned = metrics.reliability(prediction, y, bins)
+    filled = _array(binned.count) > 0
+    confidence, accuracy, count = (_array(v)[filled] for v in (binned.confidence, binned.accuracy, binned.count))
+    spread = np.sqrt(confidence * (1 - confidence) / count)  # of the accuracy, if calibrated
+    share = count / count.sum()
+    edges = _array(binned.edges)
+    ax.bar(edges[:-1][filled], share, np.diff(edges)[filled], align="edge", color=colour, alpha=0.15, linewidth=0)
+    ax.vlines(confidence, confidence - 1.96 * spread, confidence + 1.96 * spread, color=_GREY, alpha=0.5, linewidth=4)
+    ax.plot(confidence, accuracy, "o-", color=colour, markersize=4, linewidth=1.5)
+    ax.text(0.04, 0.93, f"ECE {metrics.ece(prediction, y, bins):.3f}", color=INK, fontsize=_SMALL, va="top")
+
+
+def _coverage_curve(ax: Axes, prediction: Prediction, y: Any, colour: str) -> None:
+    distance = 2 * np.abs(_array(metrics.pit(prediction, y)).ravel() - 0.5)
+    levels = np.linspace(0, 1, 101)
+    inside = np.searchsorted(np.sort(distance), levels, side="right") / len(distance)
+    spread = 1.96 * np.sqrt(levels * (1 - levels) / len(distance))
+    ax.fill_between(levels, levels - spread, levels + spread, color=_GREY, alpha=0.25, linewidth=0)
+    ax.plot(levels, inside, color=colour, linewidth=1.8, drawstyle="steps-post")
+    ax.text(0.04, 0.93, f"90 %: {(distance <= 0.9).mean():.1%}", color=INK, fontsize=_SMALL, va="top")
+
+
+def _confidences(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) -> Figure:
+    _check(predictions, "classification")
+    figure, axes = _panels(list(predictions), height=2.5)
+    for (name, prediction), ax in zip(predictions.items(), axes, strict=True):
+        probs = prediction.probs
+        edges = np.linspace(1 / probs.shape[-1], 1, 21)
+        confidence = _array(probs.max(-1).values)
+        right = _array(probs.argmax(-1) == prediction.targets(y))
+        colour = colours(list(predictions))[name]
+        ax.hist(confidence[right], edges, color=colour, alpha=0.45, label=f"right ({right.sum()})")
+        ax.hist(confidence[~right], edges, color=INK, rwidth=0.45, label=f"wrong ({(~right).sum()})")
+        ax.set_yscale("symlog", linthresh=10)
+        ax.set_xlim(edges[0], 1)
+        legend = ax.legend(frameon=False, fontsize=_SMALL, loc="upper left", handlelength=1.2, labelcolor=INK)
+        legend.set_zorder(5)
+    top = max(ax.get_ylim()[1] for ax in axes)
+    for ax in axes:
+        ticks = [0, 5, 10] + [10**k for k in range(2, 8) if 10**k < top]
+        ax.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+        ax.set_yticks([], minor=True)
+        ax.set_ylim(0, 2.5 * top)
+    _labels(figure, axes, "probability of the predicted class", "test rows")
+    return figure
+
+
+def _panels(names: list[str], height: float, *, square: bool = False) -> tuple[Figure, list[Axes]]:
+    """Return a figure with a titled panel for every method, at most three in a row, with shared axes."""
+    from matplotlib.figure import Figure
+
+    n = len(names)
+    columns = n if n <= 3 else 2 if n == 4 else 3
+    rows = math.ceil(n / columns)
+    width = {1: 3.4 if square else 6.2, 2: 6.4 if square else 8.2}.get(columns, 9.2)
+    figure = Figure(figsize=(width, 0.75 + height * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    figure.patch.set_alpha(0)
+    axes = list(grid.ravel())
+    for spare in axes[n:]:
+        spare.set_visible(False)
+    for index, (name, ax) in enumerate(zip(names, axes, strict=False)):
+        ax.set_title(name.replace("$", r"\$"), fontsize=_BODY + 1, color=INK, loc="left", fontweight="bold")
+        ax.patch.set_alpha(0)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set_color(_GREY)
+        ax.tick_params(colors=INK, labelsize=_SMALL, color=_GREY, length=3)
+        ax.tick_params(labelbottom=index + columns >= n)
+        ax.grid(True, color=_GREY, alpha=0.18, linewidth=0.6)
+        ax.set_axisbelow(True)
+    return figure, axes[:n]
+
+
+def _limit(axes: list[Axes], predictions: Mapping[str, Prediction], y: Tensor | np.ndarray | None) -> None:
+    """Bound the shared y axis by the data and by the means near them, so that a wild band cannot flatten the rest."""
+    means = np.concatenate([_array(prediction.mean).ravel() for prediction in predictions.values()])
+    seen = means if y is None else _array(y).ravel()
+    low, high = seen.min(), seen.max()
+    margin = 0.6 * (high - low) if high > low else 1.0
+    axes[0].set_ylim(low - margin, high + margin)
+
+
+def _legend(figure: Figure, ax: Axes) -> None:
+    """Put one legend above the panels, in grey: it names the marks, the panels' titles name the methods."""
+    handles, labels = ax.get_legend_handles_labels()
+    legend = figure.legend(
+        handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=_SMALL, labelcolor=INK
+    )
+    for handle in legend.legend_handles:
+        if handle is not None and hasattr(handle, "set_color"):
+            handle.set_color(INK if handle.get_label() in ("data", "truth", "observed") else _GREY)  # type: ignore[attr-defined]
+
+
+def _labels(figure: Figure, axes: list[Axes], x: str, y: str) -> None:
+    figure.supxlabel(x, fontsize=_BODY, color=INK)
+    figure.supylabel(y, fontsize=_BODY, color=INK)
+
+
+def _thin(prediction: Prediction) -> Prediction:
+    """Keep at most `_MAX_DRAWS` draws, evenly spaced; weighted draws are all kept."""
+    every = math.ceil(len(prediction.theta) / _MAX_DRAWS)
+    weights = prediction.log_weights
+    if every == 1 or bool((weights != weights[0]).any()):
+        return prediction
+    theta = prediction.theta[::every]
+    return replace(prediction, theta=theta, log_weights=torch.full_like(weights[::every], -math.log(len(theta))))
+
+
+def _check(predictions: Mapping[str, Prediction], kind: str) -> None:
+    if not predictions:
+        raise ValueError("there are no predictions to plot")
+    for name, prediction in predictions.items():
+        if prediction.kind != kind:
+            raise ValueError(f"{name} is a prediction for {prediction.kind}, expected {kind}")
+
+
+def _array(values: Any) -> np.ndarray:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)

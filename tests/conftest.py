@@ -1,0 +1,43 @@
+"""What holds for every test: one torch thread, repeatable examples, and no global state left changed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.load_profile("ci")  # the same examples on every run, and no deadline
+
+
+@pytest.fixture(autouse=True)
+def leaves_no_trace() -> Iterator[None]:
+    """Fail a test that changed torch's global generator or default dtype, and put them back."""
+    generator, dtype = torch.get_rng_state(), torch.get_default_dtype()
+    yield
+    drew = not torch.equal(generator, torch.get_rng_state())
+    left = torch.get_default_dtype()
+    torch.set_rng_state(generator)
+    torch.set_default_dtype(dtype)
+    if drew:
+        pytest.fail("the global generator was used: pass a seed, or build networks inside `with seeded(0):`")
+    if left != dtype:
+        pytest.fail(f"the default dtype was left at {left}")
+
+
+@pytest.fixture(scope="session")
+def seeded():
+    """Context in which the global generator starts from a seed: how a test builds its networks.
+
+    with seeded(0):
+        net = torch.nn.Linear(3, 2)
+    """
+
+    @contextmanager
+    def fork(seed: int) -> Iterator[None]:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            yield
+
+    return fork

@@ -1,0 +1,416 @@
+"""Laws of the transport: closed forms, invariances, and agreement of every route to a density."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+import bnnflow as bf
+from bnnflow import likelihoods, priors
+from bnnflow.transport import (
+    Flow,
+    GaussianVelocity,
+    GaussNewton,
+    GradientSteps,
+    Independent,
+    InformedVelocity,
+    Matched,
+    WeightsVelocity,
+    refine,
+)
+from bnnflow.transport.coordinates import Context
+from bnnflow.transport.couplings import source_symmetries
+from bnnflow.transport.divergence import exact_divergence, hutchinson_divergence, probe_noise
+from bnnflow.transport.solvers import integrate, time_grid
+from bnnflow.weights import Symmetries
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def linear_model(dtype: torch.dtype = torch.float64, prior=None) -> tuple[bf.BayesianModel, torch.Tensor, torch.Tensor]:
+    """Return Bayesian linear regression with its posterior mean and covariance."""
+    g = generator(1)
+    x = torch.randn(30, 3, generator=g, dtype=dtype)
+    y = x @ torch.tensor([1.0, -2.0, 0.5], dtype=dtype) + 0.3 + 0.5 * torch.randn(30, generator=g, dtype=dtype)
+    model = bf.BayesianModel(
+        nn.Linear(3, 1, dtype=dtype), prior or priors.Normal(1.5, 0.2), likelihoods.Gaussian(0.5), x, y
+    )
+    design = torch.cat([x, torch.ones(30, 1, dtype=dtype)], 1)
+    precision = design.T @ design / 0.25 + torch.eye(4, dtype=dtype) / 2.25
+    covariance = torch.linalg.inv(precision)
+    mean = covariance @ (design.T @ y / 0.25 + 0.2 / 2.25)
+    return model, mean, covariance
+
+
+def network_model(
+    kind: str = "categorical", dtype: torch.dtype = torch.float64, widths: tuple[int, ...] = (5,), temperature=1.0
+) -> bf.BayesianModel:
+    g = generator(2)
+    x = torch.randn(12, 2, generator=g, dtype=dtype)
+    likelihood, outputs, y = {
+        "categorical": (likelihoods.Categorical(), 3, torch.arange(12) % 3),
+        "bernoulli": (likelihoods.Bernoulli(), 1, torch.arange(12) % 2),
+        "gaussian": (likelihoods.Gaussian(0.3), 1, x.sum(1).sin()),
+        "learned": (likelihoods.Gaussian(), 1, x.sum(1).sin()),
+        "heteroscedastic": (likelihoods.HeteroscedasticGaussian(), 2, x.sum(1).sin()),
+    }[kind]
+    layers: list[nn.Module] = []
+    for n_in, n_out in zip((2, *widths), widths, strict=False):
+        layers += [nn.Linear(n_in, n_out), nn.Tanh()]
+    net = nn.Sequential(*layers, nn.Linear(widths[-1], outputs)).to(dtype)
+    return bf.BayesianModel(net, priors.Normal(1.0), likelihood, x, y, temperature=temperature)
+
+
+def randomised(velocity: nn.Module, scale: float = 0.05) -> nn.Module:
+    """Give every parameter a random value: a zero head would hide what the network does."""
+    g = generator(3)
+    for parameter in velocity.parameters():
+        parameter.data.add_(scale * torch.randn(parameter.shape, generator=g, dtype=parameter.dtype))
+    return velocity.requires_grad_(False)
+
+
+def informed(model: bf.BayesianModel, displacement=None, **sizes) -> InformedVelocity:
+    velocity = InformedVelocity(model.spec, displacement, **({"width": 16, "depth": 2} | sizes)).to(model.dtype)
+    return randomised(velocity).bind(Context(model))
+
+
+@pytest.fixture(autouse=True)
+def _seeded_modules():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+# ------------------------------------------------------------------ closed forms
+
+
+def test_closed_form_field_gives_the_exact_density():
+    model, mean, covariance = linear_model()
+    z_mean, z_cov = (mean - 0.2) / 1.5, covariance / 2.25
+    flow = Flow.of(GaussianVelocity(z_mean, z_cov), model)
+    theta = bf.Gaussian(mean, torch.linalg.cholesky(covariance)).sample(50, 0)
+    truth = bf.Gaussian(mean, torch.linalg.cholesky(covariance)).log_prob(theta)
+    got = flow.log_prob(theta, steps=128, solver="rk4")
+    assert (got - truth).abs().max() < 1e-6
+    drawn, log_q = flow.sample_with_log_prob(50, 1, steps=128, solver="rk4")
+    assert (log_q - bf.Gaussian(mean, torch.linalg.cholesky(covariance)).log_prob(drawn)).abs().max() < 1e-6
+
+
+def test_untrained_gauss_newton_field_is_exact_for_a_linear_gaussian_model():
+    model, mean, covariance = linear_model()
+    velocity = InformedVelocity(model.spec, GaussNewton(1, max_norm=math.inf), width=8, depth=1).double()
+    flow = Flow.of(velocity, model)
+    drawn, log_q = flow.sample_with_log_prob(40, 0, steps=128, solver="rk4")
+    truth = bf.Gaussian(mean, torch.linalg.cholesky(covariance)).log_prob(drawn)
+    assert (log_q - truth).abs().max() < 1e-6
+    # The evidence of a linear Gaussian model follows from any single draw.
+    assert torch.allclose(model.log_joint(drawn) - log_q, (model.log_joint(drawn) - truth)[0].expand(40), atol=1e-5)
+
+
+def test_gradient_steps_agree_with_gauss_newton_where_the_curvature_is_one_number():
+    model = bf.BayesianModel(nn.Linear(1, 1, bias=False).double(), priors.Normal(1.0), likelihoods.Gaussian(0.5),
+                             torch.tensor([[1.0], [2.0]]), torch.tensor([1.0, 2.5]))  # fmt: skip
+    context = Context(model)
+    mu, s2 = torch.tensor([[0.3], [-0.4]], dtype=torch.float64), torch.tensor([[0.4], [0.9]], dtype=torch.float64)
+    steps = GradientSteps(2, max_norm=1e6)(context, mu, s2)
+    newton = GaussNewton(1, max_norm=1e6)(context, mu, s2)
+    assert torch.allclose(steps.w, newton.w, rtol=1e-5)
+
+
+@pytest.mark.parametrize("displacement", [GradientSteps(), GaussNewton(2)])
+@pytest.mark.parametrize("kind", ["categorical", "bernoulli", "gaussian", "learned", "heteroscedastic"])
+def test_drive_is_finite_at_the_end_and_equals_the_gradient_there(kind, displacement):
+    model = network_model(kind)
+    context = Context(model)
+    z = torch.randn(6, model.dim, generator=generator(), dtype=torch.float64)
+    drive = displacement(context, z, torch.zeros(6, 1, dtype=torch.float64))
+    assert torch.allclose(drive.w, context.grad(z), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("kind", ["categorical", "learned"])
+def test_context_gradient_is_that_of_log_posterior_over_normal_density(kind, temperature):
+    model = network_model(kind, temperature=temperature)
+    z = torch.randn(5, model.dim, generator=generator(), dtype=torch.float64, requires_grad=True)
+    theta = model.flat_prior.from_normal(z)
+    u = model.log_joint(theta) + (model.log_prior(theta) - model.flat_prior.log_jacobian(theta)) * 0
+    # log posterior density over z: log_joint - log |dz/dtheta|
+    log_density = u - model.flat_prior.log_jacobian(theta)
+    (expected,) = torch.autograd.grad((log_density + 0.5 * (z * z).sum(-1)).sum(), z)
+    assert torch.allclose(Context(model).grad(z.detach()), expected, rtol=1e-7, atol=1e-8)
+
+
+# ------------------------------------------------------------------ densities
+
+
+@pytest.mark.parametrize("displacement", [GradientSteps(), GaussNewton(1), GaussNewton(2)])
+@pytest.mark.parametrize("kind", ["categorical", "gaussian", "learned"])
+@pytest.mark.parametrize("t", [0.1, 0.6, 0.97])
+def test_divergence_of_the_informed_field_matches_central_differences(kind, displacement, t):
+    model = network_model(kind)
+    velocity = informed(model, displacement)
+    x = torch.randn(4, model.dim, generator=generator(), dtype=torch.float64)
+    time = torch.tensor(t, dtype=torch.float64)
+    value, divergence = exact_divergence(lambda z: velocity(time, z), x)
+    assert torch.allclose(value, velocity(time, x))
+    step = 1e-6 * torch.eye(model.dim, dtype=torch.float64)
+    forward = velocity(time, (x[:, None] + step).flatten(0, 1)).reshape(4, model.dim, model.dim)
+    backward = velocity(time, (x[:, None] - step).flatten(0, 1)).reshape(4, model.dim, model.dim)
+    differences = (forward - backward).diagonal(dim1=1, dim2=2).sum(-1) / 2e-6
+    # Finite-difference curvature (GradientSteps) is itself differenced here, hence the looser bound.
+    assert torch.allclose(divergence, differences, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("make", [lambda m: informed(m, GaussNewton()), lambda m: randomised(WeightsVelocity(m.spec, 16, 2).double())])
+def test_forward_accumulation_equals_the_reverse_solve(make):
+    model = network_model("categorical")
+    flow = Flow.of(make(model), model)
+    theta, log_q = flow.sample_with_log_prob(2, 0, steps=32, solver="rk4")
+    assert (flow.log_prob(theta, steps=32, solver="rk4") - log_q).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
+def test_hutchinson_mean_agrees_with_the_exact_trace_within_its_error(noise):
+    model = network_model("categorical")
+    velocity = informed(model)
+    x = torch.randn(6, model.dim, generator=generator(), dtype=torch.float64)
+    field = lambda z: velocity(torch.tensor(0.5), z)  # noqa: E731
+    _, exact = exact_divergence(field, x)
+    _, estimates = hutchinson_divergence(field, x, probe_noise(noise, 2000, x, generator(4)))
+    error = estimates.std(0) / math.sqrt(2000)
+    assert ((estimates.mean(0) - exact).abs() < 4.5 * error).all()
+
+
+@pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
+def test_hutchinson_log_prob_agrees_with_the_exact_one(noise):
+    model = network_model("gaussian")
+    flow = Flow.of(informed(model), model, steps=8)
+    theta = flow.sample(1, 0).expand(300, -1)
+    exact = flow.log_prob(theta[:1])
+    estimates = flow.log_prob(theta, trace="hutchinson", probes=1, noise=noise, seed=5)
+    assert abs(estimates.mean() - exact) < 4.5 * estimates.std() / math.sqrt(300)
+
+
+def test_hutchinson_probes_are_fixed_along_a_path_and_by_the_seed():
+    model = network_model("gaussian")
+    flow = Flow.of(informed(model), model, steps=4)
+    theta = flow.sample(3, 0)
+    first, again = (flow.log_prob(theta, trace="hutchinson", probes=2, seed=7) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, flow.log_prob(theta, trace="hutchinson", probes=2, seed=8))
+
+
+def test_density_carries_the_jacobian_of_a_prior_that_is_not_normal():
+    model = bf.BayesianModel(
+        nn.Linear(1, 1, bias=False).double(),
+        torch.distributions.Laplace(torch.tensor(0.3), torch.tensor(0.8)),
+        likelihoods.Gaussian(0.7),
+        torch.tensor([[1.0], [0.5]]),
+        torch.tensor([0.4, 1.0]),
+    )
+    flow = Flow.of(InformedVelocity(model.spec, GaussNewton(1), width=8, depth=1).double(), model)
+    grid = torch.linspace(-6, 6, 2001, dtype=torch.float64)
+    mass = torch.trapezoid(flow.log_prob(grid[:, None], steps=24, solver="rk4").exp(), grid)
+    assert mass == pytest.approx(1.0, abs=2e-3)
+
+
+# ------------------------------------------------------------------ symmetry
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("widths", [(6,), (5, 4)])
+@pytest.mark.parametrize("kind", ["weights", "steps", "newton"])
+def test_velocity_commutes_with_the_group_it_declares(kind, widths, dtype):
+    model = network_model("categorical", dtype, widths)
+    if kind == "weights":
+        velocity = randomised(WeightsVelocity(model.spec, 16, 2).to(dtype))
+    else:
+        velocity = informed(model, GradientSteps() if kind == "steps" else GaussNewton())
+    x = torch.randn(20, model.dim, generator=generator(), dtype=dtype)
+    t = torch.rand(20, generator=generator(1), dtype=dtype)
+    v = velocity(t, x)
+    moved_x, moved_v = model.spec.transform(x, 5, velocity.group, v)
+    error = (velocity(t, moved_x) - moved_v).abs().max() / v.abs().max()
+    bound = 1e-10 if dtype == torch.float64 else (1e-5 if kind == "weights" else 1e-4)
+    assert velocity.group.permutation == set(model.spec.widths)
+    assert error <= bound
+
+
+def test_density_of_an_equivariant_flow_is_invariant():
+    model = network_model("categorical")
+    flow = Flow.of(informed(model), model, steps=6)
+    theta = flow.sample(4, 0)
+    moved = model.spec.transform(theta, 1, flow.velocity.group)
+    assert torch.allclose(flow.log_prob(theta), flow.log_prob(moved), atol=1e-8)
+
+
+@pytest.mark.parametrize("coupling", [Independent(), Matched()])
+@pytest.mark.parametrize("prior", [priors.Normal(1.0), priors.FanIn(1.3)])
+def test_source_marginals_stay_the_prior_under_every_coupling(coupling, prior):
+    net = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 1))
+    x = torch.randn(10, 2, generator=generator())
+    model = bf.BayesianModel(net, prior, likelihoods.Gaussian(0.1), x, x.sum(1))
+    # A target far from symmetric, so that matching has something to pull at.
+    x1 = 2 + 0.3 * torch.randn(4000, model.dim, generator=generator(1)) * torch.linspace(0.1, 3, model.dim)
+    x0 = torch.randn(4000, model.dim, generator=generator(2))
+    paired, target = coupling.pair(x0, x1, model.spec, source_symmetries(model), generator(3))
+    p_values = [stats.kstest(column.numpy(), "norm").pvalue for column in paired.T]
+    assert min(p_values) > 0.001 / model.dim
+    if isinstance(coupling, Matched):
+        assert (paired - target).square().sum() < 0.95 * (x0 - x1).square().sum()
+    theta = model.flat_prior.from_normal(paired)
+    assert torch.allclose(model.log_prior(theta).sort().values, model.log_prior(model.flat_prior.from_normal(x0)).sort().values, atol=1e-2)
+
+
+def test_matching_without_a_random_element_would_bias_the_source():
+    """The power of the test above: matched x0 alone is no longer the prior."""
+    net = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1))
+    x = torch.randn(10, 2, generator=generator())
+    model = bf.BayesianModel(net, priors.Normal(1.0), likelihoods.Gaussian(0.1), x, x.sum(1))
+    x0 = torch.randn(2000, model.dim, generator=generator(2))
+    x1 = torch.linspace(-3, 3, model.dim).expand(2000, -1)
+    matched = bf.symmetry.match(x0, model.spec, x1)
+    assert min(stats.kstest(column.numpy(), "norm").pvalue for column in matched.T) < 1e-8
+
+
+def test_prior_that_is_not_exchangeable_shrinks_the_group_or_raises():
+    net = nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1))
+    uneven = {"0.weight": torch.distributions.Normal(torch.zeros(3, 1), torch.tensor([[1.0], [2.0], [3.0]]))}
+    x = torch.randn(10, 1, generator=generator())
+    prior = priors.PerTensor(uneven, torch.distributions.Normal(0.5, 1.0))
+    model = bf.BayesianModel(net, prior, likelihoods.Gaussian(0.1), x, x.sum(1))
+    assert source_symmetries(model) == Symmetries(frozenset(), frozenset(), frozenset())
+    with pytest.raises(ValueError, match="exchangeable"):
+        bf.fit_flow(model, model.sample_prior(50, 0), coupling=Matched(), steps=1)
+
+
+# ------------------------------------------------------------------ solvers
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("rk4", 4)])
+def test_solvers_have_their_order(solver, order):
+    errors, reference = [], torch.linspace(0, 1, 1001, dtype=torch.float64)
+    for steps in (8, 16):
+        grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+        (x,) = integrate(lambda t, s: (-(s[0] ** 2) + t,), (torch.ones(1, dtype=torch.float64),), grid, solver)
+        (fine,) = integrate(lambda t, s: (-(s[0] ** 2) + t,), (torch.ones(1, dtype=torch.float64),), reference, "rk4")
+        errors.append(abs(float(x - fine)))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.4)
+
+
+def test_nan_velocity_raises_and_says_when():
+    with pytest.raises(FloatingPointError, match="between t = 0.0000"):
+        integrate(lambda t, s: (s[0] * math.nan,), (torch.ones(1),), time_grid(4))
+    with pytest.raises(ValueError, match="solver"):
+        integrate(lambda t, s: s, (torch.ones(1),), time_grid(4), "rk5")  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------ fitting, storage, refinement
+
+
+def test_fit_is_reproducible_by_steps_and_seed():
+    model = network_model("categorical", torch.float32)
+    draws = model.sample_prior(200, 1)
+    make = lambda seed: bf.fit_flow(model, draws, steps=4, batch_size=16, seed=seed).sample(5, 0)  # noqa: E731
+    first, again, other = make(0), make(0), make(1)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_fit_by_budget_stops_in_time_and_can_be_repeated_by_its_steps():
+    model = network_model("categorical", torch.float32)
+    draws = model.sample_prior(200, 1)
+    flow = bf.fit_flow(model, draws, velocity="weights", budget=2.0, batch_size=16)
+    assert flow.info["seconds"] < 4
+    again = bf.fit_flow(model, draws, velocity="weights", steps=flow.info["steps"], batch_size=16)
+    assert torch.equal(flow.sample(3, 0), again.sample(3, 0))
+
+
+@pytest.mark.parametrize("velocity", ["informed", "weights"])
+@pytest.mark.parametrize("kind", ["categorical", "learned"])
+def test_save_and_load_round_trip(tmp_path, velocity, kind):
+    model = network_model(kind, torch.float32, (4, 3))
+    flow = bf.fit_flow(model, model.sample_prior(100, 1), velocity=velocity, steps=2, batch_size=8)
+    path = flow.save(tmp_path / "flow")
+    loaded = bf.load(path, model)
+    # Equal weights, not equal bits: memory alignment decides the order of sums in a matrix product.
+    state, loaded_state = flow.velocity.state_dict(), loaded.velocity.state_dict()
+    assert all(torch.equal(state[name], loaded_state[name]) for name in state)
+    assert torch.allclose(loaded.sample(4, 0), flow.sample(4, 0), atol=1e-5)
+    theta = flow.sample(2, 1)
+    assert torch.allclose(loaded.log_prob(theta), flow.log_prob(theta))
+    assert loaded.info == flow.info
+    other = network_model("gaussian" if kind == "learned" else "bernoulli", torch.float32, (4, 3))
+    if velocity == "informed":
+        with pytest.raises(ValueError, match="needs its model"):
+            bf.load(path)
+        with pytest.raises(ValueError, match="not the model"):
+            bf.load(path, other)
+    else:
+        assert torch.allclose(bf.load(path).sample(4, 0), flow.sample(4, 0), atol=1e-5)
+
+
+def test_bind_gives_the_same_field_with_another_models_data():
+    model = network_model("categorical")
+    flow = Flow.of(informed(model), model)
+    other = bf.BayesianModel(model.net, priors.Normal(1.0), likelihoods.Categorical(), model.x, model.y.roll(1))
+    assert not torch.allclose(flow.sample(3, 0), flow.bind(other).sample(3, 0))
+    assert torch.equal(flow.sample(3, 0), flow.bind(other).bind(model).sample(3, 0))
+
+
+def test_to_changes_the_precision_of_everything():
+    model = network_model("categorical", torch.float32)
+    flow = Flow.of(informed(model), model, steps=6)
+    double = flow.to("cpu", torch.float64)
+    x = torch.randn(5, model.dim, generator=generator())
+    single, exact = flow.velocity(torch.tensor(0.4), x), double.velocity(torch.tensor(0.4), x.double())
+    assert exact.dtype == torch.float64
+    assert double.sample(2, 0).dtype == torch.float64
+    assert torch.allclose(single.double(), exact, atol=1e-3)
+
+
+def test_weighted_draws_are_fitted_by_their_weights():
+    model, mean, _ = linear_model(torch.float32)
+    near, far = torch.zeros(100, 4) + 1.0, torch.zeros(100, 4) - 5.0
+    weights = torch.cat([torch.zeros(100), torch.full((100,), -1e4)])
+    flow = bf.fit_flow(model, (torch.cat([near, far]), weights), velocity="weights", steps=300, batch_size=64)
+    assert (flow.sample(500, 0).mean(0) - 1.0).abs().max() < 0.3
+
+
+def test_fit_refuses_draws_that_do_not_fit():
+    model = network_model("categorical", torch.float32)
+    with pytest.raises(ValueError, match="axis of length"):
+        bf.fit_flow(model, torch.zeros(5, 3))
+    draws = model.sample_prior(5, 0)
+    draws[2, 1] = math.nan
+    with pytest.raises(ValueError, match="1 of 5 are NaN"):
+        bf.fit_flow(model, draws)
+    with pytest.raises(ValueError, match="velocity must be"):
+        bf.fit_flow(model, model.sample_prior(5, 0), velocity="magic")  # type: ignore[arg-type]
+    student = bf.BayesianModel(model.net, priors.StudentT(), likelihoods.Categorical(), model.x, model.y)
+    with pytest.raises(ValueError, match="StudentT prior needs its cdf"):
+        bf.fit_flow(student, student.sample_prior(5, 0))
+
+
+def test_refine_brings_prior_draws_to_a_gaussian_posterior():
+    model, mean, covariance = linear_model()
+    refined = refine(model.sample_prior(4000, 0), model, 20, seed=1)
+    theta = refined.flat
+    error = (theta.mean(0) - mean) / (covariance.diagonal() / 4000).sqrt()
+    assert error.abs().max() < 4.5
+    assert torch.allclose(torch.cov(theta.T), covariance, atol=0.1 * float(covariance.diagonal().max()))
+    assert refined.info["gradients_per_draw"] <= 20 * 16 + 2
+
+
+def test_refine_leaves_exact_draws_exact():
+    model, mean, covariance = linear_model()
+    exact = bf.Gaussian(mean, torch.linalg.cholesky(covariance)).sample(5000, 0)
+    theta = refine(exact, model, 3, seed=1).flat
+    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), (theta - mean).T, upper=False)
+    assert min(stats.kstest(row.numpy(), "norm").pvalue for row in whitened) > 1e-4
