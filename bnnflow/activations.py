@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +82,16 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 _ODD = {"identity", "tanh", "softsign", "tanhshrink", "sin"}
 _HOMOGENEOUS = {"identity", "relu", "leaky_relu"}
 
-_MODULES: dict[type[nn.Module], Callable[..., str]] = {
+
+def _gelu(approximate: str = "none") -> str:
+    return "gelu_tanh" if approximate == "tanh" else "gelu"
+
+
+def _softplus(beta: float = 1.0, threshold: float = 20.0) -> str | None:
+    return f"softplus:{beta}" if threshold == 20 else None
+
+
+_MODULES: dict[type[nn.Module], Callable[..., str | None]] = {
     nn.Identity: lambda m: "identity",
     nn.Tanh: lambda m: "tanh",
     nn.Sigmoid: lambda m: "sigmoid",
@@ -90,39 +100,56 @@ _MODULES: dict[type[nn.Module], Callable[..., str]] = {
     nn.ELU: lambda m: f"elu:{m.alpha}",
     nn.CELU: lambda m: f"celu:{m.alpha}",
     nn.SELU: lambda m: "selu",
-    nn.GELU: lambda m: "gelu_tanh" if m.approximate == "tanh" else "gelu",
+    nn.GELU: lambda m: _gelu(m.approximate),
     nn.SiLU: lambda m: "silu",
     nn.Mish: lambda m: "mish",
-    nn.Softplus: lambda m: f"softplus:{m.beta}",
+    nn.Softplus: lambda m: _softplus(m.beta, m.threshold),
     nn.Softsign: lambda m: "softsign",
     nn.Tanhshrink: lambda m: "tanhshrink",
     nn.Hardswish: lambda m: "hardswish",
 }
-_CALLS = {
-    torch.tanh: "tanh",
-    F.tanh: "tanh",
-    torch.sigmoid: "sigmoid",
-    F.sigmoid: "sigmoid",
-    torch.relu: "relu",
-    F.relu: "relu",
-    F.selu: "selu",
-    F.silu: "silu",
-    F.mish: "mish",
-    F.softsign: "softsign",
-    F.tanhshrink: "tanhshrink",
-    F.hardswish: "hardswish",
-    torch.sin: "sin",
+# The name of what a function or a tensor method computes, given its arguments after the tensor.
+_CALLS: dict[Callable | str, Callable[..., str | None]] = {
+    torch.tanh: lambda: "tanh",
+    F.tanh: lambda: "tanh",
+    "tanh": lambda: "tanh",
+    torch.sigmoid: lambda: "sigmoid",
+    F.sigmoid: lambda: "sigmoid",
+    "sigmoid": lambda: "sigmoid",
+    torch.relu: lambda: "relu",
+    F.relu: lambda inplace=False: "relu",
+    "relu": lambda: "relu",
+    F.leaky_relu: lambda negative_slope=0.01, inplace=False: f"leaky_relu:{negative_slope}",
+    F.elu: lambda alpha=1.0, inplace=False: f"elu:{alpha}",
+    F.celu: lambda alpha=1.0, inplace=False: f"celu:{alpha}",
+    F.selu: lambda inplace=False: "selu",
+    F.gelu: _gelu,
+    F.silu: lambda inplace=False: "silu",
+    F.mish: lambda inplace=False: "mish",
+    F.softplus: _softplus,
+    F.softsign: lambda: "softsign",
+    F.tanhshrink: lambda: "tanhshrink",
+    F.hardswish: lambda inplace=False: "hardswish",
+    torch.sin: lambda: "sin",
+    "sin": lambda: "sin",
 }
-_METHODS = {"tanh": "tanh", "sigmoid": "sigmoid", "relu": "relu", "sin": "sin"}
 
 
-def activation_of(operation: nn.Module | Callable | str) -> Activation | None:
+def activation_of(operation: nn.Module | Callable | str, *args: Any, **kwargs: Any) -> Activation | None:
     """Return the activation that a module, a function or a tensor method computes, or None if it is no known one.
 
-    A function or method counts only where it is called with the tensor alone: its defaults are then known.
+    Args:
+        operation: what is called.
+        args: its positional arguments after the tensor.
+        kwargs: its keyword arguments.
     """
     if isinstance(operation, nn.Module):
-        name = _MODULES.get(type(operation))
-        return Activation(name(operation)) if name else None
-    name = _METHODS.get(operation) if isinstance(operation, str) else _CALLS.get(operation)
+        naming = _MODULES.get(type(operation))
+        args, kwargs = (operation,), {}
+    else:
+        naming = _CALLS.get(operation)
+    try:
+        name = naming(*args, **kwargs) if naming else None
+    except TypeError:  # an argument that we do not know
+        name = None
     return Activation(name) if name else None

@@ -30,7 +30,7 @@ class Gaussian:
     def fit(cls, theta: Tensor, *, shrinkage: float = 1e-3) -> Gaussian:
         """Fit mean and full covariance to draws ``(..., dim)``, shrunk a little towards its diagonal."""
         flat = theta.reshape(-1, theta.shape[-1]).double()
-        covariance = torch.cov(flat.T)
+        covariance = torch.cov(flat.T).reshape(flat.shape[-1], flat.shape[-1])
         diagonal = torch.diag(covariance.diagonal().clamp(min=1e-12))
         factor = torch.linalg.cholesky((1 - shrinkage) * covariance + shrinkage * diagonal)
         return cls(flat.mean(0).to(theta.dtype), factor.to(theta.dtype))

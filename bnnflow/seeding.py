@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 
 from bnnflow.types import Seed
@@ -25,12 +27,12 @@ def as_generator(seed: Seed, device: torch.device | str = "cpu") -> torch.Genera
             return seed
         # A generator of another device seeds one of ours, so that the caller's still decides.
         seed = int(torch.randint(2**62, (), generator=seed, device=seed.device))
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"seed must be an int or a torch.Generator, got {type(seed).__name__}")
-    return torch.Generator(device).manual_seed(seed)
+    return torch.Generator(device).manual_seed(int(seed))
 
 
-class isolated:  # noqa: N801 - used like a function
+class isolated:
     """Context in which the global generators are seeded from ``generator`` and restored afterwards.
 
     For libraries that only know the global generator (torch.distributions, Pyro).
@@ -38,12 +40,15 @@ class isolated:  # noqa: N801 - used like a function
 
     def __init__(self, generator: torch.Generator) -> None:
         self._seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-        devices = [generator.device] if generator.device.type == "cuda" else []
+        self._cuda = generator.device.type == "cuda"
+        devices = [generator.device] if self._cuda else []
         self._fork = torch.random.fork_rng(devices=devices)
 
     def __enter__(self) -> None:
         self._fork.__enter__()
-        torch.manual_seed(self._seed)
+        torch.default_generator.manual_seed(self._seed)
+        if self._cuda:
+            torch.cuda.manual_seed(self._seed)
 
     def __exit__(self, *exception) -> None:
         self._fork.__exit__(*exception)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,13 @@ def write(path: str | Path, kind: str, version: int, header: dict[str, Any], arr
     path = path if path.suffix else path.with_suffix(".npz")
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"format": FORMAT, "kind": kind, "version": version} | header)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        try:
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with unfinished.open("wb") as file:
             np.savez(file, header=np.frombuffer(text.encode(), dtype=np.uint8), **arrays)  # type: ignore[arg-type]
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
     return path
 
 
@@ -50,13 +49,20 @@ def read(path: str | Path, kinds: dict[str, int]) -> tuple[dict[str, Any], dict[
     Raises:
         ValueError: if the file is not ours, is of another kind, or is newer than this version of bnnflow.
     """
+    if not zipfile.is_zipfile(path):
+        Path(path).stat()  # a missing file is another matter
+        raise ValueError(f"{path} was not written by bnnflow")
     with np.load(path, allow_pickle=False) as file:
-        if "header" not in file.files:
+        try:
+            header = json.loads(file["header"].tobytes().decode())
+            ours = header["format"] == FORMAT
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} was not written by bnnflow") from error
+        if not ours:
             raise ValueError(f"{path} was not written by bnnflow")
-        header = json.loads(file["header"].tobytes().decode())
         arrays = {name: file[name] for name in file.files if name != "header"}
-    kind, version = header.get("kind"), header.get("version", 0)
-    if header.get("format") != FORMAT or kind not in kinds:
+    kind, version = header["kind"], header["version"]
+    if kind not in kinds:
         raise ValueError(f"{path} holds {kind!r}, expected one of {sorted(kinds)}")
     if version > kinds[kind]:
         raise ValueError(f"{path} has format version {version} of {kind!r}; this bnnflow reads up to {kinds[kind]}")

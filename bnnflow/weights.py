@@ -300,7 +300,7 @@ class WeightSpec:
         uneven: set[str | None] = set()
         probes = torch.linspace(-3, 3, 25, dtype=torch.float64)
         for name, distribution in prior.distributions(self.network).items():
-            shape = self.shapes[name]
+            shape, distribution = self.shapes[name], unwrapped(distribution)
             values = probes.reshape(-1, *(1,) * len(shape)).expand(-1, *shape)
             density = distribution.log_prob(values.to(_dtype_of(distribution))).double()  # (25, *shape)
             for axis, label in enumerate(self.axes[name], start=1):
@@ -348,6 +348,15 @@ class WeightSpec:
         )
 
 
+def unwrapped(distribution: torch.distributions.Distribution) -> torch.distributions.Distribution:
+    """Return the elementwise distribution inside ``Independent`` and Pyro's masks."""
+    while isinstance(distribution, torch.distributions.Independent) or type(distribution).__name__ == (
+        "MaskedDistribution"
+    ):
+        distribution = distribution.base_dist  # type: ignore[attr-defined]
+    return distribution
+
+
 def _dtype_of(distribution: torch.distributions.Distribution) -> torch.dtype:
     """Return the dtype that a distribution's parameters have."""
     tensors = [getattr(distribution, name, None) for name in distribution.arg_constraints]
@@ -359,7 +368,10 @@ def _dtype_of(distribution: torch.distributions.Distribution) -> torch.dtype:
 def _trace_chain(net: nn.Module) -> tuple[Layer, ...]:
     """Follow the data through ``net`` and return its affine layers."""
     modules = dict(net.named_modules())
-    if isinstance(net, nn.Linear):
+    for name, module in modules.items():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise ValueError(f"cannot label module {name!r} ({type(module).__name__}): it has hooks")
+    if type(net) is nn.Linear:
         return (Layer("weight", "bias" if net.bias is not None else None, Activation("identity")),)
     try:
         graph = fx.symbolic_trace(net).graph
@@ -370,6 +382,8 @@ def _trace_chain(net: nn.Module) -> tuple[Layer, ...]:
     previous: fx.Node | None = None
     for node in graph.nodes:
         if node.op == "output":
+            if node.args != (previous,):
+                raise ValueError(f"cannot label {type(net).__name__}: it must return one tensor")
             break
         what = _describe(node, modules)
         inputs = node.all_input_nodes
@@ -380,20 +394,19 @@ def _trace_chain(net: nn.Module) -> tuple[Layer, ...]:
             raise ValueError(f"cannot label {what}: the network is not one chain of layers")
         previous = node
         module = modules[str(node.target)] if node.op == "call_module" else None
-        if isinstance(module, nn.Linear):
+        if type(module) is nn.Linear:
             if any(parameter is other for parameter in module.parameters() for other in _used(layers, net)):
                 raise ValueError(f"cannot label {what}: its parameters are used twice")
             prefix = str(node.target)
             bias = f"{prefix}.bias" if module.bias is not None else None
             layers.append(Layer(f"{prefix}.weight", bias, Activation("identity")))
             continue
-        if isinstance(module, nn.Flatten) and not layers:
+        if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1) and not layers:
             continue
         if isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and not (module.training and module.p)):
             continue
         operation = module if module is not None else node.target
-        takes_tensor_alone = module is not None or (len(node.args) == 1 and not node.kwargs)
-        activation = activation_of(operation) if takes_tensor_alone else None  # type: ignore[arg-type]
+        activation = activation_of(operation, *node.args[1:], **node.kwargs)  # type: ignore[arg-type]
         if activation is None or not layers or layers[-1].activation.name != "identity":
             raise ValueError(
                 f"cannot label {what}: expected Linear layers with one elementwise activation between them"

@@ -14,14 +14,14 @@ __all__ = ["gap_function", "gap_regression"]
 
 def gap_function(x: Tensor) -> Tensor:
     """Return the noiseless function behind `gap_regression`, elementwise."""
-    return torch.sin(2.5 * x) + 0.3 * x
+    return torch.sin(2 * x) + 0.3 * x
 
 
 def gap_regression(seed: Seed = 0, *, n: int = 60, noise: float = 0.1, n_test: int = 200) -> Dataset:
     """Make a one-dimensional regression whose inputs leave a gap.
 
     Half of the training inputs are uniform on (-1.8, -0.6), half on (0.5, 1.8), with y = `gap_function` (x) + noise.
-    The test inputs are an evenly spaced grid on [-2.2, 2.2], so that they cover the gap and both edges; their
+    The test inputs are an evenly spaced grid on [-2.1, 2.1], so that they cover the gap and both edges; their
     targets have the same noise. Nothing is standardised: both axes are close to unit scale.
 
     Args:
@@ -39,7 +39,7 @@ def gap_regression(seed: Seed = 0, *, n: int = 60, noise: float = 0.1, n_test: i
     left = -1.8 + 1.2 * torch.rand(n // 2, generator=generator)
     right = 0.5 + 1.3 * torch.rand(n - n // 2, generator=generator)
     x = torch.cat([left, right]).sort().values
-    grid = torch.linspace(-2.2, 2.2, n_test)
+    grid = torch.linspace(-2.1, 2.1, n_test)
     y = gap_function(x) + noise * torch.randn(n, generator=generator)
     y_grid = gap_function(grid) + noise * torch.randn(n_test, generator=generator)
     return Dataset("gap", x[:, None], y, grid[:, None], y_grid)

@@ -8,6 +8,7 @@ pooling units makes global channels, and broadcasting goes back: that is all tha
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -90,12 +91,10 @@ class Layout(nn.Module):
 
     def pack(self, features: Tensor) -> Fused:
         """Fuse ``(..., dim, features)``."""
-        lead = features.shape[:-2]
-        ordered = features.index_select(-2, self._order)
-        parts = ordered.split([torch.Size(shape).numel() for shape in self._shapes], -2)
+        lead, each = features.shape[:-2], features.shape[-1]
+        parts = features.index_select(-2, self._order).split([math.prod(shape) for shape in self._shapes], -2)
         blocks = [
-            part.reshape(*lead, *shape[:-1], -1) if part.numel() else part.new_zeros(*lead, *shape[:-1], 0)
-            for part, shape in zip(parts, self._shapes, strict=True)
+            part.reshape(*lead, *shape[:-1], shape[-1] * each) for part, shape in zip(parts, self._shapes, strict=True)
         ]
         n = len(self.widths)
         return Fused(list(blocks[:n]), list(blocks[n:-1]), blocks[-1])
@@ -104,5 +103,7 @@ class Layout(nn.Module):
         """Return to features on every weight, ``(..., dim, features)``."""
         lead = fused.globals.shape[:-1]
         blocks = [*fused.units, *fused.matrices, fused.globals]
-        flat = torch.cat([block.reshape(*lead, -1, features) for block in blocks if block.numel()], -2)
-        return flat.index_select(-2, self._inverse)
+        parts = [
+            block.reshape(*lead, math.prod(shape), features) for block, shape in zip(blocks, self._shapes, strict=True)
+        ]
+        return torch.cat(parts, -2).index_select(-2, self._inverse)

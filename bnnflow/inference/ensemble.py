@@ -30,6 +30,11 @@ class DeepEnsemble:
     steps: int = 2000
     learning_rate: float = 0.01
 
+    def __post_init__(self) -> None:
+        for name in ("members", "steps", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
     def sample(
         self,
         model: BayesianModel,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bnnflow.draws import Draws
 from bnnflow.inference.loop import run
-from bnnflow.inference.start import starting_points
+from bnnflow.inference.start import WARM_START, starting_points
 from bnnflow.inference.warmup import warm_up
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
@@ -162,7 +162,7 @@ class HMC:
             "step_size": tuned.step_size,
             "n_leapfrog": tuned.n_leapfrog,
             "warmup": warmup,
-            "gradients_per_chain": tuned.gradients + sampling,
+            "gradients_per_chain": tuned.gradients + sampling + (WARM_START if init is None else 0),
             "divergences": int(result.stats["diverging"].sum()),
         }
         return Draws(result.theta, result.log_joint, result.stats, info=info | result.info)

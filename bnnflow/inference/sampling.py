@@ -71,7 +71,7 @@ def sample(
         ValueError: before any work starts, if the numbers or ``init`` make no sense for the method.
     """
     method = method if method is not None else HMC()
-    if not hasattr(method, "sample"):
+    if isinstance(method, type) or not hasattr(method, "sample"):
         raise ValueError(f"method must be a method such as HMC(), got {method!r}")
     for name, number, least in (("chains", chains, 1), ("warmup", warmup, 0), ("draws", draws, 1)):
         if number is not None and (not isinstance(number, int) or number < least):

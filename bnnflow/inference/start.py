@@ -11,7 +11,10 @@ from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
 from bnnflow.weights import WeightSpec
 
-__all__ = ["maximise", "random_networks", "starting_points"]
+__all__ = ["WARM_START", "maximise", "random_networks", "starting_points"]
+
+WARM_START = 300
+"""Adam steps, one gradient each, that chains without an ``init`` climb."""
 
 
 def random_networks(spec: WeightSpec, n: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
@@ -82,7 +85,7 @@ def starting_points(
     elif init is None or init == "prior":
         theta = model.sample_prior(chains, generator)
         if init is None:
-            theta = maximise(model, theta, 300, 0.02, progress, "warm start")
+            theta = maximise(model, theta, WARM_START, 0.02, progress, "warm start")
     else:
         raise ValueError(f"init must be None, 'prior', a network or a tensor, got {init!r}")
     bad = (~model.log_joint(theta).isfinite()).nonzero().flatten().tolist()

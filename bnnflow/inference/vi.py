@@ -32,6 +32,11 @@ class VI:
     learning_rate: float = 0.02
     particles: int = 8
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "learning_rate", "particles"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
     def sample(
         self,
         model: BayesianModel,

@@ -51,7 +51,8 @@ class DualAveraging:
         self._count += 1
         gain = 1 / (self._count + 10)
         self._error += gain * (self._target - acceptance - self._error)
-        self._log = self._centre - math.sqrt(self._count) / 0.05 * self._error
+        log = self._centre - math.sqrt(self._count) / 0.05 * self._error
+        self._log = min(max(log, -50.0), 50.0)  # a density that always or never accepts must not overflow
         weight = self._count**-0.75
         self._averaged += weight * (self._log - self._averaged)
 
@@ -71,8 +72,8 @@ def warm_up(
     """Tune step size, number of steps and a pooled diagonal mass matrix in windows of doubling length.
 
     The first 15 % of the transitions only find a step size, the last 20 % settle it for the final mass matrix; the
-    windows between re-estimate the variances within chains, pooled over all of them, and shrunk towards their
-    own geometric mean as in Stan.
+    windows between re-estimate the variances within chains, pooled over all of them, and shrink their logarithms
+    a little towards the mean, so that no scale is favoured.
 
     Args:
         family: ``(step_size, n_leapfrog, inverse_mass_matrix) -> Kernel``.
@@ -110,9 +111,9 @@ def warm_up(
                 bar.set_postfix(warmup="", step_size=f"{adapt.step_size:.2e}")
         if estimates_mass:
             variance = (squares / length - (total / length) ** 2).mean(0)  # within chains, pooled
-            count = length * theta.shape[0]
-            centre = variance.clamp(min=1e-12).log().mean().exp()
-            mass = ((count * variance + 5 * centre) / (count + 5)).to(theta.dtype)
+            if variance.max() > 0:  # else nothing moved, and nothing was learned
+                count, log_variance = length * theta.shape[0], variance.clamp(min=1e-12).log()
+                mass = ((count * log_variance + 5 * log_variance.mean()) / (count + 5)).exp().to(theta.dtype)
             adapt = DualAveraging(adapt.averaged, target_acceptance)
     step_size = adapt.averaged if n else step_size
     steps = n_leapfrog(step_size)
@@ -123,6 +124,8 @@ def _windows(n: int) -> list[tuple[int, bool]]:
     """Cut ``n`` transitions into (length, estimates the mass matrix) windows."""
     first, last = round(0.15 * n), round(0.2 * n)
     middle = n - first - last
+    if middle < 20:  # too short to say anything about variances
+        return [(n, False)]
     windows = [(first, False)]
     length = max(20, middle // 7)
     while middle > 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 
@@ -60,19 +61,19 @@ class BayesianModel:
         *,
         temperature: float = 1.0,
     ) -> None:
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
         _check_modules(net)
         parameters = list(net.parameters())
         if not parameters:
             raise ValueError(f"{type(net).__name__} has no parameters to infer")
         dtype, device = parameters[0].dtype, parameters[0].device
-        x, y = _check_data(x, y)
+        x, y = _check_data(x, y, dtype)
         self.net = copy.deepcopy(net).requires_grad_(False)
         self.prior = as_prior(prior)
         self.likelihood = likelihood
         self.temperature = float(temperature)
-        self.x = x.to(device, dtype)
+        self.x = x.to(device)
         try:
             network_spec = WeightSpec.of(net)
         except ValueError:
@@ -136,7 +137,7 @@ class BayesianModel:
         """Return checked inputs on the model's device; the training inputs for None."""
         if x is None or x is self.x:
             return self.x
-        x = torch.as_tensor(x).to(self.device, self.dtype)
+        x = _as_tensor(x).to(self.device, self.dtype)
         if x.shape[1:] != self.x.shape[1:]:
             raise ValueError(
                 f"x must be (n, {', '.join(map(str, self.x.shape[1:]))}) as in training, got {tuple(x.shape)}"
@@ -167,14 +168,16 @@ class BayesianModel:
         self, theta: Tensor, x: Tensor | np.ndarray | None = None, y: Tensor | np.ndarray | None = None
     ) -> Tensor:
         """Return the log likelihood of every row, ``(..., dim) -> (..., n)``; training data if x and y are None."""
-        outputs = self.outputs(theta, x)
-        return self.likelihood.log_prob(outputs, self.targets(y), self.likelihood_parameters(theta))
+        outputs, y = self.outputs(theta, x), self.targets(y)
+        if outputs.shape[-2] != len(y):
+            raise ValueError(f"x has {outputs.shape[-2]} rows and y has {len(y)}")
+        return self.likelihood.log_prob(outputs, y, self.likelihood_parameters(theta))
 
     def targets(self, y: Tensor | np.ndarray | None) -> Tensor:
         """Return checked targets on the model's device; the training targets for None."""
         if y is None or y is self.y:
             return self.y
-        y = self.likelihood.validate(torch.as_tensor(y), self._n_outputs)
+        y = self.likelihood.validate(_as_tensor(y), self._n_outputs)
         _check_finite("y", y)
         return y.to(self.device, self.dtype) if y.is_floating_point() else y.to(self.device)
 
@@ -294,6 +297,9 @@ class BayesianModel:
         def model() -> None:
             values = {name: pyro.sample(sites[name][0], distributions[name]) for name in spec.names}
             theta = spec.flatten({n: v.log() if n in spec.extras else v for n, v in values.items()})
+            for name in spec.extras:
+                # Pyro adds the log-Jacobian of the logarithm untempered, log_joint tempers it with the prior.
+                pyro.factor(f"{name}.jacobian", (1 - self.temperature) * theta[..., spec.slices[name]].sum(-1))
             flat = theta.reshape(-1, spec.dim)
             outputs = network(flat, self.x)
             log_likelihood = likelihood.log_prob(outputs, self.y, self.likelihood_parameters(flat)).sum(-1)
@@ -309,7 +315,11 @@ class BayesianModel:
             digest.update(tensor.cpu().numpy().tobytes())
         digest.update(repr((self.spec.shapes, self.spec.layers, self.temperature)).encode())
         digest.update(repr(self.flat_prior.describe()).encode())
-        digest.update(repr((type(self.likelihood).__name__, getattr(self.likelihood, "scale", None))).encode())
+        settings = getattr(self.likelihood, "__dict__", {}).items()
+        plain = {name: value for name, value in settings if isinstance(value, bool | int | float | str | None)}
+        digest.update(repr((type(self.likelihood).__name__, plain)).encode())
+        if not self.spec.layers:  # the labels do not say what the network computes
+            digest.update(repr(self.net).encode())
         return digest.hexdigest()[:16]
 
     def __repr__(self) -> str:
@@ -351,8 +361,14 @@ def _check_modules(net: nn.Module) -> None:
             raise ValueError(f"module {name!r} ({kind}) is random in training mode; call net.eval() or remove it")
 
 
-def _check_data(x: Tensor | np.ndarray, y: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
-    x, y = torch.as_tensor(x), torch.as_tensor(y)
+def _as_tensor(values: Tensor | np.ndarray) -> Tensor:
+    """Return a tensor; an array is copied, so that it may be read-only and may change later."""
+    return torch.tensor(np.ascontiguousarray(values)) if isinstance(values, np.ndarray) else torch.as_tensor(values)
+
+
+def _check_data(x: Tensor | np.ndarray, y: Tensor | np.ndarray, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    x, y = _as_tensor(x).to(dtype), _as_tensor(y)
+    y = y.to(dtype) if y.is_floating_point() else y
     if x.dim() < 2:
         raise ValueError(f"x must be (n, ...) with at least two axes, got {tuple(x.shape)}")
     if len(x) == 0:

@@ -133,6 +133,8 @@ class ModuleNetwork:
         parts = zip(self._names, self._slices, self._shapes, strict=True)
         params = {name: theta[where].reshape(shape) for name, where, shape in parts}
         outputs = torch.func.functional_call(self._net, params, (x,))
+        if not isinstance(outputs, Tensor):
+            raise ValueError(f"the network must return one tensor, got {type(outputs).__name__}")
         return outputs.unsqueeze(-1) if outputs.dim() == 1 else outputs
 
     def __call__(self, theta: Tensor, x: Tensor) -> Tensor:

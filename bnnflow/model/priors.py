@@ -19,7 +19,7 @@ from torch.distributions import Distribution, constraints
 
 from bnnflow.seeding import as_generator, isolated
 from bnnflow.types import Prior, Seed
-from bnnflow.weights import WeightSpec
+from bnnflow.weights import WeightSpec, unwrapped
 
 __all__ = ["FanIn", "FlatPrior", "Independent", "Laplace", "Normal", "PerTensor", "StudentT", "as_prior"]
 
@@ -146,12 +146,10 @@ class FlatPrior:
 
     def __init__(self, spec: WeightSpec, distributions: Mapping[str, Distribution], positive: frozenset[str]) -> None:
         self.dim = spec.dim
-        blocks = [
-            _Block(
-                where, _elementwise(name, distributions[name], spec.shapes[name], name in positive), name in positive
-            )
-            for name, where in spec.slices.items()
-        ]
+        blocks = []
+        for name, where in spec.slices.items():
+            distribution = elementwise(name, distributions[name], spec.shapes[name], name in positive)
+            blocks.append(_Block(where, rebuild(distribution, lambda v: v.reshape(-1)), name in positive))
         self._blocks = _merge_normals(blocks)
 
     @property
@@ -222,7 +220,7 @@ class FlatPrior:
         for block in self._blocks:
             if not isinstance(block.distribution, td.Normal):
                 try:
-                    block.distribution.icdf(block.distribution.cdf(torch.ones(1)))
+                    block.distribution.icdf(block.distribution.cdf(torch.ones(1, device=self.device)))
                 except NotImplementedError as error:
                     name = type(block.distribution).__name__
                     raise ValueError(
@@ -239,7 +237,7 @@ class FlatPrior:
         return torch.cat([self._block_from_normal(block, z[..., block.where]) for block in self._blocks], -1)
 
     def log_jacobian(self, theta: Tensor) -> Tensor:
-        """Return log |d to_normal / d theta|, ``(..., dim) -> (...)`` in float64: prior over standard normal density."""
+        """Return log |d to_normal / d theta|, ``(..., dim) -> (...)`` in float64: prior over standard normal."""
         if self.gaussian:
             normal = self._blocks[0].distribution
             return -normal.scale.double().log().sum().expand(theta.shape[:-1])
@@ -259,7 +257,7 @@ class FlatPrior:
             return (theta - d.loc) / d.scale
         d = rebuild(d, lambda v: v.double())
         value = theta.double().exp() if block.log else theta.double()
-        # The smaller tail decides, so that neither rounds to probability one.
+        # Neither tail may round to probability zero or one: z is kept between -37 and 8.
         p = d.cdf(value).clamp(_TINY, 1 - _EPSILON)
         return torch.special.ndtri(p).to(theta.dtype)
 
@@ -322,15 +320,17 @@ def rebuild(distribution: Distribution, change: Callable[[Tensor], Tensor]) -> D
 
 def elementwise(name: str, distribution: Distribution, shape: tuple[int, ...], positive: bool) -> Distribution:
     """Check one tensor's distribution and expand it to the tensor's shape, without event axes."""
-    while isinstance(distribution, td.Independent) or type(distribution).__name__ == "MaskedDistribution":
-        distribution = distribution.base_dist  # type: ignore[attr-defined]
+    distribution = unwrapped(distribution)
     family = type(distribution).__name__
     if distribution.event_shape:
         raise ValueError(f"prior of {name!r}: {family} is not elementwise")
-    if family not in td.__all__:
-        raise ValueError(f"prior of {name!r}: {family} is not a family of torch.distributions")
+    if family not in td.__all__ or not distribution.arg_constraints:
+        raise ValueError(
+            f"prior of {name!r}: {family} is not a family of torch.distributions with parameters of its own"
+        )
     support = distribution.support
-    if positive and getattr(support, "lower_bound", None) != 0:
+    half_line = isinstance(support, (type(constraints.positive), type(constraints.nonnegative)))
+    if positive and not (half_line and bool(torch.as_tensor(support.lower_bound).eq(0).all())):
         raise ValueError(f"prior of {name!r} must have positive support, {family} has {support}")
     if not positive and not isinstance(support, type(constraints.real)):
         raise ValueError(f"prior of {name!r} must have the real line as support, {family} has {support}")

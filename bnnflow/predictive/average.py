@@ -349,14 +349,19 @@ class Prediction:
         ends = torch.stack([mean - sd / odds, mean + sd * odds])  # (2, k, n, targets)
         values = torch.stack([torch.zeros_like(ends[0]), torch.ones_like(ends[0])])  # the cdf at the ends, or bounds
         steps = torch.linspace(0, 1, _SECTIONS + 2, dtype=torch.float64, device=sd.device)[1:-1].reshape(-1, 1, 1, 1)
-        widest = float((odds + 1 / odds).max())
-        for _ in range(math.ceil(math.log(widest / _TOLERANCE) / math.log(_SECTIONS + 1))):
+        # A level gets the passes that its own bracket needs, so that no other level changes its result.
+        passes = (((odds + 1 / odds) / _TOLERANCE).log() / math.log(_SECTIONS + 1)).ceil()  # (k, 1, 1)
+        for done in range(int(passes.max())):
             grid = ends[:1] + (ends[1:] - ends[:1]) * steps  # (sections, k, n, targets)
             inside = self._cdf(grid.flatten(0, 1)).reshape(grid.shape)
             below = (inside < levels).sum(0, keepdim=True)  # (1, k, n, targets)
             around = torch.cat([below, below + 1])
-            ends = torch.cat([ends[:1], grid, ends[1:]]).gather(0, around)
-            values = torch.cat([values[:1], inside, values[1:]]).gather(0, around)
+            open_ = done < passes
+            narrower = torch.cat([ends[:1], grid, ends[1:]]).gather(0, around)
+            ends, values = (
+                torch.where(open_, narrower, ends),
+                torch.where(open_, torch.cat([values[:1], inside, values[1:]]).gather(0, around), values),
+            )
         rise = values[1] - values[0]
         fraction = torch.where(rise > 0, (levels - values[0]) / rise, 0.5).clamp(0, 1)
         return ends[0] + (ends[1] - ends[0]) * fraction

@@ -34,7 +34,7 @@ class Reliability(NamedTuple):
 
     confidence: Tensor  # mean probability of the predicted class
     accuracy: Tensor  # fraction of rows predicted right
-    count: Tensor  # rows
+    rows: Tensor  # how many rows fell into the bin
     edges: Tensor  # (bins + 1,)
 
 
@@ -115,12 +115,13 @@ def reliability(prediction: Prediction, y: Tensor | np.ndarray, bins: int = 15) 
 
 
 def ece(prediction: Prediction, y: Tensor | np.ndarray, bins: int = 15) -> float:
-    """Return the expected calibration error of the predicted class (Guo et al. 2017): mean gap between confidence
-    and accuracy, over the bins of `reliability`, weighted by their rows.
-    """  # fmt: skip
+    """Return the expected calibration error of the predicted class (Guo et al. 2017).
+
+    The mean gap between confidence and accuracy over the bins of `reliability`, weighted by their rows.
+    """
     binned = reliability(prediction, y, bins)
     gaps = (binned.confidence - binned.accuracy).abs().nan_to_num(0.0)
-    return float((gaps * binned.count).sum() / binned.count.sum())
+    return float((gaps * binned.rows).sum() / binned.rows.sum())
 
 
 def rowwise(prediction: Prediction, y: Tensor | np.ndarray) -> dict[str, Tensor]:
@@ -153,6 +154,8 @@ def _squared_error(prediction: Prediction, y: Tensor | np.ndarray) -> Tensor:
 
 
 def _crps(prediction: Prediction, y: Tensor | np.ndarray) -> Tensor:
+    if prediction.kind != "regression":
+        raise ValueError("the CRPS is defined for regression; for classes use brier")
     y = prediction.targets(y)
     flat = y.reshape(len(prediction), -1)  # (n, targets)
     mean, sd = prediction.mean.reshape(flat.shape), prediction.sd.reshape(flat.shape)

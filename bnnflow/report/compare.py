@@ -16,7 +16,7 @@ from bnnflow.model import BayesianModel
 from bnnflow.predictive import Prediction, metrics, predict
 from bnnflow.report.diagnose import Diagnosis, diagnose
 
-__all__ = ["Comparison", "Entry", "Evaluation", "compare", "gather"]
+__all__ = ["Comparison", "Entry", "Evaluation", "compare", "duration", "gather"]
 
 TAKEN = 4000  # draws that are taken of a posterior given as a distribution
 
@@ -214,16 +214,15 @@ _BETTER |= {"brier": ("brier", -1), "crps": ("crps", -1)}
 
 
 def _mark_best(evaluations: list[Evaluation]) -> None:
-    """Mark, column by column, the best value and all that cannot be told apart from it (two standard errors)."""
+    """Mark, column by column, the values that no other method beats by more than two standard errors."""
     if len(evaluations) < 2:
         return
     for column, (score, sign) in _BETTER.items():
         if column not in evaluations[0].row:
             continue
-        best = max(evaluations, key=lambda e: sign * float(e.scores[score].mean()))
         for e in evaluations:
-            behind, noise = _difference(best.scores[score], e.scores[score])
-            if abs(behind) <= 2 * noise or behind == 0:
+            gaps = [_difference(sign * other.scores[score], sign * e.scores[score]) for other in evaluations]
+            if not any(gap > 2 * noise for gap, noise in gaps):
                 e.row["best"] += (column,)
     for e in evaluations:
         if "coverage_90" in e.row and abs(e.row["coverage_90"] - 0.9) <= 2 * math.sqrt(0.09 / e.row["rows"]):
@@ -254,13 +253,17 @@ def _headline(evaluations: list[Evaluation], reference: Evaluation | None) -> st
             "Run HMC until its verdict is good, then compare."
         )
     text = f"Use {reference.name}: an exact sampler"
-    text += " that has converged." if reference.diagnosis.verdict == "trust" else ", though to be trusted with care."
+    text += (
+        " that has converged."
+        if reference.diagnosis.verdict == "trust"
+        else ", to be trusted with care (see why below)."
+    )
     stand_ins = [e for e in evaluations if e is not reference and _stands_in(e, reference)]
     if stand_ins:
         fastest = min(stand_ins, key=lambda e: e.entry.seconds or math.inf)
         text += (
             f" On these rows {fastest.name} predicts as well ({_against(fastest, reference)}) "
-            f"in {_duration(fastest.entry.seconds)} instead of {_duration(reference.entry.seconds)}: "
+            f"in {duration(fastest.entry.seconds)} instead of {duration(reference.entry.seconds)}: "
             "a stand-in where speed matters, for inputs like these."
         )
     return text
@@ -281,11 +284,12 @@ def _remark(e: Evaluation, reference: Evaluation | None, rows: int) -> str:
     if reference is not None:
         difference, noise = _difference(e.scores["log_prob"], reference.scores["log_prob"])
         if abs(difference) <= 2 * noise:
-            text = f"Not to be told apart from {reference.name} on {rows:,} rows ({_against(e, reference)}). "
+            text = f"Cannot be told apart from {reference.name} on {rows:,} rows ({_against(e, reference)}). "
         elif difference < 0:
+            measure = "probability" if e.prediction.kind == "classification" else "density"
             text = (
                 f"Worse than {reference.name} ({_against(e, reference)}): to a typical test row it gives "
-                f"{_percent(math.exp(difference))} of the probability. "
+                f"{_percent(math.exp(difference))} of {reference.name}'s {measure}. "
             )
         else:
             text = (
@@ -308,7 +312,8 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:.0f} %" if fraction >= 0.01 else f"{100 * fraction:.1g} %"
 
 
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
+    """Return a length of time in words, rounded."""
     if seconds is None:
         return "unknown time"
     if seconds < 120:

@@ -78,9 +78,8 @@ class Diagnosis:
         lines = [f"{self.chains} x {self.draws // self.chains:,} draws"]
         if self.rows is not None and self.r_hat is not None:
             lines[0] += f"; predictions at {len(self.rows)} inputs"
-            lines.append(
-                f"R-hat     worst {np.max(self.r_hat):8.3f}   median {np.median(self.r_hat):8.3f}   (want <= {R_HAT[0]})"
-            )
+            worst, median = np.max(self.r_hat), np.median(self.r_hat)
+            lines.append(f"R-hat     worst {worst:8.3f}   median {median:8.3f}   (want <= {R_HAT[0]})")
         for name, values in (("bulk ESS", self.ess_bulk), ("tail ESS", self.ess_tail)):
             if values is not None:
                 lines.append(

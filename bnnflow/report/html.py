@@ -21,7 +21,7 @@ from torch import Tensor
 from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
 from bnnflow.report import plots
-from bnnflow.report.compare import Comparison, Evaluation, _duration, compare, gather
+from bnnflow.report.compare import Comparison, Evaluation, compare, duration, gather
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +39,8 @@ class _Column(NamedTuple):
 _COLUMNS = (
     _Column("accuracy", "accuracy", ".1%", "fraction of rows predicted right"),
     _Column("rmse", "RMSE", ".4f", "root mean squared error of the predictive mean"),
-    _Column("lppd", "LPPD", ".3f", "mean log density of the test rows under the mixture over draws, ± its standard error over rows, nats; higher is better"),
+    _Column("lppd", "LPPD", ".3f", "mean log density of the test rows under the mixture over draws, ± its standard "
+            "error over rows, nats; higher is better"),
     _Column("brier", "Brier", ".4f", "squared error of the class probabilities, summed over classes; lower is better"),
     _Column("crps", "CRPS", ".4f", "continuous ranked probability score, units of the target; lower is better"),
     _Column("ece", "ECE", ".3f", "expected calibration error, 15 bins; biased upwards on few rows, so never marked"),
@@ -53,7 +54,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-class Figures(NamedTuple):
+class _Picture(NamedTuple):
     """A picture, ready to be put into the page."""
 
     svg: str
@@ -66,7 +67,7 @@ class Section:
 
     title: str
     comparison: Comparison
-    figures: tuple[Figures, ...]
+    figures: tuple[_Picture, ...]
     about: dict[str, str]
 
 
@@ -122,7 +123,7 @@ class Report:
 
         text = resources.files("bnnflow.report").joinpath("template.html").read_text(encoding="utf-8")
         environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        environment.filters["duration"] = _duration
+        environment.filters["duration"] = duration
         shown = [_Shown.of(section, number) for number, section in enumerate(self.sections, start=1)]
         return environment.from_string(text).render(
             title=self.title,
@@ -223,6 +224,7 @@ class _Shown(NamedTuple):
     columns: list[_Column]
     rows: list[list[dict[str, Any]]]
     several: bool
+    regression: bool
     reference: str | None
     figures: list[dict[str, Any]]
     convergence: list[dict[str, Any]]
@@ -235,6 +237,7 @@ class _Shown(NamedTuple):
 
         comparison = section.comparison
         columns = _columns(comparison)
+        marked = {key for e in comparison.evaluations for key in e.row["best"]}
         palette = plots.colours([e.name for e in comparison.evaluations])
         return cls(
             number=number,
@@ -252,10 +255,17 @@ class _Shown(NamedTuple):
             ],
             columns=columns,
             rows=[
-                [{"text": _plain(e, column), "best": column.key in e.row["best"]} for column in columns]
+                [
+                    {
+                        "text": _plain(e, column),
+                        "mark": "best" if column.key in e.row["best"] else "blank" if column.key in marked else "",
+                    }
+                    for column in columns
+                ]
                 for e in comparison.evaluations
             ],
             several=len(comparison.evaluations) > 1,
+            regression=comparison.evaluations[0].prediction.kind == "regression",
             reference=comparison.reference,
             figures=[
                 {"svg": Markup(_unique(figure.svg, f"s{number}f{i}-")), "caption": figure.caption}
@@ -285,16 +295,17 @@ def _plain(e: Evaluation, column: _Column) -> str:
 def _number(value: float, form: str) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return "–" if math.isnan(value) else f"{value}".replace("inf", "∞").replace("-", "−")
-    if form == ".3g" and abs(value) >= 1000:
-        form = ",.0f"
-    if form == ".3f" and abs(value) >= 1000:
+    if form in (".3g", ".3f", ",.1f") and abs(value) >= 1000:
         form = ",.0f"
     return format(value, form).replace("-", "−").replace("%", " %")
 
 
 def _convergence(e: Evaluation) -> dict[str, Any]:
     d = e.diagnosis
-    assert d.r_hat is not None and d.ess_bulk is not None and d.ess_tail is not None and d.rows is not None
+    assert d.r_hat is not None
+    assert d.ess_bulk is not None
+    assert d.ess_tail is not None
+    assert d.rows is not None
     order = np.argsort(-d.r_hat, axis=None, kind="stable")[:5]
     worst = []
     for row, output in zip(*np.unravel_index(order, d.r_hat.shape), strict=True):
@@ -310,10 +321,13 @@ def _convergence(e: Evaluation) -> dict[str, Any]:
             }
         )
     summary = [
-        ("R-hat", _number(float(d.r_hat.max()), ".3f"), _number(float(np.median(d.r_hat)), ".3f"), "at most 1.01"),
-        ("bulk ESS", _number(float(d.ess_bulk.min()), ",.0f"), _number(float(np.median(d.ess_bulk)), ",.0f"), "at least 400"),
-        ("tail ESS", _number(float(d.ess_tail.min()), ",.0f"), _number(float(np.median(d.ess_tail)), ",.0f"), "at least 400"),
-    ]  # fmt: skip
+        (label, _number(float(worst), form), _number(float(np.median(values)), form), wanted)
+        for label, values, worst, form, wanted in (
+            ("R-hat", d.r_hat, d.r_hat.max(), ".3f", "at most 1.01"),
+            ("bulk ESS", d.ess_bulk, d.ess_bulk.min(), ",.0f", "at least 400"),
+            ("tail ESS", d.ess_tail, d.ess_tail.min(), ",.0f", "at least 400"),
+        )
+    ]
     counts = {
         "chains × draws": f"{d.chains} × {d.draws // d.chains:,}",
         "acceptance": None if d.acceptance is None else f"{d.acceptance:.2f}",
@@ -334,7 +348,9 @@ def _convergence(e: Evaluation) -> dict[str, Any]:
 def _run(e: Evaluation) -> dict[str, Any]:
     draws = e.entry.draws
     shape = tuple((draws.theta if isinstance(draws, Draws) else draws[0]).shape[:-1])
-    facts = {"draws": " × ".join(f"{size:,}" for size in shape) or "1", "time": _duration(e.entry.seconds)}
+    facts = {"draws": " × ".join(f"{size:,}" for size in shape) or "1"}
+    if e.entry.seconds is not None:
+        facts["time"] = duration(e.entry.seconds)
     evidence = draws.log_evidence if isinstance(draws, Draws) else None
     if evidence is not None:
         facts["log evidence"] = f"{evidence[0]:.2f} ± {evidence[1]:.2f}".replace("-", "−")
@@ -397,7 +413,7 @@ def _check_path(path: str | Path) -> Path:
 # -------------------------------------------------------------------- pictures
 
 
-def _figures(comparison: Comparison, model: BayesianModel, y: Tensor) -> tuple[Figures, ...]:
+def _figures(comparison: Comparison, model: BayesianModel, y: Tensor) -> tuple[_Picture, ...]:
     predictions = {e.name: e.prediction for e in comparison.evaluations}
     names = ", ".join(predictions)
     if model.likelihood.kind == "classification":
@@ -414,8 +430,8 @@ def _figures(comparison: Comparison, model: BayesianModel, y: Tensor) -> tuple[F
     else:
         calibration = (
             "Calibration. Share of test targets inside central predictive intervals of every nominal coverage. The "
-            "grey region holds 95 % of outcomes of a calibrated method; below it intervals are too narrow, above too "
-            "wide."
+            "grey region holds 95 % of outcomes of a calibrated method, level by level; below it intervals are too "
+            "narrow, above too wide."
         )
         single = model.x.flatten(1).shape[1] == 1 and y.shape[-1] == 1
         if single:
@@ -432,7 +448,7 @@ def _figures(comparison: Comparison, model: BayesianModel, y: Tensor) -> tuple[F
                 "rows are drawn."
             )
         shown = [(plots.reliability(predictions, y), calibration), (figure, spread)]
-    return tuple(Figures(_svg(figure, f"{text.split('.')[0]} of {names}"), text) for figure, text in shown)
+    return tuple(_Picture(_svg(figure, f"{text.split('.')[0]} of {names}"), text) for figure, text in shown)
 
 
 def _svg(figure: Figure, label: str) -> str:

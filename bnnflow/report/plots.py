@@ -22,6 +22,8 @@ __all__ = ["colours", "predictive", "predictive_band", "reliability"]
 INK = "#1b1f24"  # text and axes; the HTML report lets it follow the page's own colour
 _GREY = "#808890"
 _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b0578d", "#3a9bd9", "#c98a00")  # after Okabe and Ito
+_LIGHT, _STRONG = 0.22, 0.42  # opacity of the wide and the narrow band
+_DASHES = (0, (4, 2))
 _SMALL, _BODY = 9, 10
 _MAX_ROWS = 120
 _MAX_DRAWS = 2000  # bands need no more
@@ -49,7 +51,7 @@ def predictive_band(
         predictions: by method; one input feature and one target each.
         x_train: ``(n,)`` or ``(n, 1)``, training inputs to show.
         y_train: their targets.
-        truth: the noiseless function at the first prediction's inputs, if known.
+        truth: the noiseless function at the predictions' inputs, if known.
         x_label: with units.
         y_label: with units.
 
@@ -62,23 +64,22 @@ def predictive_band(
             raise ValueError(f"{name} is not a regression of one target on one feature")
     figure, axes = _panels(list(predictions), height=2.9)
     for (name, prediction), ax in zip(predictions.items(), axes, strict=True):
+        thin, colour = _thin(prediction), colours(list(predictions))[name]
         x, order = prediction.x.flatten().sort()
-        bands = _array(_thin(prediction).quantile([0.05, 0.25, 0.75, 0.95])[:, order])
-        mean, noiseless = _array(prediction.mean[order]), 1.645 * _array(prediction.epistemic[order])
-        x, colour = _array(x), colours(list(predictions))[name]
-        ax.fill_between(x, bands[0], bands[3], color=colour, alpha=0.18, linewidth=0, label="90 % of y")
-        ax.fill_between(x, bands[1], bands[2], color=colour, alpha=0.32, linewidth=0, label="50 % of y")
-        for sign in (-1, 1):
-            label = "90 % of the function" if sign > 0 else None
-            ax.plot(x, mean + sign * noiseless, color=colour, linewidth=0.9, linestyle=(0, (4, 2)), label=label)
-        ax.plot(x, mean, color=colour, linewidth=1.8, label="mean")
+        bands = _array(thin.quantile([0.05, 0.25, 0.75, 0.95])[:, order])
+        x = _array(x)
+        ax.fill_between(x, bands[0], bands[3], color=colour, alpha=_LIGHT, linewidth=0)
+        ax.fill_between(x, bands[1], bands[2], color=colour, alpha=_STRONG, linewidth=0)
+        for edge in _function_quantiles(thin, [0.05, 0.95])[:, _array(order)]:
+            ax.plot(x, edge, color=colour, linewidth=0.9, linestyle=_DASHES)
+        ax.plot(x, _array(prediction.mean[order]), color=colour, linewidth=1.8)
         if truth is not None:
-            true = _array(truth).ravel()[_array(next(iter(predictions.values())).x.flatten().argsort())]
-            ax.plot(x, true, color=INK, linewidth=0.9, linestyle=":", label="truth")
+            ax.plot(x, _array(truth).ravel()[_array(order)], color=INK, linewidth=0.9, linestyle=":")
         if x_train is not None and y_train is not None:
-            ax.plot(_array(x_train).ravel(), _array(y_train).ravel(), ".", color=INK, markersize=3.5, label="data")
+            ax.plot(_array(x_train).ravel(), _array(y_train).ravel(), ".", color=INK, markersize=3.5)
     _limit(axes, predictions, y_train)
-    _legend(figure, axes[0])
+    key = {"90 % of y": _LIGHT, "50 % of y": _STRONG, "90 % of the function": _DASHES, "mean": "-"}
+    _legend(figure, key | ({} if truth is None else {"truth": ":"}) | ({} if x_train is None else {"data": "."}))
     _labels(figure, axes, x_label, y_label)
     return figure
 
@@ -96,7 +97,7 @@ def reliability(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray, b
     """
     classes = next(iter(predictions.values())).kind == "classification"
     _check(predictions, "classification" if classes else "regression")
-    figure, axes = _panels(list(predictions), height=2.7, square=True)
+    figure, axes = _panels(list(predictions), height=0, square=True)
     for (name, prediction), ax in zip(predictions.items(), axes, strict=True):
         colour = colours(list(predictions))[name]
         ax.plot([0, 1], [0, 1], color=_GREY, linewidth=1)
@@ -137,12 +138,12 @@ def predictive(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) ->
         order = np.argsort(seen)
         order = order[np.unique(np.linspace(0, len(order) - 1, min(_MAX_ROWS, len(order))).astype(int))]
         rank = np.arange(len(order))
-        ax.vlines(rank, low[order], high[order], color=colour, alpha=0.45, linewidth=1.6, label="90 % interval")
-        ax.plot(rank, mean[order], "o", color=colour, markersize=3, label="mean")
-        ax.plot(rank, seen[order], "_", color=INK, markersize=6, markeredgewidth=1.2, label="observed")
+        ax.vlines(rank, low[order], high[order], color=colour, alpha=_STRONG, linewidth=1.6)
+        ax.plot(rank, mean[order], "o", color=colour, markersize=3)
+        ax.plot(rank, seen[order], "_", color=INK, markersize=6, markeredgewidth=1.2)
         ax.set_xticks([])
     _limit(axes, predictions, y)
-    _legend(figure, axes[0])
+    _legend(figure, {"90 % interval": _STRONG, "mean": "o", "observed": "_"})
     _labels(figure, axes, "test rows in the order of their targets", "target")
     return figure
 
@@ -152,14 +153,16 @@ def predictive(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) ->
 
 def _confidence_curve(ax: Axes, prediction: Prediction, y: Any, bins: int, colour: str) -> None:
     binned = metrics.reliability(prediction, y, bins)
-    filled = _array(binned.count) > 0
-    confidence, accuracy, count = (_array(v)[filled] for v in (binned.confidence, binned.accuracy, binned.count))
-    spread = np.sqrt(confidence * (1 - confidence) / count)  # of the accuracy, if calibrated
+    filled = _array(binned.rows) > 0
+    confidence, accuracy, count = (_array(v)[filled] for v in (binned.confidence, binned.accuracy, binned.rows))
+    spread = 1.96 * np.sqrt(confidence * (1 - confidence) / count)  # of the accuracy, if calibrated
     share = count / count.sum()
     edges = _array(binned.edges)
-    ax.bar(edges[:-1][filled], share, np.diff(edges)[filled], align="edge", color=colour, alpha=0.15, linewidth=0)
-    ax.vlines(confidence, confidence - 1.96 * spread, confidence + 1.96 * spread, color=_GREY, alpha=0.5, linewidth=4)
-    ax.plot(confidence, accuracy, "o-", color=colour, markersize=4, linewidth=1.5)
+    ax.bar(edges[:-1][filled], share, np.diff(edges)[filled], align="edge", color=colour, alpha=_LIGHT, linewidth=0)
+    low, high = np.clip(confidence - spread, 0, 1), np.clip(confidence + spread, 0, 1)
+    ax.vlines(confidence, low, high, color=_GREY, alpha=0.45, linewidth=3)
+    ax.plot(confidence, accuracy, color=colour, linewidth=1, alpha=0.6)
+    ax.scatter(confidence, accuracy, 12 + 90 * share, color=colour, linewidth=0, zorder=3)
     ax.text(0.04, 0.93, f"ECE {metrics.ece(prediction, y, bins):.3f}", color=INK, fontsize=_SMALL, va="top")
 
 
@@ -170,7 +173,7 @@ def _coverage_curve(ax: Axes, prediction: Prediction, y: Any, colour: str) -> No
     spread = 1.96 * np.sqrt(levels * (1 - levels) / len(distance))
     ax.fill_between(levels, levels - spread, levels + spread, color=_GREY, alpha=0.25, linewidth=0)
     ax.plot(levels, inside, color=colour, linewidth=1.8, drawstyle="steps-post")
-    ax.text(0.04, 0.93, f"90 %: {(distance <= 0.9).mean():.1%}", color=INK, fontsize=_SMALL, va="top")
+    ax.text(0.97, 0.04, f"90 %: {100 * (distance <= 0.9).mean():.0f} %", color=INK, fontsize=_SMALL, ha="right")
 
 
 def _confidences(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) -> Figure:
@@ -178,7 +181,7 @@ def _confidences(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) 
     figure, axes = _panels(list(predictions), height=2.5)
     for (name, prediction), ax in zip(predictions.items(), axes, strict=True):
         probs = prediction.probs
-        edges = np.linspace(1 / probs.shape[-1], 1, 21)
+        edges = np.linspace(1 / probs.shape[-1], 1, 21).tolist()
         confidence = _array(probs.max(-1).values)
         right = _array(probs.argmax(-1) == prediction.targets(y))
         colour = colours(list(predictions))[name]
@@ -199,14 +202,15 @@ def _confidences(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) 
 
 
 def _panels(names: list[str], height: float, *, square: bool = False) -> tuple[Figure, list[Axes]]:
-    """Return a figure with a titled panel for every method, at most three in a row, with shared axes."""
+    """Return a figure with a titled panel for every method and shared axes."""
     from matplotlib.figure import Figure
 
     n = len(names)
-    columns = n if n <= 3 else 2 if n == 4 else 3
+    columns = n if n <= 3 else (4 if square else 2) if n == 4 else 3
     rows = math.ceil(n / columns)
-    width = {1: 3.4 if square else 6.2, 2: 6.4 if square else 8.2}.get(columns, 9.2)
-    figure = Figure(figsize=(width, 0.75 + height * rows), layout="constrained")
+    width = {1: 3.4 if square else 6.2, 2: 6.2 if square else 8.6}.get(columns, 9.4)
+    height = (width - 0.7) / columns + 0.1 if square else height
+    figure = Figure(figsize=(width, 0.6 + height * rows), layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     figure.patch.set_alpha(0)
     axes = list(grid.ravel())
@@ -233,15 +237,33 @@ def _limit(axes: list[Axes], predictions: Mapping[str, Prediction], y: Tensor | 
     axes[0].set_ylim(low - margin, high + margin)
 
 
-def _legend(figure: Figure, ax: Axes) -> None:
-    """Put one legend above the panels, in grey: it names the marks, the panels' titles name the methods."""
-    handles, labels = ax.get_legend_handles_labels()
-    legend = figure.legend(
-        handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=_SMALL, labelcolor=INK
+def _legend(figure: Figure, key: Mapping[str, Any]) -> None:
+    """Name the marks above the panels: a number is a band's opacity, the rest a line style or a marker.
+
+    Marks that differ in colour between methods are grey here; the panels' titles name the methods.
+    """
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles: list[Any] = []
+    for label, mark in key.items():
+        colour = INK if label in ("truth", "data", "observed") else _GREY
+        if isinstance(mark, float):
+            handles.append(Patch(facecolor=colour, alpha=mark + 0.15, linewidth=0, label=label))
+        elif mark in (".", "o", "_"):
+            handles.append(Line2D([], [], color=colour, marker=mark, linestyle="", markersize=5, label=label))
+        else:
+            handles.append(Line2D([], [], color=colour, linestyle=mark, label=label))
+    figure.legend(
+        handles=handles,
+        loc="outside upper left",
+        ncols=len(handles),
+        frameon=False,
+        fontsize=_SMALL,
+        labelcolor=INK,
+        columnspacing=1.4,
+        handlelength=1.6,
     )
-    for handle in legend.legend_handles:
-        if handle is not None and hasattr(handle, "set_color"):
-            handle.set_color(INK if handle.get_label() in ("data", "truth", "observed") else _GREY)  # type: ignore[attr-defined]
 
 
 def _labels(figure: Figure, axes: list[Axes], x: str, y: str) -> None:
@@ -257,6 +279,14 @@ def _thin(prediction: Prediction) -> Prediction:
         return prediction
     theta = prediction.theta[::every]
     return replace(prediction, theta=theta, log_weights=torch.full_like(weights[::every], -math.log(len(theta))))
+
+
+def _function_quantiles(prediction: Prediction, levels: list[float]) -> np.ndarray:
+    """Return quantiles over draws of what a draw predicts, without noise, ``(levels, n)``."""
+    values, order = torch.cat(list(prediction.functions())).squeeze(-1).sort(0)  # (draws, n)
+    below = prediction.log_weights.exp()[order].cumsum(0)
+    index = [(below < level).sum(0, keepdim=True).clamp(max=len(values) - 1) for level in levels]
+    return _array(torch.cat([values.gather(0, i) for i in index]))
 
 
 def _check(predictions: Mapping[str, Prediction], kind: str) -> None:

@@ -42,7 +42,7 @@ def match(
     group = spec.symmetries() if group is None else group
     flat = theta.reshape(-1, spec.dim)
     target = reference.expand_as(theta).reshape(-1, spec.dim)
-    labels = [label for label in spec.widths if label in group.permutation]
+    labels = [label for label in spec.activations if label in group.permutation | group.sign]  # in the order of depth
     if len(labels) <= 1:
         matched = _sweep(flat, spec, target, labels, group, set())
     else:
@@ -75,8 +75,11 @@ def _sweep(
         unsettled = unsettled - {label}
         gain = _inner_products(spec, label, spec.unflatten(flat), target_params, unsettled)  # (batch, n, n)
         signed = label in group.sign
-        perms = _assign(gain.abs() if signed else gain)
-        flat = spec.permute(flat, {label: perms})
+        if label in group.permutation:
+            perms = _assign(gain.abs() if signed else gain)
+            flat = spec.permute(flat, {label: perms})
+        else:
+            perms = torch.arange(gain.shape[-1], device=gain.device).expand(gain.shape[:-1])
         if signed:
             chosen = gain.gather(-1, perms.unsqueeze(-1)).squeeze(-1)  # (batch, n)
             flat = spec.flip(flat, {label: torch.where(chosen < 0, -1.0, 1.0)})
@@ -130,7 +133,8 @@ def align(
     if reference is not None:
         flat = match(flat, model.spec, reference, group=group)
     else:
-        mean = flat[model.log_joint(flat).argmax()]
+        log_joint = draws.log_joint.flatten() if isinstance(draws, Draws) else model.log_joint(flat)
+        mean = flat[log_joint.argmax()]
         for _ in range(rounds):
             flat = match(flat, model.spec, mean, group=group)
             new_mean = flat.mean(0)

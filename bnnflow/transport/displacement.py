@@ -65,7 +65,7 @@ class GradientSteps:
             change = (grad - context.grad(y + _PROBE * direction)) * direction
             curvature = s2 * change.sum(-1, keepdim=True) / _PROBE
             # Smooth stand-ins for max(0, curvature) and for min(step, bound): a kink would spoil the solver's order.
-            damping = 1 + 0.5 * (curvature + (curvature * curvature + 0.01).sqrt())
+            damping = 1 + 0.5 * (curvature + (curvature * curvature + 0.01 * s2 * s2 + 1e-12).sqrt())
             step = 1 / (damping * damping + (s2 * norm / self.max_norm) ** 2).sqrt()
             w = w + step * residual
             grad = context.grad(mu + s2 * w)

@@ -1,0 +1,445 @@
+"""The diagnosis is honest, the export is complete, and the page stands on its own."""
+
+import re
+import subprocess
+import sys
+import warnings
+from html.parser import HTMLParser
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Normal
+
+from bnnflow.draws import Draws
+from bnnflow.gaussian import Gaussian
+from bnnflow.model import BayesianModel, likelihoods
+from bnnflow.predictive import metrics, predict
+from bnnflow.report import Report, diagnose, plots, report, to_arviz
+from bnnflow.report.arviz import import_arviz
+
+VOID = {"meta", "br", "hr", "img", "link", "input", "wbr"}
+N_TEST = 40
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def make_model(kind, features=2, hidden=3):
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        out = 3 if kind == "classification" else 1
+        net = nn.Sequential(nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, out))
+    x = torch.randn(30, features, generator=generator(1))
+    if kind == "classification":
+        return BayesianModel(net, Normal(0.0, 1.0), likelihoods.Categorical(), x, torch.arange(30) % 3)
+    return BayesianModel(net, Normal(0.0, 1.0), likelihoods.Gaussian(), x, x.sum(1))
+
+
+def test_data(model):
+    x = torch.randn(N_TEST, model.x.shape[1], generator=generator(2))
+    return x, torch.arange(N_TEST) % 3 if model.likelihood.kind == "classification" else x.sum(1)
+
+
+test_data.__test__ = False  # type: ignore[attr-defined]
+
+
+def chains(model, chains=4, draws=200, *, centre=None, spread=0.3, seed=0):
+    """Independent draws dressed as Markov chains: around `centre` (chain, dim), zero if None."""
+    theta = spread * torch.randn(chains, draws, model.dim, generator=generator(seed))
+    theta = theta if centre is None else theta + centre[:, None]
+    energy = torch.randn(chains, draws, generator=generator(seed + 1), dtype=torch.float64)
+    stats = {
+        "acceptance_rate": torch.full((chains, draws), 0.8, dtype=torch.float64),
+        "diverging": torch.zeros(chains, draws, dtype=torch.bool),
+        "energy": energy,
+    }
+    info = {"method": "HMC", "settings": "HMC(step_size=0.1)", "seconds": 12.5, "seed": 0, "gradients_per_chain": 4000}
+    return Draws(theta, model.log_joint(theta), stats, info=info)
+
+
+@pytest.fixture(scope="module", params=["classification", "regression"])
+def model(request):
+    return make_model(request.param)
+
+
+# ---------------------------------------------------------------- diagnosis
+
+
+def test_chains_that_agree_are_trusted(model):
+    d = diagnose(chains(model, draws=400), model)
+    assert d.verdict == "trust"
+    assert d.r_hat is not None
+    assert d.ess_bulk is not None
+    assert d.r_hat.shape == (30, 3 if model.likelihood.kind == "classification" else 1)
+    assert d.r_hat.max() < 1.01
+    assert d.ess_bulk.min() > 400
+    assert d.acceptance == pytest.approx(0.8)
+    assert d.divergences == 0
+    assert str(d) == repr(d)
+    assert str(d).startswith("HMC: trust\n")
+
+
+def test_stuck_chains_are_not(model):
+    stuck = model.sample_prior(4, seed=0)
+    for spread in (0.0, 0.01):
+        d = diagnose(chains(model, centre=stuck, spread=spread), model)
+        assert d.verdict == "do not trust"
+        assert d.r_hat is not None
+        assert d.r_hat.max() > 1.05
+        assert "longer warm-up" in str(d)
+
+
+def test_chains_that_never_move_are_not(model):
+    d = diagnose(chains(model, spread=0.0), model)
+    assert d.verdict == "do not trust"
+    assert "never" not in d.verdict
+    assert "no chain ever moved" in str(d)
+
+
+def test_symmetric_chains_agree_in_function_space(model):
+    """Flipping the sign of every hidden unit of two chains moves the weights and not the functions."""
+    draws = chains(model, draws=400, centre=model.sample_prior(1, seed=0).expand(4, -1), spread=0.05)
+    flipped = draws.theta.clone()
+    flipped[:2] = model.spec.flip(flipped[:2], {"h1": -torch.ones(3)})
+    d = diagnose(draws.with_theta(flipped), model)
+    assert d.verdict == "trust"
+
+
+def test_slow_chains_are_told_how_many_draws_they_need(model):
+    draws = chains(model, draws=200)
+    slow = draws.theta[:, ::10].repeat_interleave(10, 1)
+    d = diagnose(draws.with_theta(slow), model)
+    assert d.verdict != "trust"
+    assert re.search(r"take about \d+ times as many draws", str(d))
+
+
+@pytest.mark.parametrize(("share", "verdict"), [(0.005, "trust with care"), (0.2, "do not trust")])
+def test_divergences_count(model, share, verdict):
+    draws = chains(model, draws=400)
+    draws.stats["diverging"][:, : int(400 * share)] = True
+    d = diagnose(draws, model)
+    assert d.verdict == verdict
+    assert "diverged" in str(d)
+
+
+def test_energies_that_are_hardly_explored_are_mentioned(model):
+    draws = chains(model, draws=400)
+    draws.stats["energy"][:] = torch.linspace(0, 1, 400)
+    assert "E-BFMI" in str(diagnose(draws, model))
+
+
+def test_one_chain_is_not_enough(model):
+    d = diagnose(chains(model, chains=1, draws=1000), model)
+    assert d.verdict == "trust with care"
+    assert "one chain" in str(d)
+    assert diagnose(chains(model, draws=2), model).verdict == "do not trust"
+
+
+def test_approximations_are_never_trusted_on_their_own(model):
+    theta = model.sample_prior(500, seed=0)
+    flow_like = Draws(theta[None], model.log_joint(theta)[None], info={"method": "VI"})
+    ensemble = Draws(theta[None, :10], model.log_joint(theta[:10])[None], info={"method": "DeepEnsemble"})
+    for draws in (theta, flow_like, ensemble):
+        d = diagnose(draws, model)
+        assert d.verdict == "approximate: compare with an exact sampler"
+        assert "no chains to compare" in str(d)
+        assert d.r_hat is None
+    assert "10 members" in str(diagnose(ensemble, model))
+
+
+def test_weights_have_an_effective_sample_size(model):
+    theta = model.sample_prior(1000, seed=0)
+    even = diagnose((theta, torch.zeros(1000)), model)
+    assert even.ess_weights == pytest.approx(1000)
+    assert even.verdict == "trust with care"
+    uneven = torch.zeros(1000)
+    uneven[0] = 20.0
+    assert diagnose((theta, uneven), model).verdict == "do not trust"
+
+
+def test_diagnose_refuses_weights_of_another_model(model):
+    with pytest.raises(ValueError, match="length"):
+        diagnose(torch.zeros(3, model.dim + 1), model)
+    with pytest.raises(ValueError, match="no draws"):
+        diagnose(torch.zeros(0, model.dim), model)
+
+
+# ---------------------------------------------------------------- ArviZ
+
+
+def test_arviz_has_every_group_with_named_axes(model):
+    draws = chains(model, draws=20)
+    data = to_arviz(draws, model)
+    posterior = data["posterior"]
+    assert posterior["0.weight"].dims[:3] == ("chain", "draw", "h1")
+    assert posterior["2.weight"].dims[3] == "h1"
+    assert posterior["0.weight"].shape == (4, 20, 3, 2)
+    assert np.array_equal(posterior["0.bias"], model.spec.unflatten(draws.theta)["0.bias"])
+    assert {"lp", "energy", "diverging", "acceptance_rate"} <= set(data["sample_stats"].data_vars)
+    assert np.allclose(data["sample_stats"]["lp"], draws.log_joint)
+    expected = model.pointwise_log_likelihood(draws.theta)
+    assert np.allclose(data["log_likelihood"]["y"], expected, atol=1e-5)
+    functions = model.likelihood.mean(model.outputs(draws.theta))
+    assert np.allclose(data["predictions"]["mean"], functions, atol=1e-5)
+    assert data["observed_data"]["y"].shape == tuple(model.y.shape)
+
+
+def test_arviz_at_other_inputs(model):
+    draws = chains(model, draws=10)
+    x, y = test_data(model)
+    assert to_arviz(draws, model, x, y)["log_likelihood"]["y"].shape == (4, 10, N_TEST)
+    assert not hasattr(to_arviz(draws, model, x), "log_likelihood")
+    with pytest.raises(ValueError, match="needs its x"):
+        to_arviz(draws, model, y=y)
+    with pytest.raises(ValueError, match="rows"):
+        to_arviz(draws, model, x, y[:3])
+
+
+def test_arviz_functions_accept_the_export(model):
+    az = import_arviz()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loo = az.loo(to_arviz(chains(model, draws=100), model))
+    assert np.isfinite(float(loo.iloc[0] if hasattr(loo, "iloc") else loo.elpd))
+
+
+def test_both_forms_of_arviz_get_the_same_groups(model, monkeypatch):
+    """Without InferenceData, as in ArviZ 1.x, the groups become a DataTree."""
+    xarray = pytest.importorskip("xarray")
+    if not hasattr(xarray, "DataTree"):
+        pytest.skip("this xarray has no DataTree")
+    draws = chains(model, draws=10)
+    old = to_arviz(draws, model)
+    monkeypatch.setattr("bnnflow.report.arviz.import_arviz", lambda: type("arviz", (), {}))
+    new = to_arviz(draws, model)
+    assert isinstance(new, xarray.DataTree)
+    for group in ("posterior", "sample_stats", "predictions", "log_likelihood", "observed_data", "constant_data"):
+        assert new[group].to_dataset().identical(old[group])
+
+
+# ---------------------------------------------------------------- the report
+
+
+class Page(HTMLParser):
+    """Collects tags, and fails on those that are not closed in order."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.attributes, self.text = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"unclosed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def stands_alone(text):
+    page = Page(text)
+    for _tag, name, value in page.attributes:
+        if name in {"src", "href", "xlink:href", "action", "data", "srcset"}:
+            assert value.startswith("#"), value
+    assert "script" not in page.tags
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+    return page
+
+
+def methods(model):
+    """One result of every form that is accepted."""
+    theta = model.sample_prior(60, seed=3)
+    return {
+        "HMC": chains(model, draws=400),
+        "VI <b>&": Draws(theta[None], model.log_joint(theta)[None], info={"method": "VI", "seconds": 1.0}),
+        "ensemble": Draws(theta[None, :10], model.log_joint(theta[:10])[None], info={"method": "DeepEnsemble"}),
+        "prior $x$": theta,
+        "weighted": (theta, torch.zeros(60)),
+        "Gaussian": Gaussian(torch.zeros(model.dim), 0.3 * torch.ones(model.dim)),
+    }
+
+
+@pytest.fixture(scope="module")
+def made(model, tmp_path_factory):
+    x, y = test_data(model)
+    path = tmp_path_factory.mktemp("report") / "new" / "report.html"
+    before = dict(matplotlib.rcParams)
+    result = report(methods(model), model, x, y, path, title="A <title>", seconds={"Gaussian": 0.5})
+    assert dict(matplotlib.rcParams) == before
+    return result, path.read_text(encoding="utf-8")
+
+
+def test_the_page_is_whole_and_needs_nothing_else(made):
+    result, text = made
+    page = stands_alone(text)
+    assert result.path is not None
+    assert page.tags.count("svg") == page.tags.count("figure") == 2
+    labels = [value for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"]
+    assert all("HMC" in label and "VI <b>&" in label for label in labels)
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    targets = {value[1:] for _, name, value in page.attributes if name in {"href", "xlink:href"}}
+    assert targets <= set(ids)
+    assert page.tags.count("table") == page.tags.count("caption")
+    assert [tag for tag in page.tags if tag in {"h1", "h2", "h3", "h4"}][:3] == ["h1", "h2", "h3"]
+
+
+def test_labels_are_escaped_and_every_method_is_there(made, model):
+    _, text = made
+    words = " ".join(Page(text).text)
+    assert "<b>&" not in text.replace("&lt;b&gt;&amp;", "")
+    for name in methods(model):
+        assert words.count(name) >= 4  # verdict, table, run, and the panel of a figure
+    assert "A <title>" in words
+
+
+def test_the_table_holds_the_metrics(made, model):
+    result, _ = made
+    x, y = test_data(model)
+    rows = {row["method"]: row for row in result.table}
+    assert list(rows) == list(methods(model))
+    p = predict(model, methods(model)["HMC"], x)
+    assert rows["HMC"]["lppd"] == pytest.approx(metrics.lppd(p, y))
+    if model.likelihood.kind == "classification":
+        assert rows["HMC"]["brier"] == pytest.approx(metrics.brier(p, y))
+        assert rows["HMC"]["ece"] == pytest.approx(metrics.ece(p, y))
+    else:
+        assert rows["HMC"]["crps"] == pytest.approx(metrics.crps(p, y))
+        assert rows["HMC"]["coverage_90"] == pytest.approx(metrics.coverage(p, y, 0.9))
+    draws = methods(model)["HMC"]
+    assert rows["HMC"]["log_joint"] == pytest.approx(float(draws.log_joint.mean()), rel=1e-5)
+    assert rows["HMC"]["log_likelihood"] == pytest.approx(float(model.log_likelihood(draws.flat).mean()), rel=1e-5)
+    assert rows["HMC"]["seconds_per_1000_draws"] == pytest.approx(12.5 / 1.6)
+    assert rows["HMC"]["gradients_per_chain"] == 4000
+    assert rows["Gaussian"]["draws"] == 4000
+    assert rows["Gaussian"]["seconds"] == 0.5
+    assert rows["prior $x$"]["seconds"] is None
+
+
+def test_equal_methods_are_marked_alike_and_beaten_ones_are_not(model):
+    x, y = test_data(model)
+    theta = chains(model, draws=400, spread=0.1).flat
+    worse = 30 * model.sample_prior(1, seed=1)
+    table = report({"a": theta, "b": theta.clone(), "c": worse}, model, x, y, path=None).table
+    assert table[0]["best"] == table[1]["best"]
+    assert "lppd" in table[0]["best"]
+    assert "lppd" not in table[2]["best"]
+
+
+def test_the_reference_is_the_exact_sampler_that_converged(model):
+    x, y = test_data(model)
+    good, stuck = chains(model, draws=400), chains(model, centre=model.sample_prior(4, seed=0), spread=0.01)
+    section = report({"stuck": stuck, "good": good, "prior": good.flat}, model, x, y, path=None).sections[0]
+    assert section.comparison.reference == "good"
+    assert section.comparison.headline.startswith("Use good")
+    alone = report({"stuck": stuck}, model, x, y, path=None).sections[0].comparison
+    assert alone.reference is None
+    assert "has not converged" in alone.headline
+    nothing = report({"a": good.flat, "b": stuck.flat}, model, x, y, path=None).sections[0].comparison
+    assert "no exact sampler" in nothing.headline
+
+
+def test_the_terminal_shows_an_aligned_table(made):
+    result, _ = made
+    lines = str(result).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("method"))
+    assert {"method", "LPPD", "verdict"} <= set(lines[start].split())
+    column = lines[start].index("verdict")
+    assert all(line[column - 1] == " " and line[column] != " " for line in lines[start + 1 : start + 8])
+
+
+def test_several_experiments_in_one_file(tmp_path):
+    parts = []
+    for kind, features in (("classification", 2), ("regression", 1)):
+        model = make_model(kind, features)
+        x, y = test_data(model)
+        parts.append(report({"only": chains(model, draws=50)}, model, x, y, path=None, title=f"about {kind}"))
+        assert parts[-1].path is None
+    both = Report.combine(parts, tmp_path / "both.html", title="Both")
+    page = stands_alone((tmp_path / "both.html").read_text(encoding="utf-8"))
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    assert [row["experiment"] for row in both.table] == ["about classification", "about regression"]
+    assert "about regression" in str(both)
+    with pytest.raises(ValueError, match="no reports"):
+        Report.combine([], tmp_path / "none.html")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"results": {}}, "at least one"),
+        ({"results": {"": torch.zeros(2, 13)}}, "must be text"),
+        ({"results": {"a": 3}}, "expected Draws"),
+        ({"results": {"a": torch.zeros(2, 5)}}, "weights must be"),
+        ({"y_test": torch.zeros(3)}, "3"),
+        ({"y_test": None}, "needed"),
+        ({"x_test": torch.zeros(4, 7)}, "as in training"),
+        ({"seconds": {"b": 1.0}}, "no results: b"),
+        ({"path": "."}, "folder"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(change, message, monkeypatch):
+    model = make_model("regression")
+    x, y = test_data(model)
+    monkeypatch.setattr("bnnflow.report.html.compare", lambda *_: pytest.fail("work has started"))
+    arguments = {"results": {"a": torch.zeros(2, model.dim)}, "x_test": x, "y_test": y, "path": None} | change
+    with pytest.raises(ValueError, match=message):
+        report(model=model, **arguments)
+
+
+# ---------------------------------------------------------------- plots
+
+
+def test_bands_cover_what_they_should(model):
+    if model.likelihood.kind == "classification":
+        with pytest.raises(ValueError, match="expected regression"):
+            plots.predictive_band({"a": predict(model, model.sample_prior(5, 0), model.x)})
+        return
+    single = make_model("regression", features=1)
+    x = torch.linspace(-2, 2, 30)[:, None].flip(0)  # need not be sorted
+    p = predict(single, single.sample_prior(50, seed=0), x)
+    figure = plots.predictive_band({"a": p, "b": p}, single.x, single.y, truth=x[:, 0], x_label="x (m)")
+    assert len(figure.axes) == 2
+    assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
+    with pytest.raises(ValueError, match="one feature"):
+        plots.predictive_band({"a": predict(model, model.sample_prior(5, 0), model.x)})
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 8])
+def test_figures_come_out_for_any_number_of_methods(model, count):
+    x, y = test_data(model)
+    predictions = {f"m{i}": predict(model, model.sample_prior(20, seed=i), x) for i in range(count)}
+    before = dict(matplotlib.rcParams)
+    for figure in (plots.reliability(predictions, y), plots.predictive(predictions, y)):
+        shown = [ax for ax in figure.axes if ax.get_visible()]
+        assert [ax.get_title(loc="left") for ax in shown] == list(predictions)
+        assert all(ax.get_xlim() == shown[0].get_xlim() for ax in shown)
+    assert dict(matplotlib.rcParams) == before
+    assert len(set(plots.colours(list(predictions)).values())) == min(count, 6)
+
+
+def test_importing_predictions_reports_and_data_is_light():
+    script = (
+        "import sys, bnnflow.predictive, bnnflow.report, bnnflow.data;"
+        "print(*{name.partition('.')[0] for name in sys.modules})"
+    )
+    loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert not {"arviz", "matplotlib", "sklearn", "xarray", "pandas", "jinja2"} & set(loaded.split())

@@ -1,0 +1,196 @@
+"""Laws of what is saved: it comes back exactly, old files stay readable, and foreign ones are refused."""
+
+from __future__ import annotations
+
+import json
+import stat
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import bnnflow as bf
+from bnnflow import storage
+
+GOLDEN = Path(__file__).parent / "golden" / "draws-v1.npz"
+
+
+def example(dtype: torch.dtype = torch.float32) -> bf.Draws:
+    """Return the draws that the golden file holds, which no later version may change."""
+    theta = torch.arange(12, dtype=dtype).reshape(2, 2, 3) / 8 - 0.5
+    return bf.Draws(
+        theta,
+        torch.tensor([[-1.5, -2.5], [-3.5, -4.25]], dtype=torch.float64),
+        {"acceptance_rate": torch.tensor([[0.5, 1.0], [0.25, 0.75]]), "diverging": torch.tensor([[False, True]] * 2)},
+        log_weights=torch.tensor([[-0.5, -1.0], [-1.5, -2.0]], dtype=torch.float64),
+        log_evidence=(-12.5, 0.25),
+        posterior=bf.Gaussian(torch.tensor([1.0, 2.0, 3.0], dtype=dtype), torch.tensor([0.5, 0.25, 2.0], dtype=dtype)),
+        info={"method": "HMC", "step_size": 0.125, "interrupted": False, "divergences": 2},
+    )
+
+
+def check_equal(found: bf.Draws, expected: bf.Draws) -> None:
+    assert torch.equal(found.theta, expected.theta)
+    assert found.theta.dtype == expected.theta.dtype
+    assert torch.equal(found.log_joint, expected.log_joint)
+    assert found.log_joint.dtype == torch.float64
+    assert found.stats.keys() == expected.stats.keys()
+    for name, values in expected.stats.items():
+        assert found.stats[name].dtype == values.dtype
+        assert torch.equal(found.stats[name], values)
+    assert (found.log_weights is None) == (expected.log_weights is None)
+    if expected.log_weights is not None:
+        assert torch.equal(found.log_weights, expected.log_weights)
+    assert found.log_evidence == expected.log_evidence
+    assert found.info == expected.info
+    assert type(found.posterior) is type(expected.posterior)
+    if isinstance(expected.posterior, bf.Gaussian):
+        assert torch.equal(found.posterior.loc, expected.posterior.loc)
+        assert torch.equal(found.posterior.scale_tril, expected.posterior.scale_tril)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_draws_come_back_exactly(dtype: torch.dtype, tmp_path: Path) -> None:
+    draws = example(dtype)
+    path = draws.save(tmp_path / "draws.npz")
+    check_equal(bf.Draws.load(path), draws)
+    loaded = bf.load(path)
+    assert isinstance(loaded, bf.Draws)
+    check_equal(loaded, draws)
+
+
+def test_draws_without_anything_optional(tmp_path: Path) -> None:
+    draws = bf.Draws(torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.float64))
+    check_equal(bf.Draws.load(draws.save(tmp_path / "bare.npz")), draws)
+
+
+@pytest.mark.parametrize("method", [bf.HMC(), bf.VI(steps=10), bf.DeepEnsemble(2, 5)], ids=lambda m: type(m).__name__)
+def test_what_samplers_return_can_be_saved(method, tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        net = torch.nn.Linear(2, 1)
+    x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    model = bf.BayesianModel(net, bf.priors.Normal(), bf.likelihoods.Gaussian(), x, x.sum(1))
+    sizes = {"chains": 2, "draws": 3, "warmup": 5} if isinstance(method, bf.HMC) else {}
+    draws = bf.sample(model, method, seed=0, **sizes)
+    check_equal(bf.Draws.load(draws.save(tmp_path / "draws.npz")), draws)
+
+
+def test_the_golden_file_stays_readable() -> None:
+    check_equal(bf.Draws.load(GOLDEN), example())
+
+
+def test_todays_files_have_the_layout_of_the_golden_one(tmp_path: Path) -> None:
+    """A change here needs a new format version, a new golden file, and a reader that still knows the old one."""
+    with np.load(example().save(tmp_path / "now.npz")) as now, np.load(GOLDEN) as golden:
+        assert sorted(now.files) == sorted(golden.files)
+        for name in golden.files:
+            assert np.array_equal(now[name], golden[name])
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ("draws", "draws.npz"),
+        ("draws.npz", "draws.npz"),
+        ("run.1.bin", "run.1.bin"),
+        ("new/folder/draws", "new/folder/draws.npz"),
+    ],
+)
+def test_paths(given: str, written: str, tmp_path: Path) -> None:
+    assert example().save(tmp_path / given) == tmp_path / written
+    check_equal(bf.load(str(tmp_path / written)), example())
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = example().save(tmp_path / "draws.npz")
+    broken = bf.Draws(torch.zeros(1, 1, 1), torch.zeros(1, 1), info={"what": object()})
+    with pytest.raises(TypeError, match="JSON"):
+        broken.save(path)
+
+    class Stops:
+        def __array__(self, *args: object, **kwargs: object) -> np.ndarray:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        storage.write(path, "draws", 1, {}, {"theta": Stops()})  # type: ignore[dict-item]
+    assert [each.name for each in tmp_path.iterdir()] == ["draws.npz"]
+    check_equal(bf.Draws.load(path), example())
+
+
+def test_files_have_the_permissions_of_any_other(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.touch()
+    path = example().save(tmp_path / "draws.npz")
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+def test_nothing_is_pickled(tmp_path: Path) -> None:
+    with zipfile.ZipFile(example().save(tmp_path / "draws.npz")) as file:
+        for name in file.namelist():
+            with file.open(name) as member:
+                np.lib.format.read_array(member, allow_pickle=False)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def header(**values: object) -> np.ndarray:
+    plain = {"format": "bnnflow", "kind": "draws", "version": 1, "info": {}, "log_evidence": None}
+    return np.frombuffer(json.dumps(plain | values).encode(), dtype=np.uint8)
+
+
+THETA, LOG_JOINT = np.zeros((1, 2, 3)), np.zeros((1, 2))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"theta": THETA}, "was not written by bnnflow"),
+        ({"theta": THETA, "header": np.arange(4.0)}, "was not written by bnnflow"),
+        ({"theta": THETA, "header": np.frombuffer(b"[1, 2]", dtype=np.uint8)}, "was not written by bnnflow"),
+        ({"theta": THETA, "header": header(format="other")}, "was not written by bnnflow"),
+        ({"theta": THETA, "header": header(kind="cake")}, "holds 'cake', expected one of"),
+        ({"theta": THETA, "header": header(version=2)}, "has format version 2 of 'draws'; this bnnflow reads up to 1"),
+        ({"theta": np.array([{}], dtype=object), "header": header()}, "allow_pickle=False"),
+        ({"header": np.array([{}], dtype=object)}, "was not written by bnnflow"),
+    ],
+    ids=["no header", "odd header", "list header", "format", "kind", "newer", "pickled", "pickled header"],
+)
+@pytest.mark.parametrize("load", [bf.Draws.load, bf.load], ids=["Draws.load", "load"])
+def test_foreign_archives_are_refused(load, arrays: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "file.npz"
+    np.savez(path, **({"log_joint": LOG_JOINT} | arrays))
+    with pytest.raises(ValueError, match=message):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"plain text", b"PK\x03\x04 cut short", b"\x80\x04}."], ids=["empty", "text", "cut", "pickle"]
+)
+def test_foreign_files_are_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "file.npz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="was not written by bnnflow"):
+        bf.load(path)
+
+
+def test_single_arrays_and_cut_files_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "array.npy", THETA)
+    whole = example().save(tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "half.npz").write_bytes(whole[: len(whole) // 2])
+    for name in ("array.npy", "half.npz"):
+        with pytest.raises(ValueError, match="was not written by bnnflow"):
+            bf.load(tmp_path / name)
+
+
+def test_a_missing_file_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        bf.load(tmp_path / "nothing.npz")
+
+
+def test_draws_are_not_read_from_another_kind(tmp_path: Path) -> None:
+    path = storage.write(tmp_path / "flow.npz", "flow", 1, {}, {"weight": THETA})
+    with pytest.raises(ValueError, match=r"holds 'flow', expected one of \['draws'\]"):
+        bf.Draws.load(path)
