@@ -232,7 +232,7 @@ def test_simulation_based_calibration_in_small() -> None:
 
 @pytest.mark.validate
 def test_simulation_based_calibration() -> None:
-    ranks = simulated_ranks(replicates=300, draws=250, warmup=200)
+    ranks = simulated_ranks(replicates=150, draws=200, warmup=150)
     assert min(stats.kstest(column.numpy(), "uniform").pvalue for column in ranks.T) > 1e-3
 
 

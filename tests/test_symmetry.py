@@ -33,22 +33,22 @@ def network(*widths: int, activation: Callable[[], nn.Module] = nn.Tanh, bias: b
         return nn.Sequential(*modules[:-1]).double()
 
 
-class Backwards(nn.Module):
-    """A chain whose layers are defined from the output to the input."""
+class Scrambled(nn.Module):
+    """A chain whose layers are defined in another order than the data visits them."""
 
     def __init__(self, bias: bool = True) -> None:
         super().__init__()
-        self.d, self.c = nn.Linear(6, 2, bias=bias), nn.Linear(7, 6, bias=bias)
-        self.b, self.a = nn.Linear(5, 7, bias=bias), nn.Linear(3, 5, bias=bias)
+        self.b, self.d = nn.Linear(5, 7, bias=bias), nn.Linear(6, 2, bias=bias)
+        self.a, self.c = nn.Linear(3, 5, bias=bias), nn.Linear(7, 6, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.d(torch.tanh(self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))))
 
 
-def backwards(bias: bool) -> nn.Module:
+def scrambled(bias: bool) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        return Backwards(bias).double()
+        return Scrambled(bias).double()
 
 
 NETS = {
@@ -59,8 +59,8 @@ NETS = {
     "2 hidden gelu": lambda: network(3, 6, 7, 2, activation=nn.GELU),
     "3 hidden": lambda: network(3, 6, 5, 7, 2),
     "4 hidden": lambda: network(3, 6, 6, 6, 6, 2),
-    "defined backwards": lambda: backwards(True),
-    "defined backwards without biases": lambda: backwards(False),
+    "scrambled": lambda: scrambled(True),
+    "scrambled without biases": lambda: scrambled(False),
 }
 
 

@@ -86,6 +86,7 @@ def sample(
     info = {
         "method": type(method).__name__,
         "settings": repr(method),
+        "seed": seed if isinstance(seed, int) else "generator",
         "seconds": time.perf_counter() - wall,
         "cpu_seconds": time.process_time() - cpu,
         "model": model.fingerprint(),

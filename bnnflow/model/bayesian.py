@@ -44,9 +44,10 @@ class BayesianModel:
             only, constant targets, layers that mix rows or are random, and networks that do not fit the likelihood.
 
     Example:
+        >>> from bnnflow import likelihoods, priors
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
         >>> x = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
-        >>> model = BayesianModel(net, torch.distributions.Normal(0.0, 1.0), likelihoods.Gaussian(0.1), x, x.sum(1))
+        >>> model = BayesianModel(net, priors.Normal(1.0), likelihoods.Gaussian(0.1), x, x.sum(1))
         >>> model.log_joint(model.sample_prior(3, seed=0)).shape
         torch.Size([3])
     """

@@ -95,11 +95,10 @@ def refine(
         "steps": steps,
         "n_leapfrog": n_leapfrog,
         "step_size": step_size,
+        "acceptance_rate": float(acceptance.mean()),
         "gradients_per_draw": gradients,
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time() - cpu,
         "model": model.fingerprint(),
     }
-    return Draws(
-        moved_theta.unsqueeze(0), log_joint.unsqueeze(0), {"acceptance_rate": acceptance.unsqueeze(0)}, info=info
-    )
+    return Draws(moved_theta.unsqueeze(0), log_joint.unsqueeze(0), info=info)

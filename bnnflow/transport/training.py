@@ -113,6 +113,7 @@ def fit_flow(
             warnings.warn(f"interrupted: returning the flow after {trainer.count} steps", stacklevel=2)
     info = {
         "steps": trainer.count,
+        "seed": seed if isinstance(seed, int) else "generator",
         "batch_size": batch_size,
         "coupling": type(coupling).__name__,
         "seconds": time.perf_counter() - started,
