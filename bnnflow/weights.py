@@ -225,7 +225,9 @@ class WeightSpec:
             shape = self.shapes[name]
             index = torch.zeros((), dtype=torch.long, device=theta.device)
             for axis, (label, size) in enumerate(zip(self.axes[name], shape, strict=True)):
-                coordinate = perms[label] if label in perms else torch.arange(size, device=theta.device)
+                coordinate = (
+                    perms[label] if label is not None and label in perms else torch.arange(size, device=theta.device)
+                )
                 trailing = (1,) * (len(shape) - axis - 1)
                 along = coordinate.reshape(*coordinate.shape[:-1], *(1,) * axis, size, *trailing)
                 index = index + along * math.prod(shape[axis + 1 :])
@@ -264,7 +266,7 @@ class WeightSpec:
         for name, shape in self.shapes.items():
             factor = torch.ones(shape, dtype=theta.dtype, device=theta.device)
             for axis, label in enumerate(self.axes[name]):
-                if label in scales:
+                if label is not None and label in scales:
                     scale = scales[label].to(theta)
                     along = scale.reshape(*scale.shape[:-1], *(1,) * axis, shape[axis], *(1,) * (len(shape) - axis - 1))
                     factor = factor * along if axis == 0 else factor / along
@@ -315,29 +317,28 @@ class WeightSpec:
 
         Permutations and signs are uniform, scales log-normal. With a ``prior``, only what keeps it is used.
         """
-        return self.transform(theta, seed, self.symmetries(prior))
+        return self.transform(self.symmetries(prior), seed, theta)[0]
 
-    def transform(self, theta: Tensor, seed: Seed, group: Symmetries, *others: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Apply one random element of ``group`` per network to ``theta`` and, the same one, to ``others``.
+    def transform(self, group: Symmetries, seed: Seed, *thetas: Tensor) -> tuple[Tensor, ...]:
+        """Move tensors of networks ``(..., dim)`` by random elements of ``group``, one for each network.
 
-        Returns:
-            The transformed ``theta`` alone, or a tuple when there are others.
+        Networks at the same place of different tensors are moved by the same element.
         """
-        generator = as_generator(seed, theta.device)
-        lead = theta.shape[:-1]
+        device, lead = thetas[0].device, thetas[0].shape[:-1]
+        generator = as_generator(seed, device)
 
         def uniform(label: str) -> Tensor:
-            return torch.rand(*lead, self.widths[label], generator=generator, device=theta.device)
+            return torch.rand(*lead, self.widths[label], generator=generator, device=device)
 
         perms = {label: uniform(label).argsort(-1) for label in sorted(group.permutation)}
         signs = {label: torch.where(uniform(label) < 0.5, -1.0, 1.0) for label in sorted(group.sign)}
         scales = {label: (2 * uniform(label) - 1).mul(1.5).exp() for label in sorted(group.scale)}
         results = []
-        for each in (theta, *others):
+        for each in thetas:
             result = self.permute(each, perms) if perms else each
             result = self.flip(result, signs) if signs else result
             results.append(self.rescale(result, scales) if scales else result)
-        return tuple(results) if others else results[0]
+        return tuple(results)
 
     @property
     def log_group_order(self) -> float:

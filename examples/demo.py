@@ -10,66 +10,67 @@ from pathlib import Path
 import torch
 
 import bnnflow as bf
-from bnnflow.data import Dataset, gap_regression, load
+from bnnflow.data import Dataset, gap_function, gap_regression, load
+from bnnflow.report import Report, plots
 
 OUT = Path("out")
-DRAWS = 2000  # of every method that can give as many as one likes
+DRAWS = 1000  # of every method that gives as many as one likes
+TRAINING = 45.0  # seconds for each flow
+STARTED = time.perf_counter()
 
 
 def log(text: str) -> None:
-    print(f"[{time.perf_counter() - STARTED:5.0f} s] {text}", flush=True)
+    print(f"[{time.perf_counter() - STARTED:4.0f} s] {text}", flush=True)
 
 
-def compare(data: Dataset, model: bf.BayesianModel, training: float, title: str):
-    """Run every method on one model and return its report."""
+def compare(data: Dataset, model: bf.BayesianModel, trace: str, title: str) -> tuple[dict, Report]:
+    """Run every method on one model; return their draws and the report."""
     log(f"{title}: {model.dim} weights, {len(data.x_train)} rows")
     results, seconds = {"prior": model.sample_prior(DRAWS, seed=1)}, {}
     results["ensemble"] = bf.sample(model, bf.DeepEnsemble(members=10), seed=1)
-    log("deep ensemble done")
+    log("deep ensemble trained")
     results["VI"] = bf.sample(model, bf.VI(), chains=4, draws=DRAWS // 4, seed=1)
-    log("variational inference done")
-    results["HMC"] = draws = bf.sample(model, bf.HMC(), chains=16, warmup=300, draws=300, seed=1)
-    log("Hamiltonian Monte Carlo done")
+    log("variational posterior fitted")
+    results["HMC"] = draws = bf.sample(model, bf.HMC(), chains=16, warmup=400, draws=400, seed=1)
+    log("Hamiltonian Monte Carlo finished")
     print(bf.diagnose(draws, model, data.x_test))
 
-    aligned = bf.align(draws, model)
-    ratio = aligned.flat.var(0).sum() / draws.flat.var(0).sum()
-    log(f"alignment: {1 - float(ratio):.0%} of the variance of the weights was the order and sign of hidden units")
+    spread = bf.align(draws, model).flat.var(0).sum() / draws.flat.var(0).sum()
+    log(f"alignment: order and sign of hidden units were {1 - float(spread):.0%} of the variance of the weights")
 
-    flow = bf.fit_flow(model, draws, budget=training, seed=1)
+    flow = bf.fit_flow(model, draws, budget=TRAINING, seed=1)
     flow.save(OUT / f"{data.name}-flow.npz")
-    log(f"flow fitted: {flow.info['steps']} steps, loss {flow.info['loss']:.1f}")
+    log(f"flow fitted in {flow.info['steps']} steps")
     began = time.perf_counter()
     results["flow (raw)"] = theta = flow.sample(DRAWS, seed=1)
     seconds["flow (raw)"] = flow.info["seconds"] + time.perf_counter() - began
     log(f"{DRAWS} networks sampled in {time.perf_counter() - began:.1f} s")
-    results["flow (refined)"] = refined = bf.refine(theta, model, steps=8, seed=1)
+    results["flow (refined)"] = refined = bf.refine(theta, model, seed=1)
     seconds["flow (refined)"] = seconds["flow (raw)"] + refined.info["seconds"]
-    some, steps = theta[:8], 4
-    for trace in ("exact", "hutchinson"):
-        log_q = flow.log_prob(some, trace=trace, probes=64, steps=steps)
-        log(f"mean log density of the flow at 8 of its draws, {trace} trace: {float(log_q.mean()):.2f}")
-    return bf.report(results, model, data.x_test, data.y_test, path=None, title=title, seconds=seconds)
+    log(f"refined by {refined.info['gradients_per_draw']:.0f} gradients a network")
+    log_q = flow.log_prob(theta[:16], trace=trace)
+    log(f"log density of the flow ({trace} trace) at 16 of its draws: {log_q.mean():.1f}, sd {log_q.std():.1f}")
+    report = bf.report(results, model, data.x_test, data.y_test, path=None, title=title, seconds=seconds)
+    return results, report
 
 
 def main() -> None:
-    cancer = load("breast_cancer")
+    cancer, gap = load("breast_cancer"), gap_regression(seed=0)
     net = torch.nn.Sequential(torch.nn.Linear(30, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2))
-    model = bf.BayesianModel(
-        net, bf.priors.Normal(1.0), bf.likelihoods.Categorical(), cancer.x_train, cancer.y_train
-    )
-    first = compare(cancer, model, 45.0, "Breast cancer, 30-16-2")
+    model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Categorical(), cancer.x_train, cancer.y_train)
+    _, first = compare(cancer, model, "hutchinson", "Breast cancer, 30-16-2")
 
-    gap = gap_regression(seed=0)
     net = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
     model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.1), gap.x_train, gap.y_train)
-    second = compare(gap, model, 45.0, "Regression with a gap, 1-16-1")
+    results, second = compare(gap, model, "exact", "Regression with a gap, 1-16-1")
 
-    made = type(first).combine([first, second], OUT / "demo.html", title="bnnflow: prior to posterior on two data sets")
+    made = Report.combine([first, second], OUT / "demo.html", title="From prior to posterior on two data sets")
+    bands = {name: bf.predict(model, draws, gap.x_test) for name, draws in results.items()}
+    figure = plots.predictive_band(bands, gap.x_train, gap.y_train, truth=gap_function(gap.x_test))
+    figure.savefig(OUT / "gap.png", dpi=110, bbox_inches="tight")
     print(made)
-    log(f"report: {made.path}")
+    log(f"report: {made.path}, bands: {OUT / 'gap.png'}")
 
 
 if __name__ == "__main__":
-    STARTED = time.perf_counter()
     main()

@@ -172,7 +172,7 @@ def permutations(spec: WeightSpec) -> Symmetries:
 def permuted(spec: WeightSpec, *features: Tensor) -> tuple[Tensor, ...]:
     """Apply one random permutation per batch entry to features ``(batch, dim, feature)``, the same to all of them."""
     index = torch.arange(spec.dim).expand(len(features[0]), -1)
-    moved = spec.transform(index, 5, permutations(spec))
+    (moved,) = spec.transform(permutations(spec), 5, index)
     if spec.widths:
         assert not torch.equal(moved, index)
     return tuple(each.gather(1, moved.unsqueeze(-1).expand(-1, -1, each.shape[-1])) for each in features)

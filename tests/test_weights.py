@@ -242,7 +242,7 @@ def test_random_symmetry_depends_on_the_seed_alone() -> None:
 def test_transform_applies_one_element_to_all() -> None:
     spec = WeightSpec.of(perceptron(3, 5, 4, 2))
     theta = weights(spec, 8)
-    a, b = spec.transform(theta, 1, spec.symmetries(), 2 * theta)
+    a, b = spec.transform(spec.symmetries(), 1, theta, 2 * theta)
     torch.testing.assert_close(b, 2 * a)
 
 

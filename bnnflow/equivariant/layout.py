@@ -76,6 +76,8 @@ class Layout(nn.Module):
         blocks += [*matrices, torch.cat(loose) if loose else torch.empty(0, dtype=torch.long)]
         self._shapes = [tuple(block.shape) for block in blocks]
         order = torch.cat([block.flatten() for block in blocks])
+        self._order: Tensor
+        self._inverse: Tensor
         self.register_buffer("_order", order, persistent=False)
         self.register_buffer("_inverse", order.argsort(), persistent=False)
         sizes = [shape[-1] for shape in self._shapes]

@@ -20,6 +20,7 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int, frequencies: int = 16) -> None:
         super().__init__()
+        self._frequencies: Tensor
         self.register_buffer("_frequencies", torch.arange(1, frequencies + 1) * math.pi / 2, persistent=False)
         self.mix = nn.Sequential(nn.Linear(2 * frequencies + 2, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
 

@@ -54,13 +54,14 @@ class VI:
         import pyro
         from pyro.infer import SVI, Trace_ELBO
         from pyro.infer.autoguide import AutoNormal
+        from pyro.optim import ClippedAdam
 
         chains, draws = chains or 4, draws or 1000
         with isolated(generator), pyro.get_param_store().scope():
             target = model.to_pyro()
             guide = AutoNormal(target, init_scale=0.05)
             decay = 0.1 ** (1 / max(1, self.steps))
-            optimiser = pyro.optim.ClippedAdam({"lr": self.learning_rate, "lrd": decay})
+            optimiser = ClippedAdam({"lr": self.learning_rate, "lrd": decay})
             elbo = Trace_ELBO(num_particles=self.particles, vectorize_particles=True, max_plate_nesting=0)
             svi = SVI(target, guide, optimiser, elbo)
             losses = []

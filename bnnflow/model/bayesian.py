@@ -288,7 +288,7 @@ class BayesianModel:
         sites = {name: (name, d, spec.shapes[name]) for name, d in self.prior.distributions(spec.network).items()}
         sites |= {_PREFIX + name: (f"likelihood.{name}", d, (1,)) for name, d in likelihood.parameters.items()}
 
-        def placed(name: str) -> Distribution:
+        def placed(name: str) -> dist.Independent:
             _, distribution, shape = sites[name]
             flat = elementwise(name, distribution, shape, name in spec.extras)
             return dist.Independent(rebuild(flat, lambda v: v.to(self.device, self.dtype)), len(shape))

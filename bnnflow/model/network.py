@@ -144,7 +144,7 @@ class ModuleNetwork:
     def pullback(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Pullback]:
         """Return the outputs and the function that carries a gradient by them back to the weights."""
         size = self._slices[-1].stop
-        outputs, vjp = torch.func.vjp(lambda weights: self(weights, x), theta[:, :size])
+        outputs, vjp, *_ = torch.func.vjp(lambda weights: self(weights, x), theta[:, :size])
         return outputs, lambda grad_outputs: vjp(grad_outputs)[0]
 
     def jacobian(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

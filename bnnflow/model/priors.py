@@ -153,9 +153,10 @@ class FlatPrior:
         self._blocks = _merge_normals(blocks)
 
     @property
-    def gaussian(self) -> bool:
-        """Say whether every coordinate of ``theta`` is normal."""
-        return len(self._blocks) == 1 and isinstance(self._blocks[0].distribution, td.Normal)
+    def _normal(self) -> td.Normal | None:
+        """The whole prior as one normal distribution, if it is one: the usual case, and the fast one."""
+        first = self._blocks[0].distribution
+        return first if len(self._blocks) == 1 and isinstance(first, td.Normal) else None
 
     @property
     def device(self) -> torch.device:
@@ -182,8 +183,8 @@ class FlatPrior:
 
     def log_prob(self, theta: Tensor) -> Tensor:
         """Return the log density, ``(..., dim) -> (...)`` in float64."""
-        if self.gaussian:
-            normal = self._blocks[0].distribution
+        normal = self._normal
+        if normal is not None:
             z = (theta - normal.loc) / normal.scale
             constant = normal.scale.double().log().sum() + 0.5 * self.dim * _LOG_2PI
             return -0.5 * (z * z).sum(-1, dtype=torch.float64) - constant
@@ -192,10 +193,10 @@ class FlatPrior:
 
     def log_prob_and_grad(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log density and its gradient, differentiable again."""
-        if self.gaussian:
-            normal = self._blocks[0].distribution
+        normal = self._normal
+        if normal is not None:
             return self.log_prob(theta), (normal.loc - theta) / normal.scale**2
-        value, vjp = torch.func.vjp(self.log_prob, theta)
+        value, vjp, *_ = torch.func.vjp(self.log_prob, theta)
         return value, vjp(torch.ones_like(value))[0]
 
     def sample(self, n: int, seed: Seed) -> Tensor:
@@ -238,16 +239,17 @@ class FlatPrior:
 
     def log_jacobian(self, theta: Tensor) -> Tensor:
         """Return log |d to_normal / d theta|, ``(..., dim) -> (...)`` in float64: prior over standard normal."""
-        if self.gaussian:
-            normal = self._blocks[0].distribution
+        normal = self._normal
+        if normal is not None:
             return -normal.scale.double().log().sum().expand(theta.shape[:-1])
         z = self.to_normal(theta)
         return self.log_prob(theta) + 0.5 * (z * z).sum(-1, dtype=torch.float64) + 0.5 * self.dim * _LOG_2PI
 
     def derivative(self, z: Tensor) -> Tensor:
         """Return d theta / d z elementwise, ``(..., dim)``; differentiable again."""
-        if self.gaussian:
-            return self._blocks[0].distribution.scale.expand_as(z)
+        normal = self._normal
+        if normal is not None:
+            return normal.scale.expand_as(z)
         return torch.func.jvp(self.from_normal, (z,), (torch.ones_like(z),))[1]
 
     @staticmethod

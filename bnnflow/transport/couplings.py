@@ -68,5 +68,5 @@ def _spread(
 ) -> tuple[Tensor, Tensor]:
     if not any(group):
         return x0, x1
-    moved = spec.transform(x0, generator, group, x1)
-    return moved[0], moved[1]
+    x0, x1 = spec.transform(group, generator, x0, x1)
+    return x0, x1

@@ -30,19 +30,19 @@ def exact_divergence(field: VectorField, x: Tensor, chunk_size: int = 32) -> tup
     """
     dim = x.shape[-1]
     divergence = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
-    velocity = None
+    velocity = torch.empty(0)
     basis = torch.eye(dim, dtype=x.dtype, device=x.device)
     for start in range(0, dim, chunk_size):
         rows = basis[start : start + chunk_size]  # (chunk, dim)
 
         def along(direction: Tensor) -> tuple[Tensor, Tensor]:
-            return torch.func.jvp(field, (x,), (direction.expand_as(x),))
+            value, tangent, *_ = torch.func.jvp(field, (x,), (direction.expand_as(x),))
+            return value, tangent
 
-        values, tangents = torch.func.vmap(along, out_dims=(None, 0))(rows)  # (chunk, batch, dim)
-        picked = torch.einsum("cbd,cd->b", tangents, rows)
-        divergence = divergence + picked.double()
-        velocity = values
-    assert velocity is not None
+        # The velocity does not depend on the direction: it is computed, and comes back, once.
+        values, tangents = torch.func.vmap(along, out_dims=(None, 0))(rows)  # type: ignore[arg-type]
+        picked = torch.einsum("cbd,cd->b", tangents, rows)  # the diagonal's part of this chunk
+        velocity, divergence = values, divergence + picked.double()
     return velocity, divergence
 
 
@@ -70,6 +70,6 @@ def hutchinson_divergence(field: VectorField, x: Tensor, probes: Tensor) -> tupl
     Returns:
         ``(batch, dim)`` and ``(probes, batch)`` float64.
     """
-    velocity, pullback = torch.func.vjp(field, x)
+    velocity, pullback, *_ = torch.func.vjp(field, x)
     products = torch.func.vmap(lambda probe: pullback(probe)[0])(probes)  # (probes, batch, dim)
     return velocity, (products * probes).sum(-1, dtype=torch.float64)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ class Flow:
     spec: WeightSpec
     fingerprint: str
     solver: Solver = "midpoint"
-    steps: int = 16
+    steps: int = 8
     info: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -182,22 +181,22 @@ class Flow:
         """Carry ``x`` along the grid and integrate the divergence on the way."""
         if trace not in ("exact", "hutchinson"):
             raise ValueError(f"trace must be 'exact' or 'hutchinson', got {trace!r}")
-        divergence: Callable[[Callable[[Tensor], Tensor], Tensor], tuple[Tensor, Tensor]] = exact_divergence
-        if trace == "hutchinson":
-            directions = probe_noise(noise, probes, x, generator)
+        # One set of probes for the whole path, or the solver would integrate noise.
+        directions = probe_noise(noise, probes, x, generator) if trace == "hutchinson" else None
 
-            def divergence(field: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-                velocity, estimates = hutchinson_divergence(field, x, directions)
-                return velocity, estimates.mean(0)
+        def slope(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            def field(z: Tensor) -> Tensor:
+                return self.velocity(t, z)
+
+            if directions is None:
+                return exact_divergence(field, state[0])
+            velocity, estimates = hutchinson_divergence(field, state[0], directions)
+            return velocity, estimates.mean(0)
 
         start = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
         with torch.no_grad():
-            return integrate(  # type: ignore[return-value]
-                lambda t, state: divergence(lambda z: self.velocity(t, z), state[0]),
-                (x, start),
-                grid,
-                solver or self.solver,
-            )
+            end, change = integrate(slope, (x, start), grid, solver or self.solver)
+        return end, change
 
     @property
     def _device(self) -> torch.device:

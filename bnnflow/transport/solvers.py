@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def integrate(field: Field, state: State, grid: Tensor, solver: Solver = "rk4") 
     rules = {"euler": _euler, "midpoint": _midpoint, "rk4": _rk4}
     if solver not in rules:
         raise ValueError(f"solver must be one of {sorted(rules)}, got {solver!r}")
-    for start, stop in zip(grid[:-1], grid[1:], strict=True):
+    for start, stop in pairwise(grid):
         state = rules[solver](field, start, stop - start, state)
         if any(bool(part.isnan().any()) for part in state):
             raise FloatingPointError(f"the velocity became NaN between t = {float(start):.4f} and {float(stop):.4f}")

@@ -181,7 +181,8 @@ class _Trainer:
         if bool(norm.isfinite()):
             self._optimiser.step()
             decay = min(0.998, self.count / (self.count + 20))
-            torch._foreach_lerp_(self._averages, [p.detach() for p in self._parameters], 1 - decay)
+            for average, parameter in zip(self._averages, self._parameters, strict=True):
+                average.lerp_(parameter.detach(), 1 - decay)
             value = float(loss.detach())
             self.loss = value if math.isnan(self.loss) else self.loss + 0.01 * (value - self.loss)
         return loss.detach()

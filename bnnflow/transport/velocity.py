@@ -145,6 +145,9 @@ class GaussianVelocity(nn.Module):
 
     def __init__(self, mean: Tensor, covariance: Tensor) -> None:
         super().__init__()
+        self.mean: Tensor
+        self.variances: Tensor
+        self.vectors: Tensor
         variances, vectors = torch.linalg.eigh(covariance)
         self.group = Symmetries(frozenset(), frozenset(), frozenset())
         for name, value in {"mean": mean, "variances": variances, "vectors": vectors}.items():
