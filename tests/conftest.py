@@ -1,13 +1,20 @@
 """What holds for every test: one torch thread, repeatable examples, and no global state left changed."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+
+# Data beside the checkout are used where they are present; tests that need them skip elsewhere.
+_BESIDE = Path(__file__).parents[2] / "shared" / "data"
+if _BESIDE.is_dir():
+    os.environ.setdefault("BNNFLOW_DATA", str(_BESIDE))
 settings.load_profile("ci")  # the same examples on every run, and no deadline
 
 

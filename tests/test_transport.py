@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,8 @@ from bnnflow.transport.couplings import source_symmetries
 from bnnflow.transport.divergence import exact_divergence, hutchinson_divergence, probe_noise
 from bnnflow.transport.solvers import integrate, time_grid
 from bnnflow.weights import Symmetries
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -358,6 +361,14 @@ def test_save_and_load_round_trip(tmp_path, velocity, kind):
             bf.load(path, other)
     else:
         assert torch.allclose(bf.load(path).sample(4, 0), flow.sample(4, 0), atol=1e-5)
+
+
+def test_golden_file_of_format_version_1_still_loads():
+    flow = bf.load(GOLDEN / "flow-v1.npz")
+    assert flow.spec.dim == 13
+    assert flow.velocity.group.permutation == {"h1"}
+    expected = torch.tensor([1.5359, -0.0822, -2.1945])
+    assert torch.allclose(flow.sample(1, 0)[0, :3], expected, atol=2e-4)
 
 
 def test_bind_gives_the_same_field_with_another_models_data():

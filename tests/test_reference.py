@@ -1,0 +1,89 @@
+"""Posteriors of which the truth is known: a converged run of another library, and a closed form."""
+
+import os
+from pathlib import Path
+
+import arviz
+import numpy as np
+import pytest
+import torch
+
+import bnnflow as bf
+from bnnflow.report import diagnose
+
+REFERENCE = Path(os.environ.get("BNNFLOW_DATA", "nowhere")) / "reference" / "iris.npz"
+needs_reference = pytest.mark.skipif(not REFERENCE.is_file(), reason="no reference posterior")
+
+
+@pytest.fixture(scope="module")
+def iris():
+    """Return the model, its test rows and HMC draws."""
+    file = np.load(REFERENCE)
+    with torch.random.fork_rng(devices=[]):
+        net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+    model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Categorical(), file["Xtr"], file["ytr"])
+    draws = bf.sample(model, bf.HMC(), chains=32, warmup=300, draws=300, seed=0)
+    return model, torch.as_tensor(file["Xte"]).float(), torch.as_tensor(file["yte"]), draws, file
+
+
+@needs_reference
+@pytest.mark.slow
+def test_hmc_agrees_with_the_reference_on_iris(iris):
+    model, x, y, draws, file = iris
+    assert abs(float(draws.log_joint.mean()) + 202.14) < 0.5
+    assert abs(float(draws.log_joint.std()) - 8.05) < 0.4
+    prediction = bf.predict(model, draws, x)
+    assert abs(bf.metrics.lppd(prediction, y) + 0.1907) < 0.003
+    found = diagnose(draws, model, x)
+    assert found.verdict == "trust"
+    assert found.r_hat.max() < 1.01
+    # Every predictive probability, within five of its own Monte-Carlo errors (and the reference's).
+    probs = model.outputs(draws.theta, x).softmax(-1).numpy()
+    ess = arviz.ess(arviz.convert_to_dataset({"p": probs}))["p"].to_numpy()
+    error = np.sqrt(file["prob_sd"] ** 2 / ess + 0.0005**2)
+    assert ess.min() > 1000
+    assert (np.abs(probs.mean((0, 1)) - file["prob_mean"]) < 5 * error).all()
+
+
+@needs_reference
+@pytest.mark.slow
+def test_untrained_field_and_refinement_reach_the_reference(iris, seeded):
+    model, x, y, _, _ = iris
+    with seeded(0):
+        flow = bf.Flow.of(bf.transport.InformedVelocity(model.spec), model)
+    refined = bf.refine(flow.sample(2000, seed=1), model, 8, seed=2)
+    assert refined.info["gradients_per_draw"] <= 129
+    assert abs(float(model.log_likelihood(refined.flat).mean()) + 10.85) < 0.5
+    assert abs(bf.metrics.lppd(bf.predict(model, refined, x), y) + 0.1907) < 0.006  # Monte-Carlo error 0.0015
+
+
+@needs_reference
+@pytest.mark.validate
+def test_trained_flow_reaches_the_reference(iris):
+    model, x, y, draws, _ = iris
+    flow = bf.fit_flow(model, draws, budget=240, seed=0)
+    theta = flow.sample(4096, seed=1)
+    lppd = bf.metrics.lppd(bf.predict(model, theta, x), y)
+    assert lppd > -0.1907 - 0.010
+    assert float(model.log_likelihood(theta).mean()) > -10.85 - 1.5
+    refined = bf.refine(theta, model, 8, seed=2)
+    assert abs(bf.metrics.lppd(bf.predict(model, refined, x), y) + 0.1907) < 0.003 + 0.002
+    assert abs(float(model.log_likelihood(refined.flat).mean()) + 10.85) < 0.5
+
+
+@pytest.mark.validate
+@pytest.mark.parametrize("velocity", ["weights", "informed"])
+def test_trained_density_is_right_to_a_twentieth_of_a_nat(velocity, seeded):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(30, 3, generator=generator)
+    y = x @ torch.tensor([1.0, -2.0, 0.5]) + 0.3 + 0.5 * torch.randn(30, generator=generator)
+    with seeded(0):
+        net = torch.nn.Linear(3, 1)
+    model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.5), x, y)
+    design = torch.cat([x, torch.ones(30, 1)], 1).double()
+    covariance = torch.linalg.inv(design.T @ design / 0.25 + torch.eye(4))
+    exact = bf.Gaussian(covariance @ design.T @ y.double() / 0.25, torch.linalg.cholesky(covariance))
+    flow = bf.fit_flow(model, exact.sample(20000, 1).float(), velocity=velocity, budget=60, seed=0)
+    theta = exact.sample(1000, 3)
+    log_q = flow.log_prob(theta.float(), steps=16, solver="rk4")
+    assert float((log_q - exact.log_prob(theta)).abs().mean()) < 0.05
