@@ -398,6 +398,31 @@ def test_weighted_draws_are_fitted_by_their_weights():
     assert (flow.sample(500, 0).mean(0) - 1.0).abs().max() < 0.3
 
 
+def test_any_network_and_any_module_as_field():
+    """A convolutional net has no labelled weight space: its flow needs a field of one's own, and no more than that."""
+    g = generator(4)
+    net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 1))
+    x = torch.randn(20, 1, 6, generator=g)
+    model = bf.BayesianModel(net, priors.Normal(1.0), likelihoods.Gaussian(0.5), x, x.sum((1, 2)))
+    draws = 0.1 * torch.randn(300, model.dim, generator=g) + 1
+
+    class Field(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(model.dim + 1, 64), nn.SiLU(), nn.Linear(64, model.dim))
+
+        def forward(self, t, x):
+            return self.net(torch.cat([x, t.expand(len(x))[:, None].to(x.dtype)], -1))
+
+    with pytest.raises(ValueError, match="chain of layers"):
+        bf.fit_flow(model, draws, steps=1)
+    flow = bf.fit_flow(model, draws, velocity=Field(), steps=300, batch_size=64)
+    assert (flow.sample(500, 0).mean(0) - 1).abs().max() < 0.3
+    assert flow.log_prob(draws[:3]).shape == (3,)
+    with pytest.raises(ValueError, match="cannot save a Field"):
+        flow.save("never")
+
+
 def test_fit_refuses_draws_that_do_not_fit():
     model = network_model("categorical", torch.float32)
     with pytest.raises(ValueError, match="axis of length"):

@@ -21,7 +21,7 @@ __all__ = ["Coupling", "Independent", "Matched"]
 
 
 class Coupling(Protocol):
-    """``bind`` fixes what the coupling needs of a model; ``pair`` is then a function of batches."""
+    """A rule that pairs a batch of the source with a batch of the target."""
 
     def pair(
         self, x0: Tensor, x1: Tensor, spec: WeightSpec, group: Symmetries, generator: torch.Generator

@@ -20,7 +20,7 @@ from bnnflow.seeding import as_generator
 from bnnflow.transport.coordinates import Context
 from bnnflow.transport.divergence import exact_divergence, hutchinson_divergence, probe_noise
 from bnnflow.transport.solvers import integrate, time_grid
-from bnnflow.transport.velocity import rebuild
+from bnnflow.transport.velocity import InformedVelocity, bound, rebuild
 from bnnflow.types import Noise, Seed, Solver, Trace
 from bnnflow.weights import WeightSpec
 
@@ -64,8 +64,8 @@ class Flow:
             model: gives the source and, to informed fields, the data.
             options: other attributes of the flow.
         """
-        bound = velocity.bind(Context(model))  # type: ignore[operator]
-        return cls(bound.eval(), model.flat_prior, model.spec, model.fingerprint(), **options)
+        field = bound(velocity, Context(model))
+        return cls(field.eval(), model.flat_prior, model.spec, model.fingerprint(), **options)
 
     @property
     def dim(self) -> int:
@@ -78,10 +78,9 @@ class Flow:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Flow:
         """Return the flow on another device or in another floating-point type."""
-        moved = copy.deepcopy(_unbound(self.velocity)).to(device, dtype)
-        context = getattr(self.velocity, "_context", None)
-        if context is not None:
-            moved = moved.bind(context.to(device, dtype))  # type: ignore[operator]
+        moved = copy.deepcopy(bound(self.velocity, None)).to(device, dtype)  # without the data, which do not move
+        context: Context | None = getattr(self.velocity, "context", None)
+        moved = bound(moved, None if context is None else context.to(device, dtype))
         return replace(self, velocity=moved.eval(), source=self.source.to(device, dtype))
 
     # ---------------------------------------------------------------- sampling and densities
@@ -251,8 +250,8 @@ class Flow:
         velocity = rebuild(header["velocity"], spec)
         state = {name: torch.from_numpy(value) for name, value in arrays.items()}
         dtype = next(iter(state.values())).dtype
-        velocity.to(dtype).load_state_dict(state)
-        if velocity.informed:
+        velocity.to(dtype).requires_grad_(False).load_state_dict(state)
+        if isinstance(velocity, InformedVelocity):
             if model is None:
                 raise ValueError("a likelihood-informed flow needs its model: Flow.load(path, model)")
             if model.fingerprint() != header["fingerprint"]:
@@ -274,12 +273,3 @@ class Flow:
 
 def _log_normal(x: Tensor) -> Tensor:
     return -0.5 * (x * x).sum(-1, dtype=torch.float64) - 0.5 * x.shape[-1] * _LOG_2PI
-
-
-def _unbound(velocity: nn.Module) -> nn.Module:
-    """Return the field without its context, so that a copy does not copy the data."""
-    if getattr(velocity, "_context", None) is None:
-        return velocity
-    bare = object.__new__(type(velocity))
-    bare.__dict__ = velocity.__dict__ | {"_context": None}
-    return bare

@@ -19,7 +19,7 @@ from bnnflow.transport.coordinates import Context
 from bnnflow.transport.couplings import Coupling, Independent, source_symmetries
 from bnnflow.transport.displacement import GaussNewton, GradientSteps
 from bnnflow.transport.flow import Flow
-from bnnflow.transport.velocity import InformedVelocity, WeightsVelocity
+from bnnflow.transport.velocity import InformedVelocity, WeightsVelocity, bound
 from bnnflow.types import Seed
 
 __all__ = ["fit_flow"]
@@ -81,7 +81,7 @@ def fit_flow(
     coupling = coupling if coupling is not None else Independent()
     generator = as_generator(seed, model.device)
     with isolated(generator):
-        field = _field(velocity, model).to(model.device, model.dtype).train().bind(context)  # type: ignore[operator]
+        field = bound(_field(velocity, model).to(model.device, model.dtype).train(), context)
     trainer = _Trainer(field, learning_rate)
     group = source_symmetries(model)
     started, cpu = time.perf_counter(), time.process_time()
@@ -127,7 +127,7 @@ def fit_flow(
 
 def _field(velocity: str | nn.Module, model: BayesianModel) -> nn.Module:
     if isinstance(velocity, nn.Module):
-        return copy.deepcopy(velocity)
+        return copy.deepcopy(bound(velocity, None)).requires_grad_()
     if velocity == "weights":
         return WeightsVelocity(model.spec)
     if velocity == "informed":

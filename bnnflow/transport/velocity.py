@@ -1,8 +1,8 @@
 """Velocity fields from N(0, I) to a posterior in the prior's standard normal coordinates.
 
-A field is an ``nn.Module`` called as ``field(t, x)`` with ``t`` a scalar or ``(batch,)`` and ``x`` ``(batch, dim)``,
-and declares the symmetries it is equivariant to as ``group``. Those that look at the data are bound to a `Context`
-by ``bind``; the binding is never part of the module's weights.
+A field is an ``nn.Module`` called as ``field(t, x)`` with ``t`` a scalar or ``(batch,)`` and ``x`` ``(batch, dim)``.
+Ours declare the symmetries that they are equivariant to as ``group``. One that looks at the data also has a ``context``
+and a ``bind`` that sets it; the binding is never part of the module's weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bnnflow.transport.coordinates import Context
 from bnnflow.transport.displacement import Displacement, GaussNewton, GradientSteps
 from bnnflow.weights import Symmetries, WeightSpec
 
-__all__ = ["GaussianVelocity", "InformedVelocity", "WeightsVelocity"]
+__all__ = ["GaussianVelocity", "InformedVelocity", "WeightsVelocity", "bound", "rebuild"]
 
 
 def _permutations(spec: WeightSpec) -> Symmetries:
@@ -42,8 +42,6 @@ class WeightsVelocity(nn.Module):
         depth: blocks of the network.
     """
 
-    informed = False
-
     def __init__(self, spec: WeightSpec, width: int = 64, depth: int = 4) -> None:
         super().__init__()
         self.spec = spec
@@ -56,10 +54,6 @@ class WeightsVelocity(nn.Module):
         t = _times(t, x)
         q = t * t + (1 - t) ** 2
         return ((2 * t - 1) / q).unsqueeze(-1) * x + self.net(t, x.unsqueeze(-1)).squeeze(-1)
-
-    def bind(self, context: Context) -> WeightsVelocity:
-        """Return itself: the field looks at no data."""
-        return self
 
     def describe(self) -> dict[str, Any]:
         """Return plain values from which the module is rebuilt."""
@@ -81,8 +75,6 @@ class InformedVelocity(nn.Module):
         depth: blocks of the network.
     """
 
-    informed = True
-
     def __init__(
         self, spec: WeightSpec, displacement: Displacement | None = None, width: int = 64, depth: int = 4
     ) -> None:
@@ -96,7 +88,7 @@ class InformedVelocity(nn.Module):
         self.trust = nn.Linear(width, 1)
         nn.init.zeros_(self.trust.weight)
         nn.init.ones_(self.trust.bias)
-        self._context: Context | None = None
+        self.context: Context | None = None
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """Return the velocity, ``(batch, dim)``.
@@ -104,26 +96,25 @@ class InformedVelocity(nn.Module):
         Raises:
             RuntimeError: if the field is not bound to a context.
         """
-        if self._context is None:
+        if self.context is None:
             raise RuntimeError("a likelihood-informed velocity must be bound to a model first")
         t = _times(t, x)
         q = (t * t + (1 - t) ** 2).unsqueeze(-1)
         rest = (1 - t).unsqueeze(-1)
         s2 = rest * rest / q
-        drive = self.displacement(self._context, x * t.unsqueeze(-1) / q, s2)
+        drive = self.displacement(self.context, x * t.unsqueeze(-1) / q, s2)
         features = [x, s2 * drive.w / (s2.sqrt() + 0.05), torch.asinh(s2 * drive.grad)]
         prior = (2 * t.unsqueeze(-1) - 1) / q * x
         pull = rest / q * self.trust(self.time(t)) * drive.w
         return prior + pull + self.net(t, torch.stack(features, -1)).squeeze(-1)
 
-    def bind(self, context: Context) -> InformedVelocity:
-        """Return the same field, sharing its weights, with the pull of another model."""
-        if context.dim != self.spec.dim:
+    def bind(self, context: Context | None) -> InformedVelocity:
+        """Return the same field, sharing its weights, with the pull of another model, or of none."""
+        if context is not None and context.dim != self.spec.dim:
             raise ValueError(f"the field is for {self.spec.dim} weights, the model has {context.dim}")
-        bound = object.__new__(InformedVelocity)
-        bound.__dict__ = self.__dict__.copy()
-        bound._context = context
-        return bound
+        other = object.__new__(InformedVelocity)
+        other.__dict__ = self.__dict__ | {"context": context}
+        return other
 
     def describe(self) -> dict[str, Any]:
         """Return plain values from which the module is rebuilt."""
@@ -141,8 +132,6 @@ class GaussianVelocity(nn.Module):
         covariance: ``(dim, dim)``.
     """
 
-    informed = False
-
     def __init__(self, mean: Tensor, covariance: Tensor) -> None:
         super().__init__()
         self.mean: Tensor
@@ -159,9 +148,11 @@ class GaussianVelocity(nn.Module):
         gain = (t * self.variances - (1 - t)) / (t * t * self.variances + (1 - t) ** 2)
         return self.mean + ((x - t * self.mean) @ self.vectors * gain) @ self.vectors.T
 
-    def bind(self, context: Context) -> GaussianVelocity:
-        """Return itself: the field looks at no data."""
-        return self
+
+def bound(velocity: nn.Module, context: Context | None) -> nn.Module:
+    """Return the field bound to a context; a field that looks at no data is returned itself."""
+    bind = getattr(velocity, "bind", None)
+    return velocity if bind is None else bind(context)
 
 
 def rebuild(description: dict[str, Any], spec: WeightSpec) -> WeightsVelocity | InformedVelocity:
