@@ -40,6 +40,9 @@ def row(name: str, model: bf.BayesianModel, theta: torch.Tensor, x, y, gradients
 
 def main() -> None:
     torch.set_num_threads(1)
+    if not (DATA / "reference" / "iris.npz").is_file():
+        print(f"skipped: needs reference/iris.npz under $BNNFLOW_DATA (looked in {DATA})")
+        return
     reference = np.load(DATA / "reference" / "iris.npz")
     net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
     model = bf.BayesianModel(

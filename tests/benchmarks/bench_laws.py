@@ -18,6 +18,9 @@ DRAWS = 64
 
 def main() -> None:
     torch.set_num_threads(1)
+    if not (DATA / "reference" / "iris.npz").is_file():
+        print(f"skipped: needs reference/iris.npz under $BNNFLOW_DATA (looked in {DATA})")
+        return
     reference = np.load(DATA / "reference" / "iris.npz")
     net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
     model = bf.BayesianModel(
@@ -42,7 +45,9 @@ def main() -> None:
         seconds = time.perf_counter() - began
         print(f"  exact log q with its draw, 16 midpoint steps: {seconds / DRAWS * 1e3:.0f} ms")
         log_weights = model.log_joint(theta) - log_q
-        print(f"  sd of log weights over {DRAWS} draws {float(log_weights.std()):.2f}, mean {float(log_weights.mean()):.2f}")
+        print(
+            f"  sd of log weights over {DRAWS} draws {float(log_weights.std()):.2f}, mean {float(log_weights.mean()):.2f}"
+        )
         for noise in ("rademacher", "gaussian"):
             began = time.perf_counter()
             estimate = flow.log_prob(theta, trace="hutchinson", probes=8, noise=noise, steps=16)
@@ -56,7 +61,9 @@ def main() -> None:
         for steps in (8, 16, 32):
             theta, forward = double.sample_with_log_prob(8, 2, steps=steps, solver="rk4")
             reverse = double.log_prob(theta, steps=steps, solver="rk4")
-            print(f"  forward against reverse log q, {steps} RK4 steps: {float((forward - reverse).abs().max()):.1e} nats")
+            print(
+                f"  forward against reverse log q, {steps} RK4 steps: {float((forward - reverse).abs().max()):.1e} nats"
+            )
 
 
 if __name__ == "__main__":
