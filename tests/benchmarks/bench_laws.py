@@ -46,7 +46,7 @@ def main() -> None:
         print(f"  exact log q with its draw, 16 midpoint steps: {seconds / DRAWS * 1e3:.0f} ms")
         log_weights = model.log_joint(theta) - log_q
         print(
-            f"  sd of log weights over {DRAWS} draws {float(log_weights.std()):.2f}, mean {float(log_weights.mean()):.2f}"
+            f"  log weights of {DRAWS} draws: mean {float(log_weights.mean()):.2f}, sd {float(log_weights.std()):.2f}"
         )
         for noise in ("rademacher", "gaussian"):
             began = time.perf_counter()
