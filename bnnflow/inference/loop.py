@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -13,7 +14,7 @@ from bnnflow.types import Kernel
 __all__ = ["run"]
 
 
-def run(kernel: Kernel, state, draws: int, generator: torch.Generator, bar: tqdm) -> Draws:
+def run(kernel: Kernel, state: Any, draws: int, generator: torch.Generator, bar: tqdm) -> Draws:
     """Step ``kernel`` ``draws`` times from ``state`` and collect every state.
 
     Ctrl-C stops early and returns what was drawn, with a warning and ``info["interrupted"]``; before the first draw
