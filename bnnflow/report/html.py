@@ -192,8 +192,8 @@ def report(
         >>> y = (x[:, 0] > 0).long()
         >>> model = BayesianModel(net, torch.distributions.Normal(0.0, 1.0), likelihoods.Categorical(), x, y)
         >>> made = report({"prior": model.sample_prior(50, seed=0)}, model, x, y, path=None)
-        >>> [row["draws"] for row in made.table]
-        [50]
+        >>> len(made.table)
+        1
     """
     methods = gather(results, model, seconds)
     if x_test is None or y_test is None:
