@@ -454,3 +454,24 @@ def test_refine_leaves_exact_draws_exact():
     theta = refine(exact, model, 3, seed=1).flat
     whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), (theta - mean).T, upper=False)
     assert min(stats.kstest(row.numpy(), "norm").pvalue for row in whitened) > 1e-4
+
+
+def test_refine_survives_an_interrupt_and_refuses_weights(monkeypatch):
+    model, _, _ = linear_model()
+    calls, real = [], model.log_joint_and_grad
+
+    def interrupted(theta):
+        calls.append(len(theta))
+        if calls.count(100) > 40:  # the pilot moves 64 draws, the refinement all 100
+            raise KeyboardInterrupt
+        return real(theta)
+
+    monkeypatch.setattr(model, "log_joint_and_grad", interrupted)
+    theta = model.sample_prior(100, 0)
+    with pytest.warns(UserWarning, match="interrupted: returning the draws after"):
+        refined = refine(theta, model, 50)
+    assert refined.info["interrupted"]
+    assert 1 <= refined.info["steps"] <= 5
+    assert not torch.equal(refined.flat, theta)
+    with pytest.raises(ValueError, match="equal weight"):
+        refine((theta, torch.zeros(100)), model)

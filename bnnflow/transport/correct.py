@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ __all__ = ["refine"]
 
 
 def refine(
-    theta: Tensor | Draws,
+    theta: Tensor | Draws | tuple[Tensor, Tensor | None],
     model: BayesianModel,
     steps: int = 8,
     *,
@@ -47,10 +48,16 @@ def refine(
         progress: show a bar at a terminal.
 
     Returns:
-        The moved draws, ``(1, n, dim)``; they are independent if those given were.
+        The moved draws, ``(1, n, dim)``; they are independent if those given were. After Ctrl-C as they were after the
+        last whole transition, with ``info["interrupted"]`` set.
+
+    Raises:
+        ValueError: if the draws do not fit the model, are none, or carry weights.
     """
-    flat, _ = as_theta(theta)
+    flat, log_weights = as_theta(theta)
     model.spec.check(flat)
+    if log_weights is not None:
+        raise ValueError("refine moves draws of equal weight; resample weighted ones first")
     if steps < 1 or n_leapfrog < 1 or len(flat) < 1:
         raise ValueError("refine needs at least one draw, one step and one leapfrog step")
     started, cpu = time.perf_counter(), time.process_time()
@@ -77,22 +84,27 @@ def refine(
     gradients = 1 + pilot_steps * (pilot_leapfrog + 1) * len(pilot_rows) / len(flat)
     kernel = hmc(target, step_size, n_leapfrog, mass)
     states = [kernel.init(rows, generator) for rows in flat.split(chunk_size)]
-    acceptance = torch.zeros(1)
+    acceptance, done = torch.zeros(1), 0
     with progress_bar(steps, "refine", progress, "step") as bar:
-        for _ in range(steps):
-            kernel = hmc(target, step_size, n_leapfrog, mass)
-            moved = [kernel.step(state, generator) for state in states]
-            states = [state for state, _ in moved]
-            acceptance = torch.cat([info.acceptance_rate for _, info in moved])
-            counts = [float(info.n_steps[0]) * len(info.n_steps) for _, info in moved]
-            gradients += sum(counts) / len(flat)
-            step_size = adapted(step_size, acceptance)
-            bar.update()
+        try:
+            for _ in range(steps):
+                kernel = hmc(target, step_size, n_leapfrog, mass)
+                moved = [kernel.step(state, generator) for state in states]
+                states = [state for state, _ in moved]
+                acceptance = torch.cat([info.acceptance_rate for _, info in moved])
+                counts = [float(info.n_steps[0]) * len(info.n_steps) for _, info in moved]
+                gradients += sum(counts) / len(flat)
+                step_size = adapted(step_size, acceptance)
+                done += 1
+                bar.update()
+        except KeyboardInterrupt:
+            warnings.warn(f"interrupted: returning the draws after {done} of {steps} steps", stacklevel=2)
     moved_theta = torch.cat([state.theta for state in states])
     log_joint = torch.cat([state.log_joint for state in states])
     info = {
         "method": "refine",
-        "steps": steps,
+        "steps": done,
+        "interrupted": done < steps,
         "n_leapfrog": n_leapfrog,
         "step_size": step_size,
         "acceptance_rate": float(acceptance.mean()),
