@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+collect_ignore = ["benchmarks"]  # scripts, run by `make bench`
+
 torch.set_num_threads(1)
 
 # Data beside the checkout are used where they are present; tests that need them skip elsewhere.

@@ -21,6 +21,19 @@ BUDGET = float(sys.argv[1]) if len(sys.argv) > 1 else 470.0
 DATA = Path(os.environ.get("BNNFLOW_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 
+def iris() -> tuple[bf.BayesianModel, torch.Tensor, torch.Tensor]:
+    """Return the reference's model and test rows; end the script where its file is missing."""
+    if not (DATA / "reference" / "iris.npz").is_file():
+        print(f"skipped: needs reference/iris.npz under $BNNFLOW_DATA (looked in {DATA})")
+        sys.exit(0)
+    reference = np.load(DATA / "reference" / "iris.npz")
+    net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+    model = bf.BayesianModel(
+        net, bf.priors.Normal(1.0), bf.likelihoods.Categorical(), reference["Xtr"], reference["ytr"]
+    )
+    return model, torch.as_tensor(reference["Xte"]).float(), torch.as_tensor(reference["yte"])
+
+
 def row(name: str, model: bf.BayesianModel, theta: torch.Tensor, x, y, gradients: float, seconds: float) -> None:
     """Print one line: LPPD with its Monte-Carlo error over independent draws, and the log likelihood's law."""
     probs = torch.cat([model.outputs(part, x).softmax(-1) for part in theta.split(4096)])
@@ -40,15 +53,7 @@ def row(name: str, model: bf.BayesianModel, theta: torch.Tensor, x, y, gradients
 
 def main() -> None:
     torch.set_num_threads(1)
-    if not (DATA / "reference" / "iris.npz").is_file():
-        print(f"skipped: needs reference/iris.npz under $BNNFLOW_DATA (looked in {DATA})")
-        return
-    reference = np.load(DATA / "reference" / "iris.npz")
-    net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
-    model = bf.BayesianModel(
-        net, bf.priors.Normal(1.0), bf.likelihoods.Categorical(), reference["Xtr"], reference["ytr"]
-    )
-    x, y = torch.as_tensor(reference["Xte"]).float(), torch.as_tensor(reference["yte"])
+    model, x, y = iris()
     print("reference NUTS: LPPD -0.1907, log joint -202.14 (sd 8.05)")
     print(
         f"{'draws':34s} {'LPPD':>8s}    {'MC error':7s} {'log lik.':>8s} {'median':>8s} {'5 %':>8s} {'log joint':>9s} "

@@ -3,29 +3,19 @@
 Loads the flows that ``bench_iris.py`` saved under out/. Run: ``python tests/benchmarks/bench_laws.py``.
 """
 
-import os
 import time
-from pathlib import Path
 
-import numpy as np
 import torch
+from bench_iris import iris
 
 import bnnflow as bf
 
-DATA = Path(os.environ.get("BNNFLOW_DATA", Path(__file__).parents[3] / "shared" / "data"))
 DRAWS = 64
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    if not (DATA / "reference" / "iris.npz").is_file():
-        print(f"skipped: needs reference/iris.npz under $BNNFLOW_DATA (looked in {DATA})")
-        return
-    reference = np.load(DATA / "reference" / "iris.npz")
-    net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
-    model = bf.BayesianModel(
-        net, bf.priors.Normal(1.0), bf.likelihoods.Categorical(), reference["Xtr"], reference["ytr"]
-    )
+    model, _, _ = iris()
     generator = torch.Generator().manual_seed(0)
     for name in ("informed", "weights"):
         flow = bf.load(f"out/iris-{name}.npz", model)
