@@ -10,7 +10,22 @@ if TYPE_CHECKING:
     from bnnflow.draws import Draws
     from bnnflow.files import load
     from bnnflow.gaussian import Gaussian
-    from bnnflow.inference import HMC, VI, DeepEnsemble, sample
+    from bnnflow.inference import (
+        HMC,
+        MCLMC,
+        SGHMC,
+        SGLD,
+        SGNHT,
+        SWAG,
+        VI,
+        AdjustedMCLMC,
+        DeepEnsemble,
+        Laplace,
+        MCDropout,
+        NormalizingFlowVI,
+        PyroNUTS,
+        sample,
+    )
     from bnnflow.model import BayesianModel, likelihoods, priors
     from bnnflow.predictive import metrics, predict
     from bnnflow.report import diagnose, report, to_arviz
@@ -22,12 +37,22 @@ __version__ = "0.1.0"
 
 __all__ = [
     "HMC",
+    "MCLMC",
+    "SGHMC",
+    "SGLD",
+    "SGNHT",
+    "SWAG",
     "VI",
+    "AdjustedMCLMC",
     "BayesianModel",
     "DeepEnsemble",
     "Draws",
     "Flow",
     "Gaussian",
+    "Laplace",
+    "MCDropout",
+    "NormalizingFlowVI",
+    "PyroNUTS",
     "WeightSpec",
     "__version__",
     "align",
@@ -56,7 +81,22 @@ _HOMES = {
     "draws": ("Draws",),
     "files": ("load",),
     "gaussian": ("Gaussian",),
-    "inference": ("HMC", "VI", "DeepEnsemble", "sample"),
+    "inference": (
+        "HMC",
+        "MCLMC",
+        "SGHMC",
+        "SGLD",
+        "SGNHT",
+        "SWAG",
+        "VI",
+        "AdjustedMCLMC",
+        "DeepEnsemble",
+        "Laplace",
+        "MCDropout",
+        "NormalizingFlowVI",
+        "PyroNUTS",
+        "sample",
+    ),
     "model": ("BayesianModel", "likelihoods", "priors"),
     "predictive": ("metrics", "predict"),
     "report": ("diagnose", "to_arviz"),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bnnflow import storage
 from bnnflow.gaussian import Gaussian
+from bnnflow.posteriors import pack, unpack
 from bnnflow.types import Posterior
 
 __all__ = ["Draws", "as_theta"]
@@ -79,7 +80,12 @@ class Draws:
         if isinstance(self.posterior, Gaussian):
             arrays["posterior/loc"] = self.posterior.loc.cpu().numpy()
             arrays["posterior/scale_tril"] = self.posterior.scale_tril.cpu().numpy()
-        header = {"info": self.info, "log_evidence": self.log_evidence}
+        header: dict[str, Any] = {"info": self.info, "log_evidence": self.log_evidence}
+        if self.posterior is not None and not isinstance(self.posterior, Gaussian):
+            # Beside the layout of version 1, whose readers leave it out.
+            tensors: dict[str, Tensor] = {}
+            header["density"] = pack(self.posterior, "density", tensors)
+            arrays |= {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
         return storage.write(path, "draws", 1, header, arrays)
 
     @classmethod
@@ -91,14 +97,16 @@ class Draws:
     def from_file(cls, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Draws:
         """Build draws from the contents of a file."""
         tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
-        gaussian = "posterior/loc" in tensors
+        posterior = unpack(header["density"], tensors) if header.get("density") else None
+        if "posterior/loc" in tensors:
+            posterior = Gaussian(tensors["posterior/loc"], tensors["posterior/scale_tril"])
         return cls(
             theta=tensors["theta"],
             log_joint=tensors["log_joint"],
             stats={name.removeprefix("stats/"): t for name, t in tensors.items() if name.startswith("stats/")},
             log_weights=tensors.get("log_weights"),
             log_evidence=tuple(header["log_evidence"]) if header["log_evidence"] else None,
-            posterior=Gaussian(tensors["posterior/loc"], tensors["posterior/scale_tril"]) if gaussian else None,
+            posterior=posterior,
             info=header["info"],
         )
 

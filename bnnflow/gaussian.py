@@ -35,6 +35,18 @@ class Gaussian:
         factor = torch.linalg.cholesky((1 - shrinkage) * covariance + shrinkage * diagonal)
         return cls(flat.mean(0).to(theta.dtype), factor.to(theta.dtype))
 
+    @classmethod
+    def of_precision(cls, loc: Tensor, precision: Tensor) -> Gaussian:
+        """Make the Gaussian with this precision matrix ``(dim, dim)``, factorised in float64, in the dtype of ``loc``.
+
+        Raises:
+            torch.linalg.LinAlgError: if it is not positive definite.
+        """
+        # With J the reversal and C the Cholesky factor of J P J, P^-1 = S S^T for the lower triangular S = J C^-T J.
+        factor = torch.linalg.cholesky(precision.double().flip(0, 1)).flip(0, 1).mT  # lower: P = factor^T factor
+        eye = torch.eye(len(factor), dtype=torch.float64, device=factor.device)
+        return cls(loc, torch.linalg.solve_triangular(factor, eye, upper=False).to(loc.dtype))
+
     def sample(self, n: int, seed: Seed) -> Tensor:
         """Draw ``(n, dim)``."""
         generator = as_generator(seed, self.loc.device)

@@ -9,7 +9,15 @@ from tqdm import tqdm
 __all__ = ["progress_bar"]
 
 
-def progress_bar(total: int | None, description: str, progress: bool, unit: str = "it") -> tqdm:
-    """Return a tqdm bar on stderr; silent unless ``progress`` is set and stderr is a terminal."""
+def progress_bar(total: int | None, description: str, progress: bool, unit: str = "it", *, initial: int = 0) -> tqdm:
+    """Return a tqdm bar on stderr, ``initial`` steps done; silent unless ``progress`` and stderr is a terminal."""
     shown = progress and sys.stderr.isatty()
-    return tqdm(total=total, desc=description, unit=unit, disable=not shown, dynamic_ncols=True, mininterval=0.2)
+    return tqdm(
+        total=total,
+        desc=description,
+        unit=unit,
+        initial=initial,
+        disable=not shown,
+        dynamic_ncols=True,
+        mininterval=0.2,
+    )

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bnnflow.weights import WeightSpec
 
 __all__ = [
+    "HierarchicalPrior",
     "Kernel",
     "Likelihood",
     "LogDensity",
@@ -69,18 +70,40 @@ class Prior(Protocol):
         ...
 
 
+class HierarchicalPrior(Protocol):
+    """A prior with parameters that are inferred beside the weights, such as their scales.
+
+    ``theta`` holds the network's weights, then these parameters, each in an unconstrained coordinate: the logarithm
+    of one whose distribution lives on the positive numbers (``prior.log_<name>``), a real one itself
+    (``prior.<name>``). A parameter called ``<anything>.<tensor>`` with an axis as long as the tensor's is permuted
+    with the tensor's units there.
+    """
+
+    def parameters(self, spec: WeightSpec) -> dict[str, Distribution]:
+        """Return the prior of every parameter; its batch shape is the parameter's, ``(1,)`` for a scalar."""
+        ...
+
+    def conditional(self, spec: WeightSpec, parameters: dict[str, Tensor]) -> dict[str, Distribution]:
+        """Return the distribution of every tensor of the network given the parameters, ``(..., *shape)`` each.
+
+        The distributions are elementwise and must broadcast to ``(..., *shape of the tensor)``.
+        """
+        ...
+
+
 class Likelihood(Protocol):
     """What a likelihood must say. ``parameters`` are positive and learned through their logarithm.
 
-    A method ``score(outputs, y, parameters)``, the gradient of ``log_prob`` by the outputs and by the log
-    parameters, is optional: without it automatic differentiation is used.
+    Optional: ``score(outputs, y, parameters)``, the gradient of ``log_prob`` by the outputs and by the log
+    parameters (without it automatic differentiation is used); ``fisher_factor``, ``variance``, ``cdf`` and
+    ``sample``, without which what needs them refuses; ``discrete``, true for counts.
     """
 
     kind: Literal["regression", "classification"]
 
     @property
     def parameters(self) -> dict[str, Distribution]:
-        """Return the prior of every learned parameter, by name; empty when nothing is learned."""
+        """Return the prior of every learned parameter; its batch shape is the parameter's, ``(1,)`` for a scalar."""
         ...
 
     def validate(self, y: Tensor, n_outputs: int) -> Tensor:
@@ -88,9 +111,13 @@ class Likelihood(Protocol):
         ...
 
     def log_prob(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        """Return the log density of every row, ``(..., n, out) -> (..., n)``."""
+        """Return the log density of every row, ``(..., n, out) -> (..., n)``.
+
+        ``y`` is what ``validate`` returned, or has an axis in front when every network has a mini-batch of its own;
+        parameters are ``(..., *shape)``.
+        """
         ...
 
-    def mean(self, outputs: Tensor) -> Tensor:
+    def mean(self, outputs: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return the predictive mean given the weights; for classes, their probabilities."""
         ...

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from bnnflow.activations import Activation, activation_of
 from bnnflow.seeding import as_generator
-from bnnflow.types import Prior, Seed
+from bnnflow.types import HierarchicalPrior, Prior, Seed
 
 __all__ = ["Layer", "Symmetries", "WeightSpec"]
 
@@ -104,15 +104,39 @@ class WeightSpec:
         shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
         return cls(tuple(shapes), shapes, {name: (None,) * len(shape) for name, shape in shapes.items()}, {})
 
-    def extend(self, extras: Mapping[str, tuple[int, ...]]) -> WeightSpec:
-        """Append tensors that no symmetry acts on, such as the parameters of a likelihood."""
+    def extend(
+        self, extras: Mapping[str, tuple[int, ...]], axes: Mapping[str, tuple[str | None, ...]] | None = None
+    ) -> WeightSpec:
+        """Append tensors such as the parameters of a likelihood.
+
+        Args:
+            extras: their shapes, by name.
+            axes: labels of those that are permuted with hidden units; signs and scales never act on them.
+        """
+        axes = axes or {}
         return replace(
             self,
             names=self.names + tuple(extras),
             shapes=self.shapes | dict(extras),
-            axes=self.axes | {name: (None,) * len(shape) for name, shape in extras.items()},
+            axes=self.axes | {name: axes.get(name, (None,) * len(shape)) for name, shape in extras.items()},
             extras=self.extras + tuple(extras),
         )
+
+    def parameter_axes(self, name: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
+        """Return the labels of a prior's parameter: those of the tensor that its name ends in, where sizes agree.
+
+        Example:
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+            >>> spec = WeightSpec.of(net)
+            >>> spec.parameter_axes("local.2.weight", (1, 16)), spec.parameter_axes("scale.2.weight", (1,))
+            ((None, 'h1'), (None,))
+        """
+        named = [tensor for tensor in self.names if name.endswith(f".{tensor}")]
+        tensor = max(named, key=len, default=None)
+        if tensor is None or len(shape) != len(self.shapes[tensor]):
+            return (None,) * len(shape)
+        sizes = zip(self.axes[tensor], shape, self.shapes[tensor], strict=True)
+        return tuple(label if own == size else None for label, own, size in sizes)
 
     @property
     def network(self) -> WeightSpec:
@@ -265,7 +289,7 @@ class WeightSpec:
         parts = []
         for name, shape in self.shapes.items():
             factor = torch.ones(shape, dtype=theta.dtype, device=theta.device)
-            for axis, label in enumerate(self.axes[name]):
+            for axis, label in enumerate(self.axes[name] if name not in self.extras else ()):
                 if label is not None and label in scales:
                     scale = scales[label].to(theta)
                     along = scale.reshape(*scale.shape[:-1], *(1,) * axis, shape[axis], *(1,) * (len(shape) - axis - 1))
@@ -287,32 +311,42 @@ class WeightSpec:
             if element.shape[-1] != self.widths[label]:
                 raise ValueError(f"{action} of {label} must end in an axis of {self.widths[label]}")
 
-    def symmetries(self, prior: Prior | None = None) -> Symmetries:
+    def symmetries(self, prior: Prior | HierarchicalPrior | None = None) -> Symmetries:
         """Return the symmetries of the network's function, or those that also keep a prior.
 
-        A permutation keeps a prior whose distributions do not vary along the permuted axes; a sign flip one that
-        is even on every tensor that touches the layer; no proper prior keeps a rescaling.
+        A permutation keeps a prior whose distributions do not vary along the permuted axes, or vary only with
+        parameters that are permuted too; a sign flip one that is even on every tensor that touches the layer; no
+        proper prior keeps a rescaling.
         """
         labels = frozenset(self.activations)
         odd = frozenset(label for label, f in self.activations.items() if f.odd)
         homogeneous = frozenset(label for label, f in self.activations.items() if f.homogeneous)
         if prior is None:
             return Symmetries(labels, odd, homogeneous)
-        varies: set[str | None] = set()
+        network = self.network
+        given, varies = _probe_parameters(network, prior)
+        densities = _elementwise_densities(network, prior, given)
         uneven: set[str | None] = set()
-        probes = torch.linspace(-3, 3, 25, dtype=torch.float64)
-        for name, distribution in prior.distributions(self.network).items():
-            shape, distribution = self.shapes[name], unwrapped(distribution)
-            values = probes.reshape(-1, *(1,) * len(shape)).expand(-1, *shape)
-            density = distribution.log_prob(values.to(_dtype_of(distribution))).double()  # (25, *shape)
-            for axis, label in enumerate(self.axes[name], start=1):
-                if label is not None and not torch.allclose(density, density.narrow(axis, 0, 1), atol=1e-5):
-                    varies.add(label)
+        for name, density in densities.items():
             if not torch.allclose(density, density.flip(0), atol=1e-5):
-                uneven |= set(self.axes[name])
+                uneven |= set(network.axes[name])
+        for label in labels - varies:
+            for perm in _generators_of_permutations(network.widths[label]):
+                moved = {
+                    name: _reordered(value, network.parameter_axes(name, tuple(value.shape)), label, perm)
+                    for name, value in given.items()
+                }
+                after = _elementwise_densities(network, prior, moved) if given else densities
+                if not all(
+                    torch.allclose(
+                        after[name], _reordered(density, (None, *network.axes[name]), label, perm), atol=1e-5
+                    )
+                    for name, density in densities.items()
+                ):
+                    varies.add(label)
         return Symmetries(labels - varies, odd - uneven, frozenset())
 
-    def random_symmetry(self, theta: Tensor, seed: Seed, prior: Prior | None = None) -> Tensor:
+    def random_symmetry(self, theta: Tensor, seed: Seed, prior: Prior | HierarchicalPrior | None = None) -> Tensor:
         """Apply a random element of the group to every network in ``theta`` ``(..., dim)``.
 
         Permutations and signs are uniform, scales log-normal. With a ``prior``, only what keeps it is used.
@@ -347,6 +381,56 @@ class WeightSpec:
             math.lgamma(width + 1) + (width * math.log(2) if self.activations[label].odd else 0.0)
             for label, width in self.widths.items()
         )
+
+
+_PROBES = torch.linspace(-3, 3, 25, dtype=torch.float64)
+
+
+def _probe_parameters(network: WeightSpec, prior: Prior | HierarchicalPrior) -> tuple[dict[str, Tensor], set[str]]:
+    """Return values of a prior's parameters that no permutation keeps, and the labels along which their priors vary."""
+    given: dict[str, Tensor] = {}
+    varies: set[str] = set()
+    generator = torch.Generator().manual_seed(0)
+    distributions = prior.parameters(network) if hasattr(prior, "parameters") else {}  # type: ignore[union-attr]
+    for name, distribution in distributions.items():
+        distribution = unwrapped(distribution)
+        shape = tuple(distribution.batch_shape) or (1,)
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        given[name] = values.exp()  # any real parameter may be positive, too
+        probes = _PROBES.exp().reshape(-1, *(1,) * len(shape)).expand(-1, *shape)
+        density = distribution.log_prob(probes.to(_dtype_of(distribution))).double()
+        for axis, label in enumerate(network.parameter_axes(name, shape), start=1):
+            if label is not None and not torch.allclose(density, density.narrow(axis, 0, 1), atol=1e-5):
+                varies.add(label)
+    return given, varies
+
+
+def _elementwise_densities(
+    network: WeightSpec, prior: Prior | HierarchicalPrior, given: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the log density of every entry of every tensor at the probes, ``(25, *shape)`` each."""
+    inferred = hasattr(prior, "conditional")
+    distributions = (
+        prior.conditional(network, given) if inferred else prior.distributions(network)  # type: ignore[union-attr]
+    )
+    densities = {}
+    for name, distribution in distributions.items():
+        shape, distribution = network.shapes[name], unwrapped(distribution)
+        values = _PROBES.reshape(-1, *(1,) * len(shape)).expand(-1, *shape)
+        densities[name] = distribution.log_prob(values.to(_dtype_of(distribution))).double()  # (25, *shape)
+    return densities
+
+
+def _generators_of_permutations(n: int) -> list[Tensor]:
+    """Return a transposition and a cycle, which generate all permutations of n things."""
+    swap = torch.arange(n)
+    swap[: min(n, 2)] = swap[: min(n, 2)].flip(0)
+    return [swap, torch.arange(n).roll(1)]
+
+
+def _reordered(values: Tensor, axes: tuple[str | None, ...], label: str, perm: Tensor) -> Tensor:
+    """Reorder the axis that carries ``label``, if there is one."""
+    return values.index_select(axes.index(label), perm) if label in axes else values
 
 
 def unwrapped(distribution: torch.distributions.Distribution) -> torch.distributions.Distribution:

@@ -19,6 +19,7 @@ ROOMS = [
     "storage",
     "progress",
     "gaussian",
+    "posteriors",
     "weights",
     "draws",
     "data",

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 import bnnflow as bf
 from bnnflow import likelihoods, priors
-from bnnflow.inference.hmc import HMCInfo, HMCState, hmc
-from bnnflow.inference.loop import run
+from bnnflow.inference.adjusted_mclmc import adjusted_mclmc
+from bnnflow.inference.hmc import hmc, leapfrog
+from bnnflow.inference.loop import warm_up
+from bnnflow.inference.mclmc import mclmc
+
 from bnnflow.inference.start import maximise
-from bnnflow.inference.warmup import DualAveraging, warm_up
-from bnnflow.progress import progress_bar
+from bnnflow.inference.trajectories import ChainState, TrajectoryInfo, trajectory_warm_up
+from bnnflow.inference.warmup import DualAveraging
 from bnnflow.types import Kernel, LogDensityAndGrad
 
 F64 = torch.float64
@@ -113,8 +116,18 @@ def _run(kernel: Kernel, problem: Conjugate, draws: int) -> Tensor:
     """Start in equilibrium, so that only invariance is tested."""
     g = generator(3)
     exact = bf.Gaussian(problem.mean, torch.linalg.cholesky(problem.covariance))
-    state = kernel.init(exact.sample(20, g), g)
-    return run(kernel, state, draws, g, progress_bar(None, "", False)).theta
+    return collected(kernel, exact.sample(20, g), draws, g).theta
+
+
+def collected(kernel: Kernel, theta: Tensor, draws: int, g: torch.Generator) -> bf.Draws:
+    """Step a kernel and keep every state."""
+    state, states, infos = kernel.init(theta, g), [], []
+    for _ in range(draws):
+        state, info = kernel.step(state, g)
+        states.append(state)
+        infos.append(info)
+    values = {name: torch.stack([getattr(i, name) for i in infos], 1) for name in infos[0]._fields}
+    return bf.Draws(torch.stack([s.theta for s in states], 1), torch.stack([s.log_joint for s in states], 1), values)
 
 
 def small_hmc(
@@ -122,10 +135,10 @@ def small_hmc(
 ) -> Kernel:
     """Return a two-step Hamiltonian kernel that can be broken in three ways."""
 
-    def init(theta: Tensor, generator: torch.Generator) -> HMCState:
-        return HMCState(theta, *target(theta))
+    def init(theta: Tensor, generator: torch.Generator) -> ChainState:
+        return ChainState(theta, *target(theta))
 
-    def step(state: HMCState, generator: torch.Generator) -> tuple[HMCState, HMCInfo]:
+    def step(state: ChainState, generator: torch.Generator) -> tuple[ChainState, TrajectoryInfo]:
         theta, value, grad = state
         start = p = noise * torch.randn(theta.shape, generator=generator, dtype=theta.dtype)
         for _ in range(2):
@@ -136,9 +149,10 @@ def small_hmc(
         gain = value - state.log_joint - 0.5 * (p.square() - start.square()).sum(-1)
         accept = torch.rand(len(theta), generator=generator).log() < sign * gain
         accept = accept | (not accepts)
-        moved = HMCState(*(torch.where(accept.reshape(-1, *[1] * (a.dim() - 1)), a, b) for a, b in
+        moved = ChainState(*(torch.where(accept.reshape(-1, *[1] * (a.dim() - 1)), a, b) for a, b in
                            zip((theta, value, grad), state, strict=True)))  # fmt: skip
-        return moved, HMCInfo(accept.double(), ~accept, -value, torch.full_like(accept, 2, dtype=torch.long))
+        counts = torch.full_like(accept, 2, dtype=torch.long)
+        return moved, TrajectoryInfo(accept.double(), ~accept, -value, counts, torch.full_like(value, step_size))
 
     return Kernel(init, step)
 
@@ -255,8 +269,7 @@ def cliff(nothing: float) -> LogDensityAndGrad:
 def test_broken_densities_are_counted_and_survived(nothing: float) -> None:
     g = generator(6)
     kernel = hmc(cliff(nothing), 0.3, 6, torch.ones(2, dtype=F64))
-    state = kernel.init(torch.zeros(20, 2, dtype=F64), g)
-    result = run(kernel, state, 600, g, progress_bar(None, "", False))
+    result = collected(kernel, torch.zeros(20, 2, dtype=F64), 600, g)
     assert (result.theta[..., 0] <= 1).all()
     assert result.log_joint.isfinite().all()
     assert result.stats["diverging"].sum() > 100
@@ -268,11 +281,10 @@ def test_broken_densities_are_counted_and_survived(nothing: float) -> None:
 
 
 def test_nan_acceptance_shrinks_the_step() -> None:
-    adapt, rejected = DualAveraging(0.1, 0.8), DualAveraging(0.1, 0.8)
+    adapt, rejected = DualAveraging.start(0.1), DualAveraging.start(0.1)
     for _ in range(20):
         before = adapt.step_size
-        adapt.update(math.nan)
-        rejected.update(0.0)
+        adapt, rejected = adapt.update(math.nan, 0.8), rejected.update(0.0, 0.8)
         assert adapt.step_size < max(before, 1.0)
     assert adapt.averaged == rejected.averaged
     assert adapt.step_size < 1e-3
@@ -280,11 +292,14 @@ def test_nan_acceptance_shrinks_the_step() -> None:
 
 @pytest.mark.parametrize("acceptance", [0.0, 1.0, math.nan])
 def test_step_sizes_never_overflow(acceptance: float) -> None:
-    adapt = DualAveraging(0.1, 0.8)
+    adapt = DualAveraging.start(0.1)
     for _ in range(60_000):
-        adapt.update(acceptance)
+        adapt = adapt.update(acceptance, 0.8)
     assert 0 < adapt.step_size < math.inf
     assert 0 < adapt.averaged < math.inf
+
+
+TUNING = {"target_acceptance": 0.8, "trajectory_length": None, "max_leapfrog": 64, "step_size": 0.1}
 
 
 @pytest.mark.parametrize("n", [0, 1, 5, 30, 3000])
@@ -293,26 +308,24 @@ def test_warm_up_survives_a_density_that_is_never_finite(n: int) -> None:
         at_start = (theta == 0).all(-1)
         return torch.where(at_start, 0.0, math.nan).double(), torch.zeros_like(theta)
 
-    def family(step_size: float, n_leapfrog: int, mass: Tensor) -> Kernel:
-        return hmc(nowhere, step_size, min(n_leapfrog, 1), mass)
-
-    tuned = warm_up(
-        family, torch.zeros(2, 3, dtype=F64), n, generator(), progress_bar(None, "", False),
-        target_acceptance=0.8, trajectory_length=1.5, max_leapfrog=8, step_size=0.1,
-    )  # fmt: skip
-    assert torch.equal(tuned.state.theta, torch.zeros(2, 3, dtype=F64))
-    assert torch.equal(tuned.inverse_mass_matrix, torch.ones(3, dtype=F64))  # nothing was learned
-    assert 0 < tuned.step_size < math.inf
+    start = torch.zeros(2, 3, dtype=F64)
+    process = trajectory_warm_up(nowhere, leapfrog(nowhere), n, **(TUNING | {"max_leapfrog": 2}))
+    tuned = warm_up(process, start, n, generator())
+    assert torch.equal(tuned.state.theta, start)
+    assert 0 < tuned.found["step_size"] < math.inf
+    assert tuned.found["trajectory_length"] == 1.0  # nothing was learned
 
 
 def test_mass_matrix_is_the_posteriors_variances() -> None:
     problem = conjugate(hard=True)
-    tuned = warm_up(
-        lambda *options: hmc(problem.model.log_joint_and_grad, *options), problem.mean.expand(8, -1), 600, generator(),
-        progress_bar(None, "", False), target_acceptance=0.8, trajectory_length=1.5, max_leapfrog=64, step_size=0.1,
-    )  # fmt: skip
-    ratio = tuned.inverse_mass_matrix / problem.covariance.diagonal()
-    assert ((ratio > 0.7) & (ratio < 1.4)).all()
+    target, g = problem.model.log_joint_and_grad, generator()
+    process = trajectory_warm_up(target, leapfrog(target), 600, **TUNING)
+    tuning = process.init(problem.mean.expand(8, -1), g)
+    for _ in range(600):
+        tuning, _ = process.step(tuning, g)
+    ratio = tuning.inverse_mass_matrix / problem.covariance.diagonal()
+    assert ((ratio > 0.4) & (ratio < 2.5)).all()
+    assert ((ratio.mean(0) > 0.7) & (ratio.mean(0) < 1.4)).all()
 
 
 class Counted:
@@ -453,8 +466,8 @@ def test_wrong_starting_points_are_refused(init, message: str) -> None:
         ("hmc", {}, "must be a method such as HMC"),
         (bf.DeepEnsemble(), {"chains": 4}, "DeepEnsemble takes members and steps, not chains"),
         (bf.DeepEnsemble(), {"draws": 4, "warmup": 1}, "not warmup, draws"),
-        (bf.VI(), {"warmup": 4}, "VI has neither warm-up nor init"),
-        (bf.VI(), {"init": "prior"}, "VI has neither warm-up nor init"),
+        (bf.VI(), {"warmup": 4}, "VI takes steps, not"),
+        (bf.VI(), {"init": "prior"}, "VI takes steps, not"),
     ],
 )
 def test_numbers_without_sense_are_refused(method, options: dict, message: str) -> None:

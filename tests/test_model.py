@@ -81,7 +81,7 @@ class Poisson:
     def log_prob(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         return td.Poisson(outputs.exp()).log_prob(y).sum(-1)
 
-    def mean(self, outputs: Tensor) -> Tensor:
+    def mean(self, outputs: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         return outputs.exp()
 
 
@@ -102,7 +102,7 @@ class StudentNoise:
         scale, df = (parameters[name].unsqueeze(-2) for name in ("scale", "df"))
         return td.StudentT(df, outputs, scale).log_prob(y).sum(-1)
 
-    def mean(self, outputs: Tensor) -> Tensor:
+    def mean(self, outputs: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         return outputs
 
 
@@ -770,6 +770,339 @@ def test_batches_of_every_shape_agree() -> None:
     )
 
 
+# ---------------------------------------------------------------- mini-batches
+
+
+def with_module(name: str, likelihood: str, **options: Any) -> BayesianModel:
+    """A perceptron for ``""``, else a registered module, whose targets fit its one output."""
+    if not name:
+        return model_of(likelihood, **options)
+    make, shape = MODULES[name]
+    return model_of(likelihood, net=built(make), x=torch.randn(7, *shape, generator=generator(1), dtype=F64), **options)
+
+
+@pytest.mark.parametrize("source", ["", "conv", "attention"], ids=["perceptron", "conv", "attention"])
+@pytest.mark.parametrize("likelihood", ["gaussian learned", "student", "bernoulli"])
+def test_all_batches_of_one_row_average_to_the_gradient(likelihood: str, source: str) -> None:
+    model = with_module(source, likelihood, temperature=0.7, prior=priors.Laplace(0.5))
+    theta, n = points(model, 3), len(model.x)
+    pairs = [model.log_joint_and_grad(theta, torch.tensor([row])) for row in range(n)]
+    value, grad = model.log_joint_and_grad(theta)
+    torch.testing.assert_close(torch.stack([v for v, _ in pairs]).mean(0), value, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(torch.stack([g for _, g in pairs]).mean(0), grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("source", ["", "conv", "layer_norm"], ids=["perceptron", "conv", "layer norm"])
+@pytest.mark.parametrize("likelihood", ["gaussian learned", "student", "bernoulli", "poisson"])
+def test_every_chain_has_a_batch_of_its_own(likelihood: str, source: str) -> None:
+    model = with_module(source, likelihood, temperature=0.7)
+    theta = points(model, 3)
+    rows = torch.randint(len(model.x), (3, 4), generator=generator(5))
+    value, grad = model.log_joint_and_grad(theta, rows)
+    for i in range(3):
+        alone_value, alone_grad = model.log_joint_and_grad(theta[i : i + 1], rows[i])
+        torch.testing.assert_close(value[i : i + 1], alone_value, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(grad[i : i + 1], alone_grad, rtol=1e-9, atol=1e-10)
+
+    def by_hand(theta: Tensor) -> Tensor:
+        every = model.pointwise_log_likelihood(theta)
+        scaled = every.gather(-1, rows).sum(-1) * len(model.x) / 4
+        return (model.log_prior(theta) + scaled) / model.temperature
+
+    torch.testing.assert_close(value, by_hand(theta), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(grad, autograd(by_hand, theta), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        model.log_likelihood_grad(theta, rows), model.log_likelihood_and_grad(theta, rows)[1], rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian learned", "gaussian learned two targets", "categorical"])
+def test_all_rows_are_the_full_gradient(likelihood: str) -> None:
+    model = model_of(likelihood)
+    theta = points(model, 2, 2)
+    expected = model.log_joint_and_grad(theta)
+    everything = torch.arange(len(model.x))
+    for rows in (everything, everything.expand(2, 2, -1)):
+        for found, wanted in zip(model.log_joint_and_grad(theta, rows), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    # A stratified batch of everything is everything, in order.
+    for found, wanted in zip(model.minibatch_log_joint_and_grad(theta, generator(), 9), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    single = model.to(dtype=torch.float32)
+    value, grad = single.minibatch_log_joint_and_grad(theta.float(), generator(), 9)
+    assert (value.dtype, grad.dtype) == (F64, torch.float32)
+    torch.testing.assert_close(grad.double(), expected[1], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 7, 9])
+def test_every_row_is_equally_likely(batch_size: int) -> None:
+    rows = model_of().random_rows((30_000,), generator(1), batch_size)
+    assert rows.shape == (30_000, batch_size)
+    assert (rows.diff(dim=-1) >= 0).all()
+    counts = torch.bincount(rows.flatten(), minlength=9).double()
+    expected = 30_000 * batch_size / 9
+    assert ((counts - expected).abs() <= 5 * math.sqrt(expected)).all()
+
+
+def test_stratified_batches_vary_less_than_with_replacement() -> None:
+    model = model_of("gaussian learned")
+    theta = points(model, 1)
+    many = theta.expand(4000, -1)
+    with_replacement = torch.randint(9, (4000, 4), generator=generator(2))
+    grads = [
+        model.log_joint_and_grad(many, rows)[1]
+        for rows in (model.random_rows((4000,), generator(1), 4), with_replacement)
+    ]
+    full = model.log_joint_and_grad(theta)[1][0]
+    for grad in grads:
+        assert ((grad.mean(0) - full).abs() < 5 * grad.std(0) / math.sqrt(4000) + 1e-9).all()
+    assert grads[0].var(0).sum() < grads[1].var(0).sum()
+
+
+def test_batches_depend_on_the_generator_alone() -> None:
+    model = model_of()
+    theta = points(model, 3)
+    g = generator(4)
+    first, second = (model.minibatch_log_joint_and_grad(theta, g, 2)[1] for _ in range(2))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, model.minibatch_log_joint_and_grad(theta, generator(4), 2)[1])
+    rows = model.random_rows((3,), generator(4), 2)
+    assert not (rows == rows[0]).all()
+    assert torch.equal(first, model.log_joint_and_grad(theta, rows)[1])
+    assert model.minibatch_log_joint_and_grad(theta[0], generator(4), 2)[1].shape == (model.dim,)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 10])
+def test_bad_batch_sizes(batch_size: int) -> None:
+    model = model_of()
+    with pytest.raises(ValueError, match=f"batch_size must be between 1 and the 9 rows of data, got {batch_size}"):
+        model.minibatch_log_joint_and_grad(points(model, 2), generator(), batch_size)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (torch.tensor([0.0, 1.0]), "rows must be int64"),
+        (torch.zeros(0, dtype=torch.long), "rows must be int64"),
+        (torch.tensor(3), "rows must be int64"),
+        (torch.zeros(3, 4, dtype=torch.long), r"rows \(3, 4\) do not fit theta"),
+    ],
+)
+def test_bad_rows(rows: Tensor, message: str) -> None:
+    model = model_of()
+    with pytest.raises(ValueError, match=message):
+        model.log_joint_and_grad(points(model, 2), rows)
+
+
+# ---------------------------------------------------------------- linearised
+
+SOURCES = ["", "conv", "residual", "layer_norm"]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_linearised_outputs_are_the_tangent(source: str) -> None:
+    model = with_module(source, "gaussian learned")
+    anchor, direction = points(model), points(model, seed=8)
+    linear = model.linearised(anchor)
+    torch.testing.assert_close(linear.outputs(anchor), model.outputs(anchor))
+    size = model.spec.network.dim
+    jacobian = torch.func.jacrev(model.outputs)(anchor)[..., :size]
+    expected = model.outputs(anchor) + jacobian @ direction[:size]
+    torch.testing.assert_close(linear.outputs(anchor + direction), expected, rtol=1e-9, atol=1e-9)
+    # The remainder is of second order: ten times closer, a hundred times smaller.
+    far, near = (
+        (linear.outputs(anchor + step * direction) - model.outputs(anchor + step * direction)).norm()
+        for step in (1e-2, 1e-3)
+    )
+    assert 80 < far / near < 125
+    # Affine in theta, whatever the distance.
+    a, b = points(model, 2, seed=9)
+    middle = 0.5 * (linear.outputs(a) + linear.outputs(b))
+    torch.testing.assert_close(linear.outputs(0.5 * (a + b)), middle, rtol=1e-9, atol=1e-9)
+
+
+def test_a_linear_network_is_its_own_expansion() -> None:
+    model = linear(scale_prior=td.HalfNormal(1.0))
+    other, theta = model.linearised(points(model)), points(model, 4)
+    torch.testing.assert_close(other.outputs(theta), model.outputs(theta))
+    torch.testing.assert_close(other.log_joint(theta), model.log_joint(theta))
+    torch.testing.assert_close(other.log_joint_and_grad(theta)[1], model.log_joint_and_grad(theta)[1])
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian learned", "student", "bernoulli"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_linearised_gradients_are_those_of_autograd(source: str, likelihood: str) -> None:
+    model = with_module(source, likelihood, temperature=0.7)
+    model = model.linearised(points(model, seed=11))
+    theta = points(model, 3)
+    with torch.no_grad():  # as the samplers call it
+        value, grad = model.log_joint_and_grad(theta)
+    torch.testing.assert_close(value, model.log_joint(theta), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(grad, autograd(model.log_joint, theta), rtol=1e-9, atol=1e-9)
+    rows = torch.randint(len(model.x), (3, 4), generator=generator(5))
+    grad = model.log_joint_and_grad(theta, rows)[1]
+    for i in range(3):
+        torch.testing.assert_close(grad[i], model.log_joint_and_grad(theta[i], rows[i])[1], rtol=1e-9, atol=1e-9)
+    vector = points(model, 3, seed=7)
+    leaf = theta.clone().requires_grad_()
+    gradient = torch.autograd.grad(model.log_likelihood(leaf).sum(), leaf, create_graph=True)[0]
+    expected = torch.autograd.grad((gradient * vector).sum(), leaf)[0]
+    jvp = torch.func.jvp(model.log_likelihood_grad, (theta,), (vector,))[1]
+    torch.testing.assert_close(jvp, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_kept_jacobian_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("gaussian learned")
+    kept, fresh = (model.linearised(points(model, seed=11)) for _ in range(2))
+    theta = points(model, 3)
+    x = torch.randn(4, 2, generator=generator(5), dtype=F64)
+    first = kept.outputs(theta, x), kept.log_joint_and_grad(theta), kept.outputs(theta, x), kept.outputs(theta, x + 1)
+    x += 1  # the same tensor with other values
+    first += (kept.outputs(theta, x),)
+    with torch.inference_mode():
+        first += (kept.outputs(theta, x),)
+    monkeypatch.setattr("bnnflow.model.linearised._ELEMENTS", 0)
+    second = fresh.outputs(theta, x - 1), fresh.log_joint_and_grad(theta)
+    second += (fresh.outputs(theta, x - 1), *(fresh.outputs(theta, x) for _ in range(3)))
+    torch.testing.assert_close(first, second, rtol=1e-10, atol=1e-10)
+    by_x = torch.func.jacrev(lambda each: kept.network(theta, each))(x)
+    torch.testing.assert_close(by_x, torch.func.jacrev(lambda each: fresh.network(theta, each))(x))
+    assert by_x.abs().max() > 0
+
+
+def test_linearised_gauss_newton_is_the_networks_at_the_anchor() -> None:
+    model = model_of("gaussian learned")
+    anchor = points(model)
+    linear_model = model.linearised(anchor)
+    # Fisher's information of a Gaussian does not depend on the mean: the same factor for the same noise everywhere.
+    theta = points(model, 2)
+    theta[:, -1] = anchor[-1]
+    factor = linear_model.gauss_newton(theta)[1]
+    expected = model.gauss_newton(anchor.expand(2, -1))[1]
+    torch.testing.assert_close(factor, expected)
+
+
+def test_a_linearised_model_is_a_model() -> None:
+    model = model_of("gaussian learned")
+    anchor, theta = points(model, seed=11), points(model, 3)
+    other = model.linearised(anchor)
+    assert other.linearised(theta[0]) is other
+    assert (other.dim, other.dtype, len(other.x)) == (model.dim, model.dtype, len(model.x))
+    assert not any(other.spec.symmetries())  # the tangent has none of them
+    torch.testing.assert_close(other.log_prior(theta), model.log_prior(theta))
+    prints = {model.fingerprint(), other.fingerprint(), model.linearised(theta[0]).fingerprint()}
+    assert len(prints) == 3
+    assert other.fingerprint() == model.linearised(anchor).fingerprint()
+    single = other.to(dtype=torch.float32)
+    torch.testing.assert_close(single.outputs(theta.float()).double(), other.outputs(theta), rtol=1e-4, atol=1e-4)
+    trace = poutine.trace(condition(other.to_pyro(), _sites(other, theta[0]))).get_trace()
+    torch.testing.assert_close(trace.log_prob_sum() + theta[0, -1], other.log_joint(theta[0]))
+    assert model.outputs(theta).shape == other.outputs(theta).shape  # and the first model is what it was
+    assert not torch.allclose(model.outputs(theta), other.outputs(theta))
+    with pytest.raises(ValueError, match="not a network with other weights"):
+        other.to_network(theta[0])
+    with pytest.raises(ValueError, match=r"theta must be \(32,\), got \(3, 32\)"):
+        model.linearised(theta)
+    with pytest.raises(ValueError, match="axis of length 32"):
+        model.linearised(theta[0, :-1])
+
+
+# ---------------------------------------------------------------- any network
+
+
+class Residual(nn.Module):
+    """Two residual blocks with batch normalisation, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Tanh()) for _ in range(2)
+        )
+        self.head = nn.Linear(2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x.mean((-1, -2)))
+
+
+def _trained_statistics() -> nn.Module:
+    net = Residual()
+    for _ in range(3):
+        net(torch.randn(20, 2, 4, 4, generator=generator(9)) * 2 + 1)
+    return net.eval()
+
+
+def _embedding() -> nn.Module:
+    return nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1))
+
+
+def _check_gradients(model: BayesianModel) -> None:
+    theta = points(model, 3)
+    with torch.no_grad():
+        value, grad = model.log_joint_and_grad(theta)
+    torch.testing.assert_close(value, model.log_joint(theta))
+    torch.testing.assert_close(grad, autograd(model.log_joint, theta), rtol=1e-9, atol=1e-9)
+    rows = torch.randint(len(model.x), (3, 2), generator=generator(1))
+    batch = model.log_joint_and_grad(theta, rows)[1]
+    for i in range(3):
+        torch.testing.assert_close(batch[i], model.log_joint_and_grad(theta[i], rows[i])[1], rtol=1e-9, atol=1e-9)
+    for row, outputs in zip(theta, model.outputs(theta), strict=True):
+        torch.testing.assert_close(outputs, model.to_network(row)(model.x))
+
+
+def test_batch_norm_in_eval_mode_is_a_constant_affine_map() -> None:
+    net = built(_trained_statistics)
+    x = torch.randn(6, 2, 4, 4, generator=generator(1), dtype=F64)
+    model = model_of("gaussian learned", net=net, x=x)
+    _check_gradients(model)
+    theta = points(model, 2)
+    torch.testing.assert_close(model.outputs(theta, x[:2]), model.outputs(theta)[:, :2])  # rows are independent
+    single = model.to(dtype=torch.float32)
+    assert {buffer.dtype for buffer in single.net.buffers()} == {torch.float32, torch.int64}
+    torch.testing.assert_close(single.outputs(theta.float()).double(), model.outputs(theta), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        net.blocks[0][1].running_mean += 1
+    assert model_of("gaussian learned", net=net, x=x).fingerprint() != model.fingerprint()
+    with pytest.raises(
+        ValueError, match=r"'blocks.0.1' \(BatchNorm2d\).* use LayerNorm or GroupNorm, or call net.eval"
+    ):
+        model_of("gaussian learned", net=net.train(), x=x)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_embeddings_take_integers(dtype: torch.dtype) -> None:
+    net, x = built(_embedding), torch.randint(5, (8, 2), generator=generator(1)).to(dtype)
+    y = _reals(generator(2), 8)
+    model = BayesianModel(net, priors.Normal(), likelihoods.Gaussian(), x, y)
+    assert (model.x.dtype, model.dtype) == (dtype, F64)
+    _check_gradients(model)
+    theta = points(model, 2)
+    torch.testing.assert_close(model.outputs(theta, x[:3].numpy()), model.outputs(theta)[:, :3])
+    single = model.to(dtype=torch.float32)
+    assert (single.x.dtype, single.dtype, single.y.dtype) == (dtype, torch.float32, torch.float32)
+    assert single.log_joint(theta.float()).isfinite().all()
+    with pytest.raises(ValueError, match="the network cannot take x"):
+        BayesianModel(net, priors.Normal(), likelihoods.Gaussian(), x + 1, y)
+    with pytest.raises(ValueError, match="the network cannot take x"):
+        model.outputs(theta, x + 5)
+    with pytest.raises(ValueError, match="x must hold integers as in training"):
+        model.outputs(theta, x.double())
+
+
+def test_integers_become_numbers_where_the_network_wants_them() -> None:
+    x = torch.arange(12).reshape(6, 2)
+    model = BayesianModel(built(_dense), priors.Normal(), likelihoods.Gaussian(1.0), x, Y)
+    assert model.x.dtype == F64
+    assert torch.equal(model.x, x.double())
+
+
+@pytest.mark.parametrize("norm", [lambda: nn.GroupNorm(2, 4), lambda: nn.InstanceNorm1d(4)], ids=["group", "instance"])
+def test_norms_within_a_row(norm: Callable[[], nn.Module]) -> None:
+    net = built(lambda: nn.Sequential(nn.Conv1d(2, 4, 2), norm(), nn.SiLU(), nn.Flatten(), nn.Linear(8, 1)))
+    _check_gradients(model_of("gaussian learned", net=net, x=torch.randn(6, 2, 3, generator=generator(1), dtype=F64)))
+
+
 # ---------------------------------------------------------------- refusals
 
 X = torch.randn(6, 2, generator=generator(), dtype=torch.float32)
@@ -812,7 +1145,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"like": likelihoods.HeteroscedasticGaussian(), "net": lambda: _dense(3)}, "2 outputs a target .* got 3",
     ),
     "batch norm": ({"net": lambda: _dense(1, nn.BatchNorm1d(3))}, r"'1' \(BatchNorm1d\)"),
-    "batch norm in eval": ({"net": lambda: _dense(1, nn.BatchNorm1d(3)).eval()}, r"'1' \(BatchNorm1d\)"),
+    "batch norm in eval without statistics": (
+        {"net": lambda: _dense(1, nn.BatchNorm1d(3, track_running_stats=False)).eval()},
+        r"'1' \(BatchNorm1d\).* use LayerNorm or GroupNorm, or call net.eval\(\)",
+    ),
+    "instance norm that gathers statistics": (
+        {"net": lambda: _dense(1, nn.InstanceNorm1d(3, track_running_stats=True))}, r"'1' \(InstanceNorm1d\)",
+    ),
     "dropout": ({"net": lambda: _dense(1, nn.Dropout(0.5))}, r"'1' \(Dropout\) is random in training mode"),
     "random forward": ({"net": lambda: _dense(1, Applied(F.dropout))}, "random"),
     "no parameters": ({"net": nn.Tanh}, "Tanh has no parameters"),

@@ -213,7 +213,7 @@ def test_a_likelihood_of_ones_own_needs_only_log_prob_and_mean():
         def log_prob(self, outputs, y, parameters):
             return (-(y - outputs).abs() - math.log(2)).sum(-1)
 
-        def mean(self, outputs):
+        def mean(self, outputs, parameters):
             return outputs
 
     model = model_of(LaplaceNoise())

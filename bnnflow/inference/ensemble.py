@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from bnnflow.draws import Draws
+from bnnflow.inference.run import Run
 from bnnflow.inference.start import maximise, random_networks
 from bnnflow.model import BayesianModel
 
@@ -35,26 +36,10 @@ class DeepEnsemble:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
-    def sample(
-        self,
-        model: BayesianModel,
-        *,
-        chains: int | None,
-        warmup: int | None,
-        draws: int | None,
-        generator: torch.Generator,
-        init,
-        progress: bool,
-    ) -> Draws:
+    def sample(self, model: BayesianModel, run: Run) -> Draws:
         """Train the members; see `bnnflow.sample`. They come as one chain of ``members`` draws."""
-        given = [
-            name
-            for name, value in {"chains": chains, "warmup": warmup, "draws": draws, "init": init}.items()
-            if value is not None
-        ]
-        if given:
-            raise ValueError(f"DeepEnsemble takes members and steps, not {', '.join(given)}")
-        theta = random_networks(model.spec, self.members, generator, model.dtype)
-        theta = maximise(model, theta, self.steps, self.learning_rate, progress, "ensemble")
+        run.refuse(self, "members and steps", "chains", "warmup", "draws", "init", "checkpoint")
+        theta = random_networks(model.spec, self.members, run.generator, model.dtype)
+        theta = maximise(model, theta, self.steps, self.learning_rate, run.progress, "ensemble")
         info = {"gradients_per_chain": self.steps}
         return Draws(theta.unsqueeze(0), model.log_joint(theta).unsqueeze(0), info=info)

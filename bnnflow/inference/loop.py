@@ -1,59 +1,269 @@
-"""The one sampling loop: step a kernel, keep what it draws, survive an interrupt."""
+"""The one sampling loop: warm a kernel up, step it, keep what it draws, survive an interrupt or a kill."""
 
 from __future__ import annotations
 
+import time
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from bnnflow.draws import Draws
+from bnnflow.inference.checkpoint import Checkpoint, Stream
+from bnnflow.inference.run import Run
+from bnnflow.inference.start import WARM_START, starting_points
+from bnnflow.model import BayesianModel
+from bnnflow.progress import progress_bar
 from bnnflow.types import Kernel
 
-__all__ = ["run"]
+__all__ = ["Tuned", "WarmUp", "fixed", "run_chains", "thinned", "warm_up"]
+
+CHUNK_BYTES = 32 * 2**20
+"""Draws of one process that wait in memory before they are written, in bytes."""
 
 
-def run(kernel: Kernel, state: Any, draws: int, generator: torch.Generator, bar: tqdm) -> Draws:
-    """Step ``kernel`` ``draws`` times from ``state`` and collect every state.
+class Tuned(NamedTuple):
+    """A kernel ready to sample, the state that warm-up left, and what was found, for the reader."""
 
-    Ctrl-C stops early and returns what was drawn, with a warning and ``info["interrupted"]``; before the first draw
-    there is nothing to return and the interrupt goes on.
+    kernel: Kernel
+    state: Any
+    found: dict[str, Any]
+
+
+class WarmUp(NamedTuple):
+    """Tuning, as a process: a kernel whose states also hold all that is being learned, and what it ends in.
+
+    States are tensors, numbers and named tuples of them, so that a run can go on from any of them. ``tuned`` must
+    depend on nothing but the state.
+    """
+
+    init: Callable[[Tensor, torch.Generator], Any]
+    step: Callable[[Any, torch.Generator], tuple[Any, Any]]
+    tuned: Callable[[Any], Tuned]
+
+
+def fixed(kernel: Kernel, found: dict[str, Any] | None = None) -> WarmUp:
+    """Return the warm-up of a kernel that has nothing to tune: burn-in."""
+    return WarmUp(kernel.init, kernel.step, lambda state: Tuned(kernel, state, found or {}))
+
+
+def thinned(kernel: Kernel, n: int) -> Kernel:
+    """Return the kernel that makes ``n`` steps of another.
+
+    Gradients (``n_steps``) are added, a divergence in any step counts, other statistics are averaged.
+    """
+    if n == 1:
+        return kernel
+
+    def step(state: Any, generator: torch.Generator) -> tuple[Any, Any]:
+        infos = []
+        for _ in range(n):
+            state, info = kernel.step(state, generator)
+            infos.append(info)
+        return state, type(infos[0])(*map(_combined, infos[0]._fields, zip(*infos, strict=True)))
+
+    return Kernel(kernel.init, step)
+
+
+def _combined(name: str, values: tuple[Tensor, ...]) -> Tensor:
+    stacked = torch.stack(values)
+    if name == "n_steps":
+        return stacked.sum(0)
+    return stacked.any(0) if stacked.dtype == torch.bool else stacked.mean(0)
+
+
+def warm_up(process: WarmUp, theta: Tensor, n: int, generator: torch.Generator) -> Tuned:
+    """Return the kernel that ``n`` transitions of warm-up tune, from starting points ``(chain, dim)``."""
+    state = process.init(theta, generator)
+    for _ in range(n):
+        state, _ = process.step(state, generator)
+    return process.tuned(state)
+
+
+def run_chains(
+    model: BayesianModel, run: Run, process: WarmUp, *, chains: int, warmup: int, draws: int, name: str
+) -> Draws:
+    """Run a Markov chain method from its starting points to its draws.
+
+    Ctrl-C while drawing returns what was drawn, with a warning and ``info["interrupted"]``; before the first draw
+    there is nothing to return and the interrupt goes on. With a checkpoint, draws go to disk as they come.
 
     Args:
-        kernel: its states have ``theta`` and ``log_joint``, its infos one ``(chain,)`` tensor a statistic.
-        state: where to start.
-        draws: number of transitions.
-        generator: the source of randomness.
-        bar: is advanced by one for each transition.
+        model: the posterior.
+        run: the settings that methods share.
+        process: the method's warm-up.
+        chains: number of chains over all processes.
+        warmup: transitions of warm-up.
+        draws: draws per chain.
+        name: what the progress bar says.
     """
-    chains, dim = state.theta.shape
-    theta = torch.empty(chains, draws, dim, dtype=state.theta.dtype, device=state.theta.device)
-    log_joint = torch.empty(chains, draws, dtype=torch.float64, device=theta.device)
-    stats: dict[str, torch.Tensor] = {}
-    done = 0
+    ranks, checkpoint = run.ranks, run.checkpoint
+    mine = ranks.share("chains", chains)
+    saved = checkpoint.saved if checkpoint else None
+    shown = run.progress and ranks.rank == 0
+    generator = ranks.own_generator(run.generator)
+    if saved is None:
+        theta = starting_points(model, mine, run.init, generator, shown, ranks)
+        progress = _Progress(process.init(theta, generator), gradients=1.0 + (WARM_START if run.init is None else 0))
+    else:
+        progress = _Progress.restored(saved, process, torch.zeros(mine, model.dim).to(model.x), generator)
+    done = progress.step if progress.tuned is None else warmup + progress.step
+    with progress_bar(warmup + draws, name, shown, "draw", initial=done) as bar:
+        meter = _Meter(bar, mine)
+        _warm(process, progress, warmup, run, generator, meter)
+        return _draw(progress, draws, run, generator, meter)
+
+
+class _Progress:
+    """Where a run is: the state of its warm-up, then the tuned kernel and the state of its chains."""
+
+    def __init__(self, warm: Any, gradients: float) -> None:
+        self.warm, self.state, self.step, self.gradients = warm, None, 0, gradients
+        self.tuned: Tuned | None = None
+
+    @classmethod
+    def restored(cls, saved: Any, process: WarmUp, theta: Tensor, generator: torch.Generator) -> _Progress:
+        progress = cls(saved.state("warm", process.init(theta, generator)), saved.header["gradients"])
+        progress.step = saved.header["step"]
+        if saved.header["stage"] == "sampling":
+            progress.tuned = process.tuned(progress.warm)
+            progress.state = saved.state("state", progress.tuned.state)
+        generator.set_state(torch.from_numpy(saved.arrays["generator/0"]))
+        return progress
+
+    def save(self, checkpoint: Checkpoint, generator: torch.Generator, info: dict[str, Any]) -> None:
+        stage = "warmup" if self.tuned is None else "sampling"
+        header = {"stage": stage, "step": self.step, "gradients": self.gradients, "info": info}
+        checkpoint.save(header, generator, warm=self.warm, state=self.state)
+
+
+def _warm(
+    process: WarmUp, progress: _Progress, warmup: int, run: Run, generator: torch.Generator, meter: _Meter
+) -> None:
+    """Bring the run to its first draw."""
+    if progress.tuned is not None:
+        return
+    checkpoint, device = run.checkpoint, generator.device
     try:
-        for draw in range(draws):
-            state, info = kernel.step(state, generator)
-            theta[:, draw], log_joint[:, draw] = state.theta, state.log_joint
-            for name, value in info._asdict().items():
-                if name not in stats:
-                    stats[name] = torch.empty(chains, draws, dtype=value.dtype, device=value.device)
-                stats[name][:, draw] = value
-            done = draw + 1
-            bar.update()
-            if not bar.disable and draw % 10 == 0:
-                bar.set_postfix(
-                    accept=f"{float(stats['acceptance_rate'][:, :done].mean()):.2f}",
-                    divergences=int(stats["diverging"][:, :done].sum()),
-                )
+        while progress.step < warmup:
+            progress.warm, info = process.step(progress.warm, generator)
+            progress.step += 1
+            progress.gradients += float(info.n_steps.double().mean())
+            meter.update(info, "warm-up")
+            if checkpoint and checkpoint.due(True, device):
+                progress.save(checkpoint, generator, {})
     except KeyboardInterrupt:
-        if done == 0:
+        if checkpoint:
+            warnings.warn("interrupted in warm-up: resume=True goes on from the last checkpoint", stacklevel=4)
+        raise
+    progress.tuned = process.tuned(progress.warm)
+    progress.state, progress.step = progress.tuned.state, 0
+    if checkpoint:
+        progress.save(checkpoint, generator, progress.tuned.found)
+    run.ranks.agree(0, device)  # nobody draws before everybody can go on from here
+
+
+def _draw(progress: _Progress, draws: int, run: Run, generator: torch.Generator, meter: _Meter) -> Draws:
+    """Step the tuned kernel until there are ``draws`` draws, and gather those of all processes."""
+    tuned, checkpoint, done = progress.tuned, run.checkpoint, progress.step
+    assert tuned is not None
+    record: _Memory | Stream
+    if checkpoint:
+        bytes_each = progress.state.theta.numel() * progress.state.theta.element_size()
+        record = Stream(checkpoint.folder, done, max(1, min(1000, CHUNK_BYTES // bytes_each)))
+    else:
+        record = _Memory(draws)
+
+    def save() -> None:
+        if checkpoint and isinstance(record, Stream):
+            record.flush()
+            progress.save(checkpoint, generator, tuned.found)
+
+    interrupted = False
+    try:
+        while progress.step < draws:
+            state, info = tuned.kernel.step(progress.state, generator)
+            record.append({"theta": state.theta, "log_joint": state.log_joint} | info._asdict())
+            progress.state, progress.step = state, progress.step + 1
+            progress.gradients += float(info.n_steps.double().mean())
+            meter.update(info, "")
+            if checkpoint and checkpoint.due(False, generator.device):
+                save()
+    except KeyboardInterrupt:
+        if progress.step == 0:
             raise
-        warnings.warn(f"interrupted: returning the {done} of {draws} draws made so far", stacklevel=2)
-    return Draws(
-        theta[:, :done],
-        log_joint[:, :done],
-        {name: values[:, :done] for name, values in stats.items()},
-        info={"interrupted": done < draws},
-    )
+        interrupted = True
+        warnings.warn(f"interrupted: returning the {progress.step} of {draws} draws made so far", stacklevel=4)
+    save()
+    values = {name: value[:, :draws] for name, value in record.read().items()}
+    values = _gathered(values, progress.step, run)
+    stats = {name: value for name, value in values.items() if name not in ("theta", "log_joint")}
+    info = tuned.found | {"interrupted": interrupted, "gradients_per_chain": round(progress.gradients)}
+    if "diverging" in stats:
+        info["divergences"] = int(stats["diverging"].sum())
+    return Draws(values["theta"], values["log_joint"], stats, info=info)
+
+
+def _gathered(values: dict[str, Tensor], done: int, run: Run) -> dict[str, Tensor]:
+    """Join the chains of all processes; an interrupt may have left some with fewer draws."""
+    if run.ranks.size == 1:
+        return values
+    device = run.generator.device
+    shortest = int(run.ranks.gather(torch.tensor([done], device=device)).min())
+    return {name: run.ranks.gather(value[:, :shortest].to(device)) for name, value in values.items()}
+
+
+class _Memory:
+    """Draws of a run that is kept in memory."""
+
+    def __init__(self, draws: int) -> None:
+        self._draws, self.done = draws, 0
+        self._values: dict[str, Tensor] = {}
+
+    def append(self, values: dict[str, Tensor]) -> None:
+        if not self._values:
+            self._values = {name: value.new_empty(len(value), self._draws, *value.shape[1:])
+                            for name, value in values.items()}  # fmt: skip
+        for name, value in values.items():
+            self._values[name][:, self.done] = value
+        self.done += 1
+
+    def read(self) -> dict[str, Tensor]:
+        return {name: value[:, : self.done] for name, value in self._values.items()}
+
+
+class _Meter:
+    """What the bar says: acceptance, divergences, step size and gradients a second, over all chains here."""
+
+    def __init__(self, bar: tqdm, chains: int) -> None:
+        self._bar, self._chains = bar, chains
+        self._acceptance, self._steps, self._diverging, self._count = 0.0, 0.0, 0, 0
+        self._since = self._shown = time.monotonic()
+
+    def update(self, info: Any, stage: str) -> None:
+        self._bar.update()
+        if self._bar.disable:
+            return
+        self._count += 1
+        self._steps += float(info.n_steps.sum())
+        fields = info._asdict()
+        if "acceptance_rate" in fields:
+            self._acceptance += float(fields["acceptance_rate"].nanmean())
+        if "diverging" in fields:
+            self._diverging += int(fields["diverging"].sum())
+        now = time.monotonic()
+        if now - self._shown < 0.5:
+            return
+        said = {"stage": stage} if stage else {}
+        if "acceptance_rate" in fields:
+            said["accept"] = f"{self._acceptance / self._count:.2f}"
+        if "step_size" in fields:
+            said["step"] = f"{float(fields['step_size'].double().mean()):.1e}"
+        said["divergences"] = str(self._diverging)
+        said["gradients/s"] = f"{self._steps / (now - self._since):.2g}"
+        self._bar.set_postfix(said)
+        self._acceptance, self._steps, self._count = 0.0, 0.0, 0
+        self._since = self._shown = now

@@ -4,36 +4,36 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Protocol
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from bnnflow.draws import Draws
+from bnnflow.inference.checkpoint import Checkpoint
 from bnnflow.inference.hmc import HMC
+from bnnflow.inference.ranks import connect
+from bnnflow.inference.run import Method, Run
 from bnnflow.model import BayesianModel
 from bnnflow.seeding import as_generator
 from bnnflow.types import Seed
 
-__all__ = ["Method", "sample"]
+__all__ = ["sample"]
 
 
-class Method(Protocol):
-    """A way to get posterior draws; `HMC`, `VI` and `DeepEnsemble` are three."""
-
-    def sample(
-        self,
-        model: BayesianModel,
-        *,
-        chains: int | None,
-        warmup: int | None,
-        draws: int | None,
-        generator: torch.Generator,
-        init: Tensor | nn.Module | str | None,
-        progress: bool,
-    ) -> Draws:
-        """Return draws; a None leaves the choice to the method."""
-        ...
+def sample(
+    self,
+    model: BayesianModel,
+    *,
+    chains: int | None,
+    warmup: int | None,
+    draws: int | None,
+    generator: torch.Generator,
+    init: Tensor | nn.Module | str | None,
+    progress: bool,
+) -> Draws:
+    """Return draws; a None leaves the choice to the method."""
+    ...
 
 
 def sample(
@@ -47,9 +47,14 @@ def sample(
     init: Tensor | nn.Module | str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
     progress: bool = True,
 ) -> Draws:
     """Draw from a model's posterior.
+
+    Under ``torchrun`` the chains or particles are split over the processes, which adapt together; every process returns
+    all draws, and the same script runs unchanged alone. Methods that have no chains run in full in every process.
 
     Args:
         model: the posterior.
@@ -62,13 +67,18 @@ def sample(
             ``(chains, dim)``.
         device: where to run; the model's own device if None.
         dtype: floating-point type to run in; the model's own if None.
+        checkpoint: a folder in which draws are kept as they come, and every 15 seconds all that is needed to go on;
+            `bnnflow.load` reads the draws of it at any time. Memory then does not grow with the number of draws.
+        resume: go on with the run in ``checkpoint``, if there is one, bit for bit as if it had never stopped (on CPU,
+            with as many threads); a finished run is extended to ``draws``.
         progress: show a bar at a terminal.
 
     Returns:
         Draws; after Ctrl-C those made so far, with ``info["interrupted"]`` set.
 
     Raises:
-        ValueError: before any work starts, if the numbers or ``init`` make no sense for the method.
+        ValueError: before any work starts, if the numbers or ``init`` make no sense for the method, or ``checkpoint``
+            holds a run of something else, or one that ``resume`` does not allow to go on with.
     """
     method = method if method is not None else HMC()
     if isinstance(method, type) or not hasattr(method, "sample"):
@@ -78,17 +88,25 @@ def sample(
             raise ValueError(f"{name} must be an integer of at least {least}, got {number!r}")
     if device is not None or dtype is not None:
         model = model.to(device, dtype)
+    if resume and checkpoint is None:
+        raise ValueError("resume=True needs the checkpoint that is to be resumed")
     generator = as_generator(seed, model.device)
-    wall, cpu = time.perf_counter(), time.process_time()
-    result = method.sample(
-        model, chains=chains, warmup=warmup, draws=draws, generator=generator, init=init, progress=progress
-    )
-    info = {
+    ranks = connect(model.device)
+    identity = {
         "method": type(method).__name__,
         "settings": repr(method),
-        "seed": seed if isinstance(seed, int) else "generator",
-        "seconds": time.perf_counter() - wall,
-        "cpu_seconds": time.process_time() - cpu,
+        "seed": int(seed) if not isinstance(seed, torch.Generator) else "generator",
         "model": model.fingerprint(),
+    }
+    kept = None
+    if checkpoint is not None:
+        place = {"chains": chains, "warmup": warmup, "dtype": str(model.dtype), "processes": ranks.size}
+        kept = Checkpoint(checkpoint, resume, identity | place, ranks)
+    wall, cpu = time.perf_counter(), time.process_time()
+    run = Run(generator, chains, warmup, draws, init, progress, kept, ranks)
+    result = method.sample(model, run)
+    info = identity | {
+        "seconds": kept.seconds if kept else time.perf_counter() - wall,
+        "cpu_seconds": time.process_time() - cpu,
     }
     return replace(result, info=info | result.info)

@@ -7,11 +7,12 @@ import math
 import torch
 from torch import Tensor, nn
 
+from bnnflow.inference.ranks import ALONE, Ranks
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
 from bnnflow.weights import WeightSpec
 
-__all__ = ["WARM_START", "maximise", "random_networks", "starting_points"]
+__all__ = ["WARM_START", "Adam", "cosine", "maximise", "random_networks", "starting_points"]
 
 WARM_START = 300
 """Adam steps, one gradient each, that chains without an ``init`` climb."""
@@ -31,6 +32,28 @@ def random_networks(spec: WeightSpec, n: int, generator: torch.Generator, dtype:
     return spec.flatten(params)
 
 
+class Adam:
+    """The moments of Adam (Kingma and Ba 2015) over a batch of points, for climbing."""
+
+    def __init__(self, theta: Tensor) -> None:
+        self._first, self._second = torch.zeros_like(theta), torch.zeros_like(theta)
+        self._steps = 0
+
+    def step(self, theta: Tensor, grad: Tensor, rate: float) -> Tensor:
+        """Return the points one step up the gradient; entries that are not finite count as zero."""
+        self._steps += 1
+        grad = torch.nan_to_num(grad, 0.0, 0.0, 0.0)
+        self._first.lerp_(grad, 0.1)
+        self._second.lerp_(grad.square(), 0.001)
+        unbiased = self._first / (1 - 0.9**self._steps)
+        return theta + rate * unbiased / ((self._second / (1 - 0.999**self._steps)).sqrt() + 1e-8)
+
+
+def cosine(rate: float, step: int, steps: int) -> float:
+    """Return a learning rate that falls to zero over ``steps`` steps, the first of which is 1."""
+    return rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
 def maximise(
     model: BayesianModel, theta: Tensor, steps: int, learning_rate: float, progress: bool, description: str
 ) -> Tensor:
@@ -39,7 +62,7 @@ def maximise(
     A row whose density becomes NaN keeps its best point so far.
     """
     theta = theta.clone()
-    first, second = torch.zeros_like(theta), torch.zeros_like(theta)
+    adam = Adam(theta)
     best, best_value = theta.clone(), torch.full(theta.shape[:1], -math.inf, dtype=torch.float64, device=theta.device)
     with torch.no_grad(), progress_bar(steps, description, progress, "step") as bar:
         for step in range(1, steps + 1):
@@ -47,29 +70,31 @@ def maximise(
             better = value > best_value
             best = torch.where(better[:, None], theta, best)
             best_value = torch.where(better, value, best_value)
-            grad = torch.nan_to_num(grad, 0.0, 0.0, 0.0)
-            first.lerp_(grad, 0.1)
-            second.lerp_(grad.square(), 0.001)
-            rate = learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-            unbiased = first / (1 - 0.9**step)
-            theta = theta + rate * unbiased / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+            theta = adam.step(theta, grad, cosine(learning_rate, step, steps))
             bar.update()
         value = model.log_joint(theta)
     return torch.where((value > best_value)[:, None], theta, best)
 
 
 def starting_points(
-    model: BayesianModel, chains: int, init: Tensor | nn.Module | str | None, generator: torch.Generator, progress: bool
+    model: BayesianModel,
+    chains: int,
+    init: Tensor | nn.Module | str | None,
+    generator: torch.Generator,
+    progress: bool,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Return ``(chains, dim)`` starting points.
 
     Args:
         model: the posterior.
-        chains: how many.
+        chains: how many, in this process.
         init: None climbs from prior draws for 300 Adam steps; ``"prior"`` takes prior draws; a network or ``(dim,)``
-            weights start every chain there; ``(chains, dim)`` weights are used as they are.
+            weights start every chain there; ``(chains, dim)`` weights, for the chains of all processes, are used as
+            they are.
         generator: the source of randomness.
         progress: whether to show a bar.
+        ranks: the processes that share the chains.
 
     Raises:
         ValueError: if ``init`` does not fit, or log_joint is not finite there.
@@ -79,9 +104,10 @@ def starting_points(
     if isinstance(init, Tensor):
         theta = init.to(model.device, model.dtype)
         model.spec.check(theta)
-        if theta.dim() > 2 or (theta.dim() == 2 and theta.shape[0] != chains):
-            raise ValueError(f"init must be (dim,) or ({chains}, dim), got {tuple(theta.shape)}")
-        theta = theta.expand(chains, -1).clone()
+        every = chains * ranks.size
+        if theta.dim() > 2 or (theta.dim() == 2 and theta.shape[0] != every):
+            raise ValueError(f"init must be (dim,) or ({every}, dim), got {tuple(theta.shape)}")
+        theta = ranks.own(theta.expand(every, -1)).clone()
     elif init is None or init == "prior":
         theta = model.sample_prior(chains, generator)
         if init is None:

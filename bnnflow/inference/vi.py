@@ -1,86 +1,187 @@
-"""Variational inference through Pyro's autoguides."""
+"""Variational inference with Gaussian guides, through Pyro's autoguides."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from bnnflow.draws import Draws
 from bnnflow.gaussian import Gaussian
+from bnnflow.inference.laplace import gauss_newton_precision
+from bnnflow.inference.run import Run
+from bnnflow.inference.start import WARM_START, maximise, random_networks
 from bnnflow.model import BayesianModel
+from bnnflow.posteriors import LowRankGaussian
 from bnnflow.progress import progress_bar
 from bnnflow.seeding import isolated
+from bnnflow.types import LogDensityAndGrad, Posterior
 
-__all__ = ["VI"]
+__all__ = ["VI", "fit_guide", "flat_model", "independent_draws"]
+
+LARGEST_FULL = 4000
+"""Largest ``dim`` for a full covariance: its factor and Adam's moments take 24 dim^2 bytes in float32."""
 
 
 @dataclass(frozen=True)
 class VI:
-    """Fit a mean-field Gaussian with Pyro's ``AutoNormal`` (Blundell et al. 2015; Kucukelbir et al. 2017).
+    """Fit a Gaussian by maximising the ELBO (Hinton and van Camp 1993; Kucukelbir et al. 2017; Blundell et al. 2015).
 
-    Approximates the posterior by the Gaussian with independent coordinates that minimises KL(q || p); its variances
-    are known to be too small. The density is at ``draws.posterior``.
+    Approximates the posterior (at its temperature) by the Gaussian q that minimises KL(q || p) over its family, with
+    Pyro's autoguides: ``rank=0`` independent coordinates (``AutoDiagonalNormal``), whose variances are known to be too
+    small; ``rank=k`` a diagonal plus k directions (``AutoLowRankMultivariateNormal``); ``rank="full"`` any covariance
+    (``AutoMultivariateNormal``), exact where the posterior is Gaussian. Each Adam step follows the path derivative of
+    the ELBO, d theta / d phi times grad (log_joint - log q) at draws theta of q (Roeder et al. 2017); its noise
+    vanishes where q fits, so that a rate decaying to zero ends on the optimum. The density is at ``draws.posterior``,
+    the ELBO, a lower bound of the log evidence at temperature 1, at ``draws.info["elbo"]``.
 
     Args:
+        rank: the number of directions beside the diagonal, or ``"full"``.
         steps: Adam steps on the ELBO.
-        learning_rate: its first value; it decays to a tenth.
-        particles: Monte-Carlo samples of the ELBO a step.
+        learning_rate: its first value; a cosine takes it to zero.
+        particles: Monte-Carlo samples of the ELBO a step; one gradient each.
+        scale: standard deviation of every coordinate at the start, around random initial weights. ``rank="full"``
+            starts elsewhere: 300 Adam steps up, with the covariance that `Laplace` would have there, in whose
+            coordinates it also takes its steps, so that correlated weights are no harder.
     """
 
+    rank: int | Literal["full"] = 0
     steps: int = 2000
     learning_rate: float = 0.02
     particles: int = 8
+    scale: float = 0.05
 
     def __post_init__(self) -> None:
-        for name in ("steps", "learning_rate", "particles"):
+        if self.rank != "full" and (not isinstance(self.rank, int) or self.rank < 0):
+            raise ValueError(f"rank must be a number of directions, 0 or more, or 'full', got {self.rank!r}")
+        for name in ("steps", "learning_rate", "particles", "scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
-    def sample(
-        self,
-        model: BayesianModel,
-        *,
-        chains: int | None,
-        warmup: int | None,
-        draws: int | None,
-        generator: torch.Generator,
-        init,
-        progress: bool,
-    ) -> Draws:
+    def sample(self, model: BayesianModel, run: Run) -> Draws:
         """Fit the guide and draw from it; see `bnnflow.sample`. ``chains`` only shapes the independent draws."""
-        if warmup is not None or init is not None:
-            raise ValueError("VI has neither warm-up nor init; it takes steps")
-        import pyro
-        from pyro.infer import SVI, Trace_ELBO
-        from pyro.infer.autoguide import AutoNormal
-        from pyro.optim import ClippedAdam
+        run.refuse(self, "steps", "warmup", "init", "checkpoint")
+        if self.rank == "full" and model.dim > LARGEST_FULL:
+            raise ValueError(f"rank='full' is for dim up to {LARGEST_FULL}, got {model.dim}; use rank=20, say")
+        if self.rank == "full":
+            return self._full(model, run)
+        start = random_networks(model.spec, 1, run.generator, model.dtype)[0]
+        with isolated(run.generator):
+            guide = _guide(self.rank, start, self.scale)
+            found = fit_guide(model.log_joint_and_grad, guide, self, run.progress, "VI")
+            q = guide.get_posterior()
+        posterior: Gaussian | LowRankGaussian
+        if self.rank == 0:
+            posterior = Gaussian(q.mean.detach(), q.stddev.detach())
+        else:
+            posterior = LowRankGaussian(q.loc.detach(), q.cov_factor.detach(), q.cov_diag.detach())
+        return independent_draws(model, run, posterior, found)
 
-        chains, draws = chains or 4, draws or 1000
-        with isolated(generator), pyro.get_param_store().scope():
-            target = model.to_pyro()
-            guide = AutoNormal(target, init_scale=0.05)
-            decay = 0.1 ** (1 / max(1, self.steps))
-            optimiser = ClippedAdam({"lr": self.learning_rate, "lrd": decay})
-            elbo = Trace_ELBO(num_particles=self.particles, vectorize_particles=True, max_plate_nesting=0)
-            svi = SVI(target, guide, optimiser, elbo)
-            losses = []
-            with progress_bar(self.steps, "VI", progress, "step") as bar:
-                for _ in range(self.steps):
-                    losses.append(float(svi.step()))  # type: ignore[arg-type]
-                    bar.update()
-                    if not bar.disable and len(losses) % 50 == 0:
-                        bar.set_postfix(elbo=f"{-sum(losses[-50:]) / 50:.1f}")
-            stored = dict(pyro.get_param_store().items())
+    def _full(self, model: BayesianModel, run: Run) -> Draws:
+        """Fit in the coordinates z of theta = loc + root z."""
+        start = random_networks(model.spec, 1, run.generator, model.dtype)
+        loc = maximise(model, start, WARM_START, 0.02, run.progress, "VI: start")[0]
+        root = torch.eye(model.dim).to(loc) * self.scale
+        if hasattr(model.likelihood, "fisher_factor"):
+            double = model.to(dtype=torch.float64)
+            root = Gaussian.of_precision(loc, gauss_newton_precision(double, loc.double())).scale_tril
 
-        def flat(kind: str) -> torch.Tensor:
-            # Sites live on constrained spaces, but a guide's parameters on the unconstrained ones of theta.
-            sites = {name: name.replace("likelihood.log_", "likelihood.") for name in model.spec.names}
-            return model.spec.flatten({n: stored[f"AutoNormal.{kind}.{site}"].detach() for n, site in sites.items()})
+        def target(z: Tensor) -> tuple[Tensor, Tensor]:
+            value, grad = model.log_joint_and_grad(loc + z @ root.T)
+            return value + root.diagonal().double().log().sum(), grad @ root
 
-        posterior = Gaussian(flat("locs"), flat("scales"))
-        theta = posterior.sample(chains * draws, generator)
-        tail = losses[-max(1, self.steps // 20) :]
-        info = {"elbo": -sum(tail) / len(tail), "gradients_per_chain": self.steps * self.particles}
-        log_joint = model.log_joint(theta).reshape(chains, draws)
-        return Draws(theta.reshape(chains, draws, -1), log_joint, posterior=posterior, info=info)
+        with isolated(run.generator):
+            guide = _guide("full", torch.zeros_like(loc), 1.0)
+            found = fit_guide(target, guide, self, run.progress, "VI")
+            q = guide.get_posterior()
+        found["gradients_per_chain"] += WARM_START
+        posterior = Gaussian(loc + root @ q.loc.detach(), root @ q.scale_tril.detach())
+        return independent_draws(model, run, posterior, found)
+
+
+def _guide(rank: int | Literal["full"], start: Tensor, scale: float) -> Any:
+    from pyro.infer import autoguide
+
+    flat = flat_model(start)
+    where = autoguide.init_to_value(values={"theta": start})
+    if rank == 0:
+        return autoguide.AutoDiagonalNormal(flat, where, scale)
+    if rank == "full":
+        return autoguide.AutoMultivariateNormal(flat, where, scale)
+    return autoguide.AutoLowRankMultivariateNormal(flat, where, scale, rank)
+
+
+def flat_model(like: Tensor) -> Callable[[], None]:
+    """Return a Pyro model with one site, ``theta``, shaped as ``like``: what a guide is built from.
+
+    A guide's coordinates are then those of theta, and `fit_guide` brings the density.
+    """
+    import pyro
+    import pyro.distributions as dist
+
+    def flat() -> None:
+        # A masked site has no density of its own, but unlike ImproperUniform it can be drawn.
+        pyro.sample("theta", dist.Normal(torch.zeros_like(like), torch.ones_like(like)).to_event(1).mask(False))
+
+    return flat
+
+
+class Settings(Protocol):
+    """What `fit_guide` wants to know."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def particles(self) -> int: ...
+
+
+def fit_guide(target: LogDensityAndGrad, guide: Any, settings: Settings, progress: bool, name: str) -> dict[str, Any]:
+    """Climb the ELBO of a continuous autoguide along its path derivative, and say what it took.
+
+    Draws from the global generator: call it inside `isolated`.
+    """
+    import pyro
+
+    steps, particles = settings.steps, settings.particles
+    with pyro.get_param_store().scope():
+        guide()  # builds the parameters
+    optimiser = torch.optim.Adam(guide.parameters(), settings.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: 0.5 * (1 + math.cos(math.pi * i / steps)))
+    broken = 0
+    with progress_bar(steps, name, progress, "step") as bar:
+        for step in range(steps):
+            q = guide.get_posterior()
+            theta = q.rsample((particles,))  # (particles, dim)
+            at = theta.detach().requires_grad_()
+            log_q = q.log_prob(at)
+            (grad_q,) = torch.autograd.grad(log_q.sum(), at)
+            with torch.no_grad():
+                log_joint, grad = target(at)
+            path = (grad - grad_q) / particles
+            finite = path.isfinite().all(-1, keepdim=True)
+            broken += int((~finite).sum())
+            optimiser.zero_grad()
+            theta.backward(torch.where(finite, -path, 0.0))
+            optimiser.step()
+            schedule.step()
+            bar.update()
+            if not bar.disable and step % 50 == 0:
+                bar.set_postfix(elbo=f"{float((log_joint - log_q).mean()):.1f}")
+    return {"gradients_per_chain": steps * particles} | ({"not_finite": broken} if broken else {})
+
+
+def independent_draws(model: BayesianModel, run: Run, posterior: Posterior, info: dict[str, Any]) -> Draws:
+    """Return draws of a fitted density, shaped as chains, and its ELBO with its standard error."""
+    chains, draws = run.chains or 4, run.draws or 1000
+    theta = posterior.sample(chains * draws, run.generator)
+    log_joint = model.log_joint(theta)
+    gain = log_joint - posterior.log_prob(theta)
+    error = float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
+    info = {"elbo": float(gain.mean()), "elbo_error": error} | info
+    return Draws(theta.unflatten(0, (chains, draws)), log_joint.reshape(chains, draws), posterior=posterior, info=info)

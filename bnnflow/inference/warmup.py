@@ -1,136 +1,181 @@
-"""Warm-up: functions that take a family of kernels and return a tuned one."""
+"""Warm-up: processes that learn a step size, a trajectory length and a mass matrix, and end in a tuned kernel."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from bnnflow.types import Kernel
+from bnnflow.inference.ranks import Ranks
 
-__all__ = ["DualAveraging", "Tuned", "warm_up"]
-
-
-class Tuned(NamedTuple):
-    """A kernel ready to sample, the state that warm-up left, and what was found."""
-
-    kernel: Kernel
-    state: object
-    step_size: float
-    n_leapfrog: int
-    inverse_mass_matrix: Tensor
-    gradients: int
+__all__ = ["DualAveraging", "Moments", "Spread", "TrajectoryLength", "pooled_variance", "window_ends", "windows"]
 
 
-class DualAveraging:
+class DualAveraging(NamedTuple):
     """Find the step size whose mean acceptance rate is the target (Nesterov 2009; Hoffman and Gelman 2014)."""
 
-    def __init__(self, step_size: float, target: float) -> None:
-        self._target = target
-        self._centre = math.log(10 * step_size)
-        self._log = self._averaged = math.log(step_size)
-        self._error, self._count = 0.0, 0
+    centre: float
+    log: float
+    log_averaged: float
+    error: float
+    count: int
+
+    @classmethod
+    def start(cls, step_size: float) -> DualAveraging:
+        """Begin at a first guess, and look among larger step sizes first."""
+        log = math.log(step_size)
+        return cls(math.log(10) + log, log, log, 0.0, 0)
 
     @property
     def step_size(self) -> float:
         """The step size to try next."""
-        return math.exp(self._log)
+        return math.exp(self.log)
 
     @property
     def averaged(self) -> float:
         """The step size to keep."""
-        return math.exp(self._averaged)
+        return math.exp(self.log_averaged)
 
-    def update(self, acceptance: float) -> None:
+    def update(self, acceptance: float, target: float) -> DualAveraging:
         """Learn from one transition; a NaN acceptance counts as zero, so that the step shrinks."""
         acceptance = 0.0 if math.isnan(acceptance) else acceptance
-        self._count += 1
-        gain = 1 / (self._count + 10)
-        self._error += gain * (self._target - acceptance - self._error)
-        log = self._centre - math.sqrt(self._count) / 0.05 * self._error
-        self._log = min(max(log, -50.0), 50.0)  # a density that always or never accepts must not overflow
-        weight = self._count**-0.75
-        self._averaged += weight * (self._log - self._averaged)
+        count = self.count + 1
+        error = self.error + (target - acceptance - self.error) / (count + 10)
+        log = self.centre - math.sqrt(count) / 0.05 * error
+        log = min(max(log, -50.0), 50.0)  # a density that always or never accepts must not overflow
+        averaged = self.log_averaged + count**-0.75 * (log - self.log_averaged)
+        return DualAveraging(self.centre, log, averaged, error, count)
 
 
-def warm_up(
-    family: Callable[[float, int, Tensor], Kernel],
-    theta: Tensor,
-    n: int,
-    generator: torch.Generator,
-    bar: tqdm,
-    *,
-    target_acceptance: float,
-    trajectory_length: float,
-    max_leapfrog: int,
-    step_size: float,
-) -> Tuned:
-    """Tune step size, number of steps and a pooled diagonal mass matrix in windows of doubling length.
+class TrajectoryLength(NamedTuple):
+    """Find the trajectory length at which the chains decorrelate fastest for their cost, all together.
 
-    The first 15 % of the transitions only find a step size, the last 20 % settle it for the final mass matrix; the
-    windows between re-estimate the variances within chains, pooled over all of them, and shrink their logarithms
-    a little towards the mean, so that no scale is favoured.
-
-    Args:
-        family: ``(step_size, n_leapfrog, inverse_mass_matrix) -> Kernel``.
-        theta: starting points, ``(chain, dim)``.
-        n: number of transitions; 0 returns the untuned kernel.
-        generator: the source of randomness.
-        bar: is advanced by one for each transition.
-        target_acceptance: see `HMC`.
-        trajectory_length: see `HMC`.
-        max_leapfrog: see `HMC`.
-        step_size: first guess.
+    Ascends the ChEES criterion (Hoffman, Radul and Sountsov 2021), the mean squared change of the squared distance to
+    the chains' mean, per unit of integration time, in the logarithm of the length by Adam.
     """
-    mass = torch.ones(theta.shape[-1], dtype=theta.dtype, device=theta.device)
 
-    def n_leapfrog(step_size: float) -> int:
-        # The mean of the jittered number of steps is three quarters of the largest.
-        return max(1, min(max_leapfrog, round(trajectory_length / (0.75 * step_size))))
+    log: float
+    log_averaged: float
+    slope: float
+    square: float
+    count: int
 
-    state = family(step_size, 1, mass).init(theta, generator)
-    adapt = DualAveraging(step_size, target_acceptance)
-    gradients = 1
-    for length, estimates_mass in _windows(n):
-        total = torch.zeros_like(theta, dtype=torch.float64)
-        squares = torch.zeros_like(total)
-        for _ in range(length):
-            kernel = family(adapt.step_size, n_leapfrog(adapt.step_size), mass)
-            state, info = kernel.step(state, generator)
-            adapt.update(float(info.acceptance_rate.mean()))
-            gradients += int(info.n_steps[0])
-            if estimates_mass:
-                total += state.theta
-                squares += state.theta.double() ** 2
-            bar.update()
-            if not bar.disable:
-                bar.set_postfix(warmup="", step_size=f"{adapt.step_size:.2e}")
-        if estimates_mass:
-            variance = (squares / length - (total / length) ** 2).mean(0)  # within chains, pooled
-            if variance.max() > 0:  # else nothing moved, and nothing was learned
-                count, log_variance = length * theta.shape[0], variance.clamp(min=1e-12).log()
-                mass = ((count * log_variance + 5 * log_variance.mean()) / (count + 5)).exp().to(theta.dtype)
-            adapt = DualAveraging(adapt.averaged, target_acceptance)
-    step_size = adapt.averaged if n else step_size
-    steps = n_leapfrog(step_size)
-    return Tuned(family(step_size, steps, mass), state, step_size, steps, mass, gradients)
+    @classmethod
+    def start(cls, length: float) -> TrajectoryLength:
+        """Begin at a first guess."""
+        return cls(math.log(length), math.log(length), 0.0, 0.0, 0)
+
+    @property
+    def length(self) -> float:
+        """The length to try next."""
+        return math.exp(self.log)
+
+    @property
+    def averaged(self) -> float:
+        """The length to keep."""
+        return math.exp(self.log_averaged)
+
+    def update(self, criterion: float, derivative: float) -> TrajectoryLength:
+        """Learn from one transition.
+
+        Args:
+            criterion: the mean over chains.
+            derivative: of the criterion by the logarithm of the length, a mean over chains too.
+        """
+        if not (math.isfinite(criterion) and math.isfinite(derivative)):
+            return self
+        slope = derivative - 0.5 * criterion  # TODO
+        count = self.count + 1
+        mean = 0.8 * self.slope + 0.2 * slope
+        square = 0.95 * self.square + 0.05 * slope * slope
+        unbiased = (mean / (1 - 0.8**count)) / (math.sqrt(square / (1 - 0.95**count)) + 1e-30)
+        log = self.log + 0.05 * max(-1.0, min(1.0, unbiased))
+        weight = max(0.05, 1 / count)
+        return TrajectoryLength(log, (1 - weight) * self.log_averaged + weight * log, mean, square, count)
 
 
-def _windows(n: int) -> list[tuple[int, bool]]:
-    """Cut ``n`` transitions into (length, estimates the mass matrix) windows."""
+class Moments(NamedTuple):
+    """Running sums of every chain's coordinates, ``(chain, dim)`` in float64, about a fixed point."""
+
+    count: int
+    origin: Tensor
+    total: Tensor
+    squares: Tensor
+
+    @classmethod
+    def start(cls, theta: Tensor) -> Moments:
+        """Begin with no draws; sums are taken about ``theta``, so that they keep their digits."""
+        origin = theta.double()
+        return cls(0, origin, torch.zeros_like(origin), torch.zeros_like(origin))
+
+    def update(self, theta: Tensor) -> Moments:
+        """Add one draw of every chain."""
+        offset = theta - self.origin
+        return Moments(self.count + 1, self.origin, self.total + offset, self.squares + offset * offset)
+
+    def variance(self) -> Tensor:
+        """Return the variance within every chain, ``(chain, dim)``."""
+        count = max(1, self.count)
+        return self.squares / count - (self.total / count) ** 2
+
+
+class Spread(NamedTuple):
+    """Running mean and variance of features over chains and the recent past, ``(features,)`` in float64."""
+
+    mean: Tensor
+    variance: Tensor
+
+    @classmethod
+    def start(cls, values: Tensor, ranks: Ranks) -> Spread:
+        """Begin with values ``(chain, features)``."""
+        mean = ranks.mean(values.mean(0))
+        return cls(mean, ranks.mean((values - mean).square().mean(0)))
+
+    def update(self, values: Tensor, ranks: Ranks) -> Spread:
+        """Forget a twentieth, and add values ``(chain, features)``."""
+        mean = torch.lerp(self.mean, ranks.mean(values.mean(0)), 0.05)
+        return Spread(mean, torch.lerp(self.variance, ranks.mean((values - mean).square().mean(0)), 0.05))
+
+
+def windows(n: int) -> list[tuple[int, bool]]:
+    """Cut ``n`` transitions into (length, estimates the mass matrix) windows of doubling length.
+
+    The first 15 % of the transitions only find a step size, the last 20 % settle it for the final mass matrix.
+    """
     first, last = round(0.15 * n), round(0.2 * n)
     middle = n - first - last
     if middle < 20:  # too short to say anything about variances
         return [(n, False)]
-    windows = [(first, False)]
+    cut = [(first, False)]
     length = max(20, middle // 7)
     while middle > 0:
         length = length if middle >= 3 * length else middle
-        windows.append((length, True))
+        cut.append((length, True))
         middle -= length
         length *= 2
-    return [*windows, (last, False)]
+    return [*cut, (last, False)]
+
+
+def window_ends(n: int) -> list[int]:
+    """Return the transition after which estimation begins, and those after which each window of it ends."""
+    ends, end = [], 0
+    for length, _ in windows(n)[:-1]:
+        end += length
+        ends.append(end)
+    return ends or [n + 1]
+
+
+def pooled_variance(moments: Moments, mass: Tensor, ranks: Ranks) -> Tensor:
+    """Return the variances within every chain, shrunk towards their mean over chains; ``mass`` if nothing moved."""
+    variance = moments.variance()
+    pooled = ranks.mean(variance.mean(0))
+    if not bool(pooled.max() > 0):  # nothing moved, and nothing was learned
+        return mass
+    pooled = pooled.clamp(min=1e-12 * float(pooled.max()))
+    weight = moments.count / (moments.count + _PRIOR_DRAWS)
+    return (weight * variance.clamp(min=0.0) + (1 - weight) * pooled).to(mass.dtype)
+
+
+_PRIOR_DRAWS = 100.0  # draws of its own after which a chain's variances count as much as those of all chains

@@ -13,29 +13,33 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from bnnflow.model.fused import FusedDensity, plain
+from bnnflow.model.linearised import LinearisedNetwork
 from bnnflow.model.network import ChainNetwork, ModuleNetwork, Pullback
-from bnnflow.model.priors import FlatPrior, as_prior, elementwise, rebuild
-from bnnflow.types import Likelihood, Prior, Seed
-from bnnflow.weights import WeightSpec
+from bnnflow.model.priors import Extra, FlatPrior, as_prior, elementwise, extras_of, positive_extras, rebuild
+from bnnflow.types import HierarchicalPrior, Likelihood, Prior, Seed
+from bnnflow.weights import WeightSpec, unwrapped
 
 __all__ = ["BayesianModel"]
-
-_PREFIX = "likelihood.log_"
 
 
 class BayesianModel:
     """What is inferred: p(theta) p(y | net(x; theta)), with every constant.
 
-    ``theta`` holds the network's weights in ``named_parameters()`` order, then the logarithm of every likelihood
-    parameter that is learned; all coordinates are unconstrained. Densities are summed over the data, carry the
-    log-Jacobian of each constraint, and are accumulated in float64.
+    ``theta`` holds the network's weights in ``named_parameters()`` order, then the parameters of the prior that are
+    inferred (logarithms of positive ones), then the logarithm of every likelihood parameter that is learned; all
+    coordinates are unconstrained. Densities are summed over the data, carry the log-Jacobian of each constraint, and
+    are accumulated in float64.
 
     Args:
         net: any module that maps ``(n, ...)`` inputs to ``(n, out)`` outputs; perceptrons take a fast path. Its own
-            weights are neither used nor changed; every named parameter is inferred.
-        prior: a `Prior`, one torch or Pyro distribution for every weight, or a dict of them by tensor name.
+            weights are neither used nor changed; every named parameter is inferred. Buffers are kept as they are:
+            batch normalisation is accepted in ``eval()`` mode, where its running statistics are constants.
+        prior: a `Prior` or `HierarchicalPrior`, one torch or Pyro distribution for every weight, or a dict of them by
+            tensor name.
         likelihood: a `Likelihood`.
-        x: inputs, ``(n, ...)``, tensor or array, already standardised as the prior assumes.
+        x: inputs, ``(n, ...)``, tensor or array, already standardised as the prior assumes. Integers become
+            floating-point numbers unless the network needs them as they are, as an embedding does.
         y: targets, ``(n,)`` or ``(n, targets)``.
         temperature: the posterior is p(theta | x, y) ** (1 / temperature): prior and likelihood are tempered together.
 
@@ -55,7 +59,7 @@ class BayesianModel:
     def __init__(
         self,
         net: nn.Module,
-        prior: Prior | Distribution | Mapping[str, Distribution],
+        prior: Prior | HierarchicalPrior | Distribution | Mapping[str, Distribution],
         likelihood: Likelihood,
         x: Tensor | np.ndarray,
         y: Tensor | np.ndarray,
@@ -68,26 +72,27 @@ class BayesianModel:
         parameters = list(net.parameters())
         if not parameters:
             raise ValueError(f"{type(net).__name__} has no parameters to infer")
-        dtype, device = parameters[0].dtype, parameters[0].device
-        x, y = _check_data(x, y, dtype)
+        self._dtype, self._device = parameters[0].dtype, parameters[0].device
+        x, y = _check_data(x, y, self._dtype)
         self.net = copy.deepcopy(net).requires_grad_(False)
         self.prior = as_prior(prior)
         self.likelihood = likelihood
         self.temperature = float(temperature)
-        self.x = x.to(device)
         try:
             network_spec = WeightSpec.of(net)
         except ValueError:
             network_spec = WeightSpec.unlabelled(net)
-        self.spec = network_spec.extend({_PREFIX + name: (1,) for name in likelihood.parameters})
-        self._n_outputs = self._probe_outputs()
+        self._anchor: Tensor | None = None  # where the network is linearised
+        own = extras_of(self.prior, network_spec)
+        self._extras = own + positive_extras(likelihood.parameters)
+        axes = {extra.name: network_spec.parameter_axes(extra.key, extra.shape) for extra in own}
+        self.spec = network_spec.extend({extra.name: extra.shape for extra in self._extras}, axes)
+        self._architecture = self.spec  # says how to evaluate the network, where the spec of a linearised one does not
+        self.x, self._n_outputs = self._accepted(x.to(self._device))
         y = likelihood.validate(y, self._n_outputs)
         _check_informative(y)
-        self.y = y.to(device, dtype) if y.is_floating_point() else y.to(device)
-        positive = {_PREFIX + name: d for name, d in likelihood.parameters.items()}
-        self.flat_prior = FlatPrior(
-            self.spec, self.prior.distributions(network_spec) | positive, frozenset(positive)
-        ).to(device, dtype)
+        self.y = _placed(y, self._device, self._dtype)
+        self.flat_prior = FlatPrior.of(self.prior, self.spec, self._extras).to(self._device, self._dtype)
 
     @property
     def dim(self) -> int:
@@ -97,28 +102,66 @@ class BayesianModel:
     @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the data and of ``theta``."""
-        return self.x.dtype
+        return self._dtype
 
     @property
     def device(self) -> torch.device:
         """Where the data are."""
-        return self.x.device
+        return self._device
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> BayesianModel:
         """Return the same model on another device or in another floating-point type."""
         moved = copy.copy(self)
-        moved.__dict__.pop("network", None)
-        device, dtype = device or self.device, dtype or self.dtype
-        moved.net = copy.deepcopy(self.net).to(device, dtype)
-        moved.x = self.x.to(device, dtype)
-        moved.y = self.y.to(device, dtype) if self.y.is_floating_point() else self.y.to(device)
-        moved.flat_prior = self.flat_prior.to(device, dtype)
+        moved._device, moved._dtype = torch.device(device or self.device), dtype or self.dtype
+        moved.net = copy.deepcopy(self.net).to(moved._device, moved._dtype)
+        moved.x, moved.y = (_placed(data, moved._device, moved._dtype) for data in (self.x, self.y))
+        moved.flat_prior = self.flat_prior.to(moved._device, moved._dtype)
+        moved._anchor = None if self._anchor is None else self._anchor.to(moved._device, moved._dtype)
         return moved
 
     @cached_property
-    def network(self) -> ChainNetwork | ModuleNetwork:
+    def network(self) -> ChainNetwork | ModuleNetwork | LinearisedNetwork:
         """The batched network: the fast path for perceptrons, ``vmap`` for the rest."""
-        return ChainNetwork(self.spec) if self.spec.layers else ModuleNetwork(self.net, self.spec)
+        spec = self._architecture
+        network = ChainNetwork(spec) if spec.layers else ModuleNetwork(self.net, spec)
+        return network if self._anchor is None else LinearisedNetwork(network, self._anchor)
+
+    @cached_property
+    def _fused(self) -> FusedDensity | None:
+        """The compiled density, where the network, the likelihood and the machine allow one."""
+        if self._anchor is not None:
+            return None
+        return FusedDensity.of(self.spec, self.likelihood, self.flat_prior, self.x, self.y)
+
+    def __copy__(self) -> BayesianModel:
+        """Copy without what was made for this model's data, since a copy is there to become another."""
+        copied = object.__new__(type(self))
+        copied.__dict__ = {name: value for name, value in self.__dict__.items() if name not in ("network", "_fused")}
+        return copied
+
+    def linearised(self, theta: Tensor) -> BayesianModel:
+        """Return the model whose network is its own first-order expansion at ``theta``.
+
+        outputs(theta', x) = f(x; theta) + J(x) (theta' - theta), the model of linearised Laplace predictions
+        (Immer, Korzepa & Bauer 2021); prior, likelihood, data and temperature are the same. Its function has none of
+        the network's symmetries, and its spec claims none. The expansion of a linearised model is itself.
+
+        Args:
+            theta: the point of expansion, ``(dim,)``; parameters of prior and likelihood in it have no effect.
+
+        Raises:
+            ValueError: if theta is not ``(dim,)``.
+        """
+        self.spec.check(theta)
+        if theta.dim() != 1:
+            raise ValueError(f"theta must be ({self.dim},), got {tuple(theta.shape)}")
+        if self._anchor is not None:
+            return self
+        moved = copy.copy(self)
+        moved._anchor = theta.detach().to(self.device, self.dtype)
+        network_spec = WeightSpec.unlabelled(self.net)
+        moved.spec = network_spec.extend({extra.name: extra.shape for extra in self._extras})
+        return moved
 
     # ---------------------------------------------------------------- evaluation
 
@@ -138,7 +181,11 @@ class BayesianModel:
         """Return checked inputs on the model's device; the training inputs for None."""
         if x is None or x is self.x:
             return self.x
-        x = _as_tensor(x).to(self.device, self.dtype)
+        x = _as_tensor(x).to(self.device)
+        if self.x.is_floating_point():
+            x = x.to(self.dtype)
+        elif x.is_floating_point() or x.dtype == torch.bool:
+            raise ValueError(f"x must hold integers as in training, got {x.dtype}")
         if x.shape[1:] != self.x.shape[1:]:
             raise ValueError(
                 f"x must be (n, {', '.join(map(str, self.x.shape[1:]))}) as in training, got {tuple(x.shape)}"
@@ -146,11 +193,17 @@ class BayesianModel:
         if len(x) == 0:
             raise ValueError("x has no rows")
         _check_finite("x", x)
+        if not x.is_floating_point():
+            self._probe(x)  # an index beyond the table of an embedding is found out here
         return x
 
     def likelihood_parameters(self, theta: Tensor) -> dict[str, Tensor]:
-        """Return the learned likelihood parameters, positive, ``(..., 1)`` each."""
-        return {name: theta[..., self.spec.slices[_PREFIX + name]].exp() for name in self.likelihood.parameters}
+        """Return the learned likelihood parameters, positive, ``(..., *shape)`` each; the shape of a scalar is (1,)."""
+        return {
+            extra.key: theta[..., self.spec.slices[extra.name]].unflatten(-1, extra.shape).exp()
+            for extra in self._extras
+            if not _of_prior(extra)
+        }
 
     def log_prior(self, theta: Tensor) -> Tensor:
         """Return the log prior density of ``theta``, untempered, ``(..., dim) -> (...)``."""
@@ -180,36 +233,122 @@ class BayesianModel:
             return self.y
         y = self.likelihood.validate(_as_tensor(y), self._n_outputs)
         _check_finite("y", y)
-        return y.to(self.device, self.dtype) if y.is_floating_point() else y.to(self.device)
+        return _placed(y, self.device, self.dtype)
 
-    def log_likelihood_and_grad(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the log likelihood and its gradient, ``(..., dim) -> (...), (..., dim)``; differentiable again."""
-        self.spec.check(theta)
-        flat = theta.reshape(-1, self.dim)
-        outputs, pullback = self.network.pullback(flat, self.x)
-        parameters = self.likelihood_parameters(flat)
-        value = self.likelihood.log_prob(outputs, self.y, parameters).sum(-1, dtype=torch.float64)
-        grad = self._pull(pullback, *self._score(outputs, parameters))
+    def log_likelihood_and_grad(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the log likelihood and its gradient, ``(..., dim) -> (...), (..., dim)``; differentiable again.
+
+        Args:
+            theta: weights.
+            rows: int64 indices of the rows of data to use, ``(batch,)`` for all networks or ``(..., batch)`` with a
+                batch for each; all the data if None. Both results are multiplied by n / batch, which makes them
+                unbiased for the full ones if every row is equally likely.
+
+        Raises:
+            ValueError: if theta or rows has the wrong shape or dtype.
+        """
+        if fused := self._compiled(theta, rows):
+            rows, scale = self._batch(theta, rows)
+            return fused(theta, rows, scale, 0.0)
+        outputs, pullback, y, parameters, scale = self._evaluate(theta, rows)
+        value = scale * self.likelihood.log_prob(outputs, y, parameters).sum(-1, dtype=torch.float64)
+        grad = self._pull(pullback, scale, *self._score(outputs, y, parameters))
         return value.reshape(theta.shape[:-1]), grad.reshape(theta.shape)
 
-    def log_likelihood_grad(self, theta: Tensor) -> Tensor:
+    def log_likelihood_grad(self, theta: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return the gradient of the log likelihood alone, ``(..., dim) -> (..., dim)``; differentiable again."""
-        self.spec.check(theta)
-        flat = theta.reshape(-1, self.dim)
-        outputs, pullback = self.network.pullback(flat, self.x)
-        grad = self._pull(pullback, *self._score(outputs, self.likelihood_parameters(flat)))
-        return grad.reshape(theta.shape)
+        if self._compiled(theta, rows):
+            return self.log_likelihood_and_grad(theta, rows)[1]
+        outputs, pullback, y, parameters, scale = self._evaluate(theta, rows)
+        return self._pull(pullback, scale, *self._score(outputs, y, parameters)).reshape(theta.shape)
 
-    @staticmethod
-    def _pull(pullback: Pullback, grad_outputs: Tensor, grad_parameters: dict[str, Tensor]) -> Tensor:
-        grad = pullback(grad_outputs)
-        return torch.cat([grad, *grad_parameters.values()], -1) if grad_parameters else grad
+    def log_joint_and_grad(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return log_joint and its gradient, ``(..., dim) -> (...), (..., dim)``; differentiable again.
 
-    def log_joint_and_grad(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log_joint and its gradient, ``(..., dim) -> (...), (..., dim)``; differentiable again."""
-        value, grad = self.log_likelihood_and_grad(theta)
+        ``rows`` choose mini-batches as in `log_likelihood_and_grad`; the prior is always counted once.
+        """
+        if fused := self._compiled(theta, rows):
+            rows, scale = self._batch(theta, rows)
+            return fused(theta, rows, scale / self.temperature, 1 / self.temperature)
+        value, grad = self.log_likelihood_and_grad(theta, rows)
         prior, prior_grad = self.flat_prior.log_prob_and_grad(theta)
         return (value + prior) / self.temperature, (grad + prior_grad) / self.temperature
+
+    def minibatch_log_joint_and_grad(
+        self, theta: Tensor, generator: torch.Generator, batch_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Estimate log_joint and its gradient without bias, from a batch of data of its own for every network.
+
+        The batch is a stratified sample: the data in their order are cut into ``batch_size`` stretches of equal
+        length, and one row is drawn from each. Every row is equally likely, so the estimate is unbiased; its variance
+        is never above that of drawing with replacement, and zero for ``batch_size = n``. The cost does not grow with n.
+
+        Args:
+            theta: ``(..., dim)``.
+            generator: source of the rows, on the model's device.
+            batch_size: rows in a batch, 1 to n.
+
+        Raises:
+            ValueError: if there are fewer rows of data than ``batch_size``, or theta has the wrong shape.
+        """
+        self.spec.check(theta)
+        return self.log_joint_and_grad(theta, self.random_rows(theta.shape[:-1], generator, batch_size))
+
+    def random_rows(self, shape: tuple[int, ...], generator: torch.Generator, batch_size: int) -> Tensor:
+        """Draw the rows of mini-batches, int64 ``(*shape, batch_size)``, as `minibatch_log_joint_and_grad` does.
+
+        Raises:
+            ValueError: unless ``batch_size`` is between 1 and the number of rows.
+        """
+        n = len(self.x)
+        if not 1 <= batch_size <= n:
+            raise ValueError(f"batch_size must be between 1 and the {n} rows of data, got {batch_size}")
+        where = torch.rand(*shape, batch_size, generator=generator, device=self.device, dtype=torch.float64)
+        where = (where + torch.arange(batch_size, device=self.device)) * (n / batch_size)
+        return where.long().clamp_(max=n - 1)
+
+    def _evaluate(
+        self, theta: Tensor, rows: Tensor | None
+    ) -> tuple[Tensor, Pullback, Tensor, dict[str, Tensor], float]:
+        """Return outputs, their pullback, targets, likelihood parameters and n / batch, for flattened ``theta``."""
+        rows, scale = self._batch(theta, rows)
+        flat = theta.reshape(-1, self.dim)
+        x, y = self.x, self.y
+        if rows is not None:
+            # One gather for all networks; index_select is several times faster than indexing by a matrix.
+            x, y = (data.index_select(0, rows.flatten()).unflatten(0, rows.shape) for data in (x, y))
+        outputs, pullback = self.network.pullback(flat, x, per_network=rows is not None and rows.dim() > 1)
+        return outputs, pullback, y, self.likelihood_parameters(flat), scale
+
+    def _batch(self, theta: Tensor, rows: Tensor | None) -> tuple[Tensor | None, float]:
+        """Return checked rows, ``(batch,)`` or ``(networks, batch)``, and n / batch."""
+        self.spec.check(theta)
+        if rows is None:
+            return None, 1.0
+        if rows.dtype != torch.int64 or rows.dim() == 0 or rows.shape[-1] == 0:
+            raise ValueError(f"rows must be int64 (batch,) or (..., batch), got {rows.dtype} {tuple(rows.shape)}")
+        if rows.dim() > 1 and rows.shape[:-1] != theta.shape[:-1]:
+            raise ValueError(f"rows {tuple(rows.shape)} do not fit theta {tuple(theta.shape)}")
+        return rows.flatten(0, -2) if rows.dim() > 1 else rows, len(self.x) / rows.shape[-1]
+
+    def _compiled(self, theta: Tensor, rows: Tensor | None) -> FusedDensity | None:
+        """Return the compiled density if it can be evaluated here: nothing may track derivatives."""
+        ours = theta.dtype == self.dtype and (plain(theta) if rows is None else plain(theta, rows))
+        return self._fused if ours else None
+
+    def _pull(
+        self, pullback: Pullback, scale: float, grad_outputs: Tensor, grad_parameters: dict[str, Tensor]
+    ) -> Tensor:
+        grad = self._with_extras(pullback(grad_outputs), grad_parameters)
+        return grad if scale == 1 else scale * grad
+
+    def _with_extras(self, grad: Tensor, grad_parameters: dict[str, Tensor]) -> Tensor:
+        """Append zeros for the prior's parameters and the gradient by the likelihood's: ``(batch, dim)``."""
+        if not self._extras:
+            return grad
+        by_name = [grad_parameters[name].flatten(1) for name in self.likelihood.parameters]
+        missing = self.dim - grad.shape[-1] - sum(each.shape[-1] for each in by_name)
+        return torch.cat([grad, grad.new_zeros(len(grad), missing), *by_name], -1)
 
     def gauss_newton(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Linearise the likelihood: the Gauss-Newton matrix of -log likelihood is A^T A.
@@ -225,23 +364,32 @@ class BayesianModel:
             raise ValueError(f"{type(self.likelihood).__name__} has no fisher_factor")
         outputs, jacobian = self.network.jacobian(theta, self.x)  # (batch, n, out, network dim)
         parameters = self.likelihood_parameters(theta)
-        grad_outputs, grad_parameters = self._score(outputs, parameters)
+        grad_outputs, grad_parameters = self._score(outputs, self.y, parameters)
         factor, information = self.likelihood.fisher_factor(outputs, parameters)  # type: ignore[attr-defined]
-        grad = torch.cat([torch.einsum("bnk,bnkd->bd", grad_outputs, jacobian), *grad_parameters.values()], -1)
-        rows = torch.einsum("bnkr,bnkd->bnrd", factor, jacobian).flatten(1, 2)  # (batch, n * out, network dim)
-        if information:
-            extra = torch.diag_embed(torch.cat(list(information.values()), -1).sqrt())  # (batch, extras, extras)
-            rows = torch.nn.functional.pad(rows, (0, extra.shape[-1]))
-            rows = torch.cat([rows, torch.nn.functional.pad(extra, (rows.shape[-1] - extra.shape[-1], 0))], 1)
-        return grad, rows
+        grad = self._with_extras(torch.einsum("bnk,bnkd->bd", grad_outputs, jacobian), grad_parameters)
+        by_weights = torch.einsum("bnkr,bnkd->bnrd", factor, jacobian).flatten(1, 2)  # (batch, rows, network dim)
+        batch, rows = by_weights.shape[:2]
+        columns, below = [by_weights], []
+        columns += [
+            by_weights.new_zeros(batch, rows, math.prod(extra.shape)) for extra in self._extras if _of_prior(extra)
+        ]
+        for each in information.values():
+            if each.dim() == 4:  # factors that share their rows with the outputs, (batch, n, size, rank)
+                columns.append(each.mT.flatten(1, 2))
+            else:  # independent of the outputs: Fisher information (batch, size)
+                start = sum(column.shape[-1] for column in columns)
+                columns.append(by_weights.new_zeros(batch, rows, each.shape[-1]))
+                extra = torch.diag_embed(each.sqrt())  # (batch, size, size)
+                below.append(torch.nn.functional.pad(extra, (start, self.dim - start - each.shape[-1])))
+        return grad, torch.cat([torch.cat(columns, -1), *below], 1)
 
-    def _score(self, outputs: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         if hasattr(self.likelihood, "score"):
-            return self.likelihood.score(outputs, self.y, parameters)  # type: ignore[attr-defined]
+            return self.likelihood.score(outputs, y, parameters)  # type: ignore[attr-defined]
 
         def total(outputs: Tensor, logs: dict[str, Tensor]) -> Tensor:
             values = {name: log.exp() for name, log in logs.items()}
-            return self.likelihood.log_prob(outputs, self.y, values).sum()
+            return self.likelihood.log_prob(outputs, y, values).sum()
 
         logs = {name: value.log() for name, value in parameters.items()}
         return torch.func.grad(total, argnums=(0, 1))(outputs, logs)
@@ -253,7 +401,9 @@ class BayesianModel:
         return self.flat_prior.sample(n, seed)
 
     def from_network(self, net: nn.Module) -> Tensor:
-        """Return the weights of a trained network as ``theta`` ``(dim,)``; extras start at log 0.1.
+        """Return the weights of a trained network as ``theta`` ``(dim,)``.
+
+        Parameters of the prior are put at the mode of their density given the weights, those of the likelihood at 0.1.
 
         Raises:
             ValueError: if its parameters have other names or shapes.
@@ -262,12 +412,20 @@ class BayesianModel:
         for name in self.spec.network.names:
             if name not in params or tuple(params[name].shape) != self.spec.shapes[name]:
                 raise ValueError(f"the network does not fit the model: {name} must be {self.spec.shapes[name]}")
-        extras = {name: torch.full((1,), 0.1).log() for name in self.spec.extras}
         params = {name: params[name].detach().to(self.device, self.dtype) for name in self.spec.network.names}
-        return self.spec.flatten(params | {n: v.to(self.device, self.dtype) for n, v in extras.items()})
+        for extra in self._extras:
+            start = math.log(0.1) if extra.positive else 0.0
+            params[extra.name] = torch.full(extra.shape, start, device=self.device, dtype=self.dtype)
+        return self.flat_prior.settled(self.spec.flatten(params))
 
     def to_network(self, theta: Tensor) -> nn.Module:
-        """Return a copy of the network with the weights ``theta`` ``(dim,)``."""
+        """Return a copy of the network with the weights ``theta`` ``(dim,)``.
+
+        Raises:
+            ValueError: for a linearised model, which is no longer a network.
+        """
+        if self._anchor is not None:
+            raise ValueError("a linearised model is not a network with other weights")
         net = copy.deepcopy(self.net)
         params = self.spec.unflatten(theta)
         for name, parameter in net.named_parameters():
@@ -277,30 +435,54 @@ class BayesianModel:
     def to_pyro(self) -> Callable[[], None]:
         """Return the same model as a Pyro model: one site per tensor, for Pyro's samplers and guides.
 
-        The sites are named as the tensors; the site ``likelihood.<name>`` of a learned likelihood parameter is the
-        positive variable itself. Temperature scales both prior and likelihood.
+        The sites are named as the tensors; the sites ``prior.<name>`` and ``likelihood.<name>`` of inferred parameters
+        are the variables themselves, not their logarithms. Temperature scales both prior and likelihood.
         """
         import pyro
         import pyro.distributions as dist
         import pyro.poutine as poutine
 
-        network, spec, likelihood = self.network, self.spec, self.likelihood
-        sites = {name: (name, d, spec.shapes[name]) for name, d in self.prior.distributions(spec.network).items()}
-        sites |= {_PREFIX + name: (f"likelihood.{name}", d, (1,)) for name, d in likelihood.parameters.items()}
+        network, spec, likelihood, prior, extras = self.network, self.spec, self.likelihood, self.prior, self._extras
+        weights = spec.network
 
-        def placed(name: str) -> dist.Independent:
-            _, distribution, shape = sites[name]
-            flat = elementwise(name, distribution, shape, name in spec.extras)
-            return dist.Independent(rebuild(flat, lambda v: v.to(self.device, self.dtype)), len(shape))
+        def placed(distribution: Distribution, lead: tuple[int, ...], shape: tuple[int, ...]) -> dist.Independent:
+            here = rebuild(unwrapped(distribution), lambda v: v.to(self.device, self.dtype))
+            return dist.Independent(here.expand(torch.Size((*lead, *shape))), len(shape))
 
-        distributions = {name: placed(name) for name in spec.names}
+        fixed = {
+            extra.name: placed(
+                elementwise(extra.name, extra.distribution, extra.shape, extra.positive), (), extra.shape
+            )
+            for extra in extras
+        }
+        hierarchical = hasattr(prior, "conditional")
+        if not hierarchical:
+            of_weights = prior.distributions(weights)  # type: ignore[union-attr]
+            fixed |= {
+                name: placed(elementwise(name, of_weights[name], weights.shapes[name], False), (), weights.shapes[name])
+                for name in weights.names
+            }
 
         def model() -> None:
-            values = {name: pyro.sample(sites[name][0], distributions[name]) for name in spec.names}
-            theta = spec.flatten({n: v.log() if n in spec.extras else v for n, v in values.items()})
-            for name in spec.extras:
-                # Pyro adds the log-Jacobian of the logarithm untempered, log_joint tempers it with the prior.
-                pyro.factor(f"{name}.jacobian", (1 - self.temperature) * theta[..., spec.slices[name]].sum(-1))
+            values = {extra.key: pyro.sample(extra.site, fixed[extra.name]) for extra in extras if _of_prior(extra)}
+            if hierarchical:
+                lead = torch.broadcast_shapes(
+                    *(values[e.key].shape[: values[e.key].dim() - len(e.shape)] for e in extras if _of_prior(e))
+                )
+                given = prior.conditional(weights, values)  # type: ignore[union-attr]
+                sites = {name: placed(given[name], lead, weights.shapes[name]) for name in weights.names}
+            else:
+                sites = fixed
+            params = {name: pyro.sample(name, sites[name]) for name in weights.names}
+            for extra in extras:
+                value = values[extra.key] if _of_prior(extra) else pyro.sample(extra.site, fixed[extra.name])
+                params[extra.name] = value.log() if extra.positive else value
+            theta = spec.flatten(params)
+            for extra in extras:
+                if extra.positive:
+                    # Pyro adds the log-Jacobian of the logarithm untempered, log_joint tempers it with the prior.
+                    log_jacobian = theta[..., spec.slices[extra.name]].sum(-1)
+                    pyro.factor(f"{extra.name}.jacobian", (1 - self.temperature) * log_jacobian)
             flat = theta.reshape(-1, spec.dim)
             outputs = network(flat, self.x)
             log_likelihood = likelihood.log_prob(outputs, self.y, self.likelihood_parameters(flat)).sum(-1)
@@ -314,13 +496,17 @@ class BayesianModel:
         for tensor in (self.x.double(), self.y.double()):
             digest.update(repr(tuple(tensor.shape)).encode())
             digest.update(tensor.cpu().numpy().tobytes())
-        digest.update(repr((self.spec.shapes, self.spec.layers, self.temperature)).encode())
+        digest.update(repr((self.spec.shapes, self._architecture.layers, self.temperature)).encode())
         digest.update(repr(self.flat_prior.describe()).encode())
         settings = getattr(self.likelihood, "__dict__", {}).items()
         plain = {name: value for name, value in settings if isinstance(value, bool | int | float | str | None)}
         digest.update(repr((type(self.likelihood).__name__, plain)).encode())
-        if not self.spec.layers:  # the labels do not say what the network computes
+        if not self._architecture.layers:  # the labels do not say what the network computes
             digest.update(repr(self.net).encode())
+            for name, buffer in self.net.named_buffers():
+                digest.update(name.encode() + buffer.double().cpu().numpy().tobytes())
+        if self._anchor is not None:
+            digest.update(b"linearised" + self._anchor[: self.spec.network.dim].double().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def __repr__(self) -> str:
@@ -335,29 +521,50 @@ class BayesianModel:
         result = function(theta.reshape(-1, self.dim))
         return result.reshape(*theta.shape[:-1], *result.shape[1:])
 
-    def _probe_outputs(self) -> int:
-        """Run two rows through the network and return its number of outputs."""
-        rows = self.x[:2]
+    def _accepted(self, x: Tensor) -> tuple[Tensor, int]:
+        """Return x in the type that the network takes, and its number of outputs."""
+        if x.is_floating_point():
+            return x, self._probe(x)
+        real = x.to(self._dtype)
+        try:
+            return real, self._probe(real)
+        except ValueError:
+            return x, self._probe(x)
+
+    def _probe(self, x: Tensor) -> int:
+        """Run rows through the network and return its number of outputs."""
+        rows = x[:2] if x.is_floating_point() else x  # any index may be beyond the table of an embedding
         try:
             with torch.no_grad():
                 outputs = self.network(torch.zeros(1, self.dim, dtype=self.dtype, device=self.device), rows)
-        except RuntimeError as error:
-            raise ValueError(f"the network cannot take x of shape {tuple(self.x.shape)}: {error}") from error
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(f"the network cannot take x of shape {tuple(x.shape)}: {error}") from error
         if outputs.dim() != 3 or outputs.shape[1] != len(rows):
             raise ValueError(f"the network must map (n, ...) to (n, out), got {tuple(outputs.shape[1:])}")
         return outputs.shape[-1]
 
 
+def _of_prior(extra: Extra) -> bool:
+    return extra.site.startswith("prior.")
+
+
+def _placed(data: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Move data; integers stay integers."""
+    return data.to(device, dtype) if data.is_floating_point() else data.to(device)
+
+
 def _check_modules(net: nn.Module) -> None:
     for name, module in net.named_modules():
         kind = type(module).__name__
-        if isinstance(module, nn.modules.batchnorm._NormBase) and not isinstance(
-            module, nn.modules.instancenorm._InstanceNorm
-        ):
-            raise ValueError(
-                f"module {name!r} ({kind}) makes a row's output depend on the other rows, so there is no likelihood "
-                "of single rows; use LayerNorm or GroupNorm"
-            )
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            per_row = isinstance(module, nn.modules.instancenorm._InstanceNorm) and not module.track_running_stats
+            constant = module.track_running_stats and module.running_mean is not None and not module.training
+            if not (per_row or constant):
+                raise ValueError(
+                    f"module {name!r} ({kind}) makes a row's output depend on the other rows, so there is no "
+                    "likelihood of single rows; use LayerNorm or GroupNorm, or call net.eval() on a network with "
+                    "running statistics, which are then constants"
+                )
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise ValueError(f"module {name!r} ({kind}) is random in training mode; call net.eval() or remove it")
 
@@ -368,7 +575,8 @@ def _as_tensor(values: Tensor | np.ndarray) -> Tensor:
 
 
 def _check_data(x: Tensor | np.ndarray, y: Tensor | np.ndarray, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    x, y = _as_tensor(x).to(dtype), _as_tensor(y)
+    x, y = _as_tensor(x), _as_tensor(y)
+    x = x.to(dtype) if x.is_floating_point() or x.dtype == torch.bool else x
     y = y.to(dtype) if y.is_floating_point() else y
     if x.dim() < 2:
         raise ValueError(f"x must be (n, ...) with at least two axes, got {tuple(x.shape)}")

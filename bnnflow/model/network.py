@@ -1,9 +1,11 @@
 """Many copies of one network, evaluated at once.
 
 Both classes answer the same three questions for a batch of flat weights ``theta`` ``(batch, dim)`` and inputs ``x``:
-the outputs, the outputs with their pullback, and the outputs with their Jacobian. ``ChainNetwork`` writes the
-backward pass of a perceptron out in batched matrix products; ``ModuleNetwork`` maps any module with ``vmap``.
-Everything is differentiable again, forwards and backwards.
+the outputs, the outputs with their pullback, and the outputs with their Jacobian. The inputs are ``(n, ...)``, the
+same for every network, or with ``per_network=True`` ``(batch, n, ...)``: inputs of their own, as for independent
+mini-batches. ``ChainNetwork`` writes the backward pass of a perceptron out, in compiled code where that can run and
+in batched matrix products elsewhere; ``ModuleNetwork`` maps any module with ``vmap``. Everything is differentiable
+again, forwards and backwards.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bnnflow.model.fused import FusedNetwork, plain
 from bnnflow.weights import Layer, WeightSpec
 
 __all__ = ["ChainNetwork", "ModuleNetwork", "Pullback"]
@@ -40,24 +43,35 @@ class ChainNetwork:
     def __init__(self, spec: WeightSpec) -> None:
         self._spec = spec
         self._layers = spec.layers
+        self._fused = FusedNetwork(spec)
 
     @property
     def in_features(self) -> int:
         """Number of inputs."""
         return self._spec.shapes[self._layers[0].weight][1]
 
-    def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
+    def __call__(self, theta: Tensor, x: Tensor, *, per_network: bool = False) -> Tensor:
         """Return the outputs, ``(batch, n, out)``."""
-        return self._forward(theta, x)[-1].value.mT
+        if self._fused.applies(theta, x):
+            return self._fused.outputs(theta, x, per_network)
+        return self._forward(theta, x, per_network)[-1].value.mT
 
-    def pullback(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Pullback]:
+    def pullback(self, theta: Tensor, x: Tensor, *, per_network: bool = False) -> tuple[Tensor, Pullback]:
         """Return the outputs and the function that carries a gradient by them back to the weights."""
-        tape = self._forward(theta, x)
+        if self._fused.applies(theta, x):
+
+            def pull(grad_outputs: Tensor) -> Tensor:
+                if plain(grad_outputs):
+                    return self._fused.pull(theta, x, per_network, grad_outputs)
+                return self._backward(theta, self._forward(theta, x, per_network), grad_outputs.mT)
+
+            return self._fused.outputs(theta, x, per_network), pull
+        tape = self._forward(theta, x, per_network)
         return tape[-1].value.mT, lambda grad_outputs: self._backward(theta, tape, grad_outputs.mT)
 
-    def jacobian(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def jacobian(self, theta: Tensor, x: Tensor, *, per_network: bool = False) -> tuple[Tensor, Tensor]:
         """Return the outputs and their derivative by the weights, ``(batch, n, out, dim)``."""
-        tape = self._forward(theta, x)
+        tape = self._forward(theta, x, per_network)
         params = self._params(theta)
         out, n = tape[-1].value.shape[-2:]
         batch = theta.shape[0]
@@ -84,9 +98,9 @@ class ChainNetwork:
             if name is not None
         }
 
-    def _forward(self, theta: Tensor, x: Tensor) -> list[_Step]:
+    def _forward(self, theta: Tensor, x: Tensor, per_network: bool) -> list[_Step]:
         params = self._params(theta)
-        h = x.flatten(1).T  # (in, n), shared by every network
+        h = x.flatten(2 if per_network else 1).mT  # (in, n), shared by every network, or (batch, in, n)
         tape = []
         for layer in self._layers:
             a = self._affine(params, layer, h)
@@ -137,18 +151,22 @@ class ModuleNetwork:
             raise ValueError(f"the network must return one tensor, got {type(outputs).__name__}")
         return outputs.unsqueeze(-1) if outputs.dim() == 1 else outputs
 
-    def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
+    def __call__(self, theta: Tensor, x: Tensor, *, per_network: bool = False) -> Tensor:
         """Return the outputs, ``(batch, n, out)``."""
-        return torch.func.vmap(self._one, in_dims=(0, None), randomness="error")(theta, x)
+        return torch.func.vmap(self._one, _in_dims(per_network), randomness="error")(theta, x)
 
-    def pullback(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Pullback]:
+    def pullback(self, theta: Tensor, x: Tensor, *, per_network: bool = False) -> tuple[Tensor, Pullback]:
         """Return the outputs and the function that carries a gradient by them back to the weights."""
         size = self._slices[-1].stop
-        outputs, vjp, *_ = torch.func.vjp(lambda weights: self(weights, x), theta[:, :size])
+        outputs, vjp, *_ = torch.func.vjp(lambda weights: self(weights, x, per_network=per_network), theta[:, :size])
         return outputs, lambda grad_outputs: vjp(grad_outputs)[0]
 
-    def jacobian(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def jacobian(self, theta: Tensor, x: Tensor, *, per_network: bool = False) -> tuple[Tensor, Tensor]:
         """Return the outputs and their derivative by the weights, ``(batch, n, out, dim)``."""
         size = self._slices[-1].stop
-        one = torch.func.vmap(torch.func.jacrev(lambda weights, x: self._one(weights, x)), in_dims=(0, None))
-        return self(theta, x), one(theta[:, :size], x)
+        one = torch.func.vmap(torch.func.jacrev(self._one), _in_dims(per_network))
+        return self(theta, x, per_network=per_network), one(theta[:, :size], x)
+
+
+def _in_dims(per_network: bool) -> tuple[int, int | None]:
+    return (0, 0 if per_network else None)

@@ -1,27 +1,46 @@
 """Priors over weights, and the flat density that a model makes of them.
 
-A prior names one elementwise distribution per tensor. ``FlatPrior`` lays them out along ``theta``, together with the
-priors of positive likelihood parameters, whose coordinate in ``theta`` is the logarithm (with its Jacobian). It also
-knows the map to standard normal coordinates, in which the transport works.
+A prior names one elementwise distribution per tensor, fixed or given parameters that are inferred beside the weights.
+``FlatPrior`` lays them out along ``theta``: the weights, then the parameters of the prior, then those of the
+likelihood. The coordinate of a positive parameter is its logarithm (with the Jacobian). Where nothing in the prior is
+inferred, it also knows the map to standard normal coordinates, in which the transport works.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributions as td
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
+from bnnflow.draws import Draws
 from bnnflow.seeding import as_generator, isolated
-from bnnflow.types import Prior, Seed
+from bnnflow.types import HierarchicalPrior, Prior, Seed
 from bnnflow.weights import WeightSpec, unwrapped
 
-__all__ = ["FanIn", "FlatPrior", "Independent", "Laplace", "Normal", "PerTensor", "StudentT", "as_prior"]
+__all__ = [
+    "Empirical",
+    "FanIn",
+    "FlatPrior",
+    "Hierarchical",
+    "Horseshoe",
+    "Independent",
+    "Laplace",
+    "Normal",
+    "PerTensor",
+    "StudentT",
+    "as_prior",
+]
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -106,15 +125,266 @@ class PerTensor:
         return {name: self.by_name.get(name, self.default) for name in spec.names}  # type: ignore[misc]
 
 
-def as_prior(prior: Prior | Distribution | Mapping[str, Distribution]) -> Prior:
+@dataclass(frozen=True)
+class Hierarchical:
+    """Normal weights whose standard deviation is inferred, one for every tensor.
+
+    w ~ N(0, s_k^2) in tensor k, s_k ~ ``scale_prior`` independently: the data decide how large the weights of a layer
+    are (MacKay 1992; Neal 1996). ``theta`` holds log s_k as ``prior.log_scale.<tensor>``.
+
+    Args:
+        scale_prior: a distribution on the positive numbers.
+        fan_in: divide the standard deviations of matrices and kernels by sqrt(fan in), so that one scale means
+            functions of one size at every width.
+    """
+
+    scale_prior: Distribution = field(default_factory=lambda: td.HalfNormal(_exact(1.0)))
+    fan_in: bool = False
+
+    def parameters(self, spec: WeightSpec) -> dict[str, Distribution]:
+        """Return the prior of every tensor's scale."""
+        return {f"scale.{name}": self.scale_prior for name in spec.names}
+
+    def conditional(self, spec: WeightSpec, parameters: dict[str, Tensor]) -> dict[str, Distribution]:
+        """Return a normal distribution per tensor given the scales."""
+        return {
+            name: _centred(_aligned(parameters[f"scale.{name}"], shape) * self.factor(shape))
+            for name, shape in spec.shapes.items()
+        }
+
+    def factor(self, shape: tuple[int, ...]) -> float:
+        """Return what a tensor's scale is multiplied by."""
+        return 1 / math.sqrt(math.prod(shape[1:])) if self.fan_in and len(shape) > 1 else 1.0
+
+
+@dataclass(frozen=True)
+class Horseshoe:
+    """The regularised horseshoe: most weights, or whole units, are shrunk to zero and a few are left alone.
+
+    In every matrix or kernel w_ij ~ N(0, tau^2 l_j^2 c^2 / (c^2 + tau^2 l_j^2)), with half-Cauchy scales, tau of the
+    tensor and l_j local (Carvalho, Polson & Scott 2010), and c^2 ~ InverseGamma(slab_df / 2, slab_df slab_scale^2 / 2),
+    which bounds what escapes shrinkage by a Student-t slab (Piironen & Vehtari 2017). Biases are N(0, bias_scale^2).
+
+    ``theta`` holds the weights themselves, so the formulation is centred, and the logarithms of the scales:
+    ``prior.log_global.<tensor>`` (tau), ``prior.log_local.<tensor>`` (l) and ``prior.log_slab.<tensor>`` (c^2). With
+    one local scale for all the weights that leave a unit (Ghosh, Yao & Doshi-Velez 2018) many weights inform each
+    scale and the posterior has no deep funnels; with one for every weight expect small steps.
+
+    Args:
+        global_scale: tau ~ HalfCauchy(global_scale). For p0 relevant inputs of p and n rows of standardised data,
+            p0 / (p - p0) / sqrt(n) is a good guess.
+        slab_scale: size of the weights that are not shrunk.
+        slab_df: degrees of freedom of the slab.
+        local: a local scale for every ``"unit"`` (or input) that a tensor reads, or for every ``"weight"``.
+        bias_scale: standard deviation of the biases.
+
+    Raises:
+        ValueError: if a scale is not positive, or ``local`` is something else.
+    """
+
+    global_scale: float = 0.1
+    slab_scale: float = 2.0
+    slab_df: float = 4.0
+    local: Literal["unit", "weight"] = "unit"
+    bias_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("global_scale", "slab_scale", "slab_df", "bias_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.local not in ("unit", "weight"):
+            raise ValueError(f"local must be 'unit' or 'weight', got {self.local!r}")
+
+    def parameters(self, spec: WeightSpec) -> dict[str, Distribution]:
+        """Return the priors of the global, local and slab scales of every matrix or kernel."""
+        found: dict[str, Distribution] = {}
+        for name, shape in spec.shapes.items():
+            if len(shape) > 1:
+                half = _exact(self.slab_df / 2)
+                local = shape if self.local == "weight" else (1, shape[1], *(1,) * (len(shape) - 2))
+                found[f"global.{name}"] = td.HalfCauchy(_exact(self.global_scale))
+                found[f"local.{name}"] = td.HalfCauchy(_exact(1.0).expand(local))
+                found[f"slab.{name}"] = td.InverseGamma(half, half * self.slab_scale**2)
+        return found
+
+    def conditional(self, spec: WeightSpec, parameters: dict[str, Tensor]) -> dict[str, Distribution]:
+        """Return a normal distribution per tensor given the scales."""
+        found: dict[str, Distribution] = {}
+        for name, shape in spec.shapes.items():
+            if len(shape) > 1:
+                wide = _aligned(parameters[f"global.{name}"], shape) * parameters[f"local.{name}"]  # (..., *shape)
+                slab = _aligned(parameters[f"slab.{name}"], shape).sqrt()
+                found[name] = _centred(wide / torch.hypot(slab, wide) * slab)  # no square of a huge or tiny scale
+            else:
+                found[name] = _centred(_exact(self.bias_scale))
+        return found
+
+
+def _aligned(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Give a scalar parameter ``(..., 1)`` the axes of a tensor of ``shape``, ``(..., 1, 1)`` for a matrix."""
+    return values.reshape(*values.shape[:-1], *(1,) * len(shape))
+
+
+def _centred(scale: Tensor) -> td.Normal:
+    return td.Normal(torch.zeros((), dtype=scale.dtype, device=scale.device), scale, validate_args=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Empirical:
+    """Normal weights with the means and standard deviations of networks that were trained before.
+
+    Args:
+        weights: draws of flat weights ``(..., dim)``, a trained network, or its tensors by name (a ``state_dict``).
+        per: statistics of every ``"tensor"`` over its entries, which keeps the units exchangeable, or of every
+            ``"weight"`` over the draws, of which there must be two or more.
+        zero_mean: normal around zero with the root mean square as scale, which keeps the symmetries of sign.
+        min_scale: a lower bound of the standard deviations.
+        extras: how many parameters of a prior or likelihood follow the network's weights in every draw.
+
+    A tensor with a single value says nothing about a spread and is taken as normal around zero.
+
+    Raises:
+        ValueError: if the weights are not finite, or (in a model) have the wrong names, shapes or length.
+    """
+
+    weights: Tensor | Mapping[str, Tensor] | torch.nn.Module
+    per: Literal["tensor", "weight"] = "tensor"
+    zero_mean: bool = False
+    min_scale: float = 1e-2
+    extras: int = 0
+
+    def __post_init__(self) -> None:
+        if self.per not in ("tensor", "weight"):
+            raise ValueError(f"per must be 'tensor' or 'weight', got {self.per!r}")
+        if not self.min_scale > 0:
+            raise ValueError(f"min_scale must be positive, got {self.min_scale}")
+
+    @classmethod
+    def from_file(cls, path: str | Path, **options: Any) -> Empirical:
+        """Read the weights from a file: a ``state_dict`` by ``torch.save``, or draws by ``Draws.save``.
+
+        Nothing that a file could hold is executed.
+
+        Raises:
+            ValueError: if the file holds anything but tensors by name, or weighted draws.
+        """
+        if zipfile.is_zipfile(path) and "header.npy" in zipfile.ZipFile(path).namelist():
+            draws = Draws.load(path)
+            if draws.log_weights is not None:
+                raise ValueError(f"{path} holds weighted draws; resample them first")
+            return cls(draws.flat, **options)
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{path} is no file of weights: {error}") from error
+        if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+            raise ValueError(f"{path} must hold a state_dict, tensors by name")
+        return cls(dict(loaded), **options)
+
+    def distributions(self, spec: WeightSpec) -> dict[str, Distribution]:
+        """Return a normal distribution per tensor."""
+        found: dict[str, Distribution] = {}
+        for name, values in self._tensors(spec).items():  # (draws, *shape)
+            if not bool(values.isfinite().all()):
+                raise ValueError(f"the trained weights of {name} are not all finite")
+            if self.per == "weight" and len(values) < 2:
+                raise ValueError("one network has no spread of each weight; give several, or use per='tensor'")
+            axes = (0,) if self.per == "weight" else tuple(range(values.dim()))
+            loc = values.mean(axes)
+            if self.zero_mean or values.numel() == 1:
+                loc = torch.zeros_like(loc)
+            scale = (values - loc).square().mean(axes).sqrt().clamp(min=self.min_scale)
+            found[name] = td.Normal(loc, scale)
+        return found
+
+    def _tensors(self, spec: WeightSpec) -> dict[str, Tensor]:
+        """Return the trained tensors as float64 ``(draws, *shape)``."""
+        if isinstance(self.weights, Tensor):
+            flat = self.weights.detach().reshape(-1, self.weights.shape[-1]).double().cpu()
+            if flat.shape[1] != spec.dim + self.extras:
+                raise ValueError(
+                    f"the trained weights have {flat.shape[1]} entries, the network {spec.dim}; if parameters of a "
+                    f"prior or likelihood follow the weights, say how many with extras=, got {self.extras}"
+                )
+            return spec.unflatten(flat[:, : spec.dim])
+        named = self.weights.state_dict() if isinstance(self.weights, torch.nn.Module) else self.weights
+        missing = [name for name in spec.names if name not in named]
+        if missing:
+            raise ValueError(f"the trained weights lack {missing}; they have {sorted(named)}")
+        tensors = {name: named[name].detach().double().cpu() for name in spec.names}
+        for name, values in tensors.items():
+            if tuple(values.shape) != spec.shapes[name]:
+                raise ValueError(f"the trained {name} is {tuple(values.shape)}, the network's {spec.shapes[name]}")
+        return {name: values.unsqueeze(0) for name, values in tensors.items()}
+
+
+def as_prior(
+    prior: Prior | HierarchicalPrior | Distribution | Mapping[str, Distribution],
+) -> Prior | HierarchicalPrior:
     """Accept a prior, one distribution for every weight, or a dict of them per tensor."""
     if isinstance(prior, Distribution):
         return Independent(prior)
     if isinstance(prior, Mapping):
         return PerTensor(prior)
-    if not hasattr(prior, "distributions"):
+    if hasattr(prior, "parameters") != hasattr(prior, "conditional"):
+        raise ValueError(f"{type(prior).__name__}: a prior with parameters has both parameters and conditional")
+    if not (hasattr(prior, "distributions") or hasattr(prior, "conditional")):
         raise ValueError(f"prior must be a Prior, a Distribution or a dict of them, got {type(prior).__name__}")
     return prior
+
+
+class Extra(NamedTuple):
+    """A parameter of the prior or of the likelihood: one tensor of ``theta`` after the weights."""
+
+    name: str  # in theta: "likelihood.log_scale"
+    key: str  # to the prior or likelihood: "scale"
+    site: str  # to Pyro: "likelihood.scale"
+    distribution: Distribution
+    shape: tuple[int, ...]
+    positive: bool  # the coordinate in theta is the logarithm
+
+    def value(self, coordinate: Tensor) -> Tensor:
+        """Return the parameter of its coordinate."""
+        return coordinate.exp() if self.positive else coordinate
+
+
+def extras_of(prior: Prior | HierarchicalPrior, spec: WeightSpec) -> list[Extra]:
+    """Return the inferred parameters of a prior; none for one that fixes everything."""
+    if not hasattr(prior, "parameters"):
+        return []
+    found = []
+    for key, distribution in prior.parameters(spec).items():  # type: ignore[union-attr]
+        positive = _on_half_line(unwrapped(distribution))
+        found.append(_extra("prior", key, distribution, positive))
+    return found
+
+
+def positive_extras(parameters: Mapping[str, Distribution]) -> list[Extra]:
+    """Return the learned parameters of a likelihood."""
+    return [_extra("likelihood", key, distribution, True) for key, distribution in parameters.items()]
+
+
+def _extra(owner: str, key: str, distribution: Distribution, positive: bool) -> Extra:
+    shape = tuple(unwrapped(distribution).batch_shape) or (1,)
+    name = f"{owner}.log_{key}" if positive else f"{owner}.{key}"
+    return Extra(name, key, f"{owner}.{key}", distribution, shape, positive)
+
+
+# Derivatives of log densities by the variable, and of those of positive variables by their logarithm u, with its
+# Jacobian. Others come from automatic differentiation, which takes ten times as long for so few operations.
+_SLOPES: dict[type[Distribution], Callable[[Any, Tensor], Tensor]] = {
+    td.Normal: lambda d, x: (d.loc - x) / d.scale**2,
+    td.Laplace: lambda d, x: (d.loc - x).sign() / d.scale,
+    td.StudentT: lambda d, x: (d.df + 1) * (d.loc - x) / (d.df * d.scale**2 + (x - d.loc) ** 2),
+}
+_LOG_SLOPES: dict[type[Distribution], Callable[[Any, Tensor], Tensor]] = {
+    td.HalfNormal: lambda d, u: 1 - (u.exp() / d.scale) ** 2,
+    td.HalfCauchy: lambda d, u: -torch.tanh(u - d.scale.log()),
+    td.LogNormal: lambda d, u: (d.loc - u) / d.scale**2,
+    td.Gamma: lambda d, u: d.concentration - d.rate * u.exp(),
+    td.InverseGamma: lambda d, u: d.rate * (-u).exp() - d.concentration,
+    td.Exponential: lambda d, u: 1 - d.rate * u.exp(),
+}
 
 
 @dataclass(frozen=True)
@@ -131,32 +401,247 @@ class _Block:
             return self.distribution.log_prob(theta.exp()) + theta
         return self.distribution.log_prob(theta)
 
+    def log_prob_and_grad(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the elementwise log density and its derivative, ``(..., size)`` each; differentiable again."""
+        slope = (_LOG_SLOPES if self.log else _SLOPES).get(type(self.distribution))
+        if slope is not None:
+            return self.log_prob(theta), slope(self.distribution, theta)
+        value, vjp, *_ = torch.func.vjp(self.log_prob, theta)
+        return value, vjp(torch.ones_like(value))[0]
+
+
+@contextmanager
+def _unvalidated() -> Iterator[None]:
+    """Let distributions take any parameters: a scale that overflows is a divergence to survive, not a mistake."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
+
+
+class _TensorScales:
+    """The log scales of the weights under `Hierarchical`: one parameter for every tensor."""
+
+    def __init__(self, prior: Hierarchical, spec: WeightSpec) -> None:
+        network = spec.network
+        self._size = network.dim
+        sizes = torch.tensor([math.prod(network.shapes[name]) for name in network.names])
+        factors = torch.tensor([prior.factor(network.shapes[name]) for name in network.names], dtype=torch.float64)
+        self._owner = torch.arange(len(sizes)).repeat_interleave(sizes)  # (network dim,)
+        self._log_factors = factors.log().repeat_interleave(sizes)
+
+    def __call__(self, theta: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Return the log scales ``(..., network dim)``, and how a gradient by them becomes one by the parameters."""
+        logs = theta[..., self._size :]
+
+        def pull(grad: Tensor) -> Tensor:
+            return torch.zeros_like(logs).index_add(-1, self._owner, grad)
+
+        return logs.index_select(-1, self._owner) + self._log_factors.to(theta.dtype), pull
+
+
+class _HorseshoeScales:
+    """The log scales of the weights under `Horseshoe`."""
+
+    def __init__(self, prior: Horseshoe, spec: WeightSpec) -> None:
+        network = spec.network
+        self._size = network.dim
+        self._of_biases = torch.full((network.dim,), math.log(prior.bias_scale), dtype=torch.float64)
+        places, owners = [], []
+        for name, where in network.slices.items():
+            shape = network.shapes[name]
+            if len(shape) > 1:
+                self._of_biases[where] = 0.0
+                places.append(torch.arange(where.start, where.stop))
+                indices = []
+                for kind in ("global", "local", "slab"):
+                    extra = f"prior.log_{kind}.{name}"
+                    at = torch.arange(spec.slices[extra].start, spec.slices[extra].stop) - network.dim
+                    at = at.reshape(spec.shapes[extra]) if kind == "local" else at
+                    indices.append(at.expand(shape).flatten())
+                owners.append(torch.stack(indices))
+        self._places = torch.cat(places)  # (matrix entries,)
+        self._owners = torch.cat(owners, 1)  # (3, matrix entries)
+
+    def __call__(self, theta: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Return the log scales ``(..., network dim)``, and how a gradient by them becomes one by the parameters."""
+        logs = theta[..., self._size :]
+        tau, local, slab = (logs.index_select(-1, owner) for owner in self._owners)
+        wide = 2 * (tau + local)  # log variance without the slab
+        of_matrices = -0.5 * torch.logaddexp(-slab, -wide)  # 1 / variance = 1 / c^2 + 1 / (tau l)^2
+        share = torch.sigmoid(slab - wide)  # of the variance's change that follows tau and l, not c
+
+        def pull(grad: Tensor) -> Tensor:
+            grad = grad.index_select(-1, self._places)
+            parts = (grad * share, grad * share, 0.5 * grad * (1 - share))
+            total = torch.zeros_like(logs)
+            for owner, part in zip(self._owners, parts, strict=True):
+                total = total.index_add(-1, owner, part)
+            return total
+
+        fixed = self._of_biases.to(theta.dtype).expand(*theta.shape[:-1], -1)
+        return fixed.index_add(-1, self._places, of_matrices), pull
+
+
+class _GivenParameters:
+    """The weights given the parameters of their prior.
+
+    In closed form for the priors of this module, by automatic differentiation for others.
+    """
+
+    def __init__(self, prior: HierarchicalPrior, network: WeightSpec, extras: list[Extra]) -> None:
+        self.prior, self.network, self.extras = prior, network, extras
+        self.spec = network.extend({extra.name: extra.shape for extra in extras})
+        self._scales: _TensorScales | _HorseshoeScales | None = None
+        if type(prior) is Hierarchical:
+            self._scales = _TensorScales(prior, self.spec)
+        elif type(prior) is Horseshoe:
+            self._scales = _HorseshoeScales(prior, self.spec)
+        self._check()
+
+    def to(self, device: torch.device | str) -> _GivenParameters:
+        """Return the same on another device; a user's own constants are scalars, which go anywhere."""
+        moved = copy.copy(self)
+        if self._scales is not None:
+            moved._scales = copy.copy(self._scales)
+            for name, value in vars(self._scales).items():
+                setattr(moved._scales, name, value.to(device) if isinstance(value, Tensor) else value)
+        return moved
+
+    def distributions(self, values: dict[str, Tensor]) -> dict[str, Distribution]:
+        """Return the elementwise distribution of every tensor, given coordinates ``(..., *shape)`` by name in theta."""
+        given = {extra.key: extra.value(values[extra.name]) for extra in self.extras}
+        with _unvalidated():
+            return {name: unwrapped(d) for name, d in self.prior.conditional(self.network, given).items()}
+
+    def log_prob(self, theta: Tensor) -> Tensor:
+        """Return log p(weights | parameters), ``(..., weights and parameters) -> (...)`` in float64."""
+        return self._by_torch(theta) if self._scales is None else self._normal(theta)[0]
+
+    def log_prob_and_grad(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Return it with its gradient by weights and parameters; differentiable again."""
+        if self._scales is not None:
+            return self._normal(theta)
+        value, vjp, *_ = torch.func.vjp(self._by_torch, theta)
+        return value, vjp(torch.ones_like(value))[0]
+
+    def _by_torch(self, theta: Tensor) -> Tensor:
+        values = self.spec.unflatten(theta)
+        total = torch.zeros(theta.shape[:-1], dtype=torch.float64, device=theta.device)
+        for name, distribution in self.distributions(values).items():
+            with _unvalidated():
+                terms = distribution.log_prob(values[name])
+            total = total + terms.flatten(theta.dim() - 1).sum(-1, dtype=torch.float64)
+        return total
+
+    def _normal(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log density of w ~ N(0, s^2) and its gradient: -w / s^2, and w^2 / s^2 - 1 by log s."""
+        assert self._scales is not None
+        log_scales, pull = self._scales(theta)
+        inverse = (-log_scales).exp()
+        z = theta[..., : self.network.dim] * inverse
+        value = -(0.5 * z * z + log_scales).sum(-1, dtype=torch.float64) - 0.5 * self.network.dim * _LOG_2PI
+        return value, torch.cat([-z * inverse, pull(z * z - 1)], -1)
+
+    def sample(self, coordinates: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw weights ``(n, network dim)`` given the parameters' coordinates ``(n, parameters)``."""
+        n = len(coordinates)
+        values = self.spec.unflatten(torch.cat([coordinates.new_zeros(n, self.network.dim), coordinates], -1))
+        distributions = self.distributions(values)
+        with isolated(generator):
+            drawn = {
+                name: distributions[name].expand(torch.Size((n, *self.network.shapes[name]))).sample().to(coordinates)
+                for name in self.network.names
+            }
+        return self.network.flatten(drawn)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Say what the distributions are at two settings of the parameters."""
+        count = self.spec.dim - self.network.dim
+        described = []
+        for reach in (0.3, 0.7):
+            coordinates = torch.cat([torch.zeros(self.network.dim), reach * torch.arange(count).cos()]).double()
+            for name, d in self.distributions(self.spec.unflatten(coordinates)).items():
+                parameters = {k: v.double().tolist() for k, v in _parameters(d).items()}
+                described.append({"name": name, "family": type(d).__name__, "parameters": parameters})
+        return described
+
+    def _check(self) -> None:
+        """Raise ``ValueError`` unless the prior says what a prior with parameters must say."""
+        values = self.spec.unflatten(torch.zeros(2, self.spec.dim, dtype=torch.float64))
+        distributions = self.distributions(values)
+        if set(distributions) != set(self.network.names):
+            odd = sorted(set(distributions) ^ set(self.network.names))
+            raise ValueError(f"the prior's conditional must name exactly the network's tensors; {odd} are not both")
+        for name, d in distributions.items():
+            shape = (2, *self.network.shapes[name])
+            if d.event_shape or not isinstance(d.support, type(constraints.real)):
+                raise ValueError(f"prior of {name!r}: {type(d).__name__} is not elementwise on the real line")
+            if not _broadcasts(d.batch_shape, shape):
+                raise ValueError(
+                    f"prior of {name!r} given two values of the parameters has shape {tuple(d.batch_shape)}, which "
+                    f"does not broadcast to {shape}; the parameters have leading axes"
+                )
+
 
 class FlatPrior:
     """The prior density along the flat weight vector.
 
     Args:
         spec: the layout of ``theta``, extras included.
-        distributions: one per tensor, broadcasting to its shape.
+        distributions: one per tensor, broadcasting to its shape; for a prior with inferred parameters of the extras
+            alone.
         positive: names of the tensors whose coordinate is the logarithm of their variable.
+        weights: the weights given the prior's parameters, which are the first of the extras.
 
     Raises:
         ValueError: if a distribution does not fit its tensor, is not elementwise, or has the wrong support.
     """
 
-    def __init__(self, spec: WeightSpec, distributions: Mapping[str, Distribution], positive: frozenset[str]) -> None:
+    def __init__(
+        self,
+        spec: WeightSpec,
+        distributions: Mapping[str, Distribution],
+        positive: frozenset[str],
+        weights: _GivenParameters | None = None,
+    ) -> None:
         self.dim = spec.dim
+        self._weights = weights
         blocks = []
         for name, where in spec.slices.items():
+            if weights is not None and name in weights.network.names:
+                continue
             distribution = elementwise(name, distributions[name], spec.shapes[name], name in positive)
             blocks.append(_Block(where, rebuild(distribution, lambda v: v.reshape(-1)), name in positive))
-        self._blocks = _merge_normals(blocks)
+        self._blocks = _merged(blocks)
+
+    @classmethod
+    def of(cls, prior: Prior | HierarchicalPrior, spec: WeightSpec, extras: list[Extra]) -> FlatPrior:
+        """Lay out a prior and the priors of all inferred parameters.
+
+        Args:
+            prior: the prior over the weights.
+            spec: the layout of ``theta``.
+            extras: the parameters of the prior, then those of the likelihood.
+        """
+        own = [extra for extra in extras if extra.name.startswith("prior.")]
+        distributions = {extra.name: extra.distribution for extra in extras}
+        positive = frozenset(extra.name for extra in extras if extra.positive)
+        if not hasattr(prior, "conditional"):
+            return cls(spec, prior.distributions(spec.network) | distributions, positive)  # type: ignore[union-attr]
+        if not own:
+            raise ValueError(f"{type(prior).__name__} has no parameters to infer; give it distributions(spec) instead")
+        given = _GivenParameters(prior, spec.network, own)  # type: ignore[arg-type]
+        return cls(spec, distributions, positive, given)
 
     @property
     def _normal(self) -> td.Normal | None:
         """The whole prior as one normal distribution, if it is one: the usual case, and the fast one."""
         first = self._blocks[0].distribution
-        return first if len(self._blocks) == 1 and isinstance(first, td.Normal) else None
+        alone = len(self._blocks) == 1 and self._weights is None
+        return first if alone and isinstance(first, td.Normal) else None
 
     @property
     def device(self) -> torch.device:
@@ -176,6 +661,7 @@ class FlatPrior:
         """Return the same prior with its parameters elsewhere."""
         moved = object.__new__(FlatPrior)
         moved.dim = self.dim
+        moved._weights = None if self._weights is None else self._weights.to(device)
         moved._blocks = [
             _Block(b.where, rebuild(b.distribution, lambda v: v.to(device, dtype)), b.log) for b in self._blocks
         ]
@@ -189,6 +675,8 @@ class FlatPrior:
             constant = normal.scale.double().log().sum() + 0.5 * self.dim * _LOG_2PI
             return -0.5 * (z * z).sum(-1, dtype=torch.float64) - constant
         parts = [block.log_prob(theta[..., block.where]).sum(-1, dtype=torch.float64) for block in self._blocks]
+        if self._weights is not None:
+            parts.append(self._weights.log_prob(theta[..., : self._weights.spec.dim]))
         return torch.stack(parts).sum(0)
 
     def log_prob_and_grad(self, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,8 +684,16 @@ class FlatPrior:
         normal = self._normal
         if normal is not None:
             return self.log_prob(theta), (normal.loc - theta) / normal.scale**2
-        value, vjp, *_ = torch.func.vjp(self.log_prob, theta)
-        return value, vjp(torch.ones_like(value))[0]
+        pairs = [block.log_prob_and_grad(theta[..., block.where]) for block in self._blocks]
+        parts = [value.sum(-1, dtype=torch.float64) for value, _ in pairs]
+        grad = torch.cat([grad for _, grad in pairs], -1)
+        if self._weights is not None:
+            inner, start = self._weights.spec.dim, self._weights.network.dim
+            value, by_all = self._weights.log_prob_and_grad(theta[..., :inner])
+            parts.append(value)
+            own, rest = grad[..., : inner - start], grad[..., inner - start :]
+            grad = torch.cat([by_all[..., :start], by_all[..., start:] + own, rest], -1)
+        return torch.stack(parts).sum(0), grad
 
     def sample(self, n: int, seed: Seed) -> Tensor:
         """Draw ``(n, dim)``."""
@@ -212,12 +708,51 @@ class FlatPrior:
                 with isolated(generator):
                     value = d.sample((n,))
             parts.append(value.log() if block.log else value)
-        return torch.cat(parts, -1)  # (n, dim)
+        theta = torch.cat(parts, -1)  # (n, dim), or without the weights
+        if self._weights is not None:
+            count = self._weights.spec.dim - self._weights.network.dim
+            theta = torch.cat([self._weights.sample(theta[:, :count], generator), theta], -1)
+        return theta
+
+    def settled(self, theta: Tensor) -> Tensor:
+        """Move the prior's parameters to the mode of their density given the weights, ``(dim,) -> (dim,)``.
+
+        The modes of log parameters are sought within exp(-5) and exp(5): a tensor of zeros has none.
+        """
+        if self._weights is None:
+            return theta
+        prior, start, stop = self.to(theta.device, torch.float64), self._weights.network.dim, self._weights.spec.dim
+        bounded = torch.cat([
+            torch.full((math.prod(extra.shape),), extra.positive, device=theta.device) for extra in self._weights.extras
+        ])  # fmt: skip
+        before, after = theta[:start].double(), theta[stop:].double()
+        free = torch.zeros(stop - start, dtype=torch.float64, device=theta.device, requires_grad=True)
+
+        def coordinates() -> Tensor:
+            return torch.where(bounded, 5 * torch.tanh(free / 5), free)
+
+        def loss() -> Tensor:
+            optimiser.zero_grad()
+            value = -prior.log_prob(torch.cat([before, coordinates(), after]))
+            value.backward()
+            return value
+
+        optimiser = torch.optim.LBFGS([free], max_iter=200, line_search_fn="strong_wolfe")
+        with torch.enable_grad():
+            optimiser.step(loss)  # type: ignore[arg-type]
+        found = coordinates().detach()
+        found = found if bool(found.isfinite().all()) else torch.zeros_like(found)
+        return torch.cat([theta[:start], found.to(theta), theta[stop:]])
 
     # ------------------------------------------------ standard normal coordinates
 
     def require_coordinates(self) -> None:
         """Raise ``ValueError`` if a distribution has no cdf and inverse cdf to make normal coordinates from."""
+        if self._weights is not None:
+            raise ValueError(
+                f"a transport from a {type(self._weights.prior).__name__} prior, one with inferred parameters, is not "
+                "supported yet: its normal coordinates are not elementwise; fix the scales, as in Normal or FanIn"
+            )
         for block in self._blocks:
             if not isinstance(block.distribution, td.Normal):
                 try:
@@ -231,10 +766,14 @@ class FlatPrior:
 
     def to_normal(self, theta: Tensor) -> Tensor:
         """Map ``theta`` to coordinates in which the prior is N(0, I); elementwise and increasing."""
+        if self._weights is not None:
+            self.require_coordinates()
         return torch.cat([self._block_to_normal(block, theta[..., block.where]) for block in self._blocks], -1)
 
     def from_normal(self, z: Tensor) -> Tensor:
         """Map standard normal coordinates back to ``theta``."""
+        if self._weights is not None:
+            self.require_coordinates()
         return torch.cat([self._block_from_normal(block, z[..., block.where]) for block in self._blocks], -1)
 
     def log_jacobian(self, theta: Tensor) -> Tensor:
@@ -275,8 +814,9 @@ class FlatPrior:
     # ------------------------------------------------ storage
 
     def describe(self) -> list[dict[str, Any]]:
-        """Return the blocks as plain values from which ``from_description`` rebuilds the prior."""
-        return [
+        """Return the blocks as plain values from which ``from_description`` rebuilds a prior without parameters."""
+        weights = [] if self._weights is None else self._weights.describe()
+        return weights + [
             {
                 "start": block.where.start,
                 "stop": block.where.stop,
@@ -291,7 +831,7 @@ class FlatPrior:
     def from_description(cls, blocks: list[dict[str, Any]], dtype: torch.dtype) -> FlatPrior:
         """Rebuild a prior from ``describe``; only families of ``torch.distributions`` are accepted."""
         prior = object.__new__(cls)
-        prior._blocks = []
+        prior._blocks, prior._weights = [], None
         for block in blocks:
             if block["family"] not in td.__all__:
                 raise ValueError(f"no distribution {block['family']!r} in torch.distributions")
@@ -331,33 +871,41 @@ def elementwise(name: str, distribution: Distribution, shape: tuple[int, ...], p
             f"prior of {name!r}: {family} is not a family of torch.distributions with parameters of its own"
         )
     support = distribution.support
-    half_line = isinstance(support, (type(constraints.positive), type(constraints.nonnegative)))
-    if positive and not (half_line and bool(torch.as_tensor(support.lower_bound).eq(0).all())):
+    if positive and not _on_half_line(distribution):
         raise ValueError(f"prior of {name!r} must have positive support, {family} has {support}")
     if not positive and not isinstance(support, type(constraints.real)):
         raise ValueError(f"prior of {name!r} must have the real line as support, {family} has {support}")
-    try:
-        torch.broadcast_shapes(distribution.batch_shape, shape)
-        fits = len(distribution.batch_shape) <= len(shape)
-    except RuntimeError:
-        fits = False
-    if not fits:
+    if not _broadcasts(distribution.batch_shape, shape):
         raise ValueError(f"prior of {name!r} has shape {tuple(distribution.batch_shape)}, the tensor {shape}")
     return rebuild(distribution, lambda v: v.detach().expand(shape))
 
 
-def _merge_normals(blocks: list[_Block]) -> list[_Block]:
-    """Join neighbouring normal stretches, so that the usual prior is a handful of flat operations."""
+def _on_half_line(distribution: Distribution) -> bool:
+    """Whether the support is the positive numbers."""
+    support = distribution.support
+    half_line = isinstance(support, (type(constraints.positive), type(constraints.nonnegative)))
+    return half_line and bool(torch.as_tensor(support.lower_bound).eq(0).all())  # type: ignore[union-attr]
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether ``shape`` broadcasts to ``to``."""
+    try:
+        return tuple(torch.broadcast_shapes(shape, to)) == tuple(to)
+    except RuntimeError:
+        return False
+
+
+def _merged(blocks: list[_Block]) -> list[_Block]:
+    """Join neighbouring stretches of normals, and of one family of logarithms: few flat operations are fast."""
     merged: list[_Block] = []
     for block in blocks:
         last = merged[-1] if merged else None
-        if last and isinstance(last.distribution, td.Normal) and isinstance(block.distribution, td.Normal):
-            normal = td.Normal(
-                torch.cat([last.distribution.loc, block.distribution.loc]),
-                torch.cat([last.distribution.scale, block.distribution.scale]),
-                validate_args=False,
-            )
-            merged[-1] = _Block(slice(last.where.start, block.where.stop), normal)
+        alike = last is not None and type(last.distribution) is type(block.distribution) and last.log == block.log
+        if last is not None and alike and (block.log or isinstance(block.distribution, td.Normal)):
+            ours, theirs = _parameters(last.distribution), _parameters(block.distribution)
+            family = getattr(td, type(block.distribution).__name__)
+            joined = family(**{name: torch.cat([ours[name], theirs[name]]) for name in ours}, validate_args=False)
+            merged[-1] = _Block(slice(last.where.start, block.where.stop), joined, block.log)
         else:
             merged.append(block)
     return merged

@@ -91,7 +91,7 @@ def _normalise(theta: Tensor, log_weights: Tensor | None) -> tuple[Tensor, Tenso
 
 class _Chunk(NamedTuple):
     outputs: Tensor  # (chunk, n, out), float64
-    parameters: dict[str, Tensor]  # (chunk, 1), float64
+    parameters: dict[str, Tensor]  # (chunk, *shape), float64
     log_weights: Tensor  # (chunk,), float64
 
 
@@ -135,6 +135,11 @@ class Prediction:
     def kind(self) -> str:
         """``"regression"`` or ``"classification"``."""
         return self.model.likelihood.kind
+
+    @property
+    def discrete(self) -> bool:
+        """Whether the targets are counts, so that the cdf is a step function."""
+        return getattr(self.model.likelihood, "discrete", False)
 
     # ---------------------------------------------------------------- moments
 
@@ -193,7 +198,7 @@ class Prediction:
         first, second, inner = torch.zeros(()), torch.zeros(()), None
         for chunk in self._chunks(self.theta):
             weights = chunk.log_weights.exp()
-            mean = self.model.likelihood.mean(chunk.outputs)  # (chunk, n, targets)
+            mean = self.model.likelihood.mean(chunk.outputs, chunk.parameters)  # (chunk, n, targets)
             shift = mean[0] if shift is None else shift
             offset = mean - shift
             first = first.to(offset) + torch.tensordot(weights, offset, 1)
@@ -252,7 +257,8 @@ class Prediction:
         The mixture's cdf is inverted. Cantelli's inequality brackets the quantile by mean and standard deviation;
         three or four passes over a grid of 16 points narrow the bracket to 1e-3 standard deviations or less, and
         the cdf is interpolated linearly in it. The error is thus below 1e-3 standard deviations whatever the
-        mixture, and below 1e-5 where it is smooth on that scale.
+        mixture, and below 1e-5 where it is smooth on that scale. For counts the quantile is exact: the least whole
+        number at which the cdf reaches the level.
 
         Args:
             q: a level in (0, 1), or several.
@@ -268,11 +274,15 @@ class Prediction:
         levels = torch.as_tensor(q, dtype=torch.float64, device=self.model.device)
         if levels.dim() > 1 or levels.numel() == 0 or not bool(((levels > 0) & (levels < 1)).all()):
             raise ValueError(f"quantile levels must lie strictly between 0 and 1, got {q}")
-        found = self._squeeze(self._invert(levels.reshape(-1, 1, 1)))  # (levels, n) or (levels, n, targets)
+        invert = self._invert_counts if self.discrete else self._invert
+        found = self._squeeze(invert(levels.reshape(-1, 1, 1)))  # (levels, n) or (levels, n, targets)
         return found if levels.dim() else found[0]
 
     def interval(self, level: float) -> tuple[Tensor, Tensor]:
-        """Return the ends of the central interval that holds ``level`` of the probability, as `quantile` does."""
+        """Return the ends of the central interval that holds ``level`` of the probability, as `quantile` does.
+
+        For counts it holds at least as much, both ends included.
+        """
         if not 0 < level < 1:
             raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
         low, high = self.quantile([(1 - level) / 2, (1 + level) / 2])
@@ -296,17 +306,17 @@ class Prediction:
         index = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
         chunks = list(self._chunks(self.theta, index))
         outputs = torch.cat([chunk.outputs for chunk in chunks])  # (n, rows, out): no larger than the result
+        parameters = {name: torch.cat([chunk.parameters[name] for chunk in chunks]) for name in chunks[0].parameters}
         if self.kind == "classification":
-            probs = self.model.likelihood.mean(outputs)
+            probs = self.model.likelihood.mean(outputs, parameters)
             labels = torch.multinomial(probs.flatten(0, 1), 1, generator=generator)
             return labels.reshape(probs.shape[:2])
-        parameters = {name: torch.cat([chunk.parameters[name] for chunk in chunks]) for name in chunks[0].parameters}
         return self._squeeze(self._method("sample")(outputs, parameters, generator))
 
     def functions(self) -> Iterator[Tensor]:
         """Yield what each draw predicts on its own, ``(chunk, n, targets)`` or ``(chunk, n, classes)``, in order."""
         for chunk in self._chunks(self.theta):
-            yield self.model.likelihood.mean(chunk.outputs)
+            yield self.model.likelihood.mean(chunk.outputs, chunk.parameters)
 
     def targets(self, y: Tensor | np.ndarray) -> Tensor:
         """Return y checked against the inputs: float64 in the shape of ``mean``, or labels ``(n,)``.
@@ -365,6 +375,19 @@ class Prediction:
         rise = values[1] - values[0]
         fraction = torch.where(rise > 0, (levels - values[0]) / rise, 0.5).clamp(0, 1)
         return ends[0] + (ends[1] - ends[0]) * fraction
+
+    def _invert_counts(self, levels: Tensor) -> Tensor:
+        """Return the least whole numbers whose cdf reaches ``levels`` ``(k, 1, 1)``, ``(k, n, targets)``."""
+        odds = (levels / (1 - levels)).sqrt()
+        mean, sd = self._moments.mean, (self._moments.between + self._within("quantile")).sqrt()
+        # Cantelli's bracket: the cdf is below the level at `low`, or low is -1, and reaches it at `high`.
+        low = (mean - sd / odds).floor().sub(1).clamp(min=-1)
+        high = (mean + sd * odds).ceil()  # (k, n, targets)
+        while bool((high - low > 1).any()):
+            middle = ((low + high) / 2).floor()
+            reached = self._cdf(middle) >= levels
+            low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
+        return high
 
     # ---------------------------------------------------------------- checks and shapes
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bnnflow.predictive.average import Prediction
+from bnnflow.seeding import as_generator
+from bnnflow.types import Seed
 
 __all__ = [
     "Reliability",
@@ -26,6 +28,9 @@ __all__ = [
 ]
 
 _NODES = 8  # Gauss-Legendre nodes of a panel
+_SPREAD = 15.0  # of the sum over counts, in standard deviations: the rest is below 1e-4 of them, by Cantelli
+_MAX_NUMBERS = 2**14  # terms of that sum
+_NUMBERS_AT_ONCE = 64
 _REACH = 5.0  # of the integral, in asinh of standard deviations: sinh(5) = 74
 
 
@@ -64,34 +69,54 @@ def crps(prediction: Prediction, y: Tensor | np.ndarray) -> float:
     CRPS = integral of (F(z) - 1{z >= y})^2 dz, with F the cdf of the predictive mixture, by Gauss-Legendre panels on
     both sides of y (in asinh of standard deviations, so that tails are cheap). The error is below 1e-4 standard
     deviations as long as the mixture is smooth on a scale of a tenth of its standard deviation, or has few draws:
-    the panels grow finer as draws get fewer.
+    the panels grow finer as draws get fewer. For counts the integral is a sum over whole numbers, the ranked
+    probability score, exact but for tails beyond 15 standard deviations.
 
     Raises:
-        ValueError: for classes, or if y does not fit.
+        ValueError: for classes, if y does not fit, or for counts that spread over more than 16,000 numbers.
     """
     return float(_crps(prediction, y).mean())
 
 
-def pit(prediction: Prediction, y: Tensor | np.ndarray) -> Tensor:
+def pit(prediction: Prediction, y: Tensor | np.ndarray, *, seed: Seed = 0) -> Tensor:
     """Return the probability integral transform, the mixture's cdf at y; uniform if the prediction is calibrated.
+
+    The cdf of counts jumps at y: there the transform is uniform between the values before and after the jump, which
+    keeps it uniform under calibration (Czado, Gneiting & Held 2009). Nothing else is random.
+
+    Args:
+        prediction: for regression.
+        y: ``(n,)`` or ``(n, targets)``.
+        seed: for counts.
 
     Returns:
         ``(n,)`` or ``(n, targets)``.
     """
-    return prediction.cdf(y)
+    after = prediction.cdf(y)
+    if not prediction.discrete:
+        return after
+    generator = as_generator(seed, after.device)
+    share = torch.rand(after.shape, generator=generator, dtype=after.dtype, device=after.device)
+    return torch.lerp(_cdf_before(prediction, y), after, share)
 
 
 def coverage(prediction: Prediction, y: Tensor | np.ndarray, level: float) -> float:
     """Return the fraction of targets inside the central predictive interval of probability ``level``.
 
     A target is inside if its probability integral transform is within level / 2 of a half, so no quantile is needed.
+    For counts the interval includes its ends, `Prediction.interval`, and a calibrated prediction covers at least
+    ``level``.
 
     Raises:
         ValueError: for classes, or a level outside (0, 1).
     """
     if not 0 < level < 1:
         raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
-    return float(((pit(prediction, y) - 0.5).abs() <= level / 2).double().mean())
+    after = prediction.cdf(y)
+    if not prediction.discrete:
+        return float(((after - 0.5).abs() <= level / 2).double().mean())
+    before = _cdf_before(prediction, y)
+    return float(((after >= (1 - level) / 2) & (before < (1 + level) / 2)).double().mean())
 
 
 def reliability(prediction: Prediction, y: Tensor | np.ndarray, bins: int = 15) -> Reliability:
@@ -158,6 +183,8 @@ def _crps(prediction: Prediction, y: Tensor | np.ndarray) -> Tensor:
         raise ValueError("the CRPS is defined for regression; for classes use brier")
     y = prediction.targets(y)
     flat = y.reshape(len(prediction), -1)  # (n, targets)
+    if prediction.discrete:
+        return _ranked_probability(prediction, flat).reshape(y.shape)
     mean, sd = prediction.mean.reshape(flat.shape), prediction.sd.reshape(flat.shape)
     at_y = ((flat - mean) / sd).asinh()
     panels = min(512, max(6, 2**14 // len(prediction.theta)))
@@ -171,6 +198,29 @@ def _crps(prediction: Prediction, y: Tensor | np.ndarray) -> Tensor:
         integrand = (cdf if stop is at_y else 1 - cdf).square() * sd * u.cosh()
         total += (integrand * weights).sum(0) * (stop - start)
     return total.reshape(y.shape)
+
+
+def _ranked_probability(prediction: Prediction, y: Tensor) -> Tensor:
+    """Return the sum of (F(k) - 1{k >= y})^2 over the whole numbers k, ``(n, targets)`` in and out."""
+    mean, sd = prediction.mean.reshape(y.shape), prediction.sd.reshape(y.shape)
+    first = (mean - _SPREAD * sd).floor().clamp(min=0)
+    last = (mean + _SPREAD * sd).ceil()
+    numbers = int((last - first).max()) + 1
+    if numbers > _MAX_NUMBERS:
+        raise ValueError(f"the CRPS of counts sums over {numbers} numbers here, more than {_MAX_NUMBERS}")
+    # Beyond the window the cdf is 0 or 1, and every number between the window and y costs one.
+    total = (first - y).clamp(min=0) + (y - last - 1).clamp(min=0)
+    for start in range(0, numbers, _NUMBERS_AT_ONCE):
+        offsets = torch.arange(start, min(start + _NUMBERS_AT_ONCE, numbers), device=y.device).reshape(-1, 1, 1)
+        k = first + offsets  # (numbers, n, targets)
+        terms = (prediction._cdf(k) - (k >= y).to(y)).square()
+        total = total + torch.where(k <= last, terms, 0.0).sum(0)
+    return total
+
+
+def _cdf_before(prediction: Prediction, y: Tensor | np.ndarray) -> Tensor:
+    """Return P(target < y) for counts, in the shape of the mean."""
+    return prediction._squeeze(prediction._cdf(prediction._targets(y)[None] - 1)[0])
 
 
 def _panels(panels: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
-from bnnflow.types import Prior
+from bnnflow.types import HierarchicalPrior, Prior
 from bnnflow.weights import Symmetries, WeightSpec
 
 __all__ = ["align", "match", "sort_units"]
@@ -92,7 +92,7 @@ def _inner_products(
     """Return ``(batch, n, n)``: entry (i, j) is the product of the reference's unit i with the network's unit j."""
     ours, theirs = [], []
     for name, axes in spec.axes.items():
-        if label in axes and not without.intersection(axes):
+        if label in axes and name not in spec.extras and not without.intersection(axes):
             axis, n = axes.index(label) + 1, spec.widths[label]
             ours.append(params[name].movedim(axis, 1).reshape(len(params[name]), n, -1))  # (batch, n, rest)
             theirs.append(target[name].movedim(axis, 1).reshape(len(target[name]), n, -1))
@@ -144,7 +144,7 @@ def align(
     return draws.with_theta(flat) if isinstance(draws, Draws) else flat.reshape(theta.shape)
 
 
-def sort_units(theta: Tensor, spec: WeightSpec, *, prior: Prior | None = None) -> Tensor:
+def sort_units(theta: Tensor, spec: WeightSpec, *, prior: Prior | HierarchicalPrior | None = None) -> Tensor:
     """Bring networks to a sorted canonical form: every unit's bias positive, where odd, and the biases increasing.
 
     Without biases the first incoming weight decides. Two networks of one orbit under permutations and signs have

@@ -1,0 +1,132 @@
+"""Microcanonical trajectories with a Metropolis correction: exact."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bnnflow.draws import Draws
+from bnnflow.inference.loop import run_chains
+from bnnflow.inference.mclmc import random_directions, turn
+from bnnflow.inference.run import Run
+from bnnflow.inference.trajectories import (
+    ChainState,
+    Proposal,
+    Trajectory,
+    functions,
+    metropolis,
+    trajectory_warm_up,
+)
+from bnnflow.model import BayesianModel
+from bnnflow.types import Kernel, LogDensityAndGrad
+
+__all__ = ["AdjustedMCLMC", "adjusted_mclmc", "microcanonical"]
+
+
+def microcanonical(log_joint_and_grad: LogDensityAndGrad) -> Trajectory:
+    """Return leapfrog trajectories of dx/dt = u, du/dt = (I - u u^T) grad log_joint / (dim - 1), |u| = 1.
+
+    They keep exp(log_joint) times the uniform law of directions: what the energy lacks is the change of volume.
+    """
+
+    def trajectory(
+        state: ChainState, step_size: Tensor, scale: Tensor, n_steps: int, generator: torch.Generator
+    ) -> Proposal:
+        theta, log_joint, grad = state
+        steps = step_size * scale  # (chain, dim)
+        start_energy = -log_joint
+        direction, kinetic = turn(random_directions(theta, generator), grad * scale, 0.5 * step_size)
+        for i in range(n_steps):
+            theta = torch.addcmul(theta, steps, direction)
+            log_joint, grad = log_joint_and_grad(theta)
+            # Two half turns at the same gradient are a whole one.
+            direction, change = turn(direction, grad * scale, step_size if i < n_steps - 1 else 0.5 * step_size)
+            kinetic = kinetic + change
+        return Proposal(ChainState(theta, log_joint, grad), direction, start_energy, kinetic - log_joint)
+
+    return trajectory
+
+
+def adjusted_mclmc(
+    log_joint_and_grad: LogDensityAndGrad,
+    step_size: float,
+    n_leapfrog: int,
+    inverse_mass_matrix: Tensor,
+    *,
+    step_jitter: float = 0.2,
+    trajectory_jitter: float = 0.5,
+) -> Kernel:
+    """Build the Metropolis-adjusted microcanonical kernel (Robnik, Cohn-Gordon and Seljak 2025).
+
+    Draws a direction uniformly, takes ``n_leapfrog`` microcanonical leapfrog steps and accepts their end with
+    probability min(1, exp(-energy error)), the volume's change included. Leaves exp(log_joint) invariant exactly.
+
+    Args:
+        log_joint_and_grad: ``(chain, dim) -> (chain,), (chain, dim)``.
+        step_size: distance of a step in coordinates scaled by the square root of ``inverse_mass_matrix``; about
+            sqrt(dim) times that of Hamiltonian Monte Carlo, whose velocities have that length.
+        n_leapfrog: the largest number of steps.
+        inverse_mass_matrix: ``(dim,)`` or ``(chain, dim)``, ideally the posterior variances.
+        step_jitter: step sizes are uniform within this fraction of ``step_size``, per chain.
+        trajectory_jitter: numbers of steps are uniform between this fraction of ``n_leapfrog`` and all of it.
+    """
+    return metropolis(
+        log_joint_and_grad,
+        microcanonical(log_joint_and_grad),
+        step_size,
+        n_leapfrog,
+        inverse_mass_matrix,
+        step_jitter=step_jitter,
+        trajectory_jitter=trajectory_jitter,
+    )
+
+
+@dataclass(frozen=True)
+class AdjustedMCLMC:
+    """Sample with Metropolis-adjusted microcanonical trajectories, tuned during warm-up.
+
+    Leaves the posterior invariant exactly once warm-up has ended; see `adjusted_mclmc` and `trajectory_warm_up`.
+
+    Args:
+        target_acceptance: the mean acceptance rate that warm-up aims at.
+        trajectory_length: mean distance of a transition, in units of the posterior's standard deviations; None lets the
+            chains find together what makes their predictions decorrelate fastest.
+        max_leapfrog: bound on the steps of one transition, whatever the step size.
+        step_size: first guess; None for a tenth of sqrt(dim).
+    """
+
+    target_acceptance: float = 0.9
+    trajectory_length: float | None = None
+    max_leapfrog: int = 1024
+    step_size: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target_acceptance < 1:
+            raise ValueError(f"target_acceptance must be in (0, 1), got {self.target_acceptance}")
+        for name in ("trajectory_length", "max_leapfrog", "step_size"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+
+    def sample(self, model: BayesianModel, run: Run) -> Draws:
+        """Run the chains; see `bnnflow.sample`."""
+        if model.dim < 2:
+            raise ValueError("AdjustedMCLMC turns directions, and needs a model of at least two dimensions")
+        chains, warmup, draws = run.chains or 16, 500 if run.warmup is None else run.warmup, run.draws or 1000
+        target = torch.no_grad()(model.log_joint_and_grad)
+        process = trajectory_warm_up(
+            target,
+            microcanonical(target),
+            warmup,
+            step_size=self.step_size or 0.1 * math.sqrt(model.dim),
+            target_acceptance=self.target_acceptance,
+            trajectory_length=self.trajectory_length,
+            first_length=math.sqrt(model.dim),
+            max_leapfrog=self.max_leapfrog,
+            features=functions(model),
+            ranks=run.ranks,
+        )
+        return run_chains(model, run, process, chains=chains, warmup=warmup, draws=draws, name="adjusted MCLMC")

@@ -1,0 +1,369 @@
+"""The Laplace approximation: a Gaussian at a mode, with the curvature there."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import scipy.optimize
+import torch
+from torch import Tensor
+
+from bnnflow.draws import Draws
+from bnnflow.gaussian import Gaussian
+from bnnflow.inference.run import Run
+from bnnflow.inference.start import maximise, random_networks
+from bnnflow.model import BayesianModel, likelihoods
+from bnnflow.posteriors import KroneckerGaussian, Restricted
+
+__all__ = ["Laplace", "find_mode", "gauss_newton_precision", "prior_precision"]
+
+LARGEST_FULL = 8000
+"""Largest number of coordinates with a full covariance: a float64 matrix of them takes 512 MB, and three are needed."""
+
+_ENTRIES = 2**24  # of a block of rows of the Jacobian, 128 MB in float64
+_NEWTON_STEPS = 20
+_SMALL = 1e-3  # nats that a Newton step from a mode may still promise
+
+Structure = Literal["full", "diagonal", "last_layer", "kronecker"]
+
+
+@dataclass(frozen=True)
+class Laplace:
+    """Put a Gaussian on the best of several modes (MacKay 1992; Daxberger et al. 2021).
+
+    Approximates the posterior (at its temperature) by N(mode, P^-1). The mode is found by Adam from random networks,
+    all in one batch, and polished by L-BFGS and Gauss-Newton steps in float64. P is the generalised Gauss-Newton matrix
+    J^T Lambda J of the likelihood, with the Fisher information of its learned parameters, plus the prior's own negative
+    curvature, coordinate by coordinate; where that is not positive (the kink of a Laplace prior, the tail of a Student
+    t) the precision of a Gaussian with the prior's interquartile range takes its place. Prior and noise are those of
+    the model; nothing is tuned to the evidence. Exact where the posterior is Gaussian. Learned scales of the *prior*
+    usually have no joint mode with the weights: that is noticed, and a warning given.
+
+    ``draws.posterior`` is the density, and its ``loc`` the mode. Draws predict through the network itself, which is
+    poor where the Gaussian is wide; the linearised predictive (Immer, Korzepa and Bauer 2021) is
+    ``bf.predict(model.linearised(draws.posterior.loc), draws, x)``, and usually the better one.
+
+    ``draws.log_evidence`` is log_joint(mode) - log N(mode; mode, P^-1) at temperature 1; its error is NaN because
+    nothing is known of it. At other temperatures that number is the log normaliser of the tempered posterior, and is
+    at ``draws.info["log_tempered_normaliser"]``.
+
+    Args:
+        structure: ``"full"``, for up to 8,000 coordinates; ``"diagonal"``, the diagonal of P; ``"last_layer"``, all
+            other weights held at the mode; ``"kronecker"``, one Kronecker product a tensor, computed by laplace-torch
+            (``pip install bnnflow[laplace]``) for Gaussian and categorical likelihoods.
+        hessian: ``"ggn"``, or ``"exact"`` for the Hessian of log_joint itself (full and diagonal only), which any
+            likelihood has but which is not positive definite everywhere.
+        starts: random networks to climb from.
+        steps: Adam steps.
+        learning_rate: its first value; a cosine takes it to zero.
+        polish: L-BFGS iterations at most.
+
+    Example:
+        >>> net = torch.nn.Linear(1, 1)
+        >>> x = torch.linspace(-1, 1, 5)[:, None]
+        >>> model = BayesianModel(net, torch.distributions.Normal(0.0, 1.0), likelihoods.Gaussian(0.1), x, x)
+        >>> from bnnflow import predict, sample
+        >>> draws = sample(model, Laplace(), draws=100, seed=0)
+        >>> predict(model.linearised(draws.posterior.loc), draws, x).mean.shape
+        torch.Size([5, 1])
+    """
+
+    structure: Structure = "full"
+    hessian: Literal["ggn", "exact"] = "ggn"
+    starts: int = 8
+    steps: int = 1000
+    learning_rate: float = 0.02
+    polish: int = 2000
+
+    def __post_init__(self) -> None:
+        if self.structure not in ("full", "diagonal", "last_layer", "kronecker"):
+            raise ValueError(
+                f"structure must be 'full', 'diagonal', 'last_layer' or 'kronecker', got {self.structure!r}"
+            )
+        if self.hessian not in ("ggn", "exact"):
+            raise ValueError(f"hessian must be 'ggn' or 'exact', got {self.hessian!r}")
+        if self.hessian == "exact" and self.structure not in ("full", "diagonal"):
+            raise ValueError(f"hessian must be 'ggn' for structure={self.structure!r}")
+        for name in ("starts", "steps", "learning_rate", "polish"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+    def sample(self, model: BayesianModel, run: Run) -> Draws:
+        """Find the mode and draw from the Gaussian; see `bnnflow.sample`. ``chains`` only shapes the draws."""
+        run.refuse(self, "structure and starts", "warmup", "init", "checkpoint")
+        free = self._check(model)
+        start = random_networks(model.spec, self.starts, run.generator, model.dtype)
+        start = maximise(model, start, self.steps, self.learning_rate, run.progress, "Laplace")
+        best = start[model.log_joint(start).nan_to_num(-math.inf).argmax()]
+        double = model.to(dtype=torch.float64)
+        mode, info = find_mode(double, best.double(), self.polish)
+        info["gradients_per_chain"] = self.steps * self.starts + info["gradients"]
+        exact = self._posterior(double, mode, free)
+        posterior = _in_dtype(exact, model.dtype)
+
+        chains, draws = run.chains or 4, run.draws or 1000
+        theta = posterior.sample(chains * draws, run.generator)
+        log_joint = model.log_joint(theta).reshape(chains, draws)
+        normaliser = float(double.log_joint(mode) - exact.log_prob(mode))
+        evidence = None
+        if self.structure != "last_layer" and model.temperature == 1:
+            evidence = (normaliser, math.nan)
+        elif self.structure != "last_layer":
+            info["log_tempered_normaliser"] = normaliser
+        theta = theta.unflatten(0, (chains, draws))
+        return Draws(theta, log_joint, log_evidence=evidence, posterior=posterior, info=info)
+
+    def _check(self, model: BayesianModel) -> Tensor:
+        """Return the indices of the free coordinates; raise before any work if the method cannot be had."""
+        free = torch.arange(model.dim, device=model.device)
+        if self.hessian == "ggn" and not hasattr(model.likelihood, "fisher_factor"):
+            raise ValueError(
+                f"{type(model.likelihood).__name__} has no fisher_factor for a Gauss-Newton matrix; use hessian='exact'"
+            )
+        if self.structure == "last_layer":
+            free = _last_layer(model)
+        if self.structure == "kronecker":
+            _import_laplace()
+            if not isinstance(model.likelihood, likelihoods.Gaussian | likelihoods.Categorical):
+                name = type(model.likelihood).__name__
+                raise ValueError(f"structure='kronecker' is for Gaussian and Categorical likelihoods, not {name}")
+        if self.structure in ("full", "last_layer") and len(free) > LARGEST_FULL:
+            raise ValueError(
+                f"structure={self.structure!r} is for up to {LARGEST_FULL} coordinates, this model has {len(free)}; "
+                "use structure='diagonal' or 'kronecker'"
+            )
+        return free
+
+    def _posterior(self, model: BayesianModel, mode: Tensor, free: Tensor) -> Gaussian | KroneckerGaussian | Restricted:
+        if self.structure == "kronecker":
+            return _kronecker(model, mode)
+        if self.hessian == "exact":
+            precision = exact_precision(model, mode, diagonal=self.structure == "diagonal")
+        else:
+            precision = gauss_newton_precision(model, mode, free, diagonal=self.structure == "diagonal")
+        if precision.dim() == 1:
+            if not bool((precision > 0).all()):
+                raise ValueError(_INDEFINITE.format(float(precision.min())))
+            return Gaussian(mode, precision.rsqrt())
+        try:
+            gaussian = Gaussian.of_precision(mode[free], precision)
+        except torch.linalg.LinAlgError as error:
+            least = float(torch.linalg.eigvalsh(precision)[0])
+            raise ValueError(_INDEFINITE.format(least)) from error
+        return gaussian if self.structure == "full" else Restricted(mode, free, gaussian)
+
+
+_INDEFINITE = "the curvature at the mode is not positive definite (smallest value {:.3g}); use hessian='ggn'"
+
+
+# ---------------------------------------------------------------- the mode
+
+
+def find_mode(model: BayesianModel, theta: Tensor, iterations: int) -> tuple[Tensor, dict[str, Any]]:
+    """Climb log_joint in float64 from ``theta`` ``(dim,)`` by L-BFGS, then by Gauss-Newton steps where they fit.
+
+    Returns:
+        The mode, and what it took; a warning is given if another Newton step would still gain, or the gradient is
+        not small.
+    """
+    gradients = 0
+
+    def negative(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        nonlocal gradients
+        gradients += 1
+        with torch.no_grad():
+            value, grad = model.log_joint_and_grad(torch.from_numpy(flat).to(model.device).unsqueeze(0))
+        if not bool(value.isfinite()):
+            return math.inf, np.zeros_like(flat)
+        return -float(value), -grad[0].cpu().numpy()
+
+    options = {"maxiter": iterations, "maxfun": 2 * iterations, "maxcor": 30, "ftol": 0.0, "gtol": 1e-8}
+    found = scipy.optimize.minimize(negative, theta.cpu().numpy(), method="L-BFGS-B", jac=True, options=options)
+    mode = torch.from_numpy(np.asarray(found.x)).to(theta)
+    newton = model.dim <= LARGEST_FULL // 4 and hasattr(model.likelihood, "fisher_factor")
+    gain = math.nan
+    with torch.no_grad():
+        value, grad = model.log_joint_and_grad(mode.unsqueeze(0))
+        for _ in range(_NEWTON_STEPS if newton else 0):
+            precision = gauss_newton_precision(model, mode)
+            step = torch.cholesky_solve(grad.T, torch.linalg.cholesky(precision)).T  # (1, dim)
+            gain = 0.5 * float((step * grad).sum())
+            better, moved = _line_search(model, mode, step)
+            gradients += 2
+            if not bool(better > value):
+                break
+            mode, value = moved, better
+            grad = model.log_joint_and_grad(mode.unsqueeze(0))[1]
+            if gain < 1e-14:
+                break
+    norm = float(grad.norm())
+    if gain > _SMALL or (math.isnan(gain) and norm > 1.0):
+        warnings.warn(
+            f"no mode was found: the gradient's norm is {norm:.2g} after {gradients} evaluations; give Laplace more "
+            "polish, or use another method (learned prior scales and priors with a kink have no such mode)",
+            stacklevel=4,
+        )
+    return mode, {"gradient_norm": norm, "log_joint_mode": float(value), "gradients": gradients}
+
+
+def _line_search(model: BayesianModel, theta: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the highest of seven points along a step, with its log_joint."""
+    sizes = 2.0 ** -torch.arange(7, dtype=theta.dtype, device=theta.device)
+    points = theta + sizes[:, None] * step
+    values = model.log_joint(points).nan_to_num(-math.inf)
+    return values.max(), points[values.argmax()]
+
+
+# ---------------------------------------------------------------- curvature
+
+
+def gauss_newton_precision(
+    model: BayesianModel, theta: Tensor, free: Tensor | None = None, *, diagonal: bool = False
+) -> Tensor:
+    """Return the Gauss-Newton matrix of -log_joint at ``theta`` ``(dim,)``, over the coordinates ``free``.
+
+    The rows of data are taken in blocks, so that memory is bounded whatever their number.
+
+    Returns:
+        ``(k, k)``, or its diagonal ``(k,)``.
+    """
+    free = torch.arange(model.dim, device=theta.device) if free is None else free
+    prior = prior_precision(model, theta)[free]
+    total = torch.zeros_like(prior) if diagonal else torch.zeros(len(free), len(free)).to(prior)
+    whole = len(free) == model.dim
+    for block in _blocks(model, theta):
+        factor = block.gauss_newton(theta.unsqueeze(0))[1][0].detach()  # (rows, dim)
+        factor = factor if whole else factor[:, free]
+        if diagonal:
+            total += factor.square().sum(0)
+        else:
+            total.addmm_(factor.T, factor)
+    return (total + (prior if diagonal else prior.diag())) / model.temperature
+
+
+def _blocks(model: BayesianModel, theta: Tensor) -> Iterator[BayesianModel]:
+    """Cut a model's data into models of a few rows, whose likelihoods multiply to the whole."""
+    with torch.no_grad():
+        outputs = model.outputs(theta, model.x[:1]).shape[-1]
+    size = max(1, _ENTRIES // (model.dim * outputs))
+    for start in range(0, len(model.x), size):
+        block = copy.copy(model)
+        block.x, block.y = model.x[start : start + size], model.y[start : start + size]
+        yield block
+
+
+def prior_precision(model: BayesianModel, theta: Tensor) -> Tensor:
+    """Return the prior's negative second derivatives at ``theta``, ``(dim,)``, made positive.
+
+    Where one is not clearly positive, 1 / sd^2 of a normal with the prior's interquartile range stands for it.
+    """
+    slope = torch.func.grad(model.log_prior)
+    directions, spec = [torch.ones_like(theta)], model.spec
+    extras = [i for name in spec.extras for i in range(spec.slices[name].start, spec.slices[name].stop)]
+    directions[0][extras] = 0.0
+    directions += [torch.zeros_like(theta).index_fill(0, torch.tensor([i], device=theta.device), 1.0) for i in extras]
+    # Given the extras the weights are independent, so that one product with ones is the diagonal.
+    products = [torch.func.jvp(slope, (theta,), (direction,))[1] for direction in directions]
+    curvature = -products[0]
+    for i, product in zip(extras, products[1:], strict=True):
+        curvature[i] = -product[i]
+    draws = model.sample_prior(1001, 0).to(theta.dtype)
+    quartiles = draws.quantile(torch.tensor([0.25, 0.75], dtype=theta.dtype, device=theta.device), dim=0)
+    spread = (1.349 / (quartiles[1] - quartiles[0])).square()
+    return torch.where(curvature > 1e-3 * spread, curvature, spread)
+
+
+def exact_precision(model: BayesianModel, theta: Tensor, *, diagonal: bool) -> Tensor:
+    """Return the Hessian of -log_joint at ``theta`` ``(dim,)``, or its diagonal, by forward over reverse mode."""
+    rows, chunk = [], max(1, _ENTRIES // (len(model.x) * 64 + model.dim))
+    basis = torch.eye(model.dim, dtype=theta.dtype, device=theta.device)
+    for start in range(0, model.dim, chunk):
+        directions = basis[start : start + chunk]
+        at = theta.expand_as(directions).clone()  # forward mode writes to it
+        hessian = -torch.func.jvp(lambda points: model.log_joint_and_grad(points)[1], (at,), (directions,))[1]
+        rows.append(hessian.detach()[:, start:].diagonal() if diagonal else hessian.detach())
+    whole = torch.cat(rows)
+    return whole if diagonal else 0.5 * (whole + whole.T)
+
+
+def _last_layer(model: BayesianModel) -> Tensor:
+    """Return the indices of the last layer's weights and of the extras."""
+    spec = model.spec
+    names = [name for name in spec.names if name not in spec.extras]
+    last = spec.layers[-1].weight if spec.layers else names[-1]
+    module = last.rpartition(".")[0]
+    chosen = [name for name in names if name.rpartition(".")[0] == module]
+    where = torch.cat([torch.arange(spec.slices[n].start, spec.slices[n].stop) for n in (*chosen, *spec.extras)])
+    free = where.to(model.device)
+    if not spec.layers:  # an unlabelled network: make sure that these tensors do come last
+        theta = torch.zeros(3, model.dim, dtype=model.dtype, device=model.device)
+        theta[:] = torch.linspace(-1, 1, model.dim, dtype=model.dtype, device=model.device)
+        theta[1:, free] += torch.tensor([[1.0], [2.0]], dtype=model.dtype, device=model.device)
+        zero, one, two = model.outputs(theta, model.x[:8])
+        if not torch.allclose(two - one, one - zero, rtol=1e-3, atol=1e-4):
+            raise ValueError(f"structure='last_layer': the outputs are not affine in {chosen}; use another structure")
+    return free
+
+
+def _in_dtype(posterior: Any, dtype: torch.dtype) -> Any:
+    """Round the tensors of a posterior."""
+    if isinstance(posterior, Gaussian):
+        return Gaussian(posterior.loc.to(dtype), posterior.scale_tril.to(dtype))
+    if isinstance(posterior, Restricted):
+        return Restricted(posterior.loc.to(dtype), posterior.where, _in_dtype(posterior.free, dtype))
+    parts = (posterior.left, posterior.right, posterior.precision)
+    return KroneckerGaussian(posterior.loc.to(dtype), *(tuple(each.to(dtype) for each in part) for part in parts))
+
+
+# ---------------------------------------------------------------- laplace-torch
+
+
+def _import_laplace() -> Any:
+    try:
+        import laplace
+    except Exception as error:  # a torchvision that does not fit torch raises RuntimeError
+        raise ImportError(
+            "structure='kronecker' needs laplace-torch: pip install bnnflow[laplace]. If it is installed, its "
+            "torchvision may not fit your torch; uninstalling torchvision mends that"
+        ) from error
+    return laplace
+
+
+def _kronecker(model: BayesianModel, mode: Tensor) -> KroneckerGaussian:
+    """Let laplace-torch compute the Kronecker factors at the mode, and add our prior and the extras.
+
+    The prior's precision is averaged over each tensor; extras have their own, diagonal block.
+    """
+    laplace = _import_laplace()
+    regression = isinstance(model.likelihood, likelihoods.Gaussian)
+    net, scale = model.to_network(mode), 1.0
+    if regression:
+        fixed = model.likelihood.scale  # type: ignore[attr-defined]
+        scale = fixed if fixed is not None else float(model.likelihood_parameters(mode)["scale"])
+    options = {"subset_of_weights": "all", "hessian_structure": "kron"}
+    fitted = laplace.Laplace(net, "regression" if regression else "classification", **options)
+    data = torch.utils.data.TensorDataset(model.x, model.y)
+    fitted.fit(torch.utils.data.DataLoader(data, batch_size=256))
+    prior, spec = prior_precision(model, mode), model.spec
+    names = [name for name in spec.names if name not in spec.extras]
+    left, right, precision = [], [], []
+    for name, vectors, values in zip(names, fitted.H.eigenvectors, fitted.H.eigenvalues, strict=True):
+        one = torch.ones(1, dtype=mode.dtype, device=mode.device)
+        vectors, values = ([*vectors, one[None]], [*values, one]) if len(values) == 1 else (vectors, values)
+        likelihood = values[0].clamp(min=0).outer(values[1].clamp(min=0)) / scale**2
+        left.append(vectors[0].detach())
+        right.append(vectors[1].detach())
+        precision.append(((likelihood + prior[spec.slices[name]].mean()) / model.temperature).detach())
+    if spec.extras:
+        extras = torch.arange(spec.slices[spec.extras[0]].start, model.dim, device=mode.device)
+        own = gauss_newton_precision(model, mode, extras, diagonal=True)
+        left.append(torch.eye(len(own)).to(own))
+        right.append(torch.ones(1, 1).to(own))
+        precision.append(own.unsqueeze(-1))
+    return KroneckerGaussian(mode, tuple(left), tuple(right), tuple(precision))

@@ -1,0 +1,247 @@
+"""Microcanonical Langevin Monte Carlo over many chains at once: unadjusted, with its bias under control."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bnnflow.draws import Draws
+from bnnflow.inference.loop import Tuned, WarmUp, run_chains, thinned
+from bnnflow.inference.ranks import ALONE, Ranks
+from bnnflow.inference.run import Run
+from bnnflow.inference.warmup import Moments, pooled_variance, window_ends
+from bnnflow.model import BayesianModel
+from bnnflow.types import Kernel, LogDensityAndGrad
+
+__all__ = ["MCLMC", "MCLMCInfo", "MCLMCState", "mclmc", "mclmc_warm_up", "random_directions", "turn"]
+
+
+class MCLMCState(NamedTuple):
+    """Where every chain is and which way it goes."""
+
+    theta: Tensor  # (chain, dim)
+    direction: Tensor  # (chain, dim), of unit length
+    log_joint: Tensor  # (chain,), float64
+    grad: Tensor  # (chain, dim)
+
+
+class MCLMCInfo(NamedTuple):
+    """What a person wants to know of one step; ``(chain,)`` each."""
+
+    energy_variance: Tensor  # squared energy error per dimension
+    diverging: Tensor
+    n_steps: Tensor
+
+
+# The minimal-norm scheme of second order (McLachlan 1995): twice the gradients of leapfrog, a tenth of its error.
+_OUTER = 0.1931833275037836
+_INNER = 1 - 2 * _OUTER
+
+
+def turn(direction: Tensor, grad: Tensor, step: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Turn unit vectors ``(chain, dim)`` towards the gradient for a time ``step``, exactly.
+
+    Solves du/dt = (I - u u^T) grad / (dim - 1) at constant gradient (Robnik et al. 2023; ver Steeg and Galstyan 2021).
+
+    Returns:
+        The new directions, and the change of the kinetic energy ``(chain,)`` in float64: minus the change of the log
+        volume that the dynamics make.
+    """
+    dim = direction.shape[-1]
+    norm = torch.linalg.vector_norm(grad, dim=-1, keepdim=True)
+    towards = grad / norm.clamp(min=torch.finfo(grad.dtype).tiny)
+    along = (direction * towards).sum(-1, keepdim=True)
+    delta = step * norm / max(1, dim - 1)
+    decay = torch.exp(-delta)
+    turned = towards * ((1 - decay) * (1 + decay + along * (1 - decay))) + 2 * decay * direction
+    turned = turned / torch.linalg.vector_norm(turned, dim=-1, keepdim=True)
+    along, delta = along.double(), delta.double()
+    ratio = (1 + along + (1 - along) * torch.exp(-2 * delta)) / 2
+    change = (dim - 1) * (delta + ratio.clamp(min=1e-300).log())
+    return turned, change.squeeze(-1)
+
+
+def random_directions(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw directions uniform on the sphere, of the shape of ``like``."""
+    noise = torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+    return noise / torch.linalg.vector_norm(noise, dim=-1, keepdim=True)
+
+
+def mclmc(log_joint_and_grad: LogDensityAndGrad, step_size: float, L: float, inverse_mass_matrix: Tensor) -> Kernel:
+    """Build the unadjusted microcanonical Langevin kernel (Robnik, De Luca, Silverstein and Seljak 2023).
+
+    In coordinates scaled by the square root of the diagonal ``inverse_mass_matrix``, a particle of unit speed moves by
+    dx/dt = u, du/dt = (I - u u^T) grad log_joint / (dim - 1), one minimal-norm step a transition, and its direction is
+    then partly drawn anew, so that it is forgotten over the length ``L``. Approximates exp(log_joint) with a bias of
+    order step_size**2 for each expectation; a step that is not finite is undone and goes another way.
+
+    Args:
+        log_joint_and_grad: ``(chain, dim) -> (chain,), (chain, dim)``.
+        step_size: distance of one step, two gradients.
+        L: distance after which the direction is forgotten.
+        inverse_mass_matrix: ``(dim,)`` or ``(chain, dim)``.
+    """
+    scale = inverse_mass_matrix.sqrt()
+    stride = 0.5 * step_size * scale
+
+    def init(theta: Tensor, generator: torch.Generator) -> MCLMCState:
+        return MCLMCState(theta, random_directions(theta, generator), *log_joint_and_grad(theta))
+
+    def step(state: MCLMCState, generator: torch.Generator) -> tuple[MCLMCState, MCLMCInfo]:
+        dim = state.theta.shape[-1]
+        direction, first = turn(state.direction, state.grad * scale, _OUTER * step_size)
+        theta = torch.addcmul(state.theta, stride, direction)
+        _, grad = log_joint_and_grad(theta)
+        direction, second = turn(direction, grad * scale, _INNER * step_size)
+        theta = torch.addcmul(theta, stride, direction)
+        value, grad = log_joint_and_grad(theta)
+        direction, third = turn(direction, grad * scale, _OUTER * step_size)
+        error = first + second + third - (value - state.log_joint)
+        diverging = ~(error.abs() < _DIVERGENCE)  # NaN counts
+
+        # Of the length that makes the correlation of directions a step apart exp(-step_size / L).
+        anew = random_directions(theta, generator)
+        direction = direction + math.sqrt(math.expm1(2 * step_size / L)) * anew
+        direction = direction / torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
+        lost = diverging[:, None]
+        moved = MCLMCState(
+            torch.where(lost, state.theta, theta),
+            torch.where(lost, anew, direction),
+            torch.where(diverging, state.log_joint, value),
+            torch.where(lost, state.grad, grad),
+        )
+        counts = torch.full((len(theta),), 2, device=theta.device)
+        variance = torch.where(diverging, _DIVERGENCE, error).square() / dim
+        return moved, MCLMCInfo(variance, diverging, counts)
+
+    return Kernel(init, step)
+
+
+_DIVERGENCE = 1000.0  # nats of energy error that a step is not allowed to make
+
+
+class _Tuning(NamedTuple):
+    """What warm-up has learned so far; see `mclmc_warm_up`."""
+
+    chain: MCLMCState
+    log_step: float
+    log_averaged: float
+    count: int  # of transitions since the mass matrix last changed
+    inverse_mass_matrix: Tensor  # (chain, dim)
+    L: float
+    moments: Moments
+    index: int
+
+
+def mclmc_warm_up(
+    log_joint_and_grad: LogDensityAndGrad,
+    n: int,
+    *,
+    energy_variance: float,
+    thinning: int,
+    step_size: float,
+    L: float | None = None,
+    ranks: Ranks = ALONE,
+) -> WarmUp:
+    """Tune step size, diagonal mass matrix and L of `mclmc` in ``n`` transitions of ``thinning`` steps.
+
+    The step size is the one whose energy errors have the wanted variance per dimension, over all chains of all
+    processes. Each chain has a mass matrix of its own, as for `trajectory_warm_up`, estimated in windows of doubling
+    length. L is sqrt(dim), the root of the summed variances in the coordinates that the mass matrix scales: the second
+    stage of the published tuning. Its third, which shortens L by the autocorrelation seen, is left out: it made the
+    predictions of networks mix more slowly (docs/lab-notebook.md).
+
+    Args:
+        log_joint_and_grad: see `mclmc`.
+        n: number of transitions.
+        energy_variance: see `MCLMC`.
+        thinning: see `MCLMC`.
+        step_size: first guess.
+        L: a fixed value, if there is one.
+        ranks: the processes that share the chains.
+    """
+    ends = window_ends(n)
+
+    def init(theta: Tensor, generator: torch.Generator) -> _Tuning:
+        chain = mclmc(log_joint_and_grad, step_size, 1.0, torch.ones_like(theta)).init(theta, generator)
+        log = math.log(step_size)
+        first_L = L or math.sqrt(theta.shape[1])
+        return _Tuning(chain, log, log, 0, torch.ones_like(theta), first_L, Moments.start(theta), 0)
+
+    def kernel(log_step: float, tuning: _Tuning) -> Kernel:
+        return thinned(mclmc(log_joint_and_grad, math.exp(log_step), tuning.L, tuning.inverse_mass_matrix), thinning)
+
+    def step(tuning: _Tuning, generator: torch.Generator) -> tuple[_Tuning, MCLMCInfo]:
+        chain, info = kernel(tuning.log_step, tuning).step(tuning.chain, generator)
+        count, index = tuning.count + 1, tuning.index + 1
+        # Errors fall with the sixth power of the step, and at its limit of stability a little less suddenly than they
+        # rise: the root of the ratio, bounded, follows the mean without being thrown by a single error.
+        ratio = float(ranks.mean(info.energy_variance.mean())) / energy_variance
+        log_step = tuning.log_step + max(0.02, 0.3 / count**0.7) * max(-1.0, min(1.0, 1 - math.sqrt(ratio)))
+        averaged = tuning.log_averaged + max(0.02, 1 / count) * (log_step - tuning.log_averaged)
+        tuning = tuning._replace(
+            chain=chain, log_step=log_step, log_averaged=averaged, count=count, index=index,
+            moments=tuning.moments.update(chain.theta),
+        )  # fmt: skip
+        if index in ends[1:]:
+            mass = pooled_variance(tuning.moments, tuning.inverse_mass_matrix, ranks)
+            # The same step, in the new coordinates.
+            shrunk = (mass.double() / tuning.inverse_mass_matrix).log().mean()
+            log_step = averaged - 0.5 * float(ranks.mean(shrunk))
+            tuning = tuning._replace(inverse_mass_matrix=mass, log_step=log_step, log_averaged=log_step, count=0)
+        if index in ends:
+            tuning = tuning._replace(moments=Moments.start(chain.theta))
+        return tuning, info
+
+    def tuned(tuning: _Tuning) -> Tuned:
+        found = {"step_size": math.exp(tuning.log_averaged), "L": tuning.L, "exact": False}
+        return Tuned(kernel(tuning.log_averaged, tuning), tuning.chain, found)
+
+    return WarmUp(init, step, tuned)
+
+
+@dataclass(frozen=True)
+class MCLMC:
+    """Sample with unadjusted microcanonical Langevin dynamics, tuned during warm-up (Robnik et al. 2023).
+
+    The recipe of microcanonical Langevin ensembles for networks (Sommer et al. 2025): chains start at the members of
+    an ensemble trained to the mode, and the energy errors decide the step size. Approximates the posterior, with a
+    bias that grows with ``energy_variance``; see `mclmc` and `mclmc_warm_up`. `AdjustedMCLMC` has none.
+
+    Args:
+        energy_variance: variance of a step's energy error, per dimension, that warm-up aims at.
+        thinning: steps, of two gradients each, between draws.
+        L: distance after which a direction is forgotten; None lets warm-up choose it.
+        step_size: first guess.
+    """
+
+    energy_variance: float = 0.02
+    thinning: int = 10
+    L: float | None = None
+    step_size: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("energy_variance", "thinning", "L", "step_size"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+
+    def sample(self, model: BayesianModel, run: Run) -> Draws:
+        """Run the chains; see `bnnflow.sample`. A transition of warm-up has ``thinning`` steps as well."""
+        if model.dim < 2:
+            raise ValueError("MCLMC turns directions, and needs a model of at least two dimensions")
+        chains, warmup, draws = run.chains or 16, 500 if run.warmup is None else run.warmup, run.draws or 1000
+        process = mclmc_warm_up(
+            torch.no_grad()(model.log_joint_and_grad),
+            warmup,
+            energy_variance=self.energy_variance,
+            thinning=self.thinning,
+            step_size=self.step_size,
+            L=self.L,
+            ranks=run.ranks,
+        )
+        return run_chains(model, run, process, chains=chains, warmup=warmup, draws=draws, name="MCLMC")

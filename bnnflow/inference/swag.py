@@ -1,0 +1,129 @@
+"""Stochastic weight averaging, Gaussian: what a constant-rate SGD trajectory visits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bnnflow.draws import Draws
+from bnnflow.inference.run import Run
+from bnnflow.inference.start import maximise, random_networks
+from bnnflow.model import BayesianModel
+from bnnflow.posteriors import LowRankGaussian, Mixture
+from bnnflow.progress import progress_bar
+
+__all__ = ["SWAG"]
+
+
+@dataclass(frozen=True)
+class SWAG:
+    """Fit Gaussians to trajectories of SGD (Maddox et al. 2019), several at once (MultiSWAG: Wilson and Izmailov 2020).
+
+    Each member climbs to a mode by Adam, then follows theta <- theta + (rate / n) grad log_joint on mini-batches at a
+    constant rate. Its ``snapshots`` have mean m and deviations D; the member is N(m, (diag(var) + D D^T / (rank - 1)) /
+    2) with the last ``rank`` deviations. Approximates the posterior by the mixture of its members; how well depends on
+    the noise of the mini-batches and the rate, and nothing is left invariant. The mixture's density is at
+    ``draws.posterior``; chain i of the draws comes from member i.
+
+    The default rate is that at which the stationary law of SGD comes closest to the posterior, 2 dim / trace of the
+    gradient's covariance (Mandt, Hoffman and Blei 2017), but never more than a quarter of 2 / (largest curvature), at
+    which SGD becomes unstable; both are measured at each member's mode.
+
+    Args:
+        members: independent trajectories.
+        rank: deviations that are kept, at least 2.
+        snapshots: points of a trajectory that are averaged, at least ``rank``.
+        every: SGD steps between two snapshots.
+        steps: Adam steps before.
+        learning_rate: of SGD, on the mean log_joint of a row of data; None measures it, see above.
+        batch_size: rows in a mini-batch; None takes a tenth of the data, 128 at most.
+    """
+
+    members: int = 4
+    rank: int = 20
+    snapshots: int = 50
+    every: int = 20
+    steps: int = 2000
+    learning_rate: float | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("members", "every", "steps", "learning_rate", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.rank < 2:
+            raise ValueError(f"rank must be at least 2, got {self.rank}")
+        if self.snapshots < self.rank:
+            raise ValueError(f"snapshots must be at least rank = {self.rank}, got {self.snapshots}")
+
+    def sample(self, model: BayesianModel, run: Run) -> Draws:
+        """Train and draw, 250 from each member unless said otherwise; see `bnnflow.sample`."""
+        run.refuse(self, "members and draws", "chains", "warmup", "init", "checkpoint")
+        n, generator = len(model.x), run.generator
+        batch_size = self.batch_size or max(1, min(128, n // 10))
+        model.random_rows((1,), generator, batch_size)  # refuses a batch larger than the data
+        theta = random_networks(model.spec, self.members, generator, model.dtype)
+        theta = maximise(model, theta, self.steps, 0.01, run.progress, "SWAG: modes")
+        with torch.no_grad():
+            rate = self._rate(model, theta, generator, batch_size)  # (members, 1), on the summed log_joint
+            trajectory, restarts = self._trajectory(model, theta, rate, generator, batch_size, run.progress)
+        members = Mixture(tuple(self._gaussian(each) for each in trajectory.unbind(1)))
+        draws = run.draws or 250
+        theta = torch.stack([member.sample(draws, generator) for member in members.components])
+        info = {
+            "gradients_per_chain": self.steps + self.snapshots * self.every * batch_size / n,
+            "learning_rate": (rate.flatten() * n).tolist(),
+            "batch_size": batch_size,
+            "restarts": restarts,
+        }
+        return Draws(theta, model.log_joint(theta), posterior=members, info=info)
+
+    def _rate(self, model: BayesianModel, theta: Tensor, generator: torch.Generator, batch_size: int) -> Tensor:
+        if self.learning_rate is not None:
+            return torch.full_like(theta[:, :1], self.learning_rate / len(model.x))
+        grads = torch.stack([model.minibatch_log_joint_and_grad(theta, generator, batch_size)[1] for _ in range(20)])
+        noise = grads.var(0).sum(-1, keepdim=True)
+        direction = torch.randn(theta.shape, generator=generator, device=theta.device, dtype=theta.dtype)
+        size = direction.norm(dim=-1, keepdim=True)
+        for _ in range(20):  # power iteration on the Hessian
+            direction = direction / size
+            direction = torch.func.jvp(lambda at: model.log_joint_and_grad(at)[1], (theta,), (direction,))[1]
+            size = direction.norm(dim=-1, keepdim=True)
+        return torch.minimum(2 * model.dim / noise.clamp(min=1e-30), 0.5 / size)
+
+    def _trajectory(
+        self,
+        model: BayesianModel,
+        theta: Tensor,
+        rate: Tensor,
+        generator: torch.Generator,
+        batch_size: int,
+        progress: bool,
+    ) -> tuple[Tensor, int]:
+        """Return the snapshots ``(snapshots, members, dim)``, and how often a member left for infinity."""
+        home, kept, restarts = theta, [], 0
+        total = self.snapshots * self.every
+        with progress_bar(total, "SWAG", progress, "step") as bar:
+            for step in range(1, total + 1):
+                grad = model.minibatch_log_joint_and_grad(theta, generator, batch_size)[1]
+                theta = theta + rate * grad
+                lost = ~theta.isfinite().all(-1, keepdim=True)
+                if bool(lost.any()):
+                    restarts += int(lost.sum())
+                    theta = torch.where(lost, home, theta)
+                if step % self.every == 0:
+                    kept.append(theta)
+                bar.update()
+        return torch.stack(kept), restarts
+
+    def _gaussian(self, points: Tensor) -> LowRankGaussian:
+        """Fit one member to its snapshots ``(snapshots, dim)``."""
+        mean = points.mean(0)
+        deviations = (points - mean)[-self.rank :]
+        # A floor that no posterior notices keeps the density proper where a weight never moved.
+        variance = points.var(0, correction=0).clamp(min=1e-10)
+        return LowRankGaussian(mean, deviations.T / math.sqrt(2 * (self.rank - 1)), 0.5 * variance)

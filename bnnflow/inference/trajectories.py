@@ -1,0 +1,287 @@
+"""What Hamiltonian and microcanonical samplers share: jittered trajectories, accepted or not, and their tuning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from bnnflow.inference.loop import Tuned, WarmUp
+from bnnflow.inference.ranks import ALONE, Ranks
+from bnnflow.inference.warmup import (
+    DualAveraging,
+    Moments,
+    Spread,
+    TrajectoryLength,
+    pooled_variance,
+    window_ends,
+)
+from bnnflow.model import BayesianModel
+from bnnflow.types import Kernel, LogDensityAndGrad
+
+__all__ = ["ChainState", "Proposal", "Trajectory", "TrajectoryInfo", "functions", "metropolis", "trajectory_warm_up"]
+
+
+class ChainState(NamedTuple):
+    """Where every chain is, with the density and its gradient there."""
+
+    theta: Tensor  # (chain, dim)
+    log_joint: Tensor  # (chain,), float64
+    grad: Tensor  # (chain, dim)
+
+
+class TrajectoryInfo(NamedTuple):
+    """What a person wants to know of one transition; ``(chain,)`` each."""
+
+    acceptance_rate: Tensor
+    diverging: Tensor
+    energy: Tensor
+    n_steps: Tensor
+    step_size: Tensor
+
+
+class Proposal(NamedTuple):
+    """The end of a trajectory, before it is accepted or not."""
+
+    state: ChainState
+    velocity: Tensor  # (chain, dim), d theta / d time in coordinates scaled by the mass matrix
+    start_energy: Tensor  # (chain,), float64
+    end_energy: Tensor  # (chain,), float64
+
+
+class Trajectory(Protocol):
+    """Integrate ``n_steps`` steps of a reversible flow that keeps exp(-energy), from newly drawn velocities."""
+
+    def __call__(
+        self, state: ChainState, step_size: Tensor, scale: Tensor, n_steps: int, generator: torch.Generator
+    ) -> Proposal:
+        """Take steps ``(chain, 1)`` in coordinates scaled by ``scale``, which broadcasts to ``(chain, dim)``."""
+        ...
+
+
+_DIVERGENCE = 1000.0  # nats of energy error beyond which a trajectory has left the level set (Stan's bound)
+
+
+def _accept(
+    state: ChainState, proposal: Proposal, step_size: Tensor, n_steps: int, generator: torch.Generator
+) -> tuple[ChainState, TrajectoryInfo]:
+    """Accept every chain's proposal with probability min(1, exp(-energy error))."""
+    end, _, start_energy, end_energy = proposal
+    error = end_energy - start_energy
+    diverging = ~(error < _DIVERGENCE)  # NaN counts
+    rate = torch.where(diverging, 0.0, (-error).clamp(max=0).exp())
+    accept = torch.rand(rate.shape, generator=generator, device=rate.device, dtype=rate.dtype) < rate
+    moved = ChainState(
+        torch.where(accept[:, None], end.theta, state.theta),
+        torch.where(accept, end.log_joint, state.log_joint),
+        torch.where(accept[:, None], end.grad, state.grad),
+    )
+    energy = torch.where(accept, end_energy, start_energy)
+    counts = torch.full(rate.shape, n_steps, device=rate.device)
+    return moved, TrajectoryInfo(rate, diverging, energy, counts, step_size.squeeze(1))
+
+
+def metropolis(
+    log_joint_and_grad: LogDensityAndGrad,
+    trajectory: Trajectory,
+    step_size: float,
+    n_leapfrog: int,
+    inverse_mass_matrix: Tensor,
+    *,
+    step_jitter: float = 0.2,
+    trajectory_jitter: float = 0.5,
+) -> Kernel:
+    """Build the kernel that follows ``trajectory`` and accepts its end, or stays.
+
+    Leaves exp(log_joint) invariant: the step size of every chain and the number of steps are drawn anew before each
+    transition, independently of the state.
+
+    Args:
+        log_joint_and_grad: ``(chain, dim) -> (chain,), (chain, dim)``.
+        trajectory: the flow.
+        step_size: time of one step in coordinates scaled by the square root of ``inverse_mass_matrix``.
+        n_leapfrog: the largest number of steps.
+        inverse_mass_matrix: ``(dim,)`` or ``(chain, dim)``, ideally the posterior variances.
+        step_jitter: step sizes are uniform within this fraction of ``step_size``, per chain.
+        trajectory_jitter: numbers of steps are uniform between this fraction of ``n_leapfrog`` and all of it.
+    """
+    scale = inverse_mass_matrix.sqrt()
+
+    def init(theta: Tensor, generator: torch.Generator) -> ChainState:
+        return ChainState(theta, *log_joint_and_grad(theta))
+
+    def step(state: ChainState, generator: torch.Generator) -> tuple[ChainState, TrajectoryInfo]:
+        steps, n_steps = _jittered(state.theta, step_size, step_jitter, n_leapfrog, trajectory_jitter, generator)
+        proposal = trajectory(state, steps, scale, n_steps, generator)
+        return _accept(state, proposal, steps, n_steps, generator)
+
+    return Kernel(init, step)
+
+
+def _jittered(
+    theta: Tensor, step_size: float, step_jitter: float, most: int, jitter: float, generator: torch.Generator
+) -> tuple[Tensor, int]:
+    """Draw step sizes ``(chain, 1)`` and the number of steps of all chains."""
+    uniform = torch.rand(len(theta), 1, generator=generator, device=theta.device, dtype=theta.dtype)
+    fewest = max(1, round(jitter * most))
+    n_steps = int(torch.randint(fewest, most + 1, (), generator=generator, device=theta.device))
+    return step_size * (1 + step_jitter * (2 * uniform - 1)), n_steps
+
+
+# ---------------------------------------------------------------- warm-up
+
+Features = Callable[[Tensor], Tensor]
+"""``(chain, dim) -> (chain, features)``: what the chains are to decorrelate."""
+
+
+def functions(model: BayesianModel, rows: int = 32) -> Features | None:
+    """Return what the network predicts at some training inputs, and all that is inferred beside its weights.
+
+    Weights that differ by a symmetry predict the same, and weights that hardly matter may move as slowly as they like:
+    predictions are what chains can compare. A single layer has no such weights, and None stands for the weights.
+    """
+    if len(model.spec.layers) == 1:
+        return None
+    x = model.x[:: max(1, len(model.x) // rows)]
+    first = model.spec.network.dim
+
+    def features(theta: Tensor) -> Tensor:
+        outputs = model.outputs(theta, x)
+        if model.likelihood.kind == "classification" and outputs.shape[-1] > 1:
+            outputs = outputs - outputs.mean(-1, keepdim=True)  # what the softmax sees
+        return torch.cat([outputs.flatten(1), theta[:, first:]], 1)
+
+    return features
+
+
+class _Tuning(NamedTuple):
+    """What warm-up has learned so far; see `trajectory_warm_up`."""
+
+    chain: ChainState
+    step: DualAveraging
+    length: TrajectoryLength
+    inverse_mass_matrix: Tensor  # (chain, dim)
+    moments: Moments
+    spread: Spread
+    index: int
+
+
+def trajectory_warm_up(
+    log_joint_and_grad: LogDensityAndGrad,
+    trajectory: Trajectory,
+    n: int,
+    *,
+    step_size: float,
+    target_acceptance: float,
+    trajectory_length: float | None,
+    first_length: float = 1.0,
+    max_leapfrog: int,
+    features: Features | None = None,
+    ranks: Ranks = ALONE,
+) -> WarmUp:
+    """Tune step size, trajectory length and diagonal mass matrix of a `metropolis` kernel in ``n`` transitions.
+
+    All chains, over all processes, share one step size, found by dual averaging, and one trajectory length, found by
+    `TrajectoryLength`. Every chain has a mass matrix of its own, because chains of a network sit in modes that are
+    copies of each other with the units exchanged: the variances within the chain, shrunk towards those pooled over all
+    chains. They are re-estimated in windows of doubling length.
+
+    Args:
+        log_joint_and_grad: see `metropolis`.
+        trajectory: see `metropolis`.
+        n: number of transitions.
+        step_size: first guess.
+        target_acceptance: the mean acceptance rate to aim at.
+        trajectory_length: mean length, in time; None lets the chains find it.
+        first_length: first guess of the length.
+        max_leapfrog: bound on the number of steps.
+        features: what is to decorrelate; the weights if None.
+        ranks: the processes that share the chains.
+    """
+    ends = window_ends(n)
+
+    def leapfrogs(step_size: float, length: float) -> int:
+        # Numbers of steps are uniform between a half of the largest and all of it.
+        return max(1, min(max_leapfrog, round(length / (0.75 * step_size))))
+
+    def followed(theta: Tensor) -> Tensor:
+        return (features(theta) if features else theta).double()
+
+    def init(theta: Tensor, generator: torch.Generator) -> _Tuning:
+        chain = ChainState(theta, *log_joint_and_grad(theta))
+        length = TrajectoryLength.start(trajectory_length or first_length)
+        return _Tuning(
+            chain,
+            DualAveraging.start(step_size),
+            length,
+            torch.ones_like(theta),
+            Moments.start(theta),
+            Spread.start(followed(theta), ranks),
+            0,
+        )
+
+    def step(tuning: _Tuning, generator: torch.Generator) -> tuple[_Tuning, TrajectoryInfo]:
+        chain, adapt, length, mass, moments, spread, index = tuning
+        scale = mass.sqrt()
+        most = leapfrogs(adapt.step_size, length.length)
+        steps, n_steps = _jittered(chain.theta, adapt.step_size, 0.2, most, 0.5, generator)
+        proposal = trajectory(chain, steps, scale, n_steps, generator)
+        moved, info = _accept(chain, proposal, steps, n_steps, generator)
+        adapt = adapt.update(float(ranks.mean(info.acceptance_rate.mean())), target_acceptance)
+        if trajectory_length is None:
+            jump = _jump(features, chain, proposal, scale, n_steps * steps)
+            spread = spread.update(jump.start, ranks)
+            if index >= ends[0]:
+                length = length.update(*_chees(jump, info.acceptance_rate, spread, ranks))
+        moments, index = moments.update(moved.theta), index + 1
+        if index in ends[1:]:
+            mass = pooled_variance(moments, mass, ranks)
+            adapt = DualAveraging.start(adapt.averaged)
+        if index in ends:
+            moments = Moments.start(moved.theta)
+        return _Tuning(moved, adapt, length, mass, moments, spread, index), info
+
+    def tuned(tuning: _Tuning) -> Tuned:
+        step = tuning.step.averaged if tuning.index else step_size
+        n_leapfrog = leapfrogs(step, tuning.length.averaged)
+        kernel = metropolis(log_joint_and_grad, trajectory, step, n_leapfrog, tuning.inverse_mass_matrix)
+        found = {"step_size": step, "n_leapfrog": n_leapfrog, "trajectory_length": tuning.length.averaged}
+        return Tuned(kernel, tuning.chain, found)
+
+    return WarmUp(init, step, tuned)
+
+
+class _Jump(NamedTuple):
+    """Features before and after a trajectory, and the derivative of the latter by the logarithm of its length."""
+
+    start: Tensor  # (chain, features), float64
+    end: Tensor
+    slope: Tensor
+
+
+def _jump(features: Features | None, chain: ChainState, proposal: Proposal, scale: Tensor, time: Tensor) -> _Jump:
+    tangent = scale * proposal.velocity * time
+    if features is None:
+        return _Jump(chain.theta.double(), proposal.state.theta.double(), tangent.double())
+    end, slope = torch.func.jvp(features, (proposal.state.theta,), (tangent,))
+    return _Jump(features(chain.theta).double(), end.double(), slope.double())
+
+
+def _chees(jump: _Jump, rate: Tensor, spread: Spread, ranks: Ranks) -> tuple[float, float]:
+    """Return the ChEES criterion and its derivative by the logarithm of the trajectory length, over all chains."""
+    usable = (rate > 0) & jump.end.isfinite().all(1) & jump.slope.isfinite().all(1)
+    weight = torch.where(usable, rate, 0.0)
+    total = float(ranks.mean(weight.mean()))
+    if total == 0:
+        return math.nan, math.nan
+    scale = torch.where(spread.variance > 0, spread.variance, math.inf).rsqrt()
+    start, end, slope = (torch.where(usable[:, None], v * scale, 0.0) for v in jump)  # (chain, features)
+    centres = ranks.mean((weight[:, None] * torch.stack([start, end])).mean(1)) / total  # (2, features)
+    start, end = start - centres[0], end - centres[1]
+    change = end.square().sum(1) - start.square().sum(1)
+    criterion = ranks.mean((weight * change.square()).mean()) / total
+    derivative = ranks.mean((weight * 4 * change * (end * slope).sum(1)).mean()) / total
+    return float(criterion), float(derivative)

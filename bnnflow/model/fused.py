@@ -1,0 +1,338 @@
+"""Perceptrons on the CPU, compiled: the log density and its gradient in one pass over the data.
+
+The source is ``fused.cpp`` beside this file. The machine's own C++ compiler (``$CXX``, ``c++``, ``g++`` or
+``clang++``) makes a library of it the first time that a model on the CPU is evaluated, which takes about two seconds,
+and leaves it in ``$BNNFLOW_CACHE``, else in ``bnnflow`` under the user's cache folder, under a name that hashes the
+source, the compiler, its flags and the processor. Where that does not work, or ``BNNFLOW_FUSED=0`` is set, or
+something tracks derivatives, the caller evaluates with torch instead: same numbers to rounding, only slower.
+
+Chains are computed one by one, so results do not depend on the number of threads (``torch.get_num_threads()``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from bnnflow.model.likelihoods import Bernoulli, Categorical, Gaussian, HeteroscedasticGaussian
+from bnnflow.model.priors import FlatPrior
+from bnnflow.types import Likelihood
+from bnnflow.weights import WeightSpec
+
+__all__ = ["FusedDensity", "FusedNetwork", "plain"]
+
+_ACTIVATIONS = {"identity": 0, "tanh": 1, "sigmoid": 2, "relu": 3, "silu": 4, "gelu": 5, "gelu_tanh": 6}
+_NONE, _SCORE = 0, 1
+_LIKELIHOODS = {Gaussian: 2, HeteroscedasticGaussian: 3, Categorical: 4, Bernoulli: 5}
+_SCALARS = {torch.float32: "float", torch.float64: "double"}
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread")
+# Wider layers are left to torch, whose matrix products are blocked for the caches.
+_WIDEST = 256
+# A thread costs about 20 us to start: multiplications that are worth one.
+_WORK_OF_A_THREAD = 4_000_000
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+_log = logging.getLogger(__name__)
+_Pointer = ctypes.c_void_p
+_Int = ctypes.c_int64
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [(name, _Int) for name in ("inputs", "outputs", "weight", "bias", "activation")]
+
+
+class _Prior(ctypes.Structure):
+    _fields_ = [
+        *((name, _Int) for name in ("start", "stop", "log")),
+        *((name, _Pointer) for name in ("loc", "precision")),
+        ("constant", ctypes.c_double),
+    ]
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = [
+        *((name, _Int) for name in ("n_layers", "n_priors", "dim")),
+        ("layers", ctypes.POINTER(_Layer)),
+        ("priors", ctypes.POINTER(_Prior)),
+        *((name, _Int) for name in ("likelihood", "n_targets", "log_scale")),
+        ("scale", ctypes.c_double),
+    ]
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        *((name, _Int) for name in ("chains", "n", "n_data", "threads", "theta_stride", "x_stride", "rows_stride")),
+        *((name, _Pointer) for name in ("theta", "x", "y", "score", "rows")),
+        *((name, ctypes.c_double) for name in ("likelihood_weight", "prior_weight")),
+        *((name, _Pointer) for name in ("value", "grad", "outputs")),
+    ]
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Say whether tensors are ordinary memory on the CPU and nothing tracks their derivatives."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    tracking = torch.is_grad_enabled()
+    return not any(
+        tensor.device.type != "cpu"
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or (tracking and tensor.requires_grad)
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None)
+        for tensor in tensors
+    )
+
+
+class FusedNetwork:
+    """The outputs of a perceptron and their pullback, for many weight vectors.
+
+    Args:
+        spec: the layout of ``theta``.
+    """
+
+    def __init__(self, spec: WeightSpec) -> None:
+        self._spec = spec
+        self._network_dim = spec.network.dim
+        self._layers = _layers(spec)
+        self._problem = _problem(self._layers, self._network_dim)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what it was built from: addresses mean nothing elsewhere."""
+        return type(self), (self._spec,)
+
+    def applies(self, theta: Tensor, x: Tensor) -> bool:
+        """Say whether these weights and inputs can be evaluated here."""
+        return (
+            _supported(self._spec) and theta.dtype == x.dtype and plain(theta, x) and _library(theta.dtype) is not None
+        )
+
+    def outputs(self, theta: Tensor, x: Tensor, per_network: bool) -> Tensor:
+        """Return the outputs, ``(batch, n, out)``."""
+        return self._run(theta, x, per_network, None).mT
+
+    def pull(self, theta: Tensor, x: Tensor, per_network: bool, grad_outputs: Tensor) -> Tensor:
+        """Carry a gradient by the outputs ``(batch, n, out)`` back to the weights, ``(batch, network dim)``."""
+        return self._run(theta, x, per_network, grad_outputs.mT.contiguous())
+
+    def _run(self, theta: Tensor, x: Tensor, per_network: bool, score: Tensor | None) -> Tensor:
+        theta, x = _strided(theta), x.flatten(2 if per_network else 1).contiguous()
+        n, batch = x.shape[-2], len(theta)
+        if x.shape[-1] != self._layers[0].inputs or (per_network and len(x) != batch):
+            raise RuntimeError(f"inputs {tuple(x.shape)} do not fit {self._layers[0].inputs} features of {batch} networks")
+        shape = (batch, self._network_dim) if score is not None else (batch, self._layers[-1].outputs, n)
+        result = theta.new_empty(shape)
+        value = theta.new_empty(batch, dtype=torch.float64)
+        call = _Call(
+            batch, n, n, _threads(batch * n * self._network_dim),
+            theta.stride(0), x.stride(0) if per_network else 0, 0,
+            theta.data_ptr(), x.data_ptr(), None, None if score is None else score.data_ptr(), None,
+            1.0, 0.0,
+            value.data_ptr(), None if score is None else result.data_ptr(), result.data_ptr() if score is None else None,
+        )  # fmt: skip
+        self._problem.likelihood = _NONE if score is None else _SCORE
+        _evaluate(theta.dtype, self._problem, call)
+        return result
+
+
+class FusedDensity:
+    """The log density of a perceptron's weights given data, with its gradient.
+
+    Args:
+        spec: the layout of ``theta``, likelihood parameters included.
+        likelihood: one of this package's.
+        prior: computed here if it is normal, and half-normal for positive parameters; by torch otherwise.
+        x: inputs, ``(n, ...)``.
+        y: targets, as the likelihood validated them.
+    """
+
+    def __init__(self, spec: WeightSpec, likelihood: Likelihood, prior: FlatPrior, x: Tensor, y: Tensor) -> None:
+        self._arguments = (spec, likelihood, prior, x, y)
+        self._dim = spec.dim
+        self._x = x.flatten(1).contiguous()
+        self._y = y.reshape(len(y), -1).to(x.dtype).contiguous()
+        self._layers = _layers(spec)
+        blocks = prior.describe()
+        ours = all(_is_ours(block) for block in blocks)
+        self._prior = None if ours else prior
+        self._kept = [_prior(block, x.dtype) for block in blocks] if ours else []
+        self._priors = (_Prior * len(self._kept))(*(struct for struct, *_ in self._kept))
+        problem = _problem(self._layers, spec.dim)
+        problem.n_priors, problem.priors = len(self._priors), self._priors
+        problem.likelihood, problem.n_targets = _LIKELIHOODS[type(likelihood)], self._y.shape[1]
+        if isinstance(likelihood, Gaussian):
+            problem.scale = likelihood.scale or 0.0
+            problem.log_scale = spec.slices["likelihood.log_scale"].start if likelihood.scale is None else -1
+        elif isinstance(likelihood, HeteroscedasticGaussian):
+            problem.scale = likelihood.min_scale
+        self._problem = problem
+
+    @classmethod
+    def of(cls, spec: WeightSpec, likelihood: Likelihood, prior: FlatPrior, x: Tensor, y: Tensor) -> FusedDensity | None:
+        """Return the compiled density, or None if the network, the likelihood or the machine does not allow it."""
+        fits = spec.layers and _supported(spec) and type(likelihood) in _LIKELIHOODS and x.device.type == "cpu"
+        return cls(spec, likelihood, prior, x, y) if fits and _library(x.dtype) else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what it was built from: addresses mean nothing elsewhere."""
+        return type(self), self._arguments
+
+    def __call__(
+        self, theta: Tensor, rows: Tensor | None, likelihood_weight: float, prior_weight: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return a weighted sum of log likelihood and log prior, and its gradient.
+
+        Args:
+            theta: ``(..., dim)``.
+            rows: int64 indices of rows of data, ``(batch,)`` or ``(networks, batch)``; all of them if None.
+            likelihood_weight: factor of the log likelihood.
+            prior_weight: factor of the log prior; 0 leaves it out.
+
+        Raises:
+            IndexError: if a row does not exist.
+        """
+        flat = _strided(theta.reshape(-1, self._dim))
+        batch, n = len(flat), len(self._x)
+        value = torch.empty(theta.shape[:-1], dtype=torch.float64)
+        grad = torch.empty(theta.shape, dtype=theta.dtype)
+        used, address, stride = n, None, 0
+        if rows is not None:
+            rows = rows.contiguous()
+            used, address, stride = rows.shape[-1], rows.data_ptr(), rows.shape[-1] if rows.dim() > 1 else 0
+        call = _Call(
+            batch, used, n, _threads(batch * used * self._dim),
+            flat.stride(0), 0, stride,
+            flat.data_ptr(), self._x.data_ptr(), self._y.data_ptr(), None, address,
+            likelihood_weight, prior_weight,
+            value.data_ptr(), grad.data_ptr(), None,
+        )  # fmt: skip
+        _evaluate(theta.dtype, self._problem, call)
+        if self._prior is not None and prior_weight:
+            prior, prior_grad = self._prior.log_prob_and_grad(theta)
+            value, grad = value + prior_weight * prior, grad + prior_weight * prior_grad
+        return value, grad
+
+
+# ---------------------------------------------------------------- descriptions
+
+
+def _supported(spec: WeightSpec) -> bool:
+    widths = [size for layer in spec.layers for size in spec.shapes[layer.weight]]
+    return all(layer.activation.name in _ACTIVATIONS for layer in spec.layers) and max(widths) <= _WIDEST
+
+
+def _layers(spec: WeightSpec) -> ctypes.Array[_Layer]:
+    def describe(weight: str, bias: str | None, activation: int) -> _Layer:
+        outputs, inputs = spec.shapes[weight]
+        return _Layer(inputs, outputs, spec.slices[weight].start, spec.slices[bias].start if bias else -1, activation)
+
+    layers = [describe(layer.weight, layer.bias, _ACTIVATIONS.get(layer.activation.name, 0)) for layer in spec.layers]
+    return (_Layer * len(layers))(*layers)
+
+
+def _problem(layers: ctypes.Array[_Layer], dim: int) -> _Problem:
+    return _Problem(n_layers=len(layers), dim=dim, layers=layers, log_scale=-1)
+
+
+def _is_ours(block: dict[str, Any]) -> bool:
+    """Say whether `describe`'s account of a stretch is one that the compiled code knows."""
+    return "start" in block and block["family"] == ("HalfNormal" if block["log"] else "Normal")
+
+
+def _prior(block: dict[str, Any], dtype: torch.dtype) -> tuple[_Prior, Tensor, Tensor]:
+    """Return the description of a stretch of the prior, and the tensors that it points to."""
+    scale = torch.tensor(block["parameters"]["scale"], dtype=torch.float64)
+    loc = torch.tensor(block["parameters"].get("loc", [0.0] * len(scale)), dtype=dtype)
+    inverse = scale.reciprocal().to(dtype)
+    halved = math.log(2) if block["log"] else 0.0
+    constant = len(scale) * (halved - _HALF_LOG_2PI) - float(scale.log().sum())
+    struct = _Prior(block["start"], block["stop"], block["log"], loc.data_ptr(), inverse.data_ptr(), constant)
+    return struct, loc, inverse
+
+
+def _strided(theta: Tensor) -> Tensor:
+    """Return ``theta`` ``(batch, dim)`` with neighbouring coordinates side by side in memory."""
+    return theta if theta.stride(1) == 1 else theta.contiguous()
+
+
+def _threads(multiplications: int) -> int:
+    return max(1, min(torch.get_num_threads(), multiplications // _WORK_OF_A_THREAD))
+
+
+def _evaluate(dtype: torch.dtype, problem: _Problem, call: _Call) -> None:
+    library = _library(dtype)
+    assert library is not None
+    status = library.bnnflow_evaluate(ctypes.byref(problem), ctypes.byref(call))
+    if status == 1:
+        raise IndexError(f"rows must be between 0 and {call.n_data - 1}")
+    if status:
+        raise MemoryError("no memory left to evaluate the network")
+
+
+# ---------------------------------------------------------------- compilation
+
+
+@functools.cache
+def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """Return the compiled library for a floating-point type, or None where there can be none."""
+    scalar = _SCALARS.get(dtype)
+    if scalar is None or os.environ.get("BNNFLOW_FUSED") == "0":
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled(scalar)))
+    except (OSError, subprocess.SubprocessError) as error:
+        _log.debug("perceptrons are evaluated by torch, because the compiled path is not available: %s", error)
+        return None
+
+
+def _compiled(scalar: str) -> Path:
+    """Return the path of the shared library, compiled unless it is in the cache."""
+    compiler = next(filter(None, map(shutil.which, [os.environ.get("CXX", "c++"), "c++", "g++", "clang++"])), None)
+    if compiler is None:
+        raise OSError("no C++ compiler found")
+    source = Path(__file__).with_name("fused.cpp")
+    command = [compiler, *_FLAGS, f"-DSCALAR={scalar}"]
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+    key = [source.read_bytes(), version, *(str(part).encode() for part in (*command, *_processor()))]
+    digest = hashlib.sha256(b"\0".join(key)).hexdigest()[:16]
+    name = f"fused-{digest}.so"
+    library = _cache() / name
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Renamed when it is complete, so that processes that compile at the same time do not see half a file.
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            fresh = Path(folder) / name
+            subprocess.run([*command, str(source), "-o", str(fresh)], capture_output=True, check=True, timeout=300)
+            fresh.replace(library)
+    return library
+
+
+def _processor() -> Sequence[str]:
+    """Return what tells processors apart: a library made for one may not run on another that shares the cache."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    model = next((line for line in lines if line.startswith("model name")), "")
+    return sys.platform, platform.machine(), platform.processor(), model, flags
+
+
+def _cache() -> Path:
+    if folder := os.environ.get("BNNFLOW_CACHE"):
+        return Path(folder)
+    root = os.environ.get("XDG_CACHE_HOME") or ("~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
+    return Path(root).expanduser() / "bnnflow"

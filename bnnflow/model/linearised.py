@@ -1,0 +1,71 @@
+"""The first-order expansion of a network in its weights, with the interface of a network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bnnflow.model.network import ChainNetwork, ModuleNetwork, Pullback
+
+__all__ = ["LinearisedNetwork"]
+
+_ELEMENTS = 2**24  # of a Jacobian that is kept: 64 MB in float32
+
+
+class LinearisedNetwork:
+    """outputs(theta, x) = f(x; anchor) + J(x) (theta - anchor), J the Jacobian of ``network`` at ``anchor``.
+
+    For inputs ``(n, ...)`` that all networks share the Jacobian is formed once and kept for the next call with the
+    same tensor, if it is of moderate size. Otherwise, and with ``per_network`` for inputs ``(batch, n, ...)``, outputs
+    are a forward-mode derivative and the pullback is the network's own at the anchor.
+
+    Args:
+        network: what is expanded.
+        anchor: ``(dim,)``.
+    """
+
+    def __init__(self, network: ChainNetwork | ModuleNetwork, anchor: Tensor) -> None:
+        self._network = network
+        self._anchor = anchor
+        self._kept: tuple[Tensor, int, Tensor, Tensor] | None = None  # inputs, their version, outputs, Jacobian
+
+    def __call__(self, theta: Tensor, x: Tensor, *, per_network: bool = False) -> Tensor:
+        """Return the outputs, ``(batch, n, out)``; affine in ``theta``."""
+        if not per_network and (kept := self._expansion(x)):
+            outputs, jacobian = kept
+            change = theta[:, : jacobian.shape[-1]] - self._anchor[: jacobian.shape[-1]]
+            return outputs + (change @ jacobian.flatten(0, 1).mT).unflatten(-1, outputs.shape)
+        anchors = self._anchor.repeat(len(theta), 1)  # forward-mode differentiation wants memory of its own
+        value, change, *_ = torch.func.jvp(
+            lambda weights: self._network(weights, x, per_network=per_network), (anchors,), (theta - anchors,)
+        )
+        return value + change
+
+    def pullback(self, theta: Tensor, x: Tensor, *, per_network: bool = False) -> tuple[Tensor, Pullback]:
+        """Return the outputs and the function that carries a gradient by them back to the weights."""
+        outputs = self(theta, x, per_network=per_network)
+        if not per_network and (kept := self._expansion(x)):
+            rows = kept[1].flatten(0, 1)  # (n * out, network dim)
+            return outputs, lambda grad_outputs: grad_outputs.flatten(1) @ rows
+        return outputs, self._network.pullback(self._anchor.expand_as(theta), x, per_network=per_network)[1]
+
+    def jacobian(self, theta: Tensor, x: Tensor, *, per_network: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the outputs and their derivative by the weights, ``(batch, n, out, dim)``, the same everywhere."""
+        anchors = self._anchor.expand_as(theta if per_network else theta[:1])
+        jacobian = self._network.jacobian(anchors, x, per_network=per_network)[1]
+        return self(theta, x, per_network=per_network), jacobian.expand(len(theta), *jacobian.shape[1:])
+
+    def _expansion(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return f(x; anchor) ``(n, out)`` and J ``(n, out, network dim)``; None where J is large or x not constant."""
+        if self._kept is None or self._kept[0] is not x or self._kept[1] != x._version:
+            self._kept = None
+            wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)  # type: ignore[attr-defined]
+            if wrapped or x.requires_grad or x.is_inference() or torch.is_inference_mode_enabled():
+                return None
+            with torch.no_grad():
+                one = self._network(self._anchor.unsqueeze(0), x[:1])
+                if len(x) * one.shape[-1] * len(self._anchor) > _ELEMENTS:
+                    return None
+                outputs, jacobian = self._network.jacobian(self._anchor.unsqueeze(0), x)
+            self._kept = (x, x._version, outputs[0], jacobian[0])
+        return self._kept[2:]

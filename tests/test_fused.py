@@ -1,0 +1,390 @@
+"""Laws of the compiled perceptron: equal to torch, as differentiable, and never in the way where it cannot run."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import pickle
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributions as td
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from bnnflow import BayesianModel, WeightSpec, likelihoods, priors
+from bnnflow.model import fused
+from bnnflow.model.network import ChainNetwork, ModuleNetwork
+
+F32, F64 = torch.float32, torch.float64
+TOLERANCE = {F32: 1e-5, F64: 1e-12}
+ACTIVATIONS = {
+    "identity": nn.Identity,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU("tanh"),
+}
+OURS: dict[str, tuple[Any, int]] = {  # likelihood, outputs
+    "gaussian": (likelihoods.Gaussian(0.3), 1),
+    "two targets": (likelihoods.Gaussian(2.0), 2),
+    "learned": (likelihoods.Gaussian(), 1),
+    "learned two": (likelihoods.Gaussian(scale_prior=td.LogNormal(-1.0, 0.5)), 2),
+    "heteroscedastic": (likelihoods.HeteroscedasticGaussian(), 2),
+    "heteroscedastic two": (likelihoods.HeteroscedasticGaussian(0.1), 4),
+    "categorical": (likelihoods.Categorical(), 3),
+    "bernoulli": (likelihoods.Bernoulli(), 1),
+}
+LIKELIHOODS = OURS | {"student": (likelihoods.StudentT(), 1), "poisson": (likelihoods.Poisson(), 1)}
+
+needs_compiler = pytest.mark.skipif(fused._library(F64) is None, reason="no C++ compiler, or BNNFLOW_FUSED=0")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def perceptron(*widths: int, activation: str = "tanh", bias: bool = True, last: str = "identity") -> nn.Module:
+    modules: list[nn.Module] = []
+    for i, (size, width) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        linear = nn.utils.skip_init(nn.Linear, size, width, bias=bias)
+        modules += [linear, ACTIVATIONS[activation if i < len(widths) - 2 else last]()]
+    return nn.Sequential(*modules)
+
+
+def model_of(
+    likelihood: str = "gaussian",
+    widths: tuple[int, ...] = (3, 5),
+    n: int = 37,
+    dtype: torch.dtype = F64,
+    prior: Any = None,
+    temperature: float = 1.0,
+    **options: Any,
+) -> BayesianModel:
+    what, outputs = LIKELIHOODS[likelihood]
+    g = generator(1)
+    x = torch.randn(n, widths[0], generator=g, dtype=F64)
+    if likelihood == "poisson":
+        y = torch.arange(n) % 5
+    elif likelihood in ("categorical", "bernoulli"):
+        y = torch.arange(n) % (3 if likelihood == "categorical" else 2)
+    else:
+        y = torch.randn(n, outputs // (2 if likelihood.startswith("hetero") else 1), generator=g, dtype=F64)
+    net = perceptron(*widths, outputs, **options).to(dtype)
+    prior = priors.Normal(0.8, 0.1) if prior is None else prior
+    return BayesianModel(net, prior, what, x, y, temperature=temperature)
+
+
+def points(model: BayesianModel, *shape: int, scale: float = 0.7, seed: int = 3) -> Tensor:
+    return (scale * torch.randn(*shape, model.dim, generator=generator(seed), dtype=F64)).to(model.dtype)
+
+
+def by_torch(model: BayesianModel, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Evaluate without the compiled code: it steps aside where derivatives are tracked."""
+    value, grad = model.log_joint_and_grad(theta.clone().requires_grad_(), rows)
+    return value.detach(), grad.detach()
+
+
+def assert_equal_to_torch(
+    model: BayesianModel, theta: Tensor, rows: Tensor | None = None, slack: float = 1.0
+) -> None:
+    value, grad = model.log_joint_and_grad(theta, rows)
+    exact_value, exact = by_torch(model.to(dtype=F64), theta.double(), rows)
+    tolerance = slack * TOLERANCE[model.dtype]
+    floor = 0.1 * model.y.numel()  # where the rows' scores cancel
+    assert value.dtype == F64
+    assert grad.dtype == model.dtype
+    assert grad.shape == theta.shape
+    assert ((grad.double() - exact).norm(dim=-1) <= tolerance * (exact.norm(dim=-1) + floor)).all()
+    assert ((value - exact_value).abs() <= tolerance * (exact_value.abs() + model.y.numel())).all()
+
+
+# ---------------------------------------------------------------- inputs of their own, compiled or not
+
+
+@pytest.mark.parametrize("kind", ["chain", "torch", "module"])
+@pytest.mark.parametrize("shape", [(2,), (3, 2)], ids=str)
+def test_inputs_of_their_own(kind: str, shape: tuple[int, ...]) -> None:
+    net = nn.Sequential(nn.Flatten(), *perceptron(torch.Size(shape).numel(), 5, 2)).to(F64)
+    spec = WeightSpec.of(net)
+    network = ModuleNetwork(net, spec) if kind == "module" else ChainNetwork(spec)
+    g = generator()
+    theta, x = torch.randn(4, spec.dim, generator=g, dtype=F64), torch.randn(4, 7, *shape, generator=g, dtype=F64)
+    theta.requires_grad_(kind == "torch")
+    score = torch.randn(4, 7, 2, generator=g, dtype=F64)
+    outputs, pullback = network.pullback(theta, x, per_network=True)
+    jacobian = network.jacobian(theta, x, per_network=True)
+    for i in range(4):
+        own = (theta[i : i + 1], x[i])
+        expected, pull = network.pullback(*own)
+        torch.testing.assert_close(network(theta, x, per_network=True)[i], expected[0])
+        torch.testing.assert_close(outputs[i], expected[0])
+        torch.testing.assert_close(pullback(score)[i], pull(score[i : i + 1])[0])
+        torch.testing.assert_close(jacobian[0][i], expected[0])
+        torch.testing.assert_close(jacobian[1][i], network.jacobian(*own)[1][0])
+
+
+# ---------------------------------------------------------------- equal to torch
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_equal_to_torch(activation: str, likelihood: str, dtype: torch.dtype) -> None:
+    model = model_of(likelihood, (3, 7, 4), activation=activation, dtype=dtype, temperature=0.7)
+    assert_equal_to_torch(model, points(model, 2, 3))
+
+
+@needs_compiler
+@given(st.data())
+def test_equal_to_torch_for_every_shape(data: st.DataObject) -> None:
+    widths = data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=4))
+    model = model_of(
+        data.draw(st.sampled_from(sorted(OURS))),
+        tuple(widths),
+        data.draw(st.integers(6, 1000)),
+        data.draw(st.sampled_from([F32, F64])),
+        bias=data.draw(st.booleans()),
+        activation=data.draw(st.sampled_from(sorted(ACTIVATIONS))),
+        last=data.draw(st.sampled_from(["identity", "tanh", "silu"])),
+    )
+    assert model._fused is not None
+    theta = points(model, data.draw(st.integers(1, 65)), scale=2 / max(widths) ** 0.5)
+    assert_equal_to_torch(model, theta)
+
+
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 255, 256, 257])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
+def test_every_number_of_rows(n: int, dtype: torch.dtype) -> None:
+    model = model_of("learned", n=n, dtype=dtype)
+    assert_equal_to_torch(model, points(model, 3))
+    assert_equal_to_torch(model, points(model))
+
+
+@pytest.mark.parametrize("likelihood", ["learned", "categorical", "student"])
+def test_rows_of_their_own(likelihood: str) -> None:
+    model = model_of(likelihood)
+    theta = points(model, 2, 3)
+    for shape in [(5,), (40,), (2, 3, 5), (2, 3, 1)]:
+        rows = torch.randint(len(model.x), shape, generator=generator(4))
+        assert_equal_to_torch(model, theta, rows)
+    own = model.log_joint_and_grad(theta, rows)
+    torch.testing.assert_close(own, model.log_joint_and_grad(theta, rows.mT.contiguous().mT), rtol=0, atol=0)
+    for row in (-1, len(model.x)):
+        with pytest.raises(IndexError):
+            model.log_joint_and_grad(theta, torch.tensor([0, row]))
+
+
+@pytest.mark.parametrize("prior", [priors.Laplace(0.4), priors.StudentT(3.0), priors.FanIn()], ids=str)
+@pytest.mark.parametrize("likelihood", ["gaussian", "learned", "learned two"])
+def test_every_prior(likelihood: str, prior: Any) -> None:
+    model = model_of(likelihood, prior=prior, temperature=2.0)
+    assert_equal_to_torch(model, points(model, 3))
+
+
+def test_strided_and_expanded_weights() -> None:
+    model = model_of("learned")
+    theta = points(model, 6)
+    expected = model.log_joint_and_grad(theta)
+    transposed = theta.T.contiguous().T
+    wide = torch.zeros(6, 2 * model.dim, dtype=F64)
+    wide[:, ::2] = theta
+    for view in (transposed, wide[:, ::2], theta.reshape(2, 3, -1).mT.contiguous().mT):
+        value, grad = model.log_joint_and_grad(view)
+        assert torch.equal(value.flatten(), expected[0])
+        assert torch.equal(grad.reshape(6, -1), expected[1])
+    value, grad = model.log_joint_and_grad(theta[0].expand(4, -1))
+    assert torch.equal(value, expected[0][:1].expand(4))
+    assert torch.equal(grad, expected[1][:1].expand(4, -1))
+    assert model.log_joint_and_grad(theta[:0])[1].shape == (0, model.dim)
+
+
+def test_chains_do_not_depend_on_each_other_or_on_threads() -> None:
+    model = model_of("learned", (3, 50, 50), n=700)
+    theta = points(model, 9)
+    value, grad = model.log_joint_and_grad(theta)
+    alone = [model.log_joint_and_grad(row) for row in theta]
+    assert torch.equal(torch.stack([v for v, _ in alone]), value)
+    assert torch.equal(torch.stack([g for _, g in alone]), grad)
+    try:
+        torch.set_num_threads(3)
+        assert fused._threads(9 * 700 * model.dim) > 1
+        together = model.log_joint_and_grad(theta)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(together[0], value)
+    assert torch.equal(together[1], grad)
+
+
+def test_outputs_and_pullback() -> None:
+    model = model_of("two targets", (3, 7, 4), activation="gelu", dtype=F32)
+    theta, x = points(model, 5), torch.randn(40, 3, generator=generator(5))
+    score = torch.randn(5, 40, 2, generator=generator(6))
+    outputs, pullback = model.network.pullback(theta, x)
+    expected, pull = model.network.pullback(theta.clone().requires_grad_(), x)
+    torch.testing.assert_close(outputs, expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(pullback(score), pull(score).detach(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(model.outputs(theta, x), outputs, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="do not fit 3 features"):
+        model.network(theta, x[:, :2])
+
+
+# ---------------------------------------------------------------- extreme weights
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
+@pytest.mark.parametrize("likelihood", OURS)
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid", "relu", "silu", "gelu", "gelu_tanh"])
+def test_large_weights_are_finite(activation: str, likelihood: str, dtype: torch.dtype) -> None:
+    model = model_of(likelihood, activation=activation, dtype=dtype)
+    theta = points(model, 8, scale=100.0)
+    theta[:, model.spec.network.dim :] = -1.0
+    assert_equal_to_torch(model, theta, slack=100.0)  # residuals of 1e7 scales
+    value, grad = model.log_joint_and_grad(theta)
+    assert value.isfinite().all()
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("likelihood", OURS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_bad_weights_spoil_their_own_chain_alone(
+    activation: str, likelihood: str, bad: float, dtype: torch.dtype
+) -> None:
+    model = model_of(likelihood, activation=activation, dtype=dtype)
+    theta = points(model, 5)
+    good = model.log_joint_and_grad(theta)
+    for where in (0, 15, model.spec.network.dim - 1):
+        spoiled = theta.clone()
+        spoiled[2, where] = bad
+        value, grad = model.log_joint_and_grad(spoiled)
+        assert not value[2].isfinite()
+        others = torch.arange(5) != 2
+        assert torch.equal(value[others], good[0][others])
+        assert torch.equal(grad[others], good[1][others])
+
+
+# ---------------------------------------------------------------- derivatives
+
+
+@pytest.mark.parametrize("likelihood", ["learned", "categorical", "student"])
+def test_differentiable_in_every_way(likelihood: str) -> None:
+    model = model_of(likelihood, (3, 4))
+    theta, vector = points(model, 3), points(model, 3, seed=9)
+
+    def grad(theta: Tensor) -> Tensor:
+        return model.log_joint_and_grad(theta)[1]
+
+    leaf = theta.clone().requires_grad_()
+    first = torch.autograd.grad(model.log_joint(leaf).sum(), leaf, create_graph=True)[0]
+    expected = torch.autograd.grad((first * vector).sum(), leaf)[0]
+    leaf = theta.clone().requires_grad_()
+    close = {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(torch.autograd.grad((grad(leaf) * vector).sum(), leaf)[0], expected, **close)
+    torch.testing.assert_close(torch.func.vjp(grad, theta)[1](vector)[0], expected, **close)
+    torch.testing.assert_close(torch.func.jvp(grad, (theta,), (vector,))[1], expected, **close)
+    torch.testing.assert_close(torch.func.vmap(grad)(theta), grad(theta), **close)
+    rowwise = torch.func.vmap(lambda t, v: torch.func.jvp(grad, (t,), (v,))[1])
+    torch.testing.assert_close(rowwise(theta, vector), expected, **close)
+    with torch.autograd.forward_ad.dual_level():
+        dual = grad(torch.autograd.forward_ad.make_dual(theta, vector))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, expected, **close)
+        torch.testing.assert_close(grad(theta), first.detach(), **close)  # not a dual number: compiled
+    with torch.no_grad():  # nothing is tracked here although theta asks for it
+        assert not grad(leaf).requires_grad
+
+
+def test_pullback_of_a_tracked_score() -> None:
+    model = model_of("two targets")
+    score = torch.randn(3, len(model.x), 2, generator=generator(), dtype=F64).requires_grad_()
+    outputs, pullback = model.network.pullback(points(model, 3), model.x)
+    assert not outputs.requires_grad
+    (by_score,) = torch.autograd.grad(pullback(score).square().sum(), score)
+    assert by_score.isfinite().all()
+
+
+# ---------------------------------------------------------------- where it applies
+
+
+def used(model: BayesianModel) -> bool:
+    return model._compiled(points(model, 2), None) is not None
+
+
+@needs_compiler
+def test_the_models_that_are_compiled() -> None:
+    assert used(model_of())
+    assert used(model_of(dtype=F32).to(dtype=F64))
+    assert not used(model_of("student")), "its network is, its likelihood is torch's"
+    assert not used(model_of(widths=(3, fused._WIDEST + 1)))
+    net = nn.Sequential(nn.utils.skip_init(nn.Linear, 3, 4), nn.Mish(), nn.utils.skip_init(nn.Linear, 4, 1))
+    x = torch.randn(9, 3, generator=generator())
+    assert not used(BayesianModel(net, priors.Normal(), likelihoods.Gaussian(), x, x[:, 0]))
+    model = model_of(dtype=F32)
+    theta = points(model, 2)
+    assert model._compiled(theta.double(), None) is None
+    assert model._compiled(theta.requires_grad_(), None) is None
+    assert not used(model.linearised(theta[0]))
+
+
+def test_copies_have_densities_of_their_own() -> None:
+    model = model_of("learned")
+    theta = points(model, 3)
+    expected = model.log_joint_and_grad(theta)
+    part = copy.copy(model)
+    part.x, part.y = model.x[:7], model.y[:7]
+    assert_equal_to_torch(part, theta)
+    for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(same.log_joint_and_grad(theta), expected, rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------- compilation
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Start from an empty cache of libraries."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("BNNFLOW_CACHE", str(cache))
+    fused._library.cache_clear()
+    yield cache
+    fused._library.cache_clear()
+
+
+def _compile(_: int) -> bool:
+    return fused._library(F64) is not None
+
+
+@needs_compiler
+def test_processes_may_compile_at_the_same_time(fresh: Path) -> None:
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert all(pool.map(_compile, range(2), chunksize=1))
+    assert [path.suffix for path in fresh.iterdir()] == [".so"]
+
+
+@pytest.mark.parametrize("reason", ["off", "no compiler", "broken compiler", "cache is a file"])
+def test_without_a_library_torch_evaluates(
+    reason: str, fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if reason == "off":
+        monkeypatch.setenv("BNNFLOW_FUSED", "0")
+    elif reason == "no compiler":
+        monkeypatch.setenv("PATH", str(fresh))
+        monkeypatch.delenv("CXX", raising=False)
+    elif reason == "broken compiler":
+        monkeypatch.setenv("CXX", shutil.which("false") or "false")
+    else:
+        fresh.write_text("")
+    with caplog.at_level("DEBUG", "bnnflow"):
+        model = model_of("learned")
+        theta = points(model, 3)
+        assert not used(model)
+        torch.testing.assert_close(model.log_joint_and_grad(theta), by_torch(model, theta), rtol=0, atol=0)
+    assert len(caplog.records) == (reason != "off")

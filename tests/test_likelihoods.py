@@ -1,0 +1,507 @@
+"""Laws that every likelihood keeps, and closed forms of the counts, the heavy tails and the ordered classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributions as td
+from pyro import condition, poutine
+from scipy import integrate, stats
+from torch import Tensor, nn
+
+from bnnflow import BayesianModel, likelihoods, metrics, predict, priors
+
+F64 = torch.float64
+
+LIKELIHOODS: dict[str, tuple[Any, int]] = {  # likelihood, outputs
+    "gaussian": (likelihoods.Gaussian(0.3), 2),
+    "gaussian learned": (likelihoods.Gaussian(), 2),
+    "heteroscedastic": (likelihoods.HeteroscedasticGaussian(0.05), 4),
+    "student": (likelihoods.StudentT(3.5, 0.4), 2),
+    "student learned": (likelihoods.StudentT(5.0, scale_prior=td.LogNormal(-1.0, 0.5)), 1),
+    "poisson": (likelihoods.Poisson(), 2),
+    "negative binomial": (likelihoods.NegativeBinomial(0.7), 2),
+    "negative binomial learned": (likelihoods.NegativeBinomial(), 1),
+    "categorical": (likelihoods.Categorical(), 3),
+    "bernoulli": (likelihoods.Bernoulli(), 1),
+    "ordinal of 3": (likelihoods.Ordinal(3), 1),
+    "ordinal of 5": (likelihoods.Ordinal(5, td.HalfNormal(2.0)), 1),
+}
+COUNTS = [name for name, (each, _) in LIKELIHOODS.items() if getattr(each, "discrete", False)]
+REGRESSION = [name for name, (each, _) in LIKELIHOODS.items() if each.kind == "regression"]
+CONTINUOUS = [name for name in REGRESSION if name not in COUNTS]
+CLASSES = [name for name in LIKELIHOODS if name not in REGRESSION]
+WITH_FISHER = [name for name, (each, _) in LIKELIHOODS.items() if hasattr(each, "fisher_factor")]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def built(make: Callable[[], nn.Module]) -> nn.Module:
+    """Build a network from a seed, without a trace in the global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return make()
+
+
+def n_targets(name: str) -> int:
+    return {"heteroscedastic": 2}.get(name, LIKELIHOODS[name][1])
+
+
+def n_classes(name: str) -> int:
+    return {"categorical": 3, "bernoulli": 2, "ordinal of 3": 3, "ordinal of 5": 5}[name]
+
+
+def targets(name: str, *shape: int, seed: int = 5) -> Tensor:
+    g = generator(seed)
+    if name in CLASSES:
+        return torch.randint(n_classes(name), shape, generator=g)
+    if name in COUNTS:
+        return torch.randint(8, (*shape, n_targets(name)), generator=g).to(F64)
+    return 1.5 * torch.randn(*shape, n_targets(name), generator=g, dtype=F64)
+
+
+def case(name: str, chains: int = 3, n: int = 7) -> tuple[Any, Tensor, dict[str, Tensor]]:
+    likelihood, n_outputs = LIKELIHOODS[name]
+    outputs = 1.2 * torch.randn(chains, n, n_outputs, generator=generator(4), dtype=F64)
+    g, parameters = generator(6), {}
+    for key, prior in likelihood.parameters.items():
+        shape = tuple(prior.batch_shape) or (1,)
+        parameters[key] = torch.rand(chains, *shape, generator=g, dtype=F64) + 0.3
+    return likelihood, outputs, parameters
+
+
+def oracle(name: str, outputs: Tensor, parameters: dict[str, Tensor]) -> td.Distribution:
+    """Return torch's distribution of a row."""
+    likelihood = LIKELIHOODS[name][0]
+
+    def setting(key: str) -> Any:
+        fixed = getattr(likelihood, key)
+        return parameters[key].unsqueeze(-1) if fixed is None else torch.tensor(fixed, dtype=F64)
+
+    if name.startswith("gaussian"):
+        return td.Independent(td.Normal(outputs, setting("scale")), 1)
+    if name == "heteroscedastic":
+        mean, raw = outputs.chunk(2, -1)
+        return td.Independent(td.Normal(mean, nn.functional.softplus(raw) + 0.05), 1)
+    if name.startswith("student"):
+        return td.Independent(td.StudentT(likelihood.df, outputs, setting("scale")), 1)
+    if name == "poisson":
+        return td.Independent(td.Poisson(outputs.exp()), 1)
+    if name.startswith("negative binomial"):
+        r = 1 / setting("dispersion").expand_as(outputs)
+        return td.Independent(td.NegativeBinomial(r, logits=outputs - r.log()), 1)
+    if name.startswith("ordinal"):
+        gaps = parameters["gap"].cumsum(-1)
+        cutpoints = torch.cat([torch.zeros_like(gaps[..., :1]), gaps], -1).unsqueeze(-2)  # (..., 1, classes - 1)
+        below = torch.sigmoid(cutpoints - outputs)
+        ends = torch.zeros_like(outputs), torch.ones_like(outputs)
+        return td.Categorical(torch.cat([ends[0], below, ends[1]], -1).diff(dim=-1))
+    return td.Categorical(logits=outputs) if name == "categorical" else td.Bernoulli(logits=outputs.squeeze(-1))
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_log_prob_is_torchs_with_every_constant(name: str) -> None:
+    likelihood, outputs, parameters = case(name)
+    y = likelihood.validate(targets(name, 7), outputs.shape[-1])
+    log_prob = likelihood.log_prob(outputs, y, parameters)
+    expected = oracle(name, outputs, parameters).log_prob(y.to(F64) if name == "bernoulli" else y)
+    assert log_prob.shape == (3, 7)
+    torch.testing.assert_close(log_prob, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_density_has_mass_one(name: str) -> None:
+    likelihood, outputs, parameters = case(name, 1, 1)
+    if name in CLASSES:
+        rows = [likelihood.log_prob(outputs, torch.full((1,), k), parameters) for k in range(n_classes(name))]
+        assert torch.cat(rows).exp().sum() == pytest.approx(1, abs=1e-12)
+    elif name in COUNTS:
+        one = outputs[..., :1].expand(1, 400, 1)
+        y = torch.arange(400, dtype=F64).unsqueeze(-1)
+        assert likelihood.log_prob(one, y, parameters).exp().sum() == pytest.approx(1, abs=1e-10)
+    else:
+        one = outputs[..., ::2] if name == "heteroscedastic" else outputs[..., :1]
+
+        def density(value: float) -> float:
+            return math.exp(float(likelihood.log_prob(one, torch.full((1, 1), value, dtype=F64), parameters)))
+
+        assert integrate.quad(density, -np.inf, np.inf, limit=400)[0] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("per_network", [False, True], ids=["shared y", "y per network"])
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_score_is_the_gradient(name: str, per_network: bool) -> None:
+    likelihood, outputs, parameters = case(name)
+    y = targets(name, 3, 7) if per_network else likelihood.validate(targets(name, 7), outputs.shape[-1])
+    logs = {key: value.log().requires_grad_() for key, value in parameters.items()}
+    outputs.requires_grad_()
+    log_prob = likelihood.log_prob(outputs, y, {key: log.exp() for key, log in logs.items()})
+    expected = torch.autograd.grad(log_prob.sum(), [outputs, *logs.values()])
+    by_outputs, by_parameters = likelihood.score(outputs, y, parameters)
+    assert list(by_parameters) == list(likelihood.parameters)
+    for found, wanted in zip([by_outputs, *by_parameters.values()], expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    if per_network:  # each network sees its own targets
+        alone = [
+            likelihood.log_prob(outputs[i : i + 1], y[i], {k: v[i : i + 1] for k, v in parameters.items()})
+            for i in range(3)
+        ]
+        torch.testing.assert_close(log_prob, torch.cat(alone))
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_score_in_single_precision(name: str) -> None:
+    likelihood, outputs, parameters = case(name)
+    y = targets(name, 7)
+    exact = likelihood.score(outputs, y, parameters)
+    single_y = y if name in CLASSES else y.float()
+    single = {key: value.float() for key, value in parameters.items()}
+    by_outputs, by_parameters = likelihood.score(outputs.float(), single_y, single)
+    assert by_outputs.dtype == torch.float32
+    assert likelihood.log_prob(outputs.float(), single_y, single).dtype == torch.float32
+    torch.testing.assert_close(by_outputs.double(), exact[0], rtol=1e-4, atol=1e-4)
+    for key, value in by_parameters.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), exact[1][key], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", WITH_FISHER)
+def test_fisher_factor_is_the_covariance_of_the_score(name: str) -> None:
+    likelihood, outputs, parameters = case(name, 2, 1)
+    size, count = outputs.shape[-1], 60_000
+    factor, information = likelihood.fisher_factor(outputs, parameters)
+
+    def scores(i: int) -> Tensor:
+        """Scores by outputs and log parameters of many draws of the row of network i."""
+        many = outputs[i : i + 1].expand(count, 1, size)
+        values = {key: value[i : i + 1].expand(count, *value.shape[1:]) for key, value in parameters.items()}
+        if name in CLASSES:
+            probs = likelihood.mean(many[:1], {k: v[:1] for k, v in values.items()})[0, 0]
+            y = torch.multinomial(probs, count, replacement=True, generator=generator(i)).unsqueeze(-1)
+        else:
+            y = likelihood.sample(many, values, generator(i))
+        by_outputs, by_parameters = likelihood.score(many, y, values)
+        return torch.cat([by_outputs[:, 0], *by_parameters.values()], -1)  # (count, size + parameters)
+
+    for i in range(2):
+        drawn = scores(i)
+        expected = torch.zeros(drawn.shape[1], drawn.shape[1], dtype=F64)
+        expected[:size, :size] = factor[i, 0] @ factor[i, 0].mT
+        for value in information.values():
+            if value.dim() == 4:
+                whole = torch.cat([factor[i, 0], value[i, 0]], 0)
+                expected = whole @ whole.mT
+            else:
+                expected[size:, size:] = torch.diag(value[i])
+        products = drawn.unsqueeze(-1) * drawn.unsqueeze(-2)
+        error = products.std(0) / math.sqrt(count)
+        assert ((products.mean(0) - expected).abs() <= 5 * error + 1e-9).all()
+
+
+@pytest.mark.parametrize("name", REGRESSION)
+def test_samples_agree_with_mean_variance_and_cdf(name: str) -> None:
+    likelihood, outputs, parameters = case(name, 1, 2)
+    count = 20_000
+    many = outputs.expand(count, -1, -1)
+    values = {key: value.expand(count, *value.shape[1:]) for key, value in parameters.items()}
+    state = torch.get_rng_state()
+    y = likelihood.sample(many, values, generator(1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(y, likelihood.sample(many, values, generator(1)))
+    mean, variance = likelihood.mean(outputs, parameters)[0], likelihood.variance(outputs, parameters)[0]
+    assert ((y.mean(0) - mean).abs() < 5 * (variance / count).sqrt()).all()
+    squares = (y - mean).square()
+    if name != "student":  # with 3.5 degrees of freedom the square has no variance
+        assert ((squares.mean(0) - variance).abs() < 6 * squares.std(0) / math.sqrt(count)).all()
+    law = oracle(name, outputs, parameters).base_dist
+    torch.testing.assert_close(mean, law.mean[0])
+    torch.testing.assert_close(variance, law.variance[0])
+    for at in (-1.0, 0.0, 1.0, 3.0):
+        cdf = likelihood.cdf(outputs, torch.full_like(mean, at), parameters)[0]
+        below = (y <= at).double().mean(0)
+        assert ((below - cdf).abs() <= 5 * (cdf * (1 - cdf) / count).sqrt() + 1e-9).all()
+
+
+def test_cdfs_are_those_of_scipy() -> None:
+    y = torch.tensor([-3.0, -0.5, 0.0, 1.0, 2.5, 30.0], dtype=F64).reshape(-1, 1, 1)
+    likelihood, outputs, parameters = case("poisson", 1, 3)
+    found = likelihood.cdf(outputs, y, parameters).numpy()
+    np.testing.assert_allclose(found, stats.poisson.cdf(y.numpy(), outputs.exp().numpy()), rtol=1e-12)
+    likelihood, outputs, parameters = case("negative binomial", 1, 3)
+    mean, r = outputs.exp().numpy(), 1 / 0.7
+    found = likelihood.cdf(outputs, y, parameters).numpy()
+    np.testing.assert_allclose(found, stats.nbinom.cdf(y.numpy(), r, r / (r + mean)), rtol=1e-12)
+    likelihood, outputs, parameters = case("student", 1, 3)
+    found = likelihood.cdf(outputs, y, parameters).numpy()
+    np.testing.assert_allclose(found, stats.t.cdf(y.numpy(), 3.5, outputs.numpy(), 0.4), rtol=1e-12)
+
+
+def test_probabilities_of_classes() -> None:
+    for name in CLASSES:
+        likelihood, outputs, parameters = case(name)
+        probs = likelihood.mean(outputs, parameters)
+        assert probs.shape == (3, 7, n_classes(name))
+        for k in range(n_classes(name)):
+            log_prob = likelihood.log_prob(outputs, torch.full((7,), k), parameters)
+            torch.testing.assert_close(probs[..., k], log_prob.exp())
+
+
+def test_negative_binomial_without_dispersion_is_poisson() -> None:
+    outputs, y = torch.randn(1, 9, 1, generator=generator(), dtype=F64), targets("poisson", 9)[:, :1]
+    poisson, nearly = likelihoods.Poisson(), likelihoods.NegativeBinomial(1e-9)
+    for dtype, tolerance in ((F64, 1e-6), (torch.float32, 1e-4)):
+        where = outputs.to(dtype), y.to(dtype), {}
+        torch.testing.assert_close(nearly.log_prob(*where), poisson.log_prob(*where), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(nearly.score(*where)[0], poisson.score(*where)[0], rtol=tolerance, atol=tolerance)
+
+
+def test_student_of_many_degrees_of_freedom_is_gaussian() -> None:
+    outputs, y = torch.randn(1, 9, 1, generator=generator(), dtype=F64), targets("gaussian", 9)[:, :1]
+    heavy, light = likelihoods.StudentT(1e7, 0.4), likelihoods.Gaussian(0.4)
+    torch.testing.assert_close(heavy.log_prob(outputs, y, {}), light.log_prob(outputs, y, {}), rtol=1e-4, atol=1e-4)
+
+
+def test_extreme_outputs_have_finite_scores() -> None:
+    far = torch.tensor([-400.0, 400.0], dtype=F64).reshape(1, 2, 1)
+    gap = {"gap": torch.tensor([[0.1, 3.0]], dtype=F64)}
+    for label in range(4):
+        y = torch.full((2,), label)
+        assert likelihoods.Ordinal(4).log_prob(far, y, gap).isfinite().all()
+        assert likelihoods.Ordinal(4).score(far, y, gap)[0].isfinite().all()
+    by_outputs, by_parameters = likelihoods.NegativeBinomial().score(
+        far * 2, torch.full((2, 1), 3.0, dtype=F64), {"dispersion": torch.full((1, 1), 1e-8, dtype=F64)}
+    )
+    assert by_parameters["dispersion"].isfinite().all()
+    assert by_outputs.isfinite().all()
+
+
+# ---------------------------------------------------------------- in a model
+
+
+def model_of(name: str, *, dtype: torch.dtype = F64, n: int = 12, **options: Any) -> BayesianModel:
+    likelihood, n_outputs = LIKELIHOODS[name]
+    net = built(lambda: nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, n_outputs))).to(dtype)
+    x = torch.randn(n, 2, generator=generator(1), dtype=F64)
+    return BayesianModel(net, priors.Normal(0.8), likelihood, x.to(dtype), targets(name, n), **options)
+
+
+def points(model: BayesianModel, *shape: int) -> Tensor:
+    return 0.5 * torch.randn(*shape, model.dim, generator=generator(3), dtype=F64).to(model.dtype)
+
+
+def autograd(function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
+    theta = theta.detach().requires_grad_()
+    return torch.autograd.grad(function(theta).sum(), theta)[0]
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_log_joint_and_grad(name: str) -> None:
+    model = model_of(name, temperature=0.7)
+    theta = points(model, 3)
+    value, grad = model.log_joint_and_grad(theta)
+    torch.testing.assert_close(value, model.log_joint(theta), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(grad, autograd(model.log_joint, theta), rtol=1e-9, atol=1e-9)
+    single = model.to(dtype=torch.float32)
+    torch.testing.assert_close(single.log_joint_and_grad(theta.float())[1].double(), grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_all_batches_of_one_row_average_to_the_gradient(name: str) -> None:
+    model = model_of(name, temperature=0.7)
+    theta = points(model, 2)
+    pairs = [model.log_joint_and_grad(theta, torch.tensor([row])) for row in range(len(model.x))]
+    value, grad = model.log_joint_and_grad(theta)
+    torch.testing.assert_close(torch.stack([v for v, _ in pairs]).mean(0), value, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(torch.stack([g for _, g in pairs]).mean(0), grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", WITH_FISHER)
+def test_gauss_newton_is_the_fisher_matrix(name: str) -> None:
+    model = model_of(name, n=5)
+    theta = points(model, 2)
+    grad, factor = model.gauss_newton(theta)
+    torch.testing.assert_close(grad, model.log_likelihood_grad(theta), rtol=1e-9, atol=1e-9)
+    for row, a in zip(theta, factor, strict=True):
+        if name.startswith(("student", "negative")):  # no divergence in closed form, but blocks that do not mix
+            jacobian = torch.func.jacrev(model.outputs)(row)  # (n, out, dim)
+            parameters = model.likelihood_parameters(row.unsqueeze(0))
+            r, information = model.likelihood.fisher_factor(model.outputs(row).unsqueeze(0), parameters)
+            expected = torch.einsum("nkd,nkl,nle->de", jacobian, r[0] @ r[0].mT, jacobian)
+            for value in information.values():
+                expected[-1, -1] += value.squeeze()
+        else:
+            expected = torch.func.hessian(lambda other, row=row: _divergence(name, model, row, other))(row)
+        torch.testing.assert_close(a.mT @ a, expected, rtol=1e-8, atol=1e-8)
+
+
+def _divergence(name: str, model: BayesianModel, theta: Tensor, other: Tensor) -> Tensor:
+    """Return KL(p(y | theta) || p(y | other)): its Hessian in `other` at equality is Fisher's information."""
+    laws = [
+        oracle(name, model.outputs(each).unsqueeze(0), model.likelihood_parameters(each.unsqueeze(0)))
+        for each in (theta, other)
+    ]
+    return td.kl_divergence(*laws).sum()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_pyro_sees_the_same_density(name: str, temperature: float) -> None:
+    model = model_of(name, temperature=temperature)
+    for theta in points(model, 2):
+        params = model.spec.unflatten(theta)
+        sites = {
+            n.replace("likelihood.log_", "likelihood."): v.exp() if n in model.spec.extras else v
+            for n, v in params.items()
+        }
+        trace = poutine.trace(condition(model.to_pyro(), sites)).get_trace()
+        log_jacobian = theta[model.spec.network.dim :].sum()
+        torch.testing.assert_close(trace.log_prob_sum() + log_jacobian, model.log_joint(theta))
+
+
+def test_fingerprint_tells_likelihoods_apart() -> None:
+    def fingerprint(likelihood: Any, y: Tensor) -> str:
+        net = built(lambda: nn.Linear(2, 1))
+        return BayesianModel(net, priors.Normal(), likelihood, torch.arange(12.0).reshape(6, 2), y).fingerprint()
+
+    y = torch.tensor([0, 1, 2, 0, 1, 2])
+    several = [
+        likelihoods.Poisson(),
+        likelihoods.NegativeBinomial(0.5),
+        likelihoods.NegativeBinomial(0.6),
+        likelihoods.NegativeBinomial(),
+        likelihoods.NegativeBinomial(dispersion_prior=td.HalfNormal(2.0)),
+        likelihoods.StudentT(4.0, 0.5),
+        likelihoods.StudentT(5.0, 0.5),
+        likelihoods.StudentT(),
+        likelihoods.Ordinal(3),
+        likelihoods.Ordinal(4),
+        likelihoods.Ordinal(3, td.HalfNormal(1.0)),
+    ]
+    assert len({fingerprint(each, y) for each in several}) == len(several)
+
+
+# ---------------------------------------------------------------- predictions
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_predictions_are_mixtures(name: str) -> None:
+    model = model_of(name)
+    theta = points(model, 6)
+    p = predict(model, theta, chunk_size=4)
+    expected = model.pointwise_log_likelihood(theta).logsumexp(0) - math.log(6)
+    torch.testing.assert_close(p.log_prob(model.y), expected)
+    drawn = p.sample(4000, seed=1)
+    if name in CLASSES:
+        frequency = nn.functional.one_hot(drawn, n_classes(name)).double().mean(0)
+        assert (frequency - p.probs).abs().max() < 0.05
+        assert metrics.brier(p, model.y) > 0
+    else:
+        assert ((drawn.mean(0) - p.mean).abs() < 6 * p.sd / math.sqrt(4000)).all()
+        assert metrics.rmse(p, model.y.squeeze(-1)) > 0
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_quantiles_of_counts_are_whole_numbers_where_the_cdf_arrives(name: str) -> None:
+    model = model_of(name)
+    p = predict(model, points(model, 6))
+    levels = torch.tensor([0.01, 0.1, 0.5, 0.9, 0.99], dtype=F64)
+    for level, quantile in zip(levels, p.quantile(levels), strict=True):
+        assert torch.equal(quantile, quantile.round())
+        assert (p.cdf(quantile) >= level).all()
+        before = p._squeeze(p._cdf(quantile.reshape(1, 12, -1) - 1)[0])
+        assert (before < level).all()
+    assert torch.equal(p.quantile(0.5), p.quantile([0.5])[0])
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_crps_of_counts_is_that_of_samples(name: str) -> None:
+    model = model_of(name)
+    p = predict(model, points(model, 6))
+    y = model.y.clone()
+    y[0] = 90  # far outside what is predicted
+    drawn = p.sample(40_000, seed=2).reshape(40_000, 12, -1)
+    first, second = drawn.chunk(2)
+    # CRPS = E|Y - y| - E|Y - Y'| / 2
+    terms = (first - y).abs() - 0.5 * (first - second).abs()
+    error = terms.std(0) / math.sqrt(len(terms))
+    found = metrics._crps(p, y).reshape(12, -1)
+    assert ((found - terms.mean(0)).abs() < 5 * error + 1e-3).all()
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_coverage_of_counts_is_that_of_their_intervals(name: str) -> None:
+    model = model_of(name)
+    p = predict(model, points(model, 6))
+    low, high = p.interval(0.6)
+    y = p._squeeze(model.y)
+    assert metrics.coverage(p, model.y, 0.6) == float(((y >= low) & (y <= high)).double().mean())
+
+
+def test_randomised_pit_of_calibrated_counts_is_uniform() -> None:
+    net = built(lambda: nn.Linear(1, 1)).double()
+    x = torch.linspace(-1, 1, 2000, dtype=F64).unsqueeze(-1)
+    rates = (0.3 + 0.8 * x).exp()
+    y = torch.poisson(rates, generator=generator(3))
+    model = BayesianModel(net, priors.Normal(), likelihoods.Poisson(), x, y)
+    p = predict(model, torch.tensor([[0.8, 0.3]], dtype=F64))
+    values = metrics.pit(p, y)
+    assert stats.kstest(values.numpy(), "uniform").pvalue > 1e-3
+    assert torch.equal(values, metrics.pit(p, y, seed=0))
+    assert stats.kstest(p.cdf(y).numpy(), "uniform").pvalue < 1e-6  # which is why it is randomised
+    assert metrics.coverage(p, y, 0.8) >= 0.8
+
+
+def test_crps_of_wide_counts_is_refused() -> None:
+    x = torch.linspace(0, 1, 5, dtype=F64).unsqueeze(-1)
+    net = built(lambda: nn.Linear(1, 1)).double()
+    model = BayesianModel(net, priors.Normal(), likelihoods.NegativeBinomial(2.0), x, x * 4)
+    with pytest.raises(ValueError, match="the CRPS of counts sums over"):
+        metrics.crps(predict(model, torch.tensor([[0.0, 12.0]], dtype=F64)), model.y)
+
+
+# ---------------------------------------------------------------- refusals
+
+BAD: dict[str, tuple[Any, Tensor, int, str]] = {
+    "negative count": (likelihoods.Poisson(), torch.tensor([1.0, -2.0]), 1, "y in row 1 is -2: counts are the whole"),
+    "half a count": (likelihoods.NegativeBinomial(), torch.tensor([1.0, 2.0, 0.5]), 1, "y in row 2 is 0.5"),
+    "count in a column": (likelihoods.Poisson(), torch.tensor([[1.0, 2.5]]), 2, "y in row 0 is 2.5"),
+    "targets": (likelihoods.StudentT(), torch.zeros(3, 2), 1, r"\(n, 1\) for this network"),
+    "outputs of ordinal": (likelihoods.Ordinal(3), torch.zeros(3), 2, "one output, got 2"),
+    "label beyond": (likelihoods.Ordinal(3), torch.tensor([0, 3]), 1, "label 3 in row 1 is not one of the classes"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_targets_are_refused(name: str) -> None:
+    likelihood, y, n_outputs, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        likelihood.validate(y, n_outputs)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: likelihoods.StudentT(2.0), "df must be above 2"),
+        (lambda: likelihoods.StudentT(math.inf), "df must be above 2"),
+        (lambda: likelihoods.StudentT(4.0, -1.0), "scale must be positive"),
+        (lambda: likelihoods.NegativeBinomial(0.0), "dispersion must be positive, got 0.0; for none use Poisson"),
+        (lambda: likelihoods.Ordinal(2), "for two use Bernoulli"),
+    ],
+)
+def test_bad_settings_are_refused(make: Callable, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_learned_dispersion_has_no_fisher_factor() -> None:
+    model = model_of("negative binomial learned")
+    assert not hasattr(model.likelihood, "fisher_factor")
+    with pytest.raises(ValueError, match="NegativeBinomial has no fisher_factor"):
+        model.gauss_newton(points(model, 1))
