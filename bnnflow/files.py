@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bnnflow import storage
 from bnnflow.draws import Draws
+from bnnflow.inference import checkpoint
 from bnnflow.model import BayesianModel
 from bnnflow.transport import Flow
 
@@ -13,15 +14,18 @@ __all__ = ["load"]
 
 
 def load(path: str | Path, model: BayesianModel | None = None) -> Draws | Flow:
-    """Read draws or a flow from a file that ``save`` wrote.
+    """Read draws or a flow from a file that ``save`` wrote, or the draws of a run from its checkpoint folder.
 
     Args:
-        path: the file.
+        path: the file, or the folder given to ``sample(..., checkpoint=...)``; the run may be going on, or be dead.
         model: binds a likelihood-informed flow.
 
     Raises:
-        ValueError: if the file is not bnnflow's, is newer than this version, or is an informed flow without a model.
+        ValueError: if the file is not bnnflow's, is newer than this version, or is an informed flow without a model;
+            if a folder holds no draws.
     """
+    if Path(path).is_dir():
+        return checkpoint.load(path)
     header, arrays = storage.read(path, {"draws": 1, "flow": 1})
     if header["kind"] == "draws":
         return Draws.from_file(header, arrays)

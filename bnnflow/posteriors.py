@@ -179,8 +179,9 @@ class CouplingFlow:
 
     def sample(self, n: int, seed: Seed) -> Tensor:
         """Draw ``(n, dim)``."""
+        distribution = self._distribution
         with torch.no_grad(), isolated(as_generator(seed, self.parameters[-1].device)):
-            return self._distribution.sample((n,))
+            return distribution.sample((n,)).clone()  # not the tensor that Pyro caches the inverse of
 
     def log_prob(self, theta: Tensor) -> Tensor:
         """Return the log density, ``(..., dim) -> (...)`` in float64; differentiable."""
@@ -192,7 +193,8 @@ class CouplingFlow:
 
         loc = self.parameters[-1]
         hidden = len(self.parameters[0]) if self.permutations else 1
-        transform = coupling_flow(self.permutations, len(loc), hidden).to(loc)
+        with torch.random.fork_rng(devices=[]):  # the networks' initial weights are drawn, and then replaced
+            transform = coupling_flow(self.permutations, len(loc), hidden).to(loc)
         for own, parameter in zip(transform.parameters(), self.parameters, strict=True):
             own.data = parameter
         base = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1)

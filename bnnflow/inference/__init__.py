@@ -14,6 +14,7 @@ from bnnflow.inference.schedules import Constant, Cyclical, Polynomial
 from bnnflow.inference.sghmc import SGHMC
 from bnnflow.inference.sgld import SGLD
 from bnnflow.inference.sgnht import SGNHT
+from bnnflow.inference.smc import SMC
 from bnnflow.inference.swag import SWAG
 from bnnflow.inference.vi import VI
 
@@ -23,6 +24,7 @@ __all__ = [
     "SGHMC",
     "SGLD",
     "SGNHT",
+    "SMC",
     "SWAG",
     "VI",
     "AdjustedMCLMC",

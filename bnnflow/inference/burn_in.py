@@ -113,17 +113,17 @@ class _BurnIn:
 
     A step size that is found rather than given starts at the longest stable one and comes down to the one to sample
     with over the first half, as in annealing: what is far from the mode gets there and cools. Scales are measured at
-    the start and twice in the first half, where also an anchor moves to where its chain is, if the density is higher
-    there; the second half averages curvature and noise over three measurements. Chains that diverge shorten the step,
-    to a quarter where all do, and clean transitions lengthen it by 5 %, never beyond what was asked for or found; what
-    is used in the end is the shortest of the last quarter.
+    the start and three times in the first half, where also an anchor moves to where its chain is, if the density is
+    higher there; the second half averages curvature and noise over three measurements. Chains that diverge and have
+    not risen shorten the step, to a quarter where all do, and clean transitions lengthen it by 5 %, never beyond what
+    was asked for or found; what is used in the end is the shortest of the last quarter.
     """
 
     def __init__(self, model: BayesianModel, run: Run, settings: Settings, recipe: Recipe, warmup: int) -> None:
         self.model, self.run, self.settings, self.recipe, self.warmup = model, run, settings, recipe, warmup
         own = "diagonal" if settings.step_size is None else "none"
         self.diagonal = (settings.preconditioner or own) == "diagonal"
-        self.early = {round(warmup * part) for part in (0.25, 0.5)} - {0, warmup}
+        self.early = {round(warmup * part) for part in (0.05, 0.25, 0.5)} - {0, warmup}
         self.late = {round(warmup * part): 1 / k for k, part in enumerate((0.625, 0.75, 0.875), 1) if warmup >= 8}
 
     def init(self, theta: Tensor, generator: torch.Generator) -> BurnIn:
@@ -152,8 +152,10 @@ class _BurnIn:
         chain = state.chain
         if 2 * state.done <= self.warmup:
             chain = self.recipe.settle(chain, state.scales, size)
+        before = chain.log_joint
         chain, info = self.kernel(state, size, Constant()).step(chain, generator)
-        diverged = float(self.run.ranks.mean(info.diverging.double().mean()))
+        lost = info.diverging & ~(chain.log_joint > before)  # not those on a long way uphill
+        diverged = float(self.run.ranks.mean(lost.double().mean()))
         shrink = max(1e-12, min(1.0, state.shrink * math.exp(0.05 * (diverged < 1) - 1.4 * diverged)))
         lowest = min(state.lowest, shrink) if state.done > 0.75 * self.warmup else shrink
         state = BurnIn(chain, state.scales, state.anchor, shrink, lowest, state.done + 1)
@@ -222,7 +224,8 @@ def kept(
 
     The configurational temperature is (centre - theta) . grad log_joint / dim. Its mean is 1 under the posterior
     whatever the constant centre is, here the chain's first point: integrate by parts. Mini-batch gradients leave the
-    mean as it is, as their batch is independent of theta.
+    mean as it is, as their batch is independent of theta. It is near 0 while a chain has not yet moved away from where
+    it began, and far from 1 while it drifts.
 
     Args:
         kernel: its states have ``theta``, ``log_joint`` and ``grad``.

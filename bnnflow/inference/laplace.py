@@ -27,7 +27,7 @@ LARGEST_FULL = 8000
 """Largest number of coordinates with a full covariance: a float64 matrix of them takes 512 MB, and three are needed."""
 
 _ENTRIES = 2**24  # of a block of rows of the Jacobian, 128 MB in float64
-_NEWTON_STEPS = 20
+_NEWTON_STEPS = 50
 _SMALL = 1e-3  # nats that a Newton step from a mode may still promise
 
 Structure = Literal["full", "diagonal", "last_layer", "kronecker"]
@@ -349,7 +349,8 @@ def _kronecker(model: BayesianModel, mode: Tensor) -> KroneckerGaussian:
     options = {"subset_of_weights": "all", "hessian_structure": "kron"}
     fitted = laplace.Laplace(net, "regression" if regression else "classification", **options)
     data = torch.utils.data.TensorDataset(model.x, model.y)
-    fitted.fit(torch.utils.data.DataLoader(data, batch_size=256))
+    with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
+        fitted.fit(torch.utils.data.DataLoader(data, batch_size=256))
     prior, spec = prior_precision(model, mode), model.spec
     names = [name for name in spec.names if name not in spec.extras]
     left, right, precision = [], [], []

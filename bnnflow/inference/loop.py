@@ -201,7 +201,8 @@ def _draw(progress: _Progress, draws: int, run: Run, generator: torch.Generator,
     values = {name: value[:, :draws] for name, value in record.read().items()}
     values = _gathered(values, progress.step, run)
     stats = {name: value for name, value in values.items() if name not in ("theta", "log_joint")}
-    info = tuned.found | {"interrupted": interrupted, "gradients_per_chain": round(progress.gradients)}
+    gradients = float(run.ranks.mean(torch.tensor(progress.gradients, dtype=torch.float64, device=generator.device)))
+    info = tuned.found | {"interrupted": interrupted, "gradients_per_chain": round(gradients)}
     if "diverging" in stats:
         info["divergences"] = int(stats["diverging"].sum())
     return Draws(values["theta"], values["log_joint"], stats, info=info)

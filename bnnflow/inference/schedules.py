@@ -85,16 +85,17 @@ class Cyclical:
     Step k of a cycle has the scale (1 + cos(pi k / length)) / 2. The first ``exploration`` of a cycle descends
     without noise, in long steps, to another mode; the rest samples there. Draws are kept from sampling only: the
     transition that reaches a cycle's end makes the whole exploration of the next before it goes on, so that every
-    draw, the first included, follows as many sampling steps as any other. As in the paper modes are found, not
-    weighted: how often each is visited is no estimate of its mass.
+    draw, the first included, follows sampling steps. As in the paper modes are found, not weighted: how often each is
+    visited is no estimate of its mass. Without noise a chain ends near a mode, and sampling must last long enough to
+    warm it up again: draws of short cycles are too cold, which their ``configurational_temperature`` shows.
 
     Args:
         length: steps of a cycle.
         exploration: fraction of it without noise.
     """
 
-    length: int = 2000
-    exploration: float = 0.8
+    length: int = 5000
+    exploration: float = 0.25
 
     def __post_init__(self) -> None:
         if not isinstance(self.length, int) or self.length < 1:

@@ -131,7 +131,7 @@ def psgld(
     def init(theta: Tensor, generator: torch.Generator) -> PSGLDState:
         value, grad = target(theta, generator)
         squares = (torch.nan_to_num(grad, 0.0, 0.0, 0.0) / n).square()
-        squares = squares.mean(-1, keepdim=True).expand_as(grad).clone()  # one scale, until something is known
+        squares = 0.5 * (squares.mean(0) + squares.mean()).expand_as(grad).clone()  # no scale is small by chance
         metric = preconditioner(squares)
         state = PSGLDState(theta, value, grad, squares, metric, 0)
         before = state._replace(grad=torch.zeros_like(theta))
@@ -229,7 +229,9 @@ class SGLD:
 
         def choose(scales: Scales) -> tuple[float, float]:
             eps = 4 * self.bias / max(scales.curvature, scales.noise_level)
-            return min(eps / self.schedule.kept_scale, 2 / scales.curvature), 1 / scales.curvature
+            eps = min(eps / self.schedule.kept_scale, 2 / scales.curvature)
+            # A preconditioner that follows the gradient is not known well enough for the longest stable step.
+            return eps, eps if self.preconditioner == "rmsprop" else 1 / scales.curvature
 
         def notes(scales: Scales, step_size: float) -> dict[str, Any]:
             kept = step_size * self.schedule.kept_scale

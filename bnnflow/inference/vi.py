@@ -95,7 +95,7 @@ class VI:
             return value + root.diagonal().double().log().sum(), grad @ root
 
         with isolated(run.generator):
-            guide = _guide("full", torch.zeros_like(loc), 1.0)
+            guide = _guide("full", torch.zeros_like(loc), self.scale)
             found = fit_guide(target, guide, self, run.progress, "VI")
             q = guide.get_posterior()
         found["gradients_per_chain"] += WARM_START
@@ -151,7 +151,8 @@ def fit_guide(target: LogDensityAndGrad, guide: Any, settings: Settings, progres
     steps, particles = settings.steps, settings.particles
     with pyro.get_param_store().scope():
         guide()  # builds the parameters
-    optimiser = torch.optim.Adam(guide.parameters(), settings.learning_rate)
+    # Gradients shrink by orders of magnitude on the way; a longer memory of them (0.999) would stall the scales.
+    optimiser = torch.optim.Adam(guide.parameters(), settings.learning_rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: 0.5 * (1 + math.cos(math.pi * i / steps)))
     broken = 0
     with progress_bar(steps, name, progress, "step") as bar:

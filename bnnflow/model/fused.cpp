@@ -5,13 +5,17 @@
 // so forward products broadcast weights, and gradients by weights stay vectors of partial sums until the last block.
 // No -ffast-math: NaN and infinity behave as written, only a * b + c may be contracted.
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <type_traits>
 #include <utility>
@@ -38,7 +42,7 @@ typedef Bits BitsVec __attribute__((vector_size(kBytes)));
 typedef double DoubleVec __attribute__((vector_size(kLanes * sizeof(double))));
 
 enum Activation : int64_t { kIdentity, kTanh, kSigmoid, kRelu, kSilu, kGelu, kGeluTanh };
-enum Likelihood : int64_t { kNone, kScore, kGaussian, kHeteroscedastic, kCategorical, kBernoulli };
+enum Likelihood : int64_t { kScore, kGaussian, kHeteroscedastic, kCategorical, kBernoulli };
 
 struct Layer {
     int64_t in, out, weight, bias, activation;  // offsets into theta; bias is -1 where there is none
@@ -46,7 +50,7 @@ struct Layer {
 
 struct Prior {  // one stretch of theta; log: theta is the logarithm of a half-normal variable
     int64_t start, stop, log;
-    const T *loc, *scale;
+    const T *loc, *inverse_scale;
     double constant;
 };
 
@@ -85,11 +89,23 @@ static inline Vec polynomial(const T (&c)[N], Vec x) {
     return sum;
 }
 
+// v between -bound and bound; keeps NaN, for which gcc makes no minimum of a comparison.
+static inline Vec clamp(Vec v, T bound) {
+#if defined(__AVX512F__)
+    if constexpr (kFloat) {
+        return (Vec)_mm512_min_ps((__m512)splat(bound), _mm512_max_ps((__m512)splat(-bound), (__m512)v));
+    } else {
+        return (Vec)_mm512_min_pd((__m512d)splat(bound), _mm512_max_pd((__m512d)splat(-bound), (__m512d)v));
+    }
+#else
+    v = splat(-bound) > v ? splat(-bound) : v;
+    return splat(bound) < v ? splat(bound) : v;
+#endif
+}
+
 // 2^t; saturates at 2^-126 and 2^126 (float), keeps NaN.
 static inline Vec exp2(Vec t) {
-    constexpr T bound = kFloat ? 126 : 1022;
-    t = t < -bound ? splat(-bound) : t;
-    t = t > bound ? splat(bound) : t;
+    t = clamp(t, kFloat ? 126 : 1022);
     // Adding 1.5 * 2^23 rounds to an integer in the last bits; with the bias of exponents added they are those of 2^i.
     constexpr int mantissa = kFloat ? 23 : 52;
     constexpr T magic = kFloat ? T(12582912 + 127) : T(6755399441055744 + 1023);
@@ -207,8 +223,7 @@ struct Gelu {
 struct GeluTanh {
     static Vec value(Vec a, Vec* slope) {
         constexpr T c = T(1.595769121605730711), d = T(.044715);  // 2 sqrt(2 / pi)
-        Vec b = a < splat(-16) ? splat(-16) : a;                  // no overflow in the cube
-        b = b > splat(16) ? splat(16) : b;
+        Vec b = clamp(a, 16);                                     // no overflow in the cube
         Vec s = sigmoid(c * (b + d * b * b * b));
         *slope = s + b * s * (T(1) - s) * c * (T(1) + 3 * d * b * b);
         return a * s;
@@ -377,9 +392,9 @@ struct Block {
     int64_t units, targets, width;
     const Vec *out, *y;
     Vec* score;
-    Vec kept[1];  // of the last vector: 1 for a row, 0 past the end
+    Vec kept;  // of the last vector: 1 for a row, 0 past the end
 
-    Vec keep(Vec v, int64_t r) const { return r + 1 < width ? v : kept[0] > splat(0) ? v : Vec{}; }
+    Vec keep(Vec v, int64_t r) const { return r + 1 < width ? v : kept > splat(0) ? v : Vec{}; }
 };
 
 // Sum of squared standardised residuals; value and the score of the scale follow from it.
@@ -526,7 +541,7 @@ struct Worker {
         const Layer& last = p.layers[p.n_layers - 1];
         if (c.outputs) copy_rows<true>(c.outputs + chain * last.out * c.n, last.out, start, width, const_cast<Vec*>(h));
         if (!c.grad) return;
-        score(Block{last.out, p.n_targets, width, h, x + p.layers[0].in * width, delta, {kept(start, width)}}, chain, start,
+        score(Block{last.out, p.n_targets, width, h, x + p.layers[0].in * width, delta, kept(start, width)}, chain, start,
               inverse_scale, value);
         // From here value_end, slope_end and delta belong to the layer that the loop comes to.
         auto finish = [&](const Layer& layer, Vec* delta, int64_t u, int64_t some) {
@@ -587,7 +602,7 @@ struct Worker {
         double tail = 0, total = prior.constant;
         T weight = T(c.prior_weight);
         int64_t i = prior.start;
-        const T *loc = prior.loc - i, *inverse = prior.scale - i;
+        const T *loc = prior.loc - i, *inverse = prior.inverse_scale - i;
         if (prior.log) {
             for (; i < prior.stop; ++i) {
                 double z = std::exp(double(theta[i])) * inverse[i];
@@ -652,7 +667,11 @@ extern "C" int bnnflow_evaluate(const Problem* problem, const Call* call) try {
         for (int64_t chain = c.chains * worker / workers; chain < c.chains * (worker + 1) / workers; ++chain) one.run(chain);
     };
     std::vector<std::thread> threads;
-    for (int64_t worker = 1; worker < workers; ++worker) threads.emplace_back(work, worker);
+    for (int64_t worker = 1; worker < workers; ++worker) try {
+            threads.emplace_back(work, worker);
+        } catch (const std::system_error&) {
+            work(worker);  // the system gives no more threads
+        }
     work(0);
     for (auto& thread : threads) thread.join();
     return 0;

@@ -20,7 +20,7 @@ from bnnflow.inference.hmc import hmc
 
 N_LEAPFROG, STEP_SIZE = 32, 2e-4
 GRADIENTS = 4096  # over all chains, in one measurement
-ROUNDS = 15
+ROUNDS = 11
 CHAINS = (16, 64)
 DATA_SETS = ("yacht", "concrete")
 ASKED = {"the better blackjax": ("blackjax", 1.0), "the best of Pyro": ("Pyro", 20.0)}

@@ -1,0 +1,327 @@
+"""Tempered sequential Monte Carlo: particles from the prior to the posterior, and the evidence on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bnnflow.draws import Draws
+from bnnflow.inference.hmc import hmc
+from bnnflow.inference.ranks import Ranks
+from bnnflow.inference.run import Run
+from bnnflow.model import BayesianModel
+from bnnflow.progress import progress_bar
+from bnnflow.types import Posterior
+
+__all__ = ["SMC"]
+
+
+class _Particles(NamedTuple):
+    """Where the particles of every run are on their way; those of this process."""
+
+    theta: Tensor  # (run, particle, dim)
+    log_ratio: Tensor  # (run, particle), log_joint - log start density, float64
+    log_start: Tensor  # (run, particle), float64
+    log_weights: Tensor  # (run, particle), normalised over the particles of all processes
+    root: Tensor  # (run, particle), which of the first particles it descends from
+    fraction: Tensor  # (run,), the inverse temperature, 0 to 1
+    log_evidence: Tensor  # (run,)
+    resampled: Tensor  # (run,), how often
+    step_size: float
+    acceptance: float
+    gradients: float
+    shared: Tensor  # state of the generator that all processes have in common
+
+
+@dataclass(frozen=True, eq=False)
+class SMC:
+    """Carry particles from the prior to the posterior by tempering (Del Moral, Doucet and Jasra 2006).
+
+    Particles drawn from the start q0 follow q0^(1 - b) exp(log_joint)^b for b from 0 to 1. Every b is chosen so that
+    reweighting leaves the wanted fraction of effective particles (Jasra et al. 2011); then they are resampled, unless
+    b = 1, and moved by Hamiltonian Monte Carlo that leaves the present density invariant. The weighted particles
+    approximate the posterior and the product of the mean weights its evidence, without bias for a given schedule; both
+    become exact as the number of particles grows. Chains are independent runs.
+
+    ``draws.log_evidence`` has the standard error of the mean over runs, by the estimate of Lee and Whiteley (2018) from
+    the ancestors of the particles or by the spread of the runs, whichever is larger. At a temperature other than 1 there
+    is no evidence, only the normaliser of the tempered posterior, ``info["log_tempered_normaliser"]``.
+
+    Args:
+        particles: in each run.
+        ess: fraction of effective particles that a step of the temperature leaves.
+        moves: transitions at every temperature.
+        trajectory_length: mean integration time of a transition, in units of the particles' standard deviations.
+        max_leapfrog: bound on the leapfrog steps of a transition.
+        target_acceptance: mean acceptance rate to aim at.
+        start: the density q0; the prior if None.
+        chunk_size: particles that are evaluated together, which bounds the memory.
+    """
+
+    particles: int = 1000
+    ess: float = 0.7
+    moves: int = 4
+    trajectory_length: float = 1.0
+    max_leapfrog: int = 128
+    target_acceptance: float = 0.85
+    start: Posterior | None = None
+    chunk_size: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("ess", "target_acceptance"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in (0, 1), got {getattr(self, name)}")
+        for name in ("moves", "trajectory_length", "max_leapfrog", "chunk_size"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.particles < 10:
+            raise ValueError(f"particles must be at least 10, got {self.particles}")
+
+    def sample(self, model: BayesianModel, run: Run) -> Draws:
+        """Run the particles; see `bnnflow.sample`. ``chains`` is the number of independent runs."""
+        run.refuse(self, "particles and a start", "warmup", "draws", "init")
+        runs, ranks, checkpoint = run.chains or 4, run.ranks, run.checkpoint
+        mine = ranks.share("particles", self.particles)
+        path = _Path(model, self.start, self.chunk_size)
+        generator = ranks.own_generator(run.generator)
+        state = self._first(path, runs, mine, generator, run)
+        steps = 0
+        if checkpoint and checkpoint.saved:
+            state = checkpoint.saved.state("particles", state)
+            steps = checkpoint.saved.header["step"]
+            generator.set_state(torch.from_numpy(checkpoint.saved.arrays["generator/0"]))
+            if ranks.size > 1:
+                run.generator.set_state(state.shared.cpu())
+
+        def save() -> None:
+            if checkpoint:
+                checkpoint.save({"stage": "tempering", "step": steps}, generator, particles=state)
+
+        with progress_bar(None, "SMC", run.progress and ranks.rank == 0, "temperature", initial=steps) as bar:
+            while bool((state.fraction < 1).any()):
+                state = self._advance(path, state, ranks, generator, run.generator)
+                steps += 1
+                bar.update()
+                bar.set_postfix(
+                    at=f"{float(state.fraction.min()):.2e}",
+                    accept=f"{state.acceptance:.2f}",
+                    step=f"{state.step_size:.1e}",
+                    gradients=f"{state.gradients:.0f}",
+                )
+                if checkpoint and checkpoint.due(True, generator.device):
+                    save()
+            save()
+        return self._draws(model, state, steps, ranks)
+
+    def _first(self, path: _Path, runs: int, mine: int, generator: torch.Generator, run: Run) -> _Particles:
+        """Draw the particles from the start."""
+        model, device = path.model, path.model.device
+        draw = model.sample_prior if self.start is None else self.start.sample
+        theta = draw(runs * mine, generator).to(model.x).unflatten(0, (runs, mine))
+        log_start, log_joint = path(theta)
+        zeros = torch.zeros(runs, dtype=torch.float64, device=device)
+        root = torch.arange(mine, device=device) + mine * run.ranks.rank
+        return _Particles(
+            theta=theta,
+            log_ratio=log_joint - log_start,
+            log_start=log_start,
+            log_weights=torch.full_like(log_joint, -math.log(self.particles)),
+            root=root.expand(runs, -1),
+            fraction=zeros,
+            log_evidence=zeros,
+            resampled=zeros,
+            step_size=0.5 * model.dim**-0.25,
+            acceptance=0.0,
+            gradients=1.0,
+            shared=run.generator.get_state(),
+        )
+
+    def _advance(
+        self, path: _Path, state: _Particles, ranks: Ranks, generator: torch.Generator, shared: torch.Generator
+    ) -> _Particles:
+        """Go to the next temperature: reweight, resample, move."""
+        ratio = ranks.gather(state.log_ratio, 1)
+        weights = ranks.gather(state.log_weights, 1)
+        usable = torch.where(ratio.isnan(), -math.inf, ratio)
+        fraction = _next_fraction(usable, weights, state.fraction, self.ess)
+        weights = weights + (fraction - state.fraction)[:, None] * usable
+        total = weights.logsumexp(1)
+        weights = weights - total[:, None]
+        last = fraction == 1
+        everyone = ranks.gather(state.theta, 1)  # (run, particle, dim)
+        parents = _systematic(weights, shared)
+        parents = torch.where(last[:, None], torch.arange(self.particles, device=parents.device), parents)
+        roots = ranks.gather(state.root, 1).gather(1, parents)
+        weights = torch.where(last[:, None], weights, -math.log(self.particles))
+        everyone = everyone.gather(1, parents.unsqueeze(-1).expand_as(everyone))
+
+        def own(values: Tensor) -> Tensor:
+            return values.chunk(ranks.size, 1)[ranks.rank].clone() if ranks.size > 1 else values
+
+        mass = _variance(everyone, weights).to(everyone.dtype)  # (run, dim)
+        theta, step_size, acceptance, steps = self._move(path, own(everyone), fraction, mass, state, ranks, generator)
+        log_start, log_joint = path(theta)
+        return _Particles(
+            theta=theta,
+            log_ratio=log_joint - log_start,
+            log_start=log_start,
+            log_weights=own(weights),
+            root=own(roots),
+            fraction=fraction,
+            log_evidence=state.log_evidence + total,
+            resampled=state.resampled + ((~last) & (state.fraction < 1)),
+            step_size=step_size,
+            acceptance=acceptance,
+            gradients=state.gradients + steps + 1,
+            shared=shared.get_state(),
+        )
+
+    def _move(
+        self,
+        path: _Path,
+        theta: Tensor,
+        fraction: Tensor,
+        mass: Tensor,
+        state: _Particles,
+        ranks: Ranks,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, float, float, float]:
+        """Move all particles by jittered Hamiltonian transitions; return them, the step size, acceptance, gradients."""
+        runs, mine, _ = theta.shape
+        step_size, acceptance, steps = state.step_size, 0.0, 0.0
+        flat, scales = theta.flatten(0, 1), mass.repeat_interleave(mine, 0)
+        target = path.tempered(fraction.repeat_interleave(mine))
+        chain: Any = None
+        for _ in range(self.moves):
+            n_leapfrog = max(1, min(self.max_leapfrog, round(self.trajectory_length / (0.75 * step_size))))
+            kernel = hmc(target, step_size, n_leapfrog, scales)
+            chain = kernel.init(flat, generator) if chain is None else chain
+            chain, info = kernel.step(chain, generator)
+            acceptance = float(ranks.mean(info.acceptance_rate.mean()))
+            step_size *= math.exp(acceptance - self.target_acceptance)
+            steps += float(info.n_steps[0])
+        return chain.theta.unflatten(0, (runs, mine)), step_size, acceptance, steps + 1
+
+    def _draws(self, model: BayesianModel, state: _Particles, steps: int, ranks: Ranks) -> Draws:
+        """Gather the particles and estimate the evidence with its error."""
+        theta, weights = ranks.gather(state.theta, 1), ranks.gather(state.log_weights, 1)
+        root = ranks.gather(state.root, 1)
+        log_joint = ranks.gather(state.log_ratio + state.log_start, 1)
+        runs = len(theta)
+        evidence = state.log_evidence.logsumexp(0) - math.log(runs)
+        variance = _relative_variance(weights, root, state.resampled).mean() / runs
+        if runs > 1:
+            spread = (state.log_evidence - evidence).exp()
+            variance = torch.maximum(variance, spread.var() / runs)
+        estimate = (float(evidence), float(variance.sqrt()))
+        families = torch.stack([torch.tensor(float(len(r.unique()))) for r in root])
+        info = {
+            "temperatures": steps,
+            "gradients_per_chain": round(float(ranks.mean(torch.tensor(state.gradients, device=theta.device)))),
+            "acceptance_rate": state.acceptance,
+            "step_size": state.step_size,
+            "first_ancestors": float(families.mean()),
+            "log_evidence_of_runs": state.log_evidence.tolist(),
+        }
+        if model.temperature != 1:
+            info["log_tempered_normaliser"] = estimate
+        return Draws(
+            theta, log_joint, log_weights=weights, log_evidence=estimate if model.temperature == 1 else None, info=info
+        )
+
+
+class _Path:
+    """The two ends of the tempering, evaluated in chunks."""
+
+    def __init__(self, model: BayesianModel, start: Posterior | None, chunk_size: int) -> None:
+        self.model, self._start, self._chunk_size = model, start, chunk_size
+
+    def __call__(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log density of the start and log_joint, ``(run, particle)`` each."""
+        log_start, _, log_joint, _ = self._ends(theta.flatten(0, 1))
+        return log_start.reshape(theta.shape[:2]), log_joint.reshape(theta.shape[:2])
+
+    def tempered(self, fraction: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """Return the density at inverse temperatures ``(particle,)`` of its own for every particle."""
+
+        def target(theta: Tensor) -> tuple[Tensor, Tensor]:
+            log_start, start_grad, log_joint, grad = self._ends(theta)
+            part = fraction[:, None].to(grad.dtype)
+            return torch.lerp(log_start, log_joint, fraction), torch.lerp(start_grad, grad, part)
+
+        return target
+
+    def _ends(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return value and gradient of the log start density and of log_joint, at ``(particle, dim)``."""
+        parts = [self._chunk(rows) for rows in theta.split(self._chunk_size)]
+        log_start, start_grad, log_joint, grad = (torch.cat(values) for values in zip(*parts, strict=True))
+        return log_start, start_grad, log_joint, grad
+
+    def _chunk(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        model = self.model
+        if self._start is not None:
+            with torch.no_grad():
+                log_joint, grad = model.log_joint_and_grad(theta)
+            with torch.enable_grad():
+                at = theta.detach().requires_grad_()
+                value = self._start.log_prob(at)
+                (start_grad,) = torch.autograd.grad(value.sum(), at)
+            return value.detach().double(), start_grad, log_joint, grad
+        with torch.no_grad():
+            prior, prior_grad = model.flat_prior.log_prob_and_grad(theta)
+            likelihood, grad = model.log_likelihood_and_grad(theta)
+            return (
+                prior,
+                prior_grad,
+                (prior + likelihood) / model.temperature,
+                (prior_grad + grad) / model.temperature,
+            )
+
+
+def _next_fraction(ratio: Tensor, log_weights: Tensor, fraction: Tensor, ess: float) -> Tensor:
+    """Return the largest inverse temperatures ``(run,)`` that leave at least ``ess`` of the particles effective."""
+
+    def remaining(candidate: Tensor) -> Tensor:
+        weights = log_weights + (candidate - fraction)[:, None] * ratio
+        weights = weights - weights.logsumexp(1, keepdim=True)
+        return (-(2 * weights).logsumexp(1)).exp() / weights.shape[1]
+
+    low, high = fraction, torch.ones_like(fraction)
+    whole = remaining(high) >= ess
+    for _ in range(50):
+        middle = 0.5 * (low + high)
+        enough = remaining(middle) >= ess
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    # Never stand still, however steep the density: the weights then say what it cost.
+    low = torch.maximum(low, fraction + 1e-9).clamp(max=1.0)
+    return torch.where(whole, 1.0, low)
+
+
+def _systematic(log_weights: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw the parents ``(run, particle)`` of the next particles by systematic resampling."""
+    runs, n = log_weights.shape
+    offset = torch.rand(runs, 1, generator=generator, device=generator.device, dtype=torch.float64)
+    points = (torch.arange(n, device=log_weights.device) + offset.to(log_weights.device)) / n
+    heights = log_weights.exp().cumsum(1)
+    return torch.searchsorted(heights / heights[:, -1:], points).clamp(max=n - 1)
+
+
+def _variance(theta: Tensor, log_weights: Tensor) -> Tensor:
+    """Return the weighted variance of the particles of each run, ``(run, dim)`` in float64."""
+    weights = log_weights.exp().unsqueeze(-1)
+    mean = (weights * theta).sum(1, keepdim=True)
+    variance = (weights * (theta - mean).square()).sum(1)
+    return torch.maximum(variance, 1e-6 * variance.mean(1, keepdim=True))
+
+
+def _relative_variance(log_weights: Tensor, root: Tensor, resampled: Tensor) -> Tensor:
+    """Estimate the relative variance of each run's evidence from the ancestors alive (Lee and Whiteley 2018)."""
+    n = log_weights.shape[1]
+    shares = torch.zeros_like(log_weights).scatter_add_(1, root, log_weights.exp())
+    apart = 1 - shares.square().sum(1)
+    return (1 - (n / (n - 1)) ** (resampled + 1) * apart).clamp(min=0.0)

@@ -1,0 +1,294 @@
+"""Runs that are stopped, killed, resumed, extended, read while they go on, and shared between processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import bnnflow as bf
+from bnnflow import likelihoods, priors
+from bnnflow.inference import checkpoint
+
+SIZES = {"chains": 2, "warmup": 60, "draws": 30}
+METHODS = [
+    bf.HMC(max_leapfrog=16),
+    bf.AdjustedMCLMC(max_leapfrog=16),
+    bf.MCLMC(thinning=3),
+    bf.SGLD(batch_size=4),
+    bf.SGHMC(batch_size=4),
+    bf.SGNHT(),
+    bf.SMC(particles=40, moves=1),
+]
+names = [type(method).__name__ for method in METHODS]
+
+
+def model(seed: int = 2) -> bf.BayesianModel:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.linspace(-1.5, 1.5, 8).unsqueeze(-1)
+    y = (2 * x).sin() + 0.2 * torch.randn(8, 1, generator=g)
+    with torch.random.fork_rng(devices=[]):
+        net = nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1))
+    return bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(), x, y)
+
+
+def sizes(method) -> dict[str, int]:
+    return {"chains": 2} if isinstance(method, bf.SMC) else SIZES
+
+
+def same(first: bf.Draws, second: bf.Draws) -> None:
+    """Check that two runs agree to the last bit."""
+    assert first.theta.shape == second.theta.shape
+    assert torch.equal(first.theta, second.theta)
+    assert torch.equal(first.log_joint, second.log_joint)
+    assert set(first.stats) == set(second.stats)
+    for name, values in first.stats.items():
+        assert torch.equal(values, second.stats[name]), name
+    assert first.log_evidence == second.log_evidence
+    for name in ("step_size", "gradients_per_chain"):
+        assert first.info.get(name) == second.info.get(name)
+
+
+class PowerCut(BaseException):
+    """What no code may catch."""
+
+
+def cut(target: bf.BayesianModel, at: int) -> None:
+    """Let the ``at``-th evaluation of the model fail."""
+    calls = [0]
+
+    def cutting(function):
+        def call(*args, **kwargs):
+            calls[0] += 1
+            if calls[0] == at:
+                raise PowerCut
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("log_joint_and_grad", "log_likelihood_and_grad"):
+        setattr(target, name, cutting(getattr(target, name)))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=names)
+def test_a_run_that_was_cut_goes_on_bit_for_bit(method, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)  # a state after every step
+    whole = bf.sample(model(), method, seed=3, **sizes(method))
+    calls = [0]
+    counted = model()
+    for name in ("log_joint_and_grad", "log_likelihood_and_grad"):
+        function = getattr(counted, name)
+
+        def count(*args, function=function, **kwargs):
+            calls[0] += 1
+            return function(*args, **kwargs)
+
+        setattr(counted, name, count)
+    bf.sample(counted, method, seed=3, **sizes(method))
+    for part in (0.5, 0.8, 0.97):
+        target = model()
+        cut(target, max(1, int(part * calls[0])))
+        with pytest.raises(PowerCut):
+            bf.sample(target, method, seed=3, checkpoint=tmp_path / str(part), **sizes(method))
+        resumed = bf.sample(model(), method, seed=3, checkpoint=tmp_path / str(part), resume=True, **sizes(method))
+        same(resumed, whole)
+        assert not list((tmp_path / str(part)).rglob("*.tmp"))
+
+
+def test_a_checkpoint_changes_nothing(tmp_path: Path) -> None:
+    same(bf.sample(model(), seed=1, checkpoint=tmp_path, **SIZES), bf.sample(model(), seed=1, **SIZES))
+
+
+def test_what_a_dying_process_appended_is_cut_off(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    whole = bf.sample(model(), seed=1, **SIZES)
+    bf.sample(model(), seed=1, checkpoint=tmp_path, **(SIZES | {"draws": 12}))
+    for path in (tmp_path / "rank-0").glob("*.bin"):
+        with path.open("ab") as file:
+            file.write(b"half a draw")
+    same(bf.sample(model(), seed=1, checkpoint=tmp_path, resume=True, **SIZES), whole)
+
+
+def test_a_finished_run_is_extended(tmp_path: Path) -> None:
+    whole = bf.sample(model(), seed=1, **(SIZES | {"draws": 50}))
+    first = bf.sample(model(), seed=1, checkpoint=tmp_path, **SIZES)
+    same(bf.sample(model(), seed=1, checkpoint=tmp_path, resume=True, **(SIZES | {"draws": 50})), whole)
+    assert torch.equal(first.theta, whole.theta[:, :30])
+    shorter = bf.sample(model(), seed=1, checkpoint=tmp_path, resume=True, **(SIZES | {"draws": 20}))
+    assert torch.equal(shorter.theta, whole.theta[:, :20])
+
+
+def test_draws_are_read_from_the_folder(tmp_path: Path) -> None:
+    draws = bf.sample(model(), seed=1, checkpoint=tmp_path / "run", **SIZES)
+    loaded = bf.load(tmp_path / "run")
+    assert torch.equal(loaded.theta, draws.theta)
+    assert torch.equal(loaded.stats["n_steps"], draws.stats["n_steps"])
+    assert loaded.info["method"] == "HMC"
+    loaded.theta.zero_()  # the file is not changed by what is done to the tensor
+    assert torch.equal(bf.load(tmp_path / "run").theta, draws.theta)
+    loaded.save(tmp_path / "draws.npz")
+    with pytest.raises(ValueError, match="holds no run"):
+        bf.load(tmp_path)
+
+
+def test_an_interrupted_warm_up_has_no_draws_yet(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    target = model()
+    cut(target, 330)  # in the warm-up, after the warm start
+    with pytest.raises(PowerCut):
+        bf.sample(target, seed=1, checkpoint=tmp_path, **SIZES)
+    with pytest.raises(ValueError, match="holds no draws yet"):
+        bf.load(tmp_path)
+
+
+def test_memory_does_not_grow_with_the_draws(tmp_path: Path, monkeypatch) -> None:
+    from bnnflow.inference import loop
+
+    monkeypatch.setattr(loop, "CHUNK_BYTES", 2 * 10 * 4 * 8)  # eight draws of two chains
+    largest = [0]
+    flush = checkpoint.Stream.flush
+
+    def watched(self) -> None:
+        largest[0] = max(largest[0], len(self._pending.get("theta", [])))
+        flush(self)
+
+    monkeypatch.setattr(checkpoint.Stream, "flush", watched)
+    draws = bf.sample(model(), bf.SGLD(), seed=1, checkpoint=tmp_path, chains=2, warmup=0, draws=100)
+    assert largest[0] <= 8
+    same(draws, bf.sample(model(), bf.SGLD(), seed=1, chains=2, warmup=0, draws=100))
+
+
+def test_folders_are_not_mixed_up(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    bf.sample(model(), seed=1, checkpoint=run, **SIZES)
+    with pytest.raises(ValueError, match="already holds a run"):
+        bf.sample(model(), seed=1, checkpoint=run, **SIZES)
+    for other, what in (
+        ({"seed": 2}, "seed is 1, not 2"),
+        ({"chains": 3}, "chains is 2, not 3"),
+        ({"method": bf.HMC(target_acceptance=0.7)}, "settings is"),
+        ({"model": model(seed=5)}, "model is"),
+        ({"dtype": torch.float64}, "dtype is torch.float32, not torch.float64|model is"),
+    ):
+        arguments = {"model": model(), "method": bf.HMC(), "seed": 1, "checkpoint": run, "resume": True} | SIZES | other
+        with pytest.raises(ValueError, match=what):
+            bf.sample(**arguments)
+    (tmp_path / "other" / "rank-0").mkdir(parents=True)
+    (tmp_path / "other" / "rank-0" / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty"):
+        bf.sample(model(), seed=1, checkpoint=tmp_path / "other", **SIZES)
+    with pytest.raises(ValueError, match="needs the checkpoint"):
+        bf.sample(model(), resume=True)
+    with pytest.raises(ValueError, match="takes steps"):
+        bf.sample(model(), bf.VI(steps=5), checkpoint=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+# ---------------------------------------------------------------- real processes
+
+SCRIPT = """
+import sys, torch
+import bnnflow as bf
+from bnnflow.inference import checkpoint
+sys.path.insert(0, {tests!r})
+from test_runs import METHODS, model, names, sizes
+torch.set_num_threads(1)
+checkpoint.SECONDS = {seconds}
+method = METHODS[names.index({name!r})]
+draws = bf.sample(model(), method, seed=3, checkpoint={folder!r}, resume=True, **(sizes(method) | {options}))
+if draws.info.get("interrupted"):
+    sys.exit("interrupted")
+draws.save({out!r} + __import__("os").environ.get("RANK", "0"))
+"""
+
+
+def script(tmp_path: Path, name: str, seconds: float = 0.01, **options) -> list[str]:
+    code = SCRIPT.format(
+        tests=str(Path(__file__).parent), seconds=seconds, name=name, options=options,
+        folder=str(tmp_path / "run"), out=str(tmp_path / "draws-"),
+    )  # fmt: skip
+    path = tmp_path / "script.py"
+    path.write_text(code)
+    return [str(path)]
+
+
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(Path(__file__).parents[1]),
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["HMC", "SMC"])
+def test_killed_again_and_again(name: str, tmp_path: Path) -> None:
+    """SIGKILL at several moments; the run that gets through is the run that nobody touched."""
+    options = {} if name == "SMC" else {"draws": 1500}
+    command = [sys.executable, *script(tmp_path, name, **options)]
+    for wait in (0.0, 0.2):
+        process = subprocess.Popen(command, env=ENVIRONMENT)
+        until = time.monotonic() + 60
+        while not list((tmp_path / "run").rglob("state-*.npz")) and time.monotonic() < until:
+            if process.poll() is not None:
+                break
+            time.sleep(0.01)
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, env=ENVIRONMENT, check=True)
+    method = METHODS[names.index(name)]
+    same(bf.load(tmp_path / "draws-0.npz"), bf.sample(model(), method, seed=3, **(sizes(method) | options)))
+
+
+def torchrun(arguments: list[str], **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["HMC", "MCLMC", "SMC"])
+def test_two_processes_share_a_run(name: str, tmp_path: Path) -> None:
+    done = torchrun(script(tmp_path, name, seconds=10.0))
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = bf.load(tmp_path / "draws-0.npz"), bf.load(tmp_path / "draws-1.npz")
+    same(first, second)
+    alone = bf.sample(model(), METHODS[names.index(name)], seed=3, **sizes(METHODS[names.index(name)]))
+    assert first.theta.shape == alone.theta.shape
+    assert len(np.unique(first.theta[:, -1].numpy(), axis=0)) == 2  # the processes drew other numbers
+    torch.testing.assert_close(model().log_joint(first.theta), first.log_joint, rtol=1e-4, atol=1e-3)
+    if name == "SMC":
+        assert abs(first.log_evidence[0] - alone.log_evidence[0]) < 5 * first.log_evidence[1] + 1.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["HMC", "SMC"])
+def test_a_rank_that_dies_does_not_lose_the_run(name: str, tmp_path: Path) -> None:
+    options = {"draws": 1000} if name == "HMC" else {}
+    arguments = script(tmp_path, name, **options)
+    fatal = tmp_path / "fatal.py"
+    fatal.write_text(
+        "import os, signal, threading\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    import glob, time\n"
+        "    def die():\n"
+        f"        while not glob.glob({str(tmp_path / 'run' / 'rank-1' / 'state-1.npz')!r}): time.sleep(0.005)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    threading.Thread(target=die, daemon=True).start()\n" + Path(arguments[0]).read_text()
+    )
+    assert torchrun([str(fatal)]).returncode != 0
+    assert list((tmp_path / "run").rglob("state-*.npz"))
+    done = torchrun(arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+    resumed = bf.load(tmp_path / "draws-0.npz")
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    assert torchrun(script(whole, name, seconds=10.0, **options)).returncode == 0
+    same(resumed, bf.load(whole / "draws-0.npz"))
