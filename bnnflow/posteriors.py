@@ -235,6 +235,8 @@ def coupling_flow(permutations: tuple[Tensor, ...], dim: int, hidden: int) -> nn
 
         bijective = True
         domain = codomain = dist.constraints.real_vector
+        order: Tensor
+        back: Tensor
 
         def __init__(self, order: Tensor) -> None:
             super().__init__(cache_size=1)

@@ -385,7 +385,7 @@ def test_laplace_takes_learned_scales_and_classes() -> None:
 
 def test_what_laplace_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = sine()
-    monkeypatch.setattr(laplace, "LARGEST_FULL", 12)
+    monkeypatch.setitem(bf.Laplace.sample.__globals__, "LARGEST_FULL", 12)  # doctest may import the module again
     with pytest.raises(ValueError, match="structure='full' is for up to 12 coordinates, this model has 13"):
         bf.sample(model, bf.Laplace())
     assert bf.sample(model, bf.Laplace("diagonal", steps=10), draws=2).dim == 13
@@ -393,6 +393,14 @@ def test_what_laplace_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         bf.Laplace("last_layer", hessian="exact")
     with pytest.raises(ValueError, match="structure must be"):
         bf.Laplace("block")  # type: ignore[arg-type]
+
+
+def test_a_posterior_without_a_mode_is_noticed() -> None:
+    """Scales of the prior that shrink with the weights make the joint density grow without bound."""
+    with pytest.warns(UserWarning, match="no mode was found"):
+        draws = bf.sample(sine(prior=priors.Hierarchical()), bf.Laplace(), draws=5, seed=0)
+    assert not draws.info["converged"]
+    assert draws.log_evidence is None
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

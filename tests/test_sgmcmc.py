@@ -236,7 +236,7 @@ def test_mini_batches_recover_the_temperature(engine: str, n: int, batch: int, t
             promised = share if engine == "sghmc" else 0.35 * share
         kernel = ENGINES[engine](target, size, problem, scales.noise)
         time = size / 2 if engine == "sgld" else size
-        steps = min(3000, round(30 / time)) if n < 1000 else min(1500, round(14 / time))
+        steps = min(3000, round(30 / time)) if n < 1000 else min(1500 if temper == 1 else 3000, round(14 / time))
         visited, stats = iterate(kernel, theta, steps, burn=round(2 / time))
         value, error = temperature(problem, visited)
         found.append(value)
@@ -451,8 +451,7 @@ def test_the_preconditioner_of_a_diagonal_posterior_is_its_variances(n: int, dty
 # ---------------------------------------------------------------- from the outside
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=["f32", "f64"])
-@pytest.mark.parametrize("batch", [None, 10])
+@pytest.mark.parametrize(("batch", "dtype"), [(None, torch.float32), (10, F64)], ids=["full, f32", "batches, f64"])
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults_find_the_posterior(method: Any, batch: int | None, dtype: torch.dtype) -> None:
     problem = regression(100, dtype=dtype)
@@ -469,8 +468,8 @@ def test_defaults_find_the_posterior(method: Any, batch: int | None, dtype: torc
     assert set(draws.stats) == names | ({"kinetic_temperature"} if method is not SGLD else set())
     virial, error = average(draws.stats["configurational_temperature"])
     assert abs(virial - 1) < 0.15 + 4 * error
-    again = bf.sample(problem.model, method(batch_size=batch, **options), chains=16, warmup=80, draws=200, seed=0)
-    assert torch.equal(draws.theta, again.theta)
+    again = bf.sample(problem.model, method(batch_size=batch, **options), chains=16, warmup=80, draws=3, seed=0)
+    assert torch.equal(draws.theta[:, :3], again.theta)
 
 
 def test_large_data_from_afar() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bnnflow.draws import Draws
 from bnnflow.inference.loop import run_chains
+from bnnflow.inference.mass import LowRank, Scale
 from bnnflow.inference.mclmc import random_directions, turn
 from bnnflow.inference.run import Run
 from bnnflow.inference.trajectories import (
@@ -33,17 +34,17 @@ def microcanonical(log_joint_and_grad: LogDensityAndGrad) -> Trajectory:
     """
 
     def trajectory(
-        state: ChainState, step_size: Tensor, scale: Tensor, n_steps: int, generator: torch.Generator
+        state: ChainState, step_size: Tensor, scale: Scale, n_steps: int, generator: torch.Generator
     ) -> Proposal:
         theta, log_joint, grad = state
-        steps = step_size * scale  # (chain, dim)
+        steps = scale.times(step_size)
         start_energy = -log_joint
-        direction, kinetic = turn(random_directions(theta, generator), grad * scale, 0.5 * step_size)
+        direction, kinetic = turn(random_directions(theta, generator), scale.pull(grad), 0.5 * step_size)
         for i in range(n_steps):
-            theta = torch.addcmul(theta, steps, direction)
+            theta = steps.move(theta, direction)
             log_joint, grad = log_joint_and_grad(theta)
             # Two half turns at the same gradient are a whole one.
-            direction, change = turn(direction, grad * scale, step_size if i < n_steps - 1 else 0.5 * step_size)
+            direction, change = turn(direction, scale.pull(grad), step_size if i < n_steps - 1 else 0.5 * step_size)
             kinetic = kinetic + change
         return Proposal(ChainState(theta, log_joint, grad), direction, start_energy, kinetic - log_joint)
 
@@ -54,7 +55,7 @@ def adjusted_mclmc(
     log_joint_and_grad: LogDensityAndGrad,
     step_size: float,
     n_leapfrog: int,
-    inverse_mass_matrix: Tensor,
+    inverse_mass_matrix: Tensor | LowRank,
     *,
     step_jitter: float = 0.2,
     trajectory_jitter: float = 0.5,
@@ -69,7 +70,7 @@ def adjusted_mclmc(
         step_size: distance of a step in coordinates scaled by the square root of ``inverse_mass_matrix``; about
             sqrt(dim) times that of Hamiltonian Monte Carlo, whose velocities have that length.
         n_leapfrog: the largest number of steps.
-        inverse_mass_matrix: ``(dim,)`` or ``(chain, dim)``, ideally the posterior variances.
+        inverse_mass_matrix: a diagonal ``(dim,)`` or ``(chain, dim)``, ideally the posterior variances, or a `LowRank`.
         step_jitter: step sizes are uniform within this fraction of ``step_size``, per chain.
         trajectory_jitter: numbers of steps are uniform between this fraction of ``n_leapfrog`` and all of it.
     """
@@ -96,12 +97,14 @@ class AdjustedMCLMC:
             chains find together what makes their predictions decorrelate fastest.
         max_leapfrog: bound on the steps of one transition, whatever the step size.
         step_size: first guess; None for a tenth of sqrt(dim).
+        rank: see `HMC`.
     """
 
     target_acceptance: float = 0.9
     trajectory_length: float | None = None
     max_leapfrog: int = 1024
     step_size: float | None = None
+    rank: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.target_acceptance < 1:
@@ -110,6 +113,8 @@ class AdjustedMCLMC:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if self.rank < 0:
+            raise ValueError(f"rank must be at least 0, got {self.rank}")
 
     def sample(self, model: BayesianModel, run: Run) -> Draws:
         """Run the chains; see `bnnflow.sample`."""
@@ -126,6 +131,7 @@ class AdjustedMCLMC:
             trajectory_length=self.trajectory_length,
             first_length=math.sqrt(model.dim),
             max_leapfrog=self.max_leapfrog,
+            rank=min(self.rank, model.dim),
             features=functions(model),
             ranks=run.ranks,
         )

@@ -64,7 +64,7 @@ class NormalizingFlowVI:
             *_, log_scale, loc = flow.parameters()
             loc.data.copy_(start)
             log_scale.data.fill_(math.log(self.scale))
-            guide = AutoNormalizingFlow(flat_model(start), lambda _: ComposeTransformModule(list(flow)))
+            guide = AutoNormalizingFlow(flat_model(start), lambda _: ComposeTransformModule(list(flow)))  # type: ignore[arg-type]
             found = fit_guide(model.log_joint_and_grad, guide, self, run.progress, "flow VI")
         posterior = CouplingFlow(permutations, tuple(parameter.detach().clone() for parameter in flow.parameters()))
         return independent_draws(model, run, posterior, found)

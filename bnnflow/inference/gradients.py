@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -104,14 +105,18 @@ def guarded(new: _State, before: Callable[[], _State], root: Tensor, limit: floa
     Args:
         new: a state with ``log_joint`` and ``grad``; numbers in it belong to all chains and are kept.
         before: gives the state to go back to.
-        root: square root of the preconditioner.
+        root: square root of the preconditioner, ``(dim,)`` or ``(chain, dim)``.
         limit: longest gradient.
 
     Returns:
         The state, and where it was mended ``(chain,)``.
     """
-    size = torch.linalg.vector_norm(new.grad * root, dim=-1)
-    extreme = ~(torch.add(size, new.log_joint, alpha=0) < limit)  # 0 * inf is NaN: a density that is not finite counts
+    scaled = new.grad * root
+    # Two numbers tell of all chains at once, at a third of the cost, that nothing happened, as nearly always.
+    if float(torch.linalg.vector_norm(scaled)) < limit and math.isfinite(float(new.log_joint.sum())):
+        return new, torch.zeros(len(scaled), dtype=torch.bool, device=scaled.device)
+    size = torch.linalg.vector_norm(scaled, dim=-1)
+    extreme = ~((size < limit) & new.log_joint.isfinite())
     if not extreme.any():
         return new, extreme
     lost = ~(size + new.log_joint).isfinite()

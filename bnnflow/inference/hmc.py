@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bnnflow.draws import Draws
 from bnnflow.inference.loop import run_chains
+from bnnflow.inference.mass import LowRank, Scale
 from bnnflow.inference.run import Run
 from bnnflow.inference.trajectories import (
     ChainState,
@@ -28,18 +29,18 @@ def leapfrog(log_joint_and_grad: LogDensityAndGrad) -> Trajectory:
     """Return the leapfrog trajectories of H = p M^-1 p / 2 - log_joint from momenta p ~ N(0, M)."""
 
     def trajectory(
-        state: ChainState, step_size: Tensor, scale: Tensor, n_steps: int, generator: torch.Generator
+        state: ChainState, step_size: Tensor, scale: Scale, n_steps: int, generator: torch.Generator
     ) -> Proposal:
         theta, log_joint, grad = state
-        steps = step_size * scale  # (chain, dim)
+        steps = scale.times(step_size)
         # Momenta are kept in units of M^(1/2), so that their law is standard normal.
         momentum = torch.randn(theta.shape, generator=generator, device=theta.device, dtype=theta.dtype)
         start_energy = 0.5 * momentum.square().sum(-1, dtype=torch.float64) - log_joint
-        momentum = torch.addcmul(momentum, steps, grad, value=0.5)
+        momentum = steps.push(momentum, grad, 0.5)
         for i in range(n_steps):
-            theta = torch.addcmul(theta, steps, momentum)
+            theta = steps.move(theta, momentum)
             log_joint, grad = log_joint_and_grad(theta)
-            momentum.addcmul_(steps, grad, value=1.0 if i < n_steps - 1 else 0.5)
+            momentum = steps.push(momentum, grad, 1.0 if i < n_steps - 1 else 0.5)
         end_energy = 0.5 * momentum.square().sum(-1, dtype=torch.float64) - log_joint
         return Proposal(ChainState(theta, log_joint, grad), momentum, start_energy, end_energy)
 
@@ -50,22 +51,22 @@ def hmc(
     log_joint_and_grad: LogDensityAndGrad,
     step_size: float,
     n_leapfrog: int,
-    inverse_mass_matrix: Tensor,
+    inverse_mass_matrix: Tensor | LowRank,
     *,
     step_jitter: float = 0.2,
     trajectory_jitter: float = 0.5,
 ) -> Kernel:
     """Build the Hamiltonian Monte Carlo kernel (Duane et al. 1987; Neal 2011).
 
-    With M^-1 the diagonal ``inverse_mass_matrix``, momenta p ~ N(0, M) are drawn, ``n_leapfrog`` leapfrog steps taken
+    With M^-1 the ``inverse_mass_matrix``, momenta p ~ N(0, M) are drawn, ``n_leapfrog`` leapfrog steps taken
     and the end point accepted with probability min(1, exp(H - H')), H = p M^-1 p / 2 - log_joint. Leaves
     exp(log_joint) invariant exactly.
 
     Args:
         log_joint_and_grad: ``(chain, dim) -> (chain,), (chain, dim)``.
-        step_size: leapfrog step in coordinates scaled by the square root of ``inverse_mass_matrix``.
+        step_size: leapfrog step in coordinates scaled by the root of ``inverse_mass_matrix``.
         n_leapfrog: the largest number of steps.
-        inverse_mass_matrix: ``(dim,)`` or ``(chain, dim)``, ideally the posterior variances.
+        inverse_mass_matrix: a diagonal ``(dim,)`` or ``(chain, dim)``, ideally the posterior variances, or a `LowRank`.
         step_jitter: step sizes are uniform within this fraction of ``step_size``, per chain.
         trajectory_jitter: numbers of steps are uniform between this fraction of ``n_leapfrog`` and all of it.
     """
@@ -92,12 +93,15 @@ class HMC:
             find together what makes their predictions decorrelate fastest.
         max_leapfrog: bound on the leapfrog steps of one transition, whatever the step size.
         step_size: first guess.
+        rank: directions of the mass matrix beside its diagonal, for correlated posteriors whose chains share one mode;
+            needs memory and time of order dim**2 in warm-up.
     """
 
     target_acceptance: float = 0.8
     trajectory_length: float | None = None
     max_leapfrog: int = 1024
     step_size: float = 0.1
+    rank: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.target_acceptance < 1:
@@ -106,6 +110,8 @@ class HMC:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if self.rank < 0:
+            raise ValueError(f"rank must be at least 0, got {self.rank}")
 
     def sample(self, model: BayesianModel, run: Run) -> Draws:
         """Run the chains; see `bnnflow.sample`."""
@@ -119,6 +125,7 @@ class HMC:
             target_acceptance=self.target_acceptance,
             trajectory_length=self.trajectory_length,
             max_leapfrog=self.max_leapfrog,
+            rank=min(self.rank, model.dim),
             features=functions(model),
             ranks=run.ranks,
         )

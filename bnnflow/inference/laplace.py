@@ -43,7 +43,7 @@ class Laplace:
     curvature, coordinate by coordinate; where that is not positive (the kink of a Laplace prior, the tail of a Student
     t) the precision of a Gaussian with the prior's interquartile range takes its place. Prior and noise are those of
     the model; nothing is tuned to the evidence. Exact where the posterior is Gaussian. Learned scales of the *prior*
-    usually have no joint mode with the weights: that is noticed, and a warning given.
+    usually have no joint mode with the weights: a warning is given, and no evidence.
 
     ``draws.posterior`` is the density, and its ``loc`` the mode. Draws predict through the network itself, which is
     poor where the Gaussian is wide; the linearised predictive (Immer, Korzepa and Bauer 2021) is
@@ -71,7 +71,7 @@ class Laplace:
         >>> from bnnflow import predict, sample
         >>> draws = sample(model, Laplace(), draws=100, seed=0)
         >>> predict(model.linearised(draws.posterior.loc), draws, x).mean.shape
-        torch.Size([5, 1])
+        torch.Size([5])
     """
 
     structure: Structure = "full"
@@ -112,9 +112,10 @@ class Laplace:
         log_joint = model.log_joint(theta).reshape(chains, draws)
         normaliser = float(double.log_joint(mode) - exact.log_prob(mode))
         evidence = None
-        if self.structure != "last_layer" and model.temperature == 1:
+        whole = self.structure != "last_layer" and info["converged"]
+        if whole and model.temperature == 1:
             evidence = (normaliser, math.nan)
-        elif self.structure != "last_layer":
+        elif whole:
             info["log_tempered_normaliser"] = normaliser
         theta = theta.unflatten(0, (chains, draws))
         return Draws(theta, log_joint, log_evidence=evidence, posterior=posterior, info=info)
@@ -153,7 +154,7 @@ class Laplace:
             return Gaussian(mode, precision.rsqrt())
         try:
             gaussian = Gaussian.of_precision(mode[free], precision)
-        except torch.linalg.LinAlgError as error:
+        except RuntimeError as error:
             least = float(torch.linalg.eigvalsh(precision)[0])
             raise ValueError(_INDEFINITE.format(least)) from error
         return gaussian if self.structure == "full" else Restricted(mode, free, gaussian)
@@ -203,13 +204,14 @@ def find_mode(model: BayesianModel, theta: Tensor, iterations: int) -> tuple[Ten
             if gain < 1e-14:
                 break
     norm = float(grad.norm())
-    if gain > _SMALL or (math.isnan(gain) and norm > 1.0):
+    converged = not (gain > _SMALL or (math.isnan(gain) and norm > 1.0))
+    if not converged:
         warnings.warn(
             f"no mode was found: the gradient's norm is {norm:.2g} after {gradients} evaluations; give Laplace more "
             "polish, or use another method (learned prior scales and priors with a kink have no such mode)",
             stacklevel=4,
         )
-    return mode, {"gradient_norm": norm, "log_joint_mode": float(value), "gradients": gradients}
+    return mode, {"gradient_norm": norm, "log_joint_mode": float(value), "gradients": gradients, "converged": converged}
 
 
 def _line_search(model: BayesianModel, theta: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from bnnflow.draws import Draws
 from bnnflow.inference.loop import Tuned, WarmUp, run_chains, thinned
+from bnnflow.inference.mass import LowRank, Moments, scale_of
 from bnnflow.inference.ranks import ALONE, Ranks
 from bnnflow.inference.run import Run
-from bnnflow.inference.warmup import Moments, pooled_variance, window_ends
+from bnnflow.inference.warmup import window_ends
 from bnnflow.model import BayesianModel
 from bnnflow.types import Kernel, LogDensityAndGrad
 
@@ -52,16 +53,17 @@ def turn(direction: Tensor, grad: Tensor, step: float | Tensor) -> tuple[Tensor,
         volume that the dynamics make.
     """
     dim = direction.shape[-1]
-    norm = torch.linalg.vector_norm(grad, dim=-1, keepdim=True)
-    towards = grad / norm.clamp(min=torch.finfo(grad.dtype).tiny)
-    along = (direction * towards).sum(-1, keepdim=True)
-    delta = step * norm / max(1, dim - 1)
+    norm = torch.linalg.vector_norm(grad, dim=-1, keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny)
+    along = (torch.linalg.vecdot(direction, grad).unsqueeze(-1) / norm).double().clamp(-1, 1)
+    delta = (step * norm).double() / max(1, dim - 1)
+    # The gradient's direction wins: what is left of all others shrinks by twice ``decay`` over ``length``.
     decay = torch.exp(-delta)
-    turned = towards * ((1 - decay) * (1 + decay + along * (1 - decay))) + 2 * decay * direction
-    turned = turned / torch.linalg.vector_norm(turned, dim=-1, keepdim=True)
-    along, delta = along.double(), delta.double()
-    ratio = (1 + along + (1 - along) * torch.exp(-2 * delta)) / 2
-    change = (dim - 1) * (delta + ratio.clamp(min=1e-300).log())
+    length = 1 + along + (1 - along) * decay * decay
+    length = length.clamp(min=1e-300)
+    kept = 2 * decay / length
+    towards = (1 - decay) * (1 + decay + along * (1 - decay)) / length / norm
+    turned = torch.addcmul(kept.to(grad.dtype) * direction, towards.to(grad.dtype), grad)
+    change = (dim - 1) * (delta + (0.5 * length).log())
     return turned, change.squeeze(-1)
 
 
@@ -71,10 +73,12 @@ def random_directions(like: Tensor, generator: torch.Generator) -> Tensor:
     return noise / torch.linalg.vector_norm(noise, dim=-1, keepdim=True)
 
 
-def mclmc(log_joint_and_grad: LogDensityAndGrad, step_size: float, L: float, inverse_mass_matrix: Tensor) -> Kernel:
+def mclmc(
+    log_joint_and_grad: LogDensityAndGrad, step_size: float, L: float, inverse_mass_matrix: Tensor | LowRank
+) -> Kernel:
     """Build the unadjusted microcanonical Langevin kernel (Robnik, De Luca, Silverstein and Seljak 2023).
 
-    In coordinates scaled by the square root of the diagonal ``inverse_mass_matrix``, a particle of unit speed moves by
+    In coordinates scaled by the root of the ``inverse_mass_matrix``, a particle of unit speed moves by
     dx/dt = u, du/dt = (I - u u^T) grad log_joint / (dim - 1), one minimal-norm step a transition, and its direction is
     then partly drawn anew, so that it is forgotten over the length ``L``. Approximates exp(log_joint) with a bias of
     order step_size**2 for each expectation; a step that is not finite is undone and goes another way.
@@ -83,23 +87,23 @@ def mclmc(log_joint_and_grad: LogDensityAndGrad, step_size: float, L: float, inv
         log_joint_and_grad: ``(chain, dim) -> (chain,), (chain, dim)``.
         step_size: distance of one step, two gradients.
         L: distance after which the direction is forgotten.
-        inverse_mass_matrix: ``(dim,)`` or ``(chain, dim)``.
+        inverse_mass_matrix: a diagonal ``(dim,)`` or ``(chain, dim)``, ideally the posterior variances, or a `LowRank`.
     """
-    scale = inverse_mass_matrix.sqrt()
-    stride = 0.5 * step_size * scale
+    scale = scale_of(inverse_mass_matrix)
+    half = scale.times(0.5 * step_size)
 
     def init(theta: Tensor, generator: torch.Generator) -> MCLMCState:
         return MCLMCState(theta, random_directions(theta, generator), *log_joint_and_grad(theta))
 
     def step(state: MCLMCState, generator: torch.Generator) -> tuple[MCLMCState, MCLMCInfo]:
         dim = state.theta.shape[-1]
-        direction, first = turn(state.direction, state.grad * scale, _OUTER * step_size)
-        theta = torch.addcmul(state.theta, stride, direction)
+        direction, first = turn(state.direction, scale.pull(state.grad), _OUTER * step_size)
+        theta = half.move(state.theta, direction)
         _, grad = log_joint_and_grad(theta)
-        direction, second = turn(direction, grad * scale, _INNER * step_size)
-        theta = torch.addcmul(theta, stride, direction)
+        direction, second = turn(direction, scale.pull(grad), _INNER * step_size)
+        theta = half.move(theta, direction)
         value, grad = log_joint_and_grad(theta)
-        direction, third = turn(direction, grad * scale, _OUTER * step_size)
+        direction, third = turn(direction, scale.pull(grad), _OUTER * step_size)
         error = first + second + third - (value - state.log_joint)
         diverging = ~(error.abs() < _DIVERGENCE)  # NaN counts
 
@@ -131,10 +135,10 @@ class _Tuning(NamedTuple):
     log_step: float
     log_averaged: float
     count: int  # of transitions since the mass matrix last changed
-    inverse_mass_matrix: Tensor  # (chain, dim)
+    inverse_mass_matrix: LowRank
     L: float
     moments: Moments
-    index: int
+    done: int
 
 
 def mclmc_warm_up(
@@ -145,6 +149,7 @@ def mclmc_warm_up(
     thinning: int,
     step_size: float,
     L: float | None = None,
+    rank: int = 0,
     ranks: Ranks = ALONE,
 ) -> WarmUp:
     """Tune step size, diagonal mass matrix and L of `mclmc` in ``n`` transitions of ``thinning`` steps.
@@ -162,39 +167,41 @@ def mclmc_warm_up(
         thinning: see `MCLMC`.
         step_size: first guess.
         L: a fixed value, if there is one.
+        rank: directions of the mass matrix beside its diagonal.
         ranks: the processes that share the chains.
     """
     ends = window_ends(n)
 
     def init(theta: Tensor, generator: torch.Generator) -> _Tuning:
-        chain = mclmc(log_joint_and_grad, step_size, 1.0, torch.ones_like(theta)).init(theta, generator)
+        mass = LowRank.identity(theta, rank)
+        chain = mclmc(log_joint_and_grad, step_size, 1.0, mass).init(theta, generator)
         log = math.log(step_size)
         first_L = L or math.sqrt(theta.shape[1])
-        return _Tuning(chain, log, log, 0, torch.ones_like(theta), first_L, Moments.start(theta), 0)
+        return _Tuning(chain, log, log, 0, mass, first_L, Moments.start(theta, mass), 0)
 
     def kernel(log_step: float, tuning: _Tuning) -> Kernel:
         return thinned(mclmc(log_joint_and_grad, math.exp(log_step), tuning.L, tuning.inverse_mass_matrix), thinning)
 
     def step(tuning: _Tuning, generator: torch.Generator) -> tuple[_Tuning, MCLMCInfo]:
         chain, info = kernel(tuning.log_step, tuning).step(tuning.chain, generator)
-        count, index = tuning.count + 1, tuning.index + 1
+        count, done = tuning.count + 1, tuning.done + 1
         # Errors fall with the sixth power of the step, and at its limit of stability a little less suddenly than they
         # rise: the root of the ratio, bounded, follows the mean without being thrown by a single error.
         ratio = float(ranks.mean(info.energy_variance.mean())) / energy_variance
         log_step = tuning.log_step + max(0.02, 0.3 / count**0.7) * max(-1.0, min(1.0, 1 - math.sqrt(ratio)))
         averaged = tuning.log_averaged + max(0.02, 1 / count) * (log_step - tuning.log_averaged)
         tuning = tuning._replace(
-            chain=chain, log_step=log_step, log_averaged=averaged, count=count, index=index,
+            chain=chain, log_step=log_step, log_averaged=averaged, count=count, done=done,
             moments=tuning.moments.update(chain.theta),
         )  # fmt: skip
-        if index in ends[1:]:
-            mass = pooled_variance(tuning.moments, tuning.inverse_mass_matrix, ranks)
+        if done in ends[1:]:
+            mass = tuning.moments.mass(tuning.inverse_mass_matrix, ranks)
             # The same step, in the new coordinates.
-            shrunk = (mass.double() / tuning.inverse_mass_matrix).log().mean()
+            shrunk = (mass.diagonal.double() / tuning.inverse_mass_matrix.diagonal).log().mean()
             log_step = averaged - 0.5 * float(ranks.mean(shrunk))
             tuning = tuning._replace(inverse_mass_matrix=mass, log_step=log_step, log_averaged=log_step, count=0)
-        if index in ends:
-            tuning = tuning._replace(moments=Moments.start(chain.theta))
+        if done in ends:
+            tuning = tuning._replace(moments=Moments.start(chain.theta, tuning.inverse_mass_matrix))
         return tuning, info
 
     def tuned(tuning: _Tuning) -> Tuned:
@@ -217,18 +224,22 @@ class MCLMC:
         thinning: steps, of two gradients each, between draws.
         L: distance after which a direction is forgotten; None lets warm-up choose it.
         step_size: first guess.
+        rank: see `HMC`.
     """
 
     energy_variance: float = 0.02
     thinning: int = 10
     L: float | None = None
     step_size: float = 0.1
+    rank: int = 0
 
     def __post_init__(self) -> None:
         for name in ("energy_variance", "thinning", "L", "step_size"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if self.rank < 0:
+            raise ValueError(f"rank must be at least 0, got {self.rank}")
 
     def sample(self, model: BayesianModel, run: Run) -> Draws:
         """Run the chains; see `bnnflow.sample`. A transition of warm-up has ``thinning`` steps as well."""
@@ -242,6 +253,7 @@ class MCLMC:
             thinning=self.thinning,
             step_size=self.step_size,
             L=self.L,
+            rank=min(self.rank, model.dim),
             ranks=run.ranks,
         )
         return run_chains(model, run, process, chains=chains, warmup=warmup, draws=draws, name="MCLMC")

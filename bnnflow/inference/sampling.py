@@ -22,21 +22,6 @@ __all__ = ["sample"]
 
 
 def sample(
-    self,
-    model: BayesianModel,
-    *,
-    chains: int | None,
-    warmup: int | None,
-    draws: int | None,
-    generator: torch.Generator,
-    init: Tensor | nn.Module | str | None,
-    progress: bool,
-) -> Draws:
-    """Return draws; a None leaves the choice to the method."""
-    ...
-
-
-def sample(
     model: BayesianModel,
     method: Method | None = None,
     *,

@@ -49,8 +49,8 @@ class SMC:
     become exact as the number of particles grows. Chains are independent runs.
 
     ``draws.log_evidence`` has the standard error of the mean over runs, by the estimate of Lee and Whiteley (2018) from
-    the ancestors of the particles or by the spread of the runs, whichever is larger. At a temperature other than 1 there
-    is no evidence, only the normaliser of the tempered posterior, ``info["log_tempered_normaliser"]``.
+    the ancestors of the particles or by the spread of the runs, whichever is larger. At a temperature other than 1
+    there is no evidence, only the normaliser of the tempered posterior, ``info["log_tempered_normaliser"]``.
 
     Args:
         particles: in each run.

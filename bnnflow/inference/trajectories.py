@@ -10,15 +10,9 @@ import torch
 from torch import Tensor
 
 from bnnflow.inference.loop import Tuned, WarmUp
+from bnnflow.inference.mass import LowRank, Moments, Scale, scale_of
 from bnnflow.inference.ranks import ALONE, Ranks
-from bnnflow.inference.warmup import (
-    DualAveraging,
-    Moments,
-    Spread,
-    TrajectoryLength,
-    pooled_variance,
-    window_ends,
-)
+from bnnflow.inference.warmup import DualAveraging, Spread, TrajectoryLength, window_ends
 from bnnflow.model import BayesianModel
 from bnnflow.types import Kernel, LogDensityAndGrad
 
@@ -56,9 +50,9 @@ class Trajectory(Protocol):
     """Integrate ``n_steps`` steps of a reversible flow that keeps exp(-energy), from newly drawn velocities."""
 
     def __call__(
-        self, state: ChainState, step_size: Tensor, scale: Tensor, n_steps: int, generator: torch.Generator
+        self, state: ChainState, step_size: Tensor, scale: Scale, n_steps: int, generator: torch.Generator
     ) -> Proposal:
-        """Take steps ``(chain, 1)`` in coordinates scaled by ``scale``, which broadcasts to ``(chain, dim)``."""
+        """Take steps of size ``(chain, 1)`` in the coordinates that ``scale`` maps to weights."""
         ...
 
 
@@ -89,7 +83,7 @@ def metropolis(
     trajectory: Trajectory,
     step_size: float,
     n_leapfrog: int,
-    inverse_mass_matrix: Tensor,
+    inverse_mass_matrix: Tensor | LowRank,
     *,
     step_jitter: float = 0.2,
     trajectory_jitter: float = 0.5,
@@ -104,11 +98,11 @@ def metropolis(
         trajectory: the flow.
         step_size: time of one step in coordinates scaled by the square root of ``inverse_mass_matrix``.
         n_leapfrog: the largest number of steps.
-        inverse_mass_matrix: ``(dim,)`` or ``(chain, dim)``, ideally the posterior variances.
+        inverse_mass_matrix: a diagonal ``(dim,)`` or ``(chain, dim)``, ideally the posterior variances, or a `LowRank`.
         step_jitter: step sizes are uniform within this fraction of ``step_size``, per chain.
         trajectory_jitter: numbers of steps are uniform between this fraction of ``n_leapfrog`` and all of it.
     """
-    scale = inverse_mass_matrix.sqrt()
+    scale = scale_of(inverse_mass_matrix)
 
     def init(theta: Tensor, generator: torch.Generator) -> ChainState:
         return ChainState(theta, *log_joint_and_grad(theta))
@@ -163,10 +157,10 @@ class _Tuning(NamedTuple):
     chain: ChainState
     step: DualAveraging
     length: TrajectoryLength
-    inverse_mass_matrix: Tensor  # (chain, dim)
+    inverse_mass_matrix: LowRank
     moments: Moments
     spread: Spread
-    index: int
+    done: int
 
 
 def trajectory_warm_up(
@@ -179,6 +173,7 @@ def trajectory_warm_up(
     trajectory_length: float | None,
     first_length: float = 1.0,
     max_leapfrog: int,
+    rank: int = 0,
     features: Features | None = None,
     ranks: Ranks = ALONE,
 ) -> WarmUp:
@@ -198,6 +193,7 @@ def trajectory_warm_up(
         trajectory_length: mean length, in time; None lets the chains find it.
         first_length: first guess of the length.
         max_leapfrog: bound on the number of steps.
+        rank: directions of the mass matrix beside its diagonal.
         features: what is to decorrelate; the weights if None.
         ranks: the processes that share the chains.
     """
@@ -213,19 +209,12 @@ def trajectory_warm_up(
     def init(theta: Tensor, generator: torch.Generator) -> _Tuning:
         chain = ChainState(theta, *log_joint_and_grad(theta))
         length = TrajectoryLength.start(trajectory_length or first_length)
-        return _Tuning(
-            chain,
-            DualAveraging.start(step_size),
-            length,
-            torch.ones_like(theta),
-            Moments.start(theta),
-            Spread.start(followed(theta), ranks),
-            0,
-        )
+        spread, mass = Spread.start(followed(theta), ranks), LowRank.identity(theta, rank)
+        return _Tuning(chain, DualAveraging.start(step_size), length, mass, Moments.start(theta, mass), spread, 0)
 
     def step(tuning: _Tuning, generator: torch.Generator) -> tuple[_Tuning, TrajectoryInfo]:
-        chain, adapt, length, mass, moments, spread, index = tuning
-        scale = mass.sqrt()
+        chain, adapt, length, mass, moments, spread, done = tuning
+        scale = scale_of(mass)
         most = leapfrogs(adapt.step_size, length.length)
         steps, n_steps = _jittered(chain.theta, adapt.step_size, 0.2, most, 0.5, generator)
         proposal = trajectory(chain, steps, scale, n_steps, generator)
@@ -234,18 +223,18 @@ def trajectory_warm_up(
         if trajectory_length is None:
             jump = _jump(features, chain, proposal, scale, n_steps * steps)
             spread = spread.update(jump.start, ranks)
-            if index >= ends[0]:
+            if done >= ends[0]:
                 length = length.update(*_chees(jump, info.acceptance_rate, spread, ranks))
-        moments, index = moments.update(moved.theta), index + 1
-        if index in ends[1:]:
-            mass = pooled_variance(moments, mass, ranks)
+        moments, done = moments.update(moved.theta), done + 1
+        if done in ends[1:]:
+            mass = moments.mass(mass, ranks)
             adapt = DualAveraging.start(adapt.averaged)
-        if index in ends:
-            moments = Moments.start(moved.theta)
-        return _Tuning(moved, adapt, length, mass, moments, spread, index), info
+        if done in ends:
+            moments = Moments.start(moved.theta, mass)
+        return _Tuning(moved, adapt, length, mass, moments, spread, done), info
 
     def tuned(tuning: _Tuning) -> Tuned:
-        step = tuning.step.averaged if tuning.index else step_size
+        step = tuning.step.averaged if tuning.done else step_size
         n_leapfrog = leapfrogs(step, tuning.length.averaged)
         kernel = metropolis(log_joint_and_grad, trajectory, step, n_leapfrog, tuning.inverse_mass_matrix)
         found = {"step_size": step, "n_leapfrog": n_leapfrog, "trajectory_length": tuning.length.averaged}
@@ -262,8 +251,8 @@ class _Jump(NamedTuple):
     slope: Tensor
 
 
-def _jump(features: Features | None, chain: ChainState, proposal: Proposal, scale: Tensor, time: Tensor) -> _Jump:
-    tangent = scale * proposal.velocity * time
+def _jump(features: Features | None, chain: ChainState, proposal: Proposal, scale: Scale, time: Tensor) -> _Jump:
+    tangent = scale.tangent(proposal.velocity) * time
     if features is None:
         return _Jump(chain.theta.double(), proposal.state.theta.double(), tangent.double())
     end, slope = torch.func.jvp(features, (proposal.state.theta,), (tangent,))

@@ -152,7 +152,12 @@ def fit_guide(target: LogDensityAndGrad, guide: Any, settings: Settings, progres
     with pyro.get_param_store().scope():
         guide()  # builds the parameters
     # Gradients shrink by orders of magnitude on the way; a longer memory of them (0.999) would stall the scales.
-    optimiser = torch.optim.Adam(guide.parameters(), settings.learning_rate, betas=(0.9, 0.99))
+    # All dim entries in a row of a triangular factor move at once, so that each of them has to be slower.
+    groups = [
+        {"params": [p], "lr": settings.learning_rate / math.sqrt(len(p) if "scale_tril" in name else 1)}
+        for name, p in guide.named_parameters()
+    ]
+    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: 0.5 * (1 + math.cos(math.pi * i / steps)))
     broken = 0
     with progress_bar(steps, name, progress, "step") as bar:

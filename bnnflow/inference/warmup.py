@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bnnflow.inference.ranks import Ranks
 
-__all__ = ["DualAveraging", "Moments", "Spread", "TrajectoryLength", "pooled_variance", "window_ends", "windows"]
+__all__ = ["DualAveraging", "Spread", "TrajectoryLength", "window_ends", "windows"]
 
 
 class DualAveraging(NamedTuple):
@@ -96,31 +96,6 @@ class TrajectoryLength(NamedTuple):
         return TrajectoryLength(log, (1 - weight) * self.log_averaged + weight * log, mean, square, count)
 
 
-class Moments(NamedTuple):
-    """Running sums of every chain's coordinates, ``(chain, dim)`` in float64, about a fixed point."""
-
-    count: int
-    origin: Tensor
-    total: Tensor
-    squares: Tensor
-
-    @classmethod
-    def start(cls, theta: Tensor) -> Moments:
-        """Begin with no draws; sums are taken about ``theta``, so that they keep their digits."""
-        origin = theta.double()
-        return cls(0, origin, torch.zeros_like(origin), torch.zeros_like(origin))
-
-    def update(self, theta: Tensor) -> Moments:
-        """Add one draw of every chain."""
-        offset = theta - self.origin
-        return Moments(self.count + 1, self.origin, self.total + offset, self.squares + offset * offset)
-
-    def variance(self) -> Tensor:
-        """Return the variance within every chain, ``(chain, dim)``."""
-        count = max(1, self.count)
-        return self.squares / count - (self.total / count) ** 2
-
-
 class Spread(NamedTuple):
     """Running mean and variance of features over chains and the recent past, ``(features,)`` in float64."""
 
@@ -165,17 +140,3 @@ def window_ends(n: int) -> list[int]:
         end += length
         ends.append(end)
     return ends or [n + 1]
-
-
-def pooled_variance(moments: Moments, mass: Tensor, ranks: Ranks) -> Tensor:
-    """Return the variances within every chain, shrunk towards their mean over chains; ``mass`` if nothing moved."""
-    variance = moments.variance()
-    pooled = ranks.mean(variance.mean(0))
-    if not bool(pooled.max() > 0):  # nothing moved, and nothing was learned
-        return mass
-    pooled = pooled.clamp(min=1e-12 * float(pooled.max()))
-    weight = moments.count / (moments.count + _PRIOR_DRAWS)
-    return (weight * variance.clamp(min=0.0) + (1 - weight) * pooled).to(mass.dtype)
-
-
-_PRIOR_DRAWS = 100.0  # draws of its own after which a chain's variances count as much as those of all chains
