@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import arviz
@@ -28,9 +29,9 @@ from tests.problems import (
     Moved,
     MovedInfo,
     accepted,
+    built,
     check_moments,
     check_runs,
-    check_zero,
     cliff,
     collected,
     conjugate,
@@ -125,11 +126,11 @@ def test_engines_agree_with_pyros_about_a_network() -> None:
         assert (np.abs(found - expected) / np.sqrt(error**2 + its_error**2)).max() < 4, name
 
 
-def second_moment(energy_variance: float, draws: int = 2000) -> tuple[float, float]:
+def second_moment(energy_variance: float) -> tuple[float, float]:
     """Return how wide MCLMC finds the conjugate posterior, relative to its width, and the Monte-Carlo error."""
     problem = conjugate()
     method = bf.MCLMC(energy_variance=energy_variance, thinning=4)
-    theta = bf.sample(problem.model, method, chains=16, warmup=300, draws=draws, seed=0).theta
+    theta = bf.sample(problem.model, method, chains=32, warmup=150, draws=400, seed=0).theta
     factor = torch.linalg.cholesky(problem.covariance)
     whitened = torch.linalg.solve_triangular(factor, (theta - problem.mean).unsqueeze(-1), upper=False).squeeze(-1)
     values = whitened.square().mean(-1).numpy()
@@ -137,11 +138,10 @@ def second_moment(energy_variance: float, draws: int = 2000) -> tuple[float, flo
 
 
 def test_the_bias_of_unadjusted_chains_is_small_and_shrinks() -> None:
-    (coarse, _), (usual, error), (fine, fine_error) = (second_moment(e) for e in (2.0, 0.02, 1e-4))
-    assert abs(fine - 1) < 4 * fine_error + 0.01
-    assert abs(usual - 1) < 0.05 + 4 * error
-    assert abs(coarse - 1) > 3 * abs(usual - 1)
-    assert abs(coarse - 1) > 0.1
+    (coarse, error), (usual, its_error), (fine, fine_error) = (second_moment(e) for e in (2.0, 0.02, 1e-3))
+    assert abs(fine - 1) < 4 * fine_error
+    assert abs(usual - 1) < 4 * its_error + 0.05
+    assert abs(coarse - 1) > 2 * abs(usual - 1) + 4 * error
 
 
 # ---------------------------------------------------------------- kernels
@@ -251,7 +251,7 @@ def small_microcanonical(
 RIGHT = {
     "hmc": (small_hmc, 0.12, {}),
     "microcanonical": (small_microcanonical, 0.45, {}),
-    "microcanonical, kept and flipped": (small_microcanonical, 0.6, {"keep": 0.8}),
+    "microcanonical, kept and flipped": (small_microcanonical, 0.45, {"keep": 0.8}),
 }
 BROKEN = {
     "hmc, noise": (small_hmc, 0.12, {"noise": 1.3}),
@@ -259,7 +259,7 @@ BROKEN = {
     "hmc, acceptance": (small_hmc, 0.12, {"accepts": False}),
     "microcanonical, no volume": (small_microcanonical, 0.45, {"volume": 0.0}),
     "microcanonical, dim for dim - 1": (small_microcanonical, 0.45, {"volume": 10 / 9}),
-    "microcanonical, kept and not flipped": (small_microcanonical, 0.6, {"keep": 0.8, "flips": False}),
+    "microcanonical, kept and not flipped": (small_microcanonical, 0.45, {"keep": 0.8, "flips": False}),
 }
 
 
@@ -376,7 +376,7 @@ def test_directions_stay_unit_vectors(dim: int, dtype: torch.dtype) -> None:
     assert (u.norm(dim=-1) - 1).abs().max() < bound
 
 
-@pytest.mark.parametrize("length", [0.0, 1e-40, 1e-20, 1e3, 1e18, 1e30])
+@pytest.mark.parametrize("length", [0.0, 1e-40, 1e-20, 1e3, 1e8, 1e18])
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=["f32", "f64"])
 @pytest.mark.parametrize("way", [1.0, -1.0, 0.0], ids=["along", "against", "across"])
 def test_extreme_gradients_turn_to_no_nan(way: float, length: float, dtype: torch.dtype) -> None:
@@ -395,7 +395,7 @@ def test_extreme_gradients_turn_to_no_nan(way: float, length: float, dtype: torc
     if way < 0 and length <= 1e3:
         torch.testing.assert_close(change, torch.full((2,), -step * length, dtype=F64), rtol=1e-5, atol=1e-6)
     if way == 0.0 and length >= 1e18:
-        torch.testing.assert_close(turned, other, rtol=0, atol=1e-5)
+        torch.testing.assert_close(turned, other, rtol=0, atol=3e-5)
 
 
 # ---------------------------------------------------------------- unadjusted chains
@@ -415,7 +415,7 @@ def test_energy_errors_fall_with_the_sixth_power_of_the_step() -> None:
             g = generator(1)
             variances.append(float(kernel.step(kernel.init(theta, g), g)[1].energy_variance.mean()))
         assert variances[0] < 0.1
-        ratios = [a / b for a, b in zip(variances, variances[1:], strict=False)]
+        ratios = [a / b for a, b in pairwise(variances)]
         assert all(40 < ratio < 90 for ratio in ratios), ratios  # 2^6 = 64
 
 
@@ -471,8 +471,9 @@ def test_lost_steps_are_counted_in_the_draws() -> None:
 
 @pytest.mark.parametrize("method", [bf.MCLMC(), bf.AdjustedMCLMC()], ids=["MCLMC", "AdjustedMCLMC"])
 def test_a_line_has_no_directions(method: Any) -> None:
-    line = torch.nn.Linear(1, 1, bias=False, dtype=F64, device="meta").to_empty(device="cpu")
-    model = bf.BayesianModel(line, priors.Normal(), likelihoods.Gaussian(0.3), torch.ones(3, 1), torch.ones(3, 1))
+    x = torch.tensor([[1.0], [2.0]])
+    line = built(lambda: torch.nn.Linear(1, 1, bias=False))
+    model = bf.BayesianModel(line, priors.Normal(), likelihoods.Gaussian(0.3), x, x)
     with pytest.raises(ValueError, match="at least two dimensions"):
         bf.sample(model, method, chains=2, warmup=1, draws=1)
 

@@ -11,29 +11,102 @@ import torch
 import bnnflow as bf
 from bnnflow.report import diagnose
 
-REFERENCE = Path(os.environ.get("BNNFLOW_DATA", "nowhere")) / "reference" / "iris.npz"
+FOLDER = Path(os.environ.get("BNNFLOW_DATA", "nowhere")) / "reference"
+REFERENCE = FOLDER / "iris.npz"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_file(), reason="no reference posterior")
+long = pytest.mark.validate
+
+
+def perceptron(*widths: int) -> torch.nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        first, second, third = widths
+        return torch.nn.Sequential(torch.nn.Linear(first, second), torch.nn.Tanh(), torch.nn.Linear(second, third))
 
 
 @pytest.fixture(scope="module")
 def iris():
     """Return the model, its test rows and HMC draws."""
     file = np.load(REFERENCE)
-    with torch.random.fork_rng(devices=[]):
-        net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
-    model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Categorical(), file["Xtr"], file["ytr"])
+    likelihood = bf.likelihoods.Categorical()
+    model = bf.BayesianModel(perceptron(4, 16, 3), bf.priors.Normal(1.0), likelihood, file["Xtr"], file["ytr"])
     draws = bf.sample(model, bf.HMC(), chains=32, warmup=300, draws=300, seed=0)
     return model, torch.as_tensor(file["Xte"]).float(), torch.as_tensor(file["yte"]), draws, file
+
+
+@pytest.fixture(scope="module")
+def yacht():
+    """Return the model and its test rows."""
+    file = np.load(FOLDER / "yacht_s01.npz")
+    likelihood = bf.likelihoods.Gaussian(0.1)
+    model = bf.BayesianModel(perceptron(6, 50, 1), bf.priors.Normal(1.0), likelihood, file["Xtr"], file["ytr"])
+    return model, torch.as_tensor(file["Xte"]).float(), torch.as_tensor(file["yte"]).float(), file
+
+
+def agrees(values: np.ndarray, weights: np.ndarray, mean: np.ndarray, sd: np.ndarray) -> None:
+    """Compare weighted predictions ``(draw, ...)`` with a reference: means in its sds, and sds."""
+    weights = weights.reshape(-1, *[1] * mean.ndim)
+    found = (weights * values).sum(0)
+    width = np.sqrt((weights * (values - found) ** 2).sum(0))
+    assert np.sqrt((((found - mean) / sd) ** 2).mean()) < 0.1
+    assert abs(np.exp(np.log(width / sd).mean()) - 1) < 0.05
+
+
+def weights_of(draws: bf.Draws) -> np.ndarray:
+    if draws.log_weights is None:
+        return np.full(len(draws.flat), 1 / len(draws.flat))
+    return draws.log_weights.flatten().softmax(0).numpy()
+
+
+@needs_reference
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "sizes"),
+    [
+        pytest.param(bf.HMC(), None, id="HMC"),
+        pytest.param(bf.MCLMC(), {"chains": 16, "warmup": 500, "draws": 1000}, id="MCLMC", marks=long),
+        pytest.param(bf.AdjustedMCLMC(), {"chains": 16, "warmup": 400, "draws": 400}, id="AdjustedMCLMC", marks=long),
+        pytest.param(bf.SMC(), {"chains": 2}, id="SMC", marks=long),
+    ],
+)
+def test_engines_agree_with_the_reference_on_iris(method, sizes, iris):
+    model, x, y, draws, file = iris
+    draws = bf.sample(model, method, seed=0, **sizes) if sizes else draws
+    assert abs(bf.metrics.lppd(bf.predict(model, draws, x), y) + 0.1907) < 0.003
+    probs = model.outputs(draws.flat, x).softmax(-1).double().numpy()
+    agrees(probs, weights_of(draws), file["prob_mean"], file["prob_sd"])
+    if draws.log_evidence:
+        value, error = draws.log_evidence
+        assert abs(value + 26.13) < 0.15
+        assert error < 0.15
+
+
+@needs_reference
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "sizes"),
+    [
+        pytest.param(bf.MCLMC(), {"chains": 16, "warmup": 500, "draws": 800}, id="MCLMC"),
+        pytest.param(bf.HMC(), {"chains": 16, "warmup": 500, "draws": 300}, id="HMC", marks=long),
+        pytest.param(bf.AdjustedMCLMC(), {"chains": 16, "warmup": 500, "draws": 300}, id="AdjustedMCLMC", marks=long),
+    ],
+)
+def test_engines_agree_with_the_reference_on_yacht(method, sizes, yacht):
+    model, x, y, file = yacht
+    draws = bf.sample(model, method, seed=0, **sizes)
+    assert abs(bf.metrics.lppd(bf.predict(model, draws, x), y) - 1.232) < 0.003
+    outputs = model.outputs(draws.flat, x).squeeze(-1).double().numpy()
+    agrees(outputs, weights_of(draws), file["f_mean"], file["f_sd"])
+    found = diagnose(draws, model, x)
+    assert found.r_hat.max() < 1.05
+    assert found.ess_bulk.min() > 400
 
 
 @needs_reference
 @pytest.mark.slow
 def test_hmc_agrees_with_the_reference_on_iris(iris):
-    model, x, y, draws, file = iris
+    model, x, _, draws, file = iris
     assert abs(float(draws.log_joint.mean()) + 202.14) < 0.5
     assert abs(float(draws.log_joint.std()) - 8.05) < 0.4
-    prediction = bf.predict(model, draws, x)
-    assert abs(bf.metrics.lppd(prediction, y) + 0.1907) < 0.003
     found = diagnose(draws, model, x)
     assert found.verdict == "trust"
     assert found.r_hat.max() < 1.01

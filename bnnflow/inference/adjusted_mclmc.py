@@ -129,7 +129,7 @@ class AdjustedMCLMC:
             step_size=self.step_size or 0.1 * math.sqrt(model.dim),
             target_acceptance=self.target_acceptance,
             trajectory_length=self.trajectory_length,
-            first_length=math.sqrt(model.dim),
+            first_length=0.7 * math.sqrt(model.dim),
             max_leapfrog=self.max_leapfrog,
             rank=min(self.rank, model.dim),
             features=functions(model),

@@ -56,14 +56,12 @@ def turn(direction: Tensor, grad: Tensor, step: float | Tensor) -> tuple[Tensor,
     norm = torch.linalg.vector_norm(grad, dim=-1, keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny)
     along = (torch.linalg.vecdot(direction, grad).unsqueeze(-1) / norm).double().clamp(-1, 1)
     delta = (step * norm).double() / max(1, dim - 1)
-    # The gradient's direction wins: what is left of all others shrinks by twice ``decay`` over ``length``.
-    decay = torch.exp(-delta)
-    length = 1 + along + (1 - along) * decay * decay
-    length = length.clamp(min=1e-300)
-    kept = 2 * decay / length
-    towards = (1 - decay) * (1 + decay + along * (1 - decay)) / length / norm
-    turned = torch.addcmul(kept.to(grad.dtype) * direction, towards.to(grad.dtype), grad)
-    change = (dim - 1) * (delta + (0.5 * length).log())
+    # The gradient's direction wins over all others; a direction straight against it has nowhere to turn, and stays.
+    decay = torch.exp(-delta).clamp(min=torch.finfo(grad.dtype).eps ** 0.75)
+    towards = (1 - decay) * (1 + along + decay * (1 - along)) / norm
+    turned = torch.addcmul((2 * decay).to(grad.dtype) * direction, towards.to(grad.dtype), grad)
+    turned = turned / torch.linalg.vector_norm(turned, dim=-1, keepdim=True)
+    change = (dim - 1) * torch.logaddexp(((1 + along) / 2).log() + delta, ((1 - along) / 2).log() - delta)
     return turned, change.squeeze(-1)
 
 

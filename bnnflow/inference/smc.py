@@ -31,7 +31,7 @@ class _Particles(NamedTuple):
     root: Tensor  # (run, particle), which of the first particles it descends from
     fraction: Tensor  # (run,), the inverse temperature, 0 to 1
     log_evidence: Tensor  # (run,)
-    resampled: Tensor  # (run,), how often
+    merged: Tensor  # (run,), log of how much less apart families are for resampling alone
     step_size: float
     acceptance: float
     gradients: float
@@ -134,7 +134,7 @@ class SMC:
             root=root.expand(runs, -1),
             fraction=zeros,
             log_evidence=zeros,
-            resampled=zeros,
+            merged=zeros,
             step_size=0.5 * model.dim**-0.25,
             acceptance=0.0,
             gradients=1.0,
@@ -156,7 +156,9 @@ class SMC:
         everyone = ranks.gather(state.theta, 1)  # (run, particle, dim)
         parents = _systematic(weights, shared)
         parents = torch.where(last[:, None], torch.arange(self.particles, device=parents.device), parents)
-        roots = ranks.gather(state.root, 1).gather(1, parents)
+        roots = ranks.gather(state.root, 1)
+        merged = _merged(weights, roots)
+        roots = roots.gather(1, parents)
         weights = torch.where(last[:, None], weights, -math.log(self.particles))
         everyone = everyone.gather(1, parents.unsqueeze(-1).expand_as(everyone))
 
@@ -174,7 +176,7 @@ class SMC:
             root=own(roots),
             fraction=fraction,
             log_evidence=state.log_evidence + total,
-            resampled=state.resampled + ((~last) & (state.fraction < 1)),
+            merged=state.merged + torch.where(last, 0.0, merged),
             step_size=step_size,
             acceptance=acceptance,
             gradients=state.gradients + steps + 1,
@@ -214,7 +216,7 @@ class SMC:
         log_joint = ranks.gather(state.log_ratio + state.log_start, 1)
         runs = len(theta)
         evidence = state.log_evidence.logsumexp(0) - math.log(runs)
-        variance = _relative_variance(weights, root, state.resampled).mean() / runs
+        variance = _relative_variance(weights, root, state.merged).mean() / runs
         if runs > 1:
             spread = (state.log_evidence - evidence).exp()
             variance = torch.maximum(variance, spread.var() / runs)
@@ -319,9 +321,29 @@ def _variance(theta: Tensor, log_weights: Tensor) -> Tensor:
     return torch.maximum(variance, 1e-6 * variance.mean(1, keepdim=True))
 
 
-def _relative_variance(log_weights: Tensor, root: Tensor, resampled: Tensor) -> Tensor:
-    """Estimate the relative variance of each run's evidence from the ancestors alive (Lee and Whiteley 2018)."""
+def _shares(log_weights: Tensor, root: Tensor) -> Tensor:
+    """Return the weight of every family, the descendants of one of the first particles, ``(run, family)``."""
+    return torch.zeros_like(log_weights).scatter_add_(1, root, log_weights.exp())
+
+
+def _merged(log_weights: Tensor, root: Tensor) -> Tensor:
+    """Return minus the log of what systematic resampling leaves, on average, of the chance that families differ.
+
+    Siblings lie side by side, so that a family's number of children is its expectation rounded up or down.
+    """
     n = log_weights.shape[1]
-    shares = torch.zeros_like(log_weights).scatter_add_(1, root, log_weights.exp())
-    apart = 1 - shares.square().sum(1)
-    return (1 - (n / (n - 1)) ** (resampled + 1) * apart).clamp(min=0.0)
+    shares = _shares(log_weights, root)
+    part = (n * shares).frac()
+    apart = (1 - shares.square().sum(1)).clamp(min=1 / n)
+    return -torch.log1p(-(part * (1 - part)).sum(1) / n**2 / apart)
+
+
+def _relative_variance(log_weights: Tensor, root: Tensor, merged: Tensor) -> Tensor:
+    """Estimate the relative variance of each run's evidence from the families alive (after Lee and Whiteley 2018).
+
+    Two draws of the particles belong to different families less often than independent ones would. Their factor
+    n / (n - 1) for every multinomial resampling is that of systematic resampling here.
+    """
+    n = log_weights.shape[1]
+    apart = 1 - _shares(log_weights, root).square().sum(1)
+    return (1 - n / (n - 1) * merged.exp() * apart).clamp(min=0.0)

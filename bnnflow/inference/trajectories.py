@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from bnnflow.inference.loop import Tuned, WarmUp
 from bnnflow.inference.mass import LowRank, Moments, Scale, scale_of
 from bnnflow.inference.ranks import ALONE, Ranks
-from bnnflow.inference.warmup import DualAveraging, Spread, TrajectoryLength, window_ends
+from bnnflow.inference.warmup import DualAveraging, TrajectoryLength, window_ends
 from bnnflow.model import BayesianModel
 from bnnflow.types import Kernel, LogDensityAndGrad
 
@@ -159,7 +158,6 @@ class _Tuning(NamedTuple):
     length: TrajectoryLength
     inverse_mass_matrix: LowRank
     moments: Moments
-    spread: Spread
     done: int
 
 
@@ -171,7 +169,7 @@ def trajectory_warm_up(
     step_size: float,
     target_acceptance: float,
     trajectory_length: float | None,
-    first_length: float = 1.0,
+    first_length: float = 0.7,
     max_leapfrog: int,
     rank: int = 0,
     features: Features | None = None,
@@ -191,7 +189,7 @@ def trajectory_warm_up(
         step_size: first guess.
         target_acceptance: the mean acceptance rate to aim at.
         trajectory_length: mean length, in time; None lets the chains find it.
-        first_length: first guess of the length.
+        first_length: first guess of the length, and the shortest that is tried.
         max_leapfrog: bound on the number of steps.
         rank: directions of the mass matrix beside its diagonal.
         features: what is to decorrelate; the weights if None.
@@ -208,69 +206,48 @@ def trajectory_warm_up(
 
     def init(theta: Tensor, generator: torch.Generator) -> _Tuning:
         chain = ChainState(theta, *log_joint_and_grad(theta))
-        length = TrajectoryLength.start(trajectory_length or first_length)
-        spread, mass = Spread.start(followed(theta), ranks), LowRank.identity(theta, rank)
-        return _Tuning(chain, DualAveraging.start(step_size), length, mass, Moments.start(theta, mass), spread, 0)
+        length = TrajectoryLength.start(trajectory_length or first_length, followed(theta))
+        mass = LowRank.identity(theta, rank)
+        return _Tuning(chain, DualAveraging.start(step_size), length, mass, Moments.start(theta, mass), 0)
 
     def step(tuning: _Tuning, generator: torch.Generator) -> tuple[_Tuning, TrajectoryInfo]:
-        chain, adapt, length, mass, moments, spread, done = tuning
+        chain, adapt, length, mass, moments, done = tuning
         scale = scale_of(mass)
-        most = leapfrogs(adapt.step_size, length.length)
+        if trajectory_length is None:
+            number, time = length.candidate(0.75 * max_leapfrog * adapt.step_size, generator)
+        else:
+            number, time = 0, trajectory_length
+        most = leapfrogs(adapt.step_size, time)
         steps, n_steps = _jittered(chain.theta, adapt.step_size, 0.2, most, 0.5, generator)
         proposal = trajectory(chain, steps, scale, n_steps, generator)
         moved, info = _accept(chain, proposal, steps, n_steps, generator)
         adapt = adapt.update(float(ranks.mean(info.acceptance_rate.mean())), target_acceptance)
         if trajectory_length is None:
-            jump = _jump(features, chain, proposal, scale, n_steps * steps)
-            spread = spread.update(jump.start, ranks)
+            start, end = followed(chain.theta), followed(proposal.state.theta)
             if done >= ends[0]:
-                length = length.update(*_chees(jump, info.acceptance_rate, spread, ranks))
+                length = length.update(number, _jump(start, end, info.acceptance_rate, ranks))
         moments, done = moments.update(moved.theta), done + 1
         if done in ends[1:]:
             mass = moments.mass(mass, ranks)
             adapt = DualAveraging.start(adapt.averaged)
         if done in ends:
             moments = Moments.start(moved.theta, mass)
-        return _Tuning(moved, adapt, length, mass, moments, spread, done), info
+        return _Tuning(moved, adapt, length, mass, moments, done), info
 
     def tuned(tuning: _Tuning) -> Tuned:
         step = tuning.step.averaged if tuning.done else step_size
-        n_leapfrog = leapfrogs(step, tuning.length.averaged)
+        n_leapfrog = leapfrogs(step, tuning.length.length)
         kernel = metropolis(log_joint_and_grad, trajectory, step, n_leapfrog, tuning.inverse_mass_matrix)
-        found = {"step_size": step, "n_leapfrog": n_leapfrog, "trajectory_length": tuning.length.averaged}
+        found = {"step_size": step, "n_leapfrog": n_leapfrog, "trajectory_length": tuning.length.length}
         return Tuned(kernel, tuning.chain, found)
 
     return WarmUp(init, step, tuned)
 
 
-class _Jump(NamedTuple):
-    """Features before and after a trajectory, and the derivative of the latter by the logarithm of its length."""
+def _jump(start: Tensor, end: Tensor, rate: Tensor, ranks: Ranks) -> Tensor:
+    """Return the mean over chains of the squared jumps from ``start`` to ``end`` ``(chain, features)``.
 
-    start: Tensor  # (chain, features), float64
-    end: Tensor
-    slope: Tensor
-
-
-def _jump(features: Features | None, chain: ChainState, proposal: Proposal, scale: Scale, time: Tensor) -> _Jump:
-    tangent = scale.tangent(proposal.velocity) * time
-    if features is None:
-        return _Jump(chain.theta.double(), proposal.state.theta.double(), tangent.double())
-    end, slope = torch.func.jvp(features, (proposal.state.theta,), (tangent,))
-    return _Jump(features(chain.theta).double(), end.double(), slope.double())
-
-
-def _chees(jump: _Jump, rate: Tensor, spread: Spread, ranks: Ranks) -> tuple[float, float]:
-    """Return the ChEES criterion and its derivative by the logarithm of the trajectory length, over all chains."""
-    usable = (rate > 0) & jump.end.isfinite().all(1) & jump.slope.isfinite().all(1)
-    weight = torch.where(usable, rate, 0.0)
-    total = float(ranks.mean(weight.mean()))
-    if total == 0:
-        return math.nan, math.nan
-    scale = torch.where(spread.variance > 0, spread.variance, math.inf).rsqrt()
-    start, end, slope = (torch.where(usable[:, None], v * scale, 0.0) for v in jump)  # (chain, features)
-    centres = ranks.mean((weight[:, None] * torch.stack([start, end])).mean(1)) / total  # (2, features)
-    start, end = start - centres[0], end - centres[1]
-    change = end.square().sum(1) - start.square().sum(1)
-    criterion = ranks.mean((weight * change.square()).mean()) / total
-    derivative = ranks.mean((weight * 4 * change * (end * slope).sum(1)).mean()) / total
-    return float(criterion), float(derivative)
+    Proposals count by their probability of being accepted.
+    """
+    usable = (rate > 0) & end.isfinite().all(1)
+    return ranks.mean(torch.where(usable[:, None], (end - start).square() * rate[:, None], 0.0).mean(0))

@@ -8,9 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bnnflow.inference.ranks import Ranks
-
-__all__ = ["DualAveraging", "Spread", "TrajectoryLength", "window_ends", "windows"]
+__all__ = ["DualAveraging", "TrajectoryLength", "window_ends", "windows"]
 
 
 class DualAveraging(NamedTuple):
@@ -50,68 +48,55 @@ class DualAveraging(NamedTuple):
 
 
 class TrajectoryLength(NamedTuple):
-    """Find the trajectory length at which the chains decorrelate fastest for their cost, all together.
+    """Find the trajectory length with which the chains move farthest for its cost, all together.
 
-    Ascends the ChEES criterion (Hoffman, Radul and Sountsov 2021), the mean squared change of the squared distance to
-    the chains' mean, per unit of integration time, in the logarithm of the length by Adam.
+    Tries neighbours of the best length so far, on a grid of factors sqrt(2) that begins at the first guess, and
+    compares the mean squared jumps of some features, their geometric mean, divided by the square root of the length:
+    half-way between most movement a transition and most movement a gradient. ChEES (Hoffman, Radul and Sountsov 2021)
+    instead follows the derivative of a criterion along the trajectory, whose noise grows with the frequencies of a
+    stiff posterior. Lengths below the guess are not tried: jumps tell nothing of what is so slow that it hardly moves.
     """
 
-    log: float
-    log_averaged: float
-    slope: float
-    square: float
-    count: int
+    shortest: float
+    best: int
+    tried: Tensor  # (lengths,), transitions, of which old ones count less
+    jump: Tensor  # (lengths, features), sums over them of the mean squared jump
 
     @classmethod
-    def start(cls, length: float) -> TrajectoryLength:
-        """Begin at a first guess."""
-        return cls(math.log(length), math.log(length), 0.0, 0.0, 0)
+    def start(cls, length: float, features: Tensor) -> TrajectoryLength:
+        """Begin at a first guess; ``features`` ``(chain, features)`` are those that will jump."""
+        nothing = torch.zeros(_LENGTHS, dtype=torch.float64, device=features.device)
+        return cls(length, 0, nothing, nothing.unsqueeze(1).repeat(1, features.shape[1]))
 
     @property
     def length(self) -> float:
-        """The length to try next."""
-        return math.exp(self.log)
-
-    @property
-    def averaged(self) -> float:
         """The length to keep."""
-        return math.exp(self.log_averaged)
+        return self._of(self.best)
 
-    def update(self, criterion: float, derivative: float) -> TrajectoryLength:
-        """Learn from one transition.
+    def _of(self, number: int) -> float:
+        return self.shortest * 2 ** (0.5 * number)
 
-        Args:
-            criterion: the mean over chains.
-            derivative: of the criterion by the logarithm of the length, a mean over chains too.
-        """
-        if not (math.isfinite(criterion) and math.isfinite(derivative)):
-            return self
-        slope = derivative - 0.5 * criterion  # TODO
-        count = self.count + 1
-        mean = 0.8 * self.slope + 0.2 * slope
-        square = 0.95 * self.square + 0.05 * slope * slope
-        unbiased = (mean / (1 - 0.8**count)) / (math.sqrt(square / (1 - 0.95**count)) + 1e-30)
-        log = self.log + 0.05 * max(-1.0, min(1.0, unbiased))
-        weight = max(0.05, 1 / count)
-        return TrajectoryLength(log, (1 - weight) * self.log_averaged + weight * log, mean, square, count)
+    def candidate(self, longest: float, generator: torch.Generator) -> tuple[int, float]:
+        """Return the number and the length of what to try next, no longer than ``longest`` if there is a choice."""
+        number = self.best + int(torch.randint(-1, 2, (), generator=generator, device=generator.device))
+        number = min(max(number, 0), _LENGTHS - 1)
+        while number > 0 and self._of(number) > longest:
+            number -= 1
+        return number, self._of(number)
+
+    def update(self, number: int, jump: Tensor) -> TrajectoryLength:
+        """Learn from one transition: the mean squared jump of every feature at the length of that number."""
+        tried, total = 0.99 * self.tried, 0.99 * self.jump
+        tried[number] += 1
+        total[number] += jump
+        # A length is judged once it has been tried a few times; until then the best stays.
+        judged = (tried > 2.5) & (total > 0).all(1)
+        gain = (total / tried[:, None]).log().mean(1) - 0.25 * math.log(2) * torch.arange(_LENGTHS).to(tried)
+        best = int(torch.where(judged, gain, -math.inf).argmax()) if bool(judged.any()) else self.best
+        return TrajectoryLength(self.shortest, best, tried, total)
 
 
-class Spread(NamedTuple):
-    """Running mean and variance of features over chains and the recent past, ``(features,)`` in float64."""
-
-    mean: Tensor
-    variance: Tensor
-
-    @classmethod
-    def start(cls, values: Tensor, ranks: Ranks) -> Spread:
-        """Begin with values ``(chain, features)``."""
-        mean = ranks.mean(values.mean(0))
-        return cls(mean, ranks.mean((values - mean).square().mean(0)))
-
-    def update(self, values: Tensor, ranks: Ranks) -> Spread:
-        """Forget a twentieth, and add values ``(chain, features)``."""
-        mean = torch.lerp(self.mean, ranks.mean(values.mean(0)), 0.05)
-        return Spread(mean, torch.lerp(self.variance, ranks.mean((values - mean).square().mean(0)), 0.05))
+_LENGTHS = 9  # up to sixteen times the first guess
 
 
 def windows(n: int) -> list[tuple[int, bool]]:
