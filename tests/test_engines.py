@@ -57,7 +57,7 @@ CHAINS = {"chains": 8, "warmup": 300, "draws": 400}
 SMALL, LARGE = {"chains": 4, "warmup": 80, "draws": 60}, {"chains": 4, "warmup": 150, "draws": 200}
 ENGINES = {
     "HMC": Engine(bf.HMC(), CHAINS, SMALL, LARGE),
-    "AdjustedMCLMC": Engine(bf.AdjustedMCLMC(), CHAINS, SMALL, LARGE),
+    "AdjustedMCLMC": Engine(bf.AdjustedMCLMC(), CHAINS | {"warmup": 200, "draws": 250}, SMALL, LARGE),
     "SMC": Engine(bf.SMC(particles=300), {"chains": 16}, {"chains": 1}, {"chains": 2}),
 }
 every_engine = pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
@@ -99,8 +99,8 @@ def test_engines_sample_at_a_temperature(engine: Engine, temperature: float) -> 
 @pytest.mark.slow
 def test_pyros_sampler_finds_the_conjugate_posterior() -> None:
     problem = conjugate()
-    draws = bf.sample(problem.model, bf.PyroNUTS(), chains=2, warmup=100, draws=300, seed=0)
-    check_moments(draws.theta, problem.mean, problem.covariance, least_ess=100)
+    draws = bf.sample(problem.model, bf.PyroNUTS(), chains=1, warmup=100, draws=250, seed=0)
+    check_moments(draws.theta, problem.mean, problem.covariance, least_ess=50)
 
 
 @pytest.mark.slow
@@ -116,11 +116,12 @@ def test_engines_agree_with_pyros_about_a_network() -> None:
             means = (draws.log_weights.exp().unsqueeze(-1) * values).sum(1)
             return means.mean(0).numpy(), (means.std(0) / math.sqrt(len(means))).numpy()
         ess = np.array([arviz.ess(column.numpy(), method="mean") for column in values.unbind(-1)])
-        assert ess.min() > 100
+        assert ess.min() > 40
         return values.mean((0, 1)).numpy(), values.flatten(0, 1).std(0).numpy() / np.sqrt(ess)
 
-    oracle = bf.PyroNUTS(max_tree_depth=6)
-    expected, its_error = estimates(bf.sample(model, oracle, chains=2, warmup=150, draws=300, seed=0))
+    oracle = bf.PyroNUTS(max_tree_depth=5)
+    start = bf.sample(model, bf.HMC(), chains=1, warmup=100, draws=1, seed=5).theta[0]
+    expected, its_error = estimates(bf.sample(model, oracle, chains=1, warmup=100, draws=250, seed=0, init=start))
     for name, engine in ENGINES.items():
         found, error = estimates(bf.sample(model, engine.method, seed=1, **engine.sizes))
         assert (np.abs(found - expected) / np.sqrt(error**2 + its_error**2)).max() < 4, name

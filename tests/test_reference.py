@@ -118,6 +118,52 @@ def test_hmc_agrees_with_the_reference_on_iris(iris):
     assert (np.abs(probs.mean((0, 1)) - file["prob_mean"]) < 5 * error).all()
 
 
+# ---------------------------------------------------------------- defaults on other posteriors
+
+
+def relu_iris() -> tuple[bf.BayesianModel, torch.Tensor]:
+    """Return a network of 1,315 weights whose gradient jumps."""
+    file = np.load(REFERENCE)
+    with torch.random.fork_rng(devices=[]):
+        layers = [torch.nn.Linear(4, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32), torch.nn.ReLU()]
+        net = torch.nn.Sequential(*layers, torch.nn.Linear(32, 3))
+    likelihood = bf.likelihoods.Categorical()
+    model = bf.BayesianModel(net, bf.priors.Normal(1.0), likelihood, file["Xtr"], file["ytr"])
+    return model, torch.as_tensor(file["Xte"]).float()
+
+
+def few_rows() -> tuple[bf.BayesianModel, torch.Tensor]:
+    """Return 501 weights and 20 rows."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 8, generator=generator)
+    y = (x[:, :1] * x[:, 1:2]).tanh() + 0.1 * torch.randn(40, 1, generator=generator)
+    with torch.random.fork_rng(devices=[]):
+        net = torch.nn.Sequential(torch.nn.Linear(8, 50), torch.nn.ReLU(), torch.nn.Linear(50, 1))
+    model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.3), x[:20], y[:20])
+    return model, x[20:]
+
+
+@pytest.mark.validate
+@pytest.mark.parametrize("problem", [pytest.param(relu_iris, marks=needs_reference), few_rows])
+def test_default_engines_agree_beyond_the_references(problem):
+    """Predictive means in posterior sds, the width of the log joint, and what MCLMC says of its own errors."""
+    model, x = problem()
+    found = {}
+    for method in (bf.HMC(), bf.AdjustedMCLMC(), bf.MCLMC()):
+        draws = bf.sample(model, method, chains=16, warmup=500, draws=500, seed=0)
+        outputs = model.outputs(draws.flat, x)
+        values = outputs.softmax(-1) if outputs.shape[-1] > 1 else outputs
+        found[type(method).__name__] = (draws, values.mean(0), values.std(0))
+        assert diagnose(draws, model).r_hat.max() < 1.05, type(method).__name__
+    exact, mean, sd = found["HMC"]
+    for name, (draws, other, _) in found.items():
+        assert float(((other - mean) / sd).square().mean().sqrt()) < 0.1, name
+        assert abs(float(draws.log_joint.mean() - exact.log_joint.mean())) < 0.25 * float(exact.log_joint.std()), name
+        assert abs(float(draws.log_joint.std() / exact.log_joint.std()) - 1) < 0.15, name
+    variance = float(found["MCLMC"][0].stats["energy_variance"].double().mean())
+    assert 0.004 < variance < 0.1  # asked for 0.02
+
+
 @needs_reference
 @pytest.mark.slow
 def test_untrained_field_and_refinement_reach_the_reference(iris, seeded):

@@ -1,5 +1,6 @@
 """The diagnosis is honest, the export is complete, and the page stands on its own."""
 
+import math
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from bnnflow.model import BayesianModel, likelihoods
 from bnnflow.predictive import metrics, predict
 from bnnflow.report import Report, diagnose, plots, report, to_arviz
 from bnnflow.report.arviz import import_arviz
+from bnnflow.report.html import _Shown
 
 VOID = {"meta", "br", "hr", "img", "link", "input", "wbr"}
 N_TEST = 40
@@ -159,6 +161,48 @@ def test_weights_have_an_effective_sample_size(model):
     uneven = torch.zeros(1000)
     uneven[0] = 20.0
     assert diagnose((theta, uneven), model).verdict == "do not trust"
+
+
+def test_chains_without_an_accept_step_are_trusted_with_care_at_most(model):
+    draws = chains(model, draws=400)
+    draws.info["exact"] = False
+    d = diagnose(draws, model)
+    assert d.verdict == "trust with care"
+    assert "no accept step" in str(d)
+    for temperature, advice in ((1.05, None), (0.3, "run longer"), (1.6, "smaller step size")):
+        draws.stats["configurational_temperature"] = torch.full((4, 400), temperature)
+        d = diagnose(draws, model)
+        assert d.temperature == pytest.approx(temperature)
+        assert f"temperature {temperature:.2f}" in str(d)
+        assert "should be 1" not in str(d) if advice is None else advice in str(d)
+
+
+def test_particles_say_how_well_the_evidence_is_known(model):
+    theta = model.sample_prior(1000, seed=0).unflatten(0, (2, 500))
+    even = torch.full((2, 500), -math.log(500), dtype=torch.float64)
+    for error in (0.2, 3.0):
+        draws = Draws(
+            theta, model.log_joint(theta), log_weights=even, log_evidence=(-12.0, error), info={"method": "SMC"}
+        )
+        d = diagnose(draws, model)
+        assert d.verdict == "trust with care"
+        assert f"log evidence -12.00 ± {error:.2f}" in str(d)
+        assert ("standard error of 3.0: take more particles" in str(d)) == (error == 3.0)
+
+
+def test_the_report_knows_an_evidence_without_an_error(model):
+    x, y = test_data(model)
+    theta = model.sample_prior(60, seed=3)[None]
+    info = {"method": "Laplace", "rates": [0.00123456789, 2.0], "gradients_per_chain": 600.0}
+    draws = Draws(theta, model.log_joint(theta), log_evidence=(-12.5, math.nan), info=info)
+    made = report({"Laplace": draws}, model, x, y, path=None)
+    facts = _Shown.of(made.sections[0], 1).runs[0]["facts"]
+    assert facts["log evidence"] == "−12.50 (Laplace)"
+    assert facts["rates"] == "0.001235, 2"
+    words = " ".join(Page(made.html()).text)
+    assert "nan" not in words
+    assert "600.0" not in words
+    assert "linearised" in words
 
 
 def test_diagnose_refuses_weights_of_another_model(model):

@@ -121,8 +121,9 @@ class _Progress:
     """Where a run is: the state of its warm-up, then the tuned kernel and the state of its chains."""
 
     def __init__(self, warm: Any, gradients: float) -> None:
-        self.warm, self.state, self.step, self.gradients = warm, None, 0, gradients
+        self.warm, self.step, self.gradients = warm, 0, gradients
         self.tuned: Tuned | None = None
+        self.state: Any = None
 
     @classmethod
     def restored(cls, saved: Any, process: WarmUp, theta: Tensor, generator: torch.Generator) -> _Progress:

@@ -36,8 +36,8 @@ class Scale(NamedTuple):
     """A square root A of the inverse mass matrix A A^T, possibly times a step size."""
 
     diagonal: Tensor
-    directions: Tensor | None
-    stretch: Tensor | None  # root of the values, minus one
+    directions: Tensor  # (dim, rank)
+    stretch: Tensor  # (rank,), root of the values, minus one
 
     def times(self, step_size: Tensor | float) -> Scale:
         """Return ``step_size`` times A, for step sizes ``(chain, 1)``."""
@@ -49,9 +49,9 @@ class Scale(NamedTuple):
 
     def push(self, velocity: Tensor, grad: Tensor, factor: float = 1.0) -> Tensor:
         """Return velocity + factor A^T grad."""
-        if self.directions is None:
-            return torch.addcmul(velocity, self.diagonal, grad, value=factor)
-        return velocity + factor * self.pull(grad)
+        if len(self.stretch):
+            return velocity + factor * self.pull(grad)
+        return torch.addcmul(velocity, self.diagonal, grad, value=factor)
 
     def pull(self, grad: Tensor) -> Tensor:
         """Return A^T grad."""
@@ -62,18 +62,17 @@ class Scale(NamedTuple):
         return self.diagonal * self._stretched(velocity)
 
     def _stretched(self, vector: Tensor) -> Tensor:
-        if self.directions is None:
-            return vector
-        return vector + ((vector @ self.directions) * self.stretch) @ self.directions.T
+        if len(self.stretch):
+            return vector + ((vector @ self.directions) * self.stretch) @ self.directions.T
+        return vector
 
 
 def scale_of(inverse_mass_matrix: Tensor | LowRank) -> Scale:
     """Return the root of a mass matrix; a tensor is a diagonal."""
     if isinstance(inverse_mass_matrix, Tensor):
-        return Scale(inverse_mass_matrix.sqrt(), None, None)
+        nothing = inverse_mass_matrix.new_empty(0)
+        return Scale(inverse_mass_matrix.sqrt(), nothing, nothing)
     diagonal, directions, values = inverse_mass_matrix
-    if directions.shape[1] == 0:
-        return Scale(diagonal.sqrt(), None, None)
     return Scale(diagonal.sqrt(), directions, values.sqrt() - 1)
 
 
@@ -83,7 +82,7 @@ class Moments(NamedTuple):
     Products of coordinates are summed over chains, and only if directions are wanted.
     """
 
-    count: int
+    draws: int
     origin: Tensor  # (chain, dim)
     unit: Tensor  # (chain, dim)
     total: Tensor  # (chain, dim)
@@ -102,7 +101,7 @@ class Moments(NamedTuple):
         """Add one draw of every chain."""
         offset = (theta - self.origin) / self.unit
         return self._replace(
-            count=self.count + 1,
+            draws=self.draws + 1,
             total=self.total + offset,
             squares=self.squares + offset * offset,
             products=self.products + offset.T @ offset if len(self.products) else self.products,
@@ -114,7 +113,7 @@ class Moments(NamedTuple):
         The diagonal of every chain is its own variances, shrunk towards their mean over all chains. Directions are
         those whose correlations, within chains and pooled over them, stretch or squeeze them most.
         """
-        count = max(1, self.count)
+        count = max(1, self.draws)
         mean = self.total / count
         variance = (self.squares / count - mean**2).clamp(min=0.0) * self.unit**2
         pooled = ranks.mean(variance.mean(0))

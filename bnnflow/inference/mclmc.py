@@ -132,7 +132,7 @@ class _Tuning(NamedTuple):
     chain: MCLMCState
     log_step: float
     log_averaged: float
-    count: int  # of transitions since the mass matrix last changed
+    updates: int  # transitions since the mass matrix last changed
     inverse_mass_matrix: LowRank
     L: float
     moments: Moments
@@ -182,14 +182,14 @@ def mclmc_warm_up(
 
     def step(tuning: _Tuning, generator: torch.Generator) -> tuple[_Tuning, MCLMCInfo]:
         chain, info = kernel(tuning.log_step, tuning).step(tuning.chain, generator)
-        count, done = tuning.count + 1, tuning.done + 1
+        count, done = tuning.updates + 1, tuning.done + 1
         # Errors fall with the sixth power of the step, and at its limit of stability a little less suddenly than they
         # rise: the root of the ratio, bounded, follows the mean without being thrown by a single error.
         ratio = float(ranks.mean(info.energy_variance.mean())) / energy_variance
         log_step = tuning.log_step + max(0.02, 0.3 / count**0.7) * max(-1.0, min(1.0, 1 - math.sqrt(ratio)))
         averaged = tuning.log_averaged + max(0.02, 1 / count) * (log_step - tuning.log_averaged)
         tuning = tuning._replace(
-            chain=chain, log_step=log_step, log_averaged=averaged, count=count, done=done,
+            chain=chain, log_step=log_step, log_averaged=averaged, updates=count, done=done,
             moments=tuning.moments.update(chain.theta),
         )  # fmt: skip
         if done in ends[1:]:
@@ -197,7 +197,7 @@ def mclmc_warm_up(
             # The same step, in the new coordinates.
             shrunk = (mass.diagonal.double() / tuning.inverse_mass_matrix.diagonal).log().mean()
             log_step = averaged - 0.5 * float(ranks.mean(shrunk))
-            tuning = tuning._replace(inverse_mass_matrix=mass, log_step=log_step, log_averaged=log_step, count=0)
+            tuning = tuning._replace(inverse_mass_matrix=mass, log_step=log_step, log_averaged=log_step, updates=0)
         if done in ends:
             tuning = tuning._replace(moments=Moments.start(chain.theta, tuning.inverse_mass_matrix))
         return tuning, info

@@ -18,7 +18,7 @@ class DualAveraging(NamedTuple):
     log: float
     log_averaged: float
     error: float
-    count: int
+    updates: int
 
     @classmethod
     def start(cls, step_size: float) -> DualAveraging:
@@ -39,7 +39,7 @@ class DualAveraging(NamedTuple):
     def update(self, acceptance: float, target: float) -> DualAveraging:
         """Learn from one transition; a NaN acceptance counts as zero, so that the step shrinks."""
         acceptance = 0.0 if math.isnan(acceptance) else acceptance
-        count = self.count + 1
+        count = self.updates + 1
         error = self.error + (target - acceptance - self.error) / (count + 10)
         log = self.centre - math.sqrt(count) / 0.05 * error
         log = min(max(log, -50.0), 50.0)  # a density that always or never accepts must not overflow

@@ -14,7 +14,7 @@ from torch import Tensor
 from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
 from bnnflow.predictive import Prediction, metrics, predict
-from bnnflow.report.diagnose import Diagnosis, diagnose
+from bnnflow.report.diagnose import HINTS, Diagnosis, diagnose
 
 __all__ = ["Comparison", "Entry", "Evaluation", "compare", "duration", "gather"]
 
@@ -241,11 +241,10 @@ def _difference(a: Tensor, b: Tensor) -> tuple[float, float]:
 def _headline(evaluations: list[Evaluation], reference: Evaluation | None) -> str:
     if reference is None:
         best = max(evaluations, key=lambda e: e.row["lppd"])
-        why = (
-            "no exact sampler is among the methods"
-            if not any(e.exact for e in evaluations)
-            else "the exact sampler has not converged"
-        )
+        why = {
+            0: "no exact sampler is among the methods",
+            1: "the exact sampler has not converged",
+        }.get(sum(e.exact for e in evaluations), "none of the exact samplers has converged")
         if len(evaluations) == 1:
             return f"Nothing here certifies {best.name}: {why}."
         return (
@@ -299,7 +298,8 @@ def _remark(e: Evaluation, reference: Evaluation | None, rows: int) -> str:
     if e.diagnosis.kind == "independent":
         method = e.entry.info.get("method", "")
         few = f"{e.row['draws']} fitted networks" if method == "DeepEnsemble" else "Independent draws"
-        return text + f"{few}: no chains to compare, so its own convergence cannot be certified."
+        text += f"{few}: no chains to compare, so its own convergence cannot be certified."
+        return f"{text} {_sentence((HINTS[method],))}" if method in HINTS else text
     return text + _sentence(e.diagnosis.reasons)
 
 

@@ -24,7 +24,16 @@ R_HAT = (1.01, 1.05)  # up to the first: converged; beyond the second: not (Veht
 ESS = (400, 100)  # from the first: enough; below the second: not
 E_BFMI = 0.3  # below: the momenta do not explore the energy (Betancourt 2016)
 DIVERGENCES = 0.01  # beyond this fraction the posterior has regions that the chains cannot enter
+TEMPERATURE = 0.2  # from 1: beyond this the law of the draws is visibly wrong
+EVIDENCE = 1.0  # nats of standard error beyond which an evidence compares little
 MAX_ROWS = 100
+
+# What a reader of an approximation's draws should know of it.
+HINTS = {
+    "Laplace": "draws of a wide Gaussian predict poorly through the network itself: predict with "
+    "model.linearised(draws.posterior.loc) too, which is usually better",
+    "MCDropout": "the rate sets the width of the predictions, whatever the data",
+}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -46,6 +55,8 @@ class Diagnosis:
         divergences: number of divergent transitions, if recorded.
         acceptance: mean acceptance rate, if recorded.
         e_bfmi: smallest E-BFMI of a chain, if energies were recorded.
+        temperature: mean configurational temperature, if recorded: 1 where the law of the draws is right.
+        log_evidence: value and standard error, if the method estimates it.
     """
 
     verdict: Verdict
@@ -62,6 +73,8 @@ class Diagnosis:
     divergences: int | None = None
     acceptance: float | None = None
     e_bfmi: float | None = None
+    temperature: float | None = None
+    log_evidence: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         """Lay the verdict out for a terminal."""
@@ -87,6 +100,8 @@ class Diagnosis:
                 )
         if self.ess_weights is not None:
             lines.append(f"ESS of the weights {self.ess_weights:,.0f}   (want >= {ESS[0]})")
+        if self.log_evidence is not None:
+            lines.append("log evidence {:.2f} ± {:.2f}".format(*self.log_evidence))
         counts = []
         if self.acceptance is not None:
             counts.append(f"acceptance {self.acceptance:.2f}")
@@ -94,6 +109,8 @@ class Diagnosis:
             counts.append(f"divergences {self.divergences:,} of {self.draws:,}")
         if self.e_bfmi is not None:
             counts.append(f"E-BFMI {self.e_bfmi:.2f}")
+        if self.temperature is not None:
+            counts.append(f"configurational temperature {self.temperature:.2f} (want 1)")
         return lines + ([", ".join(counts)] if counts else [])
 
 
@@ -107,8 +124,9 @@ def diagnose(
     Draws with statistics of a sampler are Markov chains. For these, rank-normalised split R-hat and bulk and tail
     effective sample sizes (Vehtari et al. 2021) are computed of the predictions at up to 100 inputs, spread evenly:
     weights that differ by a symmetry of the network give the same predictions, so chains that never meet in weight
-    space can still agree. Draws without statistics are independent draws of an approximation: there is nothing to
-    compare, and the verdict says so.
+    space can still agree. Chains without an accept step (``info["exact"]`` is False) also have a bias that they cannot
+    show, and get no better than "trust with care". Draws without statistics are independent draws of an approximation:
+    there is nothing to compare, and the verdict says so.
 
     Args:
         draws: draws, weights ``(..., dim)``, or a pair of weights and log weights.
@@ -132,7 +150,7 @@ def diagnose(
         raise ValueError("there are no draws to judge")
     x = model.inputs(x)
     if log_weights is not None:
-        return _weighted(draws, log_weights)
+        return _weighted(draws, log_weights, model.temperature)
     if isinstance(draws, Draws) and draws.stats:
         return _chains(draws, model, x)
     return _independent(draws, len(theta))
@@ -152,22 +170,41 @@ def _independent(draws: object, n: int) -> Diagnosis:
         reasons.insert(0, f"{n} members are {n} fitted networks, not draws: they have no effective sample size")
     elif n < ESS[1]:
         reasons.append(f"{n} draws are few: averages over them are noisy; take a thousand")
+    if _method(draws) in HINTS:
+        reasons.append(HINTS[_method(draws)])
     chains = draws.chains if isinstance(draws, Draws) else 1
     return Diagnosis(
         "approximate: compare with an exact sampler", tuple(reasons), "independent", _method(draws), chains, n
     )
 
 
-def _weighted(draws: object, log_weights: Tensor) -> Diagnosis:
+def _weighted(draws: object, log_weights: Tensor, temperature: float) -> Diagnosis:
     log_weights = log_weights.double() - log_weights.double().logsumexp(0)
     ess = float((-(2 * log_weights).logsumexp(0)).exp())
     verdict: Verdict = "trust with care" if ess >= ESS[0] else "do not trust"
+    chains, method = draws.chains if isinstance(draws, Draws) else 1, _method(draws)
+    evidence = draws.log_evidence if isinstance(draws, Draws) else None
+    more = "take more particles" if method == "SMC" else "draw more"
     reasons = ["weighted draws have no chains to compare; repeat with another seed to see how far the results move"]
+    if method == "SMC":
+        reasons = ["particles become exact as their number grows, and nothing in them says how many that takes: repeat "
+                   "with twice as many and see how far predictions and evidence move"]  # fmt: skip
+    if evidence is not None and evidence[1] > EVIDENCE:
+        reasons.insert(0, f"the log evidence has a standard error of {evidence[1]:.1f}: {more}")
     if not ess >= ESS[0]:
-        reasons.insert(0, f"the weights leave {ess:.0f} effective draws of {len(log_weights):,}; draw more")
-    chains = draws.chains if isinstance(draws, Draws) else 1
-    method = _method(draws)
-    return Diagnosis(verdict, tuple(reasons), "weighted", method, chains, len(log_weights), ess_weights=ess)
+        reasons.insert(0, f"the weights leave {ess:.0f} effective draws of {len(log_weights):,}; {more}")
+    if temperature != 1:
+        reasons.append(f"this is the posterior tempered at T = {temperature:g}")
+    return Diagnosis(
+        verdict,
+        tuple(reasons),
+        "weighted",
+        method,
+        chains,
+        len(log_weights),
+        ess_weights=ess,
+        log_evidence=evidence,
+    )
 
 
 def _chains(draws: Draws, model: BayesianModel, x: Tensor) -> Diagnosis:
@@ -184,6 +221,9 @@ def _chains(draws: Draws, model: BayesianModel, x: Tensor) -> Diagnosis:
     diverging = int(stats["diverging"].sum()) if "diverging" in stats else None
     acceptance = float(stats["acceptance_rate"].double().mean()) if "acceptance_rate" in stats else None
     e_bfmi = _e_bfmi(stats["energy"]) if "energy" in stats and draws.draws >= 4 else None
+    temperature = None
+    if "configurational_temperature" in stats:
+        temperature = float(stats["configurational_temperature"].double().mean())
     total = draws.chains * draws.draws
     severe, mild = [], []
 
@@ -195,7 +235,7 @@ def _chains(draws: Draws, model: BayesianModel, x: Tensor) -> Diagnosis:
         worst = float(r_hat.max())
         if not worst <= R_HAT[0]:
             (mild if worst <= R_HAT[1] else severe).append(
-                f"chains disagree about predictions (R-hat up to {worst:.3g}): run a longer warm-up and more draws, or "
+                f"chains disagree about predictions (R-hat up to {worst:.4g}): run a longer warm-up and more draws, or "
                 "start from a trained network or an ensemble"
             )
         ess = float(min(bulk.min(), tail.min()))
@@ -214,6 +254,20 @@ def _chains(draws: Draws, model: BayesianModel, x: Tensor) -> Diagnosis:
         mild.append(f"E-BFMI {e_bfmi:.2f} is below {E_BFMI}: energies are explored slowly; take more draws")
     if acceptance is not None and acceptance < 0.2:
         mild.append(f"acceptance is {acceptance:.2f}: run a longer warm-up or start with a smaller step size")
+    if draws.info.get("exact") is False:
+        mild.append(
+            "there is no accept step: draws have a bias of the step size that agreeing chains do not show; compare "
+            "predictions with those of an exact sampler such as HMC, or of a smaller step"
+        )
+    if temperature is not None and not abs(temperature - 1) <= TEMPERATURE:
+        mild.append(
+            f"configurational temperature is {temperature:.2f} and should be 1: "
+            + (
+                "chains are still near where they began; run longer"
+                if temperature < 1
+                else "draws are too spread; take a smaller step size or less noisy gradients"
+            )
+        )
     if draws.info.get("interrupted"):
         mild.append("the run was interrupted")
     if model.temperature != 1:
@@ -235,6 +289,7 @@ def _chains(draws: Draws, model: BayesianModel, x: Tensor) -> Diagnosis:
         divergences=diverging,
         acceptance=acceptance,
         e_bfmi=e_bfmi,
+        temperature=temperature,
     )
 
 

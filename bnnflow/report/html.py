@@ -50,7 +50,7 @@ _COLUMNS = (
     _Column("draws", "draws", ",", "draws of the weights"),
     _Column("seconds", "seconds", ".3g", "wall-clock time to obtain them"),
     _Column("seconds_per_1000_draws", "s / 1,000", ".3g", "the same for 1,000 draws"),
-    _Column("gradients_per_chain", "gradients", ",", "gradient evaluations of a chain, member or fit"),
+    _Column("gradients_per_chain", "gradients", ",.0f", "gradient evaluations of a chain, member or fit"),
 )  # fmt: skip
 
 
@@ -330,6 +330,7 @@ def _convergence(e: Evaluation) -> dict[str, Any]:
     ]
     counts = {
         "chains × draws": f"{d.chains} × {d.draws // d.chains:,}",
+        "configurational temperature": None if d.temperature is None else f"{d.temperature:.2f} (1 is right)",
         "acceptance": None if d.acceptance is None else f"{d.acceptance:.2f}",
         "divergences": None if d.divergences is None else f"{d.divergences:,} of {d.draws:,}",
         "E-BFMI, smallest": None if d.e_bfmi is None else f"{d.e_bfmi:.2f}",
@@ -353,7 +354,9 @@ def _run(e: Evaluation) -> dict[str, Any]:
         facts["time"] = duration(e.entry.seconds)
     evidence = draws.log_evidence if isinstance(draws, Draws) else None
     if evidence is not None:
-        facts["log evidence"] = f"{evidence[0]:.2f} ± {evidence[1]:.2f}".replace("-", "−")
+        value, error = evidence
+        known = f" ± {error:.2f}" if math.isfinite(error) else f" ({e.entry.info.get('method', 'error unknown')})"
+        facts["log evidence"] = f"{value:.2f}".replace("-", "−") + known
     hidden = {"seconds", "settings", "method"}
     for key, value in e.entry.info.items():
         if key not in hidden:
@@ -366,7 +369,9 @@ def _fact(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "–"}[value]
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.4g}".replace("-", "−")
+    if isinstance(value, list | tuple):
+        value = ", ".join(map(_fact, value))
     text = f"{value:,}" if isinstance(value, int) else str(value)
     return text if len(text) <= 200 else text[:200] + " …"
 
