@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import multiprocessing
 import pickle
 import shutil
@@ -11,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.distributions as td
 from hypothesis import given
@@ -271,6 +274,179 @@ def test_bad_weights_spoil_their_own_chain_alone(
         others = torch.arange(5) != 2
         assert torch.equal(value[others], good[0][others])
         assert torch.equal(grad[others], good[1][others])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_and_slopes_over_the_whole_range(activation: str, dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    powers = torch.logspace(-300, 300, 2001, dtype=F64).clamp(float(info.tiny) / 1e3, float(info.max)).to(dtype)
+    a = torch.cat([torch.linspace(-30, 30, 4001, dtype=dtype), powers, -powers, torch.tensor([0.0, -0.0], dtype=dtype)])
+    if activation != "identity":
+        a = a[a.abs() < info.max * info.eps / 8]  # beyond, a * sigmoid(a) does not vanish: exp2 saturates
+    a = torch.cat([a, torch.tensor([float("nan")], dtype=dtype)])[:, None]
+    net = nn.Sequential(nn.utils.skip_init(nn.Linear, 1, 1, bias=False), ACTIVATIONS[activation]()).to(dtype)
+    spec = WeightSpec.of(net)
+    network, theta = ChainNetwork(spec), torch.ones(len(a), 1, dtype=dtype)
+    x = a[:, :, None]  # a network for each number: the gradient by its weight is number * slope
+    value, pull = network.pullback(theta, x, per_network=True)
+    got = pull(torch.ones_like(value))
+    exact = a.double().requires_grad_()
+    expected = ACTIVATIONS[activation]()(exact)
+    (slope,) = torch.autograd.grad(expected.sum(), exact)
+    if activation == "gelu_tanh":  # torch's own overflows in the cube
+        slope = torch.where(exact.detach().abs() > 1e100, (exact.detach() > 0).double(), slope)
+    tolerance = (100 if activation == "gelu_tanh" else 10) * info.eps  # its 1 - sigmoid cancels
+    size = a.double().abs().clamp(min=1.0)
+    for mine, true in ((value[:, 0], expected.detach()), (got, slope * a.double())):
+        assert torch.equal(mine.isnan(), true.isnan())
+        assert ((mine.double() - true).abs() <= tolerance * size)[:-1].all()
+
+
+# ---------------------------------------------------------------- random numbers
+
+
+def threefry(key: int, counters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Compute Threefry-2x32-20 as its paper says it, for 64-bit counters."""
+    low, high = np.uint32(key & 0xFFFFFFFF), np.uint32(key >> 32)
+    keys = [low, high, low ^ high ^ np.uint32(0x1BD11BDA)]
+    a, b = counters.astype(np.uint32) + low, (counters >> np.uint64(32)).astype(np.uint32) + high
+    for r in range(20):
+        turn = np.uint32([13, 15, 26, 6, 17, 29, 16, 24][r % 8])
+        a = a + b
+        b = (b << turn | b >> (np.uint32(32) - turn)) ^ a
+        if r % 4 == 3:
+            i = r // 4 + 1
+            a, b = a + keys[i % 3], b + keys[(i + 1) % 3] + np.uint32(i)
+    return a, b
+
+
+def test_the_papers_numbers() -> None:
+    known = [  # key, counter and words of Random123's known answers, low words first
+        (0, 0, (0x6B200159, 0x99BA4EFE)),
+        (2**64 - 1, 2**64 - 1, (0x1CB996FC, 0xBB002BE7)),
+        (0x0370734413198A2E, 0x85A308D3243F6A88, (0xC4923A9C, 0x483DF7A0)),
+    ]
+    for key, counter, words in known:
+        a, b = threefry(key, np.array([counter], dtype=np.uint64))
+        assert (int(a[0]), int(b[0])) == words
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
+def test_compiled_numbers_are_those_of_threefry(dtype: torch.dtype) -> None:
+    key, many = int(torch.empty((), dtype=torch.int64).random_(generator=generator(8))), 64 * 7
+    rows = fused.stratified_rows((many,), 1, 2**53, generator(8), dtype)
+    assert rows is not None
+    words = np.concatenate(threefry(key, np.arange(many, dtype=np.uint64)))
+    halves = (rows.numpy() >> 21).astype(np.uint32)  # of every pair of words, the one in the upper bits
+    assert np.isin(halves, words).all()
+    assert len(np.unique(halves)) == many
+    library = fused._library(dtype)
+    assert library is not None
+    out = torch.empty(1, 1, dtype=torch.int64)
+    seen = []
+    for key in (0, 1, 2**32, 2**62):  # every bit of the key counts
+        library.bnnflow_rows(key, 1, 1, 2**53, out.data_ptr())
+        seen.append(int(out))
+    assert len(set(seen)) == 4
+
+
+def z_scores(x: Tensor) -> dict[str, float]:
+    """Return moments of what should be standard normal and independent, in units of their errors."""
+    n, x = x.numel(), x.double().flatten()
+    double_factorial = [1.0, 0, 1, 0, 3, 0, 15, 0, 105, 0, 945, 0, 10395]
+    scores = {}
+    for k in range(1, 7):
+        error = math.sqrt((double_factorial[2 * k] - double_factorial[k] ** 2) / n)
+        scores[f"moment {k}"] = (float(x.pow(k).mean()) - double_factorial[k]) / error
+    for edge in (1e-3, 0.1, 2.0, 3.0, 4.0, 5.0):
+        expected = n * math.erfc(edge / math.sqrt(2))
+        scores[f"tail {edge}"] = (int((x.abs() > edge).sum()) - expected) / math.sqrt(expected * (1 - expected / n))
+        scores[f"sides {edge}"] = float(((x > edge).sum() - (x < -edge).sum()) / math.sqrt(expected))
+    return scores
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
+def test_normal_numbers_are_normal(dtype: torch.dtype) -> None:
+    x = fused.normal_like(torch.empty(1600, 5000, dtype=dtype), generator(1))
+    assert x.isfinite().all()
+    scores = z_scores(x)
+    assert max(map(abs, scores.values())) < 4.5, scores
+    assert scipy.stats.kstest(x[:100].double().flatten().numpy(), "norm").pvalue > 1e-3
+    assert scipy.stats.kstest(x[:200].double().square().sum(-1).numpy(), "chi2", args=(5000,)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
+def test_normal_numbers_are_independent(dtype: torch.dtype) -> None:
+    g, like = generator(2), torch.empty(2**16, dtype=dtype)
+    x = torch.stack([fused.normal_like(like, g) for _ in range(32)]).double()  # (key, number)
+    for series in (x, x.square() - 1, x.sign(), x.abs().log() + 0.635181422730739):
+        spread = float(series.square().mean())
+        spectrum = torch.fft.rfft(series, n=2 * series.shape[1])
+        lags = torch.fft.irfft(spectrum.abs().square())[:, 1:2000].sum(0) / (spread * math.sqrt(series.numel()))
+        assert lags.abs().max() < 5.5, "numbers of one key"
+        keys = series @ series.mT / (spread * math.sqrt(series.shape[1]))
+        assert (keys - keys.diagonal().diag()).abs().max() < 5, "numbers of other keys, at the same place"
+
+
+def test_normal_numbers_of_neighbouring_keys_are_independent() -> None:
+    library = fused._library(F32)
+    if library is None:
+        pytest.skip("no compiler")
+    keys = [*range(32), *(1 << bit for bit in range(5, 63))]
+    x = torch.empty(len(keys), 2**14)
+    for key, row in zip(keys, x, strict=True):
+        library.bnnflow_normals(key, row.numel(), row.data_ptr())
+    for series in (x, x.square() - 1):
+        shared = (series @ series.mT) / (series.square().mean() * math.sqrt(series.shape[1]))
+        assert (shared - shared.diagonal().diag()).abs().max() < 5
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
+def test_normal_numbers_are_determined_by_the_generator(dtype: torch.dtype) -> None:
+    g = generator(3)
+    for shape in ((), (0,), (1,), (3, 5), (16, 401), (127,), (128,), (129,)):
+        state, like = g.get_state(), torch.zeros(shape, dtype=dtype)
+        first, second = fused.normal_like(like, g), fused.normal_like(like, g)
+        assert first.shape == shape
+        assert first.dtype == dtype
+        assert not first.numel() or not torch.equal(first, second)
+        again = torch.Generator()
+        again.set_state(state)
+        assert torch.equal(fused.normal_like(like, again), first)
+        assert torch.equal(fused.normal_like(like, again), second)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
+@pytest.mark.parametrize("own_metrics", [False, True])
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_a_langevin_step(layout: str, own_metrics: bool, dtype: torch.dtype) -> None:
+    theta, grad = (torch.randn(2, 5, 401, generator=generator(), dtype=F64)).to(dtype)
+    metric = torch.rand(5, 401, generator=generator(), dtype=F64).to(dtype)
+    metric = metric if own_metrics else metric[0]
+    if layout == "columns":
+        theta = theta.mT.contiguous().mT
+    expected = theta + 0.3 * metric * grad + 0.7 * metric.sqrt() * fused.normal_like(theta, generator(5))
+    found = fused.langevin(theta, grad, metric, metric.sqrt(), 0.3, 0.7, generator(5))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
+@pytest.mark.parametrize("dim", [1, 16, 401])
+def test_the_longest_gradient_and_what_is_not_finite(dim: int, dtype: torch.dtype) -> None:
+    grad, value = torch.randn(5, dim, generator=generator(), dtype=F64).to(dtype), torch.zeros(5, dtype=F64)
+    for root in (torch.full((dim,), 2.0, dtype=dtype), torch.full((5, dim), 2.0, dtype=dtype)):
+        norms = (2 * grad).norm(dim=-1)
+        bound = fused.longest(grad, root, value)
+        assert 0.9999 * float(norms.max()) <= bound <= 1.0001 * float(norms.norm())
+        for bad in (float("nan"), float("inf"), -float("inf")):
+            for spoiled in (grad, value):
+                changed = spoiled.clone()
+                changed[3, ...] = bad
+                arguments = (changed, root, value) if spoiled is grad else (grad, root, changed)
+                assert not math.isfinite(fused.longest(*arguments))
 
 
 # ---------------------------------------------------------------- derivatives

@@ -19,10 +19,12 @@ from bnnflow import likelihoods, priors
 from bnnflow.inference import SGHMC, SGLD, SGNHT, Cyclical, Polynomial
 from bnnflow.inference.burn_in import exploring
 from bnnflow.inference.gradients import anchored, control_variates, measure, stochastic
+from bnnflow.inference.loop import thinned
 from bnnflow.inference.schedules import Schedule, Stage
 from bnnflow.inference.sghmc import sghmc
 from bnnflow.inference.sgld import psgld, sgld
 from bnnflow.inference.sgnht import sgnht
+from bnnflow.model.fused import normal_like
 from bnnflow.types import Kernel
 
 F64 = torch.float64
@@ -365,6 +367,20 @@ def test_control_variates_have_the_variance_of_the_closed_form() -> None:
 # ---------------------------------------------------------------- what a step is
 
 
+@pytest.mark.parametrize("n", [1, 4])
+def test_steps_in_one_transition_are_the_same_steps(n: int) -> None:
+    problem = regression()
+    metric = problem.covariance.diagonal()
+    kernel = sgld(stochastic(problem.model, 10), 1e-3, metric, schedule=Polynomial(1.0))
+    start = equilibrium(problem, 3)
+    visited, stats = iterate(kernel, start, n, burn=0)
+    together, found = iterate(thinned(kernel, n), start, 1, burn=0)
+    assert torch.equal(together[:, 0], visited[:, -1])
+    assert (found["n_steps"] == n).all()
+    assert not found["diverging"].any()
+    assert torch.allclose(found["step_size"][:, 0], stats["step_size"].mean(1))
+
+
 def test_one_step_of_sghmc_uses_the_gradient() -> None:
     ones, h = torch.ones(2, dtype=F64), 0.3
 
@@ -396,7 +412,7 @@ def test_rmsprop_divides_by_the_running_gradient() -> None:
     problem = regression(n)
     kernel = psgld(stochastic(problem.model, None), eps, n, decay=decay, floor=floor)
     state = kernel.init(problem.mean.expand(3, -1) + 0.1, g)
-    noise = torch.randn(3, 4, generator=generator(g.initial_seed()), dtype=F64)
+    noise = normal_like(state.theta, generator(g.initial_seed()))
     new, _ = kernel.step(state, g)
     squares = decay * state.squares + (1 - decay) * (state.grad / n) ** 2
     metric = 1 / (floor + squares.sqrt())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bnnflow.inference.ranks import ALONE, Ranks
 from bnnflow.model import BayesianModel
+from bnnflow.model.fused import longest
 
 __all__ = [
     "Anchor",
@@ -22,6 +23,7 @@ __all__ = [
     "guarded",
     "higher",
     "measure",
+    "same",
     "stochastic",
 ]
 
@@ -111,11 +113,10 @@ def guarded(new: _State, before: Callable[[], _State], root: Tensor, limit: floa
     Returns:
         The state, and where it was mended ``(chain,)``.
     """
-    scaled = new.grad * root
-    # Two numbers tell of all chains at once, at a third of the cost, that nothing happened, as nearly always.
-    if float(torch.linalg.vector_norm(scaled)) < limit and math.isfinite(float(new.log_joint.sum())):
-        return new, torch.zeros(len(scaled), dtype=torch.bool, device=scaled.device)
-    size = torch.linalg.vector_norm(scaled, dim=-1)
+    # One number tells of all chains at once that nothing happened, as nearly always.
+    if longest(new.grad, root, new.log_joint) < limit:
+        return new, same(len(new.grad), False, new.grad.device)
+    size = torch.linalg.vector_norm(new.grad * root, dim=-1)
     extreme = ~((size < limit) & new.log_joint.isfinite())
     if not extreme.any():
         return new, extreme
@@ -129,6 +130,13 @@ def guarded(new: _State, before: Callable[[], _State], root: Tensor, limit: floa
         return torch.where(lost.reshape(-1, *[1] * (now.dim() - 1)), then, now)
 
     return type(new)(*map(chosen, new, before())), extreme
+
+
+@functools.lru_cache(maxsize=32, typed=True)
+def same(chains: int, number: float, device: torch.device) -> Tensor:
+    """Return a statistic that is the same for all chains, and the same tensor in every step: nobody may write to it."""
+    kinds = {bool: torch.bool, int: torch.int64, float: torch.float64}
+    return torch.full((chains,), number, dtype=kinds[type(number)], device=device)
 
 
 # ---------------------------------------------------------------- scales

@@ -69,6 +69,8 @@ def thinned(kernel: Kernel, n: int) -> Kernel:
 
 
 def _combined(name: str, values: tuple[Tensor, ...]) -> Tensor:
+    if all(value is values[0] for value in values):  # a constant
+        return values[0] * len(values) if name == "n_steps" else values[0]
     stacked = torch.stack(values)
     if name == "n_steps":
         return stacked.sum(0)

@@ -15,7 +15,7 @@ __all__ = ["LowRank", "Moments", "Scale", "scale_of"]
 class LowRank(NamedTuple):
     """The inverse mass matrix D^1/2 (I + V (diag(values) - I) V^T) D^1/2.
 
-    Args:
+    Attributes:
         diagonal: D, ``(dim,)`` or ``(chain, dim)``, ideally the posterior variances.
         directions: V, ``(dim, rank)``, orthonormal.
         values: ``(rank,)``, ideally the variances along them in coordinates scaled by D^1/2.

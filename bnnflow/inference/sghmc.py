@@ -11,10 +11,11 @@ from torch import Tensor
 
 from bnnflow.draws import Draws
 from bnnflow.inference.burn_in import Recipe, check, run_stochastic
-from bnnflow.inference.gradients import Scales, StochasticTarget, guarded
+from bnnflow.inference.gradients import Scales, StochasticTarget, guarded, same
 from bnnflow.inference.run import Run
 from bnnflow.inference.schedules import Constant, Schedule
 from bnnflow.model import BayesianModel
+from bnnflow.model.fused import normal_like
 from bnnflow.types import Kernel
 
 __all__ = ["SGHMC", "MomentumDraw", "MomentumInfo", "SGHMCState", "kick_limit", "momentum_info", "sghmc"]
@@ -88,7 +89,7 @@ def sghmc(
     root = metric.sqrt()
 
     def init(theta: Tensor, generator: torch.Generator) -> SGHMCState:
-        momentum = torch.randn(theta.shape, generator=generator, device=theta.device, dtype=theta.dtype)
+        momentum = normal_like(theta, generator)
         state = SGHMCState(theta, *target(theta, generator), momentum, 0)
         before = state._replace(grad=torch.zeros_like(theta))
         return guarded(state, lambda: before, root, kick_limit(theta, step_size))[0]
@@ -101,7 +102,7 @@ def sghmc(
         theta = torch.addcmul(state.theta, momentum, root, value=0.5 * h)
         momentum.mul_(decay)
         if sampling:
-            fresh = torch.randn(theta.shape, generator=generator, device=theta.device, dtype=theta.dtype)
+            fresh = normal_like(theta, generator)
             if noise is None:
                 momentum.add_(fresh, alpha=math.sqrt(1 - decay**2))
             else:
@@ -126,13 +127,8 @@ def kick_limit(theta: Tensor, h: float) -> float:
 
 def momentum_info(theta: Tensor, diverging: Tensor, cost: int, h: float, kinetic: Tensor) -> MomentumInfo:
     """Return the statistics of a step with mean squared momentum ``kinetic``."""
-    chains = diverging.shape
-    return MomentumInfo(
-        torch.full(chains, cost, device=theta.device),
-        diverging,
-        torch.full(chains, h, device=theta.device, dtype=torch.float64),
-        kinetic,
-    )
+    chains, device = len(theta), theta.device
+    return MomentumInfo(same(chains, cost, device), diverging, same(chains, h, device), kinetic)
 
 
 @dataclass(frozen=True)

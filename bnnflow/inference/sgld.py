@@ -11,10 +11,11 @@ from torch import Tensor
 
 from bnnflow.draws import Draws
 from bnnflow.inference.burn_in import Recipe, check, run_stochastic
-from bnnflow.inference.gradients import Scales, StochasticTarget, guarded
+from bnnflow.inference.gradients import Scales, StochasticTarget, guarded, same
 from bnnflow.inference.run import Run
 from bnnflow.inference.schedules import Constant, Schedule
 from bnnflow.model import BayesianModel
+from bnnflow.model.fused import langevin
 from bnnflow.types import Kernel
 
 __all__ = ["SGLD", "PSGLDState", "SGLDInfo", "SGLDState", "psgld", "sgld"]
@@ -87,10 +88,10 @@ def sgld(
     def step(state: SGLDState, generator: torch.Generator) -> tuple[SGLDState, SGLDInfo]:
         scale, sampling = schedule(state.done)
         eps = step_size * scale
-        theta = torch.addcmul(state.theta, state.grad, metric, value=0.5 * eps)
         if sampling:
-            noise = torch.randn(theta.shape, generator=generator, device=theta.device, dtype=theta.dtype)
-            theta.addcmul_(noise, root, value=math.sqrt(eps))
+            theta = langevin(state.theta, state.grad, metric, root, 0.5 * eps, math.sqrt(eps), generator)
+        else:
+            theta = torch.addcmul(state.theta, state.grad, metric, value=0.5 * eps)
         new = SGLDState(theta, *target(theta, generator), state.done + 1)
         new, diverging = guarded(new, lambda: state, root, _limit(theta, eps))
         return new, _info(theta, diverging, cost, eps)
@@ -145,10 +146,10 @@ def psgld(
         squares = torch.addcmul(decay * state.squares, state.grad, state.grad, value=(1 - decay) / n**2)
         metric = preconditioner(squares)
         root = metric.sqrt()
-        theta = torch.addcmul(state.theta, state.grad, metric, value=0.5 * eps)
         if sampling:
-            noise = torch.randn(theta.shape, generator=generator, device=theta.device, dtype=theta.dtype)
-            theta.addcmul_(noise, root, value=math.sqrt(eps))
+            theta = langevin(state.theta, state.grad, metric, root, 0.5 * eps, math.sqrt(eps), generator)
+        else:
+            theta = torch.addcmul(state.theta, state.grad, metric, value=0.5 * eps)
         value, grad = target(theta, generator)
         new = PSGLDState(theta, value, grad, squares, metric, state.done + 1)
         new, diverging = guarded(new, lambda: state, root, _limit(theta, eps))
@@ -163,12 +164,8 @@ def _limit(theta: Tensor, eps: float) -> float:
 
 
 def _info(theta: Tensor, diverging: Tensor, cost: int, step_size: float) -> SGLDInfo:
-    chains = diverging.shape
-    return SGLDInfo(
-        torch.full(chains, cost, device=theta.device),
-        diverging,
-        torch.full(chains, step_size, device=theta.device, dtype=torch.float64),
-    )
+    chains, device = len(theta), theta.device
+    return SGLDInfo(same(chains, cost, device), diverging, same(chains, step_size, device))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from bnnflow.inference.run import Run
 from bnnflow.inference.schedules import Constant, Schedule
 from bnnflow.inference.sghmc import MomentumDraw, MomentumInfo, kick_limit, momentum_info
 from bnnflow.model import BayesianModel
+from bnnflow.model.fused import normal_like
 from bnnflow.types import Kernel
 
 __all__ = ["SGNHT", "SGNHTState", "sgnht"]
@@ -76,7 +77,7 @@ def sgnht(
         return squares if per_parameter else squares.mean(-1, keepdim=True)
 
     def init(theta: Tensor, generator: torch.Generator) -> SGNHTState:
-        momentum = torch.randn(theta.shape, generator=generator, device=theta.device, dtype=theta.dtype)
+        momentum = normal_like(theta, generator)
         thermostat = torch.full_like(theta if per_parameter else theta[:, :1], friction)
         state = SGNHTState(theta, *target(theta, generator), momentum, thermostat, 0)
         before = state._replace(grad=torch.zeros_like(theta))
@@ -90,7 +91,7 @@ def sgnht(
         first, thermostat = squared(momentum), state.thermostat
         if sampling:
             thermostat = torch.add(thermostat, first - 1, alpha=0.5 * h / inertia)
-            fresh = torch.randn(theta.shape, generator=generator, device=theta.device, dtype=theta.dtype)
+            fresh = normal_like(theta, generator)
             momentum *= (-h * thermostat).exp_()
             momentum.addcmul_(fresh, _spread(thermostat, friction, h))
             last = squared(momentum)

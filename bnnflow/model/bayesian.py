@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from bnnflow.model.fused import FusedDensity, plain
+from bnnflow.model.fused import FusedDensity, plain, stratified_rows
 from bnnflow.model.linearised import LinearisedNetwork
 from bnnflow.model.network import ChainNetwork, ModuleNetwork, Pullback
 from bnnflow.model.priors import Extra, FlatPrior, as_prior, elementwise, extras_of, positive_extras, rebuild
@@ -292,6 +292,10 @@ class BayesianModel:
             ValueError: if there are fewer rows of data than ``batch_size``, or theta has the wrong shape.
         """
         self.spec.check(theta)
+        self._check_batch_size(batch_size)
+        if fused := self._compiled(theta, None):
+            scale = len(self.x) / (batch_size * self.temperature)
+            return fused.minibatch(theta, generator, batch_size, scale, 1 / self.temperature)
         return self.log_joint_and_grad(theta, self.random_rows(theta.shape[:-1], generator, batch_size))
 
     def random_rows(self, shape: tuple[int, ...], generator: torch.Generator, batch_size: int) -> Tensor:
@@ -300,12 +304,18 @@ class BayesianModel:
         Raises:
             ValueError: unless ``batch_size`` is between 1 and the number of rows.
         """
+        self._check_batch_size(batch_size)
         n = len(self.x)
-        if not 1 <= batch_size <= n:
-            raise ValueError(f"batch_size must be between 1 and the {n} rows of data, got {batch_size}")
+        rows = stratified_rows(shape, batch_size, n, generator, self.dtype)
+        if rows is not None:
+            return rows
         where = torch.rand(*shape, batch_size, generator=generator, device=self.device, dtype=torch.float64)
         where = (where + torch.arange(batch_size, device=self.device)) * (n / batch_size)
         return where.long().clamp_(max=n - 1)
+
+    def _check_batch_size(self, batch_size: int) -> None:
+        if not 1 <= batch_size <= len(self.x):
+            raise ValueError(f"batch_size must be between 1 and the {len(self.x)} rows of data, got {batch_size}")
 
     def _evaluate(
         self, theta: Tensor, rows: Tensor | None

@@ -1,4 +1,5 @@
-// The log density of many perceptrons and its gradient, one chain after another, in blocks of rows that stay in cache.
+// The log density of many perceptrons and its gradient, one chain after another, in blocks of rows that stay in cache;
+// at the end random numbers, and what samplers do with them.
 //
 // bnnflow/model/fused.py compiles this file on first use, once for each SCALAR (float, double), and says what the
 // arguments mean. Rows of data are the lanes of the vectors: a block holds, for every unit, `width` vectors of rows,
@@ -21,10 +22,12 @@
 #include <utility>
 #include <vector>
 
+#define INLINE __attribute__((always_inline))
+
 using T = SCALAR;
 
 #if defined(__AVX512F__)
-constexpr int kBytes = 64, kUnits = 6, kVectors = 4, kGradUnits = 4, kGradInputs = 6;  // 32 registers
+constexpr int kBytes = 64, kUnits = 6, kVectors = 4, kGradUnits = 3, kGradInputs = 8;  // 32 registers
 #elif defined(__AVX__)
 constexpr int kBytes = 32, kUnits = 6, kVectors = 2, kGradUnits = 3, kGradInputs = 4;  // 16 registers
 #elif defined(__ARM_NEON)
@@ -32,14 +35,15 @@ constexpr int kBytes = 16, kUnits = 6, kVectors = 4, kGradUnits = 4, kGradInputs
 #else
 constexpr int kBytes = 16, kUnits = 6, kVectors = 2, kGradUnits = 3, kGradInputs = 4;
 #endif
-constexpr int kBlock = 16;  // vectors of rows: units * 16 stay in the second cache, and sums are seldom reloaded
+constexpr int kBlock = 32;  // vectors of rows: units * 32 stay in the second cache, and sums are seldom reloaded
 constexpr int kLanes = kBytes / sizeof(T);
 constexpr bool kFloat = sizeof(T) == 4;
 
 using Bits = std::conditional_t<kFloat, uint32_t, uint64_t>;
 typedef T Vec __attribute__((vector_size(kBytes)));
 typedef Bits BitsVec __attribute__((vector_size(kBytes)));
-typedef double DoubleVec __attribute__((vector_size(kLanes * sizeof(double))));
+typedef std::make_signed_t<Bits> SignedVec __attribute__((vector_size(kBytes)));
+typedef uint32_t Words __attribute__((vector_size(kBytes)));
 
 enum Activation : int64_t { kIdentity, kTanh, kSigmoid, kRelu, kSilu, kGelu, kGeluTanh };
 enum Likelihood : int64_t { kScore, kGaussian, kHeteroscedastic, kCategorical, kBernoulli };
@@ -64,6 +68,8 @@ struct Problem {
 
 struct Call {
     int64_t chains, n, n_data, threads;                       // n: rows evaluated; n_data: rows that exist
+    int64_t drawn;                                            // whether a key draws the rows: (chains, n), stratified
+    uint64_t key;
     int64_t theta_stride, x_stride, rows_stride;              // from chain to chain; 0 where shared
     const T *theta, *x, *y, *score;                           // x (n_data, in), y (n_data, targets), score (chains, out, n)
     const int64_t* rows;                                      // (n,) or (chains, n), or null for all rows in order
@@ -80,6 +86,41 @@ static inline Vec load(const T* from) {
     Vec v;
     std::memcpy(&v, from, kBytes);
     return v;
+}
+
+static inline void store(Vec v, T* to) { std::memcpy(to, &v, kBytes); }
+
+// Lane i is lane I_i of a and b, side by side.
+template <int... I>
+static inline Vec shuffled(Vec a, Vec b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, I...);
+#else
+    return __builtin_shuffle(a, b, BitsVec{Bits(I)...});
+#endif
+}
+
+// 1 / x for x between 1 and 2^127 (float) or 2^1023, where Newton's steps are exact to rounding; keeps NaN.
+static inline Vec inverse(Vec x) {
+#if defined(__AVX512F__)
+    if constexpr (kFloat) {
+        Vec r = (Vec)_mm512_rcp14_ps((__m512)x);
+        return r + r * (T(1) - x * r);
+    } else {
+        Vec r = (Vec)_mm512_rcp14_pd((__m512d)x);
+        r += r * (T(1) - x * r);
+        return r + r * (T(1) - x * r);
+    }
+#else
+    return T(1) / x;
+#endif
+}
+
+static inline Vec square_root(Vec x) {
+    T lanes[kLanes];
+    store(x, lanes);
+    for (int l = 0; l < kLanes; ++l) lanes[l] = std::sqrt(lanes[l]);
+    return load(lanes);
 }
 
 template <int N>
@@ -127,7 +168,7 @@ static inline Vec exp2(Vec t) {
 
 static inline Vec exp(Vec a) { return exp2(a * T(1.442695040888963407)); }
 
-static inline Vec sigmoid(Vec a) { return T(1) / (T(1) + exp2(a * T(-1.442695040888963407))); }
+static inline Vec sigmoid(Vec a) { return inverse(T(1) + exp2(a * T(-1.442695040888963407))); }
 
 // log((1 + s) / (1 - s)) for |s| <= 1/3
 static inline Vec log_ratio(Vec s) {
@@ -144,9 +185,8 @@ static inline Vec log(Vec a) {
     BitsVec offset = (BitsVec)a - root_half;  // its exponent is that of a / sqrt(1/2)
     BitsVec exponent = offset & ~((Bits(1) << mantissa) - 1);
     Vec m = (Vec)((BitsVec)a - exponent);  // [sqrt(1/2), sqrt(2))
-    typedef std::make_signed_t<Bits> SignedVec __attribute__((vector_size(kBytes)));
     Vec e = __builtin_convertvector((SignedVec)exponent >> mantissa, Vec);
-    Vec result = e * T(.693147180559945309) + log_ratio((m - T(1)) / (m + T(1)));
+    Vec result = e * T(.693147180559945309) + log_ratio((m - T(1)) * inverse(m + T(1)));
     return a - a == splat(0) ? result : a;
 }
 
@@ -177,26 +217,25 @@ static inline Vec scaled_erfc(Vec x) {
 }
 
 // ---------------------------------------------------------------- activations
-// Their slope follows from their value, or is kept from the forward pass where it does not.
-
-struct Identity {
-    static Vec value(Vec a, Vec*) { return a; }
-    static Vec slope(Vec, const Vec*) { return splat(1); }
-};
+// Each leaves its slope for the backward pass, but for Tanh, whose slope is 1 - value^2.
 
 struct Tanh {
-    static Vec value(Vec a, Vec*) { return T(1) - T(2) / (T(1) + exp2(a * T(2.885390081777926815))); }
-    static Vec slope(Vec v, const Vec*) { return T(1) - v * v; }
+    static Vec value(Vec a, Vec*) { return T(1) - T(2) * inverse(T(1) + exp2(a * T(2.885390081777926815))); }
 };
 
 struct Sigmoid {
-    static Vec value(Vec a, Vec*) { return sigmoid(a); }
-    static Vec slope(Vec v, const Vec*) { return v * (T(1) - v); }
+    static Vec value(Vec a, Vec* slope) {
+        Vec v = sigmoid(a);
+        *slope = v * (T(1) - v);
+        return v;
+    }
 };
 
 struct Relu {
-    static Vec value(Vec a, Vec*) { return a < splat(0) ? splat(0) : a; }  // NaN stays
-    static Vec slope(Vec v, const Vec*) { return v > splat(0) ? splat(1) : splat(0); }
+    static Vec value(Vec a, Vec* slope) {
+        *slope = a > splat(0) ? splat(1) : splat(0);
+        return a < splat(0) ? splat(0) : a;  // NaN stays
+    }
 };
 
 struct Silu {
@@ -205,7 +244,6 @@ struct Silu {
         *slope = s + v * (T(1) - s);
         return v;
     }
-    static Vec slope(Vec, const Vec* kept) { return *kept; }
 };
 
 struct Gelu {
@@ -217,7 +255,6 @@ struct Gelu {
         *slope = cdf + a * density * T(.398942280401432678);
         return a * cdf;
     }
-    static Vec slope(Vec, const Vec* kept) { return *kept; }
 };
 
 struct GeluTanh {
@@ -228,62 +265,61 @@ struct GeluTanh {
         *slope = s + b * s * (T(1) - s) * c * (T(1) + 3 * d * b * b);
         return a * s;
     }
-    static Vec slope(Vec, const Vec* kept) { return *kept; }
 };
-
-// Call body with the class of an activation.
-template <class Body>
-static inline void dispatch(int64_t activation, Body body) {
-    switch (activation) {
-        case kIdentity: return body(Identity{});
-        case kTanh: return body(Tanh{});
-        case kSigmoid: return body(Sigmoid{});
-        case kRelu: return body(Relu{});
-        case kSilu: return body(Silu{});
-        case kGelu: return body(Gelu{});
-        case kGeluTanh: return body(GeluTanh{});
-    }
-}
 
 // Turn pre-activations into values.
 static void activate(int64_t activation, Vec* value, Vec* slope, int64_t count) {
-    if (activation == kIdentity) return;
-    dispatch(activation, [&](auto f) {
+    auto with = [&](auto f) {
         for (int64_t i = 0; i < count; ++i) value[i] = f.value(value[i], slope + i);
-    });
-}
-
-// Carry delta (units, width) from values back to pre-activations, and add its sums over rows to those of the biases.
-static void chain_rule(int64_t activation, const Vec* value, const Vec* slope, int64_t units, int64_t width, Vec* delta,
-                       Vec* bias) {
-    dispatch(activation, [&](auto f) {
-        for (int64_t u = 0, i = 0; u < units; ++u) {
-            Vec sum{};
-            for (int64_t end = i + width; i < end; ++i) {
-                delta[i] *= f.slope(value[i], slope + i);
-                sum += delta[i];
-            }
-            if (bias) bias[u] += sum;
-        }
-    });
+    };
+    switch (activation) {
+        case kIdentity: break;
+        case kTanh: with(Tanh{}); break;
+        case kSigmoid: with(Sigmoid{}); break;
+        case kRelu: with(Relu{}); break;
+        case kSilu: with(Silu{}); break;
+        case kGelu: with(Gelu{}); break;
+        case kGeluTanh: with(GeluTanh{}); break;
+    }
 }
 
 // ---------------------------------------------------------------- products
 
 // Call body with the constants 0 to N - 1. A loop would be unrolled too, but only after arrays are out of registers.
 template <class Body, int... I>
-static inline __attribute__((always_inline)) void unrolled(std::integer_sequence<int, I...>, Body body) {
+static inline INLINE void unrolled(std::integer_sequence<int, I...>, [[maybe_unused]] Body body) {
     (body(std::integral_constant<int, I>{}), ...);
 }
 template <int N, class Body>
-static inline __attribute__((always_inline)) void unrolled(Body body) {
+static inline INLINE void unrolled(Body body) {
     unrolled(std::make_integer_sequence<int, N>{}, body);
 }
 
-// out[u][r] = bias[u] + sum over k of w[u * by_unit + k * by_input] * h[k][r], for U units and R vectors of rows
+// v, held in a register: gcc reads it from memory again wherever it is used, and loads are as scarce as products.
+static inline __attribute__((always_inline)) Vec in_register(Vec v) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(v));
+#elif defined(__AVX__)
+    asm("" : "+x"(v));
+#elif defined(__ARM_NEON)
+    asm("" : "+w"(v));
+#endif
+    return v;
+}
+
+// at + by, computed here: gcc would keep an address in a register for every vector.
+template <class Pointer>
+static inline __attribute__((always_inline)) Pointer step(Pointer at, int64_t by) {
+    at += by;
+    asm("" : "+r"(at));
+    return at;
+}
+
+// out[u][r] = bias[u] + sum over k of w[u * by_unit + k * by_input] * h[k][r], for U units and R vectors of rows; where
+// slope is given, times slope[u][r] (squared: times 1 - slope[u][r]^2), and where sums are, added over rows to sums[u].
 template <int U, int R>
 static void product_tile(const T* w, int64_t by_unit, int64_t by_input, const T* bias, const Vec* h, int64_t depth,
-                         int64_t width, Vec* out) {
+                         int64_t width, const Vec* slope, bool squared, Vec* sums, Vec* out) {
     Vec sum[U][R], row[R];
     unrolled<U>([&](auto u) { unrolled<R>([&](auto r) { sum[u][r] = bias ? splat(bias[u]) : Vec{}; }); });
     for (int64_t k = 0; k < depth; ++k, w += by_input, h += width) {
@@ -293,22 +329,45 @@ static void product_tile(const T* w, int64_t by_unit, int64_t by_input, const T*
             unrolled<R>([&](auto r) { sum[u][r] += weight * row[r]; });
         });
     }
-    unrolled<U>([&](auto u) { unrolled<R>([&](auto r) { out[u * width + r] = sum[u][r]; }); });
+    unrolled<U>([&](auto u) {
+        if (slope) {
+            if (squared) {
+                unrolled<R>([&](auto r) { sum[u][r] *= T(1) - slope[r] * slope[r]; });
+            } else {
+                unrolled<R>([&](auto r) { sum[u][r] *= slope[r]; });
+            }
+            slope = step(slope, width);
+        }
+        if (sums) {
+            Vec total = sum[u][0];
+            unrolled<R - 1>([&](auto r) { total += sum[u][r + 1]; });
+            sums[u] += total;
+        }
+        unrolled<R>([&](auto r) { out[r] = sum[u][r]; });
+        out = step(out, width);
+    });
 }
 
 // sums[u * inputs + k] += delta[u][.] * h[k][.], for U units and K inputs
 template <int U, int K>
 static void gradient_tile(const Vec* delta, const Vec* h, int64_t width, int64_t inputs, Vec* sums) {
-    Vec sum[U][K], row[K];
-    unrolled<U>([&](auto u) { unrolled<K>([&](auto k) { sum[u][k] = sums[u * inputs + k]; }); });
+    Vec sum[U][K], d[U];
+    const Vec* from = sums;
+    unrolled<U>([&](auto u) {
+        unrolled<K>([&](auto k) { sum[u][k] = from[k]; });
+        from = step(from, inputs);
+    });
     for (int64_t r = 0; r < width; ++r) {
-        unrolled<K>([&](auto k) { row[k] = h[k * width + r]; });
-        unrolled<U>([&](auto u) {
-            Vec d = delta[u * width + r];
-            unrolled<K>([&](auto k) { sum[u][k] += d * row[k]; });
+        unrolled<U>([&](auto u) { d[u] = in_register(delta[u * width + r]); });
+        unrolled<K>([&](auto k) {
+            Vec row = in_register(h[k * width + r]);
+            unrolled<U>([&](auto u) { sum[u][k] += d[u] * row; });
         });
     }
-    unrolled<U>([&](auto u) { unrolled<K>([&](auto k) { sums[u * inputs + k] = sum[u][k]; }); });
+    unrolled<U>([&](auto u) {
+        unrolled<K>([&](auto k) { sums[k] = sum[u][k]; });
+        sums = step(sums, inputs);
+    });
 }
 
 // Tables of every tile up to the largest, indexed by size - 1.
@@ -330,57 +389,71 @@ constexpr auto kGradients = gradient_tiles<kGradInputs>(std::make_integer_sequen
 // Cut `size` into the fewest pieces of at most `most`, as equal as can be.
 template <class Body>
 static inline void tiled(int64_t size, int most, Body body) {
-    int64_t pieces = (size + most - 1) / most;
-    for (int64_t start = 0; pieces > 0; --pieces) {
-        int64_t piece = (size - start + pieces - 1) / pieces;
+    const int64_t pieces = (size + most - 1) / most, least = size / pieces, larger = size % pieces;
+    for (int64_t i = 0, start = 0; i < pieces; ++i) {
+        int64_t piece = least + (i < larger);
         body(start, piece);
         start += piece;
     }
 }
 
-// Compute all units, and hand every group of rows of `out` (first unit, units) to `finish` while it is in cache.
+// Compute all units, and hand every group of rows of `out` (first unit, units) to `finish` while it is in cache; unless
+// they are to be kept, each group then takes the place of the one before.
 template <class Finish>
 static void product(const T* w, int64_t by_unit, int64_t by_input, const T* bias, const Vec* h, int64_t depth,
-                    int64_t units, int64_t width, Vec* out, Finish finish) {
+                    int64_t units, int64_t width, const Vec* slope, bool squared, Vec* sums, Vec* out, bool keep,
+                    Finish finish) {
     tiled(units, kUnits, [&](int64_t u, int64_t some) {
+        Vec* group = keep ? out + u * width : out;
         tiled(width, kVectors, [&](int64_t r, int64_t vectors) {
-            kProducts.at[(some - 1) * kVectors + vectors - 1](w + u * by_unit, by_unit, by_input, bias ? bias + u : nullptr,
-                                                              h + r, depth, width, out + u * width + r);
+            kProducts.at[(some - 1) * kVectors + vectors - 1](
+                w + u * by_unit, by_unit, by_input, bias ? bias + u : nullptr, h + r, depth, width,
+                slope ? slope + u * width + r : nullptr, squared, sums ? sums + u : nullptr, group + r);
         });
         finish(u, some);
     });
 }
 
-static void gradient(const Vec* delta, const Vec* h, int64_t units, int64_t inputs, int64_t width, Vec* sums) {
+static void gradient(const Vec* delta, const Vec* h, int64_t units, int64_t inputs, int64_t width, int64_t stride,
+                     Vec* sums) {
     tiled(inputs, kGradInputs, [&](int64_t k, int64_t some_inputs) {
         tiled(units, kGradUnits, [&](int64_t u, int64_t some_units) {
-            kGradients.at[(some_units - 1) * kGradInputs + some_inputs - 1](delta + u * width, h + k * width, width, inputs,
-                                                                            sums + u * inputs + k);
+            kGradients.at[(some_units - 1) * kGradInputs + some_inputs - 1](delta + u * width, h + k * width, width, stride,
+                                                                            sums + u * stride + k);
         });
     });
 }
 
-template <int N>
-static inline T sum_lanes(const T* v) {
-    if constexpr (N == 1) {
+template <int S, int... I>
+static inline Vec paired(Vec a, Vec b, std::integer_sequence<int, I...>) {
+    return shuffled<(I & S ? kLanes + I : I)...>(a, b) + shuffled<(I & S ? kLanes + (I ^ S) : I ^ S)...>(a, b);
+}
+
+// Lane i is the sum of the lanes of v[i], for 2 S vectors; it is repeated where there are fewer vectors than lanes.
+template <int S = kLanes / 2>
+static inline Vec sum_lanes(const Vec* v) {
+    if constexpr (S == 0) {
         return *v;
     } else {
-        typedef T Half __attribute__((vector_size(N / 2 * sizeof(T))));
-        Half low, high;
-        std::memcpy(&low, v, sizeof(Half));
-        std::memcpy(&high, v + N / 2, sizeof(Half));
-        low += high;
-        return sum_lanes<N / 2>(reinterpret_cast<const T*>(&low));
+        return paired<S>(sum_lanes<S / 2>(v), sum_lanes<S / 2>(v + S), std::make_integer_sequence<int, kLanes>{});
     }
 }
 
 // A sum in double precision.
 struct Sum {
-    DoubleVec lanes{};
-    void add(Vec v) { lanes += __builtin_convertvector(v, DoubleVec); }
+    static constexpr int kParts = sizeof(double) / sizeof(T);
+    typedef T Part __attribute__((vector_size(kBytes / kParts)));
+    typedef double DoubleVec __attribute__((vector_size(kBytes)));
+    DoubleVec parts[kParts]{};
+    void add(Vec v) {
+        Part part[kParts];
+        std::memcpy(part, &v, kBytes);
+        for (int k = 0; k < kParts; ++k) parts[k] += __builtin_convertvector(part[k], DoubleVec);
+    }
     double total() const {
         double sum = 0;
-        for (int l = 0; l < kLanes; ++l) sum += lanes[l];
+        for (int k = 0; k < kParts; ++k)
+            for (int l = 0; l < kLanes / kParts; ++l) sum += parts[k][l];
         return sum;
     }
 };
@@ -467,7 +540,8 @@ struct Plan {
         blocks = divide_up(vectors, width);
     }
 
-    int64_t scratch(const Problem& p) const { return (inputs + 2 * units + 2 * widest) * width + p.dim; }
+    int64_t scratch(const Problem& p) const { return (inputs + 2 * units + 2 * widest) * width + sums(p); }
+    int64_t sums(const Problem& p) const { return divide_up(p.dim, kLanes) * kLanes; }
 };
 
 // Copy a block of rows to (units, width); what is past the end repeats the last row, so that it stays harmless.
@@ -490,14 +564,19 @@ struct Worker {
     void run(int64_t chain) const {
         const T* theta = c.theta + chain * c.theta_stride;
         Vec* sums = scratch + (plan.inputs + 2 * plan.units + 2 * plan.widest) * plan.width;
-        std::fill(sums, sums + p.dim, Vec{});
+        std::fill(sums, sums + plan.sums(p), Vec{});
         Sum value;
         bool learned = p.log_scale >= 0;
         T inverse_scale = p.likelihood == kGaussian ? T(1 / (learned ? std::exp(double(theta[p.log_scale])) : p.scale)) : T(0);
         for (int64_t block = 0; block < plan.blocks; ++block) block_of_rows(chain, block, theta, inverse_scale, sums, value);
         if (!c.grad) return;
         T* grad = c.grad + chain * p.dim;
-        for (int64_t i = 0; i < p.dim; ++i) grad[i] = sum_lanes<kLanes>(reinterpret_cast<const T*>(sums + i));
+        int64_t i = 0;
+        for (; i + kLanes <= p.dim; i += kLanes) store(sum_lanes(sums + i), grad + i);
+        if (i < p.dim) {
+            Vec rest = sum_lanes(sums + i);
+            std::memcpy(grad + i, &rest, (p.dim - i) * sizeof(T));
+        }
         double total = value.total(), targets = double(c.n) * p.n_targets;
         if (p.likelihood == kGaussian) {
             double log_scale = learned ? double(theta[p.log_scale]) : std::log(p.scale);
@@ -531,7 +610,7 @@ struct Worker {
         for (int64_t l = 0; l < p.n_layers; ++l) {
             const Layer& layer = p.layers[l];
             product(theta + layer.weight, layer.in, 1, layer.bias < 0 ? nullptr : theta + layer.bias, h, layer.in, layer.out,
-                    width, value_end, [&](int64_t u, int64_t some) {
+                    width, nullptr, false, nullptr, value_end, true, [&](int64_t u, int64_t some) {
                         activate(layer.activation, value_end + u * width, slope_end + u * width, some * width);
                     });
             h = value_end;
@@ -543,25 +622,36 @@ struct Worker {
         if (!c.grad) return;
         score(Block{last.out, p.n_targets, width, h, x + p.layers[0].in * width, delta, kept(start, width)}, chain, start,
               inverse_scale, value);
-        // From here value_end, slope_end and delta belong to the layer that the loop comes to.
-        auto finish = [&](const Layer& layer, Vec* delta, int64_t u, int64_t some) {
-            chain_rule(layer.activation, value_end + u * width, slope_end + u * width, some, width, delta + u * width,
-                       layer.bias < 0 ? nullptr : sums + layer.bias + u);
-        };
-        for (int64_t l = p.n_layers - 1; l >= 0; --l) {
-            const Layer& layer = p.layers[l];
-            value_end -= layer.out * width;
-            slope_end -= layer.out * width;
-            if (l == p.n_layers - 1) {
-                finish(layer, delta, 0, layer.out);
-            } else {
-                const Layer& after = p.layers[l + 1];
-                product(theta + after.weight, 1, after.in, nullptr, delta, after.out, after.in, width, next,
-                        [&](int64_t u, int64_t some) { finish(layer, next, u, some); });
-                std::swap(delta, next);
+        const Layer* layer = &last;
+        slope_end -= last.out * width;
+        for (int64_t u = 0, i = 0; u < last.out; ++u) {
+            Vec sum{};
+            for (int64_t end = i + width; i < end; ++i) {
+                if (last.activation == kTanh) {
+                    delta[i] *= T(1) - h[i] * h[i];
+                } else if (last.activation != kIdentity) {
+                    delta[i] *= slope_end[i];
+                }
+                sum += delta[i];
             }
-            gradient(delta, l > 0 ? value_end - layer.in * width : x, layer.out, layer.in, width, sums + layer.weight);
+            if (last.bias >= 0) sums[last.bias + u] += sum;
         }
+        // From here value_end, slope_end and delta belong to the layer that the loop comes to.
+        for (value_end -= last.out * width; layer > p.layers; --layer) {
+            const Layer& before = layer[-1];
+            value_end -= before.out * width;
+            slope_end -= before.out * width;
+            const bool first = &before == p.layers, tanh = before.activation == kTanh;
+            product(theta + layer->weight, 1, layer->in, nullptr, delta, layer->out, layer->in, width,
+                    before.activation == kIdentity ? nullptr : tanh ? value_end : slope_end, tanh,
+                    before.bias < 0 ? nullptr : sums + before.bias, next, !first, [&](int64_t u, int64_t some) {
+                        gradient(delta, value_end + u * width, layer->out, some, width, layer->in, sums + layer->weight + u);
+                        if (first)
+                            gradient(next, x, some, before.in, width, before.in, sums + before.weight + u * before.in);
+                    });
+            std::swap(delta, next);
+        }
+        if (p.n_layers == 1) gradient(delta, x, layer->out, layer->in, width, layer->in, sums + layer->weight);
     }
 
     void score(const Block& b, int64_t chain, int64_t start, T inverse_scale, Sum& value) const {
@@ -614,8 +704,7 @@ struct Worker {
         for (; i + kLanes <= prior.stop; i += kLanes) {
             Vec scale = load(inverse + i), z = (load(theta + i) - load(loc + i)) * scale;
             squares.add(z * z);
-            Vec g = load(grad + i) - weight * z * scale;
-            std::memcpy(grad + i, &g, kBytes);
+            store(load(grad + i) - weight * z * scale, grad + i);
         }
         for (; i < prior.stop; ++i) {
             T z = (theta[i] - loc[i]) * inverse[i];
@@ -642,14 +731,152 @@ static std::unique_ptr<Vec, Free> vectors(int64_t count) {
     return std::unique_ptr<Vec, Free>(static_cast<Vec*>(operator new(count * kBytes, std::align_val_t(kBytes))));
 }
 
+// ---------------------------------------------------------------- random numbers
+
+constexpr int kStreams = 4;  // vectors of counters at a time, to hide latencies
+constexpr int kCounters = kStreams * kBytes / sizeof(uint32_t);
+
+template <int N>
+static inline Words rotated(Words w) {
+#if defined(__AVX512F__)
+    return (Words)_mm512_rol_epi32((__m512i)w, N);
+#else
+    return w << N | w >> (32 - N);
+#endif
+}
+
+// Threefry-2x32 with 20 rounds (Salmon et al. 2011): two random words of a key for each counter from `start`, a multiple
+// of kCounters.
+static inline INLINE void threefry(uint64_t key, uint64_t start, Words* a, Words* b) {
+    constexpr int turns[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
+    const uint32_t keys[3] = {uint32_t(key), uint32_t(key >> 32), uint32_t(key) ^ uint32_t(key >> 32) ^ 0x1bd11bdau};
+    Words lanes;
+    for (int l = 0; l < kCounters / kStreams; ++l) lanes[l] = l;
+    unrolled<kStreams>([&](auto k) INLINE {
+        a[k] = lanes + (uint32_t(start) + k * (kCounters / kStreams) + keys[0]);
+        b[k] = Words{} + (uint32_t(start >> 32) + keys[1]);
+    });
+    unrolled<5>([&](auto i) INLINE {
+        unrolled<4>([&](auto j) INLINE {
+            unrolled<kStreams>([&](auto k) INLINE {
+                a[k] += b[k];
+                b[k] = rotated<turns[i % 2][j]>(b[k]) ^ a[k];
+            });
+        });
+        unrolled<kStreams>([&](auto k) INLINE {
+            a[k] += keys[(i + 1) % 3];
+            b[k] += keys[(i + 2) % 3] + uint32_t(i + 1);
+        });
+    });
+}
+
+// Standard normal numbers by Box and Muller's method, from random bits.
+static inline INLINE void normal(BitsVec bits, BitsVec more, Vec& one, Vec& other) {
+    constexpr T unit = kFloat ? T(1) / T(uint64_t(1) << 31) : T(1) / T(uint64_t(1) << 63);
+    // Small numbers keep their leading bits: in single precision the tails end at 6.7, in double at 9.4.
+    Vec u = (__builtin_convertvector((SignedVec)(bits >> 1), Vec) + T(.5)) * unit;  // (0, 1]
+    Vec radius = square_root(T(-2) * log(u));
+    Vec half = __builtin_convertvector((SignedVec)more, Vec) * (T(.5) * unit);  // of the angle, in turns of pi: [-1/2, 1/2]
+    Vec square = half * half, sine, cosine;
+    if constexpr (kFloat) {
+        constexpr T s[] = {3.14159264f, -5.167710077f, 2.550077387f, -.5982904113f, .07765591228f};
+        constexpr T c[] = {1, -4.934802137f, 4.058709155f, -1.335211949f, .2349370686f, -.0243959321f};
+        sine = half * polynomial(s, square), cosine = polynomial(c, square);
+    } else {
+        constexpr T s[] = {3.1415926535897932378,  -5.1677127800499696077,    2.5501640398773004745,
+                           -.59926452931894468132, .08214588657310289502,     -.0073704305059169434047,
+                           .00046629981618983938,  -.000021903497074626017191, 7.6978267682241906454e-7};
+        constexpr T c[] = {1,                      -4.9348022005446767673,    4.0587121264164969995,
+                           -1.3352627688434470934, .23533063012953285391,     -.02580688873700220327,
+                           .0019295562724817131482, -.00010456655338748738169, 4.1495643539425855122e-6};
+        sine = half * polynomial(s, square), cosine = polynomial(c, square);
+    }
+    one = radius * (T(1) - T(2) * sine * sine);
+    other = radius * (T(2) * sine * cosine);
+}
+
+// Fill `out` with standard normal numbers of a key.
+extern "C" void bnnflow_normals(uint64_t key, int64_t count, T* out) {
+    constexpr int64_t many = 2 * kStreams * kLanes;
+    for (uint64_t start = 0; count > 0; start += kCounters, count -= many, out += many) {
+        Words a[kStreams], b[kStreams];
+        Vec pairs[2 * kStreams];
+        threefry(key, start, a, b);
+        unrolled<kStreams>([&](auto k) INLINE { normal((BitsVec)a[k], (BitsVec)b[k], pairs[2 * k], pairs[2 * k + 1]); });
+        if (count >= many) {
+            std::memcpy(out, pairs, sizeof(pairs));
+        } else {
+            std::memcpy(out, pairs, count * sizeof(T));
+        }
+    }
+}
+
+// A step of Langevin dynamics: out = theta + drift * metric * grad + spread * sqrt(metric) * noise, (chains, dim) each.
+extern "C" void bnnflow_langevin(uint64_t key, int64_t chains, int64_t dim, const T* theta, const T* grad, const T* metric,
+                                 const T* root, int64_t metric_stride, double drift, double spread, T* out) {
+    bnnflow_normals(key, chains * dim, out);
+    const T a = T(drift), b = T(spread);
+    for (int64_t chain = 0; chain < chains; ++chain) {
+        for (int64_t i = 0; i < dim; ++i) out[i] = theta[i] + a * metric[i] * grad[i] + b * root[i] * out[i];
+        theta += dim, grad += dim, out += dim, metric += metric_stride, root += metric_stride;
+    }
+}
+
+// The length of the longest grad * root of all chains; infinite if a value or a gradient is not finite.
+extern "C" double bnnflow_longest(int64_t chains, int64_t dim, const T* grad, const T* root, int64_t root_stride,
+                                  const double* value) {
+    double longest = 0;
+    for (int64_t chain = 0; chain < chains; ++chain, grad += dim, root += root_stride) {
+        Vec squares{};
+        int64_t i = 0;
+        for (; i + kLanes <= dim; i += kLanes) {
+            Vec z = load(grad + i) * load(root + i);
+            squares += z * z;
+        }
+        double sum = 0;
+        for (; i < dim; ++i) sum += double(grad[i] * root[i]) * (grad[i] * root[i]);
+        for (int l = 0; l < kLanes; ++l) sum += squares[l];
+        if (!std::isfinite(sum) || !std::isfinite(value[chain])) return INFINITY;
+        longest = std::max(longest, sum);
+    }
+    return std::sqrt(longest);
+}
+
+// Draw the rows of stratified batches (batches, size): the n rows are cut into equal stretches, one row is of each.
+extern "C" void bnnflow_rows(uint64_t key, int64_t batches, int64_t size, int64_t n, int64_t* rows) {
+    const double stretch = double(n) / double(size);
+    Words words[2 * kStreams];
+    uint64_t bits[kCounters], start = 0;
+    int64_t used = kCounters;
+    for (int64_t batch = 0; batch < batches; ++batch)
+        for (int64_t i = 0; i < size; ++i, ++used) {
+            if (used == kCounters) {
+                threefry(key, start, words, words + kStreams);
+                std::memcpy(bits, words, sizeof(bits));
+                start += kCounters;
+                used = 0;
+            }
+            double where = double(i) + double(int64_t(bits[used] >> 11)) * 0x1p-53;
+            *rows++ = std::min(int64_t(where * stretch), n - 1);
+        }
+}
+
+// ---------------------------------------------------------------- evaluation
+
 // Return 0, 1 for a row that does not exist, or 2 for want of memory.
 extern "C" int bnnflow_evaluate(const Problem* problem, const Call* call) try {
     const Problem& p = *problem;
-    const Call& c = *call;
-    if (c.rows)
+    Call c = *call;
+    std::vector<int64_t> drawn(c.drawn ? c.chains * c.n : 0);
+    if (c.drawn) {
+        bnnflow_rows(c.key, c.chains, c.n, c.n_data, drawn.data());
+        c.rows = drawn.data();
+        c.rows_stride = c.n;
+    } else if (c.rows) {
         for (int64_t chain = 0; chain < (c.rows_stride ? c.chains : 1); ++chain)
             for (int64_t i = 0; i < c.n; ++i)
                 if (uint64_t(c.rows[chain * c.rows_stride + i]) >= uint64_t(c.n_data)) return 1;
+    }
     const Plan plan(p, c);
     std::unique_ptr<Vec, Free> shared;
     if (!c.x_stride && !c.rows_stride && c.chains > 1) {

@@ -1,10 +1,12 @@
-"""Perceptrons on the CPU, compiled: the log density and its gradient in one pass over the data.
+"""Compiled for the CPU: log densities of perceptrons with their gradients, random numbers, steps of samplers.
 
 The source is ``fused.cpp`` beside this file. The machine's own C++ compiler (``$CXX``, ``c++``, ``g++`` or
-``clang++``) makes a library of it the first time that a model on the CPU is evaluated, which takes about two seconds,
+``clang++``) makes a library of it the first time that a model on the CPU is evaluated, which takes a few seconds,
 and leaves it in ``$BNNFLOW_CACHE``, else in ``bnnflow`` under the user's cache folder, under a name that hashes the
 source, the compiler, its flags and the processor. Where that does not work, or ``BNNFLOW_FUSED=0`` is set, or
-something tracks derivatives, the caller evaluates with torch instead: same numbers to rounding, only slower.
+something tracks derivatives, the caller evaluates with torch instead: same numbers to rounding, only slower. Random
+numbers are the exception: with a library they come from Threefry, without one from torch, so a seed gives the same
+draws only where both runs have a library or neither has.
 
 Chains are computed one by one, so results do not depend on the number of threads (``torch.get_num_threads()``).
 """
@@ -35,13 +37,13 @@ from bnnflow.model.priors import FlatPrior
 from bnnflow.types import Likelihood
 from bnnflow.weights import WeightSpec
 
-__all__ = ["FusedDensity", "FusedNetwork", "plain"]
+__all__ = ["FusedDensity", "FusedNetwork", "langevin", "longest", "normal_like", "plain", "stratified_rows"]
 
 _ACTIVATIONS = {"identity": 0, "tanh": 1, "sigmoid": 2, "relu": 3, "silu": 4, "gelu": 5, "gelu_tanh": 6}
 _GIVEN_SCORE = 0
 _LIKELIHOODS = {Gaussian: 1, HeteroscedasticGaussian: 2, Categorical: 3, Bernoulli: 4}
 _SCALARS = {torch.float32: "float", torch.float64: "double"}
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
 # Wider layers are left to torch, whose matrix products are blocked for the caches. Measured in us a gradient, compiled
 # against torch, 500 rows, float32: 30-128-128-1 730 and 1140, 30-256-256-1 2650 and 4520, 784-50-10 1180 and 1120,
 # 30-512-512-1 14200 and 11400.
@@ -79,7 +81,9 @@ class _Problem(ctypes.Structure):
 
 class _Call(ctypes.Structure):
     _fields_ = [
-        *((name, _Int) for name in ("chains", "n", "n_data", "threads", "theta_stride", "x_stride", "rows_stride")),
+        *((name, _Int) for name in ("chains", "n", "n_data", "threads", "drawn")),
+        ("key", ctypes.c_uint64),
+        *((name, _Int) for name in ("theta_stride", "x_stride", "rows_stride")),
         *((name, _Pointer) for name in ("theta", "x", "y", "score", "rows")),
         *((name, ctypes.c_double) for name in ("likelihood_weight", "prior_weight")),
         *((name, _Pointer) for name in ("value", "grad", "outputs")),
@@ -144,7 +148,7 @@ class FusedNetwork:
         result = theta.new_empty(shape)
         value = theta.new_empty(batch, dtype=torch.float64)
         call = _Call(
-            batch, n, n, _threads(batch * n * self._network_dim),
+            batch, n, n, _threads(batch * n * self._network_dim), 0, 0,
             theta.stride(0), x.stride(0) if per_network else 0, 0,
             theta.data_ptr(), x.data_ptr(), None, None if score is None else score.data_ptr(), None,
             1.0, 0.0,
@@ -212,16 +216,40 @@ class FusedDensity:
         Raises:
             IndexError: if a row does not exist.
         """
-        flat = _strided(theta.reshape(-1, self._dim))
+        if rows is None:
+            return self._run(theta, len(self._x), likelihood_weight, prior_weight)
+        rows = rows.contiguous()
+        stride = rows.shape[-1] if rows.dim() > 1 else 0
+        return self._run(theta, rows.shape[-1], likelihood_weight, prior_weight, rows.data_ptr(), stride)
+
+    def minibatch(
+        self,
+        theta: Tensor,
+        generator: torch.Generator,
+        batch_size: int,
+        likelihood_weight: float,
+        prior_weight: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the same from rows of `stratified_rows`, which nobody sees, for every network its own."""
+        return self._run(theta, batch_size, likelihood_weight, prior_weight, drawn=1, key=_key(generator))
+
+    def _run(
+        self,
+        theta: Tensor,
+        used: int,
+        likelihood_weight: float,
+        prior_weight: float,
+        address: int | None = None,
+        stride: int = 0,
+        drawn: int = 0,
+        key: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        flat = _strided(theta if theta.dim() == 2 else theta.reshape(-1, self._dim))
         batch, n = len(flat), len(self._x)
         value = torch.empty(theta.shape[:-1], dtype=torch.float64)
-        grad = torch.empty_like(theta, memory_format=torch.contiguous_format)
-        used, address, stride = n, None, 0
-        if rows is not None:
-            rows = rows.contiguous()
-            used, address, stride = rows.shape[-1], rows.data_ptr(), rows.shape[-1] if rows.dim() > 1 else 0
+        grad = torch.empty_like(theta) if theta.is_contiguous() else theta.new_empty(theta.shape)
         call = _Call(
-            batch, used, n, _threads(batch * used * self._dim),
+            batch, used, n, _threads(batch * used * self._dim), drawn, key,
             flat.stride(0), 0, stride,
             flat.data_ptr(), self._x.data_ptr(), self._y.data_ptr(), None, address,
             likelihood_weight, prior_weight,
@@ -290,6 +318,107 @@ def _evaluate(dtype: torch.dtype, problem: _Problem, call: _Call) -> None:
         raise MemoryError("no memory left to evaluate the network")
 
 
+# ---------------------------------------------------------------- random numbers
+
+
+def normal_like(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw standard normal numbers with the shape, the type and the device of a tensor.
+
+    On the CPU one integer of the generator is the key from which the compiled Threefry (Salmon et al. 2011) makes them
+    all, in less than half the time of ``torch.randn``, which takes over where there is no library.
+
+    Args:
+        like: says what they look like.
+        generator: advances by one integer, or as ``torch.randn`` advances it; on the tensor's device.
+    """
+    library = _library(like.dtype) if like.is_cpu else None
+    if library is None:
+        return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+    normals = torch.empty(like.shape, dtype=like.dtype)
+    library.bnnflow_normals(_key(generator), normals.numel(), normals.data_ptr())
+    return normals
+
+
+def langevin(
+    theta: Tensor, grad: Tensor, metric: Tensor, root: Tensor, drift: float, spread: float, generator: torch.Generator
+) -> Tensor:
+    """Return theta + drift * metric * grad + spread * root * noise, the noise as from `normal_like`.
+
+    Args:
+        theta: ``(chain, dim)``.
+        grad: ``(chain, dim)``.
+        metric: ``(dim,)`` or ``(chain, dim)``.
+        root: like ``metric``.
+        drift: factor of the gradient.
+        spread: factor of the noise.
+        generator: source of the noise.
+    """
+    library = _library(theta.dtype) if _dense(theta, grad, metric, root) else None
+    if library is None:
+        moved = torch.addcmul(theta, grad, metric, value=drift)
+        return moved.addcmul_(normal_like(theta, generator), root, value=spread)
+    moved = torch.empty_like(theta)
+    library.bnnflow_langevin(
+        _key(generator), *theta.shape, theta.data_ptr(), grad.data_ptr(), metric.data_ptr(), root.data_ptr(),
+        0 if metric.dim() == 1 else theta.shape[1], drift, spread, moved.data_ptr(),
+    )  # fmt: skip
+    return moved
+
+
+def longest(grad: Tensor, root: Tensor, value: Tensor) -> float:
+    """Return a bound on the longest grad * root of all chains, not finite if something is not.
+
+    Args:
+        grad: ``(chain, dim)``.
+        root: ``(dim,)`` or ``(chain, dim)``.
+        value: ``(chain,)``, float64; what else must be finite.
+    """
+    library = _library(grad.dtype) if _dense(grad, grad, root, root) and value.is_contiguous() else None
+    if library is None or value.dtype != torch.float64:
+        return float(torch.linalg.vector_norm(grad * root)) + 0 * float(value.sum())
+    stride = 0 if root.dim() == 1 else grad.shape[1]
+    return library.bnnflow_longest(*grad.shape, grad.data_ptr(), root.data_ptr(), stride, value.data_ptr())
+
+
+def _dense(theta: Tensor, grad: Tensor, metric: Tensor, root: Tensor) -> bool:
+    """Say whether these are what compiled code takes for ``(chain, dim)`` twice, and ``(dim,)`` or the same twice."""
+    return (
+        theta.is_cpu
+        and theta.dtype == grad.dtype == metric.dtype == root.dtype
+        and theta.shape == grad.shape
+        and metric.shape == root.shape
+        and (metric.dim() == 1 or metric.shape == theta.shape)
+        and theta.is_contiguous()
+        and grad.is_contiguous()
+        and metric.is_contiguous()
+        and root.is_contiguous()
+    )
+
+
+def stratified_rows(
+    shape: tuple[int, ...], size: int, n: int, generator: torch.Generator, dtype: torch.dtype
+) -> Tensor | None:
+    """Draw one row of each of ``size`` equal stretches of ``n`` rows, int64 ``(*shape, size)``; as `normal_like` does.
+
+    Args:
+        shape: of the batches.
+        size: rows in a batch.
+        n: rows that exist.
+        generator: advances by one integer.
+        dtype: of the library that is used; None is returned where there is none, or the generator is not on the CPU.
+    """
+    library = _library(dtype) if generator.device.type == "cpu" else None
+    if library is None:
+        return None
+    rows = torch.empty((*shape, size), dtype=torch.int64)
+    library.bnnflow_rows(_key(generator), rows.numel() // size, size, n, rows.data_ptr())
+    return rows
+
+
+def _key(generator: torch.Generator) -> int:
+    return torch.empty((), dtype=torch.int64).random_(generator=generator).item()  # type: ignore[return-value]
+
+
 # ---------------------------------------------------------------- compilation
 
 
@@ -300,7 +429,18 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     if scalar is None or os.environ.get("BNNFLOW_FUSED") == "0":
         return None
     try:
-        return ctypes.CDLL(str(_compiled(scalar)))
+        library = ctypes.CDLL(str(_compiled(scalar)))
+        library.bnnflow_normals.argtypes = [ctypes.c_uint64, _Int, _Pointer]
+        library.bnnflow_rows.argtypes = [ctypes.c_uint64, _Int, _Int, _Int, _Pointer]
+        number = ctypes.c_double
+        library.bnnflow_langevin.argtypes = [
+            ctypes.c_uint64, _Int, _Int, *[_Pointer] * 4, _Int, number, number, _Pointer
+        ]  # fmt: skip
+        library.bnnflow_longest.argtypes = [_Int, _Int, _Pointer, _Pointer, _Int, _Pointer]
+        for function in (library.bnnflow_normals, library.bnnflow_rows, library.bnnflow_langevin):
+            function.restype = None
+        library.bnnflow_longest.restype = ctypes.c_double
+        return library
     except (OSError, subprocess.SubprocessError) as error:
         _log.debug("perceptrons are evaluated by torch, because the compiled path is not available: %s", error)
         return None

@@ -31,7 +31,7 @@ MAX_ROWS = 100
 # What a reader of an approximation's draws should know of it.
 HINTS = {
     "Laplace": "draws of a wide Gaussian predict poorly through the network itself: predict with "
-    "model.linearised(draws.posterior.loc) too, which is usually better",
+    "model.linearised(draws.posterior.loc) too, which is often better",
     "MCDropout": "the rate sets the width of the predictions, whatever the data",
 }
 
