@@ -20,6 +20,7 @@ from bnnflow.inference.trajectories import (
     trajectory_warm_up,
 )
 from bnnflow.model import BayesianModel
+from bnnflow.model.fused import normal_like
 from bnnflow.types import Kernel, LogDensityAndGrad
 
 __all__ = ["HMC", "hmc", "leapfrog"]
@@ -34,7 +35,7 @@ def leapfrog(log_joint_and_grad: LogDensityAndGrad) -> Trajectory:
         theta, log_joint, grad = state
         steps = scale.times(step_size)
         # Momenta are kept in units of M^(1/2), so that their law is standard normal.
-        momentum = torch.randn(theta.shape, generator=generator, device=theta.device, dtype=theta.dtype)
+        momentum = normal_like(theta, generator)
         start_energy = 0.5 * momentum.square().sum(-1, dtype=torch.float64) - log_joint
         momentum = steps.push(momentum, grad, 0.5)
         for i in range(n_steps):

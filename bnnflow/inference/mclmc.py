@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from bnnflow.inference.ranks import ALONE, Ranks
 from bnnflow.inference.run import Run
 from bnnflow.inference.warmup import window_ends
 from bnnflow.model import BayesianModel
+from bnnflow.model.fused import normal_like, turned
 from bnnflow.types import Kernel, LogDensityAndGrad
 
 __all__ = ["MCLMC", "MCLMCInfo", "MCLMCState", "mclmc", "mclmc_warm_up", "random_directions", "turn"]
@@ -52,22 +54,26 @@ def turn(direction: Tensor, grad: Tensor, step: float | Tensor) -> tuple[Tensor,
         The new directions, and the change of the kinetic energy ``(chain,)`` in float64: minus the change of the log
         volume that the dynamics make.
     """
+    at = torch.as_tensor(step, dtype=grad.dtype, device=grad.device)
+    compiled = turned(direction, grad, at)
+    if compiled is not None:
+        return compiled
     dim = direction.shape[-1]
     norm = torch.linalg.vector_norm(grad, dim=-1, keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny)
     along = ((direction * grad).sum(-1, keepdim=True) / norm).double().clamp(-1, 1)
-    delta = (step * norm).double() / max(1, dim - 1)
+    delta = (at * norm).double() / max(1, dim - 1)
     # The gradient's direction wins over all others; a direction straight against it has nowhere to turn, and stays.
     decay = torch.exp(-delta).clamp(min=torch.finfo(grad.dtype).eps ** 0.75)
     towards = (1 - decay) * (1 + along + decay * (1 - along)) / norm
-    turned = torch.addcmul((2 * decay).to(grad.dtype) * direction, towards.to(grad.dtype), grad)
-    turned = turned / torch.linalg.vector_norm(turned, dim=-1, keepdim=True)
+    new = torch.addcmul((2 * decay).to(grad.dtype) * direction, towards.to(grad.dtype), grad)
+    new = new / torch.linalg.vector_norm(new, dim=-1, keepdim=True)
     change = (dim - 1) * torch.logaddexp(((1 + along) / 2).log() + delta, ((1 - along) / 2).log() - delta)
-    return turned, change.squeeze(-1)
+    return new, change.squeeze(-1)
 
 
 def random_directions(like: Tensor, generator: torch.Generator) -> Tensor:
     """Draw directions uniform on the sphere, of the shape of ``like``."""
-    noise = torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+    noise = normal_like(like, generator)
     return noise / torch.linalg.vector_norm(noise, dim=-1, keepdim=True)
 
 
@@ -134,7 +140,7 @@ class _Tuning(NamedTuple):
 
     chain: MCLMCState
     log_step: float
-    log_averaged: float
+    log_factor: float  # of the energy error's variance, beside the sixth power of the step
     updates: int  # transitions since the mass matrix last changed
     inverse_mass_matrix: LowRank
     L: float
@@ -178,7 +184,7 @@ def mclmc_warm_up(
         chain = mclmc(log_joint_and_grad, step_size, 1.0, mass).init(theta, generator)
         log = math.log(step_size)
         first_L = L or math.sqrt(theta.shape[1])
-        return _Tuning(chain, log, log, 0, mass, first_L, Moments.start(theta, mass), 0)
+        return _Tuning(chain, log, 0.0, 0, mass, first_L, Moments.start(theta, mass), 0)
 
     def kernel(log_step: float, tuning: _Tuning) -> Kernel:
         return thinned(mclmc(log_joint_and_grad, math.exp(log_step), tuning.L, tuning.inverse_mass_matrix), thinning)
@@ -186,28 +192,31 @@ def mclmc_warm_up(
     def step(tuning: _Tuning, generator: torch.Generator) -> tuple[_Tuning, MCLMCInfo]:
         chain, info = kernel(tuning.log_step, tuning).step(tuning.chain, generator)
         count, done = tuning.updates + 1, tuning.done + 1
-        # Errors fall with the sixth power of the step, and at its limit of stability a little less suddenly than they
-        # rise: the root of the ratio, bounded, follows the mean without being thrown by a single error.
-        ratio = float(ranks.mean(info.energy_variance.mean())) / energy_variance
-        log_step = tuning.log_step + max(0.02, 0.3 / count**0.7) * max(-1.0, min(1.0, 1 - math.sqrt(ratio)))
-        averaged = tuning.log_averaged + max(0.02, 1 / count) * (log_step - tuning.log_averaged)
+        # The variance is about a factor times the sixth power of the step. The factor's mean is dominated by few large
+        # errors, which the median never sees; under a sixth root they do not throw the step.
+        error = max(float(ranks.mean(info.energy_variance.mean())), 1e-30)
+        rate, log_factor = max(0.02, 1 / count), math.log(error) - 6 * tuning.log_step
+        if count > 1:
+            log_factor = float(np.logaddexp(math.log1p(-rate) + tuning.log_factor, math.log(rate) + log_factor))
+        wanted = (math.log(energy_variance) - log_factor) / 6
+        log_step = tuning.log_step + max(-0.3, min(0.1, wanted - tuning.log_step))
         tuning = tuning._replace(
-            chain=chain, log_step=log_step, log_averaged=averaged, updates=count, done=done,
+            chain=chain, log_step=log_step, log_factor=log_factor, updates=count, done=done,
             moments=tuning.moments.update(chain.theta),
         )  # fmt: skip
         if done in ends[1:]:
             mass = tuning.moments.mass(tuning.inverse_mass_matrix, ranks)
             # The same step, in the new coordinates.
             shrunk = (mass.diagonal.double() / tuning.inverse_mass_matrix.diagonal).log().mean()
-            log_step = averaged - 0.5 * float(ranks.mean(shrunk))
-            tuning = tuning._replace(inverse_mass_matrix=mass, log_step=log_step, log_averaged=log_step, updates=0)
+            log_step -= 0.5 * float(ranks.mean(shrunk))
+            tuning = tuning._replace(inverse_mass_matrix=mass, log_step=log_step, updates=0)
         if done in ends:
             tuning = tuning._replace(moments=Moments.start(chain.theta, tuning.inverse_mass_matrix))
         return tuning, info
 
     def tuned(tuning: _Tuning) -> Tuned:
-        found = {"step_size": math.exp(tuning.log_averaged), "L": tuning.L, "exact": False}
-        return Tuned(kernel(tuning.log_averaged, tuning), tuning.chain, found)
+        found = {"step_size": math.exp(tuning.log_step), "L": tuning.L, "exact": False}
+        return Tuned(kernel(tuning.log_step, tuning), tuning.chain, found)
 
     return WarmUp(init, step, tuned)
 
@@ -228,7 +237,7 @@ class MCLMC:
         rank: see `HMC`.
     """
 
-    energy_variance: float = 0.02
+    energy_variance: float = 0.005
     thinning: int = 10
     L: float | None = None
     step_size: float = 0.1

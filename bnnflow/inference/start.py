@@ -89,9 +89,9 @@ def starting_points(
     Args:
         model: the posterior.
         chains: how many, in this process.
-        init: None climbs from prior draws for 300 Adam steps; ``"prior"`` takes prior draws; a network or ``(dim,)``
-            weights start every chain there; ``(chains, dim)`` weights, for the chains of all processes, are used as
-            they are.
+        init: None climbs from random networks for 300 Adam steps; ``"prior"`` takes prior draws; a network or
+            ``(dim,)`` weights start every chain there; ``(chains, dim)`` weights, for the chains of all processes, are
+            used as they are.
         generator: the source of randomness.
         progress: whether to show a bar.
         ranks: the processes that share the chains.
@@ -108,10 +108,12 @@ def starting_points(
         if theta.dim() > 2 or (theta.dim() == 2 and theta.shape[0] != every):
             raise ValueError(f"init must be (dim,) or ({every}, dim), got {tuple(theta.shape)}")
         theta = ranks.own(theta.expand(every, -1)).clone()
-    elif init is None or init == "prior":
+    elif init is None:
+        # Not from prior draws: with learned noise these begin millions of nats below the mode.
+        theta = random_networks(model.spec, chains, generator, model.dtype)
+        theta = maximise(model, theta, WARM_START, 0.02, progress, "warm start")
+    elif init == "prior":
         theta = model.sample_prior(chains, generator)
-        if init is None:
-            theta = maximise(model, theta, WARM_START, 0.02, progress, "warm start")
     else:
         raise ValueError(f"init must be None, 'prior', a network or a tensor, got {init!r}")
     bad = (~model.log_joint(theta).isfinite()).nonzero().flatten().tolist()

@@ -126,6 +126,9 @@ def _jittered(
 
 # ---------------------------------------------------------------- warm-up
 
+_FIRST_LEAPFROGS = 64
+"""The most steps of a transition before the first mass matrix."""
+
 Features = Callable[[Tensor], Tensor]
 """``(chain, dim) -> (chain, features)``: what the chains are to decorrelate."""
 
@@ -218,6 +221,8 @@ def trajectory_warm_up(
         else:
             number, time = 0, trajectory_length
         most = leapfrogs(adapt.step_size, time)
+        if len(ends) > 1 and done < ends[1]:  # the mass matrix is yet unknown, and a length in its units means nothing
+            most = min(most, _FIRST_LEAPFROGS)
         steps, n_steps = _jittered(chain.theta, adapt.step_size, 0.2, most, 0.5, generator)
         proposal = trajectory(chain, steps, scale, n_steps, generator)
         moved, info = _accept(chain, proposal, steps, n_steps, generator)

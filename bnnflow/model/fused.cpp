@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -100,20 +101,15 @@ static inline Vec shuffled(Vec a, Vec b) {
 #endif
 }
 
-// 1 / x for x between 1 and 2^127 (float) or 2^1023, where Newton's steps are exact to rounding; keeps NaN.
+// 1 / x for x between 1 and 2^127; keeps NaN. In single precision by one of Newton's steps, within an ulp or two.
 static inline Vec inverse(Vec x) {
 #if defined(__AVX512F__)
     if constexpr (kFloat) {
         Vec r = (Vec)_mm512_rcp14_ps((__m512)x);
         return r + r * (T(1) - x * r);
-    } else {
-        Vec r = (Vec)_mm512_rcp14_pd((__m512d)x);
-        r += r * (T(1) - x * r);
-        return r + r * (T(1) - x * r);
     }
-#else
-    return T(1) / x;
 #endif
+    return T(1) / x;
 }
 
 static inline Vec square_root(Vec x) {
@@ -220,7 +216,7 @@ static inline Vec scaled_erfc(Vec x) {
 // Each leaves its slope for the backward pass, but for Tanh, whose slope is 1 - value^2.
 
 struct Tanh {
-    static Vec value(Vec a, Vec*) { return T(1) - T(2) * inverse(T(1) + exp2(a * T(2.885390081777926815))); }
+    static Vec value(Vec a, Vec*) { return T(1) - T(2) / (T(1) + exp2(a * T(2.885390081777926815))); }
 };
 
 struct Sigmoid {
@@ -859,6 +855,43 @@ extern "C" void bnnflow_rows(uint64_t key, int64_t batches, int64_t size, int64_
             double where = double(i) + double(int64_t(bits[used] >> 11)) * 0x1p-53;
             *rows++ = std::min(int64_t(where * stretch), n - 1);
         }
+}
+
+// ---------------------------------------------------------------- microcanonical dynamics
+
+// Sum over dim of a * b, in double precision whatever T.
+static double inner(int64_t dim, const T* a, const T* b) {
+    constexpr int many = 16;
+    double sums[many] = {}, sum = 0;
+    int64_t i = 0;
+    for (; i + many <= dim; i += many)
+        for (int l = 0; l < many; ++l) sums[l] += double(a[i + l]) * double(b[i + l]);
+    for (; i < dim; ++i) sum += double(a[i]) * double(b[i]);
+    for (double part : sums) sum += part;
+    return sum;
+}
+
+// Turn the directions of all chains for the times step[chain * step_stride] towards constant gradients, (chains, dim)
+// each; the kinetic energies change by change[chain]. The formulas are those of inference/mclmc.py.
+extern "C" void bnnflow_turn(int64_t chains, int64_t dim, const T* direction, const T* grad, const T* step,
+                             int64_t step_stride, T* turned, double* change) {
+    const double tiny = std::numeric_limits<T>::min(), factor = double(std::max<int64_t>(1, dim - 1));
+    const double least = std::pow(double(std::numeric_limits<T>::epsilon()), .75);
+    for (int64_t chain = 0; chain < chains; ++chain, direction += dim, grad += dim, turned += dim) {
+        double norm = std::sqrt(inner(dim, grad, grad));
+        norm = norm < tiny ? tiny : norm;  // NaN stays, here and below
+        double along = inner(dim, direction, grad) / norm;
+        along = along > 1 ? 1 : along < -1 ? -1 : along;
+        const double delta = double(step[chain * step_stride]) * norm / factor;
+        double decay = std::exp(-delta);
+        decay = decay < least ? least : decay;
+        const T a = T(2 * decay), b = T((1 - decay) * (1 + along + decay * (1 - along)) / norm);
+        for (int64_t i = 0; i < dim; ++i) turned[i] = a * direction[i] + b * grad[i];
+        const T length = T(std::sqrt(inner(dim, turned, turned)));
+        for (int64_t i = 0; i < dim; ++i) turned[i] /= length;
+        const double with = std::log((1 + along) / 2) + delta, against = std::log((1 - along) / 2) - delta;
+        change[chain] = double(dim - 1) * (std::max(with, against) + std::log1p(std::exp(-std::abs(with - against))));
+    }
 }
 
 // ---------------------------------------------------------------- evaluation

@@ -37,7 +37,7 @@ from bnnflow.model.priors import FlatPrior
 from bnnflow.types import Likelihood
 from bnnflow.weights import WeightSpec
 
-__all__ = ["FusedDensity", "FusedNetwork", "langevin", "longest", "normal_like", "plain", "stratified_rows"]
+__all__ = ["FusedDensity", "FusedNetwork", "langevin", "longest", "normal_like", "plain", "stratified_rows", "turned"]
 
 _ACTIVATIONS = {"identity": 0, "tanh": 1, "sigmoid": 2, "relu": 3, "silu": 4, "gelu": 5, "gelu_tanh": 6}
 _GIVEN_SCORE = 0
@@ -380,6 +380,24 @@ def longest(grad: Tensor, root: Tensor, value: Tensor) -> float:
     return library.bnnflow_longest(*grad.shape, grad.data_ptr(), root.data_ptr(), stride, value.data_ptr())
 
 
+def turned(direction: Tensor, grad: Tensor, step: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Turn directions towards gradients, ``(chain, dim)`` each, for times ``(1,)`` or ``(chain, 1)``, as `mclmc.turn`.
+
+    Returns:
+        The new directions and the changes of kinetic energy ``(chain,)``; None where the library cannot.
+    """
+    dense = direction.is_contiguous() and grad.is_contiguous() and direction.dtype == grad.dtype == step.dtype
+    library = _library(grad.dtype) if dense and grad.is_cpu and plain(direction, grad) else None
+    if library is None:
+        return None
+    new, change = torch.empty_like(direction), torch.empty(len(direction), dtype=torch.float64)
+    library.bnnflow_turn(
+        *direction.shape, direction.data_ptr(), grad.data_ptr(), step.data_ptr(), int(step.dim() == 2), new.data_ptr(),
+        change.data_ptr(),
+    )  # fmt: skip
+    return new, change
+
+
 def _dense(theta: Tensor, grad: Tensor, metric: Tensor, root: Tensor) -> bool:
     """Say whether these are what compiled code takes for ``(chain, dim)`` twice, and ``(dim,)`` or the same twice."""
     return (
@@ -436,8 +454,9 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
         library.bnnflow_langevin.argtypes = [
             ctypes.c_uint64, _Int, _Int, *[_Pointer] * 4, _Int, number, number, _Pointer
         ]  # fmt: skip
+        library.bnnflow_turn.argtypes = [_Int, _Int, _Pointer, _Pointer, _Pointer, _Int, _Pointer, _Pointer]
         library.bnnflow_longest.argtypes = [_Int, _Int, _Pointer, _Pointer, _Int, _Pointer]
-        for function in (library.bnnflow_normals, library.bnnflow_rows, library.bnnflow_langevin):
+        for function in (library.bnnflow_normals, library.bnnflow_rows, library.bnnflow_langevin, library.bnnflow_turn):
             function.restype = None
         library.bnnflow_longest.restype = ctypes.c_double
         return library
