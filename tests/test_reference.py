@@ -132,11 +132,6 @@ def relu_iris() -> tuple[bf.BayesianModel, torch.Tensor]:
     return model, torch.as_tensor(file["Xte"]).float()
 
 
-heavy_tails = pytest.mark.xfail(
-    reason="MCLMC's warm-up misses the wanted mean of heavy-tailed energy errors by a factor of ten", strict=False
-)
-
-
 def few_rows() -> tuple[bf.BayesianModel, torch.Tensor]:
     """Return 501 weights and 20 rows."""
     generator = torch.Generator().manual_seed(0)
@@ -149,7 +144,7 @@ def few_rows() -> tuple[bf.BayesianModel, torch.Tensor]:
 
 
 @pytest.mark.validate
-@pytest.mark.parametrize("problem", [pytest.param(relu_iris, marks=[needs_reference, heavy_tails]), few_rows])
+@pytest.mark.parametrize("problem", [pytest.param(relu_iris, marks=needs_reference), few_rows])
 def test_default_engines_agree_beyond_the_references(problem):
     """Predictive means in posterior sds, the width of the log joint, and what MCLMC says of its own errors."""
     model, x = problem()
@@ -168,7 +163,7 @@ def test_default_engines_agree_beyond_the_references(problem):
         assert abs(float(draws.log_joint.mean() - exact.log_joint.mean())) < allowed, name
         assert abs(float(draws.log_joint.std() / exact.log_joint.std()) - 1) < 0.15, name
     variance = float(found["MCLMC"][0].stats["energy_variance"].double().mean())
-    assert 0.004 < variance < 0.1  # asked for 0.02
+    assert 0.001 < variance < 0.025  # asked for 0.005
 
 
 @needs_reference

@@ -126,7 +126,8 @@ def mclmc(
                 torch.where(lost, state.grad, grad),
             )
         counts = torch.full((len(theta),), 2, device=theta.device)
-        variance = torch.where(diverging, _DIVERGENCE, error).square() / dim
+        # A lost step counts like one whose error is of the size of the posterior: a wall must not stop the tuning.
+        variance = torch.where(diverging, 1.0, error.square() / dim)
         return moved, MCLMCInfo(variance, diverging, counts)
 
     return Kernel(init, step)

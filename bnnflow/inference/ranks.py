@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 
@@ -78,4 +79,6 @@ def connect(device: torch.device) -> Ranks:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_ADDR" not in os.environ:
             return ALONE
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Left to the end of the interpreter, the group's threads may still run when what they use is gone.
+        atexit.register(dist.destroy_process_group)
     return Ranks(dist.get_rank(), dist.get_world_size())
