@@ -60,6 +60,19 @@ class Activation:
             return torch.special.ndtr(a) + a * (-0.5 * a * a).exp() / math.sqrt(2 * math.pi)
         return torch.func.jvp(self.__call__, (a,), (torch.ones_like(a),))[1]
 
+    @property
+    def reusable(self) -> bool:
+        """Say whether f' follows from f alone, so that `overwrite` and `pull` may save memory."""
+        return self.name in _OVERWRITE
+
+    def overwrite(self, a: Tensor) -> Tensor:
+        """Return f(a) in the memory of ``a``; for `reusable` activations, where nothing tracks derivatives."""
+        return _OVERWRITE[self.name](a)
+
+    def pull(self, delta: Tensor, value: Tensor) -> Tensor:
+        """Return delta * f'(a) in the memory of ``delta``, given f(a); as `overwrite`."""
+        return _PULL[self.name](delta, value)
+
 
 def _tanh(a: Tensor) -> Tensor:
     # Three to seven times faster than torch.tanh on CPU, where sigmoid is vectorised; equal to rounding.
@@ -84,6 +97,18 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "tanhshrink": F.tanhshrink,
     "hardswish": F.hardswish,
     "sin": torch.sin,
+}
+_OVERWRITE: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda a: a,
+    "tanh": lambda a: a.mul_(2).sigmoid_().mul_(2).sub_(1) if a.device.type == "cpu" else a.tanh_(),
+    "sigmoid": Tensor.sigmoid_,
+    "relu": Tensor.relu_,
+}
+_PULL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "identity": lambda delta, value: delta,
+    "tanh": lambda delta, value: torch.ops.aten.tanh_backward(delta, value, grad_input=delta),
+    "sigmoid": lambda delta, value: torch.ops.aten.sigmoid_backward(delta, value, grad_input=delta),
+    "relu": lambda delta, value: torch.ops.aten.threshold_backward(delta, value, 0, grad_input=delta),
 }
 _ODD = {"identity", "tanh", "softsign", "tanhshrink", "sin"}
 _HOMOGENEOUS = {"identity", "relu", "leaky_relu"}

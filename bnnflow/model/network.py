@@ -99,22 +99,26 @@ class ChainNetwork:
         }
 
     def _forward(self, theta: Tensor, x: Tensor, per_network: bool) -> list[_Step]:
-        params = self._params(theta)
+        params, untracked = self._params(theta), plain(theta, x)
         h = x.flatten(2 if per_network else 1).mT  # (in, n), shared by every network, or (batch, in, n)
         tape = []
         for layer in self._layers:
-            a = self._affine(params, layer, h)
-            value = layer.activation(a)
+            a = self._affine(params, layer, h, untracked)
+            # Fresh memory is what large batches cost most: its pages are zeroed, and used once.
+            value = layer.activation.overwrite(a) if untracked and layer.activation.reusable else layer.activation(a)
             tape.append(_Step(h, a, value))
             h = value
         return tape
 
     @staticmethod
-    def _affine(params: dict[str, Tensor], layer: Layer, h: Tensor) -> Tensor:
+    def _affine(params: dict[str, Tensor], layer: Layer, h: Tensor, untracked: bool) -> Tensor:
         weight = params[layer.weight]  # (batch, out, in)
         if h.dim() == 2:
             product = torch.matmul(weight, h)
-            return product if layer.bias is None else product + params[layer.bias].unsqueeze(-1)
+            if layer.bias is None:
+                return product
+            bias = params[layer.bias].unsqueeze(-1)
+            return product.add_(bias) if untracked else product + bias
         if layer.bias is None:
             return torch.bmm(weight, h)
         return torch.baddbmm(params[layer.bias].unsqueeze(-1), weight, h)  # (batch, out, n)
@@ -123,7 +127,10 @@ class ChainNetwork:
         params = self._params(theta)
         grads: dict[str, Tensor] = {}
         for layer, step in zip(reversed(self._layers), reversed(tape), strict=True):
-            if layer.activation.name != "identity":
+            own = layer is not self._layers[-1]  # delta is ours to overwrite
+            if own and layer.activation.reusable and plain(delta, step.value):
+                delta = layer.activation.pull(delta, step.value)
+            elif layer.activation.name != "identity":
                 delta = delta * layer.activation.derivative(step.a, step.value)  # (batch, out, n)
             grads[layer.weight] = torch.matmul(delta, step.h.mT).flatten(1)
             if layer.bias is not None:
