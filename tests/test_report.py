@@ -177,6 +177,15 @@ def test_chains_without_an_accept_step_are_trusted_with_care_at_most(model):
         assert "should be 1" not in str(d) if advice is None else advice in str(d)
 
 
+def test_energy_errors_beyond_what_was_asked_are_not_trusted(model):
+    draws = chains(model, draws=400)
+    draws.info.update(exact=False, energy_variance=0.005)
+    for variance, verdict in ((0.01, "trust with care"), (0.3, "do not trust")):
+        draws.stats["energy_variance"] = torch.full((4, 400), variance)
+        assert diagnose(draws, model).verdict == verdict
+    assert "0.3 a dimension where 0.005 was asked" in str(diagnose(draws, model))
+
+
 def test_particles_say_how_well_the_evidence_is_known(model):
     theta = model.sample_prior(1000, seed=0).unflatten(0, (2, 500))
     even = torch.full((2, 500), -math.log(500), dtype=torch.float64)

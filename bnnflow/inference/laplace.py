@@ -47,7 +47,7 @@ class Laplace:
 
     ``draws.posterior`` is the density, and its ``loc`` the mode. Draws predict through the network itself, which is
     poor where the Gaussian is wide; the linearised predictive (Immer, Korzepa and Bauer 2021) is
-    ``bf.predict(model.linearised(draws.posterior.loc), draws, x)``, and usually the better one.
+    ``bf.predict(model.linearised(draws.posterior.loc), draws, x)``; compare both.
 
     ``draws.log_evidence`` is log_joint(mode) - log N(mode; mode, P^-1) at temperature 1; its error is NaN because
     nothing is known of it. At other temperatures that number is the log normaliser of the tempered posterior, and is

@@ -216,7 +216,12 @@ def mclmc_warm_up(
         return tuning, info
 
     def tuned(tuning: _Tuning) -> Tuned:
-        found = {"step_size": math.exp(tuning.log_step), "L": tuning.L, "exact": False}
+        found = {
+            "step_size": math.exp(tuning.log_step),
+            "L": tuning.L,
+            "exact": False,
+            "energy_variance": energy_variance,
+        }
         return Tuned(kernel(tuning.log_step, tuning), tuning.chain, found)
 
     return WarmUp(init, step, tuned)

@@ -26,6 +26,7 @@ E_BFMI = 0.3  # below: the momenta do not explore the energy (Betancourt 2016)
 DIVERGENCES = 0.01  # beyond this fraction the posterior has regions that the chains cannot enter
 TEMPERATURE = 0.2  # from 1: beyond this the law of the draws is visibly wrong
 EVIDENCE = 1.0  # nats of standard error beyond which an evidence compares little
+ENERGY_VARIANCE = 5.0  # times what was asked for: unadjusted steps are too long for what they met
 MAX_ROWS = 100
 
 # What a reader of an approximation's draws should know of it.
@@ -259,6 +260,13 @@ def _chains(draws: Draws, model: BayesianModel, x: Tensor) -> Diagnosis:
             "there is no accept step: draws have a bias of the step size that agreeing chains do not show; compare "
             "predictions with those of an exact sampler such as HMC, or of a smaller step"
         )
+    if "energy_variance" in stats and "energy_variance" in draws.info:
+        errors, asked = float(stats["energy_variance"].double().mean()), draws.info["energy_variance"]
+        if errors > ENERGY_VARIANCE * asked:
+            severe.append(
+                f"energy errors have variance {errors:.2g} a dimension where {asked:.2g} was asked: predictions are "
+                "biased; run a longer warm-up, or an exact sampler such as HMC"
+            )
     if temperature is not None and not abs(temperature - 1) <= TEMPERATURE:
         mild.append(
             f"configurational temperature is {temperature:.2f} and should be 1: "
