@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -1254,3 +1255,25 @@ def test_one_row_is_enough() -> None:
 
 def test_repr_says_what_it_is() -> None:
     assert repr(model_of("gaussian learned")).startswith("BayesianModel(Sequential, dim=32, n=9, likelihood=Gaussian")
+
+
+def test_memory_is_used_again_by_one_call_after_the_other_only(monkeypatch) -> None:
+    """The eager gradient writes into its own memory: results that were returned are never touched."""
+    monkeypatch.setattr("bnnflow.model.fused._library", lambda dtype: None)
+    x = torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None]
+    with torch.random.fork_rng(devices=[]):
+        net = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1)).double()
+    model = BayesianModel(net, priors.Normal(), likelihoods.Gaussian(0.3), x, x.sin())
+    first, second = model.sample_prior(5, 0), model.sample_prior(5, 1)
+    rows = torch.randint(0, 9, (5, 4), generator=torch.Generator().manual_seed(0))
+    for arguments in ((), (rows,)):
+        value, grad = model.log_joint_and_grad(first, *arguments)
+        kept = value.clone(), grad.clone()
+        model.log_joint_and_grad(second, *arguments)
+        model.log_joint_and_grad(second[:2])
+        torch.testing.assert_close((value, grad), kept, rtol=0, atol=0)
+        tracked = first.clone().requires_grad_()
+        expected = model.log_joint_and_grad(tracked, *arguments)
+        torch.testing.assert_close((value, grad), expected, rtol=1e-12, atol=1e-12, check_device=False)
+    copied = copy.deepcopy(model.network)
+    torch.testing.assert_close(copied(first, x), model.network(first, x))

@@ -327,7 +327,8 @@ class BayesianModel:
         if rows is not None:
             # One gather for all networks; index_select is several times faster than indexing by a matrix.
             x, y = (data.index_select(0, rows.flatten()).unflatten(0, rows.shape) for data in (x, y))
-        outputs, pullback = self.network.pullback(flat, x, per_network=rows is not None and rows.dim() > 1)
+        per_network = rows is not None and rows.dim() > 1
+        outputs, pullback = self.network.pullback(flat, x, per_network=per_network, reuse=True)
         return outputs, pullback, y, self.likelihood_parameters(flat), scale
 
     def _batch(self, theta: Tensor, rows: Tensor | None) -> tuple[Tensor | None, float]:

@@ -41,13 +41,16 @@ class LinearisedNetwork:
         )
         return value + change
 
-    def pullback(self, theta: Tensor, x: Tensor, *, per_network: bool = False) -> tuple[Tensor, Pullback]:
+    def pullback(
+        self, theta: Tensor, x: Tensor, *, per_network: bool = False, reuse: bool = False
+    ) -> tuple[Tensor, Pullback]:
         """Return the outputs and the function that carries a gradient by them back to the weights."""
         outputs = self(theta, x, per_network=per_network)
         if not per_network and (kept := self._expansion(x)):
             rows = kept[1].flatten(0, 1)  # (n * out, network dim)
             return outputs, lambda grad_outputs: grad_outputs.flatten(1) @ rows
-        return outputs, self._network.pullback(self._anchor.expand_as(theta), x, per_network=per_network)[1]
+        anchors = self._anchor.expand_as(theta)
+        return outputs, self._network.pullback(anchors, x, per_network=per_network, reuse=reuse)[1]
 
     def jacobian(self, theta: Tensor, x: Tensor, *, per_network: bool = False) -> tuple[Tensor, Tensor]:
         """Return the outputs and their derivative by the weights, ``(batch, n, out, dim)``, the same everywhere."""

@@ -10,6 +10,7 @@ again, forwards and backwards.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -44,6 +45,7 @@ class ChainNetwork:
         self._spec = spec
         self._layers = spec.layers
         self._fused = FusedNetwork(spec)
+        self._memory = _Memory()
 
     @property
     def in_features(self) -> int:
@@ -56,18 +58,28 @@ class ChainNetwork:
             return self._fused.outputs(theta, x, per_network)
         return self._forward(theta, x, per_network)[-1].value.mT
 
-    def pullback(self, theta: Tensor, x: Tensor, *, per_network: bool = False) -> tuple[Tensor, Pullback]:
-        """Return the outputs and the function that carries a gradient by them back to the weights."""
+    def pullback(
+        self, theta: Tensor, x: Tensor, *, per_network: bool = False, reuse: bool = False
+    ) -> tuple[Tensor, Pullback]:
+        """Return the outputs and the function that carries a gradient by them back to the weights.
+
+        With ``reuse`` both are good until the next such call in this thread, which may write into their memory.
+        """
         if self._fused.applies(theta, x):
 
-            def pull(grad_outputs: Tensor) -> Tensor:
+            def compiled(grad_outputs: Tensor) -> Tensor:
                 if plain(grad_outputs):
                     return self._fused.pull(theta, x, per_network, grad_outputs)
                 return self._backward(theta, self._forward(theta, x, per_network), grad_outputs.mT)
 
-            return self._fused.outputs(theta, x, per_network), pull
-        tape = self._forward(theta, x, per_network)
-        return tape[-1].value.mT, lambda grad_outputs: self._backward(theta, tape, grad_outputs.mT)
+            return self._fused.outputs(theta, x, per_network), compiled
+        memory = self._memory if reuse and plain(theta, x) else None
+        tape = self._forward(theta, x, per_network, memory)
+
+        def pull(grad_outputs: Tensor) -> Tensor:
+            return self._backward(theta, tape, grad_outputs.mT, memory if plain(grad_outputs) else None)
+
+        return tape[-1].value.mT, pull
 
     def jacobian(self, theta: Tensor, x: Tensor, *, per_network: bool = False) -> tuple[Tensor, Tensor]:
         """Return the outputs and their derivative by the weights, ``(batch, n, out, dim)``."""
@@ -98,46 +110,66 @@ class ChainNetwork:
             if name is not None
         }
 
-    def _forward(self, theta: Tensor, x: Tensor, per_network: bool) -> list[_Step]:
-        params, untracked = self._params(theta), plain(theta, x)
+    def _forward(self, theta: Tensor, x: Tensor, per_network: bool, memory: _Memory | None = None) -> list[_Step]:
+        params = self._params(theta)
         h = x.flatten(2 if per_network else 1).mT  # (in, n), shared by every network, or (batch, in, n)
         tape = []
         for layer in self._layers:
-            a = self._affine(params, layer, h, untracked)
-            # Fresh memory is what large batches cost most: its pages are zeroed, and used once.
-            value = layer.activation.overwrite(a) if untracked and layer.activation.reusable else layer.activation(a)
+            a = self._affine(params, layer, h, memory)
+            value = layer.activation.overwrite(a) if memory and layer.activation.reusable else layer.activation(a)
             tape.append(_Step(h, a, value))
             h = value
         return tape
 
     @staticmethod
-    def _affine(params: dict[str, Tensor], layer: Layer, h: Tensor, untracked: bool) -> Tensor:
+    def _affine(params: dict[str, Tensor], layer: Layer, h: Tensor, memory: _Memory | None) -> Tensor:
         weight = params[layer.weight]  # (batch, out, in)
-        if h.dim() == 2:
+        bias = None if layer.bias is None else params[layer.bias].unsqueeze(-1)
+        if memory is None and h.dim() == 2:
             product = torch.matmul(weight, h)
-            if layer.bias is None:
-                return product
-            bias = params[layer.bias].unsqueeze(-1)
-            return product.add_(bias) if untracked else product + bias
-        if layer.bias is None:
-            return torch.bmm(weight, h)
-        return torch.baddbmm(params[layer.bias].unsqueeze(-1), weight, h)  # (batch, out, n)
+            return product if bias is None else product + bias
+        h = h.expand(len(weight), *h.shape[-2:])
+        out = None if memory is None else memory.take(layer.weight, weight, *weight.shape[:2], h.shape[-1])
+        return torch.bmm(weight, h, out=out) if bias is None else torch.baddbmm(bias, weight, h, out=out)
 
-    def _backward(self, theta: Tensor, tape: list[_Step], delta: Tensor) -> Tensor:
+    def _backward(self, theta: Tensor, tape: list[_Step], delta: Tensor, memory: _Memory | None = None) -> Tensor:
         params = self._params(theta)
         grads: dict[str, Tensor] = {}
         for layer, step in zip(reversed(self._layers), reversed(tape), strict=True):
-            own = layer is not self._layers[-1]  # delta is ours to overwrite
-            if own and layer.activation.reusable and plain(delta, step.value):
-                delta = layer.activation.pull(delta, step.value)
-            elif layer.activation.name != "identity":
-                delta = delta * layer.activation.derivative(step.a, step.value)  # (batch, out, n)
+            activation, given = layer.activation, layer is self._layers[-1]
+            if memory and activation.reusable and not given:
+                delta = activation.pull(delta, step.value)
+            elif activation.name != "identity":
+                delta = delta * activation.derivative(step.a, step.value)  # (batch, out, n)
             grads[layer.weight] = torch.matmul(delta, step.h.mT).flatten(1)
             if layer.bias is not None:
                 grads[layer.bias] = delta.sum(-1)
             if layer is not self._layers[0]:
-                delta = torch.matmul(params[layer.weight].mT, delta)
+                weight = params[layer.weight].mT
+                out = memory and memory.take(f"delta of {layer.weight}", weight, *weight.shape[:2], delta.shape[-1])
+                delta = torch.bmm(weight, delta, out=out)
         return torch.cat([grads[name] for name in self._spec.names if name in grads], -1)  # (batch, dim)
+
+
+class _Memory(threading.local):
+    """Tensors that are written again and again, for each thread its own.
+
+    Fresh memory is what large batches cost most on a CPU: the system zeroes its pages, and takes them back after one
+    use.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def __reduce__(self) -> tuple[type[_Memory], tuple[()]]:
+        return _Memory, ()  # copies begin with nothing
+
+    def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """Return the tensor of this name, with whatever is in it; a new one if it is of another shape or type."""
+        kept = self._kept.get(name)
+        if kept is None or kept.shape != shape or kept.dtype != like.dtype:
+            kept = self._kept[name] = like.new_empty(shape)
+        return kept
 
 
 class ModuleNetwork:
@@ -162,7 +194,9 @@ class ModuleNetwork:
         """Return the outputs, ``(batch, n, out)``."""
         return torch.func.vmap(self._one, _in_dims(per_network), randomness="error")(theta, x)
 
-    def pullback(self, theta: Tensor, x: Tensor, *, per_network: bool = False) -> tuple[Tensor, Pullback]:
+    def pullback(
+        self, theta: Tensor, x: Tensor, *, per_network: bool = False, reuse: bool = False
+    ) -> tuple[Tensor, Pullback]:
         """Return the outputs and the function that carries a gradient by them back to the weights."""
         size = self._slices[-1].stop
         outputs, vjp, *_ = torch.func.vjp(lambda weights: self(weights, x, per_network=per_network), theta[:, :size])
