@@ -12,7 +12,7 @@ from bnnflow.draws import Draws
 from bnnflow.inference.loop import run_chains
 from bnnflow.inference.mass import LowRank, Scale
 from bnnflow.inference.mclmc import random_directions, turn
-from bnnflow.inference.run import Run
+from bnnflow.inference.run import Run, check_positive
 from bnnflow.inference.trajectories import (
     ChainState,
     Proposal,
@@ -109,10 +109,7 @@ class AdjustedMCLMC:
     def __post_init__(self) -> None:
         if not 0 < self.target_acceptance < 1:
             raise ValueError(f"target_acceptance must be in (0, 1), got {self.target_acceptance}")
-        for name in ("trajectory_length", "max_leapfrog", "step_size"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+        check_positive(self, "trajectory_length", "max_leapfrog", "step_size")
         if self.rank < 0:
             raise ValueError(f"rank must be at least 0, got {self.rank}")
 

@@ -14,7 +14,7 @@ from bnnflow.draws import Draws
 from bnnflow.inference.loop import Tuned, WarmUp, run_chains, thinned
 from bnnflow.inference.mass import LowRank, Moments, scale_of
 from bnnflow.inference.ranks import ALONE, Ranks
-from bnnflow.inference.run import Run
+from bnnflow.inference.run import Run, check_positive
 from bnnflow.inference.warmup import window_ends
 from bnnflow.model import BayesianModel
 from bnnflow.model.fused import normal_like, turned
@@ -250,10 +250,7 @@ class MCLMC:
     rank: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("energy_variance", "thinning", "L", "step_size"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+        check_positive(self, "energy_variance", "thinning", "L", "step_size")
         if self.rank < 0:
             raise ValueError(f"rank must be at least 0, got {self.rank}")
 
