@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Activation", "activation_of"]
+__all__ = ["Activation", "Sine", "activation_of"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,9 @@ class Activation:
             return s + value * (1 - s)
         if self.name == "gelu":
             return torch.special.ndtr(a) + a * (-0.5 * a * a).exp() / math.sqrt(2 * math.pi)
+        if self.name.startswith("sin"):
+            w0 = float(self.name.partition(":")[2] or 1.0)
+            return w0 * torch.cos(w0 * a)
         return torch.func.jvp(self.__call__, (a,), (torch.ones_like(a),))[1]
 
     @property
@@ -72,6 +75,28 @@ class Activation:
     def pull(self, delta: Tensor, value: Tensor) -> Tensor:
         """Return delta * f'(a) in the memory of ``delta``, given f(a); as `overwrite`."""
         return _PULL[self.name](delta, value)
+
+
+class Sine(nn.Module):
+    """The activation sin(w0 a) of implicit neural representations (Sitzmann et al. 2020).
+
+    Args:
+        w0: positive frequency.
+    """
+
+    def __init__(self, w0: float = 1.0) -> None:
+        super().__init__()
+        if not w0 > 0:
+            raise ValueError(f"w0 must be positive, got {w0}")
+        self.w0 = w0
+
+    def forward(self, a: Tensor) -> Tensor:
+        """Return sin(w0 a)."""
+        return torch.sin(self.w0 * a)
+
+    def extra_repr(self) -> str:
+        """Show the frequency."""
+        return f"w0={self.w0}"
 
 
 def _tanh(a: Tensor) -> Tensor:
@@ -96,7 +121,7 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "softsign": F.softsign,
     "tanhshrink": F.tanhshrink,
     "hardswish": F.hardswish,
-    "sin": torch.sin,
+    "sin": lambda a, w0=1.0: torch.sin(a if w0 == 1 else w0 * a),
 }
 _OVERWRITE: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda a: a,
@@ -138,6 +163,7 @@ _MODULES: dict[type[nn.Module], Callable[..., str | None]] = {
     nn.Softsign: lambda m: "softsign",
     nn.Tanhshrink: lambda m: "tanhshrink",
     nn.Hardswish: lambda m: "hardswish",
+    Sine: lambda m: "sin" if m.w0 == 1 else f"sin:{m.w0}",
 }
 # The name of what a function or a tensor method computes, given its arguments after the tensor.
 _CALLS: dict[Callable | str, Callable[..., str | None]] = {

@@ -191,12 +191,31 @@ class WeightSpec:
     @cached_property
     def widths(self) -> dict[str, int]:
         """Number of units of each hidden layer, by label."""
-        return {
-            label: size
-            for name in self.names
-            for label, size in zip(self.axes[name], self.shapes[name], strict=True)
-            if label is not None
-        }
+        widths: dict[str, int] = {}
+        for name in self.names:
+            for label, size in zip(self.axes[name], self.shapes[name], strict=True):
+                if label is not None:
+                    widths[label] = min(size, widths.get(label, size))
+        return widths
+
+    def blocks(self, name: str) -> tuple[tuple[int, ...], tuple[str | None, ...]]:
+        """Return the shape and the labels of a tensor whose every labelled axis runs over units alone.
+
+        An axis may be a multiple of its label's width: every unit then owns a block of consecutive entries, as a
+        channel does once a convolution's output is flattened. Such an axis is split into (units, entries of one).
+
+        Example:
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+            >>> WeightSpec.of(net).blocks("2.weight")
+            ((3, 16), (None, 'h1'))
+        """
+        shape: list[int] = []
+        axes: list[str | None] = []
+        for label, size in zip(self.axes[name], self.shapes[name], strict=True):
+            width = size if label is None else self.widths[label]
+            shape += [width] if size == width else [width, size // width]
+            axes += [label] if size == width else [label, None]
+        return tuple(shape), tuple(axes)
 
     def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
         """Join named tensors ``(..., *shape)`` to ``theta`` ``(..., dim)``; leading axes broadcast.

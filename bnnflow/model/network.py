@@ -58,6 +58,11 @@ class ChainNetwork:
             return self._fused.outputs(theta, x, per_network)
         return self._forward(theta, x, per_network)[-1].value.mT
 
+    def hidden(self, theta: Tensor, x: Tensor) -> dict[str, Tensor]:
+        """Return the activations of every hidden layer by label, ``(batch, width, n)``."""
+        tape = self._forward(theta, x, False)
+        return {label: step.value for label, step in zip(self._spec.activations, tape, strict=False)}
+
     def pullback(
         self, theta: Tensor, x: Tensor, *, per_network: bool = False, reuse: bool = False
     ) -> tuple[Tensor, Pullback]:
