@@ -25,7 +25,7 @@ class Dataset:
 
     Attributes:
         name: what it is called.
-        x_train: ``(n, features)``, float32.
+        x_train: ``(n, features)``, float32; images are ``(n, height, width)``.
         y_train: ``(n,)``: float32 for regression, labels as int64 for classification.
         x_test: ``(m, features)``.
         y_test: ``(m,)``.
@@ -51,8 +51,10 @@ class Dataset:
     def __repr__(self) -> str:
         """Say what it is in one line."""
         kind = f"{self.classes} classes" if self.classes else "regression"
-        features = self.x_train.shape[1]
-        return f"Dataset({self.name}: {features} features, {len(self.x_train)} + {len(self.x_test)} rows, {kind})"
+        features = " x ".join(map(str, self.x_train.shape[1:])) + (
+            " features" if self.x_train.dim() == 2 else " pixels"
+        )
+        return f"Dataset({self.name}: {features}, {len(self.x_train)} + {len(self.x_test)} rows, {kind})"
 
 
 def load(

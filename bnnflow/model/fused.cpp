@@ -46,11 +46,12 @@ typedef Bits BitsVec __attribute__((vector_size(kBytes)));
 typedef std::make_signed_t<Bits> SignedVec __attribute__((vector_size(kBytes)));
 typedef uint32_t Words __attribute__((vector_size(kBytes)));
 
-enum Activation : int64_t { kIdentity, kTanh, kSigmoid, kRelu, kSilu, kGelu, kGeluTanh };
+enum Activation : int64_t { kIdentity, kTanh, kSigmoid, kRelu, kSilu, kGelu, kGeluTanh, kSine };
 enum Likelihood : int64_t { kScore, kGaussian, kHeteroscedastic, kCategorical, kBernoulli };
 
 struct Layer {
     int64_t in, out, weight, bias, activation;  // offsets into theta; bias is -1 where there is none
+    double frequency;                           // of kSine
 };
 
 struct Prior {  // one stretch of theta; log: theta is the logarithm of a half-normal variable
@@ -71,7 +72,7 @@ struct Call {
     int64_t chains, n, n_data, threads;                       // n: rows evaluated; n_data: rows that exist
     int64_t drawn;                                            // whether a key draws the rows: (chains, n), stratified
     uint64_t key;
-    int64_t theta_stride, x_stride, rows_stride;              // from chain to chain; 0 where shared
+    int64_t theta_stride, x_stride, y_stride, rows_stride;    // from chain to chain; 0 where shared
     const T *theta, *x, *y, *score;                           // x (n_data, in), y (n_data, targets), score (chains, out, n)
     const int64_t* rows;                                      // (n,) or (chains, n), or null for all rows in order
     double likelihood_weight, prior_weight;
@@ -263,12 +264,34 @@ struct GeluTanh {
     }
 };
 
+// sin(w0 a): the angle less a multiple of pi, whose parity is a sign, and Taylor's series on [-pi/2, pi/2].
+struct Sine {
+    T w0;
+    Vec value(Vec a, Vec* slope) const {
+        constexpr int terms = kFloat ? 8 : 12;
+        constexpr T magic = kFloat ? T(12582912) : T(6755399441055744);  // 1.5 * 2^mantissa rounds to an integer
+        constexpr T high = kFloat ? T(3.140625) : T(3.1415926534682512);
+        constexpr T middle = kFloat ? T(9.67502593994140625e-4) : T(1.21542009963449e-10);
+        constexpr T low = kFloat ? T(1.509957990978376e-7) : T(1.6667485837041758e-19);
+        Vec z = a * w0, shifted = z * T(.318309886183790672) + magic, turns = shifted - magic;
+        Vec r = clamp(((z - turns * high) - turns * middle) - turns * low, 2);  // bounded even where no digit is left
+        Vec square = r * r, sine = splat(1), cosine = splat(1);
+        for (int k = terms - 1; k > 0; --k) {
+            sine = T(1) - sine * square * (T(1) / T(2 * k * (2 * k + 1)));
+            cosine = T(1) - cosine * square * (T(1) / T(2 * k * (2 * k - 1)));
+        }
+        BitsVec odd = (BitsVec)shifted << (kFloat ? 31 : 63);
+        *slope = (Vec)((BitsVec)(cosine * w0) ^ odd);
+        return (Vec)((BitsVec)(sine * r) ^ odd);
+    }
+};
+
 // Turn pre-activations into values.
-static void activate(int64_t activation, Vec* value, Vec* slope, int64_t count) {
+static void activate(const Layer& layer, Vec* value, Vec* slope, int64_t count) {
     auto with = [&](auto f) {
         for (int64_t i = 0; i < count; ++i) value[i] = f.value(value[i], slope + i);
     };
-    switch (activation) {
+    switch (layer.activation) {
         case kIdentity: break;
         case kTanh: with(Tanh{}); break;
         case kSigmoid: with(Sigmoid{}); break;
@@ -276,6 +299,7 @@ static void activate(int64_t activation, Vec* value, Vec* slope, int64_t count) 
         case kSilu: with(Silu{}); break;
         case kGelu: with(Gelu{}); break;
         case kGeluTanh: with(GeluTanh{}); break;
+        case kSine: with(Sine{T(layer.frequency)}); break;
     }
 }
 
@@ -607,7 +631,7 @@ struct Worker {
             const Layer& layer = p.layers[l];
             product(theta + layer.weight, layer.in, 1, layer.bias < 0 ? nullptr : theta + layer.bias, h, layer.in, layer.out,
                     width, nullptr, false, nullptr, value_end, true, [&](int64_t u, int64_t some) {
-                        activate(layer.activation, value_end + u * width, slope_end + u * width, some * width);
+                        activate(layer, value_end + u * width, slope_end + u * width, some * width);
                     });
             h = value_end;
             value_end += layer.out * width;
@@ -715,7 +739,7 @@ struct Worker {
         const int64_t* rows = c.rows ? c.rows + chain * c.rows_stride : nullptr;
         int64_t in = p.layers[0].in;
         pack(c.x + chain * c.x_stride, in, rows, start, c.n, width, to);
-        if (p.n_targets) pack(c.y, p.n_targets, rows, start, c.n, width, to + in * width);
+        if (p.n_targets) pack(c.y + chain * c.y_stride, p.n_targets, rows, start, c.n, width, to + in * width);
     }
 };
 
@@ -912,7 +936,7 @@ extern "C" int bnnflow_evaluate(const Problem* problem, const Call* call) try {
     }
     const Plan plan(p, c);
     std::unique_ptr<Vec, Free> shared;
-    if (!c.x_stride && !c.rows_stride && c.chains > 1) {
+    if (!c.x_stride && !c.y_stride && !c.rows_stride && c.chains > 1) {
         shared = vectors(plan.blocks * plan.inputs * plan.width);
         for (int64_t block = 0; block < plan.blocks; ++block) {
             int64_t start = block * plan.width * kLanes, width = std::min(plan.width, divide_up(c.n - start, kLanes));

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from bnnflow.activations import Activation
 from bnnflow.model.likelihoods import Bernoulli, Categorical, Gaussian, HeteroscedasticGaussian
 from bnnflow.model.priors import FlatPrior
 from bnnflow.types import Likelihood
@@ -39,7 +40,7 @@ from bnnflow.weights import WeightSpec
 
 __all__ = ["FusedDensity", "FusedNetwork", "langevin", "longest", "normal_like", "plain", "stratified_rows", "turned"]
 
-_ACTIVATIONS = {"identity": 0, "tanh": 1, "sigmoid": 2, "relu": 3, "silu": 4, "gelu": 5, "gelu_tanh": 6}
+_ACTIVATIONS = {"identity": 0, "tanh": 1, "sigmoid": 2, "relu": 3, "silu": 4, "gelu": 5, "gelu_tanh": 6, "sin": 7}
 _GIVEN_SCORE = 0
 _LIKELIHOODS = {Gaussian: 1, HeteroscedasticGaussian: 2, Categorical: 3, Bernoulli: 4}
 _SCALARS = {torch.float32: "float", torch.float64: "double"}
@@ -58,7 +59,10 @@ _Int = ctypes.c_int64
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [(name, _Int) for name in ("inputs", "outputs", "weight", "bias", "activation")]
+    _fields_ = [
+        *((name, _Int) for name in ("inputs", "outputs", "weight", "bias", "activation")),
+        ("frequency", ctypes.c_double),
+    ]
 
 
 class _Prior(ctypes.Structure):
@@ -83,7 +87,7 @@ class _Call(ctypes.Structure):
     _fields_ = [
         *((name, _Int) for name in ("chains", "n", "n_data", "threads", "drawn")),
         ("key", ctypes.c_uint64),
-        *((name, _Int) for name in ("theta_stride", "x_stride", "rows_stride")),
+        *((name, _Int) for name in ("theta_stride", "x_stride", "y_stride", "rows_stride")),
         *((name, _Pointer) for name in ("theta", "x", "y", "score", "rows")),
         *((name, ctypes.c_double) for name in ("likelihood_weight", "prior_weight")),
         *((name, _Pointer) for name in ("value", "grad", "outputs")),
@@ -137,6 +141,24 @@ class FusedNetwork:
         """Carry a gradient by the outputs ``(batch, n, out)`` back to the weights, ``(batch, network dim)``."""
         return self._run(theta, x, per_network, grad_outputs.mT.contiguous())
 
+    def squared_error(self, theta: Tensor, x: Tensor, y: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return half the sum of squared errors and its gradient; see `ChainNetwork.squared_error`."""
+        theta, x, y = _strided(theta), x.contiguous(), y.contiguous()
+        n, targets = y.shape[1:]
+        used = n if rows is None else len(rows)
+        value, grad = theta.new_empty(len(theta), dtype=torch.float64), theta.new_empty(len(theta), self._network_dim)
+        problem = _problem(self._layers, self._network_dim)
+        problem.likelihood, problem.n_targets, problem.scale = _LIKELIHOODS[Gaussian], targets, 1.0
+        call = _Call(
+            len(theta), used, n, _threads(len(theta) * used * self._network_dim), 0, 0,
+            theta.stride(0), 0, y.stride(0), 0,
+            theta.data_ptr(), x.data_ptr(), y.data_ptr(), None, None if rows is None else rows.contiguous().data_ptr(),
+            -1.0, 0.0,
+            value.data_ptr(), grad.data_ptr(), None,
+        )  # fmt: skip
+        _evaluate(theta.dtype, problem, call)
+        return value - used * targets * _HALF_LOG_2PI, grad
+
     def _run(self, theta: Tensor, x: Tensor, per_network: bool, score: Tensor | None) -> Tensor:
         theta, x = _strided(theta), x.flatten(2 if per_network else 1).contiguous()
         n, batch = x.shape[-2], len(theta)
@@ -149,7 +171,7 @@ class FusedNetwork:
         value = theta.new_empty(batch, dtype=torch.float64)
         call = _Call(
             batch, n, n, _threads(batch * n * self._network_dim), 0, 0,
-            theta.stride(0), x.stride(0) if per_network else 0, 0,
+            theta.stride(0), x.stride(0) if per_network else 0, 0, 0,
             theta.data_ptr(), x.data_ptr(), None, None if score is None else score.data_ptr(), None,
             1.0, 0.0,
             value.data_ptr(), *((None, result.data_ptr()) if score is None else (result.data_ptr(), None)),
@@ -250,7 +272,7 @@ class FusedDensity:
         grad = torch.empty_like(theta) if theta.is_contiguous() else theta.new_empty(theta.shape)
         call = _Call(
             batch, used, n, _threads(batch * used * self._dim), drawn, key,
-            flat.stride(0), 0, stride,
+            flat.stride(0), 0, 0, stride,
             flat.data_ptr(), self._x.data_ptr(), self._y.data_ptr(), None, address,
             likelihood_weight, prior_weight,
             value.data_ptr(), grad.data_ptr(), None,
@@ -267,16 +289,25 @@ class FusedDensity:
 
 def _supported(spec: WeightSpec) -> bool:
     widths = [size for layer in spec.layers for size in spec.shapes[layer.weight]]
-    return all(layer.activation.name in _ACTIVATIONS for layer in spec.layers) and max(widths) <= _WIDEST
+    return all(_kind(layer.activation)[0] is not None for layer in spec.layers) and max(widths) <= _WIDEST
+
+
+def _kind(activation: Activation) -> tuple[int | None, float]:
+    """Return the number of an activation in the compiled code, None if it is not there, and its frequency."""
+    family, _, parameter = activation.name.partition(":")
+    if parameter and family != "sin":
+        return None, 1.0
+    return _ACTIVATIONS.get(family), float(parameter or 1.0)
 
 
 def _layers(spec: WeightSpec) -> ctypes.Array[_Layer]:
-    def describe(weight: str, bias: str | None, activation: int) -> _Layer:
+    def describe(weight: str, bias: str | None, activation: Activation) -> _Layer:
         outputs, inputs = spec.shapes[weight]
-        return _Layer(inputs, outputs, spec.slices[weight].start, spec.slices[bias].start if bias else -1, activation)
+        kind, frequency = _kind(activation)
+        start = spec.slices[bias].start if bias else -1
+        return _Layer(inputs, outputs, spec.slices[weight].start, start, kind or 0, frequency)
 
-    layers = [describe(layer.weight, layer.bias, _ACTIVATIONS.get(layer.activation.name, 0)) for layer in spec.layers]
-    return (_Layer * len(layers))(*layers)
+    return (_Layer * len(spec.layers))(*(describe(*layer) for layer in spec.layers))
 
 
 def _problem(layers: ctypes.Array[_Layer], dim: int) -> _Problem:

@@ -86,6 +86,25 @@ class ChainNetwork:
 
         return tape[-1].value.mT, pull
 
+    def squared_error(self, theta: Tensor, x: Tensor, y: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return half the sum of squared errors ``(batch,)``, and its gradient ``(batch, dim)``.
+
+        Args:
+            theta: ``(batch, dim)``.
+            x: inputs ``(n, in)`` that all networks share.
+            y: targets of each network's own, ``(batch, n, out)``.
+            rows: use these rows of x and y only, ``(m,)``.
+        """
+        if y.shape != (len(theta), len(x), self._spec.shapes[self._layers[-1].weight][0]):
+            raise RuntimeError(f"targets {tuple(y.shape)} do not fit {len(theta)} networks and {len(x)} inputs")
+        if self._fused.applies(theta, x) and plain(y) and y.dtype == x.dtype:
+            return self._fused.squared_error(theta, x, y, rows)
+        if rows is not None:
+            x, y = x[rows], y[:, rows]
+        outputs, pull = self.pullback(theta, x, reuse=True)
+        residual = outputs - y
+        return 0.5 * residual.double().square().sum((1, 2)), pull(residual)
+
     def jacobian(self, theta: Tensor, x: Tensor, *, per_network: bool = False) -> tuple[Tensor, Tensor]:
         """Return the outputs and their derivative by the weights, ``(batch, n, out, dim)``."""
         tape = self._forward(theta, x, per_network)

@@ -1,0 +1,118 @@
+"""Images and labels: idx files (MNIST and its kin), ``.npz`` files, scikit-learn's digits. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bnnflow.data.loaders import Dataset
+
+__all__ = ["load_images"]
+
+# Where the four idx files of each set usually lie, below the folder.
+IDX = {
+    "mnist": ("mnist", "MNIST/raw"),
+    "fashion_mnist": ("fashion_mnist", "fashion-mnist", "FashionMNIST/raw"),
+}
+_PARTS = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+          "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}  # fmt: skip
+_HEADER = {3: 0x0803, 1: 0x0801}  # number of axes to the first four bytes of an idx file of unsigned bytes
+
+
+def load_images(
+    name: str = "digits", *, folder: str | Path | None = None, test_fraction: float = 0.2, seed: int = 0
+) -> Dataset:
+    """Load grey images with labels, pixels between 0 and 1.
+
+    ``digits`` (8 x 8) comes with scikit-learn; a part chosen by ``seed`` is the test part. ``mnist`` and
+    ``fashion_mnist`` are the four published idx files, plain or with ``.gz``, in the folder or in one of the usual
+    folders below it; their published split is kept. Every other name is ``<name>.npz`` in the folder with ``images``
+    ``(n, height, width)`` uint8 and ``labels`` ``(n,)``; its last rows are the test part.
+
+    Args:
+        name: of the set.
+        folder: where the files are; ``$BNNFLOW_DATA`` if None.
+        test_fraction: share of the rows to test on, where there is no published split.
+        seed: of the split of ``digits``.
+
+    Returns:
+        A data set with ``x_train`` ``(n, height, width)`` float32 and ``y_train`` ``(n,)`` int64.
+
+    Raises:
+        ValueError: for a fraction outside (0, 1), or files that hold something else.
+        FileNotFoundError: saying which files are wanted.
+
+    Example:
+        >>> load_images("digits").x_train.shape
+        torch.Size([1438, 8, 8])
+    """
+    if not 0 < test_fraction < 1:
+        raise ValueError(f"test_fraction must lie strictly between 0 and 1, got {test_fraction}")
+    if name == "digits":
+        raw: Any = importlib.import_module("sklearn.datasets").load_digits()
+        order = np.random.default_rng(seed).permutation(len(raw.images))
+        return _split(name, raw.images[order] / 16, raw.target[order], test_fraction)
+    root = folder if folder is not None else os.environ.get("BNNFLOW_DATA")
+    if name in IDX:
+        (x_train, y_train), (x_test, y_test) = (_part(name, part, root) for part in ("train", "test"))
+        return _dataset(name, x_train / 255, y_train, x_test / 255, y_test)
+    path = Path(root or ".") / f"{name}.npz"
+    if root is None or not path.is_file():
+        where = str(path) if root is not None else "nowhere: pass folder= or set BNNFLOW_DATA"
+        raise FileNotFoundError(
+            f"no images for {name!r} (looked at {where}). Known sets are digits, {', '.join(IDX)}; any other is a file "
+            f"{name}.npz with the arrays images (n, height, width) uint8 and labels (n,). bnnflow never downloads."
+        )
+    with np.load(path, allow_pickle=False) as file:
+        if not {"images", "labels"} <= set(file.files):
+            raise ValueError(f"{path} must have the arrays images and labels, it has {file.files}")
+        images, labels = file["images"], file["labels"]
+    if images.ndim != 3 or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
+        raise ValueError(f"{path}: images must be (n, height, width) uint8 and labels (n,), got {images.shape} "
+                         f"{images.dtype} and {labels.shape}")  # fmt: skip
+    return _split(name, images / 255, labels, test_fraction)
+
+
+def _split(name: str, images: np.ndarray, labels: np.ndarray, test_fraction: float) -> Dataset:
+    n_train = len(images) - round(test_fraction * len(images))
+    if not 0 < n_train < len(images):
+        raise ValueError(f"test_fraction={test_fraction} leaves no images to train or to test on")
+    return _dataset(name, images[:n_train], labels[:n_train], images[n_train:], labels[n_train:])
+
+
+def _dataset(name: str, x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> Dataset:
+    x = [torch.from_numpy(np.asarray(part, dtype=np.float32)) for part in (x_train, x_test)]
+    y = [torch.from_numpy(np.asarray(part, dtype=np.int64)) for part in (y_train, y_test)]
+    return Dataset(name, x[0], y[0], x[1], y[1])
+
+
+def _part(name: str, part: str, root: str | Path | None) -> tuple[np.ndarray, np.ndarray]:
+    folders = [] if root is None else [Path(root), *(Path(root) / below for below in IDX[name])]
+    for folder in folders if name == "mnist" else folders[1:] + folders[:1]:
+        found = [
+            next((f for f in (folder / file, folder / f"{file}.gz") if f.is_file()), None) for file in _PARTS[part]
+        ]
+        if found[0] is not None and found[1] is not None:
+            images, labels = _idx(found[0], 3), _idx(found[1], 1)
+            if len(images) != len(labels):
+                raise ValueError(f"{found[0]} has {len(images)} images, {found[1]} has {len(labels)} labels")
+            return images, labels
+    looked = ", ".join(map(str, folders)) or "nowhere: pass folder= or set BNNFLOW_DATA"
+    wanted = " and ".join(_PARTS[part])
+    raise FileNotFoundError(f"no files {wanted} (or with .gz) of {name}; looked in {looked}. bnnflow never downloads.")
+
+
+def _idx(path: Path, axes: int) -> np.ndarray:
+    """Read an idx file of unsigned bytes."""
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    head = np.frombuffer(data[: 4 * (axes + 1)], dtype=">u4")
+    shape = tuple(int(size) for size in head[1:])
+    if len(head) != axes + 1 or head[0] != _HEADER[axes] or len(data) != 4 * (axes + 1) + int(np.prod(shape)):
+        raise ValueError(f"{path} is no idx file of unsigned bytes with {axes} axes, or it is cut short")
+    return np.frombuffer(data, dtype=np.uint8, offset=4 * (axes + 1)).reshape(shape)

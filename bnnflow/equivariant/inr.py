@@ -1,0 +1,322 @@
+"""Implicit neural representations: small networks that each are one signal, fitted by the thousand.
+
+A SIREN (Sitzmann et al. 2020, "Implicit Neural Representations with Periodic Activation Functions") maps coordinates
+to the value of a signal there through sines, ``h = sin(w0 (W h + b))``, and ends in a linear layer. The weights are
+those of an ordinary perceptron: w0 belongs to the activation and is never folded into them. Images are functions of
+(column, row) in [-1, 1]^2, and the networks represent the pixel less one half, so that an output of zero is mid-grey.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bnnflow import storage
+from bnnflow.activations import Sine
+from bnnflow.model.network import ChainNetwork
+from bnnflow.progress import progress_bar
+from bnnflow.seeding import as_generator
+from bnnflow.types import Seed
+from bnnflow.weights import WeightSpec
+
+__all__ = ["INRs", "fit_images", "fit_inrs", "image_grid", "render", "siren", "warp"]
+
+MID_GREY = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class INRs:
+    """Fitted networks, one a signal.
+
+    Attributes:
+        theta: ``(n, dim)``.
+        spec: what their entries mean.
+        mse: ``(n,)``, mean squared error of each fit over all coordinates; NaN where a fit diverged.
+        info: settings of the fit and the seconds it took.
+    """
+
+    theta: Tensor
+    spec: WeightSpec
+    mse: Tensor
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.theta)
+
+    @property
+    def psnr(self) -> Tensor:
+        """Peak signal-to-noise ratio in decibels for signals of range one, ``(n,)``."""
+        return -10 * self.mse.log10()
+
+    def save(self, path: str | Path) -> Path:
+        """Write to an ``.npz`` file without pickle; read it back with ``bnnflow.load``."""
+        header = {"spec": self.spec.describe(), "info": self.info}
+        return storage.write(
+            path, "inrs", 1, header, {"theta": self.theta.cpu().numpy(), "mse": self.mse.cpu().numpy()}
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> INRs:
+        """Read what ``save`` wrote."""
+        return cls.from_file(*storage.read(path, {"inrs": 1}))
+
+    @classmethod
+    def from_file(cls, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> INRs:
+        """Build networks from the contents of a file."""
+        theta, mse = (torch.from_numpy(arrays[name]) for name in ("theta", "mse"))
+        return cls(theta, WeightSpec.from_description(header["spec"]), mse, header["info"])
+
+
+def siren(in_features: int, out_features: int, hidden: Sequence[int] = (32, 32), w0: float = 30.0) -> nn.Sequential:
+    """Build a SIREN: linear layers with sin(w0 a) between them and a linear output.
+
+    Args:
+        in_features: coordinates.
+        out_features: channels of the signal.
+        hidden: widths.
+        w0: frequency of every sine. The larger, the finer the detail that a fit starts with: 30 for photographs, less
+            for smooth signals.
+
+    Raises:
+        ValueError: for sizes below one or a w0 that is not positive.
+    """
+    widths = [in_features, *hidden, out_features]
+    if not hidden or min(widths) < 1:
+        raise ValueError(f"a SIREN needs hidden layers and positive sizes, got {widths}")
+    modules: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(widths):
+        modules += [nn.utils.skip_init(nn.Linear, inputs, outputs), Sine(w0)]
+    return nn.Sequential(*modules[:-1])
+
+
+def fit_inrs(
+    x: Tensor,
+    y: Tensor,
+    net: nn.Module,
+    *,
+    steps: int = 400,
+    learning_rate: float = 3e-3,
+    batch_size: int | None = None,
+    chunk: int = 256,
+    seed: Seed,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> INRs:
+    """Fit one network to every signal, all from random starts of their own.
+
+    Adam on the mean squared error, the learning rate constant for the first half and falling linearly to zero over the
+    second. Starts are those of SIREN: W uniform in +-1/inputs in the first layer and in +-sqrt(6 / inputs) / w0 in the
+    others, b uniform in +-1/sqrt(inputs). A chunk of networks is fitted at once by batched products (one compiled call
+    a step on a CPU with a C++ compiler); what comes out depends on the seed, and not on the chunk.
+
+    Args:
+        x: coordinates, ``(n, in)``.
+        y: values of the signals there, ``(signals, n)`` or ``(signals, n, out)``.
+        net: a chain of linear layers with sines between them, such as `siren` builds; its own weights are not used.
+        steps: of Adam.
+        learning_rate: of Adam.
+        batch_size: coordinates drawn at random for each step, the same for all networks; all of them if None.
+        chunk: networks that are fitted at once.
+        seed: of the starts and of the coordinates drawn.
+        checkpoint: folder that keeps every finished chunk.
+        resume: go on with what is in that folder.
+        progress: show a bar at a terminal.
+
+    Returns:
+        The networks, on the device and in the type of x.
+
+    Raises:
+        ValueError: for shapes that do not fit, data that are not finite, settings that make no sense, or a checkpoint
+            folder that is in use without ``resume`` or that other settings or data have filled.
+    """
+    spec = WeightSpec.of(net)
+    y = y.unsqueeze(-1) if y.dim() == 2 else y
+    _check(spec, x, y, steps, learning_rate, batch_size, chunk)
+    began = time.perf_counter()
+    generator = as_generator(seed)
+    starts = _starts(spec, len(y), generator)
+    rows_seed = int(torch.randint(2**62, (), generator=generator))
+    settings = {"steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "chunk": chunk}
+    kept = _Kept(checkpoint, resume, {"spec": spec.describe(), "signals": len(y), **settings}, (starts, x, y))
+    network = ChainNetwork(spec)
+    fitted, errors = [], []
+    with progress_bar(len(y) * steps, "INRs", progress, "step") as bar:
+        for index, some in enumerate(torch.arange(len(y)).split(chunk)):
+            part = kept.read(index)
+            if part is None:
+                part = _fit(network, starts[some].to(x), x, y[some].to(x), settings, rows_seed, bar)
+                kept.write(index, *part)
+            else:
+                bar.update(steps * len(some))
+            fitted.append(part[0])
+            errors.append(part[1])
+    theta, mse = torch.cat(fitted).to(x), torch.cat(errors).to(x.device)
+    info = settings | {"seconds": time.perf_counter() - began, "diverged": int((~mse.isfinite()).sum())}
+    return INRs(theta, spec, mse, info)
+
+
+def fit_images(images: Tensor, net: nn.Module | None = None, **settings: Any) -> INRs:
+    """Fit one network to every image; see `fit_inrs` for the settings.
+
+    Args:
+        images: ``(n, height, width)`` or ``(n, height, width, channels)``, pixels between 0 and 1.
+        net: `siren` with 32 + 32 units and w0 = 30 if None.
+        settings: of `fit_inrs`.
+    """
+    if images.dim() not in (3, 4):
+        raise ValueError(
+            f"images must be (n, height, width) or (n, height, width, channels), got {tuple(images.shape)}"
+        )
+    channels = images.shape[3] if images.dim() == 4 else 1
+    grid = image_grid(*images.shape[1:3]).to(images)
+    net = net if net is not None else siren(2, channels)
+    return fit_inrs(grid, images.reshape(len(images), -1, channels) - MID_GREY, net, **settings)
+
+
+def image_grid(height: int, width: int) -> Tensor:
+    """Return the coordinates (column, row) of the pixels, row by row, ``(height * width, 2)`` in [-1, 1]."""
+    rows, columns = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    return torch.stack([columns, rows], -1).reshape(-1, 2)
+
+
+def render(theta: Tensor, spec: WeightSpec, height: int, width: int) -> Tensor:
+    """Draw the images of networks ``(n, dim)``: ``(n, height, width)``, or with a last axis of several channels."""
+    outputs = ChainNetwork(spec)(theta, image_grid(height, width).to(theta)) + MID_GREY
+    return outputs.unflatten(1, (height, width)).squeeze(-1)
+
+
+def warp(theta: Tensor, spec: WeightSpec, matrix: Tensor, shift: Tensor | None = None) -> Tensor:
+    """Return networks whose function is f(A x + t), without a fit: the first layer takes the change of coordinates.
+
+    Turning, scaling, shearing and moving an image are exact in its weights.
+
+    Args:
+        theta: ``(..., dim)``, chains whose first layer has a bias if there is a shift.
+        spec: what their entries mean.
+        matrix: A, ``(in, in)`` or ``(..., in, in)``.
+        shift: t, ``(in,)`` or ``(..., in)``.
+    """
+    spec.check(theta)
+    first = spec.layers[0]
+    weight = theta[..., spec.slices[first.weight]].unflatten(-1, spec.shapes[first.weight])
+    lead = torch.broadcast_shapes(theta.shape[:-1], matrix.shape[:-2], shift.shape[:-1] if shift is not None else ())
+    moved = theta.expand(*lead, -1).clone()
+    moved[..., spec.slices[first.weight]] = (weight @ matrix.to(theta)).flatten(-2)
+    if shift is not None:
+        if first.bias is None:
+            raise ValueError("a shift of the inputs needs a bias in the first layer")
+        moved[..., spec.slices[first.bias]] += (weight @ shift.to(theta).unsqueeze(-1)).squeeze(-1)
+    return moved
+
+
+# ---------------------------------------------------------------- fitting
+
+
+def _check(
+    spec: WeightSpec, x: Tensor, y: Tensor, steps: int, learning_rate: float, batch_size: int | None, chunk: int
+) -> None:
+    if not spec.layers:
+        raise ValueError("INRs are chains of linear layers")
+    if any(not layer.activation.name.startswith("sin") for layer in spec.layers[:-1]):
+        raise ValueError("INRs have sines between their layers")
+    inputs, outputs = spec.shapes[spec.layers[0].weight][1], spec.shapes[spec.layers[-1].weight][0]
+    if x.dim() != 2 or x.shape[1] != inputs:
+        raise ValueError(f"x must be (n, {inputs}) for this network, got {tuple(x.shape)}")
+    if y.dim() != 3 or y.shape[1:] != (len(x), outputs) or len(y) == 0:
+        raise ValueError(f"y must be (signals, {len(x)}, {outputs}) for this network, got {tuple(y.shape)}")
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise ValueError("x and y must be finite")
+    for name, value in {"steps": steps, "learning_rate": learning_rate, "chunk": chunk}.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive, got {value}")
+    if batch_size is not None and not 0 < batch_size <= len(x):
+        raise ValueError(f"batch_size must be between 1 and the {len(x)} coordinates, got {batch_size}")
+
+
+def _starts(spec: WeightSpec, n: int, generator: torch.Generator) -> Tensor:
+    """Draw the starts of ``n`` networks, ``(n, dim)``."""
+    bounds = torch.empty(spec.dim)
+    for index, layer in enumerate(spec.layers):
+        inputs = spec.shapes[layer.weight][1]
+        w0 = float(spec.layers[index - 1].activation.name.partition(":")[2] or 1.0)
+        bounds[spec.slices[layer.weight]] = math.sqrt(6 / inputs) / w0 if index else 1 / inputs
+        if layer.bias is not None:
+            bounds[spec.slices[layer.bias]] = 1 / math.sqrt(inputs)
+    return (2 * torch.rand(n, spec.dim, generator=generator) - 1) * bounds
+
+
+def _fit(
+    network: ChainNetwork,
+    theta: Tensor,
+    x: Tensor,
+    y: Tensor,
+    settings: dict[str, Any],
+    rows_seed: int,
+    bar: Any,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> tuple[Tensor, Tensor]:
+    """Run Adam on a chunk; return the weights and the mean squared errors."""
+    steps, batch_size = settings["steps"], settings["batch_size"]
+    generator = torch.Generator().manual_seed(rows_seed)
+    mean, square = torch.zeros_like(theta), torch.zeros_like(theta)
+    for step in range(1, steps + 1):
+        rows = None if batch_size is None else torch.randperm(len(x), generator=generator)[:batch_size].to(x.device)
+        grad = network.squared_error(theta, x, y, rows)[1] / ((batch_size or len(x)) * y.shape[-1])
+        mean.lerp_(grad, 1 - betas[0])
+        square.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+        rate = settings["learning_rate"] * min(1.0, 2 * (1 - (step - 1) / steps))
+        root = square.sqrt().div_(math.sqrt(1 - betas[1] ** step)).add_(1e-8)
+        theta = torch.addcdiv(theta, mean, root, value=-rate / (1 - betas[0] ** step))
+        bar.update(len(theta))
+    return theta, network.squared_error(theta, x, y)[0] * (2 / y[0].numel())
+
+
+class _Kept:
+    """Finished chunks in a folder."""
+
+    def __init__(
+        self, folder: str | Path | None, resume: bool, settings: dict[str, Any], tensors: tuple[Tensor, ...]
+    ) -> None:
+        self._folder = None if folder is None else Path(folder)
+        if self._folder is None:
+            if resume:
+                raise ValueError("resume needs the checkpoint folder of the run")
+            return
+        digest = hashlib.sha256()
+        for tensor in tensors:
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        self._run = settings | {"data": digest.hexdigest()}
+        present = sorted(self._folder.glob("inrs-*.npz"))
+        if present and not resume:
+            raise ValueError(
+                f"{self._folder} holds a fit already: pass resume=True to go on with it, or another folder"
+            )
+        if present and storage.read(present[0], {"inrs-part": 1})[0]["run"] != self._run:
+            raise ValueError(f"{self._folder} was filled with other settings, another seed or other data")
+
+    def _path(self, index: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"inrs-{index:06d}.npz"
+
+    def read(self, index: int) -> tuple[Tensor, Tensor] | None:
+        """Return the weights and errors of a chunk, or None if it is not there."""
+        if self._folder is None or not self._path(index).is_file():
+            return None
+        arrays = storage.read(self._path(index), {"inrs-part": 1})[1]
+        return torch.from_numpy(arrays["theta"]), torch.from_numpy(arrays["mse"])
+
+    def write(self, index: int, theta: Tensor, mse: Tensor) -> None:
+        if self._folder is not None:
+            arrays = {"theta": theta.cpu().numpy(), "mse": mse.cpu().numpy()}
+            storage.write(self._path(index), "inrs-part", 1, {"run": self._run}, arrays)
