@@ -1,0 +1,166 @@
+"""What the weight-space experiments share: the rivals, one training loop, tuning with one budget, aligned corpora.
+
+Imported by the ``dwsnets_*.py`` scripts beside it. Every network here takes scaled weights ``(batch, dim, 1)`` and
+returns ``(batch, out_features)``, as an invariant `bnnflow.equivariant.DWSNet` does.
+"""
+
+import copy
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bnnflow import WeightSpec
+from bnnflow.symmetry import match
+from bnnflow.weights import Symmetries
+
+
+class WeightsMLP(nn.Module):
+    """A perceptron on the flattened weights, which knows nothing of their symmetries."""
+
+    def __init__(self, spec: WeightSpec, out_features: int, width: int = 512, depth: int = 3, dropout: float = 0.1):
+        super().__init__()
+        modules: list[nn.Module] = []
+        for inputs, outputs in itertools.pairwise([spec.dim, *[width] * depth]):
+            modules += [nn.Linear(inputs, outputs), nn.LayerNorm(outputs), nn.SiLU(), nn.Dropout(dropout)]
+        self.layers = nn.Sequential(*modules, nn.Linear(width, out_features))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features.flatten(1))
+
+
+class WeightsTransformer(nn.Module):
+    """Attention over hidden units: tokens of their incoming weights, bias and outgoing weights, with positions."""
+
+    def __init__(self, spec: WeightSpec, out_features: int, width: int = 64, depth: int = 3, dropout: float = 0.1):
+        super().__init__()
+        self.layers, self.spec = spec.layers, spec
+        shapes = [spec.shapes[layer.weight] for layer in spec.layers]
+        self.lifts = nn.ModuleList(
+            nn.Linear(shape[1] + 1 + after[0], width) for shape, after in itertools.pairwise(shapes)
+        )
+        self.last = nn.Linear(shapes[-1][0], width)  # the output biases are one more token
+        tokens = sum(shape[0] for shape in shapes[:-1]) + 1
+        self.positions = nn.Parameter(0.02 * torch.randn(tokens, width))
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout, "gelu", batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.head = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, out_features)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        params = self.spec.unflatten(features.squeeze(-1))
+        tokens = [
+            lift(torch.cat([params[layer.weight], params[layer.bias].unsqueeze(-1), params[after.weight].mT], -1))
+            for lift, (layer, after) in zip(self.lifts, itertools.pairwise(self.layers), strict=True)
+        ]
+        tokens.append(self.last(params[self.layers[-1].bias]).unsqueeze(1))
+        return self.head(self.encoder(torch.cat(tokens, 1) + self.positions).mean(1))
+
+
+def permutations(spec: WeightSpec) -> Symmetries:
+    """Return the group of all permutations of hidden units, without signs and phases."""
+    return Symmetries(frozenset(spec.widths), frozenset(), frozenset())
+
+
+def permuted(theta: Tensor, spec: WeightSpec, generator: torch.Generator) -> Tensor:
+    """Permute the hidden units of every network at random: the augmentation of the second rival."""
+    return spec.transform(permutations(spec), generator, theta)[0]
+
+
+def frame(theta: Tensor, spec: WeightSpec, rounds: int = 3) -> Tensor:
+    """Return the running mean ``(dim,)`` to which training networks are matched, a mean modulo permutations."""
+    mean = theta[0]
+    for _ in range(rounds):
+        mean = match(theta[:1000], spec, mean, group=permutations(spec)).mean(0)
+    return mean
+
+
+def train(
+    net: nn.Module,
+    sample: Callable[[torch.Generator], tuple[Tensor, ...]],
+    loss: Callable[..., Tensor],
+    validate: Callable[[nn.Module], float],
+    *,
+    steps: int,
+    learning_rate: float,
+    weight_decay: float,
+    seed: int,
+    checks: int = 10,
+    log: Callable[[str], None] | None = None,
+) -> tuple[nn.Module, float, float]:
+    """Train with AdamW, warm-up, cosine decay and clipped gradients; keep the state that validates best.
+
+    Args:
+        net: the network.
+        sample: draws a batch; its parts are what ``loss`` takes after the network.
+        loss: ``loss(net, *batch)``.
+        validate: the lower, the better.
+        steps: of the optimiser.
+        learning_rate: the highest.
+        weight_decay: of AdamW.
+        seed: of the batches.
+        checks: how often to validate.
+        log: takes a line at every check.
+
+    Returns:
+        The best network, its validation value and the CPU seconds that training took.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    warm_up = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    )
+    best, lowest, began = copy.deepcopy(net.state_dict()), math.inf, time.process_time()
+    for step in range(1, steps + 1):
+        optimiser.zero_grad(set_to_none=True)
+        loss(net, *sample(generator)).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        if step % max(1, steps // checks) == 0 or step == steps:
+            net.eval()
+            with torch.no_grad():
+                value = validate(net)
+            net.train()
+            if value < lowest:
+                best, lowest = copy.deepcopy(net.state_dict()), value
+            if log is not None:
+                log(f"step {step:5d}: validation {value:.4f}, {time.process_time() - began:.0f} CPU s")
+    net.load_state_dict(best)
+    return net.eval(), lowest, time.process_time() - began
+
+
+def predict(net: nn.Module, features: Callable[[Tensor], Tensor], theta: Tensor, chunk: int = 256) -> Tensor:
+    """Apply a trained network to many weights without keeping gradients."""
+    with torch.no_grad():
+        return torch.cat([net(features(part)) for part in theta.split(chunk)])
+
+
+def cross_entropy(net: nn.Module, features: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(net(features), labels)
+
+
+def squared_error(net: nn.Module, features: Tensor, targets: Tensor) -> Tensor:
+    return F.mse_loss(net(features), targets)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out a table for the terminal and for Markdown alike."""
+    widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
+    lines = [
+        "| " + " | ".join(str(cell).ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in [head, *rows]
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and its standard error."""
+    values_ = torch.tensor(values, dtype=torch.float64)
+    return float(values_.mean()), float(values_.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
