@@ -19,24 +19,41 @@ class Activation:
     """An elementwise function between two linear layers.
 
     ``name`` rebuilds it: ``"tanh"``, or ``"leaky_relu:0.2"`` with its parameter. Odd functions give every unit a
-    sign symmetry, positively homogeneous ones a scaling symmetry.
+    sign symmetry, positively homogeneous ones a scaling symmetry, and a sine a phase.
+
+    Units of residual and convolutional networks may meet several functions: ``"identity + relu + max_pool"`` names all
+    of them, in the order of the data. Such an activation has the symmetries that all parts share, but no values.
+
+    Example:
+        >>> Activation("tanh").odd, Activation("relu + max_pool").homogeneous, Activation("identity + tanh").homogeneous
+        (True, True, False)
     """
 
     name: str
 
     def __post_init__(self) -> None:
-        if self.name.partition(":")[0] not in _FUNCTIONS:
+        if not self._families <= _FUNCTIONS.keys() | _NOT_ELEMENTWISE:
             raise ValueError(f"unknown activation {self.name!r}")
+
+    @property
+    def _families(self) -> set[str]:
+        return {part.partition(":")[0] for part in self.name.split(" + ")}
 
     @property
     def odd(self) -> bool:
         """Say whether f(-a) = -f(a)."""
-        return self.name.partition(":")[0] in _ODD
+        return self._families <= _ODD
 
     @property
     def homogeneous(self) -> bool:
         """Say whether f(s a) = s f(a) for every s > 0."""
-        return self.name.partition(":")[0] in _HOMOGENEOUS
+        return self._families <= _HOMOGENEOUS
+
+    @property
+    def half_turn(self) -> float | None:
+        """The shift with f(a + shift) = -f(a), for a sine and for odd functions of a sine; None for others."""
+        family, _, w0 = self.name.split(" + ")[0].partition(":")
+        return math.pi / float(w0 or 1.0) if family == "sin" and self.odd and "identity" not in self._families else None
 
     def __call__(self, a: Tensor) -> Tensor:
         """Return f(a)."""
@@ -136,7 +153,8 @@ _PULL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu": lambda delta, value: torch.ops.aten.threshold_backward(delta, value, 0, grad_input=delta),
 }
 _ODD = {"identity", "tanh", "softsign", "tanhshrink", "sin"}
-_HOMOGENEOUS = {"identity", "relu", "leaky_relu"}
+_HOMOGENEOUS = {"identity", "relu", "leaky_relu", "max_pool"}
+_NOT_ELEMENTWISE = {"max_pool", "norm"}  # what units may meet beside elementwise functions; a norm has no symmetry
 
 
 def _gelu(approximate: str = "none") -> str:

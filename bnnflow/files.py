@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bnnflow import storage
 from bnnflow.draws import Draws
+from bnnflow.equivariant import INRs
 from bnnflow.inference import checkpoint
 from bnnflow.model import BayesianModel
 from bnnflow.transport import Flow
@@ -13,8 +14,8 @@ from bnnflow.transport import Flow
 __all__ = ["load"]
 
 
-def load(path: str | Path, model: BayesianModel | None = None) -> Draws | Flow:
-    """Read draws or a flow from a file that ``save`` wrote, or the draws of a run from its checkpoint folder.
+def load(path: str | Path, model: BayesianModel | None = None) -> Draws | Flow | INRs:
+    """Read draws, a flow or INRs from a file that ``save`` wrote, or the draws of a run from its checkpoint folder.
 
     Args:
         path: the file, or the folder given to ``sample(..., checkpoint=...)``; the run may be going on, or be dead.
@@ -26,7 +27,9 @@ def load(path: str | Path, model: BayesianModel | None = None) -> Draws | Flow:
     """
     if Path(path).is_dir():
         return checkpoint.load(path)
-    header, arrays = storage.read(path, {"draws": 1, "flow": 1})
+    header, arrays = storage.read(path, {"draws": 1, "flow": 1, "inrs": 1})
     if header["kind"] == "draws":
         return Draws.from_file(header, arrays)
+    if header["kind"] == "inrs":
+        return INRs.from_file(header, arrays)
     return Flow.from_file(header, arrays, model)

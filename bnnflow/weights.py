@@ -15,29 +15,23 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from bnnflow.activations import Activation, activation_of
+from bnnflow.activations import Activation
 from bnnflow.seeding import as_generator
+from bnnflow.tracing import Layer, trace
 from bnnflow.types import HierarchicalPrior, Prior, Seed
 
 __all__ = ["Layer", "Symmetries", "WeightSpec"]
 
 
-class Layer(NamedTuple):
-    """One affine layer of a chain: its tensors by name, and the activation that follows it."""
-
-    weight: str
-    bias: str | None
-    activation: Activation
-
-
 class Symmetries(NamedTuple):
-    """The hidden layers (by label) whose units may be permuted, flipped in sign, or rescaled."""
+    """The hidden layers (by label) whose units may be permuted, flipped in sign, rescaled, or shifted in phase."""
 
     permutation: frozenset[str]
     sign: frozenset[str]
     scale: frozenset[str]
+    phase: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -48,9 +42,12 @@ class WeightSpec:
         names: tensor names in the order of the flat vector.
         shapes: shape of each tensor.
         axes: a label or None for each axis of each tensor.
-        activations: the activation of each hidden layer, by label.
+        activations: the activation of each hidden layer, by label, in the order of depth; all functions that its
+            units meet, where they are several.
         layers: the affine layers in order, where the network is a chain of them; empty otherwise.
         extras: the tensors that a model appended to the network's own.
+        neutral: labelled axes (tensor, axis) that permutations move, but signs, scales and phases leave alone: what
+            is written before a normalisation and read by it, and the kernels of depthwise convolutions.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
@@ -65,38 +62,35 @@ class WeightSpec:
     activations: dict[str, Activation]
     layers: tuple[Layer, ...] = ()
     extras: tuple[str, ...] = ()
+    neutral: frozenset[tuple[str, int]] = frozenset()
 
     @classmethod
     def of(cls, net: nn.Module) -> WeightSpec:
-        """Label the weights of a multi-layer perceptron.
+        """Label the weights of a network.
 
-        The network is traced, so a ``Sequential``, nested ones and a class with a ``forward`` of its own are all
-        understood as long as data flows through one chain of ``Linear`` layers and elementwise activations.
+        The forward pass is traced, so nested ``Sequential``s and classes with a ``forward`` of their own are
+        understood, as long as data flow through ``Linear`` layers, convolutions (of one group, or depthwise),
+        elementwise activations, pooling and averages over space, flattening of all axes but the rows, additions,
+        products with numbers, and LayerNorm, RMSNorm, GroupNorm with one group or a group for every channel, and
+        InstanceNorm. Added layers share one label; what is added to inputs, and outputs, have none. Channels that are
+        flattened make blocks, see `blocks`. A chain of ``Linear`` layers has ``layers``, too.
+
+        The first axis of the data is taken to run over rows. A view of shape (-1, k) is taken to keep the rows apart.
+
+        Units that pass a norm have signs and scales behind it only, where its own weights can take them up; units
+        that meet no such weights have permutations only.
 
         Args:
             net: any depth, one linear layer included, with or without biases.
 
         Raises:
-            ValueError: naming the first module or operation that cannot be labelled.
+            ValueError: naming the first module, operation or parameter that cannot be labelled: BatchNorm (whose
+                statistics belong to units, but not to theta), weights that are used twice, and all that is unknown.
         """
-        layers = _trace_chain(net)
-        parameters = dict(net.named_parameters())
-        used = [name for layer in layers for name in (layer.weight, layer.bias) if name is not None]
-        if len(set(used)) < len(used) or set(used) != set(parameters):
-            odd_one = next((n for n in used if used.count(n) > 1), None) or (set(parameters) ^ set(used)).pop()
-            raise ValueError(f"cannot label parameter {odd_one!r}: it is shared, or belongs to no linear layer")
-        axes: dict[str, tuple[str | None, ...]] = {}
-        activations = {}
-        for index, layer in enumerate(layers):
-            reads = f"h{index}" if index > 0 else None
-            writes = f"h{index + 1}" if index < len(layers) - 1 else None
-            axes[layer.weight] = (writes, reads)
-            if layer.bias is not None:
-                axes[layer.bias] = (writes,)
-            if writes is not None:
-                activations[writes] = layer.activation
-        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        return cls(tuple(shapes), shapes, {name: axes[name] for name in shapes}, activations, layers)
+        found = trace(net)
+        shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
+        axes = {name: found.axes[name] for name in shapes}
+        return cls(tuple(shapes), shapes, axes, found.activations, found.layers, (), found.neutral)
 
     @classmethod
     def unlabelled(cls, net: nn.Module) -> WeightSpec:
@@ -157,6 +151,7 @@ class WeightSpec:
             "activations": {label: activation.name for label, activation in self.activations.items()},
             "layers": [[layer.weight, layer.bias, layer.activation.name] for layer in self.layers],
             "extras": list(self.extras),
+            "neutral": [list(each) for each in sorted(self.neutral)],
         }
 
     @classmethod
@@ -169,6 +164,7 @@ class WeightSpec:
             {label: Activation(name) for label, name in values["activations"].items()},
             tuple(Layer(weight, bias, Activation(name)) for weight, bias, name in values["layers"]),
             tuple(values["extras"]),
+            frozenset((name, axis) for name, axis in values.get("neutral", ())),
         )
 
     # ---------------------------------------------------------------- layout
@@ -216,6 +212,25 @@ class WeightSpec:
             shape += [width] if size == width else [width, size // width]
             axes += [label] if size == width else [label, None]
         return tuple(shape), tuple(axes)
+
+    def powers(self, name: str) -> tuple[int, ...]:
+        """Return the power of its unit's scale that multiplies each axis of ``blocks(name)``.
+
+        It is 1 where units are written, -1 where they are read, and 0 where no scale acts; signs and phases alike.
+
+        Example:
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+            >>> spec = WeightSpec.of(net)
+            >>> spec.powers("0.weight"), spec.powers("2.weight"), spec.powers("2.bias")
+            ((1, 0), (0, -1), (0,))
+        """
+        powers: list[int] = []
+        for axis, (label, size) in enumerate(zip(self.axes[name], self.shapes[name], strict=True)):
+            still = label is None or name in self.extras or (name, axis) in self.neutral
+            powers.append(0 if still else 1 if axis == 0 else -1)
+            if label is not None and size != self.widths[label]:
+                powers.append(0)
+        return tuple(powers)
 
     def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
         """Join named tensors ``(..., *shape)`` to ``theta`` ``(..., dim)``; leading axes broadcast.
@@ -265,9 +280,9 @@ class WeightSpec:
         self._check_labels(perms)
         parts = []
         for name, where in self.slices.items():
-            shape = self.shapes[name]
+            shape, axes = self.blocks(name)
             index = torch.zeros((), dtype=torch.long, device=theta.device)
-            for axis, (label, size) in enumerate(zip(self.axes[name], shape, strict=True)):
+            for axis, (label, size) in enumerate(zip(axes, shape, strict=True)):
                 coordinate = (
                     perms[label] if label is not None and label in perms else torch.arange(size, device=theta.device)
                 )
@@ -287,7 +302,7 @@ class WeightSpec:
             theta: ``(..., dim)``.
             signs: ``(width,)`` or ``(..., width)`` tensors of +1 and -1 by label.
         """
-        self._check_labels(signs, "sign", {label for label, f in self.activations.items() if f.odd})
+        self._check_labels(signs, "sign", self._function_symmetries.sign)
         return theta * self._factors(theta, signs)
 
     def rescale(self, theta: Tensor, scales: Mapping[str, Tensor]) -> Tensor:
@@ -297,28 +312,49 @@ class WeightSpec:
             theta: ``(..., dim)``.
             scales: ``(width,)`` or ``(..., width)`` positive tensors by label.
         """
-        self._check_labels(scales, "scale", {label for label, f in self.activations.items() if f.homogeneous})
+        self._check_labels(scales, "scale", self._function_symmetries.scale)
         if any(bool((scale <= 0).any()) for scale in scales.values()):
             raise ValueError("scales must be positive")
         return theta * self._factors(theta, scales)
 
-    def _factors(self, theta: Tensor, scales: Mapping[str, Tensor]) -> Tensor:
-        """Return the multiplier of every weight: its unit's scale, over the scales of the units it reads."""
+    def shift(self, theta: Tensor, phases: Mapping[str, Tensor]) -> Tensor:
+        """Shift the pre-activations of sines by half turns, and flip what leaves units that move by an odd number.
+
+        sin(w0 a + k pi) = (-1)^k sin(w0 a): the unit's bias moves by k pi / w0, in a residual network all its biases.
+
+        Args:
+            theta: ``(..., dim)``.
+            phases: numbers k of half turns, ``(width,)`` or ``(..., width)`` integer tensors by label.
+        """
+        self._check_labels(phases, "phase", self._function_symmetries.phase)
+        signs = {label: 1 - 2 * (turns % 2) for label, turns in phases.items()}
+        moved = theta * self._factors(theta, signs, written=False)
+        for label, turns in phases.items():
+            half_turn = self.activations[label].half_turn
+            assert half_turn is not None
+            for name in self.names:
+                if self.axes[name] == (label,) and name not in self.extras:
+                    moved[..., self.slices[name]] += half_turn * turns.to(theta)
+        return moved
+
+    def _factors(self, theta: Tensor, scales: Mapping[str, Tensor], *, written: bool = True) -> Tensor:
+        """Return the multiplier of every weight: its unit's scale, if ``written``, over those of the units it reads."""
         self.check(theta)
         parts = []
-        for name, shape in self.shapes.items():
+        for name in self.names:
+            shape, axes = self.blocks(name)
             factor = torch.ones(shape, dtype=theta.dtype, device=theta.device)
-            for axis, label in enumerate(self.axes[name] if name not in self.extras else ()):
-                if label is not None and label in scales:
+            for axis, (label, power) in enumerate(zip(axes, self.powers(name), strict=True)):
+                if label is not None and label in scales and (power < 0 or (power and written)):
                     scale = scales[label].to(theta)
                     along = scale.reshape(*scale.shape[:-1], *(1,) * axis, shape[axis], *(1,) * (len(shape) - axis - 1))
-                    factor = factor * along if axis == 0 else factor / along
+                    factor = factor * along if power > 0 else factor / along
             parts.append(factor.reshape(*factor.shape[: factor.dim() - len(shape)], -1))
         lead = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return torch.cat([part.expand(*lead, part.shape[-1]) for part in parts], -1)  # (..., dim)
 
     def _check_labels(
-        self, elements: Mapping[str, Tensor], action: str = "permutation", allowed: set[str] | None = None
+        self, elements: Mapping[str, Tensor], action: str = "permutation", allowed: frozenset[str] | None = None
     ) -> None:
         for label, element in elements.items():
             if label not in self.widths:
@@ -330,26 +366,46 @@ class WeightSpec:
             if element.shape[-1] != self.widths[label]:
                 raise ValueError(f"{action} of {label} must end in an axis of {self.widths[label]}")
 
+    @cached_property
+    def _function_symmetries(self) -> Symmetries:
+        """The symmetries of the network's function."""
+        labels = self.activations.items()
+        return Symmetries(
+            frozenset(self.activations),
+            frozenset(label for label, f in labels if f.odd),
+            frozenset(label for label, f in labels if f.homogeneous),
+            frozenset(label for label, f in labels if f.half_turn is not None and self._every_sine_has_a_bias(label)),
+        )
+
+    def _every_sine_has_a_bias(self, label: str) -> bool:
+        """Say whether all that writes units of ``label`` has a bias and goes through one and the same sine."""
+        if any(self.axes[name][axis] == label for name, axis in self.neutral):
+            return False
+        written = [self.axes[name] for name in self.names if name not in self.extras and self.axes[name][0] == label]
+        biases = written.count((label,))
+        # After one layer other odd functions may follow its sine; of several, one may go to those without it.
+        alike = biases == 1 or " + " not in self.activations[label].name
+        return biases > 0 and len(written) == 2 * biases and alike
+
     def symmetries(self, prior: Prior | HierarchicalPrior | None = None) -> Symmetries:
         """Return the symmetries of the network's function, or those that also keep a prior.
 
         A permutation keeps a prior whose distributions do not vary along the permuted axes, or vary only with
-        parameters that are permuted too; a sign flip one that is even on every tensor that touches the layer; no
-        proper prior keeps a rescaling.
+        parameters that are permuted too; a sign flip one that is even on every tensor that it acts on; no proper
+        prior keeps a rescaling or a shift in phase.
         """
-        labels = frozenset(self.activations)
-        odd = frozenset(label for label, f in self.activations.items() if f.odd)
-        homogeneous = frozenset(label for label, f in self.activations.items() if f.homogeneous)
+        own = self._function_symmetries
         if prior is None:
-            return Symmetries(labels, odd, homogeneous)
+            return own
         network = self.network
         given, varies = _probe_parameters(network, prior)
         densities = _elementwise_densities(network, prior, given)
         uneven: set[str | None] = set()
         for name, density in densities.items():
             if not torch.allclose(density, density.flip(0), atol=1e-5):
-                uneven |= set(network.axes[name])
-        for label in labels - varies:
+                powers = zip(network.blocks(name)[1], network.powers(name), strict=True)
+                uneven |= {label for label, power in powers if power}
+        for label in own.permutation - varies:
             for perm in _generators_of_permutations(network.widths[label]):
                 moved = {
                     name: _reordered(value, network.parameter_axes(name, tuple(value.shape)), label, perm)
@@ -363,12 +419,13 @@ class WeightSpec:
                     for name, density in densities.items()
                 ):
                     varies.add(label)
-        return Symmetries(labels - varies, odd - uneven, frozenset())
+        return Symmetries(own.permutation - varies, own.sign - uneven, frozenset())
 
     def random_symmetry(self, theta: Tensor, seed: Seed, prior: Prior | HierarchicalPrior | None = None) -> Tensor:
         """Apply a random element of the group to every network in ``theta`` ``(..., dim)``.
 
-        Permutations and signs are uniform, scales log-normal. With a ``prior``, only what keeps it is used.
+        Permutations and signs are uniform, scales log-uniform, phases uniform between -2 and 2 half turns. With a
+        ``prior``, only what keeps it is used.
         """
         return self.transform(self.symmetries(prior), seed, theta)[0]
 
@@ -386,20 +443,24 @@ class WeightSpec:
         perms = {label: uniform(label).argsort(-1) for label in sorted(group.permutation)}
         signs = {label: torch.where(uniform(label) < 0.5, -1.0, 1.0) for label in sorted(group.sign)}
         scales = {label: (2 * uniform(label) - 1).mul(1.5).exp() for label in sorted(group.scale)}
+        phases = {
+            label: torch.randint(-2, 3, (*lead, self.widths[label]), generator=generator, device=device)
+            for label in sorted(group.phase)
+        }
         results = []
         for each in thetas:
             result = self.permute(each, perms) if perms else each
             result = self.flip(result, signs) if signs else result
-            results.append(self.rescale(result, scales) if scales else result)
+            result = self.rescale(result, scales) if scales else result
+            results.append(self.shift(result, phases) if phases else result)
         return tuple(results)
 
     @property
     def log_group_order(self) -> float:
         """Log of the number of permutations and sign flips that leave every function unchanged."""
-        return sum(
-            math.lgamma(width + 1) + (width * math.log(2) if self.activations[label].odd else 0.0)
-            for label, width in self.widths.items()
-        )
+        group = self._function_symmetries
+        permutations = sum(math.lgamma(self.widths[label] + 1) for label in group.permutation)
+        return permutations + sum(self.widths[label] * math.log(2) for label in group.sign)
 
 
 _PROBES = torch.linspace(-3, 3, 25, dtype=torch.float64)
@@ -448,8 +509,12 @@ def _generators_of_permutations(n: int) -> list[Tensor]:
 
 
 def _reordered(values: Tensor, axes: tuple[str | None, ...], label: str, perm: Tensor) -> Tensor:
-    """Reorder the axis that carries ``label``, if there is one."""
-    return values.index_select(axes.index(label), perm) if label in axes else values
+    """Reorder the units, or blocks of units, along every axis that carries ``label``."""
+    for axis, own in enumerate(axes):
+        if own == label:
+            block = torch.arange(values.shape[axis] // len(perm))
+            values = values.index_select(axis, (perm.unsqueeze(-1) * len(block) + block).flatten())
+    return values
 
 
 def unwrapped(distribution: torch.distributions.Distribution) -> torch.distributions.Distribution:
@@ -467,66 +532,3 @@ def _dtype_of(distribution: torch.distributions.Distribution) -> torch.dtype:
     return next(
         (t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()), torch.get_default_dtype()
     )
-
-
-def _trace_chain(net: nn.Module) -> tuple[Layer, ...]:
-    """Follow the data through ``net`` and return its affine layers."""
-    modules = dict(net.named_modules())
-    for name, module in modules.items():
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise ValueError(f"cannot label module {name!r} ({type(module).__name__}): it has hooks")
-    if type(net) is nn.Linear:
-        return (Layer("weight", "bias" if net.bias is not None else None, Activation("identity")),)
-    try:
-        graph = fx.symbolic_trace(net).graph
-    except Exception as error:
-        raise ValueError(f"cannot trace {type(net).__name__}: {error}") from error
-
-    layers: list[Layer] = []
-    previous: fx.Node | None = None
-    for node in graph.nodes:
-        if node.op == "output":
-            if node.args != (previous,):
-                raise ValueError(f"cannot label {type(net).__name__}: it must return one tensor")
-            break
-        what = _describe(node, modules)
-        inputs = node.all_input_nodes
-        if node.op == "placeholder" and previous is None:
-            previous = node
-            continue
-        if len(inputs) != 1 or inputs[0] is not previous or len(node.users) != 1:
-            raise ValueError(f"cannot label {what}: the network is not one chain of layers")
-        previous = node
-        module = modules[str(node.target)] if node.op == "call_module" else None
-        if type(module) is nn.Linear:
-            if any(parameter is other for parameter in module.parameters() for other in _used(layers, net)):
-                raise ValueError(f"cannot label {what}: its parameters are used twice")
-            prefix = str(node.target)
-            bias = f"{prefix}.bias" if module.bias is not None else None
-            layers.append(Layer(f"{prefix}.weight", bias, Activation("identity")))
-            continue
-        if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1) and not layers:
-            continue
-        if isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and not (module.training and module.p)):
-            continue
-        operation = module if module is not None else node.target
-        activation = activation_of(operation, *node.args[1:], **node.kwargs)  # type: ignore[arg-type]
-        if activation is None or not layers or layers[-1].activation.name != "identity":
-            raise ValueError(
-                f"cannot label {what}: expected Linear layers with one elementwise activation between them"
-            )
-        layers[-1] = layers[-1]._replace(activation=activation)
-    if not layers:
-        raise ValueError(f"cannot label {type(net).__name__}: it has no Linear layer")
-    return tuple(layers)
-
-
-def _used(layers: list[Layer], net: nn.Module) -> list[nn.Parameter]:
-    parameters = dict(net.named_parameters(remove_duplicate=False))
-    return [parameters[name] for layer in layers for name in (layer.weight, layer.bias) if name is not None]
-
-
-def _describe(node: fx.Node, modules: dict[str, nn.Module]) -> str:
-    if node.op == "call_module":
-        return f"module {str(node.target)!r} ({type(modules[str(node.target)]).__name__})"
-    return f"operation {getattr(node.target, '__name__', node.target)!r}"

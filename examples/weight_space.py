@@ -6,15 +6,19 @@ returns ``(batch, out_features)``, as an invariant `bnnflow.equivariant.DWSNet` 
 
 import copy
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnnflow import WeightSpec
+from bnnflow.equivariant import DWSNet, GraphNet, TensorScaler
 from bnnflow.symmetry import match
 from bnnflow.weights import Symmetries
 
@@ -60,6 +64,53 @@ class WeightsTransformer(nn.Module):
         ]
         tokens.append(self.last(params[self.layers[-1].bias]).unsqueeze(1))
         return self.head(self.encoder(torch.cat(tokens, 1) + self.positions).mean(1))
+
+
+class Residual(nn.Module):
+    """Moves weights by what a network makes of them: maps ``theta`` to ``theta + step * sd * net(scaled theta)``.
+
+    Maps ``(batch, dim)`` to ``(batch, dim)``; sd is that of each tensor. Where the network starts at zero, so does the
+    move.
+    """
+
+    def __init__(self, net: nn.Module, scaler: TensorScaler, step: float):
+        super().__init__()
+        self.net, self.scaler, self.step = net, scaler, step
+
+    def forward(self, theta: Tensor) -> Tensor:
+        features = self.scaler(theta)
+        return self.scaler.inverse(features + self.step * self.net(features.unsqueeze(-1)).reshape(theta.shape))
+
+
+class Constant(nn.Module):
+    """The same result for all networks, ``(dim,)`` parameters that start at zero."""
+
+    def __init__(self, spec: WeightSpec):
+        super().__init__()
+        self.values = nn.Parameter(torch.zeros(spec.dim))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.values.expand(len(features), -1)
+
+
+def movers(spec: WeightSpec, width: int, depth: int) -> dict[str, Callable[[], nn.Module]]:
+    """Return what builds each network of the comparisons in which weights move; all start at zero."""
+
+    def perceptron() -> WeightsMLP:
+        net = WeightsMLP(spec, spec.dim)
+        for parameter in net.layers[-1].parameters():
+            nn.init.zeros_(parameter)
+        return net
+
+    return {
+        "same move": lambda: Constant(spec),
+        "same move, aligned": lambda: Constant(spec),
+        "MLP": perceptron,
+        "MLP, permuted": perceptron,
+        "MLP, aligned": perceptron,
+        "DWSNet": lambda: DWSNet(spec, 1, 1, width, depth, edge_width=8),
+        "GraphNet": lambda: GraphNet(spec, 1, 1, 32, 3),
+    }
 
 
 def permutations(spec: WeightSpec) -> Symmetries:
@@ -146,8 +197,25 @@ def cross_entropy(net: nn.Module, features: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(net(features), labels)
 
 
+def accuracy(net: nn.Module, features: Tensor, labels: Tensor) -> float:
+    """Return the fraction of labels that a trained network gets right."""
+    with torch.no_grad():
+        guesses = torch.cat([net(part).argmax(-1) for part in features.split(500)])
+    return float((guesses == labels).float().mean())
+
+
 def squared_error(net: nn.Module, features: Tensor, targets: Tensor) -> Tensor:
     return F.mse_loss(net(features), targets)
+
+
+def remembered(path: Path, key: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what an earlier run of this key left in a JSON file, or run it and add that to the file."""
+    done = json.loads(path.read_text()) if path.is_file() else {}
+    if key not in done:
+        done[key] = run()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(done))
+    return done[key]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

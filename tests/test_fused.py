@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bnnflow import BayesianModel, WeightSpec, likelihoods, priors
+from bnnflow.activations import Sine
 from bnnflow.model import fused
 from bnnflow.model.network import ChainNetwork, ModuleNetwork
 
@@ -35,7 +36,10 @@ ACTIVATIONS = {
     "silu": nn.SiLU,
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU("tanh"),
+    "sin": Sine,
+    "sin:30": lambda: Sine(30.0),
 }
+FREQUENCY = {"sin:30": 30.0}  # every layer would multiply rounding errors by it; smaller weights undo that
 OURS: dict[str, tuple[Any, int]] = {  # likelihood, outputs
     "gaussian": (likelihoods.Gaussian(0.3), 1),
     "two targets": (likelihoods.Gaussian(2.0), 2),
@@ -141,24 +145,25 @@ def test_inputs_of_their_own(kind: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_equal_to_torch(activation: str, likelihood: str, dtype: torch.dtype) -> None:
     model = model_of(likelihood, (3, 7, 4), activation=activation, dtype=dtype, temperature=0.7)
-    assert_equal_to_torch(model, points(model, 2, 3))
+    assert_equal_to_torch(model, points(model, 2, 3, scale=0.7 / FREQUENCY.get(activation, 1.0)))
 
 
 @needs_compiler
 @given(st.data())
 def test_equal_to_torch_for_every_shape(data: st.DataObject) -> None:
     widths = data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=4))
+    activation = data.draw(st.sampled_from(sorted(ACTIVATIONS)))
     model = model_of(
         data.draw(st.sampled_from(sorted(OURS))),
         tuple(widths),
         data.draw(st.integers(6, 1000)),
         data.draw(st.sampled_from([F32, F64])),
         bias=data.draw(st.booleans()),
-        activation=data.draw(st.sampled_from(sorted(ACTIVATIONS))),
+        activation=activation,
         last=data.draw(st.sampled_from(["identity", "tanh", "silu"])),
     )
     assert model._fused is not None
-    theta = points(model, data.draw(st.integers(1, 65)), scale=2 / max(widths) ** 0.5)
+    theta = points(model, data.draw(st.integers(1, 65)), scale=2 / max(widths) ** 0.5 / FREQUENCY.get(activation, 1.0))
     assert_equal_to_torch(model, theta)
 
 
@@ -278,7 +283,7 @@ def test_bad_weights_spoil_their_own_chain_alone(
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if not name.startswith("sin")])
 def test_activations_and_slopes_over_the_whole_range(activation: str, dtype: torch.dtype) -> None:
     info = torch.finfo(dtype)
     powers = torch.logspace(-300, 300, 2001, dtype=F64).clamp(float(info.tiny) / 1e3, float(info.max)).to(dtype)
@@ -302,6 +307,31 @@ def test_activations_and_slopes_over_the_whole_range(activation: str, dtype: tor
     for mine, true in ((value[:, 0], expected.detach()), (got, slope * a.double())):
         assert torch.equal(mine.isnan(), true.isnan())
         assert ((mine.double() - true).abs() <= tolerance * size)[:-1].all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
+@pytest.mark.parametrize("w0", [1.0, 30.0, 0.3])
+def test_sines_and_their_slopes_over_the_whole_range(w0: float, dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    powers = torch.logspace(-300, 300, 2001, dtype=F64).clamp(float(info.tiny) / 1e3, float(info.max) / w0).to(dtype)
+    quarters = (torch.arange(-400, 401, dtype=F64) * (math.pi / 4 / w0)).to(dtype)  # zeros and extremes
+    ranges = [torch.linspace(-span / w0, span / w0, 2001, dtype=dtype) for span in (2.0, 30.0, 1e4)]
+    special = torch.tensor([0.0, -0.0, math.nan, math.inf, -math.inf], dtype=dtype)
+    a = torch.cat([*ranges, quarters, powers, -powers, special])[:, None]
+    net = nn.Sequential(nn.utils.skip_init(nn.Linear, 1, 1), Sine(w0)).to(dtype)
+    network = ChainNetwork(WeightSpec.of(net))
+    theta = torch.cat([torch.zeros_like(a), a], 1)  # a bias for each number, whose gradient is the slope
+    value, pull = network.pullback(theta, torch.zeros(1, 1, dtype=dtype))
+    slope = pull(torch.ones_like(value))[:, 1:]
+    angle = (a * w0).double()
+    # An angle is as good as its last digit. The largest have none left, but a sine stays one.
+    tolerance = 4 * info.eps * angle.abs().clamp(min=1.0)
+    for mine, true in ((value[:, 0], angle.sin()), (slope / w0, angle.cos())):
+        assert torch.equal(mine.isnan(), true.isnan())
+        finite = true.isfinite()
+        assert (mine.abs()[finite] <= 1 + 2 * info.eps).all()
+        assert ((mine.double() - true).abs() <= tolerance)[finite].all()
 
 
 # ---------------------------------------------------------------- random numbers

@@ -20,6 +20,7 @@ ROOMS = [
     "progress",
     "gaussian",
     "posteriors",
+    "tracing",
     "weights",
     "draws",
     "data",

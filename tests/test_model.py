@@ -19,8 +19,8 @@ from scipy import integrate, stats
 from torch import Tensor, nn
 
 from bnnflow import BayesianModel, WeightSpec, likelihoods, priors
-from bnnflow.activations import Activation
-from bnnflow.model.network import ModuleNetwork
+from bnnflow.activations import Activation, Sine
+from bnnflow.model.network import ChainNetwork, ModuleNetwork
 from bnnflow.model.priors import FlatPrior
 
 F64 = torch.float64
@@ -50,6 +50,7 @@ class Applied(nn.Module):
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "identity": nn.Identity,
+    "sin:3": lambda: Sine(3.0),
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
     "relu": nn.ReLU,
@@ -240,6 +241,21 @@ def test_fast_path_is_the_module_mapped(activation: str, dtype: torch.dtype, tol
     theta = points(model, 2, 3)
     mapped = ModuleNetwork(model.net, model.spec)(theta.flatten(0, 1), model.x).reshape(2, 3, 9, 2)
     torch.testing.assert_close(model.outputs(theta), mapped, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "sin:3", "relu"])
+def test_hidden_activations_are_those_of_the_module(activation: str) -> None:
+    net = built(lambda: perceptron(2, activation))
+    spec = WeightSpec.of(net)
+    x, theta = torch.randn(6, 2, generator=generator(), dtype=F64), spec.flatten(dict(net.named_parameters())).detach()
+    found = ChainNetwork(spec).hidden(torch.stack([theta, -theta]), x)
+    assert list(found) == list(spec.activations)
+    h, layers = x, iter(found.values())
+    for linear, function in zip(net[:-1:2], net[1::2], strict=True):
+        h = function(linear(h))
+        value = next(layers)
+        assert value.shape == (2, h.shape[1], 6)
+        torch.testing.assert_close(value[0], h.detach().mT)
 
 
 @pytest.mark.parametrize("name", MODULES)

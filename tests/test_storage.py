@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import bnnflow as bf
-from bnnflow import storage
+from bnnflow import WeightSpec, storage
+from bnnflow.equivariant import INRs, siren
 
 GOLDEN = Path(__file__).parent / "golden" / "draws-v1.npz"
+GOLDEN_INRS = GOLDEN.with_name("inrs-v1.npz")
 
 
 def example(dtype: torch.dtype = torch.float32) -> bf.Draws:
@@ -131,6 +133,49 @@ def test_nothing_is_pickled(tmp_path: Path) -> None:
         for name in file.namelist():
             with file.open(name) as member:
                 np.lib.format.read_array(member, allow_pickle=False)
+
+
+# ---------------------------------------------------------------- implicit neural representations
+
+
+def example_inrs(dtype: torch.dtype = torch.float32) -> INRs:
+    """Return the networks that the golden file holds, which no later version may change."""
+    spec = WeightSpec.of(siren(1, 2, (3,), w0=5.0))
+    theta = torch.arange(2 * spec.dim, dtype=dtype).reshape(2, -1) / 8 - 1
+    mse = torch.tensor([0.125, float("inf")], dtype=torch.float64)
+    return INRs(theta, spec, mse, {"steps": 5, "learning_rate": 0.25, "batch_size": None, "diverged": 1})
+
+
+def check_equal_inrs(found: object, expected: INRs) -> None:
+    assert isinstance(found, INRs)
+    assert torch.equal(found.theta, expected.theta)
+    assert found.theta.dtype == expected.theta.dtype
+    assert torch.equal(found.mse, expected.mse)
+    assert found.mse.dtype == torch.float64
+    assert found.spec.describe() == expected.spec.describe()
+    assert found.info == expected.info
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_inrs_come_back_exactly(dtype: torch.dtype, tmp_path: Path) -> None:
+    fits = example_inrs(dtype)
+    path = fits.save(tmp_path / "fits")
+    assert path == tmp_path / "fits.npz"
+    check_equal_inrs(INRs.load(path), fits)
+    check_equal_inrs(bf.load(path), fits)
+    with pytest.raises(ValueError, match=r"holds 'inrs', expected one of \['draws'\]"):
+        bf.Draws.load(path)
+
+
+def test_the_golden_inrs_stay_readable() -> None:
+    check_equal_inrs(bf.load(GOLDEN_INRS), example_inrs())
+
+
+def test_todays_inrs_have_the_layout_of_the_golden_ones(tmp_path: Path) -> None:
+    with np.load(example_inrs().save(tmp_path / "now.npz")) as now, np.load(GOLDEN_INRS) as golden:
+        assert sorted(now.files) == sorted(golden.files)
+        for name in golden.files:
+            assert np.array_equal(now[name], golden[name])
 
 
 # ---------------------------------------------------------------- refusals

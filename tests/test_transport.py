@@ -397,9 +397,9 @@ def test_weighted_draws_are_fitted_by_their_weights():
 
 
 def test_any_network_and_any_module_as_field():
-    """A convolutional net has no labelled weight space: its flow needs a field of one's own, and no more than that."""
+    """A softmax between units leaves no labels that we know: such a flow needs a field of one's own, and no more."""
     g = generator(4)
-    net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 1))
+    net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Softmax(1), nn.Flatten(), nn.Linear(8, 1))
     x = torch.randn(20, 1, 6, generator=g)
     model = bf.BayesianModel(net, priors.Normal(1.0), likelihoods.Gaussian(0.5), x, x.sum((1, 2)))
     draws = 0.1 * torch.randn(300, model.dim, generator=g) + 1

@@ -32,6 +32,7 @@ from bnnflow.weights import WeightSpec
 __all__ = ["INRs", "fit_images", "fit_inrs", "image_grid", "render", "siren", "warp"]
 
 MID_GREY = 0.5
+_BETAS = (0.9, 0.999)  # of Adam
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +42,8 @@ class INRs:
     Attributes:
         theta: ``(n, dim)``.
         spec: what their entries mean.
-        mse: ``(n,)``, mean squared error of each fit over all coordinates; NaN where a fit diverged.
-        info: settings of the fit and the seconds it took.
+        mse: ``(n,)`` float64, mean squared error of each fit over all coordinates; not finite where a fit diverged.
+        info: settings of the fit, how many fits diverged, and the seconds that this run took.
     """
 
     theta: Tensor
@@ -77,8 +78,10 @@ class INRs:
         return cls(theta, WeightSpec.from_description(header["spec"]), mse, header["info"])
 
 
-def siren(in_features: int, out_features: int, hidden: Sequence[int] = (32, 32), w0: float = 30.0) -> nn.Sequential:
-    """Build a SIREN: linear layers with sin(w0 a) between them and a linear output.
+def siren(
+    in_features: int, out_features: int, hidden: Sequence[int] = (32, 32), w0: float = 30.0, *, seed: Seed = 0
+) -> nn.Sequential:
+    """Build a SIREN: linear layers with sin(w0 a) between them and a linear output, started as SIREN prescribes.
 
     Args:
         in_features: coordinates.
@@ -86,9 +89,14 @@ def siren(in_features: int, out_features: int, hidden: Sequence[int] = (32, 32),
         hidden: widths.
         w0: frequency of every sine. The larger, the finer the detail that a fit starts with: 30 for photographs, less
             for smooth signals.
+        seed: of its weights.
 
     Raises:
         ValueError: for sizes below one or a w0 that is not positive.
+
+    Example:
+        >>> siren(2, 1)(image_grid(28, 28)).shape
+        torch.Size([784, 1])
     """
     widths = [in_features, *hidden, out_features]
     if not hidden or min(widths) < 1:
@@ -96,9 +104,13 @@ def siren(in_features: int, out_features: int, hidden: Sequence[int] = (32, 32),
     modules: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(widths):
         modules += [nn.utils.skip_init(nn.Linear, inputs, outputs), Sine(w0)]
-    return nn.Sequential(*modules[:-1])
+    net = nn.Sequential(*modules[:-1])
+    spec = WeightSpec.of(net)
+    net.load_state_dict(spec.unflatten(_starts(spec, 1, as_generator(seed))[0]))
+    return net
 
 
+@torch.no_grad()
 def fit_inrs(
     x: Tensor,
     y: Tensor,
@@ -118,10 +130,11 @@ def fit_inrs(
     Adam on the mean squared error, the learning rate constant for the first half and falling linearly to zero over the
     second. Starts are those of SIREN: W uniform in +-1/inputs in the first layer and in +-sqrt(6 / inputs) / w0 in the
     others, b uniform in +-1/sqrt(inputs). A chunk of networks is fitted at once by batched products (one compiled call
-    a step on a CPU with a C++ compiler); what comes out depends on the seed, and not on the chunk.
+    a step on a CPU with a C++ compiler). The starts depend on the seed alone; on such a CPU so does all that comes
+    out, whatever the chunk and the number of threads.
 
     Args:
-        x: coordinates, ``(n, in)``.
+        x: coordinates, ``(n, in)``, float32 or float64.
         y: values of the signals there, ``(signals, n)`` or ``(signals, n, out)``.
         net: a chain of linear layers with sines between them, such as `siren` builds; its own weights are not used.
         steps: of Adam.
@@ -139,6 +152,13 @@ def fit_inrs(
     Raises:
         ValueError: for shapes that do not fit, data that are not finite, settings that make no sense, or a checkpoint
             folder that is in use without ``resume`` or that other settings or data have filled.
+
+    Example:
+        >>> x = torch.linspace(-1, 1, 50).unsqueeze(-1)
+        >>> waves = torch.sin(torch.tensor([[1.0], [2.0], [3.0]]) * x.T)
+        >>> fits = fit_inrs(x, waves, siren(1, 1, (8,), w0=5.0), steps=200, seed=0)
+        >>> fits.theta.shape, bool((fits.mse < waves.var(1)).all())
+        (torch.Size([3, 25]), True)
     """
     spec = WeightSpec.of(net)
     y = y.unsqueeze(-1) if y.dim() == 2 else y
@@ -166,22 +186,56 @@ def fit_inrs(
     return INRs(theta, spec, mse, info)
 
 
-def fit_images(images: Tensor, net: nn.Module | None = None, **settings: Any) -> INRs:
-    """Fit one network to every image; see `fit_inrs` for the settings.
+def fit_images(
+    images: Tensor,
+    net: nn.Module | None = None,
+    *,
+    steps: int = 400,
+    learning_rate: float = 3e-3,
+    batch_size: int | None = None,
+    chunk: int = 256,
+    seed: Seed,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> INRs:
+    """Fit one network to every image, as `fit_inrs` does to signals.
 
     Args:
-        images: ``(n, height, width)`` or ``(n, height, width, channels)``, pixels between 0 and 1.
+        images: ``(n, height, width)`` or ``(n, height, width, channels)``, floats between 0 and 1.
         net: `siren` with 32 + 32 units and w0 = 30 if None.
-        settings: of `fit_inrs`.
+        steps: of Adam.
+        learning_rate: of Adam.
+        batch_size: pixels drawn at random for each step, the same for all networks; all of them if None.
+        chunk: networks that are fitted at once.
+        seed: of the starts and of the pixels drawn.
+        checkpoint: folder that keeps every finished chunk.
+        resume: go on with what is in that folder.
+        progress: show a bar at a terminal.
+
+    Raises:
+        ValueError: for images of another shape or outside [0, 1], and as `fit_inrs`.
     """
-    if images.dim() not in (3, 4):
+    if images.dim() not in (3, 4) or images.numel() == 0:
         raise ValueError(
             f"images must be (n, height, width) or (n, height, width, channels), got {tuple(images.shape)}"
         )
+    if not images.is_floating_point() or not (images.min() >= 0 and images.max() <= 1):
+        raise ValueError("pixels must be floats between 0 and 1: divide bytes by 255")
     channels = images.shape[3] if images.dim() == 4 else 1
-    grid = image_grid(*images.shape[1:3]).to(images)
-    net = net if net is not None else siren(2, channels)
-    return fit_inrs(grid, images.reshape(len(images), -1, channels) - MID_GREY, net, **settings)
+    return fit_inrs(
+        image_grid(*images.shape[1:3]).to(images),
+        images.reshape(len(images), -1, channels) - MID_GREY,
+        siren(2, channels) if net is None else net,
+        steps=steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        chunk=chunk,
+        seed=seed,
+        checkpoint=checkpoint,
+        resume=resume,
+        progress=progress,
+    )
 
 
 def image_grid(height: int, width: int) -> Tensor:
@@ -191,9 +245,16 @@ def image_grid(height: int, width: int) -> Tensor:
 
 
 def render(theta: Tensor, spec: WeightSpec, height: int, width: int) -> Tensor:
-    """Draw the images of networks ``(n, dim)``: ``(n, height, width)``, or with a last axis of several channels."""
-    outputs = ChainNetwork(spec)(theta, image_grid(height, width).to(theta)) + MID_GREY
-    return outputs.unflatten(1, (height, width)).squeeze(-1)
+    """Draw the images of networks ``(..., dim)``: ``(..., height, width)``, with a last axis for several channels.
+
+    Raises:
+        ValueError: if the networks do not take two coordinates.
+    """
+    spec.check(theta)
+    if _in_features(spec) != 2:
+        raise ValueError(f"images are functions of two coordinates, these networks take {_in_features(spec)}")
+    outputs = ChainNetwork(spec)(theta.reshape(-1, spec.dim), image_grid(height, width).to(theta)) + MID_GREY
+    return outputs.reshape(*theta.shape[:-1], height, width, -1).squeeze(-1)
 
 
 def warp(theta: Tensor, spec: WeightSpec, matrix: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -206,9 +267,15 @@ def warp(theta: Tensor, spec: WeightSpec, matrix: Tensor, shift: Tensor | None =
         spec: what their entries mean.
         matrix: A, ``(in, in)`` or ``(..., in, in)``.
         shift: t, ``(in,)`` or ``(..., in)``.
+
+    Raises:
+        ValueError: for shapes that do not fit, or a shift without a bias that could take it.
     """
     spec.check(theta)
-    first = spec.layers[0]
+    inputs, first = _in_features(spec), spec.layers[0]
+    if matrix.shape[-2:] != (inputs, inputs) or (shift is not None and shift.shape[-1:] != (inputs,)):
+        shapes = tuple(matrix.shape), None if shift is None else tuple(shift.shape)
+        raise ValueError(f"these networks take {inputs} coordinates, which the shapes {shapes} do not fit")
     weight = theta[..., spec.slices[first.weight]].unflatten(-1, spec.shapes[first.weight])
     lead = torch.broadcast_shapes(theta.shape[:-1], matrix.shape[:-2], shift.shape[:-1] if shift is not None else ())
     moved = theta.expand(*lead, -1).clone()
@@ -223,14 +290,21 @@ def warp(theta: Tensor, spec: WeightSpec, matrix: Tensor, shift: Tensor | None =
 # ---------------------------------------------------------------- fitting
 
 
+def _in_features(spec: WeightSpec) -> int:
+    if not spec.layers:
+        raise ValueError("INRs are chains of linear layers")
+    return spec.shapes[spec.layers[0].weight][1]
+
+
 def _check(
     spec: WeightSpec, x: Tensor, y: Tensor, steps: int, learning_rate: float, batch_size: int | None, chunk: int
 ) -> None:
-    if not spec.layers:
-        raise ValueError("INRs are chains of linear layers")
+    inputs = _in_features(spec)
     if any(not layer.activation.name.startswith("sin") for layer in spec.layers[:-1]):
         raise ValueError("INRs have sines between their layers")
-    inputs, outputs = spec.shapes[spec.layers[0].weight][1], spec.shapes[spec.layers[-1].weight][0]
+    outputs = spec.shapes[spec.layers[-1].weight][0]
+    if x.dtype not in (torch.float32, torch.float64) or not y.is_floating_point():
+        raise ValueError(f"x must be float32 or float64 and y floats, got {x.dtype} and {y.dtype}")
     if x.dim() != 2 or x.shape[1] != inputs:
         raise ValueError(f"x must be (n, {inputs}) for this network, got {tuple(x.shape)}")
     if y.dim() != 3 or y.shape[1:] != (len(x), outputs) or len(y) == 0:
@@ -264,20 +338,19 @@ def _fit(
     settings: dict[str, Any],
     rows_seed: int,
     bar: Any,
-    betas: tuple[float, float] = (0.9, 0.999),
 ) -> tuple[Tensor, Tensor]:
-    """Run Adam on a chunk; return the weights and the mean squared errors."""
+    """Run Adam on a chunk, in the memory of theta; return the weights and the mean squared errors."""
     steps, batch_size = settings["steps"], settings["batch_size"]
     generator = torch.Generator().manual_seed(rows_seed)
-    mean, square = torch.zeros_like(theta), torch.zeros_like(theta)
+    mean, square, root = torch.zeros_like(theta), torch.zeros_like(theta), torch.empty_like(theta)
     for step in range(1, steps + 1):
         rows = None if batch_size is None else torch.randperm(len(x), generator=generator)[:batch_size].to(x.device)
-        grad = network.squared_error(theta, x, y, rows)[1] / ((batch_size or len(x)) * y.shape[-1])
-        mean.lerp_(grad, 1 - betas[0])
-        square.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+        grad = network.squared_error(theta, x, y, rows)[1].mul_(2 / ((batch_size or len(x)) * y.shape[-1]))
+        mean.lerp_(grad, 1 - _BETAS[0])
+        square.mul_(_BETAS[1]).addcmul_(grad, grad, value=1 - _BETAS[1])
         rate = settings["learning_rate"] * min(1.0, 2 * (1 - (step - 1) / steps))
-        root = square.sqrt().div_(math.sqrt(1 - betas[1] ** step)).add_(1e-8)
-        theta = torch.addcdiv(theta, mean, root, value=-rate / (1 - betas[0] ** step))
+        torch.sqrt(square, out=root).div_(math.sqrt(1 - _BETAS[1] ** step)).add_(1e-8)
+        theta.addcdiv_(mean, root, value=-rate / (1 - _BETAS[0] ** step))
         bar.update(len(theta))
     return theta, network.squared_error(theta, x, y)[0] * (2 / y[0].numel())
 

@@ -1,14 +1,15 @@
-"""A deep network over weight space with time conditioning."""
+"""Deep networks over weight space: equivariant or invariant, with time and context."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnnflow.equivariant.layers import FusedLinear
+from bnnflow.equivariant.layers import FusedLinear, by_kind, mean
 from bnnflow.equivariant.layout import Channels, Fused, Layout
 from bnnflow.weights import WeightSpec
 
@@ -32,103 +33,256 @@ class TimeEmbedding(nn.Module):
 
 
 class DWSNet(nn.Module):
-    """A residual stack of equivariant layers in the fused layout.
+    """A residual stack of equivariant layers in the fused layout, with an equivariant or an invariant end.
 
-    Maps features on every weight, ``(batch, dim, in_features)``, and a time to ``(batch, dim, out_features)``, and
-    commutes with permutations of hidden units. Each block normalises the channels, shifts and scales them by the
-    time (AdaLN), mixes them by a `FusedLinear` that also sees maxima over units and a low-rank bilinear term between
-    the units at the two ends of an edge, and adds the result through a gate. The head starts at zero.
+    Maps features on every weight, ``(batch, dim, in_features)``, to ``(batch, dim, out_features)``, and commutes with
+    permutations of hidden units; the head starts at zero. An invariant network maps them to ``(batch, out_features)``
+    by a small perceptron over the means and maxima of all blocks. Each block of the stack normalises the channels,
+    shifts, scales and gates them by time and context if there are any (AdaLN), mixes them by a `FusedLinear` that
+    also sees maxima over units, a low-rank bilinear term between the units at the two ends of an edge, and messages
+    that units send along the edges, and adds the result. No parameter depends on the width of a hidden layer.
 
     Args:
-        spec: a chain of layers.
+        spec: a chain of layers, or a residual network without square residual matrices.
         in_features: features on every weight.
-        out_features: features on every weight of the result.
-        width: channels of a hidden unit and of the globals; matrices between hidden layers have a quarter of it.
+        out_features: features of the result.
+        width: channels of a hidden unit and of the globals.
         depth: number of blocks.
+        edge_width: channels of a matrix between hidden layers, by default a quarter of ``width`` and at least 8. In
+            wide networks they decide the cost.
+        invariant: pool to one result a network.
+        time: expect a time in [0, 1].
+        context: length of the context vector that is expected, 0 for none.
+        unit_features: features of every hidden unit that are expected beside those of the weights.
+        shared: use the same parameters in every hidden layer, told apart by their relative depth, so that a state
+            dict fits networks of other widths and other depths; the first and the last layer keep maps of their own.
+        messages: let the units at the two ends of an edge hear each other's features times the edge.
+
+    Raises:
+        ValueError: if the network has no labels or a tensor has one label twice; with ``shared``, if it is no chain of
+            linear layers.
+
+    Example:
+        >>> spec = WeightSpec.of(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)))
+        >>> DWSNet(spec, 1, 10, invariant=True)(torch.ones(5, spec.dim, 1)).shape
+        torch.Size([5, 10])
     """
 
-    def __init__(self, spec: WeightSpec, in_features: int, out_features: int, width: int = 64, depth: int = 4) -> None:
+    def __init__(
+        self,
+        spec: WeightSpec,
+        in_features: int,
+        out_features: int,
+        width: int = 64,
+        depth: int = 4,
+        *,
+        edge_width: int | None = None,
+        invariant: bool = False,
+        time: bool = False,
+        context: int = 0,
+        unit_features: int = 0,
+        shared: bool = False,
+        messages: bool = True,
+    ) -> None:
         super().__init__()
-        self.layout = Layout(spec)
-        self._out_features = out_features
-        n_units, n_matrices = len(self.layout.widths), len(self.layout.ends)
-        hidden = Channels((width,) * n_units, (max(8, width // 4),) * n_matrices, width)
-        self.time = TimeEmbedding(width)
-        self.lift = FusedLinear(self.layout, self.layout.scaled_channels(in_features), hidden)
-        self.blocks = nn.ModuleList(_Block(self.layout, hidden, width) for _ in range(depth))
-        self.head = FusedLinear(self.layout, hidden, self.layout.scaled_channels(out_features))
-        for parameter in self.head.parameters():
-            nn.init.zeros_(parameter)
+        self.layout = Layout(spec, shared=shared)
+        self.invariant = invariant
+        self._out_features, self._context_length, self._unit_features = out_features, context, unit_features
+        n_units, n_matrices = len(self.layout.channels.units), len(self.layout.channels.matrices)
+        edge_width = max(8, width // 4) if edge_width is None else edge_width
+        hidden = Channels((width,) * n_units, (edge_width,) * n_matrices, width)
+        self._hidden = hidden
+        self.time = TimeEmbedding(width) if time else None
+        self.context = nn.Sequential(_perceptron(context, width, width), nn.SiLU()) if context else None
+        self.lift = FusedLinear(self.layout, self.layout.channels.scaled(in_features), hidden)
+        if unit_features:
+            self.lift_units = nn.ModuleList(nn.Linear(unit_features, width) for _ in range(n_units))
+        if shared:
+            self.lift_depth = nn.Linear(1, width + edge_width)
+        condition = width if time or context else 0
+        self.blocks = nn.ModuleList(_Block(self.layout, hidden, condition, messages) for _ in range(depth))
+        self.readout = self.head = None
+        if invariant:
+            pooled = 2 * sum(hidden.flat) - hidden.globals
+            self.readout = nn.Sequential(nn.LayerNorm(pooled), _perceptron(pooled, width, out_features))
+        else:
+            self.head = FusedLinear(self.layout, hidden, self.layout.channels.scaled(out_features))
+            for parameter in self.head.parameters():
+                nn.init.zeros_(parameter)
 
-    def forward(self, t: Tensor, features: Tensor) -> Tensor:
-        """Apply the network; ``t`` is ``(batch,)``."""
-        condition = self.time(t)
-        fused = self.lift(self.layout.pack(features))
+    def forward(
+        self,
+        features: Tensor,
+        t: Tensor | None = None,
+        context: Tensor | None = None,
+        units: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Apply the network.
+
+        Args:
+            features: ``(batch, dim, in_features)``.
+            t: times ``(batch,)``, for a network with ``time``.
+            context: ``(batch, context)``, for one with a context.
+            units: ``(batch, n, unit_features)`` for each hidden layer by label, for one with unit features.
+
+        Raises:
+            ValueError: if one of these is missing, unexpected, or of another size.
+        """
+        condition = self._condition(t, context)
+        fused = self._lift(features, units)
         for block in self.blocks:
             fused = block(fused, condition)
+        if self.readout is not None:
+            return self.readout(_pool(fused, self.layout, self._hidden))
+        assert self.head is not None
         return self.layout.unpack(self.head(fused), self._out_features)
+
+    def _condition(self, t: Tensor | None, context: Tensor | None) -> Tensor | None:
+        """Return what modulates the blocks, ``(batch, width)``."""
+        if (t is None) != (self.time is None):
+            raise ValueError("this network takes no time" if self.time is None else "this network needs a time t")
+        if (0 if context is None else context.shape[-1]) != self._context_length:
+            found = None if context is None else tuple(context.shape)
+            raise ValueError(f"this network takes a context of length {self._context_length}, got {found}")
+        given = [(self.time, t), (self.context, context)]
+        parts = [embed(value) for embed, value in given if embed is not None]
+        return sum(parts[1:], parts[0]) if parts else None
+
+    def _lift(self, features: Tensor, units: Mapping[str, Tensor] | None) -> Fused:
+        """Return the features in the hidden channels, with what is known of units and of depth."""
+        fused = self.lift(self.layout.pack(features))
+        labels, kinds = list(self.layout.widths), self.layout.unit_kinds
+        if set(units or ()) != set(labels if self._unit_features else ()):
+            raise ValueError(f"this network takes {self._unit_features} features of each unit of {labels}")
+        if units:
+            seen = [self.lift_units[kind](units[label]) for kind, label in zip(kinds, labels, strict=True)]
+            fused = fused._replace(units=[own + more for own, more in zip(fused.units, seen, strict=True)])
+        if self.layout.shared:
+            where = torch.linspace(0, 1, 2 * len(labels) + 1)[1:-1, None]  # hidden layers and matrices in turn
+            of_units, of_matrices = self.lift_depth(where.to(fused.globals)).split(self._hidden.flat[:2], -1)
+            fused = Fused(
+                [own + of_units[2 * layer] for layer, own in enumerate(fused.units)],
+                [own + of_matrices[r + k] for own, (r, k) in zip(fused.matrices, self.layout.ends, strict=True)],
+                fused.globals,
+            )
+        return fused
 
 
 class _Block(nn.Module):
-    """One residual block; see `DWSNet`."""
+    """One residual block; see `DWSNet`. Lists over parts go through units, matrices and globals."""
 
-    def __init__(self, layout: Layout, channels: Channels, condition: int, expansion: int = 2) -> None:
+    def __init__(self, layout: Layout, channels: Channels, condition: int, messages: bool, expansion: int = 2) -> None:
         super().__init__()
-        self._ends = layout.ends
+        self._layout, self._channels = layout, channels
+        self.messages = _Messages(layout, channels) if messages and channels.matrices else None
+        heard = 0 if self.messages is None else self.messages.length
         seen = Channels(
-            channels.units,
+            tuple(c + heard for c in channels.units),
             tuple(2 * c for c in channels.matrices),  # the bilinear term beside the matrix itself
             channels.globals + sum(channels.units),  # the maxima beside the globals themselves
         )
-        wide = Channels(
-            tuple(expansion * c for c in channels.units),
-            tuple(expansion * c for c in channels.matrices),
-            expansion * channels.globals,
-        )
-        self.mix = FusedLinear(layout, seen, wide)
-        self.narrow = nn.ModuleList(
-            nn.Linear(expansion * c, c) for c in [*channels.units, *channels.matrices, channels.globals]
-        )
-        self.rows = nn.ModuleList(
-            nn.Linear(channels.units[r], c, bias=False)
-            for (r, _), c in zip(layout.ends, channels.matrices, strict=True)
-        )
-        self.columns = nn.ModuleList(
-            nn.Linear(channels.units[k], c, bias=False)
-            for (_, k), c in zip(layout.ends, channels.matrices, strict=True)
-        )
-        self._sizes = [*channels.units, *channels.matrices, channels.globals]
-        self.modulate = nn.Linear(condition, 3 * sum(self._sizes))
-        nn.init.zeros_(self.modulate.weight)
-        nn.init.zeros_(self.modulate.bias)
+        self.mix = FusedLinear(layout, seen, channels.scaled(expansion))
+        self.narrow = nn.ModuleList(nn.Linear(expansion * c, c) for c in channels.flat)
+        width = channels.globals
+        self.rows = nn.ModuleList(nn.Linear(width, c, bias=False) for c in channels.matrices)
+        self.columns = nn.ModuleList(nn.Linear(width, c, bias=False) for c in channels.matrices)
+        if condition:
+            self.modulate = nn.Linear(condition, 3 * sum(channels.flat))
+            nn.init.zeros_(self.modulate.weight)
+            nn.init.zeros_(self.modulate.bias)
+        else:
+            self.norms = nn.ModuleList(nn.LayerNorm(c) for c in channels.flat)
 
-    def forward(self, fused: Fused, condition: Tensor) -> Fused:
+    def forward(self, fused: Fused, condition: Tensor | None) -> Fused:
         parts = [*fused.units, *fused.matrices, fused.globals]
-        scales, shifts, gates = self.modulate(condition).chunk(3, -1)
-        split = [zip(*(m.split(self._sizes, -1) for m in (scales, shifts, gates)), strict=True)]
-        modulation = list(split[0])
-        normed = []
-        for part, (scale, shift, _) in zip(parts, modulation, strict=True):
-            scale, shift = (_spread(m, part) for m in (scale, shift))
-            normed.append(torch.addcmul(shift, F.layer_norm(part, part.shape[-1:]), 1 + scale))
+        if condition is None:
+            normed = [self.norms[kind](part) for kind, part in zip(self._layout.kinds, parts, strict=True)]
+            added = self._change(normed, fused.matrices)
+            results = [part + more for part, more in zip(parts, added, strict=True)]
+        else:
+            scales, shifts, gates = self._modulation(condition, parts)
+            normed = [
+                torch.addcmul(shift, F.layer_norm(part, part.shape[-1:]), scale)
+                for part, scale, shift in zip(parts, scales, shifts, strict=True)
+            ]
+            added = self._change(normed, fused.matrices)
+            results = [torch.addcmul(part, gate, more) for part, gate, more in zip(parts, gates, added, strict=True)]
         n = len(fused.units)
-        units, matrices, loose = normed[:n], normed[n:-1], normed[-1]
-        edges = [
-            row(units[r]).unsqueeze(-2) * column(units[k]).unsqueeze(-3)
-            for row, column, (r, k) in zip(self.rows, self.columns, self._ends, strict=True)
-        ]
-        matrices = [torch.cat(pair, -1) for pair in zip(matrices, edges, strict=True)]
-        loose = torch.cat([loose, *(block.amax(-2) for block in units)], -1)
-        mixed = self.mix(Fused(units, matrices, loose))
-        results = [
-            torch.addcmul(part, 1 + _spread(gate, part), narrow(F.silu(wide)))
-            for part, narrow, wide, (_, _, gate) in zip(
-                parts, self.narrow, [*mixed.units, *mixed.matrices, mixed.globals], modulation, strict=True
-            )
-        ]
         return Fused(results[:n], results[n:-1], results[-1])
 
+    def _modulation(self, condition: Tensor, parts: list[Tensor]) -> list[list[Tensor]]:
+        """Return scale, shift and gate of every part, each with axes to broadcast over the hidden ones."""
+        one = torch.tensor([[1.0], [0.0], [1.0]], dtype=condition.dtype, device=condition.device)
+        values = self.modulate(condition).unflatten(-1, (3, -1)) + one  # (batch, 3, channels)
+        pieces = values.split(self._channels.flat, -1)
+        return [
+            [
+                pieces[kind][:, i].reshape(len(part), *(1,) * (part.dim() - 2), part.shape[-1])
+                for kind, part in zip(self._layout.kinds, parts, strict=True)
+            ]
+            for i in range(3)
+        ]
 
-def _spread(modulation: Tensor, like: Tensor) -> Tensor:
-    """Insert axes so that ``(batch, channels)`` broadcasts over the hidden axes of ``like``."""
-    return modulation.reshape(modulation.shape[0], *(1,) * (like.dim() - 2), modulation.shape[-1])
+    def _change(self, normed: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+        """Mix all parts and return what is added to each."""
+        layout, n = self._layout, len(self._layout.widths)
+        units, matrices, loose = normed[:n], normed[n:-1], normed[-1]
+        edges = [
+            (self.rows[kind](units[row]), self.columns[kind](units[column]))
+            for kind, (row, column) in zip(layout.matrix_kinds, layout.ends, strict=True)
+        ]
+        maxima = by_kind([block.amax(-2) for block in units], layout.unit_kinds, loose, self._channels.units)
+        if self.messages is not None:
+            heard = self.messages(units, weights)
+            units = [torch.cat(pair, -1) for pair in zip(units, heard, strict=True)]
+        mixed = self.mix(Fused(units, matrices, torch.cat([loose, *maxima], -1)), edges)
+        parts = [*mixed.units, *mixed.matrices, mixed.globals]
+        return [self.narrow[kind](F.silu(part)) for kind, part in zip(layout.kinds, parts, strict=True)]
+
+
+class _Messages(nn.Module):
+    """What the units at the two ends of the edges send each other: features times the channels of their edge.
+
+    Unit i of the rows hears sum_j E_ij (V h_j) / sqrt(n), one channel of the matrix E for each head, and the columns
+    hear the rows in the same way: what a forward and a backward pass through the network itself do. The edges come as
+    they are, because a norm over their channels would leave little of a weight but its sign.
+    """
+
+    def __init__(self, layout: Layout, channels: Channels) -> None:
+        super().__init__()
+        self._layout = layout
+        heads = channels.matrices[0]
+        self._shape = (heads, -(-channels.globals // heads))
+        self.length = math.prod(self._shape)
+        kinds = range(len(channels.matrices))
+        self.to_rows = nn.ModuleList(nn.Linear(channels.globals, self.length, bias=False) for _ in kinds)
+        self.to_columns = nn.ModuleList(nn.Linear(channels.globals, self.length, bias=False) for _ in kinds)
+
+    def forward(self, units: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+        """Return the sum of all messages to each unit, ``(batch, n, length)`` for each hidden layer."""
+        heard: list[list[Tensor]] = [[] for _ in units]
+        for kind, (row, column), weight in zip(self._layout.matrix_kinds, self._layout.ends, weights, strict=True):
+            heads = weight.movedim(-1, 1)  # (batch, heads, rows, columns)
+            heard[row].append(self._carried(heads, self.to_rows[kind](units[column])))
+            heard[column].append(self._carried(heads.mT, self.to_columns[kind](units[row])))
+        silence = [unit.new_zeros(*unit.shape[:-1], self.length) for unit in units]
+        return [sum(parts[1:], parts[0]) if parts else none for parts, none in zip(heard, silence, strict=True)]
+
+    def _carried(self, heads: Tensor, values: Tensor) -> Tensor:
+        """Carry values ``(batch, from, length)`` along the edges ``(batch, heads, to, from)``."""
+        values = values.unflatten(-1, self._shape).movedim(-2, 1)  # (batch, heads, from, length / heads)
+        return (heads @ values * heads.shape[-1] ** -0.5).movedim(1, -2).flatten(-2)
+
+
+def _perceptron(n_in: int, width: int, n_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(n_in, width), nn.SiLU(), nn.Linear(width, n_out))
+
+
+def _pool(fused: Fused, layout: Layout, channels: Channels) -> Tensor:
+    """Return means and maxima over all hidden axes and the globals, ``(batch, features)``."""
+    columns = [(mean(block, -2), block.amax(-2)) for block in fused.matrices]
+    pooled = [(mean(block, -2), block.amax(-2)) for block in fused.units]
+    pooled += [(mean(means, -2), maxima.amax(-2)) for means, maxima in columns]
+    sizes = (*channels.units, *channels.matrices)
+    by_kinds = [by_kind(list(values), layout.kinds[:-1], fused.globals, sizes) for values in zip(*pooled, strict=True)]
+    return torch.cat([*(value for values in by_kinds for value in values), fused.globals], -1)

@@ -264,25 +264,33 @@ struct GeluTanh {
     }
 };
 
-// sin(w0 a): the angle less a multiple of pi, whose parity is a sign, and Taylor's series on [-pi/2, pi/2].
+// sin(w0 a): the angle less a multiple of pi, whose parity is a sign, and minimax polynomials on [-pi/2, pi/2].
 struct Sine {
     T w0;
     Vec value(Vec a, Vec* slope) const {
-        constexpr int terms = kFloat ? 8 : 12;
         constexpr T magic = kFloat ? T(12582912) : T(6755399441055744);  // 1.5 * 2^mantissa rounds to an integer
         constexpr T high = kFloat ? T(3.140625) : T(3.1415926534682512);
         constexpr T middle = kFloat ? T(9.67502593994140625e-4) : T(1.21542009963449e-10);
         constexpr T low = kFloat ? T(1.509957990978376e-7) : T(1.6667485837041758e-19);
         Vec z = a * w0, shifted = z * T(.318309886183790672) + magic, turns = shifted - magic;
         Vec r = clamp(((z - turns * high) - turns * middle) - turns * low, 2);  // bounded even where no digit is left
-        Vec square = r * r, sine = splat(1), cosine = splat(1);
-        for (int k = terms - 1; k > 0; --k) {
-            sine = T(1) - sine * square * (T(1) / T(2 * k * (2 * k + 1)));
-            cosine = T(1) - cosine * square * (T(1) / T(2 * k * (2 * k - 1)));
+        Vec square = r * r, sine, cosine;
+        if constexpr (kFloat) {
+            constexpr T s[] = {-.166666476347f, .00833289982377f, -.000198008977871f, 2.59048854621e-6f};
+            constexpr T c[] = {1, -.499999993585f, .0416666362581f, -.00138883614007f, 2.4760161375e-5f, -2.60514956e-7f};
+            sine = r + r * square * polynomial(s, square), cosine = polynomial(c, square);
+        } else {
+            constexpr T s[] = {-.166666666666666619,      .0083333333333329931195,    -.00019841269841159450323,
+                               2.7557319204580634624e-6,  -2.5052106381089568708e-8,  1.6058918644260092484e-10,
+                               -7.6425116840901783831e-13, 2.7166654767541163479e-15};
+            constexpr T c[] = {1,                         -.49999999999999974309,    .041666666666663887971,
+                               -.0013888888888773172445,  .000024801587277443986352, -2.7557316393538413396e-7,
+                               2.0876561960281254097e-9,  -1.1462904903283013782e-11, 4.6090074145874798172e-14};
+            sine = r + r * square * polynomial(s, square), cosine = polynomial(c, square);
         }
         BitsVec odd = (BitsVec)shifted << (kFloat ? 31 : 63);
         *slope = (Vec)((BitsVec)(cosine * w0) ^ odd);
-        return (Vec)((BitsVec)(sine * r) ^ odd);
+        return (Vec)((BitsVec)sine ^ odd);
     }
 };
 
@@ -578,7 +586,7 @@ struct Worker {
     const Problem& p;
     const Call& c;
     const Plan& plan;
-    const Vec* shared;  // packed blocks of data that every chain uses, or null
+    const Vec* shared;  // packed blocks of data that every chain uses, its targets perhaps not; or null
     Vec* scratch;
 
     void run(int64_t chain) const {
@@ -619,9 +627,15 @@ struct Worker {
         int64_t width = std::min(plan.width, divide_up(c.n - start, kLanes));
         Vec *own = scratch, *values = own + plan.inputs * plan.width, *slopes = values + plan.units * plan.width;
         Vec *delta = slopes + plan.units * plan.width, *next = delta + plan.widest * plan.width;
-        const Vec* x = own;
+        const int64_t in = p.layers[0].in * width;
+        const Vec *x = own, *y = own + in;
         if (shared) {
             x = shared + block * plan.inputs * plan.width;
+            if (c.y_stride) {
+                pack_targets(p, c, chain, start, width, own + in);
+            } else {
+                y = x + in;
+            }
         } else {
             pack_block(p, c, chain, start, width, own);
         }
@@ -640,7 +654,7 @@ struct Worker {
         const Layer& last = p.layers[p.n_layers - 1];
         if (c.outputs) copy_rows<true>(c.outputs + chain * last.out * c.n, last.out, start, width, const_cast<Vec*>(h));
         if (!c.grad) return;
-        score(Block{last.out, p.n_targets, width, h, x + p.layers[0].in * width, delta, kept(start, width)}, chain, start,
+        score(Block{last.out, p.n_targets, width, h, y, delta, kept(start, width)}, chain, start,
               inverse_scale, value);
         const Layer* layer = &last;
         slope_end -= last.out * width;
@@ -739,7 +753,12 @@ struct Worker {
         const int64_t* rows = c.rows ? c.rows + chain * c.rows_stride : nullptr;
         int64_t in = p.layers[0].in;
         pack(c.x + chain * c.x_stride, in, rows, start, c.n, width, to);
-        if (p.n_targets) pack(c.y + chain * c.y_stride, p.n_targets, rows, start, c.n, width, to + in * width);
+        if (p.n_targets) pack_targets(p, c, chain, start, width, to + in * width);
+    }
+
+    static void pack_targets(const Problem& p, const Call& c, int64_t chain, int64_t start, int64_t width, Vec* to) {
+        const int64_t* rows = c.rows ? c.rows + chain * c.rows_stride : nullptr;
+        pack(c.y + chain * c.y_stride, p.n_targets, rows, start, c.n, width, to);
     }
 };
 
@@ -936,7 +955,7 @@ extern "C" int bnnflow_evaluate(const Problem* problem, const Call* call) try {
     }
     const Plan plan(p, c);
     std::unique_ptr<Vec, Free> shared;
-    if (!c.x_stride && !c.y_stride && !c.rows_stride && c.chains > 1) {
+    if (!c.x_stride && !c.rows_stride && c.chains > 1) {
         shared = vectors(plan.blocks * plan.inputs * plan.width);
         for (int64_t block = 0; block < plan.blocks; ++block) {
             int64_t start = block * plan.width * kLanes, width = std::min(plan.width, divide_up(c.n - start, kLanes));

@@ -145,6 +145,7 @@ class FusedNetwork:
         """Return half the sum of squared errors and its gradient; see `ChainNetwork.squared_error`."""
         theta, x, y = _strided(theta), x.contiguous(), y.contiguous()
         n, targets = y.shape[1:]
+        rows = None if rows is None else rows.contiguous()
         used = n if rows is None else len(rows)
         value, grad = theta.new_empty(len(theta), dtype=torch.float64), theta.new_empty(len(theta), self._network_dim)
         problem = _problem(self._layers, self._network_dim)
@@ -152,12 +153,12 @@ class FusedNetwork:
         call = _Call(
             len(theta), used, n, _threads(len(theta) * used * self._network_dim), 0, 0,
             theta.stride(0), 0, y.stride(0), 0,
-            theta.data_ptr(), x.data_ptr(), y.data_ptr(), None, None if rows is None else rows.contiguous().data_ptr(),
+            theta.data_ptr(), x.data_ptr(), y.data_ptr(), None, None if rows is None else rows.data_ptr(),
             -1.0, 0.0,
             value.data_ptr(), grad.data_ptr(), None,
         )  # fmt: skip
         _evaluate(theta.dtype, problem, call)
-        return value - used * targets * _HALF_LOG_2PI, grad
+        return (value - used * targets * _HALF_LOG_2PI).clamp_(min=0.0), grad  # a perfect fit may round below
 
     def _run(self, theta: Tensor, x: Tensor, per_network: bool, score: Tensor | None) -> Tensor:
         theta, x = _strided(theta), x.flatten(2 if per_network else 1).contiguous()

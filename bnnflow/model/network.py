@@ -93,16 +93,20 @@ class ChainNetwork:
             theta: ``(batch, dim)``.
             x: inputs ``(n, in)`` that all networks share.
             y: targets of each network's own, ``(batch, n, out)``.
-            rows: use these rows of x and y only, ``(m,)``.
+            rows: use these rows of x and y only, int64 ``(m,)``.
         """
-        if y.shape != (len(theta), len(x), self._spec.shapes[self._layers[-1].weight][0]):
-            raise RuntimeError(f"targets {tuple(y.shape)} do not fit {len(theta)} networks and {len(x)} inputs")
+        outputs = self._spec.shapes[self._layers[-1].weight][0]
+        if x.shape[1:] != (self.in_features,) or y.shape != (len(theta), len(x), outputs):
+            raise RuntimeError(
+                f"inputs {tuple(x.shape)} and targets {tuple(y.shape)} do not fit {len(theta)} networks "
+                f"{self.in_features} -> {outputs}"
+            )
         if self._fused.applies(theta, x) and plain(y) and y.dtype == x.dtype:
             return self._fused.squared_error(theta, x, y, rows)
         if rows is not None:
             x, y = x[rows], y[:, rows]
-        outputs, pull = self.pullback(theta, x, reuse=True)
-        residual = outputs - y
+        fitted, pull = self.pullback(theta, x, reuse=True)
+        residual = fitted - y
         return 0.5 * residual.double().square().sum((1, 2)), pull(residual)
 
     def jacobian(self, theta: Tensor, x: Tensor, *, per_network: bool = False) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,20 @@ from typing import Any
 
 from bnnflow.report import plots
 from bnnflow.report.arviz import to_arviz
+from bnnflow.report.convergence import WeightConvergence, weight_convergence
 from bnnflow.report.diagnose import Diagnosis, diagnose
 from bnnflow.report.html import Report, report
 
-__all__ = ["Diagnosis", "Report", "diagnose", "plots", "report", "to_arviz"]
+__all__ = [
+    "Diagnosis",
+    "Report",
+    "WeightConvergence",
+    "diagnose",
+    "plots",
+    "report",
+    "to_arviz",
+    "weight_convergence",
+]
 
 
 class _CallableModule(types.ModuleType):

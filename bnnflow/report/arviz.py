@@ -88,7 +88,11 @@ def function_values(draws: Draws, model: BayesianModel, x: Tensor | np.ndarray |
 def _posterior(draws: Draws, spec: WeightSpec) -> Dataset:
     variables = {}
     for name, tensor in spec.unflatten(draws.theta).items():
-        dims = tuple(label or f"{name}_dim_{axis}" for axis, label in enumerate(spec.axes[name]))
+        axes = spec.axes[name]
+        dims = tuple(
+            label if label and size == spec.widths[label] and label not in axes[:axis] else f"{name}_dim_{axis}"
+            for axis, (label, size) in enumerate(zip(axes, spec.shapes[name], strict=True))
+        )
         variables[name] = (_numpy(tensor), dims)
     return _dataset(variables)
 

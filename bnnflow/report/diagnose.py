@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,21 +12,20 @@ from torch import Tensor
 
 from bnnflow.draws import Draws, as_theta
 from bnnflow.model import BayesianModel
-from bnnflow.report.arviz import function_values, import_arviz
+from bnnflow.report.convergence import CONVERGED, STUCK, compare_chains, predicted_values
 
 __all__ = ["Diagnosis", "diagnose"]
 
 Verdict = Literal["trust", "trust with care", "do not trust", "approximate: compare with an exact sampler"]
 Kind = Literal["chains", "weighted", "independent"]
 
-R_HAT = (1.01, 1.05)  # up to the first: converged; beyond the second: not (Vehtari et al. 2021)
+R_HAT = (CONVERGED, STUCK)
 ESS = (400, 100)  # from the first: enough; below the second: not
 E_BFMI = 0.3  # below: the momenta do not explore the energy (Betancourt 2016)
 DIVERGENCES = 0.01  # beyond this fraction the posterior has regions that the chains cannot enter
 TEMPERATURE = 0.2  # from 1: beyond this the law of the draws is visibly wrong
 EVIDENCE = 1.0  # nats of standard error beyond which an evidence compares little
 ENERGY_VARIANCE = 5.0  # times what was asked for: unadjusted steps are too long for what they met
-MAX_ROWS = 100
 
 # What a reader of an approximation's draws should know of it.
 HINTS = {
@@ -127,7 +125,8 @@ def diagnose(
     weights that differ by a symmetry of the network give the same predictions, so chains that never meet in weight
     space can still agree. Chains without an accept step (``info["exact"]`` is False) also have a bias that they cannot
     show, and get no better than "trust with care". Draws without statistics are independent draws of an approximation:
-    there is nothing to compare, and the verdict says so.
+    there is nothing to compare, and the verdict says so. `weight_convergence` compares the weights themselves, modulo
+    symmetry.
 
     Args:
         draws: draws, weights ``(..., dim)``, or a pair of weights and log weights.
@@ -209,14 +208,11 @@ def _weighted(draws: object, log_weights: Tensor, temperature: float) -> Diagnos
 
 
 def _chains(draws: Draws, model: BayesianModel, x: Tensor) -> Diagnosis:
-    rows = np.unique(np.linspace(0, len(x) - 1, min(MAX_ROWS, len(x))).round().astype(int))
-    r_hat = bulk = tail = None
+    rows = r_hat = bulk = tail = None
     moved = True
     if draws.draws >= 4:
-        values = function_values(draws, model, x[rows])
-        if model.likelihood.kind == "classification" and values.shape[-1] == 2:
-            values = values[..., 1:]  # the other probability says the same
-        r_hat, bulk, tail = _compare(values)
+        rows, values = predicted_values(draws, model, x)
+        r_hat, bulk, tail = compare_chains(values)
         moved = bool((values != values[:1, :1]).any())
     stats = draws.stats
     diverging = int(stats["diverging"].sum()) if "diverging" in stats else None
@@ -237,7 +233,7 @@ def _chains(draws: Draws, model: BayesianModel, x: Tensor) -> Diagnosis:
         if not worst <= R_HAT[0]:
             (mild if worst <= R_HAT[1] else severe).append(
                 f"chains disagree about predictions (R-hat up to {worst:.4g}): run a longer warm-up and more draws, or "
-                "start from a trained network or an ensemble"
+                "start from a trained network or an ensemble; weight_convergence shows in which layer they differ"
             )
         ess = float(min(bulk.min(), tail.min()))
         if not ess >= ESS[0]:
@@ -290,7 +286,7 @@ def _chains(draws: Draws, model: BayesianModel, x: Tensor) -> Diagnosis:
         _method(draws),
         draws.chains,
         total,
-        rows if r_hat is not None else None,
+        rows,
         r_hat,
         bulk,
         tail,
@@ -299,36 +295,6 @@ def _chains(draws: Draws, model: BayesianModel, x: Tensor) -> Diagnosis:
         e_bfmi=e_bfmi,
         temperature=temperature,
     )
-
-
-def _compare(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return R-hat, bulk and tail ESS of ``(chain, draw, rows, outputs)``, ``(rows, outputs)`` each.
-
-    Chains that are each constant but differ have infinite R-hat and no effective draws.
-    """
-    import xarray
-
-    arviz = import_arviz()
-
-    def dataset(values: np.ndarray) -> xarray.Dataset:
-        return xarray.Dataset({"mean": (("chain", "draw", "row", "output"), values)})
-
-    halves = values
-    if len(values) == 1:  # R-hat wants two chains; a single one is compared with itself
-        half = values.shape[1] // 2
-        halves = values[:, : 2 * half].reshape(2, half, *values.shape[2:])
-    with np.errstate(all="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        r_hat = arviz.rhat(dataset(halves))["mean"].to_numpy()
-        bulk = arviz.ess(dataset(values), method="bulk")["mean"].to_numpy()
-        tail = arviz.ess(dataset(values), method="tail")["mean"].to_numpy()
-    constant = (values == values[:1, :1]).all((0, 1))
-    r_hat = np.where(constant, 1.0, np.nan_to_num(r_hat, nan=np.inf))
-    bulk, tail = (
-        np.where(constant, values.shape[0] * values.shape[1], np.where(np.isinf(r_hat), 0.0, np.nan_to_num(ess)))
-        for ess in (bulk, tail)
-    )
-    return r_hat, bulk, tail
 
 
 def _e_bfmi(energy: Tensor) -> float:

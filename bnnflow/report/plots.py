@@ -1,4 +1,7 @@
-"""Plots of predictions, side by side for several methods. Each returns a figure and changes no global state."""
+"""Plots of predictions, side by side for several methods. Each returns a figure and changes no global state.
+
+The plots of `bnnflow.report.weight_plots` are here too.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +15,29 @@ import torch
 from torch import Tensor
 
 from bnnflow.predictive import Prediction, metrics
+from bnnflow.report.style import BODY, GREY, INK, SMALL, array, colours, quiet
+from bnnflow.report.weight_plots import barrier, block_structure, convergence, loss_plane
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["colours", "predictive", "predictive_band", "reliability"]
+__all__ = [
+    "INK",
+    "barrier",
+    "block_structure",
+    "colours",
+    "convergence",
+    "loss_plane",
+    "predictive",
+    "predictive_band",
+    "reliability",
+]
 
-INK = "#1b1f24"  # text and axes; the HTML report lets it follow the page's own colour
-_GREY = "#808890"
-_PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b0578d", "#3a9bd9", "#c98a00")  # after Okabe and Ito
 _LIGHT, _STRONG = 0.22, 0.42  # opacity of the wide and the narrow band
 _DASHES = (0, (4, 2))
-_SMALL, _BODY = 9, 10
 _MAX_ROWS = 120
 _MAX_DRAWS = 2000  # bands need no more
-
-
-def colours(names: list[str]) -> dict[str, str]:
-    """Return a colour for every method, the same in every plot of the same methods."""
-    return {name: _PALETTE[index % len(_PALETTE)] for index, name in enumerate(names)}
 
 
 def predictive_band(
@@ -66,17 +72,17 @@ def predictive_band(
     for (name, prediction), ax in zip(predictions.items(), axes, strict=True):
         thin, colour = _thin(prediction), colours(list(predictions))[name]
         x, order = prediction.x.flatten().sort()
-        bands = _array(thin.quantile([0.05, 0.25, 0.75, 0.95])[:, order])
-        x = _array(x)
+        bands = array(thin.quantile([0.05, 0.25, 0.75, 0.95])[:, order])
+        x = array(x)
         ax.fill_between(x, bands[0], bands[3], color=colour, alpha=_LIGHT, linewidth=0)
         ax.fill_between(x, bands[1], bands[2], color=colour, alpha=_STRONG, linewidth=0)
-        for edge in _function_quantiles(thin, [0.05, 0.95])[:, _array(order)]:
+        for edge in _function_quantiles(thin, [0.05, 0.95])[:, array(order)]:
             ax.plot(x, edge, color=colour, linewidth=0.9, linestyle=_DASHES)
-        ax.plot(x, _array(prediction.mean[order]), color=colour, linewidth=1.8)
+        ax.plot(x, array(prediction.mean[order]), color=colour, linewidth=1.8)
         if truth is not None:
-            ax.plot(x, _array(truth).ravel()[_array(order)], color=INK, linewidth=0.9, linestyle=":")
+            ax.plot(x, array(truth).ravel()[array(order)], color=INK, linewidth=0.9, linestyle=":")
         if x_train is not None and y_train is not None:
-            ax.plot(_array(x_train).ravel(), _array(y_train).ravel(), ".", color=INK, markersize=3.5)
+            ax.plot(array(x_train).ravel(), array(y_train).ravel(), ".", color=INK, markersize=3.5)
     _limit(axes, predictions, y_train)
     key = {"90 % of y": _LIGHT, "50 % of y": _STRONG, "90 % of the function": _DASHES, "mean": "-"}
     _legend(figure, key | ({} if truth is None else {"truth": ":"}) | ({} if x_train is None else {"data": "."}))
@@ -100,7 +106,7 @@ def reliability(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray, b
     figure, axes = _panels(list(predictions), height=0, square=True)
     for (name, prediction), ax in zip(predictions.items(), axes, strict=True):
         colour = colours(list(predictions))[name]
-        ax.plot([0, 1], [0, 1], color=_GREY, linewidth=1)
+        ax.plot([0, 1], [0, 1], color=GREY, linewidth=1)
         if classes:
             _confidence_curve(ax, prediction, y, bins, colour)
         else:
@@ -133,8 +139,8 @@ def predictive(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) ->
     figure, axes = _panels(list(predictions), height=2.7)
     for (name, prediction), ax in zip(predictions.items(), axes, strict=True):
         colour = colours(list(predictions))[name]
-        low, high = (_array(end).ravel() for end in _thin(prediction).interval(0.9))
-        mean, seen = _array(prediction.mean).ravel(), _array(prediction.targets(y)).ravel()
+        low, high = (array(end).ravel() for end in _thin(prediction).interval(0.9))
+        mean, seen = array(prediction.mean).ravel(), array(prediction.targets(y)).ravel()
         order = np.argsort(seen)
         order = order[np.unique(np.linspace(0, len(order) - 1, min(_MAX_ROWS, len(order))).astype(int))]
         rank = np.arange(len(order))
@@ -153,27 +159,27 @@ def predictive(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) ->
 
 def _confidence_curve(ax: Axes, prediction: Prediction, y: Any, bins: int, colour: str) -> None:
     binned = metrics.reliability(prediction, y, bins)
-    filled = _array(binned.rows) > 0
-    confidence, accuracy, count = (_array(v)[filled] for v in (binned.confidence, binned.accuracy, binned.rows))
+    filled = array(binned.rows) > 0
+    confidence, accuracy, count = (array(v)[filled] for v in (binned.confidence, binned.accuracy, binned.rows))
     spread = 1.96 * np.sqrt(confidence * (1 - confidence) / count)  # of the accuracy, if calibrated
     share = count / count.sum()
-    edges = _array(binned.edges)
+    edges = array(binned.edges)
     ax.bar(edges[:-1][filled], share, np.diff(edges)[filled], align="edge", color=colour, alpha=_LIGHT, linewidth=0)
     low, high = np.clip(confidence - spread, 0, 1), np.clip(confidence + spread, 0, 1)
-    ax.vlines(confidence, low, high, color=_GREY, alpha=0.45, linewidth=3)
+    ax.vlines(confidence, low, high, color=GREY, alpha=0.45, linewidth=3)
     ax.plot(confidence, accuracy, color=colour, linewidth=1, alpha=0.6)
     ax.scatter(confidence, accuracy, 12 + 90 * share, color=colour, linewidth=0, zorder=3)
-    ax.text(0.04, 0.93, f"ECE {metrics.ece(prediction, y, bins):.3f}", color=INK, fontsize=_SMALL, va="top")
+    ax.text(0.04, 0.93, f"ECE {metrics.ece(prediction, y, bins):.3f}", color=INK, fontsize=SMALL, va="top")
 
 
 def _coverage_curve(ax: Axes, prediction: Prediction, y: Any, colour: str) -> None:
-    distance = 2 * np.abs(_array(metrics.pit(prediction, y)).ravel() - 0.5)
+    distance = 2 * np.abs(array(metrics.pit(prediction, y)).ravel() - 0.5)
     levels = np.linspace(0, 1, 101)
     inside = np.searchsorted(np.sort(distance), levels, side="right") / len(distance)
     spread = 1.96 * np.sqrt(levels * (1 - levels) / len(distance))
-    ax.fill_between(levels, levels - spread, levels + spread, color=_GREY, alpha=0.25, linewidth=0)
+    ax.fill_between(levels, levels - spread, levels + spread, color=GREY, alpha=0.25, linewidth=0)
     ax.plot(levels, inside, color=colour, linewidth=1.8, drawstyle="steps-post")
-    ax.text(0.97, 0.04, f"90 %: {100 * (distance <= 0.9).mean():.0f} %", color=INK, fontsize=_SMALL, ha="right")
+    ax.text(0.97, 0.04, f"90 %: {100 * (distance <= 0.9).mean():.0f} %", color=INK, fontsize=SMALL, ha="right")
 
 
 def _confidences(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) -> Figure:
@@ -182,14 +188,14 @@ def _confidences(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) 
     for (name, prediction), ax in zip(predictions.items(), axes, strict=True):
         probs = prediction.probs
         edges = np.linspace(1 / probs.shape[-1], 1, 21).tolist()
-        confidence = _array(probs.max(-1).values)
-        right = _array(probs.argmax(-1) == prediction.targets(y))
+        confidence = array(probs.max(-1).values)
+        right = array(probs.argmax(-1) == prediction.targets(y))
         colour = colours(list(predictions))[name]
         ax.hist(confidence[right], edges, color=colour, alpha=0.45, label=f"right ({right.sum()})")
         ax.hist(confidence[~right], edges, color=INK, rwidth=0.45, label=f"wrong ({(~right).sum()})")
         ax.set_yscale("symlog", linthresh=10)
         ax.set_xlim(edges[0], 1)
-        legend = ax.legend(frameon=False, fontsize=_SMALL, loc="upper left", handlelength=1.2, labelcolor=INK)
+        legend = ax.legend(frameon=False, fontsize=SMALL, loc="upper left", handlelength=1.2, labelcolor=INK)
         legend.set_zorder(5)
     top = max(ax.get_ylim()[1] for ax in axes)
     for ax in axes:
@@ -217,21 +223,16 @@ def _panels(names: list[str], height: float, *, square: bool = False) -> tuple[F
     for spare in axes[n:]:
         spare.set_visible(False)
     for index, (name, ax) in enumerate(zip(names, axes, strict=False)):
-        ax.set_title(name.replace("$", r"\$"), fontsize=_BODY + 1, color=INK, loc="left", fontweight="bold")
-        ax.patch.set_alpha(0)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.spines[["left", "bottom"]].set_color(_GREY)
-        ax.tick_params(colors=INK, labelsize=_SMALL, color=_GREY, length=3)
+        ax.set_title(name.replace("$", r"\$"), fontsize=BODY + 1, color=INK, loc="left", fontweight="bold")
+        quiet(ax)
         ax.tick_params(labelbottom=index + columns >= n)
-        ax.grid(True, color=_GREY, alpha=0.18, linewidth=0.6)
-        ax.set_axisbelow(True)
     return figure, axes[:n]
 
 
 def _limit(axes: list[Axes], predictions: Mapping[str, Prediction], y: Tensor | np.ndarray | None) -> None:
     """Bound the shared y axis by the data and by the means near them, so that a wild band cannot flatten the rest."""
-    means = np.concatenate([_array(prediction.mean).ravel() for prediction in predictions.values()])
-    seen = means if y is None else _array(y).ravel()
+    means = np.concatenate([array(prediction.mean).ravel() for prediction in predictions.values()])
+    seen = means if y is None else array(y).ravel()
     low, high = seen.min(), seen.max()
     margin = 0.6 * (high - low) if high > low else 1.0
     axes[0].set_ylim(low - margin, high + margin)
@@ -247,7 +248,7 @@ def _legend(figure: Figure, key: Mapping[str, Any]) -> None:
 
     handles: list[Any] = []
     for label, mark in key.items():
-        colour = INK if label in ("truth", "data", "observed") else _GREY
+        colour = INK if label in ("truth", "data", "observed") else GREY
         if isinstance(mark, float):
             handles.append(Patch(facecolor=colour, alpha=mark + 0.15, linewidth=0, label=label))
         elif mark in (".", "o", "_"):
@@ -259,7 +260,7 @@ def _legend(figure: Figure, key: Mapping[str, Any]) -> None:
         loc="outside upper left",
         ncols=len(handles),
         frameon=False,
-        fontsize=_SMALL,
+        fontsize=SMALL,
         labelcolor=INK,
         columnspacing=1.4,
         handlelength=1.6,
@@ -267,8 +268,8 @@ def _legend(figure: Figure, key: Mapping[str, Any]) -> None:
 
 
 def _labels(figure: Figure, axes: list[Axes], x: str, y: str) -> None:
-    figure.supxlabel(x, fontsize=_BODY, color=INK)
-    figure.supylabel(y, fontsize=_BODY, color=INK)
+    figure.supxlabel(x, fontsize=BODY, color=INK)
+    figure.supylabel(y, fontsize=BODY, color=INK)
 
 
 def _thin(prediction: Prediction) -> Prediction:
@@ -286,7 +287,7 @@ def _function_quantiles(prediction: Prediction, levels: list[float]) -> np.ndarr
     values, order = torch.cat(list(prediction.functions())).squeeze(-1).sort(0)  # (draws, n)
     below = prediction.log_weights.exp()[order].cumsum(0)
     index = [(below < level).sum(0, keepdim=True).clamp(max=len(values) - 1) for level in levels]
-    return _array(torch.cat([values.gather(0, i) for i in index]))
+    return array(torch.cat([values.gather(0, i) for i in index]))
 
 
 def _check(predictions: Mapping[str, Prediction], kind: str) -> None:
@@ -295,7 +296,3 @@ def _check(predictions: Mapping[str, Prediction], kind: str) -> None:
     for name, prediction in predictions.items():
         if prediction.kind != kind:
             raise ValueError(f"{name} is a prediction for {prediction.kind}, expected {kind}")
-
-
-def _array(values: Any) -> np.ndarray:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)

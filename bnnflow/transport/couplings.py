@@ -32,7 +32,7 @@ class Coupling(Protocol):
 
 def source_symmetries(model: BayesianModel) -> Symmetries:
     """Return the symmetries of the network's function that leave the prior invariant."""
-    return model.spec.symmetries(model.prior) if model.spec.layers else Symmetries(*(frozenset(),) * 3)
+    return model.spec.symmetries(model.prior)
 
 
 @dataclass(frozen=True)

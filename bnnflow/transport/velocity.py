@@ -47,13 +47,13 @@ class WeightsVelocity(nn.Module):
         self.spec = spec
         self.group = _permutations(spec)
         self._config = {"width": width, "depth": depth}
-        self.net = DWSNet(spec, 1, 1, width, depth)
+        self.net = DWSNet(spec, 1, 1, width, depth, time=True, messages=False)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """Return the velocity, ``(batch, dim)``."""
         t = _times(t, x)
         q = t * t + (1 - t) ** 2
-        return ((2 * t - 1) / q).unsqueeze(-1) * x + self.net(t, x.unsqueeze(-1)).squeeze(-1)
+        return ((2 * t - 1) / q).unsqueeze(-1) * x + self.net(x.unsqueeze(-1), t).squeeze(-1)
 
     def describe(self) -> dict[str, Any]:
         """Return plain values from which the module is rebuilt."""
@@ -83,7 +83,7 @@ class InformedVelocity(nn.Module):
         self.group = _permutations(spec)
         self.displacement = displacement if displacement is not None else GradientSteps()
         self._config = {"width": width, "depth": depth}
-        self.net = DWSNet(spec, 3, 1, width, depth)
+        self.net = DWSNet(spec, 3, 1, width, depth, time=True, messages=False)
         self.time = TimeEmbedding(width)
         self.trust = nn.Linear(width, 1)
         nn.init.zeros_(self.trust.weight)
@@ -106,7 +106,7 @@ class InformedVelocity(nn.Module):
         features = [x, s2 * drive.w / (s2.sqrt() + 0.05), torch.asinh(s2 * drive.grad)]
         prior = (2 * t.unsqueeze(-1) - 1) / q * x
         pull = rest / q * self.trust(self.time(t)) * drive.w
-        return prior + pull + self.net(t, torch.stack(features, -1)).squeeze(-1)
+        return prior + pull + self.net(torch.stack(features, -1), t).squeeze(-1)
 
     def bind(self, context: Context | None) -> InformedVelocity:
         """Return the same field, sharing its weights, with the pull of another model, or of none."""

@@ -1,0 +1,100 @@
+"""Alignment: many networks in one frame of units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bnnflow.draws import Draws
+from bnnflow.model import BayesianModel
+from bnnflow.symmetry.matching import match, match_activations
+from bnnflow.symmetry.sinkhorn import sinkhorn_rebasin
+from bnnflow.weights import Symmetries, WeightSpec
+
+__all__ = ["Method", "align", "frechet_mean"]
+
+Method = Literal["weights", "activations", "sinkhorn"]
+
+
+def align(
+    draws: Draws | Tensor,
+    model: BayesianModel,
+    *,
+    reference: Tensor | None = None,
+    rounds: int = 5,
+    method: Method = "weights",
+) -> Draws | Tensor:
+    """Bring all draws into one frame of units, matched to their own running mean.
+
+    Starts from the draw of highest log joint density and alternates between matching every draw to the mean and
+    averaging (a Frechet mean modulo the group, see `frechet_mean`). Network functions and densities do not change.
+
+    Args:
+        draws: draws, or weights ``(..., dim)``.
+        model: whose symmetries, those that keep its prior too, are used.
+        reference: match to these weights ``(dim,)`` instead.
+        rounds: the most rounds of matching and averaging.
+        method: how to match: by weights (`match`), by activations on the model's data (`match_activations`), or by
+            Sinkhorn re-basin (`sinkhorn_rebasin`), which is far slower.
+
+    Returns:
+        What was given, with aligned weights.
+    """
+    theta = draws.theta if isinstance(draws, Draws) else draws
+    flat = theta.reshape(-1, model.dim)
+    group = model.spec.symmetries(model.prior)
+    matching = _matching(method, model, group)
+    if reference is not None:
+        flat = matching(flat, reference)
+    elif group.permutation or group.sign:
+        log_joint = draws.log_joint.flatten() if isinstance(draws, Draws) else model.log_joint(flat)
+        flat, _ = frechet_mean(flat, model.spec, start=flat[log_joint.argmax()], rounds=rounds, matching=matching)
+    return draws.with_theta(flat) if isinstance(draws, Draws) else flat.reshape(theta.shape)
+
+
+def frechet_mean(
+    theta: Tensor,
+    spec: WeightSpec,
+    *,
+    start: Tensor | None = None,
+    rounds: int = 5,
+    matching: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Match networks to their mean, and average them, in turn: a mean modulo the symmetries.
+
+    With weight matching every round lowers the sum of squared distances to the mean, so that the rounds end in a
+    local minimum: a Frechet mean of the orbits, as far as the matching finds the shortest distances.
+
+    Args:
+        theta: networks, ``(batch, dim)``.
+        spec: what their entries mean.
+        start: the first reference, ``(dim,)``; by default the first network.
+        rounds: the most rounds; they end as soon as the mean stays where it is.
+        matching: what brings networks ``(batch, dim)`` close to a reference ``(dim,)``; by default `match`.
+
+    Returns:
+        The matched networks ``(batch, dim)``, and their mean ``(dim,)``.
+    """
+    matching = matching or (lambda networks, reference: match(networks, spec, reference))
+    mean = theta[0] if start is None else start
+    for _ in range(rounds):
+        theta = matching(theta, mean)
+        last, mean = mean, theta.mean(0)
+        if torch.allclose(mean, last, rtol=1e-4, atol=1e-5):
+            break
+    return theta, mean
+
+
+def _matching(method: Method, model: BayesianModel, group: Symmetries) -> Callable[[Tensor, Tensor], Tensor]:
+    spec = model.spec
+    if method == "weights":
+        return lambda theta, reference: match(theta, spec, reference, group=group)
+    if method == "activations":
+        net = None if spec.layers else model.net
+        return lambda theta, reference: match_activations(theta, spec, reference, model.x, net=net, group=group)
+    if method == "sinkhorn":
+        return lambda theta, reference: sinkhorn_rebasin(theta, spec, reference, group=group)
+    raise ValueError(f"method must be 'weights', 'activations' or 'sinkhorn', got {method!r}")

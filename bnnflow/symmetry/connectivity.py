@@ -1,0 +1,297 @@
+"""Mode connectivity: what the loss does on the way from one network to another.
+
+A way is a `Path`: a straight line or a low-loss curve in weight space (`Curve`), or the shortest way on the manifold
+of networks whose scales are normalised (`Geodesic`). All are batched over pairs of networks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from bnnflow.inference.start import Adam, cosine
+from bnnflow.progress import progress_bar
+from bnnflow.seeding import as_generator
+from bnnflow.symmetry.canonical import normalise_scale
+from bnnflow.types import Seed
+from bnnflow.weights import WeightSpec
+
+__all__ = ["Barrier", "Curve", "Geodesic", "Path", "Plane", "barrier", "barrier_along", "fit_curve", "loss_plane"]
+
+Loss = Callable[[Tensor], Tensor]
+"""Networks to losses, ``(..., dim) -> (...)``, such as ``lambda theta: -model.log_likelihood(theta) / n``."""
+
+
+class Path(Protocol):
+    """A way from one network to another, or many ways at once."""
+
+    def at(self, t: Tensor) -> Tensor:
+        """Return the networks at times ``(points,)`` in [0, 1], ``(..., points, dim)``."""
+        ...
+
+
+class Barrier(NamedTuple):
+    """The losses along a path, and by how much they exceed the straight line between the losses of its ends.
+
+    Attributes:
+        t: ``(points,)``, times from 0 to 1.
+        losses: ``(..., points)``.
+        midpoint: ``(...)``, the loss halfway.
+        maximum: ``(...)``, the largest excess, at least 0: the barrier.
+        area: ``(...)``, the integral of the excess over t, negative where the path dips below its ends.
+    """
+
+    t: Tensor
+    losses: Tensor
+    midpoint: Tensor
+    maximum: Tensor
+    area: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """Curves through weight space, linear in their control points.
+
+    Attributes:
+        control: ``(..., k, dim)``, the ends and, between them, the bends.
+        kind: ``"bezier"``, which its bends attract, or ``"chain"``, straight from bend to bend. With two control
+            points both are the line.
+    """
+
+    control: Tensor
+    kind: Literal["bezier", "chain"] = "bezier"
+
+    def weights(self, t: Tensor) -> Tensor:
+        """Return what each control point contributes at times ``t`` ``(...)``, ``(..., k)``; they sum to 1."""
+        degree = self.control.shape[-2] - 1
+        t, index = t.to(self.control).unsqueeze(-1), torch.arange(degree + 1, device=self.control.device)
+        if self.kind == "chain":
+            return (1 - (t * degree - index).abs()).clamp(min=0)
+        binomial = torch.tensor([math.comb(degree, i) for i in range(degree + 1)]).to(t)
+        return binomial * t**index * (1 - t) ** (degree - index)
+
+    def at(self, t: Tensor) -> Tensor:
+        """Return the networks at times ``(points,)``, or ``(..., points)`` for times of each pair's own."""
+        return self.weights(t) @ self.control  # (..., points, dim)
+
+
+class Geodesic:
+    """Shortest paths between networks whose scales are normalised (Pittorino et al. 2022, "Deep Networks on Toroids").
+
+    What enters a unit of a homogeneous activation lives on a sphere once its norm is 1, and goes along a great circle
+    at constant speed. All other weights, those of the output layer among them, go straight.
+
+    Args:
+        theta_a: the starts, ``(..., dim)``. Their scales are normalised here, which keeps their functions.
+        theta_b: the ends.
+        spec: what the entries mean.
+    """
+
+    def __init__(self, theta_a: Tensor, theta_b: Tensor, spec: WeightSpec) -> None:
+        spec.check(theta_a)
+        spec.check(theta_b)
+        theta_a, theta_b = torch.broadcast_tensors(theta_a, theta_b)
+        self.start, self.end = normalise_scale(theta_a, spec), normalise_scale(theta_b, spec)
+        self._owner = _owners(spec).to(theta_a.device)
+        cosine = self._per_unit(self.start * self.end)
+        norms = (self._per_unit(self.start**2) * self._per_unit(self.end**2)).sqrt()
+        angle = (cosine / norms.clamp(min=1e-30)).clamp(-1, 1).acos()
+        self._angle = torch.where(norms > 0, angle, 0.0)
+        self._angle[..., -1] = 0.0  # of all weights that go straight
+
+    def _per_unit(self, values: Tensor) -> Tensor:
+        """Sum ``(..., dim)`` over what enters each unit, ``(..., units + 1)``; the last sums the rest."""
+        sums = values.new_zeros(*values.shape[:-1], int(self._owner.max()) + 1)
+        return sums.index_add_(-1, self._owner, values)
+
+    def at(self, t: Tensor) -> Tensor:
+        """Return the networks at times ``(points,)``, ``(..., points, dim)``."""
+        t, angle = t.to(self.start).unsqueeze(-1), self._angle.unsqueeze(-2)  # (points, 1), (..., 1, units + 1)
+        # Opposite vectors have no shortest path, and near ones need none: both go straight.
+        bent = (angle > 1e-4) & (angle < math.pi - 1e-4)
+        safe = torch.where(bent, angle, 1.0)
+        of_start = torch.where(bent, ((1 - t) * safe).sin() / safe.sin(), 1 - t)[..., self._owner]
+        of_end = torch.where(bent, (t * safe).sin() / safe.sin(), t)[..., self._owner]
+        return of_start * self.start.unsqueeze(-2) + of_end * self.end.unsqueeze(-2)
+
+
+def _owners(spec: WeightSpec) -> Tensor:
+    """Number the units with a scale, and return for each weight ``(dim,)`` the unit that it enters; the last is none.
+
+    Raises:
+        ValueError: if there is no such unit.
+    """
+    scaled = [label for label in spec.activations if label in spec.symmetries().scale]
+    if not scaled:
+        raise ValueError("no hidden layer has a scale symmetry: take the straight line")
+    first, units = {}, 0
+    for label in scaled:
+        first[label], units = units, units + spec.widths[label]
+    parts = []
+    for name in spec.names:
+        shape, axes = spec.blocks(name)
+        owner = torch.full(shape, units)
+        if name not in spec.extras and axes and axes[0] in first:
+            of_unit = first[axes[0]] + torch.arange(shape[0])
+            owner = of_unit.reshape(-1, *(1,) * (len(shape) - 1)).expand(shape)
+        parts.append(owner.flatten())
+    return torch.cat(parts)
+
+
+def barrier(theta_a: Tensor, theta_b: Tensor, loss: Loss, *, points: int = 25) -> Barrier:
+    """Measure the loss barrier on the straight line between networks (Frankle et al. 2020).
+
+    Args:
+        theta_a: ``(..., dim)``.
+        theta_b: ``(..., dim)``, broadcast against ``theta_a``.
+        loss: ``(..., dim) -> (...)``.
+        points: on the line, ends included; an odd number.
+
+    Raises:
+        ValueError: if the networks do not broadcast, or points is even or below 3.
+
+    Example:
+        >>> ends = torch.tensor([[-1.0], [1.0]])
+        >>> double_well = lambda theta: (theta**2 - 1).square().squeeze(-1)
+        >>> found = barrier(*ends, double_well)
+        >>> float(found.midpoint), float(found.maximum)
+        (1.0, 1.0)
+    """
+    return barrier_along(Curve(_ends(theta_a, theta_b)), loss, points=points)
+
+
+def barrier_along(path: Path, loss: Loss, *, points: int = 25) -> Barrier:
+    """Measure the loss along any path; as `barrier`."""
+    if points < 3 or points % 2 == 0:
+        raise ValueError(f"points must be odd and at least 3, got {points}")
+    t = torch.linspace(0, 1, points, dtype=torch.float64)
+    with torch.no_grad():
+        # A few points at once: all activations of all pairs and points together need not fit into memory.
+        losses = torch.cat([loss(path.at(few)) for few in t.split(5)], -1)  # (..., points)
+    t = t.to(losses)
+    excess = losses - torch.lerp(losses[..., :1], losses[..., -1:], t)
+    return Barrier(t, losses, losses[..., points // 2], excess.amax(-1).clamp(min=0), torch.trapezoid(excess, t))
+
+
+def _ends(theta_a: Tensor, theta_b: Tensor) -> Tensor:
+    """Return both ends, ``(..., 2, dim)``."""
+    try:
+        return torch.stack(torch.broadcast_tensors(theta_a, theta_b), -2)
+    except RuntimeError as error:
+        raise ValueError(f"networks of shapes {tuple(theta_a.shape)} and {tuple(theta_b.shape)} do not pair") from error
+
+
+def fit_curve(
+    theta_a: Tensor,
+    theta_b: Tensor,
+    loss: Loss,
+    *,
+    kind: Literal["bezier", "chain"] = "bezier",
+    bends: int = 1,
+    steps: int = 300,
+    learning_rate: float = 0.02,
+    samples: int = 4,
+    seed: Seed = 0,
+    progress: bool = True,
+) -> Curve:
+    """Find curves of low loss between networks (Garipov et al. 2018), all pairs at once.
+
+    Minimises the expected loss at a uniform time over the bends, by Adam from evenly spaced points of the line; the
+    ends stay. One bend of a Bezier curve is the quadratic one of the paper, one of a chain its polygonal chain.
+
+    Args:
+        theta_a: ``(..., dim)``.
+        theta_b: ``(..., dim)``, broadcast against ``theta_a``.
+        loss: ``(..., dim) -> (...)``, differentiable; it may be a random mini-batch's.
+        kind: of curve, see `Curve`.
+        bends: control points between the ends.
+        steps: of Adam; a cosine takes the learning rate to zero.
+        learning_rate: its first value.
+        samples: times a step for each pair, one uniform in each of as many equal stretches of [0, 1].
+        seed: source of the times.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: if the networks do not broadcast, or a count is below 1.
+    """
+    for name, value in {"bends": bends, "steps": steps, "samples": samples}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    ends = _ends(theta_a, theta_b).detach()
+    generator = as_generator(seed, ends.device)
+    inner = Curve(ends).at(torch.linspace(0, 1, bends + 2, dtype=torch.float64)[1:-1])  # (..., bends, dim)
+    adam = Adam(inner)
+    stretches = torch.arange(samples, device=ends.device)
+    with progress_bar(steps, "curve", progress, "step") as bar:
+        for step in range(1, steps + 1):
+            curve = Curve(torch.cat([ends[..., :1, :], inner, ends[..., 1:, :]], -2), kind)
+            jitter = torch.rand(*ends.shape[:-2], samples, generator=generator, device=ends.device)
+            weights = curve.weights((stretches + jitter) / samples)  # (..., samples, k)
+            theta = (weights @ curve.control).requires_grad_()
+            (grad,) = torch.autograd.grad(loss(theta).sum(), theta)  # (..., samples, dim)
+            # The curve is linear in its bends, so their gradient is a weighted sum.
+            of_bends = weights[..., 1:-1].mT @ grad / samples
+            inner = adam.step(inner, -of_bends, cosine(learning_rate, step, steps))
+            bar.update()
+    return Curve(torch.cat([ends[..., :1, :], inner, ends[..., 1:, :]], -2), kind)
+
+
+class Plane(NamedTuple):
+    """The losses on the plane through three networks, in an orthonormal frame.
+
+    Attributes:
+        x: ``(points,)``, distance from the first network in the direction of the second.
+        y: ``(points,)``, distance from the line through these two, on the side of the third.
+        losses: ``(points, points)``, rows of y.
+        origin: ``(dim,)``, the first network.
+        frame: ``(2, dim)``, the directions of x and y, of norm 1.
+        networks: ``(3, 2)``, where the three networks are.
+    """
+
+    x: Tensor
+    y: Tensor
+    losses: Tensor
+    origin: Tensor
+    frame: Tensor
+    networks: Tensor
+
+    def locate(self, theta: Tensor) -> Tensor:
+        """Return the coordinates of networks ``(..., dim)``, projected on the plane, ``(..., 2)``."""
+        return (theta - self.origin) @ self.frame.mT
+
+
+def loss_plane(
+    theta_a: Tensor, theta_b: Tensor, theta_c: Tensor, loss: Loss, *, points: int = 41, margin: float = 0.25
+) -> Plane:
+    """Evaluate the loss on the plane through three networks, such as the ends and the bend of a curve.
+
+    Args:
+        theta_a: ``(dim,)``.
+        theta_b: ``(dim,)``.
+        theta_c: ``(dim,)``.
+        loss: ``(..., dim) -> (...)``.
+        points: along either direction.
+        margin: how far the picture reaches beyond the networks, as a fraction of their extent.
+
+    Raises:
+        ValueError: if the networks are on one line.
+    """
+    along, aside = theta_b - theta_a, theta_c - theta_a
+    along = along / along.norm()
+    aside = aside - (aside @ along) * along
+    if not aside.norm() > 1e-6 * (theta_c - theta_a).norm():
+        raise ValueError("the three networks are on one line and span no plane")
+    frame = torch.stack([along, aside / aside.norm()])
+    networks = (torch.stack([theta_a, theta_b, theta_c]) - theta_a) @ frame.mT
+    low, high = networks.amin(0), networks.amax(0)
+    low, high = low - margin * (high - low), high + margin * (high - low)
+    x, y = (torch.linspace(float(low[i]), float(high[i]), points).to(theta_a) for i in range(2))
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)  # (points, points, 2)
+    with torch.no_grad():
+        losses = loss(theta_a + grid @ frame)
+    return Plane(x, y, losses, theta_a, frame, networks)

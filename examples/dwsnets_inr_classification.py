@@ -1,0 +1,183 @@
+"""Classify images by the weights of their implicit neural representations (Navon et al. 2023, section 6.2).
+
+Every image is fitted by SIRENs of its own (2-32-32-1, several random starts an image), and networks over weights are
+trained to tell its class from the weights alone: a DWSNet against a perceptron on raw weights, with permutation
+augmentation, and on aligned weights, a transformer over units, and a graph network. All see one corpus, split by image.
+Run: ``python examples/dwsnets_inr_classification.py [--data mnist|fashion_mnist|digits] [--full]``.
+"""
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from weight_space import (
+    WeightsMLP,
+    WeightsTransformer,
+    accuracy,
+    cross_entropy,
+    frame,
+    interval,
+    permutations,
+    permuted,
+    table,
+    train,
+)
+
+import bnnflow as bf
+from bnnflow.data import Dataset, load_images
+from bnnflow.equivariant import DWSNet, GraphNet, INRs, TensorScaler, fit_images, siren, warp
+from bnnflow.model.network import ChainNetwork
+from bnnflow.symmetry import match, normalise_sign
+
+OUT = Path("out")
+W0, FIT_STEPS, PIXELS = 20.0, 200, 128  # of the fits: frequency, Adam steps, coordinates a step
+BATCH, DECAY, PROBES = 64, 0.02, 7  # probes: fixed inputs on a grid of 7 x 7
+TRIALS = [(1e-3, 0.0), (3e-3, 0.0), (1e-3, 1.0), (3e-3, 1.0)]  # learning rate, strength of the warps
+PUBLISHED = {"DWSNet": (85.71, 67.06), "MLP, aligned": (58.98, 47.79)}  # MNIST and Fashion-MNIST, 55,000 images
+
+
+def images(name: str | None) -> Dataset:
+    """Return the images asked for, or the best that are there: MNIST, a part of it, the digits of scikit-learn."""
+    folder = os.environ.get("BNNFLOW_DATA", "../shared/data")
+    for candidate in [name] if name else ["mnist", "mnist10k"]:
+        try:
+            return load_images(candidate, folder=folder)
+        except FileNotFoundError:
+            if name:
+                raise
+    return load_images("digits")
+
+
+def corpus(data: Dataset, views: int) -> tuple[list[INRs], INRs]:
+    """Fit every training image ``views`` times and every test image once, or read the fits of an earlier run."""
+    parts = []
+    for name, x, seed in [*((f"train{v}", data.x_train, v) for v in range(views)), ("test", data.x_test, 1000)]:
+        path = OUT / "inrs" / f"{data.name}-{name}.npz"
+        if not path.is_file():
+            pixels = min(PIXELS, x[0].numel())
+            fits = fit_images(x, siren(2, 1, w0=W0), steps=FIT_STEPS, batch_size=pixels, seed=seed)
+            fits.save(path)
+            print(f"{data.name} {name}: {len(fits)} fits in {fits.info['seconds']:.0f} s, {fits.psnr.mean():.1f} dB")
+        parts.append(bf.load(path))
+    return parts[:-1], parts[-1]
+
+
+def random_warp(theta: Tensor, spec: bf.WeightSpec, strength: float, generator: torch.Generator) -> Tensor:
+    """Turn, scale, shear and move the image of every network a little, exactly, by its first layer."""
+    turn, shear, wide, high, *move = ((2 * torch.rand(6, len(theta), generator=generator) - 1) * strength).unbind()
+    rotation = torch.stack([(0.35 * turn).cos(), -(0.35 * turn).sin(), (0.35 * turn).sin(), (0.35 * turn).cos()], -1)
+    stretch = torch.stack([(0.15 * wide).exp(), 0.2 * shear, torch.zeros_like(turn), (0.15 * high).exp()], -1)
+    matrix = rotation.unflatten(-1, (2, 2)) @ stretch.unflatten(-1, (2, 2))
+    return warp(theta, spec, matrix, 0.15 * torch.stack(move, -1))
+
+
+class Probed(nn.Module):
+    """A DWSNet that also sees what every hidden unit does at fixed inputs, and if asked for, what the network does."""
+
+    def __init__(self, spec: bf.WeightSpec, scaler: TensorScaler, outputs: bool, width: int, depth: int) -> None:
+        super().__init__()
+        grid = torch.linspace(-0.9, 0.9, PROBES)
+        self.x = torch.cartesian_prod(grid, grid)
+        self.network, self.scaler, self.outputs = ChainNetwork(spec), scaler, outputs
+        context = len(self.x) if outputs else 0
+        self.net = DWSNet(spec, 1, 10, width, depth, invariant=True, unit_features=len(self.x), context=context)
+
+    def forward(self, features: Tensor) -> Tensor:
+        theta = self.scaler.inverse(features.squeeze(-1))
+        units = self.network.hidden(theta, self.x)
+        context = self.network(theta, self.x).squeeze(-1) if self.outputs else None
+        return self.net(features, units=units, context=context)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=["mnist", "mnist10k", "fashion_mnist", "digits"])
+    parser.add_argument("--full", action="store_true", help="published size: more fits, a wider network, more steps")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="*", help="only these")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    views, epochs, width, depth = (10, 100, 128, 4) if args.full else (3, 40, 64, 3)
+    data = images(args.data)
+    fits, test = corpus(data, views)
+    spec = test.spec
+    theta = torch.stack([normalise_sign(part.theta, spec) for part in fits])  # (views, images, dim)
+    n_train = len(data.x_train) * 7 // 8  # the rest of the training images chooses settings and the best state
+    theta_test, y, y_test = normalise_sign(test.theta, spec), data.y_train, data.y_test
+    scaler = TensorScaler.fit(theta[:, :n_train], spec)
+    reference = frame(theta[0, :n_train], spec)
+    aligned = partial(match, spec=spec, reference=reference, group=permutations(spec), sweeps=2)
+
+    builds: dict[str, Callable[[], nn.Module]] = {
+        "DWSNet": lambda: DWSNet(spec, 1, 10, width, depth, invariant=True, edge_width=8),
+        "MLP": lambda: WeightsMLP(spec, 10),
+        "MLP, permuted": lambda: WeightsMLP(spec, 10),
+        "MLP, aligned": lambda: WeightsMLP(spec, 10),
+        "transformer": lambda: WeightsTransformer(spec, 10),
+        "GraphNet": lambda: GraphNet(spec, 1, 10, 32, 3, invariant=True),
+        "DWSNet + hidden probes": lambda: Probed(spec, scaler, False, width, depth),
+        "DWSNet + all probes": lambda: Probed(spec, scaler, True, width, depth),
+    }
+
+    def prepared(name: str, batch: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Do to a batch what belongs to the method, and scale it; augmentation needs a generator."""
+        if name == "MLP, aligned":
+            batch = aligned(batch)
+        elif name == "MLP, permuted" and generator is not None:
+            batch = permuted(batch, spec, generator)
+        return scaler(batch).unsqueeze(-1)
+
+    def run(name: str, rate: float, strength: float, steps: int, seed: int) -> tuple[float, float, float]:
+        """Train once; return the accuracies on validation and test images and the CPU seconds."""
+
+        def sample(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            rows = torch.randint(n_train, (BATCH,), generator=generator)
+            batch = theta[torch.randint(views, (BATCH,), generator=generator), rows]
+            if strength:
+                batch = normalise_sign(random_warp(batch, spec, strength, generator), spec)
+            return prepared(name, batch, generator), y[rows]
+
+        held_out = prepared(name, theta[0, n_train:], None)
+        unseen = prepared(name, theta_test, None)
+        torch.manual_seed(seed)
+        net, lowest, seconds = train(
+            builds[name](), sample, cross_entropy, lambda net: -accuracy(net, held_out, y[n_train:]), steps=steps,
+            learning_rate=rate, weight_decay=DECAY, seed=seed, log=lambda line: print(f"  {name}: {line}", flush=True),
+        )  # fmt: skip
+        return -lowest, accuracy(net, unseen, y_test), seconds
+
+    steps = epochs * n_train // BATCH
+    path = OUT / f"dwsnets_inr_classification_{data.name}{'_full' if args.full else ''}.json"
+    done = json.loads(path.read_text()) if path.is_file() else {}
+
+    def remembered(key: str, *settings) -> tuple[float, float, float]:
+        if key not in done:
+            done[key] = run(*settings)
+            path.write_text(json.dumps(done, indent=1))
+        return done[key]
+
+    rows = []
+    for name in args.methods or builds:
+        trials = [(remembered(f"{name} trial {trial}", name, *trial, steps // 5, 0)[0], trial) for trial in TRIALS]
+        best = max(trials)[1]
+        results = [remembered(f"{name} seed {seed}", name, *best, steps, seed) for seed in range(args.seeds)]
+        mean, error = interval([100 * result[1] for result in results])
+        sampling = math.sqrt(mean * (100 - mean) / len(y_test))
+        seconds = sum(result[2] for result in results) / len(results)
+        published = PUBLISHED.get(name, ("", ""))[data.name.startswith("fashion")]
+        shown = f"{mean:.1f} ± {error:.1f}"
+        rows.append((name, shown, f"{sampling:.1f}", f"{best[0]:g}, {best[1]:g}", f"{seconds:.0f}", str(published)))
+        print(
+            table(["method", "test accuracy, %", "sampling error", "rate, warp", "CPU s", "published"], rows),
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Read the frequency of a sine wave from the weights of a network that represents it (Navon et al. 2023, section 7.1).
+
+Each wave y = sin(b x) on [-pi, pi], b ~ U(0.5, 10), is fitted by a SIREN 1-32-32-1 of its own, and networks over
+weights predict b. Phases and signs of the sines, exact symmetries, are fixed once for the whole corpus; permutations
+are left to the methods. Every seed has training waves and starts of its own; validation and test waves are common.
+Settings are chosen from six trials a method on the validation waves of seed 0, trained on 500.
+Run: ``python examples/dwsnets_sine_regression.py [--full]``. Interrupted runs go on where they stopped.
+"""
+
+import argparse
+import itertools
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from weight_space import (
+    WeightsMLP,
+    WeightsTransformer,
+    frame,
+    interval,
+    permutations,
+    permuted,
+    predict,
+    squared_error,
+    table,
+    train,
+)
+
+from bnnflow import WeightSpec
+from bnnflow.equivariant import DWSNet, GraphNet, TensorScaler, fit_inrs, siren
+from bnnflow.symmetry import match, normalise_sign
+
+OUT = Path("out")
+LOWEST, HIGHEST = 0.5, 10.0
+MEAN, SD = (LOWEST + HIGHEST) / 2, (HIGHEST - LOWEST) / math.sqrt(12)  # of b
+W0, POINTS, FIT_STEPS, FIT_RATE = 10.0, 128, 400, 1e-3  # fits end at a mean squared error of 1e-5
+SIZES, TUNED_AT = (100, 200, 500, 1000, 2000), 500
+HELD_OUT, TEST = 500, 1000
+BATCH = 64
+TRIALS = list(itertools.product((5e-4, 1e-3, 3e-3), (0.01, 0.3)))  # learning rate, weight decay
+
+
+def waves(seeds: int) -> tuple[Tensor, Tensor, WeightSpec]:
+    """Fit the waves of all seeds, or read the fits of an earlier run: weights, scaled frequencies, their meaning."""
+    n = HELD_OUT + TEST + seeds * max(SIZES)
+    b = LOWEST + (HIGHEST - LOWEST) * torch.rand(n, generator=torch.Generator().manual_seed(0))
+    path = OUT / "inrs" / f"sine-{n}.npz"
+    if not path.is_file():
+        x = torch.linspace(-math.pi, math.pi, POINTS).unsqueeze(-1)
+        net = siren(1, 1, w0=W0)
+        fits = fit_inrs(x, torch.sin(b.unsqueeze(-1) * x.T), net, steps=FIT_STEPS, learning_rate=FIT_RATE, seed=0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fits.save(path)
+        print(
+            f"{n} fits in {fits.info['seconds']:.0f} s, MSE: median {fits.mse.median():.1e}, max {fits.mse.max():.1e}"
+        )
+    fits = bf.load(path)
+    return normalise_sign(fits.theta, fits.spec), ((b - MEAN) / SD).unsqueeze(-1), fits.spec
+
+
+def run(
+    name: str,
+    build: Callable[[], nn.Module],
+    corpus: tuple[Tensor, Tensor, WeightSpec],
+    *,
+    size: int,
+    seed: int,
+    steps: int,
+    trial: tuple[float, float],
+) -> dict[str, float]:
+    """Train once on ``size`` waves of a seed; return the mean squared errors of b and the CPU seconds."""
+    theta, b, spec = corpus
+    begin = HELD_OUT + TEST + seed * max(SIZES)
+    rows = torch.cat([torch.arange(HELD_OUT + TEST), torch.arange(begin, begin + size)])
+    theta, b = theta[rows], b[rows]
+    if name == "MLP, aligned":
+        theta = match(theta, spec, frame(theta[-size:], spec), group=permutations(spec))
+    scaler = TensorScaler.fit(theta[-size:], spec)
+
+    def sample(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        chosen = torch.randint(-size, 0, (BATCH,), generator=generator)
+        batch = permuted(theta[chosen], spec, generator) if name == "MLP, permuted" else theta[chosen]
+        return scaler(batch).unsqueeze(-1), b[chosen]
+
+    def error(net: nn.Module, part: slice) -> float:
+        guesses = predict(net, lambda batch: scaler(batch).unsqueeze(-1), theta[part])
+        return SD**2 * float((guesses - b[part]).square().mean())
+
+    validate = partial(error, part=slice(HELD_OUT))
+    torch.manual_seed(seed)
+    net, lowest, seconds = train(
+        build(), sample, squared_error, validate, steps=steps, learning_rate=trial[0], weight_decay=trial[1], seed=seed
+    )
+    result = {"validation": lowest, "test": error(net, slice(HELD_OUT, HELD_OUT + TEST)), "seconds": seconds}
+    print(f"  {name}, {size} waves, seed {seed}, {trial}: {result}", flush=True)
+    return result
+
+
+def draw(errors: dict[str, dict[int, list[float]]], path: Path) -> None:
+    """Plot test errors against the number of training networks."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for place, (name, by_size) in enumerate(errors.items()):
+        mean, error = zip(*(interval(values) for values in by_size.values()), strict=True)
+        shifted = [size * 1.02 ** (place - 2) for size in by_size]  # bars side by side
+        axes.errorbar(shifted, mean, error, label=name, marker="o", markersize=4, capsize=2, lw=1.2)
+    axes.axhline(SD**2, color="0.6", ls=":", lw=1)
+    axes.annotate("variance of b", (SIZES[0], SD**2), xytext=(0, 3), textcoords="offset points", color="0.4")
+    axes.set(xscale="log", yscale="log", xlabel="training networks", ylabel="test MSE of b")
+    axes.set_xticks(SIZES, [f"{size:,}" for size in SIZES])
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="ten seeds, wider networks, ten times the steps")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    seeds, steps, width, depth = (10, 10_000, 64, 4) if args.full else (5, 1000, 32, 2)
+    corpus = waves(seeds)
+    spec = corpus[2]
+    builds: dict[str, Callable[[], nn.Module]] = {
+        "DWSNet": lambda: DWSNet(spec, 1, 1, width, depth, invariant=True),
+        "MLP": lambda: WeightsMLP(spec, 1),
+        "MLP, permuted": lambda: WeightsMLP(spec, 1),
+        "MLP, aligned": lambda: WeightsMLP(spec, 1),
+        "transformer": lambda: WeightsTransformer(spec, 1, width, depth),
+        "GraphNet": lambda: GraphNet(spec, 1, 1, width, depth, invariant=True),
+    }
+    path = OUT / f"dwsnets_sine_regression{'_full' if args.full else ''}.json"
+    done = json.loads(path.read_text()) if path.is_file() else {}
+
+    def remembered(name: str, size: int, seed: int, trial: tuple[float, float]) -> dict[str, float]:
+        key = f"{name}, {size}, seed {seed}, {trial}"
+        if key not in done:
+            done[key] = run(name, builds[name], corpus, size=size, seed=seed, steps=steps, trial=trial)
+            path.write_text(json.dumps(done, indent=1))
+        return done[key]
+
+    errors: dict[str, dict[int, list[float]]] = {}
+    rows = []
+    for name in builds:
+        trial = min(TRIALS, key=lambda trial: remembered(name, TUNED_AT, 0, trial)["validation"])
+        results = {size: [remembered(name, size, seed, trial) for seed in range(seeds)] for size in SIZES}
+        errors[name] = {size: [each["test"] for each in some] for size, some in results.items()}
+        seconds = sum(each["seconds"] for some in results.values() for each in some) / (seeds * len(SIZES))
+        cells = ["{:.3f} ± {:.3f}".format(*interval(values)) for values in errors[name].values()]
+        rows.append((name, *cells, f"{trial[0]:g}, {trial[1]:g}", f"{seconds:.0f}"))
+    print(f"test MSE of b, in units of b^2 (variance {SD**2:.2f}); mean and standard error of {seeds} seeds")
+    print(table(["method", *map(str, SIZES), "rate, decay", "CPU s a run"], rows))
+    paired = [
+        (name, *("{:+.3f} ± {:.3f}".format(*interval(gaps(errors, name, size))) for size in SIZES))
+        for name in list(errors)[1:]
+    ]
+    print("difference to DWSNet, paired by seed: positive where DWSNet is better")
+    print(table(["method", *map(str, SIZES)], paired))
+    draw(errors, path.with_suffix(".png"))
+
+
+def gaps(errors: dict[str, dict[int, list[float]]], name: str, size: int) -> list[float]:
+    return [theirs - ours for theirs, ours in zip(errors[name][size], errors["DWSNet"][size], strict=True)]
+
+
+if __name__ == "__main__":
+    main()
