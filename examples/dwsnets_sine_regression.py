@@ -56,10 +56,9 @@ def waves(seeds: int) -> tuple[Tensor, Tensor, WeightSpec]:
         fits = fit_inrs(x, torch.sin(b.unsqueeze(-1) * x.T), net, steps=FIT_STEPS, learning_rate=FIT_RATE, seed=0)
         path.parent.mkdir(parents=True, exist_ok=True)
         fits.save(path)
-        print(
-            f"{n} fits in {fits.info['seconds']:.0f} s, MSE: median {fits.mse.median():.1e}, max {fits.mse.max():.1e}"
-        )
-    fits = bf.load(path)
+        errors = f"MSE: median {fits.mse.median():.1e}, max {fits.mse.max():.1e}"
+        print(f"{n} fits in {fits.info['seconds']:.0f} s, {errors}", flush=True)
+    fits = INRs.load(path)
     return normalise_sign(fits.theta, fits.spec), ((b - MEAN) / SD).unsqueeze(-1), fits.spec
 
 

@@ -19,6 +19,7 @@ from bnnflow.symmetry import (
     match,
     match_activations,
     normalise_scale,
+    normalise_sign,
     sinkhorn_rebasin,
     sort_units,
 )
@@ -148,6 +149,24 @@ def test_sorted_sines_have_biases_within_a_quarter_turn() -> None:
     assert (bias >= 0).all()
     assert (bias <= torch.pi / 6).all()
     assert (bias.diff(dim=-1) >= 0).all()
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_signed_form_is_one_for_each_orbit_of_signs_and_phases(name: str) -> None:
+    net, spec = built(name)
+    theta = weights(spec, 2, 5)
+    form = normalise_sign(theta, spec)
+    x = data(name)
+    torch.testing.assert_close(outputs(net, spec, form, x), outputs(net, spec, theta, x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(normalise_sign(form, spec), form, rtol=1e-12, atol=1e-12)
+    group = spec.symmetries()._replace(permutation=frozenset(), scale=frozenset())
+    for seed in range(3):
+        moved = normalise_sign(spec.transform(group, seed, theta)[0], spec)
+        torch.testing.assert_close(moved, form, rtol=1e-9, atol=1e-9)
+    permutations = Symmetries(spec.symmetries().permutation, frozenset(), frozenset())
+    moved, of_form = spec.transform(permutations, 0, theta, form)
+    torch.testing.assert_close(normalise_sign(moved, spec), of_form, rtol=1e-9, atol=1e-9)
+    assert torch.equal(form, theta) == (not group.sign and not group.phase)
 
 
 @pytest.mark.parametrize("name", NETS)

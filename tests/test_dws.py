@@ -33,7 +33,8 @@ def built(make: Callable[[], nn.Module], dtype: torch.dtype = F64) -> nn.Module:
     g = generator(1)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=g, dtype=F64))
+            scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=g, dtype=F64))
     return module
 
 
