@@ -32,7 +32,7 @@ from weight_space import (
 )
 
 from bnnflow import WeightSpec
-from bnnflow.equivariant import DWSNet, GraphNet, TensorScaler, fit_inrs, siren
+from bnnflow.equivariant import DWSNet, GraphNet, INRs, TensorScaler, fit_inrs, siren
 from bnnflow.symmetry import match, normalise_sign
 
 OUT = Path("out")

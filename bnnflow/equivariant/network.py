@@ -56,7 +56,7 @@ class DWSNet(nn.Module):
         unit_features: features of every hidden unit that are expected beside those of the weights.
         shared: use the same parameters in every hidden layer, told apart by their relative depth, so that a state
             dict fits networks of other widths and other depths; the first and the last layer keep maps of their own.
-        messages: let the units at the two ends of an edge hear each other's features times the edge.
+        heads: of the messages that units at the two ends of an edge send each other, 0 for none.
 
     Raises:
         ValueError: if the network has no labels or a tensor has one label twice; with ``shared``, if it is no chain of
@@ -82,7 +82,7 @@ class DWSNet(nn.Module):
         context: int = 0,
         unit_features: int = 0,
         shared: bool = False,
-        messages: bool = True,
+        heads: int = 4,
     ) -> None:
         super().__init__()
         self.layout = Layout(spec, shared=shared)
@@ -95,12 +95,14 @@ class DWSNet(nn.Module):
         self.time = TimeEmbedding(width) if time else None
         self.context = nn.Sequential(_perceptron(context, width, width), nn.SiLU()) if context else None
         self.lift = FusedLinear(self.layout, self.layout.channels.scaled(in_features), hidden)
+        of_matrices = self.layout.channels.scaled(in_features).matrices if heads else ()
+        self.carry = nn.ModuleList(nn.Linear(c, heads) for c in of_matrices)
         if unit_features:
             self.lift_units = nn.ModuleList(nn.Linear(unit_features, width) for _ in range(n_units))
         if shared:
             self.lift_depth = nn.Linear(1, width + edge_width)
         condition = width if time or context else 0
-        self.blocks = nn.ModuleList(_Block(self.layout, hidden, condition, messages) for _ in range(depth))
+        self.blocks = nn.ModuleList(_Block(self.layout, hidden, condition, heads) for _ in range(depth))
         self.readout = self.head = None
         if invariant:
             pooled = 2 * sum(hidden.flat) - hidden.globals
@@ -129,9 +131,14 @@ class DWSNet(nn.Module):
             ValueError: if one of these is missing, unexpected, or of another size.
         """
         condition = self._condition(t, context)
-        fused = self._lift(features, units)
+        packed = self.layout.pack(features)
+        carriers = [
+            torch.tanh(self.carry[kind](block)).movedim(-1, 1).contiguous()  # (batch, heads, rows, columns)
+            for kind, block in zip(self.layout.matrix_kinds if self.carry else [], packed.matrices, strict=False)
+        ]
+        fused = self._lift(packed, units)
         for block in self.blocks:
-            fused = block(fused, condition)
+            fused = block(fused, condition, carriers)
         if self.readout is not None:
             return self.readout(_pool(fused, self.layout, self._hidden))
         assert self.head is not None
@@ -148,9 +155,9 @@ class DWSNet(nn.Module):
         parts = [embed(value) for embed, value in given if embed is not None]
         return sum(parts[1:], parts[0]) if parts else None
 
-    def _lift(self, features: Tensor, units: Mapping[str, Tensor] | None) -> Fused:
+    def _lift(self, packed: Fused, units: Mapping[str, Tensor] | None) -> Fused:
         """Return the features in the hidden channels, with what is known of units and of depth."""
-        fused = self.lift(self.layout.pack(features))
+        fused = self.lift(packed)
         labels, kinds = list(self.layout.widths), self.layout.unit_kinds
         if set(units or ()) != set(labels if self._unit_features else ()):
             raise ValueError(f"this network takes {self._unit_features} features of each unit of {labels}")
@@ -171,10 +178,10 @@ class DWSNet(nn.Module):
 class _Block(nn.Module):
     """One residual block; see `DWSNet`. Lists over parts go through units, matrices and globals."""
 
-    def __init__(self, layout: Layout, channels: Channels, condition: int, messages: bool, expansion: int = 2) -> None:
+    def __init__(self, layout: Layout, channels: Channels, condition: int, heads: int, expansion: int = 2) -> None:
         super().__init__()
         self._layout, self._channels = layout, channels
-        self.messages = _Messages(layout, channels) if messages and channels.matrices else None
+        self.messages = _Messages(layout, channels, heads) if heads and channels.matrices else None
         heard = 0 if self.messages is None else self.messages.length
         seen = Channels(
             tuple(c + heard for c in channels.units),
@@ -193,11 +200,11 @@ class _Block(nn.Module):
         else:
             self.norms = nn.ModuleList(nn.LayerNorm(c) for c in channels.flat)
 
-    def forward(self, fused: Fused, condition: Tensor | None) -> Fused:
+    def forward(self, fused: Fused, condition: Tensor | None, carriers: list[Tensor]) -> Fused:
         parts = [*fused.units, *fused.matrices, fused.globals]
         if condition is None:
             normed = [self.norms[kind](part) for kind, part in zip(self._layout.kinds, parts, strict=True)]
-            added = self._change(normed, fused.matrices)
+            added = self._change(normed, carriers)
             results = [part + more for part, more in zip(parts, added, strict=True)]
         else:
             scales, shifts, gates = self._modulation(condition, parts)
@@ -205,7 +212,7 @@ class _Block(nn.Module):
                 torch.addcmul(shift, F.layer_norm(part, part.shape[-1:]), scale)
                 for part, scale, shift in zip(parts, scales, shifts, strict=True)
             ]
-            added = self._change(normed, fused.matrices)
+            added = self._change(normed, carriers)
             results = [torch.addcmul(part, gate, more) for part, gate, more in zip(parts, gates, added, strict=True)]
         n = len(fused.units)
         return Fused(results[:n], results[n:-1], results[-1])
@@ -223,7 +230,7 @@ class _Block(nn.Module):
             for i in range(3)
         ]
 
-    def _change(self, normed: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    def _change(self, normed: list[Tensor], carriers: list[Tensor]) -> list[Tensor]:
         """Mix all parts and return what is added to each."""
         layout, n = self._layout, len(self._layout.widths)
         units, matrices, loose = normed[:n], normed[n:-1], normed[-1]
@@ -233,7 +240,7 @@ class _Block(nn.Module):
         ]
         maxima = by_kind([block.amax(-2) for block in units], layout.unit_kinds, loose, self._channels.units)
         if self.messages is not None:
-            heard = self.messages(units, weights)
+            heard = self.messages(units, carriers)
             units = [torch.cat(pair, -1) for pair in zip(units, heard, strict=True)]
         mixed = self.mix(Fused(units, matrices, torch.cat([loose, *maxima], -1)), edges)
         parts = [*mixed.units, *mixed.matrices, mixed.globals]
@@ -241,37 +248,44 @@ class _Block(nn.Module):
 
 
 class _Messages(nn.Module):
-    """What the units at the two ends of the edges send each other: features times the channels of their edge.
+    """What the units at the two ends of the edges send each other: features times the heads of their edge.
 
-    Unit i of the rows hears sum_j E_ij (V h_j) / sqrt(n), one channel of the matrix E for each head, and the columns
-    hear the rows in the same way: what a forward and a backward pass through the network itself do. The edges come as
-    they are, because a norm over their channels would leave little of a weight but its sign.
+    Unit i of the rows hears sum_j E_ij (V h_j) of every head E, and the columns hear the rows in the same way: what a
+    forward and a backward pass through the network itself do.
     """
 
-    def __init__(self, layout: Layout, channels: Channels) -> None:
+    def __init__(self, layout: Layout, channels: Channels, heads: int) -> None:
         super().__init__()
         self._layout = layout
-        heads = channels.matrices[0]
         self._shape = (heads, -(-channels.globals // heads))
         self.length = math.prod(self._shape)
         kinds = range(len(channels.matrices))
         self.to_rows = nn.ModuleList(nn.Linear(channels.globals, self.length, bias=False) for _ in kinds)
         self.to_columns = nn.ModuleList(nn.Linear(channels.globals, self.length, bias=False) for _ in kinds)
+        self.norms = nn.ModuleList(nn.LayerNorm(self.length) for _ in channels.units)
 
-    def forward(self, units: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
-        """Return the sum of all messages to each unit, ``(batch, n, length)`` for each hidden layer."""
+    def forward(self, units: list[Tensor], carriers: list[Tensor]) -> list[Tensor]:
+        """Return the sum of all messages to each unit, ``(batch, n, length)`` for each hidden layer.
+
+        Args:
+            units: features of the units, ``(batch, n, channels)``.
+            carriers: heads of the edges of each matrix, ``(batch, heads, rows, columns)``.
+        """
+        layout = self._layout
         heard: list[list[Tensor]] = [[] for _ in units]
-        for kind, (row, column), weight in zip(self._layout.matrix_kinds, self._layout.ends, weights, strict=True):
-            heads = weight.movedim(-1, 1)  # (batch, heads, rows, columns)
+        for kind, (row, column), heads in zip(layout.matrix_kinds, layout.ends, carriers, strict=True):
             heard[row].append(self._carried(heads, self.to_rows[kind](units[column])))
             heard[column].append(self._carried(heads.mT, self.to_columns[kind](units[row])))
         silence = [unit.new_zeros(*unit.shape[:-1], self.length) for unit in units]
-        return [sum(parts[1:], parts[0]) if parts else none for parts, none in zip(heard, silence, strict=True)]
+        return [
+            self.norms[kind](sum(parts[1:], parts[0])) if parts else none
+            for kind, parts, none in zip(layout.unit_kinds, heard, silence, strict=True)
+        ]
 
     def _carried(self, heads: Tensor, values: Tensor) -> Tensor:
         """Carry values ``(batch, from, length)`` along the edges ``(batch, heads, to, from)``."""
         values = values.unflatten(-1, self._shape).movedim(-2, 1)  # (batch, heads, from, length / heads)
-        return (heads @ values * heads.shape[-1] ** -0.5).movedim(1, -2).flatten(-2)
+        return (heads @ values).movedim(1, -2).flatten(-2)
 
 
 def _perceptron(n_in: int, width: int, n_out: int) -> nn.Sequential:

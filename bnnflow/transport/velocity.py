@@ -47,7 +47,7 @@ class WeightsVelocity(nn.Module):
         self.spec = spec
         self.group = _permutations(spec)
         self._config = {"width": width, "depth": depth}
-        self.net = DWSNet(spec, 1, 1, width, depth, time=True, messages=False)
+        self.net = DWSNet(spec, 1, 1, width, depth, time=True, heads=0)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """Return the velocity, ``(batch, dim)``."""
@@ -83,7 +83,7 @@ class InformedVelocity(nn.Module):
         self.group = _permutations(spec)
         self.displacement = displacement if displacement is not None else GradientSteps()
         self._config = {"width": width, "depth": depth}
-        self.net = DWSNet(spec, 3, 1, width, depth, time=True, messages=False)
+        self.net = DWSNet(spec, 3, 1, width, depth, time=True, heads=0)
         self.time = TimeEmbedding(width)
         self.trust = nn.Linear(width, 1)
         nn.init.zeros_(self.trust.weight)

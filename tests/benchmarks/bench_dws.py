@@ -1,8 +1,10 @@
 """Cost of the weight-space layers: CPU time, ATen calls and peak memory of a forward and backward pass, one thread.
 
-Every case runs in a process of its own. Memory is the highest resident size during the passes over the resident size
-just before the first one, when the features (``batch * dim * features`` floats) already exist: outputs, gradients and
-everything kept for the backward pass. Calls are the ATen operators that ``torch.profiler`` counts in one pass. Run:
+Every case runs in a process of its own. Memory is what the passes add to the features, which exist already: outputs,
+gradients and everything kept for the backward pass. "live" is the peak of the tensors that one pass allocates, by the
+profiler's record of every allocation; "RSS" is the highest resident size of the process over that before the first
+pass, in which the allocator keeps what was freed, so that it varies by some 20 MB. Calls are the ATen operators that
+``torch.profiler`` counts in one pass. Run:
 ``python tests/benchmarks/bench_dws.py [--quick]``.
 """
 
@@ -74,11 +76,15 @@ def measure(what: str, case: str, rounds: int) -> dict[str, float]:
         work(features)
         times.append(time.process_time() - start)
     memory = resident("VmHWM") - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work(features)
+    assert profile.profiler is not None
+    events: list = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    live = itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]")
     calls = sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    return {"ms": 1e3 * sorted(times)[len(times) // 2], "calls": calls, "MB": memory, "parameters": parameters}
+    milliseconds = 1e3 * sorted(times)[len(times) // 2]
+    return {"ms": milliseconds, "calls": calls, "live": max(live) / 2**20, "RSS": memory, "parameters": parameters}
 
 
 def main() -> None:
@@ -92,7 +98,7 @@ def main() -> None:
         print(json.dumps(measure(what, case, rounds)))
         return
     print(f"forward and backward, batch {BATCH}, one thread; layers with {FEATURES} features, networks 64 wide, 4 deep")
-    print(f"{'':14}{'':12}{'ms':>8}{'ms/net':>8}{'calls':>8}{'MB':>8}{'parameters':>12}")
+    print(f"{'':14}{'':12}{'ms':>8}{'ms/net':>8}{'calls':>8}{'live MB':>9}{'RSS MB':>8}{'parameters':>12}")
     names = ["layer", "layer, exact", "net", "shared net"]
     for what, case in itertools.product(names, CASES):
         if what == "layer, exact" and case in ("2-32-32-1", "2-32x6-1"):  # exact already
@@ -102,11 +108,8 @@ def main() -> None:
         if run.returncode:
             sys.exit(run.stderr.decode())
         found = json.loads(run.stdout.splitlines()[-1])
-        print(
-            f"{what:14}{case:12}{found['ms']:8.1f}{found['ms'] / BATCH:8.2f}{found['calls']:8.0f}{found['MB']:8.0f}"
-            f"{found['parameters']:12,.0f}",
-            flush=True,
-        )
+        figures = f"{found['calls']:8.0f}{found['live']:9.0f}{found['RSS']:8.0f}{found['parameters']:12,.0f}"
+        print(f"{what:14}{case:12}{found['ms']:8.1f}{found['ms'] / BATCH:8.2f}{figures}", flush=True)
     print(REFERENCE)
 
 
