@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     )
     from bnnflow.model import BayesianModel, likelihoods, priors
     from bnnflow.predictive import metrics, predict
-    from bnnflow.report import diagnose, report, to_arviz
+    from bnnflow.report import diagnose, report, to_arviz, weight_convergence
     from bnnflow.symmetry import align
     from bnnflow.transport import Flow, fit_flow, refine
     from bnnflow.weights import WeightSpec
@@ -76,6 +76,7 @@ __all__ = [
     "symmetry",
     "to_arviz",
     "transport",
+    "weight_convergence",
 ]
 
 # Where each name lives. They are imported on first use (PEP 562): a script pays only for the rooms it enters.
@@ -102,7 +103,7 @@ _HOMES = {
     ),
     "model": ("BayesianModel", "likelihoods", "priors"),
     "predictive": ("metrics", "predict"),
-    "report": ("diagnose", "to_arviz"),
+    "report": ("diagnose", "to_arviz", "weight_convergence"),
     "symmetry": ("align",),
     "transport": ("Flow", "fit_flow", "refine"),
     "weights": ("WeightSpec",),

@@ -1,4 +1,4 @@
-"""The program in the README runs as printed."""
+"""The programs in the README and in the documentation run as printed."""
 
 import os
 import re
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,3 +29,12 @@ def test_readme_program_runs_as_printed(tmp_path):
     assert accuracy >= 0.85
     assert -0.25 < lppd < -0.15
     assert "<html" in (tmp_path / "report.html").read_text()
+
+
+def test_program_of_the_weight_space_page_runs(capsys):
+    program = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs/weight-space.md").read_text(), re.DOTALL))
+    with torch.random.fork_rng(devices=[]):
+        exec(compile(program, "weight-space.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "131 ('h1', None) (None, 'h1')"
+    assert printed[-1] == "torch.Size([5, 3])"

@@ -57,6 +57,8 @@ class DWSNet(nn.Module):
         shared: use the same parameters in every hidden layer, told apart by their relative depth, so that a state
             dict fits networks of other widths and other depths; the first and the last layer keep maps of their own.
         heads: of the messages that units at the two ends of an edge send each other, 0 for none.
+        frequency: of learned sines of the weights of each unit, which it is lifted by too (Fourier features); 0 for
+            none. They help with networks of sines, whose weights are frequencies themselves.
 
     Raises:
         ValueError: if the network has no labels or a tensor has one label twice; with ``shared``, if it is no chain of
@@ -83,6 +85,7 @@ class DWSNet(nn.Module):
         unit_features: int = 0,
         shared: bool = False,
         heads: int = 4,
+        frequency: float = 0.0,
     ) -> None:
         super().__init__()
         self.layout = Layout(spec, shared=shared)
@@ -97,6 +100,9 @@ class DWSNet(nn.Module):
         self.lift = FusedLinear(self.layout, self.layout.channels.scaled(in_features), hidden)
         of_matrices = self.layout.channels.scaled(in_features).matrices if heads else ()
         self.carry = nn.ModuleList(nn.Linear(c, heads) for c in of_matrices)
+        of_units = self.layout.channels.scaled(in_features).units if frequency else ()
+        self.lift_sines = nn.ModuleList(nn.Linear(c, width) for c in of_units)
+        self._frequency = frequency
         if unit_features:
             self.lift_units = nn.ModuleList(nn.Linear(unit_features, width) for _ in range(n_units))
         if shared:
@@ -161,6 +167,11 @@ class DWSNet(nn.Module):
         labels, kinds = list(self.layout.widths), self.layout.unit_kinds
         if set(units or ()) != set(labels if self._unit_features else ()):
             raise ValueError(f"this network takes {self._unit_features} features of each unit of {labels}")
+        if self._frequency:
+            angles = [
+                self.lift_sines[kind](self._frequency * own) for kind, own in zip(kinds, packed.units, strict=True)
+            ]
+            fused = fused._replace(units=[own + a.sin() for own, a in zip(fused.units, angles, strict=True)])
         if units:
             seen = [self.lift_units[kind](units[label]) for kind, label in zip(kinds, labels, strict=True)]
             fused = fused._replace(units=[own + more for own, more in zip(fused.units, seen, strict=True)])
