@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,11 @@ class Constant(nn.Module):
         return self.values.expand(len(features), -1)
 
 
-def movers(spec: WeightSpec, width: int, depth: int) -> dict[str, Callable[[], nn.Module]]:
-    """Return what builds each network of the comparisons in which weights move; all start at zero."""
+def movers(spec: WeightSpec, width: int, depth: int, frequency: float = 0.0) -> dict[str, Callable[[], nn.Module]]:
+    """Return what builds each network of the comparisons in which weights move; all start at zero.
+
+    Width, depth and frequency are those of the DWSNet.
+    """
 
     def perceptron() -> WeightsMLP:
         net = WeightsMLP(spec, spec.dim)
@@ -108,7 +112,7 @@ def movers(spec: WeightSpec, width: int, depth: int) -> dict[str, Callable[[], n
         "MLP": perceptron,
         "MLP, permuted": perceptron,
         "MLP, aligned": perceptron,
-        "DWSNet": lambda: DWSNet(spec, 1, 1, width, depth, edge_width=8),
+        "DWSNet": lambda: DWSNet(spec, 1, 1, width, depth, edge_width=8, frequency=frequency),
         "GraphNet": lambda: GraphNet(spec, 1, 1, 32, 3),
     }
 
@@ -216,6 +220,36 @@ def remembered(path: Path, key: str, run: Callable[[], dict[str, Any]]) -> dict[
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(done))
     return done[key]
+
+
+def tuned(
+    run: Callable[..., dict[str, Any]],
+    path: Path,
+    key: str,
+    trials: Sequence[tuple[float, float]],
+    *,
+    steps: int,
+    tuning_steps: int,
+    seeds: int,
+) -> tuple[tuple[float, float], list[dict[str, Any]]]:
+    """Choose the trial with the lowest ``"validation"`` after few steps, and run it for every seed; see `remembered`.
+
+    Args:
+        run: takes the keywords rate, size, steps and seed.
+        path: file of finished runs.
+        key: what this run is called there.
+        trials: learning rates and sizes.
+        steps: of every final run.
+        tuning_steps: of every trial.
+        seeds: number of final runs.
+    """
+
+    def result(trial: tuple[float, float], steps: int, seed: int) -> dict[str, Any]:
+        given = partial(run, rate=trial[0], size=trial[1], steps=steps, seed=seed)
+        return remembered(path, f"{key}, {trial}, {steps} steps, seed {seed}", given)
+
+    best = min(trials, key=lambda trial: result(trial, tuning_steps, 0)["validation"])
+    return best, [result(best, steps, seed) for seed in range(seeds)]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

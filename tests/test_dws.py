@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from bnnflow import WeightSpec
 from bnnflow.equivariant import DWSInvariant, DWSLayer, DWSNet, TensorScaler
+from bnnflow.equivariant.layout import Channels, Layout
+from bnnflow.equivariant.network import _Messages
 from bnnflow.weights import Symmetries
 
 F64 = torch.float64
@@ -64,8 +66,10 @@ KINDS = {
     "invariant": {"invariant": True},
     "conditioned": {"time": True, "context": 3, "unit_features": 2},
     "invariant and conditioned": {"invariant": True, "time": True, "context": 3, "unit_features": 2},
+    "with sines": {"frequency": 2.0},
+    "without messages": {"heads": 0},
     "shared": {"shared": True},
-    "shared and invariant": {"shared": True, "invariant": True, "context": 3, "unit_features": 2},
+    "shared and invariant": {"shared": True, "invariant": True, "frequency": 2.0, "context": 3, "unit_features": 2},
 }
 
 
@@ -150,6 +154,23 @@ def test_convolutional_networks_go_through_the_pipeline() -> None:
     theta, t, context, *units = pipeline.inputs()
     other, _, _ = moved(spec, theta, units)
     check_close(pipeline(other, t, context, *units), pipeline(theta, t, context, *units))
+
+
+def test_messages_are_sums_over_edges() -> None:
+    spec = chain(2, 3, 4, 1)
+    layout = Layout(spec)
+    channels = Channels((6, 6), (8,), 6)
+    messages = built(lambda: _Messages(layout, channels, heads=2))
+    units, heads = [randn(5, 3, 6, seed=1), randn(5, 4, 6, seed=2)], randn(5, 2, 4, 3, seed=3)
+    rows, columns = messages.to_rows[0](units[0]), messages.to_columns[0](units[1])
+    to_rows, to_columns = torch.zeros(5, 4, 6, dtype=F64), torch.zeros(5, 3, 6, dtype=F64)
+    for head, part in enumerate([slice(0, 3), slice(3, 6)]):
+        for i, j in itertools.product(range(4), range(3)):
+            to_rows[:, i, part] += heads[:, head, i, j, None] * rows[:, j, part]
+            to_columns[:, j, part] += heads[:, head, i, j, None] * columns[:, i, part]
+    found = messages(units, [heads])
+    check_close(found[0], messages.norms[0](to_columns))
+    check_close(found[1], messages.norms[1](to_rows))
 
 
 @pytest.mark.parametrize("what", ["t", "context", "units"])

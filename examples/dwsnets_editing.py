@@ -1,0 +1,168 @@
+"""Edit images through the weights of their implicit representations (Zhou et al. 2023, "Permutation Equivariant ...").
+
+Every image is fitted by a SIREN of its own (2-32-32-1), and a network over weights says how to move the weights so that
+the SIREN shows the dilated, or the eroded, digit: trained on the squared error of random pixels, tested on SIRENs of
+unseen images. Phases and signs of the sines are fixed for the whole corpus, permutations are left to the methods.
+Run: ``python examples/dwsnets_editing.py [--data mnist|mnist10k|digits] [--full]``. Interrupted runs go on where they
+stopped.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from dwsnets_inr_classification import corpus, images
+from matplotlib.figure import Figure
+from scipy import ndimage
+from torch import Tensor, nn
+from weight_space import Residual, frame, interval, movers, permutations, permuted, table, train, tuned
+
+from bnnflow import WeightSpec
+from bnnflow.equivariant import DWSNet, TensorScaler, image_grid, render
+from bnnflow.equivariant.inr import MID_GREY
+from bnnflow.model.network import ChainNetwork
+from bnnflow.symmetry import match, normalise_sign
+
+OUT = Path("out")
+EDITS = {"dilation": ndimage.grey_dilation, "erosion": ndimage.grey_erosion}  # over 3 x 3 pixels
+BATCH, PIXELS, DECAY, HELD_OUT = 32, 196, 0.02, 250  # SIRENs and pixels a step; SIRENs that validate
+PROBES, FREQUENCY = 7, 3.0  # a grid of 7 x 7 inputs; of the Fourier features of weights
+TRIALS = [(1e-3, 0.3), (1e-3, 1.0), (3e-3, 0.3), (3e-3, 1.0)]  # learning rate, size of the residual
+SAME_TRIALS = [(3e-3, 1.0), (1e-2, 1.0), (3e-2, 1.0), (1e-1, 1.0)]  # for a move without a network
+PUBLISHED = {("dilation", "DWSNet"): "2.58"}  # on another, larger corpus (reported by Kofinas et al. 2024)
+SHOWN = 8  # images in the figure
+
+
+class Task(NamedTuple):
+    """SIRENs ``(n, dim)`` and the images that they shall show ``(n, pixels)``, for training, held out, and test."""
+
+    spec: WeightSpec
+    theta: list[Tensor]
+    y: list[Tensor]
+    side: int
+
+
+class Probed(nn.Module):
+    """A DWSNet that also sees what every hidden unit does at fixed inputs."""
+
+    def __init__(self, spec: WeightSpec, scaler: TensorScaler, width: int, depth: int) -> None:
+        super().__init__()
+        grid = torch.linspace(-0.9, 0.9, PROBES)
+        self.x, self.network, self.scaler = torch.cartesian_prod(grid, grid), ChainNetwork(spec), scaler
+        self.net = DWSNet(spec, 1, 1, width, depth, edge_width=8, unit_features=len(self.x), frequency=FREQUENCY)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.net(features, units=self.network.hidden(self.scaler.inverse(features.squeeze(-1)), self.x))
+
+
+def shown(net: nn.Module, theta: Tensor, task: Task) -> Tensor:
+    """Return the images of moved SIRENs, ``(n, pixels)``."""
+    with torch.no_grad():
+        parts = [render(net(some), task.spec, task.side, task.side) for some in theta.split(250)]
+    return torch.cat(parts).flatten(1)
+
+
+def learn(
+    name: str, build: Callable[[], nn.Module], scaler: TensorScaler, task: Task, *,
+    rate: float, size: float, steps: int, seed: int,
+) -> dict[str, float | list]:  # fmt: skip
+    """Train one method; return its errors on held-out and on test images, and the first test images as edited."""
+    spec, network, x = task.spec, ChainNetwork(task.spec), image_grid(task.side, task.side)
+    (theta, held_out, test), (y, y_held_out, y_test) = task.theta, task.y
+
+    def sample(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        rows = torch.randint(len(theta), (BATCH,), generator=generator)
+        pixels = torch.randperm(len(x), generator=generator)[:PIXELS]
+        batch = permuted(theta[rows], spec, generator) if name.endswith("permuted") else theta[rows]
+        return batch, x[pixels], y[rows % len(y)][:, pixels]  # the views of all images follow each other
+
+    def loss(net: nn.Module, batch: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return (network(net(batch), x).squeeze(-1) + MID_GREY - y).square().mean()
+
+    def validate(net: nn.Module) -> float:
+        return float((shown(net, held_out, task) - y_held_out).square().mean())
+
+    torch.manual_seed(seed)
+    net, lowest, seconds = train(
+        Residual(build(), scaler, size), sample, loss, validate,
+        steps=steps, learning_rate=rate, weight_decay=DECAY, seed=seed,
+    )  # fmt: skip
+    pictures = shown(net, test, task)
+    errors = (pictures - y_test).square().mean(-1)
+    result = {
+        "validation": lowest,
+        "test": float(errors.mean()),
+        "spread": float(errors.std()) / len(errors) ** 0.5,
+        "move": float(((net(test[:500]) - test[:500]).norm(dim=-1) / test[:500].norm(dim=-1)).mean()),
+        "seconds": seconds,
+    }
+    told = ", ".join(f"{key} {value:.3g}" for key, value in result.items())
+    print(f"  {name}, {rate:g}, {size:g}, {steps} steps, seed {seed}: {told}", flush=True)
+    return result | {"pictures": (255 * pictures[:SHOWN]).clamp(0, 255).int().tolist()}
+
+
+def draw(edit: str, pictures: dict[str, Tensor], side: int, path: Path) -> None:
+    """Show originals, targets and what every method makes of them, one row each."""
+    figure = Figure(figsize=(0.9 * SHOWN + 1.8, 0.93 * len(pictures)), layout="constrained")
+    grid = figure.subplots(len(pictures), SHOWN)
+    for row, (name, values) in zip(grid, pictures.items(), strict=True):
+        for axes, values_ in zip(row, values.reshape(-1, side, side), strict=True):
+            axes.imshow(values_, cmap="gray", vmin=0, vmax=1)
+            axes.set(xticks=[], yticks=[])
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    figure.suptitle(f"{edit}: unseen images, edited through the weights")
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=["mnist", "mnist10k", "digits"])
+    parser.add_argument("--full", action="store_true", help="more fits, a wider network, fifty times the steps")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="*", help="only these")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    views, steps, width, depth = (3, 30_000, 128, 4) if args.full else (1, 600, 32, 3)
+    data = images(args.data)
+    fits, test = corpus(data, views)
+    spec, side, n_train = test.spec, data.x_train.shape[-1], len(data.x_train) * 7 // 8
+    held_out = slice(n_train, n_train + HELD_OUT)
+    theta = torch.stack([normalise_sign(part.theta, spec) for part in fits])
+    raw = [theta[:, :n_train].flatten(0, 1), theta[0, held_out], normalise_sign(test.theta, spec)]
+    reference = frame(raw[0], spec)
+    aligned = [match(part, spec, reference, group=permutations(spec), sweeps=2) for part in raw]
+    scaler = TensorScaler.fit(raw[0], spec)
+    builds = movers(spec, width, depth, FREQUENCY) | {"DWSNet + probes": lambda: Probed(spec, scaler, width, depth)}
+    path = OUT / f"dwsnets_editing_{data.name}{'_full' if args.full else ''}.json"
+    for edit, filtered in EDITS.items():
+        targets = torch.from_numpy(filtered(data.x_train.numpy(), size=(1, 3, 3))).flatten(1)
+        y_test = torch.from_numpy(filtered(data.x_test.numpy(), size=(1, 3, 3))).flatten(1)
+        y = [targets[:n_train], targets[held_out], y_test]
+        unmoved = render(raw[2], spec, side, side)
+        best = torch.from_numpy(filtered(unmoved.numpy(), size=(1, 3, 3))).flatten(1)
+        pictures = {"original": data.x_test[:SHOWN], "target": y_test[:SHOWN]}
+        rows = []
+        for name, image in {"no edit": unmoved.flatten(1), "render, edit the pixels": best}.items():
+            errors = 100 * (image - y_test).square().mean(-1)
+            rows.append((name, f"{errors.mean():.3f}", f"{errors.std() / len(errors) ** 0.5:.3f}", "", "", "", ""))
+        for name in args.methods or builds:
+            task = Task(spec, aligned if name.endswith("aligned") else raw, y, side)
+            trials = SAME_TRIALS if "same" in name else TRIALS
+            run = partial(learn, name, builds[name], scaler, task)
+            given = {"steps": steps, "tuning_steps": steps // 4, "seeds": args.seeds}
+            trial, results = tuned(run, path, f"{edit}, {name}", trials, **given)
+            means = {key: sum(each[key] for each in results) / args.seeds for key in results[0] if key != "pictures"}
+            error = "{:.3f} ± {:.3f}".format(*interval([100 * each["test"] for each in results]))
+            cells = f"{100 * means['spread']:.3f}", f"{means['move']:.2f}", f"{trial[0]:g}, {trial[1]:g}"
+            rows.append((name, error, *cells, f"{means['seconds']:.0f}", PUBLISHED.get((edit, name), "")))
+            pictures[name] = torch.tensor(results[0]["pictures"]) / 255
+        head = ["method", "test MSE, 1e-2", "error over images", "move", "rate, size", "CPU s", "published"]
+        print(f"\n{edit}\n{table(head, rows)}", flush=True)
+        draw(edit, pictures, side, path.with_name(f"{path.stem}_{edit}.png"))
+
+
+if __name__ == "__main__":
+    main()
