@@ -5,8 +5,8 @@ returns y as they are. Encoders see two views of the weights, each with Gaussian
 to tell which views belong together (SimCLR, Chen et al. 2020). A linear probe, fitted on the training waves, then
 reads (a, b) off the embeddings of unseen waves. Phases and signs of the sines, exact symmetries, are fixed once for
 the whole corpus; permutations are left to the methods. Every seed has training waves and starts of its own; validation
-and test waves are common. Settings are chosen one after
-the other in five short trials a method, by the probe on the validation waves.
+and test waves are common. Settings are chosen one after the other in five short trials a method, by the probe on the
+validation waves.
 Run: ``python examples/dwsnets_self_supervised.py [--full]``. Interrupted runs go on where they stopped.
 """
 
@@ -45,6 +45,7 @@ W0, POINTS, FIT_STEPS = 3.0, 128, 500
 HELD_OUT, TEST = 500, 1000
 EMBEDDING, BATCH, MASKED = 16, 256, 0.5  # features, waves a batch, share of the weights of a view that are zeroed
 DECAY = 1e-2
+EDGES, FREQUENCY = 4, 3.0  # channels of a matrix and sines of its weights in the DWSNet
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
 TWO_FITS = "DWSNet, two fits a wave"  # positives from different starts: not the published protocol
 
@@ -218,17 +219,21 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     seeds, training, steps, tried, width, depth = (
-        (3, 5000, 10_000, 1000, 64, 4) if args.full else (3, 2000, 150, 40, 32, 2)
+        (3, 5000, 10_000, 1000, 64, 4) if args.full else (3, 2000, 150, 30, 32, 2)
     )
     corpus = waves(HELD_OUT + TEST + seeds * training)
     spec = corpus.spec
+
+    def equivariant() -> nn.Module:
+        return DWSNet(spec, 1, EMBEDDING, width, depth, edge_width=EDGES, invariant=True, frequency=FREQUENCY)
+
     builds: dict[str, Callable[[], nn.Module]] = {
         "MLP": lambda: WeightsMLP(spec, EMBEDDING),
         "MLP, permuted": lambda: WeightsMLP(spec, EMBEDDING),
         "MLP, aligned": lambda: WeightsMLP(spec, EMBEDDING),
-        "DWSNet": lambda: DWSNet(spec, 1, EMBEDDING, width, depth, invariant=True),
+        "DWSNet": equivariant,
         "transformer": lambda: WeightsTransformer(spec, EMBEDDING, width, depth),
-        TWO_FITS: lambda: DWSNet(spec, 1, EMBEDDING, width, depth, invariant=True),
+        TWO_FITS: equivariant,
     }
     experiment = Experiment(corpus, training, builds)
     path = OUT / f"dwsnets_self_supervised{'_full' if args.full else ''}.json"
