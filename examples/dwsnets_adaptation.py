@@ -1,10 +1,10 @@
-"""Move digit classifiers to another domain by a residual on their weights (Navon et al. 2023, section 7.3).
+"""Move digit classifiers to another domain by a residual on their weights (Navon et al. 2023).
 
-Thousands of small classifiers are trained on clean digits, from starts of their own. A network over weights reads one
-and says how to move it, so that it works on digits that are turned, or noisy: trained on the cross entropy of moved
-classifiers on target images, tested on classifiers and images that it has not seen. In a second corpus every classifier
-has labels of its own (a random renumbering of the ten digits): there nothing is gained by writing one good classifier
-over all, what each one knows must be kept.
+More than a thousand small classifiers are trained on clean digits, from starts of their own. A network over weights
+reads one and says how to move it, so that it works on digits that are turned, or noisy: trained on the cross entropy of
+moved classifiers on target images, tested on classifiers and images that it has not seen. In a second corpus every
+classifier has labels of its own (a random renumbering of the ten digits): one good classifier written over all does
+not help there, what each one knows must be kept.
 Run: ``python examples/dwsnets_adaptation.py [--data mnist10k] [--full]``. Interrupted runs go on where they stopped.
 """
 
@@ -171,7 +171,8 @@ def draw(panels: dict[str, dict[str, list[float]]], path: Path) -> None:
         for row, (name, values) in enumerate(found.items()):
             mean, error = interval(values)
             colour = "0.65" if len(values) == 1 else "tab:blue" if name == "DWSNet" else "tab:orange"
-            axes.barh(row, mean, xerr=0.0 if math.isnan(error) else error, color=colour, height=0.7)
+            bar = axes.barh(row, mean, xerr=0.0 if math.isnan(error) else error, color=colour, height=0.7)
+            axes.bar_label(bar, fmt="%.0f", padding=2, fontsize="small")
         axes.set_yticks(range(len(found)), list(found))
         axes.set(title=title, xlabel="accuracy on target images, %", xlim=(0, 100))
         axes.spines[["top", "right"]].set_visible(False)
@@ -186,9 +187,9 @@ def compare(
     steps, width, depth = size
     builds = movers(corpus.spec, width, depth)
     theta, classes = corpus.theta[-N_TEST:], corpus.classes[-N_TEST:]
-    trained = fitted(theta, corpus, classes, domain, torch.Generator().manual_seed(3))
+    fine_tuned = fitted(theta, corpus, classes, domain, torch.Generator().manual_seed(3))
     found, rows = {}, []
-    for name, moved in {"no adaptation": theta, "trained on the target": trained}.items():
+    for name, moved in {"no adaptation": theta, "each fine-tuned": fine_tuned}.items():
         target, clean = (100 * accuracies(moved, classes, corpus, where, "test") for where in (domain, "clean"))
         move = ((moved - theta).norm(dim=-1) / theta.norm(dim=-1)).mean()
         found[name] = [float(target.mean())]

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnnflow.equivariant.network import TimeEmbedding
+from bnnflow.equivariant.network import TimeEmbedding, embedded_condition, perceptron
 from bnnflow.weights import WeightSpec
 
 __all__ = ["GraphNet"]
@@ -233,14 +233,14 @@ class GraphNet(nn.Module):
         self.graph = graph = _Graph(spec)
         self._in_features, self._unit_features, self._context_length = in_features, unit_features, context
         self.time = TimeEmbedding(width) if time else None
-        self.context = nn.Sequential(_perceptron(context, width, width), nn.SiLU()) if context else None
+        self.context = nn.Sequential(perceptron(context, width, width), nn.SiLU()) if context else None
         self.lift = _Lift(graph, in_features, unit_features, width, edge_width)
         self.blocks = nn.ModuleList(
             _Block(graph, width, edge_width, heads, time or context > 0, updates_edges=not invariant or i < depth - 1)
             for i in range(depth)
         )
         self.head = (
-            _perceptron(3 * width, width, out_features) if invariant else _Head(graph, out_features, width, edge_width)
+            perceptron(3 * width, width, out_features) if invariant else _Head(graph, out_features, width, edge_width)
         )
 
     def forward(
@@ -265,7 +265,7 @@ class GraphNet(nn.Module):
             ValueError: if an argument is missing or not wanted.
         """
         self._check(features, units)
-        condition = self._condition(t, context)
+        condition = embedded_condition((self.time, t), (self.context, context), self._context_length)
         nodes, edges = self.lift(features, units)
         for block in self.blocks:
             nodes, edges = block(nodes, edges, condition)
@@ -273,17 +273,6 @@ class GraphNet(nn.Module):
         if isinstance(self.head, _Head):
             return self.head(nodes, _normalised_edges(edges))
         return self.head(torch.cat([nodes[:, -1], nodes.mean(1), nodes.amax(1)], -1))
-
-    def _condition(self, t: Tensor | None, context: Tensor | None) -> Tensor | None:
-        """Embed what the network is conditioned on, ``(batch, width)``."""
-        if (t is None) != (self.time is None):
-            raise ValueError("this network takes no time" if self.time is None else "this network needs a time t")
-        if (0 if context is None else context.shape[-1]) != self._context_length:
-            found = None if context is None else tuple(context.shape)
-            raise ValueError(f"this network takes a context of length {self._context_length}, got {found}")
-        given = [(self.time, t), (self.context, context)]
-        parts = [embed(value) for embed, value in given if embed is not None]
-        return sum(parts[1:], parts[0]) if parts else None
 
     def _check(self, features: Tensor, units: Mapping[str, Tensor] | None) -> None:
         """Raise ``ValueError`` unless the features fit the network."""
@@ -295,10 +284,6 @@ class GraphNet(nn.Module):
         found = {label: tuple(values.shape) for label, values in (units or {}).items()}
         if found != wanted:
             raise ValueError(f"this network takes features of units {wanted}, got {found}")
-
-
-def _perceptron(n_in: int, width: int, n_out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(n_in, width), nn.SiLU(), nn.Linear(width, n_out))
 
 
 class _Lift(nn.Module):
@@ -440,7 +425,7 @@ class _Block(nn.Module):
         super().__init__()
         self.messages = _Messages(graph, width, edge_width)
         self.attend = _Attention(graph, width, edge_width, heads)
-        self.mix = _perceptron(width, 2 * width, width)
+        self.mix = perceptron(width, 2 * width, width)
         self.update = _EdgeLinear(edge_width, edge_width) if updates_edges else None
         self._sizes = [width] * 6 + [edge_width] * (3 if updates_edges else 2)
         self.modulation = nn.Parameter(torch.zeros(sum(self._sizes)))

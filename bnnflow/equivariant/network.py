@@ -13,7 +13,7 @@ from bnnflow.equivariant.layers import FusedLinear, by_kind, mean
 from bnnflow.equivariant.layout import Channels, Fused, Layout
 from bnnflow.weights import WeightSpec
 
-__all__ = ["DWSNet", "TimeEmbedding"]
+__all__ = ["DWSNet", "TimeEmbedding", "embedded_condition", "perceptron"]
 
 
 class TimeEmbedding(nn.Module):
@@ -30,6 +30,23 @@ class TimeEmbedding(nn.Module):
         angles = t.unsqueeze(-1) * self._frequencies
         late = (1 - t + 1e-2).log().unsqueeze(-1)
         return self.mix(torch.cat([angles.sin(), angles.cos(), late, t.unsqueeze(-1)], -1))
+
+
+def embedded_condition(
+    time: tuple[nn.Module | None, Tensor | None], context: tuple[nn.Module | None, Tensor | None], length: int
+) -> Tensor | None:
+    """Return what modulates a network, ``(batch, width)``, from its embeddings of time and context and their values.
+
+    Raises:
+        ValueError: if one of the values is missing, unexpected, or not of the ``length`` of the context.
+    """
+    if (time[0] is None) != (time[1] is None):
+        raise ValueError("this network takes no time" if time[0] is None else "this network needs a time t")
+    if (0 if context[1] is None else context[1].shape[-1]) != length:
+        found = None if context[1] is None else tuple(context[1].shape)
+        raise ValueError(f"this network takes a context of length {length}, got {found}")
+    parts = [embed(value) for embed, value in (time, context) if embed is not None]
+    return sum(parts[1:], parts[0]) if parts else None
 
 
 class DWSNet(nn.Module):
@@ -96,7 +113,7 @@ class DWSNet(nn.Module):
         hidden = Channels((width,) * n_units, (edge_width,) * n_matrices, width)
         self._hidden = hidden
         self.time = TimeEmbedding(width) if time else None
-        self.context = nn.Sequential(_perceptron(context, width, width), nn.SiLU()) if context else None
+        self.context = nn.Sequential(perceptron(context, width, width), nn.SiLU()) if context else None
         self.lift = FusedLinear(self.layout, self.layout.channels.scaled(in_features), hidden)
         of_matrices = self.layout.channels.scaled(in_features).matrices if heads else ()
         self.carry = nn.ModuleList(nn.Linear(c, heads) for c in of_matrices)
@@ -112,7 +129,7 @@ class DWSNet(nn.Module):
         self.readout = self.head = None
         if invariant:
             pooled = 2 * sum(hidden.flat) - hidden.globals
-            self.readout = nn.Sequential(nn.LayerNorm(pooled), _perceptron(pooled, width, out_features))
+            self.readout = nn.Sequential(nn.LayerNorm(pooled), perceptron(pooled, width, out_features))
         else:
             self.head = FusedLinear(self.layout, hidden, self.layout.channels.scaled(out_features))
             for parameter in self.head.parameters():
@@ -136,7 +153,7 @@ class DWSNet(nn.Module):
         Raises:
             ValueError: if one of these is missing, unexpected, or of another size.
         """
-        condition = self._condition(t, context)
+        condition = embedded_condition((self.time, t), (self.context, context), self._context_length)
         packed = self.layout.pack(features)
         carriers = [
             torch.tanh(self.carry[kind](block)).movedim(-1, 1).contiguous()  # (batch, heads, rows, columns)
@@ -149,17 +166,6 @@ class DWSNet(nn.Module):
             return self.readout(_pool(fused, self.layout, self._hidden))
         assert self.head is not None
         return self.layout.unpack(self.head(fused), self._out_features)
-
-    def _condition(self, t: Tensor | None, context: Tensor | None) -> Tensor | None:
-        """Return what modulates the blocks, ``(batch, width)``."""
-        if (t is None) != (self.time is None):
-            raise ValueError("this network takes no time" if self.time is None else "this network needs a time t")
-        if (0 if context is None else context.shape[-1]) != self._context_length:
-            found = None if context is None else tuple(context.shape)
-            raise ValueError(f"this network takes a context of length {self._context_length}, got {found}")
-        given = [(self.time, t), (self.context, context)]
-        parts = [embed(value) for embed, value in given if embed is not None]
-        return sum(parts[1:], parts[0]) if parts else None
 
     def _lift(self, packed: Fused, units: Mapping[str, Tensor] | None) -> Fused:
         """Return the features in the hidden channels, with what is known of units and of depth."""
@@ -299,7 +305,8 @@ class _Messages(nn.Module):
         return (heads @ values).movedim(1, -2).flatten(-2)
 
 
-def _perceptron(n_in: int, width: int, n_out: int) -> nn.Sequential:
+def perceptron(n_in: int, width: int, n_out: int) -> nn.Sequential:
+    """Build a perceptron with one hidden layer."""
     return nn.Sequential(nn.Linear(n_in, width), nn.SiLU(), nn.Linear(width, n_out))
 
 
