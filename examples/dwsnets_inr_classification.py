@@ -9,7 +9,6 @@ Run: ``python examples/dwsnets_inr_classification.py [--data mnist|fashion_mnist
 import argparse
 import json
 import math
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,8 +19,10 @@ from weight_space import (
     WeightsMLP,
     WeightsTransformer,
     accuracy,
+    corpus,
     cross_entropy,
     frame,
+    images,
     interval,
     permutations,
     permuted,
@@ -30,13 +31,11 @@ from weight_space import (
 )
 
 import bnnflow as bf
-from bnnflow.data import Dataset, load_images
-from bnnflow.equivariant import DWSNet, GraphNet, INRs, TensorScaler, fit_images, siren, warp
+from bnnflow.equivariant import DWSNet, GraphNet, TensorScaler, warp
 from bnnflow.model.network import ChainNetwork
 from bnnflow.symmetry import match, normalise_sign
 
 OUT = Path("out")
-W0, FIT_STEPS, PIXELS = 20.0, 200, 128  # of the fits: frequency, Adam steps, coordinates a step
 BATCH, DECAY, WARP, PROBES = 128, 0.02, 0.5, 7  # warp: its strength; probes: fixed inputs on a grid of 7 x 7
 TRIALS = [1e-3, 3e-3]  # learning rates, tried for a fifth of the steps
 EXTRA = (
@@ -45,32 +44,6 @@ EXTRA = (
     "DWSNet + all probes",
 )  # one seed, a third of the steps, settings of DWSNet
 PUBLISHED = {"DWSNet": (85.71, 67.06), "MLP, aligned": (58.98, 47.79)}  # MNIST and Fashion-MNIST, 55,000 images
-
-
-def images(name: str | None) -> Dataset:
-    """Return the images asked for, or the best that are there: MNIST, a part of it, the digits of scikit-learn."""
-    folder = os.environ.get("BNNFLOW_DATA", "../shared/data")
-    for candidate in [name] if name else ["mnist", "mnist10k"]:
-        try:
-            return load_images(candidate, folder=folder)
-        except FileNotFoundError:
-            if name:
-                raise
-    return load_images("digits")
-
-
-def corpus(data: Dataset, views: int) -> tuple[list[INRs], INRs]:
-    """Fit every training image ``views`` times and every test image once, or read the fits of an earlier run."""
-    parts = []
-    for name, x, seed in [*((f"train{v}", data.x_train, v) for v in range(views)), ("test", data.x_test, 1000)]:
-        path = OUT / "inrs" / f"{data.name}-{name}.npz"
-        if not path.is_file():
-            pixels = min(PIXELS, x[0].numel())
-            fits = fit_images(x, siren(2, 1, w0=W0), steps=FIT_STEPS, batch_size=pixels, seed=seed)
-            fits.save(path)
-            print(f"{data.name} {name}: {len(fits)} fits in {fits.info['seconds']:.0f} s, {fits.psnr.mean():.1f} dB")
-        parts.append(bf.load(path))
-    return parts[:-1], parts[-1]
 
 
 def random_warp(theta: Tensor, spec: bf.WeightSpec, strength: float, generator: torch.Generator) -> Tensor:

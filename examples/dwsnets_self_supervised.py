@@ -1,13 +1,13 @@
-"""Embed sine waves by the weights of networks that represent them, without labels (Navon et al. 2023, section 7.3).
+"""Embed sine waves by the weights of networks that represent them, without labels (Navon et al. 2023).
 
 Each wave y = a sin(b x) on [-pi, pi], a, b ~ U(0, 10), is fitted by a SIREN 1-32-32-1 of its own, which takes x / pi
 and returns y itself. Encoders see two views of the weights, each with Gaussian noise and a mask of its own, and learn
 to tell which views belong together (SimCLR, Chen et al. 2020). A linear probe, fitted on the training waves, then
 reads (a, b) off the embeddings of unseen waves. Phases and signs of the sines, exact symmetries, are fixed once for
 the whole corpus; permutations are left to the methods. Every seed has training waves and starts of its own; validation
-and test waves are common. Settings are chosen one after the other in five short trials a method, by the probe on the
-validation waves.
-Run: ``python examples/dwsnets_self_supervised.py [--full]``. Interrupted runs go on where they stopped.
+and test waves are common. Settings are chosen one after the other in five short trials a method; they and the
+step to stop at are the only choices that see labels, those of the validation waves.
+Run: ``python examples/dwsnets_self_supervised.py [--full] [--two-fits]``. Interrupted runs go on where they stopped.
 """
 
 import argparse
@@ -196,7 +196,10 @@ class Experiment:
         embedding = embed(net)
         result = {"validation": lowest, "test": probe(embedding, targets)[1], "untrained": untrained}
         print(f"  {name}, seed {seed}, {steps} steps, {tuple(setting)}: {result}, {seconds:.0f} CPU s", flush=True)
-        return result | {"seconds": seconds, "embedding": embedding[HELD_OUT : HELD_OUT + TEST].tolist()}
+        return result | {
+            "seconds": seconds,
+            "embedding": embedding[HELD_OUT : HELD_OUT + TEST].double().round(decimals=3).tolist(),
+        }
 
 
 def draw(embeddings: dict[str, Tensor], targets: Tensor, path: Path) -> None:

@@ -8,6 +8,7 @@ import copy
 import itertools
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,9 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnnflow import WeightSpec
-from bnnflow.equivariant import DWSNet, GraphNet, TensorScaler
+from bnnflow.data import Dataset, load_images
+from bnnflow.equivariant import DWSNet, GraphNet, INRs, TensorScaler, fit_images, siren
 from bnnflow.symmetry import match
 from bnnflow.weights import Symmetries
+
+OUT = Path("out")
+W0, FIT_STEPS, PIXELS = 20.0, 200, 128  # of the fits of images: frequency, Adam steps, coordinates a step
 
 
 class WeightsMLP(nn.Module):
@@ -115,6 +120,32 @@ def movers(spec: WeightSpec, width: int, depth: int, frequency: float = 0.0) -> 
         "DWSNet": lambda: DWSNet(spec, 1, 1, width, depth, edge_width=8, frequency=frequency),
         "GraphNet": lambda: GraphNet(spec, 1, 1, 32, 3),
     }
+
+
+def images(name: str | None) -> Dataset:
+    """Return the images asked for, or the best that are there: MNIST, a part of it, the digits of scikit-learn."""
+    folder = os.environ.get("BNNFLOW_DATA", "../shared/data")
+    for candidate in [name] if name else ["mnist", "mnist10k"]:
+        try:
+            return load_images(candidate, folder=folder)
+        except FileNotFoundError:
+            if name:
+                raise
+    return load_images("digits")
+
+
+def corpus(data: Dataset, views: int) -> tuple[list[INRs], INRs]:
+    """Fit every training image ``views`` times and every test image once, or read the fits of an earlier run."""
+    parts = []
+    for name, x, seed in [*((f"train{v}", data.x_train, v) for v in range(views)), ("test", data.x_test, 1000)]:
+        path = OUT / "inrs" / f"{data.name}-{name}.npz"
+        if not path.is_file():
+            pixels = min(PIXELS, x[0].numel())
+            fits = fit_images(x, siren(2, 1, w0=W0), steps=FIT_STEPS, batch_size=pixels, seed=seed)
+            fits.save(path)
+            print(f"{data.name} {name}: {len(fits)} fits in {fits.info['seconds']:.0f} s, {fits.psnr.mean():.1f} dB")
+        parts.append(INRs.load(path))
+    return parts[:-1], parts[-1]
 
 
 def permutations(spec: WeightSpec) -> Symmetries:

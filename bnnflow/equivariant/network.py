@@ -45,7 +45,7 @@ def embedded_condition(
     if (0 if context[1] is None else context[1].shape[-1]) != length:
         found = None if context[1] is None else tuple(context[1].shape)
         raise ValueError(f"this network takes a context of length {length}, got {found}")
-    parts = [embed(value) for embed, value in (time, context) if embed is not None]
+    parts: list[Tensor] = [embed(value) for embed, value in (time, context) if embed is not None]
     return sum(parts[1:], parts[0]) if parts else None
 
 
