@@ -120,7 +120,7 @@ def run(
 
 def draw(errors: dict[str, dict[int, list[float]]], path: Path) -> None:
     """Plot test errors against the number of training networks."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
     axes = figure.subplots()
     for place, (name, by_size) in enumerate(errors.items()):
         mean, error = zip(*(interval(values) for values in by_size.values()), strict=True)
@@ -131,7 +131,7 @@ def draw(errors: dict[str, dict[int, list[float]]], path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="training networks", ylabel="test MSE of b")
     axes.set_xticks(SIZES, [f"{size:,}" for size in SIZES])
     axes.minorticks_off()
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)
 
 

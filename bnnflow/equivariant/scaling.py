@@ -24,8 +24,8 @@ class TensorScaler(nn.Module):
         >>> spec = WeightSpec.of(nn.Linear(3, 2))
         >>> theta = torch.arange(16.0).reshape(2, 8)
         >>> scaler = TensorScaler.fit(theta, spec)
-        >>> [round(float(part.std(correction=0)), 5) for part in spec.unflatten(scaler(theta)).values()]
-        [1.0, 1.0]
+        >>> round(float(scaler(theta)[:, :6].std(correction=0)), 5)
+        1.0
     """
 
     def __init__(self, spec: WeightSpec) -> None:
