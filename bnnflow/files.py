@@ -27,7 +27,7 @@ def load(path: str | Path, model: BayesianModel | None = None) -> Draws | Flow |
     """
     if Path(path).is_dir():
         return checkpoint.load(path)
-    header, arrays = storage.read(path, {"draws": 1, "flow": 1, "inrs": 1})
+    header, arrays = storage.read(path, {"draws": 1, "flow": 2, "inrs": 1})
     if header["kind"] == "draws":
         return Draws.from_file(header, arrays)
     if header["kind"] == "inrs":

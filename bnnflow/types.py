@@ -13,16 +13,23 @@ if TYPE_CHECKING:
     from bnnflow.weights import WeightSpec
 
 __all__ = [
+    "AdaptiveSolver",
+    "Architecture",
+    "CorrectionMethod",
+    "FixedSolver",
     "HierarchicalPrior",
     "Kernel",
     "Likelihood",
     "LogDensity",
     "LogDensityAndGrad",
     "Noise",
+    "Parametrisation",
     "Posterior",
     "Prior",
+    "Schedule",
     "Seed",
     "Solver",
+    "StochasticSolver",
     "Trace",
 ]
 
@@ -34,9 +41,18 @@ LogDensityAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 Seed = int | torch.Generator
 
-Trace = Literal["exact", "hutchinson"]
+Trace = Literal["exact", "hutchinson", "hutch++"]
 Noise = Literal["rademacher", "gaussian"]
-Solver = Literal["euler", "midpoint", "rk4"]
+FixedSolver = Literal["euler", "midpoint", "rk4"]
+AdaptiveSolver = Literal["dopri5", "dopri8", "bosh3", "adaptive_heun"]
+Solver = FixedSolver | AdaptiveSolver
+StochasticSolver = Literal["euler", "midpoint"]
+Parametrisation = Literal["velocity", "x1"]
+Architecture = Literal["dws", "graph"]
+Schedule = Literal["linear", "variance_preserving"]
+CorrectionMethod = Literal[
+    "auto", "importance", "defensive", "resample", "refine", "smc", "metropolis", "neutra"
+]
 
 
 class Kernel(NamedTuple):

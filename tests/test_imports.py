@@ -18,6 +18,7 @@ ROOMS = [
     "seeding",
     "storage",
     "progress",
+    "ranks",
     "gaussian",
     "posteriors",
     "tracing",

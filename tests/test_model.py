@@ -493,6 +493,19 @@ def test_gauss_newton_is_the_fisher_matrix(name: str) -> None:
         torch.testing.assert_close(a.T @ a, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("rows", [None, torch.tensor([4, 1, 4])])
+@pytest.mark.parametrize("name", OURS)
+def test_gauss_newton_products_are_those_of_the_matrix(name: str, rows: Tensor | None) -> None:
+    model = model_of(name, temperature=1.3)
+    theta = points(model, 3)
+    grad, factor = model.gauss_newton(theta, rows)
+    torch.testing.assert_close(grad, model.log_likelihood_grad(theta, rows), rtol=1e-9, atol=1e-9)
+    same, product = model.gauss_newton_product(theta, rows)
+    v = points(model, 3).flip(0)
+    torch.testing.assert_close(same, grad, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(product(v), torch.einsum("brd,bre,be->bd", factor, factor, v), rtol=1e-9, atol=1e-9)
+
+
 def _expected_minus(likelihood: Any, outputs: Tensor, model: BayesianModel, theta: Tensor) -> Tensor:
     """Return KL(p(y | fixed outputs) || p(y | outputs)) summed over rows: its Hessian at equality is Fisher's."""
     parameters = {name: value.unsqueeze(0) for name, value in model.likelihood_parameters(theta).items()}

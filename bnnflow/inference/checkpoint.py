@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bnnflow import storage
 from bnnflow.draws import Draws
-from bnnflow.inference.ranks import ALONE, Ranks
+from bnnflow.ranks import ALONE, Ranks
 
 __all__ = ["Checkpoint", "Saved"]
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bnnflow.inference.ranks import Ranks
+from bnnflow.ranks import Ranks
 
 __all__ = ["LowRank", "Moments", "Scale", "scale_of"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from bnnflow.draws import Draws
 from bnnflow.inference.loop import Tuned, WarmUp, run_chains, thinned
 from bnnflow.inference.mass import LowRank, Moments, scale_of
-from bnnflow.inference.ranks import ALONE, Ranks
+from bnnflow.ranks import ALONE, Ranks
 from bnnflow.inference.run import Run, check_positive
 from bnnflow.inference.warmup import window_ends
 from bnnflow.model import BayesianModel

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bnnflow.draws import Draws
-from bnnflow.inference.ranks import ALONE, Ranks
+from bnnflow.ranks import ALONE, Ranks
 from bnnflow.model import BayesianModel
 
 if TYPE_CHECKING:

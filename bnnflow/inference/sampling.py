@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bnnflow.draws import Draws
 from bnnflow.inference.checkpoint import Checkpoint
 from bnnflow.inference.hmc import HMC
-from bnnflow.inference.ranks import connect
+from bnnflow.ranks import connect
 from bnnflow.inference.run import Method, Run
 from bnnflow.model import BayesianModel
 from bnnflow.seeding import as_generator

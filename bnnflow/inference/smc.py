@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bnnflow.draws import Draws
 from bnnflow.inference.hmc import hmc
-from bnnflow.inference.ranks import Ranks
+from bnnflow.ranks import Ranks
 from bnnflow.inference.run import Run
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar

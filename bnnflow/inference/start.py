@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from bnnflow.inference.ranks import ALONE, Ranks
+from bnnflow.ranks import ALONE, Ranks
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
 from bnnflow.weights import WeightSpec

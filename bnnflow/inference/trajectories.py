@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bnnflow.inference.loop import Tuned, WarmUp
 from bnnflow.inference.mass import LowRank, Moments, Scale, scale_of
-from bnnflow.inference.ranks import ALONE, Ranks
+from bnnflow.ranks import ALONE, Ranks
 from bnnflow.inference.warmup import DualAveraging, TrajectoryLength, window_ends
 from bnnflow.model import BayesianModel
 from bnnflow.types import Kernel, LogDensityAndGrad

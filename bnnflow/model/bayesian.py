@@ -361,8 +361,12 @@ class BayesianModel:
         missing = self.dim - grad.shape[-1] - sum(each.shape[-1] for each in by_name)
         return torch.cat([grad, grad.new_zeros(len(grad), missing), *by_name], -1)
 
-    def gauss_newton(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+    def gauss_newton(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Linearise the likelihood: the Gauss-Newton matrix of -log likelihood is A^T A.
+
+        Args:
+            theta: ``(batch, dim)``.
+            rows: use only these rows of the data, int64 ``(m,)``, scaled to all of them.
 
         Returns:
             The gradient of the log likelihood ``(batch, dim)``, and the factor A ``(batch, rows, dim)``: the
@@ -373,9 +377,11 @@ class BayesianModel:
         """
         if not hasattr(self.likelihood, "fisher_factor"):
             raise ValueError(f"{type(self.likelihood).__name__} has no fisher_factor")
-        outputs, jacobian = self.network.jacobian(theta, self.x)  # (batch, n, out, network dim)
+        rows, scale = self._batch(theta, rows)
+        x, y = (self.x, self.y) if rows is None else (self.x[rows], self.y[rows])
+        outputs, jacobian = self.network.jacobian(theta, x)  # (batch, n, out, network dim)
         parameters = self.likelihood_parameters(theta)
-        grad_outputs, grad_parameters = self._score(outputs, self.y, parameters)
+        grad_outputs, grad_parameters = self._score(outputs, y, parameters)
         factor, information = self.likelihood.fisher_factor(outputs, parameters)  # type: ignore[attr-defined]
         grad = self._with_extras(torch.einsum("bnk,bnkd->bd", grad_outputs, jacobian), grad_parameters)
         by_weights = torch.einsum("bnkr,bnkd->bnrd", factor, jacobian).flatten(1, 2)  # (batch, rows, network dim)
@@ -392,7 +398,50 @@ class BayesianModel:
                 columns.append(by_weights.new_zeros(batch, rows, each.shape[-1]))
                 extra = torch.diag_embed(each.sqrt())  # (batch, size, size)
                 below.append(torch.nn.functional.pad(extra, (start, self.dim - start - each.shape[-1])))
-        return grad, torch.cat([torch.cat(columns, -1), *below], 1)
+        whole = torch.cat([torch.cat(columns, -1), *below], 1)
+        return (grad, whole) if scale == 1 else (scale * grad, scale**0.5 * whole)
+
+    def gauss_newton_product(
+        self, theta: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Return what `gauss_newton` does without forming a Jacobian.
+
+        Args:
+            theta: ``(batch, dim)``.
+            rows: use only these rows of the data, int64 ``(m,)``, scaled to all of them.
+
+        Returns:
+            The gradient of the log likelihood ``(batch, dim)``, and the function v -> A^T A v, ``(batch, dim)``; each
+            product costs about two gradients.
+
+        Raises:
+            ValueError: if the likelihood has no ``fisher_factor``.
+        """
+        if not hasattr(self.likelihood, "fisher_factor"):
+            raise ValueError(f"{type(self.likelihood).__name__} has no fisher_factor")
+        rows, scale = self._batch(theta, rows)
+        x, y = (self.x, self.y) if rows is None else (self.x[rows], self.y[rows])
+        outputs, pullback = self.network.pullback(theta, x)
+        parameters = self.likelihood_parameters(theta)
+        factor, information = self.likelihood.fisher_factor(outputs, parameters)  # type: ignore[attr-defined]
+        grad_outputs, grad_parameters = self._score(outputs, y, parameters)
+        slices = {extra.key: self.spec.slices[extra.name] for extra in self._extras if extra.key in information}
+
+        def product(v: Tensor) -> Tensor:
+            _, tangent = torch.func.jvp(lambda weights: self.network(weights, x), (theta,), (v,))
+            along = (factor.mT @ tangent.unsqueeze(-1)).squeeze(-1)  # (batch, n, rank)
+            mine = {key: v[:, where] for key, where in slices.items()}
+            for name, each in information.items():
+                if each.dim() == 4:
+                    along = along + torch.einsum("bnsr,bs->bnr", each, mine[name])
+            by_outputs = (factor @ along.unsqueeze(-1)).squeeze(-1)
+            by_parameters = {
+                name: torch.einsum("bnsr,bnr->bs", each, along) if each.dim() == 4 else each * mine[name]
+                for name, each in information.items()
+            }
+            return scale * self._with_extras(pullback(by_outputs), by_parameters)
+
+        return scale * self._with_extras(pullback(grad_outputs), grad_parameters), product
 
     def _score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         if hasattr(self.likelihood, "score"):

@@ -1,53 +1,81 @@
-"""The posterior in the coordinates in which its prior is N(0, I): where every flow lives."""
+"""The posterior in the coordinates in which the source is N(0, I): where every flow lives."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from bnnflow.model import BayesianModel
+from bnnflow.transport.source import Source
 
 __all__ = ["Context"]
 
 
 class Context:
-    """What a likelihood-informed velocity may ask of a model, in standard normal coordinates z of the prior.
+    """What a likelihood-informed velocity may ask of a model, in the coordinates x of a source.
 
-    With theta = from_normal(z), u(z) = log posterior(z) - log N(z; 0, I) up to a constant: the log likelihood at
-    temperature 1, since the prior's density and the Jacobian of the coordinates cancel.
+    With theta = from_normal(x), u(x) = log posterior(x) - log N(x; 0, I) up to a constant. From the prior, at
+    temperature 1, that is the log likelihood, since the prior's density and the Jacobian of the coordinates cancel.
 
     Args:
         model: the posterior.
+        source: the law at t = 0; the prior if None.
+        rows: use only these rows of the data, int64 ``(m,)``, with their likelihood scaled to that of all.
 
     Raises:
         ValueError: if the prior has no such coordinates.
     """
 
-    def __init__(self, model: BayesianModel) -> None:
-        model.flat_prior.require_coordinates()
-        self.model = model
+    def __init__(self, model: BayesianModel, source: Source | None = None, rows: Tensor | None = None) -> None:
+        self.model, self.rows = model, rows
+        self.source = Source(model.flat_prior) if source is None else source
         self.dim = model.dim
         self._prior = model.flat_prior
         self._inverse_temperature = 1 / model.temperature
 
-    def grad(self, z: Tensor) -> Tensor:
+    def grad(self, x: Tensor) -> Tensor:
         """Return the gradient of u, ``(batch, dim) -> (batch, dim)``; differentiable again."""
+        z = self.source.to_prior(x)
         theta = self._prior.from_normal(z)
-        grad = self.model.log_likelihood_grad(theta) * self._inverse_temperature
-        if self._inverse_temperature != 1:
-            grad = grad + (self._inverse_temperature - 1) * self._prior.log_prob_and_grad(theta)[1]
-        return grad * self._prior.derivative(z)
+        return self._finish(x, z, theta, self.model.log_likelihood_grad(theta, self.rows), self._prior.derivative(z))
 
-    def gauss_newton(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradient of u and a factor A, ``(batch, rows, dim)``, of the likelihood's part of -u'' ~ A^T A."""
-        theta = self._prior.from_normal(z)
-        derivative = self._prior.derivative(z)
-        grad, factor = self.model.gauss_newton(theta)
+    def gauss_newton(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradient of u and a factor A, ``(batch, rows, dim)``: -u'' ~ A^T A + ``source.excess``."""
+        z = self.source.to_prior(x)
+        theta, derivative = self._prior.from_normal(z), self._prior.derivative(z)
+        grad, factor = self.model.gauss_newton(theta, self.rows)
+        factor = factor * (derivative.unsqueeze(-2) * self._inverse_temperature**0.5)
+        return self._finish(x, z, theta, grad, derivative), self.source.pull(factor)
+
+    def gauss_newton_product(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Return the gradient of u and the function v -> H v, ``(batch, dim)``, of the same matrix, never formed."""
+        z = self.source.to_prior(x)
+        theta, derivative = self._prior.from_normal(z), self._prior.derivative(z)
+        grad, product = self.model.gauss_newton_product(theta, self.rows)
+        source, scale = self.source, derivative * self._inverse_temperature**0.5
+
+        def times(v: Tensor) -> Tensor:
+            pulled = source.pull(v)
+            image = source.pull(scale * product(scale * pulled))
+            return image if source.is_prior else image + source.pull(pulled) - v  # H + root^2 - I
+
+        return self._finish(x, z, theta, grad, derivative), times
+
+    def _finish(self, x: Tensor, z: Tensor, theta: Tensor, grad: Tensor, derivative: Tensor) -> Tensor:
+        """Turn the gradient of the log likelihood by theta into that of u by x."""
         grad = grad * self._inverse_temperature
         if self._inverse_temperature != 1:
             grad = grad + (self._inverse_temperature - 1) * self._prior.log_prob_and_grad(theta)[1]
-        return grad * derivative, factor * (derivative.unsqueeze(-2) * self._inverse_temperature**0.5)
+        grad = grad * derivative
+        return grad if self.source.is_prior else self.source.pull(grad - z) + x
 
-    def to(self, device: torch.device | str | None, dtype: torch.dtype | None) -> Context:
+    def batch(self, size: int, generator: torch.Generator) -> Context:
+        """Return the context with a random part of the data in place of all of them."""
+        return Context(self.model, self.source, self.model.random_rows((), generator, size))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Context:
         """Return the same context elsewhere."""
-        return Context(self.model.to(device, dtype))
+        rows = None if self.rows is None else self.rows.to(device)
+        return Context(self.model.to(device, dtype), self.source.to(device, dtype), rows)

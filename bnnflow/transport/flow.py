@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from bnnflow import storage
 from bnnflow.model import BayesianModel
-from bnnflow.model.priors import FlatPrior
 from bnnflow.seeding import as_generator
 from bnnflow.transport.coordinates import Context
 from bnnflow.transport.divergence import exact_divergence, hutchinson_divergence, probe_noise
+from bnnflow.transport.paths import AffinePath
 from bnnflow.transport.solvers import integrate, time_grid
-from bnnflow.transport.velocity import InformedVelocity, bound, rebuild
+from bnnflow.transport.source import Source
+from bnnflow.transport.velocity import bound, rebuild
 from bnnflow.types import Noise, Seed, Solver, Trace
 from bnnflow.weights import WeightSpec
 
@@ -31,24 +32,24 @@ _LOG_2PI = math.log(2 * math.pi)
 
 @dataclass(frozen=True)
 class Flow:
-    """A transport of the prior to the posterior; a `Posterior`.
+    """A transport of a source, by default the prior, to the posterior; a `Posterior`.
 
-    Samples solve dx/dt = velocity(t, x) from t = 0, x ~ N(0, I) in the prior's standard normal coordinates, to t = 1.
-    Log densities follow d log p / dt = -div velocity along the path, and include the Jacobian of the coordinates, so
-    that they are densities over ``theta``. Their error is the solver's: compare two values of ``steps``.
+    Draws solve dx/dt = velocity(t, x) from t = 0, x ~ N(0, I) in the coordinates of the source, to t = 1. Log densities
+    follow d log p / dt = -div velocity along the path, and include the Jacobian of the coordinates, so that they are
+    densities over ``theta``. Their error is the solver's: compare two values of ``steps``.
 
     Attributes:
         velocity: the field, in evaluation mode.
-        source: the prior.
+        source: the law at t = 0.
         spec: the meaning of the weights.
         fingerprint: of the model that the field is bound to, or was fitted on.
-        solver: rule and number of steps used unless a call says otherwise.
-        steps: see ``solver``.
+        solver: rule used unless a call says otherwise.
+        steps: its number of steps.
         info: how the flow was made.
     """
 
     velocity: nn.Module
-    source: FlatPrior
+    source: Source
     spec: WeightSpec
     fingerprint: str
     solver: Solver = "midpoint"
@@ -56,25 +57,68 @@ class Flow:
     info: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, velocity: nn.Module, model: BayesianModel, **options: Any) -> Flow:
+    def of(cls, velocity: nn.Module, model: BayesianModel, source: Source | None = None, **options: Any) -> Flow:
         """Make a flow of a field, bound to a model; an untrained `InformedVelocity` is a sampler of its own.
 
         Args:
             velocity: a field for the model's weights.
-            model: gives the source and, to informed fields, the data.
+            model: gives the prior and, to informed fields, the data.
+            source: the law at t = 0; the prior if None.
             options: other attributes of the flow.
         """
-        field = bound(velocity, Context(model))
-        return cls(field.eval(), model.flat_prior, model.spec, model.fingerprint(), **options)
+        context = Context(model, source)
+        return cls(bound(velocity, context).eval(), context.source, model.spec, model.fingerprint(), **options)
 
     @property
     def dim(self) -> int:
         """Length of a weight vector."""
         return self.spec.dim
 
+    @property
+    def path(self) -> AffinePath:
+        """The path of the pairs that the field is made for."""
+        return getattr(self.velocity, "path", AffinePath())
+
     def bind(self, model: BayesianModel) -> Flow:
         """Return the same field bound to another model's prior and data."""
-        return Flow.of(self.velocity, model, solver=self.solver, steps=self.steps, info=self.info)
+        return self._on(self.velocity, model)
+
+    def transfer(self, model: BayesianModel) -> Flow:
+        """Return the field with the same parameters for a network of other hidden widths.
+
+        The parameters of a network over weights do not depend on the widths of hidden layers, only on their number and
+        on inputs and outputs. That the result is a flow *to the posterior* is a hope, not a law: check it.
+
+        Raises:
+            ValueError: if the field is tied to its weights, or the networks differ in more than widths.
+        """
+        if not self.source.exchangeable or not hasattr(self.velocity, "describe"):
+            raise ValueError("this flow is tied to its own weights, by its source or by its field")
+        velocity = rebuild(self.velocity.describe(), model.spec).to(model.device, model.dtype)  # type: ignore[operator]
+        try:
+            velocity.requires_grad_(False).load_state_dict(self.velocity.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"the networks differ in more than the widths of hidden layers: {error}") from error
+        return self._on(velocity, model)
+
+    def on_batch(self, size: int, seed: Seed) -> Flow:
+        """Return the flow with a random part of the data, for large data: the field then costs as much less.
+
+        The likelihood of the part is scaled to all rows. Log densities of this flow are conditional on the part, which
+        is fixed; draws of many such flows come from the mixture, whose density is not known.
+
+        Args:
+            size: rows of the data.
+            seed: decides which.
+
+        Raises:
+            ValueError: if the field does not look at the data.
+        """
+        context: Context | None = getattr(self.velocity, "context", None)
+        if context is None:
+            raise ValueError("this flow looks at no data: its cost does not depend on their number")
+        part = context.batch(size, as_generator(seed, self._device))
+        return replace(self, velocity=bound(self.velocity, part))
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Flow:
         """Return the flow on another device or in another floating-point type."""
@@ -82,6 +126,10 @@ class Flow:
         context: Context | None = getattr(self.velocity, "context", None)
         moved = bound(moved, None if context is None else context.to(device, dtype))
         return replace(self, velocity=moved.eval(), source=self.source.to(device, dtype))
+
+    def _on(self, velocity: nn.Module, model: BayesianModel) -> Flow:
+        source = self.source.on(model)
+        return Flow.of(velocity, model, source, solver=self.solver, steps=self.steps, info=self.info)
 
     # ---------------------------------------------------------------- sampling and densities
 
@@ -100,14 +148,20 @@ class Flow:
         Raises:
             FloatingPointError: if the velocity becomes NaN.
         """
-        grid = self._grid(steps)
-
-        def travel(x0: Tensor) -> Tensor:
-            (x1,) = integrate(lambda t, s: (self.velocity(t, s[0]),), (x0,), grid, solver or self.solver)
-            return self.source.from_normal(x1)
-
+        starts = self.start(n, seed).split(chunk_size)
         with torch.no_grad():
-            return torch.cat([travel(x0) for x0 in self._start(n, seed).split(chunk_size)])
+            return torch.cat([self.push(x0, steps=steps, solver=solver) for x0 in starts])
+
+    def start(self, n: int, seed: Seed) -> Tensor:
+        """Draw latent points ``(n, dim)``: the source in its own coordinates, N(0, I)."""
+        generator = as_generator(seed, self._device)
+        return torch.randn(n, self.dim, generator=generator, device=self._device, dtype=self.source.dtype)
+
+    def push(self, x0: Tensor, *, steps: int | None = None, solver: Solver | None = None) -> Tensor:
+        """Carry latent points ``(n, dim)`` to weights; differentiable, all in one chunk."""
+        grid = self._grid(steps)
+        (x1,) = integrate(lambda t, state: (self.velocity(t, state[0]),), (x0,), grid, solver or self.solver)
+        return self.source.from_normal(x1)
 
     def sample_with_log_prob(
         self,
@@ -123,14 +177,57 @@ class Flow:
     ) -> tuple[Tensor, Tensor]:
         """Draw ``(n, dim)`` and their log densities ``(n,)`` in one pass forwards; see ``log_prob``."""
         generator = as_generator(seed, self._device)
-        grid = self._grid(steps)
+        x0 = self.start(n, generator)
+        with torch.no_grad():
+            return self.push_with_log_prob(
+                x0, trace=trace, probes=probes, noise=noise, seed=generator, steps=steps, solver=solver,
+                chunk_size=chunk_size,
+            )  # fmt: skip
+
+    def push_with_log_prob(
+        self,
+        x0: Tensor,
+        *,
+        trace: Trace = "exact",
+        probes: int = 8,
+        noise: Noise = "rademacher",
+        seed: Seed = 0,
+        steps: int | None = None,
+        solver: Solver | None = None,
+        chunk_size: int = 512,
+    ) -> tuple[Tensor, Tensor]:
+        """Carry latent points ``(n, dim)`` to weights, with their log densities ``(n,)`` there; differentiable."""
+        generator = as_generator(seed, self._device)
         thetas, log_probs = [], []
-        for x0 in self._start(n, generator).split(chunk_size):
-            x1, change = self._transport(x0, grid, trace, probes, noise, generator, solver)
+        for rows in x0.split(chunk_size):
+            x1, change = self._transport(rows, self._grid(steps), trace, probes, noise, generator, solver)
             theta = self.source.from_normal(x1)
             thetas.append(theta)
-            log_probs.append(_log_normal(x0) - change + self.source.log_jacobian(theta))
+            log_probs.append(_log_normal(rows) - change + self.source.log_jacobian(theta))
         return torch.cat(thetas), torch.cat(log_probs)
+
+    def pull_with_log_prob(
+        self,
+        theta: Tensor,
+        *,
+        trace: Trace = "exact",
+        probes: int = 8,
+        noise: Noise = "rademacher",
+        seed: Seed = 0,
+        steps: int | None = None,
+        solver: Solver | None = None,
+        chunk_size: int = 512,
+    ) -> tuple[Tensor, Tensor]:
+        """Carry weights ``(n, dim)`` back to latent points, with their log densities ``(n,)``; differentiable."""
+        self.spec.check(theta)
+        generator = as_generator(seed, self._device)
+        starts, log_probs = [], []
+        for rows in theta.split(chunk_size):
+            x1, grid = self.source.to_normal(rows), self._grid(steps).flip(0)
+            x0, change = self._transport(x1, grid, trace, probes, noise, generator, solver)
+            starts.append(x0)
+            log_probs.append(_log_normal(x0) + change + self.source.log_jacobian(rows))
+        return torch.cat(starts), torch.cat(log_probs)
 
     def log_prob(
         self,
@@ -157,15 +254,12 @@ class Flow:
             solver: its rule.
             chunk_size: draws that travel together, which bounds the memory.
         """
-        self.spec.check(theta)
-        generator = as_generator(seed, self._device)
-        grid = self._grid(steps).flip(0)
-        flat = theta.reshape(-1, self.dim)
-        log_probs = []
-        for rows in flat.split(chunk_size):
-            x0, change = self._transport(self.source.to_normal(rows), grid, trace, probes, noise, generator, solver)
-            log_probs.append(_log_normal(x0) + change + self.source.log_jacobian(rows))
-        return torch.cat(log_probs).reshape(theta.shape[:-1])
+        with torch.no_grad():
+            _, log_probs = self.pull_with_log_prob(
+                theta.reshape(-1, theta.shape[-1]), trace=trace, probes=probes, noise=noise, seed=seed, steps=steps,
+                solver=solver, chunk_size=chunk_size,
+            )  # fmt: skip
+        return log_probs.reshape(theta.shape[:-1])
 
     def _transport(
         self,
@@ -193,8 +287,7 @@ class Flow:
             return velocity, estimates.mean(0)
 
         start = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
-        with torch.no_grad():
-            end, change = integrate(slope, (x, start), grid, solver or self.solver)
+        end, change = integrate(slope, (x, start), grid, solver or self.solver)
         return end, change
 
     @property
@@ -203,10 +296,6 @@ class Flow:
 
     def _grid(self, steps: int | None) -> Tensor:
         return time_grid(self.steps if steps is None else steps, device=self._device)
-
-    def _start(self, n: int, seed: Seed) -> Tensor:
-        generator = as_generator(seed, self._device)
-        return torch.randn(n, self.dim, generator=generator, device=self._device, dtype=self.source.dtype)
 
     # ---------------------------------------------------------------- storage
 
@@ -221,6 +310,7 @@ class Flow:
         header = {
             "velocity": self.velocity.describe(),  # type: ignore[operator]
             "source": self.source.describe(),
+            "dtype": str(self.source.dtype).removeprefix("torch."),
             "spec": self.spec.describe(),
             "fingerprint": self.fingerprint,
             "solver": self.solver,
@@ -228,7 +318,7 @@ class Flow:
             "info": self.info,
         }
         arrays = {name: value.cpu().numpy() for name, value in self.velocity.state_dict().items()}
-        return storage.write(path, "flow", 1, json.loads(json.dumps(header)), arrays)
+        return storage.write(path, "flow", 2, json.loads(json.dumps(header)), arrays | self.source.arrays())
 
     @classmethod
     def load(cls, path: str | Path, model: BayesianModel | None = None) -> Flow:
@@ -241,17 +331,21 @@ class Flow:
         Raises:
             ValueError: if the field is informed and there is no model, or it is another one than the file's.
         """
-        return cls.from_file(*storage.read(path, {"flow": 1}), model)
+        return cls.from_file(*storage.read(path, {"flow": 2}), model)
 
     @classmethod
     def from_file(cls, header: dict[str, Any], arrays: dict[str, np.ndarray], model: BayesianModel | None) -> Flow:
         """Build a flow from the contents of a file."""
         spec = WeightSpec.from_description(header["spec"])
         velocity = rebuild(header["velocity"], spec)
-        state = {name: torch.from_numpy(value) for name, value in arrays.items()}
-        dtype = next(iter(state.values())).dtype
+        plain = header["source"]
+        if isinstance(plain, list):  # version 1 knew no source but the prior
+            plain = {"prior": plain, "arrays": []}
+        state = {name: torch.from_numpy(arrays[name]) for name in arrays if name not in plain["arrays"]}
+        dtype = getattr(torch, header["dtype"]) if "dtype" in header else next(iter(state.values())).dtype
         velocity.to(dtype).requires_grad_(False).load_state_dict(state)
-        if isinstance(velocity, InformedVelocity):
+        source = Source.from_description(plain, arrays, dtype)
+        if hasattr(velocity, "bind"):
             if model is None:
                 raise ValueError("a likelihood-informed flow needs its model: Flow.load(path, model)")
             if model.fingerprint() != header["fingerprint"]:
@@ -259,16 +353,9 @@ class Flow:
                     "this is not the model that the flow was fitted on (data, prior, likelihood or network differ); "
                     "load it with its own model and call flow.bind(model) to use it on another"
                 )
-            velocity = velocity.bind(Context(model))
-        return cls(
-            velocity.eval(),
-            FlatPrior.from_description(header["source"], dtype),
-            spec,
-            header["fingerprint"],
-            header["solver"],
-            header["steps"],
-            header["info"],
-        )
+            velocity = bound(velocity, Context(model, source))
+        rest = (header["fingerprint"], header["solver"], header["steps"], header["info"])
+        return cls(velocity.eval(), source, spec, *rest)
 
 
 def _log_normal(x: Tensor) -> Tensor:

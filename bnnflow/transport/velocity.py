@@ -1,25 +1,40 @@
-"""Velocity fields from N(0, I) to a posterior in the prior's standard normal coordinates.
+"""Velocity fields from N(0, I) to a posterior in the coordinates of the source.
 
 A field is an ``nn.Module`` called as ``field(t, x)`` with ``t`` a scalar or ``(batch,)`` and ``x`` ``(batch, dim)``.
-Ours declare the symmetries that they are equivariant to as ``group``. One that looks at the data also has a ``context``
-and a ``bind`` that sets it; the binding is never part of the module's weights.
+Ours declare the symmetries that they are equivariant to as ``group`` and the ``path`` that they are made for. One that
+looks at the data also has a ``context`` and a ``bind`` that sets it; the binding is never part of the module's weights.
+A field may know its own trace: ``with_divergence(t, x) -> (velocity, divergence (batch,) float64)``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from bnnflow.equivariant import DWSNet
+from bnnflow.equivariant import DWSNet, GraphNet
 from bnnflow.equivariant.network import TimeEmbedding
 from bnnflow.transport.coordinates import Context
-from bnnflow.transport.displacement import Displacement, GaussNewton, GradientSteps
+from bnnflow.transport.displacement import Displacement, Drive, GaussNewton, GradientSteps
+from bnnflow.transport.paths import AffinePath, Coefficients
+from bnnflow.types import Architecture, Parametrisation
 from bnnflow.weights import Symmetries, WeightSpec
 
-__all__ = ["GaussianVelocity", "InformedVelocity", "WeightsVelocity", "bound", "rebuild"]
+__all__ = [
+    "DriveVelocity",
+    "GaussianVelocity",
+    "InformedVelocity",
+    "ResidualVelocity",
+    "WeightsVelocity",
+    "bound",
+    "rebuild",
+]
+
+NO_SYMMETRY = Symmetries(frozenset(), frozenset(), frozenset())
+_Informed = TypeVar("_Informed", bound=nn.Module)
+_LAST = 0.02  # where x1 - x is divided by 1 - t, it is by no less than this
 
 
 def _permutations(spec: WeightSpec) -> Symmetries:
@@ -31,122 +46,257 @@ def _times(t: Tensor, x: Tensor) -> Tensor:
 
 
 class WeightsVelocity(nn.Module):
-    """A field that sees weights and time only: the prior's own field plus a `DWSNet`.
+    """A field that sees weights and time only: the source's own field plus a network over weights.
 
-    v = (2t - 1) / q x + net(t, x). The first term is the exact field of a posterior that equals the prior. Costs no
+    v = rest(t) x + net(t, x); the first term is the exact field of a posterior that equals the source. Costs no
     gradient of the likelihood, whatever the size of the data. Equivariant to permutations of hidden units.
 
     Args:
-        spec: a chain of layers.
+        spec: the meaning of the weights.
         width: channels of the network.
         depth: blocks of the network.
+        architecture: ``"dws"``, a `DWSNet`, or ``"graph"``, a `GraphNet`.
+        heads: of the messages between units in a `DWSNet`.
+        parametrisation: ``"velocity"``, or ``"x1"``: the network corrects E[x1 | x_t], which is then converted, and
+            is trained on the error of that.
+        path: the path of the pairs.
     """
 
-    def __init__(self, spec: WeightSpec, width: int = 64, depth: int = 4) -> None:
+    def __init__(
+        self,
+        spec: WeightSpec,
+        width: int = 64,
+        depth: int = 4,
+        *,
+        architecture: Architecture = "dws",
+        heads: int = 0,
+        parametrisation: Parametrisation = "velocity",
+        path: AffinePath | None = None,
+    ) -> None:
         super().__init__()
-        self.spec = spec
-        self.group = _permutations(spec)
-        self._config = {"width": width, "depth": depth}
-        self.net = DWSNet(spec, 1, 1, width, depth, time=True, heads=0)
+        if parametrisation not in ("velocity", "x1"):
+            raise ValueError(f"parametrisation must be 'velocity' or 'x1', got {parametrisation!r}")
+        self.spec, self.group = spec, _permutations(spec)
+        self.path = path if path is not None else AffinePath()
+        self.parametrisation: Parametrisation = parametrisation
+        self._config = {"width": width, "depth": depth, "architecture": architecture, "heads": heads}
+        self.net = _network(spec, 1, width, depth, architecture, heads)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """Return the velocity, ``(batch, dim)``."""
         t = _times(t, x)
-        q = t * t + (1 - t) ** 2
-        return ((2 * t - 1) / q).unsqueeze(-1) * x + self.net(x.unsqueeze(-1), t).squeeze(-1)
+        c = Coefficients(*(part.unsqueeze(-1) for part in self.path.coefficients(t)))
+        correction = self.net(x.unsqueeze(-1), t).squeeze(-1)
+        if self.parametrisation == "x1":
+            correction = c.turn / c.a.clamp(min=_LAST) * correction
+        return c.rest * x + correction
+
+    def weighting(self, t: Tensor) -> Tensor:
+        """Return what squared errors of the velocity are multiplied by in training, in the shape of ``t``."""
+        if self.parametrisation == "velocity":
+            return torch.ones_like(t)
+        c = self.path.coefficients(t)
+        return (c.a.clamp(min=_LAST) / c.turn).square()
 
     def describe(self) -> dict[str, Any]:
         """Return plain values from which the module is rebuilt."""
-        return {"kind": "weights"} | self._config
+        rest = {"parametrisation": self.parametrisation, "path": self.path.describe()}
+        return {"kind": "weights"} | self._config | rest
 
 
-class InformedVelocity(nn.Module):
-    """The likelihood-informed field: the prior's own field, the pull of the data, and a learned correction.
+class DriveVelocity(nn.Module):
+    """The pull of the data alone, without a network: nothing to learn, for any ``nn.Module``.
 
-    For independent pairs the exact marginal field is v = (2t - 1) / q x + (1 - t) / q E[grad u(x1) | x_t]. The drive
-    w of a `Displacement` stands for the expectation, and a `DWSNet` that sees x, the displacement and the gradient
-    learns what is missing: v = (2t - 1) / q x + (1 - t) / q c(t) w + net(t, x, s w / (1 + 0.05 / s), asinh(s^2 grad)),
-    finite at t = 1. Untrained (c = 1, net = 0) it is a sampler of its own. Equivariant to permutations of hidden units.
+    With u = log posterior - log N(x; 0, I) the exact marginal field of independent pairs is
+    v = rest(t) x + pull(t) E[grad u(x1) | x_t] (Stein's identity). The drive w of a `Displacement` stands for the
+    expectation. Exact where the posterior is Gaussian and the displacement `GaussNewton`.
 
     Args:
-        spec: a chain of layers.
-        displacement: `GradientSteps` or `GaussNewton`.
-        width: channels of the network.
-        depth: blocks of the network.
+        displacement: `GaussNewton` or `GradientSteps`.
+        path: the path of the pairs.
+        group: symmetries that the drive commutes with; those of the function that the source keeps.
     """
 
     def __init__(
-        self, spec: WeightSpec, displacement: Displacement | None = None, width: int = 64, depth: int = 4
+        self,
+        displacement: Displacement | None = None,
+        path: AffinePath | None = None,
+        group: Symmetries = NO_SYMMETRY,
     ) -> None:
         super().__init__()
-        self.spec = spec
-        self.group = _permutations(spec)
-        self.displacement = displacement if displacement is not None else GradientSteps()
-        self._config = {"width": width, "depth": depth}
-        self.net = DWSNet(spec, 3, 1, width, depth, time=True, heads=0)
-        self.time = TimeEmbedding(width)
-        self.trust = nn.Linear(width, 1)
-        nn.init.zeros_(self.trust.weight)
-        nn.init.ones_(self.trust.bias)
+        self.displacement = displacement if displacement is not None else GaussNewton()
+        self.path = path if path is not None else AffinePath()
+        self.group = group
         self.context: Context | None = None
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """Return the velocity, ``(batch, dim)``.
+        """Return the velocity, ``(batch, dim)``; ``RuntimeError`` if the field is not bound to a context."""
+        c, _, (drive,) = _driven(self.path, self.context, (self.displacement,), _times(t, x), x)
+        return c.rest * x + c.pull * drive.w
 
-        Raises:
-            RuntimeError: if the field is not bound to a context.
-        """
-        if self.context is None:
-            raise RuntimeError("a likelihood-informed velocity must be bound to a model first")
+    def bind(self, context: Context | None) -> DriveVelocity:
+        """Return the same field with the pull of another model, or of none."""
+        return _rebound(self, context)
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain values from which the module is rebuilt."""
+        plain = {"displacement": _plain(self.displacement), "path": self.path.describe()}
+        return {"kind": "drive", "group": [sorted(each) for each in self.group]} | plain
+
+
+class InformedVelocity(nn.Module):
+    """The likelihood-informed field: the source's own field, the pull of the data, and a learned correction.
+
+    As `DriveVelocity`, with the drive w of one displacement, or a learned mix of several, and a `DWSNet` that sees x,
+    the displacements and the gradients and learns what is missing:
+    v = rest x + pull c(t) w + net(t, x, s w / (1 + 0.05 / s), asinh(s^2 grad)), finite at t = 1. Untrained (c adds up
+    to 1, net = 0) it is a sampler of its own. Equivariant to permutations of hidden units.
+
+    Args:
+        spec: the meaning of the weights.
+        displacement: `GradientSteps` or `GaussNewton`, or several to mix.
+        width: channels of the network.
+        depth: blocks of the network.
+        architecture: ``"dws"``, a `DWSNet`, or ``"graph"``, a `GraphNet`.
+        heads: of the messages between units in a `DWSNet`.
+        path: the path of the pairs.
+    """
+
+    def __init__(
+        self,
+        spec: WeightSpec,
+        displacement: Displacement | Sequence[Displacement] | None = None,
+        width: int = 64,
+        depth: int = 4,
+        *,
+        architecture: Architecture = "dws",
+        heads: int = 0,
+        path: AffinePath | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec, self.group = spec, _permutations(spec)
+        given = GradientSteps() if displacement is None else displacement
+        self.displacements = tuple(given) if isinstance(given, Sequence) else (given,)
+        self.path = path if path is not None else AffinePath()
+        self._config = {"width": width, "depth": depth, "architecture": architecture, "heads": heads}
+        count = len(self.displacements)
+        self.net = _network(spec, 1 + 2 * count, width, depth, architecture, heads)
+        self.time = TimeEmbedding(width)
+        self.trust = nn.Linear(width, count)
+        nn.init.zeros_(self.trust.weight)
+        nn.init.constant_(self.trust.bias, 1 / count)
+        self.context: Context | None = None
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """Return the velocity, ``(batch, dim)``; ``RuntimeError`` if the field is not bound to a context."""
         t = _times(t, x)
-        q = (t * t + (1 - t) ** 2).unsqueeze(-1)
-        rest = (1 - t).unsqueeze(-1)
-        s2 = rest * rest / q
-        drive = self.displacement(self.context, x * t.unsqueeze(-1) / q, s2)
-        features = [x, s2 * drive.w / (s2.sqrt() + 0.05), torch.asinh(s2 * drive.grad)]
-        prior = (2 * t.unsqueeze(-1) - 1) / q * x
-        pull = rest / q * self.trust(self.time(t)) * drive.w
-        return prior + pull + self.net(torch.stack(features, -1), t).squeeze(-1)
+        c, s2, drives = _driven(self.path, self.context, self.displacements, t, x)
+        trust = self.trust(self.time(t))
+        features, pull = [x], torch.zeros_like(x)
+        for index, drive in enumerate(drives):
+            features += [s2 * drive.w / (s2.sqrt() + 0.05), torch.asinh(s2 * drive.grad)]
+            pull = pull + trust[:, index, None] * drive.w
+        return c.rest * x + c.pull * pull + self.net(torch.stack(features, -1), t).squeeze(-1)
 
     def bind(self, context: Context | None) -> InformedVelocity:
         """Return the same field, sharing its weights, with the pull of another model, or of none."""
         if context is not None and context.dim != self.spec.dim:
             raise ValueError(f"the field is for {self.spec.dim} weights, the model has {context.dim}")
-        other = object.__new__(InformedVelocity)
-        other.__dict__ = self.__dict__ | {"context": context}
-        return other
+        return _rebound(self, context)
 
     def describe(self) -> dict[str, Any]:
         """Return plain values from which the module is rebuilt."""
-        displacement = {"kind": type(self.displacement).__name__} | vars(self.displacement)
-        return {"kind": "informed", "displacement": displacement} | self._config
+        plain = [_plain(each) for each in self.displacements]
+        return {"kind": "informed", "displacement": plain, "path": self.path.describe()} | self._config
 
 
 class GaussianVelocity(nn.Module):
     """The closed-form field from N(0, I) to N(mean, covariance) along independent pairs.
 
-    v = mean + (t C - (1 - t) I) (t^2 C + (1 - t)^2 I)^-1 (x - t mean), by the eigenvectors of C.
+    v = b' mean + (b b' C + a a' I) (b^2 C + a^2 I)^-1 (x - b mean), by the eigenvectors of C.
 
     Args:
         mean: ``(dim,)``.
         covariance: ``(dim, dim)``.
+        path: the path of the pairs.
     """
 
-    def __init__(self, mean: Tensor, covariance: Tensor) -> None:
+    def __init__(self, mean: Tensor, covariance: Tensor, path: AffinePath | None = None) -> None:
         super().__init__()
         self.mean: Tensor
         self.variances: Tensor
         self.vectors: Tensor
         variances, vectors = torch.linalg.eigh(covariance)
-        self.group = Symmetries(frozenset(), frozenset(), frozenset())
+        self.group = NO_SYMMETRY
+        self.path = path if path is not None else AffinePath()
         for name, value in {"mean": mean, "variances": variances, "vectors": vectors}.items():
             self.register_buffer(name, value)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """Return the velocity, ``(batch, dim)``."""
-        t = _times(t, x).unsqueeze(-1)
-        gain = (t * self.variances - (1 - t)) / (t * t * self.variances + (1 - t) ** 2)
-        return self.mean + ((x - t * self.mean) @ self.vectors * gain) @ self.vectors.T
+        c, gain = self._gain(_times(t, x).unsqueeze(-1))
+        return c.db * self.mean + ((x - c.b * self.mean) @ self.vectors * gain) @ self.vectors.T
+
+    def with_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the velocity and its divergence ``(batch,)`` in float64."""
+        _, gain = self._gain(_times(t, x).unsqueeze(-1).double())
+        return self(t, x), gain.sum(-1)
+
+    def _gain(self, t: Tensor) -> tuple[Coefficients, Tensor]:
+        c = self.path.coefficients(t)
+        along = c.b * c.db * self.variances + c.a * c.da
+        return c, along / (c.b * c.b * self.variances + c.a * c.a)
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain values from which the module is rebuilt."""
+        return {"kind": "gaussian", "dim": len(self.mean), "path": self.path.describe()}
+
+
+class ResidualVelocity(nn.Module):
+    """The closed-form field to a Gaussian fit plus a `DWSNet` that learns what is not Gaussian.
+
+    v = v_Gaussian(t, x) + net(t, x). Worth most for targets that are one cloud: align the draws first. A Gaussian of
+    full covariance keeps no symmetry, and neither does this field.
+
+    Args:
+        spec: the meaning of the weights.
+        gaussian: the field to the fit; not trained.
+        width: channels of the network.
+        depth: its blocks.
+    """
+
+    def __init__(self, spec: WeightSpec, gaussian: GaussianVelocity, width: int = 64, depth: int = 4) -> None:
+        super().__init__()
+        self.spec, self.gaussian = spec, gaussian
+        self.group, self.path = NO_SYMMETRY, gaussian.path
+        self._config = {"width": width, "depth": depth}
+        self.net = _network(spec, 1, width, depth, "dws", 0)
+
+    @classmethod
+    def fit(
+        cls, spec: WeightSpec, x: Tensor, width: int = 64, depth: int = 4, shrinkage: float = 1e-2
+    ) -> ResidualVelocity:
+        """Fit the Gaussian to draws ``(n, dim)`` in the flow's coordinates.
+
+        Args:
+            spec: the meaning of the weights.
+            x: the draws.
+            width: channels of the network.
+            depth: its blocks.
+            shrinkage: share of the covariance's diagonal that is mixed in.
+        """
+        covariance = torch.cov(x.double().T).reshape(x.shape[-1], x.shape[-1])
+        covariance = (1 - shrinkage) * covariance + shrinkage * torch.diag(covariance.diagonal())
+        gaussian = GaussianVelocity(x.double().mean(0), covariance).to(x.dtype)
+        return cls(spec, gaussian, width, depth)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """Return the velocity, ``(batch, dim)``."""
+        return self.gaussian(t, x) + self.net(x.unsqueeze(-1), _times(t, x)).squeeze(-1)
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain values from which the module is rebuilt."""
+        return {"kind": "residual", "gaussian": self.gaussian.describe()} | self._config
 
 
 def bound(velocity: nn.Module, context: Context | None) -> nn.Module:
@@ -155,14 +305,63 @@ def bound(velocity: nn.Module, context: Context | None) -> nn.Module:
     return velocity if bind is None else bind(context)
 
 
-def rebuild(description: dict[str, Any], spec: WeightSpec) -> WeightsVelocity | InformedVelocity:
+def rebuild(description: dict[str, Any], spec: WeightSpec) -> nn.Module:
     """Build an untrained field from what ``describe`` returned."""
     values = dict(description)
     kind = values.pop("kind")
+    if "path" in values:
+        values["path"] = AffinePath(**values["path"])
+    if "displacement" in values:
+        plain = values["displacement"]
+        made = [_displacement(each) for each in ([plain] if isinstance(plain, dict) else plain)]
+        values["displacement"] = made[0] if len(made) == 1 else made
     if kind == "weights":
         return WeightsVelocity(spec, **values)
     if kind == "informed":
-        displacement = dict(values.pop("displacement"))
-        families: dict[str, Callable[..., Displacement]] = {"GradientSteps": GradientSteps, "GaussNewton": GaussNewton}
-        return InformedVelocity(spec, families[displacement.pop("kind")](**displacement), **values)
+        return InformedVelocity(spec, **values)
+    if kind == "drive":
+        return DriveVelocity(**values | {"group": Symmetries(*(frozenset(each) for each in values["group"]))})
+    if kind == "gaussian":
+        dim = values.pop("dim")
+        return GaussianVelocity(torch.zeros(dim), torch.eye(dim), **values)
+    if kind == "residual":
+        gaussian = rebuild(values.pop("gaussian"), spec)
+        return ResidualVelocity(spec, gaussian, **values)  # type: ignore[arg-type]
     raise ValueError(f"unknown velocity {kind!r}")
+
+
+def _network(
+    spec: WeightSpec, features: int, width: int, depth: int, architecture: Architecture, heads: int
+) -> DWSNet | GraphNet:
+    if architecture == "dws":
+        return DWSNet(spec, features, 1, width, depth, time=True, heads=heads)
+    if architecture == "graph":
+        return GraphNet(spec, features, 1, width, depth, time=True)
+    raise ValueError(f"architecture must be 'dws' or 'graph', got {architecture!r}")
+
+
+def _driven(
+    path: AffinePath, context: Context | None, displacements: Sequence[Displacement], t: Tensor, x: Tensor
+) -> tuple[Coefficients, Tensor, list[Drive]]:
+    """Return the coefficients and s^2 at each time, ``(batch, 1)``, and the drive of every displacement."""
+    if context is None:
+        raise RuntimeError("a likelihood-informed velocity must be bound to a model first")
+    c = Coefficients(*(part.unsqueeze(-1) for part in path.coefficients(t)))
+    s2 = c.a * c.a / c.q
+    return c, s2, [displacement(context, x * c.b / c.q, s2) for displacement in displacements]
+
+
+def _rebound(field: _Informed, context: Context | None) -> _Informed:
+    other = object.__new__(type(field))
+    other.__dict__ = field.__dict__ | {"context": context}
+    return other
+
+
+def _plain(displacement: Displacement) -> dict[str, Any]:
+    return {"kind": type(displacement).__name__} | vars(displacement)
+
+
+def _displacement(plain: dict[str, Any]) -> Displacement:
+    families: dict[str, Callable[..., Displacement]] = {"GradientSteps": GradientSteps, "GaussNewton": GaussNewton}
+    values = dict(plain)
+    return families[values.pop("kind")](**values)
