@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from bnnflow.predictive import metrics, predict
     from bnnflow.report import diagnose, report, to_arviz, weight_convergence
     from bnnflow.symmetry import align
-    from bnnflow.transport import Flow, fit_flow, refine
+    from bnnflow.transport import Flow, GaussNewtonFlow, correct, fit_flow, refine
     from bnnflow.weights import WeightSpec
 
 __version__ = "0.1.0"
@@ -50,6 +50,7 @@ __all__ = [
     "DeepEnsemble",
     "Draws",
     "Flow",
+    "GaussNewtonFlow",
     "Gaussian",
     "Laplace",
     "MCDropout",
@@ -58,6 +59,7 @@ __all__ = [
     "WeightSpec",
     "__version__",
     "align",
+    "correct",
     "data",
     "diagnose",
     "equivariant",
@@ -105,7 +107,7 @@ _HOMES = {
     "predictive": ("metrics", "predict"),
     "report": ("diagnose", "to_arviz", "weight_convergence"),
     "symmetry": ("align",),
-    "transport": ("Flow", "fit_flow", "refine"),
+    "transport": ("Flow", "GaussNewtonFlow", "correct", "fit_flow", "refine"),
     "weights": ("WeightSpec",),
 }
 

@@ -50,9 +50,7 @@ StochasticSolver = Literal["euler", "midpoint"]
 Parametrisation = Literal["velocity", "x1"]
 Architecture = Literal["dws", "graph"]
 Schedule = Literal["linear", "variance_preserving"]
-CorrectionMethod = Literal[
-    "auto", "importance", "defensive", "resample", "refine", "smc", "metropolis", "neutra"
-]
+CorrectionMethod = Literal["auto", "importance", "defensive", "resample", "refine", "smc", "metropolis", "neutra"]
 
 
 class Kernel(NamedTuple):

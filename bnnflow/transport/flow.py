@@ -17,15 +17,16 @@ from bnnflow import storage
 from bnnflow.model import BayesianModel
 from bnnflow.seeding import as_generator
 from bnnflow.transport.coordinates import Context
+from bnnflow.transport.displacement import Displacement
 from bnnflow.transport.divergence import exact_divergence, hutchinson_divergence, probe_noise
 from bnnflow.transport.paths import AffinePath
 from bnnflow.transport.solvers import integrate, time_grid
 from bnnflow.transport.source import Source
-from bnnflow.transport.velocity import bound, rebuild
+from bnnflow.transport.velocity import DriveVelocity, bound, rebuild
 from bnnflow.types import Noise, Seed, Solver, Trace
 from bnnflow.weights import WeightSpec
 
-__all__ = ["Flow"]
+__all__ = ["Flow", "GaussNewtonFlow"]
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -356,6 +357,33 @@ class Flow:
             velocity = bound(velocity, Context(model, source))
         rest = (header["fingerprint"], header["solver"], header["steps"], header["info"])
         return cls(velocity.eval(), source, spec, *rest)
+
+
+def GaussNewtonFlow(
+    model: BayesianModel,
+    displacement: Displacement | None = None,
+    *,
+    source: Source | None = None,
+    path: AffinePath | None = None,
+    steps: int = 20,
+    solver: Solver = "midpoint",
+) -> Flow:
+    """Return the flow of a `DriveVelocity`: a sampler that needs neither draws nor training, for any network.
+
+    Exact for a linear Gaussian model; elsewhere an approximation that follows curvature and, by its curved paths, some
+    of the posterior's shape. It is a start for `refine`, `correct` and SMC, and a source of training targets.
+
+    Args:
+        model: the posterior; its likelihood needs a ``fisher_factor`` for Gauss-Newton.
+        displacement: `GaussNewton` unless said otherwise.
+        source: the law at t = 0; the prior if None.
+        path: the path from it.
+        steps: of the solver.
+        solver: its rule.
+    """
+    context = Context(model, source)
+    field = DriveVelocity(displacement, path, context.source.symmetries(model))
+    return Flow.of(field, model, context.source, steps=steps, solver=solver, info={"untrained": True})
 
 
 def _log_normal(x: Tensor) -> Tensor:

@@ -1,64 +1,99 @@
-"""Conditional flow matching from the prior to posterior draws."""
+"""Conditional flow matching: from pairs to a field, and from posterior draws to a flow."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
 import warnings
-from typing import Literal
+from collections.abc import Callable, Iterator
+from pathlib import Path as FilePath
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bnnflow import storage
 from bnnflow.draws import Draws, as_theta
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
+from bnnflow.ranks import ALONE, Ranks, connect
 from bnnflow.seeding import as_generator, isolated
 from bnnflow.transport.coordinates import Context
-from bnnflow.transport.couplings import Coupling, Independent, source_symmetries
+from bnnflow.transport.couplings import Coupling, Independent
 from bnnflow.transport.displacement import GaussNewton, GradientSteps
 from bnnflow.transport.flow import Flow
-from bnnflow.transport.velocity import InformedVelocity, WeightsVelocity, bound
+from bnnflow.transport.paths import AffinePath, Path
+from bnnflow.transport.source import Source
+from bnnflow.transport.times import Times, TowardsEnd
+from bnnflow.transport.velocity import InformedVelocity, ResidualVelocity, WeightsVelocity, bound
 from bnnflow.types import Seed
 
-__all__ = ["fit_flow"]
+__all__ = ["fit_flow", "train"]
 
 _STABLE = 0.7  # fraction of training at the full learning rate; it then decays to zero
+_BINS = 4  # of the times by which the loss is reported
+_CHECK = 100  # steps between looks at the held-out draws
+
+Pairs = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+"""``(n, generator) -> x0 (n, dim), x1 (n, dim)``."""
 
 
 def fit_flow(
     model: BayesianModel,
     draws: Draws | Tensor | tuple[Tensor, Tensor | None],
     *,
-    velocity: Literal["informed", "weights"] | nn.Module = "informed",
+    velocity: Literal["informed", "weights", "residual"] | nn.Module = "informed",
     coupling: Coupling | None = None,
+    path: AffinePath | None = None,
+    source: Source | None = None,
+    times: Times | None = None,
     budget: float = 120.0,
     steps: int | None = None,
     batch_size: int = 256,
     learning_rate: float = 3e-3,
+    held_out: Draws | Tensor | None = None,
+    patience: int = 20,
+    autocast: bool = False,
+    compile: bool = False,
+    checkpoint: str | FilePath | None = None,
+    resume: bool = False,
     seed: Seed = 0,
     progress: bool = True,
 ) -> Flow:
     """Fit a transport from the prior to posterior draws by conditional flow matching (Lipman et al. 2023).
 
-    Minimises E |v(t, (1 - t) x0 + t x1) - (x1 - x0)|^2 over pairs of a `Coupling`, whose minimiser is the marginal
-    field that carries the prior to the posterior. Works in the prior's standard normal coordinates, and moves
-    every pair by a random symmetry that keeps the prior. The weights returned are an exponential moving average.
+    Minimises E |v(t, x_t) - dx_t/dt|^2 over pairs of a `Coupling` on a path, whose minimiser is the marginal field
+    that carries the source to the posterior. Works in the coordinates in which the source is N(0, I), and moves every
+    pair by a random symmetry that keeps the source. The weights returned are an exponential moving average. Under
+    ``torchrun`` every process takes its share of the batch.
 
     Args:
         model: the posterior.
         draws: from it: `Draws`, weights ``(..., dim)``, or a pair (weights, log weights).
         velocity: ``"informed"`` sees the gradient of the likelihood: far more accurate on sharp posteriors, several
-            gradients an evaluation. ``"weights"`` sees weights only: cheapest to sample. Or a field of your own.
+            gradients an evaluation. ``"weights"`` sees weights only: cheapest to sample. ``"residual"`` corrects the
+            closed form of a Gaussian fit, for aligned draws. Or a field of your own.
         coupling: `Independent` unless said otherwise; `Matched` straightens the paths.
+        path: of the pairs; that of the field unless said otherwise, and else linear.
+        source: the law at t = 0; the prior if None.
+        times: at which the field is trained; a third of them near the end unless said otherwise.
         budget: seconds of training, unless ``steps`` says how many.
         steps: optimiser steps; with them the same seed gives the same flow, on CPU bit for bit. A flow fitted by
             budget keeps its number in ``flow.info["steps"]``.
-        batch_size: pairs a step.
+        batch_size: pairs a step, of all processes together.
         learning_rate: of AdamW.
+        held_out: draws that are not trained on, best of chains of their own: the state with the lowest loss on them is
+            kept, and training ends when it does not fall any more.
+        patience: looks at the held-out draws, one every 100 steps, without a lower loss before that.
+        autocast: compute the field in bfloat16.
+        compile: compile the field.
+        checkpoint: a file that keeps the state of training, written every minute and at the end.
+        resume: go on from the checkpoint if it is there; with ``steps``, bit for bit on CPU.
         seed: an int or a generator.
-        progress: show a bar at a terminal.
+        progress: show a bar at a terminal, with the loss for each quarter of the time.
 
     Returns:
         The flow; after Ctrl-C as far as it got, with ``info["interrupted"]`` set.
@@ -67,80 +102,194 @@ def fit_flow(
         ValueError: if there are no draws, they do not fit the model or are not finite, or the network's weights
             cannot be labelled and no field of your own is given.
     """
+    theta, log_weights = _checked(model, draws, "draws")
+    source = Source(model.flat_prior) if source is None else source
+    targets = source.to_normal(theta)
+    weights = None if log_weights is None else log_weights.double().softmax(0)
+    coupling = coupling if coupling is not None else Independent()
+    generator = as_generator(seed, model.device)
+    group = source.symmetries(model)
+
+    def pairs_of(targets: Tensor, weights: Tensor | None) -> Pairs:
+        def pairs(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            if weights is None:
+                rows = torch.randint(len(targets), (n,), generator=generator, device=targets.device)
+            else:
+                rows = torch.multinomial(weights, n, replacement=True, generator=generator)
+            x0 = torch.randn(n, model.dim, generator=generator, device=targets.device, dtype=targets.dtype)
+            return coupling.pair(x0, targets[rows], model.spec, group, generator)
+
+        return pairs
+
+    unseen = None
+    if held_out is not None:
+        others, other_weights = _checked(model, held_out, "held-out draws")
+        if other_weights is not None:
+            raise ValueError("held-out draws must have equal weights")
+        unseen = pairs_of(source.to_normal(others), None)
+    with isolated(generator):
+        field = _field(velocity, model, targets, path).to(model.device, model.dtype).train()
+    field, info = train(
+        bound(field, Context(model, source)), pairs_of(targets, weights), path=path, times=times, budget=budget,
+        steps=steps, batch_size=batch_size, learning_rate=learning_rate, held_out=unseen, patience=patience,
+        autocast=autocast, compile=compile, checkpoint=checkpoint, resume=resume, seed=generator, progress=progress,
+        ranks=connect(model.device),
+    )  # fmt: skip
+    info |= {"seed": seed if isinstance(seed, int) else "generator", "coupling": type(coupling).__name__}
+    return Flow.of(field, model, source, info=info)
+
+
+def train(
+    field: nn.Module,
+    pairs: Pairs,
+    *,
+    path: Path | None = None,
+    times: Times | None = None,
+    budget: float = 120.0,
+    steps: int | None = None,
+    batch_size: int = 256,
+    learning_rate: float = 3e-3,
+    held_out: Pairs | None = None,
+    patience: int = 20,
+    autocast: bool = False,
+    compile: bool = False,
+    checkpoint: str | FilePath | None = None,
+    resume: bool = False,
+    seed: Seed = 0,
+    progress: bool = True,
+    ranks: Ranks = ALONE,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Train any field on pairs, in place; `fit_flow` is this for the posterior of a model.
+
+    AdamW with a linear warm-up, a constant stretch and a cosine to zero over the last 30 %; gradients clipped to norm
+    30, steps whose gradient is not finite left out; an exponential moving average of the weights.
+
+    Args:
+        field: an ``nn.Module`` called as ``field(t (batch,), x (batch, dim))``. Squared errors are multiplied by its
+            ``weighting(t)``, if it has that.
+        pairs: draws pairs, ``(n, generator) -> (n, dim), (n, dim)``, on the field's device.
+        path: how pairs travel; ``field.path`` if None, and else linear.
+        times: at which the field is trained.
+        budget: see `fit_flow`.
+        steps: see `fit_flow`.
+        batch_size: see `fit_flow`.
+        learning_rate: see `fit_flow`.
+        held_out: draws pairs of draws that are not trained on.
+        patience: see `fit_flow`.
+        autocast: see `fit_flow`.
+        compile: see `fit_flow`.
+        checkpoint: see `fit_flow`.
+        resume: see `fit_flow`.
+        seed: an int or a generator.
+        progress: show a bar at a terminal.
+        ranks: the processes that share the batch.
+
+    Returns:
+        The field with its averaged weights, in evaluation mode and without gradients, and how it was trained.
+
+    Raises:
+        ValueError: if a setting is out of range, or the checkpoint is of another field.
+    """
+    if (steps is not None and steps < 1) or not budget > 0 or not learning_rate > 0 or patience < 1:
+        raise ValueError("steps and patience must be at least 1, budget and learning rate positive")
+    own_batch = ranks.share("batch_size", batch_size)
+    own_path: Path = getattr(field, "path", AffinePath())
+    path = own_path if path is None else path
+    times = times if times is not None else TowardsEnd()
+    device = next(field.parameters()).device
+    shared = as_generator(seed, device)
+    fixed = None if held_out is None else _fixed_batch(held_out, path, times, 4 * batch_size, shared)
+    generator = ranks.own_generator(shared)
+    state = _State(field, learning_rate)
+    file = None if checkpoint is None else FilePath(checkpoint)
+    if resume and file is not None and file.is_file():
+        state.load(*storage.read(file, {"training": 1}), generator, ranks)
+    call = torch.compile(field) if compile else field
+    precision = torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
+    clock = _Clock(state.seconds, state.cpu_seconds)
+    total = steps if steps is not None else state.total
+    saved, stopped, interrupted = time.perf_counter(), False, False
+
+    def save() -> None:
+        if file is not None:
+            state.seconds, state.cpu_seconds, state.total = clock.seconds, clock.cpu_seconds, total
+            state.save(file, generator, ranks)
+
+    with progress_bar(total, "flow", progress and ranks.rank == 0, "step", initial=state.count) as bar:
+        try:
+            while (total is None or state.count < total) and not stopped:
+                undecided = total is None and state.count % 7 == 0 and state.count > 0
+                if undecided and ranks.agree(int(clock.seconds > _STABLE * budget), device):
+                    bar.total = total = state.count * 10 // 7
+                    continue
+                x0, x1 = pairs(own_batch, generator)
+                t = times.sample(own_batch, x0, generator)
+                x_t, target = path.point(x0, x1, t, generator)
+                with precision:
+                    errors = (call(t, x_t) - target).square().sum(-1)
+                state.step(errors, t, _rate(state.count, total), ranks)
+                bar.update()
+                if fixed is not None and state.count % _CHECK == 0:
+                    stopped = state.look(fixed, patience)
+                if not bar.disable and state.count % 20 == 0:
+                    left = f"{max(0.0, budget - clock.seconds):.0f}s" if steps is None else ""
+                    bar.set_postfix(loss=" ".join(f"{value:.1f}" for value in state.losses), left=left)
+                if file is not None and time.perf_counter() - saved > 60:
+                    save()
+                    saved = time.perf_counter()
+        except KeyboardInterrupt:
+            if state.count == 0:
+                raise
+            interrupted = True
+            warnings.warn(f"interrupted: returning the flow after {state.count} steps", stacklevel=3)
+    save()
+    info = {
+        "steps": state.count,
+        "batch_size": batch_size,
+        "seconds": clock.seconds,
+        "cpu_seconds": clock.cpu_seconds,
+        "loss": state.loss,
+        "loss_by_time": state.losses,
+        "held_out_loss": None if held_out is None else state.lowest,
+        "parameters": sum(p.numel() for p in field.parameters()),
+        "stopped_early": stopped,
+        "interrupted": interrupted,
+    }
+    return state.finished, info
+
+
+def _checked(
+    model: BayesianModel, draws: Draws | Tensor | tuple[Tensor, Tensor | None], what: str
+) -> tuple[Tensor, Tensor | None]:
     theta, log_weights = as_theta(draws)
     model.spec.check(theta)
     theta = theta.to(model.device, model.dtype)
     finite = theta.isfinite().all(-1)
     if len(theta) == 0 or not bool(finite.all()):
-        raise ValueError(f"fit_flow needs finite draws; {int((~finite).sum())} of {len(theta)} are NaN or infinite")
-    if (steps is not None and steps < 1) or not budget > 0:
-        raise ValueError("steps must be at least 1 and budget positive")
-    context = Context(model)
-    targets = model.flat_prior.to_normal(theta)
-    weights = None if log_weights is None else log_weights.double().softmax(0)
-    coupling = coupling if coupling is not None else Independent()
-    generator = as_generator(seed, model.device)
-    with isolated(generator):
-        field = bound(_field(velocity, model).to(model.device, model.dtype).train(), context)
-    trainer = _Trainer(field, learning_rate)
-    group = source_symmetries(model)
-    started, cpu = time.perf_counter(), time.process_time()
-    total, interrupted = steps, False
-    with progress_bar(total, "flow", progress, "step") as bar:
-        try:
-            while total is None or trainer.count < total:
-                if total is None and trainer.count % 7 == 0 and trainer.count > 0:
-                    spent = time.perf_counter() - started
-                    if spent > _STABLE * budget:
-                        bar.total = total = trainer.count * 10 // 7
-                        continue
-                if weights is None:
-                    rows = torch.randint(len(targets), (batch_size,), generator=generator, device=model.device)
-                else:
-                    rows = torch.multinomial(weights, batch_size, replacement=True, generator=generator)
-                x0 = torch.randn(batch_size, model.dim, generator=generator, device=model.device, dtype=model.dtype)
-                x0, x1 = coupling.pair(x0, targets[rows], model.spec, group, generator)
-                t = _times(batch_size, generator, model.device, model.dtype)
-                loss = trainer.step(t, x0, x1, _rate(trainer.count, total))
-                bar.update()
-                if not bar.disable and trainer.count % 20 == 0:
-                    left = f"{max(0.0, budget - time.perf_counter() + started):.0f}s" if steps is None else ""
-                    bar.set_postfix(loss=f"{float(loss):.1f}", left=left)
-        except KeyboardInterrupt:
-            if trainer.count == 0:
-                raise
-            interrupted = True
-            warnings.warn(f"interrupted: returning the flow after {trainer.count} steps", stacklevel=2)
-    info = {
-        "steps": trainer.count,
-        "seed": seed if isinstance(seed, int) else "generator",
-        "batch_size": batch_size,
-        "coupling": type(coupling).__name__,
-        "seconds": time.perf_counter() - started,
-        "cpu_seconds": time.process_time() - cpu,
-        "loss": trainer.loss,
-        "parameters": sum(p.numel() for p in field.parameters()),
-        "interrupted": interrupted,
-    }
-    return Flow.of(trainer.average, model, info=info)
+        raise ValueError(f"fit_flow needs finite {what}; {int((~finite).sum())} of {len(theta)} are NaN or infinite")
+    return theta, log_weights
 
 
-def _field(velocity: str | nn.Module, model: BayesianModel) -> nn.Module:
+def _field(velocity: str | nn.Module, model: BayesianModel, x1: Tensor, path: AffinePath | None) -> nn.Module:
     if isinstance(velocity, nn.Module):
         return copy.deepcopy(bound(velocity, None)).requires_grad_()
     if velocity == "weights":
-        return WeightsVelocity(model.spec)
+        return WeightsVelocity(model.spec, path=path)
+    if velocity == "residual":
+        return ResidualVelocity.fit(model.spec, x1, path=path)
     if velocity == "informed":
         linearises = model.likelihood.kind == "regression" and hasattr(model.likelihood, "fisher_factor")
-        return InformedVelocity(model.spec, GaussNewton() if linearises else GradientSteps())
-    raise ValueError(f"velocity must be 'informed', 'weights' or a module, got {velocity!r}")
+        return InformedVelocity(model.spec, GaussNewton() if linearises else GradientSteps(), path=path)
+    raise ValueError(f"velocity must be 'informed', 'weights', 'residual' or a module, got {velocity!r}")
 
 
-def _times(n: int, generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Draw times in [0, 1): 70 % uniform, 30 % log-uniform towards 1, where sharp posteriors have their error."""
-    u, which = torch.rand(2, n, generator=generator, device=device, dtype=dtype)
-    late = 1 - 10 ** (-2 * u)
-    return torch.where(which < 0.7, u, late)
+def _fixed_batch(
+    pairs: Pairs, path: Path, times: Times, n: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return times, points and their velocities, to compare states of the field on."""
+    x0, x1 = pairs(n, generator)
+    t = times.sample(n, x0, generator)
+    return t, *path.point(x0, x1, t, generator)
 
 
 def _rate(count: int, total: int | None) -> float:
@@ -156,8 +305,24 @@ def _rate(count: int, total: int | None) -> float:
     return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-class _Trainer:
-    """The field, its optimiser and its moving average."""
+class _Clock:
+    """Seconds of training, those of the runs before included."""
+
+    def __init__(self, seconds: float, cpu_seconds: float) -> None:
+        self._began = time.perf_counter() - seconds
+        self._cpu_began = time.process_time() - cpu_seconds
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._began
+
+    @property
+    def cpu_seconds(self) -> float:
+        return time.process_time() - self._cpu_began
+
+
+class _State:
+    """The field, its optimiser, its moving average, and the best of the averages so far."""
 
     def __init__(self, field: nn.Module, learning_rate: float) -> None:
         self._field = field
@@ -165,31 +330,127 @@ class _Trainer:
         self._parameters = [p for p in field.parameters() if p.requires_grad]
         self._optimiser = torch.optim.AdamW(self._parameters, learning_rate, weight_decay=1e-3, foreach=True)
         self._averages = [p.detach().clone() for p in self._parameters]
+        self._best: list[Tensor] | None = None
+        self._bins = torch.zeros(2, _BINS, dtype=torch.float64, device=self._parameters[0].device)
+        self.lowest, self.patience_used = math.inf, 0
         self.count = 0
-        self.loss = math.nan
-
-    def step(self, t: Tensor, x0: Tensor, x1: Tensor, rate: float) -> Tensor:
-        """Take one step on the flow-matching loss; a step whose gradient is not finite is skipped."""
-        for group in self._optimiser.param_groups:
-            group["lr"] = self._learning_rate * rate
-        x_t = torch.lerp(x0, x1, t.unsqueeze(-1))
-        loss = (self._field(t, x_t) - (x1 - x0)).square().sum(-1).mean()
-        self._optimiser.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self._parameters, 30.0)
-        self.count += 1
-        if bool(norm.isfinite()):
-            self._optimiser.step()
-            decay = min(0.998, self.count / (self.count + 20))
-            for average, parameter in zip(self._averages, self._parameters, strict=True):
-                average.lerp_(parameter.detach(), 1 - decay)
-            value = float(loss.detach())
-            self.loss = value if math.isnan(self.loss) else self.loss + 0.01 * (value - self.loss)
-        return loss.detach()
+        self.total: int | None = None
+        self.seconds = self.cpu_seconds = 0.0
 
     @property
-    def average(self) -> nn.Module:
-        """The field with its averaged weights."""
+    def losses(self) -> list[float]:
+        """Recent squared errors for each quarter of the time."""
+        return (self._bins[0] / self._bins[1]).tolist()
+
+    @property
+    def loss(self) -> float:
+        """Recent squared error over all times."""
+        return float(self._bins[0].sum() / self._bins[1].sum())
+
+    def step(self, errors: Tensor, t: Tensor, rate: float, ranks: Ranks) -> None:
+        """Take one step on the mean of the errors ``(batch,)``, unless its gradient is not finite."""
+        for group in self._optimiser.param_groups:
+            group["lr"] = self._learning_rate * rate
+        weighting = getattr(self._field, "weighting", None)
+        self._optimiser.zero_grad()
+        (errors if weighting is None else errors * weighting(t)).mean().backward()
+        if ranks.size > 1:
+            _average_gradients(self._parameters, ranks)
+        norm = nn.utils.clip_grad_norm_(self._parameters, 30.0)
+        self.count += 1
+        if not bool(norm.isfinite()):
+            return
+        self._optimiser.step()
+        decay = min(0.998, self.count / (self.count + 20))
+        for average, parameter in zip(self._averages, self._parameters, strict=True):
+            average.lerp_(parameter.detach(), 1 - decay)
+        which = (t * _BINS).long().clamp_(max=_BINS - 1)
+        self._bins.mul_(0.99)
+        self._bins[0].index_add_(0, which, errors.detach().double())
+        self._bins[1].index_add_(0, which, torch.ones_like(t, dtype=torch.float64))
+
+    def look(self, batch: tuple[Tensor, Tensor, Tensor], patience: int) -> bool:
+        """Compare the average with the best so far on a fixed batch; say whether to stop."""
+        t, x_t, target = batch
+        with torch.no_grad(), self._swapped():
+            loss = float((self._field(t, x_t) - target).square().sum(-1).mean())
+        if loss < self.lowest:
+            self.lowest, self.patience_used = loss, 0
+            self._best = [average.clone() for average in self._averages]
+        else:
+            self.patience_used += 1
+        return self.patience_used >= patience
+
+    @contextlib.contextmanager
+    def _swapped(self) -> Iterator[None]:
+        """Lend the averages to the field."""
+        own = [parameter.data for parameter in self._parameters]
         for parameter, average in zip(self._parameters, self._averages, strict=True):
+            parameter.data = average
+        try:
+            yield
+        finally:
+            for parameter, data in zip(self._parameters, own, strict=True):
+                parameter.data = data
+
+    @property
+    def finished(self) -> nn.Module:
+        """The field with its averaged weights, the best ones if there were held-out draws."""
+        for parameter, average in zip(self._parameters, self._best or self._averages, strict=True):
             parameter.data.copy_(average)
-        return self._field.requires_grad_(False)
+        return self._field.requires_grad_(False).eval()
+
+    def save(self, path: FilePath, generator: torch.Generator, ranks: Ranks) -> None:
+        """Write everything that the rest of training depends on; the first process does."""
+        streams = ranks.gather(generator.get_state().unsqueeze(0).to(self._bins.device))
+        if ranks.rank > 0:
+            return
+        groups = {"parameter": self._parameters, "average": self._averages, "best": self._best or []}
+        arrays = {f"{name}/{i}": value for name, values in groups.items() for i, value in enumerate(values)}
+        for i, parameter in enumerate(self._parameters):
+            moments = self._optimiser.state.get(parameter, {})
+            arrays |= {f"{name}/{i}": value for name, value in moments.items()}
+        arrays |= {"bins": self._bins, "generators": streams}
+        header = {
+            "shapes": [list(parameter.shape) for parameter in self._parameters],
+            "count": self.count,
+            "total": self.total,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+            "lowest": None if math.isinf(self.lowest) else self.lowest,
+            "patience_used": self.patience_used,
+        }
+        storage.write(path, "training", 1, header, {name: v.detach().cpu().numpy() for name, v in arrays.items()})
+
+    def load(
+        self, header: dict[str, Any], arrays: dict[str, np.ndarray], generator: torch.Generator, ranks: Ranks
+    ) -> None:
+        """Take over what `save` wrote."""
+        if header["shapes"] != [list(parameter.shape) for parameter in self._parameters]:
+            raise ValueError("the checkpoint is of another field: its parameters have other shapes")
+        values = {name: torch.from_numpy(array).to(self._bins.device) for name, array in arrays.items()}
+        if len(values["generators"]) != ranks.size:
+            raise ValueError(f"the checkpoint is of {len(values['generators'])} processes, not of {ranks.size}")
+        names = ("step", "exp_avg", "exp_avg_sq")
+        for i, (parameter, average) in enumerate(zip(self._parameters, self._averages, strict=True)):
+            parameter.data.copy_(values[f"parameter/{i}"])
+            average.copy_(values[f"average/{i}"])
+            if f"exp_avg/{i}" in values:
+                self._optimiser.state[parameter] = {name: values[f"{name}/{i}"] for name in names}
+        if "best/0" in values:
+            self._best = [values[f"best/{i}"] for i in range(len(self._parameters))]
+        self._bins = values["bins"]
+        self.count, self.total = header["count"], header["total"]
+        self.seconds, self.cpu_seconds = header["seconds"], header["cpu_seconds"]
+        self.lowest = math.inf if header["lowest"] is None else header["lowest"]
+        self.patience_used = header["patience_used"]
+        generator.set_state(values["generators"][ranks.rank].cpu())
+
+
+def _average_gradients(parameters: list[nn.Parameter], ranks: Ranks) -> None:
+    """Replace every gradient by its mean over the processes, in one message."""
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = ranks.mean(torch.cat([grad.flatten() for grad in grads]))
+    parts = flat.split([p.numel() for p in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter)

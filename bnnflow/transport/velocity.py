@@ -274,7 +274,14 @@ class ResidualVelocity(nn.Module):
 
     @classmethod
     def fit(
-        cls, spec: WeightSpec, x: Tensor, width: int = 64, depth: int = 4, shrinkage: float = 1e-2
+        cls,
+        spec: WeightSpec,
+        x: Tensor,
+        width: int = 64,
+        depth: int = 4,
+        *,
+        shrinkage: float = 1e-2,
+        path: AffinePath | None = None,
     ) -> ResidualVelocity:
         """Fit the Gaussian to draws ``(n, dim)`` in the flow's coordinates.
 
@@ -284,10 +291,11 @@ class ResidualVelocity(nn.Module):
             width: channels of the network.
             depth: its blocks.
             shrinkage: share of the covariance's diagonal that is mixed in.
+            path: the path of the pairs.
         """
         covariance = torch.cov(x.double().T).reshape(x.shape[-1], x.shape[-1])
         covariance = (1 - shrinkage) * covariance + shrinkage * torch.diag(covariance.diagonal())
-        gaussian = GaussianVelocity(x.double().mean(0), covariance).to(x.dtype)
+        gaussian = GaussianVelocity(x.double().mean(0), covariance, path).to(x.dtype)
         return cls(spec, gaussian, width, depth)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
@@ -320,7 +328,8 @@ def rebuild(description: dict[str, Any], spec: WeightSpec) -> nn.Module:
     if kind == "informed":
         return InformedVelocity(spec, **values)
     if kind == "drive":
-        return DriveVelocity(**values | {"group": Symmetries(*(frozenset(each) for each in values["group"]))})
+        group = Symmetries(*(frozenset(each) for each in values.pop("group")))
+        return DriveVelocity(**values, group=group)
     if kind == "gaussian":
         dim = values.pop("dim")
         return GaussianVelocity(torch.zeros(dim), torch.eye(dim), **values)

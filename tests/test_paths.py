@@ -1,0 +1,517 @@
+"""Laws of paths, sources, times and training: conversions, closed forms, resume to the bit, and what a flow learns."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+import bnnflow as bf
+from bnnflow import likelihoods, priors
+from bnnflow.transport import (
+    AffinePath,
+    Beta,
+    DriveVelocity,
+    Flow,
+    GaussianVelocity,
+    GaussNewton,
+    GaussNewtonFlow,
+    GradientSteps,
+    InformedVelocity,
+    LogitNormal,
+    ResidualVelocity,
+    Source,
+    TowardsEnd,
+    Uniform,
+    WeightsVelocity,
+    train,
+)
+from bnnflow.transport.coordinates import Context
+
+F64 = torch.float64
+PATHS = [AffinePath(), AffinePath("variance_preserving")]
+paths = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.schedule)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def regression(dtype: torch.dtype = F64, prior=None, n: int = 30) -> tuple[bf.BayesianModel, Tensor, Tensor]:
+    """Bayesian linear regression with its posterior mean and covariance in the prior's normal coordinates."""
+    g = generator(1)
+    x = torch.randn(n, 3, generator=g, dtype=dtype)
+    y = x @ torch.tensor([1.0, -2.0, 0.5], dtype=dtype) + 0.5 * torch.randn(n, generator=g, dtype=dtype)
+    model = bf.BayesianModel(nn.Linear(3, 1, dtype=dtype), prior or priors.Normal(1.5), likelihoods.Gaussian(0.5), x, y)
+    design = 1.5 * torch.cat([x, torch.ones(n, 1, dtype=dtype)], 1)
+    covariance = torch.linalg.inv(design.T @ design / 0.25 + torch.eye(4, dtype=dtype))
+    return model, covariance @ design.T @ y / 0.25, covariance
+
+
+def network(kind: str = "gaussian", width: int = 5, dtype: torch.dtype = F64) -> bf.BayesianModel:
+    x = torch.randn(12, 2, generator=generator(2), dtype=dtype)
+    likelihood, outputs, y = {
+        "categorical": (likelihoods.Categorical(), 3, torch.arange(12) % 3),
+        "gaussian": (likelihoods.Gaussian(0.3), 1, x.sum(1).sin()),
+        "learned": (likelihoods.Gaussian(), 1, x.sum(1).sin()),
+    }[kind]
+    net = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, outputs)).to(dtype)
+    return bf.BayesianModel(net, priors.Normal(1.0), likelihood, x, y)
+
+
+def spread_of(matrix: Tensor) -> Tensor:
+    return matrix @ matrix.T / len(matrix) + 0.1 * torch.eye(len(matrix), dtype=matrix.dtype)
+
+
+@pytest.fixture(autouse=True)
+def _seeded_modules():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+# ------------------------------------------------------------------ paths
+
+
+@paths
+def test_path_runs_from_source_to_target_and_its_velocity_is_its_derivative(path):
+    x0, x1 = torch.randn(2, 7, 3, generator=generator(), dtype=F64)
+    ends = [path.point(x0, x1, torch.full((7,), t, dtype=F64), generator())[0] for t in (0.0, 1.0)]
+    assert torch.allclose(ends[0], x0)
+    assert torch.allclose(ends[1], x1, atol=1e-15)
+    t = torch.rand(7, generator=generator(1), dtype=F64)
+    x, velocity = path.point(x0, x1, t, generator())
+    later = path.point(x0, x1, t + 1e-6, generator())[0]
+    assert torch.allclose((later - x) / 1e-6, velocity, atol=1e-5)
+
+
+@paths
+def test_conversions_agree_with_the_closed_form_of_a_gaussian_target(path):
+    g = generator()
+    mean, covariance = torch.randn(3, generator=g, dtype=F64), spread_of(torch.randn(3, 3, generator=g, dtype=F64))
+    field = GaussianVelocity(mean, covariance, path)
+    x, t = torch.randn(20, 3, generator=g, dtype=F64), torch.rand(20, generator=g, dtype=F64) * 0.9 + 0.05
+    velocity = field(t, x)
+    a, b, *_ = path.coefficients(t[:, None, None])
+    marginal = b * b * covariance + a * a * torch.eye(3, dtype=F64)  # of x_t
+    offset = torch.linalg.solve(marginal, (x - b[..., 0] * mean).unsqueeze(-1))
+    score, x1 = -offset.squeeze(-1), mean + (b * covariance @ offset).squeeze(-1)
+    x0 = (a * offset).squeeze(-1)
+    assert torch.allclose(path.score(t, x, velocity), score, atol=1e-9)
+    assert torch.allclose(path.velocity_of_score(t, x, score), velocity, atol=1e-9)
+    assert torch.allclose(path.velocity_of_x1(t, x, x1), velocity, atol=1e-9)
+    for got, expected in zip(path.ends(t, x, velocity), (x0, x1), strict=True):
+        assert torch.allclose(got, expected, atol=1e-9)
+
+
+@paths
+def test_own_trace_of_the_gaussian_field_is_that_of_its_jacobian(path):
+    g = generator()
+    field = GaussianVelocity(
+        torch.randn(4, generator=g, dtype=F64), spread_of(torch.randn(4, 4, generator=g, dtype=F64)), path
+    )
+    x, t = torch.randn(1, 4, generator=g, dtype=F64), torch.tensor(0.3, dtype=F64)
+    value, divergence = field.with_divergence(t, x)
+    jacobian = torch.func.jacrev(lambda z: field(t, z[None])[0])(x[0])
+    assert torch.allclose(value, field(t, x))
+    assert torch.allclose(divergence, jacobian.trace()[None])
+
+
+def test_integrating_the_x1_estimate_needs_the_conversion():
+    """The exact denoiser of N(1, 1): the converted field gives unit spread, its raw difference to x0 half of that."""
+    path, x0 = AffinePath(), torch.randn(4000, 1, generator=generator(), dtype=F64)
+
+    def solve(field):
+        x, steps = x0, 400
+        for i in range(steps):
+            t = torch.tensor((i + 0.5) / steps, dtype=F64)
+            x = x + field(t, x) / steps
+        return float(x.std())
+
+    def denoised(t, x):  # E[x1 | x_t]
+        return 1 + t / (t * t + (1 - t) ** 2) * (x - t)
+
+    assert solve(lambda t, x: path.velocity_of_x1(t, x, denoised(t, x))) == pytest.approx(float(x0.std()), abs=0.01)
+    assert solve(lambda t, x: denoised(t, x) - x0) < 0.6 * float(x0.std())
+
+
+def test_marginal_field_of_an_empirical_target_is_what_flow_matching_regresses_on():
+    """The gradient of the conditional objective is that of the marginal one (Lipman et al. 2023, theorem 2)."""
+    targets = torch.tensor([[-2.0], [0.5], [1.0]], dtype=F64)
+    weight = torch.tensor(0.7, dtype=F64, requires_grad=True)
+    t = torch.tensor(0.6, dtype=F64)
+
+    def oracle(x):  # E[x1 - x0 | x_t] over the three targets
+        x0 = (x - t * targets.T) / (1 - t)  # (n, 3)
+        likelihood = (-0.5 * x0.square()).softmax(-1)
+        return (likelihood * (targets.T - x0)).sum(-1, keepdim=True)
+
+    n = 400_000
+    x0 = torch.randn(n, 1, generator=generator(), dtype=F64)
+    x1 = targets[torch.randint(3, (n,), generator=generator(1))]
+    x_t = (1 - t) * x0 + t * x1
+    predicted = weight * x_t.sin()
+    conditional = (predicted - (x1 - x0)).square().squeeze(-1)
+    marginal = (predicted - oracle(x_t)).square().squeeze(-1)
+    gradients = [torch.autograd.grad(each.mean(), weight, retain_graph=True)[0] for each in (conditional, marginal)]
+    noise = 2 * (x_t.sin() * (oracle(x_t) - (x1 - x0))).std() / math.sqrt(n)
+    assert abs(gradients[0] - gradients[1]) < 4 * noise
+
+
+def test_sigma_blurs_both_ends():
+    path = AffinePath(sigma=0.5)
+    x0, x1 = torch.zeros(20_000, 1, dtype=F64), torch.zeros(20_000, 1, dtype=F64)
+    for t in (0.0, 1.0):
+        x, velocity = path.point(x0, x1, torch.full((20_000,), t, dtype=F64), generator())
+        assert x.std() == pytest.approx(0.5, rel=0.03)
+        assert not velocity.any()
+    with pytest.raises(ValueError, match="sigma"):
+        AffinePath(sigma=-0.1)
+    with pytest.raises(ValueError, match="schedule"):
+        AffinePath("cosine")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("times", "law"),
+    [
+        (Uniform(), stats.uniform),
+        (Beta(2.0, 1.5), stats.beta(2.0, 1.5)),
+        (LogitNormal(0.5, 0.8), None),
+        (TowardsEnd(0.4, 2.0), None),
+    ],
+)
+def test_times_follow_their_law_and_stay_before_the_end(times, law):
+    t = times.sample(20_000, torch.zeros(1, dtype=F64), generator())
+    assert torch.equal(t, times.sample(20_000, torch.zeros(1, dtype=F64), generator()))
+    assert float(t.min()) >= 0
+    assert float(t.max()) < 1
+    if isinstance(times, LogitNormal):
+        law = stats.norm(0.5, 0.8)
+        t = t.logit()
+    if law is not None:
+        assert stats.kstest(t.numpy(), law.cdf).pvalue > 1e-3
+    else:  # three tenths of the uniform times are after 0.7, and a share of the late ones by their logarithm
+        expected = 0.6 * 0.3 + 0.4 * (1 + math.log10(0.3) / 2)
+        assert float((t > 0.7).double().mean()) == pytest.approx(expected, abs=0.015)
+
+
+# ------------------------------------------------------------------ sources
+
+
+def gaussian_source(model: bf.BayesianModel) -> Source:
+    theta = model.sample_prior(400, 3) * 0.6 + 0.4
+    return Source.gaussian(model, theta)
+
+
+@pytest.mark.parametrize("make", [lambda m: Source.scaled(m, 0.6), gaussian_source], ids=["scaled", "gaussian"])
+@pytest.mark.parametrize("kind", ["gaussian", "categorical"])
+def test_source_coordinates_invert_and_have_their_jacobian(kind, make):
+    model = network(kind)
+    source = make(model)
+    x = torch.randn(3, model.dim, generator=generator(), dtype=F64)
+    theta = source.from_normal(x)
+    assert torch.allclose(source.to_normal(theta), x, atol=1e-9)
+    jacobian = torch.func.jacrev(source.to_normal)(theta[0])
+    assert torch.allclose(source.log_jacobian(theta[:1]), torch.linalg.slogdet(jacobian)[1][None])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("make", [lambda m: Source.scaled(m, 0.6), gaussian_source], ids=["scaled", "gaussian"])
+def test_context_of_any_source_is_the_posterior_over_it(make, temperature):
+    base = network("learned")
+    model = bf.BayesianModel(base.net, base.prior, base.likelihood, base.x, base.y, temperature=temperature)
+    source = make(model)
+    x = torch.randn(4, model.dim, generator=generator(), dtype=F64, requires_grad=True)
+    theta = source.from_normal(x)
+    u = model.log_joint(theta) - source.log_jacobian(theta) + 0.5 * (x * x).sum(-1)
+    (expected,) = torch.autograd.grad(u.sum(), x)
+    assert torch.allclose(Context(model, source).grad(x.detach()), expected, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("iterations", [None, 4])
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.schedule)
+@pytest.mark.parametrize(
+    "make", [lambda m: None, lambda m: Source.scaled(m, 0.7), gaussian_source], ids=["prior", "scaled", "gaussian"]
+)
+def test_untrained_flow_is_exact_for_a_linear_gaussian_model_from_every_source(make, path, iterations):
+    model, mean, covariance = regression()
+    displacement = GaussNewton(1, max_norm=math.inf, iterations=iterations)  # as many iterations as dimensions
+    flow = GaussNewtonFlow(model, displacement, source=make(model), path=path, steps=24, solver="rk4")
+    theta, log_q = flow.sample_with_log_prob(10, 0)
+    truth = bf.Gaussian(1.5 * mean, 1.5 * torch.linalg.cholesky(covariance)).log_prob(theta)
+    assert (log_q - truth).abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("kind", ["categorical", "learned"])
+def test_conjugate_gradients_approach_the_dense_solution(kind):
+    model = network(kind)
+    context = Context(model, Source.scaled(model, 0.8))
+    mu, s2 = torch.randn(6, model.dim, generator=generator(), dtype=F64), torch.full((6, 1), 0.3, dtype=F64)
+    dense = GaussNewton(2)(context, mu, s2)
+    errors = [float((GaussNewton(2, iterations=n)(context, mu, s2).w - dense.w).abs().max()) for n in (2, 6, model.dim)]
+    assert errors[2] < 1e-5 < errors[1] < errors[0]
+
+
+def test_gaussian_source_keeps_no_symmetry_and_a_scaled_one_all():
+    model = network()
+    assert not any(gaussian_source(model).symmetries(model))
+    assert Source.scaled(model, 0.5).symmetries(model) == model.spec.symmetries(model.prior)
+    with pytest.raises(ValueError, match="root must be"):
+        Source(model.flat_prior, root=-1.0)
+    with pytest.raises(ValueError, match="loc must be"):
+        Source(model.flat_prior, loc=torch.zeros(3))
+
+
+# ------------------------------------------------------------------ fields
+
+
+def fields(model: bf.BayesianModel) -> dict[str, nn.Module]:
+    spec, vp = model.spec, AffinePath("variance_preserving")
+    x = torch.randn(50, model.dim, generator=generator(), dtype=F64)
+    return {
+        "graph": WeightsVelocity(spec, 8, 1, architecture="graph"),
+        "messages": WeightsVelocity(spec, 8, 1, heads=2),
+        "x1": WeightsVelocity(spec, 8, 1, parametrisation="x1", path=vp),
+        "drive": DriveVelocity(GaussNewton(iterations=3), vp),
+        "mixed": InformedVelocity(spec, (GradientSteps(1), GaussNewton()), 8, 1),
+        "residual": ResidualVelocity.fit(spec, x, 8, 1),
+    }
+
+
+@pytest.mark.parametrize("name", ["graph", "messages", "x1", "drive", "mixed", "residual"])
+def test_every_field_is_stored_with_its_flow(name, tmp_path):
+    model = network("learned")
+    field = fields(model)[name].double()
+    for parameter in field.parameters():
+        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator(), dtype=F64))
+    flow = Flow.of(field.requires_grad_(False), model, Source.scaled(model, 0.8))
+    loaded = bf.load(flow.save(tmp_path / "flow"), model)
+    assert torch.allclose(loaded.sample(3, 0), flow.sample(3, 0))
+    assert torch.allclose(loaded.sample(3, 0), flow.to("cpu", F64).sample(3, 0))
+    theta = flow.sample(2, 1)
+    assert torch.allclose(loaded.log_prob(theta), flow.log_prob(theta))
+
+
+@pytest.mark.parametrize("name", ["graph", "messages", "x1", "drive", "mixed"])
+def test_every_equivariant_field_commutes_with_its_group(name):
+    model = network("categorical")
+    field = fields(model)[name].double()
+    for parameter in field.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator(), dtype=F64))
+    field = field.bind(Context(model)) if hasattr(field, "bind") else field
+    group = model.spec.symmetries(model.prior) if name == "drive" else field.group
+    assert group.permutation
+    x, t = torch.randn(10, model.dim, generator=generator(), dtype=F64), torch.rand(10, generator=generator(1)).double()
+    v = field(t, x).detach()
+    moved_x, moved_v = model.spec.transform(group, 5, x, v)
+    assert torch.allclose(field(t, moved_x), moved_v, atol=1e-10 * float(v.abs().max()) + 1e-10)
+
+
+def test_flow_from_a_gaussian_source_is_stored(tmp_path):
+    model = network()
+    flow = GaussNewtonFlow(model, source=gaussian_source(model), steps=4)
+    loaded = bf.load(flow.save(tmp_path / "flow"), model)
+    assert torch.allclose(loaded.sample(3, 0), flow.sample(3, 0))
+
+
+def test_push_and_pull_invert_each_other_and_agree_on_the_density():
+    model = network("categorical")
+    flow = GaussNewtonFlow(model, steps=16, solver="rk4")
+    x0 = flow.start(2, 0)
+    theta, log_q = flow.push_with_log_prob(x0)
+    back, log_q_back = flow.pull_with_log_prob(theta)
+    assert torch.equal(theta, flow.push(x0))
+    assert torch.allclose(back, x0, atol=1e-4)
+    assert torch.allclose(log_q, log_q_back, atol=1e-3)
+
+
+def test_push_is_differentiable_and_its_jacobian_is_the_density():
+    model, *_ = regression()
+    flow = GaussNewtonFlow(model, GaussNewton(max_norm=math.inf), steps=32, solver="rk4")
+    x0 = flow.start(1, 0)
+    jacobian = torch.func.jacrev(lambda z: flow.push(z[None])[0])(x0[0])
+    _, log_q = flow.push_with_log_prob(x0)
+    log_normal = -0.5 * (x0 * x0).sum() - 2 * math.log(2 * math.pi)
+    assert torch.allclose(log_q, log_normal - torch.linalg.slogdet(jacobian)[1], atol=1e-5)
+
+
+def test_flow_transfers_to_another_width_and_refuses_other_networks():
+    narrow, wide = network(width=4), network(width=9)
+    flow = bf.fit_flow(narrow, narrow.sample_prior(50, 0), steps=2, batch_size=8)
+    assert flow.transfer(wide).sample(3, 0).shape == (3, wide.dim)
+    assert torch.equal(flow.transfer(narrow).sample(3, 0), flow.sample(3, 0))
+    with pytest.raises(ValueError, match="more than the widths"):
+        flow.transfer(network("categorical"))
+    with pytest.raises(ValueError, match="tied to its own weights"):
+        GaussNewtonFlow(narrow, source=gaussian_source(narrow)).transfer(wide)
+
+
+def test_a_part_of_the_data_costs_less_and_is_scaled_to_all():
+    model, mean, _ = regression(n=4000)
+    flow = GaussNewtonFlow(model, steps=24)
+    parts = torch.stack([flow.on_batch(400, seed).sample(50, 0).mean(0) for seed in range(20)]) / 1.5
+    spread = parts.std(0) / math.sqrt(20)
+    assert ((parts.mean(0) - mean).abs() < 5 * spread + 0.01).all()
+    context = flow.on_batch(400, 0).velocity.context
+    assert context.gauss_newton(torch.zeros(1, 4, dtype=F64))[1].shape[1] == 400
+    with pytest.raises(ValueError, match="looks at no data"):
+        Flow.of(WeightsVelocity(model.spec, 8, 1).double(), model).on_batch(10, 0)
+    with pytest.raises(ValueError, match="batch_size"):
+        flow.on_batch(5000, 0)
+
+
+# ------------------------------------------------------------------ training
+
+
+def small_field(dim: int = 2, dtype: torch.dtype = torch.float32) -> nn.Module:
+    class Field(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(
+                nn.Linear(dim + 1, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, dim)
+            )
+
+        def forward(self, t: Tensor, x: Tensor) -> Tensor:
+            return self.net(torch.cat([x, t.expand(len(x))[:, None].to(x.dtype)], -1))
+
+    return Field().to(dtype)
+
+
+def shifted(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    x0, x1 = torch.randn(2, n, 2, generator=g)
+    return x0, 0.5 * x1 + 2
+
+
+def test_trained_field_carries_the_source_to_the_target():
+    field, info = train(small_field(), shifted, steps=400, batch_size=256, learning_rate=5e-3, times=Uniform())
+    x = torch.randn(5000, 2, generator=generator(5))
+    for i in range(40):
+        x = x + field(torch.tensor((i + 0.5) / 40), x) / 40
+    assert (x.mean(0) - 2).abs().max() < 0.1
+    assert (x.std(0) - 0.5).abs().max() < 0.1
+    assert info["steps"] == 400
+    assert len(info["loss_by_time"]) == 4
+    assert not any(parameter.requires_grad for parameter in field.parameters())
+
+
+@pytest.mark.parametrize("held_out", [None, shifted])
+def test_interrupted_training_resumes_to_the_bit(tmp_path, monkeypatch, held_out):
+    file = tmp_path / "training.npz"
+
+    def run(**options) -> dict[str, Tensor]:
+        torch.manual_seed(7)
+        field, _ = train(small_field(), options.pop("pairs", shifted), steps=250, batch_size=32, held_out=held_out,
+                         checkpoint=file, **options)  # fmt: skip
+        return field.state_dict()
+
+    whole = run()
+    calls = []
+
+    def interrupting(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        calls.append(n)
+        if len(calls) > 120:
+            raise KeyboardInterrupt
+        return shifted(n, g)
+
+    with pytest.warns(UserWarning, match="interrupted: returning the flow after 120 steps"):
+        part = run(pairs=interrupting)
+    resumed = run(resume=True)
+    assert not torch.equal(part["net.0.weight"], whole["net.0.weight"])
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_checkpoint_of_another_field_is_refused(tmp_path):
+    file = tmp_path / "training.npz"
+    train(small_field(), shifted, steps=2, batch_size=8, checkpoint=file)
+    with pytest.raises(ValueError, match="another field"):
+        train(small_field(3), shifted, steps=4, batch_size=8, checkpoint=file, resume=True)
+
+
+def test_training_stops_when_held_out_draws_do_not_gain():
+    """Forty targets are learned by heart; draws that are held out tell."""
+    few = 0.5 * torch.randn(8, 2, generator=generator(4)) + 2
+
+    def memorised(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        return torch.randn(n, 2, generator=g), few[torch.randint(len(few), (n,), generator=g)]
+
+    _, info = train(
+        small_field(), memorised, steps=20_000, batch_size=64, held_out=shifted, patience=3, learning_rate=1e-2
+    )
+    assert info["stopped_early"]
+    assert info["steps"] < 20_000
+    assert info["held_out_loss"] < math.inf
+
+
+def test_autocast_trains_and_settings_are_checked():
+    field, info = train(small_field(), shifted, steps=3, batch_size=8, autocast=True)
+    assert math.isfinite(info["loss"])
+    assert next(field.parameters()).dtype == torch.float32
+    for options in ({"steps": 0}, {"budget": 0.0}, {"learning_rate": 0.0}, {"patience": 0}):
+        with pytest.raises(ValueError, match="at least 1"):
+            train(small_field(), shifted, **options)
+
+
+def test_steps_with_infinite_gradients_are_left_out():
+    calls = []
+
+    def sometimes(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        calls.append(n)
+        x0, x1 = shifted(n, g)
+        return (x0, x1 * math.inf) if len(calls) == 3 else (x0, x1)
+
+    field, info = train(small_field(), sometimes, steps=6, batch_size=8)
+    assert info["steps"] == 6
+    assert all(bool(parameter.isfinite().all()) for parameter in field.parameters())
+
+
+def test_fit_flow_takes_path_source_times_and_held_out_draws():
+    model, mean, covariance = regression(torch.float32)
+    exact = bf.Gaussian(1.5 * mean, 1.5 * torch.linalg.cholesky(covariance))
+    flow = bf.fit_flow(
+        model, exact.sample(4000, 0), velocity="residual", source=Source.scaled(model, 0.5), times=Beta(1.5, 1.0),
+        path=AffinePath("variance_preserving"), held_out=exact.sample(500, 1), steps=30, batch_size=64,
+    )  # fmt: skip
+    theta, log_q = flow.sample_with_log_prob(300, 2, steps=24)
+    assert flow.path.schedule == "variance_preserving"
+    assert float((log_q - exact.log_prob(theta)).abs().mean()) < 0.2
+    with pytest.raises(ValueError, match="held-out draws must have equal weights"):
+        bf.fit_flow(model, exact.sample(50, 0), held_out=(exact.sample(5, 0), torch.zeros(5)), steps=1)
+
+
+def test_two_processes_train_one_field(tmp_path):
+    script = textwrap.dedent("""
+        import sys, json, torch
+        sys.path.insert(0, sys.argv[2])
+        import bnnflow as bf
+        from test_paths import regression
+        torch.set_num_threads(1)
+        model, mean, covariance = regression(torch.float32)
+        draws = bf.Gaussian(1.5 * mean, 1.5 * torch.linalg.cholesky(covariance)).sample(500, 0)
+        torch.manual_seed(0)
+        flow = bf.fit_flow(model, draws, velocity="weights", steps=40, batch_size=64, seed=3)
+        import os
+        rank = os.environ.get("RANK", "0")
+        total = sum(float(p.double().sum()) for p in flow.velocity.parameters())
+        with open(f"{sys.argv[1]}/{rank}.json", "w") as file:
+            json.dump({"sum": total, "loss": flow.info["loss"]}, file)
+    """)
+    file = tmp_path / "run.py"
+    file.write_text(script)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0", str(file), str(tmp_path), str(Path(__file__).parent),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["sum"] == second["sum"]
