@@ -92,6 +92,29 @@ def cliff(nothing: float) -> LogDensityAndGrad:
     return log_joint_and_grad
 
 
+def regression(dtype: torch.dtype = F64, prior=None, n: int = 30) -> tuple[bf.BayesianModel, Tensor, Tensor]:
+    """Bayesian linear regression with its posterior mean and covariance in the prior's normal coordinates."""
+    g = generator(1)
+    x = torch.randn(n, 3, generator=g, dtype=dtype)
+    y = x @ torch.tensor([1.0, -2.0, 0.5], dtype=dtype) + 0.5 * torch.randn(n, generator=g, dtype=dtype)
+    net = built(lambda: nn.Linear(3, 1), dtype)
+    model = bf.BayesianModel(net, prior or priors.Normal(1.5), likelihoods.Gaussian(0.5), x, y)
+    design = 1.5 * torch.cat([x, torch.ones(n, 1, dtype=dtype)], 1)
+    covariance = torch.linalg.inv(design.T @ design / 0.25 + torch.eye(4, dtype=dtype))
+    return model, covariance @ design.T @ y / 0.25, covariance
+
+
+def network(kind: str = "gaussian", width: int = 5, dtype: torch.dtype = F64) -> bf.BayesianModel:
+    x = torch.randn(12, 2, generator=generator(2), dtype=dtype)
+    likelihood, outputs, y = {
+        "categorical": (likelihoods.Categorical(), 3, torch.arange(12) % 3),
+        "gaussian": (likelihoods.Gaussian(0.3), 1, x.sum(1).sin()),
+        "learned": (likelihoods.Gaussian(), 1, x.sum(1).sin()),
+    }[kind]
+    net = built(lambda: nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, outputs)), dtype)
+    return bf.BayesianModel(net, priors.Normal(1.0), likelihood, x, y)
+
+
 # ---------------------------------------------------------------- comparisons
 
 

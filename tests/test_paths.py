@@ -16,7 +16,6 @@ from scipy import stats
 from torch import Tensor, nn
 
 import bnnflow as bf
-from bnnflow import likelihoods, priors
 from bnnflow.transport import (
     AffinePath,
     Beta,
@@ -36,36 +35,10 @@ from bnnflow.transport import (
     train,
 )
 from bnnflow.transport.coordinates import Context
+from tests.problems import F64, generator, network, regression
 
-F64 = torch.float64
 PATHS = [AffinePath(), AffinePath("variance_preserving")]
 paths = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.schedule)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def regression(dtype: torch.dtype = F64, prior=None, n: int = 30) -> tuple[bf.BayesianModel, Tensor, Tensor]:
-    """Bayesian linear regression with its posterior mean and covariance in the prior's normal coordinates."""
-    g = generator(1)
-    x = torch.randn(n, 3, generator=g, dtype=dtype)
-    y = x @ torch.tensor([1.0, -2.0, 0.5], dtype=dtype) + 0.5 * torch.randn(n, generator=g, dtype=dtype)
-    model = bf.BayesianModel(nn.Linear(3, 1, dtype=dtype), prior or priors.Normal(1.5), likelihoods.Gaussian(0.5), x, y)
-    design = 1.5 * torch.cat([x, torch.ones(n, 1, dtype=dtype)], 1)
-    covariance = torch.linalg.inv(design.T @ design / 0.25 + torch.eye(4, dtype=dtype))
-    return model, covariance @ design.T @ y / 0.25, covariance
-
-
-def network(kind: str = "gaussian", width: int = 5, dtype: torch.dtype = F64) -> bf.BayesianModel:
-    x = torch.randn(12, 2, generator=generator(2), dtype=dtype)
-    likelihood, outputs, y = {
-        "categorical": (likelihoods.Categorical(), 3, torch.arange(12) % 3),
-        "gaussian": (likelihoods.Gaussian(0.3), 1, x.sum(1).sin()),
-        "learned": (likelihoods.Gaussian(), 1, x.sum(1).sin()),
-    }[kind]
-    net = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, outputs)).to(dtype)
-    return bf.BayesianModel(net, priors.Normal(1.0), likelihood, x, y)
 
 
 def spread_of(matrix: Tensor) -> Tensor:
@@ -492,7 +465,7 @@ def test_two_processes_train_one_field(tmp_path):
         import sys, json, torch
         sys.path.insert(0, sys.argv[2])
         import bnnflow as bf
-        from test_paths import regression
+        from tests.problems import regression
         torch.set_num_threads(1)
         model, mean, covariance = regression(torch.float32)
         draws = bf.Gaussian(1.5 * mean, 1.5 * torch.linalg.cholesky(covariance)).sample(500, 0)
@@ -508,7 +481,7 @@ def test_two_processes_train_one_field(tmp_path):
     file.write_text(script)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0", str(file), str(tmp_path), str(Path(__file__).parent),
+        "--rdzv-endpoint=localhost:0", str(file), str(tmp_path), str(Path(__file__).parents[1]),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)

@@ -4,6 +4,7 @@ from bnnflow.transport.correct import Correction, correct, refine
 from bnnflow.transport.couplings import Independent, Matched, MiniBatchOT, SinkhornOT
 from bnnflow.transport.displacement import GaussNewton, GradientSteps
 from bnnflow.transport.flow import Flow, GaussNewtonFlow
+from bnnflow.transport.guidance import GuidedVelocity
 from bnnflow.transport.paths import AffinePath
 from bnnflow.transport.solvers import integrate, integrate_sde, integrate_with_error, rows_within, time_grid
 from bnnflow.transport.source import Source
@@ -27,6 +28,7 @@ __all__ = [
     "GaussNewtonFlow",
     "GaussianVelocity",
     "GradientSteps",
+    "GuidedVelocity",
     "Independent",
     "InformedVelocity",
     "LogitNormal",

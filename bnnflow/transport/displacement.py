@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bnnflow.transport.coordinates import Context
 
-__all__ = ["Displacement", "Drive", "GaussNewton", "GradientSteps"]
+__all__ = ["Displacement", "Drive", "GaussNewton", "GradientSteps", "Task"]
 
 
 class Drive(NamedTuple):
@@ -33,6 +33,14 @@ class Displacement(Protocol):
 
     def __call__(self, context: Context, mu: Tensor, s2: Tensor) -> Drive:
         """Return the drive."""
+        ...
+
+
+class Task(Protocol):
+    """Anything with a gradient ``(batch, dim) -> (batch, dim)``, differentiable again."""
+
+    def grad(self, x: Tensor) -> Tensor:
+        """Return the gradient of u."""
         ...
 
 
@@ -54,7 +62,7 @@ class GradientSteps:
     steps: int = 3
     max_norm: float = 2.0
 
-    def __call__(self, context: Context, mu: Tensor, s2: Tensor) -> Drive:
+    def __call__(self, context: Task, mu: Tensor, s2: Tensor) -> Drive:
         """Return the drive."""
         w = torch.zeros_like(mu)
         grad = context.grad(mu)

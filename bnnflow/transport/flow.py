@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from bnnflow.seeding import as_generator
 from bnnflow.transport.coordinates import Context
 from bnnflow.transport.displacement import Displacement
 from bnnflow.transport.divergence import exact_divergence, hutchinson_divergence, probe_noise
+from bnnflow.transport.guidance import GuidedVelocity
 from bnnflow.transport.paths import AffinePath
 from bnnflow.transport.solvers import integrate, time_grid
 from bnnflow.transport.source import Source
@@ -101,6 +103,30 @@ class Flow:
         except RuntimeError as error:
             raise ValueError(f"the networks differ in more than the widths of hidden layers: {error}") from error
         return self._on(velocity, model)
+
+    def guided(
+        self,
+        guide: BayesianModel | Callable[[Tensor], Tensor],
+        strength: float | Callable[[Tensor], Tensor] = 1.0,
+        *,
+        steps: int = 2,
+        max_norm: float = 2.0,
+    ) -> Flow:
+        """Return the flow bent towards a task by its gradient; see `GuidedVelocity`.
+
+        Args:
+            guide: a model of the task with weights like these, or a function of them, ``(batch, dim) -> (batch,)``.
+            strength: a number, or a function of the time; negative strengths repel.
+            steps: gradient steps of the pull at each evaluation.
+            max_norm: bound on the length of one of them, in standard deviations of the source.
+
+        Raises:
+            ValueError: if the guide is a model with other weights.
+        """
+        if isinstance(guide, BayesianModel) and guide.dim != self.dim:
+            raise ValueError(f"the guide has {guide.dim} weights, the flow {self.dim}")
+        bent = GuidedVelocity(self.velocity, guide, self.source, strength, steps=steps, max_norm=max_norm)
+        return replace(self, velocity=bent.eval())
 
     def on_batch(self, size: int, seed: Seed) -> Flow:
         """Return the flow with a random part of the data, for large data: the field then costs as much less.

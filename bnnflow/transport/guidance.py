@@ -1,0 +1,89 @@
+"""Guidance: bend a flow towards a task that it was not fitted to, by the task's gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnnflow.model import BayesianModel
+from bnnflow.transport.displacement import Drive, GradientSteps
+from bnnflow.transport.paths import AffinePath, Coefficients
+from bnnflow.transport.source import Source
+from bnnflow.weights import Symmetries
+
+__all__ = ["GuidedVelocity"]
+
+Guide = BayesianModel | Callable[[Tensor], Tensor]
+
+
+class GuidedVelocity(nn.Module):
+    """A field plus the pull of a task: approximately the field to p1(theta) exp(strength G(theta)).
+
+    With the base field's estimate of x1 and of its spread, N(E[x1 | x_t], s^2 I), the pull is that of
+    `DriveVelocity`: pull(t) E[grad G(x1)], the expectation taken by `GradientSteps` on G. Exact to the accuracy of
+    those steps where the base is the source itself; where the base knows x1 better than s, too strong late on.
+
+    Args:
+        field: the base.
+        guide: a model of the task, whose log likelihood is G, or G itself: ``(batch, dim) weights -> (batch,)``.
+        source: gives the coordinates.
+        strength: a number, or a function of the time ``(batch,) -> (batch,)``; negative strengths repel.
+        steps: gradient steps of the pull; 2 ``steps`` + 1 gradients of G an evaluation.
+        max_norm: bound on the length of one such step, in standard deviations of the source.
+    """
+
+    def __init__(
+        self,
+        field: nn.Module,
+        guide: Guide,
+        source: Source,
+        strength: float | Callable[[Tensor], Tensor] = 1.0,
+        *,
+        steps: int = 2,
+        max_norm: float = 2.0,
+    ) -> None:
+        super().__init__()
+        self.field = field
+        self.path: AffinePath = getattr(field, "path", AffinePath())
+        self.group = Symmetries(frozenset(), frozenset(), frozenset())
+        self._guide, self._source, self._strength = guide, source, strength
+        self._displacement = GradientSteps(steps, max_norm)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """Return the velocity, ``(batch, dim)``."""
+        t = t.expand(x.shape[0]).to(x.dtype)
+        base = self.field(t, x)
+        c = Coefficients(*(part.unsqueeze(-1) for part in self.path.coefficients(t)))
+        _, x1 = self.path.ends(t, x, base)
+        strength = self._strength(t) if callable(self._strength) else torch.full_like(t, self._strength)
+        task = _Task(self._guide, self._source, strength.unsqueeze(-1))
+        drive: Drive = self._displacement(task, x1, c.a * c.a / c.q)
+        return base + c.pull * drive.w
+
+    def bind(self, context: Any) -> GuidedVelocity:
+        """Return the same guidance of the base bound to another model, or to none."""
+        bind = getattr(self.field, "bind", None)
+        other = object.__new__(GuidedVelocity)
+        other.__dict__ = self.__dict__ | {"_modules": {"field": self.field if bind is None else bind(context)}}
+        return other
+
+
+class _Task:
+    """The gradient of strength * G by the flow's coordinates."""
+
+    def __init__(self, guide: Guide, source: Source, strength: Tensor) -> None:
+        self._guide, self._source, self._strength = guide, source, strength
+
+    def grad(self, x: Tensor) -> Tensor:
+        """Return it at ``(batch, dim)``; differentiable again."""
+        z = self._source.to_prior(x)
+        theta = self._source.prior.from_normal(z)
+        if isinstance(self._guide, BayesianModel):
+            grad = self._guide.log_likelihood_grad(theta)
+        else:
+            value, pullback, *_ = torch.func.vjp(self._guide, theta)
+            (grad,) = pullback(torch.ones_like(value))
+        return self._strength * self._source.pull(grad * self._source.prior.derivative(z))
