@@ -9,13 +9,13 @@ from bnnflow.draws import Draws
 from bnnflow.equivariant import INRs
 from bnnflow.inference import checkpoint
 from bnnflow.model import BayesianModel
-from bnnflow.transport import Flow
+from bnnflow.transport import Flow, FlowMap
 
 __all__ = ["load"]
 
 
-def load(path: str | Path, model: BayesianModel | None = None) -> Draws | Flow | INRs:
-    """Read draws, a flow or INRs from a file that ``save`` wrote, or the draws of a run from its checkpoint folder.
+def load(path: str | Path, model: BayesianModel | None = None) -> Draws | Flow | FlowMap | INRs:
+    """Read what ``save`` wrote (draws, a flow, a flow map, INRs), or the draws of a run from its checkpoint folder.
 
     Args:
         path: the file, or the folder given to ``sample(..., checkpoint=...)``; the run may be going on, or be dead.
@@ -27,9 +27,11 @@ def load(path: str | Path, model: BayesianModel | None = None) -> Draws | Flow |
     """
     if Path(path).is_dir():
         return checkpoint.load(path)
-    header, arrays = storage.read(path, {"draws": 1, "flow": 2, "inrs": 1})
+    header, arrays = storage.read(path, {"draws": 1, "flow": 2, "flow-map": 1, "inrs": 1})
     if header["kind"] == "draws":
         return Draws.from_file(header, arrays)
     if header["kind"] == "inrs":
         return INRs.from_file(header, arrays)
+    if header["kind"] == "flow-map":
+        return FlowMap.from_file(header, arrays, model)
     return Flow.from_file(header, arrays, model)

@@ -1,8 +1,10 @@
 """The flow-matching transport from prior to posterior."""
 
+from bnnflow.transport.baselines import InCoordinates, fit_cnf, fit_coupling, fit_gaussian
 from bnnflow.transport.correct import Correction, correct, refine
 from bnnflow.transport.couplings import Independent, Matched, MiniBatchOT, SinkhornOT
 from bnnflow.transport.displacement import GaussNewton, GradientSteps
+from bnnflow.transport.distillation import FlowMap, distil
 from bnnflow.transport.flow import Flow, GaussNewtonFlow
 from bnnflow.transport.guidance import GuidedVelocity
 from bnnflow.transport.paths import AffinePath
@@ -10,6 +12,7 @@ from bnnflow.transport.solvers import integrate, integrate_sde, integrate_with_e
 from bnnflow.transport.source import Source
 from bnnflow.transport.times import Beta, LogitNormal, TowardsEnd, Uniform
 from bnnflow.transport.training import fit_flow, train
+from bnnflow.transport.two_layer import TwoLayerVelocity
 from bnnflow.transport.velocity import (
     DriveVelocity,
     GaussianVelocity,
@@ -24,11 +27,13 @@ __all__ = [
     "Correction",
     "DriveVelocity",
     "Flow",
+    "FlowMap",
     "GaussNewton",
     "GaussNewtonFlow",
     "GaussianVelocity",
     "GradientSteps",
     "GuidedVelocity",
+    "InCoordinates",
     "Independent",
     "InformedVelocity",
     "LogitNormal",
@@ -38,10 +43,15 @@ __all__ = [
     "SinkhornOT",
     "Source",
     "TowardsEnd",
+    "TwoLayerVelocity",
     "Uniform",
     "WeightsVelocity",
     "correct",
+    "distil",
+    "fit_cnf",
+    "fit_coupling",
     "fit_flow",
+    "fit_gaussian",
     "integrate",
     "integrate_sde",
     "integrate_with_error",

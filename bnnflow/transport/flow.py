@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from bnnflow.model import BayesianModel
 from bnnflow.seeding import as_generator
 from bnnflow.transport.coordinates import Context
 from bnnflow.transport.displacement import Displacement
-from bnnflow.transport.divergence import exact_divergence, hutchinson_divergence, probe_noise
+from bnnflow.transport.divergence import divergence, probe_noise
 from bnnflow.transport.guidance import GuidedVelocity
 from bnnflow.transport.paths import AffinePath
-from bnnflow.transport.solvers import integrate, time_grid
+from bnnflow.transport.solvers import integrate, integrate_sde, rows_within, time_grid
 from bnnflow.transport.source import Source
 from bnnflow.transport.velocity import DriveVelocity, bound, rebuild
 from bnnflow.types import Noise, Seed, Solver, Trace
@@ -31,6 +31,9 @@ from bnnflow.weights import WeightSpec
 __all__ = ["Flow", "GaussNewtonFlow"]
 
 _LOG_2PI = math.log(2 * math.pi)
+
+Steps = int | Sequence[float] | Tensor
+"""How many steps a solver takes, or the times between them, from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -161,30 +164,110 @@ class Flow:
     # ---------------------------------------------------------------- sampling and densities
 
     def sample(
-        self, n: int, seed: Seed = 0, *, steps: int | None = None, solver: Solver | None = None, chunk_size: int = 2048
+        self,
+        n: int,
+        seed: Seed = 0,
+        *,
+        steps: Steps | None = None,
+        solver: Solver | None = None,
+        epsilon: float | Callable[[Tensor], Tensor | float] = 0.0,
+        chunk_size: int = 2048,
     ) -> Tensor:
         """Draw ``(n, dim)`` posterior weights.
 
         Args:
             n: number of draws.
             seed: decides the starting points and so the draws.
-            steps: steps of the solver; the flow's own if None.
-            solver: its rule.
-            chunk_size: draws that travel together, which bounds the memory.
+            steps: steps of the solver, or its times; the flow's own if None.
+            solver: its rule; an adaptive one chooses its own steps.
+            epsilon: noise on the way, a number or a function of time that may vanish on parts of the path: the same
+                marginals if the field is exact, and less memory of its errors if it is not. Wants more steps, and
+                vanishes best before t = 1, where the score is not known.
+            chunk_size: draws that travel together, which bounds the memory; see `rows_within`.
 
         Raises:
             FloatingPointError: if the velocity becomes NaN.
         """
-        starts = self.start(n, seed).split(chunk_size)
+        generator = as_generator(seed, self._device)
+        starts = self.start(n, generator).split(chunk_size)
         with torch.no_grad():
-            return torch.cat([self.push(x0, steps=steps, solver=solver) for x0 in starts])
+            if epsilon == 0:
+                return torch.cat([self.push(x0, steps=steps, solver=solver) for x0 in starts])
+            return torch.cat([self._push_with_noise(x0, steps, solver, epsilon, generator) for x0 in starts])
+
+    def _push_with_noise(
+        self,
+        x0: Tensor,
+        steps: Steps | None,
+        solver: Solver | None,
+        epsilon: float | Callable[[Tensor], Tensor | float],
+        generator: torch.Generator,
+    ) -> Tensor:
+        def field(t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            velocity = self.velocity(t, x)
+            return velocity, self.path.score(t, x, velocity)
+
+        rule = solver or self.solver
+        x1 = integrate_sde(field, epsilon, x0, self._grid(steps), generator, rule)  # type: ignore[arg-type]
+        return self.source.from_normal(x1)
+
+    def rows_within(self, memory: int, trace: Trace | None = None) -> int:
+        """Return the ``chunk_size`` whose tensors stay within ``memory`` bytes, without or with a density."""
+        x0 = self.start(2, 0)
+        times = self._grid(1)
+
+        def work(x: Tensor) -> Any:
+            if trace is None:
+                return integrate(lambda t, state: (self.velocity(t, state[0]),), (x,), times, "euler")
+            return self._transport(x, times, trace, 8, "rademacher", as_generator(0, self._device), "euler")
+
+        with torch.no_grad():
+            return rows_within(memory, work, x0)
+
+    def solver_error(
+        self,
+        n: int = 64,
+        seed: Seed = 0,
+        *,
+        steps: int | None = None,
+        solver: Solver | None = None,
+        density: bool = True,
+    ) -> dict[str, float]:
+        """Compare ``steps`` with twice as many on the same starts: what the solver is responsible for.
+
+        Args:
+            n: number of draws.
+            seed: decides the starting points.
+            steps: the flow's own if None.
+            solver: a rule with fixed steps.
+            density: compare log densities too.
+
+        Returns:
+            ``"theta"``, the root mean square difference in standard deviations of the draws, and with ``density``
+            ``"log_prob"``, the mean absolute difference, and ``"log_prob_worst"``, the largest.
+        """
+        steps = self.steps if steps is None else steps
+        x0 = self.start(n, seed)
+        with torch.no_grad():
+            if not density:
+                few, many = (self.push(x0, steps=m, solver=solver) for m in (steps, 2 * steps))
+                return {"theta": float(((few - many) / many.std(0)).square().mean().sqrt())}
+            (few, log_few), (many, log_many) = (
+                self.push_with_log_prob(x0, steps=m, solver=solver) for m in (steps, 2 * steps)
+            )
+        apart = (log_few - log_many).abs()
+        return {
+            "theta": float(((few - many) / many.std(0)).square().mean().sqrt()),
+            "log_prob": float(apart.mean()),
+            "log_prob_worst": float(apart.max()),
+        }
 
     def start(self, n: int, seed: Seed) -> Tensor:
         """Draw latent points ``(n, dim)``: the source in its own coordinates, N(0, I)."""
         generator = as_generator(seed, self._device)
         return torch.randn(n, self.dim, generator=generator, device=self._device, dtype=self.source.dtype)
 
-    def push(self, x0: Tensor, *, steps: int | None = None, solver: Solver | None = None) -> Tensor:
+    def push(self, x0: Tensor, *, steps: Steps | None = None, solver: Solver | None = None) -> Tensor:
         """Carry latent points ``(n, dim)`` to weights; differentiable, all in one chunk."""
         grid = self._grid(steps)
         (x1,) = integrate(lambda t, state: (self.velocity(t, state[0]),), (x0,), grid, solver or self.solver)
@@ -198,7 +281,7 @@ class Flow:
         trace: Trace = "exact",
         probes: int = 8,
         noise: Noise = "rademacher",
-        steps: int | None = None,
+        steps: Steps | None = None,
         solver: Solver | None = None,
         chunk_size: int = 512,
     ) -> tuple[Tensor, Tensor]:
@@ -219,7 +302,7 @@ class Flow:
         probes: int = 8,
         noise: Noise = "rademacher",
         seed: Seed = 0,
-        steps: int | None = None,
+        steps: Steps | None = None,
         solver: Solver | None = None,
         chunk_size: int = 512,
     ) -> tuple[Tensor, Tensor]:
@@ -241,7 +324,7 @@ class Flow:
         probes: int = 8,
         noise: Noise = "rademacher",
         seed: Seed = 0,
-        steps: int | None = None,
+        steps: Steps | None = None,
         solver: Solver | None = None,
         chunk_size: int = 512,
     ) -> tuple[Tensor, Tensor]:
@@ -264,7 +347,7 @@ class Flow:
         probes: int = 8,
         noise: Noise = "rademacher",
         seed: Seed = 0,
-        steps: int | None = None,
+        steps: Steps | None = None,
         solver: Solver | None = None,
         chunk_size: int = 512,
     ) -> Tensor:
@@ -299,19 +382,11 @@ class Flow:
         solver: Solver | None,
     ) -> tuple[Tensor, Tensor]:
         """Carry ``x`` along the grid and integrate the divergence on the way."""
-        if trace not in ("exact", "hutchinson"):
-            raise ValueError(f"trace must be 'exact' or 'hutchinson', got {trace!r}")
         # One set of probes for the whole path, or the solver would integrate noise.
-        directions = probe_noise(noise, probes, x, generator) if trace == "hutchinson" else None
+        directions = None if trace == "exact" else probe_noise(noise, probes, x, generator)
 
         def slope(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            def field(z: Tensor) -> Tensor:
-                return self.velocity(t, z)
-
-            if directions is None:
-                return exact_divergence(field, state[0])
-            velocity, estimates = hutchinson_divergence(field, state[0], directions)
-            return velocity, estimates.mean(0)
+            return divergence(self.velocity, t, state[0], trace, directions)
 
         start = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
         end, change = integrate(slope, (x, start), grid, solver or self.solver)
@@ -321,7 +396,7 @@ class Flow:
     def _device(self) -> torch.device:
         return self.source.device
 
-    def _grid(self, steps: int | None) -> Tensor:
+    def _grid(self, steps: Steps | None) -> Tensor:
         return time_grid(self.steps if steps is None else steps, device=self._device)
 
     # ---------------------------------------------------------------- storage

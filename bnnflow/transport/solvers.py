@@ -1,52 +1,119 @@
-"""Fixed-grid solvers for ordinary differential equations; they know nothing of flows."""
+"""Solvers for ordinary and stochastic differential equations; they know nothing of flows.
+
+A state is a tuple of tensors whose first axis runs over samples. Everything is differentiable.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any, get_args
+from weakref import finalize
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
-from bnnflow.types import Solver
+from bnnflow.seeding import as_generator
+from bnnflow.types import AdaptiveSolver, FixedSolver, Seed, Solver, StochasticSolver
 
-__all__ = ["integrate", "time_grid"]
+__all__ = ["integrate", "integrate_sde", "integrate_with_error", "rows_within", "time_grid"]
 
 State = tuple[Tensor, ...]
 Field = Callable[[Tensor, State], State]
 
 
-def time_grid(steps: int, power: float = 1.5, device: torch.device | str = "cpu") -> Tensor:
-    """Return ``steps + 1`` float64 times from 0 to 1, denser towards 1 for powers above 1.
+def time_grid(steps: int | Sequence[float] | Tensor, power: float = 1.5, device: torch.device | str = "cpu") -> Tensor:
+    """Return float64 times from 0 to 1, denser towards 1 for powers above 1, ``(steps + 1,)``.
 
     A posterior narrower than its prior bends the path most just before it arrives.
+
+    Args:
+        steps: how many; or the times themselves, from 0 to 1, which are then used as they are.
+        power: the times are 1 - (1 - i / steps)^power.
+        device: where they are kept.
+
+    Raises:
+        ValueError: if there is no step, or the times do not increase from 0 to 1.
     """
-    if steps < 1:
+    times = torch.as_tensor(steps, dtype=torch.float64, device=device)
+    if times.dim() > 0:
+        _check_monotone(times)
+        if float(times[0]) != 0 or float(times[-1]) != 1:
+            raise ValueError(f"the times must run from 0 to 1, got {float(times[0]):g} to {float(times[-1]):g}")
+        return times
+    if times < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    return 1 - (1 - torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=device)) ** power
+    return 1 - (1 - torch.linspace(0, 1, int(times) + 1, dtype=torch.float64, device=device)) ** power
 
 
-def integrate(field: Field, state: State, grid: Tensor, solver: Solver = "rk4") -> State:
+# ---------------------------------------------------------------- ordinary differential equations
+
+
+def integrate(
+    field: Field,
+    state: State,
+    grid: Tensor,
+    solver: Solver = "rk4",
+    *,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    max_evaluations: int = 2000,
+) -> State:
     """Integrate d state / dt = field(t, state) over the times of ``grid``, forwards or backwards.
 
     Args:
         field: takes a scalar time and a tuple of tensors, returns their derivatives.
         state: where to start.
         grid: ``(steps + 1,)`` monotone times.
-        solver: Euler (1 evaluation a step), the midpoint rule (2) or the classical Runge-Kutta rule (4).
+        solver: with the steps of ``grid``: Euler (1 evaluation a step), the midpoint rule (2) or the classical
+            Runge-Kutta rule (4). Between the ends of ``grid``, with steps of their own for the whole batch: an
+            adaptive rule of torchdiffeq (Chen 2018), such as ``"dopri5"``.
+        rtol: of adaptive rules, which bound the local error of *every sample*, the root of its mean square in units of
+            atol + rtol * |state|; so no sample's accuracy depends on its company.
+        atol: see ``rtol``.
+        max_evaluations: of the field by an adaptive rule, whose steps the stiffest sample dictates.
 
     Raises:
-        ValueError: for an unknown solver.
-        FloatingPointError: as soon as a state is NaN, saying when.
+        ValueError: for an unknown solver, times that are not monotone, or tolerances that are not positive.
+        FloatingPointError: as soon as a state is NaN, or a velocity of an adaptive rule is not finite, saying when.
+        RuntimeError: if an adaptive rule needs more evaluations, or steps too small to be represented.
     """
-    rules = {"euler": _euler, "midpoint": _midpoint, "rk4": _rk4}
-    if solver not in rules:
-        raise ValueError(f"solver must be one of {sorted(rules)}, got {solver!r}")
+    _check_monotone(grid)
+    if solver in get_args(AdaptiveSolver):
+        return _adaptive(field, state, grid, solver, rtol, atol, max_evaluations)
+    if solver not in _RULES:
+        raise ValueError(f"solver must be one of {sorted(_RULES) + list(get_args(AdaptiveSolver))}, got {solver!r}")
     for start, stop in pairwise(grid):
-        state = rules[solver](field, start, stop - start, state)
-        if any(bool(part.isnan().any()) for part in state):
-            raise FloatingPointError(f"the velocity became NaN between t = {float(start):.4f} and {float(stop):.4f}")
+        state = _RULES[solver][0](field, start, stop - start, state)
+        _check_state(state, start, stop)
     return state
+
+
+def integrate_with_error(
+    field: Field, state: State, grid: Tensor, solver: FixedSolver = "rk4"
+) -> tuple[State, tuple[Tensor, ...]]:
+    """Integrate with the steps of ``grid`` halved, and estimate each sample's error by those of twice the length.
+
+    With a rule of order p the end of the short steps is off by about the difference of both ends over 2^p - 1
+    (Richardson). Costs three times the evaluations of ``integrate``. A random field must be the same one in both runs.
+
+    Returns:
+        The end state of the short steps, and the error of each of its tensors, the root mean square over all axes but
+        the first, ``(batch,)`` each in float64.
+
+    Raises:
+        ValueError: for a rule that has no fixed order, or times that are not monotone.
+        FloatingPointError: as soon as a state is NaN.
+    """
+    if solver not in _RULES:
+        raise ValueError(f"steps are doubled for a solver in {sorted(_RULES)}, got {solver!r}")
+    coarse = integrate(field, state, grid, solver)
+    middles = (grid[1:] + grid[:-1]) / 2
+    fine = integrate(field, state, torch.cat([grid[:1], torch.stack([middles, grid[1:]], 1).flatten()]), solver)
+    scale = 2 ** _RULES[solver][1] - 1
+    return fine, tuple(_size(short - long) / scale for short, long in zip(fine, coarse, strict=True))
 
 
 def _along(state: State, h: Tensor | float, slope: State) -> State:
@@ -68,3 +135,198 @@ def _rk4(field: Field, t: Tensor, h: Tensor, state: State) -> State:
     k4 = field(t + h, _along(state, h, k3))
     slope = tuple((a + 2 * b + 2 * c + d) / 6 for a, b, c, d in zip(k1, k2, k3, k4, strict=True))
     return _along(state, h, slope)
+
+
+_RULES = {"euler": (_euler, 1), "midpoint": (_midpoint, 2), "rk4": (_rk4, 4)}  # with their orders
+
+
+def _adaptive(
+    field: Field, state: State, grid: Tensor, solver: Solver, rtol: float, atol: float, max_evaluations: int
+) -> State:
+    from torchdiffeq import odeint
+
+    if not (rtol > 0 and atol > 0):
+        raise ValueError(f"rtol and atol must be positive, got {rtol} and {atol}")
+    sizes, evaluations = [part.numel() for part in state], 0
+
+    def joined(parts: State) -> Tensor:
+        return torch.cat([part.reshape(-1) for part in parts])  # in the widest of their types
+
+    def split(flat: Tensor) -> State:
+        parts = zip(flat.split(sizes), state, strict=True)
+        return tuple(values.reshape(part.shape).to(part.dtype) for values, part in parts)
+
+    def slope(t: Tensor, flat: Tensor) -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        if evaluations > max_evaluations:
+            raise RuntimeError(
+                f"{solver} has used {max_evaluations} evaluations by t = {float(t):.4f}: one sample may be too stiff; "
+                "loosen the tolerances, raise max_evaluations or take a fixed grid"
+            )
+        velocity = joined(field(t, split(flat)))
+        if not bool(velocity.isfinite().all()):
+            raise FloatingPointError(f"the velocity is NaN or infinite at t = {float(t):.4f}")
+        return velocity
+
+    def worst_sample(flat: Tensor) -> Tensor:
+        return torch.stack([_size(part).max() for part in split(flat.detach())]).max()
+
+    try:
+        path = odeint(
+            slope, joined(state), grid[[0, -1]], rtol=rtol, atol=atol, method=solver, options={"norm": worst_sample}
+        )
+    except AssertionError as error:  # of torchdiffeq: a step of no length, or a state that is not finite
+        raise RuntimeError(f"{solver} failed: {error}") from error
+    assert isinstance(path, Tensor)
+    return split(path[-1])
+
+
+# ---------------------------------------------------------------- stochastic differential equations
+
+
+def integrate_sde(
+    field: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    noise: float | Callable[[Tensor], Tensor | float],
+    x: Tensor,
+    grid: Tensor,
+    seed: Seed,
+    solver: StochasticSolver = "midpoint",
+) -> Tensor:
+    """Integrate dx = (v + noise^2 / 2 * s) dt + noise dW over the times of ``grid``.
+
+    If s is the score of the marginal laws of dx/dt = v, the marginals are the same whatever the noise (Song et al.
+    2021); more of it forgets errors of v sooner, and needs shorter steps. The noise is held over a step at its value
+    in the middle, which costs the marginals nothing; so it may be zero on part of the path, best with a time of the
+    grid where it jumps. A score is not looked at where there is no noise, and never at the last time.
+
+    Args:
+        field: takes a scalar time and ``(batch, dim)``, returns v and s, ``(batch, dim)`` each.
+        noise: standard deviation of the noise over a unit of time: a number, or a function of time.
+        x: where to start, ``(batch, dim)``.
+        grid: ``(steps + 1,)`` increasing times.
+        seed: of the noise.
+        solver: ``"euler"``, the rule of Euler and Maruyama, of weak order 1, or ``"midpoint"``, two evaluations a
+            step and weak order 2 for noise of this kind (Milstein and Tretyakov 2004). Without noise they are the
+            rules of that name for ordinary equations.
+
+    Raises:
+        ValueError: for an unknown solver, times that do not increase, or noise that is negative or not finite.
+        FloatingPointError: as soon as a state is NaN, saying when.
+    """
+    _check_monotone(grid)
+    if float(grid[0]) > float(grid[-1]):
+        raise ValueError("a stochastic equation runs forwards: the times must increase")
+    if solver not in get_args(StochasticSolver):
+        raise ValueError(f"solver must be one of {list(get_args(StochasticSolver))}, got {solver!r}")
+    generator = as_generator(seed, x.device)
+    levels = [float(noise(t) if callable(noise) else noise) for t in (grid[1:] + grid[:-1]) / 2]
+    if not all(0 <= level < float("inf") for level in levels):
+        raise ValueError("the noise must be finite and not negative at all times")
+
+    def drift(t: Tensor, x: Tensor, level: float) -> Tensor:
+        velocity, score = field(t, x)
+        return velocity + 0.5 * level**2 * score if level else velocity
+
+    def wiener(h: Tensor) -> Tensor:
+        return h.sqrt() * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+
+    for (start, stop), level in zip(pairwise(grid), levels, strict=True):
+        h = stop - start
+        if solver == "euler":
+            x = x + h * drift(start, x, level) + level * wiener(h)
+        else:
+            first, second = level * wiener(h / 2), level * wiener(h / 2)
+            middle = x + h / 2 * drift(start, x, level) + first
+            x = x + h * drift(start + h / 2, middle, level) + first + second
+        _check_state((x,), start, stop)
+    return x
+
+
+# ---------------------------------------------------------------- memory
+
+
+def rows_within(memory: int, work: Callable[[Tensor], Any], x: Tensor) -> int:
+    """Return how many rows of ``x`` may travel together so that ``work`` holds at most ``memory`` bytes of tensors.
+
+    Runs ``work`` on two and on four rows and counts, operation by operation, the bytes of the tensors that are alive,
+    arguments and results included. After each operation they are a fixed cost and a price for each row; the operation
+    at which the fewest rows fit decides. Not counted are buffers inside an operation and what an allocator keeps in
+    reserve: leave a margin.
+
+    Args:
+        memory: bytes.
+        work: what is to be done with rows ``(n, ...)``, by the same operations whatever n. One step of a solver stands
+            for all, unless gradients are recorded.
+        x: some rows, two at least.
+
+    Raises:
+        ValueError: if there are fewer than two rows, not even one would fit, or the operations are not the same.
+    """
+    if len(x) < 2:
+        raise ValueError("two rows are needed to measure what one costs")
+    two, four = (_live_bytes(work, torch.cat([x[:2]] * n)) for n in (1, 2))
+    if len(two) != len(four):
+        raise ValueError("the operations depend on the rows: measure one step of a solver with a fixed grid")
+    price = (four - two) / 2
+    fixed = two - 2 * price
+    rows = int(((memory - fixed) / price.clamp(min=1e-3)).min())
+    if rows < 1:
+        raise ValueError(f"one row needs {float((fixed + price).max()):.0f} bytes, more than the {memory} allowed")
+    return rows
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts, after each operation, the bytes of all tensors that operations have met and that are not yet freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: list[int] = []
+        self._live = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_flatten((args, kwargs, result))[0]:
+            if isinstance(tensor, Tensor):
+                self._watch(tensor.untyped_storage())
+        self.counts.append(self._live)
+        return result
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self._live += size
+            finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._live -= size
+
+
+def _live_bytes(work: Callable[[Tensor], Any], rows: Tensor) -> Tensor:
+    with _LiveBytes() as counter:
+        work(rows)
+    return torch.tensor(counter.counts, dtype=torch.float64)
+
+
+# ---------------------------------------------------------------- what all share
+
+
+def _check_monotone(grid: Tensor) -> None:
+    if grid.dim() != 1 or len(grid) < 2 or not bool(grid.isfinite().all()):
+        raise ValueError(f"a grid is two or more finite times (steps + 1,), got shape {tuple(grid.shape)}")
+    lengths = grid.diff()
+    if not bool((lengths > 0).all() or (lengths < 0).all()):
+        raise ValueError("the times of a grid must increase throughout, or decrease throughout")
+
+
+def _check_state(state: State, start: Tensor, stop: Tensor) -> None:
+    if any(bool(part.isnan().any()) for part in state):
+        raise FloatingPointError(f"the velocity became NaN between t = {float(start):.4f} and {float(stop):.4f}")
+
+
+def _size(part: Tensor) -> Tensor:
+    """Return the root mean square of each sample, ``(batch,)`` float64."""
+    return part.double().reshape(part.shape[0], -1).square().mean(-1).sqrt()

@@ -300,7 +300,12 @@ class ResidualVelocity(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """Return the velocity, ``(batch, dim)``."""
-        return self.gaussian(t, x) + self.net(x.unsqueeze(-1), _times(t, x)).squeeze(-1)
+        gaussian, rest = self.parts()
+        return gaussian(t, x) + rest(t, x)
+
+    def parts(self) -> tuple[GaussianVelocity, Callable[[Tensor, Tensor], Tensor]]:
+        """Return the part whose trace is known, and the rest."""
+        return self.gaussian, lambda t, x: self.net(x.unsqueeze(-1), _times(t, x)).squeeze(-1)
 
     def describe(self) -> dict[str, Any]:
         """Return plain values from which the module is rebuilt."""
@@ -314,7 +319,12 @@ def bound(velocity: nn.Module, context: Context | None) -> nn.Module:
 
 
 def rebuild(description: dict[str, Any], spec: WeightSpec) -> nn.Module:
-    """Build an untrained field from what ``describe`` returned."""
+    """Build an untrained field from what ``describe`` returned; its random parameters are to be replaced."""
+    with torch.random.fork_rng(devices=[]):
+        return _rebuilt(description, spec)
+
+
+def _rebuilt(description: dict[str, Any], spec: WeightSpec) -> nn.Module:
     values = dict(description)
     kind = values.pop("kind")
     if "path" in values:
@@ -334,7 +344,7 @@ def rebuild(description: dict[str, Any], spec: WeightSpec) -> nn.Module:
         dim = values.pop("dim")
         return GaussianVelocity(torch.zeros(dim), torch.eye(dim), **values)
     if kind == "residual":
-        gaussian = rebuild(values.pop("gaussian"), spec)
+        gaussian = _rebuilt(values.pop("gaussian"), spec)
         return ResidualVelocity(spec, gaussian, **values)  # type: ignore[arg-type]
     raise ValueError(f"unknown velocity {kind!r}")
 

@@ -1,0 +1,187 @@
+"""A flow in few evaluations: a map between fixed times, learned from a flow's own solutions."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bnnflow import storage
+from bnnflow.model import BayesianModel
+from bnnflow.seeding import as_generator
+from bnnflow.transport.coordinates import Context
+from bnnflow.transport.flow import Flow
+from bnnflow.transport.solvers import integrate, time_grid
+from bnnflow.transport.source import Source
+from bnnflow.transport.training import train
+from bnnflow.transport.velocity import bound, rebuild
+from bnnflow.types import Seed
+from bnnflow.weights import WeightSpec
+
+__all__ = ["FlowMap", "distil"]
+
+
+@dataclass(frozen=True)
+class FlowMap:
+    """An approximate sampler in a few evaluations, made from a flow by `distil`.
+
+    x_{k+1} = x_k + (t_{k+1} - t_k) field(t_k, x_k): every step is a map that was trained to land where the flow does.
+    It has *no density*: the composition is not the solution of an equation whose divergence could be integrated.
+    Correct its draws by `refine`, which needs none.
+
+    Attributes:
+        velocity: the field of the steps, in evaluation mode.
+        source: the law at t = 0.
+        spec: the meaning of the weights.
+        times: ``(evaluations + 1,)``.
+        info: how the map was made; ``info["approximate"]`` is always true.
+    """
+
+    velocity: nn.Module
+    source: Source
+    spec: WeightSpec
+    times: Tensor
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dim(self) -> int:
+        """Length of a weight vector."""
+        return self.spec.dim
+
+    def sample(self, n: int, seed: Seed = 0, *, chunk_size: int = 2048) -> Tensor:
+        """Draw ``(n, dim)`` weights, approximately from the posterior."""
+        generator = as_generator(seed, self.source.device)
+        x0 = torch.randn(n, self.dim, generator=generator, device=self.source.device, dtype=self.source.dtype)
+        with torch.no_grad():
+            return torch.cat([self.source.from_normal(self._carry(rows)) for rows in x0.split(chunk_size)])
+
+    def _carry(self, x: Tensor) -> Tensor:
+        return integrate(lambda t, state: (self.velocity(t, state[0]),), (x,), self.times, "euler")[0]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the map to an ``.npz`` file without pickle, and no data; read it back with ``bnnflow.load``."""
+        header = {
+            "velocity": self.velocity.describe(),  # type: ignore[operator]
+            "source": self.source.describe(),
+            "dtype": str(self.source.dtype).removeprefix("torch."),
+            "spec": self.spec.describe(),
+            "times": self.times.tolist(),
+            "info": self.info,
+        }
+        arrays = {name: value.cpu().numpy() for name, value in self.velocity.state_dict().items()}
+        return storage.write(path, "flow-map", 1, json.loads(json.dumps(header)), arrays | self.source.arrays())
+
+    @classmethod
+    def from_file(cls, header: dict[str, Any], arrays: dict[str, np.ndarray], model: BayesianModel | None) -> FlowMap:
+        """Build a map from the contents of a file; one that looks at the data needs its model."""
+        spec, dtype = WeightSpec.from_description(header["spec"]), getattr(torch, header["dtype"])
+        velocity = rebuild(header["velocity"], spec)
+        own = {name: torch.from_numpy(v) for name, v in arrays.items() if name not in header["source"]["arrays"]}
+        velocity.to(dtype).requires_grad_(False).load_state_dict(own)
+        source = Source.from_description(header["source"], arrays, dtype)
+        if hasattr(velocity, "bind"):
+            if model is None:
+                raise ValueError("a likelihood-informed flow map needs its model: load(path, model)")
+            velocity = bound(velocity, Context(model, source))
+        times = torch.tensor(header["times"], dtype=torch.float64)
+        return cls(velocity.eval(), source, spec, times, header["info"])
+
+
+def distil(
+    flow: Flow,
+    evaluations: int = 6,
+    *,
+    trajectories: int = 4096,
+    budget: float = 120.0,
+    steps: int | None = None,
+    batch_size: int = 256,
+    learning_rate: float = 1e-3,
+    seed: Seed = 0,
+    progress: bool = True,
+) -> FlowMap:
+    """Learn the flow's map between fixed times, starting from its own field: progressive steps in one go.
+
+    Solves the flow once from ``trajectories`` starts and regresses each step of the map on where the solution went:
+    unlike flow matching this has no noise in its targets, so that what remains is what the network cannot represent
+    (Salimans and Ho 2022 and Boffi et al. 2024 learn such maps).
+
+    Args:
+        flow: a trained flow whose field can be trained.
+        evaluations: steps of the map, one evaluation each.
+        trajectories: number of solutions.
+        budget: seconds of training, unless ``steps`` says how many.
+        steps: optimiser steps.
+        batch_size: steps of trajectories in a batch.
+        learning_rate: of AdamW.
+        seed: an int or a generator.
+        progress: show a bar at a terminal.
+
+    Raises:
+        ValueError: if there is nothing to train in the flow's field, or no step or trajectory.
+    """
+    if evaluations < 1 or trajectories < 1:
+        raise ValueError("evaluations and trajectories must be at least 1")
+    if next(flow.velocity.parameters(), None) is None:
+        raise ValueError(f"a {type(flow.velocity).__name__} has no parameters to train")
+    generator = as_generator(seed, flow.source.device)
+    times = time_grid(evaluations, device=flow.source.device)
+    walks = _walks(flow, flow.start(trajectories, generator), times)
+
+    def pairs(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        rows = torch.randint(len(walks), (n,), generator=generator, device=walks.device)
+        return walks[rows, 0], walks[rows].flatten(1)
+
+    student = copy.deepcopy(bound(flow.velocity, None)).requires_grad_()
+    student = bound(student, getattr(flow.velocity, "context", None))
+    grid = _Grid(times, walks.shape[-1])
+    field, info = train(
+        student, pairs, path=grid, times=grid, budget=budget, steps=steps, batch_size=batch_size,
+        learning_rate=learning_rate, seed=generator, progress=progress,
+    )  # fmt: skip
+    info |= {"approximate": True, "evaluations": evaluations, "trajectories": trajectories}
+    return FlowMap(field, flow.source, flow.spec, times, info)
+
+
+def _walks(flow: Flow, x0: Tensor, times: Tensor) -> Tensor:
+    """Return where the flow is at the given times, ``(n, times, dim)``, solved with at least its own steps."""
+    between = max(1, -(-flow.steps // (len(times) - 1)))
+    part = torch.linspace(0, 1, between + 1, dtype=times.dtype, device=times.device)
+    walks = []
+    with torch.no_grad():
+        for rows in x0.split(2048):
+            walk = [rows]
+            for start, stop in itertools.pairwise(times):
+                between_times = start + (stop - start) * part
+                walk += integrate(
+                    lambda t, state: (flow.velocity(t, state[0]),), (walk[-1],), between_times, flow.solver
+                )
+            walks.append(torch.stack(walk, 1))
+    return torch.cat(walks)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The steps of the map as a path: the pair's second end holds the whole walk, ``(batch, times * dim)``."""
+
+    times: Tensor
+    dim: int
+
+    def sample(self, n: int, like: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw the times at which steps begin, ``(n,)``."""
+        which = torch.randint(len(self.times) - 1, (n,), generator=generator, device=like.device)
+        return self.times[which].to(like.dtype)
+
+    def point(self, x0: Tensor, x1: Tensor, t: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return where each step begins and its slope, ``(batch, dim)`` both."""
+        walk = x1.unflatten(-1, (len(self.times), self.dim))
+        which = (t.unsqueeze(-1) - self.times.to(t)).abs().argmin(-1)
+        rows = torch.arange(len(t), device=t.device)
+        here, there = walk[rows, which], walk[rows, which + 1]
+        return here, (there - here) / (self.times[which + 1] - self.times[which]).to(t).unsqueeze(-1)
