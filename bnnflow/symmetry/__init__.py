@@ -15,6 +15,7 @@ from bnnflow.symmetry.connectivity import (
 )
 from bnnflow.symmetry.matching import match, match_activations
 from bnnflow.symmetry.sinkhorn import sinkhorn_rebasin
+from bnnflow.symmetry.spheres import Spheres
 
 __all__ = [
     "Barrier",
@@ -22,6 +23,7 @@ __all__ = [
     "Geodesic",
     "Path",
     "Plane",
+    "Spheres",
     "align",
     "barrier",
     "barrier_along",

@@ -76,17 +76,8 @@ def normalise_scale(theta: Tensor, spec: WeightSpec, *, last_layer: bool = False
     Raises:
         ValueError: if ``last_layer`` is asked of a network that has no single output layer.
     """
-    spec.check(theta)
-    scalable = spec.symmetries().scale
     outputs = _output_layer(spec) if last_layer else []
-    for index, label in enumerate(spec.activations):
-        if label in scalable:
-            unsettled = scalable.difference(list(spec.activations)[:index])
-            names = [name for name in _written(spec, label, unsettled) if spec.powers(name)[0]]
-            written = [_units(theta, spec, name) for name in names]
-            if written:
-                norm = torch.cat(written, -1).norm(dim=-1)  # (..., n)
-                theta = spec.rescale(theta, {label: torch.where(norm > torch.finfo(norm.dtype).tiny, 1 / norm, 1.0)})
+    theta, _ = split_scale(theta, spec)
     if outputs:
         where = torch.zeros(spec.dim, dtype=torch.bool, device=theta.device)
         for name in outputs:
@@ -94,6 +85,32 @@ def normalise_scale(theta: Tensor, spec: WeightSpec, *, last_layer: bool = False
         norm = theta[..., where].norm(dim=-1, keepdim=True)
         theta = torch.where(where & (norm > 0), theta / norm, theta)
     return theta
+
+
+def split_scale(theta: Tensor, spec: WeightSpec) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return what `normalise_scale` makes of networks, and the norms of their units, ``(..., width)`` by label.
+
+    ``spec.rescale`` takes the first by the second to the networks again. The norm of a unit without weights is 1.
+    """
+    spec.check(theta)
+    norms: dict[str, Tensor] = {}
+    for label, names in scale_tensors(spec).items():
+        norm = torch.cat([_units(theta, spec, name) for name in names], -1).norm(dim=-1)  # (..., n)
+        norms[label] = torch.where(norm > torch.finfo(norm.dtype).tiny, norm, 1.0)
+        theta = spec.rescale(theta, {label: 1 / norms[label]})
+    return theta, norms
+
+
+def scale_tensors(spec: WeightSpec) -> dict[str, list[str]]:
+    """Return the tensors that fix the norms of each label's units, in the order of depth."""
+    scalable = spec.symmetries().scale
+    tensors = {}
+    for index, label in enumerate(spec.activations):
+        unsettled = scalable.difference(list(spec.activations)[:index])
+        names = [name for name in _written(spec, label, unsettled) if spec.powers(name)[0]]
+        if label in scalable and names:
+            tensors[label] = names
+    return tensors
 
 
 def normalise_sign(theta: Tensor, spec: WeightSpec) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from bnnflow.inference.start import Adam, cosine
 from bnnflow.progress import progress_bar
 from bnnflow.seeding import as_generator
-from bnnflow.symmetry.canonical import normalise_scale
+from bnnflow.symmetry.spheres import Spheres
 from bnnflow.types import Seed
 from bnnflow.weights import WeightSpec
 
@@ -90,57 +90,22 @@ class Geodesic:
         theta_a: the starts, ``(..., dim)``. Their scales are normalised here, which keeps their functions.
         theta_b: the ends.
         spec: what the entries mean.
+
+    Raises:
+        ValueError: if no unit has a scale.
     """
 
     def __init__(self, theta_a: Tensor, theta_b: Tensor, spec: WeightSpec) -> None:
-        spec.check(theta_a)
-        spec.check(theta_b)
-        theta_a, theta_b = torch.broadcast_tensors(theta_a, theta_b)
-        self.start, self.end = normalise_scale(theta_a, spec), normalise_scale(theta_b, spec)
-        self._owner = _owners(spec).to(theta_a.device)
-        cosine = self._per_unit(self.start * self.end)
-        norms = (self._per_unit(self.start**2) * self._per_unit(self.end**2)).sqrt()
-        angle = (cosine / norms.clamp(min=1e-30)).clamp(-1, 1).acos()
-        self._angle = torch.where(norms > 0, angle, 0.0)
-        self._angle[..., -1] = 0.0  # of all weights that go straight
-
-    def _per_unit(self, values: Tensor) -> Tensor:
-        """Sum ``(..., dim)`` over what enters each unit, ``(..., units + 1)``; the last sums the rest."""
-        sums = values.new_zeros(*values.shape[:-1], int(self._owner.max()) + 1)
-        return sums.index_add_(-1, self._owner, values)
+        self._spheres = Spheres(spec)
+        if not self._spheres.units:
+            raise ValueError("no hidden layer has a scale symmetry: take the straight line")
+        self.start = self._spheres.project(theta_a)
+        self._velocity = self._spheres.log(self.start, self._spheres.project(theta_b))
 
     def at(self, t: Tensor) -> Tensor:
         """Return the networks at times ``(points,)``, ``(..., points, dim)``."""
-        t, angle = t.to(self.start).unsqueeze(-1), self._angle.unsqueeze(-2)  # (points, 1), (..., 1, units + 1)
-        # Opposite vectors have no shortest path, and near ones need none: both go straight.
-        bent = (angle > 1e-4) & (angle < math.pi - 1e-4)
-        safe = torch.where(bent, angle, 1.0)
-        of_start = torch.where(bent, ((1 - t) * safe).sin() / safe.sin(), 1 - t)[..., self._owner]
-        of_end = torch.where(bent, (t * safe).sin() / safe.sin(), t)[..., self._owner]
-        return of_start * self.start.unsqueeze(-2) + of_end * self.end.unsqueeze(-2)
-
-
-def _owners(spec: WeightSpec) -> Tensor:
-    """Number the units with a scale, and return for each weight ``(dim,)`` the unit that it enters; the last is none.
-
-    Raises:
-        ValueError: if there is no such unit.
-    """
-    scaled = [label for label in spec.activations if label in spec.symmetries().scale]
-    if not scaled:
-        raise ValueError("no hidden layer has a scale symmetry: take the straight line")
-    first, units = {}, 0
-    for label in scaled:
-        first[label], units = units, units + spec.widths[label]
-    parts = []
-    for name in spec.names:
-        shape, axes = spec.blocks(name)
-        owner = torch.full(shape, units)
-        if name not in spec.extras and axes and axes[0] in first:
-            of_unit = first[axes[0]] + torch.arange(shape[0])
-            owner = of_unit.reshape(-1, *(1,) * (len(shape) - 1)).expand(shape)
-        parts.append(owner.flatten())
-    return torch.cat(parts)
+        t = t.to(self.start).unsqueeze(-1)
+        return self._spheres.exp(self.start.unsqueeze(-2), t * self._velocity.unsqueeze(-2))
 
 
 def barrier(theta_a: Tensor, theta_b: Tensor, loss: Loss, *, points: int = 25) -> Barrier:

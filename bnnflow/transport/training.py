@@ -28,7 +28,7 @@ from bnnflow.transport.flow import Flow
 from bnnflow.transport.paths import AffinePath, Path
 from bnnflow.transport.source import Source
 from bnnflow.transport.times import Times, TowardsEnd
-from bnnflow.transport.velocity import InformedVelocity, ResidualVelocity, WeightsVelocity, bound
+from bnnflow.transport.velocity import NO_SYMMETRY, InformedVelocity, ResidualVelocity, WeightsVelocity, bound
 from bnnflow.types import Seed
 
 __all__ = ["fit_flow", "train"]
@@ -67,8 +67,8 @@ def fit_flow(
 
     Minimises E |v(t, x_t) - dx_t/dt|^2 over pairs of a `Coupling` on a path, whose minimiser is the marginal field
     that carries the source to the posterior. Works in the coordinates in which the source is N(0, I), and moves every
-    pair by a random symmetry that keeps the source. The weights returned are an exponential moving average. Under
-    ``torchrun`` every process takes its share of the batch.
+    pair by a random symmetry that keeps the source, unless the field declares that it has none. The weights returned
+    are an exponential moving average. Under ``torchrun`` every process takes its share of the batch.
 
     Args:
         model: the posterior.
@@ -108,7 +108,10 @@ def fit_flow(
     weights = None if log_weights is None else log_weights.double().softmax(0)
     coupling = coupling if coupling is not None else Independent()
     generator = as_generator(seed, model.device)
-    group = source.symmetries(model)
+    with isolated(generator):
+        field = _field(velocity, model, targets, path).to(model.device, model.dtype).train()
+    # A field that declares no symmetry is for one cloud: spreading that over its orbit would undo the alignment.
+    group = source.symmetries(model) if any(getattr(field, "group", (True,))) else NO_SYMMETRY
 
     def pairs_of(targets: Tensor, weights: Tensor | None) -> Pairs:
         def pairs(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -127,8 +130,6 @@ def fit_flow(
         if other_weights is not None:
             raise ValueError("held-out draws must have equal weights")
         unseen = pairs_of(source.to_normal(others), None)
-    with isolated(generator):
-        field = _field(velocity, model, targets, path).to(model.device, model.dtype).train()
     field, info = train(
         bound(field, Context(model, source)), pairs_of(targets, weights), path=path, times=times, budget=budget,
         steps=steps, batch_size=batch_size, learning_rate=learning_rate, held_out=unseen, patience=patience,

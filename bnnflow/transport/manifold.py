@@ -1,0 +1,427 @@
+"""Flows on the manifold of networks whose scales are normalised, and what makes them densities over weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bnnflow.draws import Draws, as_theta
+from bnnflow.seeding import as_generator, isolated
+from bnnflow.symmetry import Spheres
+from bnnflow.symmetry.canonical import split_scale
+from bnnflow.transport.couplings import Coupling, Independent
+from bnnflow.transport.divergence import divergence, probe_noise
+from bnnflow.transport.geometry import RiemannianPath, TangentVelocity
+from bnnflow.transport.solvers import integrate, time_grid
+from bnnflow.transport.training import train
+from bnnflow.types import Noise, Seed, Solver, Trace
+from bnnflow.weights import WeightSpec
+
+__all__ = ["CompletedFlow", "ManifoldFlow", "Radii", "Tracing", "fit_manifold_flow"]
+
+
+@dataclass(frozen=True)
+class ManifoldFlow:
+    """A transport of the uniform law on spheres, and the normal one on the flat rest, to a law of normalised networks.
+
+    Points solve dx/dt = the tangent part of velocity(t, x) from t = 0 to t = 1. Every step of the solver is taken in
+    normal coordinates, the tangent space at its start, from which the exponential map leads back: the points never
+    leave the manifold, the rule keeps its order, and a flow along geodesics is followed exactly. Log densities follow
+    d log p / dt = -div velocity with the Riemannian divergence (Mathieu and Nickel 2020; Lou et al. 2020): that of
+    the field's extension by x -> x / |x| in the space around.
+
+    They are densities with respect to the volume of the *manifold*, for points whose scales are normalised: no
+    densities over weights, and nothing to weigh a posterior with. `complete` makes them such.
+
+    Attributes:
+        velocity: a field ``(t, x) -> (batch, dim)`` in evaluation mode; what is not tangent of it is dropped.
+        spheres: the manifold.
+        solver: rule and number of steps used unless a call says otherwise.
+        steps: see ``solver``.
+        info: how the flow was made.
+    """
+
+    velocity: nn.Module
+    spheres: Spheres
+    solver: Solver = "midpoint"
+    steps: int = 8
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def spec(self) -> WeightSpec:
+        """The meaning of the weights."""
+        return self.spheres.spec
+
+    @property
+    def dim(self) -> int:
+        """Length of a point."""
+        return self.spheres.dim
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor on the field's device and of its type."""
+        return next((p for p in [*self.velocity.parameters(), *self.velocity.buffers()]), torch.empty(0))
+
+    def start(self, n: int, seed: Seed = 0) -> Tensor:
+        """Draw ``(n, dim)`` from the source."""
+        return self.spheres.sample(n, seed, device=self.like.device, dtype=self.like.dtype)
+
+    def sample(
+        self, n: int, seed: Seed = 0, *, steps: int | None = None, solver: Solver | None = None, chunk_size: int = 2048
+    ) -> Tensor:
+        """Draw ``(n, dim)`` normalised networks.
+
+        Args:
+            n: number of draws.
+            seed: decides the starting points and so the draws.
+            steps: steps of the solver; the flow's own if None.
+            solver: its rule.
+            chunk_size: draws that travel together, which bounds the memory.
+
+        Raises:
+            FloatingPointError: if the velocity becomes NaN.
+        """
+        grid = self.grid(steps)
+        with torch.no_grad():
+            chunks = self.start(n, seed).split(chunk_size)
+            return torch.cat([self.transport(x0, grid, solver)[0] for x0 in chunks])
+
+    def sample_with_log_prob(
+        self,
+        n: int,
+        seed: Seed = 0,
+        *,
+        trace: Trace = "exact",
+        probes: int = 8,
+        noise: Noise = "rademacher",
+        steps: int | None = None,
+        solver: Solver | None = None,
+        chunk_size: int = 512,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw ``(n, dim)`` and their log densities on the manifold, ``(n,)``, in one pass forwards."""
+        generator = as_generator(seed, self.like.device)
+        grid = self.grid(steps)
+        points, log_probs = [], []
+        with torch.no_grad():
+            for x0 in self.start(n, generator).split(chunk_size):
+                x1, change = self.transport(x0, grid, solver, Tracing(trace, probes, noise, generator))
+                points.append(x1)
+                log_probs.append(self.spheres.log_prob(x0) - change)
+        return torch.cat(points), torch.cat(log_probs)
+
+    def log_prob(
+        self,
+        x: Tensor,
+        *,
+        trace: Trace = "exact",
+        probes: int = 8,
+        noise: Noise = "rademacher",
+        seed: Seed = 0,
+        steps: int | None = None,
+        solver: Solver | None = None,
+        chunk_size: int = 512,
+    ) -> Tensor:
+        """Return the log density on the manifold at points of it, ``(..., dim) -> (...)`` in float64.
+
+        Args:
+            x: points.
+            trace: ``"exact"`` costs dim forward-mode products an evaluation; ``"hutchinson"`` and ``"hutch++"``,
+                unbiased for the log density, ``probes`` reverse-mode products.
+            probes: number of random probes, whose estimates are averaged.
+            noise: their law.
+            seed: of the probes, which stay fixed along a path.
+            steps: steps of the solver; the flow's own if None.
+            solver: its rule.
+            chunk_size: points that travel together, which bounds the memory.
+
+        Raises:
+            ValueError: if a point is not on the manifold.
+        """
+        self.spec.check(x)
+        if not bool(((self.spheres.inner(x, x)[..., :-1] - 1).abs() < 1e-3).all()):
+            raise ValueError("the density is one of points on the manifold: call spheres.project(theta) first")
+        tracing = Tracing(trace, probes, noise, as_generator(seed, self.like.device))
+        grid = self.grid(steps).flip(0)
+        log_probs = []
+        with torch.no_grad():
+            for rows in x.reshape(-1, self.dim).split(chunk_size):
+                x0, change = self.transport(rows, grid, solver, tracing)
+                log_probs.append(self.spheres.log_prob(x0) + change)
+        return torch.cat(log_probs).reshape(x.shape[:-1])
+
+    def complete(self, theta: Tensor) -> CompletedFlow:
+        """Return the flow with a law of the radii fitted to weights ``(n, dim)``, as a density over weights."""
+        return CompletedFlow(self, Radii.fit(theta.to(self.like), self.spheres))
+
+    # ---------------------------------------------------------------- transport
+
+    def grid(self, steps: int | None) -> Tensor:
+        """Return the times of the solver."""
+        return time_grid(self.steps if steps is None else steps, device=self.like.device)
+
+    def transport(
+        self, x: Tensor, grid: Tensor, solver: Solver | None = None, tracing: Tracing | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Carry points ``(batch, dim)`` along the times of ``grid``, and integrate the divergence ``(batch,)``.
+
+        Differentiable by the points. The divergence is zero without ``tracing``.
+        """
+        spheres = self.spheres
+        # One set of probes for the whole path, or the solver would integrate noise.
+        probes = None if tracing is None else tracing.draw(x)
+
+        def extended(t: Tensor, z: Tensor) -> Tensor:
+            z = spheres.retract(z)
+            return spheres.tangent(z, self.velocity(t, z))
+
+        def step(x: Tensor, change: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+            def slope(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                y = spheres.exp(x, state[0])
+                if tracing is None:
+                    velocity, rate = extended(t, y), torch.zeros_like(change)
+                else:
+                    velocity, rate = divergence(extended, t, y, tracing.trace, probes)
+                return spheres.log_velocity(x, state[0], velocity), rate
+
+            w, change = integrate(slope, (torch.zeros_like(x), change), times, solver or self.solver)
+            return spheres.exp(x, w), change
+
+        change = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        for times in pairwise(grid):
+            x, change = step(x, change, torch.stack(times))
+        return x, change
+
+
+class Tracing(NamedTuple):
+    """How divergences are found; see `divergence`."""
+
+    trace: Trace
+    probes: int
+    noise: Noise
+    generator: torch.Generator
+
+    def draw(self, x: Tensor) -> Tensor | None:
+        """Draw the probes of one solve, ``(probes, batch, dim)``; None if the trace needs none."""
+        return None if self.trace == "exact" else probe_noise(self.noise, self.probes, x, self.generator)
+
+
+class Radii(NamedTuple):
+    """Independent radii of the units, r = exp(location + scale * log chi), with chi the norm of as many normals.
+
+    With location 0 and scale 1 these are the norms of Gaussian weights, which a uniform direction makes Gaussian.
+
+    Attributes:
+        location: ``(units,)``.
+        scale: ``(units,)``, positive.
+    """
+
+    location: Tensor
+    scale: Tensor
+
+    @classmethod
+    def fit(cls, theta: Tensor, spheres: Spheres) -> Radii:
+        """Match mean and variance of the log radii of weights ``(n, dim)``, the same for all units of a layer.
+
+        Raises:
+            ValueError: if there are fewer than two networks, or their radii are not finite or do not vary.
+        """
+        spheres.spec.check(theta)
+        if theta.dim() != 2 or len(theta) < 2:
+            raise ValueError(f"radii are fitted to two networks (n, dim) or more, got {tuple(theta.shape)}")
+        norms = split_scale(theta.double(), spheres.spec)[1]
+        half = {label: sizes.to(theta.device).double() / 2 for label, sizes in spheres.by_label(spheres.sizes).items()}
+        location, scale = [], []
+        for label, norm in norms.items():
+            log_norm = norm.log()
+            # log chi has mean (log 2 + psi(k / 2)) / 2 and variance psi'(k / 2) / 4.
+            scale.append(2 * log_norm.std() * torch.polygamma(1, half[label]).rsqrt())
+            location.append(log_norm.mean() - 0.5 * scale[-1] * (math.log(2) + torch.digamma(half[label])))
+        radii = cls(torch.cat(location).to(theta), torch.cat(scale).to(theta))
+        if not bool(radii.location.isfinite().all() and (radii.scale > 1e-6).all()):
+            raise ValueError("the radii of these weights are not finite, or do not vary")
+        return radii
+
+
+def fit_manifold_flow(
+    spec: WeightSpec,
+    draws: Draws | Tensor | tuple[Tensor, Tensor | None],
+    *,
+    velocity: nn.Module | None = None,
+    coupling: Coupling | None = None,
+    seed: Seed = 0,
+    **training: Any,
+) -> ManifoldFlow:
+    """Fit a flow of normalised networks by Riemannian flow matching (Chen and Lipman 2024).
+
+    As `fit_flow`, from the uniform law on the spheres and the normal one on the rest, along geodesics. Every pair is
+    moved by a random permutation, and sign flip where activations are odd, which keep the source.
+
+    Args:
+        spec: what the entries mean.
+        draws: networks of any scale, which are normalised here: `Draws`, weights, or (weights, log weights).
+        velocity: a field on the manifold, called as ``field(t, x)``; `TangentVelocity` if None.
+        coupling: `Independent` unless said otherwise.
+        seed: an int or a generator.
+        training: settings of `train`: ``budget`` or ``steps``, ``batch_size``, ``learning_rate`` and others.
+
+    Raises:
+        ValueError: if there are no draws, they do not fit or are not finite, or the network cannot be labelled.
+    """
+    theta, log_weights = as_theta(draws)
+    spec.check(theta)
+    if len(theta) == 0 or not bool(theta.isfinite().all()):
+        raise ValueError("a flow needs finite draws, and at least one")
+    spheres = Spheres(spec)
+    targets = spheres.project(theta)
+    weights = targets.new_ones(len(targets)) if log_weights is None else log_weights.to(targets).softmax(0)
+    generator = as_generator(seed, targets.device)
+    coupling = coupling if coupling is not None else Independent()
+    group = spec.symmetries()._replace(scale=frozenset(), phase=frozenset())
+
+    def pairs(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        rows = torch.multinomial(weights, n, replacement=True, generator=generator)
+        x0 = spheres.sample(n, generator, device=targets.device, dtype=targets.dtype)
+        return coupling.pair(x0, targets[rows], spec, group, generator)
+
+    with isolated(generator):
+        field = TangentVelocity(spec) if velocity is None else copy.deepcopy(velocity).requires_grad_()
+    field, info = train(field.to(targets).train(), pairs, path=RiemannianPath(spheres), seed=generator, **training)
+    return ManifoldFlow(field, spheres, info=info | {"coupling": type(coupling).__name__})
+
+
+@dataclass(frozen=True)
+class CompletedFlow:
+    """A manifold flow with a law of the radii: a density over weights, and a `Posterior`.
+
+    A draw of N(0, I) gives both: the directions of its spheres are uniform, and travel on the manifold; the norms,
+    independent of them, become radii. Then theta = ``spec.rescale(x, r)``, and
+    log q(theta) = log p(x) + log p(log r) - log |d theta / d (x, log r)|.
+
+    Attributes:
+        flow: of the normalised networks.
+        radii: law of the radii.
+    """
+
+    flow: ManifoldFlow
+    radii: Radii
+
+    @property
+    def spec(self) -> WeightSpec:
+        """The meaning of the weights."""
+        return self.flow.spec
+
+    @property
+    def dim(self) -> int:
+        """Length of a weight vector."""
+        return self.flow.dim
+
+    @property
+    def steps(self) -> int:
+        """Steps of the solver."""
+        return self.flow.steps
+
+    def start(self, n: int, seed: Seed = 0) -> Tensor:
+        """Draw ``(n, dim)`` from N(0, I)."""
+        like = self.flow.like
+        generator = as_generator(seed, like.device)
+        return torch.randn(n, self.dim, generator=generator, device=like.device, dtype=like.dtype)
+
+    def push(self, x0: Tensor, *, steps: int | None = None, solver: Solver | None = None) -> Tensor:
+        """Carry draws of N(0, I) to weights, ``(n, dim)``; differentiable by them."""
+        x1, _ = self.flow.transport(self.flow.spheres.retract(x0), self.flow.grid(steps), solver)
+        return self.spec.rescale(x1, self._radii(self._log_norms(x0)))
+
+    def push_with_log_prob(
+        self,
+        x0: Tensor,
+        *,
+        trace: Trace = "exact",
+        probes: int = 8,
+        noise: Noise = "rademacher",
+        seed: Seed = 0,
+        steps: int | None = None,
+        solver: Solver | None = None,
+        chunk_size: int = 512,
+    ) -> tuple[Tensor, Tensor]:
+        """Carry draws of N(0, I) to weights ``(n, dim)``, with their log densities ``(n,)``; see ``log_prob``."""
+        tracing = Tracing(trace, probes, noise, as_generator(seed, x0.device))
+        thetas, log_probs = [], []
+        for rows in x0.split(chunk_size):
+            start, log_norms = self.flow.spheres.retract(rows), self._log_norms(rows)
+            x1, change = self.flow.transport(start, self.flow.grid(steps), solver, tracing)
+            thetas.append(self.spec.rescale(x1, self._radii(log_norms)))
+            log_probs.append(self.flow.spheres.log_prob(start) - change + self._log_prob_of_radii(log_norms))
+        return torch.cat(thetas), torch.cat(log_probs)
+
+    def pull_with_log_prob(
+        self,
+        theta: Tensor,
+        *,
+        trace: Trace = "exact",
+        probes: int = 8,
+        noise: Noise = "rademacher",
+        seed: Seed = 0,
+        steps: int | None = None,
+        solver: Solver | None = None,
+        chunk_size: int = 512,
+    ) -> tuple[Tensor, Tensor]:
+        """Carry weights ``(n, dim)`` back to where they come from, with their log densities; undoes ``push``."""
+        tracing = Tracing(trace, probes, noise, as_generator(seed, theta.device))
+        starts, log_probs = [], []
+        for rows in theta.split(chunk_size):
+            x1, norms = split_scale(rows, self.spec)
+            log_radii = torch.cat([norm.log() for norm in norms.values()], -1)
+            log_norms = (log_radii - self.radii.location) / self.radii.scale
+            x0, change = self.flow.transport(x1, self.flow.grid(steps).flip(0), solver, tracing)
+            starts.append(x0 * self.flow.spheres.each(F.pad(log_norms.exp(), (0, 1), value=1.0)))
+            log_probs.append(self.flow.spheres.log_prob(x0) + change + self._log_prob_of_radii(log_norms))
+        return torch.cat(starts), torch.cat(log_probs)
+
+    def sample(self, n: int, seed: Seed = 0, *, steps: int | None = None, solver: Solver | None = None) -> Tensor:
+        """Draw ``(n, dim)`` weights."""
+        with torch.no_grad():
+            return torch.cat([self.push(x0, steps=steps, solver=solver) for x0 in self.start(n, seed).split(2048)])
+
+    def sample_with_log_prob(self, n: int, seed: Seed = 0, **options: Any) -> tuple[Tensor, Tensor]:
+        """Draw ``(n, dim)`` weights and their log densities ``(n,)``; options as for ``log_prob``."""
+        generator = as_generator(seed, self.flow.like.device)
+        with torch.no_grad():
+            return self.push_with_log_prob(self.start(n, generator), seed=generator, **options)
+
+    def log_prob(self, theta: Tensor, **options: Any) -> Tensor:
+        """Return the log density over weights, ``(..., dim) -> (...)`` in float64.
+
+        Args:
+            theta: weights.
+            options: ``trace``, ``probes``, ``noise``, ``seed``, ``steps``, ``solver``, ``chunk_size``, as for
+                `ManifoldFlow.log_prob`.
+        """
+        self.spec.check(theta)
+        with torch.no_grad():
+            return self.pull_with_log_prob(theta.reshape(-1, self.dim), **options)[1].reshape(theta.shape[:-1])
+
+    def _log_norms(self, x0: Tensor) -> Tensor:
+        """Return the log norms of draws of N(0, I) on each sphere, ``(n, units)``."""
+        return 0.5 * self.flow.spheres.inner(x0, x0)[..., :-1].log()
+
+    def _radii(self, log_norms: Tensor) -> dict[str, Tensor]:
+        return self.flow.spheres.by_label((self.radii.location + self.radii.scale * log_norms).exp())
+
+    def _log_prob_of_radii(self, log_norms: Tensor) -> Tensor:
+        """Return log p(log r) - log |d theta / d (x, log r)|, ``(n,)`` in float64."""
+        spheres, log_norms = self.flow.spheres, log_norms.double()
+        size = spheres.sizes.to(log_norms)
+        log_chi = math.log(2) - 0.5 * size * math.log(2) - torch.lgamma(size / 2)
+        log_chi = log_chi + size * log_norms - 0.5 * (2 * log_norms).exp() - self.radii.scale.double().log()
+        # At given radii theta is a multiple of x, weight by weight; along a radius the norm of its unit adds no more
+        # than 1, since what else changes belongs to later units.
+        ones = torch.ones(self.dim, dtype=torch.float64, device=log_norms.device)
+        stretch = self.spec.rescale(ones, self._radii(log_norms)).log().sum(-1)
+        return log_chi.sum(-1) - stretch

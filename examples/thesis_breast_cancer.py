@@ -1,0 +1,239 @@
+"""Three weight-space flows in three couplings, on breast cancer: what single generated networks are worth.
+
+30-16-16-2 ReLU. Targets are iterates of Adam from many starts. Three geometries: Euclidean; Normalised, Euclidean
+towards networks of normalised scales and normalised again at the end; Geometric, along geodesics of the spheres that
+normalised networks live on. Three couplings: unaligned, with a field that is equivariant to permutations; aligned to
+the targets' Frechet mean, with a field that knows the place of every weight; and aligned with optimal transport within
+each batch. After Erdogan (2025, "Geometric Flow Models over Neural Network Weights", arXiv 2504.03710), whose figures
+are of another split, other targets and other fields.
+Run: python examples/thesis_breast_cancer.py [--steps N] [--cells "Geometric, aligned" ...]
+Every finished cell is kept in out/; run again to resume.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from weight_space import remembered, table
+
+import bnnflow as bf
+from bnnflow.equivariant import DWSNet
+from bnnflow.report import plots
+from bnnflow.symmetry import Spheres, barrier, frechet_mean
+from bnnflow.transport import AffinePath, Flow, Independent, MiniBatchOT, train
+from bnnflow.transport.geometry import RiemannianPath
+from bnnflow.transport.manifold import ManifoldFlow
+from bnnflow.weights import Symmetries, WeightSpec
+
+OUT = Path("out")
+STARTS, ITERATES = 400, (60, 70, 80, 90, 100)  # of Adam, at learning rate 0.01
+STEPS, BATCH, WIDTH, DEPTH = 700, 128, 48, 2
+GENERATED, SOLVER_STEPS = 500, (1, 2, 4, 8, 16)
+GEOMETRIES, COUPLINGS = ("Euclidean", "Normalised", "Geometric"), ("unaligned", "aligned", "aligned + OT")
+PUBLISHED = {  # accuracy and loss
+    "targets": (0.992, 0.048),
+    "Euclidean, unaligned": (0.998, 0.101),
+    "Euclidean, aligned": (0.998, 0.070),
+    "Euclidean, aligned + OT": (0.993, 0.053),
+    "Normalised, unaligned": (0.993, 0.027),
+    "Geometric, aligned": (0.993, 0.018),
+}
+
+
+class Residual(nn.Module):
+    """What a `DWSNet` adds to the closed-form field from the source to a Gaussian that is fitted to the targets.
+
+    Args:
+        spec: what the entries mean.
+        source: standard deviations of the source, ``(dim,)``.
+        targets: networks that the Gaussian is fitted to, ``(n, dim)``.
+        placed: give it their mean and covariance, and let the network know the place of every weight by features of
+            its own; else mean and variance of each tensor, which keeps the field equivariant to permutations.
+        spheres: drop what is not tangent to them.
+    """
+
+    def __init__(
+        self, spec: WeightSpec, source: Tensor, targets: Tensor, placed: bool, spheres: Spheres | None
+    ) -> None:
+        super().__init__()
+        self.spheres = spheres
+        scaled = targets / source
+        if placed:
+            mean, covariance = scaled.mean(0), torch.cov(scaled.double().T)
+            covariance = 0.95 * covariance + 0.05 * covariance.diagonal().diag()
+            variance, vectors = (each.float() for each in torch.linalg.eigh(covariance))
+            sd = covariance.diagonal().float().sqrt()
+        else:
+            parts = [scaled[:, where] for where in spec.slices.values()]
+            mean = torch.cat([part.mean().expand(part.shape[1]) for part in parts])
+            sd = torch.cat([part.std().expand(part.shape[1]) for part in parts])
+            variance, vectors = sd.square(), torch.empty(0)
+        buffers = {"source": source, "mean": mean, "sd": sd.clamp(min=1e-3), "variance": variance, "vectors": vectors}
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+        self.codes = nn.Parameter(0.1 * torch.randn(spec.dim, 3)) if placed else None
+        self.net = DWSNet(spec, 7 if placed else 2, 1, WIDTH, DEPTH, time=True, heads=0)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        t = t.expand(len(x)).to(x)
+        now = t.unsqueeze(-1)
+        away = x / self.source - now * self.mean
+        gain = (now * self.variance - (1 - now)) / (now**2 * self.variance + (1 - now) ** 2)
+        known = self.mean + (away * gain if self.codes is None else (away @ self.vectors * gain) @ self.vectors.T)
+        scale = (now**2 * self.sd**2 + (1 - now) ** 2).sqrt()
+        features = torch.stack([away / scale, (known - self.mean) * scale / self.sd.clamp(min=0.1)], -1)
+        if self.codes is not None:
+            fixed = torch.cat([torch.stack([self.mean, self.sd.log()], -1), self.codes], -1)  # (dim, 5)
+            features = torch.cat([features, fixed.expand(len(x), -1, -1)], -1)
+        velocity = self.source * (known + self.net(features, t).squeeze(-1) * self.sd / scale)
+        return velocity if self.spheres is None else self.spheres.tangent(x, velocity)
+
+
+def iterates(model: bf.BayesianModel) -> Tensor:
+    """Return networks on the way of Adam from many random starts, ``(STARTS * len(ITERATES), dim)``.
+
+    It descends -log joint / n on all rows: the cross-entropy with a weight decay of 1 / n, the prior's.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sizes = (30, 16, 16, 2)
+        starts = [
+            torch.cat([p.flatten() for i in range(3) for p in nn.Linear(sizes[i], sizes[i + 1]).parameters()])
+            for _ in range(STARTS)
+        ]
+    theta = torch.stack(starts).detach().requires_grad_()
+    optimiser, kept = torch.optim.Adam([theta], 0.01), []
+    for step in range(1, max(ITERATES) + 1):
+        theta.grad = -model.log_joint_and_grad(theta.detach())[1] / len(model.x)
+        optimiser.step()
+        if step in ITERATES:
+            kept.append(theta.detach().clone())
+    return torch.cat(kept)
+
+
+def main(steps: int, cells: list[str]) -> None:
+    torch.set_num_threads(1)
+    data = bf.data.load("breast_cancer")
+    net = nn.Sequential(nn.Linear(30, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
+    model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Categorical(), data.x_train, data.y_train)
+    spec, spheres = model.spec, Spheres(model.spec)
+    targets = iterates(model)
+
+    def loss(theta: Tensor) -> Tensor:
+        return -model.pointwise_log_likelihood(theta, data.x_test, data.y_test).mean(-1)
+
+    def worth(theta: Tensor) -> dict[str, Any]:
+        """Accuracy and loss of single networks on unseen rows; how neighbours differ, and the barriers between them.
+
+        A generator of one network could have the best loss: the differences say whether it is one of many.
+        """
+        logits = model.outputs(theta, data.x_test)
+        right = (logits.argmax(-1) == data.y_test).float().mean(-1)
+        probs = logits.softmax(-1)[..., 0]
+        found = barrier(theta[:200], theta[:200].roll(1, 0), loss, points=11)
+        return {
+            "accuracy": float(right.mean()),
+            "accuracy_sd": float(right.std()),
+            "loss": float(loss(theta).mean()),
+            "difference": float((probs - probs.roll(1, 0)).abs().mean()),
+            "barriers": found.maximum.tolist(),
+        }
+
+    def run(geometry: str, coupling: str) -> dict[str, Any]:
+        began = time.process_time()
+        placed, curved = coupling != "unaligned", geometry == "Geometric"
+        x1 = targets if geometry == "Euclidean" else spheres.project(targets)
+        x1 = frechet_mean(x1, spec)[0] if placed else x1
+        rule = MiniBatchOT() if coupling == "aligned + OT" else Independent()
+        # A common permutation of both ends would undo the alignment.
+        group = Symmetries(frozenset() if placed else spec.symmetries().permutation, frozenset(), frozenset())
+
+        def source(n: int, generator: torch.Generator) -> Tensor:
+            return spheres.sample(n, generator) if curved else torch.randn(n, spec.dim, generator=generator)
+
+        def pairs(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            rows = torch.randint(len(x1), (n,), generator=generator)
+            return rule.pair(source(n, generator), x1[rows], spec, group, generator)
+
+        sizes = torch.cat([spheres.sizes, torch.ones(1)])[spheres.owner].float()
+        sd = sizes.rsqrt() if curved else torch.ones(spec.dim)  # of one coordinate of the source
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            field = Residual(spec, sd, x1, placed, spheres if curved else None)
+        path = RiemannianPath(spheres) if curved else AffinePath()
+        field, info = train(field, pairs, path=path, steps=steps, batch_size=BATCH, seed=0)
+        flow = ManifoldFlow(field, spheres) if curved else Flow.of(field, model)  # the prior is the source
+
+        def generated(solver_steps: int) -> Tensor:
+            theta = flow.sample(GENERATED, 1, steps=solver_steps)
+            return spheres.project(theta) if geometry == "Normalised" else theta
+
+        by_steps = {count: worth(generated(count)) for count in SOLVER_STEPS}
+        return by_steps[max(SOLVER_STEPS)] | {
+            "training": info["cpu_seconds"],
+            "by_steps": {count: (found["accuracy"], found["loss"]) for count, found in by_steps.items()},
+            "seconds": time.process_time() - began,
+        }
+
+    path = OUT / "thesis_breast_cancer.json"
+    truth = worth(targets[torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))])
+    results, rows = {"targets": truth}, [row("targets", truth)]
+    for geometry in GEOMETRIES:
+        for coupling in COUPLINGS:
+            name = f"{geometry}, {coupling}"
+            if not cells or name in cells:
+                results[name] = remembered(path, f"{name}, {steps} steps", lambda g=geometry, c=coupling: run(g, c))
+                rows.append(row(name, results[name]))
+                print(" ".join(f"{cell:24}" for cell in rows[-1]), flush=True)
+    print(f"\n{len(targets)} targets; {GENERATED} generated networks a cell, {max(SOLVER_STEPS)} midpoint steps\n")
+    head = ("networks", "accuracy", "loss", "difference", "barrier", "CPU s of training", "published: accuracy, loss")
+    print(table(head, rows))
+    OUT.mkdir(exist_ok=True)
+    pictures(results).savefig(OUT / "thesis_breast_cancer.png", dpi=150)
+    print(f"picture: {OUT}/thesis_breast_cancer.png")
+
+
+def row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
+    published = PUBLISHED.get(name)
+    return (
+        name,
+        f"{found['accuracy']:.3f} ± {found['accuracy_sd'] / GENERATED**0.5:.3f}",
+        f"{found['loss']:.3f}",
+        f"{found['difference']:.3f}",
+        f"{sum(found['barriers']) / len(found['barriers']):.3f}",
+        f"{found['training']:.0f}" if "training" in found else "",
+        f"{published[0]:.3f}, {published[1]:.3f}" if published else "",
+    )
+
+
+def pictures(results: dict[str, dict[str, Any]]) -> Figure:
+    """Draw the barriers between generated networks, and accuracy against the solver's steps."""
+    figure = Figure(figsize=(9.6, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    colours = plots.colours(list(results))
+    highest = max(sorted(found["barriers"])[int(0.9 * len(found["barriers"]))] for found in results.values())
+    for name, found in results.items():
+        bins = torch.linspace(0, highest, 31).tolist()
+        left.hist(found["barriers"], bins, histtype="step", color=colours[name], label=name)
+        if "by_steps" in found:
+            accuracies = [values[0] for values in found["by_steps"].values()]
+            right.plot([int(count) for count in found["by_steps"]], accuracies, "o-", color=colours[name], ms=3)
+    right.axhline(results["targets"]["accuracy"], color=colours["targets"], linewidth=1)
+    left.set(xlabel="loss barrier between two generated networks", ylabel="pairs")
+    right.set(xlabel="midpoint steps", ylabel="accuracy of single networks", xscale="log")
+    left.legend(frameon=False, fontsize=7)
+    for ax in (left, right):
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of training, a cell")
+    parser.add_argument("--cells", nargs="*", default=[], help="some cells only")
+    given = parser.parse_args()
+    main(given.steps, given.cells)
