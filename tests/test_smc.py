@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import bnnflow as bf
-from bnnflow.inference.smc import _merged, _next_fraction, _relative_variance, _systematic, _variance
+from bnnflow.inference.smc import _variance, merging, next_fraction, relative_variance, systematic
 from tests.problems import F64, check_runs, conjugate, generator, moments, tiny_network, two_weights
 
 # ---------------------------------------------------------------- evidence
@@ -149,7 +149,7 @@ def log_weights(runs: int, n: int, spread: float, seed: int) -> Tensor:
 @given(st.integers(2, 200), st.floats(0, 20), st.integers(0, 1000))
 def test_parents_are_as_many_as_their_weights_say(n: int, spread: float, seed: int) -> None:
     weights = log_weights(3, n, spread, seed)
-    parents = _systematic(weights, generator(seed))
+    parents = systematic(weights, generator(seed))
     assert parents.shape == (3, n)
     counts = torch.stack([torch.bincount(row, minlength=n) for row in parents])
     assert ((counts - n * weights.exp()).abs() < 1 + 1e-9).all()
@@ -157,7 +157,7 @@ def test_parents_are_as_many_as_their_weights_say(n: int, spread: float, seed: i
 
 def test_parents_are_right_on_average() -> None:
     weights = log_weights(1, 12, 1.5, 0).expand(20_000, -1)
-    parents = _systematic(weights, generator(1))
+    parents = systematic(weights, generator(1))
     counts = torch.nn.functional.one_hot(parents, 12).sum(1).double()
     error = counts.std(0) / math.sqrt(len(counts)) + 1e-9
     assert ((counts.mean(0) - 12 * weights[0].exp()).abs() < 4.5 * error).all()
@@ -167,7 +167,7 @@ def test_the_dead_have_no_children() -> None:
     weights = torch.full((2, 6), -math.inf, dtype=F64)
     weights[0, 0] = weights[1, 5] = 0.0
     for seed in range(50):
-        parents = _systematic(weights, generator(seed))
+        parents = systematic(weights, generator(seed))
         assert (parents[0] == 0).all()
         assert (parents[1] == 5).all()
 
@@ -184,7 +184,7 @@ def test_the_next_temperature_leaves_the_wanted_particles(
     ratio = spread * torch.randn(4, 300, generator=generator(seed), dtype=F64)
     weights = torch.full((4, 300), -math.log(300), dtype=F64)
     now = torch.full((4,), fraction, dtype=F64)
-    then = _next_fraction(ratio, weights, now, wanted)
+    then = next_fraction(ratio, weights, now, wanted)
     assert (then > now).all()
     assert (then <= 1).all()
     left = effective(weights + (then - now)[:, None] * ratio)
@@ -203,7 +203,7 @@ def test_temperatures_go_on_where_no_particle_is_left() -> None:
     ratio[2] = 5.0
     weights = torch.full((3, 10), -math.log(10), dtype=F64)
     fraction = torch.tensor([0.0, 0.5, 0.2], dtype=F64)
-    found = _next_fraction(ratio, weights, fraction, 0.7)
+    found = next_fraction(ratio, weights, fraction, 0.7)
     assert (found > fraction).all()
     assert found[2] == 1
 
@@ -222,18 +222,18 @@ def test_the_rounding_of_resampling_is_no_error() -> None:
     root, merged = torch.arange(n).expand(500, -1), torch.zeros(500, dtype=F64)
     for _ in range(10):
         weights = log_weights(500, n, 0.6, int(torch.randint(1 << 30, (), generator=g)))
-        merged = merged + _merged(weights, root)
-        root = root.gather(1, _systematic(weights, g))
+        merged = merged + merging(weights, root)
+        root = root.gather(1, systematic(weights, g))
     equal = torch.full((500, n), -math.log(n), dtype=F64)
     expected = 10 * (math.exp(0.36) - 1) / n
-    assert float(_relative_variance(equal, root, merged).mean()) == pytest.approx(expected, rel=0.2)
+    assert float(relative_variance(equal, root, merged).mean()) == pytest.approx(expected, rel=0.2)
 
 
 def test_the_error_of_plain_importance_sampling() -> None:
     """Without any resampling the estimate is the textbook's: the mean square of the weights, less one."""
     n = 1000
     weights = log_weights(1, n, 0.4, 2)
-    found = _relative_variance(weights, torch.arange(n).expand(1, -1), torch.zeros(1, dtype=F64))
+    found = relative_variance(weights, torch.arange(n).expand(1, -1), torch.zeros(1, dtype=F64))
     textbook = (n * weights.exp()).var() / n
     assert float(found[0]) == pytest.approx(float(textbook), rel=0.01)
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from bnnflow.ranks import ALONE, Ranks
 from bnnflow.model import BayesianModel
 from bnnflow.model.fused import longest
+from bnnflow.ranks import ALONE, Ranks
 
 __all__ = [
     "Anchor",

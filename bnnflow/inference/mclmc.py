@@ -13,11 +13,11 @@ from torch import Tensor
 from bnnflow.draws import Draws
 from bnnflow.inference.loop import Tuned, WarmUp, run_chains, thinned
 from bnnflow.inference.mass import LowRank, Moments, scale_of
-from bnnflow.ranks import ALONE, Ranks
 from bnnflow.inference.run import Run, check_positive
 from bnnflow.inference.warmup import window_ends
 from bnnflow.model import BayesianModel
 from bnnflow.model.fused import normal_like, turned
+from bnnflow.ranks import ALONE, Ranks
 from bnnflow.types import Kernel, LogDensityAndGrad
 
 __all__ = ["MCLMC", "MCLMCInfo", "MCLMCState", "mclmc", "mclmc_warm_up", "random_directions", "turn"]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bnnflow.draws import Draws
-from bnnflow.ranks import ALONE, Ranks
 from bnnflow.model import BayesianModel
+from bnnflow.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from bnnflow.inference.checkpoint import Checkpoint

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from bnnflow.draws import Draws
 from bnnflow.inference.checkpoint import Checkpoint
 from bnnflow.inference.hmc import HMC
-from bnnflow.ranks import connect
 from bnnflow.inference.run import Method, Run
 from bnnflow.model import BayesianModel
+from bnnflow.ranks import connect
 from bnnflow.seeding import as_generator
 from bnnflow.types import Seed
 

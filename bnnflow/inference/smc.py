@@ -12,10 +12,10 @@ from torch import Tensor
 
 from bnnflow.draws import Draws
 from bnnflow.inference.hmc import hmc
-from bnnflow.ranks import Ranks
 from bnnflow.inference.run import Run
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
+from bnnflow.ranks import Ranks
 from bnnflow.types import Posterior
 
 __all__ = ["SMC"]
@@ -148,16 +148,16 @@ class SMC:
         ratio = ranks.gather(state.log_ratio, 1)
         weights = ranks.gather(state.log_weights, 1)
         usable = torch.where(ratio.isnan(), -math.inf, ratio)
-        fraction = _next_fraction(usable, weights, state.fraction, self.ess)
+        fraction = next_fraction(usable, weights, state.fraction, self.ess)
         weights = weights + (fraction - state.fraction)[:, None] * usable
         total = weights.logsumexp(1)
         weights = weights - total[:, None]
         last = fraction == 1
         everyone = ranks.gather(state.theta, 1)  # (run, particle, dim)
-        parents = _systematic(weights, shared)
+        parents = systematic(weights, shared)
         parents = torch.where(last[:, None], torch.arange(self.particles, device=parents.device), parents)
         roots = ranks.gather(state.root, 1)
-        merged = _merged(weights, roots)
+        merged = merging(weights, roots)
         roots = roots.gather(1, parents)
         weights = torch.where(last[:, None], weights, -math.log(self.particles))
         everyone = everyone.gather(1, parents.unsqueeze(-1).expand_as(everyone))
@@ -216,7 +216,7 @@ class SMC:
         log_joint = ranks.gather(state.log_ratio + state.log_start, 1)
         runs = len(theta)
         evidence = state.log_evidence.logsumexp(0) - math.log(runs)
-        variance = _relative_variance(weights, root, state.merged).mean() / runs
+        variance = relative_variance(weights, root, state.merged).mean() / runs
         if runs > 1:
             spread = (state.log_evidence - evidence).exp()
             variance = torch.maximum(variance, spread.var() / runs)
@@ -285,7 +285,7 @@ class _Path:
             )
 
 
-def _next_fraction(ratio: Tensor, log_weights: Tensor, fraction: Tensor, ess: float) -> Tensor:
+def next_fraction(ratio: Tensor, log_weights: Tensor, fraction: Tensor, ess: float) -> Tensor:
     """Return the largest inverse temperatures ``(run,)`` that leave at least ``ess`` of the particles effective."""
 
     def remaining(candidate: Tensor) -> Tensor:
@@ -304,7 +304,7 @@ def _next_fraction(ratio: Tensor, log_weights: Tensor, fraction: Tensor, ess: fl
     return torch.where(whole, 1.0, low)
 
 
-def _systematic(log_weights: Tensor, generator: torch.Generator) -> Tensor:
+def systematic(log_weights: Tensor, generator: torch.Generator) -> Tensor:
     """Draw the parents ``(run, particle)`` of the next particles by systematic resampling."""
     runs, n = log_weights.shape
     offset = torch.rand(runs, 1, generator=generator, device=generator.device, dtype=torch.float64)
@@ -326,7 +326,7 @@ def _shares(log_weights: Tensor, root: Tensor) -> Tensor:
     return torch.zeros_like(log_weights).scatter_add_(1, root, log_weights.exp())
 
 
-def _merged(log_weights: Tensor, root: Tensor) -> Tensor:
+def merging(log_weights: Tensor, root: Tensor) -> Tensor:
     """Return minus the log of what systematic resampling leaves, on average, of the chance that families differ.
 
     Siblings lie side by side, so that a family's number of children is its expectation rounded up or down.
@@ -338,7 +338,7 @@ def _merged(log_weights: Tensor, root: Tensor) -> Tensor:
     return -torch.log1p(-(part * (1 - part)).sum(1) / n**2 / apart)
 
 
-def _relative_variance(log_weights: Tensor, root: Tensor, merged: Tensor) -> Tensor:
+def relative_variance(log_weights: Tensor, root: Tensor, merged: Tensor) -> Tensor:
     """Estimate the relative variance of each run's evidence from the families alive (after Lee and Whiteley 2018).
 
     Two draws of the particles belong to different families less often than independent ones would. Their factor

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from bnnflow.ranks import ALONE, Ranks
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
+from bnnflow.ranks import ALONE, Ranks
 from bnnflow.weights import WeightSpec
 
 __all__ = ["WARM_START", "Adam", "cosine", "maximise", "random_networks", "starting_points"]

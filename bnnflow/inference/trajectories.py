@@ -10,9 +10,9 @@ from torch import Tensor
 
 from bnnflow.inference.loop import Tuned, WarmUp
 from bnnflow.inference.mass import LowRank, Moments, Scale, scale_of
-from bnnflow.ranks import ALONE, Ranks
 from bnnflow.inference.warmup import DualAveraging, TrajectoryLength, window_ends
 from bnnflow.model import BayesianModel
+from bnnflow.ranks import ALONE, Ranks
 from bnnflow.types import Kernel, LogDensityAndGrad
 
 __all__ = ["ChainState", "Proposal", "Trajectory", "TrajectoryInfo", "functions", "metropolis", "trajectory_warm_up"]

@@ -6,7 +6,9 @@ from bnnflow.transport.couplings import Independent, Matched, MiniBatchOT, Sinkh
 from bnnflow.transport.displacement import GaussNewton, GradientSteps
 from bnnflow.transport.distillation import FlowMap, distil
 from bnnflow.transport.flow import Flow, GaussNewtonFlow
+from bnnflow.transport.geometry import RiemannianPath, TangentVelocity
 from bnnflow.transport.guidance import GuidedVelocity
+from bnnflow.transport.manifold import CompletedFlow, ManifoldFlow, Radii, fit_manifold_flow
 from bnnflow.transport.paths import AffinePath
 from bnnflow.transport.solvers import integrate, integrate_sde, integrate_with_error, rows_within, time_grid
 from bnnflow.transport.source import Source
@@ -24,6 +26,7 @@ from bnnflow.transport.velocity import (
 __all__ = [
     "AffinePath",
     "Beta",
+    "CompletedFlow",
     "Correction",
     "DriveVelocity",
     "Flow",
@@ -37,11 +40,15 @@ __all__ = [
     "Independent",
     "InformedVelocity",
     "LogitNormal",
+    "ManifoldFlow",
     "Matched",
     "MiniBatchOT",
+    "Radii",
     "ResidualVelocity",
+    "RiemannianPath",
     "SinkhornOT",
     "Source",
+    "TangentVelocity",
     "TowardsEnd",
     "TwoLayerVelocity",
     "Uniform",
@@ -52,6 +59,7 @@ __all__ = [
     "fit_coupling",
     "fit_flow",
     "fit_gaussian",
+    "fit_manifold_flow",
     "integrate",
     "integrate_sde",
     "integrate_with_error",

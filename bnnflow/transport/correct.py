@@ -1,22 +1,680 @@
-"""Corrections of approximate draws towards the exact posterior."""
+"""Corrections of approximate draws towards the exact posterior, and what can be said of their success."""
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from bnnflow.draws import Draws, as_theta
-from bnnflow.inference.hmc import hmc
+from bnnflow.gaussian import Gaussian
+from bnnflow.inference.hmc import hmc, leapfrog
+from bnnflow.inference.smc import merging, next_fraction, relative_variance, systematic
+from bnnflow.inference.trajectories import functions, trajectory_warm_up
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
 from bnnflow.seeding import as_generator
-from bnnflow.types import Seed
+from bnnflow.transport.importance import (
+    HeldOut,
+    Student,
+    bridge,
+    effective,
+    khat_limit,
+    log_mean,
+    mixing,
+    smoothed,
+)
+from bnnflow.transport.latent import Latent, Points, Transport, crank_nicolson, log_normal
+from bnnflow.transport.verdict import SOLVER, Findings, Outcome, SolverError, compare, copies_gap, solver_error
+from bnnflow.types import CorrectionMethod, Kernel, LogDensityAndGrad, Seed, Trace
 
-__all__ = ["refine"]
+__all__ = ["Correction", "correct", "refine"]
+
+_CHUNK = 512  # densities between two looks at the keyboard
+_PILOT = 256  # draws that are weighed where the weights only diagnose
+_HELD_OUT = 1000  # the most held-out draws whose density is asked for
+_COPIES = 64  # draws whose symmetric copies are looked up
+_DEFENSIVE = 0.1  # share of the heavy tail in the mixture
+_WEIGHED = 2000  # dimension beyond which an exact density is too dear to be asked for unless the caller does
+_TEMPERED = 50  # dimension up to which "auto" tempers in latent space
+_NEUTRA = 50  # dimension up to which gradients through the flow are paid
+_REFINED = 8  # transitions of each half of a refinement
+_LATENT = 0.3  # acceptance rate that latent moves aim at
+_HAMILTONIAN = 0.8  # the same of Hamiltonian moves
+_FRESH = 0.5  # share of independent proposals among the latent moves of chains
+_WARM_UP = 60  # sweeps or transitions of chains that are thrown away
+
+
+class Correction(Draws):
+    """Corrected draws; what `correct` returns, and `Draws` wherever these are accepted.
+
+    Weighted draws have ``log_weights``, moved or resampled ones None; ``info`` holds all that was found. Beside the
+    attributes of `Draws`:
+    """
+
+    @property
+    def khat(self) -> float | None:
+        """Pareto k-hat of the flow's weights (of the mixture's, for ``"defensive"``); None without densities."""
+        return self.info["khat"]
+
+    @property
+    def ess(self) -> float:
+        """Effective number of draws: of the weights, of the chains, or of the families of particles."""
+        return self.info["ess"]
+
+    @property
+    def verdict(self) -> str:
+        """What to do and why; begins with "trust", "trust after correction" or "do not trust"."""
+        return self.info["verdict"]
+
+    @property
+    def method(self) -> str:
+        """What was done, also where ``method`` was ``"auto"``."""
+        return self.info["correction"]
+
+
+def correct(
+    flow: Transport,
+    model: BayesianModel,
+    n: int = 4000,
+    method: CorrectionMethod = "auto",
+    *,
+    seed: Seed = 0,
+    held_out: Draws | Tensor | tuple[Tensor, Tensor | None] | None = None,
+    trace: Trace = "exact",
+    force: bool = False,
+    progress: bool = True,
+) -> Correction:
+    """Turn a flow's draws into draws of the posterior, and say whether to trust them.
+
+    With q the flow's density, p~ = exp(log_joint) and w = p~ / q:
+
+    - ``"importance"``: draws of q, weighted by Pareto smoothed w (Vehtari et al. 2024).
+    - ``"defensive"``: the same for a mixture of q and a tenth of a wide Student law (Hesterberg 1995), against tails
+      that the flow has too light.
+    - ``"resample"``: draws of q, resampled by their smoothed weights (Rubin 1988); equal weights, repeated draws.
+    - ``"refine"``: `refine` on every draw, without weights; no evidence of its own.
+    - ``"smc"``: particles tempered from q to the posterior along N(x0; 0, I) w^b in latent space, resampled and moved
+      by preconditioned Crank-Nicolson steps around their mean.
+    - ``"metropolis"``: chains that mix independent proposals from q, latent Crank-Nicolson steps and Hamiltonian
+      transitions over weights, each exact.
+    - ``"neutra"``: HMC in latent space (Hoffman et al. 2019), through the flow's derivatives: for small dim.
+    - ``"auto"``: importance sampling if k-hat allows it; else, where dim is at most 50, SMC; else refinement, which
+      costs no densities. Beyond dim 2000 an exact density is too dear, and it refines at once.
+
+    All need w but refinement, which uses it for the diagnosis alone. Densities are the solver's: some draws are sent
+    again with twice the steps; the verdict says if that matters, and errors of evidences include what it changes.
+
+    The evidence of weighted draws is the log of the mean raw weight, which is unbiased; its error is the delta
+    method's. Held-out draws give a second, by the optimal bridge between them and the flow's; chains of
+    ``"metropolis"`` and ``"neutra"`` take the bridge from the flow to themselves.
+
+    Weights of a flow's own draws cannot tell of a mode that it has lost. Three things can: held-out draws, whose log
+    weights must have the law that the corrected draws' have; the bridge, which sees all of their mass; and symmetric
+    copies of the flow's own draws, which have the same posterior density. So the verdict is
+
+    - ``"trust"`` if the flow's own draws will do: exact density, held-out draws that agree, and effective weights of
+      nine draws in ten, so that no mean is off by more than a third of a standard deviation;
+    - ``"trust after correction"`` if the corrected draws will do, without ``held_out`` as far as the flow can tell;
+    - ``"do not trust"`` if something speaks against both.
+
+    Args:
+        flow: a `Flow`, or whatever has its ``start``, ``push``, ``push_with_log_prob`` and ``pull_with_log_prob``.
+        model: the posterior.
+        n: number of draws, at least 50; chains round it up.
+        method: see above.
+        seed: an int or a generator.
+        held_out: draws of chains that the flow did not see; at most 1000 of them are used.
+        trace: ``"exact"``; an estimated density makes biased weights, and is refused for all but refinement.
+        force: use an estimated density all the same (the result then says so), or ``"neutra"`` in any dimension.
+        progress: show bars at a terminal.
+
+    Returns:
+        The draws, with ``khat``, ``ess``, ``log_evidence``, ``verdict`` and ``method``. Draws of weight zero and those
+        without a finite density are left out and counted. After Ctrl-C what there is, with ``info["interrupted"]``.
+
+    Raises:
+        ValueError: if the flow has no density over weights, as a manifold flow without radii has none; if flow, model
+            and held-out draws do not fit each other; for an estimated density without ``force``.
+    """
+    _check(flow, model, n, method, trace, force)
+    generator = as_generator(seed, model.device)
+    held = None if held_out is None else HeldOut.of(held_out, model, _HELD_OUT)
+    wall, cpu = time.perf_counter(), time.process_time()
+    latent = Latent(flow, model, trace, generator)
+    job = _Job(latent, model, n, flow.start(n, generator), generator, progress, Findings())
+    points, chosen, why = _diagnose(job, method)
+    outcome = _METHODS[chosen](job, points)
+    info = _judge(job, chosen, why, points, outcome, held)
+    info |= {
+        "method": "correct",
+        "correction": chosen,
+        "asked": method,
+        "density_solves": latent.solves,
+        "densities_broken": latent.broken,
+        "seconds": time.perf_counter() - wall,
+        "cpu_seconds": time.process_time() - cpu,
+        "model": model.fingerprint(),
+    }
+    evidence = info["evidences"].get(chosen) or info["evidences"].get("bridge")
+    if model.temperature != 1:
+        info["log_tempered_normaliser"], evidence = evidence, None
+    return Correction(
+        outcome.theta,
+        outcome.log_joint,
+        outcome.stats,
+        outcome.log_weights,
+        evidence,
+        info=outcome.info | info,
+    )
+
+
+class _Job(NamedTuple):
+    """What every method is given."""
+
+    latent: Latent
+    model: BayesianModel
+    n: int
+    x0: Tensor  # (n, dim), where the flow's draws start
+    generator: torch.Generator
+    progress: bool
+    findings: Findings
+
+
+def _check(flow: Transport, model: BayesianModel, n: int, method: str, trace: str, force: bool) -> None:
+    """Refuse what cannot work."""
+    wanted = ("start", "push", "push_with_log_prob", "pull_with_log_prob")
+    if not all(hasattr(flow, name) for name in wanted):
+        raise ValueError(
+            f"a {type(flow).__name__} has no density over weights, so there is nothing to weigh its draws with; a flow "
+            "on a manifold needs a radial part that completes the measure"
+        )
+    if flow.dim != model.dim:
+        raise ValueError(f"the flow has dim {flow.dim} and the model {model.dim}")
+    if not isinstance(n, int) or n < 50:
+        raise ValueError(f"n must be an integer of at least 50, got {n!r}")
+    if method not in get_args(CorrectionMethod):
+        raise ValueError(f"method must be one of {', '.join(get_args(CorrectionMethod))}, got {method!r}")
+    if trace not in get_args(Trace):
+        raise ValueError(f"trace must be one of {', '.join(get_args(Trace))}, got {trace!r}")
+    if trace != "exact" and method != "refine" and not force:
+        raise ValueError(
+            f"a density estimated by {trace!r} is unbiased only as a logarithm: weights made of it are biased. Use "
+            "trace='exact', or method='refine', which needs no density; force=True insists"
+        )
+    if method == "neutra" and model.dim > _NEUTRA and not force:
+        raise ValueError(
+            f"neutra takes derivatives of the flow's density, and dim {model.dim} is above {_NEUTRA}: use "
+            "method='metropolis' or 'refine'; force=True insists"
+        )
+
+
+# ---------------------------------------------------------------- weights of the flow's draws
+
+
+def _diagnose(job: _Job, method: CorrectionMethod) -> tuple[Points | None, CorrectionMethod, str]:
+    """Weigh the flow's draws, as many as the method wants; return them, what to do and why."""
+    dim = job.model.dim
+    if method != "auto":
+        few = {"refine": _PILOT, "metropolis": 2 * _PILOT, "neutra": 2 * _PILOT}
+        if method == "refine" and (job.latent.trace != "exact" or dim > _WEIGHED):
+            return None, method, "as asked"
+        return _weigh(job, few.get(method, job.n)), method, "as asked"
+    if dim > _WEIGHED:
+        return None, "refine", f"chosen since an exact density in dim {dim} is too dear"
+    points = _weigh(job, _PILOT)
+    weights, khat = smoothed(points.log_weight)
+    if khat <= 1.0 and effective(weights) >= 0.01 * len(weights):
+        points = _weigh(job, job.n, points)
+        weights, khat = smoothed(points.log_weight)
+        if khat <= khat_limit(len(weights)):
+            return points, "importance", f"chosen for a k-hat of {khat:.2f}"
+    found = f"k-hat is {khat:.2f}"
+    if dim <= _TEMPERED:
+        return _weigh(job, job.n, points), "smc", f"chosen since {found} and dim {dim} is small"
+    return points, "refine", f"chosen since {found} and tempering in dim {dim} is dear"
+
+
+def _weigh(job: _Job, n: int, points: Points | None = None) -> Points:
+    """Push the first ``n`` latent points with both densities, beyond those that are given."""
+    parts = [] if points is None else [points]
+    done, n = 0 if points is None else len(points.x0), min(n, job.n)
+    with progress_bar(n, "weights", job.progress, "draw", initial=done) as bar:
+        try:
+            for rows in job.x0[done:n].split(_CHUNK):
+                parts.append(job.latent.push(rows))
+                bar.update(len(rows))
+        except KeyboardInterrupt:
+            if not parts:
+                raise
+            weighed = sum(len(part.x0) for part in parts)
+            job.findings.stopped(f"after {weighed:,} of {n:,} draws were weighed")
+    return Points(*(torch.cat(parts) for parts in zip(*parts, strict=True)))
+
+
+def _importance(job: _Job, points: Points | None) -> Outcome:
+    assert points is not None
+    return _weighted(job, points, [len(points.x0)])
+
+
+def _weighted(job: _Job, points: Points, strata: list[int]) -> Outcome:
+    """Return weighted draws and the evidence, from draws of a density or of parts of a mixture."""
+    raw = points.log_weight
+    weights, khat = smoothed(raw)
+    ess, kept = effective(weights), weights > -math.inf
+    job.findings.weights(khat, ess, len(raw), int(points.lost.sum()))
+    if not bool(kept.any()):
+        raise FloatingPointError("no draw of the flow has a finite weight")
+    return Outcome(
+        points.theta[kept].unsqueeze(0),
+        points.log_joint[kept].unsqueeze(0),
+        ess,
+        {"khat": khat},
+        forward=raw,
+        log_ratio=raw[kept].unsqueeze(0),
+        log_weights=weights[kept].unsqueeze(0),
+        evidence=log_mean(raw, *strata),
+    )
+
+
+def _defensive(job: _Job, points: Points | None) -> Outcome:
+    """Weigh by a mixture of the flow and a Student law fitted to other draws of it."""
+    assert points is not None
+    model, latent = job.model, job.latent
+    others = latent.carry(latent.flow.start(max(200, min(4 * model.dim, 4000)), job.generator))
+    student = Student.fit(others[others.isfinite().all(1)])
+    heavy = max(2, round(_DEFENSIVE * len(points.x0)))
+    light = len(points.x0) - heavy
+    share = math.log(light / (light + heavy)), math.log(heavy / (light + heavy))
+    extra = latent.pull(student.sample(heavy, job.generator).to(points.theta))
+
+    def mixture(points: Points) -> Points:
+        log_q = torch.where(points.log_q.isnan(), -math.inf, points.log_q)
+        return points._replace(log_q=torch.logaddexp(share[0] + log_q, share[1] + student.log_prob(points.theta)))
+
+    both = Points(*(torch.cat(pair) for pair in zip(points.at(torch.arange(light)), extra, strict=True)))
+    return _weighted(job, mixture(both), [light, heavy])._replace(q=mixture)
+
+
+def _resample(job: _Job, points: Points | None) -> Outcome:
+    """Resample by smoothed weights, systematically."""
+    assert points is not None
+    outcome = _importance(job, points)
+    weights, _ = smoothed(points.log_weight)
+    drawn = points.at(systematic(weights.unsqueeze(0), job.generator)[0])
+    return outcome._replace(
+        theta=drawn.theta.unsqueeze(0),
+        log_joint=drawn.log_joint.unsqueeze(0),
+        log_ratio=drawn.log_weight.unsqueeze(0),
+        log_weights=None,
+    )
+
+
+# ---------------------------------------------------------------- moves
+
+
+def _refine(job: _Job, points: Points | None) -> Outcome:
+    """Refine every draw twice, and see whether the second time still changes something."""
+    known = 0 if points is None else len(points.x0)
+    rest = [job.latent.carry(rows) for rows in job.x0[known:].split(_CHUNK) if len(rows)]
+    theta = torch.cat(([] if points is None else [points.theta]) + rest)
+    usable = theta.isfinite().all(1)
+    if not bool(usable.all()):
+        job.findings.mild.append(f"{int((~usable).sum())} of {len(theta)} draws were not finite and were left out")
+    first = refine(theta[usable], job.model, _REFINED, seed=job.generator, progress=job.progress)
+    second = first
+    if not first.info["interrupted"]:
+        second = refine(first.flat, job.model, _REFINED, seed=job.generator, progress=job.progress)
+        drift = float((second.log_joint.mean() - first.log_joint.mean()).abs() / second.log_joint.std())
+        job.findings.moving(drift, 3 * math.sqrt(2 / first.draws))
+    steps = first.info["steps"] + (second.info["steps"] if second is not first else 0)
+    if steps < 2 * _REFINED:
+        job.findings.stopped(f"after {steps} of {2 * _REFINED} transitions: refine the draws again", severe=True)
+    gradients = sum(run.info["gradients_per_draw"] for run in {id(r): r for r in (first, second)}.values())
+    info = {
+        "transitions": steps,
+        "gradients_per_draw": gradients,
+        "acceptance_rate": second.info["acceptance_rate"],
+        "step_size": second.info["step_size"],
+    }
+    return Outcome(second.theta, second.log_joint, float(second.draws), info)
+
+
+def _smc(job: _Job, points: Points | None) -> Outcome:
+    """Temper from the flow to the posterior (Del Moral, Doucet and Jasra 2006), along N(x0; 0, I) w^b."""
+    assert points is not None
+    _require_weights(points)
+    n, flow_weights = len(points.x0), points.log_weight
+    equal = torch.full((1, n), -math.log(n), dtype=torch.float64, device=points.x0.device)
+    fraction, value, merged = (torch.zeros(1, dtype=torch.float64, device=points.x0.device) for _ in range(3))
+    root = torch.arange(n, device=points.x0.device).unsqueeze(0)
+    width, stuck, moves, temperatures = 0.5, 0.0, 0, 0
+    with progress_bar(None, "SMC", job.progress, "temperature") as bar:
+        try:
+            while float(fraction) < 1:
+                ratio = points.log_weight.unsqueeze(0)
+                then = next_fraction(ratio, equal, fraction, 0.5)
+                weights = equal + (then - fraction) * ratio
+                total = weights.logsumexp(1)
+                weights = weights - total
+                parents = systematic(weights, job.generator)
+                merged = merged + merging(weights, root)
+                root, points = root.gather(1, parents), points.at(parents[0])
+                value, fraction, temperatures = value + total, then, temperatures + 1
+                points, width, made, kept = _spread(job, points, width, float(fraction))
+                moves += made
+                bar.update()
+                bar.set_postfix(at=f"{float(fraction):.2e}", width=f"{width:.2f}")
+                stuck = max(stuck, kept)
+        except KeyboardInterrupt:
+            job.findings.stopped(f"at inverse temperature {float(fraction):.2g}: these are no draws yet", severe=True)
+    families = n**2 / float(root[0].bincount().double().square().sum())
+    job.findings.effective(families)
+    if stuck > 0.9:
+        job.findings.mild.append("latent moves hardly change the particles: the flow is far from the posterior")
+    error = float(relative_variance(equal, root, merged).sqrt())
+    info = {"temperatures": temperatures, "moves": moves, "width": width}
+    return Outcome(
+        points.theta.unsqueeze(0),
+        points.log_joint.unsqueeze(0),
+        families,
+        info,
+        forward=flow_weights,
+        log_ratio=points.log_weight.unsqueeze(0),
+        evidence=None if job.findings.interrupted else (float(value), error),
+    )
+
+
+def _spread(job: _Job, points: Points, width: float, power: float) -> tuple[Points, float, int, float]:
+    """Move particles until they forget their weights, in 8 to 30 steps; return how much they still remember.
+
+    With fewer steps the particles trail behind the temperature, the evidence is too small and its error too.
+    """
+    start, kept, made = points.log_weight, 1.0, 0
+    n, dim = points.x0.shape
+    # Their own Gaussian, shrunk to the latent law as if dim more particles had it, and a little wider than they are.
+    covariance = (n * torch.cov(points.x0.T).reshape(dim, dim) + dim * torch.eye(dim).to(points.x0)) / (n + dim)
+    covariance = (1 + 1 / dim) * covariance
+    around = Gaussian(points.x0.mean(0), torch.linalg.cholesky(covariance))
+    for made in range(1, 31):
+        kernel = crank_nicolson(job.latent, width, power=power, around=around)
+        points, move = kernel.step(points, job.generator)
+        width = min(1.0, width * math.exp(float(move.acceptance_rate.mean()) - _LATENT))
+        kept = _correlation(start, points.log_weight)
+        if made >= 8 and kept < 0.3:
+            break
+    return points, width, made, kept
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    """Return the correlation of two series where both are finite; zero if one of them is constant but for rounding."""
+    usable = a.isfinite() & b.isfinite()
+    pair = torch.stack([a[usable], b[usable]])  # (2, usable)
+    if pair.shape[1] < 3 or float(pair.std(1).min()) < 1e-9:
+        return 0.0
+    return float(torch.corrcoef(pair)[0, 1])
+
+
+class _Sweep(NamedTuple):
+    """What a person wants to know of a sweep of `mixed`; ``(chain,)`` each."""
+
+    acceptance_rate: Tensor  # of the latent move
+    fresh: Tensor  # whether its proposal was independent
+    hmc_acceptance_rate: Tensor
+    n_steps: Tensor
+
+
+def mixed(
+    latent: Latent,
+    log_joint_and_grad: LogDensityAndGrad,
+    width: float,
+    fresh: float,
+    step_size: float,
+    n_leapfrog: int,
+    inverse_mass_matrix: Tensor,
+) -> Kernel:
+    """Build the kernel that makes a latent move, then a Hamiltonian transition over weights.
+
+    The first, `crank_nicolson`, can jump between modes; the second knows the gradient. Each leaves the posterior
+    invariant. A transition to where the flow has no density is rejected.
+
+    Args:
+        latent: the posterior in latent space.
+        log_joint_and_grad: the same over weights.
+        width: of the latent move.
+        fresh: share of independent proposals.
+        step_size: see `hmc`.
+        n_leapfrog: see `hmc`.
+        inverse_mass_matrix: see `hmc`.
+    """
+    jump = crank_nicolson(latent, width, fresh=fresh)
+    walk = hmc(log_joint_and_grad, step_size, n_leapfrog, inverse_mass_matrix)
+
+    def step(points: Points, generator: torch.Generator) -> tuple[Points, _Sweep]:
+        points, move = jump.step(points, generator)
+        theta = points.theta.to(inverse_mass_matrix)
+        state, info = walk.step(walk.init(theta, generator), generator)
+        rows = (state.theta != theta).any(1).nonzero().squeeze(1)
+        if len(rows):
+            moved = latent.pull(state.theta[rows].to(points.theta))
+            found = ~moved.lost
+            points = Points(
+                *(old.index_put((rows[found],), new[found]) for old, new in zip(points, moved, strict=True))
+            )
+        return points, _Sweep(move.acceptance_rate, move.fresh, info.acceptance_rate, info.n_steps + 1)
+
+    return Kernel(jump.init, step)
+
+
+def _metropolis(job: _Job, points: Points | None) -> Outcome:
+    """Run chains of `mixed` from resampled draws of the flow."""
+    assert points is not None
+    model, latent, generator = job.model, job.latent, job.generator
+    target = torch.no_grad()(model.log_joint_and_grad)
+    chains, draws = _chains(job.n, 64)
+    state = points.at(_starts(points, chains, generator))
+    variance = points.theta[points.theta.isfinite().all(1)].double().var(0)
+    mass = torch.maximum(variance, 1e-4 * variance.mean()).to(model.x)
+    width, step_size, history = 0.5, 0.5 * model.dim**-0.25, []
+    gradients = 0.0
+    thetas, joints, ratios, infos = [], [], [], []
+    with progress_bar(_WARM_UP + draws, "metropolis", job.progress, "sweep") as bar:
+        try:
+            for sweep in range(_WARM_UP + draws):
+                if sweep == _WARM_UP:  # fixed from here on, at what the second half of the warm-up used on average
+                    width, step_size = torch.tensor(history[_WARM_UP // 2 :]).log().mean(0).exp().tolist()
+                kernel = mixed(latent, target, width, _FRESH, step_size, 16, mass)
+                state, info = kernel.step(state, generator)
+                gradients += float(info.n_steps[0])
+                if sweep < _WARM_UP:
+                    nearby = info.acceptance_rate[~info.fresh]
+                    if len(nearby):
+                        width = min(1.0, width * math.exp(0.5 * (float(nearby.mean()) - _LATENT)))
+                    step_size *= math.exp(float(info.hmc_acceptance_rate.mean()) - _HAMILTONIAN)
+                    history.append([width, step_size])
+                else:
+                    thetas.append(state.theta)
+                    joints.append(state.log_joint)
+                    ratios.append(state.log_weight)
+                    infos.append(info)
+                bar.update()
+        except KeyboardInterrupt:
+            if not thetas:
+                raise
+            job.findings.stopped(f"after {len(thetas)} of {draws} draws of each chain")
+    stats = {name: torch.stack([getattr(info, name) for info in infos], 1) for name in _Sweep._fields}
+    rate, anew = stats["acceptance_rate"], stats["fresh"]
+    info = {
+        "width": width,
+        "step_size": step_size,
+        "independent_acceptance_rate": float(rate[anew].mean()) if bool(anew.any()) else 0.0,
+        "crank_nicolson_acceptance_rate": float(rate[~anew].mean()) if bool((~anew).any()) else 0.0,
+        "hmc_acceptance_rate": float(stats["hmc_acceptance_rate"].double().mean()),
+        "gradients_per_chain": round(gradients),
+    }
+    theta, log_joint, ratio = torch.stack(thetas, 1), torch.stack(joints, 1), torch.stack(ratios, 1)
+    del stats["fresh"]
+    return _chained(job, points, theta, log_joint, ratio, info, stats, info["independent_acceptance_rate"])
+
+
+def _neutra(job: _Job, points: Points | None) -> Outcome:
+    """Run HMC on the latent points of resampled draws of the flow."""
+    assert points is not None
+    generator, latent = job.generator, job.latent
+    target = latent.log_density_and_grad
+    chains, draws = _chains(job.n, 16)
+    process = trajectory_warm_up(
+        target,
+        leapfrog(target),
+        _WARM_UP,
+        step_size=0.5 * job.model.dim**-0.25,
+        target_acceptance=_HAMILTONIAN,
+        trajectory_length=1.5,
+        max_leapfrog=16,
+    )
+    states, infos, gradients = [], [], 1.0
+    warm = process.init(points.x0[_starts(points, chains, generator)], generator)
+    with progress_bar(_WARM_UP + draws, "neutra", job.progress, "transition") as bar:
+        for _ in range(_WARM_UP):
+            warm, info = process.step(warm, generator)
+            gradients += float(info.n_steps[0])
+            bar.update()
+        kernel, state, found = process.tuned(warm)
+        try:
+            for _ in range(draws):
+                state, info = kernel.step(state, generator)
+                gradients += float(info.n_steps[0])
+                states.append(state)
+                infos.append(info)
+                bar.update()
+        except KeyboardInterrupt:
+            if not states:
+                raise
+            job.findings.stopped(f"after {len(states)} of {draws} draws of each chain")
+    x0 = torch.stack([state.theta for state in states], 1)  # (chain, draw, dim)
+    theta = torch.cat([latent.carry(rows) for rows in x0.flatten(0, 1).split(_CHUNK)])
+    log_joint = latent.log_joint(theta).unflatten(0, x0.shape[:2])
+    ratio = torch.stack([state.log_joint for state in states], 1) - log_normal(x0)
+    stats = {name: torch.stack([getattr(info, name) for info in infos], 1) for name in infos[0]._fields}
+    info = found | {
+        "hmc_acceptance_rate": float(stats["acceptance_rate"].double().mean()),
+        "gradients_per_chain": round(gradients),
+    }
+    return _chained(job, points, theta.unflatten(0, x0.shape[:2]), log_joint, ratio, info, stats, 1.0)
+
+
+def _chains(n: int, most: int) -> tuple[int, int]:
+    """Return how many chains and how many draws of each make ``n`` draws or a few more."""
+    chains = min(most, max(4, n // 50))
+    return chains, math.ceil(n / chains)
+
+
+def _starts(points: Points, chains: int, generator: torch.Generator) -> Tensor:
+    """Return rows drawn by their smoothed weights, ``(chains,)``."""
+    _require_weights(points)
+    weights, _ = smoothed(points.log_weight)
+    parents = systematic(weights.unsqueeze(0), generator)[0]
+    return parents[torch.randint(len(parents), (chains,), generator=generator, device=parents.device)]
+
+
+def _require_weights(points: Points) -> None:
+    if not bool((points.log_weight > -math.inf).any()):
+        raise FloatingPointError("no draw of the flow has a finite weight")
+
+
+def _chained(
+    job: _Job,
+    points: Points,
+    theta: Tensor,
+    log_joint: Tensor,
+    ratio: Tensor,
+    info: dict[str, Any],
+    stats: dict[str, Tensor],
+    acceptance: float,
+) -> Outcome:
+    """Judge chains, and bridge from the flow's draws to theirs."""
+    seen = _features(job.model, theta.flatten(0, 1)).unflatten(0, theta.shape[:2])
+    r_hat, ess = mixing(torch.cat([log_joint.unsqueeze(-1), ratio.unsqueeze(-1), seen], -1))
+    job.findings.chains(r_hat, ess, acceptance)
+    own = HeldOut(theta.flatten(0, 1), (theta.shape[0], theta.shape[1]))
+    evidence = bridge(points.log_weight, ratio.flatten(), own)
+    return Outcome(
+        theta,
+        log_joint,
+        ess,
+        info | {"r_hat": r_hat},
+        forward=points.log_weight,
+        log_ratio=ratio,
+        evidence=evidence,
+        stats=stats,
+    )
+
+
+# ---------------------------------------------------------------- judgement
+
+
+def _features(model: BayesianModel, theta: Tensor) -> Tensor:
+    """Return what networks ``(n, dim)`` predict at some inputs, or their weights where these are as good."""
+    features = functions(model)
+    theta = theta.to(model.device, model.dtype)
+    with torch.no_grad():
+        return torch.cat([(features(rows) if features else rows).double() for rows in theta.split(_CHUNK)])
+
+
+def _judge(
+    job: _Job, chosen: CorrectionMethod, why: str, points: Points | None, outcome: Outcome, held: HeldOut | None
+) -> dict[str, Any]:
+    """Look for what speaks against the result; return the verdict with all that it rests on."""
+    findings, latent = job.findings, job.latent
+    info: dict[str, Any] = {"khat": None, "ess": outcome.ess, "evidences": {}, "interrupted": findings.interrupted}
+    done, raw = f"{chosen}, {why}", 0.0
+    solver = SolverError()
+    if points is not None:
+        weights, khat = smoothed(points.log_weight)
+        raw = effective(weights) / len(weights)
+        info |= {"khat": outcome.info.get("khat", khat), "lost": int(points.lost.sum()), "effective_share": raw}
+        if chosen in ("refine", "smc", "metropolis", "neutra"):
+            done += f" (weights of the flow's own draws: k-hat {khat:.2f}, {raw:.0%} effective)"
+        solver = solver_error(latent, points)
+        info["solver_error"] = solver.rms
+        if chosen != "refine":
+            findings.solver(solver.rms)
+        rows = _starts(points, _COPIES, job.generator)
+        info["copies_gap"] = copies_gap(findings, latent, points.theta[rows], job.generator, held is not None)
+        if latent.trace != "exact":
+            findings.severe.append(f"densities are estimates ({latent.trace}), and weights made of them are biased")
+    if outcome.evidence is not None:
+        value, error = outcome.evidence
+        outcome = outcome._replace(evidence=(value, math.hypot(error, solver.shift)))
+        info["evidences"][chosen] = outcome.evidence
+    if held is not None:
+        features = functools.partial(_features, job.model)
+        info["held_out"] = compare(findings, latent, chosen, points, outcome, held, features, solver)
+        info["evidences"] |= info["held_out"].pop("evidences")
+    elif points is not None:
+        findings.mild.append("without held_out draws a mode that the flow has lost cannot be excluded")
+    else:
+        findings.severe.append("nothing was compared: without densities only held_out draws can tell; give some")
+    exact = points is not None and latent.trace == "exact" and solver.rms <= SOLVER[0]
+    info["verdict"] = findings.verdict(done, exact and held is not None, raw)
+    return info
+
+
+_METHODS: dict[CorrectionMethod, Callable[[_Job, Points | None], Outcome]] = {
+    "importance": _importance,
+    "defensive": _defensive,
+    "resample": _resample,
+    "refine": _refine,
+    "smc": _smc,
+    "metropolis": _metropolis,
+    "neutra": _neutra,
+}
 
 
 def refine(

@@ -234,7 +234,8 @@ def train(
                     stopped = state.look(fixed, patience)
                 if not bar.disable and state.count % 20 == 0:
                     left = f"{max(0.0, budget - clock.seconds):.0f}s" if steps is None else ""
-                    bar.set_postfix(loss=" ".join(f"{value:.1f}" for value in state.losses), left=left)
+                    shown = " ".join("-" if value is None else f"{value:.1f}" for value in state.losses)
+                    bar.set_postfix(loss=shown, left=left)
                 if file is not None and time.perf_counter() - saved > 60:
                     save()
                     saved = time.perf_counter()
@@ -339,9 +340,9 @@ class _State:
         self.seconds = self.cpu_seconds = 0.0
 
     @property
-    def losses(self) -> list[float]:
-        """Recent squared errors for each quarter of the time."""
-        return (self._bins[0] / self._bins[1]).tolist()
+    def losses(self) -> list[float | None]:
+        """Recent squared errors for each quarter of the time; None where there was none yet."""
+        return [total / count if count else None for total, count in self._bins.T.tolist()]
 
     @property
     def loss(self) -> float:

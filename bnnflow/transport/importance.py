@@ -1,0 +1,329 @@
+"""Importance weights: smoothed, judged, and summed to an evidence, from one side or from both."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnnflow.draws import Draws, as_theta
+from bnnflow.model import BayesianModel
+from bnnflow.seeding import as_generator
+from bnnflow.types import Seed
+
+__all__ = [
+    "HeldOut",
+    "Student",
+    "bridge",
+    "distance",
+    "effective",
+    "khat_limit",
+    "log_mean",
+    "mixing",
+    "smoothed",
+]
+
+Estimate = tuple[float, float]
+"""A log evidence and its standard error."""
+
+_SAME = 1e-9  # nats of rounding
+_OVERLAP = 10.0  # draws of each side that must be where both are before the two of them make an estimate
+_WIDTH = 1.5  # of a Student density, times the standard deviation of what it was fitted to
+_LOG_PI = math.log(math.pi)
+
+
+def smoothed(log_weights: Tensor) -> tuple[Tensor, float]:
+    """Smooth the largest weights by a generalised Pareto law and return its shape (Vehtari et al. 2024).
+
+    The shape, k-hat, says how many moments the weights have: none but those below 1 / k. ArviZ fits it.
+
+    Args:
+        log_weights: ``(n,)``; minus infinity is a weight of zero.
+
+    Returns:
+        The smoothed log weights, normalised to sum to one, and k-hat: infinite where the tail is too short to fit,
+        zero where all weights are equal.
+    """
+    kept = log_weights > -math.inf
+    values = log_weights[kept].double()
+    if not len(values):
+        return torch.full_like(log_weights, -math.inf), math.inf
+    khat = 0.0
+    if float(values.max() - values.min()) > _SAME:
+        fitted, shape = _psislw()(values.cpu().numpy())
+        values, khat = torch.from_numpy(fitted).to(values), float(shape)
+    result = torch.full_like(log_weights, -math.inf, dtype=torch.float64)
+    result[kept] = values - values.logsumexp(0)
+    return result, khat
+
+
+def khat_limit(n: int) -> float:
+    """Return the k-hat up to which averages over ``n`` smoothed weights can be relied on (Vehtari et al. 2024)."""
+    return min(1 - 1 / math.log10(n), 0.7)
+
+
+def effective(log_weights: Tensor) -> float:
+    """Return Kish's effective number of draws, the squared sum of the weights over the sum of their squares."""
+    if not bool((log_weights > -math.inf).any()):
+        return 0.0
+    return float((2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp())
+
+
+def log_mean(log_weights: Tensor, *strata: int) -> Estimate:
+    """Return the log of the mean weight, with the standard error that the delta method gives.
+
+    The mean of raw weights is an unbiased estimate of the evidence, whatever the number of draws. The mean of smoothed
+    ones is not, though it varies less.
+
+    Args:
+        log_weights: ``(n,)``.
+        strata: numbers of draws that belong to each part of a stratified sample, in order; one part if not given.
+    """
+    value = float(log_weights.logsumexp(0)) - math.log(len(log_weights))
+    if value == -math.inf:
+        return value, math.inf
+    relative = (log_weights - value).exp()  # mean 1
+    variance = sum(float(part.var()) * len(part) for part in relative.split(list(strata) or [len(relative)]))
+    return value, math.sqrt(variance) / len(relative)
+
+
+# ---------------------------------------------------------------- draws of the posterior itself
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Draws of chains, by which those of a flow are judged.
+
+    Attributes:
+        theta: ``(n, dim)``.
+        shape: chains and draws of each; draws without chains are so many chains of one.
+        log_weights: ``(n,)``, normalised, or None.
+    """
+
+    theta: Tensor
+    shape: tuple[int, int]
+    log_weights: Tensor | None = None
+
+    @classmethod
+    def of(cls, draws: Draws | Tensor | tuple[Tensor, Tensor | None], model: BayesianModel, most: int) -> HeldOut:
+        """Check draws and keep at most ``most`` of them, evenly along the chains.
+
+        Args:
+            draws: draws; weights ``(chain, draw, dim)``, or ``(n, dim)`` if they are independent; or a pair of weights
+                and log weights.
+            model: whose posterior they are from.
+            most: bound on their number.
+
+        Raises:
+            ValueError: if they do not fit the model, are fewer than ten, or hold NaN.
+        """
+        flat, weights = as_theta(draws)
+        model.spec.check(flat)
+        theta = draws.theta if isinstance(draws, Draws) else draws[0] if isinstance(draws, tuple) else draws
+        shape = (theta.shape[0], theta.shape[1]) if theta.dim() == 3 else (len(flat), 1)
+        if len(flat) < 10:
+            raise ValueError(f"held_out needs at least 10 draws, got {len(flat)}")
+        broken = int((~flat.isfinite().all(1)).sum())
+        if broken:
+            raise ValueError(f"{broken} of {len(flat)} held-out draws are NaN or infinite")
+        if weights is not None and not bool((weights < math.inf).all() and (weights > -math.inf).any()):
+            raise ValueError("the log weights of the held-out draws must not be NaN or +inf, nor all be zero weights")
+        rows = torch.arange(len(flat)).unflatten(0, shape)
+        if len(flat) > most:
+            per_chain = max(1, most // shape[0])
+            rows = rows[:, torch.linspace(0, shape[1] - 1, min(per_chain, shape[1])).round().long()]
+            rows = rows[torch.linspace(0, shape[0] - 1, min(most, shape[0])).round().long()]
+        kept = rows.flatten().to(flat.device)
+        flat = flat[kept].to(model.device, model.dtype)
+        if weights is not None:
+            weights = weights[kept].to(model.device).double()
+            weights = weights - weights.logsumexp(0)
+        return cls(flat, (rows.shape[0], rows.shape[1]), weights)
+
+    @property
+    def weights(self) -> Tensor:
+        """The log weights ``(n,)``, normalised; equal ones if there are none."""
+        if self.log_weights is not None:
+            return self.log_weights
+        n = len(self.theta)
+        return torch.full((n,), -math.log(n), dtype=torch.float64, device=self.theta.device)
+
+    def ess(self, values: Tensor) -> float:
+        """Return how many independent draws tell as much of the mean of ``values`` ``(n,)``, at most n."""
+        chains, draws = self.shape
+        if self.log_weights is not None:
+            return effective(self.log_weights)
+        if draws == 1 or float(values.max() - values.min()) < _SAME:
+            return float(len(values))
+        if draws < 4:
+            return float(chains)
+        found = _of_chains("ess", values.unflatten(0, self.shape).unsqueeze(-1), method="mean")
+        return min(float(found), float(len(values))) if bool(found > 0) else 1.0
+
+
+def bridge(forward: Tensor, reverse: Tensor, posterior: HeldOut) -> Estimate | None:
+    """Estimate the evidence from draws of both sides by the optimal bridge (Bennett 1976; Meng and Wong 1996).
+
+    The log evidence is the c at which n_q mean_q s(l - c + m) = n_p mean_p s(c - l - m), where l are log weights
+    log p - log q, s is the logistic function and m = log(n_p / n_q): the fixed point of Meng and Wong's iteration,
+    found by bisection. n_p counts effective draws of the chains, and so does the error (Frühwirth-Schnatter 2004).
+
+    Args:
+        forward: log weights at draws of q, ``(n,)``.
+        reverse: log weights at draws of the posterior.
+        posterior: these draws.
+
+    Returns:
+        The estimate, or None where the two hardly overlap.
+    """
+    forward, reverse = forward.double(), reverse.double()
+    finite = torch.cat([forward, reverse])
+    finite = finite[finite.isfinite()]
+    if not len(finite) or not bool(forward.isfinite().any()) or not bool(reverse.isfinite().any()):
+        return None
+    bounds = float(finite.min()) - 50.0, float(finite.max()) + 50.0
+    weights, n, m = posterior.weights.exp(), len(forward), float(len(reverse))
+    value, ours, theirs = _balance(forward, reverse, weights, m, bounds)
+    m = posterior.ess(theirs)  # found out by the first pass: how many draws of the chains count
+    value, ours, theirs = _balance(forward, reverse, weights, m, bounds)
+    mean = float((weights * theirs).sum())
+    if n * float(ours.mean()) < _OVERLAP:  # of either side: this is what c makes equal
+        return None
+    variance = float(ours.var()) / n / float(ours.mean()) ** 2
+    variance += float((weights * (theirs - mean).square()).sum()) / m / mean**2
+    return value, math.sqrt(variance)
+
+
+def _balance(
+    forward: Tensor, reverse: Tensor, weights: Tensor, m: float, bounds: tuple[float, float]
+) -> tuple[float, Tensor, Tensor]:
+    """Solve the equation of `bridge` for ``m`` draws of the posterior; return c and both logistic functions."""
+    n, shift = len(forward), math.log(m / len(forward))
+
+    def sides(value: float) -> tuple[Tensor, Tensor]:
+        return (forward - value + shift).sigmoid(), (value - reverse - shift).sigmoid()
+
+    low, high = bounds
+    for _ in range(100):
+        value = 0.5 * (low + high)
+        ours, theirs = sides(value)
+        below = n * float(ours.mean()) > m * float((weights * theirs).sum())
+        low, high = (value, high) if below else (low, value)
+    return low, *sides(low)
+
+
+def distance(a: Tensor, a_weights: Tensor, b: Tensor, b_weights: Tensor, tolerance: Tensor | float = 0.0) -> float:
+    """Return the largest Kolmogorov-Smirnov distance of any quantity of two weighted sets of draws.
+
+    Args:
+        a: ``(n, quantities)``.
+        a_weights: log weights ``(n,)``, normalised.
+        b: ``(m, quantities)``.
+        b_weights: log weights ``(m,)``, normalised.
+        tolerance: shifts of a quantity up to this do not count.
+    """
+    weights = torch.cat([a_weights.exp(), -b_weights.exp()])
+
+    def excess(b: Tensor, sign: int) -> float:
+        values, order = torch.cat([a, b]).double().sort(0)  # (n + m, quantities)
+        steps = sign * weights[order].cumsum(0)
+        steps[:-1][values[1:] == values[:-1]] = 0.0  # of equal values, what all of them add up to
+        return float(steps.max())
+
+    return max(excess(b - tolerance, 1), excess(b + tolerance, -1))
+
+
+def mixing(values: Tensor) -> tuple[float, float]:
+    """Return the largest R-hat and the smallest bulk ESS of quantities of chains (Vehtari et al. 2021).
+
+    Args:
+        values: ``(chain, draw, quantities)``, two chains or more; a quantity that never changes says nothing.
+    """
+    values = values[..., values.amax((0, 1)) - values.amin((0, 1)) > _SAME]
+    if values.shape[1] < 4 or values.shape[2] == 0:
+        return math.inf, float(len(values))
+    r_hat, ess = _of_chains("rhat", values), _of_chains("ess", values, method="bulk")
+    return float(r_hat.nan_to_num(math.inf).max()), float(ess.nan_to_num(0.0).min())
+
+
+# ---------------------------------------------------------------- a heavy tail
+
+
+@dataclass(frozen=True)
+class Student:
+    """A multivariate Student-t law of 5 degrees of freedom, the heavy-tailed part of a defensive mixture.
+
+    Attributes:
+        loc: ``(dim,)``.
+        scale_tril: ``(dim, dim)``, a Cholesky factor of the scale matrix.
+    """
+
+    loc: Tensor
+    scale_tril: Tensor
+
+    df = 5
+
+    @classmethod
+    def fit(cls, theta: Tensor) -> Student:
+        """Fit draws ``(n, dim)`` and widen; correlations are shrunk as if dim more draws had none."""
+        theta = theta.double()
+        n, dim = theta.shape
+        covariance = torch.cov(theta.T).reshape(dim, dim)
+        variance = covariance.diagonal().clamp(min=1e-12)
+        shrunk = (n * covariance + dim * torch.diag(variance)) / (n + dim) + torch.diag(1e-9 * variance)
+        return cls(theta.mean(0), _WIDTH * torch.linalg.cholesky(shrunk))
+
+    def sample(self, n: int, seed: Seed) -> Tensor:
+        """Draw ``(n, dim)``."""
+        generator, like = as_generator(seed, self.loc.device), {"dtype": self.loc.dtype, "device": self.loc.device}
+        normal = torch.randn(n, len(self.loc), generator=generator, **like)
+        squares = torch.randn(n, self.df, generator=generator, **like).square().mean(1, keepdim=True)
+        return self.loc + (normal / squares.sqrt()) @ self.scale_tril.T
+
+    def log_prob(self, theta: Tensor) -> Tensor:
+        """Return the log density, ``(n, dim) -> (n,)`` in float64."""
+        offset = (theta.double() - self.loc).T
+        z = torch.linalg.solve_triangular(self.scale_tril, offset, upper=False)  # (dim, n)
+        tail = 0.5 * (self.df + len(self.loc)) * torch.log1p(z.square().sum(0) / self.df)
+        return self._log_constant - tail
+
+    @cached_property
+    def _log_constant(self) -> float:
+        df, dim = self.df, len(self.loc)
+        log_det = float(self.scale_tril.diagonal().log().sum())
+        return math.lgamma(0.5 * (df + dim)) - math.lgamma(0.5 * df) - 0.5 * dim * (math.log(df) + _LOG_PI) - log_det
+
+
+# ---------------------------------------------------------------- ArviZ
+
+
+def _arviz() -> ModuleType:
+    """Import ArviZ without the announcement that it makes on import."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return importlib.import_module("arviz")
+
+
+def _of_chains(diagnostic: str, values: Tensor, **options: str) -> Tensor:
+    """Return a diagnostic of ``(chain, draw, quantities)``, ``(quantities,)``."""
+    import xarray
+
+    series = xarray.Dataset({"values": (("chain", "draw", "quantity"), values.double().cpu().numpy())})
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = getattr(_arviz(), diagnostic)(series, **options)["values"]
+    return torch.from_numpy(found.to_numpy())
+
+
+def _psislw() -> Callable:
+    """Return ArviZ's Pareto smoothing of an array, which version 1 keeps elsewhere."""
+    arviz = _arviz()
+    return arviz.psislw if hasattr(arviz, "psislw") else importlib.import_module("arviz_stats.base").array_stats.psislw

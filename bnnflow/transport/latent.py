@@ -1,0 +1,226 @@
+"""The posterior seen from a flow's latent space: points with both densities, and moves that know the latent law."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from bnnflow.gaussian import Gaussian
+from bnnflow.model import BayesianModel
+from bnnflow.types import Kernel, Seed, Trace
+
+__all__ = ["Latent", "Move", "Points", "Transport", "crank_nicolson", "log_normal"]
+
+_LOG_2PI = math.log(2 * math.pi)
+
+
+class Transport(Protocol):
+    """What a correction needs of a flow: both directions, with the density that it gives to each point.
+
+    Latent points are standard normal, ``(n, dim)``; log densities are over weights, ``(n,)`` float64.
+    """
+
+    @property
+    def dim(self) -> int:
+        """Length of a weight vector."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Steps of the solver."""
+        ...
+
+    def start(self, n: int, seed: Seed, /) -> Tensor:
+        """Draw latent points."""
+        ...
+
+    def push(self, x0: Tensor, /) -> Tensor:
+        """Carry latent points to weights."""
+        ...
+
+    def push_with_log_prob(
+        self, x0: Tensor, /, *, trace: Trace = ..., seed: Seed = ..., steps: int | None = ...
+    ) -> tuple[Tensor, Tensor]:
+        """Carry latent points to weights; return these and their log densities."""
+        ...
+
+    def pull_with_log_prob(self, theta: Tensor, /, *, trace: Trace = ..., seed: Seed = ...) -> tuple[Tensor, Tensor]:
+        """Carry weights to latent points; return these and the log densities of the weights."""
+        ...
+
+
+class Points(NamedTuple):
+    """Latent points, where they go, and the log densities there; a row is NaN where the flow has no answer."""
+
+    x0: Tensor  # (n, dim)
+    theta: Tensor  # (n, dim)
+    log_q: Tensor  # (n,), float64
+    log_joint: Tensor  # (n,), float64
+
+    @property
+    def log_weight(self) -> Tensor:
+        """The log importance weight, log_joint - log_q ``(n,)``; minus infinity where either is not a number."""
+        weight = self.log_joint - self.log_q
+        return torch.where(weight < math.inf, weight, -math.inf)
+
+    @property
+    def lost(self) -> Tensor:
+        """Where there is no weight, ``(n,)``: a density is NaN, or the flow's own is zero."""
+        return ~(self.log_joint - self.log_q < math.inf)
+
+    def at(self, rows: Tensor) -> Points:
+        """Return some of the points."""
+        return Points(*(part[rows] for part in self))
+
+
+class Latent:
+    """The posterior in the latent coordinates of a flow, where it has the density N(x0; 0, I) exp(log weight).
+
+    Args:
+        flow: the transport.
+        model: the posterior.
+        trace: how the flow finds its log densities.
+        generator: of random probes.
+
+    Attributes:
+        solves: exact or estimated log densities that were integrated so far.
+        broken: rows for which the flow had no answer.
+    """
+
+    def __init__(self, flow: Transport, model: BayesianModel, trace: Trace, generator: torch.Generator) -> None:
+        self.flow, self.model, self._generator = flow, model, generator
+        self.trace: Trace = trace
+        self.solves = self.broken = 0
+
+    @torch.no_grad()
+    def push(self, x0: Tensor, steps: int | None = None) -> Points:
+        """Carry latent points to weights.
+
+        Args:
+            x0: ``(n, dim)``.
+            steps: of the solver, if not the flow's own.
+        """
+
+        def solve(rows: Tensor) -> tuple[Tensor, Tensor]:
+            return self.flow.push_with_log_prob(rows, trace=self.trace, seed=self._generator, steps=steps)
+
+        theta, log_q = self._surviving(solve, x0)
+        return Points(x0, theta, log_q, self.log_joint(theta))
+
+    @torch.no_grad()
+    def pull(self, theta: Tensor) -> Points:
+        """Carry weights ``(n, dim)`` to latent points."""
+
+        def solve(rows: Tensor) -> tuple[Tensor, Tensor]:
+            return self.flow.pull_with_log_prob(rows, trace=self.trace, seed=self._generator)
+
+        x0, log_q = self._surviving(solve, theta)
+        return Points(x0, theta, log_q, self.log_joint(theta))
+
+    @torch.no_grad()
+    def carry(self, x0: Tensor) -> Tensor:
+        """Carry latent points ``(n, dim)`` to weights, without densities."""
+
+        def solve(rows: Tensor) -> tuple[Tensor, Tensor]:
+            return self.flow.push(rows), torch.zeros(len(rows), device=rows.device)
+
+        theta, _ = self._surviving(solve, x0, solves=0)
+        return theta
+
+    @torch.no_grad()
+    def log_joint(self, theta: Tensor) -> Tensor:
+        """Evaluate the posterior, ``(n, dim) -> (n,)`` in float64."""
+        moved = theta.to(self.model.device, self.model.dtype)
+        return torch.cat([self.model.log_joint(rows).double() for rows in moved.split(512)])
+
+    def log_density_and_grad(self, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the posterior's log density over latent points and its gradient, ``(n,)`` and ``(n, dim)``."""
+
+        def solve(rows: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.enable_grad():
+                at = rows.detach().requires_grad_()
+                theta, log_q = self.flow.push_with_log_prob(at, trace=self.trace, seed=self._generator)
+                log_joint = self.model.log_joint(theta.to(self.model.device, self.model.dtype))
+                value = log_joint.double() - log_q + log_normal(at)
+                (grad,) = torch.autograd.grad(value.sum(), at)
+            return grad, value.detach()
+
+        grad, value = self._surviving(solve, x0)
+        return value, grad
+
+    def _surviving(
+        self, solve: Callable[[Tensor], tuple[Tensor, Tensor]], rows: Tensor, solves: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Solve for all rows, with NaN for those whose velocity becomes NaN: halving finds them."""
+        self.solves += solves * len(rows)
+        try:
+            points, log_q = solve(rows)
+            return points, log_q.double()
+        except FloatingPointError:
+            if len(rows) == 1:
+                self.broken += 1
+                return torch.full_like(rows, math.nan), torch.full((1,), math.nan).to(rows.device, torch.float64)
+            halves = [self._surviving(solve, half, solves) for half in rows.chunk(2)]
+            return torch.cat([points for points, _ in halves]), torch.cat([log_q for _, log_q in halves])
+
+
+class Move(NamedTuple):
+    """What a person wants to know of one latent move; ``(n,)`` each."""
+
+    acceptance_rate: Tensor
+    fresh: Tensor  # whether the proposal was independent of the present point
+
+
+def crank_nicolson(
+    latent: Latent, width: float, *, power: float = 1.0, fresh: float = 0.0, around: Gaussian | None = None
+) -> Kernel:
+    """Build the preconditioned Crank-Nicolson kernel in latent space (Neal 1998; Cotter et al. 2013).
+
+    Proposes m + sqrt(1 - b^2) (x0 - m) + b L z with z ~ N(0, I), which leaves r = N(m, L L^T) invariant, and accepts
+    with probability min(1, a(x0') / a(x0)), a = N(x0; 0, I) w^power / r(x0) and w the importance weight. Leaves
+    N(x0; 0, I) w^power invariant: the posterior for power 1. b is ``width``, or 1 with probability ``fresh``, for every
+    point anew; with r = N(0, I) that is an independence Metropolis proposal from the flow.
+
+    Args:
+        latent: the posterior in latent space.
+        width: b, between 0 and 1.
+        power: inverse temperature between the flow, 0, and the posterior, 1.
+        fresh: share of independent proposals.
+        around: r, ideally near what is left invariant (Rudolf and Sprungk 2018); N(0, I) if None.
+    """
+
+    def init(x0: Tensor, generator: torch.Generator) -> Points:
+        return latent.push(x0)
+
+    def height(points: Points) -> Tensor:
+        height = power * points.log_weight
+        return height if around is None else height + log_normal(points.x0) - around.log_prob(points.x0)
+
+    def step(points: Points, generator: torch.Generator) -> tuple[Points, Move]:
+        x0 = points.x0
+        like = {"generator": generator, "device": x0.device, "dtype": x0.dtype}
+        noise, centre = torch.randn(x0.shape, **like), torch.zeros_like(x0[0])
+        anew = torch.rand(len(x0), **like) < fresh
+        b = torch.where(anew, 1.0, width).to(x0).unsqueeze(-1)  # (n, 1)
+        if around is not None:
+            noise, centre = noise @ around.scale_tril.T, around.loc
+        proposed = latent.push(centre + (1 - b * b).sqrt() * (x0 - centre) + b * noise)
+        gain = height(proposed) - height(points)
+        rate = gain.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).clamp(max=0.0).exp()
+        accept = torch.rand(len(x0), generator=generator, device=x0.device, dtype=rate.dtype) < rate
+        moved = (
+            torch.where(accept.reshape(-1, *[1] * (old.dim() - 1)), new, old)
+            for new, old in zip(proposed, points, strict=True)
+        )
+        return Points(*moved), Move(rate, anew)
+
+    return Kernel(init, step)
+
+
+def log_normal(x0: Tensor) -> Tensor:
+    """Return the standard normal log density, ``(..., dim) -> (...)`` in float64."""
+    return -0.5 * x0.square().sum(-1, dtype=torch.float64) - 0.5 * x0.shape[-1] * _LOG_2PI

@@ -1,0 +1,305 @@
+"""Can a corrected flow be trusted? What was found, as sentences, and the verdict that follows from them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bnnflow.transport.importance import Estimate, HeldOut, bridge, distance, khat_limit
+from bnnflow.transport.latent import Latent, Points
+
+__all__ = ["Findings", "Outcome", "SolverError", "compare", "copies_gap", "solver_error"]
+
+ESS = (400, 100)  # from the first: enough; below the second: not
+RAW = 0.9  # effective share of the weights from which no mean of raw draws is off by more than a third of its sd
+R_HAT = (1.05, 1.2)
+SOLVER = (0.1, 1.0)  # nats by which log weights change with twice the steps
+EVIDENCES = (0.03, 0.1)  # nats between two evidences, beyond three standard errors; a lost tenth of the mass is 0.105
+DISTANCE = 0.1  # between held-out and corrected draws, beyond chance
+DRIFT = (0.1, 0.5)  # of the mean log joint, in its own standard deviations, in the second half of a refinement
+COPIES = 3.0  # nats by which symmetric copies of the flow's draws are less likely than these
+UNSEEN = 0.05  # share of held-out draws whose log weights exceed by 2 nats those of 98 % of the corrected draws
+FEW = 50  # effective held-out draws that can say little
+
+_MARGIN, _QUANTILE = 2.0, 0.98
+_CHANCE = 2.3  # root inverse sizes that Kolmogorov-Smirnov distances of one law exceed once in 20,000 times
+_NATS = 0.1  # by which log weights may differ between draws of one law
+_TWICE = 32  # draws that travel again with twice the solver's steps
+_SOME = 256  # corrected draws that are looked up where their densities are not known yet
+
+
+class Outcome(NamedTuple):
+    """What every method of correction gives."""
+
+    theta: Tensor  # (chain, draw, dim)
+    log_joint: Tensor  # (chain, draw)
+    ess: float
+    info: dict[str, Any]
+    forward: Tensor | None = None  # log weights of draws of q, (n,)
+    log_ratio: Tensor | None = None  # log p - log q at theta, (chain, draw); None where q was not evaluated
+    log_weights: Tensor | None = None  # (chain, draw), normalised
+    evidence: Estimate | None = None
+    stats: dict[str, Tensor] = {}  # noqa: RUF012
+    q: Callable[[Points], Points] = lambda points: points  # puts the density q that was sampled into points
+
+
+@dataclass
+class Findings:
+    """What speaks against the draws, in two grades, and what was found beside it.
+
+    Attributes:
+        severe: reasons not to trust the draws, each with what to do.
+        mild: reservations.
+        good: what speaks for them.
+        interrupted: whether Ctrl-C cut the work short.
+    """
+
+    severe: list[str] = field(default_factory=list)
+    mild: list[str] = field(default_factory=list)
+    good: list[str] = field(default_factory=list)
+    interrupted: bool = False
+
+    def stopped(self, when: str, *, severe: bool = False) -> None:
+        """Note an interrupt, and warn of it."""
+        warnings.warn(f"interrupted {when}", stacklevel=5)
+        self.interrupted = True
+        (self.severe if severe else self.mild).append(f"interrupted {when}")
+
+    def graded(self, value: float, bounds: tuple[float, float], text: str) -> None:
+        """Note a text as mild or severe if a value exceeds the bounds; NaN does."""
+        if not value <= bounds[1]:
+            self.severe.append(text)
+        elif not value <= bounds[0]:
+            self.mild.append(text)
+
+    def weights(self, khat: float, ess: float, n: int, lost: int) -> None:
+        """Judge importance weights that the result rests on."""
+        limit = khat_limit(n)
+        if khat <= limit:
+            self.good.append(f"k-hat {khat:.2f} is below {limit:.2f}, {ess:.0f} of {n:,} draws are effective")
+        else:
+            self.severe.append(
+                f"k-hat {khat:.2f} of {n:,} draws is above {limit:.2f}: a few weights decide everything; refine the "
+                "draws (method='refine'), or train the flow for longer"
+            )
+        self.effective(ess)
+        if lost:
+            self.mild.append(f"{lost:,} of {n:,} draws have no finite weight and were left out")
+
+    def effective(self, ess: float) -> None:
+        """Judge an effective number of draws."""
+        if not ess >= ESS[0]:
+            text = f"only {ess:.0f} effective draws: take more"
+            (self.mild if ess >= ESS[1] else self.severe).append(text)
+
+    def chains(self, r_hat: float, ess: float, acceptance: float) -> None:
+        """Judge Markov chains."""
+        self.graded(r_hat, R_HAT, f"chains disagree (R-hat {r_hat:.3f}): take more draws")
+        if r_hat <= R_HAT[0]:
+            self.good.append(f"R-hat is {r_hat:.3f}, {ess:.0f} draws are effective")
+        self.effective(ess)
+        if acceptance < 0.01:
+            self.mild.append(f"only {acceptance:.1%} of the latent proposals are accepted: the flow hardly helps")
+
+    def solver(self, rms: float) -> None:
+        """Judge what the solver's steps do to log weights."""
+        self.graded(
+            rms,
+            SOLVER,
+            f"log weights change by {rms:.2g} nats with twice the solver's steps: their density is not exact; use a "
+            "flow with more steps",
+        )
+
+    def moving(self, drift: float, noise: float) -> None:
+        """Judge draws by how far their mean log joint still moved in the second half of a refinement."""
+        text = f"the mean log joint still moved by {drift:.2f} standard deviations: refine for longer"
+        self.graded(drift - noise, DRIFT, text)
+
+    def evidences(self, name: str, one: Estimate, bridge: Estimate) -> None:
+        """Compare an evidence that sees what the flow sees with one that sees what the held-out draws see."""
+        apart, error = bridge[0] - one[0], math.hypot(one[1], bridge[1])
+        said = f"log evidence {one[0]:.3f} ± {one[1]:.3f} by {name} and {bridge[0]:.3f} ± {bridge[1]:.3f} by the bridge"
+        if not abs(apart) > max(3 * error, EVIDENCES[0]):
+            self.good.append(f"{said} agree")
+        elif not abs(apart) > EVIDENCES[1]:
+            self.mild.append(f"{said} differ a little")
+        elif apart > 0:
+            self.severe.append(
+                f"{said} differ: the flow has lost about {-math.expm1(-apart):.0%} of the posterior's mass (a mode, "
+                "perhaps), which no correction from its own draws can find; train it on draws of all modes"
+            )
+        else:
+            self.severe.append(f"{said} differ: the held-out draws have lost modes that the flow has, or are few")
+
+    def unseen(self, share: float) -> None:
+        """Judge how many held-out draws are where corrected draws hardly ever are; chains may stick to their modes."""
+        if share > UNSEEN:
+            self.severe.append(
+                f"{share:.0%} of the held-out draws are where corrected ones hardly ever are: the flow has lost a "
+                "part of the posterior (a mode, perhaps); train it on draws of all modes, or, if it was trained on "
+                "aligned draws, give held_out draws aligned alike"
+            )
+
+    def same_law(self, apart: float, ours: float, theirs: float) -> None:
+        """Judge the distance of the laws of corrected and held-out draws, each of so many effective draws."""
+        chance = _CHANCE * math.sqrt(1 / ours + 1 / theirs)
+        if theirs < FEW:
+            self.mild.append(f"the held-out draws amount to only {theirs:.0f} independent ones, which can say little")
+        if not apart > chance:
+            self.good.append("held-out and corrected draws have one law, as far as they tell")
+            return
+        text = f"held-out and corrected draws differ in law (distance {apart:.2f}, {chance:.2f} by chance)"
+        (self.severe if apart - chance > DISTANCE else self.mild).append(text)
+
+    def copies(self, gap: float, error: float, held_out: bool) -> None:
+        """Judge a flow by the density that it gives to symmetric copies of its own draws."""
+        if gap > max(COPIES, 4 * error):
+            text = (
+                f"the flow gives symmetric copies of its own draws a density e^-{gap:.1f} of theirs: it has lost modes"
+            )
+            if held_out:
+                self.mild.append(f"{text}, and an evidence is that of the copies that it has")
+            else:
+                self.severe.append(
+                    f"{text}; if it was trained on aligned draws on purpose, give held_out draws aligned alike"
+                )
+
+    def verdict(self, done: str, certain: bool, raw: float) -> str:
+        """Return the verdict: what to do, and why.
+
+        Args:
+            done: what the correction did and why.
+            certain: whether the flow's density is exact and held-out draws were compared.
+            raw: effective share of the flow's own draws.
+        """
+        if self.severe:
+            return f"do not trust: {done}; " + "; ".join(self.severe + self.mild)
+        said = "; ".join([done, *self.good, *self.mild])
+        if certain and raw >= RAW and not self.mild:
+            return f"trust: the flow's own draws need no correction; {said}"
+        return f"trust after correction: use these draws, not the flow's own; {said}"
+
+
+class SolverError(NamedTuple):
+    """What twice the solver's steps change, in nats: nothing for an adaptive rule, which is taken at its word."""
+
+    rms: float = 0.0  # of log weights
+    shift: float = 0.0  # of the log of their mean
+
+
+def solver_error(latent: Latent, points: Points) -> SolverError:
+    """Send some draws again with twice the solver's steps."""
+    rows = (~points.lost).nonzero().squeeze(1)[:_TWICE]
+    before = points.log_weight[rows]
+    after = latent.push(points.x0[rows], steps=2 * latent.flow.steps).log_weight
+    shift = float((after.logsumexp(0) - before.logsumexp(0)).abs())
+    return SolverError(float((after - before).square().mean().sqrt()), shift)
+
+
+def copies_gap(
+    findings: Findings, latent: Latent, theta: Tensor, generator: torch.Generator, held_out: bool
+) -> float | None:
+    """Return by how many nats a flow prefers draws ``(n, dim)`` to symmetric copies; None without symmetries."""
+    spec = latent.model.spec
+    group = spec.symmetries(latent.model.prior)
+    if not (group.permutation or group.sign):
+        return None
+    (copies,) = spec.transform(group, generator, theta)
+    ours, theirs = latent.pull(theta).log_q, latent.pull(copies).log_q
+    gaps = (ours - theirs.nan_to_num(nan=-math.inf)).clamp(max=1e3)
+    gaps = gaps[gaps.isfinite()]
+    gap = float(gaps.mean())
+    findings.copies(gap, float(gaps.std()) / math.sqrt(len(gaps)), held_out)
+    return gap
+
+
+def compare(
+    findings: Findings,
+    latent: Latent,
+    name: str,
+    points: Points | None,
+    outcome: Outcome,
+    held: HeldOut,
+    features: Callable[[Tensor], Tensor],
+    solver: SolverError,
+) -> dict[str, Any]:
+    """Compare corrected draws with held-out ones: their laws, their log weights, and two evidences.
+
+    Args:
+        findings: where to note what it means.
+        latent: flow and posterior.
+        name: of the method.
+        points: draws of the flow; None where there are no densities.
+        outcome: the corrected draws.
+        held: the held-out draws.
+        features: ``(n, dim) -> (n, features)``, what the laws are compared in beside log joint and log weight.
+        solver: what the solver's steps change; its shift counts as an error of each evidence.
+    """
+    theta, log_joint = outcome.theta.flatten(0, 1), outcome.log_joint.flatten()
+    ratio = None if outcome.log_ratio is None else outcome.log_ratio.flatten()
+    if ratio is None:
+        rows = torch.linspace(0, len(theta) - 1, min(len(theta), _SOME)).long().to(theta.device)
+        theta, log_joint = theta[rows], log_joint[rows]
+    held_joint = latent.log_joint(held.theta)
+    weights = torch.full((len(theta),), -math.log(len(theta)), dtype=torch.float64, device=theta.device)
+    if outcome.log_weights is not None:
+        weights = outcome.log_weights.flatten()
+    ours, theirs = [features(theta), log_joint.unsqueeze(1)], [features(held.theta), held_joint.unsqueeze(1)]
+    count, found = held.ess(held_joint), {"draws": len(held.theta), "evidences": {}}
+    if points is not None:
+        ratio = latent.pull(theta.to(points.theta)).log_weight if ratio is None else ratio
+        pulled = outcome.q(latent.pull(held.theta.to(points.theta)))
+        reverse = torch.where(pulled.lost, math.inf, pulled.log_joint - pulled.log_q)
+        most = _quantile(ratio, weights, _QUANTILE) + _MARGIN
+        findings.unseen(float(held.weights.exp()[reverse > most].sum()))
+        count = min(count, held.ess(reverse.clamp(max=most)))
+        ours, theirs = [*ours, ratio.unsqueeze(1)], [*theirs, reverse.unsqueeze(1)]
+        found |= _scores(findings, name, points, outcome, held, reverse, solver.shift)
+    a, b = torch.cat(ours, 1), torch.cat(theirs, 1)
+    tolerance = torch.zeros(a.shape[1]).to(b)
+    if points is not None:
+        tolerance[-1] = _NATS + 3 * solver.rms  # of log weights, which were found on the way there and on the way back
+    apart = distance(a, weights, b, held.weights, tolerance)
+    findings.same_law(apart, min(outcome.ess, len(theta)), count)
+    return found | {"effective": count, "distance": apart}
+
+
+def _scores(
+    findings: Findings, name: str, points: Points, outcome: Outcome, held: HeldOut, reverse: Tensor, shift: float
+) -> dict[str, Any]:
+    """Score q by held-out draws, whose log weights are ``reverse``, and estimate the evidence with them."""
+    forward = points.log_weight if outcome.forward is None else outcome.forward
+    both = bridge(forward, reverse, held)
+    evidences: dict[str, Estimate] = {}
+    if both is not None:
+        both = evidences["bridge"] = both[0], math.hypot(both[1], shift)
+    if both is not None and outcome.evidence is not None:
+        findings.evidences(name, outcome.evidence, both)
+    elif both is None and outcome.log_weights is not None:
+        findings.severe.append("the flow's draws and the held-out ones hardly overlap: no evidence rests on both")
+    # With weights w scaled to mean 1 over q, 1 / E_p[w] is the effective share of q's draws as the posterior sees it.
+    share = held.weights + reverse
+    forward_ess = float((-share.logsumexp(0) - (held.weights - reverse).logsumexp(0)).exp())
+    return {
+        "log_ratio": float((held.weights.exp() * reverse).sum()),
+        "log_ratio_sd": float(_weighted_sd(reverse, held.weights.exp())),
+        "forward_ess": forward_ess,
+        "evidences": evidences,
+    }
+
+
+def _quantile(values: Tensor, log_weights: Tensor, level: float) -> float:
+    values, order = values.sort()
+    below = log_weights.exp()[order].cumsum(0)
+    return float(values[int((below < level * below[-1]).sum())])
+
+
+def _weighted_sd(values: Tensor, weights: Tensor) -> Tensor:
+    mean = (weights * values).sum()
+    return (weights * (values - mean).square()).sum().sqrt()
