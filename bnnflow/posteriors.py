@@ -261,6 +261,17 @@ def coupling_flow(permutations: tuple[Tensor, ...], dim: int, hidden: int) -> nn
     return nn.ModuleList([*layers, Affine()])
 
 
+def coupling_orders(dim: int, couplings: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Return random orders of the coordinates, each second one swapping the halves of the one before it."""
+    if dim == 1:  # there is nothing to couple
+        return ()
+    swap = torch.arange(dim, device=generator.device).roll(-(dim // 2))
+    return tuple(
+        swap if i % 2 else torch.rand(dim, generator=generator, device=generator.device).argsort()
+        for i in range(couplings)
+    )
+
+
 # ---------------------------------------------------------------- storage
 
 KINDS: dict[str, Callable[..., Posterior]] = {

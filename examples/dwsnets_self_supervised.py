@@ -227,7 +227,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     seeds, training, steps, tried, width, depth = (
-        (3, 5000, 10_000, 1000, 64, 4) if args.full else (3, 2000, 1000, 100, 32, 2)
+        (3, 5000, 10_000, 1000, 64, 4) if args.full else (3, 2000, 500, 100, 32, 2)
     )
     corpus = waves(HELD_OUT + TEST + seeds * training, 2 if args.two_fits else 1)
     spec = corpus.spec

@@ -17,7 +17,7 @@ import bnnflow as bf
 from bnnflow import likelihoods, priors
 from bnnflow.activations import Activation, Sine
 from bnnflow.model.network import ChainNetwork
-from bnnflow.transport.couplings import source_symmetries
+from bnnflow.transport import Source
 from bnnflow.weights import Symmetries, WeightSpec
 
 
@@ -689,7 +689,7 @@ def model_of(name: str, prior: priors.Prior) -> bf.BayesianModel:
 @pytest.mark.parametrize("name", ["conv relu", "residual conv tanh", "separable tanh", "square residual sine"])
 def test_posterior_densities_have_the_symmetries(name: str) -> None:
     model = model_of(name, priors.FanIn(1.3))
-    assert model.spec.symmetries(model.prior) == source_symmetries(model)
+    assert model.spec.symmetries(model.prior) == Source(model.flat_prior).symmetries(model)
     assert model.spec.symmetries(model.prior).permutation == set(ZOO[name].widths)
     theta = model.sample_prior(6, 0)
     moved = model.spec.random_symmetry(theta, 1, model.prior)

@@ -31,10 +31,21 @@ def test_readme_program_runs_as_printed(tmp_path):
     assert "<html" in (tmp_path / "report.html").read_text()
 
 
+def program_of(page: str) -> str:
+    return "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL))
+
+
 def test_program_of_the_weight_space_page_runs(capsys):
-    program = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs/weight-space.md").read_text(), re.DOTALL))
     with torch.random.fork_rng(devices=[]):
-        exec(compile(program, "weight-space.md", "exec"), {})
+        exec(compile(program_of("weight-space.md"), "weight-space.md", "exec"), {})
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "131 ('h1', None) (None, 'h1')"
     assert printed[-1] == "torch.Size([5, 3])"
+
+
+def test_program_of_the_transport_page_runs(capsys):
+    with torch.random.fork_rng(devices=[]):
+        exec(compile(program_of("transport.md"), "transport.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("refine ") for line in printed)
+    assert printed[-1] == f"torch.Size([20, {6 * 3 + 1}])"

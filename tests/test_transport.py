@@ -20,11 +20,11 @@ from bnnflow.transport import (
     Independent,
     InformedVelocity,
     Matched,
+    Source,
     WeightsVelocity,
     refine,
 )
 from bnnflow.transport.coordinates import Context
-from bnnflow.transport.couplings import source_symmetries
 from bnnflow.transport.divergence import exact_divergence, hutchinson_divergence, probe_noise
 from bnnflow.transport.solvers import integrate, time_grid
 from bnnflow.weights import Symmetries
@@ -262,7 +262,7 @@ def test_source_marginals_stay_the_prior_under_every_coupling(coupling, prior):
     # A target far from symmetric, so that matching has something to pull at.
     x1 = 2 + 0.3 * torch.randn(4000, model.dim, generator=generator(1)) * torch.linspace(0.1, 3, model.dim)
     x0 = torch.randn(4000, model.dim, generator=generator(2))
-    paired, target = coupling.pair(x0, x1, model.spec, source_symmetries(model), generator(3))
+    paired, target = coupling.pair(x0, x1, model.spec, Source(model.flat_prior).symmetries(model), generator(3))
     p_values = [stats.kstest(column.numpy(), "norm").pvalue for column in paired.T]
     assert min(p_values) > 0.001 / model.dim
     if isinstance(coupling, Matched):
@@ -290,7 +290,7 @@ def test_prior_that_is_not_exchangeable_shrinks_the_group_or_raises():
     x = torch.randn(10, 1, generator=generator())
     prior = priors.PerTensor(uneven, torch.distributions.Normal(0.5, 1.0))
     model = bf.BayesianModel(net, prior, likelihoods.Gaussian(0.1), x, x.sum(1))
-    assert source_symmetries(model) == Symmetries(frozenset(), frozenset(), frozenset())
+    assert Source(model.flat_prior).symmetries(model) == Symmetries(frozenset(), frozenset(), frozenset())
     with pytest.raises(ValueError, match="exchangeable"):
         bf.fit_flow(model, model.sample_prior(50, 0), coupling=Matched(), steps=1)
 
@@ -367,6 +367,14 @@ def test_golden_file_of_format_version_1_still_loads():
     assert flow.velocity.group.permutation == {"h1"}
     expected = torch.tensor([1.5359, -0.0822, -2.1945])
     assert torch.allclose(flow.sample(1, 0)[0, :3], expected, atol=2e-4)
+
+
+def test_golden_file_of_format_version_2_still_loads():
+    flow = bf.load(GOLDEN / "flow-v2.npz")
+    assert (flow.path.schedule, flow.solver, flow.steps) == ("variance_preserving", "rk4", 4)
+    theta = flow.sample(1, 0)
+    assert torch.allclose(theta[0, :3], torch.tensor([1.6201, 0.2186, -1.3710]), atol=2e-4)
+    assert float(flow.log_prob(theta)) == pytest.approx(-16.6056, abs=2e-3)
 
 
 def test_bind_gives_the_same_field_with_another_models_data():

@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from bnnflow.draws import Draws
 from bnnflow.inference.run import Run
 from bnnflow.inference.start import random_networks
 from bnnflow.inference.vi import fit_guide, flat_model, independent_draws
 from bnnflow.model import BayesianModel
-from bnnflow.posteriors import CouplingFlow, coupling_flow
+from bnnflow.posteriors import CouplingFlow, coupling_flow, coupling_orders
 from bnnflow.seeding import isolated
 
 __all__ = ["NormalizingFlowVI"]
@@ -58,7 +55,7 @@ class NormalizingFlowVI:
 
         dim, generator = model.dim, run.generator
         start = random_networks(model.spec, 1, generator, model.dtype)[0]
-        permutations = _orders(dim, self.couplings, generator)
+        permutations = coupling_orders(dim, self.couplings, generator)
         with isolated(generator):
             flow = coupling_flow(permutations, dim, self.hidden).to(start)
             *_, log_scale, loc = flow.parameters()
@@ -68,14 +65,3 @@ class NormalizingFlowVI:
             found = fit_guide(model.log_joint_and_grad, guide, self, run.progress, "flow VI")
         posterior = CouplingFlow(permutations, tuple(parameter.detach().clone() for parameter in flow.parameters()))
         return independent_draws(model, run, posterior, found)
-
-
-def _orders(dim: int, couplings: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Return random orders of the coordinates, each second one swapping the halves of the one before it."""
-    if dim == 1:  # there is nothing to couple
-        return ()
-    swap = torch.arange(dim, device=generator.device).roll(-(dim // 2))
-    return tuple(
-        swap if i % 2 else torch.rand(dim, generator=generator, device=generator.device).argsort()
-        for i in range(couplings)
-    )

@@ -385,17 +385,17 @@ class BayesianModel:
         factor, information = self.likelihood.fisher_factor(outputs, parameters)  # type: ignore[attr-defined]
         grad = self._with_extras(torch.einsum("bnk,bnkd->bd", grad_outputs, jacobian), grad_parameters)
         by_weights = torch.einsum("bnkr,bnkd->bnrd", factor, jacobian).flatten(1, 2)  # (batch, rows, network dim)
-        batch, rows = by_weights.shape[:2]
+        batch, size = by_weights.shape[:2]
         columns, below = [by_weights], []
         columns += [
-            by_weights.new_zeros(batch, rows, math.prod(extra.shape)) for extra in self._extras if _of_prior(extra)
+            by_weights.new_zeros(batch, size, math.prod(extra.shape)) for extra in self._extras if _of_prior(extra)
         ]
         for each in information.values():
             if each.dim() == 4:  # factors that share their rows with the outputs, (batch, n, size, rank)
                 columns.append(each.mT.flatten(1, 2))
             else:  # independent of the outputs: Fisher information (batch, size)
                 start = sum(column.shape[-1] for column in columns)
-                columns.append(by_weights.new_zeros(batch, rows, each.shape[-1]))
+                columns.append(by_weights.new_zeros(batch, size, each.shape[-1]))
                 extra = torch.diag_embed(each.sqrt())  # (batch, size, size)
                 below.append(torch.nn.functional.pad(extra, (start, self.dim - start - each.shape[-1])))
         whole = torch.cat([torch.cat(columns, -1), *below], 1)
@@ -428,7 +428,7 @@ class BayesianModel:
         slices = {extra.key: self.spec.slices[extra.name] for extra in self._extras if extra.key in information}
 
         def product(v: Tensor) -> Tensor:
-            _, tangent = torch.func.jvp(lambda weights: self.network(weights, x), (theta,), (v,))
+            tangent = torch.func.jvp(lambda weights: self.network(weights, x), (theta,), (v,))[1]
             along = (factor.mT @ tangent.unsqueeze(-1)).squeeze(-1)  # (batch, n, rank)
             mine = {key: v[:, where] for key, where in slices.items()}
             for name, each in information.items():

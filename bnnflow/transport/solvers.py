@@ -257,7 +257,8 @@ def rows_within(memory: int, work: Callable[[Tensor], Any], x: Tensor) -> int:
     Args:
         memory: bytes.
         work: what is to be done with rows ``(n, ...)``, by the same operations whatever n. One step of a solver stands
-            for all, unless gradients are recorded.
+            for all, unless gradients are recorded. Where more rows make it cut its work into smaller pieces, as
+            `exact_divergence` does by itself, fewer are returned than would fit.
         x: some rows, two at least.
 
     Raises:

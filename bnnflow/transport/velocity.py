@@ -19,6 +19,7 @@ from bnnflow.equivariant.network import TimeEmbedding
 from bnnflow.transport.coordinates import Context
 from bnnflow.transport.displacement import Displacement, Drive, GaussNewton, GradientSteps
 from bnnflow.transport.paths import AffinePath, Coefficients
+from bnnflow.transport.two_layer import TwoLayerVelocity
 from bnnflow.types import Architecture, Parametrisation
 from bnnflow.weights import Symmetries, WeightSpec
 
@@ -346,6 +347,9 @@ def _rebuilt(description: dict[str, Any], spec: WeightSpec) -> nn.Module:
     if kind == "residual":
         gaussian = _rebuilt(values.pop("gaussian"), spec)
         return ResidualVelocity(spec, gaussian, **values)  # type: ignore[arg-type]
+    if kind == "two_layer":
+        base = values.pop("base")
+        return TwoLayerVelocity(**values, base=None if base is None else _rebuilt(base, spec))
     raise ValueError(f"unknown velocity {kind!r}")
 
 
