@@ -159,7 +159,7 @@ def main() -> None:
         sampling = math.sqrt(mean * (100 - mean) / len(y_test))
         seconds = sum(result[2] for result in results) / len(results)
         published = PUBLISHED.get(name, ("", ""))[data.name.startswith("fashion")]
-        shown = f"{mean:.1f} ± {error:.1f}"
+        shown = f"{mean:.1f} ± {error:.1f}" if len(results) > 1 else f"{mean:.1f}, one seed"
         rows.append((name, shown, f"{sampling:.1f}", f"{best:g}", f"{seconds:.0f}", str(published)))
         print(
             table(["method", "test accuracy, %", "sampling error", "rate", "CPU s", "published"], rows),

@@ -1,0 +1,191 @@
+"""Flows on five posteriors: what the raw flow, its refinement and its density are worth, beside untrained starts.
+
+``sine``: 1-16-1 tanh, y = sin(2 x), noise 0.1, 40 points. ``yacht``: 6-50-1 tanh, noise 0.1 (d = 401, very sharp).
+``iris``: 4-16-3 tanh. ``cancer`` and ``cancer2``: breast cancer, 30-16-2 and 30-16-16-2 tanh. N(0, 1) on all weights.
+The truth are HMC draws of chains that the flow did not see; beside them the published LPPD of a converged run of
+another library, where ``$BNNFLOW_DATA`` has one (iris, yacht). Functions are network outputs at the test points, or
+probabilities of classes: "rms" is the error of their means in posterior standard deviations, "ratio" the geometric mean
+of ratios of standard deviations. LPPD from 4,096 draws.
+"Gradients" count the likelihood gradients of a draw, refinement and the field's own. One thread, CPU seconds.
+Run: ``python tests/benchmarks/bench_flows.py NAME [--budget SECONDS] [--velocity informed|weights] [--density N]``.
+"""
+
+import argparse
+import itertools
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import bnnflow as bf
+from bnnflow.transport import GaussNewton, GradientSteps, InformedVelocity, WeightsVelocity, fit_gaussian
+
+DRAWS = 4096
+DATA = Path(os.environ.get("BNNFLOW_DATA", Path(__file__).parents[3] / "shared" / "data"))
+
+
+class Problem(NamedTuple):
+    """A posterior with test rows; mean and sd of the functions there, LPPD and log joint if they are published."""
+
+    model: bf.BayesianModel
+    x: Tensor
+    y: Tensor
+    published: dict[str, np.ndarray]
+
+
+def perceptron(*widths: int) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.Tanh())]
+    return nn.Sequential(*layers[:-1])
+
+
+def problem(name: str) -> Problem:
+    """Return the posterior, or end the script where its data are missing."""
+    if name == "sine":
+        g = torch.Generator().manual_seed(0)
+        x = torch.linspace(-2, 2, 40)[:, None]
+        y = torch.sin(2 * x[:, 0]) + 0.1 * torch.randn(40, generator=g)
+        grid = torch.linspace(-2.5, 2.5, 50)[:, None]
+        net, likelihood, test = perceptron(1, 16, 1), bf.likelihoods.Gaussian(0.1), (grid, torch.sin(2 * grid[:, 0]))
+        return Problem(bf.BayesianModel(net, bf.priors.Normal(1.0), likelihood, x, y), *test, {})
+    if name.startswith("cancer"):
+        data = bf.data.load("breast_cancer")
+        net = perceptron(30, 16, 2) if name == "cancer" else perceptron(30, 16, 16, 2)
+        model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Categorical(), data.x_train, data.y_train)
+        return Problem(model, data.x_test, data.y_test, {})
+    file = {"iris": "iris", "yacht": "yacht_s01"}[name]
+    path = DATA / "reference" / f"{file}.npz"
+    if not path.is_file():
+        print(f"skipped: needs reference/{file}.npz under $BNNFLOW_DATA (looked in {DATA})")
+        sys.exit(0)
+    found = np.load(path)
+    net = perceptron(4, 16, 3) if name == "iris" else perceptron(6, 50, 1)
+    likelihood = bf.likelihoods.Categorical() if name == "iris" else bf.likelihoods.Gaussian(0.1)
+    model = bf.BayesianModel(net, bf.priors.Normal(1.0), likelihood, found["Xtr"], found["ytr"])
+    y = torch.as_tensor(found["yte"])
+    published = {key: found[key] for key in found.files}
+    return Problem(model, torch.as_tensor(found["Xte"]).float(), y if name == "iris" else y.float(), published)
+
+
+class Table:
+    """Rows of draws compared with the truth."""
+
+    def __init__(self, given: Problem, truth: Tensor) -> None:
+        self.given = given
+        functions = self._functions(truth)
+        self.mean, self.sd = functions.mean(0), functions.std(0)
+        self.spread = truth.std(0)
+        print(f"{'draws':36s} {'LPPD':>8s} {'+-':>6s} {'log lik.':>9s} {'5 %':>8s} {'log joint':>9s} {'rms':>6s} "
+              f"{'ratio':>6s} {'gradients':>9s} {'CPU s':>7s}")  # fmt: skip
+        self.row("held-out HMC", truth, 0, 0)
+
+    def _functions(self, theta: Tensor) -> Tensor:
+        model, x = self.given.model, self.given.x
+        outputs = torch.cat([model.outputs(part, x) for part in theta.split(1024)]).double()
+        return outputs.softmax(-1) if model.likelihood.kind == "classification" else outputs
+
+    def row(self, name: str, theta: Tensor, gradients: float, seconds: float) -> None:
+        """Print one row."""
+        model, x, y = self.given.model, self.given.x, self.given.y
+        each = torch.cat([model.pointwise_log_likelihood(part, x, y) for part in theta.split(1024)]).double()
+        lppd = each.logsumexp(0) - math.log(len(each))
+        error = float((each - lppd).exp().mean(1).std() / len(each) ** 0.5)
+        likelihood = torch.cat([model.log_likelihood(part) for part in theta.split(1024)]).double()
+        joint = likelihood + model.log_prior(theta)
+        functions = self._functions(theta)
+        rms = float(((functions.mean(0) - self.mean) / self.sd).square().mean().sqrt())
+        ratio = float((functions.std(0) / self.sd).log().mean().exp())
+        print(f"{name:36s} {float(lppd.mean()):8.4f} {error:6.4f} {float(likelihood.mean()):9.2f} "
+              f"{float(likelihood.quantile(0.05)):8.2f} {float(joint.mean()):9.2f} {rms:6.3f} {ratio:6.3f} "
+              f"{gradients:9.0f} {seconds:7.1f}", flush=True)  # fmt: skip
+
+    def by_layer(self, theta: Tensor) -> str:
+        """Return the variance of each tensor over the truth's."""
+        ratios = (theta.std(0) / self.spread).square()
+        spec = self.given.model.spec
+        return ", ".join(f"{name} {float(ratios[where].mean()):.2f}" for name, where in spec.slices.items())
+
+
+def nearest(theta: Tensor, draws: Tensor, spec: bf.WeightSpec) -> Tensor:
+    """Return the distance of each network to the nearest draw, every network sorted into one order of its units."""
+    here, there = (bf.symmetry.sort_units(part, spec) for part in (theta, draws))
+    return torch.cdist(here, there).min(1).values
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=["sine", "yacht", "iris", "cancer", "cancer2"])
+    parser.add_argument("--budget", type=float, default=900.0, help="seconds of training")
+    parser.add_argument("--velocity", choices=["informed", "weights"], default="informed")
+    parser.add_argument("--newton", type=int, help="Gauss-Newton steps; gradient steps if 0")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=8, help="of the midpoint rule")
+    parser.add_argument("--density", type=int, default=1000, help="draws with an exact density; 0 for none")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    given = problem(args.name)
+    model = given.model
+    sharp = args.name in ("sine", "yacht")
+    began = time.process_time()
+    draws = bf.sample(model, bf.HMC(), chains=64, warmup=600, draws=800, seed=0)
+    seconds = time.process_time() - began
+    print(f"{args.name}, dim {model.dim}: 64 chains x 800 in {seconds:.0f} CPU s")
+    print(bf.diagnose(draws, model))
+    if given.published:
+        print(f"published: LPPD {np.mean(given.published['lppd']) if 'lppd' in given.published else math.nan:.4f}")
+    seen, unseen = draws.theta[:48].flatten(0, 1), draws.theta[48:].flatten(0, 1)
+    table = Table(given, unseen[torch.randperm(len(unseen), generator=torch.Generator().manual_seed(0))[:DRAWS]])
+    newton = args.newton if args.newton is not None else (2 if sharp else 0)
+    displacement = GaussNewton(newton) if newton else GradientSteps()
+    own = args.steps * 2 * (newton or 2 * displacement.steps + 1)  # type: ignore[union-attr]
+
+    def show(name: str, theta: Tensor, gradients: float, seconds: float) -> None:
+        table.row(name, theta, gradients, seconds)
+        moved = bf.refine(theta, model, 8, seed=2)
+        cost = moved.info["gradients_per_draw"]
+        total, spent = gradients + cost, seconds + moved.info["cpu_seconds"]
+        table.row(f"  + refine ({cost:.0f} gradients)", moved.flat, total, spent)
+
+    show("prior", model.sample_prior(DRAWS, 1), 0, 0)
+    show("one matched Gaussian", fit_gaussian(model, seen, seed=0).sample(DRAWS, 1), 0, 0)
+    untrained = bf.GaussNewtonFlow(model, displacement, steps=max(args.steps, 12))
+    began = time.process_time()
+    theta = untrained.sample(DRAWS, 1)
+    show("untrained informed field", theta, own * untrained.steps / args.steps, time.process_time() - began)
+
+    torch.manual_seed(0)
+    sizes = {"width": args.width, "depth": args.depth, "heads": args.heads}
+    weights = args.velocity == "weights"
+    field = WeightsVelocity(model.spec, **sizes) if weights else InformedVelocity(model.spec, displacement, **sizes)
+    flow = bf.fit_flow(model, seen, velocity=field, budget=args.budget, seed=0)
+    info = flow.info
+    print(f"  {args.velocity} flow: {info['steps']} steps, {info['cpu_seconds']:.0f} CPU s, {info['parameters']} "
+          f"parameters, loss by quarter {[round(value, 1) for value in info['loss_by_time']]}")  # fmt: skip
+    flow.save(f"out/{args.name}-{args.velocity}.npz")
+    began = time.process_time()
+    theta = flow.sample(DRAWS, 1, steps=args.steps)
+    show(f"{args.velocity} flow", theta, 0 if weights else own, time.process_time() - began)
+    print(f"  variance over the truth's: {table.by_layer(theta)}")
+    generated, fresh = (nearest(each[:1000], seen, model.spec) for each in (theta, unseen))
+    print(
+        f"  median distance to the nearest training draw: {float(generated.median()):.2f}, "
+        f"of unseen draws {float(fresh.median()):.2f}"
+    )
+    if args.density:
+        print(f"  solver: {flow.solver_error(16, steps=args.steps)}")
+        began = time.process_time()
+        fixed = bf.correct(flow, model, args.density, "importance", seed=3, held_out=draws.theta[48:])
+        print(f"  importance sampling, {args.density} draws: k-hat {fixed.khat:.2f}, ESS {fixed.ess:.0f}, log evidence "
+              f"{fixed.log_evidence}, {time.process_time() - began:.0f} CPU s\n  {fixed.verdict}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
