@@ -1,6 +1,7 @@
 """The flow-matching transport from prior to posterior."""
 
 from bnnflow.transport.baselines import InCoordinates, fit_cnf, fit_coupling, fit_gaussian
+from bnnflow.transport.bootstrap import fit_flow_without_draws
 from bnnflow.transport.correct import Correction, correct, refine
 from bnnflow.transport.couplings import Independent, Matched, MiniBatchOT, SinkhornOT
 from bnnflow.transport.displacement import GaussNewton, GradientSteps
@@ -58,6 +59,7 @@ __all__ = [
     "fit_cnf",
     "fit_coupling",
     "fit_flow",
+    "fit_flow_without_draws",
     "fit_gaussian",
     "fit_manifold_flow",
     "integrate",

@@ -1,0 +1,71 @@
+"""A posterior flow without a Markov chain: sample, correct, fit, repeat."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from bnnflow.model import BayesianModel
+from bnnflow.seeding import as_generator
+from bnnflow.transport.correct import refine
+from bnnflow.transport.displacement import Displacement
+from bnnflow.transport.flow import Flow, GaussNewtonFlow
+from bnnflow.transport.training import fit_flow
+from bnnflow.types import Seed
+
+__all__ = ["fit_flow_without_draws"]
+
+
+def fit_flow_without_draws(
+    model: BayesianModel,
+    *,
+    rounds: int = 2,
+    targets: int = 4096,
+    refine_steps: int = 16,
+    displacement: Displacement | None = None,
+    budget: float = 120.0,
+    steps: int | None = None,
+    seed: Seed = 0,
+    progress: bool = True,
+    **settings: Any,
+) -> Flow:
+    """Fit a flow to targets that it makes itself: no draws of the posterior are needed, no warm-up, no chain.
+
+    The first targets are draws of the untrained `GaussNewtonFlow`, moved by `refine`; those of each later round are
+    draws of the flow so far, moved in the same way, and training goes on from its field. The targets are as good as
+    refinement makes them: it leaves the posterior invariant, but a few transitions do not move draws between modes that
+    are far apart. Compare two values of ``refine_steps``, or ask `correct` for a verdict.
+
+    Args:
+        model: the posterior; its likelihood needs a ``fisher_factor`` unless a displacement is given.
+        rounds: how often targets are made.
+        targets: draws in each round.
+        refine_steps: transitions of every draw in each round.
+        displacement: of the untrained flow.
+        budget: seconds of training, all rounds together, unless ``steps`` says how many steps they have together.
+        steps: see ``budget``.
+        seed: an int or a generator.
+        progress: show bars at a terminal.
+        settings: others of `fit_flow`, such as ``velocity``.
+
+    Returns:
+        The flow; ``info["gradients_per_target"]`` counts the gradients of refinement, ``info["rounds"]`` keeps what
+        `fit_flow` and `refine` said of each.
+
+    Raises:
+        ValueError: if there is no round or no target.
+    """
+    if rounds < 1 or targets < 1 or (steps is not None and steps < rounds):
+        raise ValueError("rounds and targets must be at least 1, and steps at least the rounds")
+    generator = as_generator(seed, model.device)
+    flow = GaussNewtonFlow(model, displacement)
+    history, gradients = [], 0.0
+    for _ in range(rounds):
+        theta = flow.sample(targets, generator)
+        moved = refine(theta, model, refine_steps, seed=generator, progress=progress)
+        share: dict[str, Any] = {"budget": budget / rounds, "steps": None if steps is None else steps // rounds}
+        flow = fit_flow(model, moved.flat, seed=generator, progress=progress, **(settings | share))
+        settings["velocity"] = flow.velocity
+        gradients += moved.info["gradients_per_draw"]
+        history.append({"refine": moved.info, "fit": flow.info})
+    return replace(flow, info=flow.info | {"rounds": history, "gradients_per_target": gradients})

@@ -1,0 +1,47 @@
+"""Laws of flows that make their own targets: right where the truth is known, reproducible, and honest on their cost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import bnnflow as bf
+from bnnflow.transport import GradientSteps, InformedVelocity, ResidualVelocity, fit_flow_without_draws
+from tests.problems import network, regression
+
+
+def test_flow_without_draws_finds_a_conjugate_posterior():
+    model, mean, covariance = regression(torch.float32)
+    exact = bf.Gaussian(1.5 * mean, 1.5 * torch.linalg.cholesky(covariance))
+    # A displacement that is far from exact, so that refinement has something to do.
+    start = GradientSteps(1)
+    flow = fit_flow_without_draws(
+        model, targets=1500, displacement=start, velocity="residual", steps=20, batch_size=64, seed=0
+    )
+    theta, log_q = flow.sample_with_log_prob(400, 1, steps=24)
+    assert isinstance(flow.velocity, ResidualVelocity)
+    assert abs(float((log_q - exact.log_prob(theta)).mean())) < 0.15  # the divergence KL(q, posterior)
+    crude = bf.GaussNewtonFlow(model, start).sample_with_log_prob(400, 1)
+    assert float((crude[1] - exact.log_prob(crude[0])).mean()) > 0.3
+    assert len(flow.info["rounds"]) == 2
+    assert 2 * 16 * 8 <= flow.info["gradients_per_target"] <= 2 * (16 * 16 + 5)
+
+
+def test_flow_without_draws_is_reproducible_stored_and_checked(tmp_path):
+    model = network("categorical", dtype=torch.float32)
+
+    def make(seed: int) -> bf.Flow:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            field = InformedVelocity(model.spec, width=8, depth=1)
+        return fit_flow_without_draws(
+            model, targets=20, refine_steps=1, velocity=field, steps=4, batch_size=8, seed=seed
+        )
+
+    first, again, other = make(0), make(0), make(1)
+    assert torch.equal(first.sample(3, 0), again.sample(3, 0))
+    assert not torch.equal(first.sample(3, 0), other.sample(3, 0))
+    assert torch.allclose(bf.load(first.save(tmp_path / "flow"), model).sample(3, 0), first.sample(3, 0), atol=1e-5)
+    for options in ({"rounds": 0}, {"targets": 0}, {"steps": 1}):
+        with pytest.raises(ValueError, match="at least"):
+            fit_flow_without_draws(model, **options)
