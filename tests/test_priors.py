@@ -17,9 +17,22 @@ from pyro import condition, plate, poutine
 from scipy import stats
 from torch import Tensor, nn
 
-from bnnflow import BayesianModel, Draws, WeightSpec, align, likelihoods, predict, priors, sample
+from bnnflow import (
+    BayesianModel,
+    Draws,
+    GaussNewtonFlow,
+    WeightSpec,
+    align,
+    fit_flow,
+    likelihoods,
+    load,
+    predict,
+    priors,
+    sample,
+)
 from bnnflow.inference import HMC
 from bnnflow.symmetry import match, sort_units
+from bnnflow.transport.coordinates import Context
 
 F64 = torch.float64
 
@@ -305,17 +318,75 @@ def test_pyro_draws_what_the_prior_says(name: str) -> None:
     assert {value.dtype for value in drawn.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("name", PRIORS)
-def test_transports_are_refused(name: str) -> None:
-    model = model_of(PRIORS[name])
-    theta = points(model, 2)
-    for call in (
-        model.flat_prior.require_coordinates,
-        lambda: model.flat_prior.to_normal(theta),
-        lambda: model.flat_prior.from_normal(theta),
-    ):
-        with pytest.raises(ValueError, match="one with inferred parameters, is not supported yet"):
-            call()
+@dataclass(frozen=True)
+class LaplaceScale:
+    """Weights with heavier tails than normal ones, whose scale and centre are inferred."""
+
+    def parameters(self, spec: WeightSpec) -> dict[str, td.Distribution]:
+        return {"scale": td.HalfNormal(1.0), "mean": td.Normal(0.0, 0.1)}
+
+    def conditional(self, spec: WeightSpec, parameters: dict[str, Tensor]) -> dict[str, td.Distribution]:
+        scale, mean = parameters["scale"], parameters["mean"]  # (..., 1)
+        lead, ones = scale.shape[:-1], {name: (1,) * len(shape) for name, shape in spec.shapes.items()}
+        return {n: td.Laplace(mean.reshape(*lead, *o), scale.reshape(*lead, *o)) for n, o in ones.items()}
+
+
+COORDINATES = {name: PRIORS[name] for name in ("hierarchical", "hierarchical, fan in")} | {"laplace": LaplaceScale()}
+
+
+@pytest.mark.parametrize("name", COORDINATES)
+def test_prior_with_parameters_is_standard_normal_in_its_coordinates(name: str) -> None:
+    model = model_of(COORDINATES[name])
+    prior = model.flat_prior
+    prior.require_coordinates()
+    z = torch.randn(5, model.dim, generator=generator(), dtype=F64)
+    theta = prior.from_normal(z)
+    torch.testing.assert_close(prior.to_normal(theta), z, rtol=1e-8, atol=1e-8)
+    log_normal = -0.5 * (z * z).sum(-1) - 0.5 * model.dim * math.log(2 * math.pi)
+    jacobian = torch.func.jacrev(prior.from_normal)(z[0])
+    torch.testing.assert_close(prior.log_prob(theta)[0], log_normal[0] - torch.linalg.slogdet(jacobian)[1])
+    torch.testing.assert_close(prior.log_jacobian(theta), prior.log_prob(theta) - log_normal)
+    v = torch.randn(5, model.dim, generator=generator(1), dtype=F64)
+    torch.testing.assert_close(prior.push(z, v)[0], jacobian @ v[0])
+    torch.testing.assert_close(prior.pull(z, v)[0], jacobian.T @ v[0])
+    torch.testing.assert_close(prior.pull(z[:1, None], v[None])[0, 3], jacobian.T @ v[3])  # rows of a factor
+
+
+@pytest.mark.parametrize("name", COORDINATES)
+def test_flow_from_a_prior_with_parameters_has_the_posteriors_gradient_and_its_density(name: str) -> None:
+    model = model_of(COORDINATES[name])
+    context, z = Context(model), torch.randn(3, model.dim, generator=generator(), dtype=F64, requires_grad=True)
+    theta = model.flat_prior.from_normal(z)
+    u = model.log_joint(theta) - model.flat_prior.log_jacobian(theta) + 0.5 * (z * z).sum(-1)
+    (expected,) = torch.autograd.grad(u.sum(), z)
+    torch.testing.assert_close(context.grad(z.detach()), expected, rtol=1e-6, atol=1e-7)
+    grad, factor = context.gauss_newton(z.detach())
+    same, product = context.gauss_newton_product(z.detach())
+    v = torch.randn(3, model.dim, generator=generator(1), dtype=F64)
+    torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(same, expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(product(v), torch.einsum("brd,bre,be->bd", factor, factor, v), rtol=1e-7, atol=1e-7)
+    flow = GaussNewtonFlow(model, steps=8, solver="rk4")
+    theta, log_q = flow.sample_with_log_prob(1, 0)
+    jacobian = torch.func.jacrev(lambda x0: flow.push(x0)[0])(flow.start(1, 0))[:, 0]
+    x0 = flow.start(1, 0)[0]
+    log_normal = -0.5 * (x0 * x0).sum() - 0.5 * model.dim * math.log(2 * math.pi)
+    torch.testing.assert_close(log_q[0], log_normal - torch.linalg.slogdet(jacobian)[1], rtol=0, atol=0.02)
+
+
+def test_flow_from_a_prior_with_parameters_is_fitted_stored_and_needs_its_model(tmp_path: Path) -> None:
+    model = model_of(PRIORS["hierarchical"], dtype=torch.float32)
+    flow = fit_flow(model, model.sample_prior(50, 0), velocity="weights", steps=2, batch_size=8)
+    path = flow.save(tmp_path / "flow")
+    torch.testing.assert_close(load(path, model).sample(3, 0), flow.sample(3, 0), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="needs its model"):
+        load(path)
+
+
+@pytest.mark.parametrize(("name", "family"), [("horseshoe", "InverseGamma"), ("a user's", "Gamma")])
+def test_transports_from_families_without_inverse_cdf_are_refused(name: str, family: str) -> None:
+    with pytest.raises(ValueError, match=f"a transport from a {family} prior needs its cdf and inverse cdf"):
+        model_of(PRIORS[name]).flat_prior.require_coordinates()
 
 
 def test_fingerprint_tells_priors_apart() -> None:

@@ -557,6 +557,36 @@ class _GivenParameters:
             }
         return self.network.flatten(drawn)
 
+    def families(self) -> list[Distribution]:
+        """Return the distribution of every tensor at some value of the parameters."""
+        values = self.spec.unflatten(torch.zeros(self.spec.dim, dtype=torch.float64))
+        return list(self.distributions(values).values())
+
+    def to_normal(self, theta: Tensor) -> Tensor:
+        """Map weights and parameters to normal coordinates of the weights, ``(..., network dim)``."""
+        if self._scales is not None:
+            return theta[..., : self.network.dim] * (-self._scales(theta)[0]).exp()
+        values = self.spec.unflatten(theta)
+        with _unvalidated():
+            parts = {
+                name: torch.special.ndtri(d.cdf(values[name].double()).clamp(_TINY, 1 - _EPSILON))
+                for name, d in self.distributions({n: v.double() for n, v in values.items()}).items()
+            }
+        return self.network.flatten(parts).to(theta.dtype)
+
+    def from_normal(self, z: Tensor, parameters: Tensor) -> Tensor:
+        """Map normal coordinates ``(..., network dim)`` to weights, given the parameters' coordinates in theta."""
+        theta = torch.cat([z, parameters], -1)
+        if self._scales is not None:
+            return z * self._scales(theta)[0].exp()
+        values = {name: value.double() for name, value in self.spec.unflatten(theta).items()}
+        with _unvalidated():
+            parts = {
+                name: d.icdf(torch.special.ndtr(values[name]).clamp(_TINY, 1 - _EPSILON))
+                for name, d in self.distributions(values).items()
+            }
+        return self.network.flatten(parts).to(theta.dtype)
+
     def describe(self) -> list[dict[str, Any]]:
         """Say what the distributions are at two settings of the parameters."""
         count = self.spec.dim - self.network.dim
@@ -748,33 +778,38 @@ class FlatPrior:
 
     def require_coordinates(self) -> None:
         """Raise ``ValueError`` if a distribution has no cdf and inverse cdf to make normal coordinates from."""
+        families = [block.distribution for block in self._blocks]
         if self._weights is not None:
-            raise ValueError(
-                f"a transport from a {type(self._weights.prior).__name__} prior, one with inferred parameters, is not "
-                "supported yet: its normal coordinates are not elementwise; fix the scales, as in Normal or FanIn"
-            )
-        for block in self._blocks:
-            if not isinstance(block.distribution, td.Normal):
+            families += self._weights.families()
+        for distribution in families:
+            if not isinstance(distribution, td.Normal):
                 try:
-                    block.distribution.icdf(block.distribution.cdf(torch.ones(1, device=self.device)))
+                    distribution.icdf(distribution.cdf(torch.ones(1, device=self.device)))
                 except NotImplementedError as error:
-                    name = type(block.distribution).__name__
+                    name = type(distribution).__name__
                     raise ValueError(
                         f"a transport from a {name} prior needs its cdf and inverse cdf, which torch does not have; "
                         "use a Normal, Laplace, Cauchy or another prior with both"
                     ) from error
 
     def to_normal(self, theta: Tensor) -> Tensor:
-        """Map ``theta`` to coordinates in which the prior is N(0, I); elementwise and increasing."""
+        """Map ``theta`` to coordinates in which the prior is N(0, I).
+
+        Elementwise and increasing; weights with inferred prior parameters are mapped given the parameters.
+        """
+        parts = [self._block_to_normal(block, theta[..., block.where]) for block in self._blocks]
         if self._weights is not None:
-            self.require_coordinates()
-        return torch.cat([self._block_to_normal(block, theta[..., block.where]) for block in self._blocks], -1)
+            parts.insert(0, self._weights.to_normal(theta[..., : self._weights.spec.dim]))
+        return torch.cat(parts, -1)
 
     def from_normal(self, z: Tensor) -> Tensor:
         """Map standard normal coordinates back to ``theta``."""
+        parts = [self._block_from_normal(block, z[..., block.where]) for block in self._blocks]
         if self._weights is not None:
-            self.require_coordinates()
-        return torch.cat([self._block_from_normal(block, z[..., block.where]) for block in self._blocks], -1)
+            start, stop = self._weights.network.dim, self._weights.spec.dim
+            given = torch.cat(parts, -1)[..., : stop - start]
+            parts.insert(0, self._weights.from_normal(z[..., :start], given))
+        return torch.cat(parts, -1)
 
     def log_jacobian(self, theta: Tensor) -> Tensor:
         """Return log |d to_normal / d theta|, ``(..., dim) -> (...)`` in float64: prior over standard normal."""
@@ -784,8 +819,20 @@ class FlatPrior:
         z = self.to_normal(theta)
         return self.log_prob(theta) + 0.5 * (z * z).sum(-1, dtype=torch.float64) + 0.5 * self.dim * _LOG_2PI
 
-    def derivative(self, z: Tensor) -> Tensor:
-        """Return d theta / d z elementwise, ``(..., dim)``; differentiable again."""
+    def pull(self, z: Tensor, vectors: Tensor) -> Tensor:
+        """Turn gradients by theta ``(..., dim)`` into gradients by z; more leading axes of vectors are allowed."""
+        if self._weights is not None:
+            return torch.func.vjp(self.from_normal, z.expand_as(vectors))[1](vectors)[0]  # type: ignore[misc]
+        return vectors * self._derivative(z)
+
+    def push(self, z: Tensor, vectors: Tensor) -> Tensor:
+        """Turn directions in z ``(..., dim)`` into directions in theta."""
+        if self._weights is not None:
+            return torch.func.jvp(self.from_normal, (z,), (vectors,))[1]
+        return vectors * self._derivative(z)
+
+    def _derivative(self, z: Tensor) -> Tensor:
+        """Return d theta / d z of elementwise coordinates, ``(..., dim)``; differentiable again."""
         normal = self._normal
         if normal is not None:
             return normal.scale.expand_as(z)

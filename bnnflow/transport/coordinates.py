@@ -39,36 +39,37 @@ class Context:
         """Return the gradient of u, ``(batch, dim) -> (batch, dim)``; differentiable again."""
         z = self.source.to_prior(x)
         theta = self._prior.from_normal(z)
-        return self._finish(x, z, theta, self.model.log_likelihood_grad(theta, self.rows), self._prior.derivative(z))
+        return self._finish(x, z, theta, self.model.log_likelihood_grad(theta, self.rows))
 
     def gauss_newton(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradient of u and a factor A, ``(batch, rows, dim)``: -u'' ~ A^T A + ``source.excess``."""
         z = self.source.to_prior(x)
-        theta, derivative = self._prior.from_normal(z), self._prior.derivative(z)
+        theta = self._prior.from_normal(z)
         grad, factor = self.model.gauss_newton(theta, self.rows)
-        factor = factor * (derivative.unsqueeze(-2) * self._inverse_temperature**0.5)
-        return self._finish(x, z, theta, grad, derivative), self.source.pull(factor)
+        factor = self._prior.pull(z.unsqueeze(-2), factor) * self._inverse_temperature**0.5
+        return self._finish(x, z, theta, grad), self.source.pull(factor)
 
     def gauss_newton_product(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Return the gradient of u and the function v -> H v, ``(batch, dim)``, of the same matrix, never formed."""
         z = self.source.to_prior(x)
-        theta, derivative = self._prior.from_normal(z), self._prior.derivative(z)
+        theta = self._prior.from_normal(z)
         grad, product = self.model.gauss_newton_product(theta, self.rows)
-        source, scale = self.source, derivative * self._inverse_temperature**0.5
+        source, prior = self.source, self._prior
 
         def times(v: Tensor) -> Tensor:
             pulled = source.pull(v)
-            image = source.pull(scale * product(scale * pulled))
+            by_theta = product(prior.push(z, pulled)) * self._inverse_temperature
+            image = source.pull(prior.pull(z, by_theta))
             return image if source.is_prior else image + source.pull(pulled) - v  # H + root^2 - I
 
-        return self._finish(x, z, theta, grad, derivative), times
+        return self._finish(x, z, theta, grad), times
 
-    def _finish(self, x: Tensor, z: Tensor, theta: Tensor, grad: Tensor, derivative: Tensor) -> Tensor:
+    def _finish(self, x: Tensor, z: Tensor, theta: Tensor, grad: Tensor) -> Tensor:
         """Turn the gradient of the log likelihood by theta into that of u by x."""
         grad = grad * self._inverse_temperature
         if self._inverse_temperature != 1:
             grad = grad + (self._inverse_temperature - 1) * self._prior.log_prob_and_grad(theta)[1]
-        grad = grad * derivative
+        grad = self._prior.pull(z, grad)
         return grad if self.source.is_prior else self.source.pull(grad - z) + x
 
     def batch(self, size: int, generator: torch.Generator) -> Context:

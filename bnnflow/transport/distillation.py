@@ -85,7 +85,7 @@ class FlowMap:
         velocity = rebuild(header["velocity"], spec)
         own = {name: torch.from_numpy(v) for name, v in arrays.items() if name not in header["source"]["arrays"]}
         velocity.to(dtype).requires_grad_(False).load_state_dict(own)
-        source = Source.from_description(header["source"], arrays, dtype)
+        source = Source.from_description(header["source"], arrays, dtype, model)
         if hasattr(velocity, "bind"):
             if model is None:
                 raise ValueError("a likelihood-informed flow map needs its model: load(path, model)")

@@ -86,4 +86,4 @@ class _Task:
         else:
             value, pullback, *_ = torch.func.vjp(self._guide, theta)
             (grad,) = pullback(torch.ones_like(value))
-        return self._strength * self._source.pull(grad * self._source.prior.derivative(z))
+        return self._strength * self._source.pull(self._source.prior.pull(z, grad))

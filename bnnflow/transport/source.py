@@ -148,10 +148,20 @@ class Source:
         return {name: value.cpu().numpy() for name, value in given.items() if value is not None}
 
     @classmethod
-    def from_description(cls, plain: dict[str, Any], arrays: dict[str, np.ndarray], dtype: torch.dtype) -> Source:
-        """Rebuild a source."""
+    def from_description(
+        cls, plain: dict[str, Any], arrays: dict[str, np.ndarray], dtype: torch.dtype, model: BayesianModel | None
+    ) -> Source:
+        """Rebuild a source; the prior is the model's own where it has inferred parameters.
+
+        Raises:
+            ValueError: if such a source has no model.
+        """
         values = {name.removeprefix("source/"): torch.from_numpy(arrays[name]) for name in plain["arrays"]}
-        return cls(FlatPrior.from_description(plain["prior"], dtype), **values)
+        if all("start" in block for block in plain["prior"]):
+            return cls(FlatPrior.from_description(plain["prior"], dtype), **values)
+        if model is None:
+            raise ValueError("a flow from a prior with inferred parameters needs its model: load(path, model)")
+        return cls(model.flat_prior, **values)
 
 
 def _apply(matrix: Tensor, v: Tensor) -> Tensor:
