@@ -31,6 +31,8 @@ from bnnflow import (
     sample,
 )
 from bnnflow.inference import HMC
+from bnnflow.model.priors import rebuild
+from bnnflow.model.quantiles import QuantileTable
 from bnnflow.symmetry import match, sort_units
 from bnnflow.transport.coordinates import Context
 
@@ -331,7 +333,10 @@ class LaplaceScale:
         return {n: td.Laplace(mean.reshape(*lead, *o), scale.reshape(*lead, *o)) for n, o in ones.items()}
 
 
-COORDINATES = {name: PRIORS[name] for name in ("hierarchical", "hierarchical, fan in")} | {"laplace": LaplaceScale()}
+COORDINATES = {name: PRIORS[name] for name in PRIORS if name != "a user's"} | {
+    "laplace": LaplaceScale(),
+    "student": priors.StudentT(3.0),
+}
 
 
 @pytest.mark.parametrize("name", COORDINATES)
@@ -383,10 +388,49 @@ def test_flow_from_a_prior_with_parameters_is_fitted_stored_and_needs_its_model(
         load(path)
 
 
-@pytest.mark.parametrize(("name", "family"), [("horseshoe", "InverseGamma"), ("a user's", "Gamma")])
-def test_transports_from_families_without_inverse_cdf_are_refused(name: str, family: str) -> None:
-    with pytest.raises(ValueError, match=f"a transport from a {family} prior needs its cdf and inverse cdf"):
-        model_of(PRIORS[name]).flat_prior.require_coordinates()
+def test_transports_from_conditionals_without_inverse_cdf_are_refused() -> None:
+    with pytest.raises(ValueError, match="a transport from a StudentT prior needs its cdf and inverse cdf"):
+        model_of(PRIORS["a user's"]).flat_prior.require_coordinates()
+
+
+TABULATED = {
+    "t": td.StudentT(torch.tensor([1.0, 2.5, 30.0, 2.5]), torch.tensor([0.0, -1.0, 2.0, 0.0]), torch.ones(4) / 2),
+    "gamma": td.Gamma(torch.tensor([0.3, 2.0, 40.0]), torch.tensor([1.0, 0.1, 7.0])),
+    "invgamma": td.InverseGamma(torch.tensor([0.6, 2.0, 15.0]), torch.tensor([1.0, 3.0, 0.2])),
+    "chi2": td.Chi2(torch.tensor([1.0, 5.0, 5.0])),
+}
+
+
+@pytest.mark.parametrize("name", TABULATED)
+def test_tabulated_quantiles_are_scipys_in_both_tails(name: str) -> None:
+    distribution = rebuild(TABULATED[name], lambda v: v.double())
+    size = distribution.batch_shape[0]
+    table, family = QuantileTable(distribution), getattr(stats, name)
+    z = torch.linspace(-8.3, 8.3, 997, dtype=F64)[:, None].repeat(1, size)
+    got = table.from_normal(z)
+    value = got if name == "t" else got.exp()
+    for i in range(size):
+        shape = (distribution.df if name in ("t", "chi2") else distribution.concentration)[i].item()
+        loc, scale = 0.0, 1.0
+        if name == "t":
+            loc, scale = distribution.loc[i].item(), distribution.scale[i].item()
+        elif name != "chi2":
+            scale = distribution.rate[i].item() ** (1 if name == "invgamma" else -1)
+        law, p = family(shape, loc=loc, scale=scale), stats.norm.cdf(-np.abs(z[:, i].numpy()))
+        expected = np.where(z[:, i].numpy() <= 0, law.ppf(p), law.isf(p))
+        np.testing.assert_allclose(value[:, i].numpy() - loc, expected - loc, rtol=1e-8, atol=1e-9 * scale)
+    torch.testing.assert_close(table.to_normal(got), z, rtol=0, atol=1e-9)
+    slope = torch.func.jvp(table.from_normal, (z,), (torch.ones_like(z),))[1]
+    log_density = distribution.log_prob(value) + (0 if name == "t" else got)  # of what the table maps to
+    log_normal = -0.5 * z * z - 0.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(log_density + slope.log(), log_normal, rtol=1e-7, atol=1e-6)
+    back = torch.func.jvp(table.to_normal, (got,), (torch.ones_like(z),))[1]
+    torch.testing.assert_close(back * slope, torch.ones_like(z), rtol=1e-9, atol=1e-9)
+
+
+def test_shapes_whose_quantiles_underflow_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"quantiles of a Gamma prior of shape 0\.01 underflow"):
+        QuantileTable(td.Gamma(torch.tensor([0.01]), torch.tensor([1.0])))
 
 
 def test_fingerprint_tells_priors_apart() -> None:

@@ -439,9 +439,20 @@ def test_fit_refuses_draws_that_do_not_fit():
         bf.fit_flow(model, draws)
     with pytest.raises(ValueError, match="velocity must be"):
         bf.fit_flow(model, model.sample_prior(5, 0), velocity="magic")  # type: ignore[arg-type]
-    student = bf.BayesianModel(model.net, priors.StudentT(), likelihoods.Categorical(), model.x, model.y)
-    with pytest.raises(ValueError, match="StudentT prior needs its cdf"):
-        bf.fit_flow(student, student.sample_prior(5, 0))
+
+
+def test_flow_from_a_student_prior_has_its_jacobian():
+    model = bf.BayesianModel(
+        nn.Linear(1, 1, bias=False).double(),
+        torch.distributions.StudentT(2.5, 0.3, 0.8),
+        likelihoods.Gaussian(0.7),
+        torch.tensor([[1.0], [0.5]]),
+        torch.tensor([0.4, 1.0]),
+    )
+    flow = Flow.of(InformedVelocity(model.spec, GaussNewton(1), width=8, depth=1).double(), model)
+    grid = torch.linspace(-9, 9, 2001, dtype=torch.float64)
+    mass = torch.trapezoid(flow.log_prob(grid[:, None], steps=24, solver="rk4").exp(), grid)
+    assert mass == pytest.approx(1.0, abs=2e-3)
 
 
 def test_refine_brings_prior_draws_to_a_gaussian_posterior():

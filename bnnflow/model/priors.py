@@ -2,8 +2,8 @@
 
 A prior names one elementwise distribution per tensor, fixed or given parameters that are inferred beside the weights.
 ``FlatPrior`` lays them out along ``theta``: the weights, then the parameters of the prior, then those of the
-likelihood. The coordinate of a positive parameter is its logarithm (with the Jacobian). Where nothing in the prior is
-inferred, it also knows the map to standard normal coordinates, in which the transport works.
+likelihood. The coordinate of a positive parameter is its logarithm (with the Jacobian). It also knows the map to
+standard normal coordinates, in which the transport works.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from bnnflow.draws import Draws
+from bnnflow.model.quantiles import FAMILIES, QuantileTable
 from bnnflow.seeding import as_generator, isolated
 from bnnflow.types import HierarchicalPrior, Prior, Seed
 from bnnflow.weights import WeightSpec, unwrapped
@@ -400,6 +402,11 @@ class _Block:
         if self.log:
             return self.distribution.log_prob(theta.exp()) + theta
         return self.distribution.log_prob(theta)
+
+    @cached_property
+    def table(self) -> QuantileTable | None:
+        """The map to normal coordinates where torch has no inverse cdf."""
+        return QuantileTable(self.distribution) if type(self.distribution) in FAMILIES else None
 
     def log_prob_and_grad(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Return the elementwise log density and its derivative, ``(..., size)`` each; differentiable again."""
@@ -778,7 +785,7 @@ class FlatPrior:
 
     def require_coordinates(self) -> None:
         """Raise ``ValueError`` if a distribution has no cdf and inverse cdf to make normal coordinates from."""
-        families = [block.distribution for block in self._blocks]
+        families = [block.distribution for block in self._blocks if block.table is None]
         if self._weights is not None:
             families += self._weights.families()
         for distribution in families:
@@ -843,6 +850,8 @@ class FlatPrior:
         d = block.distribution
         if isinstance(d, td.Normal):
             return (theta - d.loc) / d.scale
+        if block.table is not None:
+            return block.table.to_normal(theta.double()).to(theta.dtype)
         d = rebuild(d, lambda v: v.double())
         value = theta.double().exp() if block.log else theta.double()
         # Neither tail may round to probability zero or one: z is kept between -37 and 8.
@@ -854,6 +863,8 @@ class FlatPrior:
         d = block.distribution
         if isinstance(d, td.Normal):
             return d.loc + d.scale * z
+        if block.table is not None:
+            return block.table.from_normal(z.double()).to(z.dtype)
         d = rebuild(d, lambda v: v.double())
         value = d.icdf(torch.special.ndtr(z.double()).clamp(_TINY, 1 - _EPSILON))
         return (value.log() if block.log else value).to(z.dtype)

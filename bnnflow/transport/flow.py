@@ -446,16 +446,17 @@ class Flow:
         state = {name: torch.from_numpy(arrays[name]) for name in arrays if name not in plain["arrays"]}
         dtype = getattr(torch, header["dtype"]) if "dtype" in header else next(iter(state.values())).dtype
         velocity.to(dtype).requires_grad_(False).load_state_dict(state)
-        source = Source.from_description(plain, arrays, dtype, model)
-        if hasattr(velocity, "bind"):
-            if model is None:
-                raise ValueError("a likelihood-informed flow needs its model: Flow.load(path, model)")
-            velocity = bound(velocity, Context(model, source))
-        if model is not None and model.fingerprint() != header["fingerprint"]:
+        informed = hasattr(velocity, "bind")
+        if informed and model is None:
+            raise ValueError("a likelihood-informed flow needs its model: Flow.load(path, model)")
+        if informed and model is not None and model.fingerprint() != header["fingerprint"]:
             raise ValueError(
                 "this is not the model that the flow was fitted on (data, prior, likelihood or network differ); "
                 "load it with its own model and call flow.bind(model) to use it on another"
             )
+        source = Source.from_description(plain, arrays, dtype, model)
+        if informed and model is not None:
+            velocity = bound(velocity, Context(model, source))
         rest = (header["fingerprint"], header["solver"], header["steps"], header["info"])
         return cls(velocity.eval(), source, spec, *rest)
 

@@ -159,7 +159,7 @@ class Source:
         values = {name.removeprefix("source/"): torch.from_numpy(arrays[name]) for name in plain["arrays"]}
         if all("start" in block for block in plain["prior"]):
             return cls(FlatPrior.from_description(plain["prior"], dtype), **values)
-        if model is None:
+        if model is None or model.flat_prior.describe() != plain["prior"]:
             raise ValueError("a flow from a prior with inferred parameters needs its model: load(path, model)")
         return cls(model.flat_prior, **values)
 
