@@ -16,7 +16,7 @@ from bnnflow import WeightSpec
 from bnnflow.transport import WeightsVelocity, integrate, time_grid, train
 
 DRAWS = 40_000
-STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 1500
+STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 500
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
         x0, x1 = torch.randn(2, n, spec.dim, generator=generator)
         return x0, x1 + 1
 
-    field, info = train(WeightsVelocity(spec, 16, 2), pairs, steps=STEPS, batch_size=64, seed=0)
+    field, info = train(WeightsVelocity(spec, 8, 1), pairs, steps=STEPS, batch_size=64, seed=0)
     print(f"{spec.dim} weights, {info['steps']} steps, {info['cpu_seconds']:.0f} CPU s, loss {info['loss']:.1f}")
     print("                         mean of each weight    standard deviation of each weight (asked: 0.97 to 1.03)")
     for name, solver, grid in (
@@ -38,7 +38,7 @@ def main() -> None:
     ):
         began, ends = time.process_time(), []
         with torch.no_grad():
-            for x0 in torch.randn(DRAWS, spec.dim, generator=torch.Generator().manual_seed(1)).split(2000):
+            for x0 in torch.randn(DRAWS, spec.dim, generator=torch.Generator().manual_seed(1)).split(256):
                 ends += integrate(lambda t, state: (field(t, state[0]),), (x0,), grid, solver)  # type: ignore[arg-type]
         x1 = torch.cat(ends)
         mean, sd, seconds = x1.mean(0), x1.std(0), time.process_time() - began
