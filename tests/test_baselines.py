@@ -26,6 +26,19 @@ ALL = pytest.mark.parametrize("kind", ["gaussian", "coupling", "cnf"])
 LEARNED = pytest.mark.parametrize("kind", ["coupling", "cnf"])
 
 
+class _ScaledStudent:
+    """Student-t weights of an inferred scale, for which torch has no inverse cdf."""
+
+    def parameters(self, spec):
+        return {"scale": torch.distributions.HalfNormal(1.0)}
+
+    def conditional(self, spec, parameters):
+        scale = parameters["scale"]  # (..., 1)
+        ones = {name: (1,) * len(shape) for name, shape in spec.shapes.items()}
+        lead = scale.shape[:-1]
+        return {name: torch.distributions.StudentT(5.0, 0.0, scale.reshape(*lead, *one)) for name, one in ones.items()}
+
+
 @pytest.fixture(autouse=True)
 def _seeded_modules():
     with torch.random.fork_rng():
@@ -234,7 +247,7 @@ def test_draws_that_do_not_fit_are_refused(kind):
         fit(kind, model, model.sample_prior(5, 0))
     with pytest.raises(ValueError, match="ten finite held-out draws"):
         fit(kind, model, model.sample_prior(50, 0), held_out=model.sample_prior(5, 0))
-    student = bf.BayesianModel(model.net, priors.StudentT(), likelihoods.Gaussian(0.3), model.x, model.y)
+    student = bf.BayesianModel(model.net, _ScaledStudent(), likelihoods.Gaussian(0.3), model.x, model.y)
     with pytest.raises(ValueError, match="StudentT prior needs its cdf"):
         fit(kind, student, student.sample_prior(50, 0))
 
