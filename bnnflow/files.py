@@ -9,29 +9,47 @@ from bnnflow.draws import Draws
 from bnnflow.equivariant import INRs
 from bnnflow.inference import checkpoint
 from bnnflow.model import BayesianModel
-from bnnflow.transport import Flow, FlowMap
+from bnnflow.transport import CompletedFlow, Flow, FlowMap, InCoordinates, ManifoldFlow
 
 __all__ = ["load"]
 
+Saved = Draws | INRs | Flow | FlowMap | ManifoldFlow | CompletedFlow | InCoordinates
 
-def load(path: str | Path, model: BayesianModel | None = None) -> Draws | Flow | FlowMap | INRs:
-    """Read what ``save`` wrote (draws, a flow, a flow map, INRs), or the draws of a run from its checkpoint folder.
+_VERSIONS = {
+    "draws": 1,
+    "inrs": 1,
+    "flow": 2,
+    "flow-map": 1,
+    "manifold-flow": 1,
+    "completed-flow": 1,
+    "in-coordinates": 1,
+}
+_WITH_MODEL = {
+    "flow": Flow,
+    "flow-map": FlowMap,
+    "manifold-flow": ManifoldFlow,
+    "completed-flow": CompletedFlow,
+    "in-coordinates": InCoordinates,
+}
+
+
+def load(path: str | Path, model: BayesianModel | None = None) -> Saved:
+    """Read what ``save`` wrote (draws, INRs, a flow, a density), or the draws of a run from its checkpoint folder.
 
     Args:
         path: the file, or the folder given to ``sample(..., checkpoint=...)``; the run may be going on, or be dead.
-        model: binds a likelihood-informed flow.
+        model: binds a likelihood-informed flow; a flow on a manifold or a density is checked against it if given.
 
     Raises:
-        ValueError: if the file is not bnnflow's, is newer than this version, or is an informed flow without a model;
-            if a folder holds no draws.
+        ValueError: if the file is not bnnflow's, is newer than this version, needs a model or does not fit the one
+            that is given; if a folder holds no draws.
     """
     if Path(path).is_dir():
         return checkpoint.load(path)
-    header, arrays = storage.read(path, {"draws": 1, "flow": 2, "flow-map": 1, "inrs": 1})
-    if header["kind"] == "draws":
+    header, arrays = storage.read(path, _VERSIONS)
+    kind = header["kind"]
+    if kind == "draws":
         return Draws.from_file(header, arrays)
-    if header["kind"] == "inrs":
+    if kind == "inrs":
         return INRs.from_file(header, arrays)
-    if header["kind"] == "flow-map":
-        return FlowMap.from_file(header, arrays, model)
-    return Flow.from_file(header, arrays, model)
+    return _WITH_MODEL[kind].from_file(header, arrays, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,11 +24,22 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
+    return torch.randn(shape, generator=generator(seed), dtype=dtype)
+
+
 def built(make: Callable[[], nn.Module], dtype: torch.dtype = F64) -> nn.Module:
     """Build a network from a seed, without a trace in the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         return make().to(dtype)
+
+
+def chain(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU, bias: bool = True) -> nn.Module:
+    modules: list[nn.Module] = []
+    for n_in, n_out in itertools.pairwise(widths):
+        modules += [nn.Linear(n_in, n_out, bias=bias), activation()]
+    return nn.Sequential(*modules[:-1])
 
 
 # ---------------------------------------------------------------- posteriors
@@ -69,14 +81,14 @@ def conjugate(hard: bool = False, dtype: torch.dtype = F64, temperature: float =
 def tiny_network(n: int = 6, dtype: torch.dtype = F64, seed: int = 2) -> bf.BayesianModel:
     x = torch.linspace(-1.5, 1.5, n, dtype=F64).unsqueeze(-1)
     y = (2 * x).sin() + 0.2 * torch.randn(n, 1, generator=generator(seed), dtype=F64)
-    net = built(lambda: nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1)), dtype)
+    net = built(lambda: chain(1, 3, 1, activation=nn.Tanh), dtype)
     return bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(0.3), x, y)
 
 
 def two_weights() -> bf.BayesianModel:
     """Return the smallest network there is: v tanh(w x), with two modes that are copies of each other."""
     x = torch.linspace(-1.5, 1.5, 6, dtype=F64).unsqueeze(-1)
-    net = built(lambda: nn.Sequential(nn.Linear(1, 1, bias=False), nn.Tanh(), nn.Linear(1, 1, bias=False)))
+    net = built(lambda: chain(1, 1, 1, activation=nn.Tanh, bias=False))
     return bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(0.3), x, x.tanh() + 0.1 * (7 * x).sin())
 
 
@@ -104,15 +116,25 @@ def regression(dtype: torch.dtype = F64, prior=None, n: int = 30) -> tuple[bf.Ba
     return model, covariance @ design.T @ y / 0.25, covariance
 
 
-def network(kind: str = "gaussian", width: int = 5, dtype: torch.dtype = F64) -> bf.BayesianModel:
+def linear(dim: int, prior=None, dtype: torch.dtype = F64) -> bf.BayesianModel:
+    """Return linear regression without an intercept: a model of ``dim`` weights, whatever its posterior."""
+    x = normal(20, dim, seed=1, dtype=dtype)
+    net = built(lambda: nn.Linear(dim, 1, bias=False), dtype)
+    return bf.BayesianModel(net, prior or priors.Normal(), likelihoods.Gaussian(0.5), x, x.sum(1))
+
+
+def network(
+    kind: str = "gaussian", width: int | tuple[int, ...] = 5, dtype: torch.dtype = F64, prior=None
+) -> bf.BayesianModel:
     x = torch.randn(12, 2, generator=generator(2), dtype=dtype)
     likelihood, outputs, y = {
         "categorical": (likelihoods.Categorical(), 3, torch.arange(12) % 3),
         "gaussian": (likelihoods.Gaussian(0.3), 1, x.sum(1).sin()),
         "learned": (likelihoods.Gaussian(), 1, x.sum(1).sin()),
     }[kind]
-    net = built(lambda: nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, outputs)), dtype)
-    return bf.BayesianModel(net, priors.Normal(1.0), likelihood, x, y)
+    widths = (width,) if isinstance(width, int) else width
+    net = built(lambda: chain(2, *widths, outputs, activation=nn.Tanh), dtype)
+    return bf.BayesianModel(net, prior or priors.Normal(1.0), likelihood, x, y)
 
 
 # ---------------------------------------------------------------- comparisons

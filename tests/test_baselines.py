@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 import bnnflow as bf
-from bnnflow import likelihoods, priors
+from bnnflow import likelihoods
 from bnnflow.transport import Flow
 from bnnflow.transport.baselines import InCoordinates, fit_cnf, fit_coupling, fit_gaussian
+from tests.problems import conjugate, generator, linear, network
 
 SHORT = {"progress": False, "patience": 8, "batch_size": 128}
 SMALL = {"cnf": {"width": 32, "solver_steps": 3}, "coupling": {"couplings": 4, "hidden": 32}}
@@ -39,33 +39,6 @@ class _ScaledStudent:
         return {name: torch.distributions.StudentT(5.0, 0.0, scale.reshape(*lead, *one)) for name, one in ones.items()}
 
 
-@pytest.fixture(autouse=True)
-def _seeded_modules():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def linear_model(dim: int = 4, prior=None) -> tuple[bf.BayesianModel, bf.Gaussian]:
-    """Return Bayesian linear regression and, under its N(0, 1.5^2) prior, its posterior."""
-    x = torch.randn(20, dim, generator=generator(1), dtype=torch.float64)
-    y = x.sum(1) + 0.5 * torch.randn(20, generator=generator(2), dtype=torch.float64)
-    net = nn.Linear(dim, 1, bias=False, dtype=torch.float64)
-    model = bf.BayesianModel(net, prior or priors.Normal(1.5), likelihoods.Gaussian(0.5), x, y)
-    covariance = torch.linalg.inv(x.T @ x / 0.25 + torch.eye(dim, dtype=torch.float64) / 2.25)
-    return model, bf.Gaussian(covariance @ (x.T @ y / 0.25), torch.linalg.cholesky(covariance))
-
-
-def network_model() -> bf.BayesianModel:
-    x = torch.randn(15, 2, generator=generator(3))
-    net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
-    return bf.BayesianModel(net, priors.Normal(1.0), likelihoods.Gaussian(0.3), x, x.sum(1).sin())
-
-
 def bananas(n: int, seed: int) -> torch.Tensor:
     first, second = torch.randn(2, n, generator=generator(seed), dtype=torch.float64)
     return torch.stack([first, 0.7 * (first * first - 1) + 0.3 * second], -1)
@@ -82,7 +55,7 @@ def banana_log_prob(theta: torch.Tensor) -> torch.Tensor:
 
 @ALL
 def test_conjugate_posterior_is_recovered(kind):
-    model, exact = linear_model()
+    model, exact = conjugate().model, conjugate().posterior
     found = fit(kind, model, exact.sample(4000, 0), steps=75)
     unseen = exact.sample(2000, 1)
     divergences = exact.log_prob(unseen) - found.log_prob(unseen)
@@ -99,7 +72,7 @@ def test_conjugate_posterior_is_recovered(kind):
 
 @LEARNED
 def test_learned_density_leaves_the_gaussian_behind_on_a_banana(kind):
-    model, _ = linear_model(2)
+    model = linear(2)
     draws, unseen = bananas(5000, 1), bananas(3000, 2)
     gaussian = fit_gaussian(model, draws)
     found = fit(kind, model, draws, steps=300, learning_rate=5e-3)
@@ -122,7 +95,7 @@ def test_learned_density_leaves_the_gaussian_behind_on_a_banana(kind):
 @ALL
 def test_density_carries_the_jacobian_of_a_prior_that_is_not_normal(kind):
     laplace = torch.distributions.Laplace(torch.tensor(0.3).double(), torch.tensor(0.8).double())
-    model, _ = linear_model(1, laplace)
+    model = linear(1, laplace)
     draws = 1 + 0.4 * torch.randn(1000, 1, generator=generator(4), dtype=torch.float64)
     found = fit(kind, model, draws, steps=50)
     grid = torch.linspace(-6, 8, 4001, dtype=torch.float64)
@@ -137,7 +110,7 @@ def test_density_carries_the_jacobian_of_a_prior_that_is_not_normal(kind):
 
 
 def test_matching_undoes_random_symmetries():
-    model = network_model()
+    model = network(width=4, dtype=torch.float32)
     centre = 1.5 * torch.randn(model.dim, generator=generator(5))
     cloud = centre + 0.1 * torch.randn(2000, model.dim, generator=generator(6))
     scrambled = model.spec.random_symmetry(cloud, 7, model.prior)
@@ -155,7 +128,7 @@ def test_matching_undoes_random_symmetries():
 @LEARNED
 def test_early_stopping_never_ends_below_the_gaussian(kind):
     """30 draws in 17 dimensions: everything learned is noise, and the held-out draws know."""
-    model = network_model()
+    model = network(width=4, dtype=torch.float32)
     draws, held_out = (torch.randn(n, model.dim, generator=generator(n)) for n in (30, 400))
     gaussian = fit_gaussian(model, draws, matched=False, held_out=held_out)
     found = fit(kind, model, draws, matched=False, held_out=held_out, steps=1000, patience=2, learning_rate=1e-2)
@@ -168,7 +141,7 @@ def test_early_stopping_never_ends_below_the_gaussian(kind):
 @ALL
 def test_held_out_likelihood_is_that_of_the_density_returned(kind):
     """30 draws again, and an end by the number of steps, long after the best state."""
-    model = network_model()
+    model = network(width=4, dtype=torch.float32)
     draws, held_out = (torch.randn(n, model.dim, generator=generator(n)) for n in (30, 300))
     found = fit(kind, model, draws, matched=False, held_out=held_out, steps=75, learning_rate=1e-2)
     assert float(found.log_prob(held_out).mean()) == pytest.approx(found.info["held_out"], abs=1e-3)
@@ -176,7 +149,7 @@ def test_held_out_likelihood_is_that_of_the_density_returned(kind):
 
 @ALL
 def test_weighted_draws_are_fitted_by_their_weights(kind):
-    model, _ = linear_model()
+    model = linear(4)
     near, far = (
         where + 0.1 * torch.randn(500, 4, generator=generator(8), dtype=torch.float64) for where in (1.0, -5.0)
     )
@@ -190,7 +163,7 @@ def test_weighted_draws_are_fitted_by_their_weights(kind):
 
 @ALL
 def test_same_seed_same_density(kind):
-    model, exact = linear_model()
+    model, exact = conjugate().model, conjugate().posterior
     draws = exact.sample(300, 0)
     first, again, other = (fit(kind, model, draws, steps=30, seed=seed).sample(5, 0) for seed in (0, 0, 1))
     assert torch.equal(first, again)
@@ -199,7 +172,7 @@ def test_same_seed_same_density(kind):
 
 @LEARNED
 def test_budget_ends_in_time(kind):
-    model = network_model()
+    model = network(width=4, dtype=torch.float32)
     found = fit(kind, model, model.sample_prior(300, 0), steps=None, budget=1.0, patience=10**6)
     assert 0.9 < found.info["seconds"] < 4
     assert found.info["steps"] > 1
@@ -207,7 +180,7 @@ def test_budget_ends_in_time(kind):
 
 @LEARNED
 def test_interrupt_returns_what_was_reached(kind, monkeypatch):
-    model = network_model()
+    model = network(width=4, dtype=torch.float32)
     real, calls = torch.optim.Adam.step, []
 
     def interrupted(self, *arguments):
@@ -224,7 +197,7 @@ def test_interrupt_returns_what_was_reached(kind, monkeypatch):
 
 
 def test_continuous_flow_is_a_flow_that_can_be_saved(tmp_path):
-    model = network_model()
+    model = network(width=4, dtype=torch.float32)
     flow = fit("cnf", model, model.sample_prior(300, 0), steps=25)
     assert isinstance(flow, Flow)
     loaded = bf.load(flow.save(tmp_path / "cnf"))
@@ -236,7 +209,7 @@ def test_continuous_flow_is_a_flow_that_can_be_saved(tmp_path):
 
 @ALL
 def test_draws_that_do_not_fit_are_refused(kind):
-    model = network_model()
+    model = network(width=4, dtype=torch.float32)
     with pytest.raises(ValueError, match="axis of length"):
         fit(kind, model, torch.zeros(50, 3))
     draws = model.sample_prior(50, 0)
@@ -267,13 +240,13 @@ def test_draws_that_do_not_fit_are_refused(kind):
     ],
 )
 def test_settings_that_cannot_be_are_refused(kind, options):
-    model = network_model()
+    model = network(width=4, dtype=torch.float32)
     with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
         fit(kind, model, model.sample_prior(20, 0), **options)
 
 
 def test_densities_are_posteriors_over_weights():
-    model, exact = linear_model()
+    model, exact = conjugate().model, conjugate().posterior
     found = fit_gaussian(model, exact.sample(200, 0))
     assert isinstance(found, InCoordinates)
     assert found.sample(3, 0).shape == (3, 4)

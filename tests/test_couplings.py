@@ -10,43 +10,28 @@ from scipy import stats
 from torch import nn
 
 import bnnflow as bf
-from bnnflow import likelihoods, priors
+from bnnflow import priors
 from bnnflow.symmetry import match
 from bnnflow.transport import Source, couplings
 from bnnflow.transport.couplings import Independent, Matched, MiniBatchOT, SinkhornOT
 from bnnflow.weights import Symmetries
+from tests.problems import built, generator, network, normal
 
 NO_SYMMETRY = Symmetries(frozenset(), frozenset(), frozenset())
 ALL = [Independent(), Matched(), MiniBatchOT(), MiniBatchOT(matched=True), SinkhornOT(0.3)]
 
 
-@pytest.fixture(autouse=True)
-def _seeded_modules():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def perceptron(*hidden: int) -> bf.BayesianModel:
-    layers: list[nn.Module] = []
-    for n_in, n_out in itertools.pairwise((2, *hidden)):
-        layers += [nn.Linear(n_in, n_out), nn.Tanh()]
-    x = torch.randn(10, 2, generator=generator())
-    net = nn.Sequential(*layers, nn.Linear(hidden[-1], 1))
-    return bf.BayesianModel(net, priors.Normal(1.0), likelihoods.Gaussian(0.1), x, x.sum(1))
+def perceptron(*hidden: int, prior=None) -> bf.BayesianModel:
+    return network("gaussian", hidden, torch.float32, prior)
 
 
 def flat(dim: int) -> bf.WeightSpec:
-    return bf.WeightSpec.unlabelled(nn.Linear(dim, 1, bias=False))
+    return bf.WeightSpec.unlabelled(built(lambda: nn.Linear(dim, 1, bias=False)))
 
 
 def batches(n: int, dim: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a source and a target far from symmetric, so that a plan has something to pull at."""
-    x0, noise = torch.randn(2, n, dim, generator=generator(seed))
+    x0, noise = normal(2, n, dim, seed=seed, dtype=torch.float32)
     return x0, 2 + 0.5 * noise * torch.linspace(0.1, 3, dim)
 
 
@@ -102,7 +87,7 @@ def test_both_ends_are_moved_by_one_random_element(coupling, monkeypatch):
     assert torch.equal(still[1], x1)
     assert not torch.allclose(moved[1], x1)
     assert torch.allclose((moved[0] - moved[1]).norm(dim=1), (still[0] - still[1]).norm(dim=1), rtol=1e-4)
-    x = torch.randn(7, 2, generator=generator())
+    x = normal(7, 2, dtype=torch.float32)
     assert torch.allclose(model.outputs(moved[0], x), model.outputs(still[0], x), atol=1e-4)
 
 
@@ -283,10 +268,7 @@ def test_matching_needs_a_symmetry(coupling):
 
 
 def test_prior_that_keeps_no_signs_is_matched_by_permutations_alone():
-    net = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1))
-    x = torch.randn(10, 2, generator=generator())
-    prior = priors.PerTensor({}, torch.distributions.Normal(0.5, 1.0))
-    model = bf.BayesianModel(net, prior, likelihoods.Gaussian(0.1), x, x.sum(1))
+    model = perceptron(6, prior=priors.PerTensor({}, torch.distributions.Normal(0.5, 1.0)))
     group = Source(model.flat_prior).symmetries(model)
     assert group.permutation == {"h1"}
     assert not group.sign

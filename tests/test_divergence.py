@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import bnnflow as bf
-from bnnflow import likelihoods, priors
 from bnnflow.transport import Flow, GaussianVelocity
 from bnnflow.transport.divergence import (
     divergence,
@@ -19,21 +18,7 @@ from bnnflow.transport.divergence import (
 from bnnflow.transport.solvers import integrate, time_grid
 from bnnflow.transport.two_layer import TwoLayerVelocity
 from bnnflow.types import Noise, Trace
-
-
-@pytest.fixture(autouse=True)
-def _seeded_modules():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=generator(seed), dtype=torch.float64)
+from tests.problems import built, generator, linear, normal
 
 
 def curved(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -56,7 +41,7 @@ def jacobian(velocity, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def two_layer(dim: int = 7, base: nn.Module | None = None) -> TwoLayerVelocity:
     """Return a field with random weights everywhere: those at zero would hide errors."""
-    field = TwoLayerVelocity(dim, 16, base=base).double()
+    field = built(lambda: TwoLayerVelocity(dim, 16, base=base))
     g = generator(3)
     learned = [p for name, p in field.named_parameters() if not name.startswith(("base", "time"))]
     for parameter in learned:
@@ -101,9 +86,6 @@ def decaying(dim: int = 60, power: float = 2.0) -> torch.Tensor:
 @pytest.mark.parametrize("dim", [2, 50, 500])
 def test_log_density_of_a_linear_field_is_exact(dim):
     """x1 = E x0 + shift' with E = exp(matrix): a Gaussian whose density is known."""
-    x = normal(20, dim) / dim**0.5
-    net = nn.Linear(dim, 1, bias=False, dtype=torch.float64)
-    model = bf.BayesianModel(net, priors.Normal(1.0), likelihoods.Gaussian(0.5), x, x.sum(1))
     field = Linear(dim)
     whole = torch.zeros(dim + 1, dim + 1, dtype=torch.float64)
     whole[:dim, :dim], whole[:dim, dim] = field.matrix, field.shift
@@ -111,7 +93,7 @@ def test_log_density_of_a_linear_field_is_exact(dim):
     matrix, shift = flow_map[:dim, :dim], flow_map[:dim, dim]
     truth = torch.distributions.MultivariateNormal(shift, matrix @ matrix.T)
     theta = normal(2, dim, seed=12) @ matrix.T + shift
-    flow = Flow.of(field, model, steps=64, solver="rk4")
+    flow = Flow.of(field, linear(dim), steps=64, solver="rk4")
     assert (flow.log_prob(theta) - truth.log_prob(theta)).abs().max() < 1e-6
     estimate = flow.log_prob(theta.expand(200, 2, dim), trace="hutchinson", probes=1, seed=1)
     error = estimate.std(0) / math.sqrt(200)
@@ -224,15 +206,15 @@ def test_closed_trace_of_two_layers_is_that_of_autograd(based, times):
 
 
 def test_untrained_two_layers_are_their_base():
-    field = TwoLayerVelocity(7, 16, base=gaussian_field()).double()
-    plain = TwoLayerVelocity(7, 16).double()
+    field = built(lambda: TwoLayerVelocity(7, 16, base=gaussian_field()))
+    plain = built(lambda: TwoLayerVelocity(7, 16))
     t, x = torch.tensor(0.6), normal(5, 7)
     assert torch.allclose(field(t, x), gaussian_field()(t, x), atol=1e-12)
     # Without a base: from N(0, I) to N(0, I).
     (end,) = integrate(lambda t, s: (plain(t, s[0]),), (x,), time_grid(32))
     assert torch.allclose(end, x, atol=1e-6)
     with pytest.raises(ValueError, match="base must know its trace"):
-        TwoLayerVelocity(7, base=nn.Linear(7, 7))
+        TwoLayerVelocity(7, base=nn.Identity())
 
 
 def test_two_layers_carry_their_density_exactly():
@@ -250,10 +232,7 @@ def test_two_layers_carry_their_density_exactly():
 
 @pytest.mark.parametrize("based", [False, True])
 def test_flow_of_two_layers_is_saved_and_loaded(tmp_path, based):
-    net = nn.Linear(6, 1, dtype=torch.float64)
-    x = normal(10, 6)
-    model = bf.BayesianModel(net, priors.Normal(1.0), likelihoods.Gaussian(0.5), x, x.sum(1))
-    flow = Flow.of(two_layer(base=gaussian_field() if based else None), model)
+    flow = Flow.of(two_layer(base=gaussian_field() if based else None), linear(7))
     loaded = bf.load(flow.save(tmp_path / "flow"))
     assert isinstance(loaded, Flow)
     theta = flow.sample(3, 0)

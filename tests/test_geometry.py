@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -16,35 +18,14 @@ import bnnflow as bf
 from bnnflow import WeightSpec
 from bnnflow.activations import Activation
 from bnnflow.symmetry import Spheres, normalise_scale
+from bnnflow.transport import Flow, WeightsVelocity
 from bnnflow.transport.divergence import exact_divergence
 from bnnflow.transport.geometry import RiemannianPath, TangentVelocity
-from bnnflow.transport.manifold import CompletedFlow, ManifoldFlow, Radii, Tracing, fit_manifold_flow
+from bnnflow.transport.manifold import CompletedFlow, ManifoldFlow, Radii, fit_manifold_flow
+from bnnflow.transport.options import DensityOptions, Tracing
 from bnnflow.transport.solvers import integrate
 from bnnflow.weights import Symmetries
-
-F64 = torch.float64
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
-
-
-def built(make: Callable[[], nn.Module]) -> nn.Module:
-    """Build a module from a seed, without a trace in the global generator."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        return make()
-
-
-def chain(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU, bias: bool = True) -> nn.Module:
-    modules: list[nn.Module] = []
-    for n_in, n_out in itertools.pairwise(widths):
-        modules += [nn.Linear(n_in, n_out, bias=bias), activation()]
-    return nn.Sequential(*modules[:-1]).double()
+from tests.problems import F64, built, chain, generator, normal
 
 
 class Residual(nn.Module):
@@ -65,7 +46,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "two hidden": lambda: chain(3, 4, 5, 2),
     "leaky, no biases": lambda: chain(3, 4, 2, activation=lambda: nn.LeakyReLU(0.2), bias=False),
     "mixed": lambda: nn.Sequential(chain(3, 4), nn.ReLU(), chain(4, 5), nn.Tanh(), chain(5, 2)),
-    "residual": lambda: Residual().double(),
+    "residual": Residual,
     "tanh": lambda: chain(3, 4, 2, activation=nn.Tanh),
 }
 
@@ -348,7 +329,7 @@ def randomised(velocity: nn.Module, scale: float = 0.1) -> nn.Module:
 
 def network_flow(name: str = "two hidden", **options) -> ManifoldFlow:
     spec = WeightSpec.of(built(NETS[name]))
-    velocity = randomised(built(lambda: TangentVelocity(spec, width=8, depth=1)).double())
+    velocity = randomised(built(lambda: TangentVelocity(spec, width=8, depth=1)))
     return ManifoldFlow(velocity.eval(), Spheres(spec), **options)
 
 
@@ -413,14 +394,10 @@ def test_divergences_of_closed_form_fields(k: int) -> None:
         def forward(self, t: Tensor, x: Tensor) -> Tensor:
             return a + x @ symmetric
 
-    _, change = ManifoldFlow(Gradient(), spheres).transport(x, torch.tensor([0, 1e-6], dtype=F64), "euler", exact())
+    _, change = ManifoldFlow(Gradient(), spheres).transport(x, torch.tensor([0, 1e-6], dtype=F64), "euler", Tracing())
     form = torch.einsum("ni,ij,nj->n", x, symmetric, x)
     expected = -(k - 1) * x @ a + symmetric.trace() - k * form
     torch.testing.assert_close(change / 1e-6, expected)
-
-
-def exact() -> Tracing:
-    return Tracing("exact", 1, "rademacher", generator())
 
 
 def by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -434,7 +411,7 @@ def test_densities_agree_with_the_jacobian_of_the_flow(name: str) -> None:
     flow = network_flow(name, solver="rk4", steps=10)
     spheres = flow.spheres
     x0 = flow.start(2, 0)
-    x1, change = flow.transport(x0, flow.grid(None), tracing=exact())
+    x1, change = flow.transport(x0, flow.grid(None), tracing=Tracing())
     jacobian = by_rows(lambda x: flow.transport(x, flow.grid(None))[0], x0)
 
     def basis(x: Tensor) -> Tensor:
@@ -462,7 +439,7 @@ def test_divergence_agrees_with_finite_differences() -> None:
     basis = h * torch.eye(flow.dim, dtype=F64)
     differences = [(extended(x + row) - extended(x - row))[:, i] / (2 * h) for i, row in enumerate(basis)]
     torch.testing.assert_close(exact_divergence(extended, x)[1], torch.stack(differences).sum(0), rtol=0, atol=1e-6)
-    _, change = flow.transport(x, torch.stack([t, t + 1e-6]), "euler", exact())
+    _, change = flow.transport(x, torch.stack([t, t + 1e-6]), "euler", Tracing())
     torch.testing.assert_close(change / 1e-6, torch.stack(differences).sum(0), rtol=0, atol=1e-5)
 
 
@@ -501,7 +478,7 @@ def test_solvers_keep_their_order_on_the_manifold(solver, order: int) -> None:
 
     def run(solver, steps: int) -> tuple[Tensor, Tensor]:
         grid = torch.linspace(0, 1, steps + 1, dtype=F64)
-        return ManifoldFlow(field, spheres, solver).transport(x0, grid, tracing=exact())
+        return ManifoldFlow(field, spheres, solver).transport(x0, grid, tracing=Tracing())
 
     truth, errors = run("rk4", 160), []
     for steps in (16, 32):
@@ -515,8 +492,8 @@ def test_solvers_keep_their_order_on_the_manifold(solver, order: int) -> None:
 def test_adaptive_solvers_serve_too() -> None:
     spheres, grid = sphere(4), torch.tensor([0.0, 0.4, 1.0], dtype=F64)
     flow, x0 = ManifoldFlow(Wavy(4), spheres, "dopri5"), spheres.sample(2, 0, dtype=F64)
-    found = flow.transport(x0, grid, tracing=exact())
-    expected = flow.transport(x0, torch.linspace(0, 1, 33, dtype=F64), "rk4", exact())
+    found = flow.transport(x0, grid, tracing=Tracing())
+    expected = flow.transport(x0, torch.linspace(0, 1, 33, dtype=F64), "rk4", Tracing())
     for got, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-3)
 
@@ -544,8 +521,8 @@ def test_flows_commute_with_permutations(name: str) -> None:
     assert (field.abs().amax(-1) > 1e-3).all()
     assert (flow.spheres.inner(x, field).abs() < 1e-12).all()
     torch.testing.assert_close(flow.velocity(torch.tensor(0.4), moved), flow.spec.transform(group, 1, field)[0])
-    end, change = flow.transport(x, flow.grid(None), tracing=exact())
-    moved_end, moved_change = flow.transport(moved, flow.grid(None), tracing=exact())
+    end, change = flow.transport(x, flow.grid(None), tracing=Tracing())
+    moved_end, moved_change = flow.transport(moved, flow.grid(None), tracing=Tracing())
     torch.testing.assert_close(moved_end, flow.spec.transform(group, 1, end)[0])
     torch.testing.assert_close(moved_change, change)
 
@@ -553,7 +530,7 @@ def test_flows_commute_with_permutations(name: str) -> None:
 def test_on_flat_space_it_is_the_ordinary_flow() -> None:
     flow = network_flow("tanh")
     x0 = flow.start(5, 0)
-    x1, change = flow.transport(x0, flow.grid(None), tracing=exact())
+    x1, change = flow.transport(x0, flow.grid(None), tracing=Tracing())
 
     def slope(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return exact_divergence(lambda z: flow.velocity(t, z), state[0])
@@ -577,7 +554,7 @@ def test_a_field_trained_on_draws_has_their_density() -> None:
         def forward(self, t: Tensor, x: Tensor) -> Tensor:
             return self.net(torch.cat([t.expand(len(x)).to(x).unsqueeze(-1), x], -1))
 
-    field, gen, steps = built(Perceptron), generator(1), 800
+    field, gen, steps = built(Perceptron, torch.float32), generator(1), 800
     optimiser = torch.optim.Adam(field.parameters(), 5e-3)
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = 5e-3 * (1 - step / steps)
@@ -595,13 +572,13 @@ def test_a_field_trained_on_draws_has_their_density() -> None:
     assert float((flow.spheres.log_prob(x) - truth.log_prob(x)).mean()) < -0.5  # what no training would leave
 
 
-def test_fitted_flows_reach_their_targets() -> None:
+def test_fitted_flows_reach_their_targets(tmp_path: Path) -> None:
     """Copies of three networks at all scales, permuted: what comes out is one of the three, normalised."""
     spec = WeightSpec.of(built(lambda: chain(2, 2, 1)))
     modes = normal(3, spec.dim, seed=4).float()
     draws = spec.random_symmetry(modes.repeat(50, 1), 0)
     options = {"steps": 200, "batch_size": 64, "learning_rate": 5e-3, "progress": False}
-    velocity = built(lambda: TangentVelocity(spec, 16, 2))
+    velocity = built(lambda: TangentVelocity(spec, 16, 2), torch.float32)
     flow = fit_manifold_flow(spec, draws, velocity=velocity, seed=1, **options)
     assert flow.info["coupling"] == "Independent"
     assert flow.info["steps"] == 200
@@ -618,6 +595,7 @@ def test_fitted_flows_reach_their_targets() -> None:
     assert flow.sample(5)[:, flat].isfinite().all()
     again = fit_manifold_flow(spec, draws, velocity=velocity, seed=1, **options)
     assert torch.equal(again.sample(5), flow.sample(5))
+    assert torch.equal(ManifoldFlow.load(flow.save(tmp_path / "flow")).sample(5), flow.sample(5))
     weighted = fit_manifold_flow(
         spec, (draws, torch.linspace(-9.0, 0.0, len(draws))), velocity=velocity, **(options | {"steps": 2})
     )
@@ -647,12 +625,65 @@ def test_densities_are_of_points_on_the_manifold_only() -> None:
     assert not hasattr(flow, "push_with_log_prob")  # which is what a correction of weights asks for
 
 
+def plain_flow() -> Flow:
+    net, x = built(NETS["two hidden"]), normal(6, 3)
+    model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.5), x, normal(6, 2, seed=1))
+    return Flow.of(randomised(built(lambda: WeightsVelocity(model.spec, 8, 1))), model, steps=3)
+
+
+def completed_flow() -> CompletedFlow:
+    flow = network_flow(steps=3)
+    return flow.complete(normal(200, flow.dim, seed=7))
+
+
+DENSITIES = {
+    "flow": (plain_flow, ("sample_with_log_prob", "push_with_log_prob", "pull_with_log_prob", "log_prob")),
+    "manifold": (lambda: network_flow(steps=3), ("sample_with_log_prob", "log_prob")),
+    "completed": (completed_flow, ("sample_with_log_prob", "push_with_log_prob", "pull_with_log_prob", "log_prob")),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"), [(kind, method) for kind, (_, all_) in DENSITIES.items() for method in all_]
+)
+def test_every_option_reaches_every_density(kind: str, method: str) -> None:
+    flow = DENSITIES[kind][0]()
+    draws = method == "sample_with_log_prob"
+    given = 2 if draws else flow.start(1, 0).expand(2, -1)
+
+    def log_prob(**options: Any) -> Tensor:
+        found = getattr(flow, method)(given, **options)
+        return found[1] if isinstance(found, tuple) else found
+
+    options = {
+        "trace": "hutchinson",
+        "probes": 3,
+        "noise": "gaussian",
+        "seed": 0,
+        "steps": 3,
+        "solver": "midpoint",
+        "chunk_size": 9,
+    }
+    assert options.keys() == get_type_hints(DensityOptions).keys() == {each.name for each in fields(Tracing)}
+    found = log_prob(**options)
+    assert torch.equal(found, log_prob(**options))
+    others = {"trace": "hutch++", "probes": 4, "noise": "rademacher", "seed": 1, "solver": "euler", "chunk_size": 1}
+    for name, value in (others | {"steps": [0.0, 0.5, 1.0]}).items():
+        changed = log_prob(**(options | {name: value}))
+        assert not torch.equal(changed, found), name
+        assert draws or changed[0] != changed[1]  # the same point in two chunks gets other probes
+    defaults = {"trace": "exact", "probes": 8, "noise": "rademacher", "seed": 0, "solver": None, "chunk_size": 512}
+    assert torch.equal(log_prob(), log_prob(**defaults, steps=None))
+    with pytest.raises(TypeError, match="'probe'"):
+        log_prob(probe=3)
+
+
 # ---------------------------------------------------------------- densities over weights
 
 
 def still(spec: WeightSpec) -> ManifoldFlow:
     """The flow of an untrained field, which is zero."""
-    velocity = built(lambda: TangentVelocity(spec, width=8, depth=1)).double().requires_grad_(False)
+    velocity = built(lambda: TangentVelocity(spec, width=8, depth=1)).requires_grad_(False)
     return ManifoldFlow(velocity, Spheres(spec), "euler", 1)
 
 
@@ -723,6 +754,9 @@ def test_completed_flows_can_be_inverted() -> None:
 def test_completed_flows_are_posteriors() -> None:
     flow = network_flow(steps=3).complete(normal(200, WeightSpec.of(built(NETS["two hidden"])).dim, seed=7))
     theta, log_prob = flow.sample_with_log_prob(6, 1, trace="hutchinson", probes=2)
+    coarse = flow.sample(6, 1, steps=flow.flow.grid(2).tolist())
+    torch.testing.assert_close(coarse, flow.sample(6, 1, steps=2))
+    assert (coarse - theta).abs().max() > 1e-3
     assert theta.shape == (6, flow.dim)
     assert log_prob.dtype == F64
     torch.testing.assert_close(flow.sample(6, 1), theta)

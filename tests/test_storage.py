@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import stat
 import zipfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +18,21 @@ import torch
 import bnnflow as bf
 from bnnflow import WeightSpec, storage
 from bnnflow.equivariant import INRs, siren
+from bnnflow.symmetry import Spheres
+from bnnflow.transport import (
+    CompletedFlow,
+    DriveVelocity,
+    Flow,
+    GuidedVelocity,
+    InCoordinates,
+    ManifoldFlow,
+    Radii,
+    Source,
+    TangentVelocity,
+    fit_coupling,
+    fit_gaussian,
+)
+from tests.problems import built, chain, linear
 
 GOLDEN = Path(__file__).parent / "golden" / "draws-v1.npz"
 GOLDEN_INRS = GOLDEN.with_name("inrs-v1.npz")
@@ -176,6 +195,175 @@ def test_todays_inrs_have_the_layout_of_the_golden_ones(tmp_path: Path) -> None:
         assert sorted(now.files) == sorted(golden.files)
         for name in golden.files:
             assert np.array_equal(now[name], golden[name])
+
+
+# ---------------------------------------------------------------- flows on manifolds, densities in coordinates
+
+
+PRIOR = bf.priors.Normal(1.5, 0.25)
+
+
+def exact_values(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return values of no pattern that every floating-point type holds exactly."""
+    return ((torch.arange(math.prod(shape)) * 5 % 13 - 6) / 64).to(dtype).reshape(shape)
+
+
+def example_manifold_flow(dtype: torch.dtype = torch.float32, width: int = 4, *widths: int) -> ManifoldFlow:
+    """Return, by default, the flow that the golden file holds, which no later version may change."""
+    spec = WeightSpec.of(built(lambda: chain(*(widths or (2, 3, 1)))))
+    velocity = built(lambda: TangentVelocity(spec, width, 1), dtype).requires_grad_(False).eval()
+    for parameter in velocity.parameters():
+        parameter.copy_(exact_values(*parameter.shape))
+    return ManifoldFlow(velocity, Spheres(spec), "rk4", 3, {"steps": 5, "loss": 0.25, "held_out_loss": None})
+
+
+def example_completed_flow(*sizes: Any) -> CompletedFlow:
+    """Return, by default, the flow that the golden file holds, which no later version may change."""
+    flow = example_manifold_flow(*sizes)
+    location = exact_values(flow.spheres.units).to(flow.like)
+    return CompletedFlow(flow, Radii(location, 1 + location))
+
+
+def example_density(dtype: torch.dtype = torch.float32) -> InCoordinates:
+    """Return the density that the golden file holds, which no later version may change."""
+    model = linear(3, PRIOR, dtype)
+    loc = torch.tensor([0.5, -1.0, 2.0])
+    source = Source(model.flat_prior, loc, torch.tensor([[2.0, 0.5, 0.0], [0.5, 1.0, 0.25], [0.0, 0.25, 0.5]]))
+    factor = torch.tensor([[1.0, 0.0, 0.0], [-0.5, 0.75, 0.0], [0.25, 0.125, 2.0]], dtype=dtype)
+    return InCoordinates(bf.Gaussian(0.5 * loc.to(dtype), factor), source, {"matched": True, "shrinkage": 0.125})
+
+
+def coupling_density() -> InCoordinates:
+    model = linear(3)
+    return fit_coupling(model, model.sample_prior(200, 1), couplings=3, hidden=16, steps=20, progress=False)
+
+
+EXAMPLES: dict[str, Callable[[], Any]] = {
+    "manifold-flow": example_manifold_flow,
+    "completed-flow": example_completed_flow,
+    "in-coordinates": example_density,
+}
+OTHERS: dict[str, Callable[[], Any]] = {
+    "wide manifold flow": lambda: example_manifold_flow(torch.float64, 16, 3, 6, 5, 2),
+    "wide completed flow": lambda: example_completed_flow(torch.float32, 16, 3, 6, 5, 2),
+    "density, float64": lambda: example_density(torch.float64),
+    "coupling flow": coupling_density,
+}
+
+
+def check_same_law(found: Any, expected: Any) -> None:
+    """Compare samples and log densities to the bit, and what else is known."""
+    assert type(found) is type(expected)
+    assert found.info == expected.info if hasattr(expected, "info") else found.flow.info == expected.flow.info
+    theta = expected.sample(50, 0)
+    again = found.sample(50, 0)
+    assert again.dtype == theta.dtype
+    assert torch.equal(again, theta)
+    assert torch.equal(found.log_prob(theta[:3]), expected.log_prob(theta[:3]))
+    assert not torch.equal(found.sample(50, 1), theta)
+
+
+@pytest.mark.parametrize("name", EXAMPLES | OTHERS)
+def test_transports_come_back_exactly(name: str, tmp_path: Path) -> None:
+    expected = (EXAMPLES | OTHERS)[name]()
+    path = expected.save(tmp_path / "law")
+    check_same_law(type(expected).load(path), expected)
+    check_same_law(bf.load(path), expected)
+    if isinstance(expected, ManifoldFlow | CompletedFlow):
+        found = bf.load(path)
+        assert isinstance(found, ManifoldFlow | CompletedFlow)
+        assert found.spec == expected.spec
+        assert found.steps == 3
+    with zipfile.ZipFile(path) as file:
+        for member in file.namelist():
+            with file.open(member) as array:
+                np.lib.format.read_array(array, allow_pickle=False)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_golden_transports_stay_readable(name: str) -> None:
+    check_same_law(bf.load(GOLDEN.with_name(f"{name}-v1.npz")), EXAMPLES[name]())
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_todays_transports_have_the_layout_of_the_golden_ones(name: str, tmp_path: Path) -> None:
+    path = EXAMPLES[name]().save(tmp_path / "now.npz")
+    with np.load(path) as now, np.load(GOLDEN.with_name(f"{name}-v1.npz")) as golden:
+        assert sorted(now.files) == sorted(golden.files)
+        for array in golden.files:
+            assert np.array_equal(now[array], golden[array])
+
+
+def test_the_golden_density_is_the_gaussian_it_says() -> None:
+    """theta = 0.25 + 1.5 (loc + root x), with x Gaussian."""
+    found, expected = bf.load(GOLDEN.with_name("in-coordinates-v1.npz")), example_density()
+    assert isinstance(found, InCoordinates)
+    assert isinstance(expected.density, bf.Gaussian)
+    assert expected.source.loc is not None
+    assert expected.source.root is not None
+    root, factor = expected.source.root.double(), expected.density.scale_tril.double()
+    mean = 0.25 + 1.5 * (expected.source.loc + root @ expected.density.loc.double())
+    law = torch.distributions.MultivariateNormal(mean, 2.25 * root @ factor @ factor.T @ root)
+    theta = found.sample(20, 0)
+    torch.testing.assert_close(found.log_prob(theta), law.log_prob(theta.double()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [example_manifold_flow, example_completed_flow], ids=lambda make: make.__name__)
+def test_flows_on_manifolds_are_of_their_own_networks_only(make: Callable[[], Any], tmp_path: Path) -> None:
+    path, x = make().save(tmp_path / "flow"), exact_values(4, 2)
+
+    def model(net: Callable[[], torch.nn.Module]) -> bf.BayesianModel:
+        return bf.BayesianModel(built(net, torch.float32), bf.priors.Normal(), bf.likelihoods.Gaussian(0.5), x, x[:, 0])
+
+    check_same_law(bf.load(path, model(lambda: chain(2, 3, 1))), make())
+    for other in (lambda: chain(2, 4, 1), lambda: chain(2, 3, 1, activation=torch.nn.Tanh)):
+        with pytest.raises(ValueError, match="not the model's weights"):
+            bf.load(path, model(other))
+
+
+def test_densities_are_of_their_own_prior_only(tmp_path: Path) -> None:
+    path = example_density().save(tmp_path / "density")
+    check_same_law(bf.load(path, linear(3, PRIOR, torch.float32)), example_density())
+    for other in (linear(3), linear(4, PRIOR)):
+        with pytest.raises(ValueError, match="another prior"):
+            bf.load(path, other)
+
+
+def test_a_prior_with_inferred_parameters_comes_from_the_model(tmp_path: Path) -> None:
+    model = linear(3, bf.priors.Hierarchical(), torch.float32)
+    density = fit_gaussian(model, model.sample_prior(100, 0))
+    path = density.save(tmp_path / "density")
+    check_same_law(bf.load(path, model), density)
+    with pytest.raises(ValueError, match="needs its model"):
+        bf.load(path)
+
+
+def test_what_could_not_be_rebuilt_is_not_saved(tmp_path: Path) -> None:
+    density, flow = example_density(), example_manifold_flow()
+
+    class Foreign:
+        def sample(self, n: int, seed: bf.types.Seed) -> torch.Tensor:
+            return density.density.sample(n, seed)
+
+        def log_prob(self, theta: torch.Tensor) -> torch.Tensor:
+            return density.density.log_prob(theta)
+
+    with pytest.raises(ValueError, match="cannot save a Foreign"):
+        replace(density, density=Foreign()).save(tmp_path / "never")
+    with pytest.raises(ValueError, match="cannot save a Identity"):
+        replace(flow, velocity=torch.nn.Identity()).save(tmp_path / "never")
+    for velocity in (DriveVelocity(), GuidedVelocity(flow.velocity, density.log_prob, density.source)):
+        with pytest.raises(ValueError, match=f"cannot save a {type(velocity).__name__}"):
+            replace(example_completed_flow(), flow=replace(flow, velocity=velocity)).save(tmp_path / "never")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_transports_are_not_read_as_one_another(name: str, tmp_path: Path) -> None:
+    path = EXAMPLES[name]().save(tmp_path / "law")
+    for other in {ManifoldFlow, CompletedFlow, InCoordinates, Flow} - {type(EXAMPLES[name]())}:
+        with pytest.raises(ValueError, match=f"holds '{name}', expected one of"):
+            other.load(path)
 
 
 # ---------------------------------------------------------------- refusals

@@ -13,15 +13,18 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bnnflow import storage
 from bnnflow.draws import Draws, as_theta
 from bnnflow.gaussian import Gaussian
 from bnnflow.model import BayesianModel
-from bnnflow.posteriors import CouplingFlow, coupling_flow, coupling_orders
+from bnnflow.posteriors import CouplingFlow, coupling_flow, coupling_orders, pack, unpack
 from bnnflow.progress import progress_bar
 from bnnflow.seeding import as_generator, isolated
 from bnnflow.symmetry import align
@@ -62,6 +65,49 @@ class InCoordinates:
     def log_prob(self, theta: Tensor) -> Tensor:
         """Return the log density, ``(..., dim) -> (...)`` in float64."""
         return self.density.log_prob(self.source.to_normal(theta)) + self.source.log_jacobian(theta)
+
+    def save(self, path: str | Path) -> Path:
+        """Write density and coordinates to an ``.npz`` file without pickle; `bnnflow.load` reads it back.
+
+        Raises:
+            ValueError: if the density is not one of `bnnflow.posteriors`.
+        """
+        tensors: dict[str, Tensor] = {}
+        density = pack(self.density, "density", tensors)
+        if density is None:
+            raise ValueError(f"cannot save a {type(self.density).__name__}: it is no density of bnnflow.posteriors")
+        header = {
+            "density": density,
+            "source": self.source.describe(),
+            "dtype": str(self.source.dtype).removeprefix("torch."),
+            "info": self.info,
+        }
+        arrays = {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
+        return storage.write(path, "in-coordinates", 1, header, arrays | self.source.arrays())
+
+    @classmethod
+    def load(cls, path: str | Path, model: BayesianModel | None = None) -> InCoordinates:
+        """Read a density that ``save`` wrote.
+
+        Args:
+            path: the file.
+            model: gives a prior with inferred parameters; no other needs it, but it must have the file's prior.
+
+        Raises:
+            ValueError: if the file holds something else, the model has another prior, or there is none to give one.
+        """
+        return cls.from_file(*storage.read(path, {"in-coordinates": 1}), model)
+
+    @classmethod
+    def from_file(
+        cls, header: dict[str, Any], arrays: dict[str, np.ndarray], model: BayesianModel | None
+    ) -> InCoordinates:
+        """Build a density from the contents of a file."""
+        if model is not None and model.flat_prior.describe() != header["source"]["prior"]:
+            raise ValueError("this density lives in the coordinates of another prior, or of another network's")
+        source = Source.from_description(header["source"], arrays, getattr(torch, header["dtype"]), model)
+        tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
+        return cls(unpack(header["density"], tensors), source, header["info"])
 
 
 def fit_gaussian(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -19,21 +19,19 @@ from bnnflow.model import BayesianModel
 from bnnflow.seeding import as_generator
 from bnnflow.transport.coordinates import Context
 from bnnflow.transport.displacement import Displacement
-from bnnflow.transport.divergence import divergence, probe_noise
+from bnnflow.transport.divergence import divergence
 from bnnflow.transport.guidance import GuidedVelocity
+from bnnflow.transport.options import DensityOptions, SampleOptions, Steps, Tracing
 from bnnflow.transport.paths import AffinePath
 from bnnflow.transport.solvers import integrate, integrate_sde, rows_within, time_grid
 from bnnflow.transport.source import Source
-from bnnflow.transport.velocity import DriveVelocity, bound, rebuild
-from bnnflow.types import Noise, Seed, Solver, Trace
+from bnnflow.transport.velocity import DriveVelocity, bound, rebuild, restore
+from bnnflow.types import Seed, Solver, Trace
 from bnnflow.weights import WeightSpec
 
 __all__ = ["Flow", "GaussNewtonFlow"]
 
 _LOG_2PI = math.log(2 * math.pi)
-
-Steps = int | Sequence[float] | Tensor
-"""How many steps a solver takes, or the times between them, from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +217,7 @@ class Flow:
         def work(x: Tensor) -> Any:
             if trace is None:
                 return integrate(lambda t, state: (self.velocity(t, state[0]),), (x,), times, "euler")
-            return self._transport(x, times, trace, 8, "rademacher", as_generator(0, self._device), "euler")
+            return self._transport(x, times, Tracing(trace, solver="euler"))
 
         with torch.no_grad():
             return rows_within(memory, work, x0)
@@ -273,123 +271,57 @@ class Flow:
         (x1,) = integrate(lambda t, state: (self.velocity(t, state[0]),), (x0,), grid, solver or self.solver)
         return self.source.from_normal(x1)
 
-    def sample_with_log_prob(
-        self,
-        n: int,
-        seed: Seed = 0,
-        *,
-        trace: Trace = "exact",
-        probes: int = 8,
-        noise: Noise = "rademacher",
-        steps: Steps | None = None,
-        solver: Solver | None = None,
-        chunk_size: int = 512,
-    ) -> tuple[Tensor, Tensor]:
-        """Draw ``(n, dim)`` and their log densities ``(n,)`` in one pass forwards; see ``log_prob``."""
+    def sample_with_log_prob(self, n: int, seed: Seed = 0, **options: Unpack[SampleOptions]) -> tuple[Tensor, Tensor]:
+        """Draw ``(n, dim)`` and their log densities ``(n,)`` in one pass forwards; see `DensityOptions`."""
         generator = as_generator(seed, self._device)
-        x0 = self.start(n, generator)
         with torch.no_grad():
-            return self.push_with_log_prob(
-                x0, trace=trace, probes=probes, noise=noise, seed=generator, steps=steps, solver=solver,
-                chunk_size=chunk_size,
-            )  # fmt: skip
+            return self.push_with_log_prob(self.start(n, generator), seed=generator, **options)
 
-    def push_with_log_prob(
-        self,
-        x0: Tensor,
-        *,
-        trace: Trace = "exact",
-        probes: int = 8,
-        noise: Noise = "rademacher",
-        seed: Seed = 0,
-        steps: Steps | None = None,
-        solver: Solver | None = None,
-        chunk_size: int = 512,
-    ) -> tuple[Tensor, Tensor]:
+    def push_with_log_prob(self, x0: Tensor, **options: Unpack[DensityOptions]) -> tuple[Tensor, Tensor]:
         """Carry latent points ``(n, dim)`` to weights, with their log densities ``(n,)`` there; differentiable."""
-        generator = as_generator(seed, self._device)
+        tracing = Tracing(**options).on(self._device)
         thetas, log_probs = [], []
-        for rows in x0.split(chunk_size):
-            x1, change = self._transport(rows, self._grid(steps), trace, probes, noise, generator, solver)
+        for rows in x0.split(tracing.chunk_size):
+            x1, change = self._transport(rows, self._grid(tracing.steps), tracing)
             theta = self.source.from_normal(x1)
             thetas.append(theta)
             log_probs.append(_log_normal(rows) - change + self.source.log_jacobian(theta))
         return torch.cat(thetas), torch.cat(log_probs)
 
-    def pull_with_log_prob(
-        self,
-        theta: Tensor,
-        *,
-        trace: Trace = "exact",
-        probes: int = 8,
-        noise: Noise = "rademacher",
-        seed: Seed = 0,
-        steps: Steps | None = None,
-        solver: Solver | None = None,
-        chunk_size: int = 512,
-    ) -> tuple[Tensor, Tensor]:
+    def pull_with_log_prob(self, theta: Tensor, **options: Unpack[DensityOptions]) -> tuple[Tensor, Tensor]:
         """Carry weights ``(n, dim)`` back to latent points, with their log densities ``(n,)``; differentiable."""
         self.spec.check(theta)
-        generator = as_generator(seed, self._device)
+        tracing = Tracing(**options).on(self._device)
         starts, log_probs = [], []
-        for rows in theta.split(chunk_size):
-            x1, grid = self.source.to_normal(rows), self._grid(steps).flip(0)
-            x0, change = self._transport(x1, grid, trace, probes, noise, generator, solver)
+        for rows in theta.split(tracing.chunk_size):
+            x1, grid = self.source.to_normal(rows), self._grid(tracing.steps).flip(0)
+            x0, change = self._transport(x1, grid, tracing)
             starts.append(x0)
             log_probs.append(_log_normal(x0) + change + self.source.log_jacobian(rows))
         return torch.cat(starts), torch.cat(log_probs)
 
-    def log_prob(
-        self,
-        theta: Tensor,
-        *,
-        trace: Trace = "exact",
-        probes: int = 8,
-        noise: Noise = "rademacher",
-        seed: Seed = 0,
-        steps: Steps | None = None,
-        solver: Solver | None = None,
-        chunk_size: int = 512,
-    ) -> Tensor:
+    def log_prob(self, theta: Tensor, **options: Unpack[DensityOptions]) -> Tensor:
         """Return the log density of the flow at ``theta``, ``(..., dim) -> (...)`` in float64.
 
         Args:
             theta: weights.
-            trace: ``"exact"`` costs dim forward-mode products an evaluation; ``"hutchinson"`` is unbiased for the
-                log density (not for the density) and costs ``probes`` reverse-mode products.
-            probes: number of random probes, whose estimates are averaged.
-            noise: their law; Rademacher has never the larger variance for a symmetric Jacobian.
-            seed: of the probes, which stay fixed along a path.
-            steps: steps of the solver; the flow's own if None.
-            solver: its rule.
-            chunk_size: draws that travel together, which bounds the memory.
+            options: ``trace``, ``probes``, ``noise``, ``seed``, ``steps``, ``solver``, ``chunk_size``; see
+                `DensityOptions`.
         """
         with torch.no_grad():
-            _, log_probs = self.pull_with_log_prob(
-                theta.reshape(-1, theta.shape[-1]), trace=trace, probes=probes, noise=noise, seed=seed, steps=steps,
-                solver=solver, chunk_size=chunk_size,
-            )  # fmt: skip
+            _, log_probs = self.pull_with_log_prob(theta.reshape(-1, theta.shape[-1]), **options)
         return log_probs.reshape(theta.shape[:-1])
 
-    def _transport(
-        self,
-        x: Tensor,
-        grid: Tensor,
-        trace: Trace,
-        probes: int,
-        noise: Noise,
-        generator: torch.Generator,
-        solver: Solver | None,
-    ) -> tuple[Tensor, Tensor]:
+    def _transport(self, x: Tensor, grid: Tensor, tracing: Tracing) -> tuple[Tensor, Tensor]:
         """Carry ``x`` along the grid and integrate the divergence on the way."""
         # One set of probes for the whole path, or the solver would integrate noise.
-        directions = None if trace == "exact" else probe_noise(noise, probes, x, generator)
+        probes = tracing.draw(x)
 
         def slope(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return divergence(self.velocity, t, state[0], trace, directions)
+            return divergence(self.velocity, t, state[0], tracing.trace, probes)
 
         start = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
-        end, change = integrate(slope, (x, start), grid, solver or self.solver)
+        end, change = integrate(slope, (x, start), grid, tracing.solver or self.solver)
         return end, change
 
     @property
@@ -439,13 +371,13 @@ class Flow:
     def from_file(cls, header: dict[str, Any], arrays: dict[str, np.ndarray], model: BayesianModel | None) -> Flow:
         """Build a flow from the contents of a file."""
         spec = WeightSpec.from_description(header["spec"])
-        velocity = rebuild(header["velocity"], spec)
         plain = header["source"]
         if isinstance(plain, list):  # version 1 knew no source but the prior
             plain = {"prior": plain, "arrays": []}
-        state = {name: torch.from_numpy(arrays[name]) for name in arrays if name not in plain["arrays"]}
-        dtype = getattr(torch, header["dtype"]) if "dtype" in header else next(iter(state.values())).dtype
-        velocity.to(dtype).requires_grad_(False).load_state_dict(state)
+        state = {name: values for name, values in arrays.items() if name not in plain["arrays"]}
+        dtype = header["dtype"] if "dtype" in header else str(next(iter(state.values())).dtype)  # version 1 has none
+        dtype = getattr(torch, dtype)
+        velocity = restore(header["velocity"], spec, state, dtype)
         informed = hasattr(velocity, "bind")
         if informed and model is None:
             raise ValueError("a likelihood-informed flow needs its model: Flow.load(path, model)")
@@ -458,7 +390,7 @@ class Flow:
         if informed and model is not None:
             velocity = bound(velocity, Context(model, source))
         rest = (header["fingerprint"], header["solver"], header["steps"], header["info"])
-        return cls(velocity.eval(), source, spec, *rest)
+        return cls(velocity, source, spec, *rest)
 
 
 def GaussNewtonFlow(

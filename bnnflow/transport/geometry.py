@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ class TangentVelocity(nn.Module):
     def __init__(self, spec: WeightSpec, width: int = 64, depth: int = 4) -> None:
         super().__init__()
         self.spheres = Spheres(spec)
+        self._config = {"width": width, "depth": depth}
         self.group = Symmetries(frozenset(spec.widths), frozenset(), frozenset())
         self.net = DWSNet(spec, 1, 1, width, depth, time=True, heads=0)
 
@@ -52,3 +54,7 @@ class TangentVelocity(nn.Module):
         """Return the velocity at points of the manifold, ``(batch, dim)``."""
         change = self.net(x.unsqueeze(-1), t.expand(len(x)).to(x)).squeeze(-1)
         return self.spheres.tangent(x, change)
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain values from which the module is rebuilt."""
+        return {"kind": "tangent"} | self._config

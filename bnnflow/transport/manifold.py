@@ -6,25 +6,31 @@ import copy
 import math
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Unpack
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bnnflow import storage
 from bnnflow.draws import Draws, as_theta
+from bnnflow.model import BayesianModel
 from bnnflow.seeding import as_generator, isolated
 from bnnflow.symmetry import Spheres
 from bnnflow.symmetry.canonical import split_scale
 from bnnflow.transport.couplings import Coupling, Independent
-from bnnflow.transport.divergence import divergence, probe_noise
+from bnnflow.transport.divergence import divergence
 from bnnflow.transport.geometry import RiemannianPath, TangentVelocity
+from bnnflow.transport.options import DensityOptions, SampleOptions, Steps, Tracing
 from bnnflow.transport.solvers import integrate, time_grid
 from bnnflow.transport.training import train
-from bnnflow.types import Noise, Seed, Solver, Trace
+from bnnflow.transport.velocity import restore
+from bnnflow.types import Seed, Solver
 from bnnflow.weights import WeightSpec
 
-__all__ = ["CompletedFlow", "ManifoldFlow", "Radii", "Tracing", "fit_manifold_flow"]
+__all__ = ["CompletedFlow", "ManifoldFlow", "Radii", "fit_manifold_flow"]
 
 
 @dataclass(frozen=True)
@@ -74,14 +80,20 @@ class ManifoldFlow:
         return self.spheres.sample(n, seed, device=self.like.device, dtype=self.like.dtype)
 
     def sample(
-        self, n: int, seed: Seed = 0, *, steps: int | None = None, solver: Solver | None = None, chunk_size: int = 2048
+        self,
+        n: int,
+        seed: Seed = 0,
+        *,
+        steps: Steps | None = None,
+        solver: Solver | None = None,
+        chunk_size: int = 2048,
     ) -> Tensor:
         """Draw ``(n, dim)`` normalised networks.
 
         Args:
             n: number of draws.
             seed: decides the starting points and so the draws.
-            steps: steps of the solver; the flow's own if None.
+            steps: steps of the solver, or its times; the flow's own if None.
             solver: its rule.
             chunk_size: draws that travel together, which bounds the memory.
 
@@ -93,53 +105,26 @@ class ManifoldFlow:
             chunks = self.start(n, seed).split(chunk_size)
             return torch.cat([self.transport(x0, grid, solver)[0] for x0 in chunks])
 
-    def sample_with_log_prob(
-        self,
-        n: int,
-        seed: Seed = 0,
-        *,
-        trace: Trace = "exact",
-        probes: int = 8,
-        noise: Noise = "rademacher",
-        steps: int | None = None,
-        solver: Solver | None = None,
-        chunk_size: int = 512,
-    ) -> tuple[Tensor, Tensor]:
-        """Draw ``(n, dim)`` and their log densities on the manifold, ``(n,)``, in one pass forwards."""
+    def sample_with_log_prob(self, n: int, seed: Seed = 0, **options: Unpack[SampleOptions]) -> tuple[Tensor, Tensor]:
+        """Draw ``(n, dim)`` and their log densities on the manifold, ``(n,)``, forwards; see `DensityOptions`."""
         generator = as_generator(seed, self.like.device)
-        grid = self.grid(steps)
+        tracing = Tracing(**options, seed=generator)
+        grid = self.grid(tracing.steps)
         points, log_probs = [], []
         with torch.no_grad():
-            for x0 in self.start(n, generator).split(chunk_size):
-                x1, change = self.transport(x0, grid, solver, Tracing(trace, probes, noise, generator))
+            for x0 in self.start(n, generator).split(tracing.chunk_size):
+                x1, change = self.transport(x0, grid, tracing.solver, tracing)
                 points.append(x1)
                 log_probs.append(self.spheres.log_prob(x0) - change)
         return torch.cat(points), torch.cat(log_probs)
 
-    def log_prob(
-        self,
-        x: Tensor,
-        *,
-        trace: Trace = "exact",
-        probes: int = 8,
-        noise: Noise = "rademacher",
-        seed: Seed = 0,
-        steps: int | None = None,
-        solver: Solver | None = None,
-        chunk_size: int = 512,
-    ) -> Tensor:
+    def log_prob(self, x: Tensor, **options: Unpack[DensityOptions]) -> Tensor:
         """Return the log density on the manifold at points of it, ``(..., dim) -> (...)`` in float64.
 
         Args:
             x: points.
-            trace: ``"exact"`` costs dim forward-mode products an evaluation; ``"hutchinson"`` and ``"hutch++"``,
-                unbiased for the log density, ``probes`` reverse-mode products.
-            probes: number of random probes, whose estimates are averaged.
-            noise: their law.
-            seed: of the probes, which stay fixed along a path.
-            steps: steps of the solver; the flow's own if None.
-            solver: its rule.
-            chunk_size: points that travel together, which bounds the memory.
+            options: ``trace``, ``probes``, ``noise``, ``seed``, ``steps``, ``solver``, ``chunk_size``; see
+                `DensityOptions`.
 
         Raises:
             ValueError: if a point is not on the manifold.
@@ -147,12 +132,12 @@ class ManifoldFlow:
         self.spec.check(x)
         if not bool(((self.spheres.inner(x, x)[..., :-1] - 1).abs() < 1e-3).all()):
             raise ValueError("the density is one of points on the manifold: call spheres.project(theta) first")
-        tracing = Tracing(trace, probes, noise, as_generator(seed, self.like.device))
-        grid = self.grid(steps).flip(0)
+        tracing = Tracing(**options).on(self.like.device)
+        grid = self.grid(tracing.steps).flip(0)
         log_probs = []
         with torch.no_grad():
-            for rows in x.reshape(-1, self.dim).split(chunk_size):
-                x0, change = self.transport(rows, grid, solver, tracing)
+            for rows in x.reshape(-1, self.dim).split(tracing.chunk_size):
+                x0, change = self.transport(rows, grid, tracing.solver, tracing)
                 log_probs.append(self.spheres.log_prob(x0) + change)
         return torch.cat(log_probs).reshape(x.shape[:-1])
 
@@ -162,7 +147,7 @@ class ManifoldFlow:
 
     # ---------------------------------------------------------------- transport
 
-    def grid(self, steps: int | None) -> Tensor:
+    def grid(self, steps: Steps | None) -> Tensor:
         """Return the times of the solver."""
         return time_grid(self.steps if steps is None else steps, device=self.like.device)
 
@@ -198,18 +183,56 @@ class ManifoldFlow:
             x, change = step(x, change, torch.stack(times))
         return x, change
 
+    # ---------------------------------------------------------------- storage
 
-class Tracing(NamedTuple):
-    """How divergences are found; see `divergence`."""
+    def save(self, path: str | Path) -> Path:
+        """Write field and meaning of the weights to an ``.npz`` file without pickle; `bnnflow.load` reads it back.
 
-    trace: Trace
-    probes: int
-    noise: Noise
-    generator: torch.Generator
+        Raises:
+            ValueError: if the velocity cannot be rebuilt from a description, or looks at data.
+        """
+        return storage.write(path, "manifold-flow", 1, self.describe(), self.arrays())
 
-    def draw(self, x: Tensor) -> Tensor | None:
-        """Draw the probes of one solve, ``(probes, batch, dim)``; None if the trace needs none."""
-        return None if self.trace == "exact" else probe_noise(self.noise, self.probes, x, self.generator)
+    def describe(self) -> dict[str, Any]:
+        """Return plain values from which, with `arrays`, the flow is rebuilt; ``ValueError`` as for `save`."""
+        if not hasattr(self.velocity, "describe") or hasattr(self.velocity, "bind"):
+            raise ValueError(f"cannot save a {type(self.velocity).__name__} on a manifold")
+        return {
+            "velocity": self.velocity.describe(),  # type: ignore[operator]
+            "dtype": str(self.like.dtype).removeprefix("torch."),
+            "spec": self.spec.describe(),
+            "solver": self.solver,
+            "steps": self.steps,
+            "info": self.info,
+        }
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the state of the field."""
+        return {name: value.cpu().numpy() for name, value in self.velocity.state_dict().items()}
+
+    @classmethod
+    def load(cls, path: str | Path, model: BayesianModel | None = None) -> ManifoldFlow:
+        """Read a flow that ``save`` wrote.
+
+        Args:
+            path: the file.
+            model: the model whose weights these must be, if given; the flow needs none.
+
+        Raises:
+            ValueError: if the file holds something else, or a flow of other weights than the model's.
+        """
+        return cls.from_file(*storage.read(path, {"manifold-flow": 1}), model)
+
+    @classmethod
+    def from_file(
+        cls, header: dict[str, Any], arrays: dict[str, np.ndarray], model: BayesianModel | None
+    ) -> ManifoldFlow:
+        """Build a flow from the contents of a file."""
+        spec = WeightSpec.from_description(header["spec"])
+        if model is not None and model.spec.describe() != spec.describe():
+            raise ValueError("these are not the model's weights: names, shapes, order or activations differ")
+        velocity = restore(header["velocity"], spec, arrays, getattr(torch, header["dtype"]))
+        return cls(velocity, Spheres(spec), header["solver"], header["steps"], header["info"])
 
 
 class Radii(NamedTuple):
@@ -333,75 +356,54 @@ class CompletedFlow:
         generator = as_generator(seed, like.device)
         return torch.randn(n, self.dim, generator=generator, device=like.device, dtype=like.dtype)
 
-    def push(self, x0: Tensor, *, steps: int | None = None, solver: Solver | None = None) -> Tensor:
+    def push(self, x0: Tensor, *, steps: Steps | None = None, solver: Solver | None = None) -> Tensor:
         """Carry draws of N(0, I) to weights, ``(n, dim)``; differentiable by them."""
         x1, _ = self.flow.transport(self.flow.spheres.retract(x0), self.flow.grid(steps), solver)
         return self.spec.rescale(x1, self._radii(self._log_norms(x0)))
 
-    def push_with_log_prob(
-        self,
-        x0: Tensor,
-        *,
-        trace: Trace = "exact",
-        probes: int = 8,
-        noise: Noise = "rademacher",
-        seed: Seed = 0,
-        steps: int | None = None,
-        solver: Solver | None = None,
-        chunk_size: int = 512,
-    ) -> tuple[Tensor, Tensor]:
+    def push_with_log_prob(self, x0: Tensor, **options: Unpack[DensityOptions]) -> tuple[Tensor, Tensor]:
         """Carry draws of N(0, I) to weights ``(n, dim)``, with their log densities ``(n,)``; see ``log_prob``."""
-        tracing = Tracing(trace, probes, noise, as_generator(seed, x0.device))
+        tracing = Tracing(**options).on(x0.device)
         thetas, log_probs = [], []
-        for rows in x0.split(chunk_size):
+        for rows in x0.split(tracing.chunk_size):
             start, log_norms = self.flow.spheres.retract(rows), self._log_norms(rows)
-            x1, change = self.flow.transport(start, self.flow.grid(steps), solver, tracing)
+            x1, change = self.flow.transport(start, self.flow.grid(tracing.steps), tracing.solver, tracing)
             thetas.append(self.spec.rescale(x1, self._radii(log_norms)))
             log_probs.append(self.flow.spheres.log_prob(start) - change + self._log_prob_of_radii(log_norms))
         return torch.cat(thetas), torch.cat(log_probs)
 
-    def pull_with_log_prob(
-        self,
-        theta: Tensor,
-        *,
-        trace: Trace = "exact",
-        probes: int = 8,
-        noise: Noise = "rademacher",
-        seed: Seed = 0,
-        steps: int | None = None,
-        solver: Solver | None = None,
-        chunk_size: int = 512,
-    ) -> tuple[Tensor, Tensor]:
+    def pull_with_log_prob(self, theta: Tensor, **options: Unpack[DensityOptions]) -> tuple[Tensor, Tensor]:
         """Carry weights ``(n, dim)`` back to where they come from, with their log densities; undoes ``push``."""
-        tracing = Tracing(trace, probes, noise, as_generator(seed, theta.device))
+        tracing = Tracing(**options).on(theta.device)
+        grid = self.flow.grid(tracing.steps).flip(0)
         starts, log_probs = [], []
-        for rows in theta.split(chunk_size):
+        for rows in theta.split(tracing.chunk_size):
             x1, norms = split_scale(rows, self.spec)
             log_radii = torch.cat([norm.log() for norm in norms.values()], -1)
             log_norms = (log_radii - self.radii.location) / self.radii.scale
-            x0, change = self.flow.transport(x1, self.flow.grid(steps).flip(0), solver, tracing)
+            x0, change = self.flow.transport(x1, grid, tracing.solver, tracing)
             starts.append(x0 * self.flow.spheres.each(F.pad(log_norms.exp(), (0, 1), value=1.0)))
             log_probs.append(self.flow.spheres.log_prob(x0) + change + self._log_prob_of_radii(log_norms))
         return torch.cat(starts), torch.cat(log_probs)
 
-    def sample(self, n: int, seed: Seed = 0, *, steps: int | None = None, solver: Solver | None = None) -> Tensor:
+    def sample(self, n: int, seed: Seed = 0, *, steps: Steps | None = None, solver: Solver | None = None) -> Tensor:
         """Draw ``(n, dim)`` weights."""
         with torch.no_grad():
             return torch.cat([self.push(x0, steps=steps, solver=solver) for x0 in self.start(n, seed).split(2048)])
 
-    def sample_with_log_prob(self, n: int, seed: Seed = 0, **options: Any) -> tuple[Tensor, Tensor]:
-        """Draw ``(n, dim)`` weights and their log densities ``(n,)``; options as for ``log_prob``."""
+    def sample_with_log_prob(self, n: int, seed: Seed = 0, **options: Unpack[SampleOptions]) -> tuple[Tensor, Tensor]:
+        """Draw ``(n, dim)`` weights and their log densities ``(n,)``; see `DensityOptions`."""
         generator = as_generator(seed, self.flow.like.device)
         with torch.no_grad():
             return self.push_with_log_prob(self.start(n, generator), seed=generator, **options)
 
-    def log_prob(self, theta: Tensor, **options: Any) -> Tensor:
+    def log_prob(self, theta: Tensor, **options: Unpack[DensityOptions]) -> Tensor:
         """Return the log density over weights, ``(..., dim) -> (...)`` in float64.
 
         Args:
             theta: weights.
-            options: ``trace``, ``probes``, ``noise``, ``seed``, ``steps``, ``solver``, ``chunk_size``, as for
-                `ManifoldFlow.log_prob`.
+            options: ``trace``, ``probes``, ``noise``, ``seed``, ``steps``, ``solver``, ``chunk_size``; see
+                `DensityOptions`.
         """
         self.spec.check(theta)
         with torch.no_grad():
@@ -425,3 +427,24 @@ class CompletedFlow:
         ones = torch.ones(self.dim, dtype=torch.float64, device=log_norms.device)
         stretch = self.spec.rescale(ones, self._radii(log_norms)).log().sum(-1)
         return log_chi.sum(-1) - stretch
+
+    # ---------------------------------------------------------------- storage
+
+    def save(self, path: str | Path) -> Path:
+        """Write flow and radii to an ``.npz`` file without pickle; see `ManifoldFlow.save`."""
+        radii = {f"radii/{name}": value.cpu().numpy() for name, value in self.radii._asdict().items()}
+        return storage.write(path, "completed-flow", 1, self.flow.describe(), self.flow.arrays() | radii)
+
+    @classmethod
+    def load(cls, path: str | Path, model: BayesianModel | None = None) -> CompletedFlow:
+        """Read a flow that ``save`` wrote; see `ManifoldFlow.load`."""
+        return cls.from_file(*storage.read(path, {"completed-flow": 1}), model)
+
+    @classmethod
+    def from_file(
+        cls, header: dict[str, Any], arrays: dict[str, np.ndarray], model: BayesianModel | None
+    ) -> CompletedFlow:
+        """Build a flow from the contents of a file."""
+        radii = Radii(*(torch.from_numpy(arrays[f"radii/{name}"]) for name in Radii._fields))
+        state = {name: values for name, values in arrays.items() if not name.startswith("radii/")}
+        return cls(ManifoldFlow.from_file(header, state, model), radii)

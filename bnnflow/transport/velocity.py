@@ -8,9 +8,10 @@ A field may know its own trace: ``with_divergence(t, x) -> (velocity, divergence
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from bnnflow.equivariant import DWSNet, GraphNet
 from bnnflow.equivariant.network import TimeEmbedding
 from bnnflow.transport.coordinates import Context
 from bnnflow.transport.displacement import Displacement, Drive, GaussNewton, GradientSteps
+from bnnflow.transport.geometry import TangentVelocity
 from bnnflow.transport.paths import AffinePath, Coefficients
 from bnnflow.transport.two_layer import TwoLayerVelocity
 from bnnflow.types import Architecture, Parametrisation
@@ -31,6 +33,7 @@ __all__ = [
     "WeightsVelocity",
     "bound",
     "rebuild",
+    "restore",
 ]
 
 NO_SYMMETRY = Symmetries(frozenset(), frozenset(), frozenset())
@@ -325,6 +328,15 @@ def rebuild(description: dict[str, Any], spec: WeightSpec) -> nn.Module:
         return _rebuilt(description, spec)
 
 
+def restore(
+    description: dict[str, Any], spec: WeightSpec, arrays: Mapping[str, np.ndarray], dtype: torch.dtype
+) -> nn.Module:
+    """Build a field from what ``describe`` returned and the arrays of its state, in evaluation mode."""
+    velocity = rebuild(description, spec).to(dtype).requires_grad_(False)
+    velocity.load_state_dict({name: torch.from_numpy(values) for name, values in arrays.items()})
+    return velocity.eval()
+
+
 def _rebuilt(description: dict[str, Any], spec: WeightSpec) -> nn.Module:
     values = dict(description)
     kind = values.pop("kind")
@@ -347,6 +359,8 @@ def _rebuilt(description: dict[str, Any], spec: WeightSpec) -> nn.Module:
     if kind == "residual":
         gaussian = _rebuilt(values.pop("gaussian"), spec)
         return ResidualVelocity(spec, gaussian, **values)  # type: ignore[arg-type]
+    if kind == "tangent":
+        return TangentVelocity(spec, **values)
     if kind == "two_layer":
         base = values.pop("base")
         return TwoLayerVelocity(**values, base=None if base is None else _rebuilt(base, spec))
