@@ -23,6 +23,7 @@ __all__ = [
     "LogDensity",
     "LogDensityAndGrad",
     "Noise",
+    "Optimiser",
     "Parametrisation",
     "Posterior",
     "Prior",
@@ -49,6 +50,7 @@ Solver = FixedSolver | AdaptiveSolver
 StochasticSolver = Literal["euler", "midpoint"]
 Parametrisation = Literal["velocity", "x1"]
 Architecture = Literal["dws", "graph"]
+Optimiser = Literal["muon", "adamw"]
 Schedule = Literal["linear", "variance_preserving"]
 CorrectionMethod = Literal["auto", "importance", "defensive", "resample", "refine", "smc", "metropolis", "neutra"]
 
@@ -113,7 +115,10 @@ class Likelihood(Protocol):
     ``sample``, without which what needs them refuses; ``discrete``, true for counts.
     """
 
-    kind: Literal["regression", "classification"]
+    @property
+    def kind(self) -> Literal["regression", "classification"]:
+        """Whether targets are numbers or classes."""
+        ...
 
     @property
     def parameters(self) -> dict[str, Distribution]:

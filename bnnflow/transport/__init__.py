@@ -13,6 +13,7 @@ from bnnflow.transport.manifold import CompletedFlow, ManifoldFlow, Radii, fit_m
 from bnnflow.transport.paths import AffinePath
 from bnnflow.transport.solvers import integrate, integrate_sde, integrate_with_error, rows_within, time_grid
 from bnnflow.transport.source import Source
+from bnnflow.transport.targets import InformedPath
 from bnnflow.transport.times import Beta, LogitNormal, TowardsEnd, Uniform
 from bnnflow.transport.training import fit_flow, train
 from bnnflow.transport.two_layer import TwoLayerVelocity
@@ -39,6 +40,7 @@ __all__ = [
     "GuidedVelocity",
     "InCoordinates",
     "Independent",
+    "InformedPath",
     "InformedVelocity",
     "LogitNormal",
     "ManifoldFlow",

@@ -74,7 +74,11 @@ class Context:
 
     def batch(self, size: int, generator: torch.Generator) -> Context:
         """Return the context with a random part of the data in place of all of them."""
-        return Context(self.model, self.source, self.model.random_rows((), generator, size))
+        return self.on_rows(self.model.random_rows((), generator, size))
+
+    def on_rows(self, rows: Tensor) -> Context:
+        """Return the context with these rows of the data, ``(m,)`` or ``(batch, m)`` with a choice for each point."""
+        return Context(self.model, self.source, rows)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Context:
         """Return the same context elsewhere."""

@@ -117,6 +117,12 @@ class GaussNewton:
         return Drive(w, grad)
 
 
+def solve_linearised(context: Context, mu: Tensor, s2: Tensor, target: Tensor) -> Tensor:
+    """Return (I + s^2 H)^-1 target, ``(batch, dim)``, with the Gauss-Newton matrix H at ``mu``."""
+    _, factor = context.gauss_newton(mu)
+    return _Dense(factor, context.source.excess).solve(s2, target, mu)
+
+
 @dataclass(frozen=True)
 class _Dense:
     """H = A^T A + E, with E None, a number or ``(dim, dim)``."""

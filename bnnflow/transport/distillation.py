@@ -143,7 +143,7 @@ def distil(
     grid = _Grid(times, walks.shape[-1])
     field, info = train(
         student, pairs, path=grid, times=grid, budget=budget, steps=steps, batch_size=batch_size,
-        learning_rate=learning_rate, seed=generator, progress=progress,
+        learning_rate=learning_rate, optimiser="adamw", seed=generator, progress=progress,
     )  # fmt: skip
     info |= {"approximate": True, "evaluations": evaluations, "trajectories": trajectories}
     return FlowMap(field, flow.source, flow.spec, times, info)

@@ -91,13 +91,17 @@ class Flow:
         """Return the field with the same parameters for a network of other hidden widths.
 
         The parameters of a network over weights do not depend on the widths of hidden layers, only on their number and
-        on inputs and outputs. That the result is a flow *to the posterior* is a hope, not a law: check it.
+        on inputs and outputs. A field of your own says with ``on(spec)`` what it is there. That the result is a flow
+        *to the posterior* is a hope, not a law: check it.
 
         Raises:
             ValueError: if the field is tied to its weights, or the networks differ in more than widths.
         """
-        if not self.source.exchangeable or not hasattr(self.velocity, "describe"):
+        own = getattr(self.velocity, "on", None)
+        if not self.source.exchangeable or (own is None and not hasattr(self.velocity, "describe")):
             raise ValueError("this flow is tied to its own weights, by its source or by its field")
+        if own is not None:
+            return self._on(own(model.spec).to(model.device, model.dtype).requires_grad_(False), model)
         velocity = rebuild(self.velocity.describe(), model.spec).to(model.device, model.dtype)  # type: ignore[operator]
         try:
             velocity.requires_grad_(False).load_state_dict(self.velocity.state_dict())

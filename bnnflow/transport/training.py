@@ -23,20 +23,25 @@ from bnnflow.ranks import ALONE, Ranks, connect
 from bnnflow.seeding import as_generator, isolated
 from bnnflow.transport.coordinates import Context
 from bnnflow.transport.couplings import Coupling, Independent
-from bnnflow.transport.displacement import GaussNewton, GradientSteps
+from bnnflow.transport.displacement import Displacement, GaussNewton, GradientSteps
 from bnnflow.transport.flow import Flow
 from bnnflow.transport.paths import AffinePath, Path
 from bnnflow.transport.source import Source
+from bnnflow.transport.targets import ROWS, InformedPath, obeys_stein
 from bnnflow.transport.times import Times, TowardsEnd
 from bnnflow.transport.velocity import NO_SYMMETRY, InformedVelocity, ResidualVelocity, WeightsVelocity, bound
-from bnnflow.types import Seed
+from bnnflow.types import Optimiser, Seed
+from bnnflow.weights import Symmetries
 
 __all__ = ["fit_flow", "train"]
 
 _STABLE = 0.7  # fraction of training at the full learning rate; it then decays to zero
 _BINS = 4  # of the times by which the loss is reported
 _CHECK = 100  # steps between looks at the held-out draws
+_DECAY = 1e-3  # of weights
+_AFFORDABLE = 2**20  # rows times weights of a gradient for every pair, beyond which fields of weights go without
 
+Weighting = Callable[[Tensor], Tensor]
 Pairs = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 """``(n, generator) -> x0 (n, dim), x1 (n, dim)``."""
 
@@ -50,10 +55,12 @@ def fit_flow(
     path: AffinePath | None = None,
     source: Source | None = None,
     times: Times | None = None,
+    targets: Literal["auto", "posterior", "pairs"] = "auto",
     budget: float = 120.0,
     steps: int | None = None,
     batch_size: int = 256,
     learning_rate: float = 3e-3,
+    optimiser: Optimiser = "muon",
     held_out: Draws | Tensor | None = None,
     patience: int = 20,
     autocast: bool = False,
@@ -80,11 +87,17 @@ def fit_flow(
         path: of the pairs; that of the field unless said otherwise, and else linear.
         source: the law at t = 0; the prior if None.
         times: at which the field is trained; a third of them near the end unless said otherwise.
+        targets: what the field is fitted to. ``"pairs"``: the velocity of each pair. ``"posterior"``: estimates of the
+            same mean that know the posterior's gradient and symmetries, see `InformedPath`, a fifth of the noise or
+            less; the draws must be the posterior's and the coupling independent. ``"auto"``: these where they are
+            valid, as far as Stein's identity can tell, and cheap.
         budget: seconds of training, unless ``steps`` says how many.
         steps: optimiser steps; with them the same seed gives the same flow, on CPU bit for bit. A flow fitted by
             budget keeps its number in ``flow.info["steps"]``.
         batch_size: pairs a step, of all processes together.
-        learning_rate: of AdamW.
+        learning_rate: at its height.
+        optimiser: ``"muon"``: Muon (Jordan et al. 2024) for matrices, its updates scaled to the size of AdamW's, and
+            AdamW for all else; or ``"adamw"`` for all, better for small changes of a trained field.
         held_out: draws that are not trained on, best of chains of their own: the state with the lowest loss on them is
             kept, and training ends when it does not fall any more.
         patience: looks at the held-out draws, one every 100 steps, without a lower loss before that.
@@ -100,43 +113,53 @@ def fit_flow(
 
     Raises:
         ValueError: if there are no draws, they do not fit the model or are not finite, or the network's weights
-            cannot be labelled and no field of your own is given.
+            cannot be labelled and no field of your own is given; if ``targets="posterior"`` and the draws are not the
+            posterior's, or not paired independently.
     """
+    if targets not in ("auto", "posterior", "pairs"):
+        raise ValueError(f"targets must be 'auto', 'posterior' or 'pairs', got {targets!r}")
     theta, log_weights = _checked(model, draws, "draws")
     source = Source(model.flat_prior) if source is None else source
-    targets = source.to_normal(theta)
+    x1 = source.to_normal(theta)
     weights = None if log_weights is None else log_weights.double().softmax(0)
     coupling = coupling if coupling is not None else Independent()
     generator = as_generator(seed, model.device)
     with isolated(generator):
-        field = _field(velocity, model, targets, path).to(model.device, model.dtype).train()
+        field = _field(velocity, model, x1, path).to(model.device, model.dtype).train()
     # A field that declares no symmetry is for one cloud: spreading that over its orbit would undo the alignment.
     group = source.symmetries(model) if any(getattr(field, "group", (True,))) else NO_SYMMETRY
 
-    def pairs_of(targets: Tensor, weights: Tensor | None) -> Pairs:
+    def pairs_of(x1: Tensor, weights: Tensor | None) -> Pairs:
         def pairs(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
             if weights is None:
-                rows = torch.randint(len(targets), (n,), generator=generator, device=targets.device)
+                rows = torch.randint(len(x1), (n,), generator=generator, device=x1.device)
             else:
                 rows = torch.multinomial(weights, n, replacement=True, generator=generator)
-            x0 = torch.randn(n, model.dim, generator=generator, device=targets.device, dtype=targets.dtype)
-            return coupling.pair(x0, targets[rows], model.spec, group, generator)
+            x0 = torch.randn(n, model.dim, generator=generator, device=x1.device, dtype=x1.dtype)
+            return coupling.pair(x0, x1[rows], model.spec, group, generator)
 
         return pairs
 
+    context, pairs = Context(model, source), pairs_of(x1, weights)
     unseen = None
     if held_out is not None:
         others, other_weights = _checked(model, held_out, "held-out draws")
         if other_weights is not None:
             raise ValueError("held-out draws must have equal weights")
         unseen = pairs_of(source.to_normal(others), None)
+    along = path if path is not None else getattr(field, "path", AffinePath())
+    along = _with_targets(targets, along, bound(field, context), coupling, group, context, pairs, generator)
     field, info = train(
-        bound(field, Context(model, source)), pairs_of(targets, weights), path=path, times=times, budget=budget,
-        steps=steps, batch_size=batch_size, learning_rate=learning_rate, held_out=unseen, patience=patience,
-        autocast=autocast, compile=compile, checkpoint=checkpoint, resume=resume, seed=generator, progress=progress,
+        bound(field, context), pairs, path=along, times=times, budget=budget, steps=steps, batch_size=batch_size,
+        learning_rate=learning_rate, optimiser=optimiser, held_out=unseen, patience=patience, autocast=autocast,
+        compile=compile, checkpoint=checkpoint, resume=resume, seed=generator, progress=progress,
         ranks=connect(model.device),
     )  # fmt: skip
-    info |= {"seed": seed if isinstance(seed, int) else "generator", "coupling": type(coupling).__name__}
+    info |= {
+        "seed": seed if isinstance(seed, int) else "generator",
+        "coupling": type(coupling).__name__,
+        "targets": "posterior" if isinstance(along, InformedPath) else "pairs",
+    }
     return Flow.of(field, model, source, info=info)
 
 
@@ -150,6 +173,7 @@ def train(
     steps: int | None = None,
     batch_size: int = 256,
     learning_rate: float = 3e-3,
+    optimiser: Optimiser = "muon",
     held_out: Pairs | None = None,
     patience: int = 20,
     autocast: bool = False,
@@ -162,12 +186,12 @@ def train(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train any field on pairs, in place; `fit_flow` is this for the posterior of a model.
 
-    AdamW with a linear warm-up, a constant stretch and a cosine to zero over the last 30 %; gradients clipped to norm
-    30, steps whose gradient is not finite left out; an exponential moving average of the weights.
+    A linear warm-up, a constant stretch and a cosine to zero over the last 30 %; gradients clipped to norm 30, steps
+    whose gradient is not finite left out; an exponential moving average of the weights.
 
     Args:
-        field: an ``nn.Module`` called as ``field(t (batch,), x (batch, dim))``. Squared errors are multiplied by its
-            ``weighting(t)``, if it has that.
+        field: an ``nn.Module`` called as ``field(t (batch,), x (batch, dim))``. Squared errors are multiplied by the
+            ``weighting(t)`` of the path, or else of the field, if it has that.
         pairs: draws pairs, ``(n, generator) -> (n, dim), (n, dim)``, on the field's device.
         path: how pairs travel; ``field.path`` if None, and else linear.
         times: at which the field is trained.
@@ -175,6 +199,7 @@ def train(
         steps: see `fit_flow`.
         batch_size: see `fit_flow`.
         learning_rate: see `fit_flow`.
+        optimiser: see `fit_flow`.
         held_out: draws pairs of draws that are not trained on.
         patience: see `fit_flow`.
         autocast: see `fit_flow`.
@@ -199,12 +224,15 @@ def train(
     times = times if times is not None else TowardsEnd()
     device = next(field.parameters()).device
     shared = as_generator(seed, device)
+    weighting: Weighting | None = getattr(path, "weighting", getattr(field, "weighting", None))
     fixed = None if held_out is None else _fixed_batch(held_out, path, times, 4 * batch_size, shared)
     generator = ranks.own_generator(shared)
-    state = _State(field, learning_rate)
+    if optimiser not in ("muon", "adamw"):
+        raise ValueError(f"optimiser must be 'muon' or 'adamw', got {optimiser!r}")
+    state = _State(field, learning_rate, optimiser)
     file = None if checkpoint is None else FilePath(checkpoint)
     if resume and file is not None and file.is_file():
-        state.load(*storage.read(file, {"training": 1}), generator, ranks)
+        state.load(*storage.read(file, {"training": 2}), generator, ranks)
     call = torch.compile(field) if compile else field
     precision = torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
     clock = _Clock(state.seconds, state.cpu_seconds)
@@ -228,10 +256,10 @@ def train(
                 x_t, target = path.point(x0, x1, t, generator)
                 with precision:
                     errors = (call(t, x_t) - target).square().sum(-1)
-                state.step(errors, t, _rate(state.count, total), ranks)
+                state.step(errors, t, weighting, _rate(state.count, total), ranks)
                 bar.update()
                 if fixed is not None and state.count % _CHECK == 0:
-                    stopped = state.look(fixed, patience)
+                    stopped = state.look(fixed, weighting, patience)
                 if not bar.disable and state.count % 20 == 0:
                     left = f"{max(0.0, budget - clock.seconds):.0f}s" if steps is None else ""
                     shown = " ".join("-" if value is None else f"{value:.1f}" for value in state.losses)
@@ -285,6 +313,41 @@ def _field(velocity: str | nn.Module, model: BayesianModel, x1: Tensor, path: Af
     raise ValueError(f"velocity must be 'informed', 'weights', 'residual' or a module, got {velocity!r}")
 
 
+def _with_targets(
+    targets: str,
+    path: Path,
+    field: nn.Module,
+    coupling: Coupling,
+    group: Symmetries,
+    context: Context,
+    pairs: Pairs,
+    generator: torch.Generator,
+) -> Path:
+    """Return the path with the targets asked for: those of the posterior, if ``"auto"``, only where they are sound."""
+    if targets == "pairs":
+        return path
+    model = context.model
+    price = min(len(model.x), ROWS) * model.dim
+    # Without a symmetry the draws have been aligned, most likely, and are then no draws of the whole posterior.
+    doubtful = not any(group) and any(model.spec.symmetries())
+    if targets == "auto" and (doubtful or (price > _AFFORDABLE and not hasattr(field, "bind"))):
+        return path
+    x1 = pairs(2048, generator)[1]
+    if not isinstance(coupling, Independent):
+        why = "the pairs are not independent"
+    elif not isinstance(path, AffinePath) or path.sigma:
+        why = "the path is not affine, or has noise of its own"
+    elif not obeys_stein(context, x1):
+        why = "the draws disagree with Stein's identity for this posterior, they are draws of something else"
+    else:
+        displacements: tuple[Displacement, ...] = getattr(field, "displacements", ())
+        newton = any(isinstance(each, GaussNewton) and each.iterations is None for each in displacements)
+        return InformedPath(path, context, group, x1, generator, newton=newton)
+    if targets == "posterior":
+        raise ValueError(f"targets='posterior' is not possible: {why}")
+    return path
+
+
 def _fixed_batch(
     pairs: Pairs, path: Path, times: Times, n: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -326,11 +389,11 @@ class _Clock:
 class _State:
     """The field, its optimiser, its moving average, and the best of the averages so far."""
 
-    def __init__(self, field: nn.Module, learning_rate: float) -> None:
+    def __init__(self, field: nn.Module, learning_rate: float, optimiser: Optimiser) -> None:
         self._field = field
         self._learning_rate = learning_rate
         self._parameters = [p for p in field.parameters() if p.requires_grad]
-        self._optimiser = torch.optim.AdamW(self._parameters, learning_rate, weight_decay=1e-3, foreach=True)
+        self._optimisers = _optimisers(self._parameters, learning_rate, optimiser)
         self._averages = [p.detach().clone() for p in self._parameters]
         self._best: list[Tensor] | None = None
         self._bins = torch.zeros(2, _BINS, dtype=torch.float64, device=self._parameters[0].device)
@@ -349,12 +412,10 @@ class _State:
         """Recent squared error over all times."""
         return float(self._bins[0].sum() / self._bins[1].sum())
 
-    def step(self, errors: Tensor, t: Tensor, rate: float, ranks: Ranks) -> None:
-        """Take one step on the mean of the errors ``(batch,)``, unless its gradient is not finite."""
-        for group in self._optimiser.param_groups:
-            group["lr"] = self._learning_rate * rate
-        weighting = getattr(self._field, "weighting", None)
-        self._optimiser.zero_grad()
+    def step(self, errors: Tensor, t: Tensor, weighting: Weighting | None, rate: float, ranks: Ranks) -> None:
+        """Take one step on the weighted mean of the errors ``(batch,)``, unless its gradient is not finite."""
+        for parameter in self._parameters:
+            parameter.grad = None
         (errors if weighting is None else errors * weighting(t)).mean().backward()
         if ranks.size > 1:
             _average_gradients(self._parameters, ranks)
@@ -362,7 +423,10 @@ class _State:
         self.count += 1
         if not bool(norm.isfinite()):
             return
-        self._optimiser.step()
+        for optimiser in self._optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = self._learning_rate * rate
+            optimiser.step()
         decay = min(0.998, self.count / (self.count + 20))
         for average, parameter in zip(self._averages, self._parameters, strict=True):
             average.lerp_(parameter.detach(), 1 - decay)
@@ -371,11 +435,12 @@ class _State:
         self._bins[0].index_add_(0, which, errors.detach().double())
         self._bins[1].index_add_(0, which, torch.ones_like(t, dtype=torch.float64))
 
-    def look(self, batch: tuple[Tensor, Tensor, Tensor], patience: int) -> bool:
+    def look(self, batch: tuple[Tensor, Tensor, Tensor], weighting: Weighting | None, patience: int) -> bool:
         """Compare the average with the best so far on a fixed batch; say whether to stop."""
         t, x_t, target = batch
         with torch.no_grad(), self._swapped():
-            loss = float((self._field(t, x_t) - target).square().sum(-1).mean())
+            errors = (self._field(t, x_t) - target).square().sum(-1)
+        loss = float((errors if weighting is None else errors * weighting(t)).mean())
         if loss < self.lowest:
             self.lowest, self.patience_used = loss, 0
             self._best = [average.clone() for average in self._averages]
@@ -410,8 +475,9 @@ class _State:
         groups = {"parameter": self._parameters, "average": self._averages, "best": self._best or []}
         arrays = {f"{name}/{i}": value for name, values in groups.items() for i, value in enumerate(values)}
         for i, parameter in enumerate(self._parameters):
-            moments = self._optimiser.state.get(parameter, {})
-            arrays |= {f"{name}/{i}": value for name, value in moments.items()}
+            for optimiser in self._optimisers:
+                moments = optimiser.state.get(parameter, {})
+                arrays |= {f"moments/{i}/{name}": value for name, value in moments.items()}
         arrays |= {"bins": self._bins, "generators": streams}
         header = {
             "shapes": [list(parameter.shape) for parameter in self._parameters],
@@ -422,7 +488,7 @@ class _State:
             "lowest": None if math.isinf(self.lowest) else self.lowest,
             "patience_used": self.patience_used,
         }
-        storage.write(path, "training", 1, header, {name: v.detach().cpu().numpy() for name, v in arrays.items()})
+        storage.write(path, "training", 2, header, {name: v.detach().cpu().numpy() for name, v in arrays.items()})
 
     def load(
         self, header: dict[str, Any], arrays: dict[str, np.ndarray], generator: torch.Generator, ranks: Ranks
@@ -433,12 +499,16 @@ class _State:
         values = {name: torch.from_numpy(array).to(self._bins.device) for name, array in arrays.items()}
         if len(values["generators"]) != ranks.size:
             raise ValueError(f"the checkpoint is of {len(values['generators'])} processes, not of {ranks.size}")
-        names = ("step", "exp_avg", "exp_avg_sq")
         for i, (parameter, average) in enumerate(zip(self._parameters, self._averages, strict=True)):
             parameter.data.copy_(values[f"parameter/{i}"])
             average.copy_(values[f"average/{i}"])
-            if f"exp_avg/{i}" in values:
-                self._optimiser.state[parameter] = {name: values[f"{name}/{i}"] for name in names}
+            moments = f"moments/{i}/"
+            found = {name.removeprefix(moments): value for name, value in values.items() if name.startswith(moments)}
+            owner = next(
+                each for each in self._optimisers if any(parameter is p for p in each.param_groups[0]["params"])
+            )
+            if found:
+                owner.state[parameter] = found
         if "best/0" in values:
             self._best = [values[f"best/{i}"] for i in range(len(self._parameters))]
         self._bins = values["bins"]
@@ -447,6 +517,20 @@ class _State:
         self.lowest = math.inf if header["lowest"] is None else header["lowest"]
         self.patience_used = header["patience_used"]
         generator.set_state(values["generators"][ranks.rank].cpu())
+
+
+def _optimisers(
+    parameters: list[nn.Parameter], learning_rate: float, optimiser: Optimiser
+) -> list[torch.optim.Optimizer]:
+    matrices = [p for p in parameters if optimiser == "muon" and p.dim() == 2 and min(p.shape) > 4]
+    others = [p for p in parameters if all(p is not matrix for matrix in matrices)]
+    found: list[torch.optim.Optimizer] = []
+    if others:
+        found.append(torch.optim.AdamW(others, learning_rate, weight_decay=_DECAY, foreach=True))
+    if matrices:
+        options = {"weight_decay": _DECAY, "adjust_lr_fn": "match_rms_adamw"}
+        found.append(torch.optim.Muon(matrices, learning_rate, **options))
+    return found
 
 
 def _average_gradients(parameters: list[nn.Parameter], ranks: Ranks) -> None:
