@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class Context:
         self.model, self.rows = model, rows
         self.source = Source(model.flat_prior) if source is None else source
         self.dim = model.dim
+        self.kept: tuple[Tensor, Tensor, Any] | None = None  # where it was linearised last, see `linearised`
         self._prior = model.flat_prior
         self._inverse_temperature = 1 / model.temperature
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bnnflow.transport.coordinates import Context
-from bnnflow.transport.displacement import solve_linearised
+from bnnflow.transport.displacement import linearised
 from bnnflow.transport.paths import AffinePath, Coefficients
 from bnnflow.weights import Symmetries, WeightSpec
 
@@ -91,7 +91,7 @@ class InformedPath:
         target = velocity + c.turn / c.a * (means[0] - x1)
         control = c.rest * x_t + c.pull * means[1] - target
         if self._newton:
-            control = solve_linearised(self._some(generator), x_t * c.b / c.q, c.a * c.a / c.q, control)
+            control = linearised(self._some(generator), x_t * c.b / c.q, c.a * c.a / c.q).solve(control)
         return x_t, target, control
 
     def _some(self, generator: torch.Generator, *batch: int) -> Context:

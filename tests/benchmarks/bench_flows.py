@@ -125,11 +125,14 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=900.0, help="seconds of training")
     parser.add_argument("--velocity", choices=["informed", "weights"], default="informed")
     parser.add_argument("--newton", type=int, help="Gauss-Newton steps; gradient steps if 0")
+    parser.add_argument("--climb", type=int, default=15, help="gradient steps")
+    parser.add_argument("--batch", type=int, default=256, help="pairs in a step of training")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--heads", type=int, default=0)
     parser.add_argument("--steps", type=int, default=8, help="of the midpoint rule")
     parser.add_argument("--density", type=int, default=1000, help="draws with an exact density; 0 for none")
+    parser.add_argument("--density-steps", type=int, default=8, help="of the Runge-Kutta rule for them")
     args = parser.parse_args()
     torch.set_num_threads(1)
     given = problem(args.name)
@@ -145,8 +148,8 @@ def main() -> None:
     seen, unseen = draws.theta[:48].flatten(0, 1), draws.theta[48:].flatten(0, 1)
     table = Table(given, unseen[torch.randperm(len(unseen), generator=torch.Generator().manual_seed(0))[:DRAWS]])
     newton = args.newton if args.newton is not None else (2 if sharp else 0)
-    displacement = GaussNewton(newton) if newton else GradientSteps()
-    own = args.steps * 2 * (newton or 2 * displacement.steps + 1)  # type: ignore[union-attr]
+    displacement = GaussNewton(newton) if newton else GradientSteps(args.climb)
+    own = args.steps * 2 * (newton or args.climb + 2)
 
     def show(name: str, theta: Tensor, gradients: float, seconds: float) -> None:
         table.row(name, theta, gradients, seconds)
@@ -166,7 +169,7 @@ def main() -> None:
     sizes = {"width": args.width, "depth": args.depth, "heads": args.heads}
     weights = args.velocity == "weights"
     field = WeightsVelocity(model.spec, **sizes) if weights else InformedVelocity(model.spec, displacement, **sizes)
-    flow = bf.fit_flow(model, seen, velocity=field, budget=args.budget, seed=0)
+    flow = bf.fit_flow(model, seen, velocity=field, budget=args.budget, batch_size=args.batch, seed=0)
     info = flow.info
     print(f"  {args.velocity} flow: {info['steps']} steps, {info['cpu_seconds']:.0f} CPU s, {info['parameters']} "
           f"parameters, loss by quarter {[round(value, 1) for value in info['loss_by_time']]}")  # fmt: skip
@@ -181,8 +184,8 @@ def main() -> None:
         f"of unseen draws {float(fresh.median()):.2f}"
     )
     if args.density:
-        flow = replace(flow, solver="rk4", steps=2 * args.steps)  # draws need fewer steps than their densities
-        print(f"  solver: {flow.solver_error(16)}")
+        flow = replace(flow, solver="rk4", steps=args.density_steps)  # draws need less than their densities
+        print(f"  solver: {flow.solver_error(8)}", flush=True)
         began = time.process_time()
         fixed = bf.correct(flow, model, args.density, "importance", seed=3, held_out=draws.theta[48:])
         print(f"  importance sampling, {args.density} draws: k-hat {fixed.khat:.2f}, ESS {fixed.ess:.0f}, log evidence "
