@@ -22,6 +22,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ from weight_space import remembered, table
 
 import bnnflow as bf
 from bnnflow.report import style
-from bnnflow.transport import AffinePath, GaussNewton, InformedVelocity, train
+from bnnflow.transport import AffinePath, GaussNewton, Independent, InformedVelocity, train
 from bnnflow.transport.coordinates import Context
 from bnnflow.transport.importance import effective, log_mean, smoothed
 from bnnflow.transport.targets import InformedPath
@@ -43,6 +44,7 @@ HIDDEN = 16
 ROWS, NOISE, REACH = (10, 40), (0.1, 0.5), 2.0
 WIDTH, DEPTH, NEWTON = 48, 3, (1, 2)  # the last are steps of the two displacements that are mixed
 TASKS_A_STEP, BATCH = 4, 256
+SOLVER_STEPS = 12
 REFINE = 8, 8  # transitions and the most leapfrog steps of each
 GRID = torch.linspace(-2.5, 2.5, 50)[:, None]
 OURS, FIGURES = "one flow", ("rms", "ratio", "log lik.", "LPPD", "CPU s")
@@ -189,8 +191,9 @@ def fit(tasks: list[Task], steps: int) -> bf.Flow:
         chosen = torch.randint(len(tasks), (TASKS_A_STEP,), generator=generator).repeat_interleave(n // TASKS_A_STEP)
         rows = torch.randint(x1.shape[1], (len(chosen),), generator=generator)
         x0 = torch.randn(len(chosen), x1.shape[2], generator=generator)
-        number = chosen[:, None].to(x0)
-        return torch.cat([x0, number], 1), torch.cat([x1[chosen, rows], number], 1)
+        ends = Independent().pair(x0, x1[chosen, rows], models[0].spec, group, generator)
+        x0, own = (torch.cat([end, chosen[:, None].to(end)], 1) for end in ends)
+        return x0, own
 
     family = Family(field(), contexts)
     _, info = train(family, pairs, path=FamilyPath(paths), steps=steps, batch_size=BATCH, seed=generator)
@@ -209,14 +212,14 @@ def own_flow(task: Task, steps: int) -> bf.Flow:
     """Train a field on this task alone, with as many steps and pairs as the one for all had."""
     model, draws = task.model(), chains_of(task, HIDDEN, False)
     settings: dict[str, Any] = {"targets": "posterior", "steps": steps, "batch_size": BATCH, "seed": 0}
-    path = OUT / f"flow-{task.name}-{steps}.npz"
+    path = OUT / f"flow-of-{task.name}-{steps}.npz"
     return remembered_flow(path, model, lambda: bf.fit_flow(model, draws, velocity=field(), **settings))
 
 
 def remembered_flow(path: Path, model: bf.BayesianModel, make: Callable[[], bf.Flow]) -> bf.Flow:
     if not path.is_file():
         make().save(path)
-    return bf.Flow.load(path, model)
+    return replace(bf.Flow.load(path, model), steps=SOLVER_STEPS)
 
 
 # ---------------------------------------------------------------- what draws are worth
@@ -299,7 +302,7 @@ def main(sizes: Sizes, name: str) -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     tasks = [random_task(seed) for seed in range(sizes.tasks)]
     unseen = [random_task(seed) for seed in range(1000, 1000 + sizes.unseen)]
-    flow = remembered_flow(OUT / f"flow-{name}.npz", tasks[0].model(), lambda: fit(tasks, sizes.steps))
+    flow = remembered_flow(OUT / f"flow-{name}-{sizes.steps}.npz", tasks[0].model(), lambda: fit(tasks, sizes.steps))
     chains = sum(chains_of(task, HIDDEN, False).info["cpu_seconds"] for task in tasks)
     print(f"{len(tasks)} tasks: {chains:.0f} CPU s of HMC, {flow.info['cpu_seconds']:.0f} CPU s of training, "
           f"{flow.info['steps']} steps, {flow.info['parameters']} parameters", flush=True)  # fmt: skip
@@ -309,12 +312,12 @@ def main(sizes: Sizes, name: str) -> None:
         found = []
         for task in given:
             model = task.model(hidden)
-            pull = bf.GaussNewtonFlow(model, GaussNewton(NEWTON[-1]), steps=12)
+            pull = bf.GaussNewtonFlow(model, GaussNewton(NEWTON[-1]), steps=SOLVER_STEPS)
             made = {"own flow": own_flow(task, sizes.steps)} if own else {"pull": pull, OURS: flow.transfer(model)}
             starts = {start: partial(each.sample, seed=1) for start, each in made.items()}
             if not own:
                 starts = {"prior": partial(model.sample_prior, seed=1)} | starts
-            key = f"{name}, {task.name}, {hidden}{', own' if own else ''}"
+            key = f"{name}, {sizes.steps} steps, {task.name}, {hidden}{', own' if own else ''}"
             found.append(remembered(OUT / "cells.json", key, partial(cell, task, hidden, starts, sizes.draws)))
         return found
 
@@ -333,7 +336,9 @@ def main(sizes: Sizes, name: str) -> None:
     for task in [*unseen[: sizes.own], outsiders()[0]]:
         model = task.model()
         run = partial(weighed, model, flow.bind(model), sizes.weighed, sizes.solver)
-        found = results[f"weights, {task.name}"] = remembered(OUT / "cells.json", f"{name}, {task.name}, weights", run)
+        found = results[f"weights, {task.name}"] = remembered(
+            OUT / "cells.json", f"{name}, {sizes.steps} steps, {task.name}, weights", run
+        )
         print(f"{task.name}: k-hat {found['k-hat']:.2f}, ESS {found['ESS']:.0%}, sd {found['sd']:.2f}, log evidence "
               f"{found['evidence'][0]:.2f} ± {found['evidence'][1]:.2f}, SMC {found['SMC'][0]:.2f} ± "
               f"{found['SMC'][1]:.2f}", flush=True)  # fmt: skip

@@ -212,7 +212,9 @@ class Layout:
             parts = [tensors[member] for member in members]
             if not parts:  # hidden units that no bias belongs to, or no globals
                 parts = [first.new_zeros(*lead, *widths[i : i + 1], 0, each)]
-            blocks.append((parts[0] if len(parts) == 1 else torch.cat(parts, -2)).flatten(-2))
+            # A view of some of the weights would make slow products.
+            joined = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, -2)
+            blocks.append(joined.flatten(-2))
         return Fused(blocks[:n], blocks[n:-1], blocks[-1])
 
     def divide(self, fused: Fused, free: list[int], features: int) -> list[Tensor]:

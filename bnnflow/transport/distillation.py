@@ -18,6 +18,7 @@ from bnnflow.model import BayesianModel
 from bnnflow.seeding import as_generator
 from bnnflow.transport.coordinates import Context
 from bnnflow.transport.flow import Flow
+from bnnflow.transport.options import together
 from bnnflow.transport.solvers import integrate, time_grid
 from bnnflow.transport.source import Source
 from bnnflow.transport.training import train
@@ -55,12 +56,14 @@ class FlowMap:
         """Length of a weight vector."""
         return self.spec.dim
 
-    def sample(self, n: int, seed: Seed = 0, *, chunk_size: int = 2048) -> Tensor:
+    def sample(self, n: int, seed: Seed = 0, *, chunk_size: int | None = None) -> Tensor:
         """Draw ``(n, dim)`` weights, approximately from the posterior."""
         generator = as_generator(seed, self.source.device)
         x0 = torch.randn(n, self.dim, generator=generator, device=self.source.device, dtype=self.source.dtype)
         with torch.no_grad():
-            return torch.cat([self.source.from_normal(self._carry(rows)) for rows in x0.split(chunk_size)])
+            return torch.cat(
+                [self.source.from_normal(self._carry(rows)) for rows in x0.split(chunk_size or together(x0.device))]
+            )
 
     def _carry(self, x: Tensor) -> Tensor:
         return integrate(lambda t, state: (self.velocity(t, state[0]),), (x,), self.times, "euler")[0]

@@ -55,23 +55,27 @@ def divergence(
         value, estimate = divergence(rest, t, x, trace, probes)
         return sure + value, its_trace + estimate
     if trace == "exact":
-        return _by_rows(velocity, t, x)
-    if probes is None:
+        probes = None
+    elif probes is None:
         raise ValueError(f"trace={trace!r} needs probes")
+    # Some rows at a time: large batches would cost more a row.
+    rows = max(1, _at_once(x) // (min(x.shape[-1], 32) if probes is None else len(probes)))
+    blocks = x.split(rows)
+    times = t.split(rows) if t.dim() else [t] * len(blocks)
+    noise = [None] * len(blocks) if probes is None else probes.split(rows, 1)
+    parts = [_block(velocity, *each, trace) for each in zip(times, blocks, noise, strict=True)]
+    values, traces = zip(*parts, strict=True)
+    return torch.cat(values), torch.cat(traces)
+
+
+def _block(velocity: Velocity, t: Tensor, x: Tensor, probes: Tensor | None, trace: Trace) -> tuple[Tensor, Tensor]:
+    """Return velocity and divergence of rows that go through at once."""
+    if probes is None:
+        return exact_divergence(lambda z: velocity(t, z), x)
     if trace == "hutch++":
         return hutchpp_divergence(lambda z: velocity(t, z), x, probes)
     value, estimates = hutchinson_divergence(lambda z: velocity(t, z), x, probes)
     return value, estimates.mean(0)
-
-
-def _by_rows(velocity: Velocity, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return velocity and exact divergence, some rows at a time: large batches would cost more a row."""
-    rows = max(1, _at_once(x) // min(x.shape[-1], 32))
-    blocks = x.split(rows)
-    times = t.split(rows) if t.dim() else [t] * len(blocks)
-    pairs = [exact_divergence(lambda z, s=s: velocity(s, z), block) for s, block in zip(times, blocks, strict=True)]
-    values, traces = zip(*pairs, strict=True)
-    return torch.cat(values), torch.cat(traces)
 
 
 def exact_divergence(

@@ -21,7 +21,7 @@ from bnnflow.transport.coordinates import Context
 from bnnflow.transport.displacement import Displacement
 from bnnflow.transport.divergence import divergence
 from bnnflow.transport.guidance import GuidedVelocity
-from bnnflow.transport.options import DensityOptions, SampleOptions, Steps, Tracing
+from bnnflow.transport.options import DensityOptions, SampleOptions, Steps, Tracing, together
 from bnnflow.transport.paths import AffinePath
 from bnnflow.transport.solvers import integrate, integrate_sde, rows_within, time_grid
 from bnnflow.transport.source import Source
@@ -173,7 +173,7 @@ class Flow:
         steps: Steps | None = None,
         solver: Solver | None = None,
         epsilon: float | Callable[[Tensor], Tensor | float] = 0.0,
-        chunk_size: int = 2048,
+        chunk_size: int | None = None,
     ) -> Tensor:
         """Draw ``(n, dim)`` posterior weights.
 
@@ -185,13 +185,14 @@ class Flow:
             epsilon: noise on the way, a number or a function of time that may vanish on parts of the path: the same
                 marginals if the field is exact, and less memory of its errors if it is not. Wants more steps, and
                 vanishes best before t = 1, where the score is not known.
-            chunk_size: draws that travel together, which bounds the memory; see `rows_within`.
+            chunk_size: draws that travel together, which bounds the memory, see `rows_within`; as many as are fastest
+                unless said otherwise.
 
         Raises:
             FloatingPointError: if the velocity becomes NaN.
         """
         generator = as_generator(seed, self._device)
-        starts = self.start(n, generator).split(chunk_size)
+        starts = self.start(n, generator).split(chunk_size or together(self._device))
         with torch.no_grad():
             if epsilon == 0:
                 return torch.cat([self.push(x0, steps=steps, solver=solver) for x0 in starts])

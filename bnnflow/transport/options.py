@@ -13,10 +13,15 @@ from bnnflow.seeding import as_generator
 from bnnflow.transport.divergence import probe_noise
 from bnnflow.types import Noise, Seed, Solver, Trace
 
-__all__ = ["DensityOptions", "SampleOptions", "Steps", "Tracing"]
+__all__ = ["DensityOptions", "SampleOptions", "Steps", "Tracing", "together"]
 
 Steps = int | Sequence[float] | Tensor
 """How many steps a solver takes, or the times between them, from 0 to 1."""
+
+
+def together(device: torch.device) -> int:
+    """Return how many draws travel together unless said otherwise: what fits into the caches of a CPU."""
+    return 256 if device.type == "cpu" else 4096
 
 
 class SampleOptions(TypedDict, total=False):
