@@ -328,6 +328,25 @@ def test_flow_transfers_to_another_width_and_refuses_other_networks():
         GaussNewtonFlow(narrow, source=gaussian_source(narrow)).transfer(wide)
 
 
+def test_field_of_ones_own_says_what_it_is_on_another_network():
+    class Rescaled(torch.nn.Module):
+        def __init__(self, scale: torch.Tensor) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(scale)
+
+        def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return self.scale * x
+
+        def on(self, spec: bf.WeightSpec) -> Rescaled:
+            return Rescaled(self.scale.detach())
+
+    narrow, wide = network(width=4), network(width=9)
+    flow = Flow.of(Rescaled(torch.tensor(0.3, dtype=torch.float64)), narrow, steps=64, solver="rk4")
+    moved = flow.transfer(wide)
+    x0 = moved.start(3, 0)
+    assert torch.allclose(moved.push(x0), wide.flat_prior.from_normal(math.exp(0.3) * x0))
+
+
 def test_a_part_of_the_data_costs_less_and_is_scaled_to_all():
     model, mean, _ = regression(n=4000)
     flow = GaussNewtonFlow(model, steps=24)

@@ -131,7 +131,7 @@ class Linearised:
 
     def __init__(self, context: Context, x: Tensor, s2: Tensor) -> None:
         self.grad, self._factor = context.gauss_newton(x)
-        factor, self._excess, self._s2 = self._factor, context.source.excess, s2
+        factor, self._excess = self._factor, context.source.excess
         self._scale: Tensor | None = None
         excess, rows, dim = self._excess, *self._factor.shape[-2:]
         dense = excess is not None and excess.dim() > 0
@@ -153,8 +153,8 @@ class Linearised:
             return product
         return product + (excess * v if excess.dim() == 0 else v @ excess)
 
-    def solve(self, target: Tensor, _: Tensor | None = None) -> Tensor:
-        """Return (I + s^2 H)^-1 target, by the smaller of the two equivalent systems."""
+    def solve(self, target: Tensor, start: Tensor | None = None) -> Tensor:
+        """Return (I + s^2 H)^-1 target, by the smaller of the two equivalent systems; ``start`` plays no part."""
         if self._scale is not None:
             target = target / self._scale
         if self._by_weights:
