@@ -126,7 +126,30 @@ def test_gradient_steps_agree_with_gauss_newton_where_the_curvature_is_one_numbe
     assert torch.allclose(steps.w, newton.w, rtol=1e-5)
 
 
-@pytest.mark.parametrize("displacement", [GradientSteps(), GaussNewton(2)])
+@pytest.mark.parametrize("secant", [False, True])
+def test_gradient_steps_climb_to_the_top_and_cost_what_they_say(secant):
+    model, *_ = linear_model()
+    context = Context(model)
+    counted = 0
+
+    class Counting:
+        def grad(self, x: torch.Tensor) -> torch.Tensor:
+            nonlocal counted
+            counted += 1
+            return context.grad(x)
+
+    mu, s2 = torch.randn(6, 4, dtype=torch.float64, generator=generator()), torch.full((6, 1), 0.5).double()
+    exact = GaussNewton(1, max_norm=math.inf)(context, mu, s2).w
+    errors = []
+    for steps in (4, 12, 40):
+        counted = 0
+        errors.append((GradientSteps(steps, 1e6, secant)(Counting(), mu, s2).w - exact).norm())
+        assert counted == (steps + 2 if secant else 2 * steps + 1)
+    assert errors[2] < 1e-3 * exact.norm()
+    assert errors[2] < errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("displacement", [GradientSteps(), GradientSteps(secant=True), GaussNewton(2)])
 @pytest.mark.parametrize("kind", ["categorical", "bernoulli", "gaussian", "learned", "heteroscedastic"])
 def test_drive_is_finite_at_the_end_and_equals_the_gradient_there(kind, displacement):
     model = network_model(kind)
@@ -150,7 +173,9 @@ def test_context_gradient_is_that_of_log_posterior_over_normal_density(kind, tem
 # ------------------------------------------------------------------ densities
 
 
-@pytest.mark.parametrize("displacement", [GradientSteps(), GaussNewton(1), GaussNewton(2)])
+@pytest.mark.parametrize(
+    "displacement", [GradientSteps(3), GradientSteps(3, secant=True), GaussNewton(1), GaussNewton(2)]
+)
 @pytest.mark.parametrize("kind", ["categorical", "gaussian", "learned"])
 @pytest.mark.parametrize("t", [0.1, 0.6, 0.97])
 def test_divergence_of_the_informed_field_matches_central_differences(kind, displacement, t):

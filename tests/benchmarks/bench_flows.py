@@ -126,7 +126,8 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=900.0, help="seconds of training")
     parser.add_argument("--velocity", choices=["informed", "weights"], default="informed")
     parser.add_argument("--newton", type=int, help="Gauss-Newton steps; gradient steps if 0")
-    parser.add_argument("--climb", type=int, default=15, help="gradient steps")
+    parser.add_argument("--climb", type=int, default=8, help="gradient steps")
+    parser.add_argument("--secant", action="store_true", help="cheaper and rougher gradient steps")
     parser.add_argument("--batch", type=int, default=256, help="pairs in a step of training")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--depth", type=int, default=4)
@@ -151,8 +152,8 @@ def main() -> None:
     seen, unseen = draws.theta[:48].flatten(0, 1), draws.theta[48:].flatten(0, 1)
     table = Table(given, unseen[torch.randperm(len(unseen), generator=torch.Generator().manual_seed(0))[:DRAWS]])
     newton = args.newton if args.newton is not None else (2 if sharp else 0)
-    displacement = GaussNewton(newton) if newton else GradientSteps(args.climb)
-    own = args.steps * 2 * (newton or args.climb + 2)
+    displacement = GaussNewton(newton) if newton else GradientSteps(args.climb, secant=args.secant)
+    own = args.steps * 2 * (newton or (args.climb + 2 if args.secant else 2 * args.climb + 1))
 
     def show(name: str, theta: Tensor, gradients: float, seconds: float) -> None:
         table.row(name, theta, gradients, seconds)
