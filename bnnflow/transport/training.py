@@ -332,12 +332,11 @@ def _with_targets(
     doubtful = not any(group) and any(model.spec.symmetries())
     if targets == "auto" and (doubtful or (price > _AFFORDABLE and not hasattr(field, "bind"))):
         return path
-    x1 = pairs(2048, generator)[1]
     if not isinstance(coupling, Independent):
         why = "the pairs are not independent"
     elif not isinstance(path, AffinePath) or path.sigma:
         why = "the path is not affine, or has noise of its own"
-    elif not obeys_stein(context, x1):
+    elif not obeys_stein(context, x1 := pairs(2048, generator)[1]):
         why = "the draws disagree with Stein's identity for this posterior, they are draws of something else"
     else:
         displacements: tuple[Displacement, ...] = getattr(field, "displacements", ())
