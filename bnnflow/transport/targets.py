@@ -76,8 +76,8 @@ class InformedPath:
     def weighting(self, t: Tensor) -> Tensor:
         """Return what squared errors at t count, in the shape of ``t``.
 
-        Up to ends, b / (a (a b' - a' b)): twice the weighted error integrates to the divergence from the posterior of
-        a stochastic flow (Song et al. 2021). The noise of pairs would not allow it.
+        Up to a floor and a ceiling, b / (a (a b' - a' b)): the integral of errors so weighted bounds the divergence of
+        a stochastic flow from the posterior (Song et al. 2021). The noise of pairs would not allow it.
         """
         c = self._path.coefficients(t)
         return 0.1 + (c.b / (c.a * c.turn)).clamp(max=10)

@@ -16,11 +16,11 @@ import copy
 import itertools
 import os
 import statistics
-import time
 from collections.abc import Callable
 from typing import NamedTuple, get_args
 
 import torch
+from bench_throughput import clocked
 from torch import Tensor, nn
 
 from bnnflow import WeightSpec
@@ -78,19 +78,6 @@ def bare(field: nn.Module, pairs: Callable, steps: int, batch: int, optimiser: O
         loss.backward()
         for each in both:
             each.step()
-
-
-def clocked(work: Callable[[], object], device: str) -> float:
-    """Return CPU seconds, or seconds until the GPU is done."""
-    if device == "cpu":
-        began = time.process_time()
-        work()
-        return time.process_time() - began
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def calls(block: Callable[[int], object]) -> float:
