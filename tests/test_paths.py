@@ -302,7 +302,7 @@ def test_push_and_pull_invert_each_other_and_agree_on_the_density():
     x0 = flow.start(2, 0)
     theta, log_q = flow.push_with_log_prob(x0)
     back, log_q_back = flow.pull_with_log_prob(theta)
-    assert torch.equal(theta, flow.push(x0))
+    assert torch.allclose(theta, flow.push(x0), atol=1e-4)  # by other steps
     assert torch.allclose(back, x0, atol=1e-4)
     assert torch.allclose(log_q, log_q_back, atol=1e-3)
 

@@ -371,7 +371,7 @@ def test_flow_from_a_prior_with_parameters_has_the_posteriors_gradient_and_its_d
     torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(same, expected, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(product(v), torch.einsum("brd,bre,be->bd", factor, factor, v), rtol=1e-7, atol=1e-7)
-    flow = GaussNewtonFlow(model, steps=8, solver="rk4")
+    flow = GaussNewtonFlow(model, steps=16, solver="rk4")
     theta, log_q = flow.sample_with_log_prob(1, 0)
     jacobian = torch.func.jacrev(lambda x0: flow.push(x0)[0])(flow.start(1, 0))[:, 0]
     x0 = flow.start(1, 0)[0]

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from bnnflow.transport import GaussianVelocity, solvers
 from bnnflow.transport.divergence import exact_divergence
-from bnnflow.transport.solvers import integrate, integrate_sde, integrate_with_error, rows_within, time_grid
+from bnnflow.transport.solvers import (
+    integrate,
+    integrate_sde,
+    integrate_with_error,
+    integrate_with_trace,
+    rows_within,
+    time_grid,
+)
 from bnnflow.types import AdaptiveSolver
 
 FIXED = [("euler", 1), ("midpoint", 2), ("rk4", 4)]
@@ -217,6 +224,61 @@ def test_adaptive_rules_refuse_what_they_cannot_do():
         integrate(turning, start(), even(2), "dopri5", rtol=0.0)
     with pytest.raises(RuntimeError, match="dopri5 failed"):  # the solution is infinite at t = 0.5
         integrate(lambda t, s: (s[0] ** 2,), (2 * torch.ones(1, 1),), even(2), "dopri5", max_evaluations=10**6)
+
+
+# ------------------------------------------------------------------ integrals along the way
+
+
+@pytest.mark.parametrize("evaluations", [1, 2, 5])
+def test_integral_of_a_polynomial_of_time_is_exact(evaluations):
+    degree = 2 * evaluations - 1
+    x, seen = torch.zeros(3, 2, dtype=torch.float64), []
+
+    def trace(t: Tensor, x: Tensor) -> Tensor:
+        seen.append(float(t))
+        return (x[:, 0] + t) ** degree
+
+    for backwards, sign in ((False, 1), (True, -1)):
+        _, total = integrate_with_trace(lambda t, x: 0 * x, trace, x, evaluations, backwards=backwards)
+        assert torch.allclose(total, torch.full((3,), sign / (degree + 1), dtype=torch.float64), atol=1e-14)
+    assert seen[:evaluations] == pytest.approx(sorted(seen[evaluations:]))
+    assert min(seen) > 0
+    assert max(seen) < 1
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_integral_along_the_way_beats_one_that_is_carried_along(backwards):
+    """With as many evaluations of the integrand: sixteen, by four steps of the Runge-Kutta rule or at nodes."""
+    grid = even(400).flip(0) if backwards else even(400)
+    x, zero = start()
+    x = x / 2  # larger ones have no way back
+    end, total = integrate(turning, (x, zero), grid)
+    field = lambda t, x: turning(t, (x, zero))[0]  # noqa: E731
+    trace = lambda t, x: turning(t, (x, zero))[1]  # noqa: E731
+    here, found = integrate_with_trace(field, trace, x, 16, backwards=backwards)
+    few = even(4).flip(0) if backwards else even(4)
+    carried = integrate(turning, (x, zero), few)[1]
+    assert float((here - end).abs().max()) < 1e-5
+    error, usual = (float((each - total).abs().max()) for each in (found, carried))
+    assert error < 1e-5
+    assert error < 0.05 * usual
+
+
+def test_integral_along_the_way_of_a_gaussian_field_is_its_log_determinant():
+    field, _, covariance = gaussian()
+    x = torch.randn(4, 2, generator=generator(), dtype=torch.float64)
+    _, total = integrate_with_trace(field, lambda t, x: field.with_divergence(t, x)[1], x, 24)
+    assert torch.allclose(total, (0.5 * covariance.logdet()).expand(4), atol=1e-8)
+
+
+def test_integral_along_the_way_checks_its_arguments():
+    x = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match="steps are fixed"):
+        integrate_with_trace(lambda t, x: x, lambda t, x: x.sum(1), x, 4, "dopri5")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least 1"):
+        integrate_with_trace(lambda t, x: x, lambda t, x: x.sum(1), x, 0)
+    with pytest.raises(FloatingPointError, match="NaN"):
+        integrate_with_trace(lambda t, x: x / 0 * 0, lambda t, x: x.sum(1).double(), x, 4)
 
 
 # ------------------------------------------------------------------ stochastic integration

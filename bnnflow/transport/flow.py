@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, get_args
 
 import numpy as np
 import torch
@@ -23,10 +23,10 @@ from bnnflow.transport.divergence import divergence
 from bnnflow.transport.guidance import GuidedVelocity
 from bnnflow.transport.options import DensityOptions, SampleOptions, Steps, Tracing, together
 from bnnflow.transport.paths import AffinePath
-from bnnflow.transport.solvers import integrate, integrate_sde, rows_within, time_grid
+from bnnflow.transport.solvers import integrate, integrate_sde, integrate_with_trace, rows_within, time_grid
 from bnnflow.transport.source import Source
 from bnnflow.transport.velocity import DriveVelocity, bound, rebuild, restore
-from bnnflow.types import Seed, Solver, Trace
+from bnnflow.types import FixedSolver, Seed, Solver, Trace
 from bnnflow.weights import WeightSpec
 
 __all__ = ["Flow", "GaussNewtonFlow"]
@@ -222,7 +222,7 @@ class Flow:
         def work(x: Tensor) -> Any:
             if trace is None:
                 return integrate(lambda t, state: (self.velocity(t, state[0]),), (x,), times, "euler")
-            return self._transport(x, times, Tracing(trace, solver="euler"))
+            return self._transport(x, Tracing(trace, steps=1, solver="euler"))
 
         with torch.no_grad():
             return rows_within(memory, work, x0)
@@ -287,7 +287,7 @@ class Flow:
         tracing = Tracing(**options).on(self._device)
         thetas, log_probs = [], []
         for rows in x0.split(tracing.chunk_size):
-            x1, change = self._transport(rows, self._grid(tracing.steps), tracing)
+            x1, change = self._transport(rows, tracing)
             theta = self.source.from_normal(x1)
             thetas.append(theta)
             log_probs.append(_log_normal(rows) - change + self.source.log_jacobian(theta))
@@ -299,8 +299,7 @@ class Flow:
         tracing = Tracing(**options).on(self._device)
         starts, log_probs = [], []
         for rows in theta.split(tracing.chunk_size):
-            x1, grid = self.source.to_normal(rows), self._grid(tracing.steps).flip(0)
-            x0, change = self._transport(x1, grid, tracing)
+            x0, change = self._transport(self.source.to_normal(rows), tracing, backwards=True)
             starts.append(x0)
             log_probs.append(_log_normal(x0) + change + self.source.log_jacobian(rows))
         return torch.cat(starts), torch.cat(log_probs)
@@ -317,16 +316,22 @@ class Flow:
             _, log_probs = self.pull_with_log_prob(theta.reshape(-1, theta.shape[-1]), **options)
         return log_probs.reshape(theta.shape[:-1])
 
-    def _transport(self, x: Tensor, grid: Tensor, tracing: Tracing) -> tuple[Tensor, Tensor]:
-        """Carry ``x`` along the grid and integrate the divergence on the way."""
-        # One set of probes for the whole path, or the solver would integrate noise.
-        probes = tracing.draw(x)
+    def _transport(self, x: Tensor, tracing: Tracing, *, backwards: bool = False) -> tuple[Tensor, Tensor]:
+        """Carry ``x`` from one end to the other and integrate the divergence on the way."""
+        probes = tracing.draw(x)  # one set for the whole path, or the solver would integrate noise
+        solver = tracing.solver or self.solver
+        steps = self.steps if tracing.steps is None else tracing.steps
 
         def slope(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return divergence(self.velocity, t, state[0], tracing.trace, probes)
 
+        if isinstance(steps, int) and solver in get_args(FixedSolver):
+            return integrate_with_trace(
+                self.velocity, lambda t, x: slope(t, (x,))[1], x, 2 * steps, solver, backwards=backwards
+            )
+        grid = self._grid(steps)
         start = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
-        end, change = integrate(slope, (x, start), grid, tracing.solver or self.solver)
+        end, change = integrate(slope, (x, start), grid.flip(0) if backwards else grid, solver)
         return end, change
 
     @property

@@ -45,7 +45,9 @@ class DensityOptions(SampleOptions, total=False):
         probes: number of random probes, whose estimates are averaged; 8 by default.
         noise: their law; ``"rademacher"``, by default, has never the larger variance for a symmetric Jacobian.
         seed: of the probes, which stay fixed along a path; 0 by default.
-        steps: steps of the solver, or its times; by default the flow's own.
+        steps: n of them mean 2 n evaluations of the divergence, at the nodes of the rule of Gauss and Legendre, and a
+            step of the solver from each to the next. Times of one's own, or a solver that chooses them, integrate
+            the divergence along with the state, at every evaluation. By default the flow's own.
         solver: its rule; by default the flow's own.
         chunk_size: points that travel together, which bounds the memory; 512 by default.
     """
