@@ -4,19 +4,22 @@
 towards networks of normalised scales and normalised again at the end; Geometric, along geodesics of the spheres that
 normalised networks live on. Three couplings: unaligned, with a field that is equivariant to permutations; aligned to
 the targets' Frechet mean, with a field that knows the place of every weight; and aligned with optimal transport within
-each batch. After Erdogan (2025, "Geometric Flow Models over Neural Network Weights", arXiv 2504.03710), whose figures
-are of another split, other targets and other fields.
+each batch. Every flow also runs guided by the log likelihood of the training rows, but for the Geometric ones: a
+`ManifoldFlow` has no guidance. After Erdogan (2025, "Geometric Flow Models over Neural Network Weights", arXiv
+2504.03710), whose figures are of another split, other targets and other fields.
 Run: python examples/thesis_breast_cancer.py [--steps N] [--cells "Geometric, aligned" ...]
-Every finished cell is kept in out/; run again to resume.
+Every finished cell is kept in out/, run again to resume; so is its field in out/thesis_breast_cancer/: without the
+JSON file the cells are evaluated again, not trained.
 """
 
 import argparse
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor, nn
 from weight_space import remembered, table
 
@@ -33,7 +36,10 @@ OUT = Path("out")
 STARTS, ITERATES = 400, (60, 70, 80, 90, 100)  # of Adam, at learning rate 0.01
 STEPS, BATCH, WIDTH, DEPTH = 700, 128, 48, 2
 GENERATED, SOLVER_STEPS = 500, (1, 2, 4, 8, 16)
+# Of guidance: the strength is that of STRENGTHS whose networks come nearest to the targets' loss on *training* rows.
+STRENGTH, CLIMB, STRENGTHS = 30.0, 2, (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)
 GEOMETRIES, COUPLINGS = ("Euclidean", "Normalised", "Geometric"), ("unaligned", "aligned", "aligned + OT")
+LOWEST = 0.955  # accuracy in the picture
 PUBLISHED = {  # accuracy and loss
     "targets": (0.992, 0.048),
     "Euclidean, unaligned": (0.998, 0.101),
@@ -72,9 +78,14 @@ class Residual(nn.Module):
             mean = torch.cat([part.mean().expand(part.shape[1]) for part in parts])
             sd = torch.cat([part.std().expand(part.shape[1]) for part in parts])
             variance, vectors = sd.square(), torch.empty(0)
-        buffers = {"source": source, "mean": mean, "sd": sd.clamp(min=1e-3), "variance": variance, "vectors": vectors}
-        for name, value in buffers.items():
-            self.register_buffer(name, value)
+        # No buffers: they are not kept with the parameters, the targets give them again.
+        self.source, self.mean, self.sd, self.variance, self.vectors = (
+            source,
+            mean,
+            sd.clamp(min=1e-3),
+            variance,
+            vectors,
+        )
         self.codes = nn.Parameter(0.1 * torch.randn(spec.dim, 3)) if placed else None
         self.net = DWSNet(spec, 7 if placed else 2, 1, WIDTH, DEPTH, time=True, heads=0)
 
@@ -126,6 +137,9 @@ def main(steps: int, cells: list[str]) -> None:
     def loss(theta: Tensor) -> Tensor:
         return -model.pointwise_log_likelihood(theta, data.x_test, data.y_test).mean(-1)
 
+    def training_loss(theta: Tensor) -> float:
+        return float(-model.log_likelihood(theta).mean() / len(model.x))
+
     def worth(theta: Tensor) -> dict[str, Any]:
         """Accuracy and loss of single networks on unseen rows; how neighbours differ, and the barriers between them.
 
@@ -143,8 +157,8 @@ def main(steps: int, cells: list[str]) -> None:
             "barriers": found.maximum.tolist(),
         }
 
-    def run(geometry: str, coupling: str) -> dict[str, Any]:
-        began = time.process_time()
+    def fitted(name: str, geometry: str, coupling: str) -> tuple[Flow | ManifoldFlow, float]:
+        """Return the flow of a cell and the CPU seconds of its training, now or in an earlier run."""
         placed, curved = coupling != "unaligned", geometry == "Geometric"
         x1 = targets if geometry == "Euclidean" else spheres.project(targets)
         x1 = frechet_mean(x1, spec)[0] if placed else x1
@@ -164,20 +178,40 @@ def main(steps: int, cells: list[str]) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             field = Residual(spec, sd, x1, placed, spheres if curved else None)
-        path = RiemannianPath(spheres) if curved else AffinePath()
-        field, info = train(field, pairs, path=path, steps=steps, batch_size=BATCH, seed=0)
-        flow = ManifoldFlow(field, spheres) if curved else Flow.of(field, model)  # the prior is the source
+        file = OUT / "thesis_breast_cancer" / f"{name}.pt"
+        if file.is_file():
+            kept = torch.load(file, weights_only=True)
+            field.load_state_dict(kept["field"])
+            field.requires_grad_(False)
+        else:
+            path = RiemannianPath(spheres) if curved else AffinePath()
+            field, info = train(field, pairs, path=path, steps=steps, batch_size=BATCH, seed=0)
+            kept = {"field": field.state_dict(), "seconds": info["cpu_seconds"]}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(kept, file)
+        # The prior is the source of a flow that is not on the spheres.
+        return ManifoldFlow(field, spheres) if curved else Flow.of(field, model), kept["seconds"]
 
-        def generated(solver_steps: int) -> Tensor:
-            theta = flow.sample(GENERATED, 1, steps=solver_steps)
+    def run(name: str, geometry: str, coupling: str) -> dict[str, Any]:
+        flow, seconds = fitted(name, geometry, coupling)
+
+        def generated(flow: Flow | ManifoldFlow, count: int, networks: int = GENERATED) -> Tensor:
+            theta = flow.sample(networks, 1, steps=count)
             return spheres.project(theta) if geometry == "Normalised" else theta
 
-        by_steps = {count: worth(generated(count)) for count in SOLVER_STEPS}
-        return by_steps[max(SOLVER_STEPS)] | {
-            "training": info["cpu_seconds"],
-            "by_steps": {count: (found["accuracy"], found["loss"]) for count, found in by_steps.items()},
-            "seconds": time.process_time() - began,
-        }
+        def by_steps(flow: Flow | ManifoldFlow) -> dict[str, Any]:
+            found = {count: worth(generated(flow, count)) for count in SOLVER_STEPS}
+            curve = {count: (each["accuracy"], each["loss"]) for count, each in found.items()}
+            return found[max(SOLVER_STEPS)] | {"by_steps": curve}
+
+        result = by_steps(flow) | {"training": seconds}
+        if isinstance(flow, Flow):
+            result["guided"] = by_steps(flow.guided(model, STRENGTH, steps=CLIMB))
+            result["strengths"] = [
+                training_loss(generated(flow.guided(model, strength, steps=CLIMB), max(SOLVER_STEPS), 100))
+                for strength in STRENGTHS
+            ]
+        return result
 
     path = OUT / "thesis_breast_cancer.json"
     truth = worth(targets[torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))])
@@ -185,49 +219,84 @@ def main(steps: int, cells: list[str]) -> None:
     for geometry in GEOMETRIES:
         for coupling in COUPLINGS:
             name = f"{geometry}, {coupling}"
+            key = f"{name}, {steps} steps"
             if not cells or name in cells:
-                results[name] = remembered(path, f"{name}, {steps} steps", lambda g=geometry, c=coupling: run(g, c))
+                results[name] = remembered(path, key, partial(run, key, geometry, coupling))
                 rows.append(row(name, results[name]))
                 print(" ".join(f"{cell:24}" for cell in rows[-1]), flush=True)
     print(f"\n{len(targets)} targets; {GENERATED} generated networks a cell, {max(SOLVER_STEPS)} midpoint steps\n")
-    head = ("networks", "accuracy", "loss", "difference", "barrier", "CPU s of training", "published: accuracy, loss")
+    head = ("networks", "accuracy", "loss", "difference", "barrier", "guided: accuracy", "guided: loss",
+            "guided: difference", "CPU s of training", "published: accuracy, loss")  # fmt: skip
     print(table(head, rows))
+    if scans := [found["strengths"] for found in results.values() if "strengths" in found]:
+        losses = torch.tensor(scans).mean(0).tolist()
+        shown = ", ".join(f"{strength:g}: {each:.4f}" for strength, each in zip(STRENGTHS, losses, strict=True))
+        print(f"\nguidance of strength {STRENGTH:g}; training loss by strength, mean over cells: {shown};", end=" ")
+        print(f"of the targets: {training_loss(targets):.4f}")
+        gradients = ", ".join(f"{2 * count * (2 * CLIMB + 1)}" for count in SOLVER_STEPS)
+        print(f"gradients of the log likelihood a draw: {gradients} at {', '.join(map(str, SOLVER_STEPS))} steps")
     OUT.mkdir(exist_ok=True)
     pictures(results).savefig(OUT / "thesis_breast_cancer.png", dpi=150)
     print(f"picture: {OUT}/thesis_breast_cancer.png")
 
 
 def row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
-    published = PUBLISHED.get(name)
+    guided, published = found.get("guided"), PUBLISHED.get(name)
     return (
         name,
-        f"{found['accuracy']:.3f} ± {found['accuracy_sd'] / GENERATED**0.5:.3f}",
-        f"{found['loss']:.3f}",
-        f"{found['difference']:.3f}",
+        *scores(found),
         f"{sum(found['barriers']) / len(found['barriers']):.3f}",
+        *(scores(guided) if guided else ("", "", "")),
         f"{found['training']:.0f}" if "training" in found else "",
         f"{published[0]:.3f}, {published[1]:.3f}" if published else "",
     )
 
 
+def scores(found: dict[str, Any]) -> tuple[str, str, str]:
+    error = found["accuracy_sd"] / GENERATED**0.5
+    return f"{found['accuracy']:.3f} ± {error:.3f}", f"{found['loss']:.3f}", f"{found['difference']:.3f}"
+
+
 def pictures(results: dict[str, dict[str, Any]]) -> Figure:
-    """Draw the barriers between generated networks, and accuracy against the solver's steps."""
-    figure = Figure(figsize=(9.6, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    colours = plots.colours(list(results))
-    highest = max(sorted(found["barriers"])[int(0.9 * len(found["barriers"]))] for found in results.values())
-    for name, found in results.items():
-        bins = torch.linspace(0, highest, 31).tolist()
-        left.hist(found["barriers"], bins, histtype="step", color=colours[name], label=name)
-        if "by_steps" in found:
-            accuracies = [values[0] for values in found["by_steps"].values()]
-            right.plot([int(count) for count in found["by_steps"]], accuracies, "o-", color=colours[name], ms=3)
-    right.axhline(results["targets"]["accuracy"], color=colours["targets"], linewidth=1)
-    left.set(xlabel="loss barrier between two generated networks", ylabel="pairs")
-    right.set(xlabel="midpoint steps", ylabel="accuracy of single networks", xscale="log")
-    left.legend(frameon=False, fontsize=7)
-    for ax in (left, right):
-        ax.spines[["top", "right"]].set_visible(False)
+    """Draw the barriers between generated networks, and accuracy against the solver's steps, a column a geometry."""
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    axes = figure.subplots(2, 3, sharex="row", sharey="row")
+    colours = {"targets": plots.INK} | plots.colours(list(COUPLINGS))
+    for geometry, upper, lower in zip(GEOMETRIES, *axes, strict=True):
+        upper.set_title(geometry, loc="left", fontweight="bold")
+        upper.ecdf(results["targets"]["barriers"], color=colours["targets"])
+        lower.axhline(results["targets"]["accuracy"], color=colours["targets"], linewidth=1)
+        for coupling in COUPLINGS:
+            found = results.get(f"{geometry}, {coupling}")
+            if found is None:
+                continue
+            upper.ecdf(found["barriers"], color=colours[coupling])
+            for each, style in ((found, "o-"), (found.get("guided"), "o--")):
+                if each:
+                    accuracies = [accuracy for accuracy, _ in each["by_steps"].values()]
+                    lower.plot(SOLVER_STEPS, accuracies, style, color=colours[coupling], ms=3.5)
+                    for count, accuracy in zip(SOLVER_STEPS, accuracies, strict=True):
+                        if accuracy < LOWEST:
+                            lower.text(
+                                count, LOWEST, f"↓ {accuracy:.3f}", va="bottom", fontsize=8, color=colours[coupling]
+                            )
+        upper.set_xscale("symlog", linthresh=0.01, linscale=0.8)  # nearly all barriers of aligned networks are zero
+        upper.set_xticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
+        upper.set(xlabel="loss barrier between two networks", xlim=(-3e-4, 1), ylim=(0, 1.02))
+        lower.set_xscale("log", base=2)
+        lower.set_xticks(SOLVER_STEPS, [str(count) for count in SOLVER_STEPS])
+        lower.set(xlabel="midpoint steps", ylim=(LOWEST, None))
+        for ax in (upper, lower):
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.grid(alpha=0.25)
+            ax.tick_params(labelleft=True)
+    axes[0, 0].set_ylabel("share of pairs with at most this barrier")
+    axes[1, 0].set_ylabel("accuracy of single networks")
+    axes[1, 2].text(16, LOWEST + 0.001, "no guidance\non the spheres", ha="right", color="grey")
+    handles = [Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
+    handles.append(Line2D([], [], color="grey", linestyle="-", label="without guidance"))
+    handles.append(Line2D([], [], color="grey", linestyle="--", label="with guidance"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=6, frameon=False)
     return figure
 
 

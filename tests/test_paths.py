@@ -255,7 +255,7 @@ def fields(model: bf.BayesianModel) -> dict[str, nn.Module]:
         "messages": WeightsVelocity(spec, 8, 1, heads=2),
         "x1": WeightsVelocity(spec, 8, 1, parametrisation="x1", path=vp),
         "drive": DriveVelocity(GaussNewton(iterations=3), vp),
-        "mixed": InformedVelocity(spec, (GradientSteps(1), GaussNewton()), 8, 1),
+        "mixed": InformedVelocity(spec, (GradientSteps(1), GaussNewton()), 8, 1, fade=1.5),
         "residual": ResidualVelocity.fit(spec, x, 8, 1),
     }
 
@@ -395,14 +395,14 @@ def test_trained_field_carries_the_source_to_the_target():
     assert not any(parameter.requires_grad for parameter in field.parameters())
 
 
-@pytest.mark.parametrize("held_out", [None, shifted])
-def test_interrupted_training_resumes_to_the_bit(tmp_path, monkeypatch, held_out):
+@pytest.mark.parametrize(("held_out", "reuse"), [(None, 1), (shifted, 1), (None, 3)])
+def test_interrupted_training_resumes_to_the_bit(tmp_path, monkeypatch, held_out, reuse):
     file = tmp_path / "training.npz"
 
     def run(**options) -> dict[str, Tensor]:
         torch.manual_seed(7)
         field, _ = train(small_field(), options.pop("pairs", shifted), steps=250, batch_size=32, held_out=held_out,
-                         checkpoint=file, **options)  # fmt: skip
+                         checkpoint=file, reuse=reuse, **options)  # fmt: skip
         return field.state_dict()
 
     whole = run()
@@ -410,15 +410,98 @@ def test_interrupted_training_resumes_to_the_bit(tmp_path, monkeypatch, held_out
 
     def interrupting(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
         calls.append(n)
-        if len(calls) > 120:
+        if len(calls) > {1: 120, 3: 40}[reuse]:  # the second one while points are drawn
             raise KeyboardInterrupt
         return shifted(n, g)
 
-    with pytest.warns(UserWarning, match="interrupted: returning the flow after 120 steps"):
+    with pytest.warns(UserWarning, match=f"interrupted: returning the flow after {120 if reuse == 1 else 96} steps"):
         part = run(pairs=interrupting)
     resumed = run(resume=True)
     assert not torch.equal(part["net.0.weight"], whole["net.0.weight"])
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+class Recording(nn.Module):
+    """The field of `doubled` plus a number that is learned; keeps account of what both parts are asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.level = nn.Parameter(torch.zeros(()))
+        self.computed: list[Tensor] = []
+        self.seen: list[Tensor] = []
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.driven(t, x, *self.drives(t, x))
+
+    def drives(self, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        self.computed.append(x)
+        return (x / (1 + t).unsqueeze(-1),)
+
+    def driven(self, t: Tensor, x: Tensor, *drives: Tensor) -> Tensor:
+        (drive,) = drives
+        assert torch.equal(drive, x / (1 + t).unsqueeze(-1))
+        self.seen.append(x)
+        return drive + self.level
+
+
+def doubled(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    x0 = torch.randn(n, 2, generator=g)
+    return x0, 2 * x0
+
+
+def test_points_are_used_again_as_often_as_said_with_what_belongs_to_them():
+    field, info = train(Recording(), doubled, steps=96, batch_size=8, reuse=3, learning_rate=1e-6)
+    assert info["loss"] < 1e-6
+    computed, seen = torch.cat(field.computed), torch.cat(field.seen)  # type: ignore[arg-type]
+    assert len(computed) == 96 * 8 / 3
+    assert torch.equal(seen.sort(0).values, computed.repeat(3, 1).sort(0).values)
+    assert len(torch.stack(field.seen).unique(dim=0)) == 96  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [0, 1, 47, 48, 50])
+def test_resuming_in_a_pool_goes_on_where_it_stopped(tmp_path, count):
+    file, seen = tmp_path / "training.npz", []
+    for steps in (count, 60) if count else (60,):
+        field, _ = train(Recording(), doubled, steps=steps, batch_size=8, reuse=3, checkpoint=file, resume=True)
+        seen += field.seen  # type: ignore[operator]
+    whole, _ = train(Recording(), doubled, steps=60, batch_size=8, reuse=3)
+    assert torch.equal(torch.stack(seen), torch.stack(whole.seen))  # type: ignore[arg-type]
+
+
+def test_drives_make_the_field():
+    model = network(width=4)
+    field = InformedVelocity(model.spec, (GradientSteps(1), GaussNewton()), 8, 1).to(F64).bind(Context(model))
+    for parameter in field.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    t, x = torch.rand(5, generator=generator(), dtype=F64), torch.randn(5, model.dim, generator=generator(1), dtype=F64)
+    drives = field.drives(t, x)
+    assert [part.shape for part in drives] == [x.shape] * 4
+    assert torch.equal(field.driven(t, x, *drives), field(t, x))
+    assert not any(part.requires_grad for part in drives)
+
+
+@paths
+@pytest.mark.parametrize("displacements", [(GaussNewton(),), (GradientSteps(1), GaussNewton())])
+def test_what_is_learned_fades_and_nothing_else(path, displacements):
+    model = network(width=4)
+    plain, faded = (
+        InformedVelocity(model.spec, displacements, 8, 1, path=path, fade=fade).to(F64).bind(Context(model))
+        for fade in (0, 2)
+    )
+    t, x = torch.linspace(0, 1, 6, dtype=F64), torch.randn(6, model.dim, generator=generator(1), dtype=F64)
+    faded.load_state_dict(plain.state_dict())
+    untrained = plain(t, x)
+    torch.testing.assert_close(faded(t, x), untrained)
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    faded.load_state_dict(plain.state_dict())
+    learned = plain(t, x) - untrained
+    assert learned.norm(dim=1).min() > 0.01
+    torch.testing.assert_close(faded(t, x) - untrained, path.coefficients(t).a.square().unsqueeze(-1) * learned)
+    torch.testing.assert_close(faded(t[-1:], x[-1:]), untrained[-1:])
+    assert faded.describe()["fade"] == 2
+    with pytest.raises(ValueError, match="fade must not be negative"):
+        InformedVelocity(model.spec, fade=-1.0)
 
 
 def test_checkpoint_of_another_field_is_refused(tmp_path):
@@ -447,7 +530,7 @@ def test_autocast_trains_and_settings_are_checked():
     field, info = train(small_field(), shifted, steps=3, batch_size=8, autocast=True)
     assert math.isfinite(info["loss"])
     assert next(field.parameters()).dtype == torch.float32
-    for options in ({"steps": 0}, {"budget": 0.0}, {"learning_rate": 0.0}, {"patience": 0}):
+    for options in ({"steps": 0}, {"budget": 0.0}, {"learning_rate": 0.0}, {"patience": 0}, {"reuse": 0}):
         with pytest.raises(ValueError, match="at least 1"):
             train(small_field(), shifted, **options)
 

@@ -98,11 +98,15 @@ def plain(*tensors: Tensor) -> bool:
     """Say whether tensors are ordinary memory on the CPU and nothing tracks their derivatives."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
+    here = all(tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    return here and not recorded(*tensors)
+
+
+def recorded(*tensors: Tensor) -> bool:
+    """Say whether anything follows the derivatives of one of the tensors, or maps over it."""
     tracking = torch.is_grad_enabled()
-    return not any(
-        tensor.device.type != "cpu"
-        or type(tensor) not in (Tensor, torch.nn.Parameter)
-        or (tracking and tensor.requires_grad)
+    return any(
+        (tracking and tensor.requires_grad)
         or torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # type: ignore[attr-defined]
         or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None)
         for tensor in tensors

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bnnflow.model.factored import FactoredJacobian, Outer
 from bnnflow.model.fused import FusedNetwork, plain
 from bnnflow.weights import Layer, WeightSpec
 
@@ -128,6 +129,25 @@ class ChainNetwork:
                 delta = torch.einsum("bjf,bkji->bkfi", params[layer.weight], delta)
         names = [name for name in self._spec.names if name in blocks]
         return tape[-1].value.mT, torch.cat([blocks[name] for name in names], -1)
+
+    def factored(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Callable[[Tensor], FactoredJacobian]]:
+        """Return the outputs, and what makes S^T J of mixtures S of them, ``(batch, n, out, rank)``, without J."""
+        tape = self._forward(theta, x, False)
+        params = self._params(theta)
+        names = tuple(name for name in self._spec.names if name in params)
+
+        def made(seeds: Tensor) -> FactoredJacobian:
+            leaving = seeds.movedim(2, 1)  # (batch, out, n, rank): derivatives by what leaves a layer
+            parts = []
+            for layer, step in zip(reversed(self._layers), reversed(tape), strict=True):
+                if layer.activation.name != "identity":
+                    leaving = leaving * layer.activation.derivative(step.a, step.value).unsqueeze(-1)
+                parts.append(Outer(layer, step.h, leaving))
+                if layer is not self._layers[0]:
+                    leaving = (params[layer.weight].mT @ leaving.flatten(2)).unflatten(2, leaving.shape[2:])
+            return FactoredJacobian(parts[::-1], names, dict.fromkeys(names, 1.0))
+
+        return tape[-1].value.mT, made
 
     def _params(self, theta: Tensor) -> dict[str, Tensor]:
         spec = self._spec

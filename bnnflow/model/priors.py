@@ -681,6 +681,12 @@ class FlatPrior:
         return first if alone and isinstance(first, td.Normal) else None
 
     @property
+    def scale(self) -> Tensor | None:
+        """The standard deviations ``(dim,)``, if the whole prior is normal: what its coordinates are scaled by."""
+        normal = self._normal
+        return None if normal is None else normal.scale
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self._first.device

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bnnflow.model import BayesianModel
+from bnnflow.model.factored import Factor, MatrixFactor
 from bnnflow.transport.source import Source
 
 __all__ = ["Context"]
@@ -36,12 +37,40 @@ class Context:
         self.kept: tuple[Tensor, Tensor, Any] | None = None  # where it was linearised last, see `linearised`
         self._prior = model.flat_prior
         self._inverse_temperature = 1 / model.temperature
+        self._scales = self._tensor_scales()
 
     def grad(self, x: Tensor) -> Tensor:
         """Return the gradient of u, ``(batch, dim) -> (batch, dim)``; differentiable again."""
         z = self.source.to_prior(x)
         theta = self._prior.from_normal(z)
         return self._finish(x, z, theta, self.model.log_likelihood_grad(theta, self.rows))
+
+    def hessian(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the gradient of u and its Hessian, ``(batch, dim)`` and ``(batch, dim, dim)``, in closed form.
+
+        None where the model has none, or where the coordinates of weights depend on other coordinates, as under a
+        hierarchical prior.
+        """
+        z = self.source.to_prior(x)
+        theta = self._prior.from_normal(z)
+        hierarchical = hasattr(self.model.prior, "conditional")
+        found = None if hierarchical else self.model.log_likelihood_hessian(theta, self.rows)
+        if found is None:
+            return None
+        (grad, hessian), ones = found, torch.ones_like(z)
+
+        def by_prior(z: Tensor) -> Tensor:
+            return self._by_prior(z, self._prior.from_normal(z), grad)
+
+        bend = torch.func.jvp(by_prior, (z,), (ones,))[1]  # of coordinates and prior: elementwise
+        slope = self._prior.push(z, ones)  # d theta / d z
+        hessian.mul_(self._inverse_temperature * slope.unsqueeze(-1)).mul_(slope.unsqueeze(-2))
+        diagonal = hessian.diagonal(dim1=-2, dim2=-1).add_(bend)
+        if not self.source.is_prior:
+            diagonal.sub_(1)
+            hessian = self.source.pull(self.source.pull(hessian).mT)  # root (H - I) root, symmetric
+            hessian.diagonal(dim1=-2, dim2=-1).add_(1)
+        return self._finish(x, z, theta, grad), hessian
 
     def gauss_newton(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradient of u and a factor A, ``(batch, rows, dim)``: -u'' ~ A^T A + ``source.excess``."""
@@ -50,6 +79,17 @@ class Context:
         grad, factor = self.model.gauss_newton(theta, self.rows)
         factor = self._prior.pull(z.unsqueeze(-2), factor) * self._inverse_temperature**0.5
         return self._finish(x, z, theta, grad), self.source.pull(factor)
+
+    def gauss_newton_factored(self, x: Tensor) -> tuple[Tensor, Factor]:
+        """Return the same with A as its factors where the coordinates of every tensor of weights have one scale."""
+        z = self.source.to_prior(x)
+        theta = self._prior.from_normal(z)
+        if self._scales is not None:
+            found = self.model.gauss_newton_factored(theta, self.rows)
+            if found is not None:
+                return self._finish(x, z, theta, found[0]), found[1].scaled(self._scales)
+        grad, matrix = self.gauss_newton(x)
+        return grad, MatrixFactor(matrix)
 
     def gauss_newton_product(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Return the gradient of u and the function v -> H v, ``(batch, dim)``, of the same matrix, never formed."""
@@ -68,11 +108,26 @@ class Context:
 
     def _finish(self, x: Tensor, z: Tensor, theta: Tensor, grad: Tensor) -> Tensor:
         """Turn the gradient of the log likelihood by theta into that of u by x."""
+        grad = self._by_prior(z, theta, grad)
+        return grad if self.source.is_prior else self.source.pull(grad - z) + x
+
+    def _by_prior(self, z: Tensor, theta: Tensor, grad: Tensor) -> Tensor:
+        """Temper the gradient of the log likelihood by theta, and turn it into one by z."""
         grad = grad * self._inverse_temperature
         if self._inverse_temperature != 1:
             grad = grad + (self._inverse_temperature - 1) * self._prior.log_prob_and_grad(theta)[1]
-        grad = self._prior.pull(z, grad)
-        return grad if self.source.is_prior else self.source.pull(grad - z) + x
+        return self._prior.pull(z, grad)
+
+    def _tensor_scales(self) -> dict[str, float] | None:
+        """Return d theta / d x, tempered, for every tensor of weights, if it is one number in each."""
+        scale, root = self._prior.scale, self.source.root
+        if scale is None or (root is not None and root.dim() > 0):
+            return None
+        tensors = {name: scale.expand(self.dim)[where] for name, where in self.model.spec.slices.items()}
+        if any(bool((values != values[0]).any()) for values in tensors.values()):
+            return None
+        factor = self._inverse_temperature**0.5 * (1.0 if root is None else float(root))
+        return {name: factor * float(values[0]) for name, values in tensors.items()}
 
     def batch(self, size: int, generator: torch.Generator) -> Context:
         """Return the context with a random part of the data in place of all of them."""

@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from bnnflow.model.factored import MatrixFactor
 from bnnflow.model.fused import plain
 from bnnflow.transport.coordinates import Context
 
@@ -50,44 +51,92 @@ _PROBE = 0.05  # length of the finite difference, in standard deviations of the 
 
 @dataclass(frozen=True)
 class GradientSteps:
-    """Climb u(y) - |y - mu|^2 / (2 s^2) by gradient steps scaled to the curvature along them.
+    """Climb u(y) - |y - mu|^2 / (2 s^2) by gradient steps with momentum (Nesterov 1983).
 
     Each step is s^2 / (1 + s^2 lambda) times the residual, with lambda the positive part of the Rayleigh quotient of
     -u'' along it, by a finite difference: 2 ``steps`` + 1 gradients. The nearer to the top, the less is left for a
-    network to learn. With ``secant`` the quotient is that along the step before (Barzilai and Borwein 1988), which
-    costs nothing: ``steps`` + 2 gradients, each worth about two of the others from a dozen steps on. But the way there
-    is erratic, and a field made of it too rough for a density.
+    network to learn. The quotient of one step alone jumps as its residual turns from point to point, and with it the
+    field and its divergence. So the root of the sum of squares of s^2 lambda and ``memory`` times that of the step
+    before takes its place, and momentum makes up for shorter steps.
 
     Args:
         steps: number of steps.
         max_norm: bound on the length of one step, in standard deviations of the source.
-        secant: take the curvature from the step before; for draws without densities.
+        memory: of curvatures, from one step to the next, from 0 to 1: more makes a smoother field of steps that reach
+            less far.
     """
 
     steps: int = 8
-    max_norm: float = 2.0
-    secant: bool = False
+    max_norm: float = 1.0
+    memory: float = 0.9
 
     def __call__(self, context: Task, mu: Tensor, s2: Tensor) -> Drive:
         """Return the drive."""
-        w = torch.zeros_like(mu)
-        grad = context.grad(mu)
-        curvature = w
+        w = before = torch.zeros_like(mu)
+        curvature = torch.zeros_like(mu[:, :1])
         for step in range(self.steps):
-            residual = grad - w
-            norm2 = _square(residual)
-            if step == 0 or not self.secant:
-                direction = residual / norm2.sqrt()
-                change = (grad - context.grad(mu + s2 * w + _PROBE * direction)) * direction
-                curvature = s2 * change.sum(-1, keepdim=True) / _PROBE  # s^2 lambda
-            # Smooth stand-ins for max(0, curvature) and for min(step, bound): a kink would spoil the solver's order.
-            damping = 1 + 0.5 * (curvature + (curvature * curvature + 0.01 * s2 * s2 + 1e-12).sqrt())
-            change = residual / (damping * damping + s2 * s2 * norm2 / self.max_norm**2).sqrt()
-            w = w + change
-            before, grad = grad, context.grad(mu + s2 * w)
-            if self.secant:
-                curvature = ((before - grad) * change).sum(-1, keepdim=True) / _square(change)
-        return Drive(w, grad)
+            ahead = w + _momentum(step) * (w - before)
+            grad = context.grad(mu + s2 * ahead)
+            curvature = self._curvature(context, s2, mu, ahead, grad, curvature)
+            w, before = ahead + (grad - ahead) / self._divisor(s2, grad - ahead, curvature), w
+        return Drive(w, context.grad(mu + s2 * w))
+
+    def with_jacobians(self, context: Context, mu: Tensor, s2: Tensor) -> tuple[Drive, Drive] | None:
+        """Return the drive, and the derivatives of both its parts by ``mu``, ``(batch, dim, dim)`` each.
+
+        The same steps, beside each its derivative: a dense Hessian of u, and one product with that at the probe. None
+        where the context has no `Context.hessian`.
+        """
+
+        def gradient(w: Tensor, by_w: Tensor) -> tuple[Tensor, Tensor]:
+            by_y = s2.unsqueeze(-1) * by_w
+            by_y.diagonal(dim1=-2, dim2=-1).add_(1)
+            grad, hessian = context.hessian(mu + s2 * w)  # type: ignore[misc]
+            return grad, hessian @ by_y
+
+        if context.hessian(mu[:1]) is None:
+            return None
+        w = before = torch.zeros_like(mu)
+        by_w = by_before = mu.new_zeros(*mu.shape, mu.shape[-1])
+        curvature, by_curvature = torch.zeros_like(mu[:, :1]), torch.zeros_like(mu)
+        for step in range(self.steps):
+            ahead = w + _momentum(step) * (w - before)
+            by_ahead = torch.lerp(by_before, by_w, 1 + _momentum(step))
+            grad, by_grad = gradient(ahead, by_ahead)
+            values = (mu, ahead, grad, curvature)
+            curvature, pullback, *_ = torch.func.vjp(lambda *at: self._curvature(context, s2, *at), *values)
+            slope, of_ahead, of_grad, of_last = pullback(torch.ones_like(curvature))
+            slope = slope + _times(by_ahead.mT, of_ahead) + _times(by_grad.mT, of_grad)
+            by_curvature = slope + of_last * by_curvature
+            residual, by_residual = grad - ahead, by_grad - by_ahead
+            divisor, pullback, *_ = torch.func.vjp(lambda *at: self._divisor(s2, *at), residual, curvature)
+            of_residual, of_curvature = pullback(torch.ones_like(divisor))
+            slope = _times(by_residual.mT, of_residual) + of_curvature * by_curvature  # of the divisor by mu
+            change, inverse = residual / divisor, (1 / divisor).unsqueeze(-1)
+            moved = torch.addcmul(by_ahead, by_residual, inverse)
+            moved.baddbmm_((change / divisor).unsqueeze(-1), slope.unsqueeze(-2), alpha=-1)
+            w, before, by_w, by_before = ahead + change, w, moved, by_w
+        grad, by_grad = gradient(w, by_w)
+        return Drive(w, grad), Drive(by_w, by_grad)
+
+    def _curvature(self, context: Task, s2: Tensor, mu: Tensor, w: Tensor, grad: Tensor, last: Tensor) -> Tensor:
+        """Return s^2 lambda at w, whose gradient is known, after that of the step before; ``(batch, 1)`` both."""
+        residual = grad - w
+        direction = residual / _square(residual).sqrt()
+        change = (grad - context.grad(mu + s2 * w + _PROBE * direction)) * direction
+        now = s2 * change.sum(-1, keepdim=True) / _PROBE
+        # Smooth stand-ins for max(0, now) and for the larger of two: a kink would spoil the solver's order.
+        positive = 0.5 * (now + (now * now + 0.01 * s2 * s2 + 1e-12).sqrt())
+        return (positive * positive + (self.memory * last) ** 2).sqrt()
+
+    def _divisor(self, s2: Tensor, residual: Tensor, curvature: Tensor) -> Tensor:
+        """Return what the residual is divided by, ``(batch, 1)``; a smooth stand-in for the bound on the step."""
+        return ((1 + curvature) ** 2 + s2 * s2 * _square(residual) / self.max_norm**2).sqrt()
+
+
+def _momentum(step: int) -> float:
+    """Return how far the last change is followed before the next."""
+    return step / (step + 3)
 
 
 @dataclass(frozen=True)
@@ -135,24 +184,31 @@ class Linearised:
     """
 
     def __init__(self, context: Context, x: Tensor, s2: Tensor) -> None:
-        self.grad, self._factor = context.gauss_newton(x)
+        self.grad, self._factor = context.gauss_newton_factored(x)
         factor, self._excess = self._factor, context.source.excess
         self._scale: Tensor | None = None
-        excess, rows, dim = self._excess, *self._factor.shape[-2:]
+        excess, rows, dim = self._excess, factor.rows, x.shape[-1]
         dense = excess is not None and excess.dim() > 0
         if excess is not None and not dense:  # I + s^2 E is a number
             self._scale = 1 + s2 * excess
             s2 = s2 / self._scale
         variance = s2.unsqueeze(-1)
-        eye = torch.eye(dim if dense else min(rows, dim), dtype=factor.dtype, device=factor.device)
-        self._variance, self._by_weights = variance, dense or dim <= rows
-        gram = factor.mT @ factor if self._by_weights else factor @ factor.mT
-        system = eye + variance * (gram + excess if dense else gram)  # type: ignore[operator]
-        self._root = torch.linalg.cholesky(system)
+        self._variance = variance
+        if isinstance(factor, MatrixFactor) and (dense or dim <= rows):
+            self._by_weights, gram = True, factor.matrix.mT @ factor.matrix
+        else:
+            self._by_weights, gram = False, factor.gram()
+        if dense:
+            gram = gram + excess  # type: ignore[operator]
+        if plain(gram, variance):  # into the memory that is there: fresh memory is dear
+            gram.mul_(variance).diagonal(dim1=1, dim2=2).add_(1)
+        else:
+            gram = variance * gram + torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
+        self._root = torch.linalg.cholesky(gram)
 
     def times(self, v: Tensor) -> Tensor:
         """Return H v, ``(batch, dim)``."""
-        product = _times(self._factor.mT, _times(self._factor, v))
+        product = self._factor.transposed(self._factor.times(v))
         excess = self._excess
         if excess is None:
             return product
@@ -164,8 +220,9 @@ class Linearised:
             target = target / self._scale
         if self._by_weights:
             return torch.cholesky_solve(target.unsqueeze(-1), self._root).squeeze(-1)
-        inner = torch.cholesky_solve(self._factor @ target.unsqueeze(-1), self._root).squeeze(-1)
-        return target - self._variance.squeeze(-1) * _times(self._factor.mT, inner)
+        half = torch.linalg.solve_triangular(self._root, self._factor.times(target).unsqueeze(-1), upper=False)
+        inner = torch.linalg.solve_triangular(self._root.mT, half, upper=True).squeeze(-1)
+        return target - self._variance.squeeze(-1) * self._factor.transposed(inner)
 
 
 def linearised(context: Context, x: Tensor, s2: Tensor) -> Linearised:

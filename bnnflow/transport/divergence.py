@@ -7,7 +7,7 @@ that estimates have no error from the known part. `divergence` uses what there i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -15,7 +15,14 @@ from torch import Tensor
 
 from bnnflow.types import Noise, Trace
 
-__all__ = ["divergence", "exact_divergence", "hutchinson_divergence", "hutchpp_divergence", "probe_noise"]
+__all__ = [
+    "chained_divergence",
+    "divergence",
+    "exact_divergence",
+    "hutchinson_divergence",
+    "hutchpp_divergence",
+    "probe_noise",
+]
 
 VectorField = Callable[[Tensor], Tensor]
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -106,6 +113,34 @@ def exact_divergence(
         else:
             images = products(directions)
         total = total + torch.einsum("cbd,cd->b", images, rows).double()  # the diagonal's part of this chunk
+    return velocity, total
+
+
+def chained_divergence(
+    field: Callable[..., Tensor], x: Tensor, inner: Sequence[Tensor], jacobians: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return field(x, *inner) and its divergence by x, where the Jacobians of the inner values are known.
+
+    One reverse-mode product for each coordinate, through ``field`` alone.
+
+    Args:
+        field: takes ``(batch, dim)`` each and returns ``(batch, dim)``, acting on each row alone.
+        x: ``(batch, dim)``.
+        inner: functions of x, at x, ``(batch, dim)`` each.
+        jacobians: their derivatives by x, ``(batch, dim, dim)`` each.
+
+    Returns:
+        ``(batch, dim)`` and ``(batch,)`` float64.
+    """
+    batch, dim = x.shape
+    velocity, pullback, *_ = torch.func.vjp(field, x, *inner)
+    products = torch.func.vmap(pullback)
+    eye = torch.eye(dim, dtype=x.dtype, device=x.device).unsqueeze(1).expand(-1, batch, -1)
+    columns = [eye, *(jacobian.permute(2, 0, 1) for jacobian in jacobians)]  # (coordinate of x, batch, dim)
+    total = torch.zeros(batch, dtype=torch.float64, device=x.device)
+    for rows in torch.arange(dim, device=x.device).split(max(1, _at_once(x) // max(1, batch))):
+        pairs = zip(products(eye[rows]), columns, strict=True)
+        total = total + sum((image * column[rows]).sum((0, 2)) for image, column in pairs)
     return velocity, total
 
 

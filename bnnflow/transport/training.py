@@ -39,6 +39,7 @@ _STABLE = 0.7  # fraction of training at the full learning rate; it then decays 
 _BINS = 4  # of the times by which the loss is reported
 _CHECK = 100  # steps between looks at the held-out draws
 _DECAY = 1e-3  # of weights
+_POOL = 16  # batches that are drawn together if they are used again
 _AFFORDABLE = 2**20  # rows times weights of a gradient for every pair, beyond which fields of weights go without
 
 Weighting = Callable[[Tensor], Tensor]
@@ -59,6 +60,7 @@ def fit_flow(
     budget: float = 120.0,
     steps: int | None = None,
     batch_size: int = 256,
+    reuse: int = 1,
     learning_rate: float = 3e-3,
     optimiser: Optimiser = "muon",
     held_out: Draws | Tensor | None = None,
@@ -95,6 +97,8 @@ def fit_flow(
         steps: optimiser steps; with them the same seed gives the same flow, on CPU bit for bit. A flow fitted by
             budget keeps its number in ``flow.info["steps"]``.
         batch_size: pairs a step, of all processes together.
+        reuse: steps that see each pair. What a field computes of a point before anything that it learns, and the
+            target there, are computed once: above 1 where these are most of a step, as with Gauss-Newton displacements.
         learning_rate: at its height.
         optimiser: ``"muon"``: Muon (Jordan et al. 2024) for matrices, its updates scaled to the size of AdamW's, and
             AdamW for all else; or ``"adamw"`` for all, better for small changes of a trained field.
@@ -151,8 +155,8 @@ def fit_flow(
     along = _with_targets(targets, along, bound(field, context), coupling, group, context, pairs, generator)
     field, info = train(
         bound(field, context), pairs, path=along, times=times, budget=budget, steps=steps, batch_size=batch_size,
-        learning_rate=learning_rate, optimiser=optimiser, held_out=unseen, patience=patience, autocast=autocast,
-        compile=compile, checkpoint=checkpoint, resume=resume, seed=generator, progress=progress,
+        reuse=reuse, learning_rate=learning_rate, optimiser=optimiser, held_out=unseen, patience=patience,
+        autocast=autocast, compile=compile, checkpoint=checkpoint, resume=resume, seed=generator, progress=progress,
         ranks=connect(model.device),
     )  # fmt: skip
     info |= {
@@ -172,6 +176,7 @@ def train(
     budget: float = 120.0,
     steps: int | None = None,
     batch_size: int = 256,
+    reuse: int = 1,
     learning_rate: float = 3e-3,
     optimiser: Optimiser = "muon",
     held_out: Pairs | None = None,
@@ -198,6 +203,7 @@ def train(
         budget: see `fit_flow`.
         steps: see `fit_flow`.
         batch_size: see `fit_flow`.
+        reuse: see `fit_flow`; a field with ``drives(t, x)`` is called as ``driven(t, x, *drives)`` if it is above 1.
         learning_rate: see `fit_flow`.
         optimiser: see `fit_flow`.
         held_out: draws pairs of draws that are not trained on.
@@ -216,8 +222,8 @@ def train(
     Raises:
         ValueError: if a setting is out of range, or the checkpoint is of another field.
     """
-    if (steps is not None and steps < 1) or not budget > 0 or not learning_rate > 0 or patience < 1:
-        raise ValueError("steps and patience must be at least 1, budget and learning rate positive")
+    if (steps is not None and steps < 1) or not budget > 0 or not learning_rate > 0 or patience < 1 or reuse < 1:
+        raise ValueError("steps, reuse and patience must be at least 1, budget and learning rate positive")
     own_batch = ranks.share("batch_size", batch_size)
     own_path: Path = getattr(field, "path", AffinePath())
     path = own_path if path is None else path
@@ -233,16 +239,26 @@ def train(
     file = None if checkpoint is None else FilePath(checkpoint)
     if resume and file is not None and file.is_file():
         state.load(*storage.read(file, {"training": 2}), generator, ranks)
-    call = torch.compile(field) if compile else field
+    drives = getattr(field, "drives", None) if reuse > 1 else None
+    call: Callable[..., Tensor] = field if drives is None else field.driven  # type: ignore[assignment]
+    call = torch.compile(call) if compile else call
     precision = torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
     clock = _Clock(state.seconds, state.cpu_seconds)
     total = steps if steps is not None else state.total
     saved, stopped, interrupted = time.perf_counter(), False, False
 
+    def draw() -> tuple[Tensor, ...]:
+        x0, x1 = pairs(own_batch, generator)
+        t = times.sample(own_batch, x0, generator)
+        x_t, target = path.point(x0, x1, t, generator)
+        return (target, t, x_t) if drives is None else (target, t, x_t, *drives(t, x_t))
+
+    batches = _Batches(draw, reuse, generator, state.count)
+
     def save() -> None:
         if file is not None:
             state.seconds, state.cpu_seconds, state.total = clock.seconds, clock.cpu_seconds, total
-            state.save(file, generator, ranks)
+            state.save(file, batches.stream, ranks)
 
     with progress_bar(total, "flow", progress and ranks.rank == 0, "step", initial=state.count) as bar:
         try:
@@ -251,12 +267,10 @@ def train(
                 if undecided and ranks.agree(int(clock.seconds > _STABLE * budget), device):
                     bar.total = total = state.count * 10 // 7
                     continue
-                x0, x1 = pairs(own_batch, generator)
-                t = times.sample(own_batch, x0, generator)
-                x_t, target = path.point(x0, x1, t, generator)
+                target, *given = batches.take()
                 with precision:
-                    errors = (call(t, x_t) - target).square().sum(-1)
-                state.step(errors, t, weighting, _rate(state.count, total), ranks)
+                    errors = (call(*given) - target).square().sum(-1)
+                state.step(errors, given[0], weighting, _rate(state.count, total), ranks)
                 bar.update()
                 if fixed is not None and state.count % _CHECK == 0:
                     stopped = state.look(fixed, weighting, patience)
@@ -385,6 +399,54 @@ class _Clock:
         return time.process_time() - self._cpu_began
 
 
+class _Batches:
+    """Batches of points with all that is computed once for each of them.
+
+    Some batches are drawn together and gone through ``reuse`` times, every time in another order; without reuse they
+    are drawn one by one. The state of the generator before that is all that is needed to draw them again.
+
+    Args:
+        draw: a batch; tensors with its rows first.
+        reuse: how many steps see a point.
+        generator: of the draws and of the orders.
+        count: how many batches have been taken before, since the generator was new.
+    """
+
+    def __init__(
+        self, draw: Callable[[], tuple[Tensor, ...]], reuse: int, generator: torch.Generator, count: int
+    ) -> None:
+        self._draw, self._reuse, self._generator = draw, reuse, generator
+        self._points: list[Tensor] = []
+        self._orders: list[Tensor] = []  # rows of the batches to come, the next one last
+        self.stream = generator.get_state()  # from which, with the count, the batches to come follow
+        if reuse > 1 and (taken := count % (_POOL * reuse)):
+            self._fill()
+            del self._orders[-taken:]
+
+    def take(self) -> list[Tensor]:
+        """Return the next batch."""
+        if self._reuse == 1:
+            batch = list(self._draw())
+        else:
+            if not self._orders:
+                self._fill()
+            rows = self._orders.pop()
+            batch = [part[rows] for part in self._points]
+        if not self._orders:
+            self.stream = self._generator.get_state()
+        return batch
+
+    def _fill(self) -> None:
+        """Draw the points of some batches, and the orders in which they come."""
+        generator = self._generator
+        with torch.no_grad():
+            drawn = [self._draw() for _ in range(_POOL)]
+        self._points = [torch.cat(parts) for parts in zip(*drawn, strict=True)]
+        n, device = len(self._points[0]), self._points[0].device
+        orders = [torch.randperm(n, generator=generator, device=device) for _ in range(self._reuse)]
+        self._orders = [rows for order in orders for rows in order.chunk(_POOL)]
+
+
 class _State:
     """The field, its optimiser, its moving average, and the best of the averages so far."""
 
@@ -466,9 +528,9 @@ class _State:
             parameter.data.copy_(average)
         return self._field.requires_grad_(False).eval()
 
-    def save(self, path: FilePath, generator: torch.Generator, ranks: Ranks) -> None:
+    def save(self, path: FilePath, stream: Tensor, ranks: Ranks) -> None:
         """Write everything that the rest of training depends on; the first process does."""
-        streams = ranks.gather(generator.get_state().unsqueeze(0).to(self._bins.device))
+        streams = ranks.gather(stream.unsqueeze(0).to(self._bins.device))
         if ranks.rank > 0:
             return
         groups = {"parameter": self._parameters, "average": self._averages, "best": self._best or []}

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from bnnflow.equivariant import DWSNet, GraphNet
 from bnnflow.equivariant.network import TimeEmbedding
+from bnnflow.model.fused import recorded
 from bnnflow.transport.coordinates import Context
 from bnnflow.transport.displacement import Displacement, Drive, GaussNewton, GradientSteps
+from bnnflow.transport.divergence import chained_divergence, divergence
 from bnnflow.transport.geometry import TangentVelocity
 from bnnflow.transport.paths import AffinePath, Coefficients
 from bnnflow.transport.two_layer import TwoLayerVelocity
@@ -38,6 +40,7 @@ __all__ = [
 
 NO_SYMMETRY = Symmetries(frozenset(), frozenset(), frozenset())
 _Informed = TypeVar("_Informed", bound=nn.Module)
+_ELEMENTS = (2**27, 2**21)  # of a Jacobian for each draw of a block, on an accelerator and on a CPU
 _LAST = 0.02  # where x1 - x is divided by 1 - t, it is by no less than this
 
 
@@ -138,6 +141,16 @@ class DriveVelocity(nn.Module):
         c, _, (drive,) = _driven(self.path, self.context, (self.displacement,), _times(t, x), x)
         return c.rest * x + c.pull * drive.w
 
+    def with_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the velocity and its divergence ``(batch,)`` in float64."""
+
+        def closed(t: Tensor, x: Tensor, c: Coefficients, known: list[tuple[Drive, Drive]]) -> tuple[Tensor, Tensor]:
+            ((drive, by_x),) = known
+            trace = by_x.w.diagonal(dim1=1, dim2=2).sum(-1, dtype=torch.float64)
+            return c.rest * x + c.pull * drive.w, c.rest.squeeze(-1) * x.shape[-1] + c.pull.squeeze(-1) * trace
+
+        return _with_divergence(self, closed, (self.displacement,), t, x)
+
     def bind(self, context: Context | None) -> DriveVelocity:
         """Return the same field with the pull of another model, or of none."""
         return _rebound(self, context)
@@ -156,6 +169,9 @@ class InformedVelocity(nn.Module):
     v = rest x + pull c(t) w + net(t, x, s w / (1 + 0.05 / s), asinh(s^2 grad)), finite at t = 1. Untrained (c adds up
     to 1, net = 0) it is a sampler of its own. Equivariant to permutations of hidden units.
 
+    Near the end the drive of a displacement that reaches the mode is nearly exact, and a network is not: with ``fade``
+    what is learned counts as a(t)^fade. By Laplace's expansion 2 is how the exact correction vanishes.
+
     Args:
         spec: the meaning of the weights.
         displacement: `GradientSteps` or `GaussNewton`, or several to mix.
@@ -163,6 +179,7 @@ class InformedVelocity(nn.Module):
         depth: blocks of the network.
         architecture: ``"dws"``, a `DWSNet`, or ``"graph"``, a `GraphNet`.
         heads: of the messages between units in a `DWSNet`.
+        fade: 0, or the power of a(t) with which all that is learned fades; for sharp posteriors.
         path: the path of the pairs.
     """
 
@@ -175,14 +192,18 @@ class InformedVelocity(nn.Module):
         *,
         architecture: Architecture = "dws",
         heads: int = 0,
+        fade: float = 0.0,
         path: AffinePath | None = None,
     ) -> None:
         super().__init__()
+        if fade < 0:
+            raise ValueError(f"fade must not be negative, got {fade}")
         self.spec, self.group = spec, _permutations(spec)
         given = GradientSteps() if displacement is None else displacement
         self.displacements = tuple(given) if isinstance(given, Sequence) else (given,)
         self.path = path if path is not None else AffinePath()
-        self._config = {"width": width, "depth": depth, "architecture": architecture, "heads": heads}
+        self._config = {"width": width, "depth": depth, "architecture": architecture, "heads": heads, "fade": fade}
+        self._fade = fade
         count = len(self.displacements)
         self.net = _network(spec, 1 + 2 * count, width, depth, architecture, heads)
         self.time = TimeEmbedding(width)
@@ -194,13 +215,35 @@ class InformedVelocity(nn.Module):
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """Return the velocity, ``(batch, dim)``; ``RuntimeError`` if the field is not bound to a context."""
         t = _times(t, x)
-        c, s2, drives = _driven(self.path, self.context, self.displacements, t, x)
-        trust = self.trust(self.time(t))
+        return self.driven(t, x, *self.drives(t, x))
+
+    def drives(self, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        """Return what of the velocity comes before anything learned: both parts of every drive, ``(batch, dim)``."""
+        return tuple(part for drive in _driven(self.path, self.context, self.displacements, t, x)[2] for part in drive)
+
+    def with_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the velocity and its divergence ``(batch,)`` in float64: only the network is differentiated."""
+
+        def closed(t: Tensor, x: Tensor, c: Coefficients, known: list[tuple[Drive, Drive]]) -> tuple[Tensor, Tensor]:
+            parts, jacobians = ([part for both in known for part in both[k]] for k in (0, 1))
+            return chained_divergence(lambda x, *parts: self.driven(t, x, *parts), x, parts, jacobians)
+
+        return _with_divergence(self, closed, self.displacements, t, x)
+
+    def driven(self, t: Tensor, x: Tensor, *drives: Tensor) -> Tensor:
+        """Return the velocity at times ``(batch,)``, given `drives`."""
+        c, s2, _ = _given(self.path, t, x)
+        trust, even = self.trust(self.time(t)), 1 / len(self.displacements)
+        if self._fade:
+            trust = even + c.a**self._fade * (trust - even)
         features, pull = [x], torch.zeros_like(x)
-        for index, drive in enumerate(drives):
-            features += [s2 * drive.w / (s2.sqrt() + 0.05), torch.asinh(s2 * drive.grad)]
-            pull = pull + trust[:, index, None] * drive.w
-        return c.rest * x + c.pull * pull + self.net(torch.stack(features, -1), t).squeeze(-1)
+        for index, (w, grad) in enumerate(zip(drives[::2], drives[1::2], strict=True)):
+            features += [s2 * w / (s2.sqrt() + 0.05), torch.asinh(s2 * grad)]
+            pull = pull + trust[:, index, None] * w
+        correction = self.net(torch.stack(features, -1), t).squeeze(-1)
+        if self._fade:
+            correction = c.a**self._fade * correction
+        return c.rest * x + c.pull * pull + correction
 
     def bind(self, context: Context | None) -> InformedVelocity:
         """Return the same field, sharing its weights, with the pull of another model, or of none."""
@@ -383,9 +426,50 @@ def _driven(
     """Return the coefficients and s^2 at each time, ``(batch, 1)``, and the drive of every displacement."""
     if context is None:
         raise RuntimeError("a likelihood-informed velocity must be bound to a model first")
+    c, s2, mu = _given(path, t, x)
+    return c, s2, [displacement(context, mu, s2) for displacement in displacements]
+
+
+def _given(path: AffinePath, t: Tensor, x: Tensor) -> tuple[Coefficients, Tensor, Tensor]:
+    """Return the coefficients and s^2 at each time, ``(batch, 1)``, and mu: what x_t says of x1 without the data."""
     c = Coefficients(*(part.unsqueeze(-1) for part in path.coefficients(t)))
-    s2 = c.a * c.a / c.q
-    return c, s2, [displacement(context, x * c.b / c.q, s2) for displacement in displacements]
+    return c, c.a * c.a / c.q, x * c.b / c.q
+
+
+def _with_divergence(
+    field: DriveVelocity | InformedVelocity,
+    closed: Callable[[Tensor, Tensor, Coefficients, list[tuple[Drive, Drive]]], tuple[Tensor, Tensor]],
+    displacements: Sequence[Displacement],
+    t: Tensor,
+    x: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return the velocity and its divergence, by automatic differentiation where there is no other way.
+
+    That is where a drive does not know its Jacobian, and where derivatives of the result are wanted.
+
+    Args:
+        field: whose.
+        closed: makes both of the drives and their Jacobians by x.
+        displacements: of the field.
+        t: a scalar or ``(batch,)``.
+        x: ``(batch, dim)``.
+    """
+    rules = [getattr(displacement, "with_jacobians", None) for displacement in displacements]
+    if field.context is None or None in rules or recorded(t, x, *field.parameters()):
+        return divergence(lambda t, z: field(t, z), t, x)
+    rows, parts = max(1, _ELEMENTS[x.device.type == "cpu"] // x.shape[-1] ** 2), []
+    for t_part, x_part in zip(_times(t, x).split(rows), x.split(rows), strict=True):
+        c, s2, mu = _given(field.path, t_part, x_part)
+        known = []
+        for rule in rules:
+            found = rule(field.context, mu, s2)  # type: ignore[misc]
+            if found is None:
+                return divergence(lambda t, z: field(t, z), t, x)
+            drive, by_mu = found
+            known.append((drive, Drive(*(jacobian.mul_((c.b / c.q).unsqueeze(-1)) for jacobian in by_mu))))
+        parts.append(closed(t_part, x_part, c, known))
+    values, traces = zip(*parts, strict=True)
+    return torch.cat(values), torch.cat(traces)
 
 
 def _rebound(field: _Informed, context: Context | None) -> _Informed:
@@ -401,4 +485,7 @@ def _plain(displacement: Displacement) -> dict[str, Any]:
 def _displacement(plain: dict[str, Any]) -> Displacement:
     families: dict[str, Callable[..., Displacement]] = {"GradientSteps": GradientSteps, "GaussNewton": GaussNewton}
     values = dict(plain)
-    return families[values.pop("kind")](**values)
+    kind = values.pop("kind")
+    if kind == "GradientSteps" and "memory" not in values:
+        raise ValueError("this flow was fitted on gradient steps without momentum, which are no more: fit it again")
+    return families[kind](**values)

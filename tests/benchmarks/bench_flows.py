@@ -7,6 +7,8 @@ another library, where ``$BNNFLOW_DATA`` has one (iris, yacht). Functions are ne
 probabilities of classes: "rms" is the error of their means in posterior standard deviations, "ratio" the geometric mean
 of ratios of standard deviations. LPPD from 4,096 draws.
 "Gradients" count the likelihood gradients of a draw, refinement and the field's own. One thread, CPU seconds.
+"An effective draw" is one of bulk ESS of the functions (the median over them); draws of a flow are independent, but
+worth what the table says. What has to be paid once, warm-up or training, is "start"; training needs HMC draws too.
 Run: ``python tests/benchmarks/bench_flows.py NAME [--budget SECONDS] [--velocity informed|weights] [--density N]``.
 """
 
@@ -26,9 +28,11 @@ import torch
 from torch import Tensor, nn
 
 import bnnflow as bf
-from bnnflow.transport import GaussNewton, GradientSteps, InformedVelocity, WeightsVelocity, fit_gaussian
+from bnnflow.transport import Flow, GaussNewton, GradientSteps, InformedVelocity, WeightsVelocity, fit_gaussian
 
 DRAWS = 4096
+CHAINS, WARMUP = 64, 600
+PARTICLES = 250  # in each of eight runs of SMC
 DATA = Path(os.environ.get("BNNFLOW_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 
@@ -120,40 +124,69 @@ def nearest(theta: Tensor, draws: Tensor, spec: bf.WeightSpec) -> Tensor:
     return torch.cdist(here, there).min(1).values
 
 
+def price(name: str, seconds: float, gradients: float, each: float, start: float = 0.0) -> None:
+    """Print what a draw costs that is worth an independent one, and what there is to pay before the first."""
+    print(f"  {name:34s} {1e3 * seconds / each:10.2f} {gradients / each:10.0f} {start:10.0f}", flush=True)
+
+
+def prices(model: bf.BayesianModel, hmc: bf.Draws, hmc_ess: float) -> tuple[float, float]:
+    """Print what effective draws of samplers cost; return the evidence by tempered SMC and its error."""
+    print(f"  {'an effective draw':34s} {'CPU ms':>10s} {'gradients':>10s} {'start, s':>10s}")
+    chains, warmup, draws = CHAINS, WARMUP, hmc.theta.shape[1]
+    share = draws / (warmup + draws)  # of the gradients; those of adaptation are paid once
+    cpu, count = hmc.info["cpu_seconds"], hmc.info["gradients_per_chain"] * chains
+    price("HMC", cpu * share, count * share, hmc_ess, cpu * (1 - share))
+    other = bf.sample(model, bf.MCLMC(), chains=chains, warmup=WARMUP, draws=400, seed=1)
+    cpu, count = other.info["cpu_seconds"], other.info["gradients_per_chain"] * chains
+    share = 400 / (WARMUP + 400)
+    found = bf.diagnose(other, model)
+    worst = f", R-hat {found.r_hat.max():.3f}" if found.r_hat is not None else ""
+    price(f"MCLMC{worst}", cpu * share, count * share, float(np.median(found.ess_bulk)), cpu * (1 - share))
+    particles = bf.sample(model, bf.SMC(particles=PARTICLES), chains=8, seed=2)
+    weights, evidence = particles.log_weights, particles.log_evidence
+    assert weights is not None, "SMC weighs its particles"
+    assert evidence is not None, "the temperature is 1"
+    each = float((2 * weights.logsumexp(1) - (2 * weights).logsumexp(1)).exp().sum())
+    cpu, count = particles.info["cpu_seconds"], particles.info["gradients_per_chain"] * 8 * PARTICLES
+    price("SMC, ESS of weights at most", cpu, count, each)
+    return evidence
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=["sine", "yacht", "iris", "cancer", "cancer2"])
     parser.add_argument("--budget", type=float, default=900.0, help="seconds of training")
     parser.add_argument("--velocity", choices=["informed", "weights"], default="informed")
     parser.add_argument("--newton", type=int, help="Gauss-Newton steps; gradient steps if 0")
-    parser.add_argument("--climb", type=int, default=8, help="gradient steps")
-    parser.add_argument("--secant", action="store_true", help="cheaper and rougher gradient steps")
-    parser.add_argument("--batch", type=int, default=256, help="pairs in a step of training")
-    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--climb", type=int, default=12, help="gradient steps")
+    parser.add_argument("--batch", type=int, default=512, help="pairs in a step of training")
+    parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--heads", type=int, default=0)
     parser.add_argument("--steps", type=int, default=8, help="of the midpoint rule")
     parser.add_argument("--density", type=int, default=1000, help="draws with an exact density; 0 for none")
-    parser.add_argument("--density-steps", type=int, default=8, help="of the Runge-Kutta rule for them")
+    parser.add_argument("--density-steps", type=int, default=16, help="half as many as there are traces")
+    parser.add_argument("--load", action="store_true", help="take the flow that an earlier run has saved")
     args = parser.parse_args()
     torch.set_num_threads(1)
     given = problem(args.name)
     model = given.model
     sharp = args.name in ("sine", "yacht")
-    began = time.process_time()
-    draws = bf.sample(model, bf.HMC(), chains=64, warmup=600, draws=800, seed=0)
-    seconds = time.process_time() - began
-    print(f"{args.name}, dim {model.dim}: 64 chains x 800 in {seconds:.0f} CPU s")
-    print(bf.diagnose(draws, model))
+    draws = bf.sample(model, bf.HMC(), chains=CHAINS, warmup=WARMUP, draws=800, seed=0)
+    print(f"{args.name}, dim {model.dim}: {CHAINS} chains x 800 in {draws.info['cpu_seconds']:.0f} CPU s")
+    found = bf.diagnose(draws, model)
+    print(found)
     if given.published:
         info = json.loads(str(given.published["info"]))
         lppd, error = info.get("lppd", info.get("lppd_std")), info["lppd_mc_se"]
         print(f"published: LPPD {lppd:.4f} +- {error:.4f}, log joint {info['log_joint_mean']:.2f}")
+    evidence = prices(model, draws, float(np.median(found.ess_bulk)))
+    print(f"  log evidence by SMC: {evidence[0]:.2f} +- {evidence[1]:.2f}")
     seen, unseen = draws.theta[:48].flatten(0, 1), draws.theta[48:].flatten(0, 1)
     table = Table(given, unseen[torch.randperm(len(unseen), generator=torch.Generator().manual_seed(0))[:DRAWS]])
     newton = args.newton if args.newton is not None else (2 if sharp else 0)
-    displacement = GaussNewton(newton) if newton else GradientSteps(args.climb, secant=args.secant)
-    own = args.steps * 2 * (newton or (args.climb + 2 if args.secant else 2 * args.climb + 1))
+    displacement = GaussNewton(newton) if newton else GradientSteps(args.climb)
+    own = args.steps * 2 * (newton or 2 * args.climb + 1)
 
     def show(name: str, theta: Tensor, gradients: float, seconds: float) -> None:
         table.row(name, theta, gradients, seconds)
@@ -169,31 +202,37 @@ def main() -> None:
     theta = untrained.sample(DRAWS, 1)
     show("untrained informed field", theta, own, time.process_time() - began)
 
-    torch.manual_seed(0)
-    sizes = {"width": args.width, "depth": args.depth, "heads": args.heads}
-    weights = args.velocity == "weights"
-    field = WeightsVelocity(model.spec, **sizes) if weights else InformedVelocity(model.spec, displacement, **sizes)
-    flow = bf.fit_flow(model, seen, velocity=field, budget=args.budget, batch_size=args.batch, seed=0)
+    path = Path(f"out/{args.name}-{args.velocity}.npz")
+    if args.load:
+        flow = Flow.load(path, model)
+    else:
+        torch.manual_seed(0)
+        sizes = {"width": args.width, "depth": args.depth, "heads": args.heads}
+        weights = args.velocity == "weights"
+        field = WeightsVelocity(model.spec, **sizes) if weights else InformedVelocity(model.spec, displacement, **sizes)
+        flow = bf.fit_flow(model, seen, velocity=field, budget=args.budget, batch_size=args.batch, seed=0)
+        flow.save(path)
     info = flow.info
     print(f"  {args.velocity} flow: {info['steps']} steps, {info['cpu_seconds']:.0f} CPU s, {info['parameters']} "
           f"parameters, loss by quarter {[round(value, 1) for value in info['loss_by_time']]}")  # fmt: skip
-    flow.save(f"out/{args.name}-{args.velocity}.npz")
     began = time.process_time()
     theta = flow.sample(DRAWS, 1, steps=args.steps)
-    show(f"{args.velocity} flow", theta, 0 if weights else own, time.process_time() - began)
+    seconds, own = time.process_time() - began, 0 if args.velocity == "weights" else own
+    show(f"{args.velocity} flow", theta, own, seconds)
     print(f"  variance over the truth's: {table.by_layer(theta)}")
     generated, fresh = (nearest(each[:1000], seen, model.spec) for each in (theta, unseen))
     print(
         f"  median distance to the nearest training draw: {float(generated.median()):.2f}, "
         f"of unseen draws {float(fresh.median()):.2f}"
     )
+    price("a draw of the flow, not corrected", seconds, own * DRAWS, DRAWS, info["cpu_seconds"])
     if args.density:
-        flow = replace(flow, solver="rk4", steps=args.density_steps)  # draws need less than their densities
-        print(f"  solver: {flow.solver_error(8)}", flush=True)
+        flow = replace(flow, steps=args.density_steps)  # draws need less than their densities
         began = time.process_time()
         fixed = bf.correct(flow, model, args.density, "importance", seed=3, held_out=draws.theta[48:])
+        seconds = time.process_time() - began
         print(f"  importance sampling, {args.density} draws: k-hat {fixed.khat:.2f}, ESS {fixed.ess:.0f}, log evidence "
-              f"{fixed.log_evidence}, {time.process_time() - began:.0f} CPU s\n  {fixed.verdict}")  # fmt: skip
+              f"{fixed.log_evidence} (SMC {evidence}), {seconds:.0f} CPU s\n  {fixed.verdict}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,0 +1,148 @@
+"""The Jacobian of a perceptron as its factors, never formed, and the interface that it shares with a matrix.
+
+The derivative of one output at one row of data by the weights of a layer is an outer product: what leaves the layer
+times what enters it. The Gram matrix of such rows is a sum over layers of elementwise products of two small Gram
+matrices, so that an entry costs in + out multiplications for each layer in place of in * out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from bnnflow.model.fused import plain
+from bnnflow.weights import Layer
+
+__all__ = ["Factor", "FactoredJacobian", "MatrixFactor", "Outer"]
+
+
+class Factor(Protocol):
+    """A matrix A for every network of a batch, ``(batch, rows, dim)``."""
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        ...
+
+    def gram(self) -> Tensor:
+        """Return A A^T, ``(batch, rows, rows)``."""
+        ...
+
+    def times(self, v: Tensor) -> Tensor:
+        """Return A v, ``(batch, dim) -> (batch, rows)``."""
+        ...
+
+    def transposed(self, u: Tensor) -> Tensor:
+        """Return A^T u, ``(batch, rows) -> (batch, dim)``."""
+        ...
+
+
+@dataclass(frozen=True)
+class MatrixFactor:
+    """A matrix that is there, ``(batch, rows, dim)``."""
+
+    matrix: Tensor
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.matrix.shape[1]
+
+    def gram(self) -> Tensor:
+        """Return A A^T, ``(batch, rows, rows)``."""
+        return self.matrix @ self.matrix.mT
+
+    def times(self, v: Tensor) -> Tensor:
+        """Return A v, ``(batch, dim) -> (batch, rows)``."""
+        return (self.matrix @ v.unsqueeze(-1)).squeeze(-1)
+
+    def transposed(self, u: Tensor) -> Tensor:
+        """Return A^T u, ``(batch, rows) -> (batch, dim)``."""
+        return (self.matrix.mT @ u.unsqueeze(-1)).squeeze(-1)
+
+
+class Outer(NamedTuple):
+    """The rows by the weights of one layer."""
+
+    layer: Layer
+    entering: Tensor  # (in, n) or (batch, in, n)
+    leaving: Tensor  # (batch, out, n, rank)
+
+
+@dataclass(frozen=True)
+class FactoredJacobian:
+    """A = S J D: the Jacobian J of a perceptron's outputs, mixed by S for each row of data and scaled by D.
+
+    Args:
+        parts: of every layer, in the order of the layers; S is in what leaves them. Row (i, r) of A is rank r of row i.
+        names: the tensors in the order of ``theta``.
+        scales: D, a number for every tensor.
+    """
+
+    parts: list[Outer]
+    names: tuple[str, ...]
+    scales: Mapping[str, float]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows, those of the data times the rank."""
+        return math.prod(self.parts[0].leaving.shape[-2:])
+
+    def scaled(self, scales: Mapping[str, float]) -> FactoredJacobian:
+        """Return A D with other scales."""
+        return FactoredJacobian(self.parts, self.names, scales)
+
+    def gram(self) -> Tensor:
+        """Return A A^T, ``(batch, rows, rows)``."""
+        total: Tensor | None = None
+        for layer, entering, leaving in self.parts:
+            outer = leaving.flatten(2)
+            inner = self.scales[layer.weight] ** 2 * (entering.mT @ entering)  # (n, n) or (batch, n, n)
+            if layer.bias is not None:
+                inner = inner + self.scales[layer.bias] ** 2
+            product = (outer.mT @ outer).unflatten(2, leaving.shape[2:]).unflatten(1, leaving.shape[2:])
+            inner = inner.unsqueeze(-1).unsqueeze(-3)
+            # Into the memory that is there, where nothing follows: fresh memory costs more than the sums.
+            ours = plain(product, inner)
+            product = product.mul_(inner) if ours else product * inner
+            total = product if total is None else total.add_(product) if ours else total + product
+        assert total is not None
+        return total.flatten(3).flatten(1, 2)
+
+    def times(self, v: Tensor) -> Tensor:
+        """Return A v, ``(batch, dim) -> (batch, rows)``."""
+        given = self._split(v)
+        total: Tensor | None = None
+        for layer, entering, leaving in self.parts:
+            along = self.scales[layer.weight] * (given[layer.weight] @ entering)  # (batch, out, n)
+            if layer.bias is not None:
+                along = along + self.scales[layer.bias] * given[layer.bias].unsqueeze(-1)
+            product = (leaving * along.unsqueeze(-1)).sum(1)
+            total = product if total is None else total + product
+        assert total is not None
+        return total.flatten(1)
+
+    def transposed(self, u: Tensor) -> Tensor:
+        """Return A^T u, ``(batch, rows) -> (batch, dim)``."""
+        found = {}
+        for layer, entering, leaving in self.parts:
+            back = (leaving * u.unflatten(1, leaving.shape[2:]).unsqueeze(1)).sum(-1)  # (batch, out, n)
+            found[layer.weight] = self.scales[layer.weight] * (back @ entering.mT).flatten(1)
+            if layer.bias is not None:
+                found[layer.bias] = self.scales[layer.bias] * back.sum(-1)
+        return torch.cat([found[name] for name in self.names], -1)
+
+    def _split(self, v: Tensor) -> dict[str, Tensor]:
+        """Return the tensors within ``(batch, dim)``."""
+        shapes = {}
+        for layer, entering, leaving in self.parts:
+            shapes[layer.weight] = (leaving.shape[1], entering.shape[-2])
+            if layer.bias is not None:
+                shapes[layer.bias] = (leaving.shape[1],)
+        pieces = v.split([math.prod(shapes[name]) for name in self.names], -1)
+        return {name: piece.unflatten(-1, shapes[name]) for name, piece in zip(self.names, pieces, strict=True)}

@@ -1,0 +1,125 @@
+"""The factored Jacobian is the matrix: its products, its Gram matrix, and what is solved with them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bnnflow as bf
+from bnnflow import likelihoods, priors
+from bnnflow.model.factored import FactoredJacobian, MatrixFactor
+from bnnflow.transport import GaussNewton, Source
+from bnnflow.transport.coordinates import Context
+from bnnflow.transport.displacement import Linearised
+from tests.problems import F64, built, chain, normal
+
+LIKELIHOODS = {
+    "gaussian": (likelihoods.Gaussian(0.3), 1),
+    "gaussians": (likelihoods.Gaussian(0.3), 3),
+    "heteroscedastic": (likelihoods.HeteroscedasticGaussian(), 2),
+    "categorical": (likelihoods.Categorical(), 3),
+}
+
+
+def model_of(
+    likelihood: str = "gaussian",
+    hidden: tuple[int, ...] = (6,),
+    prior: bf.priors.Prior | None = None,
+    *,
+    bias: bool = True,
+    activation: type[nn.Module] = nn.Tanh,
+    temperature: float = 1.0,
+) -> bf.BayesianModel:
+    which, out = LIKELIHOODS[likelihood]
+    net = built(lambda: chain(2, *hidden, out, activation=activation, bias=bias))
+    targets = out // 2 if likelihood == "heteroscedastic" else out
+    y = torch.tensor([0, 2, 1, 0]) if likelihood == "categorical" else normal(4, targets, seed=1)
+    prior = priors.Normal(1.3) if prior is None else prior
+    return bf.BayesianModel(net, prior, which, normal(4, 2), y, temperature=temperature)
+
+
+@pytest.mark.parametrize("rows", [None, torch.tensor([3, 1, 3])])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("hidden", [(6,), (5, 4)])
+@pytest.mark.parametrize("likelihood", list(LIKELIHOODS))
+def test_products_are_those_of_the_matrix(likelihood: str, hidden: tuple[int, ...], bias: bool, rows: Tensor | None):
+    model = model_of(likelihood, hidden, bias=bias)
+    theta, v = normal(3, model.dim, seed=2), normal(3, model.dim, seed=3)
+    grad, matrix = model.gauss_newton(theta, rows)
+    found = model.gauss_newton_factored(theta, rows)
+    assert found is not None
+    assert found[1].rows == matrix.shape[1] < model.dim
+    torch.testing.assert_close(found[0], grad, rtol=1e-10, atol=1e-10)
+    scales = {name: 0.5 + 0.3 * i for i, name in enumerate(model.spec.names)}
+    along = torch.empty(model.dim, dtype=F64)
+    for name, where in model.spec.slices.items():
+        along[where] = scales[name]
+    for factor, a in ((found[1], matrix), (found[1].scaled(scales), matrix * along)):
+        dense, u = MatrixFactor(a), normal(3, a.shape[1], seed=4)
+        torch.testing.assert_close(factor.gram(), dense.gram(), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(factor.times(v), dense.times(v), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(factor.transposed(u), dense.transposed(u), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(dense.transposed(u), torch.einsum("brd,br->bd", a, u))
+        tracked = factor.parts[0].leaving.requires_grad_(True)  # nothing is then written into memory that is there
+        torch.testing.assert_close(factor.gram(), dense.gram(), rtol=1e-10, atol=1e-10)
+        tracked.requires_grad_(False)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("prior", [priors.Normal(1.3), priors.FanIn(1.2, 0.7), priors.Normal(0.8, 0.3)])
+@pytest.mark.parametrize("scale", [None, 1.4])
+def test_linearisation_is_that_of_the_matrix(
+    prior: bf.priors.Prior, temperature: float, scale: float | None, monkeypatch
+):
+    model = model_of(prior=prior, temperature=temperature)
+    context = Context(model, None if scale is None else Source.scaled(model, scale))
+    x, v, s2 = normal(5, model.dim), normal(5, model.dim, seed=1), torch.linspace(0, 2, 5, dtype=F64).unsqueeze(-1)
+    assert isinstance(context.gauss_newton_factored(x)[1], FactoredJacobian)
+    factored = Linearised(context, x, s2)
+    drive = GaussNewton(2)(context, x, s2)
+    slope = _slope(context, x, s2, v)
+    monkeypatch.setattr(context, "_scales", None)
+    assert isinstance(context.gauss_newton_factored(x)[1], MatrixFactor)
+    dense = Linearised(context, x, s2)
+    for one, other in (
+        (factored.grad, dense.grad),
+        (factored.times(v), dense.times(v)),
+        (factored.solve(v), dense.solve(v)),
+        *zip(drive, GaussNewton(2)(context, x, s2), strict=True),
+        *zip(slope, _slope(context, x, s2, v), strict=True),
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    # (I + s^2 H) undoes the solution
+    solved = dense.solve(v)
+    torch.testing.assert_close(solved + s2 * dense.times(solved), v, rtol=1e-9, atol=1e-9)
+
+
+def _slope(context: Context, x: Tensor, s2: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a derivative of the drive forwards and one backwards."""
+
+    def drive(x: Tensor) -> Tensor:
+        return GaussNewton(2)(context, x, s2).w
+
+    return torch.func.jvp(drive, (x,), (v,))[1], torch.func.vjp(drive, x)[1](v)[0]
+
+
+def test_a_matrix_is_taken_where_factors_do_not_pay_or_do_not_fit():
+    x, y = normal(4, 2), normal(4, 1, seed=1)
+
+    def factor(model: bf.BayesianModel, source: Source | None = None) -> type:
+        return type(Context(model, source).gauss_newton_factored(normal(2, model.dim))[1])
+
+    assert factor(model_of()) is FactoredJacobian
+    assert factor(model_of(hidden=(1,), likelihood="gaussians", bias=False)) is MatrixFactor  # more rows than weights
+    assert factor(model_of(prior=priors.Laplace(1.0))) is MatrixFactor
+    learned = bf.BayesianModel(built(lambda: chain(2, 6, 1)), priors.Normal(), likelihoods.Gaussian(), x, y)
+    assert factor(learned) is MatrixFactor
+    module = bf.BayesianModel(
+        built(lambda: nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4), nn.Linear(4, 1))), priors.Normal(),
+        likelihoods.Gaussian(0.3), x, y,
+    )  # fmt: skip
+    assert factor(module) is MatrixFactor
+    model = model_of()
+    assert factor(model.linearised(model.sample_prior(1, 0)[0])) is MatrixFactor
+    assert factor(model, Source.gaussian(model, model.sample_prior(200, 0))) is MatrixFactor

@@ -1,0 +1,418 @@
+"""Laws of closed second derivatives: of the likelihood, of the drive, and of log densities that are made of them."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bnnflow as bf
+from bnnflow import likelihoods, priors
+from bnnflow.activations import Sine
+from bnnflow.model import hessian
+from bnnflow.transport import (
+    AffinePath,
+    DriveVelocity,
+    Flow,
+    GaussNewton,
+    GradientSteps,
+    GuidedVelocity,
+    InformedVelocity,
+    Source,
+    velocity,
+)
+from bnnflow.transport.coordinates import Context
+from bnnflow.transport.divergence import chained_divergence, divergence, exact_divergence
+from tests.problems import F64, built, chain, generator, normal
+
+N = 12
+LIKELIHOODS = {
+    "categorical": (likelihoods.Categorical(), 3),
+    "bernoulli": (likelihoods.Bernoulli(), 1),
+    "gaussian": (likelihoods.Gaussian(0.3), 2),
+    "learned": (likelihoods.Gaussian(), 2),
+    "heteroscedastic": (likelihoods.HeteroscedasticGaussian(), 2),
+    "student": (likelihoods.StudentT(), 1),
+    "poisson": (likelihoods.Poisson(), 1),
+    "negative binomial": (likelihoods.NegativeBinomial(), 1),
+    "dispersed": (likelihoods.NegativeBinomial(0.5), 1),
+    "ordinal": (likelihoods.Ordinal(4), 1),
+}
+
+
+class Logistic:
+    """A likelihood of one's own, of which only the density is known."""
+
+    kind = "classification"
+    parameters: dict = {}  # noqa: RUF012
+
+    def validate(self, y: Tensor, n_outputs: int) -> Tensor:
+        return y
+
+    def log_prob(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        return nn.functional.logsigmoid((2 * y - 1) * outputs.squeeze(-1))
+
+    def mean(self, outputs: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        return outputs.sigmoid()
+
+
+def model(
+    kind: str = "categorical",
+    widths: tuple[int, ...] = (4,),
+    activation=nn.Tanh,
+    *,
+    bias: bool = True,
+    prior=None,
+    temperature: float = 1.0,
+    dtype: torch.dtype = F64,
+) -> bf.BayesianModel:
+    likelihood, out = LIKELIHOODS[kind]
+    x = normal(N, 2, seed=2, dtype=dtype)
+    columns = out // 2 if kind == "heteroscedastic" else out
+    real = torch.stack([(x.sum(1) + k).sin() for k in range(columns)], 1)
+    counts = (torch.arange(N) % 4).to(dtype)
+    labels = torch.arange(N) % {"bernoulli": 2, "ordinal": 4}.get(kind, 3)
+    classes = likelihood.kind == "classification"
+    y = labels if classes else counts if getattr(likelihood, "discrete", False) else real
+    net = built(lambda: chain(2, *widths, out, activation=activation, bias=bias), dtype)
+    return bf.BayesianModel(net, prior or priors.Normal(1.3, 0.2), likelihood, x, y, temperature=temperature)
+
+
+def normed(out: int) -> nn.Module:
+    """Return a network that is no chain of affine layers."""
+    return nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, out))
+
+
+def by_autograd(grad, x: Tensor) -> Tensor:
+    """Return the Jacobian of every row, ``(batch, dim, dim)``, of a function that acts on each row alone."""
+    _, pullback, *_ = torch.func.vjp(grad, x)
+    directions = torch.eye(x.shape[1], dtype=x.dtype).unsqueeze(1).expand(-1, len(x), -1)
+    return torch.func.vmap(pullback)(directions)[0].movedim(0, 1)
+
+
+def close(value: Tensor, truth: Tensor, tolerance: float = 1e-12) -> bool:
+    return bool((value - truth).abs().max() <= tolerance * truth.abs().max())
+
+
+def check(net: bf.BayesianModel, rows: Tensor | None = None) -> None:
+    theta = normal(3, net.dim, seed=4)
+    found = net.log_likelihood_hessian(theta, rows)
+    assert found is not None
+    grad, second = found
+    assert close(grad, net.log_likelihood_grad(theta, rows))
+    assert close(second, by_autograd(lambda z: net.log_likelihood_grad(z, rows), theta))
+
+
+# ------------------------------------------------------------------ the likelihood
+
+
+@pytest.mark.parametrize("rows", [None, [0, 3, 3, 7], [[0, 3, 7], [1, 2, 3], [4, 4, 6]]])
+@pytest.mark.parametrize("kind", LIKELIHOODS)
+def test_hessian_of_every_likelihood(kind, rows):
+    check(model(kind, (4, 3)), None if rows is None else torch.tensor(rows))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("widths", [(), (4,), (4, 3), (3, 4, 2), (2, 3, 4, 3)])
+def test_hessian_at_every_depth(widths, bias):
+    check(model("categorical", widths, bias=bias))
+    check(model("learned", widths, bias=bias))
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [nn.ReLU, nn.Sigmoid, nn.Softplus, nn.SiLU, nn.GELU, nn.Mish, nn.Softsign, nn.Tanhshrink, nn.LeakyReLU,
+     nn.Identity, Sine, lambda: Sine(3.0)],
+)  # fmt: skip
+def test_hessian_with_every_activation(activation):
+    check(model("categorical", (4, 3), activation))
+
+
+@pytest.mark.parametrize("rows", [None, [[0, 3, 7, 1, 1], [1, 2, 3, 5, 9], [4, 4, 6, 2, 0]]])
+@pytest.mark.parametrize("kind", ["categorical", "learned"])
+def test_hessian_from_a_few_rows_of_data_at_once(kind, rows, monkeypatch):
+    net = model(kind, (4, 3))
+    assert net._hessian is not None
+    monkeypatch.setattr(net._hessian, "_rows", 2)
+    check(net, None if rows is None else torch.tensor(rows))
+
+
+def test_hessian_where_an_activation_follows_the_last_layer_and_biases_are_mixed():
+    def net() -> nn.Module:
+        layers = nn.Linear(2, 4), nn.SiLU(), nn.Linear(4, 3, bias=False), nn.Tanh(), nn.Linear(3, 3), nn.Tanh()
+        return nn.Sequential(*layers)
+
+    given = model()
+    check(bf.BayesianModel(built(net), priors.Normal(), likelihoods.Categorical(), given.x, given.y))
+
+
+def test_hessian_where_the_weights_are_not_in_the_order_of_the_layers():
+    class Crossed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.first = nn.Linear(4, 3), nn.Linear(2, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.tanh(self.first(x)))
+
+    given = model()
+    crossed = bf.BayesianModel(built(Crossed), priors.Normal(), likelihoods.Categorical(), given.x, given.y)
+    assert crossed.spec.names[0] == "last.weight"
+    check(crossed)
+
+
+def test_hessian_of_a_likelihood_without_a_score():
+    given = model("bernoulli", (3, 3))
+    check(bf.BayesianModel(given.net, priors.Normal(), Logistic(), given.x, given.y.double()))
+
+
+def test_hessian_does_not_know_the_parameters_of_the_prior():
+    net = model("learned", prior=priors.Hierarchical())
+    check(net)
+    theta = normal(2, net.dim)
+    own = [i for name, where in net.spec.slices.items() if name.startswith("prior.") for i in range(net.dim)[where]]
+    assert own
+    assert (net.log_likelihood_hessian(theta)[1][:, own] == 0).all()  # type: ignore[index]
+
+
+def test_there_is_no_hessian_of_other_networks(monkeypatch):
+    given = model()
+    other = bf.BayesianModel(built(lambda: normed(3)), priors.Normal(), likelihoods.Categorical(), given.x, given.y)
+    theta = normal(2, given.dim)
+    assert other.log_likelihood_hessian(normal(2, other.dim)) is None
+    assert given.log_likelihood_hessian(theta) is not None
+    assert given.linearised(theta[0]).log_likelihood_hessian(theta) is None
+    monkeypatch.setattr(hessian, "_WIDEST", given.dim - 1)
+    assert model().log_likelihood_hessian(theta) is None
+
+
+def test_hessian_in_single_precision_and_of_a_moved_model():
+    net = model("learned", (4, 3))
+    theta = normal(3, net.dim, seed=4)
+    exact = net.log_likelihood_hessian(theta)
+    single = net.to(dtype=torch.float32).log_likelihood_hessian(theta.float())
+    assert exact is not None
+    assert single is not None
+    assert single[1].dtype == torch.float32
+    assert all(close(a.double(), b, 1e-5) for a, b in zip(single, exact, strict=True))
+
+
+# ------------------------------------------------------------------ the source's coordinates
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
+@pytest.mark.parametrize("kind", ["categorical", "learned"])
+@pytest.mark.parametrize("prior", [priors.Normal(1.3, 0.2), priors.FanIn(), priors.Laplace(0.7), priors.StudentT()])
+def test_hessian_in_the_coordinates_of_every_source(prior, kind, temperature):
+    net = model(kind, prior=prior, temperature=temperature)
+    x = normal(3, net.dim, seed=3)
+    gaussian = Source.gaussian(net, net.sample_prior(60, 1))
+    for source in (None, Source.scaled(net, 1.5), gaussian, Source(net.flat_prior, loc=gaussian.loc)):
+        context = Context(net, source, rows=torch.tensor([0, 3, 7]))
+        found = context.hessian(x)
+        assert found is not None
+        assert close(found[0], context.grad(x))
+        assert close(found[1], by_autograd(context.grad, x))
+
+
+def test_there_is_no_hessian_where_coordinates_depend_on_each_other():
+    net = model("gaussian", prior=priors.Hierarchical())
+    assert Context(net).hessian(normal(2, net.dim)) is None
+
+
+# ------------------------------------------------------------------ the drive
+
+
+@pytest.mark.parametrize("s2", [1.0, 0.3, 1e-6, 0.0])
+@pytest.mark.parametrize(
+    "steps",
+    [GradientSteps(8), GradientSteps(1), GradientSteps(0), GradientSteps(3, 0.3), GradientSteps(4, memory=0.0)],
+)
+@pytest.mark.parametrize("kind", ["categorical", "learned"])
+def test_jacobians_of_the_drive_are_those_of_its_steps(kind, steps, s2):
+    context = Context(model(kind), Source.scaled(model(kind), 1.2))
+    mu, variance = 0.7 * normal(3, context.dim, seed=5), torch.tensor([[s2], [0.5 * s2], [s2]], dtype=F64)
+    found = steps.with_jacobians(context, mu, variance)
+    assert found is not None
+    value, jacobians = found
+    truth = steps(context, mu, variance)
+    for part in ("w", "grad"):
+        assert close(getattr(value, part), getattr(truth, part), 1e-10)
+        by_mu = by_autograd(lambda z, part=part: getattr(steps(context, z, variance), part), mu)
+        assert close(getattr(jacobians, part), by_mu, 1e-9)
+
+
+# ------------------------------------------------------------------ fields
+
+
+def randomised(field: nn.Module) -> nn.Module:
+    """Give every parameter a random value: a zero head would hide what the network does."""
+    g = generator(3)
+    for parameter in field.parameters():
+        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=g, dtype=parameter.dtype))
+    return field.requires_grad_(False)
+
+
+def informed(net: bf.BayesianModel, displacement=None, source: Source | None = None, **options) -> InformedVelocity:
+    make = lambda: InformedVelocity(net.spec, displacement, width=16, depth=2, **options)  # noqa: E731
+    return randomised(built(make, net.dtype)).bind(Context(net, source))  # type: ignore[operator]
+
+
+def by_products(field, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return exact_divergence(lambda z: field(t, z), x)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Count how often the closed Hessian is used."""
+    calls = []
+    original = Context.hessian
+
+    def counting(self, x):
+        calls.append(len(x))
+        return original(self, x)
+
+    monkeypatch.setattr(Context, "hessian", counting)
+    return calls
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("schedule", ["linear", "variance_preserving"])
+@pytest.mark.parametrize(
+    "displacement", [GradientSteps(3), GradientSteps(4, memory=0.5), (GradientSteps(1), GradientSteps(2, 0.5))]
+)
+def test_divergence_of_informed_fields(displacement, schedule, t, counted):
+    net = model("learned", (3, 3), temperature=0.7)
+    field = informed(net, displacement, Source.scaled(net, 1.3), path=AffinePath(schedule))
+    x, time = normal(5, net.dim, seed=6), torch.tensor(t, dtype=F64)
+    value, trace = divergence(field, time, x)
+    assert counted
+    truth, of_products = by_products(field, time, x)
+    assert trace.dtype == F64
+    assert close(value, truth, 1e-10)
+    assert close(trace, of_products, 1e-8)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
+def test_divergence_of_the_drive_alone(t, counted):
+    net = model()
+    field = DriveVelocity(GradientSteps(3)).bind(Context(net))
+    x, time = normal(5, net.dim, seed=6), torch.tensor(t, dtype=F64)
+    value, trace = divergence(field, time, x)
+    truth, of_products = by_products(field, time, x)
+    assert counted
+    assert close(value, truth, 1e-10)
+    assert close(trace, of_products, 1e-8)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
+def test_divergence_in_single_precision(t):
+    net = model(widths=(8,), dtype=torch.float32)
+    x, time = normal(20, net.dim, seed=6, dtype=torch.float32), torch.tensor(t)
+    exact = informed(net.to(dtype=F64))
+    single = exact.bind(None).float().bind(Context(net))
+    _, truth = by_products(informed(net.to(dtype=F64)), time, x.double())
+    error = (divergence(single, time, x)[1] - truth).abs().max()
+    of_products = (by_products(single, time, x)[1] - truth).abs().max()
+    assert error < 2 * of_products + 1e-4
+
+
+def test_rows_of_different_times_go_in_blocks(monkeypatch):
+    net = model()
+    field, x, t = informed(net, GradientSteps(2)), normal(7, net.dim, seed=6), torch.linspace(0, 1, 7, dtype=F64)
+    whole = divergence(field, t, x)
+    monkeypatch.setattr(velocity, "_ELEMENTS", (0, 3 * net.dim**2))
+    parts = divergence(field, t, x)
+    truth = by_products(field, t, x)
+    for a, b, c in zip(whole, parts, truth, strict=True):
+        assert close(a, c, 1e-9)
+        assert close(b, c, 1e-9)
+
+
+def test_chained_divergence_is_that_of_the_whole():
+    mix = normal(6, 6, seed=1)
+    inner = lambda x: torch.tanh(x @ mix)  # noqa: E731
+    field = lambda x, y: x.sin() * y.roll(1, -1) + (y @ mix).cos() * x  # noqa: E731
+    x = normal(400, 6, seed=2)
+    value, trace = chained_divergence(field, x, [inner(x)], [by_autograd(inner, x)])
+    truth = exact_divergence(lambda x: field(x, inner(x)), x)
+    assert close(value, truth[0])
+    assert close(trace, truth[1])
+
+
+class Hidden(nn.Module):
+    """The same field without a trace of its own."""
+
+    def __init__(self, field: nn.Module) -> None:
+        super().__init__()
+        self.field = field
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.field(t, x)
+
+
+def test_log_densities_are_those_of_automatic_differentiation(counted):
+    net = model("learned")
+    field = informed(net, GradientSteps(1))
+    flow, hidden = (Flow.of(each, net, steps=2) for each in (field, Hidden(field)))
+    x0 = flow.start(3, 0)
+    theta, log_prob = flow.push_with_log_prob(x0)
+    assert counted
+    same, truth = hidden.push_with_log_prob(x0)
+    assert close(theta, same, 1e-10)
+    assert close(log_prob, truth, 1e-9)
+    assert close(flow.log_prob(theta), hidden.log_prob(theta), 1e-9)
+
+
+def test_memory_of_log_densities_is_measured():
+    net = model(dtype=torch.float32)
+    flow = Flow.of(informed(net, GradientSteps(2)), net, steps=2)
+    few, many = flow.rows_within(2**24, "exact"), flow.rows_within(2**26, "exact")
+    assert 1 <= few < many
+
+
+# ------------------------------------------------------------------ where automatic differentiation stays
+
+
+@pytest.mark.parametrize("kind", ["gauss-newton", "mixed", "hierarchical", "module"])
+def test_fields_without_closed_jacobians_are_differentiated(kind):
+    net = model("gaussian", prior=priors.Hierarchical() if kind == "hierarchical" else None)
+    if kind == "module":
+        net = bf.BayesianModel(built(lambda: normed(2)), priors.Normal(), likelihoods.Gaussian(0.3), net.x, net.y)
+    displacement = {"gauss-newton": GaussNewton(), "mixed": (GradientSteps(1), GaussNewton())}.get(kind)
+    field = informed(net, displacement or GradientSteps(2))
+    x, t = normal(3, net.dim, seed=6), torch.tensor(0.4, dtype=F64)
+    for found, truth in zip(divergence(field, t, x), by_products(field, t, x), strict=True):
+        assert torch.equal(found, truth)
+
+
+def test_divergence_can_still_be_differentiated(counted):
+    net = model(widths=(2,))
+    field, t = informed(net, GradientSteps(1)), torch.tensor(0.4, dtype=F64)
+    x = normal(2, net.dim, seed=6).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: divergence(field, t, z)[1], x, atol=1e-6, fast_mode=True)
+    tangent = torch.func.jvp(lambda z: divergence(field, t, z)[1], (x.detach(),), (torch.ones_like(x),))[1]
+    assert close(torch.autograd.grad(divergence(field, t, x)[1].sum(), x)[0].sum(1), tangent, 1e-9)
+    field.trust.requires_grad_()
+    divergence(field, t, x.detach())[1].sum().backward()
+    assert field.trust.bias.grad is not None
+    assert not counted
+    with torch.no_grad():
+        divergence(field, t, x)
+    assert counted
+
+
+def test_unbound_fields_say_so():
+    net = model()
+    with pytest.raises(RuntimeError, match="must be bound"):
+        divergence(informed(net).bind(None), torch.tensor(0.5), normal(2, net.dim))
+
+
+def test_guided_fields_are_differentiated_whole():
+    net = model("gaussian")
+    base = informed(net, GradientSteps(1))
+    field = GuidedVelocity(base, lambda theta: -theta.square().sum(-1), Source(net.flat_prior), 0.3)
+    x, t = normal(3, net.dim, seed=6), torch.tensor(0.4, dtype=F64)
+    truth = by_autograd(lambda z: field(t, z), x).diagonal(dim1=1, dim2=2).sum(-1)
+    assert close(divergence(field, t, x)[1], truth, 1e-9)
+    assert math.isfinite(float(truth.sum()))
