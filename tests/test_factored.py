@@ -95,6 +95,19 @@ def test_linearisation_is_that_of_the_matrix(
     torch.testing.assert_close(solved + s2 * dense.times(solved), v, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("source", [None, 1.4])
+@pytest.mark.parametrize("prior", [priors.Normal(1.3), priors.Laplace(1.0)])
+def test_blocks_of_draws_change_nothing(prior: bf.priors.Prior, source: float | None, monkeypatch):
+    model = model_of(hidden=(5, 4), prior=prior)
+    context = Context(model, None if source is None else Source.scaled(model, source))
+    x, s2 = normal(5, model.dim), torch.linspace(0, 2, 5, dtype=F64).unsqueeze(-1)
+    whole = Linearised(context, x, s2)
+    monkeypatch.setattr("bnnflow.transport.displacement._BLOCK", 2 * 4**2)  # two draws of four rows
+    parts = Linearised(context, x, s2)
+    torch.testing.assert_close(parts._root, whole._root)
+    torch.testing.assert_close(parts.solve(x), whole.solve(x))
+
+
 def _slope(context: Context, x: Tensor, s2: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Return a derivative of the drive forwards and one backwards."""
 

@@ -255,7 +255,7 @@ def fields(model: bf.BayesianModel) -> dict[str, nn.Module]:
         "messages": WeightsVelocity(spec, 8, 1, heads=2),
         "x1": WeightsVelocity(spec, 8, 1, parametrisation="x1", path=vp),
         "drive": DriveVelocity(GaussNewton(iterations=3), vp),
-        "mixed": InformedVelocity(spec, (GradientSteps(1), GaussNewton()), 8, 1, fade=1.5),
+        "mixed": InformedVelocity(spec, (GradientSteps(1), GaussNewton()), 8, 1),
         "residual": ResidualVelocity.fit(spec, x, 8, 1),
     }
 
@@ -478,30 +478,6 @@ def test_drives_make_the_field():
     assert [part.shape for part in drives] == [x.shape] * 4
     assert torch.equal(field.driven(t, x, *drives), field(t, x))
     assert not any(part.requires_grad for part in drives)
-
-
-@paths
-@pytest.mark.parametrize("displacements", [(GaussNewton(),), (GradientSteps(1), GaussNewton())])
-def test_what_is_learned_fades_and_nothing_else(path, displacements):
-    model = network(width=4)
-    plain, faded = (
-        InformedVelocity(model.spec, displacements, 8, 1, path=path, fade=fade).to(F64).bind(Context(model))
-        for fade in (0, 2)
-    )
-    t, x = torch.linspace(0, 1, 6, dtype=F64), torch.randn(6, model.dim, generator=generator(1), dtype=F64)
-    faded.load_state_dict(plain.state_dict())
-    untrained = plain(t, x)
-    torch.testing.assert_close(faded(t, x), untrained)
-    for parameter in plain.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    faded.load_state_dict(plain.state_dict())
-    learned = plain(t, x) - untrained
-    assert learned.norm(dim=1).min() > 0.01
-    torch.testing.assert_close(faded(t, x) - untrained, path.coefficients(t).a.square().unsqueeze(-1) * learned)
-    torch.testing.assert_close(faded(t[-1:], x[-1:]), untrained[-1:])
-    assert faded.describe()["fade"] == 2
-    with pytest.raises(ValueError, match="fade must not be negative"):
-        InformedVelocity(model.spec, fade=-1.0)
 
 
 def test_checkpoint_of_another_field_is_refused(tmp_path):

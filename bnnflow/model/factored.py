@@ -29,6 +29,10 @@ class Factor(Protocol):
         """Number of rows."""
         ...
 
+    def __getitem__(self, some: slice) -> Factor:
+        """Return the matrices of some networks."""
+        ...
+
     def gram(self) -> Tensor:
         """Return A A^T, ``(batch, rows, rows)``."""
         ...
@@ -52,6 +56,9 @@ class MatrixFactor:
     def rows(self) -> int:
         """Number of rows."""
         return self.matrix.shape[1]
+
+    def __getitem__(self, some: slice) -> MatrixFactor:
+        return MatrixFactor(self.matrix[some])
 
     def gram(self) -> Tensor:
         """Return A A^T, ``(batch, rows, rows)``."""
@@ -92,6 +99,13 @@ class FactoredJacobian:
     def rows(self) -> int:
         """Number of rows, those of the data times the rank."""
         return math.prod(self.parts[0].leaving.shape[-2:])
+
+    def __getitem__(self, some: slice) -> FactoredJacobian:
+        parts = [
+            Outer(layer, entering if entering.dim() == 2 else entering[some], leaving[some])
+            for layer, entering, leaving in self.parts
+        ]
+        return FactoredJacobian(parts, self.names, self.scales)
 
     def scaled(self, scales: Mapping[str, float]) -> FactoredJacobian:
         """Return A D with other scales."""

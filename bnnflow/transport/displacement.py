@@ -174,6 +174,9 @@ class GaussNewton:
         return Drive(w, grad)
 
 
+_BLOCK = 2**20  # elements of the matrices that are made at once: what the caches of a CPU hold
+
+
 class Linearised:
     """The likelihood linearised at a point: its gradient, and H = A^T A + E with E None, a number or ``(dim, dim)``.
 
@@ -192,19 +195,27 @@ class Linearised:
         if excess is not None and not dense:  # I + s^2 E is a number
             self._scale = 1 + s2 * excess
             s2 = s2 / self._scale
-        variance = s2.unsqueeze(-1)
-        self._variance = variance
-        if isinstance(factor, MatrixFactor) and (dense or dim <= rows):
-            self._by_weights, gram = True, factor.matrix.mT @ factor.matrix
+        self._variance = s2.unsqueeze(-1)
+        self._by_weights = isinstance(factor, MatrixFactor) and (dense or dim <= rows)
+        size = max(1, _BLOCK // (dim if self._by_weights else rows) ** 2) if plain(x, s2) else len(x)
+        blocks = [self._root_of(slice(start, start + size)) for start in range(0, max(1, len(x)), max(1, size))]
+        self._root = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+
+    def _root_of(self, some: slice) -> Tensor:
+        """Return the Cholesky factor of the system of these draws."""
+        factor, variance, excess = self._factor[some], self._variance[some], self._excess
+        if self._by_weights:
+            assert isinstance(factor, MatrixFactor)
+            gram = factor.matrix.mT @ factor.matrix
         else:
-            self._by_weights, gram = False, factor.gram()
-        if dense:
-            gram = gram + excess  # type: ignore[operator]
+            gram = factor.gram()
+        if excess is not None and excess.dim() > 0:
+            gram = gram + excess
         if plain(gram, variance):  # into the memory that is there: fresh memory is dear
             gram.mul_(variance).diagonal(dim1=1, dim2=2).add_(1)
         else:
-            gram = variance * gram + torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
-        self._root = torch.linalg.cholesky(gram)
+            gram = variance * gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        return torch.linalg.cholesky(gram)
 
     def times(self, v: Tensor) -> Tensor:
         """Return H v, ``(batch, dim)``."""

@@ -169,9 +169,6 @@ class InformedVelocity(nn.Module):
     v = rest x + pull c(t) w + net(t, x, s w / (1 + 0.05 / s), asinh(s^2 grad)), finite at t = 1. Untrained (c adds up
     to 1, net = 0) it is a sampler of its own. Equivariant to permutations of hidden units.
 
-    Near the end the drive of a displacement that reaches the mode is nearly exact, and a network is not: with ``fade``
-    what is learned counts as a(t)^fade. By Laplace's expansion 2 is how the exact correction vanishes.
-
     Args:
         spec: the meaning of the weights.
         displacement: `GradientSteps` or `GaussNewton`, or several to mix.
@@ -179,7 +176,6 @@ class InformedVelocity(nn.Module):
         depth: blocks of the network.
         architecture: ``"dws"``, a `DWSNet`, or ``"graph"``, a `GraphNet`.
         heads: of the messages between units in a `DWSNet`.
-        fade: 0, or the power of a(t) with which all that is learned fades; for sharp posteriors.
         path: the path of the pairs.
     """
 
@@ -192,18 +188,14 @@ class InformedVelocity(nn.Module):
         *,
         architecture: Architecture = "dws",
         heads: int = 0,
-        fade: float = 0.0,
         path: AffinePath | None = None,
     ) -> None:
         super().__init__()
-        if fade < 0:
-            raise ValueError(f"fade must not be negative, got {fade}")
         self.spec, self.group = spec, _permutations(spec)
         given = GradientSteps() if displacement is None else displacement
         self.displacements = tuple(given) if isinstance(given, Sequence) else (given,)
         self.path = path if path is not None else AffinePath()
-        self._config = {"width": width, "depth": depth, "architecture": architecture, "heads": heads, "fade": fade}
-        self._fade = fade
+        self._config = {"width": width, "depth": depth, "architecture": architecture, "heads": heads}
         count = len(self.displacements)
         self.net = _network(spec, 1 + 2 * count, width, depth, architecture, heads)
         self.time = TimeEmbedding(width)
@@ -233,17 +225,12 @@ class InformedVelocity(nn.Module):
     def driven(self, t: Tensor, x: Tensor, *drives: Tensor) -> Tensor:
         """Return the velocity at times ``(batch,)``, given `drives`."""
         c, s2, _ = _given(self.path, t, x)
-        trust, even = self.trust(self.time(t)), 1 / len(self.displacements)
-        if self._fade:
-            trust = even + c.a**self._fade * (trust - even)
+        trust = self.trust(self.time(t))
         features, pull = [x], torch.zeros_like(x)
         for index, (w, grad) in enumerate(zip(drives[::2], drives[1::2], strict=True)):
             features += [s2 * w / (s2.sqrt() + 0.05), torch.asinh(s2 * grad)]
             pull = pull + trust[:, index, None] * w
-        correction = self.net(torch.stack(features, -1), t).squeeze(-1)
-        if self._fade:
-            correction = c.a**self._fade * correction
-        return c.rest * x + c.pull * pull + correction
+        return c.rest * x + c.pull * pull + self.net(torch.stack(features, -1), t).squeeze(-1)
 
     def bind(self, context: Context | None) -> InformedVelocity:
         """Return the same field, sharing its weights, with the pull of another model, or of none."""

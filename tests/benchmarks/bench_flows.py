@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=0)
     parser.add_argument("--steps", type=int, default=8, help="of the midpoint rule")
     parser.add_argument("--density", type=int, default=1000, help="draws with an exact density; 0 for none")
-    parser.add_argument("--density-steps", type=int, default=16, help="half as many as there are traces")
+    parser.add_argument("--density-steps", type=int, default=8, help="half as many as there are traces")
     parser.add_argument("--load", action="store_true", help="take the flow that an earlier run has saved")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -2,9 +2,9 @@
 
 The project wants 100,000 draws in 10 seconds and 10,000 exact log densities in 60. Fields are not trained, but what
 starts at zero is made random, so that all of their work is done. Draws take 8 midpoint steps (16 evaluations; a map of
-`distil` 4), log densities 8 steps of RK4 (32). What would take long is measured on fewer steps or points and scaled up:
-a dear field's draws on one midpoint step, all log densities but those of a closed trace on one Euler step of a few
-points. Float32; CPU time of one thread, or time on the GPU's clock. Run:
+`distil` 4), log densities the divergence at 16 nodes and 17 midpoint steps. What would take long is measured on fewer
+steps or points and scaled up: a dear field's draws on one midpoint step, all log densities but those of a closed trace
+on two nodes of a few points. Float32; CPU time of one thread, or time on the GPU's clock. Run:
 ``python tests/benchmarks/bench_throughput.py [FIELD ...] [--device cuda] [--rounds 3]``.
 """
 
@@ -89,12 +89,12 @@ def draws(flow: Flow | FlowMap, device: str, rounds: int) -> dict[int, float]:
 
 def exact(flow: Flow, device: str) -> float:
     """Return the seconds of an exact log density; Jacobians go through 1,024 products at once on a CPU."""
-    closed = hasattr(flow.velocity, "with_divergence")
+    closed = isinstance(flow.velocity, TwoLayerVelocity)
     n = 512 if closed else (4 if device == "cpu" else 256)
-    steps, solver, scale = (STEPS, "rk4", 1) if closed else (1, "euler", 4 * STEPS)
+    steps = STEPS if closed else 1
     theta = flow.source.from_normal(flow.start(n, 0))
-    flow.log_prob(theta[:1], steps=1, solver="euler")
-    return clocked(lambda: flow.log_prob(theta, steps=steps, solver=solver), device) * scale / n
+    flow.log_prob(theta[:1], steps=1)
+    return clocked(lambda: flow.log_prob(theta, steps=steps), device) * STEPS / (steps * n)
 
 
 def hutchinson(flow: Flow, device: str, chunk: int) -> float:
@@ -102,10 +102,10 @@ def hutchinson(flow: Flow, device: str, chunk: int) -> float:
     theta = flow.source.from_normal(flow.start(chunk, 0))
 
     def work(points: torch.Tensor = theta) -> torch.Tensor:
-        return flow.log_prob(points, trace="hutchinson", probes=PROBES, steps=1, solver="euler", chunk_size=chunk)
+        return flow.log_prob(points, trace="hutchinson", probes=PROBES, steps=1, chunk_size=chunk)
 
     work(theta[:8])
-    return clocked(work, device) * 4 * STEPS / chunk
+    return clocked(work, device) * STEPS / chunk
 
 
 def met(seconds: float, asked: float) -> str:
@@ -143,7 +143,7 @@ def main() -> None:
             continue
         seconds = exact(flow, device)
         print(f"  {EXACT_ASKED:9,} exact  {met(seconds * EXACT_ASKED, EXACT_SECONDS)}, {1 / seconds:,.3g} a second")
-        if hasattr(flow.velocity, "with_divergence"):  # estimates would only cost more
+        if isinstance(flow.velocity, TwoLayerVelocity):  # estimates would only cost more
             continue
         estimated = {chunk: hutchinson(flow, device, chunk) for chunk in (128, 512)}
         print(
