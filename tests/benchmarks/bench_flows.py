@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--heads", type=int, default=0)
     parser.add_argument("--steps", type=int, default=8, help="of the midpoint rule")
+    parser.add_argument("--refine", type=int, default=8, help="transitions of every row's refinement")
     parser.add_argument("--density", type=int, default=1000, help="draws with an exact density; 0 for none")
     parser.add_argument("--density-steps", type=int, default=8, help="half as many as there are traces")
     parser.add_argument("--load", action="store_true", help="take the flow that an earlier run has saved")
@@ -190,7 +191,7 @@ def main() -> None:
 
     def show(name: str, theta: Tensor, gradients: float, seconds: float) -> None:
         table.row(name, theta, gradients, seconds)
-        moved = bf.refine(theta, model, 8, seed=2)
+        moved = bf.refine(theta, model, args.refine, seed=2)
         cost = moved.info["gradients_per_draw"]
         total, spent = gradients + cost, seconds + moved.info["cpu_seconds"]
         table.row(f"  + refine ({cost:.0f} gradients)", moved.flat, total, spent)
@@ -202,7 +203,8 @@ def main() -> None:
     theta = untrained.sample(DRAWS, 1)
     show("untrained informed field", theta, own, time.process_time() - began)
 
-    path = Path(f"out/{args.name}-{args.velocity}.npz")
+    kind = "" if args.velocity == "weights" else f"-newton{newton}" if newton else f"-climb{args.climb}"
+    path = Path(f"out/{args.name}-{args.velocity}{kind}.npz")
     if args.load:
         flow = Flow.load(path, model)
     else:
