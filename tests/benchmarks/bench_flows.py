@@ -164,6 +164,8 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--heads", type=int, default=0)
     parser.add_argument("--steps", type=int, default=8, help="of the midpoint rule")
+    parser.add_argument("--reuse", type=int, default=1, help="steps of training that see each pair")
+    parser.add_argument("--no-starts", action="store_true", help="leave out the rows of starts without training")
     parser.add_argument("--refine", type=int, default=8, help="transitions of every row's refinement")
     parser.add_argument("--density", type=int, default=1000, help="draws with an exact density; 0 for none")
     parser.add_argument("--density-steps", type=int, default=8, help="half as many as there are traces")
@@ -172,7 +174,6 @@ def main() -> None:
     torch.set_num_threads(1)
     given = problem(args.name)
     model = given.model
-    sharp = args.name in ("sine", "yacht")
     draws = bf.sample(model, bf.HMC(), chains=CHAINS, warmup=WARMUP, draws=800, seed=0)
     print(f"{args.name}, dim {model.dim}: {CHAINS} chains x 800 in {draws.info['cpu_seconds']:.0f} CPU s")
     found = bf.diagnose(draws, model)
@@ -185,7 +186,7 @@ def main() -> None:
     print(f"  log evidence by SMC: {evidence[0]:.2f} +- {evidence[1]:.2f}")
     seen, unseen = draws.theta[:48].flatten(0, 1), draws.theta[48:].flatten(0, 1)
     table = Table(given, unseen[torch.randperm(len(unseen), generator=torch.Generator().manual_seed(0))[:DRAWS]])
-    newton = args.newton if args.newton is not None else (2 if sharp else 0)
+    newton = args.newton if args.newton is not None else {"sine": 2, "yacht": 4}.get(args.name, 0)
     displacement = GaussNewton(newton) if newton else GradientSteps(args.climb)
     own = args.steps * 2 * (newton or 2 * args.climb + 1)
 
@@ -196,12 +197,13 @@ def main() -> None:
         total, spent = gradients + cost, seconds + moved.info["cpu_seconds"]
         table.row(f"  + refine ({cost:.0f} gradients)", moved.flat, total, spent)
 
-    show("prior", model.sample_prior(DRAWS, 1), 0, 0)
-    show("one matched Gaussian", fit_gaussian(model, seen, seed=0).sample(DRAWS, 1), 0, 0)
-    untrained = bf.GaussNewtonFlow(model, displacement, steps=args.steps)
-    began = time.process_time()
-    theta = untrained.sample(DRAWS, 1)
-    show("untrained informed field", theta, own, time.process_time() - began)
+    if not args.no_starts:
+        show("prior", model.sample_prior(DRAWS, 1), 0, 0)
+        show("one matched Gaussian", fit_gaussian(model, seen, seed=0).sample(DRAWS, 1), 0, 0)
+        untrained = bf.GaussNewtonFlow(model, displacement, steps=args.steps)
+        began = time.process_time()
+        theta = untrained.sample(DRAWS, 1)
+        show("untrained informed field", theta, own, time.process_time() - began)
 
     kind = "" if args.velocity == "weights" else f"-newton{newton}" if newton else f"-climb{args.climb}"
     path = Path(f"out/{args.name}-{args.velocity}{kind}.npz")
@@ -212,7 +214,9 @@ def main() -> None:
         sizes = {"width": args.width, "depth": args.depth, "heads": args.heads}
         weights = args.velocity == "weights"
         field = WeightsVelocity(model.spec, **sizes) if weights else InformedVelocity(model.spec, displacement, **sizes)
-        flow = bf.fit_flow(model, seen, velocity=field, budget=args.budget, batch_size=args.batch, seed=0)
+        flow = bf.fit_flow(
+            model, seen, velocity=field, budget=args.budget, batch_size=args.batch, reuse=args.reuse, seed=0
+        )
         flow.save(path)
     info = flow.info
     print(f"  {args.velocity} flow: {info['steps']} steps, {info['cpu_seconds']:.0f} CPU s, {info['parameters']} "
