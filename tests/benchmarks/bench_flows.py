@@ -28,7 +28,16 @@ import torch
 from torch import Tensor, nn
 
 import bnnflow as bf
-from bnnflow.transport import Flow, GaussNewton, GradientSteps, InformedVelocity, WeightsVelocity, fit_gaussian
+from bnnflow.transport import (
+    Flow,
+    GaussNewton,
+    GradientSteps,
+    InformedVelocity,
+    WeightsVelocity,
+    distil,
+    fit_flow_without_draws,
+    fit_gaussian,
+)
 
 DRAWS = 4096
 CHAINS, WARMUP = 64, 600
@@ -166,6 +175,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="of the midpoint rule")
     parser.add_argument("--reuse", type=int, default=1, help="steps of training that see each pair")
     parser.add_argument("--no-starts", action="store_true", help="leave out the rows of starts without training")
+    parser.add_argument("--map", type=float, default=0.0, help="seconds for a map of four evaluations from the flow")
+    parser.add_argument("--no-draws", type=float, default=0.0, help="seconds for a flow that makes its own targets")
     parser.add_argument("--refine", type=int, default=8, help="transitions of every row's refinement")
     parser.add_argument("--density", type=int, default=1000, help="draws with an exact density; 0 for none")
     parser.add_argument("--density-steps", type=int, default=8, help="half as many as there are traces")
@@ -231,6 +242,23 @@ def main() -> None:
         f"  median distance to the nearest training draw: {float(generated.median()):.2f}, "
         f"of unseen draws {float(fresh.median()):.2f}"
     )
+    if args.map:
+        quick = distil(flow, 4, budget=args.map, seed=0)
+        began = time.process_time()
+        theta = quick.sample(DRAWS, 1)
+        gradients = own * 4 / (2 * args.steps)
+        show(f"map of it, {quick.info['cpu_seconds']:.0f} CPU s", theta, gradients, time.process_time() - began)
+    if args.no_draws:
+        sizes = {"width": args.width, "depth": args.depth, "heads": args.heads}
+        torch.manual_seed(0)
+        field = InformedVelocity(model.spec, displacement, **sizes)
+        began = time.process_time()
+        alone = fit_flow_without_draws(
+            model, displacement=displacement, velocity=field, batch_size=args.batch, budget=args.no_draws, seed=0
+        )
+        spent, began = time.process_time() - began, time.process_time()
+        theta = alone.sample(DRAWS, 1, steps=args.steps)
+        show(f"flow without draws, {spent:.0f} CPU s in all", theta, own, time.process_time() - began)
     price("a draw of the flow, not corrected", seconds, own * DRAWS, DRAWS, info["cpu_seconds"])
     if args.density:
         flow = replace(flow, steps=args.density_steps)  # draws need less than their densities
