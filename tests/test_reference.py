@@ -191,6 +191,11 @@ def test_trained_flow_reaches_the_reference(iris):
     refined = bf.refine(theta, model, 8, seed=2)
     assert abs(bf.metrics.lppd(bf.predict(model, refined, x), y) + 0.1907) < 0.003 + 0.002
     assert abs(float(model.log_likelihood(refined.flat).mean()) + 10.85) < 0.5
+    weighed = bf.correct(flow, model, 400, "importance", seed=3)
+    assert weighed.khat is not None
+    assert weighed.khat < 0.7
+    assert weighed.ess > 100
+    assert abs(weighed.log_evidence[0] + 26.13) < 0.2  # type: ignore[index]  # by SMC, to 0.05
 
 
 @pytest.mark.validate
