@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -239,7 +240,7 @@ def test_integral_of_a_polynomial_of_time_is_exact(evaluations):
         return (x[:, 0] + t) ** degree
 
     for backwards, sign in ((False, 1), (True, -1)):
-        _, total = integrate_with_trace(lambda t, x: 0 * x, trace, x, evaluations, backwards=backwards)
+        _, total, _ = integrate_with_trace(lambda t, x: 0 * x, trace, x, evaluations, backwards=backwards)
         assert torch.allclose(total, torch.full((3,), sign / (degree + 1), dtype=torch.float64), atol=1e-14)
     assert seen[:evaluations] == pytest.approx(sorted(seen[evaluations:]))
     assert min(seen) > 0
@@ -255,7 +256,8 @@ def test_integral_along_the_way_beats_one_that_is_carried_along(backwards):
     end, total = integrate(turning, (x, zero), grid)
     field = lambda t, x: turning(t, (x, zero))[0]  # noqa: E731
     trace = lambda t, x: turning(t, (x, zero))[1]  # noqa: E731
-    here, found = integrate_with_trace(field, trace, x, 16, backwards=backwards)
+    here, found, rough = integrate_with_trace(field, trace, x, 16, backwards=backwards)
+    assert float(rough.max()) < 1e-2
     few = even(4).flip(0) if backwards else even(4)
     carried = integrate(turning, (x, zero), few)[1]
     assert float((here - end).abs().max()) < 1e-5
@@ -267,8 +269,23 @@ def test_integral_along_the_way_beats_one_that_is_carried_along(backwards):
 def test_integral_along_the_way_of_a_gaussian_field_is_its_log_determinant():
     field, _, covariance = gaussian()
     x = torch.randn(4, 2, generator=generator(), dtype=torch.float64)
-    _, total = integrate_with_trace(field, lambda t, x: field.with_divergence(t, x)[1], x, 24)
+    _, total, _ = integrate_with_trace(field, lambda t, x: field.with_divergence(t, x)[1], x, 24)
     assert torch.allclose(total, (0.5 * covariance.logdet()).expand(4), atol=1e-8)
+
+
+@pytest.mark.parametrize("evaluations", [8, 16, 33])
+def test_roughness_is_what_a_peak_contributes_and_nothing_where_there_is_none(evaluations):
+    node, weight = (torch.from_numpy(each) for each in np.polynomial.legendre.leggauss(evaluations))
+    where, mass = (node[5] + 1) / 2, 3.0
+    x = torch.tensor([[0.0], [mass]], dtype=torch.float64)
+
+    def trace(t: Tensor, x: Tensor) -> Tensor:
+        return torch.exp(t) + x[:, 0] * 2 / weight[5] * torch.exp(-(((t - where) / 1e-3) ** 2))
+
+    _, total, rough = integrate_with_trace(lambda t, x: 0 * x, trace, x, evaluations)
+    assert float(rough[0]) < 1e-3
+    assert 0.5 * mass < float(rough[1]) < 2 * mass
+    assert float(total[1] - total[0]) == pytest.approx(mass)
 
 
 def test_integral_along_the_way_checks_its_arguments():

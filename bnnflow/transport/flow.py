@@ -32,6 +32,7 @@ from bnnflow.weights import WeightSpec
 __all__ = ["Flow", "GaussNewtonFlow"]
 
 _LOG_2PI = math.log(2 * math.pi)
+_ROUGH = 0.5  # nats, from which a log density takes more evaluations of the divergence
 
 
 @dataclass(frozen=True)
@@ -326,12 +327,32 @@ class Flow:
             return divergence(self.velocity, t, state[0], tracing.trace, probes)
 
         if isinstance(steps, int) and solver in get_args(FixedSolver):
-            return integrate_with_trace(
-                self.velocity, lambda t, x: slope(t, (x,))[1], x, 2 * steps, solver, backwards=backwards
-            )
+            return self._along_nodes(x, probes, tracing.trace, 2 * steps, solver, backwards)
         grid = self._grid(steps)
         start = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
         end, change = integrate(slope, (x, start), grid.flip(0) if backwards else grid, solver)
+        return end, change
+
+    def _along_nodes(
+        self, x: Tensor, probes: Tensor | None, trace: Trace, nodes: int, solver: Solver, backwards: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Integrate the divergence at nodes, and at twice and four times as many where it is rough along the path."""
+        rows = torch.arange(len(x), device=x.device)
+        end, change = torch.empty_like(x), torch.empty(len(x), dtype=torch.float64, device=x.device)
+        for count in (nodes, 2 * nodes, 4 * nodes):
+            some = None if probes is None else probes[:, rows]
+            found, total, rough = integrate_with_trace(
+                self.velocity,
+                lambda t, z, some=some: divergence(self.velocity, t, z, trace, some)[1],
+                x[rows],
+                count,
+                solver,
+                backwards=backwards,
+            )
+            end, change = end.index_copy(0, rows, found), change.index_copy(0, rows, total)
+            rows = rows[rough > _ROUGH]
+            if len(rows) == 0:
+                break
         return end, change
 
     @property

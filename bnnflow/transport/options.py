@@ -46,8 +46,9 @@ class DensityOptions(SampleOptions, total=False):
         noise: their law; ``"rademacher"``, by default, has never the larger variance for a symmetric Jacobian.
         seed: of the probes, which stay fixed along a path; 0 by default.
         steps: n of them mean 2 n evaluations of the divergence, at the nodes of the rule of Gauss and Legendre, and a
-            step of the solver from each to the next. Times of one's own, or a solver that chooses them, integrate
-            the divergence along with the state, at every evaluation. By default the flow's own.
+            step of the solver from each to the next; up to four times as many for draws on whose way it is rough.
+            Times of one's own, or a solver that chooses them, integrate the divergence along with the state, at every
+            evaluation. By default the flow's own.
         solver: its rule; by default the flow's own.
         chunk_size: points that travel together, which bounds the memory; 512 by default.
     """
