@@ -32,7 +32,7 @@ from bnnflow.weights import WeightSpec
 __all__ = ["Flow", "GaussNewtonFlow"]
 
 _LOG_2PI = math.log(2 * math.pi)
-_ROUGH = 0.5  # nats, from which a log density takes more evaluations of the divergence
+_ROUGH = 1.0  # nats, from which a log density takes more evaluations of the divergence
 
 
 @dataclass(frozen=True)
