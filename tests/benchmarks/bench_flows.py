@@ -266,7 +266,9 @@ def main() -> None:
     if args.density:
         flow = replace(flow, steps=args.density_steps)  # draws need less than their densities
         began = time.process_time()
-        fixed = bf.correct(flow, model, args.density, "importance", seed=3, held_out=draws.theta[48:])
+        fixed = bf.correct(
+            flow, model, args.density, "importance", seed=3, held_out=unseen[:: len(unseen) // args.density]
+        )
         seconds = time.process_time() - began
         print(f"  importance sampling, {args.density} draws: k-hat {fixed.khat:.2f}, ESS {fixed.ess:.0f}, log evidence "
               f"{fixed.log_evidence} (SMC {evidence}), {seconds:.0f} CPU s\n  {fixed.verdict}")  # fmt: skip
