@@ -398,6 +398,7 @@ def test_trained_field_carries_the_source_to_the_target():
 @pytest.mark.parametrize(("held_out", "reuse"), [(None, 1), (shifted, 1), (None, 3)])
 def test_interrupted_training_resumes_to_the_bit(tmp_path, monkeypatch, held_out, reuse):
     file = tmp_path / "training.npz"
+    monkeypatch.setattr("bnnflow.transport.training._POOL", 16)
 
     def run(**options) -> dict[str, Tensor]:
         torch.manual_seed(7)
@@ -449,7 +450,8 @@ def doubled(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
     return x0, 2 * x0
 
 
-def test_points_are_used_again_as_often_as_said_with_what_belongs_to_them():
+def test_points_are_used_again_as_often_as_said_with_what_belongs_to_them(monkeypatch):
+    monkeypatch.setattr("bnnflow.transport.training._POOL", 16)
     field, info = train(Recording(), doubled, steps=96, batch_size=8, reuse=3, learning_rate=1e-6)
     assert info["loss"] < 1e-6
     computed, seen = torch.cat(field.computed), torch.cat(field.seen)  # type: ignore[arg-type]
@@ -458,8 +460,12 @@ def test_points_are_used_again_as_often_as_said_with_what_belongs_to_them():
     assert len(torch.stack(field.seen).unique(dim=0)) == 96  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("count", [0, 1, 47, 48, 50])
-def test_resuming_in_a_pool_goes_on_where_it_stopped(tmp_path, count):
+@pytest.mark.parametrize(
+    ("elements", "count"), [*((2**28, n) for n in (0, 1, 47, 48, 50)), (48 * 4, 7), (1, 7), (1, 6)]
+)
+def test_resuming_in_a_pool_goes_on_where_it_stopped(tmp_path, monkeypatch, elements, count):
+    monkeypatch.setattr("bnnflow.transport.training._POOL", 16)
+    monkeypatch.setattr("bnnflow.transport.training._ELEMENTS", elements)
     file, seen = tmp_path / "training.npz", []
     for steps in (count, 60) if count else (60,):
         field, _ = train(Recording(), doubled, steps=steps, batch_size=8, reuse=3, checkpoint=file, resume=True)

@@ -39,7 +39,8 @@ _STABLE = 0.7  # fraction of training at the full learning rate; it then decays 
 _BINS = 4  # of the times by which the loss is reported
 _CHECK = 100  # steps between looks at the held-out draws
 _DECAY = 1e-3  # of weights
-_POOL = 16  # batches that are drawn together if they are used again
+_POOL = 64  # batches that are drawn together if they are used again,
+_ELEMENTS = 2**28  # as far as they have no more numbers than these
 _AFFORDABLE = 2**20  # rows times weights of a gradient for every pair, beyond which fields of weights go without
 
 Weighting = Callable[[Tensor], Tensor]
@@ -419,9 +420,14 @@ class _Batches:
         self._points: list[Tensor] = []
         self._orders: list[Tensor] = []  # rows of the batches to come, the next one last
         self.stream = generator.get_state()  # from which, with the count, the batches to come follow
-        if reuse > 1 and (taken := count % (_POOL * reuse)):
+        if reuse > 1 and count:
             self._fill()
-            del self._orders[-taken:]
+            left = len(self._orders) - count % len(self._orders)
+            if left < len(self._orders):
+                del self._orders[left:]
+            else:  # the last ones were used up
+                self._orders = []
+                generator.set_state(self.stream)
 
     def take(self) -> list[Tensor]:
         """Return the next batch."""
@@ -440,11 +446,13 @@ class _Batches:
         """Draw the points of some batches, and the orders in which they come."""
         generator = self._generator
         with torch.no_grad():
-            drawn = [self._draw() for _ in range(_POOL)]
+            drawn = [self._draw()]
+            many = max(1, min(_POOL, _ELEMENTS // sum(part.numel() for part in drawn[0])))
+            drawn += [self._draw() for _ in range(many - 1)]
         self._points = [torch.cat(parts) for parts in zip(*drawn, strict=True)]
         n, device = len(self._points[0]), self._points[0].device
         orders = [torch.randperm(n, generator=generator, device=device) for _ in range(self._reuse)]
-        self._orders = [rows for order in orders for rows in order.chunk(_POOL)]
+        self._orders = [rows for order in orders for rows in order.chunk(many)]
 
 
 class _State:

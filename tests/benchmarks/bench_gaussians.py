@@ -33,8 +33,8 @@ def main() -> None:
     print(f"{spec.dim} weights, {info['steps']} steps, {info['cpu_seconds']:.0f} CPU s, loss {info['loss']:.1f}")
     print("                         mean of each weight    standard deviation of each weight (asked: 0.97 to 1.03)")
     for name, solver, grid in (
-        ("Euler, 100 equal steps", "euler", torch.linspace(0, 1, 101, dtype=torch.float64)),
         ("RK4, 8 steps", "rk4", time_grid(8)),
+        ("Euler, 100 equal steps", "euler", torch.linspace(0, 1, 101, dtype=torch.float64)),
     ):
         began, ends = time.process_time(), []
         with torch.no_grad():
@@ -45,7 +45,8 @@ def main() -> None:
         print(
             f"{name:22s}   {float(mean.min()):.4f} to {float(mean.max()):.4f}       "
             f"{float(sd.min()):.4f} to {float(sd.max()):.4f}, mean {float(sd.mean()):.4f}   "
-            f"{seconds:.0f} CPU s, {DRAWS / seconds:.0f} draws a second"
+            f"{seconds:.0f} CPU s, {DRAWS / seconds:.0f} draws a second",
+            flush=True,
         )
 
 
