@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -26,7 +27,7 @@ from bnnflow.transport import (
 )
 from bnnflow.transport.coordinates import Context
 from bnnflow.transport.divergence import exact_divergence, hutchinson_divergence, probe_noise
-from bnnflow.transport.solvers import integrate, time_grid
+from bnnflow.transport.solvers import integrate, integrate_with_trace, time_grid
 from bnnflow.weights import Symmetries
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -114,6 +115,30 @@ def test_untrained_gauss_newton_field_is_exact_for_a_linear_gaussian_model():
     assert (log_q - truth).abs().max() < 1e-6
     # The evidence of a linear Gaussian model follows from any single draw.
     assert torch.allclose(model.log_joint(drawn) - log_q, (model.log_joint(drawn) - truth)[0].expand(40), atol=1e-5)
+
+
+class Burst(nn.Module):
+    """x' = x f(t) where the first coordinate is positive, and nothing elsewhere; f is a peak of width 0.02."""
+
+    when = float((np.polynomial.legendre.leggauss(16)[0][6] + 1) / 2)  # where a node of the first try meets it
+    mass = 40 * 0.02 * math.pi**0.5
+
+    def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x[:, :1] > 0, 40 * torch.exp(-(((t - self.when) / 0.02) ** 2)), 0.0) * x
+
+
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+def test_density_takes_more_nodes_where_the_divergence_has_a_peak_on_the_way(trace):
+    model = network_model("gaussian")
+    flow = Flow.of(Burst().double(), model, steps=8, solver="rk4")
+    theta = torch.randn(6, model.dim, generator=generator(), dtype=torch.float64)
+    theta[::2, 0], theta[1::2, 0] = 1.0, -1.0
+    peak = torch.where(theta[:, 0] > 0, Burst.mass, 0.0)
+    exact = model.log_prior(theta * torch.exp(-peak).unsqueeze(1)) - model.dim * peak
+    assert (flow.log_prob(theta, trace=trace) - exact).abs().max() < 0.05 * model.dim
+    few = integrate_with_trace(flow.velocity, lambda t, x: exact_divergence(lambda z: flow.velocity(t, z), x)[1],
+                               theta, 16, backwards=True)  # fmt: skip
+    assert (few[1][::2] + model.dim * Burst.mass).abs().min() > model.dim
 
 
 def test_gradient_steps_agree_with_gauss_newton_where_the_curvature_is_one_number():
