@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -450,14 +451,48 @@ def doubled(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
     return x0, 2 * x0
 
 
-def test_points_are_used_again_as_often_as_said_with_what_belongs_to_them(monkeypatch):
+def flipped(seed: int, *points: Tensor) -> tuple[Tensor, ...]:
+    sign = torch.where(torch.rand(len(points[0]), 1, generator=generator(seed)) < 0.5, -1.0, 1.0)
+    return tuple(sign * each for each in points)
+
+
+@pytest.mark.parametrize("moves", [None, flipped])
+def test_points_are_used_again_as_often_as_said_with_what_belongs_to_them(monkeypatch, moves):
     monkeypatch.setattr("bnnflow.transport.training._POOL", 16)
-    field, info = train(Recording(), doubled, steps=96, batch_size=8, reuse=3, learning_rate=1e-6)
+    field, info = train(Recording(), doubled, steps=96, batch_size=8, reuse=3, moves=moves, learning_rate=1e-6)
     assert info["loss"] < 1e-6
     computed, seen = torch.cat(field.computed), torch.cat(field.seen)  # type: ignore[arg-type]
     assert len(computed) == 96 * 8 / 3
-    assert torch.equal(seen.sort(0).values, computed.repeat(3, 1).sort(0).values)
     assert len(torch.stack(field.seen).unique(dim=0)) == 96  # type: ignore[arg-type]
+    if moves is not None:
+        turned = (seen.unsqueeze(1) + computed).abs().amin((1, 2)) == 0
+        assert 0.4 < turned.float().mean() < 0.6
+        seen, computed = seen.abs(), computed.abs()
+    assert torch.equal(seen.sort(0).values, computed.repeat(3, 1).sort(0).values)
+
+
+def test_pairs_that_are_used_again_are_moved_by_the_symmetries_of_the_model(monkeypatch):
+    monkeypatch.setattr("bnnflow.transport.training._POOL", 3)
+    model = network(width=4)
+    seen = []
+
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.level = nn.Parameter(torch.zeros(()))
+
+        def forward(self, t: Tensor, x: Tensor) -> Tensor:
+            seen.append(x)
+            return self.level * x
+
+    draws, options = model.sample_prior(50, 1), {"steps": 6, "batch_size": 8, "reuse": 2, "progress": False}
+    bf.fit_flow(model, draws, velocity=Keeping(), targets="pairs", seed=3, **options)
+    points = torch.cat(seen)
+    assert len(points) == 48
+    assert len(points.unique(dim=0)) == 48
+    sorted_once = bf.symmetry.sort_units(bf.symmetry.normalise_sign(points, model.spec), model.spec)
+    apart = torch.cdist(sorted_once, sorted_once).fill_diagonal_(torch.inf).min(1).values
+    assert float(apart.max()) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -467,10 +502,11 @@ def test_resuming_in_a_pool_goes_on_where_it_stopped(tmp_path, monkeypatch, elem
     monkeypatch.setattr("bnnflow.transport.training._POOL", 16)
     monkeypatch.setattr("bnnflow.transport.training._ELEMENTS", elements)
     file, seen = tmp_path / "training.npz", []
+    options: dict[str, Any] = {"batch_size": 8, "reuse": 3, "moves": flipped}
     for steps in (count, 60) if count else (60,):
-        field, _ = train(Recording(), doubled, steps=steps, batch_size=8, reuse=3, checkpoint=file, resume=True)
+        field, _ = train(Recording(), doubled, steps=steps, checkpoint=file, resume=True, **options)
         seen += field.seen  # type: ignore[operator]
-    whole, _ = train(Recording(), doubled, steps=60, batch_size=8, reuse=3)
+    whole, _ = train(Recording(), doubled, steps=60, **options)
     assert torch.equal(torch.stack(seen), torch.stack(whole.seen))  # type: ignore[arg-type]
 
 

@@ -8,6 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
@@ -46,6 +47,8 @@ _AFFORDABLE = 2**20  # rows times weights of a gradient for every pair, beyond w
 Weighting = Callable[[Tensor], Tensor]
 Pairs = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 """``(n, generator) -> x0 (n, dim), x1 (n, dim)``."""
+Moves = Callable[..., tuple[Tensor, ...]]
+"""``(seed, *points (n, dim)) -> points``: each row of all of them moved by one random symmetry."""
 
 
 def fit_flow(
@@ -98,8 +101,9 @@ def fit_flow(
         steps: optimiser steps; with them the same seed gives the same flow, on CPU bit for bit. A flow fitted by
             budget keeps its number in ``flow.info["steps"]``.
         batch_size: pairs a step, of all processes together.
-        reuse: steps that see each pair. What a field computes of a point before anything that it learns, and the
-            target there, are computed once: above 1 where these are most of a step, as with Gauss-Newton displacements.
+        reuse: steps that see each pair, every time moved by another random symmetry. What a field computes of a point
+            before anything that it learns, and the target there, are computed once and move along: above 1 where these
+            are most of a step, as with Gauss-Newton displacements.
         learning_rate: at its height.
         optimiser: ``"muon"``: Muon (Jordan et al. 2024) for matrices, its updates scaled to the size of AdamW's, and
             AdamW for all else; or ``"adamw"`` for all, better for small changes of a trained field.
@@ -156,9 +160,9 @@ def fit_flow(
     along = _with_targets(targets, along, bound(field, context), coupling, group, context, pairs, generator)
     field, info = train(
         bound(field, context), pairs, path=along, times=times, budget=budget, steps=steps, batch_size=batch_size,
-        reuse=reuse, learning_rate=learning_rate, optimiser=optimiser, held_out=unseen, patience=patience,
-        autocast=autocast, compile=compile, checkpoint=checkpoint, resume=resume, seed=generator, progress=progress,
-        ranks=connect(model.device),
+        reuse=reuse, moves=partial(model.spec.transform, group), learning_rate=learning_rate, optimiser=optimiser,
+        held_out=unseen, patience=patience, autocast=autocast, compile=compile, checkpoint=checkpoint, resume=resume,
+        seed=generator, progress=progress, ranks=connect(model.device),
     )  # fmt: skip
     info |= {
         "seed": seed if isinstance(seed, int) else "generator",
@@ -178,6 +182,7 @@ def train(
     steps: int | None = None,
     batch_size: int = 256,
     reuse: int = 1,
+    moves: Moves | None = None,
     learning_rate: float = 3e-3,
     optimiser: Optimiser = "muon",
     held_out: Pairs | None = None,
@@ -205,6 +210,8 @@ def train(
         steps: see `fit_flow`.
         batch_size: see `fit_flow`.
         reuse: see `fit_flow`; a field with ``drives(t, x)`` is called as ``driven(t, x, *drives)`` if it is above 1.
+        moves: a random symmetry for each row of points, targets and drives, to which the law of the pairs is invariant
+            and ``drives`` equivariant; made at every step with ``reuse`` above 1.
         learning_rate: see `fit_flow`.
         optimiser: see `fit_flow`.
         held_out: draws pairs of draws that are not trained on.
@@ -252,9 +259,9 @@ def train(
         x0, x1 = pairs(own_batch, generator)
         t = times.sample(own_batch, x0, generator)
         x_t, target = path.point(x0, x1, t, generator)
-        return (target, t, x_t) if drives is None else (target, t, x_t, *drives(t, x_t))
+        return (t, target, x_t) if drives is None else (t, target, x_t, *drives(t, x_t))
 
-    batches = _Batches(draw, reuse, generator, state.count)
+    batches = _Batches(draw, reuse, moves, generator, state.count)
 
     def save() -> None:
         if file is not None:
@@ -268,10 +275,10 @@ def train(
                 if undecided and ranks.agree(int(clock.seconds > _STABLE * budget), device):
                     bar.total = total = state.count * 10 // 7
                     continue
-                target, *given = batches.take()
+                t, target, *given = batches.take()
                 with precision:
-                    errors = (call(*given) - target).square().sum(-1)
-                state.step(errors, given[0], weighting, _rate(state.count, total), ranks)
+                    errors = (call(t, *given) - target).square().sum(-1)
+                state.step(errors, t, weighting, _rate(state.count, total), ranks)
                 bar.update()
                 if fixed is not None and state.count % _CHECK == 0:
                     stopped = state.look(fixed, weighting, patience)
@@ -403,22 +410,29 @@ class _Clock:
 class _Batches:
     """Batches of points with all that is computed once for each of them.
 
-    Some batches are drawn together and gone through ``reuse`` times, every time in another order; without reuse they
-    are drawn one by one. The state of the generator before that is all that is needed to draw them again.
+    Some batches are drawn together and gone through ``reuse`` times, every time in another order and moved by other
+    symmetries; without reuse they are drawn one by one. The state of the generator before that is all that is needed to
+    draw them again.
 
     Args:
-        draw: a batch; tensors with its rows first.
+        draw: a batch: times ``(n,)``, and tensors ``(n, dim)``.
         reuse: how many steps see a point.
+        moves: symmetries by which points that are used again are moved.
         generator: of the draws and of the orders.
         count: how many batches have been taken before, since the generator was new.
     """
 
     def __init__(
-        self, draw: Callable[[], tuple[Tensor, ...]], reuse: int, generator: torch.Generator, count: int
+        self,
+        draw: Callable[[], tuple[Tensor, ...]],
+        reuse: int,
+        moves: Moves | None,
+        generator: torch.Generator,
+        count: int,
     ) -> None:
-        self._draw, self._reuse, self._generator = draw, reuse, generator
+        self._draw, self._reuse, self._moves, self._generator = draw, reuse, moves, generator
         self._points: list[Tensor] = []
-        self._orders: list[Tensor] = []  # rows of the batches to come, the next one last
+        self._orders: list[tuple[Tensor, int]] = []  # rows and a seed of the batches to come, the next one last
         self.stream = generator.get_state()  # from which, with the count, the batches to come follow
         if reuse > 1 and count:
             self._fill()
@@ -436,8 +450,9 @@ class _Batches:
         else:
             if not self._orders:
                 self._fill()
-            rows = self._orders.pop()
-            batch = [part[rows] for part in self._points]
+            rows, seed = self._orders.pop()
+            t, *points = (part[rows] for part in self._points)
+            batch = [t, *(points if self._moves is None else self._moves(seed, *points))]
         if not self._orders:
             self.stream = self._generator.get_state()
         return batch
@@ -452,7 +467,9 @@ class _Batches:
         self._points = [torch.cat(parts) for parts in zip(*drawn, strict=True)]
         n, device = len(self._points[0]), self._points[0].device
         orders = [torch.randperm(n, generator=generator, device=device) for _ in range(self._reuse)]
-        self._orders = [rows for order in orders for rows in order.chunk(many)]
+        rows = [each for order in orders for each in order.chunk(many)]
+        seeds = torch.randint(2**62, (len(rows),), generator=generator, device=device)
+        self._orders = list(zip(rows, seeds.tolist(), strict=True))
 
 
 class _State:
