@@ -9,7 +9,7 @@ of ratios of standard deviations. LPPD from 4,096 draws.
 "Gradients" count the likelihood gradients of a draw, refinement and the field's own. One thread, CPU seconds.
 "An effective draw" is one of bulk ESS of the functions (the median over them); draws of a flow are independent, but
 worth what the table says. What has to be paid once, warm-up or training, is "start"; training needs HMC draws too.
-Run: ``python tests/benchmarks/bench_flows.py NAME [--budget SECONDS] [--velocity informed|weights] [--density N]``.
+Run: ``python tests/benchmarks/bench_flows.py [NAME] [--budget SECONDS] [--velocity informed|weights] [--density N]``.
 """
 
 import argparse
@@ -165,7 +165,7 @@ def prices(model: bf.BayesianModel, hmc: bf.Draws, hmc_ess: float, smc: bool) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["sine", "yacht", "iris", "cancer", "cancer2"])
+    parser.add_argument("name", nargs="?", default="iris", choices=["sine", "yacht", "iris", "cancer", "cancer2"])
     parser.add_argument("--budget", type=float, default=900.0, help="seconds of training")
     parser.add_argument("--velocity", choices=["informed", "weights"], default="informed")
     parser.add_argument("--newton", type=int, help="Gauss-Newton steps; gradient steps if 0")
@@ -270,8 +270,10 @@ def main() -> None:
             flow, model, args.density, "importance", seed=3, held_out=unseen[:: len(unseen) // args.density]
         )
         seconds = time.process_time() - began
-        print(f"  importance sampling, {args.density} draws: k-hat {fixed.khat:.2f}, ESS {fixed.ess:.0f}, log evidence "
-              f"{fixed.log_evidence} (SMC {evidence}), {seconds:.0f} CPU s\n  {fixed.verdict}")  # fmt: skip
+        spread = float(fixed.log_weights.std())  # the largest are smoothed
+        print(f"  importance sampling, {args.density} draws: k-hat {fixed.khat:.2f}, ESS {fixed.ess:.0f}, sd of log "
+              f"weights {spread:.2f}, log evidence {fixed.log_evidence} (SMC {evidence}), {seconds:.0f} CPU s\n"
+              f"  {fixed.verdict}")  # fmt: skip
 
 
 if __name__ == "__main__":
