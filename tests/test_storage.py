@@ -23,8 +23,11 @@ from bnnflow.transport import (
     CompletedFlow,
     DriveVelocity,
     Flow,
+    GaussNewton,
+    GradientSteps,
     GuidedVelocity,
     InCoordinates,
+    InformedVelocity,
     ManifoldFlow,
     Radii,
     Source,
@@ -32,6 +35,7 @@ from bnnflow.transport import (
     fit_coupling,
     fit_gaussian,
 )
+from bnnflow.transport.coordinates import Context
 from tests.problems import built, chain, linear
 
 GOLDEN = Path(__file__).parent / "golden" / "draws-v1.npz"
@@ -238,6 +242,21 @@ def coupling_density() -> InCoordinates:
     return fit_coupling(model, model.sample_prior(200, 1), couplings=3, hidden=16, steps=20, progress=False)
 
 
+def informed_model(targets: torch.Tensor) -> bf.BayesianModel:
+    net = built(lambda: chain(2, 3, 1), torch.float32)
+    return bf.BayesianModel(net, bf.priors.Normal(), bf.likelihoods.Gaussian(0.5), exact_values(4, 2), targets)
+
+
+def example_informed_flow() -> Flow:
+    """Return the flow that the golden file holds, which no later version may change."""
+    model = informed_model(exact_values(4))
+    displacements = GradientSteps(2, memory=0.75), GaussNewton(1, iterations=3)
+    field = built(lambda: InformedVelocity(model.spec, displacements, 4, 1, heads=2), torch.float32)
+    for parameter in field.requires_grad_(False).parameters():
+        parameter.copy_(exact_values(*parameter.shape))
+    return Flow.of(field.bind(Context(model)), model, steps=3, info={"steps": 5, "held_out_loss": None})
+
+
 EXAMPLES: dict[str, Callable[[], Any]] = {
     "manifold-flow": example_manifold_flow,
     "completed-flow": example_completed_flow,
@@ -292,6 +311,21 @@ def test_todays_transports_have_the_layout_of_the_golden_ones(name: str, tmp_pat
         assert sorted(now.files) == sorted(golden.files)
         for array in golden.files:
             assert np.array_equal(now[array], golden[array])
+
+
+def test_the_golden_informed_flow_stays_readable_and_todays_files_have_its_layout(tmp_path: Path) -> None:
+    path, model = GOLDEN.with_name("informed-flow-v2.npz"), informed_model(exact_values(4))
+    expected, found = example_informed_flow(), bf.load(path, model)
+    assert isinstance(found, Flow)
+    assert (found.info, found.steps) == (expected.info, 3)
+    assert torch.allclose(found.sample(20, 0), expected.sample(20, 0), atol=1e-5)
+    assert not torch.allclose(found.sample(20, 1), expected.sample(20, 0), atol=1e-1)
+    with np.load(expected.save(tmp_path / "now.npz")) as now, np.load(path) as golden:
+        assert sorted(now.files) == sorted(golden.files)
+        for array in golden.files:
+            assert np.array_equal(now[array], golden[array])
+    with pytest.raises(ValueError, match="not the model"):
+        bf.load(path, informed_model(-exact_values(4)))
 
 
 def test_the_golden_density_is_the_gaussian_it_says() -> None:
