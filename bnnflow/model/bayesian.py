@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Mapping
@@ -139,6 +140,16 @@ class BayesianModel:
     def _hessian(self) -> ChainHessian | None:
         """The second derivatives, where the network is a perceptron of moderate size."""
         return None if self._anchor is not None else ChainHessian.of(self.spec, self._n_parameters)
+
+    @property
+    def has_hessian(self) -> bool:
+        """Whether `log_likelihood_hessian` returns anything, at no cost."""
+        return self._hessian is not None
+
+    @property
+    def has_gauss_newton_slope(self) -> bool:
+        """Whether `gauss_newton_slope` returns anything, at no cost."""
+        return self.has_hessian and not self._extras and hasattr(self.likelihood, "fisher_factor")
 
     @property
     def _n_parameters(self) -> int:
@@ -438,6 +449,48 @@ class BayesianModel:
         grad = factored(scale * grad_outputs.unsqueeze(-1)).transposed(torch.ones_like(outputs[..., 0]))
         return grad, factored(scale**0.5 * factor)
 
+    def gauss_newton_slope(self, theta: Tensor, v: Tensor, rows: Tensor | None = None) -> Tensor | None:
+        """Return the derivative by theta of grad - A^T A v at fixed v, ``(batch, dim, dim)``, in closed form.
+
+        Both as in `gauss_newton`. Row i is that of element i; the matrix is not symmetric. None where there is no
+        `log_likelihood_hessian`, no ``fisher_factor``, and where there are parameters beside the network's weights.
+
+        Args:
+            theta: ``(batch, dim)``.
+            v: ``(batch, dim)``.
+            rows: use only these rows of the data, int64 ``(m,)``, scaled to all of them.
+        """
+        if not self.has_gauss_newton_slope:
+            return None
+        rows, scale = self._batch(theta, rows)
+        x, y = (self.x, self.y) if rows is None else (self.x[rows], self.y[rows])
+        size = max(1, 8 * self.dim // self._n_outputs)  # no more than eight times the result at once
+        parts = zip(x.flatten(1).split(size), y.split(size), strict=True)
+        slope = functools.reduce(torch.add, (self._slope(theta, v, *part) for part in parts))
+        return slope if scale == 1 else scale * slope
+
+    def _slope(self, theta: Tensor, v: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Return `gauss_newton_slope` of these rows.
+
+        With J the Jacobian of the outputs and F their Fisher information, grad - A^T A v = J^T r with r the score
+        less F J v. Its derivative is the network's curvature along r, and J^T (M J - F D): M is the derivative of r
+        by outputs with J v held fixed, and D the derivative of J v, which is that of J along v.
+        """
+
+        network = self.network
+        assert isinstance(network, ChainNetwork)
+        assert self._hessian is not None
+
+        def mixed(weights: Tensor, seeds: Tensor) -> Tensor:
+            return network.factored(weights, x)[1](seeds).matrix
+
+        outputs, along = torch.func.jvp(lambda weights: network(weights, x), (theta,), (v,))
+        given = self._curvature(theta, outputs, y, along)
+        factor, _ = self.likelihood.fisher_factor(outputs, {})  # type: ignore[attr-defined]
+        eye = torch.eye(outputs.shape[-1], dtype=theta.dtype, device=theta.device).expand_as(given.outputs)
+        change = torch.func.jvp(mixed, (theta, -factor @ factor.mT), (v, given.outputs.mT))[1]
+        return self._hessian.along(theta, x, given.by_outputs).baddbmm_(mixed(theta, eye).mT, change)
+
     def gauss_newton_product(
         self, theta: Tensor, rows: Tensor | None = None
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -499,8 +552,11 @@ class BayesianModel:
         grad, hessian = self._hessian(theta, x, y, lambda outputs, y: self._curvature(theta, outputs, y))
         return (grad, hessian) if scale == 1 else (scale * grad, scale * hessian)
 
-    def _curvature(self, theta: Tensor, outputs: Tensor, y: Tensor) -> Curvature:
-        """Return what the likelihood makes of outputs: forward derivatives of its score, which cost next to nothing."""
+    def _curvature(self, theta: Tensor, outputs: Tensor, y: Tensor, along: Tensor | None = None) -> Curvature:
+        """Return what the likelihood makes of outputs: forward derivatives of its score, which cost next to nothing.
+
+        With ``along``, a change of the outputs, of the score less their Fisher information times that.
+        """
         out, start = outputs.shape[-1], self.dim - self._n_parameters
         weights, logs = theta[:, :start], theta[:, start:]
 
@@ -508,14 +564,17 @@ class BayesianModel:
             parameters = self.likelihood_parameters(torch.cat([weights, logs], 1))
             by_outputs, by_parameters = self._score(outputs, y, parameters)
             named = [by_parameters[name].flatten(1) for name in self.likelihood.parameters]
+            if along is not None:
+                factor, _ = self.likelihood.fisher_factor(outputs, parameters)  # type: ignore[attr-defined]
+                by_outputs = by_outputs - (factor @ (factor.mT @ along.unsqueeze(-1))).squeeze(-1)
             return by_outputs, torch.cat([logs[:, :0], *named], 1)
 
-        def along(of_outputs: Tensor, of_logs: Tensor) -> tuple[Tensor, Tensor]:
+        def derivative(of_outputs: Tensor, of_logs: Tensor) -> tuple[Tensor, Tensor]:
             tangents = of_outputs.expand_as(outputs), of_logs.expand_as(logs)
             return torch.func.jvp(score, (outputs, logs), tangents)[1]  # type: ignore[return-value]
 
         eye = torch.eye(out + logs.shape[1], dtype=theta.dtype, device=theta.device)
-        by_outputs, by_logs = torch.func.vmap(along)(eye[:, :out], eye[:, out:])  # (directions, batch, ...)
+        by_outputs, by_logs = torch.func.vmap(derivative)(eye[:, :out], eye[:, out:])  # (directions, batch, ...)
         twice = (by_outputs[:out].movedim(0, -1), by_outputs[out:].movedim(0, 1), by_logs[out:].movedim(0, 1))
         return Curvature(*score(outputs, logs), *twice)
 

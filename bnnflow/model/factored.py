@@ -29,6 +29,11 @@ class Factor(Protocol):
         """Number of rows."""
         ...
 
+    @property
+    def matrix(self) -> Tensor:
+        """A itself, ``(batch, rows, dim)``."""
+        ...
+
     def __getitem__(self, some: slice) -> Factor:
         """Return the matrices of some networks."""
         ...
@@ -99,6 +104,17 @@ class FactoredJacobian:
     def rows(self) -> int:
         """Number of rows, those of the data times the rank."""
         return math.prod(self.parts[0].leaving.shape[-2:])
+
+    @property
+    def matrix(self) -> Tensor:
+        """A itself, ``(batch, rows, dim)``; made anew at each call."""
+        found = {}
+        for layer, entering, leaving in self.parts:
+            outer = leaving.unsqueeze(2) * entering.unsqueeze(-3).unsqueeze(-1)  # (batch, out, in, n, rank)
+            found[layer.weight] = self.scales[layer.weight] * outer.flatten(3).flatten(1, 2)
+            if layer.bias is not None:
+                found[layer.bias] = self.scales[layer.bias] * leaving.flatten(2)
+        return torch.cat([found[name] for name in self.names], 1).mT
 
     def __getitem__(self, some: slice) -> FactoredJacobian:
         parts = [

@@ -31,7 +31,7 @@ class Curvature(NamedTuple):
 
     by_outputs: Tensor  # (batch, n, out)
     by_parameters: Tensor  # (batch, size), summed over rows
-    outputs: Tensor  # (batch, n, out, out)
+    outputs: Tensor | None  # (batch, n, out, out); None for zero
     mixed: Tensor  # (batch, size, n, out)
     parameters: Tensor  # (batch, size, size), summed over rows
 
@@ -42,7 +42,7 @@ class _Step(NamedTuple):
     weight: Tensor  # (batch, out, in)
     inputs: Tensor  # (in, n) or (batch, in, n); with a bias one row more, of ones
     slope: Tensor  # f'(z), (batch, out, n)
-    bend: Tensor  # f''(z), (batch, out, n)
+    bend: Tensor | None  # f''(z), (batch, out, n); None for zero
 
 
 class ChainHessian:
@@ -84,6 +84,21 @@ class ChainHessian:
         hessian = second.index_select(1, places[1]).unflatten(1, (len(places[0]), -1))
         return first.index_select(1, places[0]), hessian
 
+    def along(self, theta: Tensor, x: Tensor, by_outputs: Tensor) -> Tensor:
+        """Return the Hessian of the sum of outputs times constants ``(batch, n, out)``, for a spec of weights alone.
+
+        Args:
+            theta: ``(batch, dim)``.
+            x: inputs ``(n, in)``.
+            by_outputs: the constants.
+        """
+
+        def linear(outputs: Tensor, given: Tensor) -> Curvature:
+            none = outputs.new_zeros(len(outputs), 0)
+            return Curvature(given.movedim(0, 1), none, None, outputs[:, None][:, :0], none.unsqueeze(1)[:, :0])
+
+        return self(theta, x, by_outputs.movedim(1, 0), linear)[1]
+
     def _sums(
         self, theta: Tensor, x: Tensor, y: Tensor, curvature: Callable[[Tensor, Tensor], Curvature]
     ) -> tuple[Tensor, Tensor]:
@@ -92,19 +107,20 @@ class ChainHessian:
         given = curvature(outputs.mT, y)
         # By the activations of a layer: the gradient and mixed derivatives (batch, 1 + size, out, n), and second ones.
         first = torch.cat([given.by_outputs.unsqueeze(1), given.mixed], 1).mT
-        second = given.outputs.movedim(1, -1).clone(memory_format=torch.contiguous_format)  # (batch, out, out, n)
+        second = given.outputs
+        if second is not None:
+            second = second.movedim(1, -1).clone(memory_format=torch.contiguous_format)  # (batch, out, out, n)
         firsts, blocks = [], []
         for depth in reversed(range(len(tape))):
             step = tape[depth]
-            second.mul_(step.slope.unsqueeze(1)).mul_(step.slope.unsqueeze(2))  # in place: fresh memory costs more
-            second.diagonal(dim1=1, dim2=2).add_((first[:, 0] * step.bend).mT)
+            second = _by_z(second, step, first[:, 0])
             first = first * step.slope.unsqueeze(1)
             firsts.append(_product(first.flatten(1, 2), step.inputs).unflatten(1, first.shape[1:3]).flatten(2))
-            blocks.append(_product(_half(second), _half(_outer(step.inputs, step.inputs))))
+            blocks.append(_within(second, step))
             if depth:
-                lower = _carried(second, step.weight)
+                lower = None if second is None else _times(second, step.weight)
                 blocks += _across(tape[: depth + 1], lower, first[:, 0])
-                second = (step.weight.mT @ lower.flatten(2)).unflatten(2, lower.shape[2:])
+                second = None if lower is None else (step.weight.mT @ lower.flatten(2)).unflatten(2, lower.shape[2:])
                 first = step.weight.mT.unsqueeze(1) @ first
         by_weights = torch.cat(firsts, -1)  # (batch, 1 + size, network dim)
         zero = theta.new_zeros(len(theta), 1)
@@ -127,21 +143,59 @@ class ChainHessian:
         return tape, h
 
 
-def _across(tape: list[_Step], lower: Tensor, delta: Tensor) -> list[Tensor]:
+def _by_z(second: Tensor | None, step: _Step, by_values: Tensor) -> Tensor | None:
+    """Return K_m, ``(batch, out, out, n)``, its diagonal alone ``(batch, out, n)``, or None where all of it is zero.
+
+    Args:
+        second: the second derivative by the layer's activations, overwritten; None for zero.
+        step: what the layer left.
+        by_values: the gradient by its activations, ``(batch, out, n)``.
+    """
+    own = None if step.bend is None else by_values * step.bend
+    if second is None:
+        return own
+    second.mul_(step.slope.unsqueeze(1)).mul_(step.slope.unsqueeze(2))  # in place: fresh memory costs more
+    if own is not None:
+        second.diagonal(dim1=1, dim2=2).add_(own.mT)
+    return second
+
+
+def _within(second: Tensor | None, step: _Step) -> Tensor:
+    """Return the block of a layer with itself, given K_m from `_by_z`: one half of units, one half of inputs."""
+    squares, units = _half(_outer(step.inputs, step.inputs)), step.slope.shape[1]
+    if second is not None and second.dim() == 4:
+        return _product(_half(second), squares)
+    block = step.slope.new_zeros(len(step.slope), units * (units + 1) // 2, squares.shape[-2])
+    if second is not None:
+        block[:, _triangle(units).diagonal()] = _product(second, squares)
+    return block
+
+
+def _times(second: Tensor, weight: Tensor) -> Tensor:
+    """Return K_m W, ``(batch, out, in, n)``, given K_m or its diagonal."""
+    return second.unsqueeze(2) * weight.unsqueeze(3) if second.dim() == 3 else _carried(second, weight)
+
+
+def _across(tape: list[_Step], lower: Tensor | None, delta: Tensor) -> list[Tensor]:
     """Return the blocks of the last layer m with each layer l below, ``(batch, out, out below, in, in below)``.
 
     Args:
         tape: of the layers up to this one.
-        lower: K_m dz_m / da_{m-1}, ``(batch, out, in, n)``.
+        lower: K_m dz_m / da_{m-1}, ``(batch, out, in, n)``; None for zero.
         delta: the gradient by z_m, ``(batch, out, n)``.
     """
     *below, step = tape
     blocks, reached = [], None
     for other in reversed(below):
-        lower = lower * other.slope.unsqueeze(1)  # by z_l
-        (out, units), (ends, starts) = lower.shape[1:3], (step.inputs.shape[-2], other.inputs.shape[-2])
-        block = _product(lower.flatten(1, 2), _outer(step.inputs, other.inputs).flatten(-3, -2))
-        block = block.unflatten(1, (out, units)).unflatten(3, (ends, starts))
+        (batch, out, _), units = delta.shape, other.slope.shape[1]
+        ends, starts = step.inputs.shape[-2], other.inputs.shape[-2]
+        if lower is None:
+            block = delta.new_zeros(batch, out, units, ends, starts)
+        else:
+            lower = lower * other.slope.unsqueeze(1)  # by z_l
+            block = _product(lower.flatten(1, 2), _outer(step.inputs, other.inputs).flatten(-3, -2))
+            block = block.unflatten(1, (out, units)).unflatten(3, (ends, starts))
+            lower = _carried(lower, other.weight)
         if reached is None:  # each unit of a_{m-1} by its own z_{m-1}
             own = _product(_outer(delta, other.slope).flatten(1, 2), other.inputs).unflatten(1, (out, units))
             block.diagonal(dim1=2, dim2=3).add_(own.mT)
@@ -153,7 +207,6 @@ def _across(tape: list[_Step], lower: Tensor, delta: Tensor) -> list[Tensor]:
             block[:, :, :, : reached.shape[1]].add_(own.permute(0, 1, 4, 3, 2))
             reached = _carried(reached, other.weight)
         blocks.append(block)
-        lower = _carried(lower, other.weight)
     return blocks
 
 
@@ -179,12 +232,12 @@ def _half(symmetric: Tensor) -> Tensor:
     return symmetric.flatten(-3, -2).index_select(-2, rows * p + columns)
 
 
-def _bend(activation: Activation, z: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-    """Return f''(z), given also f(z) and f'(z)."""
+def _bend(activation: Activation, z: Tensor, value: Tensor, slope: Tensor) -> Tensor | None:
+    """Return f''(z), given also f(z) and f'(z); None for zero."""
     if activation.name == "tanh":
         return -2 * value * slope
     if activation.name in ("identity", "relu"):
-        return torch.zeros_like(z)
+        return None
     return torch.func.jvp(lambda a: activation.derivative(a, activation(a)), (z,), (torch.ones_like(z),))[1]
 
 

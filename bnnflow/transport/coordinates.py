@@ -45,32 +45,42 @@ class Context:
         theta = self._prior.from_normal(z)
         return self._finish(x, z, theta, self.model.log_likelihood_grad(theta, self.rows))
 
+    @property
+    def has_hessian(self) -> bool:
+        """Whether `hessian` returns anything, at no cost."""
+        return self.model.has_hessian and not hasattr(self.model.prior, "conditional")
+
+    @property
+    def has_gauss_newton_slope(self) -> bool:
+        """Whether `gauss_newton_slope` returns anything, at no cost."""
+        return self.model.has_gauss_newton_slope and self._prior.scale is not None
+
     def hessian(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the gradient of u and its Hessian, ``(batch, dim)`` and ``(batch, dim, dim)``, in closed form.
 
         None where the model has none, or where the coordinates of weights depend on other coordinates, as under a
         hierarchical prior.
         """
+        if not self.has_hessian:
+            return None
         z = self.source.to_prior(x)
         theta = self._prior.from_normal(z)
-        hierarchical = hasattr(self.model.prior, "conditional")
-        found = None if hierarchical else self.model.log_likelihood_hessian(theta, self.rows)
-        if found is None:
+        grad, hessian = self.model.log_likelihood_hessian(theta, self.rows)  # type: ignore[misc]
+        return self._finish(x, z, theta, grad), self._finish_second(z, grad, hessian)
+
+    def gauss_newton_slope(self, x: Tensor, v: Tensor) -> Tensor | None:
+        """Return the derivative of grad u - (A^T A + ``source.excess``) v at fixed v, ``(batch, dim, dim)``.
+
+        As in `gauss_newton`, in closed form. Row i is that of element i; the matrix is not symmetric. None where the
+        model has none, and where weights are no affine functions of x.
+        """
+        if not self.has_gauss_newton_slope:
             return None
-        (grad, hessian), ones = found, torch.ones_like(z)
-
-        def by_prior(z: Tensor) -> Tensor:
-            return self._by_prior(z, self._prior.from_normal(z), grad)
-
-        bend = torch.func.jvp(by_prior, (z,), (ones,))[1]  # of coordinates and prior: elementwise
-        slope = self._prior.push(z, ones)  # d theta / d z
-        hessian.mul_(self._inverse_temperature * slope.unsqueeze(-1)).mul_(slope.unsqueeze(-2))
-        diagonal = hessian.diagonal(dim1=-2, dim2=-1).add_(bend)
-        if not self.source.is_prior:
-            diagonal.sub_(1)
-            hessian = self.source.pull(self.source.pull(hessian).mT)  # root (H - I) root, symmetric
-            hessian.diagonal(dim1=-2, dim2=-1).add_(1)
-        return self._finish(x, z, theta, grad), hessian
+        z = self.source.to_prior(x)
+        by_theta = self._prior.push(z, self.source.pull(v))
+        slope = self.model.gauss_newton_slope(self._prior.from_normal(z), by_theta, self.rows)
+        assert slope is not None
+        return self._finish_second(z, torch.zeros_like(z), slope)  # affine coordinates do not bend, whatever the value
 
     def gauss_newton(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradient of u and a factor A, ``(batch, rows, dim)``: -u'' ~ A^T A + ``source.excess``."""
@@ -110,6 +120,23 @@ class Context:
         """Turn the gradient of the log likelihood by theta into that of u by x."""
         grad = self._by_prior(z, theta, grad)
         return grad if self.source.is_prior else self.source.pull(grad - z) + x
+
+    def _finish_second(self, z: Tensor, grad: Tensor, second: Tensor) -> Tensor:
+        """Turn the derivative of a gradient of the log likelihood by theta into that of u by x, in its memory."""
+
+        def by_prior(z: Tensor) -> Tensor:
+            return self._by_prior(z, self._prior.from_normal(z), grad)
+
+        ones = torch.ones_like(z)
+        bend = torch.func.jvp(by_prior, (z,), (ones,))[1]  # of coordinates and prior: elementwise
+        slope = self._prior.push(z, ones)  # d theta / d z
+        second.mul_(self._inverse_temperature * slope.unsqueeze(-1)).mul_(slope.unsqueeze(-2))
+        diagonal = second.diagonal(dim1=-2, dim2=-1).add_(bend)
+        if not self.source.is_prior:
+            diagonal.sub_(1)
+            second = self.source.pull(self.source.pull(second).mT).mT  # root (. - I) root
+            second.diagonal(dim1=-2, dim2=-1).add_(1)
+        return second
 
     def _by_prior(self, z: Tensor, theta: Tensor, grad: Tensor) -> Tensor:
         """Temper the gradient of the log likelihood by theta, and turn it into one by z."""

@@ -89,12 +89,10 @@ class GradientSteps:
         """
 
         def gradient(w: Tensor, by_w: Tensor) -> tuple[Tensor, Tensor]:
-            by_y = s2.unsqueeze(-1) * by_w
-            by_y.diagonal(dim1=-2, dim2=-1).add_(1)
             grad, hessian = context.hessian(mu + s2 * w)  # type: ignore[misc]
-            return grad, hessian @ by_y
+            return grad, hessian @ _displaced(by_w, s2)
 
-        if context.hessian(mu[:1]) is None:
+        if not context.has_hessian:
             return None
         w = before = torch.zeros_like(mu)
         by_w = by_before = mu.new_zeros(*mu.shape, mu.shape[-1])
@@ -106,12 +104,12 @@ class GradientSteps:
             values = (mu, ahead, grad, curvature)
             curvature, pullback, *_ = torch.func.vjp(lambda *at: self._curvature(context, s2, *at), *values)
             slope, of_ahead, of_grad, of_last = pullback(torch.ones_like(curvature))
-            slope = slope + _times(by_ahead.mT, of_ahead) + _times(by_grad.mT, of_grad)
+            slope = slope + MatrixFactor(by_ahead).transposed(of_ahead) + MatrixFactor(by_grad).transposed(of_grad)
             by_curvature = slope + of_last * by_curvature
             residual, by_residual = grad - ahead, by_grad - by_ahead
             divisor, pullback, *_ = torch.func.vjp(lambda *at: self._divisor(s2, *at), residual, curvature)
             of_residual, of_curvature = pullback(torch.ones_like(divisor))
-            slope = _times(by_residual.mT, of_residual) + of_curvature * by_curvature  # of the divisor by mu
+            slope = MatrixFactor(by_residual).transposed(of_residual) + of_curvature * by_curvature  # of the divisor
             change, inverse = residual / divisor, (1 / divisor).unsqueeze(-1)
             moved = torch.addcmul(by_ahead, by_residual, inverse)
             moved.baddbmm_((change / divisor).unsqueeze(-1), slope.unsqueeze(-2), alpha=-1)
@@ -132,6 +130,13 @@ class GradientSteps:
     def _divisor(self, s2: Tensor, residual: Tensor, curvature: Tensor) -> Tensor:
         """Return what the residual is divided by, ``(batch, 1)``; a smooth stand-in for the bound on the step."""
         return ((1 + curvature) ** 2 + s2 * s2 * _square(residual) / self.max_norm**2).sqrt()
+
+
+def _displaced(by_w: Tensor, s2: Tensor) -> Tensor:
+    """Return the derivative of mu + s^2 w by mu, given that of w."""
+    by_y = s2.unsqueeze(-1) * by_w
+    by_y.diagonal(dim1=-2, dim2=-1).add_(1)
+    return by_y
 
 
 def _momentum(step: int) -> float:
@@ -162,16 +167,51 @@ class GaussNewton:
         w = torch.zeros_like(mu)
         grad = w
         for step in range(self.steps):
+            y = mu if step == 0 else mu + s2 * w
             if self.iterations is None:
-                linear = linearised(context, mu if step == 0 else mu + s2 * w, s2)
+                linear = linearised(context, y, s2)
             else:
-                linear = _MatrixFree(*context.gauss_newton_product(mu + s2 * w), s2, self.iterations)
+                linear = _MatrixFree(*context.gauss_newton_product(y), s2, self.iterations)
             grad = linear.grad
-            target = grad if step == 0 else grad + s2 * linear.times(w)
-            change = linear.solve(target, w) - w
-            length2 = (s2 * s2) * (change * change).sum(-1, keepdim=True)
-            w = w + change / (1 + length2 / self.max_norm**2).sqrt()
+            change, divisor = self._change(linear, s2, w, step)
+            w = w + change / divisor
         return Drive(w, grad)
+
+    def with_jacobians(self, context: Context, mu: Tensor, s2: Tensor) -> tuple[Drive, Drive] | None:
+        """Return the drive, and the derivatives of both its parts by ``mu``, ``(batch, dim, dim)`` each.
+
+        The same dense steps, beside each its derivative. With c = w - w_previous before the bound, and v = s^2 c held
+        fixed, (I + s^2 H) dc = d(grad - H v) - dw_previous. None for conjugate gradients, and where the context has
+        no `Context.gauss_newton_slope`.
+        """
+        if self.iterations is not None or not context.has_gauss_newton_slope:
+            return None
+        w = grad = torch.zeros_like(mu)
+        by_w = by_grad = mu.new_zeros(*mu.shape, mu.shape[-1])
+        for step in range(self.steps):
+            first, y, by_y = step == 0, mu + s2 * w, _displaced(by_w, s2)
+            linear = linearised(context, y, s2)
+            grad = linear.grad
+            change, divisor = self._change(linear, s2, w, step)
+            slope = context.gauss_newton_slope(y, s2 * change)
+            assert slope is not None
+            by_change = linear.solve_each(slope if first else torch.baddbmm(by_w, slope, by_y, beta=-1))
+            shrink = s2 * s2 / (self.max_norm**2 * divisor**3)  # of the divisor by the length of the change
+            along = MatrixFactor(by_change).transposed(change)
+            by_w = torch.addcmul(by_w, by_change, (1 / divisor).unsqueeze(-1))
+            by_w.baddbmm_((shrink * change).unsqueeze(-1), along.unsqueeze(-2), alpha=-1)
+            w = w + change / divisor
+            if step == self.steps - 1:
+                hessian = context.hessian(y)[1]  # type: ignore[index]
+                by_grad = hessian if first else hessian @ by_y
+        return Drive(w, grad), Drive(by_w, by_grad)
+
+    def _change(self, linear: Linearised | _MatrixFree, s2: Tensor, w: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Return the change of w in a step, and what that is divided by, ``(batch, 1)``: a smooth bound."""
+        target = linear.grad if step == 0 else linear.grad + s2 * linear.times(w)
+        change = linear.solve(target, w) - w
+        length2 = (s2 * s2) * (change * change).sum(-1, keepdim=True)
+        return change, (1 + length2 / self.max_norm**2).sqrt()
 
 
 _BLOCK = 2**20  # elements of the matrices that are made at once: what the caches of a CPU hold
@@ -235,6 +275,21 @@ class Linearised:
         inner = torch.linalg.solve_triangular(self._root.mT, half, upper=True).squeeze(-1)
         return target - self._variance.squeeze(-1) * self._factor.transposed(inner)
 
+    def solve_each(self, targets: Tensor) -> Tensor:
+        """Return the same for many targets, ``(batch, dim, k)``."""
+        if self._scale is not None:
+            targets = targets / self._scale.unsqueeze(-1)
+        if self._by_weights:
+            return self._inverse_times(targets)
+        matrix = self._factor.matrix
+        inner = self._variance * self._inverse_times(matrix @ targets)
+        return torch.baddbmm(targets, matrix.mT, inner, alpha=-1)
+
+    def _inverse_times(self, columns: Tensor) -> Tensor:
+        """Solve the system as that of the rows of the transpose, which is half as dear as `torch.cholesky_solve`."""
+        half = torch.linalg.solve_triangular(self._root.mT, columns.mT, upper=True, left=False)
+        return torch.linalg.solve_triangular(self._root, half, upper=False, left=False).mT
+
 
 def linearised(context: Context, x: Tensor, s2: Tensor) -> Linearised:
     """Return the linearisation at a point; that of the last one is kept, as target and field of a step share it."""
@@ -272,7 +327,3 @@ class _MatrixFree:
 
 def _square(v: Tensor) -> Tensor:
     return (v * v).sum(-1, keepdim=True) + 1e-12
-
-
-def _times(matrix: Tensor, v: Tensor) -> Tensor:
-    return (matrix @ v.unsqueeze(-1)).squeeze(-1)

@@ -34,7 +34,7 @@ FIELDS = {
     "two-layer 256": lambda spec: TwoLayerVelocity(spec.dim, 256),
     "informed 16/1": lambda spec: InformedVelocity(spec, GradientSteps(), 16, 1),
 }
-MAP = "map of DWS 16/1"
+MAPS = {f"map of {name}": name for name in ("DWS 16/1", "two-layer 256")}
 
 
 def problem(device: str) -> bf.BayesianModel:
@@ -47,12 +47,12 @@ def problem(device: str) -> bf.BayesianModel:
 def transport(name: str, model: bf.BayesianModel) -> Flow | FlowMap:
     """Return a flow, or a map, in which no parameter is zero."""
     torch.manual_seed(0)
-    field = FIELDS["DWS 16/1" if name == MAP else name](model.spec)
+    field = FIELDS[MAPS.get(name, name)](model.spec)
     for parameter in field.requires_grad_(False).parameters():
         if not bool(parameter.any()):
             parameter.normal_(std=0.02)
     flow = Flow.of(field.to(model.device, model.dtype), model)
-    if name == MAP:
+    if name in MAPS:
         return distil(flow, 4, trajectories=64, steps=1, batch_size=64, progress=False)
     return flow
 
@@ -113,7 +113,7 @@ def met(seconds: float, asked: float) -> str:
 
 
 def main() -> None:
-    names = [*FIELDS, MAP]
+    names = [*FIELDS, *MAPS]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("fields", nargs="*", help=f"of {names}; all if none is named")
     parser.add_argument("--device", default="cpu")
