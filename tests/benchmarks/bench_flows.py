@@ -95,7 +95,7 @@ class Table:
         self.given = given
         functions = self._functions(truth)
         self.mean, self.sd = functions.mean(0), functions.std(0)
-        self.spread = truth.std(0)
+        self.variance = truth.var(0)
         print(f"{'draws':36s} {'LPPD':>8s} {'+-':>6s} {'log lik.':>9s} {'5 %':>8s} {'log joint':>9s} {'rms':>6s} "
               f"{'ratio':>6s} {'gradients':>9s} {'CPU s':>7s}")  # fmt: skip
         self.row("held-out HMC", truth, 0, 0)
@@ -121,10 +121,10 @@ class Table:
               f"{gradients:9.0f} {seconds:7.1f}", flush=True)  # fmt: skip
 
     def by_layer(self, theta: Tensor) -> str:
-        """Return the variance of each tensor over the truth's."""
-        ratios = (theta.std(0) / self.spread).square()
-        spec = self.given.model.spec
-        return ", ".join(f"{name} {float(ratios[where].mean()):.2f}" for name, where in spec.slices.items())
+        """Return the variance of each tensor over the truth's, summed over its weights."""
+        own, spec = theta.var(0), self.given.model.spec
+        ratios = {name: own[where].sum() / self.variance[where].sum() for name, where in spec.slices.items()}
+        return ", ".join(f"{name} {float(ratio):.2f}" for name, ratio in ratios.items())
 
 
 def nearest(theta: Tensor, draws: Tensor, spec: bf.WeightSpec) -> Tensor:
