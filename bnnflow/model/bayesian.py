@@ -449,6 +449,27 @@ class BayesianModel:
         grad = factored(scale * grad_outputs.unsqueeze(-1)).transposed(torch.ones_like(outputs[..., 0]))
         return grad, factored(scale**0.5 * factor)
 
+    def gauss_newton_residual(self, theta: Tensor, rows: Tensor | None = None) -> Tensor | None:
+        """Return b with A^T b the gradient of the log likelihood, ``(batch, rows)``; A as in `gauss_newton`.
+
+        Steps made from it keep in float32 what they lose when made from the gradient, where the likelihood is sharp.
+        None where it has no ``whitened_score``: only normal and Student laws do, the others are never that sharp.
+
+        Args:
+            theta: ``(batch, dim)``.
+            rows: use only these rows of the data, int64 ``(m,)``, scaled to all of them.
+        """
+        if not hasattr(self.likelihood, "whitened_score"):
+            return None
+        rows, scale = self._batch(theta, rows)
+        x, y = (self.x, self.y) if rows is None else (self.x[rows], self.y[rows])
+        outputs, parameters = self.network(theta, x), self.likelihood_parameters(theta)
+        by_parameters = self._score(outputs, y, parameters)[1]
+        information = self.likelihood.fisher_factor(outputs, parameters)[1]  # type: ignore[attr-defined]
+        of_rows = self.likelihood.whitened_score(outputs, y, parameters)  # type: ignore[attr-defined]
+        others = [by_parameters[name] / each.sqrt() for name, each in information.items()]
+        return scale**0.5 * torch.cat([of_rows.flatten(1), *others], 1)
+
     def gauss_newton_slope(self, theta: Tensor, v: Tensor, rows: Tensor | None = None) -> Tensor | None:
         """Return the derivative by theta of grad - A^T A v at fixed v, ``(batch, dim, dim)``, in closed form.
 
@@ -476,20 +497,24 @@ class BayesianModel:
         less F J v. Its derivative is the network's curvature along r, and J^T (M J - F D): M is the derivative of r
         by outputs with J v held fixed, and D the derivative of J v, which is that of J along v.
         """
-
         network = self.network
         assert isinstance(network, ChainNetwork)
         assert self._hessian is not None
 
-        def mixed(weights: Tensor, seeds: Tensor) -> Tensor:
-            return network.factored(weights, x)[1](seeds).matrix
+        def parts(weights: Tensor, seeds: Tensor) -> list[tuple[Tensor, Tensor]]:
+            return [(part.entering, part.leaving) for part in network.factored(weights, x)[1](seeds).parts]
 
-        outputs, along = torch.func.jvp(lambda weights: network(weights, x), (theta,), (v,))
+        outputs, along, *_ = torch.func.jvp(lambda weights: network(weights, x), (theta,), (v,))
         given = self._curvature(theta, outputs, y, along)
+        by_score = given.outputs
+        assert by_score is not None
         factor, _ = self.likelihood.fisher_factor(outputs, {})  # type: ignore[attr-defined]
-        eye = torch.eye(outputs.shape[-1], dtype=theta.dtype, device=theta.device).expand_as(given.outputs)
-        change = torch.func.jvp(mixed, (theta, -factor @ factor.mT), (v, given.outputs.mT))[1]
-        return self._hessian.along(theta, x, given.by_outputs).baddbmm_(mixed(theta, eye).mT, change)
+        information, eye = factor @ factor.mT, torch.eye(outputs.shape[-1], dtype=theta.dtype, device=theta.device)
+        mixed = network.factored(theta, x)[1]  # S -> S^T J
+        changes = torch.func.jvp(parts, (theta, -information), (v, by_score.mT))[1]
+        change = mixed(-information).tangent(changes)  # M J - F D
+        bent = self._hessian.along(theta, x, given.by_outputs)
+        return bent.baddbmm_(mixed(eye.expand_as(information)).matrix.mT, change)
 
     def gauss_newton_product(
         self, theta: Tensor, rows: Tensor | None = None

@@ -8,7 +8,7 @@ matrices, so that an entry costs in + out multiplications for each layer in plac
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -107,14 +107,37 @@ class FactoredJacobian:
 
     @property
     def matrix(self) -> Tensor:
-        """A itself, ``(batch, rows, dim)``; made anew at each call."""
-        found = {}
-        for layer, entering, leaving in self.parts:
-            outer = leaving.unsqueeze(2) * entering.unsqueeze(-3).unsqueeze(-1)  # (batch, out, in, n, rank)
-            found[layer.weight] = self.scales[layer.weight] * outer.flatten(3).flatten(1, 2)
-            if layer.bias is not None:
-                found[layer.bias] = self.scales[layer.bias] * leaving.flatten(2)
-        return torch.cat([found[name] for name in self.names], 1).mT
+        """A itself, ``(batch, rows, dim)``, made anew at each call."""
+        found = self._zeros()
+        for part in self.parts:
+            self._add(found, part)
+        return found.mT
+
+    def tangent(self, changes: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Return the derivative of A, ``(batch, rows, dim)``, given those of what enters and leaves every layer.
+
+        Inputs that networks share, ``(in, n)``, are data and have none.
+        """
+        found = self._zeros()
+        for part, (by_entering, by_leaving) in zip(self.parts, changes, strict=True):
+            self._add(found, part._replace(leaving=by_leaving))
+            if part.entering.dim() == 3:
+                self._add(found, part._replace(entering=by_entering), bias=False)
+        return found.mT
+
+    def _zeros(self) -> Tensor:
+        """Return what rows are added to, ``(batch, dim, rows)``."""
+        first = self.parts[0].leaving
+        return first.new_zeros(len(first), sum(map(math.prod, self._shapes().values())), self.rows)
+
+    def _add(self, found: Tensor, part: Outer, *, bias: bool = True) -> None:
+        """Add the rows by the weights of one layer, each number written once."""
+        (layer, entering, leaving), views = part, self._split(found.mT)
+        into = views[layer.weight].movedim(1, -1).unflatten(-1, leaving.shape[2:])  # (batch, out, in, n, rank)
+        factors = leaving.unsqueeze(2), entering.unsqueeze(-3).unsqueeze(-1)
+        into.addcmul_(*factors, value=self.scales[layer.weight])
+        if bias and layer.bias is not None:
+            views[layer.bias].mT.add_(leaving.flatten(2), alpha=self.scales[layer.bias])
 
     def __getitem__(self, some: slice) -> FactoredJacobian:
         parts = [
@@ -167,12 +190,17 @@ class FactoredJacobian:
                 found[layer.bias] = self.scales[layer.bias] * back.sum(-1)
         return torch.cat([found[name] for name in self.names], -1)
 
-    def _split(self, v: Tensor) -> dict[str, Tensor]:
-        """Return the tensors within ``(batch, dim)``."""
-        shapes = {}
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return those of the tensors of weights."""
+        shapes: dict[str, tuple[int, ...]] = {}
         for layer, entering, leaving in self.parts:
             shapes[layer.weight] = (leaving.shape[1], entering.shape[-2])
             if layer.bias is not None:
                 shapes[layer.bias] = (leaving.shape[1],)
+        return shapes
+
+    def _split(self, v: Tensor) -> dict[str, Tensor]:
+        """Return the tensors within ``(..., dim)``."""
+        shapes = self._shapes()
         pieces = v.split([math.prod(shapes[name]) for name in self.names], -1)
         return {name: piece.unflatten(-1, shapes[name]) for name, piece in zip(self.names, pieces, strict=True)}

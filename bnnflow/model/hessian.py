@@ -162,12 +162,12 @@ def _by_z(second: Tensor | None, step: _Step, by_values: Tensor) -> Tensor | Non
 
 def _within(second: Tensor | None, step: _Step) -> Tensor:
     """Return the block of a layer with itself, given K_m from `_by_z`: one half of units, one half of inputs."""
-    squares, units = _half(_outer(step.inputs, step.inputs)), step.slope.shape[1]
     if second is not None and second.dim() == 4:
-        return _product(_half(second), squares)
-    block = step.slope.new_zeros(len(step.slope), units * (units + 1) // 2, squares.shape[-2])
+        return _product(_half(second), _squares(step.inputs))
+    (batch, units, _), inputs = step.slope.shape, step.inputs.shape[-2]
+    block = step.slope.new_zeros(batch, units * (units + 1) // 2, inputs * (inputs + 1) // 2)
     if second is not None:
-        block[:, _triangle(units).diagonal()] = _product(second, squares)
+        block[:, _triangle(units).diagonal()] = _product(second, _squares(step.inputs))
     return block
 
 
@@ -223,6 +223,12 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 def _outer(left: Tensor, right: Tensor) -> Tensor:
     """Multiply all with all in every row of data, ``(..., p, n)`` and ``(..., q, n)`` to ``(..., p, q, n)``."""
     return left.unsqueeze(-2) * right.unsqueeze(-3)
+
+
+def _squares(inputs: Tensor) -> Tensor:
+    """Return `_half` of the outer product of ``(..., p, n)`` with itself."""
+    rows, columns = torch.triu_indices(inputs.shape[-2], inputs.shape[-2], device=inputs.device)
+    return inputs.index_select(-2, rows).mul_(inputs.index_select(-2, columns))
 
 
 def _half(symmetric: Tensor) -> Tensor:

@@ -97,6 +97,10 @@ class Gaussian:
             grads["scale"] = (residual**2 - 1).sum((-1, -2)).unsqueeze(-1)
         return residual / scale, grads
 
+    def whitened_score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """Return b with R b the gradient by the outputs, ``(..., n, out)``; R as in `fisher_factor`."""
+        return (y - outputs) / self._scale(outputs, parameters)
+
     def fisher_factor(self, outputs: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return R with R R^T the Fisher information of a row's outputs, and that of log scale over all rows."""
         scale = self._scale(outputs, parameters)
@@ -163,6 +167,12 @@ class HeteroscedasticGaussian:
         scale = self._scale(raw)
         residual = (y - mean) / scale
         return torch.cat([residual / scale, (residual**2 - 1) / scale * torch.sigmoid(raw)], -1), {}
+
+    def whitened_score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """Return b with R b the gradient by the outputs, ``(..., n, out)``; R as in `fisher_factor`."""
+        mean, raw = outputs.chunk(2, -1)
+        residual = (y - mean) / self._scale(raw)
+        return torch.cat([residual, (residual**2 - 1) / math.sqrt(2)], -1)
 
     def fisher_factor(self, outputs: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return R with R R^T the Fisher information of a row's outputs."""
@@ -243,6 +253,11 @@ class StudentT:
         pull = (self.df + 1) * z / (self.df + z * z)  # bounded: an outlier pulls less the farther it lies
         grads = {} if self.scale is not None else {"scale": (pull * z - 1).sum((-1, -2)).unsqueeze(-1)}
         return pull / scale, grads
+
+    def whitened_score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """Return b with R b the gradient by the outputs, ``(..., n, out)``; R as in `fisher_factor`."""
+        z = (y - outputs) / self._scale(outputs, parameters)
+        return math.sqrt((self.df + 1) * (self.df + 3)) * z / (self.df + z * z)
 
     def fisher_factor(self, outputs: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return R with R R^T the Fisher information of a row's outputs, and that of log scale over all rows."""

@@ -80,7 +80,7 @@ class Context:
         by_theta = self._prior.push(z, self.source.pull(v))
         slope = self.model.gauss_newton_slope(self._prior.from_normal(z), by_theta, self.rows)
         assert slope is not None
-        return self._finish_second(z, torch.zeros_like(z), slope)  # affine coordinates do not bend, whatever the value
+        return self._finish_second(z, torch.zeros_like(z), slope)  # affine coordinates do not bend
 
     def gauss_newton(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradient of u and a factor A, ``(batch, rows, dim)``: -u'' ~ A^T A + ``source.excess``."""
@@ -100,6 +100,19 @@ class Context:
                 return self._finish(x, z, theta, found[0]), found[1].scaled(self._scales)
         grad, matrix = self.gauss_newton(x)
         return grad, MatrixFactor(matrix)
+
+    def gauss_newton_residual(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Return b ``(batch, rows)`` and r ``(batch, dim)`` with grad u = A^T b + r, r None where it is zero.
+
+        A as in `gauss_newton`; None as in `BayesianModel.gauss_newton_residual`.
+        """
+        z = self.source.to_prior(x)
+        theta = self._prior.from_normal(z)
+        found = self.model.gauss_newton_residual(theta, self.rows)
+        if found is None:
+            return None
+        bare = self.source.is_prior and self._inverse_temperature == 1
+        return found * self._inverse_temperature**0.5, None if bare else self._finish(x, z, theta, torch.zeros_like(z))
 
     def gauss_newton_product(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Return the gradient of u and the function v -> H v, ``(batch, dim)``, of the same matrix, never formed."""
