@@ -453,7 +453,7 @@ class BayesianModel:
         """Return b with A^T b the gradient of the log likelihood, ``(batch, rows)``; A as in `gauss_newton`.
 
         Steps made from it keep in float32 what they lose when made from the gradient, where the likelihood is sharp.
-        None where it has no ``whitened_score``: only normal and Student laws do, the others are never that sharp.
+        None where it has no ``whitened_score``; normal and Student laws have one.
 
         Args:
             theta: ``(batch, dim)``.
