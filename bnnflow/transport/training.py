@@ -331,7 +331,7 @@ def _field(velocity: str | nn.Module, model: BayesianModel, x1: Tensor, path: Af
         return ResidualVelocity.fit(model.spec, x1, path=path)
     if velocity == "informed":
         linearises = model.likelihood.kind == "regression" and hasattr(model.likelihood, "fisher_factor")
-        return InformedVelocity(model.spec, GaussNewton() if linearises else GradientSteps(), path=path)
+        return InformedVelocity(model.spec, GaussNewton(2) if linearises else GradientSteps(), path=path)
     raise ValueError(f"velocity must be 'informed', 'weights', 'residual' or a module, got {velocity!r}")
 
 
