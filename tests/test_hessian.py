@@ -338,6 +338,35 @@ def test_jacobians_of_gauss_newton_steps_in_single_precision():
             assert close(part.double(), exact, 0.01)
 
 
+class Hill:
+    """What `GradientSteps` ask of a context, for u = 0.5 k |x - 1|^2: curved away from its top, as no posterior is."""
+
+    has_hessian = True
+
+    def __init__(self, k: float) -> None:
+        self._k = k
+
+    def grad(self, x: Tensor) -> Tensor:
+        return self._k * (x - 1)
+
+    def hessian(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.grad(x), self._k * torch.eye(x.shape[1], dtype=x.dtype).repeat(len(x), 1, 1)
+
+
+@pytest.mark.parametrize("k", [-3.0, 3.0, 3e3, 3e5])
+def test_jacobians_of_gradient_steps_are_finite_where_the_posterior_is_convex(k):
+    mu, s2 = normal(4, 3, seed=5), torch.full((4, 1), 0.5, dtype=F64)
+    exact, found = (
+        GradientSteps(2).with_jacobians(Hill(k), mu.to(dtype), s2.to(dtype))  # type: ignore[arg-type]
+        for dtype in (F64, torch.float32)
+    )
+    assert exact is not None
+    assert found is not None
+    for drives in zip(found, exact, strict=True):
+        for part, truth in zip(*drives, strict=True):
+            assert close(part.double(), truth, 1e-3)
+
+
 @pytest.mark.parametrize("prior", [priors.Normal(1.3, 0.2), priors.Laplace(0.7), priors.Hierarchical()])
 @pytest.mark.parametrize("kind", ["gaussian", "learned", "heteroscedastic", "student", "robust"])
 def test_gradients_of_sharp_likelihoods_are_pulls_of_their_residuals(kind, prior):

@@ -123,8 +123,11 @@ class GradientSteps:
         direction = residual / _square(residual).sqrt()
         change = (grad - context.grad(mu + s2 * w + _PROBE * direction)) * direction
         now = s2 * change.sum(-1, keepdim=True) / _PROBE
-        # Smooth stand-ins for max(0, now) and for the larger of two: a kink would spoil the solver's order.
-        positive = 0.5 * (now + (now * now + 0.01 * s2 * s2 + 1e-12).sqrt())
+        # Smooth stand-ins for max(0, now), in the one of its two forms that takes no difference, and for the larger of
+        # two: a kink would spoil the solver's order, and the root of zero has no derivative.
+        floor = 0.01 * s2 * s2 + 1e-12
+        size = now.abs() + (now * now + floor).sqrt()
+        positive = 0.5 * torch.where(now > 0, size, floor / size)
         return (positive * positive + (self.memory * last) ** 2).sqrt()
 
     def _divisor(self, s2: Tensor, residual: Tensor, curvature: Tensor) -> Tensor:
