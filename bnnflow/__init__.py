@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         MCDropout,
         NormalizingFlowVI,
         PyroNUTS,
+        evidence,
         sample,
     )
     from bnnflow.model import BayesianModel, likelihoods, priors
@@ -63,6 +64,7 @@ __all__ = [
     "data",
     "diagnose",
     "equivariant",
+    "evidence",
     "fit_flow",
     "inference",
     "likelihoods",
@@ -101,6 +103,7 @@ _HOMES = {
         "MCDropout",
         "NormalizingFlowVI",
         "PyroNUTS",
+        "evidence",
         "sample",
     ),
     "model": ("BayesianModel", "likelihoods", "priors"),

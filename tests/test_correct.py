@@ -36,7 +36,6 @@ from tests.problems import F64, Conjugate, built, check_moments, collected, conj
 
 MODULE = importlib.import_module("bnnflow.transport.correct")  # the package has the function under this name
 METHODS = ["importance", "defensive", "resample", "refine", "smc", "metropolis", "neutra"]
-WITH_EVIDENCE = ["importance", "defensive", "resample", "smc", "metropolis", "neutra"]
 
 
 class Affine:
@@ -109,17 +108,17 @@ def test_draws_and_evidence_are_the_closed_forms(method: Any, bend: float) -> No
     assert ((share * white).sum(1).abs() < 4.5 / math.sqrt(fixed.ess)).all()
     assert ((share * (white**2 - 1)).sum(1).abs() < 4.5 * math.sqrt(2 / fixed.ess)).all()
     value, error = fixed.log_evidence
-    assert 1e-3 < error < 0.06
+    assert 1e-3 < error < 0.1
     assert abs(value - problem.log_normaliser) < 4 * error
     for name, (route, spread) in fixed.info["evidences"].items():
         assert abs(route - problem.log_normaliser) < 4 * spread, name
 
 
-@pytest.mark.parametrize("method", WITH_EVIDENCE)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_errors_of_evidences_are_honest(method: Any) -> None:
     """Over independent repetitions the error divided by its own estimate has a standard deviation near one."""
     problem, scores = conjugate(), []
-    for seed in range({"metropolis": 16, "neutra": 12}.get(method, 24)):
+    for seed in range({"refine": 12, "metropolis": 16, "neutra": 12}.get(method, 24)):
         fixed = bf.correct(near(problem, 1.4), problem.model, 400, method, seed=seed)
         value, error = fixed.log_evidence
         scores.append((value - problem.log_normaliser) / error)
@@ -391,18 +390,24 @@ def test_auto_refines_where_weights_fail_in_many_dimensions(monkeypatch: pytest.
     fixed = bf.correct(flow, model, 300, seed=0)
     assert fixed.method == "refine"
     assert "refine, chosen since k-hat is" in fixed.verdict
-    assert fixed.log_evidence is None
     assert fixed.log_weights is None
     assert fixed.info["density_solves"] < 600
+    value, error = fixed.log_evidence
+    there, spread = bf.sample(model, bf.SMC(particles=500), seed=1).log_evidence
+    assert error < 0.15
+    assert abs(value - there) < 4 * math.hypot(error, spread)
     monkeypatch.setattr(MODULE, "_WEIGHED", 60)
     blind = bf.correct(flow, model, 300, seed=0)
     assert blind.method == "refine"
+    assert blind.log_evidence is None
     assert "too dear" in blind.verdict
     assert blind.khat is None
     assert blind.info["density_solves"] == 0
     assert blind.verdict.startswith("do not trust")  # nothing was compared
     chains = bf.sample(model, bf.HMC(), chains=8, warmup=150, draws=60, seed=0)
     compared = bf.correct(flow, model, 300, seed=0, held_out=chains)
+    assert "refine for longer" in compared.verdict  # sixteen transitions from the prior are not enough
+    compared = bf.correct(bf.GaussNewtonFlow(model), model, 300, seed=0, held_out=chains)
     assert compared.verdict.startswith("trust after correction")
     assert compared.info["density_solves"] == 0
 

@@ -19,6 +19,7 @@ ROOMS = [
     "storage",
     "progress",
     "ranks",
+    "bridge",
     "gaussian",
     "posteriors",
     "tracing",

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import bnnflow as bf
+from bnnflow.bridge import balance
 from bnnflow.inference.smc import _variance, merging, next_fraction, relative_variance, systematic
 from tests.problems import F64, check_runs, conjugate, generator, moments, tiny_network, two_weights
 
@@ -86,6 +87,105 @@ def test_more_particles_are_closer() -> None:
         draws = bf.sample(problem.model, bf.SMC(particles=particles), chains=16, seed=0)
         spreads.append(float(np.std(draws.info["log_evidence_of_runs"])))
     assert 2 < spreads[0] / spreads[1] < 8  # sqrt(16) = 4
+
+
+# ---------------------------------------------------------------- evidence of draws
+
+
+def test_a_bridge_between_two_gaussians_is_their_ratio_for_each_row_of_a_batch() -> None:
+    """p = 3 N(1, 0.5^2) over q = N(0, 1): c is log 3, also where p has twice the draws and those have weights."""
+    g, n = generator(0), 20_000
+    q, p = torch.randn(5, n, generator=g, dtype=F64), 1 + 0.5 * torch.randn(5, 2 * n, generator=g, dtype=F64)
+
+    def log_ratio(x: Tensor) -> Tensor:
+        return math.log(3 / 0.5) - 2 * (x - 1).square() + 0.5 * x.square()
+
+    weights = torch.full((5, 2 * n), 0.5 / n, dtype=F64)
+    value, ours, theirs = balance(log_ratio(q), log_ratio(p), weights, math.log(2))
+    assert (value - math.log(3)).abs().max() < 0.03
+    torch.testing.assert_close(ours.mean(1), 2 * theirs.mean(1))
+    doubled = torch.cat([p, p + 9], 1), torch.cat([weights, torch.zeros_like(weights)], 1)  # weights of zero: no draws
+    again, _, _ = balance(log_ratio(q[2]), log_ratio(doubled[0][2]), doubled[1][2], math.log(2))
+    torch.testing.assert_close(again, value[2])
+    nothing, _, _ = balance(torch.full((3,), -math.inf, dtype=F64), log_ratio(p[0]), weights[0])
+    assert nothing.isnan()
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["mild", "correlated and badly scaled"])
+@pytest.mark.parametrize("start", [None, wide], ids=["prior", "Gaussian"])
+def test_the_evidence_of_exact_draws_is_the_closed_form(hard: bool, start: Any) -> None:
+    problem = conjugate(hard)
+    smc = bf.SMC(particles=2000, ess=0.9, start=start and start(problem.posterior))
+    value, error = bf.evidence(problem.posterior.sample(2000, 1), problem.model, smc)
+    assert 0.002 < error < 0.1
+    assert abs(value - problem.log_normaliser) < 4 * error
+
+
+def test_the_error_of_the_evidence_of_draws_is_honest() -> None:
+    problem, smc = conjugate(), bf.SMC(particles=300, ess=0.9)
+    found = [bf.evidence(problem.posterior.sample(300, seed), problem.model, smc, seed=99 + seed) for seed in range(24)]
+    value, error = np.array(found).T
+    z = (value - problem.log_normaliser) / error
+    assert 0.6 < np.sqrt((z**2).mean()) < 1.45  # as 99.7 % of the means of 24 squared standard normal numbers
+    assert np.abs(z).max() < 4.5
+    assert abs(z.mean()) < 3 / math.sqrt(24)
+
+
+def test_the_way_there_and_the_way_back_agree_on_two_modes() -> None:
+    model = two_weights()
+    there = bf.sample(model, bf.SMC(particles=500), chains=12, seed=0)
+    back = bf.evidence(there, model, bf.SMC(particles=2000, ess=0.9), seed=1)
+    assert abs(back[0] - there.log_evidence[0]) < 4 * math.hypot(back[1], there.log_evidence[1])
+    assert back[1] < 0.1
+
+
+def test_the_moves_mend_draws_that_are_too_wide() -> None:
+    """Draws half as wide again as the posterior are off by nats in density, by a tenth of one in the evidence."""
+    problem = conjugate()
+    mean, draws = problem.posterior.loc, problem.posterior.sample(1000, 1)
+    value, error = bf.evidence(mean + 1.5 * (draws - mean), problem.model, bf.SMC(particles=1000, ess=0.9))
+    assert abs(value - problem.log_normaliser) < 0.1 + 4 * error
+
+
+def test_weights_of_draws_count_in_their_evidence() -> None:
+    problem = conjugate()
+    start = wide(problem.posterior)
+    theta = start.sample(4000, 0)
+    log_weights = problem.model.log_joint(theta).double() - start.log_prob(theta)
+    smc = bf.SMC(particles=1000, ess=0.9)
+    value, error = bf.evidence((theta, log_weights), problem.model, smc)
+    assert abs(value - problem.log_normaliser) < 4 * error
+
+
+def test_the_evidence_of_draws_can_be_repeated_and_takes_them_evenly() -> None:
+    model = tiny_network()
+    draws = bf.sample(model, bf.HMC(), chains=4, warmup=60, draws=50, seed=0)
+    smc = bf.SMC(particles=40)
+    assert bf.evidence(draws, model, smc, seed=3) == bf.evidence(draws, model, smc, seed=3)
+    assert bf.evidence(draws, model, smc, seed=3) != bf.evidence(draws, model, smc, seed=4)
+    rows = torch.linspace(0, 199, 40).round().long()
+    assert bf.evidence(draws.flat[rows], model, smc, seed=3) == bf.evidence(draws, model, smc, seed=3)
+    cut = bf.evidence(draws, model, bf.SMC(particles=40, chunk_size=7), seed=3)
+    assert cut == pytest.approx(bf.evidence(draws, model, smc, seed=3), abs=1e-4)
+
+
+def test_what_has_no_evidence_is_refused() -> None:
+    model = tiny_network()
+    theta = model.sample_prior(20, 0)
+    with pytest.raises(ValueError, match="at least ten draws, got 9"):
+        bf.evidence(theta[:9], model)
+    broken = theta.clone()
+    broken[3, 2] = math.nan
+    with pytest.raises(ValueError, match="1 of 20 draws are NaN or infinite"):
+        bf.evidence(broken, model)
+    with pytest.raises(ValueError, match="10"):
+        bf.evidence(theta[:, :-1], model)
+    cold = conjugate(temperature=0.5)
+    with pytest.raises(ValueError, match=r"temperature 1, and the model's is 0\.5"):
+        bf.evidence(cold.posterior.sample(20, 0), cold.model)
+
+
+# ---------------------------------------------------------------- parts
 
 
 def test_runs_are_independent_and_weights_normalised() -> None:

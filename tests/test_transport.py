@@ -29,6 +29,7 @@ from bnnflow.transport.coordinates import Context
 from bnnflow.transport.divergence import exact_divergence, hutchinson_divergence, probe_noise
 from bnnflow.transport.solvers import integrate, integrate_with_trace, time_grid
 from bnnflow.weights import Symmetries
+from tests.problems import two_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -519,6 +520,15 @@ def test_refine_leaves_exact_draws_exact():
     theta = refine(exact, model, 3, seed=1).flat
     whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), (theta - mean).T, upper=False)
     assert min(stats.kstest(row.numpy(), "norm").pvalue for row in whitened) > 1e-4
+
+
+def test_refine_frees_draws_that_start_where_the_posterior_is_too_steep():
+    """With one step size for all, 40 of 800 draws never move: their every trajectory diverges."""
+    model = two_weights()
+    theta = 2 * torch.randn(800, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    refined = refine(theta, model, 16, seed=1)
+    assert (refined.flat != theta).any(1).all()
+    assert int((refined.log_joint < -20).sum()) <= 4  # of 4,000 exact draws the least likely has -7.9
 
 
 def test_refine_survives_an_interrupt_and_refuses_weights(monkeypatch):

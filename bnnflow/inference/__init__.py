@@ -3,7 +3,7 @@
 `sample` is the door to all methods, each of which has a module of its own. Exact: `HMC`, `AdjustedMCLMC`, `PyroNUTS`,
 and `SMC` as its particles grow in number. With a bias that is set: `MCLMC`, and on mini-batches `SGLD`, `SGHMC` and
 `SGNHT`, whose step sizes may follow `Constant`, `Polynomial` or `Cyclical`. Fitted: `VI`, `NormalizingFlowVI`,
-`Laplace`, `SWAG`. To compare with: `DeepEnsemble`, `MCDropout`.
+`Laplace`, `SWAG`. To compare with: `DeepEnsemble`, `MCDropout`. `evidence` is that of draws of any of the exact ones.
 
 `Method` is what a method of one's own must be, and `Run` what it is told. Kernels (`hmc.hmc`, `mclmc.mclmc`, ...) and
 their warm-up (`trajectories.trajectory_warm_up`, `loop.warm_up`) work on any density; `loop.run_chains` gives a kernel
@@ -24,7 +24,7 @@ from bnnflow.inference.schedules import Constant, Cyclical, Polynomial
 from bnnflow.inference.sghmc import SGHMC
 from bnnflow.inference.sgld import SGLD
 from bnnflow.inference.sgnht import SGNHT
-from bnnflow.inference.smc import SMC
+from bnnflow.inference.smc import SMC, evidence
 from bnnflow.inference.swag import SWAG
 from bnnflow.inference.vi import VI
 
@@ -48,5 +48,6 @@ __all__ = [
     "Polynomial",
     "PyroNUTS",
     "Run",
+    "evidence",
     "sample",
 ]

@@ -1,4 +1,4 @@
-"""Tempered sequential Monte Carlo: particles from the prior to the posterior, and the evidence on the way."""
+"""Tempered sequential Monte Carlo: particles from the prior to the posterior or back, and the evidence on the way."""
 
 from __future__ import annotations
 
@@ -10,27 +10,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bnnflow.draws import Draws
+from bnnflow.bridge import balance
+from bnnflow.draws import Draws, as_theta
 from bnnflow.inference.hmc import hmc
 from bnnflow.inference.run import Run
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
-from bnnflow.ranks import Ranks
-from bnnflow.types import Posterior
+from bnnflow.ranks import ALONE, Ranks
+from bnnflow.seeding import as_generator
+from bnnflow.types import Posterior, Seed
 
-__all__ = ["SMC"]
+__all__ = ["SMC", "evidence"]
 
 
 class _Particles(NamedTuple):
     """Where the particles of every run are on their way; those of this process."""
 
     theta: Tensor  # (run, particle, dim)
-    log_ratio: Tensor  # (run, particle), log_joint - log start density, float64
-    log_start: Tensor  # (run, particle), float64
+    log_ratio: Tensor  # (run, particle), log density of the last end - that of the first, float64
+    log_first: Tensor  # (run, particle), float64
     log_weights: Tensor  # (run, particle), normalised over the particles of all processes
     root: Tensor  # (run, particle), which of the first particles it descends from
     fraction: Tensor  # (run,), the inverse temperature, 0 to 1
-    log_evidence: Tensor  # (run,)
+    log_normaliser: Tensor  # (run,), of the density now over that of the first end
     merged: Tensor  # (run,), log of how much less apart families are for resampling alone
     step_size: float
     acceptance: float
@@ -89,7 +91,9 @@ class SMC:
         mine = ranks.share("particles", self.particles)
         path = _Path(model, self.start, self.chunk_size)
         generator = ranks.own_generator(run.generator)
-        state = self._first(path, runs, mine, generator, run)
+        draw = model.sample_prior if self.start is None else self.start.sample
+        theta = draw(runs * mine, generator).to(model.x).unflatten(0, (runs, mine))
+        state = self._first(path, theta, ranks, run.generator)
         steps = 0
         if checkpoint and checkpoint.saved:
             state = checkpoint.saved.state("particles", state)
@@ -104,45 +108,43 @@ class SMC:
 
         with progress_bar(None, "SMC", run.progress and ranks.rank == 0, "temperature", initial=steps) as bar:
             while bool((state.fraction < 1).any()):
-                state = self._advance(path, state, ranks, generator, run.generator)
+                state = self._advance(path, state, ranks, generator, run.generator, bar)
                 steps += 1
-                bar.update()
-                bar.set_postfix(
-                    at=f"{float(state.fraction.min()):.2e}",
-                    accept=f"{state.acceptance:.2f}",
-                    step=f"{state.step_size:.1e}",
-                    gradients=f"{state.gradients:.0f}",
-                )
                 if checkpoint and checkpoint.due(True, generator.device):
                     save()
             save()
         return self._draws(model, state, steps, ranks)
 
-    def _first(self, path: _Path, runs: int, mine: int, generator: torch.Generator, run: Run) -> _Particles:
-        """Draw the particles from the start."""
-        model, device = path.model, path.model.device
-        draw = model.sample_prior if self.start is None else self.start.sample
-        theta = draw(runs * mine, generator).to(model.x).unflatten(0, (runs, mine))
-        log_start, log_joint = path(theta)
+    def _first(self, path: _Path, theta: Tensor, ranks: Ranks, shared: torch.Generator) -> _Particles:
+        """Put particles of equal weight ``(run, particle, dim)``, those of this process, at the first end."""
+        runs, mine, _ = theta.shape
+        device = theta.device
+        log_first, log_last = path(theta)
         zeros = torch.zeros(runs, dtype=torch.float64, device=device)
-        root = torch.arange(mine, device=device) + mine * run.ranks.rank
+        root = torch.arange(mine, device=device) + mine * ranks.rank
         return _Particles(
             theta=theta,
-            log_ratio=log_joint - log_start,
-            log_start=log_start,
-            log_weights=torch.full_like(log_joint, -math.log(self.particles)),
+            log_ratio=log_last - log_first,
+            log_first=log_first,
+            log_weights=torch.full_like(log_last, -math.log(mine * ranks.size)),
             root=root.expand(runs, -1),
             fraction=zeros,
-            log_evidence=zeros,
+            log_normaliser=zeros,
             merged=zeros,
-            step_size=0.5 * model.dim**-0.25,
+            step_size=0.5 * path.model.dim**-0.25,
             acceptance=0.0,
             gradients=1.0,
-            shared=run.generator.get_state(),
+            shared=shared.get_state(),
         )
 
     def _advance(
-        self, path: _Path, state: _Particles, ranks: Ranks, generator: torch.Generator, shared: torch.Generator
+        self,
+        path: _Path,
+        state: _Particles,
+        ranks: Ranks,
+        generator: torch.Generator,
+        shared: torch.Generator,
+        bar: Any,
     ) -> _Particles:
         """Go to the next temperature: reweight, resample, move."""
         ratio = ranks.gather(state.log_ratio, 1)
@@ -155,11 +157,11 @@ class SMC:
         last = fraction == 1
         everyone = ranks.gather(state.theta, 1)  # (run, particle, dim)
         parents = systematic(weights, shared)
-        parents = torch.where(last[:, None], torch.arange(self.particles, device=parents.device), parents)
+        parents = torch.where(last[:, None], torch.arange(weights.shape[1], device=parents.device), parents)
         roots = ranks.gather(state.root, 1)
         merged = merging(weights, roots)
         roots = roots.gather(1, parents)
-        weights = torch.where(last[:, None], weights, -math.log(self.particles))
+        weights = torch.where(last[:, None], weights, -math.log(weights.shape[1]))
         everyone = everyone.gather(1, parents.unsqueeze(-1).expand_as(everyone))
 
         def own(values: Tensor) -> Tensor:
@@ -167,19 +169,27 @@ class SMC:
 
         mass = _variance(everyone, weights).to(everyone.dtype)  # (run, dim)
         theta, step_size, acceptance, steps = self._move(path, own(everyone), fraction, mass, state, ranks, generator)
-        log_start, log_joint = path(theta)
+        log_first, log_last = path(theta)
+        gradients = state.gradients + steps + 1
+        bar.update()
+        bar.set_postfix(
+            at=f"{float(fraction.min()):.2e}",
+            accept=f"{acceptance:.2f}",
+            step=f"{step_size:.1e}",
+            gradients=f"{gradients:.0f}",
+        )
         return _Particles(
             theta=theta,
-            log_ratio=log_joint - log_start,
-            log_start=log_start,
+            log_ratio=log_last - log_first,
+            log_first=log_first,
             log_weights=own(weights),
             root=own(roots),
             fraction=fraction,
-            log_evidence=state.log_evidence + total,
+            log_normaliser=state.log_normaliser + total,
             merged=state.merged + torch.where(last, 0.0, merged),
             step_size=step_size,
             acceptance=acceptance,
-            gradients=state.gradients + steps + 1,
+            gradients=gradients,
             shared=shared.get_state(),
         )
 
@@ -213,12 +223,12 @@ class SMC:
         """Gather the particles and estimate the evidence with its error."""
         theta, weights = ranks.gather(state.theta, 1), ranks.gather(state.log_weights, 1)
         root = ranks.gather(state.root, 1)
-        log_joint = ranks.gather(state.log_ratio + state.log_start, 1)
+        log_joint = ranks.gather(state.log_ratio + state.log_first, 1)
         runs = len(theta)
-        evidence = state.log_evidence.logsumexp(0) - math.log(runs)
+        evidence = state.log_normaliser.logsumexp(0) - math.log(runs)
         variance = relative_variance(weights, root, state.merged).mean() / runs
         if runs > 1:
-            spread = (state.log_evidence - evidence).exp()
+            spread = (state.log_normaliser - evidence).exp()
             variance = torch.maximum(variance, spread.var() / runs)
         estimate = (float(evidence), float(variance.sqrt()))
         families = torch.stack([torch.tensor(float(len(r.unique()))) for r in root])
@@ -228,7 +238,7 @@ class SMC:
             "acceptance_rate": state.acceptance,
             "step_size": state.step_size,
             "first_ancestors": float(families.mean()),
-            "log_evidence_of_runs": state.log_evidence.tolist(),
+            "log_evidence_of_runs": state.log_normaliser.tolist(),
         }
         if model.temperature != 1:
             info["log_tempered_normaliser"] = estimate
@@ -237,31 +247,96 @@ class SMC:
         )
 
 
-class _Path:
-    """The two ends of the tempering, evaluated in chunks."""
+def evidence(
+    draws: Draws | Tensor | tuple[Tensor, Tensor | None],
+    model: BayesianModel,
+    smc: SMC | None = None,
+    *,
+    seed: Seed = 0,
+    progress: bool = True,
+) -> tuple[float, float]:
+    """Estimate the log evidence from draws of the posterior, by annealing them back to the prior.
 
-    def __init__(self, model: BayesianModel, start: Posterior | None, chunk_size: int) -> None:
-        self.model, self._start, self._chunk_size = model, start, chunk_size
+    `SMC` the other way round (Grosse, Ghahramani and Adams 2015). It needs no density of the draws, so they may come
+    from anywhere: chains, or a flow after `refine`. From a narrow density to a wide one weights have heavy tails and
+    their mean comes out too small, so the steps are short, and neighbouring temperatures are compared by the optimal
+    bridge between the particles at both (Bennett 1976). What is left of it makes the evidence too large where particles
+    are few, by half an error with 150. Draws that do not quite follow the posterior bias the first steps, until the
+    moves of the particles have mended them.
+
+    Args:
+        draws: ``(..., dim)``; weighted ones are resampled. Of more than there are particles some are taken, evenly.
+        model: the posterior, at temperature 1.
+        smc: how to anneal, and where to if not to the prior (``start``); ``SMC(particles=500, ess=0.9)`` if None. Of
+            its particles as many are used as there are draws.
+        seed: an int or a generator.
+        progress: show a bar at a terminal.
+
+    Returns:
+        The log evidence and its standard error by the delta method, as if draws and transitions were independent.
+
+    Raises:
+        ValueError: if the draws do not fit the model, are fewer than ten or not finite, or the temperature is not 1.
+    """
+    theta, log_weights = as_theta(draws)
+    model.spec.check(theta)
+    if model.temperature != 1:
+        raise ValueError(f"the evidence is that of temperature 1, and the model's is {model.temperature}")
+    if len(theta) < 10:
+        raise ValueError(f"evidence needs at least ten draws, got {len(theta)}")
+    if not bool(theta.isfinite().all()):
+        raise ValueError(f"{int((~theta.isfinite().all(1)).sum())} of {len(theta)} draws are NaN or infinite")
+    smc, generator = smc or SMC(particles=500, ess=0.9), as_generator(seed, model.device)
+    n = min(smc.particles, len(theta))
+    theta = theta.to(model.x)
+    if log_weights is not None:
+        theta = theta[systematic(log_weights.double().to(model.device).unsqueeze(0), generator)[0]]
+    rows = torch.linspace(0, len(theta) - 1, n).round().long().to(theta.device)
+    path = _Path(model, smc.start, smc.chunk_size, back=True)
+    state = smc._first(path, theta[rows].unsqueeze(0), ALONE, generator)
+    value = variance = 0.0
+    influence = torch.zeros_like(state.log_ratio)  # of every particle on `value`, times their number
+    with progress_bar(None, "evidence", progress, "temperature") as bar:
+        while float(state.fraction) < 1:
+            before, state = state, smc._advance(path, state, ALONE, generator, generator, bar)
+            part, weights = float(state.fraction - before.fraction), state.log_weights.exp()
+            step, here, there = balance(part * before.log_ratio, part * state.log_ratio, weights)
+            value += float(step)
+            slope = float((here * (1 - here)).mean() + (weights * there * (1 - there)).sum())
+            influence = influence + (here - here.mean()) / slope
+            variance += float(influence.square().sum()) / n**2
+            influence = ((weights * there).sum() - there) / slope
+    variance += float((state.log_weights.exp() * influence).square().sum())
+    return -value, math.sqrt(variance)
+
+
+class _Path:
+    """From the start, the prior if None, to the posterior, or back; both ends are evaluated in chunks."""
+
+    def __init__(self, model: BayesianModel, start: Posterior | None, chunk_size: int, *, back: bool = False) -> None:
+        self.model, self._start, self._chunk_size, self._back = model, start, chunk_size, back
 
     def __call__(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the log density of the start and log_joint, ``(run, particle)`` each."""
-        log_start, _, log_joint, _ = self._ends(theta.flatten(0, 1))
-        return log_start.reshape(theta.shape[:2]), log_joint.reshape(theta.shape[:2])
+        """Return the log densities of both ends, ``(run, particle)`` each."""
+        log_first, _, log_last, _ = self._ends(theta.flatten(0, 1))
+        return log_first.reshape(theta.shape[:2]), log_last.reshape(theta.shape[:2])
 
     def tempered(self, fraction: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """Return the density at inverse temperatures ``(particle,)`` of its own for every particle."""
+        """Return the density at fractions ``(particle,)`` of the way, one of its own for every particle."""
 
         def target(theta: Tensor) -> tuple[Tensor, Tensor]:
-            log_start, start_grad, log_joint, grad = self._ends(theta)
-            part = fraction[:, None].to(grad.dtype)
-            return torch.lerp(log_start, log_joint, fraction), torch.lerp(start_grad, grad, part)
+            log_first, first_grad, log_last, last_grad = self._ends(theta)
+            part = fraction[:, None].to(last_grad.dtype)
+            return torch.lerp(log_first, log_last, fraction), torch.lerp(first_grad, last_grad, part)
 
         return target
 
     def _ends(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return value and gradient of the log start density and of log_joint, at ``(particle, dim)``."""
+        """Return value and gradient of the log density at the first end and at the last, at ``(particle, dim)``."""
         parts = [self._chunk(rows) for rows in theta.split(self._chunk_size)]
         log_start, start_grad, log_joint, grad = (torch.cat(values) for values in zip(*parts, strict=True))
+        if self._back:
+            return log_joint, grad, log_start, start_grad
         return log_start, start_grad, log_joint, grad
 
     def _chunk(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

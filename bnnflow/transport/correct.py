@@ -15,7 +15,7 @@ from torch import Tensor
 from bnnflow.draws import Draws, as_theta
 from bnnflow.gaussian import Gaussian
 from bnnflow.inference.hmc import hmc, leapfrog
-from bnnflow.inference.smc import merging, next_fraction, relative_variance, systematic
+from bnnflow.inference.smc import evidence, merging, next_fraction, relative_variance, systematic
 from bnnflow.inference.trajectories import functions, trajectory_warm_up
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
@@ -99,7 +99,8 @@ def correct(
     - ``"defensive"``: the same for a mixture of q and a tenth of a wide Student law (Hesterberg 1995), against tails
       that the flow has too light.
     - ``"resample"``: draws of q, resampled by their smoothed weights (Rubin 1988); equal weights, repeated draws.
-    - ``"refine"``: `refine` on every draw, without weights; no evidence of its own.
+    - ``"refine"``: `refine` on every draw, without weights; the evidence by annealing some of them back to the prior
+      (`bnnflow.evidence`), which needs no density of the flow, up to dim 2000.
     - ``"smc"``: particles tempered from q to the posterior along N(x0; 0, I) w^b in latent space, resampled and moved
       by preconditioned Crank-Nicolson steps around their mean.
     - ``"metropolis"``: chains that mix independent proposals from q, latent Crank-Nicolson steps and Hamiltonian
@@ -162,15 +163,15 @@ def correct(
         "cpu_seconds": time.process_time() - cpu,
         "model": model.fingerprint(),
     }
-    evidence = info["evidences"].get(chosen) or info["evidences"].get("bridge")
+    estimate = info["evidences"].get(chosen) or info["evidences"].get("bridge")
     if model.temperature != 1:
-        info["log_tempered_normaliser"], evidence = evidence, None
+        info["log_tempered_normaliser"], estimate = estimate, None
     return Correction(
         outcome.theta,
         outcome.log_joint,
         outcome.stats,
         outcome.log_weights,
-        evidence,
+        estimate,
         info=outcome.info | info,
     )
 
@@ -343,7 +344,18 @@ def _refine(job: _Job, points: Points | None) -> Outcome:
         "acceptance_rate": second.info["acceptance_rate"],
         "step_size": second.info["step_size"],
     }
-    return Outcome(second.theta, second.log_joint, float(second.draws), info)
+    return Outcome(second.theta, second.log_joint, float(second.draws), info, evidence=_annealed(job, second))
+
+
+def _annealed(job: _Job, draws: Draws) -> tuple[float, float] | None:
+    """Return the evidence of refined draws, where it can be had at a price like theirs."""
+    if job.findings.interrupted or job.model.temperature != 1 or job.model.dim > _WEIGHED or draws.draws < 10:
+        return None
+    try:
+        return evidence(draws, job.model, seed=job.generator, progress=job.progress)
+    except KeyboardInterrupt:
+        job.findings.stopped("while the evidence was sought")
+        return None
 
 
 def _smc(job: _Job, points: Points | None) -> Outcome:
@@ -651,7 +663,8 @@ def _judge(
             findings.severe.append(f"densities are estimates ({latent.trace}), and weights made of them are biased")
     if outcome.evidence is not None:
         value, error = outcome.evidence
-        outcome = outcome._replace(evidence=(value, math.hypot(error, solver.shift)))
+        if chosen != "refine":  # whose evidence rests on no density of the flow
+            outcome = outcome._replace(evidence=(value, math.hypot(error, solver.shift)))
         info["evidences"][chosen] = outcome.evidence
     if held is not None:
         features = functools.partial(_features, job.model)
@@ -692,8 +705,10 @@ def refine(
 
     Each transition leaves the posterior invariant at its step size; the law of the draws comes closer to it with every
     step, whatever it was. One step size serves all draws: a short pilot on some of them finds it, and it follows the
-    mean acceptance rate afterwards. The mass matrix is the draws' own variance. Costs at most
-    ``steps * n_leapfrog + 1`` gradients a draw, and less than one more for the pilot on large sets.
+    mean acceptance rate afterwards. Where a draw starts, the posterior may be too steep for it: in the first half of
+    the steps a draw that has not moved takes the next at a quarter of its reach, and doubles it when it moves. The mass
+    matrix is the draws' own variance. Costs at most ``steps * n_leapfrog + 1`` gradients a draw, and less than one more
+    for the pilot on large sets.
 
     Args:
         theta: the draws, ``(..., dim)``.
@@ -742,17 +757,26 @@ def refine(
     gradients = 1 + pilot_steps * (pilot_leapfrog + 1) * len(pilot_rows) / len(flat)
     kernel = hmc(target, step_size, n_leapfrog, mass)
     states = [kernel.init(rows, generator) for rows in flat.split(chunk_size)]
+    reach = torch.ones(len(flat), 1, dtype=flat.dtype, device=flat.device)  # of every draw, relative to step_size
     acceptance, done = torch.zeros(1), 0
     with progress_bar(steps, "refine", progress, "step") as bar:
         try:
-            for _ in range(steps):
-                kernel = hmc(target, step_size, n_leapfrog, mass)
-                moved = [kernel.step(state, generator) for state in states]
+            for step in range(steps):
+                if step == steps // 2:
+                    reach = torch.ones_like(reach)
+                moved = []
+                for state, own in zip(states, reach.split(chunk_size), strict=True):
+                    kernel = hmc(target, step_size, n_leapfrog, mass if step >= steps // 2 else mass * own.square())
+                    moved.append(kernel.step(state, generator))
+                stayed = [(new.theta == old.theta).all(1) for (new, _), old in zip(moved, states, strict=True)]
                 states = [state for state, _ in moved]
                 acceptance = torch.cat([info.acceptance_rate for _, info in moved])
                 counts = [float(info.n_steps[0]) * len(info.n_steps) for _, info in moved]
                 gradients += sum(counts) / len(flat)
-                step_size = adapted(step_size, acceptance)
+                whole = (reach == 1).squeeze(1)
+                if bool(whole.any()):
+                    step_size = adapted(step_size, acceptance[whole])
+                reach = torch.where(torch.cat(stayed).unsqueeze(1), reach / 4, (2 * reach).clamp(max=1.0))
                 done += 1
                 bar.update()
         except KeyboardInterrupt:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bnnflow.bridge import balance
 from bnnflow.draws import Draws, as_theta
 from bnnflow.model import BayesianModel
 from bnnflow.seeding import as_generator
@@ -173,8 +174,8 @@ def bridge(forward: Tensor, reverse: Tensor, posterior: HeldOut) -> Estimate | N
     """Estimate the evidence from draws of both sides by the optimal bridge (Bennett 1976; Meng and Wong 1996).
 
     The log evidence is the c at which n_q mean_q s(l - c + m) = n_p mean_p s(c - l - m), where l are log weights
-    log p - log q, s is the logistic function and m = log(n_p / n_q): the fixed point of Meng and Wong's iteration,
-    found by bisection. n_p counts effective draws of the chains, and so does the error (Frühwirth-Schnatter 2004).
+    log p - log q, s is the logistic function and m = log(n_p / n_q). n_p counts effective draws of the chains, and so
+    does the error (Frühwirth-Schnatter 2004).
 
     Args:
         forward: log weights at draws of q, ``(n,)``.
@@ -185,39 +186,18 @@ def bridge(forward: Tensor, reverse: Tensor, posterior: HeldOut) -> Estimate | N
         The estimate, or None where the two hardly overlap.
     """
     forward, reverse = forward.double(), reverse.double()
-    finite = torch.cat([forward, reverse])
-    finite = finite[finite.isfinite()]
-    if not len(finite) or not bool(forward.isfinite().any()) or not bool(reverse.isfinite().any()):
+    weights, n = posterior.weights.exp(), len(forward)
+    value, ours, theirs = balance(forward, reverse, weights, math.log(len(reverse) / n))
+    if value.isnan():
         return None
-    bounds = float(finite.min()) - 50.0, float(finite.max()) + 50.0
-    weights, n, m = posterior.weights.exp(), len(forward), float(len(reverse))
-    value, ours, theirs = _balance(forward, reverse, weights, m, bounds)
     m = posterior.ess(theirs)  # found out by the first pass: how many draws of the chains count
-    value, ours, theirs = _balance(forward, reverse, weights, m, bounds)
+    value, ours, theirs = balance(forward, reverse, weights, math.log(m / n))
     mean = float((weights * theirs).sum())
     if n * float(ours.mean()) < _OVERLAP:  # of either side: this is what c makes equal
         return None
     variance = float(ours.var()) / n / float(ours.mean()) ** 2
     variance += float((weights * (theirs - mean).square()).sum()) / m / mean**2
-    return value, math.sqrt(variance)
-
-
-def _balance(
-    forward: Tensor, reverse: Tensor, weights: Tensor, m: float, bounds: tuple[float, float]
-) -> tuple[float, Tensor, Tensor]:
-    """Solve the equation of `bridge` for ``m`` draws of the posterior; return c and both logistic functions."""
-    n, shift = len(forward), math.log(m / len(forward))
-
-    def sides(value: float) -> tuple[Tensor, Tensor]:
-        return (forward - value + shift).sigmoid(), (value - reverse - shift).sigmoid()
-
-    low, high = bounds
-    for _ in range(100):
-        value = 0.5 * (low + high)
-        ours, theirs = sides(value)
-        below = n * float(ours.mean()) > m * float((weights * theirs).sum())
-        low, high = (value, high) if below else (low, value)
-    return low, *sides(low)
+    return float(value), math.sqrt(variance)
 
 
 def distance(a: Tensor, a_weights: Tensor, b: Tensor, b_weights: Tensor, tolerance: Tensor | float = 0.0) -> float:

@@ -138,8 +138,8 @@ def price(name: str, seconds: float, gradients: float, each: float, start: float
     print(f"  {name:34s} {1e3 * seconds / each:10.2f} {gradients / each:10.0f} {start:10.0f}", flush=True)
 
 
-def prices(model: bf.BayesianModel, hmc: bf.Draws, hmc_ess: float, smc: bool) -> tuple[float, float] | None:
-    """Print what effective draws of samplers cost; return the evidence by tempered SMC, if wanted, and its error."""
+def prices(model: bf.BayesianModel, hmc: bf.Draws, hmc_ess: float) -> tuple[float, float]:
+    """Print what effective draws of samplers cost; return the log evidence by tempered SMC and its error."""
     print(f"  {'an effective draw':34s} {'CPU ms':>10s} {'gradients':>10s} {'start, s':>10s}")
     chains, warmup, draws = CHAINS, WARMUP, hmc.theta.shape[1]
     share = draws / (warmup + draws)  # of the gradients; those of adaptation are paid once
@@ -151,8 +151,6 @@ def prices(model: bf.BayesianModel, hmc: bf.Draws, hmc_ess: float, smc: bool) ->
     found = bf.diagnose(other, model)
     worst = f", R-hat {found.r_hat.max():.3f}" if found.r_hat is not None else ""
     price(f"MCLMC{worst}", cpu * share, count * share, float(np.median(found.ess_bulk)), cpu * (1 - share))
-    if not smc:
-        return None
     particles = bf.sample(model, bf.SMC(particles=PARTICLES), chains=8, seed=2)
     weights, evidence = particles.log_weights, particles.log_evidence
     assert weights is not None, "SMC weighs its particles"
@@ -180,7 +178,8 @@ def main() -> None:
     parser.add_argument("--map", type=float, default=0.0, help="seconds for a map of four evaluations from the flow")
     parser.add_argument("--no-draws", type=float, default=0.0, help="seconds for a flow that makes its own targets")
     parser.add_argument("--refine", type=int, default=8, help="transitions of every row's refinement")
-    parser.add_argument("--density", type=int, default=1000, help="draws with an exact density; 0 for none, and no SMC")
+    parser.add_argument("--density", type=int, default=1000, help="draws with an exact density; 0 for none")
+    parser.add_argument("--annealed", type=int, default=1000, help="draws that are annealed back for the evidence")
     parser.add_argument("--density-steps", type=int, default=8, help="half as many as there are traces")
     parser.add_argument("--load", action="store_true", help="take the flow that an earlier run has saved")
     args = parser.parse_args()
@@ -195,21 +194,21 @@ def main() -> None:
         info = json.loads(str(given.published["info"]))
         lppd, error = info.get("lppd", info.get("lppd_std")), info["lppd_mc_se"]
         print(f"published: LPPD {lppd:.4f} +- {error:.4f}, log joint {info['log_joint_mean']:.2f}")
-    evidence = prices(model, draws, float(np.median(found.ess_bulk)), args.density > 0)
-    if evidence is not None:
-        print(f"  log evidence by SMC: {evidence[0]:.2f} +- {evidence[1]:.2f}")
+    evidence = prices(model, draws, float(np.median(found.ess_bulk)))
+    print(f"  log evidence by SMC: {evidence[0]:.2f} +- {evidence[1]:.2f}")
     seen, unseen = draws.theta[:48].flatten(0, 1), draws.theta[48:].flatten(0, 1)
     table = Table(given, unseen[torch.randperm(len(unseen), generator=torch.Generator().manual_seed(0))[:DRAWS]])
     newton = args.newton if args.newton is not None else {"sine": 2, "yacht": 4}.get(args.name, 0)
     displacement = GaussNewton(newton) if newton else GradientSteps(args.climb)
     own = args.steps * 2 * (newton or 2 * args.climb + 1)
 
-    def show(name: str, theta: Tensor, gradients: float, seconds: float) -> None:
+    def show(name: str, theta: Tensor, gradients: float, seconds: float) -> bf.Draws:
         table.row(name, theta, gradients, seconds)
         moved = bf.refine(theta, model, args.refine, seed=2)
         cost = moved.info["gradients_per_draw"]
         total, spent = gradients + cost, seconds + moved.info["cpu_seconds"]
         table.row(f"  + refine ({cost:.0f} gradients)", moved.flat, total, spent)
+        return moved
 
     if not args.no_starts:
         show("prior", model.sample_prior(DRAWS, 1), 0, 0)
@@ -238,7 +237,12 @@ def main() -> None:
     began = time.process_time()
     theta = flow.sample(DRAWS, 1, steps=args.steps)
     seconds, own = time.process_time() - began, 0 if args.velocity == "weights" else own
-    show(f"{args.velocity} flow", theta, own, seconds)
+    moved = show(f"{args.velocity} flow", theta, own, seconds)
+    for name, some in (("refined draws", moved), ("raw draws", theta)):
+        began = time.process_time()
+        value, error = bf.evidence(some, model, bf.SMC(particles=args.annealed, ess=0.9), seed=4)
+        print(f"  log evidence by annealing {args.annealed} {name} back: {value:.2f} +- {error:.2f}, "
+              f"{time.process_time() - began:.0f} CPU s (SMC {evidence[0]:.2f} +- {evidence[1]:.2f})")  # fmt: skip
     print(f"  variance over the truth's: {table.by_layer(theta)}")
     generated, fresh = (nearest(each[:1000], seen, model.spec) for each in (theta, unseen))
     print(
