@@ -604,6 +604,28 @@ def test_an_interrupted_refinement_is_not_trusted(monkeypatch: pytest.MonkeyPatc
     assert fixed.verdict.startswith("do not trust")
 
 
+def test_an_interrupt_while_the_evidence_is_sought_keeps_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = conjugate()
+
+    def interrupted(*args: Any, **options: Any) -> tuple[float, float]:
+        raise KeyboardInterrupt
+
+    whole = bf.correct(near(problem), problem.model, 100, "refine", seed=0)
+    monkeypatch.setattr(MODULE, "evidence", interrupted)
+    with pytest.warns(UserWarning, match="interrupted while the evidence was sought"):
+        fixed = bf.correct(near(problem), problem.model, 100, "refine", seed=0)
+    torch.testing.assert_close(fixed.theta, whole.theta)
+    assert fixed.info["interrupted"]
+    assert whole.log_evidence is not None
+    assert fixed.log_evidence is None
+
+
+def test_a_tempered_posterior_has_no_evidence_after_refinement() -> None:
+    problem = conjugate(temperature=0.5)
+    fixed = bf.correct(near(problem), problem.model, 100, "refine", seed=0)
+    assert fixed.log_evidence is fixed.info["log_tempered_normaliser"] is None
+
+
 def test_an_interrupt_before_anything_goes_on() -> None:
     problem = conjugate()
     flow = near(problem)
