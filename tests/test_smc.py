@@ -180,6 +180,10 @@ def test_what_has_no_evidence_is_refused() -> None:
         bf.evidence(broken, model)
     with pytest.raises(ValueError, match="10"):
         bf.evidence(theta[:, :-1], model)
+    far = theta.clone()
+    far[3] = 1e200
+    with pytest.raises(ValueError, match="no finite posterior"):
+        bf.evidence(far, model)
     cold = conjugate(temperature=0.5)
     with pytest.raises(ValueError, match=r"temperature 1, and the model's is 0\.5"):
         bf.evidence(cold.posterior.sample(20, 0), cold.model)

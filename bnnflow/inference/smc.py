@@ -225,12 +225,12 @@ class SMC:
         root = ranks.gather(state.root, 1)
         log_joint = ranks.gather(state.log_ratio + state.log_first, 1)
         runs = len(theta)
-        evidence = state.log_normaliser.logsumexp(0) - math.log(runs)
+        value = state.log_normaliser.logsumexp(0) - math.log(runs)
         variance = relative_variance(weights, root, state.merged).mean() / runs
         if runs > 1:
-            spread = (state.log_normaliser - evidence).exp()
+            spread = (state.log_normaliser - value).exp()
             variance = torch.maximum(variance, spread.var() / runs)
-        estimate = (float(evidence), float(variance.sqrt()))
+        estimate = (float(value), float(variance.sqrt()))
         families = torch.stack([torch.tensor(float(len(r.unique()))) for r in root])
         info = {
             "temperatures": steps,
@@ -276,7 +276,8 @@ def evidence(
         The log evidence and its standard error by the delta method, as if draws and transitions were independent.
 
     Raises:
-        ValueError: if the draws do not fit the model, are fewer than ten or not finite, or the temperature is not 1.
+        ValueError: if the draws do not fit the model, are fewer than ten, not finite or of no density, or the
+            temperature is not 1.
     """
     theta, log_weights = as_theta(draws)
     model.spec.check(theta)
@@ -294,6 +295,8 @@ def evidence(
     rows = torch.linspace(0, len(theta) - 1, n).round().long().to(theta.device)
     path = _Path(model, smc.start, smc.chunk_size, back=True)
     state = smc._first(path, theta[rows].unsqueeze(0), ALONE, generator)
+    if not bool(state.log_ratio.isfinite().all()):
+        raise ValueError("some draws have no finite posterior or start density: they are not the posterior's")
     value = variance = 0.0
     influence = torch.zeros_like(state.log_ratio)  # of every particle on `value`, times their number
     with progress_bar(None, "evidence", progress, "temperature") as bar:
