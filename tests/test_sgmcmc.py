@@ -735,7 +735,7 @@ def network() -> bf.BayesianModel:
 def test_predictions_agree_with_hmc(method: Any) -> None:
     model = network()
     exact = bf.sample(model, bf.HMC(), chains=16, warmup=300, draws=500, seed=0)
-    draws = bf.sample(model, method, chains=16, warmup=300, draws=1500, seed=0)
+    draws = bf.sample(model, method, chains=16, warmup=300, draws=4000, seed=0)
     sites = torch.linspace(-2, 2, 9, dtype=F64).unsqueeze(-1)
     for function in (lambda f: f, lambda f: f.square()):
         both = [function(model.outputs(d.theta, sites).squeeze(-1)) for d in (draws, exact)]
