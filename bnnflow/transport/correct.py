@@ -762,11 +762,11 @@ def refine(
     with progress_bar(steps, "refine", progress, "step") as bar:
         try:
             for step in range(steps):
-                if step == steps // 2:
+                early, moved = step < steps // 2, []
+                if not early:
                     reach = torch.ones_like(reach)
-                moved = []
                 for state, own in zip(states, reach.split(chunk_size), strict=True):
-                    kernel = hmc(target, step_size, n_leapfrog, mass if step >= steps // 2 else mass * own.square())
+                    kernel = hmc(target, step_size, n_leapfrog, mass * own.square() if early else mass)
                     moved.append(kernel.step(state, generator))
                 stayed = [(new.theta == old.theta).all(1) for (new, _), old in zip(moved, states, strict=True)]
                 states = [state for state, _ in moved]
