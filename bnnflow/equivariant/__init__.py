@@ -5,6 +5,7 @@ from bnnflow.equivariant.inr import INRs, fit_images, fit_inrs, image_grid, rend
 from bnnflow.equivariant.layers import DWSInvariant, DWSLayer
 from bnnflow.equivariant.network import DWSNet
 from bnnflow.equivariant.scaling import TensorScaler
+from bnnflow.equivariant.signed import SignedDWSNet
 
 __all__ = [
     "DWSInvariant",
@@ -12,6 +13,7 @@ __all__ = [
     "DWSNet",
     "GraphNet",
     "INRs",
+    "SignedDWSNet",
     "TensorScaler",
     "fit_images",
     "fit_inrs",

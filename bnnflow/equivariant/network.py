@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from bnnflow.equivariant.layers import FusedLinear, by_kind, mean
 from bnnflow.equivariant.layout import Channels, Fused, Layout
 from bnnflow.weights import WeightSpec
 
-__all__ = ["DWSNet", "TimeEmbedding", "embedded_condition", "perceptron"]
+__all__ = ["DWSNet", "Messages", "TimeEmbedding", "embedded_condition", "perceptron"]
 
 
 class TimeEmbedding(nn.Module):
@@ -198,7 +198,7 @@ class _Block(nn.Module):
     def __init__(self, layout: Layout, channels: Channels, condition: int, heads: int, expansion: int = 2) -> None:
         super().__init__()
         self._layout, self._channels = layout, channels
-        self.messages = _Messages(layout, channels, heads) if heads and channels.matrices else None
+        self.messages = Messages(layout, channels, heads) if heads and channels.matrices else None
         heard = 0 if self.messages is None else self.messages.length
         seen = Channels(
             tuple(c + heard for c in channels.units),
@@ -264,14 +264,22 @@ class _Block(nn.Module):
         return [self.narrow[kind](F.silu(part)) for kind, part in zip(layout.kinds, parts, strict=True)]
 
 
-class _Messages(nn.Module):
+class Messages(nn.Module):
     """What the units at the two ends of the edges send each other: features times the heads of their edge.
 
     Unit i of the rows hears sum_j E_ij (V h_j) of every head E, and the columns hear the rows in the same way: what a
     forward and a backward pass through the network itself do.
+
+    Args:
+        layout: where the features live.
+        channels: of the units; ``globals`` of them are carried.
+        heads: of each edge.
+        norm: of what is heard.
     """
 
-    def __init__(self, layout: Layout, channels: Channels, heads: int) -> None:
+    def __init__(
+        self, layout: Layout, channels: Channels, heads: int, norm: Callable[[int], nn.Module] = nn.LayerNorm
+    ) -> None:
         super().__init__()
         self._layout = layout
         self._shape = (heads, -(-channels.globals // heads))
@@ -279,7 +287,7 @@ class _Messages(nn.Module):
         kinds = range(len(channels.matrices))
         self.to_rows = nn.ModuleList(nn.Linear(channels.globals, self.length, bias=False) for _ in kinds)
         self.to_columns = nn.ModuleList(nn.Linear(channels.globals, self.length, bias=False) for _ in kinds)
-        self.norms = nn.ModuleList(nn.LayerNorm(self.length) for _ in channels.units)
+        self.norms = nn.ModuleList(norm(self.length) for _ in channels.units)
 
     def forward(self, units: list[Tensor], carriers: list[Tensor]) -> list[Tensor]:
         """Return the sum of all messages to each unit, ``(batch, n, length)`` for each hidden layer.

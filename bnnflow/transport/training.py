@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bnnflow import storage
 from bnnflow.draws import Draws, as_theta
+from bnnflow.equivariant.signed import has_signs
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
 from bnnflow.ranks import ALONE, Ranks, connect
@@ -31,7 +32,7 @@ from bnnflow.transport.source import Source
 from bnnflow.transport.targets import ROWS, InformedPath, obeys_stein
 from bnnflow.transport.times import Times, TowardsEnd
 from bnnflow.transport.velocity import NO_SYMMETRY, InformedVelocity, ResidualVelocity, WeightsVelocity, bound
-from bnnflow.types import Optimiser, Seed
+from bnnflow.types import Architecture, Optimiser, Seed
 from bnnflow.weights import Symmetries
 
 __all__ = ["fit_flow", "train"]
@@ -88,7 +89,8 @@ def fit_flow(
         draws: from it: `Draws`, weights ``(..., dim)``, or a pair (weights, log weights).
         velocity: ``"informed"`` sees the gradient of the likelihood: far more accurate on sharp posteriors, several
             gradients an evaluation. ``"weights"`` sees weights only: cheapest to sample. ``"residual"`` corrects the
-            closed form of a Gaussian fit, for aligned draws. Or a field of your own.
+            closed form of a Gaussian fit, for aligned draws. The network of the first two is a `SignedDWSNet` where the
+            source keeps signs of all hidden units (tanh, an even prior), else a `DWSNet`. Or a field of your own.
         coupling: `Independent` unless said otherwise; `Matched` straightens the paths.
         path: of the pairs; that of the field unless said otherwise, and else linear.
         source: the law at t = 0; the prior if None.
@@ -134,7 +136,7 @@ def fit_flow(
     coupling = coupling if coupling is not None else Independent()
     generator = as_generator(seed, model.device)
     with isolated(generator):
-        field = _field(velocity, model, x1, path).to(model.device, model.dtype).train()
+        field = _field(velocity, model, source, x1, path).to(model.device, model.dtype).train()
     # A field that declares no symmetry is for one cloud: spreading that over its orbit would undo the alignment.
     group = source.symmetries(model) if any(getattr(field, "group", (True,))) else NO_SYMMETRY
 
@@ -322,16 +324,21 @@ def _checked(
     return theta, log_weights
 
 
-def _field(velocity: str | nn.Module, model: BayesianModel, x1: Tensor, path: AffinePath | None) -> nn.Module:
+def _field(
+    velocity: str | nn.Module, model: BayesianModel, source: Source, x1: Tensor, path: AffinePath | None
+) -> nn.Module:
     if isinstance(velocity, nn.Module):
         return copy.deepcopy(bound(velocity, None)).requires_grad_()
+    signed = has_signs(model.spec) and source.symmetries(model).sign >= set(model.spec.widths)
+    architecture: Architecture = "signed" if signed else "dws"
     if velocity == "weights":
-        return WeightsVelocity(model.spec, path=path)
+        return WeightsVelocity(model.spec, architecture=architecture, path=path)
     if velocity == "residual":
         return ResidualVelocity.fit(model.spec, x1, path=path)
     if velocity == "informed":
         linearises = model.likelihood.kind == "regression" and hasattr(model.likelihood, "fisher_factor")
-        return InformedVelocity(model.spec, GaussNewton(2) if linearises else GradientSteps(), path=path)
+        displacement = GaussNewton(2) if linearises else GradientSteps()
+        return InformedVelocity(model.spec, displacement, architecture=architecture, path=path)
     raise ValueError(f"velocity must be 'informed', 'weights', 'residual' or a module, got {velocity!r}")
 
 

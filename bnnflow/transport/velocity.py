@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnnflow.equivariant import DWSNet, GraphNet
+from bnnflow.equivariant import DWSNet, GraphNet, SignedDWSNet
 from bnnflow.equivariant.network import TimeEmbedding
 from bnnflow.model.fused import recorded
 from bnnflow.transport.coordinates import Context
@@ -44,8 +44,9 @@ _ELEMENTS = (2**27, 2**21)  # of a Jacobian for each draw of a block, on an acce
 _LAST = 0.02  # where x1 - x is divided by 1 - t, it is by no less than this
 
 
-def _permutations(spec: WeightSpec) -> Symmetries:
-    return Symmetries(frozenset(spec.widths), frozenset(), frozenset())
+def _group(spec: WeightSpec, architecture: Architecture) -> Symmetries:
+    labels = frozenset(spec.widths)
+    return Symmetries(labels, labels if architecture == "signed" else frozenset(), frozenset())
 
 
 def _times(t: Tensor, x: Tensor) -> Tensor:
@@ -56,14 +57,16 @@ class WeightsVelocity(nn.Module):
     """A field that sees weights and time only: the source's own field plus a network over weights.
 
     v = rest(t) x + net(t, x); the first term is the exact field of a posterior that equals the source. Costs no
-    gradient of the likelihood, whatever the size of the data. Equivariant to permutations of hidden units.
+    gradient of the likelihood, whatever the size of the data. Equivariant to permutations of hidden units, and to
+    their signs if the network is.
 
     Args:
         spec: the meaning of the weights.
         width: channels of the network.
         depth: blocks of the network.
-        architecture: ``"dws"``, a `DWSNet`, or ``"graph"``, a `GraphNet`.
-        heads: of the messages between units in a `DWSNet`.
+        architecture: ``"dws"``, a `DWSNet`; ``"signed"``, a `SignedDWSNet`, which also commutes with signs of units,
+            where the source keeps them; or ``"graph"``, a `GraphNet`.
+        heads: of the messages between units; none in a `DWSNet` and four in a `SignedDWSNet` unless said otherwise.
         parametrisation: ``"velocity"``, or ``"x1"``: the network corrects E[x1 | x_t], which is then converted, and
             is trained on the error of that.
         path: the path of the pairs.
@@ -76,14 +79,14 @@ class WeightsVelocity(nn.Module):
         depth: int = 4,
         *,
         architecture: Architecture = "dws",
-        heads: int = 0,
+        heads: int | None = None,
         parametrisation: Parametrisation = "velocity",
         path: AffinePath | None = None,
     ) -> None:
         super().__init__()
         if parametrisation not in ("velocity", "x1"):
             raise ValueError(f"parametrisation must be 'velocity' or 'x1', got {parametrisation!r}")
-        self.spec, self.group = spec, _permutations(spec)
+        self.spec, self.group = spec, _group(spec, architecture)
         self.path = path if path is not None else AffinePath()
         self.parametrisation: Parametrisation = parametrisation
         self._config = {"width": width, "depth": depth, "architecture": architecture, "heads": heads}
@@ -167,15 +170,17 @@ class InformedVelocity(nn.Module):
     As `DriveVelocity`, with the drive w of one displacement, or a learned mix of several, and a `DWSNet` that sees x,
     the displacements and the gradients and learns what is missing:
     v = rest x + pull c(t) w + net(t, x, s w / (1 + 0.05 / s), asinh(s^2 grad)), finite at t = 1. Untrained (c adds up
-    to 1, net = 0) it is a sampler of its own. Equivariant to permutations of hidden units.
+    to 1, net = 0) it is a sampler of its own. Equivariant to permutations of hidden units, and to their signs if the
+    network is.
 
     Args:
         spec: the meaning of the weights.
         displacement: `GradientSteps` or `GaussNewton`, or several to mix.
         width: channels of the network.
         depth: blocks of the network.
-        architecture: ``"dws"``, a `DWSNet`, or ``"graph"``, a `GraphNet`.
-        heads: of the messages between units in a `DWSNet`.
+        architecture: ``"dws"``, a `DWSNet`; ``"signed"``, a `SignedDWSNet`, which also commutes with signs of units,
+            where the source keeps them; or ``"graph"``, a `GraphNet`.
+        heads: of the messages between units; none in a `DWSNet` and four in a `SignedDWSNet` unless said otherwise.
         path: the path of the pairs.
     """
 
@@ -187,11 +192,11 @@ class InformedVelocity(nn.Module):
         depth: int = 4,
         *,
         architecture: Architecture = "dws",
-        heads: int = 0,
+        heads: int | None = None,
         path: AffinePath | None = None,
     ) -> None:
         super().__init__()
-        self.spec, self.group = spec, _permutations(spec)
+        self.spec, self.group = spec, _group(spec, architecture)
         given = GradientSteps() if displacement is None else displacement
         self.displacements = tuple(given) if isinstance(given, Sequence) else (given,)
         self.path = path if path is not None else AffinePath()
@@ -398,13 +403,15 @@ def _rebuilt(description: dict[str, Any], spec: WeightSpec) -> nn.Module:
 
 
 def _network(
-    spec: WeightSpec, features: int, width: int, depth: int, architecture: Architecture, heads: int
-) -> DWSNet | GraphNet:
+    spec: WeightSpec, features: int, width: int, depth: int, architecture: Architecture, heads: int | None
+) -> DWSNet | SignedDWSNet | GraphNet:
     if architecture == "dws":
-        return DWSNet(spec, features, 1, width, depth, time=True, heads=heads)
+        return DWSNet(spec, features, 1, width, depth, time=True, heads=0 if heads is None else heads)
+    if architecture == "signed":
+        return SignedDWSNet(spec, features, 1, width, depth, time=True, heads=4 if heads is None else heads)
     if architecture == "graph":
         return GraphNet(spec, features, 1, width, depth, time=True)
-    raise ValueError(f"architecture must be 'dws' or 'graph', got {architecture!r}")
+    raise ValueError(f"architecture must be 'dws', 'signed' or 'graph', got {architecture!r}")
 
 
 def _driven(

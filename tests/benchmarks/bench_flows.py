@@ -166,12 +166,13 @@ def main() -> None:
     parser.add_argument("name", nargs="?", default="iris", choices=["sine", "yacht", "iris", "cancer", "cancer2"])
     parser.add_argument("--budget", type=float, default=900.0, help="seconds of training")
     parser.add_argument("--velocity", choices=["informed", "weights"], default="informed")
+    parser.add_argument("--architecture", choices=["signed", "dws", "graph"], default="signed")
     parser.add_argument("--newton", type=int, help="Gauss-Newton steps; gradient steps if 0")
     parser.add_argument("--climb", type=int, default=12, help="gradient steps")
     parser.add_argument("--batch", type=int, default=512, help="pairs in a step of training")
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=0)
+    parser.add_argument("--heads", type=int, help="of messages between units")
     parser.add_argument("--steps", type=int, default=8, help="of the midpoint rule")
     parser.add_argument("--reuse", type=int, default=1, help="steps of training that see each pair")
     parser.add_argument("--no-starts", action="store_true", help="leave out the rows of starts without training")
@@ -200,6 +201,7 @@ def main() -> None:
     table = Table(given, unseen[torch.randperm(len(unseen), generator=torch.Generator().manual_seed(0))[:DRAWS]])
     newton = args.newton if args.newton is not None else {"sine": 2, "yacht": 4}.get(args.name, 0)
     displacement = GaussNewton(newton) if newton else GradientSteps(args.climb)
+    design = {name: getattr(args, name) for name in ("architecture", "width", "depth", "heads")}
     own = args.steps * 2 * (newton or 2 * args.climb + 1)
 
     def show(name: str, theta: Tensor, gradients: float, seconds: float) -> bf.Draws:
@@ -219,14 +221,15 @@ def main() -> None:
         show("untrained informed field", theta, own, time.process_time() - began)
 
     kind = "" if args.velocity == "weights" else f"-newton{newton}" if newton else f"-climb{args.climb}"
-    path = Path(f"out/{args.name}-{args.velocity}{kind}.npz")
+    path = Path(f"out/{args.name}-{args.architecture}-{args.velocity}{kind}.npz")
     if args.load:
         flow = Flow.load(path, model)
     else:
         torch.manual_seed(0)
-        sizes = {"width": args.width, "depth": args.depth, "heads": args.heads}
-        weights = args.velocity == "weights"
-        field = WeightsVelocity(model.spec, **sizes) if weights else InformedVelocity(model.spec, displacement, **sizes)
+        if args.velocity == "weights":
+            field = WeightsVelocity(model.spec, **design)
+        else:
+            field = InformedVelocity(model.spec, displacement, **design)
         flow = bf.fit_flow(
             model, seen, velocity=field, budget=args.budget, batch_size=args.batch, reuse=args.reuse, seed=0
         )
@@ -256,9 +259,8 @@ def main() -> None:
         gradients = own * 4 / (2 * args.steps)
         show(f"map of it, {quick.info['cpu_seconds']:.0f} CPU s", theta, gradients, time.process_time() - began)
     if args.no_draws:
-        sizes = {"width": args.width, "depth": args.depth, "heads": args.heads}
         torch.manual_seed(0)
-        field = InformedVelocity(model.spec, displacement, **sizes)
+        field = InformedVelocity(model.spec, displacement, **design)
         began = time.process_time()
         alone = fit_flow_without_draws(
             model, displacement=displacement, velocity=field, batch_size=args.batch, budget=args.no_draws, seed=0
