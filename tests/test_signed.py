@@ -157,9 +157,10 @@ def test_units_that_cannot_be_turned_are_refused(make):
         SignedDWSNet(spec, 1, 1)
 
 
-def test_heads_must_divide_the_width():
-    with pytest.raises(ValueError, match="divide"):
-        SignedDWSNet(SPECS["one layer"](), 1, 1, 8, heads=3)
+@pytest.mark.parametrize(("width", "heads"), [(7, 1), (8, 0)])
+def test_sizes_that_cannot_be_are_refused(width, heads):
+    with pytest.raises(ValueError, match="even width"):
+        SignedDWSNet(SPECS["one layer"](), 1, 1, width, heads=heads)
 
 
 # ------------------------------------------------------------------ fields

@@ -62,11 +62,11 @@ class SignedDWSNet(nn.Module):
         edge_width: odd channels of a matrix between hidden layers, by default a quarter of ``width`` and at least 8. In
             wide networks they decide the cost.
         time: expect a time in [0, 1].
-        heads: of the second moments and of the messages between layers; divides ``width``.
+        heads: of the messages between layers.
 
     Raises:
         ValueError: if a hidden unit cannot be turned around, the network has no labels, a tensor has one label twice,
-            or ``heads`` does not divide ``width``.
+            or the width is odd.
 
     Example:
         >>> spec = WeightSpec.of(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)))
@@ -89,8 +89,8 @@ class SignedDWSNet(nn.Module):
         super().__init__()
         if not has_signs(spec):
             raise ValueError("a signed network needs an odd activation (tanh) after every hidden layer: use a DWSNet")
-        if width % 2 or heads < 1 or width % heads:
-            raise ValueError(f"heads must divide an even width, got {heads} heads and width {width}")
+        if width % 2 or width < 2 or heads < 1:
+            raise ValueError(f"a signed network needs an even width and heads, got width {width} and {heads} heads")
         self.layout = layout = Layout(spec)
         given, results = layout.channels.scaled(in_features), layout.channels.scaled(out_features)
         self._out_features = out_features
@@ -146,16 +146,17 @@ class _Block(nn.Module):
         odd: channels of the odd features of units and matrices.
         even: channels of the even features.
         condition: length of what modulates the block, 0 for nothing.
-        heads: of second moments and messages.
+        heads: of messages.
     """
 
     def __init__(self, layout: Layout, odd: list[int], even: Channels, condition: int, heads: int) -> None:
         super().__init__()
-        self._layout, self._odd, self._even, self._heads = layout, odd, even, heads
+        self._layout, self._odd, self._even = layout, odd, even
         of_units, of_matrices = _parts(odd, len(even.units))
         width = of_units[0]
-        self.square = nn.ModuleList(nn.Linear(c, 2 * c, bias=False) for c in odd)
-        self.moments = nn.ModuleList(nn.Linear(c, 2 * c, bias=False) for c in of_units)
+        # Two factors of even features everywhere, and of units what second moments are made of.
+        shares = [*(4 * c for c in of_units), *(2 * c for c in of_matrices)]
+        self.factors = nn.ModuleList(nn.Linear(c, k, bias=False) for c, k in zip(odd, shares, strict=True))
         channels = Channels(tuple(of_units), tuple(of_matrices), width)
         norm = partial(nn.RMSNorm, eps=_FLOOR)
         self.messages = Messages(layout, channels, heads, norm) if of_matrices else None
@@ -171,7 +172,7 @@ class _Block(nn.Module):
             Channels(tuple(units), tuple(matrices), even.globals + sum(units)),  # the maxima beside the globals
             Channels(tuple(inner[0]), tuple(inner[1]), _EXPANSION * even.globals),
         )
-        seen = [*(2 * c + heard for c in of_units), *(2 * c for c in of_matrices)]
+        seen = [*(c + heard for c in of_units), *(2 * c for c in of_matrices)]
         self.odd_in = nn.ModuleList(nn.Linear(n, _EXPANSION * c, bias=False) for n, c in zip(seen, odd, strict=True))
         self.odd_out = nn.ModuleList(nn.Linear(_EXPANSION * c, c, bias=False) for c in odd)
         self.even_out = nn.ModuleList(nn.Linear(_EXPANSION * c, c) for c in even.flat)
@@ -220,13 +221,13 @@ class _Block(nn.Module):
         """Return what is added to the odd and to the even parts."""
         n = len(self._layout.widths)
         units, (_, matrices) = odd[:n], _parts(even[:-1], n)
-        factors = [square(part).chunk(2, -1) for square, part in zip(self.square, odd, strict=True)]
+        factors = [factor(part).split(c, -1) for factor, part, c in zip(self.factors, odd, self._odd, strict=True)]
         pairs = [
             rows(units[row]).unsqueeze(-2) * columns(units[column]).unsqueeze(-3)
             for rows, columns, (row, column) in zip(self.rows, self.columns, self._layout.ends, strict=True)
         ]
         seen_units = [
-            torch.cat([block, one * other], -1) for block, (one, other) in zip(even[:n], factors[:n], strict=True)
+            torch.cat([block, one * other], -1) for block, (one, other, *_) in zip(even[:n], factors[:n], strict=True)
         ]
         seen_matrices = [
             torch.cat([block, one * (other + pair)], -1)
@@ -237,9 +238,9 @@ class _Block(nn.Module):
         split = [
             part.split(sizes, -1) for part, sizes in zip([*mixed.units, *mixed.matrices], self._splits, strict=True)
         ]
-        heard = [self._moment(i, *own) for i, own in enumerate(zip(units, (one for one, _ in factors), strict=False))]
-        told = [[]] * n if self.messages is None else [[each] for each in self.messages(units, carriers)]
-        seen = [torch.cat([unit, moment, *more], -1) for unit, moment, more in zip(units, heard, told, strict=True)]
+        seen = [unit + _heard(*own) for unit, own in zip(units, factors[:n], strict=True)]
+        if self.messages is not None:
+            seen = [torch.cat(both, -1) for both in zip(seen, self.messages(units, carriers), strict=True)]
         seen += [torch.cat(both, -1) for both in zip(odd[n:], pairs, strict=True)]
         odd_added = [
             self.odd_out[i](self.odd_in[i](part) * F.silu(1 + gate))
@@ -248,12 +249,10 @@ class _Block(nn.Module):
         hidden = [*(own for own, _ in split), mixed.globals]
         return odd_added, [out(F.silu(part)) for out, part in zip(self.even_out, hidden, strict=True)]
 
-    def _moment(self, layer: int, units: Tensor, query: Tensor) -> Tensor:
-        """Return what each unit hears of the second moments of its layer, ``(batch, n, channels)``."""
-        heads = (part.unflatten(-1, (self._heads, -1)).transpose(1, 2) for part in (query, self.moments[layer](units)))
-        q, both = heads  # (batch, heads, n, channels / heads)
-        k, v = both.chunk(2, -1)
-        return (q @ (k.mT @ v / units.shape[1] ** 0.5)).transpose(1, 2).flatten(-2)
+
+def _heard(query: Tensor, _: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Return what each unit hears of the second moments of its layer, ``(batch, n, channels)``."""
+    return query @ (key.mT @ value / (key.shape[1] * key.shape[2]) ** 0.5)
 
 
 def _normed(odd: Tensor) -> Tensor:
