@@ -313,8 +313,11 @@ def cell(rows: int, noise: float, sizes: Sizes) -> list[Offer]:
 
     torch.manual_seed(SEED)
     fields = {
-        "weights flow": (WeightsVelocity(model.spec, WIDTH, DEPTH), JUDGED),
-        "informed flow": (InformedVelocity(model.spec, GradientSteps(), WIDTH, DEPTH), sizes.few),
+        "weights flow": (WeightsVelocity(model.spec, WIDTH, DEPTH, architecture="signed"), JUDGED),
+        "informed flow": (
+            InformedVelocity(model.spec, GradientSteps(), WIDTH, DEPTH, architecture="signed"),
+            sizes.few,
+        ),
     }
     for name, (field, judged) in fields.items():
         flow, training = priced(
