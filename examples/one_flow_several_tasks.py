@@ -214,7 +214,11 @@ def field() -> InformedVelocity:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return InformedVelocity(
-            network(HIDDEN, GRID, GRID[:, 0], 1.0).spec, [GaussNewton(steps) for steps in NEWTON], WIDTH, DEPTH
+            network(HIDDEN, GRID, GRID[:, 0], 1.0).spec,
+            [GaussNewton(steps) for steps in NEWTON],
+            WIDTH,
+            DEPTH,
+            architecture="signed",
         )
 
 
