@@ -46,8 +46,8 @@ class SignedDWSNet(nn.Module):
     Maps features on every weight, ``(batch, dim, in_features)``, each of which turns with its unit as the weight itself
     does, to features ``(batch, dim, out_features)`` that do so too; the head starts at zero. Each block multiplies odd
     features to even ones, mixes these by a `FusedLinear` that also sees maxima over units, and gates odd features by
-    them. Units of a layer hear of each other through their second moments, sum_k v_k k_k^T q_j (attention without a
-    softmax, which has the sign of unit j alone), and those of neighbouring layers through the matrix between them.
+    them. Units of a layer hear of each other through their second moments, sum_k (q_j . k_k) v_k, attention without a
+    softmax, which has the sign of unit j alone; and those of neighbouring layers through the matrix between them.
     No parameter depends on the width of a hidden layer.
 
     On parity and gates see Lim et al. (2023), "Expressive Sign Equivariant Networks", and Kalogeropoulos et al. (2024),
@@ -66,7 +66,7 @@ class SignedDWSNet(nn.Module):
 
     Raises:
         ValueError: if a hidden unit cannot be turned around, the network has no labels, a tensor has one label twice,
-            or the width is odd.
+            or a width is odd.
 
     Example:
         >>> spec = WeightSpec.of(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)))
@@ -89,13 +89,13 @@ class SignedDWSNet(nn.Module):
         super().__init__()
         if not has_signs(spec):
             raise ValueError("a signed network needs an odd activation (tanh) after every hidden layer: use a DWSNet")
-        if width % 2 or width < 2 or heads < 1:
-            raise ValueError(f"a signed network needs an even width and heads, got width {width} and {heads} heads")
+        edge_width = max(8, width // 8 * 2) if edge_width is None else edge_width
+        if width % 2 or edge_width % 2 or min(width, edge_width) < 2 or heads < 1:
+            raise ValueError(f"widths must be even and heads positive, got {width}, {edge_width} and {heads} heads")
         self.layout = layout = Layout(spec)
         given, results = layout.channels.scaled(in_features), layout.channels.scaled(out_features)
         self._out_features = out_features
-        n, edge_width = len(given.units), max(8, width // 4) if edge_width is None else edge_width
-        of_units, of_matrices = (width,) * n, (edge_width,) * len(given.matrices)
+        of_units, of_matrices = (width,) * len(given.units), (edge_width,) * len(given.matrices)
         odd = [*of_units, *of_matrices]
         even = Channels(tuple(c // 2 for c in of_units), tuple(c // 2 for c in of_matrices), width // 2)
         condition = width // 2 if time else 0
