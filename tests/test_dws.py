@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bnnflow import WeightSpec
 from bnnflow.equivariant import DWSInvariant, DWSLayer, DWSNet, TensorScaler
 from bnnflow.equivariant.layout import Channels, Layout
-from bnnflow.equivariant.network import _Messages
+from bnnflow.equivariant.network import Messages
 from bnnflow.weights import Symmetries
 
 F64 = torch.float64
@@ -160,7 +160,7 @@ def test_messages_are_sums_over_edges() -> None:
     spec = chain(2, 3, 4, 1)
     layout = Layout(spec)
     channels = Channels((6, 6), (8,), 6)
-    messages = built(lambda: _Messages(layout, channels, heads=2))
+    messages = built(lambda: Messages(layout, channels, heads=2))
     units, heads = [randn(5, 3, 6, seed=1), randn(5, 4, 6, seed=2)], randn(5, 2, 4, 3, seed=3)
     rows, columns = messages.to_rows[0](units[0]), messages.to_columns[0](units[1])
     to_rows, to_columns = torch.zeros(5, 4, 6, dtype=F64), torch.zeros(5, 3, 6, dtype=F64)
