@@ -40,6 +40,8 @@ __all__ = ["fit_flow", "train"]
 _STABLE = 0.7  # fraction of training at the full learning rate; it then decays to zero
 _BINS = 4  # of the times by which the loss is reported
 _CHECK = 100  # steps between looks at the held-out draws
+_FOLLOWED = 4  # steps between updates of averages after the first hundred: of small tensors, they are dear
+_LONGEST = 30.0  # norm of a gradient
 _DECAY = 1e-3  # of weights
 _POOL = 64  # batches that are drawn together if they are used again,
 _ELEMENTS = 2**28  # as far as they have no more numbers than these
@@ -512,20 +514,28 @@ class _State:
         (errors if weighting is None else errors * weighting(t)).mean().backward()
         if ranks.size > 1:
             _average_gradients(self._parameters, ranks)
-        norm = nn.utils.clip_grad_norm_(self._parameters, 30.0)
+        norm = nn.utils.get_total_norm(p.grad for p in self._parameters if p.grad is not None)
         self.count += 1
-        if not bool(norm.isfinite()):
+        if not math.isfinite(float(norm)):
             return
+        if float(norm) > _LONGEST:
+            nn.utils.clip_grads_with_norm_(self._parameters, _LONGEST, norm)
         for optimiser in self._optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = self._learning_rate * rate
             optimiser.step()
-        decay = min(0.998, self.count / (self.count + 20))
+        since = 1 if self.count <= 100 else _FOLLOWED
+        if self.count % since == 0:
+            self._follow(errors.detach(), t, since)
+
+    def _follow(self, errors: Tensor, t: Tensor, since: int) -> None:
+        """Bring the moving averages of parameters and errors up to date, so many steps after the last time."""
+        decay = min(0.998, self.count / (self.count + 20)) ** since
         for average, parameter in zip(self._averages, self._parameters, strict=True):
             average.lerp_(parameter.detach(), 1 - decay)
         which = (t * _BINS).long().clamp_(max=_BINS - 1)
-        self._bins.mul_(0.99)
-        self._bins[0].index_add_(0, which, errors.detach().double())
+        self._bins.mul_(0.99**since)
+        self._bins[0].index_add_(0, which, errors.double())
         self._bins[1].index_add_(0, which, torch.ones_like(t, dtype=torch.float64))
 
     def look(self, batch: tuple[Tensor, Tensor, Tensor], weighting: Weighting | None, patience: int) -> bool:
