@@ -348,7 +348,7 @@ class Wavy(nn.Module):
 
 @pytest.mark.parametrize("k", [2, 3, 6])
 def test_density_of_a_conformal_flow(k: int) -> None:
-    flow = ManifoldFlow(Towards(1.5), sphere(k), "rk4", 24)
+    flow = ManifoldFlow(Towards(1.5), sphere(k), "rk4", 28)
     x, log_prob = flow.sample_with_log_prob(200, 0)
     torch.testing.assert_close(log_prob, spherical_cauchy(x, 1.5), rtol=0, atol=1e-6)
     torch.testing.assert_close(flow.log_prob(x), spherical_cauchy(x, 1.5), rtol=0, atol=1e-6)
