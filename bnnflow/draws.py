@@ -15,7 +15,7 @@ from bnnflow.gaussian import Gaussian
 from bnnflow.posteriors import pack, unpack
 from bnnflow.types import Posterior
 
-__all__ = ["Draws", "as_theta"]
+__all__ = ["Draws", "as_theta", "strays"]
 
 
 @dataclass(frozen=True)
@@ -123,3 +123,15 @@ def as_theta(draws: Draws | Tensor | tuple[Tensor, Tensor | None]) -> tuple[Tens
     if weights is not None and weights.numel() != len(flat):
         raise ValueError(f"{weights.numel()} log weights for {len(flat)} draws")
     return flat, None if weights is None else weights.flatten()
+
+
+def strays(log_joint: Tensor) -> Tensor:
+    """Say which draws are none of the posterior that the others are of, given the log densities ``(n,)`` of all.
+
+    Those that lie further below the median than eight times the lower quartile and ten nats. Minus the log density of
+    a Gaussian has a gamma law: of its own draws fewer than one in a million stray, whatever their dimension. A log
+    density that is not finite strays.
+    """
+    values = log_joint.double().nan_to_num(nan=-torch.inf)
+    low, middle = values.quantile(values.new_tensor([0.25, 0.5]))
+    return ~(values >= middle - 8 * (middle - low) - 10)

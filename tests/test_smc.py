@@ -147,6 +147,19 @@ def test_the_moves_mend_draws_that_are_too_wide() -> None:
     assert abs(value - problem.log_normaliser) < 0.1 + 4 * error
 
 
+def test_draws_far_below_the_others_are_left_out_of_the_evidence_or_refused() -> None:
+    """Two of 500 at twelve standard deviations: left in, they take all the weight on the way back."""
+    problem = conjugate()
+    mean, draws = problem.posterior.loc, problem.posterior.sample(500, 1)
+    draws[[7, 300]] = mean + 12 * (draws[[7, 300]] - mean)
+    with pytest.warns(UserWarning, match="2 of 500 draws lie far below the others"):
+        value, error = bf.evidence(draws, problem.model)
+    assert abs(value - problem.log_normaliser) < 4 * error
+    draws[:60] = mean + 50 * (draws[:60] - mean)
+    with pytest.raises(ValueError, match="refine them first"):
+        bf.evidence(draws, problem.model)
+
+
 def test_weights_of_draws_count_in_their_evidence() -> None:
     problem = conjugate()
     start = wide(problem.posterior)

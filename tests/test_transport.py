@@ -13,6 +13,7 @@ from torch import nn
 
 import bnnflow as bf
 from bnnflow import likelihoods, priors
+from bnnflow.draws import strays
 from bnnflow.transport import (
     Flow,
     GaussianVelocity,
@@ -529,6 +530,29 @@ def test_refine_frees_draws_that_start_where_the_posterior_is_too_steep():
     refined = refine(theta, model, 16, seed=1)
     assert (refined.flat != theta).any(1).all()
     assert int((refined.log_joint < -20).sum()) <= 4  # of 4,000 exact draws the least likely has -7.9
+
+
+def test_refine_brings_up_the_last_draws():
+    """Three of 400 start where two steps do not get them anywhere near, in the tails of a posterior of 21 weights."""
+    model = network_model("gaussian", torch.float64)
+    draws = bf.sample(model, bf.HMC(), chains=8, warmup=100, draws=50, seed=0).flat
+    draws[[3, 77, 399]] *= 6
+    assert int(strays(model.log_joint(draws)).sum()) == 3
+    refined = refine(draws, model, 2, seed=1)
+    assert refined.info["strays"] == 0
+    assert refined.log_joint.min() > refined.log_joint.median() - 60
+    assert torch.allclose(refined.log_joint[0], model.log_joint(refined.flat).double())
+
+
+@pytest.mark.parametrize("shape", [0.5, 1.0, 20.0, 500.0])
+def test_draws_of_a_gaussian_do_not_stray(shape):
+    law = torch.distributions.Gamma(torch.tensor(shape, dtype=torch.float64), 1.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        values = -law.sample((1_000_000,))
+    assert int(strays(values).sum()) <= 2
+    far = torch.tensor([math.nan, -math.inf, float(values.median()) - 12 * (shape**0.5 + 2)])
+    assert strays(torch.cat([values, far]))[-3:].all()
 
 
 def test_refine_survives_an_interrupt_and_refuses_weights(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bnnflow.bridge import balance
-from bnnflow.draws import Draws, as_theta
+from bnnflow.draws import Draws, as_theta, strays
 from bnnflow.inference.hmc import hmc
 from bnnflow.inference.run import Run
 from bnnflow.model import BayesianModel
@@ -21,6 +22,9 @@ from bnnflow.seeding import as_generator
 from bnnflow.types import Posterior, Seed
 
 __all__ = ["SMC", "evidence"]
+
+
+_APART = 0.1  # share of draws that may be left out
 
 
 class _Particles(NamedTuple):
@@ -262,7 +266,8 @@ def evidence(
     their mean comes out too small, so the steps are short, and neighbouring temperatures are compared by the optimal
     bridge between the particles at both (Bennett 1976). What is left of it makes the evidence too large where particles
     are few, by half an error with 150. Draws that do not quite follow the posterior bias the first steps, until the
-    moves of the particles have mended them.
+    moves of the particles have mended them. A draw far below all others would get all the weight on the way back and
+    stay where it is; such are left out, with a warning.
 
     Args:
         draws: ``(..., dim)``; weighted ones are resampled. Of more than there are particles some are taken, evenly.
@@ -276,8 +281,8 @@ def evidence(
         The log evidence and its standard error by the delta method, as if draws and transitions were independent.
 
     Raises:
-        ValueError: if the draws do not fit the model, are fewer than ten, not finite or of no density, or the
-            temperature is not 1.
+        ValueError: if the draws do not fit the model, are fewer than ten, not finite or of no density, more than a
+            tenth of them lie far below the others, or the temperature is not 1.
     """
     theta, log_weights = as_theta(draws)
     model.spec.check(theta)
@@ -297,6 +302,14 @@ def evidence(
     state = smc._first(path, theta[rows].unsqueeze(0), ALONE, generator)
     if not bool(state.log_ratio.isfinite().all()):
         raise ValueError("some draws have no finite posterior or start density: they are not the posterior's")
+    apart = strays(state.log_first[0])
+    if bool(apart.any()):
+        found = f"{int(apart.sum())} of {n} draws lie far below the others in log density"
+        if float(apart.double().mean()) > _APART:
+            raise ValueError(f"{found}: these are no draws of one posterior, refine them first")
+        warnings.warn(f"{found} and are left out: refine the draws, or for longer", stacklevel=2)
+        rows = rows[~apart]
+        n, state = len(rows), smc._first(path, theta[rows].unsqueeze(0), ALONE, generator)
     value = variance = 0.0
     influence = torch.zeros_like(state.log_ratio)  # of every particle on `value`, times their number
     with progress_bar(None, "evidence", progress, "temperature") as bar:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from bnnflow.draws import Draws, as_theta
+from bnnflow.draws import Draws, as_theta, strays
 from bnnflow.gaussian import Gaussian
 from bnnflow.inference.hmc import hmc, leapfrog
 from bnnflow.inference.smc import evidence, merging, next_fraction, relative_variance, systematic
@@ -45,6 +45,8 @@ _WEIGHED = 2000  # dimension beyond which an exact density is too dear to be ask
 _TEMPERED = 50  # dimension up to which "auto" tempers in latent space
 _NEUTRA = 50  # dimension up to which gradients through the flow are paid
 _REFINED = 8  # transitions of each half of a refinement
+_BEHIND = 32  # more of them for draws that have not arrived,
+_STEEP = 0.5  # whose reach aims at this acceptance rate
 _LATENT = 0.3  # acceptance rate that latent moves aim at
 _HAMILTONIAN = 0.8  # the same of Hamiltonian moves
 _FRESH = 0.5  # share of independent proposals among the latent moves of chains
@@ -337,6 +339,8 @@ def _refine(job: _Job, points: Points | None) -> Outcome:
     steps = first.info["steps"] + (second.info["steps"] if second is not first else 0)
     if steps < 2 * _REFINED:
         job.findings.stopped(f"after {steps} of {2 * _REFINED} transitions: refine the draws again", severe=True)
+    if left := second.info["strays"]:
+        job.findings.mild.append(f"{left} of {second.draws} draws still lie far below all others: refine for longer")
     gradients = sum(run.info["gradients_per_draw"] for run in {id(r): r for r in (first, second)}.values())
     info = {
         "transitions": steps,
@@ -706,9 +710,10 @@ def refine(
     Each transition leaves the posterior invariant at its step size; the law of the draws comes closer to it with every
     step, whatever it was. One step size serves all draws: a short pilot on some of them finds it, and it follows the
     mean acceptance rate afterwards. Where a draw starts, the posterior may be too steep for it: in the first half of
-    the steps a draw that has not moved takes the next at a quarter of its reach, and doubles it when it moves. The mass
-    matrix is the draws' own variance. Costs at most ``steps * n_leapfrog + 1`` gradients a draw, and less than one more
-    for the pilot on large sets.
+    the steps a draw that has not moved takes the next at a quarter of its reach, and doubles it when it moves. Draws
+    that even so lie far below all others at the end (one in a thousand can spoil a mean or an evidence) go on likewise,
+    alone, for 32 steps at most. The mass matrix is the draws' own variance. Costs at most ``steps * n_leapfrog + 1``
+    gradients a draw, those of the last ones apart, and less than one more for the pilot on large sets.
 
     Args:
         theta: the draws, ``(..., dim)``.
@@ -721,8 +726,9 @@ def refine(
         progress: show a bar at a terminal.
 
     Returns:
-        The moved draws, ``(1, n, dim)``; they are independent if those given were. After Ctrl-C as they were after the
-        last whole transition, with ``info["interrupted"]`` set.
+        The moved draws, ``(1, n, dim)``; they are independent if those given were. ``info["strays"]`` says how many of
+        them still lie far below all others. After Ctrl-C as they were after the last whole transition, with
+        ``info["interrupted"]`` set.
 
     Raises:
         ValueError: if the draws do not fit the model, are none, or carry weights.
@@ -783,6 +789,11 @@ def refine(
             warnings.warn(f"interrupted: returning the draws after {done} of {steps} steps", stacklevel=2)
     moved_theta = torch.cat([state.theta for state in states])
     log_joint = torch.cat([state.log_joint for state in states])
+    behind = strays(log_joint)
+    if done == steps and bool(behind.any()):
+        spent = _bring_up(moved_theta, log_joint, lambda own: hmc(target, step_size, n_leapfrog, own), mass, generator)
+        gradients += spent / len(flat)
+        behind = strays(log_joint)
     info = {
         "method": "refine",
         "steps": done,
@@ -791,8 +802,27 @@ def refine(
         "step_size": step_size,
         "acceptance_rate": float(acceptance.mean()),
         "gradients_per_draw": gradients,
+        "strays": int(behind.sum()),
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time() - cpu,
         "model": model.fingerprint(),
     }
     return Draws(moved_theta.unsqueeze(0), log_joint.unsqueeze(0), info=info)
+
+
+def _bring_up(
+    theta: Tensor, log_joint: Tensor, kernel_of: Callable[[Tensor], Kernel], mass: Tensor, generator: torch.Generator
+) -> float:
+    """Move the strays among draws ``(n, dim)``, in place, until none is left or for so many steps; count gradients."""
+    reach, spent = torch.ones_like(theta[:, :1]), 0.0
+    for _ in range(_BEHIND):
+        rows = strays(log_joint).nonzero().squeeze(1)
+        if len(rows) == 0:
+            break
+        kernel = kernel_of(mass * reach[rows].square())
+        state, info = kernel.step(kernel.init(theta[rows], generator), generator)
+        theta[rows], log_joint[rows] = state.theta, state.log_joint
+        change = 2 * (info.acceptance_rate.to(theta.dtype) - _STEEP)
+        reach[rows] = (reach[rows] * change.exp().unsqueeze(1)).clamp(max=1.0)
+        spent += (float(info.n_steps[0]) + 1) * len(rows)
+    return spent
