@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, help="of messages between units")
     parser.add_argument("--steps", type=int, default=8, help="of the midpoint rule")
     parser.add_argument("--reuse", type=int, default=1, help="steps of training that see each pair")
+    parser.add_argument("--compile", action="store_true", help="compile the field for training: a minute, then faster")
     parser.add_argument("--no-starts", action="store_true", help="leave out the rows of starts without training")
     parser.add_argument("--map", type=float, default=0.0, help="seconds for a map of four evaluations from the flow")
     parser.add_argument("--no-draws", type=float, default=0.0, help="seconds for a flow that makes its own targets")
@@ -231,8 +232,9 @@ def main() -> None:
         else:
             field = InformedVelocity(model.spec, displacement, **design)
         flow = bf.fit_flow(
-            model, seen, velocity=field, budget=args.budget, batch_size=args.batch, reuse=args.reuse, seed=0
-        )
+            model, seen, velocity=field, budget=args.budget, batch_size=args.batch, reuse=args.reuse,
+            compile=args.compile, seed=0,
+        )  # fmt: skip
         flow.save(path)
     info = flow.info
     print(f"  {args.velocity} flow: {info['steps']} steps, {info['cpu_seconds']:.0f} CPU s, {info['parameters']} "
