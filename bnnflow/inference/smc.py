@@ -23,7 +23,6 @@ from bnnflow.types import Posterior, Seed
 
 __all__ = ["SMC", "evidence"]
 
-
 _APART = 0.1  # share of draws that may be left out
 
 

@@ -815,14 +815,17 @@ def _bring_up(
 ) -> float:
     """Move the strays among draws ``(n, dim)``, in place, until none is left or for so many steps; count gradients."""
     reach, spent = torch.ones_like(theta[:, :1]), 0.0
-    for _ in range(_BEHIND):
-        rows = strays(log_joint).nonzero().squeeze(1)
-        if len(rows) == 0:
-            break
-        kernel = kernel_of(mass * reach[rows].square())
-        state, info = kernel.step(kernel.init(theta[rows], generator), generator)
-        theta[rows], log_joint[rows] = state.theta, state.log_joint
-        change = 2 * (info.acceptance_rate.to(theta.dtype) - _STEEP)
-        reach[rows] = (reach[rows] * change.exp().unsqueeze(1)).clamp(max=1.0)
-        spent += (float(info.n_steps[0]) + 1) * len(rows)
+    try:
+        for _ in range(_BEHIND):
+            rows = strays(log_joint).nonzero().squeeze(1)
+            if len(rows) == 0:
+                break
+            kernel = kernel_of(mass * reach[rows].square())
+            state, info = kernel.step(kernel.init(theta[rows], generator), generator)
+            theta[rows], log_joint[rows] = state.theta, state.log_joint
+            change = 2 * (info.acceptance_rate.to(theta.dtype) - _STEEP)
+            reach[rows] = (reach[rows] * change.exp().unsqueeze(1)).clamp(max=1.0)
+            spent += (float(info.n_steps[0]) + 1) * len(rows)
+    except KeyboardInterrupt:
+        warnings.warn("interrupted: some draws still lie far below all others", stacklevel=3)
     return spent
