@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, help="of messages between units")
     parser.add_argument("--steps", type=int, default=8, help="of the midpoint rule")
     parser.add_argument("--reuse", type=int, default=1, help="steps of training that see each pair")
+    parser.add_argument("--draws", type=int, help="of each of 48 more chains to train on; the others' 800 otherwise")
     parser.add_argument("--compile", action="store_true", help="compile the field for training: a minute, then faster")
     parser.add_argument("--no-starts", action="store_true", help="leave out the rows of starts without training")
     parser.add_argument("--map", type=float, default=0.0, help="seconds for a map of four evaluations from the flow")
@@ -199,6 +200,10 @@ def main() -> None:
     evidence = prices(model, draws, float(np.median(found.ess_bulk)))
     print(f"  log evidence by SMC: {evidence[0]:.2f} +- {evidence[1]:.2f}")
     seen, unseen = draws.theta[:48].flatten(0, 1), draws.theta[48:].flatten(0, 1)
+    if args.draws:
+        more = bf.sample(model, bf.HMC(), chains=48, warmup=WARMUP, draws=args.draws, seed=5)
+        seen = more.flat
+        print(f"  {len(seen):,} draws to train on in {more.info['cpu_seconds']:.0f} CPU s")
     table = Table(given, unseen[torch.randperm(len(unseen), generator=torch.Generator().manual_seed(0))[:DRAWS]])
     newton = args.newton if args.newton is not None else {"sine": 2, "yacht": 4}.get(args.name, 0)
     displacement = GaussNewton(newton) if newton else GradientSteps(args.climb)
