@@ -88,7 +88,8 @@ def fit_flow(
 
     Args:
         model: the posterior.
-        draws: from it: `Draws`, weights ``(..., dim)``, or a pair (weights, log weights).
+        draws: from it: `Draws`, weights ``(..., dim)``, or a pair (weights, log weights). Take many: a field that has
+            met each of them fifty times begins to fit them in place of the posterior.
         velocity: ``"informed"`` sees the gradient of the likelihood: far more accurate on sharp posteriors, several
             gradients an evaluation. ``"weights"`` sees weights only: cheapest to sample. ``"residual"`` corrects the
             closed form of a Gaussian fit, for aligned draws. The network of the first two is a `SignedDWSNet` where the
