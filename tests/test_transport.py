@@ -544,6 +544,24 @@ def test_refine_brings_up_the_last_draws():
     assert torch.allclose(refined.log_joint[0], model.log_joint(refined.flat).double())
 
 
+def test_an_interrupt_while_the_last_draws_move_keeps_all_and_is_told(monkeypatch):
+    model = network_model("gaussian", torch.float64)
+    draws = bf.sample(model, bf.HMC(), chains=8, warmup=100, draws=50, seed=0).flat
+    draws[[3, 77, 399]] *= 40
+    real = model.log_joint_and_grad
+
+    def interrupted(theta):
+        if len(theta) == 3:
+            raise KeyboardInterrupt
+        return real(theta)
+
+    monkeypatch.setattr(model, "log_joint_and_grad", interrupted)
+    with pytest.warns(UserWarning, match="some draws still lie far below"):
+        refined = refine(draws, model, 2, seed=1)
+    assert refined.info["interrupted"]
+    assert (refined.info["steps"], refined.info["strays"], refined.draws) == (2, 3, 400)
+
+
 @pytest.mark.parametrize("shape", [0.5, 1.0, 20.0, 500.0])
 def test_draws_of_a_gaussian_do_not_stray(shape):
     law = torch.distributions.Gamma(torch.tensor(shape, dtype=torch.float64), 1.0)

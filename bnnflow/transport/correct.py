@@ -337,7 +337,7 @@ def _refine(job: _Job, points: Points | None) -> Outcome:
         drift = float((second.log_joint.mean() - first.log_joint.mean()).abs() / second.log_joint.std())
         job.findings.moving(drift, 3 * math.sqrt(2 / first.draws))
     steps = first.info["steps"] + (second.info["steps"] if second is not first else 0)
-    if steps < 2 * _REFINED:
+    if second.info["interrupted"]:
         job.findings.stopped(f"after {steps} of {2 * _REFINED} transitions: refine the draws again", severe=True)
     if left := second.info["strays"]:
         job.findings.mild.append(f"{left} of {second.draws} draws still lie far below all others: refine for longer")
@@ -790,14 +790,16 @@ def refine(
     moved_theta = torch.cat([state.theta for state in states])
     log_joint = torch.cat([state.log_joint for state in states])
     behind = strays(log_joint)
-    if done == steps and bool(behind.any()):
-        spent = _bring_up(moved_theta, log_joint, lambda own: hmc(target, step_size, n_leapfrog, own), mass, generator)
+    interrupted = done < steps
+    if not interrupted and bool(behind.any()):
+        kernel_of = functools.partial(hmc, target, step_size, n_leapfrog)
+        spent, interrupted = _bring_up(moved_theta, log_joint, kernel_of, mass, generator)
         gradients += spent / len(flat)
         behind = strays(log_joint)
     info = {
         "method": "refine",
         "steps": done,
-        "interrupted": done < steps,
+        "interrupted": interrupted,
         "n_leapfrog": n_leapfrog,
         "step_size": step_size,
         "acceptance_rate": float(acceptance.mean()),
@@ -812,8 +814,12 @@ def refine(
 
 def _bring_up(
     theta: Tensor, log_joint: Tensor, kernel_of: Callable[[Tensor], Kernel], mass: Tensor, generator: torch.Generator
-) -> float:
-    """Move the strays among draws ``(n, dim)``, in place, until none is left or for so many steps; count gradients."""
+) -> tuple[float, bool]:
+    """Move the strays among draws ``(n, dim)``, in place, until none is left or for so many steps.
+
+    Returns:
+        How many gradients it took, and whether Ctrl-C came before the end.
+    """
     reach, spent = torch.ones_like(theta[:, :1]), 0.0
     try:
         for _ in range(_BEHIND):
@@ -828,4 +834,5 @@ def _bring_up(
             spent += (float(info.n_steps[0]) + 1) * len(rows)
     except KeyboardInterrupt:
         warnings.warn("interrupted: some draws still lie far below all others", stacklevel=3)
-    return spent
+        return spent, True
+    return spent, False

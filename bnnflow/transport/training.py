@@ -516,10 +516,11 @@ class _State:
         if ranks.size > 1:
             _average_gradients(self._parameters, ranks)
         norm = nn.utils.get_total_norm(p.grad for p in self._parameters if p.grad is not None)
+        length = float(norm)
         self.count += 1
-        if not math.isfinite(float(norm)):
+        if not math.isfinite(length):
             return
-        if float(norm) > _LONGEST:
+        if length > _LONGEST:
             nn.utils.clip_grads_with_norm_(self._parameters, _LONGEST, norm)
         for optimiser in self._optimisers:
             for group in optimiser.param_groups:
