@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["choice", "integer", "number", "tensor"]
+__all__ = ["choice", "flag", "integer", "number", "settle", "tensor"]
 
 
 def integer(name: str, value: Any, *, least: int | None = None, most: int | None = None) -> int:
@@ -90,6 +91,39 @@ def choice(name: str, value: Any, choices: Collection[str]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {_shown(value)}")
     return value
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return True or False, Python's or NumPy's.
+
+    Raises:
+        TypeError: if it is neither: the truth of a word or a number is nobody's intention.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {_shown(value)}")
+    return bool(value)
+
+
+def settle(settings: Any, check: Callable[..., Any], *names: str, **bounds: Any) -> None:
+    """Check fields of a frozen dataclass while it is made, and keep the values that the check returns.
+
+    None passes where it is the field's default, as a choice left open.
+
+    Args:
+        settings: the dataclass, in its ``__post_init__``.
+        check: `integer`, `number`, `choice` or `flag`.
+        names: of the fields.
+        bounds: what else the check is told, for all of them.
+
+    Raises:
+        TypeError: as the check does.
+        ValueError: as the check does.
+    """
+    defaults = {field.name: field.default for field in fields(settings)}
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None or defaults[name] is not None:
+            object.__setattr__(settings, name, check(name, value, **bounds))
 
 
 def tensor(name: str, value: Any, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from bnnflow.arguments import flag, integer, number, settle
 from bnnflow.draws import Draws
 from bnnflow.inference.gradients import (
     Anchor,
@@ -57,17 +58,11 @@ class Settings(Protocol):
 
 
 def check(settings: Settings, *positive: str) -> None:
-    """Raise ``ValueError`` for settings that make no sense; ``positive`` names further ones, which may be None."""
-    for name in ("step_size", *positive):
-        value = getattr(settings, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
-    for name in ("batch_size", "thinning"):
-        value = getattr(settings, name)
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    if not 0 < settings.bias < 1:
-        raise ValueError(f"bias must be in (0, 1), got {settings.bias}")
+    """Check the settings that all of them have, and the numbers named, which must be ``positive`` too."""
+    settle(settings, number, "step_size", *positive, above=0)
+    settle(settings, integer, "batch_size", "thinning", least=1)
+    settle(settings, number, "bias", above=0, below=1)
+    settle(settings, flag, "control_variates")
     if settings.control_variates and settings.batch_size is None:
         raise ValueError("control_variates reduce the noise of mini-batches: give a batch_size")
     if not callable(settings.schedule):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
 from bnnflow.inference.run import Run
 from bnnflow.inference.start import Adam, cosine, random_networks
@@ -46,11 +47,9 @@ class MCDropout:
     masks: int = 4
 
     def __post_init__(self) -> None:
-        if not 0 < self.rate < 1:
-            raise ValueError(f"rate must be in (0, 1), got {self.rate}")
-        for name in ("members", "steps", "learning_rate", "masks"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        settle(self, number, "rate", above=0, below=1)
+        settle(self, integer, "members", "steps", "masks", least=1)
+        settle(self, number, "learning_rate", above=0)
 
     def sample(self, model: BayesianModel, run: Run) -> Draws:
         """Train the members and draw masks, 250 each unless said otherwise; see `bnnflow.sample`."""

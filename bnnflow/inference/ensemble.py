@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
 from bnnflow.inference.run import Run
 from bnnflow.inference.start import maximise, random_networks
@@ -30,9 +31,8 @@ class DeepEnsemble:
     learning_rate: float = 0.01
 
     def __post_init__(self) -> None:
-        for name in ("members", "steps", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        settle(self, integer, "members", "steps", least=1)
+        settle(self, number, "learning_rate", above=0)
 
     def sample(self, model: BayesianModel, run: Run) -> Draws:
         """Train the members; see `bnnflow.sample`. They come as one chain of ``members`` draws."""

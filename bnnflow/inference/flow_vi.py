@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
 from bnnflow.inference.run import Run
 from bnnflow.inference.start import random_networks
@@ -43,9 +44,8 @@ class NormalizingFlowVI:
     scale: float = 0.05
 
     def __post_init__(self) -> None:
-        for name in ("couplings", "hidden", "steps", "learning_rate", "particles", "scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        settle(self, integer, "couplings", "hidden", "steps", "particles", least=1)
+        settle(self, number, "learning_rate", "scale", above=0)
 
     def sample(self, model: BayesianModel, run: Run) -> Draws:
         """Fit the flow and draw from it; see `bnnflow.sample`. ``chains`` only shapes the independent draws."""

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
 from bnnflow.inference.loop import run_chains
 from bnnflow.inference.mass import LowRank, Scale
-from bnnflow.inference.run import Run, check_positive
+from bnnflow.inference.run import Run
 from bnnflow.inference.trajectories import (
     ChainState,
     Proposal,
@@ -105,11 +106,10 @@ class HMC:
     rank: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.target_acceptance < 1:
-            raise ValueError(f"target_acceptance must be in (0, 1), got {self.target_acceptance}")
-        check_positive(self, "trajectory_length", "max_leapfrog", "step_size")
-        if self.rank < 0:
-            raise ValueError(f"rank must be at least 0, got {self.rank}")
+        settle(self, number, "target_acceptance", above=0, below=1)
+        settle(self, number, "trajectory_length", "step_size", above=0)
+        settle(self, integer, "max_leapfrog", least=1)
+        settle(self, integer, "rank", least=0)
 
     def sample(self, model: BayesianModel, run: Run) -> Draws:
         """Run the chains; see `bnnflow.sample`."""

@@ -14,6 +14,7 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
+from bnnflow.arguments import choice, integer, number, settle
 from bnnflow.draws import Draws
 from bnnflow.gaussian import Gaussian
 from bnnflow.inference.run import Run
@@ -82,17 +83,12 @@ class Laplace:
     polish: int = 2000
 
     def __post_init__(self) -> None:
-        if self.structure not in ("full", "diagonal", "last_layer", "kronecker"):
-            raise ValueError(
-                f"structure must be 'full', 'diagonal', 'last_layer' or 'kronecker', got {self.structure!r}"
-            )
-        if self.hessian not in ("ggn", "exact"):
-            raise ValueError(f"hessian must be 'ggn' or 'exact', got {self.hessian!r}")
+        settle(self, choice, "structure", choices=("full", "diagonal", "last_layer", "kronecker"))
+        settle(self, choice, "hessian", choices=("ggn", "exact"))
+        settle(self, integer, "starts", "steps", "polish", least=1)
+        settle(self, number, "learning_rate", above=0)
         if self.hessian == "exact" and self.structure not in ("full", "diagonal"):
             raise ValueError(f"hessian must be 'ggn' for structure={self.structure!r}")
-        for name in ("starts", "steps", "learning_rate", "polish"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
     def sample(self, model: BayesianModel, run: Run) -> Draws:
         """Find the mode and draw from the Gaussian; see `bnnflow.sample`. ``chains`` only shapes the draws."""

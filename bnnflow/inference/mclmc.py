@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
 from bnnflow.inference.loop import Tuned, WarmUp, run_chains, thinned
 from bnnflow.inference.mass import LowRank, Moments, scale_of
-from bnnflow.inference.run import Run, check_positive
+from bnnflow.inference.run import Run
 from bnnflow.inference.warmup import window_ends
 from bnnflow.model import BayesianModel
 from bnnflow.model.fused import normal_like, turned
@@ -250,9 +251,9 @@ class MCLMC:
     rank: int = 0
 
     def __post_init__(self) -> None:
-        check_positive(self, "energy_variance", "thinning", "L", "step_size")
-        if self.rank < 0:
-            raise ValueError(f"rank must be at least 0, got {self.rank}")
+        settle(self, number, "energy_variance", "L", "step_size", above=0)
+        settle(self, integer, "thinning", least=1)
+        settle(self, integer, "rank", least=0)
 
     def sample(self, model: BayesianModel, run: Run) -> Draws:
         """Run the chains; see `bnnflow.sample`. A transition of warm-up has ``thinning`` steps as well."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnnflow.arguments import flag, integer, number, settle
 from bnnflow.draws import Draws
 from bnnflow.inference.run import Run
 from bnnflow.inference.start import WARM_START, starting_points
@@ -36,10 +37,9 @@ class PyroNUTS:
     full_mass: bool = False
 
     def __post_init__(self) -> None:
-        if not self.max_tree_depth > 0:
-            raise ValueError(f"max_tree_depth must be positive, got {self.max_tree_depth}")
-        if not 0 < self.target_acceptance < 1:
-            raise ValueError(f"target_acceptance must be in (0, 1), got {self.target_acceptance}")
+        settle(self, integer, "max_tree_depth", least=1)
+        settle(self, number, "target_acceptance", above=0, below=1)
+        settle(self, flag, "full_mass")
 
     def sample(self, model: BayesianModel, run: Run) -> Draws:
         """Run the chains, 4 of 500 + 500 unless said otherwise; see `bnnflow.sample`.

@@ -15,7 +15,7 @@ from bnnflow.ranks import ALONE, Ranks
 if TYPE_CHECKING:
     from bnnflow.inference.checkpoint import Checkpoint
 
-__all__ = ["Method", "Run", "check_positive"]
+__all__ = ["Method", "Run"]
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,3 @@ class Method(Protocol):
     def sample(self, model: BayesianModel, run: Run) -> Draws:
         """Return draws."""
         ...
-
-
-def check_positive(settings: object, *names: str) -> None:
-    """Raise ``ValueError`` unless the named settings of a method are positive; None is a choice left open."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")

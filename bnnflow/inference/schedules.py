@@ -12,6 +12,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from bnnflow.arguments import integer, number, settle
+
 __all__ = ["Constant", "Cyclical", "Polynomial", "Schedule", "Stage"]
 
 
@@ -68,10 +70,8 @@ class Polynomial:
     kept_scale = 1.0
 
     def __post_init__(self) -> None:
-        if not self.delay > 0:
-            raise ValueError(f"delay must be positive, got {self.delay}")
-        if not 0 < self.power <= 1:
-            raise ValueError(f"power must be in (0, 1]: beyond 1 the chain comes to rest; got {self.power}")
+        settle(self, number, "delay", above=0)
+        settle(self, number, "power", above=0, most=1)  # beyond 1 the chain comes to rest
 
     def __call__(self, step: int) -> Stage:
         """Return the decayed scale."""
@@ -98,10 +98,8 @@ class Cyclical:
     exploration: float = 0.25
 
     def __post_init__(self) -> None:
-        if not isinstance(self.length, int) or self.length < 1:
-            raise ValueError(f"length must be a positive integer, got {self.length!r}")
-        if not 0 <= self.exploration < 1:
-            raise ValueError(f"exploration must be in [0, 1), got {self.exploration}")
+        settle(self, integer, "length", least=1)
+        settle(self, number, "exploration", least=0, below=1)
         if self._explored >= self.length:
             raise ValueError(f"no step of {self.length} is left to sample after exploration={self.exploration}")
 

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from bnnflow.arguments import choice, flag, settle
 from bnnflow.draws import Draws
 from bnnflow.inference.burn_in import Recipe, check, run_stochastic
 from bnnflow.inference.gradients import Scales, StochasticTarget, guarded, same
@@ -174,8 +175,8 @@ class SGHMC:
 
     def __post_init__(self) -> None:
         check(self, "friction")
-        if self.preconditioner not in (None, "none", "diagonal"):
-            raise ValueError(f"preconditioner must be 'none' or 'diagonal', got {self.preconditioner!r}")
+        settle(self, choice, "preconditioner", choices=("none", "diagonal"))
+        settle(self, flag, "noise_estimate")
         if self.noise_estimate and self.batch_size is None:
             raise ValueError("noise_estimate is for mini-batches: give a batch_size")
 

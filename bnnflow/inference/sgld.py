@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from bnnflow.arguments import choice, settle
 from bnnflow.draws import Draws
 from bnnflow.inference.burn_in import Recipe, check, run_stochastic
 from bnnflow.inference.gradients import Scales, StochasticTarget, guarded, same
@@ -216,8 +217,7 @@ class SGLD:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.preconditioner not in (None, "none", "diagonal", "rmsprop"):
-            raise ValueError(f"preconditioner must be 'none', 'diagonal' or 'rmsprop', got {self.preconditioner!r}")
+        settle(self, choice, "preconditioner", choices=("none", "diagonal", "rmsprop"))
 
     def sample(self, model: BayesianModel, run: Run) -> Draws:
         """Run the chains; see `bnnflow.sample`. The defaults are 16 chains, 200 transitions of warm-up, 1,000 draws."""

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from bnnflow.arguments import choice, flag, settle
 from bnnflow.draws import Draws
 from bnnflow.inference.burn_in import Recipe, check, run_stochastic
 from bnnflow.inference.gradients import Scales, StochasticTarget, guarded
@@ -158,8 +159,8 @@ class SGNHT:
 
     def __post_init__(self) -> None:
         check(self, "friction", "inertia")
-        if self.preconditioner not in (None, "none", "diagonal"):
-            raise ValueError(f"preconditioner must be 'none' or 'diagonal', got {self.preconditioner!r}")
+        settle(self, choice, "preconditioner", choices=("none", "diagonal"))
+        settle(self, flag, "per_parameter")
 
     def sample(self, model: BayesianModel, run: Run) -> Draws:
         """Run the chains; see `bnnflow.sample`. The defaults are 16 chains, 200 transitions of warm-up, 1,000 draws."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bnnflow.arguments import integer, number, settle
 from bnnflow.bridge import balance
 from bnnflow.draws import Draws, as_theta, strays
 from bnnflow.inference.hmc import hmc
@@ -78,14 +79,12 @@ class SMC:
     chunk_size: int = 1024
 
     def __post_init__(self) -> None:
-        for name in ("ess", "target_acceptance"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in (0, 1), got {getattr(self, name)}")
-        for name in ("moves", "trajectory_length", "max_leapfrog", "chunk_size"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.particles < 10:
-            raise ValueError(f"particles must be at least 10, got {self.particles}")
+        settle(self, number, "ess", "target_acceptance", above=0, below=1)
+        settle(self, number, "trajectory_length", above=0)
+        settle(self, integer, "moves", "max_leapfrog", "chunk_size", least=1)
+        settle(self, integer, "particles", least=10)
+        if self.start is not None and not (hasattr(self.start, "sample") and hasattr(self.start, "log_prob")):
+            raise TypeError(f"start must be a density with sample and log_prob, got {self.start!r}")
 
     def sample(self, model: BayesianModel, run: Run) -> Draws:
         """Run the particles; see `bnnflow.sample`. ``chains`` is the number of independent runs."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
 from bnnflow.inference.run import Run
 from bnnflow.inference.start import maximise, random_networks
@@ -51,14 +52,10 @@ class SWAG:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("members", "every", "steps", "learning_rate", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        if self.rank < 2:
-            raise ValueError(f"rank must be at least 2, got {self.rank}")
-        if self.snapshots < self.rank:
-            raise ValueError(f"snapshots must be at least rank = {self.rank}, got {self.snapshots}")
+        settle(self, integer, "members", "every", "steps", "batch_size", least=1)
+        settle(self, integer, "rank", least=2)
+        settle(self, integer, "snapshots", least=self.rank)
+        settle(self, number, "learning_rate", above=0)
 
     def sample(self, model: BayesianModel, run: Run) -> Draws:
         """Train and draw, 250 from each member unless said otherwise; see `bnnflow.sample`."""

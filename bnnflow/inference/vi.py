@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from bnnflow.arguments import choice, integer, number, settle
 from bnnflow.draws import Draws
 from bnnflow.gaussian import Gaussian
 from bnnflow.inference.laplace import gauss_newton_precision
@@ -56,11 +57,12 @@ class VI:
     scale: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.rank != "full" and (not isinstance(self.rank, int) or self.rank < 0):
-            raise ValueError(f"rank must be a number of directions, 0 or more, or 'full', got {self.rank!r}")
-        for name in ("steps", "learning_rate", "particles", "scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if isinstance(self.rank, str):
+            settle(self, choice, "rank", choices=("full",))
+        else:
+            settle(self, integer, "rank", least=0)
+        settle(self, integer, "steps", "particles", least=1)
+        settle(self, number, "learning_rate", "scale", above=0)
 
     def sample(self, model: BayesianModel, run: Run) -> Draws:
         """Fit the guide and draw from it; see `bnnflow.sample`. ``chains`` only shapes the independent draws."""
