@@ -1,18 +1,60 @@
-"""One gate for arguments: what a caller meant where that is clear, else an error that names the argument."""
+"""One gate for arguments: what a caller meant where that is clear, else an error that names the argument.
+
+Public functions and classes are `checked`: their annotations say what every argument must be, and hold. `Count`,
+`Positive` and their like are numbers in a range. What depends on other arguments is checked by hand, in the same words.
+"""
 
 from __future__ import annotations
 
+import collections.abc
+import functools
+import inspect
 import math
 import operator
-from collections.abc import Callable, Collection
+import os
+import pathlib
+import types
+import typing
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["choice", "flag", "integer", "number", "settle", "tensor"]
+__all__ = [
+    "Count",
+    "Fraction",
+    "NonNegative",
+    "Positive",
+    "Range",
+    "Whole",
+    "checked",
+    "choice",
+    "finite",
+    "flag",
+    "integer",
+    "number",
+    "settle",
+    "tensor",
+]
+
+
+class Range(NamedTuple):
+    """The bounds of an annotated number: the keywords of `integer` or `number`."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+
+Count = Annotated[int, Range(least=1)]
+Whole = Annotated[int, Range(least=0)]
+Positive = Annotated[float, Range(above=0)]
+NonNegative = Annotated[float, Range(least=0)]
+Fraction = Annotated[float, Range(above=0, below=1)]
 
 
 def integer(name: str, value: Any, *, least: int | None = None, most: int | None = None) -> int:
@@ -66,6 +108,8 @@ def number(
         if isinstance(value, bool | np.bool_ | str | bytes) or getattr(value, "dtype", None) == torch.bool:
             raise TypeError
         result = float(value)
+    except OverflowError:
+        result = math.inf
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a number, got {_shown(value)}") from None
     bounds = {"above": above, "at least": least, "below": below, "at most": most}
@@ -138,21 +182,278 @@ def tensor(name: str, value: Any, *, dtype: torch.dtype | None = None, device: t
     Raises:
         TypeError: if it does not hold real numbers, or has masked or missing entries that no number stands for.
     """
-    if isinstance(value, Tensor):
-        result = value.detach()
-    else:
-        if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
-            raise TypeError(f"{name} has masked entries; fill them or leave their rows out")
+    result = _tensor(name, value).detach()
+    return result.to(device, dtype if result.is_floating_point() else None)
+
+
+def finite(name: str, values: Tensor) -> Tensor:
+    """Return ``values`` if all are finite.
+
+    Raises:
+        ValueError: naming the first rows that are not.
+    """
+    bad = (~values.isfinite()).reshape(len(values), -1).any(1).nonzero().flatten()
+    if len(bad):
+        rows = ", ".join(str(int(row)) for row in bad[:5]) + (", ..." if len(bad) > 5 else "")
+        raise ValueError(f"{name} has NaN or infinite values in {len(bad)} of {len(values)} rows: {rows}")
+    return values
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+Gate = Callable[[str, Any], Any]
+"""``(name, value) -> value`` as the function takes it; a ``TypeError`` or ``ValueError`` names the argument."""
+
+
+def checked(target: F) -> F:
+    """Hold the arguments of a function, or of the making of a class, to their annotations.
+
+    Numbers, bools and words become Python's own, arrays, lists and frames become tensors where a ``Tensor`` is asked
+    for, and whatever is something else is refused by name before any work starts. Tensors keep their derivatives.
+
+    Example:
+        >>> @checked
+        ... def half(n: Count) -> float:
+        ...     return n / 2
+        >>> half(np.int64(4))
+        2.0
+        >>> half(0)
+        Traceback (most recent call last):
+        ...
+        ValueError: n must be at least 1, got 0
+    """
+    if isinstance(target, type):
+        target.__init__ = checked(target.__init__)
+        return target  # type: ignore[return-value]
+    signature = inspect.signature(target)
+
+    @functools.wraps(target)
+    def through_the_gate(*args: Any, **kwargs: Any) -> Any:
         try:
-            array = np.asarray(value)
-            if array.dtype.kind not in "biuf":
-                raise TypeError
-            result = torch.from_numpy(np.array(array, order="C", copy=True))
-        except (TypeError, ValueError):
-            raise TypeError(f"{name} must hold real numbers, got {_shown(value)}") from None
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return target(*args, **kwargs)  # Python says best what is missing or too much
+        gates = _gates(target)
+        for name, value in bound.arguments.items():
+            if name in gates:
+                bound.arguments[name] = gates[name](name, value)
+        return target(*bound.args, **bound.kwargs)
+
+    return through_the_gate  # type: ignore[return-value]
+
+
+@functools.cache
+def _gates(function: Callable[..., Any]) -> dict[str, Gate]:
+    """Return the gate of every annotated argument."""
+    kinds = {name: parameter.kind for name, parameter in inspect.signature(function).parameters.items()}
+    gates: dict[str, Gate] = {}
+    for name, annotation in _resolved(function).items():
+        gate = _gate(annotation)
+        if kinds[name] is inspect.Parameter.VAR_KEYWORD:
+            gate = _options(annotation)
+        elif kinds[name] is inspect.Parameter.VAR_POSITIONAL:
+            gate = _items(tuple, gate)
+        gates[name] = gate
+    return gates
+
+
+def _resolved(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the annotations of the arguments as objects; what is returned may be known to type checkers only."""
+    own = {name: value for name, value in function.__annotations__.items() if name != "return"}
+    holder = types.SimpleNamespace(__annotations__=own)
+    return typing.get_type_hints(holder, globalns=getattr(function, "__globals__", None), include_extras=True)
+
+
+def _gate(annotation: Any) -> Gate:
+    """Return the gate of whatever an annotation says."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _ranged(arguments[0], arguments[1]._asdict())
+    if origin in (Union, types.UnionType):
+        return _either(arguments)
+    if origin is Literal:
+        return functools.partial(_word, arguments)
+    if origin in (dict, Mapping, collections.abc.Mapping):
+        return _mapping(_gate(arguments[1]))
+    if origin is tuple and (len(arguments) != 2 or arguments[1] is not Ellipsis):
+        return _record(tuple(map(_gate, arguments)))
+    if origin in (list, tuple, Sequence, collections.abc.Sequence):
+        return _items(list if origin is list else tuple, _gate(arguments[0]))
+    if origin is collections.abc.Callable:
+        return _callable
+    return _SIMPLE.get(annotation) or _instance(origin or annotation)
+
+
+def _ranged(kind: type, bounds: dict[str, float | None]) -> Gate:
+    given = {name: bound for name, bound in bounds.items() if bound is not None}
+    return functools.partial(integer if kind is int else number, **given)  # type: ignore[arg-type]
+
+
+def _either(options: tuple[Any, ...]) -> Gate:
+    """Return the gate of a union: the first option that takes the value."""
+    gates = [_gate(option) for option in options if option is not types.NoneType]
+    optional = types.NoneType in options
+
+    def gate(name: str, value: Any) -> Any:
+        if value is None and optional:
+            return None
+        refusals = []
+        for each in gates:
+            try:
+                return each(name, value)
+            except (TypeError, ValueError) as refusal:
+                refusals.append(refusal)
+        out_of_range = [refusal for refusal in refusals if isinstance(refusal, ValueError)]
+        if out_of_range or len(refusals) == 1:
+            raise (out_of_range or refusals)[0] from None
+        wanted = dict.fromkeys(_wanted(name, str(refusal)) for refusal in refusals)
+        raise TypeError(f"{name} must be {' or '.join(wanted)}, got {_shown(value)}") from None
+
+    return gate
+
+
+def _wanted(name: str, refusal: str) -> str:
+    """Return what a message says that the argument must be."""
+    return refusal.removeprefix(f"{name} must be ").partition(", got ")[0]
+
+
+def _word(choices: tuple[str, ...], name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {', '.join(map(repr, choices))}, got {_shown(value)}")
+    return choice(name, value, choices)
+
+
+def _mapping(of: Gate) -> Gate:
+    def gate(name: str, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name} must be a dict, got {_shown(value)}")
+        return {key: of(f"{name}[{key!r}]", each) for key, each in value.items()}
+
+    return gate
+
+
+def _record(gates: tuple[Gate, ...]) -> Gate:
+    def gate(name: str, value: Any) -> Any:
+        if not isinstance(value, tuple) or len(value) != len(gates):
+            raise TypeError(f"{name} must be a tuple of {len(gates)}, got {_shown(value)}")
+        return tuple(each(f"{name}[{i}]", part) for i, (each, part) in enumerate(zip(gates, value, strict=True)))
+
+    return gate
+
+
+def _items(kind: type, of: Gate) -> Gate:
+    def gate(name: str, value: Any) -> Any:
+        if isinstance(value, np.ndarray | Tensor) and value.ndim == 1:
+            value = value.tolist()
+        if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+            raise TypeError(f"{name} must be a list, got {_shown(value)}")
+        return kind(of(f"{name}[{i}]", each) for i, each in enumerate(value))
+
+    return gate
+
+
+def _options(annotation: Any) -> Gate:
+    """Return the gate of keyword arguments: those of a ``TypedDict``, or all of one kind."""
+    typed = next((each for each in get_args(annotation) if typing.is_typeddict(each)), None)
+    hints = {} if typed is None else typing.get_type_hints(typed, include_extras=True)
+    gates = {name: _gate(each) for name, each in hints.items()}
+
+    def gate(name: str, value: dict[str, Any]) -> dict[str, Any]:
+        if typed and (unknown := value.keys() - gates.keys()):
+            raise TypeError(f"there is no option {min(unknown)!r}; the options are {', '.join(sorted(gates))}")
+        return {key: gates.get(key, _anything)(key, each) for key, each in value.items()}
+
+    return gate
+
+
+def _instance(kind: Any) -> Gate:
+    """Return the gate of a class or a protocol."""
+    if not isinstance(kind, type) or kind is object:
+        return _anything
+    protocol = getattr(kind, "_is_protocol", False)
+    members = _members(kind) if protocol else ()
+
+    def gate(name: str, value: Any) -> Any:
+        fits = all(hasattr(value, member) for member in members) if protocol else isinstance(value, kind)
+        if not fits or (isinstance(value, type) and not issubclass(kind, type)):
+            article = "an" if kind.__name__[0] in "AEIOU" else "a"
+            raise TypeError(f"{name} must be {article} {kind.__name__}, got {_shown(value)}")
+        return value
+
+    return gate
+
+
+def _members(protocol: type) -> tuple[str, ...]:
+    """Return what a protocol asks for; ``__call__`` alone among the private names."""
+    bases = [base for base in protocol.__mro__ if getattr(base, "_is_protocol", False)]
+    names = {name for base in bases for name in (*vars(base), *getattr(base, "__annotations__", ()))}
+    return tuple(sorted(name for name in names if name == "__call__" or not name.startswith("_")))
+
+
+def _anything(name: str, value: Any) -> Any:
+    return value
+
+
+def _callable(name: str, value: Any) -> Any:
+    if not callable(value) or isinstance(value, type):
+        raise TypeError(f"{name} must be a function, got {_shown(value)}")
+    return value
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {_shown(value)}")
+    return str(value)
+
+
+def _path(name: str, value: Any) -> Any:
+    if not isinstance(value, os.PathLike) or isinstance(value, type):
+        raise TypeError(f"{name} must be a path, got {_shown(value)}")
+    return value
+
+
+def _device(name: str, value: Any) -> torch.device:
+    try:
+        return torch.device(value)
+    except (TypeError, RuntimeError):
+        raise TypeError(f"{name} must be a device such as 'cpu' or 'cuda:0', got {_shown(value)}") from None
+
+
+def _dtype(name: str, value: Any) -> torch.dtype:
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        raise TypeError(f"{name} must be a floating-point type such as torch.float32, got {_shown(value)}")
+    return value
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    """Return real numbers as a dense tensor: itself if it is one, with its derivatives."""
+    result = value if isinstance(value, Tensor) else torch.from_numpy(_array(name, value))
     if result.is_complex() or result.layout != torch.strided:
         raise TypeError(f"{name} must hold real numbers in a dense tensor, got {result.dtype}, {result.layout}")
-    return result.to(device, dtype if result.is_floating_point() else None)
+    return result
+
+
+def _array(name: str, value: Any) -> np.ndarray:
+    """Return a copy of real numbers as a contiguous array in this machine's own byte order."""
+    if np.ma.is_masked(value):
+        raise TypeError(f"{name} has masked entries; fill them or leave their rows out")
+    if hasattr(value, "columns") and hasattr(value, "dtypes"):  # a frame, whose columns may be of several types
+        columns = [_array(f"column {column!r} of {name}", value[column]) for column in value.columns]
+        return np.stack(columns, 1) if columns else np.empty((len(value), 0))
+    try:
+        array = np.asarray(value)
+        if array.dtype.kind == "O" and hasattr(value, "to_numpy"):  # numbers with missing ones among them
+            array = value.to_numpy(dtype=float, na_value=math.nan)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must hold real numbers, got {_shown(value)}") from None
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{name} must hold real numbers, got {_shown(value)}")
+    array = np.array(array, order="C", copy=True)
+    if array.dtype.kind == "u" and array.dtype.itemsize > 1:
+        if array.size and array.max() > np.iinfo(np.int64).max:
+            raise TypeError(f"{name} must hold numbers below 2**63, got {array.max()}")
+        return array.astype(np.int64)
+    known = array.dtype.itemsize <= 8
+    return array.astype(array.dtype.newbyteorder("=") if known else np.float64, copy=False)
 
 
 def _between(least: int | None, most: int | None) -> str:
@@ -163,8 +464,28 @@ def _between(least: int | None, most: int | None) -> str:
 
 def _shown(value: Any) -> str:
     """Say what was given in a few words: a long array would hide the message."""
-    text, kind = repr(value), type(value).__name__
-    if len(text) <= 60:
-        return f"{kind} {text}"
-    shape = tuple(getattr(value, "shape", ()))
-    return f"{kind} of shape {shape}" if shape else kind
+    if isinstance(value, type):
+        return f"the class {value.__name__} itself"
+    kind = type(value).__name__
+    shape = getattr(value, "shape", ())
+    if isinstance(shape, tuple) and shape:
+        return f"{kind} of shape {tuple(shape)}"
+    try:
+        text = repr(value)
+    except Exception:
+        return kind
+    return f"{kind} {text}" if len(text) <= 60 else kind
+
+
+_SIMPLE: dict[Any, Gate] = {
+    Any: _anything,
+    bool: flag,
+    float: number,
+    int: integer,
+    str: _text,
+    pathlib.Path: _path,
+    Tensor: _tensor,
+    np.ndarray: _tensor,
+    torch.device: _device,
+    torch.dtype: _dtype,
+}
