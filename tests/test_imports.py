@@ -21,6 +21,7 @@ ROOMS = [
     "progress",
     "ranks",
     "bridge",
+    "diagnostics",
     "gaussian",
     "posteriors",
     "tracing",

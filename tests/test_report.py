@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import matplotlib
@@ -14,12 +15,12 @@ import torch
 from torch import nn
 from torch.distributions import Normal
 
+from bnnflow.diagnostics import ess, import_arviz, is_datatree
 from bnnflow.draws import Draws
 from bnnflow.gaussian import Gaussian
 from bnnflow.model import BayesianModel, likelihoods
 from bnnflow.predictive import metrics, predict
 from bnnflow.report import Report, diagnose, plots, report, to_arviz
-from bnnflow.report.arviz import import_arviz
 from bnnflow.report.html import _Shown
 
 VOID = {"meta", "br", "hr", "img", "link", "input", "wbr"}
@@ -245,7 +246,7 @@ def test_arviz_at_other_inputs(model):
     draws = chains(model, draws=10)
     x, y = test_data(model)
     assert to_arviz(draws, model, x, y)["log_likelihood"]["y"].shape == (4, 10, N_TEST)
-    assert not hasattr(to_arviz(draws, model, x), "log_likelihood")
+    assert not groups(to_arviz(draws, model, x)) & {"log_likelihood", "observed_data"}
     with pytest.raises(ValueError, match="needs its x"):
         to_arviz(draws, model, y=y)
     with pytest.raises(ValueError, match="rows"):
@@ -260,18 +261,83 @@ def test_arviz_functions_accept_the_export(model):
     assert np.isfinite(float(loo.iloc[0] if hasattr(loo, "iloc") else loo.elpd))
 
 
-def test_both_forms_of_arviz_get_the_same_groups(model, monkeypatch):
-    """Without InferenceData, as in ArviZ 1.x, the groups become a DataTree."""
-    xarray = pytest.importorskip("xarray")
-    if not hasattr(xarray, "DataTree"):
-        pytest.skip("this xarray has no DataTree")
-    draws = chains(model, draws=10)
-    old = to_arviz(draws, model)
-    monkeypatch.setattr("bnnflow.report.arviz.import_arviz", lambda: type("arviz", (), {}))
-    new = to_arviz(draws, model)
-    assert isinstance(new, xarray.DataTree)
-    for group in ("posterior", "sample_stats", "predictions", "log_likelihood", "observed_data", "constant_data"):
-        assert new[group].to_dataset().identical(old[group])
+def test_arviz_gets_its_own_container(model):
+    """InferenceData with ArviZ 0.x, a DataTree of xarray with 1.x, where the old name is an alias."""
+    import xarray
+
+    data = to_arviz(chains(model, draws=10), model)
+    assert isinstance(data, xarray.DataTree if is_datatree() else import_arviz().InferenceData)
+    assert groups(data) == {
+        "posterior",
+        "sample_stats",
+        "predictions",
+        "log_likelihood",
+        "observed_data",
+        "constant_data",
+    }
+
+
+def test_the_export_survives_netcdf(model, tmp_path):
+    az = import_arviz()
+    data = to_arviz(weighted(model), model)
+    data.to_netcdf(str(tmp_path / "draws.nc"))
+    back = az.from_netcdf(str(tmp_path / "draws.nc"))
+    assert groups(back) == groups(data)
+    for group in groups(data):
+        for name, values in data[group].data_vars.items():
+            assert np.array_equal(back[group][name], values), (group, name)
+    assert back["posterior"].attrs["inference_library"] == "bnnflow"
+
+
+def test_arviz_sees_the_weights_of_weighted_draws(model):
+    """Draws of the prior, weighted as if their first weight had another mean: ArviZ's mean is the weighted one."""
+    az = import_arviz()
+    draws = weighted(model, shift=1.0)
+    data = to_arviz(draws, model)
+    weights = draws.log_weights.flatten().softmax(0)
+    expected = float(weights @ draws.flat[:, 0].double())
+    assert abs(expected - 1) < 0.2
+    assert abs(float(draws.flat[:, 0].mean())) < 0.1
+    found = az.summary(data, var_names=["0.weight"], round_to=4)["mean"].iloc[0]
+    error = float(draws.flat[:, 0].std()) / np.sqrt(4000)
+    assert abs(float(found) - expected) < 3 * error
+    kept = data["weighted_posterior"]
+    assert np.array_equal(kept["log_weight"], draws.log_weights)
+    assert np.array_equal(kept["0.bias"], model.spec.unflatten(draws.theta)["0.bias"])
+
+
+def test_copies_of_weighted_draws_do_not_count_twice(model):
+    """One draw of four has nearly all the weight of its neighbours: a quarter of the draws are effective."""
+    draws = weighted(model)
+    few = torch.full_like(draws.log_weights, -20.0)
+    few[:, ::4] = 0.0
+    first = to_arviz(replace(draws, log_weights=few), model)["posterior"]["0.weight"].to_numpy()[..., 0, 0]
+    assert ess(first, "mean") < 0.35 * first.size
+
+
+def groups(data) -> set[str]:
+    """The names of the groups of an export, whatever the container."""
+    names = data.children if is_datatree() else data.groups()
+    return set(names)
+
+
+def weighted(model, shift: float = 0.0) -> Draws:
+    """Draws of the prior N(0, 1), (4, 1000), weighted as if the first weight had mean `shift`."""
+    theta = model.sample_prior(4000, seed=3).reshape(4, 1000, model.dim)
+    log_weights = (shift * theta[..., 0]).double()
+    diverging = torch.zeros(4, 1000, dtype=torch.bool)
+    return Draws(theta, model.log_joint(theta), {"diverging": diverging}, log_weights=log_weights)
+
+
+@pytest.mark.parametrize("as_array", [np.asarray, list, lambda values: values.float()])
+def test_the_report_weighs_draws_whatever_holds_the_weights(model, as_array):
+    x, y = test_data(model)
+    theta = model.sample_prior(50, seed=0)
+    log_weights = 3 * theta[:, 0].double()
+    forms = {"tensor": (theta, log_weights), "other": (theta.numpy(), as_array(log_weights)), "none": theta}
+    tensor, other, none = (row["lppd"] for row in report(forms, model, x, y, path=None).table)
+    assert other == pytest.approx(tensor, rel=1e-6)
+    assert none != pytest.approx(tensor, rel=1e-3)
 
 
 # ---------------------------------------------------------------- the report

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import warnings
-from types import ModuleType
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bnnflow.diagnostics import import_arviz, is_datatree
 from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
 from bnnflow.predictive import predict
@@ -19,7 +19,7 @@ from bnnflow.weights import WeightSpec
 if TYPE_CHECKING:
     from xarray import Dataset
 
-__all__ = ["function_values", "import_arviz", "to_arviz"]
+__all__ = ["function_values", "to_arviz"]
 
 _SAMPLE = ("chain", "draw")
 
@@ -32,9 +32,13 @@ def to_arviz(
 ) -> Any:
     """Convert draws for ArviZ.
 
-    Groups: ``posterior`` (one variable a tensor, its axes named by hidden layer: ``h1``), ``sample_stats`` (``lp``,
-    the sampler's statistics and ``log_weight`` if there are weights), ``predictions`` (``mean``, what each draw
-    predicts at x), ``log_likelihood`` and ``observed_data`` (``y``, row by row), ``constant_data`` (``x``).
+    Groups: ``posterior`` (one variable a tensor, its axes named by hidden layer: ``h1``), ``sample_stats`` (``lp`` and
+    the sampler's statistics), ``predictions`` (``mean``, what each draw predicts at x), ``log_likelihood`` and
+    ``observed_data`` (``y``, row by row), ``constant_data`` (``x``).
+
+    ArviZ takes all draws of a posterior to count alike. Weighted draws are therefore resampled in proportion to their
+    weights, without chance and in their order, so that copies stand side by side and effective sample sizes see them;
+    the draws as they were, with their ``lp`` and ``log_weight``, are in a further group, ``weighted_posterior``.
 
     Args:
         draws: the draws.
@@ -57,6 +61,8 @@ def to_arviz(
     targets = model.targets(y) if has_targets else None
     if targets is not None and len(targets) != len(inputs):
         raise ValueError(f"x has {len(inputs)} rows and y has {len(targets)}")
+    weighted = draws if draws.log_weights is not None else None
+    draws = _equally_weighted(draws)
     groups = {
         "posterior": _posterior(draws, model.spec),
         "sample_stats": _sample_stats(draws),
@@ -67,16 +73,10 @@ def to_arviz(
         values = _log_likelihood(draws, model, inputs, targets)
         groups["log_likelihood"] = _dataset({"y": (values, ("row",))})
         groups["observed_data"] = _dataset({"y": (_numpy(targets), _names("row", "y", targets.dim()))}, sampled=False)
+    if weighted is not None:
+        groups["weighted_posterior"] = _weighted_posterior(weighted, model.spec)
     groups["posterior"].attrs |= {"inference_library": "bnnflow", "info": json.dumps(draws.info, default=str)}
     return _convert(groups)
-
-
-def import_arviz() -> ModuleType:
-    """Import ArviZ without the announcement that it makes on import."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        import arviz
-    return arviz
 
 
 def function_values(draws: Draws, model: BayesianModel, x: Tensor | np.ndarray | None = None) -> np.ndarray:
@@ -99,9 +99,28 @@ def _posterior(draws: Draws, spec: WeightSpec) -> Dataset:
 
 def _sample_stats(draws: Draws) -> Dataset:
     stats = {"lp": draws.log_joint, **draws.stats}
-    if draws.log_weights is not None:
-        stats["log_weight"] = draws.log_weights
     return _dataset({name: (_numpy(values), ()) for name, values in stats.items()})
+
+
+def _weighted_posterior(draws: Draws, spec: WeightSpec) -> Dataset:
+    assert draws.log_weights is not None
+    of_draws = {"lp": (_numpy(draws.log_joint), ()), "log_weight": (_numpy(draws.log_weights), ())}
+    return _posterior(draws, spec).merge(_dataset(of_draws))
+
+
+def _equally_weighted(draws: Draws) -> Draws:
+    """Return as many draws that count alike: systematic resampling at fixed points, order kept."""
+    if draws.log_weights is None:
+        return draws
+    weights = draws.log_weights.flatten().double().softmax(0)
+    points = (torch.arange(len(weights), dtype=torch.float64, device=weights.device) + 0.5) / len(weights)
+    chosen = torch.searchsorted(weights.cumsum(0), points).clamp_(max=len(weights) - 1)
+
+    def taken(values: Tensor) -> Tensor:
+        return values.flatten(0, 1)[chosen.to(values.device)].reshape(values.shape)
+
+    stats = {name: taken(values) for name, values in draws.stats.items()}
+    return replace(draws, theta=taken(draws.theta), log_joint=taken(draws.log_joint), stats=stats, log_weights=None)
 
 
 def _log_likelihood(draws: Draws, model: BayesianModel, x: Tensor, y: Tensor) -> np.ndarray:
@@ -123,12 +142,11 @@ def _dataset(variables: dict[str, tuple[np.ndarray, tuple[str, ...]]], *, sample
 
 
 def _convert(groups: dict[str, Dataset]) -> Any:
-    arviz = import_arviz()
-    if hasattr(arviz, "InferenceData"):
-        return arviz.InferenceData(**groups)
-    import xarray
+    if is_datatree():
+        import xarray
 
-    return xarray.DataTree.from_dict(groups)
+        return xarray.DataTree.from_dict(groups)
+    return import_arviz().InferenceData(**groups)
 
 
 def _names(first: str, name: str, dims: int) -> tuple[str, ...]:

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from bnnflow import arguments
 from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
 from bnnflow.predictive import Prediction, metrics, predict
@@ -132,8 +134,8 @@ def _theta(value: Any) -> Tensor | None:
     """Return the weights of anything that holds weights, or None."""
     if isinstance(value, tuple):
         value = value[0] if len(value) == 2 else None
-    theta = value if isinstance(value, Tensor) else getattr(value, "theta", None)
-    return theta if isinstance(theta, Tensor) else None
+    theta = value if isinstance(value, Tensor | np.ndarray) else getattr(value, "theta", None)
+    return None if theta is None else arguments.tensor("weights", theta)
 
 
 def _entry(name: str, value: Any, seconds: float | None) -> Entry:
@@ -148,7 +150,9 @@ def _entry(name: str, value: Any, seconds: float | None) -> Entry:
         info = {"method": type(value).__name__, "draws taken": TAKEN, "seed": 0} | info
         seconds = seconds if seconds is not None else time.perf_counter() - start
     weights = value[1] if isinstance(value, tuple) else getattr(value, "log_weights", None)
-    return Entry(name, (theta, weights if isinstance(weights, Tensor) else None), info, seconds)
+    return Entry(
+        name, (theta, None if weights is None else arguments.tensor(f"log weights of {name}", weights)), info, seconds
+    )
 
 
 def _evaluate(entry: Entry, model: BayesianModel, x: Tensor, y: Tensor) -> Evaluation:

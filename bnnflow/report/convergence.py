@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,9 +11,10 @@ from scipy.special import ndtri
 from scipy.stats import rankdata
 from torch import Tensor
 
+from bnnflow import diagnostics
 from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
-from bnnflow.report.arviz import function_values, import_arviz
+from bnnflow.report.arviz import function_values
 from bnnflow.symmetry import match, sort_units
 from bnnflow.symmetry.canonical import normalise_scale
 
@@ -224,27 +224,12 @@ def compare_chains(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
     Chains that are each constant but differ have infinite R-hat and no effective draws; quantities that never change
     have an R-hat of 1. A single chain is compared with itself, half against half.
     """
-    import xarray
-
-    arviz = import_arviz()
-
-    def dataset(values: np.ndarray) -> xarray.Dataset:
-        return xarray.Dataset({"values": (("chain", "draw", "quantity"), values.reshape(*values.shape[:2], -1))})
-
     halves = values
     if len(values) == 1:  # R-hat wants two chains
         half = values.shape[1] // 2
         halves = values[:, : 2 * half].reshape(2, half, *values.shape[2:])
-    with np.errstate(all="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        r_hat, bulk, tail = (
-            found["values"].to_numpy().reshape(values.shape[2:])
-            for found in (
-                arviz.rhat(dataset(halves)),
-                arviz.ess(dataset(values), method="bulk"),
-                arviz.ess(dataset(values), method="tail"),
-            )
-        )
+    r_hat = diagnostics.rhat(halves)
+    bulk, tail = diagnostics.ess(values, "bulk"), diagnostics.ess(values, "tail")
     constant = (values == values[:1, :1]).all((0, 1))
     r_hat = np.where(constant, 1.0, np.nan_to_num(r_hat, nan=np.inf))
     bulk, tail = (

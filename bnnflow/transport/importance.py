@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bnnflow import diagnostics
 from bnnflow.bridge import balance
 from bnnflow.draws import Draws, as_theta
 from bnnflow.model import BayesianModel
@@ -44,7 +41,7 @@ _LOG_PI = math.log(math.pi)
 def smoothed(log_weights: Tensor) -> tuple[Tensor, float]:
     """Smooth the largest weights by a generalised Pareto law and return its shape (Vehtari et al. 2024).
 
-    The shape, k-hat, says how many moments the weights have: none but those below 1 / k. ArviZ fits it.
+    The shape, k-hat, says how many moments the weights have: none but those below 1 / k.
 
     Args:
         log_weights: ``(n,)``; minus infinity is a weight of zero.
@@ -59,8 +56,8 @@ def smoothed(log_weights: Tensor) -> tuple[Tensor, float]:
         return torch.full_like(log_weights, -math.inf), math.inf
     khat = 0.0
     if float(values.max() - values.min()) > _SAME:
-        fitted, shape = _psislw()(values.cpu().numpy())
-        values, khat = torch.from_numpy(fitted).to(values), float(shape)
+        fitted, khat = diagnostics.psis(values.cpu().numpy())
+        values = torch.from_numpy(fitted).to(values)
     result = torch.full_like(log_weights, -math.inf, dtype=torch.float64)
     result[kept] = values - values.logsumexp(0)
     return result, khat
@@ -166,8 +163,8 @@ class HeldOut:
             return float(len(values))
         if draws < 4:
             return float(chains)
-        found = _of_chains("ess", values.unflatten(0, self.shape).unsqueeze(-1), method="mean")
-        return min(float(found), float(len(values))) if bool(found > 0) else 1.0
+        found = float(diagnostics.ess(_array(values.unflatten(0, self.shape)), "mean"))
+        return min(found, float(len(values))) if found > 0 else 1.0
 
 
 def bridge(forward: Tensor, reverse: Tensor, posterior: HeldOut) -> Estimate | None:
@@ -230,8 +227,12 @@ def mixing(values: Tensor) -> tuple[float, float]:
     values = values[..., values.amax((0, 1)) - values.amin((0, 1)) > _SAME]
     if values.shape[1] < 4 or values.shape[2] == 0:
         return math.inf, float(len(values))
-    r_hat, ess = _of_chains("rhat", values), _of_chains("ess", values, method="bulk")
-    return float(r_hat.nan_to_num(math.inf).max()), float(ess.nan_to_num(0.0).min())
+    r_hat, ess = diagnostics.rhat(_array(values)), diagnostics.ess(_array(values), "bulk")
+    return float(np.nan_to_num(r_hat, nan=math.inf).max()), float(np.nan_to_num(ess).min())
+
+
+def _array(values: Tensor) -> np.ndarray:
+    return values.double().cpu().numpy()
 
 
 # ---------------------------------------------------------------- a heavy tail
@@ -280,30 +281,3 @@ class Student:
         df, dim = self.df, len(self.loc)
         log_det = float(self.scale_tril.diagonal().log().sum())
         return math.lgamma(0.5 * (df + dim)) - math.lgamma(0.5 * df) - 0.5 * dim * (math.log(df) + _LOG_PI) - log_det
-
-
-# ---------------------------------------------------------------- ArviZ
-
-
-def _arviz() -> ModuleType:
-    """Import ArviZ without the announcement that it makes on import."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return importlib.import_module("arviz")
-
-
-def _of_chains(diagnostic: str, values: Tensor, **options: str) -> Tensor:
-    """Return a diagnostic of ``(chain, draw, quantities)``, ``(quantities,)``."""
-    import xarray
-
-    series = xarray.Dataset({"values": (("chain", "draw", "quantity"), values.double().cpu().numpy())})
-    with np.errstate(all="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        found = getattr(_arviz(), diagnostic)(series, **options)["values"]
-    return torch.from_numpy(found.to_numpy())
-
-
-def _psislw() -> Callable:
-    """Return ArviZ's Pareto smoothing of an array, which version 1 keeps elsewhere."""
-    arviz = _arviz()
-    return arviz.psislw if hasattr(arviz, "psislw") else importlib.import_module("arviz_stats.base").array_stats.psislw
