@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import socket
 import stat
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +21,7 @@ import pytest
 import torch
 
 import bnnflow as bf
-from bnnflow import WeightSpec, storage
+from bnnflow import WeightSpec, priors, storage
 from bnnflow.equivariant import INRs, siren
 from bnnflow.symmetry import Spheres
 from bnnflow.transport import (
@@ -461,3 +466,100 @@ def test_draws_are_not_read_from_another_kind(tmp_path: Path) -> None:
     path = storage.write(tmp_path / "flow.npz", "flow", 1, {}, {"weight": THETA})
     with pytest.raises(ValueError, match=r"holds 'flow', expected one of \['draws'\]"):
         bf.Draws.load(path)
+
+
+# ---------------------------------------------------------------- whole or not at all
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    path.write_text("old")
+    with pytest.raises(TypeError), storage.whole(path) as unfinished:
+        unfinished.write_text("ne") + "w"  # type: ignore[operator]
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    host = socket.gethostname()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    path = tmp_path / "draws.npz"
+    mine = tmp_path / f"draws.npz.{host}-{dead.pid}-1.tmp"
+    others = [
+        tmp_path / f"draws.npz.{host}-{os.getppid()}-1.tmp",  # it may be writing still
+        tmp_path / f"draws.npz.elsewhere-{dead.pid}-1.tmp",  # nobody here can know
+        tmp_path / f"other.npz.{host}-{dead.pid}-1.tmp",
+        tmp_path / "draws.npz.notes.tmp",
+    ]
+    for each in (mine, *others):
+        each.write_bytes(b"half")
+    example().save(path)
+    assert not mine.exists()
+    assert {*tmp_path.iterdir()} == {path, *others}
+
+
+@pytest.mark.parametrize("name", ["draws", "draws.npz", "draws.bnn"])
+def test_one_rule_makes_a_path(name: str, tmp_path: Path) -> None:
+    """Whatever a file was called when it was written, it is read by the same name."""
+    path = example().save(tmp_path / name)
+    check_equal(bf.Draws.load(tmp_path / name), example())
+    found = bf.load(tmp_path / name)
+    assert isinstance(found, bf.Draws)
+    check_equal(found, example())
+    replace(example(), log_weights=None).save(path)
+    weights = priors.Empirical.from_file(tmp_path / name).weights
+    assert isinstance(weights, torch.Tensor)
+    assert torch.equal(weights, example().flat)
+
+
+# ---------------------------------------------------------------- one run at a time
+
+
+def test_a_lock_keeps_others_out_until_it_is_released(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "run"
+    with storage.Lock(folder, folder=True):
+        with pytest.raises(ValueError, match=f"another run .process {os.getpid()} on .* is working on .*run"):
+            storage.Lock(folder, folder=True)
+        storage.Lock(tmp_path / "a" / "other.npz", folder=False).release()
+    assert list(tmp_path.iterdir()) == []  # nothing was written, so nothing is left
+    folder.mkdir(parents=True)
+    storage.Lock(folder, folder=True).release()
+    assert list(folder.iterdir()) == []
+
+
+def test_a_lock_dies_with_its_process_and_not_with_the_children(tmp_path: Path) -> None:
+    """A killed process leaves no lock behind, though a child that it forked lives on."""
+    code = (
+        "import os, sys, time\nfrom pathlib import Path\nfrom bnnflow.storage import Lock\n"
+        "lock = Lock(Path(sys.argv[1]), folder=True)\n"
+        "child = os.fork()\n"
+        "if child == 0:\n    sys.stdin.readline()\n    os._exit(0)\n"
+        "print(child, flush=True)\nsys.stdin.readline()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdout.readline()
+    with pytest.raises(ValueError, match=f"process {process.pid} on"):
+        storage.Lock(tmp_path, folder=True)
+    process.kill()
+    process.wait()
+    storage.Lock(tmp_path, folder=True).release()
+    process.stdin.close()
+    process.stdout.close()
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(storage.fcntl, "flock", none)
+    with pytest.warns(UserWarning, match="has no locks .*No locks available"):
+        lock = storage.Lock(tmp_path, folder=True)
+    lock.release()
+    monkeypatch.setattr(storage, "fcntl", None)
+    with pytest.warns(UserWarning, match="has no locks .*there is no flock"):
+        storage.Lock(tmp_path, folder=True).release()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bnnflow import storage
 from bnnflow.data.loaders import Dataset
 
 __all__ = ["load_images"]
@@ -75,7 +76,7 @@ def load_images(
             f"no images for {name!r} (looked at {where}). Known sets are digits, {', '.join(IDX)}; any other is a file "
             f"{name}.npz with the arrays images (n, height, width) uint8 and labels (n,). bnnflow never downloads."
         )
-    with np.load(path, allow_pickle=False) as file:
+    with storage.described(path), np.load(path, allow_pickle=False) as file:
         if not {"images", "labels"} <= set(file.files):
             raise ValueError(f"{path} must have the arrays images and labels, it has {file.files}")
         images, labels = file["images"], file["labels"]

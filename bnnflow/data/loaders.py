@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bnnflow import storage
 from bnnflow.data.standardise import Standardiser
 
 __all__ = ["Dataset", "load"]
@@ -105,7 +106,8 @@ def _bundled(name: str, test_fraction: float, seed: int) -> Dataset:
 
 
 def _fixed_split(name: str, split: int, folder: str | Path | None) -> Dataset:
-    with np.load(_find(name, folder), allow_pickle=False) as file:
+    path = _find(name, folder)
+    with storage.described(path), np.load(path, allow_pickle=False) as file:
         splits = sorted(int(key.removeprefix("test_")) for key in file.files if key.startswith("test_"))
         if not {"X", "y"} <= set(file.files):
             raise ValueError(f"{name}.npz must have the arrays X and y, it has {file.files}")

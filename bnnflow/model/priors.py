@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ import torch.distributions as td
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
+from bnnflow import storage
 from bnnflow.draws import Draws
 from bnnflow.model.quantiles import FAMILIES, QuantileTable
 from bnnflow.seeding import as_generator, isolated
@@ -270,15 +270,14 @@ class Empirical:
         Raises:
             ValueError: if the file holds anything but tensors by name, or weighted draws.
         """
-        if zipfile.is_zipfile(path) and "header.npy" in zipfile.ZipFile(path).namelist():
-            draws = Draws.load(path)
-            if draws.log_weights is not None:
+        path = storage.found(path)
+        with storage.described(path, f"{path} is no file of weights"):
+            ours = zipfile.is_zipfile(path) and "header.npy" in zipfile.ZipFile(path).namelist()
+            loaded = Draws.load(path) if ours else torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(loaded, Draws):
+            if loaded.log_weights is not None:
                 raise ValueError(f"{path} holds weighted draws; resample them first")
-            return cls(draws.flat, **options)
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{path} is no file of weights: {error}") from error
+            return cls(loaded.flat, **options)
         if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
             raise ValueError(f"{path} must hold a state_dict, tensors by name")
         return cls(dict(loaded), **options)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bnnflow import storage
 from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
 from bnnflow.report import plots
@@ -111,10 +112,11 @@ class Report:
         return cls(title or reports[0].title, sections).write(path)
 
     def write(self, path: str | Path) -> Report:
-        """Write the page, making folders as needed, and return the report with its path."""
+        """Write the page, whole or not at all, making folders as needed, and return the report with its path."""
         path = _check_path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.html(), encoding="utf-8")
+        page = self.html()
+        with storage.whole(path) as unfinished:
+            unfinished.write_text(page, encoding="utf-8")
         return Report(self.title, self.sections, path)
 
     def html(self) -> str:
