@@ -5,11 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import multiprocessing
 import pickle
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -135,6 +131,47 @@ def test_inputs_of_their_own(kind: str, shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(pullback(score)[i], pull(score[i : i + 1])[0])
         torch.testing.assert_close(jacobian[0][i], expected[0])
         torch.testing.assert_close(jacobian[1][i], network.jacobian(*own)[1][0])
+
+
+# ---------------------------------------------------------------- nothing at all
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("widths", list(itertools.product(range(3), repeat=3)), ids=str)
+def test_networks_of_nothing_equal_torch(widths: tuple[int, ...]) -> None:
+    g = generator()
+    for bias, rows, batch in itertools.product((True, False), range(3), range(3)):
+        spec = WeightSpec.of(perceptron(*widths, bias=bias).to(F64))
+        network, theta = ChainNetwork(spec), torch.randn(batch, spec.dim, generator=g, dtype=F64)
+        for shape in ((rows, widths[0]), (batch, rows, widths[0])):
+            x, own = torch.randn(shape, generator=g, dtype=F64), len(shape) == 3
+            score = torch.randn(batch, rows, widths[-1], generator=g, dtype=F64)
+            outputs, pull = network.pullback(theta, x, per_network=own)
+            expected, exact = network.pullback(theta.clone().requires_grad_(), x, per_network=own)
+            torch.testing.assert_close(outputs, expected.detach())
+            torch.testing.assert_close(pull(score), exact(score).detach())
+        x, y = torch.randn(rows, widths[0], generator=g, dtype=F64), torch.zeros(batch, rows, widths[-1], dtype=F64)
+        for some in (None, torch.arange(rows)[:0]):
+            error, grad = network.squared_error(theta, x, y, some)
+            expected_error, expected_grad = network.squared_error(theta.clone().requires_grad_(), x, y, some)
+            torch.testing.assert_close(error, expected_error.detach())
+            torch.testing.assert_close(grad, expected_grad.detach())
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("widths", [(0, 1), (2, 0), (0, 3, 1), (2, 0, 1), (2, 3, 0)], ids=str)
+def test_models_of_nothing_are_refused(widths: tuple[int, ...]) -> None:
+    x, y = torch.randn(5, widths[0], generator=generator()), torch.randn(5, widths[-1], generator=generator())
+    with pytest.raises(ValueError, match="has no elements"):
+        BayesianModel(perceptron(*widths), priors.Normal(), likelihoods.Gaussian(1.0), x, y)
+
+
+@needs_compiler
+def test_no_rows_to_draw() -> None:
+    for shape, size in (((3,), 0), ((0,), 4), ((0, 2), 0)):
+        rows = fused.stratified_rows(shape, size, 10, generator(), F64)
+        assert rows is not None
+        assert rows.shape == (*shape, size)
 
 
 # ---------------------------------------------------------------- equal to torch
@@ -550,49 +587,3 @@ def test_copies_have_densities_of_their_own() -> None:
     assert_equal_to_torch(part, theta)
     for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(same.log_joint_and_grad(theta), expected, rtol=0, atol=0)
-
-
-# ---------------------------------------------------------------- compilation
-
-
-@pytest.fixture
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Start from an empty cache of libraries."""
-    cache = tmp_path / "cache"
-    monkeypatch.setenv("BNNFLOW_CACHE", str(cache))
-    fused._library.cache_clear()
-    yield cache
-    fused._library.cache_clear()
-
-
-def _compile(_: int) -> bool:
-    return fused._library(F64) is not None
-
-
-@needs_compiler
-def test_processes_may_compile_at_the_same_time(fresh: Path) -> None:
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        assert all(pool.map(_compile, range(2), chunksize=1))
-    assert [path.suffix for path in fresh.iterdir()] == [".so"]
-
-
-@pytest.mark.parametrize("reason", ["off", "no compiler", "broken compiler", "cache is a file"])
-def test_without_a_library_torch_evaluates(
-    reason: str, fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.delenv("BNNFLOW_FUSED", raising=False)
-    if reason == "off":
-        monkeypatch.setenv("BNNFLOW_FUSED", "0")
-    elif reason == "no compiler":
-        monkeypatch.setenv("PATH", str(fresh))
-        monkeypatch.delenv("CXX", raising=False)
-    elif reason == "broken compiler":
-        monkeypatch.setenv("CXX", shutil.which("false") or "false")
-    else:
-        fresh.write_text("")
-    with caplog.at_level("DEBUG", "bnnflow"):
-        model = model_of("learned")
-        theta = points(model, 3)
-        assert not used(model)
-        torch.testing.assert_close(model.log_joint_and_grad(theta), by_torch(model, theta), rtol=1e-12, atol=1e-12)
-    assert len(caplog.records) == (reason != "off")

@@ -75,6 +75,7 @@ class BayesianModel:
         parameters = list(net.parameters())
         if not parameters:
             raise ValueError(f"{type(net).__name__} has no parameters to infer")
+        _check_sizes(net)
         self._dtype, self._device = parameters[0].dtype, parameters[0].device
         x, y = _check_data(x, y, self._dtype)
         self.net = copy.deepcopy(net).requires_grad_(False)
@@ -759,7 +760,7 @@ class BayesianModel:
                 outputs = self.network(torch.zeros(1, self.dim, dtype=self.dtype, device=self.device), rows)
         except (RuntimeError, IndexError) as error:
             raise ValueError(f"the network cannot take x of shape {tuple(x.shape)}: {error}") from error
-        if outputs.dim() != 3 or outputs.shape[1] != len(rows):
+        if outputs.dim() != 3 or outputs.shape[1] != len(rows) or outputs.shape[2] == 0:
             raise ValueError(f"the network must map (n, ...) to (n, out), got {tuple(outputs.shape[1:])}")
         return outputs.shape[-1]
 
@@ -787,6 +788,14 @@ def _check_modules(net: nn.Module) -> None:
                 )
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise ValueError(f"module {name!r} ({kind}) is random in training mode; call net.eval() or remove it")
+
+
+def _check_sizes(net: nn.Module) -> None:
+    for name, parameter in net.named_parameters():
+        if parameter.numel() == 0:
+            raise ValueError(
+                f"net: {name!r} has no elements, {tuple(parameter.shape)}: a layer without inputs or units"
+            )
 
 
 def _as_tensor(values: Tensor | np.ndarray) -> Tensor:

@@ -417,6 +417,7 @@ constexpr auto kGradients = gradient_tiles<kGradInputs>(std::make_integer_sequen
 // Cut `size` into the fewest pieces of at most `most`, as equal as can be.
 template <class Body>
 static inline void tiled(int64_t size, int most, Body body) {
+    if (size == 0) return;
     const int64_t pieces = (size + most - 1) / most, least = size / pieces, larger = size % pieces;
     for (int64_t i = 0, start = 0; i < pieces; ++i) {
         int64_t piece = least + (i < larger);
@@ -563,9 +564,9 @@ struct Plan {
         }
         inputs = p.layers[0].in + p.n_targets;
         int64_t vectors = divide_up(c.n, kLanes);
-        blocks = divide_up(vectors, kBlock);
-        width = divide_up(vectors, blocks);
-        blocks = divide_up(vectors, width);
+        blocks = std::max<int64_t>(1, divide_up(vectors, kBlock));
+        width = std::max<int64_t>(1, divide_up(vectors, blocks));
+        blocks = divide_up(vectors, width);  // none where there are no rows
     }
 
     int64_t scratch(const Problem& p) const { return (inputs + 2 * units + 2 * widest) * width + sums(p); }

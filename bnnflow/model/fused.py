@@ -2,11 +2,10 @@
 
 The source is ``fused.cpp`` beside this file. The machine's own C++ compiler (``$CXX``, ``c++``, ``g++`` or
 ``clang++``) makes a library of it the first time that a model on the CPU is evaluated, which takes a few seconds,
-and leaves it in ``$BNNFLOW_CACHE``, else in ``bnnflow`` under the user's cache folder, under a name that hashes the
-source, the compiler, its flags and the processor. Where that does not work, or ``BNNFLOW_FUSED=0`` is set, or
-something tracks derivatives, the caller evaluates with torch instead: same numbers to rounding, only slower. Random
-numbers are the exception: with a library they come from Threefry, without one from torch, so a seed gives the same
-draws only where both runs have a library or neither has.
+and `bnnflow.model.compilation` keeps it for later processes. Where that does not work, which is said once, or
+``BNNFLOW_FUSED=0`` is set, or something tracks derivatives, the caller evaluates with torch instead: same numbers to
+rounding, only slower. Random numbers are the exception: with a library they come from Threefry, without one from
+torch, so a seed gives the same draws only where both runs have a library or neither has.
 
 Chains are computed one by one, so results do not depend on the number of threads (``torch.get_num_threads()``).
 """
@@ -15,16 +14,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
 import math
 import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +24,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from bnnflow.activations import Activation
+from bnnflow.model.compilation import say_once, shared_library
 from bnnflow.model.likelihoods import Bernoulli, Categorical, Gaussian, HeteroscedasticGaussian
 from bnnflow.model.priors import FlatPrior
 from bnnflow.types import Likelihood
@@ -53,7 +45,6 @@ _WIDEST = 256
 _WORK_OF_A_THREAD = 4_000_000
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
-_log = logging.getLogger(__name__)
 _Pointer = ctypes.c_void_p
 _Int = ctypes.c_int64
 
@@ -465,7 +456,7 @@ def stratified_rows(
     if library is None:
         return None
     rows = torch.empty((*shape, size), dtype=torch.int64)
-    library.bnnflow_rows(_key(generator), rows.numel() // size, size, n, rows.data_ptr())
+    library.bnnflow_rows(_key(generator), math.prod(shape), size, n, rows.data_ptr())
     return rows
 
 
@@ -483,57 +474,19 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     if scalar is None or os.environ.get("BNNFLOW_FUSED") == "0":
         return None
     try:
-        library = ctypes.CDLL(str(_compiled(scalar)))
-        library.bnnflow_normals.argtypes = [ctypes.c_uint64, _Int, _Pointer]
-        library.bnnflow_rows.argtypes = [ctypes.c_uint64, _Int, _Int, _Int, _Pointer]
-        number = ctypes.c_double
-        library.bnnflow_langevin.argtypes = [
-            ctypes.c_uint64, _Int, _Int, *[_Pointer] * 4, _Int, number, number, _Pointer
-        ]  # fmt: skip
-        library.bnnflow_turn.argtypes = [_Int, _Int, _Pointer, _Pointer, _Pointer, _Int, _Pointer, _Pointer]
-        library.bnnflow_longest.argtypes = [_Int, _Int, _Pointer, _Pointer, _Int, _Pointer]
-        for function in (library.bnnflow_normals, library.bnnflow_rows, library.bnnflow_langevin, library.bnnflow_turn):
-            function.restype = None
-        library.bnnflow_longest.restype = ctypes.c_double
-        return library
-    except (OSError, subprocess.SubprocessError) as error:
-        _log.debug("perceptrons are evaluated by torch, because the compiled path is not available: %s", error)
+        library = shared_library(Path(__file__).with_name("fused.cpp"), [*_FLAGS, f"-DSCALAR={scalar}"])
+    except OSError as error:
+        say_once(f"perceptrons are evaluated by torch, several times as slowly as compiled: {error}")
         return None
-
-
-def _compiled(scalar: str) -> Path:
-    """Return the path of the shared library, compiled unless it is in the cache."""
-    compiler = next(filter(None, map(shutil.which, [os.environ.get("CXX", "c++"), "c++", "g++", "clang++"])), None)
-    if compiler is None:
-        raise OSError("no C++ compiler found")
-    source = Path(__file__).with_name("fused.cpp")
-    command = [compiler, *_FLAGS, f"-DSCALAR={scalar}"]
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    key = [source.read_bytes(), version, *(str(part).encode() for part in (*command, *_processor()))]
-    digest = hashlib.sha256(b"\0".join(key)).hexdigest()[:16]
-    name = f"fused-{digest}.so"
-    library = _cache() / name
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # Renamed when it is complete, so that processes that compile at the same time do not see half a file.
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            fresh = Path(folder) / name
-            subprocess.run([*command, str(source), "-o", str(fresh)], capture_output=True, check=True, timeout=300)
-            fresh.replace(library)
+    library.bnnflow_normals.argtypes = [ctypes.c_uint64, _Int, _Pointer]
+    library.bnnflow_rows.argtypes = [ctypes.c_uint64, _Int, _Int, _Int, _Pointer]
+    number = ctypes.c_double
+    library.bnnflow_langevin.argtypes = [
+        ctypes.c_uint64, _Int, _Int, *[_Pointer] * 4, _Int, number, number, _Pointer
+    ]  # fmt: skip
+    library.bnnflow_turn.argtypes = [_Int, _Int, _Pointer, _Pointer, _Pointer, _Int, _Pointer, _Pointer]
+    library.bnnflow_longest.argtypes = [_Int, _Int, _Pointer, _Pointer, _Int, _Pointer]
+    for function in (library.bnnflow_normals, library.bnnflow_rows, library.bnnflow_langevin, library.bnnflow_turn):
+        function.restype = None
+    library.bnnflow_longest.restype = ctypes.c_double
     return library
-
-
-def _processor() -> Sequence[str]:
-    """Return what tells processors apart: a library made for one may not run on another that shares the cache."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    model = next((line for line in lines if line.startswith("model name")), "")
-    return sys.platform, platform.machine(), platform.processor(), model, flags
-
-
-def _cache() -> Path:
-    if folder := os.environ.get("BNNFLOW_CACHE"):
-        return Path(folder)
-    root = os.environ.get("XDG_CACHE_HOME") or ("~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
-    return Path(root).expanduser() / "bnnflow"
