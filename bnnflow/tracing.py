@@ -52,17 +52,40 @@ def trace(net: nn.Module) -> Labels:
         layer = Layer("weight", None if net.bias is None else "bias", Activation("identity"))
         return Labels(axes, {}, (layer,), frozenset())
     try:
-        graph = _Tracer().trace(net)
-    except Exception as error:
-        raise ValueError(f"cannot trace {type(net).__name__}: {error}") from error
-    return _Walk(net).follow(graph)
+        return _Walk(net).follow(_Tracer(whole=False).graph_of(net))
+    except ValueError:
+        if not any(_constant(module) for module in net.modules()):
+            raise
+        return _Walk(net).follow(_Tracer(whole=True).graph_of(net))
+
+
+def _constant(module: nn.Module) -> bool:
+    """Say whether a module has parameters, and none of them is free."""
+    flags = [parameter.requires_grad for parameter in module.parameters()]
+    return bool(flags) and not any(flags)
 
 
 class _Tracer(fx.Tracer):
-    """Traces through every module but torch's own and the activations that are known."""
+    """Traces through every module but torch's own and the activations that are known.
+
+    Args:
+        whole: leave modules whose parameters are all constants whole, too.
+    """
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__()
+        self._whole = whole
+
+    def graph_of(self, net: nn.Module) -> fx.Graph:
+        """Return the graph of a network, or raise ``ValueError``."""
+        try:
+            return self.trace(net)
+        except Exception as error:
+            raise ValueError(f"cannot trace {type(net).__name__}: {error}") from error
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return activation_of(m) is not None or super().is_leaf_module(m, module_qualified_name)
+        whole = activation_of(m) is not None or (self._whole and _constant(m))
+        return whole or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Value(NamedTuple):
@@ -151,7 +174,8 @@ class _Walk:
         self._fix(value)
         if not self.used:
             raise ValueError(f"cannot label {type(self.net).__name__}: it has no Linear layer and no convolution")
-        if left_over := set(self.marks) - self.used:
+        free = {name for name, parameter in self.net.named_parameters() if parameter.requires_grad}
+        if left_over := free - self.used:
             raise ValueError(f"cannot label parameter {min(left_over)!r}: it belongs to no layer that the data visit")
 
         fixed = {self.labels.find(label) for label in self.fixed}
@@ -197,6 +221,9 @@ class _Walk:
         return self.values[arg] if isinstance(arg, fx.Node) else arg
 
     def _module(self, node: fx.Node, module: nn.Module, value: _Value) -> _Value | None:
+        if value.segment is None and _constant(module):
+            self.chain = False
+            return _Value()  # constant features of the inputs
         if type(module) is nn.Linear:
             return self._linear(node, module, value)
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.__module__ == "torch.nn.modules.conv":

@@ -1,7 +1,8 @@
 """Weight space: named tensors as one flat vector, the label of every axis, and the symmetry group that follows.
 
 The layout of ``theta`` is the order of ``net.named_parameters()``, each tensor row-major, followed by whatever a
-model appends (prior and likelihood parameters). Every axis of a tensor carries the label of the hidden layer
+model appends (prior and likelihood parameters). Parameters with ``requires_grad=False`` are constants of the network
+and no part of it. Every axis of a tensor carries the label of the hidden layer
 whose units it indexes, or None. Axis 0 is the side of the units themselves (their incoming weights and biases),
 axis 1 the side of those who read them (their outgoing weights). Everything else here follows from the labels.
 """
@@ -44,7 +45,7 @@ class WeightSpec:
         axes: a label or None for each axis of each tensor.
         activations: the activation of each hidden layer, by label, in the order of depth; all functions that its
             units meet, where they are several.
-        layers: the affine layers in order, where the network is a chain of them; empty otherwise.
+        layers: the affine layers in order, where the network is a chain of them, all free; empty otherwise.
         extras: the tensors that a model appended to the network's own.
         neutral: labelled axes (tensor, axis) that permutations move, but signs, scales and phases leave alone: what
             is written before a normalisation and read by it, and the kernels of depthwise convolutions.
@@ -78,24 +79,30 @@ class WeightSpec:
         The first axis of the data is taken to run over rows. A view of shape (-1, k) is taken to keep the rows apart.
 
         Units that pass a norm have signs and scales behind it only, where its own weights can take them up; units
-        that meet no such weights have permutations only.
+        that meet no such weights have permutations only. Units that a constant tensor writes or reads have no label:
+        nothing could undo there what is done to the rest of their weights.
 
         Args:
             net: any depth, one linear layer included, with or without biases.
 
         Raises:
-            ValueError: naming the first module, operation or parameter that cannot be labelled: BatchNorm (whose
-                statistics belong to units, but not to theta), weights that are used twice, and all that is unknown.
+            ValueError: if no parameter is free; naming the first module, operation or parameter that cannot be
+                labelled: BatchNorm (whose statistics belong to units, but not to theta), weights that are used twice,
+                and all that is unknown.
         """
         found = trace(net)
-        shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
-        axes = {name: found.axes[name] for name in shapes}
-        return cls(tuple(shapes), shapes, axes, found.activations, found.layers, (), found.neutral)
+        shapes = _shapes(net)
+        constant = found.axes.keys() - shapes.keys()
+        pinned = {label for name in constant for label in found.axes[name]}
+        axes = {name: tuple(None if label in pinned else label for label in found.axes[name]) for name in shapes}
+        activations = {label: f for label, f in found.activations.items() if label not in pinned}
+        neutral = frozenset((name, axis) for name, axis in found.neutral if name in axes and axes[name][axis])
+        return cls(tuple(shapes), shapes, axes, activations, () if constant else found.layers, (), neutral)
 
     @classmethod
     def unlabelled(cls, net: nn.Module) -> WeightSpec:
         """Describe the weights of any network without claiming a symmetry."""
-        shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
+        shapes = _shapes(net)
         return cls(tuple(shapes), shapes, {name: (None,) * len(shape) for name, shape in shapes.items()}, {})
 
     def extend(
@@ -461,6 +468,27 @@ class WeightSpec:
         group = self._function_symmetries
         permutations = sum(math.lgamma(self.widths[label] + 1) for label in group.permutation)
         return permutations + sum(self.widths[label] * math.log(2) for label in group.sign)
+
+
+def free_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are inferred, by name: those that require gradients. The others are constants.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    free = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
+    if not free and next(net.parameters(), None) is not None:
+        raise ValueError(
+            f"every parameter of {type(net).__name__} has requires_grad=False, which makes it a constant, so there "
+            "is nothing to infer: call requires_grad_(True) on the network, or on the layers to be inferred"
+        )
+    if not free:
+        raise ValueError(f"{type(net).__name__} has no parameters to infer")
+    return free
+
+
+def _shapes(net: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in free_parameters(net).items()}
 
 
 _PROBES = torch.linspace(-3, 3, 25, dtype=torch.float64)

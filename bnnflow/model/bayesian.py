@@ -6,7 +6,7 @@ import copy
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 
 import numpy as np
@@ -21,7 +21,7 @@ from bnnflow.model.linearised import LinearisedNetwork
 from bnnflow.model.network import ChainNetwork, ModuleNetwork, Pullback
 from bnnflow.model.priors import Extra, FlatPrior, as_prior, elementwise, extras_of, positive_extras, rebuild
 from bnnflow.types import HierarchicalPrior, Likelihood, Prior, Seed
-from bnnflow.weights import WeightSpec, unwrapped
+from bnnflow.weights import WeightSpec, free_parameters, unwrapped
 
 __all__ = ["BayesianModel"]
 
@@ -35,9 +35,10 @@ class BayesianModel:
     are accumulated in float64.
 
     Args:
-        net: any module that maps ``(n, ...)`` inputs to ``(n, out)`` outputs; perceptrons take a fast path. Its own
-            weights are neither used nor changed; every named parameter is inferred. Buffers are kept as they are:
-            batch normalisation is accepted in ``eval()`` mode, where its running statistics are constants.
+        net: any module that maps ``(n, ...)`` inputs to ``(n, out)`` outputs; perceptrons take a fast path. The
+            parameters that require gradients are inferred, and their values neither used nor changed. The others
+            (``requires_grad=False``) are constants, as buffers are: a trained trunk under a head to be inferred, or
+            batch normalisation, which is accepted in ``eval()`` mode.
         prior: a `Prior` or `HierarchicalPrior`, one torch or Pyro distribution for every weight, or a dict of them by
             tensor name.
         likelihood: a `Likelihood`.
@@ -72,13 +73,12 @@ class BayesianModel:
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
         _check_modules(net)
-        parameters = list(net.parameters())
-        if not parameters:
-            raise ValueError(f"{type(net).__name__} has no parameters to infer")
+        parameter = next(iter(free_parameters(net).values()))
         _check_sizes(net)
-        self._dtype, self._device = parameters[0].dtype, parameters[0].device
+        self._dtype, self._device = parameter.dtype, parameter.device
         x, y = _check_data(x, y, self._dtype)
-        self.net = copy.deepcopy(net).requires_grad_(False)
+        self.net = copy.deepcopy(net)
+        self.net.zero_grad(set_to_none=True)
         self.prior = as_prior(prior)
         self.likelihood = likelihood
         self.temperature = float(temperature)
@@ -627,20 +627,34 @@ class BayesianModel:
         Parameters of the prior are put at the mode of their density given the weights, those of the likelihood at 0.1.
 
         Raises:
-            ValueError: if its parameters have other names or shapes.
+            ValueError: if its parameters have other names or shapes, or its constants other values.
         """
-        params = dict(net.named_parameters())
-        for name in self.spec.network.names:
-            if name not in params or tuple(params[name].shape) != self.spec.shapes[name]:
-                raise ValueError(f"the network does not fit the model: {name} must be {self.spec.shapes[name]}")
-        params = {name: params[name].detach().to(self.device, self.dtype) for name in self.spec.network.names}
+        given = dict(net.named_parameters())
+        for name, own in self.net.named_parameters():
+            if name not in given or given[name].shape != own.shape:
+                raise ValueError(f"the network does not fit the model: {name} must be {tuple(own.shape)}")
+        constants = {name: own for name, own in self._constants() if not name.endswith("num_batches_tracked")}
+        theirs = given | dict(net.named_buffers())
+        for name, own in constants.items():
+            if name not in theirs or not torch.equal(theirs[name].detach().to(own), own):
+                raise ValueError(
+                    f"{name} is a constant of the model (a parameter with requires_grad=False, or a buffer), but "
+                    "differs in the network; make the model from the network that has the right one"
+                )
+        params = {name: given[name].detach().to(self.device, self.dtype) for name in self.spec.network.names}
         for extra in self._extras:
             start = math.log(0.1) if extra.positive else 0.0
             params[extra.name] = torch.full(extra.shape, start, device=self.device, dtype=self.dtype)
         return self.flat_prior.settled(self.spec.flatten(params))
 
+    def _constants(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what the network computes with and does not infer, by name."""
+        for name, tensor in (*self.net.named_parameters(), *self.net.named_buffers()):
+            if name not in self.spec.shapes:
+                yield name, tensor.detach()
+
     def to_network(self, theta: Tensor) -> nn.Module:
-        """Return a copy of the network with the weights ``theta`` ``(dim,)``.
+        """Return a copy of the network with the weights ``theta`` ``(dim,)``; constants stay as they are.
 
         Raises:
             ValueError: for a linearised model, which is no longer a network.
@@ -650,8 +664,9 @@ class BayesianModel:
         net = copy.deepcopy(self.net)
         params = self.spec.unflatten(theta)
         for name, parameter in net.named_parameters():
-            parameter.data.copy_(params[name])
-        return net.requires_grad_(True)
+            if name in params:
+                parameter.data.copy_(params[name])
+        return net
 
     def to_pyro(self) -> Callable[[], None]:
         """Return the same model as a Pyro model: one site per tensor, for Pyro's samplers and guides.
@@ -724,8 +739,8 @@ class BayesianModel:
         digest.update(repr((type(self.likelihood).__name__, plain)).encode())
         if not self._architecture.layers:  # the labels do not say what the network computes
             digest.update(repr(self.net).encode())
-            for name, buffer in self.net.named_buffers():
-                digest.update(name.encode() + buffer.double().cpu().numpy().tobytes())
+            for name, constant in self._constants():
+                digest.update(name.encode() + constant.double().cpu().numpy().tobytes())
         if self._anchor is not None:
             digest.update(b"linearised" + self._anchor[: self.spec.network.dim].double().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]

@@ -224,8 +224,8 @@ class ModuleNetwork:
     """Any module that maps a batch of inputs to a batch of outputs, through ``vmap(functional_call)``."""
 
     def __init__(self, net: nn.Module, spec: WeightSpec) -> None:
-        self._net = net
-        self._names = tuple(name for name, _ in net.named_parameters())
+        self._net = net  # holds the parameters that are constants, and the buffers
+        self._names = tuple(name for name in spec.names if name not in spec.extras)
         self._slices = [spec.slices[name] for name in self._names]
         self._shapes = [spec.shapes[name] for name in self._names]
 
