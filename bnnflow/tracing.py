@@ -236,6 +236,9 @@ class _Walk:
             return value
         if type(module) is nn.Flatten:
             return self._flatten(node, value, module.start_dim, module.end_dim)
+        if type(module) is nn.Unflatten and value.segment is None and module.dim != 0:
+            self.chain = False
+            return _Value()
         if module.__module__ == "torch.nn.modules.pooling":
             return self._pool(node, value, type(module).__name__)
         return self._function(value, activation_of(module))

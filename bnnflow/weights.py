@@ -35,7 +35,7 @@ class Symmetries(NamedTuple):
     phase: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WeightSpec:
     """What every entry of a flat weight vector means.
 
@@ -49,12 +49,16 @@ class WeightSpec:
         extras: the tensors that a model appended to the network's own.
         neutral: labelled axes (tensor, axis) that permutations move, but signs, scales and phases leave alone: what
             is written before a normalisation and read by it, and the kernels of depthwise convolutions.
+        unknown: why the symmetries are not known, where the network could not be labelled; empty where they are, be
+            there some or none.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
         >>> spec = WeightSpec.of(net)
-        >>> spec.dim, spec.axes["0.weight"], spec.axes["2.weight"]
-        (131, ('h1', None), (None, 'h1'))
+        >>> spec
+        WeightSpec(dim=131, tensors=4, symmetries: h1 of 16 units (permutation, sign))
+        >>> spec.axes["0.weight"], spec.axes["2.weight"]
+        (('h1', None), (None, 'h1'))
     """
 
     names: tuple[str, ...]
@@ -64,6 +68,7 @@ class WeightSpec:
     layers: tuple[Layer, ...] = ()
     extras: tuple[str, ...] = ()
     neutral: frozenset[tuple[str, int]] = frozenset()
+    unknown: str = ""
 
     @classmethod
     def of(cls, net: nn.Module) -> WeightSpec:
@@ -100,10 +105,16 @@ class WeightSpec:
         return cls(tuple(shapes), shapes, axes, activations, () if constant else found.layers, (), neutral)
 
     @classmethod
-    def unlabelled(cls, net: nn.Module) -> WeightSpec:
-        """Describe the weights of any network without claiming a symmetry."""
+    def unlabelled(cls, net: nn.Module, unknown: str = "its weights have no labels") -> WeightSpec:
+        """Describe the weights of any network without a label.
+
+        Args:
+            net: any module.
+            unknown: why its symmetries are not known; empty says that it is known to have none.
+        """
         shapes = _shapes(net)
-        return cls(tuple(shapes), shapes, {name: (None,) * len(shape) for name, shape in shapes.items()}, {})
+        axes: dict[str, tuple[str | None, ...]] = {name: (None,) * len(shape) for name, shape in shapes.items()}
+        return cls(tuple(shapes), shapes, axes, {}, unknown=unknown)
 
     def extend(
         self, extras: Mapping[str, tuple[int, ...]], axes: Mapping[str, tuple[str | None, ...]] | None = None
@@ -153,18 +164,23 @@ class WeightSpec:
 
     def describe(self) -> dict[str, Any]:
         """Return plain values from which ``from_description`` rebuilds the spec."""
-        return {
+        values: dict[str, Any] = {
             "shapes": [[name, list(self.shapes[name]), list(self.axes[name])] for name in self.names],
             "activations": {label: activation.name for label, activation in self.activations.items()},
             "layers": [[layer.weight, layer.bias, layer.activation.name] for layer in self.layers],
             "extras": list(self.extras),
             "neutral": [list(each) for each in sorted(self.neutral)],
         }
+        return values if self._labelled else values | {"unknown": self.unknown}
+
+    @property
+    def _labelled(self) -> bool:
+        return bool(self.activations or self.layers)
 
     @classmethod
     def from_description(cls, values: dict[str, Any]) -> WeightSpec:
         """Rebuild a spec from what ``describe`` returned."""
-        return cls(
+        spec = cls(
             tuple(name for name, _, _ in values["shapes"]),
             {name: tuple(shape) for name, shape, _ in values["shapes"]},
             {name: tuple(axes) for name, _, axes in values["shapes"]},
@@ -173,6 +189,10 @@ class WeightSpec:
             tuple(values["extras"]),
             frozenset((name, axis) for name, axis in values.get("neutral", ())),
         )
+        if spec._labelled:
+            return spec
+        # Earlier versions did not say whether a network without labels was known to have no symmetry.
+        return replace(spec, unknown=values.get("unknown", "it was saved without labels"))
 
     # ---------------------------------------------------------------- layout
 
@@ -269,10 +289,25 @@ class WeightSpec:
             for name, where in self.slices.items()
         }
 
-    def check(self, theta: Tensor) -> None:
-        """Raise ``ValueError`` unless the last axis of ``theta`` is ``dim`` long."""
+    def check(self, theta: Tensor, name: str = "theta") -> None:
+        """Raise ``ValueError`` unless the last axis of ``theta``, called ``name``, is ``dim`` long."""
         if theta.dim() == 0 or theta.shape[-1] != self.dim:
-            raise ValueError(f"theta must end in an axis of length {self.dim}, got shape {tuple(theta.shape)}")
+            raise ValueError(f"{name} must end in an axis of length {self.dim}, got shape {tuple(theta.shape)}")
+
+    def __repr__(self) -> str:
+        """Say how large the space is, and what is known about its symmetries."""
+        return f"WeightSpec(dim={self.dim}, tensors={len(self.names)}, symmetries: {self._said})"
+
+    @property
+    def _said(self) -> str:
+        if self.unknown:
+            return f"not known, {self.unknown}"
+        kinds = self._function_symmetries._asdict().items()
+        units = [
+            f"{label} of {width} units ({', '.join(kind for kind, labels in kinds if label in labels)})"
+            for label, width in self.widths.items()
+        ]
+        return "; ".join(units) or "none"
 
     # ---------------------------------------------------------------- the group action
 
@@ -399,7 +434,8 @@ class WeightSpec:
 
         A permutation keeps a prior whose distributions do not vary along the permuted axes, or vary only with
         parameters that are permuted too; a sign flip one that is even on every tensor that it acts on; no proper
-        prior keeps a rescaling or a shift in phase.
+        prior keeps a rescaling or a shift in phase. Of a network that could not be labelled none are known, though
+        there may be some: see `unknown` and `known_symmetries`.
         """
         own = self._function_symmetries
         if prior is None:
@@ -428,13 +464,26 @@ class WeightSpec:
                     varies.add(label)
         return Symmetries(own.permutation - varies, own.sign - uneven, frozenset())
 
+    def known_symmetries(self, prior: Prior | HierarchicalPrior | None = None) -> Symmetries:
+        """Return `symmetries` for what cannot do without.
+
+        Raises:
+            ValueError: if the network could not be labelled, with the module or operation that is the reason.
+        """
+        if self.unknown:
+            raise ValueError(f"the symmetries of this network are not known: {self.unknown}")
+        return self.symmetries(prior)
+
     def random_symmetry(self, theta: Tensor, seed: Seed, prior: Prior | HierarchicalPrior | None = None) -> Tensor:
         """Apply a random element of the group to every network in ``theta`` ``(..., dim)``.
 
         Permutations and signs are uniform, scales log-uniform, phases uniform between -2 and 2 half turns. With a
         ``prior``, only what keeps it is used.
+
+        Raises:
+            ValueError: if the symmetries are not known.
         """
-        return self.transform(self.symmetries(prior), seed, theta)[0]
+        return self.transform(self.known_symmetries(prior), seed, theta)[0]
 
     def transform(self, group: Symmetries, seed: Seed, *thetas: Tensor) -> tuple[Tensor, ...]:
         """Move tensors of networks ``(..., dim)`` by random elements of ``group``, one for each network.
@@ -464,8 +513,12 @@ class WeightSpec:
 
     @property
     def log_group_order(self) -> float:
-        """Log of the number of permutations and sign flips that leave every function unchanged."""
-        group = self._function_symmetries
+        """Log of the number of permutations and sign flips that leave every function unchanged.
+
+        Raises:
+            ValueError: if the symmetries are not known.
+        """
+        group = self.known_symmetries()
         permutations = sum(math.lgamma(self.widths[label] + 1) for label in group.permutation)
         return permutations + sum(self.widths[label] * math.log(2) for label in group.sign)
 

@@ -242,15 +242,6 @@ def test_alignment_uses_only_what_keeps_the_prior() -> None:
         assert not torch.equal(aligned, theta), name
 
 
-def test_networks_without_labels_stay_as_they_are() -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        net = nn.Sequential(nn.Linear(3, 4), nn.Softmax(-1), nn.Linear(4, 1)).double()
-    model = model_of(net)
-    theta = weights(model.spec, 5)
-    assert torch.equal(align(theta, model), theta)
-
-
 # ---------------------------------------------------------------- canonical form
 
 

@@ -288,7 +288,7 @@ def test_log_group_order() -> None:
     assert order(perceptron(3, 4, 4, 2)) == pytest.approx(2 * signed)
     assert order(built(NETS["nested"])) == pytest.approx(signed + plain)
     assert order(built(lambda: nn.Linear(3, 2))) == 0
-    assert WeightSpec.unlabelled(built(lambda: nn.Conv2d(1, 2, 3))).log_group_order == 0
+    assert WeightSpec.unlabelled(built(lambda: nn.Conv2d(1, 2, 3)), unknown="").log_group_order == 0
 
 
 # ---------------------------------------------------------------- symmetries of priors
@@ -439,4 +439,6 @@ def test_unlabelled_specs_claim_nothing(name: str) -> None:
     assert spec.dim == sum(parameter.numel() for parameter in net.parameters())
     assert not any(spec.symmetries())
     theta = weights(spec, 2)
-    assert torch.equal(spec.random_symmetry(theta, seed=0), theta)
+    for act in (spec.known_symmetries, lambda: spec.random_symmetry(theta, seed=0), lambda: spec.log_group_order):
+        with pytest.raises(ValueError, match="not known: its weights have no labels"):
+            act()

@@ -90,6 +90,10 @@ class Layout:
     """
 
     def __init__(self, spec: WeightSpec, *, merge: bool = False, shared: bool = False) -> None:
+        if spec.unknown:
+            raise ValueError(
+                f"weight-space layers need labelled hidden units, and this network has none: {spec.unknown}"
+            )
         if not spec.widths and not spec.layers:
             raise ValueError("weight-space layers need labelled hidden units: a chain of layers, or a residual network")
         labels = list(spec.activations if shared else spec.widths)  # those that are shared in order of depth

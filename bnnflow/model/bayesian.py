@@ -84,8 +84,8 @@ class BayesianModel:
         self.temperature = float(temperature)
         try:
             network_spec = WeightSpec.of(net)
-        except ValueError:
-            network_spec = WeightSpec.unlabelled(net)
+        except ValueError as error:
+            network_spec = WeightSpec.unlabelled(net, str(error))
         self._anchor: Tensor | None = None  # where the network is linearised
         own = extras_of(self.prior, network_spec)
         self._extras = own + positive_extras(likelihood.parameters)
@@ -184,7 +184,7 @@ class BayesianModel:
             return self
         moved = copy.copy(self)
         moved._anchor = theta.detach().to(self.device, self.dtype)
-        network_spec = WeightSpec.unlabelled(self.net)
+        network_spec = WeightSpec.unlabelled(self.net, unknown="")
         moved.spec = network_spec.extend({extra.name: extra.shape for extra in self._extras})
         return moved
 

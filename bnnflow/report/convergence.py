@@ -62,11 +62,13 @@ class WeightConvergence:
 
     Attributes:
         raw: of the weights as they are, by tensor.
-        aligned: of the weights modulo all symmetries of the function, by tensor.
+        aligned: of the weights modulo all symmetries of the function, by tensor; of the weights as they are, where the
+            symmetries are not known.
         functions: of what the draws predict, ``(rows, outputs)``.
         chains: number of chains.
         draws: draws of each.
         superchains: groups of chains that the nested R-hat compares.
+        unknown: why the symmetries of the network are not known; empty where they are.
     """
 
     raw: dict[str, Agreement]
@@ -75,6 +77,7 @@ class WeightConvergence:
     chains: int
     draws: int
     superchains: int
+    unknown: str = ""
 
     @property
     def worst_layer(self) -> str:
@@ -91,6 +94,11 @@ class WeightConvergence:
                 "chains disagree about predictions: they are in different modes of the function, or have not run "
                 "long enough; no symmetry explains it"
             )
+        if aligned > STUCK and self.unknown:
+            return (
+                f"chains agree about predictions but not about weights ({self.worst_layer}); whether a symmetry "
+                f"explains it is not known, since the symmetries of this network are not: {self.unknown}"
+            )
         if aligned > STUCK:
             return (
                 f"chains agree about predictions but not about weights, not even modulo symmetry ({self.worst_layer}): "
@@ -104,9 +112,10 @@ class WeightConvergence:
         """Lay the table out for a terminal."""
         width = max(len("predictions"), *map(len, self.aligned)) + 2
         groups = "" if self.superchains == self.chains else f" in {self.superchains} superchains"
+        compared = "symmetries not known: as they are" if self.unknown else "aligned to one reference, modulo symmetry"
         lines = [
             f"{self.chains} x {self.draws:,} draws{groups}; the worst entry of each tensor",
-            f"{'':{width}}{'raw':>10}{'aligned to one reference, modulo symmetry':>44}",
+            f"{'':{width}}{'raw':>10}{compared:>44}",
             f"{'':{width}}{'R-hat':>10}{'R-hat':>11}{'nested':>11}{'bulk ESS':>11}{'tail ESS':>11}",
         ]
         for name, each in self.aligned.items():
@@ -141,7 +150,8 @@ def weight_convergence(
     is brought to one frame: scales are normalised, where activations are homogeneous, then permutations and signs are
     matched to one reference for all chains. What disagreement is left is real. The symmetries are those of the
     function, so networks are compared whatever the prior; the result of any chain does not depend on which of its
-    copies it visits.
+    copies it visits. Where the symmetries are not known, because the network could not be labelled, the weights are
+    compared as they are, and the result says so.
 
     Args:
         draws: Markov chains, two or more of at least four draws.
@@ -173,6 +183,7 @@ def weight_convergence(
         draws.chains,
         draws.draws,
         superchains,
+        model.spec.unknown,
     )
 
 
@@ -184,7 +195,9 @@ def _modulo_symmetry(draws: Draws, model: BayesianModel, reference: Tensor | Non
         with torch.no_grad():
             log_likelihood = draws.log_joint.to(model.device) * model.temperature - model.log_prior(theta)
         reference = theta.flatten(0, 1)[log_likelihood.flatten().argmax()]
-    spec.check(reference)
+    spec.check(reference, "reference")
+    if spec.unknown:
+        return theta
     # Matching ends in a local optimum: all copies of a network must start from one form to end in one.
     theta, reference = (sort_units(normalise_scale(each, spec), spec) for each in (theta, reference.to(theta)))
     return match(theta, spec, reference)

@@ -389,6 +389,8 @@ def _about(model: BayesianModel, rows: int) -> dict[str, str]:
         "test rows": f"{rows:,}",
         "fingerprint": model.fingerprint(),
     }  # fmt: skip
+    if model.spec.unknown:
+        about["symmetries"] = f"not known: {model.spec.unknown}"
     if model.temperature != 1:
         about["temperature"] = f"{model.temperature:g}"
     return about

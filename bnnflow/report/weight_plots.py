@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -107,7 +108,8 @@ def loss_plane(plane: Plane, path: Path | None = None, *, names: tuple[str, str,
 def convergence(result: WeightConvergence) -> Figure:
     """Plot the worst R-hat of each tensor: of the raw weights against the aligned ones, and of the predictions.
 
-    The axis shows R-hat - 1 on a log scale; the line is the usual limit, 1.01.
+    The axis shows R-hat - 1 on a log scale; the line is the usual limit, 1.01. Where the symmetries of the network are
+    not known only the raw weights are shown, and the label of the axis says why.
 
     Args:
         result: of `bnnflow.report.weight_convergence`.
@@ -126,7 +128,8 @@ def convergence(result: WeightConvergence) -> Figure:
     rows = np.arange(len(names))
     ax.hlines(rows, aligned, raw, color=GREY, alpha=0.5, linewidth=1.5)
     ax.plot(raw, rows, "o", color=before, markersize=7, label="raw weights")
-    ax.plot(aligned, rows, "o", color=after, markersize=7, label="modulo symmetry")
+    if not result.unknown:
+        ax.plot(aligned, rows, "o", color=after, markersize=7, label="modulo symmetry")
     ax.plot([functions], [len(names)], "D", color=INK, markersize=6, label="predictions")
     ax.axvline(_excess(CONVERGED), color=INK, linewidth=0.9, linestyle=(0, (4, 2)))
     low, high = min(*raw, *aligned, functions), max(*raw, *aligned, functions, 0.03)
@@ -136,7 +139,10 @@ def convergence(result: WeightConvergence) -> Figure:
     ax.set_xticks([], minor=True)
     ax.set_yticks(np.arange(len(names) + 1), [*names, "predictions"])
     ax.set_ylim(len(names) + 0.6, -0.6)
-    ax.set_xlabel("worst R-hat of the tensor (log scale of R-hat - 1)", fontsize=BODY, color=INK)
+    label = "worst R-hat of the tensor (log scale of R-hat - 1)"
+    if result.unknown:
+        label += "\nsymmetries not known: " + textwrap.fill(result.unknown, 60)
+    ax.set_xlabel(label, fontsize=BODY, color=INK)
     figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=SMALL, labelcolor=INK)
     return figure
 
@@ -174,12 +180,13 @@ def block_structure(spec: WeightSpec) -> Figure:
         spec: of any network with labels, not only of a chain.
 
     Raises:
-        ValueError: if no tensor has a hidden axis.
+        ValueError: if no tensor has a hidden axis, or the symmetries are not known.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     spec = spec.network
+    spec.known_symmetries()
     if not spec.widths:
         raise ValueError("no weight belongs to a hidden unit: every linear map is equivariant")
     drawn, note = _narrowed(spec)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from bnnflow import arguments
 from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
 from bnnflow.symmetry.matching import match, match_activations
@@ -41,17 +43,27 @@ def align(
             Sinkhorn re-basin (`sinkhorn_rebasin`), which is far slower.
 
     Returns:
-        What was given, with aligned weights.
+        What was given, with aligned weights. They stay as they are if the network is known to have no symmetry, or
+        the prior keeps none.
+
+    Raises:
+        ValueError: if the network could not be labelled, so that its symmetries are not known, with the module or
+            operation that is the reason; if a weight is NaN or infinite; if the weights are not the model's.
     """
-    theta = draws.theta if isinstance(draws, Draws) else draws
+    theta = arguments.tensor("draws", draws.theta if isinstance(draws, Draws) else draws)
+    model.spec.check(theta, "draws")
+    if theta.numel() == 0:
+        raise ValueError("draws is empty: there is no network to align")
     flat = theta.reshape(-1, model.dim)
-    group = model.spec.symmetries(model.prior)
+    group = model.spec.known_symmetries(model.prior)
     matching = _matching(method, model, group)
     if reference is not None:
-        flat = matching(flat, reference)
+        flat = matching(flat, arguments.tensor("reference", reference))
     elif group.permutation or group.sign:
-        log_joint = draws.log_joint.flatten() if isinstance(draws, Draws) else model.log_joint(flat)
-        flat, _ = frechet_mean(flat, model.spec, start=flat[log_joint.argmax()], rounds=rounds, matching=matching)
+        given = isinstance(draws, Draws)
+        log_joint = draws.log_joint.flatten() if given else model.log_joint(flat.to(model.device, model.dtype))
+        best = log_joint.nan_to_num(nan=-math.inf).argmax()
+        flat, _ = frechet_mean(flat, model.spec, start=flat[best], rounds=rounds, matching=matching)
     return draws.with_theta(flat) if isinstance(draws, Draws) else flat.reshape(theta.shape)
 
 
@@ -77,7 +89,13 @@ def frechet_mean(
 
     Returns:
         The matched networks ``(batch, dim)``, and their mean ``(dim,)``.
+
+    Raises:
+        ValueError: if theta is no batch of networks, or, without a matching, the symmetries are not known.
     """
+    spec.check(theta)
+    if theta.dim() != 2 or len(theta) == 0:
+        raise ValueError(f"theta must be (batch, {spec.dim}), got {tuple(theta.shape)}")
     matching = matching or (lambda networks, reference: match(networks, spec, reference))
     mean = theta[0] if start is None else start
     for _ in range(rounds):

@@ -26,9 +26,10 @@ def sort_units(theta: Tensor, spec: WeightSpec, *, prior: Prior | HierarchicalPr
         prior: restrict the group to the symmetries that keep this prior too.
 
     Raises:
-        ValueError: if nothing that a layer reads is in its place before it.
+        ValueError: if nothing that a layer reads is in its place before it, or if the symmetries are not known.
     """
-    group = spec.symmetries(prior)
+    spec.check(theta)
+    group = spec.known_symmetries(prior)
     movable = group.permutation | group.sign | group.phase
     for label in spec.activations:  # in the order of depth: a layer's key must not move again
         if label in movable:
@@ -74,7 +75,8 @@ def normalise_scale(theta: Tensor, spec: WeightSpec, *, last_layer: bool = False
             It is wrong for a Bayesian predictive, and is here for comparison with published figures.
 
     Raises:
-        ValueError: if ``last_layer`` is asked of a network that has no single output layer.
+        ValueError: if ``last_layer`` is asked of a network that has no single output layer, or if the symmetries are
+            not known.
     """
     outputs = _output_layer(spec) if last_layer else []
     theta, _ = split_scale(theta, spec)
@@ -103,7 +105,7 @@ def split_scale(theta: Tensor, spec: WeightSpec) -> tuple[Tensor, dict[str, Tens
 
 def scale_tensors(spec: WeightSpec) -> dict[str, list[str]]:
     """Return the tensors that fix the norms of each label's units, in the order of depth."""
-    scalable = spec.symmetries().scale
+    scalable = spec.known_symmetries().scale
     tensors = {}
     for index, label in enumerate(spec.activations):
         unsettled = scalable.difference(list(spec.activations)[:index])
@@ -123,9 +125,12 @@ def normalise_sign(theta: Tensor, spec: WeightSpec) -> Tensor:
     Args:
         theta: networks, ``(..., dim)``.
         spec: what their entries mean.
+
+    Raises:
+        ValueError: if the symmetries are not known, or nothing fixes the signs of a layer.
     """
     spec.check(theta)
-    group = spec.symmetries()
+    group = spec.known_symmetries()
     for label in spec.activations:
         if label in group.phase:
             half_turn = spec.activations[label].half_turn

@@ -92,7 +92,7 @@ class Geodesic:
         spec: what the entries mean.
 
     Raises:
-        ValueError: if no unit has a scale.
+        ValueError: if no unit has a scale, or the symmetries are not known.
     """
 
     def __init__(self, theta_a: Tensor, theta_b: Tensor, spec: WeightSpec) -> None:
@@ -110,6 +110,10 @@ class Geodesic:
 
 def barrier(theta_a: Tensor, theta_b: Tensor, loss: Loss, *, points: int = 25) -> Barrier:
     """Measure the loss barrier on the straight line between networks (Frankle et al. 2020).
+
+    Copies of one network under its symmetries have barriers between them. What is measured is an upper bound on the
+    barrier modulo symmetry: match the networks first (`match`) for a closer one. Of a network whose symmetries are
+    not known no closer one can be had.
 
     Args:
         theta_a: ``(..., dim)``.

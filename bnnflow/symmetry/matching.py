@@ -46,9 +46,10 @@ def match(
         The matched networks, ``(..., dim)``.
 
     Raises:
-        ValueError: if a weight is NaN or infinite.
+        ValueError: if a weight is NaN or infinite, if theta or reference has another shape, or if no group is given
+            and the symmetries are not known.
     """
-    group = spec.symmetries() if group is None else group
+    group = spec.known_symmetries() if group is None else group
     flat, target = paired(theta, spec, reference)
     labels = [label for label in spec.activations if label in group.permutation | group.sign]  # in the order of depth
     if not labels:
@@ -91,9 +92,10 @@ def match_activations(
         The matched networks, ``(..., dim)``.
 
     Raises:
-        ValueError: if a weight is NaN or infinite, or if the activations of a layer cannot be found.
+        ValueError: if a weight is NaN or infinite, if theta or reference has another shape, if no group is given and
+            the symmetries are not known, or if the activations of a layer cannot be found.
     """
-    group = spec.symmetries() if group is None else group
+    group = spec.known_symmetries() if group is None else group
     flat, target = paired(theta, spec, reference)
     labels = [label for label in spec.activations if label in group.permutation | group.sign]
     shared = _correlates(target, spec, x, net) if len(target) == 1 else None
@@ -117,14 +119,17 @@ _CHUNK = 256  # networks whose activations are held at once
 
 def paired(theta: Tensor, spec: WeightSpec, reference: Tensor) -> tuple[Tensor, Tensor]:
     """Return the networks ``(batch, dim)`` and their references, ``(1, dim)`` if they share one."""
-    spec.check(theta)
-    spec.check(reference)
-    for weights in (theta, reference):
+    for name, weights in (("theta", theta), ("reference", reference)):
+        spec.check(weights, name)
+        if not weights.is_floating_point():
+            raise TypeError(f"{name} must hold floating-point numbers, got {weights.dtype}")
         if not bool(weights.isfinite().all()):
-            raise ValueError("cannot match weights that are NaN or infinite")
+            raise ValueError(f"{name} holds weights that are NaN or infinite, which cannot be matched")
+    if reference.dim() > 1 and reference.shape != theta.shape:
+        raise ValueError(f"reference must be ({spec.dim},) or {tuple(theta.shape)}, got {tuple(reference.shape)}")
     flat = theta.detach().reshape(-1, spec.dim)
     target = reference.detach().to(theta)
-    return flat, target.reshape(1, -1) if target.dim() == 1 else target.expand_as(theta).reshape(-1, spec.dim)
+    return flat, target.reshape(1, -1) if target.dim() == 1 else target.reshape(-1, spec.dim)
 
 
 class _Gain(NamedTuple):

@@ -56,9 +56,10 @@ def sinkhorn_rebasin(
         The permuted networks, ``(..., dim)``.
 
     Raises:
-        ValueError: if a weight is NaN or infinite.
+        ValueError: if a weight is NaN or infinite, if theta or reference has another shape, or if no group is given
+            and the symmetries are not known.
     """
-    group = spec.symmetries() if group is None else group
+    group = spec.known_symmetries() if group is None else group
     flat, target = paired(theta, spec, reference)
     generator = as_generator(seed, flat.device)
     ordered, signed = sorted(group.permutation), sorted(group.sign)

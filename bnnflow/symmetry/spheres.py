@@ -26,13 +26,14 @@ class Spheres:
     What enters a unit of a homogeneous activation, its bias included, is a point of one sphere; all other weights are
     flat (Pittorino et al. 2022, "Deep Networks on Toroids"). Points ``x`` and tangent vectors ``v`` keep the layout
     of the weights, ``(..., dim)``, and the metric is that of the space around. Permutations of hidden units are
-    isometries of the manifold. Without a scale symmetry all is flat.
+    isometries of the manifold. Where there is no scale symmetry all is flat.
 
     Args:
         spec: what the entries mean.
 
     Raises:
-        ValueError: if a unit has one incoming weight only: its sphere would be two points.
+        ValueError: if a unit has one incoming weight only: its sphere would be two points; if the symmetries are not
+            known.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))

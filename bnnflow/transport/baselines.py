@@ -121,7 +121,8 @@ def fit_gaussian(
         model: the posterior.
         draws: from it: `Draws`, weights ``(..., dim)``, or a pair (weights, log weights).
         matched: permute and flip units to a running mean first (`align`). The density is then that of one frame of
-            units: its evidence lacks the logarithm of the order of the group.
+            units: its evidence lacks the logarithm of the order of the group. Draws of a network whose symmetries are
+            not known stay as they are, and ``info["symmetries"]`` says why.
         held_out: draws that are not fitted, best of chains of their own; a tenth of the others if None.
         seed: decides which tenth.
 
@@ -132,7 +133,7 @@ def fit_gaussian(
     like = data.x
     unit = Gaussian(torch.zeros_like(like[0]), torch.ones_like(like[0]))
     held_out_log_prob = float(unit.log_prob(data.unseen).mean()) + data.log_jacobian
-    info = {"matched": matched, "shrinkage": data.shrinkage, "held_out": held_out_log_prob}
+    info = _matching(model, matched) | {"shrinkage": data.shrinkage, "held_out": held_out_log_prob}
     return InCoordinates(unit, data.source, info)
 
 
@@ -197,7 +198,7 @@ def fit_coupling(
 
     info = _maximise(layers, log_prob, log_prob, data, plan, generator, progress, "coupling flow")
     fitted = CouplingFlow(orders, tuple(parameter.detach().clone() for parameter in layers.parameters()))
-    info |= {"matched": matched, "seed": seed if isinstance(seed, int) else "generator"}
+    info |= _matching(model, matched) | {"seed": seed if isinstance(seed, int) else "generator"}
     return InCoordinates(fitted, data.source, info)
 
 
@@ -274,7 +275,10 @@ def fit_cnf(
     with torch.no_grad():
         some, finer = data.unseen[:256], time_grid(8 * solver_steps, device=model.device)
         error = (log_prob(some, own) - log_prob(some, finer)).abs().mean()
-    info |= {"matched": matched, "seed": seed if isinstance(seed, int) else "generator", "solver_error": float(error)}
+    info |= _matching(model, matched) | {
+        "seed": seed if isinstance(seed, int) else "generator",
+        "solver_error": float(error),
+    }
     field = velocity.requires_grad_(False)
     return Flow.of(field, model, data.source, solver="rk4", steps=4 * solver_steps, info=info)
 
@@ -321,10 +325,18 @@ def _check_positive(**values: float) -> None:
             raise ValueError(f"{name} must be positive, got {value}")
 
 
+def _matching(model: BayesianModel, matched: bool) -> dict[str, Any]:
+    """Return what ``info`` says about matching."""
+    if matched and model.spec.unknown:
+        return {"matched": False, "symmetries": f"not known: {model.spec.unknown}"}
+    return {"matched": matched}
+
+
 def _prepare(
     model: BayesianModel, draws: Given, held_out: Given | None, matched: bool, generator: torch.Generator
 ) -> _Data:
     """Check the draws, match them, split them, and fit the Gaussian in whose coordinates they are returned."""
+    matched = _matching(model, matched)["matched"]
 
     def framed(theta: Tensor, reference: Tensor | None = None) -> Tensor:
         return align(theta, model, reference=reference) if matched else theta  # type: ignore[return-value]

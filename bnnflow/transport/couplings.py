@@ -56,7 +56,8 @@ class Matched:
     """Permute and flip each x0 to be as close as can be to its x1: straighter paths, for fewer solver steps.
 
     Raises:
-        ValueError: if the prior keeps no symmetry of the network, so that there is nothing to match by.
+        ValueError: if the prior keeps no symmetry of the network, so that there is nothing to match by, or if
+            the symmetries of the network are not known.
     """
 
     def pair(
@@ -64,7 +65,7 @@ class Matched:
     ) -> tuple[Tensor, Tensor]:
         """Return pairs ``(batch, dim), (batch, dim)``."""
         _check(x0, x1, group)
-        _check_matchable(self, group)
+        _check_matchable(self, spec, group)
         return _spread(match(x0, spec, x1, group=group), x1, spec, group, generator)
 
 
@@ -81,7 +82,7 @@ class MiniBatchOT:
         matched: count distances modulo the permutations and signs that leave the source invariant.
 
     Raises:
-        ValueError: with ``matched``, if the prior keeps no symmetry of the network.
+        ValueError: with ``matched``, if the prior keeps no symmetry of the network, or its symmetries are not known.
     """
 
     matched: bool = False
@@ -93,7 +94,7 @@ class MiniBatchOT:
         _check(x0, x1, group)
         if not self.matched:
             return _spread(x0[_optimal(_cost(x0, x1), spec.dim)], x1, spec, group, generator)
-        _check_matchable(self, group)
+        _check_matchable(self, spec, group)
         matching = partial(match, spec=spec, group=group)
         chosen = x0[_optimal(_matched_cost(x0, x1, matching), spec.dim)]
         return _spread(matching(chosen, reference=x1), x1, spec, group, generator)
@@ -261,10 +262,11 @@ def _check(x0: Tensor, x1: Tensor, group: Symmetries) -> None:
         raise ValueError("only permutations and signs leave a normal source invariant; normalise scales on both ends")
 
 
-def _check_matchable(coupling: Coupling, group: Symmetries) -> None:
+def _check_matchable(coupling: Coupling, spec: WeightSpec, group: Symmetries) -> None:
+    name = type(coupling).__name__
     if not group.permutation and not group.sign:
-        name = type(coupling).__name__
-        raise ValueError(f"{name} matches by a prior that is exchangeable over hidden units; use Independent")
+        why = f"; the symmetries of this network are not known: {spec.unknown}" if spec.unknown else ""
+        raise ValueError(f"{name} matches by a prior that is exchangeable over hidden units; use Independent{why}")
 
 
 def _spread(

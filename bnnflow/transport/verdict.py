@@ -205,8 +205,13 @@ def solver_error(latent: Latent, points: Points) -> SolverError:
 def copies_gap(
     findings: Findings, latent: Latent, theta: Tensor, generator: torch.Generator, held_out: bool
 ) -> float | None:
-    """Return by how many nats a flow prefers draws ``(n, dim)`` to symmetric copies; None without symmetries."""
+    """Return by how many nats a flow prefers draws ``(n, dim)`` to symmetric copies; None without known symmetries."""
     spec = latent.model.spec
+    if spec.unknown and not held_out:
+        findings.mild.append(
+            f"the symmetries of the network are not known ({spec.unknown}): whether the flow has lost symmetric copies "
+            "of its draws was not looked at; give held_out draws"
+        )
     group = spec.symmetries(latent.model.prior)
     if not (group.permutation or group.sign):
         return None
