@@ -6,7 +6,7 @@ import copy
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from bnnflow.model.factored import FactoredJacobian
-from bnnflow.model.fused import FusedDensity, plain, stratified_rows
+from bnnflow.model.fused import FusedDensity, plain, recorded, stratified_rows
 from bnnflow.model.hessian import ChainHessian, Curvature
 from bnnflow.model.linearised import LinearisedNetwork
 from bnnflow.model.network import ChainNetwork, ModuleNetwork, Pullback
@@ -200,7 +200,13 @@ class BayesianModel:
         Raises:
             ValueError: if theta or x has the wrong shape, or x has NaN or infinite rows.
         """
-        return self._batched(lambda flat: self.network(flat, self.inputs(x)), theta)
+        x = self.inputs(x)
+
+        def evaluate(flat: Tensor) -> Tensor:
+            parts = self._in_blocks(lambda theta, x, y, per_network: (self.network(theta, x),), flat, x)
+            return _joined([outputs for (outputs,) in parts], 1)
+
+        return self._batched(evaluate, theta)
 
     def inputs(self, x: Tensor | np.ndarray | None) -> Tensor:
         """Return checked inputs on the model's device; the training inputs for None."""
@@ -237,7 +243,7 @@ class BayesianModel:
 
     def log_likelihood(self, theta: Tensor) -> Tensor:
         """Return the log likelihood summed over the data, untempered, ``(..., dim) -> (...)``."""
-        return self.pointwise_log_likelihood(theta).sum(-1, dtype=torch.float64)
+        return self._batched(self._summed_log_likelihood, theta)
 
     def log_joint(self, theta: Tensor) -> Tensor:
         """Return (log prior + log likelihood) / temperature, ``(..., dim) -> (...)``."""
@@ -247,10 +253,15 @@ class BayesianModel:
         self, theta: Tensor, x: Tensor | np.ndarray | None = None, y: Tensor | np.ndarray | None = None
     ) -> Tensor:
         """Return the log likelihood of every row, ``(..., dim) -> (..., n)``; training data if x and y are None."""
-        outputs, y = self.outputs(theta, x), self.targets(y)
-        if outputs.shape[-2] != len(y):
-            raise ValueError(f"x has {outputs.shape[-2]} rows and y has {len(y)}")
-        return self.likelihood.log_prob(outputs, y, self.likelihood_parameters(theta))
+        x, y = self.inputs(x), self.targets(y)
+        if len(x) != len(y):
+            raise ValueError(f"x has {len(x)} rows and y has {len(y)}")
+
+        def evaluate(flat: Tensor) -> Tensor:
+            parts = self._in_blocks(self._log_likelihoods, flat, x, y)
+            return _joined([values for (values,) in parts], 1)
+
+        return self._batched(evaluate, theta)
 
     def targets(self, y: Tensor | np.ndarray | None) -> Tensor:
         """Return checked targets on the model's device; the training targets for None."""
@@ -275,17 +286,14 @@ class BayesianModel:
         if fused := self._compiled(theta, rows):
             rows, scale = self._batch(theta, rows)
             return fused(theta, rows, scale, 0.0)
-        outputs, pullback, y, parameters, scale = self._evaluate(theta, rows)
-        value = scale * self.likelihood.log_prob(outputs, y, parameters).sum(-1, dtype=torch.float64)
-        grad = self._pull(pullback, scale, *self._score(outputs, y, parameters))
+        value, grad = self._in_sum(self._value_and_grad, theta, rows)
         return value.reshape(theta.shape[:-1]), grad.reshape(theta.shape)
 
     def log_likelihood_grad(self, theta: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return the gradient of the log likelihood alone, ``(..., dim) -> (..., dim)``; differentiable again."""
         if self._compiled(theta, rows):
             return self.log_likelihood_and_grad(theta, rows)[1]
-        outputs, pullback, y, parameters, scale = self._evaluate(theta, rows)
-        return self._pull(pullback, scale, *self._score(outputs, y, parameters)).reshape(theta.shape)
+        return self._in_sum(self._grad, theta, rows)[0].reshape(theta.shape)
 
     def log_joint_and_grad(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return log_joint and its gradient, ``(..., dim) -> (...), (..., dim)``; differentiable again.
@@ -342,19 +350,58 @@ class BayesianModel:
         if not 1 <= batch_size <= len(self.x):
             raise ValueError(f"batch_size must be between 1 and the {len(self.x)} rows of data, got {batch_size}")
 
-    def _evaluate(
-        self, theta: Tensor, rows: Tensor | None
-    ) -> tuple[Tensor, Pullback, Tensor, dict[str, Tensor], float]:
-        """Return outputs, their pullback, targets, likelihood parameters and n / batch, for flattened ``theta``."""
+    def _in_blocks(
+        self, function: _Evaluation, theta: Tensor, x: Tensor, y: Tensor | None = None, rows: Tensor | None = None
+    ) -> list[tuple[Tensor, ...]]:
+        """Evaluate ``function`` for all networks and rows: a block at a time where nothing follows derivatives.
+
+        Args:
+            function: called with theta, x, y and whether every network has rows of its own.
+            theta: ``(networks, dim)``.
+            x: inputs.
+            y: targets.
+            rows: which of them, int64 ``(m,)`` or ``(networks, m)``; all if None.
+
+        Returns:
+            Its results, ``(networks, ...)`` each, for one block of rows after the other.
+        """
+        n, per_network = len(x) if rows is None else rows.shape[-1], rows is not None and rows.dim() > 1
+        whole = torch.compiler.is_compiling() or recorded(theta, x)
+        some, several = (n, len(theta)) if whole else self.network.at_once(x, n)
+        found = []
+        for part in _stretches(n, some):
+            data = None if per_network else _chosen(x, y, rows, part)
+            results = [
+                function(theta[which], *(data or _chosen(x, y, rows, part, which)), per_network)
+                for which in _stretches(len(theta), several)
+            ]
+            found.append(tuple(_joined(each, 0) for each in zip(*results, strict=True)))
+        return found
+
+    def _in_sum(self, function: _Evaluation, theta: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
+        """Return the results of a function of flattened ``theta``, summed over the rows and scaled to all of them."""
         rows, scale = self._batch(theta, rows)
-        flat = theta.reshape(-1, self.dim)
-        x, y = self.x, self.y
-        if rows is not None:
-            # One gather for all networks; index_select is several times faster than indexing by a matrix.
-            x, y = (data.index_select(0, rows.flatten()).unflatten(0, rows.shape) for data in (x, y))
-        per_network = rows is not None and rows.dim() > 1
-        outputs, pullback = self.network.pullback(flat, x, per_network=per_network, reuse=True)
-        return outputs, pullback, y, self.likelihood_parameters(flat), scale
+        parts = self._in_blocks(function, theta.reshape(-1, self.dim), self.x, self.y, rows)
+        total = tuple(functools.reduce(torch.add, each) for each in zip(*parts, strict=True))
+        return total if scale == 1 else tuple(scale * each for each in total)
+
+    def _log_likelihoods(self, theta: Tensor, x: Tensor, y: Tensor, per_network: bool) -> tuple[Tensor]:
+        outputs = self.network(theta, x, per_network=per_network)
+        return (self.likelihood.log_prob(outputs, y, self.likelihood_parameters(theta)),)
+
+    def _summed_log_likelihood(self, theta: Tensor) -> Tensor:
+        parts = self._in_blocks(self._log_likelihoods, theta, self.x, self.y)
+        return functools.reduce(torch.add, (values.sum(-1, dtype=torch.float64) for (values,) in parts))
+
+    def _grad(self, theta: Tensor, x: Tensor, y: Tensor, per_network: bool) -> tuple[Tensor]:
+        outputs, pullback = self.network.pullback(theta, x, per_network=per_network, reuse=True)
+        return (self._pull(pullback, *self._score(outputs, y, self.likelihood_parameters(theta))),)
+
+    def _value_and_grad(self, theta: Tensor, x: Tensor, y: Tensor, per_network: bool) -> tuple[Tensor, Tensor]:
+        outputs, pullback = self.network.pullback(theta, x, per_network=per_network, reuse=True)
+        parameters = self.likelihood_parameters(theta)
+        value = self.likelihood.log_prob(outputs, y, parameters).sum(-1, dtype=torch.float64)
+        return value, self._pull(pullback, *self._score(outputs, y, parameters))
 
     def _batch(self, theta: Tensor, rows: Tensor | None) -> tuple[Tensor | None, float]:
         """Return checked rows, ``(batch,)`` or ``(networks, batch)``, and n / batch."""
@@ -372,11 +419,8 @@ class BayesianModel:
         ours = theta.dtype == self.dtype and (plain(theta) if rows is None else plain(theta, rows))
         return self._fused if ours else None
 
-    def _pull(
-        self, pullback: Pullback, scale: float, grad_outputs: Tensor, grad_parameters: dict[str, Tensor]
-    ) -> Tensor:
-        grad = self._with_extras(pullback(grad_outputs), grad_parameters)
-        return grad if scale == 1 else scale * grad
+    def _pull(self, pullback: Pullback, grad_outputs: Tensor, grad_parameters: dict[str, Tensor]) -> Tensor:
+        return self._with_extras(pullback(grad_outputs), grad_parameters)
 
     def _with_extras(self, grad: Tensor, grad_parameters: dict[str, Tensor]) -> Tensor:
         """Append zeros for the prior's parameters and the gradient by the likelihood's: ``(batch, dim)``."""
@@ -755,7 +799,7 @@ class BayesianModel:
     def _batched(self, function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
         self.spec.check(theta)
         result = function(theta.reshape(-1, self.dim))
-        return result.reshape(*theta.shape[:-1], *result.shape[1:])
+        return result.reshape((*theta.shape[:-1], *result.shape[1:]))
 
     def _accepted(self, x: Tensor) -> tuple[Tensor, int]:
         """Return x in the type that the network takes, and its number of outputs."""
@@ -778,6 +822,36 @@ class BayesianModel:
         if outputs.dim() != 3 or outputs.shape[1] != len(rows) or outputs.shape[2] == 0:
             raise ValueError(f"the network must map (n, ...) to (n, out), got {tuple(outputs.shape[1:])}")
         return outputs.shape[-1]
+
+
+_Evaluation = Callable[..., tuple[Tensor, ...]]
+"""``(theta, x, y, per_network) -> (networks, ...)`` each."""
+
+
+def _stretches(length: int, size: int) -> list[slice]:
+    """Cut a length into stretches of at most this size; one at least."""
+    return [slice(start, start + size) for start in range(0, max(length, 1), max(size, 1))]
+
+
+def _chosen(
+    x: Tensor, y: Tensor | None, rows: Tensor | None, part: slice, which: slice = slice(None)
+) -> tuple[Tensor, Tensor | None]:
+    """Return a part of the rows of data; those of some networks, where each has its own."""
+    if rows is None and part.start == 0 and part.stop >= len(x):
+        return x, y  # the very tensors, by which a linearised network knows them
+    if rows is None:
+        return x[part], None if y is None else y[part]
+    index = rows[part] if rows.dim() == 1 else rows[which, part]
+
+    def gathered(data: Tensor) -> Tensor:
+        # One gather for all networks; index_select is several times faster than indexing by a matrix.
+        return data.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+    return gathered(x), None if y is None else gathered(y)
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _of_prior(extra: Extra) -> bool:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bnnflow.model.network import ChainNetwork, ModuleNetwork, Pullback
+from bnnflow.model.network import LARGEST_BLOCK, ChainNetwork, ModuleNetwork, Pullback, at_once
 
 __all__ = ["LinearisedNetwork"]
-
-_ELEMENTS = 2**24  # of a Jacobian that is kept: 64 MB in float32
 
 
 class LinearisedNetwork:
@@ -58,6 +56,16 @@ class LinearisedNetwork:
         jacobian = self._network.jacobian(anchors, x, per_network=per_network)[1]
         return self(theta, x, per_network=per_network), jacobian.expand(len(theta), *jacobian.shape[1:])
 
+    def at_once(self, x: Tensor, n: int) -> tuple[int, int]:
+        """Return how many of ``n`` rows, and networks, fit in a moderate amount of memory.
+
+        The Jacobian of that many rows does, so that it is formed once for all networks.
+        """
+        with torch.no_grad():
+            out = self._network(self._anchor.unsqueeze(0), x[:1]).shape[-1]
+        rows = at_once(n, out * len(self._anchor))[0]
+        return rows, at_once(rows, 2 * out)[1]
+
     def _expansion(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return f(x; anchor) ``(n, out)`` and J ``(n, out, network dim)``; None where J is large or x not constant."""
         if self._kept is None or self._kept[0] is not x or self._kept[1] != x._version:
@@ -67,7 +75,7 @@ class LinearisedNetwork:
                 return None
             with torch.no_grad():
                 one = self._network(self._anchor.unsqueeze(0), x[:1])
-                if len(x) * one.shape[-1] * len(self._anchor) > _ELEMENTS:
+                if len(x) * one.shape[-1] * len(self._anchor) > LARGEST_BLOCK:
                     return None
                 outputs, jacobian = self._network.jacobian(self._anchor.unsqueeze(0), x)
             self._kept = (x, x._version, outputs[0], jacobian[0])

@@ -10,21 +10,46 @@ again, forwards and backwards.
 
 from __future__ import annotations
 
+import copy
+import math
 import threading
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bnnflow.model.factored import FactoredJacobian, Outer
-from bnnflow.model.fused import FusedNetwork, plain
+from bnnflow.model.fused import FusedNetwork, plain, recorded
 from bnnflow.weights import Layer, WeightSpec
 
 __all__ = ["ChainNetwork", "ModuleNetwork", "Pullback"]
 
 Pullback = Callable[[Tensor], Tensor]
 """Gradient by the outputs ``(batch, n, out)`` to gradient by the weights ``(batch, dim)``."""
+
+LARGEST_BLOCK = 2**24
+"""Numbers that an evaluation may write at once, where nothing follows derivatives: 64 MB in float32."""
+
+# Networks take turns where they are fewer than these, or where an operation writes more numbers than these. Measured
+# (CPU, one thread): the price through vmap over that of turns, by numbers an operation: layer norm 1,800 .41, 7,000 .53
+# to .77, 29,000 1.1, 450,000 2.6; convolutions 4,400 .30, 18,000 .45, 70,000 .71, 280,000 1.5; attention 2,000 .30,
+# 8,000 .52, 33,000 1.3, 130,000 2.1; embedding 17,000 .41, 69,000 .65. Starting vmap costs 3 to 4 networks' turns.
+_FEW_NETWORKS = 6
+_SMALL_OPERATION = 2**14
+
+
+def at_once(n: int, elements: int) -> tuple[int, int]:
+    """Return how many of ``n`` rows, and how many networks, stay within the largest block.
+
+    Args:
+        n: rows of data.
+        elements: numbers that one network writes for one row.
+    """
+    rows = min(n, max(1, LARGEST_BLOCK // elements))
+    return rows, max(1, LARGEST_BLOCK // (rows * elements))
 
 
 class _Step(NamedTuple):
@@ -58,6 +83,10 @@ class ChainNetwork:
         if self._fused.applies(theta, x):
             return self._fused.outputs(theta, x, per_network)
         return self._forward(theta, x, per_network)[-1].value.mT
+
+    def at_once(self, x: Tensor, n: int) -> tuple[int, int]:
+        """Return how many of ``n`` rows, and networks, fit in a moderate amount of memory."""
+        return at_once(n, 2 * sum(self._spec.shapes[layer.weight][0] for layer in self._layers))
 
     def hidden(self, theta: Tensor, x: Tensor) -> dict[str, Tensor]:
         """Return the activations of every hidden layer by label, ``(batch, width, n)``."""
@@ -221,40 +250,188 @@ class _Memory(threading.local):
 
 
 class ModuleNetwork:
-    """Any module that maps a batch of inputs to a batch of outputs, through ``vmap(functional_call)``."""
+    """Any module that maps a batch of inputs to a batch of outputs, each row by itself.
+
+    Where derivatives are followed, and where operations are so small that calling them costs more than what they
+    compute, all networks go through ``vmap``. Elsewhere they take turns, which is faster: torch has better code for
+    one network than for many, and the caches hold one. Sizes decide, not a clock, so results are the same each time.
+
+    Args:
+        net: the module; it keeps its buffers, and the parameters that ``spec`` does not name.
+        spec: the layout of ``theta``.
+    """
 
     def __init__(self, net: nn.Module, spec: WeightSpec) -> None:
-        self._net = net  # holds the parameters that are constants, and the buffers
-        self._names = tuple(name for name in spec.names if name not in spec.extras)
-        self._slices = [spec.slices[name] for name in self._names]
-        self._shapes = [spec.shapes[name] for name in self._names]
-
-    def _one(self, theta: Tensor, x: Tensor) -> Tensor:
-        """Evaluate the network with one weight vector, ``(dim,) -> (n, out)``."""
-        parts = zip(self._names, self._slices, self._shapes, strict=True)
-        params = {name: theta[where].reshape(shape) for name, where, shape in parts}
-        outputs = torch.func.functional_call(self._net, params, (x,))
-        if not isinstance(outputs, Tensor):
-            raise ValueError(f"the network must return one tensor, got {type(outputs).__name__}")
-        return outputs.unsqueeze(-1) if outputs.dim() == 1 else outputs
+        names = tuple(name for name in spec.names if name not in spec.extras)
+        self._shapes = [spec.shapes[name] for name in names]
+        self._sizes = [math.prod(shape) for shape in self._shapes]
+        self._dim = sum(self._sizes)
+        self._module = _OwnModule(net, names)
+        self._costs: dict[tuple[int, ...], _Cost] = {}
 
     def __call__(self, theta: Tensor, x: Tensor, *, per_network: bool = False) -> Tensor:
         """Return the outputs, ``(batch, n, out)``."""
-        return torch.func.vmap(self._one, _in_dims(per_network), randomness="error")(theta, x)
+        if not self._take_turns(theta, x, per_network):
+            return self._mapped(theta, x, per_network)
+        inputs = self._inputs(theta, x, per_network)
+        with torch.no_grad():
+            return torch.stack([self._one(*each) for each in zip(theta, inputs, strict=True)])
 
     def pullback(
         self, theta: Tensor, x: Tensor, *, per_network: bool = False, reuse: bool = False
     ) -> tuple[Tensor, Pullback]:
         """Return the outputs and the function that carries a gradient by them back to the weights."""
-        size = self._slices[-1].stop
-        outputs, vjp, *_ = torch.func.vjp(lambda weights: self(weights, x, per_network=per_network), theta[:, :size])
-        return outputs, lambda grad_outputs: vjp(grad_outputs)[0]
+
+        def mapped() -> tuple[Tensor, Pullback]:
+            weights = theta[:, : self._dim]
+            outputs, vjp, *_ = torch.func.vjp(lambda weights: self._mapped(weights, x, per_network), weights)
+            return outputs, lambda grad_outputs: vjp(grad_outputs)[0]
+
+        if not self._take_turns(theta, x, per_network):
+            return mapped()
+        leaves = [weights.requires_grad_() for weights in theta[:, : self._dim].detach().unbind()]
+        with torch.enable_grad():
+            inputs = self._inputs(theta, x, per_network)
+            tapes = [self._one(*each) for each in zip(leaves, inputs, strict=True)]
+
+        def pull(grad_outputs: Tensor) -> Tensor:
+            if recorded(grad_outputs):
+                return mapped()[1](grad_outputs)
+            parts = zip(tapes, leaves, grad_outputs, strict=True)
+            return torch.stack([torch.autograd.grad(tape, leaf, by, retain_graph=True)[0] for tape, leaf, by in parts])
+
+        return torch.stack([tape.detach() for tape in tapes]), pull
 
     def jacobian(self, theta: Tensor, x: Tensor, *, per_network: bool = False) -> tuple[Tensor, Tensor]:
-        """Return the outputs and their derivative by the weights, ``(batch, n, out, dim)``."""
-        size = self._slices[-1].stop
-        one = torch.func.vmap(torch.func.jacrev(self._one), _in_dims(per_network))
-        return self(theta, x, per_network=per_network), one(theta[:, :size], x)
+        """Return the outputs and their derivative by the weights, ``(batch, n, out, dim)``.
+
+        Row by row, many at once: with the rows together, each output would be followed back to every row.
+        """
+
+        def of_row(weights: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+            outputs = self._one(weights, row.unsqueeze(0)).squeeze(0)
+            return outputs, outputs
+
+        of_rows = torch.func.vmap(torch.func.jacrev(of_row, has_aux=True), (None, 0))
+        one = torch.func.vmap(of_rows, _in_dims(per_network))
+        jacobian, outputs = one(theta[:, : self._dim], x)
+        return outputs, jacobian
+
+    def at_once(self, x: Tensor, n: int) -> tuple[int, int]:
+        """Return how many of ``n`` rows like those of ``x``, and networks, fit in a moderate amount of memory."""
+        return at_once(n, self._cost(x).elements)
+
+    def _one(self, theta: Tensor, x: Tensor) -> Tensor:
+        """Evaluate the network with one weight vector, ``(dim,) -> (n, out)``."""
+        parts = theta[: self._dim].split_with_sizes(self._sizes)
+        params = [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        outputs = self._module.evaluate(params, x)
+        if not isinstance(outputs, Tensor):
+            raise ValueError(f"the network must return one tensor, got {type(outputs).__name__}")
+        return outputs.unsqueeze(-1) if outputs.dim() == 1 else outputs
+
+    def _mapped(self, theta: Tensor, x: Tensor, per_network: bool) -> Tensor:
+        return torch.func.vmap(self._one, _in_dims(per_network), randomness="error")(theta, x)
+
+    def _inputs(self, theta: Tensor, x: Tensor, per_network: bool) -> list[Tensor]:
+        """Return the inputs of every network, in the memory format that suits the module."""
+        inputs = list(x) if per_network else [x]
+        if self._cost(inputs[0]).channels_last:
+            inputs = [each.to(memory_format=torch.channels_last) for each in inputs]
+        return inputs if per_network else inputs * len(theta)
+
+    def _take_turns(self, theta: Tensor, x: Tensor, per_network: bool) -> bool:
+        """Say whether the networks are evaluated one by one; see the class."""
+        if recorded(theta, x) or theta.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        if torch.is_inference_mode_enabled() or theta.is_inference() or x.is_inference():
+            return False  # there can be no tape of these
+        rows = x[0] if per_network else x
+        cost = self._cost(rows)
+        return len(theta) < _FEW_NETWORKS or len(rows) * cost.elements > _SMALL_OPERATION * cost.operations
+
+    def _cost(self, x: Tensor) -> _Cost:
+        """Return what a row of x costs, found out once for every shape of rows."""
+        if (found := self._costs.get(x.shape[1:])) is None:
+            found = self._costs[x.shape[1:]] = self._measured(x)
+        return found
+
+    def _measured(self, x: Tensor) -> _Cost:
+        theta = torch.linspace(-1, 1, self._dim, dtype=self._module.dtype, device=x.device)
+        with torch.no_grad(), _Counting() as counted:
+            self._one(theta, x[:1])
+        images = x.dim() == 4 and self._module.convolves and self._takes_channels_last(theta, x[:2])
+        return _Cost(counted.elements, counted.operations, images)
+
+    def _takes_channels_last(self, theta: Tensor, x: Tensor) -> bool:
+        theta = theta.requires_grad_()
+        try:
+            with torch.enable_grad():
+                outputs = self._one(theta, x.to(memory_format=torch.channels_last))
+                torch.autograd.grad(outputs.sum(), theta)
+        except RuntimeError:  # a view that needs the other format
+            return False
+        return True
+
+
+class _Cost(NamedTuple):
+    """What it takes to evaluate one network."""
+
+    elements: int  # numbers written for a row of data
+    operations: int
+    channels_last: bool  # whether the rows are images that may lie in memory so, as convolutions prefer
+
+
+class _Counting(TorchDispatchMode):
+    """Count the operations that write new tensors, and the numbers in these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            made = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+            self.elements += sum(each.numel() for each in made)
+            self.operations += bool(made)
+        return result
+
+
+class _OwnModule(threading.local):
+    """A module into which weights are put, for each thread its own.
+
+    Buffers and constants are shared with the module that it is a copy of.
+    """
+
+    def __init__(self, net: nn.Module, names: tuple[str, ...]) -> None:
+        self._arguments = net, names
+        constants = [parameter for name, parameter in net.named_parameters() if name not in names]
+        self._module = copy.deepcopy(net, {id(each): each for each in (*constants, *net.buffers())})
+        self.convolves = any(isinstance(module, nn.Conv2d | nn.ConvTranspose2d) for module in net.modules())
+        parameters = dict(self._module.named_parameters())
+        self.dtype = parameters[names[0]].dtype
+        order = {id(parameters[name]): i for i, name in enumerate(names)}
+        self._places = [
+            (module._parameters, key, order[id(parameter)])
+            for module in self._module.modules()
+            for key, parameter in module._parameters.items()
+            if id(parameter) in order
+        ]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._arguments
+
+    def evaluate(self, params: Sequence[Tensor], x: Tensor) -> Any:
+        """Return what the module makes of inputs with these parameters, in the order of ``names``."""
+        before = [owner[key] for owner, key, _ in self._places]
+        try:
+            for owner, key, i in self._places:
+                owner[key] = params[i]  # type: ignore[assignment]
+            return self._module(x)
+        finally:
+            for (owner, key, _), parameter in zip(self._places, before, strict=True):
+                owner[key] = parameter
 
 
 def _in_dims(per_network: bool) -> tuple[int, int | None]:
