@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bnnflow.forward_mode import jvp
+
 __all__ = ["Activation", "Sine", "activation_of"]
 
 
@@ -78,7 +80,7 @@ class Activation:
         if self.name.startswith("sin"):
             w0 = float(self.name.partition(":")[2] or 1.0)
             return w0 * torch.cos(w0 * a)
-        return torch.func.jvp(self.__call__, (a,), (torch.ones_like(a),))[1]
+        return jvp(self.__call__, (a,), (torch.ones_like(a),))[1]
 
     @property
     def reusable(self) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bnnflow.gaussian import Gaussian
-from bnnflow.seeding import as_generator, isolated
+from bnnflow.seeding import GLOBAL_STATE, as_generator, isolated
 from bnnflow.types import Posterior, Seed
 
 if TYPE_CHECKING:
@@ -179,13 +179,13 @@ class CouplingFlow:
 
     def sample(self, n: int, seed: Seed) -> Tensor:
         """Draw ``(n, dim)``."""
-        distribution = self._distribution
         with torch.no_grad(), isolated(as_generator(seed, self.parameters[-1].device)):
-            return distribution.sample((n,)).clone()  # not the tensor that Pyro caches the inverse of
+            return self._distribution.sample((n,)).clone()  # not the tensor that Pyro caches the inverse of
 
     def log_prob(self, theta: Tensor) -> Tensor:
         """Return the log density, ``(..., dim) -> (...)`` in float64; differentiable."""
-        return self._distribution.log_prob(theta).double()
+        with GLOBAL_STATE:  # Pyro keeps what the inverse finds in the transform, where threads would share it
+            return self._distribution.log_prob(theta).double()
 
     @cached_property
     def _distribution(self) -> Distribution:
@@ -193,7 +193,7 @@ class CouplingFlow:
 
         loc = self.parameters[-1]
         hidden = len(self.parameters[0]) if self.permutations else 1
-        with torch.random.fork_rng(devices=[]):  # the networks' initial weights are drawn, and then replaced
+        with isolated():  # the networks' initial weights are drawn, and then replaced
             transform = coupling_flow(self.permutations, len(loc), hidden).to(loc)
         for own, parameter in zip(transform.parameters(), self.parameters, strict=True):
             own.data = parameter

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from numbers import Integral
 
 import torch
 
 from bnnflow.types import Seed
 
-__all__ = ["as_generator", "isolated"]
+__all__ = ["GLOBAL_STATE", "as_generator", "isolated"]
 
 
 def as_generator(seed: Seed, device: torch.device | str = "cpu") -> torch.Generator:
@@ -26,29 +27,46 @@ def as_generator(seed: Seed, device: torch.device | str = "cpu") -> torch.Genera
         if seed.device.type == device.type:
             return seed
         # A generator of another device seeds one of ours, so that the caller's still decides.
-        seed = int(torch.randint(2**62, (), generator=seed, device=seed.device))
+        seed = int(_integer(seed))
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"seed must be an int or a torch.Generator, got {type(seed).__name__}")
     return torch.Generator(device).manual_seed(int(seed))
 
 
+# Two threads with one global generator would draw each other's numbers, and restore each other's states. What else
+# torch and Pyro keep for the whole process (Pyro's parameters, handlers) is used under the same lock.
+GLOBAL_STATE = threading.RLock()
+
+
 class isolated:
     """Context in which the global generators are seeded from ``generator`` and restored afterwards.
 
-    For libraries that only know the global generator (torch.distributions, Pyro).
+    For libraries that only know the global generator (torch.distributions, Pyro). One thread at a time: others wait.
+    Threads that draw from the global generator without this context, of which this package has none, still disturb it.
+
+    Args:
+        generator: gives the seed; None where the numbers drawn do not matter, as initial weights that are replaced.
     """
 
-    def __init__(self, generator: torch.Generator) -> None:
-        self._seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-        self._cuda = generator.device.type == "cuda"
-        devices = [generator.device] if self._cuda else []
-        self._fork = torch.random.fork_rng(devices=devices)
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        on_cuda = generator is not None and generator.device.type == "cuda"
+        self._devices = [generator.device] if generator is not None and on_cuda else []
+        self._seed = 0 if generator is None else int(_integer(generator))
 
     def __enter__(self) -> None:
+        GLOBAL_STATE.acquire()
+        self._fork = torch.random.fork_rng(devices=self._devices)
         self._fork.__enter__()
         torch.default_generator.manual_seed(self._seed)
-        if self._cuda:
+        if self._devices:
             torch.cuda.manual_seed(self._seed)
 
     def __exit__(self, *exception) -> None:
-        self._fork.__exit__(*exception)
+        try:
+            self._fork.__exit__(*exception)
+        finally:
+            GLOBAL_STATE.release()
+
+
+def _integer(generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(2**62, (), generator=generator, device=generator.device)

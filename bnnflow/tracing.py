@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import operator
 import re
+import threading
+from collections.abc import Callable
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -65,8 +67,14 @@ def _constant(module: nn.Module) -> bool:
     return bool(flags) and not any(flags)
 
 
+# torch.fx replaces the methods of nn.Module for the whole process, and puts them back.
+_PATCHED = threading.Lock()
+
+
 class _Tracer(fx.Tracer):
     """Traces through every module but torch's own and the activations that are known.
+
+    One thread at a time; what other threads call meanwhile is called as ever.
 
     Args:
         whole: leave modules whose parameters are all constants whole, too.
@@ -78,10 +86,20 @@ class _Tracer(fx.Tracer):
 
     def graph_of(self, net: nn.Module) -> fx.Graph:
         """Return the graph of a network, or raise ``ValueError``."""
-        try:
-            return self.trace(net)
-        except Exception as error:
-            raise ValueError(f"cannot trace {type(net).__name__}: {error}") from error
+        with _PATCHED:
+            self._thread = threading.get_ident()
+            try:
+                return self.trace(net)
+            except Exception as error:
+                raise ValueError(f"cannot trace {type(net).__name__}: {error}") from error
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        mine = threading.get_ident() == self._thread
+        return super().call_module(m, forward, args, kwargs) if mine else forward(*args, **kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        mine = threading.get_ident() == self._thread
+        return super().getattr(attr, attr_val, parameter_proxy_cache) if mine else attr_val
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         whole = activation_of(m) is not None or (self._whole and _constant(m))

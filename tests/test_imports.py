@@ -15,6 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = [
     "types",
     "arguments",
+    "forward_mode",
     "activations",
     "seeding",
     "storage",

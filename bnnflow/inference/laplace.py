@@ -16,11 +16,13 @@ from torch import Tensor
 
 from bnnflow.arguments import choice, integer, number, settle
 from bnnflow.draws import Draws
+from bnnflow.forward_mode import jvp
 from bnnflow.gaussian import Gaussian
 from bnnflow.inference.run import Run
 from bnnflow.inference.start import maximise, random_networks
 from bnnflow.model import BayesianModel, likelihoods
 from bnnflow.posteriors import KroneckerGaussian, Restricted
+from bnnflow.seeding import isolated
 
 __all__ = ["Laplace", "find_mode", "gauss_newton_precision", "prior_precision"]
 
@@ -267,7 +269,7 @@ def prior_precision(model: BayesianModel, theta: Tensor) -> Tensor:
     directions[0][extras] = 0.0
     directions += [torch.zeros_like(theta).index_fill(0, torch.tensor([i], device=theta.device), 1.0) for i in extras]
     # Given the extras the weights are independent, so that one product with ones is the diagonal.
-    products = [torch.func.jvp(slope, (theta,), (direction,))[1] for direction in directions]
+    products = [jvp(slope, (theta,), (direction,))[1] for direction in directions]
     curvature = -products[0]
     for i, product in zip(extras, products[1:], strict=True):
         curvature[i] = -product[i]
@@ -284,7 +286,7 @@ def exact_precision(model: BayesianModel, theta: Tensor, *, diagonal: bool) -> T
     for start in range(0, model.dim, chunk):
         directions = basis[start : start + chunk]
         at = theta.expand_as(directions).clone()  # forward mode writes to it
-        hessian = -torch.func.jvp(lambda points: model.log_joint_and_grad(points)[1], (at,), (directions,))[1]
+        hessian = -jvp(lambda points: model.log_joint_and_grad(points)[1], (at,), (directions,))[1]
         rows.append(hessian.detach()[:, start:].diagonal() if diagonal else hessian.detach())
     whole = torch.cat(rows)
     return whole if diagonal else 0.5 * (whole + whole.T)
@@ -347,7 +349,7 @@ def _kronecker(model: BayesianModel, mode: Tensor) -> KroneckerGaussian:
     options = {"subset_of_weights": "all", "hessian_structure": "kron"}
     fitted = laplace.Laplace(net, "regression" if regression else "classification", **options)
     data = torch.utils.data.TensorDataset(model.x, model.y)
-    with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
+    with isolated():  # a DataLoader draws from the global generator
         fitted.fit(torch.utils.data.DataLoader(data, batch_size=256))
     prior, spec = prior_precision(model, mode), model.spec
     names = [name for name in spec.names if name not in spec.extras]

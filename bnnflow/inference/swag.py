@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
+from bnnflow.forward_mode import jvp
 from bnnflow.inference.run import Run
 from bnnflow.inference.start import maximise, random_networks
 from bnnflow.model import BayesianModel
@@ -88,7 +89,7 @@ class SWAG:
         size = direction.norm(dim=-1, keepdim=True)
         for _ in range(20):  # power iteration on the Hessian
             direction = direction / size
-            direction = torch.func.jvp(lambda at: model.log_joint_and_grad(at)[1], (theta,), (direction,))[1]
+            direction = jvp(lambda at: model.log_joint_and_grad(at)[1], (theta,), (direction,))[1]
             size = direction.norm(dim=-1, keepdim=True)
         return torch.minimum(2 * model.dim / noise.clamp(min=1e-30), 0.5 / size)
 

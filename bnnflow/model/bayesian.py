@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from bnnflow.forward_mode import jvp
 from bnnflow.model.factored import FactoredJacobian
 from bnnflow.model.fused import FusedDensity, plain, recorded, stratified_rows
 from bnnflow.model.hessian import ChainHessian, Curvature
@@ -549,14 +550,14 @@ class BayesianModel:
         def parts(weights: Tensor, seeds: Tensor) -> list[tuple[Tensor, Tensor]]:
             return [(part.entering, part.leaving) for part in network.factored(weights, x)[1](seeds).parts]
 
-        outputs, along, *_ = torch.func.jvp(lambda weights: network(weights, x), (theta,), (v,))
+        outputs, along, *_ = jvp(lambda weights: network(weights, x), (theta,), (v,))
         given = self._curvature(theta, outputs, y, along)
         by_score = given.outputs
         assert by_score is not None
         factor, _ = self.likelihood.fisher_factor(outputs, {})  # type: ignore[attr-defined]
         information, eye = factor @ factor.mT, torch.eye(outputs.shape[-1], dtype=theta.dtype, device=theta.device)
         mixed = network.factored(theta, x)[1]  # S -> S^T J
-        changes = torch.func.jvp(parts, (theta, -information), (v, by_score.mT))[1]
+        changes = jvp(parts, (theta, -information), (v, by_score.mT))[1]
         change = mixed(-information).tangent(changes)  # M J - F D
         bent = self._hessian.along(theta, x, given.by_outputs)
         return bent.baddbmm_(mixed(eye.expand_as(information)).matrix.mT, change)
@@ -588,7 +589,7 @@ class BayesianModel:
         slices = {extra.key: self.spec.slices[extra.name] for extra in self._extras if extra.key in information}
 
         def product(v: Tensor) -> Tensor:
-            tangent = torch.func.jvp(lambda weights: self.network(weights, x), (theta,), (v,))[1]
+            tangent = jvp(lambda weights: self.network(weights, x), (theta,), (v,))[1]
             along = (factor.mT @ tangent.unsqueeze(-1)).squeeze(-1)  # (batch, n, rank)
             mine = {key: v[:, where] for key, where in slices.items()}
             for name, each in information.items():
@@ -641,7 +642,7 @@ class BayesianModel:
 
         def derivative(of_outputs: Tensor, of_logs: Tensor) -> tuple[Tensor, Tensor]:
             tangents = of_outputs.expand_as(outputs), of_logs.expand_as(logs)
-            return torch.func.jvp(score, (outputs, logs), tangents)[1]  # type: ignore[return-value]
+            return jvp(score, (outputs, logs), tangents)[1]  # type: ignore[return-value]
 
         eye = torch.eye(out + logs.shape[1], dtype=theta.dtype, device=theta.device)
         by_outputs, by_logs = torch.func.vmap(derivative)(eye[:, :out], eye[:, out:])  # (directions, batch, ...)

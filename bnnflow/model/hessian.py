@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bnnflow.activations import Activation
+from bnnflow.forward_mode import jvp
 from bnnflow.weights import WeightSpec
 
 __all__ = ["ChainHessian", "Curvature"]
@@ -244,7 +245,7 @@ def _bend(activation: Activation, z: Tensor, value: Tensor, slope: Tensor) -> Te
         return -2 * value * slope
     if activation.name in ("identity", "relu"):
         return None
-    return torch.func.jvp(lambda a: activation.derivative(a, activation(a)), (z,), (torch.ones_like(z),))[1]
+    return jvp(lambda a: activation.derivative(a, activation(a)), (z,), (torch.ones_like(z),))[1]
 
 
 def _places(spec: WeightSpec, size: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bnnflow.forward_mode import jvp
 from bnnflow.model.network import LARGEST_BLOCK, ChainNetwork, ModuleNetwork, Pullback, at_once
 
 __all__ = ["LinearisedNetwork"]
@@ -34,7 +35,7 @@ class LinearisedNetwork:
             change = theta[:, : jacobian.shape[-1]] - self._anchor[: jacobian.shape[-1]]
             return outputs + (change @ jacobian.flatten(0, 1).mT).unflatten(-1, outputs.shape)
         anchors = self._anchor.repeat(len(theta), 1)  # forward-mode differentiation wants memory of its own
-        value, change, *_ = torch.func.jvp(
+        value, change, *_ = jvp(
             lambda weights: self._network(weights, x, per_network=per_network), (anchors,), (theta - anchors,)
         )
         return value + change
@@ -68,7 +69,8 @@ class LinearisedNetwork:
 
     def _expansion(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return f(x; anchor) ``(n, out)`` and J ``(n, out, network dim)``; None where J is large or x not constant."""
-        if self._kept is None or self._kept[0] is not x or self._kept[1] != x._version:
+        kept = self._kept  # once: another thread may put another in its place
+        if kept is None or kept[0] is not x or kept[1] != x._version:
             self._kept = None
             wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)  # type: ignore[attr-defined]
             if wrapped or x.requires_grad or x.is_inference() or torch.is_inference_mode_enabled():
@@ -78,5 +80,5 @@ class LinearisedNetwork:
                 if len(x) * one.shape[-1] * len(self._anchor) > LARGEST_BLOCK:
                     return None
                 outputs, jacobian = self._network.jacobian(self._anchor.unsqueeze(0), x)
-            self._kept = (x, x._version, outputs[0], jacobian[0])
-        return self._kept[2:]
+            self._kept = kept = (x, x._version, outputs[0], jacobian[0])
+        return kept[2:]

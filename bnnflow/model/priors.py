@@ -25,6 +25,7 @@ from torch.distributions import Distribution, constraints
 
 from bnnflow import storage
 from bnnflow.draws import Draws
+from bnnflow.forward_mode import jvp
 from bnnflow.model.quantiles import FAMILIES, QuantileTable
 from bnnflow.seeding import as_generator, isolated
 from bnnflow.types import HierarchicalPrior, Prior, Seed
@@ -840,7 +841,7 @@ class FlatPrior:
     def push(self, z: Tensor, vectors: Tensor) -> Tensor:
         """Turn directions in z ``(..., dim)`` into directions in theta."""
         if self._weights is not None:
-            return torch.func.jvp(self.from_normal, (z,), (vectors,))[1]
+            return jvp(self.from_normal, (z,), (vectors,))[1]
         return vectors * self._derivative(z)
 
     def _derivative(self, z: Tensor) -> Tensor:
@@ -848,7 +849,7 @@ class FlatPrior:
         normal = self._normal
         if normal is not None:
             return normal.scale.expand_as(z)
-        return torch.func.jvp(self.from_normal, (z,), (torch.ones_like(z),))[1]
+        return jvp(self.from_normal, (z,), (torch.ones_like(z),))[1]
 
     @staticmethod
     def _block_to_normal(block: _Block, theta: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -358,7 +359,8 @@ def assign(gain: Tensor) -> Tensor:
 def _correlates(flat: Tensor, spec: WeightSpec, x: Tensor, net: nn.Module | None) -> dict[str, list[Tensor]]:
     """Return the activations of every label, ``(batch, width, n)`` each, centred and of unit norm."""
     if net is not None:
-        found = torch.func.vmap(lambda theta: _recorded(theta, spec, x, net))(flat)
+        own = copy.deepcopy(net)  # weights and hooks are put into it
+        found = torch.func.vmap(lambda theta: _recorded(theta, spec, x, own))(flat)
     elif spec.layers:
         found = {label: [values] for label, values in ChainNetwork(spec).hidden(flat, x).items()}
     else:

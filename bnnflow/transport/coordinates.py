@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnnflow.forward_mode import jvp
 from bnnflow.model import BayesianModel
 from bnnflow.model.factored import Factor, MatrixFactor
 from bnnflow.transport.source import Source
@@ -141,7 +142,7 @@ class Context:
             return self._by_prior(z, self._prior.from_normal(z), grad)
 
         ones = torch.ones_like(z)
-        bend = torch.func.jvp(by_prior, (z,), (ones,))[1]  # of coordinates and prior: elementwise
+        bend = jvp(by_prior, (z,), (ones,))[1]  # of coordinates and prior: elementwise
         slope = self._prior.push(z, ones)  # d theta / d z
         second.mul_(self._inverse_temperature * slope.unsqueeze(-1)).mul_(slope.unsqueeze(-2))
         diagonal = second.diagonal(dim1=-2, dim2=-1).add_(bend)

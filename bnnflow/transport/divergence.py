@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bnnflow.forward_mode import jvp
 from bnnflow.types import Noise, Trace
 
 __all__ = [
@@ -221,7 +222,7 @@ def _pushforward(field: VectorField, x: Tensor, directions: Tensor) -> tuple[Ten
     """Return the velocity and the Jacobian's products with directions ``(k, batch, dim)``, by forward mode."""
 
     def along(direction: Tensor) -> tuple[Tensor, Tensor]:
-        value, tangent, *_ = torch.func.jvp(field, (x,), (direction,))
+        value, tangent, *_ = jvp(field, (x,), (direction,))
         return value, tangent
 
     # The velocity does not depend on the direction: it is computed, and comes back, once.

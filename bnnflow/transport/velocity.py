@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bnnflow.equivariant import DWSNet, GraphNet, SignedDWSNet
 from bnnflow.equivariant.network import TimeEmbedding
 from bnnflow.model.fused import recorded
+from bnnflow.seeding import isolated
 from bnnflow.transport.coordinates import Context
 from bnnflow.transport.displacement import Displacement, Drive, GaussNewton, GradientSteps
 from bnnflow.transport.divergence import chained_divergence, divergence
@@ -359,7 +360,7 @@ def bound(velocity: nn.Module, context: Context | None) -> nn.Module:
 
 def rebuild(description: dict[str, Any], spec: WeightSpec) -> nn.Module:
     """Build an untrained field from what ``describe`` returned; its random parameters are to be replaced."""
-    with torch.random.fork_rng(devices=[]):
+    with isolated():
         return _rebuilt(description, spec)
 
 
