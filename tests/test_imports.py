@@ -19,6 +19,7 @@ ROOMS = [
     "activations",
     "seeding",
     "storage",
+    "digest",
     "progress",
     "ranks",
     "bridge",

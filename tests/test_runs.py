@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,6 +191,148 @@ def test_folders_are_not_mixed_up(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="takes steps"):
         bf.sample(model(), bf.VI(steps=5), checkpoint=tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+# ---------------------------------------------------------------- one run at a time, and the whole of it
+
+
+def start(tmp_path: Path, **changes) -> bf.Draws:
+    arguments = {"model": model(), "method": bf.SGLD(), "seed": 1, "checkpoint": tmp_path / "run", "resume": True}
+    return bf.sample(**(arguments | {"chains": 2, "warmup": 3, "draws": 12} | changes))
+
+
+def test_a_run_has_its_folder_to_itself(tmp_path: Path, monkeypatch) -> None:
+    """A second run is refused while the first one works, in this process or another; the draws can be read."""
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    target, found = model(), []
+    own = target.log_joint_and_grad
+
+    def meanwhile(*arguments, **options):
+        if not found and (tmp_path / "run" / "rank-0" / "theta.bin").is_file():
+            with pytest.raises(ValueError, match=rf"another run .process {os.getpid()} on .* is working on .*run"):
+                start(tmp_path, method=bf.HMC())
+            found.append(bf.load(tmp_path / "run"))
+        return own(*arguments, **options)
+
+    target.log_joint_and_grad = meanwhile
+    whole = start(tmp_path, model=target, method=bf.HMC())
+    assert found
+    assert torch.equal(found[0].theta, whole.theta[:, : found[0].draws])
+    assert not (tmp_path / "run" / "rank-0" / ".lock").exists()
+    same(start(tmp_path, method=bf.HMC()), whole)  # the folder is free again
+    with pytest.raises(ValueError, match="takes steps"):
+        start(tmp_path / "new", method=bf.VI(steps=5), resume=False)
+    assert not (tmp_path / "new").exists()
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "cut":
+        del content[len(content) * 3 // 4 :]
+    else:
+        content[len(content) * 3 // 4] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["cut", "flip"])
+@pytest.mark.parametrize("what", ["state", "theta.bin", "log_joint.bin", "n_steps.bin"])
+def test_a_damaged_file_is_found_and_the_older_state_takes_over(
+    what: str, how: str, tmp_path: Path, monkeypatch
+) -> None:
+    whole = start(tmp_path / "whole")
+    start(tmp_path, draws=4)
+    folder = tmp_path / "run" / "rank-0"
+    earlier = {path.name for path in folder.glob("state-*")}
+    start(tmp_path, draws=12)
+    newest = max(folder.glob("state-*"), key=lambda path: path.stat().st_mtime_ns)
+    assert len(earlier) == 2
+    damage(newest if what == "state" else folder / what, how)
+    with pytest.warns(UserWarning, match=f"damaged: .*{newest.name if what == 'state' else what}.*sampling at step 4"):
+        assert torch.equal(bf.load(tmp_path / "run").theta, whole.theta[:, :4])
+    with pytest.warns(UserWarning, match="damaged"):
+        same(start(tmp_path), whole)
+    assert torch.equal(bf.load(tmp_path / "run").theta, whole.theta)  # and is mended
+
+
+@pytest.mark.parametrize("how", ["cut", "flip"])
+def test_without_an_intact_state_a_run_is_refused(how: str, tmp_path: Path) -> None:
+    start(tmp_path)
+    start(tmp_path, draws=13)
+    damage(tmp_path / "run" / "rank-0" / "theta.bin", how)
+    content = (tmp_path / "run" / "rank-0" / "theta.bin").read_bytes()
+    (tmp_path / "run" / "rank-0" / "theta.bin").write_bytes(content[:5] + b"?" + content[6:])
+    for attempt in (lambda: start(tmp_path), lambda: bf.load(tmp_path / "run")):
+        with pytest.raises(ValueError, match=r"run.* is damaged: .*theta.bin"):
+            attempt()
+
+
+def test_a_run_killed_in_its_first_state_begins_again(tmp_path: Path) -> None:
+    whole = start(tmp_path / "whole")
+    folder = tmp_path / "run" / "rank-0"
+    folder.mkdir(parents=True)
+    (folder / "state-0.npz.1234.tmp").write_bytes(b"half")
+    (folder / ".lock").write_text("process 1234 on this")
+    same(start(tmp_path, resume=False), whole)
+    assert not list(folder.glob("*.tmp"))
+    (tmp_path / "other" / "run" / "rank-0").mkdir(parents=True)
+    foreign = tmp_path / "other" / "run" / "rank-0" / "state-0.npz.notes"
+    foreign.write_text("mine")
+    with pytest.raises(ValueError, match=r"what it holds is no run: state-0.npz.notes"):
+        start(tmp_path / "other")
+    assert foreign.read_text() == "mine"
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="must be a folder"):
+        start(tmp_path, checkpoint=tmp_path / "file")
+
+
+def test_a_run_of_the_first_version_can_be_read_and_not_gone_on_with(tmp_path: Path) -> None:
+    shutil.copytree(Path(__file__).parent / "golden" / "run-v1", tmp_path / "run")
+    draws = bf.load(tmp_path / "run")
+    assert draws.theta.shape == (2, 3, 11)
+    torch.testing.assert_close(model().log_joint(draws.theta), draws.log_joint, rtol=1e-4, atol=1e-3)
+    with pytest.raises(ValueError, match="of an earlier bnnflow"):
+        start(tmp_path, warmup=1)
+    damage(tmp_path / "run" / "rank-0" / "theta.bin", "cut")
+    with (
+        pytest.warns(UserWarning, match=r"theta.bin has 198 bytes of 264.*sampling at step 0"),
+        pytest.raises(ValueError, match="no draws yet"),
+    ):
+        bf.load(tmp_path / "run")
+
+
+def test_a_run_is_known_by_all_that_shapes_it(tmp_path: Path) -> None:
+    target = model()
+    theta = target.sample_prior(2, 0)
+
+    def generator(seed: int) -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+    class ByTorch(bf.BayesianModel):
+        is_compiled = False
+
+    wide, wider = (bf.Gaussian(torch.zeros(11), torch.eye(11) * scale) for scale in (1, 1 + 1e-6))
+    slow = model()
+    slow.__class__ = ByTorch
+    differing = {
+        "init": ({"init": theta}, {"init": theta + 1e-6}),
+        "init of a network": ({"init": target.to_network(theta[0])}, {"init": target.to_network(theta[1])}),
+        "seed": ({"seed": generator(1)}, {"seed": generator(2)}),
+        "seed, an integer": ({"seed": 1}, {"seed": generator(1)}),
+        "values of the settings": (
+            {"method": bf.SMC(particles=10, start=wide), "warmup": None, "draws": None},
+            {"method": bf.SMC(particles=10, start=wider)},
+        ),
+    }  # fmt: skip
+    if target.is_compiled:
+        differing["gradient"] = ({}, {"model": slow})
+    for name, (first, second) in differing.items():
+        where = tmp_path / name
+        begun = start(where, **first)
+        again = first | ({"seed": generator(1)} if isinstance(first.get("seed"), torch.Generator) else {})
+        same(start(where, **again), begun)
+        what = name.partition(" of a")[0].partition(",")[0]
+        with pytest.raises(ValueError, match=rf"(?s)holds another run: its ({what}|settings) is .*, not "):
+            start(where, **(first | second))
 
 
 # ---------------------------------------------------------------- real processes

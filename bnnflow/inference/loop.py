@@ -137,9 +137,15 @@ class _Progress:
         generator.set_state(torch.from_numpy(saved.arrays["generator/0"]))
         return progress
 
-    def save(self, checkpoint: Checkpoint, generator: torch.Generator, info: dict[str, Any]) -> None:
+    def save(
+        self,
+        checkpoint: Checkpoint,
+        generator: torch.Generator,
+        info: dict[str, Any],
+        draws: dict[str, Any] | None = None,
+    ) -> None:
         stage = "warmup" if self.tuned is None else "sampling"
-        header = {"stage": stage, "step": self.step, "gradients": self.gradients, "info": info}
+        header = {"stage": stage, "step": self.step, "gradients": self.gradients, "info": info} | (draws or {})
         checkpoint.save(header, generator, warm=self.warm, state=self.state)
 
 
@@ -176,14 +182,15 @@ def _draw(progress: _Progress, draws: int, run: Run, generator: torch.Generator,
     record: _Memory | Stream
     if checkpoint:
         bytes_each = progress.state.theta.numel() * progress.state.theta.element_size()
-        record = Stream(checkpoint.folder, done, max(1, min(1000, CHUNK_BYTES // bytes_each)))
+        begun = checkpoint.saved if done else None
+        record = Stream(checkpoint.folder, begun, max(1, min(1000, CHUNK_BYTES // bytes_each)))
     else:
         record = _Memory(draws)
 
     def save() -> None:
         if checkpoint and isinstance(record, Stream):
             record.flush()
-            progress.save(checkpoint, generator, tuned.found)
+            progress.save(checkpoint, generator, tuned.found, record.describe())
 
     interrupted = False
     try:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bnnflow.digest import digest, seed_identity, without_addresses
 from bnnflow.draws import Draws
 from bnnflow.inference.checkpoint import Checkpoint
 from bnnflow.inference.hmc import HMC
@@ -75,23 +78,40 @@ def sample(
         model = model.to(device, dtype)
     if resume and checkpoint is None:
         raise ValueError("resume=True needs the checkpoint that is to be resumed")
+    seed_of_run = seed_identity(seed)
     generator = as_generator(seed, model.device)
     ranks = connect(model.device)
     identity = {
         "method": type(method).__name__,
-        "settings": repr(method),
+        "settings": without_addresses(repr(method)),
         "seed": int(seed) if not isinstance(seed, torch.Generator) else "generator",
         "model": model.fingerprint(),
     }
-    kept = None
-    if checkpoint is not None:
-        place = {"chains": chains, "warmup": warmup, "dtype": str(model.dtype), "processes": ranks.size}
-        kept = Checkpoint(checkpoint, resume, identity | place, ranks)
-    wall, cpu = time.perf_counter(), time.process_time()
-    run = Run(generator, chains, warmup, draws, init, progress, kept, ranks)
-    result = method.sample(model, run)
+    with contextlib.ExitStack() as held:
+        kept = None
+        if checkpoint is not None:
+            place = {"chains": chains, "warmup": warmup, "dtype": str(model.dtype), "processes": ranks.size}
+            own = _own_identity(model, method, seed_of_run, init)
+            kept = held.enter_context(Checkpoint(checkpoint, resume, identity | place | own, ranks, model.device))
+        wall, cpu = time.perf_counter(), time.process_time()
+        run = Run(generator, chains, warmup, draws, init, progress, kept, ranks)
+        result = method.sample(model, run)
     info = identity | {
         "seconds": kept.seconds if kept else time.perf_counter() - wall,
         "cpu_seconds": time.process_time() - cpu,
     }
     return replace(result, info=info | result.info)
+
+
+def _own_identity(
+    model: BayesianModel, method: Method, seed: int | str, init: Tensor | nn.Module | str | None
+) -> dict[str, Any]:
+    """Return what else a run must agree on to be the same run; hashes stand for values that would be long to print."""
+    if isinstance(init, nn.Module):
+        init = model.from_network(init)
+    return {
+        "seed": seed,
+        "values of the settings": digest(method),
+        "init": init if init is None or isinstance(init, str) else digest(torch.as_tensor(init).to(model.dtype)),
+        "gradient": "compiled" if model.is_compiled else "by torch",
+    }

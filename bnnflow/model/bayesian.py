@@ -138,6 +138,11 @@ class BayesianModel:
             return None
         return FusedDensity.of(self.spec, self.likelihood, self.flat_prior, self.x, self.y)
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether gradients are computed by compiled code, whose last bits are not those of torch."""
+        return self._fused is not None
+
     @cached_property
     def _hessian(self) -> ChainHessian | None:
         """The second derivatives, where the network is a perceptron of moderate size."""
