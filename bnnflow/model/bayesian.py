@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from bnnflow.forward_mode import jvp
+from bnnflow.identity import Identity
 from bnnflow.model.factored import FactoredJacobian
 from bnnflow.model.fused import FusedDensity, plain, recorded, stratified_rows
 from bnnflow.model.hessian import ChainHessian, Curvature
@@ -25,6 +25,8 @@ from bnnflow.types import HierarchicalPrior, Likelihood, Prior, Seed
 from bnnflow.weights import WeightSpec, free_parameters, unwrapped
 
 __all__ = ["BayesianModel"]
+
+_FINGERPRINTS = 2  # version of what they cover; those of version 1 have no number
 
 
 class BayesianModel:
@@ -777,23 +779,39 @@ class BayesianModel:
         return poutine.scale(model, scale=1 / self.temperature)
 
     def fingerprint(self) -> str:
-        """Return a hash of the data, the architecture, the prior, the likelihood and the temperature."""
-        digest = hashlib.sha256()
-        for tensor in (self.x.double(), self.y.double()):
-            digest.update(repr(tuple(tensor.shape)).encode())
-            digest.update(tensor.cpu().numpy().tobytes())
-        digest.update(repr((self.spec.shapes, self._architecture.layers, self.temperature)).encode())
-        digest.update(repr(self.flat_prior.describe()).encode())
-        settings = getattr(self.likelihood, "__dict__", {}).items()
-        plain = {name: value for name, value in settings if isinstance(value, bool | int | float | str | None)}
-        digest.update(repr((type(self.likelihood).__name__, plain)).encode())
-        if not self._architecture.layers:  # the labels do not say what the network computes
-            digest.update(repr(self.net).encode())
-            for name, constant in self._constants():
-                digest.update(name.encode() + constant.double().cpu().numpy().tobytes())
+        """Return a hash of the data, the network, the prior, the likelihood and the temperature.
+
+        It is the same in every process, and for the same model in another floating-point type that holds its values.
+        Of the network count its code, settings, constants and buffers; the number in front is the version of the rule.
+        Where something cannot be identified (see `unidentified`) no other process finds the same.
+        """
+        return self._identity()[0]
+
+    def recognises(self, fingerprint: str) -> bool:
+        """Say whether a fingerprint may be this model's: it is, or it is of an earlier version, which cannot be told."""
+        return fingerprint == self.fingerprint() or not fingerprint.startswith(f"{_FINGERPRINTS}:")
+
+    @property
+    def unidentified(self) -> tuple[str, ...]:
+        """What the fingerprint cannot identify, and where: runs of such a model cannot be resumed.
+
+        Locks, open files, generators and the like, as attributes of the network, the likelihood or the prior.
+        """
+        return self._identity()[1]
+
+    def _identity(self) -> tuple[str, tuple[str, ...]]:
+        layers = self._architecture.layers
+        found = Identity(free_parameters(self.net))
+        found.add(self.x, "x").add(self.y, "y").add(self.temperature, "temperature")
+        found.add((self.spec.shapes, repr(layers)), "spec")
+        found.add(self.flat_prior.identity(), "prior").add(self.likelihood, "likelihood")
+        if hasattr(self.prior, "conditional"):
+            found.add(self.prior, "prior")
+        if not layers:  # the labels do not say what the network computes
+            found.add(self.net, "net")
         if self._anchor is not None:
-            digest.update(b"linearised" + self._anchor[: self.spec.network.dim].double().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+            found.add(self._anchor[: self.spec.network.dim], "anchor")
+        return f"{_FINGERPRINTS}:{found.digest}", tuple(found.unknown)
 
     def __repr__(self) -> str:
         """Say what the model is in one line."""

@@ -891,6 +891,15 @@ class FlatPrior:
             for block in self._blocks
         ]
 
+    def identity(self) -> list[Any]:
+        """Return what tells priors apart, as plain values and tensors."""
+        weights = [] if self._weights is None else self._weights.describe()
+        blocks = [
+            (b.where.start, b.where.stop, b.log, type(b.distribution).__name__, _parameters(b.distribution))
+            for b in self._blocks
+        ]
+        return [weights, blocks]
+
     @classmethod
     def from_description(cls, blocks: list[dict[str, Any]], dtype: torch.dtype) -> FlatPrior:
         """Rebuild a prior from ``describe``; only families of ``torch.distributions`` are accepted."""

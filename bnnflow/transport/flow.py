@@ -412,7 +412,7 @@ class Flow:
         informed = hasattr(velocity, "bind")
         if informed and model is None:
             raise ValueError("a likelihood-informed flow needs its model: Flow.load(path, model)")
-        if informed and model is not None and model.fingerprint() != header["fingerprint"]:
+        if informed and model is not None and not model.recognises(header["fingerprint"]):
             raise ValueError(
                 "this is not the model that the flow was fitted on (data, prior, likelihood or network differ); "
                 "load it with its own model and call flow.bind(model) to use it on another"
