@@ -327,7 +327,10 @@ def test_the_golden_informed_flow_stays_readable_and_todays_files_have_its_layou
     assert not torch.allclose(found.sample(20, 1), expected.sample(20, 0), atol=1e-1)
     with np.load(expected.save(tmp_path / "now.npz")) as now, np.load(path) as golden:
         assert sorted(now.files) == sorted(golden.files)
-        for array in golden.files:
+        headers = [json.loads(bytes(file["header"])) for file in (now, golden)]
+        assert [each.pop("fingerprint").partition(":")[0] for each in headers] == ["2", "c624b5e7ede0726b"]
+        assert headers[0] == headers[1]
+        for array in set(golden.files) - {"header"}:
             assert np.array_equal(now[array], golden[array])
     with pytest.raises(ValueError, match="not the model"):
         bf.load(path, informed_model(-exact_values(4)))

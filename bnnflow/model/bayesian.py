@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -788,8 +789,27 @@ class BayesianModel:
         return self._identity()[0]
 
     def recognises(self, fingerprint: str) -> bool:
-        """Say whether a fingerprint may be this model's: it is, or it is of an earlier version, which cannot be told."""
-        return fingerprint == self.fingerprint() or not fingerprint.startswith(f"{_FINGERPRINTS}:")
+        """Say whether a fingerprint is this model's; of one of an earlier version, as far as that could see."""
+        return fingerprint == (self.fingerprint() if ":" in fingerprint else self._first_fingerprint())
+
+    def _first_fingerprint(self) -> str:
+        """Return the fingerprint as files of the first version have it, blind to much of what a module is made of."""
+        digest = hashlib.sha256()
+        for tensor in (self.x.double(), self.y.double()):
+            digest.update(repr(tuple(tensor.shape)).encode())
+            digest.update(tensor.cpu().numpy().tobytes())
+        digest.update(repr((self.spec.shapes, self._architecture.layers, self.temperature)).encode())
+        digest.update(repr(self.flat_prior.describe()).encode())
+        settings = getattr(self.likelihood, "__dict__", {}).items()
+        numbers = {name: value for name, value in settings if isinstance(value, bool | int | float | str | None)}
+        digest.update(repr((type(self.likelihood).__name__, numbers)).encode())
+        if not self._architecture.layers:
+            digest.update(repr(self.net).encode())
+            for name, buffer in self.net.named_buffers():
+                digest.update(name.encode() + buffer.double().cpu().numpy().tobytes())
+        if self._anchor is not None:
+            digest.update(b"linearised" + self._anchor[: self.spec.network.dim].double().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def unidentified(self) -> tuple[str, ...]:
