@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path as FilePath
 from typing import Any, Literal
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bnnflow import storage
+from bnnflow.digest import digest, seed_identity, without_addresses
 from bnnflow.draws import Draws, as_theta
 from bnnflow.equivariant.signed import has_signs
 from bnnflow.model import BayesianModel
@@ -41,6 +43,9 @@ _STABLE = 0.7  # fraction of training at the full learning rate; it then decays 
 _BINS = 4  # of the times by which the loss is reported
 _CHECK = 100  # steps between looks at the held-out draws
 _FOLLOWED = 4  # steps between updates of averages after the first hundred: of small tensors, they are dear
+SECONDS = 60.0
+"""Time between two states on disk."""
+_VERSION = 3  # of a checkpoint; 2 did not say what it was a state of
 _LONGEST = 30.0  # norm of a gradient
 _DECAY = 1e-3  # of weights
 _POOL = 64  # batches that are drawn together if they are used again,
@@ -117,8 +122,10 @@ def fit_flow(
         patience: looks at the held-out draws, one every 100 steps, without a lower loss before that.
         autocast: compute the field in bfloat16.
         compile: compile the field.
-        checkpoint: a file that keeps the state of training, written every minute and at the end.
-        resume: go on from the checkpoint if it is there; with ``steps``, bit for bit on CPU.
+        checkpoint: a file that keeps the state of training, written every minute and at the end; ``.npz`` is appended
+            if it has no suffix.
+        resume: go on from the checkpoint if it is there; with ``steps``, bit for bit on CPU. Only ``budget``,
+            ``steps`` and ``patience`` may change.
         seed: an int or a generator.
         progress: show a bar at a terminal, with the loss for each quarter of the time.
 
@@ -133,6 +140,7 @@ def fit_flow(
     if targets not in ("auto", "posterior", "pairs"):
         raise ValueError(f"targets must be 'auto', 'posterior' or 'pairs', got {targets!r}")
     theta, log_weights = _checked(model, draws, "draws")
+    given_seed = seed_identity(seed)
     source = Source(model.flat_prior) if source is None else source
     x1 = source.to_normal(theta)
     weights = None if log_weights is None else log_weights.double().softmax(0)
@@ -162,12 +170,23 @@ def fit_flow(
             raise ValueError("held-out draws must have equal weights")
         unseen = pairs_of(source.to_normal(others), None)
     along = path if path is not None else getattr(field, "path", AffinePath())
+    identity = {
+        "model": model.fingerprint(),
+        "draws": digest((theta, log_weights)),
+        "held-out draws": None if held_out is None else digest(as_theta(held_out)),
+        "seed": given_seed,
+        "velocity": velocity if isinstance(velocity, str) else type(velocity).__name__,
+        "coupling": _told(coupling),
+        "path": _told(along),
+        "source": digest((source.describe(), source.arrays())),
+        "targets": targets,
+    }
     along = _with_targets(targets, along, bound(field, context), coupling, group, context, pairs, generator)
     field, info = train(
         bound(field, context), pairs, path=along, times=times, budget=budget, steps=steps, batch_size=batch_size,
         reuse=reuse, moves=partial(model.spec.transform, group), learning_rate=learning_rate, optimiser=optimiser,
         held_out=unseen, patience=patience, autocast=autocast, compile=compile, checkpoint=checkpoint, resume=resume,
-        seed=generator, progress=progress, ranks=connect(model.device),
+        seed=generator, progress=progress, ranks=connect(model.device), identity=identity,
     )  # fmt: skip
     info |= {
         "seed": seed if isinstance(seed, int) else "generator",
@@ -199,6 +218,7 @@ def train(
     seed: Seed = 0,
     progress: bool = True,
     ranks: Ranks = ALONE,
+    identity: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train any field on pairs, in place; `fit_flow` is this for the posterior of a model.
 
@@ -228,20 +248,27 @@ def train(
         seed: an int or a generator.
         progress: show a bar at a terminal.
         ranks: the processes that share the batch.
+        identity: what else a run must agree on to go on with a checkpoint, plain values by name. Always compared are
+            the field but for its weights, the first batch of the pairs, the times, and all settings but ``budget``,
+            ``steps`` and ``patience``.
 
     Returns:
         The field with its averaged weights, in evaluation mode and without gradients, and how it was trained.
 
     Raises:
-        ValueError: if a setting is out of range, or the checkpoint is of another field.
+        ValueError: if a setting is out of range; if another run works on the checkpoint, or it is of another training,
+            damaged, or no checkpoint of a training.
     """
     if (steps is not None and steps < 1) or not budget > 0 or not learning_rate > 0 or patience < 1 or reuse < 1:
         raise ValueError("steps, reuse and patience must be at least 1, budget and learning rate positive")
+    if resume and checkpoint is None:
+        raise ValueError("resume=True needs the checkpoint that is to be resumed")
     own_batch = ranks.share("batch_size", batch_size)
     own_path: Path = getattr(field, "path", AffinePath())
     path = own_path if path is None else path
     times = times if times is not None else TowardsEnd()
     device = next(field.parameters()).device
+    seed_of_run = seed_identity(seed)
     shared = as_generator(seed, device)
     weighting: Weighting | None = getattr(path, "weighting", getattr(field, "weighting", None))
     fixed = None if held_out is None else _fixed_batch(held_out, path, times, 4 * batch_size, shared)
@@ -249,57 +276,76 @@ def train(
     if optimiser not in ("muon", "adamw"):
         raise ValueError(f"optimiser must be 'muon' or 'adamw', got {optimiser!r}")
     state = _State(field, learning_rate, optimiser)
-    file = None if checkpoint is None else FilePath(checkpoint)
-    if resume and file is not None and file.is_file():
-        state.load(*storage.read(file, {"training": 2}), generator, ranks)
-    drives = getattr(field, "drives", None) if reuse > 1 else None
-    call: Callable[..., Tensor] = field if drives is None else field.driven  # type: ignore[assignment]
-    call = torch.compile(call) if compile else call
-    precision = torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
-    clock = _Clock(state.seconds, state.cpu_seconds)
-    total = steps if steps is not None else state.total
-    saved, stopped, interrupted = time.perf_counter(), False, False
+    held: contextlib.AbstractContextManager[_Kept | None] = contextlib.nullcontext()
+    if checkpoint is not None:
+        known = dict(identity or {}) | {
+            "field": _structure(field),
+            "held-out pairs": None if fixed is None else digest(fixed),
+            "way of the pairs": _told(path),
+            "times": _told(times),
+            "batch_size": batch_size,
+            "reuse": reuse,
+            "learning_rate": learning_rate,
+            "optimiser": optimiser,
+            "autocast": autocast,
+            "compile": compile,
+            "generator": seed_of_run,
+        }
+        held = _Kept(checkpoint, resume, known, ranks, device)
+    with held as kept:
+        if kept is not None and kept.saved is not None:
+            kept.check_pairs(lambda: pairs(own_batch, _copy(generator)))
+            state.load(kept, generator, ranks)
+        drives = getattr(field, "drives", None) if reuse > 1 else None
+        call: Callable[..., Tensor] = field if drives is None else field.driven  # type: ignore[assignment]
+        call = torch.compile(call) if compile else call
+        precision = torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
+        clock = _Clock(state.seconds, state.cpu_seconds)
+        total = steps if steps is not None else state.total
+        saved, stopped, interrupted = time.perf_counter(), False, False
 
-    def draw() -> tuple[Tensor, ...]:
-        x0, x1 = pairs(own_batch, generator)
-        t = times.sample(own_batch, x0, generator)
-        x_t, target = path.point(x0, x1, t, generator)
-        return (t, target, x_t) if drives is None else (t, target, x_t, *drives(t, x_t))
+        def draw() -> tuple[Tensor, ...]:
+            x0, x1 = pairs(own_batch, generator)
+            if kept is not None and kept.pairs is None:
+                kept.pairs = digest((x0, x1))
+            t = times.sample(own_batch, x0, generator)
+            x_t, target = path.point(x0, x1, t, generator)
+            return (t, target, x_t) if drives is None else (t, target, x_t, *drives(t, x_t))
 
-    batches = _Batches(draw, reuse, moves, generator, state.count)
+        batches = _Batches(draw, reuse, moves, generator, state.count)
 
-    def save() -> None:
-        if file is not None:
-            state.seconds, state.cpu_seconds, state.total = clock.seconds, clock.cpu_seconds, total
-            state.save(file, batches.stream, ranks)
+        def save() -> None:
+            if kept is not None:
+                state.seconds, state.cpu_seconds, state.total = clock.seconds, clock.cpu_seconds, total
+                state.save(kept, batches.stream, ranks)
 
-    with progress_bar(total, "flow", progress and ranks.rank == 0, "step", initial=state.count) as bar:
-        try:
-            while (total is None or state.count < total) and not stopped:
-                undecided = total is None and state.count % 7 == 0 and state.count > 0
-                if undecided and ranks.agree(int(clock.seconds > _STABLE * budget), device):
-                    bar.total = total = state.count * 10 // 7
-                    continue
-                t, target, *given = batches.take()
-                with precision:
-                    errors = (call(t, *given) - target).square().sum(-1)
-                state.step(errors, t, weighting, _rate(state.count, total), ranks)
-                bar.update()
-                if fixed is not None and state.count % _CHECK == 0:
-                    stopped = state.look(fixed, weighting, patience)
-                if not bar.disable and state.count % 20 == 0:
-                    left = f"{max(0.0, budget - clock.seconds):.0f}s" if steps is None else ""
-                    shown = " ".join("-" if value is None else f"{value:.1f}" for value in state.losses)
-                    bar.set_postfix(loss=shown, left=left)
-                if file is not None and time.perf_counter() - saved > 60:
-                    save()
-                    saved = time.perf_counter()
-        except KeyboardInterrupt:
-            if state.count == 0:
-                raise
-            interrupted = True
-            warnings.warn(f"interrupted: returning the flow after {state.count} steps", stacklevel=3)
-    save()
+        with progress_bar(total, "flow", progress and ranks.rank == 0, "step", initial=state.count) as bar:
+            try:
+                while (total is None or state.count < total) and not stopped:
+                    undecided = total is None and state.count % 7 == 0 and state.count > 0
+                    if undecided and ranks.agree(int(clock.seconds > _STABLE * budget), device):
+                        bar.total = total = state.count * 10 // 7
+                        continue
+                    t, target, *given = batches.take()
+                    with precision:
+                        errors = (call(t, *given) - target).square().sum(-1)
+                    state.step(errors, t, weighting, _rate(state.count, total), ranks)
+                    bar.update()
+                    if fixed is not None and state.count % _CHECK == 0:
+                        stopped = state.look(fixed, weighting, patience)
+                    if not bar.disable and state.count % 20 == 0:
+                        left = f"{max(0.0, budget - clock.seconds):.0f}s" if steps is None else ""
+                        shown = " ".join("-" if value is None else f"{value:.1f}" for value in state.losses)
+                        bar.set_postfix(loss=shown, left=left)
+                    if kept is not None and time.perf_counter() - saved > SECONDS:
+                        save()
+                        saved = time.perf_counter()
+            except KeyboardInterrupt:
+                if state.count == 0:
+                    raise
+                interrupted = True
+                warnings.warn(f"interrupted: returning the flow after {state.count} steps", stacklevel=3)
+        save()
     info = {
         "steps": state.count,
         "batch_size": batch_size,
@@ -482,6 +528,95 @@ class _Batches:
         self._orders = list(zip(rows, seeds.tolist(), strict=True))
 
 
+class _Kept:
+    """The file that one training is kept in, and works on alone.
+
+    Args:
+        checkpoint: the file.
+        resume: go on with the training that is there, if there is one.
+        identity: what it must agree on.
+        ranks: the processes that share it; the first one writes.
+        device: by which they exchange messages.
+
+    Raises:
+        ValueError: if another run works on the file, it is no intact checkpoint of a training, or of another one.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | FilePath,
+        resume: bool,
+        identity: dict[str, Any],
+        ranks: Ranks,
+        device: torch.device,
+    ) -> None:
+        self.file = storage.file_path(checkpoint)
+        self._identity = json.loads(json.dumps(identity, default=str))
+        self._lock = storage.Lock(self.file, folder=False) if ranks.rank == 0 else None
+        ranks.agree(0, device)  # nobody reads what another run may be writing
+        self._first = ranks.rank == 0
+        self.pairs: str | None = None  # what tells those of the first batch apart
+        try:
+            self.saved = self._read(resume)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _read(self, resume: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+        if not self.file.exists():
+            return None
+        header, arrays = storage.read(self.file, {"training": _VERSION})  # what is none of ours is not replaced
+        if not resume:
+            return None
+        if header["version"] < _VERSION:
+            raise ValueError(
+                f"{self.file} is of an earlier bnnflow and does not say what it was trained on: begin anew"
+            )
+        with storage.described(self.file):
+            theirs = header["identity"]
+            for name, value in self._identity.items():
+                if theirs.get(name) != value:
+                    raise ValueError(f"holds the training of another {name}: {theirs.get(name)}, not {value}")
+        return header, arrays
+
+    def check_pairs(self, first: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        """Raise ``ValueError`` unless the first batch of the pairs is what it was in the first process."""
+        assert self.saved is not None
+        self.pairs = self.saved[0].get("pairs")
+        if self._first and self.pairs is not None and digest(first()) != self.pairs:
+            raise ValueError(f"{self.file} holds the training of other pairs: their first batch differs")
+
+    def write(self, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        """Write a state, whole or not at all."""
+        header |= {"identity": self._identity, "pairs": self.pairs}
+        storage.write(self.file, "training", _VERSION, header, arrays)
+
+    def __enter__(self) -> _Kept:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+
+def _told(value: object) -> str:
+    """Return what tells objects apart, with a name for the reader."""
+    return f"{type(value).__name__} {digest(value)}"
+
+
+def _copy(generator: torch.Generator) -> torch.Generator:
+    copied = torch.Generator(generator.device)
+    copied.set_state(generator.get_state())
+    return copied
+
+
+def _structure(field: nn.Module) -> str:
+    """Return what tells fields apart but for their weights, which are those of the checkpoint."""
+    described = field.describe() if hasattr(field, "describe") else without_addresses(repr(field))  # type: ignore[operator]
+    parameters = [(name, tuple(p.shape), str(p.dtype)) for name, p in field.named_parameters()]
+    return f"{type(field).__name__} {digest((described, parameters, dict(field.named_buffers())))}"
+
+
 class _State:
     """The field, its optimiser, its moving average, and the best of the averages so far."""
 
@@ -572,7 +707,7 @@ class _State:
             parameter.data.copy_(average)
         return self._field.requires_grad_(False).eval()
 
-    def save(self, path: FilePath, stream: Tensor, ranks: Ranks) -> None:
+    def save(self, kept: _Kept, stream: Tensor, ranks: Ranks) -> None:
         """Write everything that the rest of training depends on; the first process does."""
         streams = ranks.gather(stream.unsqueeze(0).to(self._bins.device))
         if ranks.rank > 0:
@@ -593,20 +728,27 @@ class _State:
             "lowest": None if math.isinf(self.lowest) else self.lowest,
             "patience_used": self.patience_used,
         }
-        storage.write(path, "training", 2, header, {name: v.detach().cpu().numpy() for name, v in arrays.items()})
+        kept.write(header, {name: v.detach().cpu().numpy() for name, v in arrays.items()})
 
-    def load(
+    def load(self, kept: _Kept, generator: torch.Generator, ranks: Ranks) -> None:
+        """Take over what `save` wrote."""
+        assert kept.saved is not None
+        with storage.described(kept.file):
+            self._load(*kept.saved, generator, ranks)
+
+    def _load(
         self, header: dict[str, Any], arrays: dict[str, np.ndarray], generator: torch.Generator, ranks: Ranks
     ) -> None:
-        """Take over what `save` wrote."""
         if header["shapes"] != [list(parameter.shape) for parameter in self._parameters]:
             raise ValueError("the checkpoint is of another field: its parameters have other shapes")
         values = {name: torch.from_numpy(array).to(self._bins.device) for name, array in arrays.items()}
         if len(values["generators"]) != ranks.size:
             raise ValueError(f"the checkpoint is of {len(values['generators'])} processes, not of {ranks.size}")
         for i, (parameter, average) in enumerate(zip(self._parameters, self._averages, strict=True)):
-            parameter.data.copy_(values[f"parameter/{i}"])
-            average.copy_(values[f"average/{i}"])
+            for name, own in (("parameter", parameter.data), ("average", average)):
+                if values[f"{name}/{i}"].shape != own.shape:  # to copy would be to broadcast
+                    raise ValueError(f"{name} {i} has another shape than the field's")
+                own.copy_(values[f"{name}/{i}"])
             moments = f"moments/{i}/"
             found = {name.removeprefix(moments): value for name, value in values.items() if name.startswith(moments)}
             owner = next(

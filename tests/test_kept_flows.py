@@ -1,0 +1,173 @@
+"""Trainings that are kept in a file: whose they are, that nobody shares them, and what is done about damage."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bnnflow as bf
+from bnnflow import storage
+from bnnflow.transport import AffinePath, Matched, Source, WeightsVelocity, train, training
+from bnnflow.transport.times import Uniform
+from tests.problems import built
+from tests.test_storage import exact_values, informed_model
+
+MODEL = informed_model(exact_values(4))
+DRAWS = MODEL.sample_prior(40, 0)
+
+
+def fit(file: Path, **changes: Any) -> bf.Flow:
+    options = {"model": MODEL, "draws": DRAWS, "velocity": "weights", "steps": 4, "batch_size": 8, "progress": False}
+    return bf.fit_flow(**(options | {"checkpoint": file, "resume": True} | changes))
+
+
+def same(first: bf.Flow, second: bf.Flow) -> None:
+    state = second.velocity.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in first.velocity.state_dict().items())
+
+
+def pairs(n: int, generator: torch.Generator, shift: float = 1.0) -> tuple[Tensor, Tensor]:
+    x = torch.randn(2, n, MODEL.dim, generator=generator)
+    return x[0], x[1] + shift
+
+
+def field() -> WeightsVelocity:
+    return built(lambda: WeightsVelocity(MODEL.spec, 8, 1), torch.float32)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "model": {"model": informed_model(-exact_values(4))},
+    "draws": {"draws": DRAWS + 1e-6},
+    "draws with weights": {"draws": (DRAWS, torch.zeros(40))},
+    "held-out draws": {"held_out": DRAWS[:8]},
+    "seed": {"seed": 1},
+    "seed, a generator": {"seed": torch.Generator().manual_seed(0)},
+    "velocity": {"velocity": "residual"},
+    "field": {"velocity": built(lambda: WeightsVelocity(MODEL.spec, 16, 1), torch.float32)},
+    "coupling": {"coupling": Matched()},
+    "path": {"path": AffinePath("variance_preserving")},
+    "source": {"source": Source.scaled(MODEL, 1.1)},
+    "targets": {"targets": "pairs"},
+    "times": {"times": Uniform()},
+    "batch_size": {"batch_size": 4},
+    "reuse": {"reuse": 2},
+    "learning_rate": {"learning_rate": 1e-3},
+    "optimiser": {"optimiser": "adamw"},
+    "autocast": {"autocast": True},
+}
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One training with a velocity by name, and one with a field."""
+    folder = tmp_path_factory.mktemp("kept")
+    fit(folder / "name")
+    fit(folder / "field", velocity=field())
+    return {"name": folder / "name.npz", "field": folder / "field.npz"}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_training_is_known_by_all_that_shapes_it(name: str, kept: dict[str, Path], tmp_path: Path) -> None:
+    file = shutil.copy(kept["field" if name == "field" else "name"], tmp_path / "flow.npz")
+    before = file.read_bytes()
+    what = name.partition(" with")[0].partition(",")[0]
+    with pytest.raises(ValueError, match=f"flow.npz.* holds the training of another {what}: "):
+        fit(file, **OTHERS[name])
+    assert file.read_bytes() == before
+
+
+def test_what_may_change_may(kept: dict[str, Path], tmp_path: Path) -> None:
+    file = shutil.copy(kept["name"], tmp_path / "flow.npz")
+    more = fit(file, steps=6, patience=3, budget=1.0)
+    assert more.info["steps"] == 6
+    same(fit(file, steps=6), more)
+    assert fit(file, resume=False, seed=5).info["steps"] == 4  # without resume it is begun anew
+
+
+@pytest.mark.parametrize("name", ["flow", "flow.npz", "flow.bnn", "flow.v2"])
+def test_a_training_is_resumed_whatever_its_file_is_called(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps of both processes are those of one, and no step is made twice."""
+    whole, counts = fit(tmp_path / "whole", steps=6), []
+    step = training._State.step
+    monkeypatch.setattr(training._State, "step", lambda self, *given: (counts.append(1), step(self, *given)))
+    fit(tmp_path / name, steps=3)
+    same(fit(tmp_path / name, steps=6), whole)
+    assert len(counts) == 6
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_pairs_of_ones_own_are_compared_by_their_first_batch(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"batch_size": 8, "checkpoint": tmp_path / "own", "resume": True, "progress": False}
+    train(field(), pairs, steps=2, **options)
+    with pytest.raises(ValueError, match="holds the training of other pairs"):
+        train(field(), lambda n, generator: pairs(n, generator, 2.0), steps=4, **options)
+    train(field(), lambda n, generator: pairs(n, generator, 1.0), steps=4, **options)
+    options["checkpoint"] = tmp_path / "named"
+    train(field(), pairs, steps=2, identity={"data": "three"}, **options)
+    with pytest.raises(ValueError, match="training of another data: three, not two"):
+        train(field(), pairs, steps=2, identity={"data": "two"}, **options)
+    with pytest.raises(ValueError, match="needs the checkpoint"):
+        train(field(), pairs, steps=2, resume=True)
+
+
+def test_a_training_has_its_file_to_itself(tmp_path: Path) -> None:
+    file, refused = tmp_path / "flow", []
+
+    def meanwhile(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        if not refused:
+            refused.append(True)
+            with pytest.raises(ValueError, match=r"another run .process \d+ on .* is working on .*flow.npz"):
+                fit(file)
+        return pairs(n, generator)
+
+    train(field(), meanwhile, steps=2, batch_size=8, checkpoint=file, progress=False)
+    assert refused
+    assert [each.name for each in tmp_path.iterdir()] == ["flow.npz"]
+
+
+def test_what_is_no_checkpoint_is_neither_read_nor_replaced(kept: dict[str, Path], tmp_path: Path) -> None:
+    whole = kept["name"].read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    saved = fit(tmp_path / "flow").save(tmp_path / "saved")
+    for content, message in (
+        (b"my thesis", "was not written by bnnflow"),
+        (whole[: len(whole) // 2], "or is damaged"),
+        (bytes(flipped), "or is damaged"),
+        (saved.read_bytes(), "holds 'flow', expected one of"),
+    ):
+        file = tmp_path / "other.npz"
+        file.write_bytes(content)
+        for resume in (True, False):
+            with pytest.raises(ValueError, match=f"other.npz {message}|other.npz.*{message}"):
+                fit(file, resume=resume)
+        assert file.read_bytes() == content
+    (tmp_path / "folder.npz").mkdir()
+    with pytest.raises(ValueError, match=r"folder.npz is no file"):
+        fit(tmp_path / "folder")
+
+
+def test_a_training_of_an_earlier_version_is_refused(kept: dict[str, Path], tmp_path: Path) -> None:
+    header, arrays = storage.read(kept["name"], {"training": 3})
+    old = {name: value for name, value in header.items() if name not in ("identity", "pairs", "version")}
+    file = storage.write(tmp_path / "old", "training", 2, old, arrays)
+    with pytest.raises(ValueError, match=r"old.npz is of an earlier bnnflow"):
+        fit(file)
+
+
+def test_a_state_of_other_shapes_is_refused(kept: dict[str, Path], tmp_path: Path) -> None:
+    """To copy a number into a matrix would be to fill it."""
+    header, arrays = storage.read(kept["name"], {"training": 3})
+    values = {name: header[name] for name in header.keys() - {"format", "kind", "version"}}
+    file = storage.write(
+        tmp_path / "odd", "training", 3, values, arrays | {"parameter/0": arrays["parameter/0"][:1, :1]}
+    )
+    with pytest.raises(ValueError, match=r"odd.npz: parameter 0 has another shape"):
+        fit(file)
