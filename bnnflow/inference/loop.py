@@ -111,7 +111,8 @@ def run_chains(
         theta = starting_points(model, mine, run.init, generator, shown, ranks)
         progress = _Progress(process.init(theta, generator), gradients=1.0 + (WARM_START if run.init is None else 0))
     else:
-        progress = _Progress.restored(saved, process, torch.zeros(mine, model.dim).to(model.x), generator)
+        template = torch.zeros(mine, model.dim, dtype=model.dtype, device=model.device)
+        progress = _Progress.restored(saved, process, template, generator)
     done = progress.step if progress.tuned is None else warmup + progress.step
     with progress_bar(warmup + draws, name, shown, "draw", initial=done) as bar:
         meter = _Meter(bar, mine)

@@ -94,7 +94,7 @@ class SMC:
         path = _Path(model, self.start, self.chunk_size)
         generator = ranks.own_generator(run.generator)
         draw = model.sample_prior if self.start is None else self.start.sample
-        theta = draw(runs * mine, generator).to(model.x).unflatten(0, (runs, mine))
+        theta = draw(runs * mine, generator).to(model.device, model.dtype).unflatten(0, (runs, mine))
         state = self._first(path, theta, ranks, run.generator)
         steps = 0
         if checkpoint and checkpoint.saved:
@@ -292,7 +292,7 @@ def evidence(
         raise ValueError(f"{int((~theta.isfinite().all(1)).sum())} of {len(theta)} draws are NaN or infinite")
     smc, generator = smc or SMC(particles=500, ess=0.9), as_generator(seed, model.device)
     n = min(smc.particles, len(theta))
-    theta = theta.to(model.x)
+    theta = theta.to(model.device, model.dtype)
     if log_weights is not None:
         theta = theta[systematic(log_weights.double().to(model.device).unsqueeze(0), generator)[0]]
     rows = torch.linspace(0, len(theta) - 1, n).round().long().to(theta.device)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from bnnflow.arguments import tensor
 from bnnflow.forward_mode import jvp
 from bnnflow.identity import Identity
 from bnnflow.model.factored import FactoredJacobian
@@ -80,7 +81,7 @@ class BayesianModel:
         parameter = next(iter(free_parameters(net).values()))
         _check_sizes(net)
         self._dtype, self._device = parameter.dtype, parameter.device
-        x, y = _check_data(x, y, self._dtype)
+        x, y = _check_data(x, y)
         self.net = copy.deepcopy(net)
         self.net.zero_grad(set_to_none=True)
         self.prior = as_prior(prior)
@@ -99,7 +100,7 @@ class BayesianModel:
         self.x, self._n_outputs = self._accepted(x.to(self._device))
         y = likelihood.validate(y, self._n_outputs)
         _check_informative(y)
-        self.y = _placed(y, self._device, self._dtype)
+        self.y = _placed("y", y, self._device, self._dtype)
         self.flat_prior = FlatPrior.of(self.prior, self.spec, self._extras).to(self._device, self._dtype)
 
     @property
@@ -122,7 +123,9 @@ class BayesianModel:
         moved = copy.copy(self)
         moved._device, moved._dtype = torch.device(device or self.device), dtype or self.dtype
         moved.net = copy.deepcopy(self.net).to(moved._device, moved._dtype)
-        moved.x, moved.y = (_placed(data, moved._device, moved._dtype) for data in (self.x, self.y))
+        moved.x, moved.y = (
+            _placed(name, data, moved._device, moved._dtype) for name, data in (("x", self.x), ("y", self.y))
+        )
         moved.flat_prior = self.flat_prior.to(moved._device, moved._dtype)
         moved._anchor = None if self._anchor is None else self._anchor.to(moved._device, moved._dtype)
         return moved
@@ -221,11 +224,10 @@ class BayesianModel:
         """Return checked inputs on the model's device; the training inputs for None."""
         if x is None or x is self.x:
             return self.x
-        x = _as_tensor(x).to(self.device)
-        if self.x.is_floating_point():
-            x = x.to(self.dtype)
-        elif x.is_floating_point() or x.dtype == torch.bool:
+        x = tensor("x", x, device=self.device)
+        if not self.x.is_floating_point() and (x.is_floating_point() or x.dtype == torch.bool):
             raise ValueError(f"x must hold integers as in training, got {x.dtype}")
+        x = x.to(self.x.dtype)
         if x.shape[1:] != self.x.shape[1:]:
             raise ValueError(
                 f"x must be (n, {', '.join(map(str, self.x.shape[1:]))}) as in training, got {tuple(x.shape)}"
@@ -276,9 +278,9 @@ class BayesianModel:
         """Return checked targets on the model's device; the training targets for None."""
         if y is None or y is self.y:
             return self.y
-        y = self.likelihood.validate(_as_tensor(y), self._n_outputs)
+        y = self.likelihood.validate(tensor("y", y), self._n_outputs)
         _check_finite("y", y)
-        return _placed(y, self.device, self.dtype)
+        return y.to(self.device, self.dtype if y.is_floating_point() else None)
 
     def log_likelihood_and_grad(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the log likelihood and its gradient, ``(..., dim) -> (...), (..., dim)``; differentiable again.
@@ -702,9 +704,9 @@ class BayesianModel:
 
     def _constants(self) -> Iterator[tuple[str, Tensor]]:
         """Yield what the network computes with and does not infer, by name."""
-        for name, tensor in (*self.net.named_parameters(), *self.net.named_buffers()):
+        for name, value in (*self.net.named_parameters(), *self.net.named_buffers()):
             if name not in self.spec.shapes:
-                yield name, tensor.detach()
+                yield name, value.detach()
 
     def to_network(self, theta: Tensor) -> nn.Module:
         """Return a copy of the network with the weights ``theta`` ``(dim,)``; constants stay as they are.
@@ -795,9 +797,9 @@ class BayesianModel:
     def _first_fingerprint(self) -> str:
         """Return the fingerprint as files of the first version have it, blind to much of what a module is made of."""
         digest = hashlib.sha256()
-        for tensor in (self.x.double(), self.y.double()):
-            digest.update(repr(tuple(tensor.shape)).encode())
-            digest.update(tensor.cpu().numpy().tobytes())
+        for data in (self.x.double(), self.y.double()):
+            digest.update(repr(tuple(data.shape)).encode())
+            digest.update(data.cpu().numpy().tobytes())
         digest.update(repr((self.spec.shapes, self._architecture.layers, self.temperature)).encode())
         digest.update(repr(self.flat_prior.describe()).encode())
         settings = getattr(self.likelihood, "__dict__", {}).items()
@@ -847,13 +849,15 @@ class BayesianModel:
 
     def _accepted(self, x: Tensor) -> tuple[Tensor, int]:
         """Return x in the type that the network takes, and its number of outputs."""
-        if x.is_floating_point():
-            return x, self._probe(x)
-        real = x.to(self._dtype)
+        whole = not (x.is_floating_point() or x.dtype == torch.bool)
         try:
-            return real, self._probe(real)
+            outputs = self._probe(x.to(self._dtype))
         except ValueError:
+            if not whole:
+                raise
+            x = x if x.dtype == torch.int32 else x.long()  # the two that torch takes as indices
             return x, self._probe(x)
+        return _placed("x", x if x.is_floating_point() else x.double(), self._device, self._dtype), outputs
 
     def _probe(self, x: Tensor) -> int:
         """Run rows through the network and return its number of outputs."""
@@ -902,9 +906,12 @@ def _of_prior(extra: Extra) -> bool:
     return extra.site.startswith("prior.")
 
 
-def _placed(data: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Move data; integers stay integers."""
-    return data.to(device, dtype) if data.is_floating_point() else data.to(device)
+def _placed(name: str, data: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Move data; integers stay integers, other numbers are rounded to ``dtype`` if they can be told apart in it."""
+    if data.is_floating_point():
+        _check_rounding(name, data, dtype)
+        data = data.to(dtype)
+    return data.to(device)
 
 
 def _check_modules(net: nn.Module) -> None:
@@ -931,15 +938,9 @@ def _check_sizes(net: nn.Module) -> None:
             )
 
 
-def _as_tensor(values: Tensor | np.ndarray) -> Tensor:
-    """Return a tensor; an array is copied, so that it may be read-only and may change later."""
-    return torch.tensor(np.ascontiguousarray(values)) if isinstance(values, np.ndarray) else torch.as_tensor(values)
-
-
-def _check_data(x: Tensor | np.ndarray, y: Tensor | np.ndarray, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    x, y = _as_tensor(x), _as_tensor(y)
-    x = x.to(dtype) if x.is_floating_point() or x.dtype == torch.bool else x
-    y = y.to(dtype) if y.is_floating_point() else y
+def _check_data(x: Tensor | np.ndarray, y: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return copies, so that both may change later."""
+    x, y = (tensor(name, values).clone() for name, values in (("x", x), ("y", y)))
     if x.dim() < 2:
         raise ValueError(f"x must be (n, ...) with at least two axes, got {tuple(x.shape)}")
     if len(x) == 0:
@@ -956,6 +957,26 @@ def _check_finite(name: str, values: Tensor) -> None:
     if len(bad):
         rows = ", ".join(str(int(row)) for row in bad[:5]) + (", ..." if len(bad) > 5 else "")
         raise ValueError(f"{name} has NaN or infinite values in {len(bad)} of {len(values)} rows: {rows}")
+
+
+def _check_rounding(name: str, values: Tensor, dtype: torch.dtype) -> None:
+    """Raise where rounding to ``dtype`` would blur what tells rows apart: large numbers that vary by little."""
+    if values.dtype == dtype:
+        return
+    columns = values.reshape(len(values), -1).double()
+    error = torch.stack([(part.to(dtype).double() - part).abs().amax(0) for part in columns.split(4096)]).amax(0)
+    size = columns.abs().amax(0)
+    spread = columns.std(0, correction=0)
+    share = max(1e-3, 16 * torch.finfo(dtype).eps)  # the second for data of mean 0 in sixteen bits
+    # A column that varies in the last digits of float64 alone is a constant.
+    lost = ((error > share * spread) & (spread > 1e-14 * size)).nonzero().flatten()
+    if len(lost):
+        column = int(lost[0])
+        raise ValueError(
+            f"{name} cannot be told apart in {dtype}: column {column} varies by {spread[column]:.3g} around values up "
+            f"to {size[column]:.3g}, which rounding changes by up to {error[column]:.3g}; standardise it, or make the "
+            "network one of float64 by net.double()"
+        )
 
 
 def _check_informative(y: Tensor) -> None:

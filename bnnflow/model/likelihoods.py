@@ -49,8 +49,7 @@ def _by_scipy(function: np.ufunc, *values: Tensor) -> Tensor:
 
 def _real_targets(y: Tensor, n_targets: int) -> Tensor:
     """Return regression targets as ``(n, targets)``, checked."""
-    if not y.is_floating_point():
-        y = y.to(torch.get_default_dtype())
+    y = y if y.is_floating_point() else y.double()  # which holds every integer that is a measurement
     y = y.unsqueeze(-1) if y.dim() == 1 else y
     if y.dim() != 2 or y.shape[1] != n_targets:
         raise ValueError(f"y must be (n,) or (n, {n_targets}) for this network, got {tuple(y.shape)}")

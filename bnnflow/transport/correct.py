@@ -496,7 +496,7 @@ def _metropolis(job: _Job, points: Points | None) -> Outcome:
     chains, draws = _chains(job.n, 64)
     state = points.at(_starts(points, chains, generator))
     variance = points.theta[points.theta.isfinite().all(1)].double().var(0)
-    mass = torch.maximum(variance, 1e-4 * variance.mean()).to(model.x)
+    mass = torch.maximum(variance, 1e-4 * variance.mean()).to(model.device, model.dtype)
     width, step_size, history = 0.5, 0.5 * model.dim**-0.25, []
     gradients = 0.0
     thetas, joints, ratios, infos = [], [], [], []
