@@ -117,7 +117,7 @@ class AdjustedMCLMC:
         """Run the chains; see `bnnflow.sample`."""
         if model.dim < 2:
             raise ValueError("AdjustedMCLMC turns directions, and needs a model of at least two dimensions")
-        chains, warmup, draws = run.chains or 16, 500 if run.warmup is None else run.warmup, run.draws or 1000
+        chains, warmup, draws = run.chains_or(16), 500 if run.warmup is None else run.warmup, run.draws or 1000
         target = torch.no_grad()(model.log_joint_and_grad)
         process = trajectory_warm_up(
             target,

@@ -89,7 +89,7 @@ def run_stochastic(model: BayesianModel, run: Run, settings: Settings, recipe: R
     burn_in = _BurnIn(model, run, settings, recipe, warmup)
     process = WarmUp(burn_in.init, burn_in.step, burn_in.tuned)
     name = type(settings).__name__
-    return run_chains(model, run, process, chains=run.chains or 16, warmup=warmup, draws=run.draws or 1000, name=name)
+    return run_chains(model, run, process, chains=run.chains_or(16), warmup=warmup, draws=run.draws or 1000, name=name)
 
 
 class BurnIn(NamedTuple):

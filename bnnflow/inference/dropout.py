@@ -10,7 +10,7 @@ from torch import Tensor
 from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
 from bnnflow.inference.run import Run
-from bnnflow.inference.start import Adam, cosine, random_networks
+from bnnflow.inference.start import Adam, cosine, first_points, of_divergence
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
 from bnnflow.weights import WeightSpec
@@ -34,7 +34,7 @@ class MCDropout:
 
     Args:
         rate: probability that a hidden unit is dropped.
-        members: networks trained independently; each is one chain of the draws.
+        members: networks trained independently, each one chain of the draws; those of ``init`` are all trained on.
         steps: Adam steps.
         learning_rate: its first value; a cosine takes it to zero.
         masks: masks in each step.
@@ -53,26 +53,33 @@ class MCDropout:
 
     def sample(self, model: BayesianModel, run: Run) -> Draws:
         """Train the members and draw masks, 250 each unless said otherwise; see `bnnflow.sample`."""
-        run.refuse(self, "members and draws", "chains", "warmup", "init", "checkpoint")
+        run.refuse(self, "members and draws", "chains", "warmup", "checkpoint")
         if not model.spec.layers or not model.spec.widths:
             raise ValueError(
                 "MCDropout needs a perceptron with labelled hidden units; in other networks, put nn.Dropout where it "
                 "belongs and train them elsewhere"
             )
-        generator, spec, shape = run.generator, model.spec, (self.members, self.masks)
-        theta = random_networks(spec, self.members, generator, model.dtype)
-        adam = Adam(theta)
+        generator, spec = run.generator, model.spec
+        start = theta = first_points(model, run.init, self.members, generator)
+        adam, members, objectives = Adam(theta), len(theta), []
         with torch.no_grad(), progress_bar(self.steps, "MC dropout", run.progress, "step") as bar:
             for step in range(1, self.steps + 1):
-                factors = dropout_factors(spec, self.rate, shape, generator, model.dtype)
-                grad = model.log_likelihood_and_grad(theta.unsqueeze(1) * factors)[1]  # (members, masks, dim)
-                grad = (grad * factors).mean(1) + _log_prior_grad(model, theta)
+                factors = dropout_factors(spec, self.rate, (members, self.masks), generator, model.dtype)
+                value, grad = model.log_likelihood_and_grad(theta.unsqueeze(1) * factors)  # (members, masks, ...)
+                prior, prior_grad = _log_prior_and_grad(model, theta)
+                grad = (grad * factors).mean(1) + prior_grad
+                objectives.append(value.mean(1) + prior)  # (members,)
                 theta = adam.step(theta, grad, cosine(self.learning_rate, step, self.steps))
                 bar.update()
+        # The objective is noisy: only a fall that no mask explains is a divergence.
+        first, last = objectives[0], objectives[-1]
+        lost = ~(last >= first - 1 - first.abs()) | ~theta.isfinite().all(-1)
+        theta = torch.where(theta.isfinite().all(-1, keepdim=True), theta, start)
         draws = run.draws or 250
-        factors = dropout_factors(spec, self.rate, (self.members, draws), generator, model.dtype)
+        factors = dropout_factors(spec, self.rate, (members, draws), generator, model.dtype)
         theta = theta.unsqueeze(1) * factors  # (members, draws, dim)
-        return Draws(theta, model.log_joint(theta), info={"gradients_per_chain": self.steps * self.masks})
+        info = {"gradients_per_chain": self.steps * self.masks}
+        return Draws(theta, model.log_joint(theta), info=info | of_divergence(self, lost, self.learning_rate))
 
 
 def dropout_factors(
@@ -97,6 +104,6 @@ def dropout_factors(
     return torch.cat(parts, -1)
 
 
-def _log_prior_grad(model: BayesianModel, theta: Tensor) -> Tensor:
+def _log_prior_and_grad(model: BayesianModel, theta: Tensor) -> tuple[Tensor, Tensor]:
     value, vjp, *_ = torch.func.vjp(model.log_prior, theta)
-    return vjp(torch.ones_like(value))[0]
+    return value, vjp(torch.ones_like(value))[0]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
 from bnnflow.inference.run import Run
-from bnnflow.inference.start import random_networks
+from bnnflow.inference.start import one_point
 from bnnflow.inference.vi import fit_guide, flat_model, independent_draws
 from bnnflow.model import BayesianModel
 from bnnflow.posteriors import CouplingFlow, coupling_flow, coupling_orders
@@ -33,7 +33,7 @@ class NormalizingFlowVI:
         steps: Adam steps on the ELBO.
         learning_rate: its first value; a cosine takes it to zero.
         particles: Monte-Carlo samples of the ELBO a step; one gradient each.
-        scale: standard deviation of every coordinate at the start, around random initial weights.
+        scale: standard deviation of every coordinate at the start, around random initial weights or those of ``init``.
     """
 
     couplings: int = 4
@@ -49,12 +49,12 @@ class NormalizingFlowVI:
 
     def sample(self, model: BayesianModel, run: Run) -> Draws:
         """Fit the flow and draw from it; see `bnnflow.sample`. ``chains`` only shapes the independent draws."""
-        run.refuse(self, "steps", "warmup", "init", "checkpoint")
+        run.refuse(self, "steps", "warmup", "checkpoint")
         from pyro.distributions.torch_transform import ComposeTransformModule
         from pyro.infer.autoguide import AutoNormalizingFlow
 
         dim, generator = model.dim, run.generator
-        start = random_networks(model.spec, 1, generator, model.dtype)[0]
+        start = one_point(self, model, run)
         permutations = coupling_orders(dim, self.couplings, generator)
         with isolated(generator):
             flow = coupling_flow(permutations, dim, self.hidden).to(start)

@@ -113,7 +113,7 @@ class HMC:
 
     def sample(self, model: BayesianModel, run: Run) -> Draws:
         """Run the chains; see `bnnflow.sample`."""
-        chains, warmup, draws = run.chains or 16, 500 if run.warmup is None else run.warmup, run.draws or 1000
+        chains, warmup, draws = run.chains_or(16), 500 if run.warmup is None else run.warmup, run.draws or 1000
         target = torch.no_grad()(model.log_joint_and_grad)
         process = trajectory_warm_up(
             target,

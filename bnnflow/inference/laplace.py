@@ -19,7 +19,7 @@ from bnnflow.draws import Draws
 from bnnflow.forward_mode import jvp
 from bnnflow.gaussian import Gaussian
 from bnnflow.inference.run import Run
-from bnnflow.inference.start import maximise, random_networks
+from bnnflow.inference.start import first_points, maximise
 from bnnflow.model import BayesianModel, likelihoods
 from bnnflow.posteriors import KroneckerGaussian, Restricted
 from bnnflow.seeding import isolated
@@ -31,6 +31,7 @@ LARGEST_FULL = 8000
 
 _ENTRIES = 2**24  # of a block of rows of the Jacobian, 128 MB in float64
 _NEWTON_STEPS = 50
+_FAR = 0.25  # of the spread of predictions, by which a mode may differ from the network that it was found from
 _SMALL = 1e-3  # nats that a Newton step from a mode may still promise
 
 Structure = Literal["full", "diagonal", "last_layer", "kronecker"]
@@ -47,6 +48,10 @@ class Laplace:
     t) the precision of a Gaussian with the prior's interquartile range takes its place. Prior and noise are those of
     the model; nothing is tuned to the evidence. Exact where the posterior is Gaussian. Learned scales of the *prior*
     usually have no joint mode with the weights: a warning is given, and no evidence.
+
+    Trained networks that ``init`` gives are only polished, the one of the highest log_joint. ``info["moved"]`` says how
+    far it was from the mode: in nats of log_joint, in weights relative to their norm, and in the mean of predictions
+    relative to its spread over the data. A warning is given where the last is above a quarter.
 
     ``draws.posterior`` is the density, and its ``loc`` the mode. Draws predict through the network itself, which is
     poor where the Gaussian is wide; the linearised predictive (Immer, Korzepa and Bauer 2021) is
@@ -94,14 +99,17 @@ class Laplace:
 
     def sample(self, model: BayesianModel, run: Run) -> Draws:
         """Find the mode and draw from the Gaussian; see `bnnflow.sample`. ``chains`` only shapes the draws."""
-        run.refuse(self, "structure and starts", "warmup", "init", "checkpoint")
+        run.refuse(self, "structure and starts", "warmup", "checkpoint")
         free = self._check(model)
-        start = random_networks(model.spec, self.starts, run.generator, model.dtype)
-        start = maximise(model, start, self.steps, self.learning_rate, run.progress, "Laplace")
+        start, given = first_points(model, run.init, self.starts, run.generator), isinstance(run.init, Tensor)
+        steps = 0 if given else self.steps
+        start = maximise(model, start, steps, self.learning_rate, run.progress, "Laplace")
         best = start[model.log_joint(start).nan_to_num(-math.inf).argmax()]
         double = model.to(dtype=torch.float64)
         mode, info = find_mode(double, best.double(), self.polish)
-        info["gradients_per_chain"] = self.steps * self.starts + info["gradients"]
+        info["gradients_per_chain"] = steps * self.starts + info["gradients"]
+        if given:
+            info["moved"] = _moved(double, best.double(), mode)
         exact = self._posterior(double, mode, free)
         posterior = _in_dtype(exact, model.dtype)
 
@@ -210,6 +218,28 @@ def find_mode(model: BayesianModel, theta: Tensor, iterations: int) -> tuple[Ten
             stacklevel=4,
         )
     return mode, {"gradient_norm": norm, "log_joint_mode": float(value), "gradients": gradients, "converged": converged}
+
+
+def _moved(model: BayesianModel, start: Tensor, mode: Tensor) -> dict[str, float]:
+    """Return how far polishing has moved a network ``(dim,)``, and warn where it is another one now."""
+    with torch.no_grad():
+        before, after = (
+            model.likelihood.mean(model.outputs(theta), model.likelihood_parameters(theta)) for theta in (start, mode)
+        )
+        moved = {
+            "log_joint": float(model.log_joint(mode) - model.log_joint(start)),
+            "weights": float((mode - start).norm() / start.norm()),
+            "predictions": float((after - before).norm() / (before - before.mean(0)).norm()),
+        }
+    if not moved["predictions"] < _FAR:
+        warnings.warn(
+            f"the mode near init is another network: its predictions differ by {moved['predictions']:.2g} of their "
+            f"spread, its weights by {moved['weights']:.2g} of their norm, and log_joint is {moved['log_joint']:.4g} "
+            "nats higher; init was trained with another prior or not to the end, so that this is no Laplace "
+            "approximation at it",
+            stacklevel=4,
+        )
+    return moved
 
 
 def _line_search(model: BayesianModel, theta: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:

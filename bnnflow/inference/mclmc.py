@@ -259,7 +259,7 @@ class MCLMC:
         """Run the chains; see `bnnflow.sample`. A transition of warm-up has ``thinning`` steps as well."""
         if model.dim < 2:
             raise ValueError("MCLMC turns directions, and needs a model of at least two dimensions")
-        chains, warmup, draws = run.chains or 16, 500 if run.warmup is None else run.warmup, run.draws or 1000
+        chains, warmup, draws = run.chains_or(16), 500 if run.warmup is None else run.warmup, run.draws or 1000
         process = mclmc_warm_up(
             torch.no_grad()(model.log_joint_and_grad),
             warmup,

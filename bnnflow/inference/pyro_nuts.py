@@ -47,7 +47,7 @@ class PyroNUTS:
         Ctrl-C returns the chains that are complete, or what the first one has drawn, with ``info["interrupted"]``.
         """
         run.refuse(self, "chains, warmup, draws and init", "checkpoint")
-        chains, draws = run.chains or 4, run.draws or 500
+        chains, draws = run.chains_or(4), run.draws or 500
         warmup = 500 if run.warmup is None else run.warmup
         starts = starting_points(model, chains, run.init, run.generator, run.progress)
         finished: list[_Chain] = []

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
@@ -27,7 +27,7 @@ class Run:
         chains: number of chains, over all processes.
         warmup: transitions spent on tuning.
         draws: draws per chain.
-        init: where to start; see `bnnflow.sample`.
+        init: where to start, ``(dim,)`` or ``(n, dim)`` as the model computes; ``"prior"`` for draws of it.
         progress: whether a bar may be shown.
         checkpoint: where the run is kept.
         ranks: the processes that share the run.
@@ -37,10 +37,15 @@ class Run:
     chains: int | None = None
     warmup: int | None = None
     draws: int | None = None
-    init: Tensor | nn.Module | str | None = None
+    init: Tensor | Literal["prior"] | None = None
     progress: bool = False
     checkpoint: Checkpoint | None = None
     ranks: Ranks = ALONE
+
+    def chains_or(self, default: int) -> int:
+        """Return the number of chains: as asked, else one for each row of ``init``, else ``default``."""
+        rows = len(self.init) if isinstance(self.init, Tensor) and self.init.dim() == 2 else None
+        return self.chains or rows or default
 
     def refuse(self, method: object, takes: str, *names: str) -> None:
         """Raise ``ValueError`` if one of the named settings was given, which ``method`` knows nothing of."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from bnnflow.draws import Draws
 from bnnflow.inference.checkpoint import Checkpoint
 from bnnflow.inference.hmc import HMC
 from bnnflow.inference.run import Method, Run
+from bnnflow.inference.start import as_start
 from bnnflow.model import BayesianModel
 from bnnflow.ranks import connect
 from bnnflow.seeding import as_generator
@@ -32,7 +34,7 @@ def sample(
     warmup: int | None = None,
     draws: int | None = None,
     seed: Seed = 0,
-    init: Tensor | nn.Module | str | None = None,
+    init: Tensor | nn.Module | Sequence[nn.Module] | str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     checkpoint: str | Path | None = None,
@@ -51,8 +53,10 @@ def sample(
         warmup: transitions spent on tuning, thrown away.
         draws: draws per chain.
         seed: an int or a generator; the same seed gives the same draws.
-        init: None for the method's own start, ``"prior"``, a trained network, or weights ``(dim,)`` or
-            ``(chains, dim)``.
+        init: where chains, climbs and fits begin: None for the method's own start, ``"prior"`` for draws of it, a
+            trained network, a list of them, or weights ``(dim,)`` or ``(n, dim)``. Chains take one for all or one for
+            each; `Laplace` polishes the best; `SWAG`, `MCDropout` and `DeepEnsemble` make one member of each; `VI` and
+            `NormalizingFlowVI` take one. `SMC` has ``start``, a density, instead.
         device: where to run; the model's own device if None.
         dtype: floating-point type to run in; the model's own if None.
         checkpoint: a folder in which draws are kept as they come, and every 15 seconds all that is needed to go on;
@@ -79,6 +83,7 @@ def sample(
     if resume and checkpoint is None:
         raise ValueError("resume=True needs the checkpoint that is to be resumed")
     seed_of_run = seed_identity(seed)
+    start = as_start(model, init)
     generator = as_generator(seed, model.device)
     ranks = connect(model.device)
     identity = {
@@ -91,10 +96,10 @@ def sample(
         kept = None
         if checkpoint is not None:
             place = {"chains": chains, "warmup": warmup, "dtype": str(model.dtype), "processes": ranks.size}
-            own = _own_identity(model, method, seed_of_run, init)
+            own = _own_identity(model, method, seed_of_run, start)
             kept = held.enter_context(Checkpoint(checkpoint, resume, identity | place | own, ranks, model.device))
         wall, cpu = time.perf_counter(), time.process_time()
-        run = Run(generator, chains, warmup, draws, init, progress, kept, ranks)
+        run = Run(generator, chains, warmup, draws, start, progress, kept, ranks)
         result = method.sample(model, run)
     info = identity | {
         "seconds": kept.seconds if kept else time.perf_counter() - wall,
@@ -103,15 +108,11 @@ def sample(
     return replace(result, info=info | result.info)
 
 
-def _own_identity(
-    model: BayesianModel, method: Method, seed: int | str, init: Tensor | nn.Module | str | None
-) -> dict[str, Any]:
+def _own_identity(model: BayesianModel, method: Method, seed: int | str, init: Tensor | str | None) -> dict[str, Any]:
     """Return what else a run must agree on to be the same run; hashes stand for values that would be long to print."""
-    if isinstance(init, nn.Module):
-        init = model.from_network(init)
     return {
         "seed": seed,
         "values of the settings": digest(method),
-        "init": init if init is None or isinstance(init, str) else digest(torch.as_tensor(init).to(model.dtype)),
+        "init": init if init is None or isinstance(init, str) else digest(init),
         "gradient": "compiled" if model.is_compiled else "by torch",
     }

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+import warnings
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from bnnflow.arguments import tensor
+from bnnflow.inference.run import Run
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
 from bnnflow.ranks import ALONE, Ranks
 from bnnflow.weights import WeightSpec
 
-__all__ = ["WARM_START", "Adam", "cosine", "maximise", "random_networks", "starting_points"]
+__all__ = [
+    "WARM_START", "Adam", "as_start", "climb", "cosine", "first_points", "maximise", "of_divergence", "one_point",
+    "random_networks", "starting_points",
+]  # fmt: skip
 
 WARM_START = 300
 """Adam steps, one gradient each, that chains without an ``init`` climb."""
@@ -57,29 +64,129 @@ def cosine(rate: float, step: int, steps: int) -> float:
 def maximise(
     model: BayesianModel, theta: Tensor, steps: int, learning_rate: float, progress: bool, description: str
 ) -> Tensor:
+    """Return the best points of `climb`, ``(n, dim)``."""
+    return climb(model, theta, steps, learning_rate, progress, description)[0]
+
+
+def climb(
+    model: BayesianModel,
+    theta: Tensor,
+    steps: int,
+    learning_rate: float,
+    progress: bool,
+    description: str,
+    free: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Climb log_joint from every row of ``theta`` ``(n, dim)`` at once with Adam and a cosine schedule.
 
-    A row whose density becomes NaN keeps its best point so far.
+    A row whose density becomes NaN keeps its best point so far. ``free`` is 1 for coordinates that move and 0 for
+    others, ``(dim,)``; all move if None.
+
+    Returns:
+        The best points that were seen, ``(n, dim)``, and which rows diverged, ``(n,)``: those that ended more than a
+        nat, and a tenth of what they had gained, below their best.
     """
-    theta = theta.clone()
+    theta, first = theta.clone(), None
     adam = Adam(theta)
     best, best_value = theta.clone(), torch.full(theta.shape[:1], -math.inf, dtype=torch.float64, device=theta.device)
     with torch.no_grad(), progress_bar(steps, description, progress, "step") as bar:
         for step in range(1, steps + 1):
             value, grad = model.log_joint_and_grad(theta)
+            grad = grad if free is None else grad * free
+            first = value if first is None else first
             better = value > best_value
             best = torch.where(better[:, None], theta, best)
             best_value = torch.where(better, value, best_value)
             theta = adam.step(theta, grad, cosine(learning_rate, step, steps))
             bar.update()
         value = model.log_joint(theta)
-    return torch.where((value > best_value)[:, None], theta, best)
+    best = torch.where((value > best_value)[:, None], theta, best)
+    top = torch.maximum(value, best_value)
+    gained = top - first if first is not None else torch.zeros_like(top)
+    return best, ~(value >= top - 1 - 0.1 * gained)
+
+
+def of_divergence(method: object, diverged: Tensor, learning_rate: float | None) -> dict[str, list[int]]:
+    """Return what ``draws.info`` says of members whose training diverged, ``(members,)``, and warn of them."""
+    lost = diverged.nonzero().flatten().tolist()
+    if not lost:
+        return {}
+    rate = "the measured learning rate" if learning_rate is None else f"learning_rate={learning_rate:g}"
+    warnings.warn(
+        f"{type(method).__name__}: training diverged for {len(lost)} of {len(diverged)} members, {lost[:5]}; "
+        f"{rate} is too large for this model, take a tenth of it",
+        stacklevel=5,
+    )
+    return {"diverged": lost}
+
+
+def as_start(model: BayesianModel, init: Any) -> Tensor | Literal["prior"] | None:
+    """Return what the caller calls ``init`` as weights ``(dim,)`` or ``(n, dim)``, or as it is for a word or None.
+
+    Raises:
+        TypeError: if it is none of a network, a list of networks, weights and a word.
+        ValueError: if the networks or the weights do not fit the model, or the word is another one than "prior".
+    """
+    if init is None:
+        return None
+    if isinstance(init, str):
+        if init != "prior":
+            raise ValueError(f"init must be None, 'prior', a network, several networks or weights, got {init!r}")
+        return "prior"
+    if isinstance(init, nn.Module) and not isinstance(init, nn.ModuleList):
+        return model.from_network(init)
+    if isinstance(init, list | tuple | nn.ModuleList) and any(isinstance(each, nn.Module) for each in init):
+        if not all(isinstance(each, nn.Module) for each in init):
+            raise TypeError("init must be networks or weights, got a mixture of both")
+        return torch.stack([model.from_network(each) for each in init])
+    theta = tensor("init", init).to(model.device, model.dtype)
+    model.spec.check(theta)
+    if theta.dim() not in (1, 2) or len(theta) == 0:
+        raise ValueError(f"init must be (dim,) or (n, dim), got {tuple(theta.shape)}")
+    return theta
+
+
+def first_points(
+    model: BayesianModel, init: Tensor | Literal["prior"] | None, n: int, generator: torch.Generator
+) -> Tensor:
+    """Return ``(n, dim)`` points to climb from: random networks, prior draws, or copies of one point.
+
+    Where ``init`` has several rows they are the points, whatever their number.
+
+    Raises:
+        ValueError: if log_joint is not finite at one of those given.
+    """
+    if init is None:
+        return random_networks(model.spec, n, generator, model.dtype)
+    if isinstance(init, str):
+        return model.sample_prior(n, generator)
+    theta = init.clone() if init.dim() == 2 else init.repeat(n, 1)
+    _check_density(model, theta, "rows")
+    return theta
+
+
+def one_point(method: object, model: BayesianModel, run: Run) -> Tensor:
+    """Return the point ``(dim,)`` that a fit of one density begins at.
+
+    Raises:
+        ValueError: if ``init`` has several.
+    """
+    theta = first_points(model, run.init, 1, run.generator)
+    if len(theta) > 1:
+        raise ValueError(f"{type(method).__name__} begins at one point, but init has {len(theta)}; give it one of them")
+    return theta[0]
+
+
+def _check_density(model: BayesianModel, theta: Tensor, what: str) -> None:
+    bad = (~model.log_joint(theta).isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"log_joint is not finite at the starting point of {what} {bad[:5]}")
 
 
 def starting_points(
     model: BayesianModel,
     chains: int,
-    init: Tensor | nn.Module | str | None,
+    init: Tensor | Literal["prior"] | None,
     generator: torch.Generator,
     progress: bool,
     ranks: Ranks = ALONE,
@@ -89,9 +196,8 @@ def starting_points(
     Args:
         model: the posterior.
         chains: how many, in this process.
-        init: None climbs from random networks for 300 Adam steps; ``"prior"`` takes prior draws; a network or
-            ``(dim,)`` weights start every chain there; ``(chains, dim)`` weights, for the chains of all processes, are
-            used as they are.
+        init: None climbs from random networks for 300 Adam steps; ``"prior"`` takes prior draws; ``(dim,)`` weights
+            start every chain there; ``(chains, dim)`` weights, for the chains of all processes, are used as they are.
         generator: the source of randomness.
         progress: whether to show a bar.
         ranks: the processes that share the chains.
@@ -99,24 +205,16 @@ def starting_points(
     Raises:
         ValueError: if ``init`` does not fit, or log_joint is not finite there.
     """
-    if isinstance(init, nn.Module):
-        init = model.from_network(init)
     if isinstance(init, Tensor):
-        theta = init.to(model.device, model.dtype)
-        model.spec.check(theta)
         every = chains * ranks.size
-        if theta.dim() > 2 or (theta.dim() == 2 and theta.shape[0] != every):
-            raise ValueError(f"init must be (dim,) or ({every}, dim), got {tuple(theta.shape)}")
-        theta = ranks.own(theta.expand(every, -1)).clone()
+        if init.dim() == 2 and len(init) != every:
+            raise ValueError(f"init must be (dim,) or ({every}, dim), got {tuple(init.shape)}")
+        theta = ranks.own(init.expand(every, -1)).clone()
     elif init is None:
         # Not from prior draws: with learned noise these begin millions of nats below the mode.
         theta = random_networks(model.spec, chains, generator, model.dtype)
         theta = maximise(model, theta, WARM_START, 0.02, progress, "warm start")
-    elif init == "prior":
-        theta = model.sample_prior(chains, generator)
     else:
-        raise ValueError(f"init must be None, 'prior', a network or a tensor, got {init!r}")
-    bad = (~model.log_joint(theta).isfinite()).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(f"log_joint is not finite at the starting point of chains {bad[:5]}")
+        theta = model.sample_prior(chains, generator)
+    _check_density(model, theta, "chains")
     return theta

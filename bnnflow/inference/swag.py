@@ -12,30 +12,33 @@ from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
 from bnnflow.forward_mode import jvp
 from bnnflow.inference.run import Run
-from bnnflow.inference.start import maximise, random_networks
+from bnnflow.inference.start import first_points, maximise, of_divergence
 from bnnflow.model import BayesianModel
 from bnnflow.posteriors import LowRankGaussian, Mixture
 from bnnflow.progress import progress_bar
 
 __all__ = ["SWAG"]
 
+_FAR = 50.0  # nats a weight below its mode, as ten posterior standard deviations in every direction would be
+
 
 @dataclass(frozen=True)
 class SWAG:
     """Fit Gaussians to trajectories of SGD (Maddox et al. 2019), several at once (MultiSWAG: Wilson and Izmailov 2020).
 
-    Each member climbs to a mode by Adam, then follows theta <- theta + (rate / n) grad log_joint on mini-batches at a
-    constant rate. Its ``snapshots`` have mean m and deviations D; the member is N(m, (diag(var) + D D^T / (rank - 1)) /
-    2) with the last ``rank`` deviations. Approximates the posterior by the mixture of its members; how well depends on
-    the noise of the mini-batches and the rate, and nothing is left invariant. The mixture's density is at
-    ``draws.posterior``; chain i of the draws comes from member i.
+    Each member climbs to a mode by Adam, or begins at a network that ``init`` gives, then follows
+    theta <- theta + (rate / n) grad log_joint on mini-batches at a constant rate. Its ``snapshots`` have mean m and
+    deviations D; the member is N(m, (diag(var) + D D^T / (rank - 1)) / 2) with the last ``rank`` deviations.
+    Approximates the posterior by the mixture of its members; how well depends on the noise of the mini-batches and the
+    rate, and nothing is left invariant. The mixture's density is at ``draws.posterior``; chain i of the draws comes
+    from member i.
 
     The default rate is that at which the stationary law of SGD comes closest to the posterior, 2 dim / trace of the
     gradient's covariance (Mandt, Hoffman and Blei 2017), but never more than a quarter of 2 / (largest curvature), at
     which SGD becomes unstable; both are measured at each member's mode.
 
     Args:
-        members: independent trajectories.
+        members: independent trajectories; where ``init`` gives several networks, one for each of them.
         rank: deviations that are kept, at least 2.
         snapshots: points of a trajectory that are averaged, at least ``rank``.
         every: SGD steps between two snapshots.
@@ -60,24 +63,27 @@ class SWAG:
 
     def sample(self, model: BayesianModel, run: Run) -> Draws:
         """Train and draw, 250 from each member unless said otherwise; see `bnnflow.sample`."""
-        run.refuse(self, "members and draws", "chains", "warmup", "init", "checkpoint")
+        run.refuse(self, "members and draws", "chains", "warmup", "checkpoint")
         n, generator = len(model.x), run.generator
         batch_size = self.batch_size or max(1, min(128, n // 10))
         model.random_rows((1,), generator, batch_size)  # refuses a batch larger than the data
-        theta = random_networks(model.spec, self.members, generator, model.dtype)
-        theta = maximise(model, theta, self.steps, 0.01, run.progress, "SWAG: modes")
+        theta = first_points(model, run.init, self.members, generator)
+        given = isinstance(run.init, Tensor)
+        if not given:
+            theta = maximise(model, theta, self.steps, 0.01, run.progress, "SWAG: modes")
         with torch.no_grad():
             rate = self._rate(model, theta, generator, batch_size)  # (members, 1), on the summed log_joint
             trajectory, restarts = self._trajectory(model, theta, rate, generator, batch_size, run.progress)
+        diverged = of_divergence(self, restarts > 0, self.learning_rate)
         members = Mixture(tuple(self._gaussian(each) for each in trajectory.unbind(1)))
         draws = run.draws or 250
         theta = torch.stack([member.sample(draws, generator) for member in members.components])
         info = {
-            "gradients_per_chain": self.steps + self.snapshots * self.every * batch_size / n,
+            "gradients_per_chain": (0 if given else self.steps) + self.snapshots * self.every * batch_size / n,
             "learning_rate": (rate.flatten() * n).tolist(),
             "batch_size": batch_size,
-            "restarts": restarts,
-        }
+            "restarts": int(restarts.sum()),
+        } | diverged
         return Draws(theta, model.log_joint(theta), posterior=members, info=info)
 
     def _rate(self, model: BayesianModel, theta: Tensor, generator: torch.Generator, batch_size: int) -> Tensor:
@@ -101,18 +107,24 @@ class SWAG:
         generator: torch.Generator,
         batch_size: int,
         progress: bool,
-    ) -> tuple[Tensor, int]:
-        """Return the snapshots ``(snapshots, members, dim)``, and how often a member left for infinity."""
-        home, kept, restarts = theta, [], 0
+    ) -> tuple[Tensor, Tensor]:
+        """Return the snapshots ``(snapshots, members, dim)``, and how often each member had left, ``(members,)``.
+
+        One that has left begins again at its mode.
+        """
+        home, kept, restarts = theta, [], torch.zeros(len(theta), dtype=torch.int64, device=theta.device)
+        lowest = model.log_joint(home) - _FAR * model.dim
         total = self.snapshots * self.every
         with progress_bar(total, "SWAG", progress, "step") as bar:
             for step in range(1, total + 1):
                 grad = model.minibatch_log_joint_and_grad(theta, generator, batch_size)[1]
                 theta = theta + rate * grad
-                lost = ~theta.isfinite().all(-1, keepdim=True)
+                lost = ~theta.isfinite().all(-1)
+                if step % self.every == 0:
+                    lost |= ~(model.log_joint(theta) >= lowest)
                 if bool(lost.any()):
-                    restarts += int(lost.sum())
-                    theta = torch.where(lost, home, theta)
+                    restarts += lost
+                    theta = torch.where(lost[:, None], home, theta)
                 if step % self.every == 0:
                     kept.append(theta)
                 bar.update()
@@ -124,4 +136,4 @@ class SWAG:
         deviations = (points - mean)[-self.rank :]
         # A floor that no posterior notices keeps the density proper where a weight never moved.
         variance = points.var(0, correction=0).clamp(min=1e-10)
-        return LowRankGaussian(mean, deviations.T / math.sqrt(2 * (self.rank - 1)), 0.5 * variance)
+        return LowRankGaussian(mean, deviations.T.contiguous() / math.sqrt(2 * (self.rank - 1)), 0.5 * variance)

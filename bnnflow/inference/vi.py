@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -15,7 +17,7 @@ from bnnflow.draws import Draws
 from bnnflow.gaussian import Gaussian
 from bnnflow.inference.laplace import gauss_newton_precision
 from bnnflow.inference.run import Run
-from bnnflow.inference.start import WARM_START, maximise, random_networks
+from bnnflow.inference.start import WARM_START, maximise, one_point
 from bnnflow.model import BayesianModel
 from bnnflow.posteriors import LowRankGaussian
 from bnnflow.progress import progress_bar
@@ -45,9 +47,10 @@ class VI:
         steps: Adam steps on the ELBO.
         learning_rate: its first value; a cosine takes it to zero.
         particles: Monte-Carlo samples of the ELBO a step; one gradient each.
-        scale: standard deviation of every coordinate at the start, around random initial weights. ``rank="full"``
-            starts elsewhere: 300 Adam steps up, with the covariance that `Laplace` would have there, in whose
-            coordinates it also takes its steps, so that correlated weights are no harder.
+        scale: standard deviation of every coordinate at the start, around random initial weights or those of
+            ``init``. ``rank="full"`` starts elsewhere: 300 Adam steps up, or at ``init``, with the covariance that
+            `Laplace` would have there, in whose coordinates it also takes its steps, so that correlated weights are
+            no harder.
     """
 
     rank: int | Literal["full"] = 0
@@ -66,12 +69,12 @@ class VI:
 
     def sample(self, model: BayesianModel, run: Run) -> Draws:
         """Fit the guide and draw from it; see `bnnflow.sample`. ``chains`` only shapes the independent draws."""
-        run.refuse(self, "steps", "warmup", "init", "checkpoint")
+        run.refuse(self, "steps", "warmup", "checkpoint")
         if self.rank == "full" and model.dim > LARGEST_FULL:
             raise ValueError(f"rank='full' is for dim up to {LARGEST_FULL}, got {model.dim}; use rank=20, say")
         if self.rank == "full":
             return self._full(model, run)
-        start = random_networks(model.spec, 1, run.generator, model.dtype)[0]
+        start = one_point(self, model, run)
         with isolated(run.generator):
             guide = _guide(self.rank, start, self.scale)
             found = fit_guide(model.log_joint_and_grad, guide, self, run.progress, "VI")
@@ -85,8 +88,9 @@ class VI:
 
     def _full(self, model: BayesianModel, run: Run) -> Draws:
         """Fit in the coordinates z of theta = loc + root z."""
-        start = random_networks(model.spec, 1, run.generator, model.dtype)
-        loc = maximise(model, start, WARM_START, 0.02, run.progress, "VI: start")[0]
+        loc, given = one_point(self, model, run), isinstance(run.init, Tensor)
+        if not given:
+            loc = maximise(model, loc.unsqueeze(0), WARM_START, 0.02, run.progress, "VI: start")[0]
         root = torch.eye(model.dim).to(loc) * self.scale
         if hasattr(model.likelihood, "fisher_factor"):
             double = model.to(dtype=torch.float64)
@@ -100,7 +104,7 @@ class VI:
             guide = _guide("full", torch.zeros_like(loc), self.scale)
             found = fit_guide(target, guide, self, run.progress, "VI")
             q = guide.get_posterior()
-        found["gradients_per_chain"] += WARM_START
+        found["gradients_per_chain"] += 0 if given else WARM_START
         posterior = Gaussian(loc + root @ q.loc.detach(), root @ q.scale_tril.detach())
         return independent_draws(model, run, posterior, found)
 
@@ -161,13 +165,14 @@ def fit_guide(target: LogDensityAndGrad, guide: Any, settings: Settings, progres
     ]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: 0.5 * (1 + math.cos(math.pi * i / steps)))
-    broken = 0
+    broken, first = 0, None
     with progress_bar(steps, name, progress, "step") as bar:
         for step in range(steps):
-            q = guide.get_posterior()
-            theta = q.rsample((particles,))  # (particles, dim)
-            at = theta.detach().requires_grad_()
-            log_q = q.log_prob(at)
+            with _divergence_named(name, settings):
+                q = guide.get_posterior()
+                theta = q.rsample((particles,))  # (particles, dim)
+                at = theta.detach().requires_grad_()
+                log_q = q.log_prob(at)
             (grad_q,) = torch.autograd.grad(log_q.sum(), at)
             with torch.no_grad():
                 log_joint, grad = target(at)
@@ -179,9 +184,24 @@ def fit_guide(target: LogDensityAndGrad, guide: Any, settings: Settings, progres
             optimiser.step()
             schedule.step()
             bar.update()
+            elbo = float((log_joint - log_q.detach()).mean())
+            first = elbo if first is None else first
             if not bar.disable and step % 50 == 0:
-                bar.set_postfix(elbo=f"{float((log_joint - log_q).mean()):.1f}")
-    return {"gradients_per_chain": steps * particles} | ({"not_finite": broken} if broken else {})
+                bar.set_postfix(elbo=f"{elbo:.1f}")
+    with _divergence_named(name, settings):
+        guide.get_posterior()
+    return {"gradients_per_chain": steps * particles, "elbo_start": first} | ({"not_finite": broken} if broken else {})
+
+
+@contextmanager
+def _divergence_named(name: str, settings: Settings) -> Iterator[None]:
+    """Say why a guide's parameters are no longer those of a distribution: torch says so of tensors nobody knows."""
+    try:
+        yield
+    except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+        raise FloatingPointError(
+            f"{name} diverged: learning_rate={settings.learning_rate:g} is too large for this model, take a tenth of it"
+        ) from error
 
 
 def independent_draws(model: BayesianModel, run: Run, posterior: Posterior, info: dict[str, Any]) -> Draws:
@@ -192,4 +212,14 @@ def independent_draws(model: BayesianModel, run: Run, posterior: Posterior, info
     gain = log_joint - posterior.log_prob(theta)
     error = float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
     info = {"elbo": float(gain.mean()), "elbo_error": error} | info
+    broken = int((~gain.isfinite()).sum())
+    if broken == len(gain):
+        raise FloatingPointError("the fit diverged: no draw of it has a finite density; take a tenth of learning_rate")
+    if broken or info["elbo"] < info["elbo_start"] - 1 - abs(info["elbo_start"]):
+        info["diverged"] = True
+        warnings.warn(
+            f"the fit diverged: its ELBO is {info['elbo']:.4g}, {info['elbo_start']:.4g} when it began, and log_joint "
+            f"is not finite at {broken} of {len(gain)} draws; take a smaller learning_rate or scale",
+            stacklevel=4,
+        )
     return Draws(theta.unflatten(0, (chains, draws)), log_joint.reshape(chains, draws), posterior=posterior, info=info)

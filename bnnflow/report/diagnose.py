@@ -173,9 +173,15 @@ def _independent(draws: object, n: int) -> Diagnosis:
     if _method(draws) in HINTS:
         reasons.append(HINTS[_method(draws)])
     chains = draws.chains if isinstance(draws, Draws) else 1
-    return Diagnosis(
-        "approximate: compare with an exact sampler", tuple(reasons), "independent", _method(draws), chains, n
-    )
+    verdict: Verdict = "approximate: compare with an exact sampler"
+    info = draws.info if isinstance(draws, Draws) else {}
+    if info.get("diverged"):
+        verdict = "do not trust"
+        reasons.insert(0, "training diverged: take a tenth of the learning rate")
+    if info.get("converged") is False:
+        verdict = "do not trust"
+        reasons.insert(0, "the point that was expanded about is no mode of the posterior")
+    return Diagnosis(verdict, tuple(reasons), "independent", _method(draws), chains, n)
 
 
 def _weighted(draws: object, log_weights: Tensor, temperature: float) -> Diagnosis:
