@@ -49,6 +49,8 @@ class WeightSpec:
         extras: the tensors that a model appended to the network's own.
         neutral: labelled axes (tensor, axis) that permutations move, but signs, scales and phases leave alone: what
             is written before a normalisation and read by it, and the kernels of depthwise convolutions.
+        transposed: tensors whose second axis is the side of the units that they write, and the first that of those
+            that they read: tables of embeddings, kernels of transposed convolutions.
         unknown: why the symmetries are not known, where the network could not be labelled; empty where they are, be
             there some or none.
 
@@ -69,23 +71,26 @@ class WeightSpec:
     extras: tuple[str, ...] = ()
     neutral: frozenset[tuple[str, int]] = frozenset()
     unknown: str = ""
+    transposed: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, net: nn.Module) -> WeightSpec:
         """Label the weights of a network.
 
         The forward pass is traced, so nested ``Sequential``s and classes with a ``forward`` of their own are
-        understood, as long as data flow through ``Linear`` layers, convolutions (of one group, or depthwise),
-        elementwise activations, pooling and averages over space, flattening of all axes but the rows, additions,
-        products with numbers, and LayerNorm, RMSNorm, GroupNorm with one group or a group for every channel, and
-        InstanceNorm. Added layers share one label; what is added to inputs, and outputs, have none. Channels that are
-        flattened make blocks, see `blocks`. A chain of ``Linear`` layers has ``layers``, too.
+        understood, as long as data flow through ``Linear`` layers, embeddings, convolutions, transposed ones too (of
+        one group, or depthwise), elementwise activations, pooling, padding, upsampling and averages over space,
+        additions, products with numbers, and LayerNorm, RMSNorm, GroupNorm with one group or a group for every
+        channel, and InstanceNorm, in any shape (``Flatten``, ``Unflatten``, ``view``, ``permute`` and the like) that
+        keeps units apart. Inputs may be computed with before in any way that has no weights. Added layers share one
+        label; what is added to inputs, and outputs, have none. Channels that are flattened make blocks, see `blocks`.
+        A chain of ``Linear`` layers has ``layers``, too.
 
         The first axis of the data is taken to run over rows. A view of shape (-1, k) is taken to keep the rows apart.
 
         Units that pass a norm have signs and scales behind it only, where its own weights can take them up; units
-        that meet no such weights have permutations only. Units that a constant tensor writes or reads have no label:
-        nothing could undo there what is done to the rest of their weights.
+        that meet no such weights have permutations only. Units that a constant tensor writes or reads have no label
+        unless it is the same for all of them: nothing could undo there what is done to the rest of their weights.
 
         Args:
             net: any depth, one linear layer included, with or without biases.
@@ -93,16 +98,41 @@ class WeightSpec:
         Raises:
             ValueError: if no parameter is free; naming the first module, operation or parameter that cannot be
                 labelled: BatchNorm (whose statistics belong to units, but not to theta), weights that are used twice,
-                and all that is unknown.
+                groups of channels, attention, and all that is unknown.
         """
         found = trace(net)
         shapes = _shapes(net)
-        constant = found.axes.keys() - shapes.keys()
-        pinned = {label for name in constant for label in found.axes[name]}
-        axes = {name: tuple(None if label in pinned else label for label in found.axes[name]) for name in shapes}
-        activations = {label: f for label, f in found.activations.items() if label not in pinned}
-        neutral = frozenset((name, axis) for name, axis in found.neutral if name in axes and axes[name][axis])
-        return cls(tuple(shapes), shapes, axes, activations, () if constant else found.layers, (), neutral)
+        every = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
+        axes = {name: found.axes[name] for name in every}
+        spec = cls(tuple(every), every, axes, found.activations, found.layers, (), found.neutral, "", found.transposed)
+        constants = {name: each.detach() for name, each in net.named_parameters() if name not in shapes}
+        return spec._without(constants) if constants else spec
+
+    def _without(self, constants: Mapping[str, Tensor]) -> WeightSpec:
+        """Return the space without tensors that are constants, and the symmetries that these leave."""
+        pinned: set[str] = set()
+        activations = dict(self.activations)
+        for name, value in constants.items():
+            acted = {label for label, power in zip(self.blocks(name)[1], self.powers(name), strict=True) if power}
+            for label in set(self.axes[name]) - {None}:
+                assert label is not None
+                perms = _generators_of_permutations(self.widths[label])
+                if not all(torch.equal(value, _reordered(value, self.axes[name], label, perm)) for perm in perms):
+                    pinned.add(label)
+                elif label in acted and bool(value.any()):  # permutations keep it, but neither signs nor scales
+                    activations[label] = Activation(f"{activations[label].name} + norm")
+        kept = [name for name in self.names if name not in constants]
+        axes = {name: tuple(None if label in pinned else label for label in self.axes[name]) for name in kept}
+        return replace(
+            self,
+            names=tuple(kept),
+            shapes={name: self.shapes[name] for name in kept},
+            axes=axes,
+            activations={label: f for label, f in activations.items() if label not in pinned},
+            layers=(),
+            neutral=frozenset((name, axis) for name, axis in self.neutral if name in axes and axes[name][axis]),
+            transposed=self.transposed.intersection(kept),
+        )
 
     @classmethod
     def unlabelled(cls, net: nn.Module, unknown: str = "its weights have no labels") -> WeightSpec:
@@ -171,6 +201,7 @@ class WeightSpec:
             "extras": list(self.extras),
             "neutral": [list(each) for each in sorted(self.neutral)],
         }
+        values |= {"transposed": sorted(self.transposed)} if self.transposed else {}
         return values if self._labelled else values | {"unknown": self.unknown}
 
     @property
@@ -188,6 +219,7 @@ class WeightSpec:
             tuple(Layer(weight, bias, Activation(name)) for weight, bias, name in values["layers"]),
             tuple(values["extras"]),
             frozenset((name, axis) for name, axis in values.get("neutral", ())),
+            transposed=frozenset(values.get("transposed", ())),
         )
         if spec._labelled:
             return spec
@@ -254,10 +286,25 @@ class WeightSpec:
         powers: list[int] = []
         for axis, (label, size) in enumerate(zip(self.axes[name], self.shapes[name], strict=True)):
             still = label is None or name in self.extras or (name, axis) in self.neutral
-            powers.append(0 if still else 1 if axis == 0 else -1)
+            powers.append(0 if still else 1 if axis == self._written_axis(name) else -1)
             if label is not None and size != self.widths[label]:
                 powers.append(0)
         return tuple(powers)
+
+    def _written_axis(self, name: str) -> int:
+        return 1 if name in self.transposed else 0
+
+    def written(self, name: str) -> int:
+        """Return the axis of ``blocks(name)`` that is the side of the units which the tensor writes.
+
+        Example:
+            >>> spec = WeightSpec.of(torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 2)))
+            >>> spec.written("0.weight"), spec.written("1.weight")
+            (1, 0)
+        """
+        axis = self._written_axis(name)
+        label = self.axes[name][0]
+        return axis + (axis == 1 and label is not None and self.shapes[name][0] != self.widths[label])
 
     def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
         """Join named tensors ``(..., *shape)`` to ``theta`` ``(..., dim)``; leading axes broadcast.
@@ -423,8 +470,9 @@ class WeightSpec:
         """Say whether all that writes units of ``label`` has a bias and goes through one and the same sine."""
         if any(self.axes[name][axis] == label for name, axis in self.neutral):
             return False
-        written = [self.axes[name] for name in self.names if name not in self.extras and self.axes[name][0] == label]
-        biases = written.count((label,))
+        own = [name for name in self.names if name not in self.extras]
+        written = [name for name in own if self.axes[name][self._written_axis(name)] == label]
+        biases = sum(self.blocks(name)[1] == (label,) for name in own)
         # After one layer other odd functions may follow its sine; of several, one may go to those without it.
         alike = biases == 1 or " + " not in self.activations[label].name
         return biases > 0 and len(written) == 2 * biases and alike

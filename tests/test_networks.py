@@ -593,6 +593,15 @@ class Scaled(nn.Module):
         return self.layer(x) * self.gain
 
 
+class Gain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.gain = nn.Linear(3, 3), nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x * self.gain)
+
+
 class TwoInputs(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -626,7 +635,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "groups": (lambda: sequence(nn.Conv1d(2, 4, 2), nn.Conv1d(4, 4, 1, groups=2)), r"'1' \(Conv1d\): its groups"),
     "multiplier": (lambda: sequence(nn.Conv1d(2, 4, 2), nn.Conv1d(4, 8, 1, groups=4)), r"'1' \(Conv1d\): its groups"),
-    "transposed": (lambda: sequence(nn.ConvTranspose1d(2, 4, 2)), r"'0' \(ConvTranspose1d\)"),
+    "transposed": (lambda: sequence(nn.ConvTranspose1d(2, 4, 2, groups=2)), r"'0' \(ConvTranspose1d\)"),
     "own convolution": (lambda: sequence(type("Own", (nn.Conv1d,), {})(1, 2, 1)), r"cannot label"),
     "recurrent": (lambda: sequence(nn.GRU(2, 3)), r"'0' \(GRU\)"),
     "attention": (
@@ -647,9 +656,26 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "mean of all": (two(lambda n, x: n.b(n.a(x)).mean()), "'mean'"),
     "mean over channels": (conv(lambda n, x: n.a(x).mean(1)), "'mean'"),
     "mean over rows": (conv(lambda n, x: n.a(x).mean(0)), "'mean'"),
-    "partial flatten": (conv(lambda n, x: n.a(x).flatten(2)), "'flatten'"),
+    "flattened rows": (conv(lambda n, x: n.a(x).flatten(0, 1)), "'flatten'"),
     "view": (conv(lambda n, x: n.a(x).view(x.shape[1], -1)), "'view'"),
-    "permuted axes": (conv(lambda n, x: n.a(x).permute(0, 2, 3, 1)), "'permute'"),
+    "permuted rows": (conv(lambda n, x: n.a(x).permute(1, 0, 2, 3)), "'permute'"),
+    "units behind positions": (
+        conv(lambda n, x: n.c(n.b(n.a(x)).permute(0, 2, 3, 1).flatten(1))), r"'c' \(Linear\): it does not read along",
+    ),
+    "positions of units": (two(lambda n, x: n.c(n.b(n.a(x))[:, 1:])), "'getitem'"),
+    "units cut across": (
+        lambda: sequence(
+            nn.Linear(3, 12), nn.Unflatten(1, (2, 2, 3)), nn.Conv2d(2, 2, 1), nn.AvgPool2d(2), nn.Flatten(),
+            nn.LayerNorm(2), nn.Unflatten(1, (1, 2)), nn.Conv1d(1, 1, 1),
+        ), "cannot label",
+    ),
+    "pooled before it is counted": (
+        lambda: sequence(nn.Linear(3, 24), nn.Unflatten(1, (4, 2, 3)), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8, 2)),
+        "blocks that no tensor counts",
+    ),
+    "parameter of the inputs": (
+        lambda: Gain(), "'gain'",
+    ),
     "sum with a number": (two(lambda n, x: n.b(n.a(x) + 1)), "'add'"),
     "sum of other units": (
         two(lambda n, x: n.a(x) + n.b(n.a(x))), "used twice",

@@ -50,7 +50,8 @@ def sort_units(theta: Tensor, spec: WeightSpec, *, prior: Prior | HierarchicalPr
 
 def _key(theta: Tensor, spec: WeightSpec, label: str, unsettled: frozenset[str], signed: bool) -> Tensor:
     """Return one number for each unit, ``(..., width)``, that no unsettled layer can change: a bias if there is one."""
-    candidates = [name for name in _written(spec, label, unsettled) if spec.powers(name)[0] or not signed]
+    written = _written(spec, label, unsettled)
+    candidates = [name for name in written if spec.powers(name)[spec.written(name)] or not signed]
     if not candidates:
         raise ValueError(f"nothing sorts the units of {label}: all that they read are units of unsorted layers")
     name = min(candidates, key=lambda each: len(spec.blocks(each)[0]))
@@ -109,7 +110,7 @@ def scale_tensors(spec: WeightSpec) -> dict[str, list[str]]:
     tensors = {}
     for index, label in enumerate(spec.activations):
         unsettled = scalable.difference(list(spec.activations)[:index])
-        names = [name for name in _written(spec, label, unsettled) if spec.powers(name)[0]]
+        names = [name for name in _written(spec, label, unsettled) if spec.powers(name)[spec.written(name)]]
         if label in scalable and names:
             tensors[label] = names
     return tensors
@@ -162,18 +163,26 @@ def _sign_key(theta: Tensor, spec: WeightSpec, label: str) -> Tensor:
 
 def _written(spec: WeightSpec, label: str, unsettled: frozenset[str]) -> list[str]:
     """Return the tensors that hold what enters the units of a label, from inputs and settled labels alone."""
-    blocks = {name: spec.blocks(name)[1] for name in spec.names if name not in spec.extras}
-    return [name for name, axes in blocks.items() if axes[:1] == (label,) and not unsettled.intersection(axes[1:])]
+    found = []
+    for name in (name for name in spec.names if name not in spec.extras):
+        axes = list(spec.blocks(name)[1])
+        if axes.pop(spec.written(name)) == label and not unsettled.intersection(axes):
+            found.append(name)
+    return found
 
 
 def _units(theta: Tensor, spec: WeightSpec, name: str) -> Tensor:
-    """Return a tensor by the units of its first axis, ``(..., width, entries)``."""
-    return theta[..., spec.slices[name]].unflatten(-1, (spec.blocks(name)[0][0], -1))
+    """Return a tensor by the units that it writes, ``(..., width, entries)``."""
+    shape, written = spec.blocks(name)[0], spec.written(name)
+    tensor = theta[..., spec.slices[name]].unflatten(-1, shape).movedim(written - len(shape), -len(shape))
+    return tensor.reshape(*theta.shape[:-1], shape[written], -1)
 
 
 def _output_layer(spec: WeightSpec) -> list[str]:
     """Return the names of the tensors that write the outputs."""
-    names = [name for name in spec.names if name not in spec.extras and spec.axes[name][0] is None]
+    names = [
+        name for name in spec.names if name not in spec.extras and spec.blocks(name)[1][spec.written(name)] is None
+    ]
     if sum(len(spec.shapes[name]) > 1 for name in names) != 1:
         raise ValueError("last_layer=True needs a network with one output layer")
     return names

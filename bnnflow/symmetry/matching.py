@@ -380,9 +380,10 @@ def _recorded(theta: Tensor, spec: WeightSpec, x: Tensor, net: nn.Module) -> dic
     network, signed, hooks = spec.network, spec.symmetries().sign, []
     for prefix, module in net.named_modules():
         name = f"{prefix}.weight".removeprefix(".")
-        label = network.axes[name][0] if name in network.axes else None
+        written = network.written(name) if name in network.axes else 0
+        label = network.blocks(name)[1][written] if name in network.axes else None
         # What a normalisation has still to come for keeps its sign when the unit is flipped.
-        if label is not None and (network.powers(name)[0] or label not in signed):
+        if label is not None and (network.powers(name)[written] or label not in signed):
             hooks.append(
                 module.register_forward_hook(_keep(found[label], spec.widths[label], _unit_axis(module, name)))
             )
@@ -406,7 +407,7 @@ def _keep(outputs: list[Tensor], width: int, axis: int) -> Callable[[nn.Module, 
 
 def _unit_axis(module: nn.Module, name: str) -> int:
     """Return the axis of a module's output that runs over its units."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear | nn.Embedding):
         return -1
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return -len(module.normalized_shape)
