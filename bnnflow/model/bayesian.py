@@ -154,6 +154,11 @@ class BayesianModel:
         """The second derivatives, where the network is a perceptron of moderate size."""
         return None if self._anchor is not None else ChainHessian.of(self.spec, self._n_parameters)
 
+    @cached_property
+    def _network_hessian(self) -> ChainHessian:
+        """Second derivatives by the weights alone; only where there are such of the likelihood."""
+        return ChainHessian(self.spec.network, 0)
+
     @property
     def has_hessian(self) -> bool:
         """Whether `log_likelihood_hessian` returns anything, at no cost."""
@@ -162,7 +167,7 @@ class BayesianModel:
     @property
     def has_gauss_newton_slope(self) -> bool:
         """Whether `gauss_newton_slope` returns anything, at no cost."""
-        return self.has_hessian and not self._extras and hasattr(self.likelihood, "fisher_factor")
+        return self.has_hessian and hasattr(self.likelihood, "fisher_factor")
 
     @property
     def _n_parameters(self) -> int:
@@ -171,7 +176,7 @@ class BayesianModel:
 
     def __copy__(self) -> BayesianModel:
         """Copy without what was made for this model's data, since a copy is there to become another."""
-        made = ("network", "_fused", "_hessian")
+        made = ("network", "_fused", "_hessian", "_network_hessian")
         copied = object.__new__(type(self))
         copied.__dict__ = {name: value for name, value in self.__dict__.items() if name not in made}
         return copied
@@ -530,7 +535,7 @@ class BayesianModel:
         """Return the derivative by theta of grad - A^T A v at fixed v, ``(batch, dim, dim)``, in closed form.
 
         Both as in `gauss_newton`. Row i is that of element i; the matrix is not symmetric. None where there is no
-        `log_likelihood_hessian`, no ``fisher_factor``, and where there are parameters beside the network's weights.
+        `log_likelihood_hessian` or no ``fisher_factor``.
 
         Args:
             theta: ``(batch, dim)``.
@@ -544,33 +549,54 @@ class BayesianModel:
         size = max(1, 8 * self.dim // self._n_outputs)  # no more than eight times the result at once
         parts = zip(x.flatten(1).split(size), y.split(size), strict=True)
         slope = functools.reduce(torch.add, (self._slope(theta, v, *part) for part in parts))
-        return slope if scale == 1 else scale * slope
+        slope = slope if scale == 1 else scale * slope
+        missing = self.dim - slope.shape[-1]
+        if not missing:
+            return slope
+        start, stop = self.spec.network.dim, self.spec.network.dim + missing  # the parameters of the prior
+        whole = slope.new_zeros(len(slope), self.dim, self.dim)
+        whole[:, :start, :start], whole[:, :start, stop:] = slope[:, :start, :start], slope[:, :start, start:]
+        whole[:, stop:, :start], whole[:, stop:, stop:] = slope[:, start:, :start], slope[:, start:, start:]
+        return whole
 
     def _slope(self, theta: Tensor, v: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """Return `gauss_newton_slope` of these rows.
+        """Return `gauss_newton_slope` of these rows, by the weights and the likelihood's parameters.
 
-        With J the Jacobian of the outputs and F their Fisher information, grad - A^T A v = J^T r with r the score
-        less F J v. Its derivative is the network's curvature along r, and J^T (M J - F D): M is the derivative of r
-        by outputs with J v held fixed, and D the derivative of J v, which is that of J along v.
+        With J the Jacobian of the outputs and F the Fisher information of outputs and parameters, grad - A^T A v by
+        the weights is J^T r, with r what F leaves of the score when it has met J v and v. Its derivative is the
+        network's curvature along r, and J^T (M J - F D): M is the derivative of r by outputs with J v held fixed, and D
+        the derivative of J v, which is that of J along v.
         """
         network = self.network
         assert isinstance(network, ChainNetwork)
-        assert self._hessian is not None
 
         def parts(weights: Tensor, seeds: Tensor) -> list[tuple[Tensor, Tensor]]:
             return [(part.entering, part.leaving) for part in network.factored(weights, x)[1](seeds).parts]
 
         outputs, along, *_ = jvp(lambda weights: network(weights, x), (theta,), (v,))
-        given = self._curvature(theta, outputs, y, along)
-        by_score = given.outputs
-        assert by_score is not None
-        factor, _ = self.likelihood.fisher_factor(outputs, {})  # type: ignore[attr-defined]
+        given = self._curvature(theta, outputs, y, (along, v[:, self.dim - self._n_parameters :]))
+        assert given.outputs is not None
+        factor, others = self.likelihood.fisher_factor(  # type: ignore[attr-defined]
+            outputs, self.likelihood_parameters(theta)
+        )
         information, eye = factor @ factor.mT, torch.eye(outputs.shape[-1], dtype=theta.dtype, device=theta.device)
+        eye = eye.expand_as(information).contiguous()
         mixed = network.factored(theta, x)[1]  # S -> S^T J
-        changes = jvp(parts, (theta, -information), (v, by_score.mT))[1]
+        changes = jvp(parts, (theta, -information), (v, given.outputs.mT))[1]
         change = mixed(-information).tangent(changes)  # M J - F D
-        bent = self._hessian.along(theta, x, given.by_outputs)
-        return bent.baddbmm_(mixed(eye.expand_as(information)).matrix.mT, change)
+        jacobian = mixed(eye).matrix
+        bent = self._network_hessian.along(theta, x, given.by_outputs)
+        if not self._n_parameters:
+            return bent.baddbmm_(jacobian.mT, change)
+        assert given.transposed is not None
+        by_weights = given.transposed.flatten(2) @ jacobian
+        shared = [each for each in others.values() if each.dim() == 4]
+        if shared:  # the information of outputs and parameters together, (batch, n, parameters, out)
+            cross = (torch.cat(shared, 2) @ factor.mT).movedim(2, 1).flatten(2)
+            moved = jvp(parts, (theta, eye), (v, torch.zeros_like(eye)))[1]
+            by_weights = by_weights - cross @ mixed(eye).tangent(moved)
+        above = torch.cat([bent.baddbmm_(jacobian.mT, change), jacobian.mT @ given.mixed.flatten(2).mT], 2)
+        return torch.cat([above, torch.cat([by_weights, given.parameters.mT], 2)], 1)
 
     def gauss_newton_product(
         self, theta: Tensor, rows: Tensor | None = None
@@ -594,22 +620,12 @@ class BayesianModel:
         x, y = (self.x, self.y) if rows is None else (self.x[rows], self.y[rows])
         outputs, pullback = self.network.pullback(theta, x)
         parameters = self.likelihood_parameters(theta)
-        factor, information = self.likelihood.fisher_factor(outputs, parameters)  # type: ignore[attr-defined]
         grad_outputs, grad_parameters = self._score(outputs, y, parameters)
-        slices = {extra.key: self.spec.slices[extra.name] for extra in self._extras if extra.key in information}
+        start = self.dim - self._n_parameters
 
         def product(v: Tensor) -> Tensor:
             tangent = jvp(lambda weights: self.network(weights, x), (theta,), (v,))[1]
-            along = (factor.mT @ tangent.unsqueeze(-1)).squeeze(-1)  # (batch, n, rank)
-            mine = {key: v[:, where] for key, where in slices.items()}
-            for name, each in information.items():
-                if each.dim() == 4:
-                    along = along + torch.einsum("bnsr,bs->bnr", each, mine[name])
-            by_outputs = (factor @ along.unsqueeze(-1)).squeeze(-1)
-            by_parameters = {
-                name: torch.einsum("bnsr,bnr->bs", each, along) if each.dim() == 4 else each * mine[name]
-                for name, each in information.items()
-            }
+            by_outputs, by_parameters = self._informed(outputs, parameters, tangent, v[:, start:])
             return scale * self._with_extras(pullback(by_outputs), by_parameters)
 
         return scale * self._with_extras(pullback(grad_outputs), grad_parameters), product
@@ -633,10 +649,13 @@ class BayesianModel:
         grad, hessian = self._hessian(theta, x, y, lambda outputs, y: self._curvature(theta, outputs, y))
         return (grad, hessian) if scale == 1 else (scale * grad, scale * hessian)
 
-    def _curvature(self, theta: Tensor, outputs: Tensor, y: Tensor, along: Tensor | None = None) -> Curvature:
+    def _curvature(
+        self, theta: Tensor, outputs: Tensor, y: Tensor, along: tuple[Tensor, Tensor] | None = None
+    ) -> Curvature:
         """Return what the likelihood makes of outputs: forward derivatives of its score, which cost next to nothing.
 
-        With ``along``, a change of the outputs, of the score less their Fisher information times that.
+        With ``along``, a change of the outputs and of the logarithms of its parameters, of the score less the Fisher
+        information of both times that.
         """
         out, start = outputs.shape[-1], self.dim - self._n_parameters
         weights, logs = theta[:, :start], theta[:, start:]
@@ -644,10 +663,11 @@ class BayesianModel:
         def score(outputs: Tensor, logs: Tensor) -> tuple[Tensor, Tensor]:
             parameters = self.likelihood_parameters(torch.cat([weights, logs], 1))
             by_outputs, by_parameters = self._score(outputs, y, parameters)
-            named = [by_parameters[name].flatten(1) for name in self.likelihood.parameters]
             if along is not None:
-                factor, _ = self.likelihood.fisher_factor(outputs, parameters)  # type: ignore[attr-defined]
-                by_outputs = by_outputs - (factor @ (factor.mT @ along.unsqueeze(-1))).squeeze(-1)
+                of_outputs, of_parameters = self._informed(outputs, parameters, *along)
+                by_outputs = by_outputs - of_outputs
+                by_parameters = {name: by_parameters[name] - each for name, each in of_parameters.items()}
+            named = [by_parameters[name].flatten(1) for name in self.likelihood.parameters]
             return by_outputs, torch.cat([logs[:, :0], *named], 1)
 
         def derivative(of_outputs: Tensor, of_logs: Tensor) -> tuple[Tensor, Tensor]:
@@ -657,7 +677,29 @@ class BayesianModel:
         eye = torch.eye(out + logs.shape[1], dtype=theta.dtype, device=theta.device)
         by_outputs, by_logs = torch.func.vmap(derivative)(eye[:, :out], eye[:, out:])  # (directions, batch, ...)
         twice = (by_outputs[:out].movedim(0, -1), by_outputs[out:].movedim(0, 1), by_logs[out:].movedim(0, 1))
-        return Curvature(*score(outputs, logs), *twice)
+        transposed = None
+        if along is not None and logs.shape[1]:
+            _, pull, *_ = torch.func.vjp(lambda outputs: score(outputs, logs)[1], outputs)
+            each = eye[out:, out:].unsqueeze(1).expand(-1, len(logs), -1)
+            transposed = torch.func.vmap(pull)(each)[0].movedim(0, 1)
+        return Curvature(*score(outputs, logs), *twice, transposed)
+
+    def _informed(
+        self, outputs: Tensor, parameters: dict[str, Tensor], along: Tensor, logs: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the Fisher information of outputs and log parameters times changes of both, by each of them."""
+        factor, information = self.likelihood.fisher_factor(outputs, parameters)  # type: ignore[attr-defined]
+        sizes = [parameters[name].shape[-1] for name in self.likelihood.parameters]
+        changes = dict(zip(self.likelihood.parameters, logs.split(sizes, -1), strict=True))
+        inner = (factor.mT @ along.unsqueeze(-1)).squeeze(-1)  # (batch, n, rank)
+        shared = {name: each for name, each in information.items() if each.dim() == 4}
+        for name, each in shared.items():
+            inner = inner + torch.einsum("bnsr,bs->bnr", each, changes[name])
+        by_parameters = {
+            name: torch.einsum("bnsr,bnr->bs", each, inner) if name in shared else each * changes[name]
+            for name, each in information.items()
+        }
+        return (factor @ inner.unsqueeze(-1)).squeeze(-1), by_parameters
 
     def _score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         if hasattr(self.likelihood, "score"):

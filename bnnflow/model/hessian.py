@@ -33,8 +33,9 @@ class Curvature(NamedTuple):
     by_outputs: Tensor  # (batch, n, out)
     by_parameters: Tensor  # (batch, size), summed over rows
     outputs: Tensor | None  # (batch, n, out, out); None for zero
-    mixed: Tensor  # (batch, size, n, out)
-    parameters: Tensor  # (batch, size, size), summed over rows
+    mixed: Tensor  # (batch, size, n, out): by_outputs by the parameters
+    parameters: Tensor  # (batch, size, size), summed over rows: row i is the derivative by parameter i
+    transposed: Tensor | None = None  # (batch, size, n, out): by_parameters by the outputs; None for the same as mixed
 
 
 class _Step(NamedTuple):

@@ -26,6 +26,7 @@ from torch.distributions import Distribution, constraints
 from bnnflow import storage
 from bnnflow.draws import Draws
 from bnnflow.forward_mode import jvp
+from bnnflow.model.arrowhead import Arrowhead, Bend
 from bnnflow.model.quantiles import FAMILIES, QuantileTable
 from bnnflow.seeding import as_generator, isolated
 from bnnflow.types import HierarchicalPrior, Prior, Seed
@@ -408,6 +409,50 @@ class _Block:
         """The map to normal coordinates where torch has no inverse cdf."""
         return QuantileTable(self.distribution) if type(self.distribution) in FAMILIES else None
 
+    @cached_property
+    def exact(self) -> _Block:
+        """The same in float64, as tails want it."""
+        return _Block(self.where, rebuild(self.distribution, lambda v: v.double()), self.log)
+
+    def to_normal(self, theta: Tensor) -> Tensor:
+        """Map ``theta`` ``(..., size)`` to standard normal coordinates."""
+        d = self.distribution
+        if isinstance(d, td.Normal):
+            return (theta - d.loc) / d.scale
+        if self.table is not None:
+            return self.table.to_normal(theta.double()).to(theta.dtype)
+        value = theta.double().exp() if self.log else theta.double()
+        # Neither tail may round to probability zero or one: z is kept between -37 and 8.
+        p = self.exact.distribution.cdf(value).clamp(_TINY, 1 - _EPSILON)
+        return torch.special.ndtri(p).to(theta.dtype)
+
+    def from_normal(self, z: Tensor) -> Tensor:
+        """Map standard normal coordinates ``(..., size)`` back."""
+        d = self.distribution
+        if isinstance(d, td.Normal):
+            return d.loc + d.scale * z
+        if self.table is not None:
+            return self.table.from_normal(z.double()).to(z.dtype)
+        value = self.exact.distribution.icdf(torch.special.ndtr(z.double()).clamp(_TINY, 1 - _EPSILON))
+        return (value.log() if self.log else value).to(z.dtype)
+
+    def derivatives(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the first and second derivative of `from_normal`, ``(..., size)`` each; differentiable again.
+
+        From phi(z) = p(theta) theta', which also gives theta'' = -theta' (z + theta' d log p / d theta).
+        """
+        d = self.distribution
+        if isinstance(d, td.Normal):
+            return d.scale.expand_as(z), torch.zeros_like(z)
+        if self.table is not None:
+            first, second = self.table.derivatives(z.double())
+        else:
+            exact, z64 = self.exact, z.double()
+            log_p, score = exact.log_prob_and_grad(exact.from_normal(z64))
+            first = (-0.5 * (z64 * z64 + _LOG_2PI) - log_p).exp()
+            second = -first * (z64 + first * score)
+        return first.to(z.dtype), second.to(z.dtype)
+
     def log_prob_and_grad(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Return the elementwise log density and its derivative, ``(..., size)`` each; differentiable again."""
         slope = (_LOG_SLOPES if self.log else _SLOPES).get(type(self.distribution))
@@ -447,6 +492,21 @@ class _TensorScales:
             return torch.zeros_like(logs).index_add(-1, self._owner, grad)
 
         return logs.index_select(-1, self._owner) + self._log_factors.to(theta.dtype), pull
+
+    def curved(self, theta: Tensor) -> Curved:
+        """Return the log scales and their derivatives by the parameters."""
+        each = torch.nn.functional.one_hot(self._owner, theta.shape[-1] - self._size).to(theta.dtype)
+        none = theta.new_zeros(*theta.shape[:-1], self._size)
+        return Curved(self(theta)[0], each.expand(*theta.shape[:-1], -1, -1), none, each)
+
+
+class Curved(NamedTuple):
+    """Log scales of weights, and their derivatives by the parameters: the second is ``bend`` along times along."""
+
+    log_scales: Tensor  # (batch, weights)
+    slope: Tensor  # (batch, weights, parameters)
+    bend: Tensor  # (batch, weights)
+    along: Tensor  # (weights, parameters)
 
 
 class _HorseshoeScales:
@@ -490,6 +550,20 @@ class _HorseshoeScales:
 
         fixed = self._of_biases.to(theta.dtype).expand(*theta.shape[:-1], -1)
         return fixed.index_add(-1, self._places, of_matrices), pull
+
+    def curved(self, theta: Tensor) -> Curved:
+        """Return the log scales and their derivatives by the parameters."""
+        logs = theta[..., self._size :]
+        tau, local, slab = (logs.index_select(-1, owner) for owner in self._owners)
+        share = torch.sigmoid(slab - 2 * (tau + local))
+        places, size = self._places, logs.shape[-1]
+        along = theta.new_zeros(self._size, size)
+        slope = theta.new_zeros(*theta.shape[:-1], self._size, size)
+        for owner, part, weight in zip(self._owners, (share, share, 0.5 * (1 - share)), (2.0, 2.0, -1.0), strict=True):
+            along[places, owner] = weight
+            slope[..., places, owner] = part
+        bend = torch.zeros_like(theta[..., : self._size]).index_add(-1, places, -0.5 * share * (1 - share))
+        return Curved(self(theta)[0], slope, bend, along)
 
 
 class _GivenParameters:
@@ -593,6 +667,57 @@ class _GivenParameters:
                 for name, d in self.distributions(values).items()
             }
         return self.network.flatten(parts).to(theta.dtype)
+
+    # What follows takes theta ``(batch, dim)`` of a whole prior, and both derivatives of the parameters' coordinates.
+    # For the priors of this module alone: weights are z times the exponential of a log scale.
+
+    @property
+    def closed(self) -> bool:
+        """Whether the derivatives of the weights are known."""
+        return self._scales is not None
+
+    def slope(self, theta: Tensor, first: Tensor) -> Arrowhead:
+        """Return d theta / d z."""
+        weights, curved, _ = self._curved(theta)
+        columns = weights.unsqueeze(-1) * curved.slope * self._own(first).unsqueeze(-2)
+        return Arrowhead(self._joined(curved.log_scales.exp(), first), columns)
+
+    def turn(self, theta: Tensor, v: Tensor, first: Tensor, second: Tensor) -> Arrowhead:
+        """Return the derivative by z of the slope times v, v fixed."""
+        weights, curved, own = self._curved(theta)
+        scales, step = curved.log_scales.exp(), self._own(v).unsqueeze(-1)
+        slope, along = (part * self._own(first).unsqueeze(-2) for part in (curved.slope, curved.along))
+        moved = (slope @ step).squeeze(-1)  # log scales along v
+        columns = slope * (v[:, : own.start] * scales + weights * moved).unsqueeze(-1)
+        columns = columns + along * (weights * curved.bend * (along @ step).squeeze(-1)).unsqueeze(-1)
+        columns = columns + weights.unsqueeze(-1) * curved.slope * (self._own(second) * self._own(v)).unsqueeze(-2)
+        return Arrowhead(self._joined(scales * moved, second * v), columns)
+
+    def bend(self, theta: Tensor, grad: Tensor, first: Tensor, second: Tensor) -> Bend:
+        """Return the derivative by z of the gradient pulled back to z, ``grad`` fixed."""
+        weights, curved, own = self._curved(theta)
+        by_weights = grad[:, : own.start]
+        slope, along = (part * self._own(first).unsqueeze(-2) for part in (curved.slope, curved.along))
+        by_scales = weights * by_weights
+        block = (slope * by_scales.unsqueeze(-1)).mT @ slope
+        block = block + (along * (by_scales * curved.bend).unsqueeze(-1)).mT @ along
+        by_own = self._own(grad) + (by_scales.unsqueeze(-2) @ curved.slope).squeeze(-2)
+        block = block + torch.diag_embed(by_own * self._own(second))
+        columns = slope * (by_weights * curved.log_scales.exp()).unsqueeze(-1)
+        diagonal = torch.cat([torch.zeros_like(theta[:, : own.stop]), (second * grad)[:, own.stop :]], 1)
+        return Bend(Arrowhead(diagonal, columns), block)
+
+    def _curved(self, theta: Tensor) -> tuple[Tensor, Curved, slice]:
+        """Return the weights, their log scales, and where in theta the parameters are."""
+        assert self._scales is not None
+        start, stop = self.network.dim, self.spec.dim
+        return theta[:, :start], self._scales.curved(theta[:, :stop]), slice(start, stop)
+
+    def _own(self, values: Tensor) -> Tensor:
+        return values[:, self.network.dim : self.spec.dim]
+
+    def _joined(self, of_weights: Tensor, values: Tensor) -> Tensor:
+        return torch.cat([of_weights, values[:, self.network.dim :]], 1)
 
     def describe(self) -> list[dict[str, Any]]:
         """Say what the distributions are at two settings of the parameters."""
@@ -810,14 +935,14 @@ class FlatPrior:
 
         Elementwise and increasing; weights with inferred prior parameters are mapped given the parameters.
         """
-        parts = [self._block_to_normal(block, theta[..., block.where]) for block in self._blocks]
+        parts = [block.to_normal(theta[..., block.where]) for block in self._blocks]
         if self._weights is not None:
             parts.insert(0, self._weights.to_normal(theta[..., : self._weights.spec.dim]))
         return torch.cat(parts, -1)
 
     def from_normal(self, z: Tensor) -> Tensor:
         """Map standard normal coordinates back to ``theta``."""
-        parts = [self._block_from_normal(block, z[..., block.where]) for block in self._blocks]
+        parts = [block.from_normal(z[..., block.where]) for block in self._blocks]
         if self._weights is not None:
             start, stop = self._weights.network.dim, self._weights.spec.dim
             given = torch.cat(parts, -1)[..., : stop - start]
@@ -844,36 +969,89 @@ class FlatPrior:
             return jvp(self.from_normal, (z,), (vectors,))[1]
         return vectors * self._derivative(z)
 
+    def slope(self, z: Tensor) -> Arrowhead:
+        """Return d theta / d z at z ``(batch, dim)``; differentiable again."""
+        if self._weights is None:
+            return Arrowhead(self._derivatives(z)[0], None)
+        if self._weights.closed:
+            return self._weights.slope(self.from_normal(z), self._derivatives(z)[0])
+        return self._arrowhead(self.from_normal, z)
+
+    def turn(self, z: Tensor, v: Tensor) -> Arrowhead:
+        """Return the derivative by z of ``slope(z)`` v, v fixed, ``(batch, dim)`` both."""
+        if self._weights is None:
+            return Arrowhead(self._derivatives(z)[1] * v, None)
+        if self._weights.closed:
+            return self._weights.turn(self.from_normal(z), v, *self._derivatives(z))
+        return self._arrowhead(lambda z: self.push(z, v), z)
+
+    def bend(self, z: Tensor, grad: Tensor) -> Bend:
+        """Return the derivative by z of ``pull(z, grad)``, ``grad`` fixed, ``(batch, dim)`` both."""
+        if self._weights is None:
+            return Bend(Arrowhead(self._derivatives(z)[1] * grad, None), None)
+        if self._weights.closed:
+            return self._weights.bend(self.from_normal(z), grad, *self._derivatives(z))
+        return self.bend_of(lambda z: self.pull(z, grad), z)
+
+    def bend_of(self, function: Callable[[Tensor], Tensor], z: Tensor) -> Bend:
+        """Return the derivative of a gradient by z ``(batch, dim)``, by automatic differentiation.
+
+        Of a function in which weights meet no other weights: one forward derivative for all of them, and one for each
+        parameter of the prior.
+        """
+        along, *each = self._partials(function, z).unbind(0)
+        if not each:
+            return Bend(Arrowhead(along, None), None)
+        start, stop = self._given
+        columns = torch.stack(each, -1)  # (batch, dim, parameters)
+        diagonal = torch.cat([along[:, :start], torch.zeros_like(along[:, start:stop]), along[:, stop:]], 1)
+        return Bend(Arrowhead(diagonal, columns[:, :start]), columns[:, start:stop])
+
+    def _arrowhead(self, function: Callable[[Tensor], Tensor], z: Tensor) -> Arrowhead:
+        """Return the derivative of a function that mixes coordinates as `from_normal` does, by the same derivatives."""
+        arrow, block = self.bend_of(function, z)
+        assert block is not None
+        start, stop = self._given
+        own = block.diagonal(dim1=1, dim2=2)
+        return arrow._replace(diagonal=torch.cat([arrow.diagonal[:, :start], own, arrow.diagonal[:, stop:]], 1))
+
+    def _partials(self, function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+        """Return derivatives along all coordinates but the prior's parameters, and along each of those.
+
+        ``(1 + parameters, batch, dim)``.
+        """
+        start, stop = self._given
+        along = torch.ones(1, self.dim, device=z.device, dtype=z.dtype)
+        along[:, start:stop] = 0
+        each = torch.eye(self.dim, device=z.device, dtype=z.dtype)[start:stop]
+
+        def derivative(direction: Tensor) -> Tensor:
+            return jvp(function, (z,), (direction.expand_as(z),))[1]
+
+        if start == stop:
+            return derivative(along[0]).unsqueeze(0)
+        return torch.func.vmap(derivative)(torch.cat([along, each]))
+
+    @property
+    def _given(self) -> tuple[int, int]:
+        """Where the parameters of the prior are, which the weights before them meet."""
+        return (0, 0) if self._weights is None else (self._weights.network.dim, self._weights.spec.dim)
+
+    def _derivatives(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both derivatives of `from_normal`; 1 and 0 for weights that follow parameters of the prior."""
+        pairs = [block.derivatives(z[..., block.where]) for block in self._blocks]
+        if self._weights is not None:
+            weights = z[..., : self._weights.network.dim]
+            pairs.insert(0, (torch.ones_like(weights), torch.zeros_like(weights)))
+        if len(pairs) == 1:
+            return pairs[0]
+        first, second = zip(*pairs, strict=True)
+        return torch.cat(first, -1), torch.cat(second, -1)
+
     def _derivative(self, z: Tensor) -> Tensor:
         """Return d theta / d z of elementwise coordinates, ``(..., dim)``; differentiable again."""
         normal = self._normal
-        if normal is not None:
-            return normal.scale.expand_as(z)
-        return jvp(self.from_normal, (z,), (torch.ones_like(z),))[1]
-
-    @staticmethod
-    def _block_to_normal(block: _Block, theta: Tensor) -> Tensor:
-        d = block.distribution
-        if isinstance(d, td.Normal):
-            return (theta - d.loc) / d.scale
-        if block.table is not None:
-            return block.table.to_normal(theta.double()).to(theta.dtype)
-        d = rebuild(d, lambda v: v.double())
-        value = theta.double().exp() if block.log else theta.double()
-        # Neither tail may round to probability zero or one: z is kept between -37 and 8.
-        p = d.cdf(value).clamp(_TINY, 1 - _EPSILON)
-        return torch.special.ndtri(p).to(theta.dtype)
-
-    @staticmethod
-    def _block_from_normal(block: _Block, z: Tensor) -> Tensor:
-        d = block.distribution
-        if isinstance(d, td.Normal):
-            return d.loc + d.scale * z
-        if block.table is not None:
-            return block.table.from_normal(z.double()).to(z.dtype)
-        d = rebuild(d, lambda v: v.double())
-        value = d.icdf(torch.special.ndtr(z.double()).clamp(_TINY, 1 - _EPSILON))
-        return (value.log() if block.log else value).to(z.dtype)
+        return self._derivatives(z)[0] if normal is None else normal.scale.expand_as(z)
 
     # ------------------------------------------------ storage
 

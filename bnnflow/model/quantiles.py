@@ -90,6 +90,17 @@ class QuantileTable:
         height = self._height(z, self._cell(z))
         return self._loc + self._scale * height.sinh() if self._signed else height + self._scale.log()
 
+    def derivatives(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the first and second derivative of `from_normal`, ``(..., k)`` float64 each; differentiable again."""
+        cell = self._cell(z)
+        a, b, *_ = self._coefficients[self._owner, cell].unbind(-1)
+        slope, bend = self._slope(z, cell), 6 * a * (z - self._left(cell)) + 2 * b
+        if not self._signed:
+            return slope, bend
+        height = self._height(z, cell)
+        first = self._scale * height.cosh() * slope
+        return first, self._scale * (height.sinh() * slope * slope + height.cosh() * bend)
+
     def to_normal(self, value: Tensor) -> Tensor:
         """Map values ``(..., k)`` float64, the logarithms of positive ones, to normal coordinates."""
         height = ((value - self._loc) / self._scale).asinh() if self._signed else value - self._scale.log()

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnnflow.forward_mode import jvp
 from bnnflow.model import BayesianModel
 from bnnflow.model.factored import Factor, MatrixFactor
 from bnnflow.transport.source import Source
@@ -49,46 +48,53 @@ class Context:
     @property
     def has_hessian(self) -> bool:
         """Whether `hessian` returns anything, at no cost."""
-        return self.model.has_hessian and not hasattr(self.model.prior, "conditional")
+        return self.model.has_hessian
 
     @property
     def has_gauss_newton_slope(self) -> bool:
         """Whether `gauss_newton_slope` returns anything, at no cost."""
-        return self.model.has_gauss_newton_slope and self._prior.scale is not None
+        return self.model.has_gauss_newton_slope
 
     def hessian(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the gradient of u and its Hessian, ``(batch, dim)`` and ``(batch, dim, dim)``, in closed form.
 
-        None where the model has none, or where the coordinates of weights depend on other coordinates, as under a
-        hierarchical prior.
+        None where the model has none.
         """
         if not self.has_hessian:
             return None
         z = self.source.to_prior(x)
         theta = self._prior.from_normal(z)
         grad, hessian = self.model.log_likelihood_hessian(theta, self.rows)  # type: ignore[misc]
-        return self._finish(x, z, theta, grad), self._finish_second(z, grad, hessian)
+        second = self._prior.slope(z).both(hessian)
+        return self._finish(x, z, theta, grad), self._finish_second(z, grad, second)
 
     def gauss_newton_slope(self, x: Tensor, v: Tensor) -> Tensor | None:
         """Return the derivative of grad u - (A^T A + ``source.excess``) v at fixed v, ``(batch, dim, dim)``.
 
         As in `gauss_newton`, in closed form. Row i is that of element i; the matrix is not symmetric. None where the
-        model has none, and where weights are no affine functions of x.
+        model has none.
         """
         if not self.has_gauss_newton_slope:
             return None
-        z = self.source.to_prior(x)
-        by_theta = self._prior.push(z, self.source.pull(v))
-        slope = self.model.gauss_newton_slope(self._prior.from_normal(z), by_theta, self.rows)
-        assert slope is not None
-        return self._finish_second(z, torch.zeros_like(z), slope)  # affine coordinates do not bend
+        z, v = self.source.to_prior(x), self.source.pull(v)
+        theta, slope = self._prior.from_normal(z), self._prior.slope(z)
+        by_theta = slope.times(v)
+        second = self.model.gauss_newton_slope(theta, by_theta, self.rows)
+        assert second is not None
+        if self._affine:
+            return self._finish_second(z, torch.zeros_like(z), slope.both(second))
+        # As x moves, so does the direction v in theta, and what is left of the gradient is pulled back differently.
+        grad, factor = self.model.gauss_newton(theta, self.rows)
+        left = grad - MatrixFactor(factor).transposed(MatrixFactor(factor).times(by_theta))
+        turned = self._prior.turn(z, v).right(factor.mT @ factor)
+        return self._finish_second(z, left, slope.left(slope.right(second) - turned))
 
     def gauss_newton(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradient of u and a factor A, ``(batch, rows, dim)``: -u'' ~ A^T A + ``source.excess``."""
         z = self.source.to_prior(x)
         theta = self._prior.from_normal(z)
         grad, factor = self.model.gauss_newton(theta, self.rows)
-        factor = self._prior.pull(z.unsqueeze(-2), factor) * self._inverse_temperature**0.5
+        factor = self._prior.slope(z).right(factor) * self._inverse_temperature**0.5
         return self._finish(x, z, theta, grad), self.source.pull(factor)
 
     def gauss_newton_factored(self, x: Tensor) -> tuple[Tensor, Factor]:
@@ -136,21 +142,28 @@ class Context:
         return grad if self.source.is_prior else self.source.pull(grad - z) + x
 
     def _finish_second(self, z: Tensor, grad: Tensor, second: Tensor) -> Tensor:
-        """Turn the derivative of a gradient of the log likelihood by theta into that of u by x, in its memory."""
+        """Turn the second derivative by z of the log likelihood alone into that of u by x, in its memory.
 
-        def by_prior(z: Tensor) -> Tensor:
-            return self._by_prior(z, self._prior.from_normal(z), grad)
-
-        ones = torch.ones_like(z)
-        bend = jvp(by_prior, (z,), (ones,))[1]  # of coordinates and prior: elementwise
-        slope = self._prior.push(z, ones)  # d theta / d z
-        second.mul_(self._inverse_temperature * slope.unsqueeze(-1)).mul_(slope.unsqueeze(-2))
-        diagonal = second.diagonal(dim1=-2, dim2=-1).add_(bend)
+        Args:
+            z: coordinates of the prior.
+            grad: the gradient by theta that belongs to it.
+            second: its derivative by theta, carried to z.
+        """
+        second.mul_(self._inverse_temperature)
+        if self._inverse_temperature != 1:  # with the curvature of the prior
+            self._prior.bend_of(lambda z: self._by_prior(z, self._prior.from_normal(z), grad), z).add_to(second)
+        elif not self._affine:
+            self._prior.bend(z, grad).add_to(second)
         if not self.source.is_prior:
-            diagonal.sub_(1)
+            second.diagonal(dim1=-2, dim2=-1).sub_(1)
             second = self.source.pull(self.source.pull(second).mT).mT  # root (. - I) root
             second.diagonal(dim1=-2, dim2=-1).add_(1)
         return second
+
+    @property
+    def _affine(self) -> bool:
+        """Whether theta is an affine function of x."""
+        return self._prior.scale is not None
 
     def _by_prior(self, z: Tensor, theta: Tensor, grad: Tensor) -> Tensor:
         """Temper the gradient of the log likelihood by theta, and turn it into one by z."""
