@@ -989,7 +989,7 @@ def test_a_kept_jacobian_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     first += (kept.outputs(theta, x),)
     with torch.inference_mode():
         first += (kept.outputs(theta, x),)
-    monkeypatch.setattr("bnnflow.model.linearised.LARGEST_BLOCK", 0)
+    monkeypatch.setattr("bnnflow.model.network.LARGEST_BLOCK", 0)
     second = fresh.outputs(theta, x - 1), fresh.log_joint_and_grad(theta)
     second += (fresh.outputs(theta, x - 1), *(fresh.outputs(theta, x) for _ in range(3)))
     torch.testing.assert_close(first, second, rtol=1e-10, atol=1e-10)

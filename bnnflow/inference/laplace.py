@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,7 +28,7 @@ __all__ = ["Laplace", "find_mode", "gauss_newton_precision", "prior_precision"]
 LARGEST_FULL = 8000
 """Largest number of coordinates with a full covariance: a float64 matrix of them takes 512 MB, and three are needed."""
 
-_ENTRIES = 2**24  # of a block of rows of the Jacobian, 128 MB in float64
+_COPIES = 24  # of what a network writes, that the tape of its gradient keeps; measured on convolutions
 _NEWTON_STEPS = 50
 _FAR = 0.25  # of the spread of predictions, by which a mode may differ from the network that it was found from
 _SMALL = 1e-3  # nats that a Newton step from a mode may still promise
@@ -100,7 +99,7 @@ class Laplace:
     def sample(self, model: BayesianModel, run: Run) -> Draws:
         """Find the mode and draw from the Gaussian; see `bnnflow.sample`. ``chains`` only shapes the draws."""
         run.refuse(self, "structure and starts", "warmup", "checkpoint")
-        free = self._check(model)
+        names = self._check(model)
         start, given = first_points(model, run.init, self.starts, run.generator), isinstance(run.init, Tensor)
         steps = 0 if given else self.steps
         start = maximise(model, start, steps, self.learning_rate, run.progress, "Laplace")
@@ -110,7 +109,7 @@ class Laplace:
         info["gradients_per_chain"] = steps * self.starts + info["gradients"]
         if given:
             info["moved"] = _moved(double, best.double(), mode)
-        exact = self._posterior(double, mode, free)
+        exact = self._posterior(double, mode, names)
         posterior = _in_dtype(exact, model.dtype)
 
         chains, draws = run.chains or 4, run.draws or 1000
@@ -126,39 +125,41 @@ class Laplace:
         theta = theta.unflatten(0, (chains, draws))
         return Draws(theta, log_joint, log_evidence=evidence, posterior=posterior, info=info)
 
-    def _check(self, model: BayesianModel) -> Tensor:
-        """Return the indices of the free coordinates; raise before any work if the method cannot be had."""
-        free = torch.arange(model.dim, device=model.device)
+    def _check(self, model: BayesianModel) -> tuple[str, ...]:
+        """Return the tensors that are not held at the mode; raise before any work if the method cannot be had."""
         if self.hessian == "ggn" and not hasattr(model.likelihood, "fisher_factor"):
             raise ValueError(
                 f"{type(model.likelihood).__name__} has no fisher_factor for a Gauss-Newton matrix; use hessian='exact'"
             )
-        if self.structure == "last_layer":
-            free = _last_layer(model)
+        names = _last_layer(model) if self.structure == "last_layer" else model.spec.names
         if self.structure == "kronecker":
             _import_laplace()
             if not isinstance(model.likelihood, likelihoods.Gaussian | likelihoods.Categorical):
                 name = type(model.likelihood).__name__
                 raise ValueError(f"structure='kronecker' is for Gaussian and Categorical likelihoods, not {name}")
-        if self.structure in ("full", "last_layer") and len(free) > LARGEST_FULL:
+        size = len(_indices(model, names))
+        if self.structure in ("full", "last_layer") and size > LARGEST_FULL:
             raise ValueError(
-                f"structure={self.structure!r} is for up to {LARGEST_FULL} coordinates, this model has {len(free)}; "
+                f"structure={self.structure!r} is for up to {LARGEST_FULL} coordinates, this model has {size}; "
                 "use structure='diagonal' or 'kronecker'"
             )
-        return free
+        return names
 
-    def _posterior(self, model: BayesianModel, mode: Tensor, free: Tensor) -> Gaussian | KroneckerGaussian | Restricted:
+    def _posterior(
+        self, model: BayesianModel, mode: Tensor, names: tuple[str, ...]
+    ) -> Gaussian | KroneckerGaussian | Restricted:
         if self.structure == "kronecker":
             return _kronecker(model, mode)
         if self.hessian == "exact":
             precision = exact_precision(model, mode, diagonal=self.structure == "diagonal")
         else:
-            precision = gauss_newton_precision(model, mode, free, diagonal=self.structure == "diagonal")
+            precision = gauss_newton_precision(model, mode, names, diagonal=self.structure == "diagonal")
         if precision.dim() == 1:
             if not bool((precision > 0).all()):
                 raise ValueError(_INDEFINITE.format(float(precision.min())))
             return Gaussian(mode, precision.rsqrt())
         try:
+            free = _indices(model, names)
             gaussian = Gaussian.of_precision(mode[free], precision)
         except RuntimeError as error:
             least = float(torch.linalg.eigvalsh(precision)[0])
@@ -254,22 +255,22 @@ def _line_search(model: BayesianModel, theta: Tensor, step: Tensor) -> tuple[Ten
 
 
 def gauss_newton_precision(
-    model: BayesianModel, theta: Tensor, free: Tensor | None = None, *, diagonal: bool = False
+    model: BayesianModel, theta: Tensor, names: Collection[str] | None = None, *, diagonal: bool = False
 ) -> Tensor:
-    """Return the Gauss-Newton matrix of -log_joint at ``theta`` ``(dim,)``, over the coordinates ``free``.
+    """Return the Gauss-Newton matrix of -log_joint at ``theta`` ``(dim,)``, over these tensors; over all if None.
 
-    The rows of data are taken in blocks, so that memory is bounded whatever their number.
+    The rows of data are taken in blocks, so that memory is bounded whatever their number and whatever the network.
 
     Returns:
         ``(k, k)``, or its diagonal ``(k,)``.
     """
-    free = torch.arange(model.dim, device=theta.device) if free is None else free
-    prior = prior_precision(model, theta)[free]
-    total = torch.zeros_like(prior) if diagonal else torch.zeros(len(free), len(free)).to(prior)
-    whole = len(free) == model.dim
-    for block in _blocks(model, theta):
-        factor = block.gauss_newton(theta.unsqueeze(0))[1][0].detach()  # (rows, dim)
-        factor = factor if whole else factor[:, free]
+    names = model.spec.names if names is None else names
+    prior = prior_precision(model, theta)[_indices(model, names)]
+    total = torch.zeros_like(prior) if diagonal else torch.zeros(len(prior), len(prior)).to(prior)
+    with torch.no_grad():
+        outputs = model.outputs(theta, model.x[:1]).shape[-1]
+    for block in model.row_blocks(copies=2 * (1 + outputs), entries=4 * outputs * len(prior)):
+        factor = block.gauss_newton(theta.unsqueeze(0), names=names)[1][0].detach()  # (rows, k)
         if diagonal:
             total += factor.square().sum(0)
         else:
@@ -277,15 +278,12 @@ def gauss_newton_precision(
     return (total + (prior if diagonal else prior.diag())) / model.temperature
 
 
-def _blocks(model: BayesianModel, theta: Tensor) -> Iterator[BayesianModel]:
-    """Cut a model's data into models of a few rows, whose likelihoods multiply to the whole."""
-    with torch.no_grad():
-        outputs = model.outputs(theta, model.x[:1]).shape[-1]
-    size = max(1, _ENTRIES // (model.dim * outputs))
-    for start in range(0, len(model.x), size):
-        block = copy.copy(model)
-        block.x, block.y = model.x[start : start + size], model.y[start : start + size]
-        yield block
+def _indices(model: BayesianModel, names: Collection[str]) -> Tensor:
+    """Return the coordinates of some tensors, in their order."""
+    spec = model.spec
+    chosen = [spec.slices[name] for name in spec.names if name in names]
+    where = [torch.arange(each.start, each.stop, device=model.device) for each in chosen]
+    return torch.cat([torch.arange(0, device=model.device), *where])
 
 
 def prior_precision(model: BayesianModel, theta: Tensor) -> Tensor:
@@ -310,27 +308,35 @@ def prior_precision(model: BayesianModel, theta: Tensor) -> Tensor:
 
 
 def exact_precision(model: BayesianModel, theta: Tensor, *, diagonal: bool) -> Tensor:
-    """Return the Hessian of -log_joint at ``theta`` ``(dim,)``, or its diagonal, by forward over reverse mode."""
-    rows, chunk = [], max(1, _ENTRIES // (len(model.x) * 64 + model.dim))
-    basis = torch.eye(model.dim, dtype=theta.dtype, device=theta.device)
-    for start in range(0, model.dim, chunk):
-        directions = basis[start : start + chunk]
-        at = theta.expand_as(directions).clone()  # forward mode writes to it
-        hessian = -jvp(lambda points: model.log_joint_and_grad(points)[1], (at,), (directions,))[1]
-        rows.append(hessian.detach()[:, start:].diagonal() if diagonal else hessian.detach())
-    whole = torch.cat(rows)
-    return whole if diagonal else 0.5 * (whole + whole.T)
+    """Return the Hessian of -log_joint at ``theta`` ``(dim,)``, or its diagonal, by reverse mode twice.
+
+    The rows of data are taken in blocks, so that memory is bounded whatever their number and whatever the network.
+    """
+    total = _derivatives(lambda at: model.flat_prior.log_prob_and_grad(at)[1], theta, diagonal)
+    for block in model.row_blocks(copies=_COPIES):
+        total += _derivatives(block.log_likelihood_grad, theta, diagonal)
+    precision = -total / model.temperature
+    return precision if diagonal else 0.5 * (precision + precision.T)
 
 
-def _last_layer(model: BayesianModel) -> Tensor:
-    """Return the indices of the last layer's weights and of the extras."""
+def _derivatives(grad: Callable[[Tensor], Tensor], theta: Tensor, diagonal: bool) -> Tensor:
+    """Return the derivative of ``grad`` at ``theta`` ``(dim,)``, or its diagonal."""
+    with torch.enable_grad():
+        at = theta.clone().requires_grad_()
+        value = grad(at) + 0 * at  # a constant gradient has a derivative too
+        # One by one: batched over the directions, convolutions take several times the memory and more time.
+        rows = (torch.autograd.grad(each, at, retain_graph=True)[0] for each in value)
+        return torch.stack([row[i] for i, row in enumerate(rows)] if diagonal else list(rows))
+
+
+def _last_layer(model: BayesianModel) -> tuple[str, ...]:
+    """Return the last layer's tensors, and the extras."""
     spec = model.spec
     names = [name for name in spec.names if name not in spec.extras]
     last = spec.layers[-1].weight if spec.layers else names[-1]
     module = last.rpartition(".")[0]
     chosen = [name for name in names if name.rpartition(".")[0] == module]
-    where = torch.cat([torch.arange(spec.slices[n].start, spec.slices[n].stop) for n in (*chosen, *spec.extras)])
-    free = where.to(model.device)
+    free = _indices(model, chosen)
     if not spec.layers:  # an unlabelled network: make sure that these tensors do come last
         theta = torch.zeros(3, model.dim, dtype=model.dtype, device=model.device)
         theta[:] = torch.linspace(-1, 1, model.dim, dtype=model.dtype, device=model.device)
@@ -338,7 +344,7 @@ def _last_layer(model: BayesianModel) -> Tensor:
         zero, one, two = model.outputs(theta, model.x[:8])
         if not torch.allclose(two - one, one - zero, rtol=1e-3, atol=1e-4):
             raise ValueError(f"structure='last_layer': the outputs are not affine in {chosen}; use another structure")
-    return free
+    return (*chosen, *spec.extras)
 
 
 def _in_dtype(posterior: Any, dtype: torch.dtype) -> Any:
@@ -392,8 +398,7 @@ def _kronecker(model: BayesianModel, mode: Tensor) -> KroneckerGaussian:
         right.append(vectors[1].detach())
         precision.append(((likelihood + prior[spec.slices[name]].mean()) / model.temperature).detach())
     if spec.extras:
-        extras = torch.arange(spec.slices[spec.extras[0]].start, model.dim, device=mode.device)
-        own = gauss_newton_precision(model, mode, extras, diagonal=True)
+        own = gauss_newton_precision(model, mode, spec.extras, diagonal=True)
         left.append(torch.eye(len(own)).to(own))
         right.append(torch.ones(1, 1).to(own))
         precision.append(own.unsqueeze(-1))

@@ -6,7 +6,7 @@ import copy
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -21,7 +21,7 @@ from bnnflow.model.factored import FactoredJacobian
 from bnnflow.model.fused import FusedDensity, plain, recorded, stratified_rows
 from bnnflow.model.hessian import ChainHessian, Curvature
 from bnnflow.model.linearised import LinearisedNetwork
-from bnnflow.model.network import ChainNetwork, ModuleNetwork, Pullback
+from bnnflow.model.network import ChainNetwork, ModuleNetwork, Pullback, at_once
 from bnnflow.model.priors import Extra, FlatPrior, as_prior, elementwise, extras_of, positive_extras, rebuild
 from bnnflow.types import HierarchicalPrior, Likelihood, Prior, Seed
 from bnnflow.weights import WeightSpec, free_parameters, unwrapped
@@ -443,15 +443,35 @@ class BayesianModel:
         if not self._extras:
             return grad
         by_name = [grad_parameters[name].flatten(1) for name in self.likelihood.parameters]
-        missing = self.dim - grad.shape[-1] - sum(each.shape[-1] for each in by_name)
+        missing = sum(math.prod(extra.shape) for extra in self._extras if _of_prior(extra))
         return torch.cat([grad, grad.new_zeros(len(grad), missing), *by_name], -1)
 
-    def gauss_newton(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def row_blocks(self, *, copies: int = 1, entries: int = 0) -> Iterator[BayesianModel]:
+        """Cut the data into models of a few rows, so that what is made of one is bounded in memory.
+
+        Their likelihoods multiply to that of all rows; the prior is in each.
+
+        Args:
+            copies: how often what one network writes for a row is held, as once for every direction of a derivative.
+            entries: numbers that are made of each row beside these.
+        """
+        size, _ = at_once(len(self.x), copies * self.network.elements(self.x) + entries)
+        for part in _stretches(len(self.x), size):
+            block = copy.copy(self)
+            block.x, block.y = self.x[part], self.y[part]
+            block.network = self.network  # which knows no data
+            yield block
+
+    def gauss_newton(
+        self, theta: Tensor, rows: Tensor | None = None, *, names: Collection[str] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Linearise the likelihood: the Gauss-Newton matrix of -log likelihood is A^T A.
 
         Args:
             theta: ``(batch, dim)``.
             rows: use only these rows of the data, int64 ``(m,)``, scaled to all of them.
+            names: take the derivatives by these tensors of the network only, in the order of theta; the parameters of
+                prior and likelihood follow them all the same.
 
         Returns:
             The gradient of the log likelihood ``(batch, dim)``, and the factor A ``(batch, rows, dim)``: the
@@ -464,7 +484,7 @@ class BayesianModel:
             raise ValueError(f"{type(self.likelihood).__name__} has no fisher_factor")
         rows, scale = self._batch(theta, rows)
         x, y = (self.x, self.y) if rows is None else (self.x[rows], self.y[rows])
-        outputs, jacobian = self.network.jacobian(theta, x)  # (batch, n, out, network dim)
+        outputs, jacobian = self.network.jacobian(theta, x, names=names)  # (batch, n, out, network dim)
         parameters = self.likelihood_parameters(theta)
         grad_outputs, grad_parameters = self._score(outputs, y, parameters)
         factor, information = self.likelihood.fisher_factor(outputs, parameters)  # type: ignore[attr-defined]
@@ -482,7 +502,7 @@ class BayesianModel:
                 start = sum(column.shape[-1] for column in columns)
                 columns.append(by_weights.new_zeros(batch, size, each.shape[-1]))
                 extra = torch.diag_embed(each.sqrt())  # (batch, size, size)
-                below.append(torch.nn.functional.pad(extra, (start, self.dim - start - each.shape[-1])))
+                below.append(torch.nn.functional.pad(extra, (start, grad.shape[-1] - start - each.shape[-1])))
         whole = torch.cat([torch.cat(columns, -1), *below], 1)
         return (grad, whole) if scale == 1 else (scale * grad, scale**0.5 * whole)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
 from bnnflow.forward_mode import jvp
-from bnnflow.model.network import LARGEST_BLOCK, ChainNetwork, ModuleNetwork, Pullback, at_once
+from bnnflow.model.network import ChainNetwork, ModuleNetwork, Pullback, at_once
 
 __all__ = ["LinearisedNetwork"]
 
@@ -51,11 +53,17 @@ class LinearisedNetwork:
         anchors = self._anchor.expand_as(theta)
         return outputs, self._network.pullback(anchors, x, per_network=per_network, reuse=reuse)[1]
 
-    def jacobian(self, theta: Tensor, x: Tensor, *, per_network: bool = False) -> tuple[Tensor, Tensor]:
+    def jacobian(
+        self, theta: Tensor, x: Tensor, *, per_network: bool = False, names: Collection[str] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the outputs and their derivative by the weights, ``(batch, n, out, dim)``, the same everywhere."""
         anchors = self._anchor.expand_as(theta if per_network else theta[:1])
-        jacobian = self._network.jacobian(anchors, x, per_network=per_network)[1]
+        jacobian = self._network.jacobian(anchors, x, per_network=per_network, names=names)[1]
         return self(theta, x, per_network=per_network), jacobian.expand(len(theta), *jacobian.shape[1:])
+
+    def elements(self, x: Tensor) -> int:
+        """Return how many numbers one network writes for one row of ``x`` ``(n, ...)``."""
+        return self._network.elements(x)
 
     def at_once(self, x: Tensor, n: int) -> tuple[int, int]:
         """Return how many of ``n`` rows, and networks, fit in a moderate amount of memory.
@@ -77,7 +85,7 @@ class LinearisedNetwork:
                 return None
             with torch.no_grad():
                 one = self._network(self._anchor.unsqueeze(0), x[:1])
-                if len(x) * one.shape[-1] * len(self._anchor) > LARGEST_BLOCK:
+                if at_once(len(x), one.shape[-1] * len(self._anchor))[0] < len(x):
                     return None
                 outputs, jacobian = self._network.jacobian(self._anchor.unsqueeze(0), x)
             self._kept = kept = (x, x._version, outputs[0], jacobian[0])

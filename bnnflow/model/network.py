@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -84,9 +84,13 @@ class ChainNetwork:
             return self._fused.outputs(theta, x, per_network)
         return self._forward(theta, x, per_network)[-1].value.mT
 
+    def elements(self, x: Tensor) -> int:
+        """Return how many numbers one network writes for one row of ``x`` ``(n, ...)``."""
+        return 2 * sum(self._spec.shapes[layer.weight][0] for layer in self._layers)
+
     def at_once(self, x: Tensor, n: int) -> tuple[int, int]:
-        """Return how many of ``n`` rows, and networks, fit in a moderate amount of memory."""
-        return at_once(n, 2 * sum(self._spec.shapes[layer.weight][0] for layer in self._layers))
+        """Return how many of ``n`` rows like those of ``x``, and networks, stay within the largest block."""
+        return at_once(n, self.elements(x))
 
     def hidden(self, theta: Tensor, x: Tensor) -> dict[str, Tensor]:
         """Return the activations of every hidden layer by label, ``(batch, width, n)``."""
@@ -139,25 +143,31 @@ class ChainNetwork:
         residual = fitted - y
         return 0.5 * residual.double().square().sum((1, 2)), pull(residual)
 
-    def jacobian(self, theta: Tensor, x: Tensor, *, per_network: bool = False) -> tuple[Tensor, Tensor]:
-        """Return the outputs and their derivative by the weights, ``(batch, n, out, dim)``."""
+    def jacobian(
+        self, theta: Tensor, x: Tensor, *, per_network: bool = False, names: Collection[str] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the outputs and their derivative by the weights, or some of them, ``(batch, n, out, dim)``."""
         tape = self._forward(theta, x, per_network)
         params = self._params(theta)
+        wanted = [name for name in self._spec.names if name in params and (names is None or name in names)]
         out, n = tape[-1].value.shape[-2:]
         batch = theta.shape[0]
         # delta[b, k, j, i]: derivative of output k by pre-activation j, at row i
         delta = torch.eye(out, dtype=theta.dtype, device=theta.device).reshape(1, out, out, 1).expand(batch, -1, -1, n)
         blocks: dict[str, Tensor] = {}
         for layer, step in zip(reversed(self._layers), reversed(tape), strict=True):
+            if blocks.keys() >= set(wanted):
+                break  # the layers below are not asked for
             delta = delta * layer.activation.derivative(step.a, step.value).unsqueeze(1)
             h = step.h if step.h.dim() == 3 else step.h.expand(batch, *step.h.shape)
-            blocks[layer.weight] = torch.einsum("bkji,bfi->bikjf", delta, h).flatten(3)
-            if layer.bias is not None:
+            if layer.weight in wanted:
+                blocks[layer.weight] = torch.einsum("bkji,bfi->bikjf", delta, h).flatten(3)
+            if layer.bias in wanted:
                 blocks[layer.bias] = delta.permute(0, 3, 1, 2)
             if layer is not self._layers[0]:
                 delta = torch.einsum("bjf,bkji->bkfi", params[layer.weight], delta)
-        names = [name for name in self._spec.names if name in blocks]
-        return tape[-1].value.mT, torch.cat([blocks[name] for name in names], -1)
+        none = theta.new_zeros(batch, n, out, 0)
+        return tape[-1].value.mT, torch.cat([blocks[name] for name in wanted] or [none], -1)
 
     def factored(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Callable[[Tensor], FactoredJacobian]]:
         """Return the outputs, and what makes S^T J of mixtures S of them, ``(batch, n, out, rank)``, without J."""
@@ -262,11 +272,11 @@ class ModuleNetwork:
     """
 
     def __init__(self, net: nn.Module, spec: WeightSpec) -> None:
-        names = tuple(name for name in spec.names if name not in spec.extras)
-        self._shapes = [spec.shapes[name] for name in names]
+        self._names = tuple(name for name in spec.names if name not in spec.extras)
+        self._shapes = [spec.shapes[name] for name in self._names]
         self._sizes = [math.prod(shape) for shape in self._shapes]
         self._dim = sum(self._sizes)
-        self._module = _OwnModule(net, names)
+        self._module = _OwnModule(net, self._names)
         self._costs: dict[tuple[int, ...], _Cost] = {}
 
     def __call__(self, theta: Tensor, x: Tensor, *, per_network: bool = False) -> Tensor:
@@ -302,29 +312,55 @@ class ModuleNetwork:
 
         return torch.stack([tape.detach() for tape in tapes]), pull
 
-    def jacobian(self, theta: Tensor, x: Tensor, *, per_network: bool = False) -> tuple[Tensor, Tensor]:
-        """Return the outputs and their derivative by the weights, ``(batch, n, out, dim)``.
+    def jacobian(
+        self, theta: Tensor, x: Tensor, *, per_network: bool = False, names: Collection[str] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the outputs and their derivative by the weights, or some of them, ``(batch, n, out, dim)``.
 
         Row by row, many at once: with the rows together, each output would be followed back to every row.
         """
+        wanted = [i for i, name in enumerate(self._names) if names is None or name in names]
+        if not wanted:
+            outputs = self(theta, x, per_network=per_network)
+            return outputs, outputs.new_zeros(*outputs.shape, 0)
 
-        def of_row(weights: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-            outputs = self._one(weights, row.unsqueeze(0)).squeeze(0)
+        def of_row(some: tuple[Tensor, ...], others: list[Tensor], row: Tensor) -> tuple[Tensor, Tensor]:
+            params = list(others)
+            for i, param in zip(wanted, some, strict=True):
+                params[i] = param
+            outputs = self._evaluated(params, row.unsqueeze(0)).squeeze(0)
             return outputs, outputs
 
-        of_rows = torch.func.vmap(torch.func.jacrev(of_row, has_aux=True), (None, 0))
-        one = torch.func.vmap(of_rows, _in_dims(per_network))
-        jacobian, outputs = one(theta[:, : self._dim], x)
-        return outputs, jacobian
+        def of_network(weights: Tensor, rows: Tensor) -> Any:
+            params = self._parts(weights)
+            some = tuple(params[i] for i in wanted)
+            return torch.func.vmap(torch.func.jacrev(of_row, has_aux=True), (None, None, 0))(some, params, rows)
+
+        if not self._take_turns(theta, x, per_network):
+            blocks, outputs = torch.func.vmap(of_network, _in_dims(per_network))(theta, x)
+            return outputs, torch.cat([block.flatten(3) for block in blocks], -1)
+        found = [of_network(*each) for each in zip(theta, x if per_network else [x] * len(theta), strict=True)]
+        jacobian = torch.stack([torch.cat([block.flatten(2) for block in blocks], -1) for blocks, _ in found])
+        return torch.stack([outputs for _, outputs in found]), jacobian
+
+    def elements(self, x: Tensor) -> int:
+        """Return how many numbers one network writes for one row of ``x`` ``(n, ...)``."""
+        return self._cost(x).elements
 
     def at_once(self, x: Tensor, n: int) -> tuple[int, int]:
-        """Return how many of ``n`` rows like those of ``x``, and networks, fit in a moderate amount of memory."""
-        return at_once(n, self._cost(x).elements)
+        """Return how many of ``n`` rows like those of ``x``, and networks, stay within the largest block."""
+        return at_once(n, self.elements(x))
 
     def _one(self, theta: Tensor, x: Tensor) -> Tensor:
         """Evaluate the network with one weight vector, ``(dim,) -> (n, out)``."""
+        return self._evaluated(self._parts(theta), x)
+
+    def _parts(self, theta: Tensor) -> list[Tensor]:
+        """Return the tensors within ``(dim,)``."""
         parts = theta[: self._dim].split_with_sizes(self._sizes)
-        params = [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        return [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+    def _evaluated(self, params: Sequence[Tensor], x: Tensor) -> Tensor:
         outputs = self._module.evaluate(params, x)
         if not isinstance(outputs, Tensor):
             raise ValueError(f"the network must return one tensor, got {type(outputs).__name__}")
