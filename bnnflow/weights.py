@@ -592,7 +592,9 @@ def _shapes(net: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in free_parameters(net).items()}
 
 
-_PROBES = torch.linspace(-3, 3, 25, dtype=torch.float64)
+# Where densities are compared: whatever a prior's scale, some of these are less than a decade from it.
+_SCALES = torch.logspace(-8, 8, 17, dtype=torch.float64)
+_PROBES = torch.cat([-_SCALES.flip(0), _SCALES])
 
 
 def _probe_parameters(network: WeightSpec, prior: Prior | HierarchicalPrior) -> tuple[dict[str, Tensor], set[str]]:
@@ -606,7 +608,7 @@ def _probe_parameters(network: WeightSpec, prior: Prior | HierarchicalPrior) -> 
         shape = tuple(distribution.batch_shape) or (1,)
         values = torch.randn(shape, generator=generator, dtype=torch.float64)
         given[name] = values.exp()  # any real parameter may be positive, too
-        probes = _PROBES.exp().reshape(-1, *(1,) * len(shape)).expand(-1, *shape)
+        probes = _SCALES.reshape(-1, *(1,) * len(shape)).expand(-1, *shape)
         density = distribution.log_prob(probes.to(_dtype_of(distribution))).double()
         for axis, label in enumerate(network.parameter_axes(name, shape), start=1):
             if label is not None and not torch.allclose(density, density.narrow(axis, 0, 1), atol=1e-5):
@@ -617,7 +619,7 @@ def _probe_parameters(network: WeightSpec, prior: Prior | HierarchicalPrior) -> 
 def _elementwise_densities(
     network: WeightSpec, prior: Prior | HierarchicalPrior, given: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the log density of every entry of every tensor at the probes, ``(25, *shape)`` each."""
+    """Return the log density of every entry of every tensor at the probes, ``(probes, *shape)`` each."""
     inferred = hasattr(prior, "conditional")
     distributions = (
         prior.conditional(network, given) if inferred else prior.distributions(network)  # type: ignore[union-attr]
@@ -626,7 +628,7 @@ def _elementwise_densities(
     for name, distribution in distributions.items():
         shape, distribution = network.shapes[name], unwrapped(distribution)
         values = _PROBES.reshape(-1, *(1,) * len(shape)).expand(-1, *shape)
-        densities[name] = distribution.log_prob(values.to(_dtype_of(distribution))).double()  # (25, *shape)
+        densities[name] = distribution.log_prob(values.to(_dtype_of(distribution))).double()  # (probes, *shape)
     return densities
 
 
