@@ -16,11 +16,13 @@ from bnnflow.symmetry.connectivity import (
 from bnnflow.symmetry.matching import match, match_activations
 from bnnflow.symmetry.sinkhorn import sinkhorn_rebasin
 from bnnflow.symmetry.spheres import Spheres
+from bnnflow.symmetry.statistics import NetworkLoss
 
 __all__ = [
     "Barrier",
     "Curve",
     "Geodesic",
+    "NetworkLoss",
     "Path",
     "Plane",
     "Spheres",

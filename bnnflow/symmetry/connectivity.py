@@ -24,7 +24,10 @@ from bnnflow.weights import WeightSpec
 __all__ = ["Barrier", "Curve", "Geodesic", "Path", "Plane", "barrier", "barrier_along", "fit_curve", "loss_plane"]
 
 Loss = Callable[[Tensor], Tensor]
-"""Networks to losses, ``(..., dim) -> (...)``, such as ``lambda theta: -model.log_likelihood(theta) / n``."""
+"""Networks to losses, ``(..., dim) -> (...)``, such as ``lambda theta: -model.log_likelihood(theta) / n``.
+
+A model's buffers are those of one network. For networks with running statistics of their own take a `NetworkLoss`.
+"""
 
 
 class Path(Protocol):
