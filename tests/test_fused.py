@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import pickle
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,8 +46,23 @@ OURS: dict[str, tuple[Any, int]] = {  # likelihood, outputs
     "heteroscedastic two": (likelihoods.HeteroscedasticGaussian(0.1), 4),
     "categorical": (likelihoods.Categorical(), 3),
     "bernoulli": (likelihoods.Bernoulli(), 1),
+    "student": (likelihoods.StudentT(), 1),
+    "student two": (likelihoods.StudentT(2.5, 0.3), 2),
+    "poisson": (likelihoods.Poisson(), 1),
+    "negative binomial": (likelihoods.NegativeBinomial(), 2),
+    "dispersed": (likelihoods.NegativeBinomial(0.2), 1),
+    "ordinal": (likelihoods.Ordinal(5), 1),
+    "ordinal three": (likelihoods.Ordinal(3, td.HalfNormal(1.0)), 1),
 }
-LIKELIHOODS = OURS | {"student": (likelihoods.StudentT(), 1), "poisson": (likelihoods.Poisson(), 1)}
+COUNTS = ("poisson", "negative binomial", "dispersed")
+
+
+@dataclass(frozen=True)
+class Own(likelihoods.Gaussian):
+    """A likelihood of one's own, which the compiled code does not know."""
+
+
+LIKELIHOODS = OURS | {"own": (Own(), 1)}
 
 needs_compiler = pytest.mark.skipif(fused._library(F64) is None, reason="no C++ compiler, or BNNFLOW_FUSED=0")
 
@@ -75,10 +91,10 @@ def model_of(
     what, outputs = LIKELIHOODS[likelihood]
     g = generator(1)
     x = torch.randn(n, widths[0], generator=g, dtype=F64)
-    if likelihood == "poisson":
-        y = torch.arange(n) % 5
-    elif likelihood in ("categorical", "bernoulli"):
-        y = torch.arange(n) % (3 if likelihood == "categorical" else 2)
+    if likelihood in COUNTS:
+        y = (torch.arange(n * outputs) ** 2 % 11).reshape(n, outputs)
+    elif what.kind == "classification":
+        y = torch.arange(n) % (2 if likelihood == "bernoulli" else getattr(what, "n_classes", 3))
     else:
         y = torch.randn(n, outputs // (2 if likelihood.startswith("hetero") else 1), generator=g, dtype=F64)
     net = perceptron(*widths, outputs, **options).to(dtype)
@@ -212,7 +228,9 @@ def test_every_number_of_rows(n: int, dtype: torch.dtype) -> None:
     assert_equal_to_torch(model, points(model))
 
 
-@pytest.mark.parametrize("likelihood", ["learned", "categorical", "student"])
+@pytest.mark.parametrize(
+    "likelihood", ["learned", "categorical", "student", "negative binomial", "poisson", "ordinal", "own"]
+)
 def test_rows_of_their_own(likelihood: str) -> None:
     model = model_of(likelihood)
     theta = points(model, 2, 3)
@@ -226,8 +244,18 @@ def test_rows_of_their_own(likelihood: str) -> None:
             model.log_joint_and_grad(theta, torch.tensor([0, row]))
 
 
-@pytest.mark.parametrize("prior", [priors.Laplace(0.4), priors.StudentT(3.0), priors.FanIn()], ids=str)
-@pytest.mark.parametrize("likelihood", ["gaussian", "learned", "learned two"])
+@pytest.mark.parametrize(
+    "prior",
+    [
+        priors.Laplace(0.4, 0.2),
+        priors.StudentT(3.0, 0.5, -0.1),
+        priors.FanIn(),
+        td.Cauchy(0.0, 1.0),
+        priors.Horseshoe(),
+    ],
+    ids=lambda prior: type(prior).__name__,
+)
+@pytest.mark.parametrize("likelihood", ["gaussian", "learned", "learned two", "ordinal"])
 def test_every_prior(likelihood: str, prior: Any) -> None:
     model = model_of(likelihood, prior=prior, temperature=2.0)
     assert_equal_to_torch(model, points(model, 3))
@@ -282,11 +310,43 @@ def test_outputs_and_pullback() -> None:
         model.network(theta, x[:, :2])
 
 
+@needs_compiler
+@pytest.mark.parametrize("likelihood", COUNTS)
+def test_rates_that_overflow_are_no_finite_density(likelihood: str) -> None:
+    for dtype in (F32, F64):
+        model = model_of(likelihood, dtype=dtype)
+        theta = points(model, 3)
+        theta[1, model.spec.slices["2.bias"]] = 1000.0
+        value, _ = model.log_joint_and_grad(theta)
+        expected, _ = by_torch(model, theta)
+        assert value.isfinite().tolist() == expected.isfinite().tolist()
+
+
+@needs_compiler
+def test_every_dispersion() -> None:
+    """Against Poisson's law, where lgamma leaves no digit, and against torch where it leaves all."""
+    model, poisson = model_of("negative binomial"), likelihoods.Poisson()
+    theta = points(model, 6)
+    theta[:, -1] = torch.tensor([-40.0, -20.0, -3.0, 0.0, 3.0, 6.0], dtype=F64)
+    value, grad = model.log_likelihood_and_grad(theta)
+    limit = poisson.log_prob(model.outputs(theta), model.y, {}).sum(-1)
+    torch.testing.assert_close(value[:1], limit[:1], rtol=1e-13, atol=0)
+    assert 1e-9 < float((value - limit)[1].abs()) < 1e-3
+    leaf = theta.clone().requires_grad_()
+    expected = model.log_likelihood(leaf)
+    torch.testing.assert_close(value[2:], expected[2:].detach(), rtol=1e-11, atol=1e-11)
+    (by_theta,) = torch.autograd.grad(expected.sum(), leaf)
+    torch.testing.assert_close(grad[2:], by_theta[2:], rtol=1e-9, atol=1e-9)
+    assert used(model)
+    model.y[0, 0] = fused._LARGEST_COUNT + 1
+    assert not used(copy.copy(model)), "a table of logarithms would cost more than they do"
+
+
 # ---------------------------------------------------------------- extreme weights
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
-@pytest.mark.parametrize("likelihood", OURS)
+@pytest.mark.parametrize("likelihood", [name for name in OURS if name not in COUNTS])
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid", "relu", "silu", "gelu", "gelu_tanh"])
 def test_large_weights_are_finite(activation: str, likelihood: str, dtype: torch.dtype) -> None:
     model = model_of(likelihood, activation=activation, dtype=dtype)
@@ -566,7 +626,9 @@ def used(model: BayesianModel) -> bool:
 def test_the_models_that_are_compiled() -> None:
     assert used(model_of())
     assert used(model_of(dtype=F32).to(dtype=F64))
-    assert not used(model_of("student")), "its network is, its likelihood is torch's"
+    for likelihood in OURS:
+        assert used(model_of(likelihood)), likelihood
+    assert not used(model_of("own")), "its network is, its likelihood is torch's"
     assert not used(model_of(widths=(3, fused._WIDEST + 1)))
     net = nn.Sequential(nn.utils.skip_init(nn.Linear, 3, 4), nn.Mish(), nn.utils.skip_init(nn.Linear, 4, 1))
     x = torch.randn(9, 3, generator=generator())

@@ -47,16 +47,19 @@ typedef std::make_signed_t<Bits> SignedVec __attribute__((vector_size(kBytes)));
 typedef uint32_t Words __attribute__((vector_size(kBytes)));
 
 enum Activation : int64_t { kIdentity, kTanh, kSigmoid, kRelu, kSilu, kGelu, kGeluTanh, kSine };
-enum Likelihood : int64_t { kScore, kGaussian, kHeteroscedastic, kCategorical, kBernoulli };
+enum Likelihood : int64_t {
+    kScore, kGaussian, kHeteroscedastic, kCategorical, kBernoulli, kStudent, kPoisson, kNegativeBinomial, kOrdinal
+};
+enum Family : int64_t { kNormal, kLogHalfNormal, kLaplace, kStudentPrior };
 
 struct Layer {
     int64_t in, out, weight, bias, activation;  // offsets into theta; bias is -1 where there is none
     double frequency;                           // of kSine
 };
 
-struct Prior {  // one stretch of theta; log: theta is the logarithm of a half-normal variable
-    int64_t start, stop, log;
-    const T *loc, *inverse_scale;
+struct Prior {  // one stretch of theta; in kLogHalfNormal theta is the logarithm of a half-normal variable
+    int64_t start, stop, family;
+    const T *loc, *inverse_scale, *df;
     double constant;
 };
 
@@ -64,8 +67,10 @@ struct Problem {
     int64_t n_layers, n_priors, dim;
     const Layer* layers;
     const Prior* priors;
-    int64_t likelihood, n_targets, log_scale;  // log_scale: where theta holds the learned one, or -1
-    double scale;                              // the fixed scale of a Gaussian, the least of a heteroscedastic one
+    int64_t likelihood, n_targets, n_classes;  // n_targets: columns of y
+    int64_t learned;                           // where theta holds the logarithms of the likelihood's parameters, or -1
+    double scale;                              // fixed scale or dispersion; the least scale of a heteroscedastic Gaussian
+    double df, constant;                       // of Student's t: degrees of freedom, log density at zero
 };
 
 struct Call {
@@ -549,6 +554,76 @@ static void bernoulli(const Block& b, Sum& value) {
     }
 }
 
+// Sums of log(1 + z^2 / df), and of z times the standardised score, from which that of the scale follows.
+static void student(const Block& b, T inverse_scale, T df, Sum& value, Sum& by_scale) {
+    for (int64_t k = 0; k < b.units; ++k)
+        for (int64_t r = 0; r < b.width; ++r) {
+            int64_t i = k * b.width + r;
+            Vec z = b.keep((b.y[i] - b.out[i]) * inverse_scale, r), square = z * z;
+            Vec pull = (df + T(1)) * z * inverse(df + square);
+            value.add(log(T(1) + square * (T(1) / df)));
+            by_scale.add(pull * z);
+            b.score[i] = pull * inverse_scale;
+        }
+}
+
+// exp(a), infinite where it would saturate.
+static inline Vec unbounded_exp(Vec a) {
+    return a > splat(kFloat ? T(87.33) : T(708.39)) ? splat(std::numeric_limits<T>::infinity()) : exp(a);
+}
+
+// Counts y with rates exp(out); behind the columns of counts are those of log(y!).
+static void poisson(const Block& b, Sum& value) {
+    for (int64_t i = 0, k = 0; k < b.units; ++k)
+        for (int64_t r = 0; r < b.width; ++r, ++i) {
+            Vec rate = unbounded_exp(b.out[i]);
+            value.add(b.keep(b.y[i] * b.out[i] - rate - b.y[i + b.units * b.width], r));
+            b.score[i] = b.keep(b.y[i] - rate, r);
+        }
+}
+
+// The same with means exp(out) and a dispersion, without what depends on counts and dispersion alone:
+// y out - (y + 1 / dispersion) log(1 + dispersion exp(out)) - log(y!).
+static void negative_binomial(const Block& b, T dispersion, T log_dispersion, Sum& value, Sum& by_log) {
+    const T r = T(1) / dispersion;
+    for (int64_t i = 0, k = 0; k < b.units; ++k)
+        for (int64_t row = 0; row < b.width; ++row, ++i) {
+            Vec y = b.y[i], logit = b.out[i] + log_dispersion;
+            Vec grown = r * softplus(logit), score = y * sigmoid(-logit) - r * sigmoid(logit);
+            value.add(b.keep(y * (b.out[i] - softplus(logit)) - grown - b.y[i + b.units * b.width], row));
+            by_log.add(b.keep(grown + score - y, row));
+            b.score[i] = b.keep(score, row);
+        }
+}
+
+// Ordered classes with cutpoints; sums, of the classes one after another: by the cutpoint above, by that below, rows.
+static void ordinal(const Block& b, int64_t classes, const T* cutpoints, Sum& value, Vec* sums) {
+    for (int64_t r = 0; r < b.width; ++r) {
+        Vec y = b.y[r], above{}, below{};
+        for (int64_t k = 0; k + 1 < classes; ++k) {
+            above = y == splat(T(k)) ? splat(cutpoints[k]) : above;
+            below = y == splat(T(k + 1)) ? splat(cutpoints[k]) : below;
+        }
+        above -= b.out[r], below -= b.out[r];
+        const auto lowest = y == splat(0), highest = y == splat(T(classes - 1));
+        value.add(b.keep((highest ? Vec{} : -softplus(-above)) - (lowest ? Vec{} : softplus(below)), r));
+        Vec by_above = b.keep(highest ? Vec{} : sigmoid(-above), r), by_below = b.keep(lowest ? Vec{} : sigmoid(below), r);
+        b.score[r] = by_below - by_above;
+        for (int64_t k = 0; k < classes; ++k) {
+            const auto here = y == splat(T(k));
+            sums[k] += here ? by_above : Vec{};
+            sums[classes + k] += here ? by_below : Vec{};
+            sums[2 * classes + k] += b.keep(here ? splat(1) : Vec{}, r);
+        }
+    }
+}
+
+static double sum_of(Vec v) {
+    double sum = 0;
+    for (int l = 0; l < kLanes; ++l) sum += v[l];
+    return sum;
+}
+
 // ---------------------------------------------------------------- one chain
 
 static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -569,7 +644,9 @@ struct Plan {
         blocks = divide_up(vectors, width);  // none where there are no rows
     }
 
-    int64_t scratch(const Problem& p) const { return (inputs + 2 * units + 2 * widest) * width + sums(p); }
+    int64_t scratch(const Problem& p) const {
+        return (inputs + 2 * units + 2 * widest) * width + sums(p) + 3 * p.n_classes;
+    }
     int64_t sums(const Problem& p) const { return divide_up(p.dim, kLanes) * kLanes; }
 };
 
@@ -593,11 +670,9 @@ struct Worker {
     void run(int64_t chain) const {
         const T* theta = c.theta + chain * c.theta_stride;
         Vec* sums = scratch + (plan.inputs + 2 * plan.units + 2 * plan.widest) * plan.width;
-        std::fill(sums, sums + plan.sums(p), Vec{});
-        Sum value;
-        bool learned = p.log_scale >= 0;
-        T inverse_scale = p.likelihood == kGaussian ? T(1 / (learned ? std::exp(double(theta[p.log_scale])) : p.scale)) : T(0);
-        for (int64_t block = 0; block < plan.blocks; ++block) block_of_rows(chain, block, theta, inverse_scale, sums, value);
+        Given given(p, theta, sums + plan.sums(p));
+        std::fill(sums, sums + plan.sums(p) + 3 * p.n_classes, Vec{});
+        for (int64_t block = 0; block < plan.blocks; ++block) block_of_rows(chain, block, theta, given, sums);
         if (!c.grad) return;
         T* grad = c.grad + chain * p.dim;
         int64_t i = 0;
@@ -606,15 +681,7 @@ struct Worker {
             Vec rest = sum_lanes(sums + i);
             std::memcpy(grad + i, &rest, (p.dim - i) * sizeof(T));
         }
-        double total = value.total(), targets = double(c.n) * p.n_targets;
-        if (p.likelihood == kGaussian) {
-            double log_scale = learned ? double(theta[p.log_scale]) : std::log(p.scale);
-            if (learned) grad[p.log_scale] = T(c.likelihood_weight * (total - targets));
-            total = -.5 * total - targets * (log_scale + kHalfLog2Pi);
-        } else if (p.likelihood == kHeteroscedastic) {
-            total -= targets * kHalfLog2Pi;
-        }
-        total *= c.likelihood_weight;
+        double total = c.likelihood_weight * finished(chain, theta, given, grad);
         if (c.prior_weight != 0)
             for (int64_t i = 0; i < p.n_priors; ++i) total += c.prior_weight * prior(p.priors[i], theta, grad);
         c.value[chain] = total;
@@ -623,7 +690,85 @@ struct Worker {
   private:
     static constexpr double kHalfLog2Pi = .91893853320467274178;
 
-    void block_of_rows(int64_t chain, int64_t block, const T* theta, T inverse_scale, Vec* sums, Sum& value) const {
+    // What a chain has of the likelihood: its parameters, and what sums over rows.
+    struct Given {
+        double scale = 1, log_scale = 0;  // of noise, or a dispersion
+        T inverse = 0;
+        std::vector<T> cutpoints;
+        Vec* classes;  // see ordinal
+        Sum value, by_parameter;
+
+        Given(const Problem& p, const T* theta, Vec* classes) : classes(classes) {
+            if (p.likelihood == kOrdinal) {
+                double cutpoint = 0;
+                for (int64_t k = 0; k + 1 < p.n_classes; ++k) {
+                    cutpoint += k ? std::exp(double(theta[p.learned + k - 1])) : 0;
+                    cutpoints.push_back(T(cutpoint));
+                }
+                return;
+            }
+            log_scale = p.learned >= 0 ? double(theta[p.learned]) : std::log(p.scale);
+            scale = p.learned >= 0 ? std::exp(log_scale) : p.scale;
+            inverse = T(1 / scale);
+        }
+    };
+
+    // Return the log likelihood from the sums, and set the gradient by the likelihood's parameters.
+    double finished(int64_t chain, const T* theta, const Given& given, T* grad) const {
+        double total = given.value.total(), by_parameter = given.by_parameter.total();
+        const double targets = double(c.n) * p.n_targets;
+        switch (p.likelihood) {
+            case kGaussian:
+                by_parameter = total - targets;
+                total = -.5 * total - targets * (given.log_scale + kHalfLog2Pi);
+                break;
+            case kHeteroscedastic: total -= targets * kHalfLog2Pi; break;
+            case kStudent:
+                by_parameter -= targets;
+                total = targets * (p.constant - given.log_scale) - .5 * (p.df + 1) * total;
+                break;
+            case kNegativeBinomial: dispersed(chain, given.scale, total, by_parameter); break;
+            case kOrdinal: return total + gaps(theta, given, grad);
+        }
+        if (p.learned >= 0) grad[p.learned] = T(c.likelihood_weight * by_parameter);
+        return total;
+    }
+
+    // Add what depends on counts and dispersion alone: the sum over j < y of log(1 + j dispersion), in every row.
+    void dispersed(int64_t chain, double dispersion, double& total, double& by_log) const {
+        const int64_t* rows = c.rows ? c.rows + chain * c.rows_stride : nullptr;
+        std::vector<double> rows_above;  // by count
+        for (int64_t i = 0; i < c.n; ++i)
+            for (int64_t k = 0; k < p.n_targets / 2; ++k) {
+                const auto count = size_t(c.y[(rows ? rows[i] : i) * p.n_targets + k]);
+                if (count >= rows_above.size()) rows_above.resize(count + 1);
+                rows_above[count] += 1;
+            }
+        double above = 0;
+        for (size_t j = rows_above.size(); j-- > 0;) {
+            const double grown = double(j) * dispersion;
+            total += above * std::log1p(grown);
+            by_log += above * grown / (1 + grown);
+            above += rows_above[j];
+        }
+    }
+
+    // Set the gradient by the logarithms of the gaps, and return what depends on them and the labels alone.
+    double gaps(const T* theta, const Given& given, T* grad) const {
+        const int64_t classes = p.n_classes;
+        double total = 0, above = 0, below = 0;  // sums over the classes from k on, over those beyond k
+        for (int64_t k = classes - 2; k >= 1; --k) {
+            const double gap = std::exp(double(theta[p.learned + k - 1])), rows = sum_of(given.classes[2 * classes + k]);
+            above += sum_of(given.classes[k]);
+            below += sum_of(given.classes[classes + k + 1]);
+            total += rows ? rows * std::log(-std::expm1(-gap)) : 0;
+            const double own = rows ? rows / std::expm1(gap) : 0;
+            grad[p.learned + k - 1] = T(c.likelihood_weight * gap * (above - below + own));
+        }
+        return total;
+    }
+
+    void block_of_rows(int64_t chain, int64_t block, const T* theta, Given& given, Vec* sums) const {
         int64_t start = block * plan.width * kLanes;
         int64_t width = std::min(plan.width, divide_up(c.n - start, kLanes));
         Vec *own = scratch, *values = own + plan.inputs * plan.width, *slopes = values + plan.units * plan.width;
@@ -655,8 +800,7 @@ struct Worker {
         const Layer& last = p.layers[p.n_layers - 1];
         if (c.outputs) copy_rows<true>(c.outputs + chain * last.out * c.n, last.out, start, width, const_cast<Vec*>(h));
         if (!c.grad) return;
-        score(Block{last.out, p.n_targets, width, h, y, delta, kept(start, width)}, chain, start,
-              inverse_scale, value);
+        score(Block{last.out, p.n_targets, width, h, y, delta, kept(start, width)}, chain, start, given);
         const Layer* layer = &last;
         slope_end -= last.out * width;
         for (int64_t u = 0, i = 0; u < last.out; ++u) {
@@ -689,13 +833,20 @@ struct Worker {
         if (p.n_layers == 1) gradient(delta, x, layer->out, layer->in, width, layer->in, sums + layer->weight);
     }
 
-    void score(const Block& b, int64_t chain, int64_t start, T inverse_scale, Sum& value) const {
+    void score(const Block& b, int64_t chain, int64_t start, Given& given) const {
+        Sum& value = given.value;
         switch (p.likelihood) {
             case kScore: copy_rows<false>(const_cast<T*>(c.score) + chain * b.units * c.n, b.units, start, b.width, b.score); break;
-            case kGaussian: gaussian(b, inverse_scale, value); break;
+            case kGaussian: gaussian(b, given.inverse, value); break;
             case kHeteroscedastic: heteroscedastic(b, T(p.scale), value); break;
             case kCategorical: categorical(b, value); break;
             case kBernoulli: bernoulli(b, value); break;
+            case kStudent: student(b, given.inverse, T(p.df), value, given.by_parameter); break;
+            case kPoisson: poisson(b, value); break;
+            case kNegativeBinomial:
+                negative_binomial(b, T(given.scale), T(given.log_scale), value, given.by_parameter);
+                break;
+            case kOrdinal: ordinal(b, p.n_classes, given.cutpoints.data(), value, given.classes); break;
         }
         if (c.likelihood_weight != 1)
             for (int64_t i = 0; i < b.units * b.width; ++i) b.score[i] *= T(c.likelihood_weight);
@@ -723,19 +874,35 @@ struct Worker {
 
     // Add the gradient of one stretch's log density to grad, and return the density.
     double prior(const Prior& prior, const T* theta, T* grad) const {
+        if (prior.family == kNormal) return normal_prior(prior, theta, grad);
+        double total = prior.constant;
+        for (int64_t i = prior.start; i < prior.stop; ++i) {
+            const int64_t k = i - prior.start;
+            const double inverse = prior.inverse_scale[k], z = (double(theta[i]) - prior.loc[k]) * inverse;
+            double slope = 0;
+            if (prior.family == kLaplace) {
+                total -= std::abs(z);
+                slope = z > 0 ? -inverse : z < 0 ? inverse : z;  // NaN stays
+            } else if (prior.family == kStudentPrior) {
+                const double df = prior.df[k];
+                total -= .5 * (df + 1) * std::log1p(z * z / df);
+                slope = -(df + 1) * z / (df + z * z) * inverse;
+            } else {
+                const double scaled = std::exp(double(theta[i])) * inverse;
+                total += double(theta[i]) - .5 * scaled * scaled;
+                slope = 1 - scaled * scaled;
+            }
+            grad[i] += T(c.prior_weight * slope);
+        }
+        return total;
+    }
+
+    double normal_prior(const Prior& prior, const T* theta, T* grad) const {
         Sum squares;
-        double tail = 0, total = prior.constant;
+        double tail = 0;
         T weight = T(c.prior_weight);
         int64_t i = prior.start;
         const T *loc = prior.loc - i, *inverse = prior.inverse_scale - i;
-        if (prior.log) {
-            for (; i < prior.stop; ++i) {
-                double z = std::exp(double(theta[i])) * inverse[i];
-                tail += z * z;
-                total += double(theta[i]);
-                grad[i] += T(c.prior_weight * (1 - z * z));
-            }
-        }
         for (; i + kLanes <= prior.stop; i += kLanes) {
             Vec scale = load(inverse + i), z = (load(theta + i) - load(loc + i)) * scale;
             squares.add(z * z);
@@ -746,7 +913,7 @@ struct Worker {
             tail += double(z) * z;
             grad[i] -= weight * z * inverse[i];
         }
-        return total - .5 * (squares.total() + tail);
+        return prior.constant - .5 * (squares.total() + tail);
     }
 
   public:

@@ -25,7 +25,16 @@ from torch.autograd import forward_ad
 
 from bnnflow.activations import Activation
 from bnnflow.model.compilation import say_once, shared_library
-from bnnflow.model.likelihoods import Bernoulli, Categorical, Gaussian, HeteroscedasticGaussian
+from bnnflow.model.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    HeteroscedasticGaussian,
+    NegativeBinomial,
+    Ordinal,
+    Poisson,
+    StudentT,
+)
 from bnnflow.model.priors import FlatPrior
 from bnnflow.types import Likelihood
 from bnnflow.weights import WeightSpec
@@ -34,7 +43,25 @@ __all__ = ["FusedDensity", "FusedNetwork", "langevin", "longest", "normal_like",
 
 _ACTIVATIONS = {"identity": 0, "tanh": 1, "sigmoid": 2, "relu": 3, "silu": 4, "gelu": 5, "gelu_tanh": 6, "sin": 7}
 _GIVEN_SCORE = 0
-_LIKELIHOODS = {Gaussian: 1, HeteroscedasticGaussian: 2, Categorical: 3, Bernoulli: 4}
+_LIKELIHOODS: dict[type, int] = {
+    Gaussian: 1,
+    HeteroscedasticGaussian: 2,
+    Categorical: 3,
+    Bernoulli: 4,
+    StudentT: 5,
+    Poisson: 6,
+    NegativeBinomial: 7,
+    Ordinal: 8,
+}
+_LARGEST_COUNT = 10_000  # under a negative binomial law, where each whole number up to it costs a logarithm
+# The families of the prior by the coordinate being the logarithm of a variable, and its name.
+_FAMILIES = {
+    (False, "Normal"): 0,
+    (True, "LogNormal"): 0,
+    (True, "HalfNormal"): 1,
+    (False, "Laplace"): 2,
+    (False, "StudentT"): 3,
+}
 _SCALARS = {torch.float32: "float", torch.float64: "double"}
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
 # Wider layers are left to torch, whose matrix products are blocked for the caches. Measured in us a gradient, compiled
@@ -58,8 +85,8 @@ class _Layer(ctypes.Structure):
 
 class _Prior(ctypes.Structure):
     _fields_ = [
-        *((name, _Int) for name in ("start", "stop", "log")),
-        *((name, _Pointer) for name in ("loc", "inverse_scale")),
+        *((name, _Int) for name in ("start", "stop", "family")),
+        *((name, _Pointer) for name in ("loc", "inverse_scale", "df")),
         ("constant", ctypes.c_double),
     ]
 
@@ -69,8 +96,8 @@ class _Problem(ctypes.Structure):
         *((name, _Int) for name in ("n_layers", "n_priors", "dim")),
         ("layers", ctypes.POINTER(_Layer)),
         ("priors", ctypes.POINTER(_Prior)),
-        *((name, _Int) for name in ("likelihood", "n_targets", "log_scale")),
-        ("scale", ctypes.c_double),
+        *((name, _Int) for name in ("likelihood", "n_targets", "n_classes", "learned")),
+        *((name, ctypes.c_double) for name in ("scale", "df", "constant")),
     ]
 
 
@@ -182,7 +209,7 @@ class FusedDensity:
     Args:
         spec: the layout of ``theta``, likelihood parameters included.
         likelihood: one of this package's.
-        prior: computed here if it is normal, and half-normal for positive parameters; by torch otherwise.
+        prior: computed here if all of it is of a family in `_FAMILIES`; by torch otherwise.
         x: inputs, ``(n, ...)``.
         y: targets, as the likelihood validated them.
     """
@@ -191,7 +218,7 @@ class FusedDensity:
         self._arguments = (spec, likelihood, prior, x, y)
         self._dim = spec.dim
         self._x = x.flatten(1).contiguous()
-        self._y = y.reshape(len(y), -1).to(x.dtype).contiguous()
+        self._y = _columns(likelihood, y).to(x.dtype).contiguous()
         self._layers = _layers(spec)
         blocks = prior.describe()
         ours = all(_is_ours(block) for block in blocks)
@@ -201,11 +228,18 @@ class FusedDensity:
         problem = _problem(self._layers, spec.dim)
         problem.n_priors, problem.priors = len(self._priors), self._priors
         problem.likelihood, problem.n_targets = _LIKELIHOODS[type(likelihood)], self._y.shape[1]
-        if isinstance(likelihood, Gaussian):
-            problem.scale = likelihood.scale or 0.0
-            problem.log_scale = spec.slices["likelihood.log_scale"].start if likelihood.scale is None else -1
-        elif isinstance(likelihood, HeteroscedasticGaussian):
+        learned = [f"likelihood.log_{name}" for name in likelihood.parameters]
+        problem.learned = spec.slices[learned[0]].start if learned else -1
+        if isinstance(likelihood, HeteroscedasticGaussian):
             problem.scale = likelihood.min_scale
+        elif isinstance(likelihood, NegativeBinomial):
+            problem.scale = likelihood.dispersion or 1.0
+        elif isinstance(likelihood, Ordinal):
+            problem.n_classes = likelihood.n_classes
+        elif isinstance(likelihood, Gaussian | StudentT):
+            problem.scale = likelihood.scale or 1.0
+        if isinstance(likelihood, StudentT):
+            problem.df, problem.constant = likelihood.df, _student_constant(likelihood.df)
         self._problem = problem
 
     @classmethod
@@ -214,6 +248,7 @@ class FusedDensity:
     ) -> FusedDensity | None:
         """Return the compiled density, or None if the network, the likelihood or the machine does not allow it."""
         fits = spec.layers and _supported(spec) and type(likelihood) in _LIKELIHOODS and x.device.type == "cpu"
+        fits = fits and not (isinstance(likelihood, NegativeBinomial) and bool((y > _LARGEST_COUNT).any()))
         return cls(spec, likelihood, prior, x, y) if fits and _library(x.dtype) else None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -307,23 +342,41 @@ def _layers(spec: WeightSpec) -> ctypes.Array[_Layer]:
 
 
 def _problem(layers: ctypes.Array[_Layer], dim: int) -> _Problem:
-    return _Problem(n_layers=len(layers), dim=dim, layers=layers, log_scale=-1)
+    return _Problem(n_layers=len(layers), dim=dim, layers=layers, learned=-1, scale=1.0)
+
+
+def _columns(likelihood: Likelihood, y: Tensor) -> Tensor:
+    """Return targets ``(n, columns)``; counts with the logarithms of their factorials behind them."""
+    columns = y.reshape(len(y), -1)
+    counts = isinstance(likelihood, Poisson | NegativeBinomial)
+    return torch.cat([columns, torch.lgamma(columns.double() + 1).to(columns)], 1) if counts else columns
+
+
+def _student_constant(df: float) -> float:
+    """Return the log density of Student's t at zero."""
+    return math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
 
 
 def _is_ours(block: dict[str, Any]) -> bool:
     """Say whether `describe`'s account of a stretch is one that the compiled code knows."""
-    return "start" in block and block["family"] == ("HalfNormal" if block["log"] else "Normal")
+    return "start" in block and (block["log"], block["family"]) in _FAMILIES
 
 
-def _prior(block: dict[str, Any], dtype: torch.dtype) -> tuple[_Prior, Tensor, Tensor]:
+def _prior(block: dict[str, Any], dtype: torch.dtype) -> tuple[_Prior, *tuple[Tensor, ...]]:
     """Return the description of a stretch of the prior, and the tensors that it points to."""
-    scale = torch.tensor(block["parameters"]["scale"], dtype=torch.float64)
-    loc = torch.tensor(block["parameters"].get("loc", [0.0] * len(scale)), dtype=dtype)
-    inverse = scale.reciprocal().to(dtype)
-    halved = math.log(2) if block["log"] else 0.0
-    constant = len(scale) * (halved - _HALF_LOG_2PI) - float(scale.log().sum())
-    struct = _Prior(block["start"], block["stop"], block["log"], loc.data_ptr(), inverse.data_ptr(), constant)
-    return struct, loc, inverse
+    given, family = block["parameters"], _FAMILIES[block["log"], block["family"]]
+    scale = torch.tensor(given["scale"], dtype=torch.float64)
+    df = given.get("df", [1.0] * len(scale))
+    at_zero = {
+        "Laplace": [-math.log(2)] * len(scale),
+        "StudentT": [_student_constant(each) for each in df],
+        "HalfNormal": [math.log(2) - _HALF_LOG_2PI] * len(scale),
+    }.get(block["family"], [-_HALF_LOG_2PI] * len(scale))
+    kept = [torch.tensor(values, dtype=dtype) for values in (given.get("loc", [0.0] * len(scale)), df)]
+    kept.insert(1, scale.reciprocal().to(dtype))
+    constant = math.fsum(at_zero) - float(scale.log().sum())
+    struct = _Prior(block["start"], block["stop"], family, *(each.data_ptr() for each in kept), constant)
+    return struct, *kept
 
 
 def _strided(theta: Tensor) -> Tensor:
