@@ -875,7 +875,7 @@ struct Worker {
     // Add the gradient of one stretch's log density to grad, and return the density.
     double prior(const Prior& prior, const T* theta, T* grad) const {
         if (prior.family == kNormal) return normal_prior(prior, theta, grad);
-        double total = prior.constant;
+        double total = prior.constant, squares = 0;
         for (int64_t i = prior.start; i < prior.stop; ++i) {
             const int64_t k = i - prior.start;
             const double inverse = prior.inverse_scale[k], z = (double(theta[i]) - prior.loc[k]) * inverse;
@@ -889,12 +889,13 @@ struct Worker {
                 slope = -(df + 1) * z / (df + z * z) * inverse;
             } else {
                 const double scaled = std::exp(double(theta[i])) * inverse;
-                total += double(theta[i]) - .5 * scaled * scaled;
+                squares += scaled * scaled;
+                total += double(theta[i]);
                 slope = 1 - scaled * scaled;
             }
             grad[i] += T(c.prior_weight * slope);
         }
-        return total;
+        return total - .5 * squares;
     }
 
     double normal_prior(const Prior& prior, const T* theta, T* grad) const {
