@@ -6,10 +6,15 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test validate lint docs bench clean
+.PHONY: help demo test test-libraries validate lint docs bench clean
+
+# The tests that meet other libraries, whose versions differ between Pythons (ArviZ is another program from 3.12 on).
+LIBRARIES := $(patsubst %,tests/test_%.py,approximations arguments baselines bootstrap convergence correct couplings \
+	data diagnostics images imports inference likelihoods model networks predictive priors readme report runs smc \
+	solvers storage transport weight_plots)
 
 help:  ## Show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(VENV)/.core  ## Run examples/demo.py
 	$(BIN)/python examples/demo.py
@@ -18,6 +23,10 @@ demo: $(VENV)/.core  ## Run examples/demo.py
 test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.test  ## Run the tests and the doctests (10 minutes at most on two cores)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
+
+test-libraries: export OMP_NUM_THREADS := 1
+test-libraries: $(VENV)/.test  ## Run the tests that meet other libraries (a second Python: VENV=.venv-3.13 PYTHON=python3.13)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(LIBRARIES)
 
 validate: export OMP_NUM_THREADS := 1
 validate: $(VENV)/.test  ## Run the full calibration, coverage and kill tests (long)
@@ -47,6 +56,12 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/pip
 
 $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/pip
 	$(BIN)/pip install -q -c constraints.txt -e '.[$*]'
+	@touch $@
+
+# laplace-torch asks for torchvision and never imports it; where torch is a CPU build, the one of PyPI breaks on import.
+$(VENV)/.laplace: pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/pip install -q -c constraints.txt -e '.[laplace]'
+	$(BIN)/pip uninstall -q -y torchvision
 	@touch $@
 
 $(BIN)/pip:
