@@ -12,6 +12,7 @@ import enum
 import functools
 import hashlib
 import os
+import re
 import sys
 import types
 from collections.abc import Collection, Iterable, Mapping
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 from torch.distributions.utils import lazy_property
 
-__all__ = ["Identity"]
+__all__ = ["Identity", "digest", "seed_identity", "without_addresses"]
 
 _PROCESS = os.urandom(8)
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), type(NotImplemented))
@@ -36,6 +37,23 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 _OF_TRANSFORMS = {"_cached_x_y", "_inv"}
 _HEAP_TYPE = 1 << 9  # a flag of classes; those that ``exec`` makes say that they belong to builtins
 _ELEMENTS = 2**20  # of a tensor that are converted at once
+
+
+def digest(value: Any) -> str:
+    """Return the hash of one value, sixteen hexadecimal digits."""
+    return Identity().add(value, "value").digest
+
+
+def seed_identity(seed: int | torch.Generator) -> int | str:
+    """Return what tells seeds apart: the number, or a hash of a generator's state before it is used."""
+    if isinstance(seed, torch.Generator):
+        return f"generator {digest(seed.get_state())}"
+    return int(seed)
+
+
+def without_addresses(text: str) -> str:
+    """Return a representation without the addresses of objects, which differ from process to process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 class Identity:
@@ -225,6 +243,7 @@ class Identity:
 
     def _add_attributes(self, value: Any, path: str, but: set[str] = frozenset()) -> None:  # type: ignore[assignment]
         self.add(type(value), path)
+        but = but | {name for name in vars(value) if isinstance(_of_class(value, name), functools.cached_property)}
         self._add_mapping({name: each for name, each in vars(value).items() if name not in but}, path)
 
     def _add_object(self, value: Any, path: str) -> None:
@@ -306,6 +325,11 @@ def _asks_training(kind: type) -> bool:
     own = [each for each in kind.__mro__ if not _installed(each.__module__)]
     functions = [member for each in own for member in vars(each).values() if isinstance(member, types.FunctionType)]
     return any("training" in function.__code__.co_names for function in functions)
+
+
+def _of_class(value: Any, name: str) -> Any:
+    """Return what an object's class, or one of its bases, holds under a name; None for nothing."""
+    return next((vars(kind)[name] for kind in type(value).__mro__ if name in vars(kind)), None)
 
 
 def _listed(part: Any) -> Any:

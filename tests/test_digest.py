@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnnflow.digest import digest, seed_identity, without_addresses
+from bnnflow.identity import digest, seed_identity, without_addresses
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,14 @@ class Settings:
 
 
 class Plain:
-    """An object with attributes, one of them kept for later."""
+    """An object with attributes, itself among them, and a value that is computed once and kept."""
 
-    def __init__(self, rate: float, kept: int = 0) -> None:
-        self.rate, self._kept, self.me = rate, kept, self
+    def __init__(self, rate: float) -> None:
+        self.rate, self.me = rate, self
+
+    @cached_property
+    def squared(self) -> float:
+        return self.rate**2
 
 
 class Scaled(nn.Linear):
@@ -80,15 +84,20 @@ def test_different_values_have_different_digests(name: str) -> None:
 
 
 def test_equal_values_have_equal_digests_in_every_process() -> None:
-    values = [{"b": 1, "a": {3, 1, 2}}, torch.arange(4.0), (1, None, b"x"), Settings(0.5, torch.ones(1))]
+    values = [{"a": {3, 1, 2}, "b": 1}, torch.arange(4.0), (1, None, b"x"), Settings(0.5, torch.ones(1))]
     code = (
-        "import torch\nfrom bnnflow.digest import digest\nfrom tests.test_digest import Settings\n"
+        "import torch\nfrom bnnflow.identity import digest\nfrom tests.test_digest import Settings\n"
         "print(digest([{'a': {2, 3, 1}, 'b': 1}, torch.arange(4.0), (1, None, b'x'), Settings(0.5, torch.ones(1))]))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == digest(values)
-    assert digest(Plain(1.0, kept=1)) == digest(Plain(1.0, kept=2))
     assert digest(torch.arange(6).reshape(2, 3).T) == digest(torch.arange(6).reshape(2, 3).T.contiguous())
+
+
+def test_what_was_computed_and_kept_does_not_count() -> None:
+    used = Plain(3.0)
+    assert used.squared == 9
+    assert digest(used) == digest(Plain(3.0))
 
 
 def test_seeds_are_told_apart() -> None:

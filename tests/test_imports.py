@@ -20,7 +20,6 @@ ROOMS = [
     "activations",
     "seeding",
     "storage",
-    "digest",
     "progress",
     "ranks",
     "bridge",

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnnflow.digest import digest, seed_identity, without_addresses
 from bnnflow.draws import Draws
+from bnnflow.identity import digest, seed_identity, without_addresses
 from bnnflow.inference.checkpoint import Checkpoint
 from bnnflow.inference.hmc import HMC
 from bnnflow.inference.run import Method, Run

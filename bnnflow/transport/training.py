@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from bnnflow import storage
-from bnnflow.digest import digest, seed_identity, without_addresses
 from bnnflow.draws import Draws, as_theta
 from bnnflow.equivariant.signed import has_signs
+from bnnflow.identity import digest, seed_identity, without_addresses
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
 from bnnflow.ranks import ALONE, Ranks, connect
