@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bnnflow import storage
 from bnnflow.gaussian import Gaussian
-from bnnflow.posteriors import pack, unpack
+from bnnflow.posteriors import dimension, pack, unpack
 from bnnflow.types import Posterior
 
 __all__ = ["Draws", "as_theta", "strays"]
@@ -91,7 +91,8 @@ class Draws:
     @classmethod
     def load(cls, path: str | Path) -> Draws:
         """Read draws that ``save`` wrote."""
-        return cls.from_file(*storage.read(path, {"draws": 1}))
+        with storage.described(path):
+            return cls.from_file(*storage.read(path, {"draws": 1}))
 
     @classmethod
     def from_file(cls, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Draws:
@@ -100,14 +101,19 @@ class Draws:
         posterior = unpack(header["density"], tensors) if header.get("density") else None
         if "posterior/loc" in tensors:
             posterior = Gaussian(tensors["posterior/loc"], tensors["posterior/scale_tril"])
+        if posterior is not None and dimension(posterior) != tensors["theta"].shape[-1]:
+            raise ValueError(f"the density of the draws is one of {dimension(posterior)} weights")
+        evidence = header["log_evidence"]
+        if not tensors["theta"].is_floating_point() or (evidence and list(map(type, evidence)) != [float, float]):
+            raise ValueError("these are no draws: weights and an evidence are floating-point numbers")
         return cls(
             theta=tensors["theta"],
             log_joint=tensors["log_joint"],
             stats={name.removeprefix("stats/"): t for name, t in tensors.items() if name.startswith("stats/")},
             log_weights=tensors.get("log_weights"),
-            log_evidence=tuple(header["log_evidence"]) if header["log_evidence"] else None,
+            log_evidence=tuple(evidence) if evidence else None,
             posterior=posterior,
-            info=header["info"],
+            info=dict(header["info"]),
         )
 
 

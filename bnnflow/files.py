@@ -38,18 +38,25 @@ def load(path: str | Path, model: BayesianModel | None = None) -> Saved:
 
     Args:
         path: the file, or the folder given to ``sample(..., checkpoint=...)``; the run may be going on, or be dead.
-        model: binds a likelihood-informed flow; a flow on a manifold or a density is checked against it if given.
+        model: binds a likelihood-informed flow; draws, other flows and densities are checked against it if given.
 
     Raises:
-        ValueError: if the file is not bnnflow's, is newer than this version, needs a model or does not fit the one
-            that is given; if a folder holds no draws.
+        ValueError: naming the file, if it is not bnnflow's, is damaged, is newer than this version, needs a model or
+            does not fit the one that is given; if a folder holds no draws, or none that are intact.
     """
     if Path(path).is_dir():
-        return checkpoint.load(path)
+        draws = checkpoint.load(path)
+        if model is not None:
+            model.check_draws(draws)
+        return draws
     header, arrays = storage.read(path, _VERSIONS)
     kind = header["kind"]
-    if kind == "draws":
-        return Draws.from_file(header, arrays)
-    if kind == "inrs":
-        return INRs.from_file(header, arrays)
-    return _WITH_MODEL[kind].from_file(header, arrays, model)
+    with storage.described(storage.found(path)):
+        if kind == "inrs":
+            return INRs.from_file(header, arrays)
+        if kind != "draws":
+            return _WITH_MODEL[kind].from_file(header, arrays, model)
+        draws = Draws.from_file(header, arrays)
+        if model is not None:
+            model.check_draws(draws)
+        return draws

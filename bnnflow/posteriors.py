@@ -296,11 +296,62 @@ def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def unpack(plain: Any, tensors: dict[str, Tensor]) -> Any:
-    """Rebuild what `pack` took apart."""
+    """Rebuild what `pack` took apart.
+
+    Raises:
+        ValueError: if its parts do not fit each other.
+    """
+    posterior = _unpacked(plain, tensors)
+    dimension(posterior)
+    return posterior
+
+
+def dimension(posterior: Any) -> int:
+    """Return the length of a draw of a posterior of this module; ``ValueError`` if its parts do not fit each other."""
+    if isinstance(posterior, Mixture):
+        sizes = {dimension(each) for each in posterior.components}
+        return _fitting(len(sizes) == 1, sizes.pop() if sizes else 0)
+    if isinstance(posterior, CouplingFlow):
+        return _coupled(posterior)
+    dim = len(posterior.loc)
+    flat = posterior.loc.shape == (dim,)
+    if isinstance(posterior, Gaussian):
+        return _fitting(flat and posterior.scale_tril.shape in ((dim,), (dim, dim)), dim)
+    if isinstance(posterior, LowRankGaussian):
+        fits = posterior.factor.dim() == 2 and len(posterior.factor) == dim and posterior.diagonal.shape == (dim,)
+        return _fitting(flat and fits, dim)
+    if isinstance(posterior, KroneckerGaussian):
+        blocks = list(zip(posterior.left, posterior.right, posterior.precision, strict=True))
+        fits = all(p.shape == (len(a), len(b)) and a.shape == p.shape[:1] * 2 and b.shape == p.shape[1:] * 2
+                   for a, b, p in blocks)  # fmt: skip
+        return _fitting(flat and fits and sum(p.numel() for _, _, p in blocks) == dim, dim)
+    if isinstance(posterior, Restricted):
+        where = posterior.where
+        inside = where.dtype == torch.int64 and bool(((where >= 0) & (where < dim)).all())
+        return _fitting(flat and inside and where.shape == (dimension(posterior.free),), dim)
+    raise ValueError(f"no posterior of this module: {type(posterior).__name__}")
+
+
+def _coupled(flow: CouplingFlow) -> int:
+    dim = len(flow.parameters[-1])
+    orders = all(torch.equal(order.sort().values, torch.arange(dim)) for order in flow.permutations)
+    first = flow.parameters[0]
+    # The width of the networks is read from their first weights, so these must be a matrix of it.
+    hidden = not flow.permutations or first.shape == (len(first), dim // 2)
+    return _fitting(flow.parameters[-1].dim() == 1 and orders and hidden, dim)
+
+
+def _fitting(fits: bool, dim: int) -> int:
+    if not fits:
+        raise ValueError("the parts of a density do not fit each other")
+    return dim
+
+
+def _unpacked(plain: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(plain, str):
         return tensors[plain]
     if isinstance(plain, list):
-        return tuple(unpack(each, tensors) for each in plain)
+        return tuple(_unpacked(each, tensors) for each in plain)
     if plain["kind"] not in KINDS:
         raise ValueError(f"no posterior {plain['kind']!r}; the file is newer than this bnnflow")
-    return KINDS[plain["kind"]](**{name: unpack(part, tensors) for name, part in plain["parts"].items()})
+    return KINDS[plain["kind"]](**{name: _unpacked(part, tensors) for name, part in plain["parts"].items()})

@@ -26,6 +26,10 @@ from bnnflow.types import HierarchicalPrior, Prior, Seed
 __all__ = ["Layer", "Symmetries", "WeightSpec"]
 
 
+_LARGEST = 2**27
+"""Weights of a space that is read from a file: tables of its entries are built before anything else is known."""
+
+
 class Symmetries(NamedTuple):
     """The hidden layers (by label) whose units may be permuted, flipped in sign, rescaled, or shifted in phase."""
 
@@ -210,7 +214,19 @@ class WeightSpec:
 
     @classmethod
     def from_description(cls, values: dict[str, Any]) -> WeightSpec:
-        """Rebuild a spec from what ``describe`` returned."""
+        """Rebuild a spec from what ``describe`` returned.
+
+        Raises:
+            ValueError: if there is no such space, or it has more than 2^27 weights.
+        """
+        dim = 0
+        for name, shape, axes in values["shapes"]:
+            whole = all(type(size) is int and size > 0 for size in shape)
+            if not isinstance(name, str) or not whole or len(shape) != len(axes):
+                raise ValueError(f"no tensor {name!r} has shape {shape} and axes {axes}")
+            dim += math.prod(shape)
+        if dim > _LARGEST:
+            raise ValueError(f"a space of {dim} weights, of at most {_LARGEST}")
         spec = cls(
             tuple(name for name, _, _ in values["shapes"]),
             {name: tuple(shape) for name, shape, _ in values["shapes"]},

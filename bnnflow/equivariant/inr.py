@@ -69,13 +69,17 @@ class INRs:
     @classmethod
     def load(cls, path: str | Path) -> INRs:
         """Read what ``save`` wrote."""
-        return cls.from_file(*storage.read(path, {"inrs": 1}))
+        with storage.described(path):
+            return cls.from_file(*storage.read(path, {"inrs": 1}))
 
     @classmethod
     def from_file(cls, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> INRs:
         """Build networks from the contents of a file."""
         theta, mse = (torch.from_numpy(arrays[name]) for name in ("theta", "mse"))
-        return cls(theta, WeightSpec.from_description(header["spec"]), mse, header["info"])
+        spec = WeightSpec.from_description(header["spec"])
+        if theta.shape != (len(mse), spec.dim):
+            raise ValueError(f"{len(mse)} networks of {spec.dim} weights cannot have theta {tuple(theta.shape)}")
+        return cls(theta, spec, mse, dict(header["info"]))
 
 
 def siren(

@@ -284,6 +284,7 @@ def evidence(
     """
     theta, log_weights = as_theta(draws)
     model.spec.check(theta)
+    model.check_draws(draws)
     if model.temperature != 1:
         raise ValueError(f"the evidence is that of temperature 1, and the model's is {model.temperature}")
     if len(theta) < 10:

@@ -31,6 +31,9 @@ __all__ = ["BayesianModel"]
 _FINGERPRINTS = 2  # version of what they cover; those of version 1 have no number
 
 
+_State = list[tuple[Tensor, int]]
+
+
 class BayesianModel:
     """What is inferred: p(theta) p(y | net(x; theta)), with every constant.
 
@@ -64,6 +67,11 @@ class BayesianModel:
         >>> model.log_joint(model.sample_prior(3, seed=0)).shape
         torch.Size([3])
     """
+
+    # Of a model in another floating-point type: the fingerprint of what it was converted from, and its own data.
+    _origin: tuple[str, _State] | None = None
+    _network_of: str | None = None  # of a linearised model: the fingerprint of the model that it expands
+    _recognised: tuple[str, _State] | None = None  # of what draws, with which data, it was last said that they are ours
 
     def __init__(
         self,
@@ -128,6 +136,9 @@ class BayesianModel:
         )
         moved.flat_prior = self.flat_prior.to(moved._device, moved._dtype)
         moved._anchor = None if self._anchor is None else self._anchor.to(moved._device, moved._dtype)
+        moved._network_of = self._network_of
+        if moved._dtype != self._dtype or self._origin is not None:  # values may have been rounded
+            moved._origin = (self.fingerprint(), moved._state())
         return moved
 
     @cached_property
@@ -176,7 +187,7 @@ class BayesianModel:
 
     def __copy__(self) -> BayesianModel:
         """Copy without what was made for this model's data, since a copy is there to become another."""
-        made = ("network", "_fused", "_hessian", "_network_hessian")
+        made = ("network", "_fused", "_hessian", "_network_hessian", "_origin", "_network_of", "_recognised")
         copied = object.__new__(type(self))
         copied.__dict__ = {name: value for name, value in self.__dict__.items() if name not in made}
         return copied
@@ -200,6 +211,7 @@ class BayesianModel:
         if self._anchor is not None:
             return self
         moved = copy.copy(self)
+        moved._network_of = self.fingerprint()
         moved._anchor = theta.detach().to(self.device, self.dtype)
         network_spec = WeightSpec.unlabelled(self.net, unknown="")
         moved.spec = network_spec.extend({extra.name: extra.shape for extra in self._extras})
@@ -850,7 +862,38 @@ class BayesianModel:
         Of the network count its code, settings, constants and buffers; the number in front is the version of the rule.
         Where something cannot be identified (see `unidentified`) no other process finds the same.
         """
+        if self._origin is not None and self._is_in(self._origin[1]):
+            return self._origin[0]
         return self._identity()[0]
+
+    def check_draws(self, draws: object) -> None:
+        """Raise ``ValueError`` if draws say that they are draws of another posterior.
+
+        `Draws` carry the fingerprint of their model. This model's are its own, those of the same model on another
+        device or in another floating-point type, and for a linearised model those of the model that it expands. Plain
+        weights say nothing and pass: ``draws.theta``, with ``draws.log_weights`` beside it, where draws of one
+        posterior are to be used with another on purpose.
+        """
+        theirs = getattr(draws, "info", {}).get("model")
+        if not isinstance(theirs, str) or theirs == self._network_of:
+            return
+        kept = self._recognised  # a fingerprint reads all data
+        if kept is not None and kept[0] == theirs and self._is_in(kept[1]):
+            return
+        if not self.recognises(theirs):
+            raise ValueError(
+                f"these are draws of another model, with fingerprint {theirs}; this one has {self.fingerprint()}. "
+                "To use their weights all the same, pass draws.theta"
+            )
+        self._recognised = (theirs, self._state())
+
+    def _state(self) -> _State:
+        """Return the data and how often they have been changed in place."""
+        return [(data, 0 if data.is_inference() else data._version) for data in (self.x, self.y)]
+
+    def _is_in(self, state: _State) -> bool:
+        """Say whether the data are those of a `_state`."""
+        return all(a is b and m == n for (a, m), (b, n) in zip(state, self._state(), strict=True))
 
     def recognises(self, fingerprint: str) -> bool:
         """Say whether a fingerprint is this model's; of one of an earlier version, as far as that could see."""

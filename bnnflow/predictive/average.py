@@ -60,6 +60,7 @@ def predict(
     """
     theta, log_weights = as_theta(draws)
     model.spec.check(theta)
+    model.check_draws(draws)
     x = model.inputs(x)
     if len(theta) == 0:
         raise ValueError("there are no draws to average over")

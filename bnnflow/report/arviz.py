@@ -56,6 +56,7 @@ def to_arviz(
     if x is None and y is not None:
         raise ValueError("y needs its x; leave both out for the training data")
     model.spec.check(draws.theta)
+    model.check_draws(draws)
     inputs = model.inputs(x)
     has_targets = x is None or y is not None
     targets = model.targets(y) if has_targets else None

@@ -169,6 +169,7 @@ def weight_convergence(
             weights that are not the model's.
     """
     model.spec.check(draws.theta)
+    model.check_draws(draws)
     if draws.log_weights is not None:
         raise ValueError("weighted draws are no Markov chains: there is nothing to compare")
     if draws.chains < 2 or draws.draws < 4:

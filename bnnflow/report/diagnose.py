@@ -146,6 +146,7 @@ def diagnose(
     """
     theta, log_weights = as_theta(draws)
     model.spec.check(theta)
+    model.check_draws(draws)
     if len(theta) == 0:
         raise ValueError("there are no draws to judge")
     x = model.inputs(x)

@@ -24,7 +24,7 @@ from bnnflow import storage
 from bnnflow.draws import Draws, as_theta
 from bnnflow.gaussian import Gaussian
 from bnnflow.model import BayesianModel
-from bnnflow.posteriors import CouplingFlow, coupling_flow, coupling_orders, pack, unpack
+from bnnflow.posteriors import CouplingFlow, coupling_flow, coupling_orders, dimension, pack, unpack
 from bnnflow.progress import progress_bar
 from bnnflow.seeding import as_generator, isolated
 from bnnflow.symmetry import align
@@ -33,6 +33,7 @@ from bnnflow.transport.flow import Flow
 from bnnflow.transport.paths import AffinePath
 from bnnflow.transport.solvers import integrate, time_grid
 from bnnflow.transport.source import Source
+from bnnflow.transport.stored import dtype_of
 from bnnflow.transport.two_layer import TwoLayerVelocity
 from bnnflow.types import Posterior, Seed
 
@@ -96,7 +97,8 @@ class InCoordinates:
         Raises:
             ValueError: if the file holds something else, the model has another prior, or there is none to give one.
         """
-        return cls.from_file(*storage.read(path, {"in-coordinates": 1}), model)
+        with storage.described(path):
+            return cls.from_file(*storage.read(path, {"in-coordinates": 1}), model)
 
     @classmethod
     def from_file(
@@ -105,9 +107,12 @@ class InCoordinates:
         """Build a density from the contents of a file."""
         if model is not None and model.flat_prior.describe() != header["source"]["prior"]:
             raise ValueError("this density lives in the coordinates of another prior, or of another network's")
-        source = Source.from_description(header["source"], arrays, getattr(torch, header["dtype"]), model)
+        source = Source.from_description(header["source"], arrays, dtype_of(header["dtype"]), model)
         tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
-        return cls(unpack(header["density"], tensors), source, header["info"])
+        density = unpack(header["density"], tensors)
+        if dimension(density) != source.dim:
+            raise ValueError(f"a density over {dimension(density)} coordinates of {source.dim}")
+        return cls(density, source, dict(header["info"]))
 
 
 def fit_gaussian(
@@ -366,6 +371,7 @@ def _equal(model: BayesianModel, draws: Given, generator: torch.Generator, name:
     """Return checked draws of equal weight, ``(n, dim)``: weighted ones are resampled."""
     theta, log_weights = as_theta(draws)
     model.spec.check(theta)
+    model.check_draws(draws)
     theta = theta.to(model.device, model.dtype)
     bad = int((~theta.isfinite().all(-1)).sum())
     if bad or len(theta) < 10:

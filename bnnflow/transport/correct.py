@@ -716,7 +716,7 @@ def refine(
     gradients a draw, those of the last ones apart, and less than one more for the pilot on large sets.
 
     Args:
-        theta: the draws, ``(..., dim)``.
+        theta: the draws, ``(..., dim)``; they may be draws of another posterior, of fewer data, say.
         model: the posterior.
         steps: transitions.
         n_leapfrog: the most leapfrog steps of one transition; their number is uniform between half of it and all.

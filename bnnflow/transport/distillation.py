@@ -21,8 +21,9 @@ from bnnflow.transport.flow import Flow
 from bnnflow.transport.options import together
 from bnnflow.transport.solvers import integrate, time_grid
 from bnnflow.transport.source import Source
+from bnnflow.transport.stored import ROWS, check_weights, dtype_of, rows_looked_at, rows_to_look_at
 from bnnflow.transport.training import train
-from bnnflow.transport.velocity import bound, rebuild
+from bnnflow.transport.velocity import bound, restore
 from bnnflow.types import Seed
 from bnnflow.weights import WeightSpec
 
@@ -78,23 +79,31 @@ class FlowMap:
             "times": self.times.tolist(),
             "info": self.info,
         }
+        context: Context | None = getattr(self.velocity, "context", None)
+        if context is not None:
+            header["fingerprint"] = context.model.fingerprint()
         arrays = {name: value.cpu().numpy() for name, value in self.velocity.state_dict().items()}
-        return storage.write(path, "flow-map", 1, json.loads(json.dumps(header)), arrays | self.source.arrays())
+        arrays |= self.source.arrays() | rows_looked_at(self.velocity)
+        return storage.write(path, "flow-map", 1, json.loads(json.dumps(header)), arrays)
 
     @classmethod
     def from_file(cls, header: dict[str, Any], arrays: dict[str, np.ndarray], model: BayesianModel | None) -> FlowMap:
         """Build a map from the contents of a file; one that looks at the data needs its model."""
-        spec, dtype = WeightSpec.from_description(header["spec"]), getattr(torch, header["dtype"])
-        velocity = rebuild(header["velocity"], spec)
-        own = {name: torch.from_numpy(v) for name, v in arrays.items() if name not in header["source"]["arrays"]}
-        velocity.to(dtype).requires_grad_(False).load_state_dict(own)
+        spec, dtype = WeightSpec.from_description(header["spec"]), dtype_of(header["dtype"])
+        check_weights(spec, model)
+        own = {name: values for name, values in arrays.items() if name not in (*header["source"]["arrays"], ROWS)}
+        velocity = restore(header["velocity"], spec, own, dtype)
         source = Source.from_description(header["source"], arrays, dtype, model)
         if hasattr(velocity, "bind"):
             if model is None:
                 raise ValueError("a likelihood-informed flow map needs its model: load(path, model)")
-            velocity = bound(velocity, Context(model, source))
+            if not model.recognises(header.get("fingerprint", model.fingerprint())):  # earlier files have none
+                raise ValueError("this is not the model that the flow map was made for")
+            velocity = bound(velocity, Context(model, source, rows_to_look_at(arrays, model)))
         times = torch.tensor(header["times"], dtype=torch.float64)
-        return cls(velocity.eval(), source, spec, times, header["info"])
+        if times.dim() != 1 or len(times) < 2:
+            raise ValueError(f"the times of a flow map are {tuple(times.shape)}")
+        return cls(velocity, source, spec, times, dict(header["info"]))
 
 
 def distil(

@@ -25,6 +25,7 @@ from bnnflow.transport.options import DensityOptions, SampleOptions, Steps, Trac
 from bnnflow.transport.paths import AffinePath
 from bnnflow.transport.solvers import integrate, integrate_sde, integrate_with_trace, rows_within, time_grid
 from bnnflow.transport.source import Source
+from bnnflow.transport.stored import ROWS, check_weights, dtype_of, rows_looked_at, rows_to_look_at, solver_of
 from bnnflow.transport.velocity import DriveVelocity, bound, rebuild, restore
 from bnnflow.types import FixedSolver, Seed, Solver, Trace
 from bnnflow.weights import WeightSpec
@@ -367,6 +368,8 @@ class Flow:
     def save(self, path: str | Path) -> Path:
         """Write field, source and meaning of the weights to an ``.npz`` file without pickle, and no data.
 
+        Of a flow by `on_batch` the numbers of its rows are written, too.
+
         Raises:
             ValueError: if the velocity is not one of bnnflow's own and cannot be rebuilt from a description.
         """
@@ -383,7 +386,8 @@ class Flow:
             "info": self.info,
         }
         arrays = {name: value.cpu().numpy() for name, value in self.velocity.state_dict().items()}
-        return storage.write(path, "flow", 2, json.loads(json.dumps(header)), arrays | self.source.arrays())
+        arrays |= self.source.arrays() | rows_looked_at(self.velocity)
+        return storage.write(path, "flow", 2, json.loads(json.dumps(header)), arrays)
 
     @classmethod
     def load(cls, path: str | Path, model: BayesianModel | None = None) -> Flow:
@@ -391,12 +395,14 @@ class Flow:
 
         Args:
             path: the file.
-            model: binds a likelihood-informed field, which knows its data only through the model.
+            model: binds a likelihood-informed field, which knows its data only through the model; for any other it must
+                have the same weights.
 
         Raises:
             ValueError: if the field is informed and there is no model, or it is another one than the file's.
         """
-        return cls.from_file(*storage.read(path, {"flow": 2}), model)
+        with storage.described(path):
+            return cls.from_file(*storage.read(path, {"flow": 2}), model)
 
     @classmethod
     def from_file(cls, header: dict[str, Any], arrays: dict[str, np.ndarray], model: BayesianModel | None) -> Flow:
@@ -405,9 +411,10 @@ class Flow:
         plain = header["source"]
         if isinstance(plain, list):  # version 1 knew no source but the prior
             plain = {"prior": plain, "arrays": []}
-        state = {name: values for name, values in arrays.items() if name not in plain["arrays"]}
+        check_weights(spec, model)
+        state = {name: values for name, values in arrays.items() if name not in (*plain["arrays"], ROWS)}
         dtype = header["dtype"] if "dtype" in header else str(next(iter(state.values())).dtype)  # version 1 has none
-        dtype = getattr(torch, dtype)
+        dtype = dtype_of(dtype)
         velocity = restore(header["velocity"], spec, state, dtype)
         informed = hasattr(velocity, "bind")
         if informed and model is None:
@@ -419,8 +426,8 @@ class Flow:
             )
         source = Source.from_description(plain, arrays, dtype, model)
         if informed and model is not None:
-            velocity = bound(velocity, Context(model, source))
-        rest = (header["fingerprint"], header["solver"], header["steps"], header["info"])
+            velocity = bound(velocity, Context(model, source, rows_to_look_at(arrays, model)))
+        rest = (str(header["fingerprint"]), *solver_of(header), dict(header["info"]))
         return cls(velocity, source, spec, *rest)
 
 

@@ -125,6 +125,7 @@ class HeldOut:
         """
         flat, weights = as_theta(draws)
         model.spec.check(flat)
+        model.check_draws(draws)
         theta = draws.theta if isinstance(draws, Draws) else draws[0] if isinstance(draws, tuple) else draws
         shape = (theta.shape[0], theta.shape[1]) if theta.dim() == 3 else (len(flat), 1)
         if len(flat) < 10:

@@ -25,6 +25,7 @@ from bnnflow.transport.divergence import divergence
 from bnnflow.transport.geometry import RiemannianPath, TangentVelocity
 from bnnflow.transport.options import DensityOptions, SampleOptions, Steps, Tracing
 from bnnflow.transport.solvers import integrate, time_grid
+from bnnflow.transport.stored import dtype_of, solver_of
 from bnnflow.transport.training import train
 from bnnflow.transport.velocity import restore
 from bnnflow.types import Seed, Solver
@@ -221,7 +222,8 @@ class ManifoldFlow:
         Raises:
             ValueError: if the file holds something else, or a flow of other weights than the model's.
         """
-        return cls.from_file(*storage.read(path, {"manifold-flow": 1}), model)
+        with storage.described(path):
+            return cls.from_file(*storage.read(path, {"manifold-flow": 1}), model)
 
     @classmethod
     def from_file(
@@ -231,8 +233,8 @@ class ManifoldFlow:
         spec = WeightSpec.from_description(header["spec"])
         if model is not None and model.spec.describe() != spec.describe():
             raise ValueError("these are not the model's weights: names, shapes, order or activations differ")
-        velocity = restore(header["velocity"], spec, arrays, getattr(torch, header["dtype"]))
-        return cls(velocity, Spheres(spec), header["solver"], header["steps"], header["info"])
+        velocity = restore(header["velocity"], spec, arrays, dtype_of(header["dtype"]))
+        return cls(velocity, Spheres(spec), *solver_of(header), dict(header["info"]))
 
 
 class Radii(NamedTuple):
@@ -438,7 +440,8 @@ class CompletedFlow:
     @classmethod
     def load(cls, path: str | Path, model: BayesianModel | None = None) -> CompletedFlow:
         """Read a flow that ``save`` wrote; see `ManifoldFlow.load`."""
-        return cls.from_file(*storage.read(path, {"completed-flow": 1}), model)
+        with storage.described(path):
+            return cls.from_file(*storage.read(path, {"completed-flow": 1}), model)
 
     @classmethod
     def from_file(
@@ -447,4 +450,7 @@ class CompletedFlow:
         """Build a flow from the contents of a file."""
         radii = Radii(*(torch.from_numpy(arrays[f"radii/{name}"]) for name in Radii._fields))
         state = {name: values for name, values in arrays.items() if not name.startswith("radii/")}
-        return cls(ManifoldFlow.from_file(header, state, model), radii)
+        flow = ManifoldFlow.from_file(header, state, model)
+        if any(value.shape != (flow.spheres.units,) for value in radii):
+            raise ValueError(f"the radii are not those of {flow.spheres.units} units")
+        return cls(flow, radii)

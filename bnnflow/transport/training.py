@@ -366,6 +366,7 @@ def _checked(
 ) -> tuple[Tensor, Tensor | None]:
     theta, log_weights = as_theta(draws)
     model.spec.check(theta)
+    model.check_draws(draws)
     theta = theta.to(model.device, model.dtype)
     finite = theta.isfinite().all(-1)
     if len(theta) == 0 or not bool(finite.all()):

@@ -8,6 +8,7 @@ A field may know its own trace: ``with_divergence(t, x) -> (velocity, divergence
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -367,10 +368,33 @@ def rebuild(description: dict[str, Any], spec: WeightSpec) -> nn.Module:
 def restore(
     description: dict[str, Any], spec: WeightSpec, arrays: Mapping[str, np.ndarray], dtype: torch.dtype
 ) -> nn.Module:
-    """Build a field from what ``describe`` returned and the arrays of its state, in evaluation mode."""
+    """Build a field from what ``describe`` returned and the arrays of its state, in evaluation mode.
+
+    Raises:
+        ValueError: if the description is of a larger field than the arrays are of, before that is built.
+    """
+    _check_sizes(description, arrays)
     velocity = rebuild(description, spec).to(dtype).requires_grad_(False)
     velocity.load_state_dict({name: torch.from_numpy(values) for name, values in arrays.items()})
     return velocity.eval()
+
+
+def _check_sizes(description: Any, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise ``ValueError`` unless the numbers that a field is built from are those of its arrays.
+
+    Every block has arrays of its own, every field a square matrix of its width (and a Gaussian one of its dimension).
+    """
+    elements = sum(values.size for values in arrays.values())
+    largest = {"depth": len(arrays), "width": math.isqrt(elements), "heads": elements, "dim": elements}
+    if description.get("kind") == "gaussian":
+        largest["dim"] = math.isqrt(elements)
+    for name, most in largest.items():
+        value = description.get(name)
+        if value is not None and (type(value) is not int or not 0 <= value <= most):
+            raise ValueError(f"a field of {name} {value!r} has more numbers than the {elements} of the file")
+    for part in ("gaussian", "base"):
+        if description.get(part) is not None:
+            _check_sizes(description[part], arrays)
 
 
 def _rebuilt(description: dict[str, Any], spec: WeightSpec) -> nn.Module:
