@@ -38,12 +38,25 @@ class Context:
         self._prior = model.flat_prior
         self._inverse_temperature = 1 / model.temperature
         self._scales = self._tensor_scales()
+        self.excess = self._excess()
 
     def grad(self, x: Tensor) -> Tensor:
         """Return the gradient of u, ``(batch, dim) -> (batch, dim)``; differentiable again."""
         z = self.source.to_prior(x)
         theta = self._prior.from_normal(z)
         return self._finish(x, z, theta, self.model.log_likelihood_grad(theta, self.rows))
+
+    def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return u up to a constant and its gradient, ``(batch,)`` in float64 and ``(batch, dim)``."""
+        z = self.source.to_prior(x)
+        theta = self._prior.from_normal(z)
+        value, grad = self.model.log_likelihood_and_grad(theta, self.rows)
+        value = value * self._inverse_temperature
+        if self._inverse_temperature != 1:
+            value = value + (self._inverse_temperature - 1) * self._prior.log_prob(theta)
+        if not self.source.is_prior:
+            value = value + 0.5 * (x.double().square() - z.double().square()).sum(-1)
+        return value, self._finish(x, z, theta, grad)
 
     @property
     def has_hessian(self) -> bool:
@@ -69,7 +82,7 @@ class Context:
         return self._finish(x, z, theta, grad), self._finish_second(z, grad, second)
 
     def gauss_newton_slope(self, x: Tensor, v: Tensor) -> Tensor | None:
-        """Return the derivative of grad u - (A^T A + ``source.excess``) v at fixed v, ``(batch, dim, dim)``.
+        """Return the derivative of grad u - (A^T A + `excess`) v at fixed v, ``(batch, dim, dim)``.
 
         As in `gauss_newton`, in closed form. Row i is that of element i; the matrix is not symmetric. None where the
         model has none.
@@ -90,7 +103,7 @@ class Context:
         return self._finish_second(z, left, slope.left(slope.right(second) - turned))
 
     def gauss_newton(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradient of u and a factor A, ``(batch, rows, dim)``: -u'' ~ A^T A + ``source.excess``."""
+        """Return the gradient of u and a factor A, ``(batch, rows, dim)``: -u'' ~ A^T A + `excess`."""
         z = self.source.to_prior(x)
         theta = self._prior.from_normal(z)
         grad, factor = self.model.gauss_newton(theta, self.rows)
@@ -129,12 +142,16 @@ class Context:
         source, prior = self.source, self._prior
 
         def times(v: Tensor) -> Tensor:
-            pulled = source.pull(v)
-            by_theta = product(prior.push(z, pulled)) * self._inverse_temperature
+            by_theta = product(prior.push(z, source.pull(v))) * self._inverse_temperature
             image = source.pull(prior.pull(z, by_theta))
-            return image if source.is_prior else image + source.pull(pulled) - v  # H + root^2 - I
+            return image if self.excess is None else image + self.excess_times(v)
 
         return self._finish(x, z, theta, grad), times
+
+    def excess_times(self, v: Tensor) -> Tensor:
+        """Return `excess` v, ``(batch, dim)``."""
+        assert self.excess is not None
+        return self.excess * v if self.excess.dim() == 0 else v @ self.excess
 
     def _finish(self, x: Tensor, z: Tensor, theta: Tensor, grad: Tensor) -> Tensor:
         """Turn the gradient of the log likelihood by theta into that of u by x."""
@@ -171,6 +188,19 @@ class Context:
         if self._inverse_temperature != 1:
             grad = grad + (self._inverse_temperature - 1) * self._prior.log_prob_and_grad(theta)[1]
         return self._prior.pull(z, grad)
+
+    def _excess(self) -> Tensor | None:
+        """Return what -u'' has beside the likelihood: root^2 / T - 1, a number or ``(dim, dim)``; None for nothing.
+
+        At a temperature other than 1 the prior's own curvature is known where it is normal, and left out elsewhere.
+        """
+        excess, like = self.source.excess, {"dtype": self.source.dtype, "device": self.source.device}
+        if self._inverse_temperature == 1 or self._prior.scale is None:
+            return excess
+        dense = excess is not None and excess.dim() > 0
+        eye = torch.eye(self.dim, **like) if dense else torch.ones((), **like)
+        square = eye if excess is None else excess + eye
+        return self._inverse_temperature * square - eye
 
     def _tensor_scales(self) -> dict[str, float] | None:
         """Return d theta / d x, tempered, for every tensor of weights, if it is one number in each."""

@@ -155,9 +155,14 @@ class GaussNewton:
     Gaussian. A dense step costs a Jacobian and a Cholesky factorisation of the smaller of dim and the number of rows
     times outputs; a matrix-free one about two gradients for each iteration of conjugate gradients, whatever the size.
 
+    A step v promises by how much u changes, grad v - v H v / 2. As in a trust region, that is compared with the change
+    found, over the first max_norm of it: with q the difference over what it gains in all, the step is divided by
+    sqrt(1 + r |v|^2 / max_norm^2), r = q^2 / (q^2 + 1/4). So a step that breaks its promise is bounded, and one that
+    keeps it is not, however long: nothing is shortened where the likelihood is what it was linearised to.
+
     Args:
         steps: number of steps.
-        max_norm: bound on the change of y in one step, in standard deviations of the source.
+        max_norm: bound on a step that breaks its promise, in standard deviations of the source.
         iterations: of conjugate gradients in a step, starting from the gradient; None for a dense solution.
     """
 
@@ -175,9 +180,8 @@ class GaussNewton:
                 linear = linearised(context, y, s2)
             else:
                 linear = _MatrixFree(*context.gauss_newton_product(y), s2, self.iterations)
-            grad = linear.grad
-            change, divisor = self._change(linear, s2, w, step)
-            w = w + change / divisor
+            grad, change = linear.grad, linear.change(w if step else None)
+            w = w + change / self._shortened(context, y, s2, change, linear).divisor
         return Drive(w, grad)
 
     def with_jacobians(self, context: Context, mu: Tensor, s2: Tensor) -> tuple[Drive, Drive] | None:
@@ -195,29 +199,79 @@ class GaussNewton:
             first, y, by_y = step == 0, mu + s2 * w, _displaced(by_w, s2)
             linear = linearised(context, y, s2)
             wide = linear if linear.by_weights else Linearised(context, y, s2, by_weights=True)
-            grad = linear.grad
-            change, divisor = self._change(linear, s2, w, step)
+            grad, change = linear.grad, linear.change(None if first else w)
             slope = context.gauss_newton_slope(y, s2 * change)
             assert slope is not None
             by_change = wide.solve_each(slope if first else torch.baddbmm(by_w, slope, by_y, beta=-1))
-            shrink = s2 * s2 / (self.max_norm**2 * divisor**3)  # of the divisor by the length of the change
-            along = MatrixFactor(by_change).transposed(change)
-            by_w = torch.addcmul(by_w, by_change, (1 / divisor).unsqueeze(-1))
-            by_w.baddbmm_((shrink * change).unsqueeze(-1), along.unsqueeze(-2), alpha=-1)
-            w = w + change / divisor
+            bound = self._shortened(context, y, s2, change, linear)
+            by_point, by_step = self._slopes(context, y, bound, slope)
+            along = MatrixFactor(by_y).transposed(by_point) + s2 * MatrixFactor(by_change).transposed(by_step)
+            by_w = torch.addcmul(by_w, by_change, (1 / bound.divisor).unsqueeze(-1))
+            by_w.baddbmm_((change / bound.divisor**2).unsqueeze(-1), along.unsqueeze(-2), alpha=-1)
+            w = w + change / bound.divisor
             if step == self.steps - 1:
                 hessian = context.hessian(y)
                 assert hessian is not None
                 by_grad = hessian[1] if first else hessian[1] @ by_y
         return Drive(w, grad), Drive(by_w, by_grad)
 
-    def _change(self, linear: Linearised | _MatrixFree, s2: Tensor, w: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Return the change of w in a step, and what that is divided by, ``(batch, 1)``: a smooth bound."""
-        change = linear.change(w if step else None)
-        length2 = (s2 * s2) * (change * change).sum(-1, keepdim=True)
-        return change, (1 + length2 / self.max_norm**2).sqrt()
+    def _shortened(
+        self, context: Context, y: Tensor, s2: Tensor, change: Tensor, linear: Linearised | _MatrixFree
+    ) -> _Shortened:
+        """Compare what a step from y to y + s^2 change promises with what its first part does."""
+        length2 = _dot(s2 * change, s2 * change) / self.max_norm**2
+        part = (1 + length2).rsqrt().to(y.dtype)
+        change = part * change
+        step = s2 * change
+        image = linear.times(step)
+        bend, promised = _dot(step, image), _dot(step, linear.grad)
+        before, _ = context.value_and_grad(y)
+        after, grad = context.value_and_grad(y + step)
+        gain = 1 + 0.5 * (_dot(step, change) + bend)
+        broken = ((after - before).unsqueeze(-1) - (promised - 0.5 * bend)) / gain
+        broken = broken.clamp(-_WORST, _WORST)
+        square = broken.square()
+        divisor = (1 + length2 * square / (square + _HALF**2)).sqrt().to(y.dtype)
+        return _Shortened(divisor, broken, length2, gain, part, step, grad - linear.grad, image, change)
+
+    def _slopes(self, context: Context, y: Tensor, bound: _Shortened, slope: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the derivatives of the divisor by y and by the whole step, ``(batch, dim)`` both.
+
+        The slope is that of grad u - H w for the whole step w. With G = u'', w slope = w G less the slope of w H w.
+        """
+        divisor, broken, length2, gain, part, step, rise, image, change = bound
+        curved = torch.func.jvp(context.grad, (y,), (step,))[1]  # G v
+        inward = 0.5 * part * (curved - MatrixFactor(slope).transposed(step))  # of v H v / 2 by y
+        square = broken.square()
+        share = square / (square + _HALF**2)
+        scale = (length2 * broken * _HALF**2 / (square + _HALF**2).square() / gain).to(y.dtype)
+        q, whole, norm2 = broken.to(y.dtype), step / part, self.max_norm**2
+        by_y = scale * (rise - curved + inward - q * inward)
+        by_part = scale * (rise + image - q * (change + image))
+        bent = part**3 * _dot(by_part, whole).to(y.dtype) / norm2
+        by_step = part * by_part - bent * whole + share.to(y.dtype) * whole / norm2
+        return by_y / divisor, by_step / divisor
 
 
+class _Shortened(NamedTuple):
+    """What a step is divided by, and what that is made of; see `GaussNewton`.
+
+    ``(batch, 1)``, in float64 between the divisor and the part, and ``(batch, dim)``.
+    """
+
+    divisor: Tensor
+    broken: Tensor  # q
+    length2: Tensor  # |v|^2 / max_norm^2 of the whole step
+    gain: Tensor  # what the part gains if it keeps its promise, and one nat: rounding of u breaks no promise
+    part: Tensor  # of the step that is tried: no more than max_norm, beyond which u may not be finite
+    step: Tensor  # that part, v
+    rise: Tensor  # of the gradient on its way
+    image: Tensor  # H v
+    change: Tensor  # v / s^2
+
+
+_HALF = 0.5  # of the gain: a promise broken by so much counts by half
+_WORST = 1e6  # times the gain, from where a broken promise counts in full to the last digit
 _REFINED = 2  # how often a solution for rows is: of many rows the first is off by the condition times the precision
 _BLOCK = 2**20  # elements of the matrices that are made at once: what the caches of a CPU hold
 
@@ -235,7 +289,7 @@ class Linearised:
     def __init__(self, context: Context, x: Tensor, s2: Tensor, *, by_weights: bool = False) -> None:
         self.grad, factor = context.gauss_newton_factored(x)
         self._residual = context.gauss_newton_residual(x)
-        self._excess, self._s2 = context.source.excess, s2
+        self._context, self._excess, self._s2 = context, context.excess, s2
         self._scale: Tensor | None = None
         excess, rows, dim = self._excess, factor.rows, x.shape[-1]
         dense = excess is not None and excess.dim() > 0
@@ -268,7 +322,7 @@ class Linearised:
     def times(self, v: Tensor) -> Tensor:
         """Return H v, ``(batch, dim)``."""
         product = self._factor.transposed(self._factor.times(v))
-        return product if self._excess is None else product + self._excess_times(v)
+        return product if self._excess is None else product + self._context.excess_times(v)
 
     def change(self, w: Tensor | None) -> Tensor:
         """Return (I + s^2 H)^-1 (grad - w), ``(batch, dim)``, what takes w to the solution; None is zero.
@@ -308,7 +362,7 @@ class Linearised:
         for _ in range(_REFINED):
             left = factor.transposed(rows - s2 * factor.times(found)) - found  # sums over rows of what is small
             if self._excess is not None:
-                left = left - s2 * self._excess_times(found)
+                left = left - s2 * self._context.excess_times(found)
             found = found + self._solved(left)
         return found
 
@@ -316,11 +370,6 @@ class Linearised:
         """Return (I + s^2 A A^T)^-1 rows, with s^2 over what `_scale` is."""
         half = torch.linalg.solve_triangular(self._root, rows.unsqueeze(-1), upper=False)
         return torch.linalg.solve_triangular(self._root.mT, half, upper=True).squeeze(-1)
-
-    def _excess_times(self, v: Tensor) -> Tensor:
-        excess = self._excess
-        assert excess is not None
-        return excess * v if excess.dim() == 0 else v @ excess
 
     def solve_each(self, targets: Tensor) -> Tensor:
         """Return the same for many targets, ``(batch, dim, k)``; by weights only.
@@ -371,3 +420,8 @@ class _MatrixFree:
 
 def _square(v: Tensor) -> Tensor:
     return (v * v).sum(-1, keepdim=True) + 1e-12
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Return the inner products, ``(batch, 1)`` in float64."""
+    return (a.double() * b).sum(-1, keepdim=True)
