@@ -62,11 +62,8 @@ def regression(
     along = torch.cat([along, along.new_zeros(dim - len(along), outputs)])
     each = scale**2 * (v.T / (1 + s.square())) @ v
     means = loc + scale * v.T @ (s / (1 + s.square())).unsqueeze(1).mul(along)  # (dim, outputs)
-    order = [o * inputs + i for o in range(outputs) for i in range(inputs)] + [
-        outputs * inputs + o for o in range(outputs)
-    ]
-    places = [o * dim + i for o in range(outputs) for i in range(inputs)] + [o * dim + inputs for o in range(outputs)]
-    assert order == list(range(outputs * dim))  # weights of each output, then the biases
+    of_weights = [o * dim + i for o in range(outputs) for i in range(inputs)]
+    places = of_weights + [o * dim + inputs for o in range(outputs)]  # the weights of each output, then the biases
     covariance = torch.block_diag(*[each] * outputs)[places][:, places]
     mean = means.T.reshape(-1)[places]
     # y ~ N(loc, noise^2 (I + A A^T)); at T = 1

@@ -236,6 +236,25 @@ def test_adaptive_rules_refuse_what_they_cannot_do():
         integrate(lambda t, s: (s[0] ** 2,), (2 * torch.ones(1, 1),), even(2), "dopri5", max_evaluations=10**6)
 
 
+@pytest.mark.parametrize("ends", [(0.0, 1.0), (1.0, 0.0), (0.2, 0.7), (-3.0, -2.5)], ids=str)
+@pytest.mark.parametrize("solver", ADAPTIVE)
+@pytest.mark.parametrize("speed", [1e-9, 1.0, 30.0])
+def test_adaptive_rules_look_at_no_time_outside_the_interval(solver, ends, speed):
+    """A field may not exist there: neither a first guess of the step nor the last step may leave."""
+    asked = []
+
+    def field(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        asked.append(float(t))
+        return (torch.full_like(state[0], speed) * ((t - min(ends)) * (max(ends) - t)).sqrt(),)  # NaN outside
+
+    grid = torch.tensor(ends, dtype=torch.float64)
+    (end,) = integrate(field, (torch.ones(3, 2, dtype=torch.float64),), grid, solver, rtol=1e-4, atol=1e-4)
+    area = math.pi / 8 * (ends[1] - ends[0]) * abs(ends[1] - ends[0])
+    assert torch.allclose(end, torch.full_like(end, 1 + speed * area), rtol=1e-3, atol=1e-3)
+    assert min(ends) <= min(asked)
+    assert max(asked) <= max(ends)
+
+
 # ------------------------------------------------------------------ integrals along the way
 
 

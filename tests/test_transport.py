@@ -359,6 +359,34 @@ def test_solvers_have_their_order(solver, order):
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.4)
 
 
+@pytest.mark.parametrize("solver", ["dopri5", "dopri8", "bosh3"])
+def test_adaptive_solvers_carry_trained_flows_both_ways(solver):
+    """The field ends at t = 1: beyond, the time of its network has no logarithm."""
+    model = network_model("gaussian")
+    field = WeightsVelocity(model.spec, width=4, depth=1).double()
+    flow = bf.fit_flow(model, 0.3 * model.sample_prior(64, 0), velocity=field, steps=5, batch_size=16, progress=False)
+    theta, log_q = flow.sample_with_log_prob(3, 0, solver=solver)
+    assert torch.allclose(theta, flow.sample(3, 0, solver="rk4", steps=64), atol=1e-3)
+    assert torch.allclose(flow.log_prob(theta, solver=solver), log_q, atol=1e-2)
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "dopri8", "bosh3", "adaptive_heun"])
+def test_adaptive_solvers_carry_flows_that_look_at_the_data(solver):
+    flow = bf.GaussNewtonFlow(network_model("gaussian"))
+    assert torch.allclose(flow.sample(2, 0, solver=solver), flow.sample(2, 0, solver="rk4", steps=64), atol=1e-2)
+
+
+def test_advice_about_a_field_too_stiff_for_an_adaptive_solver_can_be_followed():
+    class Jagged(nn.Module):
+        def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return (1e5 * t).sin() * torch.ones_like(x)
+
+    flow = Flow.of(Jagged(), network_model("gaussian"))
+    with pytest.raises(RuntimeError, match="take a solver with fixed steps, such as 'rk4'"):
+        flow.sample(2, 0, solver="dopri5")
+    assert flow.sample(2, 0, solver="rk4").isfinite().all()
+
+
 def test_nan_velocity_raises_and_says_when():
     with pytest.raises(FloatingPointError, match=r"between t = 0\.0000"):
         integrate(lambda t, s: (s[0] * math.nan,), (torch.ones(1),), time_grid(4))

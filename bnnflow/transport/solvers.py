@@ -66,6 +66,8 @@ def integrate(
 ) -> State:
     """Integrate d state / dt = field(t, state) over the times of ``grid``, forwards or backwards.
 
+    The field is asked at no time outside the ends of ``grid``.
+
     Args:
         field: takes a scalar time and a tuple of tensors, returns their derivatives.
         state: where to start.
@@ -213,6 +215,7 @@ def _adaptive(
     if not (rtol > 0 and atol > 0):
         raise ValueError(f"rtol and atol must be positive, got {rtol} and {atol}")
     sizes, evaluations = [part.numel() for part in state], 0
+    first, last = grid[[0, -1]].sort().values
 
     def joined(parts: State) -> Tensor:
         return torch.cat([part.reshape(-1) for part in parts])  # in the widest of their types
@@ -224,10 +227,12 @@ def _adaptive(
     def slope(t: Tensor, flat: Tensor) -> Tensor:
         nonlocal evaluations
         evaluations += 1
+        t = t.clamp(first, last)  # the first guess of a step may look further, and sums of times are rounded
         if evaluations > max_evaluations:
             raise RuntimeError(
                 f"{solver} has used {max_evaluations} evaluations by t = {float(t):.4f}: one sample may be too stiff; "
-                "loosen the tolerances, raise max_evaluations or take a fixed grid"
+                "take a solver with fixed steps, such as 'rk4' (or, in integrate itself, looser tolerances or a larger "
+                "max_evaluations)"
             )
         velocity = joined(field(t, split(flat)))
         if not bool(velocity.isfinite().all()):
@@ -238,11 +243,11 @@ def _adaptive(
         return torch.stack([_size(part).max() for part in split(flat.detach())]).max()
 
     try:
-        path = odeint(
-            slope, joined(state), grid[[0, -1]], rtol=rtol, atol=atol, method=solver, options={"norm": worst_sample}
-        )
+        # Without a step that ends there, the last one goes beyond the end and is interpolated back.
+        options = {"norm": worst_sample, "step_t": grid[-1:]}
+        path = odeint(slope, joined(state), grid[[0, -1]], rtol=rtol, atol=atol, method=solver, options=options)
     except AssertionError as error:  # of torchdiffeq: a step of no length, or a state that is not finite
-        raise RuntimeError(f"{solver} failed: {error}") from error
+        raise RuntimeError(f"{solver} failed: {error}; take a solver with fixed steps, such as 'rk4'") from error
     assert isinstance(path, Tensor)
     return split(path[-1])
 
