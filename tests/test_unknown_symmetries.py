@@ -13,7 +13,7 @@ import bnnflow as bf
 from bnnflow import likelihoods, priors, symmetry
 from bnnflow.equivariant import DWSNet
 from bnnflow.report import plots, weight_convergence
-from bnnflow.transport import Matched, MiniBatchOT, Source, fit_gaussian
+from bnnflow.transport import Matched, MiniBatchOT, Source, WeightsVelocity, fit_flow, fit_gaussian
 from bnnflow.weights import Symmetries, WeightSpec
 
 F64 = torch.float64
@@ -195,6 +195,18 @@ def test_baselines_say_that_draws_were_not_matched(unknown: tuple[bf.BayesianMod
     info = fit_gaussian(model, theta).info
     assert info["matched"] is False
     assert model.spec.unknown in info["symmetries"]
+
+
+def test_flows_take_other_fields_and_corrections_say_what_was_not_looked_at() -> None:
+    model = model_of(built(UNKNOWN["prelu"][0]))
+    theta = model.sample_prior(64, seed=0)
+    with pytest.raises(ValueError, match=r"'1' \(PReLU\).*architecture='graph'"):
+        fit_flow(model, theta, steps=2, progress=False)
+    with torch.random.fork_rng(devices=[]):
+        field = WeightsVelocity(model.spec, architecture="graph", width=8, depth=1)
+    flow = fit_flow(model, theta, velocity=field, steps=2, progress=False)
+    found = bf.correct(flow, model, n=50, method="importance", progress=False)
+    assert "symmetries of the network are not known (cannot label module '1' (PReLU)" in str(found.info)
 
 
 def test_reports_say_so(unknown: tuple[bf.BayesianModel, str]) -> None:

@@ -85,17 +85,16 @@ class Layout:
         channels: channels of each kind for one feature on every weight.
 
     Raises:
-        ValueError: if nothing is labelled, if a tensor has one label twice or more than two of them, or if layers
-            cannot be shared.
+        ValueError: if the symmetries are not known, if a tensor has one label twice or more than two of them, or if
+            layers cannot be shared.
     """
 
     def __init__(self, spec: WeightSpec, *, merge: bool = False, shared: bool = False) -> None:
         if spec.unknown:
             raise ValueError(
-                f"weight-space layers need labelled hidden units, and this network has none: {spec.unknown}"
+                "weight-space layers need labelled hidden units, of a chain of layers or the like, and here none are "
+                f"known: {spec.unknown} (a GraphNet takes any network: architecture='graph' for a flow's field)"
             )
-        if not spec.widths and not spec.layers:
-            raise ValueError("weight-space layers need labelled hidden units: a chain of layers, or a residual network")
         labels = list(spec.activations if shared else spec.widths)  # those that are shared in order of depth
         self.widths = {label: spec.widths[label] for label in labels if spec.widths[label] > 1 or not merge}
         self.shared = shared
