@@ -23,6 +23,8 @@ from bnnflow.model.hessian import ChainHessian, Curvature
 from bnnflow.model.linearised import LinearisedNetwork
 from bnnflow.model.network import ChainNetwork, ModuleNetwork, Pullback, at_once
 from bnnflow.model.priors import Extra, FlatPrior, as_prior, elementwise, extras_of, positive_extras, rebuild
+from bnnflow.model.probe import check_outputs, probe
+from bnnflow.seeding import isolated
 from bnnflow.types import HierarchicalPrior, Likelihood, Prior, Seed
 from bnnflow.weights import WeightSpec, free_parameters, unwrapped
 
@@ -88,6 +90,7 @@ class BayesianModel:
         _check_modules(net)
         parameter = next(iter(free_parameters(net).values()))
         _check_sizes(net)
+        _check_gradients(net)
         self._dtype, self._device = parameter.dtype, parameter.device
         x, y = _check_data(x, y)
         self.net = copy.deepcopy(net)
@@ -96,7 +99,7 @@ class BayesianModel:
         self.likelihood = likelihood
         self.temperature = float(temperature)
         try:
-            network_spec = WeightSpec.of(net)
+            network_spec = WeightSpec.of(copy.deepcopy(self.net))  # what tracing runs may change it
         except ValueError as error:
             network_spec = WeightSpec.unlabelled(net, str(error))
         self._anchor: Tensor | None = None  # where the network is linearised
@@ -106,6 +109,8 @@ class BayesianModel:
         self.spec = network_spec.extend({extra.name: extra.shape for extra in self._extras}, axes)
         self._architecture = self.spec  # says how to evaluate the network, where the spec of a linearised one does not
         self.x, self._n_outputs = self._accepted(x.to(self._device))
+        known = self.spec.layers and all(_of_torch(module) for module in net.modules())
+        self._written = frozenset() if known else probe(self.net, self.x)
         y = likelihood.validate(y, self._n_outputs)
         _check_informative(y)
         self.y = _placed("y", y, self._device, self._dtype)
@@ -928,7 +933,7 @@ class BayesianModel:
 
     def _identity(self) -> tuple[str, tuple[str, ...]]:
         layers = self._architecture.layers
-        found = Identity(free_parameters(self.net))
+        found = Identity(free_parameters(self.net), self._written)
         found.add(self.x, "x").add(self.y, "y").add(self.temperature, "temperature")
         found.add((self.spec.shapes, repr(layers)), "spec")
         found.add(self.flat_prior.identity(), "prior").add(self.likelihood, "likelihood")
@@ -967,14 +972,13 @@ class BayesianModel:
     def _probe(self, x: Tensor) -> int:
         """Run rows through the network and return its number of outputs."""
         rows = x[:2] if x.is_floating_point() else x  # any index may be beyond the table of an embedding
+        zeros = {name: torch.zeros_like(value) for name, value in free_parameters(self.net).items()}
         try:
-            with torch.no_grad():
-                outputs = self.network(torch.zeros(1, self.dim, dtype=self.dtype, device=self.device), rows)
+            with torch.no_grad(), isolated():
+                outputs = torch.func.functional_call(self.net, zeros, (rows.clone(),))
         except (RuntimeError, IndexError) as error:
             raise ValueError(f"the network cannot take x of shape {tuple(x.shape)}: {error}") from error
-        if outputs.dim() != 3 or outputs.shape[1] != len(rows) or outputs.shape[2] == 0:
-            raise ValueError(f"the network must map (n, ...) to (n, out), got {tuple(outputs.shape[1:])}")
-        return outputs.shape[-1]
+        return check_outputs(outputs, len(rows)).shape[-1]
 
 
 _Evaluation = Callable[..., tuple[Tensor, ...]]
@@ -1016,7 +1020,12 @@ def _placed(name: str, data: Tensor, device: torch.device, dtype: torch.dtype) -
     if data.is_floating_point():
         _check_rounding(name, data, dtype)
         data = data.to(dtype)
+        _check_finite(name, data)
     return data.to(device)
+
+
+def _of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.modules.")
 
 
 def _check_modules(net: nn.Module) -> None:
@@ -1031,8 +1040,35 @@ def _check_modules(net: nn.Module) -> None:
                     "likelihood of single rows; use LayerNorm or GroupNorm, or call net.eval() on a network with "
                     "running statistics, which are then constants"
                 )
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+        chance = module.dropout if isinstance(module, nn.MultiheadAttention) else getattr(module, "p", 0)
+        random = isinstance(module, nn.modules.dropout._DropoutNd | nn.MultiheadAttention) and module.training
+        if random and chance > 0:
             raise ValueError(f"module {name!r} ({kind}) is random in training mode; call net.eval() or remove it")
+
+
+def _check_gradients(net: nn.Module) -> None:
+    """Refuse modules of torch whose weights cannot be exchanged, or whose gradient is not the outputs' derivative."""
+    for name, module in net.named_modules():
+        kind = f"module {name!r} ({type(module).__name__})"
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            raise ValueError(
+                f"{kind} is recurrent, and torch's code for it takes one set of weights only; write its cell with "
+                "Linear layers, in a loop over time, or, if its weights are constants, give its outputs as x"
+            )
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or not module.weight.requires_grad:
+            continue
+        if module.padding_idx is not None:
+            raise ValueError(
+                f"{kind} has padding_idx={module.padding_idx}: that row would be inferred, but torch gives it no "
+                "gradient; make the embedding without it and mask what is padded, or make its weight a constant by "
+                "requires_grad_(False)"
+            )
+        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if getattr(module, option):
+                raise ValueError(
+                    f"{kind} has {option}={getattr(module, option)}, which changes its weights or its gradient "
+                    "behind the back of the inference; make it without"
+                )
 
 
 def _check_sizes(net: nn.Module) -> None:
@@ -1066,7 +1102,7 @@ def _check_finite(name: str, values: Tensor) -> None:
 
 def _check_rounding(name: str, values: Tensor, dtype: torch.dtype) -> None:
     """Raise where rounding to ``dtype`` would blur what tells rows apart: large numbers that vary by little."""
-    if values.dtype == dtype:
+    if values.dtype == dtype or not bool(values.to(dtype).isfinite().all()):
         return
     columns = values.reshape(len(values), -1).double()
     error = torch.stack([(part.to(dtype).double() - part).abs().amax(0) for part in columns.split(4096)]).amax(0)

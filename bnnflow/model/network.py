@@ -11,6 +11,7 @@ again, forwards and backwards.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import threading
 from collections.abc import Callable, Collection, Sequence
@@ -444,6 +445,7 @@ class _OwnModule(threading.local):
         self._arguments = net, names
         constants = [parameter for name, parameter in net.named_parameters() if name not in names]
         self._module = copy.deepcopy(net, {id(each): each for each in (*constants, *net.buffers())})
+        _avoid_fast_path(self._module)
         self.convolves = any(isinstance(module, nn.Conv2d | nn.ConvTranspose2d) for module in net.modules())
         parameters = dict(self._module.named_parameters())
         self.dtype = parameters[names[0]].dtype
@@ -468,6 +470,29 @@ class _OwnModule(threading.local):
         finally:
             for (owner, key, _), parameter in zip(self._places, before, strict=True):
                 owner[key] = parameter
+
+
+def _avoid_fast_path(net: nn.Module) -> None:
+    """Let attention be computed by operations that can be mapped and differentiated.
+
+    In evaluation torch has code for it that cannot; training without dropout is the same function.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            module.training, module.dropout = True, 0.0
+            module.forward = functools.partial(_attend, module.forward)  # type: ignore[method-assign]
+        elif isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            module.training = True  # its dropout is a module of its own, and stays in evaluation
+
+
+def _attend(
+    forward: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, mask: Any = None, need_weights: bool = True,
+    *rest: Any, key_padding_mask: Any = None, **options: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Attend with all weights at hand: without them torch's code is a single operation."""
+    mask = key_padding_mask if mask is None else mask
+    outputs, weights = forward(query, key, value, mask, True, *rest, **options)
+    return outputs, weights if need_weights else None
 
 
 def _in_dims(per_network: bool) -> tuple[int, int | None]:

@@ -1,0 +1,290 @@
+"""One look at a module, before it is trusted: is it what a likelihood of independent rows takes it for?
+
+A model needs a network whose outputs are a function of weights and inputs alone, row by row, and whose backward pass
+is the derivative of its forward pass. Random weights and a few rows of data tell: in double precision the derivative
+along a random direction has ten digits, which a kink that happens to lie in between cannot change for all of three
+points.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bnnflow.identity import Identity
+from bnnflow.seeding import isolated
+from bnnflow.weights import free_parameters
+
+__all__ = ["check_outputs", "probe"]
+
+_ROWS = 4
+_POINTS = 3
+_FARTHEST = 100.0  # times longer is the step of a tensor that matters little than that of the one that matters most
+
+
+class _Precision(NamedTuple):
+    dtype: torch.dtype
+    same: float  # relative difference of outputs that should be the same
+    step: float
+    slope: float  # relative difference of slopes that should be the same
+
+
+_DOUBLE = _Precision(torch.float64, 1e-9, 1e-6, 1e-2)
+_SINGLE = _Precision(torch.float32, 1e-4, 1e-3, 0.1)
+
+
+def check_outputs(outputs: Any, rows: int) -> Tensor:
+    """Return outputs as ``(rows, out)``, or raise ``ValueError`` if they are something else."""
+    if not isinstance(outputs, Tensor):
+        raise ValueError(f"the network must return one tensor, got {type(outputs).__name__}")
+    result = outputs.unsqueeze(-1) if outputs.dim() == 1 else outputs
+    if result.dim() != 2 or len(result) != rows:
+        raise ValueError(f"the network must map (n, ...) to (n, out), got {tuple(outputs.shape)} for {rows} rows")
+    return result
+
+
+def probe(net: nn.Module, x: Tensor) -> frozenset[str]:
+    """See that a network is a function of its inputs and weights, keeps rows apart, and has the slope that it claims.
+
+    Returns:
+        The attributes of modules that the forward pass writes, ``"net.0.last"``; they are no part of what it computes.
+
+    Raises:
+        ValueError: naming the module, or the parameter, that makes it something else.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with isolated(generator):
+        try:
+            found = _Probe(net, x, _DOUBLE)
+        except RuntimeError:  # a number type is written into its code
+            found = _Probe(net, x, _SINGLE)
+        written = found.check_state()
+        found.check_rows()
+        found.check_slopes()
+    return written
+
+
+class _Probe:
+    """A copy of the network with random weights, and rows to evaluate it at."""
+
+    def __init__(self, net: nn.Module, x: Tensor, precision: _Precision) -> None:
+        self.precision = precision
+        self.net = copy.deepcopy(net).to(precision.dtype)
+        rows = x[torch.linspace(0, len(x) - 1, _ROWS).long().unique().to(x.device)]
+        if rows.is_floating_point():
+            rows = rows.to(precision.dtype)
+            rows = torch.cat([rows, rows[:1] + _normal(rows[:1].expand(_ROWS - len(rows), *rows.shape[1:]))])
+        self.rows = rows
+        self.names = list(free_parameters(net))
+        self.params = self.random()
+        with torch.no_grad():
+            self.outputs = self.evaluate(self.params, rows)
+
+    def random(self) -> dict[str, Tensor]:
+        """Return random weights of the size that keeps signals as they are."""
+        own = dict(self.net.named_parameters())
+        return {name: _normal(own[name]) / max(1, own[name][:1].numel()) ** 0.5 for name in self.names}
+
+    def evaluate(self, params: dict[str, Tensor], rows: Tensor) -> Tensor:
+        """Return the outputs of a copy of the rows."""
+        return check_outputs(torch.func.functional_call(self.net, params, (rows.clone(),)), len(rows))
+
+    def same(self, first: Tensor, second: Tensor) -> bool:
+        """Say whether two tensors are the same up to rounding."""
+        size = first.abs().amax().nan_to_num() if first.numel() else 0.0
+        return torch.allclose(first, second, rtol=0, atol=float(self.precision.same * size), equal_nan=True)
+
+    # ---------------------------------------------------------------- state and chance
+
+    @torch.no_grad()
+    def check_state(self) -> frozenset[str]:
+        """See that an evaluation writes to nothing that counts, and that a second one gives the same."""
+        self.params = self.random()
+        counts = {**self.params, **dict(self.net.named_buffers())}
+        before = {name: tensor.clone() for name, tensor in counts.items()}
+        attributes, rows, drawn = _attributes(self.net), self.rows.clone(), torch.get_rng_state()
+        with _Recorder(self.net) as first:
+            self.outputs = check_outputs(torch.func.functional_call(self.net, self.params, (rows,)), len(rows))
+        counts = {**self.params, **dict(self.net.named_buffers())}
+        changed = [name for name, tensor in before.items() if not torch.equal(tensor, counts[name])]
+        if changed:
+            raise ValueError(f"{changed[0]!r} is written by the forward pass of the network, which must leave it alone")
+        if not torch.equal(rows, self.rows):
+            writers = [record.name for record in first if record.overwrites]
+            raise ValueError(f"{self.said(writers)} writes to the inputs, which belong to the data; work on a copy")
+        random = not torch.equal(drawn, torch.get_rng_state())
+        with _Recorder(self.net) as second:
+            again = self.evaluate(self.params, self.rows)
+        if random or not self.same(self.outputs, again):
+            guilty = self.guilty(first, second, self.same)
+            raise ValueError(
+                f"{self.said(guilty)} is random, or depends on how often it was called: the same weights and inputs "
+                "must give the same outputs; call net.eval(), or remove it"
+            )
+        return frozenset(path for path, digest in _attributes(self.net).items() if attributes.get(path) != digest)
+
+    @staticmethod
+    def guilty(first: list[_Record], second: list[_Record], same: Callable[[Tensor, Tensor], bool]) -> list[str]:
+        """Return the modules that made something else of the same."""
+        pairs = list(zip(first, second, strict=False))
+        return [a.name for a, b in pairs if _alike(a.given, b.given, same) and not _alike(a.made, b.made, same)]
+
+    # ---------------------------------------------------------------- rows
+
+    @torch.no_grad()
+    def check_rows(self) -> None:
+        """See that every row's outputs are those that it has alone."""
+        for i, row in enumerate(self.rows.split(1)):
+            try:
+                alone = self.evaluate(self.params, row)
+            except (RuntimeError, IndexError) as error:
+                raise ValueError(f"the network cannot take one row, {tuple(row.shape)}: {error}") from error
+            if alone.shape == self.outputs[:1].shape and self.same(self.outputs[i : i + 1], alone):
+                continue
+            guilty = self.guilty(self.recorded(self.rows), self.recorded(row), partial(self.same_row, i))
+            raise ValueError(
+                f"{self.said(guilty)} makes a row's output depend on the other rows, so there is no likelihood of "
+                "single rows; the first axis of x runs over rows (attention wants batch_first=True)"
+            )
+
+    def same_row(self, i: int, together: Tensor, alone: Tensor) -> bool:
+        """Say whether row ``i`` of a tensor is what it is alone; True for tensors that have no axis of rows."""
+        if len(together) != len(self.rows) or len(alone) != 1 or together.shape[1:] != alone.shape[1:]:
+            return True
+        return self.same(together[i : i + 1], alone)
+
+    def recorded(self, rows: Tensor) -> list[_Record]:
+        """Evaluate the network and return what its modules did."""
+        with _Recorder(self.net) as records:
+            self.evaluate(self.params, rows)
+        return records
+
+    def said(self, names: list[str]) -> str:
+        """Name the first module of those found, or the network's own forward."""
+        name = names[0] if names else ""
+        kind = type(self.net.get_submodule(name)).__name__
+        return f"module {name!r} ({kind})" if name else f"the forward of the network ({kind})"
+
+    # ---------------------------------------------------------------- slopes
+
+    def check_slopes(self) -> None:
+        """See that the backward pass finds the slope of the forward pass."""
+        if 2 * sum(not self.agrees(*self.point()) for _ in range(_POINTS)) < _POINTS:
+            return
+        params, weights, gradients, along = self.point()
+        guilty = [name for name, each in along.items() if not self.agrees(params, weights, gradients, {name: each})]
+        where = f"the gradient by {guilty[0]!r}" if guilty else "the gradient"
+        raise ValueError(
+            f"{where} is not the derivative of the outputs: the backward pass of the network (a Function or a hook of "
+            "its own, a detach, a table that is not differentiated everywhere) belongs to another function than its "
+            "forward pass; what is no part of the inference takes requires_grad_(False)"
+        )
+
+    def point(self) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Return weights, weights of the outputs, the gradient there, and directions in which all tensors count."""
+        params = {name: value.requires_grad_() for name, value in self.random().items()}
+        weights = _normal(self.outputs)
+        gradients = self.gradients(params, weights)
+        largest = max(float(gradient.norm()) for gradient in gradients.values())
+        along = {}
+        for name, gradient in gradients.items():
+            size = max(float(gradient.norm()), largest / _FARTHEST)
+            farther = largest / size if size else 1.0
+            along[name] = _normal(gradient) * (farther / gradient.numel() ** 0.5)
+        return params, weights, gradients, along
+
+    def gradients(self, params: dict[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
+        """Return the gradient of the weighted outputs that the backward pass gives."""
+        with torch.enable_grad():
+            total = (self.evaluate(params, self.rows) * weights).sum()
+            if not total.requires_grad:
+                raise ValueError("the outputs of the network have no derivative by its free parameters")
+            found = torch.autograd.grad(total, list(params.values()), allow_unused=True, materialize_grads=True)
+        return dict(zip(params, found, strict=True))
+
+    @torch.no_grad()
+    def agrees(
+        self, params: dict[str, Tensor], weights: Tensor, gradients: dict[str, Tensor], along: dict[str, Tensor]
+    ) -> bool:
+        """Say whether the slope along some directions is the one that gradients claim."""
+        step = self.precision.step
+
+        def value(sign: float) -> Tensor:
+            moved = params | {name: params[name] + sign * step * each for name, each in along.items()}
+            return (self.evaluate(moved, self.rows) * weights).sum()
+
+        ahead, behind = value(1.0), value(-1.0)
+        measured = float(ahead - behind) / (2 * step)
+        claimed = sum(float((gradients[name] * direction).sum()) for name, direction in along.items())
+        rounding = torch.finfo(self.precision.dtype).eps * float(ahead.abs()) / step
+        return abs(measured - claimed) <= self.precision.slope * max(abs(measured), abs(claimed)) + 100 * rounding
+
+
+class _Record(NamedTuple):
+    """What one call of a module was given and made."""
+
+    name: str
+    given: Tensor | None
+    made: Tensor | None
+    overwrites: bool  # its first argument
+
+
+class _Recorder:
+    """Record the calls of all modules, in the order in which they end."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self._net = net
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> list[_Record]:
+        records: list[_Record] = []
+        starts: list[tuple[Tensor | None, int]] = []
+
+        def begin(module: nn.Module, arguments: Any) -> None:
+            first = next((each for each in arguments if isinstance(each, Tensor)), None)
+            starts.append((None if first is None else first.clone(), 0 if first is None else first._version))
+
+        def end(name: str, module: nn.Module, arguments: Any, made: Any) -> None:
+            given, version = starts.pop()
+            first = next((each for each in arguments if isinstance(each, Tensor)), None)
+            tensor = next((each for each in _flat(made) if isinstance(each, Tensor)), None)
+            overwrites = first is not None and first._version != version
+            records.append(_Record(name, given, None if tensor is None else tensor.clone(), overwrites))
+
+        for name, module in self._net.named_modules():
+            self._hooks.append(module.register_forward_pre_hook(begin))
+            self._hooks.append(module.register_forward_hook(partial(end, name)))
+        return records
+
+    def __exit__(self, *exception: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _normal(like: Tensor) -> Tensor:
+    """Return normal numbers from the CPU's generator, wherever they are used."""
+    return torch.randn(like.shape, dtype=like.dtype).to(like.device)
+
+
+def _flat(values: Any) -> tuple[Any, ...]:
+    return tuple(values) if isinstance(values, tuple | list) else (values,)
+
+
+def _alike(first: Tensor | None, second: Tensor | None, same: Callable[[Tensor, Tensor], bool]) -> bool:
+    return first is None or second is None or same(first, second)
+
+
+def _attributes(net: nn.Module) -> dict[str, str]:
+    """Return what the plain attributes of all modules are, by path."""
+    hidden = set(vars(nn.Module()))
+    return {
+        ".".join(["net", *filter(None, [name]), key]): Identity().add(value, key).digest
+        for name, module in net.named_modules()
+        for key, value in vars(module).items()
+        if key not in hidden
+    }

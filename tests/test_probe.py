@@ -1,0 +1,299 @@
+"""Modules that are not what they seem are refused by name when the model is made."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bnnflow as bf
+from bnnflow import likelihoods, priors
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class Applied(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def around(function):
+    """A perceptron with a module of one's own in its middle."""
+    return nn.Sequential(nn.Linear(3, 4), Applied(function), nn.Linear(4, 1))
+
+
+class Straight(torch.autograd.Function):
+    """Rounding that hands gradients through."""
+
+    @staticmethod
+    def forward(x):
+        return x.round()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Root(nn.Module):
+    """Something of one's own in the outermost forward."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.linear, self.function = nn.Linear(3, 1), function
+
+    def forward(self, x):
+        return self.linear(self.function(x))
+
+
+class Counter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.calls = nn.Linear(3, 1), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.linear(x) * self.calls
+
+
+class Buffered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        self.mean.lerp_(x.mean(0).detach(), 0.1)
+        return self.linear(x)
+
+
+class Clamped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+
+    def forward(self, x):
+        self.linear.weight.data.clamp_(-0.1, 0.1)
+        return self.linear(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.embed, self.attention = nn.Linear(3, 4), nn.MultiheadAttention(4, 2, **options)
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x):
+        h = self.embed(x)
+        return self.head(self.attention(h, h, h)[0].mean(1))
+
+
+def subtract(x):
+    x -= 1
+    return x
+
+
+def hooked():
+    net = around(torch.tanh)
+    net[1].register_full_backward_hook(lambda module, given, made: tuple(2 * each for each in given))
+    return net
+
+
+def straightened():
+    return around(lambda x: Straight.apply(3 * x))
+
+
+REFUSED = {
+    "centred": (lambda: around(lambda h: h - h.mean(0)), r"'1' \(Applied\).*other rows"),
+    "softmax over rows": (lambda: around(lambda h: h.softmax(0)), r"'1' \(Applied\).*other rows"),
+    "number of rows": (lambda: around(lambda h: h * len(h)), r"'1' \(Applied\).*other rows"),
+    "place of a row": (lambda: around(lambda h: h + torch.arange(len(h))[:, None]), r"'1' \(Applied\).*other rows"),
+    "sorted": (lambda: around(lambda h: h.sort(0).values), r"'1' \(Applied\).*other rows"),
+    "in the outermost forward": (lambda: Root(lambda x: x / x.norm()), r"the forward of the network \(Root\).*other"),
+    "dropout": (lambda: around(F.dropout), r"'1' \(Applied\) is random"),
+    "noise": (lambda: around(lambda h: h + torch.randn_like(h)), r"'1' \(Applied\) is random"),
+    "counter": (Counter, r"\(Counter\).*how often it was called"),
+    "running mean": (Buffered, "'mean' is written by the forward pass"),
+    "clamped weights": (Clamped, "'linear.weight' is written by the forward pass"),
+    "writes to x": (lambda: Root(subtract), r"the forward of the network \(Root\) writes to the inputs"),
+    "relu in place": (lambda: nn.Sequential(nn.ReLU(inplace=True), nn.BatchNorm1d(3).eval(), nn.Linear(3, 1)),
+                      r"'0' \(ReLU\) writes to the inputs"),
+    "straight through": (straightened, "gradient by '0.*' is not the derivative"),
+    "hooked": (hooked, "gradient by '0.*' is not the derivative"),
+    "detached": (lambda: around(lambda h: h * h.detach()), "gradient by '0.*' is not the derivative"),
+    "nothing but detached": (lambda: Root(lambda x: x).requires_grad_(True) and nn.Sequential(
+        nn.Linear(3, 1), Applied(torch.detach)), "no derivative"),
+    "squeezed": (lambda: nn.Sequential(nn.Linear(3, 1), nn.LayerNorm(1), Applied(torch.squeeze)), "must map"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def data():
+    x = torch.randn(9, 3, generator=generator())
+    return x, x.sum(1)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_function_of_single_rows_is_refused_by_name(name, seeded, data):
+    make, message = REFUSED[name]
+    with seeded(0):
+        net = make()
+    x, before = data[0].clone(), copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match=message):
+        bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(0.3), x, data[1])
+    assert torch.equal(x, data[0])
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+TORCHS = {
+    "padded": (lambda: nn.Embedding(5, 2, padding_idx=0), r"'0' \(Embedding\) has padding_idx=0"),
+    "padded bag": (lambda: nn.EmbeddingBag(5, 2, padding_idx=0), r"\(EmbeddingBag\) has padding_idx=0"),
+    "renormed": (lambda: nn.Embedding(5, 2, max_norm=1.0), "has max_norm=1.0"),
+    "by frequency": (lambda: nn.Embedding(5, 2, scale_grad_by_freq=True), "has scale_grad_by_freq=True"),
+    "sparse": (lambda: nn.Embedding(5, 2, sparse=True), "has sparse=True"),
+    "recurrent": (lambda: nn.LSTM(3, 2), r"'0' \(LSTM\) is recurrent.*in a loop"),
+    "cell": (lambda: nn.LSTMCell(3, 2), r"'0' \(LSTMCell\) is recurrent"),
+    "gated": (lambda: nn.GRU(3, 2), r"'0' \(GRU\) is recurrent"),
+    "attention in training": (lambda: nn.MultiheadAttention(4, 2, dropout=0.1), r"\(MultiheadAttention\) is random"),
+    "encoder in training": (lambda: nn.TransformerEncoderLayer(4, 2), "is random in training"),
+}
+
+
+@pytest.mark.parametrize("name", TORCHS)
+def test_modules_of_torch_that_cannot_be_inferred_are_refused_by_name(name, seeded, data):
+    make, message = TORCHS[name]
+    with seeded(0):
+        net = nn.Sequential(make())
+    with pytest.raises(ValueError, match=message):
+        bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(0.3), *data)
+
+
+def test_a_constant_table_may_be_padded(seeded):
+    with seeded(0):
+        net = nn.Sequential(nn.EmbeddingBag(5, 4, padding_idx=0).requires_grad_(False), nn.Linear(4, 1))
+    x = torch.randint(5, (8, 3), generator=generator())
+    bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(0.3), x, x.sum(1).float())
+
+
+class Remembering(nn.Module):
+    """Keeps what it saw, and uses none of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+
+    def forward(self, x):
+        self.last = self.linear(x)
+        return torch.cos(self.last)
+
+
+def test_what_a_forward_only_keeps_is_no_part_of_the_model(seeded, data):
+    with seeded(0):
+        net = Remembering()
+    model = bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(0.3), *data)
+    before = model.fingerprint()
+    bf.sample(model, bf.SGLD(), chains=2, warmup=2, draws=2, seed=0, progress=False)
+    model.net(model.x)
+    assert model.fingerprint() == before
+
+
+ACCEPTED = {
+    "kinks": lambda: around(torch.relu),
+    "max": lambda: around(lambda h: h * (h == h.amax(1, keepdim=True))),
+    "its own type": lambda: around(lambda h: h + torch.ones(4, dtype=torch.float32)),
+    "in place inside": lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.LayerNorm(4), nn.Linear(4, 1)),
+    "zero outputs": lambda: around(torch.zeros_like),
+    "small weights": lambda: around(lambda h: 1e-12 * h),
+    "large weights": lambda: around(lambda h: 1e12 * h),
+    "norm of a row": lambda: around(lambda h: h / h.norm(dim=1, keepdim=True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_honest_modules_are_accepted(name, rows, seeded, data):
+    with seeded(0):
+        net = ACCEPTED[name]()
+    bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(0.3), data[0][:rows], data[1][:rows])
+
+
+class Encoder(nn.Module):
+    def __init__(self, layers=0):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+        self.embed = nn.Linear(3, 4)
+        self.encode = nn.TransformerEncoder(layer, layers) if layers else layer
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.head(self.encode(self.embed(x)).mean(1))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Encoder, lambda: Encoder(2), lambda: Attention(batch_first=True, dropout=0.2)],
+    ids=["layer", "encoder", "attention"],
+)
+def test_attention_in_evaluation_is_inferred(make, seeded):
+    with seeded(0):
+        net = make().eval()
+    x = torch.randn(6, 5, 3, generator=generator())
+    model = bf.BayesianModel(net, priors.Normal(0.3), likelihoods.Gaussian(0.3), x, x.sum((1, 2)))
+    theta = model.sample_prior(3, seed=0)
+    with torch.no_grad():
+        expected = torch.stack([model.to_network(each)(x) for each in theta])
+    torch.testing.assert_close(model.outputs(theta), expected, rtol=1e-4, atol=1e-5)
+    assert not model.to_network(theta[0]).training
+    exact = model.to(dtype=torch.float64)
+    at = theta[:1].double().requires_grad_()
+    by_torch = torch.autograd.grad(exact.log_joint(at).sum(), at)[0]
+    torch.testing.assert_close(exact.log_joint_and_grad(at.detach())[1], by_torch)
+    assert exact.gauss_newton(at.detach())[1].isfinite().all()
+    draws = bf.sample(model, bf.SGLD(), chains=2, warmup=2, draws=2, seed=0, init="prior", progress=False)
+    assert draws.theta.isfinite().all()
+
+
+def test_attention_that_takes_rows_for_a_sequence_is_refused(seeded):
+    with seeded(0):
+        net = Attention().eval()
+    x = torch.randn(6, 5, 3, generator=generator())
+    with pytest.raises(ValueError, match=r"'attention' \(MultiheadAttention\).*other rows.*batch_first=True"):
+        bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(), x, x.sum((1, 2)))
+
+
+class Elman(nn.Module):
+    """A recurrent network as a loop over linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.keep, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        h = torch.zeros(len(x), 4, dtype=x.dtype)
+        for step in x.unbind(1):
+            h = torch.tanh(self.read(step) + self.keep(h))
+        return self.head(h)
+
+
+def test_a_loop_of_linear_layers_is_the_way_out_for_recurrent_networks(seeded):
+    with seeded(0):
+        net = Elman()
+    x = torch.randn(6, 5, 3, generator=generator())
+    model = bf.BayesianModel(net, priors.Normal(0.3), likelihoods.Gaussian(0.3), x, x.sum((1, 2)))
+    theta = model.sample_prior(2, seed=0)
+    expected = torch.stack([model.to_network(each)(x) for each in theta])
+    torch.testing.assert_close(model.outputs(theta), expected.detach(), rtol=1e-4, atol=1e-5)
+    mapped = torch.func.jvp(model.log_joint, (theta,), (torch.ones_like(theta),))[1]
+    torch.testing.assert_close(mapped, model.log_joint_and_grad(theta)[1].sum(1).double(), rtol=1e-3, atol=1e-3)
