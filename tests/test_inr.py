@@ -365,6 +365,39 @@ def test_a_checkpoint_is_of_one_run(tmp_path: Path) -> None:
         fit_inrs(x, y, NET, seed=0, resume=True)
 
 
+def test_a_fit_has_its_folder_to_itself_and_mends_what_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = waves(3)
+    settings: dict[str, Any] = {"net": NET, "steps": 3, "seed": 0, "chunk": 1, "checkpoint": tmp_path / "run"}
+    refused, fit = [], inr._fit
+
+    def meanwhile(*given: Any) -> Any:
+        with pytest.raises(ValueError, match=r"another run .* is working on .*run"):
+            fit_inrs(x, y, **settings, resume=True)
+        refused.append(True)
+        return fit(*given)
+
+    monkeypatch.setattr(inr, "_fit", meanwhile)
+    expected = fit_inrs(x, y, **settings)
+    assert len(refused) == 3
+    monkeypatch.undo()
+    first, second, _ = sorted((tmp_path / "run").iterdir())
+    first.write_bytes(first.read_bytes()[:-30])
+    (tmp_path / "run" / f"{second.name}.1.tmp").write_bytes(b"half")
+    with pytest.warns(UserWarning, match="damaged: .*inrs-000000.npz .*fitted anew"):
+        found = fit_inrs(x, y, **settings, resume=True)
+    assert torch.equal(found.theta, expected.theta)
+    assert len(list((tmp_path / "run").iterdir())) == 3
+    second.write_bytes(b"")
+    first.unlink()
+    other = settings | {"seed": 1, "resume": True}
+    with pytest.warns(UserWarning, match="fitted anew"), pytest.raises(ValueError, match="another seed"):
+        fit_inrs(x, y, **other)
+    with pytest.raises(ValueError, match="must be a folder"):
+        fit_inrs(x, y, **(settings | {"checkpoint": first.parent / second.name}))
+
+
 def _fit_forty(**settings: Any) -> INRs:
     x = torch.linspace(-3, 3, 200).unsqueeze(-1)
     y = torch.sin(torch.arange(1.0, 41).unsqueeze(-1) * x.T)

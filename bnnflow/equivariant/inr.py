@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,7 +176,7 @@ def fit_inrs(
     kept = _Kept(checkpoint, resume, {"spec": spec.describe(), "signals": len(y), **settings}, (starts, x, y))
     network = ChainNetwork(spec)
     fitted, errors = [], []
-    with progress_bar(len(y) * steps, "INRs", progress, "step") as bar:
+    with kept, progress_bar(len(y) * steps, "INRs", progress, "step") as bar:
         for index, some in enumerate(torch.arange(len(y)).split(chunk)):
             part = kept.read(index)
             if part is None:
@@ -360,38 +361,69 @@ def _fit(
 
 
 class _Kept:
-    """Finished chunks in a folder."""
+    """Finished chunks in a folder, which one fit works on alone."""
 
     def __init__(
         self, folder: str | Path | None, resume: bool, settings: dict[str, Any], tensors: tuple[Tensor, ...]
     ) -> None:
         self._folder = None if folder is None else Path(folder)
+        self._lock: storage.Lock | None = None
         if self._folder is None:
             if resume:
                 raise ValueError("resume needs the checkpoint folder of the run")
             return
+        if self._folder.is_file():
+            raise ValueError(f"checkpoint must be a folder, {folder} is a file")
         digest = hashlib.sha256()
         for tensor in tensors:
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         self._run = settings | {"data": digest.hexdigest()}
-        present = sorted(self._folder.glob("inrs-*.npz"))
+        self._lock = storage.Lock(self._folder, folder=True)
+        try:
+            self._check(self._folder, resume)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _check(self, folder: Path, resume: bool) -> None:
+        for unfinished in folder.glob("inrs-??????.npz.*.tmp"):  # of a process that was killed
+            unfinished.unlink()
+        present = sorted(folder.glob("inrs-??????.npz"))
         if present and not resume:
-            raise ValueError(
-                f"{self._folder} holds a fit already: pass resume=True to go on with it, or another folder"
-            )
-        if present and storage.read(present[0], {"inrs-part": 1})[0]["run"] != self._run:
-            raise ValueError(f"{self._folder} was filled with other settings, another seed or other data")
+            raise ValueError(f"{folder} holds a fit already: pass resume=True to go on with it, or another folder")
+        for index in range(len(present)):
+            if self.read(index) is not None:  # the first that is intact speaks for all
+                return
+
+    def __enter__(self) -> _Kept:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def _path(self, index: int) -> Path:
         assert self._folder is not None
         return self._folder / f"inrs-{index:06d}.npz"
 
     def read(self, index: int) -> tuple[Tensor, Tensor] | None:
-        """Return the weights and errors of a chunk, or None if it is not there."""
+        """Return the weights and errors of a chunk, or None if it is not there or damaged: it is then fitted anew.
+
+        Raises:
+            ValueError: if it is one of another fit.
+        """
         if self._folder is None or not self._path(index).is_file():
             return None
-        arrays = storage.read(self._path(index), {"inrs-part": 1})[1]
-        return torch.from_numpy(arrays["theta"]), torch.from_numpy(arrays["mse"])
+        try:
+            header, arrays = storage.read(self._path(index), {"inrs-part": 1})
+            with storage.described(self._path(index)):
+                run, part = header["run"], (torch.from_numpy(arrays["theta"]), torch.from_numpy(arrays["mse"]))
+        except ValueError as error:
+            warnings.warn(f"damaged: {error}. These networks are fitted anew", stacklevel=3)
+            return None
+        if run != self._run:
+            raise ValueError(f"{self._folder} was filled with other settings, another seed or other data")
+        return part
 
     def write(self, index: int, theta: Tensor, mse: Tensor) -> None:
         if self._folder is not None:
