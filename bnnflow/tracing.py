@@ -596,6 +596,7 @@ class _Walk:
 
     def _unflatten(self, value: _Value, dim: Any, *sizes: Any) -> _Value | None:
         """Cut an axis."""
+        self.chain = False
         axis = value.axis(dim)
         if value.segment is None or axis is None or (value.whole and -axis == len(value.axes)):
             # Of a tensor (n, ..., units), as a layer leaves it, axis 1 is the last one if there are but two.
@@ -617,18 +618,18 @@ class _Walk:
         if rows not in (_Shape.ROWS, -1) or (rows == -1 and -1 in rest):
             return None
         rest = [self._resolve(size) for size in rest]
-        if value.segment is None or rest == [-1]:
-            self.chain &= not self.layers and len(rest) == 1
-            if value.segment is None:
-                return _Value()
+        self.chain &= not self.layers and len(rest) == 1
+        if value.segment is None:
+            return _Value()
         parts = _joined(value.axes[1:] if value.whole else value.axes)
-        if len(rest) == 1 and isinstance(rest[0], int):  # what reads it finds out whether it fits
+        if len(rest) == 1:  # what reads it finds out whether it fits
             return value._replace(axes=((), parts), whole=True)
         cut = _cut(parts, rest) if value.whole or -1 not in rest else None
         return None if cut is None else value._replace(axes=((), *cut), whole=True)
 
     def _permute(self, value: _Value, *dims: Any) -> _Value | None:
         """Bring the axes into another order, rows first."""
+        self.chain = False
         order = [value.axis(dim) for dim in _sizes(dims) or ()]
         if None in order or sorted(map(int, order)) != [*range(-len(value.axes), 0)]:  # type: ignore[arg-type]
             return None
@@ -638,6 +639,7 @@ class _Walk:
 
     def _transpose(self, value: _Value, first: Any, second: Any) -> _Value | None:
         """Exchange two axes."""
+        self.chain = False
         a, b = value.axis(first), value.axis(second)
         rows = -len(value.axes) if value.whole else 0
         if a is None or b is None or rows in (a, b):
@@ -648,10 +650,10 @@ class _Walk:
 
     def _squeeze(self, value: _Value, dim: Any = None) -> _Value | None:
         """Drop an axis of size 1; a single unit has no others to change places with."""
+        self.chain = False
         axis = value.axis(dim)
         if axis is None or any(part.size != 1 for part in value.axes[axis]):
             return None
-        self.chain = False
         if any(part.stride for part in value.axes[axis]):
             self._fix(value)
             return _Value()
@@ -662,6 +664,7 @@ class _Walk:
 
     def _unsqueeze(self, value: _Value, dim: Any) -> _Value | None:
         """Insert an axis of size 1 behind the rows."""
+        self.chain = False
         if value.segment is None or not isinstance(dim, int):
             return None
         number = dim + len(value.axes) + 1 if dim < 0 else dim
@@ -671,6 +674,7 @@ class _Walk:
 
     def _getitem(self, value: _Value, index: Any) -> _Value | None:
         """Take some positions of axes without units."""
+        self.chain = False
         index = index if isinstance(index, tuple) else (index,)
         if value.segment is None or not value.whole or any(not isinstance(i, int | slice | type(...)) for i in index):
             return None

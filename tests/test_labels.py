@@ -211,6 +211,33 @@ def test_descriptions_come_back(case: Case) -> None:
     assert WeightSpec.from_description(spec.describe()) == spec
 
 
+CHAINS = {  # what else happens to units, and whether the network is a plain chain of layers all the same
+    "view of the inputs": (lambda n, x: n.b(torch.tanh(n.a(x.view(-1, 3)))), True),
+    "inputs flattened": (lambda n, x: n.b(torch.tanh(n.a(x.flatten(1)))), True),
+    "inputs cut": (lambda n, x: n.b(torch.tanh(n.a(x.view(-1, 1, 3)))).flatten(1), False),
+    "units viewed": (lambda n, x: n.b(torch.tanh(n.a(x)).view(-1, 4)), False),
+    "units cut": (lambda n, x: n.b(torch.tanh(n.a(x)).unflatten(-1, (2, 2)).flatten(1)), False),
+    "one more axis": (lambda n, x: n.b(torch.tanh(n.a(x)).unflatten(1, (1, 4)))[:, 0], False),
+    "outputs cut": (lambda n, x: n.b(torch.tanh(n.a(x))).unflatten(1, (1, 2))[:, 0], False),
+    "exchanged twice": (lambda n, x: n.b(torch.tanh(n.a(x)).unflatten(1, (1, 4)).transpose(1, 2).transpose(1, 2))[:, 0],
+                        False),
+    "sizes computed": (lambda n, x: n.b(torch.tanh(n.a(x)).view(x.size(0), x.size(1) + 1)), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_only_what_is_a_chain_is_taken_for_one(name: str) -> None:
+    """The fast path computes what the module computes."""
+    forward, is_chain = CHAINS[name]
+    net = built(lambda: Net(forward, a=nn.Linear(3, 4), b=nn.Linear(4, 2)))
+    x = torch.randn(5, 3, generator=generator(1), dtype=F64)
+    model = bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(), x, x[:, :2])
+    assert bool(model.spec.layers) == is_chain
+    assert model.spec.symmetries().permutation == {"h1"}
+    theta = model.from_network(net)
+    torch.testing.assert_close(model.outputs(theta), net(x).detach())
+
+
 # ---------------------------------------------------------------- random architectures
 
 
