@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import bnnflow as bf
 from bnnflow import likelihoods, priors
-from bnnflow.model.factored import FactoredJacobian, MatrixFactor
+from bnnflow.model.factored import ClosedFactor, FactoredJacobian, MatrixFactor
 from bnnflow.transport import GaussNewton, Source
 from bnnflow.transport.coordinates import Context
 from bnnflow.transport.displacement import Linearised
@@ -124,7 +124,7 @@ def test_a_matrix_is_taken_where_factors_do_not_pay_or_do_not_fit():
         return type(Context(model, source).gauss_newton_factored(normal(2, model.dim))[1])
 
     assert factor(model_of()) is FactoredJacobian
-    assert factor(model_of(hidden=(1,), likelihood="gaussians", bias=False)) is MatrixFactor  # more rows than weights
+    assert factor(model_of(hidden=(1,), likelihood="gaussians", bias=False)) is ClosedFactor  # more rows than weights
     assert factor(model_of(prior=priors.Laplace(1.0))) is MatrixFactor
     learned = bf.BayesianModel(built(lambda: chain(2, 6, 1)), priors.Normal(), likelihoods.Gaussian(), x, y)
     assert factor(learned) is MatrixFactor
@@ -136,3 +136,34 @@ def test_a_matrix_is_taken_where_factors_do_not_pay_or_do_not_fit():
     model = model_of()
     assert factor(model.linearised(model.sample_prior(1, 0)[0])) is MatrixFactor
     assert factor(model, Source.gaussian(model, model.sample_prior(200, 0))) is MatrixFactor
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("prior", [bf.priors.Normal(1.3), bf.priors.Laplace(), bf.priors.Horseshoe()], ids=str)
+@pytest.mark.parametrize("likelihood", ["Gaussian", "StudentT", "HeteroscedasticGaussian", "Categorical"])
+def test_closed_factors_are_the_matrix(likelihood: str, prior, temperature: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 2, generator=g, dtype=torch.float64)
+    out = {"HeteroscedasticGaussian": 2, "Categorical": 3}.get(likelihood, 1)
+    y = torch.arange(60) % 3 if likelihood == "Categorical" else x.sum(1).sin()
+    net = nn.Sequential(
+        nn.utils.skip_init(nn.Linear, 2, 3, dtype=torch.float64), nn.Tanh(),
+        nn.utils.skip_init(nn.Linear, 3, 2, bias=False, dtype=torch.float64), nn.SiLU(),
+        nn.utils.skip_init(nn.Linear, 2, out, dtype=torch.float64),
+    )  # fmt: skip
+    model = bf.BayesianModel(net, prior, getattr(bf.likelihoods, likelihood)(), x, y, temperature=temperature)
+    z = torch.randn(4, model.dim, generator=g, dtype=torch.float64)
+    v = torch.randn(4, model.dim, generator=g, dtype=torch.float64)
+    for source in (None, Source.scaled(model, 1.5), Source.gaussian(model, model.sample_prior(200, 1))):
+        for rows in (None, torch.arange(0, 59)):
+            context = Context(model, source, rows)
+            (grad, factor), (exact_grad, matrix) = context.gauss_newton_factored(z), context.gauss_newton(z)
+            exact = MatrixFactor(matrix)
+            assert isinstance(factor, ClosedFactor)
+            assert factor.rows == exact.rows
+            u = torch.randn(4, factor.rows, generator=g, dtype=torch.float64)
+            torch.testing.assert_close(grad, exact_grad, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(factor.times(v), exact.times(v), rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(factor.transposed(u), exact.transposed(u), rtol=1e-9, atol=1e-9)
+            for some in (slice(0, 4), slice(1, 3)):
+                torch.testing.assert_close(factor.normal(some), exact.normal(some), rtol=1e-9, atol=1e-9)

@@ -17,7 +17,8 @@ from torch.distributions import Distribution
 from bnnflow.arguments import tensor
 from bnnflow.forward_mode import jvp
 from bnnflow.identity import Identity
-from bnnflow.model.factored import FactoredJacobian
+from bnnflow.model.arrowhead import Arrowhead
+from bnnflow.model.factored import ClosedFactor, FactoredJacobian
 from bnnflow.model.fused import FusedDensity, plain, recorded, stratified_rows
 from bnnflow.model.hessian import ChainHessian, Curvature
 from bnnflow.model.linearised import LinearisedNetwork
@@ -546,6 +547,40 @@ class BayesianModel:
             return None
         grad = factored(scale * grad_outputs.unsqueeze(-1)).transposed(torch.ones_like(outputs[..., 0]))
         return grad, factored(scale**0.5 * factor)
+
+    def gauss_newton_closed(
+        self, theta: Tensor, slope: Arrowhead, pull: Pullback, rows: Tensor | None = None
+    ) -> ClosedFactor | None:
+        """Return the factor A of `gauss_newton` by other coordinates without forming it; not differentiable.
+
+        None where there are fewer rows than weights, no closed second derivatives, and where parameters of the
+        likelihood share their Fisher information with the outputs.
+
+        Args:
+            theta: ``(batch, dim)``.
+            slope: derivative of ``theta`` by coordinates.
+            pull: carries vectors of these to those of others that they are a symmetric linear function of.
+            rows: use only these rows of the data, int64 ``(m,)``, scaled to all of them.
+        """
+        network = self.network
+        if not self.has_gauss_newton_slope or not isinstance(network, ChainNetwork):
+            return None
+        rows, scale = self._batch(theta, rows)
+        x = (self.x if rows is None else self.x[rows]).flatten(1)
+        outputs, push, back = network.products(theta, x)
+        factor, others = self.likelihood.fisher_factor(  # type: ignore[attr-defined]
+            outputs, self.likelihood_parameters(theta)
+        )
+        shared = any(each.dim() == 4 for each in others.values())
+        if shared or factor.shape[1] * factor.shape[-1] < self.dim:
+            return None
+
+        def product(some: slice) -> Tensor:
+            information = scale * (factor[some] @ factor[some].mT)
+            return self._network_hessian.gauss_newton(theta[some, : self.spec.network.dim], x, information)
+
+        below = torch.cat([theta[:, :0], *((scale * each).sqrt() for each in others.values())], 1)
+        return ClosedFactor(push, back, scale**0.5 * factor, below, slope, pull, product)
 
     def gauss_newton_residual(self, theta: Tensor, rows: Tensor | None = None) -> Tensor | None:
         """Return b with A^T b the gradient of the log likelihood, ``(batch, rows)``; A as in `gauss_newton`.

@@ -8,17 +8,18 @@ matrices, so that an entry costs in + out multiplications for each layer in plac
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from bnnflow.model.arrowhead import Arrowhead
 from bnnflow.model.fused import plain
 from bnnflow.weights import Layer
 
-__all__ = ["Factor", "FactoredJacobian", "MatrixFactor", "Outer"]
+__all__ = ["ClosedFactor", "Factor", "FactoredJacobian", "MatrixFactor", "Outer"]
 
 
 class Factor(Protocol):
@@ -65,6 +66,10 @@ class MatrixFactor:
     def __getitem__(self, some: slice) -> MatrixFactor:
         return MatrixFactor(self.matrix[some])
 
+    def normal(self, some: slice) -> Tensor:
+        """Return A^T A of some networks, ``(networks, dim, dim)``."""
+        return self.matrix[some].mT @ self.matrix[some]
+
     def gram(self) -> Tensor:
         """Return A A^T, ``(batch, rows, rows)``."""
         return self.matrix @ self.matrix.mT
@@ -76,6 +81,62 @@ class MatrixFactor:
     def transposed(self, u: Tensor) -> Tensor:
         """Return A^T u, ``(batch, rows) -> (batch, dim)``."""
         return (self.matrix.mT @ u.unsqueeze(-1)).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class ClosedFactor:
+    """A whose rows by the weights are never formed, and A^T A is known in closed form: for more rows than columns.
+
+    Args:
+        push: takes directions of theta ``(batch, dim)`` to those of the outputs, ``(batch, n, out)``.
+        back: takes gradients by the outputs to those by the weights, ``(batch, weights)``.
+        mix: what makes rows of outputs, ``(batch, n, out, rank)``.
+        below: ``(batch, parameters)``: what each parameter of the likelihood has in a row of its own.
+        slope: derivative of ``theta`` by the coordinates of the prior.
+        pull: carries vectors of these to those of the source.
+        product: the first rows' product with themselves for some networks, ``(networks, weights, weights)``.
+    """
+
+    push: Callable[[Tensor], Tensor]
+    back: Callable[[Tensor], Tensor]
+    mix: Tensor
+    below: Tensor
+    slope: Arrowhead
+    pull: Callable[[Tensor], Tensor]
+    product: Callable[[slice], Tensor]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.mix.shape[1] * self.mix.shape[-1] + self.below.shape[1]
+
+    def normal(self, some: slice) -> Tensor:
+        """Return A^T A of some networks, ``(networks, dim, dim)``."""
+        by_weights, below = self.product(some), self.below[some]
+        columns = self.slope.columns
+        slope = Arrowhead(self.slope.diagonal[some], None if columns is None else columns[some])
+        (batch, weights, _), dim = by_weights.shape, slope.diagonal.shape[-1]
+        whole = by_weights
+        if weights < dim:
+            whole = by_weights.new_zeros(batch, dim, dim)
+            whole[:, :weights, :weights] = by_weights
+            whole.diagonal(dim1=1, dim2=2)[:, dim - below.shape[1] :] = below.square()
+        return self.pull(self.pull(slope.both(whole)).mT)
+
+    def times(self, v: Tensor) -> Tensor:
+        """Return A v, ``(batch, dim) -> (batch, rows)``."""
+        moved = self.slope.times(self.pull(v))
+        of_rows = (self.mix * self.push(moved).unsqueeze(-1)).sum(2)  # small products: faster than those of matrices
+        return torch.cat([of_rows.flatten(1), self.below * moved[:, moved.shape[1] - self.below.shape[1] :]], 1)
+
+    def transposed(self, u: Tensor) -> Tensor:
+        """Return A^T u, ``(batch, rows) -> (batch, dim)``."""
+        count = self.mix.shape[1] * self.mix.shape[-1]
+        of_rows, own = u[:, :count].unflatten(1, self.mix.shape[1::2]), u[:, count:]
+        by_weights = self.back((self.mix * of_rows.unsqueeze(2)).sum(-1))
+        missing = self.slope.diagonal.shape[1] - by_weights.shape[1] - own.shape[1]
+        back = torch.cat([by_weights, by_weights.new_zeros(len(u), missing), self.below * own], 1)
+        return self.pull(self.slope.left(back.unsqueeze(-1)).squeeze(-1))
 
 
 class Outer(NamedTuple):

@@ -101,6 +101,34 @@ class ChainHessian:
 
         return self(theta, x, by_outputs.movedim(1, 0), linear)[1]
 
+    def gauss_newton(self, theta: Tensor, x: Tensor, information: Tensor) -> Tensor:
+        """Return J^T F J with J the Jacobian of the outputs, ``(batch, dim, dim)``, for a spec of weights alone.
+
+        Args:
+            theta: ``(batch, dim)``.
+            x: inputs ``(n, in)``.
+            information: F, ``(batch, n, out, out)``.
+        """
+        parts = zip(x.split(self._rows), information.split(self._rows, 1), strict=True)
+        sums = functools.reduce(torch.add, (self._products(theta, *part) for part in parts))
+        size = theta.shape[1]
+        return sums.index_select(1, self._second.to(theta.device)).unflatten(1, (size, size))
+
+    def _products(self, theta: Tensor, x: Tensor, information: Tensor) -> Tensor:
+        """Return the entries of J^T F J in the order of `_places`, summed over the rows."""
+        tape, _ = self._forward(theta, x)
+        second = information.movedim(1, -1).clone(memory_format=torch.contiguous_format)  # (batch, out, out, n)
+        blocks = [theta.new_zeros(len(theta), 1)]
+        for depth in reversed(range(len(tape))):
+            step = tape[depth]
+            second.mul_(step.slope.unsqueeze(1)).mul_(step.slope.unsqueeze(2))
+            blocks.append(_within(second, step))
+            if depth:
+                lower = _carried(second, step.weight)
+                blocks += _across(tape[: depth + 1], lower, None)
+                second = (step.weight.mT @ lower.flatten(2)).unflatten(2, lower.shape[2:])
+        return torch.cat([block.flatten(1) for block in blocks], 1)
+
     def _sums(
         self, theta: Tensor, x: Tensor, y: Tensor, curvature: Callable[[Tensor, Tensor], Curvature]
     ) -> tuple[Tensor, Tensor]:
@@ -178,27 +206,29 @@ def _times(second: Tensor, weight: Tensor) -> Tensor:
     return second.unsqueeze(2) * weight.unsqueeze(3) if second.dim() == 3 else _carried(second, weight)
 
 
-def _across(tape: list[_Step], lower: Tensor | None, delta: Tensor) -> list[Tensor]:
+def _across(tape: list[_Step], lower: Tensor | None, delta: Tensor | None) -> list[Tensor]:
     """Return the blocks of the last layer m with each layer l below, ``(batch, out, out below, in, in below)``.
 
     Args:
         tape: of the layers up to this one.
         lower: K_m dz_m / da_{m-1}, ``(batch, out, in, n)``; None for zero.
-        delta: the gradient by z_m, ``(batch, out, n)``.
+        delta: the gradient by z_m, ``(batch, out, n)``; None leaves the curvature of the network out.
     """
     *below, step = tape
     blocks, reached = [], None
     for other in reversed(below):
-        (batch, out, _), units = delta.shape, other.slope.shape[1]
+        (batch, out, _), units = step.slope.shape, other.slope.shape[1]
         ends, starts = step.inputs.shape[-2], other.inputs.shape[-2]
         if lower is None:
-            block = delta.new_zeros(batch, out, units, ends, starts)
+            block = step.slope.new_zeros(batch, out, units, ends, starts)
         else:
             lower = lower * other.slope.unsqueeze(1)  # by z_l
             block = _product(lower.flatten(1, 2), _outer(step.inputs, other.inputs).flatten(-3, -2))
             block = block.unflatten(1, (out, units)).unflatten(3, (ends, starts))
             lower = _carried(lower, other.weight)
-        if reached is None:  # each unit of a_{m-1} by its own z_{m-1}
+        if delta is None:
+            pass
+        elif reached is None:  # each unit of a_{m-1} by its own z_{m-1}
             own = _product(_outer(delta, other.slope).flatten(1, 2), other.inputs).unflatten(1, (out, units))
             block.diagonal(dim1=2, dim2=3).add_(own.mT)
             reached = other.slope.unsqueeze(2) * other.weight.unsqueeze(3)  # a_{m-1} by a_{l-1}, (batch, in, ., n)

@@ -170,6 +170,26 @@ class ChainNetwork:
         none = theta.new_zeros(batch, n, out, 0)
         return tape[-1].value.mT, torch.cat([blocks[name] for name in wanted] or [none], -1)
 
+    def products(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Pullback, Pullback]:
+        """Return the outputs, what takes directions of theta to those of the outputs, and the pullback."""
+        outputs, pull = self.pullback(theta, x)
+        tape, params = self._forward(theta, x, False), self._params(theta)
+        slopes = [layer.activation.derivative(*step[1:]) for layer, step in zip(self._layers, tape, strict=True)]
+
+        def push(v: Tensor) -> Tensor:
+            given, moved = self._params(v), None
+            for layer, step, slope in zip(self._layers, tape, slopes, strict=True):
+                along = given[layer.weight] @ step.h
+                if layer.bias is not None:
+                    along = along + given[layer.bias].unsqueeze(-1)
+                if moved is not None:
+                    along = along + params[layer.weight] @ moved
+                moved = along * slope
+            assert moved is not None
+            return moved.mT
+
+        return outputs, push, pull
+
     def factored(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Callable[[Tensor], FactoredJacobian]]:
         """Return the outputs, and what makes S^T J of mixtures S of them, ``(batch, n, out, rank)``, without J."""
         tape = self._forward(theta, x, False)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from bnnflow.model import BayesianModel
-from bnnflow.model.factored import Factor, MatrixFactor
+from bnnflow.model.arrowhead import Arrowhead
+from bnnflow.model.factored import ClosedFactor, Factor, MatrixFactor
+from bnnflow.model.fused import plain
 from bnnflow.transport.source import Source
 
 __all__ = ["Context"]
@@ -110,10 +112,16 @@ class Context:
         factor = self._prior.slope(z).right(factor) * self._inverse_temperature**0.5
         return self._finish(x, z, theta, grad), self.source.pull(factor)
 
-    def gauss_newton_factored(self, x: Tensor) -> tuple[Tensor, Factor]:
-        """Return the same with A as its factors where the coordinates of every tensor of weights have one scale."""
+    def gauss_newton_factored(self, x: Tensor) -> tuple[Tensor, Factor | ClosedFactor]:
+        """Return the same with A as its factors, where that is faster and, if something is tracked, differentiable."""
         z = self.source.to_prior(x)
         theta = self._prior.from_normal(z)
+        if plain(x):
+            slope, root = self._prior.slope(z), self._inverse_temperature**0.5
+            tempered = Arrowhead(root * slope.diagonal, None if slope.columns is None else root * slope.columns)
+            closed = self.model.gauss_newton_closed(theta, tempered, self.source.pull, self.rows)
+            if closed is not None:
+                return self.grad(x), closed
         if self._scales is not None:
             found = self.model.gauss_newton_factored(theta, self.rows)
             if found is not None:

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bnnflow.model.factored import MatrixFactor
+from bnnflow.model.factored import ClosedFactor, FactoredJacobian, MatrixFactor
 from bnnflow.model.fused import plain
 from bnnflow.transport.coordinates import Context
 
@@ -297,20 +297,22 @@ class Linearised:
             self._scale = 1 + s2 * excess
             s2 = s2 / self._scale
         self._variance = s2.unsqueeze(-1)
-        self.by_weights = by_weights or (isinstance(factor, MatrixFactor) and (dense or dim <= rows))
-        self._factor = MatrixFactor(factor.matrix) if by_weights else factor
+        by_rows = not isinstance(factor, ClosedFactor) and rows < dim
+        self.by_weights = by_weights or not by_rows or (dense and isinstance(factor, MatrixFactor))
+        self._factor = MatrixFactor(factor.matrix) if by_weights and isinstance(factor, FactoredJacobian) else factor
         size = max(1, _BLOCK // (dim if self.by_weights else rows) ** 2) if plain(x, s2) else len(x)
         blocks = [self._root_of(slice(start, start + size)) for start in range(0, max(1, len(x)), max(1, size))]
         self._root = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
 
     def _root_of(self, some: slice) -> Tensor:
         """Return the Cholesky factor of the system of these draws."""
-        factor, variance, excess = self._factor[some], self._variance[some], self._excess
+        factor, variance, excess = self._factor, self._variance[some], self._excess
         if self.by_weights:
-            assert isinstance(factor, MatrixFactor)
-            gram = factor.matrix.mT @ factor.matrix
+            assert isinstance(factor, ClosedFactor | MatrixFactor)
+            gram = factor.normal(some)
         else:
-            gram = factor.gram()
+            assert not isinstance(factor, ClosedFactor)
+            gram = factor[some].gram()
         if excess is not None and excess.dim() > 0:
             gram = gram + excess
         if plain(gram, variance):  # into the memory that is there: fresh memory is dear
