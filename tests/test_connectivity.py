@@ -240,3 +240,19 @@ def test_pictures() -> None:
     picture = plots.loss_plane(plane, curve)
     assert {text.get_text() for text in picture.axes[0].texts} == {"A", "B", "bend"}
     assert math.isclose(picture.axes[0].get_aspect(), 1.0)
+
+
+def test_networks_of_another_space_are_refused_by_name() -> None:
+    theta = torch.randn(3, 5, generator=generator(), dtype=F64)
+    square = lambda theta: theta.square().sum(-1)  # noqa: E731
+    for other in (theta[0, :1], theta[:, :1], theta[0, 1:]):
+        with pytest.raises(ValueError, match="do not pair"):
+            barrier(theta[0], other, square)
+    with pytest.raises(ValueError, match="theta_b holds weights that are NaN"):
+        barrier(theta[0], theta[1] * float("nan"), square)
+    with pytest.raises(TypeError, match="theta_a must hold floating-point"):
+        fit_curve(theta[0].long(), theta[1], square, progress=False)
+    with pytest.raises(ValueError, match="theta_c must be"):
+        loss_plane(theta[0], theta[1], theta, square)
+    with pytest.raises(ValueError, match="theta_b holds weights"):
+        loss_plane(theta[0], theta[1] / 0, theta[2], square)

@@ -152,10 +152,22 @@ def barrier_along(path: Path, loss: Loss, *, points: int = 25) -> Barrier:
 
 def _ends(theta_a: Tensor, theta_b: Tensor) -> Tensor:
     """Return both ends, ``(..., 2, dim)``."""
+    for name, theta in (("theta_a", theta_a), ("theta_b", theta_b)):
+        _check_finite(name, theta)
+    shapes = f"networks of shapes {tuple(theta_a.shape)} and {tuple(theta_b.shape)} do not pair"
+    if theta_a.shape[-1:] != theta_b.shape[-1:]:
+        raise ValueError(shapes)
     try:
         return torch.stack(torch.broadcast_tensors(theta_a, theta_b), -2)
     except RuntimeError as error:
-        raise ValueError(f"networks of shapes {tuple(theta_a.shape)} and {tuple(theta_b.shape)} do not pair") from error
+        raise ValueError(shapes) from error
+
+
+def _check_finite(name: str, theta: Tensor) -> None:
+    if not theta.is_floating_point():
+        raise TypeError(f"{name} must hold floating-point numbers, got {theta.dtype}")
+    if not bool(theta.isfinite().all()):
+        raise ValueError(f"{name} holds weights that are NaN or infinite")
 
 
 def fit_curve(
@@ -251,8 +263,12 @@ def loss_plane(
         margin: how far the picture reaches beyond the networks, as a fraction of their extent.
 
     Raises:
-        ValueError: if the networks are on one line.
+        ValueError: if the networks are no three of one space, finite and not on one line.
     """
+    for name, theta in (("theta_a", theta_a), ("theta_b", theta_b), ("theta_c", theta_c)):
+        _check_finite(name, theta)
+        if theta.dim() != 1 or theta.shape != theta_a.shape:
+            raise ValueError(f"{name} must be (dim,) as theta_a, got {tuple(theta.shape)}")
     along, aside = theta_b - theta_a, theta_c - theta_a
     along = along / along.norm()
     aside = aside - (aside @ along) * along
