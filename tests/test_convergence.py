@@ -203,6 +203,19 @@ def test_superchains_must_divide_the_chains(superchains: int) -> None:
         weight_convergence(draws, model, superchains=superchains)
 
 
+def test_statistics_that_are_not_numbers_do_not_pass() -> None:
+    model = NETS["relu without depth"]()
+    theta = random_walk(model, 40).expand(4, -1, -1)
+    nothing = torch.full(theta.shape[:2], float("nan"), dtype=F64)
+    for statistic, word in (
+        ("acceptance_rate", "acceptance"),
+        ("energy", "E-BFMI"),
+        ("energy_variance", "energy errors"),
+    ):
+        draws = bf.Draws(theta, model.log_joint(theta), {statistic: nothing}, info={"energy_variance": 1e-3})
+        assert any(word in reason for reason in diagnose(draws, model).reasons)
+
+
 def test_what_cannot_be_compared_is_refused() -> None:
     model = NETS["relu without depth"]()
     theta = random_walk(model, 10)

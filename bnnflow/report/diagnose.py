@@ -256,7 +256,7 @@ def _chains(draws: Draws, model: BayesianModel, x: Tensor) -> Diagnosis:
         )
     if e_bfmi is not None and not e_bfmi >= E_BFMI:
         mild.append(f"E-BFMI {e_bfmi:.2f} is below {E_BFMI}: energies are explored slowly; take more draws")
-    if acceptance is not None and acceptance < 0.2:
+    if acceptance is not None and not acceptance >= 0.2:
         mild.append(f"acceptance is {acceptance:.2f}: run a longer warm-up or start with a smaller step size")
     if draws.info.get("exact") is False:
         mild.append(
@@ -265,7 +265,7 @@ def _chains(draws: Draws, model: BayesianModel, x: Tensor) -> Diagnosis:
         )
     if "energy_variance" in stats and "energy_variance" in draws.info:
         errors, asked = float(stats["energy_variance"].double().mean()), draws.info["energy_variance"]
-        if errors > ENERGY_VARIANCE * asked:
+        if not errors <= ENERGY_VARIANCE * asked:
             severe.append(
                 f"energy errors have variance {errors:.2g} a dimension where {asked:.2g} was asked: predictions are "
                 "biased; run a longer warm-up, or an exact sampler such as HMC"
