@@ -15,7 +15,7 @@ from bnnflow.gaussian import Gaussian
 from bnnflow.posteriors import dimension, pack, unpack
 from bnnflow.types import Posterior
 
-__all__ = ["Draws", "as_theta", "strays"]
+__all__ = ["Draws", "as_theta", "strays", "unresolved"]
 
 
 @dataclass(frozen=True)
@@ -141,3 +141,12 @@ def strays(log_joint: Tensor) -> Tensor:
     values = log_joint.double().nan_to_num(nan=-torch.inf)
     low, middle = values.quantile(values.new_tensor([0.25, 0.5]))
     return ~(values >= middle - 8 * (middle - low) - 10)
+
+
+def unresolved(theta: Tensor) -> Tensor:
+    """Say of which weights the draws ``(n, dim)`` are closer than their floating-point type tells apart, ``(dim,)``.
+
+    Those whose standard deviation is below four spacings of numbers of their size, a weight that never moves included.
+    """
+    sd, size = theta.double().std(0), theta.double().abs().amax(0)
+    return ~(sd > 4 * torch.finfo(theta.dtype).eps * size)

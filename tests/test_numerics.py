@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import bnnflow as bf
 from bnnflow import likelihoods, priors
+from bnnflow.inference.smc import next_fraction
 from bnnflow.transport import GaussNewton, time_grid
 
 F64 = torch.float64
@@ -67,7 +69,8 @@ def regression(
     covariance = torch.block_diag(*[each] * outputs)[places][:, places]
     mean = means.T.reshape(-1)[places]
     # y ~ N(loc, noise^2 (I + A A^T)); at T = 1
-    inside = residual.square().sum() - (s.square() / (1 + s.square())).unsqueeze(1).mul(along.square()).sum()
+    across = u.T[dim:] @ residual  # no difference of large numbers
+    inside = across.square().sum() + (along.square() / (1 + s.square()).unsqueeze(1)).sum()
     value = -0.5 * inside - 0.5 * outputs * torch.log1p(s.square()).sum()
     value = value - rows * outputs * (0.5 * torch.log(torch.tensor(2 * torch.pi)) + torch.log(torch.tensor(noise)))
     return Regression(model, mean, temperature * covariance, float(value))
@@ -115,3 +118,71 @@ def test_a_second_gauss_newton_step_finds_nothing_left_to_do_in_single_precision
     for t in (0.0, 0.5, 0.99):
         one, two = (field(torch.tensor(t), x) for field in fields)
         assert (one - two).norm() < 1e-3 * one.norm()
+
+
+# ---------------------------------------------------------------- samplers and evidences at every scale
+
+SCALES = [
+    {"noise": 1e-6},
+    {"data": 1e5},
+    {"data": 1e8, "scale": 1e-8},
+    {"data": 1e-8, "noise": 1e-8, "scale": 1.0},
+    {"noise": 1e-8, "scale": 1e-8},
+    {"noise": 1e-3, "scale": 1e8},
+    {"noise": 1e8, "scale": 1e8},
+]
+
+
+@pytest.mark.parametrize("shape", SCALES, ids=str)
+def test_tempering_there_and_back_is_right_at_every_scale(shape):
+    problem = regression(rows=4, **shape)
+    draws = bf.sample(problem.model, bf.SMC(particles=300), chains=2, seed=0, progress=False)
+    check_weighted(problem, draws)
+    assert bf.diagnose(draws, problem.model).verdict == "trust with care"
+    exact = problem.mean + torch.randn(300, 3, generator=torch.Generator().manual_seed(2), dtype=F64) @ (
+        torch.linalg.cholesky(problem.covariance).T
+    )
+    value, error = bf.evidence(exact, problem.model, seed=0, progress=False)
+    assert abs(value - problem.log_evidence) < 4 * error + 0.1
+
+
+def check_weighted(problem: Regression, draws: bf.Draws) -> None:
+    assert draws.log_weights is not None
+    assert draws.log_evidence is not None
+    weights = (draws.log_weights.flatten() - draws.log_weights.flatten().logsumexp(0)).exp()
+    white = problem.standardised(draws.flat)
+    mean = weights @ white
+    assert mean.abs().max() < 0.35  # of families of particles, there are a few dozen
+    assert ((weights @ (white - mean).square()).sqrt() - 1).abs().max() < 0.3
+    value, error = draws.log_evidence
+    assert abs(value - problem.log_evidence) < 4 * error
+
+
+def test_particles_that_their_type_cannot_tell_apart_are_not_trusted():
+    problem = regression(rows=4, noise=1e-9, dtype=torch.float32)
+    draws = bf.sample(problem.model, bf.SMC(particles=100), chains=2, seed=0, progress=False)
+    found = bf.diagnose(draws, problem.model)
+    assert found.verdict == "do not trust"
+    assert "closer than float32 tells apart" in str(found)
+    equal = draws.flat[:1].expand(50, -1)
+    with pytest.warns(UserWarning, match="not to be trusted"):
+        bf.evidence(equal, problem.model, seed=0, progress=False)
+
+
+@pytest.mark.parametrize("lost", [{"least_effective_share": 0.01}, {"first_ancestors": 1.5}], ids=str)
+def test_particles_that_were_lost_on_the_way_are_not_trusted(lost):
+    problem = regression()
+    draws = bf.sample(problem.model, bf.SMC(particles=500), chains=2, seed=0, progress=False)
+    assert bf.diagnose(draws, problem.model).verdict == "trust with care"
+    worse = replace(draws, info=draws.info | lost)
+    assert bf.diagnose(worse, problem.model).verdict == "do not trust"
+
+
+@pytest.mark.parametrize("exponent", [-12, -6, 0])
+def test_the_first_temperature_step_is_as_small_as_it_must_be(exponent):
+    """Gaussian log ratios of standard deviation s leave exp(-b^2 s^2) of the particles effective at b."""
+    spread = 10.0**-exponent * 10
+    ratio = spread * torch.randn(1, 20_000, generator=torch.Generator().manual_seed(0), dtype=F64)
+    equal = torch.full_like(ratio, -torch.tensor(20_000.0).log().item())
+    found = next_fraction(ratio, equal, torch.zeros(1, dtype=F64), 0.7)
+    assert float(found * spread) == pytest.approx((-torch.tensor(0.7).log().item()) ** 0.5, rel=0.05)

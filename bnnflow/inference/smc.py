@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bnnflow.arguments import integer, number, settle
 from bnnflow.bridge import balance
-from bnnflow.draws import Draws, as_theta, strays
+from bnnflow.draws import Draws, as_theta, strays, unresolved
 from bnnflow.inference.hmc import hmc
 from bnnflow.inference.run import Run
 from bnnflow.model import BayesianModel
@@ -25,6 +25,9 @@ from bnnflow.types import Posterior, Seed
 __all__ = ["SMC", "evidence"]
 
 _APART = 0.1  # share of draws that may be left out
+_FINE = 1e-13  # relative to a step of the temperature: how well it is found,
+_HALVINGS = 1100  # if it is not smaller than all numbers
+_FAILED = 0.1  # of the particles: a step that leaves fewer effective has failed
 
 
 class _Particles(NamedTuple):
@@ -35,9 +38,11 @@ class _Particles(NamedTuple):
     log_first: Tensor  # (run, particle), float64
     log_weights: Tensor  # (run, particle), normalised over the particles of all processes
     root: Tensor  # (run, particle), which of the first particles it descends from
-    fraction: Tensor  # (run,), the inverse temperature, 0 to 1
+    fraction: Tensor  # (run,), the inverse temperature, 0 to 1,
+    rest: Tensor  # (run,), and what it lacks of 1: each keeps its digits where it is small
     log_normaliser: Tensor  # (run,), of the density now over that of the first end
     merged: Tensor  # (run,), log of how much less apart families are for resampling alone
+    least: Tensor  # (run,), smallest share of the particles that a temperature has left effective
     step_size: float
     acceptance: float
     gradients: float
@@ -131,8 +136,10 @@ class SMC:
             log_weights=torch.full_like(log_last, -math.log(mine * ranks.size)),
             root=root.expand(runs, -1),
             fraction=zeros,
+            rest=torch.ones_like(zeros),
             log_normaliser=zeros,
             merged=zeros,
+            least=torch.ones_like(zeros),
             step_size=0.5 * path.model.dim**-0.25,
             acceptance=0.0,
             gradients=1.0,
@@ -152,11 +159,13 @@ class SMC:
         ratio = ranks.gather(state.log_ratio, 1)
         weights = ranks.gather(state.log_weights, 1)
         usable = torch.where(ratio.isnan(), -math.inf, ratio)
-        fraction = next_fraction(usable, weights, state.fraction, self.ess)
-        weights = weights + (fraction - state.fraction)[:, None] * usable
+        further = _next_step(usable, weights, state.fraction, state.rest, self.ess)
+        last = further == state.rest
+        fraction, rest = torch.where(last, 1.0, state.fraction + further), state.rest - further
+        weights = weights + further[:, None] * usable
         total = weights.logsumexp(1)
         weights = weights - total[:, None]
-        last = fraction == 1
+        left = (-(2 * weights).logsumexp(1)).exp() / weights.shape[1]
         everyone = ranks.gather(state.theta, 1)  # (run, particle, dim)
         parents = systematic(weights, shared)
         parents = torch.where(last[:, None], torch.arange(weights.shape[1], device=parents.device), parents)
@@ -170,7 +179,9 @@ class SMC:
             return values.chunk(ranks.size, 1)[ranks.rank].clone() if ranks.size > 1 else values
 
         mass = _variance(everyone, weights).to(everyone.dtype)  # (run, dim)
-        theta, step_size, acceptance, steps = self._move(path, own(everyone), fraction, mass, state, ranks, generator)
+        theta, step_size, acceptance, steps = self._move(
+            path, own(everyone), fraction, rest, mass, state, ranks, generator
+        )
         log_first, log_last = path(theta)
         gradients = state.gradients + steps + 1
         bar.update()
@@ -187,8 +198,10 @@ class SMC:
             log_weights=own(weights),
             root=own(roots),
             fraction=fraction,
+            rest=rest,
             log_normaliser=state.log_normaliser + total,
             merged=state.merged + torch.where(last, 0.0, merged),
+            least=torch.where(left >= state.least, state.least, left),  # NaN is the least
             step_size=step_size,
             acceptance=acceptance,
             gradients=gradients,
@@ -200,6 +213,7 @@ class SMC:
         path: _Path,
         theta: Tensor,
         fraction: Tensor,
+        rest: Tensor,
         mass: Tensor,
         state: _Particles,
         ranks: Ranks,
@@ -209,7 +223,7 @@ class SMC:
         runs, mine, _ = theta.shape
         step_size, acceptance, steps = state.step_size, 0.0, 0.0
         flat, scales = theta.flatten(0, 1), mass.repeat_interleave(mine, 0)
-        target = path.tempered(fraction.repeat_interleave(mine))
+        target = path.tempered(fraction.repeat_interleave(mine), rest.repeat_interleave(mine))
         chain: Any = None
         for _ in range(self.moves):
             n_leapfrog = max(1, min(self.max_leapfrog, round(self.trajectory_length / (0.75 * step_size))))
@@ -240,6 +254,7 @@ class SMC:
             "acceptance_rate": state.acceptance,
             "step_size": state.step_size,
             "first_ancestors": float(families.mean()),
+            "least_effective_share": float(state.least.min()),
             "log_evidence_of_runs": state.log_normaliser.tolist(),
         }
         if model.temperature != 1:
@@ -309,12 +324,14 @@ def evidence(
         warnings.warn(f"{found} and are left out: refine the draws, or for longer", stacklevel=2)
         rows = rows[~apart]
         n, state = len(rows), smc._first(path, theta[rows].unsqueeze(0), ALONE, generator)
+    if bool(unresolved(theta[rows]).any()):
+        warnings.warn(f"{_too_close(theta)}: the evidence is not to be trusted", stacklevel=2)
     value = variance = 0.0
     influence = torch.zeros_like(state.log_ratio)  # of every particle on `value`, times their number
     with progress_bar(None, "evidence", progress, "temperature") as bar:
         while float(state.fraction) < 1:
             before, state = state, smc._advance(path, state, ALONE, generator, generator, bar)
-            part, weights = float(state.fraction - before.fraction), state.log_weights.exp()
+            part, weights = float(before.rest - state.rest), state.log_weights.exp()
             step, here, there = balance(part * before.log_ratio, part * state.log_ratio, weights)
             value += float(step)
             slope = float((here * (1 - here)).mean() + (weights * there * (1 - there)).sum())
@@ -322,7 +339,18 @@ def evidence(
             variance += float(influence.square().sum()) / n**2
             influence = ((weights * there).sum() - there) / slope
     variance += float((state.log_weights.exp() * influence).square().sum())
+    if not float(state.least) >= _FAILED:
+        warnings.warn(
+            f"a temperature has left only {float(state.least):.1e} of the particles effective: the evidence is not to be "
+            "trusted; the likelihood is too steep for the precision of its numbers: standardise the data, or take float64",
+            stacklevel=2,
+        )
     return -value, math.sqrt(variance)
+
+
+def _too_close(theta: Tensor) -> str:
+    count, kind = int(unresolved(theta).sum()), str(theta.dtype).removeprefix("torch.")
+    return f"draws of {count} of {theta.shape[1]} weights are closer than {kind} tells apart"
 
 
 class _Path:
@@ -336,13 +364,17 @@ class _Path:
         log_first, _, log_last, _ = self._ends(theta.flatten(0, 1))
         return log_first.reshape(theta.shape[:2]), log_last.reshape(theta.shape[:2])
 
-    def tempered(self, fraction: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """Return the density at fractions ``(particle,)`` of the way, one of its own for every particle."""
+    def tempered(self, fraction: Tensor, rest: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """Return the density at fractions ``(particle,)`` of the way, one of its own for every particle.
+
+        ``rest`` is one less the fraction, and known better near the end: the first density may be so steep that the
+        last digits of that matter.
+        """
 
         def target(theta: Tensor) -> tuple[Tensor, Tensor]:
             log_first, first_grad, log_last, last_grad = self._ends(theta)
-            part = fraction[:, None].to(last_grad.dtype)
-            return torch.lerp(log_first, log_last, fraction), torch.lerp(first_grad, last_grad, part)
+            near, far = (part[:, None].to(last_grad.dtype) for part in (rest, fraction))
+            return rest * log_first + fraction * log_last, near * first_grad + far * last_grad
 
         return target
 
@@ -377,21 +409,36 @@ class _Path:
 
 def next_fraction(ratio: Tensor, log_weights: Tensor, fraction: Tensor, ess: float) -> Tensor:
     """Return the largest inverse temperatures ``(run,)`` that leave at least ``ess`` of the particles effective."""
+    rest = 1 - fraction
+    step = _next_step(ratio, log_weights, fraction, rest, ess)
+    return torch.where(step == rest, 1.0, fraction + step)
 
-    def remaining(candidate: Tensor) -> Tensor:
-        weights = log_weights + (candidate - fraction)[:, None] * ratio
+
+def _next_step(ratio: Tensor, log_weights: Tensor, fraction: Tensor, rest: Tensor, ess: float) -> Tensor:
+    """Return the same as steps from ``fraction``, of which ``rest`` is the longest."""
+
+    def remaining(step: Tensor) -> Tensor:
+        weights = log_weights + step[:, None] * ratio
         weights = weights - weights.logsumexp(1, keepdim=True)
         return (-(2 * weights).logsumexp(1)).exp() / weights.shape[1]
 
-    low, high = fraction, torch.ones_like(fraction)
-    whole = remaining(high) >= ess
-    for _ in range(50):
+    # Bisection of the step itself, whose digits do not end: noise of a millionth of the data wants a first one of 1e-13.
+    low, high = torch.zeros_like(rest), rest
+    whole = remaining(rest) >= ess
+    for _ in range(_HALVINGS):
         middle = 0.5 * (low + high)
         enough = remaining(middle) >= ess
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+        if not bool((high - low > _FINE * high).any()):
+            break
     # Never stand still, however steep the density: the weights then say what it cost.
-    low = torch.maximum(low, fraction + 1e-9).clamp(max=1.0)
-    return torch.where(whole, 1.0, low)
+    least = torch.minimum(_spacing(fraction), _spacing(rest))
+    return torch.where(whole, rest, torch.minimum(torch.maximum(low, least), rest))
+
+
+def _spacing(values: Tensor) -> Tensor:
+    """Return how far the next larger numbers are."""
+    return torch.nextafter(values, torch.full_like(values, torch.inf)) - values
 
 
 def systematic(log_weights: Tensor, generator: torch.Generator) -> Tensor:
@@ -405,10 +452,13 @@ def systematic(log_weights: Tensor, generator: torch.Generator) -> Tensor:
 
 def _variance(theta: Tensor, log_weights: Tensor) -> Tensor:
     """Return the weighted variance of the particles of each run, ``(run, dim)`` in float64."""
-    weights = log_weights.exp().unsqueeze(-1)
+    weights, theta = log_weights.exp().unsqueeze(-1), theta.double()
     mean = (weights * theta).sum(1, keepdim=True)
     variance = (weights * (theta - mean).square()).sum(1)
-    return torch.maximum(variance, 1e-6 * variance.mean(1, keepdim=True))
+    # Weights may differ in scale by any factor; one that no particle moves takes the others' mean.
+    others = variance.mean(1, keepdim=True)
+    others = torch.where(others > 0, others, 1.0)
+    return torch.where(variance > 0, variance, others)
 
 
 def _shares(log_weights: Tensor, root: Tensor) -> Tensor:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bnnflow.draws import Draws, as_theta
+from bnnflow.draws import Draws, as_theta, unresolved
 from bnnflow.model import BayesianModel
 from bnnflow.report.convergence import CONVERGED, STUCK, compare_chains, predicted_values
 
@@ -24,6 +24,8 @@ ESS = (400, 100)  # from the first: enough; below the second: not
 E_BFMI = 0.3  # below: the momenta do not explore the energy (Betancourt 2016)
 DIVERGENCES = 0.01  # beyond this fraction the posterior has regions that the chains cannot enter
 TEMPERATURE = 0.2  # from 1: beyond this the law of the draws is visibly wrong
+ANCESTORS = 3  # of the first particles, in the mean run: fewer left say nothing of what was lost on the way
+FAILED = 0.1  # of the particles: a temperature that leaves fewer effective was too far from the last
 EVIDENCE = 1.0  # nats of standard error beyond which an evidence compares little
 ENERGY_VARIANCE = 5.0  # times what was asked for: unadjusted steps are too long for what they met
 
@@ -185,6 +187,17 @@ def _independent(draws: object, n: int) -> Diagnosis:
     return Diagnosis(verdict, tuple(reasons), "independent", _method(draws), chains, n)
 
 
+def _too_close(theta: Tensor) -> list[str]:
+    """Return what speaks against draws that their floating-point type cannot tell apart."""
+    count, kind = int(unresolved(theta).sum()), str(theta.dtype).removeprefix("torch.")
+    if count == 0:
+        return []
+    return [
+        f"draws of {count} of {theta.shape[1]} weights are closer than {kind} tells apart, or never move: standardise the "
+        "data, take a float64 network"
+    ]
+
+
 def _weighted(draws: object, log_weights: Tensor, temperature: float) -> Diagnosis:
     log_weights = log_weights.double() - log_weights.double().logsumexp(0)
     ess = float((-(2 * log_weights).logsumexp(0)).exp())
@@ -200,6 +213,9 @@ def _weighted(draws: object, log_weights: Tensor, temperature: float) -> Diagnos
         reasons.insert(0, f"the log evidence has a standard error of {evidence[1]:.1f}: {more}")
     if not ess >= ESS[0]:
         reasons.insert(0, f"the weights leave {ess:.0f} effective draws of {len(log_weights):,}; {more}")
+    lost = _lost_on_the_way(draws.info if isinstance(draws, Draws) else {}) + _too_close(as_theta(draws)[0])
+    if lost:
+        verdict, reasons = "do not trust", lost + reasons
     if temperature != 1:
         reasons.append(f"this is the posterior tempered at T = {temperature:g}")
     return Diagnosis(
@@ -212,6 +228,22 @@ def _weighted(draws: object, log_weights: Tensor, temperature: float) -> Diagnos
         ess_weights=ess,
         log_evidence=evidence,
     )
+
+
+def _lost_on_the_way(info: dict[str, Any]) -> list[str]:
+    """Return what speaks against particles that were tempered; nothing for other weighted draws."""
+    reasons = []
+    if not info.get("least_effective_share", 1.0) >= FAILED:
+        reasons.append(
+            f"a temperature has left only {info['least_effective_share']:.1e} of the particles effective: the likelihood "
+            "is too steep for their number or for the precision of its numbers; standardise the data, take float64"
+        )
+    if not info.get("first_ancestors", math.inf) >= ANCESTORS:
+        reasons.append(
+            f"all particles of a run descend from {info['first_ancestors']:.3g} of the first: what the others knew is "
+            "lost, and the error of the evidence is not known; take more particles"
+        )
+    return reasons
 
 
 def _chains(draws: Draws, model: BayesianModel, x: Tensor) -> Diagnosis:
@@ -229,7 +261,7 @@ def _chains(draws: Draws, model: BayesianModel, x: Tensor) -> Diagnosis:
     if "configurational_temperature" in stats:
         temperature = float(stats["configurational_temperature"].double().mean())
     total = draws.chains * draws.draws
-    severe, mild = [], []
+    severe, mild = _too_close(draws.flat), []
 
     if r_hat is None or bulk is None or tail is None:
         severe.append("fewer than 4 draws a chain: nothing can be said; draw more")
