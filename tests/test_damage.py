@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -260,3 +261,39 @@ def test_a_damaged_run_is_read_as_it_was_or_refused_by_name(tmp_path: Path) -> N
             seen.append("equal" if found.shape[1] == 6 else "older")
         path.write_bytes(kept)
     assert {*seen} == {"equal", "older", "refused"}
+
+
+def test_a_hostile_state_is_gone_on_with_or_refused_by_name(tmp_path: Path) -> None:
+    """Entries of a state are left out or replaced, in a well-formed file."""
+    x = torch.linspace(-1, 1, 8).unsqueeze(-1)
+    line = built(lambda: torch.nn.Linear(1, 1), torch.float32)
+    model = bf.BayesianModel(line, bf.priors.Normal(), bf.likelihoods.Gaussian(0.5), x, x)
+
+    def run(draws: int) -> torch.Tensor:
+        return bf.sample(
+            model, bf.SGLD(), chains=2, warmup=0, draws=draws, seed=0, checkpoint=tmp_path / "run", resume=True
+        ).theta.clone()
+
+    def attempt() -> str:
+        try:
+            run(5)
+        except ValueError as error:
+            return "refused" if str(tmp_path / "run") in str(error) else str(error)
+        return "taken"
+
+    run(3)
+    folder, chance = tmp_path / "run" / "rank-0", random.Random(0)
+    kept = {path: path.read_bytes() for path in folder.iterdir()}
+    seen = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for path in folder.glob("state-*.npz"):
+            header, arrays = storage.read(path, {"checkpoint": 9})
+            changes = [(altered(header, chance), arrays) for _ in range(30)]
+            changes += [(header, {n: v for n, v in arrays.items() if n != name}) for name in arrays]
+            for text, values in changes:
+                rewrite(path, json.dumps(text), values)
+                seen.add(attempt())
+                for each, content in kept.items():
+                    each.write_bytes(content)
+    assert seen == {"taken", "refused"}

@@ -39,15 +39,22 @@ _UNFINISHED = re.compile(r"state-[01]\.npz\..+\.tmp")
 
 
 class Saved(NamedTuple):
-    """A state as it was written, to the file of number ``slot``."""
+    """A state as it was written, to the file ``path`` of number ``slot``."""
 
     header: dict[str, Any]
     arrays: dict[str, np.ndarray]
     slot: int
+    path: Path
 
     def state(self, name: str, template: Any) -> Any:
         """Return the state ``name``, with the structure, the dtypes and the device of ``template``."""
-        return _rebuild(template, self._values(name))
+        with storage.described(self.path):
+            return _rebuild(template, self._values(name))
+
+    def restore(self, generator: torch.Generator) -> None:
+        """Put a generator where it was."""
+        with storage.described(self.path):
+            generator.set_state(torch.from_numpy(self.arrays["generator/0"]))
 
     def has(self, name: str) -> bool:
         """Say whether a state of this name was saved."""
@@ -311,7 +318,7 @@ def _states(folder: Path) -> list[Saved]:
     for slot in (0, 1):
         path = folder / f"state-{slot}.npz"
         try:
-            state = Saved(*storage.read(path, {"checkpoint": _VERSION}), slot)
+            state = Saved(*storage.read(path, {"checkpoint": _VERSION}), slot, path)
             with storage.described(path):
                 _progress(state)
             found.append(state)
@@ -368,6 +375,8 @@ def _progress(saved: Saved) -> tuple[int, int]:
     step = saved.header["step"]
     if type(step) is not int or step < 0:
         raise ValueError(f"the step is {step!r}")
+    if not 0 <= saved.header.get("gradients", 0.0) < math.inf:
+        raise ValueError("the number of gradients is none")
     return int(saved.header["stage"] == "sampling"), step
 
 

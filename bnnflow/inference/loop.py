@@ -130,12 +130,12 @@ class _Progress:
 
     @classmethod
     def restored(cls, saved: Any, process: WarmUp, theta: Tensor, generator: torch.Generator) -> _Progress:
-        progress = cls(saved.state("warm", process.init(theta, generator)), saved.header["gradients"])
+        progress = cls(saved.state("warm", process.init(theta, generator)), float(saved.header["gradients"]))
         progress.step = saved.header["step"]
         if saved.header["stage"] == "sampling":
             progress.tuned = process.tuned(progress.warm)
             progress.state = saved.state("state", progress.tuned.state)
-        generator.set_state(torch.from_numpy(saved.arrays["generator/0"]))
+        saved.restore(generator)
         return progress
 
     def save(

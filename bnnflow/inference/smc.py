@@ -105,7 +105,7 @@ class SMC:
         if checkpoint and checkpoint.saved:
             state = checkpoint.saved.state("particles", state)
             steps = checkpoint.saved.header["step"]
-            generator.set_state(torch.from_numpy(checkpoint.saved.arrays["generator/0"]))
+            checkpoint.saved.restore(generator)
             if ranks.size > 1:
                 run.generator.set_state(state.shared.cpu())
 

@@ -759,10 +759,13 @@ class _State:
                 owner.state[parameter] = found
         if "best/0" in values:
             self._best = [values[f"best/{i}"] for i in range(len(self._parameters))]
+        numbers = [header["count"], header["patience_used"], *([] if header["total"] is None else [header["total"]])]
+        if any(type(number) is not int or number < 0 for number in numbers) or values["bins"].shape != self._bins.shape:
+            raise ValueError("it has no count of steps")
         self._bins = values["bins"]
         self.count, self.total = header["count"], header["total"]
-        self.seconds, self.cpu_seconds = header["seconds"], header["cpu_seconds"]
-        self.lowest = math.inf if header["lowest"] is None else header["lowest"]
+        self.seconds, self.cpu_seconds = float(header["seconds"]), float(header["cpu_seconds"])
+        self.lowest = math.inf if header["lowest"] is None else float(header["lowest"])
         self.patience_used = header["patience_used"]
         generator.set_state(values["generators"][ranks.rank].cpu())
 
