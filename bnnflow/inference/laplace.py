@@ -18,6 +18,7 @@ from bnnflow.draws import Draws
 from bnnflow.forward_mode import jvp
 from bnnflow.gaussian import Gaussian
 from bnnflow.inference import kinks
+from bnnflow.inference.empirical import Expansion, check_tunable, tune_prior
 from bnnflow.inference.run import Run
 from bnnflow.inference.start import first_points, maximise
 from bnnflow.model import BayesianModel, likelihoods
@@ -46,16 +47,24 @@ class Laplace:
     """Put a Gaussian on the best of several modes (MacKay 1992; Daxberger et al. 2021).
 
     Approximates the posterior (at its temperature) by N(mode, P^-1). The mode is found by Adam from random networks,
-    all in one batch, and polished by L-BFGS and Gauss-Newton steps in float64. P is the generalised Gauss-Newton matrix
-    J^T Lambda J of the likelihood, with the Fisher information of its learned parameters, plus the prior's own negative
-    curvature, coordinate by coordinate; where that is not positive (the kink of a Laplace prior, the tail of a Student
-    t) the precision of a Gaussian with the prior's interquartile range takes its place. Prior and noise are those of
-    the model; nothing is tuned to the evidence. Exact where the posterior is Gaussian. Learned scales of the *prior*
-    usually have no joint mode with the weights: a warning is given, and no evidence.
+    all in one batch, and polished by L-BFGS and Gauss-Newton steps in float64, and by BFGS where it lies in kinks, as
+    those of ReLU networks do. P is the generalised Gauss-Newton matrix J^T Lambda J of the likelihood, with the Fisher
+    information of its learned parameters, plus the prior's own negative curvature, coordinate by coordinate; where that
+    is not positive (the kink of a Laplace prior, the tail of a Student t) the precision of a Gaussian with the prior's
+    interquartile range takes its place. Exact where the posterior is Gaussian. Learned scales of the *prior* usually
+    have no joint mode with the weights: a warning is given, and no evidence.
 
     Trained networks that ``init`` gives are only polished, the one of the highest log_joint. ``info["moved"]`` says how
     far it was from the mode: in nats of log_joint, in weights relative to their norm, and in the mean of predictions
     relative to its spread over the data. A warning is given where the last is above a quarter.
+
+    Prior and noise are those of the model. Where the data say little about most weights the Gaussian is then as wide
+    as the prior, and the linearised predictive of a classifier underconfident. ``prior_precision="evidence"`` is the
+    remedy of the literature (MacKay 1992; Immer et al. 2021): the precision of a normal prior is multiplied by a factor
+    for each tensor, such that the Laplace evidence is highest. Mode, Gaussian and draws are then those of the tuned
+    prior, whose precisions are at ``draws.info["prior_precision"]`` and whose evidence is at
+    ``draws.info["log_evidence_tuned"]``; ``draws.log_joint`` and ``draws.log_evidence`` stay those of the model.
+    Learned noise is a coordinate of theta, and needs no tuning.
 
     ``draws.posterior`` is the density, and its ``loc`` the mode. Draws predict through the network itself, which is
     poor where the Gaussian is wide; the linearised predictive (Immer, Korzepa and Bauer 2021) is
@@ -75,6 +84,7 @@ class Laplace:
         steps: Adam steps.
         learning_rate: its first value; a cosine takes it to zero.
         polish: L-BFGS iterations at most.
+        prior_precision: None for the model's own prior; ``"evidence"`` to tune it, see above.
 
     Example:
         >>> net = torch.nn.Linear(1, 1)
@@ -92,14 +102,18 @@ class Laplace:
     steps: int = 1000
     learning_rate: float = 0.02
     polish: int = 2000
+    prior_precision: Literal["evidence"] | None = None
 
     def __post_init__(self) -> None:
         settle(self, choice, "structure", choices=("full", "diagonal", "last_layer", "kronecker"))
         settle(self, choice, "hessian", choices=("ggn", "exact"))
+        settle(self, choice, "prior_precision", choices=("evidence",))
         settle(self, integer, "starts", "steps", "polish", least=1)
         settle(self, number, "learning_rate", above=0)
         if self.hessian == "exact" and self.structure not in ("full", "diagonal"):
             raise ValueError(f"hessian must be 'ggn' for structure={self.structure!r}")
+        if self.prior_precision is not None and self.structure == "kronecker":
+            raise ValueError("prior_precision must be None for structure='kronecker'")
 
     def sample(self, model: BayesianModel, run: Run) -> Draws:
         """Find the mode and draw from the Gaussian; see `bnnflow.sample`. ``chains`` only shapes the draws."""
@@ -109,26 +123,36 @@ class Laplace:
         steps = 0 if given else self.steps
         start = maximise(model, start, steps, self.learning_rate, run.progress, "Laplace")
         best = start[model.log_joint(start).nan_to_num(-math.inf).argmax()]
-        double = model.to(dtype=torch.float64)
-        mode, info = find_mode(double, best.double(), self.polish)
-        info["gradients_per_chain"] = steps * self.starts + info["gradients"]
+        first = self._expand(model.to(dtype=torch.float64), best.double(), names)
+        at, info = first, first.info
+        if self.prior_precision == "evidence":
+            at, tuned = tune_prior(first, names, lambda model, theta: self._expand(model, theta, names))
+            info = at.info | tuned
+        info["gradients_per_chain"] = steps * len(start) + info["gradients"]
         if given:
-            info["moved"] = _moved(double, best.double(), mode)
-        exact = self._posterior(double, mode, names)
-        posterior = _in_dtype(exact, model.dtype)
+            info["moved"] = _moved(first.model, best.double(), first.mode)
+        if not info["converged"]:
+            warnings.warn(_NO_MODE.format(**info), stacklevel=3)
+        posterior = _in_dtype(at.posterior, model.dtype)
 
         chains, draws = run.chains or 4, run.draws or 1000
         theta = posterior.sample(chains * draws, run.generator)
         log_joint = model.log_joint(theta).reshape(chains, draws)
-        normaliser = float(double.log_joint(mode) - exact.log_prob(mode))
         evidence = None
-        whole = self.structure != "last_layer" and info["converged"]
+        whole = self.structure != "last_layer" and first.info["converged"]
         if whole and model.temperature == 1:
-            evidence = (normaliser, math.nan)
+            evidence = (first.log_evidence, math.nan)
         elif whole:
-            info["log_tempered_normaliser"] = normaliser
+            info["log_tempered_normaliser"] = first.log_evidence
         theta = theta.unflatten(0, (chains, draws))
         return Draws(theta, log_joint, log_evidence=evidence, posterior=posterior, info=info)
+
+    def _expand(self, model: BayesianModel, theta: Tensor, names: tuple[str, ...]) -> Expansion:
+        """Climb from ``theta`` ``(dim,)`` to a mode, and put the Gaussian there."""
+        mode, info = find_mode(model, theta, self.polish)
+        precision, posterior = self._posterior(model, mode, names)
+        log_evidence = float(model.log_joint(mode) - posterior.log_prob(mode))
+        return Expansion(model, mode, precision, posterior, log_evidence, info)
 
     def _check(self, model: BayesianModel) -> tuple[str, ...]:
         """Return the tensors that are not held at the mode; raise before any work if the method cannot be had."""
@@ -136,6 +160,8 @@ class Laplace:
             raise ValueError(
                 f"{type(model.likelihood).__name__} has no fisher_factor for a Gauss-Newton matrix; use hessian='exact'"
             )
+        if self.prior_precision == "evidence":
+            check_tunable(model)
         names = _last_layer(model) if self.structure == "last_layer" else model.spec.names
         if self.structure == "kronecker":
             _import_laplace()
@@ -152,9 +178,10 @@ class Laplace:
 
     def _posterior(
         self, model: BayesianModel, mode: Tensor, names: tuple[str, ...]
-    ) -> Gaussian | KroneckerGaussian | Restricted:
+    ) -> tuple[Tensor | None, Gaussian | KroneckerGaussian | Restricted]:
+        """Return the precision where it is a matrix ``(k, k)`` or a diagonal ``(k,)``, and the Gaussian."""
         if self.structure == "kronecker":
-            return _kronecker(model, mode)
+            return None, _kronecker(model, mode)
         if self.hessian == "exact":
             precision = exact_precision(model, mode, diagonal=self.structure == "diagonal")
         else:
@@ -162,16 +189,21 @@ class Laplace:
         if precision.dim() == 1:
             if not bool((precision > 0).all()):
                 raise ValueError(_INDEFINITE.format(float(precision.min())))
-            return Gaussian(mode, precision.rsqrt())
+            return precision, Gaussian(mode, precision.rsqrt())
         try:
             free = _indices(model, names)
             gaussian = Gaussian.of_precision(mode[free], precision)
         except RuntimeError as error:
             least = float(torch.linalg.eigvalsh(precision)[0])
             raise ValueError(_INDEFINITE.format(least)) from error
-        return gaussian if self.structure == "full" else Restricted(mode, free, gaussian)
+        return precision, gaussian if self.structure == "full" else Restricted(mode, free, gaussian)
 
 
+_NO_MODE = (
+    "no mode was found: after {gradients} evaluations another step promises {left_to_gain:.3g} nats, and the norm of "
+    "the gradient is {gradient_norm:.2g}; give Laplace more polish or starts, or use another method (the scales of a "
+    "hierarchical prior have no joint mode with the weights, nor has the noise of a network that can fit every row)"
+)
 _INDEFINITE = "the curvature at the mode is not positive definite (smallest value {:.3g}); use hessian='ggn'"
 
 
@@ -186,7 +218,7 @@ def find_mode(model: BayesianModel, theta: Tensor, iterations: int) -> tuple[Ten
     deviation.
 
     Returns:
-        The mode, and what it took; a warning is given if more than a hundredth of a nat a coordinate can be gained.
+        The mode, and what it took; it has converged if less than a hundredth of a nat a coordinate can be gained.
     """
     gradients = 0
 
@@ -232,21 +264,12 @@ def find_mode(model: BayesianModel, theta: Tensor, iterations: int) -> tuple[Ten
                 break
             mode, value = moved, better
     norm = float(grad.norm())
-    converged = gain <= allowed
-    if not converged:
-        warnings.warn(
-            f"no mode was found: after {gradients} evaluations another step promises {gain:.3g} nats, more than "
-            f"{allowed:.2g}, and the gradient's norm is {norm:.2g}; give Laplace more polish or starts, or use another "
-            "method (the scales of a hierarchical prior have no joint mode with the weights, nor has the noise of a "
-            "network that can fit every row)",
-            stacklevel=4,
-        )
     return mode, {
         "gradient_norm": norm,
         "log_joint_mode": float(value),
         "left_to_gain": gain,
         "gradients": gradients,
-        "converged": converged,
+        "converged": gain <= allowed,
     }
 
 

@@ -223,6 +223,19 @@ class BayesianModel:
         moved.spec = network_spec.extend({extra.name: extra.shape for extra in self._extras})
         return moved
 
+    def with_prior(self, prior: Prior) -> BayesianModel:
+        """Return the same model with another prior, of fixed distributions as its own.
+
+        Raises:
+            ValueError: if one of the two priors has parameters that are inferred: ``theta`` would be another vector.
+        """
+        if any(_of_prior(extra) for extra in self._extras) or extras_of(prior, self.spec.network):
+            raise ValueError("a prior with inferred parameters cannot take another's place: make a model with it")
+        changed = copy.copy(self)
+        changed.prior = prior
+        changed.flat_prior = FlatPrior.of(prior, self.spec, self._extras).to(self.device, self.dtype)
+        return changed
+
     # ---------------------------------------------------------------- evaluation
 
     def outputs(self, theta: Tensor, x: Tensor | np.ndarray | None = None) -> Tensor:
