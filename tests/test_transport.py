@@ -26,6 +26,7 @@ from bnnflow.transport import (
     WeightsVelocity,
     refine,
 )
+from bnnflow.transport import flow as flow_module
 from bnnflow.transport.coordinates import Context
 from bnnflow.transport.divergence import exact_divergence, hutchinson_divergence, probe_noise
 from bnnflow.transport.solvers import integrate, integrate_with_trace, time_grid
@@ -620,3 +621,40 @@ def test_refine_survives_an_interrupt_and_refuses_weights(monkeypatch):
     assert not torch.equal(refined.flat, theta)
     with pytest.raises(ValueError, match="equal weight"):
         refine((theta, torch.zeros(100)), model)
+
+
+@pytest.mark.parametrize("rough", [False, True])
+def test_long_log_densities_say_how_long_they_take(rough, monkeypatch):
+    """Every divergence is counted, those of a second look at rough paths too, and a bar is on unless switched off."""
+    bars = []
+
+    class Bar:
+        def __init__(self, total, description, progress, unit, *, delay):
+            self.total, self.shown, self.n = total, progress, 0
+            bars.append(self)
+
+        def update(self, n):
+            self.n += n
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            pass
+
+    monkeypatch.setattr(flow_module, "progress_bar", Bar)
+    monkeypatch.setattr(flow_module, "_ROUGH", -1.0 if rough else 1e9)
+    gaussian = bf.transport.GaussianVelocity(torch.tensor([1.0, 2.0]).double(), torch.eye(2).double())
+    net = nn.utils.skip_init(nn.Linear, 1, 1, dtype=torch.float64)
+    x = torch.linspace(-1, 1, 5, dtype=torch.float64)[:, None]
+    model = bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(1.0), x, x)
+    flow = bf.Flow.of(gaussian, model, steps=4)
+    theta, _ = flow.sample_with_log_prob(3, 0, chunk_size=2)
+    flow.log_prob(theta, chunk_size=2, progress=False)
+    flow.log_prob(theta, steps=[0.0, 0.5, 1.0])
+    flow.push_with_log_prob(theta)
+    assert [bar.shown for bar in bars] == [True, False, True, False]
+    for bar in bars[:2]:
+        assert bar.n == bar.total == 3 * 8 * (7 if rough else 1)
+    assert bars[2].total is None
+    assert bars[2].n > 0

@@ -150,7 +150,7 @@ def correct(
     generator = as_generator(seed, model.device)
     held = None if held_out is None else HeldOut.of(held_out, model, _HELD_OUT)
     wall, cpu = time.perf_counter(), time.process_time()
-    latent = Latent(flow, model, trace, generator)
+    latent = Latent(flow, model, trace, generator, progress=progress)
     job = _Job(latent, model, n, flow.start(n, generator), generator, progress, Findings())
     points, chosen, why = _diagnose(job, method)
     outcome = _METHODS[chosen](job, points)

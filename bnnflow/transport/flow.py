@@ -13,9 +13,11 @@ from typing import Any, Unpack, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from bnnflow import storage
 from bnnflow.model import BayesianModel
+from bnnflow.progress import progress_bar
 from bnnflow.seeding import as_generator
 from bnnflow.transport.coordinates import Context
 from bnnflow.transport.displacement import Displacement
@@ -33,6 +35,7 @@ from bnnflow.weights import WeightSpec
 __all__ = ["Flow", "GaussNewtonFlow"]
 
 _LOG_2PI = math.log(2 * math.pi)
+_PATIENCE = 3.0  # seconds, from which a bar says how long it will take
 _ROUGH = 1.0  # nats, from which a log density takes more evaluations of the divergence
 
 
@@ -282,17 +285,19 @@ class Flow:
         """Draw ``(n, dim)`` and their log densities ``(n,)`` in one pass forwards; see `DensityOptions`."""
         generator = as_generator(seed, self._device)
         with torch.no_grad():
+            options = SampleOptions(**({"progress": True} | options))  # type: ignore[typeddict-item]
             return self.push_with_log_prob(self.start(n, generator), seed=generator, **options)
 
     def push_with_log_prob(self, x0: Tensor, **options: Unpack[DensityOptions]) -> tuple[Tensor, Tensor]:
         """Carry latent points ``(n, dim)`` to weights, with their log densities ``(n,)`` there; differentiable."""
         tracing = Tracing(**options).on(self._device)
         thetas, log_probs = [], []
-        for rows in x0.split(tracing.chunk_size):
-            x1, change = self._transport(rows, tracing)
-            theta = self.source.from_normal(x1)
-            thetas.append(theta)
-            log_probs.append(_log_normal(rows) - change + self.source.log_jacobian(theta))
+        with self._bar(x0, tracing) as bar:
+            for rows in x0.split(tracing.chunk_size):
+                x1, change = self._transport(rows, tracing, bar=bar)
+                theta = self.source.from_normal(x1)
+                thetas.append(theta)
+                log_probs.append(_log_normal(rows) - change + self.source.log_jacobian(theta))
         return torch.cat(thetas), torch.cat(log_probs)
 
     def pull_with_log_prob(self, theta: Tensor, **options: Unpack[DensityOptions]) -> tuple[Tensor, Tensor]:
@@ -300,10 +305,11 @@ class Flow:
         self.spec.check(theta)
         tracing = Tracing(**options).on(self._device)
         starts, log_probs = [], []
-        for rows in theta.split(tracing.chunk_size):
-            x0, change = self._transport(self.source.to_normal(rows), tracing, backwards=True)
-            starts.append(x0)
-            log_probs.append(_log_normal(x0) + change + self.source.log_jacobian(rows))
+        with self._bar(theta, tracing) as bar:
+            for rows in theta.split(tracing.chunk_size):
+                x0, change = self._transport(self.source.to_normal(rows), tracing, backwards=True, bar=bar)
+                starts.append(x0)
+                log_probs.append(_log_normal(x0) + change + self.source.log_jacobian(rows))
         return torch.cat(starts), torch.cat(log_probs)
 
     def log_prob(self, theta: Tensor, **options: Unpack[DensityOptions]) -> Tensor:
@@ -311,40 +317,66 @@ class Flow:
 
         Args:
             theta: weights.
-            options: ``trace``, ``probes``, ``noise``, ``seed``, ``steps``, ``solver``, ``chunk_size``; see
-                `DensityOptions`.
+            options: ``trace``, ``probes``, ``noise``, ``seed``, ``steps``, ``solver``, ``chunk_size``, ``progress``;
+                see `DensityOptions`.
         """
+        options = DensityOptions(**({"progress": True} | options))  # type: ignore[typeddict-item]
         with torch.no_grad():
             _, log_probs = self.pull_with_log_prob(theta.reshape(-1, theta.shape[-1]), **options)
         return log_probs.reshape(theta.shape[:-1])
 
-    def _transport(self, x: Tensor, tracing: Tracing, *, backwards: bool = False) -> tuple[Tensor, Tensor]:
+    def _bar(self, x: Tensor, tracing: Tracing) -> tqdm:
+        """Return a bar for the divergences of ``x`` that are certain to be evaluated."""
+        steps = self.steps if tracing.steps is None else tracing.steps
+        total = 2 * steps * len(x) if isinstance(steps, int) else None
+        return progress_bar(total, "log density", tracing.progress, "divergence", delay=_PATIENCE)
+
+    def _transport(
+        self, x: Tensor, tracing: Tracing, *, backwards: bool = False, bar: tqdm | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Carry ``x`` from one end to the other and integrate the divergence on the way."""
         probes = tracing.draw(x)  # one set for the whole path, or the solver would integrate noise
         solver = tracing.solver or self.solver
         steps = self.steps if tracing.steps is None else tracing.steps
 
         def slope(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            if bar is not None:
+                bar.update(len(state[0]))
             return divergence(self.velocity, t, state[0], tracing.trace, probes)
 
         if isinstance(steps, int) and solver in get_args(FixedSolver):
-            return self._along_nodes(x, probes, tracing.trace, 2 * steps, solver, backwards)
+            return self._along_nodes(x, probes, tracing.trace, 2 * steps, solver, backwards, bar)
         grid = self._grid(steps)
         start = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
         end, change = integrate(slope, (x, start), grid.flip(0) if backwards else grid, solver)
         return end, change
 
     def _along_nodes(
-        self, x: Tensor, probes: Tensor | None, trace: Trace, nodes: int, solver: Solver, backwards: bool
+        self,
+        x: Tensor,
+        probes: Tensor | None,
+        trace: Trace,
+        nodes: int,
+        solver: Solver,
+        backwards: bool,
+        bar: tqdm | None,
     ) -> tuple[Tensor, Tensor]:
         """Integrate the divergence at nodes, and at twice and four times as many where it is rough along the path."""
         rows = torch.arange(len(x), device=x.device)
         end, change = torch.empty_like(x), torch.empty(len(x), dtype=torch.float64, device=x.device)
         for count in (nodes, 2 * nodes, 4 * nodes):
             some = None if probes is None else probes[:, rows]
+            if bar is not None and bar.total is not None and count > nodes:
+                bar.total += count * len(rows)
+
+            def trace_of(t: Tensor, z: Tensor, some: Tensor | None = some) -> Tensor:
+                if bar is not None:
+                    bar.update(len(z))
+                return divergence(self.velocity, t, z, trace, some)[1]
+
             found, total, rough = integrate_with_trace(
                 self.velocity,
-                lambda t, z, some=some: divergence(self.velocity, t, z, trace, some)[1],
+                trace_of,
                 x[rows],
                 count,
                 solver,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from bnnflow.gaussian import Gaussian
 from bnnflow.model import BayesianModel
+from bnnflow.transport.flow import Flow
 from bnnflow.types import Kernel, Seed, Trace
 
 __all__ = ["Latent", "Move", "Points", "Transport", "crank_nicolson", "log_normal"]
@@ -85,15 +86,27 @@ class Latent:
         model: the posterior.
         trace: how the flow finds its log densities.
         generator: of random probes.
+        progress: show a bar for log densities that take long, where the flow is one of ours.
 
     Attributes:
         solves: exact or estimated log densities that were integrated so far.
         broken: rows for which the flow had no answer.
     """
 
-    def __init__(self, flow: Transport, model: BayesianModel, trace: Trace, generator: torch.Generator) -> None:
-        self.flow, self.model, self._generator = flow, model, generator
+    def __init__(
+        self,
+        flow: Transport,
+        model: BayesianModel,
+        trace: Trace,
+        generator: torch.Generator,
+        *,
+        progress: bool = False,
+    ) -> None:
+        self.flow, self.model = flow, model
         self.trace: Trace = trace
+        self._options: dict[str, Any] = {"trace": trace, "seed": generator}
+        if progress and isinstance(flow, Flow):
+            self._options["progress"] = True
         self.solves = self.broken = 0
 
     @torch.no_grad()
@@ -106,7 +119,7 @@ class Latent:
         """
 
         def solve(rows: Tensor) -> tuple[Tensor, Tensor]:
-            return self.flow.push_with_log_prob(rows, trace=self.trace, seed=self._generator, steps=steps)
+            return self.flow.push_with_log_prob(rows, **self._options, steps=steps)
 
         theta, log_q = self._surviving(solve, x0)
         return Points(x0, theta, log_q, self.log_joint(theta))
@@ -116,7 +129,7 @@ class Latent:
         """Carry weights ``(n, dim)`` to latent points."""
 
         def solve(rows: Tensor) -> tuple[Tensor, Tensor]:
-            return self.flow.pull_with_log_prob(rows, trace=self.trace, seed=self._generator)
+            return self.flow.pull_with_log_prob(rows, **self._options)
 
         x0, log_q = self._surviving(solve, theta)
         return Points(x0, theta, log_q, self.log_joint(theta))
@@ -143,7 +156,7 @@ class Latent:
         def solve(rows: Tensor) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
                 at = rows.detach().requires_grad_()
-                theta, log_q = self.flow.push_with_log_prob(at, trace=self.trace, seed=self._generator)
+                theta, log_q = self.flow.push_with_log_prob(at, **self._options)
                 log_joint = self.model.log_joint(theta.to(self.model.device, self.model.dtype))
                 value = log_joint.double() - log_q + log_normal(at)
                 (grad,) = torch.autograd.grad(value.sum(), at)

@@ -33,6 +33,7 @@ class SampleOptions(TypedDict, total=False):
     steps: Steps | None
     solver: Solver | None
     chunk_size: int
+    progress: bool
 
 
 class DensityOptions(SampleOptions, total=False):
@@ -51,6 +52,8 @@ class DensityOptions(SampleOptions, total=False):
             evaluation. By default the flow's own.
         solver: its rule; by default the flow's own.
         chunk_size: points that travel together, which bounds the memory; 512 by default.
+        progress: show a bar at a terminal that says how long it will take, if that is more than some seconds. ``True``
+            by default in ``log_prob`` and ``sample_with_log_prob`` of a `Flow`, else ``False``.
     """
 
     seed: Seed
@@ -67,6 +70,7 @@ class Tracing:
     steps: Steps | None = None
     solver: Solver | None = None
     chunk_size: int = 512
+    progress: bool = False
 
     def on(self, device: torch.device) -> Tracing:
         """Return the same with one stream of random numbers for all chunks."""
