@@ -413,8 +413,7 @@ class BayesianModel:
             Its results, ``(networks, ...)`` each, for one block of rows after the other.
         """
         n, per_network = len(x) if rows is None else rows.shape[-1], rows is not None and rows.dim() > 1
-        whole = torch.compiler.is_compiling() or recorded(theta, x)
-        some, several = (n, len(theta)) if whole else self.network.at_once(x, n)
+        some, several = self._block_size(theta, x, n)
         found = []
         for part in _stretches(n, some):
             data = None if per_network else _chosen(x, y, rows, part)
@@ -424,6 +423,11 @@ class BayesianModel:
             ]
             found.append(tuple(_joined(each, 0) for each in zip(*results, strict=True)))
         return found
+
+    def _block_size(self, theta: Tensor, x: Tensor, n: int) -> tuple[int, int]:
+        """Return how many of ``n`` rows, and how many networks, are evaluated at once."""
+        whole = torch.compiler.is_compiling() or recorded(theta, x)
+        return (n, len(theta)) if whole else self.network.at_once(x, n)
 
     def _in_sum(self, function: _Evaluation, theta: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
         """Return the results of a function of flattened ``theta``, summed over the rows and scaled to all of them."""
@@ -703,6 +707,24 @@ class BayesianModel:
             raise ValueError(f"{type(self.likelihood).__name__} has no fisher_factor")
         rows, scale = self._batch(theta, rows)
         x, y = (self.x, self.y) if rows is None else (self.x[rows], self.y[rows])
+        some, several = self._block_size(theta, x, len(x))
+        if some >= len(x) and several >= len(theta):
+            grad, product = self._linearised_likelihood(theta, x, y)
+            return scale * grad, lambda v: scale * product(v)
+
+        # What linearises all of it would be too much to keep, so that every product begins anew.
+        def of_block(both: Tensor, x: Tensor, y: Tensor, per_network: bool) -> tuple[Tensor]:
+            theta, v = both.split(self.dim, 1)
+            return (self._linearised_likelihood(theta, x, y)[1](v),)
+
+        def in_blocks(v: Tensor) -> Tensor:
+            parts = self._in_blocks(of_block, torch.cat([theta, v], 1), x, y)
+            return scale * functools.reduce(torch.add, (each for (each,) in parts))
+
+        return self.log_likelihood_grad(theta, rows), in_blocks
+
+    def _linearised_likelihood(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Return `gauss_newton_product` of these rows."""
         outputs, pullback = self.network.pullback(theta, x)
         parameters = self.likelihood_parameters(theta)
         grad_outputs, grad_parameters = self._score(outputs, y, parameters)
@@ -711,9 +733,9 @@ class BayesianModel:
         def product(v: Tensor) -> Tensor:
             tangent = jvp(lambda weights: self.network(weights, x), (theta,), (v,))[1]
             by_outputs, by_parameters = self._informed(outputs, parameters, tangent, v[:, start:])
-            return scale * self._with_extras(pullback(by_outputs), by_parameters)
+            return self._with_extras(pullback(by_outputs), by_parameters)
 
-        return scale * self._with_extras(pullback(grad_outputs), grad_parameters), product
+        return self._with_extras(pullback(grad_outputs), grad_parameters), product
 
     def log_likelihood_hessian(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         """Return the gradient and the Hessian of the log likelihood, ``(batch, dim)`` and ``(batch, dim, dim)``.

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -311,7 +312,10 @@ class ModuleNetwork:
     def pullback(
         self, theta: Tensor, x: Tensor, *, per_network: bool = False, reuse: bool = False
     ) -> tuple[Tensor, Pullback]:
-        """Return the outputs and the function that carries a gradient by them back to the weights."""
+        """Return the outputs and the function that carries a gradient by them back to the weights.
+
+        With ``reuse`` the function may be called once.
+        """
 
         def mapped() -> tuple[Tensor, Pullback]:
             weights = theta[:, : self._dim]
@@ -329,7 +333,9 @@ class ModuleNetwork:
             if recorded(grad_outputs):
                 return mapped()[1](grad_outputs)
             parts = zip(tapes, leaves, grad_outputs, strict=True)
-            return torch.stack([torch.autograd.grad(tape, leaf, by, retain_graph=True)[0] for tape, leaf, by in parts])
+            # What a tape keeps is freed as it is read, which spares fresh memory.
+            keep = not reuse
+            return torch.stack([torch.autograd.grad(tape, leaf, by, keep)[0] for tape, leaf, by in parts])
 
         return torch.stack([tape.detach() for tape in tapes]), pull
 
@@ -355,7 +361,8 @@ class ModuleNetwork:
         def of_network(weights: Tensor, rows: Tensor) -> Any:
             params = self._parts(weights)
             some = tuple(params[i] for i in wanted)
-            return torch.func.vmap(torch.func.jacrev(of_row, has_aux=True), (None, None, 0))(some, params, rows)
+            with sdpa_kernel(SDPBackend.MATH):
+                return torch.func.vmap(torch.func.jacrev(of_row, has_aux=True), (None, None, 0))(some, params, rows)
 
         if not self._take_turns(theta, x, per_network):
             blocks, outputs = torch.func.vmap(of_network, _in_dims(per_network))(theta, x)
@@ -388,7 +395,9 @@ class ModuleNetwork:
         return outputs.unsqueeze(-1) if outputs.dim() == 1 else outputs
 
     def _mapped(self, theta: Tensor, x: Tensor, per_network: bool) -> Tensor:
-        return torch.func.vmap(self._one, _in_dims(per_network), randomness="error")(theta, x)
+        # Fused attention can neither be mapped nor be differentiated forwards or twice.
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.func.vmap(self._one, _in_dims(per_network), randomness="error")(theta, x)
 
     def _inputs(self, theta: Tensor, x: Tensor, per_network: bool) -> list[Tensor]:
         """Return the inputs of every network, in the memory format that suits the module."""
