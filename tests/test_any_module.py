@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.problems import F64, built, generator
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 import bnnflow as bf
 from bnnflow import likelihoods, priors
 from bnnflow.inference import laplace
+from tests.problems import F64, built, generator
 
 
 class Residual(nn.Module):
