@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -57,6 +57,7 @@ class WeightSpec:
             that they read: tables of embeddings, kernels of transposed convolutions.
         unknown: why the symmetries are not known, where the network could not be labelled; empty where they are, be
             there some or none.
+        unusual: `fan_in` of the tensors whose shape does not say it.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
@@ -76,6 +77,7 @@ class WeightSpec:
     neutral: frozenset[tuple[str, int]] = frozenset()
     unknown: str = ""
     transposed: frozenset[str] = frozenset()
+    unusual: dict[str, float | None] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, net: nn.Module) -> WeightSpec:
@@ -109,6 +111,7 @@ class WeightSpec:
         every = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
         axes = {name: found.axes[name] for name in every}
         spec = cls(tuple(every), every, axes, found.activations, found.layers, (), found.neutral, "", found.transposed)
+        spec = replace(spec, unusual=_unusual_fan_ins(net))
         constants = {name: each.detach() for name, each in net.named_parameters() if name not in shapes}
         return spec._without(constants) if constants else spec
 
@@ -148,7 +151,7 @@ class WeightSpec:
         """
         shapes = _shapes(net)
         axes: dict[str, tuple[str | None, ...]] = {name: (None,) * len(shape) for name, shape in shapes.items()}
-        return cls(tuple(shapes), shapes, axes, {}, unknown=unknown)
+        return cls(tuple(shapes), shapes, axes, {}, unknown=unknown, unusual=_unusual_fan_ins(net))
 
     def extend(
         self, extras: Mapping[str, tuple[int, ...]], axes: Mapping[str, tuple[str | None, ...]] | None = None
@@ -243,6 +246,25 @@ class WeightSpec:
         return replace(spec, unknown=values.get("unknown", "it was saved without labels"))
 
     # ---------------------------------------------------------------- layout
+
+    def fan_in(self, name: str) -> float | None:
+        """Return how many terms with weights of a tensor are added up in one output; None for what is added itself.
+
+        An output of independent inputs of unit variance has unit variance if the weights have variance 1 / fan in.
+        It is the product of all sizes but the first for linear layers and convolutions, where it is not counted at
+        the edges; what the stride leaves of it for transposed convolutions, on average over places; one for tables
+        of embeddings, of which a row is picked, and for the weights of normalisations. Tensors of a caller's own
+        modules are taken to be ``(out, in, ...)``.
+
+        Example:
+            >>> spec = WeightSpec.of(torch.nn.Conv1d(4, 8, 3))
+            >>> spec.fan_in("weight"), spec.fan_in("bias")
+            (12, None)
+        """
+        if name in self.unusual:
+            return self.unusual[name]
+        shape = self.shapes[name]
+        return math.prod(shape[1:]) if len(shape) > 1 else None
 
     @cached_property
     def slices(self) -> dict[str, slice]:
@@ -602,6 +624,24 @@ def free_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
     if not free:
         raise ValueError(f"{type(net).__name__} has no parameters to infer")
     return free
+
+
+_NORMS = nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.modules.batchnorm._NormBase
+
+
+def _unusual_fan_ins(net: nn.Module) -> dict[str, float | None]:
+    """Return `WeightSpec.fan_in` of the tensors whose shape does not say it."""
+    found: dict[str, float | None] = {}
+    for prefix, module in net.named_modules():
+        names = {key: f"{prefix}.{key}".removeprefix(".") for key in module._parameters}
+        if isinstance(module, nn.modules.conv._ConvTransposeNd):
+            terms = module.in_channels / module.groups * math.prod(module.kernel_size)
+            found[names["weight"]] = terms / math.prod(module.stride)
+        elif isinstance(module, nn.Embedding | nn.EmbeddingBag | _NORMS):
+            found[names["weight"]] = 1.0
+        if isinstance(module, nn.MultiheadAttention | _NORMS):
+            found |= {name: None for key, name in names.items() if "bias" in key}
+    return found
 
 
 def _shapes(net: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -27,15 +27,15 @@ WARM_START = 300
 
 def random_networks(spec: WeightSpec, n: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """Draw ``(n, dim)`` initial weights, uniform within 1 / sqrt(fan in) as PyTorch's layers do; extras at log 0.1."""
-    params, fan_in = {}, 1
+    params, fan_in = {}, 1.0
     for name in spec.names:
         shape = spec.shapes[name]
         if name in spec.extras:
             params[name] = torch.full((n, *shape), math.log(0.1), dtype=dtype, device=generator.device)
             continue
-        fan_in = math.prod(shape[1:]) if len(shape) > 1 else fan_in  # a bias follows its weight
+        fan_in = spec.fan_in(name) or fan_in  # a bias follows its weight
         uniform = torch.rand(n, *shape, generator=generator, device=generator.device, dtype=dtype)
-        params[name] = (2 * uniform - 1) / math.sqrt(max(1, fan_in))
+        params[name] = (2 * uniform - 1) / math.sqrt(fan_in)
     return spec.flatten(params)
 
 

@@ -88,7 +88,8 @@ def StudentT(df: float = 4.0, scale: float = 1.0, loc: float = 0.0) -> Independe
 class FanIn:
     """Normal weights with variance ``scale**2 / fan_in``, biases with standard deviation ``bias_scale``.
 
-    Keeps the prior over functions of the same size at every width (Neal, 1996).
+    Keeps the prior over functions of the same size at every width (Neal, 1996), whatever the layer; what fan in means
+    for each, `WeightSpec.fan_in` says.
     """
 
     scale: float = 1.0
@@ -96,14 +97,11 @@ class FanIn:
 
     def distributions(self, spec: WeightSpec) -> dict[str, Distribution]:
         """Return a normal distribution per tensor."""
-        fan_in = {name: math.prod(shape[1:]) for name, shape in spec.shapes.items()}
-        return {
-            name: td.Normal(
-                _exact(0.0),
-                _exact(self.scale / math.sqrt(fan_in[name]) if len(shape) > 1 else self.bias_scale),
-            )
-            for name, shape in spec.shapes.items()
-        }
+        scales = {}
+        for name in spec.names:
+            fan_in = spec.fan_in(name)
+            scales[name] = self.bias_scale if fan_in is None else self.scale / math.sqrt(fan_in)
+        return {name: td.Normal(_exact(0.0), _exact(scale)) for name, scale in scales.items()}
 
 
 @dataclass(frozen=True)
@@ -152,13 +150,14 @@ class Hierarchical:
     def conditional(self, spec: WeightSpec, parameters: dict[str, Tensor]) -> dict[str, Distribution]:
         """Return a normal distribution per tensor given the scales."""
         return {
-            name: _centred(_aligned(parameters[f"scale.{name}"], shape) * self.factor(shape))
+            name: _centred(_aligned(parameters[f"scale.{name}"], shape) * self.factor(spec, name))
             for name, shape in spec.shapes.items()
         }
 
-    def factor(self, shape: tuple[int, ...]) -> float:
+    def factor(self, spec: WeightSpec, name: str) -> float:
         """Return what a tensor's scale is multiplied by."""
-        return 1 / math.sqrt(math.prod(shape[1:])) if self.fan_in and len(shape) > 1 else 1.0
+        fan_in = spec.fan_in(name) if self.fan_in else None
+        return 1.0 if fan_in is None else 1 / math.sqrt(fan_in)
 
 
 @dataclass(frozen=True)
@@ -480,7 +479,7 @@ class _TensorScales:
         network = spec.network
         self._size = network.dim
         sizes = torch.tensor([math.prod(network.shapes[name]) for name in network.names])
-        factors = torch.tensor([prior.factor(network.shapes[name]) for name in network.names], dtype=torch.float64)
+        factors = torch.tensor([prior.factor(network, name) for name in network.names], dtype=torch.float64)
         self._owner = torch.arange(len(sizes)).repeat_interleave(sizes)  # (network dim,)
         self._log_factors = factors.log().repeat_interleave(sizes)
 
