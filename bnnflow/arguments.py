@@ -36,6 +36,7 @@ __all__ = [
     "flag",
     "integer",
     "number",
+    "positive",
     "settle",
     "tensor",
 ]
@@ -123,6 +124,19 @@ def number(
     if not inside:
         said = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
         raise ValueError(f"{name} must be finite{' and ' if said else ''}{said}, got {result!r}")
+    return result
+
+
+def positive(name: str, value: Any) -> float:
+    """Return a positive, finite real number as a ``float``.
+
+    Raises:
+        TypeError: unless it is a real number.
+        ValueError: if it is NaN, infinite, zero or negative.
+    """
+    result = number(name, value)
+    if not result > 0:
+        raise ValueError(f"{name} must be positive, got {result}")
     return result
 
 

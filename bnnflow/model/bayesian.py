@@ -23,7 +23,16 @@ from bnnflow.model.fused import FusedDensity, plain, recorded, stratified_rows
 from bnnflow.model.hessian import ChainHessian, Curvature
 from bnnflow.model.linearised import LinearisedNetwork
 from bnnflow.model.network import ChainNetwork, ModuleNetwork, Pullback, at_once
-from bnnflow.model.priors import Extra, FlatPrior, as_prior, elementwise, extras_of, positive_extras, rebuild
+from bnnflow.model.priors import (
+    Extra,
+    FlatPrior,
+    as_prior,
+    elementwise,
+    extras_of,
+    positive_extras,
+    rebuild,
+    unvalidated,
+)
 from bnnflow.model.probe import check_outputs, probe
 from bnnflow.seeding import isolated
 from bnnflow.types import HierarchicalPrior, Likelihood, Prior, Seed
@@ -438,7 +447,7 @@ class BayesianModel:
 
     def _log_likelihoods(self, theta: Tensor, x: Tensor, y: Tensor, per_network: bool) -> tuple[Tensor]:
         outputs = self.network(theta, x, per_network=per_network)
-        return (self.likelihood.log_prob(outputs, y, self.likelihood_parameters(theta)),)
+        return (self._log_prob(outputs, y, self.likelihood_parameters(theta)),)
 
     def _summed_log_likelihood(self, theta: Tensor) -> Tensor:
         parts = self._in_blocks(self._log_likelihoods, theta, self.x, self.y)
@@ -451,7 +460,7 @@ class BayesianModel:
     def _value_and_grad(self, theta: Tensor, x: Tensor, y: Tensor, per_network: bool) -> tuple[Tensor, Tensor]:
         outputs, pullback = self.network.pullback(theta, x, per_network=per_network, reuse=True)
         parameters = self.likelihood_parameters(theta)
-        value = self.likelihood.log_prob(outputs, y, parameters).sum(-1, dtype=torch.float64)
+        value = self._log_prob(outputs, y, parameters).sum(-1, dtype=torch.float64)
         return value, self._pull(pullback, *self._score(outputs, y, parameters))
 
     def _batch(self, theta: Tensor, rows: Tensor | None) -> tuple[Tensor | None, float]:
@@ -808,13 +817,19 @@ class BayesianModel:
         }
         return (factor @ inner.unsqueeze(-1)).squeeze(-1), by_parameters
 
+    def _log_prob(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """Return the log likelihood of every row; what overflows in a distribution is no error, but a divergence."""
+        with unvalidated():
+            return self.likelihood.log_prob(outputs, y, parameters)
+
     def _score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         if hasattr(self.likelihood, "score"):
-            return self.likelihood.score(outputs, y, parameters)  # type: ignore[attr-defined]
+            with unvalidated():
+                return self.likelihood.score(outputs, y, parameters)  # type: ignore[attr-defined]
 
         def total(outputs: Tensor, logs: dict[str, Tensor]) -> Tensor:
             values = {name: log.exp() for name, log in logs.items()}
-            return self.likelihood.log_prob(outputs, y, values).sum()
+            return self._log_prob(outputs, y, values).sum()
 
         logs = {name: value.log() for name, value in parameters.items()}
         return torch.func.grad(total, argnums=(0, 1))(outputs, logs)
@@ -882,7 +897,7 @@ class BayesianModel:
         import pyro.distributions as dist
         import pyro.poutine as poutine
 
-        network, spec, likelihood, prior, extras = self.network, self.spec, self.likelihood, self.prior, self._extras
+        network, spec, prior, extras = self.network, self.spec, self.prior, self._extras
         weights = spec.network
 
         def placed(distribution: Distribution, lead: tuple[int, ...], shape: tuple[int, ...]) -> dist.Independent:
@@ -925,7 +940,7 @@ class BayesianModel:
                     pyro.factor(f"{extra.name}.jacobian", (1 - self.temperature) * log_jacobian)
             flat = theta.reshape(-1, spec.dim)
             outputs = network(flat, self.x)
-            log_likelihood = likelihood.log_prob(outputs, self.y, self.likelihood_parameters(flat)).sum(-1)
+            log_likelihood = self._log_prob(outputs, self.y, self.likelihood_parameters(flat)).sum(-1)
             pyro.factor("log_likelihood", log_likelihood.reshape(theta.shape[:-1]))
 
         return poutine.scale(model, scale=1 / self.temperature)

@@ -249,6 +249,8 @@ class FusedDensity:
         """Return the compiled density, or None if the network, the likelihood or the machine does not allow it."""
         fits = spec.layers and _supported(spec) and type(likelihood) in _LIKELIHOODS and x.device.type == "cpu"
         fits = fits and not (isinstance(likelihood, NegativeBinomial) and bool((y > _LARGEST_COUNT).any()))
+        learned = [spec.shapes[f"likelihood.log_{name}"] for name in likelihood.parameters]
+        fits = fits and (isinstance(likelihood, Ordinal) or learned in ([], [(1,)]))  # one for all targets
         return cls(spec, likelihood, prior, x, y) if fits and _library(x.dtype) else None
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -19,6 +19,7 @@ from scipy import special
 from torch import Tensor
 from torch.distributions import Chi2, Distribution, Gamma, HalfNormal, LogNormal
 
+from bnnflow.arguments import number, positive
 from bnnflow.seeding import isolated
 
 __all__ = [
@@ -56,13 +57,37 @@ def _real_targets(y: Tensor, n_targets: int) -> Tensor:
     return y
 
 
+def _check_owners(parameters: dict[str, Distribution], n_outputs: int) -> None:
+    """Raise unless every parameter is one for all outputs, or one for each."""
+    for name, prior in parameters.items():
+        shape = tuple(prior.batch_shape)
+        if shape not in ((), (1,), (n_outputs,)):
+            raise ValueError(f"{name}_prior must have shape () or ({n_outputs},), one for each output, got {shape}")
+
+
+def _over_rows(terms: Tensor, parameter: Tensor) -> Tensor:
+    """Sum ``(..., n, out)`` over rows, and over outputs if they share the parameter, to its ``(..., 1 or out)``."""
+    return terms.sum((-1, -2)).unsqueeze(-1) if parameter.shape[-1] == 1 else terms.sum(-2)
+
+
+def _repeated(each: float, outputs: Tensor, parameter: Tensor) -> Tensor:
+    """Return as many times ``each`` as there are entries of outputs for one of the parameter, ``(..., 1 or out)``."""
+    size = parameter.shape[-1]
+    return torch.full_like(outputs[..., 0, :size], each * outputs.shape[-2] * (outputs.shape[-1] // size))
+
+
 @dataclass(frozen=True)
 class Gaussian:
-    """y ~ N(outputs, scale^2), one scale for all rows and targets.
+    """y ~ N(outputs, scale^2), one scale for all rows, and for all targets or for each.
 
     Args:
         scale: the standard deviation of the noise, in units of y; None learns it.
-        scale_prior: its prior when it is learned, any distribution on the positive numbers.
+        scale_prior: its prior when it is learned, any distribution on the positive numbers. One of shape
+            ``(targets,)``, as ``HalfNormal(torch.ones(3))``, gives every target a scale of its own.
+
+    Example:
+        >>> Gaussian(scale_prior=HalfNormal(torch.ones(3))).parameters["scale"].batch_shape
+        torch.Size([3])
     """
 
     scale: float | None = None
@@ -70,8 +95,8 @@ class Gaussian:
     kind: Literal["regression"] = field(default="regression", init=False)
 
     def __post_init__(self) -> None:
-        if self.scale is not None and not self.scale > 0:
-            raise ValueError(f"scale must be positive, got {self.scale}")
+        if self.scale is not None:
+            positive("scale", self.scale)
 
     @property
     def parameters(self) -> dict[str, Distribution]:
@@ -80,6 +105,7 @@ class Gaussian:
 
     def validate(self, y: Tensor, n_outputs: int) -> Tensor:
         """Return y as ``(n, out)``."""
+        _check_owners(self.parameters, n_outputs)
         return _real_targets(y, n_outputs)
 
     def log_prob(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
@@ -93,7 +119,7 @@ class Gaussian:
         residual = (y - outputs) / scale
         grads = {}
         if self.scale is None:
-            grads["scale"] = (residual**2 - 1).sum((-1, -2)).unsqueeze(-1)
+            grads["scale"] = _over_rows(residual**2 - 1, scale)
         return residual / scale, grads
 
     def whitened_score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
@@ -105,8 +131,7 @@ class Gaussian:
         scale = self._scale(outputs, parameters)
         eye = torch.eye(outputs.shape[-1], dtype=outputs.dtype, device=outputs.device)
         factor = (eye / scale.unsqueeze(-1)).expand(*outputs.shape, outputs.shape[-1])
-        rows = outputs.shape[-1] * outputs.shape[-2]
-        information = {} if self.scale is not None else {"scale": torch.full_like(outputs[..., 0, :1], 2.0 * rows)}
+        information = {} if self.scale is not None else {"scale": _repeated(2.0, outputs, scale)}
         return factor, information
 
     def mean(self, outputs: Tensor, parameters: Parameters = None) -> Tensor:
@@ -142,6 +167,9 @@ class HeteroscedasticGaussian:
 
     min_scale: float = 1e-3
     kind: Literal["regression"] = field(default="regression", init=False)
+
+    def __post_init__(self) -> None:
+        positive("min_scale", self.min_scale)
 
     @property
     def parameters(self) -> dict[str, Distribution]:
@@ -212,7 +240,8 @@ class StudentT:
     Args:
         df: degrees of freedom, above 2, so that predictions have a variance; small means heavy tails.
         scale: in units of y; None learns it. The standard deviation of the noise is scale * sqrt(df / (df - 2)).
-        scale_prior: its prior when it is learned, any distribution on the positive numbers.
+        scale_prior: its prior when it is learned, any distribution on the positive numbers; one of shape
+            ``(targets,)`` gives every target a scale of its own.
 
     Raises:
         ValueError: if df is not above 2 or the scale not positive.
@@ -224,10 +253,10 @@ class StudentT:
     kind: Literal["regression"] = field(default="regression", init=False)
 
     def __post_init__(self) -> None:
-        if not 2 < self.df < math.inf:
-            raise ValueError(f"df must be above 2 and finite, got {self.df}")
-        if self.scale is not None and not self.scale > 0:
-            raise ValueError(f"scale must be positive, got {self.scale}")
+        if not number("df", self.df) > 2:
+            raise ValueError(f"df must be above 2, got {self.df}")
+        if self.scale is not None:
+            positive("scale", self.scale)
 
     @property
     def parameters(self) -> dict[str, Distribution]:
@@ -236,6 +265,7 @@ class StudentT:
 
     def validate(self, y: Tensor, n_outputs: int) -> Tensor:
         """Return y as ``(n, out)``."""
+        _check_owners(self.parameters, n_outputs)
         return _real_targets(y, n_outputs)
 
     def log_prob(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
@@ -250,7 +280,7 @@ class StudentT:
         scale = self._scale(outputs, parameters)
         z = (y - outputs) / scale
         pull = (self.df + 1) * z / (self.df + z * z)  # bounded: an outlier pulls less the farther it lies
-        grads = {} if self.scale is not None else {"scale": (pull * z - 1).sum((-1, -2)).unsqueeze(-1)}
+        grads = {} if self.scale is not None else {"scale": _over_rows(pull * z - 1, scale)}
         return pull / scale, grads
 
     def whitened_score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
@@ -263,8 +293,8 @@ class StudentT:
         scale = self._scale(outputs, parameters)
         eye = torch.eye(outputs.shape[-1], dtype=outputs.dtype, device=outputs.device)
         factor = math.sqrt((self.df + 1) / (self.df + 3)) * eye / scale.unsqueeze(-1)
-        each = 2 * self.df / (self.df + 3) * outputs.shape[-1] * outputs.shape[-2]
-        information = {} if self.scale is not None else {"scale": torch.full_like(outputs[..., 0, :1], each)}
+        each = 2 * self.df / (self.df + 3)
+        information = {} if self.scale is not None else {"scale": _repeated(each, outputs, scale)}
         return factor.expand(*outputs.shape, outputs.shape[-1]), information
 
     def mean(self, outputs: Tensor, parameters: Parameters = None) -> Tensor:
@@ -358,7 +388,8 @@ class NegativeBinomial:
 
     Args:
         dispersion: None learns it.
-        dispersion_prior: its prior when it is learned, any distribution on the positive numbers.
+        dispersion_prior: its prior when it is learned, any distribution on the positive numbers; one of shape
+            ``(targets,)`` gives every target a dispersion of its own.
 
     Raises:
         ValueError: if the dispersion is not positive.
@@ -370,7 +401,7 @@ class NegativeBinomial:
     discrete: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
-        if self.dispersion is not None and not self.dispersion > 0:
+        if self.dispersion is not None and not number("dispersion", self.dispersion) > 0:
             raise ValueError(f"dispersion must be positive, got {self.dispersion}; for none use Poisson")
 
     @property
@@ -380,6 +411,7 @@ class NegativeBinomial:
 
     def validate(self, y: Tensor, n_outputs: int) -> Tensor:
         """Return the counts as ``(n, out)``."""
+        _check_owners(self.parameters, n_outputs)
         return _counts(y, n_outputs)
 
     def log_prob(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
@@ -402,7 +434,7 @@ class NegativeBinomial:
             return by_outputs.to(outputs.dtype), {}
         ways = torch.digamma(y64 + r) - torch.digamma(r)
         by_log = by_outputs + r * (F.softplus(logit) - ways)  # (..., n, out)
-        return by_outputs.to(outputs.dtype), {"dispersion": by_log.sum((-1, -2)).unsqueeze(-1).to(outputs.dtype)}
+        return by_outputs.to(outputs.dtype), {"dispersion": _over_rows(by_log, dispersion).to(outputs.dtype)}
 
     @property
     def fisher_factor(self) -> Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]:

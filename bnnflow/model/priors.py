@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from bnnflow import storage
+from bnnflow.arguments import number, positive
 from bnnflow.draws import Draws
 from bnnflow.forward_mode import jvp
 from bnnflow.model.arrowhead import Arrowhead, Bend
@@ -71,16 +73,17 @@ class Independent:
 
 def Normal(scale: float = 1.0, loc: float = 0.0) -> Independent:
     """Return independent normal weights with standard deviation ``scale``."""
-    return Independent(td.Normal(_exact(loc), _exact(scale)))
+    return Independent(td.Normal(_exact(number("loc", loc)), _exact(positive("scale", scale))))
 
 
 def Laplace(scale: float = 1.0, loc: float = 0.0) -> Independent:
     """Return independent Laplace weights."""
-    return Independent(td.Laplace(_exact(loc), _exact(scale)))
+    return Independent(td.Laplace(_exact(number("loc", loc)), _exact(positive("scale", scale))))
 
 
 def StudentT(df: float = 4.0, scale: float = 1.0, loc: float = 0.0) -> Independent:
     """Return independent Student-t weights."""
+    df, loc, scale = positive("df", df), number("loc", loc), positive("scale", scale)
     return Independent(td.StudentT(_exact(df), _exact(loc), _exact(scale)))
 
 
@@ -94,6 +97,10 @@ class FanIn:
 
     scale: float = 1.0
     bias_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive("scale", self.scale)
+        positive("bias_scale", self.bias_scale)
 
     def distributions(self, spec: WeightSpec) -> dict[str, Distribution]:
         """Return a normal distribution per tensor."""
@@ -193,8 +200,7 @@ class Horseshoe:
 
     def __post_init__(self) -> None:
         for name in ("global_scale", "slab_scale", "slab_df", "bias_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            positive(name, getattr(self, name))
         if self.local not in ("unit", "weight"):
             raise ValueError(f"local must be 'unit' or 'weight', got {self.local!r}")
 
@@ -259,8 +265,7 @@ class Empirical:
     def __post_init__(self) -> None:
         if self.per not in ("tensor", "weight"):
             raise ValueError(f"per must be 'tensor' or 'weight', got {self.per!r}")
-        if not self.min_scale > 0:
-            raise ValueError(f"min_scale must be positive, got {self.min_scale}")
+        positive("min_scale", self.min_scale)
 
     @classmethod
     def from_file(cls, path: str | Path, **options: Any) -> Empirical:
@@ -461,15 +466,26 @@ class _Block:
         return value, vjp(torch.ones_like(value))[0]
 
 
+_UNVALIDATED = threading.Lock()
+_inside: list[bool] = []  # one entry for every context that is open, in any thread
+
+
 @contextmanager
-def _unvalidated() -> Iterator[None]:
-    """Let distributions take any parameters: a scale that overflows is a divergence to survive, not a mistake."""
-    before = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
+def unvalidated() -> Iterator[None]:
+    """Let distributions take any parameters: a scale that overflows is a divergence to survive, not a mistake.
+
+    Torch has one switch for the whole process; the last thread to leave puts it back.
+    """
+    with _UNVALIDATED:
+        _inside.append(_inside[0] if _inside else Distribution._validate_args)
+        Distribution.set_default_validate_args(False)
     try:
         yield
     finally:
-        Distribution.set_default_validate_args(before)
+        with _UNVALIDATED:
+            before = _inside.pop()
+            if not _inside:
+                Distribution.set_default_validate_args(before)
 
 
 class _TensorScales:
@@ -593,7 +609,7 @@ class _GivenParameters:
     def distributions(self, values: dict[str, Tensor]) -> dict[str, Distribution]:
         """Return the elementwise distribution of every tensor, given coordinates ``(..., *shape)`` by name in theta."""
         given = {extra.key: extra.value(values[extra.name]) for extra in self.extras}
-        with _unvalidated():
+        with unvalidated():
             return {name: unwrapped(d) for name, d in self.prior.conditional(self.network, given).items()}
 
     def log_prob(self, theta: Tensor) -> Tensor:
@@ -611,7 +627,7 @@ class _GivenParameters:
         values = self.spec.unflatten(theta)
         total = torch.zeros(theta.shape[:-1], dtype=torch.float64, device=theta.device)
         for name, distribution in self.distributions(values).items():
-            with _unvalidated():
+            with unvalidated():
                 terms = distribution.log_prob(values[name])
             total = total + terms.flatten(theta.dim() - 1).sum(-1, dtype=torch.float64)
         return total
@@ -647,7 +663,7 @@ class _GivenParameters:
         if self._scales is not None:
             return theta[..., : self.network.dim] * (-self._scales(theta)[0]).exp()
         values = self.spec.unflatten(theta)
-        with _unvalidated():
+        with unvalidated():
             parts = {
                 name: torch.special.ndtri(d.cdf(values[name].double()).clamp(_TINY, 1 - _EPSILON))
                 for name, d in self.distributions({n: v.double() for n, v in values.items()}).items()
@@ -660,7 +676,7 @@ class _GivenParameters:
         if self._scales is not None:
             return z * self._scales(theta)[0].exp()
         values = {name: value.double() for name, value in self.spec.unflatten(theta).items()}
-        with _unvalidated():
+        with unvalidated():
             parts = {
                 name: d.icdf(torch.special.ndtr(values[name]).clamp(_TINY, 1 - _EPSILON))
                 for name, d in self.distributions(values).items()
@@ -1120,6 +1136,7 @@ def elementwise(name: str, distribution: Distribution, shape: tuple[int, ...], p
         raise ValueError(
             f"prior of {name!r}: {family} is not a family of torch.distributions with parameters of its own"
         )
+    _check_parameters(name, distribution)
     support = distribution.support
     if positive and not _on_half_line(distribution):
         raise ValueError(f"prior of {name!r} must have positive support, {family} has {support}")
@@ -1128,6 +1145,16 @@ def elementwise(name: str, distribution: Distribution, shape: tuple[int, ...], p
     if not _broadcasts(distribution.batch_shape, shape):
         raise ValueError(f"prior of {name!r} has shape {tuple(distribution.batch_shape)}, the tensor {shape}")
     return rebuild(distribution, lambda v: v.detach().expand(shape))
+
+
+def _check_parameters(name: str, distribution: Distribution) -> None:
+    """Check what torch checks when a distribution is made, unless that was switched off, as ``python -O`` does."""
+    for key, value in _parameters(distribution).items():
+        constraint = type(distribution).arg_constraints[key]  # type: ignore[index]
+        if constraints.is_dependent(constraint):
+            continue
+        if not bool((constraint.check(value) & value.isfinite()).all()):
+            raise ValueError(f"prior of {name!r}: {key} of {type(distribution).__name__} is out of range: {value}")
 
 
 def _on_half_line(distribution: Distribution) -> bool:
