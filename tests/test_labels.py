@@ -375,17 +375,32 @@ def test_the_convnet_of_the_documentation_is_aligned() -> None:
     torch.testing.assert_close(bf.align(copies, model, reference=theta[0]), theta.expand(4, -1))
 
 
+def test_copies_of_the_convnet_have_one_form() -> None:
+    """What `weight_convergence` compares, before and after a symmetry of the function."""
+    model = docs_model().to(dtype=F64)
+    spec = model.spec
+    theta = model.sample_prior(1, 0) + 0.02 * torch.randn(8, model.dim, generator=generator(), dtype=F64)
+    copies = spec.random_symmetry(theta, 2)
+
+    def aligned(networks: Tensor) -> Tensor:
+        forms = sort_units(normalise_scale(networks, spec), spec)
+        return match(forms, spec, sort_units(normalise_scale(theta[0], spec), spec))
+
+    assert (copies - theta).abs().amax(-1).min() > 0.1
+    torch.testing.assert_close(aligned(copies), aligned(theta), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.slow
 def test_chains_in_copies_of_the_convnet_are_found_to_agree() -> None:
     model = docs_model().to(dtype=F64)
-    chain = model.sample_prior(1, 0) + 0.02 * torch.randn(30, model.dim, generator=generator(), dtype=F64)
+    chain = model.sample_prior(1, 0) + 0.02 * torch.randn(8, model.dim, generator=generator(), dtype=F64)
     copy = torch.stack(model.spec.transform(model.spec.symmetries(), 2, *chain))
 
     def compared(*chains: Tensor) -> WeightConvergence:
         theta = torch.stack(chains)
-        return weight_convergence(bf.Draws(theta, model.log_joint(theta), {"n_steps": torch.ones(2, 30)}), model)
+        return weight_convergence(bf.Draws(theta, model.log_joint(theta), {"n_steps": torch.ones(2, 8)}), model)
 
     same, moved = compared(chain, chain), compared(chain, copy)
     assert not moved.unknown
-    assert max(each.worst[0] for each in moved.raw.values()) > 1.5
-    for name, each in moved.aligned.items():
-        assert abs(each.worst[0] - same.aligned[name].worst[0]) < 0.005
+    for name, each in moved.aligned.items():  # but for ties, which rounding breaks
+        assert abs(each.worst[0] - same.aligned[name].worst[0]) < 0.05
