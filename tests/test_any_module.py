@@ -243,3 +243,51 @@ def test_every_method_takes_them(make, method) -> None:
     assert bool(first.theta.isfinite().all())
     assert torch.equal(first.theta, second.theta)
     assert bool(bf.predict(model, first, model.x[:4]).mean.isfinite().all())
+
+
+# ---------------------------------------------------------------- dropout
+
+
+class Skipped(nn.Module):
+    """A network whose dropped units are read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.drop, self.last = nn.Linear(6, 6), nn.Dropout(0.2), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.drop(torch.tanh(self.first(x)))
+        return self.last(h) + h[:, :3]
+
+
+def dropped_convnet() -> nn.Module:
+    first = [nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Dropout2d(0.25), nn.MaxPool2d(2), nn.Conv2d(4, 5, 1)]
+    return nn.Sequential(*first, nn.ReLU(), nn.Dropout2d(0.5), nn.Flatten(), nn.Linear(20, 3)).eval()
+
+
+def test_dropout_of_channels_is_that_of_the_layers() -> None:
+    x = torch.randn(9, 2, 4, 4, generator=generator(1), dtype=F64)
+    net = built(dropped_convnet)
+    model = bf.BayesianModel(net, priors.Normal(1.0), likelihoods.Categorical(), x, torch.arange(9) % 3)
+    draws = bf.sample(model, bf.MCDropout(members=1, steps=2), draws=400, seed=0)
+    whole = draws.flat.abs().amax(0)  # of weights that are kept
+    params = model.spec.unflatten((draws.flat.abs() / whole).round(decimals=9))
+    for name, rate, units in (("4.weight", 0.25, 4), ("8.weight", 0.5, 5)):
+        factors = params[name].flatten(1, 1).unflatten(2, (units, -1)) if name == "8.weight" else params[name]
+        seen = factors.movedim(2, 1).flatten(2)  # (draw, units, weights that read it)
+        assert bool((seen == seen[..., :1]).all()), "a channel is dropped for all who read it"
+        assert set(seen.unique().tolist()) == {0.0, 1.0}
+        assert abs(float(1 - seen.mean()) - rate) < 0.05
+    for name in ("0.weight", "0.bias", "4.bias", "8.bias"):
+        assert bool((params[name] == 1).all())
+    assert bool(bf.predict(model, draws, x).mean.isfinite().all())
+
+
+def test_dropout_that_no_weights_can_do_is_refused_by_name() -> None:
+    x = torch.randn(9, 6, generator=generator(1), dtype=F64)
+    y = torch.arange(9) % 3
+    model = bf.BayesianModel(built(Skipped).eval(), priors.Normal(1.0), likelihoods.Categorical(), x, y)
+    with pytest.raises(ValueError, match="'drop'"):
+        bf.sample(model, bf.MCDropout(steps=2))
+    with pytest.raises(ValueError, match="labelled hidden units"):
+        bf.sample(model_of(convnet), bf.MCDropout(steps=2))
