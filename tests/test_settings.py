@@ -15,7 +15,8 @@ METHODS: list[type] = [
     bf.Laplace, bf.SWAG, bf.DeepEnsemble, bf.MCDropout, Cyclical, Polynomial,
 ]  # fmt: skip
 FIELDS = [(method, field.name) for method in METHODS for field in fields(method)]
-NOT_NUMBERS = {"start", "schedule"}
+NOT_NUMBERS = {"start", "schedule", "preconditioner", "prior_precision"}
+OPEN_COUNTS = {"batch_size", "steps"}  # whole numbers where they are given
 
 
 def default(method: type, name: str) -> Any:
@@ -24,7 +25,7 @@ def default(method: type, name: str) -> Any:
 
 def is_number(method: type, name: str) -> bool:
     value = default(method, name)
-    return name not in NOT_NUMBERS and not isinstance(value, bool | str) and name != "preconditioner"
+    return name not in NOT_NUMBERS and not isinstance(value, bool | str)
 
 
 NUMBERS = [pair for pair in FIELDS if is_number(*pair)]
@@ -59,6 +60,6 @@ def test_none_is_a_choice_only_where_it_is_the_default(method: type, name: str) 
 def test_scalars_of_numpy_are_pythons(method: type, name: str) -> None:
     value = default(method, name)
     assert value is not MISSING
-    value = 0.5 if value is None and name != "batch_size" else value or 5
+    value = (5 if name in OPEN_COUNTS else 0.5) if value is None else value or 5
     other = np.int64(value) if isinstance(value, int) else np.float64(value)
     assert repr(method(**{name: other})) == repr(method(**{name: value})), "the identity of a checkpoint"
