@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnnflow.arguments import integer
 from bnnflow.draws import Draws
 from bnnflow.identity import digest, seed_identity, without_addresses
 from bnnflow.inference.checkpoint import Checkpoint
@@ -82,6 +83,7 @@ def sample(
         model = model.to(device, dtype)
     if resume and checkpoint is None:
         raise ValueError("resume=True needs the checkpoint that is to be resumed")
+    seed = seed if isinstance(seed, torch.Generator) else integer("seed", seed)
     seed_of_run = seed_identity(seed)
     start = as_start(model, init)
     generator = as_generator(seed, model.device)
