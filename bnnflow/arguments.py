@@ -134,10 +134,10 @@ def positive(name: str, value: Any) -> float:
         TypeError: unless it is a real number.
         ValueError: if it is NaN, infinite, zero or negative.
     """
-    result = number(name, value)
-    if not result > 0:
-        raise ValueError(f"{name} must be positive, got {result}")
-    return result
+    try:
+        return number(name, value, above=0)
+    except ValueError:
+        raise ValueError(f"{name} must be positive and finite, got {float(value)!r}") from None
 
 
 def choice(name: str, value: Any, choices: Collection[str]) -> str:

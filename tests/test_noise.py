@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Distribution, HalfNormal, Laplace
+from torch.distributions import Distribution, HalfNormal, Laplace, Poisson
 
 import bnnflow as bf
 from bnnflow import likelihoods, priors
@@ -135,6 +135,24 @@ def test_a_likelihood_of_ones_own_survives_what_overflows(seeded):
     draws = bf.sample(model, bf.HMC(step_size=50.0), chains=2, warmup=0, draws=5, seed=0, init="prior", progress=False)
     assert draws.theta.isfinite().all()
     assert Distribution._validate_args == before
+
+
+class Counts(LaplaceNoise):
+    """Counts by torch's own distribution."""
+
+    parameters = {}  # noqa: RUF012
+
+    def log_prob(self, outputs, y, parameters):
+        return Poisson(outputs.exp()).log_prob(y).sum(-1)
+
+
+def test_targets_outside_the_support_of_ones_own_likelihood_are_refused(seeded):
+    with seeded(0):
+        net = nn.Linear(2, 1)
+    x = torch.arange(8.0).reshape(4, 2)
+    bf.BayesianModel(net, priors.Normal(), Counts(), x, torch.tensor([3.0, 0.0, 1.0, 2.0]))
+    with pytest.raises(ValueError, match=r"y does not fit Counts.*support"):
+        bf.BayesianModel(net, priors.Normal(), Counts(), x, torch.tensor([3.0, -1.0, 1.0, 2.0]))
 
 
 REFUSED = """

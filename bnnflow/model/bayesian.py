@@ -125,6 +125,7 @@ class BayesianModel:
         _check_informative(y)
         self.y = _placed("y", y, self._device, self._dtype)
         self.flat_prior = FlatPrior.of(self.prior, self.spec, self._extras).to(self._device, self._dtype)
+        self._check_support()
 
     @property
     def dim(self) -> int:
@@ -821,6 +822,19 @@ class BayesianModel:
         """Return the log likelihood of every row; what overflows in a distribution is no error, but a divergence."""
         with unvalidated():
             return self.likelihood.log_prob(outputs, y, parameters)
+
+    def _check_support(self) -> None:
+        """Let the distributions of a caller's own likelihood see all targets once, with torch's checks."""
+        if type(self.likelihood).__module__.startswith("bnnflow."):
+            return
+        theta = torch.zeros(1, self.dim, dtype=self.dtype, device=self.device)
+        with torch.no_grad():
+            outputs = self.network(theta, self.x[:1]).expand(-1, len(self.x), -1)
+            try:
+                self.likelihood.log_prob(outputs, self.y, self.likelihood_parameters(theta))
+            except ValueError as error:
+                if "support" in str(error):
+                    raise ValueError(f"y does not fit {type(self.likelihood).__name__}: {error}") from error
 
     def _score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         if hasattr(self.likelihood, "score"):

@@ -1150,7 +1150,7 @@ def elementwise(name: str, distribution: Distribution, shape: tuple[int, ...], p
 def _check_parameters(name: str, distribution: Distribution) -> None:
     """Check what torch checks when a distribution is made, unless that was switched off, as ``python -O`` does."""
     for key, value in _parameters(distribution).items():
-        constraint = type(distribution).arg_constraints[key]  # type: ignore[index]
+        constraint = distribution.arg_constraints[key]
         if constraints.is_dependent(constraint):
             continue
         if not bool((constraint.check(value) & value.isfinite()).all()):
