@@ -24,6 +24,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 from torch.distributions.utils import lazy_property
 
+from bnnflow.seeding import as_generator
+from bnnflow.types import Seed
+
 __all__ = ["Identity", "digest", "seed_identity", "without_addresses"]
 
 _PROCESS = os.urandom(8)
@@ -44,11 +47,15 @@ def digest(value: Any) -> str:
     return Identity().add(value, "value").digest
 
 
-def seed_identity(seed: int | torch.Generator) -> int | str:
-    """Return what tells seeds apart: the number, or a hash of a generator's state before it is used."""
+def seed_identity(seed: Seed) -> int | str:
+    """Return what tells seeds apart: the number, or a hash of a generator's state before it is used.
+
+    Raises:
+        TypeError: if ``seed`` is neither.
+    """
     if isinstance(seed, torch.Generator):
         return f"generator {digest(seed.get_state())}"
-    return int(seed)
+    return as_generator(seed).initial_seed()
 
 
 def without_addresses(text: str) -> str:
