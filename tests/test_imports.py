@@ -14,11 +14,11 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A room may import those before it, never those after it.
 ROOMS = [
     "types",
-    "identity",
     "arguments",
     "forward_mode",
     "activations",
     "seeding",
+    "identity",
     "storage",
     "progress",
     "ranks",
