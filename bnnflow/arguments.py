@@ -25,10 +25,13 @@ from torch import Tensor
 
 __all__ = [
     "Count",
+    "Estimate",
     "Fraction",
+    "Limit",
     "NonNegative",
     "Positive",
     "Range",
+    "Share",
     "Whole",
     "checked",
     "choice",
@@ -38,7 +41,9 @@ __all__ = [
     "number",
     "positive",
     "settle",
+    "shaped",
     "tensor",
+    "tracked",
 ]
 
 
@@ -56,6 +61,7 @@ Whole = Annotated[int, Range(least=0)]
 Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(least=0)]
 Fraction = Annotated[float, Range(above=0, below=1)]
+Share = Annotated[float, Range(least=0, most=1)]
 
 
 def integer(name: str, value: Any, *, least: int | None = None, most: int | None = None) -> int:
@@ -79,6 +85,8 @@ def integer(name: str, value: Any, *, least: int | None = None, most: int | None
         raise TypeError(f"{name} must be an integer, got {_shown(value)}") from None
     if (least is not None and result < least) or (most is not None and result > most):
         raise ValueError(f"{name} must be {_between(least, most)}, got {result}")
+    if abs(result) >= 2**63:
+        raise ValueError(f"{name} must be below 2**63")
     return result
 
 
@@ -113,7 +121,6 @@ def number(
         result = math.inf
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a number, got {_shown(value)}") from None
-    bounds = {"above": above, "at least": least, "below": below, "at most": most}
     inside = (
         math.isfinite(result)
         and (above is None or result > above)
@@ -122,8 +129,7 @@ def number(
         and (most is None or result <= most)
     )
     if not inside:
-        said = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
-        raise ValueError(f"{name} must be finite{' and ' if said else ''}{said}, got {result!r}")
+        raise ValueError(f"{name} must be {_within(above, least, below, most)}, got {result!r}")
     return result
 
 
@@ -196,8 +202,16 @@ def tensor(name: str, value: Any, *, dtype: torch.dtype | None = None, device: t
     Raises:
         TypeError: if it does not hold real numbers, or has masked or missing entries that no number stands for.
     """
-    result = _tensor(name, value).detach()
+    result = tracked(name, value).detach()
     return result.to(device, dtype if result.is_floating_point() else None)
+
+
+def tracked(name: str, value: Any) -> Tensor:
+    """Return real numbers as a dense tensor as `tensor` does, but one that was given as it is, with its derivatives."""
+    result = value if isinstance(value, Tensor) else torch.from_numpy(_array(name, value))
+    if result.is_complex() or result.layout != torch.strided or result.is_meta:
+        raise TypeError(f"{name} must be a dense tensor of real numbers, got {result.dtype}, {result.layout}")
+    return result
 
 
 def finite(name: str, values: Tensor) -> Tensor:
@@ -206,13 +220,63 @@ def finite(name: str, values: Tensor) -> Tensor:
     Raises:
         ValueError: naming the first rows that are not.
     """
-    bad = (~values.isfinite()).reshape(len(values), -1).any(1).nonzero().flatten()
+    wrong = ~values.isfinite()
+    bad = (wrong.flatten(1).any(1) if values.dim() > 1 else wrong.reshape(-1)).nonzero().flatten()
     if len(bad):
+        if values.dim() == 0:
+            raise ValueError(f"{name} must be finite, got {values.item()}")
         rows = ", ".join(str(int(row)) for row in bad[:5]) + (", ..." if len(bad) > 5 else "")
         raise ValueError(f"{name} has NaN or infinite values in {len(bad)} of {len(values)} rows: {rows}")
     return values
 
 
+def shaped(name: str, values: Tensor, *sizes: int | None, lead: bool = False) -> Tensor:
+    """Return finite ``values`` of this shape.
+
+    Args:
+        name: of the argument, for the message.
+        values: what was given.
+        sizes: of the axes; None for any size but zero.
+        lead: whether other axes may come before these.
+
+    Raises:
+        ValueError: for another shape, NaN or infinity.
+    """
+    own = values.shape[max(values.dim() - len(sizes), 0) :]
+    fits = len(own) == len(sizes) and (lead or values.dim() == len(sizes))
+    if not fits or any(size != (wanted or size or -1) for size, wanted in zip(own, sizes, strict=True)):
+        said = ["..."] * lead + ["any" if wanted is None else str(wanted) for wanted in sizes]
+        raise ValueError(f"{name} must be ({', '.join(said)}), got shape {tuple(values.shape)}")
+    return finite(name, values)
+
+
+def estimate(name: str, value: Any) -> float:
+    """Return a number that may be infinite, or NaN where it is not known.
+
+    Raises:
+        TypeError: unless it is a real number.
+    """
+    try:
+        return number(name, value)
+    except ValueError:
+        return float(value)
+
+
+def limit(name: str, value: Any) -> float:
+    """Return a positive number; infinity stands for no limit.
+
+    Raises:
+        TypeError: unless it is a real number.
+        ValueError: unless it is positive.
+    """
+    result = estimate(name, value)
+    if not result > 0:
+        raise ValueError(f"{name} must be positive, got {result!r}")
+    return result
+
+
+Estimate = Annotated[float, estimate]
+Limit = Annotated[float, limit]
 F = TypeVar("F", bound=Callable[..., Any])
 Gate = Callable[[str, Any], Any]
 """``(name, value) -> value`` as the function takes it; a ``TypeError`` or ``ValueError`` names the argument."""
@@ -281,7 +345,8 @@ def _gate(annotation: Any) -> Gate:
     """Return the gate of whatever an annotation says."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _ranged(arguments[0], arguments[1]._asdict())
+        gate = arguments[1]
+        return _ranged(arguments[0], gate._asdict()) if isinstance(gate, Range) else gate
     if origin in (Union, types.UnionType):
         return _either(arguments)
     if origin is Literal:
@@ -304,7 +369,8 @@ def _ranged(kind: type, bounds: dict[str, float | None]) -> Gate:
 
 def _either(options: tuple[Any, ...]) -> Gate:
     """Return the gate of a union: the first option that takes the value."""
-    gates = [_gate(option) for option in options if option is not types.NoneType]
+    words = {str} if pathlib.Path in options else set()  # a path in a string, which the gate of paths takes
+    gates = list(dict.fromkeys(_gate(each) for each in options if each not in {types.NoneType, *words}))
     optional = types.NoneType in options
 
     def gate(name: str, value: Any) -> Any:
@@ -316,9 +382,11 @@ def _either(options: tuple[Any, ...]) -> Gate:
                 return each(name, value)
             except (TypeError, ValueError) as refusal:
                 refusals.append(refusal)
-        out_of_range = [refusal for refusal in refusals if isinstance(refusal, ValueError)]
-        if out_of_range or len(refusals) == 1:
-            raise (out_of_range or refusals)[0] from None
+        close = [
+            each for each in refusals if isinstance(each, ValueError) or not str(each).startswith(f"{name} must be ")
+        ]
+        if close or len(refusals) == 1:
+            raise (close or refusals)[0] from None
         wanted = dict.fromkeys(_wanted(name, str(refusal)) for refusal in refusals)
         raise TypeError(f"{name} must be {' or '.join(wanted)}, got {_shown(value)}") from None
 
@@ -420,7 +488,7 @@ def _text(name: str, value: Any) -> str:
 
 
 def _path(name: str, value: Any) -> Any:
-    if not isinstance(value, os.PathLike) or isinstance(value, type):
+    if not isinstance(value, os.PathLike | str) or isinstance(value, type) or value == "":
         raise TypeError(f"{name} must be a path, got {_shown(value)}")
     return value
 
@@ -438,36 +506,49 @@ def _dtype(name: str, value: Any) -> torch.dtype:
     return value
 
 
-def _tensor(name: str, value: Any) -> Tensor:
-    """Return real numbers as a dense tensor: itself if it is one, with its derivatives."""
-    result = value if isinstance(value, Tensor) else torch.from_numpy(_array(name, value))
-    if result.is_complex() or result.layout != torch.strided:
-        raise TypeError(f"{name} must hold real numbers in a dense tensor, got {result.dtype}, {result.layout}")
-    return result
-
-
 def _array(name: str, value: Any) -> np.ndarray:
     """Return a copy of real numbers as a contiguous array in this machine's own byte order."""
     if np.ma.is_masked(value):
         raise TypeError(f"{name} has masked entries; fill them or leave their rows out")
     if hasattr(value, "columns") and hasattr(value, "dtypes"):  # a frame, whose columns may be of several types
-        columns = [_array(f"column {column!r} of {name}", value[column]) for column in value.columns]
+        columns = [_column(f"{name} has {column!r}", value[column]) for column in value.columns]
         return np.stack(columns, 1) if columns else np.empty((len(value), 0))
+    array = _numbers(value)
+    if array is None or (array.size == 0 and isinstance(value, list | tuple)):
+        raise TypeError(f"{name} must be a tensor of real numbers, got {_shown(value)}")
+    array = np.array(array, order="C", copy=True)
+    if array.dtype.kind == "u" and array.dtype.itemsize > 1:
+        if array.size and array.max() > np.iinfo(np.int64).max:
+            raise TypeError(f"{name} must be a tensor of numbers below 2**63, got {array.max()}")
+        return array.astype(np.int64)
+    known = array.dtype.itemsize <= 8
+    return array.astype(array.dtype.newbyteorder("=") if known else np.float64, copy=False)
+
+
+def _column(where: str, column: Any) -> np.ndarray:
+    array = _numbers(column)
+    if array is None:
+        raise TypeError(f"{where} among its columns, which holds no numbers but {column.dtype}: encode it, or drop it")
+    return array
+
+
+def _numbers(value: Any) -> np.ndarray | None:
+    """Return the array that a value is, or None if it holds anything but real numbers."""
     try:
         array = np.asarray(value)
         if array.dtype.kind == "O" and hasattr(value, "to_numpy"):  # numbers with missing ones among them
             array = value.to_numpy(dtype=float, na_value=math.nan)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} must hold real numbers, got {_shown(value)}") from None
-    if array.dtype.kind not in "biuf":
-        raise TypeError(f"{name} must hold real numbers, got {_shown(value)}")
-    array = np.array(array, order="C", copy=True)
-    if array.dtype.kind == "u" and array.dtype.itemsize > 1:
-        if array.size and array.max() > np.iinfo(np.int64).max:
-            raise TypeError(f"{name} must hold numbers below 2**63, got {array.max()}")
-        return array.astype(np.int64)
-    known = array.dtype.itemsize <= 8
-    return array.astype(array.dtype.newbyteorder("=") if known else np.float64, copy=False)
+        return None
+    return array if array.dtype.kind in "biuf" else None
+
+
+def _within(above: float | None, least: float | None, below: float | None, most: float | None) -> str:
+    if above is not None and below is not None:
+        return f"strictly between {above:g} and {below:g}"
+    bounds = {"above": above, "at least": least, "below": below, "at most": most}
+    said = [f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None]
+    return " and ".join(["positive" if each == "above 0" else each for each in said] + ["finite"])
 
 
 def _between(least: int | None, most: int | None) -> str:
@@ -498,8 +579,8 @@ _SIMPLE: dict[Any, Gate] = {
     int: integer,
     str: _text,
     pathlib.Path: _path,
-    Tensor: _tensor,
-    np.ndarray: _tensor,
+    Tensor: tracked,
+    np.ndarray: tracked,
     torch.device: _device,
     torch.dtype: _dtype,
 }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bnnflow import storage
+from bnnflow.arguments import Estimate, checked
 from bnnflow.gaussian import Gaussian
 from bnnflow.posteriors import dimension, pack, unpack
 from bnnflow.types import Posterior
@@ -18,6 +19,7 @@ from bnnflow.types import Posterior
 __all__ = ["Draws", "as_theta", "strays", "unresolved"]
 
 
+@checked
 @dataclass(frozen=True)
 class Draws:
     """Draws of flat weights with the statistics of the run that made them.
@@ -36,11 +38,12 @@ class Draws:
     log_joint: Tensor
     stats: dict[str, Tensor] = field(default_factory=dict)
     log_weights: Tensor | None = None
-    log_evidence: tuple[float, float] | None = None
+    log_evidence: tuple[Estimate, Estimate] | None = None
     posterior: Posterior | None = None
     info: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "theta", self.theta.detach())
         if self.theta.dim() != 3:
             raise ValueError(f"theta must be (chain, draw, dim), got {tuple(self.theta.shape)}")
         for name, values in {"log_joint": self.log_joint, "log_weights": self.log_weights, **self.stats}.items():
@@ -67,10 +70,14 @@ class Draws:
         """All draws in one axis, ``(chain * draw, dim)``."""
         return self.theta.flatten(0, 1)
 
+    @checked
     def with_theta(self, theta: Tensor) -> Draws:
         """Return the same draws with other, equivalent weights (after alignment, say)."""
+        if theta.numel() != self.theta.numel():
+            raise ValueError(f"theta must be {tuple(self.theta.shape)}, got {tuple(theta.shape)}")
         return replace(self, theta=theta.reshape(self.theta.shape))
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Write to an ``.npz`` file without pickle; read it back with ``bnnflow.load``."""
         arrays = {"theta": self.theta.cpu().numpy(), "log_joint": self.log_joint.cpu().numpy()}
@@ -89,6 +96,7 @@ class Draws:
         return storage.write(path, "draws", 1, header, arrays)
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> Draws:
         """Read draws that ``save`` wrote."""
         with storage.described(path):
@@ -117,18 +125,33 @@ class Draws:
         )
 
 
-def as_theta(draws: Draws | Tensor | tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """Accept draws, weights ``(..., dim)`` or a pair (weights, log weights); return both flat over draws."""
+@checked
+def as_theta(draws: Draws | Tensor | tuple[Tensor, Tensor | None], name: str = "draws") -> tuple[Tensor, Tensor | None]:
+    """Accept draws, weights ``(..., dim)`` or a pair (weights, log weights); return both flat over draws.
+
+    Args:
+        draws: what was given.
+        name: of the argument, for the message.
+
+    Raises:
+        TypeError: if they are something else.
+        ValueError: if there is not one log weight for each draw, or one is NaN or +inf.
+    """
     if isinstance(draws, Draws):
-        weights = draws.log_weights
-        return draws.flat, None if weights is None else weights.flatten()
-    theta, weights = draws if isinstance(draws, tuple) else (draws, None)
-    if not isinstance(theta, Tensor):
-        raise TypeError(f"expected Draws or a tensor of weights, got {type(theta).__name__}")
-    flat = theta.reshape(-1, theta.shape[-1])
-    if weights is not None and weights.numel() != len(flat):
-        raise ValueError(f"{weights.numel()} log weights for {len(flat)} draws")
-    return flat, None if weights is None else weights.flatten()
+        theta, weights = draws.theta, draws.log_weights
+    else:
+        theta, weights = draws if isinstance(draws, tuple) else (draws, None)
+    if theta.dim() == 0 or theta.shape[-1] == 0:
+        raise ValueError(f"{name} must be weights (..., dim), got shape {tuple(theta.shape)}")
+    flat = theta.detach().reshape(-1, theta.shape[-1])
+    if weights is None:
+        return flat, None
+    weights = weights.detach().flatten()
+    if len(weights) != len(flat):
+        raise ValueError(f"{name}: {len(weights)} log weights for {len(flat)} draws")
+    if bool((weights.isnan() | (weights == torch.inf)).any()):
+        raise ValueError(f"{name}: log weights must not be NaN or +inf")
+    return flat, weights
 
 
 def strays(log_joint: Tensor) -> Tensor:

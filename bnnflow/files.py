@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bnnflow import storage
+from bnnflow.arguments import checked
 from bnnflow.draws import Draws
 from bnnflow.equivariant import INRs
 from bnnflow.inference import checkpoint
@@ -33,6 +34,7 @@ _WITH_MODEL = {
 }
 
 
+@checked
 def load(path: str | Path, model: BayesianModel | None = None) -> Saved:
     """Read what ``save`` wrote (draws, INRs, a flow, a density), or the draws of a run from its checkpoint folder.
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bnnflow.arguments import Count, Share, checked, shaped
 from bnnflow.seeding import as_generator
 from bnnflow.types import Seed
 
 __all__ = ["Gaussian"]
 
 
+@checked
 @dataclass(frozen=True)
 class Gaussian:
     """N(loc, scale_tril scale_tril^T).
@@ -26,10 +28,18 @@ class Gaussian:
     loc: Tensor
     scale_tril: Tensor
 
+    def __post_init__(self) -> None:
+        loc, factor = tuple(self.loc.shape), tuple(self.scale_tril.shape)
+        if len(loc) != 1 or factor not in (loc, loc * 2):
+            raise ValueError(f"loc must be (dim,) and scale_tril (dim,) or (dim, dim), got {loc} and {factor}")
+
     @classmethod
-    def fit(cls, theta: Tensor, *, shrinkage: float = 1e-3) -> Gaussian:
+    @checked
+    def fit(cls, theta: Tensor, *, shrinkage: Share = 1e-3) -> Gaussian:
         """Fit mean and full covariance to draws ``(..., dim)``, shrunk a little towards its diagonal."""
-        flat = theta.reshape(-1, theta.shape[-1]).double()
+        flat = shaped("theta", theta, None, None, lead=True).flatten(0, -2).double()
+        if len(flat) < 2:
+            raise ValueError("theta must be two draws or more")
         covariance = torch.cov(flat.T).reshape(flat.shape[-1], flat.shape[-1])
         diagonal = torch.diag(covariance.diagonal().clamp(min=1e-12))
         factor = torch.linalg.cholesky((1 - shrinkage) * covariance + shrinkage * diagonal)
@@ -47,15 +57,19 @@ class Gaussian:
         eye = torch.eye(len(factor), dtype=torch.float64, device=factor.device)
         return cls(loc, torch.linalg.solve_triangular(factor, eye, upper=False).to(loc.dtype))
 
-    def sample(self, n: int, seed: Seed) -> Tensor:
+    @checked
+    def sample(self, n: Count, seed: Seed) -> Tensor:
         """Draw ``(n, dim)``."""
         generator = as_generator(seed, self.loc.device)
         noise = torch.randn(n, len(self.loc), generator=generator, device=self.loc.device, dtype=self.loc.dtype)
         return self.loc + (noise * self.scale_tril if self.scale_tril.dim() == 1 else noise @ self.scale_tril.T)
 
+    @checked
     def log_prob(self, theta: Tensor) -> Tensor:
         """Return the log density, ``(..., dim) -> (...)`` in float64."""
-        offset = (theta - self.loc).double()
+        if theta.shape[-1:] != self.loc.shape:
+            raise ValueError(f"theta must end in an axis of length {len(self.loc)}, got shape {tuple(theta.shape)}")
+        offset = (theta.to(self.loc) - self.loc).double()
         factor = self.scale_tril.double()
         if factor.dim() == 1:
             z, log_det = offset / factor, factor.log().sum()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bnnflow.activations import Activation
+from bnnflow.arguments import checked, tracked
 from bnnflow.seeding import as_generator
 from bnnflow.tracing import Layer, trace
 from bnnflow.types import HierarchicalPrior, Prior, Seed
@@ -80,6 +81,7 @@ class WeightSpec:
     unusual: dict[str, float | None] = field(default_factory=dict, compare=False)
 
     @classmethod
+    @checked
     def of(cls, net: nn.Module) -> WeightSpec:
         """Label the weights of a network.
 
@@ -142,6 +144,7 @@ class WeightSpec:
         )
 
     @classmethod
+    @checked
     def unlabelled(cls, net: nn.Module, unknown: str = "its weights have no labels") -> WeightSpec:
         """Describe the weights of any network without a label.
 
@@ -153,6 +156,7 @@ class WeightSpec:
         axes: dict[str, tuple[str | None, ...]] = {name: (None,) * len(shape) for name, shape in shapes.items()}
         return cls(tuple(shapes), shapes, axes, {}, unknown=unknown, unusual=_unusual_fan_ins(net))
 
+    @checked
     def extend(
         self, extras: Mapping[str, tuple[int, ...]], axes: Mapping[str, tuple[str | None, ...]] | None = None
     ) -> WeightSpec:
@@ -291,6 +295,7 @@ class WeightSpec:
                     widths[label] = min(size, widths.get(label, size))
         return widths
 
+    @checked
     def blocks(self, name: str) -> tuple[tuple[int, ...], tuple[str | None, ...]]:
         """Return the shape and the labels of a tensor whose every labelled axis runs over units alone.
 
@@ -310,6 +315,7 @@ class WeightSpec:
             axes += [label] if size == width else [label, None]
         return tuple(shape), tuple(axes)
 
+    @checked
     def powers(self, name: str) -> tuple[int, ...]:
         """Return the power of its unit's scale that multiplies each axis of ``blocks(name)``.
 
@@ -344,6 +350,7 @@ class WeightSpec:
         label = self.axes[name][0]
         return axis + (axis == 1 and label is not None and self.shapes[name][0] != self.widths[label])
 
+    @checked
     def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
         """Join named tensors ``(..., *shape)`` to ``theta`` ``(..., dim)``; leading axes broadcast.
 
@@ -362,6 +369,7 @@ class WeightSpec:
         lead = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return torch.cat([part.expand(*lead, part.shape[-1]) for part in parts], -1)  # (..., dim)
 
+    @checked
     def unflatten(self, theta: Tensor) -> dict[str, Tensor]:
         """Split ``theta`` ``(..., dim)`` into named tensors ``(..., *shape)``.
 
@@ -374,10 +382,13 @@ class WeightSpec:
             for name, where in self.slices.items()
         }
 
-    def check(self, theta: Tensor, name: str = "theta") -> None:
-        """Raise ``ValueError`` unless the last axis of ``theta``, called ``name``, is ``dim`` long."""
+    def check(self, theta: Tensor, name: str = "theta") -> Tensor:
+        """Return weights as a tensor; raise ``ValueError`` unless the last axis of ``theta``, or ``name``, fits."""
+        if not isinstance(theta, Tensor):
+            theta = tracked(name, theta)
         if theta.dim() == 0 or theta.shape[-1] != self.dim:
             raise ValueError(f"{name} must end in an axis of length {self.dim}, got shape {tuple(theta.shape)}")
+        return theta
 
     def __repr__(self) -> str:
         """Say how large the space is, and what is known about its symmetries."""
@@ -396,6 +407,7 @@ class WeightSpec:
 
     # ---------------------------------------------------------------- the group action
 
+    @checked
     def permute(self, theta: Tensor, perms: Mapping[str, Tensor]) -> Tensor:
         """Reorder hidden units: unit i of the result is unit ``perms[label][i]`` of ``theta``.
 
@@ -422,6 +434,7 @@ class WeightSpec:
         shape = torch.broadcast_shapes(theta.shape, index.shape)
         return theta.expand(shape).gather(-1, index.expand(shape))
 
+    @checked
     def flip(self, theta: Tensor, signs: Mapping[str, Tensor]) -> Tensor:
         """Flip the sign of everything that enters and leaves chosen units of odd activations.
 
@@ -432,6 +445,7 @@ class WeightSpec:
         self._check_labels(signs, "sign", self._function_symmetries.sign)
         return theta * self._factors(theta, signs)
 
+    @checked
     def rescale(self, theta: Tensor, scales: Mapping[str, Tensor]) -> Tensor:
         """Multiply what enters a unit by its scale and divide what leaves it, for homogeneous activations.
 
@@ -444,6 +458,7 @@ class WeightSpec:
             raise ValueError("scales must be positive")
         return theta * self._factors(theta, scales)
 
+    @checked
     def shift(self, theta: Tensor, phases: Mapping[str, Tensor]) -> Tensor:
         """Shift the pre-activations of sines by half turns, and flip what leaves units that move by an odd number.
 
@@ -515,6 +530,7 @@ class WeightSpec:
         alike = biases == 1 or " + " not in self.activations[label].name
         return biases > 0 and len(written) == 2 * biases and alike
 
+    @checked
     def symmetries(self, prior: Prior | HierarchicalPrior | None = None) -> Symmetries:
         """Return the symmetries of the network's function, or those that also keep a prior.
 
@@ -560,6 +576,7 @@ class WeightSpec:
             raise ValueError(f"the symmetries of this network are not known: {self.unknown}")
         return self.symmetries(prior)
 
+    @checked
     def random_symmetry(self, theta: Tensor, seed: Seed, prior: Prior | HierarchicalPrior | None = None) -> Tensor:
         """Apply a random element of the group to every network in ``theta`` ``(..., dim)``.
 

@@ -31,7 +31,7 @@ def test_real_numbers_become_float(value):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1, 0, np.float32("nan"), torch.tensor(-1.0)])
 def test_numbers_out_of_range_are_refused_by_name(value):
-    with pytest.raises(ValueError, match="step_size must be finite and above 0"):
+    with pytest.raises(ValueError, match="step_size must be positive and finite"):
         arguments.number("step_size", value, above=0)
 
 

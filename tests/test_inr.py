@@ -469,10 +469,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "integer values": ({"y": Y.long()}, "y floats"),
     "nan": ({"y": Y / 0}, "finite"),
     "infinite": ({"x": X / 0}, "finite"),
-    "steps": ({"steps": 0}, "steps must be positive"),
+    "steps": ({"steps": 0}, "steps must be at least 1"),
     "rate": ({"learning_rate": math.nan}, "learning_rate must be positive"),
-    "chunk": ({"chunk": 0}, "chunk must be positive"),
-    "batch": ({"batch_size": 0}, "batch_size must be between 1 and the 40"),
+    "chunk": ({"chunk": 0}, "chunk must be at least 1"),
+    "batch": ({"batch_size": 0}, "batch_size must be at least 1"),
     "large batch": ({"batch_size": 41}, "batch_size must be between 1 and the 40"),
 }
 
@@ -503,7 +503,7 @@ def test_bad_images_are_refused(images: Tensor, message: str) -> None:
 
 @pytest.mark.parametrize("sizes", [(0, 1, (3,)), (1, 0, (3,)), (1, 1, (0,)), (1, 1, ())], ids=str)
 def test_bad_sizes_are_refused(sizes: tuple[int, int, tuple[int, ...]]) -> None:
-    with pytest.raises(ValueError, match="hidden layers and positive sizes"):
+    with pytest.raises(ValueError, match=r"hidden layers and positive sizes|must be at least 1"):
         siren(*sizes)
     with pytest.raises(ValueError, match="w0 must be positive"):
         siren(1, 1, w0=0.0)

@@ -509,7 +509,7 @@ def test_several_experiments_in_one_file(tmp_path):
         ({"results": {"a": 3}}, "expected Draws"),
         ({"results": {"a": torch.zeros(2, 5)}}, "weights must be"),
         ({"y_test": torch.zeros(3)}, "3"),
-        ({"y_test": None}, "needed"),
+        ({"y_test": None}, "y_test must be a tensor"),
         ({"x_test": torch.zeros(4, 7)}, "as in training"),
         ({"seconds": {"b": 1.0}}, "no results: b"),
         ({"path": "."}, "folder"),
@@ -520,7 +520,7 @@ def test_bad_input_is_refused_before_any_work(change, message, monkeypatch):
     x, y = test_data(model)
     monkeypatch.setattr("bnnflow.report.html.compare", lambda *_: pytest.fail("work has started"))
     arguments = {"results": {"a": torch.zeros(2, model.dim)}, "x_test": x, "y_test": y, "path": None} | change
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         report(model=model, **arguments)
 
 

@@ -170,7 +170,7 @@ def test_step_doubling_estimates_the_error_of_every_sample(solver, order):
 
 
 def test_step_doubling_needs_a_rule_of_fixed_order():
-    with pytest.raises(ValueError, match="steps are doubled"):
+    with pytest.raises(ValueError, match="solver must be one of"):
         integrate_with_error(turning, start(), even(4), "dopri5")  # type: ignore[arg-type]
 
 
@@ -230,7 +230,7 @@ def test_nan_velocity_raises_and_says_when(solver, backwards):
 def test_adaptive_rules_refuse_what_they_cannot_do():
     with pytest.raises(ValueError, match="solver must be one of"):
         integrate(turning, start(), even(2), "rk5")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="rtol and atol"):
+    with pytest.raises(ValueError, match="rtol must be positive"):
         integrate(turning, start(), even(2), "dopri5", rtol=0.0)
     with pytest.raises(RuntimeError, match="dopri5 failed"):  # the solution is infinite at t = 0.5
         integrate(lambda t, s: (s[0] ** 2,), (2 * torch.ones(1, 1),), even(2), "dopri5", max_evaluations=10**6)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from bnnflow import storage
+from bnnflow.arguments import Fraction, checked
 from bnnflow.data.loaders import Dataset
 
 __all__ = ["load_images"]
@@ -29,8 +30,9 @@ _PARTS = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
 _MAGIC = {3: 0x0803, 1: 0x0801}  # number of axes to the first four bytes of an idx file of unsigned bytes
 
 
+@checked
 def load_images(
-    name: str = "digits", *, folder: str | Path | None = None, test_fraction: float = 0.2, seed: int = 0
+    name: str = "digits", *, folder: str | Path | None = None, test_fraction: Fraction = 0.2, seed: int = 0
 ) -> Dataset:
     """Load grey images with labels, pixels between 0 and 1.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bnnflow import storage
+from bnnflow.arguments import Fraction, Whole, checked
 from bnnflow.data.standardise import Standardiser
 
 __all__ = ["Dataset", "load"]
@@ -58,12 +59,13 @@ class Dataset:
         return f"Dataset({self.name}: {features}, {len(self.x_train)} + {len(self.x_test)} rows, {kind})"
 
 
+@checked
 def load(
     name: str,
     *,
-    split: int = 0,
+    split: Whole = 0,
     folder: str | Path | None = None,
-    test_fraction: float = 0.2,
+    test_fraction: Fraction = 0.2,
     seed: int = 0,
 ) -> Dataset:
     """Load a data set by name, standardised by its training rows.

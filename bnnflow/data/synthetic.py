@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bnnflow.arguments import Count, NonNegative, Whole, checked, finite
 from bnnflow.data.loaders import Dataset
 from bnnflow.seeding import as_generator
 from bnnflow.types import Seed
@@ -12,12 +13,15 @@ from bnnflow.types import Seed
 __all__ = ["gap_function", "gap_regression"]
 
 
+@checked
 def gap_function(x: Tensor) -> Tensor:
     """Return the noiseless function behind `gap_regression`, elementwise."""
+    finite("x", x)
     return torch.sin(2 * x) + 0.3 * x
 
 
-def gap_regression(seed: Seed = 0, *, n: int = 60, noise: float = 0.1, n_test: int = 200) -> Dataset:
+@checked
+def gap_regression(seed: Seed = 0, *, n: Count = 60, noise: NonNegative = 0.1, n_test: Whole = 200) -> Dataset:
     """Make a one-dimensional regression whose inputs leave a gap.
 
     Half of the training inputs are uniform on (-1.8, -0.6), half on (0.5, 1.8), with y = `gap_function` (x) + noise.

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bnnflow.arguments import Count, Whole, checked
 from bnnflow.equivariant.network import TimeEmbedding, embedded_condition, perceptron
 from bnnflow.weights import WeightSpec
 
@@ -172,6 +173,7 @@ def _waves(positions: list[float]) -> Tensor:
     return torch.cos(math.pi * torch.tensor(positions).unsqueeze(-1) * torch.arange(1, 5))
 
 
+@checked
 class GraphNet(nn.Module):
     """A graph attention network over the weights of a network, equivariant or invariant to its permutations.
 
@@ -215,16 +217,16 @@ class GraphNet(nn.Module):
     def __init__(
         self,
         spec: WeightSpec,
-        in_features: int,
-        out_features: int,
-        width: int = 64,
-        depth: int = 4,
+        in_features: Count,
+        out_features: Count,
+        width: Count = 64,
+        depth: Count = 4,
         *,
-        heads: int = 4,
+        heads: Whole = 4,
         invariant: bool = False,
         time: bool = False,
-        context: int = 0,
-        unit_features: int = 0,
+        context: Whole = 0,
+        unit_features: Whole = 0,
     ) -> None:
         super().__init__()
         if width % heads:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from bnnflow import storage
 from bnnflow.activations import Sine
+from bnnflow.arguments import Count, Positive, checked, finite
 from bnnflow.model.network import ChainNetwork
 from bnnflow.progress import progress_bar
 from bnnflow.seeding import as_generator
@@ -83,8 +84,9 @@ class INRs:
         return cls(theta, spec, mse, dict(header["info"]))
 
 
+@checked
 def siren(
-    in_features: int, out_features: int, hidden: Sequence[int] = (32, 32), w0: float = 30.0, *, seed: Seed = 0
+    in_features: Count, out_features: Count, hidden: Sequence[int] = (32, 32), w0: Positive = 30.0, *, seed: Seed = 0
 ) -> nn.Sequential:
     """Build a SIREN: linear layers with sin(w0 a) between them and a linear output, started as SIREN prescribes.
 
@@ -116,15 +118,16 @@ def siren(
 
 
 @torch.no_grad()
+@checked
 def fit_inrs(
     x: Tensor,
     y: Tensor,
     net: nn.Module,
     *,
-    steps: int = 400,
-    learning_rate: float = 3e-3,
-    batch_size: int | None = None,
-    chunk: int = 256,
+    steps: Count = 400,
+    learning_rate: Positive = 3e-3,
+    batch_size: Count | None = None,
+    chunk: Count = 256,
     seed: Seed,
     checkpoint: str | Path | None = None,
     resume: bool = False,
@@ -191,14 +194,15 @@ def fit_inrs(
     return INRs(theta, spec, mse, info)
 
 
+@checked
 def fit_images(
     images: Tensor,
     net: nn.Module | None = None,
     *,
-    steps: int = 400,
-    learning_rate: float = 3e-3,
-    batch_size: int | None = None,
-    chunk: int = 256,
+    steps: Count = 400,
+    learning_rate: Positive = 3e-3,
+    batch_size: Count | None = None,
+    chunk: Count = 256,
     seed: Seed,
     checkpoint: str | Path | None = None,
     resume: bool = False,
@@ -243,13 +247,15 @@ def fit_images(
     )
 
 
-def image_grid(height: int, width: int) -> Tensor:
+@checked
+def image_grid(height: Count, width: Count) -> Tensor:
     """Return the coordinates (column, row) of the pixels, row by row, ``(height * width, 2)`` in [-1, 1]."""
     rows, columns = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     return torch.stack([columns, rows], -1).reshape(-1, 2)
 
 
-def render(theta: Tensor, spec: WeightSpec, height: int, width: int) -> Tensor:
+@checked
+def render(theta: Tensor, spec: WeightSpec, height: Count, width: Count) -> Tensor:
     """Draw the images of networks ``(..., dim)``: ``(..., height, width)``, with a last axis for several channels.
 
     Raises:
@@ -257,11 +263,12 @@ def render(theta: Tensor, spec: WeightSpec, height: int, width: int) -> Tensor:
     """
     spec.check(theta)
     if _in_features(spec) != 2:
-        raise ValueError(f"images are functions of two coordinates, these networks take {_in_features(spec)}")
+        raise ValueError(f"spec: images are of two coordinates, these networks take {_in_features(spec)}")
     outputs = ChainNetwork(spec)(theta.reshape(-1, spec.dim), image_grid(height, width).to(theta)) + MID_GREY
     return outputs.reshape(*theta.shape[:-1], height, width, -1).squeeze(-1)
 
 
+@checked
 def warp(theta: Tensor, spec: WeightSpec, matrix: Tensor, shift: Tensor | None = None) -> Tensor:
     """Return networks whose function is f(A x + t), without a fit: the first layer takes the change of coordinates.
 
@@ -280,7 +287,12 @@ def warp(theta: Tensor, spec: WeightSpec, matrix: Tensor, shift: Tensor | None =
     inputs, first = _in_features(spec), spec.layers[0]
     if matrix.shape[-2:] != (inputs, inputs) or (shift is not None and shift.shape[-1:] != (inputs,)):
         shapes = tuple(matrix.shape), None if shift is None else tuple(shift.shape)
-        raise ValueError(f"these networks take {inputs} coordinates, which the shapes {shapes} do not fit")
+        raise ValueError(
+            f"these networks take {inputs} coordinates, which matrix and shift of shapes {shapes} do not fit"
+        )
+    finite("matrix", matrix)
+    if shift is not None:
+        finite("shift", shift)
     weight = theta[..., spec.slices[first.weight]].unflatten(-1, spec.shapes[first.weight])
     lead = torch.broadcast_shapes(theta.shape[:-1], matrix.shape[:-2], shift.shape[:-1] if shift is not None else ())
     moved = theta.expand(*lead, -1).clone()
@@ -297,7 +309,7 @@ def warp(theta: Tensor, spec: WeightSpec, matrix: Tensor, shift: Tensor | None =
 
 def _in_features(spec: WeightSpec) -> int:
     if not spec.layers:
-        raise ValueError("INRs are chains of linear layers")
+        raise ValueError("net: INRs are chains of linear layers")
     return spec.shapes[spec.layers[0].weight][1]
 
 
@@ -306,7 +318,7 @@ def _check(
 ) -> None:
     inputs = _in_features(spec)
     if any(not layer.activation.name.startswith("sin") for layer in spec.layers[:-1]):
-        raise ValueError("INRs have sines between their layers")
+        raise ValueError("net: INRs have sines between their layers")
     outputs = spec.shapes[spec.layers[-1].weight][0]
     if x.dtype not in (torch.float32, torch.float64) or not y.is_floating_point():
         raise ValueError(f"x must be float32 or float64 and y floats, got {x.dtype} and {y.dtype}")
@@ -316,9 +328,6 @@ def _check(
         raise ValueError(f"y must be (signals, {len(x)}, {outputs}) for this network, got {tuple(y.shape)}")
     if not (x.isfinite().all() and y.isfinite().all()):
         raise ValueError("x and y must be finite")
-    for name, value in {"steps": steps, "learning_rate": learning_rate, "chunk": chunk}.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive, got {value}")
     if batch_size is not None and not 0 < batch_size <= len(x):
         raise ValueError(f"batch_size must be between 1 and the {len(x)} coordinates, got {batch_size}")
 

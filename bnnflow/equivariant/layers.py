@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bnnflow.arguments import Count, checked
 from bnnflow.equivariant.layout import Channels, Fused, Layout
 from bnnflow.weights import WeightSpec
 
@@ -137,6 +138,7 @@ def _add_products(mixed: Tensor, edge: tuple[Tensor, Tensor], weight: Tensor, co
     return torch.baddbmm(mixed.flatten(-2), left, right).view_as(mixed)
 
 
+@checked
 class DWSLayer(nn.Module):
     """The equivariant affine layer over weight space, complete or with embedded inputs and outputs.
 
@@ -167,7 +169,7 @@ class DWSLayer(nn.Module):
     """
 
     def __init__(
-        self, spec: WeightSpec, in_features: int, out_features: int, bias: bool = True, slots: int | None = None
+        self, spec: WeightSpec, in_features: Count, out_features: Count, bias: bool = True, slots: Count | None = None
     ) -> None:
         super().__init__()
         self.layout = Layout(spec, merge=True)
@@ -193,6 +195,7 @@ class DWSLayer(nn.Module):
         return self.layout.join(results)
 
 
+@checked
 class DWSInvariant(nn.Module):
     """The invariant affine layer over weight space, ``(..., dim, in_features) -> (..., out_features)``.
 
@@ -201,7 +204,7 @@ class DWSInvariant(nn.Module):
     """
 
     def __init__(
-        self, spec: WeightSpec, in_features: int, out_features: int, bias: bool = True, slots: int | None = None
+        self, spec: WeightSpec, in_features: Count, out_features: Count, bias: bool = True, slots: Count | None = None
     ) -> None:
         super().__init__()
         self.layout = Layout(spec, merge=True)

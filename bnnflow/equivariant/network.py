@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bnnflow.arguments import Count, NonNegative, Whole, checked
 from bnnflow.equivariant.layers import FusedLinear, by_kind, mean
 from bnnflow.equivariant.layout import Channels, Fused, Layout
 from bnnflow.weights import WeightSpec
@@ -49,6 +50,7 @@ def embedded_condition(
     return sum(parts[1:], parts[0]) if parts else None
 
 
+@checked
 class DWSNet(nn.Module):
     """A residual stack of equivariant layers in the fused layout, with an equivariant or an invariant end.
 
@@ -90,19 +92,19 @@ class DWSNet(nn.Module):
     def __init__(
         self,
         spec: WeightSpec,
-        in_features: int,
-        out_features: int,
-        width: int = 64,
-        depth: int = 4,
+        in_features: Count,
+        out_features: Count,
+        width: Count = 64,
+        depth: Count = 4,
         *,
-        edge_width: int | None = None,
+        edge_width: Count | None = None,
         invariant: bool = False,
         time: bool = False,
-        context: int = 0,
-        unit_features: int = 0,
+        context: Whole = 0,
+        unit_features: Whole = 0,
         shared: bool = False,
-        heads: int = 4,
-        frequency: float = 0.0,
+        heads: Whole = 4,
+        frequency: NonNegative = 0.0,
     ) -> None:
         super().__init__()
         self.layout = Layout(spec, shared=shared)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bnnflow.arguments import checked, finite
 from bnnflow.weights import WeightSpec
 
 __all__ = ["TensorScaler"]
 
 
+@checked
 class TensorScaler(nn.Module):
     """Standardise weights with one mean and one standard deviation for each tensor.
 
@@ -39,15 +41,16 @@ class TensorScaler(nn.Module):
         self.register_buffer("_tensor", torch.arange(len(sizes)).repeat_interleave(sizes), persistent=False)
 
     @classmethod
+    @checked
     def fit(cls, theta: Tensor, spec: WeightSpec) -> TensorScaler:
         """Return the scaler of weights ``(..., dim)``; a constant tensor keeps its scale.
 
         Raises:
             ValueError: if there are no weights, of another length, or not finite.
         """
-        spec.check(theta)
-        if theta.numel() == 0 or not bool(theta.isfinite().all()):
-            raise ValueError("a scaler needs at least one network, and finite weights")
+        finite("theta", spec.check(theta))
+        if theta.numel() == 0:
+            raise ValueError("theta must hold at least one network")
         scaler = cls(spec).to(theta)
         parts = [theta[..., where].double() for where in spec.slices.values()]
         sd = torch.stack([part.std(correction=0) for part in parts])

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bnnflow.arguments import Count, Whole, checked
 from bnnflow.equivariant.layers import FusedLinear
 from bnnflow.equivariant.layout import Channels, Fused, Layout
 from bnnflow.equivariant.network import Messages, TimeEmbedding, embedded_condition
@@ -40,6 +41,7 @@ def has_signs(spec: WeightSpec) -> bool:
     return bool(powers) and all(powers) and signed >= set(spec.widths)
 
 
+@checked
 class SignedDWSNet(nn.Module):
     """A residual stack that commutes with permutations and signs of hidden units, for networks of odd activations.
 
@@ -77,14 +79,14 @@ class SignedDWSNet(nn.Module):
     def __init__(
         self,
         spec: WeightSpec,
-        in_features: int,
-        out_features: int,
-        width: int = 64,
-        depth: int = 4,
+        in_features: Count,
+        out_features: Count,
+        width: Count = 64,
+        depth: Count = 4,
         *,
-        edge_width: int | None = None,
+        edge_width: Count | None = None,
         time: bool = False,
-        heads: int = 4,
+        heads: Whole = 4,
     ) -> None:
         super().__init__()
         if not has_signs(spec):

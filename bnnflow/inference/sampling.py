@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnnflow.arguments import integer
+from bnnflow.arguments import checked, integer
 from bnnflow.draws import Draws
 from bnnflow.identity import digest, seed_identity, without_addresses
 from bnnflow.inference.checkpoint import Checkpoint
@@ -27,6 +27,7 @@ from bnnflow.types import Seed
 __all__ = ["sample"]
 
 
+@checked
 def sample(
     model: BayesianModel,
     method: Method | None = None,

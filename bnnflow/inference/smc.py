@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bnnflow.arguments import integer, number, settle
+from bnnflow.arguments import checked, integer, number, settle
 from bnnflow.bridge import balance
 from bnnflow.draws import Draws, as_theta, strays, unresolved
 from bnnflow.inference.hmc import hmc
@@ -264,6 +264,7 @@ class SMC:
         )
 
 
+@checked
 def evidence(
     draws: Draws | Tensor | tuple[Tensor, Tensor | None],
     model: BayesianModel,

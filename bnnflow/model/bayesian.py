@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from bnnflow.arguments import tensor
+from bnnflow.arguments import Count, Positive, checked, finite, tensor, tracked
 from bnnflow.forward_mode import jvp
 from bnnflow.identity import Identity
 from bnnflow.model.arrowhead import Arrowhead
@@ -46,6 +46,7 @@ _FINGERPRINTS = 2  # version of what they cover; those of version 1 have no numb
 _State = list[tuple[Tensor, int]]
 
 
+@checked
 class BayesianModel:
     """What is inferred: p(theta) p(y | net(x; theta)), with every constant.
 
@@ -93,10 +94,8 @@ class BayesianModel:
         x: Tensor | np.ndarray,
         y: Tensor | np.ndarray,
         *,
-        temperature: float = 1.0,
+        temperature: Positive = 1.0,
     ) -> None:
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be positive and finite, got {temperature}")
         _check_modules(net)
         parameter = next(iter(free_parameters(net).values()))
         _check_sizes(net)
@@ -107,7 +106,7 @@ class BayesianModel:
         self.net.zero_grad(set_to_none=True)
         self.prior = as_prior(prior)
         self.likelihood = likelihood
-        self.temperature = float(temperature)
+        self.temperature = temperature
         try:
             network_spec = WeightSpec.of(copy.deepcopy(self.net))  # what tracing runs may change it
         except ValueError as error:
@@ -142,6 +141,7 @@ class BayesianModel:
         """Where the data are."""
         return self._device
 
+    @checked
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> BayesianModel:
         """Return the same model on another device or in another floating-point type."""
         moved = copy.copy(self)
@@ -208,6 +208,7 @@ class BayesianModel:
         copied.__dict__ = {name: value for name, value in self.__dict__.items() if name not in made}
         return copied
 
+    @checked
     def linearised(self, theta: Tensor) -> BayesianModel:
         """Return the model whose network is its own first-order expansion at ``theta``.
 
@@ -266,21 +267,21 @@ class BayesianModel:
 
         return self._batched(evaluate, theta)
 
-    def inputs(self, x: Tensor | np.ndarray | None) -> Tensor:
-        """Return checked inputs on the model's device; the training inputs for None."""
+    def inputs(self, x: Tensor | np.ndarray | None, name: str = "x") -> Tensor:
+        """Return checked inputs, called ``name``, on the model's device; the training inputs for None."""
         if x is None or x is self.x:
             return self.x
-        x = tensor("x", x, device=self.device)
+        x = tensor(name, x, device=self.device)
         if not self.x.is_floating_point() and (x.is_floating_point() or x.dtype == torch.bool):
-            raise ValueError(f"x must hold integers as in training, got {x.dtype}")
+            raise ValueError(f"{name} must hold integers as in training, got {x.dtype}")
         x = x.to(self.x.dtype)
-        if x.shape[1:] != self.x.shape[1:]:
+        if x.dim() == 0 or x.shape[1:] != self.x.shape[1:]:
             raise ValueError(
-                f"x must be (n, {', '.join(map(str, self.x.shape[1:]))}) as in training, got {tuple(x.shape)}"
+                f"{name} must be (n, {', '.join(map(str, self.x.shape[1:]))}) as in training, got {tuple(x.shape)}"
             )
         if len(x) == 0:
-            raise ValueError("x has no rows")
-        _check_finite("x", x)
+            raise ValueError(f"{name} has no rows")
+        finite(name, x)
         if not x.is_floating_point():
             self._probe(x)  # an index beyond the table of an embedding is found out here
         return x
@@ -295,8 +296,7 @@ class BayesianModel:
 
     def log_prior(self, theta: Tensor) -> Tensor:
         """Return the log prior density of ``theta``, untempered, ``(..., dim) -> (...)``."""
-        self.spec.check(theta)
-        return self.flat_prior.log_prob(theta)
+        return self.flat_prior.log_prob(self._weights(theta))
 
     def log_likelihood(self, theta: Tensor) -> Tensor:
         """Return the log likelihood summed over the data, untempered, ``(..., dim) -> (...)``."""
@@ -320,12 +320,17 @@ class BayesianModel:
 
         return self._batched(evaluate, theta)
 
-    def targets(self, y: Tensor | np.ndarray | None) -> Tensor:
-        """Return checked targets on the model's device; the training targets for None."""
+    def targets(self, y: Tensor | np.ndarray | None, name: str = "y") -> Tensor:
+        """Return checked targets, called ``name``, on the model's device; the training targets for None."""
         if y is None or y is self.y:
             return self.y
-        y = self.likelihood.validate(tensor("y", y), self._n_outputs)
-        _check_finite("y", y)
+        y = tensor(name, y)
+        if y.dim() == 0 or len(y) == 0:
+            raise ValueError(f"{name} has no rows")
+        try:
+            y = self.likelihood.validate(finite(name, y), self._n_outputs)
+        except ValueError as error:
+            raise ValueError(str(error) if name == "y" else f"{name}: {error}") from None
         return y.to(self.device, self.dtype if y.is_floating_point() else None)
 
     def log_likelihood_and_grad(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -850,10 +855,12 @@ class BayesianModel:
 
     # ---------------------------------------------------------------- sampling and other views
 
-    def sample_prior(self, n: int, seed: Seed) -> Tensor:
+    @checked
+    def sample_prior(self, n: Count, seed: Seed) -> Tensor:
         """Draw ``(n, dim)`` from the prior."""
         return self.flat_prior.sample(n, seed)
 
+    @checked
     def from_network(self, net: nn.Module) -> Tensor:
         """Return the weights of a trained network as ``theta`` ``(dim,)``.
 
@@ -886,6 +893,7 @@ class BayesianModel:
             if name not in self.spec.shapes:
                 yield name, value.detach()
 
+    @checked
     def to_network(self, theta: Tensor) -> nn.Module:
         """Return a copy of the network with the weights ``theta`` ``(dim,)``; constants stay as they are.
 
@@ -1051,8 +1059,13 @@ class BayesianModel:
             f"likelihood={type(self.likelihood).__name__}, temperature={self.temperature:g})"
         )
 
+    def _weights(self, theta: Tensor) -> Tensor:
+        """Return checked weights in the model's type and on its device; their derivatives are kept."""
+        theta = self.spec.check(theta)
+        return theta if theta.dtype == self._dtype else tracked("theta", theta).to(self._device, self._dtype)
+
     def _batched(self, function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
-        self.spec.check(theta)
+        theta = self._weights(theta)
         result = function(theta.reshape(-1, self.dim))
         return result.reshape((*theta.shape[:-1], *result.shape[1:]))
 
@@ -1119,7 +1132,7 @@ def _placed(name: str, data: Tensor, device: torch.device, dtype: torch.dtype) -
     if data.is_floating_point():
         _check_rounding(name, data, dtype)
         data = data.to(dtype)
-        _check_finite(name, data)
+        finite(name, data)
     return data.to(device)
 
 
@@ -1187,16 +1200,9 @@ def _check_data(x: Tensor | np.ndarray, y: Tensor | np.ndarray) -> tuple[Tensor,
         raise ValueError("x has no rows")
     if y.dim() == 0 or len(x) != len(y):
         raise ValueError(f"x has {len(x)} rows and y has {len(y) if y.dim() else 'none'}")
-    _check_finite("x", x)
-    _check_finite("y", y)
+    finite("x", x)
+    finite("y", y)
     return x, y
-
-
-def _check_finite(name: str, values: Tensor) -> None:
-    bad = (~values.isfinite()).reshape(len(values), -1).any(1).nonzero().flatten()
-    if len(bad):
-        rows = ", ".join(str(int(row)) for row in bad[:5]) + (", ..." if len(bad) > 5 else "")
-        raise ValueError(f"{name} has NaN or infinite values in {len(bad)} of {len(values)} rows: {rows}")
 
 
 def _check_rounding(name: str, values: Tensor, dtype: torch.dtype) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bnnflow.arguments import Count, Fraction, checked
 from bnnflow.draws import Draws, as_theta
 from bnnflow.model import BayesianModel
 from bnnflow.seeding import as_generator
@@ -24,12 +25,13 @@ _SECTIONS = 16  # grid points of one pass of the quantile search
 _TOLERANCE = 1e-3  # width of a quantile's last bracket, in predictive standard deviations
 
 
+@checked
 def predict(
     model: BayesianModel,
     draws: Draws | Tensor | tuple[Tensor, Tensor | None],
     x: Tensor | np.ndarray | None = None,
     *,
-    chunk_size: int | None = None,
+    chunk_size: Count | None = None,
 ) -> Prediction:
     """Average a model's predictions over draws of its weights.
 
@@ -59,7 +61,7 @@ def predict(
         (torch.Size([20]), torch.Size([2, 20]))
     """
     theta, log_weights = as_theta(draws)
-    model.spec.check(theta)
+    model.spec.check(theta, "draws")
     model.check_draws(draws)
     x = model.inputs(x)
     if len(theta) == 0:
@@ -70,8 +72,6 @@ def predict(
     theta, log_weights = _normalise(theta, log_weights)
     if chunk_size is None:
         chunk_size = max(1, _ELEMENTS // (len(x) * max(model.spec.widths.values(), default=64)))
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     return Prediction(model, theta, log_weights.to(model.device), x, chunk_size)
 
 
@@ -80,11 +80,9 @@ def _normalise(theta: Tensor, log_weights: Tensor | None) -> tuple[Tensor, Tenso
     if log_weights is None:
         return theta, torch.full((len(theta),), -math.log(len(theta)), dtype=torch.float64)
     log_weights = log_weights.double()
-    if bool((log_weights.isnan() | (log_weights == math.inf)).any()):
-        raise ValueError("log weights must not be NaN or +inf")
     kept = log_weights > -math.inf
     if not bool(kept.any()):
-        raise ValueError("every draw has weight zero")
+        raise ValueError("draws must not all have weight zero")
     if not bool(kept.all()):
         theta, log_weights = theta[kept.to(theta.device)], log_weights[kept]
     return theta, log_weights - log_weights.logsumexp(0)
@@ -102,6 +100,7 @@ class _Moments(NamedTuple):
     within: Tensor | None  # mean over draws of the noise variance (n, targets), or of the entropy (n,)
 
 
+@checked
 @dataclass(frozen=True, eq=False, repr=False)
 class Prediction:
     """A predictive distribution at ``n`` inputs, made by `predict`.
@@ -122,7 +121,7 @@ class Prediction:
     theta: Tensor
     log_weights: Tensor
     x: Tensor
-    chunk_size: int
+    chunk_size: Count
 
     def __len__(self) -> int:
         """Return the number of inputs."""
@@ -224,6 +223,7 @@ class Prediction:
 
     # ---------------------------------------------------------------- the mixture
 
+    @checked
     def log_prob(self, y: Tensor | np.ndarray) -> Tensor:
         """Return the log density of each row under the mixture, ``(n,)``; joint over targets.
 
@@ -240,6 +240,7 @@ class Prediction:
             total = torch.logaddexp(total, terms.logsumexp(0))  # (n,)
         return total
 
+    @checked
     def cdf(self, y: Tensor | np.ndarray) -> Tensor:
         """Return P(target <= y) of each row under the mixture, noise included, in the shape of ``mean``.
 
@@ -252,6 +253,7 @@ class Prediction:
         self._require("regression", "cdf")
         return self._squeeze(self._cdf(self._targets(y)[None])[0])
 
+    @checked
     def quantile(self, q: float | Sequence[float] | Tensor) -> Tensor:
         """Return quantiles of the predictive mixture, noise included.
 
@@ -274,22 +276,22 @@ class Prediction:
         self._require("regression", "quantile")
         levels = torch.as_tensor(q, dtype=torch.float64, device=self.model.device)
         if levels.dim() > 1 or levels.numel() == 0 or not bool(((levels > 0) & (levels < 1)).all()):
-            raise ValueError(f"quantile levels must lie strictly between 0 and 1, got {q}")
+            raise ValueError(f"q must lie strictly between 0 and 1, got {q}")
         invert = self._invert_counts if self.discrete else self._invert
         found = self._squeeze(invert(levels.reshape(-1, 1, 1)))  # (levels, n) or (levels, n, targets)
         return found if levels.dim() else found[0]
 
-    def interval(self, level: float) -> tuple[Tensor, Tensor]:
+    @checked
+    def interval(self, level: Fraction) -> tuple[Tensor, Tensor]:
         """Return the ends of the central interval that holds ``level`` of the probability, as `quantile` does.
 
         For counts it holds at least as much, both ends included.
         """
-        if not 0 < level < 1:
-            raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
         low, high = self.quantile([(1 - level) / 2, (1 + level) / 2])
         return low, high
 
-    def sample(self, n: int, seed: Seed) -> Tensor:
+    @checked
+    def sample(self, n: Count, seed: Seed) -> Tensor:
         """Draw from the predictive mixture, noise included: ``(n, *mean.shape)``, or labels ``(n, rows)``.
 
         All rows of one sample share a draw of the weights, so that samples are coherent functions plus noise.
@@ -301,8 +303,6 @@ class Prediction:
         Raises:
             ValueError: if n is not positive, or the likelihood has no ``sample``.
         """
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}")
         generator = as_generator(seed, self.model.device)
         index = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
         chunks = list(self._chunks(self.theta, index))
@@ -319,6 +319,7 @@ class Prediction:
         for chunk in self._chunks(self.theta):
             yield self.model.likelihood.mean(chunk.outputs, chunk.parameters)
 
+    @checked
     def targets(self, y: Tensor | np.ndarray) -> Tensor:
         """Return y checked against the inputs: float64 in the shape of ``mean``, or labels ``(n,)``.
 
@@ -394,7 +395,7 @@ class Prediction:
 
     def _targets(self, y: Tensor | np.ndarray) -> Tensor:
         """Return y as the likelihood takes it: float64 ``(n, targets)``, or labels ``(n,)``."""
-        y = self.model.targets(torch.as_tensor(y))
+        y = self.model.targets(y)
         if len(y) != len(self):
             raise ValueError(f"y has {len(y)} rows, the prediction {len(self)}")
         return y.double() if y.is_floating_point() else y

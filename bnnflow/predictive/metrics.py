@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bnnflow.arguments import Count, Fraction, checked
 from bnnflow.predictive.average import Prediction
 from bnnflow.seeding import as_generator
 from bnnflow.types import Seed
@@ -43,26 +44,31 @@ class Reliability(NamedTuple):
     edges: Tensor  # (bins + 1,)
 
 
+@checked
 def accuracy(prediction: Prediction, y: Tensor | np.ndarray) -> float:
     """Return the fraction of rows whose most probable class is the label."""
     return float(_correct(prediction, y).mean())
 
 
+@checked
 def rmse(prediction: Prediction, y: Tensor | np.ndarray) -> float:
     """Return the root mean squared error of the predictive mean, over rows and targets."""
     return float(_squared_error(prediction, y).mean().sqrt())
 
 
+@checked
 def lppd(prediction: Prediction, y: Tensor | np.ndarray) -> float:
     """Return the log pointwise predictive density: the mean over rows of the mixture's log density, in nats."""
     return float(prediction.log_prob(y).mean())
 
 
+@checked
 def brier(prediction: Prediction, y: Tensor | np.ndarray) -> float:
     """Return the Brier score: squared error of the probabilities summed over classes, mean over rows; 0 to 2."""
     return float(_brier(prediction, y).mean())
 
 
+@checked
 def crps(prediction: Prediction, y: Tensor | np.ndarray) -> float:
     """Return the continuous ranked probability score, mean over rows and targets, in units of y.
 
@@ -78,6 +84,7 @@ def crps(prediction: Prediction, y: Tensor | np.ndarray) -> float:
     return float(_crps(prediction, y).mean())
 
 
+@checked
 def pit(prediction: Prediction, y: Tensor | np.ndarray, *, seed: Seed = 0) -> Tensor:
     """Return the probability integral transform, the mixture's cdf at y; uniform if the prediction is calibrated.
 
@@ -100,7 +107,8 @@ def pit(prediction: Prediction, y: Tensor | np.ndarray, *, seed: Seed = 0) -> Te
     return torch.lerp(_cdf_before(prediction, y), after, share)
 
 
-def coverage(prediction: Prediction, y: Tensor | np.ndarray, level: float) -> float:
+@checked
+def coverage(prediction: Prediction, y: Tensor | np.ndarray, level: Fraction) -> float:
     """Return the fraction of targets inside the central predictive interval of probability ``level``.
 
     A target is inside if its probability integral transform is within level / 2 of a half, so no quantile is needed.
@@ -110,8 +118,6 @@ def coverage(prediction: Prediction, y: Tensor | np.ndarray, level: float) -> fl
     Raises:
         ValueError: for classes, or a level outside (0, 1).
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie strictly between 0 and 1, got {level}")
     after = prediction.cdf(y)
     if not prediction.discrete:
         return float(((after - 0.5).abs() <= level / 2).double().mean())
@@ -119,14 +125,13 @@ def coverage(prediction: Prediction, y: Tensor | np.ndarray, level: float) -> fl
     return float(((after >= (1 - level) / 2) & (before < (1 + level) / 2)).double().mean())
 
 
-def reliability(prediction: Prediction, y: Tensor | np.ndarray, bins: int = 15) -> Reliability:
+@checked
+def reliability(prediction: Prediction, y: Tensor | np.ndarray, bins: Count = 15) -> Reliability:
     """Bin rows by the probability of the predicted class, in bins of equal width from 0 to 1, both ends included.
 
     Raises:
         ValueError: for regression, or if y does not fit.
     """
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
     correct = _correct(prediction, y)
     confidence = prediction.probs.max(-1).values
     index = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
@@ -139,7 +144,8 @@ def reliability(prediction: Prediction, y: Tensor | np.ndarray, bins: int = 15) 
     return Reliability(mean(confidence), mean(correct), count, edges)
 
 
-def ece(prediction: Prediction, y: Tensor | np.ndarray, bins: int = 15) -> float:
+@checked
+def ece(prediction: Prediction, y: Tensor | np.ndarray, bins: Count = 15) -> float:
     """Return the expected calibration error of the predicted class (Guo et al. 2017).
 
     The mean gap between confidence and accuracy over the bins of `reliability`, weighted by their rows.
@@ -149,6 +155,7 @@ def ece(prediction: Prediction, y: Tensor | np.ndarray, bins: int = 15) -> float
     return float((gaps * binned.rows).sum() / binned.rows.sum())
 
 
+@checked
 def rowwise(prediction: Prediction, y: Tensor | np.ndarray) -> dict[str, Tensor]:
     """Return what the metrics average, ``(n,)`` each, for standard errors and paired comparisons.
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bnnflow.arguments import checked
 from bnnflow.diagnostics import import_arviz, is_datatree
 from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
@@ -24,6 +25,7 @@ __all__ = ["function_values", "to_arviz"]
 _SAMPLE = ("chain", "draw")
 
 
+@checked
 def to_arviz(
     draws: Draws,
     model: BayesianModel,

@@ -12,6 +12,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from bnnflow import diagnostics
+from bnnflow.arguments import Count, checked
 from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
 from bnnflow.report.arviz import function_values
@@ -136,12 +137,13 @@ def _row(each: Agreement) -> str:
     return f"{_ratio(r_hat):>11}{_ratio(nested):>11}{bulk:>11,.0f}{tail:>11,.0f}"
 
 
+@checked
 def weight_convergence(
     draws: Draws,
     model: BayesianModel,
     x: Tensor | np.ndarray | None = None,
     *,
-    superchains: int | None = None,
+    superchains: Count | None = None,
     reference: Tensor | None = None,
 ) -> WeightConvergence:
     """Compare chains in their weights, in their weights modulo symmetry, and in their functions.

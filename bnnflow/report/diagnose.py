@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bnnflow.arguments import checked
 from bnnflow.draws import Draws, as_theta, unresolved
 from bnnflow.model import BayesianModel
 from bnnflow.report.convergence import CONVERGED, STUCK, compare_chains, predicted_values
@@ -115,6 +116,7 @@ class Diagnosis:
         return lines + ([", ".join(counts)] if counts else [])
 
 
+@checked
 def diagnose(
     draws: Draws | Tensor | tuple[Tensor, Tensor | None],
     model: BayesianModel,

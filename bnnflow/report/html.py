@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bnnflow import storage
+from bnnflow.arguments import checked
 from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
 from bnnflow.report import plots
@@ -94,6 +95,7 @@ class Report:
         ]
 
     @classmethod
+    @checked
     def combine(cls, reports: Iterable[Report], path: str | Path, *, title: str | None = None) -> Report:
         """Write several reports into one file, a section each, in the order given.
 
@@ -111,6 +113,7 @@ class Report:
         sections = tuple(section for each in reports for section in each.sections)
         return cls(title or reports[0].title, sections).write(path)
 
+    @checked
     def write(self, path: str | Path) -> Report:
         """Write the page, whole or not at all, making folders as needed, and return the report with its path."""
         path = _check_path(path)
@@ -158,6 +161,7 @@ class Report:
         return "\n\n".join(blocks)
 
 
+@checked
 def report(
     results: Mapping[str, Any],
     model: BayesianModel,
@@ -198,9 +202,7 @@ def report(
         1
     """
     methods = gather(results, model, seconds)
-    if x_test is None or y_test is None:
-        raise ValueError("x_test and y_test are needed")
-    x, y = model.inputs(x_test), model.targets(y_test)
+    x, y = model.inputs(x_test, "x_test"), model.targets(y_test, "y_test")
     if len(x) != len(y):
         raise ValueError(f"x_test has {len(x)} rows and y_test has {len(y)}")
     if path is not None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bnnflow.arguments import Count, checked
 from bnnflow.predictive import Prediction, metrics
 from bnnflow.report.style import BODY, GREY, INK, SMALL, array, colours, quiet
 from bnnflow.report.weight_plots import barrier, block_structure, convergence, loss_plane
@@ -40,6 +41,7 @@ _MAX_ROWS = 120
 _MAX_DRAWS = 2000  # bands need no more
 
 
+@checked
 def predictive_band(
     predictions: Mapping[str, Prediction],
     x_train: Tensor | np.ndarray | None = None,
@@ -90,7 +92,8 @@ def predictive_band(
     return figure
 
 
-def reliability(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray, bins: int = 15) -> Figure:
+@checked
+def reliability(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray, bins: Count = 15) -> Figure:
     """Plot calibration: accuracy against confidence for classes, empirical against nominal coverage for regression.
 
     The grey region holds 95 % of the curves of a calibrated model with this many rows (for classes it is the error
@@ -122,6 +125,7 @@ def reliability(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray, b
     return figure
 
 
+@checked
 def predictive(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) -> Figure:
     """Plot predictions at test rows against what was observed.
 

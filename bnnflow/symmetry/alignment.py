@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bnnflow import arguments
+from bnnflow.arguments import Count, checked
 from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
 from bnnflow.symmetry.matching import match, match_activations
@@ -21,12 +22,13 @@ __all__ = ["Method", "align", "frechet_mean"]
 Method = Literal["weights", "activations", "sinkhorn"]
 
 
+@checked
 def align(
     draws: Draws | Tensor,
     model: BayesianModel,
     *,
     reference: Tensor | None = None,
-    rounds: int = 5,
+    rounds: Count = 5,
     method: Method = "weights",
 ) -> Draws | Tensor:
     """Bring all draws into one frame of units, matched to their own running mean.
@@ -67,12 +69,13 @@ def align(
     return draws.with_theta(flat) if isinstance(draws, Draws) else flat.reshape(theta.shape)
 
 
+@checked
 def frechet_mean(
     theta: Tensor,
     spec: WeightSpec,
     *,
     start: Tensor | None = None,
-    rounds: int = 5,
+    rounds: Count = 5,
     matching: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Match networks to their mean, and average them, in turn: a mean modulo the symmetries.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bnnflow.arguments import checked
 from bnnflow.types import HierarchicalPrior, Prior
 from bnnflow.weights import WeightSpec
 
 __all__ = ["normalise_scale", "normalise_sign", "sort_units"]
 
 
+@checked
 def sort_units(theta: Tensor, spec: WeightSpec, *, prior: Prior | HierarchicalPrior | None = None) -> Tensor:
     """Bring networks to a sorted canonical form: every unit's bias positive, where odd, and the biases increasing.
 
@@ -58,6 +60,7 @@ def _key(theta: Tensor, spec: WeightSpec, label: str, unsettled: frozenset[str],
     return _units(theta, spec, name)[..., 0]
 
 
+@checked
 def normalise_scale(theta: Tensor, spec: WeightSpec, *, last_layer: bool = False) -> Tensor:
     """Give every unit with a scale symmetry incoming weights of unit norm, and multiply what leaves it accordingly.
 
@@ -116,6 +119,7 @@ def scale_tensors(spec: WeightSpec) -> dict[str, list[str]]:
     return tensors
 
 
+@checked
 def normalise_sign(theta: Tensor, spec: WeightSpec) -> Tensor:
     """Fix the phases of sines and the signs of units of odd activations; permutations are left as they are.
 

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from bnnflow.arguments import Count, NonNegative, Positive, checked, shaped
 from bnnflow.inference.start import Adam, cosine
 from bnnflow.progress import progress_bar
 from bnnflow.seeding import as_generator
@@ -56,6 +57,7 @@ class Barrier(NamedTuple):
     area: Tensor
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Curve:
     """Curves through weight space, linear in their control points.
@@ -69,6 +71,10 @@ class Curve:
     control: Tensor
     kind: Literal["bezier", "chain"] = "bezier"
 
+    def __post_init__(self) -> None:
+        if self.control.dim() < 2 or self.control.shape[-2] < 2 or self.control.shape[-1] == 0:
+            raise ValueError(f"control must be (..., two or more points, dim), got {tuple(self.control.shape)}")
+
     def weights(self, t: Tensor) -> Tensor:
         """Return what each control point contributes at times ``t`` ``(...)``, ``(..., k)``; they sum to 1."""
         degree = self.control.shape[-2] - 1
@@ -78,11 +84,13 @@ class Curve:
         binomial = torch.tensor([math.comb(degree, i) for i in range(degree + 1)]).to(t)
         return binomial * t**index * (1 - t) ** (degree - index)
 
+    @checked
     def at(self, t: Tensor) -> Tensor:
         """Return the networks at times ``(points,)``, or ``(..., points)`` for times of each pair's own."""
-        return self.weights(t) @ self.control  # (..., points, dim)
+        return self.weights(shaped("t", t, None, lead=True)) @ self.control  # (..., points, dim)
 
 
+@checked
 class Geodesic:
     """Shortest paths between networks whose scales are normalised (Pittorino et al. 2022, "Deep Networks on Toroids").
 
@@ -99,19 +107,23 @@ class Geodesic:
     """
 
     def __init__(self, theta_a: Tensor, theta_b: Tensor, spec: WeightSpec) -> None:
+        shaped("theta_a", theta_a, spec.dim, lead=True)
+        shaped("theta_b", theta_b, spec.dim, lead=True)
         self._spheres = Spheres(spec)
         if not self._spheres.units:
-            raise ValueError("no hidden layer has a scale symmetry: take the straight line")
+            raise ValueError("spec has no hidden layer with a scale symmetry: take the straight line")
         self.start = self._spheres.project(theta_a)
         self._velocity = self._spheres.log(self.start, self._spheres.project(theta_b))
 
+    @checked
     def at(self, t: Tensor) -> Tensor:
         """Return the networks at times ``(points,)``, ``(..., points, dim)``."""
-        t = t.to(self.start).unsqueeze(-1)
+        t = shaped("t", t, None).to(self.start).unsqueeze(-1)
         return self._spheres.exp(self.start.unsqueeze(-2), t * self._velocity.unsqueeze(-2))
 
 
-def barrier(theta_a: Tensor, theta_b: Tensor, loss: Loss, *, points: int = 25) -> Barrier:
+@checked
+def barrier(theta_a: Tensor, theta_b: Tensor, loss: Loss, *, points: Count = 25) -> Barrier:
     """Measure the loss barrier on the straight line between networks (Frankle et al. 2020).
 
     Copies of one network under its symmetries have barriers between them. What is measured is an upper bound on the
@@ -137,14 +149,15 @@ def barrier(theta_a: Tensor, theta_b: Tensor, loss: Loss, *, points: int = 25) -
     return barrier_along(Curve(_ends(theta_a, theta_b)), loss, points=points)
 
 
-def barrier_along(path: Path, loss: Loss, *, points: int = 25) -> Barrier:
+@checked
+def barrier_along(path: Path, loss: Loss, *, points: Count = 25) -> Barrier:
     """Measure the loss along any path; as `barrier`."""
     if points < 3 or points % 2 == 0:
         raise ValueError(f"points must be odd and at least 3, got {points}")
     t = torch.linspace(0, 1, points, dtype=torch.float64)
     with torch.no_grad():
         # A few points at once: all activations of all pairs and points together need not fit into memory.
-        losses = torch.cat([loss(path.at(few)) for few in t.split(5)], -1)  # (..., points)
+        losses = torch.cat([_losses(loss, path.at(few)) for few in t.split(5)], -1)  # (..., points)
     t = t.to(losses)
     excess = losses - torch.lerp(losses[..., :1], losses[..., -1:], t)
     return Barrier(t, losses, losses[..., points // 2], excess.amax(-1).clamp(min=0), torch.trapezoid(excess, t))
@@ -158,7 +171,7 @@ def _ends(theta_a: Tensor, theta_b: Tensor) -> Tensor:
     if theta_a.shape[-1:] != theta_b.shape[-1:]:
         raise ValueError(shapes)
     try:
-        return torch.stack(torch.broadcast_tensors(theta_a, theta_b), -2)
+        return torch.stack(torch.broadcast_tensors(theta_a, theta_b.to(theta_a)), -2)
     except RuntimeError as error:
         raise ValueError(shapes) from error
 
@@ -170,16 +183,26 @@ def _check_finite(name: str, theta: Tensor) -> None:
         raise ValueError(f"{name} holds weights that are NaN or infinite")
 
 
+def _losses(loss: Loss, theta: Tensor) -> Tensor:
+    """Return the losses of networks ``(..., dim)``, ``(...)``, checked."""
+    losses = loss(theta)
+    if not isinstance(losses, Tensor) or losses.shape != theta.shape[:-1]:
+        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(f"loss must map (..., dim) to (...), got {got} for {tuple(theta.shape)}")
+    return losses
+
+
+@checked
 def fit_curve(
     theta_a: Tensor,
     theta_b: Tensor,
     loss: Loss,
     *,
     kind: Literal["bezier", "chain"] = "bezier",
-    bends: int = 1,
-    steps: int = 300,
-    learning_rate: float = 0.02,
-    samples: int = 4,
+    bends: Count = 1,
+    steps: Count = 300,
+    learning_rate: Positive = 0.02,
+    samples: Count = 4,
     seed: Seed = 0,
     progress: bool = True,
 ) -> Curve:
@@ -203,9 +226,6 @@ def fit_curve(
     Raises:
         ValueError: if the networks do not broadcast, or a count is below 1.
     """
-    for name, value in {"bends": bends, "steps": steps, "samples": samples}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
     ends = _ends(theta_a, theta_b).detach()
     generator = as_generator(seed, ends.device)
     inner = Curve(ends).at(torch.linspace(0, 1, bends + 2, dtype=torch.float64)[1:-1])  # (..., bends, dim)
@@ -217,7 +237,7 @@ def fit_curve(
             jitter = torch.rand(*ends.shape[:-2], samples, generator=generator, device=ends.device)
             weights = curve.weights((stretches + jitter) / samples)  # (..., samples, k)
             theta = (weights @ curve.control).requires_grad_()
-            (grad,) = torch.autograd.grad(loss(theta).sum(), theta)  # (..., samples, dim)
+            (grad,) = torch.autograd.grad(_losses(loss, theta).sum(), theta)  # (..., samples, dim)
             # The curve is linear in its bends, so their gradient is a weighted sum.
             of_bends = weights[..., 1:-1].mT @ grad / samples
             inner = adam.step(inner, -of_bends, cosine(learning_rate, step, steps))
@@ -249,8 +269,9 @@ class Plane(NamedTuple):
         return (theta - self.origin) @ self.frame.mT
 
 
+@checked
 def loss_plane(
-    theta_a: Tensor, theta_b: Tensor, theta_c: Tensor, loss: Loss, *, points: int = 41, margin: float = 0.25
+    theta_a: Tensor, theta_b: Tensor, theta_c: Tensor, loss: Loss, *, points: Count = 41, margin: NonNegative = 0.25
 ) -> Plane:
     """Evaluate the loss on the plane through three networks, such as the ends and the bend of a curve.
 

@@ -13,19 +13,21 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from bnnflow.arguments import Count, checked
 from bnnflow.model.network import ChainNetwork
 from bnnflow.weights import Symmetries, WeightSpec
 
 __all__ = ["match", "match_activations"]
 
 
+@checked
 def match(
     theta: Tensor,
     spec: WeightSpec,
     reference: Tensor,
     *,
     group: Symmetries | None = None,
-    sweeps: int = 20,
+    sweeps: Count = 20,
 ) -> Tensor:
     """Permute and flip hidden units so that each network is as close to its reference as can be found.
 
@@ -65,6 +67,7 @@ def match(
     return search.apply(theta.reshape(-1, spec.dim)).reshape(theta.shape)
 
 
+@checked
 def match_activations(
     theta: Tensor,
     spec: WeightSpec,

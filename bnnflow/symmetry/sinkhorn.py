@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnnflow.arguments import Count, Positive, checked
 from bnnflow.inference.start import Adam
 from bnnflow.seeding import as_generator
 from bnnflow.symmetry.matching import assign, moved, paired
@@ -17,6 +18,7 @@ from bnnflow.weights import Symmetries, WeightSpec
 __all__ = ["sinkhorn_rebasin"]
 
 
+@checked
 def sinkhorn_rebasin(
     theta: Tensor,
     spec: WeightSpec,
@@ -24,10 +26,10 @@ def sinkhorn_rebasin(
     *,
     loss: Callable[[Tensor], Tensor] | None = None,
     group: Symmetries | None = None,
-    steps: int = 50,
-    learning_rate: float = 0.1,
-    temperature: float = 1.0,
-    iterations: int = 20,
+    steps: Count = 50,
+    learning_rate: Positive = 0.1,
+    temperature: Positive = 1.0,
+    iterations: Count = 20,
     seed: Seed = 0,
 ) -> Tensor:
     """Permute and flip hidden units by gradient descent on soft permutations (Pena et al. 2023).

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bnnflow.arguments import Count, checked
 from bnnflow.seeding import as_generator
 from bnnflow.symmetry.canonical import normalise_scale, scale_tensors
 from bnnflow.types import Seed
@@ -19,6 +20,7 @@ from bnnflow.weights import WeightSpec
 __all__ = ["Spheres"]
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Spheres:
     """The product of the unit spheres and the flat space that `normalise_scale` maps networks to.
@@ -113,6 +115,7 @@ class Spheres:
 
     # ---------------------------------------------------------------- points
 
+    @checked
     def project(self, theta: Tensor) -> Tensor:
         """Return the points of networks, whose functions they keep; see `normalise_scale`.
 
@@ -141,8 +144,9 @@ class Spheres:
         square = self.inner(x, x)
         return x * self.each(torch.where(square > 0, square, 1.0).rsqrt())
 
+    @checked
     def sample(
-        self, n: int, seed: Seed = 0, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+        self, n: Count, seed: Seed = 0, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> Tensor:
         """Draw ``(n, dim)``: uniform on the spheres, standard normal on the rest."""
         generator = as_generator(seed, device)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bnnflow import storage
+from bnnflow.arguments import Count, Positive, checked
 from bnnflow.draws import Draws, as_theta
 from bnnflow.gaussian import Gaussian
 from bnnflow.model import BayesianModel
@@ -115,6 +116,7 @@ class InCoordinates:
         return cls(density, source, dict(header["info"]))
 
 
+@checked
 def fit_gaussian(
     model: BayesianModel, draws: Given, *, matched: bool = True, held_out: Given | None = None, seed: Seed = 0
 ) -> InCoordinates:
@@ -142,19 +144,20 @@ def fit_gaussian(
     return InCoordinates(unit, data.source, info)
 
 
+@checked
 def fit_coupling(
     model: BayesianModel,
     draws: Given,
     *,
     matched: bool = True,
-    couplings: int = 8,
-    hidden: int = 128,
+    couplings: Count = 8,
+    hidden: Count = 128,
     held_out: Given | None = None,
-    budget: float = 120.0,
-    steps: int | None = None,
-    batch_size: int = 256,
-    learning_rate: float = 1e-3,
-    patience: int = 20,
+    budget: Positive = 120.0,
+    steps: Count | None = None,
+    batch_size: Count = 256,
+    learning_rate: Positive = 1e-3,
+    patience: Count = 20,
     seed: Seed = 0,
     progress: bool = True,
 ) -> InCoordinates:
@@ -207,19 +210,20 @@ def fit_coupling(
     return InCoordinates(fitted, data.source, info)
 
 
+@checked
 def fit_cnf(
     model: BayesianModel,
     draws: Given,
     *,
     matched: bool = True,
-    width: int = 256,
-    solver_steps: int = 4,
+    width: Count = 256,
+    solver_steps: Count = 4,
     held_out: Given | None = None,
-    budget: float = 120.0,
-    steps: int | None = None,
-    batch_size: int = 256,
-    learning_rate: float = 1e-3,
-    patience: int = 20,
+    budget: Positive = 120.0,
+    steps: Count | None = None,
+    batch_size: Count = 256,
+    learning_rate: Positive = 1e-3,
+    patience: Count = 20,
     seed: Seed = 0,
     progress: bool = True,
 ) -> Flow:

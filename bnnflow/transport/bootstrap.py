@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from bnnflow.arguments import Count, Positive, checked
 from bnnflow.model import BayesianModel
 from bnnflow.seeding import as_generator
 from bnnflow.transport.correct import refine
@@ -16,15 +17,16 @@ from bnnflow.types import Seed
 __all__ = ["fit_flow_without_draws"]
 
 
+@checked
 def fit_flow_without_draws(
     model: BayesianModel,
     *,
-    rounds: int = 2,
-    targets: int = 4096,
-    refine_steps: int = 16,
+    rounds: Count = 2,
+    targets: Count = 4096,
+    refine_steps: Count = 16,
     displacement: Displacement | None = None,
-    budget: float = 120.0,
-    steps: int | None = None,
+    budget: Positive = 120.0,
+    steps: Count | None = None,
     seed: Seed = 0,
     progress: bool = True,
     **settings: Any,

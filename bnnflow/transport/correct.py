@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from bnnflow.arguments import Count, Fraction, checked
 from bnnflow.draws import Draws, as_theta, strays
 from bnnflow.gaussian import Gaussian
 from bnnflow.inference.hmc import hmc, leapfrog
@@ -81,10 +82,11 @@ class Correction(Draws):
         return self.info["correction"]
 
 
+@checked
 def correct(
     flow: Transport,
     model: BayesianModel,
-    n: int = 4000,
+    n: Count = 4000,
     method: CorrectionMethod = "auto",
     *,
     seed: Seed = 0,
@@ -694,15 +696,16 @@ _METHODS: dict[CorrectionMethod, Callable[[_Job, Points | None], Outcome]] = {
 }
 
 
+@checked
 def refine(
     theta: Tensor | Draws | tuple[Tensor, Tensor | None],
     model: BayesianModel,
-    steps: int = 8,
+    steps: Count = 8,
     *,
-    n_leapfrog: int = 16,
-    target_acceptance: float = 0.8,
+    n_leapfrog: Count = 16,
+    target_acceptance: Fraction = 0.8,
     seed: Seed = 0,
-    chunk_size: int = 1024,
+    chunk_size: Count = 1024,
     progress: bool = True,
 ) -> Draws:
     """Move every draw by a few jittered Hamiltonian Monte Carlo transitions.

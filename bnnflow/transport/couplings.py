@@ -23,6 +23,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from bnnflow.arguments import Count, Positive, checked
 from bnnflow.symmetry import match
 from bnnflow.weights import Symmetries, WeightSpec
 
@@ -69,6 +70,7 @@ class Matched:
         return _spread(match(x0, spec, x1, group=group), x1, spec, group, generator)
 
 
+@checked
 @dataclass(frozen=True)
 class MiniBatchOT:
     """Exact optimal transport between the two batches under the squared distance (Tong et al. 2024).
@@ -100,6 +102,7 @@ class MiniBatchOT:
         return _spread(matching(chosen, reference=x1), x1, spec, group, generator)
 
 
+@checked
 @dataclass(frozen=True)
 class SinkhornOT:
     """A permutation drawn from the entropic plan between the two batches: between `MiniBatchOT` and `Independent`.
@@ -121,9 +124,9 @@ class SinkhornOT:
         RuntimeError: if the marginals are off by more after ``max_iterations``.
     """
 
-    regularisation: float = 0.1
-    tolerance: float = 1e-3
-    max_iterations: int = 2000
+    regularisation: Positive = 0.1
+    tolerance: Positive = 1e-3
+    max_iterations: Count = 2000
 
     def __post_init__(self) -> None:
         if not (self.regularisation > 0 and self.tolerance > 0 and self.max_iterations > 0):

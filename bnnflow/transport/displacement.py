@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from bnnflow.arguments import Count, Limit, Share, checked
 from bnnflow.model.factored import ClosedFactor, FactoredJacobian, MatrixFactor
 from bnnflow.model.fused import plain
 from bnnflow.transport.coordinates import Context
@@ -49,6 +50,7 @@ class Task(Protocol):
 _PROBE = 0.05  # length of the finite difference, in standard deviations of the source: float32 needs it this long
 
 
+@checked
 @dataclass(frozen=True)
 class GradientSteps:
     """Climb u(y) - |y - mu|^2 / (2 s^2) by gradient steps with momentum (Nesterov 1983).
@@ -66,9 +68,9 @@ class GradientSteps:
             less far.
     """
 
-    steps: int = 8
-    max_norm: float = 1.0
-    memory: float = 0.9
+    steps: Count = 8
+    max_norm: Limit = 1.0
+    memory: Share = 0.9
 
     def __call__(self, context: Task, mu: Tensor, s2: Tensor) -> Drive:
         """Return the drive."""
@@ -147,6 +149,7 @@ def _momentum(step: int) -> float:
     return step / (step + 3)
 
 
+@checked
 @dataclass(frozen=True)
 class GaussNewton:
     """Solve the same problem with the likelihood linearised, (I + s^2 H) w = grad + s^2 H w_previous, H ~ -u''.
@@ -166,9 +169,9 @@ class GaussNewton:
         iterations: of conjugate gradients in a step, starting from the gradient; None for a dense solution.
     """
 
-    steps: int = 1
-    max_norm: float = 3.0
-    iterations: int | None = None
+    steps: Count = 1
+    max_norm: Limit = 3.0
+    iterations: Count | None = None
 
     def __call__(self, context: Context, mu: Tensor, s2: Tensor) -> Drive:
         """Return the drive; ``grad`` is the one before the last step, which costs nothing more."""

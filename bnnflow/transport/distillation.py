@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bnnflow import storage
+from bnnflow.arguments import Count, Positive, checked
 from bnnflow.model import BayesianModel
 from bnnflow.seeding import as_generator
 from bnnflow.transport.coordinates import Context
@@ -57,7 +58,8 @@ class FlowMap:
         """Length of a weight vector."""
         return self.spec.dim
 
-    def sample(self, n: int, seed: Seed = 0, *, chunk_size: int | None = None) -> Tensor:
+    @checked
+    def sample(self, n: Count, seed: Seed = 0, *, chunk_size: Count | None = None) -> Tensor:
         """Draw ``(n, dim)`` weights, approximately from the posterior."""
         generator = as_generator(seed, self.source.device)
         x0 = torch.randn(n, self.dim, generator=generator, device=self.source.device, dtype=self.source.dtype)
@@ -106,15 +108,16 @@ class FlowMap:
         return cls(velocity, source, spec, times, dict(header["info"]))
 
 
+@checked
 def distil(
     flow: Flow,
-    evaluations: int = 6,
+    evaluations: Count = 6,
     *,
-    trajectories: int = 4096,
-    budget: float = 120.0,
-    steps: int | None = None,
-    batch_size: int = 256,
-    learning_rate: float = 1e-3,
+    trajectories: Count = 4096,
+    budget: Positive = 120.0,
+    steps: Count | None = None,
+    batch_size: Count = 256,
+    learning_rate: Positive = 1e-3,
     seed: Seed = 0,
     progress: bool = True,
 ) -> FlowMap:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bnnflow import storage
+from bnnflow.arguments import Count, Limit, checked, shaped
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
 from bnnflow.seeding import as_generator
@@ -39,6 +40,7 @@ _PATIENCE = 3.0  # seconds, from which a bar says how long it will take
 _ROUGH = 1.0  # nats, from which a log density takes more evaluations of the divergence
 
 
+@checked
 @dataclass(frozen=True)
 class Flow:
     """A transport of a source, by default the prior, to the posterior; a `Posterior`.
@@ -62,10 +64,11 @@ class Flow:
     spec: WeightSpec
     fingerprint: str
     solver: Solver = "midpoint"
-    steps: int = 8
+    steps: Count = 8
     info: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
+    @checked
     def of(cls, velocity: nn.Module, model: BayesianModel, source: Source | None = None, **options: Any) -> Flow:
         """Make a flow of a field, bound to a model; an untrained `InformedVelocity` is a sampler of its own.
 
@@ -88,10 +91,12 @@ class Flow:
         """The path of the pairs that the field is made for."""
         return getattr(self.velocity, "path", AffinePath())
 
+    @checked
     def bind(self, model: BayesianModel) -> Flow:
         """Return the same field bound to another model's prior and data."""
         return self._on(self.velocity, model)
 
+    @checked
     def transfer(self, model: BayesianModel) -> Flow:
         """Return the field with the same parameters for a network of other hidden widths.
 
@@ -114,13 +119,14 @@ class Flow:
             raise ValueError(f"the networks differ in more than the widths of hidden layers: {error}") from error
         return self._on(velocity, model)
 
+    @checked
     def guided(
         self,
         guide: BayesianModel | Callable[[Tensor], Tensor],
         strength: float | Callable[[Tensor], Tensor] = 1.0,
         *,
-        steps: int = 2,
-        max_norm: float = 2.0,
+        steps: Count = 2,
+        max_norm: Limit = 2.0,
     ) -> Flow:
         """Return the flow bent towards a task by its gradient; see `GuidedVelocity`.
 
@@ -138,7 +144,8 @@ class Flow:
         bent = GuidedVelocity(self.velocity, guide, self.source, strength, steps=steps, max_norm=max_norm)
         return replace(self, velocity=bent.eval())
 
-    def on_batch(self, size: int, seed: Seed) -> Flow:
+    @checked
+    def on_batch(self, size: Count, seed: Seed) -> Flow:
         """Return the flow with a random part of the data, for large data: the field then costs as much less.
 
         The likelihood of the part is scaled to all rows. Log densities of this flow are conditional on the part, which
@@ -157,6 +164,7 @@ class Flow:
         part = context.batch(size, as_generator(seed, self._device))
         return replace(self, velocity=bound(self.velocity, part))
 
+    @checked
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Flow:
         """Return the flow on another device or in another floating-point type."""
         moved = copy.deepcopy(bound(self.velocity, None)).to(device, dtype)  # without the data, which do not move
@@ -170,15 +178,16 @@ class Flow:
 
     # ---------------------------------------------------------------- sampling and densities
 
+    @checked
     def sample(
         self,
-        n: int,
+        n: Count,
         seed: Seed = 0,
         *,
         steps: Steps | None = None,
         solver: Solver | None = None,
         epsilon: float | Callable[[Tensor], Tensor | float] = 0.0,
-        chunk_size: int | None = None,
+        chunk_size: Count | None = None,
     ) -> Tensor:
         """Draw ``(n, dim)`` posterior weights.
 
@@ -219,7 +228,8 @@ class Flow:
         x1 = integrate_sde(field, epsilon, x0, self._grid(steps), generator, rule)  # type: ignore[arg-type]
         return self.source.from_normal(x1)
 
-    def rows_within(self, memory: int, trace: Trace | None = None) -> int:
+    @checked
+    def rows_within(self, memory: Count, trace: Trace | None = None) -> int:
         """Return the ``chunk_size`` whose tensors stay within ``memory`` bytes, without or with a density."""
         x0 = self.start(2, 0)
         times = self._grid(1)
@@ -232,12 +242,13 @@ class Flow:
         with torch.no_grad():
             return rows_within(memory, work, x0)
 
+    @checked
     def solver_error(
         self,
-        n: int = 64,
+        n: Count = 64,
         seed: Seed = 0,
         *,
-        steps: int | None = None,
+        steps: Count | None = None,
         solver: Solver | None = None,
         density: bool = True,
     ) -> dict[str, float]:
@@ -270,28 +281,33 @@ class Flow:
             "log_prob_worst": float(apart.max()),
         }
 
-    def start(self, n: int, seed: Seed) -> Tensor:
+    @checked
+    def start(self, n: Count, seed: Seed) -> Tensor:
         """Draw latent points ``(n, dim)``: the source in its own coordinates, N(0, I)."""
         generator = as_generator(seed, self._device)
         return torch.randn(n, self.dim, generator=generator, device=self._device, dtype=self.source.dtype)
 
+    @checked
     def push(self, x0: Tensor, *, steps: Steps | None = None, solver: Solver | None = None) -> Tensor:
         """Carry latent points ``(n, dim)`` to weights; differentiable, all in one chunk."""
-        grid = self._grid(steps)
+        grid, x0 = self._grid(steps), self._rows("x0", x0)
         (x1,) = integrate(lambda t, state: (self.velocity(t, state[0]),), (x0,), grid, solver or self.solver)
         return self.source.from_normal(x1)
 
-    def sample_with_log_prob(self, n: int, seed: Seed = 0, **options: Unpack[SampleOptions]) -> tuple[Tensor, Tensor]:
+    @checked
+    def sample_with_log_prob(self, n: Count, seed: Seed = 0, **options: Unpack[SampleOptions]) -> tuple[Tensor, Tensor]:
         """Draw ``(n, dim)`` and their log densities ``(n,)`` in one pass forwards; see `DensityOptions`."""
         generator = as_generator(seed, self._device)
         with torch.no_grad():
             options = SampleOptions(**({"progress": True} | options))  # type: ignore[typeddict-item]
             return self.push_with_log_prob(self.start(n, generator), seed=generator, **options)
 
+    @checked
     def push_with_log_prob(self, x0: Tensor, **options: Unpack[DensityOptions]) -> tuple[Tensor, Tensor]:
         """Carry latent points ``(n, dim)`` to weights, with their log densities ``(n,)`` there; differentiable."""
         tracing = Tracing(**options).on(self._device)
         thetas, log_probs = [], []
+        x0 = self._rows("x0", x0)
         with self._bar(x0, tracing) as bar:
             for rows in x0.split(tracing.chunk_size):
                 x1, change = self._transport(rows, tracing, bar=bar)
@@ -300,11 +316,12 @@ class Flow:
                 log_probs.append(_log_normal(rows) - change + self.source.log_jacobian(theta))
         return torch.cat(thetas), torch.cat(log_probs)
 
+    @checked
     def pull_with_log_prob(self, theta: Tensor, **options: Unpack[DensityOptions]) -> tuple[Tensor, Tensor]:
         """Carry weights ``(n, dim)`` back to latent points, with their log densities ``(n,)``; differentiable."""
-        self.spec.check(theta)
         tracing = Tracing(**options).on(self._device)
         starts, log_probs = [], []
+        theta = self._rows("theta", theta)
         with self._bar(theta, tracing) as bar:
             for rows in theta.split(tracing.chunk_size):
                 x0, change = self._transport(self.source.to_normal(rows), tracing, backwards=True, bar=bar)
@@ -312,6 +329,7 @@ class Flow:
                 log_probs.append(_log_normal(x0) + change + self.source.log_jacobian(rows))
         return torch.cat(starts), torch.cat(log_probs)
 
+    @checked
     def log_prob(self, theta: Tensor, **options: Unpack[DensityOptions]) -> Tensor:
         """Return the log density of the flow at ``theta``, ``(..., dim) -> (...)`` in float64.
 
@@ -320,9 +338,10 @@ class Flow:
             options: ``trace``, ``probes``, ``noise``, ``seed``, ``steps``, ``solver``, ``chunk_size``, ``progress``;
                 see `DensityOptions`.
         """
+        flat = shaped("theta", theta, self.dim, lead=True).reshape(-1, self.dim)
         options = DensityOptions(**({"progress": True} | options))  # type: ignore[typeddict-item]
         with torch.no_grad():
-            _, log_probs = self.pull_with_log_prob(theta.reshape(-1, theta.shape[-1]), **options)
+            _, log_probs = self.pull_with_log_prob(flat, **options)
         return log_probs.reshape(theta.shape[:-1])
 
     def _bar(self, x: Tensor, tracing: Tracing) -> tqdm:
@@ -388,6 +407,12 @@ class Flow:
                 break
         return end, change
 
+    def _rows(self, name: str, points: Tensor) -> Tensor:
+        """Return points ``(n, dim)``, checked, in the flow's type and on its device."""
+        if points.dim() != 2 or points.shape[0] == 0 or points.shape[1] != self.dim:
+            raise ValueError(f"{name} must be (n, {self.dim}), got shape {tuple(points.shape)}")
+        return points.to(self._device, self.source.dtype)
+
     @property
     def _device(self) -> torch.device:
         return self.source.device
@@ -397,6 +422,7 @@ class Flow:
 
     # ---------------------------------------------------------------- storage
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Write field, source and meaning of the weights to an ``.npz`` file without pickle, and no data.
 
@@ -422,6 +448,7 @@ class Flow:
         return storage.write(path, "flow", 2, json.loads(json.dumps(header)), arrays)
 
     @classmethod
+    @checked
     def load(cls, path: str | Path, model: BayesianModel | None = None) -> Flow:
         """Read a flow that ``save`` wrote.
 
@@ -463,13 +490,14 @@ class Flow:
         return cls(velocity, source, spec, *rest)
 
 
+@checked
 def GaussNewtonFlow(
     model: BayesianModel,
     displacement: Displacement | None = None,
     *,
     source: Source | None = None,
     path: AffinePath | None = None,
-    steps: int = 20,
+    steps: Count = 20,
     solver: Solver = "midpoint",
 ) -> Flow:
     """Return the flow of a `DriveVelocity`: a sampler that needs neither draws nor training, for any network.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnnflow.arguments import Count, checked
 from bnnflow.equivariant import DWSNet
 from bnnflow.symmetry import Spheres
 from bnnflow.weights import Symmetries, WeightSpec
@@ -15,6 +16,7 @@ from bnnflow.weights import Symmetries, WeightSpec
 __all__ = ["RiemannianPath", "TangentVelocity"]
 
 
+@checked
 @dataclass(frozen=True)
 class RiemannianPath:
     """The geodesic from x0 to x1 at constant speed (Chen and Lipman 2024), a `Path`.
@@ -32,6 +34,7 @@ class RiemannianPath:
         return self.spheres.geodesic(x0, x1, t)
 
 
+@checked
 class TangentVelocity(nn.Module):
     """A field on the manifold that sees weights and time only: a `DWSNet`, projected to the tangent space.
 
@@ -43,7 +46,7 @@ class TangentVelocity(nn.Module):
         depth: blocks of the network.
     """
 
-    def __init__(self, spec: WeightSpec, width: int = 64, depth: int = 4) -> None:
+    def __init__(self, spec: WeightSpec, width: Count = 64, depth: Count = 4) -> None:
         super().__init__()
         self.spheres = Spheres(spec)
         self._config = {"width": width, "depth": depth}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnnflow.arguments import Count, Limit, checked
 from bnnflow.model import BayesianModel
 from bnnflow.transport.displacement import Drive, GradientSteps
 from bnnflow.transport.paths import AffinePath, Coefficients
@@ -19,6 +20,7 @@ __all__ = ["GuidedVelocity"]
 Guide = BayesianModel | Callable[[Tensor], Tensor]
 
 
+@checked
 class GuidedVelocity(nn.Module):
     """A field plus the pull of a task: approximately the field to p1(theta) exp(strength G(theta)).
 
@@ -42,8 +44,8 @@ class GuidedVelocity(nn.Module):
         source: Source,
         strength: float | Callable[[Tensor], Tensor] = 1.0,
         *,
-        steps: int = 2,
-        max_norm: float = 2.0,
+        steps: Count = 2,
+        max_norm: Limit = 2.0,
     ) -> None:
         super().__init__()
         self.field = field

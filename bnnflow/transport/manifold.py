@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnnflow import storage
+from bnnflow.arguments import Count, checked
 from bnnflow.draws import Draws, as_theta
 from bnnflow.model import BayesianModel
 from bnnflow.seeding import as_generator, isolated
@@ -76,18 +77,20 @@ class ManifoldFlow:
         """A tensor on the field's device and of its type."""
         return next((p for p in [*self.velocity.parameters(), *self.velocity.buffers()]), torch.empty(0))
 
-    def start(self, n: int, seed: Seed = 0) -> Tensor:
+    @checked
+    def start(self, n: Count, seed: Seed = 0) -> Tensor:
         """Draw ``(n, dim)`` from the source."""
         return self.spheres.sample(n, seed, device=self.like.device, dtype=self.like.dtype)
 
+    @checked
     def sample(
         self,
-        n: int,
+        n: Count,
         seed: Seed = 0,
         *,
         steps: Steps | None = None,
         solver: Solver | None = None,
-        chunk_size: int = 2048,
+        chunk_size: Count = 2048,
     ) -> Tensor:
         """Draw ``(n, dim)`` normalised networks.
 
@@ -106,7 +109,8 @@ class ManifoldFlow:
             chunks = self.start(n, seed).split(chunk_size)
             return torch.cat([self.transport(x0, grid, solver)[0] for x0 in chunks])
 
-    def sample_with_log_prob(self, n: int, seed: Seed = 0, **options: Unpack[SampleOptions]) -> tuple[Tensor, Tensor]:
+    @checked
+    def sample_with_log_prob(self, n: Count, seed: Seed = 0, **options: Unpack[SampleOptions]) -> tuple[Tensor, Tensor]:
         """Draw ``(n, dim)`` and their log densities on the manifold, ``(n,)``, forwards; see `DensityOptions`."""
         generator = as_generator(seed, self.like.device)
         tracing = Tracing(**options, seed=generator)
@@ -119,6 +123,7 @@ class ManifoldFlow:
                 log_probs.append(self.spheres.log_prob(x0) - change)
         return torch.cat(points), torch.cat(log_probs)
 
+    @checked
     def log_prob(self, x: Tensor, **options: Unpack[DensityOptions]) -> Tensor:
         """Return the log density on the manifold at points of it, ``(..., dim) -> (...)`` in float64.
 
@@ -142,6 +147,7 @@ class ManifoldFlow:
                 log_probs.append(self.spheres.log_prob(x0) + change)
         return torch.cat(log_probs).reshape(x.shape[:-1])
 
+    @checked
     def complete(self, theta: Tensor) -> CompletedFlow:
         """Return the flow with a law of the radii fitted to weights ``(n, dim)``, as a density over weights."""
         return CompletedFlow(self, Radii.fit(theta.to(self.like), self.spheres))
@@ -274,6 +280,7 @@ class Radii(NamedTuple):
         return radii
 
 
+@checked
 def fit_manifold_flow(
     spec: WeightSpec,
     draws: Draws | Tensor | tuple[Tensor, Tensor | None],
@@ -352,17 +359,20 @@ class CompletedFlow:
         """Steps of the solver."""
         return self.flow.steps
 
-    def start(self, n: int, seed: Seed = 0) -> Tensor:
+    @checked
+    def start(self, n: Count, seed: Seed = 0) -> Tensor:
         """Draw ``(n, dim)`` from N(0, I)."""
         like = self.flow.like
         generator = as_generator(seed, like.device)
         return torch.randn(n, self.dim, generator=generator, device=like.device, dtype=like.dtype)
 
+    @checked
     def push(self, x0: Tensor, *, steps: Steps | None = None, solver: Solver | None = None) -> Tensor:
         """Carry draws of N(0, I) to weights, ``(n, dim)``; differentiable by them."""
         x1, _ = self.flow.transport(self.flow.spheres.retract(x0), self.flow.grid(steps), solver)
         return self.spec.rescale(x1, self._radii(self._log_norms(x0)))
 
+    @checked
     def push_with_log_prob(self, x0: Tensor, **options: Unpack[DensityOptions]) -> tuple[Tensor, Tensor]:
         """Carry draws of N(0, I) to weights ``(n, dim)``, with their log densities ``(n,)``; see ``log_prob``."""
         tracing = Tracing(**options).on(x0.device)
@@ -374,6 +384,7 @@ class CompletedFlow:
             log_probs.append(self.flow.spheres.log_prob(start) - change + self._log_prob_of_radii(log_norms))
         return torch.cat(thetas), torch.cat(log_probs)
 
+    @checked
     def pull_with_log_prob(self, theta: Tensor, **options: Unpack[DensityOptions]) -> tuple[Tensor, Tensor]:
         """Carry weights ``(n, dim)`` back to where they come from, with their log densities; undoes ``push``."""
         tracing = Tracing(**options).on(theta.device)
@@ -388,17 +399,20 @@ class CompletedFlow:
             log_probs.append(self.flow.spheres.log_prob(x0) + change + self._log_prob_of_radii(log_norms))
         return torch.cat(starts), torch.cat(log_probs)
 
-    def sample(self, n: int, seed: Seed = 0, *, steps: Steps | None = None, solver: Solver | None = None) -> Tensor:
+    @checked
+    def sample(self, n: Count, seed: Seed = 0, *, steps: Steps | None = None, solver: Solver | None = None) -> Tensor:
         """Draw ``(n, dim)`` weights."""
         with torch.no_grad():
             return torch.cat([self.push(x0, steps=steps, solver=solver) for x0 in self.start(n, seed).split(2048)])
 
-    def sample_with_log_prob(self, n: int, seed: Seed = 0, **options: Unpack[SampleOptions]) -> tuple[Tensor, Tensor]:
+    @checked
+    def sample_with_log_prob(self, n: Count, seed: Seed = 0, **options: Unpack[SampleOptions]) -> tuple[Tensor, Tensor]:
         """Draw ``(n, dim)`` weights and their log densities ``(n,)``; see `DensityOptions`."""
         generator = as_generator(seed, self.flow.like.device)
         with torch.no_grad():
             return self.push_with_log_prob(self.start(n, generator), seed=generator, **options)
 
+    @checked
     def log_prob(self, theta: Tensor, **options: Unpack[DensityOptions]) -> Tensor:
         """Return the log density over weights, ``(..., dim) -> (...)`` in float64.
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from bnnflow.arguments import NonNegative, checked
 from bnnflow.types import Schedule
 
 __all__ = ["AffinePath", "Coefficients", "Path"]
@@ -51,6 +52,7 @@ class Coefficients(NamedTuple):
         return self.a * self.turn / self.q
 
 
+@checked
 @dataclass(frozen=True)
 class AffinePath:
     """x_t = a(t) x0 + b(t) x1 + sigma * noise, from t = 0 to t = 1.
@@ -70,7 +72,7 @@ class AffinePath:
     """
 
     schedule: Schedule = "linear"
-    sigma: float = 0.0
+    sigma: NonNegative = 0.0
 
     def __post_init__(self) -> None:
         if self.schedule not in ("linear", "variance_preserving"):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from bnnflow.arguments import Count, Positive, checked
 from bnnflow.seeding import as_generator
 from bnnflow.types import AdaptiveSolver, FixedSolver, Seed, Solver, StochasticSolver
 
@@ -25,7 +26,10 @@ State = tuple[Tensor, ...]
 Field = Callable[[Tensor, State], State]
 
 
-def time_grid(steps: int | Sequence[float] | Tensor, power: float = 2.0, device: torch.device | str = "cpu") -> Tensor:
+@checked
+def time_grid(
+    steps: Count | Sequence[float] | Tensor, power: Positive = 2.0, device: torch.device | str = "cpu"
+) -> Tensor:
     """Return float64 times from 0 to 1, denser towards 1 for powers above 1, ``(steps + 1,)``.
 
     A posterior narrower than its prior bends the path most just before it arrives: at a standard deviation sigma of the
@@ -40,29 +44,28 @@ def time_grid(steps: int | Sequence[float] | Tensor, power: float = 2.0, device:
     Raises:
         ValueError: if there is no step, or the times do not increase from 0 to 1.
     """
+    if isinstance(steps, int):
+        return 1 - (1 - torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=device)) ** power
     times = torch.as_tensor(steps, dtype=torch.float64, device=device)
-    if times.dim() > 0:
-        _check_monotone(times)
-        if float(times[0]) != 0 or float(times[-1]) != 1:
-            raise ValueError(f"the times must run from 0 to 1, got {float(times[0]):g} to {float(times[-1]):g}")
-        return times
-    if times < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    return 1 - (1 - torch.linspace(0, 1, int(times) + 1, dtype=torch.float64, device=device)) ** power
+    _check_monotone(times, "steps")
+    if float(times[0]) != 0 or float(times[-1]) != 1:
+        raise ValueError(f"steps must be times from 0 to 1, got {float(times[0]):g} to {float(times[-1]):g}")
+    return times
 
 
 # ---------------------------------------------------------------- ordinary differential equations
 
 
+@checked
 def integrate(
     field: Field,
     state: State,
     grid: Tensor,
     solver: Solver = "rk4",
     *,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    max_evaluations: int = 2000,
+    rtol: Positive = 1e-5,
+    atol: Positive = 1e-5,
+    max_evaluations: Count = 2000,
 ) -> State:
     """Integrate d state / dt = field(t, state) over the times of ``grid``, forwards or backwards.
 
@@ -96,6 +99,7 @@ def integrate(
     return state
 
 
+@checked
 def integrate_with_error(
     field: Field, state: State, grid: Tensor, solver: FixedSolver = "rk4"
 ) -> tuple[State, tuple[Tensor, ...]]:
@@ -255,6 +259,7 @@ def _adaptive(
 # ---------------------------------------------------------------- stochastic differential equations
 
 
+@checked
 def integrate_sde(
     field: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     noise: float | Callable[[Tensor], Tensor | float],
@@ -316,7 +321,8 @@ def integrate_sde(
 # ---------------------------------------------------------------- memory
 
 
-def rows_within(memory: int, work: Callable[[Tensor], Any], x: Tensor) -> int:
+@checked
+def rows_within(memory: Count, work: Callable[[Tensor], Any], x: Tensor) -> int:
     """Return how many rows of ``x`` may travel together so that ``work`` holds at most ``memory`` bytes of tensors.
 
     Runs ``work`` once to begin with, then on two and on four rows, and counts, operation by operation, the bytes of the
@@ -386,12 +392,12 @@ def _live_bytes(work: Callable[[Tensor], Any], rows: Tensor) -> Tensor:
 # ---------------------------------------------------------------- what all share
 
 
-def _check_monotone(grid: Tensor) -> None:
+def _check_monotone(grid: Tensor, name: str = "grid") -> None:
     if grid.dim() != 1 or len(grid) < 2 or not bool(grid.isfinite().all()):
-        raise ValueError(f"a grid is two or more finite times (steps + 1,), got shape {tuple(grid.shape)}")
+        raise ValueError(f"{name} must be two or more finite times (steps + 1,), got shape {tuple(grid.shape)}")
     lengths = grid.diff()
     if not bool((lengths > 0).all() or (lengths < 0).all()):
-        raise ValueError("the times of a grid must increase throughout, or decrease throughout")
+        raise ValueError(f"{name}: the times must increase throughout, or decrease throughout")
 
 
 def _check_state(state: State, start: Tensor, stop: Tensor) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bnnflow.arguments import Positive, Share, checked, shaped
 from bnnflow.model import BayesianModel
 from bnnflow.model.priors import FlatPrior
 from bnnflow.weights import Symmetries
@@ -17,6 +18,7 @@ __all__ = ["Source"]
 _NO_SYMMETRY = Symmetries(frozenset(), frozenset(), frozenset())
 
 
+@checked
 class Source:
     """The law N(loc, root root^T) in the standard normal coordinates z of the prior; by default the prior itself.
 
@@ -58,12 +60,14 @@ class Source:
             raise ValueError(f"root must be a positive number or ({self.dim}, {self.dim})")
 
     @classmethod
-    def scaled(cls, model: BayesianModel, scale: float) -> Source:
+    @checked
+    def scaled(cls, model: BayesianModel, scale: Positive) -> Source:
         """Return the prior made ``scale`` times as wide in its normal coordinates; keeps the prior's symmetries."""
         return cls(model.flat_prior, root=scale)
 
     @classmethod
-    def gaussian(cls, model: BayesianModel, theta: Tensor, shrinkage: float = 0.05) -> Source:
+    @checked
+    def gaussian(cls, model: BayesianModel, theta: Tensor, shrinkage: Share = 0.05) -> Source:
         """Return a Gaussian with mean and covariance of weights ``(n, dim)``, in the prior's normal coordinates.
 
         It keeps no symmetry: align the weights first, so that they are one cloud.
@@ -73,6 +77,8 @@ class Source:
             theta: weights.
             shrinkage: share of the prior's covariance that is mixed in, which keeps the source wide enough.
         """
+        if len(shaped("theta", theta, None, model.dim)) < 2:
+            raise ValueError("theta must be two draws or more")
         z = model.flat_prior.to_normal(theta.to(model.device, model.dtype)).double()
         covariance = torch.cov(z.T).reshape(model.dim, model.dim)
         eye = torch.eye(model.dim, dtype=torch.float64, device=z.device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Beta as BetaDistribution
 
+from bnnflow.arguments import NonNegative, Positive, checked
 from bnnflow.seeding import isolated
 
 __all__ = ["Beta", "LogitNormal", "Times", "TowardsEnd", "Uniform"]
@@ -31,6 +32,7 @@ class Uniform:
         return torch.rand(n, generator=generator, device=like.device, dtype=like.dtype)
 
 
+@checked
 @dataclass(frozen=True)
 class TowardsEnd:
     """A share of the times log-uniform towards 1, where sharp posteriors have their error; the others uniform.
@@ -41,7 +43,7 @@ class TowardsEnd:
     """
 
     share: float = 0.3
-    decades: float = 2.0
+    decades: NonNegative = 2.0
 
     def __post_init__(self) -> None:
         if not (0 <= self.share <= 1 and self.decades > 0):
@@ -53,6 +55,7 @@ class TowardsEnd:
         return torch.where(which < 1 - self.share, u, 1 - 10 ** (-self.decades * u))
 
 
+@checked
 @dataclass(frozen=True)
 class Beta:
     """Times t ~ Beta(a, b); a > b looks more at the end.
@@ -62,8 +65,8 @@ class Beta:
         b: second shape, positive.
     """
 
-    a: float = 2.0
-    b: float = 1.0
+    a: Positive = 2.0
+    b: Positive = 1.0
 
     def __post_init__(self) -> None:
         if not (self.a > 0 and self.b > 0):
@@ -76,6 +79,7 @@ class Beta:
         return _before_end(drawn)
 
 
+@checked
 @dataclass(frozen=True)
 class LogitNormal:
     """Times whose logit is N(loc, scale^2) (Esser et al. 2024).

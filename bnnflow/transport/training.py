@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bnnflow import storage
+from bnnflow.arguments import Count, Positive, checked
 from bnnflow.draws import Draws, as_theta
 from bnnflow.equivariant.signed import has_signs
 from bnnflow.identity import digest, seed_identity, without_addresses
@@ -59,6 +60,7 @@ Moves = Callable[..., tuple[Tensor, ...]]
 """``(seed, *points (n, dim)) -> points``: each row of all of them moved by one random symmetry."""
 
 
+@checked
 def fit_flow(
     model: BayesianModel,
     draws: Draws | Tensor | tuple[Tensor, Tensor | None],
@@ -69,14 +71,14 @@ def fit_flow(
     source: Source | None = None,
     times: Times | None = None,
     targets: Literal["auto", "posterior", "pairs"] = "auto",
-    budget: float = 120.0,
-    steps: int | None = None,
-    batch_size: int = 256,
-    reuse: int = 1,
-    learning_rate: float = 3e-3,
+    budget: Positive = 120.0,
+    steps: Count | None = None,
+    batch_size: Count = 256,
+    reuse: Count = 1,
+    learning_rate: Positive = 3e-3,
     optimiser: Optimiser = "muon",
     held_out: Draws | Tensor | None = None,
-    patience: int = 20,
+    patience: Count = 20,
     autocast: bool = False,
     compile: bool = False,
     checkpoint: str | FilePath | None = None,
@@ -165,9 +167,9 @@ def fit_flow(
     context, pairs = Context(model, source), pairs_of(x1, weights)
     unseen = None
     if held_out is not None:
-        others, other_weights = _checked(model, held_out, "held-out draws")
+        others, other_weights = _checked(model, held_out, "held_out")
         if other_weights is not None:
-            raise ValueError("held-out draws must have equal weights")
+            raise ValueError("held_out must be draws of equal weights")
         unseen = pairs_of(source.to_normal(others), None)
     along = path if path is not None else getattr(field, "path", AffinePath())
     identity = {
@@ -196,21 +198,22 @@ def fit_flow(
     return Flow.of(field, model, source, info=info)
 
 
+@checked
 def train(
     field: nn.Module,
     pairs: Pairs,
     *,
     path: Path | None = None,
     times: Times | None = None,
-    budget: float = 120.0,
-    steps: int | None = None,
-    batch_size: int = 256,
-    reuse: int = 1,
+    budget: Positive = 120.0,
+    steps: Count | None = None,
+    batch_size: Count = 256,
+    reuse: Count = 1,
     moves: Moves | None = None,
-    learning_rate: float = 3e-3,
+    learning_rate: Positive = 3e-3,
     optimiser: Optimiser = "muon",
     held_out: Pairs | None = None,
-    patience: int = 20,
+    patience: Count = 20,
     autocast: bool = False,
     compile: bool = False,
     checkpoint: str | FilePath | None = None,
@@ -364,8 +367,8 @@ def train(
 def _checked(
     model: BayesianModel, draws: Draws | Tensor | tuple[Tensor, Tensor | None], what: str
 ) -> tuple[Tensor, Tensor | None]:
-    theta, log_weights = as_theta(draws)
-    model.spec.check(theta)
+    theta, log_weights = as_theta(draws, what)
+    model.spec.check(theta, what)
     model.check_draws(draws)
     theta = theta.to(model.device, model.dtype)
     finite = theta.isfinite().all(-1)

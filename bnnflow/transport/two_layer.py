@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnnflow.arguments import Count, checked
 from bnnflow.equivariant.network import TimeEmbedding
 from bnnflow.transport.paths import AffinePath
 from bnnflow.weights import Symmetries
@@ -14,6 +15,7 @@ from bnnflow.weights import Symmetries
 __all__ = ["TwoLayerVelocity"]
 
 
+@checked
 class TwoLayerVelocity(nn.Module):
     """A plain network with an exact trace, for small posteriors that are one cloud: align the draws first.
 
@@ -36,7 +38,7 @@ class TwoLayerVelocity(nn.Module):
     """
 
     def __init__(
-        self, dim: int, width: int = 256, *, base: nn.Module | None = None, path: AffinePath | None = None
+        self, dim: Count, width: Count = 256, *, base: nn.Module | None = None, path: AffinePath | None = None
     ) -> None:
         super().__init__()
         if base is not None and not hasattr(base, "with_divergence"):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bnnflow.arguments import Count, Share, Whole, checked, shaped
 from bnnflow.equivariant import DWSNet, GraphNet, SignedDWSNet
 from bnnflow.equivariant.network import TimeEmbedding
 from bnnflow.model.fused import recorded
@@ -55,6 +56,7 @@ def _times(t: Tensor, x: Tensor) -> Tensor:
     return t.expand(x.shape[0]).to(x.dtype)
 
 
+@checked
 class WeightsVelocity(nn.Module):
     """A field that sees weights and time only: the source's own field plus a network over weights.
 
@@ -77,11 +79,11 @@ class WeightsVelocity(nn.Module):
     def __init__(
         self,
         spec: WeightSpec,
-        width: int = 64,
-        depth: int = 4,
+        width: Count = 64,
+        depth: Count = 4,
         *,
         architecture: Architecture = "dws",
-        heads: int | None = None,
+        heads: Whole | None = None,
         parametrisation: Parametrisation = "velocity",
         path: AffinePath | None = None,
     ) -> None:
@@ -116,6 +118,7 @@ class WeightsVelocity(nn.Module):
         return {"kind": "weights"} | self._config | rest
 
 
+@checked
 class DriveVelocity(nn.Module):
     """The pull of the data alone, without a network: nothing to learn, for any ``nn.Module``.
 
@@ -166,6 +169,7 @@ class DriveVelocity(nn.Module):
         return {"kind": "drive", "group": [sorted(each) for each in self.group]} | plain
 
 
+@checked
 class InformedVelocity(nn.Module):
     """The likelihood-informed field: the source's own field, the pull of the data, and a learned correction.
 
@@ -190,11 +194,11 @@ class InformedVelocity(nn.Module):
         self,
         spec: WeightSpec,
         displacement: Displacement | Sequence[Displacement] | None = None,
-        width: int = 64,
-        depth: int = 4,
+        width: Count = 64,
+        depth: Count = 4,
         *,
         architecture: Architecture = "dws",
-        heads: int | None = None,
+        heads: Whole | None = None,
         path: AffinePath | None = None,
     ) -> None:
         super().__init__()
@@ -251,6 +255,7 @@ class InformedVelocity(nn.Module):
         return {"kind": "informed", "displacement": plain, "path": self.path.describe()} | self._config
 
 
+@checked
 class GaussianVelocity(nn.Module):
     """The closed-form field from N(0, I) to N(mean, covariance) along independent pairs.
 
@@ -267,7 +272,8 @@ class GaussianVelocity(nn.Module):
         self.mean: Tensor
         self.variances: Tensor
         self.vectors: Tensor
-        variances, vectors = torch.linalg.eigh(covariance)
+        shaped("mean", mean, None)
+        variances, vectors = torch.linalg.eigh(shaped("covariance", covariance, len(mean), len(mean)))
         self.group = NO_SYMMETRY
         self.path = path if path is not None else AffinePath()
         for name, value in {"mean": mean, "variances": variances, "vectors": vectors}.items():
@@ -293,6 +299,7 @@ class GaussianVelocity(nn.Module):
         return {"kind": "gaussian", "dim": len(self.mean), "path": self.path.describe()}
 
 
+@checked
 class ResidualVelocity(nn.Module):
     """The closed-form field to a Gaussian fit plus a `DWSNet` that learns what is not Gaussian.
 
@@ -306,7 +313,7 @@ class ResidualVelocity(nn.Module):
         depth: its blocks.
     """
 
-    def __init__(self, spec: WeightSpec, gaussian: GaussianVelocity, width: int = 64, depth: int = 4) -> None:
+    def __init__(self, spec: WeightSpec, gaussian: GaussianVelocity, width: Count = 64, depth: Count = 4) -> None:
         super().__init__()
         self.spec, self.gaussian = spec, gaussian
         self.group, self.path = NO_SYMMETRY, gaussian.path
@@ -314,14 +321,15 @@ class ResidualVelocity(nn.Module):
         self.net = _network(spec, 1, width, depth, "dws", 0)
 
     @classmethod
+    @checked
     def fit(
         cls,
         spec: WeightSpec,
         x: Tensor,
-        width: int = 64,
-        depth: int = 4,
+        width: Count = 64,
+        depth: Count = 4,
         *,
-        shrinkage: float = 1e-2,
+        shrinkage: Share = 1e-2,
         path: AffinePath | None = None,
     ) -> ResidualVelocity:
         """Fit the Gaussian to draws ``(n, dim)`` in the flow's coordinates.
@@ -334,6 +342,8 @@ class ResidualVelocity(nn.Module):
             shrinkage: share of the covariance's diagonal that is mixed in.
             path: the path of the pairs.
         """
+        if len(shaped("x", x, None, spec.dim)) < 2:
+            raise ValueError("x must be two draws or more")
         covariance = torch.cov(x.double().T).reshape(x.shape[-1], x.shape[-1])
         covariance = (1 - shrinkage) * covariance + shrinkage * torch.diag(covariance.diagonal())
         gaussian = GaussianVelocity(x.double().mean(0), covariance, path).to(x.dtype)
