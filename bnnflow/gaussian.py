@@ -12,7 +12,7 @@ from bnnflow.arguments import Count, Share, checked, shaped
 from bnnflow.seeding import as_generator
 from bnnflow.types import Seed
 
-__all__ = ["Gaussian"]
+__all__ = ["Gaussian", "positive"]
 
 
 @checked
@@ -41,7 +41,9 @@ class Gaussian:
         if len(flat) < 2:
             raise ValueError("theta must be two draws or more")
         covariance = torch.cov(flat.T).reshape(flat.shape[-1], flat.shape[-1])
-        diagonal = torch.diag(covariance.diagonal().clamp(min=1e-12))
+        # Of a weight that never moves, what float64 can tell of it.
+        least = (torch.finfo(torch.float64).eps * flat.abs().amax(0)).square()
+        diagonal = torch.diag(positive(torch.maximum(covariance.diagonal(), least)))
         factor = torch.linalg.cholesky((1 - shrinkage) * covariance + shrinkage * diagonal)
         return cls(flat.mean(0).to(theta.dtype), factor.to(theta.dtype))
 
@@ -78,3 +80,12 @@ class Gaussian:
             z = torch.linalg.solve_triangular(factor, flat.T, upper=False).T.reshape(offset.shape)
             log_det = factor.diagonal().log().sum()
         return -0.5 * (z * z).sum(-1) - log_det - 0.5 * len(factor) * math.log(2 * math.pi)
+
+
+def positive(variance: Tensor) -> Tensor:
+    """Return variances ``(..., dim)``, in place of zeros the mean of all: a weight that no draw moves stops no other.
+
+    Others stay as they are, since weights may differ in scale by any factor. If all are zero they become one.
+    """
+    mean = variance.mean(-1, keepdim=True)
+    return torch.where(variance > 0, variance, torch.where(mean > 0, mean, 1.0))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import bnnflow as bf
 from bnnflow import likelihoods, priors
 from bnnflow.inference.smc import next_fraction
-from bnnflow.transport import GaussNewton, time_grid
+from bnnflow.transport import Flow, GaussNewton, time_grid
 
 F64 = torch.float64
 
@@ -186,3 +186,52 @@ def test_the_first_temperature_step_is_as_small_as_it_must_be(exponent):
     equal = torch.full_like(ratio, -torch.tensor(20_000.0).log().item())
     found = next_fraction(ratio, equal, torch.zeros(1, dtype=F64), 0.7)
     assert float(found * spread) == pytest.approx((-torch.tensor(0.7).log().item()) ** 0.5, rel=0.05)
+
+
+def test_microcanonical_chains_forget_all_where_steps_are_longer_than_their_memory():
+    problem = regression(rows=4, noise=1e8, scale=1e8)
+    draws = bf.sample(problem.model, bf.MCLMC(), chains=4, warmup=60, draws=20, seed=0, progress=False)
+    assert draws.theta.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [{"noise": 1e-6}, {"scale": 1e6}, {"data": 1e5}], ids=str)
+@pytest.mark.parametrize("n", [4, 200])
+def test_refinement_finds_its_step_at_every_scale(shape, n):
+    problem = regression(rows=20, **shape)
+    root = torch.linalg.cholesky(problem.covariance)
+    start = problem.mean + 3 * torch.randn(n, 3, generator=torch.Generator().manual_seed(0), dtype=F64) @ root.T
+    moved = bf.refine(start, problem.model, 16, seed=0, progress=False)
+    assert moved.info["acceptance_rate"] > 0.3
+    assert not (moved.flat == start).all(1).any()
+    assert problem.standardised(moved.flat).square().mean() < 4
+
+
+# ---------------------------------------------------------------- what is not a number
+
+
+def test_refinement_takes_no_draws_and_no_settings_that_are_not_numbers():
+    problem = regression()
+    broken = problem.model.sample_prior(20, 0)
+    broken[3, 1] = torch.nan
+    broken[5] = torch.inf
+    with pytest.raises(ValueError, match="2 of 20 draws are NaN or infinite"):
+        bf.refine(broken, problem.model, progress=False)
+    for name, value in {"steps": 0, "n_leapfrog": 0, "target_acceptance": float("nan")}.items():
+        with pytest.raises(ValueError, match=name):
+            bf.refine(problem.model.sample_prior(20, 0), problem.model, progress=False, **{name: value})
+
+
+def test_draws_of_a_flow_that_are_not_finite_are_counted():
+    class Away(nn.Module):
+        def forward(self, t: Tensor, x: Tensor) -> Tensor:
+            return torch.where(x[:, :1] > 0, torch.inf, 0.0) * torch.ones_like(x)
+
+    problem = regression()
+    flow = Flow.of(Away(), problem.model)
+    lost = int((flow.start(100, 0)[:, 0] > 0).sum())
+    for draw in (flow.sample, flow.sample_with_log_prob):
+        with pytest.raises(FloatingPointError, match=f"{lost} of 100 draws are infinite or NaN"):
+            draw(100, 0)
+    fixed = bf.correct(flow, problem.model, 200, "refine", progress=False)
+    assert fixed.theta.isfinite().all()
+    assert "of 200 draws were not finite and were left out" in fixed.verdict

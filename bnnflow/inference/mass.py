@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bnnflow.gaussian import positive
 from bnnflow.ranks import Ranks
 
 __all__ = ["LowRank", "Moments", "Scale", "scale_of"]
@@ -119,21 +120,21 @@ class Moments(NamedTuple):
         pooled = ranks.mean(variance.mean(0))
         if not bool(pooled.max() > 0):
             return before
-        pooled = pooled.clamp(min=1e-12 * float(pooled.max()))
+        pooled = positive(pooled)
         weight = count / (count + _OWN_DRAWS)
         diagonal = weight * variance + (1 - weight) * pooled
         like, rank = before.diagonal, before.directions.shape[1]
         if rank == 0:
             return before._replace(diagonal=diagonal.to(like))
         covariance = ranks.mean((self.products / count - mean.T @ mean) / len(mean))
-        sd = covariance.diagonal().clamp(min=1e-300).sqrt()
+        sd = covariance.diagonal().clamp(min=torch.finfo(torch.float64).tiny).sqrt()  # of weights that never move
         # Draws of one chain are hardly independent: a tenth of them are counted.
         seen = 0.1 * count * len(mean) * ranks.size
         shrunk = seen / (seen + len(sd))
         correlation = shrunk * covariance / sd / sd[:, None]
         correlation.diagonal().fill_(1.0)
         values, directions = torch.linalg.eigh(correlation)
-        values = values.clamp(min=1e-6)
+        values = values.clamp(min=1e-6)  # of correlations, which have no scale: what rounding leaves of zero
         chosen = values.log().abs().topk(rank).indices
         return LowRank(diagonal.to(like), directions[:, chosen].to(like), values[chosen].to(like))
 

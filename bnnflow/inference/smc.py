@@ -14,13 +14,14 @@ from torch import Tensor
 from bnnflow.arguments import checked, integer, number, settle
 from bnnflow.bridge import balance
 from bnnflow.draws import Draws, as_theta, strays, unresolved
+from bnnflow.gaussian import positive
 from bnnflow.inference.hmc import hmc
 from bnnflow.inference.run import Run
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
 from bnnflow.ranks import ALONE, Ranks
 from bnnflow.seeding import as_generator
-from bnnflow.types import Posterior, Seed
+from bnnflow.types import LogDensityAndGrad, Posterior, Seed
 
 __all__ = ["SMC", "evidence"]
 
@@ -179,9 +180,9 @@ class SMC:
             return values.chunk(ranks.size, 1)[ranks.rank].clone() if ranks.size > 1 else values
 
         mass = _variance(everyone, weights).to(everyone.dtype)  # (run, dim)
-        theta, step_size, acceptance, steps = self._move(
-            path, own(everyone), fraction, rest, mass, state, ranks, generator
-        )
+        particles = own(everyone)
+        target = path.tempered(*(part.repeat_interleave(particles.shape[1]) for part in (fraction, rest)))
+        theta, step_size, acceptance, steps = self._move(target, particles, mass, state, ranks, generator)
         log_first, log_last = path(theta)
         gradients = state.gradients + steps + 1
         bar.update()
@@ -210,10 +211,8 @@ class SMC:
 
     def _move(
         self,
-        path: _Path,
+        target: LogDensityAndGrad,
         theta: Tensor,
-        fraction: Tensor,
-        rest: Tensor,
         mass: Tensor,
         state: _Particles,
         ranks: Ranks,
@@ -223,7 +222,6 @@ class SMC:
         runs, mine, _ = theta.shape
         step_size, acceptance, steps = state.step_size, 0.0, 0.0
         flat, scales = theta.flatten(0, 1), mass.repeat_interleave(mine, 0)
-        target = path.tempered(fraction.repeat_interleave(mine), rest.repeat_interleave(mine))
         chain: Any = None
         for _ in range(self.moves):
             n_leapfrog = max(1, min(self.max_leapfrog, round(self.trajectory_length / (0.75 * step_size))))
@@ -342,8 +340,8 @@ def evidence(
     variance += float((state.log_weights.exp() * influence).square().sum())
     if not float(state.least) >= _FAILED:
         warnings.warn(
-            f"a temperature has left only {float(state.least):.1e} of the particles effective: the evidence is not to be "
-            "trusted; the likelihood is too steep for the precision of its numbers: standardise the data, or take float64",
+            f"a temperature has left only {float(state.least):.1e} of the particles effective: the evidence is not to "
+            "be trusted; the likelihood is too steep for the precision of its numbers: standardise, or take float64",
             stacklevel=2,
         )
     return -value, math.sqrt(variance)
@@ -423,7 +421,7 @@ def _next_step(ratio: Tensor, log_weights: Tensor, fraction: Tensor, rest: Tenso
         weights = weights - weights.logsumexp(1, keepdim=True)
         return (-(2 * weights).logsumexp(1)).exp() / weights.shape[1]
 
-    # Bisection of the step itself, whose digits do not end: noise of a millionth of the data wants a first one of 1e-13.
+    # Bisection of the step itself, whose digits do not end: noise of 1e-6 of the data wants a first one of 1e-13.
     low, high = torch.zeros_like(rest), rest
     whole = remaining(rest) >= ess
     for _ in range(_HALVINGS):
@@ -456,10 +454,7 @@ def _variance(theta: Tensor, log_weights: Tensor) -> Tensor:
     weights, theta = log_weights.exp().unsqueeze(-1), theta.double()
     mean = (weights * theta).sum(1, keepdim=True)
     variance = (weights * (theta - mean).square()).sum(1)
-    # Weights may differ in scale by any factor; one that no particle moves takes the others' mean.
-    others = variance.mean(1, keepdim=True)
-    others = torch.where(others > 0, others, 1.0)
-    return torch.where(variance > 0, variance, others)
+    return positive(variance)
 
 
 def _shares(log_weights: Tensor, root: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ def diagnose(
         raise ValueError("there are no draws to judge")
     x = model.inputs(x)
     if log_weights is not None:
-        return _weighted(draws, log_weights, model.temperature)
+        return _weighted(draws, theta, log_weights, model.temperature)
     if isinstance(draws, Draws) and draws.stats:
         return _chains(draws, model, x)
     return _independent(draws, len(theta))
@@ -195,12 +195,12 @@ def _too_close(theta: Tensor) -> list[str]:
     if count == 0:
         return []
     return [
-        f"draws of {count} of {theta.shape[1]} weights are closer than {kind} tells apart, or never move: standardise the "
-        "data, take a float64 network"
+        f"draws of {count} of {theta.shape[1]} weights are closer than {kind} tells apart, or never move: standardise "
+        "the data, take a float64 network"
     ]
 
 
-def _weighted(draws: object, log_weights: Tensor, temperature: float) -> Diagnosis:
+def _weighted(draws: object, theta: Tensor, log_weights: Tensor, temperature: float) -> Diagnosis:
     log_weights = log_weights.double() - log_weights.double().logsumexp(0)
     ess = float((-(2 * log_weights).logsumexp(0)).exp())
     verdict: Verdict = "trust with care" if ess >= ESS[0] else "do not trust"
@@ -215,7 +215,7 @@ def _weighted(draws: object, log_weights: Tensor, temperature: float) -> Diagnos
         reasons.insert(0, f"the log evidence has a standard error of {evidence[1]:.1f}: {more}")
     if not ess >= ESS[0]:
         reasons.insert(0, f"the weights leave {ess:.0f} effective draws of {len(log_weights):,}; {more}")
-    lost = _lost_on_the_way(draws.info if isinstance(draws, Draws) else {}) + _too_close(as_theta(draws)[0])
+    lost = _lost_on_the_way(draws.info if isinstance(draws, Draws) else {}) + _too_close(theta)
     if lost:
         verdict, reasons = "do not trust", lost + reasons
     if temperature != 1:
@@ -237,8 +237,8 @@ def _lost_on_the_way(info: dict[str, Any]) -> list[str]:
     reasons = []
     if not info.get("least_effective_share", 1.0) >= FAILED:
         reasons.append(
-            f"a temperature has left only {info['least_effective_share']:.1e} of the particles effective: the likelihood "
-            "is too steep for their number or for the precision of its numbers; standardise the data, take float64"
+            f"a temperature has left only {info['least_effective_share']:.1e} of the particles effective: the "
+            "likelihood is too steep for their number or for the precision of its numbers; standardise, or take float64"
         )
     if not info.get("first_ancestors", math.inf) >= ANCESTORS:
         reasons.append(

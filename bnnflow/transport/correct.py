@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bnnflow.arguments import Count, Fraction, checked
 from bnnflow.draws import Draws, as_theta, strays
-from bnnflow.gaussian import Gaussian
+from bnnflow.gaussian import Gaussian, positive
 from bnnflow.inference.hmc import hmc, leapfrog
 from bnnflow.inference.smc import evidence, merging, next_fraction, relative_variance, systematic
 from bnnflow.inference.trajectories import functions, trajectory_warm_up
@@ -498,7 +498,7 @@ def _metropolis(job: _Job, points: Points | None) -> Outcome:
     chains, draws = _chains(job.n, 64)
     state = points.at(_starts(points, chains, generator))
     variance = points.theta[points.theta.isfinite().all(1)].double().var(0)
-    mass = torch.maximum(variance, 1e-4 * variance.mean()).to(model.device, model.dtype)
+    mass = positive(variance).to(model.device, model.dtype)
     width, step_size, history = 0.5, 0.5 * model.dim**-0.25, []
     gradients = 0.0
     thetas, joints, ratios, infos = [], [], [], []
@@ -734,34 +734,39 @@ def refine(
         ``info["interrupted"]`` set.
 
     Raises:
-        ValueError: if the draws do not fit the model, are none, or carry weights.
+        ValueError: if the draws do not fit the model, are none, are not finite, or carry weights.
     """
     flat, log_weights = as_theta(theta)
     model.spec.check(flat)
     if log_weights is not None:
         raise ValueError("refine moves draws of equal weight; resample weighted ones first")
-    if steps < 1 or n_leapfrog < 1 or len(flat) < 1:
-        raise ValueError("refine needs at least one draw, one step and one leapfrog step")
+    if broken := int((~flat.isfinite().all(1)).sum()):
+        raise ValueError(f"{broken} of {len(flat)} draws are NaN or infinite: leave them out")
+    if len(flat) < 1:
+        raise ValueError("refine needs at least one draw")
     started, cpu = time.perf_counter(), time.process_time()
     flat = flat.to(model.device, model.dtype)
     generator = as_generator(seed, model.device)
     target = torch.no_grad()(model.log_joint_and_grad)
     if len(flat) > 8:
         variance = flat.double().var(0)
-        mass = torch.maximum(variance, 1e-4 * variance.mean()).to(flat.dtype)
+        mass = positive(variance).to(flat.dtype)
     else:
-        mass = torch.ones(model.dim, dtype=flat.dtype, device=flat.device)
+        scale = model.flat_prior.scale
+        mass = torch.ones_like(flat[0]) if scale is None else scale.square().expand_as(flat[0]).to(flat)
 
     def adapted(step_size: float, acceptance: Tensor) -> float:
         return step_size * math.exp(float(acceptance.mean()) - target_acceptance)
 
     step_size = 0.5 * model.dim**-0.25
     pilot_rows = flat[torch.randperm(len(flat), generator=generator, device=flat.device)[:64]]
-    pilot_steps, pilot_leapfrog = 12, 4
-    for _ in range(pilot_steps):
+    pilot_steps, pilot_leapfrog = 0, 4
+    tried = torch.zeros(1)  # until a step is accepted at all, however small it has to be
+    while pilot_steps < 12 or (pilot_steps < 100 and not float(tried.mean()) > 0.2):
         kernel = hmc(target, step_size, pilot_leapfrog, mass, trajectory_jitter=1.0)
         _, info = kernel.step(kernel.init(pilot_rows, generator), generator)
-        step_size = adapted(step_size, info.acceptance_rate)
+        tried, pilot_steps = info.acceptance_rate, pilot_steps + 1
+        step_size = adapted(step_size, tried)
 
     gradients = 1 + pilot_steps * (pilot_leapfrog + 1) * len(pilot_rows) / len(flat)
     kernel = hmc(target, step_size, n_leapfrog, mass)

@@ -203,14 +203,14 @@ class Flow:
                 unless said otherwise.
 
         Raises:
-            FloatingPointError: if the velocity becomes NaN.
+            FloatingPointError: if the velocity becomes NaN, or draws are not finite.
         """
         generator = as_generator(seed, self._device)
         starts = self.start(n, generator).split(chunk_size or together(self._device))
         with torch.no_grad():
             if epsilon == 0:
-                return torch.cat([self.push(x0, steps=steps, solver=solver) for x0 in starts])
-            return torch.cat([self._push_with_noise(x0, steps, solver, epsilon, generator) for x0 in starts])
+                return _finite([self.push(x0, steps=steps, solver=solver) for x0 in starts])
+            return _finite([self._push_with_noise(x0, steps, solver, epsilon, generator) for x0 in starts])
 
     def _push_with_noise(
         self,
@@ -300,7 +300,8 @@ class Flow:
         generator = as_generator(seed, self._device)
         with torch.no_grad():
             options = SampleOptions(**({"progress": True} | options))  # type: ignore[typeddict-item]
-            return self.push_with_log_prob(self.start(n, generator), seed=generator, **options)
+            theta, log_prob = self.push_with_log_prob(self.start(n, generator), seed=generator, **options)
+        return _finite([theta]), log_prob
 
     @checked
     def push_with_log_prob(self, x0: Tensor, **options: Unpack[DensityOptions]) -> tuple[Tensor, Tensor]:
@@ -516,6 +517,18 @@ def GaussNewtonFlow(
     context = Context(model, source)
     field = DriveVelocity(displacement, path, context.source.symmetries(model))
     return Flow.of(field, model, context.source, steps=steps, solver=solver, info={"untrained": True})
+
+
+def _finite(parts: list[Tensor]) -> Tensor:
+    """Join draws, or say how many of them are none."""
+    theta = torch.cat(parts)
+    broken = int((~theta.isfinite().all(-1)).sum())
+    if broken:
+        raise FloatingPointError(
+            f"{broken} of {len(theta)} draws are infinite or NaN: take more steps, fit the flow for longer, or let "
+            "`correct` leave them out"
+        )
+    return theta
 
 
 def _log_normal(x: Tensor) -> Tensor:

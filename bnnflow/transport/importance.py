@@ -13,6 +13,7 @@ from torch import Tensor
 from bnnflow import diagnostics
 from bnnflow.bridge import balance
 from bnnflow.draws import Draws, as_theta
+from bnnflow.gaussian import positive
 from bnnflow.model import BayesianModel
 from bnnflow.seeding import as_generator
 from bnnflow.types import Seed
@@ -32,7 +33,8 @@ __all__ = [
 Estimate = tuple[float, float]
 """A log evidence and its standard error."""
 
-_SAME = 1e-9  # nats of rounding
+_SAME = 1e-9  # nats of rounding: log densities have no unit
+_ROUNDING = 1e-13  # of the size of float64 numbers of any unit
 _OVERLAP = 10.0  # draws of each side that must be where both are before the two of them make an estimate
 _WIDTH = 1.5  # of a Student density, times the standard deviation of what it was fitted to
 _LOG_PI = math.log(math.pi)
@@ -225,7 +227,7 @@ def mixing(values: Tensor) -> tuple[float, float]:
     Args:
         values: ``(chain, draw, quantities)``, two chains or more; a quantity that never changes says nothing.
     """
-    values = values[..., values.amax((0, 1)) - values.amin((0, 1)) > _SAME]
+    values = values[..., values.amax((0, 1)) - values.amin((0, 1)) > _ROUNDING * values.abs().amax((0, 1))]
     if values.shape[1] < 4 or values.shape[2] == 0:
         return math.inf, float(len(values))
     r_hat, ess = diagnostics.rhat(_array(values)), diagnostics.ess(_array(values), "bulk")
@@ -259,7 +261,7 @@ class Student:
         theta = theta.double()
         n, dim = theta.shape
         covariance = torch.cov(theta.T).reshape(dim, dim)
-        variance = covariance.diagonal().clamp(min=1e-12)
+        variance = positive(covariance.diagonal())
         shrunk = (n * covariance + dim * torch.diag(variance)) / (n + dim) + torch.diag(1e-9 * variance)
         return cls(theta.mean(0), _WIDTH * torch.linalg.cholesky(shrunk))
 
