@@ -202,12 +202,14 @@ def test_objects_that_hold_themselves_end():
     assert Identity().add(one, "x").digest != Identity().add(two, "x").digest
 
 
-def test_what_cannot_be_identified_is_named(linear):
+def test_what_cannot_be_identified_is_named(linear, tmp_path):
     model = bf.BayesianModel(
         Scaled(linear), priors.Normal(), Weighted(torch.ones(2), options={"lock": threading.Lock()}), X, LABELS
     )
     assert model.unidentified == ("likelihood.options.lock (lock)",)
     assert model.fingerprint() == model.fingerprint()
+    with pytest.raises(ValueError, match=r"checkpoint needs .* likelihood.options.lock \(lock\)"):
+        bf.sample(model, bf.SGLD(), chains=1, warmup=1, draws=1, seed=0, checkpoint=tmp_path / "run")
     assert bf.BayesianModel(linear, priors.Normal(), likelihoods.Categorical(), X, LABELS).unidentified == ()
 
 

@@ -84,6 +84,8 @@ def sample(
         model = model.to(device, dtype)
     if resume and checkpoint is None:
         raise ValueError("resume=True needs the checkpoint that is to be resumed")
+    if checkpoint is not None and (unknown := model.unidentified):
+        raise ValueError(f"checkpoint needs a model that another process can recognise, but not {', '.join(unknown)}")
     seed = seed if isinstance(seed, torch.Generator) else integer("seed", seed)
     seed_of_run = seed_identity(seed)
     start = as_start(model, init)
