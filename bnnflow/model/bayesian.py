@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -456,8 +457,11 @@ class BayesianModel:
         return (self._log_prob(outputs, y, self.likelihood_parameters(theta)),)
 
     def _summed_log_likelihood(self, theta: Tensor) -> Tensor:
-        parts = self._in_blocks(self._log_likelihoods, theta, self.x, self.y)
-        return functools.reduce(torch.add, (values.sum(-1, dtype=torch.float64) for (values,) in parts))
+        def sums(*block: Any) -> tuple[Tensor]:
+            return (self._log_likelihoods(*block)[0].sum(-1, dtype=torch.float64),)
+
+        parts = self._in_blocks(sums, theta, self.x, self.y)
+        return functools.reduce(torch.add, (values for (values,) in parts))
 
     def _grad(self, theta: Tensor, x: Tensor, y: Tensor, per_network: bool) -> tuple[Tensor]:
         outputs, pullback = self.network.pullback(theta, x, per_network=per_network, reuse=True)
