@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import bnnflow as bf
 from bnnflow import likelihoods, priors
-from bnnflow.model.factored import ClosedFactor, FactoredJacobian, MatrixFactor
+from bnnflow.model.factored import BorderedFactor, ClosedFactor, FactoredJacobian, MatrixFactor
 from bnnflow.transport import GaussNewton, Source
 from bnnflow.transport.coordinates import Context
 from bnnflow.transport.displacement import Linearised
@@ -127,7 +127,8 @@ def test_a_matrix_is_taken_where_factors_do_not_pay_or_do_not_fit():
     assert factor(model_of(hidden=(1,), likelihood="gaussians", bias=False)) is ClosedFactor  # more rows than weights
     assert factor(model_of(prior=priors.Laplace(1.0))) is MatrixFactor
     learned = bf.BayesianModel(built(lambda: chain(2, 6, 1)), priors.Normal(), likelihoods.Gaussian(), x, y)
-    assert factor(learned) is MatrixFactor
+    assert factor(learned) is BorderedFactor
+    assert factor(bf.BayesianModel(learned.net, priors.Hierarchical(), likelihoods.Gaussian(), x, y)) is MatrixFactor
     module = bf.BayesianModel(
         built(lambda: nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4), nn.Linear(4, 1))), priors.Normal(),
         likelihoods.Gaussian(0.3), x, y,
@@ -167,3 +168,29 @@ def test_closed_factors_are_the_matrix(likelihood: str, prior, temperature: floa
             torch.testing.assert_close(factor.transposed(u), exact.transposed(u), rtol=1e-9, atol=1e-9)
             for some in (slice(0, 4), slice(1, 3)):
                 torch.testing.assert_close(factor.normal(some), exact.normal(some), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [None, 1.5])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("likelihood", [likelihoods.Gaussian(), likelihoods.StudentT()], ids=str)
+def test_parameters_of_the_likelihood_border_the_factors(likelihood, temperature: float, scale: float | None):
+    x, y = normal(4, 2), normal(4, 1, seed=1)
+    net = built(lambda: chain(2, 6, 1))
+    model = bf.BayesianModel(net, priors.Normal(1.3), likelihood, x, y, temperature=temperature)
+    context = Context(model, None if scale is None else Source.scaled(model, scale), torch.tensor([0, 2, 3]))
+    z, v = normal(3, model.dim), normal(3, model.dim, seed=1)
+    (grad, factor), (exact_grad, matrix) = context.gauss_newton_factored(z), context.gauss_newton(z)
+    assert isinstance(factor, BorderedFactor)
+    exact, u = MatrixFactor(matrix), normal(3, factor.rows, seed=2)
+    torch.testing.assert_close(grad, exact_grad, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(factor.matrix, matrix, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(factor.gram(), exact.gram(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(factor.times(v), exact.times(v), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(factor.transposed(u), exact.transposed(u), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(factor[1:2].gram(), exact[1:2].gram(), rtol=1e-10, atol=1e-10)
+    s2 = torch.full((3, 1), 0.4, dtype=F64)
+    change = Linearised(context, z, s2).change(None)
+    system = torch.eye(model.dim, dtype=F64) + 0.4 * matrix.mT @ matrix
+    if scale is not None:
+        system = system + 0.4 * (scale**2 - 1) * torch.eye(model.dim, dtype=F64)
+    torch.testing.assert_close(change, torch.linalg.solve(system, grad), rtol=1e-9, atol=1e-9)

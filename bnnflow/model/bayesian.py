@@ -562,27 +562,39 @@ class BayesianModel:
 
     def gauss_newton_factored(
         self, theta: Tensor, rows: Tensor | None = None
-    ) -> tuple[Tensor, FactoredJacobian] | None:
+    ) -> tuple[Tensor, FactoredJacobian, Tensor] | None:
         """Return what `gauss_newton` does with A as its factors, several times as fast where rows are fewer than dim.
 
-        None where they are not, where the network is no perceptron, and where there are parameters beside its weights.
+        None where they are not, where the network is no perceptron, where the prior has parameters, and where those of
+        the likelihood share their Fisher information with the outputs.
 
         Args:
             theta: ``(batch, dim)``.
             rows: use only these rows of the data, int64 ``(m,)``, scaled to all of them.
+
+        Returns:
+            The gradient, the rows by the weights, and ``(batch, parameters)``: what every parameter of the likelihood
+            has in a row of its own below them.
         """
         network = self.network
-        if self._extras or not isinstance(network, ChainNetwork) or not hasattr(self.likelihood, "fisher_factor"):
+        plain_prior = self.dim == self.spec.network.dim + self._n_parameters
+        known = isinstance(network, ChainNetwork) and hasattr(self.likelihood, "fisher_factor")
+        if not (plain_prior and known):
             return None
+        assert isinstance(network, ChainNetwork)
         rows, scale = self._batch(theta, rows)
         x, y = (self.x, self.y) if rows is None else (self.x[rows], self.y[rows])
         outputs, factored = network.factored(theta, x)
-        grad_outputs, _ = self._score(outputs, y, {})
-        factor, _ = self.likelihood.fisher_factor(outputs, {})  # type: ignore[attr-defined]
-        if factor.shape[1] * factor.shape[-1] >= self.dim:
+        parameters = self.likelihood_parameters(theta)
+        grad_outputs, grad_parameters = self._score(outputs, y, parameters)
+        factor, others = self.likelihood.fisher_factor(outputs, parameters)  # type: ignore[attr-defined]
+        shared = any(each.dim() == 4 for each in others.values())
+        if shared or factor.shape[1] * factor.shape[-1] >= self.dim:
             return None
-        grad = factored(scale * grad_outputs.unsqueeze(-1)).transposed(torch.ones_like(outputs[..., 0]))
-        return grad, factored(scale**0.5 * factor)
+        by_weights = factored(grad_outputs.unsqueeze(-1)).transposed(torch.ones_like(outputs[..., 0]))
+        grad = scale * self._with_extras(by_weights, grad_parameters)
+        below = torch.cat([theta[:, :0], *((scale * each).sqrt() for each in others.values())], 1)
+        return grad, factored(scale**0.5 * factor), below
 
     def gauss_newton_closed(
         self, theta: Tensor, slope: Arrowhead, pull: Pullback, rows: Tensor | None = None

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnnflow.model.arrowhead import Arrowhead
 from bnnflow.model.fused import plain
 from bnnflow.weights import Layer
 
-__all__ = ["ClosedFactor", "Factor", "FactoredJacobian", "MatrixFactor", "Outer"]
+__all__ = ["BorderedFactor", "ClosedFactor", "Factor", "FactoredJacobian", "MatrixFactor", "Outer"]
 
 
 class Factor(Protocol):
@@ -137,6 +137,50 @@ class ClosedFactor:
         missing = self.slope.diagonal.shape[1] - by_weights.shape[1] - own.shape[1]
         back = torch.cat([by_weights, by_weights.new_zeros(len(u), missing), self.below * own], 1)
         return self.pull(self.slope.left(back.unsqueeze(-1)).squeeze(-1))
+
+
+@dataclass(frozen=True)
+class BorderedFactor:
+    """A of weights, and of parameters that have a row each of their own.
+
+    Args:
+        weights: the rows by the weights.
+        below: ``(batch, parameters)``, the only entries of the rows below, in the last columns.
+    """
+
+    weights: FactoredJacobian
+    below: Tensor
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.weights.rows + self.below.shape[1]
+
+    @property
+    def matrix(self) -> Tensor:
+        """A itself, ``(batch, rows, dim)``."""
+        above = nn.functional.pad(self.weights.matrix, (0, self.below.shape[1]))
+        own = nn.functional.pad(torch.diag_embed(self.below), (above.shape[-1] - self.below.shape[1], 0))
+        return torch.cat([above, own], 1)
+
+    def __getitem__(self, some: slice) -> BorderedFactor:
+        return BorderedFactor(self.weights[some], self.below[some])
+
+    def gram(self) -> Tensor:
+        """Return A A^T, ``(batch, rows, rows)``."""
+        above = nn.functional.pad(self.weights.gram(), (0, self.below.shape[1]))
+        own = nn.functional.pad(torch.diag_embed(self.below.square()), (self.weights.rows, 0))
+        return torch.cat([above, own], 1)
+
+    def times(self, v: Tensor) -> Tensor:
+        """Return A v, ``(batch, dim) -> (batch, rows)``."""
+        of_weights, own = v.split([v.shape[1] - self.below.shape[1], self.below.shape[1]], 1)
+        return torch.cat([self.weights.times(of_weights), self.below * own], 1)
+
+    def transposed(self, u: Tensor) -> Tensor:
+        """Return A^T u, ``(batch, rows) -> (batch, dim)``."""
+        of_rows, own = u.split([self.weights.rows, self.below.shape[1]], 1)
+        return torch.cat([self.weights.transposed(of_rows), self.below * own], 1)
 
 
 class Outer(NamedTuple):

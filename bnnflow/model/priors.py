@@ -826,6 +826,12 @@ class FlatPrior:
         normal = self._normal
         return None if normal is None else normal.scale
 
+    def scale_of(self, count: int) -> Tensor | None:
+        """Return the standard deviations of the first coordinates ``(count,)``, if these are normal whatever others."""
+        first = self._blocks[0]
+        alone = self._weights is None and isinstance(first.distribution, td.Normal)
+        return first.distribution.scale[:count] if alone and first.where.stop >= count else None  # type: ignore[union-attr]
+
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""

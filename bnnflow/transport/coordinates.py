@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bnnflow.model import BayesianModel
 from bnnflow.model.arrowhead import Arrowhead
-from bnnflow.model.factored import ClosedFactor, Factor, MatrixFactor
+from bnnflow.model.factored import BorderedFactor, ClosedFactor, Factor, MatrixFactor
 from bnnflow.model.fused import plain
 from bnnflow.transport.source import Source
 
@@ -125,7 +125,13 @@ class Context:
         if self._scales is not None:
             found = self.model.gauss_newton_factored(theta, self.rows)
             if found is not None:
-                return self._finish(x, z, theta, found[0]), found[1].scaled(self._scales)
+                grad, weights, below = found
+                weights = weights.scaled(self._scales)
+                if below.shape[1] == 0:
+                    return self._finish(x, z, theta, grad), weights
+                root = self._inverse_temperature**0.5 * (1.0 if self.source.root is None else self.source.root)
+                own = root * self._prior.slope(z).diagonal[:, self.model.spec.network.dim :]
+                return self._finish(x, z, theta, grad), BorderedFactor(weights, own * below)
         grad, matrix = self.gauss_newton(x)
         return grad, MatrixFactor(matrix)
 
@@ -212,10 +218,10 @@ class Context:
 
     def _tensor_scales(self) -> dict[str, float] | None:
         """Return d theta / d x, tempered, for every tensor of weights, if it is one number in each."""
-        scale, root = self._prior.scale, self.source.root
+        scale, root = self._prior.scale_of(self.model.spec.network.dim), self.source.root
         if scale is None or (root is not None and root.dim() > 0):
             return None
-        tensors = {name: scale.expand(self.dim)[where] for name, where in self.model.spec.slices.items()}
+        tensors = {name: scale[where] for name, where in self.model.spec.network.slices.items()}
         if any(bool((values != values[0]).any()) for values in tensors.values()):
             return None
         factor = self._inverse_temperature**0.5 * (1.0 if root is None else float(root))

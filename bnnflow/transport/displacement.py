@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bnnflow.arguments import Count, Limit, Share, checked
-from bnnflow.model.factored import ClosedFactor, FactoredJacobian, MatrixFactor
+from bnnflow.model.factored import ClosedFactor, MatrixFactor
 from bnnflow.model.fused import plain
 from bnnflow.transport.coordinates import Context
 
@@ -302,7 +302,8 @@ class Linearised:
         self._variance = s2.unsqueeze(-1)
         by_rows = not isinstance(factor, ClosedFactor) and rows < dim
         self.by_weights = by_weights or not by_rows or (dense and isinstance(factor, MatrixFactor))
-        self._factor = MatrixFactor(factor.matrix) if by_weights and isinstance(factor, FactoredJacobian) else factor
+        formed = isinstance(factor, ClosedFactor | MatrixFactor)
+        self._factor = MatrixFactor(factor.matrix) if self.by_weights and not formed else factor  # type: ignore[union-attr]
         size = max(1, _BLOCK // (dim if self.by_weights else rows) ** 2) if plain(x, s2) else len(x)
         blocks = [self._root_of(slice(start, start + size)) for start in range(0, max(1, len(x)), max(1, size))]
         self._root = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
