@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests import fuzzing
 import pytest
 
 import bnnflow as bf
 from bnnflow import data, equivariant, inference, predictive, symmetry, transport
+from tests import fuzzing
 
 RESULTS = {"Barrier", "Diagnosis", "Plane", "Prediction", "Radii", "Report", "WeightConvergence"}
 RESULTS |= {"Correction", "Dataset", "INRs", "FlowMap", "ManifoldFlow", "CompletedFlow", "InCoordinates", "Reliability"}
