@@ -50,6 +50,7 @@ _BEHIND = 32  # more of them for draws that have not arrived,
 _STEEP = 0.5  # whose reach aims at this acceptance rate
 _LATENT = 0.3  # acceptance rate that latent moves aim at
 _HAMILTONIAN = 0.8  # the same of Hamiltonian moves
+_EQUAL = 0.99  # share of effective particles above which weights are as good as equal
 _FRESH = 0.5  # share of independent proposals among the latent moves of chains
 _WARM_UP = 60  # sweeps or transitions of chains that are thrown away
 
@@ -385,7 +386,7 @@ def _smc(job: _Job, points: Points | None) -> Outcome:
                 merged = merged + merging(weights, root)
                 root, points = root.gather(1, parents), points.at(parents[0])
                 value, fraction, temperatures = value + total, then, temperatures + 1
-                points, width, made, kept = _spread(job, points, width, float(fraction))
+                points, width, made, kept = _spread(job, points, width, float(fraction), effective(weights[0]) / n)
                 moves += made
                 bar.update()
                 bar.set_postfix(at=f"{float(fraction):.2e}", width=f"{width:.2f}")
@@ -409,11 +410,13 @@ def _smc(job: _Job, points: Points | None) -> Outcome:
     )
 
 
-def _spread(job: _Job, points: Points, width: float, power: float) -> tuple[Points, float, int, float]:
-    """Move particles until they forget their weights, in 8 to 30 steps; return how much they still remember.
+def _spread(job: _Job, points: Points, width: float, power: float, left: float) -> tuple[Points, float, int, float]:
+    """Move particles until they forget their weights, in up to 30 steps; return how much they still remember.
 
-    With fewer steps the particles trail behind the temperature, the evidence is too small and its error too.
+    Where weights left half of the particles effective it takes 8 steps or more: with fewer they trail behind the
+    temperature, the evidence is too small and its error too. Where weights were nearly equal there is little to forget.
     """
+    least = max(1, math.ceil(16 * (1 - max(left, 0.5))))
     start, kept, made = points.log_weight, 1.0, 0
     n, dim = points.x0.shape
     # Their own Gaussian, shrunk to the latent law as if dim more particles had it, and a little wider than they are.
@@ -425,7 +428,7 @@ def _spread(job: _Job, points: Points, width: float, power: float) -> tuple[Poin
         points, move = kernel.step(points, job.generator)
         width = min(1.0, width * math.exp(float(move.acceptance_rate.mean()) - _LATENT))
         kept = _correlation(start, points.log_weight)
-        if made >= 8 and kept < 0.3:
+        if made >= least and (kept < 0.3 or left > _EQUAL):
             break
     return points, width, made, kept
 
@@ -546,7 +549,7 @@ def _neutra(job: _Job, points: Points | None) -> Outcome:
     assert points is not None
     generator, latent = job.generator, job.latent
     target = latent.log_density_and_grad
-    chains, draws = _chains(job.n, 16)
+    chains, draws = _chains(job.n, 64)
     process = trajectory_warm_up(
         target,
         leapfrog(target),
