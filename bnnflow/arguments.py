@@ -140,10 +140,7 @@ def positive(name: str, value: Any) -> float:
         TypeError: unless it is a real number.
         ValueError: if it is NaN, infinite, zero or negative.
     """
-    try:
-        return number(name, value, above=0)
-    except ValueError:
-        raise ValueError(f"{name} must be positive and finite, got {float(value)!r}") from None
+    return number(name, value, above=0)
 
 
 def choice(name: str, value: Any, choices: Collection[str]) -> str:
@@ -258,8 +255,8 @@ def estimate(name: str, value: Any) -> float:
     """
     try:
         return number(name, value)
-    except ValueError:
-        return float(value)
+    except ValueError:  # of the right kind
+        return math.inf if value > 0 else -math.inf if value < 0 else math.nan
 
 
 def limit(name: str, value: Any) -> float:

@@ -7,6 +7,7 @@ of the right kind gave another result ("valid"), or the error names the argument
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import datetime
 import inspect
@@ -518,7 +519,8 @@ def run(call: Call, arguments: dict[str, Any]) -> Any:
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         torch.default_generator.manual_seed(0)
-        return numbers(call.function(**arguments))
+        own = {name: copy.deepcopy(v) if isinstance(v, nn.Module) else v for name, v in arguments.items()}
+        return numbers(call.function(**own))
 
 
 def _named(name: str, text: str) -> bool:
@@ -544,6 +546,8 @@ def _plausible(call: Call, name: str, value: Any) -> bool:
         return value == value and signed and (abs(value) != math.inf or infinite)
     if isinstance(value, str):
         return value != "" and "str" in wanted
+    if isinstance(value, dict):
+        return "dict" in wanted or "Mapping" in wanted
     if isinstance(value, Tensor | np.ndarray | list):
         kinds = ("Tensor", "Sequence", "Steps", "Loss", "Path")
         return any(kind in wanted for kind in kinds) and _finite(value)

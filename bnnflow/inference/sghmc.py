@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from bnnflow.arguments import choice, flag, settle
+from bnnflow.arguments import checked, choice, flag, settle
 from bnnflow.draws import Draws
 from bnnflow.inference.burn_in import Recipe, check, run_stochastic
 from bnnflow.inference.gradients import Scales, StochasticTarget, guarded, same
@@ -132,6 +132,7 @@ def momentum_info(theta: Tensor, diverging: Tensor, cost: int, h: float, kinetic
     return MomentumInfo(same(chains, cost, device), diverging, same(chains, h, device), kinetic)
 
 
+@checked
 @dataclass(frozen=True)
 class SGHMC:
     """Sample with stochastic-gradient Hamiltonian Monte Carlo (Chen et al. 2014); see `sghmc` for the update.

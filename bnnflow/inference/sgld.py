@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from bnnflow.arguments import choice, settle
+from bnnflow.arguments import checked, choice, settle
 from bnnflow.draws import Draws
 from bnnflow.inference.burn_in import Recipe, check, run_stochastic
 from bnnflow.inference.gradients import Scales, StochasticTarget, guarded, same
@@ -169,6 +169,7 @@ def _info(theta: Tensor, diverging: Tensor, cost: int, step_size: float) -> SGLD
     return SGLDInfo(same(chains, cost, device), diverging, same(chains, step_size, device))
 
 
+@checked
 @dataclass(frozen=True)
 class SGLD:
     """Sample with stochastic-gradient Langevin dynamics (Welling and Teh 2011); see `sgld` for the update.

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from bnnflow.arguments import choice, flag, settle
+from bnnflow.arguments import checked, choice, flag, settle
 from bnnflow.draws import Draws
 from bnnflow.inference.burn_in import Recipe, check, run_stochastic
 from bnnflow.inference.gradients import Scales, StochasticTarget, guarded
@@ -119,6 +119,7 @@ def _restarted(state: SGNHTState, friction: float) -> SGNHTState:
     return state._replace(momentum=-state.momentum, thermostat=torch.full_like(state.thermostat, friction))
 
 
+@checked
 @dataclass(frozen=True)
 class SGNHT:
     """Sample with the stochastic-gradient Nose-Hoover thermostat (Ding et al. 2014); see `sgnht` for the update.

@@ -19,7 +19,7 @@ from scipy import special
 from torch import Tensor
 from torch.distributions import Chi2, Distribution, Gamma, HalfNormal, LogNormal
 
-from bnnflow.arguments import number, positive
+from bnnflow.arguments import checked, number, positive
 from bnnflow.seeding import isolated
 
 __all__ = [
@@ -567,6 +567,7 @@ class Bernoulli:
         return torch.cat([1 - p, p], -1)
 
 
+@checked
 @dataclass(frozen=True)
 class Ordinal:
     """Ordered classes: P(y <= k) = sigmoid(c_k - output), the cumulative logit model (McCullagh 1980).

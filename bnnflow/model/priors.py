@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from bnnflow import storage
-from bnnflow.arguments import number, positive
+from bnnflow.arguments import checked, number, positive
 from bnnflow.draws import Draws
 from bnnflow.forward_mode import jvp
 from bnnflow.model.arrowhead import Arrowhead, Bend
@@ -56,6 +56,7 @@ def _exact(value: float) -> Tensor:
     return torch.tensor(float(value), dtype=torch.float64)
 
 
+@checked
 @dataclass(frozen=True)
 class Independent:
     """One distribution for every weight, independently.
@@ -111,6 +112,7 @@ class FanIn:
         return {name: td.Normal(_exact(0.0), _exact(scale)) for name, scale in scales.items()}
 
 
+@checked
 @dataclass(frozen=True)
 class PerTensor:
     """A distribution for each tensor by name, and one for the rest.
@@ -134,6 +136,7 @@ class PerTensor:
         return {name: self.by_name.get(name, self.default) for name in spec.names}  # type: ignore[misc]
 
 
+@checked
 @dataclass(frozen=True)
 class Hierarchical:
     """Normal weights whose standard deviation is inferred, one for every tensor.
@@ -238,6 +241,7 @@ def _centred(scale: Tensor) -> td.Normal:
     return td.Normal(torch.zeros((), dtype=scale.dtype, device=scale.device), scale, validate_args=False)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Empirical:
     """Normal weights with the means and standard deviations of networks that were trained before.
