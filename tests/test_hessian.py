@@ -299,9 +299,7 @@ def test_jacobians_of_gauss_newton_steps_of_every_likelihood(kind, widths):
 
 
 @pytest.mark.parametrize("s2", [1.0, 1e-6, 0.0])
-@pytest.mark.parametrize(
-    "steps", [GaussNewton(1), GaussNewton(2, 0.1), GaussNewton(4), GaussNewton(4, 0.3)]
-)
+@pytest.mark.parametrize("steps", [GaussNewton(1), GaussNewton(2, 0.1), GaussNewton(4), GaussNewton(4, 0.3)])
 def test_jacobians_of_every_number_of_gauss_newton_steps(steps, s2):
     check_drive(steps, Context(model("categorical")), s2)
 

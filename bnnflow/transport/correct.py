@@ -549,7 +549,7 @@ def _neutra(job: _Job, points: Points | None) -> Outcome:
     assert points is not None
     generator, latent = job.generator, job.latent
     target = latent.log_density_and_grad
-    chains, draws = _chains(job.n, 64)
+    chains, draws = _chains(job.n, 16)
     process = trajectory_warm_up(
         target,
         leapfrog(target),
