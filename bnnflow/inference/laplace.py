@@ -59,12 +59,12 @@ class Laplace:
     relative to its spread over the data. A warning is given where the last is above a quarter.
 
     Prior and noise are those of the model. Where the data say little about most weights the Gaussian is then as wide
-    as the prior, and the linearised predictive of a classifier underconfident. ``prior_precision="evidence"`` is the
-    remedy of the literature (MacKay 1992; Immer et al. 2021): the precision of a normal prior is multiplied by a factor
-    for each tensor, such that the Laplace evidence is highest. Mode, Gaussian and draws are then those of the tuned
-    prior, whose precisions are at ``draws.info["prior_precision"]`` and whose evidence is at
-    ``draws.info["log_evidence_tuned"]``; ``draws.log_joint`` and ``draws.log_evidence`` stay those of the model.
-    Learned noise is a coordinate of theta, and needs no tuning.
+    as the prior, and the linearised predictive of a classifier underconfident. ``prior_precision="evidence"``
+    (MacKay 1992; Immer et al. 2021) multiplies the precision of a normal prior by a factor for each tensor, such that
+    the Laplace evidence rises to a maximum. A higher evidence is no promise of better predictions: score both. Mode,
+    Gaussian and draws are then those of the tuned prior, whose precisions are at ``draws.info["prior_precision"]`` and
+    whose evidence is at ``draws.info["log_evidence_tuned"]``; ``draws.log_joint`` and ``draws.log_evidence`` stay
+    those of the model. Learned noise is a coordinate of theta, and needs no tuning.
 
     ``draws.posterior`` is the density, and its ``loc`` the mode. Draws predict through the network itself, which is
     poor where the Gaussian is wide; the linearised predictive (Immer, Korzepa and Bauer 2021) is
