@@ -505,6 +505,8 @@ def _dtype(name: str, value: Any) -> torch.dtype:
 
 def _array(name: str, value: Any) -> np.ndarray:
     """Return a copy of real numbers as a contiguous array in this machine's own byte order."""
+    if isinstance(value, bool | np.bool_):  # of one, the truth of something: no number that was meant
+        raise TypeError(f"{name} must be a tensor of real numbers, got {_shown(value)}")
     if np.ma.is_masked(value):
         raise TypeError(f"{name} has masked entries; fill them or leave their rows out")
     if hasattr(value, "columns") and hasattr(value, "dtypes"):  # a frame, whose columns may be of several types

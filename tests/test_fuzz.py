@@ -52,6 +52,7 @@ def outcomes(chosen: Iterator[Case]) -> dict[str, list[str]]:
 def check(found: dict[str, list[str]]) -> None:
     total = sum(map(len, found.values()))
     assert not found["silent"]
+    assert not found["refused"]
     for kind in ("obscure", "other"):
         assert len(found[kind]) < 0.01 * total, "\n".join([f"{kind} of {total}:", *found[kind]])
 

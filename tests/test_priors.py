@@ -668,7 +668,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: priors.Empirical(built(lambda: nn.Sequential(*[nn.Linear(3, 3)] * 5))),
         r"the trained 0.weight is \(3, 3\), the network's \(4, 2\)",
     ),
-    "NaN": (lambda: priors.Empirical(torch.full((31,), math.nan)), "0.weight are not all finite"),
+    "NaN": (lambda: priors.Empirical(torch.full((31,), math.nan)), "weights has NaN or infinite"),
     "one network per weight": (lambda: priors.Empirical(torch.zeros(31), per="weight"), "no spread of each weight"),
     "per": (lambda: priors.Empirical(torch.zeros(31), per="layer"), "per must be"),  # type: ignore[arg-type]
     "min scale": (lambda: priors.Empirical(torch.zeros(31), min_scale=0.0), "min_scale must be positive"),

@@ -326,8 +326,8 @@ def _check(
         raise ValueError(f"x must be (n, {inputs}) for this network, got {tuple(x.shape)}")
     if y.dim() != 3 or y.shape[1:] != (len(x), outputs) or len(y) == 0:
         raise ValueError(f"y must be (signals, {len(x)}, {outputs}) for this network, got {tuple(y.shape)}")
-    if not (x.isfinite().all() and y.isfinite().all()):
-        raise ValueError("x and y must be finite")
+    finite("x", x)
+    finite("y", y.to(x.dtype))
     if batch_size is not None and not 0 < batch_size <= len(x):
         raise ValueError(f"batch_size must be between 1 and the {len(x)} coordinates, got {batch_size}")
 

@@ -89,7 +89,8 @@ class SMC:
         settle(self, number, "trajectory_length", above=0)
         settle(self, integer, "moves", "max_leapfrog", "chunk_size", least=1)
         settle(self, integer, "particles", least=10)
-        if self.start is not None and not (hasattr(self.start, "sample") and hasattr(self.start, "log_prob")):
+        able = hasattr(self.start, "sample") and hasattr(self.start, "log_prob")
+        if self.start is not None and (isinstance(self.start, type) or not able):
             raise TypeError(f"start must be a density with sample and log_prob, got {self.start!r}")
 
     def sample(self, model: BayesianModel, run: Run) -> Draws:

@@ -346,14 +346,16 @@ class BayesianModel:
         Raises:
             ValueError: if theta or rows has the wrong shape or dtype.
         """
+        theta = self._weights(theta)
         if fused := self._compiled(theta, rows):
-            rows, scale = self._batch(theta, rows)
+            theta, rows, scale = self._batch(theta, rows)
             return fused(theta, rows, scale, 0.0)
         value, grad = self._in_sum(self._value_and_grad, theta, rows)
         return value.reshape(theta.shape[:-1]), grad.reshape(theta.shape)
 
     def log_likelihood_grad(self, theta: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return the gradient of the log likelihood alone, ``(..., dim) -> (..., dim)``; differentiable again."""
+        theta = self._weights(theta)
         if self._compiled(theta, rows):
             return self.log_likelihood_and_grad(theta, rows)[1]
         return self._in_sum(self._grad, theta, rows)[0].reshape(theta.shape)
@@ -363,8 +365,9 @@ class BayesianModel:
 
         ``rows`` choose mini-batches as in `log_likelihood_and_grad`; the prior is always counted once.
         """
+        theta = self._weights(theta)
         if fused := self._compiled(theta, rows):
-            rows, scale = self._batch(theta, rows)
+            theta, rows, scale = self._batch(theta, rows)
             return fused(theta, rows, scale / self.temperature, 1 / self.temperature)
         value, grad = self.log_likelihood_and_grad(theta, rows)
         prior, prior_grad = self.flat_prior.log_prob_and_grad(theta)
@@ -387,7 +390,7 @@ class BayesianModel:
         Raises:
             ValueError: if there are fewer rows of data than ``batch_size``, or theta has the wrong shape.
         """
-        self.spec.check(theta)
+        theta = self._weights(theta)
         self._check_batch_size(batch_size)
         if fused := self._compiled(theta, None):
             scale = len(self.x) / (batch_size * self.temperature)
@@ -447,7 +450,7 @@ class BayesianModel:
 
     def _in_sum(self, function: _Evaluation, theta: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
         """Return the results of a function of flattened ``theta``, summed over the rows and scaled to all of them."""
-        rows, scale = self._batch(theta, rows)
+        theta, rows, scale = self._batch(theta, rows)
         parts = self._in_blocks(function, theta.reshape(-1, self.dim), self.x, self.y, rows)
         total = tuple(functools.reduce(torch.add, each) for each in zip(*parts, strict=True))
         return total if scale == 1 else tuple(scale * each for each in total)
@@ -473,16 +476,16 @@ class BayesianModel:
         value = self._log_prob(outputs, y, parameters).sum(-1, dtype=torch.float64)
         return value, self._pull(pullback, *self._score(outputs, y, parameters))
 
-    def _batch(self, theta: Tensor, rows: Tensor | None) -> tuple[Tensor | None, float]:
-        """Return checked rows, ``(batch,)`` or ``(networks, batch)``, and n / batch."""
-        self.spec.check(theta)
+    def _batch(self, theta: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None, float]:
+        """Return checked weights, checked rows, ``(batch,)`` or ``(networks, batch)``, and n / batch."""
+        theta = self._weights(theta)
         if rows is None:
-            return None, 1.0
+            return theta, None, 1.0
         if rows.dtype != torch.int64 or rows.dim() == 0 or rows.shape[-1] == 0:
             raise ValueError(f"rows must be int64 (batch,) or (..., batch), got {rows.dtype} {tuple(rows.shape)}")
         if rows.dim() > 1 and rows.shape[:-1] != theta.shape[:-1]:
             raise ValueError(f"rows {tuple(rows.shape)} do not fit theta {tuple(theta.shape)}")
-        return rows.flatten(0, -2) if rows.dim() > 1 else rows, len(self.x) / rows.shape[-1]
+        return theta, rows.flatten(0, -2) if rows.dim() > 1 else rows, len(self.x) / rows.shape[-1]
 
     def _compiled(self, theta: Tensor, rows: Tensor | None) -> FusedDensity | None:
         """Return the compiled density if it can be evaluated here: nothing may track derivatives."""
@@ -536,7 +539,7 @@ class BayesianModel:
         """
         if not hasattr(self.likelihood, "fisher_factor"):
             raise ValueError(f"{type(self.likelihood).__name__} has no fisher_factor")
-        rows, scale = self._batch(theta, rows)
+        theta, rows, scale = self._batch(theta, rows)
         x, y = (self.x, self.y) if rows is None else (self.x[rows], self.y[rows])
         outputs, jacobian = self.network.jacobian(theta, x, names=names)  # (batch, n, out, network dim)
         parameters = self.likelihood_parameters(theta)
@@ -582,7 +585,7 @@ class BayesianModel:
         if not (plain_prior and known):
             return None
         assert isinstance(network, ChainNetwork)
-        rows, scale = self._batch(theta, rows)
+        theta, rows, scale = self._batch(theta, rows)
         x, y = (self.x, self.y) if rows is None else (self.x[rows], self.y[rows])
         outputs, factored = network.factored(theta, x)
         parameters = self.likelihood_parameters(theta)
@@ -613,7 +616,7 @@ class BayesianModel:
         network = self.network
         if not self.has_gauss_newton_slope or not isinstance(network, ChainNetwork):
             return None
-        rows, scale = self._batch(theta, rows)
+        theta, rows, scale = self._batch(theta, rows)
         x = (self.x if rows is None else self.x[rows]).flatten(1)
         outputs, push, back = network.products(theta, x)
         factor, others = self.likelihood.fisher_factor(  # type: ignore[attr-defined]
@@ -642,7 +645,7 @@ class BayesianModel:
         """
         if not hasattr(self.likelihood, "whitened_score"):
             return None
-        rows, scale = self._batch(theta, rows)
+        theta, rows, scale = self._batch(theta, rows)
         x, y = (self.x, self.y) if rows is None else (self.x[rows], self.y[rows])
         outputs, parameters = self.network(theta, x), self.likelihood_parameters(theta)
         by_parameters = self._score(outputs, y, parameters)[1]
@@ -664,7 +667,7 @@ class BayesianModel:
         """
         if not self.has_gauss_newton_slope:
             return None
-        rows, scale = self._batch(theta, rows)
+        theta, rows, scale = self._batch(theta, rows)
         x, y = (self.x, self.y) if rows is None else (self.x[rows], self.y[rows])
         size = max(1, 8 * self.dim // self._n_outputs)  # no more than eight times the result at once
         parts = zip(x.flatten(1).split(size), y.split(size), strict=True)
@@ -736,7 +739,7 @@ class BayesianModel:
         """
         if not hasattr(self.likelihood, "fisher_factor"):
             raise ValueError(f"{type(self.likelihood).__name__} has no fisher_factor")
-        rows, scale = self._batch(theta, rows)
+        theta, rows, scale = self._batch(theta, rows)
         x, y = (self.x, self.y) if rows is None else (self.x[rows], self.y[rows])
         some, several = self._block_size(theta, x, len(x))
         if some >= len(x) and several >= len(theta):
@@ -781,7 +784,7 @@ class BayesianModel:
         """
         if self._hessian is None:
             return None
-        rows, scale = self._batch(theta, rows)
+        theta, rows, scale = self._batch(theta, rows)
         x, y = (self.x, self.y) if rows is None else (self.x[rows], self.y[rows])
         x = x.flatten(1 if rows is None or rows.dim() == 1 else 2)
         grad, hessian = self._hessian(theta, x, y, lambda outputs, y: self._curvature(theta, outputs, y))

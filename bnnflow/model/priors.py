@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from bnnflow import storage
-from bnnflow.arguments import checked, number, positive
+from bnnflow.arguments import Positive, Whole, checked, finite, number, positive
 from bnnflow.draws import Draws
 from bnnflow.forward_mode import jvp
 from bnnflow.model.arrowhead import Arrowhead, Bend
@@ -263,13 +263,14 @@ class Empirical:
     weights: Tensor | Mapping[str, Tensor] | torch.nn.Module
     per: Literal["tensor", "weight"] = "tensor"
     zero_mean: bool = False
-    min_scale: float = 1e-2
-    extras: int = 0
+    min_scale: Positive = 1e-2
+    extras: Whole = 0
 
     def __post_init__(self) -> None:
-        if self.per not in ("tensor", "weight"):
-            raise ValueError(f"per must be 'tensor' or 'weight', got {self.per!r}")
-        positive("min_scale", self.min_scale)
+        if isinstance(self.weights, Tensor):
+            if self.weights.dim() == 0 or self.weights.numel() == 0:
+                raise ValueError(f"weights must be (..., dim), got shape {tuple(self.weights.shape)}")
+            finite("weights", self.weights)
 
     @classmethod
     def from_file(cls, path: str | Path, **options: Any) -> Empirical:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnnflow.arguments import Count, Fraction, checked
+from bnnflow.arguments import Count, Fraction, checked, finite
 from bnnflow.draws import Draws, as_theta
 from bnnflow.model import BayesianModel
 from bnnflow.seeding import as_generator
@@ -398,7 +398,10 @@ class Prediction:
         y = self.model.targets(y)
         if len(y) != len(self):
             raise ValueError(f"y has {len(y)} rows, the prediction {len(self)}")
-        return y.double() if y.is_floating_point() else y
+        if not y.is_floating_point():
+            return y
+        finite("y", y.to(self.model.dtype))  # no target beyond the range of the outputs
+        return y.double()
 
     def _method(self, name: str) -> Callable[..., Tensor]:
         method = getattr(self.model.likelihood, name, None)

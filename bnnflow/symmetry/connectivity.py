@@ -87,7 +87,7 @@ class Curve:
     @checked
     def at(self, t: Tensor) -> Tensor:
         """Return the networks at times ``(points,)``, or ``(..., points)`` for times of each pair's own."""
-        return self.weights(shaped("t", t, None, lead=True)) @ self.control  # (..., points, dim)
+        return self.weights(shaped("t", t.to(self.control), None, lead=True)) @ self.control  # (..., points, dim)
 
 
 @checked
@@ -118,7 +118,7 @@ class Geodesic:
     @checked
     def at(self, t: Tensor) -> Tensor:
         """Return the networks at times ``(points,)``, ``(..., points, dim)``."""
-        t = shaped("t", t, None).to(self.start).unsqueeze(-1)
+        t = shaped("t", t.to(self.start), None).unsqueeze(-1)
         return self._spheres.exp(self.start.unsqueeze(-2), t * self._velocity.unsqueeze(-2))
 
 
@@ -164,23 +164,28 @@ def barrier_along(path: Path, loss: Loss, *, points: Count = 25) -> Barrier:
 
 
 def _ends(theta_a: Tensor, theta_b: Tensor) -> Tensor:
-    """Return both ends, ``(..., 2, dim)``."""
-    for name, theta in (("theta_a", theta_a), ("theta_b", theta_b)):
-        _check_finite(name, theta)
-    shapes = f"networks of shapes {tuple(theta_a.shape)} and {tuple(theta_b.shape)} do not pair"
+    """Return both ends, ``(..., 2, dim)``, in the narrower of their types."""
+    theta_a, theta_b = _alike(theta_a=theta_a, theta_b=theta_b)
+    shapes = f"theta_a and theta_b of shapes {tuple(theta_a.shape)} and {tuple(theta_b.shape)} do not pair"
     if theta_a.shape[-1:] != theta_b.shape[-1:]:
         raise ValueError(shapes)
     try:
-        return torch.stack(torch.broadcast_tensors(theta_a, theta_b.to(theta_a)), -2)
+        return torch.stack(torch.broadcast_tensors(theta_a, theta_b), -2)
     except RuntimeError as error:
         raise ValueError(shapes) from error
 
 
-def _check_finite(name: str, theta: Tensor) -> None:
-    if not theta.is_floating_point():
-        raise TypeError(f"{name} must hold floating-point numbers, got {theta.dtype}")
-    if not bool(theta.isfinite().all()):
-        raise ValueError(f"{name} holds weights that are NaN or infinite")
+def _alike(**networks: Tensor) -> list[Tensor]:
+    """Return networks in the narrowest of their types, finite in it: lists and arrays come as float64."""
+    for name, theta in networks.items():
+        if not theta.is_floating_point():
+            raise TypeError(f"{name} must hold floating-point numbers, got {theta.dtype}")
+    like = min(networks.values(), key=lambda theta: theta.element_size())
+    alike = {name: theta.to(like) for name, theta in networks.items()}
+    for name, theta in alike.items():
+        if not bool(theta.isfinite().all()):
+            raise ValueError(f"{name} holds weights that are NaN or infinite")
+    return list(alike.values())
 
 
 def _losses(loss: Loss, theta: Tensor) -> Tensor:
@@ -286,8 +291,8 @@ def loss_plane(
     Raises:
         ValueError: if the networks are no three of one space, finite and not on one line.
     """
+    theta_a, theta_b, theta_c = _alike(theta_a=theta_a, theta_b=theta_b, theta_c=theta_c)
     for name, theta in (("theta_a", theta_a), ("theta_b", theta_b), ("theta_c", theta_c)):
-        _check_finite(name, theta)
         if theta.dim() != 1 or theta.shape != theta_a.shape:
             raise ValueError(f"{name} must be (dim,) as theta_a, got {tuple(theta.shape)}")
     along, aside = theta_b - theta_a, theta_c - theta_a

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from bnnflow.arguments import Count, checked
+from bnnflow.arguments import Count, checked, finite
 from bnnflow.model.network import ChainNetwork
 from bnnflow.weights import Symmetries, WeightSpec
 
@@ -101,6 +101,7 @@ def match_activations(
     """
     group = spec.known_symmetries() if group is None else group
     flat, target = paired(theta, spec, reference)
+    x = _rows(x, flat)
     labels = [label for label in spec.activations if label in group.permutation | group.sign]
     shared = _correlates(target, spec, x, net) if len(target) == 1 else None
     perms: dict[str, list[Tensor]] = {label: [] for label in labels}
@@ -127,7 +128,7 @@ def paired(theta: Tensor, spec: WeightSpec, reference: Tensor) -> tuple[Tensor, 
         spec.check(weights, name)
         if not weights.is_floating_point():
             raise TypeError(f"{name} must hold floating-point numbers, got {weights.dtype}")
-        if not bool(weights.isfinite().all()):
+        if not bool(weights.to(theta.dtype).isfinite().all()):
             raise ValueError(f"{name} holds weights that are NaN or infinite, which cannot be matched")
     if reference.dim() > 1 and reference.shape != theta.shape:
         raise ValueError(f"reference must be ({spec.dim},) or {tuple(theta.shape)}, got {tuple(reference.shape)}")
@@ -359,10 +360,18 @@ def assign(gain: Tensor) -> Tensor:
     return perms
 
 
+def _rows(x: Tensor, like: Tensor) -> Tensor:
+    """Return data in the type of the weights, checked; integers may be indices, and stay."""
+    if x.dim() < 2 or len(x) == 0:
+        raise ValueError(f"x must be (n, ...) with at least two axes and one row, got {tuple(x.shape)}")
+    x = x.detach()
+    return finite("x", x.to(like) if x.is_floating_point() else x.to(like.device))
+
+
 def _correlates(flat: Tensor, spec: WeightSpec, x: Tensor, net: nn.Module | None) -> dict[str, list[Tensor]]:
     """Return the activations of every label, ``(batch, width, n)`` each, centred and of unit norm."""
     if net is not None:
-        own = copy.deepcopy(net)  # weights and hooks are put into it
+        own = copy.deepcopy(net).to(flat)  # weights and hooks are put into it
         found = torch.func.vmap(lambda theta: _recorded(theta, spec, x, own))(flat)
     elif spec.layers:
         found = {label: [values] for label, values in ChainNetwork(spec).hidden(flat, x).items()}

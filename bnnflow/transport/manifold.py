@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnnflow import storage
-from bnnflow.arguments import Count, checked
+from bnnflow.arguments import Count, checked, finite
 from bnnflow.draws import Draws, as_theta
 from bnnflow.model import BayesianModel
 from bnnflow.seeding import as_generator, isolated
@@ -150,7 +150,8 @@ class ManifoldFlow:
     @checked
     def complete(self, theta: Tensor) -> CompletedFlow:
         """Return the flow with a law of the radii fitted to weights ``(n, dim)``, as a density over weights."""
-        return CompletedFlow(self, Radii.fit(theta.to(self.like), self.spheres))
+        theta = finite("theta", self.spec.check(theta.to(self.like)))
+        return CompletedFlow(self, Radii.fit(theta, self.spheres))
 
     # ---------------------------------------------------------------- transport
 
@@ -421,7 +422,7 @@ class CompletedFlow:
             options: ``trace``, ``probes``, ``noise``, ``seed``, ``steps``, ``solver``, ``chunk_size``; see
                 `DensityOptions`.
         """
-        self.spec.check(theta)
+        theta = finite("theta", self.spec.check(theta).to(self.flow.like))
         with torch.no_grad():
             return self.pull_with_log_prob(theta.reshape(-1, self.dim), **options)[1].reshape(theta.shape[:-1])
 
