@@ -366,7 +366,7 @@ def _ranged(kind: type, bounds: dict[str, float | None]) -> Gate:
 
 def _either(options: tuple[Any, ...]) -> Gate:
     """Return the gate of a union: the first option that takes the value."""
-    words = {str} if pathlib.Path in options else set()  # a path in a string, which the gate of paths takes
+    words = {str} & {str for each in options if each in (pathlib.Path, torch.device)}  # their gates take strings
     gates = list(dict.fromkeys(_gate(each) for each in options if each not in {types.NoneType, *words}))
     optional = types.NoneType in options
 
@@ -493,7 +493,7 @@ def _path(name: str, value: Any) -> Any:
 def _device(name: str, value: Any) -> torch.device:
     try:
         return torch.device(value)
-    except (TypeError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a device such as 'cpu' or 'cuda:0', got {_shown(value)}") from None
 
 

@@ -14,7 +14,6 @@ import os
 import re
 import socket
 import threading
-import warnings
 import weakref
 import zipfile
 import zlib
@@ -29,6 +28,8 @@ try:
     import fcntl
 except ImportError:  # no POSIX: `Lock` says that there is none
     fcntl = None
+
+from bnnflow.warn import warn
 
 __all__ = ["Lock", "described", "file_path", "found", "leftovers", "read", "whole", "write"]
 
@@ -234,10 +235,7 @@ class Lock:
             file.close()
             raise ValueError(f"another run ({holder}) is working on {path}: wait for its end") from None
         except OSError as error:
-            warnings.warn(
-                f"the file system of {path} has no locks ({error}): make sure that no other run works on it",
-                stacklevel=5,
-            )
+            warn(f"the file system of {path} has no locks ({error}): make sure that no other run works on it")
             return file
         try:
             same = os.path.samestat(os.fstat(file.fileno()), self._path.stat())

@@ -218,7 +218,7 @@ def test_draws_that_do_not_fit_are_refused(kind):
         fit(kind, model, draws)
     with pytest.raises(ValueError, match="ten finite draws"):
         fit(kind, model, model.sample_prior(5, 0))
-    with pytest.raises(ValueError, match="ten finite held-out draws"):
+    with pytest.raises(ValueError, match="held_out must be ten finite"):
         fit(kind, model, model.sample_prior(50, 0), held_out=model.sample_prior(5, 0))
     student = bf.BayesianModel(model.net, _ScaledStudent(), likelihoods.Gaussian(0.3), model.x, model.y)
     with pytest.raises(ValueError, match="StudentT prior needs its cdf"):

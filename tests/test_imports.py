@@ -14,6 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A room may import those before it, never those after it.
 ROOMS = [
     "types",
+    "warn",
     "arguments",
     "forward_mode",
     "activations",

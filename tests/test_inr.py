@@ -385,8 +385,9 @@ def test_a_fit_has_its_folder_to_itself_and_mends_what_is_damaged(
     first, second, _ = sorted((tmp_path / "run").iterdir())
     first.write_bytes(first.read_bytes()[:-30])
     (tmp_path / "run" / f"{second.name}.1.tmp").write_bytes(b"half")
-    with pytest.warns(UserWarning, match="damaged: .*inrs-000000.npz .*fitted anew"):
+    with pytest.warns(UserWarning, match="damaged: .*inrs-000000.npz .*fitted anew") as told:
         found = fit_inrs(x, y, **settings, resume=True)
+    assert told.pop(UserWarning).filename == __file__  # the line that called, not one of the package
     assert torch.equal(found.theta, expected.theta)
     assert len(list((tmp_path / "run").iterdir())) == 3
     second.write_bytes(b"")

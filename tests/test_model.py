@@ -1110,9 +1110,9 @@ def test_embeddings_take_integers(dtype: torch.dtype) -> None:
     single = model.to(dtype=torch.float32)
     assert (single.x.dtype, single.dtype, single.y.dtype) == (dtype, torch.float32, torch.float32)
     assert single.log_joint(theta.float()).isfinite().all()
-    with pytest.raises(ValueError, match="the network cannot take x"):
+    with pytest.raises(ValueError, match="net cannot take x"):
         BayesianModel(net, priors.Normal(), likelihoods.Gaussian(), x + 1, y)
-    with pytest.raises(ValueError, match="the network cannot take x"):
+    with pytest.raises(ValueError, match="net cannot take x"):
         model.outputs(theta, x + 5)
     with pytest.raises(ValueError, match="x must hold integers as in training"):
         model.outputs(theta, x.double())
@@ -1148,7 +1148,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "NaN and inf in x": ({"x": BAD_X}, "x has NaN or infinite values in 2 of 6 rows: 2, 4"),
     "NaN in y": ({"y": BAD_Y}, "y has NaN or infinite values in 1 of 6 rows: 3"),
     "overflow of float32": ({"x": HUGE_X}, "x has NaN or infinite values in 1 of 6 rows: 1"),
-    "lengths": ({"y": Y[:5]}, "x has 6 rows and y has 5"),
+    "lengths": ({"y": Y[:5]}, "each of the 6 rows of x, got shape \\(5,\\)"),
     "scalar y": ({"y": torch.tensor(1.0)}, "y has none"),
     "1-d x": ({"x": X[:, 0]}, r"x must be \(n, \.\.\.\) with at least two axes, got \(6,\)"),
     "empty": ({"x": X[:0], "y": Y[:0]}, "x has no rows"),
@@ -1249,8 +1249,8 @@ def test_noise_must_be_positive(scale: float) -> None:
         (torch.ones(3), None, r"x must be \(n, 2\)"),
         (torch.ones(0, 2), None, "x has no rows"),
         (torch.full((3, 2), math.nan), None, "NaN or infinite values in 3 of 3 rows"),
-        (torch.ones(1, 2), None, "x has 1 rows and y has 9"),
-        (None, torch.ones(1), "x has 9 rows and y has 1"),
+        (torch.ones(1, 2), None, "each of the 1 rows of x, got 9"),
+        (None, torch.ones(1), "each of the 9 rows of x, got 1"),
         (None, torch.full((9,), math.nan), "y has NaN"),
         (None, torch.ones(9, 2), r"got \(9, 2\)"),
     ],

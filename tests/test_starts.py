@@ -144,8 +144,9 @@ def test_laplace_goes_on_from_a_trained_network(model, modes: Tensor) -> None:
 
 
 def test_laplace_warns_where_the_mode_is_another_network(model) -> None:
-    with pytest.warns(UserWarning, match="the mode near init is another network"):
+    with pytest.warns(UserWarning, match="the mode near init is another network") as told:
         draws = bf.sample(model, bf.Laplace(), init=model.from_network(built(5)), draws=2)
+    assert told.pop(UserWarning).filename == __file__  # the line that called, not one of the package
     assert draws.info["moved"]["predictions"] > 0.25
     assert draws.info["moved"]["log_joint"] > 1
 

@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import math
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from bnnflow.model.network import ChainNetwork
 from bnnflow.progress import progress_bar
 from bnnflow.seeding import as_generator
 from bnnflow.types import Seed
+from bnnflow.warn import warn
 from bnnflow.weights import WeightSpec
 
 __all__ = ["INRs", "fit_images", "fit_inrs", "image_grid", "render", "siren", "warp"]
@@ -428,7 +428,7 @@ class _Kept:
             with storage.described(self._path(index)):
                 run, part = header["run"], (torch.from_numpy(arrays["theta"]), torch.from_numpy(arrays["mse"]))
         except ValueError as error:
-            warnings.warn(f"damaged: {error}. These networks are fitted anew", stacklevel=3)
+            warn(f"damaged: {error}. These networks are fitted anew")
             return None
         if run != self._run:
             raise ValueError(f"{self._folder} was filled with other settings, another seed or other data")

@@ -14,7 +14,6 @@ import math
 import os
 import re
 import time
-import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor
 from bnnflow import storage
 from bnnflow.draws import Draws
 from bnnflow.ranks import ALONE, Ranks
+from bnnflow.warn import warn
 
 __all__ = ["Checkpoint", "Saved"]
 
@@ -334,10 +334,7 @@ def _states(folder: Path) -> list[Saved]:
         raise ValueError(f"{folder} holds a run that is damaged: {'; '.join(damaged)}. Begin again in another folder")
     if damaged:
         kept = found[-1].header
-        warnings.warn(
-            f"damaged: {'; '.join(damaged)}. The state before it is used, {kept['stage']} at step {kept['step']}",
-            stacklevel=4,
-        )
+        warn(f"damaged: {'; '.join(damaged)}. The state before it is used, {kept['stage']} at step {kept['step']}")
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from bnnflow.inference.start import first_points, maximise
 from bnnflow.model import BayesianModel, likelihoods
 from bnnflow.posteriors import KroneckerGaussian, Restricted
 from bnnflow.seeding import isolated
+from bnnflow.warn import warn
 
 __all__ = ["Laplace", "find_mode", "gauss_newton_precision", "prior_precision"]
 
@@ -132,7 +132,7 @@ class Laplace:
         if given:
             info["moved"] = _moved(first.model, best.double(), first.mode)
         if not info["converged"]:
-            warnings.warn(_NO_MODE.format(**info), stacklevel=3)
+            warn(_NO_MODE.format(**info))
         posterior = _in_dtype(at.posterior, model.dtype)
 
         chains, draws = run.chains or 4, run.draws or 1000
@@ -309,12 +309,11 @@ def _moved(model: BayesianModel, start: Tensor, mode: Tensor) -> dict[str, float
             "predictions": float((after - before).norm() / (before - before.mean(0)).norm()),
         }
     if not moved["predictions"] < _FAR:
-        warnings.warn(
+        warn(
             f"the mode near init is another network: its predictions differ by {moved['predictions']:.2g} of their "
             f"spread, its weights by {moved['weights']:.2g} of their norm, and log_joint is {moved['log_joint']:.4g} "
             "nats higher; init was trained with another prior or not to the end, so that this is no Laplace "
-            "approximation at it",
-            stacklevel=4,
+            "approximation at it"
         )
     return moved
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from bnnflow.inference.start import WARM_START, starting_points
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
 from bnnflow.types import Kernel
+from bnnflow.warn import warn
 
 __all__ = ["Tuned", "WarmUp", "fixed", "run_chains", "thinned", "warm_up"]
 
@@ -167,7 +167,7 @@ def _warm(
                 progress.save(checkpoint, generator, {})
     except KeyboardInterrupt:
         if checkpoint:
-            warnings.warn("interrupted in warm-up: resume=True goes on from the last checkpoint", stacklevel=4)
+            warn("interrupted in warm-up: resume=True goes on from the last checkpoint")
         raise
     progress.tuned = process.tuned(progress.warm)
     progress.state, progress.step = progress.tuned.state, 0
@@ -207,7 +207,7 @@ def _draw(progress: _Progress, draws: int, run: Run, generator: torch.Generator,
         if progress.step == 0:
             raise
         interrupted = True
-        warnings.warn(f"interrupted: returning the {progress.step} of {draws} draws made so far", stacklevel=4)
+        warn(f"interrupted: returning the {progress.step} of {draws} draws made so far")
     save()
     values = {name: value[:, :draws] for name, value in record.read().items()}
     values = _gathered(values, progress.step, run)

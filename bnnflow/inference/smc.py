@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from bnnflow.progress import progress_bar
 from bnnflow.ranks import ALONE, Ranks
 from bnnflow.seeding import as_generator
 from bnnflow.types import LogDensityAndGrad, Posterior, Seed
+from bnnflow.warn import warn
 
 __all__ = ["SMC", "evidence"]
 
@@ -298,7 +298,7 @@ def evidence(
             tenth of them lie far below the others, or the temperature is not 1.
     """
     theta, log_weights = as_theta(draws)
-    model.spec.check(theta)
+    model.spec.check(theta, "draws")
     model.check_draws(draws)
     if model.temperature != 1:
         raise ValueError(f"the evidence is that of temperature 1, and the model's is {model.temperature}")
@@ -321,11 +321,11 @@ def evidence(
         found = f"{int(apart.sum())} of {n} draws lie far below the others in log density"
         if float(apart.double().mean()) > _APART:
             raise ValueError(f"{found}: these are no draws of one posterior, refine them first")
-        warnings.warn(f"{found} and are left out: refine the draws, or for longer", stacklevel=2)
+        warn(f"{found} and are left out: refine the draws, or for longer")
         rows = rows[~apart]
         n, state = len(rows), smc._first(path, theta[rows].unsqueeze(0), ALONE, generator)
     if bool(unresolved(theta[rows]).any()):
-        warnings.warn(f"{_too_close(theta)}: the evidence is not to be trusted", stacklevel=2)
+        warn(f"{_too_close(theta)}: the evidence is not to be trusted")
     value = variance = 0.0
     influence = torch.zeros_like(state.log_ratio)  # of every particle on `value`, times their number
     with progress_bar(None, "evidence", progress, "temperature") as bar:
@@ -340,10 +340,9 @@ def evidence(
             influence = ((weights * there).sum() - there) / slope
     variance += float((state.log_weights.exp() * influence).square().sum())
     if not float(state.least) >= _FAILED:
-        warnings.warn(
+        warn(
             f"a temperature has left only {float(state.least):.1e} of the particles effective: the evidence is not to "
-            "be trusted; the likelihood is too steep for the precision of its numbers: standardise, or take float64",
-            stacklevel=2,
+            "be trusted; the likelihood is too steep for the precision of its numbers: standardise, or take float64"
         )
     return -value, math.sqrt(variance)
 

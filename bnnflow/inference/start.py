@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, Literal
 
 import torch
@@ -14,6 +13,7 @@ from bnnflow.inference.run import Run
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
 from bnnflow.ranks import ALONE, Ranks
+from bnnflow.warn import warn
 from bnnflow.weights import WeightSpec
 
 __all__ = [
@@ -112,10 +112,9 @@ def of_divergence(method: object, diverged: Tensor, learning_rate: float | None)
     if not lost:
         return {}
     rate = "the measured learning rate" if learning_rate is None else f"learning_rate={learning_rate:g}"
-    warnings.warn(
+    warn(
         f"{type(method).__name__}: training diverged for {len(lost)} of {len(diverged)} members, {lost[:5]}; "
-        f"{rate} is too large for this model, take a tenth of it",
-        stacklevel=5,
+        f"{rate} is too large for this model, take a tenth of it"
     )
     return {"diverged": lost}
 
@@ -140,7 +139,7 @@ def as_start(model: BayesianModel, init: Any) -> Tensor | Literal["prior"] | Non
             raise TypeError("init must be networks or weights, got a mixture of both")
         return torch.stack([model.from_network(each) for each in init])
     theta = tensor("init", init).to(model.device, model.dtype)
-    model.spec.check(theta)
+    model.spec.check(theta, "init")
     if theta.dim() not in (1, 2) or len(theta) == 0:
         raise ValueError(f"init must be (dim,) or (n, dim), got {tuple(theta.shape)}")
     return theta
@@ -180,7 +179,7 @@ def one_point(method: object, model: BayesianModel, run: Run) -> Tensor:
 def _check_density(model: BayesianModel, theta: Tensor, what: str) -> None:
     bad = (~model.log_joint(theta).isfinite()).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"log_joint is not finite at the starting point of {what} {bad[:5]}")
+        raise ValueError(f"log_joint is not finite at the starting point of {what} {bad[:5]}: give another init")
 
 
 def starting_points(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from bnnflow.posteriors import LowRankGaussian
 from bnnflow.progress import progress_bar
 from bnnflow.seeding import isolated
 from bnnflow.types import LogDensityAndGrad, Posterior
+from bnnflow.warn import warn
 
 __all__ = ["VI", "fit_guide", "flat_model", "independent_draws"]
 
@@ -217,9 +217,8 @@ def independent_draws(model: BayesianModel, run: Run, posterior: Posterior, info
         raise FloatingPointError("the fit diverged: no draw of it has a finite density; take a tenth of learning_rate")
     if broken or info["elbo"] < info["elbo_start"] - 1 - abs(info["elbo_start"]):
         info["diverged"] = True
-        warnings.warn(
+        warn(
             f"the fit diverged: its ELBO is {info['elbo']:.4g}, {info['elbo_start']:.4g} when it began, and log_joint "
-            f"is not finite at {broken} of {len(gain)} draws; take a smaller learning_rate or scale",
-            stacklevel=4,
+            f"is not finite at {broken} of {len(gain)} draws; take a smaller learning_rate or scale"
         )
     return Draws(theta.unflatten(0, (chains, draws)), log_joint.reshape(chains, draws), posterior=posterior, info=info)

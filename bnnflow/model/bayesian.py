@@ -313,7 +313,7 @@ class BayesianModel:
         """Return the log likelihood of every row, ``(..., dim) -> (..., n)``; training data if x and y are None."""
         x, y = self.inputs(x), self.targets(y)
         if len(x) != len(y):
-            raise ValueError(f"x has {len(x)} rows and y has {len(y)}")
+            raise ValueError(f"y must have a value for each of the {len(x)} rows of x, got {len(y)}")
 
         def evaluate(flat: Tensor) -> Tensor:
             parts = self._in_blocks(self._log_likelihoods, flat, x, y)
@@ -1108,7 +1108,7 @@ class BayesianModel:
             with torch.no_grad(), isolated():
                 outputs = torch.func.functional_call(self.net, zeros, (rows.clone(),))
         except (RuntimeError, IndexError) as error:
-            raise ValueError(f"the network cannot take x of shape {tuple(x.shape)}: {error}") from error
+            raise ValueError(f"net cannot take x of shape {tuple(x.shape)}: {error}") from error
         return check_outputs(outputs, len(rows)).shape[-1]
 
 
@@ -1218,7 +1218,7 @@ def _check_data(x: Tensor | np.ndarray, y: Tensor | np.ndarray) -> tuple[Tensor,
     if len(x) == 0:
         raise ValueError("x has no rows")
     if y.dim() == 0 or len(x) != len(y):
-        raise ValueError(f"x has {len(x)} rows and y has {len(y) if y.dim() else 'none'}")
+        raise ValueError(f"y must have a value for each of the {len(x)} rows of x, got shape {tuple(y.shape)}")
     finite("x", x)
     finite("y", y)
     return x, y

@@ -484,7 +484,7 @@ def _labels(y: Tensor, n_classes: int) -> Tensor:
     """Return class labels as int64 ``(n,)``, checked."""
     y = y.squeeze(-1) if y.dim() == 2 and y.shape[1] == 1 else y
     if y.dim() != 1:
-        raise ValueError(f"class labels must be (n,), got {tuple(y.shape)}")
+        raise ValueError(f"y must be class labels (n,), got {tuple(y.shape)}")
     labels = y.long()
     wrong = ((labels != y) | (labels < 0) | (labels >= n_classes)).nonzero().flatten()
     if len(wrong):

@@ -63,7 +63,7 @@ def to_arviz(
     has_targets = x is None or y is not None
     targets = model.targets(y) if has_targets else None
     if targets is not None and len(targets) != len(inputs):
-        raise ValueError(f"x has {len(inputs)} rows and y has {len(targets)}")
+        raise ValueError(f"y must have a value for each of the {len(inputs)} rows of x, got {len(targets)}")
     weighted = draws if draws.log_weights is not None else None
     draws = _equally_weighted(draws)
     groups = {

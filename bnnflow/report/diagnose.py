@@ -149,7 +149,7 @@ def diagnose(
         'approximate: compare with an exact sampler'
     """
     theta, log_weights = as_theta(draws)
-    model.spec.check(theta)
+    model.spec.check(theta, "draws")
     model.check_draws(draws)
     if len(theta) == 0:
         raise ValueError("there are no draws to judge")

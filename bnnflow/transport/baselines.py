@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +36,7 @@ from bnnflow.transport.source import Source
 from bnnflow.transport.stored import dtype_of
 from bnnflow.transport.two_layer import TwoLayerVelocity
 from bnnflow.types import Posterior, Seed
+from bnnflow.warn import warn
 
 __all__ = ["InCoordinates", "fit_cnf", "fit_coupling", "fit_gaussian"]
 
@@ -355,7 +355,7 @@ def _prepare(
         order = torch.randperm(len(theta), generator=generator, device=model.device)
         unseen, theta = theta[order].tensor_split([len(theta) // 10])
     else:
-        unseen = framed(_equal(model, held_out, generator, "held-out draws"), theta.mean(0))
+        unseen = framed(_equal(model, held_out, generator, "held_out"), theta.mean(0))
     unseen = unseen[:512]
     prior = Source(model.flat_prior)
     z, z_unseen = prior.to_normal(theta).double(), prior.to_normal(unseen).double()
@@ -373,13 +373,13 @@ def _prepare(
 
 def _equal(model: BayesianModel, draws: Given, generator: torch.Generator, name: str) -> Tensor:
     """Return checked draws of equal weight, ``(n, dim)``: weighted ones are resampled."""
-    theta, log_weights = as_theta(draws)
-    model.spec.check(theta)
+    theta, log_weights = as_theta(draws, name)
+    model.spec.check(theta, name)
     model.check_draws(draws)
     theta = theta.to(model.device, model.dtype)
     bad = int((~theta.isfinite().all(-1)).sum())
     if bad or len(theta) < 10:
-        raise ValueError(f"a density needs ten finite {name} at least; {bad} of {len(theta)} are NaN or infinite")
+        raise ValueError(f"{name} must be ten finite draws or more; {bad} of {len(theta)} are NaN or infinite")
     if log_weights is None:
         return theta
     weights = log_weights.double().softmax(0).to(model.device)
@@ -441,7 +441,7 @@ def _maximise(
             if count == 0:
                 raise
             interrupted = True
-            warnings.warn(f"interrupted: returning the density after {count} steps", stacklevel=3)
+            warn(f"interrupted: returning the density after {count} steps")
     module.load_state_dict(kept)
     return {
         "steps": count,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
@@ -34,6 +33,7 @@ from bnnflow.transport.importance import (
 from bnnflow.transport.latent import Latent, Points, Transport, crank_nicolson, log_normal
 from bnnflow.transport.verdict import SOLVER, Findings, Outcome, SolverError, compare, copies_gap, solver_error
 from bnnflow.types import CorrectionMethod, Kernel, LogDensityAndGrad, Seed, Trace
+from bnnflow.warn import warn
 
 __all__ = ["Correction", "correct", "refine"]
 
@@ -739,7 +739,7 @@ def refine(
     Raises:
         ValueError: if the draws do not fit the model, are none, are not finite, or carry weights.
     """
-    flat, log_weights = as_theta(theta)
+    flat, log_weights = as_theta(theta, "theta")
     model.spec.check(flat)
     if log_weights is not None:
         raise ValueError("refine moves draws of equal weight; resample weighted ones first")
@@ -797,7 +797,7 @@ def refine(
                 done += 1
                 bar.update()
         except KeyboardInterrupt:
-            warnings.warn(f"interrupted: returning the draws after {done} of {steps} steps", stacklevel=2)
+            warn(f"interrupted: returning the draws after {done} of {steps} steps")
     moved_theta = torch.cat([state.theta for state in states])
     log_joint = torch.cat([state.log_joint for state in states])
     behind = strays(log_joint)
@@ -844,6 +844,6 @@ def _bring_up(
             reach[rows] = (reach[rows] * change.exp().unsqueeze(1)).clamp(max=1.0)
             spent += (float(info.n_steps[0]) + 1) * len(rows)
     except KeyboardInterrupt:
-        warnings.warn("interrupted: some draws still lie far below all others", stacklevel=3)
+        warn("interrupted: some draws still lie far below all others")
         return spent, True
     return spent, False

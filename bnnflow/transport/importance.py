@@ -125,8 +125,8 @@ class HeldOut:
         Raises:
             ValueError: if they do not fit the model, are fewer than ten, or hold NaN.
         """
-        flat, weights = as_theta(draws)
-        model.spec.check(flat)
+        flat, weights = as_theta(draws, "held_out")
+        model.spec.check(flat, "held_out")
         model.check_draws(draws)
         theta = draws.theta if isinstance(draws, Draws) else draws[0] if isinstance(draws, tuple) else draws
         shape = (theta.shape[0], theta.shape[1]) if theta.dim() == 3 else (len(flat), 1)

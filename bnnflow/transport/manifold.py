@@ -308,7 +308,7 @@ def fit_manifold_flow(
         ValueError: if there are no draws, they do not fit or are not finite, or the network cannot be labelled.
     """
     theta, log_weights = as_theta(draws)
-    spec.check(theta)
+    spec.check(theta, "draws")
     if len(theta) == 0 or not bool(theta.isfinite().all()):
         raise ValueError("a flow needs finite draws, and at least one")
     spheres = Spheres(spec)

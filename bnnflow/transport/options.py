@@ -9,6 +9,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from bnnflow.arguments import Count
 from bnnflow.seeding import as_generator
 from bnnflow.transport.divergence import probe_noise
 from bnnflow.types import Noise, Seed, Solver, Trace
@@ -28,11 +29,11 @@ class SampleOptions(TypedDict, total=False):
     """Options of draws with their log densities, whose seed is that of the draws; see `DensityOptions`."""
 
     trace: Trace
-    probes: int
+    probes: Count
     noise: Noise
     steps: Steps | None
     solver: Solver | None
-    chunk_size: int
+    chunk_size: Count
     progress: bool
 
 

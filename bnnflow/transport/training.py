@@ -7,7 +7,6 @@ import copy
 import json
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path as FilePath
@@ -36,6 +35,7 @@ from bnnflow.transport.targets import ROWS, InformedPath, obeys_stein
 from bnnflow.transport.times import Times, TowardsEnd
 from bnnflow.transport.velocity import NO_SYMMETRY, InformedVelocity, ResidualVelocity, WeightsVelocity, bound
 from bnnflow.types import Architecture, Optimiser, Seed
+from bnnflow.warn import warn
 from bnnflow.weights import Symmetries
 
 __all__ = ["fit_flow", "train"]
@@ -347,7 +347,7 @@ def train(
                 if state.count == 0:
                     raise
                 interrupted = True
-                warnings.warn(f"interrupted: returning the flow after {state.count} steps", stacklevel=3)
+                warn(f"interrupted: returning the flow after {state.count} steps")
         save()
     info = {
         "steps": state.count,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from bnnflow.transport.importance import Estimate, HeldOut, bridge, distance, khat_limit
 from bnnflow.transport.latent import Latent, Points
+from bnnflow.warn import warn
 
 __all__ = ["Findings", "Outcome", "SolverError", "compare", "copies_gap", "solver_error"]
 
@@ -67,7 +67,7 @@ class Findings:
 
     def stopped(self, when: str, *, severe: bool = False) -> None:
         """Note an interrupt, and warn of it."""
-        warnings.warn(f"interrupted {when}", stacklevel=5)
+        warn(f"interrupted {when}")
         self.interrupted = True
         (self.severe if severe else self.mild).append(f"interrupted {when}")
 
