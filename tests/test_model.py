@@ -1149,7 +1149,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "NaN in y": ({"y": BAD_Y}, "y has NaN or infinite values in 1 of 6 rows: 3"),
     "overflow of float32": ({"x": HUGE_X}, "x has NaN or infinite values in 1 of 6 rows: 1"),
     "lengths": ({"y": Y[:5]}, "each of the 6 rows of x, got shape \\(5,\\)"),
-    "scalar y": ({"y": torch.tensor(1.0)}, "y has none"),
+    "scalar y": ({"y": torch.tensor(1.0)}, "y must have a value"),
     "1-d x": ({"x": X[:, 0]}, r"x must be \(n, \.\.\.\) with at least two axes, got \(6,\)"),
     "empty": ({"x": X[:0], "y": Y[:0]}, "x has no rows"),
     "features": ({"x": torch.ones(6, 5)}, r"cannot take x of shape \(6, 5\)"),
@@ -1165,7 +1165,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "negative label": ({"like": likelihoods.Bernoulli(), "y": Y.long() % 3 - 1}, "label -1 in row 0.* 0 to 1"),
     "fraction of a label": ({"like": likelihoods.Bernoulli(), "y": Y / 2}, "label 0.5 in row 1"),
     "one-hot labels": (
-        {"like": likelihoods.Categorical(), "net": lambda: _dense(3), "y": torch.eye(6)[:, :3]}, r"must be \(n,\)",
+        {"like": likelihoods.Categorical(), "net": lambda: _dense(3), "y": torch.eye(6)[:, :3]}, r"must be class labels \(n,\)",
     ),
     "one logit": ({"like": likelihoods.Categorical(), "y": Y % 2}, "an output for every class"),
     "Bernoulli of two": ({"like": likelihoods.Bernoulli(), "net": lambda: _dense(2), "y": Y % 2}, "one output, got 2"),

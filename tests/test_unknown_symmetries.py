@@ -248,7 +248,7 @@ def test_weights_that_are_not_the_models_are_refused() -> None:
         bf.align(theta, model, reference=theta[0] * float("inf"))
     with pytest.raises(TypeError, match="floating-point"):
         bf.align(theta.long(), model)
-    with pytest.raises(TypeError, match="draws must hold real numbers"):
+    with pytest.raises(TypeError, match="draws must be a Draws or a tensor of real numbers"):
         bf.align("weights", model)
 
 
