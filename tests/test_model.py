@@ -1165,7 +1165,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "negative label": ({"like": likelihoods.Bernoulli(), "y": Y.long() % 3 - 1}, "label -1 in row 0.* 0 to 1"),
     "fraction of a label": ({"like": likelihoods.Bernoulli(), "y": Y / 2}, "label 0.5 in row 1"),
     "one-hot labels": (
-        {"like": likelihoods.Categorical(), "net": lambda: _dense(3), "y": torch.eye(6)[:, :3]}, r"must be class labels \(n,\)",
+        {"like": likelihoods.Categorical(), "net": lambda: _dense(3), "y": torch.eye(6)[:, :3]},
+        r"must be class labels \(n,\)",
     ),
     "one logit": ({"like": likelihoods.Categorical(), "y": Y % 2}, "an output for every class"),
     "Bernoulli of two": ({"like": likelihoods.Bernoulli(), "net": lambda: _dense(2), "y": Y % 2}, "one output, got 2"),
