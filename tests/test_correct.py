@@ -464,9 +464,9 @@ def test_a_flow_without_a_density_over_weights_is_refused() -> None:
     ("options", "message"),
     [
         ({"n": 49}, "n must be an integer of at least 50"),
-        ({"n": 100.5}, "n must be an integer of at least 50"),
-        ({"method": "magic"}, "method must be one of auto, importance"),
-        ({"trace": "magic"}, "trace must be one of exact"),
+        ({"n": 100.5}, "n must be an integer, got"),
+        ({"method": "magic"}, "method must be one of 'auto', 'importance'"),
+        ({"trace": "magic"}, "trace must be one of 'exact'"),
         ({"held_out": torch.zeros(20, 3)}, "axis of length"),
         ({"held_out": torch.zeros(5, 4)}, "at least 10 draws"),
         ({"held_out": torch.full((20, 4), math.nan)}, "20 of 20 held-out draws are NaN"),
@@ -476,7 +476,7 @@ def test_a_flow_without_a_density_over_weights_is_refused() -> None:
 )
 def test_settings_without_sense_are_refused(options: dict[str, Any], message: str) -> None:
     problem = conjugate()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         bf.correct(near(problem), problem.model, **({"n": 100} | options))
 
 

@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+from typing import Annotated, Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -83,9 +83,20 @@ class Correction(Draws):
         return self.info["correction"]
 
 
+def _with_density(name: str, flow: Any) -> Transport:
+    """Return a flow that has a density over weights."""
+    wanted = ("start", "push", "push_with_log_prob", "pull_with_log_prob")
+    if not all(hasattr(flow, each) for each in wanted):
+        raise ValueError(
+            f"{name}: {type(flow).__name__} has no density over weights, so there is nothing to weigh its draws with; "
+            "a flow on a manifold needs a radial part that completes the measure"
+        )
+    return flow
+
+
 @checked
 def correct(
-    flow: Transport,
+    flow: Annotated[Transport, _with_density],
     model: BayesianModel,
     n: Count = 4000,
     method: CorrectionMethod = "auto",
@@ -195,12 +206,6 @@ class _Job(NamedTuple):
 
 def _check(flow: Transport, model: BayesianModel, n: int, method: str, trace: str, force: bool) -> None:
     """Refuse what cannot work."""
-    wanted = ("start", "push", "push_with_log_prob", "pull_with_log_prob")
-    if not all(hasattr(flow, name) for name in wanted):
-        raise ValueError(
-            f"a {type(flow).__name__} has no density over weights, so there is nothing to weigh its draws with; a flow "
-            "on a manifold needs a radial part that completes the measure"
-        )
     if flow.dim != model.dim:
         raise ValueError(f"the flow has dim {flow.dim} and the model {model.dim}")
     if not isinstance(n, int) or n < 50:
