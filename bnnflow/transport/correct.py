@@ -50,7 +50,7 @@ _BEHIND = 32  # more of them for draws that have not arrived,
 _STEEP = 0.5  # whose reach aims at this acceptance rate
 _LATENT = 0.3  # acceptance rate that latent moves aim at
 _HAMILTONIAN = 0.8  # the same of Hamiltonian moves
-_EQUAL = 0.99  # share of effective particles above which weights are as good as equal
+_EQUAL = 0.99  # share of effective particles above which weights are as good as equal, and nothing is moved
 _FRESH = 0.5  # share of independent proposals among the latent moves of chains
 _WARM_UP = 60  # sweeps or transitions of chains that are thrown away
 
@@ -118,7 +118,7 @@ def correct(
     - ``"refine"``: `refine` on every draw, without weights; the evidence by annealing some of them back to the prior
       (`bnnflow.evidence`), which needs no density of the flow, up to dim 2000.
     - ``"smc"``: particles tempered from q to the posterior along N(x0; 0, I) w^b in latent space, resampled and moved
-      by preconditioned Crank-Nicolson steps around their mean.
+      by preconditioned Crank-Nicolson steps around their mean; only resampled where weights were all but equal.
     - ``"metropolis"``: chains that mix independent proposals from q, latent Crank-Nicolson steps and Hamiltonian
       transitions over weights, each exact.
     - ``"neutra"``: HMC in latent space (Hoffman et al. 2019), through the flow's derivatives: for small dim.
@@ -391,11 +391,12 @@ def _smc(job: _Job, points: Points | None) -> Outcome:
                 merged = merged + merging(weights, root)
                 root, points = root.gather(1, parents), points.at(parents[0])
                 value, fraction, temperatures = value + total, then, temperatures + 1
-                points, width, made, kept = _spread(job, points, width, float(fraction), effective(weights[0]) / n)
-                moves += made
+                left = effective(weights[0]) / n
+                if left <= _EQUAL:
+                    points, width, made, kept = _spread(job, points, width, float(fraction), left)
+                    moves, stuck = moves + made, max(stuck, kept)
                 bar.update()
                 bar.set_postfix(at=f"{float(fraction):.2e}", width=f"{width:.2f}")
-                stuck = max(stuck, kept)
         except KeyboardInterrupt:
             job.findings.stopped(f"at inverse temperature {float(fraction):.2g}: these are no draws yet", severe=True)
     families = n**2 / float(root[0].bincount().double().square().sum())
@@ -433,7 +434,7 @@ def _spread(job: _Job, points: Points, width: float, power: float, left: float) 
         points, move = kernel.step(points, job.generator)
         width = min(1.0, width * math.exp(float(move.acceptance_rate.mean()) - _LATENT))
         kept = _correlation(start, points.log_weight)
-        if made >= least and (kept < 0.3 or left > _EQUAL):
+        if made >= least and kept < 0.3:
             break
     return points, width, made, kept
 
