@@ -355,8 +355,9 @@ def test_scaler_commutes_with_permutations() -> None:
 
 def test_scaler_refuses_what_it_cannot_fit() -> None:
     spec = chain(2, 3, 1)
-    for theta in (torch.empty(0, spec.dim), torch.full((2, spec.dim), torch.nan)):
-        with pytest.raises(ValueError, match="finite"):
-            TensorScaler.fit(theta, spec)
+    with pytest.raises(ValueError, match="theta must hold at least one network"):
+        TensorScaler.fit(torch.empty(0, spec.dim), spec)
+    with pytest.raises(ValueError, match="theta has NaN or infinite values in 2 of 2 rows"):
+        TensorScaler.fit(torch.full((2, spec.dim), torch.nan), spec)
     with pytest.raises(ValueError, match="must end in an axis"):
         TensorScaler.fit(torch.ones(2, 3), spec)

@@ -434,7 +434,11 @@ def test_from_the_prior_the_gradient_is_nothing_but_that_pull():
 @pytest.mark.parametrize("source", [None, 1.5])
 @pytest.mark.parametrize(("n", "width", "noise"), [(60, 20, 0.05), (60, 20, None), (300, 8, 0.05)])
 def test_gauss_newton_steps_in_single_precision(n, width, noise, source):
-    """With a curvature of 1e5; solved from the gradient the first case is off by four fifths."""
+    """With a curvature of 1e5; solved from the gradient the first case is off by a quarter, the last by a twentieth.
+
+    Two steps, as flows of regressions take them. A third one from the 300 rows is ill-determined in one network of the
+    eight: 18 standard deviations long before it is bounded, whatever solves it.
+    """
     x = normal(n, 6, seed=1)
     net = built(lambda: chain(6, width, 1))
     net = bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(noise), x, x.sum(1).sin())
@@ -443,9 +447,9 @@ def test_gauss_newton_steps_in_single_precision(n, width, noise, source):
         mu[:, -1] = -3.0 / (source or 1)  # of the logarithm
     single = net.to(dtype=torch.float32)
     contexts = [Context(each, None if source is None else Source.scaled(each, source)) for each in (net, single)]
-    exact = s2 * GaussNewton(3)(contexts[0], mu, s2).w
-    found = s2 * GaussNewton(3)(contexts[1], mu.float(), s2.float()).w
-    # Processors round differently: less than 2e-3 on one, 2.4e-3 on another.
+    exact = s2 * GaussNewton(2)(contexts[0], mu, s2).w
+    found = s2 * GaussNewton(2)(contexts[1], mu.float(), s2.float()).w
+    # Processors round differently; 3e-3 on one.
     assert ((found - exact).norm(dim=1) <= 1e-2 * exact.norm(dim=1)).all()
 
 

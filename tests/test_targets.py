@@ -174,7 +174,7 @@ def test_fit_chooses_targets_and_refuses_what_they_cannot_be():
     ):
         with pytest.raises(ValueError, match=why):
             targets(targets="posterior", **options)
-    with pytest.raises(ValueError, match="must be 'auto'"):
+    with pytest.raises(ValueError, match="targets must be one of 'auto'"):
         targets(targets="best")
     with pytest.raises(ValueError, match="sigma = 0"):
         InformedPath(AffinePath(sigma=0.1), Context(model), NOTHING, draws.flat, generator())

@@ -22,6 +22,7 @@ class Standardiser:
         sd: the same shape, with ddof 0.
 
     Example:
+        >>> import torch
         >>> scaler = Standardiser.fit(torch.tensor([[0.0], [2.0]]))
         >>> scaler.transform(torch.tensor([[4.0]]))
         tensor([[3.]], dtype=torch.float64)

@@ -114,8 +114,8 @@ def mclmc(
 
         # Of the length that makes the correlation of directions a step apart exp(-step_size / L).
         anew = random_directions(theta, generator)
-        anew = math.sqrt(math.expm1(min(2 * step_size / L, 80.0))) * anew  # nothing is left of the old one at 80
-        direction = direction + anew
+        share = math.sqrt(math.expm1(min(2 * step_size / L, 80.0)))  # nothing is left of the old one at 80
+        direction = direction + share * anew
         direction = direction / torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
         moved = MCLMCState(theta, direction, value, grad)
         # To look before mending saves a third of the step's own cost on a CPU, and would hold a GPU up.
