@@ -410,8 +410,7 @@ def test_a_killed_fit_goes_on_bit_for_bit(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = multiprocessing.get_context("fork").Process(target=_fit_forty, kwargs={"checkpoint": folder})
     process.start()
-    deadline = time.monotonic() + 60
-    while len(list(folder.glob("inrs-*.npz"))) < 2 and process.is_alive() and time.monotonic() < deadline:
+    while len(list(folder.glob("inrs-*.npz"))) < 2 and process.is_alive():
         time.sleep(0.01)
     process.kill()
     process.join()
