@@ -534,25 +534,20 @@ def test_a_lock_keeps_others_out_until_it_is_released(tmp_path: Path) -> None:
 def test_a_lock_dies_with_its_process_and_not_with_the_children(tmp_path: Path) -> None:
     """A killed process leaves no lock behind, though a child that it forked lives on."""
     code = (
-        "import os, sys, time\nfrom pathlib import Path\nfrom bnnflow.storage import Lock\n"
+        "import os, sys\nfrom pathlib import Path\nfrom bnnflow.storage import Lock\n"
         "lock = Lock(Path(sys.argv[1]), folder=True)\n"
-        "child = os.fork()\n"
-        "if child == 0:\n    sys.stdin.readline()\n    os._exit(0)\n"
-        "print(child, flush=True)\nsys.stdin.readline()\n"
+        "if os.fork() == 0:\n    print('forked', flush=True)\n"
+        "sys.stdin.readline()\nos._exit(0)\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdout.readline()
-    with pytest.raises(ValueError, match=f"process {process.pid} on"):
-        storage.Lock(tmp_path, folder=True)
-    process.kill()
-    process.wait()
-    storage.Lock(tmp_path, folder=True).release()
-    process.stdin.close()
-    process.stdout.close()
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "forked\n"  # by the child, once the hooks of its fork have run
+        with pytest.raises(ValueError, match=f"process {process.pid} on"):
+            storage.Lock(tmp_path, folder=True)
+        process.kill()
+        process.wait()
+        storage.Lock(tmp_path, folder=True).release()
 
 
 def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
