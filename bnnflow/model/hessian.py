@@ -57,9 +57,9 @@ class ChainHessian:
 
     def __init__(self, spec: WeightSpec, parameters: int) -> None:
         self._spec = spec
-        # Of the data at once: so many that what is made of them is no more than eight times the Hessian itself.
+        # Of the data at once: so many that what is made of them is no more than eight times the Hessian itself, or few.
         widest = max(max(spec.shapes[layer.weight]) for layer in spec.layers) + 1
-        self._rows = max(1, 8 * spec.dim**2 // widest**2)
+        self._rows = max(64, 8 * spec.dim**2 // widest**2)
         self._first, self._second = _places(spec, parameters)
 
     @classmethod

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from bnnflow.arguments import Count, Limit, Share, checked
-from bnnflow.forward_mode import jvp
 from bnnflow.model.factored import ClosedFactor, MatrixFactor
 from bnnflow.model.fused import plain
 from bnnflow.transport.coordinates import Context
@@ -244,7 +243,7 @@ class GaussNewton:
         The slope is that of grad u - H w for the whole step w. With G = u'', w slope = w G less the slope of w H w.
         """
         divisor, broken, length2, gain, part, step, rise, image, change = bound
-        curved = jvp(context.grad, (y,), (step,))[1]  # G v
+        (curved,) = torch.func.vjp(context.grad, y)[1](step)  # G v, in reverse: G is symmetric
         inward = 0.5 * part * (curved - MatrixFactor(slope).transposed(step))  # of v H v / 2 by y
         square = broken.square()
         share = square / (square + _HALF**2)
