@@ -35,6 +35,7 @@ __all__ = [
     "Whole",
     "checked",
     "choice",
+    "columns_of",
     "finite",
     "flag",
     "integer",
@@ -206,9 +207,24 @@ def tensor(name: str, value: Any, *, dtype: torch.dtype | None = None, device: t
 def tracked(name: str, value: Any) -> Tensor:
     """Return real numbers as a dense tensor as `tensor` does, but one that was given as it is, with its derivatives."""
     result = value if isinstance(value, Tensor) else torch.from_numpy(_array(name, value))
-    if result.is_complex() or result.layout != torch.strided or result.is_meta:
+    if result.is_complex() or result.layout != torch.strided or result.is_meta or result.is_quantized:
         raise TypeError(f"{name} must be a dense tensor of real numbers, got {result.dtype}, {result.layout}")
+    if result is not value and (columns := columns_of(value)):
+        setattr(result, _COLUMNS, columns)
     return result
+
+
+_COLUMNS = "columns"
+
+
+def columns_of(value: Any) -> tuple[str, ...]:
+    """Return the names of the columns of a frame, or of the tensor that `tracked` made of one; none if they have none.
+
+    What is computed from such a tensor has none.
+    """
+    columns = getattr(value, _COLUMNS, None)
+    names = () if columns is None or callable(columns) else tuple(columns)
+    return names if all(isinstance(name, str) for name in names) else ()
 
 
 def finite(name: str, values: Tensor) -> Tensor:
@@ -308,12 +324,33 @@ def checked(target: F) -> F:
         except TypeError:
             return target(*args, **kwargs)  # Python says best what is missing or too much
         gates = _gates(target)
+        _check_order(bound.arguments)
         for name, value in bound.arguments.items():
             if name in gates:
                 bound.arguments[name] = gates[name](name, value)
         return target(*bound.args, **bound.kwargs)
 
     return through_the_gate  # type: ignore[return-value]
+
+
+def _check_order(given: Mapping[str, Any]) -> None:
+    """Refuse an x and a y of pandas whose rows have the same labels, or some of them, in other places."""
+    x, y = (_labels(given.get(name)) for name in ("x", "y"))
+    if x is None or y is None or x == y:
+        return
+    shared = len({*x} & {*y})
+    numbered = any(labels == list(range(len(labels))) for labels in (x, y))  # labels that pandas made up
+    if shared and (not numbered or shared == len(x) == len(y)):
+        raise ValueError(
+            "the rows of x and y have the same labels in another order: bring them into one, as by y.loc[x.index], or "
+            "pass y.to_numpy() if their order is right"
+        )
+
+
+def _labels(value: Any) -> list[Any] | None:
+    """Return the labels of the rows of a frame or series of pandas; None for anything else."""
+    index: Any = getattr(value, "index", None)
+    return index.tolist() if hasattr(index, "tolist") else None
 
 
 @functools.cache
@@ -368,13 +405,14 @@ def _either(options: tuple[Any, ...]) -> Gate:
     """Return the gate of a union: the first option that takes the value."""
     words = {str} & {str for each in options if each in (pathlib.Path, torch.device)}  # their gates take strings
     gates = list(dict.fromkeys(_gate(each) for each in options if each not in {types.NoneType, *words}))
+    records = [_gate(each) for each in options if get_origin(each) is tuple]
     optional = types.NoneType in options
 
     def gate(name: str, value: Any) -> Any:
         if value is None and optional:
             return None
         refusals = []
-        for each in gates:
+        for each in records if records and isinstance(value, tuple) else gates:  # two arrays are a tensor as well
             try:
                 return each(name, value)
             except (TypeError, ValueError) as refusal:
@@ -507,9 +545,11 @@ def _array(name: str, value: Any) -> np.ndarray:
     """Return a copy of real numbers as a contiguous array in this machine's own byte order."""
     if isinstance(value, bool | np.bool_):  # of one, the truth of something: no number that was meant
         raise TypeError(f"{name} must be a tensor of real numbers, got {_shown(value)}")
-    if np.ma.is_masked(value):
+    if _masked(value):
         raise TypeError(f"{name} has masked entries; fill them or leave their rows out")
     if hasattr(value, "columns") and hasattr(value, "dtypes"):  # a frame, whose columns may be of several types
+        if len(set(value.columns)) < len(value.columns):
+            raise TypeError(f"{name} has columns of the same name: {', '.join(map(str, value.columns))}")
         columns = [_column(f"{name} has {column!r}", value[column]) for column in value.columns]
         return np.stack(columns, 1) if columns else np.empty((len(value), 0))
     array = _numbers(value)
@@ -524,6 +564,13 @@ def _array(name: str, value: Any) -> np.ndarray:
     return array.astype(array.dtype.newbyteorder("=") if known else np.float64, copy=False)
 
 
+def _masked(value: Any) -> bool:
+    """Say whether an array, or one in a list of them, has masked entries."""
+    if isinstance(value, list | tuple):
+        return any(_masked(each) for each in value)
+    return isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value)
+
+
 def _column(where: str, column: Any) -> np.ndarray:
     array = _numbers(column)
     if array is None:
@@ -536,6 +583,8 @@ def _numbers(value: Any) -> np.ndarray | None:
     try:
         array = np.asarray(value)
         if array.dtype.kind == "O" and hasattr(value, "to_numpy"):  # numbers with missing ones among them
+            if any(isinstance(each, str | bytes) for each in array.flat):  # names, though of digits
+                return None
             array = value.to_numpy(dtype=float, na_value=math.nan)
     except (TypeError, ValueError, RuntimeError):
         return None

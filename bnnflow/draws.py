@@ -135,7 +135,7 @@ def as_theta(draws: Draws | Tensor | tuple[Tensor, Tensor | None], name: str = "
 
     Raises:
         TypeError: if they are something else.
-        ValueError: if there is not one log weight for each draw, or one is NaN or +inf.
+        ValueError: if there is not one log weight for each draw, one is NaN or +inf, or all are -inf.
     """
     if isinstance(draws, Draws):
         theta, weights = draws.theta, draws.log_weights
@@ -151,6 +151,8 @@ def as_theta(draws: Draws | Tensor | tuple[Tensor, Tensor | None], name: str = "
         raise ValueError(f"{name}: {len(weights)} log weights for {len(flat)} draws")
     if bool((weights.isnan() | (weights == torch.inf)).any()):
         raise ValueError(f"{name}: log weights must not be NaN or +inf")
+    if len(weights) and bool((weights == -torch.inf).all()):
+        raise ValueError(f"{name} must not all have weight zero")
     return flat, weights
 
 

@@ -81,6 +81,7 @@ class Identity:
         self._hash = hashlib.sha256()
         self._variables = {id(tensor): name for name, tensor in (variables or {}).items()}
         self._seen: dict[int, int] = {}
+        self._looked_up: set[tuple[int, str]] = set()  # modules of the caller's, and the names of their members
         self._alive: list[Any] = []  # what was seen must live on, or its address could be used again
 
     @property
@@ -119,10 +120,23 @@ class Identity:
     def _add_new(self, value: Any, path: str) -> None:
         for kinds, add in _RULES:
             if isinstance(value, kinds):
-                return add(self, value, path)
+                add(self, value, path)
+                return self._add_extras(value, path)
         return self._add_object(value, path)
 
+    def _add_extras(self, value: Any, path: str) -> None:
+        """Add what a value holds beside what its kind does: attributes of a function, or of a class derived from it."""
+        kept = isinstance(value, _PLAIN_CONTAINERS) and getattr(value, "__dict__", None)
+        if kept:
+            self._add_mapping(kept, path)
+
     # ---------------------------------------------------------------- data
+
+    def _add_derived(self, value: Any, path: str) -> None:
+        """Add a number or a text of a class of its own."""
+        base: Any = next(kind for kind in type(value).__mro__ if kind in _PLAIN)
+        self.add(type(value), path)
+        self._write(base.__name__, base.__repr__(value))
 
     def _add_tensor(self, value: Tensor, path: str) -> None:
         """Add the values in double precision, so that a model and its conversion to it are the same."""
@@ -175,8 +189,17 @@ class Identity:
             self.add(each, f"{path}.{name}")
         for name in _globals_of(value.__code__):
             if name in value.__globals__:
-                self.add(value.__globals__[name], f"{path}.{name}")
+                self._add_global(value.__globals__[name], _names_of(value.__code__), f"{path}.{name}")
         return None
+
+    def _add_global(self, value: Any, names: Collection[str], path: str) -> None:
+        """Add what a function looks up: of a module that is not installed, those of its members that code names."""
+        self.add(value, path)
+        if isinstance(value, types.ModuleType) and not _installed(value.__name__):
+            for name in names:
+                if name in vars(value) and (id(value), name) not in self._looked_up:
+                    self._looked_up.add((id(value), name))
+                    self._add_global(vars(value)[name], names, f"{path}.{name}")
 
     def _add_code(self, code: types.CodeType, doc: str | None, path: str) -> None:
         constants = list(code.co_consts)
@@ -266,7 +289,7 @@ class Identity:
             reduced = value.__reduce_ex__(4)
         except Exception:  # whatever an object's own code raises: it does not want to be pickled
             self._mark([f"{path} ({type(value).__name__})"])
-            return self._write("unknown", type(value).__qualname__)
+            return self._write("unknown", type(value).__qualname__, str(id(value)))
         if isinstance(reduced, str):
             return self._write("global", reduced)
         function, arguments, *state = reduced
@@ -280,11 +303,13 @@ class Identity:
 
 
 _OF_CLASSES = {"__init__", "__repr__", "__str__", "__dict__", "__weakref__", "__doc__", "__module__", "_abc_impl"}
+_PLAIN_CONTAINERS = (Tensor, np.ndarray, dict, list, tuple, set, frozenset, types.FunctionType, int, float, str)
 _DESCRIPTORS = (property, classmethod, staticmethod, functools.cached_property)
 _RULES: tuple[tuple[Any, Any], ...] = (
     (Tensor, Identity._add_tensor),
     (np.ndarray | np.generic, Identity._add_array),
     (enum.Enum, Identity._add_enum),
+    (int | float | complex | str | bytes, Identity._add_derived),
     (dict | types.MappingProxyType, Identity._add_mapping),
     (list | tuple, Identity._add_sequence),
     (set | frozenset, Identity._add_set),
@@ -324,6 +349,15 @@ def _globals_of(code: types.CodeType) -> list[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             names += _globals_of(constant)
+    return list(dict.fromkeys(names))
+
+
+def _names_of(code: types.CodeType) -> list[str]:
+    """Return the names that code looks up anywhere, its nested functions included, in order."""
+    names = list(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names += _names_of(constant)
     return list(dict.fromkeys(names))
 
 

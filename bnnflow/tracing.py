@@ -51,8 +51,9 @@ def trace(net: nn.Module) -> Labels:
         ValueError: naming the first module, operation or parameter that cannot be labelled.
     """
     for name, module in net.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise ValueError(f"cannot label module {name!r} ({type(module).__name__}): it has hooks")
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            reason = "it has hooks, or a forward that is not that of its class"
+            raise ValueError(f"cannot label module {name!r} ({type(module).__name__}): {reason}")
     if type(net) is nn.Linear:
         axes: dict[str, tuple[str | None, ...]] = {name: (None,) * p.dim() for name, p in net.named_parameters()}
         layer = Layer("weight", None if net.bias is None else "bias", Activation("identity"))

@@ -378,7 +378,7 @@ class WeightSpec:
         """
         self.check(theta)
         return {
-            name: theta[..., where].reshape(*theta.shape[:-1], *self.shapes[name])
+            name: theta[..., where].reshape((*theta.shape[:-1], *self.shapes[name]))
             for name, where in self.slices.items()
         }
 

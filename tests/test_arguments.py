@@ -53,8 +53,50 @@ def test_arrays_are_copied_and_lose_their_derivative():
 
 @pytest.mark.parametrize(
     "value",
-    ["abc", None, ["a"], [[1], [1, 2]], np.ones(2) * 1j, torch.ones(2) * 1j, np.ma.masked_equal([1, 2], 2), object()],
-)
+    ["abc", None, ["a"], [[1], [1, 2]], np.ones(2) * 1j, torch.ones(2) * 1j, np.ma.masked_equal([1, 2], 2), object(),
+     [np.ma.masked_equal([1, 2], 2)], ([1.0, np.ma.masked],)],
+)  # fmt: skip
 def test_what_holds_no_real_numbers_is_refused_by_name(value):
     with pytest.raises(TypeError, match="x "):
         arguments.tensor("x", value)
+
+
+def test_columns_of_digits_in_quotes_are_names():
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(TypeError, match="x has 'zip' among its columns, which holds no numbers"):
+        arguments.tensor("x", pandas.DataFrame({"a": [1.0, 2.0], "zip": ["94110", "10001"]}))
+
+
+def test_columns_of_one_name_are_refused():
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(TypeError, match="columns of the same name"):
+        arguments.tensor("x", pandas.DataFrame([[1.0, 2.0]], columns=["a", "a"]))
+
+
+@arguments.checked
+def rows_of(x: torch.Tensor, y: torch.Tensor | None = None) -> int:
+    return len(x)
+
+
+def test_rows_with_the_same_labels_in_another_order_are_refused():
+    pandas = pytest.importorskip("pandas")
+    x, y = pandas.DataFrame({"a": [1.0, 2.0, 3.0]}), pandas.Series([1.0, 2.0, 3.0])
+    shuffled = y.iloc[[2, 0, 1]]
+    assert rows_of(x, y) == rows_of(x, shuffled.to_numpy()) == rows_of(x.iloc[[2, 0, 1]], shuffled) == 3
+    assert rows_of(x, y.set_axis([10, 11, 12])) == rows_of(x, y=None) == 3  # places are all that there is
+    for wrong in (shuffled, y.sort_values(ascending=False)):
+        with pytest.raises(ValueError, match="same labels in another order"):
+            rows_of(x, wrong)
+    with pytest.raises(ValueError, match="same labels in another order"):  # another row was dropped of each
+        rows_of(x.drop(0), y.drop(1))
+
+
+@arguments.checked
+def sizes_of(draws: torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]) -> object:
+    return len(draws), type(draws).__name__
+
+
+def test_a_pair_is_no_tensor_where_pairs_are_asked_for():
+    theta = np.ones((3, 1))
+    assert sizes_of((theta, np.zeros((3, 1)))) == (2, "tuple")
+    assert sizes_of([theta, theta]) == (2, "Tensor")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import types
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -88,6 +89,26 @@ def power(x, exponent):
     return x**exponent
 
 
+class Named(dict):
+    """A dict with attributes."""
+
+    def __init__(self, name):
+        super().__init__(a=1)
+        self.name = name
+
+
+class Level(int):
+    """A number of a class of its own."""
+
+
+def marked(factor):
+    def function(x):
+        return function.factor * x
+
+    function.factor = factor
+    return function
+
+
 ATTRIBUTES = {
     "a number": lambda linear: Scaled(linear, 3.0),
     "a function": lambda linear: Scaled(linear, function=torch.cos),
@@ -117,6 +138,12 @@ ATTRIBUTES = {
     "a buffer that is not saved": lambda linear: Scaled(linear, buffer=1.0),
     "a submodule's setting": lambda linear: Scaled(linear, function=nn.LeakyReLU(0.1)),
     "another setting": lambda linear: Scaled(linear, function=nn.LeakyReLU(0.2)),
+    "a dict with attributes": lambda linear: Scaled(linear, table=Named("a")),
+    "with other attributes": lambda linear: Scaled(linear, table=Named("b")),
+    "a number of its own class": lambda linear: Scaled(linear, table=Level(1)),
+    "another number": lambda linear: Scaled(linear, table=Level(2)),
+    "a function with attributes": lambda linear: Scaled(linear, function=marked(2.0)),
+    "a function with others": lambda linear: Scaled(linear, function=marked(3.0)),
     "an epsilon": lambda linear: Scaled(linear, function=nn.LayerNorm(2, 1e-5, elementwise_affine=False)),
     "another epsilon": lambda linear: Scaled(linear, function=nn.LayerNorm(2, 1e-3, elementwise_affine=False)),
 }  # fmt: skip
@@ -129,6 +156,30 @@ def test_whatever_a_module_computes_with_is_seen(linear):
     assert {name: fingerprint(make(linear)) for name, make in ATTRIBUTES.items()} == {
         name: found for name, found in prints.items() if name in ATTRIBUTES
     }
+
+
+def test_members_of_modules_of_the_callers_are_seen_where_code_names_them(linear):
+    settings, inner = types.ModuleType("settings_of_a_test"), types.ModuleType("settings_of_a_test.inner")
+    settings.factor, settings.other, settings.inner = 2.0, 1.0, inner
+    inner.settings, inner.power = settings, 2  # modules may hold one another
+    space = {"settings": settings, "__name__": "code_of_a_test"}
+    exec(
+        "def function(x):\n    return settings.factor * x**settings.inner.power * settings.inner.settings.factor", space
+    )
+    prints = []
+    for change in (("other", 5.0), ("factor", 3.0), ("other", 6.0)):
+        setattr(settings, *change)
+        prints.append(fingerprint(Scaled(linear, function=space["function"])))
+    inner.power = 3
+    prints.append(fingerprint(Scaled(linear, function=space["function"])))
+    assert prints[1] == prints[2]
+    assert len(set(prints)) == 3
+
+
+def test_what_cannot_be_identified_is_told_apart_in_one_process():
+    first, second = (part for part in "a"), (part for part in "b")
+    assert Identity().add(first, "a").digest == Identity().add(first, "a").digest
+    assert Identity().add(first, "a").digest != Identity().add(second, "a").digest
 
 
 def test_the_code_of_a_forward_is_seen_and_its_comments_are_not(linear):

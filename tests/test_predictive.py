@@ -368,3 +368,17 @@ def test_regression_is_not_asked_of_classes(classes):
             asked()
     with pytest.raises(ValueError, match="label 3"):
         metrics.accuracy(p, torch.tensor([0, 1, 3, 0, 0]))
+
+
+def test_columns_of_a_frame_are_those_of_training():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(np.random.default_rng(0).normal(size=(9, 2)), columns=["a", "b"])
+    with torch.random.fork_rng(devices=[]):
+        net = nn.Linear(2, 1).double()
+    model = BayesianModel(net, Normal(0.0, 1.0), likelihoods.Gaussian(0.3), frame, frame["a"])
+    theta = model.sample_prior(3, seed=0)
+    right = predict(model, theta, frame).mean
+    assert torch.equal(predict(model, theta, frame.to_numpy()).mean, right)
+    for wrong in (frame[["b", "a"]], frame.rename(columns={"a": "c"}), frame.assign(c=1.0)):
+        with pytest.raises(ValueError, match="x must have the columns of training, 'a', 'b', got"):
+            predict(model, theta, wrong)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import bnnflow as bf
 from bnnflow import likelihoods, priors
@@ -100,6 +101,64 @@ class Attention(nn.Module):
         return self.head(self.attention(h, h, h)[0].mean(1))
 
 
+class Listed(nn.Module):
+    """Layers in a list, of which torch knows nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.head = [nn.Linear(3, 4)], nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.layers[0](x)))
+
+
+class FirstSeen(nn.Module):
+    """Takes what it needs from the first data that it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("ready", torch.tensor(False))
+
+    def forward(self, x):
+        if not self.ready:
+            self.mean.copy_(x.mean(0).detach())
+            self.ready.fill_(True)
+        return x - self.mean
+
+
+class Stale(nn.Module):
+    """Keeps a number of the first weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.total = nn.Linear(3, 1), None
+
+    def forward(self, x):
+        if self.total is None:
+            self.total = self.linear.weight.detach().sum()
+        return self.linear(x) + self.total
+
+
+class Powers(nn.Module):
+    """Parameters of any shape, one of them a single number."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.linear = nn.Parameter(torch.tensor(2.0)), nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.scale * self.linear(x)
+
+
+def replaced(place):
+    """A perceptron with another forward than that of its class, which looks at the network that it was made with."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    module = net.get_submodule(place)
+    module.forward = lambda x, forward=module.forward: 3 * forward(x)
+    return net
+
+
 def subtract(x):
     x -= 1
     return x
@@ -135,6 +194,16 @@ REFUSED = {
     "detached": (lambda: around(lambda h: h * h.detach()), "gradient by '0.*' is not the derivative"),
     "nothing but detached": (lambda: Root(lambda x: x).requires_grad_(True) and nn.Sequential(
         nn.Linear(3, 1), Applied(torch.detach)), "no derivative"),
+    "layers in a list": (Listed, r"a tensor \(4, 3\) that requires gradients but is none of its parameters"),
+    "another forward": (lambda: replaced(""), "none of its parameters"),
+    "another forward of a layer": (lambda: replaced("0"), "none of its parameters"),
+    "first seen": (lambda: around(FirstSeen()), r"'1.function' \(FirstSeen\) keeps something.*first called"),
+    "first weights": (Stale, r"\(Stale\) keeps something.*first called"),
+    "computed attributes": (lambda: nn.Sequential(prune.random_unstructured(nn.Linear(3, 1), "weight", 0.5)),
+                            "net cannot be copied.*prune.remove"),
+    "its own weights": (lambda: torch.jit.script(nn.Sequential(nn.Linear(3, 1))), "compiled by torch.jit"),
+    "two types": (lambda: nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1).double()), "one floating-point type"),
+    "complex weights": (lambda: nn.Linear(3, 1, dtype=torch.complex64), "one floating-point type"),
     "squeezed": (lambda: nn.Sequential(nn.Linear(3, 1), nn.LayerNorm(1), Applied(torch.squeeze)), "must map"),
 }  # fmt: skip
 
@@ -217,7 +286,8 @@ ACCEPTED = {
     "zero outputs": lambda: around(torch.zeros_like),
     "small weights": lambda: around(lambda h: 1e-12 * h),
     "large weights": lambda: around(lambda h: 1e12 * h),
-    "norm of a row": lambda: around(lambda h: h / h.norm(dim=1, keepdim=True)),
+    "a single number": Powers,
+    "the norm of a row": lambda: around(lambda h: h / h.norm(dim=1, keepdim=True)),
 }  # fmt: skip
 
 
@@ -227,6 +297,26 @@ def test_honest_modules_are_accepted(name, rows, seeded, data):
     with seeded(0):
         net = ACCEPTED[name]()
     bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(0.3), data[0][:rows], data[1][:rows])
+
+
+def test_a_replaced_forward_is_what_is_computed(seeded, data):
+    with seeded(0):
+        net = replaced("1")
+        model = bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(0.3), *data)
+    (theta,) = model.sample_prior(1, seed=0)
+    expected = torch.func.functional_call(net, model.spec.unflatten(theta), (data[0],))
+    assert torch.allclose(model.outputs(theta), expected)
+    assert model.spec.layers == ()
+    assert "a forward that is not that of its class" in model.spec.unknown
+
+
+def test_data_that_a_module_was_shown_before_are_its_constants(seeded, data):
+    with seeded(0):
+        net = around(FirstSeen())
+    net(data[0])
+    model = bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(0.3), *data)
+    theta = model.sample_prior(1, seed=0)
+    assert torch.equal(model.outputs(theta)[:, :1], model.outputs(theta, data[0][:1]))
 
 
 class Encoder(nn.Module):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from bnnflow.arguments import Count, Positive, checked, finite, tensor, tracked
+from bnnflow.arguments import Count, Positive, checked, columns_of, finite, tensor, tracked
 from bnnflow.forward_mode import jvp
 from bnnflow.identity import Identity
 from bnnflow.model.arrowhead import Arrowhead
@@ -99,11 +99,12 @@ class BayesianModel:
     ) -> None:
         _check_modules(net)
         parameter = next(iter(free_parameters(net).values()))
-        _check_sizes(net)
+        _check_parameters(net)
         _check_gradients(net)
         self._dtype, self._device = parameter.dtype, parameter.device
+        self._columns = columns_of(x)
         x, y = _check_data(x, y)
-        self.net = copy.deepcopy(net)
+        self.net = _copied(net)
         self.net.zero_grad(set_to_none=True)
         self.prior = as_prior(prior)
         self.likelihood = likelihood
@@ -118,9 +119,10 @@ class BayesianModel:
         axes = {extra.name: network_spec.parameter_axes(extra.key, extra.shape) for extra in own}
         self.spec = network_spec.extend({extra.name: extra.shape for extra in self._extras}, axes)
         self._architecture = self.spec  # says how to evaluate the network, where the spec of a linearised one does not
-        self.x, self._n_outputs = self._accepted(x.to(self._device))
         known = self.spec.layers and all(_of_torch(module) for module in net.modules())
-        self._written = frozenset() if known else probe(self.net, self.x)
+        fresh = None if known else copy.deepcopy(self.net)  # never called, which may change it
+        self.x, self._n_outputs = self._accepted(x.to(self._device))
+        self._written = frozenset() if fresh is None else probe(fresh, self.x)
         y = likelihood.validate(y, self._n_outputs)
         _check_informative(y)
         self.y = _placed("y", y, self._device, self._dtype)
@@ -272,6 +274,10 @@ class BayesianModel:
         """Return checked inputs, called ``name``, on the model's device; the training inputs for None."""
         if x is None or x is self.x:
             return self.x
+        columns = columns_of(x)
+        if columns and self._columns and columns != self._columns:
+            said = (", ".join(map(repr, names)) for names in (self._columns, columns))
+            raise ValueError("{} must have the columns of training, {}, got {}".format(name, *said))
         x = tensor(name, x, device=self.device)
         if not self.x.is_floating_point() and (x.is_floating_point() or x.dtype == torch.bool):
             raise ValueError(f"{name} must hold integers as in training, got {x.dtype}")
@@ -1204,7 +1210,26 @@ def _check_gradients(net: nn.Module) -> None:
                 )
 
 
-def _check_sizes(net: nn.Module) -> None:
+def _copied(net: nn.Module) -> nn.Module:
+    """Return a copy, so that the caller's network may change later."""
+    try:
+        return copy.deepcopy(net)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"net cannot be copied: {error}. Pruning and the old weight_norm keep computed weights as attributes: take "
+            "torch.nn.utils.prune.remove, and torch.nn.utils.parametrizations"
+        ) from error
+
+
+def _check_parameters(net: nn.Module) -> None:
+    if any(isinstance(module, torch.jit.ScriptModule) for module in net.modules()):
+        raise ValueError(
+            "net is compiled by torch.jit, which keeps its own weights: give the module that it was made of"
+        )
+    kinds = {parameter.dtype: name for name, parameter in free_parameters(net).items()}
+    if len(kinds) > 1 or not all(kind.is_floating_point for kind in kinds):
+        said = ", ".join(f"{name!r} of {kind}" for kind, name in kinds.items())
+        raise ValueError(f"net must have parameters of one floating-point type, got {said}")
     for name, parameter in net.named_parameters():
         if parameter.numel() == 0:
             raise ValueError(

@@ -8,8 +8,9 @@ points.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -59,22 +60,32 @@ def probe(net: nn.Module, x: Tensor) -> frozenset[str]:
     """
     generator = torch.Generator().manual_seed(0)
     with isolated(generator):
-        try:
-            found = _Probe(net, x, _DOUBLE)
-        except RuntimeError:  # a number type is written into its code
-            found = _Probe(net, x, _SINGLE)
+        found = _made(net, x)
         written = found.check_state()
         found.check_rows()
         found.check_slopes()
     return written
 
 
+def _made(net: nn.Module, x: Tensor) -> _Probe:
+    """Return a probe of double precision, of single where a number type is written into the network's code."""
+    with contextlib.suppress(RuntimeError):
+        found = _Probe(net, x, _DOUBLE)
+        if found.outputs.dtype == torch.float64:
+            return found
+    return _Probe(net, x, _SINGLE)
+
+
 class _Probe:
-    """A copy of the network with random weights, and rows to evaluate it at."""
+    """A copy of the network with random weights, and rows to evaluate it at.
+
+    ``net`` may come to hold what its forward pass keeps; ``fresh`` is never called.
+    """
 
     def __init__(self, net: nn.Module, x: Tensor, precision: _Precision) -> None:
         self.precision = precision
-        self.net = copy.deepcopy(net).to(precision.dtype)
+        self.fresh = copy.deepcopy(net).to(precision.dtype)
+        self.net = copy.deepcopy(self.fresh)
         rows = x[torch.linspace(0, len(x) - 1, _ROWS).long().unique().to(x.device)]
         if rows.is_floating_point():
             rows = rows.to(precision.dtype)
@@ -88,11 +99,11 @@ class _Probe:
     def random(self) -> dict[str, Tensor]:
         """Return random weights of the size that keeps signals as they are."""
         own = dict(self.net.named_parameters())
-        return {name: _normal(own[name]) / max(1, own[name][:1].numel()) ** 0.5 for name in self.names}
+        return {name: _normal(own[name]) / _fan_in(own[name]) ** 0.5 for name in self.names}
 
-    def evaluate(self, params: dict[str, Tensor], rows: Tensor) -> Tensor:
-        """Return the outputs of a copy of the rows."""
-        return check_outputs(torch.func.functional_call(self.net, params, (rows.clone(),)), len(rows))
+    def evaluate(self, params: dict[str, Tensor], rows: Tensor, net: nn.Module | None = None) -> Tensor:
+        """Return the outputs of a copy of the rows, by another copy of the network if one is given."""
+        return check_outputs(torch.func.functional_call(net or self.net, params, (rows.clone(),)), len(rows))
 
     def same(self, first: Tensor, second: Tensor) -> bool:
         """Say whether two tensors are the same up to rounding."""
@@ -107,7 +118,7 @@ class _Probe:
         self.params = self.random()
         counts = {**self.params, **dict(self.net.named_buffers())}
         before = {name: tensor.clone() for name, tensor in counts.items()}
-        attributes, rows, drawn = _attributes(self.net), self.rows.clone(), torch.get_rng_state()
+        attributes, rows, drawn = _attributes(self.fresh), self.rows.clone(), torch.get_rng_state()
         with _Recorder(self.net) as first:
             self.outputs = check_outputs(torch.func.functional_call(self.net, self.params, (rows,)), len(rows))
         counts = {**self.params, **dict(self.net.named_buffers())}
@@ -151,6 +162,19 @@ class _Probe:
                 f"{self.said(guilty)} makes a row's output depend on the other rows, so there is no likelihood of "
                 "single rows; the first axis of x runs over rows (attention wants batch_first=True)"
             )
+        self.check_memory(self.rows[-1:])
+
+    def check_memory(self, row: Tensor) -> None:
+        """See that a row's outputs are the same whatever the network was called with before."""
+        first = copy.deepcopy(self.fresh)
+        if self.same(self.evaluate(self.params, row), self.evaluate(self.params, row, first)):
+            return
+        guilty = self.guilty(self.recorded(row), self.recorded(row, copy.deepcopy(self.fresh)), self.same)
+        raise ValueError(
+            f"{self.said(guilty)} keeps something of the inputs or weights that it is first called with, which decides "
+            "all later outputs; call the network on the data that this is meant to come from before the model is "
+            "made, or remove it"
+        )
 
     def same_row(self, i: int, together: Tensor, alone: Tensor) -> bool:
         """Say whether row ``i`` of a tensor is what it is alone; True for tensors that have no axis of rows."""
@@ -158,10 +182,10 @@ class _Probe:
             return True
         return self.same(together[i : i + 1], alone)
 
-    def recorded(self, rows: Tensor) -> list[_Record]:
-        """Evaluate the network and return what its modules did."""
-        with _Recorder(self.net) as records:
-            self.evaluate(self.params, rows)
+    def recorded(self, rows: Tensor, net: nn.Module | None = None) -> list[_Record]:
+        """Evaluate the network, or a copy of it, and return what its modules did."""
+        with _Recorder(net or self.net) as records:
+            self.evaluate(self.params, rows, net)
         return records
 
     def said(self, names: list[str]) -> str:
@@ -204,6 +228,7 @@ class _Probe:
             total = (self.evaluate(params, self.rows) * weights).sum()
             if not total.requires_grad:
                 raise ValueError("the outputs of the network have no derivative by its free parameters")
+            _check_leaves(total, params.values())
             found = torch.autograd.grad(total, list(params.values()), allow_unused=True, materialize_grads=True)
         return dict(zip(params, found, strict=True))
 
@@ -264,6 +289,31 @@ class _Recorder:
     def __exit__(self, *exception: object) -> None:
         for hook in self._hooks:
             hook.remove()
+
+
+def _check_leaves(value: Tensor, known: Collection[Tensor]) -> None:
+    """Refuse a value that depends on tensors with gradients that are none of those known."""
+    ours = {id(each) for each in known}
+    seen, waiting = set(), [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in ours:
+            raise ValueError(
+                f"the network uses a tensor {tuple(leaf.shape)} that requires gradients but is none of its parameters, "
+                "so it would be left out of the inference: put layers into an nn.ModuleList or nn.ModuleDict in place "
+                "of a list or dict, and do not replace forward by a function that holds another network; what is "
+                "meant as a constant takes requires_grad_(False)"
+            )
+        waiting += [following for following, _ in node.next_functions]
+
+
+def _fan_in(weight: Tensor) -> int:
+    """Return how many numbers belong to each entry of the first axis, one at least."""
+    return max(1, weight.shape[1:].numel())
 
 
 def _normal(like: Tensor) -> Tensor:

@@ -81,8 +81,6 @@ def _normalise(theta: Tensor, log_weights: Tensor | None) -> tuple[Tensor, Tenso
         return theta, torch.full((len(theta),), -math.log(len(theta)), dtype=torch.float64)
     log_weights = log_weights.double()
     kept = log_weights > -math.inf
-    if not bool(kept.any()):
-        raise ValueError("draws must not all have weight zero")
     if not bool(kept.all()):
         theta, log_weights = theta[kept.to(theta.device)], log_weights[kept]
     return theta, log_weights - log_weights.logsumexp(0)
