@@ -24,7 +24,7 @@ from bnnflow.seeding import as_generator
 from bnnflow.tracing import Layer, trace
 from bnnflow.types import HierarchicalPrior, Prior, Seed
 
-__all__ = ["Layer", "Symmetries", "WeightSpec"]
+__all__ = ["NO_SYMMETRY", "Layer", "Symmetries", "WeightSpec"]
 
 
 _LARGEST = 2**27
@@ -34,10 +34,13 @@ _LARGEST = 2**27
 class Symmetries(NamedTuple):
     """The hidden layers (by label) whose units may be permuted, flipped in sign, rescaled, or shifted in phase."""
 
-    permutation: frozenset[str]
-    sign: frozenset[str]
-    scale: frozenset[str]
+    permutation: frozenset[str] = frozenset()
+    sign: frozenset[str] = frozenset()
+    scale: frozenset[str] = frozenset()
     phase: frozenset[str] = frozenset()
+
+
+NO_SYMMETRY = Symmetries()
 
 
 @dataclass(frozen=True, repr=False)

@@ -35,7 +35,7 @@ from weight_space import remembered, table
 
 import bnnflow as bf
 from bnnflow.report import style
-from bnnflow.transport import AffinePath, GaussNewton, Independent, InformedVelocity, train
+from bnnflow.transport import AffinePath, GaussNewton, Independent, InformedVelocity, ProbabilityPath, train
 from bnnflow.transport.coordinates import Context
 from bnnflow.transport.importance import effective, log_mean, smoothed
 from bnnflow.transport.targets import InformedPath
@@ -159,12 +159,14 @@ class Family(nn.Module):
         return velocity
 
 
-class FamilyPath:
+class FamilyPath(ProbabilityPath):
     """The paths of many posteriors."""
 
     def __init__(self, paths: list[InformedPath]) -> None:
         self.paths = paths
-        self.weighting = paths[0].weighting
+
+    def loss_weight(self, t: Tensor) -> Tensor:
+        return self.paths[0].loss_weight(t)
 
     def point(self, x0: Tensor, x1: Tensor, t: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         x_t, target = x1.clone(), torch.zeros_like(x1)

@@ -27,7 +27,7 @@ import bnnflow as bf
 from bnnflow.equivariant import DWSNet
 from bnnflow.report import plots
 from bnnflow.symmetry import Spheres, barrier, frechet_mean
-from bnnflow.transport import AffinePath, Flow, Independent, MiniBatchOT, train
+from bnnflow.transport import AffinePath, Field, Flow, Independent, MiniBatchOT, train
 from bnnflow.transport.geometry import RiemannianPath
 from bnnflow.transport.manifold import ManifoldFlow
 from bnnflow.weights import Symmetries, WeightSpec
@@ -50,7 +50,7 @@ PUBLISHED = {  # accuracy and loss
 }
 
 
-class Residual(nn.Module):
+class Residual(Field):
     """What a `DWSNet` adds to the closed-form field from the source to a Gaussian that is fitted to the targets.
 
     Args:

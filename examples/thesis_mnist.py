@@ -17,13 +17,14 @@ Run: python examples/thesis_mnist.py [--data FOLDER] [--quick]
 """
 
 import argparse
+import copy
 import json
 import math
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ from bnnflow.equivariant.network import TimeEmbedding
 from bnnflow.inference.start import random_networks
 from bnnflow.report import plots
 from bnnflow.symmetry import Spheres, frechet_mean, match
-from bnnflow.transport import AffinePath, Flow, train
+from bnnflow.transport import AffinePath, Field, Flow, train
 from bnnflow.transport.geometry import RiemannianPath
 from bnnflow.transport.manifold import ManifoldFlow
 from bnnflow.weights import WeightSpec
@@ -102,7 +103,7 @@ class Attention(nn.Module):
         return self.head(tokens[:, :-1]), self.head_outputs(tokens[:, -1])
 
 
-class Field(nn.Module):
+class UnitField(Field):
     """The closed-form field from the source to independent Gaussian weights, and what `Attention` adds to it.
 
     Args:
@@ -143,11 +144,13 @@ class Field(nn.Module):
         parts = (F.pad(first, (0, 784 - LEADING)), bias.squeeze(-1), last.mT, outputs)
         return self.spec.flatten(dict(zip(self.spec.names, parts, strict=True)))
 
-    def on(self, spec: WeightSpec) -> "Field":
+    def on(self, spec: WeightSpec) -> Self:
         """Return a field without places for networks of another width, with the same parameters."""
-        other = object.__new__(Field)
-        wide = {name: over_units(getattr(self, name), self.spec, spec) for name in ("source", "mean", "sd")}
-        other.__dict__ = self.__dict__ | {"spec": spec} | wide
+        other = copy.copy(self)
+        other.spec = spec
+        other.source, other.mean, other.sd = (
+            over_units(each, self.spec, spec) for each in (self.source, self.mean, self.sd)
+        )
         return other
 
 
@@ -252,7 +255,7 @@ def fit(model: bf.BayesianModel, targets: Tensor, placed: bool, curved: bool, st
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        field = Field(model.spec, x1, placed, spheres)
+        field = UnitField(model.spec, x1, placed, spheres)
     path = RiemannianPath(spheres) if spheres else AffinePath()
     field, info = train(field, pairs, path=path, steps=steps, batch_size=64, learning_rate=2e-3, seed=0)
     flow = ManifoldFlow(field, spheres) if spheres else Flow.of(field, model)

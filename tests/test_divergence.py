@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import bnnflow as bf
-from bnnflow.transport import Flow, GaussianVelocity
+from bnnflow.transport import Field, Flow, GaussianVelocity, ResidualVelocity
 from bnnflow.transport.divergence import (
     divergence,
     exact_divergence,
@@ -39,7 +39,7 @@ def jacobian(velocity, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows)  # type: ignore[arg-type]
 
 
-def two_layer(dim: int = 7, base: nn.Module | None = None) -> TwoLayerVelocity:
+def two_layer(dim: int = 7, base: Field | None = None) -> TwoLayerVelocity:
     """Return a field with random weights everywhere: those at zero would hide errors."""
     field = built(lambda: TwoLayerVelocity(dim, 16, base=base))
     g = generator(3)
@@ -141,7 +141,7 @@ def test_divergence_can_be_differentiated_by_the_points(trace: Trace):
 # ------------------------------------------------------------------ fields that know their trace
 
 
-class Known(nn.Module):
+class Known(Field):
     """Knows its trace; counts how often it is asked."""
 
     def __init__(self) -> None:
@@ -151,46 +151,36 @@ class Known(nn.Module):
     def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return 3 * x + 0.5 * x.roll(1, -1)
 
-    def with_divergence(self, t: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def closed_divergence(self, t: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.asked += 1
         return self(t, x), torch.full((len(x),), 3.0 * x.shape[-1], dtype=torch.float64)
 
 
-class Sum(nn.Module):
-    """A known part and a rest."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.known = Known()
-
-    def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return self.known(t, x) + curved(t, x)
-
-    def parts(self):
-        return self.known, curved
-
-
 def test_a_fields_own_trace_is_used_only_where_the_trace_is_exact():
     field, x, t = Known(), normal(4, 5), torch.tensor(0.5)
-    value, trace = divergence(field, t, x)
+    value, trace = field.with_divergence(t, x)
     assert field.asked == 1
     assert torch.equal(trace, torch.full((4,), 15.0, dtype=torch.float64))
     assert torch.equal(value, field(t, x))
-    _, estimate = divergence(field, t, x, "hutchinson", probe_noise("rademacher", 1, x, generator()))
+    _, estimate = field.with_divergence(t, x, "hutchinson", probe_noise("rademacher", 1, x, generator()))
     assert field.asked == 1
     assert not torch.allclose(estimate, trace)
 
 
 def test_only_the_rest_of_a_field_with_a_known_part_is_probed():
-    field, x, t = Sum(), normal(4, 5), torch.tensor(0.5)
+    gaussian, x, t = gaussian_field(), normal(4, 7), torch.tensor(0.5, dtype=torch.float64)
+    field = built(lambda: ResidualVelocity(linear(7).spec, gaussian, 8, 1)).requires_grad_(False)
+    g = generator(3)
+    for parameter in field.parameters():
+        parameter.add_(0.2 * torch.randn(parameter.shape, generator=g, dtype=torch.float64))
     whole = jacobian(field, t, x).diagonal(dim1=1, dim2=2).sum(-1)
-    value, trace = divergence(field, t, x)
+    value, trace = field.with_divergence(t, x)
     assert torch.allclose(value, field(t, x), atol=1e-12)
     assert torch.allclose(trace, whole, atol=1e-10)
     probes = probe_noise("gaussian", 3, x, generator())
-    _, estimate = divergence(field, t, x, "hutchinson", probes)
-    _, of_rest = divergence(curved, t, x, "hutchinson", probes)
-    assert torch.allclose(estimate, of_rest + 15.0, atol=1e-10)
+    _, estimate = field.with_divergence(t, x, "hutchinson", probes)
+    _, of_rest = divergence(lambda t, z: field(t, z) - gaussian(t, z), t, x, "hutchinson", probes)
+    assert torch.allclose(estimate, of_rest + gaussian.closed_divergence(t, x)[1], atol=1e-10)
 
 
 @pytest.mark.parametrize("based", [False, True])
@@ -214,7 +204,7 @@ def test_untrained_two_layers_are_their_base():
     (end,) = integrate(lambda t, s: (plain(t, s[0]),), (x,), time_grid(32))
     assert torch.allclose(end, x, atol=1e-6)
     with pytest.raises(ValueError, match="base must know its trace"):
-        TwoLayerVelocity(7, base=nn.Identity())
+        TwoLayerVelocity(7, base=Field.of(nn.Identity()))
 
 
 def test_two_layers_carry_their_density_exactly():
@@ -223,7 +213,7 @@ def test_two_layers_carry_their_density_exactly():
 
     def carried(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         start = torch.zeros(len(x), dtype=torch.float64)
-        return integrate(lambda t, s: divergence(field, t, s[0]), (x, start), time_grid(32))  # type: ignore[return-value]
+        return integrate(lambda t, s: field.with_divergence(t, s[0]), (x, start), time_grid(32))  # type: ignore[return-value]
 
     _, change = carried(x)
     maps = jacobian(lambda _, z: carried(z)[0], torch.tensor(0.0), x)

@@ -18,7 +18,7 @@ import bnnflow as bf
 from bnnflow import WeightSpec
 from bnnflow.activations import Activation
 from bnnflow.symmetry import Spheres, normalise_scale
-from bnnflow.transport import Flow, WeightsVelocity
+from bnnflow.transport import Field, Flow, WeightsVelocity
 from bnnflow.transport.divergence import exact_divergence
 from bnnflow.transport.geometry import RiemannianPath, TangentVelocity
 from bnnflow.transport.manifold import CompletedFlow, ManifoldFlow, Radii, fit_manifold_flow
@@ -275,7 +275,7 @@ def test_the_source_is_uniform() -> None:
 # ---------------------------------------------------------------- flows
 
 
-class Towards(nn.Module):
+class Towards(Field):
     """The gradient of rate * x[0]: a conformal flow, which takes the uniform law to a closed form."""
 
     def __init__(self, rate: float) -> None:
@@ -294,7 +294,7 @@ def spherical_cauchy(x: Tensor, rate: float) -> Tensor:
     return (k - 1) * ((1 - rho**2) / (1 + rho**2 - 2 * rho * x[..., 0])).log() - area
 
 
-class VonMisesFisher(nn.Module):
+class VonMisesFisher(Field):
     """A field on the sphere in three dimensions from the uniform law to von Mises-Fisher, around the first axis.
 
     At time t the law is that of concentration a = t * kappa. Heights z = x[0] move by - dG/dt / g, with G the
@@ -320,7 +320,7 @@ class VonMisesFisher(nn.Module):
         return kappa * x[..., 0] + (kappa / (4 * math.pi * kappa.sinh())).log()
 
 
-def randomised(velocity: nn.Module, scale: float = 0.1) -> nn.Module:
+def randomised(velocity: Field, scale: float = 0.1) -> Field:
     """Give every parameter a random value: a zero head would hide what the network does."""
     for seed, parameter in enumerate(velocity.parameters()):
         parameter.data.add_(scale * normal(*parameter.shape, seed=seed).to(parameter))
@@ -333,7 +333,7 @@ def network_flow(name: str = "two hidden", **options) -> ManifoldFlow:
     return ManifoldFlow(velocity.eval(), Spheres(spec), **options)
 
 
-class Wavy(nn.Module):
+class Wavy(Field):
     """A smooth field on a sphere that depends on time and has no symmetry."""
 
     def __init__(self, k: int) -> None:
@@ -390,7 +390,7 @@ def test_divergences_of_closed_form_fields(k: int) -> None:
     x = spheres.sample(30, 2, dtype=F64)
     symmetric = b + b.T
 
-    class Gradient(nn.Module):
+    class Gradient(Field):
         def forward(self, t: Tensor, x: Tensor) -> Tensor:
             return a + x @ symmetric
 
@@ -502,7 +502,7 @@ def test_flows_along_geodesics_take_one_step() -> None:
     spheres = spheres_of("two hidden")
     x0, x1 = spheres.sample(30, 0, dtype=F64), spheres.sample(30, 1, dtype=F64)
 
-    class ToEnds(nn.Module):
+    class ToEnds(Field):
         def forward(self, t: Tensor, x: Tensor) -> Tensor:
             return spheres.log(x, x1) / (1 - t)
 
@@ -514,7 +514,7 @@ def test_flows_along_geodesics_take_one_step() -> None:
 @pytest.mark.parametrize("name", ["two hidden", "residual"])
 def test_flows_commute_with_permutations(name: str) -> None:
     flow = network_flow(name)
-    group = flow.velocity.group
+    group = flow.velocity.symmetries
     x = flow.start(10, 0)
     (moved,) = flow.spec.transform(group, 1, x)
     field = flow.velocity(torch.tensor(0.4), x)
@@ -546,7 +546,7 @@ def test_a_field_trained_on_draws_has_their_density() -> None:
     path = RiemannianPath(sphere(3))
     targets = ManifoldFlow(truth, sphere(3), "rk4", 10).sample(20_000, 0).float()
 
-    class Perceptron(nn.Module):
+    class Perceptron(Field):
         def __init__(self) -> None:
             super().__init__()
             self.net = nn.Sequential(nn.Linear(4, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 3))
@@ -606,7 +606,7 @@ def test_fitted_flows_reach_their_targets(tmp_path: Path) -> None:
 
 
 def test_nan_is_an_error() -> None:
-    class Broken(nn.Module):
+    class Broken(Field):
         def forward(self, t: Tensor, x: Tensor) -> Tensor:
             return torch.where(t > 0.5, torch.nan, x)
 

@@ -14,6 +14,7 @@ from bnnflow.model import hessian
 from bnnflow.transport import (
     AffinePath,
     DriveVelocity,
+    Field,
     Flow,
     GaussNewton,
     GradientSteps,
@@ -23,7 +24,7 @@ from bnnflow.transport import (
     velocity,
 )
 from bnnflow.transport.coordinates import Context
-from bnnflow.transport.divergence import chained_divergence, divergence, exact_divergence
+from bnnflow.transport.divergence import chained_divergence, exact_divergence
 from tests.problems import F64, built, chain, generator, normal
 
 N = 12
@@ -482,7 +483,7 @@ def test_there_are_no_jacobians_of_other_gauss_newton_steps(monkeypatch):
 # ------------------------------------------------------------------ fields
 
 
-def randomised(field: nn.Module) -> nn.Module:
+def randomised(field: Field) -> Field:
     """Give every parameter a random value: a zero head would hide what the network does."""
     g = generator(3)
     for parameter in field.parameters():
@@ -492,7 +493,7 @@ def randomised(field: nn.Module) -> nn.Module:
 
 def informed(net: bf.BayesianModel, displacement=None, source: Source | None = None, **options) -> InformedVelocity:
     make = lambda: InformedVelocity(net.spec, displacement, width=16, depth=2, **options)  # noqa: E731
-    return randomised(built(make, net.dtype)).bind(Context(net, source))  # type: ignore[operator]
+    return randomised(built(make, net.dtype)).bind(Context(net, source))
 
 
 def by_products(field, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -524,7 +525,7 @@ def test_divergence_of_informed_fields(displacement, schedule, t, counted):
     net = model("gaussian" if "GaussNewton" in str(displacement) else "learned", (3, 3), temperature=0.7)
     field = informed(net, displacement, Source.scaled(net, 1.3), path=AffinePath(schedule))
     x, time = normal(5, net.dim, seed=6), torch.tensor(t, dtype=F64)
-    value, trace = divergence(field, time, x)
+    value, trace = field.with_divergence(time, x)
     assert counted
     truth, of_products = by_products(field, time, x)
     assert trace.dtype == F64
@@ -538,7 +539,7 @@ def test_divergence_of_the_drive_alone(displacement, t, counted):
     net = model()
     field = DriveVelocity(displacement).bind(Context(net))
     x, time = normal(5, net.dim, seed=6), torch.tensor(t, dtype=F64)
-    value, trace = divergence(field, time, x)
+    value, trace = field.with_divergence(time, x)
     truth, of_products = by_products(field, time, x)
     assert counted
     assert close(value, truth, 1e-10)
@@ -553,7 +554,7 @@ def test_divergence_in_single_precision(displacement, t):
     exact = informed(net.to(dtype=F64), displacement)
     single = exact.bind(None).float().bind(Context(net))
     _, truth = by_products(informed(net.to(dtype=F64), displacement), time, x.double())
-    error = (divergence(single, time, x)[1] - truth).abs().max()
+    error = (single.with_divergence(time, x)[1] - truth).abs().max()
     of_products = (by_products(single, time, x)[1] - truth).abs().max()
     assert error < 2 * of_products + 1e-4
 
@@ -561,9 +562,9 @@ def test_divergence_in_single_precision(displacement, t):
 def test_rows_of_different_times_go_in_blocks(monkeypatch):
     net = model()
     field, x, t = informed(net, GradientSteps(2)), normal(7, net.dim, seed=6), torch.linspace(0, 1, 7, dtype=F64)
-    whole = divergence(field, t, x)
+    whole = field.with_divergence(t, x)
     monkeypatch.setattr(velocity, "_ELEMENTS", (0, 3 * net.dim**2))
-    parts = divergence(field, t, x)
+    parts = field.with_divergence(t, x)
     truth = by_products(field, t, x)
     for a, b, c in zip(whole, parts, truth, strict=True):
         assert close(a, c, 1e-9)
@@ -624,7 +625,7 @@ def test_fields_without_closed_jacobians_are_differentiated(kind):
     displacement = {"matrix-free": free, "mixed": (GradientSteps(1), free)}.get(kind)
     field = informed(net, displacement or GradientSteps(2))
     x, t = normal(3, net.dim, seed=6), torch.tensor(0.4, dtype=F64)
-    for found, truth in zip(divergence(field, t, x), by_products(field, t, x), strict=True):
+    for found, truth in zip(field.with_divergence(t, x), by_products(field, t, x), strict=True):
         assert torch.equal(found, truth)
 
 
@@ -632,22 +633,22 @@ def test_divergence_can_still_be_differentiated(counted):
     net = model(widths=(2,))
     field, t = informed(net, GradientSteps(1)), torch.tensor(0.4, dtype=F64)
     x = normal(2, net.dim, seed=6).requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: divergence(field, t, z)[1], x, atol=1e-6, fast_mode=True)
-    tangent = torch.func.jvp(lambda z: divergence(field, t, z)[1], (x.detach(),), (torch.ones_like(x),))[1]
-    assert close(torch.autograd.grad(divergence(field, t, x)[1].sum(), x)[0].sum(1), tangent, 1e-9)
+    assert torch.autograd.gradcheck(lambda z: field.with_divergence(t, z)[1], x, atol=1e-6, fast_mode=True)
+    tangent = torch.func.jvp(lambda z: field.with_divergence(t, z)[1], (x.detach(),), (torch.ones_like(x),))[1]
+    assert close(torch.autograd.grad(field.with_divergence(t, x)[1].sum(), x)[0].sum(1), tangent, 1e-9)
     field.trust.requires_grad_()
-    divergence(field, t, x.detach())[1].sum().backward()
+    field.with_divergence(t, x.detach())[1].sum().backward()
     assert field.trust.bias.grad is not None
     assert not counted
     with torch.no_grad():
-        divergence(field, t, x)
+        field.with_divergence(t, x)
     assert counted
 
 
 def test_unbound_fields_say_so():
     net = model()
     with pytest.raises(RuntimeError, match="must be bound"):
-        divergence(informed(net).bind(None), torch.tensor(0.5), normal(2, net.dim))
+        informed(net).bind(None).with_divergence(torch.tensor(0.5), normal(2, net.dim))
 
 
 def test_guided_fields_are_differentiated_whole():
@@ -656,5 +657,5 @@ def test_guided_fields_are_differentiated_whole():
     field = GuidedVelocity(base, lambda theta: -theta.square().sum(-1), Source(net.flat_prior), 0.3)
     x, t = normal(3, net.dim, seed=6), torch.tensor(0.4, dtype=F64)
     truth = by_autograd(lambda z: field(t, z), x).diagonal(dim1=1, dim2=2).sum(-1)
-    assert close(divergence(field, t, x)[1], truth, 1e-9)
+    assert close(field.with_divergence(t, x)[1], truth, 1e-9)
     assert math.isfinite(float(truth.sum()))

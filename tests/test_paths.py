@@ -21,6 +21,7 @@ from bnnflow.transport import (
     AffinePath,
     Beta,
     DriveVelocity,
+    Field,
     Flow,
     GaussianVelocity,
     GaussNewton,
@@ -281,8 +282,8 @@ def test_every_equivariant_field_commutes_with_its_group(name):
     field = fields(model)[name].double()
     for parameter in field.parameters():
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator(), dtype=F64))
-    field = field.bind(Context(model)) if hasattr(field, "bind") else field
-    group = model.spec.symmetries(model.prior) if name == "drive" else field.group
+    field = field.bind(Context(model))
+    group = model.spec.symmetries(model.prior) if name == "drive" else field.symmetries
     assert group.permutation
     x, t = torch.randn(10, model.dim, generator=generator(), dtype=F64), torch.rand(10, generator=generator(1)).double()
     v = field(t, x).detach()
@@ -330,7 +331,7 @@ def test_flow_transfers_to_another_width_and_refuses_other_networks():
 
 
 def test_field_of_ones_own_says_what_it_is_on_another_network():
-    class Rescaled(torch.nn.Module):
+    class Rescaled(Field):
         def __init__(self, scale: torch.Tensor) -> None:
             super().__init__()
             self.scale = torch.nn.Parameter(scale)
@@ -354,7 +355,7 @@ def test_a_part_of_the_data_costs_less_and_is_scaled_to_all():
     parts = torch.stack([flow.on_batch(400, seed).sample(50, 0).mean(0) for seed in range(20)]) / 1.5
     spread = parts.std(0) / math.sqrt(20)
     assert ((parts.mean(0) - mean).abs() < 5 * spread + 0.01).all()
-    context = flow.on_batch(400, 0).velocity.context
+    context = flow.on_batch(400, 0).velocity.posterior
     assert context.gauss_newton(torch.zeros(1, 4, dtype=F64))[1].shape[1] == 400
     with pytest.raises(ValueError, match="looks at no data"):
         Flow.of(WeightsVelocity(model.spec, 8, 1).double(), model).on_batch(10, 0)
@@ -423,7 +424,7 @@ def test_interrupted_training_resumes_to_the_bit(tmp_path, monkeypatch, held_out
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
-class Recording(nn.Module):
+class Recording(Field):
     """The field of `doubled` plus a number that is learned; keeps account of what both parts are asked."""
 
     def __init__(self) -> None:
@@ -433,13 +434,13 @@ class Recording(nn.Module):
         self.seen: list[Tensor] = []
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        return self.driven(t, x, *self.drives(t, x))
+        return self.from_precomputed(t, x, *self.precompute(t, x))
 
-    def drives(self, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    def precompute(self, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         self.computed.append(x)
         return (x / (1 + t).unsqueeze(-1),)
 
-    def driven(self, t: Tensor, x: Tensor, *drives: Tensor) -> Tensor:
+    def from_precomputed(self, t: Tensor, x: Tensor, *drives: Tensor) -> Tensor:
         (drive,) = drives
         assert torch.equal(drive, x / (1 + t).unsqueeze(-1))
         self.seen.append(x)
@@ -516,9 +517,9 @@ def test_drives_make_the_field():
     for parameter in field.parameters():
         nn.init.normal_(parameter, std=0.2)
     t, x = torch.rand(5, generator=generator(), dtype=F64), torch.randn(5, model.dim, generator=generator(1), dtype=F64)
-    drives = field.drives(t, x)
+    drives = field.precompute(t, x)
     assert [part.shape for part in drives] == [x.shape] * 4
-    assert torch.equal(field.driven(t, x, *drives), field(t, x))
+    assert torch.equal(field.from_precomputed(t, x, *drives), field(t, x))
     assert not any(part.requires_grad for part in drives)
 
 

@@ -182,7 +182,7 @@ def test_the_informed_field_commutes_with_the_whole_group_of_the_posterior(displ
         parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator(2), dtype=F64))
     source = Source(model.flat_prior)
     group = source.symmetries(model)
-    assert field.group == group == model.spec.symmetries()
+    assert field.symmetries == group == model.spec.symmetries()
     flow = Flow.of(field, model, source)
     x = torch.randn(10, model.dim, generator=generator(3), dtype=F64)
     z, pushed = model.spec.transform(group, 4, x, flow.push(x))

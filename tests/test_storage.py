@@ -27,6 +27,7 @@ from bnnflow.symmetry import Spheres
 from bnnflow.transport import (
     CompletedFlow,
     DriveVelocity,
+    Field,
     Flow,
     GaussNewton,
     GradientSteps,
@@ -393,7 +394,7 @@ def test_what_could_not_be_rebuilt_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot save a Foreign"):
         replace(density, density=Foreign()).save(tmp_path / "never")
     with pytest.raises(ValueError, match="cannot save a Identity"):
-        replace(flow, velocity=torch.nn.Identity()).save(tmp_path / "never")
+        replace(flow, velocity=Field.of(torch.nn.Identity())).save(tmp_path / "never")
     for velocity in (DriveVelocity(), GuidedVelocity(flow.velocity, density.log_prob, density.source)):
         with pytest.raises(ValueError, match=f"cannot save a {type(velocity).__name__}"):
             replace(example_completed_flow(), flow=replace(flow, velocity=velocity)).save(tmp_path / "never")

@@ -139,7 +139,7 @@ def test_last_times_are_finite():
     path = InformedPath(AffinePath(), context, context.source.symmetries(model), x1, generator())
     t = torch.tensor([0.0, 1e-8, 1 - 1e-4, 1 - 1e-6, 1 - 6e-8, 1.0]).repeat(10)
     x_t, target = path.point(normal(60, model.dim, dtype=torch.float32), x1[:60], t, generator())
-    for values in (x_t, target, path.weighting(t)):
+    for values in (x_t, target, path.loss_weight(t)):
         assert values.isfinite().all()
 
 

@@ -289,10 +289,10 @@ def test_velocity_commutes_with_the_group_it_declares(kind, widths, dtype):
     x = torch.randn(20, model.dim, generator=generator(), dtype=dtype)
     t = torch.rand(20, generator=generator(1), dtype=dtype)
     v = velocity(t, x)
-    moved_x, moved_v = model.spec.transform(velocity.group, 5, x, v)
+    moved_x, moved_v = model.spec.transform(velocity.symmetries, 5, x, v)
     error = (velocity(t, moved_x) - moved_v).abs().max() / v.abs().max()
     bound = 1e-10 if dtype == torch.float64 else (1e-5 if kind == "weights" else 1e-4)
-    assert velocity.group.permutation == set(model.spec.widths)
+    assert velocity.symmetries.permutation == set(model.spec.widths)
     assert error <= bound
 
 
@@ -300,7 +300,7 @@ def test_density_of_an_equivariant_flow_is_invariant():
     model = network_model("categorical")
     flow = Flow.of(informed(model), model, steps=6)
     theta = flow.sample(4, 0)
-    (moved,) = model.spec.transform(flow.velocity.group, 1, theta)
+    (moved,) = model.spec.transform(flow.velocity.symmetries, 1, theta)
     assert torch.allclose(flow.log_prob(theta), flow.log_prob(moved), atol=1e-8)
 
 
@@ -443,7 +443,7 @@ def test_save_and_load_round_trip(tmp_path, velocity, kind):
 def test_golden_file_of_format_version_1_still_loads():
     flow = bf.load(GOLDEN / "flow-v1.npz")
     assert flow.spec.dim == 13
-    assert flow.velocity.group.permutation == {"h1"}
+    assert flow.velocity.symmetries.permutation == {"h1"}
     expected = torch.tensor([1.5359, -0.0822, -2.1945])
     assert torch.allclose(flow.sample(1, 0, steps=time_grid(flow.steps, 1.5))[0, :3], expected, atol=2e-4)
 

@@ -6,11 +6,12 @@ from bnnflow.transport.correct import Correction, correct, refine
 from bnnflow.transport.couplings import Independent, Matched, MiniBatchOT, SinkhornOT
 from bnnflow.transport.displacement import GaussNewton, GradientSteps
 from bnnflow.transport.distillation import FlowMap, distil
+from bnnflow.transport.field import Field
 from bnnflow.transport.flow import Flow, GaussNewtonFlow
 from bnnflow.transport.geometry import RiemannianPath, TangentVelocity
 from bnnflow.transport.guidance import GuidedVelocity
 from bnnflow.transport.manifold import CompletedFlow, ManifoldFlow, Radii, fit_manifold_flow
-from bnnflow.transport.paths import AffinePath
+from bnnflow.transport.paths import AffinePath, ProbabilityPath
 from bnnflow.transport.solvers import integrate, integrate_sde, integrate_with_error, rows_within, time_grid
 from bnnflow.transport.source import Source
 from bnnflow.transport.targets import InformedPath
@@ -31,6 +32,7 @@ __all__ = [
     "CompletedFlow",
     "Correction",
     "DriveVelocity",
+    "Field",
     "Flow",
     "FlowMap",
     "GaussNewton",
@@ -46,6 +48,7 @@ __all__ = [
     "ManifoldFlow",
     "Matched",
     "MiniBatchOT",
+    "ProbabilityPath",
     "Radii",
     "ResidualVelocity",
     "RiemannianPath",

@@ -28,7 +28,6 @@ from bnnflow.posteriors import CouplingFlow, coupling_flow, coupling_orders, dim
 from bnnflow.progress import progress_bar
 from bnnflow.seeding import as_generator, isolated
 from bnnflow.symmetry import align
-from bnnflow.transport.divergence import divergence
 from bnnflow.transport.flow import Flow
 from bnnflow.transport.paths import AffinePath
 from bnnflow.transport.solvers import integrate, time_grid
@@ -267,7 +266,7 @@ def fit_cnf(
 
     def log_prob(x: Tensor, grid: Tensor) -> Tensor:
         def slope(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return divergence(velocity, t, state[0])
+            return velocity.closed_divergence(t, state[0])
 
         start = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         x0, change = integrate(slope, (x, start), grid.flip(0), "rk4")

@@ -9,6 +9,7 @@ through every step: a density needs that.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -31,12 +32,16 @@ class Drive(NamedTuple):
     grad: Tensor  # gradient of u at the displaced point
 
 
-class Displacement(Protocol):
+class Displacement(ABC):
     """``(context, mu (batch, dim), s2 (batch, 1)) -> Drive``."""
 
+    @abstractmethod
     def __call__(self, context: Context, mu: Tensor, s2: Tensor) -> Drive:
         """Return the drive."""
-        ...
+
+    def with_jacobians(self, context: Context, mu: Tensor, s2: Tensor) -> tuple[Drive, Drive] | None:
+        """Return the drive and both its derivatives by ``mu``, ``(batch, dim, dim)``; None, the default, if unknown."""
+        return None
 
 
 class Task(Protocol):
@@ -52,7 +57,7 @@ _PROBE = 0.05  # length of the finite difference, in standard deviations of the 
 
 @checked
 @dataclass(frozen=True)
-class GradientSteps:
+class GradientSteps(Displacement):
     """Climb u(y) - |y - mu|^2 / (2 s^2) by gradient steps with momentum (Nesterov 1983).
 
     Each step is s^2 / (1 + s^2 lambda) times the residual, with lambda the positive part of the Rayleigh quotient of
@@ -151,7 +156,7 @@ def _momentum(step: int) -> float:
 
 @checked
 @dataclass(frozen=True)
-class GaussNewton:
+class GaussNewton(Displacement):
     """Solve the same problem with the likelihood linearised, (I + s^2 H) w = grad + s^2 H w_previous, H ~ -u''.
 
     H is the generalised Gauss-Newton matrix. Exact where the outputs are linear in the weights and the likelihood

@@ -11,20 +11,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnnflow import storage
 from bnnflow.arguments import Count, Positive, checked
 from bnnflow.model import BayesianModel
 from bnnflow.seeding import as_generator
 from bnnflow.transport.coordinates import Context
+from bnnflow.transport.field import Field
 from bnnflow.transport.flow import Flow
 from bnnflow.transport.options import together
+from bnnflow.transport.paths import ProbabilityPath
 from bnnflow.transport.solvers import integrate, time_grid
 from bnnflow.transport.source import Source
 from bnnflow.transport.stored import ROWS, check_weights, dtype_of, rows_looked_at, rows_to_look_at
 from bnnflow.transport.training import train
-from bnnflow.transport.velocity import bound, restore
+from bnnflow.transport.velocity import restore
 from bnnflow.types import Seed
 from bnnflow.weights import WeightSpec
 
@@ -47,7 +49,7 @@ class FlowMap:
         info: how the map was made; ``info["approximate"]`` is always true.
     """
 
-    velocity: nn.Module
+    velocity: Field
     source: Source
     spec: WeightSpec
     times: Tensor
@@ -74,16 +76,15 @@ class FlowMap:
     def save(self, path: str | Path) -> Path:
         """Write the map to an ``.npz`` file without pickle, and no data; read it back with ``bnnflow.load``."""
         header = {
-            "velocity": self.velocity.describe(),  # type: ignore[operator]
+            "velocity": self.velocity.describe(),
             "source": self.source.describe(),
             "dtype": str(self.source.dtype).removeprefix("torch."),
             "spec": self.spec.describe(),
             "times": self.times.tolist(),
             "info": self.info,
         }
-        context: Context | None = getattr(self.velocity, "context", None)
-        if context is not None:
-            header["fingerprint"] = context.model.fingerprint()
+        if self.velocity.posterior is not None:
+            header["fingerprint"] = self.velocity.posterior.model.fingerprint()
         arrays = {name: value.cpu().numpy() for name, value in self.velocity.state_dict().items()}
         arrays |= self.source.arrays() | rows_looked_at(self.velocity)
         return storage.write(path, "flow-map", 1, json.loads(json.dumps(header)), arrays)
@@ -96,12 +97,12 @@ class FlowMap:
         own = {name: values for name, values in arrays.items() if name not in (*header["source"]["arrays"], ROWS)}
         velocity = restore(header["velocity"], spec, own, dtype)
         source = Source.from_description(header["source"], arrays, dtype, model)
-        if hasattr(velocity, "bind"):
+        if velocity.informed:
             if model is None:
                 raise ValueError("a likelihood-informed flow map needs its model: load(path, model)")
             if not model.recognises(header.get("fingerprint", model.fingerprint())):  # earlier files have none
                 raise ValueError("this is not the model that the flow map was made for")
-            velocity = bound(velocity, Context(model, source, rows_to_look_at(arrays, model)))
+            velocity = velocity.bind(Context(model, source, rows_to_look_at(arrays, model)))
         times = torch.tensor(header["times"], dtype=torch.float64)
         if times.dim() != 1 or len(times) < 2:
             raise ValueError(f"the times of a flow map are {tuple(times.shape)}")
@@ -153,15 +154,14 @@ def distil(
         rows = torch.randint(len(walks), (n,), generator=generator, device=walks.device)
         return walks[rows, 0], walks[rows].flatten(1)
 
-    student = copy.deepcopy(bound(flow.velocity, None)).requires_grad_()
-    student = bound(student, getattr(flow.velocity, "context", None))
+    student = copy.deepcopy(flow.velocity.bind(None)).requires_grad_().bind(flow.velocity.posterior)
     grid = _Grid(times, walks.shape[-1])
-    field, info = train(
+    _, info = train(
         student, pairs, path=grid, times=grid, budget=budget, steps=steps, batch_size=batch_size,
         learning_rate=learning_rate, optimiser="adamw", seed=generator, progress=progress,
     )  # fmt: skip
     info |= {"approximate": True, "evaluations": evaluations, "trajectories": trajectories}
-    return FlowMap(field, flow.source, flow.spec, times, info)
+    return FlowMap(student, flow.source, flow.spec, times, info)
 
 
 def _walks(flow: Flow, x0: Tensor, times: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def _walks(flow: Flow, x0: Tensor, times: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Grid:
+class _Grid(ProbabilityPath):
     """The steps of the map as a path: the pair's second end holds the whole walk, ``(batch, times * dim)``."""
 
     times: Tensor

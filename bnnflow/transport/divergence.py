@@ -1,9 +1,4 @@
-"""The divergence of a velocity field: by its own trace, one product a coordinate, or estimated from random probes.
-
-A field may know its trace: ``with_divergence(t, x) -> (velocity (batch, dim), divergence (batch,) float64)``. It may
-also be the sum of one that does and a rest, ``parts() -> (known, rest)``: only the rest is then differentiated, so
-that estimates have no error from the known part. `divergence` uses what there is.
-"""
+"""The divergence of a function: exactly, by one product for each coordinate, or estimated from random probes."""
 
 from __future__ import annotations
 
@@ -39,12 +34,14 @@ def divergence(
 ) -> tuple[Tensor, Tensor]:
     """Return the velocity and its divergence, the trace of its Jacobian.
 
+    A `Field` may know better: ask for its ``with_divergence``.
+
     Args:
-        velocity: a field, ``(t, x) -> (batch, dim)``, acting on each row alone.
+        velocity: ``(t, x) -> (batch, dim)``, acting on each row alone.
         t: a scalar or ``(batch,)``.
         x: ``(batch, dim)``.
-        trace: ``"exact"``, the field's own trace if it has one, else one product with the Jacobian for every
-            coordinate; ``"hutchinson"`` or ``"hutch++"``, unbiased estimates at one product a probe.
+        trace: ``"exact"``, one product with the Jacobian for every coordinate; ``"hutchinson"`` or ``"hutch++"``,
+            unbiased estimates at one product a probe.
         probes: those of `probe_noise`, the same during a whole solve, or the solver would integrate noise.
 
     Returns:
@@ -55,13 +52,6 @@ def divergence(
     """
     if trace not in ("exact", "hutchinson", "hutch++"):
         raise ValueError(f"trace must be 'exact', 'hutchinson' or 'hutch++', got {trace!r}")
-    if trace == "exact" and hasattr(velocity, "with_divergence"):
-        return velocity.with_divergence(t, x)  # type: ignore[attr-defined]
-    if hasattr(velocity, "parts"):
-        known, rest = velocity.parts()  # type: ignore[attr-defined]
-        sure, its_trace = known.with_divergence(t, x)
-        value, estimate = divergence(rest, t, x, trace, probes)
-        return sure + value, its_trace + estimate
     if trace == "exact":
         probes = None
     elif probes is None:

@@ -22,14 +22,14 @@ from bnnflow.progress import progress_bar
 from bnnflow.seeding import as_generator
 from bnnflow.transport.coordinates import Context
 from bnnflow.transport.displacement import Displacement
-from bnnflow.transport.divergence import divergence
+from bnnflow.transport.field import Field
 from bnnflow.transport.guidance import GuidedVelocity
 from bnnflow.transport.options import DensityOptions, SampleOptions, Steps, Tracing, together
 from bnnflow.transport.paths import AffinePath
 from bnnflow.transport.solvers import integrate, integrate_sde, integrate_with_trace, rows_within, time_grid
 from bnnflow.transport.source import Source
 from bnnflow.transport.stored import ROWS, check_weights, dtype_of, rows_looked_at, rows_to_look_at, solver_of
-from bnnflow.transport.velocity import DriveVelocity, bound, rebuild, restore
+from bnnflow.transport.velocity import DriveVelocity, restore
 from bnnflow.types import FixedSolver, Seed, Solver, Trace
 from bnnflow.weights import WeightSpec
 
@@ -59,7 +59,7 @@ class Flow:
         info: how the flow was made.
     """
 
-    velocity: nn.Module
+    velocity: Field
     source: Source
     spec: WeightSpec
     fingerprint: str
@@ -79,7 +79,7 @@ class Flow:
             options: other attributes of the flow.
         """
         context = Context(model, source)
-        return cls(bound(velocity, context).eval(), context.source, model.spec, model.fingerprint(), **options)
+        return cls(Field.of(velocity).bind(context).eval(), context.source, model.spec, model.fingerprint(), **options)
 
     @property
     def dim(self) -> int:
@@ -89,7 +89,7 @@ class Flow:
     @property
     def path(self) -> AffinePath:
         """The path of the pairs that the field is made for."""
-        return getattr(self.velocity, "path", AffinePath())
+        return self.velocity.path
 
     @checked
     def bind(self, model: BayesianModel) -> Flow:
@@ -101,23 +101,16 @@ class Flow:
         """Return the field with the same parameters for a network of other hidden widths.
 
         The parameters of a network over weights do not depend on the widths of hidden layers, only on their number and
-        on inputs and outputs. A field of your own says with ``on(spec)`` what it is there. That the result is a flow
+        on inputs and outputs. A field of your own says with `Field.on` what it is there. That the result is a flow
         *to the posterior* is a hope, not a law: check it.
 
         Raises:
             ValueError: if the field is tied to its weights, or the networks differ in more than widths.
         """
-        own = getattr(self.velocity, "on", None)
-        if not self.source.exchangeable or (own is None and not hasattr(self.velocity, "describe")):
-            raise ValueError("this flow is tied to its own weights, by its source or by its field")
-        if own is not None:
-            return self._on(own(model.spec).to(model.device, model.dtype).requires_grad_(False), model)
-        velocity = rebuild(self.velocity.describe(), model.spec).to(model.device, model.dtype)  # type: ignore[operator]
-        try:
-            velocity.requires_grad_(False).load_state_dict(self.velocity.state_dict())
-        except RuntimeError as error:
-            raise ValueError(f"the networks differ in more than the widths of hidden layers: {error}") from error
-        return self._on(velocity, model)
+        if not self.source.exchangeable:
+            raise ValueError("this flow is tied to its own weights, by its source")
+        velocity = self.velocity.on(model.spec).to(model.device, model.dtype)
+        return self._on(velocity.requires_grad_(False), model)
 
     @checked
     def guided(
@@ -158,18 +151,17 @@ class Flow:
         Raises:
             ValueError: if the field does not look at the data.
         """
-        context: Context | None = getattr(self.velocity, "context", None)
-        if context is None:
+        if self.velocity.posterior is None:
             raise ValueError("this flow looks at no data: its cost does not depend on their number")
-        part = context.batch(size, as_generator(seed, self._device))
-        return replace(self, velocity=bound(self.velocity, part))
+        part = self.velocity.posterior.batch(size, as_generator(seed, self._device))
+        return replace(self, velocity=self.velocity.bind(part))
 
     @checked
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Flow:
         """Return the flow on another device or in another floating-point type."""
-        moved = copy.deepcopy(bound(self.velocity, None)).to(device, dtype)  # without the data, which do not move
-        context: Context | None = getattr(self.velocity, "context", None)
-        moved = bound(moved, None if context is None else context.to(device, dtype))
+        posterior = self.velocity.posterior
+        moved = copy.deepcopy(self.velocity.bind(None)).to(device, dtype)  # without the data, which do not move
+        moved = moved.bind(None if posterior is None else posterior.to(device, dtype))
         return replace(self, velocity=moved.eval(), source=self.source.to(device, dtype))
 
     def _on(self, velocity: nn.Module, model: BayesianModel) -> Flow:
@@ -362,7 +354,7 @@ class Flow:
         def slope(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             if bar is not None:
                 bar.update(len(state[0]))
-            return divergence(self.velocity, t, state[0], tracing.trace, probes)
+            return self.velocity.with_divergence(t, state[0], tracing.trace, probes)
 
         if isinstance(steps, int) and solver in get_args(FixedSolver):
             return self._along_nodes(x, probes, tracing.trace, 2 * steps, solver, backwards, bar)
@@ -392,7 +384,7 @@ class Flow:
             def trace_of(t: Tensor, z: Tensor, some: Tensor | None = some) -> Tensor:
                 if bar is not None:
                     bar.update(len(z))
-                return divergence(self.velocity, t, z, trace, some)[1]
+                return self.velocity.with_divergence(t, z, trace, some)[1]
 
             found, total, rough = integrate_with_trace(
                 self.velocity,
@@ -432,10 +424,11 @@ class Flow:
         Raises:
             ValueError: if the velocity is not one of bnnflow's own and cannot be rebuilt from a description.
         """
-        if not hasattr(self.velocity, "describe"):
-            raise ValueError(f"cannot save a {type(self.velocity).__name__}: it has no describe()")
+        description = self.velocity.describe()
+        if description is None:
+            raise ValueError(f"cannot save a {self.velocity._get_name()}: it has no describe()")
         header = {
-            "velocity": self.velocity.describe(),  # type: ignore[operator]
+            "velocity": description,
             "source": self.source.describe(),
             "dtype": str(self.source.dtype).removeprefix("torch."),
             "spec": self.spec.describe(),
@@ -476,17 +469,16 @@ class Flow:
         dtype = header["dtype"] if "dtype" in header else str(next(iter(state.values())).dtype)  # version 1 has none
         dtype = dtype_of(dtype)
         velocity = restore(header["velocity"], spec, state, dtype)
-        informed = hasattr(velocity, "bind")
-        if informed and model is None:
+        if velocity.informed and model is None:
             raise ValueError("a likelihood-informed flow needs its model: Flow.load(path, model)")
-        if informed and model is not None and not model.recognises(header["fingerprint"]):
+        if velocity.informed and model is not None and not model.recognises(header["fingerprint"]):
             raise ValueError(
                 "this is not the model that the flow was fitted on (data, prior, likelihood or network differ); "
                 "load it with its own model and call flow.bind(model) to use it on another"
             )
         source = Source.from_description(plain, arrays, dtype, model)
-        if informed and model is not None:
-            velocity = bound(velocity, Context(model, source, rows_to_look_at(arrays, model)))
+        if velocity.informed and model is not None:
+            velocity = velocity.bind(Context(model, source, rows_to_look_at(arrays, model)))
         rest = (str(header["fingerprint"]), *solver_of(header), dict(header["info"]))
         return cls(velocity, source, spec, *rest)
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnnflow.arguments import Count, checked
 from bnnflow.equivariant import DWSNet
 from bnnflow.symmetry import Spheres
+from bnnflow.transport.field import Field
+from bnnflow.transport.paths import ProbabilityPath
 from bnnflow.weights import Symmetries, WeightSpec
 
 __all__ = ["RiemannianPath", "TangentVelocity"]
@@ -18,8 +20,8 @@ __all__ = ["RiemannianPath", "TangentVelocity"]
 
 @checked
 @dataclass(frozen=True)
-class RiemannianPath:
-    """The geodesic from x0 to x1 at constant speed (Chen and Lipman 2024), a `Path`.
+class RiemannianPath(ProbabilityPath):
+    """The geodesic from x0 to x1 at constant speed (Chen and Lipman 2024).
 
     On the flat part this is the linear path.
 
@@ -35,7 +37,7 @@ class RiemannianPath:
 
 
 @checked
-class TangentVelocity(nn.Module):
+class TangentVelocity(Field):
     """A field on the manifold that sees weights and time only: a `DWSNet`, projected to the tangent space.
 
     Equivariant to permutations of hidden units, which are isometries of the manifold and keep the tangent spaces.
@@ -50,7 +52,7 @@ class TangentVelocity(nn.Module):
         super().__init__()
         self.spheres = Spheres(spec)
         self._config = {"width": width, "depth": depth}
-        self.group = Symmetries(frozenset(spec.widths), frozenset(), frozenset())
+        self.symmetries = Symmetries(frozenset(spec.widths), frozenset(), frozenset())
         self.net = DWSNet(spec, 1, 1, width, depth, time=True, heads=0)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from bnnflow.arguments import Count, Limit, checked
 from bnnflow.model import BayesianModel
+from bnnflow.transport.coordinates import Context
 from bnnflow.transport.displacement import Drive, GradientSteps
-from bnnflow.transport.paths import AffinePath, Coefficients
+from bnnflow.transport.field import Field
+from bnnflow.transport.paths import Coefficients
 from bnnflow.transport.source import Source
-from bnnflow.weights import Symmetries
+from bnnflow.weights import NO_SYMMETRY
 
 __all__ = ["GuidedVelocity"]
 
@@ -21,7 +24,7 @@ Guide = BayesianModel | Callable[[Tensor], Tensor]
 
 
 @checked
-class GuidedVelocity(nn.Module):
+class GuidedVelocity(Field):
     """A field plus the pull of a task: approximately the field to p1(theta) exp(strength G(theta)).
 
     With the base field's estimate of x1 and of its spread, N(E[x1 | x_t], s^2 I), the pull is that of
@@ -48,9 +51,8 @@ class GuidedVelocity(nn.Module):
         max_norm: Limit = 2.0,
     ) -> None:
         super().__init__()
-        self.field = field
-        self.path: AffinePath = getattr(field, "path", AffinePath())
-        self.group = Symmetries(frozenset(), frozenset(), frozenset())
+        self.field = Field.of(field)
+        self.path, self.symmetries = self.field.path, NO_SYMMETRY
         self._guide, self._source, self._strength = guide, source, strength
         self._displacement = GradientSteps(steps, max_norm)
 
@@ -65,11 +67,20 @@ class GuidedVelocity(nn.Module):
         drive: Drive = self._displacement(task, x1, c.a * c.a / c.q)
         return base + c.pull * drive.w
 
-    def bind(self, context: Any) -> GuidedVelocity:
-        """Return the same guidance of the base bound to another model, or to none."""
-        bind = getattr(self.field, "bind", None)
-        other = object.__new__(GuidedVelocity)
-        other.__dict__ = self.__dict__ | {"_modules": {"field": self.field if bind is None else bind(context)}}
+    @property
+    def informed(self) -> bool:
+        """Whether the base looks at a posterior."""
+        return self.field.informed
+
+    @property
+    def posterior(self) -> Context | None:  # type: ignore[override]
+        """What the base is bound to."""
+        return self.field.posterior
+
+    def bind(self, posterior: Context | None) -> Self:
+        """Return the same guidance of the base bound to another posterior, or to none."""
+        other = copy.copy(self)
+        other._modules = self._modules | {"field": self.field.bind(posterior)}
         return other
 
 

@@ -23,6 +23,7 @@ from bnnflow.symmetry import Spheres
 from bnnflow.symmetry.canonical import split_scale
 from bnnflow.transport.couplings import Coupling, Independent
 from bnnflow.transport.divergence import divergence
+from bnnflow.transport.field import Field
 from bnnflow.transport.geometry import RiemannianPath, TangentVelocity
 from bnnflow.transport.options import DensityOptions, SampleOptions, Steps, Tracing
 from bnnflow.transport.solvers import integrate, time_grid
@@ -35,6 +36,7 @@ from bnnflow.weights import WeightSpec
 __all__ = ["CompletedFlow", "ManifoldFlow", "Radii", "fit_manifold_flow"]
 
 
+@checked
 @dataclass(frozen=True)
 class ManifoldFlow:
     """A transport of the uniform law on spheres, and the normal one on the flat rest, to a law of normalised networks.
@@ -56,7 +58,7 @@ class ManifoldFlow:
         info: how the flow was made.
     """
 
-    velocity: nn.Module
+    velocity: Field
     spheres: Spheres
     solver: Solver = "midpoint"
     steps: int = 8
@@ -203,10 +205,11 @@ class ManifoldFlow:
 
     def describe(self) -> dict[str, Any]:
         """Return plain values from which, with `arrays`, the flow is rebuilt; ``ValueError`` as for `save`."""
-        if not hasattr(self.velocity, "describe") or hasattr(self.velocity, "bind"):
-            raise ValueError(f"cannot save a {type(self.velocity).__name__} on a manifold")
+        description = self.velocity.describe()
+        if description is None or self.velocity.informed:
+            raise ValueError(f"cannot save a {self.velocity._get_name()} on a manifold")
         return {
-            "velocity": self.velocity.describe(),  # type: ignore[operator]
+            "velocity": description,
             "dtype": str(self.like.dtype).removeprefix("torch."),
             "spec": self.spec.describe(),
             "solver": self.solver,
@@ -324,8 +327,8 @@ def fit_manifold_flow(
         return coupling.pair(x0, targets[rows], spec, group, generator)
 
     with isolated(generator):
-        field = TangentVelocity(spec) if velocity is None else copy.deepcopy(velocity).requires_grad_()
-    field, info = train(field.to(targets).train(), pairs, path=RiemannianPath(spheres), seed=generator, **training)
+        field = TangentVelocity(spec) if velocity is None else copy.deepcopy(Field.of(velocity)).requires_grad_()
+    _, info = train(field.to(targets).train(), pairs, path=RiemannianPath(spheres), seed=generator, **training)
     return ManifoldFlow(field, spheres, info=info | {"coupling": type(coupling).__name__})
 
 

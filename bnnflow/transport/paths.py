@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,15 +13,19 @@ from torch import Tensor
 from bnnflow.arguments import NonNegative, checked
 from bnnflow.types import Schedule
 
-__all__ = ["AffinePath", "Coefficients", "Path"]
+__all__ = ["AffinePath", "Coefficients", "ProbabilityPath"]
 
 
-class Path(Protocol):
+class ProbabilityPath(ABC):
     """How a pair travels."""
 
+    @abstractmethod
     def point(self, x0: Tensor, x1: Tensor, t: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return where each pair is at its time and its velocity there, ``(batch, dim)`` both, for t ``(batch,)``."""
-        ...
+
+    def loss_weight(self, t: Tensor) -> Tensor | None:
+        """Return what squared errors at t count in training, in the shape of ``t``; None: the field decides."""
+        return None
 
 
 class Coefficients(NamedTuple):
@@ -54,7 +59,7 @@ class Coefficients(NamedTuple):
 
 @checked
 @dataclass(frozen=True)
-class AffinePath:
+class AffinePath(ProbabilityPath):
     """x_t = a(t) x0 + b(t) x1 + sigma * noise, from t = 0 to t = 1.
 
     All conversions are for a source x0 ~ N(0, I) that is independent of x1, and ``sigma`` = 0 (Lipman et al. 2023;

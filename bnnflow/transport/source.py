@@ -11,11 +11,9 @@ from torch import Tensor
 from bnnflow.arguments import Positive, Share, checked, shaped
 from bnnflow.model import BayesianModel
 from bnnflow.model.priors import FlatPrior
-from bnnflow.weights import Symmetries
+from bnnflow.weights import NO_SYMMETRY, Symmetries
 
 __all__ = ["Source"]
-
-_NO_SYMMETRY = Symmetries(frozenset(), frozenset(), frozenset())
 
 
 @checked
@@ -115,7 +113,7 @@ class Source:
 
     def symmetries(self, model: BayesianModel) -> Symmetries:
         """Return the symmetries of the network's function that leave this law invariant."""
-        return model.spec.symmetries(model.prior) if self.exchangeable else _NO_SYMMETRY
+        return model.spec.symmetries(model.prior) if self.exchangeable else NO_SYMMETRY
 
     # ---------------------------------------------------------------- coordinates
 

@@ -7,9 +7,10 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnnflow.model import BayesianModel
+from bnnflow.transport.field import Field
 from bnnflow.types import AdaptiveSolver, FixedSolver, Solver
 from bnnflow.weights import WeightSpec
 
@@ -28,10 +29,11 @@ def check_weights(spec: WeightSpec, model: BayesianModel | None) -> None:
         )
 
 
-def rows_looked_at(velocity: nn.Module) -> dict[str, np.ndarray]:
+def rows_looked_at(velocity: Field) -> dict[str, np.ndarray]:
     """Return the rows of data that a field looks at, nothing where it looks at all of them or at none."""
-    rows: Tensor | None = getattr(getattr(velocity, "context", None), "rows", None)
-    return {} if rows is None else {ROWS: rows.cpu().numpy()}
+    if velocity.posterior is None or velocity.posterior.rows is None:
+        return {}
+    return {ROWS: velocity.posterior.rows.cpu().numpy()}
 
 
 def rows_to_look_at(arrays: Mapping[str, np.ndarray], model: BayesianModel) -> Tensor | None:

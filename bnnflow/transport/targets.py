@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bnnflow.transport.coordinates import Context
 from bnnflow.transport.displacement import linearised
-from bnnflow.transport.paths import AffinePath, Coefficients
+from bnnflow.transport.paths import AffinePath, Coefficients, ProbabilityPath
 from bnnflow.weights import Symmetries, WeightSpec
 
 __all__ = ["ROWS", "InformedPath", "obeys_stein"]
@@ -25,7 +25,7 @@ _LAST = 1e-6  # least factor of x0 that is divided by
 ROWS = 1024  # of the data in a gradient, if there are more: its noise is one more that the control is fitted to
 
 
-class InformedPath:
+class InformedPath(ProbabilityPath):
     """A path for independent pairs whose targets have the same mean given x_t as its own, and less variance.
 
     Two steps. (1) The target is averaged over the orbit of x1: given x_t, the elements of the group that keeps the
@@ -73,7 +73,7 @@ class InformedPath:
         x_t, target, control = self._parts(x0, x1, t, generator)
         return x_t, target + self._share(t).unsqueeze(-1) * control
 
-    def weighting(self, t: Tensor) -> Tensor:
+    def loss_weight(self, t: Tensor) -> Tensor:
         """Return what squared errors at t count, in the shape of ``t``.
 
         Up to a floor and a ceiling, b / (a (a b' - a' b)): the integral of errors so weighted bounds the divergence of

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -27,16 +27,17 @@ from bnnflow.ranks import ALONE, Ranks, connect
 from bnnflow.seeding import as_generator, isolated
 from bnnflow.transport.coordinates import Context
 from bnnflow.transport.couplings import Coupling, Independent
-from bnnflow.transport.displacement import Displacement, GaussNewton, GradientSteps
+from bnnflow.transport.displacement import GaussNewton, GradientSteps
+from bnnflow.transport.field import Field
 from bnnflow.transport.flow import Flow
-from bnnflow.transport.paths import AffinePath, Path
+from bnnflow.transport.paths import AffinePath, ProbabilityPath
 from bnnflow.transport.source import Source
 from bnnflow.transport.targets import ROWS, InformedPath, obeys_stein
 from bnnflow.transport.times import Times, TowardsEnd
-from bnnflow.transport.velocity import NO_SYMMETRY, InformedVelocity, ResidualVelocity, WeightsVelocity, bound
+from bnnflow.transport.velocity import InformedVelocity, ResidualVelocity, WeightsVelocity
 from bnnflow.types import Architecture, Optimiser, Seed
 from bnnflow.warn import warn
-from bnnflow.weights import Symmetries
+from bnnflow.weights import NO_SYMMETRY, Symmetries
 
 __all__ = ["fit_flow", "train"]
 
@@ -81,7 +82,7 @@ def fit_flow(
     patience: Count = 20,
     autocast: bool = False,
     compile: bool = False,
-    checkpoint: str | FilePath | None = None,
+    checkpoint: str | Path | None = None,
     resume: bool = False,
     seed: Seed = 0,
     progress: bool = True,
@@ -151,7 +152,7 @@ def fit_flow(
     with isolated(generator):
         field = _field(velocity, model, source, x1, path).to(model.device, model.dtype).train()
     # A field that declares no symmetry is for one cloud: spreading that over its orbit would undo the alignment.
-    group = source.symmetries(model) if any(getattr(field, "group", (True,))) else NO_SYMMETRY
+    group = NO_SYMMETRY if field.symmetries is not None and not any(field.symmetries) else source.symmetries(model)
 
     def pairs_of(x1: Tensor, weights: Tensor | None) -> Pairs:
         def pairs(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -171,7 +172,7 @@ def fit_flow(
         if other_weights is not None:
             raise ValueError("held_out must be draws of equal weights")
         unseen = pairs_of(source.to_normal(others), None)
-    along = path if path is not None else getattr(field, "path", AffinePath())
+    along = path if path is not None else field.path
     identity = {
         "model": model.fingerprint(),
         "draws": digest((theta, log_weights)),
@@ -183,9 +184,10 @@ def fit_flow(
         "source": digest((source.describe(), source.arrays())),
         "targets": targets,
     }
-    along = _with_targets(targets, along, bound(field, context), coupling, group, context, pairs, generator)
-    field, info = train(
-        bound(field, context), pairs, path=along, times=times, budget=budget, steps=steps, batch_size=batch_size,
+    field = field.bind(context)
+    along = _with_targets(targets, along, field, coupling, group, context, pairs, generator)
+    _, info = train(
+        field, pairs, path=along, times=times, budget=budget, steps=steps, batch_size=batch_size,
         reuse=reuse, moves=partial(model.spec.transform, group), learning_rate=learning_rate, optimiser=optimiser,
         held_out=unseen, patience=patience, autocast=autocast, compile=compile, checkpoint=checkpoint, resume=resume,
         seed=generator, progress=progress, ranks=connect(model.device), identity=identity,
@@ -203,7 +205,7 @@ def train(
     field: nn.Module,
     pairs: Pairs,
     *,
-    path: Path | None = None,
+    path: ProbabilityPath | None = None,
     times: Times | None = None,
     budget: Positive = 120.0,
     steps: Count | None = None,
@@ -216,7 +218,7 @@ def train(
     patience: Count = 20,
     autocast: bool = False,
     compile: bool = False,
-    checkpoint: str | FilePath | None = None,
+    checkpoint: str | Path | None = None,
     resume: bool = False,
     seed: Seed = 0,
     progress: bool = True,
@@ -229,17 +231,17 @@ def train(
     whose gradient is not finite left out; an exponential moving average of the weights.
 
     Args:
-        field: an ``nn.Module`` called as ``field(t (batch,), x (batch, dim))``. Squared errors are multiplied by the
-            ``weighting(t)`` of the path, or else of the field, if it has that.
+        field: a `Field`, or an ``nn.Module`` called as ``field(t (batch,), x (batch, dim))``. Squared errors are
+            multiplied by the ``loss_weight`` of the path, or else of the field.
         pairs: draws pairs, ``(n, generator) -> (n, dim), (n, dim)``, on the field's device.
         path: how pairs travel; ``field.path`` if None, and else linear.
         times: at which the field is trained.
         budget: see `fit_flow`.
         steps: see `fit_flow`.
         batch_size: see `fit_flow`.
-        reuse: see `fit_flow`; a field with ``drives(t, x)`` is called as ``driven(t, x, *drives)`` if it is above 1.
+        reuse: see `fit_flow`; above 1 the field is called by its ``from_precomputed``.
         moves: a random symmetry for each row of points, targets and drives, to which the law of the pairs is invariant
-            and ``drives`` equivariant; made at every step with ``reuse`` above 1.
+            and ``precompute`` equivariant; made at every step with ``reuse`` above 1.
         learning_rate: see `fit_flow`.
         optimiser: see `fit_flow`.
         held_out: draws pairs of draws that are not trained on.
@@ -267,13 +269,17 @@ def train(
     if resume and checkpoint is None:
         raise ValueError("resume=True needs the checkpoint that is to be resumed")
     own_batch = ranks.share("batch_size", batch_size)
-    own_path: Path = getattr(field, "path", AffinePath())
-    path = own_path if path is None else path
+    module, field = field, Field.of(field)
+    path = field.path if path is None else path
     times = times if times is not None else TowardsEnd()
     device = next(field.parameters()).device
     seed_of_run = seed_identity(seed)
     shared = as_generator(seed, device)
-    weighting: Weighting | None = getattr(path, "weighting", getattr(field, "weighting", None))
+
+    def weighting(t: Tensor) -> Tensor:
+        weight = path.loss_weight(t)
+        return field.loss_weight(t) if weight is None else weight
+
     fixed = None if held_out is None else _fixed_batch(held_out, path, times, 4 * batch_size, shared)
     generator = ranks.own_generator(shared)
     if optimiser not in ("muon", "adamw"):
@@ -299,8 +305,7 @@ def train(
         if kept is not None and kept.saved is not None:
             kept.check_pairs(lambda: pairs(own_batch, _copy(generator)))
             state.load(kept, generator, ranks)
-        drives = getattr(field, "drives", None) if reuse > 1 else None
-        call: Callable[..., Tensor] = field if drives is None else field.driven  # type: ignore[assignment]
+        call: Callable[..., Tensor] = field if reuse == 1 else field.from_precomputed
         call = torch.compile(call) if compile else call
         precision = torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
         clock = _Clock(state.seconds, state.cpu_seconds)
@@ -313,7 +318,7 @@ def train(
                 kept.pairs = digest((x0, x1))
             t = times.sample(own_batch, x0, generator)
             x_t, target = path.point(x0, x1, t, generator)
-            return (t, target, x_t) if drives is None else (t, target, x_t, *drives(t, x_t))
+            return (t, target, x_t) if reuse == 1 else (t, target, x_t, *field.precompute(t, x_t))
 
         batches = _Batches(draw, reuse, moves, generator, state.count)
 
@@ -361,7 +366,8 @@ def train(
         "stopped_early": stopped,
         "interrupted": interrupted,
     }
-    return state.finished, info
+    state.finish()
+    return module, info
 
 
 def _checked(
@@ -379,9 +385,9 @@ def _checked(
 
 def _field(
     velocity: str | nn.Module, model: BayesianModel, source: Source, x1: Tensor, path: AffinePath | None
-) -> nn.Module:
+) -> Field:
     if isinstance(velocity, nn.Module):
-        return copy.deepcopy(bound(velocity, None)).requires_grad_()
+        return copy.deepcopy(Field.of(velocity).bind(None)).requires_grad_()
     signed = has_signs(model.spec) and source.symmetries(model).sign >= set(model.spec.widths)
     architecture: Architecture = "signed" if signed else "dws"
     if velocity == "weights":
@@ -397,14 +403,14 @@ def _field(
 
 def _with_targets(
     targets: str,
-    path: Path,
-    field: nn.Module,
+    path: ProbabilityPath,
+    field: Field,
     coupling: Coupling,
     group: Symmetries,
     context: Context,
     pairs: Pairs,
     generator: torch.Generator,
-) -> Path:
+) -> ProbabilityPath:
     """Return the path with the targets asked for: those of the posterior, if ``"auto"``, only where they are sound."""
     if targets == "pairs":
         return path
@@ -412,7 +418,7 @@ def _with_targets(
     price = min(len(model.x), ROWS) * model.dim
     # Without a symmetry the draws have been aligned, most likely, and are then no draws of the whole posterior.
     doubtful = not any(group) and any(model.spec.symmetries())
-    if targets == "auto" and (doubtful or (price > _AFFORDABLE and not hasattr(field, "bind"))):
+    if targets == "auto" and (doubtful or (price > _AFFORDABLE and not field.informed)):
         return path
     if not isinstance(coupling, Independent):
         why = "the pairs are not independent"
@@ -421,8 +427,7 @@ def _with_targets(
     elif not obeys_stein(context, x1 := pairs(2048, generator)[1]):
         why = "the draws disagree with Stein's identity for this posterior, they are draws of something else"
     else:
-        displacements: tuple[Displacement, ...] = getattr(field, "displacements", ())
-        newton = any(isinstance(each, GaussNewton) and each.iterations is None for each in displacements)
+        newton = any(isinstance(each, GaussNewton) and each.iterations is None for each in field.displacements)
         return InformedPath(path, context, group, x1, generator, newton=newton)
     if targets == "posterior":
         raise ValueError(f"targets='posterior' is not possible: {why}")
@@ -430,7 +435,7 @@ def _with_targets(
 
 
 def _fixed_batch(
-    pairs: Pairs, path: Path, times: Times, n: int, generator: torch.Generator
+    pairs: Pairs, path: ProbabilityPath, times: Times, n: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return times, points and their velocities, to compare states of the field on."""
     x0, x1 = pairs(n, generator)
@@ -548,7 +553,7 @@ class _Kept:
 
     def __init__(
         self,
-        checkpoint: str | FilePath,
+        checkpoint: str | Path,
         resume: bool,
         identity: dict[str, Any],
         ranks: Ranks,
@@ -614,9 +619,9 @@ def _copy(generator: torch.Generator) -> torch.Generator:
     return copied
 
 
-def _structure(field: nn.Module) -> str:
+def _structure(field: Field) -> str:
     """Return what tells fields apart but for their weights, which are those of the checkpoint."""
-    described = field.describe() if hasattr(field, "describe") else without_addresses(repr(field))  # type: ignore[operator]
+    described = field.describe() or without_addresses(repr(field))
     parameters = [(name, tuple(p.shape), str(p.dtype)) for name, p in field.named_parameters()]
     return f"{type(field).__name__} {digest((described, parameters, dict(field.named_buffers())))}"
 
@@ -624,7 +629,7 @@ def _structure(field: nn.Module) -> str:
 class _State:
     """The field, its optimiser, its moving average, and the best of the averages so far."""
 
-    def __init__(self, field: nn.Module, learning_rate: float, optimiser: Optimiser) -> None:
+    def __init__(self, field: Field, learning_rate: float, optimiser: Optimiser) -> None:
         self._field = field
         self._learning_rate = learning_rate
         self._parameters = [p for p in field.parameters() if p.requires_grad]
@@ -647,11 +652,11 @@ class _State:
         """Recent squared error over all times."""
         return float(self._bins[0].sum() / self._bins[1].sum())
 
-    def step(self, errors: Tensor, t: Tensor, weighting: Weighting | None, rate: float, ranks: Ranks) -> None:
+    def step(self, errors: Tensor, t: Tensor, weighting: Weighting, rate: float, ranks: Ranks) -> None:
         """Take one step on the weighted mean of the errors ``(batch,)``, unless its gradient is not finite."""
         for parameter in self._parameters:
             parameter.grad = None
-        (errors if weighting is None else errors * weighting(t)).mean().backward()
+        (errors * weighting(t)).mean().backward()
         if ranks.size > 1:
             _average_gradients(self._parameters, ranks)
         norm = nn.utils.get_total_norm(p.grad for p in self._parameters if p.grad is not None)
@@ -679,12 +684,12 @@ class _State:
         self._bins[0].index_add_(0, which, errors.double())
         self._bins[1].index_add_(0, which, torch.ones_like(t, dtype=torch.float64))
 
-    def look(self, batch: tuple[Tensor, Tensor, Tensor], weighting: Weighting | None, patience: int) -> bool:
+    def look(self, batch: tuple[Tensor, Tensor, Tensor], weighting: Weighting, patience: int) -> bool:
         """Compare the average with the best so far on a fixed batch; say whether to stop."""
         t, x_t, target = batch
         with torch.no_grad(), self._swapped():
             errors = (self._field(t, x_t) - target).square().sum(-1)
-        loss = float((errors if weighting is None else errors * weighting(t)).mean())
+        loss = float((errors * weighting(t)).mean())
         if loss < self.lowest:
             self.lowest, self.patience_used = loss, 0
             self._best = [average.clone() for average in self._averages]
@@ -704,12 +709,11 @@ class _State:
             for parameter, data in zip(self._parameters, own, strict=True):
                 parameter.data = data
 
-    @property
-    def finished(self) -> nn.Module:
-        """The field with its averaged weights, the best ones if there were held-out draws."""
+    def finish(self) -> None:
+        """Give the field its averaged weights, the best ones if there were held-out draws."""
         for parameter, average in zip(self._parameters, self._best or self._averages, strict=True):
             parameter.data.copy_(average)
-        return self._field.requires_grad_(False).eval()
+        self._field.requires_grad_(False).eval()
 
     def save(self, kept: _Kept, stream: Tensor, ranks: Ranks) -> None:
         """Write everything that the rest of training depends on; the first process does."""

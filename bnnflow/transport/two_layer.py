@@ -9,14 +9,15 @@ from torch import Tensor, nn
 
 from bnnflow.arguments import Count, checked
 from bnnflow.equivariant.network import TimeEmbedding
+from bnnflow.transport.field import Field
 from bnnflow.transport.paths import AffinePath
-from bnnflow.weights import Symmetries
+from bnnflow.weights import NO_SYMMETRY
 
 __all__ = ["TwoLayerVelocity"]
 
 
 @checked
-class TwoLayerVelocity(nn.Module):
+class TwoLayerVelocity(Field):
     """A plain network with an exact trace, for small posteriors that are one cloud: align the draws first.
 
     v = base(t, x) + W3 s(u2) + c, with u2 = g2 o W2 s(u1) + b, u1 = g1 o W1 x + a, s = tanh, and a, b, c, g1, g2
@@ -29,7 +30,7 @@ class TwoLayerVelocity(nn.Module):
     Args:
         dim: length of a weight vector.
         width: units of each hidden layer.
-        base: a field with a closed trace (``with_divergence``), such as a `GaussianVelocity`, which is not trained;
+        base: a field with a closed divergence, such as a `GaussianVelocity`, which is not trained;
             by default that of a target that equals the source.
         path: the path of the pairs; that of the base if there is one.
 
@@ -38,14 +39,14 @@ class TwoLayerVelocity(nn.Module):
     """
 
     def __init__(
-        self, dim: Count, width: Count = 256, *, base: nn.Module | None = None, path: AffinePath | None = None
+        self, dim: Count, width: Count = 256, *, base: Field | None = None, path: AffinePath | None = None
     ) -> None:
         super().__init__()
-        if base is not None and not hasattr(base, "with_divergence"):
-            raise ValueError(f"the base must know its trace, and {type(base).__name__} has no with_divergence")
+        if base is not None and not base.has_closed_divergence:
+            raise ValueError(f"the base must know its trace, and {type(base).__name__} has no closed divergence")
         self.dim, self.width = dim, width
-        self.group = Symmetries(frozenset(), frozenset(), frozenset())
-        self.path: AffinePath = getattr(base, "path", path or AffinePath())
+        self.symmetries = NO_SYMMETRY
+        self.path = base.path if base is not None else path or AffinePath()
         self.base = None if base is None else base.requires_grad_(False)
         self.inner = nn.Linear(dim, width, bias=False)
         self.middle = nn.Linear(width, width, bias=False)
@@ -62,7 +63,7 @@ class TwoLayerVelocity(nn.Module):
         h2 = torch.tanh(g2 * self.middle(h1) + b)
         return self._base(t, x)[0] + self.outer(h2) + c
 
-    def with_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def closed_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the velocity and its divergence ``(batch,)`` in float64."""
         g1, a, g2, b, c = self._times(t, x)
         h1 = torch.tanh(g1 * self.inner(x) + a)
@@ -80,11 +81,11 @@ class TwoLayerVelocity(nn.Module):
 
     def _base(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.base is not None:
-            return self.base.with_divergence(t, x)  # type: ignore[operator]
+            return self.base.closed_divergence(t, x)
         rest = self.path.coefficients(t.double().expand(len(x))).rest  # (batch,)
         return rest.to(x.dtype).unsqueeze(-1) * x, self.dim * rest
 
     def describe(self) -> dict[str, Any]:
         """Return plain values from which the module is rebuilt."""
-        base = None if self.base is None else self.base.describe()  # type: ignore[operator]
+        base = None if self.base is None else self.base.describe()
         return {"kind": "two_layer", "dim": self.dim, "width": self.width, "base": base, "path": self.path.describe()}

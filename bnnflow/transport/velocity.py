@@ -1,16 +1,10 @@
-"""Velocity fields from N(0, I) to a posterior in the coordinates of the source.
-
-A field is an ``nn.Module`` called as ``field(t, x)`` with ``t`` a scalar or ``(batch,)`` and ``x`` ``(batch, dim)``.
-Ours declare the symmetries that they are equivariant to as ``group`` and the ``path`` that they are made for. One that
-looks at the data also has a ``context`` and a ``bind`` that sets it; the binding is never part of the module's weights.
-A field may know its own trace: ``with_divergence(t, x) -> (velocity, divergence (batch,) float64)``.
-"""
+"""Our velocity fields from N(0, I) to a posterior, and how they are rebuilt from files."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -24,11 +18,12 @@ from bnnflow.seeding import isolated
 from bnnflow.transport.coordinates import Context
 from bnnflow.transport.displacement import Displacement, Drive, GaussNewton, GradientSteps
 from bnnflow.transport.divergence import chained_divergence, divergence
+from bnnflow.transport.field import Field
 from bnnflow.transport.geometry import TangentVelocity
 from bnnflow.transport.paths import AffinePath, Coefficients
 from bnnflow.transport.two_layer import TwoLayerVelocity
-from bnnflow.types import Architecture, Parametrisation
-from bnnflow.weights import Symmetries, WeightSpec
+from bnnflow.types import Architecture, Parametrisation, Trace
+from bnnflow.weights import NO_SYMMETRY, Symmetries, WeightSpec
 
 __all__ = [
     "DriveVelocity",
@@ -36,18 +31,15 @@ __all__ = [
     "InformedVelocity",
     "ResidualVelocity",
     "WeightsVelocity",
-    "bound",
     "rebuild",
     "restore",
 ]
 
-NO_SYMMETRY = Symmetries(frozenset(), frozenset(), frozenset())
-_Informed = TypeVar("_Informed", bound=nn.Module)
 _ELEMENTS = (2**27, 2**21)  # of a Jacobian for each draw of a block, on an accelerator and on a CPU
 _LAST = 0.02  # where x1 - x is divided by 1 - t, it is by no less than this
 
 
-def _group(spec: WeightSpec, architecture: Architecture) -> Symmetries:
+def _symmetries(spec: WeightSpec, architecture: Architecture) -> Symmetries:
     labels = frozenset(spec.widths)
     return Symmetries(labels, labels if architecture == "signed" else frozenset(), frozenset())
 
@@ -56,8 +48,27 @@ def _times(t: Tensor, x: Tensor) -> Tensor:
     return t.expand(x.shape[0]).to(x.dtype)
 
 
+class _OverWeights(Field):
+    """A field whose parameters depend on the number of hidden layers, on inputs and outputs, but not on widths."""
+
+    def on(self, spec: WeightSpec) -> Field:
+        """Return the field with the same parameters for weights of other hidden widths.
+
+        Raises:
+            ValueError: if the networks differ in more than widths.
+        """
+        description = self.describe()
+        assert description is not None
+        other = rebuild(description, spec).to(next(self.parameters()))
+        try:
+            other.requires_grad_(False).load_state_dict(self.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"the networks differ in more than the widths of hidden layers: {error}") from error
+        return other
+
+
 @checked
-class WeightsVelocity(nn.Module):
+class WeightsVelocity(_OverWeights):
     """A field that sees weights and time only: the source's own field plus a network over weights.
 
     v = rest(t) x + net(t, x); the first term is the exact field of a posterior that equals the source. Costs no
@@ -90,7 +101,7 @@ class WeightsVelocity(nn.Module):
         super().__init__()
         if parametrisation not in ("velocity", "x1"):
             raise ValueError(f"parametrisation must be 'velocity' or 'x1', got {parametrisation!r}")
-        self.spec, self.group = spec, _group(spec, architecture)
+        self.spec, self.symmetries = spec, _symmetries(spec, architecture)
         self.path = path if path is not None else AffinePath()
         self.parametrisation: Parametrisation = parametrisation
         self._config = {"width": width, "depth": depth, "architecture": architecture, "heads": heads}
@@ -105,7 +116,7 @@ class WeightsVelocity(nn.Module):
             correction = c.turn / c.a.clamp(min=_LAST) * correction
         return c.rest * x + correction
 
-    def weighting(self, t: Tensor) -> Tensor:
+    def loss_weight(self, t: Tensor) -> Tensor:
         """Return what squared errors of the velocity are multiplied by in training, in the shape of ``t``."""
         if self.parametrisation == "velocity":
             return torch.ones_like(t)
@@ -119,7 +130,7 @@ class WeightsVelocity(nn.Module):
 
 
 @checked
-class DriveVelocity(nn.Module):
+class DriveVelocity(Field):
     """The pull of the data alone, without a network: nothing to learn, for any ``nn.Module``.
 
     With u = log posterior - log N(x; 0, I) the exact marginal field of independent pairs is
@@ -129,27 +140,26 @@ class DriveVelocity(nn.Module):
     Args:
         displacement: `GaussNewton` or `GradientSteps`.
         path: the path of the pairs.
-        group: symmetries that the drive commutes with; those of the function that the source keeps.
+        symmetries: those that the drive is equivariant to: of the function, that the source keeps.
     """
 
     def __init__(
         self,
         displacement: Displacement | None = None,
         path: AffinePath | None = None,
-        group: Symmetries = NO_SYMMETRY,
+        symmetries: Symmetries = NO_SYMMETRY,
     ) -> None:
         super().__init__()
         self.displacement = displacement if displacement is not None else GaussNewton()
         self.path = path if path is not None else AffinePath()
-        self.group = group
-        self.context: Context | None = None
+        self.symmetries = symmetries
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """Return the velocity, ``(batch, dim)``; ``RuntimeError`` if the field is not bound to a context."""
-        c, _, (drive,) = _driven(self.path, self.context, (self.displacement,), _times(t, x), x)
+        c, _, (drive,) = _driven(self.path, self.posterior, (self.displacement,), _times(t, x), x)
         return c.rest * x + c.pull * drive.w
 
-    def with_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def closed_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the velocity and its divergence ``(batch,)`` in float64."""
 
         def closed(t: Tensor, x: Tensor, c: Coefficients, known: list[tuple[Drive, Drive]]) -> tuple[Tensor, Tensor]:
@@ -159,18 +169,23 @@ class DriveVelocity(nn.Module):
 
         return _with_divergence(self, closed, (self.displacement,), t, x)
 
-    def bind(self, context: Context | None) -> DriveVelocity:
-        """Return the same field with the pull of another model, or of none."""
-        return _rebound(self, context)
+    @property
+    def informed(self) -> bool:
+        """True."""
+        return True
+
+    def on(self, spec: WeightSpec) -> DriveVelocity:
+        """Return the field itself, which has no weights of its own."""
+        return self
 
     def describe(self) -> dict[str, Any]:
         """Return plain values from which the module is rebuilt."""
         plain = {"displacement": _plain(self.displacement), "path": self.path.describe()}
-        return {"kind": "drive", "group": [sorted(each) for each in self.group]} | plain
+        return {"kind": "drive", "group": [sorted(each) for each in self.symmetries or NO_SYMMETRY]} | plain
 
 
 @checked
-class InformedVelocity(nn.Module):
+class InformedVelocity(_OverWeights):
     """The likelihood-informed field: the source's own field, the pull of the data, and a learned correction.
 
     As `DriveVelocity`, with the drive w of one displacement, or a learned mix of several, and a `DWSNet` that sees x,
@@ -202,7 +217,7 @@ class InformedVelocity(nn.Module):
         path: AffinePath | None = None,
     ) -> None:
         super().__init__()
-        self.spec, self.group = spec, _group(spec, architecture)
+        self.spec, self.symmetries = spec, _symmetries(spec, architecture)
         given = GradientSteps() if displacement is None else displacement
         self.displacements = tuple(given) if isinstance(given, Sequence) else (given,)
         self.path = path if path is not None else AffinePath()
@@ -213,28 +228,28 @@ class InformedVelocity(nn.Module):
         self.trust = nn.Linear(width, count)
         nn.init.zeros_(self.trust.weight)
         nn.init.constant_(self.trust.bias, 1 / count)
-        self.context: Context | None = None
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """Return the velocity, ``(batch, dim)``; ``RuntimeError`` if the field is not bound to a context."""
         t = _times(t, x)
-        return self.driven(t, x, *self.drives(t, x))
+        return self.from_precomputed(t, x, *self.precompute(t, x))
 
-    def drives(self, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    def precompute(self, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         """Return what of the velocity comes before anything learned: both parts of every drive, ``(batch, dim)``."""
-        return tuple(part for drive in _driven(self.path, self.context, self.displacements, t, x)[2] for part in drive)
+        _, _, drives = _driven(self.path, self.posterior, self.displacements, t, x)
+        return tuple(part for drive in drives for part in drive)
 
-    def with_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def closed_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the velocity and its divergence ``(batch,)`` in float64: only the network is differentiated."""
 
         def closed(t: Tensor, x: Tensor, c: Coefficients, known: list[tuple[Drive, Drive]]) -> tuple[Tensor, Tensor]:
             parts, jacobians = ([part for both in known for part in both[k]] for k in (0, 1))
-            return chained_divergence(lambda x, *parts: self.driven(t, x, *parts), x, parts, jacobians)
+            return chained_divergence(lambda x, *parts: self.from_precomputed(t, x, *parts), x, parts, jacobians)
 
         return _with_divergence(self, closed, self.displacements, t, x)
 
-    def driven(self, t: Tensor, x: Tensor, *drives: Tensor) -> Tensor:
-        """Return the velocity at times ``(batch,)``, given `drives`."""
+    def from_precomputed(self, t: Tensor, x: Tensor, *drives: Tensor) -> Tensor:
+        """Return the velocity at times ``(batch,)``, given `precompute`."""
         c, s2, _ = _given(self.path, t, x)
         trust = self.trust(self.time(t))
         features, pull = [x], torch.zeros_like(x)
@@ -243,11 +258,16 @@ class InformedVelocity(nn.Module):
             pull = pull + trust[:, index, None] * w
         return c.rest * x + c.pull * pull + self.net(torch.stack(features, -1), t).squeeze(-1)
 
-    def bind(self, context: Context | None) -> InformedVelocity:
+    @property
+    def informed(self) -> bool:
+        """True."""
+        return True
+
+    def bind(self, posterior: Context | None) -> Self:
         """Return the same field, sharing its weights, with the pull of another model, or of none."""
-        if context is not None and context.dim != self.spec.dim:
-            raise ValueError(f"the field is for {self.spec.dim} weights, the model has {context.dim}")
-        return _rebound(self, context)
+        if posterior is not None and posterior.dim != self.spec.dim:
+            raise ValueError(f"the field is for {self.spec.dim} weights, the model has {posterior.dim}")
+        return super().bind(posterior)
 
     def describe(self) -> dict[str, Any]:
         """Return plain values from which the module is rebuilt."""
@@ -256,7 +276,7 @@ class InformedVelocity(nn.Module):
 
 
 @checked
-class GaussianVelocity(nn.Module):
+class GaussianVelocity(Field):
     """The closed-form field from N(0, I) to N(mean, covariance) along independent pairs.
 
     v = b' mean + (b b' C + a a' I) (b^2 C + a^2 I)^-1 (x - b mean), by the eigenvectors of C.
@@ -274,7 +294,7 @@ class GaussianVelocity(nn.Module):
         self.vectors: Tensor
         shaped("mean", mean, None)
         variances, vectors = torch.linalg.eigh(shaped("covariance", covariance, len(mean), len(mean)))
-        self.group = NO_SYMMETRY
+        self.symmetries = NO_SYMMETRY
         self.path = path if path is not None else AffinePath()
         for name, value in {"mean": mean, "variances": variances, "vectors": vectors}.items():
             self.register_buffer(name, value)
@@ -284,7 +304,7 @@ class GaussianVelocity(nn.Module):
         c, gain = self._gain(_times(t, x).unsqueeze(-1))
         return c.db * self.mean + ((x - c.b * self.mean) @ self.vectors * gain) @ self.vectors.T
 
-    def with_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def closed_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the velocity and its divergence ``(batch,)`` in float64."""
         _, gain = self._gain(_times(t, x).unsqueeze(-1).double())
         return self(t, x), gain.sum(-1)
@@ -300,7 +320,7 @@ class GaussianVelocity(nn.Module):
 
 
 @checked
-class ResidualVelocity(nn.Module):
+class ResidualVelocity(Field):
     """The closed-form field to a Gaussian fit plus a `DWSNet` that learns what is not Gaussian.
 
     v = v_Gaussian(t, x) + net(t, x). Worth most for targets that are one cloud: align the draws first. A Gaussian of
@@ -316,7 +336,7 @@ class ResidualVelocity(nn.Module):
     def __init__(self, spec: WeightSpec, gaussian: GaussianVelocity, width: Count = 64, depth: Count = 4) -> None:
         super().__init__()
         self.spec, self.gaussian = spec, gaussian
-        self.group, self.path = NO_SYMMETRY, gaussian.path
+        self.symmetries, self.path = NO_SYMMETRY, gaussian.path
         self._config = {"width": width, "depth": depth}
         self.net = _network(spec, 1, width, depth, "dws", 0)
 
@@ -351,25 +371,25 @@ class ResidualVelocity(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """Return the velocity, ``(batch, dim)``."""
-        gaussian, rest = self.parts()
-        return gaussian(t, x) + rest(t, x)
+        return self.gaussian(t, x) + self._rest(t, x)
 
-    def parts(self) -> tuple[GaussianVelocity, Callable[[Tensor, Tensor], Tensor]]:
-        """Return the part whose trace is known, and the rest."""
-        return self.gaussian, lambda t, x: self.net(x.unsqueeze(-1), _times(t, x)).squeeze(-1)
+    def with_divergence(
+        self, t: Tensor, x: Tensor, trace: Trace = "exact", probes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the velocity and its divergence: estimates have no error from the Gaussian part."""
+        known, its_trace = self.gaussian.closed_divergence(t, x)
+        rest, estimate = divergence(self._rest, t, x, trace, probes)
+        return known + rest, its_trace + estimate
+
+    def _rest(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.net(x.unsqueeze(-1), _times(t, x)).squeeze(-1)
 
     def describe(self) -> dict[str, Any]:
         """Return plain values from which the module is rebuilt."""
         return {"kind": "residual", "gaussian": self.gaussian.describe()} | self._config
 
 
-def bound(velocity: nn.Module, context: Context | None) -> nn.Module:
-    """Return the field bound to a context; a field that looks at no data is returned itself."""
-    bind = getattr(velocity, "bind", None)
-    return velocity if bind is None else bind(context)
-
-
-def rebuild(description: dict[str, Any], spec: WeightSpec) -> nn.Module:
+def rebuild(description: dict[str, Any], spec: WeightSpec) -> Field:
     """Build an untrained field from what ``describe`` returned; its random parameters are to be replaced."""
     with isolated():
         return _rebuilt(description, spec)
@@ -377,7 +397,7 @@ def rebuild(description: dict[str, Any], spec: WeightSpec) -> nn.Module:
 
 def restore(
     description: dict[str, Any], spec: WeightSpec, arrays: Mapping[str, np.ndarray], dtype: torch.dtype
-) -> nn.Module:
+) -> Field:
     """Build a field from what ``describe`` returned and the arrays of its state, in evaluation mode.
 
     Raises:
@@ -407,7 +427,7 @@ def _check_sizes(description: Any, arrays: Mapping[str, np.ndarray]) -> None:
             _check_sizes(description[part], arrays)
 
 
-def _rebuilt(description: dict[str, Any], spec: WeightSpec) -> nn.Module:
+def _rebuilt(description: dict[str, Any], spec: WeightSpec) -> Field:
     values = dict(description)
     kind = values.pop("kind")
     if "path" in values:
@@ -421,8 +441,8 @@ def _rebuilt(description: dict[str, Any], spec: WeightSpec) -> nn.Module:
     if kind == "informed":
         return InformedVelocity(spec, **values)
     if kind == "drive":
-        group = Symmetries(*(frozenset(each) for each in values.pop("group")))
-        return DriveVelocity(**values, group=group)
+        symmetries = Symmetries(*(frozenset(each) for each in values.pop("group")))
+        return DriveVelocity(**values, symmetries=symmetries)
     if kind == "gaussian":
         dim = values.pop("dim")
         return GaussianVelocity(torch.zeros(dim), torch.eye(dim), **values)
@@ -483,15 +503,14 @@ def _with_divergence(
         t: a scalar or ``(batch,)``.
         x: ``(batch, dim)``.
     """
-    rules = [getattr(displacement, "with_jacobians", None) for displacement in displacements]
-    if field.context is None or None in rules or recorded(t, x, *field.parameters()):
+    if field.posterior is None or recorded(t, x, *field.parameters()):
         return divergence(lambda t, z: field(t, z), t, x)
     rows, parts = max(1, _ELEMENTS[x.device.type == "cpu"] // x.shape[-1] ** 2), []
     for t_part, x_part in zip(_times(t, x).split(rows), x.split(rows), strict=True):
         c, s2, mu = _given(field.path, t_part, x_part)
         known = []
-        for rule in rules:
-            found = rule(field.context, mu, s2)  # type: ignore[misc]
+        for displacement in displacements:
+            found = displacement.with_jacobians(field.posterior, mu, s2)
             if found is None:
                 return divergence(lambda t, z: field(t, z), t, x)
             drive, by_mu = found
@@ -499,12 +518,6 @@ def _with_divergence(
         parts.append(closed(t_part, x_part, c, known))
     values, traces = zip(*parts, strict=True)
     return torch.cat(values), torch.cat(traces)
-
-
-def _rebound(field: _Informed, context: Context | None) -> _Informed:
-    other = object.__new__(type(field))
-    other.__dict__ = field.__dict__ | {"context": context}
-    return other
 
 
 def _plain(displacement: Displacement) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def main() -> None:
             x = torch.randn(256, model.dim, generator=generator).to(dtype)
             t = torch.rand(256, generator=generator).to(dtype)
             v = field(t, x)
-            moved_x, moved_v = model.spec.transform(flow.velocity.group, 1, x, v)
+            moved_x, moved_v = model.spec.transform(flow.velocity.symmetries, 1, x, v)
             error = (field(t, moved_x) - moved_v).abs().max() / v.abs().max()
             print(f"  equivariance error over max |v|, {dtype}: {float(error):.1e}")
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from bnnflow import WeightSpec
 from bnnflow.progress import progress_bar
-from bnnflow.transport import AffinePath, TowardsEnd, TwoLayerVelocity, WeightsVelocity, train
+from bnnflow.transport import AffinePath, Field, TowardsEnd, TwoLayerVelocity, WeightsVelocity, train
 from bnnflow.types import Optimiser
 
 ASKED = 0.05
@@ -91,7 +91,7 @@ def calls(block: Callable[[int], object]) -> float:
     return (counted(6) - counted(2)) / 4
 
 
-def parts(field: nn.Module, batch: int, optimiser: Optimiser, device: str) -> dict[str, Callable[[], object]]:
+def parts(field: Field, batch: int, optimiser: Optimiser, device: str) -> dict[str, Callable[[], object]]:
     """Return what `train` does in a step and the bare loop does not, on parameters that have gradients."""
     parameters = [p for p in field.parameters() if p.requires_grad]
     for parameter in parameters:
@@ -99,7 +99,6 @@ def parts(field: nn.Module, batch: int, optimiser: Optimiser, device: str) -> di
     averages = [p.detach().clone() for p in parameters]
     errors, t = torch.rand(2, batch, device=device)
     graph = errors.clone().requires_grad_()
-    weighting = getattr(field, "weighting", None)
     bins = torch.zeros(2, 4, dtype=torch.float64, device=device)
     both = optimisers(parameters, optimiser)
     bar = progress_bar(None, "", False)
@@ -115,8 +114,7 @@ def parts(field: nn.Module, batch: int, optimiser: Optimiser, device: str) -> di
         bins[1].index_add_(0, which, torch.ones_like(t, dtype=torch.float64))
 
     def weighted() -> None:
-        if weighting is not None:
-            (graph * weighting(t)).backward(errors)
+        (graph * field.loss_weight(t)).backward(errors)
 
     def rates() -> None:
         for group in (group for each in both for group in each.param_groups):

@@ -1,0 +1,133 @@
+"""The interface of velocity fields, from N(0, I) to a posterior in the coordinates of the source."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from bnnflow.transport.coordinates import Context
+from bnnflow.transport.displacement import Displacement
+from bnnflow.transport.divergence import divergence
+from bnnflow.transport.paths import AffinePath
+from bnnflow.types import Trace
+from bnnflow.weights import Symmetries, WeightSpec
+
+__all__ = ["Field"]
+
+
+class Field(nn.Module):
+    """A velocity field: write ``forward``, and override what else you know of it.
+
+    It is called as ``field(t, x)``, with ``t`` a scalar or ``(batch,)`` and ``x`` ``(batch, dim)``, and acts on each
+    row alone. Whatever needs a field takes any ``nn.Module`` called like this, too: see `Field.of`.
+
+    Attributes:
+        path: the path of the pairs that the field is made for.
+        symmetries: those that the field is equivariant to. Draws are moved by all that the source keeps while the
+            field is trained, unless these are none: such a field is for draws that were aligned. None if not known.
+        posterior: what the field is bound to; never part of the module's weights.
+        displacements: by which it follows the data.
+    """
+
+    path: AffinePath = AffinePath()
+    symmetries: Symmetries | None = None
+    posterior: Context | None = None
+    displacements: tuple[Displacement, ...] = ()
+
+    @staticmethod
+    def of(module: nn.Module) -> Field:
+        """Return the module itself if it is a field, else a field that calls it and knows nothing more of it."""
+        return module if isinstance(module, Field) else _Wrapped(module)
+
+    # ---------------------------------------------------------------- the posterior
+
+    @property
+    def informed(self) -> bool:
+        """Whether the field looks at a posterior, which it must be bound to."""
+        return False
+
+    def bind(self, posterior: Context | None) -> Self:
+        """Return the same field, sharing its weights, bound to another posterior, or to none."""
+        if not self.informed:
+            return self
+        other = copy.copy(self)
+        other.posterior = posterior
+        return other
+
+    # ---------------------------------------------------------------- training
+
+    def precompute(self, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        """Return what of the velocity comes before anything learned, ``(batch, dim)`` each; nothing by default.
+
+        Training computes it once for a point that it uses several times, moved by other symmetries: it must be
+        equivariant to them.
+        """
+        return ()
+
+    def from_precomputed(self, t: Tensor, x: Tensor, *precomputed: Tensor) -> Tensor:
+        """Return the velocity at times ``(batch,)``, given `precompute`."""
+        return self(t, x)
+
+    def loss_weight(self, t: Tensor) -> Tensor:
+        """Return what squared errors are multiplied by in training, in the shape of ``t``; one by default."""
+        return torch.ones_like(t)
+
+    # ---------------------------------------------------------------- densities
+
+    @property
+    def has_closed_divergence(self) -> bool:
+        """Whether the field knows its own trace."""
+        return type(self).closed_divergence is not Field.closed_divergence
+
+    def closed_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the velocity and its divergence ``(batch,)`` in float64, without a product for each coordinate."""
+        raise NotImplementedError(f"a {self._get_name()} has no closed divergence")
+
+    def with_divergence(
+        self, t: Tensor, x: Tensor, trace: Trace = "exact", probes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the velocity and its divergence, by `closed_divergence` where that is asked for and known.
+
+        Args:
+            t: a scalar or ``(batch,)``.
+            x: ``(batch, dim)``.
+            trace: see `divergence`.
+            probes: of estimates; see `divergence`.
+
+        Returns:
+            ``(batch, dim)``, and ``(batch,)`` in float64.
+        """
+        if trace == "exact" and self.has_closed_divergence:
+            return self.closed_divergence(t, x)
+        return divergence(self, t, x, trace, probes)
+
+    # ---------------------------------------------------------------- other weights, files
+
+    def on(self, spec: WeightSpec) -> Field:
+        """Return the field with the same parameters for weights of other hidden widths.
+
+        Raises:
+            ValueError: if there is none, which is so unless a field says otherwise.
+        """
+        raise ValueError(f"a {self._get_name()} is tied to its own weights")
+
+    def describe(self) -> dict[str, Any] | None:
+        """Return plain values from which the module is rebuilt; None, the default, if it cannot be saved."""
+        return None
+
+
+class _Wrapped(Field):
+    """A user's module as a field."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def _get_name(self) -> str:
+        return type(self.module).__name__
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.module(t, x)
