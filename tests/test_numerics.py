@@ -111,6 +111,24 @@ def test_a_gauss_newton_flow_is_exact_for_linear_gaussian_models(shape, displace
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_gauss_newton_flow_takes_the_steps_that_a_linear_gaussian_model_needs(shape):
+    problem = regression(**shape)
+    flow = bf.GaussNewtonFlow(problem.model)
+    basis = torch.cat([torch.zeros(1, flow.dim, dtype=F64), torch.eye(flow.dim, dtype=F64)])
+    found = problem.standardised(flow.push(basis).detach())
+    matrix = (found[1:] - found[0]).T
+    assert found[0].abs().max() < 0.05
+    assert (matrix @ matrix.T - torch.eye(flow.dim, dtype=F64)).abs().max() < 0.1
+    assert (matrix @ matrix.T).diagonal().sub(1).abs().max() < 0.1
+
+
+def test_a_gauss_newton_flow_says_what_no_number_of_steps_resolves():
+    problem = regression(noise=1e-9)
+    with pytest.warns(UserWarning, match="times as wide as the source"):
+        assert bf.GaussNewtonFlow(problem.model).steps == 1000
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_second_gauss_newton_step_finds_nothing_left_to_do_in_single_precision(shape):
     problem = regression(**shape, dtype=torch.float32)
     x = torch.randn(8, problem.model.dim, generator=torch.Generator().manual_seed(1))

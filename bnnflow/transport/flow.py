@@ -31,6 +31,7 @@ from bnnflow.transport.source import Source
 from bnnflow.transport.stored import ROWS, check_weights, dtype_of, rows_looked_at, rows_to_look_at, solver_of
 from bnnflow.transport.velocity import DriveVelocity, restore
 from bnnflow.types import FixedSolver, Seed, Solver, Trace
+from bnnflow.warn import warn
 from bnnflow.weights import WeightSpec
 
 __all__ = ["Flow", "GaussNewtonFlow"]
@@ -490,7 +491,7 @@ def GaussNewtonFlow(
     *,
     source: Source | None = None,
     path: AffinePath | None = None,
-    steps: Count = 20,
+    steps: Count | None = None,
     solver: Solver = "midpoint",
 ) -> Flow:
     """Return the flow of a `DriveVelocity`: a sampler that needs neither draws nor training, for any network.
@@ -503,12 +504,54 @@ def GaussNewtonFlow(
         displacement: `GaussNewton` unless said otherwise.
         source: the law at t = 0; the prior if None.
         path: the path from it.
-        steps: of the solver.
+        steps: of the solver; if None 20, and for a linear Gaussian model as many as bring its draws to their width.
         solver: its rule.
     """
     context = Context(model, source)
+    steps = _resolving(context) if steps is None else steps
     field = DriveVelocity(displacement, path, context.source.symmetries(model))
     return Flow.of(field, model, context.source, steps=steps, solver=solver, info={"untrained": True})
+
+
+_USUAL, _MOST = 20, 1000  # steps
+_POWERS = 20  # of a matrix, to find its largest eigenvalue
+_ROUNDING = 1e-3  # of a matrix that is the same everywhere
+
+
+def _resolving(context: Context) -> int:
+    """Return how many steps bring draws of a linear Gaussian model to their width; the usual number for other models.
+
+    The last of n steps is 1 / n^2 of the path. A quarter of the posterior's least width, as a share of the source's,
+    leaves that width off by some percent.
+    """
+    least = _least_width(context)
+    wanted = math.ceil(2 / least**0.5)
+    if wanted > _MOST:
+        warn(
+            f"in some direction the posterior is {least:.1e} times as wide as the source, which would take {wanted} "
+            f"steps; after {_MOST} draws are too narrow there: take a source that is nearer"
+        )
+    return max(_USUAL, min(wanted, _MOST))
+
+
+@torch.no_grad()
+def _least_width(context: Context) -> float:
+    """Return the least standard deviation of a linear Gaussian posterior in units of the source's; 1 for others."""
+    if not hasattr(context.model.likelihood, "fisher_factor"):
+        return 1.0
+    x, v = torch.randn(2, 2, context.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
+        context.source.device, context.source.dtype
+    )
+    _, times = context.gauss_newton_product(x)
+    first, second = times(v[:1].expand(2, -1))
+    if not (first - second).norm() <= _ROUNDING * first.norm():  # at two points it would be one matrix
+        return 1.0
+    largest = 0.0
+    for _ in range(_POWERS):
+        image = times(v)
+        largest = float(image.norm() / v.norm())
+        v = image / image.norm() if largest else v
+    return (1 + largest) ** -0.5
 
 
 def _finite(parts: list[Tensor]) -> Tensor:
