@@ -253,3 +253,24 @@ def test_draws_of_a_flow_that_are_not_finite_are_counted():
     fixed = bf.correct(flow, problem.model, 200, "refine", progress=False)
     assert fixed.theta.isfinite().all()
     assert "of 200 draws were not finite and were left out" in fixed.verdict
+
+
+@pytest.mark.parametrize("shape", [{}, {"noise": 1e4, "scale": 1e4}, {"noise": 1e-6, "scale": 1e-6}, {"noise": 1e-3}],
+                         ids=str)  # fmt: skip
+@pytest.mark.parametrize("rank", [0, "full"])
+def test_a_variational_fit_is_right_or_says_that_it_has_not_settled(shape, rank):
+    """Its steps have a size of their own, which need not be that of the posterior."""
+    problem = regression(**shape)
+    draws = bf.sample(problem.model, bf.VI(rank, steps=400), draws=250, seed=0, progress=False)
+    width = draws.flat.std(0) / problem.covariance.diagonal().sqrt()
+    off = (draws.flat.mean(0) - problem.mean) / problem.covariance.diagonal().sqrt()
+    verdict = bf.diagnose(draws, problem.model)
+    converged = draws.info["converged"]
+    assert converged == (verdict.verdict != "do not trust")
+    if converged:
+        assert (off.abs() < 0.7).all()
+        assert ((width - 1).abs() < 0.5).all()
+    else:
+        assert "has not settled" in verdict.reasons[0]
+    assert converged or shape
+    assert rank == "full" or converged == (not shape)

@@ -40,7 +40,8 @@ class VI:
     (``AutoMultivariateNormal``), exact where the posterior is Gaussian. Each Adam step follows the path derivative of
     the ELBO, d theta / d phi times grad (log_joint - log q) at draws theta of q (Roeder et al. 2017); its noise
     vanishes where q fits, so that a rate decaying to zero ends on the optimum. The density is at ``draws.posterior``,
-    the ELBO, a lower bound of the log evidence at temperature 1, at ``draws.info["elbo"]``.
+    the ELBO, a lower bound of the log evidence at temperature 1, at ``draws.info["elbo"]``, and whether the fit has
+    settled at ``draws.info["converged"]``.
 
     Args:
         rank: the number of directions beside the diagonal, or ``"full"``.
@@ -204,6 +205,32 @@ def _divergence_named(name: str, settings: Settings) -> Iterator[None]:
         ) from error
 
 
+_SETTLED = 0.5  # of a standard deviation, or of a variance
+_UNSETTLED = 0.1  # share of coordinates
+
+
+def _is_settled(model: BayesianModel, posterior: Posterior) -> bool:
+    """Say whether the ELBO is as good as flat along shifts and scales of nearly every coordinate.
+
+    At its height E u = E (theta - c) u = 0 with u = grad (log_joint - log q), for every coordinate, which a fit that
+    was stopped early, or whose steps are of another size than the posterior, does not meet. Of a normal law the first
+    is the distance to its mean in its own units, the second 1 less the ratio of the variances.
+    """
+    theta = posterior.sample(_CHECKED, torch.Generator(model.device).manual_seed(0)).detach().requires_grad_()
+    with torch.enable_grad():
+        (grad_q,) = torch.autograd.grad(posterior.log_prob(theta).sum(), theta)
+    theta = theta.detach()
+    with torch.no_grad():
+        u = (model.log_joint_and_grad(theta)[1] - grad_q).double()
+        offset = theta.double() - theta.double().mean(0)
+        terms = torch.stack([offset.std(0) * u, offset * u])  # (2, draws, dim)
+        excess = terms.mean(1).abs() - 4 * terms.std(1) / math.sqrt(_CHECKED)
+    return float((~(excess <= _SETTLED)).any(0).double().mean()) <= _UNSETTLED
+
+
+_CHECKED = 256  # draws
+
+
 def independent_draws(model: BayesianModel, run: Run, posterior: Posterior, info: dict[str, Any]) -> Draws:
     """Return draws of a fitted density, shaped as chains, and its ELBO with its standard error."""
     chains, draws = run.chains or 4, run.draws or 1000
@@ -211,7 +238,7 @@ def independent_draws(model: BayesianModel, run: Run, posterior: Posterior, info
     log_joint = model.log_joint(theta)
     gain = log_joint - posterior.log_prob(theta)
     error = float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
-    info = {"elbo": float(gain.mean()), "elbo_error": error} | info
+    info = {"elbo": float(gain.mean()), "elbo_error": error, "converged": _is_settled(model, posterior)} | info
     broken = int((~gain.isfinite()).sum())
     if broken == len(gain):
         raise FloatingPointError("the fit diverged: no draw of it has a finite density; take a tenth of learning_rate")

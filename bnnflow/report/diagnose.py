@@ -185,7 +185,13 @@ def _independent(draws: object, n: int) -> Diagnosis:
         reasons.insert(0, "training diverged: take a tenth of the learning rate")
     if info.get("converged") is False:
         verdict = "do not trust"
-        reasons.insert(0, "the point that was expanded about is no mode of the posterior")
+        what = "the point that was expanded about is no mode of the posterior"
+        if _method(draws) in ("VI", "NormalizingFlowVI"):
+            what = (
+                "the fit has not settled: in many coordinates its place or width is still far from the best of its "
+                "family; take more steps, or a learning rate and a scale of the size of the weights"
+            )
+        reasons.insert(0, what)
     return Diagnosis(verdict, tuple(reasons), "independent", _method(draws), chains, n)
 
 
