@@ -163,10 +163,13 @@ class GaussNewton(Displacement):
     Gaussian. A dense step costs a Jacobian and a Cholesky factorisation of the smaller of dim and the number of rows
     times outputs; a matrix-free one about two gradients for each iteration of conjugate gradients, whatever the size.
 
-    A step v promises by how much u changes, grad v - v H v / 2. As in a trust region, that is compared with the change
-    found, over the first max_norm of it: with q the difference over what it gains in all, the step is divided by
-    sqrt(1 + r |v|^2 / max_norm^2), r = q^2 / (q^2 + 1/4). So a step that breaks its promise is bounded, and one that
-    keeps it is not, however long: nothing is shortened where the likelihood is what it was linearised to.
+    A step v promises by how much u changes, grad v - v H v / 2, and by how much its slope along v
+    does, -v H v. As in a trust region, that is compared with what is found, over the first max_norm
+    of it: with q^2 the sum of the squares of both differences over what it gains in all, the step
+    is divided by sqrt(1 + r |v|^2 / max_norm^2), r = q^2 / (q^2 + 1/4). So a step that breaks its
+    promise is bounded, and one that keeps it is not, however long: nothing is shortened where the
+    likelihood is what it was linearised to. The difference in u alone changes its sign, and where
+    it passes through zero the field would have a peak; both are zero together hardly anywhere else.
 
     Args:
         steps: number of steps.
@@ -236,26 +239,31 @@ class GaussNewton(Displacement):
         before, _ = context.value_and_grad(y)
         after, grad = context.value_and_grad(y + step)
         gain = 1 + 0.5 * (_dot(step, change) + bend)
+        rise = grad - linear.grad
         broken = ((after - before).unsqueeze(-1) - (promised - 0.5 * bend)) / gain
-        broken = broken.clamp(-_WORST, _WORST)
-        square = broken.square()
+        turned = (_dot(step, rise) + bend) / gain
+        broken, turned = broken.clamp(-_WORST, _WORST), turned.clamp(-_WORST, _WORST)
+        square = broken.square() + turned.square()
         divisor = (1 + length2 * square / (square + _HALF**2)).sqrt().to(y.dtype)
-        return _Shortened(divisor, broken, length2, gain, part, step, grad - linear.grad, image, change)
+        return _Shortened(divisor, broken, turned, length2, gain, part, step, rise, image, change)
 
     def _slopes(self, context: Context, y: Tensor, bound: _Shortened, slope: Tensor) -> tuple[Tensor, Tensor]:
         """Return the derivatives of the divisor by y and by the whole step, ``(batch, dim)`` both.
 
         The slope is that of grad u - H w for the whole step w. With G = u'', w slope = w G less the slope of w H w.
         """
-        divisor, broken, length2, gain, part, step, rise, image, change = bound
-        (curved,) = torch.func.vjp(context.grad, y)[1](step)  # G v, in reverse: G is symmetric
+        divisor, broken, turned, length2, gain, part, step, rise, image, change = bound
+        _, pull, *_ = torch.func.vjp(context.grad, torch.cat([y, y + step]))
+        curved, beyond = pull(torch.cat([step, step]))[0].chunk(2)  # G v at both ends; G is symmetric
         inward = 0.5 * part * (curved - MatrixFactor(slope).transposed(step))  # of v H v / 2 by y
-        square = broken.square()
+        square = broken.square() + turned.square()
         share = square / (square + _HALF**2)
-        scale = (length2 * broken * _HALF**2 / (square + _HALF**2).square() / gain).to(y.dtype)
-        q, whole, norm2 = broken.to(y.dtype), step / part, self.max_norm**2
-        by_y = scale * (rise - curved + inward - q * inward)
-        by_part = scale * (rise + image - q * (change + image))
+        scale = (length2 * _HALF**2 / (square + _HALF**2).square() / gain).to(y.dtype)
+        q, p, whole, norm2 = broken.to(y.dtype), turned.to(y.dtype), step / part, self.max_norm**2
+        by_y = q * (rise - curved + inward - q * inward)
+        by_y = scale * (by_y + p * (beyond - curved + 2 * inward - p * inward))
+        by_part = q * (rise + image - q * (change + image))
+        by_part = scale * (by_part + p * (rise + beyond + 2 * image - p * (change + image)))
         bent = part**3 * _dot(by_part, whole).to(y.dtype) / norm2
         by_step = part * by_part - bent * whole + share.to(y.dtype) * whole / norm2
         return by_y / divisor, by_step / divisor
@@ -268,7 +276,8 @@ class _Shortened(NamedTuple):
     """
 
     divisor: Tensor
-    broken: Tensor  # q
+    broken: Tensor  # the promise of u, by this of the gain
+    turned: Tensor  # that of its slope
     length2: Tensor  # |v|^2 / max_norm^2 of the whole step
     gain: Tensor  # what the part gains if it keeps its promise, and one nat: rounding of u breaks no promise
     part: Tensor  # of the step that is tried: no more than max_norm, beyond which u may not be finite
