@@ -526,7 +526,12 @@ class BayesianModel:
             yield block
 
     def gauss_newton(
-        self, theta: Tensor, rows: Tensor | None = None, *, names: Collection[str] | None = None
+        self,
+        theta: Tensor,
+        rows: Tensor | None = None,
+        *,
+        names: Collection[str] | None = None,
+        changes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Linearise the likelihood: the Gauss-Newton matrix of -log likelihood is A^T A.
 
@@ -535,6 +540,8 @@ class BayesianModel:
             rows: use only these rows of the data, int64 ``(m,)``, scaled to all of them.
             names: take the derivatives by these tensors of the network only, in the order of theta; the parameters of
                 prior and likelihood follow them all the same.
+            changes: of the weights that the derivatives are by, ``(k, weights)``: the Fisher information is averaged
+                over the outputs that the linearised network has there.
 
         Returns:
             The gradient of the log likelihood ``(batch, dim)``, and the factor A ``(batch, rows, dim)``: the
@@ -550,7 +557,11 @@ class BayesianModel:
         outputs, jacobian = self.network.jacobian(theta, x, names=names)  # (batch, n, out, network dim)
         parameters = self.likelihood_parameters(theta)
         grad_outputs, grad_parameters = self._score(outputs, y, parameters)
-        factor, information = self.likelihood.fisher_factor(outputs, parameters)  # type: ignore[attr-defined]
+        if changes is None:
+            factor, information = self.likelihood.fisher_factor(outputs, parameters)  # type: ignore[attr-defined]
+        else:
+            moves = torch.einsum("bnkd,sd->bsnk", jacobian, changes)
+            factor, information = self._averaged_factor(outputs.unsqueeze(1) + moves, parameters)
         grad = self._with_extras(torch.einsum("bnk,bnkd->bd", grad_outputs, jacobian), grad_parameters)
         by_weights = torch.einsum("bnkr,bnkd->bnrd", factor, jacobian).flatten(1, 2)  # (batch, rows, network dim)
         batch, size = by_weights.shape[:2]
@@ -568,6 +579,21 @@ class BayesianModel:
                 below.append(torch.nn.functional.pad(extra, (start, grad.shape[-1] - start - each.shape[-1])))
         whole = torch.cat([torch.cat(columns, -1), *below], 1)
         return (grad, whole) if scale == 1 else (scale * grad, scale**0.5 * whole)
+
+    def _averaged_factor(self, outputs: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return ``fisher_factor`` of the information averaged over outputs ``(batch, k, n, out)``."""
+        batch, k = outputs.shape[:2]
+        repeated = {name: each.repeat_interleave(k, 0) for name, each in parameters.items()}
+        factor, information = self.likelihood.fisher_factor(outputs.flatten(0, 1), repeated)  # type: ignore[attr-defined]
+        each_of = {name: each.unflatten(0, (batch, k)) for name, each in information.items()}
+        shared = [name for name, each in each_of.items() if each.dim() == 5]
+        parts = [factor.unflatten(0, (batch, k)), *(each_of[name] for name in shared)]
+        whole = torch.cat(parts, -2)  # (batch, k, n, out and parameters, rank)
+        mean = (whole @ whole.mT).mean(1)
+        values, vectors = torch.linalg.eigh(mean)
+        roots = (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)).split([part.shape[-2] for part in parts], -2)
+        averaged = {name: each.mean(1) for name, each in each_of.items()} | dict(zip(shared, roots[1:], strict=True))
+        return roots[0], averaged
 
     def gauss_newton_factored(
         self, theta: Tensor, rows: Tensor | None = None
