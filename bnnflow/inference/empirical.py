@@ -125,8 +125,10 @@ class _Local:
         tuned = [name for name in names if name not in spec.extras]
         where = [torch.arange(spec.slices[name].start, spec.slices[name].stop) for name in names]
         self._mode, self._where = theta, torch.cat(where).to(theta.device)
-        laws = [(own[name].loc, own[name].scale, spec.shapes[name]) for name in tuned]
-        loc, self._scale = (torch.cat([law[i].to(theta).expand(law[2]).flatten() for law in laws]) for i in (0, 1))
+        loc, self._scale = (
+            torch.cat([getattr(own[name], each).to(theta).expand(spec.shapes[name]).flatten() for name in tuned])
+            for each in ("loc", "scale")
+        )
         k = len(loc)
         offset = (theta[self._where[:k]] - loc) / self._scale
         if at.precision.dim() == 1:
@@ -153,11 +155,9 @@ class _Local:
         grid = np.linspace(max(-widest, log - reach), min(widest, log + reach), _GRID)
         top = int(self._evidence(grid).argmax())
         bounds = grid[max(top - 1, 0)], grid[min(top + 1, _GRID - 1)]
-        found = float(
-            scipy.optimize.minimize_scalar(
-                lambda each: -self._evidence(each)[0], bounds=bounds, method="bounded", options={"xatol": 1e-9}
-            ).x
-        )
+        options: dict[str, Any] = {"bounds": bounds, "method": "bounded", "options": {"xatol": 1e-9}}
+        search: Any = scipy.optimize.minimize_scalar(lambda each: -self._evidence(each)[0], **options)
+        found = float(search.x)
         gain = float(self._evidence(np.array(found))[0] - self._evidence(np.array(log))[0])
         change = self._pull / (self._values + math.exp(found)) - self._pull / (self._values + math.exp(log))
         moved = self._scale * (change if self._vectors is None else self._vectors @ change)
