@@ -19,7 +19,7 @@ __all__ = [
     "FixedSolver",
     "HierarchicalPrior",
     "Kernel",
-    "Likelihood",
+    "LikelihoodMembers",
     "LogDensity",
     "LogDensityAndGrad",
     "Noise",
@@ -107,13 +107,8 @@ class HierarchicalPrior(Protocol):
         ...
 
 
-class Likelihood(Protocol):
-    """What a likelihood must say. ``parameters`` are positive and learned through their logarithm.
-
-    Optional: ``score(outputs, y, parameters)``, the gradient of ``log_prob`` by the outputs and by the log
-    parameters (without it automatic differentiation is used); ``fisher_factor``, ``variance``, ``cdf`` and
-    ``sample``, without which what needs them refuses; ``discrete``, true for counts.
-    """
+class LikelihoodMembers(Protocol):
+    """What an object must have to be taken for a likelihood: see `bnnflow.likelihoods.Likelihood`."""
 
     @property
     def kind(self) -> Literal["regression", "classification"]:

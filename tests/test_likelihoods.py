@@ -32,11 +32,11 @@ LIKELIHOODS: dict[str, tuple[Any, int]] = {  # likelihood, outputs
     "ordinal of 3": (likelihoods.Ordinal(3), 1),
     "ordinal of 5": (likelihoods.Ordinal(5, td.HalfNormal(2.0)), 1),
 }
-COUNTS = [name for name, (each, _) in LIKELIHOODS.items() if getattr(each, "discrete", False)]
+COUNTS = [name for name, (each, _) in LIKELIHOODS.items() if each.discrete]
 REGRESSION = [name for name, (each, _) in LIKELIHOODS.items() if each.kind == "regression"]
 CONTINUOUS = [name for name in REGRESSION if name not in COUNTS]
 CLASSES = [name for name in LIKELIHOODS if name not in REGRESSION]
-WITH_FISHER = [name for name, (each, _) in LIKELIHOODS.items() if hasattr(each, "fisher_factor")]
+WITH_FISHER = [name for name, (each, _) in LIKELIHOODS.items() if each.has_fisher_factor]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -502,6 +502,6 @@ def test_bad_settings_are_refused(make: Callable, message: str) -> None:
 
 def test_a_learned_dispersion_has_no_fisher_factor() -> None:
     model = model_of("negative binomial learned")
-    assert not hasattr(model.likelihood, "fisher_factor")
+    assert not model.likelihood.has_fisher_factor
     with pytest.raises(ValueError, match="NegativeBinomial has no fisher_factor"):
         model.gauss_newton(points(model, 1))

@@ -170,9 +170,9 @@ class Laplace:
 
     def _check(self, model: BayesianModel) -> tuple[str, ...]:
         """Return the tensors that are not held at the mode; raise before any work if the method cannot be had."""
-        if self.hessian != "exact" and not hasattr(model.likelihood, "fisher_factor"):
+        if self.hessian != "exact" and not model.likelihood.has_fisher_factor:
             raise ValueError(
-                f"{type(model.likelihood).__name__} has no fisher_factor for a Gauss-Newton matrix; use hessian='exact'"
+                f"{model.likelihood.name} has no fisher_factor for a Gauss-Newton matrix; use hessian='exact'"
             )
         if self.prior_precision == "evidence":
             check_tunable(model)
@@ -254,7 +254,7 @@ def find_mode(model: BayesianModel, theta: Tensor, iterations: int) -> tuple[Ten
     options = {"maxiter": iterations, "maxfun": 2 * iterations, "maxcor": 30, "ftol": 0.0, "gtol": 1e-8}
     found = scipy.optimize.minimize(negative, theta.cpu().numpy(), method="L-BFGS-B", jac=True, options=options)
     mode = torch.from_numpy(np.asarray(found.x)).to(theta)
-    newton = model.dim <= LARGEST_FULL // 4 and hasattr(model.likelihood, "fisher_factor")
+    newton = model.dim <= LARGEST_FULL // 4 and model.likelihood.has_fisher_factor
     gain = math.nan
     with torch.no_grad():
         value, grad = model.log_joint_and_grad(mode.unsqueeze(0))
@@ -296,7 +296,7 @@ def find_mode(model: BayesianModel, theta: Tensor, iterations: int) -> tuple[Ten
 def _left_to_gain(model: BayesianModel, mode: Tensor, grad: Tensor) -> tuple[float, Tensor]:
     """Return what a step from ``mode`` can still gain where pieces meet, in nats, and that step ``(1, dim)``."""
     curvature = prior_precision(model, mode) / model.temperature
-    if hasattr(model.likelihood, "fisher_factor"):
+    if model.likelihood.has_fisher_factor:
         whole = model.dim <= LARGEST_FULL // 4
         curvature = gauss_newton_precision(model, mode, diagonal=not whole)
     if not bool(curvature.isfinite().all()):  # on its way to infinity

@@ -93,7 +93,7 @@ class VI:
         if not given:
             loc = maximise(model, loc.unsqueeze(0), WARM_START, 0.02, run.progress, "VI: start")[0]
         root = torch.eye(model.dim).to(loc) * self.scale
-        if hasattr(model.likelihood, "fisher_factor"):
+        if model.likelihood.has_fisher_factor:
             double = model.to(dtype=torch.float64)
             root = Gaussian.of_precision(loc, gauss_newton_precision(double, loc.double())).scale_tril
 

@@ -22,6 +22,7 @@ from bnnflow.model.arrowhead import Arrowhead
 from bnnflow.model.factored import ClosedFactor, FactoredJacobian
 from bnnflow.model.fused import FusedDensity, plain, recorded, stratified_rows
 from bnnflow.model.hessian import ChainHessian, Curvature
+from bnnflow.model.likelihood import Likelihood
 from bnnflow.model.linearised import LinearisedNetwork
 from bnnflow.model.network import ChainNetwork, ModuleNetwork, Pullback, at_once
 from bnnflow.model.priors import (
@@ -36,7 +37,7 @@ from bnnflow.model.priors import (
 )
 from bnnflow.model.probe import check_outputs, probe
 from bnnflow.seeding import isolated
-from bnnflow.types import HierarchicalPrior, Likelihood, Prior, Seed
+from bnnflow.types import HierarchicalPrior, LikelihoodMembers, Prior, Seed
 from bnnflow.weights import WeightSpec, free_parameters, unwrapped
 
 __all__ = ["BayesianModel"]
@@ -91,7 +92,7 @@ class BayesianModel:
         self,
         net: nn.Module,
         prior: Prior | HierarchicalPrior | Distribution | Mapping[str, Distribution],
-        likelihood: Likelihood,
+        likelihood: Likelihood | LikelihoodMembers,
         x: Tensor | np.ndarray,
         y: Tensor | np.ndarray,
         *,
@@ -107,7 +108,7 @@ class BayesianModel:
         self.net = _copied(net)
         self.net.zero_grad(set_to_none=True)
         self.prior = as_prior(prior)
-        self.likelihood = likelihood
+        self.likelihood = Likelihood.of(likelihood)
         self.temperature = temperature
         try:
             network_spec = WeightSpec.of(copy.deepcopy(self.net))  # what tracing runs may change it
@@ -115,7 +116,7 @@ class BayesianModel:
             network_spec = WeightSpec.unlabelled(net, str(error))
         self._anchor: Tensor | None = None  # where the network is linearised
         own = extras_of(self.prior, network_spec)
-        self._extras = own + positive_extras(likelihood.parameters)
+        self._extras = own + positive_extras(self.likelihood.parameters)
         axes = {extra.name: network_spec.parameter_axes(extra.key, extra.shape) for extra in own}
         self.spec = network_spec.extend({extra.name: extra.shape for extra in self._extras}, axes)
         self._architecture = self.spec  # says how to evaluate the network, where the spec of a linearised one does not
@@ -123,7 +124,7 @@ class BayesianModel:
         fresh = None if known else copy.deepcopy(self.net)  # never called, which may change it
         self.x, self._n_outputs = self._accepted(x.to(self._device))
         self._written = frozenset() if fresh is None else probe(fresh, self.x)
-        y = likelihood.validate(y, self._n_outputs)
+        y = self.likelihood.validate(y, self._n_outputs)
         _check_informative(y)
         self.y = _placed("y", y, self._device, self._dtype)
         self.flat_prior = FlatPrior.of(self.prior, self.spec, self._extras).to(self._device, self._dtype)
@@ -197,7 +198,7 @@ class BayesianModel:
     @property
     def has_gauss_newton_slope(self) -> bool:
         """Whether `gauss_newton_slope` returns anything, at no cost."""
-        return self.has_hessian and hasattr(self.likelihood, "fisher_factor")
+        return self.has_hessian and self.likelihood.has_fisher_factor
 
     @property
     def _n_parameters(self) -> int:
@@ -550,15 +551,15 @@ class BayesianModel:
         Raises:
             ValueError: if the likelihood has no ``fisher_factor``.
         """
-        if not hasattr(self.likelihood, "fisher_factor"):
-            raise ValueError(f"{type(self.likelihood).__name__} has no fisher_factor")
+        if not self.likelihood.has_fisher_factor:
+            raise ValueError(f"{self.likelihood.name} has no fisher_factor")
         theta, rows, scale = self._batch(theta, rows)
         x, y = (self.x, self.y) if rows is None else (self.x[rows], self.y[rows])
         outputs, jacobian = self.network.jacobian(theta, x, names=names)  # (batch, n, out, network dim)
         parameters = self.likelihood_parameters(theta)
         grad_outputs, grad_parameters = self._score(outputs, y, parameters)
         if changes is None:
-            factor, information = self.likelihood.fisher_factor(outputs, parameters)  # type: ignore[attr-defined]
+            factor, information = self.likelihood.fisher_factor(outputs, parameters)
         else:
             moves = torch.einsum("bnkd,sd->bsnk", jacobian, changes)
             factor, information = self._averaged_factor(outputs.unsqueeze(1) + moves, parameters)
@@ -584,7 +585,7 @@ class BayesianModel:
         """Return ``fisher_factor`` of the information averaged over outputs ``(batch, k, n, out)``."""
         batch, k = outputs.shape[:2]
         repeated = {name: each.repeat_interleave(k, 0) for name, each in parameters.items()}
-        factor, information = self.likelihood.fisher_factor(outputs.flatten(0, 1), repeated)  # type: ignore[attr-defined]
+        factor, information = self.likelihood.fisher_factor(outputs.flatten(0, 1), repeated)
         each_of = {name: each.unflatten(0, (batch, k)) for name, each in information.items()}
         shared = [name for name, each in each_of.items() if each.dim() == 5]
         parts = [factor.unflatten(0, (batch, k)), *(each_of[name] for name in shared)]
@@ -613,7 +614,7 @@ class BayesianModel:
         """
         network = self.network
         plain_prior = self.dim == self.spec.network.dim + self._n_parameters
-        known = isinstance(network, ChainNetwork) and hasattr(self.likelihood, "fisher_factor")
+        known = isinstance(network, ChainNetwork) and self.likelihood.has_fisher_factor
         if not (plain_prior and known):
             return None
         assert isinstance(network, ChainNetwork)
@@ -622,7 +623,7 @@ class BayesianModel:
         outputs, factored = network.factored(theta, x)
         parameters = self.likelihood_parameters(theta)
         grad_outputs, grad_parameters = self._score(outputs, y, parameters)
-        factor, others = self.likelihood.fisher_factor(outputs, parameters)  # type: ignore[attr-defined]
+        factor, others = self.likelihood.fisher_factor(outputs, parameters)
         shared = any(each.dim() == 4 for each in others.values())
         if shared or factor.shape[1] * factor.shape[-1] >= self.dim:
             return None
@@ -651,9 +652,7 @@ class BayesianModel:
         theta, rows, scale = self._batch(theta, rows)
         x = (self.x if rows is None else self.x[rows]).flatten(1)
         outputs, push, back = network.products(theta, x)
-        factor, others = self.likelihood.fisher_factor(  # type: ignore[attr-defined]
-            outputs, self.likelihood_parameters(theta)
-        )
+        factor, others = self.likelihood.fisher_factor(outputs, self.likelihood_parameters(theta))
         shared = any(each.dim() == 4 for each in others.values())
         if shared or factor.shape[1] * factor.shape[-1] < self.dim:
             return None
@@ -675,14 +674,14 @@ class BayesianModel:
             theta: ``(batch, dim)``.
             rows: use only these rows of the data, int64 ``(m,)``, scaled to all of them.
         """
-        if not hasattr(self.likelihood, "whitened_score"):
+        if not self.likelihood.has_whitened_score:
             return None
         theta, rows, scale = self._batch(theta, rows)
         x, y = (self.x, self.y) if rows is None else (self.x[rows], self.y[rows])
         outputs, parameters = self.network(theta, x), self.likelihood_parameters(theta)
         by_parameters = self._score(outputs, y, parameters)[1]
-        information = self.likelihood.fisher_factor(outputs, parameters)[1]  # type: ignore[attr-defined]
-        of_rows = self.likelihood.whitened_score(outputs, y, parameters)  # type: ignore[attr-defined]
+        information = self.likelihood.fisher_factor(outputs, parameters)[1]
+        of_rows = self.likelihood.whitened_score(outputs, y, parameters)
         others = [by_parameters[name] / each.sqrt() for name, each in information.items()]
         return scale**0.5 * torch.cat([of_rows.flatten(1), *others], 1)
 
@@ -731,9 +730,7 @@ class BayesianModel:
         outputs, along, *_ = jvp(lambda weights: network(weights, x), (theta,), (v,))
         given = self._curvature(theta, outputs, y, (along, v[:, self.dim - self._n_parameters :]))
         assert given.outputs is not None
-        factor, others = self.likelihood.fisher_factor(  # type: ignore[attr-defined]
-            outputs, self.likelihood_parameters(theta)
-        )
+        factor, others = self.likelihood.fisher_factor(outputs, self.likelihood_parameters(theta))
         information, eye = factor @ factor.mT, torch.eye(outputs.shape[-1], dtype=theta.dtype, device=theta.device)
         eye = eye.expand_as(information).contiguous()
         mixed = network.factored(theta, x)[1]  # S -> S^T J
@@ -769,8 +766,8 @@ class BayesianModel:
         Raises:
             ValueError: if the likelihood has no ``fisher_factor``.
         """
-        if not hasattr(self.likelihood, "fisher_factor"):
-            raise ValueError(f"{type(self.likelihood).__name__} has no fisher_factor")
+        if not self.likelihood.has_fisher_factor:
+            raise ValueError(f"{self.likelihood.name} has no fisher_factor")
         theta, rows, scale = self._batch(theta, rows)
         x, y = (self.x, self.y) if rows is None else (self.x[rows], self.y[rows])
         some, several = self._block_size(theta, x, len(x))
@@ -863,7 +860,7 @@ class BayesianModel:
         self, outputs: Tensor, parameters: dict[str, Tensor], along: Tensor, logs: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the Fisher information of outputs and log parameters times changes of both, by each of them."""
-        factor, information = self.likelihood.fisher_factor(outputs, parameters)  # type: ignore[attr-defined]
+        factor, information = self.likelihood.fisher_factor(outputs, parameters)
         sizes = [parameters[name].shape[-1] for name in self.likelihood.parameters]
         changes = dict(zip(self.likelihood.parameters, logs.split(sizes, -1), strict=True))
         inner = (factor.mT @ along.unsqueeze(-1)).squeeze(-1)  # (batch, n, rank)
@@ -883,8 +880,6 @@ class BayesianModel:
 
     def _check_support(self) -> None:
         """Let the distributions of a caller's own likelihood see all targets once, with torch's checks."""
-        if type(self.likelihood).__module__.startswith("bnnflow."):
-            return
         theta = torch.zeros(1, self.dim, dtype=self.dtype, device=self.device)
         with torch.no_grad():
             outputs = self.network(theta, self.x[:1]).expand(-1, len(self.x), -1)
@@ -892,19 +887,11 @@ class BayesianModel:
                 self.likelihood.log_prob(outputs, self.y, self.likelihood_parameters(theta))
             except ValueError as error:
                 if "support" in str(error):
-                    raise ValueError(f"y does not fit {type(self.likelihood).__name__}: {error}") from error
+                    raise ValueError(f"y does not fit {self.likelihood.name}: {error}") from error
 
     def _score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        if hasattr(self.likelihood, "score"):
-            with unvalidated():
-                return self.likelihood.score(outputs, y, parameters)  # type: ignore[attr-defined]
-
-        def total(outputs: Tensor, logs: dict[str, Tensor]) -> Tensor:
-            values = {name: log.exp() for name, log in logs.items()}
-            return self._log_prob(outputs, y, values).sum()
-
-        logs = {name: value.log() for name, value in parameters.items()}
-        return torch.func.grad(total, argnums=(0, 1))(outputs, logs)
+        with unvalidated():
+            return self.likelihood.score(outputs, y, parameters)
 
     # ---------------------------------------------------------------- sampling and other views
 
@@ -1074,7 +1061,7 @@ class BayesianModel:
         digest.update(repr(self.flat_prior.describe()).encode())
         settings = getattr(self.likelihood, "__dict__", {}).items()
         numbers = {name: value for name, value in settings if isinstance(value, bool | int | float | str | None)}
-        digest.update(repr((type(self.likelihood).__name__, numbers)).encode())
+        digest.update(repr((self.likelihood.name, numbers)).encode())
         if not self._architecture.layers:
             digest.update(repr(self.net).encode())
             for name, buffer in self.net.named_buffers():
@@ -1096,7 +1083,7 @@ class BayesianModel:
         found = Identity(free_parameters(self.net), self._written)
         found.add(self.x, "x").add(self.y, "y").add(self.temperature, "temperature")
         found.add((self.spec.shapes, repr(layers)), "spec")
-        found.add(self.flat_prior.identity(), "prior").add(self.likelihood, "likelihood")
+        found.add(self.flat_prior.identity(), "prior").add(self.likelihood.given, "likelihood")
         if hasattr(self.prior, "conditional"):
             found.add(self.prior, "prior")
         if not layers:  # the labels do not say what the network computes
@@ -1109,7 +1096,7 @@ class BayesianModel:
         """Say what the model is in one line."""
         return (
             f"BayesianModel({type(self.net).__name__}, dim={self.dim}, n={len(self.x)}, "
-            f"likelihood={type(self.likelihood).__name__}, temperature={self.temperature:g})"
+            f"likelihood={self.likelihood.name}, temperature={self.temperature:g})"
         )
 
     def _weights(self, theta: Tensor) -> Tensor:

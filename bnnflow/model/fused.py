@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 
 from bnnflow.activations import Activation
 from bnnflow.model.compilation import say_once, shared_library
+from bnnflow.model.likelihood import Likelihood
 from bnnflow.model.likelihoods import (
     Bernoulli,
     Categorical,
@@ -36,7 +37,6 @@ from bnnflow.model.likelihoods import (
     StudentT,
 )
 from bnnflow.model.priors import FlatPrior
-from bnnflow.types import Likelihood
 from bnnflow.weights import WeightSpec
 
 __all__ = ["FusedDensity", "FusedNetwork", "langevin", "longest", "normal_like", "plain", "stratified_rows", "turned"]

@@ -8,9 +8,7 @@ and ``fisher_factor`` are the first and second derivatives in closed form; both 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,6 +18,7 @@ from torch import Tensor
 from torch.distributions import Chi2, Distribution, Gamma, HalfNormal, LogNormal
 
 from bnnflow.arguments import checked, number, positive
+from bnnflow.model.likelihood import Kind, Likelihood, Score, labels_of, real_targets
 from bnnflow.seeding import isolated
 
 __all__ = [
@@ -27,6 +26,7 @@ __all__ = [
     "Categorical",
     "Gaussian",
     "HeteroscedasticGaussian",
+    "Likelihood",
     "NegativeBinomial",
     "Ordinal",
     "Poisson",
@@ -34,7 +34,6 @@ __all__ = [
 ]
 
 _LOG_2PI = math.log(2 * math.pi)
-Score = tuple[Tensor, dict[str, Tensor]]
 Parameters = dict[str, Tensor] | None
 
 
@@ -46,15 +45,6 @@ def _by_scipy(function: np.ufunc, *values: Tensor) -> Tensor:
     """Evaluate a special function that torch lacks, in float64 and without derivatives."""
     arrays = [value.detach().double().cpu().numpy() for value in values]
     return torch.as_tensor(function(*arrays)).to(values[0])
-
-
-def _real_targets(y: Tensor, n_targets: int) -> Tensor:
-    """Return regression targets as ``(n, targets)``, checked."""
-    y = y if y.is_floating_point() else y.double()  # which holds every integer that is a measurement
-    y = y.unsqueeze(-1) if y.dim() == 1 else y
-    if y.dim() != 2 or y.shape[1] != n_targets:
-        raise ValueError(f"y must be (n,) or (n, {n_targets}) for this network, got {tuple(y.shape)}")
-    return y
 
 
 def _check_owners(parameters: dict[str, Distribution], n_outputs: int) -> None:
@@ -77,7 +67,7 @@ def _repeated(each: float, outputs: Tensor, parameter: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(Likelihood):
     """y ~ N(outputs, scale^2), one scale for all rows, and for all targets or for each.
 
     Args:
@@ -92,7 +82,7 @@ class Gaussian:
 
     scale: float | None = None
     scale_prior: Distribution = field(default_factory=_half_normal)
-    kind: Literal["regression"] = field(default="regression", init=False)
+    kind: Kind = field(default="regression", init=False)
 
     def __post_init__(self) -> None:
         if self.scale is not None:
@@ -106,7 +96,7 @@ class Gaussian:
     def validate(self, y: Tensor, n_outputs: int) -> Tensor:
         """Return y as ``(n, out)``."""
         _check_owners(self.parameters, n_outputs)
-        return _real_targets(y, n_outputs)
+        return real_targets(y, n_outputs)
 
     def log_prob(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return ``(..., n)``, summed over targets."""
@@ -158,7 +148,7 @@ class Gaussian:
 
 
 @dataclass(frozen=True)
-class HeteroscedasticGaussian:
+class HeteroscedasticGaussian(Likelihood):
     """y ~ N(m, s^2) with both from the network: 2 * targets outputs, the means and then the raw scales.
 
     Args:
@@ -166,7 +156,7 @@ class HeteroscedasticGaussian:
     """
 
     min_scale: float = 1e-3
-    kind: Literal["regression"] = field(default="regression", init=False)
+    kind: Kind = field(default="regression", init=False)
 
     def __post_init__(self) -> None:
         positive("min_scale", self.min_scale)
@@ -180,7 +170,7 @@ class HeteroscedasticGaussian:
         """Return y as ``(n, out / 2)``."""
         if n_outputs % 2:
             raise ValueError(f"HeteroscedasticGaussian needs 2 outputs a target (mean, raw scale), got {n_outputs}")
-        return _real_targets(y, n_outputs // 2)
+        return real_targets(y, n_outputs // 2)
 
     def log_prob(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return ``(..., n)``, summed over targets."""
@@ -232,7 +222,7 @@ class HeteroscedasticGaussian:
 
 
 @dataclass(frozen=True)
-class StudentT:
+class StudentT(Likelihood):
     """y ~ outputs + scale * t with ``df`` degrees of freedom: regression that outliers do not spoil.
 
     Lange, Little & Taylor (1989).
@@ -250,7 +240,7 @@ class StudentT:
     df: float = 4.0
     scale: float | None = None
     scale_prior: Distribution = field(default_factory=_half_normal)
-    kind: Literal["regression"] = field(default="regression", init=False)
+    kind: Kind = field(default="regression", init=False)
 
     def __post_init__(self) -> None:
         if not number("df", self.df) > 2:
@@ -266,7 +256,7 @@ class StudentT:
     def validate(self, y: Tensor, n_outputs: int) -> Tensor:
         """Return y as ``(n, out)``."""
         _check_owners(self.parameters, n_outputs)
-        return _real_targets(y, n_outputs)
+        return real_targets(y, n_outputs)
 
     def log_prob(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return ``(..., n)``, summed over targets."""
@@ -325,7 +315,7 @@ class StudentT:
 
 def _counts(y: Tensor, n_targets: int) -> Tensor:
     """Return counts as floating-point ``(n, targets)``, checked."""
-    y = _real_targets(y, n_targets)
+    y = real_targets(y, n_targets)
     wrong = ((y < 0) | (y != y.floor())).any(-1).nonzero().flatten()
     if len(wrong):
         row = int(wrong[0])
@@ -335,10 +325,10 @@ def _counts(y: Tensor, n_targets: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Poisson:
+class Poisson(Likelihood):
     """y ~ Poisson(exp(outputs)): counts whose variance is their mean."""
 
-    kind: Literal["regression"] = field(default="regression", init=False)
+    kind: Kind = field(default="regression", init=False)
     discrete: bool = field(default=True, init=False)
 
     @property
@@ -381,7 +371,7 @@ class Poisson:
 
 
 @dataclass(frozen=True)
-class NegativeBinomial:
+class NegativeBinomial(Likelihood):
     """Counts with mean m = exp(outputs) and variance m + dispersion * m^2; Poisson where the dispersion vanishes.
 
     With r = 1 / dispersion, y is Poisson with a rate that is Gamma(r, r / m) (the "NB2" of Cameron & Trivedi 1986).
@@ -397,7 +387,7 @@ class NegativeBinomial:
 
     dispersion: float | None = None
     dispersion_prior: Distribution = field(default_factory=_half_normal)
-    kind: Literal["regression"] = field(default="regression", init=False)
+    kind: Kind = field(default="regression", init=False)
     discrete: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
@@ -437,16 +427,14 @@ class NegativeBinomial:
         return by_outputs.to(outputs.dtype), {"dispersion": _over_rows(by_log, dispersion).to(outputs.dtype)}
 
     @property
-    def fisher_factor(self) -> Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]:
-        """R with R R^T the Fisher information of a row's outputs; only for a fixed dispersion.
+    def has_fisher_factor(self) -> bool:
+        """Only for a fixed dispersion: the information on a learned one is an infinite sum without a closed form."""
+        return self.dispersion is not None
 
-        The information on a learned dispersion is an infinite sum without a closed form, so there is no such method.
-        """
+    def fisher_factor(self, outputs: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return R with R R^T the Fisher information of a row's outputs, for a fixed dispersion."""
         if self.dispersion is None:
-            raise AttributeError("a learned dispersion has no Fisher information in closed form")
-        return self._fisher_factor
-
-    def _fisher_factor(self, outputs: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            raise self._lack("fisher_factor")
         dispersion = self._dispersion(outputs, parameters)
         information = torch.sigmoid(outputs + dispersion.log()) / dispersion  # mean / (1 + dispersion * mean)
         return torch.diag_embed(information.sqrt()), {}
@@ -480,24 +468,11 @@ class NegativeBinomial:
         return parameters["dispersion"].unsqueeze(-2)  # (..., 1, 1)
 
 
-def _labels(y: Tensor, n_classes: int) -> Tensor:
-    """Return class labels as int64 ``(n,)``, checked."""
-    y = y.squeeze(-1) if y.dim() == 2 and y.shape[1] == 1 else y
-    if y.dim() != 1:
-        raise ValueError(f"y must be class labels (n,), got {tuple(y.shape)}")
-    labels = y.long()
-    wrong = ((labels != y) | (labels < 0) | (labels >= n_classes)).nonzero().flatten()
-    if len(wrong):
-        row = int(wrong[0])
-        raise ValueError(f"label {y[row].item()} in row {row} is not one of the classes 0 to {n_classes - 1}")
-    return labels
-
-
 @dataclass(frozen=True)
-class Categorical:
+class Categorical(Likelihood):
     """y ~ Categorical(softmax(outputs)); labels are 0 to out - 1."""
 
-    kind: Literal["classification"] = field(default="classification", init=False)
+    kind: Kind = field(default="classification", init=False)
 
     @property
     def parameters(self) -> dict[str, Distribution]:
@@ -508,7 +483,7 @@ class Categorical:
         """Return the labels as int64 ``(n,)``."""
         if n_outputs < 2:
             raise ValueError("Categorical needs an output for every class; for one logit use Bernoulli")
-        return _labels(y, n_outputs)
+        return labels_of(y, n_outputs)
 
     def log_prob(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return ``(..., n)``."""
@@ -532,10 +507,10 @@ class Categorical:
 
 
 @dataclass(frozen=True)
-class Bernoulli:
+class Bernoulli(Likelihood):
     """y ~ Bernoulli(sigmoid(output)); one output, labels 0 and 1."""
 
-    kind: Literal["classification"] = field(default="classification", init=False)
+    kind: Kind = field(default="classification", init=False)
 
     @property
     def parameters(self) -> dict[str, Distribution]:
@@ -546,7 +521,7 @@ class Bernoulli:
         """Return the labels as int64 ``(n,)``."""
         if n_outputs != 1:
             raise ValueError(f"Bernoulli needs a network with one output, got {n_outputs}; use Categorical")
-        return _labels(y, 2)
+        return labels_of(y, 2)
 
     def log_prob(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return ``(..., n)``."""
@@ -569,7 +544,7 @@ class Bernoulli:
 
 @checked
 @dataclass(frozen=True)
-class Ordinal:
+class Ordinal(Likelihood):
     """Ordered classes: P(y <= k) = sigmoid(c_k - output), the cumulative logit model (McCullagh 1980).
 
     The first cutpoint is 0, since the output's bias takes its place; the positive gaps between the others are learned
@@ -587,7 +562,7 @@ class Ordinal:
     gap_prior: Distribution = field(
         default_factory=lambda: LogNormal(torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64))
     )
-    kind: Literal["classification"] = field(default="classification", init=False)
+    kind: Kind = field(default="classification", init=False)
 
     def __post_init__(self) -> None:
         if self.n_classes < 3:
@@ -602,7 +577,7 @@ class Ordinal:
         """Return the labels as int64 ``(n,)``."""
         if n_outputs != 1:
             raise ValueError(f"Ordinal needs a network with one output, got {n_outputs}")
-        return _labels(y, self.n_classes)
+        return labels_of(y, self.n_classes)
 
     def log_prob(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return ``(..., n)``."""

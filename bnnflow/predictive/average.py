@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -137,7 +137,7 @@ class Prediction:
     @property
     def discrete(self) -> bool:
         """Whether the targets are counts, so that the cdf is a step function."""
-        return getattr(self.model.likelihood, "discrete", False)
+        return self.model.likelihood.discrete
 
     # ---------------------------------------------------------------- moments
 
@@ -211,8 +211,9 @@ class Prediction:
         """Return the noise variance of every draw, ``(chunk, n, targets)``, or its entropy, ``(chunk, n)``."""
         if self.kind == "classification":
             return torch.special.entr(mean).sum(-1)
-        variance = getattr(self.model.likelihood, "variance", None)
-        return None if variance is None else variance(chunk.outputs, chunk.parameters)
+        if not self.model.likelihood.has_variance:
+            return None
+        return self.model.likelihood.variance(chunk.outputs, chunk.parameters)
 
     def _within(self, what: str) -> Tensor:
         if self._moments.within is None:
@@ -310,7 +311,7 @@ class Prediction:
             probs = self.model.likelihood.mean(outputs, parameters)
             labels = torch.multinomial(probs.flatten(0, 1), 1, generator=generator)
             return labels.reshape(probs.shape[:2])
-        return self._squeeze(self._method("sample")(outputs, parameters, generator))
+        return self._squeeze(self.model.likelihood.sample(outputs, parameters, generator))
 
     def functions(self) -> Iterator[Tensor]:
         """Yield what each draw predicts on its own, ``(chunk, n, targets)`` or ``(chunk, n, classes)``, in order."""
@@ -344,7 +345,7 @@ class Prediction:
 
     def _cdf(self, y: Tensor) -> Tensor:
         """Return the mixture's cdf at several values for every row and target, ``(k, n, targets)`` in and out."""
-        cdf = self._method("cdf")
+        cdf = self.model.likelihood.cdf
         total = torch.zeros_like(y)
         for chunk in self._chunks(self.theta):
             weights = chunk.log_weights.exp()
@@ -400,12 +401,6 @@ class Prediction:
             return y
         finite("y", y.to(self.model.dtype))  # no target beyond the range of the outputs
         return y.double()
-
-    def _method(self, name: str) -> Callable[..., Tensor]:
-        method = getattr(self.model.likelihood, name, None)
-        if method is None:
-            raise ValueError(f"{type(self.model.likelihood).__name__} has no method {name}, which this needs")
-        return method
 
     def _require(self, kind: str, what: str) -> None:
         if self.kind != kind:

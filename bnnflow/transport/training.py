@@ -395,7 +395,7 @@ def _field(
     if velocity == "residual":
         return ResidualVelocity.fit(model.spec, x1, path=path)
     if velocity == "informed":
-        linearises = model.likelihood.kind == "regression" and hasattr(model.likelihood, "fisher_factor")
+        linearises = model.likelihood.kind == "regression" and model.likelihood.has_fisher_factor
         displacement = GaussNewton(2) if linearises else GradientSteps()
         return InformedVelocity(model.spec, displacement, architecture=architecture, path=path)
     raise ValueError(f"velocity must be 'informed', 'weights', 'residual' or a module, got {velocity!r}")
