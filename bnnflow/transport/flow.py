@@ -537,7 +537,7 @@ def _resolving(context: Context) -> int:
 @torch.no_grad()
 def _least_width(context: Context) -> float:
     """Return the least standard deviation of a linear Gaussian posterior in units of the source's; 1 for others."""
-    if not hasattr(context.model.likelihood, "fisher_factor"):
+    if not context.model.likelihood.has_fisher_factor:
         return 1.0
     x, v = torch.randn(2, 2, context.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
         context.source.device, context.source.dtype
