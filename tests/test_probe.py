@@ -387,3 +387,78 @@ def test_a_loop_of_linear_layers_is_the_way_out_for_recurrent_networks(seeded):
     torch.testing.assert_close(model.outputs(theta), expected.detach(), rtol=1e-4, atol=1e-5)
     mapped = torch.func.jvp(model.log_joint, (theta,), (torch.ones_like(theta),))[1]
     torch.testing.assert_close(mapped, model.log_joint_and_grad(theta)[1].sum(1).double(), rtol=1e-3, atol=1e-3)
+
+
+# ---------------------------------------------------------------- likelihoods of one's own
+
+
+class Own:
+    """Squares of residuals, done to by a function of these, outputs and targets."""
+
+    kind, parameters = "regression", {}
+
+    def __init__(self, function=lambda residuals, outputs, y: residuals.square().sum(-1)):
+        self.function = function
+
+    def validate(self, y, n_outputs):
+        return y.reshape(-1, 1)
+
+    def log_prob(self, outputs, y, parameters):
+        return -0.5 * self.function(outputs - y, outputs, y)
+
+    def mean(self, outputs, parameters=None):
+        return outputs
+
+
+class Doubled(likelihoods.Gaussian):
+    """Another density than that of the class whose score it has."""
+
+    def log_prob(self, outputs, y, parameters):
+        return 2 * super().log_prob(outputs, y, parameters)
+
+
+class Shorter(Own):
+    def validate(self, y, n_outputs):
+        return y[:5, None]
+
+
+def squares(r):
+    return r.square().sum(-1)
+
+
+LIKELIHOODS = {
+    "not summed over outputs": (lambda: Own(lambda r, o, y: r.square()), "a number for every row"),
+    "summed over rows": (lambda: Own(lambda r, o, y: r.square().sum((-1, -2))), "a number for every row"),
+    "one number": (lambda: Own(lambda r, o, y: r.square().sum()), "a number for every row"),
+    "mean over rows": (lambda: Own(lambda r, o, y: squares(r) / len(y)), "depend on the other rows"),
+    "columns against rows": (lambda: Own(lambda r, o, y: squares(o - y.squeeze(-1))), "depend on the other rows"),
+    "one weight for each row": (lambda: Own(lambda r, o, y: squares(r) * torch.ones(9)), "goes into columns of y"),
+    "random": (lambda: Own(lambda r, o, y: squares(r + torch.randn_like(r))), "is random"),
+    "writes to y": (lambda: Own(lambda r, o, y: squares(o - y.sub_(1.0))), "writes to its arguments"),
+    "detached": (lambda: Own(lambda r, o, y: squares(r * r.detach())), "is not the gradient of its log_prob"),
+    "an array": (lambda: Own(lambda r, o, y: torch.from_numpy(r.detach().numpy()).square().sum(-1)), "differentiated"),
+    "an inherited score": (lambda: Doubled(0.5), "is not the gradient of its log_prob"),
+    "an inherited score, learned": (Doubled, "is not the gradient of its log_prob"),
+    "fewer rows": (Shorter, "must keep the 9 rows of y, got 5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_likelihoods_that_are_no_density_of_single_rows_are_refused(name, seeded, data):
+    make, message = LIKELIHOODS[name]
+    with seeded(0):
+        net = nn.Linear(3, 1)
+    y = data[1].clone()
+    with pytest.raises(ValueError, match=message):
+        bf.BayesianModel(net, priors.Normal(), make(), data[0], y)
+    assert torch.equal(y, data[1])
+
+
+@pytest.mark.parametrize("function", [lambda r, o, y: squares(r), lambda r, o, y: r.abs().sum(-1),
+                                      lambda r, o, y: 1e8 * squares(r), lambda r, o, y: squares(r).float(),
+                                      lambda r, o, y: squares(o.log() - y)])  # fmt: skip
+@pytest.mark.parametrize("rows", [1, 9])
+def test_honest_likelihoods_are_accepted(function, rows, seeded, data):
+    with seeded(0):
+        net = nn.Linear(3, 1)
+    bf.BayesianModel(net, priors.Normal(), Own(function), data[0][:rows], data[1][:rows])

@@ -35,7 +35,7 @@ from bnnflow.model.priors import (
     rebuild,
     unvalidated,
 )
-from bnnflow.model.probe import check_outputs, probe
+from bnnflow.model.probe import check_outputs, probe, probe_likelihood
 from bnnflow.seeding import isolated
 from bnnflow.types import HierarchicalPrior, LikelihoodMembers, Prior, Seed
 from bnnflow.weights import WeightSpec, free_parameters, unwrapped
@@ -125,10 +125,12 @@ class BayesianModel:
         self.x, self._n_outputs = self._accepted(x.to(self._device))
         self._written = frozenset() if fresh is None else probe(fresh, self.x)
         y = self.likelihood.validate(y, self._n_outputs)
+        if len(y) != len(self.x):
+            raise ValueError(f"the likelihood's validate must keep the {len(self.x)} rows of y, got {len(y)}")
         _check_informative(y)
         self.y = _placed("y", y, self._device, self._dtype)
         self.flat_prior = FlatPrior.of(self.prior, self.spec, self._extras).to(self._device, self._dtype)
-        self._check_support()
+        self._check_likelihood()
 
     @property
     def dim(self) -> int:
@@ -878,16 +880,21 @@ class BayesianModel:
         with unvalidated():
             return self.likelihood.log_prob(outputs, y, parameters)
 
-    def _check_support(self) -> None:
-        """Let the distributions of a caller's own likelihood see all targets once, with torch's checks."""
+    def _check_likelihood(self) -> None:
+        """Let a caller's own likelihood see all targets once, with torch's checks, and probe it."""
         theta = torch.zeros(1, self.dim, dtype=self.dtype, device=self.device)
-        with torch.no_grad():
+        with torch.no_grad(), isolated():
             outputs = self.network(theta, self.x[:1]).expand(-1, len(self.x), -1)
             try:
                 self.likelihood.log_prob(outputs, self.y, self.likelihood_parameters(theta))
             except ValueError as error:
                 if "support" in str(error):
                     raise ValueError(f"y does not fit {self.likelihood.name}: {error}") from error
+            except RuntimeError:  # what is wrong is said below
+                pass
+        if not type(self.likelihood.given).__module__.startswith("bnnflow."):
+            shapes = {extra.key: extra.shape for extra in self._extras if not _of_prior(extra)}
+            probe_likelihood(self._log_prob, self._score, self.y[:4], self._n_outputs, shapes)
 
     def _score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         with unvalidated():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from bnnflow.identity import Identity
 from bnnflow.seeding import isolated
 from bnnflow.weights import free_parameters
 
-__all__ = ["check_outputs", "probe"]
+__all__ = ["check_outputs", "probe", "probe_likelihood"]
 
 _ROWS = 4
 _POINTS = 3
@@ -65,6 +65,106 @@ def probe(net: nn.Module, x: Tensor) -> frozenset[str]:
         found.check_rows()
         found.check_slopes()
     return written
+
+
+LogProb = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
+Score = Callable[[Tensor, Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+
+
+def probe_likelihood(
+    log_prob: LogProb, score: Score, y: Tensor, n_outputs: int, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """See that a likelihood is a density of single rows, changes nothing, and has the slope that it claims.
+
+    Args:
+        log_prob: outputs ``(networks, n, out)``, targets and parameters ``(networks, *shape)`` to ``(networks, n)``.
+        score: the same to its gradient by outputs and logarithms of parameters.
+        y: a few targets.
+        n_outputs: of the network.
+        shapes: of the parameters.
+
+    Raises:
+        ValueError: that says what it is not.
+    """
+    with isolated(torch.Generator().manual_seed(0)), torch.no_grad():
+        points = [_Point.random(y, n_outputs, shapes) for _ in range(_POINTS)]
+        _check_density(log_prob, points[0])
+        if 2 * sum(not point.agrees(log_prob, score) for point in points) > _POINTS:
+            raise ValueError(
+                "the likelihood's score, or what differentiation makes of its log_prob, is not the gradient of its "
+                "log_prob by the outputs and the logarithms of its parameters: a score that belongs to another "
+                "log_prob, as that of a class which this one is derived from, or a detach"
+            )
+
+
+class _Point(NamedTuple):
+    """Where a likelihood is evaluated: for two networks."""
+
+    outputs: Tensor
+    y: Tensor
+    parameters: dict[str, Tensor]
+
+    @classmethod
+    def random(cls, y: Tensor, n_outputs: int, shapes: Mapping[str, tuple[int, ...]]) -> _Point:
+        y = y.double() if y.is_floating_point() else y
+        like = torch.zeros((), dtype=torch.float64, device=y.device)
+        outputs = _normal(like.expand(2, len(y), n_outputs))
+        return cls(outputs, y, {name: _normal(like.expand(2, *shape)).exp() for name, shape in shapes.items()})
+
+    def moved(self, step: float, along: Tensor, by_name: dict[str, Tensor]) -> _Point:
+        parameters = {name: value * (step * by_name[name]).exp() for name, value in self.parameters.items()}
+        return _Point(self.outputs + step * along, self.y, parameters)
+
+    def agrees(self, log_prob: LogProb, score: Score) -> bool:
+        """Say whether the slope along a random direction is the one that the score claims."""
+        try:
+            by_outputs, by_name = score(*self)
+        except RuntimeError as error:
+            raise ValueError(f"the likelihood's log_prob cannot be differentiated: {error}") from error
+        along = _normal(self.outputs)
+        directions = {name: _normal(value) for name, value in self.parameters.items()}
+        ahead, behind = (log_prob(*self.moved(sign * _DOUBLE.step, along, directions)) for sign in (1, -1))
+        if ahead.dtype != torch.float64 or not bool((ahead - behind).isfinite().all()):
+            return True  # rounded, or outside of the support: nothing can be said
+        measured = (ahead - behind).sum(1) / (2 * _DOUBLE.step)
+        claimed = (by_outputs * along).sum((1, 2))
+        for name, direction in directions.items():
+            claimed = claimed + (by_name[name] * direction).flatten(1).sum(1)
+        rounding = 100 * torch.finfo(torch.float64).eps * ahead.abs().sum(1) / _DOUBLE.step
+        most = _DOUBLE.slope * torch.maximum(measured.abs(), claimed.abs()) + rounding
+        return bool(((measured - claimed).abs() <= most).all())
+
+
+def _check_density(log_prob: LogProb, point: _Point) -> None:
+    outputs, y, parameters = point
+    given = outputs.clone(), y.clone(), {name: value.clone() for name, value in parameters.items()}
+    drawn = torch.get_rng_state()
+    try:
+        values = log_prob(*given)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the likelihood's log_prob cannot take outputs {tuple(outputs.shape)} with y {tuple(y.shape)}: {error}; "
+            "what belongs to single rows goes into columns of y"
+        ) from error
+    if not isinstance(values, Tensor) or values.shape != outputs.shape[:-1]:
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"the likelihood's log_prob must give a number for every row, {tuple(outputs.shape[:-1])} for outputs "
+            f"{tuple(outputs.shape)}, got {shape}"
+        )
+    same = all(map(torch.equal, given[:2], (outputs, y)))
+    if not same or not all(torch.equal(given[2][name], value) for name, value in parameters.items()):
+        raise ValueError("the likelihood's log_prob writes to its arguments; work on copies")
+    again = log_prob(outputs, y, parameters)
+    if not torch.equal(drawn, torch.get_rng_state()) or not torch.equal(values.nan_to_num(), again.nan_to_num()):
+        raise ValueError("the likelihood's log_prob is random: the same outputs must give the same density")
+    for i in range(len(y)):
+        alone = log_prob(outputs[:, i : i + 1], y[i : i + 1], parameters)
+        if not torch.allclose(alone, values[:, i : i + 1], rtol=_SINGLE.same, atol=_SINGLE.same, equal_nan=True):
+            raise ValueError(
+                "the likelihood's log_prob makes the density of a row depend on the other rows; leave averages over "
+                "rows, and weights that depend on their number, out"
+            )
 
 
 def _made(net: nn.Module, x: Tensor) -> _Probe:
