@@ -20,7 +20,7 @@ __all__ = ["Draws", "as_theta", "strays", "unresolved"]
 
 
 @checked
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Draws:
     """Draws of flat weights with the statistics of the run that made them.
 
@@ -51,12 +51,12 @@ class Draws:
                 raise ValueError(f"{name} must be {tuple(self.theta.shape[:2])}, got {tuple(values.shape)}")
 
     @property
-    def chains(self) -> int:
+    def n_chains(self) -> int:
         """Number of chains."""
         return self.theta.shape[0]
 
     @property
-    def draws(self) -> int:
+    def n_draws(self) -> int:
         """Number of draws per chain."""
         return self.theta.shape[1]
 
@@ -69,6 +69,19 @@ class Draws:
     def flat(self) -> Tensor:
         """All draws in one axis, ``(chain * draw, dim)``."""
         return self.theta.flatten(0, 1)
+
+    def __repr__(self) -> str:
+        """Say how many draws of what there are, and where they come from, in one line."""
+        parts = [f"{self.n_chains} x {self.n_draws:,} draws of {self.dim:,} weights"]
+        if self.log_weights is not None:
+            parts.append("weighted")
+        if self.log_evidence is not None:
+            parts.append("log evidence {:.2f} +- {:.2f}".format(*self.log_evidence))
+        if "method" in self.info:
+            parts.insert(0, str(self.info["method"]))
+        if "seconds" in self.info:
+            parts.append(f"{self.info['seconds']:.1f} s")
+        return f"{type(self).__name__}({', '.join(parts)})"
 
     @checked
     def with_theta(self, theta: Tensor) -> Draws:

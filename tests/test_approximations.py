@@ -581,9 +581,9 @@ def test_an_interrupt_keeps_what_nuts_has_drawn(calls: int, shape, monkeypatch: 
     init, sizes = torch.zeros(13, dtype=F64), {"chains": 9, "warmup": 2, "draws": 40}
     draws = bf.sample(model, bf.PyroNUTS(max_tree_depth=4), init=init, seed=0, **sizes)
     assert draws.info["interrupted"]
-    assert draws.chains >= shape[0]
-    assert 1 <= draws.draws <= 40
-    assert draws.draws == 40 or draws.chains == 1
+    assert draws.n_chains >= shape[0]
+    assert 1 <= draws.n_draws <= 40
+    assert draws.n_draws == 40 or draws.n_chains == 1
     assert draws.theta.isfinite().all()
 
 

@@ -583,7 +583,7 @@ def test_an_interrupt_keeps_what_there_is(method: Any, after: int, said: str) ->
         assert fixed.verdict.startswith("do not trust")
         assert fixed.log_evidence is None
     if method == "importance":
-        assert fixed.draws == 1024
+        assert fixed.n_draws == 1024
         assert abs(fixed.log_evidence[0] - problem.log_normaliser) < 4 * fixed.log_evidence[1]
 
 
@@ -707,7 +707,7 @@ def test_costs_are_counted() -> None:
     model.log_joint_and_grad = counted("gradients", gradient)  # type: ignore[method-assign]
     fixed = bf.correct(flow, model, 100, "metropolis", seed=0, held_out=chains_of(problem))
     assert fixed.info["density_solves"] == counts["push"] + counts["pull"]
-    assert fixed.info["gradients_per_chain"] * fixed.chains == counts["gradients"]
+    assert fixed.info["gradients_per_chain"] * fixed.n_chains == counts["gradients"]
     assert fixed.info["cpu_seconds"] > 0
     assert fixed.info["seconds"] > 0
 

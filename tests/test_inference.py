@@ -98,10 +98,10 @@ def test_an_interrupt_returns_the_draws_so_far() -> None:
         draws = bf.sample(model, bf.HMC(), **options)
     assert draws.info["interrupted"]
     assert not complete.info["interrupted"]
-    assert 0 < draws.draws < 60
-    assert torch.equal(draws.theta, complete.theta[:, : draws.draws])
+    assert 0 < draws.n_draws < 60
+    assert torch.equal(draws.theta, complete.theta[:, : draws.n_draws])
     for name, values in draws.stats.items():
-        assert torch.equal(values, complete.stats[name][:, : draws.draws])
+        assert torch.equal(values, complete.stats[name][:, : draws.n_draws])
 
 
 @pytest.mark.parametrize("at", [1, 310], ids=["start", "warm-up"])
@@ -347,7 +347,12 @@ def test_gaussian_is_torchs(dim: int, diagonal: bool) -> None:
 def test_draws_check_their_shapes() -> None:
     theta, log_joint = torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=F64)
     draws = bf.Draws(theta, log_joint)
-    assert (draws.chains, draws.draws, draws.dim) == (2, 3, 4)
+    assert (draws.n_chains, draws.n_draws, draws.dim) == (2, 3, 4)
+    assert repr(draws) == "Draws(2 x 3 draws of 4 weights)"
+    weighted = replace(
+        draws, log_weights=draws.log_joint, log_evidence=(-3.0, 0.25), info={"method": "SMC", "seconds": 2.0}
+    )
+    assert repr(weighted) == "Draws(SMC, 2 x 3 draws of 4 weights, weighted, log evidence -3.00 +- 0.25, 2.0 s)"
     assert draws.flat.shape == (6, 4)
     with pytest.raises(ValueError, match=r"theta must be \(chain, draw, dim\), got \(3, 4\)"):
         bf.Draws(theta[0], log_joint[0])

@@ -217,7 +217,7 @@ def test_a_run_has_its_folder_to_itself(tmp_path: Path, monkeypatch) -> None:
     target.log_joint_and_grad = meanwhile
     whole = start(tmp_path, model=target, method=bf.HMC())
     assert found
-    assert torch.equal(found[0].theta, whole.theta[:, : found[0].draws])
+    assert torch.equal(found[0].theta, whole.theta[:, : found[0].n_draws])
     assert not (tmp_path / "run" / "rank-0" / ".lock").exists()
     same(start(tmp_path, method=bf.HMC()), whole)  # the folder is free again
     with pytest.raises(ValueError, match="takes steps"):

@@ -103,8 +103,8 @@ def test_a_fit_of_one_density_begins_at_one_point(model, modes: Tensor) -> None:
 
 def test_as_many_chains_as_starts(model, modes: Tensor) -> None:
     method = bf.HMC(max_leapfrog=1)
-    assert bf.sample(model, method, init=modes, warmup=0, draws=1).chains == 3
-    assert bf.sample(model, method, init=modes[0], warmup=0, draws=1).chains == 16
+    assert bf.sample(model, method, init=modes, warmup=0, draws=1).n_chains == 3
+    assert bf.sample(model, method, init=modes[0], warmup=0, draws=1).n_chains == 16
     with pytest.raises(ValueError, match=r"init must be \(dim,\) or \(2, dim\)"):
         bf.sample(model, method, init=modes, chains=2, warmup=0, draws=1)
 

@@ -588,7 +588,7 @@ def test_an_interrupt_while_the_last_draws_move_keeps_all_and_is_told(monkeypatc
     with pytest.warns(UserWarning, match="some draws still lie far below"):
         refined = refine(draws, model, 2, seed=1)
     assert refined.info["interrupted"]
-    assert (refined.info["steps"], refined.info["strays"], refined.draws) == (2, 3, 400)
+    assert (refined.info["steps"], refined.info["strays"], refined.n_draws) == (2, 3, 400)
 
 
 @pytest.mark.parametrize("shape", [0.5, 1.0, 20.0, 500.0])

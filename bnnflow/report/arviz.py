@@ -85,7 +85,7 @@ def to_arviz(
 def function_values(draws: Draws, model: BayesianModel, x: Tensor | np.ndarray | None = None) -> np.ndarray:
     """Return what each draw predicts, ``(chain, draw, n, targets)`` or ``(chain, draw, n, classes)``, float64."""
     values = torch.cat([chunk.cpu() for chunk in predict(model, draws.theta, x).functions()])
-    return values.reshape(draws.chains, draws.draws, *values.shape[1:]).numpy()
+    return values.reshape(draws.n_chains, draws.n_draws, *values.shape[1:]).numpy()
 
 
 def _posterior(draws: Draws, spec: WeightSpec) -> Dataset:
@@ -132,7 +132,7 @@ def _log_likelihood(draws: Draws, model: BayesianModel, x: Tensor, y: Tensor) ->
     with torch.no_grad():
         rows = [model.pointwise_log_likelihood(part.to(model.device, model.dtype), x, y).cpu() for part in chunks]
     values = torch.cat(rows).double()
-    return values.reshape(draws.chains, draws.draws, -1).numpy()
+    return values.reshape(draws.n_chains, draws.n_draws, -1).numpy()
 
 
 def _dataset(variables: dict[str, tuple[np.ndarray, tuple[str, ...]]], *, sampled: bool = True) -> Dataset:

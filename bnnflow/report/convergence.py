@@ -174,17 +174,17 @@ def weight_convergence(
     model.check_draws(draws)
     if draws.log_weights is not None:
         raise ValueError("weighted draws are no Markov chains: there is nothing to compare")
-    if draws.chains < 2 or draws.draws < 4:
-        raise ValueError(f"comparing needs 2 chains of 4 draws, got {draws.chains} of {draws.draws}")
-    superchains = draws.chains if superchains is None else superchains
-    _check_superchains(superchains, draws.chains)
+    if draws.n_chains < 2 or draws.n_draws < 4:
+        raise ValueError(f"comparing needs 2 chains of 4 draws, got {draws.n_chains} of {draws.n_draws}")
+    superchains = draws.n_chains if superchains is None else superchains
+    _check_superchains(superchains, draws.n_chains)
     aligned = _modulo_symmetry(draws, model, reference)
     return WeightConvergence(
         _by_tensor(draws.theta, model, superchains),
         _by_tensor(aligned, model, superchains),
         agreement(predicted_values(draws, model, model.inputs(x))[1], superchains),
-        draws.chains,
-        draws.draws,
+        draws.n_chains,
+        draws.n_draws,
         superchains,
         model.spec.unknown,
     )

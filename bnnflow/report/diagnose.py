@@ -177,7 +177,7 @@ def _independent(draws: object, n: int) -> Diagnosis:
         reasons.append(f"{n} draws are few: averages over them are noisy; take a thousand")
     if _method(draws) in HINTS:
         reasons.append(HINTS[_method(draws)])
-    chains = draws.chains if isinstance(draws, Draws) else 1
+    chains = draws.n_chains if isinstance(draws, Draws) else 1
     verdict: Verdict = "approximate: compare with an exact sampler"
     info = draws.info if isinstance(draws, Draws) else {}
     if info.get("diverged"):
@@ -210,7 +210,7 @@ def _weighted(draws: object, theta: Tensor, log_weights: Tensor, temperature: fl
     log_weights = log_weights.double() - log_weights.double().logsumexp(0)
     ess = float((-(2 * log_weights).logsumexp(0)).exp())
     verdict: Verdict = "trust with care" if ess >= ESS[0] else "do not trust"
-    chains, method = draws.chains if isinstance(draws, Draws) else 1, _method(draws)
+    chains, method = draws.n_chains if isinstance(draws, Draws) else 1, _method(draws)
     evidence = draws.log_evidence if isinstance(draws, Draws) else None
     more = "take more particles" if method == "SMC" else "draw more"
     reasons = ["weighted draws have no chains to compare; repeat with another seed to see how far the results move"]
@@ -257,18 +257,18 @@ def _lost_on_the_way(info: dict[str, Any]) -> list[str]:
 def _chains(draws: Draws, model: BayesianModel, x: Tensor) -> Diagnosis:
     rows = r_hat = bulk = tail = None
     moved = True
-    if draws.draws >= 4:
+    if draws.n_draws >= 4:
         rows, values = predicted_values(draws, model, x)
         r_hat, bulk, tail = compare_chains(values)
         moved = bool((values != values[:1, :1]).any())
     stats = draws.stats
     diverging = int(stats["diverging"].sum()) if "diverging" in stats else None
     acceptance = float(stats["acceptance_rate"].double().mean()) if "acceptance_rate" in stats else None
-    e_bfmi = _e_bfmi(stats["energy"]) if "energy" in stats and draws.draws >= 4 else None
+    e_bfmi = _e_bfmi(stats["energy"]) if "energy" in stats and draws.n_draws >= 4 else None
     temperature = None
     if "configurational_temperature" in stats:
         temperature = float(stats["configurational_temperature"].double().mean())
-    total = draws.chains * draws.draws
+    total = draws.n_chains * draws.n_draws
     severe, mild = _too_close(draws.flat), []
 
     if r_hat is None or bulk is None or tail is None:
@@ -288,7 +288,7 @@ def _chains(draws: Draws, model: BayesianModel, x: Tensor) -> Diagnosis:
             (mild if ess >= ESS[1] else severe).append(
                 f"only {ess:.0f} effective draws of the worst prediction: take {more}"
             )
-    if draws.chains == 1:
+    if draws.n_chains == 1:
         mild.append("one chain cannot show what it has not found: run at least four")
     if diverging:
         (mild if diverging <= DIVERGENCES * total else severe).append(
@@ -331,7 +331,7 @@ def _chains(draws: Draws, model: BayesianModel, x: Tensor) -> Diagnosis:
         reasons,
         "chains",
         _method(draws),
-        draws.chains,
+        draws.n_chains,
         total,
         rows,
         r_hat,

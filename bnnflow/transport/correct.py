@@ -343,12 +343,12 @@ def _refine(job: _Job, points: Points | None) -> Outcome:
     if not first.info["interrupted"]:
         second = refine(first.flat, job.model, _REFINED, seed=job.generator, progress=job.progress)
         drift = float((second.log_joint.mean() - first.log_joint.mean()).abs() / second.log_joint.std())
-        job.findings.moving(drift, 3 * math.sqrt(2 / first.draws))
+        job.findings.moving(drift, 3 * math.sqrt(2 / first.n_draws))
     steps = first.info["steps"] + (second.info["steps"] if second is not first else 0)
     if second.info["interrupted"]:
         job.findings.stopped(f"after {steps} of {2 * _REFINED} transitions: refine the draws again", severe=True)
     if left := second.info["strays"]:
-        job.findings.mild.append(f"{left} of {second.draws} draws still lie far below all others: refine for longer")
+        job.findings.mild.append(f"{left} of {second.n_draws} draws still lie far below all others: refine for longer")
     gradients = sum(run.info["gradients_per_draw"] for run in {id(r): r for r in (first, second)}.values())
     info = {
         "transitions": steps,
@@ -356,12 +356,12 @@ def _refine(job: _Job, points: Points | None) -> Outcome:
         "acceptance_rate": second.info["acceptance_rate"],
         "step_size": second.info["step_size"],
     }
-    return Outcome(second.theta, second.log_joint, float(second.draws), info, evidence=_annealed(job, second))
+    return Outcome(second.theta, second.log_joint, float(second.n_draws), info, evidence=_annealed(job, second))
 
 
 def _annealed(job: _Job, draws: Draws) -> tuple[float, float] | None:
     """Return the evidence of refined draws, where it can be had at a price like theirs."""
-    if job.findings.interrupted or job.model.temperature != 1 or job.model.dim > _WEIGHED or draws.draws < 10:
+    if job.findings.interrupted or job.model.temperature != 1 or job.model.dim > _WEIGHED or draws.n_draws < 10:
         return None
     try:
         return evidence(draws, job.model, seed=job.generator, progress=job.progress)

@@ -61,7 +61,7 @@ def main() -> None:
     )
 
     draws = bf.sample(model, bf.HMC(), chains=64, warmup=300, draws=400, seed=0)
-    row("HMC", model, draws.flat, x, y, draws.info["gradients_per_chain"] / draws.draws, draws.info["seconds"])
+    row("HMC", model, draws.flat, x, y, draws.info["gradients_per_chain"] / draws.n_draws, draws.info["seconds"])
     probs = model.outputs(draws.theta, x).softmax(-1).numpy()
     rhat = arviz.rhat(arviz.convert_to_dataset({"p": probs}))["p"].max()
     print(f"  log joint {float(draws.log_joint.mean()):.2f}, sd {float(draws.log_joint.std()):.2f}, ", end="")
