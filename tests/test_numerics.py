@@ -295,3 +295,35 @@ def test_a_variational_fit_is_right_or_says_that_it_has_not_settled(shape, rank)
         assert "has not settled" in verdict.reasons[0]
     assert converged or shape
     assert rank == "full" or converged == (not shape)
+
+
+# ---------------------------------------------------------------- other units
+
+
+def off(problem: Regression, draws: bf.Draws) -> tuple[float, float]:
+    """Return how far mean and standard deviation are from the truth, in posterior standard deviations, at worst."""
+    white = problem.standardised(draws.flat)
+    return float(white.mean(0).abs().max()), float((white.std(0) - 1).abs().max())
+
+
+@pytest.mark.parametrize("shape", SCALES, ids=str)
+def test_laplace_is_exact_in_all_units(shape):
+    problem = regression(**shape)
+    draws = bf.sample(problem.model, bf.Laplace(starts=2, steps=50), draws=500, seed=0, progress=False)
+    assert problem.standardised(draws.posterior.loc).abs().max() < 1e-3
+    assert max(off(problem, draws)) < 0.15
+    assert draws.log_evidence[0] == pytest.approx(problem.log_evidence, rel=1e-6, abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", SCALES, ids=str)
+@pytest.mark.parametrize(
+    "method", [bf.HMC(), bf.MCLMC(), bf.SWAG(steps=200, snapshots=60, every=5)], ids=["HMC", "MCLMC", "SWAG"]
+)
+def test_draws_are_right_in_all_units_or_not_trusted(method, shape):
+    problem = regression(**shape)
+    options = {"draws": 300} if isinstance(method, bf.SWAG) else {"draws": 300, "warmup": 300, "chains": 4}
+    draws = bf.sample(problem.model, method, seed=0, progress=False, **options)
+    verdict = bf.diagnose(draws, problem.model).verdict
+    mean, width = off(problem, draws)
+    assert verdict == "do not trust" or (mean < 0.3 and width < (0.7 if isinstance(method, bf.SWAG) else 0.2))
+    assert verdict != "do not trust" or shape != SCALES[-1], "the units alone stop nobody"

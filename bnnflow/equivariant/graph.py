@@ -414,7 +414,10 @@ def _received(weights: Tensor, gated: Tensor, messages: Tensor, values: Tensor, 
 
 
 def _normalised_edges(edges: Tensor) -> Tensor:
-    """Divide the channels of ``(batch, channels, edges)`` by their root mean square."""
+    """Divide the channels of ``(batch, channels, edges)`` by their root mean square.
+
+    They are features of a network of ours, made of standardised weights: 1e-5 is small whatever the units of these.
+    """
     return edges * (edges.square().mean(1, keepdim=True) + 1e-5).rsqrt()
 
 

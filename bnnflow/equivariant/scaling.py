@@ -55,7 +55,8 @@ class TensorScaler(nn.Module):
         parts = [theta[..., where].double() for where in spec.slices.values()]
         sd = torch.stack([part.std(correction=0) for part in parts])
         scaler.mean.copy_(torch.stack([part.mean() for part in parts]))
-        scaler.sd.copy_(torch.where(sd > 1e-12, sd, 1.0))
+        largest = torch.stack([part.abs().max() for part in parts])  # of which rounding alone leaves a share
+        scaler.sd.copy_(torch.where(sd > torch.finfo(theta.dtype).eps * largest, sd, 1.0))
         return scaler
 
     def forward(self, theta: Tensor) -> Tensor:

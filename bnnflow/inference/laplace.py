@@ -39,6 +39,7 @@ _NEAR = 1e-3  # posterior standard deviations within which the pieces of a densi
 _KINKED_ROUNDS = 5  # of searches that begin anew
 _DRAWS = 64  # over which curvature is averaged, in pairs of opposite ones
 _AVERAGES = 10  # rounds of averages
+_SHARE = 0.7  # of the way to the next average: a Gaussian too wide has too little curvature, and the next too much
 _SETTLED = 1e-2  # nats a coordinate by which a round still changes log |P|: half a per cent of a standard deviation
 _PIECES = 1000  # of which the gradients are compared, at most
 
@@ -401,7 +402,8 @@ def averaged_precision(model: BayesianModel, mode: Tensor, names: Collection[str
             break
         before = log_det
         changes = noise / root if diagonal else torch.linalg.solve_triangular(root, noise, upper=False, left=False)
-        precision = gauss_newton_precision(model, mode, names, diagonal=diagonal, changes=changes)
+        averaged = gauss_newton_precision(model, mode, names, diagonal=diagonal, changes=changes)
+        precision = torch.lerp(precision, averaged, _SHARE)
     return precision
 
 

@@ -40,7 +40,12 @@ def random_networks(spec: WeightSpec, n: int, generator: torch.Generator, dtype:
 
 
 class Adam:
-    """The moments of Adam (Kingma and Ba 2015) over a batch of points, for climbing."""
+    """The moments of Adam (Kingma and Ba 2015) over a batch of points, for climbing.
+
+    Its steps have the size of the rate in units of the weights, and 1e-8 is in nats by these: networks for standardised
+    data have weights of about one. In other units it may not arrive. So a method that needs a mode finds it by other
+    means from here (`Laplace`), warms up, or says that it has not settled.
+    """
 
     def __init__(self, theta: Tensor) -> None:
         self._first, self._second = torch.zeros_like(theta), torch.zeros_like(theta)

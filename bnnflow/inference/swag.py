@@ -11,6 +11,7 @@ from torch import Tensor
 from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
 from bnnflow.forward_mode import jvp
+from bnnflow.gaussian import positive
 from bnnflow.inference.run import Run
 from bnnflow.inference.start import first_points, maximise, of_divergence
 from bnnflow.model import BayesianModel
@@ -35,7 +36,8 @@ class SWAG:
 
     The default rate is that at which the stationary law of SGD comes closest to the posterior, 2 dim / trace of the
     gradient's covariance (Mandt, Hoffman and Blei 2017), but never more than a quarter of 2 / (largest curvature), at
-    which SGD becomes unstable; both are measured at each member's mode.
+    which SGD becomes unstable; both are measured at each member's mode. ``draws.info["converged"]`` is False where the
+    mean of a member is nowhere near a mode, because ``steps`` were too few, or of another size than the weights.
 
     Args:
         members: independent trajectories; where ``init`` gives several networks, one for each of them.
@@ -74,6 +76,7 @@ class SWAG:
         with torch.no_grad():
             rate = self._rate(model, theta, generator, batch_size)  # (members, 1), on the summed log_joint
             trajectory, restarts = self._trajectory(model, theta, rate, generator, batch_size, run.progress)
+            settled = _to_gain(model, trajectory.mean(0)) < _FAR * model.dim
         diverged = of_divergence(self, restarts > 0, self.learning_rate)
         members = Mixture(tuple(self._gaussian(each) for each in trajectory.unbind(1)))
         draws = run.draws or 250
@@ -83,6 +86,7 @@ class SWAG:
             "learning_rate": (rate.flatten() * n).tolist(),
             "batch_size": batch_size,
             "restarts": int(restarts.sum()),
+            "converged": bool(settled.all()),
         } | diverged
         return Draws(theta, model.log_joint(theta), posterior=members, info=info)
 
@@ -97,7 +101,7 @@ class SWAG:
             direction = direction / size
             direction = jvp(lambda at: model.log_joint_and_grad(at)[1], (theta,), (direction,))[1]
             size = direction.norm(dim=-1, keepdim=True)
-        return torch.minimum(2 * model.dim / noise.clamp(min=1e-30), 0.5 / size)
+        return torch.minimum(2 * model.dim / noise, 0.5 / size)  # all rows in a batch have no noise
 
     def _trajectory(
         self,
@@ -134,6 +138,15 @@ class SWAG:
         """Fit one member to its snapshots ``(snapshots, dim)``."""
         mean = points.mean(0)
         deviations = (points - mean)[-self.rank :]
-        # A floor that no posterior notices keeps the density proper where a weight never moved.
-        variance = points.var(0, correction=0).clamp(min=1e-10)
+        variance = positive(points.var(0, correction=0))
         return LowRankGaussian(mean, deviations.T.contiguous() / math.sqrt(2 * (self.rank - 1)), 0.5 * variance)
+
+
+def _to_gain(model: BayesianModel, theta: Tensor) -> Tensor:
+    """Return the nats that the best step along the gradient gains, were log_joint quadratic, ``(n, dim) -> (n,)``."""
+    grad = model.log_joint_and_grad(theta)[1]
+    size = grad.norm(dim=-1, keepdim=True)
+    along = torch.where(size > 0, grad / size, 0.0)
+    curved = jvp(lambda at: model.log_joint_and_grad(at)[1], (theta,), (along,))[1]
+    curvature = (curved * along).sum(-1).double().abs()
+    return torch.where(size.squeeze(-1) > 0, 0.5 * size.squeeze(-1).double().square() / curvature, 0.0)

@@ -251,7 +251,8 @@ class Empirical:
         per: statistics of every ``"tensor"`` over its entries, which keeps the units exchangeable, or of every
             ``"weight"`` over the draws, of which there must be two or more.
         zero_mean: normal around zero with the root mean square as scale, which keeps the symmetries of sign.
-        min_scale: a lower bound of the standard deviations.
+        min_scale: a lower bound of the standard deviations, in units of the weights: those of networks for
+            standardised data are about one.
         extras: how many parameters of a prior or likelihood follow the network's weights in every draw.
 
     A tensor with a single value says nothing about a spread and is taken as normal around zero.
@@ -1119,7 +1120,7 @@ class FlatPrior:
         return prior
 
 
-_TINY = 1e-300
+_TINY = 1e-300  # probabilities have no units: these two are next to 0 and 1 in float64
 _EPSILON = 1e-16
 
 

@@ -132,7 +132,7 @@ class GradientSteps(Displacement):
         now = s2 * change.sum(-1, keepdim=True) / _PROBE
         # Smooth stand-ins for max(0, now), in the one of its two forms that takes no difference, and for the larger of
         # two: a kink would spoil the solver's order, and the root of zero has no derivative.
-        floor = 0.01 * s2 * s2 + 1e-12
+        floor = 0.01 * s2 * s2 + 1e-12  # of s^2 lambda, a ratio of precisions
         size = now.abs() + (now * now + floor).sqrt()
         positive = 0.5 * torch.where(now > 0, size, floor / size)
         return (positive * positive + (self.memory * last) ** 2).sqrt()
@@ -427,6 +427,7 @@ class _MatrixFree:
         """Approximate (I + s^2 H)^-1 (grad - w) by conjugate gradients; differentiable through every iteration."""
         s2, residual = self.s2, self.grad if w is None else self.grad - w
         solution = torch.zeros_like(residual)
+        # The 1e-30 stand for 0 / 0 where nothing is left: in units of the source no residual worth a step is 1e-15.
         direction, size = residual, (residual * residual).sum(-1, keepdim=True)
         for _ in range(self.iterations):
             image = direction + s2 * self.times(direction)
@@ -439,6 +440,7 @@ class _MatrixFree:
 
 
 def _square(v: Tensor) -> Tensor:
+    """Return squared lengths ``(batch, 1)``, in units of the source, N(0, I): 1e-6 of them is no length."""
     return (v * v).sum(-1, keepdim=True) + 1e-12
 
 

@@ -80,7 +80,8 @@ def integrate(
             adaptive rule of torchdiffeq (Chen 2018), such as ``"dopri5"``.
         rtol: of adaptive rules, which bound the local error of *every sample*, the root of its mean square in units of
             atol + rtol * |state|; so no sample's accuracy depends on its company.
-        atol: see ``rtol``.
+        atol: see ``rtol``. Flows move in coordinates in which their source is N(0, I), so that 1e-5 of a standard
+            deviation of the prior is meant there, whatever the units of the weights.
         max_evaluations: of the field by an adaptive rule, whose steps the stiffest sample dictates.
 
     Raises:
