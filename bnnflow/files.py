@@ -10,7 +10,7 @@ from bnnflow.draws import Draws
 from bnnflow.equivariant import INRs
 from bnnflow.inference import checkpoint
 from bnnflow.model import BayesianModel
-from bnnflow.transport import CompletedFlow, Flow, FlowMap, InCoordinates, ManifoldFlow
+from bnnflow.transport import CompletedFlow, Correction, Flow, FlowMap, InCoordinates, ManifoldFlow
 
 __all__ = ["load"]
 
@@ -58,7 +58,7 @@ def load(path: str | Path, model: BayesianModel | None = None) -> Saved:
             return INRs.from_file(header, arrays)
         if kind != "draws":
             return _WITH_MODEL[kind].from_file(header, arrays, model)
-        draws = Draws.from_file(header, arrays)
+        draws = (Correction if "correction" in header["info"] else Draws).from_file(header, arrays)
         if model is not None:
             model.check_draws(draws)
         return draws

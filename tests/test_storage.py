@@ -108,6 +108,17 @@ def test_what_samplers_return_can_be_saved(method, tmp_path: Path) -> None:
     check_equal(bf.Draws.load(draws.save(tmp_path / "draws.npz")), draws)
 
 
+def test_a_correction_comes_back_as_one(tmp_path: Path) -> None:
+    draws = example()
+    fixed = bf.Correction(
+        **(vars(draws) | {"info": {"correction": "importance", "khat": 0.3, "ess": 5.0, "verdict": "trust"}})
+    )
+    found = bf.load(fixed.save(tmp_path / "fixed"))
+    assert isinstance(found, bf.Correction)
+    assert (found.method, found.khat, found.ess, found.verdict) == ("importance", 0.3, 5.0, "trust")
+    assert type(bf.load(draws.save(tmp_path / "draws"))) is bf.Draws
+
+
 def test_the_golden_file_stays_readable() -> None:
     check_equal(bf.Draws.load(GOLDEN), example())
 
