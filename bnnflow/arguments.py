@@ -115,7 +115,7 @@ def number(
         ValueError: if it is NaN, infinite or out of range.
     """
     try:
-        if isinstance(value, bool | np.bool_ | str | bytes) or getattr(value, "dtype", None) == torch.bool:
+        if isinstance(value, bool | str | bytes | bytearray) or getattr(value, "dtype", None) in _NOT_REAL:
             raise TypeError
         result = float(value)
     except OverflowError:
@@ -392,7 +392,7 @@ def _gate(annotation: Any) -> Gate:
     if origin in (list, tuple, Sequence, collections.abc.Sequence):
         return _items(list if origin is list else tuple, _gate(arguments[0]))
     if origin is collections.abc.Callable:
-        return _callable
+        return functools.partial(_callable, None if arguments[0] is Ellipsis else len(arguments[0]))
     return _SIMPLE.get(annotation) or _instance(origin or annotation)
 
 
@@ -461,7 +461,7 @@ def _items(kind: type, of: Gate) -> Gate:
     def gate(name: str, value: Any) -> Any:
         if isinstance(value, np.ndarray | Tensor) and value.ndim == 1:
             value = value.tolist()
-        if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray | memoryview):
             raise TypeError(f"{name} must be a list, got {_shown(value)}")
         return kind(of(f"{name}[{i}]", each) for i, each in enumerate(value))
 
@@ -510,10 +510,25 @@ def _anything(name: str, value: Any) -> Any:
     return value
 
 
-def _callable(name: str, value: Any) -> Any:
+def _callable(count: int | None, name: str, value: Any) -> Any:
     if not callable(value) or isinstance(value, type):
         raise TypeError(f"{name} must be a function, got {_shown(value)}")
+    if count is not None and not _takes(value.forward if isinstance(value, torch.nn.Module) else value, count):
+        raise TypeError(f"{name} must be a function of {count} arguments, got {_shown(value)}")
     return value
+
+
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    """Say whether a function can be called with so many arguments; one that does not tell is believed."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
 
 
 def _text(name: str, value: Any) -> str:
@@ -530,9 +545,15 @@ def _path(name: str, value: Any) -> Any:
 
 def _device(name: str, value: Any) -> torch.device:
     try:
-        return torch.device(value)
+        device = torch.device(value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a device such as 'cpu' or 'cuda:0', got {_shown(value)}") from None
+    try:
+        torch.zeros(1, device=device).item()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).partition(". ")[0]
+        raise ValueError(f"{name} {str(device)!r} cannot be used here: {reason}") from None
+    return device
 
 
 def _dtype(name: str, value: Any) -> torch.dtype:
@@ -543,7 +564,7 @@ def _dtype(name: str, value: Any) -> torch.dtype:
 
 def _array(name: str, value: Any) -> np.ndarray:
     """Return a copy of real numbers as a contiguous array in this machine's own byte order."""
-    if isinstance(value, bool | np.bool_):  # of one, the truth of something: no number that was meant
+    if isinstance(value, bool | np.bool_ | bytearray | memoryview):  # NumPy takes them for numbers
         raise TypeError(f"{name} must be a tensor of real numbers, got {_shown(value)}")
     if _masked(value):
         raise TypeError(f"{name} has masked entries; fill them or leave their rows out")
@@ -610,15 +631,20 @@ def _shown(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__} itself"
     kind = type(value).__name__
-    shape = getattr(value, "shape", ())
-    if isinstance(shape, tuple) and shape:
-        return f"{kind} of shape {tuple(shape)}"
     try:
+        shape = getattr(value, "shape", ())
+        if isinstance(shape, tuple) and shape:
+            return f"{kind} of shape {tuple(shape)}"
         text = repr(value)
-    except Exception:
+    except Exception:  # it may be anything
         return kind
     return f"{kind} {text}" if len(text) <= 60 else kind
 
+
+_NOT_REAL: frozenset[Any] = frozenset(
+    [torch.bool, torch.complex32, torch.complex64, torch.complex128, *(np.dtype(code) for code in "?FDG")]
+)
+"""What `float` would take the truth or the real part of."""
 
 _SIMPLE: dict[Any, Gate] = {
     Any: _anything,

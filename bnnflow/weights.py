@@ -310,6 +310,7 @@ class WeightSpec:
             >>> WeightSpec.of(net).blocks("2.weight")
             ((3, 16), (None, 'h1'))
         """
+        self._check_name(name)
         shape: list[int] = []
         axes: list[str | None] = []
         for label, size in zip(self.axes[name], self.shapes[name], strict=True):
@@ -330,6 +331,7 @@ class WeightSpec:
             >>> spec.powers("0.weight"), spec.powers("2.weight"), spec.powers("2.bias")
             ((1, 0), (0, -1), (0,))
         """
+        self._check_name(name)
         powers: list[int] = []
         for axis, (label, size) in enumerate(zip(self.axes[name], self.shapes[name], strict=True)):
             still = label is None or name in self.extras or (name, axis) in self.neutral
@@ -337,6 +339,10 @@ class WeightSpec:
             if label is not None and size != self.widths[label]:
                 powers.append(0)
         return tuple(powers)
+
+    def _check_name(self, name: str) -> None:
+        if name not in self.shapes:
+            raise ValueError(f"name must be one of the tensors {list(self.names)}, got {name!r}")
 
     def _written_axis(self, name: str) -> int:
         return 1 if name in self.transposed else 0
@@ -387,8 +393,7 @@ class WeightSpec:
 
     def check(self, theta: Tensor, name: str = "theta") -> Tensor:
         """Return weights as a tensor; raise ``ValueError`` unless the last axis of ``theta``, or ``name``, fits."""
-        if not isinstance(theta, Tensor):
-            theta = tracked(name, theta)
+        theta = tracked(name, theta)
         if theta.dim() == 0 or theta.shape[-1] != self.dim:
             raise ValueError(f"{name} must end in an axis of length {self.dim}, got shape {tuple(theta.shape)}")
         return theta
@@ -431,7 +436,7 @@ class WeightSpec:
                 trailing = (1,) * (len(shape) - axis - 1)
                 along = coordinate.reshape(*coordinate.shape[:-1], *(1,) * axis, size, *trailing)
                 index = index + along * math.prod(shape[axis + 1 :])
-            parts.append((index + where.start).reshape(*index.shape[: index.dim() - len(shape)], -1))
+            parts.append((index + where.start).reshape(*index.shape[: index.dim() - len(shape)], math.prod(shape)))
         lead = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         index = torch.cat([part.expand(*lead, part.shape[-1]) for part in parts], -1)  # (..., dim)
         shape = torch.broadcast_shapes(theta.shape, index.shape)
@@ -494,7 +499,7 @@ class WeightSpec:
                     scale = scales[label].to(theta)
                     along = scale.reshape(*scale.shape[:-1], *(1,) * axis, shape[axis], *(1,) * (len(shape) - axis - 1))
                     factor = factor * along if power > 0 else factor / along
-            parts.append(factor.reshape(*factor.shape[: factor.dim() - len(shape)], -1))
+            parts.append(factor.reshape(*factor.shape[: factor.dim() - len(shape)], math.prod(shape)))
         lead = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return torch.cat([part.expand(*lead, part.shape[-1]) for part in parts], -1)  # (..., dim)
 

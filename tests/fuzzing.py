@@ -401,7 +401,12 @@ FOREIGN: dict[str, Any] = {
     "an array of dates": np.array(["2020-01-01"], "datetime64[D]"),
     "a sparse matrix": sparse.eye_array(3).tocsr(),
     "a frame of words": pd.DataFrame({"a": [1.0, 2.0], "b": ["u", "v"]}),
+    "NumPy's complex number": np.complex64(1j),
+    "bytes that may change": bytearray(b"ab"),
+    "a function without arguments": lambda: 1.0,
+    "a tensor of the device nowhere": torch.ones(2, device="meta"),
     "a network": nn.Linear(1, 1),
+    "a network of nothing": nn.Sequential(),
     "a distribution": torch.distributions.Uniform(0.0, 1.0),
 }
 NUMBERS: dict[str, Any] = {

@@ -1,6 +1,7 @@
 """The gate of arguments: what is clear is converted, what is not is refused by name."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -35,7 +36,21 @@ def test_numbers_out_of_range_are_refused_by_name(value):
         arguments.number("step_size", value, above=0)
 
 
-@pytest.mark.parametrize("value", ["0.5", None, True, [0.5, 0.5], 1j, torch.ones(2), float])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "0.5",
+        None,
+        True,
+        [0.5, 0.5],
+        1j,
+        np.complex64(1),
+        np.array(1j),
+        torch.tensor(1j),
+        bytearray(b"1"),
+        torch.ones(2),
+    ],
+)
 def test_what_is_no_number_is_refused_by_name(value):
     with pytest.raises(TypeError, match="step_size must be a number"):
         arguments.number("step_size", value)
@@ -53,9 +68,13 @@ def test_arrays_are_copied_and_lose_their_derivative():
 
 @pytest.mark.parametrize(
     "value",
-    ["abc", None, ["a"], [[1], [1, 2]], np.ones(2) * 1j, torch.ones(2) * 1j, np.ma.masked_equal([1, 2], 2), object(),
-     [np.ma.masked_equal([1, 2], 2)], ([1.0, np.ma.masked],)],
-)  # fmt: skip
+    [
+        *("abc", None, ["a"], [[1], [1, 2]], object(), bytearray(b"ab"), memoryview(b"ab")),
+        *(np.ones(2) * 1j, torch.ones(2) * 1j, np.ma.masked_equal([1, 2], 2)),
+        *(torch.eye(2).to_sparse(), torch.ones(2, device="meta")),
+        *([np.ma.masked_equal([1, 2], 2)], ([1.0, np.ma.masked],)),
+    ],
+)
 def test_what_holds_no_real_numbers_is_refused_by_name(value):
     with pytest.raises(TypeError, match="x "):
         arguments.tensor("x", value)
@@ -100,3 +119,35 @@ def test_a_pair_is_no_tensor_where_pairs_are_asked_for():
     theta = np.ones((3, 1))
     assert sizes_of((theta, np.zeros((3, 1)))) == (2, "tuple")
     assert sizes_of([theta, theta]) == (2, "Tensor")
+
+
+class Unruly:
+    """An object that answers no question about itself."""
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+
+@pytest.mark.parametrize("check", [arguments.integer, arguments.number, arguments.flag])
+def test_objects_that_answer_nothing_are_refused_by_name(check):
+    with pytest.raises(TypeError, match="n must be"):
+        check("n", Unruly())
+
+
+@arguments.checked
+def evaluated(function: Callable[[int, int], int], device: torch.device | str = "cpu") -> int:
+    return function(1, 2)
+
+
+def test_functions_are_held_to_the_number_of_their_arguments():
+    assert evaluated(max) == 2
+    assert evaluated(lambda *numbers: len(numbers)) == 2
+    for wrong in (len, lambda: 0, lambda a: 0, torch.nn.Identity(), int):
+        with pytest.raises(TypeError, match="function must be a function"):
+            evaluated(wrong)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta"])
+def test_devices_that_are_not_there_are_refused_by_name(device):
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used here"):
+        evaluated(max, device)

@@ -152,3 +152,11 @@ def test_the_gap():
     assert torch.equal(gap_regression(seed=0).y_train, gap_regression(seed=0).y_train)
     with pytest.raises(ValueError, match="noise"):
         gap_regression(noise=0.0)
+
+
+@pytest.mark.parametrize(
+    ("mean", "sd", "message"), [([0.0], [0.0], "sd must be positive"), ([np.nan], [1.0], "mean has")]
+)
+def test_maps_that_are_none_are_refused(mean, sd, message):
+    with pytest.raises(ValueError, match=message):
+        Standardiser(mean, sd)

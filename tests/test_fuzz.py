@@ -81,3 +81,12 @@ def test_everything_public_is_under_fire(world: fuzzing.World) -> None:
     names = {name for room in rooms for name in room.__all__ if callable(getattr(room, name))}
     names -= {name for name in names if inspect.ismodule(getattr(bf, name, None))}
     assert names - called <= RESULTS | PROTOCOLS | WITHOUT_ARGUMENTS | INNER | {"FlatPrior"}
+
+
+def test_fields_without_parameters_and_single_draws_are_refused(world: fuzzing.World) -> None:
+    with pytest.raises(ValueError, match="Sequential has no parameters to train"):
+        bf.fit_flow(world.model, world.theta, velocity=torch.nn.Sequential(), steps=1, seed=0, progress=False)
+    with pytest.raises(ValueError, match="n must be at least 2"):
+        world.flow.solver_error(1)
+    with pytest.raises(ValueError, match="state must hold one tensor or more"):
+        transport.integrate(lambda t, state: state, (), torch.tensor([0.0, 1.0]))

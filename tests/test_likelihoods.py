@@ -489,9 +489,9 @@ def test_bad_targets_are_refused(name: str) -> None:
     ("make", "message"),
     [
         (lambda: likelihoods.StudentT(2.0), "df must be above 2"),
-        (lambda: likelihoods.StudentT(math.inf), "df must be finite"),
+        (lambda: likelihoods.StudentT(math.inf), "df must be above 2 and finite, got inf"),
         (lambda: likelihoods.StudentT(4.0, -1.0), "scale must be positive"),
-        (lambda: likelihoods.NegativeBinomial(0.0), "dispersion must be positive, got 0.0; for none use Poisson"),
+        (lambda: likelihoods.NegativeBinomial(0.0), "dispersion must be positive and finite, got 0.0"),
         (lambda: likelihoods.Ordinal(2), "for two use Bernoulli"),
     ],
 )

@@ -673,7 +673,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "per": (lambda: priors.Empirical(torch.zeros(31), per="layer"), "per must be"),  # type: ignore[arg-type]
     "min scale": (lambda: priors.Empirical(torch.zeros(31), min_scale=0.0), "min_scale must be positive"),
     "global scale": (lambda: priors.Horseshoe(0.0), "global_scale must be positive"),
-    "local": (lambda: priors.Horseshoe(local="layer"), "local must be 'unit' or 'weight'"),  # type: ignore[arg-type]
+    "local": (lambda: priors.Horseshoe(local="layer"), "local must be one of 'unit', 'weight'"),  # type: ignore[arg-type]
 }
 
 

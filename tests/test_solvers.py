@@ -443,7 +443,7 @@ def test_rows_are_priced_by_the_tensors_alive_at_once():
     assert rows_within(40_000, kept, x) == 100
     with pytest.raises(ValueError, match="one row needs 400 bytes"):
         rows_within(399, kept, x)
-    with pytest.raises(ValueError, match="two rows are needed"):
+    with pytest.raises(ValueError, match="x must have two rows or more"):
         rows_within(1000, kept, x[:1])
 
 

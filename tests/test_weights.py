@@ -15,7 +15,7 @@ from torch.distributions import Independent, Laplace, Normal
 from torch.nn.utils import parameters_to_vector
 from torch.nn.utils.parametrizations import spectral_norm
 
-from bnnflow import priors
+from bnnflow import priors, symmetry
 from bnnflow.weights import WeightSpec
 
 
@@ -442,3 +442,20 @@ def test_unlabelled_specs_claim_nothing(name: str) -> None:
     for act in (spec.known_symmetries, lambda: spec.random_symmetry(theta, seed=0), lambda: spec.log_group_order):
         with pytest.raises(ValueError, match="not known: its weights have no labels"):
             act()
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
+def test_no_networks_are_moved_to_no_networks(activation: Callable[[], nn.Module]) -> None:
+    spec = WeightSpec.of(perceptron(2, 3, 4, 1, activation=activation))
+    none = torch.zeros(2, 0, spec.dim)
+    assert spec.random_symmetry(none, 0).shape == none.shape
+    assert spec.flatten(spec.unflatten(none)).shape == none.shape
+    assert symmetry.sort_units(none, spec).shape == none.shape
+    assert symmetry.match(none, spec, torch.zeros(spec.dim)).shape == none.shape
+
+
+def test_tensors_that_are_not_there_are_refused_by_name() -> None:
+    spec = WeightSpec.of(perceptron(2, 3, 1))
+    for method in (spec.blocks, spec.powers):
+        with pytest.raises(ValueError, match="name must be one of the tensors"):
+            method("3.weight")

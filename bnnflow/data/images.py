@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from bnnflow import storage
-from bnnflow.arguments import Fraction, checked
+from bnnflow.arguments import Fraction, Whole, checked
 from bnnflow.data.loaders import Dataset
 
 __all__ = ["load_images"]
@@ -32,7 +32,7 @@ _MAGIC = {3: 0x0803, 1: 0x0801}  # number of axes to the first four bytes of an 
 
 @checked
 def load_images(
-    name: str = "digits", *, folder: str | Path | None = None, test_fraction: Fraction = 0.2, seed: int = 0
+    name: str = "digits", *, folder: str | Path | None = None, test_fraction: Fraction = 0.2, seed: Whole = 0
 ) -> Dataset:
     """Load grey images with labels, pixels between 0 and 1.
 

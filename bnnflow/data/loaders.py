@@ -66,7 +66,7 @@ def load(
     split: Whole = 0,
     folder: str | Path | None = None,
     test_fraction: Fraction = 0.2,
-    seed: int = 0,
+    seed: Whole = 0,
 ) -> Dataset:
     """Load a data set by name, standardised by its training rows.
 
@@ -96,8 +96,6 @@ def load(
 
 
 def _bundled(name: str, test_fraction: float, seed: int) -> Dataset:
-    if not 0 < test_fraction < 1:
-        raise ValueError(f"test_fraction must lie strictly between 0 and 1, got {test_fraction}")
     raw = getattr(importlib.import_module("sklearn.datasets"), f"load_{name}")()
     order = np.random.default_rng(seed).permutation(len(raw.data))
     n_test = round(test_fraction * len(order))

@@ -35,6 +35,9 @@ class Standardiser:
         if self.mean.dim() > 1 or self.mean.shape != self.sd.shape:
             shapes = f"{tuple(self.mean.shape)} and {tuple(self.sd.shape)}"
             raise ValueError(f"mean and sd must both be (features,) or (), got {shapes}")
+        finite("mean", self.mean)
+        if not bool((finite("sd", self.sd) > 0).all()):
+            raise ValueError(f"sd must be positive, got {float(self.sd.min())}")
 
     @classmethod
     @checked

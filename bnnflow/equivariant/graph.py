@@ -222,7 +222,7 @@ class GraphNet(nn.Module):
         width: Count = 64,
         depth: Count = 4,
         *,
-        heads: Whole = 4,
+        heads: Count = 4,
         invariant: bool = False,
         time: bool = False,
         context: Whole = 0,

@@ -190,7 +190,10 @@ def fit_inrs(
             fitted.append(part[0])
             errors.append(part[1])
     theta, mse = torch.cat(fitted).to(x), torch.cat(errors).to(x.device)
-    info = settings | {"seconds": time.perf_counter() - began, "diverged": int((~mse.isfinite()).sum())}
+    diverged = int((~mse.isfinite()).sum())
+    if diverged:
+        warn(f"{diverged} of {len(y)} fits diverged: learning_rate={learning_rate:g} may be too large")
+    info = settings | {"seconds": time.perf_counter() - began, "diverged": diverged}
     return INRs(theta, spec, mse, info)
 
 
@@ -230,7 +233,7 @@ def fit_images(
             f"images must be (n, height, width) or (n, height, width, channels), got {tuple(images.shape)}"
         )
     if not images.is_floating_point() or not (images.min() >= 0 and images.max() <= 1):
-        raise ValueError("pixels must be floats between 0 and 1: divide bytes by 255")
+        raise ValueError("images must hold floats between 0 and 1: divide bytes by 255")
     channels = images.shape[3] if images.dim() == 4 else 1
     return fit_inrs(
         image_grid(*images.shape[1:3]).to(images),
@@ -265,7 +268,7 @@ def render(theta: Tensor, spec: WeightSpec, height: Count, width: Count) -> Tens
     if _in_features(spec) != 2:
         raise ValueError(f"spec: images are of two coordinates, these networks take {_in_features(spec)}")
     outputs = ChainNetwork(spec)(theta.reshape(-1, spec.dim), image_grid(height, width).to(theta)) + MID_GREY
-    return outputs.reshape(*theta.shape[:-1], height, width, -1).squeeze(-1)
+    return outputs.reshape(*theta.shape[:-1], height, width, outputs.shape[-1]).squeeze(-1)
 
 
 @checked

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnnflow.arguments import Count, Whole, checked
+from bnnflow.arguments import Count, checked
 from bnnflow.equivariant.layers import FusedLinear
 from bnnflow.equivariant.layout import Channels, Fused, Layout
 from bnnflow.equivariant.network import Messages, TimeEmbedding, embedded_condition
@@ -86,14 +86,14 @@ class SignedDWSNet(nn.Module):
         *,
         edge_width: Count | None = None,
         time: bool = False,
-        heads: Whole = 4,
+        heads: Count = 4,
     ) -> None:
         super().__init__()
         if not has_signs(spec):
             raise ValueError("a signed network needs an odd activation (tanh) after every hidden layer: use a DWSNet")
         edge_width = max(8, width // 8 * 2) if edge_width is None else edge_width
-        if width % 2 or edge_width % 2 or min(width, edge_width) < 2 or heads < 1:
-            raise ValueError(f"widths must be even and heads positive, got {width}, {edge_width} and {heads} heads")
+        if width % 2 or edge_width % 2:
+            raise ValueError(f"width and edge_width must be even, got {width} and {edge_width}")
         self.layout = layout = Layout(spec)
         given, results = layout.channels.scaled(in_features), layout.channels.scaled(out_features)
         self._out_features = out_features

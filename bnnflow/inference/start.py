@@ -138,16 +138,23 @@ def as_start(model: BayesianModel, init: Any) -> Tensor | Literal["prior"] | Non
             raise ValueError(f"init must be None, 'prior', a network, several networks or weights, got {init!r}")
         return "prior"
     if isinstance(init, nn.Module) and not isinstance(init, nn.ModuleList):
-        return model.from_network(init)
+        return _weights(model, "init", init)
     if isinstance(init, list | tuple | nn.ModuleList) and any(isinstance(each, nn.Module) for each in init):
         if not all(isinstance(each, nn.Module) for each in init):
             raise TypeError("init must be networks or weights, got a mixture of both")
-        return torch.stack([model.from_network(each) for each in init])
+        return torch.stack([_weights(model, f"init[{i}]", each) for i, each in enumerate(init)])
     theta = tensor("init", init).to(model.device, model.dtype)
     model.spec.check(theta, "init")
     if theta.dim() not in (1, 2) or len(theta) == 0:
         raise ValueError(f"init must be (dim,) or (n, dim), got {tuple(theta.shape)}")
     return theta
+
+
+def _weights(model: BayesianModel, name: str, net: nn.Module) -> Tensor:
+    try:
+        return model.from_network(net)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def first_points(

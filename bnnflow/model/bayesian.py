@@ -919,7 +919,7 @@ class BayesianModel:
         given = dict(net.named_parameters())
         for name, own in self.net.named_parameters():
             if name not in given or given[name].shape != own.shape:
-                raise ValueError(f"the network does not fit the model: {name} must be {tuple(own.shape)}")
+                raise ValueError(f"net does not fit the model: {name} must be {tuple(own.shape)}")
         constants = {name: own for name, own in self._constants() if not name.endswith("num_batches_tracked")}
         theirs = given | dict(net.named_buffers())
         for name, own in constants.items():
@@ -949,6 +949,8 @@ class BayesianModel:
         """
         if self._anchor is not None:
             raise ValueError("a linearised model is not a network with other weights")
+        if self.spec.check(theta).dim() != 1:
+            raise ValueError(f"theta must be ({self.dim},), got {tuple(theta.shape)}")
         net = copy.deepcopy(self.net)
         params = self.spec.unflatten(theta)
         for name, parameter in net.named_parameters():
@@ -1136,7 +1138,7 @@ class BayesianModel:
             with torch.no_grad(), isolated():
                 outputs = torch.func.functional_call(self.net, zeros, (rows.clone(),))
         except (RuntimeError, IndexError) as error:
-            raise ValueError(f"net cannot take x of shape {tuple(x.shape)}: {error}") from error
+            raise ValueError(f"x of shape {tuple(x.shape)} does not fit net: {error}") from error
         return check_outputs(outputs, len(rows)).shape[-1]
 
 

@@ -17,7 +17,7 @@ from scipy import special
 from torch import Tensor
 from torch.distributions import Chi2, Distribution, Gamma, HalfNormal, LogNormal
 
-from bnnflow.arguments import checked, number, positive
+from bnnflow.arguments import checked, number, settle
 from bnnflow.model.likelihood import Kind, Likelihood, Score, labels_of, real_targets
 from bnnflow.seeding import isolated
 
@@ -85,8 +85,7 @@ class Gaussian(Likelihood):
     kind: Kind = field(default="regression", init=False)
 
     def __post_init__(self) -> None:
-        if self.scale is not None:
-            positive("scale", self.scale)
+        settle(self, number, "scale", above=0)
 
     @property
     def parameters(self) -> dict[str, Distribution]:
@@ -159,7 +158,7 @@ class HeteroscedasticGaussian(Likelihood):
     kind: Kind = field(default="regression", init=False)
 
     def __post_init__(self) -> None:
-        positive("min_scale", self.min_scale)
+        settle(self, number, "min_scale", above=0)
 
     @property
     def parameters(self) -> dict[str, Distribution]:
@@ -243,10 +242,8 @@ class StudentT(Likelihood):
     kind: Kind = field(default="regression", init=False)
 
     def __post_init__(self) -> None:
-        if not number("df", self.df) > 2:
-            raise ValueError(f"df must be above 2, got {self.df}")
-        if self.scale is not None:
-            positive("scale", self.scale)
+        settle(self, number, "df", above=2)
+        settle(self, number, "scale", above=0)
 
     @property
     def parameters(self) -> dict[str, Distribution]:
@@ -391,8 +388,7 @@ class NegativeBinomial(Likelihood):
     discrete: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
-        if self.dispersion is not None and not number("dispersion", self.dispersion) > 0:
-            raise ValueError(f"dispersion must be positive, got {self.dispersion}; for none use Poisson")
+        settle(self, number, "dispersion", above=0)
 
     @property
     def parameters(self) -> dict[str, Distribution]:
@@ -566,7 +562,7 @@ class Ordinal(Likelihood):
 
     def __post_init__(self) -> None:
         if self.n_classes < 3:
-            raise ValueError(f"Ordinal needs three classes or more, got {self.n_classes}; for two use Bernoulli")
+            raise ValueError(f"n_classes must be at least 3, got {self.n_classes}; for two use Bernoulli")
 
     @property
     def parameters(self) -> dict[str, Distribution]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from bnnflow import storage
-from bnnflow.arguments import Positive, Whole, checked, finite, number, positive
+from bnnflow.arguments import Positive, Whole, checked, choice, finite, number, positive, settle
 from bnnflow.draws import Draws
 from bnnflow.forward_mode import jvp
 from bnnflow.model.arrowhead import Arrowhead, Bend
@@ -100,8 +100,7 @@ class FanIn:
     bias_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        positive("scale", self.scale)
-        positive("bias_scale", self.bias_scale)
+        settle(self, number, "scale", "bias_scale", above=0)
 
     def distributions(self, spec: WeightSpec) -> dict[str, Distribution]:
         """Return a normal distribution per tensor."""
@@ -202,10 +201,8 @@ class Horseshoe:
     bias_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("global_scale", "slab_scale", "slab_df", "bias_scale"):
-            positive(name, getattr(self, name))
-        if self.local not in ("unit", "weight"):
-            raise ValueError(f"local must be 'unit' or 'weight', got {self.local!r}")
+        settle(self, number, "global_scale", "slab_scale", "slab_df", "bias_scale", above=0)
+        settle(self, choice, "local", choices=("unit", "weight"))
 
     def parameters(self, spec: WeightSpec) -> dict[str, Distribution]:
         """Return the priors of the global, local and slab scales of every matrix or kernel."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -179,7 +181,7 @@ def _units(theta: Tensor, spec: WeightSpec, name: str) -> Tensor:
     """Return a tensor by the units that it writes, ``(..., width, entries)``."""
     shape, written = spec.blocks(name)[0], spec.written(name)
     tensor = theta[..., spec.slices[name]].unflatten(-1, shape).movedim(written - len(shape), -len(shape))
-    return tensor.reshape(*theta.shape[:-1], shape[written], -1)
+    return tensor.reshape(*theta.shape[:-1], shape[written], math.prod(shape) // shape[written])
 
 
 def _output_layer(spec: WeightSpec) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -322,7 +323,7 @@ def _sorted(side: Tensor, free: list[int], blind: bool) -> Tensor:
 def _by_unit(side: Tensor, axis: int) -> Tensor:
     """Return what belongs to each unit of an axis, ``(batch, n, entries)``."""
     moved = side.movedim(axis, 1)
-    return moved.reshape(*moved.shape[:2], -1)
+    return moved.reshape(*moved.shape[:2], math.prod(moved.shape[2:]))
 
 
 def _products(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:

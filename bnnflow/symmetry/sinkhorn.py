@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -145,7 +146,7 @@ def _mixed(flat: Tensor, spec: WeightSpec, soft: dict[str, Tensor], signs: dict[
             if label is None or name in spec.extras:
                 continue
             moved = part.movedim(axis, 1)
-            entries = moved.reshape(*moved.shape[:2], -1)  # (batch, n, entries)
+            entries = moved.reshape(*moved.shape[:2], math.prod(moved.shape[2:]))  # (batch, n, entries)
             entries = soft[label] @ entries if label in soft else entries
             entries = signs[label].unsqueeze(2) * entries if label in signs and power else entries
             part = entries.reshape(moved.shape).movedim(1, axis)

@@ -57,8 +57,8 @@ def fit_flow_without_draws(
     Raises:
         ValueError: if there is no round or no target.
     """
-    if rounds < 1 or targets < 1 or (steps is not None and steps < rounds):
-        raise ValueError("rounds and targets must be at least 1, and steps at least the rounds")
+    if steps is not None and steps < rounds:
+        raise ValueError(f"steps must be at least the {rounds} rounds, got {steps}")
     generator = as_generator(seed, model.device)
     flow = GaussNewtonFlow(model, displacement)
     history, gradients = [], 0.0

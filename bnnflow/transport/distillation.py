@@ -142,8 +142,6 @@ def distil(
     Raises:
         ValueError: if there is nothing to train in the flow's field, or no step or trajectory.
     """
-    if evaluations < 1 or trajectories < 1:
-        raise ValueError("evaluations and trajectories must be at least 1")
     if next(flow.velocity.parameters(), None) is None:
         raise ValueError(f"a {type(flow.velocity).__name__} has no parameters to train")
     generator = as_generator(seed, flow.source.device)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Unpack, get_args
+from typing import Annotated, Any, Unpack, get_args
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bnnflow import storage
-from bnnflow.arguments import Count, Limit, checked, shaped
+from bnnflow.arguments import Count, Limit, NonNegative, Range, checked, shaped
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
 from bnnflow.seeding import as_generator
@@ -179,7 +179,7 @@ class Flow:
         *,
         steps: Steps | None = None,
         solver: Solver | None = None,
-        epsilon: float | Callable[[Tensor], Tensor | float] = 0.0,
+        epsilon: NonNegative | Callable[[Tensor], Tensor | float] = 0.0,
         chunk_size: Count | None = None,
     ) -> Tensor:
         """Draw ``(n, dim)`` posterior weights.
@@ -210,7 +210,7 @@ class Flow:
         x0: Tensor,
         steps: Steps | None,
         solver: Solver | None,
-        epsilon: float | Callable[[Tensor], Tensor | float],
+        epsilon: NonNegative | Callable[[Tensor], Tensor | float],
         generator: torch.Generator,
     ) -> Tensor:
         def field(t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,7 +238,7 @@ class Flow:
     @checked
     def solver_error(
         self,
-        n: Count = 64,
+        n: Annotated[int, Range(least=2)] = 64,
         seed: Seed = 0,
         *,
         steps: Count | None = None,

@@ -16,7 +16,7 @@ from bnnflow.types import Noise, Seed, Solver, Trace
 
 __all__ = ["DensityOptions", "SampleOptions", "Steps", "Tracing", "together"]
 
-Steps = int | Sequence[float] | Tensor
+Steps = Count | Sequence[float] | Tensor
 """How many steps a solver takes, or the times between them, from 0 to 1."""
 
 

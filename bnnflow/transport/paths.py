@@ -79,12 +79,6 @@ class AffinePath(ProbabilityPath):
     schedule: Schedule = "linear"
     sigma: NonNegative = 0.0
 
-    def __post_init__(self) -> None:
-        if self.schedule not in ("linear", "variance_preserving"):
-            raise ValueError(f"schedule must be 'linear' or 'variance_preserving', got {self.schedule!r}")
-        if not self.sigma >= 0:
-            raise ValueError(f"sigma must not be negative, got {self.sigma}")
-
     def coefficients(self, t: Tensor) -> Coefficients:
         """Return the coefficients at times of any shape."""
         if self.schedule == "linear":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Beta as BetaDistribution
 
-from bnnflow.arguments import NonNegative, Positive, checked
+from bnnflow.arguments import Positive, Share, checked
 from bnnflow.seeding import isolated
 
 __all__ = ["Beta", "LogitNormal", "Times", "TowardsEnd", "Uniform"]
@@ -42,12 +42,8 @@ class TowardsEnd:
         decades: the nearest are 10^-decades before the end.
     """
 
-    share: float = 0.3
-    decades: NonNegative = 2.0
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.share <= 1 and self.decades > 0):
-            raise ValueError("share must be between 0 and 1, and decades positive")
+    share: Share = 0.3
+    decades: Positive = 2.0
 
     def sample(self, n: int, like: Tensor, generator: torch.Generator) -> Tensor:
         """Draw ``(n,)`` times."""
@@ -68,10 +64,6 @@ class Beta:
     a: Positive = 2.0
     b: Positive = 1.0
 
-    def __post_init__(self) -> None:
-        if not (self.a > 0 and self.b > 0):
-            raise ValueError(f"a and b must be positive, got {self.a} and {self.b}")
-
     def sample(self, n: int, like: Tensor, generator: torch.Generator) -> Tensor:
         """Draw ``(n,)`` times."""
         with isolated(generator):
@@ -90,11 +82,7 @@ class LogitNormal:
     """
 
     loc: float = 0.0
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.scale > 0:
-            raise ValueError(f"scale must be positive, got {self.scale}")
+    scale: Positive = 1.0
 
     def sample(self, n: int, like: Tensor, generator: torch.Generator) -> Tensor:
         """Draw ``(n,)`` times."""

@@ -140,8 +140,6 @@ def fit_flow(
             cannot be labelled and no field of your own is given; if ``targets="posterior"`` and the draws are not the
             posterior's, or not paired independently.
     """
-    if targets not in ("auto", "posterior", "pairs"):
-        raise ValueError(f"targets must be 'auto', 'posterior' or 'pairs', got {targets!r}")
     theta, log_weights = _checked(model, draws, "draws")
     given_seed = seed_identity(seed)
     source = Source(model.flat_prior) if source is None else source
@@ -264,15 +262,16 @@ def train(
         ValueError: if a setting is out of range; if another run works on the checkpoint, or it is of another training,
             damaged, or no checkpoint of a training.
     """
-    if (steps is not None and steps < 1) or not budget > 0 or not learning_rate > 0 or patience < 1 or reuse < 1:
-        raise ValueError("steps, reuse and patience must be at least 1, budget and learning rate positive")
     if resume and checkpoint is None:
         raise ValueError("resume=True needs the checkpoint that is to be resumed")
     own_batch = ranks.share("batch_size", batch_size)
     module, field = field, Field.of(field)
     path = field.path if path is None else path
     times = times if times is not None else TowardsEnd()
-    device = next(field.parameters()).device
+    first = next(field.parameters(), None)
+    if first is None:
+        raise ValueError(f"a {type(field).__name__} has no parameters to train: give another field or velocity")
+    device = first.device
     seed_of_run = seed_identity(seed)
     shared = as_generator(seed, device)
 
@@ -282,8 +281,6 @@ def train(
 
     fixed = None if held_out is None else _fixed_batch(held_out, path, times, 4 * batch_size, shared)
     generator = ranks.own_generator(shared)
-    if optimiser not in ("muon", "adamw"):
-        raise ValueError(f"optimiser must be 'muon' or 'adamw', got {optimiser!r}")
     state = _State(field, learning_rate, optimiser)
     held: contextlib.AbstractContextManager[_Kept | None] = contextlib.nullcontext()
     if checkpoint is not None:

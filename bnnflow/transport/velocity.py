@@ -220,6 +220,8 @@ class InformedVelocity(_OverWeights):
         self.spec, self.symmetries = spec, _symmetries(spec, architecture)
         given = GradientSteps() if displacement is None else displacement
         self.displacements = tuple(given) if isinstance(given, Sequence) else (given,)
+        if not self.displacements:
+            raise ValueError("displacement must be one or several, got none")
         self.path = path if path is not None else AffinePath()
         self._config = {"width": width, "depth": depth, "architecture": architecture, "heads": heads}
         count = len(self.displacements)
