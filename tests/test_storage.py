@@ -26,6 +26,7 @@ from bnnflow.equivariant import INRs, siren
 from bnnflow.symmetry import Spheres
 from bnnflow.transport import (
     CompletedFlow,
+    Correction,
     DriveVelocity,
     Field,
     Flow,
@@ -110,11 +111,11 @@ def test_what_samplers_return_can_be_saved(method, tmp_path: Path) -> None:
 
 def test_a_correction_comes_back_as_one(tmp_path: Path) -> None:
     draws = example()
-    fixed = bf.Correction(
+    fixed = Correction(
         **(vars(draws) | {"info": {"correction": "importance", "khat": 0.3, "ess": 5.0, "verdict": "trust"}})
     )
     found = bf.load(fixed.save(tmp_path / "fixed"))
-    assert isinstance(found, bf.Correction)
+    assert isinstance(found, Correction)
     assert (found.method, found.khat, found.ess, found.verdict) == ("importance", 0.3, 5.0, "trust")
     assert type(bf.load(draws.save(tmp_path / "draws"))) is bf.Draws
 
