@@ -418,6 +418,24 @@ def laplace_torch():
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("scales", [1.0, 1e-8, 1e8])
+def test_kronecker_products_are_exact_for_a_layer_with_noise_of_each_output(scales: float) -> None:
+    laplace_torch()
+    noise = scales * torch.tensor([0.1, 1.0], dtype=F64)
+    x = torch.randn(40, 3, generator=generator(), dtype=F64)
+    y = scales * x[:, :2] + noise * torch.randn(40, 2, generator=generator(1), dtype=F64)
+    net = built(lambda: nn.Linear(3, 2, bias=False))
+    likelihood = likelihoods.Gaussian(scale_prior=torch.distributions.HalfNormal(scales * torch.ones(2)))
+    model = bf.BayesianModel(net, priors.Normal(scales), likelihood, x, y)
+    full, product = (
+        bf.sample(model, bf.Laplace(each, starts=2, steps=50), draws=2, seed=0).posterior
+        for each in ("full", "kronecker")
+    )
+    at = full.sample(5, 0)
+    torch.testing.assert_close(product.log_prob(at), full.log_prob(at), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["regression", "classification"])
 @pytest.mark.parametrize("structure", ["full", "diagonal", "last_layer", "kronecker"])
 def test_laplace_has_the_precision_of_laplace_torch(kind: str, structure) -> None:
@@ -475,6 +493,9 @@ def test_a_swag_member_is_the_gaussian_of_its_snapshots() -> None:
     torch.testing.assert_close(found.loc, points.mean(0))
     torch.testing.assert_close(found.factor @ found.factor.T, 0.5 * sample)
     torch.testing.assert_close(found.diagonal, 0.5 * points.var(0, correction=0))
+    for scale in (1e-8, 1e8):
+        other = bf.SWAG(rank=6, snapshots=6)._gaussian(scale * points)
+        torch.testing.assert_close(other.log_prob(scale * points), found.log_prob(points) - 3 * math.log(scale))
 
 
 def test_swag_survives_a_rate_that_is_far_too_large() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import bnnflow as bf
 from bnnflow import likelihoods, priors
+from bnnflow.equivariant import TensorScaler
 from bnnflow.inference.smc import next_fraction
 from bnnflow.transport import Flow, GaussNewton, time_grid
 
@@ -327,3 +328,17 @@ def test_draws_are_right_in_all_units_or_not_trusted(method, shape):
     mean, width = off(problem, draws)
     assert verdict == "do not trust" or (mean < 0.3 and width < (0.7 if isinstance(method, bf.SWAG) else 0.2))
     assert verdict != "do not trust" or shape != SCALES[-1], "the units alone stop nobody"
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-8, 1.0, 1e8])
+def test_weights_are_standardised_in_all_units_and_constant_ones_keep_theirs(scale, seeded):
+    with seeded(0):
+        spec = bf.WeightSpec.of(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)))
+    theta = 5.0 + torch.randn(50, spec.dim, generator=torch.Generator().manual_seed(0), dtype=F64)
+    theta[:, spec.slices["2.bias"]] = 0.1
+    scaler = TensorScaler.fit(scale * theta, spec)
+    found = scaler(scale * theta)
+    for name, where in spec.slices.items():
+        sd = found[:, where].std(correction=0)
+        assert float(sd) == pytest.approx(1.0 if name != "2.bias" else 0.0, abs=1e-6)
+    assert torch.allclose(scaler.inverse(found), scale * theta, rtol=1e-9, atol=0)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import scipy.optimize
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnnflow.arguments import choice, integer, number, settle
 from bnnflow.draws import Draws
@@ -500,6 +500,17 @@ def _import_laplace() -> Any:
     return laplace
 
 
+class _Scaled(nn.Module):
+    """Outputs times fixed numbers."""
+
+    def __init__(self, by: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("by", by.detach())
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        return outputs * self.by
+
+
 def _kronecker(model: BayesianModel, mode: Tensor) -> KroneckerGaussian:
     """Let laplace-torch compute the Kronecker factors at the mode, and add our prior and the extras.
 
@@ -507,10 +518,11 @@ def _kronecker(model: BayesianModel, mode: Tensor) -> KroneckerGaussian:
     """
     laplace = _import_laplace()
     regression = isinstance(model.likelihood, likelihoods.Gaussian)
-    net, scale = model.to_network(mode), 1.0
-    if regression:
+    net = model.to_network(mode)
+    if regression:  # in units of the noise, of which each output may have its own
         fixed = model.likelihood.scale  # type: ignore[attr-defined]
-        scale = fixed if fixed is not None else float(model.likelihood_parameters(mode)["scale"])
+        scale = model.likelihood_parameters(mode)["scale"] if fixed is None else mode.new_tensor(fixed)
+        net = nn.Sequential(net, _Scaled(1 / scale))
     options = {"subset_of_weights": "all", "hessian_structure": "kron"}
     fitted = laplace.Laplace(net, "regression" if regression else "classification", **options)
     data = torch.utils.data.TensorDataset(model.x, model.y)
@@ -522,7 +534,7 @@ def _kronecker(model: BayesianModel, mode: Tensor) -> KroneckerGaussian:
     for name, vectors, values in zip(names, fitted.H.eigenvectors, fitted.H.eigenvalues, strict=True):
         one = torch.ones(1, dtype=mode.dtype, device=mode.device)
         vectors, values = ([*vectors, one[None]], [*values, one]) if len(values) == 1 else (vectors, values)
-        likelihood = values[0].clamp(min=0).outer(values[1].clamp(min=0)) / scale**2
+        likelihood = values[0].clamp(min=0).outer(values[1].clamp(min=0))
         left.append(vectors[0].detach())
         right.append(vectors[1].detach())
         precision.append(((likelihood + prior[spec.slices[name]].mean()) / model.temperature).detach())
