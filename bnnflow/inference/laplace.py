@@ -503,6 +503,8 @@ def _import_laplace() -> Any:
 class _Scaled(nn.Module):
     """Outputs times fixed numbers."""
 
+    by: Tensor
+
     def __init__(self, by: Tensor) -> None:
         super().__init__()
         self.register_buffer("by", by.detach())
