@@ -270,7 +270,7 @@ def train(
     times = times if times is not None else TowardsEnd()
     first = next(field.parameters(), None)
     if first is None:
-        raise ValueError(f"a {type(module).__name__} has no parameters to train: give another field or velocity")
+        raise ValueError("there is nothing to train: the field, or velocity, has no parameters")
     device = first.device
     seed_of_run = seed_identity(seed)
     shared = as_generator(seed, device)
