@@ -560,7 +560,7 @@ def test_a_flow_without_any_answer_raises() -> None:
         ("resample", 2, "after 1,024 of 3,000 draws were weighed"),
         ("smc", 20, "at inverse temperature"),
         ("metropolis", 90, r"of 50 draws of each chain"),
-        ("neutra", 380, r"draws of each chain"),
+        ("neutra", 150, r"draws of each chain"),
     ],
 )
 def test_an_interrupt_keeps_what_there_is(method: Any, after: int, said: str) -> None:

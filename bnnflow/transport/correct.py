@@ -14,9 +14,9 @@ from torch import Tensor
 from bnnflow.arguments import Count, Fraction, checked
 from bnnflow.draws import Draws, as_theta, strays
 from bnnflow.gaussian import Gaussian, positive
-from bnnflow.inference.hmc import hmc, leapfrog
+from bnnflow.inference.hmc import hmc
 from bnnflow.inference.smc import evidence, merging, next_fraction, relative_variance, systematic
-from bnnflow.inference.trajectories import functions, trajectory_warm_up
+from bnnflow.inference.trajectories import ChainState, functions, metropolis
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
 from bnnflow.seeding import as_generator
@@ -30,8 +30,8 @@ from bnnflow.transport.importance import (
     mixing,
     smoothed,
 )
-from bnnflow.transport.latent import Latent, Points, Transport, crank_nicolson, log_normal
-from bnnflow.transport.verdict import SOLVER, Findings, Outcome, SolverError, compare, copies_gap, solver_error
+from bnnflow.transport.latent import Latent, Points, SolverError, Transport, crank_nicolson, log_normal, rotation
+from bnnflow.transport.verdict import SOLVER, Findings, Outcome, compare, copies_gap, solver_error
 from bnnflow.types import CorrectionMethod, Kernel, LogDensityAndGrad, Seed, Trace
 from bnnflow.warn import warn
 
@@ -52,7 +52,13 @@ _LATENT = 0.3  # acceptance rate that latent moves aim at
 _HAMILTONIAN = 0.8  # the same of Hamiltonian moves
 _EQUAL = 0.99  # share of effective particles above which weights are as good as equal, and nothing is moved
 _FRESH = 0.5  # share of independent proposals among the latent moves of chains
-_WARM_UP = 60  # sweeps or transitions of chains that are thrown away
+_WARM_UP = 60  # sweeps or transitions of chains that are thrown away,
+_SETTLE = 1  # or so many of very many chains, if these forget quickly where they were,
+_SLOWLY = 0.5  # which a correlation of neighbouring draws above this denies
+_CROWD = 512  # the most chains
+_SHORTEST = 8  # draws of one
+_QUARTER = math.pi / 2  # time of a trajectory, in standard deviations: a quarter turn forgets where it began
+_LONGEST = 16  # the most steps of one
 
 
 class Correction(Draws):
@@ -254,11 +260,13 @@ def _diagnose(job: _Job, method: CorrectionMethod) -> tuple[Points | None, Corre
 
 def _weigh(job: _Job, n: int, points: Points | None = None) -> Points:
     """Push the first ``n`` latent points with both densities, beyond those that are given."""
+    if points is None:
+        job.latent.settle(job.x0)
     parts = [] if points is None else [points]
     done, n = 0 if points is None else len(points.x0), min(n, job.n)
     with progress_bar(n, "weights", job.progress, "draw", initial=done) as bar:
         try:
-            for rows in job.x0[done:n].split(_CHUNK):
+            for rows in job.x0[done:n].split(job.latent.chunk):
                 parts.append(job.latent.push(rows))
                 bar.update(len(rows))
         except KeyboardInterrupt:
@@ -424,11 +432,8 @@ def _spread(job: _Job, points: Points, width: float, power: float, left: float) 
     """
     least = max(1, math.ceil(16 * (1 - max(left, 0.5))))
     start, kept, made = points.log_weight, 1.0, 0
-    n, dim = points.x0.shape
-    # Their own Gaussian, shrunk to the latent law as if dim more particles had it, and a little wider than they are.
-    covariance = (n * torch.cov(points.x0.T).reshape(dim, dim) + dim * torch.eye(dim).to(points.x0)) / (n + dim)
-    covariance = (1 + 1 / dim) * covariance
-    around = Gaussian(points.x0.mean(0), torch.linalg.cholesky(covariance))
+    own = _gaussian(points.x0, len(points.x0))
+    around = Gaussian(own.loc, math.sqrt(1 + 1 / points.x0.shape[1]) * own.scale_tril)  # a little wider than they are
     for made in range(1, 31):
         kernel = crank_nicolson(job.latent, width, power=power, around=around)
         points, move = kernel.step(points, job.generator)
@@ -437,6 +442,23 @@ def _spread(job: _Job, points: Points, width: float, power: float, left: float) 
         if made >= least and kept < 0.3:
             break
     return points, width, made, kept
+
+
+def _gaussian(x0: Tensor, n: float) -> Gaussian:
+    """Return the Gaussian of latent points that amount to n, shrunk to the latent law as if dim more had that."""
+    dim = x0.shape[1]
+    covariance = (n * torch.cov(x0.T).reshape(dim, dim) + dim * torch.eye(dim).to(x0)) / (n + dim)
+    return Gaussian(x0.mean(0), torch.linalg.cholesky(covariance))
+
+
+def _nearest(points: Points, generator: torch.Generator) -> Gaussian:
+    """Return the latent law or the Gaussian of draws as the posterior weighs them, whichever is nearer to that."""
+    weights, _ = smoothed(points.log_weight)
+    drawn = points.at(systematic(weights.unsqueeze(0), generator)[0])
+    latent = Gaussian(torch.zeros_like(drawn.x0[0]), torch.ones_like(drawn.x0[0]).diag())
+    height = drawn.log_weight + log_normal(drawn.x0)
+    guesses = (latent, _gaussian(drawn.x0, effective(weights)))
+    return min(guesses, key=lambda guess: float((height - guess.log_prob(drawn.x0)).var()))
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:
@@ -465,6 +487,8 @@ def mixed(
     step_size: float,
     n_leapfrog: int,
     inverse_mass_matrix: Tensor,
+    halfway: Callable[[Points], None] = lambda points: None,
+    trajectory_jitter: float = 0.5,
 ) -> Kernel:
     """Build the kernel that makes a latent move, then a Hamiltonian transition over weights.
 
@@ -479,12 +503,15 @@ def mixed(
         step_size: see `hmc`.
         n_leapfrog: see `hmc`.
         inverse_mass_matrix: see `hmc`.
+        halfway: is told where the chains are after the first move.
+        trajectory_jitter: see `hmc`.
     """
     jump = crank_nicolson(latent, width, fresh=fresh)
-    walk = hmc(log_joint_and_grad, step_size, n_leapfrog, inverse_mass_matrix)
+    walk = hmc(log_joint_and_grad, step_size, n_leapfrog, inverse_mass_matrix, trajectory_jitter=trajectory_jitter)
 
     def step(points: Points, generator: torch.Generator) -> tuple[Points, _Sweep]:
         points, move = jump.step(points, generator)
+        halfway(points)
         theta = points.theta.to(inverse_mass_matrix)
         state, info = walk.step(walk.init(theta, generator), generator)
         rows = (state.theta != theta).any(1).nonzero().squeeze(1)
@@ -499,55 +526,120 @@ def mixed(
     return Kernel(jump.init, step)
 
 
+class _Chains:
+    """How many chains run, and for how long: many short ones if they forget quickly, else few long ones.
+
+    One evaluation of a flow of few weights costs hardly more for hundreds of points than for a few. So hundreds of
+    chains begin; after a short warm-up the correlation of neighbouring draws tells how long a chain has to be for R-hat
+    to see that it converged. If that is very long, the first few of them go on, after a longer warm-up.
+
+    Args:
+        job: what is wanted.
+        most: bound on the number of chains that are few.
+
+    Attributes:
+        count: number of chains.
+        many: whether these are very many.
+        warm_up: moves that are thrown away.
+        draws: of each chain.
+    """
+
+    def __init__(self, job: _Job, most: int) -> None:
+        self._n, self._few = job.n, min(most, max(4, job.n // 50))
+        self.count = max(self._few, min(_CROWD, job.n // _SHORTEST, job.latent.wide))
+        self.many = self.count > self._few
+        self.warm_up = _SETTLE if self.many else _WARM_UP
+        self.draws = math.ceil(job.n / self.count)
+
+    def settle(self, before: Tensor, after: Tensor, *rates: Tensor) -> None:
+        """Look at many chains after their short warm-up.
+
+        Args:
+            before: where they were before the last move, ``(chain, dim)``.
+            after: where they are.
+            rates: of acceptance, ``(chain,)`` each.
+        """
+        memory = max(_memory(before, after), *(1 - float(rate.mean()) for rate in rates))
+        if memory > _SLOWLY:
+            self.count, self.many, self.warm_up = self._few, False, _WARM_UP
+        else:  # R-hat exceeds 1 by about memory / (1 - memory) over half the draws of a chain
+            longest = max(_SHORTEST, math.ceil(40 * memory / (1 - memory)))
+            self.count = max(self._few, min(self.count, self._n // longest))
+            self.warm_up += round(3 * memory / (1 - memory))
+        self.draws = math.ceil(self._n / self.count)
+
+
+def _memory(before: Tensor, after: Tensor) -> float:
+    """Return the mean correlation of coordinates ``(chain, dim)`` before and after a move, of those that vary."""
+    pair = torch.stack([before, after]).double()
+    pair = pair - pair.mean(1, keepdim=True)
+    size = pair.square().sum(1).sqrt().prod(0)
+    return float(((pair[0] * pair[1]).sum(0) / size)[size > 0].mean().nan_to_num(1.0))
+
+
 def _metropolis(job: _Job, points: Points | None) -> Outcome:
     """Run chains of `mixed` from resampled draws of the flow."""
     assert points is not None
     model, latent, generator = job.model, job.latent, job.generator
     target = torch.no_grad()(model.log_joint_and_grad)
-    chains, draws = _chains(job.n, 64)
-    state = points.at(_starts(points, chains, generator))
+    chains = _Chains(job, 64)
+    state = points.at(_starts(points, chains.count, generator))
     variance = points.theta[points.theta.isfinite().all(1)].double().var(0)
     mass = positive(variance).to(model.device, model.dtype)
-    width, step_size, history = 0.5, 0.5 * model.dim**-0.25, []
+    width, step_size, history = 1.0 if chains.many else 0.5, 0.5 * model.dim**-0.25, []
     gradients = 0.0
-    thetas, joints, ratios, infos = [], [], [], []
-    with progress_bar(_WARM_UP + draws, "metropolis", job.progress, "sweep") as bar:
+    drawn: list[Points] = []
+    halfway: list[Points] = []
+    infos: list[_Sweep] = []
+    with progress_bar(chains.warm_up + chains.draws, "metropolis", job.progress, "sweep") as bar:
         try:
-            for sweep in range(_WARM_UP + draws):
-                if sweep == _WARM_UP:  # fixed from here on, at what the second half of the warm-up used on average
-                    width, step_size = torch.tensor(history[_WARM_UP // 2 :]).log().mean(0).exp().tolist()
-                kernel = mixed(latent, target, width, _FRESH, step_size, 16, mass)
-                state, info = kernel.step(state, generator)
-                gradients += float(info.n_steps[0])
-                if sweep < _WARM_UP:
+            while len(drawn) < chains.draws:
+                before = state
+                lengths = (_leapfrogs(step_size), 1.0) if chains.many else (_LONGEST, 0.5)  # of few, none is the best
+                kernel = mixed(latent, target, width, _FRESH, step_size, lengths[0], mass, halfway.append, lengths[1])
+                state, info = kernel.step(before, generator)
+                gradients += float(info.n_steps.sum())
+                bar.update()
+                if len(history) < chains.warm_up:
                     nearby = info.acceptance_rate[~info.fresh]
                     if len(nearby):
                         width = min(1.0, width * math.exp(0.5 * (float(nearby.mean()) - _LATENT)))
                     step_size *= math.exp(float(info.hmc_acceptance_rate.mean()) - _HAMILTONIAN)
                     history.append([width, step_size])
+                    if chains.many and len(history) == _SETTLE:
+                        chains.settle(before.theta, state.theta, info.acceptance_rate, info.hmc_acceptance_rate)
+                        state = state.at(torch.arange(chains.count))
+                    if len(history) == chains.warm_up:  # from here on what its second half used on average
+                        width, step_size = torch.tensor(history[len(history) // 2 :]).log().mean(0).exp().tolist()
                 else:
-                    thetas.append(state.theta)
-                    joints.append(state.log_joint)
-                    ratios.append(state.log_weight)
+                    drawn += [halfway[-1], state] if chains.many else [state]
                     infos.append(info)
-                bar.update()
         except KeyboardInterrupt:
-            if not thetas:
+            if not drawn:
                 raise
-            job.findings.stopped(f"after {len(thetas)} of {draws} draws of each chain")
+            job.findings.stopped(f"after {len(drawn)} of {chains.draws} draws of each chain")
+    del drawn[chains.draws :]
     stats = {name: torch.stack([getattr(info, name) for info in infos], 1) for name in _Sweep._fields}
-    rate, anew = stats["acceptance_rate"], stats["fresh"]
+    rate, anew = stats["acceptance_rate"], stats.pop("fresh")
     info = {
         "width": width,
         "step_size": step_size,
         "independent_acceptance_rate": float(rate[anew].mean()) if bool(anew.any()) else 0.0,
         "crank_nicolson_acceptance_rate": float(rate[~anew].mean()) if bool((~anew).any()) else 0.0,
         "hmc_acceptance_rate": float(stats["hmc_acceptance_rate"].double().mean()),
-        "gradients_per_chain": round(gradients),
+        "gradients_per_chain": round(gradients / chains.count),
     }
-    theta, log_joint, ratio = torch.stack(thetas, 1), torch.stack(joints, 1), torch.stack(ratios, 1)
-    del stats["fresh"]
+    if chains.many:  # two draws a sweep
+        stats = {name: values.repeat_interleave(2, 1)[:, : len(drawn)] for name, values in stats.items()}
+    theta, log_joint, ratio = (
+        torch.stack([getattr(each, name) for each in drawn], 1) for name in ("theta", "log_joint", "log_weight")
+    )
     return _chained(job, points, theta, log_joint, ratio, info, stats, info["independent_acceptance_rate"])
+
+
+def _leapfrogs(step_size: float) -> int:
+    """Return how many steps a quarter turn takes."""
+    return max(1, min(_LONGEST, round(_QUARTER / step_size)))
 
 
 def _neutra(job: _Job, points: Points | None) -> Outcome:
@@ -555,51 +647,48 @@ def _neutra(job: _Job, points: Points | None) -> Outcome:
     assert points is not None
     generator, latent = job.generator, job.latent
     target = latent.log_density_and_grad
-    chains, draws = _chains(job.n, 16)
-    process = trajectory_warm_up(
-        target,
-        leapfrog(target),
-        _WARM_UP,
-        step_size=0.5 * job.model.dim**-0.25,
-        target_acceptance=_HAMILTONIAN,
-        trajectory_length=1.5,
-        max_leapfrog=16,
-    )
-    states, infos, gradients = [], [], 1.0
-    warm = process.init(points.x0[_starts(points, chains, generator)], generator)
-    with progress_bar(_WARM_UP + draws, "neutra", job.progress, "transition") as bar:
-        for _ in range(_WARM_UP):
-            warm, info = process.step(warm, generator)
-            gradients += float(info.n_steps[0])
-            bar.update()
-        kernel, state, found = process.tuned(warm)
+    chains = _Chains(job, 16)
+    rows = _starts(points, chains.count, generator)
+    around = _nearest(points, generator)
+    trajectory, unit = rotation(target, around), torch.ones_like(around.loc)
+    step_size, history = _QUARTER, []
+    state = ChainState(points.x0[rows], *target(points.x0[rows]))
+    states, infos, gradients = [], [], float(chains.count)
+    with progress_bar(chains.warm_up + chains.draws, "neutra", job.progress, "transition") as bar:
         try:
-            for _ in range(draws):
-                state, info = kernel.step(state, generator)
-                gradients += float(info.n_steps[0])
-                states.append(state)
-                infos.append(info)
+            while len(states) < chains.draws:
+                before = state
+                kernel = metropolis(target, trajectory, step_size, _leapfrogs(step_size), unit, trajectory_jitter=1.0)
+                state, info = kernel.step(before, generator)
+                gradients += float(info.n_steps.sum())
                 bar.update()
+                if len(history) < chains.warm_up:
+                    step_size = min(_QUARTER, step_size * math.exp(float(info.acceptance_rate.mean()) - _HAMILTONIAN))
+                    history.append(step_size)
+                    if chains.many and len(history) == _SETTLE:
+                        chains.settle(before.theta, state.theta, info.acceptance_rate)
+                        state = ChainState(*(part[: chains.count] for part in state))
+                    if len(history) == chains.warm_up:
+                        step_size = float(torch.tensor(history[len(history) // 2 :]).log().mean().exp())
+                else:
+                    states.append(state)
+                    infos.append(info)
         except KeyboardInterrupt:
             if not states:
                 raise
-            job.findings.stopped(f"after {len(states)} of {draws} draws of each chain")
+            job.findings.stopped(f"after {len(states)} of {chains.draws} draws of each chain")
     x0 = torch.stack([state.theta for state in states], 1)  # (chain, draw, dim)
-    theta = torch.cat([latent.carry(rows) for rows in x0.flatten(0, 1).split(_CHUNK)])
+    theta = torch.cat([latent.carry(rows) for rows in x0.flatten(0, 1).split(latent.chunk)])
     log_joint = latent.log_joint(theta).unflatten(0, x0.shape[:2])
     ratio = torch.stack([state.log_joint for state in states], 1) - log_normal(x0)
     stats = {name: torch.stack([getattr(info, name) for info in infos], 1) for name in infos[0]._fields}
-    info = found | {
+    info = {
+        "step_size": step_size,
+        "n_leapfrog": _leapfrogs(step_size),
         "hmc_acceptance_rate": float(stats["acceptance_rate"].double().mean()),
-        "gradients_per_chain": round(gradients),
+        "gradients_per_chain": round(gradients / chains.count),
     }
     return _chained(job, points, theta.unflatten(0, x0.shape[:2]), log_joint, ratio, info, stats, 1.0)
-
-
-def _chains(n: int, most: int) -> tuple[int, int]:
-    """Return how many chains and how many draws of each make ``n`` draws or a few more."""
-    chains = min(most, max(4, n // 50))
-    return chains, math.ceil(n / chains)
 
 
 def _starts(points: Points, chains: int, generator: torch.Generator) -> Tensor:
@@ -669,7 +758,7 @@ def _judge(
         if chosen in ("refine", "smc", "metropolis", "neutra"):
             done += f" (weights of the flow's own draws: k-hat {khat:.2f}, {raw:.0%} effective)"
         solver = solver_error(latent, points)
-        info["solver_error"] = solver.rms
+        info |= {"solver_error": solver.rms, "solver_steps": latent.flow.steps}
         if chosen != "refine":
             findings.solver(solver.rms)
         rows = _starts(points, _COPIES, job.generator)

@@ -381,20 +381,8 @@ class Flow:
             some = None if probes is None else probes[:, rows]
             if bar is not None and bar.total is not None and count > nodes:
                 bar.total += count * len(rows)
-
-            def trace_of(t: Tensor, z: Tensor, some: Tensor | None = some) -> Tensor:
-                if bar is not None:
-                    bar.update(len(z))
-                return self.velocity.with_divergence(t, z, trace, some)[1]
-
-            found, total, rough = integrate_with_trace(
-                self.velocity,
-                trace_of,
-                x[rows],
-                count,
-                solver,
-                backwards=backwards,
-            )
+            field = _Traced(self.velocity, trace, some, bar)
+            found, total, rough = integrate_with_trace(field, field.trace, x[rows], count, solver, backwards=backwards)
             end, change = end.index_copy(0, rows, found), change.index_copy(0, rows, total)
             rows = rows[rough > _ROUGH]
             if len(rows) == 0:
@@ -552,6 +540,27 @@ def _least_width(context: Context) -> float:
         largest = float(image.norm() / v.norm())
         v = image / image.norm() if largest else v
     return (1 + largest) ** -0.5
+
+
+class _Traced:
+    """A field that remembers its velocity where its divergence was taken last, from where the next step begins."""
+
+    def __init__(self, velocity: Field, trace: Trace, probes: Tensor | None, bar: tqdm | None) -> None:
+        self._velocity, self._trace, self._probes, self._bar = velocity, trace, probes, bar
+        self._known: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        if self._known is not None and self._known[0] is x:
+            return self._known[1]
+        return self._velocity(t, x)
+
+    def trace(self, t: Tensor, x: Tensor) -> Tensor:
+        """Return the divergence, ``(batch,)`` in float64."""
+        if self._bar is not None:
+            self._bar.update(len(x))
+        velocity, trace = self._velocity.with_divergence(t, x, self._trace, self._probes)
+        self._known = x, velocity
+        return trace
 
 
 def _finite(parts: list[Tensor]) -> Tensor:

@@ -226,12 +226,24 @@ def mixing(values: Tensor) -> tuple[float, float]:
 
     Args:
         values: ``(chain, draw, quantities)``, two chains or more; a quantity that never changes says nothing.
+
+    Where chains are far more than their draws, their means tell more of the ESS than the autocorrelations of each.
     """
     values = values[..., values.amax((0, 1)) - values.amin((0, 1)) > _ROUNDING * values.abs().amax((0, 1))]
     if values.shape[1] < 4 or values.shape[2] == 0:
         return math.inf, float(len(values))
-    r_hat, ess = diagnostics.rhat(_array(values)), diagnostics.ess(_array(values), "bulk")
+    many = len(values) > 4 * values.shape[1]
+    r_hat = diagnostics.rhat(_array(values))
+    ess = _array(_ess_of_means(values)) if many else diagnostics.ess(_array(values), "bulk")
     return float(np.nan_to_num(r_hat, nan=math.inf).max()), float(np.nan_to_num(ess).min())
+
+
+def _ess_of_means(values: Tensor) -> Tensor:
+    """Return how many independent draws have a mean as sharp as that of the normal scores of quantities of chains."""
+    chains, draws, _ = values.shape
+    ranks = values.flatten(0, 1).argsort(0).argsort(0).double()
+    scores = torch.special.ndtri((ranks + 0.625) / (len(ranks) + 0.25)).unflatten(0, (chains, draws))
+    return (chains * scores.flatten(0, 1).var(0) / scores.mean(1).var(0)).clamp(max=chains * draws)
 
 
 def _array(values: Tensor) -> np.ndarray:

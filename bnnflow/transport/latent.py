@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from bnnflow.gaussian import Gaussian
+from bnnflow.inference.mass import Scale
+from bnnflow.inference.trajectories import ChainState, Proposal, Trajectory
 from bnnflow.model import BayesianModel
+from bnnflow.model.fused import normal_like
 from bnnflow.transport.flow import Flow
-from bnnflow.types import Kernel, Seed, Trace
+from bnnflow.types import FixedSolver, Kernel, LogDensityAndGrad, Seed, Trace
 
-__all__ = ["Latent", "Move", "Points", "Transport", "crank_nicolson", "log_normal"]
+__all__ = ["Latent", "Move", "Points", "SolverError", "Transport", "crank_nicolson", "log_normal", "rotation"]
 
 _LOG_2PI = math.log(2 * math.pi)
+_CHUNK = 512  # densities that are asked for at once,
+_MOST = 2048  # at most, by flows of few weights, to whom hundreds of points cost hardly more than a few
+_NUMBERS = 2**13  # weights of all points that are asked for at once
+_PILOT = 32  # draws on which rules of the solver are compared
+_TOLERANCE = 0.01  # nats by which a cheaper rule may change log weights: what is unseen among a thousand draws
+_FEWEST = 4  # steps that can tell where the divergence is rough
 
 
 class Transport(Protocol):
@@ -78,6 +88,21 @@ class Points(NamedTuple):
         return Points(*(part[rows] for part in self))
 
 
+class SolverError(NamedTuple):
+    """What more of the solver's steps change, in nats: nothing for an adaptive rule, which is taken at its word."""
+
+    rms: float = 0.0  # of log weights
+    shift: float = 0.0  # of the log of their mean
+
+    @classmethod
+    def of(cls, before: Tensor, after: Tensor) -> SolverError:
+        """Compare log weights ``(n,)`` of the same draws."""
+        known = (before > -math.inf) | (after > -math.inf)
+        before, after = before[known], after[known]
+        shift = float((after.logsumexp(0) - before.logsumexp(0)).abs())
+        return cls(float((after - before).square().mean().sqrt()), shift)
+
+
 class Latent:
     """The posterior in the latent coordinates of a flow, where it has the density N(x0; 0, I) exp(log weight).
 
@@ -91,6 +116,8 @@ class Latent:
     Attributes:
         solves: exact or estimated log densities that were integrated so far.
         broken: rows for which the flow had no answer.
+        chunk: rows that are best asked for together.
+        error: what more of the solver's steps would change, if `settle` has found out.
     """
 
     def __init__(
@@ -105,9 +132,45 @@ class Latent:
         self.flow, self.model = flow, model
         self.trace: Trace = trace
         self._options: dict[str, Any] = {"trace": trace, "seed": generator}
-        if progress and isinstance(flow, Flow):
-            self._options["progress"] = True
+        self.chunk = _CHUNK
+        if isinstance(flow, Flow):
+            self.chunk = max(_CHUNK, min(_MOST, _NUMBERS // flow.dim))
+            self._options |= {"progress": progress, "chunk_size": self.chunk}
         self.solves = self.broken = 0
+        self.error: SolverError | None = None
+
+    def settle(self, x0: Tensor) -> None:
+        """Take the cheapest rule of the solver that gives the log weights of one far dearer, on some points.
+
+        With RK4 the fourth to the half of the flow's own steps may do, for a sixth to a half of the price. They are
+        compared with as many RK4 steps as the flow takes of its own rule. It keeps that where none of them does, where
+        it chooses its steps itself, and where densities are estimates.
+
+        Args:
+            x0: latent points, ``(n, dim)``, of which 32 are looked at, or an eighth if these are fewer.
+        """
+        flow = self.flow
+        if not isinstance(flow, Flow) or self.trace != "exact" or flow.solver not in get_args(FixedSolver):
+            return
+        fewer = sorted({flow.steps * eighths // 8 for eighths in (2, 3, 4)} - set(range(_FEWEST)))
+        points = x0[: max(8, min(_PILOT, len(x0) // 8))]
+
+        def log_weight(steps: int) -> Tensor:
+            self.flow = replace(flow, solver="rk4", steps=steps)
+            return self.push(points).log_weight
+
+        truth = log_weight(flow.steps) if fewer else None
+        for steps in fewer:
+            assert truth is not None
+            self.error = SolverError.of(log_weight(steps), truth)
+            if self.error.rms <= _TOLERANCE:
+                return
+        self.flow, self.error = flow, None
+
+    @property
+    def wide(self) -> int:
+        """Number of points whose density costs hardly more than that of a few; 1 where that is not known."""
+        return max(1, 2048 // self.flow.dim) if isinstance(self.flow, Flow) else 1
 
     @torch.no_grad()
     def push(self, x0: Tensor, steps: int | None = None) -> Points:
@@ -232,6 +295,39 @@ def crank_nicolson(
         return Points(*moved), Move(rate, anew)
 
     return Kernel(init, step)
+
+
+def rotation(log_density_and_grad: LogDensityAndGrad, around: Gaussian) -> Trajectory:
+    """Return trajectories that turn in a Gaussian as it turns, exactly, pushed by what else there is.
+
+    In coordinates z in which ``around`` is N(0, I), steps of H = |p|^2 / 2 - log density are split into half a kick by
+    the gradient of log density + |z|^2 / 2, a rotation of z and p by the step, and half a kick (Beskos et al. 2011).
+    Where the density is that of ``around`` there is no error, however long the step: a quarter turn forgets everything.
+
+    Args:
+        log_density_and_grad: of latent points, ``(n, dim) -> (n,), (n, dim)``.
+        around: ideally near what is left invariant.
+    """
+    root, loc = around.scale_tril, around.loc
+
+    def trajectory(
+        state: ChainState, step_size: Tensor, scale: Scale, n_steps: int, generator: torch.Generator
+    ) -> Proposal:
+        x0, value, grad = state
+        z = torch.linalg.solve_triangular(root, (x0 - loc).T, upper=False).T
+        p = normal_like(z, generator)
+        start_energy = 0.5 * p.square().sum(-1, dtype=torch.float64) - value
+        cos, sin = step_size.cos(), step_size.sin()
+        for _ in range(n_steps):
+            p = p + 0.5 * step_size * (grad @ root + z)
+            z, p = cos * z + sin * p, cos * p - sin * z
+            x0 = loc + z @ root.T
+            value, grad = log_density_and_grad(x0)
+            p = p + 0.5 * step_size * (grad @ root + z)
+        end_energy = 0.5 * p.square().sum(-1, dtype=torch.float64) - value
+        return Proposal(ChainState(x0, value, grad), p, start_energy, end_energy)
+
+    return trajectory
 
 
 def log_normal(x0: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bnnflow.transport.importance import Estimate, HeldOut, bridge, distance, khat_limit
-from bnnflow.transport.latent import Latent, Points
+from bnnflow.transport.latent import Latent, Points, SolverError
 from bnnflow.warn import warn
 
 __all__ = ["Findings", "Outcome", "SolverError", "compare", "copies_gap", "solver_error"]
@@ -186,20 +186,13 @@ class Findings:
         return f"trust after correction: use these draws, not the flow's own; {said}"
 
 
-class SolverError(NamedTuple):
-    """What twice the solver's steps change, in nats: nothing for an adaptive rule, which is taken at its word."""
-
-    rms: float = 0.0  # of log weights
-    shift: float = 0.0  # of the log of their mean
-
-
 def solver_error(latent: Latent, points: Points) -> SolverError:
-    """Send some draws again with twice the solver's steps."""
+    """Return what more of the solver's steps change; some draws are sent again with twice as many if not known yet."""
+    if latent.error is not None:
+        return latent.error
     rows = (~points.lost).nonzero().squeeze(1)[:_TWICE]
-    before = points.log_weight[rows]
-    after = latent.push(points.x0[rows], steps=2 * latent.flow.steps).log_weight
-    shift = float((after.logsumexp(0) - before.logsumexp(0)).abs())
-    return SolverError(float((after - before).square().mean().sqrt()), shift)
+    again = latent.push(points.x0[rows], steps=2 * latent.flow.steps)
+    return SolverError.of(points.log_weight[rows], again.log_weight)
 
 
 def copies_gap(
