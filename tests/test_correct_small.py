@@ -1,4 +1,4 @@
-"""Corrections of a model of few weights: closed forms at every scale, many short chains, the cheapest rule that does."""
+"""Corrections of models of few weights: closed forms in any units, many short chains, the cheapest rule."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributions as td
 from torch import Tensor, nn
 
 import bnnflow as bf
@@ -31,7 +32,7 @@ def linear(unit: float = 1.0, inputs: float = 1.0) -> tuple[bf.BayesianModel, Te
     y = x @ torch.tensor([1.0, -0.5], dtype=F64) + 0.3 + 0.5 * torch.randn(30, generator=g, dtype=F64)
     x, y, noise = inputs * x, unit * y, 0.5 * unit
     scale = unit * torch.tensor([1 / inputs, 1 / inputs, 1.0], dtype=F64)
-    prior = priors.Normal({"weight": float(scale[0]), "bias": unit})
+    prior = priors.PerTensor({"weight": td.Normal(0.0, unit / inputs), "bias": td.Normal(0.0, unit)})
     net = built(lambda: nn.Linear(2, 1))
     model = bf.BayesianModel(net, prior, likelihoods.Gaussian(noise), x.float(), y.float().unsqueeze(1))
     design = torch.cat([model.x.double(), torch.ones(30, 1, dtype=F64)], 1) * scale / noise
@@ -59,7 +60,7 @@ def check_draws(fixed: bf.Draws, mean: Tensor, covariance: Tensor, ess: float) -
 
 
 @pytest.mark.parametrize(("unit", "inputs"), [(1.0, 1.0), (1e-8, 1.0), (1e8, 1.0), (1.0, 1e-8), (1.0, 1e8)])
-@pytest.mark.parametrize("method", ["importance", "resample", "refine", "smc", "metropolis"])
+@pytest.mark.parametrize("method", ["importance", "smc", "metropolis"])
 def test_a_linear_regression_is_corrected_in_any_units(method: Any, unit: float, inputs: float) -> None:
     model, mean, covariance, evidence = linear(unit, inputs)
     flow = GaussNewtonFlow(model, steps=8)
@@ -70,3 +71,123 @@ def test_a_linear_regression_is_corrected_in_any_units(method: Any, unit: float,
     value, error = fixed.log_evidence
     assert error < 0.15
     assert abs(value - evidence) < 4 * error + 0.02
+
+
+# ---------------------------------------------------------------- many short chains
+
+
+def slow(values: Tensor, rho: float, g: torch.Generator) -> Tensor:
+    """Turn noise ``(chain, draw)`` into stationary autoregressions."""
+    state, found = values[:, 0], [values[:, 0]]
+    for noise in values[:, 1:].unbind(1):
+        state = rho * state + math.sqrt(1 - rho * rho) * noise
+        found.append(state)
+    return torch.stack(found, 1)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.3, -0.3])
+def test_short_chains_count_by_what_their_means_tell(rho: float) -> None:
+    """The variance of a mean of L draws of an autoregression is known, and more than n draws are never claimed."""
+    chains, draws = 2000, 8
+    values = slow(torch.randn(chains, draws, generator=generator(), dtype=F64), rho, generator(1))
+    lags = torch.arange(1, draws)
+    truth = chains * draws / float(1 + 2 * ((1 - lags / draws) * rho**lags).sum())
+    r_hat, ess = mixing(values.unsqueeze(-1))
+    assert ess == pytest.approx(min(truth, chains * draws), rel=0.15)
+    assert (r_hat < 1.05) == (rho <= 0)
+    assert mixing((values + 3 * torch.randn(chains, 1, generator=generator(2), dtype=F64)).unsqueeze(-1))[0] > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["metropolis", "neutra"])
+def test_chains_are_many_where_they_forget_and_few_where_not(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, mean, covariance, _ = linear()
+    near = GaussNewtonFlow(model, steps=8)
+    fixed = bf.correct(near, model, 600, method, seed=0)
+    assert fixed.theta.shape[:2] == (75, 8)
+    assert fixed.info["r_hat"] < 1.1
+    check_draws(fixed, mean, covariance, fixed.ess)
+    scale = model.flat_prior.scale
+    root = torch.as_tensor(scale).expand(3).double()
+    wide = GaussianVelocity(mean / root + 2, 0.2 * torch.eye(3, dtype=F64))  # far from the posterior
+    monkeypatch.setattr(importlib.import_module("bnnflow.transport.correct"), "_WARM_UP", 20)
+    far = bf.correct(Flow.of(wide, model, steps=8), model, 600, "metropolis", seed=0)
+    assert far.theta.shape[0] == 12
+    check_draws(far, mean, covariance, far.ess)
+
+
+@pytest.mark.parametrize("about", ["posterior", "source"])
+def test_rotations_keep_the_posterior_and_have_no_error_in_their_own_gaussian(about: str) -> None:
+    problem = conjugate()
+    root = torch.linalg.cholesky(problem.covariance)
+    own = Gaussian(problem.mean, root)
+    around = own if about == "posterior" else Gaussian(torch.zeros(4, dtype=F64), torch.eye(4, dtype=F64))
+    target = torch.no_grad()(problem.model.log_joint_and_grad)
+    kernel = metropolis(target, rotation(target, around), 1.5 if about == "posterior" else 0.05, 4, torch.ones(4))
+    draws = collected(kernel, problem.posterior.sample(20, generator(1)), 400, generator(2))
+    rate = draws.stats["acceptance_rate"]
+    assert rate.min() > 1 - 1e-9 if about == "posterior" else rate.mean() > 0.4
+    check_moments(draws.theta, problem.mean, problem.covariance)
+
+
+# ---------------------------------------------------------------- the cheapest rule
+
+
+def log_weights(flow: Flow, model: bf.BayesianModel, x0: Tensor, **options: Any) -> Tensor:
+    theta, log_q = flow.push_with_log_prob(x0, **options)
+    return model.log_joint(theta).double() - log_q
+
+
+@pytest.mark.parametrize("solver", ["midpoint", "rk4"])
+@pytest.mark.parametrize("steps", [8, 16])
+def test_the_cheapest_rule_within_the_tolerance_is_taken(solver: Any, steps: int) -> None:
+    model, *_ = linear()
+    flow = GaussNewtonFlow(model, steps=steps, solver=solver)
+    latent = Latent(flow, model, "exact", generator())
+    x0 = flow.start(160, 3)
+    latent.settle(x0)
+    fewer = [s for s in (steps // 4, 3 * steps // 8, steps // 2) if s >= 4]
+    truth = log_weights(flow, model, x0, solver="rk4", steps=32)
+    errors = [
+        float((log_weights(flow, model, x0, solver="rk4", steps=s) - truth).square().mean().sqrt()) for s in fewer
+    ]
+    good = [s for s, error in zip(fewer, errors, strict=True) if error <= 0.01]
+    assert latent.flow.steps == (good[0] if good else steps)  # type: ignore[union-attr]
+    assert latent.flow.solver == ("rk4" if good else solver)  # type: ignore[union-attr]
+    assert (latent.error is None) == (not good)
+    if latent.error is not None:
+        assert latent.error.rms == pytest.approx(errors[fewer.index(good[0])], rel=0.5, abs=1e-4)
+    fixed = bf.correct(flow, model, 200, "importance", seed=0)
+    assert fixed.info["solver_steps"] == latent.flow.steps
+    assert fixed.info["solver_error"] < 0.1
+
+
+@pytest.mark.parametrize(("trace", "solver"), [("hutchinson", "midpoint"), ("exact", "dopri5")])
+def test_no_rule_is_sought_for_estimates_or_adaptive_solvers(trace: Trace, solver: Any) -> None:
+    model, *_ = linear()
+    flow = GaussNewtonFlow(model, steps=8, solver=solver)
+    latent = Latent(flow, model, trace, generator())
+    latent.settle(flow.start(64, 0))
+    assert latent.flow is flow
+    assert latent.error is None
+    assert latent.solves == 0
+
+
+def test_a_rule_that_nothing_matches_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, *_ = linear()
+    monkeypatch.setattr(MODULE, "_TOLERANCE", 0.0)
+    flow = GaussNewtonFlow(model, steps=16)
+    latent = Latent(flow, model, "exact", generator())
+    latent.settle(flow.start(64, 0))
+    assert latent.flow is flow
+    assert latent.error is None
+
+
+def test_the_latent_density_does_not_depend_on_the_company() -> None:
+    model, *_ = linear()
+    latent = Latent(GaussNewtonFlow(model, steps=8), model, "exact", generator())
+    x0 = latent.flow.start(40, 0)
+    whole, halves = latent.push(x0), [latent.push(part) for part in x0.split(20)]
+    torch.testing.assert_close(whole.log_weight, torch.cat([half.log_weight for half in halves]), rtol=1e-5, atol=1e-4)
+    value, _ = latent.log_density_and_grad(x0)
+    torch.testing.assert_close(value, whole.log_weight + log_normal(x0), rtol=1e-4, atol=1e-3)

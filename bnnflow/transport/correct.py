@@ -127,12 +127,16 @@ def correct(
       by preconditioned Crank-Nicolson steps around their mean; only resampled where weights were all but equal.
     - ``"metropolis"``: chains that mix independent proposals from q, latent Crank-Nicolson steps and Hamiltonian
       transitions over weights, each exact.
-    - ``"neutra"``: HMC in latent space (Hoffman et al. 2019), through the flow's derivatives: for small dim.
+    - ``"neutra"``: HMC in latent space (Hoffman et al. 2019), through the flow's derivatives: for small dim. It turns
+      exactly in the latent law, or in a Gaussian near the posterior, and is kicked by what else there is.
     - ``"auto"``: importance sampling if k-hat allows it; else, where dim is at most 50, SMC; else refinement, which
       costs no densities. Beyond dim 2000 an exact density is too dear, and it refines at once.
 
-    All need w but refinement, which uses it for the diagnosis alone. Densities are the solver's: some draws are sent
-    again with twice the steps; the verdict says if that matters, and errors of evidences include what it changes.
+    All need w but refinement, which uses it for the diagnosis alone. Densities are the solver's: of a `Flow` with fixed
+    steps some draws tell whether RK4 with half of them or fewer will do, within a hundredth of a nat, and that is then
+    taken (``info["solver_steps"]``). Else some are sent again with twice the steps. The verdict says if it matters, and
+    errors of evidences include what it changes. Chains are hundreds of short ones where flows have few weights and
+    chains forget quickly, and few long ones elsewhere.
 
     The evidence of weighted draws is the log of the mean raw weight, which is unbiased; its error is the delta
     method's. Held-out draws give a second, by the optimal bridge between them and the flow's; chains of

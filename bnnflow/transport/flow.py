@@ -546,7 +546,8 @@ class _Traced:
     """A field that remembers its velocity where its divergence was taken last, from where the next step begins."""
 
     def __init__(self, velocity: Field, trace: Trace, probes: Tensor | None, bar: tqdm | None) -> None:
-        self._velocity, self._trace, self._probes, self._bar = velocity, trace, probes, bar
+        self._velocity, self._probes, self._bar = velocity, probes, bar
+        self._trace: Trace = trace
         self._known: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
