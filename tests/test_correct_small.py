@@ -15,10 +15,11 @@ import bnnflow as bf
 from bnnflow import likelihoods, priors
 from bnnflow.draws import as_theta
 from bnnflow.gaussian import Gaussian
+from bnnflow.inference.hmc import rotation
 from bnnflow.inference.trajectories import metropolis
 from bnnflow.transport import Flow, GaussianVelocity, GaussNewtonFlow
 from bnnflow.transport.importance import mixing
-from bnnflow.transport.latent import Latent, log_normal, rotation
+from bnnflow.transport.latent import Latent, log_normal
 from bnnflow.types import Trace
 from tests.problems import F64, built, check_moments, collected, conjugate, generator
 

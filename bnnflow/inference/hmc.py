@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
+from bnnflow.gaussian import Gaussian
 from bnnflow.inference.loop import run_chains
 from bnnflow.inference.mass import LowRank, Scale
 from bnnflow.inference.run import Run
@@ -24,7 +25,7 @@ from bnnflow.model import BayesianModel
 from bnnflow.model.fused import normal_like
 from bnnflow.types import Kernel, LogDensityAndGrad
 
-__all__ = ["HMC", "hmc", "leapfrog"]
+__all__ = ["HMC", "hmc", "leapfrog", "rotation"]
 
 
 def leapfrog(log_joint_and_grad: LogDensityAndGrad) -> Trajectory:
@@ -45,6 +46,39 @@ def leapfrog(log_joint_and_grad: LogDensityAndGrad) -> Trajectory:
             momentum = steps.push(momentum, grad, 1.0 if i < n_steps - 1 else 0.5)
         end_energy = 0.5 * momentum.square().sum(-1, dtype=torch.float64) - log_joint
         return Proposal(ChainState(theta, log_joint, grad), momentum, start_energy, end_energy)
+
+    return trajectory
+
+
+def rotation(log_joint_and_grad: LogDensityAndGrad, around: Gaussian) -> Trajectory:
+    """Return trajectories that turn in a Gaussian as it turns, exactly, pushed by what else there is.
+
+    In coordinates z in which ``around`` is N(0, I), steps of H = |p|^2 / 2 - log_joint are split into half a kick by
+    the gradient of log_joint + |z|^2 / 2, a rotation of z and p by the step, and half a kick (Beskos et al. 2011).
+    Where exp(log_joint) is ``around`` there is no error, however long the step: a quarter turn forgets everything.
+
+    Args:
+        log_joint_and_grad: ``(chain, dim) -> (chain,), (chain, dim)``.
+        around: ideally near what is left invariant.
+    """
+    root, loc = around.scale_tril, around.loc
+
+    def trajectory(
+        state: ChainState, step_size: Tensor, scale: Scale, n_steps: int, generator: torch.Generator
+    ) -> Proposal:
+        theta, log_joint, grad = state
+        z = torch.linalg.solve_triangular(root, (theta - loc).T, upper=False).T
+        p = normal_like(z, generator)
+        start_energy = 0.5 * p.square().sum(-1, dtype=torch.float64) - log_joint
+        cos, sin = step_size.cos(), step_size.sin()
+        for _ in range(n_steps):
+            p = p + 0.5 * step_size * (grad @ root + z)
+            z, p = cos * z + sin * p, cos * p - sin * z
+            theta = loc + z @ root.T
+            log_joint, grad = log_joint_and_grad(theta)
+            p = p + 0.5 * step_size * (grad @ root + z)
+        end_energy = 0.5 * p.square().sum(-1, dtype=torch.float64) - log_joint
+        return Proposal(ChainState(theta, log_joint, grad), p, start_energy, end_energy)
 
     return trajectory
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from bnnflow.arguments import Count, Fraction, checked
 from bnnflow.draws import Draws, as_theta, strays
 from bnnflow.gaussian import Gaussian, positive
-from bnnflow.inference.hmc import hmc
+from bnnflow.inference.hmc import hmc, rotation
 from bnnflow.inference.smc import evidence, merging, next_fraction, relative_variance, systematic
 from bnnflow.inference.trajectories import ChainState, functions, metropolis
 from bnnflow.model import BayesianModel
@@ -30,7 +30,7 @@ from bnnflow.transport.importance import (
     mixing,
     smoothed,
 )
-from bnnflow.transport.latent import Latent, Points, SolverError, Transport, crank_nicolson, log_normal, rotation
+from bnnflow.transport.latent import Latent, Points, SolverError, Transport, crank_nicolson, log_normal
 from bnnflow.transport.verdict import SOLVER, Findings, Outcome, compare, copies_gap, solver_error
 from bnnflow.types import CorrectionMethod, Kernel, LogDensityAndGrad, Seed, Trace
 from bnnflow.warn import warn
@@ -655,14 +655,16 @@ def _neutra(job: _Job, points: Points | None) -> Outcome:
     rows = _starts(points, chains.count, generator)
     around = _nearest(points, generator)
     trajectory, unit = rotation(target, around), torch.ones_like(around.loc)
-    step_size, history = _QUARTER, []
+    step_size, n_steps, history = _QUARTER, 1, []
     state = ChainState(points.x0[rows], *target(points.x0[rows]))
     states, infos, gradients = [], [], float(chains.count)
     with progress_bar(chains.warm_up + chains.draws, "neutra", job.progress, "transition") as bar:
         try:
             while len(states) < chains.draws:
                 before = state
-                kernel = metropolis(target, trajectory, step_size, _leapfrogs(step_size), unit, trajectory_jitter=1.0)
+                jitter = 1.0 if chains.many else 0.75  # few chains vary how far they turn: so they change modes
+                n_steps = _leapfrogs(jitter * step_size)
+                kernel = metropolis(target, trajectory, step_size, n_steps, unit, trajectory_jitter=jitter)
                 state, info = kernel.step(before, generator)
                 gradients += float(info.n_steps.sum())
                 bar.update()
@@ -688,7 +690,7 @@ def _neutra(job: _Job, points: Points | None) -> Outcome:
     stats = {name: torch.stack([getattr(info, name) for info in infos], 1) for name in infos[0]._fields}
     info = {
         "step_size": step_size,
-        "n_leapfrog": _leapfrogs(step_size),
+        "n_leapfrog": n_steps,
         "hmc_acceptance_rate": float(stats["acceptance_rate"].double().mean()),
         "gradients_per_chain": round(gradients / chains.count),
     }

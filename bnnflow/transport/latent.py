@@ -11,14 +11,11 @@ import torch
 from torch import Tensor
 
 from bnnflow.gaussian import Gaussian
-from bnnflow.inference.mass import Scale
-from bnnflow.inference.trajectories import ChainState, Proposal, Trajectory
 from bnnflow.model import BayesianModel
-from bnnflow.model.fused import normal_like
 from bnnflow.transport.flow import Flow
-from bnnflow.types import FixedSolver, Kernel, LogDensityAndGrad, Seed, Trace
+from bnnflow.types import FixedSolver, Kernel, Seed, Trace
 
-__all__ = ["Latent", "Move", "Points", "SolverError", "Transport", "crank_nicolson", "log_normal", "rotation"]
+__all__ = ["Latent", "Move", "Points", "SolverError", "Transport", "crank_nicolson", "log_normal"]
 
 _LOG_2PI = math.log(2 * math.pi)
 _CHUNK = 512  # densities that are asked for at once,
@@ -295,39 +292,6 @@ def crank_nicolson(
         return Points(*moved), Move(rate, anew)
 
     return Kernel(init, step)
-
-
-def rotation(log_density_and_grad: LogDensityAndGrad, around: Gaussian) -> Trajectory:
-    """Return trajectories that turn in a Gaussian as it turns, exactly, pushed by what else there is.
-
-    In coordinates z in which ``around`` is N(0, I), steps of H = |p|^2 / 2 - log density are split into half a kick by
-    the gradient of log density + |z|^2 / 2, a rotation of z and p by the step, and half a kick (Beskos et al. 2011).
-    Where the density is that of ``around`` there is no error, however long the step: a quarter turn forgets everything.
-
-    Args:
-        log_density_and_grad: of latent points, ``(n, dim) -> (n,), (n, dim)``.
-        around: ideally near what is left invariant.
-    """
-    root, loc = around.scale_tril, around.loc
-
-    def trajectory(
-        state: ChainState, step_size: Tensor, scale: Scale, n_steps: int, generator: torch.Generator
-    ) -> Proposal:
-        x0, value, grad = state
-        z = torch.linalg.solve_triangular(root, (x0 - loc).T, upper=False).T
-        p = normal_like(z, generator)
-        start_energy = 0.5 * p.square().sum(-1, dtype=torch.float64) - value
-        cos, sin = step_size.cos(), step_size.sin()
-        for _ in range(n_steps):
-            p = p + 0.5 * step_size * (grad @ root + z)
-            z, p = cos * z + sin * p, cos * p - sin * z
-            x0 = loc + z @ root.T
-            value, grad = log_density_and_grad(x0)
-            p = p + 0.5 * step_size * (grad @ root + z)
-        end_energy = 0.5 * p.square().sum(-1, dtype=torch.float64) - value
-        return Proposal(ChainState(x0, value, grad), p, start_energy, end_energy)
-
-    return trajectory
 
 
 def log_normal(x0: Tensor) -> Tensor:
