@@ -384,6 +384,13 @@ def test_auto_tempers_where_weights_fail_in_few_dimensions() -> None:
     assert "a few weights decide everything" in refused.verdict
 
 
+@pytest.mark.parametrize("n", [50, 200])
+def test_fewer_draws_than_the_pilot_are_weighed_once(n: int) -> None:
+    problem = conjugate()
+    fixed = bf.correct(near(problem, 0.35, 2.0), problem.model, n, seed=0)
+    assert (fixed.method, fixed.theta.shape) == ("smc", (1, n, problem.model.dim))
+
+
 def test_auto_refines_where_weights_fail_in_many_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
     model = many_weights()
     flow = Affine(torch.zeros(61, dtype=F64), torch.eye(61, dtype=F64))  # the prior

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import bnnflow as bf
 from bnnflow import storage
-from bnnflow.transport import AffinePath, Matched, Source, WeightsVelocity, train, training
+from bnnflow.transport import AffinePath, Field, Matched, Source, WeightsVelocity, train, training
 from bnnflow.transport.times import Uniform
 from tests.problems import built
 from tests.test_storage import exact_values, informed_model
@@ -171,3 +171,30 @@ def test_a_state_of_other_shapes_is_refused(kept: dict[str, Path], tmp_path: Pat
     )
     with pytest.raises(ValueError, match=r"odd.npz: parameter 0 has another shape"):
         fit(file)
+
+
+class Leaning(Field):
+    """A field of the caller's own with a number that is not learned."""
+
+    def __init__(self, lean: float) -> None:
+        super().__init__()
+        self.lean = lean
+        self.level = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.level * x + self.lean
+
+
+class Straight(Leaning):
+    """The same parameters in other code."""
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.level * x
+
+
+def test_a_field_of_the_callers_own_is_known_by_its_code_and_attributes(tmp_path: Path) -> None:
+    first = fit(tmp_path / "own", velocity=Leaning(0.5))
+    same(first, fit(tmp_path / "own", velocity=Leaning(0.5)))
+    for other in (Leaning(0.6), Straight(0.5)):
+        with pytest.raises(ValueError, match=r"training of another (field|velocity)"):
+            fit(tmp_path / "own", velocity=other)

@@ -268,6 +268,8 @@ def _weigh(job: _Job, n: int, points: Points | None = None) -> Points:
         job.latent.settle(job.x0)
     parts = [] if points is None else [points]
     done, n = 0 if points is None else len(points.x0), min(n, job.n)
+    if points is not None and done >= n:
+        return points
     with progress_bar(n, "weights", job.progress, "draw", initial=done) as bar:
         try:
             for rows in job.x0[done:n].split(job.latent.chunk):

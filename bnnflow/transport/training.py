@@ -20,7 +20,7 @@ from bnnflow import storage
 from bnnflow.arguments import Count, Positive, checked
 from bnnflow.draws import Draws, as_theta
 from bnnflow.equivariant.signed import has_signs
-from bnnflow.identity import digest, seed_identity, without_addresses
+from bnnflow.identity import Identity, digest, seed_identity
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
 from bnnflow.ranks import ALONE, Ranks, connect
@@ -618,8 +618,10 @@ def _copy(generator: torch.Generator) -> torch.Generator:
 
 def _structure(field: Field) -> str:
     """Return what tells fields apart but for their weights, which are those of the checkpoint."""
-    described = field.describe() or without_addresses(repr(field))
-    parameters = [(name, tuple(p.shape), str(p.dtype)) for name, p in field.named_parameters()]
+    named = dict(field.named_parameters())
+    # A field of the caller's own is what its code and its attributes make of its weights.
+    described = field.describe() or Identity(named).add(field.bind(None), "field").digest
+    parameters = [(name, tuple(p.shape), str(p.dtype)) for name, p in named.items()]
     return f"{type(field).__name__} {digest((described, parameters, dict(field.named_buffers())))}"
 
 
