@@ -38,7 +38,7 @@ def main() -> None:
     for name, (method, sizes) in METHODS.items():
         results[name] = draws = bf.sample(model, method, seed=0, **sizes)
         line = scores(bf.predict(model, draws, data.x_test), data.y_test)
-        verdict = bf.diagnose(draws, model, data.x_test).verdict
+        verdict = bf.diagnose(model, draws, data.x_test).verdict
         print(f"{name:15} {line}  {draws.info['seconds']:5.1f} s  {verdict}", flush=True)
         if draws.log_evidence is not None:
             value, error = draws.log_evidence
@@ -48,7 +48,7 @@ def main() -> None:
     linear = bf.predict(model.linearised(laplace.posterior.loc), laplace, data.x_test)
     print(f"{'  linearised':15} {scores(linear, data.y_test)}")
 
-    made = bf.report(results, model, data.x_test, data.y_test, path=OUT, title="Diabetes, 10-8-1, eleven methods")
+    made = bf.report(model, results, data.x_test, data.y_test, path=OUT, title="Diabetes, 10-8-1, eleven methods")
     print(f"\n{made.sections[0].comparison.headline}\nreport: {made.path}")
 
 

@@ -33,9 +33,9 @@ def compare(data: Dataset, model: bf.BayesianModel, trace: str, title: str) -> t
     log("variational posterior fitted")
     results["HMC"] = draws = bf.sample(model, bf.HMC(), chains=16, warmup=400, draws=400, seed=1)
     log("Hamiltonian Monte Carlo finished")
-    print(bf.diagnose(draws, model, data.x_test))
+    print(bf.diagnose(model, draws, data.x_test))
 
-    spread = bf.align(draws, model).flat.var(0).sum() / draws.flat.var(0).sum()
+    spread = bf.align(model, draws).flat.var(0).sum() / draws.flat.var(0).sum()
     log(f"alignment: order and sign of hidden units were {1 - float(spread):.0%} of the variance of the weights")
 
     flow = bf.fit_flow(model, draws, budget=TRAINING, seed=1)
@@ -45,12 +45,12 @@ def compare(data: Dataset, model: bf.BayesianModel, trace: str, title: str) -> t
     results["flow (raw)"] = theta = flow.sample(DRAWS, seed=1)
     seconds["flow (raw)"] = flow.info["seconds"] + time.perf_counter() - began
     log(f"{DRAWS} networks sampled in {time.perf_counter() - began:.1f} s")
-    results["flow (refined)"] = refined = bf.refine(theta, model, seed=1)
+    results["flow (refined)"] = refined = bf.refine(model, theta, seed=1)
     seconds["flow (refined)"] = seconds["flow (raw)"] + refined.info["seconds"]
     log(f"refined by {refined.info['gradients_per_draw']:.0f} gradients a network")
     log_q = flow.log_prob(theta[:16], trace=trace)
     log(f"log density of the flow ({trace} trace) at 16 of its draws: {log_q.mean():.1f}, sd {log_q.std():.1f}")
-    report = bf.report(results, model, data.x_test, data.y_test, path=None, title=title, seconds=seconds)
+    report = bf.report(model, results, data.x_test, data.y_test, path=None, title=title, seconds=seconds)
     return results, report
 
 

@@ -238,7 +238,7 @@ def tuned_flow(task: Task, flow: bf.Flow, steps: int) -> bf.Flow:
     settings: dict[str, Any] = {"steps": steps, "batch_size": BATCH, "learning_rate": 1e-3, "optimiser": "adamw"}
 
     def make() -> bf.Flow:
-        moved = bf.refine(start.sample(2048, 4), model, 16, seed=5)
+        moved = bf.refine(model, start.sample(2048, 4), 16, seed=5)
         return bf.fit_flow(model, moved, velocity=start.velocity, seed=0, **settings)
 
     return remembered_flow(OUT / f"flow-tuned-{task.name}-{flow.info['steps']}-{steps}.npz", model, make)
@@ -280,7 +280,7 @@ def cell(task: Task, hidden: int, starts: Starts, draws: int) -> dict[str, dict[
         began = time.process_time()
         theta = draw(draws)
         spent = time.process_time() - began
-        moved = bf.refine(theta, model, REFINE[0], n_leapfrog=REFINE[1], seed=2, progress=False)
+        moved = bf.refine(model, theta, REFINE[0], n_leapfrog=REFINE[1], seed=2, progress=False)
         rows[name] = judged(task, model, theta, truth) | {"CPU s": spent}
         spent += moved.info["cpu_seconds"]
         rows[f"{name}, refined"] = judged(task, model, moved.flat, truth) | {"CPU s": spent}

@@ -30,7 +30,7 @@ def main() -> None:
     draws = bf.sample(model, bf.HMC(), chains=CHAINS, warmup=300, draws=DRAWS, seed=0, checkpoint=FOLDER, resume=True)
     if int(os.environ.get("RANK", "0")) == 0:  # every process has all draws; one of them reports
         pred = bf.predict(model, draws, data.x_test)
-        print(bf.diagnose(draws, model, data.x_test))
+        print(bf.diagnose(model, draws, data.x_test))
         print(f"{tuple(draws.theta.shape)} draws in {draws.info['seconds']:.1f} s over all starts, kept in {FOLDER}")
         print(f"LPPD {bf.metrics.lppd(pred, data.y_test):.3f}, CRPS {bf.metrics.crps(pred, data.y_test):.3f}")
     if torch.distributed.is_initialized():

@@ -328,7 +328,7 @@ def _transport(w: World) -> Iterator[Call]:
     yield Call("Flow.rows_within", flow.rows_within, {"memory": 10**6, "trace": None})
     yield Call("Flow.save", flow.save, {"path": w.folder / "again.npz"})
     yield Call("Flow.load", t.Flow.load, {"path": w.folder / "flow.npz", "model": model})
-    refine = {"theta": draws, "model": model, "steps": 1, "n_leapfrog": 1, "target_acceptance": 0.8, "seed": 0}
+    refine = {"draws": draws, "model": model, "steps": 1, "n_leapfrog": 1, "target_acceptance": 0.8, "seed": 0}
     yield Call("refine", bf.refine, refine | {"chunk_size": 4, "progress": False})
     correct = {"flow": flow, "model": model, "n": 50, "method": "importance", "seed": 0, "held_out": draws}
     yield Call("correct", bf.correct, correct | {"trace": "exact", "force": True, "progress": False})

@@ -422,7 +422,7 @@ def test_alignment_by_every_method_gathers_one_mode(name: str, method: Method) -
     group = model.spec.symmetries(model.prior)
     group = group._replace(sign=frozenset()) if method == "sinkhorn" else group
     theta = spec.transform(group, 2, clean)[0]
-    aligned = align(theta, model, rounds=1 if method == "sinkhorn" else 5, method=method)
+    aligned = align(model, theta, rounds=1 if method == "sinkhorn" else 5, method=method)
     assert isinstance(aligned, Tensor)
     torch.testing.assert_close(model.log_joint(aligned), model.log_joint(theta), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(aligned.var((0, 1)).sum(), clean.var((0, 1)).sum(), rtol=1e-6, atol=0)
@@ -431,7 +431,7 @@ def test_alignment_by_every_method_gathers_one_mode(name: str, method: Method) -
 def test_alignment_refuses_an_unknown_method() -> None:
     model = model_of("relu")
     with pytest.raises(ValueError, match="method must be"):
-        align(weights(model.spec, 3), model, method="magic")  # type: ignore[arg-type]
+        align(model, weights(model.spec, 3), method="magic")  # type: ignore[arg-type]
 
 
 def test_every_round_of_a_frechet_mean_comes_closer() -> None:

@@ -199,7 +199,7 @@ def test_flows_live_on_what_is_free(perceptron, tmp_path):
     flow.save(tmp_path / "flow.npz")
     loaded = bf.load(tmp_path / "flow.npz", model)
     assert torch.equal(loaded.sample(3, seed=1), flow.sample(3, seed=1))
-    aligned = bf.align(draws, model)
+    aligned = bf.align(model, draws)
     torch.testing.assert_close(model.log_joint(aligned.theta), draws.log_joint, rtol=1e-4, atol=1e-3)
 
 

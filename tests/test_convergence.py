@@ -90,8 +90,8 @@ NETS = {
 def test_copies_of_one_chain_agree_modulo_symmetry(name: str) -> None:
     model = NETS[name]()
     chain = random_walk(model)
-    same = weight_convergence(as_draws(model, chain.expand(4, -1, -1)), model)
-    moved = weight_convergence(as_draws(model, copies(model, chain)), model)
+    same = weight_convergence(model, as_draws(model, chain.expand(4, -1, -1)))
+    moved = weight_convergence(model, as_draws(model, copies(model, chain)))
     assert worst(moved.raw) > 1.5
     for tensor, aligned in same.aligned.items():  # all entries, in whatever frame of units
         frames = np.sort(moved.aligned[tensor].r_hat.ravel()), np.sort(aligned.r_hat.ravel())
@@ -104,8 +104,8 @@ def test_copies_of_one_chain_agree_modulo_symmetry(name: str) -> None:
 def test_copies_of_a_sampled_chain_agree_modulo_symmetry() -> None:
     model = model_of(2, 5, 1, likelihood=likelihoods.Gaussian(0.1))
     draws = bf.sample(model, bf.HMC(), chains=1, warmup=150, draws=150, seed=0, progress=False)
-    same = weight_convergence(as_draws(model, draws.theta.expand(4, -1, -1)), model)
-    moved = weight_convergence(as_draws(model, copies(model, draws.theta)), model)
+    same = weight_convergence(model, as_draws(model, draws.theta.expand(4, -1, -1)))
+    moved = weight_convergence(model, as_draws(model, copies(model, draws.theta)))
     assert worst(moved.raw) > 1.5
     assert abs(worst(moved.aligned) - worst(same.aligned)) < 0.005
 
@@ -128,11 +128,11 @@ def test_chains_in_different_functions_stay_apart() -> None:
     slope = model.outputs(draws.theta, torch.ones(1, 1, dtype=F64)).squeeze()
     assert (slope[:2] > 1).all()
     assert (slope[2:] < -1).all()
-    result = weight_convergence(draws, model)
+    result = weight_convergence(model, draws)
     assert worst(result.aligned) > 1.1
     assert result.functions.worst[0] > 1.1
     assert "different modes of the function" in result.conclusion
-    verdict = diagnose(draws, model)
+    verdict = diagnose(model, draws)
     assert verdict.verdict == "do not trust"
     assert any("weight_convergence" in reason for reason in verdict.reasons)
 
@@ -141,12 +141,12 @@ def test_a_given_reference_is_used() -> None:
     model = NETS["relu"]()
     chain = random_walk(model)
     draws = as_draws(model, copies(model, chain))
-    own = weight_convergence(draws, model, reference=chain[0, 0])
+    own = weight_convergence(model, draws, reference=chain[0, 0])
     assert (
-        abs(worst(own.aligned) - worst(weight_convergence(draws, model, reference=draws.theta[2, 0]).aligned)) < 0.005
+        abs(worst(own.aligned) - worst(weight_convergence(model, draws, reference=draws.theta[2, 0]).aligned)) < 0.005
     )
     with pytest.raises(ValueError, match="axis of length"):
-        weight_convergence(draws, model, reference=chain[0, 0, 1:])
+        weight_convergence(model, draws, reference=chain[0, 0, 1:])
 
 
 # ---------------------------------------------------------------- the figures
@@ -200,7 +200,7 @@ def test_superchains_must_divide_the_chains(superchains: int) -> None:
     model = NETS["relu without depth"]()
     draws = as_draws(model, random_walk(model, 10).expand(4, -1, -1))
     with pytest.raises(ValueError, match="superchains"):
-        weight_convergence(draws, model, superchains=superchains)
+        weight_convergence(model, draws, superchains=superchains)
 
 
 def test_statistics_that_are_not_numbers_do_not_pass() -> None:
@@ -213,26 +213,26 @@ def test_statistics_that_are_not_numbers_do_not_pass() -> None:
         ("energy_variance", "energy errors"),
     ):
         draws = bf.Draws(theta, model.log_joint(theta), {statistic: nothing}, info={"energy_variance": 1e-3})
-        assert any(word in reason for reason in diagnose(draws, model).reasons)
+        assert any(word in reason for reason in diagnose(model, draws).reasons)
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
     model = NETS["relu without depth"]()
     theta = random_walk(model, 10)
     with pytest.raises(ValueError, match="2 chains of 4"):
-        weight_convergence(as_draws(model, theta), model)
+        weight_convergence(model, as_draws(model, theta))
     with pytest.raises(ValueError, match="2 chains of 4"):
-        weight_convergence(as_draws(model, theta[:, :3].expand(2, -1, -1)), model)
+        weight_convergence(model, as_draws(model, theta[:, :3].expand(2, -1, -1)))
     weighted = bf.Draws(theta, model.log_joint(theta), log_weights=torch.zeros(1, 10))
     with pytest.raises(ValueError, match="weighted"):
-        weight_convergence(weighted, model)
+        weight_convergence(model, weighted)
 
 
 def test_the_table_names_the_worst_layer_and_the_picture_every_tensor() -> None:
     model = NETS["relu"]()
     theta = random_walk(model).repeat(4, 1, 1)
     theta[1:, :, model.spec.slices["2.bias"]] += torch.arange(1, 4, dtype=F64)[:, None, None]
-    result = weight_convergence(as_draws(model, theta), model, superchains=2)
+    result = weight_convergence(model, as_draws(model, theta), superchains=2)
     table = str(result)
     assert result.worst_layer in ("2.bias", "2.weight")  # scales carry a unit's bias into its weights
     assert "2 superchains" in table

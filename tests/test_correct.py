@@ -90,7 +90,7 @@ def latent_of(flow: Any, model: bf.BayesianModel) -> Latent:
 def test_draws_and_evidence_are_the_closed_forms(method: Any, bend: float) -> None:
     problem = conjugate(hard=True)
     flow = near(problem, bend=bend)
-    fixed = bf.correct(flow, problem.model, 1200, method, seed=1, held_out=chains_of(problem))
+    fixed = bf.correct(problem.model, flow, 1200, method, seed=1, held_out=chains_of(problem))
     assert isinstance(fixed, Correction)
     assert fixed.method == fixed.info["correction"] == method
     assert fixed.verdict.startswith("trust after correction")
@@ -119,7 +119,7 @@ def test_the_errors_of_evidences_are_honest(method: Any) -> None:
     """Over independent repetitions the error divided by its own estimate has a standard deviation near one."""
     problem, scores = conjugate(), []
     for seed in range({"refine": 12, "metropolis": 16, "neutra": 12}.get(method, 24)):
-        fixed = bf.correct(near(problem, 1.4), problem.model, 400, method, seed=seed)
+        fixed = bf.correct(problem.model, near(problem, 1.4), 400, method, seed=seed)
         value, error = fixed.log_evidence
         scores.append((value - problem.log_normaliser) / error)
     z = np.array(scores)
@@ -131,7 +131,7 @@ def test_tempering_bridges_what_weights_cannot() -> None:
     """From a flow that is narrow and far away, in several temperatures: evidence and errors are right."""
     problem, scores, errors = conjugate(), [], []
     for seed in range(16):
-        fixed = bf.correct(near(problem, 0.8, 4.0), problem.model, 1000, "smc", seed=seed)
+        fixed = bf.correct(problem.model, near(problem, 0.8, 4.0), 1000, "smc", seed=seed)
         assert fixed.info["temperatures"] >= 4
         value, error = fixed.log_evidence
         errors.append(value - problem.log_normaliser)
@@ -139,7 +139,7 @@ def test_tempering_bridges_what_weights_cannot() -> None:
     assert np.abs(np.mean(errors)) < 4 * np.std(errors) / math.sqrt(16)
     assert np.std(errors) < 0.2
     assert 0.5 < np.sqrt(np.mean(np.square(scores))) < 1.6
-    alone = bf.correct(near(problem, 0.8, 4.0), problem.model, 1000, "importance", seed=0)
+    alone = bf.correct(problem.model, near(problem, 0.8, 4.0), 1000, "importance", seed=0)
     assert alone.verdict.startswith("do not trust")
 
 
@@ -165,7 +165,7 @@ def test_the_error_of_the_second_route_is_honest() -> None:
             state = 0.9 * state + math.sqrt(1 - 0.81) * torch.randn(4, 4, generator=g, dtype=F64)
             states.append(problem.mean + state @ root.T)
         held = torch.stack(states, 1)
-        fixed = bf.correct(flow, problem.model, 2000, "importance", seed=seed, held_out=held)
+        fixed = bf.correct(problem.model, flow, 2000, "importance", seed=seed, held_out=held)
         value, error = fixed.info["evidences"]["bridge"]
         own = fixed.info["evidences"]["importance"]
         assert error < own[1]  # two sides know more than one
@@ -178,20 +178,20 @@ def test_the_error_of_the_second_route_is_honest() -> None:
 def test_an_exact_flow_needs_no_correction() -> None:
     problem = conjugate()
     flow = near(problem, 1.0, 0.0)
-    fixed = bf.correct(flow, problem.model, 500, seed=0, held_out=chains_of(problem))
+    fixed = bf.correct(problem.model, flow, 500, seed=0, held_out=chains_of(problem))
     assert fixed.verdict.startswith("trust: ")
     assert fixed.khat == 0
     assert fixed.ess == pytest.approx(500)
     assert fixed.log_evidence[0] == pytest.approx(problem.log_normaliser)
     assert fixed.info["held_out"]["forward_ess"] == pytest.approx(1)
-    alone = bf.correct(flow, problem.model, 500, seed=0)
+    alone = bf.correct(problem.model, flow, 500, seed=0)
     assert alone.verdict.startswith("trust after correction")
     assert "cannot be excluded" in alone.verdict
 
 
 def test_a_tempered_posterior_has_no_evidence() -> None:
     problem = conjugate(temperature=2.0)
-    fixed = bf.correct(near(problem), problem.model, 800, "importance", seed=0)
+    fixed = bf.correct(problem.model, near(problem), 800, "importance", seed=0)
     assert fixed.log_evidence is None
     value, error = fixed.info["log_tempered_normaliser"]
     assert abs(value - problem.log_normaliser) < 4 * error
@@ -299,7 +299,7 @@ def test_a_flow_trained_on_one_of_two_modes_is_not_trusted(method: Any) -> None:
     model, exact, log_evidence = two_modes()
     model = without_symmetries(model)
     one, both = fitted(exact[exact[:, 0] > 0]), fitted(exact)
-    lost = bf.correct(one, model, 800, method, seed=2, held_out=exact[:1000])
+    lost = bf.correct(model, one, 800, method, seed=2, held_out=exact[:1000])
     assert lost.verdict.startswith("do not trust")
     assert "has lost a part of the posterior" in lost.verdict
     assert lost.info["copies_gap"] == pytest.approx(0, abs=1e-9)  # the group that keeps this prior is trivial
@@ -311,7 +311,7 @@ def test_a_flow_trained_on_one_of_two_modes_is_not_trusted(method: Any) -> None:
         assert lost.khat < khat_limit(800)  # what the flow's own draws can say is that all is well
         assert abs(lost.log_evidence[0] - (log_evidence - math.log(2))) < 4 * lost.log_evidence[1]
         assert "lost about 5" in lost.verdict
-    kept = bf.correct(both, model, 800, method, seed=2, held_out=exact[:1000])
+    kept = bf.correct(model, both, 800, method, seed=2, held_out=exact[:1000])
     assert kept.verdict.startswith("trust after correction")
 
 
@@ -322,10 +322,10 @@ def test_chains_that_never_change_their_mode_still_show_a_lost_one() -> None:
     sides = (chains.theta[..., 0] > 0).double().mean(1)
     assert set(sides.tolist()) == {0.0, 1.0}
     for method in ("importance", "refine"):
-        lost = bf.correct(fitted(exact[exact[:, 0] > 0]), model, 800, method, seed=2, held_out=chains)
+        lost = bf.correct(model, fitted(exact[exact[:, 0] > 0]), 800, method, seed=2, held_out=chains)
         assert lost.verdict.startswith("do not trust")
         assert "has lost a part of the posterior" in lost.verdict
-    kept = bf.correct(fitted(exact), model, 800, "importance", seed=2, held_out=chains)
+    kept = bf.correct(model, fitted(exact), 800, "importance", seed=2, held_out=chains)
     assert kept.verdict.startswith("trust after correction")
 
 
@@ -333,7 +333,7 @@ def test_held_out_draws_that_have_lost_a_part_are_found_out() -> None:
     problem = conjugate()
     draws = problem.posterior.sample(2000, generator(9))
     half = draws[draws[:, 0] > problem.mean[0]]
-    fixed = bf.correct(near(problem), problem.model, 2000, "importance", seed=2, held_out=half)
+    fixed = bf.correct(problem.model, near(problem), 2000, "importance", seed=2, held_out=half)
     assert fixed.verdict.startswith("do not trust")
     assert "held-out and corrected draws differ in law" in fixed.verdict
 
@@ -341,15 +341,15 @@ def test_held_out_draws_that_have_lost_a_part_are_found_out() -> None:
 def test_symmetric_copies_show_a_lost_mode_without_held_out_draws() -> None:
     model, exact, log_evidence = two_modes()
     one = fitted(exact[exact[:, 0] > 0])
-    lost = bf.correct(one, model, 800, seed=2)
+    lost = bf.correct(model, one, 800, seed=2)
     assert lost.verdict.startswith("do not trust")
     assert "symmetric copies" in lost.verdict
     assert lost.info["copies_gap"] > 10
-    kept = bf.correct(fitted(exact), model, 800, seed=2)
+    kept = bf.correct(model, fitted(exact), 800, seed=2)
     assert kept.verdict.startswith("trust after correction")
     assert abs(kept.info["copies_gap"]) < 0.1
     # Draws aligned to one copy, and held-out draws aligned alike: predictions are right, and the verdict says of what.
-    aligned = bf.correct(one, model, 800, seed=2, held_out=exact[exact[:, 0] > 0][:1000])
+    aligned = bf.correct(model, one, 800, seed=2, held_out=exact[exact[:, 0] > 0][:1000])
     assert aligned.verdict.startswith("trust after correction")
     assert "that of the copies that it has" in aligned.verdict
     assert abs(aligned.log_evidence[0] + math.log(2) - log_evidence) < 4 * aligned.log_evidence[1]
@@ -366,7 +366,7 @@ def many_weights() -> bf.BayesianModel:
 
 def test_auto_takes_weights_where_they_work_and_says_so() -> None:
     problem = conjugate()
-    fixed = bf.correct(near(problem), problem.model, 600, seed=0)
+    fixed = bf.correct(problem.model, near(problem), 600, seed=0)
     assert fixed.method == "importance"
     assert "importance, chosen for a k-hat of" in fixed.verdict
     assert fixed.info["asked"] == "auto"
@@ -374,12 +374,12 @@ def test_auto_takes_weights_where_they_work_and_says_so() -> None:
 
 def test_auto_tempers_where_weights_fail_in_few_dimensions() -> None:
     problem = conjugate()
-    fixed = bf.correct(near(problem, 0.35, 2.0), problem.model, 600, seed=0, held_out=chains_of(problem))
+    fixed = bf.correct(problem.model, near(problem, 0.35, 2.0), 600, seed=0, held_out=chains_of(problem))
     assert fixed.khat > 0.7
     assert fixed.method == "smc"
     assert "smc, chosen since k-hat is" in fixed.verdict
     assert not fixed.verdict.startswith("trust: ")
-    refused = bf.correct(near(problem, 0.35, 2.0), problem.model, 600, "importance", seed=0)
+    refused = bf.correct(problem.model, near(problem, 0.35, 2.0), 600, "importance", seed=0)
     assert refused.verdict.startswith("do not trust")
     assert "a few weights decide everything" in refused.verdict
 
@@ -387,14 +387,14 @@ def test_auto_tempers_where_weights_fail_in_few_dimensions() -> None:
 @pytest.mark.parametrize("n", [50, 200])
 def test_fewer_draws_than_the_pilot_are_weighed_once(n: int) -> None:
     problem = conjugate()
-    fixed = bf.correct(near(problem, 0.35, 2.0), problem.model, n, seed=0)
+    fixed = bf.correct(problem.model, near(problem, 0.35, 2.0), n, seed=0)
     assert (fixed.method, fixed.theta.shape) == ("smc", (1, n, problem.model.dim))
 
 
 def test_auto_refines_where_weights_fail_in_many_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
     model = many_weights()
     flow = Affine(torch.zeros(61, dtype=F64), torch.eye(61, dtype=F64))  # the prior
-    fixed = bf.correct(flow, model, 300, seed=0)
+    fixed = bf.correct(model, flow, 300, seed=0)
     assert fixed.method == "refine"
     assert "refine, chosen since k-hat is" in fixed.verdict
     assert fixed.log_weights is None
@@ -404,7 +404,7 @@ def test_auto_refines_where_weights_fail_in_many_dimensions(monkeypatch: pytest.
     assert error < 0.15
     assert abs(value - there) < 4 * math.hypot(error, spread)
     monkeypatch.setattr(MODULE, "_WEIGHED", 60)
-    blind = bf.correct(flow, model, 300, seed=0)
+    blind = bf.correct(model, flow, 300, seed=0)
     assert blind.method == "refine"
     assert blind.log_evidence is None
     assert "too dear" in blind.verdict
@@ -412,9 +412,9 @@ def test_auto_refines_where_weights_fail_in_many_dimensions(monkeypatch: pytest.
     assert blind.info["density_solves"] == 0
     assert blind.verdict.startswith("do not trust")  # nothing was compared
     chains = bf.sample(model, bf.HMC(), chains=8, warmup=150, draws=60, seed=0)
-    compared = bf.correct(flow, model, 300, seed=0, held_out=chains)
+    compared = bf.correct(model, flow, 300, seed=0, held_out=chains)
     assert "refine for longer" in compared.verdict  # sixteen transitions from the prior are not enough
-    compared = bf.correct(bf.GaussNewtonFlow(model), model, 300, seed=0, held_out=chains)
+    compared = bf.correct(model, bf.GaussNewtonFlow(model), 300, seed=0, held_out=chains)
     assert compared.verdict.startswith("trust after correction")
     assert compared.info["density_solves"] == 0
 
@@ -423,7 +423,7 @@ def test_a_refinement_that_is_too_short_is_not_trusted(monkeypatch: pytest.Monke
     problem = conjugate()
     monkeypatch.setattr(MODULE, "_REFINED", 1)
     far = near(problem, 0.5, 40.0)
-    fixed = bf.correct(far, problem.model, 400, "refine", seed=0)
+    fixed = bf.correct(problem.model, far, 400, "refine", seed=0)
     assert fixed.verdict.startswith("do not trust")
     assert "refine for longer" in fixed.verdict
 
@@ -436,18 +436,18 @@ def test_a_refinement_that_is_too_short_is_not_trusted(monkeypatch: pytest.Monke
 def test_estimated_densities_are_refused_for_weights(method: Any, trace: Any) -> None:
     problem = conjugate()
     with pytest.raises(ValueError, match="weights made of it are biased"):
-        bf.correct(near(problem), problem.model, 100, method, trace=trace)
+        bf.correct(problem.model, near(problem), 100, method, trace=trace)
 
 
 def test_estimated_densities_are_named_if_forced() -> None:
     problem = conjugate()
     held = chains_of(problem)
     forced = bf.correct(
-        near(problem, 1.0, 0.0), problem.model, 400, trace="hutchinson", force=True, seed=0, held_out=held
+        problem.model, near(problem, 1.0, 0.0), 400, trace="hutchinson", force=True, seed=0, held_out=held
     )
     assert forced.verdict.startswith("do not trust")
     assert "densities are estimates (hutchinson)" in forced.verdict
-    refined = bf.correct(near(problem), problem.model, 400, "refine", trace="hutchinson", seed=0, held_out=held)
+    refined = bf.correct(problem.model, near(problem), 400, "refine", trace="hutchinson", seed=0, held_out=held)
     assert refined.verdict.startswith("trust after correction")
     assert refined.khat is None
     assert refined.info["density_solves"] == 0
@@ -464,7 +464,7 @@ def test_a_flow_without_a_density_over_weights_is_refused() -> None:
             return torch.zeros(len(x))
 
     with pytest.raises(ValueError, match=r"Manifold has no density over weights.*completes the measure"):
-        bf.correct(Manifold(), conjugate().model)
+        bf.correct(conjugate().model, Manifold())
 
 
 @pytest.mark.parametrize(
@@ -484,20 +484,20 @@ def test_a_flow_without_a_density_over_weights_is_refused() -> None:
 def test_settings_without_sense_are_refused(options: dict[str, Any], message: str) -> None:
     problem = conjugate()
     with pytest.raises((TypeError, ValueError), match=message):
-        bf.correct(near(problem), problem.model, **({"n": 100} | options))
+        bf.correct(problem.model, near(problem), **({"n": 100} | options))
 
 
 def test_a_flow_of_another_dimension_is_refused() -> None:
     flow = Affine(torch.zeros(3, dtype=F64), torch.eye(3, dtype=F64))
     with pytest.raises(ValueError, match="the flow has dim 3 and the model 4"):
-        bf.correct(flow, conjugate().model)
+        bf.correct(conjugate().model, flow)
 
 
 def test_neutra_is_for_few_dimensions() -> None:
     flow = Affine(torch.zeros(61, dtype=F64), torch.eye(61, dtype=F64))
     with pytest.raises(ValueError, match=r"dim 61 is above 50.*force=True insists"):
-        bf.correct(flow, many_weights(), 50, "neutra")
-    forced = bf.correct(flow, many_weights(), 50, "neutra", force=True, seed=0)
+        bf.correct(many_weights(), flow, 50, "neutra")
+    forced = bf.correct(many_weights(), flow, 50, "neutra", force=True, seed=0)
     assert forced.method == "neutra"
 
 
@@ -533,7 +533,7 @@ class Broken(Affine):
 def test_draws_without_an_answer_are_survived_and_counted(how: str, method: Any) -> None:
     problem = conjugate()
     flow = Broken(problem, how)
-    fixed = bf.correct(flow, problem.model, 400, method, seed=3)
+    fixed = bf.correct(problem.model, flow, 400, method, seed=3)
     assert fixed.theta.isfinite().all()
     assert fixed.log_joint.isfinite().all()
     if method == "refine" and how == "density":
@@ -557,7 +557,7 @@ def test_a_flow_without_any_answer_raises() -> None:
     problem = conjugate()
     for method in ("importance", "smc", "metropolis"):
         with pytest.raises(FloatingPointError, match="no draw of the flow has a finite weight"):
-            bf.correct(Broken(problem, "density", -math.inf), problem.model, 100, method)
+            bf.correct(problem.model, Broken(problem, "density", -math.inf), 100, method)
 
 
 @pytest.mark.parametrize(
@@ -582,7 +582,7 @@ def test_an_interrupt_keeps_what_there_is(method: Any, after: int, said: str) ->
 
     flow.push_with_log_prob = interrupted  # type: ignore[method-assign]
     with pytest.warns(UserWarning, match=f"interrupted .*{said}"):
-        fixed = bf.correct(flow, problem.model, 3000, method, seed=0)
+        fixed = bf.correct(problem.model, flow, 3000, method, seed=0)
     assert fixed.info["interrupted"]
     assert "interrupted" in fixed.verdict
     assert fixed.theta.isfinite().all()
@@ -605,7 +605,7 @@ def test_an_interrupted_refinement_is_not_trusted(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(problem.model, "log_joint_and_grad", interrupted)
     with pytest.warns(UserWarning, match="interrupted"):
-        fixed = bf.correct(near(problem), problem.model, 100, "refine", seed=0)
+        fixed = bf.correct(problem.model, near(problem), 100, "refine", seed=0)
     assert fixed.info["interrupted"]
     assert fixed.info["transitions"] < 16
     assert fixed.verdict.startswith("do not trust")
@@ -617,10 +617,10 @@ def test_an_interrupt_while_the_evidence_is_sought_keeps_the_draws(monkeypatch: 
     def interrupted(*args: Any, **options: Any) -> tuple[float, float]:
         raise KeyboardInterrupt
 
-    whole = bf.correct(near(problem), problem.model, 100, "refine", seed=0)
+    whole = bf.correct(problem.model, near(problem), 100, "refine", seed=0)
     monkeypatch.setattr(MODULE, "evidence", interrupted)
     with pytest.warns(UserWarning, match="interrupted while the evidence was sought"):
-        fixed = bf.correct(near(problem), problem.model, 100, "refine", seed=0)
+        fixed = bf.correct(problem.model, near(problem), 100, "refine", seed=0)
     torch.testing.assert_close(fixed.theta, whole.theta)
     assert fixed.info["interrupted"]
     assert whole.log_evidence is not None
@@ -629,7 +629,7 @@ def test_an_interrupt_while_the_evidence_is_sought_keeps_the_draws(monkeypatch: 
 
 def test_a_tempered_posterior_has_no_evidence_after_refinement() -> None:
     problem = conjugate(temperature=0.5)
-    fixed = bf.correct(near(problem), problem.model, 100, "refine", seed=0)
+    fixed = bf.correct(problem.model, near(problem), 100, "refine", seed=0)
     assert fixed.log_evidence is fixed.info["log_tempered_normaliser"] is None
 
 
@@ -642,7 +642,7 @@ def test_an_interrupt_before_anything_goes_on() -> None:
 
     flow.push_with_log_prob = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        bf.correct(flow, problem.model, 100, "importance")
+        bf.correct(problem.model, flow, 100, "importance")
 
 
 def test_steps_that_the_density_depends_on_are_found_out() -> None:
@@ -656,7 +656,7 @@ def test_steps_that_the_density_depends_on_are_found_out() -> None:
 
     flow.push_with_log_prob = coarse  # type: ignore[method-assign]
     for error, start in ((0.3, "trust: "), (3.0, "trust after correction"), (80.0, "do not trust")):
-        fixed = bf.correct(flow, problem.model, 500, "importance", seed=0, held_out=chains_of(problem))
+        fixed = bf.correct(problem.model, flow, 500, "importance", seed=0, held_out=chains_of(problem))
         assert fixed.verdict.startswith(start)
         assert fixed.info["solver_error"] == pytest.approx(error * 0.75 / 16, rel=0.4)
         assert ("twice the solver's steps" in fixed.verdict) == (error > 1)
@@ -668,7 +668,7 @@ def test_steps_that_the_density_depends_on_are_found_out() -> None:
 @pytest.mark.parametrize("method", ["auto", *METHODS])
 def test_a_seed_decides_everything(method: Any) -> None:
     problem = conjugate()
-    one, same, other = (bf.correct(near(problem, bend=0.5), problem.model, 100, method, seed=s) for s in (5, 5, 6))
+    one, same, other = (bf.correct(problem.model, near(problem, bend=0.5), 100, method, seed=s) for s in (5, 5, 6))
     assert torch.equal(one.theta, same.theta)
     assert one.log_evidence == same.log_evidence
     assert one.verdict == same.verdict
@@ -677,20 +677,20 @@ def test_a_seed_decides_everything(method: Any) -> None:
 
 def test_a_generator_goes_on() -> None:
     problem, g = conjugate(), generator(0)
-    first, second = (bf.correct(near(problem), problem.model, 100, "importance", seed=g) for _ in range(2))
+    first, second = (bf.correct(problem.model, near(problem), 100, "importance", seed=g) for _ in range(2))
     assert not torch.equal(first.theta, second.theta)
 
 
 def test_corrected_draws_are_draws(tmp_path: Any) -> None:
     problem = conjugate()
-    fixed = bf.correct(near(problem), problem.model, 500, seed=0, held_out=chains_of(problem))
+    fixed = bf.correct(problem.model, near(problem), 500, seed=0, held_out=chains_of(problem))
     assert isinstance(fixed, bf.Draws)
     prediction = bf.predict(problem.model, fixed, problem.model.x[:3])
     pair = bf.predict(problem.model, (fixed.theta, fixed.log_weights), problem.model.x[:3])
     torch.testing.assert_close(prediction.mean, pair.mean)
-    assert bf.diagnose(fixed, problem.model).kind == "weighted"
-    moved = bf.correct(near(problem), problem.model, 500, "metropolis", seed=0)
-    assert bf.diagnose(moved, problem.model).kind == "chains"
+    assert bf.diagnose(problem.model, fixed).kind == "weighted"
+    moved = bf.correct(problem.model, near(problem), 500, "metropolis", seed=0)
+    assert bf.diagnose(problem.model, moved).kind == "chains"
     loaded = bf.load(fixed.save(tmp_path / "fixed"))
     assert torch.equal(loaded.theta, fixed.theta)
     assert loaded.info["verdict"] == fixed.verdict
@@ -712,7 +712,7 @@ def test_costs_are_counted() -> None:
     flow.push_with_log_prob = counted("push", push)  # type: ignore[method-assign]
     flow.pull_with_log_prob = counted("pull", pull)  # type: ignore[method-assign]
     model.log_joint_and_grad = counted("gradients", gradient)  # type: ignore[method-assign]
-    fixed = bf.correct(flow, model, 100, "metropolis", seed=0, held_out=chains_of(problem))
+    fixed = bf.correct(model, flow, 100, "metropolis", seed=0, held_out=chains_of(problem))
     assert fixed.info["density_solves"] == counts["push"] + counts["pull"]
     assert fixed.info["gradients_per_chain"] * fixed.n_chains == counts["gradients"]
     assert fixed.info["cpu_seconds"] > 0
@@ -722,13 +722,13 @@ def test_costs_are_counted() -> None:
 def test_weighted_held_out_draws_count_by_their_weights() -> None:
     problem = conjugate()
     particles = bf.sample(problem.model, bf.SMC(particles=300), chains=3, seed=0)
-    fixed = bf.correct(near(problem), problem.model, 800, seed=0, held_out=particles)
+    fixed = bf.correct(problem.model, near(problem), 800, seed=0, held_out=particles)
     assert fixed.verdict.startswith("trust after correction")
     value, error = fixed.info["evidences"]["bridge"]
     assert abs(value - problem.log_normaliser) < 4 * error
     junk = torch.cat([particles.flat, particles.flat + 100])  # without weight
     weights = torch.cat([particles.log_weights.flatten(), torch.full((900,), -math.inf, dtype=F64)])
-    same = bf.correct(near(problem), problem.model, 800, seed=0, held_out=(junk[:1000], weights[:1000]))
+    same = bf.correct(problem.model, near(problem), 800, seed=0, held_out=(junk[:1000], weights[:1000]))
     assert same.verdict.startswith("trust after correction")
 
 
@@ -871,7 +871,7 @@ def test_real_flows_are_corrected(method: Any, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(MODULE, "_WARM_UP", 25)
     n = 50 if method == "neutra" else 400
     flow = gaussian_flow(problem, 1.7, steps=4)
-    fixed = bf.correct(flow, problem.model, n, method, seed=0, held_out=chains_of(problem))
+    fixed = bf.correct(problem.model, flow, n, method, seed=0, held_out=chains_of(problem))
     assert fixed.verdict.startswith("trust after correction") or method == "neutra"  # so few draws
     value, error = fixed.log_evidence
     assert error < 0.1
@@ -880,10 +880,10 @@ def test_real_flows_are_corrected(method: Any, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_real_exact_flow_is_trusted_if_its_solver_is() -> None:
     problem = conjugate()
-    fine = bf.correct(gaussian_flow(problem), problem.model, 500, seed=0, held_out=chains_of(problem))
+    fine = bf.correct(problem.model, gaussian_flow(problem), 500, seed=0, held_out=chains_of(problem))
     assert fine.verdict.startswith("trust: ")
     assert fine.log_evidence[0] == pytest.approx(problem.log_normaliser, abs=0.01)
-    coarse = bf.correct(gaussian_flow(problem, steps=1), problem.model, 400, "importance", seed=0)
+    coarse = bf.correct(problem.model, gaussian_flow(problem, steps=1), 400, "importance", seed=0)
     assert coarse.info["solver_error"] > 0.1
     assert "twice the solver's steps" in coarse.verdict
 
@@ -892,8 +892,8 @@ def test_real_estimated_densities_are_noisy_and_said_to_be() -> None:
     problem = conjugate()
     flow = gaussian_flow(problem, 1.3)
     with pytest.raises(ValueError, match="biased"):
-        bf.correct(flow, problem.model, 100, trace="hutchinson")
-    forced = bf.correct(flow, problem.model, 100, "importance", trace="hutchinson", force=True, seed=0)
+        bf.correct(problem.model, flow, 100, trace="hutchinson")
+    forced = bf.correct(problem.model, flow, 100, "importance", trace="hutchinson", force=True, seed=0)
     assert forced.verdict.startswith("do not trust")
 
 

@@ -65,7 +65,7 @@ def check_draws(fixed: bf.Draws, mean: Tensor, covariance: Tensor, ess: float) -
 def test_a_linear_regression_is_corrected_in_any_units(method: Any, unit: float, inputs: float) -> None:
     model, mean, covariance, evidence = linear(unit, inputs)
     flow = GaussNewtonFlow(model, steps=8)
-    fixed = bf.correct(flow, model, 600, method, seed=0)
+    fixed = bf.correct(model, flow, 600, method, seed=0)
     assert fixed.verdict.startswith("trust after correction")
     assert fixed.ess > 300
     check_draws(fixed, mean, covariance, min(fixed.ess, 600))
@@ -104,7 +104,7 @@ def test_short_chains_count_by_what_their_means_tell(rho: float) -> None:
 def test_chains_are_many_where_they_forget_and_few_where_not(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, mean, covariance, _ = linear()
     near = GaussNewtonFlow(model, steps=8)
-    fixed = bf.correct(near, model, 600, method, seed=0)
+    fixed = bf.correct(model, near, 600, method, seed=0)
     assert fixed.theta.shape[:2] == (75, 8)
     assert fixed.info["r_hat"] < 1.1
     check_draws(fixed, mean, covariance, fixed.ess)
@@ -112,7 +112,7 @@ def test_chains_are_many_where_they_forget_and_few_where_not(method: Any, monkey
     root = torch.as_tensor(scale).expand(3).double()
     wide = GaussianVelocity(mean / root + 2, 0.2 * torch.eye(3, dtype=F64))  # far from the posterior
     monkeypatch.setattr(importlib.import_module("bnnflow.transport.correct"), "_WARM_UP", 20)
-    far = bf.correct(Flow.of(wide, model, steps=8), model, 600, "metropolis", seed=0)
+    far = bf.correct(model, Flow.of(wide, model, steps=8), 600, "metropolis", seed=0)
     assert far.theta.shape[0] == 12
     check_draws(far, mean, covariance, far.ess)
 
@@ -158,7 +158,7 @@ def test_the_cheapest_rule_within_the_tolerance_is_taken(solver: Any, steps: int
     assert (latent.error is None) == (not good)
     if latent.error is not None:
         assert latent.error.rms == pytest.approx(errors[fewer.index(good[0])], rel=0.5, abs=1e-4)
-    fixed = bf.correct(flow, model, 200, "importance", seed=0)
+    fixed = bf.correct(model, flow, 200, "importance", seed=0)
     assert fixed.info["solver_steps"] == latent.flow.steps
     assert fixed.info["solver_error"] < 0.1
 

@@ -18,7 +18,7 @@ def small(model: bf.BayesianModel) -> InformedVelocity:
 
 def test_map_lands_closer_to_the_flow_than_its_solver_with_as_many_evaluations():
     model = network("categorical", dtype=torch.float32)
-    draws = bf.refine(bf.GaussNewtonFlow(model).sample(200, 0), model, 2, seed=1)
+    draws = bf.refine(model, bf.GaussNewtonFlow(model).sample(200, 0), 2, seed=1)
     flow = bf.fit_flow(model, draws, velocity=small(model), steps=60, batch_size=64, seed=0)
     fast = distil(flow, 4, trajectories=400, steps=120, batch_size=32, seed=1)
     x0 = flow.start(300, 9)

@@ -124,7 +124,7 @@ def test_weights_are_no_integers_where_the_inputs_are(words, tmp_path):
     smc = bf.sample(words, bf.SMC(particles=40), chains=2, seed=0, progress=False)
     assert smc.theta.dtype == words.dtype
     assert smc.theta.unique().numel() > words.dim
-    value, _ = bf.evidence(smc, words, smc=bf.SMC(particles=40), seed=0)
+    value, _ = bf.evidence(words, smc, smc=bf.SMC(particles=40), seed=0)
     assert value == pytest.approx(smc.log_evidence[0], abs=5)
     options = {"chains": 2, "warmup": 5, "seed": 0, "progress": False, "checkpoint": tmp_path / "run"}
     bf.sample(words, bf.SGLD(), draws=5, **options)

@@ -777,9 +777,9 @@ def test_corrections_need_the_radii() -> None:
     model = bf.BayesianModel(built(lambda: chain(1, 2, 1)), prior, likelihood, x, x.sin())
     flow = still(model.spec)
     with pytest.raises(ValueError, match="completes the measure"):
-        bf.correct(flow, model)
+        bf.correct(model, flow)
     from_prior = model.log_likelihood(model.sample_prior(200_000, 0)).exp()
-    corrected = bf.correct(flow.complete(model.sample_prior(500, 1)), model, 4000, "importance", seed=2, progress=False)
+    corrected = bf.correct(model, flow.complete(model.sample_prior(500, 1)), 4000, "importance", seed=2, progress=False)
     assert corrected.log_evidence is not None
     evidence, error = corrected.log_evidence
     truth, spread = float(from_prior.mean()), float(from_prior.std()) / 200_000**0.5

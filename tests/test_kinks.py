@@ -53,7 +53,7 @@ def test_a_search_that_has_only_stopped_is_no_mode() -> None:
         draws = bf.sample(model, bf.Laplace(starts=1, steps=1, polish=1), draws=2, seed=0)
     assert not draws.info["converged"]
     assert draws.log_evidence is None
-    assert bf.diagnose(draws, model).verdict == "do not trust"
+    assert bf.diagnose(model, draws).verdict == "do not trust"
 
 
 def test_the_mode_of_a_laplace_prior_lies_in_its_kink() -> None:

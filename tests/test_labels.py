@@ -372,7 +372,7 @@ def test_the_convnet_of_the_documentation_is_aligned() -> None:
     theta = model.sample_prior(1, 0).double()
     copies = model.spec.random_symmetry(theta.expand(4, -1), 1, model.prior)
     assert (copies - theta).abs().amax(-1).min() > 1e-3
-    torch.testing.assert_close(bf.align(copies, model, reference=theta[0]), theta.expand(4, -1))
+    torch.testing.assert_close(bf.align(model, copies, reference=theta[0]), theta.expand(4, -1))
 
 
 def test_copies_of_the_convnet_have_one_form() -> None:
@@ -398,7 +398,7 @@ def test_chains_in_copies_of_the_convnet_are_found_to_agree() -> None:
 
     def compared(*chains: Tensor) -> WeightConvergence:
         theta = torch.stack(chains)
-        return weight_convergence(bf.Draws(theta, model.log_joint(theta), {"n_steps": torch.ones(2, 8)}), model)
+        return weight_convergence(model, bf.Draws(theta, model.log_joint(theta), {"n_steps": torch.ones(2, 8)}))
 
     same, moved = compared(chain, chain), compared(chain, copy)
     assert not moved.unknown

@@ -178,11 +178,11 @@ def test_tempering_there_and_back_is_right_at_every_scale(shape):
     problem = regression(rows=4, **shape)
     draws = bf.sample(problem.model, bf.SMC(particles=300), chains=2, seed=0, progress=False)
     check_weighted(problem, draws)
-    assert bf.diagnose(draws, problem.model).verdict == "trust with care"
+    assert bf.diagnose(problem.model, draws).verdict == "trust with care"
     exact = problem.mean + torch.randn(300, 3, generator=torch.Generator().manual_seed(2), dtype=F64) @ (
         torch.linalg.cholesky(problem.covariance).T
     )
-    value, error = bf.evidence(exact, problem.model, seed=0, progress=False)
+    value, error = bf.evidence(problem.model, exact, seed=0, progress=False)
     assert abs(value - problem.log_evidence) < 4 * error + 0.1
 
 
@@ -201,21 +201,21 @@ def check_weighted(problem: Regression, draws: bf.Draws) -> None:
 def test_particles_that_their_type_cannot_tell_apart_are_not_trusted():
     problem = regression(rows=4, noise=1e-9, dtype=torch.float32)
     draws = bf.sample(problem.model, bf.SMC(particles=100), chains=2, seed=0, progress=False)
-    found = bf.diagnose(draws, problem.model)
+    found = bf.diagnose(problem.model, draws)
     assert found.verdict == "do not trust"
     assert "closer than float32 tells apart" in str(found)
     equal = draws.flat[:1].expand(50, -1)
     with pytest.warns(UserWarning, match="not to be trusted"):
-        bf.evidence(equal, problem.model, seed=0, progress=False)
+        bf.evidence(problem.model, equal, seed=0, progress=False)
 
 
 @pytest.mark.parametrize("lost", [{"least_effective_share": 0.01}, {"first_ancestors": 1.5}], ids=str)
 def test_particles_that_were_lost_on_the_way_are_not_trusted(lost):
     problem = regression()
     draws = bf.sample(problem.model, bf.SMC(particles=500), chains=2, seed=0, progress=False)
-    assert bf.diagnose(draws, problem.model).verdict == "trust with care"
+    assert bf.diagnose(problem.model, draws).verdict == "trust with care"
     worse = replace(draws, info=draws.info | lost)
-    assert bf.diagnose(worse, problem.model).verdict == "do not trust"
+    assert bf.diagnose(problem.model, worse).verdict == "do not trust"
 
 
 @pytest.mark.parametrize("exponent", [-12, -6, 0])
@@ -240,7 +240,7 @@ def test_refinement_finds_its_step_at_every_scale(shape, n):
     problem = regression(rows=20, **shape)
     root = torch.linalg.cholesky(problem.covariance)
     start = problem.mean + 3 * torch.randn(n, 3, generator=torch.Generator().manual_seed(0), dtype=F64) @ root.T
-    moved = bf.refine(start, problem.model, 16, seed=0, progress=False)
+    moved = bf.refine(problem.model, start, 16, seed=0, progress=False)
     assert moved.info["acceptance_rate"] > 0.3
     assert not (moved.flat == start).all(1).any()
     assert problem.standardised(moved.flat).square().mean() < 4
@@ -255,10 +255,10 @@ def test_refinement_takes_no_draws_and_no_settings_that_are_not_numbers():
     broken[3, 1] = torch.nan
     broken[5] = torch.inf
     with pytest.raises(ValueError, match="2 of 20 draws are NaN or infinite"):
-        bf.refine(broken, problem.model, progress=False)
+        bf.refine(problem.model, broken, progress=False)
     for name, value in {"steps": 0, "n_leapfrog": 0, "target_acceptance": float("nan")}.items():
         with pytest.raises(ValueError, match=name):
-            bf.refine(problem.model.sample_prior(20, 0), problem.model, progress=False, **{name: value})
+            bf.refine(problem.model, problem.model.sample_prior(20, 0), progress=False, **{name: value})
 
 
 def test_draws_of_a_flow_that_are_not_finite_are_counted():
@@ -272,7 +272,7 @@ def test_draws_of_a_flow_that_are_not_finite_are_counted():
     for draw in (flow.sample, flow.sample_with_log_prob):
         with pytest.raises(FloatingPointError, match=f"{lost} of 100 draws are infinite or NaN"):
             draw(100, 0)
-    fixed = bf.correct(flow, problem.model, 200, "refine", progress=False)
+    fixed = bf.correct(problem.model, flow, 200, "refine", progress=False)
     assert fixed.theta.isfinite().all()
     assert "of 200 draws were not finite and were left out" in fixed.verdict
 
@@ -286,7 +286,7 @@ def test_a_variational_fit_is_right_or_says_that_it_has_not_settled(shape, rank)
     draws = bf.sample(problem.model, bf.VI(rank, steps=400), draws=250, seed=0, progress=False)
     width = draws.flat.std(0) / problem.covariance.diagonal().sqrt()
     off = (draws.flat.mean(0) - problem.mean) / problem.covariance.diagonal().sqrt()
-    verdict = bf.diagnose(draws, problem.model)
+    verdict = bf.diagnose(problem.model, draws)
     converged = draws.info["converged"]
     assert converged == (verdict.verdict != "do not trust")
     if converged:
@@ -324,7 +324,7 @@ def test_draws_are_right_in_all_units_or_not_trusted(method, shape):
     problem = regression(**shape)
     options = {"draws": 300} if isinstance(method, bf.SWAG) else {"draws": 300, "warmup": 300, "chains": 4}
     draws = bf.sample(problem.model, method, seed=0, progress=False, **options)
-    verdict = bf.diagnose(draws, problem.model).verdict
+    verdict = bf.diagnose(problem.model, draws).verdict
     mean, width = off(problem, draws)
     assert verdict == "do not trust" or (mean < 0.3 and width < (0.7 if isinstance(method, bf.SWAG) else 0.2))
     assert verdict != "do not trust" or shape != SCALES[-1], "the units alone stop nobody"

@@ -27,18 +27,18 @@ MODEL = model()
 DRAWS = bf.sample(MODEL, bf.HMC(max_leapfrog=4), chains=4, warmup=5, draws=10, seed=0)
 USES: dict[str, Callable[[bf.BayesianModel, Any], Any]] = {
     "predict": lambda model, draws: bf.predict(model, draws, X),
-    "diagnose": lambda model, draws: bf.diagnose(draws, model, X),
-    "report": lambda model, draws: bf.report({"HMC": draws}, model, X, X, path=None),
-    "weight_convergence": lambda model, draws: bf.weight_convergence(draws, model),
-    "to_arviz": lambda model, draws: bf.to_arviz(draws, model),
-    "evidence": lambda model, draws: bf.evidence(draws, model, bf.SMC(particles=10), progress=False),
+    "diagnose": lambda model, draws: bf.diagnose(model, draws, X),
+    "report": lambda model, draws: bf.report(model, {"HMC": draws}, X, X, path=None),
+    "weight_convergence": lambda model, draws: bf.weight_convergence(model, draws),
+    "to_arviz": lambda model, draws: bf.to_arviz(model, draws),
+    "evidence": lambda model, draws: bf.evidence(model, draws, bf.SMC(particles=10), progress=False),
     "fit_flow": lambda model, draws: bf.fit_flow(model, draws, velocity="weights", steps=1, progress=False),
     "held-out draws": lambda model, draws: bf.fit_flow(
         model, DRAWS.theta, held_out=draws, velocity="weights", steps=1, progress=False
     ),
     "fit_gaussian": lambda model, draws: fit_gaussian(model, draws),
     "correct": lambda model, draws: bf.correct(
-        bf.GaussNewtonFlow(model, steps=2), model, 50, method="importance", held_out=draws, progress=False
+        model, bf.GaussNewtonFlow(model, steps=2), 50, method="importance", held_out=draws, progress=False
     ),
 }
 
@@ -59,9 +59,9 @@ def test_weights_say_nothing_and_refine_starts_anywhere() -> None:
     other = model(shift=1.0)
     bf.predict(other, DRAWS.theta)
     bf.predict(other, replace(DRAWS, info={}))
-    moved = bf.refine(DRAWS, other, 1, progress=False)
+    moved = bf.refine(other, DRAWS, 1, progress=False)
     assert moved.info["model"] == other.fingerprint()
-    assert bf.align(DRAWS, other).theta.shape == DRAWS.theta.shape
+    assert bf.align(other, DRAWS).theta.shape == DRAWS.theta.shape
 
 
 def test_a_model_takes_its_own_draws_in_every_form() -> None:

@@ -545,7 +545,7 @@ def test_alignment_keeps_function_and_density(name: str) -> None:
     model = model_of(PRIORS[name])
     theta = points(model, 1)
     orbit = model.spec.random_symmetry(theta.expand(20, -1), 4, model.prior)
-    aligned = align(orbit, model)
+    aligned = align(model, orbit)
     torch.testing.assert_close(aligned, aligned[:1].expand(20, -1))
     torch.testing.assert_close(model.log_joint(aligned), model.log_joint(orbit))
     torch.testing.assert_close(match(orbit, model.spec, theta[0]), theta.expand(20, -1))

@@ -96,7 +96,7 @@ def test_engines_agree_with_the_reference_on_yacht(method, sizes, yacht):
     assert abs(bf.metrics.lppd(bf.predict(model, draws, x), y) - 1.232) < 0.003
     outputs = model.outputs(draws.flat, x).squeeze(-1).double().numpy()
     agrees(outputs, weights_of(draws), file["f_mean"], file["f_sd"])
-    found = diagnose(draws, model, x)
+    found = diagnose(model, draws, x)
     assert found.r_hat.max() < 1.05
     assert found.ess_bulk.min() > 400
 
@@ -107,7 +107,7 @@ def test_hmc_agrees_with_the_reference_on_iris(iris):
     model, x, _, draws, file = iris
     assert abs(float(draws.log_joint.mean()) + 202.14) < 0.5
     assert abs(float(draws.log_joint.std()) - 8.05) < 0.4
-    found = diagnose(draws, model, x)
+    found = diagnose(model, draws, x)
     assert found.verdict == "trust"
     assert found.r_hat.max() < 1.01
     # Every predictive probability, within five of its own Monte-Carlo errors (and the reference's).
@@ -154,7 +154,7 @@ def test_default_engines_agree_beyond_the_references(problem):
         outputs = model.outputs(draws.flat, x)
         values = outputs.softmax(-1) if outputs.shape[-1] > 1 else outputs
         found[type(method).__name__] = (draws, values.mean(0), values.std(0))
-        assert diagnose(draws, model).r_hat.max() < 1.05, type(method).__name__
+        assert diagnose(model, draws).r_hat.max() < 1.05, type(method).__name__
     exact, mean, sd = found["HMC"]
     for name, (draws, other, _) in found.items():
         assert float(((other - mean) / sd).square().mean().sqrt()) < 0.1, name
@@ -173,7 +173,7 @@ def test_untrained_field_and_refinement_reach_the_reference(iris, seeded):
     model, x, y, _, _ = iris
     with seeded(0):
         flow = bf.Flow.of(bf.transport.InformedVelocity(model.spec), model)
-    refined = bf.refine(flow.sample(2000, seed=1), model, 8, seed=2)
+    refined = bf.refine(model, flow.sample(2000, seed=1), 8, seed=2)
     assert refined.info["gradients_per_draw"] <= 129
     assert abs(float(model.log_likelihood(refined.flat).mean()) + 10.85) < 0.5
     assert abs(bf.metrics.lppd(bf.predict(model, refined, x), y) + 0.1907) < 0.006  # Monte-Carlo error 0.0015
@@ -188,10 +188,10 @@ def test_trained_flow_reaches_the_reference(iris):
     lppd = bf.metrics.lppd(bf.predict(model, theta, x), y)
     assert lppd > -0.1907 - 0.010
     assert float(model.log_likelihood(theta).mean()) > -10.85 - 1.5
-    refined = bf.refine(theta, model, 8, seed=2)
+    refined = bf.refine(model, theta, 8, seed=2)
     assert abs(bf.metrics.lppd(bf.predict(model, refined, x), y) + 0.1907) < 0.003 + 0.002
     assert abs(float(model.log_likelihood(refined.flat).mean()) + 10.85) < 0.5
-    weighed = bf.correct(flow, model, 400, "importance", seed=3)
+    weighed = bf.correct(model, flow, 400, "importance", seed=3)
     assert weighed.khat is not None
     assert weighed.khat < 0.7
     assert weighed.ess > 100

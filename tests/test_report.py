@@ -73,7 +73,7 @@ def model(request):
 
 
 def test_chains_that_agree_are_trusted(model):
-    d = diagnose(chains(model, draws=400), model)
+    d = diagnose(model, chains(model, draws=400))
     assert d.verdict == "trust"
     assert d.r_hat is not None
     assert d.ess_bulk is not None
@@ -89,7 +89,7 @@ def test_chains_that_agree_are_trusted(model):
 def test_stuck_chains_are_not(model):
     stuck = model.sample_prior(4, seed=0)
     for spread in (0.0, 0.01):
-        d = diagnose(chains(model, centre=stuck, spread=spread), model)
+        d = diagnose(model, chains(model, centre=stuck, spread=spread))
         assert d.verdict == "do not trust"
         assert d.r_hat is not None
         assert d.r_hat.max() > 1.05
@@ -97,7 +97,7 @@ def test_stuck_chains_are_not(model):
 
 
 def test_chains_that_never_move_are_not(model):
-    d = diagnose(chains(model, spread=0.0), model)
+    d = diagnose(model, chains(model, spread=0.0))
     assert d.verdict == "do not trust"
     assert "never" not in d.verdict
     assert "no chain ever moved" in str(d)
@@ -108,14 +108,14 @@ def test_symmetric_chains_agree_in_function_space(model):
     draws = chains(model, draws=400, centre=model.sample_prior(1, seed=0).expand(4, -1), spread=0.05)
     flipped = draws.theta.clone()
     flipped[:2] = model.spec.flip(flipped[:2], {"h1": -torch.ones(3)})
-    d = diagnose(draws.with_theta(flipped), model)
+    d = diagnose(model, draws.with_theta(flipped))
     assert d.verdict == "trust"
 
 
 def test_slow_chains_are_told_how_many_draws_they_need(model):
     draws = chains(model, draws=200)
     slow = draws.theta[:, ::10].repeat_interleave(10, 1)
-    d = diagnose(draws.with_theta(slow), model)
+    d = diagnose(model, draws.with_theta(slow))
     assert d.verdict != "trust"
     assert re.search(r"take about \d+ times as many draws", str(d))
 
@@ -124,7 +124,7 @@ def test_slow_chains_are_told_how_many_draws_they_need(model):
 def test_divergences_count(model, share, verdict):
     draws = chains(model, draws=400)
     draws.stats["diverging"][:, : int(400 * share)] = True
-    d = diagnose(draws, model)
+    d = diagnose(model, draws)
     assert d.verdict == verdict
     assert "diverged" in str(d)
 
@@ -132,14 +132,14 @@ def test_divergences_count(model, share, verdict):
 def test_energies_that_are_hardly_explored_are_mentioned(model):
     draws = chains(model, draws=400)
     draws.stats["energy"][:] = torch.linspace(0, 1, 400)
-    assert "E-BFMI" in str(diagnose(draws, model))
+    assert "E-BFMI" in str(diagnose(model, draws))
 
 
 def test_one_chain_is_not_enough(model):
-    d = diagnose(chains(model, chains=1, draws=1000), model)
+    d = diagnose(model, chains(model, chains=1, draws=1000))
     assert d.verdict == "trust with care"
     assert "one chain" in str(d)
-    assert diagnose(chains(model, draws=2), model).verdict == "do not trust"
+    assert diagnose(model, chains(model, draws=2)).verdict == "do not trust"
 
 
 def test_approximations_are_never_trusted_on_their_own(model):
@@ -147,32 +147,32 @@ def test_approximations_are_never_trusted_on_their_own(model):
     flow_like = Draws(theta[None], model.log_joint(theta)[None], info={"method": "VI"})
     ensemble = Draws(theta[None, :10], model.log_joint(theta[:10])[None], info={"method": "DeepEnsemble"})
     for draws in (theta, flow_like, ensemble):
-        d = diagnose(draws, model)
+        d = diagnose(model, draws)
         assert d.verdict == "approximate: compare with an exact sampler"
         assert "no chains to compare" in str(d)
         assert d.r_hat is None
-    assert "10 members" in str(diagnose(ensemble, model))
+    assert "10 members" in str(diagnose(model, ensemble))
 
 
 def test_weights_have_an_effective_sample_size(model):
     theta = model.sample_prior(1000, seed=0)
-    even = diagnose((theta, torch.zeros(1000)), model)
+    even = diagnose(model, (theta, torch.zeros(1000)))
     assert even.ess_weights == pytest.approx(1000)
     assert even.verdict == "trust with care"
     uneven = torch.zeros(1000)
     uneven[0] = 20.0
-    assert diagnose((theta, uneven), model).verdict == "do not trust"
+    assert diagnose(model, (theta, uneven)).verdict == "do not trust"
 
 
 def test_chains_without_an_accept_step_are_trusted_with_care_at_most(model):
     draws = chains(model, draws=400)
     draws.info["exact"] = False
-    d = diagnose(draws, model)
+    d = diagnose(model, draws)
     assert d.verdict == "trust with care"
     assert "no accept step" in str(d)
     for temperature, advice in ((1.05, None), (0.3, "run longer"), (1.6, "smaller step size")):
         draws.stats["configurational_temperature"] = torch.full((4, 400), temperature)
-        d = diagnose(draws, model)
+        d = diagnose(model, draws)
         assert d.temperature == pytest.approx(temperature)
         assert f"temperature {temperature:.2f}" in str(d)
         assert "should be 1" not in str(d) if advice is None else advice in str(d)
@@ -183,8 +183,8 @@ def test_energy_errors_beyond_what_was_asked_are_not_trusted(model):
     draws.info.update(exact=False, energy_variance=0.005)
     for variance, verdict in ((0.01, "trust with care"), (0.3, "do not trust")):
         draws.stats["energy_variance"] = torch.full((4, 400), variance)
-        assert diagnose(draws, model).verdict == verdict
-    assert "0.3 a dimension where 0.005 was asked" in str(diagnose(draws, model))
+        assert diagnose(model, draws).verdict == verdict
+    assert "0.3 a dimension where 0.005 was asked" in str(diagnose(model, draws))
 
 
 def test_particles_say_how_well_the_evidence_is_known(model):
@@ -194,7 +194,7 @@ def test_particles_say_how_well_the_evidence_is_known(model):
         draws = Draws(
             theta, model.log_joint(theta), log_weights=even, log_evidence=(-12.0, error), info={"method": "SMC"}
         )
-        d = diagnose(draws, model)
+        d = diagnose(model, draws)
         assert d.verdict == "trust with care"
         assert f"log evidence -12.00 ± {error:.2f}" in str(d)
         assert ("standard error of 3.0: take more particles" in str(d)) == (error == 3.0)
@@ -205,7 +205,7 @@ def test_the_report_knows_an_evidence_without_an_error(model):
     theta = model.sample_prior(60, seed=3)[None]
     info = {"method": "Laplace", "rates": [0.00123456789, 2.0], "gradients_per_chain": 600.0}
     draws = Draws(theta, model.log_joint(theta), log_evidence=(-12.5, math.nan), info=info)
-    made = report({"Laplace": draws}, model, x, y, path=None)
+    made = report(model, {"Laplace": draws}, x, y, path=None)
     facts = _Shown.of(made.sections[0], 1).runs[0]["facts"]
     assert facts["log evidence"] == "−12.50 (Laplace)"
     assert facts["rates"] == "0.001235, 2"
@@ -217,9 +217,9 @@ def test_the_report_knows_an_evidence_without_an_error(model):
 
 def test_diagnose_refuses_weights_of_another_model(model):
     with pytest.raises(ValueError, match="length"):
-        diagnose(torch.zeros(3, model.dim + 1), model)
+        diagnose(model, torch.zeros(3, model.dim + 1))
     with pytest.raises(ValueError, match="no draws"):
-        diagnose(torch.zeros(0, model.dim), model)
+        diagnose(model, torch.zeros(0, model.dim))
 
 
 # ---------------------------------------------------------------- ArviZ
@@ -227,7 +227,7 @@ def test_diagnose_refuses_weights_of_another_model(model):
 
 def test_arviz_has_every_group_with_named_axes(model):
     draws = chains(model, draws=20)
-    data = to_arviz(draws, model)
+    data = to_arviz(model, draws)
     posterior = data["posterior"]
     assert posterior["0.weight"].dims[:3] == ("chain", "draw", "h1")
     assert posterior["2.weight"].dims[3] == "h1"
@@ -245,19 +245,19 @@ def test_arviz_has_every_group_with_named_axes(model):
 def test_arviz_at_other_inputs(model):
     draws = chains(model, draws=10)
     x, y = test_data(model)
-    assert to_arviz(draws, model, x, y)["log_likelihood"]["y"].shape == (4, 10, N_TEST)
-    assert not groups(to_arviz(draws, model, x)) & {"log_likelihood", "observed_data"}
+    assert to_arviz(model, draws, x, y)["log_likelihood"]["y"].shape == (4, 10, N_TEST)
+    assert not groups(to_arviz(model, draws, x)) & {"log_likelihood", "observed_data"}
     with pytest.raises(ValueError, match="needs its x"):
-        to_arviz(draws, model, y=y)
+        to_arviz(model, draws, y=y)
     with pytest.raises(ValueError, match="rows"):
-        to_arviz(draws, model, x, y[:3])
+        to_arviz(model, draws, x, y[:3])
 
 
 def test_arviz_functions_accept_the_export(model):
     az = import_arviz()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loo = az.loo(to_arviz(chains(model, draws=100), model))
+        loo = az.loo(to_arviz(model, chains(model, draws=100)))
     assert np.isfinite(float(loo.iloc[0] if hasattr(loo, "iloc") else loo.elpd))
 
 
@@ -265,7 +265,7 @@ def test_arviz_gets_its_own_container(model):
     """InferenceData with ArviZ 0.x, a DataTree of xarray with 1.x, where the old name is an alias."""
     import xarray
 
-    data = to_arviz(chains(model, draws=10), model)
+    data = to_arviz(model, chains(model, draws=10))
     assert isinstance(data, xarray.DataTree if is_datatree() else import_arviz().InferenceData)
     assert groups(data) == {
         "posterior",
@@ -279,7 +279,7 @@ def test_arviz_gets_its_own_container(model):
 
 def test_the_export_survives_netcdf(model, tmp_path):
     az = import_arviz()
-    data = to_arviz(weighted(model), model)
+    data = to_arviz(model, weighted(model))
     data.to_netcdf(str(tmp_path / "draws.nc"))
     back = az.from_netcdf(str(tmp_path / "draws.nc"))
     assert groups(back) == groups(data)
@@ -293,7 +293,7 @@ def test_arviz_sees_the_weights_of_weighted_draws(model):
     """Draws of the prior, weighted as if their first weight had another mean: ArviZ's mean is the weighted one."""
     az = import_arviz()
     draws = weighted(model, shift=1.0)
-    data = to_arviz(draws, model)
+    data = to_arviz(model, draws)
     weights = draws.log_weights.flatten().softmax(0)
     expected = float(weights @ draws.flat[:, 0].double())
     assert abs(expected - 1) < 0.2
@@ -311,7 +311,7 @@ def test_copies_of_weighted_draws_do_not_count_twice(model):
     draws = weighted(model)
     few = torch.full_like(draws.log_weights, -20.0)
     few[:, ::4] = 0.0
-    first = to_arviz(replace(draws, log_weights=few), model)["posterior"]["0.weight"].to_numpy()[..., 0, 0]
+    first = to_arviz(model, replace(draws, log_weights=few))["posterior"]["0.weight"].to_numpy()[..., 0, 0]
     assert ess(first, "mean") < 0.35 * first.size
 
 
@@ -335,7 +335,7 @@ def test_the_report_weighs_draws_whatever_holds_the_weights(model, as_array):
     theta = model.sample_prior(50, seed=0)
     log_weights = 3 * theta[:, 0].double()
     forms = {"tensor": (theta, log_weights), "other": (theta.numpy(), as_array(log_weights)), "none": theta}
-    tensor, other, none = (row["lppd"] for row in report(forms, model, x, y, path=None).table)
+    tensor, other, none = (row["lppd"] for row in report(model, forms, x, y, path=None).table)
     assert other == pytest.approx(tensor, rel=1e-6)
     assert none != pytest.approx(tensor, rel=1e-3)
 
@@ -400,7 +400,7 @@ def made(model, tmp_path_factory):
     x, y = test_data(model)
     path = tmp_path_factory.mktemp("report") / "new" / "report.html"
     before = dict(matplotlib.rcParams)
-    result = report(methods(model), model, x, y, path, title="A <title>", seconds={"Gaussian": 0.5})
+    result = report(model, methods(model), x, y, path, title="A <title>", seconds={"Gaussian": 0.5})
     assert dict(matplotlib.rcParams) == before
     return result, path.read_text(encoding="utf-8")
 
@@ -456,7 +456,8 @@ def test_equal_methods_are_marked_alike_and_beaten_ones_are_not(model):
     x, y = test_data(model)
     theta = chains(model, draws=400, spread=0.1).flat
     worse = 30 * model.sample_prior(1, seed=1)
-    table = report({"a": theta, "b": theta.clone(), "c": worse}, model, x, y, path=None).table
+    assert report(model, chains(model, draws=50), x, y, path=None).table[0]["method"] == "HMC"
+    table = report(model, {"a": theta, "b": theta.clone(), "c": worse}, x, y, path=None).table
     assert table[0]["best"] == table[1]["best"]
     assert "lppd" in table[0]["best"]
     assert "lppd" not in table[2]["best"]
@@ -465,13 +466,13 @@ def test_equal_methods_are_marked_alike_and_beaten_ones_are_not(model):
 def test_the_reference_is_the_exact_sampler_that_converged(model):
     x, y = test_data(model)
     good, stuck = chains(model, draws=400), chains(model, centre=model.sample_prior(4, seed=0), spread=0.01)
-    section = report({"stuck": stuck, "good": good, "prior": good.flat}, model, x, y, path=None).sections[0]
+    section = report(model, {"stuck": stuck, "good": good, "prior": good.flat}, x, y, path=None).sections[0]
     assert section.comparison.reference == "good"
     assert section.comparison.headline.startswith("Use good")
-    alone = report({"stuck": stuck}, model, x, y, path=None).sections[0].comparison
+    alone = report(model, {"stuck": stuck}, x, y, path=None).sections[0].comparison
     assert alone.reference is None
     assert "has not converged" in alone.headline
-    nothing = report({"a": good.flat, "b": stuck.flat}, model, x, y, path=None).sections[0].comparison
+    nothing = report(model, {"a": good.flat, "b": stuck.flat}, x, y, path=None).sections[0].comparison
     assert "no exact sampler" in nothing.headline
 
 
@@ -489,7 +490,7 @@ def test_several_experiments_in_one_file(tmp_path):
     for kind, features in (("classification", 2), ("regression", 1)):
         model = make_model(kind, features)
         x, y = test_data(model)
-        parts.append(report({"only": chains(model, draws=50)}, model, x, y, path=None, title=f"about {kind}"))
+        parts.append(report(model, {"only": chains(model, draws=50)}, x, y, path=None, title=f"about {kind}"))
         assert parts[-1].path is None
     both = Report.combine(parts, tmp_path / "both.html", title="Both")
     page = stands_alone((tmp_path / "both.html").read_text(encoding="utf-8"))

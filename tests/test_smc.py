@@ -116,14 +116,14 @@ def test_a_bridge_between_two_gaussians_is_their_ratio_for_each_row_of_a_batch()
 def test_the_evidence_of_exact_draws_is_the_closed_form(hard: bool, start: Any) -> None:
     problem = conjugate(hard)
     smc = bf.SMC(particles=2000, ess=0.9, start=start and start(problem.posterior))
-    value, error = bf.evidence(problem.posterior.sample(2000, 1), problem.model, smc)
+    value, error = bf.evidence(problem.model, problem.posterior.sample(2000, 1), smc)
     assert 0.002 < error < 0.1
     assert abs(value - problem.log_normaliser) < 4 * error
 
 
 def test_the_error_of_the_evidence_of_draws_is_honest() -> None:
     problem, smc = conjugate(), bf.SMC(particles=300, ess=0.9)
-    found = [bf.evidence(problem.posterior.sample(300, seed), problem.model, smc, seed=99 + seed) for seed in range(24)]
+    found = [bf.evidence(problem.model, problem.posterior.sample(300, seed), smc, seed=99 + seed) for seed in range(24)]
     value, error = np.array(found).T
     z = (value - problem.log_normaliser) / error
     assert 0.6 < np.sqrt((z**2).mean()) < 1.45  # as 99.7 % of the means of 24 squared standard normal numbers
@@ -134,7 +134,7 @@ def test_the_error_of_the_evidence_of_draws_is_honest() -> None:
 def test_the_way_there_and_the_way_back_agree_on_two_modes() -> None:
     model = two_weights()
     there = bf.sample(model, bf.SMC(particles=500), chains=12, seed=0)
-    back = bf.evidence(there, model, bf.SMC(particles=2000, ess=0.9), seed=1)
+    back = bf.evidence(model, there, bf.SMC(particles=2000, ess=0.9), seed=1)
     assert abs(back[0] - there.log_evidence[0]) < 4 * math.hypot(back[1], there.log_evidence[1])
     assert back[1] < 0.1
 
@@ -143,7 +143,7 @@ def test_the_moves_mend_draws_that_are_too_wide() -> None:
     """Draws half as wide again as the posterior are off by nats in density, by a tenth of one in the evidence."""
     problem = conjugate()
     mean, draws = problem.posterior.loc, problem.posterior.sample(1000, 1)
-    value, error = bf.evidence(mean + 1.5 * (draws - mean), problem.model, bf.SMC(particles=1000, ess=0.9))
+    value, error = bf.evidence(problem.model, mean + 1.5 * (draws - mean), bf.SMC(particles=1000, ess=0.9))
     assert abs(value - problem.log_normaliser) < 0.1 + 4 * error
 
 
@@ -154,15 +154,15 @@ def test_draws_far_below_the_others_are_left_out_of_the_evidence_or_refused() ->
     x = torch.linspace(-2, 2, 30, dtype=F64)[:, None]
     model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.03), x, (2 * x[:, 0]).sin())
     draws = bf.sample(model, bf.HMC(), chains=8, warmup=300, draws=25, seed=0).flat
-    clean, error = bf.evidence(draws, model)
+    clean, error = bf.evidence(model, draws)
     draws[[0, 50, 199]] = model.sample_prior(3, 5)
     with pytest.warns(UserWarning, match="3 of 200 draws lie far below the others") as told:
-        value, _ = bf.evidence(draws, model)
+        value, _ = bf.evidence(model, draws)
     assert told.pop(UserWarning).filename == __file__  # the line that called, not one of the package
     assert abs(value - clean) < 6 * error
     draws[:30] = model.sample_prior(30, 6)
     with pytest.raises(ValueError, match="refine them first"):
-        bf.evidence(draws, model)
+        bf.evidence(model, draws)
 
 
 def test_weights_of_draws_count_in_their_evidence() -> None:
@@ -171,7 +171,7 @@ def test_weights_of_draws_count_in_their_evidence() -> None:
     theta = start.sample(4000, 0)
     log_weights = problem.model.log_joint(theta).double() - start.log_prob(theta)
     smc = bf.SMC(particles=1000, ess=0.9)
-    value, error = bf.evidence((theta, log_weights), problem.model, smc)
+    value, error = bf.evidence(problem.model, (theta, log_weights), smc)
     assert abs(value - problem.log_normaliser) < 4 * error
 
 
@@ -179,32 +179,32 @@ def test_the_evidence_of_draws_can_be_repeated_and_takes_them_evenly() -> None:
     model = tiny_network()
     draws = bf.sample(model, bf.HMC(), chains=4, warmup=60, draws=50, seed=0)
     smc = bf.SMC(particles=40)
-    assert bf.evidence(draws, model, smc, seed=3) == bf.evidence(draws, model, smc, seed=3)
-    assert bf.evidence(draws, model, smc, seed=3) != bf.evidence(draws, model, smc, seed=4)
+    assert bf.evidence(model, draws, smc, seed=3) == bf.evidence(model, draws, smc, seed=3)
+    assert bf.evidence(model, draws, smc, seed=3) != bf.evidence(model, draws, smc, seed=4)
     rows = torch.linspace(0, 199, 40).round().long()
-    assert bf.evidence(draws.flat[rows], model, smc, seed=3) == bf.evidence(draws, model, smc, seed=3)
-    cut = bf.evidence(draws, model, bf.SMC(particles=40, chunk_size=7), seed=3)
-    assert cut == pytest.approx(bf.evidence(draws, model, smc, seed=3), abs=1e-4)
+    assert bf.evidence(model, draws.flat[rows], smc, seed=3) == bf.evidence(model, draws, smc, seed=3)
+    cut = bf.evidence(model, draws, bf.SMC(particles=40, chunk_size=7), seed=3)
+    assert cut == pytest.approx(bf.evidence(model, draws, smc, seed=3), abs=1e-4)
 
 
 def test_what_has_no_evidence_is_refused() -> None:
     model = tiny_network()
     theta = model.sample_prior(20, 0)
     with pytest.raises(ValueError, match="at least ten draws, got 9"):
-        bf.evidence(theta[:9], model)
+        bf.evidence(model, theta[:9])
     broken = theta.clone()
     broken[3, 2] = math.nan
     with pytest.raises(ValueError, match="1 of 20 draws are NaN or infinite"):
-        bf.evidence(broken, model)
+        bf.evidence(model, broken)
     with pytest.raises(ValueError, match="10"):
-        bf.evidence(theta[:, :-1], model)
+        bf.evidence(model, theta[:, :-1])
     far = theta.clone()
     far[3] = 1e200
     with pytest.raises(ValueError, match="no finite posterior"):
-        bf.evidence(far, model)
+        bf.evidence(model, far)
     cold = conjugate(temperature=0.5)
     with pytest.raises(ValueError, match=r"temperature 1, and the model's is 0\.5"):
-        bf.evidence(cold.posterior.sample(20, 0), cold.model)
+        bf.evidence(cold.model, cold.posterior.sample(20, 0))
 
 
 # ---------------------------------------------------------------- parts

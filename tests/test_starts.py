@@ -169,7 +169,7 @@ def test_divergence_is_told_and_never_returned_as_nan(name: str, dtype: torch.dt
         draws = bf.sample(model, DIVERGING[name], seed=0, dtype=dtype)
     assert draws.theta.isfinite().all()
     assert draws.info["diverged"]
-    assert bf.diagnose(draws, model).verdict == "do not trust"
+    assert bf.diagnose(model, draws).verdict == "do not trust"
 
 
 @pytest.mark.parametrize("method", [bf.VI(steps=20, learning_rate=1e12), bf.VI(rank=2, steps=20, learning_rate=1e12),

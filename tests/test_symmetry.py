@@ -200,25 +200,25 @@ def draws_of(model: bf.BayesianModel, noise: float, shape: tuple[int, int] = (4,
 def test_alignment_gathers_one_mode(name: str) -> None:
     model = model_of(NETS[name]())
     clean, draws = draws_of(model, 0.05)
-    aligned = align(draws, model)
+    aligned = align(model, draws)
     assert isinstance(aligned, bf.Draws)
     spreads = [each.var((0, 1)).sort()[0] for each in (aligned.theta, clean)]  # the same in any frame of units
     torch.testing.assert_close(*spreads, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(model.log_joint(aligned.theta), draws.log_joint, rtol=1e-10, atol=1e-8)
     torch.testing.assert_close(model.outputs(aligned.theta), model.outputs(draws.theta), rtol=1e-10, atol=1e-10)
     assert torch.equal(aligned.theta[..., -1], draws.theta[..., -1])  # the noise scale
-    again = align(aligned, model)
+    again = align(model, aligned)
     torch.testing.assert_close(again.theta.var((0, 1)), aligned.theta.var((0, 1)))
-    torch.testing.assert_close(align(draws.theta, model), aligned.theta)
+    torch.testing.assert_close(align(model, draws.theta), aligned.theta)
 
 
 @pytest.mark.parametrize("name", ["1 hidden", "2 hidden"])
 def test_alignment_narrows_wide_draws(name: str) -> None:
     model = model_of(NETS[name]())
     theta = weights(model.spec, 200)
-    aligned = align(theta, model)
+    aligned = align(model, theta)
     assert aligned.var(0).sum() < theta.var(0).sum()
-    again = align(aligned, model)
+    again = align(model, aligned)
     assert again.var(0).sum() <= aligned.var(0).sum() * 1.001
 
 
@@ -226,7 +226,7 @@ def test_alignment_to_a_reference() -> None:
     model = model_of(NETS["2 hidden"]())
     clean, draws = draws_of(model, 0.05)
     reference = clean[0, 0]
-    torch.testing.assert_close(align(draws, model, reference=reference).theta, clean)
+    torch.testing.assert_close(align(model, draws, reference=reference).theta, clean)
 
 
 def test_alignment_uses_only_what_keeps_the_prior() -> None:
@@ -237,7 +237,7 @@ def test_alignment_uses_only_what_keeps_the_prior() -> None:
     ):
         model = model_of(NETS["1 hidden"](), prior)
         theta = weights(model.spec, 50)
-        aligned = align(theta, model)
+        aligned = align(model, theta)
         torch.testing.assert_close(model.log_joint(aligned), model.log_joint(theta), rtol=1e-10, atol=1e-8)
         assert not torch.equal(aligned, theta), name
 

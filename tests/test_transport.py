@@ -536,7 +536,7 @@ def test_flow_from_a_student_prior_has_its_jacobian():
 
 def test_refine_brings_prior_draws_to_a_gaussian_posterior():
     model, mean, covariance = linear_model()
-    refined = refine(model.sample_prior(4000, 0), model, 20, seed=1)
+    refined = refine(model, model.sample_prior(4000, 0), 20, seed=1)
     theta = refined.flat
     error = (theta.mean(0) - mean) / (covariance.diagonal() / 4000).sqrt()
     assert error.abs().max() < 4.5
@@ -547,7 +547,7 @@ def test_refine_brings_prior_draws_to_a_gaussian_posterior():
 def test_refine_leaves_exact_draws_exact():
     model, mean, covariance = linear_model()
     exact = bf.Gaussian(mean, torch.linalg.cholesky(covariance)).sample(5000, 0)
-    theta = refine(exact, model, 3, seed=1).flat
+    theta = refine(model, exact, 3, seed=1).flat
     whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), (theta - mean).T, upper=False)
     assert min(stats.kstest(row.numpy(), "norm").pvalue for row in whitened) > 1e-4
 
@@ -556,7 +556,7 @@ def test_refine_frees_draws_that_start_where_the_posterior_is_too_steep():
     """With one step size for all, 40 of 800 draws never move: their every trajectory diverges."""
     model = two_weights()
     theta = 2 * torch.randn(800, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    refined = refine(theta, model, 16, seed=1)
+    refined = refine(model, theta, 16, seed=1)
     assert (refined.flat != theta).any(1).all()
     assert int((refined.log_joint < -20).sum()) <= 4  # of 4,000 exact draws the least likely has -7.9
 
@@ -567,7 +567,7 @@ def test_refine_brings_up_the_last_draws():
     draws = bf.sample(model, bf.HMC(), chains=8, warmup=100, draws=50, seed=0).flat
     draws[[3, 77, 399]] *= 6
     assert int(strays(model.log_joint(draws)).sum()) == 3
-    refined = refine(draws, model, 2, seed=1)
+    refined = refine(model, draws, 2, seed=1)
     assert refined.info["strays"] == 0
     assert refined.log_joint.min() > refined.log_joint.median() - 60
     assert torch.allclose(refined.log_joint[0], model.log_joint(refined.flat).double())
@@ -586,7 +586,7 @@ def test_an_interrupt_while_the_last_draws_move_keeps_all_and_is_told(monkeypatc
 
     monkeypatch.setattr(model, "log_joint_and_grad", interrupted)
     with pytest.warns(UserWarning, match="some draws still lie far below"):
-        refined = refine(draws, model, 2, seed=1)
+        refined = refine(model, draws, 2, seed=1)
     assert refined.info["interrupted"]
     assert (refined.info["steps"], refined.info["strays"], refined.n_draws) == (2, 3, 400)
 
@@ -615,12 +615,12 @@ def test_refine_survives_an_interrupt_and_refuses_weights(monkeypatch):
     monkeypatch.setattr(model, "log_joint_and_grad", interrupted)
     theta = model.sample_prior(100, 0)
     with pytest.warns(UserWarning, match="interrupted: returning the draws after"):
-        refined = refine(theta, model, 50)
+        refined = refine(model, theta, 50)
     assert refined.info["interrupted"]
     assert 1 <= refined.info["steps"] <= 5
     assert not torch.equal(refined.flat, theta)
     with pytest.raises(ValueError, match="equal weight"):
-        refine((theta, torch.zeros(100)), model)
+        refine(model, (theta, torch.zeros(100)))
 
 
 @pytest.mark.parametrize("rough", [False, True])

@@ -97,7 +97,7 @@ def test_none_is_known_where_there_is_none(name: str) -> None:
     assert model.spec.known_symmetries() == Symmetries(frozenset(), frozenset(), frozenset())
     assert "symmetries: none" in repr(model.spec)
     theta = torch.randn(5, model.dim, generator=generator(), dtype=F64)
-    assert torch.equal(bf.align(theta, model), theta)
+    assert torch.equal(bf.align(model, theta), theta)
     assert WeightSpec.from_description(model.spec.describe()) == model.spec
 
 
@@ -105,7 +105,7 @@ def test_a_linearised_model_is_known_to_have_none() -> None:
     model = model_of(built(UNKNOWN["batch norm"][0]))
     linear = model.linearised(torch.zeros(model.dim, dtype=F64))
     theta = torch.randn(5, model.dim, generator=generator(), dtype=F64)
-    assert torch.equal(bf.align(theta, linear), theta)
+    assert torch.equal(bf.align(linear, theta), theta)
     assert "symmetries: none" in repr(linear.spec)
     assert not WeightSpec.from_description(linear.spec.describe()).unknown
 
@@ -123,9 +123,9 @@ def test_what_is_all_about_symmetry_refuses_by_name(unknown: tuple[bf.BayesianMo
     spec = model.spec
     theta = torch.randn(5, model.dim, generator=generator(), dtype=F64)
     calls: dict[str, Callable[[], object]] = {
-        "align": lambda: bf.align(theta, model),
-        "align to a reference": lambda: bf.align(theta, model, reference=theta[0]),
-        "align draws": lambda: bf.align(as_draws(model, theta[None]), model),
+        "align": lambda: bf.align(model, theta),
+        "align to a reference": lambda: bf.align(model, theta, reference=theta[0]),
+        "align draws": lambda: bf.align(model, as_draws(model, theta[None])),
         "match": lambda: symmetry.match(theta, spec, theta[0]),
         "match activations": lambda: symmetry.match_activations(theta, spec, theta[0], model.x, net=model.net),
         "sinkhorn": lambda: symmetry.sinkhorn_rebasin(theta, spec, theta[0]),
@@ -158,7 +158,7 @@ def test_chains_in_copies_are_not_said_to_differ(unknown: tuple[bf.BayesianModel
     model, _ = unknown
     chain = torch.randn(30, model.dim, generator=generator(3), dtype=F64)
     draws = as_draws(model, torch.stack([chain, chain.flip(0) + 1e-9]))
-    result = weight_convergence(draws, model)
+    result = weight_convergence(model, draws)
     assert result.unknown == model.spec.unknown
     assert result.aligned.keys() == result.raw.keys()
     assert "symmetries not known" in str(result)
@@ -183,7 +183,7 @@ def test_permuted_batch_norm_chains_get_an_honest_conclusion() -> None:
     }
     copy = model.spec.flatten(moved)
     torch.testing.assert_close(model.outputs(copy), model.outputs(centre + chain))
-    result = weight_convergence(as_draws(model, torch.stack([centre + chain, copy])), model)
+    result = weight_convergence(model, as_draws(model, torch.stack([centre + chain, copy])))
     assert "not known" in result.conclusion
     assert "BatchNorm1d" in result.conclusion
     assert "not even modulo symmetry" not in str(result)
@@ -205,14 +205,14 @@ def test_flows_take_other_fields_and_corrections_say_what_was_not_looked_at() ->
     with torch.random.fork_rng(devices=[]):
         field = WeightsVelocity(model.spec, architecture="graph", width=8, depth=1)
     flow = fit_flow(model, theta, velocity=field, steps=2, progress=False)
-    found = bf.correct(flow, model, n=50, method="importance", progress=False)
+    found = bf.correct(model, flow, n=50, method="importance", progress=False)
     assert "symmetries of the network are not known (cannot label module '1' (PReLU)" in str(found.info)
 
 
 def test_reports_say_so(unknown: tuple[bf.BayesianModel, str]) -> None:
     model, _ = unknown
     y = model.x.sum(1)
-    made = bf.report({"prior": model.sample_prior(20, seed=0)}, model, model.x, y, path=None)
+    made = bf.report(model, {"prior": model.sample_prior(20, seed=0)}, model.x, y, path=None)
     assert "not known: cannot label" in made.html()
 
 
@@ -239,17 +239,17 @@ def test_weights_that_are_not_the_models_are_refused() -> None:
     for message, each in wrong.items():
         for given in each:
             with pytest.raises(ValueError, match=message):
-                bf.align(given, model)
+                bf.align(model, given)
     with pytest.raises(ValueError, match="reference must end in an axis"):
-        bf.align(theta, model, reference=theta[0, 1:])
+        bf.align(model, theta, reference=theta[0, 1:])
     with pytest.raises(ValueError, match="reference must be"):
-        bf.align(theta, model, reference=theta[:3])
+        bf.align(model, theta, reference=theta[:3])
     with pytest.raises(ValueError, match="reference holds weights that are NaN"):
-        bf.align(theta, model, reference=theta[0] * float("inf"))
+        bf.align(model, theta, reference=theta[0] * float("inf"))
     with pytest.raises(TypeError, match="floating-point"):
-        bf.align(theta.long(), model)
+        bf.align(model, theta.long())
     with pytest.raises(TypeError, match="draws must be a Draws or a tensor of real numbers"):
-        bf.align("weights", model)
+        bf.align(model, "weights")
 
 
 @pytest.mark.parametrize(
@@ -258,5 +258,5 @@ def test_weights_that_are_not_the_models_are_refused() -> None:
 def test_weights_of_another_type_are_aligned_alike(convert: Callable[[Tensor], object]) -> None:
     model = perceptron_model()
     theta = torch.randn(4, model.dim, generator=generator(), dtype=F64)
-    found = bf.align(convert(theta), model)
-    torch.testing.assert_close(found.double(), bf.align(theta, model), rtol=1e-5, atol=1e-5)
+    found = bf.align(model, convert(theta))
+    torch.testing.assert_close(found.double(), bf.align(model, theta), rtol=1e-5, atol=1e-5)

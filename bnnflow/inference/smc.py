@@ -265,8 +265,8 @@ class SMC:
 
 @checked
 def evidence(
-    draws: Draws | Tensor | tuple[Tensor, Tensor | None],
     model: BayesianModel,
+    draws: Draws | Tensor | tuple[Tensor, Tensor | None],
     smc: SMC | None = None,
     *,
     seed: Seed = 0,
@@ -283,8 +283,8 @@ def evidence(
     stay where it is; such are left out, with a warning.
 
     Args:
-        draws: ``(..., dim)``; weighted ones are resampled. Of more than there are particles some are taken, evenly.
         model: the posterior, at temperature 1.
+        draws: ``(..., dim)``; weighted ones are resampled. Of more than there are particles some are taken, evenly.
         smc: how to anneal, and where to if not to the prior (``start``); ``SMC(particles=500, ess=0.9)`` if None. Of
             its particles as many are used as there are draws.
         seed: an int or a generator.

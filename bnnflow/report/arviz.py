@@ -27,8 +27,8 @@ _SAMPLE = ("chain", "draw")
 
 @checked
 def to_arviz(
-    draws: Draws,
     model: BayesianModel,
+    draws: Draws,
     x: Tensor | np.ndarray | None = None,
     y: Tensor | np.ndarray | None = None,
 ) -> Any:
@@ -43,8 +43,8 @@ def to_arviz(
     the draws as they were, with their ``lp`` and ``log_weight``, are in a further group, ``weighted_posterior``.
 
     Args:
-        draws: the draws.
         model: their model.
+        draws: the draws.
         x: inputs of ``predictions`` and ``log_likelihood``; the training inputs if None, which is what ``az.loo``
             wants.
         y: targets at x. With x but without y the groups that need y are left out.
@@ -69,7 +69,7 @@ def to_arviz(
     groups = {
         "posterior": _posterior(draws, model.spec),
         "sample_stats": _sample_stats(draws),
-        "predictions": _dataset({"mean": (function_values(draws, model, inputs), ("row", "output"))}),
+        "predictions": _dataset({"mean": (function_values(model, draws, inputs), ("row", "output"))}),
         "constant_data": _dataset({"x": (_numpy(inputs), _names("row", "x", inputs.dim()))}, sampled=False),
     }
     if targets is not None:
@@ -82,7 +82,7 @@ def to_arviz(
     return _convert(groups)
 
 
-def function_values(draws: Draws, model: BayesianModel, x: Tensor | np.ndarray | None = None) -> np.ndarray:
+def function_values(model: BayesianModel, draws: Draws, x: Tensor | np.ndarray | None = None) -> np.ndarray:
     """Return what each draw predicts, ``(chain, draw, n, targets)`` or ``(chain, draw, n, classes)``, float64."""
     values = torch.cat([chunk.cpu() for chunk in predict(model, draws.theta, x).functions()])
     return values.reshape(draws.n_chains, draws.n_draws, *values.shape[1:]).numpy()

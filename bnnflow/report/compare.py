@@ -179,7 +179,7 @@ def _evaluate(entry: Entry, model: BayesianModel, x: Tensor, y: Tensor) -> Evalu
         }
     draws = entry.draws.theta if isinstance(entry.draws, Draws) else entry.draws[0]
     count = draws.shape[:-1].numel()
-    diagnosis = diagnose(entry.draws, model, x)
+    diagnosis = diagnose(model, entry.draws, x)
     row |= {
         "log_likelihood": log_likelihood,
         "log_joint": log_joint,

@@ -139,8 +139,8 @@ def _row(each: Agreement) -> str:
 
 @checked
 def weight_convergence(
-    draws: Draws,
     model: BayesianModel,
+    draws: Draws,
     x: Tensor | np.ndarray | None = None,
     *,
     superchains: Count | None = None,
@@ -156,8 +156,8 @@ def weight_convergence(
     compared as they are, and the result says so.
 
     Args:
-        draws: Markov chains, two or more of at least four draws.
         model: their model.
+        draws: Markov chains, two or more of at least four draws.
         x: inputs at which functions are compared, at most 100 of them; the training inputs if None.
         superchains: groups of consecutive chains, each started at one point, for the nested R-hat of many short
             chains (Margossian et al. 2024); every chain on its own if None.
@@ -182,7 +182,7 @@ def weight_convergence(
     return WeightConvergence(
         _by_tensor(draws.theta, model, superchains),
         _by_tensor(aligned, model, superchains),
-        agreement(predicted_values(draws, model, model.inputs(x))[1], superchains),
+        agreement(predicted_values(model, draws, model.inputs(x))[1], superchains),
         draws.n_chains,
         draws.n_draws,
         superchains,
@@ -215,14 +215,14 @@ def _by_tensor(theta: Tensor, model: BayesianModel, superchains: int) -> dict[st
     return compared
 
 
-def predicted_values(draws: Draws, model: BayesianModel, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def predicted_values(model: BayesianModel, draws: Draws, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Return row numbers of up to 100 inputs, spread evenly, and what each draw predicts there.
 
     Returns:
         ``(rows,)`` and ``(chain, draw, rows, outputs)``; of two classes only the second, whose probability says all.
     """
     rows = np.unique(np.linspace(0, len(x) - 1, min(MAX_ROWS, len(x))).round().astype(int))
-    values = function_values(draws, model, x[rows])
+    values = function_values(model, draws, x[rows])
     if model.likelihood.kind == "classification" and values.shape[-1] == 2:
         values = values[..., 1:]
     return rows, values

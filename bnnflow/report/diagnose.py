@@ -118,8 +118,8 @@ class Diagnosis:
 
 @checked
 def diagnose(
-    draws: Draws | Tensor | tuple[Tensor, Tensor | None],
     model: BayesianModel,
+    draws: Draws | Tensor | tuple[Tensor, Tensor | None],
     x: Tensor | np.ndarray | None = None,
 ) -> Diagnosis:
     """Judge whether draws represent the posterior, as far as they themselves can tell.
@@ -133,8 +133,8 @@ def diagnose(
     symmetry.
 
     Args:
-        draws: draws, weights ``(..., dim)``, or a pair of weights and log weights.
         model: their model.
+        draws: draws, weights ``(..., dim)``, or a pair of weights and log weights.
         x: inputs at which predictions are compared; the training inputs if None.
 
     Raises:
@@ -145,7 +145,7 @@ def diagnose(
         >>> from bnnflow.model import likelihoods
         >>> x = torch.linspace(-1, 1, 5)[:, None]
         >>> model = BayesianModel(net, torch.distributions.Normal(0.0, 1.0), likelihoods.Gaussian(0.1), x, x)
-        >>> diagnose(model.sample_prior(100, seed=0), model).verdict
+        >>> diagnose(model, model.sample_prior(100, seed=0)).verdict
         'approximate: compare with an exact sampler'
     """
     theta, log_weights = as_theta(draws)
@@ -258,7 +258,7 @@ def _chains(draws: Draws, model: BayesianModel, x: Tensor) -> Diagnosis:
     rows = r_hat = bulk = tail = None
     moved = True
     if draws.n_draws >= 4:
-        rows, values = predicted_values(draws, model, x)
+        rows, values = predicted_values(model, draws, x)
         r_hat, bulk, tail = compare_chains(values)
         moved = bool((values != values[:1, :1]).any())
     stats = draws.stats

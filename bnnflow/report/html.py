@@ -163,8 +163,8 @@ class Report:
 
 @checked
 def report(
-    results: Mapping[str, Any],
     model: BayesianModel,
+    results: Draws | Mapping[str, Any],
     x_test: Tensor | np.ndarray,
     y_test: Tensor | np.ndarray,
     path: str | Path | None = "report.html",
@@ -179,9 +179,9 @@ def report(
     versions of the software. It needs no network and no scripts.
 
     Args:
-        results: by name, `Draws`, weights ``(..., dim)``, a pair of weights and log weights, anything with ``theta``
-            and ``log_weights``, or a posterior with ``sample(n, seed)``, of which 4,000 draws are taken.
         model: the model that all of them are draws of.
+        results: `Draws`; or, by name, `Draws`, weights ``(..., dim)``, a pair of weights and log weights, anything
+            with ``theta`` and ``log_weights``, or a posterior with ``sample(n, seed)``, of which 4,000 draws are taken.
         x_test: ``(n, ...)``.
         y_test: ``(n,)`` or ``(n, targets)``.
         path: the file; None writes none (see `Report.combine`, which puts several reports into one).
@@ -197,11 +197,12 @@ def report(
         >>> x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
         >>> y = (x[:, 0] > 0).long()
         >>> model = BayesianModel(net, torch.distributions.Normal(0.0, 1.0), likelihoods.Categorical(), x, y)
-        >>> made = report({"prior": model.sample_prior(50, seed=0)}, model, x, y, path=None)
+        >>> made = report(model, {"prior": model.sample_prior(50, seed=0)}, x, y, path=None)
         >>> len(made.table)
         1
     """
-    methods = gather(results, model, seconds)
+    named = {str(results.info.get("method", "draws")): results} if isinstance(results, Draws) else results
+    methods = gather(named, model, seconds)
     x, y = model.inputs(x_test, "x_test"), model.targets(y_test, "y_test")
     if len(x) != len(y):
         raise ValueError(f"x_test has {len(x)} rows and y_test has {len(y)}")

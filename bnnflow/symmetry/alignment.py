@@ -24,8 +24,8 @@ Method = Literal["weights", "activations", "sinkhorn"]
 
 @checked
 def align(
-    draws: Draws | Tensor,
     model: BayesianModel,
+    draws: Draws | Tensor,
     *,
     reference: Tensor | None = None,
     rounds: Count = 5,
@@ -37,8 +37,8 @@ def align(
     averaging (a Frechet mean modulo the group, see `frechet_mean`). Network functions and densities do not change.
 
     Args:
-        draws: draws, or weights ``(..., dim)``.
         model: whose symmetries, those that keep its prior too, are used.
+        draws: draws, or weights ``(..., dim)``.
         reference: match to these weights ``(dim,)`` instead.
         rounds: the most rounds of matching and averaging.
         method: how to match: by weights (`match`), by activations on the model's data (`match_activations`), or by

@@ -347,7 +347,7 @@ def _prepare(
     matched = _matching(model, matched)["matched"]
 
     def framed(theta: Tensor, reference: Tensor | None = None) -> Tensor:
-        return align(theta, model, reference=reference) if matched else theta  # type: ignore[return-value]
+        return align(model, theta, reference=reference) if matched else theta  # type: ignore[return-value]
 
     theta = framed(_equal(model, draws, generator, "draws"))
     if held_out is None:

@@ -64,7 +64,7 @@ def fit_flow_without_draws(
     history, gradients = [], 0.0
     for _ in range(rounds):
         theta = flow.sample(targets, generator)
-        moved = refine(theta, model, refine_steps, seed=generator, progress=progress)
+        moved = refine(model, theta, refine_steps, seed=generator, progress=progress)
         share: dict[str, Any] = {"budget": budget / rounds, "steps": None if steps is None else steps // rounds}
         flow = fit_flow(model, moved.flat, seed=generator, progress=progress, **(settings | share))
         settings["velocity"] = flow.velocity

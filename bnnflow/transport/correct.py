@@ -102,8 +102,8 @@ def _with_density(name: str, flow: Any) -> Transport:
 
 @checked
 def correct(
-    flow: Annotated[Transport, _with_density],
     model: BayesianModel,
+    flow: Annotated[Transport, _with_density],
     n: Count = 4000,
     method: CorrectionMethod = "auto",
     *,
@@ -152,8 +152,8 @@ def correct(
     - ``"do not trust"`` if something speaks against both.
 
     Args:
-        flow: a `Flow`, or whatever has its ``start``, ``push``, ``push_with_log_prob`` and ``pull_with_log_prob``.
         model: the posterior.
+        flow: a `Flow`, or whatever has its ``start``, ``push``, ``push_with_log_prob`` and ``pull_with_log_prob``.
         n: number of draws, at least 50; chains round it up.
         method: see above.
         seed: an int or a generator.
@@ -352,10 +352,10 @@ def _refine(job: _Job, points: Points | None) -> Outcome:
     usable = theta.isfinite().all(1)
     if not bool(usable.all()):
         job.findings.mild.append(f"{int((~usable).sum())} of {len(theta)} draws were not finite and were left out")
-    first = refine(theta[usable], job.model, _REFINED, seed=job.generator, progress=job.progress)
+    first = refine(job.model, theta[usable], _REFINED, seed=job.generator, progress=job.progress)
     second = first
     if not first.info["interrupted"]:
-        second = refine(first.flat, job.model, _REFINED, seed=job.generator, progress=job.progress)
+        second = refine(job.model, first.flat, _REFINED, seed=job.generator, progress=job.progress)
         drift = float((second.log_joint.mean() - first.log_joint.mean()).abs() / second.log_joint.std())
         job.findings.moving(drift, 3 * math.sqrt(2 / first.n_draws))
     steps = first.info["steps"] + (second.info["steps"] if second is not first else 0)
@@ -378,7 +378,7 @@ def _annealed(job: _Job, draws: Draws) -> tuple[float, float] | None:
     if job.findings.interrupted or job.model.temperature != 1 or job.model.dim > _WEIGHED or draws.n_draws < 10:
         return None
     try:
-        return evidence(draws, job.model, seed=job.generator, progress=job.progress)
+        return evidence(job.model, draws, seed=job.generator, progress=job.progress)
     except KeyboardInterrupt:
         job.findings.stopped("while the evidence was sought")
         return None
@@ -804,8 +804,8 @@ _METHODS: dict[CorrectionMethod, Callable[[_Job, Points | None], Outcome]] = {
 
 @checked
 def refine(
-    theta: Tensor | Draws | tuple[Tensor, Tensor | None],
     model: BayesianModel,
+    draws: Draws | Tensor | tuple[Tensor, Tensor | None],
     steps: Count = 8,
     *,
     n_leapfrog: Count = 16,
@@ -825,8 +825,8 @@ def refine(
     gradients a draw, those of the last ones apart, and less than one more for the pilot on large sets.
 
     Args:
-        theta: the draws, ``(..., dim)``; they may be draws of another posterior, of fewer data, say.
         model: the posterior.
+        draws: ``(..., dim)``; they may be draws of another posterior, of fewer data, say.
         steps: transitions.
         n_leapfrog: the most leapfrog steps of one transition; their number is uniform between half of it and all.
         target_acceptance: mean acceptance rate to aim at.
@@ -842,8 +842,8 @@ def refine(
     Raises:
         ValueError: if the draws do not fit the model, are none, are not finite, or carry weights.
     """
-    flat, log_weights = as_theta(theta, "theta")
-    model.spec.check(flat)
+    flat, log_weights = as_theta(draws, "draws")
+    model.spec.check(flat, "draws")
     if log_weights is not None:
         raise ValueError("refine moves draws of equal weight; resample weighted ones first")
     if broken := int((~flat.isfinite().all(1)).sum()):

@@ -263,7 +263,7 @@ def chains(method: Any, model: Counted, n: int, warmup: int, draws: int) -> tupl
 
 def effective_draws(draws: bf.Draws, test: bf.BayesianModel) -> float:
     """Return the bulk ESS of what chains predict at the median test input; say what their verdict is."""
-    found = bf.diagnose(draws, test, test.x)
+    found = bf.diagnose(test, draws, test.x)
     assert found.r_hat is not None
     assert found.ess_bulk is not None
     told = ", ".join(f"{key} {draws.info[key]:.3g}" for key in SHOWN if key in draws.info)
@@ -289,7 +289,7 @@ def cell(rows: int, noise: float, sizes: Sizes) -> list[Offer]:
     model, test = problem(rows, noise)
     model.log_joint_and_grad(model.sample_prior(2, 0))  # compiles
     for method in (bf.HMC(), bf.MCLMC()):
-        bf.diagnose(bf.sample(test, method, chains=2, warmup=2, draws=4, progress=False), test)  # imports
+        bf.diagnose(test, bf.sample(test, method, chains=2, warmup=2, draws=4, progress=False))  # imports
     offers = []
 
     hmc, warm, drawing = chains(bf.HMC(), model, 2 * CHAINS, *sizes.hmc)
@@ -336,7 +336,7 @@ def sampled(name: str, flow: bf.Flow, judged: int, few: int, model: Counted, jud
     )
     each = spent.of(1 / judged)
     moved, spent = priced(
-        model, lambda: bf.refine(theta[:few], model, REFINE_STEPS, n_leapfrog=REFINE_LEAPFROG, seed=2, progress=False)
+        model, lambda: bf.refine(model, theta[:few], REFINE_STEPS, n_leapfrog=REFINE_LEAPFROG, seed=2, progress=False)
     )
     pilot = PILOT / spent.gradients
     start_refined, more = start + spent.of(pilot), spent.of((1 - pilot) / few)

@@ -61,7 +61,7 @@ def fitted(model: bf.BayesianModel, steps: int) -> bf.Flow:
 def corrected(flow: bf.Flow, model: bf.BayesianModel, n: int, method: Any) -> tuple[float, bf.Draws]:
     """Return the CPU seconds and the draws."""
     began = time.process_time()
-    fixed = bf.correct(flow, model, n, method, seed=0, progress=False)
+    fixed = bf.correct(model, flow, n, method, seed=0, progress=False)
     return time.process_time() - began, fixed
 
 

@@ -148,7 +148,7 @@ def prices(model: bf.BayesianModel, hmc: bf.Draws, hmc_ess: float) -> tuple[floa
     other = bf.sample(model, bf.MCLMC(), chains=chains, warmup=WARMUP, draws=400, seed=1)
     cpu, count = other.info["cpu_seconds"], other.info["gradients_per_chain"] * chains
     share = 400 / (WARMUP + 400)
-    found = bf.diagnose(other, model)
+    found = bf.diagnose(model, other)
     worst = f", R-hat {found.r_hat.max():.3f}" if found.r_hat is not None else ""
     price(f"MCLMC{worst}", cpu * share, count * share, float(np.median(found.ess_bulk)), cpu * (1 - share))
     particles = bf.sample(model, bf.SMC(particles=PARTICLES), chains=8, seed=2)
@@ -191,7 +191,7 @@ def main() -> None:
     model = given.model
     draws = bf.sample(model, bf.HMC(), chains=CHAINS, warmup=WARMUP, draws=800, seed=0)
     print(f"{args.name}, dim {model.dim}: {CHAINS} chains x 800 in {draws.info['cpu_seconds']:.0f} CPU s")
-    found = bf.diagnose(draws, model)
+    found = bf.diagnose(model, draws)
     print(found)
     if given.published:
         info = json.loads(str(given.published["info"]))
@@ -212,7 +212,7 @@ def main() -> None:
 
     def show(name: str, theta: Tensor, gradients: float, seconds: float) -> bf.Draws:
         table.row(name, theta, gradients, seconds)
-        moved = bf.refine(theta, model, args.refine, seed=2)
+        moved = bf.refine(model, theta, args.refine, seed=2)
         cost = moved.info["gradients_per_draw"]
         total, spent = gradients + cost, seconds + moved.info["cpu_seconds"]
         table.row(f"  + refine ({cost:.0f} gradients)", moved.flat, total, spent)
@@ -250,7 +250,7 @@ def main() -> None:
     moved = show(f"{args.velocity} flow", theta, own, seconds)
     for name, some in (("refined draws", moved), ("raw draws", theta)):
         began = time.process_time()
-        value, error = bf.evidence(some, model, bf.SMC(particles=args.annealed, ess=0.9), seed=4)
+        value, error = bf.evidence(model, some, bf.SMC(particles=args.annealed, ess=0.9), seed=4)
         print(f"  log evidence by annealing {args.annealed} {name} back: {value:.2f} +- {error:.2f}, "
               f"{time.process_time() - began:.0f} CPU s (SMC {evidence[0]:.2f} +- {evidence[1]:.2f})")  # fmt: skip
     print(f"  variance over the truth's: {table.by_layer(theta)}")
@@ -280,7 +280,7 @@ def main() -> None:
         flow = replace(flow, steps=args.density_steps)  # draws need less than their densities
         began = time.process_time()
         fixed = bf.correct(
-            flow, model, args.density, "importance", seed=3, held_out=unseen[:: len(unseen) // args.density]
+            model, flow, args.density, "importance", seed=3, held_out=unseen[:: len(unseen) // args.density]
         )
         seconds = time.process_time() - began
         spread = float(fixed.log_weights.std())  # the largest are smoothed

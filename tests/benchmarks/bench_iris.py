@@ -67,7 +67,7 @@ def main() -> None:
     print(f"  log joint {float(draws.log_joint.mean()):.2f}, sd {float(draws.log_joint.std()):.2f}, ", end="")
     print(f"max R-hat of test probabilities {float(rhat):.4f}, {draws.info['divergences']} divergences")
 
-    matched = bf.Gaussian.fit(bf.align(draws, model).flat)
+    matched = bf.Gaussian.fit(bf.align(model, draws).flat)
     untrained = bf.Flow.of(InformedVelocity(model.spec), model)
     starts = {"prior": lambda: model.sample_prior(DRAWS, 1), "matched Gaussian": lambda: matched.sample(DRAWS, 1)}
     starts["untrained informed field"] = lambda: untrained.sample(DRAWS, 1)
@@ -85,7 +85,7 @@ def main() -> None:
         theta = start()
         seconds = time.perf_counter() - began
         row(name, model, theta, x, y, cost.get(name, 0), seconds)
-        refined = bf.refine(theta, model, 8, seed=2)
+        refined = bf.refine(model, theta, 8, seed=2)
         gradients = cost.get(name, 0) + refined.info["gradients_per_draw"]
         row(f"  + refine ({refined.info['gradients_per_draw']:.0f} gradients)", model, refined.flat, x, y, gradients,
             seconds + refined.info["seconds"])  # fmt: skip
