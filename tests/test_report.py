@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.distributions import Normal
 
+import bnnflow as bf
 from bnnflow.diagnostics import ess, import_arviz, is_datatree
 from bnnflow.draws import Draws
 from bnnflow.gaussian import Gaussian
@@ -22,6 +23,7 @@ from bnnflow.model import BayesianModel, likelihoods
 from bnnflow.predictive import metrics, predict
 from bnnflow.report import Report, diagnose, plots, report, to_arviz
 from bnnflow.report.html import _Shown
+from tests.problems import built, normal
 
 VOID = {"meta", "br", "hr", "img", "link", "input", "wbr"}
 N_TEST = 40
@@ -450,6 +452,26 @@ def test_the_table_holds_the_metrics(made, model):
     assert rows["Gaussian"]["draws"] == 4000
     assert rows["Gaussian"]["seconds"] == 0.5
     assert rows["prior $x$"]["seconds"] is None
+
+
+def test_directions_that_the_inputs_say_nothing_of_are_seen_in_the_prior() -> None:
+    """Two rows decide two directions of five: chains that never leave their place in the others predict alike there."""
+    x = normal(2, 4, seed=1)
+    net = built(lambda: torch.nn.Linear(4, 1))
+    model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.1), x, x.sum(1))
+    design = torch.cat([x, torch.ones(2, 1, dtype=torch.float64)], 1)
+    seen = torch.linalg.pinv(design) @ design  # the projection to what the rows decide
+    exact = chains(model, spread=0.0)
+    free = torch.randn(*exact.theta.shape, generator=generator(5), dtype=torch.float64)
+    decided = (torch.linalg.pinv(design) @ x.sum(1) + 0.05 * free) @ seen.T
+    unseen = torch.eye(5, dtype=torch.float64) - seen
+    good = replace(exact, theta=decided + free @ unseen)
+    stuck = replace(exact, theta=decided + (free[:, :1] + 0.05 * free) @ unseen)
+    assert diagnose(model, good).verdict == "trust"
+    found = diagnose(model, stuck)
+    assert float(found.r_hat.max()) < 1.01
+    assert found.verdict == "do not trust"
+    assert "R-hat of the log prior" in str(found)
 
 
 def test_equal_methods_are_marked_alike_and_beaten_ones_are_not(model):

@@ -21,6 +21,7 @@ Verdict = Literal["trust", "trust with care", "do not trust", "approximate: comp
 Kind = Literal["chains", "weighted", "independent"]
 
 R_HAT = (CONVERGED, STUCK)
+PRIOR_R_HAT = (1.1, 1.5)  # of the log prior: below the first: converged; beyond the second: not
 ESS = (400, 100)  # from the first: enough; below the second: not
 E_BFMI = 0.3  # below: the momenta do not explore the energy (Betancourt 2016)
 DIVERGENCES = 0.01  # beyond this fraction the posterior has regions that the chains cannot enter
@@ -130,7 +131,8 @@ def diagnose(
     space can still agree. Chains without an accept step (``info["exact"]`` is False) also have a bias that they cannot
     show, and get no better than "trust with care". Draws without statistics are independent draws of an approximation:
     there is nothing to compare, and the verdict says so. `weight_convergence` compares the weights themselves, modulo
-    symmetry.
+    symmetry. Directions in weight space that the inputs do not determine move no prediction there: R-hat of the log
+    prior speaks for them.
 
     Args:
         model: their model.
@@ -256,11 +258,13 @@ def _lost_on_the_way(info: dict[str, Any]) -> list[str]:
 
 def _chains(draws: Draws, model: BayesianModel, x: Tensor) -> Diagnosis:
     rows = r_hat = bulk = tail = None
-    moved = True
+    moved, of_prior = True, 0.0
     if draws.n_draws >= 4:
         rows, values = predicted_values(model, draws, x)
         r_hat, bulk, tail = compare_chains(values)
         moved = bool((values != values[:1, :1]).any())
+        log_prior = model.log_prior(draws.flat).reshape(draws.n_chains, draws.n_draws, 1)
+        of_prior = float(compare_chains(log_prior.double().cpu().numpy())[0].max())
     stats = draws.stats
     diverging = int(stats["diverging"].sum()) if "diverging" in stats else None
     acceptance = float(stats["acceptance_rate"].double().mean()) if "acceptance_rate" in stats else None
@@ -281,6 +285,12 @@ def _chains(draws: Draws, model: BayesianModel, x: Tensor) -> Diagnosis:
             (mild if worst <= R_HAT[1] else severe).append(
                 f"chains disagree about predictions (R-hat up to {worst:.4g}): run a longer warm-up and more draws, or "
                 "start from a trained network or an ensemble; weight_convergence shows in which layer they differ"
+            )
+        if of_prior > PRIOR_R_HAT[0]:
+            (mild if of_prior <= PRIOR_R_HAT[1] else severe).append(
+                "chains disagree about weights that these inputs say little of (R-hat of the log prior "
+                f"{of_prior:.3g}), and may about predictions elsewhere: standardise the data, run a longer warm-up and "
+                "more draws"
             )
         ess = float(min(bulk.min(), tail.min()))
         if not ess >= ESS[0]:
