@@ -122,7 +122,7 @@ def test_matching_undoes_random_symmetries():
     assert matched.info["held_out"] == pytest.approx(-entropy, abs=1.0)
     assert plain.info["held_out"] < -entropy - 10
     theta = matched.sample(500, 0)
-    reference = bf.symmetry.align(cloud, model, reference=theta.mean(0))
+    reference = bf.symmetry.align(model, cloud, reference=theta.mean(0))
     assert isinstance(reference, torch.Tensor)
     assert (theta.mean(0) - reference.mean(0)).abs().max() < 0.03
 
