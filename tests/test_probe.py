@@ -1,6 +1,7 @@
 """Modules that are not what they seem are refused by name when the model is made."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -191,6 +192,7 @@ REFUSED = {
                       r"'0' \(ReLU\) writes to the inputs"),
     "straight through": (straightened, "gradient by '0.*' is not the derivative"),
     "hooked": (hooked, "gradient by '0.*' is not the derivative"),
+    "nothing": (lambda: Own(lambda r, o, y: squares(r) * math.nan), "is NaN for all rows"),
     "detached": (lambda: around(lambda h: h * h.detach()), "gradient by '0.*' is not the derivative"),
     "nothing but detached": (lambda: Root(lambda x: x).requires_grad_(True) and nn.Sequential(
         nn.Linear(3, 1), Applied(torch.detach)), "no derivative"),
@@ -435,6 +437,7 @@ LIKELIHOODS = {
     "one weight for each row": (lambda: Own(lambda r, o, y: squares(r) * torch.ones(9)), "goes into columns of y"),
     "random": (lambda: Own(lambda r, o, y: squares(r + torch.randn_like(r))), "is random"),
     "writes to y": (lambda: Own(lambda r, o, y: squares(o - y.sub_(1.0))), "writes to its arguments"),
+    "nothing": (lambda: Own(lambda r, o, y: squares(r) * math.nan), "is NaN for all rows"),
     "detached": (lambda: Own(lambda r, o, y: squares(r * r.detach())), "is not the gradient of its log_prob"),
     "an array": (lambda: Own(lambda r, o, y: torch.from_numpy(r.detach().numpy()).square().sum(-1)), "differentiated"),
     "an inherited score": (lambda: Doubled(0.5), "is not the gradient of its log_prob"),

@@ -152,6 +152,8 @@ def _check_density(log_prob: LogProb, point: _Point) -> None:
             f"the likelihood's log_prob must give a number for every row, {tuple(outputs.shape[:-1])} for outputs "
             f"{tuple(outputs.shape)}, got {shape}"
         )
+    if bool(values.isnan().all()):
+        raise ValueError("the likelihood's log_prob is NaN for all rows")
     same = all(map(torch.equal, given[:2], (outputs, y)))
     if not same or not all(torch.equal(given[2][name], value) for name, value in parameters.items()):
         raise ValueError("the likelihood's log_prob writes to its arguments; work on copies")
