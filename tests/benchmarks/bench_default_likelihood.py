@@ -49,7 +49,7 @@ def problem(likelihood: Any, outputs: int, prior: Any) -> bf.BayesianModel:
     """Return the posterior: targets are standardised, counted or cut into classes, as the likelihood wants them."""
     x, y = (torch.as_tensor(part).double() for part in load_diabetes(return_X_y=True))
     x, y = (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std()
-    if getattr(likelihood, "discrete", False):
+    if likelihood.discrete:
         y = (3 * (0.5 * y).exp()).round()
     elif likelihood.kind == "classification":
         classes = 3 if isinstance(likelihood, likelihoods.Ordinal) else max(2, outputs)
@@ -78,14 +78,20 @@ def cost(work: Callable[[], Any], times: int) -> float:
 
 
 def prices(model: bf.BayesianModel) -> list[float]:
-    """Return the CPU milliseconds of a gradient of one of 16 chains, of a draw of 64, and of a log density of 4."""
+    """Return the CPU milliseconds of a gradient of one of 16 chains, of a draw of 64, and of a density of 4.
+
+    A density is that many evaluations of the divergence as the path is rough; the last but one price is of one of them.
+    """
     theta = 0.3 * torch.randn(16, model.dim, generator=torch.Generator().manual_seed(1))
     gradient = cost(lambda: [model.log_joint_and_grad(theta) for _ in range(20)], 3 * REPEATS) / (20 * 16)
     flow = informed(model)
     draw = cost(lambda: flow.sample(64, 0), REPEATS) / 64
     drawn = flow.sample(4, 1)
+    x, t = flow.start(4, 0), torch.tensor(0.5)
+    with torch.no_grad():
+        divergence = cost(lambda: flow.velocity.with_divergence(t, x), REPEATS) / 4
     density = cost(lambda: flow.log_prob(drawn), REPEATS) / 4
-    return [1e3 * each for each in (gradient, draw, density)]
+    return [1e3 * each for each in (gradient, draw, divergence, density)]
 
 
 def main() -> None:
@@ -94,7 +100,7 @@ def main() -> None:
     cases = [(likelihood, "Normal") for likelihood in LIKELIHOODS]
     cases += [(likelihood, prior) for prior in list(PRIORS)[1:] for likelihood in ("Gaussian, fixed", "Gaussian")]
     print("ms of CPU, and times that of fixed noise\n")
-    print(f"{'likelihood':24s} {'prior':13s} {'gradient':>16s} {'draw':>16s} {'log density':>16s}")
+    print(f"{'likelihood':24s} {'prior':13s} {'gradient':>16s} {'draw':>16s} {'divergence':>16s} {'log density':>16s}")
     unit: list[float] = []
     for likelihood, prior in cases:
         found = prices(problem(*LIKELIHOODS[likelihood], PRIORS[prior]))
