@@ -166,7 +166,7 @@ def test_networks_of_nothing_equal_torch(widths: tuple[int, ...]) -> None:
             expected, exact = network.pullback(theta.clone().requires_grad_(), x, per_network=own)
             torch.testing.assert_close(outputs, expected.detach())
             torch.testing.assert_close(pull(score), exact(score).detach())
-        x, y = torch.randn(rows, widths[0], generator=g, dtype=F64), torch.zeros(batch, rows, widths[-1], dtype=F64)
+        x, y = (torch.randn(*shape, generator=g, dtype=F64) for shape in ((rows, widths[0]), (batch, rows, widths[-1])))
         for some in (None, torch.arange(rows)[:0]):
             error, grad = network.squared_error(theta, x, y, some)
             expected_error, expected_grad = network.squared_error(theta.clone().requires_grad_(), x, y, some)

@@ -169,7 +169,10 @@ class FusedNetwork:
         n, targets = y.shape[1:]
         rows = None if rows is None else rows.contiguous()
         used = n if rows is None else len(rows)
-        value, grad = theta.new_empty(len(theta), dtype=torch.float64), theta.new_empty(len(theta), self._network_dim)
+        value = theta.new_empty(len(theta), dtype=torch.float64)
+        # One number more than the gradients have: the address of nothing is null, which means that none are wanted.
+        room = theta.new_empty(len(theta) * self._network_dim + 1)
+        grad = room[:-1].view(len(theta), self._network_dim)
         problem = _problem(self._layers, self._network_dim)
         problem.likelihood, problem.n_targets, problem.scale = _LIKELIHOODS[Gaussian], targets, 1.0
         call = _Call(
@@ -177,7 +180,7 @@ class FusedNetwork:
             theta.stride(0), 0, y.stride(0), 0,
             theta.data_ptr(), x.data_ptr(), y.data_ptr(), None, None if rows is None else rows.data_ptr(),
             -1.0, 0.0,
-            value.data_ptr(), grad.data_ptr(), None,
+            value.data_ptr(), room.data_ptr(), None,
         )  # fmt: skip
         _evaluate(theta.dtype, problem, call)
         return (value - used * targets * _HALF_LOG_2PI).clamp_(min=0.0), grad  # a perfect fit may round below
