@@ -192,7 +192,6 @@ REFUSED = {
                       r"'0' \(ReLU\) writes to the inputs"),
     "straight through": (straightened, "gradient by '0.*' is not the derivative"),
     "hooked": (hooked, "gradient by '0.*' is not the derivative"),
-    "nothing": (lambda: Own(lambda r, o, y: squares(r) * math.nan), "is NaN for all rows"),
     "detached": (lambda: around(lambda h: h * h.detach()), "gradient by '0.*' is not the derivative"),
     "nothing but detached": (lambda: Root(lambda x: x).requires_grad_(True) and nn.Sequential(
         nn.Linear(3, 1), Applied(torch.detach)), "no derivative"),
