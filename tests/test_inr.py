@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import multiprocessing
+import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import bnnflow as bf
-from bnnflow import WeightSpec
+from bnnflow import WeightSpec, storage
 from bnnflow.activations import Sine
 from bnnflow.data import load_images
 from bnnflow.equivariant import INRs, fit_images, fit_inrs, image_grid, inr, render, siren, warp
@@ -406,14 +406,25 @@ def _fit_forty(**settings: Any) -> INRs:
     return fit_inrs(x, y, siren(1, 1), steps=150, chunk=2, seed=0, **settings)
 
 
+def _die_after_two(folder: Path) -> None:
+    """Fit until two chunks are on disk, and be killed there."""
+    write, kept = storage.write, itertools.count(1)
+
+    def writing(*arguments: Any) -> Path:
+        path = write(*arguments)
+        if next(kept) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return path
+
+    storage.write = writing
+    _fit_forty(checkpoint=folder)
+
+
 @pytest.mark.slow
 def test_a_killed_fit_goes_on_bit_for_bit(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = multiprocessing.get_context("fork").Process(target=_fit_forty, kwargs={"checkpoint": folder})
+    process = multiprocessing.get_context("fork").Process(target=_die_after_two, args=(folder,))
     process.start()
-    while len(list(folder.glob("inrs-*.npz"))) < 2 and process.is_alive():
-        time.sleep(0.01)
-    process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL, "it ended before it was killed"
     assert 2 <= len(list(folder.glob("inrs-*.npz"))) < 20

@@ -192,6 +192,15 @@ class Straight(Leaning):
         return self.level * x
 
 
+def test_a_field_says_what_it_does_not_know() -> None:
+    plain = Field.of(built(lambda: torch.nn.Linear(3, 3)))
+    assert not plain.has_closed_divergence
+    with pytest.raises(NotImplementedError, match="a Linear has no closed divergence"):
+        plain.closed_divergence(torch.tensor(0.5), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="a Linear is tied to its own weights"):
+        plain.on(MODEL.spec)
+
+
 def test_a_field_of_the_callers_own_is_known_by_its_code_and_attributes(tmp_path: Path) -> None:
     first = fit(tmp_path / "own", velocity=Leaning(0.5))
     same(first, fit(tmp_path / "own", velocity=Leaning(0.5)))

@@ -378,10 +378,7 @@ def test_killed_again_and_again(name: str, tmp_path: Path) -> None:
     command = [sys.executable, *script(tmp_path, name, **options)]
     for wait in (0.0, 0.2):
         process = subprocess.Popen(command, env=ENVIRONMENT)
-        until = time.monotonic() + 60
-        while not list((tmp_path / "run").rglob("state-*.npz")) and time.monotonic() < until:
-            if process.poll() is not None:
-                break
+        while process.poll() is None and not list((tmp_path / "run").rglob("state-*.npz")):
             time.sleep(0.01)
         time.sleep(wait)
         process.send_signal(signal.SIGKILL)
@@ -393,7 +390,7 @@ def test_killed_again_and_again(name: str, tmp_path: Path) -> None:
 
 def torchrun(arguments: list[str], **options) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, **options)
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, **options)
 
 
 @pytest.mark.slow

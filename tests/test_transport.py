@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -407,7 +409,9 @@ def test_fit_is_reproducible_by_steps_and_seed():
     assert not torch.equal(first, other)
 
 
-def test_fit_by_budget_stops_in_time_and_can_be_repeated_by_its_steps():
+def test_fit_by_budget_stops_in_time_and_can_be_repeated_by_its_steps(monkeypatch):
+    """By a clock that goes on by a tenth of a second whenever somebody looks at it."""
+    monkeypatch.setattr(time, "perf_counter", itertools.count(0, 0.1).__next__)
     model = network_model("categorical", torch.float32)
     draws = model.sample_prior(200, 1)
     flow = bf.fit_flow(model, draws, velocity="weights", budget=2.0, batch_size=16)
