@@ -137,6 +137,21 @@ def test_a_likelihood_of_ones_own_survives_what_overflows(seeded):
     assert Distribution._validate_args == before
 
 
+def test_an_object_with_the_members_of_a_likelihood_is_called_by_its_own_name() -> None:
+    likelihood = bf.likelihoods.Likelihood.of(LaplaceNoise())
+    assert (likelihood.name, likelihood.has_fisher_factor) == ("LaplaceNoise", False)
+    assert repr(likelihood) == repr(LaplaceNoise())
+    outputs = torch.zeros(1, 3, 1)
+    for missing in (likelihood.fisher_factor, likelihood.variance):
+        with pytest.raises(ValueError, match=f"LaplaceNoise has no {missing.__name__}, which this needs"):
+            missing(outputs, {})
+    for missing in (likelihood.whitened_score, likelihood.cdf):
+        with pytest.raises(ValueError, match=f"LaplaceNoise has no {missing.__name__}, which this needs"):
+            missing(outputs, outputs, {})
+    with pytest.raises(ValueError, match="LaplaceNoise has no sample, which this needs"):
+        likelihood.sample(outputs, {}, torch.Generator())
+
+
 class Counts(LaplaceNoise):
     """Counts by torch's own distribution."""
 

@@ -183,8 +183,9 @@ class Laplace:
         if self.structure == "kronecker":
             _import_laplace()
             if not isinstance(model.likelihood, likelihoods.Gaussian | likelihoods.Categorical):
-                name = type(model.likelihood).__name__
-                raise ValueError(f"structure='kronecker' is for Gaussian and Categorical likelihoods, not {name}")
+                raise ValueError(
+                    f"structure='kronecker' is for Gaussian and Categorical likelihoods, not {model.likelihood.name}"
+                )
         size = len(_indices(model, names))
         if self.structure in ("full", "last_layer") and size > LARGEST_FULL:
             raise ValueError(

@@ -1068,7 +1068,7 @@ class BayesianModel:
             digest.update(data.cpu().numpy().tobytes())
         digest.update(repr((self.spec.shapes, self._architecture.layers, self.temperature)).encode())
         digest.update(repr(self.flat_prior.describe()).encode())
-        settings = getattr(self.likelihood, "__dict__", {}).items()
+        settings = getattr(self.likelihood.given, "__dict__", {}).items()
         numbers = {name: value for name, value in settings if isinstance(value, bool | int | float | str | None)}
         digest.update(repr((self.likelihood.name, numbers)).encode())
         if not self._architecture.layers:

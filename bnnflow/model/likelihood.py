@@ -133,6 +133,9 @@ class _Adapted(Likelihood):
             if hasattr(likelihood, member):
                 setattr(self, member, getattr(likelihood, member))
 
+    def __repr__(self) -> str:
+        return repr(self._given)
+
     @property
     def given(self) -> Any:
         return self._given

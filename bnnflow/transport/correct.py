@@ -595,13 +595,14 @@ def _metropolis(job: _Job, points: Points | None) -> Outcome:
     width, step_size, history = 1.0 if chains.many else 0.5, 0.5 * model.dim**-0.25, []
     gradients = 0.0
     drawn: list[Points] = []
-    halfway: list[Points] = []
+    halfway: list[Points] = []  # of one sweep
     infos: list[_Sweep] = []
     with progress_bar(chains.warm_up + chains.draws, "metropolis", job.progress, "sweep") as bar:
         try:
             while len(drawn) < chains.draws:
                 before = state
                 lengths = (_leapfrogs(step_size), 1.0) if chains.many else (_LONGEST, 0.5)  # of few, none is the best
+                halfway.clear()
                 kernel = mixed(latent, target, width, _FRESH, step_size, lengths[0], mass, halfway.append, lengths[1])
                 state, info = kernel.step(before, generator)
                 gradients += float(info.n_steps.sum())
@@ -618,7 +619,7 @@ def _metropolis(job: _Job, points: Points | None) -> Outcome:
                     if len(history) == chains.warm_up:  # from here on what its second half used on average
                         width, step_size = torch.tensor(history[len(history) // 2 :]).log().mean(0).exp().tolist()
                 else:
-                    drawn += [halfway[-1], state] if chains.many else [state]
+                    drawn += [*halfway, state] if chains.many else [state]
                     infos.append(info)
         except KeyboardInterrupt:
             if not drawn:

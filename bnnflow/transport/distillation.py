@@ -143,7 +143,7 @@ def distil(
         ValueError: if there is nothing to train in the flow's field, or no step or trajectory.
     """
     if next(flow.velocity.parameters(), None) is None:
-        raise ValueError(f"a {type(flow.velocity).__name__} has no parameters to train")
+        raise ValueError(f"a {flow.velocity._get_name()} has no parameters to train")
     generator = as_generator(seed, flow.source.device)
     times = time_grid(evaluations, device=flow.source.device)
     walks = _walks(flow, flow.start(trajectories, generator), times)
