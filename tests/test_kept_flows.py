@@ -86,7 +86,17 @@ def test_what_may_change_may(kept: dict[str, Path], tmp_path: Path) -> None:
     more = fit(file, steps=6, patience=3, budget=1.0)
     assert more.info["steps"] == 6
     same(fit(file, steps=6), more)
-    assert fit(file, resume=False, seed=5).info["steps"] == 4  # without resume it is begun anew
+
+
+@pytest.mark.parametrize("changes", [{}, {"seed": 5}, {"velocity": "residual"}])
+def test_a_training_is_not_replaced_without_resume(
+    changes: dict[str, Any], kept: dict[str, Path], tmp_path: Path
+) -> None:
+    file = shutil.copy(kept["name"], tmp_path / "flow.npz")
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=r"flow\.npz already holds a training: pass resume=True"):
+        fit(file, resume=False, **changes)
+    assert file.read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["flow", "flow.npz", "flow.bnn", "flow.v2"])

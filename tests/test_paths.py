@@ -409,6 +409,7 @@ def test_interrupted_training_resumes_to_the_bit(tmp_path, monkeypatch, held_out
         return field.state_dict()
 
     whole = run()
+    file.unlink()
     calls = []
 
     def interrupting(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -126,7 +126,7 @@ def fit_flow(
         autocast: compute the field in bfloat16.
         compile: compile the field.
         checkpoint: a file that keeps the state of training, written every minute and at the end; ``.npz`` is appended
-            if it has no suffix.
+            if it has no suffix. One that holds a training already needs ``resume``.
         resume: go on from the checkpoint if it is there; with ``steps``, bit for bit on CPU. Only ``budget``,
             ``steps`` and ``patience`` may change.
         seed: an int or a generator.
@@ -259,8 +259,8 @@ def train(
         The field with its averaged weights, in evaluation mode and without gradients, and how it was trained.
 
     Raises:
-        ValueError: if a setting is out of range; if another run works on the checkpoint, or it is of another training,
-            damaged, or no checkpoint of a training.
+        ValueError: if a setting is out of range; if another run works on the checkpoint; if it holds a training and
+            ``resume`` is not set, or is of another training, damaged, or no checkpoint of a training.
     """
     if resume and checkpoint is None:
         raise ValueError("resume=True needs the checkpoint that is to be resumed")
@@ -545,7 +545,8 @@ class _Kept:
         device: by which they exchange messages.
 
     Raises:
-        ValueError: if another run works on the file, it is no intact checkpoint of a training, or of another one.
+        ValueError: if another run works on the file; if it holds a training and ``resume`` is not set, or holds another
+            training, one of an earlier version, or no intact checkpoint of one.
     """
 
     def __init__(
@@ -573,7 +574,9 @@ class _Kept:
             return None
         header, arrays = storage.read(self.file, {"training": _VERSION})  # what is none of ours is not replaced
         if not resume:
-            return None
+            raise ValueError(
+                f"{self.file} already holds a training: pass resume=True to go on with it, or another file"
+            )
         if header["version"] < _VERSION:
             raise ValueError(
                 f"{self.file} is of an earlier bnnflow and does not say what it was trained on: begin anew"
