@@ -658,9 +658,10 @@ class BayesianModel:
         shared = any(each.dim() == 4 for each in others.values())
         if shared or factor.shape[1] * factor.shape[-1] < self.dim:
             return None
+        factor = factor.permute(0, 2, 3, 1).contiguous()  # (batch, out, rank, n)
 
         def product(some: slice) -> Tensor:
-            information = scale * (factor[some] @ factor[some].mT)
+            information = scale * (factor[some].unsqueeze(2) * factor[some].unsqueeze(1)).sum(3)
             return self._network_hessian.gauss_newton(theta[some, : self.spec.network.dim], x, information)
 
         below = torch.cat([theta[:, :0], *((scale * each).sqrt() for each in others.values())], 1)

@@ -90,7 +90,7 @@ class ClosedFactor:
     Args:
         push: takes directions of theta ``(batch, dim)`` to those of the outputs, ``(batch, n, out)``.
         back: takes gradients by the outputs to those by the weights, ``(batch, weights)``.
-        mix: what makes rows of outputs, ``(batch, n, out, rank)``.
+        mix: what makes rows of outputs, ``(batch, out, rank, n)``: rows of data last, where sums are fast.
         below: ``(batch, parameters)``: what each parameter of the likelihood has in a row of its own.
         slope: derivative of ``theta`` by the coordinates of the prior.
         pull: carries vectors of these to those of the source.
@@ -108,7 +108,12 @@ class ClosedFactor:
     @property
     def rows(self) -> int:
         """Number of rows."""
-        return self.mix.shape[1] * self.mix.shape[-1] + self.below.shape[1]
+        return self._of_outputs + self.below.shape[1]
+
+    @property
+    def _of_outputs(self) -> int:
+        """Number of rows that are made of outputs, those of the data times the rank."""
+        return math.prod(self.mix.shape[2:])
 
     def normal(self, some: slice) -> Tensor:
         """Return A^T A of some networks, ``(networks, dim, dim)``."""
@@ -126,14 +131,14 @@ class ClosedFactor:
     def times(self, v: Tensor) -> Tensor:
         """Return A v, ``(batch, dim) -> (batch, rows)``."""
         moved = self.slope.times(self.pull(v))
-        of_rows = (self.mix * self.push(moved).unsqueeze(-1)).sum(2)  # small products: faster than those of matrices
+        of_rows = (self.mix * self.push(moved).mT.unsqueeze(2)).sum(1).mT  # small: faster than products of matrices
         return torch.cat([of_rows.flatten(1), self.below * moved[:, moved.shape[1] - self.below.shape[1] :]], 1)
 
     def transposed(self, u: Tensor) -> Tensor:
         """Return A^T u, ``(batch, rows) -> (batch, dim)``."""
-        count = self.mix.shape[1] * self.mix.shape[-1]
-        of_rows, own = u[:, :count].unflatten(1, self.mix.shape[1::2]), u[:, count:]
-        by_weights = self.back((self.mix * of_rows.unsqueeze(2)).sum(-1))
+        count, rank = self._of_outputs, self.mix.shape[2]
+        of_rows, own = u[:, :count].unflatten(1, (-1, rank)).mT.contiguous(), u[:, count:]
+        by_weights = self.back((self.mix * of_rows.unsqueeze(1)).sum(2).mT)
         missing = self.slope.diagonal.shape[1] - by_weights.shape[1] - own.shape[1]
         back = torch.cat([by_weights, by_weights.new_zeros(len(u), missing), self.below * own], 1)
         return self.pull(self.slope.left(back.unsqueeze(-1)).squeeze(-1))

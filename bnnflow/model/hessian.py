@@ -107,9 +107,9 @@ class ChainHessian:
         Args:
             theta: ``(batch, dim)``.
             x: inputs ``(n, in)``.
-            information: F, ``(batch, n, out, out)``.
+            information: F, ``(batch, out, out, n)``.
         """
-        parts = zip(x.split(self._rows), information.split(self._rows, 1), strict=True)
+        parts = zip(x.split(self._rows), information.split(self._rows, 3), strict=True)
         sums = functools.reduce(torch.add, (self._products(theta, *part) for part in parts))
         size = theta.shape[1]
         return sums.index_select(1, self._second.to(theta.device)).unflatten(1, (size, size))
@@ -117,7 +117,7 @@ class ChainHessian:
     def _products(self, theta: Tensor, x: Tensor, information: Tensor) -> Tensor:
         """Return the entries of J^T F J in the order of `_places`, summed over the rows."""
         tape, _ = self._forward(theta, x)
-        second = information.movedim(1, -1).clone(memory_format=torch.contiguous_format)  # (batch, out, out, n)
+        second = information.clone(memory_format=torch.contiguous_format)
         blocks = [theta.new_zeros(len(theta), 1)]
         for depth in reversed(range(len(tape))):
             step = tape[depth]
