@@ -255,6 +255,11 @@ def test_derivatives_of_coordinates(prior):
     assert close(slope.right(eye), exact, 1e-9)
     assert close(slope.left(eye), exact.mT, 1e-9)
     assert close(slope.times(v), flat.push(z, v), 1e-9)
+    assert close(slope.left(v.unsqueeze(-1)).squeeze(-1), flat.pull(z, v), 1e-9)
+    inner = normal(3, net.spec.network.dim, net.spec.network.dim, seed=5)
+    inner, room = inner + inner.mT, net.dim - net.spec.network.dim
+    whole = torch.nn.functional.pad(inner, (0, room, 0, room))
+    assert close(slope.of_weights(inner), slope.both(whole), 1e-12)
     assert close(flat.turn(z, v).right(eye), by_autograd(lambda z: flat.push(z, v), z), 1e-9)
     bend = torch.zeros(3, net.dim, net.dim, dtype=F64)
     flat.bend(z, v).add_to(bend)

@@ -355,6 +355,11 @@ def test_prior_with_parameters_is_standard_normal_in_its_coordinates(name: str) 
     torch.testing.assert_close(prior.push(z, v)[0], jacobian @ v[0])
     torch.testing.assert_close(prior.pull(z, v)[0], jacobian.T @ v[0])
     torch.testing.assert_close(prior.pull(z[:1, None], v[None])[0, 3], jacobian.T @ v[3])  # rows of a factor
+    # Again differentiable, backwards and forwards.
+    second = torch.func.jacrev(lambda at: prior.pull(at, v[:1])[0])(z[:1])[:, 0]
+    expected = torch.func.hessian(lambda at: (prior.from_normal(at) * v[0]).sum())(z[0])
+    torch.testing.assert_close(second, expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(torch.func.jacfwd(lambda at: prior.pull(at, v[0]))(z[0]), expected, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", COORDINATES)

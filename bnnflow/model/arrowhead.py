@@ -49,6 +49,24 @@ class Arrowhead(NamedTuple):
         """Return T^T M T, ``(batch, dim, dim)``."""
         return self.left(self.right(matrix))
 
+    def of_weights(self, matrix: Tensor) -> Tensor:
+        """Return T^T M T, ``(batch, dim, dim)``, of a symmetric M ``(batch, weights, weights)``, zero elsewhere."""
+        count, dim = matrix.shape[-1], self.diagonal.shape[-1]
+        scales = self.diagonal[:, :count]
+        inner = matrix * scales.unsqueeze(-2) * scales.unsqueeze(-1)
+        if count == dim:
+            return inner
+        found = matrix.new_zeros(len(matrix), dim, dim)
+        found[:, :count, :count] = inner
+        if self.columns is not None:
+            weights, parameters = self._parts
+            image = matrix @ self.columns
+            across = image * scales.unsqueeze(-1)
+            found[:, weights, parameters] = across
+            found[:, parameters, weights] = across.mT
+            found[:, parameters, parameters] = self.columns.mT @ image
+        return found
+
     def left(self, matrix: Tensor) -> Tensor:
         """Return T^T M, ``(batch, dim, columns)``."""
         image = matrix * self.diagonal.unsqueeze(-1)

@@ -117,16 +117,13 @@ class ClosedFactor:
 
     def normal(self, some: slice) -> Tensor:
         """Return A^T A of some networks, ``(networks, dim, dim)``."""
-        by_weights, below = self.product(some), self.below[some]
-        columns = self.slope.columns
-        slope = Arrowhead(self.slope.diagonal[some], None if columns is None else columns[some])
-        (batch, weights, _), dim = by_weights.shape, slope.diagonal.shape[-1]
-        whole = by_weights
-        if weights < dim:
-            whole = by_weights.new_zeros(batch, dim, dim)
-            whole[:, :weights, :weights] = by_weights
-            whole.diagonal(dim1=1, dim2=2)[:, dim - below.shape[1] :] = below.square()
-        return self.pull(self.pull(slope.both(whole)).mT)
+        columns = None if self.slope.columns is None else self.slope.columns[some]
+        slope = Arrowhead(self.slope.diagonal[some], columns)
+        whole = slope.of_weights(self.product(some))
+        own = slice(whole.shape[-1] - self.below.shape[1], None)  # of the likelihood's parameters: no others meet them
+        scale = slope.diagonal[:, own]
+        whole.diagonal(dim1=1, dim2=2)[:, own] += self.below[some].square() * scale * scale
+        return self.pull(self.pull(whole).mT)
 
     def times(self, v: Tensor) -> Tensor:
         """Return A v, ``(batch, dim) -> (batch, rows)``."""

@@ -507,7 +507,7 @@ class _TensorScales:
         logs = theta[..., self._size :]
 
         def pull(grad: Tensor) -> Tensor:
-            return torch.zeros_like(logs).index_add(-1, self._owner, grad)
+            return grad.new_zeros(*grad.shape[:-1], logs.shape[-1]).index_add(-1, self._owner, grad)
 
         return logs.index_select(-1, self._owner) + self._log_factors.to(theta.dtype), pull
 
@@ -561,7 +561,7 @@ class _HorseshoeScales:
         def pull(grad: Tensor) -> Tensor:
             grad = grad.index_select(-1, self._places)
             parts = (grad * share, grad * share, 0.5 * grad * (1 - share))
-            total = torch.zeros_like(logs)
+            total = grad.new_zeros(*grad.shape[:-1], logs.shape[-1])
             for owner, part in zip(self._owners, parts, strict=True):
                 total = total.index_add(-1, owner, part)
             return total
@@ -693,6 +693,15 @@ class _GivenParameters:
     def closed(self) -> bool:
         """Whether the derivatives of the weights are known."""
         return self._scales is not None
+
+    def pull(self, theta: Tensor, vectors: Tensor, first: Tensor) -> Tensor:
+        """Turn gradients by theta, of more leading axes if need be, into those by z."""
+        assert self._scales is not None
+        start, stop = self.network.dim, self.spec.dim
+        log_scales, of_parameters = self._scales(theta[..., :stop])
+        by_weights = vectors[..., :start]
+        own = vectors[..., start:stop] + of_parameters(by_weights * theta[..., :start])
+        return torch.cat([by_weights * log_scales.exp(), own, vectors[..., stop:]], -1) * first
 
     def slope(self, theta: Tensor, first: Tensor) -> Arrowhead:
         """Return d theta / d z."""
@@ -983,9 +992,11 @@ class FlatPrior:
 
     def pull(self, z: Tensor, vectors: Tensor) -> Tensor:
         """Turn gradients by theta ``(..., dim)`` into gradients by z; more leading axes of vectors are allowed."""
-        if self._weights is not None:
-            return torch.func.vjp(self.from_normal, z.expand_as(vectors))[1](vectors)[0]  # type: ignore[misc]
-        return vectors * self._derivative(z)
+        if self._weights is None:
+            return vectors * self._derivative(z)
+        if self._weights.closed:
+            return self._weights.pull(self.from_normal(z), vectors, self._derivatives(z)[0])
+        return torch.func.vjp(self.from_normal, z.expand_as(vectors))[1](vectors)[0]  # type: ignore[misc]
 
     def push(self, z: Tensor, vectors: Tensor) -> Tensor:
         """Turn directions in z ``(..., dim)`` into directions in theta."""

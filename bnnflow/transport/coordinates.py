@@ -121,7 +121,7 @@ class Context:
             tempered = Arrowhead(root * slope.diagonal, None if slope.columns is None else root * slope.columns)
             closed = self.model.gauss_newton_closed(theta, tempered, self.source.pull, self.rows)
             if closed is not None:
-                return self.grad(x), closed
+                return self._finish(x, z, theta, self.model.log_likelihood_grad(theta, self.rows)), closed
         if self._scales is not None:
             found = self.model.gauss_newton_factored(theta, self.rows)
             if found is not None:
