@@ -409,6 +409,8 @@ class _Walk:
         if value.segment is not None:
             sizes = [part.size for part in value.axes[-1]] if value.axes else []
             known = math.prod(size for size in sizes if size is not None)
+            if None in sizes and known == 0:
+                raise self._refusal(node, "what it reads has no units")
             fits = module.in_features % known == 0 if None in sizes else module.in_features == known
             if not value.axes or not value.holds(-1) or not fits:
                 raise self._refusal(node, "it does not read along the axis of the units before it")

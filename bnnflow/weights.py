@@ -10,7 +10,7 @@ axis 1 the side of those who read them (their outgoing weights). Everything else
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -157,7 +157,20 @@ class WeightSpec:
         """
         shapes = _shapes(net)
         axes: dict[str, tuple[str | None, ...]] = {name: (None,) * len(shape) for name, shape in shapes.items()}
-        return cls(tuple(shapes), shapes, axes, {}, unknown=unknown, unusual=_unusual_fan_ins(net))
+        transposed = shapes.keys() & {
+            f"{name}.weight".removeprefix(".")
+            for name, module in net.named_modules()
+            if isinstance(module, _TRANSPOSED)
+        }
+        return cls(
+            tuple(shapes),
+            shapes,
+            axes,
+            {},
+            transposed=frozenset(transposed),
+            unknown=unknown,
+            unusual=_unusual_fan_ins(net),
+        )
 
     @checked
     def extend(
@@ -260,17 +273,19 @@ class WeightSpec:
         An output of independent inputs of unit variance has unit variance if the weights have variance 1 / fan in.
         It is the product of all sizes but the first for linear layers and convolutions, where it is not counted at
         the edges; what the stride leaves of it for transposed convolutions, on average over places; one for tables
-        of embeddings, of which a row is picked, and for the weights of normalisations. Tensors of a caller's own
-        modules are taken to be ``(out, in, ...)``.
+        of embeddings, of which a row is picked, and for weights that multiply one number each, as those of
+        normalisations. Tensors of a caller's own modules are taken to be ``(out, in, ...)``.
 
         Example:
             >>> spec = WeightSpec.of(torch.nn.Conv1d(4, 8, 3))
             >>> spec.fan_in("weight"), spec.fan_in("bias")
             (12, None)
         """
+        shape = self.shapes[name]
+        if 0 in shape:
+            return 1.0  # of no weights
         if name in self.unusual:
             return self.unusual[name]
-        shape = self.shapes[name]
         return math.prod(shape[1:]) if len(shape) > 1 else None
 
     @cached_property
@@ -651,22 +666,46 @@ def free_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
     return free
 
 
-_NORMS = nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.modules.batchnorm._NormBase
+_TRANSPOSED = nn.Embedding | nn.EmbeddingBag | nn.modules.conv._ConvTransposeNd
+_ELEMENTWISE = nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.modules.batchnorm._NormBase | nn.PReLU
 
 
 def _unusual_fan_ins(net: nn.Module) -> dict[str, float | None]:
     """Return `WeightSpec.fan_in` of the tensors whose shape does not say it."""
+    return {
+        f"{prefix}.{name}".removeprefix("."): fan_in
+        for prefix, module in net.named_modules()
+        for name, fan_in in _own_fan_ins(module).items()
+    }
+
+
+def _own_fan_ins(module: nn.Module) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
-    for prefix, module in net.named_modules():
-        names = {key: f"{prefix}.{key}".removeprefix(".") for key in module._parameters}
-        if isinstance(module, nn.modules.conv._ConvTransposeNd):
-            terms = module.in_channels / module.groups * math.prod(module.kernel_size)
-            found[names["weight"]] = terms / math.prod(module.stride)
-        elif isinstance(module, nn.Embedding | nn.EmbeddingBag | _NORMS):
-            found[names["weight"]] = 1.0
-        if isinstance(module, nn.MultiheadAttention | _NORMS):
-            found |= {name: None for key, name in names.items() if "bias" in key}
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        terms = module.in_channels / module.groups * math.prod(module.kernel_size)
+        found["weight"] = terms / math.prod(module.stride)
+    elif isinstance(module, nn.Embedding | nn.EmbeddingBag | _ELEMENTWISE):
+        found["weight"] = 1.0
+    if isinstance(module, nn.MultiheadAttention | _ELEMENTWISE):
+        found |= {key: None for key in module._parameters if "bias" in key}
+    for name, originals in _originals(module):
+        first, last = (module.get_parameter(each) for each in (originals[0], originals[-1]))
+        fan_in = found.get(name, math.prod(last.shape[1:]) if last.dim() > 1 else None)
+        found[originals[-1]] = fan_in
+        if len(originals) == 2 and fan_in is not None:
+            # Norms and directions: v / |v| has a mean square of one over the number of entries under a norm.
+            found[originals[0]] = fan_in * first.numel() / last.numel()
     return found
+
+
+def _originals(module: nn.Module) -> Iterator[tuple[str, list[str]]]:
+    """Yield the tensors that torch computes from others, with the names of these: weight normalisation has two."""
+    for name, parts in getattr(module, "parametrizations", {}).items():
+        yield name, [f"parametrizations.{name}.{key}" for key in parts._parameters]
+    for key in module._parameters:
+        name = key.removesuffix("_g")
+        if name != key and f"{name}_v" in module._parameters:
+            yield name, [key, f"{name}_v"]
 
 
 def _shapes(net: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from bnnflow import priors
 from bnnflow.inference.start import random_networks
@@ -59,6 +60,23 @@ LAYERS = {
     "group norm": (lambda: nn.GroupNorm(4, 32), (32, 6)),
     "batch norm": (lambda: nn.BatchNorm1d(64).eval(), (64,)),
     "own": (Own, (7,)),
+    "transposed1d spread": (lambda: nn.ConvTranspose1d(8, 12, 2, stride=2, dilation=2), (8, 80)),
+    "transposed1d with holes": (lambda: nn.ConvTranspose1d(8, 12, 2, stride=3, output_padding=1), (8, 80)),
+    "transposed2d uneven": (
+        lambda: nn.ConvTranspose2d(4, 12, (3, 5), stride=(1, 2), padding=(1, 2), groups=2, dilation=(2, 1)),
+        (4, 40, 40),
+    ),
+    "circular": (lambda: nn.Conv1d(4, 12, 5, padding=2, padding_mode="circular"), (4, 20)),
+    "reflected": (lambda: nn.Conv2d(4, 12, 3, padding=1, padding_mode="reflect"), (4, 12, 12)),
+    "weight norm": (lambda: weight_norm(nn.Linear(7, 20)), (7,)),
+    "weight norm of inputs": (lambda: weight_norm(nn.Linear(7, 20), dim=1), (7,)),
+    "weight norm of all": (lambda: weight_norm(nn.Linear(7, 40), dim=None), (7,)),
+    "weight norm of kernels": (lambda: weight_norm(nn.Conv2d(4, 12, 3)), (4, 12, 12)),
+    "weight norm of transposed": (lambda: weight_norm(nn.ConvTranspose1d(6, 12, 4, stride=2)), (6, 50)),
+    "weight norm of transposed outputs": (
+        lambda: weight_norm(nn.ConvTranspose1d(6, 12, 4, stride=2, groups=3), dim=1),
+        (6, 50),
+    ),
 }  # fmt: skip
 
 
@@ -83,10 +101,20 @@ def test_outputs_are_as_large_as_inputs(name, seeded):
     with seeded(0):
         net = make()
     x = torch.randn(20, *shape, generator=torch.Generator().manual_seed(0))
-    assert measured(net, x, priors.FanIn(bias_scale=1e-6)) == pytest.approx(1, rel=0.1)
-    assert measured(net, x, priors.FanIn(2.0, bias_scale=1e-6)) == pytest.approx(2, rel=0.1)
+    n = 1000 if "norm of" in name else 60  # a few norms decide how large all outputs are
+    assert measured(net, x, priors.FanIn(bias_scale=1e-6), n) == pytest.approx(1, rel=0.1)
+    assert measured(net, x, priors.FanIn(2.0, bias_scale=1e-6), n) == pytest.approx(2, rel=0.1)
     if any("bias" in key for key, _ in net.named_parameters()):
         assert measured(net, x, priors.FanIn(1e-6, bias_scale=3.0)) == pytest.approx(3, rel=0.2)
+
+
+def test_a_slope_below_zero_has_the_scale_of_weights():
+    """x for x > 0 and w x for x < 0 has the mean square of x if w has that of one."""
+    net = nn.PReLU(4)
+    assert measured(net, torch.randn(200, 4, 9, generator=torch.Generator().manual_seed(0)), priors.FanIn()) == (
+        pytest.approx(1, rel=0.1)
+    )
+    assert float(priors.FanIn(0.5, 9.0).distributions(WeightSpec.unlabelled(net))["weight"].scale) == 0.5
 
 
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
@@ -108,5 +136,36 @@ def test_priors_with_scales_and_random_starts_have_the_same_rule(name, seeded):
     starts = spec.unflatten(random_networks(spec, 300, torch.Generator().manual_seed(0), torch.float32))
     for tensor in spec.names:
         assert float(given[tensor].scale.flatten()[0]) == pytest.approx(float(fixed[tensor].scale))
-        if spec.fan_in(tensor) is not None:
+        if spec.fan_in(tensor) is not None and starts[tensor].numel() > 300:
             assert float(starts[tensor].abs().max()) == pytest.approx(float(fixed[tensor].scale), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "kind", [lambda: nn.Linear(0, 3), lambda: nn.Conv1d(0, 3, 2), lambda: nn.ConvTranspose1d(0, 3, 2)]
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_no_weights_have_a_scale_too(kind, seeded):
+    with seeded(0):
+        spec = WeightSpec.of(kind())
+    assert float(priors.FanIn(bias_scale=2.0).distributions(spec)["bias"].scale) == 2
+    assert random_networks(spec, 5, torch.Generator().manual_seed(0), torch.float32).shape == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        (lambda: nn.Linear(5, 3), (1, 5)),
+        (lambda: nn.Conv2d(5, 3, 2), (1, 5, 1, 1)),
+        (lambda: nn.ConvTranspose2d(5, 3, 2), (5, 1, 1, 1)),
+        (lambda: nn.Embedding(5, 3), (5, 1)),
+    ],
+)
+@pytest.mark.parametrize("described", [WeightSpec.of, WeightSpec.unlabelled])
+def test_local_scales_belong_to_what_a_layer_reads(described, kind, shape, seeded):
+    with seeded(0):
+        spec = described(kind())
+        scales = priors.Horseshoe().parameters(spec)
+        given = {name: torch.rand(each.batch_shape or (1,)) for name, each in scales.items()}
+    assert tuple(given["local.weight"].shape) == shape
+    of_weights = priors.Horseshoe().conditional(spec, given)["weight"].scale
+    assert len(of_weights.expand(spec.shapes["weight"]).unique()) == 5

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import bnnflow as bf
 from bnnflow import storage
@@ -217,3 +217,68 @@ def test_a_field_of_the_callers_own_is_known_by_its_code_and_attributes(tmp_path
     for other in (Leaning(0.6), Straight(0.5)):
         with pytest.raises(ValueError, match=r"training of another (field|velocity)"):
             fit(tmp_path / "own", velocity=other)
+
+
+class Own(nn.Module):
+    """A field with something between its layers."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(MODEL.dim + 1, 16), between, nn.SiLU(), nn.Linear(16, MODEL.dim))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.net(torch.cat([x, t.to(x).reshape(-1, 1).expand(len(x), 1)], -1))
+
+
+class Centred(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize(
+    ("between", "message"),
+    [
+        (nn.BatchNorm1d(16), r"'net\.1\.running_mean' is written while the field is evaluated.* LayerNorm"),
+        (nn.BatchNorm1d(16, track_running_stats=False), "cannot take one row"),
+        (Centred(), "makes a row's velocity depend on the other rows"),
+    ],
+)
+def test_a_field_keeps_rows_apart_and_nothing_beside_its_weights(between: nn.Module, message: str) -> None:
+    own = built(lambda: Own(between), torch.float32)
+    before = {name: value.clone() for name, value in own.state_dict().items()}
+    with pytest.raises(ValueError, match=f"velocity: .*{message}"):
+        train(own, pairs, steps=2, batch_size=8, progress=False)
+    assert own.training
+    assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
+
+
+def test_a_frozen_normalisation_is_a_constant_of_the_field() -> None:
+    own = built(lambda: Own(nn.BatchNorm1d(16).eval()), torch.float32)
+    train(own, pairs, steps=2, batch_size=8, progress=False)
+    assert torch.equal(own.net[1].running_mean, torch.zeros(16))
+
+
+def test_dropout_in_a_field_follows_the_seed(seeded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the global generator, and whether or not a training was broken off."""
+
+    def fitted(**options: Any) -> Tensor:
+        own = built(lambda: Own(nn.Dropout(0.5)), torch.float32)
+        train(own, pairs, steps=6, batch_size=8, progress=False, **options)
+        return torch.cat([value.flatten() for value in own.state_dict().values()])
+
+    whole = fitted()
+    with seeded(7):
+        assert torch.equal(fitted(), whole)
+    assert not torch.equal(fitted(seed=1), whole)
+    step, counts = training._State.step, []
+
+    def stopping(self: Any, *given: Any) -> None:
+        counts.append(step(self, *given))
+        if len(counts) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training._State, "step", stopping)
+    with pytest.warns(UserWarning, match="after 3 steps"):
+        fitted(checkpoint=tmp_path / "run")
+    monkeypatch.setattr(training._State, "step", step)
+    assert torch.equal(fitted(checkpoint=tmp_path / "run", resume=True), whole)

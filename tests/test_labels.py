@@ -404,3 +404,17 @@ def test_chains_in_copies_of_the_convnet_are_found_to_agree() -> None:
     assert not moved.unknown
     for name, each in moved.aligned.items():  # but for ties, which rounding breaks
         assert abs(each.worst[0] - same.aligned[name].worst[0]) < 0.05
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_what_reads_no_units_is_refused_by_name(seeded):
+    with seeded(0):
+        first = nn.Conv2d(3, 0, 1)
+        nets = [
+            nn.Sequential(first, nn.ReLU(), nn.Flatten(), nn.Linear(0, 3)),
+            nn.Sequential(first, nn.GroupNorm(1, 0), nn.ReLU(), nn.Flatten(), nn.Linear(0, 3)),
+            nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 0, 1), nn.Flatten(), nn.Linear(0, 3)),
+        ]
+    for net in nets:
+        with pytest.raises(ValueError, match=r"cannot label module '\d' \(Linear\): what it reads has no units"):
+            WeightSpec.of(net)

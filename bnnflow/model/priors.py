@@ -210,7 +210,9 @@ class Horseshoe:
         for name, shape in spec.shapes.items():
             if len(shape) > 1:
                 half = _exact(self.slab_df / 2)
-                local = shape if self.local == "weight" else (1, shape[1], *(1,) * (len(shape) - 2))
+                read = 0 if name in spec.transposed else 1
+                of_units = tuple(size if axis == read else 1 for axis, size in enumerate(shape))
+                local = shape if self.local == "weight" else of_units
                 found[f"global.{name}"] = td.HalfCauchy(_exact(self.global_scale))
                 found[f"local.{name}"] = td.HalfCauchy(_exact(1.0).expand(local))
                 found[f"slab.{name}"] = td.InverseGamma(half, half * self.slab_scale**2)
@@ -231,7 +233,7 @@ class Horseshoe:
 
 def _aligned(values: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Give a scalar parameter ``(..., 1)`` the axes of a tensor of ``shape``, ``(..., 1, 1)`` for a matrix."""
-    return values.reshape(*values.shape[:-1], *(1,) * len(shape))
+    return values.reshape((*values.shape[:-1], *(1,) * len(shape)))
 
 
 def _centred(scale: Tensor) -> td.Normal:

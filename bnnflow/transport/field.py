@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from bnnflow.seeding import isolated
 from bnnflow.transport.coordinates import Context
 from bnnflow.transport.displacement import Displacement
 from bnnflow.transport.divergence import divergence
@@ -15,7 +16,7 @@ from bnnflow.transport.paths import AffinePath
 from bnnflow.types import Trace
 from bnnflow.weights import Symmetries, WeightSpec
 
-__all__ = ["Field"]
+__all__ = ["Field", "check_field"]
 
 
 class Field(nn.Module):
@@ -131,3 +132,54 @@ class _Wrapped(Field):
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         return self.module(t, x)
+
+
+@torch.no_grad()
+def check_field(field: Field, t: Tensor, x: Tensor) -> bool:
+    """See that a field acts on each row alone, and keeps nothing of the points that it meets.
+
+    Args:
+        field: in the mode in which it is trained.
+        t: ``(batch,)``; the first few rows are looked at.
+        x: ``(batch, dim)``.
+
+    Returns:
+        Whether the field draws random numbers in training, as dropout does.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    t, x = t[:4], x[:4]
+    modes = {module: module.training for module in field.modules()}
+    kept = {name: (buffer, buffer.clone()) for name, buffer in field.named_buffers()}
+    try:
+        with isolated():
+            drawn = torch.get_rng_state()
+            field(t, x)
+            random = not torch.equal(drawn, torch.get_rng_state())
+        changed = [name for name, (buffer, before) in kept.items() if not torch.equal(buffer, before)]
+        if changed:
+            raise ValueError(
+                f"velocity: {changed[0].removeprefix('module.')!r} is written while the field is evaluated. "
+                "A statistic of points that it met is none of its weights, which are averaged and kept: take norms "
+                "of single rows, such as LayerNorm, in place of BatchNorm"
+            )
+        for module in modes:
+            module.training = False
+        together = field(t, x)
+        try:
+            alone = torch.cat([field(t[i : i + 1], x[i : i + 1]) for i in range(len(x))])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"velocity: the field cannot take one row: {error}") from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for buffer, before in kept.values():
+            buffer.copy_(before)
+    # Far above rounding, and far below what another row out of four does.
+    if bool(((together - alone).abs().amax() > 1e-2 * together.abs().amax()).any()):
+        raise ValueError(
+            "velocity: the field makes a row's velocity depend on the other rows, so that draws and densities would "
+            "depend on what travels together; the first axis runs over rows"
+        )
+    return random

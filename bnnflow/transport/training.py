@@ -28,7 +28,7 @@ from bnnflow.seeding import as_generator, isolated
 from bnnflow.transport.coordinates import Context
 from bnnflow.transport.couplings import Coupling, Independent
 from bnnflow.transport.displacement import GaussNewton, GradientSteps
-from bnnflow.transport.field import Field
+from bnnflow.transport.field import Field, check_field
 from bnnflow.transport.flow import Flow
 from bnnflow.transport.paths import AffinePath, ProbabilityPath
 from bnnflow.transport.source import Source
@@ -281,6 +281,7 @@ def train(
 
     fixed = None if held_out is None else _fixed_batch(held_out, path, times, 4 * batch_size, shared)
     generator = ranks.own_generator(shared)
+    chance = int(torch.randint(2**62, (), generator=_copy(generator), device=device))
     state = _State(field, learning_rate, optimiser)
     held: contextlib.AbstractContextManager[_Kept | None] = contextlib.nullcontext()
     if checkpoint is not None:
@@ -308,6 +309,7 @@ def train(
         clock = _Clock(state.seconds, state.cpu_seconds)
         total = steps if steps is not None else state.total
         saved, stopped, interrupted = time.perf_counter(), False, False
+        random: bool | None = None  # whether the field draws numbers; not known before it has met a batch
 
         def draw() -> tuple[Tensor, ...]:
             x0, x1 = pairs(own_batch, generator)
@@ -332,7 +334,8 @@ def train(
                         bar.total = total = state.count * 10 // 7
                         continue
                     t, target, *given = batches.take()
-                    with precision:
+                    random = check_field(field, t, given[0]) if random is None else random
+                    with precision, _chance(random, chance + state.count):
                         errors = (call(t, *given) - target).square().sum(-1)
                     state.step(errors, t, weighting, _rate(state.count, total), ranks)
                     bar.update()
@@ -611,6 +614,11 @@ class _Kept:
 def _told(value: object) -> str:
     """Return what tells objects apart, with a name for the reader."""
     return f"{type(value).__name__} {digest(value)}"
+
+
+def _chance(random: bool, seed: int) -> contextlib.AbstractContextManager[None]:
+    """Let a field that draws numbers from the global generator draw those of a step, whatever came before."""
+    return isolated(torch.Generator().manual_seed(seed)) if random else contextlib.nullcontext()
 
 
 def _copy(generator: torch.Generator) -> torch.Generator:
