@@ -250,7 +250,7 @@ def test_derivatives_of_coordinates(prior):
     net = model("learned", prior=PRIORS[prior])
     net.flat_prior.require_coordinates()
     flat, z, v = net.flat_prior, 1.5 * normal(3, net.dim, seed=3), normal(3, net.dim, seed=4)
-    eye, slope = torch.eye(net.dim, dtype=F64).expand(3, -1, -1), flat.slope(z)
+    eye, slope = torch.eye(net.dim, dtype=F64).expand(3, -1, -1), flat.at(z).slope
     exact = by_autograd(flat.from_normal, z)
     assert close(slope.right(eye), exact, 1e-9)
     assert close(slope.left(eye), exact.mT, 1e-9)
@@ -260,14 +260,14 @@ def test_derivatives_of_coordinates(prior):
     inner, room = inner + inner.mT, net.dim - net.spec.network.dim
     whole = torch.nn.functional.pad(inner, (0, room, 0, room))
     assert close(slope.of_weights(inner), slope.both(whole), 1e-12)
-    assert close(flat.turn(z, v).right(eye), by_autograd(lambda z: flat.push(z, v), z), 1e-9)
+    assert close(flat.at(z).turn(v).right(eye), by_autograd(lambda z: flat.push(z, v), z), 1e-9)
     bend = torch.zeros(3, net.dim, net.dim, dtype=F64)
-    flat.bend(z, v).add_to(bend)
+    flat.at(z).bend(v).add_to(bend)
     assert close(bend, by_autograd(lambda z: flat.pull(z, v), z), 1e-9)
     leaf = z.clone().requires_grad_()  # and again
-    (again,) = torch.autograd.grad((slope_of := flat.slope(leaf).times(v)).sum(), leaf)
+    (again,) = torch.autograd.grad((slope_of := flat.at(leaf).slope.times(v)).sum(), leaf)
     assert close(slope_of.detach(), slope.times(v))
-    assert close(again, (flat.turn(z, v).left(torch.ones(3, net.dim, 1, dtype=F64))).squeeze(-1), 1e-9)
+    assert close(again, (flat.at(z).turn(v).left(torch.ones(3, net.dim, 1, dtype=F64))).squeeze(-1), 1e-9)
 
 
 # ------------------------------------------------------------------ the drive

@@ -992,43 +992,17 @@ class FlatPrior:
         z = self.to_normal(theta)
         return self.log_prob(theta) + 0.5 * (z * z).sum(-1, dtype=torch.float64) + 0.5 * self.dim * _LOG_2PI
 
+    def at(self, z: Tensor) -> Placed:
+        """Return the point ``(..., dim)`` of standard normal coordinates, where the map and its derivatives are."""
+        return Placed(self, z)
+
     def pull(self, z: Tensor, vectors: Tensor) -> Tensor:
         """Turn gradients by theta ``(..., dim)`` into gradients by z; more leading axes of vectors are allowed."""
-        if self._weights is None:
-            return vectors * self._derivative(z)
-        if self._weights.closed:
-            return self._weights.pull(self.from_normal(z), vectors, self._derivatives(z)[0])
-        return torch.func.vjp(self.from_normal, z.expand_as(vectors))[1](vectors)[0]  # type: ignore[misc]
+        return self.at(z).pull(vectors)
 
     def push(self, z: Tensor, vectors: Tensor) -> Tensor:
         """Turn directions in z ``(..., dim)`` into directions in theta."""
-        if self._weights is not None:
-            return jvp(self.from_normal, (z,), (vectors,))[1]
-        return vectors * self._derivative(z)
-
-    def slope(self, z: Tensor) -> Arrowhead:
-        """Return d theta / d z at z ``(batch, dim)``; differentiable again."""
-        if self._weights is None:
-            return Arrowhead(self._derivatives(z)[0], None)
-        if self._weights.closed:
-            return self._weights.slope(self.from_normal(z), self._derivatives(z)[0])
-        return self._arrowhead(self.from_normal, z)
-
-    def turn(self, z: Tensor, v: Tensor) -> Arrowhead:
-        """Return the derivative by z of ``slope(z)`` v, v fixed, ``(batch, dim)`` both."""
-        if self._weights is None:
-            return Arrowhead(self._derivatives(z)[1] * v, None)
-        if self._weights.closed:
-            return self._weights.turn(self.from_normal(z), v, *self._derivatives(z))
-        return self._arrowhead(lambda z: self.push(z, v), z)
-
-    def bend(self, z: Tensor, grad: Tensor) -> Bend:
-        """Return the derivative by z of ``pull(z, grad)``, ``grad`` fixed, ``(batch, dim)`` both."""
-        if self._weights is None:
-            return Bend(Arrowhead(self._derivatives(z)[1] * grad, None), None)
-        if self._weights.closed:
-            return self._weights.bend(self.from_normal(z), grad, *self._derivatives(z))
-        return self.bend_of(lambda z: self.pull(z, grad), z)
+        return self.at(z).push(vectors)
 
     def bend_of(self, function: Callable[[Tensor], Tensor], z: Tensor) -> Bend:
         """Return the derivative of a gradient by z ``(batch, dim)``, by automatic differentiation.
@@ -1085,11 +1059,6 @@ class FlatPrior:
         first, second = zip(*pairs, strict=True)
         return torch.cat(first, -1), torch.cat(second, -1)
 
-    def _derivative(self, z: Tensor) -> Tensor:
-        """Return d theta / d z of elementwise coordinates, ``(..., dim)``; differentiable again."""
-        normal = self._normal
-        return self._derivatives(z)[0] if normal is None else normal.scale.expand_as(z)
-
     # ------------------------------------------------ storage
 
     def describe(self) -> list[dict[str, Any]]:
@@ -1128,6 +1097,68 @@ class FlatPrior:
             prior._blocks.append(_Block(slice(block["start"], block["stop"]), family(**parameters), block["log"]))
         prior.dim = prior._blocks[-1].where.stop
         return prior
+
+
+class Placed:
+    """The map from standard normal coordinates z to theta at one point: each part is computed once.
+
+    Args:
+        prior: whose map.
+        z: the point, ``(..., dim)``; ``(batch, dim)`` for matrices.
+    """
+
+    def __init__(self, prior: FlatPrior, z: Tensor) -> None:
+        self.z = z
+        self._prior, self._weights = prior, prior._weights
+
+    @cached_property
+    def theta(self) -> Tensor:
+        """What z stands for."""
+        return self._prior.from_normal(self.z)
+
+    @cached_property
+    def _derivatives(self) -> tuple[Tensor, Tensor]:
+        return self._prior._derivatives(self.z)
+
+    def pull(self, vectors: Tensor) -> Tensor:
+        """Turn gradients by theta ``(..., dim)`` into gradients by z; more leading axes of vectors are allowed."""
+        if self._weights is None:
+            return vectors * self._derivatives[0]
+        if self._weights.closed:
+            return self._weights.pull(self.theta, vectors, self._derivatives[0])
+        z = self.z.expand_as(vectors)
+        return torch.func.vjp(self._prior.from_normal, z)[1](vectors)[0]  # type: ignore[misc]
+
+    def push(self, vectors: Tensor) -> Tensor:
+        """Turn directions in z ``(..., dim)`` into directions in theta."""
+        if self._weights is None:
+            return vectors * self._derivatives[0]
+        return jvp(self._prior.from_normal, (self.z,), (vectors,))[1]
+
+    @cached_property
+    def slope(self) -> Arrowhead:
+        """The derivative of theta by z; differentiable again."""
+        if self._weights is None:
+            return Arrowhead(self._derivatives[0], None)
+        if self._weights.closed:
+            return self._weights.slope(self.theta, self._derivatives[0])
+        return self._prior._arrowhead(self._prior.from_normal, self.z)
+
+    def turn(self, v: Tensor) -> Arrowhead:
+        """Return the derivative by z of ``slope`` v, v ``(batch, dim)`` fixed."""
+        if self._weights is None:
+            return Arrowhead(self._derivatives[1] * v, None)
+        if self._weights.closed:
+            return self._weights.turn(self.theta, v, *self._derivatives)
+        return self._prior._arrowhead(lambda z: self._prior.push(z, v), self.z)
+
+    def bend(self, grad: Tensor) -> Bend:
+        """Return the derivative by z of ``pull(grad)``, ``grad`` ``(batch, dim)`` fixed."""
+        if self._weights is None:
+            return Bend(Arrowhead(self._derivatives[1] * grad, None), None)
+        if self._weights.closed:
+            return self._weights.bend(self.theta, grad, *self._derivatives)
+        return self._prior.bend_of(lambda z: self._prior.pull(z, grad), self.z)
 
 
 _TINY = 1e-300  # probabilities have no units: these two are next to 0 and 1 in float64

@@ -92,11 +92,10 @@ class _Task:
 
     def grad(self, x: Tensor) -> Tensor:
         """Return it at ``(batch, dim)``; differentiable again."""
-        z = self._source.to_prior(x)
-        theta = self._source.prior.from_normal(z)
+        at = self._source.prior.at(self._source.to_prior(x))
         if isinstance(self._guide, BayesianModel):
-            grad = self._guide.log_likelihood_grad(theta)
+            grad = self._guide.log_likelihood_grad(at.theta)
         else:
-            value, pullback, *_ = torch.func.vjp(self._guide, theta)
+            value, pullback, *_ = torch.func.vjp(self._guide, at.theta)
             (grad,) = pullback(torch.ones_like(value))
-        return self._strength * self._source.pull(self._source.prior.pull(z, grad))
+        return self._strength * self._source.pull(at.pull(grad))
