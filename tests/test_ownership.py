@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import bnnflow as bf
+from bnnflow.report.arviz import function_values
 from bnnflow.transport import DriveVelocity, Flow, FlowMap, WeightsVelocity, fit_gaussian
 from tests.problems import built
 
@@ -31,6 +32,8 @@ USES: dict[str, Callable[[bf.BayesianModel, Any], Any]] = {
     "report": lambda model, draws: bf.report(model, {"HMC": draws}, X, X, path=None),
     "weight_convergence": lambda model, draws: bf.weight_convergence(model, draws),
     "to_arviz": lambda model, draws: bf.to_arviz(model, draws),
+    "function_values": lambda model, draws: function_values(model, draws),
+    "align": lambda model, draws: bf.align(model, draws),
     "evidence": lambda model, draws: bf.evidence(model, draws, bf.SMC(particles=10), progress=False),
     "fit_flow": lambda model, draws: bf.fit_flow(model, draws, velocity="weights", steps=1, progress=False),
     "held-out draws": lambda model, draws: bf.fit_flow(
@@ -61,7 +64,7 @@ def test_weights_say_nothing_and_refine_starts_anywhere() -> None:
     bf.predict(other, replace(DRAWS, info={}))
     moved = bf.refine(other, DRAWS, 1, progress=False)
     assert moved.info["model"] == other.fingerprint()
-    assert bf.align(other, DRAWS).theta.shape == DRAWS.theta.shape
+    assert bf.align(other, DRAWS.theta).shape == DRAWS.theta.shape
 
 
 def test_a_model_takes_its_own_draws_in_every_form() -> None:

@@ -84,6 +84,7 @@ def to_arviz(
 
 def function_values(model: BayesianModel, draws: Draws, x: Tensor | np.ndarray | None = None) -> np.ndarray:
     """Return what each draw predicts, ``(chain, draw, n, targets)`` or ``(chain, draw, n, classes)``, float64."""
+    model.check_draws(draws)
     values = torch.cat([chunk.cpu() for chunk in predict(model, draws.theta, x).functions()])
     return values.reshape(draws.n_chains, draws.n_draws, *values.shape[1:]).numpy()
 

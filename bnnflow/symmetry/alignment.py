@@ -50,10 +50,12 @@ def align(
 
     Raises:
         ValueError: if the network could not be labelled, so that its symmetries are not known, with the module or
-            operation that is the reason; if a weight is NaN or infinite; if the weights are not the model's.
+            operation that is the reason; if a weight is NaN or infinite; if the weights are not the model's, or the
+            draws those of another model.
     """
     theta = arguments.tensor("draws", draws.theta if isinstance(draws, Draws) else draws)
     model.spec.check(theta, "draws")
+    model.check_draws(draws)
     if theta.numel() == 0:
         raise ValueError("draws is empty: there is no network to align")
     flat = theta.reshape(-1, model.dim)
