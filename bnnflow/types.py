@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
-
-if TYPE_CHECKING:
-    from bnnflow.weights import WeightSpec
 
 __all__ = [
     "AdaptiveSolver",
     "Architecture",
     "CorrectionMethod",
     "FixedSolver",
-    "HierarchicalPrior",
     "Kernel",
     "LikelihoodMembers",
     "LogDensity",
@@ -26,7 +22,6 @@ __all__ = [
     "Optimiser",
     "Parametrisation",
     "Posterior",
-    "Prior",
     "Schedule",
     "Seed",
     "Solver",
@@ -75,35 +70,6 @@ class Posterior(Protocol):
 
     def log_prob(self, theta: Tensor) -> Tensor:
         """Evaluate the normalised log density, ``(..., dim) -> (...)``."""
-        ...
-
-
-class Prior(Protocol):
-    """What a prior must say: one elementwise distribution for every tensor of the network."""
-
-    def distributions(self, spec: WeightSpec) -> dict[str, Distribution]:
-        """Return a distribution per tensor name; each must broadcast to the tensor's shape."""
-        ...
-
-
-class HierarchicalPrior(Protocol):
-    """A prior with parameters that are inferred beside the weights, such as their scales.
-
-    ``theta`` holds the network's weights, then these parameters, each in an unconstrained coordinate: the logarithm
-    of one whose distribution lives on the positive numbers (``prior.log_<name>``), a real one itself
-    (``prior.<name>``). A parameter called ``<anything>.<tensor>`` with an axis as long as the tensor's is permuted
-    with the tensor's units there.
-    """
-
-    def parameters(self, spec: WeightSpec) -> dict[str, Distribution]:
-        """Return the prior of every parameter; its batch shape is the parameter's, ``(1,)`` for a scalar."""
-        ...
-
-    def conditional(self, spec: WeightSpec, parameters: dict[str, Tensor]) -> dict[str, Distribution]:
-        """Return the distribution of every tensor of the network given the parameters, ``(..., *shape)`` each.
-
-        The distributions are elementwise and must broadcast to ``(..., *shape of the tensor)``.
-        """
         ...
 
 

@@ -22,7 +22,7 @@ from bnnflow.activations import Activation
 from bnnflow.arguments import checked, tracked
 from bnnflow.seeding import as_generator
 from bnnflow.tracing import Layer, trace
-from bnnflow.types import HierarchicalPrior, Prior, Seed
+from bnnflow.types import Seed
 
 __all__ = ["NO_SYMMETRY", "Layer", "Symmetries", "WeightSpec"]
 
@@ -128,8 +128,8 @@ class WeightSpec:
             acted = {label for label, power in zip(self.blocks(name)[1], self.powers(name), strict=True) if power}
             for label in set(self.axes[name]) - {None}:
                 assert label is not None
-                perms = _generators_of_permutations(self.widths[label])
-                if not all(torch.equal(value, _reordered(value, self.axes[name], label, perm)) for perm in perms):
+                perms = generators_of_permutations(self.widths[label])
+                if not all(torch.equal(value, reordered(value, self.axes[name], label, perm)) for perm in perms):
                     pinned.add(label)
                 elif label in acted and bool(value.any()):  # permutations keep it, but neither signs nor scales
                     activations[label] = Activation(f"{activations[label].name} + norm")
@@ -553,43 +553,15 @@ class WeightSpec:
         alike = biases == 1 or " + " not in self.activations[label].name
         return biases > 0 and len(written) == 2 * biases and alike
 
-    @checked
-    def symmetries(self, prior: Prior | HierarchicalPrior | None = None) -> Symmetries:
-        """Return the symmetries of the network's function, or those that also keep a prior.
+    def symmetries(self) -> Symmetries:
+        """Return the symmetries of the network's function; what a prior leaves of them, `Prior.symmetries` says.
 
-        A permutation keeps a prior whose distributions do not vary along the permuted axes, or vary only with
-        parameters that are permuted too; a sign flip one that is even on every tensor that it acts on; no proper
-        prior keeps a rescaling or a shift in phase. Of a network that could not be labelled none are known, though
-        there may be some: see `unknown` and `known_symmetries`.
+        Of a network that could not be labelled none are known, though there may be some: see `unknown` and
+        `known_symmetries`.
         """
-        own = self._function_symmetries
-        if prior is None:
-            return own
-        network = self.network
-        given, varies = _probe_parameters(network, prior)
-        densities = _elementwise_densities(network, prior, given)
-        uneven: set[str | None] = set()
-        for name, density in densities.items():
-            if not torch.allclose(density, density.flip(0), atol=1e-5):
-                powers = zip(network.blocks(name)[1], network.powers(name), strict=True)
-                uneven |= {label for label, power in powers if power}
-        for label in own.permutation - varies:
-            for perm in _generators_of_permutations(network.widths[label]):
-                moved = {
-                    name: _reordered(value, network.parameter_axes(name, tuple(value.shape)), label, perm)
-                    for name, value in given.items()
-                }
-                after = _elementwise_densities(network, prior, moved) if given else densities
-                if not all(
-                    torch.allclose(
-                        after[name], _reordered(density, (None, *network.axes[name]), label, perm), atol=1e-5
-                    )
-                    for name, density in densities.items()
-                ):
-                    varies.add(label)
-        return Symmetries(own.permutation - varies, own.sign - uneven, frozenset())
+        return self._function_symmetries
 
-    def known_symmetries(self, prior: Prior | HierarchicalPrior | None = None) -> Symmetries:
+    def known_symmetries(self) -> Symmetries:
         """Return `symmetries` for what cannot do without.
 
         Raises:
@@ -597,19 +569,24 @@ class WeightSpec:
         """
         if self.unknown:
             raise ValueError(f"the symmetries of this network are not known: {self.unknown}")
-        return self.symmetries(prior)
+        return self.symmetries()
 
     @checked
-    def random_symmetry(self, theta: Tensor, seed: Seed, prior: Prior | HierarchicalPrior | None = None) -> Tensor:
+    def random_symmetry(self, theta: Tensor, seed: Seed, group: Symmetries | None = None) -> Tensor:
         """Apply a random element of the group to every network in ``theta`` ``(..., dim)``.
 
-        Permutations and signs are uniform, scales log-uniform, phases uniform between -2 and 2 half turns. With a
-        ``prior``, only what keeps it is used.
+        Permutations and signs are uniform, scales log-uniform, phases uniform between -2 and 2 half turns.
+
+        Args:
+            theta: networks.
+            seed: of the random elements.
+            group: what may be done to them; all symmetries of the network's function if None. A model's own are
+                `BayesianModel.symmetries`.
 
         Raises:
             ValueError: if the symmetries are not known.
         """
-        return self.transform(self.known_symmetries(prior), seed, theta)[0]
+        return self.transform(self.known_symmetries() if group is None else group, seed, theta)[0]
 
     def transform(self, group: Symmetries, seed: Seed, *thetas: Tensor) -> tuple[Tensor, ...]:
         """Move tensors of networks ``(..., dim)`` by random elements of ``group``, one for each network.
@@ -712,74 +689,17 @@ def _shapes(net: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in free_parameters(net).items()}
 
 
-# Where densities are compared: whatever a prior's scale, some of these are less than a decade from it.
-_SCALES = torch.logspace(-8, 8, 17, dtype=torch.float64)
-_PROBES = torch.cat([-_SCALES.flip(0), _SCALES])
-
-
-def _probe_parameters(network: WeightSpec, prior: Prior | HierarchicalPrior) -> tuple[dict[str, Tensor], set[str]]:
-    """Return values of a prior's parameters that no permutation keeps, and the labels along which their priors vary."""
-    given: dict[str, Tensor] = {}
-    varies: set[str] = set()
-    generator = torch.Generator().manual_seed(0)
-    distributions = prior.parameters(network) if hasattr(prior, "parameters") else {}  # type: ignore[union-attr]
-    for name, distribution in distributions.items():
-        distribution = unwrapped(distribution)
-        shape = tuple(distribution.batch_shape) or (1,)
-        values = torch.randn(shape, generator=generator, dtype=torch.float64)
-        given[name] = values.exp()  # any real parameter may be positive, too
-        probes = _SCALES.reshape(-1, *(1,) * len(shape)).expand(-1, *shape)
-        density = distribution.log_prob(probes.to(_dtype_of(distribution))).double()
-        for axis, label in enumerate(network.parameter_axes(name, shape), start=1):
-            if label is not None and not torch.allclose(density, density.narrow(axis, 0, 1), atol=1e-5):
-                varies.add(label)
-    return given, varies
-
-
-def _elementwise_densities(
-    network: WeightSpec, prior: Prior | HierarchicalPrior, given: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the log density of every entry of every tensor at the probes, ``(probes, *shape)`` each."""
-    inferred = hasattr(prior, "conditional")
-    distributions = (
-        prior.conditional(network, given) if inferred else prior.distributions(network)  # type: ignore[union-attr]
-    )
-    densities = {}
-    for name, distribution in distributions.items():
-        shape, distribution = network.shapes[name], unwrapped(distribution)
-        values = _PROBES.reshape(-1, *(1,) * len(shape)).expand(-1, *shape)
-        densities[name] = distribution.log_prob(values.to(_dtype_of(distribution))).double()  # (probes, *shape)
-    return densities
-
-
-def _generators_of_permutations(n: int) -> list[Tensor]:
+def generators_of_permutations(n: int) -> list[Tensor]:
     """Return a transposition and a cycle, which generate all permutations of n things."""
     swap = torch.arange(n)
     swap[: min(n, 2)] = swap[: min(n, 2)].flip(0)
     return [swap, torch.arange(n).roll(1)]
 
 
-def _reordered(values: Tensor, axes: tuple[str | None, ...], label: str, perm: Tensor) -> Tensor:
+def reordered(values: Tensor, axes: tuple[str | None, ...], label: str, perm: Tensor) -> Tensor:
     """Reorder the units, or blocks of units, along every axis that carries ``label``."""
     for axis, own in enumerate(axes):
         if own == label:
             block = torch.arange(values.shape[axis] // len(perm))
             values = values.index_select(axis, (perm.unsqueeze(-1) * len(block) + block).flatten())
     return values
-
-
-def unwrapped(distribution: torch.distributions.Distribution) -> torch.distributions.Distribution:
-    """Return the elementwise distribution inside ``Independent`` and Pyro's masks."""
-    while isinstance(distribution, torch.distributions.Independent) or type(distribution).__name__ == (
-        "MaskedDistribution"
-    ):
-        distribution = distribution.base_dist  # type: ignore[attr-defined]
-    return distribution
-
-
-def _dtype_of(distribution: torch.distributions.Distribution) -> torch.dtype:
-    """Return the dtype that a distribution's parameters have."""
-    tensors = [getattr(distribution, name, None) for name in distribution.arg_constraints]
-    return next(
-        (t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()), torch.get_default_dtype()
-    )

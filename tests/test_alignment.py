@@ -419,7 +419,7 @@ def test_alignment_by_every_method_gathers_one_mode(name: str, method: Method) -
     model = model_of(name)
     spec = model.spec
     clean = weights(spec) + 0.03 * weights(spec, 2, 8, seed=3)
-    group = model.spec.symmetries(model.prior)
+    group = model.symmetries()
     group = group._replace(sign=frozenset()) if method == "sinkhorn" else group
     theta = spec.transform(group, 2, clean)[0]
     aligned = align(model, theta, rounds=1 if method == "sinkhorn" else 5, method=method)

@@ -115,7 +115,7 @@ def test_matching_undoes_random_symmetries():
     model = network(width=4, dtype=torch.float32)
     centre = 1.5 * torch.randn(model.dim, generator=generator(5))
     cloud = centre + 0.1 * torch.randn(2000, model.dim, generator=generator(6))
-    scrambled = model.spec.random_symmetry(cloud, 7, model.prior)
+    scrambled = model.spec.random_symmetry(cloud, 7, model.symmetries())
     assert not torch.allclose(cloud, scrambled)
     entropy = model.dim * (0.5 * math.log(2 * math.pi * math.e) + math.log(0.1))
     matched, plain = fit_gaussian(model, scrambled), fit_gaussian(model, scrambled, matched=False)

@@ -370,7 +370,7 @@ def test_the_convnet_of_the_documentation_is_aligned() -> None:
     model = docs_model()
     assert model.spec.widths["h1"] == 4
     theta = model.sample_prior(1, 0).double()
-    copies = model.spec.random_symmetry(theta.expand(4, -1), 1, model.prior)
+    copies = model.spec.random_symmetry(theta.expand(4, -1), 1, model.symmetries())
     assert (copies - theta).abs().amax(-1).min() > 1e-3
     torch.testing.assert_close(bf.align(model, copies, reference=theta[0]), theta.expand(4, -1))
 

@@ -564,13 +564,13 @@ PRIORS = {  # network, prior, labels whose permutations it keeps, labels whose s
 def test_which_symmetries_keep_which_prior(name: str) -> None:
     network, prior, permutation, sign = PRIORS[name]
     spec = WeightSpec.of(built(ZOO[network].make))
-    group = spec.symmetries(prior)
+    group = prior.symmetries(spec)
     assert group == Symmetries(
         frozenset(f"h{i}" for i in permutation), frozenset(f"h{i}" for i in sign), frozenset(), frozenset()
     )
     theta = points(spec, 5)
     density = log_prior(spec, prior, theta)
-    moved = spec.random_symmetry(theta, seed=2, prior=prior)
+    moved = spec.random_symmetry(theta, 2, group)
     assert not torch.equal(moved, theta)
     torch.testing.assert_close(log_prior(spec, prior, moved), density, rtol=1e-10, atol=1e-10)
     for label in set(spec.widths) - group.permutation:
@@ -715,14 +715,16 @@ def model_of(name: str, prior: priors.Prior) -> bf.BayesianModel:
 @pytest.mark.parametrize("name", ["conv relu", "residual conv tanh", "separable tanh", "square residual sine"])
 def test_posterior_densities_have_the_symmetries(name: str) -> None:
     model = model_of(name, priors.FanIn(1.3))
-    assert model.spec.symmetries(model.prior) == Source(model.flat_prior).symmetries(model)
-    assert model.spec.symmetries(model.prior).permutation == set(ZOO[name].widths)
+    assert model.symmetries() == Source(model.flat_prior).symmetries(model)
+    assert model.symmetries().permutation == set(ZOO[name].widths)
     theta = model.sample_prior(6, 0)
-    moved = model.spec.random_symmetry(theta, 1, model.prior)
+    moved = model.spec.random_symmetry(theta, 1, model.symmetries())
     torch.testing.assert_close(model.log_joint(moved), model.log_joint(theta), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(model.outputs(moved), model.outputs(theta), rtol=1e-9, atol=1e-9)
     gradient = model.log_joint_and_grad(theta)[1]
-    again = model.spec.random_symmetry(gradient, 1, model.prior)  # permutations and signs move gradients as weights
+    again = model.spec.random_symmetry(
+        gradient, 1, model.symmetries()
+    )  # permutations and signs move gradients as weights
     torch.testing.assert_close(model.log_joint_and_grad(moved)[1], again, rtol=1e-7, atol=1e-7)
 
 

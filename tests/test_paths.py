@@ -239,7 +239,7 @@ def test_conjugate_gradients_approach_the_dense_solution(kind):
 def test_gaussian_source_keeps_no_symmetry_and_a_scaled_one_all():
     model = network()
     assert not any(gaussian_source(model).symmetries(model))
-    assert Source.scaled(model, 0.5).symmetries(model) == model.spec.symmetries(model.prior)
+    assert Source.scaled(model, 0.5).symmetries(model) == model.symmetries()
     with pytest.raises(ValueError, match="root must be"):
         Source(model.flat_prior, root=-1.0)
     with pytest.raises(ValueError, match="loc must be"):
@@ -283,7 +283,7 @@ def test_every_equivariant_field_commutes_with_its_group(name):
     for parameter in field.parameters():
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator(), dtype=F64))
     field = field.bind(Context(model))
-    group = model.spec.symmetries(model.prior) if name == "drive" else field.symmetries
+    group = model.symmetries() if name == "drive" else field.symmetries
     assert group.permutation
     x, t = torch.randn(10, model.dim, generator=generator(), dtype=F64), torch.rand(10, generator=generator(1)).double()
     v = field(t, x).detach()

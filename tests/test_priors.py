@@ -31,7 +31,7 @@ from bnnflow import (
     sample,
 )
 from bnnflow.inference import HMC
-from bnnflow.model.priors import rebuild
+from bnnflow.model.priors.marginals import rebuild
 from bnnflow.model.quantiles import QuantileTable
 from bnnflow.symmetry import match, sort_units
 from bnnflow.transport.coordinates import Context
@@ -241,7 +241,7 @@ def test_weights_are_drawn_given_the_parameters(name: str) -> None:
     assert draws.shape == (3000, model.dim)
     assert torch.equal(draws[:5], model.sample_prior(3000, seed=1)[:5])
     params = model.spec.unflatten(draws)
-    for extra in model._extras:
+    for extra in model.hyperparameters:
         law = td.Independent(extra.distribution.expand(extra.shape), 0)
         values = extra.value(params[extra.name]).flatten(1)[:, 0]
         reference = law.base_dist
@@ -249,7 +249,7 @@ def test_weights_are_drawn_given_the_parameters(name: str) -> None:
             torch.default_generator.manual_seed(5)
             other = reference.sample((3000,)).reshape(3000, -1)[:, 0]
         assert stats.ks_2samp(values.numpy(), other.numpy()).pvalue > 1e-4
-    given = {e.key: e.value(params[e.name]) for e in model._extras if e.name.startswith("prior.")}
+    given = {e.key: e.value(params[e.name]) for e in model.hyperparameters if e.owner == "prior"}
     conditional = model.prior.conditional(model.spec.network, given)
     for tensor, law in conditional.items():
         standard = (params[tensor] - law.mean) / law.scale  # a pivot
@@ -287,12 +287,12 @@ def test_hmc_finds_the_scale_of_the_weights() -> None:
 def test_pyro_sees_the_same_density(name: str, source: str, temperature: float) -> None:
     model = model_of(PRIORS[name], net=conv() if source == "conv" else None, temperature=temperature)
     theta = points(model, 4)
-    positive = [extra for extra in model._extras if extra.positive]
+    positive = [extra for extra in model.hyperparameters if extra.positive]
 
     def sites(each: Tensor) -> dict[str, Tensor]:
         params = model.spec.unflatten(each)
         return {n: params[n] for n in model.spec.network.names} | {
-            extra.site: extra.value(params[extra.name]) for extra in model._extras
+            extra.site: extra.value(params[extra.name]) for extra in model.hyperparameters
         }
 
     log_jacobian = sum(theta[:, model.spec.slices[extra.name]].sum(-1) for extra in positive)
@@ -496,10 +496,10 @@ GROUPS = {  # permutations and signs that stay, of a tanh network with two hidde
 @pytest.mark.parametrize("name", PRIORS)
 def test_random_symmetries_keep_the_density(name: str) -> None:
     model = model_of(PRIORS[name])
-    group = model.spec.symmetries(model.prior)
+    group = model.symmetries()
     assert (group.permutation, group.sign, group.scale) == (*GROUPS[name], frozenset())
     theta = points(model, 5)
-    moved = model.spec.random_symmetry(theta, 2, model.prior)
+    moved = model.spec.random_symmetry(theta, 2, model.symmetries())
     assert not torch.allclose(moved, theta)
     torch.testing.assert_close(model.outputs(moved), model.outputs(theta))
     torch.testing.assert_close(model.log_prior(moved), model.log_prior(theta), rtol=1e-10, atol=1e-10)
@@ -524,12 +524,9 @@ class Unlabelled:
 def test_scales_that_do_not_move_with_the_units_shrink_the_group() -> None:
     for prior in (Unlabelled(), Unlabelled(uneven=True, name="scale.0.bias")):
         model = model_of(prior)
-        assert model.spec.symmetries(prior).permutation == {"h2"}
-        assert model.spec.symmetries(prior).sign == {"h1", "h2"}
-    assert model_of(Unlabelled(name="scale.0.bias")).spec.symmetries(Unlabelled(name="scale.0.bias")).permutation == {
-        "h1",
-        "h2",
-    }
+        assert model.symmetries().permutation == {"h2"}
+        assert model.symmetries().sign == {"h1", "h2"}
+    assert model_of(Unlabelled(name="scale.0.bias")).symmetries().permutation == {"h1", "h2"}
 
 
 def test_local_scales_follow_their_units() -> None:
@@ -549,12 +546,12 @@ def test_local_scales_follow_their_units() -> None:
 def test_alignment_keeps_function_and_density(name: str) -> None:
     model = model_of(PRIORS[name])
     theta = points(model, 1)
-    orbit = model.spec.random_symmetry(theta.expand(20, -1), 4, model.prior)
+    orbit = model.spec.random_symmetry(theta.expand(20, -1), 4, model.symmetries())
     aligned = align(model, orbit)
     torch.testing.assert_close(aligned, aligned[:1].expand(20, -1))
     torch.testing.assert_close(model.log_joint(aligned), model.log_joint(orbit))
     torch.testing.assert_close(match(orbit, model.spec, theta[0]), theta.expand(20, -1))
-    canonical = sort_units(orbit, model.spec, prior=model.prior)
+    canonical = sort_units(orbit, model.spec, group=model.symmetries())
     torch.testing.assert_close(canonical, canonical[:1].expand(20, -1))
 
 
@@ -572,7 +569,7 @@ def test_empirical_moments_of_a_network() -> None:
         else:
             torch.testing.assert_close(law.loc, values.mean())
             torch.testing.assert_close(law.scale, values.std(correction=0))
-    assert model.spec.symmetries(model.prior).permutation == {"h1", "h2"}
+    assert model.symmetries().permutation == {"h1", "h2"}
     assert model.log_joint(points(model, 2)).isfinite().all()
     model.flat_prior.require_coordinates()
 
@@ -584,11 +581,11 @@ def test_empirical_moments_of_draws() -> None:
     laws = priors.Empirical(theta, per="weight").distributions(spec)
     torch.testing.assert_close(torch.cat([law.loc.flatten() for law in laws.values()]), flat.mean(0))
     torch.testing.assert_close(torch.cat([law.scale.flatten() for law in laws.values()]), flat.std(0, correction=0))
-    assert not spec.symmetries(priors.Empirical(theta, per="weight")).permutation
+    assert not priors.Empirical(theta, per="weight").symmetries(spec).permutation
     around_zero = priors.Empirical(theta, zero_mean=True)
     for name, law in around_zero.distributions(spec).items():
         torch.testing.assert_close(law.scale, flat[:, spec.slices[name]].square().mean().sqrt())
-    assert spec.symmetries(around_zero).sign == {"h1", "h2"}
+    assert around_zero.symmetries(spec).sign == {"h1", "h2"}
 
 
 def test_empirical_from_files(tmp_path: Path) -> None:
@@ -666,7 +663,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "support": (lambda: Broken(lambda s: {"0.bias": td.HalfNormal(1.0)}), "'0.bias': HalfNormal is not elementwise"),
     "axes": (lambda: Broken(lambda s: {"0.weight": td.Normal(0.0, s)}), r"shape \(2, 1\).* broadcast to \(2, 4, 2\)"),
     "nothing to infer": (NoParameters, "NoParameters has no parameters to infer"),
-    "half a prior": (Half, "prior must be a Prior or a HierarchicalPrior"),
+    "half a prior": (Half, "prior must be a Prior"),
     "bounded scale": (lambda: priors.Hierarchical(td.Uniform(0.0, 1.0)), "must have the real line"),
     "no weights": (lambda: priors.Empirical({}), r"lack \['0.weight'"),
     "wrong shapes": (

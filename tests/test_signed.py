@@ -167,7 +167,7 @@ def test_sizes_that_cannot_be_are_refused(width, edge_width, heads):
 
 
 def model_of(
-    prior: bf.types.Prior, activation: type[nn.Module] = nn.Tanh, dtype: torch.dtype = torch.float32
+    prior: bf.priors.Prior, activation: type[nn.Module] = nn.Tanh, dtype: torch.dtype = torch.float32
 ) -> bf.BayesianModel:
     x, noise = normal(12, 2, dtype=dtype), normal(12, seed=1, dtype=dtype)
     net = built(lambda: chain(2, 5, 1, activation=activation), dtype)

@@ -331,14 +331,14 @@ def log_prior(spec: WeightSpec, prior: priors.Prior, theta: Tensor) -> Tensor:
 def test_which_symmetries_keep_which_prior(name: str) -> None:
     prior, permutations, signs = PRIORS[name]
     spec = WeightSpec.of(perceptron(3, 4, 4, 2))
-    group = spec.symmetries(prior)
+    group = prior.symmetries(spec)
     assert group.permutation == permutations
     assert group.sign == signs
     assert not group.scale
 
     theta = weights(spec, 5)
     density = log_prior(spec, prior, theta)
-    moved = spec.random_symmetry(theta, seed=2, prior=prior)
+    moved = spec.random_symmetry(theta, 2, group)
     assert not torch.equal(moved, theta)
     torch.testing.assert_close(log_prior(spec, prior, moved), density, rtol=1e-10, atol=1e-10)
 
@@ -354,7 +354,7 @@ def test_which_symmetries_keep_which_prior(name: str) -> None:
 def test_no_prior_keeps_a_rescaling() -> None:
     spec = WeightSpec.of(perceptron(3, 4, 2, activation=nn.ReLU))
     assert spec.symmetries().scale == {"h1"}
-    assert not spec.symmetries(priors.Normal()).scale
+    assert not priors.Normal().symmetries(spec).scale
 
 
 # ---------------------------------------------------------------- what cannot be labelled

@@ -44,16 +44,15 @@ def check_tunable(model: BayesianModel) -> None:
     if _normals(model) is None:
         raise ValueError(
             "prior_precision='evidence' is for normal priors of fixed scale, such as priors.Normal and priors.FanIn, "
-            f"not {type(model.prior).__name__}"
+            f"not {model.prior.name}"
         )
 
 
 def _normals(model: BayesianModel) -> dict[str, Normal] | None:
     """Return the normal distribution of every tensor; None where a prior has others, or infers their parameters."""
-    prior: Any = model.prior
-    if not hasattr(prior, "distributions"):
+    if model.prior.has_parameters:
         return None
-    found = prior.distributions(model.spec.network)
+    found: dict[str, Any] = model.prior.distributions(model.spec.network)
     return found if all(type(each) is Normal for each in found.values()) else None
 
 

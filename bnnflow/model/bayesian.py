@@ -25,20 +25,14 @@ from bnnflow.model.hessian import ChainHessian, Curvature
 from bnnflow.model.likelihood import Likelihood
 from bnnflow.model.linearised import LinearisedNetwork
 from bnnflow.model.network import ChainNetwork, ModuleNetwork, Pullback, at_once
-from bnnflow.model.priors import (
-    Extra,
-    FlatPrior,
-    as_prior,
-    elementwise,
-    extras_of,
-    positive_extras,
-    rebuild,
-    unvalidated,
-)
+from bnnflow.model.priors import FixedPrior, FlatPrior, HierarchicalPrior, Prior, as_prior
+from bnnflow.model.priors.hyperparameters import Hyperparameter
+from bnnflow.model.priors.marginals import unvalidated
 from bnnflow.model.probe import check_outputs, probe, probe_likelihood
+from bnnflow.model.pyro import pyro_model
 from bnnflow.seeding import isolated
-from bnnflow.types import HierarchicalPrior, LikelihoodMembers, Prior, Seed
-from bnnflow.weights import WeightSpec, free_parameters, unwrapped
+from bnnflow.types import LikelihoodMembers, Seed
+from bnnflow.weights import Symmetries, WeightSpec, free_parameters
 
 __all__ = ["BayesianModel"]
 
@@ -62,7 +56,7 @@ class BayesianModel:
             parameters that require gradients are inferred, and their values neither used nor changed. The others
             (``requires_grad=False``) are constants, as buffers are: a trained trunk under a head to be inferred, or
             batch normalisation, which is accepted in ``eval()`` mode.
-        prior: a `Prior` or `HierarchicalPrior`, one torch or Pyro distribution for every weight, or a dict of them by
+        prior: a `Prior`, one torch or Pyro distribution for every weight, or a dict of them by
             tensor name.
         likelihood: a `Likelihood`.
         x: inputs, ``(n, ...)``, tensor or array, already standardised as the prior assumes. Integers become
@@ -91,7 +85,7 @@ class BayesianModel:
     def __init__(
         self,
         net: nn.Module,
-        prior: Prior | HierarchicalPrior | Distribution | Mapping[str, Distribution],
+        prior: Prior | FixedPrior | HierarchicalPrior | Distribution | Mapping[str, Distribution],
         likelihood: Likelihood | LikelihoodMembers,
         x: Tensor | np.ndarray,
         y: Tensor | np.ndarray,
@@ -115,10 +109,10 @@ class BayesianModel:
         except ValueError as error:
             network_spec = WeightSpec.unlabelled(net, str(error))
         self._anchor: Tensor | None = None  # where the network is linearised
-        own = extras_of(self.prior, network_spec)
-        self._extras = own + positive_extras(self.likelihood.parameters)
+        own = Hyperparameter.of_prior(self.prior, network_spec)
+        self.hyperparameters = own + Hyperparameter.of_likelihood(self.likelihood.parameters)
         axes = {extra.name: network_spec.parameter_axes(extra.key, extra.shape) for extra in own}
-        self.spec = network_spec.extend({extra.name: extra.shape for extra in self._extras}, axes)
+        self.spec = network_spec.extend({extra.name: extra.shape for extra in self.hyperparameters}, axes)
         self._architecture = self.spec  # says how to evaluate the network, where the spec of a linearised one does not
         known = self.spec.layers and all(_of_torch(module) for module in net.modules())
         fresh = None if known else copy.deepcopy(self.net)  # never called, which may change it
@@ -129,7 +123,7 @@ class BayesianModel:
             raise ValueError(f"the likelihood's validate must keep the {len(self.x)} rows of y, got {len(y)}")
         _check_informative(y)
         self.y = _placed("y", y, self._device, self._dtype)
-        self.flat_prior = FlatPrior.of(self.prior, self.spec, self._extras).to(self._device, self._dtype)
+        self.flat_prior = FlatPrior.of(self.prior, self.spec, self.hyperparameters).to(self._device, self._dtype)
         self._check_likelihood()
 
     @property
@@ -203,9 +197,17 @@ class BayesianModel:
         return self.has_hessian and self.likelihood.has_fisher_factor
 
     @property
+    def _of_prior(self) -> list[Hyperparameter]:
+        return [each for each in self.hyperparameters if each.owner == "prior"]
+
+    @property
+    def _of_likelihood(self) -> list[Hyperparameter]:
+        return [each for each in self.hyperparameters if each.owner == "likelihood"]
+
+    @property
     def _n_parameters(self) -> int:
         """Length of the end of ``theta`` that belongs to the likelihood."""
-        return sum(math.prod(extra.shape) for extra in self._extras if not _of_prior(extra))
+        return sum(math.prod(extra.shape) for extra in self._of_likelihood)
 
     def __copy__(self) -> BayesianModel:
         """Copy without what was made for this model's data, since a copy is there to become another."""
@@ -237,7 +239,7 @@ class BayesianModel:
         moved._network_of = self.fingerprint()
         moved._anchor = theta.detach().to(self.device, self.dtype)
         network_spec = WeightSpec.unlabelled(self.net, unknown="")
-        moved.spec = network_spec.extend({extra.name: extra.shape for extra in self._extras})
+        moved.spec = network_spec.extend({extra.name: extra.shape for extra in self.hyperparameters})
         return moved
 
     def with_prior(self, prior: Prior) -> BayesianModel:
@@ -246,12 +248,26 @@ class BayesianModel:
         Raises:
             ValueError: if one of the two priors has parameters that are inferred: ``theta`` would be another vector.
         """
-        if any(_of_prior(extra) for extra in self._extras) or extras_of(prior, self.spec.network):
+        prior = as_prior(prior)
+        if self._of_prior or prior.parameters(self.spec.network):
             raise ValueError("a prior with inferred parameters cannot take another's place: make a model with it")
         changed = copy.copy(self)
         changed.prior = prior
-        changed.flat_prior = FlatPrior.of(prior, self.spec, self._extras).to(self.device, self.dtype)
+        changed.flat_prior = FlatPrior.of(prior, self.spec, self.hyperparameters).to(self.device, self.dtype)
         return changed
+
+    def symmetries(self) -> Symmetries:
+        """Return the symmetries of the posterior: those of the network's function that keep the prior."""
+        return self.prior.symmetries(self.spec)
+
+    def known_symmetries(self) -> Symmetries:
+        """Return `symmetries` for what cannot do without.
+
+        Raises:
+            ValueError: if the network could not be labelled, with the module or operation that is the reason.
+        """
+        self.spec.known_symmetries()
+        return self.symmetries()
 
     # ---------------------------------------------------------------- evaluation
 
@@ -300,8 +316,7 @@ class BayesianModel:
         """Return the learned likelihood parameters, positive, ``(..., *shape)`` each; the shape of a scalar is (1,)."""
         return {
             extra.key: theta[..., self.spec.slices[extra.name]].unflatten(-1, extra.shape).exp()
-            for extra in self._extras
-            if not _of_prior(extra)
+            for extra in self._of_likelihood
         }
 
     def log_prior(self, theta: Tensor) -> Tensor:
@@ -506,10 +521,10 @@ class BayesianModel:
 
     def _with_extras(self, grad: Tensor, grad_parameters: dict[str, Tensor]) -> Tensor:
         """Append zeros for the prior's parameters and the gradient by the likelihood's: ``(batch, dim)``."""
-        if not self._extras:
+        if not self.hyperparameters:
             return grad
         by_name = [grad_parameters[name].flatten(1) for name in self.likelihood.parameters]
-        missing = sum(math.prod(extra.shape) for extra in self._extras if _of_prior(extra))
+        missing = sum(math.prod(extra.shape) for extra in self._of_prior)
         return torch.cat([grad, grad.new_zeros(len(grad), missing), *by_name], -1)
 
     def row_blocks(self, *, copies: int = 1, entries: int = 0) -> Iterator[BayesianModel]:
@@ -569,9 +584,7 @@ class BayesianModel:
         by_weights = torch.einsum("bnkr,bnkd->bnrd", factor, jacobian).flatten(1, 2)  # (batch, rows, network dim)
         batch, size = by_weights.shape[:2]
         columns, below = [by_weights], []
-        columns += [
-            by_weights.new_zeros(batch, size, math.prod(extra.shape)) for extra in self._extras if _of_prior(extra)
-        ]
+        columns += [by_weights.new_zeros(batch, size, math.prod(extra.shape)) for extra in self._of_prior]
         for each in information.values():
             if each.dim() == 4:  # factors that share their rows with the outputs, (batch, n, size, rank)
                 columns.append(each.mT.flatten(1, 2))
@@ -894,7 +907,7 @@ class BayesianModel:
             except RuntimeError:  # what is wrong is said below
                 pass
         if not type(self.likelihood.given).__module__.startswith("bnnflow."):
-            shapes = {extra.key: extra.shape for extra in self._extras if not _of_prior(extra)}
+            shapes = {extra.key: extra.shape for extra in self._of_likelihood}
             probe_likelihood(self._log_prob, self._score, self.y[:4], self._n_outputs, shapes)
 
     def _score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -930,10 +943,10 @@ class BayesianModel:
                     "differs in the network; make the model from the network that has the right one"
                 )
         params = {name: given[name].detach().to(self.device, self.dtype) for name in self.spec.network.names}
-        for extra in self._extras:
+        for extra in self.hyperparameters:
             start = math.log(0.1) if extra.positive else 0.0
             params[extra.name] = torch.full(extra.shape, start, device=self.device, dtype=self.dtype)
-        return self.flat_prior.settled(self.spec.flatten(params))
+        return self.flat_prior.at_mode(self.spec.flatten(params))
 
     def _constants(self) -> Iterator[tuple[str, Tensor]]:
         """Yield what the network computes with and does not infer, by name."""
@@ -965,57 +978,12 @@ class BayesianModel:
         The sites are named as the tensors; the sites ``prior.<name>`` and ``likelihood.<name>`` of inferred parameters
         are the variables themselves, not their logarithms. Temperature scales both prior and likelihood.
         """
-        import pyro
-        import pyro.distributions as dist
-        import pyro.poutine as poutine
 
-        network, spec, prior, extras = self.network, self.spec, self.prior, self._extras
-        weights = spec.network
+        def log_likelihood(theta: Tensor) -> Tensor:
+            return self.pointwise_log_likelihood(theta).sum(-1)
 
-        def placed(distribution: Distribution, lead: tuple[int, ...], shape: tuple[int, ...]) -> dist.Independent:
-            here = rebuild(unwrapped(distribution), lambda v: v.to(self.device, self.dtype))
-            return dist.Independent(here.expand(torch.Size((*lead, *shape))), len(shape))
-
-        fixed = {
-            extra.name: placed(
-                elementwise(extra.name, extra.distribution, extra.shape, extra.positive), (), extra.shape
-            )
-            for extra in extras
-        }
-        hierarchical = hasattr(prior, "conditional")
-        if not hierarchical:
-            of_weights = prior.distributions(weights)  # type: ignore[union-attr]
-            fixed |= {
-                name: placed(elementwise(name, of_weights[name], weights.shapes[name], False), (), weights.shapes[name])
-                for name in weights.names
-            }
-
-        def model() -> None:
-            values = {extra.key: pyro.sample(extra.site, fixed[extra.name]) for extra in extras if _of_prior(extra)}
-            if hierarchical:
-                lead = torch.broadcast_shapes(
-                    *(values[e.key].shape[: values[e.key].dim() - len(e.shape)] for e in extras if _of_prior(e))
-                )
-                given = prior.conditional(weights, values)  # type: ignore[union-attr]
-                sites = {name: placed(given[name], lead, weights.shapes[name]) for name in weights.names}
-            else:
-                sites = fixed
-            params = {name: pyro.sample(name, sites[name]) for name in weights.names}
-            for extra in extras:
-                value = values[extra.key] if _of_prior(extra) else pyro.sample(extra.site, fixed[extra.name])
-                params[extra.name] = value.log() if extra.positive else value
-            theta = spec.flatten(params)
-            for extra in extras:
-                if extra.positive:
-                    # Pyro adds the log-Jacobian of the logarithm untempered, log_joint tempers it with the prior.
-                    log_jacobian = theta[..., spec.slices[extra.name]].sum(-1)
-                    pyro.factor(f"{extra.name}.jacobian", (1 - self.temperature) * log_jacobian)
-            flat = theta.reshape(-1, spec.dim)
-            outputs = network(flat, self.x)
-            log_likelihood = self._log_prob(outputs, self.y, self.likelihood_parameters(flat)).sum(-1)
-            pyro.factor("log_likelihood", log_likelihood.reshape(theta.shape[:-1]))
-
-        return poutine.scale(model, scale=1 / self.temperature)
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        return pyro_model(self.prior, self.hyperparameters, self.spec, log_likelihood, self.temperature, like)
 
     def fingerprint(self) -> str:
         """Return a hash of the data, the network, the prior, the likelihood and the temperature.
@@ -1094,8 +1062,8 @@ class BayesianModel:
         found.add(self.x, "x").add(self.y, "y").add(self.temperature, "temperature")
         found.add((self.spec.shapes, repr(layers)), "spec")
         found.add(self.flat_prior.identity(), "prior").add(self.likelihood.given, "likelihood")
-        if hasattr(self.prior, "conditional"):
-            found.add(self.prior, "prior")
+        if self.prior.has_parameters:
+            found.add(self.prior.given, "prior")
         if not layers:  # the labels do not say what the network computes
             found.add(self.net, "net")
         if self._anchor is not None:
@@ -1171,10 +1139,6 @@ def _chosen(
 
 def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
-
-
-def _of_prior(extra: Extra) -> bool:
-    return extra.site.startswith("prior.")
 
 
 def _placed(name: str, data: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

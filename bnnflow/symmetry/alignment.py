@@ -59,7 +59,7 @@ def align(
     if theta.numel() == 0:
         raise ValueError("draws is empty: there is no network to align")
     flat = theta.reshape(-1, model.dim)
-    group = model.spec.known_symmetries(model.prior)
+    group = model.known_symmetries()
     matching = _matching(method, model, group)
     if reference is not None:
         flat = matching(flat, arguments.tensor("reference", reference))

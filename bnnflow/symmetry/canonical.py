@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from bnnflow.arguments import checked
-from bnnflow.types import HierarchicalPrior, Prior
-from bnnflow.weights import WeightSpec
+from bnnflow.weights import Symmetries, WeightSpec
 
 __all__ = ["normalise_scale", "normalise_sign", "sort_units"]
 
 
 @checked
-def sort_units(theta: Tensor, spec: WeightSpec, *, prior: Prior | HierarchicalPrior | None = None) -> Tensor:
+def sort_units(theta: Tensor, spec: WeightSpec, *, group: Symmetries | None = None) -> Tensor:
     """Bring networks to a sorted canonical form: every unit's bias positive, where odd, and the biases increasing.
 
     Biases of sines are first brought within a quarter turn of zero, by shifts of half a turn. A layer without biases
@@ -27,13 +26,13 @@ def sort_units(theta: Tensor, spec: WeightSpec, *, prior: Prior | HierarchicalPr
     Args:
         theta: networks, ``(..., dim)``.
         spec: what their entries mean.
-        prior: restrict the group to the symmetries that keep this prior too.
+        group: what may be done to them; all symmetries of the network's function if None.
 
     Raises:
         ValueError: if nothing that a layer reads is in its place before it, or if the symmetries are not known.
     """
     spec.check(theta)
-    group = spec.known_symmetries(prior)
+    group = spec.known_symmetries() if group is None else group
     movable = group.permutation | group.sign | group.phase
     for label in spec.activations:  # in the order of depth: a layer's key must not move again
         if label in movable:

@@ -13,7 +13,7 @@ from bnnflow.model import BayesianModel
 from bnnflow.model.arrowhead import Arrowhead
 from bnnflow.model.factored import BorderedFactor, ClosedFactor, Factor, MatrixFactor
 from bnnflow.model.fused import plain
-from bnnflow.model.priors import Placed
+from bnnflow.model.priors.flat import Placed
 from bnnflow.transport.source import Source
 
 __all__ = ["Context"]

@@ -113,7 +113,7 @@ class Source:
 
     def symmetries(self, model: BayesianModel) -> Symmetries:
         """Return the symmetries of the network's function that leave this law invariant."""
-        return model.spec.symmetries(model.prior) if self.exchangeable else NO_SYMMETRY
+        return model.symmetries() if self.exchangeable else NO_SYMMETRY
 
     # ---------------------------------------------------------------- coordinates
 

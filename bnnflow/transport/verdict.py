@@ -205,7 +205,7 @@ def copies_gap(
             f"the symmetries of the network are not known ({spec.unknown}): whether the flow has lost symmetric copies "
             "of its draws was not looked at; give held_out draws"
         )
-    group = spec.symmetries(latent.model.prior)
+    group = latent.model.symmetries()
     if not (group.permutation or group.sign):
         return None
     (copies,) = spec.transform(group, generator, theta)

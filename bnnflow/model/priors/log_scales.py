@@ -1,0 +1,140 @@
+"""The scales of weights that are normal around zero, as functions of the parameters of their prior."""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from bnnflow.weights import WeightSpec
+
+__all__ = ["Curved", "HorseshoeScales", "LogScales", "TensorScales"]
+
+
+class Curved(NamedTuple):
+    """Log scales of weights, and their derivatives by the parameters: the second is ``bend`` along times along."""
+
+    log_scales: Tensor  # (batch, weights)
+    slope: Tensor  # (batch, weights, parameters)
+    bend: Tensor  # (batch, weights)
+    along: Tensor  # (weights, parameters)
+
+
+class LogScales(ABC):
+    """Logarithms of the standard deviations of weights, given the coordinates of their prior's parameters.
+
+    ``theta`` are the weights and the parameters, ``(..., weights and parameters)``.
+    """
+
+    @abstractmethod
+    def __call__(self, theta: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Return the log scales ``(..., weights)``, and how a gradient by them becomes one by the parameters."""
+
+    @abstractmethod
+    def curved(self, theta: Tensor) -> Curved:
+        """Return the log scales and their derivatives by the parameters."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the same on another device."""
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            setattr(moved, name, value.to(device) if isinstance(value, Tensor) else value)
+        return moved
+
+
+class TensorScales(LogScales):
+    """One parameter for every tensor, as under `Hierarchical`.
+
+    Args:
+        network: the layout of the weights.
+        factors: what each tensor's scale is multiplied by.
+    """
+
+    def __init__(self, network: WeightSpec, factors: Mapping[str, float]) -> None:
+        self._size = network.dim
+        sizes = torch.tensor([math.prod(network.shapes[name]) for name in network.names])
+        each = torch.tensor([factors[name] for name in network.names], dtype=torch.float64)
+        self._owner = torch.arange(len(sizes)).repeat_interleave(sizes)  # (network dim,)
+        self._log_factors = each.log().repeat_interleave(sizes)
+
+    def __call__(self, theta: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Return the log scales ``(..., network dim)``, and how a gradient by them becomes one by the parameters."""
+        logs = theta[..., self._size :]
+
+        def pull(grad: Tensor) -> Tensor:
+            return grad.new_zeros(*grad.shape[:-1], logs.shape[-1]).index_add(-1, self._owner, grad)
+
+        return logs.index_select(-1, self._owner) + self._log_factors.to(theta.dtype), pull
+
+    def curved(self, theta: Tensor) -> Curved:
+        """Return the log scales and their derivatives by the parameters."""
+        each = torch.nn.functional.one_hot(self._owner, theta.shape[-1] - self._size).to(theta.dtype)
+        none = theta.new_zeros(*theta.shape[:-1], self._size)
+        return Curved(self(theta)[0], each.expand(*theta.shape[:-1], -1, -1), none, each)
+
+
+class HorseshoeScales(LogScales):
+    """Global, local and slab scales, as under `Horseshoe`.
+
+    Args:
+        spec: the layout of the weights and the prior's parameters.
+        bias_scale: standard deviation of the biases, which is fixed.
+    """
+
+    def __init__(self, spec: WeightSpec, bias_scale: float) -> None:
+        network = spec.network
+        self._size = network.dim
+        self._of_biases = torch.full((network.dim,), math.log(bias_scale), dtype=torch.float64)
+        places, owners = [], []
+        for name, where in network.slices.items():
+            shape = network.shapes[name]
+            if len(shape) > 1:
+                self._of_biases[where] = 0.0
+                places.append(torch.arange(where.start, where.stop))
+                indices = []
+                for kind in ("global", "local", "slab"):
+                    extra = f"prior.log_{kind}.{name}"
+                    at = torch.arange(spec.slices[extra].start, spec.slices[extra].stop) - network.dim
+                    at = at.reshape(spec.shapes[extra]) if kind == "local" else at
+                    indices.append(at.expand(shape).flatten())
+                owners.append(torch.stack(indices))
+        self._places = torch.cat(places)  # (matrix entries,)
+        self._owners = torch.cat(owners, 1)  # (3, matrix entries)
+
+    def __call__(self, theta: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Return the log scales ``(..., network dim)``, and how a gradient by them becomes one by the parameters."""
+        logs = theta[..., self._size :]
+        tau, local, slab = (logs.index_select(-1, owner) for owner in self._owners)
+        wide = 2 * (tau + local)  # log variance without the slab
+        of_matrices = -0.5 * torch.logaddexp(-slab, -wide)  # 1 / variance = 1 / c^2 + 1 / (tau l)^2
+        share = torch.sigmoid(slab - wide)  # of the variance's change that follows tau and l, not c
+
+        def pull(grad: Tensor) -> Tensor:
+            grad = grad.index_select(-1, self._places)
+            parts = (grad * share, grad * share, 0.5 * grad * (1 - share))
+            total = grad.new_zeros(*grad.shape[:-1], logs.shape[-1])
+            for owner, part in zip(self._owners, parts, strict=True):
+                total = total.index_add(-1, owner, part)
+            return total
+
+        fixed = self._of_biases.to(theta.dtype).expand(*theta.shape[:-1], -1)
+        return fixed.index_add(-1, self._places, of_matrices), pull
+
+    def curved(self, theta: Tensor) -> Curved:
+        """Return the log scales and their derivatives by the parameters."""
+        logs = theta[..., self._size :]
+        tau, local, slab = (logs.index_select(-1, owner) for owner in self._owners)
+        share = torch.sigmoid(slab - 2 * (tau + local))
+        places, size = self._places, logs.shape[-1]
+        along = theta.new_zeros(self._size, size)
+        slope = theta.new_zeros(*theta.shape[:-1], self._size, size)
+        for owner, part, weight in zip(self._owners, (share, share, 0.5 * (1 - share)), (2.0, 2.0, -1.0), strict=True):
+            along[places, owner] = weight
+            slope[..., places, owner] = part
+        bend = torch.zeros_like(theta[..., : self._size]).index_add(-1, places, -0.5 * share * (1 - share))
+        return Curved(self(theta)[0], slope, bend, along)
