@@ -11,7 +11,7 @@ from bnnflow import likelihoods, priors
 from bnnflow.model.factored import BorderedFactor, ClosedFactor, FactoredJacobian, MatrixFactor
 from bnnflow.transport import GaussNewton, Source
 from bnnflow.transport.coordinates import Context
-from bnnflow.transport.displacement import Linearised
+from bnnflow.transport.displacement import Linearised, _cholesky
 from tests.problems import F64, built, chain, normal
 
 LIKELIHOODS = {
@@ -140,7 +140,9 @@ def test_a_matrix_is_taken_where_factors_do_not_pay_or_do_not_fit():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-@pytest.mark.parametrize("prior", [bf.priors.Normal(1.3), bf.priors.Laplace(), bf.priors.Horseshoe()], ids=str)
+@pytest.mark.parametrize(
+    "prior", [priors.Normal(1.3), priors.Laplace(), priors.Hierarchical(), priors.Horseshoe()], ids=str
+)
 @pytest.mark.parametrize("likelihood", ["Gaussian", "StudentT", "HeteroscedasticGaussian", "Categorical"])
 def test_closed_factors_are_the_matrix(likelihood: str, prior, temperature: float) -> None:
     g = torch.Generator().manual_seed(0)
@@ -194,3 +196,74 @@ def test_parameters_of_the_likelihood_border_the_factors(likelihood, temperature
     if scale is not None:
         system = system + 0.4 * (scale**2 - 1) * torch.eye(model.dim, dtype=F64)
     torch.testing.assert_close(change, torch.linalg.solve(system, grad), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("prior", [priors.Normal(), priors.Hierarchical(), priors.Horseshoe()], ids=str)
+@pytest.mark.parametrize("likelihood", ["Gaussian", "HeteroscedasticGaussian", "Categorical"])
+def test_single_precision_draws_and_gradients_are_those_of_double(likelihood: str, prior) -> None:
+    x = normal(60, 2)
+    out = {"HeteroscedasticGaussian": 2, "Categorical": 3}.get(likelihood, 1)
+    y = torch.arange(60) % 3 if likelihood == "Categorical" else x.sum(1).sin()
+    double = bf.BayesianModel(built(lambda: chain(2, 4, out)), prior, getattr(likelihoods, likelihood)(), x, y)
+    z, s2 = 0.5 * normal(4, double.dim), torch.full((4, 1), 0.1, dtype=F64)
+    exact = Context(double)
+    single = Context(double.to(dtype=torch.float32))
+    assert isinstance(single.gauss_newton_factored(z.float())[1], ClosedFactor)
+    for one, other in (
+        (single.grad(z.float()), exact.grad(z)),
+        *zip(single.value_and_grad(z.float()), exact.value_and_grad(z), strict=True),
+        *zip(GaussNewton(2)(single, z.float(), s2.float()), GaussNewton(2)(exact, z, s2), strict=True),
+    ):
+        torch.testing.assert_close(one.double(), other, rtol=2e-4, atol=2e-4 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("prior", [priors.Normal(), priors.Horseshoe()], ids=str)
+def test_what_is_kept_of_a_point_is_of_that_point_alone(prior) -> None:
+    model = model_of(hidden=(5,), prior=prior)
+    asked, x = Context(model), normal(3, model.dim)
+    for change in (0.0, 0.5, -0.5):  # in place, and back to where it was
+        x.add_(change)
+        fresh = Context(model)
+        for name in ("grad", "value_and_grad", "gauss_newton_residual", "gauss_newton", "hessian", "value_and_grad"):
+            found, expected = getattr(asked, name)(x), getattr(fresh, name)(x)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    leaf = x.clone().requires_grad_()  # equal, but followed
+    (slope,) = torch.autograd.grad(asked.grad(leaf).sum(), leaf)
+    hessian = asked.hessian(x)
+    assert hessian is not None
+    torch.testing.assert_close(slope, hessian[1].sum(1), rtol=1e-9, atol=1e-9)
+    assert asked.grad(x[:2]).shape == (2, model.dim)
+
+
+@pytest.mark.parametrize("likelihood", ["heteroscedastic", "poisson"])
+def test_systems_that_rounding_makes_indefinite_are_solved(likelihood: str) -> None:
+    x = normal(60, 2)
+    which = likelihoods.Poisson() if likelihood == "poisson" else likelihoods.HeteroscedasticGaussian()
+    y = x.sum(1).exp().round() if likelihood == "poisson" else x.sum(1).sin()
+    net = built(lambda: chain(2, 4, 1 if likelihood == "poisson" else 2))
+    exact = Context(bf.BayesianModel(net, priors.Normal(), which, x, y))
+    z, s2 = 2 * normal(40, exact.dim), torch.full((40, 1), 0.3, dtype=F64)
+    factor = exact.gauss_newton_factored(z)[1]
+    assert isinstance(factor, ClosedFactor)
+    systems = torch.eye(exact.dim, dtype=F64) + 0.3 * factor.normal(slice(None))
+    assert (torch.linalg.cholesky_ex(systems.float()).info > 0).any()
+    w = GaussNewton(1)(Context(exact.model.to(dtype=torch.float32)), z.float(), s2.float()).w.double()
+    expected = GaussNewton(1)(exact, z, s2).w
+    assert w.isfinite().all()
+    assert ((w - expected).norm(dim=1) < 1.5 * expected.norm(dim=1)).all()  # no nonsense where it is hard,
+    assert ((w - expected).norm(dim=1) / expected.norm(dim=1)).median() < 1e-4  # and right where it is not
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_what_has_no_factor_spoils_no_other(dtype: torch.dtype) -> None:
+    half = normal(6, 5, 9).to(dtype)
+    systems = torch.eye(5, dtype=dtype) + half @ half.mT
+    expected = torch.linalg.cholesky(systems)
+    torch.testing.assert_close(_cholesky(systems), expected, rtol=0, atol=0)
+    systems[1, 4, 4] = torch.nan
+    systems[3] = torch.full((5, 5), 1e9) - 20 * torch.eye(5) * torch.finfo(dtype).eps * 1e9
+    factors = _cholesky(systems)
+    assert factors[1].isnan().all()
+    torch.testing.assert_close(factors[3] @ factors[3].mT, systems[3], rtol=1e3 * torch.finfo(dtype).eps, atol=0)
+    others = [0, 2, 4, 5]
+    torch.testing.assert_close(factors[others], expected[others], rtol=0, atol=0)

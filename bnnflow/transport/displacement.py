@@ -337,7 +337,7 @@ class Linearised:
             gram.mul_(variance).diagonal(dim1=1, dim2=2).add_(1)
         else:
             gram = variance * gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        return torch.linalg.cholesky(gram)
+        return _cholesky(gram)
 
     def times(self, v: Tensor) -> Tensor:
         """Return H v, ``(batch, dim)``."""
@@ -402,6 +402,27 @@ class Linearised:
             targets = targets / self._scale.unsqueeze(-1)
         half = torch.linalg.solve_triangular(self._root.mT, targets.mT, upper=True, left=False)
         return torch.linalg.solve_triangular(self._root, half, upper=False, left=False).mT
+
+
+def _cholesky(systems: Tensor) -> Tensor:
+    """Return the Cholesky factors of systems I + s^2 H ``(batch, k, k)``, NaN where these are not finite.
+
+    A sharp likelihood adds so much to the identity that rounding it takes away more than one, and the sum may be
+    indefinite. As much as is rounded is then added to its diagonal, or ten times that if need be: what is solved with
+    the factors is refined, and these draws alone lose something.
+    """
+    eye = torch.eye(systems.shape[-1], dtype=systems.dtype, device=systems.device)
+    raised = systems
+    for share in (1, 10, 100, 1000):
+        try:
+            return torch.linalg.cholesky(raised)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            failed = (torch.linalg.cholesky_ex(raised).info > 0)[:, None, None]
+            trace = systems.diagonal(dim1=1, dim2=2).sum(-1)[:, None, None]
+            rounded = torch.finfo(systems.dtype).eps * trace * eye
+            raised = torch.where(failed, systems + share * rounded, raised)
+    factors, info = torch.linalg.cholesky_ex(raised)
+    return torch.where((info > 0)[:, None, None], torch.nan, factors)
 
 
 def linearised(context: Context, x: Tensor, s2: Tensor) -> Linearised:
