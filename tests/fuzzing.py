@@ -133,8 +133,7 @@ def _data_and_models(w: World) -> Iterator[Call]:
         yield Call(f"BayesianModel.{name}", getattr(model, name), {"theta": theta[0]})
     for name in ("log_likelihood_and_grad", "log_likelihood_grad", "log_joint_and_grad"):
         yield Call(f"BayesianModel.{name}", getattr(model, name), {"theta": theta})
-    for name in ("gauss_newton", "gauss_newton_residual", "log_likelihood_hessian"):
-        yield Call(f"BayesianModel.{name}", getattr(model, name), {"theta": theta})
+    yield Call("BayesianModel.at", model.at, {"theta": theta})
     given = {"theta": theta, "x": x, "y": y}
     yield Call("BayesianModel.pointwise_log_likelihood", model.pointwise_log_likelihood, given)
     yield Call("BayesianModel.sample_prior", model.sample_prior, {"n": 3, "seed": 0})
@@ -577,7 +576,7 @@ HOLD_WHAT_THEY_ARE_GIVEN = (
     "Draws", "Draws.with_theta", "Gaussian", "Gaussian.log_prob", "data.Standardiser", "symmetry.Curve",
     "BayesianModel.linearised", "BayesianModel.outputs", "BayesianModel.log_prior", "BayesianModel.log_likelihood",
     "BayesianModel.log_likelihood_and_grad", "BayesianModel.log_likelihood_grad", "BayesianModel.log_joint_and_grad",
-    "BayesianModel.gauss_newton", "BayesianModel.gauss_newton_residual", "BayesianModel.log_likelihood_hessian",
+    "BayesianModel.at",
     "BayesianModel.log_joint", "BayesianModel.to_network", "BayesianModel.pointwise_log_likelihood",
     "WeightSpec.unflatten", "WeightSpec.flatten", "WeightSpec.permute", "WeightSpec.flip", "WeightSpec.rescale",
     "WeightSpec.random_symmetry", "symmetry.sort_units", "symmetry.normalise_sign", "symmetry.normalise_scale",

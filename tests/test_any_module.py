@@ -120,7 +120,7 @@ def test_blocks_change_nothing(make, monkeypatch) -> None:
     v = torch.randn(2, model.dim, generator=generator(3), dtype=F64)
 
     def everything() -> tuple:
-        grad, product = model.gauss_newton_product(theta[0])
+        grad, product = model.at(theta[0]).grad_and_product()
         return (
             model.outputs(theta),
             model.log_joint(theta),
@@ -155,7 +155,7 @@ def test_curvature_of_any_module(make) -> None:
     model = model_of(make, 5)
     theta = 0.3 * model.sample_prior(1, 0)[0]
     prior = laplace.prior_precision(model, theta)
-    grad, product = model.gauss_newton_product(theta.unsqueeze(0))
+    grad, product = model.at(theta.unsqueeze(0)).grad_and_product()
     columns = torch.cat([product(row.unsqueeze(0)) for row in torch.eye(model.dim, dtype=F64)])
     whole = laplace.gauss_newton_precision(model, theta)
     torch.testing.assert_close(whole, columns + prior.diag())

@@ -346,7 +346,7 @@ def test_rows_in_blocks_make_the_same_curvature(monkeypatch: pytest.MonkeyPatch)
     model = sine(likelihoods.Gaussian())
     theta = model.sample_prior(1, 0)[0]
     whole = laplace.gauss_newton_precision(model, theta)
-    factor = model.gauss_newton(theta[None])[1][0]
+    factor = model.at(theta[None]).grad_and_factor()[1][0]
     torch.testing.assert_close(whole, factor.T @ factor + laplace.prior_precision(model, theta).diag())
     monkeypatch.setattr("bnnflow.model.network.LARGEST_BLOCK", 40 * model.dim)
     torch.testing.assert_close(laplace.gauss_newton_precision(model, theta), whole)

@@ -46,8 +46,8 @@ def model_of(
 def test_products_are_those_of_the_matrix(likelihood: str, hidden: tuple[int, ...], bias: bool, rows: Tensor | None):
     model = model_of(likelihood, hidden, bias=bias)
     theta, v = normal(3, model.dim, seed=2), normal(3, model.dim, seed=3)
-    grad, matrix = model.gauss_newton(theta, rows)
-    found = model.gauss_newton_factored(theta, rows)
+    grad, matrix = model.at(theta, rows).grad_and_factor()
+    found = model.at(theta, rows).factored()
     assert found is not None
     assert found[1].rows == matrix.shape[1] < model.dim
     torch.testing.assert_close(found[0], grad, rtol=1e-10, atol=1e-10)
@@ -75,12 +75,13 @@ def test_linearisation_is_that_of_the_matrix(
     model = model_of(prior=prior, temperature=temperature)
     context = Context(model, None if scale is None else Source.scaled(model, scale))
     x, v, s2 = normal(5, model.dim), normal(5, model.dim, seed=1), torch.linspace(0, 2, 5, dtype=F64).unsqueeze(-1)
-    assert isinstance(context.gauss_newton_factored(x)[1], FactoredJacobian)
+    assert isinstance(context.at(x).factored[1], FactoredJacobian)
     factored = Linearised(context, x, s2)
     drive = GaussNewton(2)(context, x, s2)
     slope = _slope(context, x, s2, v)
-    monkeypatch.setattr(context, "_scales", None)
-    assert isinstance(context.gauss_newton_factored(x)[1], MatrixFactor)
+    context = Context(model, context.source)
+    monkeypatch.setattr(context, "scales", None)
+    assert isinstance(context.at(x).factored[1], MatrixFactor)
     dense = Linearised(context, x, s2)
     for one, other in (
         (factored.grad, dense.grad),
@@ -121,7 +122,7 @@ def test_a_matrix_is_taken_where_factors_do_not_pay_or_do_not_fit():
     x, y = normal(4, 2), normal(4, 1, seed=1)
 
     def factor(model: bf.BayesianModel, source: Source | None = None) -> type:
-        return type(Context(model, source).gauss_newton_factored(normal(2, model.dim))[1])
+        return type(Context(model, source).at(normal(2, model.dim)).factored[1])
 
     assert factor(model_of()) is FactoredJacobian
     assert factor(model_of(hidden=(1,), likelihood="gaussians", bias=False)) is ClosedFactor  # more rows than weights
@@ -160,7 +161,7 @@ def test_closed_factors_are_the_matrix(likelihood: str, prior, temperature: floa
     for source in (None, Source.scaled(model, 1.5), Source.gaussian(model, model.sample_prior(200, 1))):
         for rows in (None, torch.arange(0, 59)):
             context = Context(model, source, rows)
-            (grad, factor), (exact_grad, matrix) = context.gauss_newton_factored(z), context.gauss_newton(z)
+            (grad, factor), (exact_grad, matrix) = context.at(z).factored, context.at(z).grad_and_factor()
             exact = MatrixFactor(matrix)
             assert isinstance(factor, ClosedFactor)
             assert factor.rows == exact.rows
@@ -181,7 +182,7 @@ def test_parameters_of_the_likelihood_border_the_factors(likelihood, temperature
     model = bf.BayesianModel(net, priors.Normal(1.3), likelihood, x, y, temperature=temperature)
     context = Context(model, None if scale is None else Source.scaled(model, scale), torch.tensor([0, 2, 3]))
     z, v = normal(3, model.dim), normal(3, model.dim, seed=1)
-    (grad, factor), (exact_grad, matrix) = context.gauss_newton_factored(z), context.gauss_newton(z)
+    (grad, factor), (exact_grad, matrix) = context.at(z).factored, context.at(z).grad_and_factor()
     assert isinstance(factor, BorderedFactor)
     exact, u = MatrixFactor(matrix), normal(3, factor.rows, seed=2)
     torch.testing.assert_close(grad, exact_grad, rtol=1e-10, atol=1e-10)

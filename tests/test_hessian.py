@@ -1,6 +1,7 @@
 """Laws of closed second derivatives: of the likelihood, of the drive, and of log densities that are made of them."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from bnnflow.transport import (
     Source,
     velocity,
 )
-from bnnflow.transport.coordinates import Context
+from bnnflow.transport.coordinates import Context, WhitenedCurvature
 from bnnflow.transport.divergence import chained_divergence, exact_divergence
 from tests.problems import F64, built, chain, generator, normal
 
@@ -126,7 +127,7 @@ def close(value: Tensor, truth: Tensor, tolerance: float = 1e-12) -> bool:
 
 def check(net: bf.BayesianModel, rows: Tensor | None = None) -> None:
     theta = normal(3, net.dim, seed=4)
-    found = net.log_likelihood_hessian(theta, rows)
+    found = net.at(theta, rows).grad_and_hessian()
     assert found is not None
     grad, second = found
     assert close(grad, net.log_likelihood_grad(theta, rows))
@@ -162,8 +163,8 @@ def test_hessian_with_every_activation(activation):
 @pytest.mark.parametrize("kind", ["categorical", "learned"])
 def test_hessian_from_a_few_rows_of_data_at_once(kind, rows, monkeypatch):
     net = model(kind, (4, 3))
-    assert net._hessian is not None
-    monkeypatch.setattr(net._hessian, "_rows", 2)
+    assert net.has_hessian
+    monkeypatch.setattr(net._density.hessian, "_rows", 2)
     check(net, None if rows is None else torch.tensor(rows))
 
 
@@ -202,25 +203,25 @@ def test_hessian_does_not_know_the_parameters_of_the_prior():
     theta = normal(2, net.dim)
     own = [i for name, where in net.spec.slices.items() if name.startswith("prior.") for i in range(net.dim)[where]]
     assert own
-    assert (net.log_likelihood_hessian(theta)[1][:, own] == 0).all()  # type: ignore[index]
+    assert (net.at(theta).grad_and_hessian()[1][:, own] == 0).all()  # type: ignore[index]
 
 
 def test_there_is_no_hessian_of_other_networks(monkeypatch):
     given = model()
     other = bf.BayesianModel(built(lambda: normed(3)), priors.Normal(), likelihoods.Categorical(), given.x, given.y)
     theta = normal(2, given.dim)
-    assert other.log_likelihood_hessian(normal(2, other.dim)) is None
-    assert given.log_likelihood_hessian(theta) is not None
-    assert given.linearised(theta[0]).log_likelihood_hessian(theta) is None
+    assert other.at(normal(2, other.dim)).grad_and_hessian() is None
+    assert given.at(theta).grad_and_hessian() is not None
+    assert given.linearised(theta[0]).at(theta).grad_and_hessian() is None
     monkeypatch.setattr(hessian, "_WIDEST", given.dim - 1)
-    assert model().log_likelihood_hessian(theta) is None
+    assert model().at(theta).grad_and_hessian() is None
 
 
 def test_hessian_in_single_precision_and_of_a_moved_model():
     net = model("learned", (4, 3))
     theta = normal(3, net.dim, seed=4)
-    exact = net.log_likelihood_hessian(theta)
-    single = net.to(dtype=torch.float32).log_likelihood_hessian(theta.float())
+    exact = net.at(theta).grad_and_hessian()
+    single = net.to(dtype=torch.float32).at(theta.float()).grad_and_hessian()
     assert exact is not None
     assert single is not None
     assert single[1].dtype == torch.float32
@@ -239,7 +240,7 @@ def test_hessian_in_the_coordinates_of_every_source(prior, kind, temperature):
     gaussian = Source.gaussian(net, net.sample_prior(60, 1))
     for source in (None, Source.scaled(net, 1.5), gaussian, Source(net.flat_prior, loc=gaussian.loc)):
         context = Context(net, source, rows=torch.tensor([0, 3, 7]))
-        found = context.hessian(x)
+        found = context.at(x).grad_and_hessian()
         assert found is not None
         assert close(found[0], context.grad(x))
         assert close(found[1], by_autograd(context.grad, x), 1e-10)
@@ -346,8 +347,8 @@ def test_jacobians_of_gauss_newton_steps_from_every_source(prior, kind, temperat
 @pytest.mark.parametrize("kind", ["one", "categorical"])
 def test_jacobians_of_gauss_newton_steps_from_a_few_rows_of_data_at_once(kind, monkeypatch):
     net = model(kind, (2,), bias=False)
-    assert net._hessian is not None
-    monkeypatch.setattr(net._hessian, "_rows", 5)
+    assert net.has_hessian
+    monkeypatch.setattr(net._density.hessian, "_rows", 5)
     rows = torch.arange(10 * net.dim) % N
     assert len(rows) > 8 * net.dim
     check_drive(GaussNewton(2, 0.7), Context(net, rows=rows))
@@ -397,8 +398,9 @@ class Hill:
     def grad(self, x: Tensor) -> Tensor:
         return self._k * (x - 1)
 
-    def hessian(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.grad(x), self._k * torch.eye(x.shape[1], dtype=x.dtype).repeat(len(x), 1, 1)
+    def at(self, x: Tensor) -> SimpleNamespace:
+        hessian = self._k * torch.eye(x.shape[1], dtype=x.dtype).repeat(len(x), 1, 1)
+        return SimpleNamespace(grad_and_hessian=lambda: (self.grad(x), hessian))
 
 
 @pytest.mark.parametrize("k", [-3.0, 3.0, 3e3, 3e5])
@@ -423,7 +425,7 @@ def test_gradients_of_sharp_likelihoods_are_pulls_of_their_residuals(kind, prior
     for source in (None, Source.scaled(net, 1.5), Source.gaussian(net, net.sample_prior(200, 1))):
         for rows in (None, torch.tensor([0, 3, 7])):
             context = Context(net, source, rows)
-            found, (grad, factor) = context.gauss_newton_residual(x), context.gauss_newton(x)
+            found, (grad, factor) = context.at(x).residual, context.at(x).grad_and_factor()
             assert found is not None
             residual, rest = found
             assert rest is not None
@@ -433,7 +435,7 @@ def test_gradients_of_sharp_likelihoods_are_pulls_of_their_residuals(kind, prior
 def test_from_the_prior_the_gradient_is_nothing_but_that_pull():
     for kind in ("gaussian", "poisson"):
         net = model(kind)
-        found = Context(net).gauss_newton_residual(normal(3, net.dim, seed=5))
+        found = Context(net).at(normal(3, net.dim, seed=5)).residual
         assert found is None if kind == "poisson" else found is not None and found[1] is None
 
 
@@ -480,8 +482,8 @@ def test_there_are_no_jacobians_of_other_gauss_newton_steps(monkeypatch):
     for other in others:
         assert not found(other, dense)
         theta = normal(2, other.dim, seed=5)
-        assert Context(other).gauss_newton_slope(theta, theta) is None
-        assert other.gauss_newton_slope(theta, theta) is None
+        assert Context(other).at(theta).slope(theta) is None
+        assert other.at(theta).slope(theta) is None
     assert not found(module, GradientSteps(2))
 
 
@@ -509,13 +511,13 @@ def by_products(field, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 def counted(monkeypatch):
     """Count how often closed second derivatives are used."""
     calls = []
-    for name in ("hessian", "gauss_newton_slope"):
+    for name in ("grad_and_hessian", "slope"):
 
-        def counting(self, x, *rest, original=getattr(Context, name)):
-            calls.append(len(x))
-            return original(self, x, *rest)
+        def counting(self, *rest, original=getattr(WhitenedCurvature, name)):
+            calls.append(len(self.x))
+            return original(self, *rest)
 
-        monkeypatch.setattr(Context, name, counting)
+        monkeypatch.setattr(WhitenedCurvature, name, counting)
     return calls
 
 

@@ -326,7 +326,7 @@ def test_all_batches_of_one_row_average_to_the_gradient(name: str) -> None:
 def test_gauss_newton_is_the_fisher_matrix(name: str) -> None:
     model = model_of(name, n=5)
     theta = points(model, 2)
-    grad, factor = model.gauss_newton(theta)
+    grad, factor = model.at(theta).grad_and_factor()
     torch.testing.assert_close(grad, model.log_likelihood_grad(theta), rtol=1e-9, atol=1e-9)
     for row, a in zip(theta, factor, strict=True):
         if name.startswith(("student", "negative")):  # no divergence in closed form, but blocks that do not mix
@@ -504,4 +504,4 @@ def test_a_learned_dispersion_has_no_fisher_factor() -> None:
     model = model_of("negative binomial learned")
     assert not model.likelihood.has_fisher_factor
     with pytest.raises(ValueError, match="NegativeBinomial has no fisher_factor"):
-        model.gauss_newton(points(model, 1))
+        model.at(points(model, 1)).grad_and_factor()

@@ -478,7 +478,7 @@ def test_fisher_factor_is_the_covariance_of_the_score(name: str) -> None:
 def test_gauss_newton_is_the_fisher_matrix(name: str) -> None:
     model = model_of(name, temperature=1.3)
     theta = points(model, 2)
-    grad, factor = model.gauss_newton(theta)
+    grad, factor = model.at(theta).grad_and_factor()
     torch.testing.assert_close(grad, model.log_likelihood_grad(theta), rtol=1e-10, atol=1e-10)
     size, likelihood = model.spec.network.dim, model.likelihood
     for row, a in zip(theta, factor, strict=True):
@@ -498,9 +498,9 @@ def test_gauss_newton_is_the_fisher_matrix(name: str) -> None:
 def test_gauss_newton_products_are_those_of_the_matrix(name: str, rows: Tensor | None) -> None:
     model = model_of(name, temperature=1.3)
     theta = points(model, 3)
-    grad, factor = model.gauss_newton(theta, rows)
+    grad, factor = model.at(theta, rows).grad_and_factor()
     torch.testing.assert_close(grad, model.log_likelihood_grad(theta, rows), rtol=1e-9, atol=1e-9)
-    same, product = model.gauss_newton_product(theta, rows)
+    same, product = model.at(theta, rows).grad_and_product()
     v = points(model, 3).flip(0)
     torch.testing.assert_close(same, grad, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(product(v), torch.einsum("brd,bre,be->bd", factor, factor, v), rtol=1e-9, atol=1e-9)
@@ -518,11 +518,11 @@ def _expected_minus(likelihood: Any, outputs: Tensor, model: BayesianModel, thet
 def test_gauss_newton_of_any_module() -> None:
     model = module_model("conv")
     theta = points(model, 2)
-    grad, factor = model.gauss_newton(theta)
+    grad, factor = model.at(theta).grad_and_factor()
     torch.testing.assert_close(grad, model.log_likelihood_grad(theta), rtol=1e-9, atol=1e-9)
     assert factor.shape == (2, 6 + 1, model.dim)
     with pytest.raises(ValueError, match="Poisson has no fisher_factor"):
-        model_of("poisson").gauss_newton(theta)
+        model_of("poisson").at(theta[:, :31]).grad_and_factor()
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -1005,8 +1005,8 @@ def test_linearised_gauss_newton_is_the_networks_at_the_anchor() -> None:
     # Fisher's information of a Gaussian does not depend on the mean: the same factor for the same noise everywhere.
     theta = points(model, 2)
     theta[:, -1] = anchor[-1]
-    factor = linear_model.gauss_newton(theta)[1]
-    expected = model.gauss_newton(anchor.expand(2, -1))[1]
+    factor = linear_model.at(theta).grad_and_factor()[1]
+    expected = model.at(anchor.expand(2, -1)).grad_and_factor()[1]
     torch.testing.assert_close(factor, expected)
 
 

@@ -68,8 +68,8 @@ def test_the_information_of_each_scale_is_its_own(name, problem):
     net, x, y = problem
     model = bf.BayesianModel(net, priors.Normal(), MAKES[name][0](each()), x, y)
     theta = model.sample_prior(2, seed=0)
-    by_factor = model.gauss_newton(theta)[1]
-    product = model.gauss_newton_product(theta)[1]
+    by_factor = model.at(theta).grad_and_factor()[1]
+    product = model.at(theta).grad_and_product()[1]
     v = torch.randn(2, model.dim, generator=torch.Generator().manual_seed(0), dtype=F64)
     dense = by_factor.mT @ by_factor
     torch.testing.assert_close((dense @ v.unsqueeze(-1)).squeeze(-1), product(v))

@@ -356,7 +356,7 @@ def test_a_part_of_the_data_costs_less_and_is_scaled_to_all():
     spread = parts.std(0) / math.sqrt(20)
     assert ((parts.mean(0) - mean).abs() < 5 * spread + 0.01).all()
     context = flow.on_batch(400, 0).velocity.posterior
-    assert context.gauss_newton(torch.zeros(1, 4, dtype=F64))[1].shape[1] == 400
+    assert context.at(torch.zeros(1, 4, dtype=F64)).grad_and_factor()[1].shape[1] == 400
     with pytest.raises(ValueError, match="looks at no data"):
         Flow.of(WeightsVelocity(model.spec, 8, 1).double(), model).on_batch(10, 0)
     with pytest.raises(ValueError, match="batch_size"):

@@ -382,7 +382,7 @@ def gauss_newton_precision(
         changes = changes[:, :weights]
         entries += 4 * len(changes) * (outputs + 2) ** 2
     for block in model.row_blocks(copies=2 * (1 + outputs), entries=entries):
-        factor = block.gauss_newton(theta.unsqueeze(0), names=names, changes=changes)[1][0].detach()  # (rows, k)
+        factor = block.at(theta.unsqueeze(0)).grad_and_factor(names=names, changes=changes)[1][0].detach()  # (rows, k)
         if diagonal:
             total += factor.square().sum(0)
         else:

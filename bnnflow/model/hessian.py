@@ -22,12 +22,12 @@ from bnnflow.activations import Activation
 from bnnflow.forward_mode import jvp
 from bnnflow.weights import WeightSpec
 
-__all__ = ["ChainHessian", "Curvature"]
+__all__ = ["ChainHessian", "OutputDerivatives"]
 
 _WIDEST = 4096  # weights, beyond which a dense matrix for every draw is more memory than it is worth
 
 
-class Curvature(NamedTuple):
+class OutputDerivatives(NamedTuple):
     """First and second derivatives of the log likelihood by outputs and logarithms of its ``size`` parameters."""
 
     by_outputs: Tensor  # (batch, n, out)
@@ -68,7 +68,7 @@ class ChainHessian:
         return cls(spec, parameters) if spec.layers and spec.dim <= _WIDEST else None
 
     def __call__(
-        self, theta: Tensor, x: Tensor, y: Tensor, curvature: Callable[[Tensor, Tensor], Curvature]
+        self, theta: Tensor, x: Tensor, y: Tensor, curvature: Callable[[Tensor, Tensor], OutputDerivatives]
     ) -> tuple[Tensor, Tensor]:
         """Return the gradient ``(batch, dim)`` and the Hessian ``(batch, dim, dim)``.
 
@@ -95,9 +95,9 @@ class ChainHessian:
             by_outputs: the constants.
         """
 
-        def linear(outputs: Tensor, given: Tensor) -> Curvature:
+        def linear(outputs: Tensor, given: Tensor) -> OutputDerivatives:
             none = outputs.new_zeros(len(outputs), 0)
-            return Curvature(given.movedim(0, 1), none, None, outputs[:, None][:, :0], none.unsqueeze(1)[:, :0])
+            return OutputDerivatives(given.movedim(0, 1), none, None, outputs[:, None][:, :0], none.unsqueeze(1)[:, :0])
 
         return self(theta, x, by_outputs.movedim(1, 0), linear)[1]
 
@@ -130,7 +130,7 @@ class ChainHessian:
         return torch.cat([block.flatten(1) for block in blocks], 1)
 
     def _sums(
-        self, theta: Tensor, x: Tensor, y: Tensor, curvature: Callable[[Tensor, Tensor], Curvature]
+        self, theta: Tensor, x: Tensor, y: Tensor, curvature: Callable[[Tensor, Tensor], OutputDerivatives]
     ) -> tuple[Tensor, Tensor]:
         """Return the entries of both in the order of `_places`, summed over the rows."""
         tape, outputs = self._forward(theta, x)

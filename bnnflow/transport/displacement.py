@@ -92,11 +92,11 @@ class GradientSteps(Displacement):
         """Return the drive, and the derivatives of both its parts by ``mu``, ``(batch, dim, dim)`` each.
 
         The same steps, beside each its derivative: a dense Hessian of u, and one product with that at the probe. None
-        where the context has no `Context.hessian`.
+        where `Context.has_hessian` is false.
         """
 
         def gradient(w: Tensor, by_w: Tensor) -> tuple[Tensor, Tensor]:
-            grad, hessian = context.hessian(mu + s2 * w)  # type: ignore[misc]
+            grad, hessian = context.at(mu + s2 * w).grad_and_hessian()  # type: ignore[misc]
             return grad, hessian @ _displaced(by_w, s2)
 
         if not context.has_hessian:
@@ -190,7 +190,7 @@ class GaussNewton(Displacement):
             if self.iterations is None:
                 linear = linearised(context, y, s2)
             else:
-                linear = _MatrixFree(*context.gauss_newton_product(y), s2, self.iterations)
+                linear = _MatrixFree(*context.at(y).grad_and_product(), s2, self.iterations)
             grad, change = linear.grad, linear.change(w if step else None)
             w = w + change / self._shortened(context, y, s2, change, linear).divisor
         return Drive(w, grad)
@@ -200,7 +200,7 @@ class GaussNewton(Displacement):
 
         The same dense steps, beside each its derivative. With c = w - w_previous before the bound, and v = s^2 c held
         fixed, (I + s^2 H) dc = d(grad - H v) - dw_previous: solved by weights always, see `Linearised.solve_each`.
-        None for conjugate gradients, and where the context has no `Context.gauss_newton_slope`.
+        None for conjugate gradients, and where `Context.has_gauss_newton_slope` is false.
         """
         if self.iterations is not None or not context.has_gauss_newton_slope:
             return None
@@ -211,7 +211,7 @@ class GaussNewton(Displacement):
             linear = linearised(context, y, s2)
             wide = linear if linear.by_weights else Linearised(context, y, s2, by_weights=True)
             grad, change = linear.grad, linear.change(None if first else w)
-            slope = context.gauss_newton_slope(y, s2 * change)
+            slope = context.at(y).slope(s2 * change)
             assert slope is not None
             by_change = wide.solve_each(slope if first else torch.baddbmm(by_w, slope, by_y, beta=-1))
             bound = self._shortened(context, y, s2, change, linear)
@@ -221,7 +221,7 @@ class GaussNewton(Displacement):
             by_w.baddbmm_((change / bound.divisor**2).unsqueeze(-1), along.unsqueeze(-2), alpha=-1)
             w = w + change / bound.divisor
             if step == self.steps - 1:
-                hessian = context.hessian(y)
+                hessian = context.at(y).grad_and_hessian()
                 assert hessian is not None
                 by_grad = hessian[1] if first else hessian[1] @ by_y
         return Drive(w, grad), Drive(by_w, by_grad)
@@ -304,8 +304,8 @@ class Linearised:
     """
 
     def __init__(self, context: Context, x: Tensor, s2: Tensor, *, by_weights: bool = False) -> None:
-        self.grad, factor = context.gauss_newton_factored(x)
-        self._residual = context.gauss_newton_residual(x)
+        self.grad, factor = context.at(x).factored
+        self._residual = context.at(x).residual
         self._context, self._excess, self._s2 = context, context.excess, s2
         self._scale: Tensor | None = None
         excess, rows, dim = self._excess, factor.rows, x.shape[-1]

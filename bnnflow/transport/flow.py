@@ -530,7 +530,7 @@ def _least_width(context: Context) -> float:
     x, v = torch.randn(2, 2, context.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
         context.source.device, context.source.dtype
     )
-    _, times = context.gauss_newton_product(x)
+    _, times = context.at(x).grad_and_product()
     first, second = times(v[:1].expand(2, -1))
     if not (first - second).norm() <= _ROUNDING * first.norm():  # at two points it would be one matrix
         return 1.0

@@ -122,7 +122,7 @@ class Counted(bf.BayesianModel):
     log_joint_and_grad = counted("log_joint_and_grad")
     log_likelihood_and_grad = counted("log_likelihood_and_grad")
     log_likelihood_grad = counted("log_likelihood_grad")
-    gauss_newton = counted("gauss_newton")
+    at = counted("at")
 
 
 def model_of(x: Tensor, y: Tensor, noise: float) -> Counted:
