@@ -252,13 +252,37 @@ def test_rows_of_their_own(likelihood: str) -> None:
         priors.FanIn(),
         td.Cauchy(0.0, 1.0),
         priors.Horseshoe(),
+        priors.Horseshoe(0.3, 1.5, 5.0, local="weight", bias_scale=0.5),
+        priors.Hierarchical(),
+        priors.Hierarchical(td.HalfCauchy(0.7), fan_in=True),
+        priors.Hierarchical(td.LogNormal(-0.3, 0.6)),
+        priors.Hierarchical(td.Gamma(2.0, 1.5)),
+        priors.Hierarchical(td.InverseGamma(2.0, 1.5), fan_in=True),
+        priors.Hierarchical(td.Exponential(0.7)),
+        priors.Hierarchical(td.Weibull(0.7, 1.2)),
     ],
-    ids=lambda prior: type(prior).__name__,
+    ids=str,
 )
 @pytest.mark.parametrize("likelihood", ["gaussian", "learned", "learned two", "ordinal"])
 def test_every_prior(likelihood: str, prior: Any) -> None:
     model = model_of(likelihood, prior=prior, temperature=2.0)
     assert_equal_to_torch(model, points(model, 3))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "scale_prior", [td.HalfNormal(1.0), td.HalfCauchy(1.0), td.Gamma(2.0, 1.0), td.Weibull(1.0, 1.5)]
+)
+def test_priors_with_parameters_are_compiled_where_their_families_are(scale_prior: td.Distribution) -> None:
+    model = model_of("gaussian", prior=priors.Hierarchical(scale_prior))
+    assert model._fused is not None
+    assert (model._fused._prior is None) == (not isinstance(scale_prior, td.Weibull))
+    theta = points(model, 4)
+    theta[0, 0], theta[1, -1] = torch.nan, torch.nan  # a weight, a scale
+    value, grad = model.log_joint_and_grad(theta)
+    assert value.isnan().tolist() == [True, True, False, False]
+    assert grad[:2].isnan().any(1).all()
+    assert grad[2:].isfinite().all()
 
 
 @needs_compiler

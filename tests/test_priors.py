@@ -205,6 +205,12 @@ def test_closed_forms_are_the_generic_ones(name: str, source: str) -> None:
     theta = points(model, 4)[:, : closed.spec.dim]
     for found, expected in zip(closed.log_prob_and_grad(theta), generic.log_prob_and_grad(theta), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    owner, places, offset = closed.shared
+    padded = torch.cat([theta, torch.zeros(4, 1, dtype=F64)], 1)  # the last for what there is not
+    wide = offset + padded[:, places[:, 0]] + padded[:, places[:, 1]]
+    bounded = -0.5 * torch.logaddexp(-padded[:, places[:, 2]], -2 * wide)
+    scales = torch.where(places[:, 2] < 0, wide, bounded)[:, owner]
+    torch.testing.assert_close(scales, closed._scales(theta)[0], rtol=1e-11, atol=1e-11)
 
 
 SCALE_PRIORS = [

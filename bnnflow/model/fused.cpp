@@ -50,17 +50,23 @@ enum Activation : int64_t { kIdentity, kTanh, kSigmoid, kRelu, kSilu, kGelu, kGe
 enum Likelihood : int64_t {
     kScore, kGaussian, kHeteroscedastic, kCategorical, kBernoulli, kStudent, kPoisson, kNegativeBinomial, kOrdinal
 };
-enum Family : int64_t { kNormal, kLogHalfNormal, kLaplace, kStudentPrior };
+enum Family : int64_t { kNormal, kLogHalfNormal, kLaplace, kStudentPrior, kLogHalfCauchy, kLogGamma };
 
 struct Layer {
     int64_t in, out, weight, bias, activation;  // offsets into theta; bias is -1 where there is none
     double frequency;                           // of kSine
 };
 
-struct Prior {  // one stretch of theta; in kLogHalfNormal theta is the logarithm of a half-normal variable
+struct Prior {  // one stretch of theta; in kLog... theta is the logarithm of a variable
     int64_t start, stop, family;
-    const T *loc, *inverse_scale, *df;
+    const T *loc, *inverse_scale, *df;  // in kLogGamma 1, or -1 where its inverse is meant; the rate; the shape
     double constant;
+};
+
+struct Scale {  // of weights that are normal around zero, its logarithm the sum of an offset and parameters in theta
+    int64_t global, local, slab;  // -1 where there is none; with a slab 1 / variance has 1 / c^2 more
+    double offset;
+    int64_t weights;  // that share it
 };
 
 struct Problem {
@@ -71,6 +77,9 @@ struct Problem {
     int64_t learned;                           // where theta holds the logarithms of the likelihood's parameters, or -1
     double scale;                              // fixed scale or dispersion; the least scale of a heteroscedastic Gaussian
     double df, constant;                       // of Student's t: degrees of freedom, log density at zero
+    int64_t n_scaled, n_scales;                // weights whose prior has parameters, the first of theta
+    const Scale* scales;
+    const int64_t* owner;                      // (n_scaled,): the scale of each
 };
 
 struct Call {
@@ -684,6 +693,7 @@ struct Worker {
         double total = c.likelihood_weight * finished(chain, theta, given, grad);
         if (c.prior_weight != 0)
             for (int64_t i = 0; i < p.n_priors; ++i) total += c.prior_weight * prior(p.priors[i], theta, grad);
+        if (c.prior_weight != 0 && p.n_scaled) total += c.prior_weight * scaled_weights(theta, grad);
         c.value[chain] = total;
     }
 
@@ -887,6 +897,14 @@ struct Worker {
                 const double df = prior.df[k];
                 total -= .5 * (df + 1) * std::log1p(z * z / df);
                 slope = -(df + 1) * z / (df + z * z) * inverse;
+            } else if (prior.family == kLogHalfCauchy) {
+                const double u = double(theta[i]) - prior.loc[k];
+                total -= std::abs(u) + std::log1p(std::exp(-2 * std::abs(u)));
+                slope = -std::tanh(u);
+            } else if (prior.family == kLogGamma) {
+                const double sign = prior.loc[k], u = sign * theta[i], mean = prior.inverse_scale[k] * std::exp(u);
+                total += prior.df[k] * u - mean;
+                slope = sign * (prior.df[k] - mean);
             } else {
                 const double scaled = std::exp(double(theta[i])) * inverse;
                 squares += scaled * scaled;
@@ -896,6 +914,41 @@ struct Worker {
             grad[i] += T(c.prior_weight * slope);
         }
         return total - .5 * squares;
+    }
+
+    // Add the gradient of the log density of weights given their scales to grad, and return the density.
+    double scaled_weights(const T* theta, T* grad) const {
+        struct Known { double inverse, share, squares; };  // share: of changes of the variance, what is not the slab's
+        std::vector<Known> known(p.n_scales);
+        double total = -p.n_scaled * kHalfLog2Pi;
+        for (int64_t k = 0; k < p.n_scales; ++k) {
+            const Scale& scale = p.scales[k];
+            double log_scale = scale.offset, share = 1;
+            if (scale.global >= 0) log_scale += theta[scale.global];
+            if (scale.local >= 0) log_scale += theta[scale.local];
+            if (scale.slab >= 0) {
+                const double slab = theta[scale.slab], above = slab - 2 * log_scale, small = std::exp(-std::abs(above));
+                log_scale = .5 * (std::min(slab, 2 * log_scale) - std::log1p(small));
+                share = (above > 0 ? 1 : small) / (1 + small);
+            }
+            known[k] = {std::exp(-log_scale), share, 0};
+            total -= scale.weights * log_scale;
+        }
+        for (int64_t i = 0; i < p.n_scaled; ++i) {
+            Known& own = known[p.owner[i]];
+            const double z = theta[i] * own.inverse;
+            own.squares += z * z;
+            grad[i] -= T(c.prior_weight * z * own.inverse);
+        }
+        for (int64_t k = 0; k < p.n_scales; ++k) {
+            const Scale& scale = p.scales[k];
+            const double slope = c.prior_weight * (known[k].squares - scale.weights), share = known[k].share;
+            total -= .5 * known[k].squares;
+            if (scale.global >= 0) grad[scale.global] += T(slope * share);
+            if (scale.local >= 0) grad[scale.local] += T(slope * share);
+            if (scale.slab >= 0) grad[scale.slab] += T(.5 * slope * (1 - share));
+        }
+        return total;
     }
 
     double normal_prior(const Prior& prior, const T* theta, T* grad) const {

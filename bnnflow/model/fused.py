@@ -37,6 +37,8 @@ from bnnflow.model.likelihoods import (
     StudentT,
 )
 from bnnflow.model.priors import FlatPrior
+from bnnflow.model.priors.log_scales import Shared
+from bnnflow.model.priors.marginals import Marginal, rebuild
 from bnnflow.weights import WeightSpec
 
 __all__ = ["FusedDensity", "FusedNetwork", "langevin", "longest", "normal_like", "plain", "stratified_rows", "turned"]
@@ -61,6 +63,10 @@ _FAMILIES = {
     (True, "HalfNormal"): 1,
     (False, "Laplace"): 2,
     (False, "StudentT"): 3,
+    (True, "HalfCauchy"): 4,
+    (True, "Gamma"): 5,
+    (True, "InverseGamma"): 5,
+    (True, "Exponential"): 5,
 }
 _SCALARS = {torch.float32: "float", torch.float64: "double"}
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
@@ -91,6 +97,14 @@ class _Prior(ctypes.Structure):
     ]
 
 
+class _Scale(ctypes.Structure):
+    _fields_ = [
+        *((name, _Int) for name in ("global", "local", "slab")),
+        ("offset", ctypes.c_double),
+        ("weights", _Int),
+    ]
+
+
 class _Problem(ctypes.Structure):
     _fields_ = [
         *((name, _Int) for name in ("n_layers", "n_priors", "dim")),
@@ -98,6 +112,9 @@ class _Problem(ctypes.Structure):
         ("priors", ctypes.POINTER(_Prior)),
         *((name, _Int) for name in ("likelihood", "n_targets", "n_classes", "learned")),
         *((name, ctypes.c_double) for name in ("scale", "df", "constant")),
+        *((name, _Int) for name in ("n_scaled", "n_scales")),
+        ("scales", ctypes.POINTER(_Scale)),
+        ("owner", _Pointer),
     ]
 
 
@@ -212,7 +229,8 @@ class FusedDensity:
     Args:
         spec: the layout of ``theta``, likelihood parameters included.
         likelihood: one of this package's.
-        prior: computed here if all of it is of a family in `_FAMILIES`; by torch otherwise.
+        prior: computed here if all of it is of a family in `_FAMILIES`, or normal around zero with scales of known
+            `Shared` parameters; by torch otherwise.
         x: inputs, ``(n, ...)``.
         y: targets, as the likelihood validated them.
     """
@@ -223,12 +241,17 @@ class FusedDensity:
         self._x = x.flatten(1).contiguous()
         self._y = _columns(likelihood, y).to(x.dtype).contiguous()
         self._layers = _layers(spec)
-        blocks = prior.describe()
-        ours = all(_is_ours(block) for block in blocks)
+        shared = None if prior.weights is None else prior.weights.shared
+        ours = all((each.log, type(each.distribution).__name__) in _FAMILIES for each in prior.marginals)
+        ours = ours and (prior.weights is None or shared is not None)
         self._prior = None if ours else prior
-        self._kept = [_prior(block, x.dtype) for block in blocks] if ours else []
+        self._kept = [_prior(each, x.dtype) for each in prior.marginals] if ours else []
         self._priors = (_Prior * len(self._kept))(*(struct for struct, *_ in self._kept))
         problem = _problem(self._layers, spec.dim)
+        if ours and shared is not None:
+            self._scales, self._owner = _scales(shared), shared.owner.contiguous()
+            problem.n_scaled, problem.n_scales = len(shared.owner), len(self._scales)
+            problem.scales, problem.owner = self._scales, self._owner.data_ptr()
         problem.n_priors, problem.priors = len(self._priors), self._priors
         problem.likelihood, problem.n_targets = _LIKELIHOODS[type(likelihood)], self._y.shape[1]
         learned = [f"likelihood.log_{name}" for name in likelihood.parameters]
@@ -362,26 +385,33 @@ def _student_constant(df: float) -> float:
     return math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
 
 
-def _is_ours(block: dict[str, Any]) -> bool:
-    """Say whether `describe`'s account of a stretch is one that the compiled code knows."""
-    return "start" in block and (block["log"], block["family"]) in _FAMILIES
-
-
-def _prior(block: dict[str, Any], dtype: torch.dtype) -> tuple[_Prior, *tuple[Tensor, ...]]:
+def _prior(marginal: Marginal, dtype: torch.dtype) -> tuple[_Prior, *tuple[Tensor, ...]]:
     """Return the description of a stretch of the prior, and the tensors that it points to."""
-    given, family = block["parameters"], _FAMILIES[block["log"], block["family"]]
-    scale = torch.tensor(given["scale"], dtype=torch.float64)
-    df = given.get("df", [1.0] * len(scale))
-    at_zero = {
-        "Laplace": [-math.log(2)] * len(scale),
-        "StudentT": [_student_constant(each) for each in df],
-        "HalfNormal": [math.log(2) - _HALF_LOG_2PI] * len(scale),
-    }.get(block["family"], [-_HALF_LOG_2PI] * len(scale))
-    kept = [torch.tensor(values, dtype=dtype) for values in (given.get("loc", [0.0] * len(scale)), df)]
-    kept.insert(1, scale.reciprocal().to(dtype))
-    constant = math.fsum(at_zero) - float(scale.log().sum())
-    struct = _Prior(block["start"], block["stop"], family, *(each.data_ptr() for each in kept), constant)
-    return struct, *kept
+    d: Any = rebuild(marginal.distribution, lambda values: values.double())
+    name, where = type(d).__name__, marginal.where
+    zero = torch.zeros(where.stop - where.start, dtype=torch.float64)
+    loc, df, at_zero = zero, zero + 1, zero
+    if name in ("Gamma", "InverseGamma", "Exponential"):
+        loc, inverse_scale = zero + (-1 if name == "InverseGamma" else 1), d.rate
+        df = zero + 1 if name == "Exponential" else d.concentration
+        logs = torch.lgamma(df) - df * d.rate.log()
+    elif name == "HalfCauchy":
+        loc, inverse_scale, logs = d.scale.log(), zero + 1, zero - math.log(2 / math.pi)
+    else:
+        loc, inverse_scale, df, logs = getattr(d, "loc", zero), 1 / d.scale, getattr(d, "df", df), d.scale.log()
+        at_zero = zero + {"Laplace": -math.log(2), "HalfNormal": math.log(2) - _HALF_LOG_2PI}.get(name, -_HALF_LOG_2PI)
+    if name == "StudentT":
+        at_zero = torch.tensor([_student_constant(each) for each in df.tolist()], dtype=torch.float64)
+    constant = math.fsum(at_zero.tolist()) - float(logs.sum())
+    kept = [values.to(dtype).contiguous() for values in (loc, inverse_scale, df)]
+    addresses = (values.data_ptr() for values in kept)
+    return _Prior(where.start, where.stop, _FAMILIES[marginal.log, name], *addresses, constant), *kept
+
+
+def _scales(shared: Shared) -> ctypes.Array[_Scale]:
+    counts = shared.owner.bincount(minlength=len(shared.offset))
+    columns = zip(shared.parameters.tolist(), shared.offset.tolist(), counts.tolist(), strict=True)
+    return (_Scale * len(counts))(*(_Scale(*where, offset, count) for where, offset, count in columns))
 
 
 def _strided(theta: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.distributions import Distribution, constraints
 
 from bnnflow.model.arrowhead import Arrowhead, Bend
 from bnnflow.model.priors.hyperparameters import Hyperparameter
-from bnnflow.model.priors.log_scales import Curved
+from bnnflow.model.priors.log_scales import Curved, Shared
 from bnnflow.model.priors.marginals import (
     EPSILON,
     LOG_2PI,
@@ -128,6 +128,11 @@ class ConditionalWeights:
 
     # What follows takes theta ``(batch, dim)`` of a whole prior, and both derivatives of the parameters' coordinates.
     # For the priors of this module alone: weights are z times the exponential of a log scale.
+
+    @property
+    def shared(self) -> Shared | None:
+        """The scales of the weights, as far as they are known to be shared."""
+        return None if self._scales is None else self._scales.shared
 
     @property
     def closed(self) -> bool:

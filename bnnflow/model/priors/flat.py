@@ -99,6 +99,16 @@ class FlatPrior:
         return first.distribution.scale[:count] if alone and first.where.stop >= count else None  # type: ignore[union-attr]
 
     @property
+    def marginals(self) -> Sequence[Marginal]:
+        """Independent stretches: all of the prior, or what follows the `weights`."""
+        return self._blocks
+
+    @property
+    def weights(self) -> ConditionalWeights | None:
+        """The weights given the prior's parameters, if it has any."""
+        return self._weights
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self._first.device

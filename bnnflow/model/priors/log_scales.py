@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bnnflow.weights import WeightSpec
 
-__all__ = ["Curved", "HorseshoeScales", "LogScales", "TensorScales"]
+__all__ = ["Curved", "HorseshoeScales", "LogScales", "Shared", "TensorScales"]
 
 
 class Curved(NamedTuple):
@@ -23,6 +23,14 @@ class Curved(NamedTuple):
     slope: Tensor  # (batch, weights, parameters)
     bend: Tensor  # (batch, weights)
     along: Tensor  # (weights, parameters)
+
+
+class Shared(NamedTuple):
+    """Scales that many weights share: ``offset`` plus logarithms of a global and a local scale, bounded by a slab's."""
+
+    owner: Tensor  # (weights,) int64: which of the k scales is a weight's
+    parameters: Tensor  # (k, 3) int64: where in theta the three logarithms are, that of c^2 last; -1 for none
+    offset: Tensor  # (k,) float64
 
 
 class LogScales(ABC):
@@ -38,6 +46,11 @@ class LogScales(ABC):
     @abstractmethod
     def curved(self, theta: Tensor) -> Curved:
         """Return the log scales and their derivatives by the parameters."""
+
+    @property
+    def shared(self) -> Shared | None:
+        """The same as the compiled density knows them; None if it does not."""
+        return None
 
     def to(self, device: torch.device | str) -> Self:
         """Return the same on another device."""
@@ -70,6 +83,14 @@ class TensorScales(LogScales):
             return grad.new_zeros(*grad.shape[:-1], logs.shape[-1]).index_add(-1, self._owner, grad)
 
         return logs.index_select(-1, self._owner) + self._log_factors.to(theta.dtype), pull
+
+    @property
+    def shared(self) -> Shared:
+        """One scale for every tensor."""
+        where = self._size + torch.arange(int(self._owner[-1]) + 1)
+        first = torch.searchsorted(self._owner, where - self._size)
+        none = torch.full_like(where, -1)
+        return Shared(self._owner, torch.stack([where, none, none], 1), self._log_factors[first])
 
     def curved(self, theta: Tensor) -> Curved:
         """Return the log scales and their derivatives by the parameters."""
@@ -124,6 +145,16 @@ class HorseshoeScales(LogScales):
 
         fixed = self._of_biases.to(theta.dtype).expand(*theta.shape[:-1], -1)
         return fixed.index_add(-1, self._places, of_matrices), pull
+
+    @property
+    def shared(self) -> Shared:
+        """One scale for all weights with the same three parameters, and one for the biases."""
+        parameters = torch.full((self._size, 3), -1)
+        parameters[self._places] = self._size + self._owners.T
+        kinds, owner = torch.cat([parameters, self._of_biases.view(torch.int64).unsqueeze(1)], 1).unique(
+            dim=0, return_inverse=True
+        )
+        return Shared(owner, kinds[:, :3].contiguous(), kinds[:, 3].contiguous().view(torch.float64))
 
     def curved(self, theta: Tensor) -> Curved:
         """Return the log scales and their derivatives by the parameters."""
