@@ -306,6 +306,13 @@ class FlatPrior:
         """Where the parameters of the prior are, which the weights before them meet."""
         return (0, 0) if self._weights is None else (self._weights.network.dim, self._weights.spec.dim)
 
+    def _derivative(self, z: Tensor) -> Tensor:
+        """Return the first of the `_derivatives` alone."""
+        parts = [block.derivative(z[..., block.where]) for block in self._blocks]
+        if self._weights is not None:
+            parts.insert(0, torch.ones_like(z[..., : self._weights.network.dim]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
     def _derivatives(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return both derivatives of `from_normal`; 1 and 0 for weights that follow parameters of the prior."""
         pairs = [block.derivatives(z[..., block.where]) for block in self._blocks]
@@ -374,31 +381,35 @@ class Placed:
         return self._prior.from_normal(self.z)
 
     @cached_property
+    def _derivative(self) -> Tensor:
+        return self._prior._derivative(self.z)
+
+    @cached_property
     def _derivatives(self) -> tuple[Tensor, Tensor]:
         return self._prior._derivatives(self.z)
 
     def pull(self, vectors: Tensor) -> Tensor:
         """Turn gradients by theta ``(..., dim)`` into gradients by z; more leading axes of vectors are allowed."""
         if self._weights is None:
-            return vectors * self._derivatives[0]
+            return vectors * self._derivative
         if self._weights.closed:
-            return self._weights.pull(self.theta, vectors, self._derivatives[0])
+            return self._weights.pull(self.theta, vectors, self._derivative)
         z = self.z.expand_as(vectors)
         return torch.func.vjp(self._prior.from_normal, z)[1](vectors)[0]  # type: ignore[misc]
 
     def push(self, vectors: Tensor) -> Tensor:
         """Turn directions in z ``(..., dim)`` into directions in theta."""
         if self._weights is None:
-            return vectors * self._derivatives[0]
+            return vectors * self._derivative
         return jvp(self._prior.from_normal, (self.z,), (vectors,))[1]
 
     @cached_property
     def slope(self) -> Arrowhead:
         """The derivative of theta by z; differentiable again."""
         if self._weights is None:
-            return Arrowhead(self._derivatives[0], None)
+            return Arrowhead(self._derivative, None)
         if self._weights.closed:
-            return self._weights.slope(self.theta, self._derivatives[0])
+            return self._weights.slope(self.theta, self._derivative)
         return self._prior._arrowhead(self._prior.from_normal, self.z)
 
     def turn(self, v: Tensor) -> Arrowhead:

@@ -97,6 +97,15 @@ class Marginal:
         value = self.exact.distribution.icdf(torch.special.ndtr(z.double()).clamp(TINY, 1 - EPSILON))
         return (value.log() if self.log else value).to(z.dtype)
 
+    def derivative(self, z: Tensor) -> Tensor:
+        """Return the first of the `derivatives` alone."""
+        if isinstance(self.distribution, td.Normal):
+            return self.distribution.scale.expand_as(z)
+        if self.table is not None:
+            return self.table.derivatives(z.double())[0].to(z.dtype)
+        exact, z64 = self.exact, z.double()
+        return _slope(z64, exact.log_prob(exact.from_normal(z64))).to(z.dtype)
+
     def derivatives(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the first and second derivative of `from_normal`, ``(..., size)`` each; differentiable again.
 
@@ -110,7 +119,7 @@ class Marginal:
         else:
             exact, z64 = self.exact, z.double()
             log_p, score = exact.log_prob_and_grad(exact.from_normal(z64))
-            first = (-0.5 * (z64 * z64 + LOG_2PI) - log_p).exp()
+            first = _slope(z64, log_p)
             second = -first * (z64 + first * score)
         return first.to(z.dtype), second.to(z.dtype)
 
@@ -121,6 +130,11 @@ class Marginal:
             return self.log_prob(theta), slope(self.distribution, theta)
         value, vjp, *_ = torch.func.vjp(self.log_prob, theta)
         return value, vjp(torch.ones_like(value))[0]
+
+
+def _slope(z: Tensor, log_p: Tensor) -> Tensor:
+    """Return d theta / d z, given the log density at theta."""
+    return (-0.5 * (z * z + LOG_2PI) - log_p).exp()
 
 
 _UNVALIDATED = threading.Lock()
