@@ -253,8 +253,10 @@ def test_systems_that_rounding_makes_indefinite_are_solved(likelihood: str) -> N
     w = GaussNewton(1)(Context(exact.model.to(dtype=torch.float32)), z.float(), s2.float()).w.double()
     expected = GaussNewton(1)(exact, z, s2).w
     assert w.isfinite().all()
-    assert ((w - expected).norm(dim=1) < 1.5 * expected.norm(dim=1)).all()  # no nonsense where it is hard,
-    assert ((w - expected).norm(dim=1) / expected.norm(dim=1)).median() < 1e-4  # and right where it is not
+    apart, easy = (w - expected).norm(dim=1) / expected.norm(dim=1), torch.linalg.cond(systems) < 1e4
+    assert (apart < 1.5).all()  # no nonsense where it is hard,
+    assert easy.any()
+    assert (apart[easy] < 1e-3).all()  # and right where it is not
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
