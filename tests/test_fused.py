@@ -275,8 +275,9 @@ def test_every_prior(likelihood: str, prior: Any) -> None:
 )
 def test_priors_with_parameters_are_compiled_where_their_families_are(scale_prior: td.Distribution) -> None:
     model = model_of("gaussian", prior=priors.Hierarchical(scale_prior))
-    assert model._fused is not None
-    assert (model._fused._prior is None) == (not isinstance(scale_prior, td.Weibull))
+    fused = model._density.fused
+    assert fused is not None
+    assert (fused._prior is None) == (not isinstance(scale_prior, td.Weibull))
     theta = points(model, 4)
     theta[0, 0], theta[1, -1] = torch.nan, torch.nan  # a weight, a scale
     value, grad = model.log_joint_and_grad(theta)
