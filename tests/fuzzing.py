@@ -133,6 +133,7 @@ def _data_and_models(w: World) -> Iterator[Call]:
         yield Call(f"BayesianModel.{name}", getattr(model, name), {"theta": theta[0]})
     for name in ("log_likelihood_and_grad", "log_likelihood_grad", "log_joint_and_grad"):
         yield Call(f"BayesianModel.{name}", getattr(model, name), {"theta": theta})
+    yield Call("BayesianModel.subset", model.subset, {"rows": torch.arange(3)})
     yield Call("BayesianModel.at", model.at, {"theta": theta})
     given = {"theta": theta, "x": x, "y": y}
     yield Call("BayesianModel.pointwise_log_likelihood", model.pointwise_log_likelihood, given)
@@ -147,8 +148,8 @@ def _data_and_models(w: World) -> Iterator[Call]:
     yield Call("WeightSpec.flip", spec.flip, {"theta": theta, "signs": {"h1": torch.tensor([1.0, -1.0, 1.0])}})
     scales = {"h1": torch.tensor([2.0, 1.0, 0.5])}
     yield Call("WeightSpec.rescale", w.relu_spec.rescale, {"theta": theta, "scales": scales})
-    yield Call("WeightSpec.symmetries", spec.symmetries, {"prior": priors.Normal(1.0)})
-    yield Call("WeightSpec.random_symmetry", spec.random_symmetry, {"theta": theta, "seed": 0, "prior": None})
+    yield Call("priors.Normal.symmetries", priors.Normal(1.0).symmetries, {"spec": spec})
+    yield Call("WeightSpec.random_symmetry", spec.random_symmetry, {"theta": theta, "seed": 0, "group": None})
     yield Call("WeightSpec.blocks", spec.blocks, {"name": "0.weight"})
     yield Call("WeightSpec.powers", spec.powers, {"name": "0.weight"})
     yield Call("likelihoods.Gaussian", likelihoods.Gaussian, {"scale": 0.1})
@@ -232,7 +233,7 @@ def _networks(w: World) -> Iterator[Call]:
     yield Call("align", bf.align, {"draws": draws, "model": model, "rounds": 1, "method": "weights"})
     yield Call("align to weights", bf.align, {"draws": theta, "model": model, "reference": theta[0]})
     yield Call("symmetry.frechet_mean", symmetry.frechet_mean, {"theta": theta, "spec": spec, "rounds": 1})
-    yield Call("symmetry.sort_units", symmetry.sort_units, {"theta": theta, "spec": spec, "prior": None})
+    yield Call("symmetry.sort_units", symmetry.sort_units, {"theta": theta, "spec": spec, "group": None})
     yield Call("symmetry.normalise_scale", symmetry.normalise_scale, {"theta": theta, "spec": relu})
     yield Call("symmetry.normalise_sign", symmetry.normalise_sign, {"theta": theta, "spec": spec})
     pair = {"theta_a": theta[0], "theta_b": theta[1], "loss": w.loss}

@@ -19,7 +19,17 @@ from tests import fuzzing
 
 RESULTS = {"Barrier", "Diagnosis", "Plane", "Prediction", "Radii", "Report", "WeightConvergence"}
 RESULTS |= {"Correction", "Dataset", "INRs", "FlowMap", "ManifoldFlow", "CompletedFlow", "InCoordinates", "Reliability"}
-PROTOCOLS = {"Field", "Likelihood", "Method", "Path", "ProbabilityPath", "Run"}
+PROTOCOLS = {
+    "Field",
+    "FixedPrior",
+    "HierarchicalPrior",
+    "Likelihood",
+    "Method",
+    "Path",
+    "Prior",
+    "ProbabilityPath",
+    "Run",
+}
 WITHOUT_ARGUMENTS = {"Constant", "Independent", "Matched", "Uniform", "Poisson", "Categorical", "Bernoulli"}
 INNER = {"InformedPath", "NetworkLoss"}  # made of parts that were checked before, or of modules alone
 EVERY = 23  # of the cases, in the suite

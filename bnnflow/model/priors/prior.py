@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from bnnflow.arguments import checked
 from bnnflow.model.priors.log_scales import LogScales
 from bnnflow.model.priors.marginals import dtype_of, unwrapped
 from bnnflow.weights import Symmetries, WeightSpec, generators_of_permutations, reordered
@@ -52,9 +53,13 @@ class Prior:
         """Return a prior itself, and any other object with the methods of one as a prior.
 
         Raises:
+            TypeError: for an object that has neither ``distributions`` nor ``conditional``.
             ValueError: for a prior that has only one of ``parameters`` and ``conditional``.
         """
-        prior = prior if isinstance(prior, Prior) else _Adapted(prior)
+        if not isinstance(prior, Prior):
+            if not (hasattr(prior, "distributions") or hasattr(prior, "conditional")):
+                raise TypeError(f"prior must be a Prior, a Distribution or a dict of them, got {prior!r}")
+            prior = _Adapted(prior)
         if prior._has("parameters") != prior._has("conditional"):
             raise ValueError(f"{prior.name}: a prior with parameters has both parameters and conditional")
         return prior
@@ -100,6 +105,7 @@ class Prior:
         """
         return None
 
+    @checked
     def symmetries(self, spec: WeightSpec) -> Symmetries:
         """Return the symmetries of the network's function that leave this prior unchanged.
 
