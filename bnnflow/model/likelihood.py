@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from bnnflow.model.adapted import Adapted, Interface
 from bnnflow.types import LikelihoodMembers
 
 __all__ = ["Kind", "Likelihood", "Score", "labels_of", "real_targets"]
@@ -17,7 +18,7 @@ Kind = Literal["regression", "classification"]
 Score = tuple[Tensor, dict[str, Tensor]]
 
 
-class Likelihood(ABC):
+class Likelihood(Interface, ABC):
     """The density of a row of data given the outputs: write ``log_prob`` and ``mean``, and what else you know.
 
     The rest has a default, or is said to be missing by what needs it: predictions need ``variance``, ``cdf`` and
@@ -36,16 +37,6 @@ class Likelihood(ABC):
     def of(likelihood: LikelihoodMembers) -> Likelihood:
         """Return a likelihood itself, and any other object with the members of one as a likelihood."""
         return likelihood if isinstance(likelihood, Likelihood) else _Adapted(likelihood)
-
-    @property
-    def given(self) -> Any:
-        """The object that `of` was given; the likelihood itself, as a rule."""
-        return self
-
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-        return type(self.given).__name__
 
     @property
     def parameters(self) -> dict[str, Distribution]:
@@ -124,21 +115,10 @@ class Likelihood(ABC):
         return ValueError(f"{self.name} has no {member}, which this needs")
 
 
-class _Adapted(Likelihood):
+class _Adapted(Adapted, Likelihood):
     """An object with the members of a likelihood as one."""
 
-    def __init__(self, likelihood: LikelihoodMembers) -> None:
-        self._given = likelihood
-        for member in ("discrete", "score", "fisher_factor", "whitened_score", "variance", "cdf", "sample"):
-            if hasattr(likelihood, member):
-                setattr(self, member, getattr(likelihood, member))
-
-    def __repr__(self) -> str:
-        return repr(self._given)
-
-    @property
-    def given(self) -> Any:
-        return self._given
+    _optional = ("discrete", "score", "fisher_factor", "whitened_score", "variance", "cdf", "sample")
 
     @property
     def kind(self) -> Kind:  # type: ignore[override]
@@ -156,9 +136,6 @@ class _Adapted(Likelihood):
 
     def mean(self, outputs: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         return self._given.mean(outputs, parameters)
-
-    def _has(self, member: str) -> bool:
-        return member in vars(self)
 
 
 def real_targets(y: Tensor, n_targets: int) -> Tensor:

@@ -144,17 +144,7 @@ class LogJoint:
     # ---------------------------------------------------------------- gradients
 
     def log_likelihood_and_grad(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the log likelihood and its gradient, ``(..., dim) -> (...), (..., dim)``; differentiable again.
-
-        Args:
-            theta: weights.
-            rows: int64 indices of the rows of data to use, ``(batch,)`` for all networks or ``(..., batch)`` with a
-                batch for each; all the data if None. Both results are multiplied by n / batch, which makes them
-                unbiased for the full ones if every row is equally likely.
-
-        Raises:
-            ValueError: if theta or rows has the wrong shape or dtype.
-        """
+        """Return what `BayesianModel.log_likelihood_and_grad` does."""
         theta = self.checked(theta)
         if fused := self.compiled(theta, rows):
             theta, rows, scale = self.batch(theta, rows)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
 from bnnflow.arguments import checked
+from bnnflow.model.adapted import Adapted, Interface
 from bnnflow.model.priors.log_scales import LogScales
 from bnnflow.model.priors.marginals import dtype_of, unwrapped
 from bnnflow.weights import Symmetries, WeightSpec, generators_of_permutations, reordered
@@ -36,7 +37,7 @@ class HierarchicalPrior(Protocol):
         ...
 
 
-class Prior:
+class Prior(Interface):
     """One elementwise distribution for every tensor of a network.
 
     Write ``distributions`` if all of them are fixed. If they depend on parameters that are inferred beside the
@@ -63,16 +64,6 @@ class Prior:
         if prior._has("parameters") != prior._has("conditional"):
             raise ValueError(f"{prior.name}: a prior with parameters has both parameters and conditional")
         return prior
-
-    @property
-    def given(self) -> Any:
-        """The object that `of` was given; the prior itself, as a rule."""
-        return self
-
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-        return type(self.given).__name__
 
     @property
     def has_parameters(self) -> bool:
@@ -136,24 +127,10 @@ class Prior:
         return getattr(type(self), member) is not getattr(Prior, member)
 
 
-class _Adapted(Prior):
+class _Adapted(Adapted, Prior):
     """An object with the methods of a prior as one."""
 
-    def __init__(self, prior: FixedPrior | HierarchicalPrior) -> None:
-        self._given = prior
-        for member in ("distributions", "parameters", "conditional"):
-            if hasattr(prior, member):
-                setattr(self, member, getattr(prior, member))
-
-    def __repr__(self) -> str:
-        return repr(self._given)
-
-    @property
-    def given(self) -> Any:
-        return self._given
-
-    def _has(self, member: str) -> bool:
-        return member in vars(self)
+    _optional = ("distributions", "parameters", "conditional")
 
 
 # ---------------------------------------------------------------- what keeps a prior
