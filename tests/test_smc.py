@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import bnnflow as bf
 from bnnflow.bridge import balance
 from bnnflow.inference.smc import _variance, merging, next_fraction, relative_variance, systematic
-from tests.problems import F64, check_runs, conjugate, generator, moments, tiny_network, two_weights
+from tests.problems import F64, built, check_runs, conjugate, generator, moments, tiny_network, two_weights
 
 # ---------------------------------------------------------------- evidence
 
@@ -129,6 +129,34 @@ def test_the_error_of_the_evidence_of_draws_is_honest() -> None:
     assert 0.6 < np.sqrt((z**2).mean()) < 1.45  # as 99.7 % of the means of 24 squared standard normal numbers
     assert np.abs(z).max() < 4.5
     assert abs(z.mean()) < 3 / math.sqrt(24)
+
+
+def ridge(n: int = 40, dim: int = 20) -> tuple[bf.BayesianModel, torch.distributions.MultivariateNormal, float]:
+    """A linear model whose inputs are much alike, its posterior and its evidence."""
+    g = generator(5)
+    x = torch.randn(n, dim - 1, generator=g, dtype=F64)
+    x = x + 2 * x[:, :1]
+    y = x @ torch.randn(dim - 1, 1, generator=g, dtype=F64) + 0.3 * torch.randn(n, 1, generator=g, dtype=F64)
+    net = built(lambda: nn.Linear(dim - 1, 1), F64)
+    model = bf.BayesianModel(net, bf.priors.Normal(), bf.likelihoods.Gaussian(0.3), x, y)
+    features = torch.cat([x, torch.ones(n, 1, dtype=F64)], 1)
+    covariance = (features.T @ features / 0.09 + torch.eye(dim, dtype=F64)).inverse()
+    posterior = torch.distributions.MultivariateNormal((covariance @ features.T @ y / 0.09)[:, 0], covariance)
+    marginal = features @ features.T + 0.09 * torch.eye(n, dtype=F64)
+    law = torch.distributions.MultivariateNormal(torch.zeros(n, dtype=F64), marginal)
+    return model, posterior, float(law.log_prob(y[:, 0]))
+
+
+@pytest.mark.slow
+def test_the_error_of_the_evidence_of_alike_inputs_is_honest(seeded: Any) -> None:
+    """Directions in which particles hardly move bias the evidence, and make particles and ancestors alike."""
+    model, posterior, log_evidence = ridge()
+    with seeded(0):
+        found = [bf.evidence(model, posterior.sample((500,)), seed=seed, progress=False) for seed in range(16)]
+    value, error = np.array(found).T
+    z = (value - log_evidence) / error
+    assert 0.5 < np.sqrt((z**2).mean()) < 1.55  # as 99.7 % of the means of 16 squared standard normal numbers
+    assert abs(z.mean()) < 3 / 4
 
 
 def test_the_way_there_and_the_way_back_agree_on_two_modes() -> None:
