@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -200,6 +202,33 @@ def test_a_folder_that_cannot_be_trusted_is_not_used(
     private = Path(tempfile.gettempdir()) / f"bnnflow-{os.getuid()}"
     assert private.stat().st_mode & 0o777 == 0o700
     assert any(private.glob("*.so"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", ["no room", "read only"])
+def test_a_folder_that_cannot_be_written_gives_way_to_the_next(
+    how: str, fresh: Path, quick: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    mkdtemp, write = tempfile.mkdtemp, Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        if path.is_relative_to(fresh):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, data)
+
+    def read_only(suffix: Any = None, prefix: Any = None, dir: Any = None) -> str:
+        if dir is not None and Path(dir) == fresh:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return mkdtemp(suffix, prefix, dir)
+
+    monkeypatch.setattr(*((Path, "write_bytes", full) if how == "no room" else (tempfile, "mkdtemp", read_only)))
+    assert loaded()
+    assert loaded()
+    works()
+    assert calls(quick) == 1, "kept in the private folder"
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "is not kept in" in message
+    assert not any(fresh.iterdir())
 
 
 @needs_compiler

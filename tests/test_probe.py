@@ -180,6 +180,9 @@ REFUSED = {
     "softmax over rows": (lambda: around(lambda h: h.softmax(0)), r"'1' \(Applied\).*other rows"),
     "number of rows": (lambda: around(lambda h: h * len(h)), r"'1' \(Applied\).*other rows"),
     "place of a row": (lambda: around(lambda h: h + torch.arange(len(h))[:, None]), r"'1' \(Applied\).*other rows"),
+    "centred above four rows": (lambda: around(lambda h: h - h.mean(0) if len(h) > 4 else h), r"'1' \(Applied\).*rows"),
+    "blocks of rows": (lambda: around(lambda h: h - h[: 12 * (len(h) // 12)].sum(0)), r"'1' \(Applied\).*rows"),
+    "more than the data": (lambda: Root(lambda x: x / (x.norm() if len(x) > 40 else 1)), r"\(Root\).*other rows"),
     "sorted": (lambda: around(lambda h: h.sort(0).values), r"'1' \(Applied\).*other rows"),
     "in the outermost forward": (lambda: Root(lambda x: x / x.norm()), r"the forward of the network \(Root\).*other"),
     "dropout": (lambda: around(F.dropout), r"'1' \(Applied\) is random"),
@@ -454,6 +457,59 @@ def test_likelihoods_that_are_no_density_of_single_rows_are_refused(name, seeded
     with pytest.raises(ValueError, match=message):
         bf.BayesianModel(net, priors.Normal(), make(), data[0], y)
     assert torch.equal(y, data[1])
+
+
+FAMILIES = {
+    "Gaussian": (likelihoods.Gaussian, {}, 2, 2),
+    "Gaussian, known noise": (likelihoods.Gaussian, {"scale": 0.1}, 2, 2),
+    "StudentT": (likelihoods.StudentT, {}, 2, 2),
+    "HeteroscedasticGaussian": (likelihoods.HeteroscedasticGaussian, {}, 2, 1),
+    "Poisson": (likelihoods.Poisson, {}, 1, 1),
+    "NegativeBinomial": (likelihoods.NegativeBinomial, {"dispersion": 0.5}, 1, 1),
+    "Categorical": (likelihoods.Categorical, {}, 3, 0),
+}
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, 2**0.5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fisher_factor_is_that_of_the_density(family, factor, seeded):
+    """A square root of two, as of the doubled curvature, is noticed."""
+    base, settings, outputs, targets = FAMILIES[family]
+
+    class Mine(base):
+        def fisher_factor(self, outputs, parameters):
+            found, information = super().fisher_factor(outputs, parameters)
+            return factor * found, information
+
+    with seeded(0):
+        net, x = nn.Linear(2, outputs), torch.randn(9, 2)
+        y = torch.randint(3, (9, targets) if targets else (9,)).float()
+    make = lambda: bf.BayesianModel(net, priors.Normal(), Mine(**settings), x, y)  # noqa: E731
+    if factor == 1:
+        make()
+    else:
+        with pytest.raises(ValueError, match="the fisher_factor of Mine is not the one of its log_prob"):
+            make()
+
+
+def test_weights_of_rows_may_be_part_of_a_likelihood(seeded):
+    """Its curvature is three times the Fisher information, which is nine times that of one row."""
+
+    class Weighted(likelihoods.Gaussian):
+        def log_prob(self, outputs, y, parameters):
+            return 3 * super().log_prob(outputs, y, parameters)
+
+        def score(self, outputs, y, parameters):
+            by_outputs, by_name = super().score(outputs, y, parameters)
+            return 3 * by_outputs, {name: 3 * each for name, each in by_name.items()}
+
+        def fisher_factor(self, outputs, parameters):
+            found, information = super().fisher_factor(outputs, parameters)
+            return 3**0.5 * found, {name: 3 * each for name, each in information.items()}
+
+    with seeded(0):
+        net, x = nn.Linear(2, 1), torch.randn(9, 2)
+    bf.BayesianModel(net, priors.Normal(), Weighted(), x, x.sum(1))
 
 
 @pytest.mark.parametrize("function", [lambda r, o, y: squares(r), lambda r, o, y: r.abs().sum(-1),

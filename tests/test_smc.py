@@ -182,10 +182,11 @@ def test_draws_far_below_the_others_are_left_out_of_the_evidence_or_refused() ->
     x = torch.linspace(-2, 2, 30, dtype=F64)[:, None]
     model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.03), x, (2 * x[:, 0]).sin())
     draws = bf.sample(model, bf.HMC(), chains=8, warmup=300, draws=25, seed=0).flat
-    clean, error = bf.evidence(model, draws)
+    smc = bf.SMC(particles=200, ess=0.9)
+    clean, error = bf.evidence(model, draws, smc)
     draws[[0, 50, 199]] = model.sample_prior(3, 5)
     with pytest.warns(UserWarning, match="3 of 200 draws lie far below the others") as told:
-        value, _ = bf.evidence(model, draws)
+        value, _ = bf.evidence(model, draws, smc)
     assert told.pop(UserWarning).filename == __file__  # the line that called, not one of the package
     assert abs(value - clean) < 6 * error
     draws[:30] = model.sample_prior(30, 6)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bnnflow.arguments import columns_of, finite, tensor
 from bnnflow.model.log_joint import LogJoint
-from bnnflow.model.probe import check_outputs, probe_likelihood
+from bnnflow.model.probe import check_outputs, probe_fisher_factor, probe_likelihood
 from bnnflow.seeding import isolated
 from bnnflow.weights import free_parameters
 
@@ -108,6 +108,8 @@ def check_likelihood(density: LogJoint) -> None:
     if not type(likelihood.given).__module__.startswith("bnnflow."):
         shapes = {name: tuple(each.shape[1:]) for name, each in parameters.items()}
         probe_likelihood(density.log_prob, density.score, y[:4], density.n_outputs, shapes)
+        if likelihood.has_fisher_factor:
+            probe_fisher_factor(likelihood, density.n_outputs, shapes)
 
 
 def placed(name: str, data: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -27,6 +27,7 @@ from pathlib import Path
 
 __all__ = ["CompilationError", "say_once", "shared_library"]
 
+_ROOM = 2**22  # bytes that a library and what it is made of take at most
 _PATIENCE = 60.0  # seconds for the compiler; it takes four of a CPU's
 _REMEMBERED = 3600.0  # seconds for which a failure is not tried again
 
@@ -105,8 +106,16 @@ def _loaded(folder: Path, name: str, command: list[str]) -> ctypes.CDLL:
 
 
 def _made(folder: Path, name: str, command: list[str]) -> Path:
-    """Compile, and return the library's path; renamed when it is complete, so that nobody sees half of it."""
+    """Compile, and return the library's path; renamed when it is complete, so that nobody sees half of it.
+
+    Raises:
+        CompilationError: if the compiler or the library is at fault.
+        OSError: if the folder is, as one that is full.
+    """
     with tempfile.TemporaryDirectory(dir=folder, prefix="making-") as scratch:
+        room = Path(scratch) / "room"
+        room.write_bytes(bytes(_ROOM))
+        room.unlink()
         fresh = Path(scratch) / "library.so"
         _run([*command, "-o", str(fresh)], Path(scratch) / "messages")
         if not fresh.is_file():
@@ -118,13 +127,18 @@ def _made(folder: Path, name: str, command: list[str]) -> Path:
 
 def _run(command: list[str], messages: Path) -> None:
     """Run a command, and end it with all that it started if it takes too long."""
-    try:
-        with messages.open("wb") as output:
+    with messages.open("wb") as output:
+        try:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env=os.environ | {"TMPDIR": str(messages.parent)},  # which has room
             )
-    except OSError as error:
-        raise CompilationError(f"{command[0]} cannot be run: {error}") from error
+        except OSError as error:
+            raise CompilationError(f"{command[0]} cannot be run: {error}") from error
     try:
         status = process.wait(_PATIENCE)
     except subprocess.TimeoutExpired:

@@ -88,6 +88,11 @@ class Likelihood(Interface, ABC):
         """Whether there is a `variance`."""
         return self._has("variance")
 
+    @property
+    def has_sample(self) -> bool:
+        """Whether there is a `sample`."""
+        return self._has("sample")
+
     def fisher_factor(self, outputs: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return R with R R^T the Fisher information of a row's outputs, and that of each log parameter."""
         raise self._lack("fisher_factor")

@@ -12,19 +12,23 @@ import contextlib
 import copy
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from bnnflow.identity import Identity
+from bnnflow.model.likelihood import Likelihood
 from bnnflow.seeding import isolated
 from bnnflow.weights import free_parameters
 
-__all__ = ["check_outputs", "probe", "probe_likelihood"]
+__all__ = ["check_outputs", "probe", "probe_fisher_factor", "probe_likelihood"]
 
 _ROWS = 4
+_MANY = 64  # rows, as a network may treat few in another way
 _POINTS = 3
+_CANNOT = (NotImplementedError, RuntimeError, TypeError, IndexError)
+_DRAWS = 2000  # of targets, over which products of scores are averaged
 _FARTHEST = 100.0  # times longer is the step of a tensor that matters little than that of the one that matters most
 
 
@@ -95,6 +99,70 @@ def probe_likelihood(
                 "log_prob by the outputs and the logarithms of its parameters: a score that belongs to another "
                 "log_prob, as that of a class which this one is derived from, or a detach"
             )
+
+
+def probe_fisher_factor(likelihood: Likelihood, n_outputs: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """See that the Fisher information that a likelihood claims is that of the scores of its own draws.
+
+    Or their mean curvature, which is another one where rows have weights. Where targets cannot be drawn nothing is
+    said.
+
+    Args:
+        likelihood: with a ``fisher_factor``.
+        n_outputs: of the network.
+        shapes: of its parameters.
+
+    Raises:
+        ValueError: if it is off, in most of some random places, by a fifth of it and by eight standard errors.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with isolated(generator), torch.no_grad(), contextlib.suppress(*_CANNOT):
+        if 2 * sum(_is_off(likelihood, n_outputs, shapes, generator) for _ in range(_POINTS)) > _POINTS:
+            raise ValueError(
+                f"the fisher_factor of {likelihood.name} is not the one of its log_prob: R R^T must be the mean of the "
+                "products of scores over targets drawn from it, and that of learned parameters is by their logarithms"
+            )
+
+
+def _is_off(
+    likelihood: Likelihood, n_outputs: int, shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator
+) -> bool:
+    like = torch.zeros((), dtype=torch.float64)
+    outputs = _normal(like.expand(1, 1, n_outputs))
+    parameters = {name: _normal(like.expand(1, *shape)).exp() for name, shape in shapes.items()}
+    many = outputs.expand(_DRAWS, -1, -1)
+    values = {name: value.expand(_DRAWS, *value.shape[1:]) for name, value in parameters.items()}
+    factor, information = likelihood.fisher_factor(outputs, parameters)
+    if likelihood.kind == "classification":
+        shares = likelihood.mean(outputs, parameters)[0, 0]
+        y = torch.multinomial(shares, _DRAWS, replacement=True, generator=generator).unsqueeze(-1)
+    elif likelihood.has_sample:
+        y = likelihood.sample(many, values, generator)
+    else:
+        raise NotImplementedError
+    by_outputs, by_name = likelihood.score(many, y, values)
+    scores = [by_outputs[:, 0]]
+    claimed = factor[0, 0] @ factor[0, 0].mT
+    if all(information[name].numel() == by_name[name][0].numel() for name in by_name):
+        scores += [each.flatten(1) for each in by_name.values()]
+        own = [information[name].flatten() for name in by_name]
+        claimed = torch.block_diag(claimed, *map(torch.diag, own))
+    drawn = torch.cat(scores, 1)
+    if not _differ(drawn.unsqueeze(-1) * drawn.unsqueeze(-2), claimed):
+        return False
+    step = _SINGLE.step * torch.eye(n_outputs, dtype=torch.float64)
+    ahead, behind = (
+        torch.stack([likelihood.score(many + sign * each, y, values)[0][:, 0] for each in step], -1) for sign in (1, -1)
+    )
+    return _differ((behind - ahead) / (2 * _SINGLE.step), claimed[:n_outputs, :n_outputs])
+
+
+def _differ(drawn: Tensor, claimed: Tensor) -> bool:
+    """Say whether the mean of matrices ``(draws, size, size)`` is another one."""
+    mean = drawn.mean(0)
+    apart, error = (mean - claimed).abs(), drawn.std(0) / len(drawn) ** 0.5
+    size = torch.maximum(mean.abs().amax(), claimed.abs().amax())
+    return bool(((apart > 8 * error) & (apart > 0.2 * size)).any())
 
 
 class _Point(NamedTuple):
@@ -193,6 +261,8 @@ class _Probe:
             rows = rows.to(precision.dtype)
             rows = torch.cat([rows, rows[:1] + _normal(rows[:1].expand(_ROWS - len(rows), *rows.shape[1:]))])
         self.rows = rows
+        others = torch.arange(_MANY - len(rows), device=x.device) % len(x)
+        self.many = torch.cat([rows, x[others].to(rows.dtype)])
         self.names = list(free_parameters(net))
         self.params = self.random()
         with torch.no_grad():
@@ -257,13 +327,10 @@ class _Probe:
                 alone = self.evaluate(self.params, row)
             except (RuntimeError, IndexError) as error:
                 raise ValueError(f"the network cannot take one row, {tuple(row.shape)}: {error}") from error
-            if alone.shape == self.outputs[:1].shape and self.same(self.outputs[i : i + 1], alone):
-                continue
-            guilty = self.guilty(self.recorded(self.rows), self.recorded(row), partial(self.same_row, i))
-            raise ValueError(
-                f"{self.said(guilty)} makes a row's output depend on the other rows, so there is no likelihood of "
-                "single rows; the first axis of x runs over rows (attention wants batch_first=True)"
-            )
+            if alone.shape != self.outputs[:1].shape or not self.same(self.outputs[i : i + 1], alone):
+                self.refuse_mixing(self.rows, i, row)
+        if not self.same(self.evaluate(self.params, self.many)[: len(self.rows)], self.outputs):
+            self.refuse_mixing(self.many, 0, self.rows)
         self.check_memory(self.rows[-1:])
 
     def check_memory(self, row: Tensor) -> None:
@@ -278,11 +345,19 @@ class _Probe:
             "made, or remove it"
         )
 
-    def same_row(self, i: int, together: Tensor, alone: Tensor) -> bool:
-        """Say whether row ``i`` of a tensor is what it is alone; True for tensors that have no axis of rows."""
-        if len(together) != len(self.rows) or len(alone) != 1 or together.shape[1:] != alone.shape[1:]:
-            return True
-        return self.same(together[i : i + 1], alone)
+    def refuse_mixing(self, rows: Tensor, first: int, fewer: Tensor) -> NoReturn:
+        """Raise, naming the module that makes something else of ``fewer`` of the rows, which begin at ``first``."""
+
+        def same_part(together: Tensor, apart: Tensor) -> bool:
+            if (len(together), len(apart)) != (len(rows), len(fewer)) or together.shape[1:] != apart.shape[1:]:
+                return True  # these have no axis of rows
+            return self.same(together[first : first + len(fewer)], apart)
+
+        guilty = self.guilty(self.recorded(rows), self.recorded(fewer), same_part)
+        raise ValueError(
+            f"{self.said(guilty)} makes a row's output depend on the other rows, so there is no likelihood of "
+            "single rows; the first axis of x runs over rows (attention wants batch_first=True)"
+        )
 
     def recorded(self, rows: Tensor, net: nn.Module | None = None) -> list[_Record]:
         """Evaluate the network, or a copy of it, and return what its modules did."""

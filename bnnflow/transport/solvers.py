@@ -164,7 +164,7 @@ def integrate_with_trace(
     points, weights = np.polynomial.legendre.leggauss(evaluations)
     halves = _every_other(points) if evaluations >= 8 else 0 * points
     rules = torch.from_numpy(np.stack([weights, halves]) / 2).to(x.device)
-    times = torch.from_numpy(np.concatenate([[0.0], (points + 1) / 2, [1.0]])).to(x.device)
+    times = node_times(evaluations, x.device)
     if backwards:
         times, rules = times.flip(0), -rules.flip(1)
     totals = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)
@@ -173,6 +173,22 @@ def integrate_with_trace(
         if index < evaluations:
             totals = totals + rules[:, index, None] * trace(step[1], x)
     return x, totals[0], totals[1].abs()
+
+
+def node_times(evaluations: int, device: torch.device) -> Tensor:
+    """Return the times of `integrate_with_trace`: the nodes of Gauss and Legendre in [0, 1], and both ends."""
+    points, _ = np.polynomial.legendre.leggauss(evaluations)
+    return torch.from_numpy(np.concatenate([[0.0], (points + 1) / 2, [1.0]])).to(device)
+
+
+def twice_as_long(grid: Tensor) -> Tensor:
+    """Return the times of steps of twice the length, the last one apart."""
+    return torch.cat([grid[:-1:2], grid[-1:]])
+
+
+def order_of(solver: Solver) -> int:
+    """Return the order p of a rule: steps of half the length are off by 2^p times less."""
+    return _RULES[solver][1]
 
 
 def _every_other(points: np.ndarray) -> np.ndarray:
