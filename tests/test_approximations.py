@@ -394,10 +394,16 @@ def test_what_laplace_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         bf.Laplace("block")  # type: ignore[arg-type]
 
 
-def test_a_posterior_without_a_mode_is_noticed() -> None:
+@pytest.mark.parametrize("structure", ["full", "diagonal"])
+def test_a_posterior_without_a_mode_is_refused(structure: Any) -> None:
     """Scales of the prior that shrink with the weights make the joint density grow without bound."""
+    with pytest.raises(ValueError, match=r"grows without bound.* \(the prior is Hierarchical\)"):
+        bf.sample(sine(prior=priors.Hierarchical()), bf.Laplace(structure), draws=5, seed=0)
+
+
+def test_a_mode_that_was_not_reached_is_told() -> None:
     with pytest.warns(UserWarning, match="no mode was found"):
-        draws = bf.sample(sine(prior=priors.Hierarchical()), bf.Laplace(), draws=5, seed=0)
+        draws = bf.sample(sine(), bf.Laplace(steps=1, polish=1), draws=5, seed=0)
     assert not draws.info["converged"]
     assert draws.log_evidence is None
 

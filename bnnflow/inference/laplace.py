@@ -56,7 +56,8 @@ class Laplace:
     information of its learned parameters, plus the prior's own negative curvature, coordinate by coordinate; where that
     is not positive (the kink of a Laplace prior, the tail of a Student t) the precision of a Gaussian with the prior's
     interquartile range takes its place. Exact where the posterior is Gaussian. Learned scales of the *prior* usually
-    have no joint mode with the weights: a warning is given, and no evidence.
+    have no joint mode with the weights: a warning is given, and no evidence; where log_joint is found to grow without
+    bound, a ``ValueError``.
 
     Trained networks that ``init`` gives are only polished, the one of the highest log_joint. ``info["moved"]`` says how
     far it was from the mode: in nats of log_joint, in weights relative to their norm, and in the mean of predictions
@@ -138,6 +139,8 @@ class Laplace:
         best = start[model.log_joint(start).nan_to_num(-math.inf).argmax()]
         first = self._expand(model.to(dtype=torch.float64), best.double(), names)
         at, info = first, first.info
+        if not math.isfinite(info["left_to_gain"]) or not math.isfinite(info["gradient_norm"]):
+            raise ValueError(_UNBOUNDED.format(type(model.prior).__name__))
         if self.prior_precision == "evidence":
             at, tuned = tune_prior(first, names, lambda model, theta: self._expand(model, theta, names))
             info = at.info | tuned
@@ -227,6 +230,11 @@ _NO_MODE = (
     "no mode was found: after {gradients} evaluations another step promises {left_to_gain:.3g} nats, and the norm of "
     "the gradient is {gradient_norm:.2g}; give Laplace more polish or starts, or use another method (the scales of a "
     "hierarchical prior have no joint mode with the weights, nor has the noise of a network that can fit every row)"
+)
+_UNBOUNDED = (
+    "log_joint has no mode: it grows without bound on the way up, as under a hierarchical prior where the scale and "
+    "the weights of a tensor go to zero together (the prior is {}). Use HMC or SMC, or a normal prior of fixed scale "
+    "with prior_precision='evidence'"
 )
 _INDEFINITE = "the curvature at the mode is not positive definite (smallest value {:.3g}); use hessian='ggn'"
 
