@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import arviz
 import pytest
@@ -395,7 +395,7 @@ def test_what_laplace_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("structure", ["full", "diagonal"])
-def test_a_posterior_without_a_mode_is_refused(structure: Any) -> None:
+def test_a_posterior_without_a_mode_is_refused(structure: Literal["full", "diagonal"]) -> None:
     """Scales of the prior that shrink with the weights make the joint density grow without bound."""
     with pytest.raises(ValueError, match=r"grows without bound.* \(the prior is Hierarchical\)"):
         bf.sample(sine(prior=priors.Hierarchical()), bf.Laplace(structure), draws=5, seed=0)
