@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from bnnflow.inference.empirical import Expansion, check_tunable, tune_prior
 from bnnflow.inference.run import Run
 from bnnflow.inference.start import first_points, maximise
 from bnnflow.model import BayesianModel, likelihoods
+from bnnflow.model.network import at_once
 from bnnflow.posteriors import KroneckerGaussian, Restricted
 from bnnflow.seeding import isolated
 from bnnflow.warn import warn
@@ -389,13 +390,27 @@ def gauss_newton_precision(
         weights = sum(each.stop - each.start for each in slices)
         changes = changes[:, :weights]
         entries += 4 * len(changes) * (outputs + 2) ** 2
-    for block in model.row_blocks(copies=2 * (1 + outputs), entries=entries):
+    for block in _row_blocks(model, copies=2 * (1 + outputs), entries=entries):
         factor = block.at(theta.unsqueeze(0)).grad_and_factor(names=names, changes=changes)[1][0].detach()  # (rows, k)
         if diagonal:
             total += factor.square().sum(0)
         else:
             total.addmm_(factor.T, factor)
     return (total + (prior if diagonal else prior.diag())) / model.temperature
+
+
+def _row_blocks(model: BayesianModel, copies: int, entries: int = 0) -> Iterator[BayesianModel]:
+    """Cut the data into models of a few rows, so that what is made of one is bounded in memory.
+
+    Their likelihoods multiply to that of all rows; the prior is in each.
+
+    Args:
+        model: the whole.
+        copies: how often what one network writes for a row is held, as once for every direction of a derivative.
+        entries: numbers that are made of each row beside these.
+    """
+    size, _ = at_once(len(model.x), copies * model.network.elements(model.x) + entries)
+    return (model.subset(slice(start, start + size)) for start in range(0, len(model.x), size))
 
 
 def averaged_precision(model: BayesianModel, mode: Tensor, names: Collection[str], *, diagonal: bool = False) -> Tensor:
@@ -453,7 +468,7 @@ def exact_precision(model: BayesianModel, theta: Tensor, *, diagonal: bool) -> T
     The rows of data are taken in blocks, so that memory is bounded whatever their number and whatever the network.
     """
     total = _derivatives(lambda at: model.flat_prior.log_prob_and_grad(at)[1], theta, diagonal)
-    for block in model.row_blocks(copies=_COPIES):
+    for block in _row_blocks(model, copies=_COPIES):
         total += _derivatives(block.log_likelihood_grad, theta, diagonal)
     precision = -total / model.temperature
     return precision if diagonal else 0.5 * (precision + precision.T)

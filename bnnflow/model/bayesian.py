@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from bnnflow.arguments import Count, Positive, checked, columns_of, finite, tensor
+from bnnflow.arguments import Count, Positive, checked, columns_of, tensor
 from bnnflow.model import checks
 from bnnflow.model.curvature import Curvature
 from bnnflow.model.fingerprint import DataVersion, ModelIdentity, Provenance
 from bnnflow.model.likelihood import Likelihood
 from bnnflow.model.linearised import LinearisedNetwork
-from bnnflow.model.log_joint import LogJoint, Network, stretches
-from bnnflow.model.network import ChainNetwork, ModuleNetwork, at_once
+from bnnflow.model.log_joint import LogJoint, Network
+from bnnflow.model.network import ChainNetwork, ModuleNetwork
 from bnnflow.model.priors import FixedPrior, FlatPrior, HierarchicalPrior, Prior, as_prior
 from bnnflow.model.priors.hyperparameters import Hyperparameter
 from bnnflow.model.probe import probe
@@ -90,10 +90,7 @@ class BayesianModel:
         self.temperature = temperature
         self._anchor: Tensor | None = None  # where the network is linearised
         self._provenance = Provenance()
-        try:
-            network_spec = WeightSpec.of(copy.deepcopy(self.net))  # what tracing runs may change it
-        except ValueError as error:
-            network_spec = WeightSpec.unlabelled(net, str(error))
+        network_spec = _labelled(self.net)
         own = Hyperparameter.of_prior(self.prior, network_spec)
         self.hyperparameters = own + Hyperparameter.of_likelihood(self.likelihood.parameters)
         axes = {each.name: network_spec.parameter_axes(each.key, each.shape) for each in own}
@@ -214,18 +211,6 @@ class BayesianModel:
         part.network = self.network  # which knows no data
         return part
 
-    def row_blocks(self, *, copies: int = 1, entries: int = 0) -> Iterator[BayesianModel]:
-        """Cut the data into models of a few rows, so that what is made of one is bounded in memory.
-
-        Their likelihoods multiply to that of all rows; the prior is in each.
-
-        Args:
-            copies: how often what one network writes for a row is held, as once for every direction of a derivative.
-            entries: numbers that are made of each row beside these.
-        """
-        size, _ = at_once(len(self.x), copies * self.network.elements(self.x) + entries)
-        return map(self.subset, stretches(len(self.x), size))
-
     def _changed(self, **attributes: Any) -> BayesianModel:
         """Return a copy with other parts, without what was made of the old ones, and of no provenance."""
         changed = copy.copy(self)
@@ -295,13 +280,7 @@ class BayesianModel:
         """Return checked targets, called ``name``, on the model's device; the training targets for None."""
         if y is None or y is self.y:
             return self.y
-        y = tensor(name, y)
-        if y.dim() == 0 or len(y) == 0:
-            raise ValueError(f"{name} has no rows")
-        try:
-            y = self.likelihood.validate(finite(name, y), self._n_outputs)
-        except ValueError as error:
-            raise ValueError(str(error) if name == "y" else f"{name}: {error}") from None
+        y = checks.new_targets(name, y, self.likelihood, self._n_outputs)
         return y.to(self.device, self.dtype if y.is_floating_point() else None)
 
     def likelihood_parameters(self, theta: Tensor) -> dict[str, Tensor]:
@@ -420,29 +399,13 @@ class BayesianModel:
         Raises:
             ValueError: if its parameters have other names or shapes, or its constants other values.
         """
+        checks.check_alike(net, self.net, self.spec.names)
         given = dict(net.named_parameters())
-        for name, own in self.net.named_parameters():
-            if name not in given or given[name].shape != own.shape:
-                raise ValueError(f"net does not fit the model: {name} must be {tuple(own.shape)}")
-        constants = {name: own for name, own in self._constants() if not name.endswith("num_batches_tracked")}
-        theirs = given | dict(net.named_buffers())
-        for name, own in constants.items():
-            if name not in theirs or not torch.equal(theirs[name].detach().to(own), own):
-                raise ValueError(
-                    f"{name} is a constant of the model (a parameter with requires_grad=False, or a buffer), but "
-                    "differs in the network; make the model from the network that has the right one"
-                )
         params = {name: given[name].detach().to(self.device, self.dtype) for name in self.spec.network.names}
-        for extra in self.hyperparameters:
-            start = math.log(0.1) if extra.positive else 0.0
-            params[extra.name] = torch.full(extra.shape, start, device=self.device, dtype=self.dtype)
+        for each in self.hyperparameters:
+            start = math.log(0.1) if each.positive else 0.0
+            params[each.name] = torch.full(each.shape, start, device=self.device, dtype=self.dtype)
         return self.flat_prior.at_mode(self.spec.flatten(params))
-
-    def _constants(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield what the network computes with and does not infer, by name."""
-        for name, value in (*self.net.named_parameters(), *self.net.named_buffers()):
-            if name not in self.spec.shapes:
-                yield name, value.detach()
 
     @checked
     def to_network(self, theta: Tensor) -> nn.Module:
@@ -536,3 +499,11 @@ class BayesianModel:
 
     def _data_version(self) -> DataVersion:
         return DataVersion(self.x, self.y)
+
+
+def _labelled(net: nn.Module) -> WeightSpec:
+    """Return the layout of a network's weights, with labels where they can be found."""
+    try:
+        return WeightSpec.of(copy.deepcopy(net))  # what tracing runs may change it
+    except ValueError as error:
+        return WeightSpec.unlabelled(net, str(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bnnflow.arguments import columns_of, finite, tensor
+from bnnflow.model.likelihood import Likelihood
 from bnnflow.model.log_joint import LogJoint
 from bnnflow.model.probe import check_outputs, probe_fisher_factor, probe_likelihood
 from bnnflow.seeding import isolated
@@ -17,6 +19,7 @@ from bnnflow.weights import free_parameters
 
 __all__ = [
     "accepted",
+    "check_alike",
     "check_columns",
     "check_informative",
     "check_likelihood",
@@ -24,6 +27,7 @@ __all__ = [
     "checked_data",
     "copied",
     "new_inputs",
+    "new_targets",
     "of_torch",
     "outputs_of",
     "placed",
@@ -89,6 +93,40 @@ def new_inputs(name: str, x: Tensor | np.ndarray, training: Tensor) -> Tensor:
     if len(x) == 0:
         raise ValueError(f"{name} has no rows")
     return finite(name, x)
+
+
+def new_targets(name: str, y: Tensor | np.ndarray, likelihood: Likelihood, n_outputs: int) -> Tensor:
+    """Return new targets as a tensor that the likelihood has validated."""
+    y = tensor(name, y)
+    if y.dim() == 0 or len(y) == 0:
+        raise ValueError(f"{name} has no rows")
+    try:
+        return likelihood.validate(finite(name, y), n_outputs)
+    except ValueError as error:
+        raise ValueError(str(error) if name == "y" else f"{name}: {error}") from None
+
+
+def check_alike(net: nn.Module, own: nn.Module, inferred: Collection[str]) -> None:
+    """Raise ``ValueError`` unless a network has the shapes of a model's own, and its constants.
+
+    Args:
+        net: a trained network.
+        own: the model's.
+        inferred: names of the parameters whose values may differ.
+    """
+    given = dict(net.named_parameters())
+    for name, parameter in own.named_parameters():
+        if name not in given or given[name].shape != parameter.shape:
+            raise ValueError(f"net does not fit the model: {name} must be {tuple(parameter.shape)}")
+    theirs = given | dict(net.named_buffers())
+    for name, constant in (*own.named_parameters(), *own.named_buffers()):
+        if name in inferred or name.endswith("num_batches_tracked"):
+            continue
+        if name not in theirs or not torch.equal(theirs[name].detach().to(constant), constant):
+            raise ValueError(
+                f"{name} is a constant of the model (a parameter with requires_grad=False, or a buffer), but "
+                "differs in the network; make the model from the network that has the right one"
+            )
 
 
 def check_likelihood(density: LogJoint) -> None:
