@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import bnnflow as bf
 from bnnflow import likelihoods, priors
+from bnnflow.model.arrowhead import Arrowhead
 from bnnflow.model.factored import BorderedFactor, ClosedFactor, FactoredJacobian, MatrixFactor
 from bnnflow.transport import GaussNewton, Source
 from bnnflow.transport.coordinates import Context
@@ -272,3 +273,42 @@ def test_what_has_no_factor_spoils_no_other(dtype: torch.dtype) -> None:
     torch.testing.assert_close(factors[3] @ factors[3].mT, systems[3], rtol=1e3 * torch.finfo(dtype).eps, atol=0)
     others = [0, 2, 4, 5]
     torch.testing.assert_close(factors[others], expected[others], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("source", [None, "wide", "gaussian"])
+@pytest.mark.parametrize("local", ["unit", "weight"])
+def test_weights_and_scales_of_their_own_are_solved_together(local, source: str | None, temperature: float) -> None:
+    x = normal(60, 2)
+    net = built(lambda: chain(2, 3, 1))
+    model = bf.BayesianModel(
+        net, priors.Horseshoe(local=local), likelihoods.Gaussian(), x, x.sum(1).sin(), temperature=temperature
+    )
+    sources = {"wide": Source.scaled(model, 1.4), "gaussian": Source.gaussian(model, model.sample_prior(200, 1))}
+    context = Context(model, None if source is None else sources[source])
+    z, v, s2 = normal(4, model.dim), normal(4, model.dim, seed=1), torch.tensor([[0.0], [0.1], [0.5], [1.0]], dtype=F64)
+    z[0] = 0.0  # weights of zero feel nothing of their scales
+    matrix, eye = context.at(z).grad_and_factor()[1], torch.eye(model.dim, dtype=F64)
+    excess = torch.zeros((), dtype=F64) if context.excess is None else context.excess
+    systems = eye + s2.unsqueeze(-1) * (matrix.mT @ matrix + (excess if excess.dim() else excess * eye))
+    linear = Linearised(context, z, s2)
+    pairs = {"unit": 3, "weight": 9}[local] if source != "gaussian" else 0  # the last layer has one output
+    assert linear._root.shape[-1] == model.dim - pairs
+    torch.testing.assert_close(linear.solve(v), torch.linalg.solve(systems, v), rtol=1e-9, atol=1e-9)
+    targets = normal(4, model.dim, 5, seed=2)
+    torch.testing.assert_close(linear.solve_each(targets), torch.linalg.solve(systems, targets), rtol=1e-9, atol=1e-9)
+
+
+def test_pairs_of_which_nothing_is_felt_are_left_alone() -> None:
+    own = torch.tensor([[0, 2], [1, 0]])  # weights, and a parameter of each
+    arrow = Arrowhead(normal(3, 6), torch.zeros(3, 3, 2, dtype=F64), own)
+    assert arrow.columns is not None
+    arrow.columns[:, own[0], own[1]] = normal(3, 2, seed=1)
+    arrow.diagonal[1, 0], arrow.columns[1, 0, 1] = 0.0, 0.0
+    small, pairs = arrow.compact()
+    assert pairs is not None
+    v = normal(3, 6, seed=2)
+    torch.testing.assert_close(pairs.solved(v, lambda kept: kept), v)
+    felt = []
+    pairs.solved(v, lambda kept: felt.append(small.times(kept)) or kept)
+    torch.testing.assert_close(felt[0][:, :3], arrow.times(v)[:, :3])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Arrowhead"]
+__all__ = ["Arrowhead", "Bend", "Pairs"]
 
 
 class Arrowhead(NamedTuple):
@@ -19,6 +20,7 @@ class Arrowhead(NamedTuple):
 
     diagonal: Tensor  # (batch, dim)
     columns: Tensor | None  # (batch, weights, parameters)
+    own: Tensor | None = None  # (2, k) int64: weights, and for each a parameter of which all other weights know nothing
 
     @property
     def _parts(self) -> tuple[slice, slice]:
@@ -75,6 +77,47 @@ class Arrowhead(NamedTuple):
         weights, parameters = self._parts
         along = image[:, parameters] + self.columns.mT @ matrix[:, weights]
         return torch.cat([image[:, weights], along, image[:, parameters.stop :]], 1)
+
+    def compact(self) -> tuple[Arrowhead, Pairs | None]:
+        """Return T Q without columns of zeros, for rotations Q that the second knows; T itself where there are none.
+
+        A weight and a parameter of its own are felt as one number d z + c u. With both turned, the first coordinate of
+        each pair is that number over its length and the second has no effect: the matrices are that much smaller.
+        """
+        if self.own is None or self.columns is None:
+            return self, None
+        (weights, parameters), (count, extra) = self.own, self.columns.shape[1:]
+        z, u = self.diagonal[:, weights], self.columns[:, weights, parameters]
+        length = torch.hypot(z, u)
+        safe = torch.where(length > 0, length, 1)
+        pairs = Pairs(weights, count + parameters, torch.where(length > 0, z / safe, 1), u / safe)
+        shared = torch.ones(extra, dtype=torch.bool, device=weights.device)
+        shared[parameters] = False
+        kept = torch.cat([shared.new_ones(count), shared, shared.new_ones(self.diagonal.shape[1] - count - extra)])
+        diagonal = self.diagonal.index_copy(1, weights, length)[:, kept]
+        return Arrowhead(diagonal, self.columns[:, :, shared]), pairs
+
+
+class Pairs(NamedTuple):
+    """Rotations of pairs of coordinates: of vectors ``(batch, dim)``, or matrices ``(batch, dim, k)``."""
+
+    first: Tensor  # (pairs,) int64
+    second: Tensor
+    cosine: Tensor  # (batch, pairs)
+    sine: Tensor
+
+    def solved(self, vectors: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply a function to all but the second coordinates, turned there and back; those stay as they are."""
+        cosine, sine = (part[(..., *(None,) * (vectors.dim() - 2))] for part in (self.cosine, self.sine))
+        kept = torch.ones(vectors.shape[1], dtype=torch.bool, device=vectors.device)
+        kept[self.second] = False
+        one, other = vectors[:, self.first], vectors[:, self.second]
+        turned = vectors.index_copy(1, self.first, cosine * one + sine * other)
+        found = torch.empty_like(vectors)
+        found[:, kept] = solve(turned[:, kept])
+        one, other = found[:, self.first], cosine * other - sine * one
+        found[:, self.first], found[:, self.second] = cosine * one - sine * other, sine * one + cosine * other
+        return found
 
 
 class Bend(NamedTuple):

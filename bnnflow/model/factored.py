@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from bnnflow.model.arrowhead import Arrowhead
+from bnnflow.model.arrowhead import Arrowhead, Pairs
 from bnnflow.model.fused import plain
 from bnnflow.weights import Layer
 
@@ -117,8 +118,23 @@ class ClosedFactor:
 
     def normal(self, some: slice) -> Tensor:
         """Return A^T A of some networks, ``(networks, dim, dim)``."""
-        columns = None if self.slope.columns is None else self.slope.columns[some]
-        slope = Arrowhead(self.slope.diagonal[some], columns)
+        return self._normal(self.slope, some)
+
+    def compact_normal(self, some: slice) -> Tensor:
+        """Return the same without what `pairs` turn to zeros."""
+        return self._normal(self._compact[0], some)
+
+    @property
+    def pairs(self) -> Pairs | None:
+        """Rotations of coordinates, after which one of two has no effect."""
+        return self._compact[1]
+
+    @cached_property
+    def _compact(self) -> tuple[Arrowhead, Pairs | None]:
+        return self.slope.compact()
+
+    def _normal(self, slope: Arrowhead, some: slice) -> Tensor:
+        slope = Arrowhead(slope.diagonal[some], None if slope.columns is None else slope.columns[some])
         whole = slope.of_weights(self.product(some))
         own = slice(whole.shape[-1] - self.below.shape[1], None)  # of the likelihood's parameters: no others meet them
         scale = slope.diagonal[:, own]

@@ -63,6 +63,7 @@ _FAMILIES = {
     (True, "HalfNormal"): 1,
     (False, "Laplace"): 2,
     (False, "StudentT"): 3,
+    (False, "Cauchy"): 3,  # of one degree of freedom
     (True, "HalfCauchy"): 4,
     (True, "Gamma"): 5,
     (True, "InverseGamma"): 5,
@@ -400,7 +401,7 @@ def _prior(marginal: Marginal, dtype: torch.dtype) -> tuple[_Prior, *tuple[Tenso
     else:
         loc, inverse_scale, df, logs = getattr(d, "loc", zero), 1 / d.scale, getattr(d, "df", df), d.scale.log()
         at_zero = zero + {"Laplace": -math.log(2), "HalfNormal": math.log(2) - _HALF_LOG_2PI}.get(name, -_HALF_LOG_2PI)
-    if name == "StudentT":
+    if name in ("StudentT", "Cauchy"):
         at_zero = torch.tensor([_student_constant(each) for each in df.tolist()], dtype=torch.float64)
     constant = math.fsum(at_zero.tolist()) - float(logs.sum())
     kept = [values.to(dtype).contiguous() for values in (loc, inverse_scale, df)]

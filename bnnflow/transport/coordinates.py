@@ -192,8 +192,10 @@ class WhitenedCurvature:
 
     @property
     def _tempered_slope(self) -> Arrowhead:
-        slope, root = self._at.slope, self._inverse_temperature**0.5
-        return Arrowhead(root * slope.diagonal, None if slope.columns is None else root * slope.columns)
+        (diagonal, columns, own), root = self._at.slope, self._inverse_temperature**0.5
+        if self._source.root is not None and self._source.root.dim() > 0:
+            own = None  # of x, every coordinate meets all others
+        return Arrowhead(root * diagonal, None if columns is None else root * columns, own)
 
     @cached_property
     def residual(self) -> tuple[Tensor, Tensor | None] | None:

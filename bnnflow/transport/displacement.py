@@ -318,7 +318,10 @@ class Linearised:
         self.by_weights = by_weights or not by_rows or (dense and isinstance(factor, MatrixFactor))
         formed = isinstance(factor, ClosedFactor | MatrixFactor)
         self._factor = MatrixFactor(factor.matrix) if self.by_weights and not formed else factor  # type: ignore[union-attr]
-        size = max(1, _BLOCK // (dim if self.by_weights else rows) ** 2) if plain(x, s2) else len(x)
+        self._pairs = self._factor.pairs if isinstance(self._factor, ClosedFactor) else None
+        idle = 0 if self._pairs is None else len(self._pairs.second)
+        unknowns = dim - idle if self.by_weights else rows
+        size = max(1, _BLOCK // unknowns**2) if plain(x, s2) else len(x)
         blocks = [self._root_of(slice(start, start + size)) for start in range(0, max(1, len(x)), max(1, size))]
         self._root = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
 
@@ -327,7 +330,7 @@ class Linearised:
         factor, variance, excess = self._factor, self._variance[some], self._excess
         if self.by_weights:
             assert isinstance(factor, ClosedFactor | MatrixFactor)
-            gram = factor.normal(some)
+            gram = factor.normal(some) if isinstance(factor, MatrixFactor) else factor.compact_normal(some)
         else:
             assert not isinstance(factor, ClosedFactor)
             gram = factor[some].gram()
@@ -367,9 +370,12 @@ class Linearised:
         if self._scale is not None:
             target = target / self._scale
         if self.by_weights:
-            return torch.cholesky_solve(target.unsqueeze(-1), self._root).squeeze(-1)
+            return self._turned(target, lambda v: torch.cholesky_solve(v.unsqueeze(-1), self._root).squeeze(-1))
         inner = self._solved_rows(self._factor.times(target))
         return target - self._variance.squeeze(-1) * self._factor.transposed(inner)
+
+    def _turned(self, target: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
+        return solve(target) if self._pairs is None else self._pairs.solved(target, solve)
 
     def _pulled(self, rows: Tensor) -> Tensor:
         """Return (I + s^2 H)^-1 A^T rows, refined."""
@@ -400,8 +406,12 @@ class Linearised:
         assert self.by_weights
         if self._scale is not None:
             targets = targets / self._scale.unsqueeze(-1)
-        half = torch.linalg.solve_triangular(self._root.mT, targets.mT, upper=True, left=False)
-        return torch.linalg.solve_triangular(self._root, half, upper=False, left=False).mT
+
+        def solve(targets: Tensor) -> Tensor:
+            half = torch.linalg.solve_triangular(self._root.mT, targets.mT, upper=True, left=False)
+            return torch.linalg.solve_triangular(self._root, half, upper=False, left=False).mT
+
+        return self._turned(targets, solve)
 
 
 def _cholesky(systems: Tensor) -> Tensor:

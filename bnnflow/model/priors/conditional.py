@@ -152,7 +152,8 @@ class ConditionalWeights:
         """Return d theta / d z."""
         weights, curved, _ = self._curved(theta)
         columns = weights.unsqueeze(-1) * curved.slope * self._own(first).unsqueeze(-2)
-        return Arrowhead(self._joined(curved.log_scales.exp(), first), columns)
+        assert self._scales is not None
+        return Arrowhead(self._joined(curved.log_scales.exp(), first), columns, self._scales.own)
 
     def turn(self, theta: Tensor, v: Tensor, first: Tensor, second: Tensor) -> Arrowhead:
         """Return the derivative by z of the slope times v, v fixed."""

@@ -48,6 +48,11 @@ class LogScales(ABC):
         """Return the log scales and their derivatives by the parameters."""
 
     @property
+    def own(self) -> Tensor | None:
+        """Weights, and of each a parameter that no other has, ``(2, k)`` int64; None for no such pairs."""
+        return None
+
+    @property
     def shared(self) -> Shared | None:
         """The same as the compiled density knows them; None if it does not."""
         return None
@@ -126,6 +131,9 @@ class HorseshoeScales(LogScales):
                 owners.append(torch.stack(indices))
         self._places = torch.cat(places)  # (matrix entries,)
         self._owners = torch.cat(owners, 1)  # (3, matrix entries)
+        local = self._owners[1]
+        alone = local.bincount()[local] == 1
+        self._own = torch.stack([self._places[alone], local[alone]])
 
     def __call__(self, theta: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Return the log scales ``(..., network dim)``, and how a gradient by them becomes one by the parameters."""
@@ -145,6 +153,11 @@ class HorseshoeScales(LogScales):
 
         fixed = self._of_biases.to(theta.dtype).expand(*theta.shape[:-1], -1)
         return fixed.index_add(-1, self._places, of_matrices), pull
+
+    @property
+    def own(self) -> Tensor | None:
+        """Weights with a local scale of their own: all of them, or those of units that one other reads."""
+        return self._own if self._own.numel() else None
 
     @property
     def shared(self) -> Shared:

@@ -34,6 +34,7 @@ def exact(value: float) -> Tensor:
 _SLOPES: dict[type[Distribution], Callable[[Any, Tensor], Tensor]] = {
     td.Normal: lambda d, x: (d.loc - x) / d.scale**2,
     td.Laplace: lambda d, x: (d.loc - x).sign() / d.scale,
+    td.Cauchy: lambda d, x: 2 * (d.loc - x) / (d.scale**2 + (x - d.loc) ** 2),
     td.StudentT: lambda d, x: (d.df + 1) * (d.loc - x) / (d.df * d.scale**2 + (x - d.loc) ** 2),
 }
 _LOG_SLOPES: dict[type[Distribution], Callable[[Any, Tensor], Tensor]] = {
