@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         sample,
     )
     from bnnflow.model import BayesianModel, likelihoods, priors
+    from bnnflow.options import Checkpoint, Training
     from bnnflow.predictive import metrics, predict
     from bnnflow.report import diagnose, report, to_arviz, weight_convergence
     from bnnflow.symmetry import align
@@ -48,6 +49,7 @@ __all__ = [
     "VI",
     "AdjustedMCLMC",
     "BayesianModel",
+    "Checkpoint",
     "DeepEnsemble",
     "Draws",
     "Flow",
@@ -57,6 +59,7 @@ __all__ = [
     "MCDropout",
     "NormalizingFlowVI",
     "PyroNUTS",
+    "Training",
     "WeightSpec",
     "__version__",
     "align",
@@ -107,6 +110,7 @@ _HOMES = {
         "sample",
     ),
     "model": ("BayesianModel", "likelihoods", "priors"),
+    "options": ("Checkpoint", "Training"),
     "predictive": ("metrics", "predict"),
     "report": ("diagnose", "to_arviz", "weight_convergence"),
     "symmetry": ("align",),

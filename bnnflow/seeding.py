@@ -9,7 +9,7 @@ import torch
 
 from bnnflow.types import Seed
 
-__all__ = ["GLOBAL_STATE", "as_generator", "isolated"]
+__all__ = ["GLOBAL_STATE", "as_generator", "isolated", "seed_in_words"]
 
 
 def as_generator(seed: Seed, device: torch.device | str = "cpu") -> torch.Generator:
@@ -31,6 +31,11 @@ def as_generator(seed: Seed, device: torch.device | str = "cpu") -> torch.Genera
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"seed must be an int or a torch.Generator, got {type(seed).__name__}")
     return torch.Generator(device).manual_seed(int(seed))
+
+
+def seed_in_words(seed: Seed) -> int | str:
+    """Return what ``info`` says of a seed: the number, or that it was a generator."""
+    return "generator" if isinstance(seed, torch.Generator) else int(seed)
 
 
 # Two threads with one global generator would draw each other's numbers, and restore each other's states. What else

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 __all__ = [
-    "AdaptiveSolver",
+    "AdaptiveRule",
     "Architecture",
     "CorrectionMethod",
-    "FixedSolver",
+    "FixedRule",
     "Kernel",
     "LikelihoodMembers",
     "LogDensity",
@@ -22,10 +22,10 @@ __all__ = [
     "Optimiser",
     "Parametrisation",
     "Posterior",
+    "Rule",
     "Schedule",
     "Seed",
-    "Solver",
-    "StochasticSolver",
+    "StochasticRule",
     "Trace",
 ]
 
@@ -39,10 +39,10 @@ Seed = int | torch.Generator
 
 Trace = Literal["exact", "hutchinson", "hutch++"]
 Noise = Literal["rademacher", "gaussian"]
-FixedSolver = Literal["euler", "midpoint", "rk4"]
-AdaptiveSolver = Literal["dopri5", "dopri8", "bosh3", "adaptive_heun"]
-Solver = FixedSolver | AdaptiveSolver
-StochasticSolver = Literal["euler", "midpoint"]
+FixedRule = Literal["euler", "midpoint", "rk4"]
+AdaptiveRule = Literal["dopri5", "dopri8", "bosh3", "adaptive_heun"]
+Rule = FixedRule | AdaptiveRule
+StochasticRule = Literal["euler", "midpoint"]
 Parametrisation = Literal["velocity", "x1"]
 Architecture = Literal["dws", "signed", "graph"]
 Optimiser = Literal["muon", "adamw"]

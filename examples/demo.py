@@ -12,6 +12,7 @@ import torch
 import bnnflow as bf
 from bnnflow.data import Dataset, gap_function, gap_regression, load
 from bnnflow.report import Report, plots
+from bnnflow.transport import Density
 
 OUT = Path("out")
 DRAWS = 1000  # of every method that gives as many as one likes
@@ -38,7 +39,7 @@ def compare(data: Dataset, model: bf.BayesianModel, trace: str, title: str) -> t
     spread = bf.align(model, draws).flat.var(0).sum() / draws.flat.var(0).sum()
     log(f"alignment: order and sign of hidden units were {1 - float(spread):.0%} of the variance of the weights")
 
-    flow = bf.fit_flow(model, draws, budget=TRAINING, seed=1)
+    flow = bf.fit_flow(model, draws, seed=1, training=bf.Training(budget=TRAINING))
     flow.save(OUT / f"{data.name}-flow.npz")
     log(f"flow fitted in {flow.info['steps']} steps")
     began = time.perf_counter()
@@ -48,7 +49,7 @@ def compare(data: Dataset, model: bf.BayesianModel, trace: str, title: str) -> t
     results["flow (refined)"] = refined = bf.refine(model, theta, seed=1)
     seconds["flow (refined)"] = seconds["flow (raw)"] + refined.info["seconds"]
     log(f"refined by {refined.info['gradients_per_draw']:.0f} gradients a network")
-    log_q = flow.log_prob(theta[:16], trace=trace)
+    log_q = flow.log_prob(theta[:16], density=Density(trace=trace))
     log(f"log density of the flow ({trace} trace) at 16 of its draws: {log_q.mean():.1f}, sd {log_q.std():.1f}")
     report = bf.report(model, results, data.x_test, data.y_test, path=None, title=title, seconds=seconds)
     return results, report

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from weight_space import Residual, corpus, frame, images, interval, movers, permutations, permuted, table, train, tuned
 
 from bnnflow import WeightSpec
-from bnnflow.equivariant import DWSNet, TensorScaler, image_grid, render
+from bnnflow.equivariant import DWSNet, TensorScaler, Wiring, image_grid, render
 from bnnflow.equivariant.inr import MID_GREY
 from bnnflow.model.network import ChainNetwork
 from bnnflow.symmetry import match, normalise_sign
@@ -58,7 +58,9 @@ class Probed(nn.Module):
         super().__init__()
         grid = torch.linspace(-0.9, 0.9, PROBES)
         self.x, self.network, self.scaler = torch.cartesian_prod(grid, grid), ChainNetwork(spec), scaler
-        self.net = DWSNet(spec, 1, 1, width, depth, edge_width=8, unit_features=len(self.x), frequency=FREQUENCY)
+        self.net = DWSNet(
+            spec, 1, 1, width, depth, unit_features=len(self.x), wiring=Wiring(edge_width=8, frequency=FREQUENCY)
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         return self.net(features, units=self.network.hidden(self.scaler.inverse(features.squeeze(-1)), self.x))

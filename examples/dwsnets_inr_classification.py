@@ -31,7 +31,7 @@ from weight_space import (
 )
 
 import bnnflow as bf
-from bnnflow.equivariant import DWSNet, GraphNet, TensorScaler, warp
+from bnnflow.equivariant import DWSNet, GraphNet, TensorScaler, Wiring, warp
 from bnnflow.model.network import ChainNetwork
 from bnnflow.symmetry import match, normalise_sign
 
@@ -68,10 +68,9 @@ class Probed(nn.Module):
             width,
             depth,
             invariant=True,
-            edge_width=4,
-            frequency=3.0,
             unit_features=len(self.x),
             context=context,
+            wiring=Wiring(edge_width=4, frequency=3.0),
         )
 
     def forward(self, features: Tensor) -> Tensor:
@@ -101,7 +100,7 @@ def main() -> None:
     aligned = partial(match, spec=spec, reference=reference, group=permutations(spec), sweeps=2)
 
     builds: dict[str, Callable[[], nn.Module]] = {
-        "DWSNet": lambda: DWSNet(spec, 1, 10, width, depth, invariant=True, edge_width=4, frequency=3.0),
+        "DWSNet": lambda: DWSNet(spec, 1, 10, width, depth, invariant=True, wiring=Wiring(edge_width=4, frequency=3.0)),
         "MLP": lambda: WeightsMLP(spec, 10),
         "MLP, permuted": lambda: WeightsMLP(spec, 10),
         "MLP, aligned": lambda: WeightsMLP(spec, 10),

@@ -35,7 +35,7 @@ from weight_space import (
 )
 
 from bnnflow import WeightSpec
-from bnnflow.equivariant import DWSNet, INRs, TensorScaler, fit_inrs, siren
+from bnnflow.equivariant import DWSNet, INRs, TensorScaler, Wiring, fit_inrs, siren
 from bnnflow.symmetry import match, normalise_sign
 
 OUT = Path("out")
@@ -233,7 +233,9 @@ def main() -> None:
     spec = corpus.spec
 
     def equivariant() -> nn.Module:
-        return DWSNet(spec, 1, EMBEDDING, width, depth, edge_width=EDGES, invariant=True, frequency=FREQUENCY)
+        return DWSNet(
+            spec, 1, EMBEDDING, width, depth, invariant=True, wiring=Wiring(edge_width=EDGES, frequency=FREQUENCY)
+        )
 
     builds: dict[str, Callable[[], nn.Module]] = {
         "MLP": lambda: WeightsMLP(spec, EMBEDDING),

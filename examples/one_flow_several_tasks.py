@@ -35,7 +35,16 @@ from weight_space import remembered, table
 
 import bnnflow as bf
 from bnnflow.report import style
-from bnnflow.transport import AffinePath, GaussNewton, Independent, InformedVelocity, ProbabilityPath, train
+from bnnflow.transport import (
+    AffinePath,
+    GaussNewton,
+    Independent,
+    InformedVelocity,
+    Matching,
+    ProbabilityPath,
+    Solver,
+    train,
+)
 from bnnflow.transport.coordinates import Context
 from bnnflow.transport.importance import effective, log_mean, smoothed
 from bnnflow.transport.targets import InformedPath
@@ -183,7 +192,7 @@ def members(x: Tensor) -> list[tuple[int, Tensor]]:
 
 def pull(model: bf.BayesianModel) -> bf.Flow:
     """Return the flow without a network."""
-    return bf.GaussNewtonFlow(model, GaussNewton(NEWTON[-1]), steps=SOLVER_STEPS)
+    return bf.GaussNewtonFlow(model, GaussNewton(NEWTON[-1]), solver=Solver(steps=SOLVER_STEPS))
 
 
 def fit(tasks: list[Task], steps: int) -> bf.Flow:
@@ -208,7 +217,9 @@ def fit(tasks: list[Task], steps: int) -> bf.Flow:
         return x0, own
 
     family = Family(field(), contexts)
-    _, info = train(family, pairs, path=FamilyPath(paths), steps=steps, batch_size=BATCH, seed=generator)
+    _, info = train(
+        family, pairs, path=FamilyPath(paths), seed=generator, training=bf.Training(steps=steps, batch_size=BATCH)
+    )
     return bf.Flow.of(family.field, models[0], info=info)
 
 
@@ -227,19 +238,23 @@ def field() -> InformedVelocity:
 def own_flow(task: Task, steps: int) -> bf.Flow:
     """Train a field on this task alone, with as many steps and pairs as the one for all had."""
     model, draws = task.model(), chains_of(task, HIDDEN, False)
-    settings: dict[str, Any] = {"targets": "posterior", "steps": steps, "batch_size": BATCH, "seed": 0}
+    matching, training = Matching(targets="posterior"), bf.Training(steps=steps, batch_size=BATCH)
     path = OUT / f"flow-of-{task.name}-{steps}.npz"
-    return remembered_flow(path, model, lambda: bf.fit_flow(model, draws, velocity=field(), **settings))
+
+    def make() -> bf.Flow:
+        return bf.fit_flow(model, draws, velocity=field(), matching=matching, training=training, seed=0)
+
+    return remembered_flow(path, model, make)
 
 
 def tuned_flow(task: Task, flow: bf.Flow, steps: int) -> bf.Flow:
     """Train the field for all on this task, with its own draws there, refined: no chain is needed."""
     model, start = task.model(), flow.bind(task.model())
-    settings: dict[str, Any] = {"steps": steps, "batch_size": BATCH, "learning_rate": 1e-3, "optimiser": "adamw"}
+    training = bf.Training(steps=steps, batch_size=BATCH, learning_rate=1e-3, optimiser="adamw")
 
     def make() -> bf.Flow:
         moved = bf.refine(model, start.sample(2048, 4), 16, seed=5)
-        return bf.fit_flow(model, moved, velocity=start.velocity, seed=0, **settings)
+        return bf.fit_flow(model, moved, velocity=start.velocity, training=training, seed=0)
 
     return remembered_flow(OUT / f"flow-tuned-{task.name}-{flow.info['steps']}-{steps}.npz", model, make)
 
@@ -247,7 +262,7 @@ def tuned_flow(task: Task, flow: bf.Flow, steps: int) -> bf.Flow:
 def remembered_flow(path: Path, model: bf.BayesianModel, make: Callable[[], bf.Flow]) -> bf.Flow:
     if not path.is_file():
         make().save(path)
-    return replace(bf.Flow.load(path, model), steps=SOLVER_STEPS)
+    return replace(bf.Flow.load(path, model), solver=Solver(steps=SOLVER_STEPS))
 
 
 # ---------------------------------------------------------------- what draws are worth
@@ -290,11 +305,11 @@ def cell(task: Task, hidden: int, starts: Starts, draws: int) -> dict[str, dict[
 def weighed(model: bf.BayesianModel, flow: bf.Flow, draws: int, steps: int) -> dict[str, Any]:
     """Weigh draws by their exact density, and compare the evidence with that of tempered SMC."""
     began = time.process_time()
-    theta, log_q = flow.sample_with_log_prob(draws, 3, steps=steps, solver="rk4")
+    theta, log_q = flow.sample_with_log_prob(draws, 3, solver=Solver("rk4", steps))
     log_weights = model.log_joint(theta).double() - log_q
     found = {"k-hat": smoothed(log_weights)[1], "ESS": effective(log_weights) / draws, "sd": float(log_weights.std())}
     found |= {"evidence": log_mean(log_weights), "CPU s": time.process_time() - began}
-    found["half"] = flow.solver_error(12, 3, steps=steps // 2, solver="rk4")["log_prob"]
+    found["half"] = flow.solver_error(12, 3, solver=Solver("rk4", steps // 2))["log_prob"]
     return found | {"SMC": bf.sample(model, bf.SMC(particles=500), chains=4, seed=0, progress=False).log_evidence}
 
 

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from weight_space import remembered, table
 
 import bnnflow as bf
-from bnnflow.equivariant import DWSNet
+from bnnflow.equivariant import DWSNet, Wiring
 from bnnflow.report import plots
 from bnnflow.symmetry import Spheres, barrier, frechet_mean
-from bnnflow.transport import AffinePath, Field, Flow, Independent, MiniBatchOT, train
+from bnnflow.transport import AffinePath, Field, Flow, Independent, MiniBatchOT, Solver, train
 from bnnflow.transport.geometry import RiemannianPath
 from bnnflow.transport.manifold import ManifoldFlow
 from bnnflow.weights import Symmetries, WeightSpec
@@ -87,7 +87,7 @@ class Residual(Field):
             vectors,
         )
         self.codes = nn.Parameter(0.1 * torch.randn(spec.dim, 3)) if placed else None
-        self.net = DWSNet(spec, 7 if placed else 2, 1, WIDTH, DEPTH, time=True, heads=0)
+        self.net = DWSNet(spec, 7 if placed else 2, 1, WIDTH, DEPTH, time=True, wiring=Wiring(heads=0))
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         t = t.expand(len(x)).to(x)
@@ -185,7 +185,7 @@ def main(steps: int, cells: list[str]) -> None:
             field.requires_grad_(False)
         else:
             path = RiemannianPath(spheres) if curved else AffinePath()
-            field, info = train(field, pairs, path=path, steps=steps, batch_size=BATCH, seed=0)
+            field, info = train(field, pairs, path=path, seed=0, training=bf.Training(steps=steps, batch_size=BATCH))
             kept = {"field": field.state_dict(), "seconds": info["cpu_seconds"]}
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.save(kept, file)
@@ -196,7 +196,7 @@ def main(steps: int, cells: list[str]) -> None:
         flow, seconds = fitted(name, geometry, coupling)
 
         def generated(flow: Flow | ManifoldFlow, count: int, networks: int = GENERATED) -> Tensor:
-            theta = flow.sample(networks, 1, steps=count)
+            theta = flow.sample(networks, 1, solver=Solver(steps=count))
             return spheres.project(theta) if geometry == "Normalised" else theta
 
         def by_steps(flow: Flow | ManifoldFlow) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from bnnflow.equivariant.network import TimeEmbedding
 from bnnflow.inference.start import random_networks
 from bnnflow.report import plots
 from bnnflow.symmetry import Spheres, frechet_mean, match
-from bnnflow.transport import AffinePath, Field, Flow, train
+from bnnflow.transport import AffinePath, Field, Flow, Solver, train
 from bnnflow.transport.geometry import RiemannianPath
 from bnnflow.transport.manifold import ManifoldFlow
 from bnnflow.weights import WeightSpec
@@ -257,7 +257,9 @@ def fit(model: bf.BayesianModel, targets: Tensor, placed: bool, curved: bool, st
         torch.manual_seed(0)
         field = UnitField(model.spec, x1, placed, spheres)
     path = RiemannianPath(spheres) if spheres else AffinePath()
-    field, info = train(field, pairs, path=path, steps=steps, batch_size=64, learning_rate=2e-3, seed=0)
+    field, info = train(
+        field, pairs, path=path, seed=0, training=bf.Training(steps=steps, batch_size=64, learning_rate=2e-3)
+    )
     flow = ManifoldFlow(field, spheres) if spheres else Flow.of(field, model)
     return flow, info
 
@@ -268,13 +270,13 @@ def guidance(flow: Flow, digits: Digits) -> dict[str, Any]:
     for name, task in TASKS.items():
         other, x, y = digits.model(task=task, n=FEW)
         test, tuned = Test(other, x, y), partial(adam, other, steps=gradients, keep=(gradients,))
-        unguided = flow.sample(TUNED, 2, steps=SOLVER_STEPS)
+        unguided = flow.sample(TUNED, 2, solver=Solver(steps=SOLVER_STEPS))
         # The base pulls back to its own networks, the more so the later.
         bent = flow.guided(other, lambda t: 30 / (1.05 - t), steps=CLIMB, max_norm=20.0)
         default = random_networks(other.spec, TUNED, torch.Generator().manual_seed(2), other.dtype)
         found[name] = {
             "unguided": test.accuracy(unguided),
-            "guided": test.accuracy(bent.sample(TUNED, 2, steps=PULLS, solver="euler")),
+            "guided": test.accuracy(bent.sample(TUNED, 2, solver=Solver("euler", PULLS))),
             "fine-tuned from the flow": test.accuracy(tuned(unguided)[0]),
             "trained from the default start": test.accuracy(tuned(default)[0]),
         }
@@ -326,13 +328,13 @@ def main(folder: str | None, quick: bool) -> None:
     for name, (placed, curved) in FLOWS.items():
         targets = (aligned if placed else frames)[curved][:, unseen:].flatten(0, 1)
         flows[name], info = fit(model, targets, placed, curved, steps)
-        report(name, flows[name].sample(GENERATED, 1, steps=SOLVER_STEPS), info["cpu_seconds"])
+        report(name, flows[name].sample(GENERATED, 1, solver=Solver(steps=SOLVER_STEPS)), info["cpu_seconds"])
 
     flow, shared = flows["Euclidean, aligned"], flows["Euclidean, unaligned"]
     guided = guidance(flow, digits)
-    started = starts(model, test, {"flow": flow.sample(TUNED, 3, steps=SOLVER_STEPS)})
+    started = starts(model, test, {"flow": flow.sample(TUNED, 3, solver=Solver(steps=SOLVER_STEPS))})
     wide, *unseen_digits = digits.model(WIDE)
-    transferred = Flow.of(shared.velocity.on(wide.spec), wide).sample(TUNED, 3, steps=SOLVER_STEPS)
+    transferred = Flow.of(shared.velocity.on(wide.spec), wide).sample(TUNED, 3, solver=Solver(steps=SOLVER_STEPS))
     widened = starts(wide, Test(wide, *unseen_digits), {"flow": transferred})
     seconds = time.process_time() - began
     results = {"worth": found, "guidance": guided, "starts": started, "width 32": widened, "seconds": seconds}

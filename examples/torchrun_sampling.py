@@ -27,7 +27,9 @@ def main() -> None:
     net = torch.nn.Sequential(torch.nn.Linear(10, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
     prior = bf.priors.FanIn()
     model = bf.BayesianModel(net, prior, bf.likelihoods.Gaussian(), data.x_train, data.y_train)
-    draws = bf.sample(model, bf.HMC(), chains=CHAINS, warmup=300, draws=DRAWS, seed=0, checkpoint=FOLDER, resume=True)
+    draws = bf.sample(
+        model, bf.HMC(), chains=CHAINS, warmup=300, draws=DRAWS, seed=0, checkpoint=bf.Checkpoint(FOLDER, resume=True)
+    )
     if int(os.environ.get("RANK", "0")) == 0:  # every process has all draws; one of them reports
         pred = bf.predict(model, draws, data.x_test)
         print(bf.diagnose(model, draws, data.x_test))

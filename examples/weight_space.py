@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bnnflow import WeightSpec
 from bnnflow.data import Dataset, load_images
-from bnnflow.equivariant import DWSNet, GraphNet, INRs, TensorScaler, fit_images, siren
+from bnnflow.equivariant import DWSNet, GraphNet, INRs, TensorScaler, Wiring, fit_images, siren
 from bnnflow.symmetry import match
 from bnnflow.weights import Symmetries
 
@@ -117,7 +117,7 @@ def movers(spec: WeightSpec, width: int, depth: int, frequency: float = 0.0) -> 
         "MLP": perceptron,
         "MLP, permuted": perceptron,
         "MLP, aligned": perceptron,
-        "DWSNet": lambda: DWSNet(spec, 1, 1, width, depth, edge_width=8, frequency=frequency),
+        "DWSNet": lambda: DWSNet(spec, 1, 1, width, depth, wiring=Wiring(edge_width=8, frequency=frequency)),
         "GraphNet": lambda: GraphNet(spec, 1, 1, 32, 3),
     }
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import bnnflow as bf
 from bnnflow import data, equivariant, likelihoods, predictive, priors, symmetry, transport
 from bnnflow import inference as methods
+from bnnflow.transport import Solver
 
 OUTCOMES = ("equal", "valid", "clear", "obscure", "other", "silent", "refused")
 ROWS, DIM = 8, 13
@@ -66,14 +67,14 @@ class World:
         class_draws = self.classes.sample_prior(12, 0).reshape(2, 6, -1)
         self.class_prediction = bf.predict(self.classes, class_draws, self.x)
         self.field = self.built(lambda: transport.WeightsVelocity(self.spec, width=2, depth=1))
-        self.flow = transport.Flow.of(self.field, self.model, steps=2)
+        self.flow = transport.Flow.of(self.field, self.model, solver=Solver(steps=2))
         self.source = self.flow.source
         self.folder = Path(tempfile.mkdtemp())
         self.draws.save(self.folder / "draws.npz")
         self.flow.save(self.folder / "flow.npz")
         spheres = symmetry.Spheres(self.relu_spec)
         tangent = self.built(lambda: transport.TangentVelocity(self.relu_spec, width=2, depth=1))
-        self.manifold = transport.ManifoldFlow(tangent.eval(), spheres, steps=2)
+        self.manifold = transport.ManifoldFlow(tangent.eval(), spheres, solver=Solver(steps=2))
         self.completed = self.manifold.complete(self.normal(9, DIM))
 
     @staticmethod
@@ -181,7 +182,7 @@ def _sampling(w: World) -> Iterator[Call]:
         defaults = {f.name: getattr(method(), f.name) for f in dataclasses.fields(method)}
         yield Call(name, method, defaults)
     some = {"chains": 2, "warmup": 2, "draws": 3, "seed": 0, "init": None, "device": "cpu", "dtype": torch.float32}
-    some |= {"checkpoint": None, "resume": False, "progress": False}
+    some |= {"checkpoint": None, "progress": False}
     yield Call("sample", bf.sample, {"model": model, "method": bf.HMC(max_leapfrog=2)} | some)
     start = {"model": model, "method": bf.HMC(max_leapfrog=2), "chains": 2, "warmup": 2, "draws": 3, "init": theta[:2]}
     yield Call("sample from weights", bf.sample, start | {"progress": False})
@@ -261,7 +262,10 @@ def _networks(w: World) -> Iterator[Call]:
     yield Call("equivariant.DWSInvariant", equivariant.DWSInvariant, sizes | {"bias": True})
     net = sizes | {"width": 4, "depth": 1, "time": False, "heads": 1}
     yield Call("equivariant.SignedDWSNet", equivariant.SignedDWSNet, net)
-    yield Call("equivariant.DWSNet", equivariant.DWSNet, net | {"invariant": False, "context": 0})
+    wired = sizes | {"width": 4, "depth": 1, "time": False, "invariant": False, "context": 0}
+    yield Call("equivariant.DWSNet", equivariant.DWSNet, wired | {"wiring": equivariant.Wiring(heads=1)})
+    wiring = {"heads": 1, "edge_width": 4, "frequency": 1.0, "shared": False}
+    yield Call("equivariant.Wiring", equivariant.Wiring, wiring)
     yield Call("equivariant.GraphNet", equivariant.GraphNet, net | {"invariant": False, "context": 0})
     yield Call("equivariant.TensorScaler", equivariant.TensorScaler, {"spec": spec})
     yield Call("equivariant.TensorScaler.fit", equivariant.TensorScaler.fit, {"theta": theta, "spec": spec})
@@ -282,56 +286,61 @@ def _networks(w: World) -> Iterator[Call]:
 
 def _transport(w: World) -> Iterator[Call]:
     t, model, spec, theta, draws, flow = transport, w.model, w.spec, w.theta, w.draws, w.flow
-    small = {"budget": 1.0, "steps": 2, "batch_size": 4, "learning_rate": 1e-3, "seed": 0, "progress": False}
-    fit = {"velocity": w.field, "coupling": None, "path": None, "source": None, "times": None, "targets": "pairs"}
-    fit |= {"reuse": 1, "optimiser": "adamw", "held_out": None, "patience": 2, "autocast": False, "compile": False}
-    fit |= {"checkpoint": None, "resume": False}
-    yield Call("fit_flow", bf.fit_flow, {"model": model, "draws": draws} | small | fit)
-    train = {"field": w.field, "pairs": w.pairs, "path": None, "times": None, "reuse": 1, "optimiser": "adamw"}
-    train |= {"held_out": None, "patience": 2, "autocast": False, "compile": False, "checkpoint": None, "resume": False}
-    yield Call("transport.train", t.train, train | small)
+    training = {"budget": 1.0, "steps": 2, "batch_size": 4, "learning_rate": 1e-3, "optimiser": "adamw", "patience": 2}
+    yield Call("Training", bf.Training, training | {"autocast": False, "compile": False})
+    yield Call("Checkpoint", bf.Checkpoint, {"path": w.folder / "run", "resume": True})
+    matching = {"coupling": t.Independent(), "path": None, "times": t.TowardsEnd(), "targets": "pairs", "reuse": 1}
+    yield Call("transport.Matching", t.Matching, matching)
+    yield Call("transport.Reuse", t.Reuse, {"steps": 1, "moves": None})
+    yield Call("transport.Density", t.Density, {"trace": "exact", "probes": 2, "noise": "rademacher"})
+    yield Call("transport.Solver", t.Solver, {"rule": "euler", "steps": 2, "rtol": 1e-3, "atol": 1e-3})
+    times = torch.tensor([0.0, 0.5, 1.0])
+    yield Call("transport.Solver at times", t.Solver, {"rule": "euler", "steps": times})
+    small = {"training": bf.Training(steps=2, batch_size=4, learning_rate=1e-3), "seed": 0, "progress": False}
+    fit = {"velocity": w.field, "source": None, "matching": t.Matching(targets="pairs"), "held_out": None}
+    yield Call("fit_flow", bf.fit_flow, {"model": model, "draws": draws, "checkpoint": None} | small | fit)
+    train = {"field": w.field, "pairs": w.pairs, "path": None, "times": None, "reuse": None, "held_out": None}
+    yield Call("transport.train", t.train, train | small | {"checkpoint": None})
     yield Call("transport.fit_gaussian", t.fit_gaussian, {"model": model, "draws": draws, "matched": False, "seed": 0})
-    baseline = {"model": model, "draws": draws, "matched": False, "held_out": None, "patience": 2} | small
+    baseline = {"model": model, "draws": draws, "matched": False, "held_out": None} | small
     yield Call("transport.fit_coupling", t.fit_coupling, baseline | {"couplings": 2, "hidden": 4})
     yield Call("transport.fit_cnf", t.fit_cnf, baseline | {"width": 4, "solver_steps": 2})
     distil = {"flow": flow, "evaluations": 1, "trajectories": 4} | small
     yield Call("transport.distil", t.distil, distil)
-    bootstrap = {"model": model, "rounds": 1, "targets": 4, "refine_steps": 1, "displacement": None, "budget": 1.0}
-    bootstrap |= {"steps": 1, "seed": 0, "progress": False}
-    yield Call("transport.fit_flow_without_draws", t.fit_flow_without_draws, bootstrap)
-    given = {"spec": w.relu_spec, "draws": theta, "velocity": None, "coupling": None, "seed": 0}
-    options = {"budget": 1.0, "steps": 2, "batch_size": 4, "progress": False}
-    yield Call("transport.fit_manifold_flow", t.fit_manifold_flow, given | options)
-    gauss = {"model": model, "displacement": None, "source": None, "path": None, "steps": 2, "solver": "midpoint"}
+    bootstrap = {"model": model, "rounds": 1, "targets": 4, "refine_steps": 1, "displacement": None}
+    yield Call("transport.fit_flow_without_draws", t.fit_flow_without_draws, bootstrap | small)
+    given = {"spec": w.relu_spec, "draws": theta, "velocity": None, "coupling": None, "checkpoint": None}
+    yield Call("transport.fit_manifold_flow", t.fit_manifold_flow, given | small)
+    two_steps = Solver(steps=2)
+    gauss = {"model": model, "displacement": None, "source": None, "path": None, "solver": two_steps}
     yield Call("GaussNewtonFlow", bf.GaussNewtonFlow, gauss)
     yield Call("Flow", t.Flow, {"velocity": flow.velocity, "source": flow.source, "spec": spec, "fingerprint": "a",
-                                "solver": "midpoint", "steps": 2, "info": {}})  # fmt: skip
+                                "solver": two_steps, "info": {}})  # fmt: skip
     yield Call("Flow.of", t.Flow.of, {"velocity": w.field, "model": model, "source": None})
     for name in ("bind", "transfer"):
         yield Call(f"Flow.{name}", getattr(flow, name), {"model": model})
     yield Call("Flow.guided", flow.guided, {"guide": w.loss, "strength": 1.0, "steps": 1, "max_norm": 2.0})
-    informed = bf.GaussNewtonFlow(model, steps=1)
+    informed = bf.GaussNewtonFlow(model, solver=Solver(steps=1))
     yield Call("Flow.on_batch", informed.on_batch, {"size": 4, "seed": 0})
     yield Call("Flow.to", flow.to, {"device": "cpu", "dtype": torch.float64})
-    draw = {"n": 3, "seed": 0, "steps": 2, "solver": "euler", "chunk_size": 2}
-    yield Call("Flow.sample", flow.sample, draw | {"epsilon": 0.0})
-    times = torch.tensor([0.0, 0.5, 1.0])
-    yield Call("Flow.sample at times", flow.sample, draw | {"steps": times, "epsilon": 0.1})
-    density = {"trace": "exact", "probes": 2, "noise": "rademacher", "steps": 2, "solver": "euler", "chunk_size": 4}
+    draw = {"n": 3, "seed": 0, "solver": Solver("euler", 2), "chunk_size": 2}
+    yield Call("Flow.sample", flow.sample, draw | {"diffusion": 0.0})
+    yield Call("Flow.sample with noise", flow.sample, draw | {"diffusion": 0.1})
+    density = {"density": t.Density(), "solver": Solver("euler", 2), "chunk_size": 4}
     yield Call("Flow.sample_with_log_prob", flow.sample_with_log_prob, {"n": 3, "seed": 0} | density)
     yield Call("Flow.log_prob", flow.log_prob, {"theta": theta, "seed": 0} | density)
-    yield Call("Flow.push_with_log_prob", flow.push_with_log_prob, {"x0": theta, "seed": 0} | density)
-    yield Call("Flow.pull_with_log_prob", flow.pull_with_log_prob, {"theta": theta, "seed": 0} | density)
-    yield Call("Flow.push", flow.push, {"x0": theta, "steps": 2, "solver": "euler"})
+    yield Call("Flow.forward_with_log_prob", flow.forward_with_log_prob, {"x0": theta, "seed": 0} | density)
+    yield Call("Flow.inverse_with_log_prob", flow.inverse_with_log_prob, {"theta": theta, "seed": 0} | density)
+    yield Call("Flow.forward", flow.forward, {"x0": theta, "solver": Solver("euler", 2)})
     yield Call("Flow.start", flow.start, {"n": 3, "seed": 0})
-    yield Call("Flow.solver_error", flow.solver_error, {"n": 3, "seed": 0, "steps": 1, "density": False})
-    yield Call("Flow.rows_within", flow.rows_within, {"memory": 10**6, "trace": None})
+    yield Call("Flow.solver_error", flow.solver_error, {"n": 3, "seed": 0, "solver": two_steps, "density": False})
+    yield Call("Flow.rows_within", flow.rows_within, {"memory": 10**6, "density": None})
     yield Call("Flow.save", flow.save, {"path": w.folder / "again.npz"})
     yield Call("Flow.load", t.Flow.load, {"path": w.folder / "flow.npz", "model": model})
     refine = {"draws": draws, "model": model, "steps": 1, "n_leapfrog": 1, "target_acceptance": 0.8, "seed": 0}
     yield Call("refine", bf.refine, refine | {"chunk_size": 4, "progress": False})
     correct = {"flow": flow, "model": model, "n": 50, "method": "importance", "seed": 0, "held_out": draws}
-    yield Call("correct", bf.correct, correct | {"trace": "exact", "force": True, "progress": False})
+    yield Call("correct", bf.correct, correct | {"density": t.Density(), "force": True, "progress": False})
     draw.pop("chunk_size")
     yield Call("transport.ManifoldFlow.sample", w.manifold.sample, draw | {"chunk_size": 2})
     yield Call("transport.ManifoldFlow.start", w.manifold.start, {"n": 3, "seed": 0})
@@ -368,10 +377,10 @@ def _transport(w: World) -> Iterator[Call]:
     yield Call("transport.RiemannianPath", t.RiemannianPath, {"spheres": symmetry.Spheres(w.relu_spec)})
     x, grid = w.normal(4, 3), torch.tensor([0.0, 0.5, 1.0])
     ode = {"field": lambda t, state: (-state[0],), "state": (x,), "grid": grid}
-    tolerances = {"solver": "euler", "rtol": 1e-3, "atol": 1e-3, "max_evaluations": 100}
+    tolerances = {"rule": "euler", "rtol": 1e-3, "atol": 1e-3, "max_evaluations": 100}
     yield Call("transport.integrate", t.integrate, ode | tolerances)
-    yield Call("transport.integrate_with_error", t.integrate_with_error, ode | {"solver": "euler"})
-    sde = {"field": lambda t, x: (-x, -x), "noise": 0.1, "x": x, "grid": grid, "seed": 0, "solver": "euler"}
+    yield Call("transport.integrate_with_error", t.integrate_with_error, ode | {"rule": "euler"})
+    sde = {"field": lambda t, x: (-x, -x), "noise": 0.1, "x": x, "grid": grid, "seed": 0, "rule": "euler"}
     yield Call("transport.integrate_sde", t.integrate_sde, sde)
     yield Call("transport.rows_within", t.rows_within, {"memory": 10**6, "work": torch.sin, "x": x})
     yield Call("transport.time_grid", t.time_grid, {"steps": 3, "power": 1.0, "device": "cpu"})

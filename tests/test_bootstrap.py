@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bnnflow as bf
-from bnnflow.transport import GradientSteps, InformedVelocity, ResidualVelocity, fit_flow_without_draws
+from bnnflow.transport import GradientSteps, InformedVelocity, ResidualVelocity, Solver, fit_flow_without_draws
 from tests.problems import network, regression
 
 
@@ -16,9 +16,14 @@ def test_flow_without_draws_finds_a_conjugate_posterior():
     # A displacement that is far from exact, so that refinement has something to do.
     start = GradientSteps(1)
     flow = fit_flow_without_draws(
-        model, targets=1500, displacement=start, velocity="residual", steps=20, batch_size=64, seed=0
+        model,
+        targets=1500,
+        displacement=start,
+        velocity="residual",
+        seed=0,
+        training=bf.Training(steps=20, batch_size=64),
     )
-    theta, log_q = flow.sample_with_log_prob(400, 1, steps=24)
+    theta, log_q = flow.sample_with_log_prob(400, 1, solver=Solver(steps=24))
     assert isinstance(flow.velocity, ResidualVelocity)
     assert abs(float((log_q - exact.log_prob(theta)).mean())) < 0.15  # the divergence KL(q, posterior)
     crude = bf.GaussNewtonFlow(model, start).sample_with_log_prob(400, 1)
@@ -35,13 +40,13 @@ def test_flow_without_draws_is_reproducible_stored_and_checked(tmp_path):
             torch.default_generator.manual_seed(0)
             field = InformedVelocity(model.spec, width=8, depth=1)
         return fit_flow_without_draws(
-            model, targets=20, refine_steps=1, velocity=field, steps=4, batch_size=8, seed=seed
+            model, targets=20, refine_steps=1, velocity=field, seed=seed, training=bf.Training(steps=4, batch_size=8)
         )
 
     first, again, other = make(0), make(0), make(1)
     assert torch.equal(first.sample(3, 0), again.sample(3, 0))
     assert not torch.equal(first.sample(3, 0), other.sample(3, 0))
     assert torch.allclose(bf.load(first.save(tmp_path / "flow"), model).sample(3, 0), first.sample(3, 0), atol=1e-5)
-    for options in ({"rounds": 0}, {"targets": 0}, {"steps": 1}):
+    for options in ({"rounds": 0}, {"targets": 0}, {"training": bf.Training(steps=1)}):
         with pytest.raises(ValueError, match="at least"):
             fit_flow_without_draws(model, **options)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import bnnflow as bf
 from bnnflow import likelihoods, priors
 from bnnflow.draws import as_theta
-from bnnflow.transport import Correction, Flow, GaussianVelocity
+from bnnflow.transport import Correction, Density, Flow, GaussianVelocity, Solver
 from bnnflow.transport import correct as correct_function
 from bnnflow.transport.correct import mixed
 from bnnflow.transport.importance import (
@@ -41,7 +41,7 @@ METHODS = ["importance", "defensive", "resample", "refine", "smc", "metropolis",
 class Affine:
     """x0 -> loc + tril (x0 + bend tanh(x0)): a flow whose densities are known."""
 
-    steps = 4
+    solver = Solver(steps=4)
 
     def __init__(self, loc: Tensor, tril: Tensor, bend: float = 0.0) -> None:
         self.loc, self.tril, self.bend, self.dim = loc, tril, bend, len(loc)
@@ -50,17 +50,17 @@ class Affine:
         g = seed if isinstance(seed, torch.Generator) else generator(seed)
         return torch.randn(n, self.dim, generator=g, dtype=F64)
 
-    def push(self, x0: Tensor, **options: Any) -> Tensor:
+    def forward(self, x0: Tensor, **options: Any) -> Tensor:
         return self.loc + (x0 + self.bend * x0.tanh()) @ self.tril.T
 
-    def push_with_log_prob(self, x0: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        return self.push(x0), self.log_q(x0)
+    def forward_with_log_prob(self, x0: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        return self.forward(x0), self.log_q(x0)
 
     def log_q(self, x0: Tensor) -> Tensor:
         stretch = torch.log1p(self.bend * (1 - x0.tanh() ** 2)).sum(-1)
         return log_normal(x0) - stretch - self.tril.diagonal().log().sum()
 
-    def pull_with_log_prob(self, theta: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    def inverse_with_log_prob(self, theta: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         z = torch.linalg.solve_triangular(self.tril, (theta - self.loc).T, upper=False).T
         x0 = z / (1 + self.bend)
         for _ in range(40 if self.bend else 0):  # Newton's method, with bounded steps
@@ -79,7 +79,7 @@ def chains_of(problem: Conjugate, chains: int = 8, draws: int = 100, seed: int =
 
 
 def latent_of(flow: Any, model: bf.BayesianModel) -> Latent:
-    return Latent(flow, model, "exact", generator())
+    return Latent(flow, model, Density(), generator())
 
 
 # ---------------------------------------------------------------- every method against the closed form
@@ -146,7 +146,7 @@ def test_tempering_bridges_what_weights_cannot() -> None:
 def test_latent_moves_may_be_made_around_any_gaussian() -> None:
     problem = conjugate()
     latent = latent_of(near(problem, bend=0.5), problem.model)
-    start = latent.pull(problem.posterior.sample(30, generator(1))).x0
+    start = latent.inverse(problem.posterior.sample(30, generator(1))).x0
     around = bf.Gaussian(start.mean(0) + 0.2, 1.2 * torch.linalg.cholesky(torch.cov(start.T)))
     draws = collected(crank_nicolson(latent, 0.7, around=around), start, 300, generator(2))
     assert 0.3 < draws.stats["acceptance_rate"].mean() < 0.95
@@ -204,7 +204,7 @@ def test_a_tempered_posterior_has_no_evidence() -> None:
 def test_latent_moves_keep_the_posterior(fresh: float, width: float) -> None:
     problem = conjugate()
     latent = latent_of(near(problem, bend=0.5), problem.model)
-    start = latent.pull(problem.posterior.sample(30, generator(1))).x0
+    start = latent.inverse(problem.posterior.sample(30, generator(1))).x0
     kernel = crank_nicolson(latent, width, fresh=fresh)
     draws = collected(kernel, start, 400, generator(2))
     rate = draws.stats["acceptance_rate"]
@@ -234,7 +234,7 @@ def test_latent_moves_keep_what_lies_between_flow_and_posterior() -> None:
 def test_sweeps_of_latent_and_hamiltonian_moves_keep_the_posterior() -> None:
     problem = conjugate()
     latent = latent_of(near(problem, bend=0.5), problem.model)
-    start = latent.pull(problem.posterior.sample(20, generator(1))).x0
+    start = latent.inverse(problem.posterior.sample(20, generator(1))).x0
     target = torch.no_grad()(problem.model.log_joint_and_grad)
     kernel = mixed(latent, target, 0.5, 0.3, 0.8, 6, problem.covariance.diagonal())
     draws = collected(kernel, start, 400, generator(2))
@@ -251,7 +251,7 @@ def test_sweeps_keep_points_consistent() -> None:
     points = kernel.init(flow.start(50, g), g)
     for _ in range(5):
         points, _ = kernel.step(points, g)
-    theta, log_q = flow.push_with_log_prob(points.x0)
+    theta, log_q = flow.forward_with_log_prob(points.x0)
     torch.testing.assert_close(points.theta, theta)
     torch.testing.assert_close(points.log_q, log_q)
     torch.testing.assert_close(points.log_joint, problem.model.log_joint(theta))
@@ -262,7 +262,7 @@ def test_the_gradient_in_latent_space_is_that_of_the_density() -> None:
     latent = latent_of(near(problem, bend=0.5), problem.model)
     x0, step = torch.randn(3, 4, generator=generator(), dtype=F64), 1e-5
     value, grad = latent.log_density_and_grad(x0)
-    points = latent.push(x0)
+    points = latent.forward(x0)
     torch.testing.assert_close(value, points.log_weight + log_normal(x0))
     for i in range(4):
         offset = step * torch.eye(4, dtype=F64)[i]
@@ -436,18 +436,20 @@ def test_a_refinement_that_is_too_short_is_not_trusted(monkeypatch: pytest.Monke
 def test_estimated_densities_are_refused_for_weights(method: Any, trace: Any) -> None:
     problem = conjugate()
     with pytest.raises(ValueError, match="weights made of it are biased"):
-        bf.correct(problem.model, near(problem), 100, method, trace=trace)
+        bf.correct(problem.model, near(problem), 100, method, density=Density(trace))
 
 
 def test_estimated_densities_are_named_if_forced() -> None:
     problem = conjugate()
     held = chains_of(problem)
     forced = bf.correct(
-        problem.model, near(problem, 1.0, 0.0), 400, trace="hutchinson", force=True, seed=0, held_out=held
+        problem.model, near(problem, 1.0, 0.0), 400, force=True, seed=0, held_out=held, density=Density("hutchinson")
     )
     assert forced.verdict.startswith("do not trust")
     assert "densities are estimates (hutchinson)" in forced.verdict
-    refined = bf.correct(problem.model, near(problem), 400, "refine", trace="hutchinson", seed=0, held_out=held)
+    refined = bf.correct(
+        problem.model, near(problem), 400, "refine", seed=0, held_out=held, density=Density("hutchinson")
+    )
     assert refined.verdict.startswith("trust after correction")
     assert refined.khat is None
     assert refined.info["density_solves"] == 0
@@ -473,7 +475,7 @@ def test_a_flow_without_a_density_over_weights_is_refused() -> None:
         ({"n": 49}, "n must be an integer of at least 50"),
         ({"n": 100.5}, "n must be an integer, got"),
         ({"method": "magic"}, "method must be one of 'auto', 'importance'"),
-        ({"trace": "magic"}, "trace must be one of 'exact'"),
+        ({"density": "exact"}, "density must be a Density"),
         ({"held_out": torch.zeros(20, 3)}, "axis of length"),
         ({"held_out": torch.zeros(5, 4)}, "at least 10 draws"),
         ({"held_out": torch.full((20, 4), math.nan)}, "20 of 20 held-out draws are NaN"),
@@ -512,20 +514,20 @@ class Broken(Affine):
         super().__init__(base.loc, base.tril)
         self.how, self.bound = how, bound
 
-    def push(self, x0: Tensor, **options: Any) -> Tensor:
+    def forward(self, x0: Tensor, **options: Any) -> Tensor:
         beyond = x0[:, 0] > self.bound
         if self.how == "raises" and bool(beyond.any()):
             raise FloatingPointError("the velocity became NaN")
-        theta = super().push(x0)
+        theta = super().forward(x0)
         return torch.where(beyond[:, None], math.nan, theta) if self.how == "weights" else theta
 
-    def push_with_log_prob(self, x0: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        theta, log_q = super().push_with_log_prob(x0)
+    def forward_with_log_prob(self, x0: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        theta, log_q = super().forward_with_log_prob(x0)
         return theta, torch.where(x0[:, 0] > self.bound, math.nan, log_q) if self.how == "density" else log_q
 
-    def pull_with_log_prob(self, theta: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    def inverse_with_log_prob(self, theta: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         x0 = torch.linalg.solve_triangular(self.tril, (theta - self.loc).T, upper=False).T
-        return x0, self.push_with_log_prob(x0)[1]
+        return x0, self.forward_with_log_prob(x0)[1]
 
 
 @pytest.mark.parametrize("how", ["raises", "weights", "density"])
@@ -545,11 +547,11 @@ def test_draws_without_an_answer_are_survived_and_counted(how: str, method: Any)
     if method in ("importance", "resample"):
         assert "have no finite weight and were left out" in fixed.verdict
         # Zero weights are counted: the evidence is that of where the flow has an answer.
-        points = Latent(near(problem), problem.model, "exact", generator()).push(x0)
+        points = Latent(near(problem), problem.model, Density(), generator()).forward(x0)
         whole = torch.where(x0[:, 0] > 1.5, -math.inf, points.log_weight)
         assert fixed.log_evidence[0] == pytest.approx(log_mean(whole)[0])
     if method in ("smc", "metropolis") and how != "weights":  # its way back has an answer everywhere
-        pulled, _ = near(problem).pull_with_log_prob(fixed.theta.flatten(0, 1))
+        pulled, _ = near(problem).inverse_with_log_prob(fixed.theta.flatten(0, 1))
         assert pulled[:, 0].max() < 1.5 + 1e-9
 
 
@@ -573,14 +575,14 @@ def test_a_flow_without_any_answer_raises() -> None:
 def test_an_interrupt_keeps_what_there_is(method: Any, after: int, said: str) -> None:
     problem = conjugate()
     flow, calls = near(problem, 0.6 if method == "smc" else 1.2), itertools.count()
-    real = flow.push_with_log_prob
+    real = flow.forward_with_log_prob
 
     def interrupted(x0: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         if next(calls) == after:
             raise KeyboardInterrupt
         return real(x0)
 
-    flow.push_with_log_prob = interrupted  # type: ignore[method-assign]
+    flow.forward_with_log_prob = interrupted  # type: ignore[method-assign]
     with pytest.warns(UserWarning, match=f"interrupted .*{said}"):
         fixed = bf.correct(problem.model, flow, 3000, method, seed=0)
     assert fixed.info["interrupted"]
@@ -640,7 +642,7 @@ def test_an_interrupt_before_anything_goes_on() -> None:
     def interrupted(x0: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         raise KeyboardInterrupt
 
-    flow.push_with_log_prob = interrupted  # type: ignore[method-assign]
+    flow.forward_with_log_prob = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         bf.correct(problem.model, flow, 100, "importance")
 
@@ -648,18 +650,18 @@ def test_an_interrupt_before_anything_goes_on() -> None:
 def test_steps_that_the_density_depends_on_are_found_out() -> None:
     problem = conjugate()
     flow = near(problem, 1.0, 0.0)
-    real = flow.push_with_log_prob
+    real = flow.forward_with_log_prob
 
-    def coarse(x0: Tensor, steps: int | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+    def coarse(x0: Tensor, solver: Solver | None = None, **options: Any) -> tuple[Tensor, Tensor]:
         theta, log_q = real(x0)
-        return theta, log_q + error * x0[:, 0] / (steps or flow.steps) ** 2
+        return theta, log_q + error * x0[:, 0] / (solver or flow.solver).steps ** 2  # type: ignore[operator]
 
-    flow.push_with_log_prob = coarse  # type: ignore[method-assign]
+    flow.forward_with_log_prob = coarse  # type: ignore[method-assign]
     for error, start in ((0.3, "trust: "), (3.0, "trust after correction"), (80.0, "do not trust")):
         fixed = bf.correct(problem.model, flow, 500, "importance", seed=0, held_out=chains_of(problem))
         assert fixed.verdict.startswith(start)
         assert fixed.info["solver_error"] == pytest.approx(error * 0.75 / 16, rel=0.4)
-        assert ("twice the solver's steps" in fixed.verdict) == (error > 1)
+        assert ("a finer solver" in fixed.verdict) == (error > 1)
 
 
 # ---------------------------------------------------------------- the result
@@ -698,9 +700,9 @@ def test_corrected_draws_are_draws(tmp_path: Any) -> None:
 
 
 def test_costs_are_counted() -> None:
-    problem, counts = conjugate(), {"push": 0, "pull": 0, "gradients": 0}
+    problem, counts = conjugate(), {"forward": 0, "inverse": 0, "gradients": 0}
     flow, model = near(problem), problem.model
-    push, pull, gradient = flow.push_with_log_prob, flow.pull_with_log_prob, model.log_joint_and_grad
+    forward, inverse, gradient = flow.forward_with_log_prob, flow.inverse_with_log_prob, model.log_joint_and_grad
 
     def counted(name: str, function: Callable) -> Callable:
         def call(x: Tensor, **options: Any) -> Any:
@@ -709,11 +711,11 @@ def test_costs_are_counted() -> None:
 
         return call
 
-    flow.push_with_log_prob = counted("push", push)  # type: ignore[method-assign]
-    flow.pull_with_log_prob = counted("pull", pull)  # type: ignore[method-assign]
+    flow.forward_with_log_prob = counted("forward", forward)  # type: ignore[method-assign]
+    flow.inverse_with_log_prob = counted("inverse", inverse)  # type: ignore[method-assign]
     model.log_joint_and_grad = counted("gradients", gradient)  # type: ignore[method-assign]
     fixed = bf.correct(model, flow, 100, "metropolis", seed=0, held_out=chains_of(problem))
-    assert fixed.info["density_solves"] == counts["push"] + counts["pull"]
+    assert fixed.info["density_solves"] == counts["forward"] + counts["inverse"]
     assert fixed.info["gradients_per_chain"] * fixed.n_chains == counts["gradients"]
     assert fixed.info["cpu_seconds"] > 0
     assert fixed.info["seconds"] > 0
@@ -862,7 +864,7 @@ def test_independent_draws_count_in_full_and_chains_by_their_ess() -> None:
 def gaussian_flow(problem: Conjugate, scale: float = 1.0, steps: int = 16) -> Flow:
     """Return the closed-form flow from the prior N(0, 1.5^2) to a Gaussian, in the prior's coordinates."""
     field = GaussianVelocity(problem.mean / 1.5, scale * problem.covariance / 2.25)
-    return Flow.of(field, problem.model, steps=steps, solver="rk4")
+    return Flow.of(field, problem.model, solver=Solver("rk4", steps))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -885,15 +887,15 @@ def test_a_real_exact_flow_is_trusted_if_its_solver_is() -> None:
     assert fine.log_evidence[0] == pytest.approx(problem.log_normaliser, abs=0.01)
     coarse = bf.correct(problem.model, gaussian_flow(problem, steps=1), 400, "importance", seed=0)
     assert coarse.info["solver_error"] > 0.1
-    assert "twice the solver's steps" in coarse.verdict
+    assert "a finer solver" in coarse.verdict
 
 
 def test_real_estimated_densities_are_noisy_and_said_to_be() -> None:
     problem = conjugate()
     flow = gaussian_flow(problem, 1.3)
     with pytest.raises(ValueError, match="biased"):
-        bf.correct(problem.model, flow, 100, trace="hutchinson")
-    forced = bf.correct(problem.model, flow, 100, "importance", trace="hutchinson", force=True, seed=0)
+        bf.correct(problem.model, flow, 100, density=Density("hutchinson"))
+    forced = bf.correct(problem.model, flow, 100, "importance", force=True, seed=0, density=Density("hutchinson"))
     assert forced.verdict.startswith("do not trust")
 
 

@@ -17,7 +17,7 @@ from bnnflow.draws import as_theta
 from bnnflow.gaussian import Gaussian
 from bnnflow.inference.hmc import rotation
 from bnnflow.inference.trajectories import metropolis
-from bnnflow.transport import Flow, GaussianVelocity, GaussNewtonFlow
+from bnnflow.transport import Density, Flow, GaussianVelocity, GaussNewtonFlow, Solver
 from bnnflow.transport.importance import mixing
 from bnnflow.transport.latent import Latent, log_normal
 from bnnflow.types import Trace
@@ -64,7 +64,7 @@ def check_draws(fixed: bf.Draws, mean: Tensor, covariance: Tensor, ess: float) -
 @pytest.mark.parametrize("method", ["importance", "smc", "metropolis"])
 def test_a_linear_regression_is_corrected_in_any_units(method: Any, unit: float, inputs: float) -> None:
     model, mean, covariance, evidence = linear(unit, inputs)
-    flow = GaussNewtonFlow(model, steps=8)
+    flow = GaussNewtonFlow(model, solver=Solver(steps=8))
     fixed = bf.correct(model, flow, 600, method, seed=0)
     assert fixed.verdict.startswith("trust after correction")
     assert fixed.ess > 300
@@ -103,7 +103,7 @@ def test_short_chains_count_by_what_their_means_tell(rho: float) -> None:
 @pytest.mark.parametrize("method", ["metropolis", "neutra"])
 def test_chains_are_many_where_they_forget_and_few_where_not(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, mean, covariance, _ = linear()
-    near = GaussNewtonFlow(model, steps=8)
+    near = GaussNewtonFlow(model, solver=Solver(steps=8))
     fixed = bf.correct(model, near, 600, method, seed=0)
     assert fixed.theta.shape[:2] == (75, 8)
     assert fixed.info["r_hat"] < 1.1
@@ -112,7 +112,7 @@ def test_chains_are_many_where_they_forget_and_few_where_not(method: Any, monkey
     root = torch.as_tensor(scale).expand(3).double()
     wide = GaussianVelocity(mean / root + 2, 0.2 * torch.eye(3, dtype=F64))  # far from the posterior
     monkeypatch.setattr(importlib.import_module("bnnflow.transport.correct"), "_WARM_UP", 20)
-    far = bf.correct(model, Flow.of(wide, model, steps=8), 600, "metropolis", seed=0)
+    far = bf.correct(model, Flow.of(wide, model, solver=Solver(steps=8)), 600, "metropolis", seed=0)
     assert far.theta.shape[0] == 12
     check_draws(far, mean, covariance, far.ess)
 
@@ -135,7 +135,7 @@ def test_rotations_keep_the_posterior_and_have_no_error_in_their_own_gaussian(ab
 
 
 def log_weights(flow: Flow, model: bf.BayesianModel, x0: Tensor, **options: Any) -> Tensor:
-    theta, log_q = flow.push_with_log_prob(x0, **options)
+    theta, log_q = flow.forward_with_log_prob(x0, **options)
     return model.log_joint(theta).double() - log_q
 
 
@@ -143,31 +143,30 @@ def log_weights(flow: Flow, model: bf.BayesianModel, x0: Tensor, **options: Any)
 @pytest.mark.parametrize("steps", [8, 16])
 def test_the_cheapest_rule_within_the_tolerance_is_taken(solver: Any, steps: int) -> None:
     model, *_ = linear()
-    flow = GaussNewtonFlow(model, steps=steps, solver=solver)
-    latent = Latent(flow, model, "exact", generator())
+    flow = GaussNewtonFlow(model, solver=Solver(solver, steps))
+    latent = Latent(flow, model, Density(), generator())
     x0 = flow.start(160, 3)
     latent.settle(x0)
     fewer = [s for s in (steps // 4, 3 * steps // 8, steps // 2) if s >= 4]
-    truth = log_weights(flow, model, x0, solver="rk4", steps=32)
+    truth = log_weights(flow, model, x0, solver=Solver("rk4", 32))
     errors = [
-        float((log_weights(flow, model, x0, solver="rk4", steps=s) - truth).square().mean().sqrt()) for s in fewer
+        float((log_weights(flow, model, x0, solver=Solver("rk4", s)) - truth).square().mean().sqrt()) for s in fewer
     ]
     good = [s for s, error in zip(fewer, errors, strict=True) if error <= 0.01]
-    assert latent.flow.steps == (good[0] if good else steps)  # type: ignore[union-attr]
-    assert latent.flow.solver == ("rk4" if good else solver)  # type: ignore[union-attr]
+    assert latent.flow.solver == (Solver("rk4", good[0]) if good else Solver(solver, steps))
     assert (latent.error is None) == (not good)
     if latent.error is not None:
         assert latent.error.rms == pytest.approx(errors[fewer.index(good[0])], rel=0.5, abs=1e-4)
     fixed = bf.correct(model, flow, 200, "importance", seed=0)
-    assert fixed.info["solver_steps"] == latent.flow.steps
+    assert fixed.info["solver_steps"] == latent.flow.solver.steps
     assert fixed.info["solver_error"] < 0.1
 
 
 @pytest.mark.parametrize(("trace", "solver"), [("hutchinson", "midpoint"), ("exact", "dopri5")])
 def test_no_rule_is_sought_for_estimates_or_adaptive_solvers(trace: Trace, solver: Any) -> None:
     model, *_ = linear()
-    flow = GaussNewtonFlow(model, steps=8, solver=solver)
-    latent = Latent(flow, model, trace, generator())
+    flow = GaussNewtonFlow(model, solver=Solver(solver, 8))
+    latent = Latent(flow, model, Density(trace), generator())
     latent.settle(flow.start(64, 0))
     assert latent.flow is flow
     assert latent.error is None
@@ -177,8 +176,8 @@ def test_no_rule_is_sought_for_estimates_or_adaptive_solvers(trace: Trace, solve
 def test_a_rule_that_nothing_matches_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     model, *_ = linear()
     monkeypatch.setattr(MODULE, "_TOLERANCE", 0.0)
-    flow = GaussNewtonFlow(model, steps=16)
-    latent = Latent(flow, model, "exact", generator())
+    flow = GaussNewtonFlow(model, solver=Solver(steps=16))
+    latent = Latent(flow, model, Density(), generator())
     latent.settle(flow.start(64, 0))
     assert latent.flow is flow
     assert latent.error is None
@@ -186,9 +185,9 @@ def test_a_rule_that_nothing_matches_is_kept(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_latent_density_does_not_depend_on_the_company() -> None:
     model, *_ = linear()
-    latent = Latent(GaussNewtonFlow(model, steps=8), model, "exact", generator())
+    latent = Latent(GaussNewtonFlow(model, solver=Solver(steps=8)), model, Density(), generator())
     x0 = latent.flow.start(40, 0)
-    whole, halves = latent.push(x0), [latent.push(part) for part in x0.split(20)]
+    whole, halves = latent.forward(x0), [latent.forward(part) for part in x0.split(20)]
     torch.testing.assert_close(whole.log_weight, torch.cat([half.log_weight for half in halves]), rtol=1e-5, atol=1e-4)
     value, _ = latent.log_density_and_grad(x0)
     torch.testing.assert_close(value, whole.log_weight + log_normal(x0), rtol=1e-4, atol=1e-3)

@@ -241,7 +241,13 @@ def test_a_damaged_run_is_read_as_it_was_or_refused_by_name(tmp_path: Path) -> N
     model = bf.BayesianModel(line, bf.priors.Normal(), bf.likelihoods.Gaussian(0.5), x, x)
     for n in (3, 6):
         whole = bf.sample(
-            model, bf.SGLD(), chains=2, warmup=0, draws=n, seed=0, checkpoint=tmp_path / "run", resume=True
+            model,
+            bf.SGLD(),
+            chains=2,
+            warmup=0,
+            draws=n,
+            seed=0,
+            checkpoint=bf.Checkpoint(tmp_path / "run", resume=True),
         ).theta.clone()
     chance, seen = random.Random(0), []
     for path in sorted((tmp_path / "run" / "rank-0").iterdir()):
@@ -271,7 +277,13 @@ def test_a_hostile_state_is_gone_on_with_or_refused_by_name(tmp_path: Path) -> N
 
     def run(draws: int) -> torch.Tensor:
         return bf.sample(
-            model, bf.SGLD(), chains=2, warmup=0, draws=draws, seed=0, checkpoint=tmp_path / "run", resume=True
+            model,
+            bf.SGLD(),
+            chains=2,
+            warmup=0,
+            draws=draws,
+            seed=0,
+            checkpoint=bf.Checkpoint(tmp_path / "run", resume=True),
         ).theta.clone()
 
     def attempt() -> str:

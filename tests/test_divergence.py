@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import bnnflow as bf
-from bnnflow.transport import Field, Flow, GaussianVelocity, ResidualVelocity
+from bnnflow.transport import Density, Field, Flow, GaussianVelocity, ResidualVelocity, Solver
 from bnnflow.transport.divergence import (
     divergence,
     exact_divergence,
@@ -93,9 +93,9 @@ def test_log_density_of_a_linear_field_is_exact(dim):
     matrix, shift = flow_map[:dim, :dim], flow_map[:dim, dim]
     truth = torch.distributions.MultivariateNormal(shift, matrix @ matrix.T)
     theta = normal(2, dim, seed=12) @ matrix.T + shift
-    flow = Flow.of(field, linear(dim), steps=64, solver="rk4")
+    flow = Flow.of(field, linear(dim), solver=Solver("rk4", 64))
     assert (flow.log_prob(theta) - truth.log_prob(theta)).abs().max() < 1e-6
-    estimate = flow.log_prob(theta.expand(200, 2, dim), trace="hutchinson", probes=1, seed=1)
+    estimate = flow.log_prob(theta.expand(200, 2, dim), seed=1, density=Density(trace="hutchinson", probes=1))
     error = estimate.std(0) / math.sqrt(200)
     assert ((estimate.mean(0) - truth.log_prob(theta)).abs() < 4.5 * error + 1e-6).all()
 

@@ -126,7 +126,7 @@ def test_weights_are_no_integers_where_the_inputs_are(words, tmp_path):
     assert smc.theta.unique().numel() > words.dim
     value, _ = bf.evidence(words, smc, smc=bf.SMC(particles=40), seed=0)
     assert value == pytest.approx(smc.log_evidence[0], abs=5)
-    options = {"chains": 2, "warmup": 5, "seed": 0, "progress": False, "checkpoint": tmp_path / "run"}
-    bf.sample(words, bf.SGLD(), draws=5, **options)
-    resumed = bf.sample(words, bf.SGLD(), draws=5, resume=True, **options)
+    options = {"chains": 2, "warmup": 5, "seed": 0, "progress": False}
+    bf.sample(words, bf.SGLD(), draws=5, checkpoint=tmp_path / "run", **options)
+    resumed = bf.sample(words, bf.SGLD(), draws=5, checkpoint=bf.Checkpoint(tmp_path / "run", resume=True), **options)
     assert resumed.theta.dtype == words.dtype

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bnnflow import WeightSpec
-from bnnflow.equivariant import DWSInvariant, DWSLayer, DWSNet, TensorScaler
+from bnnflow.equivariant import DWSInvariant, DWSLayer, DWSNet, TensorScaler, Wiring
 from bnnflow.equivariant.layout import Channels, Layout
 from bnnflow.equivariant.network import Messages
 from bnnflow.weights import Symmetries
@@ -66,10 +66,15 @@ KINDS = {
     "invariant": {"invariant": True},
     "conditioned": {"time": True, "context": 3, "unit_features": 2},
     "invariant and conditioned": {"invariant": True, "time": True, "context": 3, "unit_features": 2},
-    "with sines": {"frequency": 2.0},
-    "without messages": {"heads": 0},
-    "shared": {"shared": True},
-    "shared and invariant": {"shared": True, "invariant": True, "frequency": 2.0, "context": 3, "unit_features": 2},
+    "with sines": {"wiring": Wiring(frequency=2.0)},
+    "without messages": {"wiring": Wiring(heads=0)},
+    "shared": {"wiring": Wiring(shared=True)},
+    "shared and invariant": {
+        "wiring": Wiring(shared=True, frequency=2.0),
+        "invariant": True,
+        "context": 3,
+        "unit_features": 2,
+    },
 }
 
 
@@ -261,7 +266,10 @@ def test_network_traces_as_one_graph(kind: str) -> None:
 @pytest.mark.parametrize("invariant", [False, True])
 def test_shared_network_fits_other_widths_and_depths(invariant: bool) -> None:
     specs = [chain(2, 3, 1), chain(2, 5, 4, 1), chain(2, 3, 4, 5, 6, 1), chain(2, 3, 3, 1, bias=False)]
-    nets = [built(lambda s=s: DWSNet(s, 1, 2, width=8, depth=2, invariant=invariant, shared=True)) for s in specs]
+    nets = [
+        built(lambda s=s: DWSNet(s, 1, 2, width=8, depth=2, invariant=invariant, wiring=Wiring(shared=True)))
+        for s in specs
+    ]
     for spec, net in zip(specs, nets, strict=True):
         net.load_state_dict(nets[0].state_dict())
         result = net(randn(3, spec.dim, 1))
@@ -272,7 +280,7 @@ def test_shared_network_fits_other_widths_and_depths(invariant: bool) -> None:
 
 def test_shared_network_depends_on_every_weight_and_tells_layers_apart() -> None:
     spec = chain(2, 3, 3, 3, 3, 1)
-    net = built(lambda: DWSNet(spec, 1, 1, width=8, depth=1, shared=True))
+    net = built(lambda: DWSNet(spec, 1, 1, width=8, depth=1, wiring=Wiring(shared=True)))
     jacobian = torch.func.jacrev(lambda theta: net(theta.reshape(1, -1, 1)).flatten())(randn(spec.dim))
     assert (jacobian != 0).all()
     biases = spec.unflatten(net(torch.ones(1, spec.dim, 1, dtype=F64)).squeeze(-1))
@@ -287,10 +295,10 @@ def test_units_keep_their_parameters_at_any_width() -> None:
 def test_sharing_is_refused_outside_perceptrons() -> None:
     for spec in (convolutional(), chain(3, 2)):
         with pytest.raises(ValueError, match="at least one hidden layer"):
-            DWSNet(spec, 1, 1, shared=True)
+            DWSNet(spec, 1, 1, wiring=Wiring(shared=True))
     labelled = chain(2, 3, 1).extend({"scale": (3,)}, {"scale": ("h1",)})
     with pytest.raises(ValueError, match="cannot place 'scale'"):
-        DWSNet(labelled, 1, 1, shared=True)
+        DWSNet(labelled, 1, 1, wiring=Wiring(shared=True))
 
 
 # ---------------------------------------------------------------- embedded inputs

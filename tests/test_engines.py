@@ -529,7 +529,7 @@ def test_calibration_has_power() -> None:
     """Hot chains are too wide, and ranks say so."""
 
     class Hot:
-        def sample(self, model: bf.BayesianModel, run: Any) -> bf.Draws:
+        def draw(self, model: bf.BayesianModel, run: Any) -> bf.Draws:
             hot = bf.BayesianModel(model.net, priors.Normal(), model.likelihood, model.x, model.y, temperature=2.0)
             return bf.HMC().sample(hot, run)
 

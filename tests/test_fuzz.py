@@ -95,7 +95,14 @@ def test_everything_public_is_under_fire(world: fuzzing.World) -> None:
 
 def test_fields_without_parameters_and_single_draws_are_refused(world: fuzzing.World) -> None:
     with pytest.raises(ValueError, match="velocity, has no parameters"):
-        bf.fit_flow(world.model, world.theta, velocity=torch.nn.Sequential(), steps=1, seed=0, progress=False)
+        bf.fit_flow(
+            world.model,
+            world.theta,
+            velocity=torch.nn.Sequential(),
+            seed=0,
+            progress=False,
+            training=bf.Training(steps=1),
+        )
     with pytest.raises(ValueError, match="n must be at least 2"):
         world.flow.solver_error(1)
     with pytest.raises(ValueError, match="state must hold one tensor or more"):

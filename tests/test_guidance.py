@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bnnflow as bf
-from bnnflow.transport import AffinePath, Flow, GaussianVelocity, GaussNewtonFlow, Source
+from bnnflow.transport import AffinePath, Flow, GaussianVelocity, GaussNewtonFlow, Solver, Source
 from tests.problems import F64, network, regression
 
 
@@ -19,7 +19,7 @@ def test_guiding_the_prior_by_a_likelihood_gives_the_posterior(schedule, as_func
     identity = GaussianVelocity(torch.zeros(4, dtype=F64), torch.eye(4, dtype=F64), AffinePath(schedule))
     guide = model.log_likelihood if as_function else model
     flow = Flow.of(identity, model).guided(guide, steps=16, max_norm=math.inf)
-    theta = flow.sample(1000, 0, steps=12, solver="rk4") / 1.5
+    theta = flow.sample(1000, 0, solver=Solver("rk4", 12)) / 1.5
     assert ((theta.mean(0) - mean) / covariance.diagonal().sqrt()).abs().max() < 4.5 / math.sqrt(1000)
     assert torch.allclose(torch.cov(theta.T), covariance, atol=0.2 * float(covariance.diagonal().max()))
 
@@ -28,15 +28,15 @@ def test_guided_density_integrates_the_guided_field():
     model, *_ = regression()
     flow = Flow.of(GaussianVelocity(torch.zeros(4, dtype=F64), torch.eye(4, dtype=F64)), model)
     guided = flow.guided(model, 0.5, steps=1)
-    theta, log_q = guided.sample_with_log_prob(3, 0, steps=24, solver="rk4")
-    assert torch.allclose(guided.log_prob(theta, steps=24, solver="rk4"), log_q, atol=1e-3)
+    theta, log_q = guided.sample_with_log_prob(3, 0, solver=Solver("rk4", 24))
+    assert torch.allclose(guided.log_prob(theta, solver=Solver("rk4", 24)), log_q, atol=1e-3)
     assert not torch.allclose(flow.log_prob(theta), log_q, atol=0.1)
 
 
 def test_strength_attracts_repels_and_may_follow_the_time():
     base, task = network("categorical"), network("categorical")
     other = bf.BayesianModel(task.net, task.prior, task.likelihood, task.x, task.y.roll(1))
-    flow = GaussNewtonFlow(base, steps=12)
+    flow = GaussNewtonFlow(base, solver=Solver(steps=12))
 
     def score(flow: Flow) -> float:
         return float(other.log_likelihood(flow.sample(200, 0)).mean())
@@ -50,7 +50,7 @@ def test_strength_attracts_repels_and_may_follow_the_time():
 
 def test_guidance_works_from_any_source_and_checks_the_guide():
     model = network("gaussian")
-    flow = GaussNewtonFlow(model, source=Source.scaled(model, 0.7), steps=8)
+    flow = GaussNewtonFlow(model, source=Source.scaled(model, 0.7), solver=Solver(steps=8))
     guided = flow.guided(lambda theta: -50 * theta[:, 0].square(), 1.0)
     assert guided.sample(200, 0)[:, 0].abs().mean() < 0.8 * flow.sample(200, 0)[:, 0].abs().mean()
     with pytest.raises(ValueError, match="the guide has"):

@@ -14,6 +14,7 @@ from bnnflow.activations import Sine
 from bnnflow.model import hessian
 from bnnflow.transport import (
     AffinePath,
+    Density,
     DriveVelocity,
     Field,
     Flow,
@@ -21,6 +22,7 @@ from bnnflow.transport import (
     GradientSteps,
     GuidedVelocity,
     InformedVelocity,
+    Solver,
     Source,
     velocity,
 )
@@ -603,11 +605,11 @@ class Hidden(nn.Module):
 def test_log_densities_are_those_of_automatic_differentiation(counted):
     net = model("learned")
     field = informed(net, GradientSteps(1))
-    flow, hidden = (Flow.of(each, net, steps=2) for each in (field, Hidden(field)))
+    flow, hidden = (Flow.of(each, net, solver=Solver(steps=2)) for each in (field, Hidden(field)))
     x0 = flow.start(3, 0)
-    theta, log_prob = flow.push_with_log_prob(x0)
+    theta, log_prob = flow.forward_with_log_prob(x0)
     assert counted
-    same, truth = hidden.push_with_log_prob(x0)
+    same, truth = hidden.forward_with_log_prob(x0)
     assert close(theta, same, 1e-10)
     assert close(log_prob, truth, 1e-9)
     assert close(flow.log_prob(theta), hidden.log_prob(theta), 1e-9)
@@ -615,8 +617,8 @@ def test_log_densities_are_those_of_automatic_differentiation(counted):
 
 def test_memory_of_log_densities_is_measured():
     net = model(dtype=torch.float32)
-    flow = Flow.of(informed(net, GradientSteps(2)), net, steps=2)
-    few, many = flow.rows_within(2**24, "exact"), flow.rows_within(2**26, "exact")
+    flow = Flow.of(informed(net, GradientSteps(2)), net, solver=Solver(steps=2))
+    few, many = (flow.rows_within(memory, Density()) for memory in (2**24, 2**26))
     assert 1 <= few < many
 
 

@@ -15,7 +15,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = [
     "types",
     "warn",
+    "verdicts",
     "arguments",
+    "options",
     "forward_mode",
     "activations",
     "seeding",
@@ -32,6 +34,7 @@ ROOMS = [
     "draws",
     "data",
     "model",
+    "method",
     "inference",
     "symmetry",
     "equivariant",

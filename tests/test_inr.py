@@ -332,12 +332,12 @@ def test_an_interrupted_fit_goes_on_bit_for_bit(
         with pytest.raises(KeyboardInterrupt):
             fit_inrs(x, y, **settings, checkpoint=folder)
     assert len(list(folder.iterdir())) == 2
-    with pytest.raises(ValueError, match="holds a fit already: pass resume=True"):
+    with pytest.raises(ValueError, match="holds a fit already: go on with it by Checkpoint"):
         fit_inrs(x, y, **settings, checkpoint=folder)
     for gradients in (12, 0):  # the other two chunks, and nothing any more
         with monkeypatch.context() as patch:
             calls = count_calls(patch)
-            found = fit_inrs(x, y, **settings, checkpoint=folder, resume=True)
+            found = fit_inrs(x, y, checkpoint=bf.Checkpoint(folder, resume=True), **settings)
         assert calls == [gradients]
         assert torch.equal(found.theta, expected.theta)
         assert torch.equal(found.mse, expected.mse)
@@ -345,7 +345,7 @@ def test_an_interrupted_fit_goes_on_bit_for_bit(
 
 def test_a_checkpoint_is_of_one_run(tmp_path: Path) -> None:
     x, y = waves(3)
-    settings: dict[str, Any] = {"net": NET, "steps": 3, "seed": 0, "checkpoint": tmp_path, "resume": True}
+    settings: dict[str, Any] = {"net": NET, "steps": 3, "seed": 0, "checkpoint": bf.Checkpoint(tmp_path, resume=True)}
     fit_inrs(x, y, **settings)  # nothing to go on with is no error
     others: list[dict[str, Any]] = [
         {"steps": 4},
@@ -362,8 +362,6 @@ def test_a_checkpoint_is_of_one_run(tmp_path: Path) -> None:
     for data in ((x, y + 1), (x + 1, y), (x, y[:2]), (x.double(), y)):
         with pytest.raises(ValueError, match="other settings, another seed or other data"):
             fit_inrs(*data, **settings)
-    with pytest.raises(ValueError, match="resume needs the checkpoint folder"):
-        fit_inrs(x, y, NET, seed=0, resume=True)
 
 
 def test_a_fit_has_its_folder_to_itself_and_mends_what_is_damaged(
@@ -371,11 +369,12 @@ def test_a_fit_has_its_folder_to_itself_and_mends_what_is_damaged(
 ) -> None:
     x, y = waves(3)
     settings: dict[str, Any] = {"net": NET, "steps": 3, "seed": 0, "chunk": 1, "checkpoint": tmp_path / "run"}
+    resumed = settings | {"checkpoint": bf.Checkpoint(tmp_path / "run", resume=True)}
     refused, fit = [], inr._fit
 
     def meanwhile(*given: Any) -> Any:
         with pytest.raises(ValueError, match=r"another run .* is working on .*run"):
-            fit_inrs(x, y, **settings, resume=True)
+            fit_inrs(x, y, **resumed)
         refused.append(True)
         return fit(*given)
 
@@ -387,13 +386,13 @@ def test_a_fit_has_its_folder_to_itself_and_mends_what_is_damaged(
     first.write_bytes(first.read_bytes()[:-30])
     (tmp_path / "run" / f"{second.name}.1.tmp").write_bytes(b"half")
     with pytest.warns(UserWarning, match="damaged: .*inrs-000000.npz .*fitted anew") as told:
-        found = fit_inrs(x, y, **settings, resume=True)
+        found = fit_inrs(x, y, **resumed)
     assert told.pop(UserWarning).filename == __file__  # the line that called, not one of the package
     assert torch.equal(found.theta, expected.theta)
     assert len(list((tmp_path / "run").iterdir())) == 3
     second.write_bytes(b"")
     first.unlink()
-    other = settings | {"seed": 1, "resume": True}
+    other = resumed | {"seed": 1}
     with pytest.warns(UserWarning, match="fitted anew"), pytest.raises(ValueError, match="another seed"):
         fit_inrs(x, y, **other)
     with pytest.raises(ValueError, match="must be a folder"):
@@ -428,7 +427,7 @@ def test_a_killed_fit_goes_on_bit_for_bit(tmp_path: Path) -> None:
     process.join()
     assert process.exitcode == -signal.SIGKILL, "it ended before it was killed"
     assert 2 <= len(list(folder.glob("inrs-*.npz"))) < 20
-    found, expected = _fit_forty(checkpoint=folder, resume=True), _fit_forty()
+    found, expected = _fit_forty(checkpoint=bf.Checkpoint(folder, resume=True)), _fit_forty()
     assert torch.equal(found.theta, expected.theta)
     assert torch.equal(found.mse, expected.mse)
 
@@ -460,7 +459,7 @@ def test_the_bar_is_silent_off_a_terminal(
     fit_inrs(x, y, NET, steps=3, seed=0, progress=False)
     assert capfd.readouterr() == ("", "")
     for _ in range(2):  # computed, and read
-        fit_inrs(x, y, NET, steps=3, seed=0, checkpoint=tmp_path, resume=True)
+        fit_inrs(x, y, NET, steps=3, seed=0, checkpoint=bf.Checkpoint(tmp_path, resume=True))
         assert "9/9" in capfd.readouterr().err
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,16 @@ from torch import Tensor, nn
 
 import bnnflow as bf
 from bnnflow import storage
-from bnnflow.transport import AffinePath, Field, Matched, Source, WeightsVelocity, train, training
+from bnnflow.transport import (
+    AffinePath,
+    Field,
+    Matched,
+    Matching,
+    Source,
+    WeightsVelocity,
+    train,
+    training_state,
+)
 from bnnflow.transport.times import Uniform
 from tests.problems import built
 from tests.test_storage import exact_values, informed_model
@@ -22,8 +32,17 @@ DRAWS = MODEL.sample_prior(40, 0)
 
 
 def fit(file: Path, **changes: Any) -> bf.Flow:
-    options = {"model": MODEL, "draws": DRAWS, "velocity": "weights", "steps": 4, "batch_size": 8, "progress": False}
-    return bf.fit_flow(**(options | {"checkpoint": file, "resume": True} | changes))
+    """Fit by a few steps, and go on with what the file holds; changes name arguments, or fields of their values."""
+    options = {"model": MODEL, "draws": DRAWS, "velocity": "weights", "progress": False}
+    values = {
+        "training": bf.Training(steps=4, batch_size=8),
+        "matching": Matching(),
+        "checkpoint": bf.Checkpoint(file, True),
+    }
+    for argument, value in values.items():
+        own = {name: changes.pop(name) for name in {*changes} & {each.name for each in fields(value)}}
+        options[argument] = replace(value, **own)
+    return bf.fit_flow(**(options | changes))
 
 
 def same(first: bf.Flow, second: bf.Flow) -> None:
@@ -94,7 +113,7 @@ def test_a_training_is_not_replaced_without_resume(
 ) -> None:
     file = shutil.copy(kept["name"], tmp_path / "flow.npz")
     before = file.read_bytes()
-    with pytest.raises(ValueError, match=r"flow\.npz already holds a training: pass resume=True"):
+    with pytest.raises(ValueError, match=r"flow\.npz already holds a training: go on with it by Checkpoint"):
         fit(file, resume=False, **changes)
     assert file.read_bytes() == before
 
@@ -105,8 +124,10 @@ def test_a_training_is_resumed_whatever_its_file_is_called(
 ) -> None:
     """The steps of both processes are those of one, and no step is made twice."""
     whole, counts = fit(tmp_path / "whole", steps=6), []
-    step = training._State.step
-    monkeypatch.setattr(training._State, "step", lambda self, *given: (counts.append(1), step(self, *given)))
+    step = training_state.TrainingState.step
+    monkeypatch.setattr(
+        training_state.TrainingState, "step", lambda self, *given: (counts.append(1), step(self, *given))
+    )
     fit(tmp_path / name, steps=3)
     same(fit(tmp_path / name, steps=6), whole)
     assert len(counts) == 6
@@ -114,17 +135,12 @@ def test_a_training_is_resumed_whatever_its_file_is_called(
 
 
 def test_pairs_of_ones_own_are_compared_by_their_first_batch(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"batch_size": 8, "checkpoint": tmp_path / "own", "resume": True, "progress": False}
-    train(field(), pairs, steps=2, **options)
+    options: dict[str, Any] = {"checkpoint": bf.Checkpoint(tmp_path / "own", resume=True), "progress": False}
+    few, more = bf.Training(steps=2, batch_size=8), bf.Training(steps=4, batch_size=8)
+    train(field(), pairs, training=few, **options)
     with pytest.raises(ValueError, match="holds the training of other pairs"):
-        train(field(), lambda n, generator: pairs(n, generator, 2.0), steps=4, **options)
-    train(field(), lambda n, generator: pairs(n, generator, 1.0), steps=4, **options)
-    options["checkpoint"] = tmp_path / "named"
-    train(field(), pairs, steps=2, identity={"data": "three"}, **options)
-    with pytest.raises(ValueError, match="training of another data: three, not two"):
-        train(field(), pairs, steps=2, identity={"data": "two"}, **options)
-    with pytest.raises(ValueError, match="needs the checkpoint"):
-        train(field(), pairs, steps=2, resume=True)
+        train(field(), lambda n, generator: pairs(n, generator, 2.0), training=more, **options)
+    train(field(), lambda n, generator: pairs(n, generator, 1.0), training=more, **options)
 
 
 def test_a_training_has_its_file_to_itself(tmp_path: Path) -> None:
@@ -137,7 +153,7 @@ def test_a_training_has_its_file_to_itself(tmp_path: Path) -> None:
                 fit(file)
         return pairs(n, generator)
 
-    train(field(), meanwhile, steps=2, batch_size=8, checkpoint=file, progress=False)
+    train(field(), meanwhile, checkpoint=file, progress=False, training=bf.Training(steps=2, batch_size=8))
     assert refused
     assert [each.name for each in tmp_path.iterdir()] == ["flow.npz"]
 
@@ -247,14 +263,14 @@ def test_a_field_keeps_rows_apart_and_nothing_beside_its_weights(between: nn.Mod
     own = built(lambda: Own(between), torch.float32)
     before = {name: value.clone() for name, value in own.state_dict().items()}
     with pytest.raises(ValueError, match=f"velocity: .*{message}"):
-        train(own, pairs, steps=2, batch_size=8, progress=False)
+        train(own, pairs, progress=False, training=bf.Training(steps=2, batch_size=8))
     assert own.training
     assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
 
 
 def test_a_frozen_normalisation_is_a_constant_of_the_field() -> None:
     own = built(lambda: Own(nn.BatchNorm1d(16).eval()), torch.float32)
-    train(own, pairs, steps=2, batch_size=8, progress=False)
+    train(own, pairs, progress=False, training=bf.Training(steps=2, batch_size=8))
     assert torch.equal(own.net[1].running_mean, torch.zeros(16))
 
 
@@ -263,22 +279,22 @@ def test_dropout_in_a_field_follows_the_seed(seeded: Any, tmp_path: Path, monkey
 
     def fitted(**options: Any) -> Tensor:
         own = built(lambda: Own(nn.Dropout(0.5)), torch.float32)
-        train(own, pairs, steps=6, batch_size=8, progress=False, **options)
+        train(own, pairs, progress=False, training=bf.Training(steps=6, batch_size=8), **options)
         return torch.cat([value.flatten() for value in own.state_dict().values()])
 
     whole = fitted()
     with seeded(7):
         assert torch.equal(fitted(), whole)
     assert not torch.equal(fitted(seed=1), whole)
-    step, counts = training._State.step, []
+    step, counts = training_state.TrainingState.step, []
 
     def stopping(self: Any, *given: Any) -> None:
         counts.append(step(self, *given))
         if len(counts) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training._State, "step", stopping)
+    monkeypatch.setattr(training_state.TrainingState, "step", stopping)
     with pytest.warns(UserWarning, match="after 3 steps"):
         fitted(checkpoint=tmp_path / "run")
-    monkeypatch.setattr(training._State, "step", step)
-    assert torch.equal(fitted(checkpoint=tmp_path / "run", resume=True), whole)
+    monkeypatch.setattr(training_state.TrainingState, "step", step)
+    assert torch.equal(fitted(checkpoint=bf.Checkpoint(tmp_path / "run", resume=True)), whole)

@@ -30,7 +30,7 @@ import bnnflow as bf
 from bnnflow import storage
 from bnnflow.equivariant import fit_inrs, siren
 from bnnflow.inference import checkpoint
-from bnnflow.transport import training
+from bnnflow.transport import Matching, training
 
 EXACT, REFUSED, KILLED = 0, 3, -signal.SIGKILL
 MODES = ("kills", "first state", "signal", "two at once", "damage")
@@ -46,7 +46,7 @@ def model() -> bf.BayesianModel:
 
 def sampled(method: Any, **sizes: int) -> Callable[[Path | None], torch.Tensor]:
     def run(place: Path | None) -> torch.Tensor:
-        given = {} if place is None else {"checkpoint": place / "run", "resume": True}
+        given = {} if place is None else {"checkpoint": bf.Checkpoint(place / "run", resume=True)}
         draws = bf.sample(model(), method, chains=2, seed=3, init="prior", progress=False, **sizes, **given)
         numbers = [draws.theta.flatten(), draws.log_joint.flatten(), *(v.flatten() for v in draws.stats.values())]
         return torch.cat([each.double() for each in numbers])
@@ -55,7 +55,7 @@ def sampled(method: Any, **sizes: int) -> Callable[[Path | None], torch.Tensor]:
 
 
 def smc(place: Path | None) -> torch.Tensor:
-    given = {} if place is None else {"checkpoint": place / "run", "resume": True}
+    given = {} if place is None else {"checkpoint": bf.Checkpoint(place / "run", resume=True)}
     draws = bf.sample(model(), bf.SMC(particles=10, moves=1), chains=2, seed=3, progress=False, **given)
     assert draws.log_weights is not None
     return torch.cat([draws.theta.flatten().double(), draws.log_weights.flatten()])
@@ -64,15 +64,14 @@ def smc(place: Path | None) -> torch.Tensor:
 def flow(place: Path | None) -> torch.Tensor:
     """A field of weights on the draws, with a generator of its own, for a few steps."""
     own = model()
-    given = {} if place is None else {"checkpoint": place / "run", "resume": True}
+    given = {} if place is None else {"checkpoint": bf.Checkpoint(place / "run", resume=True)}
     fitted = bf.fit_flow(
         own,
         own.sample_prior(30, 0),
         velocity="weights",
-        targets="pairs",
-        steps=5,
-        batch_size=8,
         progress=False,
+        training=bf.Training(steps=5, batch_size=8),
+        matching=Matching(targets="pairs"),
         **given,
     )
     return torch.cat([value.flatten().double() for value in fitted.velocity.state_dict().values()])
@@ -80,7 +79,7 @@ def flow(place: Path | None) -> torch.Tensor:
 
 def inrs(place: Path | None) -> torch.Tensor:
     x = torch.linspace(-1, 1, 10).unsqueeze(-1)
-    given = {} if place is None else {"checkpoint": place / "run", "resume": True}
+    given = {} if place is None else {"checkpoint": bf.Checkpoint(place / "run", resume=True)}
     waves = (torch.arange(1.0, 5).unsqueeze(-1) * x.T).sin()
     return fit_inrs(x, waves, siren(1, 1, (4,)), steps=2, chunk=1, seed=0, progress=False, **given).theta.double()
 

@@ -13,7 +13,7 @@ import bnnflow as bf
 from bnnflow import likelihoods, priors
 from bnnflow.equivariant import TensorScaler
 from bnnflow.inference.smc import next_fraction
-from bnnflow.transport import Flow, GaussNewton, time_grid
+from bnnflow.transport import Flow, GaussNewton, Solver, time_grid
 
 F64 = torch.float64
 
@@ -103,9 +103,9 @@ SHAPES = [
 def test_a_gauss_newton_flow_is_exact_for_linear_gaussian_models(shape, displacement):
     """Its map is affine: where it takes a basis tells the mean and the covariance of all draws."""
     problem = regression(**shape)
-    flow = bf.GaussNewtonFlow(problem.model, displacement, solver="rk4")
+    flow = bf.GaussNewtonFlow(problem.model, displacement, solver=Solver("rk4"))
     basis = torch.cat([torch.zeros(1, flow.dim, dtype=F64), torch.eye(flow.dim, dtype=F64)])
-    found = problem.standardised(flow.push(basis, steps=time_grid(60, 8.0)).detach())
+    found = problem.standardised(flow.forward(basis, solver=Solver("rk4", time_grid(60, 8.0))).detach())
     matrix = (found[1:] - found[0]).T
     assert found[0].abs().max() < 1e-6
     assert (matrix @ matrix.T - torch.eye(flow.dim, dtype=F64)).abs().max() < 2e-3
@@ -116,7 +116,7 @@ def test_a_gauss_newton_flow_takes_the_steps_that_a_linear_gaussian_model_needs(
     problem = regression(**shape)
     flow = bf.GaussNewtonFlow(problem.model)
     basis = torch.cat([torch.zeros(1, flow.dim, dtype=F64), torch.eye(flow.dim, dtype=F64)])
-    found = problem.standardised(flow.push(basis).detach())
+    found = problem.standardised(flow.forward(basis).detach())
     matrix = (found[1:] - found[0]).T
     assert found[0].abs().max() < 0.05
     assert (matrix @ matrix.T - torch.eye(flow.dim, dtype=F64)).abs().max() < 0.1
@@ -126,7 +126,7 @@ def test_a_gauss_newton_flow_takes_the_steps_that_a_linear_gaussian_model_needs(
 def test_a_gauss_newton_flow_says_what_no_number_of_steps_resolves():
     problem = regression(noise=1e-9)
     with pytest.warns(UserWarning, match="times as wide as the source"):
-        assert bf.GaussNewtonFlow(problem.model).steps == 1000
+        assert bf.GaussNewtonFlow(problem.model).solver.steps == 1000
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -147,7 +147,7 @@ def test_densities_of_gauss_newton_flows_are_smooth_along_the_path(seeded, monke
     with seeded(0):
         net = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1)).double()
     model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.1), x, y)
-    flow = bf.GaussNewtonFlow(model, steps=12)
+    flow = bf.GaussNewtonFlow(model, solver=Solver(steps=12))
     divergence = flow.velocity.with_divergence
 
     def counted(t, z, *rest):

@@ -13,7 +13,7 @@ from torch import nn
 
 import bnnflow as bf
 from bnnflow.report.arviz import function_values
-from bnnflow.transport import DriveVelocity, Flow, FlowMap, WeightsVelocity, fit_gaussian
+from bnnflow.transport import DriveVelocity, Flow, FlowMap, Solver, WeightsVelocity, fit_gaussian
 from tests.problems import built
 
 X = torch.linspace(-1, 1, 12, dtype=torch.float64).unsqueeze(-1) / 3
@@ -35,13 +35,20 @@ USES: dict[str, Callable[[bf.BayesianModel, Any], Any]] = {
     "function_values": lambda model, draws: function_values(model, draws),
     "align": lambda model, draws: bf.align(model, draws),
     "evidence": lambda model, draws: bf.evidence(model, draws, bf.SMC(particles=10), progress=False),
-    "fit_flow": lambda model, draws: bf.fit_flow(model, draws, velocity="weights", steps=1, progress=False),
+    "fit_flow": lambda model, draws: bf.fit_flow(
+        model, draws, velocity="weights", progress=False, training=bf.Training(steps=1)
+    ),
     "held-out draws": lambda model, draws: bf.fit_flow(
-        model, DRAWS.theta, held_out=draws, velocity="weights", steps=1, progress=False
+        model, DRAWS.theta, held_out=draws, velocity="weights", progress=False, training=bf.Training(steps=1)
     ),
     "fit_gaussian": lambda model, draws: fit_gaussian(model, draws),
     "correct": lambda model, draws: bf.correct(
-        model, bf.GaussNewtonFlow(model, steps=2), 50, method="importance", held_out=draws, progress=False
+        model,
+        bf.GaussNewtonFlow(model, solver=Solver(steps=2)),
+        50,
+        method="importance",
+        held_out=draws,
+        progress=False,
     ),
 }
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,7 +28,10 @@ from bnnflow.transport import (
     GradientSteps,
     InformedVelocity,
     LogitNormal,
+    Matching,
     ResidualVelocity,
+    Reuse,
+    Solver,
     Source,
     TowardsEnd,
     Uniform,
@@ -220,7 +222,7 @@ def test_context_of_any_source_is_the_posterior_over_it(make, temperature):
 def test_untrained_flow_is_exact_for_a_linear_gaussian_model_from_every_source(make, path, iterations):
     model, mean, covariance = regression()
     displacement = GaussNewton(1, max_norm=math.inf, iterations=iterations)  # as many iterations as dimensions
-    flow = GaussNewtonFlow(model, displacement, source=make(model), path=path, steps=24, solver="rk4")
+    flow = GaussNewtonFlow(model, displacement, source=make(model), path=path, solver=Solver("rk4", 24))
     theta, log_q = flow.sample_with_log_prob(10, 0)
     truth = bf.Gaussian(1.5 * mean, 1.5 * torch.linalg.cholesky(covariance)).log_prob(theta)
     assert (log_q - truth).abs().max() < 5e-3
@@ -293,35 +295,35 @@ def test_every_equivariant_field_commutes_with_its_group(name):
 
 def test_flow_from_a_gaussian_source_is_stored(tmp_path):
     model = network()
-    flow = GaussNewtonFlow(model, source=gaussian_source(model), steps=4)
+    flow = GaussNewtonFlow(model, source=gaussian_source(model), solver=Solver(steps=4))
     loaded = bf.load(flow.save(tmp_path / "flow"), model)
     assert torch.allclose(loaded.sample(3, 0), flow.sample(3, 0))
 
 
-def test_push_and_pull_invert_each_other_and_agree_on_the_density():
+def test_both_directions_invert_each_other_and_agree_on_the_density():
     model = network("categorical")
-    flow = GaussNewtonFlow(model, steps=16, solver="rk4")
+    flow = GaussNewtonFlow(model, solver=Solver("rk4", 16))
     x0 = flow.start(2, 0)
-    theta, log_q = flow.push_with_log_prob(x0)
-    back, log_q_back = flow.pull_with_log_prob(theta)
-    assert torch.allclose(theta, flow.push(x0, steps=24), atol=1e-4)  # by other steps
+    theta, log_q = flow.forward_with_log_prob(x0)
+    back, log_q_back = flow.inverse_with_log_prob(theta)
+    assert torch.allclose(theta, flow.forward(x0, solver=Solver("rk4", 24)), atol=1e-4)  # by other steps
     assert torch.allclose(back, x0, atol=1e-4)
     assert torch.allclose(log_q, log_q_back, atol=1e-3)
 
 
-def test_push_is_differentiable_and_its_jacobian_is_the_density():
+def test_forward_is_differentiable_and_its_jacobian_is_the_density():
     model, *_ = regression()
-    flow = GaussNewtonFlow(model, GaussNewton(max_norm=math.inf), steps=32, solver="rk4")
+    flow = GaussNewtonFlow(model, GaussNewton(max_norm=math.inf), solver=Solver("rk4", 32))
     x0 = flow.start(1, 0)
-    jacobian = torch.func.jacrev(lambda z: flow.push(z[None], steps=48)[0])(x0[0])
-    _, log_q = flow.push_with_log_prob(x0)
+    jacobian = torch.func.jacrev(lambda z: flow.forward(z[None], solver=Solver("rk4", 48))[0])(x0[0])
+    _, log_q = flow.forward_with_log_prob(x0)
     log_normal = -0.5 * (x0 * x0).sum() - 2 * math.log(2 * math.pi)
     assert torch.allclose(log_q, log_normal - torch.linalg.slogdet(jacobian)[1], atol=1e-5)
 
 
 def test_flow_transfers_to_another_width_and_refuses_other_networks():
     narrow, wide = network(width=4), network(width=9)
-    flow = bf.fit_flow(narrow, narrow.sample_prior(50, 0), steps=2, batch_size=8)
+    flow = bf.fit_flow(narrow, narrow.sample_prior(50, 0), training=bf.Training(steps=2, batch_size=8))
     assert flow.transfer(wide).sample(3, 0).shape == (3, wide.dim)
     assert torch.equal(flow.transfer(narrow).sample(3, 0), flow.sample(3, 0))
     with pytest.raises(ValueError, match="more than the widths"):
@@ -343,15 +345,15 @@ def test_field_of_ones_own_says_what_it_is_on_another_network():
             return Rescaled(self.scale.detach())
 
     narrow, wide = network(width=4), network(width=9)
-    flow = Flow.of(Rescaled(torch.tensor(0.3, dtype=torch.float64)), narrow, steps=64, solver="rk4")
+    flow = Flow.of(Rescaled(torch.tensor(0.3, dtype=torch.float64)), narrow, solver=Solver("rk4", 64))
     moved = flow.transfer(wide)
     x0 = moved.start(3, 0)
-    assert torch.allclose(moved.push(x0), wide.flat_prior.from_normal(math.exp(0.3) * x0))
+    assert torch.allclose(moved.forward(x0), wide.flat_prior.from_normal(math.exp(0.3) * x0))
 
 
 def test_a_part_of_the_data_costs_less_and_is_scaled_to_all():
     model, mean, _ = regression(n=4000)
-    flow = GaussNewtonFlow(model, steps=24)
+    flow = GaussNewtonFlow(model, solver=Solver(steps=24))
     parts = torch.stack([flow.on_batch(400, seed).sample(50, 0).mean(0) for seed in range(20)]) / 1.5
     spread = parts.std(0) / math.sqrt(20)
     assert ((parts.mean(0) - mean).abs() < 5 * spread + 0.01).all()
@@ -386,7 +388,9 @@ def shifted(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def test_trained_field_carries_the_source_to_the_target():
-    field, info = train(small_field(), shifted, steps=400, batch_size=256, learning_rate=5e-3, times=Uniform())
+    field, info = train(
+        small_field(), shifted, times=Uniform(), training=bf.Training(steps=400, batch_size=256, learning_rate=5e-3)
+    )
     x = torch.randn(5000, 2, generator=generator(5))
     for i in range(40):
         x = x + field(torch.tensor((i + 0.5) / 40), x) / 40
@@ -400,12 +404,18 @@ def test_trained_field_carries_the_source_to_the_target():
 @pytest.mark.parametrize(("held_out", "reuse"), [(None, 1), (shifted, 1), (None, 3)])
 def test_interrupted_training_resumes_to_the_bit(tmp_path, monkeypatch, held_out, reuse):
     file = tmp_path / "training.npz"
-    monkeypatch.setattr("bnnflow.transport.training._POOL", 16)
+    monkeypatch.setattr("bnnflow.transport.batches._POOL", 16)
 
     def run(**options) -> dict[str, Tensor]:
         torch.manual_seed(7)
-        field, _ = train(small_field(), options.pop("pairs", shifted), steps=250, batch_size=32, held_out=held_out,
-                         checkpoint=file, reuse=reuse, **options)  # fmt: skip
+        field, _ = train(
+            small_field(),
+            options.pop("pairs", shifted),
+            held_out=held_out,
+            checkpoint=bf.Checkpoint(file, **options),
+            reuse=Reuse(reuse),
+            training=bf.Training(steps=250, batch_size=32),
+        )
         return field.state_dict()
 
     whole = run()
@@ -462,8 +472,13 @@ def flipped(seed: int, *points: Tensor) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("moves", [None, flipped])
 def test_points_are_used_again_as_often_as_said_with_what_belongs_to_them(monkeypatch, moves):
-    monkeypatch.setattr("bnnflow.transport.training._POOL", 16)
-    field, info = train(Recording(), doubled, steps=96, batch_size=8, reuse=3, moves=moves, learning_rate=1e-6)
+    monkeypatch.setattr("bnnflow.transport.batches._POOL", 16)
+    field, info = train(
+        Recording(),
+        doubled,
+        reuse=Reuse(steps=3, moves=moves),
+        training=bf.Training(steps=96, batch_size=8, learning_rate=1e-6),
+    )
     assert info["loss"] < 1e-6
     computed, seen = torch.cat(field.computed), torch.cat(field.seen)  # type: ignore[arg-type]
     assert len(computed) == 96 * 8 / 3
@@ -476,7 +491,7 @@ def test_points_are_used_again_as_often_as_said_with_what_belongs_to_them(monkey
 
 
 def test_pairs_that_are_used_again_are_moved_by_the_symmetries_of_the_model(monkeypatch):
-    monkeypatch.setattr("bnnflow.transport.training._POOL", 3)
+    monkeypatch.setattr("bnnflow.transport.batches._POOL", 3)
     model = network(width=4)
     seen = []
 
@@ -490,8 +505,9 @@ def test_pairs_that_are_used_again_are_moved_by_the_symmetries_of_the_model(monk
                 seen.append(x)
             return self.level * x
 
-    draws, options = model.sample_prior(50, 1), {"steps": 6, "batch_size": 8, "reuse": 2, "progress": False}
-    bf.fit_flow(model, draws, velocity=Keeping(), targets="pairs", seed=3, **options)
+    matching, training = Matching(targets="pairs", reuse=2), bf.Training(steps=6, batch_size=8)
+    draws = model.sample_prior(50, 1)
+    bf.fit_flow(model, draws, velocity=Keeping(), matching=matching, training=training, seed=3, progress=False)
     points = torch.cat(seen)
     assert len(points) == 48
     assert len(points.unique(dim=0)) == 48
@@ -504,14 +520,20 @@ def test_pairs_that_are_used_again_are_moved_by_the_symmetries_of_the_model(monk
     ("elements", "count"), [*((2**28, n) for n in (0, 1, 47, 48, 50)), (48 * 4, 7), (1, 7), (1, 6)]
 )
 def test_resuming_in_a_pool_goes_on_where_it_stopped(tmp_path, monkeypatch, elements, count):
-    monkeypatch.setattr("bnnflow.transport.training._POOL", 16)
-    monkeypatch.setattr("bnnflow.transport.training._ELEMENTS", elements)
+    monkeypatch.setattr("bnnflow.transport.batches._POOL", 16)
+    monkeypatch.setattr("bnnflow.transport.batches._ELEMENTS", elements)
     file, seen = tmp_path / "training.npz", []
-    options: dict[str, Any] = {"batch_size": 8, "reuse": 3, "moves": flipped}
+    reuse = Reuse(3, flipped)
     for steps in (count, 60) if count else (60,):
-        field, _ = train(Recording(), doubled, steps=steps, checkpoint=file, resume=True, **options)
+        field, _ = train(
+            Recording(),
+            doubled,
+            training=bf.Training(steps=steps, batch_size=8),
+            checkpoint=bf.Checkpoint(file, resume=True),
+            reuse=reuse,
+        )
         seen += field.seen  # type: ignore[operator]
-    whole, _ = train(Recording(), doubled, steps=60, **options)
+    whole, _ = train(Recording(), doubled, training=bf.Training(steps=60, batch_size=8), reuse=reuse)
     assert torch.equal(torch.stack(seen), torch.stack(whole.seen))  # type: ignore[arg-type]
 
 
@@ -529,9 +551,14 @@ def test_drives_make_the_field():
 
 def test_checkpoint_of_another_field_is_refused(tmp_path):
     file = tmp_path / "training.npz"
-    train(small_field(), shifted, steps=2, batch_size=8, checkpoint=file)
+    train(small_field(), shifted, checkpoint=file, training=bf.Training(steps=2, batch_size=8))
     with pytest.raises(ValueError, match="another field"):
-        train(small_field(3), shifted, steps=4, batch_size=8, checkpoint=file, resume=True)
+        train(
+            small_field(3),
+            shifted,
+            training=bf.Training(steps=4, batch_size=8),
+            checkpoint=bf.Checkpoint(file, resume=True),
+        )
 
 
 def test_training_stops_when_held_out_draws_do_not_gain():
@@ -542,7 +569,10 @@ def test_training_stops_when_held_out_draws_do_not_gain():
         return torch.randn(n, 2, generator=g), few[torch.randint(len(few), (n,), generator=g)]
 
     _, info = train(
-        small_field(), memorised, steps=20_000, batch_size=64, held_out=shifted, patience=3, learning_rate=1e-2
+        small_field(),
+        memorised,
+        held_out=shifted,
+        training=bf.Training(steps=20_000, batch_size=64, patience=3, learning_rate=1e-2),
     )
     assert info["stopped_early"]
     assert info["steps"] < 20_000
@@ -550,12 +580,14 @@ def test_training_stops_when_held_out_draws_do_not_gain():
 
 
 def test_autocast_trains_and_settings_are_checked():
-    field, info = train(small_field(), shifted, steps=3, batch_size=8, autocast=True)
+    field, info = train(small_field(), shifted, training=bf.Training(steps=3, batch_size=8, autocast=True))
     assert math.isfinite(info["loss"])
     assert next(field.parameters()).dtype == torch.float32
-    for options in ({"steps": 0}, {"budget": 0.0}, {"learning_rate": 0.0}, {"patience": 0}, {"reuse": 0}):
+    for options in ({"steps": 0}, {"budget": 0.0}, {"learning_rate": 0.0}, {"patience": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
-            train(small_field(), shifted, **options)
+            bf.Training(**options)
+    with pytest.raises(ValueError, match="steps must be"):
+        Reuse(0)
 
 
 def test_steps_with_infinite_gradients_are_left_out():
@@ -566,7 +598,7 @@ def test_steps_with_infinite_gradients_are_left_out():
         x0, x1 = shifted(n, g)
         return (x0, x1 * math.inf) if len(calls) == 3 else (x0, x1)
 
-    field, info = train(small_field(), sometimes, steps=6, batch_size=8)
+    field, info = train(small_field(), sometimes, training=bf.Training(steps=6, batch_size=8))
     assert info["steps"] == 6
     assert all(bool(parameter.isfinite().all()) for parameter in field.parameters())
 
@@ -575,18 +607,25 @@ def test_fit_flow_takes_path_source_times_and_held_out_draws():
     model, mean, covariance = regression(torch.float32)
     exact = bf.Gaussian(1.5 * mean, 1.5 * torch.linalg.cholesky(covariance))
     flow = bf.fit_flow(
-        model, exact.sample(4000, 0), velocity="residual", source=Source.scaled(model, 0.5), times=Beta(1.5, 1.0),
-        path=AffinePath("variance_preserving"), held_out=exact.sample(500, 1), steps=30, batch_size=64,
-    )  # fmt: skip
-    theta, log_q = flow.sample_with_log_prob(300, 2, steps=24)
+        model,
+        exact.sample(4000, 0),
+        velocity="residual",
+        source=Source.scaled(model, 0.5),
+        matching=Matching(times=Beta(1.5, 1.0), path=AffinePath("variance_preserving")),
+        training=bf.Training(steps=30, batch_size=64),
+        held_out=exact.sample(500, 1),
+    )
+    theta, log_q = flow.sample_with_log_prob(300, 2, solver=Solver(steps=24))
     assert flow.path.schedule == "variance_preserving"
     assert float((log_q - exact.log_prob(theta)).abs().mean()) < 0.2
     with pytest.raises(TypeError, match="held_out must be"):
-        bf.fit_flow(model, exact.sample(50, 0), held_out=(exact.sample(5, 0), torch.zeros(5)), steps=1)
+        bf.fit_flow(
+            model, exact.sample(50, 0), held_out=(exact.sample(5, 0), torch.zeros(5)), training=bf.Training(steps=1)
+        )
     theta = exact.sample(5, 0).unsqueeze(0)
     weighted = bf.Draws(theta, model.log_joint(theta), log_weights=torch.zeros(1, 5))
     with pytest.raises(ValueError, match="held_out must be draws of equal weights"):
-        bf.fit_flow(model, exact.sample(50, 0), held_out=weighted, steps=1)
+        bf.fit_flow(model, exact.sample(50, 0), held_out=weighted, training=bf.Training(steps=1))
 
 
 def test_two_processes_train_one_field(tmp_path):
@@ -599,7 +638,7 @@ def test_two_processes_train_one_field(tmp_path):
         model, mean, covariance = regression(torch.float32)
         draws = bf.Gaussian(1.5 * mean, 1.5 * torch.linalg.cholesky(covariance)).sample(500, 0)
         torch.manual_seed(0)
-        flow = bf.fit_flow(model, draws, velocity="weights", steps=40, batch_size=64, seed=3)
+        flow = bf.fit_flow(model, draws, velocity="weights", training=bf.Training(steps=40, batch_size=64), seed=3)
         import os
         rank = os.environ.get("RANK", "0")
         total = sum(float(p.double().sum()) for p in flow.velocity.parameters())

@@ -34,6 +34,7 @@ from bnnflow.inference import HMC
 from bnnflow.model.priors.marginals import rebuild
 from bnnflow.model.quantiles import QuantileTable
 from bnnflow.symmetry import match, sort_units
+from bnnflow.transport import Solver, Training
 from bnnflow.transport.coordinates import Context
 
 F64 = torch.float64
@@ -382,9 +383,9 @@ def test_flow_from_a_prior_with_parameters_has_the_posteriors_gradient_and_its_d
     torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(same, expected, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(product(v), torch.einsum("brd,bre,be->bd", factor, factor, v), rtol=1e-7, atol=1e-7)
-    flow = GaussNewtonFlow(model, steps=16, solver="rk4")
+    flow = GaussNewtonFlow(model, solver=Solver("rk4", 16))
     theta, log_q = flow.sample_with_log_prob(1, 0)
-    jacobian = torch.func.jacrev(lambda x0: flow.push(x0)[0])(flow.start(1, 0))[:, 0]
+    jacobian = torch.func.jacrev(lambda x0: flow.forward(x0)[0])(flow.start(1, 0))[:, 0]
     x0 = flow.start(1, 0)[0]
     log_normal = -0.5 * (x0 * x0).sum() - 0.5 * model.dim * math.log(2 * math.pi)
     torch.testing.assert_close(log_q[0], log_normal - torch.linalg.slogdet(jacobian)[1], rtol=0, atol=0.02)
@@ -392,7 +393,7 @@ def test_flow_from_a_prior_with_parameters_has_the_posteriors_gradient_and_its_d
 
 def test_flow_from_a_prior_with_parameters_is_fitted_stored_and_needs_its_model(tmp_path: Path) -> None:
     model = model_of(PRIORS["hierarchical"], dtype=torch.float32)
-    flow = fit_flow(model, model.sample_prior(50, 0), velocity="weights", steps=2, batch_size=8)
+    flow = fit_flow(model, model.sample_prior(50, 0), velocity="weights", training=Training(steps=2, batch_size=8))
     path = flow.save(tmp_path / "flow")
     torch.testing.assert_close(load(path, model).sample(3, 0), flow.sample(3, 0), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="needs its model"):

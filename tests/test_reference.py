@@ -10,6 +10,7 @@ import torch
 
 import bnnflow as bf
 from bnnflow.report import diagnose
+from bnnflow.transport import Solver
 
 FOLDER = Path(os.environ.get("BNNFLOW_DATA", "nowhere")) / "reference"
 REFERENCE = FOLDER / "iris.npz"
@@ -183,7 +184,7 @@ def test_untrained_field_and_refinement_reach_the_reference(iris, seeded):
 @pytest.mark.validate
 def test_trained_flow_reaches_the_reference(iris):
     model, x, y, draws, _ = iris
-    flow = bf.fit_flow(model, draws, budget=240, seed=0)
+    flow = bf.fit_flow(model, draws, seed=0, training=bf.Training(budget=240))
     theta = flow.sample(4096, seed=1)
     lppd = bf.metrics.lppd(bf.predict(model, theta, x), y)
     assert lppd > -0.1907 - 0.010
@@ -210,7 +211,9 @@ def test_trained_density_is_right_to_a_twentieth_of_a_nat(velocity, seeded):
     design = torch.cat([x, torch.ones(30, 1)], 1).double()
     covariance = torch.linalg.inv(design.T @ design / 0.25 + torch.eye(4))
     exact = bf.Gaussian(covariance @ design.T @ y.double() / 0.25, torch.linalg.cholesky(covariance))
-    flow = bf.fit_flow(model, exact.sample(20000, 1).float(), velocity=velocity, budget=60, seed=0)
+    flow = bf.fit_flow(
+        model, exact.sample(20000, 1).float(), velocity=velocity, seed=0, training=bf.Training(budget=60)
+    )
     theta = exact.sample(1000, 3)
-    log_q = flow.log_prob(theta.float(), steps=16, solver="rk4")
+    log_q = flow.log_prob(theta.float(), solver=Solver("rk4", 16))
     assert float((log_q - exact.log_prob(theta)).abs().mean()) < 0.05

@@ -99,7 +99,9 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(method, tmp_path: Path, monkeypa
         cut(target, max(1, int(part * calls[0])))
         with pytest.raises(PowerCut):
             bf.sample(target, method, seed=3, checkpoint=tmp_path / str(part), **sizes(method))
-        resumed = bf.sample(model(), method, seed=3, checkpoint=tmp_path / str(part), resume=True, **sizes(method))
+        resumed = bf.sample(
+            model(), method, seed=3, checkpoint=bf.Checkpoint(tmp_path / str(part), resume=True), **sizes(method)
+        )
         same(resumed, whole)
         assert not list((tmp_path / str(part)).rglob("*.tmp"))
 
@@ -115,15 +117,15 @@ def test_what_a_dying_process_appended_is_cut_off(tmp_path: Path, monkeypatch) -
     for path in (tmp_path / "rank-0").glob("*.bin"):
         with path.open("ab") as file:
             file.write(b"half a draw")
-    same(bf.sample(model(), seed=1, checkpoint=tmp_path, resume=True, **SIZES), whole)
+    same(bf.sample(model(), seed=1, checkpoint=bf.Checkpoint(tmp_path, resume=True), **SIZES), whole)
 
 
 def test_a_finished_run_is_extended(tmp_path: Path) -> None:
     whole = bf.sample(model(), seed=1, **(SIZES | {"draws": 50}))
     first = bf.sample(model(), seed=1, checkpoint=tmp_path, **SIZES)
-    same(bf.sample(model(), seed=1, checkpoint=tmp_path, resume=True, **(SIZES | {"draws": 50})), whole)
+    same(bf.sample(model(), seed=1, checkpoint=bf.Checkpoint(tmp_path, resume=True), **SIZES | {"draws": 50}), whole)
     assert torch.equal(first.theta, whole.theta[:, :30])
-    shorter = bf.sample(model(), seed=1, checkpoint=tmp_path, resume=True, **(SIZES | {"draws": 20}))
+    shorter = bf.sample(model(), seed=1, checkpoint=bf.Checkpoint(tmp_path, resume=True), **SIZES | {"draws": 20})
     assert torch.equal(shorter.theta, whole.theta[:, :20])
 
 
@@ -179,15 +181,17 @@ def test_folders_are_not_mixed_up(tmp_path: Path) -> None:
         ({"model": model(seed=5)}, "model is"),
         ({"dtype": torch.float64}, "dtype is torch.float32, not torch.float64|model is"),
     ):
-        arguments = {"model": model(), "method": bf.HMC(), "seed": 1, "checkpoint": run, "resume": True} | SIZES | other
+        arguments = (
+            {"model": model(), "method": bf.HMC(), "seed": 1, "checkpoint": bf.Checkpoint(run, resume=True)}
+            | SIZES
+            | other
+        )
         with pytest.raises(ValueError, match=what):
             bf.sample(**arguments)
     (tmp_path / "other" / "rank-0").mkdir(parents=True)
     (tmp_path / "other" / "rank-0" / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="is not empty"):
         bf.sample(model(), seed=1, checkpoint=tmp_path / "other", **SIZES)
-    with pytest.raises(ValueError, match="needs the checkpoint"):
-        bf.sample(model(), resume=True)
     with pytest.raises(ValueError, match="takes steps"):
         bf.sample(model(), bf.VI(steps=5), checkpoint=tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -197,7 +201,8 @@ def test_folders_are_not_mixed_up(tmp_path: Path) -> None:
 
 
 def start(tmp_path: Path, **changes) -> bf.Draws:
-    arguments = {"model": model(), "method": bf.SGLD(), "seed": 1, "checkpoint": tmp_path / "run", "resume": True}
+    place = bf.Checkpoint(tmp_path / "run", resume=changes.pop("resume", True))
+    arguments = {"model": model(), "method": bf.SGLD(), "seed": 1, "checkpoint": place}
     return bf.sample(**(arguments | {"chains": 2, "warmup": 3, "draws": 12} | changes))
 
 
@@ -346,7 +351,8 @@ from test_runs import METHODS, model, names, sizes
 torch.set_num_threads(1)
 checkpoint.SECONDS = {seconds}
 method = METHODS[names.index({name!r})]
-draws = bf.sample(model(), method, seed=3, checkpoint={folder!r}, resume=True, **(sizes(method) | {options}))
+kept = bf.Checkpoint({folder!r}, resume=True)
+draws = bf.sample(model(), method, seed=3, checkpoint=kept, **(sizes(method) | {options}))
 if draws.info.get("interrupted"):
     sys.exit("interrupted")
 draws.save({out!r} + __import__("os").environ.get("RANK", "0"))

@@ -531,7 +531,7 @@ def test_resumed_runs_are_the_same(method: Any, tmp_path: Any) -> None:
     settings = method(batch_size=10, control_variates=True, schedule=Cyclical(40, 0.5), thinning=3)
     whole = bf.sample(model, settings, draws=20, **options)
     bf.sample(model, settings, draws=7, checkpoint=tmp_path / "run", **options)
-    more = bf.sample(model, settings, draws=20, checkpoint=tmp_path / "run", resume=True, **options)
+    more = bf.sample(model, settings, draws=20, checkpoint=bf.Checkpoint(tmp_path / "run", resume=True), **options)
     assert torch.equal(whole.theta, more.theta)
 
 

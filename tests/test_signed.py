@@ -12,7 +12,7 @@ import bnnflow as bf
 from bnnflow import WeightSpec
 from bnnflow.equivariant import DWSNet, GraphNet, SignedDWSNet
 from bnnflow.equivariant.signed import has_signs
-from bnnflow.transport import Flow, GaussNewton, GradientSteps, InformedVelocity, Source, WeightsVelocity
+from bnnflow.transport import Flow, GaussNewton, GradientSteps, InformedVelocity, Matching, Source, WeightsVelocity
 from tests.problems import built, chain, generator, normal
 
 F64 = torch.float64
@@ -185,9 +185,9 @@ def test_the_informed_field_commutes_with_the_whole_group_of_the_posterior(displ
     assert field.symmetries == group == model.spec.symmetries()
     flow = Flow.of(field, model, source)
     x = torch.randn(10, model.dim, generator=generator(3), dtype=F64)
-    z, pushed = model.spec.transform(group, 4, x, flow.push(x))
-    assert float((flow.push(z) - pushed).abs().max()) < 1e-8 * float(pushed.abs().max())
-    before, after = (flow.log_prob(each) for each in (flow.push(x), pushed))
+    z, pushed = model.spec.transform(group, 4, x, flow.forward(x))
+    assert float((flow.forward(z) - pushed).abs().max()) < 1e-8 * float(pushed.abs().max())
+    before, after = (flow.log_prob(each) for each in (flow.forward(x), pushed))
     assert torch.allclose(before, after, atol=1e-6)
 
 
@@ -204,7 +204,15 @@ def test_the_informed_field_commutes_with_the_whole_group_of_the_posterior(displ
 def test_fit_flow_takes_the_signed_network_where_signs_are_kept(velocity, prior, activation, network, tmp_path):
     model = model_of(prior, activation)
     draws = model.sample_prior(64, 0)
-    flow = bf.fit_flow(model, draws, velocity=velocity, targets="pairs", steps=2, batch_size=16, seed=0, progress=False)
+    flow = bf.fit_flow(
+        model,
+        draws,
+        velocity=velocity,
+        seed=0,
+        progress=False,
+        training=bf.Training(steps=2, batch_size=16),
+        matching=Matching(targets="pairs"),
+    )
     assert isinstance(flow.velocity.net, network)
     loaded = Flow.load(flow.save(tmp_path / "flow"), model)
     assert torch.equal(loaded.sample(3, 1), flow.sample(3, 1))

@@ -20,10 +20,10 @@ from bnnflow.transport.solvers import (
     rows_within,
     time_grid,
 )
-from bnnflow.types import AdaptiveSolver
+from bnnflow.types import AdaptiveRule
 
 FIXED = [("euler", 1), ("midpoint", 2), ("rk4", 4)]
-ADAPTIVE = list(get_args(AdaptiveSolver))
+ADAPTIVE = list(get_args(AdaptiveRule))
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +170,7 @@ def test_step_doubling_estimates_the_error_of_every_sample(solver, order):
 
 
 def test_step_doubling_needs_a_rule_of_fixed_order():
-    with pytest.raises(ValueError, match="solver must be one of"):
+    with pytest.raises(ValueError, match="rule must be one of"):
         integrate_with_error(turning, start(), even(4), "dopri5")  # type: ignore[arg-type]
 
 
@@ -228,7 +228,7 @@ def test_nan_velocity_raises_and_says_when(solver, backwards):
 
 
 def test_adaptive_rules_refuse_what_they_cannot_do():
-    with pytest.raises(ValueError, match="solver must be one of"):
+    with pytest.raises(ValueError, match="rule must be one of"):
         integrate(turning, start(), even(2), "rk5")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rtol must be positive"):
         integrate(turning, start(), even(2), "dopri5", rtol=0.0)
@@ -419,7 +419,7 @@ def test_noise_is_reproducible_and_bad_noise_raises():
             run(0, noise)
     with pytest.raises(ValueError, match="runs forwards"):
         run(0, grid=even(5).flip(0))
-    with pytest.raises(ValueError, match="solver must be one of"):
+    with pytest.raises(ValueError, match="rule must be one of"):
         integrate_sde(field, 1.0, x0, even(5), 0, "rk4")  # type: ignore[arg-type]
     with pytest.raises(FloatingPointError, match="became NaN"):
         integrate_sde(lambda t, x: (x * math.nan, x), 1.0, x0, even(5), 0)

@@ -37,6 +37,7 @@ from bnnflow.transport import (
     InformedVelocity,
     ManifoldFlow,
     Radii,
+    Solver,
     Source,
     TangentVelocity,
     fit_coupling,
@@ -236,7 +237,7 @@ def example_manifold_flow(dtype: torch.dtype = torch.float32, width: int = 4, *w
     velocity = built(lambda: TangentVelocity(spec, width, 1), dtype).requires_grad_(False).eval()
     for parameter in velocity.parameters():
         parameter.copy_(exact_values(*parameter.shape))
-    return ManifoldFlow(velocity, Spheres(spec), "rk4", 3, {"steps": 5, "loss": 0.25, "held_out_loss": None})
+    return ManifoldFlow(velocity, Spheres(spec), Solver("rk4", 3), {"steps": 5, "loss": 0.25, "held_out_loss": None})
 
 
 def example_completed_flow(*sizes: Any) -> CompletedFlow:
@@ -257,7 +258,9 @@ def example_density(dtype: torch.dtype = torch.float32) -> InCoordinates:
 
 def coupling_density() -> InCoordinates:
     model = linear(3)
-    return fit_coupling(model, model.sample_prior(200, 1), couplings=3, hidden=16, steps=20, progress=False)
+    return fit_coupling(
+        model, model.sample_prior(200, 1), couplings=3, hidden=16, progress=False, training=bf.Training(steps=20)
+    )
 
 
 def informed_model(targets: torch.Tensor) -> bf.BayesianModel:
@@ -272,7 +275,7 @@ def example_informed_flow() -> Flow:
     field = built(lambda: InformedVelocity(model.spec, displacements, 4, 1, heads=2), torch.float32)
     for parameter in field.requires_grad_(False).parameters():
         parameter.copy_(exact_values(*parameter.shape))
-    return Flow.of(field.bind(Context(model)), model, steps=3, info={"steps": 5, "held_out_loss": None})
+    return Flow.of(field.bind(Context(model)), model, info={"steps": 5, "held_out_loss": None}, solver=Solver(steps=3))
 
 
 EXAMPLES: dict[str, Callable[[], Any]] = {
@@ -310,7 +313,7 @@ def test_transports_come_back_exactly(name: str, tmp_path: Path) -> None:
         found = bf.load(path)
         assert isinstance(found, ManifoldFlow | CompletedFlow)
         assert found.spec == expected.spec
-        assert found.steps == 3
+        assert found.solver.steps == 3
     with zipfile.ZipFile(path) as file:
         for member in file.namelist():
             with file.open(member) as array:
@@ -335,7 +338,7 @@ def test_the_golden_informed_flow_stays_readable_and_todays_files_have_its_layou
     path, model = GOLDEN.with_name("informed-flow-v2.npz"), informed_model(exact_values(4))
     expected, found = example_informed_flow(), bf.load(path, model)
     assert isinstance(found, Flow)
-    assert (found.info, found.steps) == (expected.info, 3)
+    assert (found.info, found.solver.steps) == (expected.info, 3)
     assert torch.allclose(found.sample(20, 0), expected.sample(20, 0), atol=1e-5)
     assert not torch.allclose(found.sample(20, 1), expected.sample(20, 0), atol=1e-1)
     with np.load(expected.save(tmp_path / "now.npz")) as now, np.load(path) as golden:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -160,20 +161,20 @@ def test_fit_chooses_targets_and_refuses_what_they_cannot_be():
     draws = bf.sample(model, bf.HMC(), chains=32, warmup=100, draws=20, seed=0)
     field = built(lambda: WeightsVelocity(model.spec, 8, 1), torch.float32)
 
-    def targets(draws: bf.Draws | Tensor = draws, **options) -> str:
-        return bf.fit_flow(model, draws, velocity=field, steps=2, batch_size=8, **options).info["targets"]
+    def targets(draws: bf.Draws | Tensor = draws, **options: Any) -> str:
+        training, matching = bf.Training(steps=2, batch_size=8), bf.transport.Matching(**options)
+        return bf.fit_flow(model, draws, velocity=field, training=training, matching=matching).info["targets"]
 
     assert targets() == targets(targets="posterior") == "posterior"
     assert targets(targets="pairs") == targets(coupling=Matched()) == targets(path=AffinePath(sigma=0.1)) == "pairs"
     best = draws.flat[model.log_joint(draws.flat).argmax()].expand(100, -1)
     assert targets(best) == targets(model.sample_prior(200, 0)) == "pairs"
-    for options, why in (
-        ({"coupling": Matched()}, "not independent"),
-        ({"path": AffinePath(sigma=0.1)}, "noise of its own"),
-        ({"draws": best}, "Stein"),
-    ):
-        with pytest.raises(ValueError, match=why):
-            targets(targets="posterior", **options)
+    with pytest.raises(ValueError, match="not independent"):
+        targets(targets="posterior", coupling=Matched())
+    with pytest.raises(ValueError, match="noise of its own"):
+        targets(targets="posterior", path=AffinePath(sigma=0.1))
+    with pytest.raises(ValueError, match="Stein"):
+        targets(best, targets="posterior")
     with pytest.raises(ValueError, match="targets must be one of 'auto'"):
         targets(targets="best")
     with pytest.raises(ValueError, match="sigma = 0"):

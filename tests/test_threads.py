@@ -128,7 +128,7 @@ def test_flows_and_predictions_in_threads_are_those_of_each_alone(nets) -> None:
     x = model.x[:5]
 
     def work(seed: int) -> Tensor:
-        flow = bf.fit_flow(model, draws, seed=seed, steps=2, progress=False)
+        flow = bf.fit_flow(model, draws, seed=seed, progress=False, training=bf.Training(steps=2))
         more = flow.sample(2, seed)
         mean = bf.predict(model, more.unsqueeze(0), x).mean
         return torch.cat([more.flatten(), mean.flatten(), flow.log_prob(more)])

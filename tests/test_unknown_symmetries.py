@@ -201,10 +201,10 @@ def test_flows_take_other_fields_and_corrections_say_what_was_not_looked_at() ->
     model = model_of(built(UNKNOWN["prelu"][0]))
     theta = model.sample_prior(64, seed=0)
     with pytest.raises(ValueError, match=r"'1' \(PReLU\).*architecture='graph'"):
-        fit_flow(model, theta, steps=2, progress=False)
+        fit_flow(model, theta, progress=False, training=bf.Training(steps=2))
     with torch.random.fork_rng(devices=[]):
         field = WeightsVelocity(model.spec, architecture="graph", width=8, depth=1)
-    flow = fit_flow(model, theta, velocity=field, steps=2, progress=False)
+    flow = fit_flow(model, theta, velocity=field, progress=False, training=bf.Training(steps=2))
     found = bf.correct(model, flow, n=50, method="importance", progress=False)
     assert "symmetries of the network are not known (cannot label module '1' (PReLU)" in str(found.info)
 

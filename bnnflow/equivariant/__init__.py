@@ -3,7 +3,7 @@
 from bnnflow.equivariant.graph import GraphNet
 from bnnflow.equivariant.inr import INRs, fit_images, fit_inrs, image_grid, render, siren, warp
 from bnnflow.equivariant.layers import DWSInvariant, DWSLayer
-from bnnflow.equivariant.network import DWSNet
+from bnnflow.equivariant.network import DWSNet, Wiring
 from bnnflow.equivariant.scaling import TensorScaler
 from bnnflow.equivariant.signed import SignedDWSNet
 
@@ -15,6 +15,7 @@ __all__ = [
     "INRs",
     "SignedDWSNet",
     "TensorScaler",
+    "Wiring",
     "fit_images",
     "fit_inrs",
     "image_grid",

@@ -25,6 +25,7 @@ from bnnflow import storage
 from bnnflow.activations import Sine
 from bnnflow.arguments import Count, Positive, checked, finite
 from bnnflow.model.network import ChainNetwork
+from bnnflow.options import Checkpoint
 from bnnflow.progress import progress_bar
 from bnnflow.seeding import as_generator
 from bnnflow.types import Seed
@@ -129,8 +130,7 @@ def fit_inrs(
     batch_size: Count | None = None,
     chunk: Count = 256,
     seed: Seed,
-    checkpoint: str | Path | None = None,
-    resume: bool = False,
+    checkpoint: Checkpoint | str | Path | None = None,
     progress: bool = True,
 ) -> INRs:
     """Fit one network to every signal, all from random starts of their own.
@@ -150,8 +150,7 @@ def fit_inrs(
         batch_size: coordinates drawn at random for each step, the same for all networks; all of them if None.
         chunk: networks that are fitted at once.
         seed: of the starts and of the coordinates drawn.
-        checkpoint: folder that keeps every finished chunk.
-        resume: go on with what is in that folder.
+        checkpoint: a folder that keeps every finished chunk; a `Checkpoint` with ``resume`` goes on with what is there.
         progress: show a bar at a terminal.
 
     Returns:
@@ -159,7 +158,7 @@ def fit_inrs(
 
     Raises:
         ValueError: for shapes that do not fit, data that are not finite, settings that make no sense, or a checkpoint
-            folder that is in use without ``resume`` or that other settings or data have filled.
+            folder that is in use and not to be resumed, or that other settings or data have filled.
 
     Example:
         >>> x = torch.linspace(-1, 1, 50).unsqueeze(-1)
@@ -176,7 +175,8 @@ def fit_inrs(
     starts = _starts(spec, len(y), generator)
     rows_seed = int(torch.randint(2**62, (), generator=generator))
     settings = {"steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "chunk": chunk}
-    kept = _Kept(checkpoint, resume, {"spec": spec.describe(), "signals": len(y), **settings}, (starts, x, y))
+    described = {"spec": spec.describe(), "signals": len(y), **settings}
+    kept = _ChunkFolder(Checkpoint.of(checkpoint), described, (starts, x, y))
     network = ChainNetwork(spec)
     fitted, errors = [], []
     with kept, progress_bar(len(y) * steps, "INRs", progress, "step") as bar:
@@ -207,8 +207,7 @@ def fit_images(
     batch_size: Count | None = None,
     chunk: Count = 256,
     seed: Seed,
-    checkpoint: str | Path | None = None,
-    resume: bool = False,
+    checkpoint: Checkpoint | str | Path | None = None,
     progress: bool = True,
 ) -> INRs:
     """Fit one network to every image, as `fit_inrs` does to signals.
@@ -221,8 +220,7 @@ def fit_images(
         batch_size: pixels drawn at random for each step, the same for all networks; all of them if None.
         chunk: networks that are fitted at once.
         seed: of the starts and of the pixels drawn.
-        checkpoint: folder that keeps every finished chunk.
-        resume: go on with what is in that folder.
+        checkpoint: a folder that keeps every finished chunk; a `Checkpoint` with ``resume`` goes on with what is there.
         progress: show a bar at a terminal.
 
     Raises:
@@ -245,7 +243,6 @@ def fit_images(
         chunk=chunk,
         seed=seed,
         checkpoint=checkpoint,
-        resume=resume,
         progress=progress,
     )
 
@@ -372,27 +369,23 @@ def _fit(
     return theta, network.squared_error(theta, x, y)[0] * (2 / y[0].numel())
 
 
-class _Kept:
+class _ChunkFolder:
     """Finished chunks in a folder, which one fit works on alone."""
 
-    def __init__(
-        self, folder: str | Path | None, resume: bool, settings: dict[str, Any], tensors: tuple[Tensor, ...]
-    ) -> None:
-        self._folder = None if folder is None else Path(folder)
+    def __init__(self, checkpoint: Checkpoint | None, settings: dict[str, Any], tensors: tuple[Tensor, ...]) -> None:
+        self._folder = None if checkpoint is None else Path(checkpoint.path)
         self._lock: storage.Lock | None = None
-        if self._folder is None:
-            if resume:
-                raise ValueError("resume needs the checkpoint folder of the run")
+        if checkpoint is None or self._folder is None:
             return
         if self._folder.is_file():
-            raise ValueError(f"checkpoint must be a folder, {folder} is a file")
+            raise ValueError(f"checkpoint must be a folder, {self._folder} is a file")
         digest = hashlib.sha256()
         for tensor in tensors:
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         self._run = settings | {"data": digest.hexdigest()}
         self._lock = storage.Lock(self._folder, folder=True)
         try:
-            self._check(self._folder, resume)
+            self._check(self._folder, checkpoint.resume)
         except BaseException:
             self.__exit__()
             raise
@@ -402,12 +395,15 @@ class _Kept:
             unfinished.unlink()
         present = sorted(folder.glob("inrs-??????.npz"))
         if present and not resume:
-            raise ValueError(f"{folder} holds a fit already: pass resume=True to go on with it, or another folder")
+            raise ValueError(
+                f"{folder} holds a fit already: go on with it by Checkpoint({str(folder)!r}, resume=True), "
+                "or take another folder"
+            )
         for index in range(len(present)):
             if self.read(index) is not None:  # the first that is intact speaks for all
                 return
 
-    def __enter__(self) -> _Kept:
+    def __enter__(self) -> _ChunkFolder:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from bnnflow.equivariant.layers import FusedLinear, by_kind, mean
 from bnnflow.equivariant.layout import Channels, Fused, Layout
 from bnnflow.weights import WeightSpec
 
-__all__ = ["DWSNet", "Messages", "TimeEmbedding", "embedded_condition", "perceptron"]
+__all__ = ["DWSNet", "Messages", "TimeEmbedding", "Wiring", "embedded_condition", "perceptron"]
 
 
 class TimeEmbedding(nn.Module):
@@ -51,6 +52,27 @@ def embedded_condition(
 
 
 @checked
+@dataclass(frozen=True)
+class Wiring:
+    """How the parts of a `DWSNet` hear of each other.
+
+    Attributes:
+        heads: of the messages that units at the two ends of an edge send each other, 0 for none.
+        edge_width: channels of a matrix between hidden layers; if None a quarter of the network's width and at least 8.
+            In wide networks they decide the cost.
+        frequency: of learned sines of the weights of each unit, which it is lifted by too (Fourier features); 0 for
+            none. They help with networks of sines, whose weights are frequencies themselves.
+        shared: use the same parameters in every hidden layer, told apart by their relative depth, so that a state
+            dict fits networks of other widths and other depths; the first and the last layer keep maps of their own.
+    """
+
+    heads: Whole = 4
+    edge_width: Count | None = None
+    frequency: NonNegative = 0.0
+    shared: bool = False
+
+
+@checked
 class DWSNet(nn.Module):
     """A residual stack of equivariant layers in the fused layout, with an equivariant or an invariant end.
 
@@ -67,17 +89,11 @@ class DWSNet(nn.Module):
         out_features: features of the result.
         width: channels of a hidden unit and of the globals.
         depth: number of blocks.
-        edge_width: channels of a matrix between hidden layers, by default a quarter of ``width`` and at least 8. In
-            wide networks they decide the cost.
         invariant: pool to one result a network.
         time: expect a time in [0, 1].
         context: length of the context vector that is expected, 0 for none.
         unit_features: features of every hidden unit that are expected beside those of the weights.
-        shared: use the same parameters in every hidden layer, told apart by their relative depth, so that a state
-            dict fits networks of other widths and other depths; the first and the last layer keep maps of their own.
-        heads: of the messages that units at the two ends of an edge send each other, 0 for none.
-        frequency: of learned sines of the weights of each unit, which it is lifted by too (Fourier features); 0 for
-            none. They help with networks of sines, whose weights are frequencies themselves.
+        wiring: of the blocks; see `Wiring`.
 
     Raises:
         ValueError: if the network has no labels or a tensor has one label twice; with ``shared``, if it is no chain of
@@ -97,21 +113,19 @@ class DWSNet(nn.Module):
         width: Count = 64,
         depth: Count = 4,
         *,
-        edge_width: Count | None = None,
         invariant: bool = False,
         time: bool = False,
         context: Whole = 0,
         unit_features: Whole = 0,
-        shared: bool = False,
-        heads: Whole = 4,
-        frequency: NonNegative = 0.0,
+        wiring: Wiring = Wiring(),
     ) -> None:
         super().__init__()
-        self.layout = Layout(spec, shared=shared)
+        heads, frequency = wiring.heads, wiring.frequency
+        self.layout = Layout(spec, shared=wiring.shared)
         self.invariant = invariant
         self._out_features, self._context_length, self._unit_features = out_features, context, unit_features
         n_units, n_matrices = len(self.layout.channels.units), len(self.layout.channels.matrices)
-        edge_width = max(8, width // 4) if edge_width is None else edge_width
+        edge_width = max(8, width // 4) if wiring.edge_width is None else wiring.edge_width
         hidden = Channels((width,) * n_units, (edge_width,) * n_matrices, width)
         self._hidden = hidden
         self.time = TimeEmbedding(width) if time else None
@@ -124,7 +138,7 @@ class DWSNet(nn.Module):
         self._frequency = frequency
         if unit_features:
             self.lift_units = nn.ModuleList(nn.Linear(unit_features, width) for _ in range(n_units))
-        if shared:
+        if wiring.shared:
             self.lift_depth = nn.Linear(1, width + edge_width)
         condition = width if time or context else 0
         self.blocks = nn.ModuleList(_Block(self.layout, hidden, condition, heads) for _ in range(depth))

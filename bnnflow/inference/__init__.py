@@ -18,7 +18,6 @@ from bnnflow.inference.hmc import HMC
 from bnnflow.inference.laplace import Laplace
 from bnnflow.inference.mclmc import MCLMC
 from bnnflow.inference.pyro_nuts import PyroNUTS
-from bnnflow.inference.run import Method, Run
 from bnnflow.inference.sampling import sample
 from bnnflow.inference.schedules import Constant, Cyclical, Polynomial
 from bnnflow.inference.sghmc import SGHMC
@@ -27,6 +26,7 @@ from bnnflow.inference.sgnht import SGNHT
 from bnnflow.inference.smc import SMC, evidence
 from bnnflow.inference.swag import SWAG
 from bnnflow.inference.vi import VI
+from bnnflow.method import Method, Run
 
 __all__ = [
     "HMC",

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
-from bnnflow.inference.loop import run_chains
-from bnnflow.inference.mass import LowRank, Scale
 from bnnflow.inference.mclmc import random_directions, turn
-from bnnflow.inference.run import Run
 from bnnflow.inference.trajectories import (
     ChainState,
     Proposal,
+    Trajectories,
     Trajectory,
-    functions,
     metropolis,
-    trajectory_warm_up,
 )
+from bnnflow.method import Run
 from bnnflow.model import BayesianModel
 from bnnflow.types import Kernel, LogDensityAndGrad
 
@@ -35,17 +32,17 @@ def microcanonical(log_joint_and_grad: LogDensityAndGrad) -> Trajectory:
     """
 
     def trajectory(
-        state: ChainState, step_size: Tensor, scale: Scale, n_steps: int, generator: torch.Generator
+        state: ChainState, step_size: Tensor, scale: Tensor, n_steps: int, generator: torch.Generator
     ) -> Proposal:
         theta, log_joint, grad = state
-        steps = scale.times(step_size)
+        steps = step_size * scale
         start_energy = -log_joint
-        direction, kinetic = turn(random_directions(theta, generator), scale.pull(grad), 0.5 * step_size)
+        direction, kinetic = turn(random_directions(theta, generator), scale * grad, 0.5 * step_size)
         for i in range(n_steps):
-            theta = steps.move(theta, direction)
+            theta = torch.addcmul(theta, steps, direction)
             log_joint, grad = log_joint_and_grad(theta)
             # Two half turns at the same gradient are a whole one.
-            direction, change = turn(direction, scale.pull(grad), step_size if i < n_steps - 1 else 0.5 * step_size)
+            direction, change = turn(direction, scale * grad, step_size if i < n_steps - 1 else 0.5 * step_size)
             kinetic = kinetic + change
         return Proposal(ChainState(theta, log_joint, grad), direction, start_energy, kinetic - log_joint)
 
@@ -56,7 +53,7 @@ def adjusted_mclmc(
     log_joint_and_grad: LogDensityAndGrad,
     step_size: float,
     n_leapfrog: int,
-    inverse_mass_matrix: Tensor | LowRank,
+    inverse_mass_matrix: Tensor,
     *,
     step_jitter: float = 0.2,
     trajectory_jitter: float = 0.5,
@@ -71,7 +68,7 @@ def adjusted_mclmc(
         step_size: distance of a step in coordinates scaled by the square root of ``inverse_mass_matrix``; about
             sqrt(dim) times that of Hamiltonian Monte Carlo, whose velocities have that length.
         n_leapfrog: the largest number of steps.
-        inverse_mass_matrix: a diagonal ``(dim,)`` or ``(chain, dim)``, ideally the posterior variances, or a `LowRank`.
+        inverse_mass_matrix: a diagonal ``(dim,)`` or ``(chain, dim)``, ideally the posterior variances.
         step_jitter: step sizes are uniform within this fraction of ``step_size``, per chain.
         trajectory_jitter: numbers of steps are uniform between this fraction of ``n_leapfrog`` and all of it.
     """
@@ -87,7 +84,7 @@ def adjusted_mclmc(
 
 
 @dataclass(frozen=True)
-class AdjustedMCLMC:
+class AdjustedMCLMC(Trajectories):
     """Sample with Metropolis-adjusted microcanonical trajectories, tuned during warm-up.
 
     Leaves the posterior invariant exactly once warm-up has ended; see `adjusted_mclmc` and `trajectory_warm_up`.
@@ -98,38 +95,22 @@ class AdjustedMCLMC:
             chains find together what makes their predictions decorrelate fastest.
         max_leapfrog: bound on the steps of one transition, whatever the step size.
         step_size: first guess; None for a tenth of sqrt(dim).
-        rank: see `HMC`.
     """
 
     target_acceptance: float = 0.9
-    trajectory_length: float | None = None
-    max_leapfrog: int = 1024
-    step_size: float | None = None
-    rank: int = 0
 
-    def __post_init__(self) -> None:
-        settle(self, number, "target_acceptance", above=0, below=1)
-        settle(self, number, "trajectory_length", "step_size", above=0)
-        settle(self, integer, "max_leapfrog", least=1)
-        settle(self, integer, "rank", least=0)
+    name: ClassVar[str] = "adjusted MCLMC"
 
-    def sample(self, model: BayesianModel, run: Run) -> Draws:
+    def trajectory(self, log_joint_and_grad: LogDensityAndGrad) -> Trajectory:
+        """Return microcanonical trajectories."""
+        return microcanonical(log_joint_and_grad)
+
+    def unit(self, dim: int) -> float:
+        """Return sqrt(dim): a particle of unit speed takes so long to cross the posterior."""
+        return math.sqrt(dim)
+
+    def draw(self, model: BayesianModel, run: Run) -> Draws:
         """Run the chains; see `bnnflow.sample`."""
         if model.dim < 2:
             raise ValueError("AdjustedMCLMC turns directions, and needs a model of at least two dimensions")
-        chains, warmup, draws = run.chains_or(16), 500 if run.warmup is None else run.warmup, run.draws or 1000
-        target = torch.no_grad()(model.log_joint_and_grad)
-        process = trajectory_warm_up(
-            target,
-            microcanonical(target),
-            warmup,
-            step_size=self.step_size or 0.1 * math.sqrt(model.dim),
-            target_acceptance=self.target_acceptance,
-            trajectory_length=self.trajectory_length,
-            first_length=0.7 * math.sqrt(model.dim),
-            max_leapfrog=self.max_leapfrog,
-            rank=min(self.rank, model.dim),
-            features=functions(model),
-            ranks=run.ranks,
-        )
-        return run_chains(model, run, process, chains=chains, warmup=warmup, draws=draws, name="adjusted MCLMC")
+        return super().draw(model, run)

@@ -23,9 +23,9 @@ from bnnflow.inference.gradients import (
     stochastic,
 )
 from bnnflow.inference.loop import Tuned, WarmUp, run_chains, thinned
-from bnnflow.inference.run import Run
 from bnnflow.inference.schedules import Constant, Schedule
 from bnnflow.inference.start import WARM_START, maximise
+from bnnflow.method import Run
 from bnnflow.model import BayesianModel
 from bnnflow.types import Kernel
 

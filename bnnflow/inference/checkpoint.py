@@ -25,10 +25,11 @@ from torch import Tensor
 
 from bnnflow import storage
 from bnnflow.draws import Draws
+from bnnflow.options import Checkpoint
 from bnnflow.ranks import ALONE, Ranks
 from bnnflow.warn import warn
 
-__all__ = ["Checkpoint", "Saved"]
+__all__ = ["RunFolder", "Saved"]
 
 SECONDS = 15.0
 """Time between two states on disk."""
@@ -67,38 +68,37 @@ class Saved(NamedTuple):
             i += 1
 
 
-class Checkpoint:
+class RunFolder:
     """A folder that one run is kept in, and works on alone until `release`.
 
     Args:
-        folder: where; made if missing.
-        resume: go on with the run that is there, if there is one.
+        checkpoint: where, a folder that is made if missing, and whether to go on with the run that is there.
         identity: what a run must agree on to be the same run; plain values by name.
         ranks: the processes that share it.
         device: by which they exchange messages.
 
     Raises:
-        ValueError: if another run works on the folder; if it holds a run and ``resume`` is not set, or holds another
+        ValueError: if another run works on the folder; if it holds a run that is not to be resumed, or holds another
             run, one of an earlier version, one that is damaged beyond its last two states, or something else.
     """
 
     def __init__(
         self,
-        folder: str | Path,
-        resume: bool,
+        checkpoint: Checkpoint,
         identity: dict[str, Any],
         ranks: Ranks = ALONE,
         device: torch.device | str = "cpu",
     ) -> None:
-        if Path(folder).is_file():
+        folder = Path(checkpoint.path)
+        if folder.is_file():
             raise ValueError(f"checkpoint must be a folder, {folder} is a file")
-        self.folder = Path(folder) / f"rank-{ranks.rank}"
+        self.folder = folder / f"rank-{ranks.rank}"
         self._identity, self._ranks, self._device = json.loads(json.dumps(identity)), ranks, torch.device(device)
         self._started = self._last = time.monotonic()
         self._seconds, self._slot = 0.0, 0
         self._lock = self._locked()
         try:
-            self.saved = self._open(folder, resume)
+            self.saved = self._open(folder, checkpoint.resume)
         except BaseException:
             self.release()
             raise
@@ -109,7 +109,7 @@ class Checkpoint:
         self._ranks.agree(0, self._device)
         return first or storage.Lock(self.folder, folder=True)
 
-    def _open(self, folder: str | Path, resume: bool) -> Saved | None:
+    def _open(self, folder: Path, resume: bool) -> Saved | None:
         """Return the state to go on from, and see that the folder holds this run or none."""
         for each in self.folder.iterdir():
             if _UNFINISHED.fullmatch(each.name):  # of a process that was killed: nobody else works here
@@ -122,7 +122,10 @@ class Checkpoint:
                 f"{self.folder} is not empty, and what it holds is no run: {', '.join(sorted(others)[:5])}"
             )
         if states and not resume:
-            raise ValueError(f"{folder} already holds a run: pass resume=True to go on with it, or another folder")
+            raise ValueError(
+                f"{folder} already holds a run: go on with it by Checkpoint({str(folder)!r}, resume=True), "
+                "or take another folder"
+            )
         if states and states[-1].header["version"] < _VERSION:
             raise ValueError(
                 f"{folder} holds a run of an earlier bnnflow, which kept no checksums: bf.load reads its draws, but a "
@@ -143,7 +146,7 @@ class Checkpoint:
         """Let other runs work on the folder."""
         self._lock.release()
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
-from bnnflow.inference.run import Run
 from bnnflow.inference.start import Adam, cosine, first_points, of_divergence
+from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
 from bnnflow.weights import WeightSpec
@@ -22,7 +22,7 @@ __all__ = ["MCDropout", "dropout_factors"]
 
 
 @dataclass(frozen=True)
-class MCDropout:
+class MCDropout(Method):
     """Train with dropout and keep it on for prediction (Gal and Ghahramani 2016).
 
     With theta * m the network whose dropped hidden units have their outgoing weights set to zero and all others
@@ -57,7 +57,7 @@ class MCDropout:
         settle(self, integer, "members", "steps", "masks", least=1)
         settle(self, number, "learning_rate", above=0)
 
-    def sample(self, model: BayesianModel, run: Run) -> Draws:
+    def draw(self, model: BayesianModel, run: Run) -> Draws:
         """Train the members and draw masks, 250 each unless said otherwise; see `bnnflow.sample`."""
         run.refuse(self, "members and draws", "chains", "warmup", "checkpoint")
         generator, masks = run.generator, self._masks(model)

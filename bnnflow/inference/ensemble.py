@@ -9,8 +9,8 @@ from torch import Tensor
 
 from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
-from bnnflow.inference.run import Run
 from bnnflow.inference.start import climb, first_points, of_divergence
+from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 
 __all__ = ["DeepEnsemble"]
@@ -19,7 +19,7 @@ _STEPS = 2000
 
 
 @dataclass(frozen=True)
-class DeepEnsemble:
+class DeepEnsemble(Method):
     """Train independent networks to the posterior mode (Lakshminarayanan et al. 2017), all in one call.
 
     Approximates the posterior by the modes that random initialisations reach; nothing is left invariant. Each member
@@ -43,7 +43,7 @@ class DeepEnsemble:
         settle(self, integer, "members", "steps", least=1)
         settle(self, number, "learning_rate", above=0)
 
-    def sample(self, model: BayesianModel, run: Run) -> Draws:
+    def draw(self, model: BayesianModel, run: Run) -> Draws:
         """Train the members; see `bnnflow.sample`. They come as one chain of ``members`` draws."""
         run.refuse(self, "members and steps", "chains", "warmup", "draws", "checkpoint")
         given = run.init if isinstance(run.init, Tensor) else None

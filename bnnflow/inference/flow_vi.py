@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
-from bnnflow.inference.run import Run
 from bnnflow.inference.start import one_point
 from bnnflow.inference.vi import fit_guide, flat_model, independent_draws
+from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 from bnnflow.posteriors import CouplingFlow, coupling_flow, coupling_orders
 from bnnflow.seeding import isolated
@@ -18,7 +18,7 @@ __all__ = ["NormalizingFlowVI"]
 
 
 @dataclass(frozen=True)
-class NormalizingFlowVI:
+class NormalizingFlowVI(Method):
     """Fit a normalising flow by maximising the ELBO (Rezende and Mohamed 2015), with Pyro's ``AutoNormalizingFlow``.
 
     Approximates the posterior (at its temperature) by the flow q that minimises KL(q || p). The flow is a stack of
@@ -47,7 +47,7 @@ class NormalizingFlowVI:
         settle(self, integer, "couplings", "hidden", "steps", "particles", least=1)
         settle(self, number, "learning_rate", "scale", above=0)
 
-    def sample(self, model: BayesianModel, run: Run) -> Draws:
+    def draw(self, model: BayesianModel, run: Run) -> Draws:
         """Fit the flow and draw from it; see `bnnflow.sample`. ``chains`` only shapes the independent draws."""
         run.refuse(self, "steps", "warmup", "checkpoint")
         from pyro.distributions.torch_transform import ComposeTransformModule

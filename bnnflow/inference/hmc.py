@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from bnnflow.arguments import integer, number, settle
-from bnnflow.draws import Draws
 from bnnflow.gaussian import Gaussian
-from bnnflow.inference.loop import run_chains
-from bnnflow.inference.mass import LowRank, Scale
-from bnnflow.inference.run import Run
 from bnnflow.inference.trajectories import (
     ChainState,
     Proposal,
+    Trajectories,
     Trajectory,
-    functions,
     metropolis,
-    trajectory_warm_up,
 )
-from bnnflow.model import BayesianModel
 from bnnflow.model.fused import normal_like
 from bnnflow.types import Kernel, LogDensityAndGrad
 
@@ -32,18 +26,18 @@ def leapfrog(log_joint_and_grad: LogDensityAndGrad) -> Trajectory:
     """Return the leapfrog trajectories of H = p M^-1 p / 2 - log_joint from momenta p ~ N(0, M)."""
 
     def trajectory(
-        state: ChainState, step_size: Tensor, scale: Scale, n_steps: int, generator: torch.Generator
+        state: ChainState, step_size: Tensor, scale: Tensor, n_steps: int, generator: torch.Generator
     ) -> Proposal:
         theta, log_joint, grad = state
-        steps = scale.times(step_size)
+        steps = step_size * scale
         # Momenta are kept in units of M^(1/2), so that their law is standard normal.
         momentum = normal_like(theta, generator)
         start_energy = 0.5 * momentum.square().sum(-1, dtype=torch.float64) - log_joint
-        momentum = steps.push(momentum, grad, 0.5)
+        momentum = torch.addcmul(momentum, steps, grad, value=0.5)
         for i in range(n_steps):
-            theta = steps.move(theta, momentum)
+            theta = torch.addcmul(theta, steps, momentum)
             log_joint, grad = log_joint_and_grad(theta)
-            momentum = steps.push(momentum, grad, 1.0 if i < n_steps - 1 else 0.5)
+            momentum = torch.addcmul(momentum, steps, grad, value=1.0 if i < n_steps - 1 else 0.5)
         end_energy = 0.5 * momentum.square().sum(-1, dtype=torch.float64) - log_joint
         return Proposal(ChainState(theta, log_joint, grad), momentum, start_energy, end_energy)
 
@@ -64,7 +58,7 @@ def rotation(log_joint_and_grad: LogDensityAndGrad, around: Gaussian) -> Traject
     root, loc = around.scale_tril, around.loc
 
     def trajectory(
-        state: ChainState, step_size: Tensor, scale: Scale, n_steps: int, generator: torch.Generator
+        state: ChainState, step_size: Tensor, scale: Tensor, n_steps: int, generator: torch.Generator
     ) -> Proposal:
         theta, log_joint, grad = state
         z = torch.linalg.solve_triangular(root, (theta - loc).T, upper=False).T
@@ -87,7 +81,7 @@ def hmc(
     log_joint_and_grad: LogDensityAndGrad,
     step_size: float,
     n_leapfrog: int,
-    inverse_mass_matrix: Tensor | LowRank,
+    inverse_mass_matrix: Tensor,
     *,
     step_jitter: float = 0.2,
     trajectory_jitter: float = 0.5,
@@ -102,7 +96,7 @@ def hmc(
         log_joint_and_grad: ``(chain, dim) -> (chain,), (chain, dim)``.
         step_size: leapfrog step in coordinates scaled by the root of ``inverse_mass_matrix``.
         n_leapfrog: the largest number of steps.
-        inverse_mass_matrix: a diagonal ``(dim,)`` or ``(chain, dim)``, ideally the posterior variances, or a `LowRank`.
+        inverse_mass_matrix: a diagonal ``(dim,)`` or ``(chain, dim)``, ideally the posterior variances.
         step_jitter: step sizes are uniform within this fraction of ``step_size``, per chain.
         trajectory_jitter: numbers of steps are uniform between this fraction of ``n_leapfrog`` and all of it.
     """
@@ -118,7 +112,7 @@ def hmc(
 
 
 @dataclass(frozen=True)
-class HMC:
+class HMC(Trajectories):
     """Sample with Hamiltonian Monte Carlo, tuned during warm-up.
 
     Leaves the posterior invariant exactly once warm-up has ended; see `hmc` and `trajectory_warm_up`.
@@ -128,37 +122,13 @@ class HMC:
         trajectory_length: mean integration time in units of the posterior's standard deviations; None lets the chains
             find together what makes their predictions decorrelate fastest.
         max_leapfrog: bound on the leapfrog steps of one transition, whatever the step size.
-        step_size: first guess.
-        rank: directions of the mass matrix beside its diagonal, for correlated posteriors whose chains share one mode;
-            needs memory and time of order dim**2 in warm-up.
+        step_size: first guess; None for a tenth.
     """
 
     target_acceptance: float = 0.8
-    trajectory_length: float | None = None
-    max_leapfrog: int = 1024
-    step_size: float = 0.1
-    rank: int = 0
 
-    def __post_init__(self) -> None:
-        settle(self, number, "target_acceptance", above=0, below=1)
-        settle(self, number, "trajectory_length", "step_size", above=0)
-        settle(self, integer, "max_leapfrog", least=1)
-        settle(self, integer, "rank", least=0)
+    name: ClassVar[str] = "HMC"
 
-    def sample(self, model: BayesianModel, run: Run) -> Draws:
-        """Run the chains; see `bnnflow.sample`."""
-        chains, warmup, draws = run.chains_or(16), 500 if run.warmup is None else run.warmup, run.draws or 1000
-        target = torch.no_grad()(model.log_joint_and_grad)
-        process = trajectory_warm_up(
-            target,
-            leapfrog(target),
-            warmup,
-            step_size=self.step_size,
-            target_acceptance=self.target_acceptance,
-            trajectory_length=self.trajectory_length,
-            max_leapfrog=self.max_leapfrog,
-            rank=min(self.rank, model.dim),
-            features=functions(model),
-            ranks=run.ranks,
-        )
-        return run_chains(model, run, process, chains=chains, warmup=warmup, draws=draws, name="HMC")
+    def trajectory(self, log_joint_and_grad: LogDensityAndGrad) -> Trajectory:
+        """Return leapfrog trajectories."""
+        return leapfrog(log_joint_and_grad)

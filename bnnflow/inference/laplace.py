@@ -18,8 +18,8 @@ from bnnflow.forward_mode import jvp
 from bnnflow.gaussian import Gaussian
 from bnnflow.inference import kinks
 from bnnflow.inference.empirical import Expansion, check_tunable, tune_prior
-from bnnflow.inference.run import Run
 from bnnflow.inference.start import first_points, maximise
+from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel, likelihoods
 from bnnflow.model.network import at_once
 from bnnflow.posteriors import KroneckerGaussian, Restricted
@@ -48,7 +48,7 @@ Structure = Literal["full", "diagonal", "last_layer", "kronecker"]
 
 
 @dataclass(frozen=True)
-class Laplace:
+class Laplace(Method):
     """Put a Gaussian on the best of several modes (MacKay 1992; Daxberger et al. 2021).
 
     Approximates the posterior (at its temperature) by N(mode, P^-1). The mode is found by Adam from random networks,
@@ -130,7 +130,7 @@ class Laplace:
         if self.prior_precision is not None and self.structure == "kronecker":
             raise ValueError("prior_precision must be None for structure='kronecker'")
 
-    def sample(self, model: BayesianModel, run: Run) -> Draws:
+    def draw(self, model: BayesianModel, run: Run) -> Draws:
         """Find the mode and draw from the Gaussian; see `bnnflow.sample`. ``chains`` only shapes the draws."""
         run.refuse(self, "structure and starts", "warmup", "checkpoint")
         names = self._check(model)

@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bnnflow.draws import Draws
-from bnnflow.inference.checkpoint import Checkpoint, Stream
-from bnnflow.inference.run import Run
+from bnnflow.inference.checkpoint import RunFolder, Stream
 from bnnflow.inference.start import WARM_START, starting_points
+from bnnflow.method import Run
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
 from bnnflow.types import Kernel
@@ -140,7 +140,7 @@ class _Progress:
 
     def save(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: RunFolder,
         generator: torch.Generator,
         info: dict[str, Any],
         draws: dict[str, Any] | None = None,
@@ -167,7 +167,7 @@ def _warm(
                 progress.save(checkpoint, generator, {})
     except KeyboardInterrupt:
         if checkpoint:
-            warn("interrupted in warm-up: resume=True goes on from the last checkpoint")
+            warn("interrupted in warm-up: Checkpoint(..., resume=True) goes on from the last state")
         raise
     progress.tuned = process.tuned(progress.warm)
     progress.state, progress.step = progress.tuned.state, 0

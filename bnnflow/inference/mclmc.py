@@ -13,9 +13,9 @@ from torch import Tensor
 from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
 from bnnflow.inference.loop import Tuned, WarmUp, run_chains, thinned
-from bnnflow.inference.mass import LowRank, Moments, scale_of
-from bnnflow.inference.run import Run
+from bnnflow.inference.mass import Moments
 from bnnflow.inference.warmup import window_ends
+from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 from bnnflow.model.fused import normal_like, turned
 from bnnflow.ranks import ALONE, Ranks
@@ -78,9 +78,7 @@ def random_directions(like: Tensor, generator: torch.Generator) -> Tensor:
     return noise / torch.linalg.vector_norm(noise, dim=-1, keepdim=True)
 
 
-def mclmc(
-    log_joint_and_grad: LogDensityAndGrad, step_size: float, L: float, inverse_mass_matrix: Tensor | LowRank
-) -> Kernel:
+def mclmc(log_joint_and_grad: LogDensityAndGrad, step_size: float, L: float, inverse_mass_matrix: Tensor) -> Kernel:
     """Build the unadjusted microcanonical Langevin kernel (Robnik, De Luca, Silverstein and Seljak 2023).
 
     In coordinates scaled by the root of the ``inverse_mass_matrix``, a particle of unit speed moves by
@@ -92,23 +90,23 @@ def mclmc(
         log_joint_and_grad: ``(chain, dim) -> (chain,), (chain, dim)``.
         step_size: distance of one step, two gradients.
         L: distance after which the direction is forgotten.
-        inverse_mass_matrix: a diagonal ``(dim,)`` or ``(chain, dim)``, ideally the posterior variances, or a `LowRank`.
+        inverse_mass_matrix: a diagonal ``(dim,)`` or ``(chain, dim)``, ideally the posterior variances.
     """
-    scale = scale_of(inverse_mass_matrix)
-    half = scale.times(0.5 * step_size)
+    scale = inverse_mass_matrix.sqrt()
+    half = 0.5 * step_size * scale
 
     def init(theta: Tensor, generator: torch.Generator) -> MCLMCState:
         return MCLMCState(theta, random_directions(theta, generator), *log_joint_and_grad(theta))
 
     def step(state: MCLMCState, generator: torch.Generator) -> tuple[MCLMCState, MCLMCInfo]:
         dim = state.theta.shape[-1]
-        direction, first = turn(state.direction, scale.pull(state.grad), _OUTER * step_size)
-        theta = half.move(state.theta, direction)
+        direction, first = turn(state.direction, scale * state.grad, _OUTER * step_size)
+        theta = torch.addcmul(state.theta, half, direction)
         _, grad = log_joint_and_grad(theta)
-        direction, second = turn(direction, scale.pull(grad), _INNER * step_size)
-        theta = half.move(theta, direction)
+        direction, second = turn(direction, scale * grad, _INNER * step_size)
+        theta = torch.addcmul(theta, half, direction)
         value, grad = log_joint_and_grad(theta)
-        direction, third = turn(direction, scale.pull(grad), _OUTER * step_size)
+        direction, third = turn(direction, scale * grad, _OUTER * step_size)
         error = first + second + third - (value - state.log_joint)
         diverging = ~(error.abs() < _DIVERGENCE)  # NaN counts
 
@@ -145,7 +143,7 @@ class _Tuning(NamedTuple):
     log_step: float
     log_factor: float  # of the energy error's variance, beside the sixth power of the step
     updates: int  # transitions since the mass matrix last changed
-    inverse_mass_matrix: LowRank
+    inverse_mass_matrix: Tensor  # (chain, dim)
     L: float
     moments: Moments
     done: int
@@ -159,7 +157,6 @@ def mclmc_warm_up(
     thinning: int,
     step_size: float,
     L: float | None = None,
-    rank: int = 0,
     ranks: Ranks = ALONE,
 ) -> WarmUp:
     """Tune step size, diagonal mass matrix and L of `mclmc` in ``n`` transitions of ``thinning`` steps.
@@ -177,13 +174,12 @@ def mclmc_warm_up(
         thinning: see `MCLMC`.
         step_size: first guess.
         L: a fixed value, if there is one.
-        rank: directions of the mass matrix beside its diagonal.
         ranks: the processes that share the chains.
     """
     ends = window_ends(n)
 
     def init(theta: Tensor, generator: torch.Generator) -> _Tuning:
-        mass = LowRank.identity(theta, rank)
+        mass = torch.ones_like(theta)
         chain = mclmc(log_joint_and_grad, step_size, 1.0, mass).init(theta, generator)
         log = math.log(step_size)
         first_L = L or math.sqrt(theta.shape[1])
@@ -208,9 +204,9 @@ def mclmc_warm_up(
             moments=tuning.moments.update(chain.theta),
         )  # fmt: skip
         if done in ends[1:]:
-            mass = tuning.moments.mass(tuning.inverse_mass_matrix, ranks)
+            mass = tuning.moments.inverse_mass_matrix(tuning.inverse_mass_matrix, ranks)
             # The same step, in the new coordinates.
-            shrunk = (mass.diagonal.double() / tuning.inverse_mass_matrix.diagonal).log().mean()
+            shrunk = (mass.double() / tuning.inverse_mass_matrix).log().mean()
             log_step -= 0.5 * float(ranks.mean(shrunk))
             tuning = tuning._replace(inverse_mass_matrix=mass, log_step=log_step, updates=0)
         if done in ends:
@@ -230,7 +226,7 @@ def mclmc_warm_up(
 
 
 @dataclass(frozen=True)
-class MCLMC:
+class MCLMC(Method):
     """Sample with unadjusted microcanonical Langevin dynamics, tuned during warm-up (Robnik et al. 2023).
 
     The recipe of microcanonical Langevin ensembles for networks (Sommer et al. 2025): chains start at the members of
@@ -242,21 +238,18 @@ class MCLMC:
         thinning: steps, of two gradients each, between draws.
         L: distance after which a direction is forgotten; None lets warm-up choose it.
         step_size: first guess.
-        rank: see `HMC`.
     """
 
     energy_variance: float = 0.005
     thinning: int = 10
     L: float | None = None
     step_size: float = 0.1
-    rank: int = 0
 
     def __post_init__(self) -> None:
         settle(self, number, "energy_variance", "L", "step_size", above=0)
         settle(self, integer, "thinning", least=1)
-        settle(self, integer, "rank", least=0)
 
-    def sample(self, model: BayesianModel, run: Run) -> Draws:
+    def draw(self, model: BayesianModel, run: Run) -> Draws:
         """Run the chains; see `bnnflow.sample`. A transition of warm-up has ``thinning`` steps as well."""
         if model.dim < 2:
             raise ValueError("MCLMC turns directions, and needs a model of at least two dimensions")
@@ -268,7 +261,6 @@ class MCLMC:
             thinning=self.thinning,
             step_size=self.step_size,
             L=self.L,
-            rank=min(self.rank, model.dim),
             ranks=run.ranks,
         )
         return run_chains(model, run, process, chains=chains, warmup=warmup, draws=draws, name="MCLMC")

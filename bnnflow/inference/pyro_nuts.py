@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bnnflow.arguments import flag, integer, number, settle
 from bnnflow.draws import Draws
-from bnnflow.inference.run import Run
 from bnnflow.inference.start import WARM_START, starting_points
+from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
 from bnnflow.seeding import isolated
@@ -20,7 +20,7 @@ __all__ = ["PyroNUTS"]
 
 
 @dataclass(frozen=True)
-class PyroNUTS:
+class PyroNUTS(Method):
     """Sample with Pyro's NUTS (Hoffman and Gelman 2014; multinomial as Betancourt 2017): slow, and an oracle.
 
     Leaves the posterior (at its temperature) invariant once warm-up has ended. The chains run one after the other in
@@ -41,7 +41,7 @@ class PyroNUTS:
         settle(self, number, "target_acceptance", above=0, below=1)
         settle(self, flag, "full_mass")
 
-    def sample(self, model: BayesianModel, run: Run) -> Draws:
+    def draw(self, model: BayesianModel, run: Run) -> Draws:
         """Run the chains, 4 of 500 + 500 unless said otherwise; see `bnnflow.sample`.
 
         Ctrl-C returns the chains that are complete, or what the first one has drawn, with ``info["interrupted"]``.

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from bnnflow.arguments import checked, integer
 from bnnflow.draws import Draws
 from bnnflow.identity import digest, seed_identity, without_addresses
-from bnnflow.inference.checkpoint import Checkpoint
+from bnnflow.inference.checkpoint import RunFolder
 from bnnflow.inference.hmc import HMC
-from bnnflow.inference.run import Method, Run
 from bnnflow.inference.start import as_start
+from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
+from bnnflow.options import Checkpoint
 from bnnflow.ranks import connect
-from bnnflow.seeding import as_generator
+from bnnflow.seeding import as_generator, seed_in_words
 from bnnflow.types import Seed
 
 __all__ = ["sample"]
@@ -39,8 +40,7 @@ def sample(
     init: Tensor | nn.Module | Sequence[nn.Module] | str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    checkpoint: str | Path | None = None,
-    resume: bool = False,
+    checkpoint: Checkpoint | str | Path | None = None,
     progress: bool = True,
 ) -> Draws:
     """Draw from a model's posterior.
@@ -50,7 +50,8 @@ def sample(
 
     Args:
         model: the posterior.
-        method: `HMC()` unless said otherwise.
+        method: `HMC()` unless said otherwise. A flow is one, too: it takes a number of draws, and gives them as one
+            chain.
         chains: number of chains, run as one batch; a method's own default if None.
         warmup: transitions spent on tuning, thrown away.
         draws: draws per chain.
@@ -62,9 +63,9 @@ def sample(
         device: where to run; the model's own device if None.
         dtype: floating-point type to run in; the model's own if None.
         checkpoint: a folder in which draws are kept as they come, and every 15 seconds all that is needed to go on;
-            `bnnflow.load` reads the draws of it at any time. Memory then does not grow with the number of draws.
-        resume: go on with the run in ``checkpoint``, if there is one, bit for bit as if it had never stopped (on CPU,
-            with as many threads); a finished run is extended to ``draws``.
+            `bnnflow.load` reads the draws of it at any time. Memory then does not grow with the number of draws. A
+            `Checkpoint` with ``resume`` goes on with the run that is there, if there is one, bit for bit as if it had
+            never stopped (on CPU, with as many threads); a finished run is extended to ``draws``.
         progress: show a bar at a terminal.
 
     Returns:
@@ -72,19 +73,16 @@ def sample(
 
     Raises:
         ValueError: before any work starts, if the numbers or ``init`` make no sense for the method, or ``checkpoint``
-            holds a run of something else, or one that ``resume`` does not allow to go on with.
+            holds a run of something else, or one that is not to be resumed.
     """
-    method = method if method is not None else HMC()
-    if isinstance(method, type) or not hasattr(method, "sample"):
-        raise ValueError(f"method must be a method such as HMC(), got {method!r}")
+    method = HMC() if method is None else method
     for name, number, least in (("chains", chains, 1), ("warmup", warmup, 0), ("draws", draws, 1)):
         if number is not None and (not isinstance(number, int) or number < least):
             raise ValueError(f"{name} must be an integer of at least {least}, got {number!r}")
     if device is not None or dtype is not None:
         model = model.to(device, dtype)
-    if resume and checkpoint is None:
-        raise ValueError("resume=True needs the checkpoint that is to be resumed")
-    if checkpoint is not None and (unknown := model.unidentified):
+    place = Checkpoint.of(checkpoint)
+    if place is not None and (unknown := model.unidentified):
         raise ValueError(f"checkpoint needs a model that another process can recognise, but not {', '.join(unknown)}")
     seed = seed if isinstance(seed, torch.Generator) else integer("seed", seed)
     seed_of_run = seed_identity(seed)
@@ -94,23 +92,24 @@ def sample(
     identity = {
         "method": type(method).__name__,
         "settings": without_addresses(repr(method)),
-        "seed": int(seed) if not isinstance(seed, torch.Generator) else "generator",
+        "seed": seed_in_words(seed),
         "model": model.fingerprint(),
     }
     with contextlib.ExitStack() as held:
         kept = None
-        if checkpoint is not None:
-            place = {"chains": chains, "warmup": warmup, "dtype": str(model.dtype), "processes": ranks.size}
+        if place is not None:
+            shared = {"chains": chains, "warmup": warmup, "dtype": str(model.dtype), "processes": ranks.size}
             own = _own_identity(model, method, seed_of_run, start)
-            kept = held.enter_context(Checkpoint(checkpoint, resume, identity | place | own, ranks, model.device))
+            kept = held.enter_context(RunFolder(place, identity | shared | own, ranks, model.device))
         wall, cpu = time.perf_counter(), time.process_time()
         run = Run(generator, chains, warmup, draws, start, progress, kept, ranks)
-        result = method.sample(model, run)
+        result = method.draw(model, run)
     info = identity | {
         "seconds": kept.seconds if kept else time.perf_counter() - wall,
         "cpu_seconds": time.process_time() - cpu,
     }
-    return replace(result, info=info | result.info)
+    chains = result.n_chains * result.info.get("gradients_per_chain", 0)
+    return replace(result, info=info | {"gradients": chains} | result.info)
 
 
 def _own_identity(model: BayesianModel, method: Method, seed: int | str, init: Tensor | str | None) -> dict[str, Any]:

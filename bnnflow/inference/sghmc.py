@@ -13,8 +13,8 @@ from bnnflow.arguments import checked, choice, flag, settle
 from bnnflow.draws import Draws
 from bnnflow.inference.burn_in import Recipe, check, run_stochastic
 from bnnflow.inference.gradients import Scales, StochasticTarget, guarded, same
-from bnnflow.inference.run import Run
 from bnnflow.inference.schedules import Constant, Schedule
+from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 from bnnflow.model.fused import normal_like
 from bnnflow.types import Kernel
@@ -134,7 +134,7 @@ def momentum_info(theta: Tensor, diverging: Tensor, cost: int, h: float, kinetic
 
 @checked
 @dataclass(frozen=True)
-class SGHMC:
+class SGHMC(Method):
     """Sample with stochastic-gradient Hamiltonian Monte Carlo (Chen et al. 2014); see `sghmc` for the update.
 
     Approximates the posterior; there is no accept step. The bias is of second order in the step size with full
@@ -181,7 +181,7 @@ class SGHMC:
         if self.noise_estimate and self.batch_size is None:
             raise ValueError("noise_estimate is for mini-batches: give a batch_size")
 
-    def sample(self, model: BayesianModel, run: Run) -> Draws:
+    def draw(self, model: BayesianModel, run: Run) -> Draws:
         """Run the chains; see `bnnflow.sample`. The defaults are 16 chains, 200 transitions of warm-up, 1,000 draws."""
         friction = self.friction or (1.0 if self.step_size is None else 0.1 / self.step_size)
 

@@ -13,8 +13,8 @@ from bnnflow.arguments import checked, choice, settle
 from bnnflow.draws import Draws
 from bnnflow.inference.burn_in import Recipe, check, run_stochastic
 from bnnflow.inference.gradients import Scales, StochasticTarget, guarded, same
-from bnnflow.inference.run import Run
 from bnnflow.inference.schedules import Constant, Schedule
+from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 from bnnflow.model.fused import langevin
 from bnnflow.types import Kernel
@@ -171,7 +171,7 @@ def _info(theta: Tensor, diverging: Tensor, cost: int, step_size: float) -> SGLD
 
 @checked
 @dataclass(frozen=True)
-class SGLD:
+class SGLD(Method):
     """Sample with stochastic-gradient Langevin dynamics (Welling and Teh 2011); see `sgld` for the update.
 
     Approximates the posterior with a bias of the order of the step size; there is no accept step. Without
@@ -220,7 +220,7 @@ class SGLD:
         check(self)
         settle(self, choice, "preconditioner", choices=("none", "diagonal", "rmsprop"))
 
-    def sample(self, model: BayesianModel, run: Run) -> Draws:
+    def draw(self, model: BayesianModel, run: Run) -> Draws:
         """Run the chains; see `bnnflow.sample`. The defaults are 16 chains, 200 transitions of warm-up, 1,000 draws."""
 
         def family(target: StochasticTarget, scales: Scales, step_size: float, schedule: Schedule, cost: int) -> Kernel:

@@ -13,9 +13,9 @@ from bnnflow.arguments import checked, choice, flag, settle
 from bnnflow.draws import Draws
 from bnnflow.inference.burn_in import Recipe, check, run_stochastic
 from bnnflow.inference.gradients import Scales, StochasticTarget, guarded
-from bnnflow.inference.run import Run
 from bnnflow.inference.schedules import Constant, Schedule
 from bnnflow.inference.sghmc import MomentumDraw, MomentumInfo, kick_limit, momentum_info
+from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 from bnnflow.model.fused import normal_like
 from bnnflow.types import Kernel
@@ -121,7 +121,7 @@ def _restarted(state: SGNHTState, friction: float) -> SGNHTState:
 
 @checked
 @dataclass(frozen=True)
-class SGNHT:
+class SGNHT(Method):
     """Sample with the stochastic-gradient Nose-Hoover thermostat (Ding et al. 2014); see `sgnht` for the update.
 
     Approximates the posterior; there is no accept step. The bias is of second order in the step size where the
@@ -163,7 +163,7 @@ class SGNHT:
         settle(self, choice, "preconditioner", choices=("none", "diagonal"))
         settle(self, flag, "per_parameter")
 
-    def sample(self, model: BayesianModel, run: Run) -> Draws:
+    def draw(self, model: BayesianModel, run: Run) -> Draws:
         """Run the chains; see `bnnflow.sample`. The defaults are 16 chains, 200 transitions of warm-up, 1,000 draws."""
         friction = self.friction or (1.0 if self.step_size is None else 0.1 / self.step_size)
 

@@ -15,7 +15,7 @@ from bnnflow.bridge import balance
 from bnnflow.draws import Draws, as_theta, strays, unresolved
 from bnnflow.gaussian import positive
 from bnnflow.inference.hmc import hmc
-from bnnflow.inference.run import Run
+from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
 from bnnflow.ranks import ALONE, Ranks
@@ -51,7 +51,7 @@ class _Particles(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class SMC:
+class SMC(Method):
     """Carry particles from the prior to the posterior by tempering (Del Moral, Doucet and Jasra 2006).
 
     Particles drawn from the start q0 follow q0^(1 - b) exp(log_joint)^b for b from 0 to 1. Every b is chosen so that
@@ -93,7 +93,7 @@ class SMC:
         if self.start is not None and (isinstance(self.start, type) or not able):
             raise TypeError(f"start must be a density with sample and log_prob, got {self.start!r}")
 
-    def sample(self, model: BayesianModel, run: Run) -> Draws:
+    def draw(self, model: BayesianModel, run: Run) -> Draws:
         """Run the particles; see `bnnflow.sample`. ``chains`` is the number of independent runs."""
         run.refuse(self, "particles and a start", "warmup", "draws", "init")
         runs, ranks, checkpoint = run.chains or 4, run.ranks, run.checkpoint
@@ -246,10 +246,12 @@ class SMC:
             spread = (state.log_normaliser - value).exp()
             variance = torch.maximum(variance, spread.var() / runs)
         estimate = (float(value), float(variance.sqrt()))
+        gradients = float(ranks.mean(torch.tensor(state.gradients, device=theta.device)))
         families = torch.stack([torch.tensor(float(len(r.unique()))) for r in root])
         info = {
             "temperatures": steps,
-            "gradients_per_chain": round(float(ranks.mean(torch.tensor(state.gradients, device=theta.device)))),
+            "gradients_per_chain": round(gradients),
+            "gradients": round(gradients * theta.shape[0] * theta.shape[1]),
             "acceptance_rate": state.acceptance,
             "step_size": state.step_size,
             "first_ancestors": float(families.mean()),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bnnflow.arguments import tensor
-from bnnflow.inference.run import Run
+from bnnflow.method import Run
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
 from bnnflow.ranks import ALONE, Ranks

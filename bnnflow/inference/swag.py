@@ -12,8 +12,8 @@ from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
 from bnnflow.forward_mode import jvp
 from bnnflow.gaussian import positive
-from bnnflow.inference.run import Run
 from bnnflow.inference.start import first_points, maximise, of_divergence
+from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 from bnnflow.posteriors import LowRankGaussian, Mixture
 from bnnflow.progress import progress_bar
@@ -24,7 +24,7 @@ _FAR = 50.0  # nats a weight below its mode, as ten posterior standard deviation
 
 
 @dataclass(frozen=True)
-class SWAG:
+class SWAG(Method):
     """Fit Gaussians to trajectories of SGD (Maddox et al. 2019), several at once (MultiSWAG: Wilson and Izmailov 2020).
 
     Each member climbs to a mode by Adam, or begins at a network that ``init`` gives, then follows
@@ -63,7 +63,7 @@ class SWAG:
         settle(self, integer, "snapshots", least=self.rank)
         settle(self, number, "learning_rate", above=0)
 
-    def sample(self, model: BayesianModel, run: Run) -> Draws:
+    def draw(self, model: BayesianModel, run: Run) -> Draws:
         """Train and draw, 250 from each member unless said otherwise; see `bnnflow.sample`."""
         run.refuse(self, "members and draws", "chains", "warmup", "checkpoint")
         n, generator = len(model.x), run.generator

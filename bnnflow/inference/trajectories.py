@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from bnnflow.inference.loop import Tuned, WarmUp
-from bnnflow.inference.mass import LowRank, Moments, Scale, scale_of
+from bnnflow.arguments import integer, number, settle
+from bnnflow.draws import Draws
+from bnnflow.inference.loop import Tuned, WarmUp, run_chains
+from bnnflow.inference.mass import Moments
 from bnnflow.inference.warmup import DualAveraging, TrajectoryLength, window_ends
+from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 from bnnflow.ranks import ALONE, Ranks
 from bnnflow.types import Kernel, LogDensityAndGrad
 
-__all__ = ["ChainState", "Proposal", "Trajectory", "TrajectoryInfo", "functions", "metropolis", "trajectory_warm_up"]
+__all__ = [
+    "ChainState",
+    "Proposal",
+    "Trajectories",
+    "Trajectory",
+    "TrajectoryInfo",
+    "functions",
+    "metropolis",
+    "trajectory_warm_up",
+]
 
 
 class ChainState(NamedTuple):
@@ -49,7 +63,7 @@ class Trajectory(Protocol):
     """Integrate ``n_steps`` steps of a reversible flow that keeps exp(-energy), from newly drawn velocities."""
 
     def __call__(
-        self, state: ChainState, step_size: Tensor, scale: Scale, n_steps: int, generator: torch.Generator
+        self, state: ChainState, step_size: Tensor, scale: Tensor, n_steps: int, generator: torch.Generator
     ) -> Proposal:
         """Take steps of size ``(chain, 1)`` in the coordinates that ``scale`` maps to weights."""
         ...
@@ -82,7 +96,7 @@ def metropolis(
     trajectory: Trajectory,
     step_size: float,
     n_leapfrog: int,
-    inverse_mass_matrix: Tensor | LowRank,
+    inverse_mass_matrix: Tensor,
     *,
     step_jitter: float = 0.2,
     trajectory_jitter: float = 0.5,
@@ -97,11 +111,11 @@ def metropolis(
         trajectory: the flow.
         step_size: time of one step in coordinates scaled by the square root of ``inverse_mass_matrix``.
         n_leapfrog: the largest number of steps.
-        inverse_mass_matrix: a diagonal ``(dim,)`` or ``(chain, dim)``, ideally the posterior variances, or a `LowRank`.
+        inverse_mass_matrix: a diagonal ``(dim,)`` or ``(chain, dim)``, ideally the posterior variances.
         step_jitter: step sizes are uniform within this fraction of ``step_size``, per chain.
         trajectory_jitter: numbers of steps are uniform between this fraction of ``n_leapfrog`` and all of it.
     """
-    scale = scale_of(inverse_mass_matrix)
+    scale = inverse_mass_matrix.sqrt()
 
     def init(theta: Tensor, generator: torch.Generator) -> ChainState:
         return ChainState(theta, *log_joint_and_grad(theta))
@@ -159,7 +173,7 @@ class _Tuning(NamedTuple):
     chain: ChainState
     step: DualAveraging
     length: TrajectoryLength
-    inverse_mass_matrix: LowRank
+    inverse_mass_matrix: Tensor  # (chain, dim)
     moments: Moments
     done: int
 
@@ -168,13 +182,9 @@ def trajectory_warm_up(
     log_joint_and_grad: LogDensityAndGrad,
     trajectory: Trajectory,
     n: int,
+    settings: Trajectories,
     *,
-    step_size: float,
-    target_acceptance: float,
-    trajectory_length: float | None,
-    first_length: float = 0.7,
-    max_leapfrog: int,
-    rank: int = 0,
+    unit: float = 1.0,
     features: Features | None = None,
     ranks: Ranks = ALONE,
 ) -> WarmUp:
@@ -189,16 +199,14 @@ def trajectory_warm_up(
         log_joint_and_grad: see `metropolis`.
         trajectory: see `metropolis`.
         n: number of transitions.
-        step_size: first guess.
-        target_acceptance: the mean acceptance rate to aim at.
-        trajectory_length: mean length, in time; None lets the chains find it.
-        first_length: first guess of the length, and the shortest that is tried.
-        max_leapfrog: bound on the number of steps.
-        rank: directions of the mass matrix beside its diagonal.
+        settings: what warm-up aims at, and where it begins.
+        unit: of time. Lengths begin at seven tenths of it, and are never shorter; step sizes begin at a tenth.
         features: what is to decorrelate; the weights if None.
         ranks: the processes that share the chains.
     """
     ends = window_ends(n)
+    step_size = settings.step_size or 0.1 * unit
+    trajectory_length, max_leapfrog = settings.trajectory_length, settings.max_leapfrog
 
     def leapfrogs(step_size: float, length: float) -> int:
         # Numbers of steps are uniform between a half of the largest and all of it.
@@ -209,13 +217,13 @@ def trajectory_warm_up(
 
     def init(theta: Tensor, generator: torch.Generator) -> _Tuning:
         chain = ChainState(theta, *log_joint_and_grad(theta))
-        length = TrajectoryLength.start(trajectory_length or first_length, followed(theta))
-        mass = LowRank.identity(theta, rank)
+        length = TrajectoryLength.start(trajectory_length or 0.7 * unit, followed(theta))
+        mass = torch.ones_like(theta)
         return _Tuning(chain, DualAveraging.start(step_size), length, mass, Moments.start(theta, mass), 0)
 
     def step(tuning: _Tuning, generator: torch.Generator) -> tuple[_Tuning, TrajectoryInfo]:
         chain, adapt, length, mass, moments, done = tuning
-        scale = scale_of(mass)
+        scale = mass.sqrt()
         if trajectory_length is None:
             number, time = length.candidate(0.75 * max_leapfrog * adapt.step_size, generator)
         else:
@@ -226,14 +234,14 @@ def trajectory_warm_up(
         steps, n_steps = _jittered(chain.theta, adapt.step_size, 0.2, most, 0.5, generator)
         proposal = trajectory(chain, steps, scale, n_steps, generator)
         moved, info = _accept(chain, proposal, steps, n_steps, generator)
-        adapt = adapt.update(float(ranks.mean(info.acceptance_rate.mean())), target_acceptance)
+        adapt = adapt.update(float(ranks.mean(info.acceptance_rate.mean())), settings.target_acceptance)
         if trajectory_length is None:
             start, end = followed(chain.theta), followed(proposal.state.theta)
             if done >= ends[0]:
                 length = length.update(number, _jump(start, end, info.acceptance_rate, ranks))
         moments, done = moments.update(moved.theta), done + 1
         if done in ends[1:]:
-            mass = moments.mass(mass, ranks)
+            mass = moments.inverse_mass_matrix(mass, ranks)
             adapt = DualAveraging.start(adapt.averaged)
         if done in ends:
             moments = Moments.start(moved.theta, mass)
@@ -247,6 +255,46 @@ def trajectory_warm_up(
         return Tuned(kernel, tuning.chain, found)
 
     return WarmUp(init, step, tuned)
+
+
+@dataclass(frozen=True)
+class Trajectories(Method):
+    """What methods of accepted trajectories share: their settings, and how a run of them goes."""
+
+    target_acceptance: float = 0.8
+    trajectory_length: float | None = None
+    max_leapfrog: int = 1024
+    step_size: float | None = None
+
+    name: ClassVar[str]  # for the progress bar
+
+    def __post_init__(self) -> None:
+        settle(self, number, "target_acceptance", above=0, below=1)
+        settle(self, number, "trajectory_length", "step_size", above=0)
+        settle(self, integer, "max_leapfrog", least=1)
+
+    @abstractmethod
+    def trajectory(self, log_joint_and_grad: LogDensityAndGrad) -> Trajectory:
+        """Return trajectories that preserve the density."""
+
+    def unit(self, dim: int) -> float:
+        """Return the time in which a standard normal in ``dim`` dimensions is crossed."""
+        return 1.0
+
+    def draw(self, model: BayesianModel, run: Run) -> Draws:
+        """Run the chains; see `bnnflow.sample`."""
+        chains, warmup, draws = run.chains_or(16), 500 if run.warmup is None else run.warmup, run.draws or 1000
+        target = torch.no_grad()(model.log_joint_and_grad)
+        process = trajectory_warm_up(
+            target,
+            self.trajectory(target),
+            warmup,
+            self,
+            unit=self.unit(model.dim),
+            features=functions(model),
+            ranks=run.ranks,
+        )
+        return run_chains(model, run, process, chains=chains, warmup=warmup, draws=draws, name=self.name)
 
 
 def _jump(start: Tensor, end: Tensor, rate: Tensor, ranks: Ranks) -> Tensor:

@@ -15,8 +15,8 @@ from bnnflow.arguments import choice, integer, number, settle
 from bnnflow.draws import Draws
 from bnnflow.gaussian import Gaussian
 from bnnflow.inference.laplace import gauss_newton_precision
-from bnnflow.inference.run import Run
 from bnnflow.inference.start import WARM_START, maximise, one_point
+from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 from bnnflow.posteriors import LowRankGaussian
 from bnnflow.progress import progress_bar
@@ -31,7 +31,7 @@ LARGEST_FULL = 4000
 
 
 @dataclass(frozen=True)
-class VI:
+class VI(Method):
     """Fit a Gaussian by maximising the ELBO (Hinton and van Camp 1993; Kucukelbir et al. 2017; Blundell et al. 2015).
 
     Approximates the posterior (at its temperature) by the Gaussian q that minimises KL(q || p) over its family, with
@@ -68,7 +68,7 @@ class VI:
         settle(self, integer, "steps", "particles", least=1)
         settle(self, number, "learning_rate", "scale", above=0)
 
-    def sample(self, model: BayesianModel, run: Run) -> Draws:
+    def draw(self, model: BayesianModel, run: Run) -> Draws:
         """Fit the guide and draw from it; see `bnnflow.sample`. ``chains`` only shapes the independent draws."""
         run.refuse(self, "steps", "warmup", "checkpoint")
         if self.rank == "full" and model.dim > LARGEST_FULL:

@@ -18,6 +18,7 @@ from bnnflow.model import BayesianModel
 from bnnflow.report.arviz import function_values
 from bnnflow.symmetry import match, sort_units
 from bnnflow.symmetry.canonical import normalise_scale
+from bnnflow.verdicts import R_HAT
 
 __all__ = [
     "Agreement",
@@ -31,7 +32,6 @@ __all__ = [
 
 MAX_ROWS = 100  # inputs at which functions are compared
 MAX_ENTRIES = 1000  # of a tensor that are compared
-CONVERGED, STUCK = 1.01, 1.05  # R-hat up to the first: converged; beyond the second: not (Vehtari et al. 2021)
 
 
 class Agreement(NamedTuple):
@@ -90,22 +90,22 @@ class WeightConvergence:
         """What the three comparisons together say."""
         raw, aligned = (max(each.worst[0] for each in by.values()) for by in (self.raw, self.aligned))
         functions = self.functions.worst[0]
-        if functions > STUCK:
+        if functions > R_HAT.bad:
             return (
                 "chains disagree about predictions: they are in different modes of the function, or have not run "
                 "long enough; no symmetry explains it"
             )
-        if aligned > STUCK and self.unknown:
+        if aligned > R_HAT.bad and self.unknown:
             return (
                 f"chains agree about predictions but not about weights ({self.worst_layer}); whether a symmetry "
                 f"explains it is not known, since the symmetries of this network are not: {self.unknown}"
             )
-        if aligned > STUCK:
+        if aligned > R_HAT.bad:
             return (
                 f"chains agree about predictions but not about weights, not even modulo symmetry ({self.worst_layer}): "
                 "different weights make the same function"
             )
-        if raw > STUCK:
+        if raw > R_HAT.bad:
             return "chains are in equivalent copies of one mode: they agree once the weights are aligned"
         return "chains agree about the weights themselves"
 
@@ -120,7 +120,7 @@ class WeightConvergence:
             f"{'':{width}}{'R-hat':>10}{'R-hat':>11}{'nested':>11}{'bulk ESS':>11}{'tail ESS':>11}",
         ]
         for name, each in self.aligned.items():
-            mark = "  <- worst layer" if name == self.worst_layer and each.worst[0] > CONVERGED else ""
+            mark = "  <- worst layer" if name == self.worst_layer and each.worst[0] > R_HAT.good else ""
             lines.append(f"{name:{width}}{_ratio(self.raw[name].worst[0]):>10}" + _row(each) + mark)
         lines.append(f"{'predictions':{width}}{'':>10}" + _row(self.functions))
         return "\n".join([*lines, self.conclusion])

@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bnnflow import verdicts
 from bnnflow.arguments import checked
 from bnnflow.draws import Draws, as_theta, unresolved
 from bnnflow.model import BayesianModel
-from bnnflow.report.convergence import CONVERGED, STUCK, compare_chains, predicted_values
+from bnnflow.report.convergence import compare_chains, predicted_values
+from bnnflow.verdicts import Bounds, Findings, Verdict
 
 __all__ = ["Diagnosis", "diagnose"]
 
-Verdict = Literal["trust", "trust with care", "do not trust", "approximate: compare with an exact sampler"]
 Kind = Literal["chains", "weighted", "independent"]
-
-R_HAT = (CONVERGED, STUCK)
-PRIOR_R_HAT = (1.1, 1.5)  # of the log prior: below the first: converged; beyond the second: not
-ESS = (400, 100)  # from the first: enough; below the second: not
-E_BFMI = 0.3  # below: the momenta do not explore the energy (Betancourt 2016)
-DIVERGENCES = 0.01  # beyond this fraction the posterior has regions that the chains cannot enter
-TEMPERATURE = 0.2  # from 1: beyond this the law of the draws is visibly wrong
-ANCESTORS = 3  # of the first particles, in the mean run: fewer left say nothing of what was lost on the way
-FAILED = 0.1  # of the particles: a temperature that leaves fewer effective was too far from the last
-EVIDENCE = 1.0  # nats of standard error beyond which an evidence compares little
-ENERGY_VARIANCE = 5.0  # times what was asked for: unadjusted steps are too long for what they met
 
 # What a reader of an approximation's draws should know of it.
 HINTS = {
@@ -95,14 +85,13 @@ class Diagnosis:
         if self.rows is not None and self.r_hat is not None:
             lines[0] += f"; predictions at {len(self.rows)} inputs"
             worst, median = np.max(self.r_hat), np.median(self.r_hat)
-            lines.append(f"R-hat     worst {worst:8.3f}   median {median:8.3f}   (want <= {R_HAT[0]})")
+            lines.append(f"R-hat     worst {worst:8.3f}   median {median:8.3f}   (want <= {verdicts.R_HAT.good})")
         for name, values in (("bulk ESS", self.ess_bulk), ("tail ESS", self.ess_tail)):
             if values is not None:
-                lines.append(
-                    f"{name}  worst {np.min(values):8,.0f}   median {np.median(values):8,.0f}   (want >= {ESS[0]})"
-                )
+                worst, median = np.min(values), np.median(values)
+                lines.append(f"{name}  worst {worst:8,.0f}   median {median:8,.0f}   (want >= {verdicts.ESS.good})")
         if self.ess_weights is not None:
-            lines.append(f"ESS of the weights {self.ess_weights:,.0f}   (want >= {ESS[0]})")
+            lines.append(f"ESS of the weights {self.ess_weights:,.0f}   (want >= {verdicts.ESS.good})")
         if self.log_evidence is not None:
             lines.append("log evidence {:.2f} ± {:.2f}".format(*self.log_evidence))
         counts = []
@@ -175,7 +164,7 @@ def _independent(draws: object, n: int) -> Diagnosis:
     ]
     if _method(draws) == "DeepEnsemble":
         reasons.insert(0, f"{n} members are {n} fitted networks, not draws: they have no effective sample size")
-    elif n < ESS[1]:
+    elif n < verdicts.ESS.bad:
         reasons.append(f"{n} draws are few: averages over them are noisy; take a thousand")
     if _method(draws) in HINTS:
         reasons.append(HINTS[_method(draws)])
@@ -211,7 +200,7 @@ def _too_close(theta: Tensor) -> list[str]:
 def _weighted(draws: object, theta: Tensor, log_weights: Tensor, temperature: float) -> Diagnosis:
     log_weights = log_weights.double() - log_weights.double().logsumexp(0)
     ess = float((-(2 * log_weights).logsumexp(0)).exp())
-    verdict: Verdict = "trust with care" if ess >= ESS[0] else "do not trust"
+    verdict: Verdict = "trust with care" if ess >= verdicts.ESS.good else "do not trust"
     chains, method = draws.n_chains if isinstance(draws, Draws) else 1, _method(draws)
     evidence = draws.log_evidence if isinstance(draws, Draws) else None
     more = "take more particles" if method == "SMC" else "draw more"
@@ -219,9 +208,9 @@ def _weighted(draws: object, theta: Tensor, log_weights: Tensor, temperature: fl
     if method == "SMC":
         reasons = ["particles become exact as their number grows, and nothing in them says how many that takes: repeat "
                    "with twice as many and see how far predictions and evidence move"]  # fmt: skip
-    if evidence is not None and evidence[1] > EVIDENCE:
+    if evidence is not None and evidence[1] > verdicts.EVIDENCE:
         reasons.insert(0, f"the log evidence has a standard error of {evidence[1]:.1f}: {more}")
-    if not ess >= ESS[0]:
+    if not ess >= verdicts.ESS.good:
         reasons.insert(0, f"the weights leave {ess:.0f} effective draws of {len(log_weights):,}; {more}")
     lost = _lost_on_the_way(draws.info if isinstance(draws, Draws) else {}) + _too_close(theta)
     if lost:
@@ -243,12 +232,12 @@ def _weighted(draws: object, theta: Tensor, log_weights: Tensor, temperature: fl
 def _lost_on_the_way(info: dict[str, Any]) -> list[str]:
     """Return what speaks against particles that were tempered; nothing for other weighted draws."""
     reasons = []
-    if not info.get("least_effective_share", 1.0) >= FAILED:
+    if not info.get("least_effective_share", 1.0) >= verdicts.LEFT_EFFECTIVE:
         reasons.append(
             f"a temperature has left only {info['least_effective_share']:.1e} of the particles effective: the "
             "likelihood is too steep for their number or for the precision of its numbers; standardise, or take float64"
         )
-    if not info.get("first_ancestors", math.inf) >= ANCESTORS:
+    if not info.get("first_ancestors", math.inf) >= verdicts.ANCESTORS:
         reasons.append(
             f"all particles of a run descend from {info['first_ancestors']:.3g} of the first: what the others knew is "
             "lost, and the error of the evidence is not known; take more particles"
@@ -257,101 +246,134 @@ def _lost_on_the_way(info: dict[str, Any]) -> list[str]:
 
 
 def _chains(draws: Draws, model: BayesianModel, x: Tensor) -> Diagnosis:
+    findings = Findings(severe=_too_close(draws.flat))
     rows = r_hat = bulk = tail = None
-    moved, of_prior = True, 0.0
-    if draws.n_draws >= 4:
+    if draws.n_draws < 4:
+        findings.severe.append("fewer than 4 draws a chain: nothing can be said; draw more")
+    else:
         rows, values = predicted_values(model, draws, x)
         r_hat, bulk, tail = compare_chains(values)
-        moved = bool((values != values[:1, :1]).any())
-        log_prior = model.log_prior(draws.flat).reshape(draws.n_chains, draws.n_draws, 1)
-        of_prior = float(compare_chains(log_prior.double().cpu().numpy())[0].max())
-    stats = draws.stats
-    diverging = int(stats["diverging"].sum()) if "diverging" in stats else None
-    acceptance = float(stats["acceptance_rate"].double().mean()) if "acceptance_rate" in stats else None
-    e_bfmi = _e_bfmi(stats["energy"]) if "energy" in stats and draws.n_draws >= 4 else None
-    temperature = None
-    if "configurational_temperature" in stats:
-        temperature = float(stats["configurational_temperature"].double().mean())
-    total = draws.n_chains * draws.n_draws
-    severe, mild = _too_close(draws.flat), []
-
-    if r_hat is None or bulk is None or tail is None:
-        severe.append("fewer than 4 draws a chain: nothing can be said; draw more")
-    elif not moved:
-        severe.append("no chain ever moved: reduce the step size")
-    else:
-        worst = float(r_hat.max())
-        if not worst <= R_HAT[0]:
-            (mild if worst <= R_HAT[1] else severe).append(
-                f"chains disagree about predictions (R-hat up to {worst:.4g}): run a longer warm-up and more draws, or "
-                "start from a trained network or an ensemble; weight_convergence shows in which layer they differ"
-            )
-        if of_prior > PRIOR_R_HAT[0]:
-            (mild if of_prior <= PRIOR_R_HAT[1] else severe).append(
-                "chains disagree about weights that these inputs say little of (R-hat of the log prior "
-                f"{of_prior:.3g}), and may about predictions elsewhere: standardise the data, run a longer warm-up and "
-                "more draws"
-            )
-        ess = float(min(bulk.min(), tail.min()))
-        if not ess >= ESS[0]:
-            more = f"about {math.ceil(ESS[0] / ess)} times as many draws" if ess > 0 else "many more draws"
-            (mild if ess >= ESS[1] else severe).append(
-                f"only {ess:.0f} effective draws of the worst prediction: take {more}"
-            )
+        if bool((values != values[:1, :1]).any()):
+            _agreement(findings, r_hat, float(min(bulk.min(), tail.min())), _r_hat_of_prior(draws, model))
+        else:
+            findings.severe.append("no chain ever moved: reduce the step size")
     if draws.n_chains == 1:
-        mild.append("one chain cannot show what it has not found: run at least four")
-    if diverging:
-        (mild if diverging <= DIVERGENCES * total else severe).append(
-            f"{diverging:,} of {total:,} transitions diverged: raise the target acceptance or run a longer warm-up"
-        )
-    if e_bfmi is not None and not e_bfmi >= E_BFMI:
-        mild.append(f"E-BFMI {e_bfmi:.2f} is below {E_BFMI}: energies are explored slowly; take more draws")
-    if acceptance is not None and not acceptance >= 0.2:
-        mild.append(f"acceptance is {acceptance:.2f}: run a longer warm-up or start with a smaller step size")
-    if draws.info.get("exact") is False:
-        mild.append(
-            "there is no accept step: draws have a bias of the step size that agreeing chains do not show; compare "
-            "predictions with those of an exact sampler such as HMC, or of a smaller step"
-        )
-    if "energy_variance" in stats and "energy_variance" in draws.info:
-        errors, asked = float(stats["energy_variance"].double().mean()), draws.info["energy_variance"]
-        if not errors <= ENERGY_VARIANCE * asked:
-            severe.append(
-                f"energy errors have variance {errors:.2g} a dimension where {asked:.2g} was asked: predictions are "
-                "biased; run a longer warm-up, or an exact sampler such as HMC"
-            )
-    if temperature is not None and not abs(temperature - 1) <= TEMPERATURE:
-        mild.append(
-            f"configurational temperature is {temperature:.2f} and should be 1: "
-            + (
-                "chains are still near where they began; run longer"
-                if temperature < 1
-                else "draws are too spread; take a smaller step size or less noisy gradients"
-            )
-        )
+        findings.mild.append("one chain cannot show what it has not found: run at least four")
+    found = _statistics(draws)
+    _transitions(findings, draws, found)
+    _bias(findings, draws, found)
     if draws.info.get("interrupted"):
-        mild.append("the run was interrupted")
+        findings.mild.append("the run was interrupted")
     if model.temperature != 1:
-        mild.append(f"this is the posterior tempered at T = {model.temperature:g}")
-
-    verdict: Verdict = "do not trust" if severe else "trust with care" if mild else "trust"
-    reasons = tuple(severe + mild) or ("chains agree, and there are enough effective draws of every prediction",)
+        findings.mild.append(f"this is the posterior tempered at T = {model.temperature:g}")
     return Diagnosis(
-        verdict,
-        reasons,
+        findings.verdict,
+        findings.reasons or ("chains agree, and there are enough effective draws of every prediction",),
         "chains",
         _method(draws),
         draws.n_chains,
-        total,
+        draws.n_chains * draws.n_draws,
         rows,
         r_hat,
         bulk,
         tail,
-        divergences=diverging,
-        acceptance=acceptance,
-        e_bfmi=e_bfmi,
-        temperature=temperature,
+        divergences=found.divergences,
+        acceptance=found.acceptance,
+        e_bfmi=found.e_bfmi,
+        temperature=found.temperature,
     )
+
+
+def _r_hat_of_prior(draws: Draws, model: BayesianModel) -> float:
+    log_prior = model.log_prior(draws.flat).reshape(draws.n_chains, draws.n_draws, 1)
+    return float(compare_chains(log_prior.double().cpu().numpy())[0].max())
+
+
+def _agreement(findings: Findings, r_hat: np.ndarray, ess: float, of_prior: float) -> None:
+    """Judge whether chains agree, about predictions and about the rest, and how many draws they are worth."""
+    worst = float(r_hat.max())
+    findings.above(
+        worst,
+        verdicts.R_HAT,
+        f"chains disagree about predictions (R-hat up to {worst:.4g}): run a longer warm-up and more draws, or start "
+        "from a trained network or an ensemble; weight_convergence shows in which layer they differ",
+    )
+    if not math.isnan(of_prior):  # it is where the log prior never changes
+        findings.above(
+            of_prior,
+            verdicts.R_HAT_OF_PRIOR,
+            "chains disagree about weights that these inputs say little of (R-hat of the log prior "
+            f"{of_prior:.3g}), and may about predictions elsewhere: standardise the data, run a longer warm-up and "
+            "more draws",
+        )
+    more = f"about {math.ceil(verdicts.ESS.good / ess)} times as many draws" if ess > 0 else "many more draws"
+    findings.below(ess, verdicts.ESS, f"only {ess:.0f} effective draws of the worst prediction: take {more}")
+
+
+class _Statistics(NamedTuple):
+    """What the sampler recorded, in one number each; None where it did not."""
+
+    divergences: int | None
+    acceptance: float | None
+    e_bfmi: float | None
+    temperature: float | None
+    energy_variance: float | None
+
+
+def _statistics(draws: Draws) -> _Statistics:
+    def mean(name: str) -> float | None:
+        return float(draws.stats[name].double().mean()) if name in draws.stats else None
+
+    diverging, energy = draws.stats.get("diverging"), draws.stats.get("energy")
+    return _Statistics(
+        None if diverging is None else int(diverging.sum()),
+        mean("acceptance_rate"),
+        None if energy is None or draws.n_draws < 4 else _e_bfmi(energy),
+        mean("configurational_temperature"),
+        mean("energy_variance"),
+    )
+
+
+def _transitions(findings: Findings, draws: Draws, found: _Statistics) -> None:
+    """Judge how the chains moved."""
+    total = draws.n_chains * draws.n_draws
+    if found.divergences:
+        findings.above(
+            found.divergences / total,
+            Bounds(0.0, verdicts.DIVERGENCES),
+            f"{found.divergences:,} of {total:,} transitions diverged: raise the target acceptance or run a longer "
+            "warm-up",
+        )
+    if found.e_bfmi is not None and not found.e_bfmi >= verdicts.E_BFMI:
+        findings.mild.append(
+            f"E-BFMI {found.e_bfmi:.2f} is below {verdicts.E_BFMI}: energies are explored slowly; take more draws"
+        )
+    if found.acceptance is not None and not found.acceptance >= verdicts.ACCEPTANCE:
+        findings.mild.append(
+            f"acceptance is {found.acceptance:.2f}: run a longer warm-up or start with a smaller step size"
+        )
+
+
+def _bias(findings: Findings, draws: Draws, found: _Statistics) -> None:
+    """Judge the bias of chains without an accept step, which agreeing chains do not show."""
+    if draws.info.get("exact") is False:
+        findings.mild.append(
+            "there is no accept step: draws have a bias of the step size that agreeing chains do not show; compare "
+            "predictions with those of an exact sampler such as HMC, or of a smaller step"
+        )
+    errors, asked = found.energy_variance, draws.info.get("energy_variance")
+    if errors is not None and asked is not None and not errors <= verdicts.ENERGY_VARIANCE * asked:
+        findings.severe.append(
+            f"energy errors have variance {errors:.2g} a dimension where {asked:.2g} was asked: predictions are "
+            "biased; run a longer warm-up, or an exact sampler such as HMC"
+        )
+    if found.temperature is not None and not abs(found.temperature - 1) <= verdicts.TEMPERATURE:
+        cold = found.temperature < 1
+        what = "chains are still near where they began; run longer" if cold else _TOO_SPREAD
+        findings.mild.append(f"configurational temperature is {found.temperature:.2f} and should be 1: {what}")
+
+
+_TOO_SPREAD = "draws are too spread; take a smaller step size or less noisy gradients"
 
 
 def _e_bfmi(energy: Tensor) -> float:

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnnflow.report.convergence import CONVERGED, WeightConvergence
+from bnnflow.report.convergence import WeightConvergence
 from bnnflow.report.style import BODY, GREY, INK, SMALL, array, colours, quiet
 from bnnflow.symmetry.connectivity import Barrier, Path, Plane
+from bnnflow.verdicts import R_HAT
 from bnnflow.weights import WeightSpec
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def convergence(result: WeightConvergence) -> Figure:
     if not result.unknown:
         ax.plot(aligned, rows, "o", color=after, markersize=7, label="modulo symmetry")
     ax.plot([functions], [len(names)], "D", color=INK, markersize=6, label="predictions")
-    ax.axvline(_excess(CONVERGED), color=INK, linewidth=0.9, linestyle=(0, (4, 2)))
+    ax.axvline(_excess(R_HAT.good), color=INK, linewidth=0.9, linestyle=(0, (4, 2)))
     low, high = min(*raw, *aligned, functions), max(*raw, *aligned, functions, 0.03)
     ax.set_xlim(min(low, 5e-3) / 1.4, high * 1.4)
     ticks = [tick for tick in (1e-4, 1e-3, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 4, 19, 99) if min(low, 5e-3) <= tick <= high]

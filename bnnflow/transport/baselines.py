@@ -20,15 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from bnnflow import storage
-from bnnflow.arguments import Count, Positive, checked
+from bnnflow.arguments import Count, checked
 from bnnflow.draws import Draws, as_theta
 from bnnflow.gaussian import Gaussian
+from bnnflow.method import Sampleable
 from bnnflow.model import BayesianModel
+from bnnflow.options import Training
 from bnnflow.posteriors import CouplingFlow, coupling_flow, coupling_orders, dimension, pack, unpack
 from bnnflow.progress import progress_bar
-from bnnflow.seeding import as_generator, isolated
+from bnnflow.seeding import as_generator, isolated, seed_in_words
 from bnnflow.symmetry import align
 from bnnflow.transport.flow import Flow
+from bnnflow.transport.options import Solver
 from bnnflow.transport.paths import AffinePath
 from bnnflow.transport.solvers import integrate, time_grid
 from bnnflow.transport.source import Source
@@ -46,7 +49,7 @@ Given = Draws | Tensor | tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
-class InCoordinates:
+class InCoordinates(Sampleable):
     """A density in the coordinates of a source, as a density over weights; a `Posterior`.
 
     Attributes:
@@ -152,11 +155,7 @@ def fit_coupling(
     couplings: Count = 8,
     hidden: Count = 128,
     held_out: Given | None = None,
-    budget: Positive = 120.0,
-    steps: Count | None = None,
-    batch_size: Count = 256,
-    learning_rate: Positive = 1e-3,
-    patience: Count = 20,
+    training: Training | None = None,
     seed: Seed = 0,
     progress: bool = True,
 ) -> InCoordinates:
@@ -172,12 +171,9 @@ def fit_coupling(
         couplings: number of coupling layers.
         hidden: width of the network in each of them.
         held_out: draws that are not fitted, best of chains of their own; a tenth of the others if None.
-        budget: seconds of training, unless ``steps`` says how many.
-        steps: the most optimiser steps; with them the same seed gives the same density, on CPU bit for bit.
-        batch_size: draws a step.
-        learning_rate: of Adam; it falls when the likelihood of the held-out draws stalls, and in the last 30 %.
-        patience: looks at the held-out draws, one every 25 steps, without a gain, before it falls; training ends at
-            the fourth time.
+        training: how long and how fast: by default 120 seconds, with Adam at a learning rate of 1e-3, which falls when
+            the likelihood of the held-out draws has not gained for ``training.patience`` looks, one every 25 steps, and
+            in the last 30 %; training ends at the fourth time. There is no other optimiser.
         seed: an int or a generator.
         progress: show a bar at a terminal.
 
@@ -187,9 +183,7 @@ def fit_coupling(
     Raises:
         ValueError: if there are less than ten draws, they do not fit the model or are not finite.
     """
-    _check_positive(couplings=couplings, hidden=hidden)
-    plan = _Plan(budget, steps, batch_size, learning_rate, patience)
-    plan.check()
+    training = _by_adam(training)
     generator = as_generator(seed, model.device)
     data = _prepare(model, draws, held_out, matched, generator)
     import pyro.distributions as dist
@@ -203,9 +197,9 @@ def fit_coupling(
     def log_prob(x: Tensor) -> Tensor:
         return flow.log_prob(x.clone()).double()  # Pyro caches the inverse of a tensor, with the parameters of then
 
-    info = _maximise(layers, log_prob, log_prob, data, plan, generator, progress, "coupling flow")
+    info = _maximise(layers, log_prob, log_prob, data, training, generator, progress, "coupling flow")
     fitted = CouplingFlow(orders, tuple(parameter.detach().clone() for parameter in layers.parameters()))
-    info |= _matching(model, matched) | {"seed": seed if isinstance(seed, int) else "generator"}
+    info |= _matching(model, matched) | {"seed": seed_in_words(seed)}
     return InCoordinates(fitted, data.source, info)
 
 
@@ -218,11 +212,7 @@ def fit_cnf(
     width: Count = 256,
     solver_steps: Count = 4,
     held_out: Given | None = None,
-    budget: Positive = 120.0,
-    steps: Count | None = None,
-    batch_size: Count = 256,
-    learning_rate: Positive = 1e-3,
-    patience: Count = 20,
+    training: Training | None = None,
     seed: Seed = 0,
     progress: bool = True,
 ) -> Flow:
@@ -240,11 +230,9 @@ def fit_cnf(
         width: units of each hidden layer of the field.
         solver_steps: Runge-Kutta steps in training.
         held_out: draws that are not fitted, best of chains of their own; a tenth of the others if None.
-        budget: seconds of training, unless ``steps`` says how many.
-        steps: the most optimiser steps; with them the same seed gives the same flow, on CPU bit for bit.
-        batch_size: draws a step.
-        learning_rate: see `fit_coupling`.
-        patience: see `fit_coupling`.
+        training: how long and how fast: by default 120 seconds, with Adam at a learning rate of 1e-3, which falls when
+            the likelihood of the held-out draws has not gained for ``training.patience`` looks, one every 25 steps, and
+            in the last 30 %; training ends at the fourth time. There is no other optimiser.
         seed: an int or a generator.
         progress: show a bar at a terminal.
 
@@ -255,9 +243,7 @@ def fit_cnf(
     Raises:
         ValueError: if there are less than ten draws, they do not fit the model or are not finite.
     """
-    _check_positive(width=width, solver_steps=solver_steps)
-    plan = _Plan(budget, steps, batch_size, learning_rate, patience)
-    plan.check()
+    training = _by_adam(training)
     generator = as_generator(seed, model.device)
     data = _prepare(model, draws, held_out, matched, generator)
     with isolated(generator):
@@ -279,16 +265,18 @@ def fit_cnf(
         return log_prob(x, grid)
 
     own = time_grid(4 * solver_steps, device=model.device)
-    info = _maximise(velocity, noisy, lambda x: log_prob(x, own), data, plan, generator, progress, "continuous flow")
+    info = _maximise(
+        velocity, noisy, lambda x: log_prob(x, own), data, training, generator, progress, "continuous flow"
+    )
     with torch.no_grad():
         some, finer = data.unseen[:256], time_grid(8 * solver_steps, device=model.device)
         error = (log_prob(some, own) - log_prob(some, finer)).abs().mean()
     info |= _matching(model, matched) | {
-        "seed": seed if isinstance(seed, int) else "generator",
+        "seed": seed_in_words(seed),
         "solver_error": float(error),
     }
     field = velocity.requires_grad_(False)
-    return Flow.of(field, model, data.source, solver="rk4", steps=4 * solver_steps, info=info)
+    return Flow.of(field, model, data.source, solver=Solver("rk4", 4 * solver_steps), info=info)
 
 
 # ---------------------------------------------------------------- what they share
@@ -304,33 +292,18 @@ class _Data(NamedTuple):
     log_jacobian: float  # mean over the unseen: what log densities over x lack to be those over weights
 
 
-class _Plan(NamedTuple):
-    """How long to fit, and how fast."""
-
-    budget: float
-    steps: int | None
-    batch_size: int
-    learning_rate: float
-    patience: int
-
-    def check(self) -> None:
-        """Raise ``ValueError`` for what cannot be."""
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
-        _check_positive(
-            budget=self.budget, batch_size=self.batch_size, learning_rate=self.learning_rate, patience=self.patience
-        )
-
-    def rate(self, count: int, spent: float) -> float:
-        """Return the learning rate as a fraction: linear warm-up, constant, then straight to zero in the last 30 %."""
-        done = spent / self.budget if self.steps is None else count / self.steps
-        return min(1.0, (count + 1) / 50) * min(1.0, max(0.0, 1 - done) / 0.3)
+def _by_adam(training: Training | None) -> Training:
+    """Return how a density is fitted, with the defaults; ``ValueError`` for what only fields can be trained with."""
+    training = training or Training()
+    if training.optimiser is not None or training.autocast or training.compile:
+        raise ValueError("training: densities are fitted by Adam, and neither by autocast nor compiled")
+    return training.with_defaults(1e-3, "adamw")
 
 
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")
+def _rate(training: Training, count: int, spent: float) -> float:
+    """Return the learning rate as a fraction: linear warm-up, constant, then straight to zero in the last 30 %."""
+    done = spent / training.budget if training.steps is None else count / training.steps
+    return min(1.0, (count + 1) / 50) * min(1.0, max(0.0, 1 - done) / 0.3)
 
 
 def _matching(model: BayesianModel, matched: bool) -> dict[str, Any]:
@@ -390,14 +363,16 @@ def _maximise(
     log_prob: Callable[[Tensor], Tensor],
     judge: Callable[[Tensor], Tensor],
     data: _Data,
-    plan: _Plan,
+    training: Training,
     generator: torch.Generator,
     progress: bool,
     name: str,
 ) -> dict[str, Any]:
     """Climb the likelihood of the draws; leave the parameters that the held-out draws like best, and say how."""
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimiser = torch.optim.Adam(parameters, plan.learning_rate, foreach=True)
+    learning_rate = training.learning_rate
+    assert learning_rate is not None
+    optimiser = torch.optim.Adam(parameters, learning_rate, foreach=True)
     started, cpu = time.perf_counter(), time.process_time()
 
     def look() -> float:
@@ -406,15 +381,15 @@ def _maximise(
 
     best, kept = look(), copy.deepcopy(module.state_dict())
     count, since, drops, broken, interrupted = 0, 0, 0, 0, False
-    with progress_bar(plan.steps, name, progress, "step") as bar:
+    with progress_bar(training.steps, name, progress, "step") as bar:
         try:
-            while drops < 4 and (plan.steps is None or count < plan.steps):
+            while drops < 4 and (training.steps is None or count < training.steps):
                 spent = time.perf_counter() - started
-                if plan.steps is None and spent > plan.budget:
+                if training.steps is None and spent > training.budget:
                     break
                 for group in optimiser.param_groups:
-                    group["lr"] = plan.learning_rate * 0.3**drops * plan.rate(count, spent)
-                rows = torch.randint(len(data.x), (plan.batch_size,), generator=generator, device=data.x.device)
+                    group["lr"] = learning_rate * 0.3**drops * _rate(training, count, spent)
+                rows = torch.randint(len(data.x), (training.batch_size,), generator=generator, device=data.x.device)
                 loss = -log_prob(data.x[rows]).mean()
                 optimiser.zero_grad()
                 loss.backward()
@@ -425,13 +400,13 @@ def _maximise(
                     broken += 1
                 count += 1
                 bar.update()
-                if count % _LOOK == 0 or count == plan.steps:
+                if count % _LOOK == 0 or count == training.steps:
                     value = look()
                     if not bar.disable:
                         bar.set_postfix(log_prob=f"{value:.2f}", best=f"{best:.2f}")
                     if value > best:
                         best, kept, since = value, copy.deepcopy(module.state_dict()), 0
-                    elif since + 1 < plan.patience:
+                    elif since + 1 < training.patience:
                         since += 1
                     else:
                         since, drops = 0, drops + 1
@@ -444,7 +419,7 @@ def _maximise(
     module.load_state_dict(kept)
     return {
         "steps": count,
-        "batch_size": plan.batch_size,
+        "batch_size": training.batch_size,
         "held_out": best,
         "shrinkage": data.shrinkage,
         "not_finite": broken,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Literal
 
-from bnnflow.arguments import Count, Positive, checked
+from torch import nn
+
+from bnnflow.arguments import Count, checked
 from bnnflow.model import BayesianModel
+from bnnflow.options import Training
 from bnnflow.seeding import as_generator
 from bnnflow.transport.correct import refine
 from bnnflow.transport.displacement import Displacement
+from bnnflow.transport.fitting import fit_flow
 from bnnflow.transport.flow import Flow, GaussNewtonFlow
-from bnnflow.transport.training import fit_flow
 from bnnflow.types import Seed
 
 __all__ = ["fit_flow_without_draws"]
@@ -25,11 +28,10 @@ def fit_flow_without_draws(
     targets: Count = 4096,
     refine_steps: Count = 16,
     displacement: Displacement | None = None,
-    budget: Positive = 120.0,
-    steps: Count | None = None,
+    velocity: Literal["informed", "weights", "residual"] | nn.Module = "informed",
+    training: Training | None = None,
     seed: Seed = 0,
     progress: bool = True,
-    **settings: Any,
 ) -> Flow:
     """Fit a flow to targets that it makes itself: no draws of the posterior are needed, no warm-up, no chain.
 
@@ -44,11 +46,10 @@ def fit_flow_without_draws(
         targets: draws in each round.
         refine_steps: transitions of every draw in each round.
         displacement: of the untrained flow.
-        budget: seconds of training, all rounds together, unless ``steps`` says how many steps they have together.
-        steps: see ``budget``.
+        velocity: the field; see `fit_flow`.
+        training: how long and how fast, all rounds together; see `fit_flow`.
         seed: an int or a generator.
         progress: show bars at a terminal.
-        settings: others of `fit_flow`, such as ``velocity``.
 
     Returns:
         The flow; ``info["gradients_per_target"]`` counts the gradients of refinement, ``info["rounds"]`` keeps what
@@ -57,17 +58,19 @@ def fit_flow_without_draws(
     Raises:
         ValueError: if there is no round or no target.
     """
+    training = training or Training()
+    steps = training.steps
     if steps is not None and steps < rounds:
-        raise ValueError(f"steps must be at least the {rounds} rounds, got {steps}")
+        raise ValueError(f"training.steps must be at least the {rounds} rounds, got {steps}")
+    share = replace(training, budget=training.budget / rounds, steps=None if steps is None else steps // rounds)
     generator = as_generator(seed, model.device)
     flow = GaussNewtonFlow(model, displacement)
     history, gradients = [], 0.0
     for _ in range(rounds):
         theta = flow.sample(targets, generator)
         moved = refine(model, theta, refine_steps, seed=generator, progress=progress)
-        share: dict[str, Any] = {"budget": budget / rounds, "steps": None if steps is None else steps // rounds}
-        flow = fit_flow(model, moved.flat, seed=generator, progress=progress, **(settings | share))
-        settings["velocity"] = flow.velocity
+        flow = fit_flow(model, moved.flat, velocity=velocity, training=share, seed=generator, progress=progress)
+        velocity = flow.velocity
         gradients += moved.info["gradients_per_draw"]
         history.append({"refine": moved.info, "fit": flow.info})
     return replace(flow, info=flow.info | {"rounds": history, "gradients_per_target": gradients})

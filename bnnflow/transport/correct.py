@@ -11,6 +11,7 @@ from typing import Annotated, Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from bnnflow import verdicts
 from bnnflow.arguments import Count, Fraction, checked
 from bnnflow.draws import Draws, as_theta, strays
 from bnnflow.gaussian import Gaussian, positive
@@ -19,7 +20,7 @@ from bnnflow.inference.smc import evidence, merging, next_fraction, relative_var
 from bnnflow.inference.trajectories import ChainState, functions, metropolis
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
-from bnnflow.seeding import as_generator
+from bnnflow.seeding import as_generator, seed_in_words
 from bnnflow.transport.importance import (
     HeldOut,
     Student,
@@ -31,8 +32,9 @@ from bnnflow.transport.importance import (
     smoothed,
 )
 from bnnflow.transport.latent import Latent, Points, SolverError, Transport, crank_nicolson, log_normal
-from bnnflow.transport.verdict import SOLVER, Findings, Outcome, compare, copies_gap, solver_error
-from bnnflow.types import CorrectionMethod, Kernel, LogDensityAndGrad, Seed, Trace
+from bnnflow.transport.options import Density
+from bnnflow.transport.verdict import Findings, Outcome, compare, copies_gap, solver_error
+from bnnflow.types import CorrectionMethod, Kernel, LogDensityAndGrad, Seed
 from bnnflow.warn import warn
 
 __all__ = ["Correction", "correct", "refine"]
@@ -91,7 +93,7 @@ class Correction(Draws):
 
 def _with_density(name: str, flow: Any) -> Transport:
     """Return a flow that has a density over weights."""
-    wanted = ("start", "push", "push_with_log_prob", "pull_with_log_prob")
+    wanted = ("start", "forward", "forward_with_log_prob", "inverse_with_log_prob")
     if not all(hasattr(flow, each) for each in wanted):
         raise ValueError(
             f"{name}: {type(flow).__name__} has no density over weights, so there is nothing to weigh its draws with; "
@@ -109,7 +111,7 @@ def correct(
     *,
     seed: Seed = 0,
     held_out: Draws | Tensor | tuple[Tensor, Tensor | None] | None = None,
-    trace: Trace = "exact",
+    density: Density | None = None,
     force: bool = False,
     progress: bool = True,
 ) -> Correction:
@@ -153,12 +155,14 @@ def correct(
 
     Args:
         model: the posterior.
-        flow: a `Flow`, or whatever has its ``start``, ``push``, ``push_with_log_prob`` and ``pull_with_log_prob``.
+        flow: a `Flow`, or whatever has its ``start``, ``solver``, ``forward``, ``forward_with_log_prob`` and
+            ``inverse_with_log_prob``.
         n: number of draws, at least 50; chains round it up.
         method: see above.
         seed: an int or a generator.
         held_out: draws of chains that the flow did not see; at most 1000 of them are used.
-        trace: ``"exact"``; an estimated density makes biased weights, and is refused for all but refinement.
+        density: how the flow's densities are found; an estimated trace makes biased weights, and is refused for all but
+            refinement.
         force: use an estimated density all the same (the result then says so), or ``"neutra"`` in any dimension.
         progress: show bars at a terminal.
 
@@ -170,17 +174,21 @@ def correct(
         ValueError: if the flow has no density over weights, as a manifold flow without radii has none; if flow, model
             and held-out draws do not fit each other; for an estimated density without ``force``.
     """
-    _check(flow, model, n, method, trace, force)
+    density = Density() if density is None else density
+    _check(flow, model, n, method, density, force)
     generator = as_generator(seed, model.device)
     held = None if held_out is None else HeldOut.of(held_out, model, _HELD_OUT)
     wall, cpu = time.perf_counter(), time.process_time()
-    latent = Latent(flow, model, trace, generator, progress=progress)
+    latent = Latent(flow, model, density, generator, progress=progress)
     job = _Job(latent, model, n, flow.start(n, generator), generator, progress, Findings())
     points, chosen, why = _diagnose(job, method)
     outcome = _METHODS[chosen](job, points)
     info = _judge(job, chosen, why, points, outcome, held)
     info |= {
         "method": "correct",
+        "settings": f"correct({chosen!r}, n={n}, {density})",
+        "seed": seed_in_words(seed),
+        "gradients": _gradients(outcome),
         "correction": chosen,
         "asked": method,
         "density_solves": latent.solves,
@@ -202,6 +210,13 @@ def correct(
     )
 
 
+def _gradients(outcome: Outcome) -> int:
+    """Return the gradients of the posterior that all draws took, beside those of the flow's densities."""
+    chains, draws, _ = outcome.theta.shape
+    info = outcome.info
+    return round(info.get("gradients_per_draw", 0) * chains * draws + info.get("gradients_per_chain", 0) * chains)
+
+
 class _Job(NamedTuple):
     """What every method is given."""
 
@@ -214,7 +229,7 @@ class _Job(NamedTuple):
     findings: Findings
 
 
-def _check(flow: Transport, model: BayesianModel, n: int, method: str, trace: str, force: bool) -> None:
+def _check(flow: Transport, model: BayesianModel, n: int, method: str, density: Density, force: bool) -> None:
     """Refuse what cannot work."""
     if flow.dim != model.dim:
         raise ValueError(f"the flow has dim {flow.dim} and the model {model.dim}")
@@ -222,12 +237,10 @@ def _check(flow: Transport, model: BayesianModel, n: int, method: str, trace: st
         raise ValueError(f"n must be an integer of at least 50, got {n!r}")
     if method not in get_args(CorrectionMethod):
         raise ValueError(f"method must be one of {', '.join(get_args(CorrectionMethod))}, got {method!r}")
-    if trace not in get_args(Trace):
-        raise ValueError(f"trace must be one of {', '.join(get_args(Trace))}, got {trace!r}")
-    if trace != "exact" and method != "refine" and not force:
+    if density.trace != "exact" and method != "refine" and not force:
         raise ValueError(
-            f"a density estimated by {trace!r} is unbiased only as a logarithm: weights made of it are biased. Use "
-            "trace='exact', or method='refine', which needs no density; force=True insists"
+            f"a density estimated by {density.trace!r} is unbiased only as a logarithm: weights made of it are biased. "
+            "Use Density(trace='exact'), or method='refine', which needs no density; force=True insists"
         )
     if method == "neutra" and model.dim > _NEUTRA and not force:
         raise ValueError(
@@ -244,7 +257,7 @@ def _diagnose(job: _Job, method: CorrectionMethod) -> tuple[Points | None, Corre
     dim = job.model.dim
     if method != "auto":
         few = {"refine": _PILOT, "metropolis": 2 * _PILOT, "neutra": 2 * _PILOT}
-        if method == "refine" and (job.latent.trace != "exact" or dim > _WEIGHED):
+        if method == "refine" and (job.latent.density.trace != "exact" or dim > _WEIGHED):
             return None, method, "as asked"
         return _weigh(job, few.get(method, job.n)), method, "as asked"
     if dim > _WEIGHED:
@@ -273,7 +286,7 @@ def _weigh(job: _Job, n: int, points: Points | None = None) -> Points:
     with progress_bar(n, "weights", job.progress, "draw", initial=done) as bar:
         try:
             for rows in job.x0[done:n].split(job.latent.chunk):
-                parts.append(job.latent.push(rows))
+                parts.append(job.latent.forward(rows))
                 bar.update(len(rows))
         except KeyboardInterrupt:
             if not parts:
@@ -312,12 +325,12 @@ def _defensive(job: _Job, points: Points | None) -> Outcome:
     """Weigh by a mixture of the flow and a Student law fitted to other draws of it."""
     assert points is not None
     model, latent = job.model, job.latent
-    others = latent.carry(latent.flow.start(max(200, min(4 * model.dim, 4000)), job.generator))
+    others = latent.forward_without_density(latent.flow.start(max(200, min(4 * model.dim, 4000)), job.generator))
     student = Student.fit(others[others.isfinite().all(1)])
     heavy = max(2, round(_DEFENSIVE * len(points.x0)))
     light = len(points.x0) - heavy
     share = math.log(light / (light + heavy)), math.log(heavy / (light + heavy))
-    extra = latent.pull(student.sample(heavy, job.generator).to(points.theta))
+    extra = latent.inverse(student.sample(heavy, job.generator).to(points.theta))
 
     def mixture(points: Points) -> Points:
         log_q = torch.where(points.log_q.isnan(), -math.inf, points.log_q)
@@ -347,7 +360,7 @@ def _resample(job: _Job, points: Points | None) -> Outcome:
 def _refine(job: _Job, points: Points | None) -> Outcome:
     """Refine every draw twice, and see whether the second time still changes something."""
     known = 0 if points is None else len(points.x0)
-    rest = [job.latent.carry(rows) for rows in job.x0[known:].split(_CHUNK) if len(rows)]
+    rest = [job.latent.forward_without_density(rows) for rows in job.x0[known:].split(_CHUNK) if len(rows)]
     theta = torch.cat(([] if points is None else [points.theta]) + rest)
     usable = theta.isfinite().all(1)
     if not bool(usable.all()):
@@ -522,7 +535,7 @@ def mixed(
         state, info = walk.step(walk.init(theta, generator), generator)
         rows = (state.theta != theta).any(1).nonzero().squeeze(1)
         if len(rows):
-            moved = latent.pull(state.theta[rows].to(points.theta))
+            moved = latent.inverse(state.theta[rows].to(points.theta))
             found = ~moved.lost
             points = Points(
                 *(old.index_put((rows[found],), new[found]) for old, new in zip(points, moved, strict=True))
@@ -687,7 +700,7 @@ def _neutra(job: _Job, points: Points | None) -> Outcome:
                 raise
             job.findings.stopped(f"after {len(states)} of {chains.draws} draws of each chain")
     x0 = torch.stack([state.theta for state in states], 1)  # (chain, draw, dim)
-    theta = torch.cat([latent.carry(rows) for rows in x0.flatten(0, 1).split(latent.chunk)])
+    theta = torch.cat([latent.forward_without_density(rows) for rows in x0.flatten(0, 1).split(latent.chunk)])
     log_joint = latent.log_joint(theta).unflatten(0, x0.shape[:2])
     ratio = torch.stack([state.log_joint for state in states], 1) - log_normal(x0)
     stats = {name: torch.stack([getattr(info, name) for info in infos], 1) for name in infos[0]._fields}
@@ -767,13 +780,15 @@ def _judge(
         if chosen in ("refine", "smc", "metropolis", "neutra"):
             done += f" (weights of the flow's own draws: k-hat {khat:.2f}, {raw:.0%} effective)"
         solver = solver_error(latent, points)
-        info |= {"solver_error": solver.rms, "solver_steps": latent.flow.steps}
+        info |= {"solver_error": solver.rms, "solver_steps": latent.flow.solver.steps}
         if chosen != "refine":
             findings.solver(solver.rms)
         rows = _starts(points, _COPIES, job.generator)
         info["copies_gap"] = copies_gap(findings, latent, points.theta[rows], job.generator, held is not None)
-        if latent.trace != "exact":
-            findings.severe.append(f"densities are estimates ({latent.trace}), and weights made of them are biased")
+        if latent.density.trace != "exact":
+            findings.severe.append(
+                f"densities are estimates ({latent.density.trace}), and weights made of them are biased"
+            )
     if outcome.evidence is not None:
         value, error = outcome.evidence
         if chosen != "refine":  # whose evidence rests on no density of the flow
@@ -787,8 +802,8 @@ def _judge(
         findings.mild.append("without held_out draws a mode that the flow has lost cannot be excluded")
     else:
         findings.severe.append("nothing was compared: without densities only held_out draws can tell; give some")
-    exact = points is not None and latent.trace == "exact" and solver.rms <= SOLVER[0]
-    info["verdict"] = findings.verdict(done, exact and held is not None, raw)
+    exact = points is not None and latent.density.trace == "exact" and solver.rms <= verdicts.SOLVER.good
+    info["verdict"] = findings.conclusion(done, exact and held is not None, raw)
     return info
 
 
@@ -913,12 +928,15 @@ def refine(
         behind = strays(log_joint)
     info = {
         "method": "refine",
+        "settings": f"refine(steps={steps}, n_leapfrog={n_leapfrog}, target_acceptance={target_acceptance})",
+        "seed": seed_in_words(seed),
         "steps": done,
         "interrupted": interrupted,
         "n_leapfrog": n_leapfrog,
         "step_size": step_size,
         "acceptance_rate": float(acceptance.mean()),
         "gradients_per_draw": gradients,
+        "gradients": round(gradients * len(flat)),
         "strays": int(behind.sum()),
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time() - cpu,

@@ -35,6 +35,11 @@ class Drive(NamedTuple):
 class Displacement(ABC):
     """``(context, mu (batch, dim), s2 (batch, 1)) -> Drive``."""
 
+    @property
+    @abstractmethod
+    def gradients(self) -> int:
+        """Gradients of the likelihood, or systems of equations, that an evaluation takes."""
+
     @abstractmethod
     def __call__(self, context: Context, mu: Tensor, s2: Tensor) -> Drive:
         """Return the drive."""
@@ -76,6 +81,11 @@ class GradientSteps(Displacement):
     steps: Count = 8
     max_norm: Limit = 1.0
     memory: Share = 0.9
+
+    @property
+    def gradients(self) -> int:
+        """Two for each step, and one at the end."""
+        return 2 * self.steps + 1
 
     def __call__(self, context: Task, mu: Tensor, s2: Tensor) -> Drive:
         """Return the drive."""
@@ -180,6 +190,11 @@ class GaussNewton(Displacement):
     steps: Count = 1
     max_norm: Limit = 3.0
     iterations: Count | None = None
+
+    @property
+    def gradients(self) -> int:
+        """One for each step, and about two for each iteration of conjugate gradients in it."""
+        return self.steps * (1 + 2 * (self.iterations or 0))
 
     def __call__(self, context: Context, mu: Tensor, s2: Tensor) -> Drive:
         """Return the drive; ``grad`` is the one before the last step, which costs nothing more."""

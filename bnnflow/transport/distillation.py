@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from bnnflow import storage
-from bnnflow.arguments import Count, Positive, checked
+from bnnflow.arguments import Count, checked
+from bnnflow.method import Sampleable
 from bnnflow.model import BayesianModel
+from bnnflow.options import Training
 from bnnflow.seeding import as_generator
 from bnnflow.transport.coordinates import Context
 from bnnflow.transport.field import Field
 from bnnflow.transport.flow import Flow
-from bnnflow.transport.options import together
+from bnnflow.transport.options import default_chunk
 from bnnflow.transport.paths import ProbabilityPath
 from bnnflow.transport.solvers import integrate, time_grid
 from bnnflow.transport.source import Source
@@ -34,7 +36,7 @@ __all__ = ["FlowMap", "distil"]
 
 
 @dataclass(frozen=True)
-class FlowMap:
+class FlowMap(Sampleable):
     """An approximate sampler in a few evaluations, made from a flow by `distil`.
 
     x_{k+1} = x_k + (t_{k+1} - t_k) field(t_k, x_k): every step is a map that was trained to land where the flow does.
@@ -60,6 +62,11 @@ class FlowMap:
         """Length of a weight vector."""
         return self.spec.dim
 
+    @property
+    def gradients_per_draw(self) -> int:
+        """Gradients of the likelihood that a draw takes."""
+        return (len(self.times) - 1) * self.velocity.gradients
+
     @checked
     def sample(self, n: Count, seed: Seed = 0, *, chunk_size: Count | None = None) -> Tensor:
         """Draw ``(n, dim)`` weights, approximately from the posterior."""
@@ -67,7 +74,10 @@ class FlowMap:
         x0 = torch.randn(n, self.dim, generator=generator, device=self.source.device, dtype=self.source.dtype)
         with torch.no_grad():
             return torch.cat(
-                [self.source.from_normal(self._carry(rows)) for rows in x0.split(chunk_size or together(x0.device))]
+                [
+                    self.source.from_normal(self._carry(rows))
+                    for rows in x0.split(chunk_size or default_chunk(x0.device))
+                ]
             )
 
     def _carry(self, x: Tensor) -> Tensor:
@@ -115,10 +125,7 @@ def distil(
     evaluations: Count = 6,
     *,
     trajectories: Count = 4096,
-    budget: Positive = 120.0,
-    steps: Count | None = None,
-    batch_size: Count = 256,
-    learning_rate: Positive = 1e-3,
+    training: Training | None = None,
     seed: Seed = 0,
     progress: bool = True,
 ) -> FlowMap:
@@ -132,10 +139,7 @@ def distil(
         flow: a trained flow whose field can be trained.
         evaluations: steps of the map, one evaluation each.
         trajectories: number of solutions.
-        budget: seconds of training, unless ``steps`` says how many.
-        steps: optimiser steps.
-        batch_size: steps of trajectories in a batch.
-        learning_rate: of AdamW.
+        training: how long and how fast; by default 120 seconds, with AdamW at a learning rate of 1e-3.
         seed: an int or a generator.
         progress: show a bar at a terminal.
 
@@ -154,17 +158,16 @@ def distil(
 
     student = copy.deepcopy(flow.velocity.bind(None)).requires_grad_().bind(flow.velocity.posterior)
     grid = _Grid(times, walks.shape[-1])
-    _, info = train(
-        student, pairs, path=grid, times=grid, budget=budget, steps=steps, batch_size=batch_size,
-        learning_rate=learning_rate, optimiser="adamw", seed=generator, progress=progress,
-    )  # fmt: skip
+    training = (training or Training()).with_defaults(1e-3, "adamw")
+    _, info = train(student, pairs, path=grid, times=grid, training=training, seed=generator, progress=progress)
     info |= {"approximate": True, "evaluations": evaluations, "trajectories": trajectories}
     return FlowMap(student, flow.source, flow.spec, times, info)
 
 
 def _walks(flow: Flow, x0: Tensor, times: Tensor) -> Tensor:
     """Return where the flow is at the given times, ``(n, times, dim)``, solved with at least its own steps."""
-    between = max(1, -(-flow.steps // (len(times) - 1)))
+    steps = len(flow.solver.grid("cpu")) - 1
+    between = max(1, -(-steps // (len(times) - 1)))
     part = torch.linspace(0, 1, between + 1, dtype=times.dtype, device=times.device)
     walks = []
     with torch.no_grad():
@@ -173,7 +176,7 @@ def _walks(flow: Flow, x0: Tensor, times: Tensor) -> Tensor:
             for start, stop in itertools.pairwise(times):
                 between_times = start + (stop - start) * part
                 walk += integrate(
-                    lambda t, state: (flow.velocity(t, state[0]),), (walk[-1],), between_times, flow.solver
+                    lambda t, state: (flow.velocity(t, state[0]),), (walk[-1],), between_times, flow.solver.rule
                 )
             walks.append(torch.stack(walk, 1))
     return torch.cat(walks)

@@ -50,6 +50,11 @@ class Field(nn.Module):
         """Whether the field looks at a posterior, which it must be bound to."""
         return False
 
+    @property
+    def gradients(self) -> int:
+        """Gradients of the likelihood that an evaluation takes."""
+        return sum(displacement.gradients for displacement in self.displacements)
+
     def bind(self, posterior: Context | None) -> Self:
         """Return the same field, sharing its weights, bound to another posterior, or to none."""
         if not self.informed:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Unpack, get_args
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from bnnflow import storage
 from bnnflow.arguments import Count, Limit, NonNegative, Range, checked, shaped
+from bnnflow.method import Sampleable
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
 from bnnflow.seeding import as_generator
@@ -24,7 +25,7 @@ from bnnflow.transport.coordinates import Context
 from bnnflow.transport.displacement import Displacement
 from bnnflow.transport.field import Field
 from bnnflow.transport.guidance import GuidedVelocity
-from bnnflow.transport.options import DensityOptions, SampleOptions, Steps, Tracing, together
+from bnnflow.transport.options import Density, Solver, default_chunk
 from bnnflow.transport.paths import AffinePath
 from bnnflow.transport.solvers import (
     integrate,
@@ -33,13 +34,20 @@ from bnnflow.transport.solvers import (
     node_times,
     order_of,
     rows_within,
-    time_grid,
     twice_as_long,
 )
 from bnnflow.transport.source import Source
-from bnnflow.transport.stored import ROWS, check_weights, dtype_of, rows_looked_at, rows_to_look_at, solver_of
+from bnnflow.transport.stored import (
+    ROWS,
+    check_weights,
+    dtype_of,
+    rows_looked_at,
+    rows_to_look_at,
+    solver_of,
+    stored_solver,
+)
 from bnnflow.transport.velocity import DriveVelocity, restore
-from bnnflow.types import FixedSolver, Seed, Solver, Trace
+from bnnflow.types import Rule, Seed, Trace
 from bnnflow.warn import warn
 from bnnflow.weights import WeightSpec
 
@@ -47,25 +55,25 @@ __all__ = ["Flow", "GaussNewtonFlow"]
 
 _LOG_2PI = math.log(2 * math.pi)
 _PATIENCE = 3.0  # seconds, from which a bar says how long it will take
+_CHUNK = 512  # points that travel together with a density
 _ROUGH = 1.0  # nats, from which a log density takes more evaluations of the divergence, or is told to be in doubt
 
 
 @checked
-@dataclass(frozen=True)
-class Flow:
-    """A transport of a source, by default the prior, to the posterior; a `Posterior`.
+@dataclass(frozen=True, repr=False)
+class Flow(Sampleable):
+    """A transport of a source, by default the prior, to the posterior; a `Posterior`, and a method of `bnnflow.sample`.
 
     Draws solve dx/dt = velocity(t, x) from t = 0, x ~ N(0, I) in the coordinates of the source, to t = 1. Log densities
     follow d log p / dt = -div velocity along the path, and include the Jacobian of the coordinates, so that they are
-    densities over ``theta``. Their error is the solver's: compare two values of ``steps``.
+    densities over ``theta``. Their error is the solver's: see `solver_error`.
 
     Attributes:
         velocity: the field, in evaluation mode.
         source: the law at t = 0.
         spec: the meaning of the weights.
         fingerprint: of the model that the field is bound to, or was fitted on.
-        solver: rule used unless a call says otherwise.
-        steps: its number of steps.
+        solver: of the equation, unless a call says otherwise.
         info: how the flow was made.
     """
 
@@ -73,8 +81,7 @@ class Flow:
     source: Source
     spec: WeightSpec
     fingerprint: str
-    solver: Solver = "midpoint"
-    steps: Count = 8
+    solver: Solver = Solver()
     info: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -95,6 +102,25 @@ class Flow:
     def dim(self) -> int:
         """Length of a weight vector."""
         return self.spec.dim
+
+    def __repr__(self) -> str:
+        """Say what moves how many weights, and how it is solved."""
+        return f"Flow({self.velocity._get_name()} of {self.dim:,} weights, {self.solver})"
+
+    @property
+    def gradients_per_draw(self) -> int | None:
+        """Gradients of the likelihood that a draw takes; None where the solver chooses its steps."""
+        if not self.velocity.gradients:
+            return 0
+        evaluations = self.solver.evaluations
+        return None if evaluations is None else evaluations * self.velocity.gradients
+
+    def check_model(self, model: BayesianModel) -> None:
+        """Raise ``ValueError`` if the flow is one to another model's posterior."""
+        if not model.recognises(self.fingerprint):
+            raise ValueError(
+                "method: this flow is one to another posterior; flow.bind(model) uses its field on this one"
+            )
 
     @property
     def path(self) -> AffinePath:
@@ -176,7 +202,7 @@ class Flow:
 
     def _on(self, velocity: nn.Module, model: BayesianModel) -> Flow:
         source = self.source.on(model)
-        return Flow.of(velocity, model, source, solver=self.solver, steps=self.steps, info=self.info)
+        return Flow.of(velocity, model, source, solver=self.solver, info=self.info)
 
     # ---------------------------------------------------------------- sampling and densities
 
@@ -186,9 +212,8 @@ class Flow:
         n: Count,
         seed: Seed = 0,
         *,
-        steps: Steps | None = None,
         solver: Solver | None = None,
-        epsilon: NonNegative | Callable[[Tensor], Tensor | float] = 0.0,
+        diffusion: NonNegative | Callable[[Tensor], Tensor | float] = 0.0,
         chunk_size: Count | None = None,
     ) -> Tensor:
         """Draw ``(n, dim)`` posterior weights.
@@ -196,9 +221,8 @@ class Flow:
         Args:
             n: number of draws.
             seed: decides the starting points and so the draws.
-            steps: steps of the solver, or its times; the flow's own if None.
-            solver: its rule; an adaptive one chooses its own steps.
-            epsilon: noise on the way, a number or a function of time that may vanish on parts of the path: the same
+            solver: of the equation; the flow's own if None.
+            diffusion: noise on the way, a number or a function of time that may vanish on parts of the path: the same
                 marginals if the field is exact, and less memory of its errors if it is not. Wants more steps, and
                 vanishes best before t = 1, where the score is not known.
             chunk_size: draws that travel together, which bounds the memory, see `rows_within`; as many as are fastest
@@ -208,38 +232,37 @@ class Flow:
             FloatingPointError: if the velocity becomes NaN, or draws are not finite.
         """
         generator = as_generator(seed, self._device)
-        starts = self.start(n, generator).split(chunk_size or together(self._device))
+        starts = self.start(n, generator).split(chunk_size or default_chunk(self._device))
         with torch.no_grad():
-            if epsilon == 0:
-                return _finite([self.push(x0, steps=steps, solver=solver) for x0 in starts])
-            return _finite([self._push_with_noise(x0, steps, solver, epsilon, generator) for x0 in starts])
+            if diffusion == 0:
+                return _finite([self.forward(x0, solver=solver) for x0 in starts])
+            return _finite([self._diffuse(x0, solver or self.solver, diffusion, generator) for x0 in starts])
 
-    def _push_with_noise(
+    def _diffuse(
         self,
         x0: Tensor,
-        steps: Steps | None,
-        solver: Solver | None,
-        epsilon: NonNegative | Callable[[Tensor], Tensor | float],
+        solver: Solver,
+        diffusion: NonNegative | Callable[[Tensor], Tensor | float],
         generator: torch.Generator,
     ) -> Tensor:
         def field(t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
             velocity = self.velocity(t, x)
             return velocity, self.path.score(t, x, velocity)
 
-        rule = solver or self.solver
-        x1 = integrate_sde(field, epsilon, x0, self._grid(steps), generator, rule)  # type: ignore[arg-type]
+        grid = solver.grid(self._device)
+        x1 = integrate_sde(field, diffusion, x0, grid, generator, solver.rule)  # type: ignore[arg-type]
         return self.source.from_normal(x1)
 
     @checked
-    def rows_within(self, memory: Count, trace: Trace | None = None) -> int:
+    def rows_within(self, memory: Count, density: Density | None = None) -> int:
         """Return the ``chunk_size`` whose tensors stay within ``memory`` bytes, without or with a density."""
         x0 = self.start(2, 0)
-        times = self._grid(1)
+        one_step = Solver("euler", 1)
 
         def work(x: Tensor) -> Any:
-            if trace is None:
-                return integrate(lambda t, state: (self.velocity(t, state[0]),), (x,), times, "euler")
-            return self._transport(x, Tracing(trace, steps=1, solver="euler"))
+            if density is None:
+                return self._integrate(x, one_step)
+            return self._transport(x, _Solve(one_step, density, as_generator(0, self._device)))
 
         with torch.no_grad():
             return rows_within(memory, work, x0)
@@ -250,32 +273,30 @@ class Flow:
         n: Annotated[int, Range(least=2)] = 64,
         seed: Seed = 0,
         *,
-        steps: Count | None = None,
         solver: Solver | None = None,
         density: bool = True,
     ) -> dict[str, float]:
-        """Compare ``steps`` with twice as many on the same starts: what the solver is responsible for.
+        """Compare a solver with a finer one on the same starts: what it is responsible for.
 
         Args:
             n: number of draws.
             seed: decides the starting points.
-            steps: the flow's own if None.
-            solver: a rule with fixed steps.
+            solver: compared with one of half its steps, or a tenth of its tolerances; the flow's own if None.
             density: compare log densities too.
 
         Returns:
             ``"theta"``, the root mean square difference in standard deviations of the draws, and with ``density``
             ``"log_prob"``, the mean absolute difference, and ``"log_prob_worst"``, the largest.
         """
-        steps = self.steps if steps is None else steps
+        solver = solver or self.solver
+        solvers = solver, solver.finer()
         x0 = self.start(n, seed)
         with torch.no_grad():
             if not density:
-                few, many = (self.push(x0, steps=m, solver=solver) for m in (steps, 2 * steps))
+                few, many = (self.forward(x0, solver=each) for each in solvers)
                 return {"theta": float(((few - many) / many.std(0)).square().mean().sqrt())}
-            (few, log_few), (many, log_many) = (
-                self.push_with_log_prob(x0, steps=m, solver=solver) for m in (steps, 2 * steps)
-            )
+            solves = (self._solve(each, None, 0) for each in solvers)
+            (few, log_few, _), (many, log_many, _) = (self._forward(x0, each, _CHUNK, False) for each in solves)
         apart = (log_few - log_many).abs()
         return {
             "theta": float(((few - many) / many.std(0)).square().mean().sqrt()),
@@ -290,54 +311,137 @@ class Flow:
         return torch.randn(n, self.dim, generator=generator, device=self._device, dtype=self.source.dtype)
 
     @checked
-    def push(self, x0: Tensor, *, steps: Steps | None = None, solver: Solver | None = None) -> Tensor:
+    def forward(self, x0: Tensor, *, solver: Solver | None = None) -> Tensor:
         """Carry latent points ``(n, dim)`` to weights; differentiable, all in one chunk."""
-        grid, x0 = self._grid(steps), self._rows("x0", x0)
-        (x1,) = integrate(lambda t, state: (self.velocity(t, state[0]),), (x0,), grid, solver or self.solver)
-        return self.source.from_normal(x1)
+        return self.source.from_normal(self._integrate(self._rows("x0", x0), solver or self.solver))
 
     @checked
-    def sample_with_log_prob(self, n: Count, seed: Seed = 0, **options: Unpack[SampleOptions]) -> tuple[Tensor, Tensor]:
-        """Draw ``(n, dim)`` and their log densities ``(n,)`` in one pass forwards; see `DensityOptions`."""
+    def sample_with_log_prob(
+        self,
+        n: Count,
+        seed: Seed = 0,
+        *,
+        density: Density | None = None,
+        solver: Solver | None = None,
+        chunk_size: Count = _CHUNK,
+        progress: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw weights and their log densities in one pass forwards.
+
+        Args:
+            n: number of draws.
+            seed: decides the starting points, and the probes of an estimated trace.
+            density: how the trace is found; exactly if None.
+            solver: of the equation; the flow's own if None.
+            chunk_size: draws that travel together, which bounds the memory.
+            progress: show a bar at a terminal, for what takes more than some seconds.
+
+        Returns:
+            ``(n, dim)``, and ``(n,)`` in float64.
+
+        Raises:
+            FloatingPointError: if the velocity becomes NaN, or draws are not finite.
+        """
         generator = as_generator(seed, self._device)
         with torch.no_grad():
-            options = SampleOptions(**({"progress": True} | options))  # type: ignore[typeddict-item]
-            theta, log_prob = self.push_with_log_prob(self.start(n, generator), seed=generator, **options)
+            theta, log_prob = self.forward_with_log_prob(
+                self.start(n, generator),
+                density=density,
+                solver=solver,
+                seed=generator,
+                chunk_size=chunk_size,
+                progress=progress,
+            )
         return _finite([theta]), log_prob
 
     @checked
-    def push_with_log_prob(self, x0: Tensor, **options: Unpack[DensityOptions]) -> tuple[Tensor, Tensor]:
-        """Carry latent points ``(n, dim)`` to weights, with their log densities ``(n,)`` there; differentiable."""
-        tracing = Tracing(**options).on(self._device)
+    def forward_with_log_prob(
+        self,
+        x0: Tensor,
+        *,
+        density: Density | None = None,
+        solver: Solver | None = None,
+        seed: Seed = 0,
+        chunk_size: Count = _CHUNK,
+        progress: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Carry latent points to weights, with their log densities there; differentiable.
+
+        Args:
+            x0: latent points, ``(n, dim)``.
+            density: how the trace is found; exactly if None.
+            solver: of the equation; the flow's own if None.
+            seed: of the probes of an estimated trace, which stay fixed along a path.
+            chunk_size: points that travel together, which bounds the memory.
+            progress: show a bar at a terminal, for what takes more than some seconds.
+
+        Returns:
+            ``(n, dim)``, and ``(n,)`` in float64.
+        """
+        solve = self._solve(solver, density, seed)
+        theta, log_prob, doubtful = self._forward(self._rows("x0", x0), solve, chunk_size, progress)
+        self._tell(doubtful, len(theta), solve.solver.rule)
+        return theta, log_prob
+
+    def _forward(self, x0: Tensor, solve: _Solve, chunk_size: int, progress: bool) -> tuple[Tensor, Tensor, int]:
+        """Carry latent points to weights, with their log densities, and say how many of these are in doubt."""
         thetas, log_probs, doubtful = [], [], 0
-        x0 = self._rows("x0", x0)
-        with self._bar(x0, tracing) as bar:
-            for rows in x0.split(tracing.chunk_size):
-                x1, change, doubts = self._transport(rows, tracing, bar=bar)
+        with self._bar(x0, solve, progress) as bar:
+            for rows in x0.split(chunk_size):
+                x1, change, doubts = self._transport(rows, solve, bar=bar)
                 doubtful += doubts
                 theta = self.source.from_normal(x1)
                 thetas.append(theta)
                 log_probs.append(_log_normal(rows) - change + self.source.log_jacobian(theta))
-        self._tell(doubtful, len(x0), tracing)
-        return torch.cat(thetas), torch.cat(log_probs)
+        return torch.cat(thetas), torch.cat(log_probs), doubtful
 
     @checked
-    def pull_with_log_prob(self, theta: Tensor, **options: Unpack[DensityOptions]) -> tuple[Tensor, Tensor]:
-        """Carry weights ``(n, dim)`` back to latent points, with their log densities ``(n,)``; differentiable."""
-        tracing = Tracing(**options).on(self._device)
+    def inverse_with_log_prob(
+        self,
+        theta: Tensor,
+        *,
+        density: Density | None = None,
+        solver: Solver | None = None,
+        seed: Seed = 0,
+        chunk_size: Count = _CHUNK,
+        progress: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Carry weights back to latent points, with their log densities; differentiable.
+
+        Args:
+            theta: weights, ``(n, dim)``.
+            density: how the trace is found; exactly if None.
+            solver: of the equation; the flow's own if None.
+            seed: of the probes of an estimated trace, which stay fixed along a path.
+            chunk_size: points that travel together, which bounds the memory.
+            progress: show a bar at a terminal, for what takes more than some seconds.
+
+        Returns:
+            The latent points ``(n, dim)``, and ``(n,)`` in float64.
+        """
+        solve = self._solve(solver, density, seed)
         starts, log_probs, doubtful = [], [], 0
         theta = self._rows("theta", theta)
-        with self._bar(theta, tracing) as bar:
-            for rows in theta.split(tracing.chunk_size):
-                x0, change, doubts = self._transport(self.source.to_normal(rows), tracing, backwards=True, bar=bar)
+        with self._bar(theta, solve, progress) as bar:
+            for rows in theta.split(chunk_size):
+                x0, change, doubts = self._transport(self.source.to_normal(rows), solve, backwards=True, bar=bar)
                 doubtful += doubts
                 starts.append(x0)
                 log_probs.append(_log_normal(x0) + change + self.source.log_jacobian(rows))
-        self._tell(doubtful, len(theta), tracing)
+        self._tell(doubtful, len(theta), solve.solver.rule)
         return torch.cat(starts), torch.cat(log_probs)
 
     @checked
-    def log_prob(self, theta: Tensor, **options: Unpack[DensityOptions]) -> Tensor:
+    def log_prob(
+        self,
+        theta: Tensor,
+        *,
+        density: Density | None = None,
+        solver: Solver | None = None,
+        seed: Seed = 0,
+        chunk_size: Count = _CHUNK,
+        progress: bool = True,
+    ) -> Tensor:
         """Return the log density of the flow at ``theta``, ``(..., dim) -> (...)`` in float64.
 
         Far from the posterior fields are stiff, and a rule with fixed steps may miss by hundreds of nats: a warning
@@ -345,80 +449,87 @@ class Flow:
 
         Args:
             theta: weights.
-            options: ``trace``, ``probes``, ``noise``, ``seed``, ``steps``, ``solver``, ``chunk_size``, ``progress``;
-                see `DensityOptions`.
+            density: how the trace is found; exactly if None.
+            solver: of the equation; the flow's own if None.
+            seed: of the probes of an estimated trace, which stay fixed along a path.
+            chunk_size: points that travel together, which bounds the memory.
+            progress: show a bar at a terminal, for what takes more than some seconds.
         """
         flat = shaped("theta", theta, self.dim, lead=True).reshape(-1, self.dim)
-        options = DensityOptions(**({"progress": True} | options))  # type: ignore[typeddict-item]
         with torch.no_grad():
-            _, log_probs = self.pull_with_log_prob(flat, **options)
+            _, log_probs = self.inverse_with_log_prob(
+                flat, density=density, solver=solver, seed=seed, chunk_size=chunk_size, progress=progress
+            )
         return log_probs.reshape(theta.shape[:-1])
 
-    def _bar(self, x: Tensor, tracing: Tracing) -> tqdm:
+    def _solve(self, solver: Solver | None, density: Density | None, seed: Seed) -> _Solve:
+        return _Solve(solver or self.solver, density or Density(), as_generator(seed, self._device))
+
+    def _bar(self, x: Tensor, solve: _Solve, progress: bool) -> tqdm:
         """Return a bar for the divergences of ``x`` that are certain to be evaluated."""
-        steps = self.steps if tracing.steps is None else tracing.steps
-        total = 2 * steps * len(x) if isinstance(steps, int) else None
-        return progress_bar(total, "log density", tracing.progress, "divergence", delay=_PATIENCE)
+        nodes = solve.solver.nodes
+        total = None if nodes is None else nodes * len(x)
+        return progress_bar(total, "log density", progress, "divergence", delay=_PATIENCE)
+
+    def _integrate(self, x: Tensor, solver: Solver) -> Tensor:
+        """Carry ``x`` from t = 0 to t = 1, without a density."""
+        (x1,) = solver.integrate(lambda t, state: (self.velocity(t, state[0]),), (x,))
+        return x1
 
     def _transport(
-        self, x: Tensor, tracing: Tracing, *, backwards: bool = False, bar: tqdm | None = None
+        self, x: Tensor, solve: _Solve, *, backwards: bool = False, bar: tqdm | None = None
     ) -> tuple[Tensor, Tensor, int]:
         """Carry ``x`` from one end to the other and integrate the divergence on the way; say for how many in doubt."""
-        probes = tracing.draw(x)  # one set for the whole path, or the solver would integrate noise
-        solver = tracing.solver or self.solver
-        steps = self.steps if tracing.steps is None else tracing.steps
+        # One set for the whole path, or the solver would integrate noise.
+        probes = solve.density.draw(x, solve.generator)
+        trace, solver = solve.density.trace, solve.solver
 
         def slope(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             if bar is not None:
                 bar.update(len(state[0]))
-            return self.velocity.with_divergence(t, state[0], tracing.trace, probes)
+            return self.velocity.with_divergence(t, state[0], trace, probes)
 
-        if isinstance(steps, int) and solver in get_args(FixedSolver):
-            return self._along_nodes(x, probes, tracing.trace, 2 * steps, solver, backwards, bar)
-        grid = self._grid(steps)
+        if solver.nodes is not None:
+            return self._along_nodes(x, probes, solve, backwards, bar)
         start = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
-        grid = grid.flip(0) if backwards else grid
-        end, change = integrate(slope, (x, start), grid, solver)
-        if solver not in get_args(FixedSolver) or len(grid) < 3:
+        end, change = solver.integrate(slope, (x, start), backwards=backwards)
+        grid = solver.grid(x.device)
+        if solver.evaluations is None or len(grid) < 3:  # a rule that minds its own error, or no longer steps
             return end, change, 0
+        grid = twice_as_long(grid.flip(0) if backwards else grid)
         with torch.no_grad():
-            other, other_change = integrate(slope, (x, start), twice_as_long(grid), solver)
+            other, other_change = integrate(slope, (x, start), grid, solver.rule)
         apart = change - other_change
         if backwards:
             apart = apart + _log_normal(end) - _log_normal(other)
         return end, change, int((apart.abs() > _ROUGH).sum())
 
     @torch.no_grad()
-    def _doubt(self, x: Tensor, end: Tensor, grid: Tensor, solver: Solver) -> Tensor:
+    def _doubt(self, x: Tensor, end: Tensor, grid: Tensor, rule: Rule) -> Tensor:
         """Return by how many nats the log density of the source is off at the end of the steps, ``(n,)`` (Richardson).
 
         The way alone is gone again in steps of twice the length, which costs no divergence.
         """
-        (other,) = integrate(lambda t, state: (self.velocity(t, state[0]),), (x,), twice_as_long(grid), solver)
-        return (_log_normal(end) - _log_normal(other)).abs() / (2 ** order_of(solver) - 1)
+        (other,) = integrate(lambda t, state: (self.velocity(t, state[0]),), (x,), twice_as_long(grid), rule)
+        return (_log_normal(end) - _log_normal(other)).abs() / (2 ** order_of(rule) - 1)
 
-    def _tell(self, doubtful: int, n: int, tracing: Tracing) -> None:
+    def _tell(self, doubtful: int, n: int, rule: Rule) -> None:
         if doubtful:
             warn(
                 f"log densities of {doubtful} of {n} weights may be wrong by more than a nat: the field is too stiff "
-                f"there for fixed steps of {tracing.solver or self.solver!r}, as it is far from the posterior. Take "
-                "more steps, or an adaptive solver such as 'dopri5'"
+                f"there for fixed steps of {rule!r}, as it is far from the posterior. Take more steps, or an adaptive "
+                "solver such as bf.transport.Solver('dopri5')"
             )
 
     def _along_nodes(
-        self,
-        x: Tensor,
-        probes: Tensor | None,
-        trace: Trace,
-        nodes: int,
-        solver: Solver,
-        backwards: bool,
-        bar: tqdm | None,
+        self, x: Tensor, probes: Tensor | None, solve: _Solve, backwards: bool, bar: tqdm | None
     ) -> tuple[Tensor, Tensor, int]:
         """Integrate the divergence at nodes, and at twice and four times as many where they are too few.
 
         They are where the divergence is rough along the path, or the way back to the source in doubt.
         """
+        nodes, rule = solve.solver.nodes, solve.solver.rule
+        assert nodes is not None
         rows = torch.arange(len(x), device=x.device)
         end, change = torch.empty_like(x), torch.empty(len(x), dtype=torch.float64, device=x.device)
         before = torch.full_like(change, torch.nan)
@@ -427,13 +538,13 @@ class Flow:
             some = None if probes is None else probes[:, rows]
             if bar is not None and bar.total is not None and count > nodes:
                 bar.total += count * len(rows)
-            field = _Traced(self.velocity, trace, some, bar)
-            found, total, rough = integrate_with_trace(field, field.trace, x[rows], count, solver, backwards=backwards)
+            field = _Traced(self.velocity, solve.density.trace, some, bar)
+            found, total, rough = integrate_with_trace(field, field.trace, x[rows], count, rule, backwards=backwards)
             end, change = end.index_copy(0, rows, found), change.index_copy(0, rows, total)
             value = total.detach()
             if backwards:
                 value = value + _log_normal(found.detach())
-                doubt = self._doubt(x[rows], found, node_times(count, x.device).flip(0), solver)
+                doubt = self._doubt(x[rows], found, node_times(count, x.device).flip(0), rule)
                 rough = torch.maximum(rough, doubt)
             more = rough > _ROUGH
             # A rule of order two leaves a third of what half the steps change; others less, once they are short enough.
@@ -452,9 +563,6 @@ class Flow:
     @property
     def _device(self) -> torch.device:
         return self.source.device
-
-    def _grid(self, steps: Steps | None) -> Tensor:
-        return time_grid(self.steps if steps is None else steps, device=self._device)
 
     # ---------------------------------------------------------------- storage
 
@@ -476,8 +584,7 @@ class Flow:
             "dtype": str(self.source.dtype).removeprefix("torch."),
             "spec": self.spec.describe(),
             "fingerprint": self.fingerprint,
-            "solver": self.solver,
-            "steps": self.steps,
+            **stored_solver(self.solver),
             "info": self.info,
         }
         arrays = {name: value.cpu().numpy() for name, value in self.velocity.state_dict().items()}
@@ -522,7 +629,7 @@ class Flow:
         source = Source.from_description(plain, arrays, dtype, model)
         if velocity.informed and model is not None:
             velocity = velocity.bind(Context(model, source, rows_to_look_at(arrays, model)))
-        rest = (str(header["fingerprint"]), *solver_of(header), dict(header["info"]))
+        rest = (str(header["fingerprint"]), solver_of(header), dict(header["info"]))
         return cls(velocity, source, spec, *rest)
 
 
@@ -533,8 +640,7 @@ def GaussNewtonFlow(
     *,
     source: Source | None = None,
     path: AffinePath | None = None,
-    steps: Count | None = None,
-    solver: Solver = "midpoint",
+    solver: Solver | None = None,
 ) -> Flow:
     """Return the flow of a `DriveVelocity`: a sampler that needs neither draws nor training, for any network.
 
@@ -546,13 +652,13 @@ def GaussNewtonFlow(
         displacement: `GaussNewton` unless said otherwise.
         source: the law at t = 0; the prior if None.
         path: the path from it.
-        steps: of the solver; if None 20, and for a linear Gaussian model as many as bring its draws to their width.
-        solver: its rule.
+        solver: of the equation; if None the midpoint rule in 20 steps, and for a linear Gaussian model in as many as
+            bring its draws to their width.
     """
     context = Context(model, source)
-    steps = _resolving(context) if steps is None else steps
+    solver = Solver(steps=_resolving(context)) if solver is None else solver
     field = DriveVelocity(displacement, path, context.source.symmetries(model))
-    return Flow.of(field, model, context.source, steps=steps, solver=solver, info={"untrained": True})
+    return Flow.of(field, model, context.source, solver=solver, info={"untrained": True})
 
 
 _USUAL, _MOST = 20, 1000  # steps
@@ -594,6 +700,14 @@ def _least_width(context: Context) -> float:
         largest = float(image.norm() / v.norm())
         v = image / image.norm() if largest else v
     return (1 + largest) ** -0.5
+
+
+class _Solve(NamedTuple):
+    """What a solve with a density is told."""
+
+    solver: Solver
+    density: Density
+    generator: torch.Generator  # one stream of random numbers for all chunks
 
 
 class _Traced:

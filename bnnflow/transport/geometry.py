@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnnflow.arguments import Count, checked
-from bnnflow.equivariant import DWSNet
+from bnnflow.equivariant import DWSNet, Wiring
 from bnnflow.symmetry import Spheres
 from bnnflow.transport.field import Field
 from bnnflow.transport.paths import ProbabilityPath
@@ -53,7 +53,7 @@ class TangentVelocity(Field):
         self.spheres = Spheres(spec)
         self._config = {"width": width, "depth": depth}
         self.symmetries = Symmetries(frozenset(spec.widths), frozenset(), frozenset())
-        self.net = DWSNet(spec, 1, 1, width, depth, time=True, heads=0)
+        self.net = DWSNet(spec, 1, 1, width, depth, time=True, wiring=Wiring(heads=0))
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """Return the velocity at points of the manifold, ``(batch, dim)``."""

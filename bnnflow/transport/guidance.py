@@ -68,6 +68,11 @@ class GuidedVelocity(Field):
         return base + c.pull * drive.w
 
     @property
+    def gradients(self) -> int:
+        """Gradients of the likelihood, and of the guide, that an evaluation takes."""
+        return self.field.gradients + self._displacement.gradients
+
+    @property
     def informed(self) -> bool:
         """Whether the base looks at a posterior."""
         return self.field.informed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from torch import Tensor
 from bnnflow.gaussian import Gaussian
 from bnnflow.model import BayesianModel
 from bnnflow.transport.flow import Flow
-from bnnflow.types import FixedSolver, Kernel, Seed, Trace
+from bnnflow.transport.options import Density, Solver
+from bnnflow.types import Kernel, Seed
 
 __all__ = ["Latent", "Move", "Points", "SolverError", "Transport", "crank_nicolson", "log_normal"]
 
@@ -38,25 +39,27 @@ class Transport(Protocol):
         ...
 
     @property
-    def steps(self) -> int:
-        """Steps of the solver."""
+    def solver(self) -> Solver:
+        """How its equation is solved."""
         ...
 
     def start(self, n: int, seed: Seed, /) -> Tensor:
         """Draw latent points."""
         ...
 
-    def push(self, x0: Tensor, /) -> Tensor:
+    def forward(self, x0: Tensor, /) -> Tensor:
         """Carry latent points to weights."""
         ...
 
-    def push_with_log_prob(
-        self, x0: Tensor, /, *, trace: Trace = ..., seed: Seed = ..., steps: int | None = ...
+    def forward_with_log_prob(
+        self, x0: Tensor, /, *, density: Density | None = ..., solver: Solver | None = ..., seed: Seed = ...
     ) -> tuple[Tensor, Tensor]:
         """Carry latent points to weights; return these and their log densities."""
         ...
 
-    def pull_with_log_prob(self, theta: Tensor, /, *, trace: Trace = ..., seed: Seed = ...) -> tuple[Tensor, Tensor]:
+    def inverse_with_log_prob(
+        self, theta: Tensor, /, *, density: Density | None = ..., seed: Seed = ...
+    ) -> tuple[Tensor, Tensor]:
         """Carry weights to latent points; return these and the log densities of the weights."""
         ...
 
@@ -106,7 +109,7 @@ class Latent:
     Args:
         flow: the transport.
         model: the posterior.
-        trace: how the flow finds its log densities.
+        density: how the flow finds its log densities.
         generator: of random probes.
         progress: show a bar for log densities that take long, where the flow is one of ours.
 
@@ -121,14 +124,14 @@ class Latent:
         self,
         flow: Transport,
         model: BayesianModel,
-        trace: Trace,
+        density: Density,
         generator: torch.Generator,
         *,
         progress: bool = False,
     ) -> None:
         self.flow, self.model = flow, model
-        self.trace: Trace = trace
-        self._options: dict[str, Any] = {"trace": trace, "seed": generator}
+        self.density = density
+        self._options: dict[str, Any] = {"density": density, "seed": generator}
         self.chunk = _CHUNK
         if isinstance(flow, Flow):
             self.chunk = max(_CHUNK, min(_MOST, _NUMBERS // flow.dim))
@@ -147,16 +150,17 @@ class Latent:
             x0: latent points, ``(n, dim)``, of which 32 are looked at, or an eighth if these are fewer.
         """
         flow = self.flow
-        if not isinstance(flow, Flow) or self.trace != "exact" or flow.solver not in get_args(FixedSolver):
+        if not isinstance(flow, Flow) or self.density.trace != "exact" or flow.solver.nodes is None:
             return
-        fewer = sorted({flow.steps * eighths // 8 for eighths in (2, 3, 4)} - set(range(_FEWEST)))
+        own = flow.solver.nodes // 2
+        fewer = sorted({own * eighths // 8 for eighths in (2, 3, 4)} - set(range(_FEWEST)))
         points = x0[: max(8, min(_PILOT, len(x0) // 8))]
 
         def log_weight(steps: int) -> Tensor:
-            self.flow = replace(flow, solver="rk4", steps=steps)
-            return self.push(points).log_weight
+            self.flow = replace(flow, solver=replace(flow.solver, rule="rk4", steps=steps))
+            return self.forward(points).log_weight
 
-        truth = log_weight(flow.steps) if fewer else None
+        truth = log_weight(own) if fewer else None
         for steps in fewer:
             assert truth is not None
             self.error = SolverError.of(log_weight(steps), truth)
@@ -170,36 +174,36 @@ class Latent:
         return max(1, 2048 // self.flow.dim) if isinstance(self.flow, Flow) else 1
 
     @torch.no_grad()
-    def push(self, x0: Tensor, steps: int | None = None) -> Points:
+    def forward(self, x0: Tensor, solver: Solver | None = None) -> Points:
         """Carry latent points to weights.
 
         Args:
             x0: ``(n, dim)``.
-            steps: of the solver, if not the flow's own.
+            solver: of the equation, if not the flow's own.
         """
 
         def solve(rows: Tensor) -> tuple[Tensor, Tensor]:
-            return self.flow.push_with_log_prob(rows, **self._options, steps=steps)
+            return self.flow.forward_with_log_prob(rows, **self._options, solver=solver)
 
         theta, log_q = self._surviving(solve, x0)
         return Points(x0, theta, log_q, self.log_joint(theta))
 
     @torch.no_grad()
-    def pull(self, theta: Tensor) -> Points:
+    def inverse(self, theta: Tensor) -> Points:
         """Carry weights ``(n, dim)`` to latent points."""
 
         def solve(rows: Tensor) -> tuple[Tensor, Tensor]:
-            return self.flow.pull_with_log_prob(rows, **self._options)
+            return self.flow.inverse_with_log_prob(rows, **self._options)
 
         x0, log_q = self._surviving(solve, theta)
         return Points(x0, theta, log_q, self.log_joint(theta))
 
     @torch.no_grad()
-    def carry(self, x0: Tensor) -> Tensor:
+    def forward_without_density(self, x0: Tensor) -> Tensor:
         """Carry latent points ``(n, dim)`` to weights, without densities."""
 
         def solve(rows: Tensor) -> tuple[Tensor, Tensor]:
-            return self.flow.push(rows), torch.zeros(len(rows), device=rows.device)
+            return self.flow.forward(rows), torch.zeros(len(rows), device=rows.device)
 
         theta, _ = self._surviving(solve, x0, solves=0)
         return theta
@@ -216,7 +220,7 @@ class Latent:
         def solve(rows: Tensor) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
                 at = rows.detach().requires_grad_()
-                theta, log_q = self.flow.push_with_log_prob(at, **self._options)
+                theta, log_q = self.flow.forward_with_log_prob(at, **self._options)
                 log_joint = self.model.log_joint(theta.to(self.model.device, self.model.dtype))
                 value = log_joint.double() - log_q + log_normal(at)
                 (grad,) = torch.autograd.grad(value.sum(), at)
@@ -267,7 +271,7 @@ def crank_nicolson(
     """
 
     def init(x0: Tensor, generator: torch.Generator) -> Points:
-        return latent.push(x0)
+        return latent.forward(x0)
 
     def height(points: Points) -> Tensor:
         height = power * points.log_weight
@@ -281,7 +285,7 @@ def crank_nicolson(
         b = torch.where(anew, 1.0, width).to(x0).unsqueeze(-1)  # (n, 1)
         if around is not None:
             noise, centre = noise @ around.scale_tril.T, around.loc
-        proposed = latent.push(centre + (1 - b * b).sqrt() * (x0 - centre) + b * noise)
+        proposed = latent.forward(centre + (1 - b * b).sqrt() * (x0 - centre) + b * noise)
         gain = height(proposed) - height(points)
         rate = gain.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).clamp(max=0.0).exp()
         accept = torch.rand(len(x0), generator=generator, device=x0.device, dtype=rate.dtype) < rate

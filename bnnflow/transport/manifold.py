@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from bnnflow import storage
 from bnnflow.arguments import Count, checked, finite
 from bnnflow.draws import Draws, as_theta
+from bnnflow.method import Sampleable
 from bnnflow.model import BayesianModel
+from bnnflow.options import Checkpoint, Training
 from bnnflow.seeding import as_generator, isolated
 from bnnflow.symmetry import Spheres
 from bnnflow.symmetry.canonical import split_scale
@@ -25,12 +27,12 @@ from bnnflow.transport.couplings import Coupling, Independent
 from bnnflow.transport.divergence import divergence
 from bnnflow.transport.field import Field
 from bnnflow.transport.geometry import RiemannianPath, TangentVelocity
-from bnnflow.transport.options import DensityOptions, SampleOptions, Steps, Tracing
-from bnnflow.transport.solvers import integrate, time_grid
-from bnnflow.transport.stored import dtype_of, solver_of
+from bnnflow.transport.options import Density, Solver
+from bnnflow.transport.solvers import integrate
+from bnnflow.transport.stored import dtype_of, solver_of, stored_solver
 from bnnflow.transport.training import train
 from bnnflow.transport.velocity import restore
-from bnnflow.types import Seed, Solver
+from bnnflow.types import Seed
 from bnnflow.weights import WeightSpec
 
 __all__ = ["CompletedFlow", "ManifoldFlow", "Radii", "fit_manifold_flow"]
@@ -53,15 +55,13 @@ class ManifoldFlow:
     Attributes:
         velocity: a field ``(t, x) -> (batch, dim)`` in evaluation mode; what is not tangent of it is dropped.
         spheres: the manifold.
-        solver: rule and number of steps used unless a call says otherwise.
-        steps: see ``solver``.
+        solver: of the equation, unless a call says otherwise.
         info: how the flow was made.
     """
 
     velocity: Field
     spheres: Spheres
-    solver: Solver = "midpoint"
-    steps: int = 8
+    solver: Solver = Solver()
     info: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -90,7 +90,6 @@ class ManifoldFlow:
         n: Count,
         seed: Seed = 0,
         *,
-        steps: Steps | None = None,
         solver: Solver | None = None,
         chunk_size: Count = 2048,
     ) -> Tensor:
@@ -99,40 +98,66 @@ class ManifoldFlow:
         Args:
             n: number of draws.
             seed: decides the starting points and so the draws.
-            steps: steps of the solver, or its times; the flow's own if None.
-            solver: its rule.
+            solver: of the equation; the flow's own if None.
             chunk_size: draws that travel together, which bounds the memory.
 
         Raises:
             FloatingPointError: if the velocity becomes NaN.
         """
-        grid = self.grid(steps)
         with torch.no_grad():
             chunks = self.start(n, seed).split(chunk_size)
-            return torch.cat([self.transport(x0, grid, solver)[0] for x0 in chunks])
+            return torch.cat([self.transport(x0, self.times(solver), solver)[0] for x0 in chunks])
 
     @checked
-    def sample_with_log_prob(self, n: Count, seed: Seed = 0, **options: Unpack[SampleOptions]) -> tuple[Tensor, Tensor]:
-        """Draw ``(n, dim)`` and their log densities on the manifold, ``(n,)``, forwards; see `DensityOptions`."""
+    def sample_with_log_prob(
+        self,
+        n: Count,
+        seed: Seed = 0,
+        *,
+        density: Density | None = None,
+        solver: Solver | None = None,
+        chunk_size: Count = 512,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw normalised networks and their log densities on the manifold, forwards.
+
+        Args:
+            n: number of draws.
+            seed: decides the starting points, and the probes of an estimated trace.
+            density: how the trace is found; exactly if None.
+            solver: of the equation; the flow's own if None.
+            chunk_size: draws that travel together, which bounds the memory.
+
+        Returns:
+            ``(n, dim)``, and ``(n,)`` in float64.
+        """
         generator = as_generator(seed, self.like.device)
-        tracing = Tracing(**options, seed=generator)
-        grid = self.grid(tracing.steps)
+        density = density or Density()
         points, log_probs = [], []
         with torch.no_grad():
-            for x0 in self.start(n, generator).split(tracing.chunk_size):
-                x1, change = self.transport(x0, grid, tracing.solver, tracing)
+            for x0 in self.start(n, generator).split(chunk_size):
+                x1, change = self.transport(x0, self.times(solver), solver, density, generator)
                 points.append(x1)
                 log_probs.append(self.spheres.log_prob(x0) - change)
         return torch.cat(points), torch.cat(log_probs)
 
     @checked
-    def log_prob(self, x: Tensor, **options: Unpack[DensityOptions]) -> Tensor:
+    def log_prob(
+        self,
+        x: Tensor,
+        *,
+        density: Density | None = None,
+        solver: Solver | None = None,
+        seed: Seed = 0,
+        chunk_size: Count = 512,
+    ) -> Tensor:
         """Return the log density on the manifold at points of it, ``(..., dim) -> (...)`` in float64.
 
         Args:
             x: points.
-            options: ``trace``, ``probes``, ``noise``, ``seed``, ``steps``, ``solver``, ``chunk_size``; see
-                `DensityOptions`.
+            density: how the trace is found; exactly if None.
+            solver: of the equation; the flow's own if None.
+            seed: of the probes of an estimated trace.
+            chunk_size: points that travel together, which bounds the memory.
 
         Raises:
             ValueError: if a point is not on the manifold.
@@ -140,12 +165,11 @@ class ManifoldFlow:
         self.spec.check(x)
         if not bool(((self.spheres.inner(x, x)[..., :-1] - 1).abs() < 1e-3).all()):
             raise ValueError("the density is one of points on the manifold: call spheres.project(theta) first")
-        tracing = Tracing(**options).on(self.like.device)
-        grid = self.grid(tracing.steps).flip(0)
+        density, generator = density or Density(), as_generator(seed, self.like.device)
         log_probs = []
         with torch.no_grad():
-            for rows in x.reshape(-1, self.dim).split(tracing.chunk_size):
-                x0, change = self.transport(rows, grid, tracing.solver, tracing)
+            for rows in x.reshape(-1, self.dim).split(chunk_size):
+                x0, change = self.transport(rows, self.times(solver, backwards=True), solver, density, generator)
                 log_probs.append(self.spheres.log_prob(x0) + change)
         return torch.cat(log_probs).reshape(x.shape[:-1])
 
@@ -157,40 +181,58 @@ class ManifoldFlow:
 
     # ---------------------------------------------------------------- transport
 
-    def grid(self, steps: Steps | None) -> Tensor:
-        """Return the times of the solver."""
-        return time_grid(self.steps if steps is None else steps, device=self.like.device)
+    def times(self, solver: Solver | None = None, *, backwards: bool = False) -> Tensor:
+        """Return the times of a solver, ``(steps + 1,)``, of the flow's own if None, from 0 to 1 or back."""
+        grid = (solver or self.solver).grid(self.like.device)
+        return grid.flip(0) if backwards else grid
 
     def transport(
-        self, x: Tensor, grid: Tensor, solver: Solver | None = None, tracing: Tracing | None = None
+        self,
+        x: Tensor,
+        times: Tensor,
+        solver: Solver | None = None,
+        density: Density | None = None,
+        seed: Seed = 0,
     ) -> tuple[Tensor, Tensor]:
-        """Carry points ``(batch, dim)`` along the times of ``grid``, and integrate the divergence ``(batch,)``.
+        """Carry points along the given times, and integrate the divergence on the way; differentiable by the points.
 
-        Differentiable by the points. The divergence is zero without ``tracing``.
+        Args:
+            x: points on the manifold, ``(batch, dim)``.
+            times: where steps begin and end, ``(steps + 1,)``, forwards or backwards.
+            solver: its rule and tolerances; the flow's own if None.
+            density: how the divergence is found; it is zero if None.
+            seed: of the probes of an estimated trace.
+
+        Returns:
+            ``(batch, dim)``, and ``(batch,)`` in float64.
         """
+        solver = solver or self.solver
+        generator = as_generator(seed, self.like.device)
         spheres = self.spheres
         # One set of probes for the whole path, or the solver would integrate noise.
-        probes = None if tracing is None else tracing.draw(x)
+        probes = None if density is None else density.draw(x, generator)
 
         def extended(t: Tensor, z: Tensor) -> Tensor:
             z = spheres.retract(z)
             return spheres.tangent(z, self.velocity(t, z))
 
-        def step(x: Tensor, change: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        def step(x: Tensor, change: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
             def slope(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
                 y = spheres.exp(x, state[0])
-                if tracing is None:
+                if density is None:
                     velocity, rate = extended(t, y), torch.zeros_like(change)
                 else:
-                    velocity, rate = divergence(extended, t, y, tracing.trace, probes)
+                    velocity, rate = divergence(extended, t, y, density.trace, probes)
                 return spheres.log_velocity(x, state[0], velocity), rate
 
-            w, change = integrate(slope, (torch.zeros_like(x), change), times, solver or self.solver)
+            w, change = integrate(
+                slope, (torch.zeros_like(x), change), ends, solver.rule, rtol=solver.rtol, atol=solver.atol
+            )
             return spheres.exp(x, w), change
 
         change = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        for times in pairwise(grid):
-            x, change = step(x, change, torch.stack(times))
+        for ends in pairwise(times):
+            x, change = step(x, change, torch.stack(ends))
         return x, change
 
     # ---------------------------------------------------------------- storage
@@ -212,8 +254,7 @@ class ManifoldFlow:
             "velocity": description,
             "dtype": str(self.like.dtype).removeprefix("torch."),
             "spec": self.spec.describe(),
-            "solver": self.solver,
-            "steps": self.steps,
+            **stored_solver(self.solver),
             "info": self.info,
         }
 
@@ -244,7 +285,7 @@ class ManifoldFlow:
         if model is not None and model.spec.describe() != spec.describe():
             raise ValueError("these are not the model's weights: names, shapes, order or activations differ")
         velocity = restore(header["velocity"], spec, arrays, dtype_of(header["dtype"]))
-        return cls(velocity, Spheres(spec), *solver_of(header), dict(header["info"]))
+        return cls(velocity, Spheres(spec), solver_of(header), dict(header["info"]))
 
 
 class Radii(NamedTuple):
@@ -291,8 +332,10 @@ def fit_manifold_flow(
     *,
     velocity: nn.Module | None = None,
     coupling: Coupling | None = None,
+    training: Training | None = None,
+    checkpoint: Checkpoint | str | Path | None = None,
     seed: Seed = 0,
-    **training: Any,
+    progress: bool = True,
 ) -> ManifoldFlow:
     """Fit a flow of normalised networks by Riemannian flow matching (Chen and Lipman 2024).
 
@@ -304,8 +347,10 @@ def fit_manifold_flow(
         draws: networks of any scale, which are normalised here: `Draws`, weights, or (weights, log weights).
         velocity: a field on the manifold, called as ``field(t, x)``; `TangentVelocity` if None.
         coupling: `Independent` unless said otherwise.
+        training: how long and how fast; `Training` with its defaults, Muon at 3e-3, if None.
+        checkpoint: a file that keeps the state of training, or a `Checkpoint` that goes on from it.
         seed: an int or a generator.
-        training: settings of `train`: ``budget`` or ``steps``, ``batch_size``, ``learning_rate`` and others.
+        progress: show a bar at a terminal.
 
     Raises:
         ValueError: if there are no draws, they do not fit or are not finite, or the network cannot be labelled.
@@ -328,12 +373,20 @@ def fit_manifold_flow(
 
     with isolated(generator):
         field = TangentVelocity(spec) if velocity is None else copy.deepcopy(Field.of(velocity)).requires_grad_()
-    _, info = train(field.to(targets).train(), pairs, path=RiemannianPath(spheres), seed=generator, **training)
+    _, info = train(
+        field.to(targets).train(),
+        pairs,
+        path=RiemannianPath(spheres),
+        training=training,
+        checkpoint=checkpoint,
+        seed=generator,
+        progress=progress,
+    )
     return ManifoldFlow(field, spheres, info=info | {"coupling": type(coupling).__name__})
 
 
 @dataclass(frozen=True)
-class CompletedFlow:
+class CompletedFlow(Sampleable):
     """A manifold flow with a law of the radii: a density over weights, and a `Posterior`.
 
     A draw of N(0, I) gives both: the directions of its spheres are uniform, and travel on the manifold; the norms,
@@ -359,9 +412,9 @@ class CompletedFlow:
         return self.flow.dim
 
     @property
-    def steps(self) -> int:
-        """Steps of the solver."""
-        return self.flow.steps
+    def solver(self) -> Solver:
+        """The solver of the flow."""
+        return self.flow.solver
 
     @checked
     def start(self, n: Count, seed: Seed = 0) -> Tensor:
@@ -371,63 +424,135 @@ class CompletedFlow:
         return torch.randn(n, self.dim, generator=generator, device=like.device, dtype=like.dtype)
 
     @checked
-    def push(self, x0: Tensor, *, steps: Steps | None = None, solver: Solver | None = None) -> Tensor:
+    def forward(self, x0: Tensor, *, solver: Solver | None = None) -> Tensor:
         """Carry draws of N(0, I) to weights, ``(n, dim)``; differentiable by them."""
-        x1, _ = self.flow.transport(self.flow.spheres.retract(x0), self.flow.grid(steps), solver)
+        x1, _ = self.flow.transport(self.flow.spheres.retract(x0), self.flow.times(solver), solver)
         return self.spec.rescale(x1, self._radii(self._log_norms(x0)))
 
     @checked
-    def push_with_log_prob(self, x0: Tensor, **options: Unpack[DensityOptions]) -> tuple[Tensor, Tensor]:
-        """Carry draws of N(0, I) to weights ``(n, dim)``, with their log densities ``(n,)``; see ``log_prob``."""
-        tracing = Tracing(**options).on(x0.device)
+    def forward_with_log_prob(
+        self,
+        x0: Tensor,
+        *,
+        density: Density | None = None,
+        solver: Solver | None = None,
+        seed: Seed = 0,
+        chunk_size: Count = 512,
+    ) -> tuple[Tensor, Tensor]:
+        """Carry draws of N(0, I) to weights, with their log densities.
+
+        Args:
+            x0: ``(n, dim)``.
+            density: how the trace is found; exactly if None.
+            solver: of the equation; the flow's own if None.
+            seed: of the probes of an estimated trace.
+            chunk_size: points that travel together, which bounds the memory.
+
+        Returns:
+            ``(n, dim)``, and ``(n,)`` in float64.
+        """
+        density, generator = density or Density(), as_generator(seed, x0.device)
         thetas, log_probs = [], []
-        for rows in x0.split(tracing.chunk_size):
+        for rows in x0.split(chunk_size):
             start, log_norms = self.flow.spheres.retract(rows), self._log_norms(rows)
-            x1, change = self.flow.transport(start, self.flow.grid(tracing.steps), tracing.solver, tracing)
+            x1, change = self.flow.transport(start, self.flow.times(solver), solver, density, generator)
             thetas.append(self.spec.rescale(x1, self._radii(log_norms)))
             log_probs.append(self.flow.spheres.log_prob(start) - change + self._log_prob_of_radii(log_norms))
         return torch.cat(thetas), torch.cat(log_probs)
 
     @checked
-    def pull_with_log_prob(self, theta: Tensor, **options: Unpack[DensityOptions]) -> tuple[Tensor, Tensor]:
-        """Carry weights ``(n, dim)`` back to where they come from, with their log densities; undoes ``push``."""
-        tracing = Tracing(**options).on(theta.device)
-        grid = self.flow.grid(tracing.steps).flip(0)
+    def inverse_with_log_prob(
+        self,
+        theta: Tensor,
+        *,
+        density: Density | None = None,
+        solver: Solver | None = None,
+        seed: Seed = 0,
+        chunk_size: Count = 512,
+    ) -> tuple[Tensor, Tensor]:
+        """Carry weights back to where they come from, with their log densities; undoes `forward`.
+
+        Args:
+            theta: ``(n, dim)``.
+            density: how the trace is found; exactly if None.
+            solver: of the equation; the flow's own if None.
+            seed: of the probes of an estimated trace.
+            chunk_size: points that travel together, which bounds the memory.
+
+        Returns:
+            ``(n, dim)``, and ``(n,)`` in float64.
+        """
+        density, generator = density or Density(), as_generator(seed, theta.device)
         starts, log_probs = [], []
-        for rows in theta.split(tracing.chunk_size):
+        for rows in theta.split(chunk_size):
             x1, norms = split_scale(rows, self.spec)
             log_radii = torch.cat([norm.log() for norm in norms.values()], -1)
             log_norms = (log_radii - self.radii.location) / self.radii.scale
-            x0, change = self.flow.transport(x1, grid, tracing.solver, tracing)
+            times = self.flow.times(solver, backwards=True)
+            x0, change = self.flow.transport(x1, times, solver, density, generator)
             starts.append(x0 * self.flow.spheres.each(F.pad(log_norms.exp(), (0, 1), value=1.0)))
             log_probs.append(self.flow.spheres.log_prob(x0) + change + self._log_prob_of_radii(log_norms))
         return torch.cat(starts), torch.cat(log_probs)
 
     @checked
-    def sample(self, n: Count, seed: Seed = 0, *, steps: Steps | None = None, solver: Solver | None = None) -> Tensor:
+    def sample(self, n: Count, seed: Seed = 0, *, solver: Solver | None = None) -> Tensor:
         """Draw ``(n, dim)`` weights."""
         with torch.no_grad():
-            return torch.cat([self.push(x0, steps=steps, solver=solver) for x0 in self.start(n, seed).split(2048)])
+            return torch.cat([self.forward(x0, solver=solver) for x0 in self.start(n, seed).split(2048)])
 
     @checked
-    def sample_with_log_prob(self, n: Count, seed: Seed = 0, **options: Unpack[SampleOptions]) -> tuple[Tensor, Tensor]:
-        """Draw ``(n, dim)`` weights and their log densities ``(n,)``; see `DensityOptions`."""
+    def sample_with_log_prob(
+        self,
+        n: Count,
+        seed: Seed = 0,
+        *,
+        density: Density | None = None,
+        solver: Solver | None = None,
+        chunk_size: Count = 512,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw weights and their log densities.
+
+        Args:
+            n: number of draws.
+            seed: decides the starting points, and the probes of an estimated trace.
+            density: how the trace is found; exactly if None.
+            solver: of the equation; the flow's own if None.
+            chunk_size: draws that travel together, which bounds the memory.
+
+        Returns:
+            ``(n, dim)``, and ``(n,)`` in float64.
+        """
         generator = as_generator(seed, self.flow.like.device)
         with torch.no_grad():
-            return self.push_with_log_prob(self.start(n, generator), seed=generator, **options)
+            return self.forward_with_log_prob(
+                self.start(n, generator), density=density, solver=solver, seed=generator, chunk_size=chunk_size
+            )
 
     @checked
-    def log_prob(self, theta: Tensor, **options: Unpack[DensityOptions]) -> Tensor:
+    def log_prob(
+        self,
+        theta: Tensor,
+        *,
+        density: Density | None = None,
+        solver: Solver | None = None,
+        seed: Seed = 0,
+        chunk_size: Count = 512,
+    ) -> Tensor:
         """Return the log density over weights, ``(..., dim) -> (...)`` in float64.
 
         Args:
             theta: weights.
-            options: ``trace``, ``probes``, ``noise``, ``seed``, ``steps``, ``solver``, ``chunk_size``; see
-                `DensityOptions`.
+            density: how the trace is found; exactly if None.
+            solver: of the equation; the flow's own if None.
+            seed: of the probes of an estimated trace.
+            chunk_size: points that travel together, which bounds the memory.
         """
-        theta = finite("theta", self.spec.check(theta).to(self.flow.like))
+        flat = finite("theta", self.spec.check(theta).to(self.flow.like)).reshape(-1, self.dim)
         with torch.no_grad():
-            return self.pull_with_log_prob(theta.reshape(-1, self.dim), **options)[1].reshape(theta.shape[:-1])
+            _, log_probs = self.inverse_with_log_prob(
+                flat, density=density, solver=solver, seed=seed, chunk_size=chunk_size
+            )
+        return log_probs.reshape(theta.shape[:-1])
 
     def _log_norms(self, x0: Tensor) -> Tensor:
         """Return the log norms of draws of N(0, I) on each sphere, ``(n, units)``."""

@@ -18,12 +18,12 @@ from torch.utils._pytree import tree_flatten
 
 from bnnflow.arguments import Count, NonNegative, Positive, checked
 from bnnflow.seeding import as_generator
-from bnnflow.types import AdaptiveSolver, FixedSolver, Seed, Solver, StochasticSolver
+from bnnflow.types import AdaptiveRule, FixedRule, Rule, Seed, StochasticRule
 
 __all__ = ["integrate", "integrate_sde", "integrate_with_error", "integrate_with_trace", "rows_within", "time_grid"]
 
 State = tuple[Tensor, ...]
-Field = Callable[[Tensor, State], State]
+Slope = Callable[[Tensor, State], State]
 
 
 @checked
@@ -58,10 +58,10 @@ def time_grid(
 
 @checked
 def integrate(
-    field: Field,
+    field: Slope,
     state: State,
     grid: Tensor,
-    solver: Solver = "rk4",
+    rule: Rule = "rk4",
     *,
     rtol: Positive = 1e-5,
     atol: Positive = 1e-5,
@@ -75,7 +75,7 @@ def integrate(
         field: takes a scalar time and a tuple of tensors, returns their derivatives.
         state: where to start.
         grid: ``(steps + 1,)`` monotone times.
-        solver: with the steps of ``grid``: Euler (1 evaluation a step), the midpoint rule (2) or the classical
+        rule: with the steps of ``grid``: Euler (1 evaluation a step), the midpoint rule (2) or the classical
             Runge-Kutta rule (4). Between the ends of ``grid``, with steps of their own for the whole batch: an
             adaptive rule of torchdiffeq (Chen 2018), such as ``"dopri5"``.
         rtol: of adaptive rules, which bound the local error of *every sample*, the root of its mean square in units of
@@ -85,24 +85,24 @@ def integrate(
         max_evaluations: of the field by an adaptive rule, whose steps the stiffest sample dictates.
 
     Raises:
-        ValueError: for an unknown solver, times that are not monotone, or tolerances that are not positive.
+        ValueError: for an unknown rule, times that are not monotone, or tolerances that are not positive.
         FloatingPointError: as soon as a state is NaN, or a velocity of an adaptive rule is not finite, saying when.
         RuntimeError: if an adaptive rule needs more evaluations, or steps too small to be represented.
     """
     _check_monotone(grid)
     if not state:
         raise ValueError("state must hold one tensor or more")
-    if solver in get_args(AdaptiveSolver):
-        return _adaptive(field, state, grid, solver, rtol, atol, max_evaluations)
+    if rule in get_args(AdaptiveRule):
+        return _adaptive(field, state, grid, rule, rtol, atol, max_evaluations)
     for start, stop in pairwise(grid):
-        state = _RULES[solver][0](field, start, stop - start, state)
+        state = _RULES[rule][0](field, start, stop - start, state)
         _check_state(state, start, stop)
     return state
 
 
 @checked
 def integrate_with_error(
-    field: Field, state: State, grid: Tensor, solver: FixedSolver = "rk4"
+    field: Slope, state: State, grid: Tensor, rule: FixedRule = "rk4"
 ) -> tuple[State, tuple[Tensor, ...]]:
     """Integrate with the steps of ``grid`` halved, and estimate each sample's error by those of twice the length.
 
@@ -117,10 +117,10 @@ def integrate_with_error(
         ValueError: for a rule that has no fixed order, or times that are not monotone.
         FloatingPointError: as soon as a state is NaN.
     """
-    coarse = integrate(field, state, grid, solver)
+    coarse = integrate(field, state, grid, rule)
     middles = (grid[1:] + grid[:-1]) / 2
-    fine = integrate(field, state, torch.cat([grid[:1], torch.stack([middles, grid[1:]], 1).flatten()]), solver)
-    scale = 2 ** _RULES[solver][1] - 1
+    fine = integrate(field, state, torch.cat([grid[:1], torch.stack([middles, grid[1:]], 1).flatten()]), rule)
+    scale = 2 ** _RULES[rule][1] - 1
     return fine, tuple(_size(short - long) / scale for short, long in zip(fine, coarse, strict=True))
 
 
@@ -129,7 +129,7 @@ def integrate_with_trace(
     trace: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
     evaluations: int,
-    solver: Solver = "rk4",
+    rule: Rule = "rk4",
     *,
     backwards: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,8 +145,8 @@ def integrate_with_trace(
         field: takes a scalar time and ``(batch, dim)``.
         trace: takes the same and returns ``(batch,)`` in float64.
         x: where to start, ``(batch, dim)``.
-        evaluations: of the integrand; the solver makes one step more.
-        solver: a rule with fixed steps.
+        evaluations: of the integrand; the rule makes one step more.
+        rule: one with fixed steps.
         backwards: from t = 1 to 0, along the way back; the integral is then the negative.
 
     Returns:
@@ -154,11 +154,11 @@ def integrate_with_trace(
         evaluations, which cannot tell.
 
     Raises:
-        ValueError: for a solver without fixed steps, or no evaluation.
+        ValueError: for a rule without fixed steps, or no evaluation.
         FloatingPointError: as soon as a state is NaN.
     """
-    if solver not in _RULES:
-        raise ValueError(f"the steps are fixed: solver must be in {sorted(_RULES)}, got {solver!r}")
+    if rule not in _RULES:
+        raise ValueError(f"the steps are fixed: rule must be in {sorted(_RULES)}, got {rule!r}")
     if evaluations < 1:
         raise ValueError(f"evaluations must be at least 1, got {evaluations}")
     points, weights = np.polynomial.legendre.leggauss(evaluations)
@@ -169,7 +169,7 @@ def integrate_with_trace(
         times, rules = times.flip(0), -rules.flip(1)
     totals = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)
     for index, step in enumerate(times.unfold(0, 2, 1)):
-        (x,) = integrate(lambda t, state: (field(t, state[0]),), (x,), step, solver)
+        (x,) = integrate(lambda t, state: (field(t, state[0]),), (x,), step, rule)
         if index < evaluations:
             totals = totals + rules[:, index, None] * trace(step[1], x)
     return x, totals[0], totals[1].abs()
@@ -186,9 +186,9 @@ def twice_as_long(grid: Tensor) -> Tensor:
     return torch.cat([grid[:-1:2], grid[-1:]])
 
 
-def order_of(solver: Solver) -> int:
+def order_of(rule: Rule) -> int:
     """Return the order p of a rule: steps of half the length are off by 2^p times less."""
-    return _RULES[solver][1]
+    return _RULES[rule][1]
 
 
 def _every_other(points: np.ndarray) -> np.ndarray:
@@ -206,15 +206,15 @@ def _along(state: State, h: Tensor | float, slope: State) -> State:
     return tuple(part + h * d for part, d in zip(state, slope, strict=True))
 
 
-def _euler(field: Field, t: Tensor, h: Tensor, state: State) -> State:
+def _euler(field: Slope, t: Tensor, h: Tensor, state: State) -> State:
     return _along(state, h, field(t, state))
 
 
-def _midpoint(field: Field, t: Tensor, h: Tensor, state: State) -> State:
+def _midpoint(field: Slope, t: Tensor, h: Tensor, state: State) -> State:
     return _along(state, h, field(t + h / 2, _along(state, h / 2, field(t, state))))
 
 
-def _rk4(field: Field, t: Tensor, h: Tensor, state: State) -> State:
+def _rk4(field: Slope, t: Tensor, h: Tensor, state: State) -> State:
     k1 = field(t, state)
     k2 = field(t + h / 2, _along(state, h / 2, k1))
     k3 = field(t + h / 2, _along(state, h / 2, k2))
@@ -227,7 +227,7 @@ _RULES = {"euler": (_euler, 1), "midpoint": (_midpoint, 2), "rk4": (_rk4, 4)}  #
 
 
 def _adaptive(
-    field: Field, state: State, grid: Tensor, solver: Solver, rtol: float, atol: float, max_evaluations: int
+    field: Slope, state: State, grid: Tensor, rule: Rule, rtol: float, atol: float, max_evaluations: int
 ) -> State:
     from torchdiffeq import odeint
 
@@ -247,8 +247,8 @@ def _adaptive(
         t = t.clamp(first, last)  # the first guess of a step may look further, and sums of times are rounded
         if evaluations > max_evaluations:
             raise RuntimeError(
-                f"{solver} has used {max_evaluations} evaluations by t = {float(t):.4f}: one sample may be too stiff; "
-                "take a solver with fixed steps, such as 'rk4' (or, in integrate itself, looser tolerances or a larger "
+                f"{rule} has used {max_evaluations} evaluations by t = {float(t):.4f}: one sample may be too stiff; "
+                "take a rule with fixed steps, such as 'rk4' (or, in integrate itself, looser tolerances or a larger "
                 "max_evaluations)"
             )
         velocity = joined(field(t, split(flat)))
@@ -262,9 +262,9 @@ def _adaptive(
     try:
         # Without a step that ends there, the last one goes beyond the end and is interpolated back.
         options = {"norm": worst_sample, "step_t": grid[-1:]}
-        path = odeint(slope, joined(state), grid[[0, -1]], rtol=rtol, atol=atol, method=solver, options=options)
+        path = odeint(slope, joined(state), grid[[0, -1]], rtol=rtol, atol=atol, method=rule, options=options)
     except AssertionError as error:  # of torchdiffeq: a step of no length, or a state that is not finite
-        raise RuntimeError(f"{solver} failed: {error}; take a solver with fixed steps, such as 'rk4'") from error
+        raise RuntimeError(f"{rule} failed: {error}; take a rule with fixed steps, such as 'rk4'") from error
     assert isinstance(path, Tensor)
     return split(path[-1])
 
@@ -279,7 +279,7 @@ def integrate_sde(
     x: Tensor,
     grid: Tensor,
     seed: Seed,
-    solver: StochasticSolver = "midpoint",
+    rule: StochasticRule = "midpoint",
 ) -> Tensor:
     """Integrate dx = (v + noise^2 / 2 * s) dt + noise dW over the times of ``grid``.
 
@@ -294,12 +294,12 @@ def integrate_sde(
         x: where to start, ``(batch, dim)``.
         grid: ``(steps + 1,)`` increasing times.
         seed: of the noise.
-        solver: ``"euler"``, the rule of Euler and Maruyama, of weak order 1, or ``"midpoint"``, two evaluations a
+        rule: ``"euler"``, that of Euler and Maruyama, of weak order 1, or ``"midpoint"``, two evaluations a
             step and weak order 2 for noise of this kind (Milstein and Tretyakov 2004). Without noise they are the
             rules of that name for ordinary equations.
 
     Raises:
-        ValueError: for an unknown solver, times that do not increase, or noise that is negative or not finite.
+        ValueError: for an unknown rule, times that do not increase, or noise that is negative or not finite.
         FloatingPointError: as soon as a state is NaN, saying when.
     """
     _check_monotone(grid)
@@ -320,7 +320,7 @@ def integrate_sde(
 
     for (start, stop), level in zip(pairwise(grid), levels, strict=True):
         h = stop - start
-        if solver == "euler":
+        if rule == "euler":
             x = x + h * drift(start, x, level) + level * wiener(h)
         else:
             first, second = level * wiener(h / 2), level * wiener(h / 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from bnnflow.model import BayesianModel
 from bnnflow.transport.field import Field
-from bnnflow.types import AdaptiveSolver, FixedSolver, Solver
+from bnnflow.transport.options import Solver
 from bnnflow.weights import WeightSpec
 
-__all__ = ["ROWS", "check_weights", "dtype_of", "rows_looked_at", "rows_to_look_at", "solver_of"]
+__all__ = ["ROWS", "check_weights", "dtype_of", "rows_looked_at", "rows_to_look_at", "solver_of", "stored_solver"]
 
 ROWS = "context/rows"
 """The array of the rows of data that a field looks at, where these are not all."""
@@ -58,13 +58,25 @@ def dtype_of(name: Any) -> torch.dtype:
     return found
 
 
-def solver_of(header: Mapping[str, Any]) -> tuple[Solver, int]:
-    """Return the rule and the number of steps that a file says a flow is solved with."""
-    solver, steps = header["solver"], header["steps"]
-    known = get_args(FixedSolver) + get_args(AdaptiveSolver)
-    if solver not in known or type(steps) is not int or not 1 <= steps <= _STEPS:
-        raise ValueError(f"no flow is solved by {solver!r} in {steps!r} steps")
-    return solver, steps
+def stored_solver(solver: Solver) -> dict[str, Any]:
+    """Return what a file says of a solver; of its tolerances, where it has a use for them."""
+    steps = solver.steps if isinstance(solver.steps, int) else list(solver.steps)
+    said = {"solver": solver.rule, "steps": steps}
+    adaptive = solver.evaluations is None
+    return said | {"rtol": solver.rtol, "atol": solver.atol} if adaptive else said
+
+
+def solver_of(header: Mapping[str, Any]) -> Solver:
+    """Return the solver of a file.
+
+    Raises:
+        ValueError: if no flow is solved like that.
+    """
+    steps = header["steps"]
+    if (steps if isinstance(steps, int) else len(steps)) > _STEPS:
+        raise ValueError(f"no flow is solved in more than {_STEPS:,} steps")
+    tolerances = {name: header[name] for name in ("rtol", "atol") if name in header}
+    return Solver(header["solver"], steps, **tolerances)
 
 
 _STEPS = 10**6

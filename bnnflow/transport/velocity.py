@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bnnflow.arguments import Count, Share, Whole, checked, shaped
-from bnnflow.equivariant import DWSNet, GraphNet, SignedDWSNet
+from bnnflow.equivariant import DWSNet, GraphNet, SignedDWSNet, Wiring
 from bnnflow.equivariant.network import TimeEmbedding
 from bnnflow.model.fused import recorded
 from bnnflow.seeding import isolated
@@ -150,13 +150,13 @@ class DriveVelocity(Field):
         symmetries: Symmetries = NO_SYMMETRY,
     ) -> None:
         super().__init__()
-        self.displacement = displacement if displacement is not None else GaussNewton()
+        self.displacements = (displacement if displacement is not None else GaussNewton(),)
         self.path = path if path is not None else AffinePath()
         self.symmetries = symmetries
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """Return the velocity, ``(batch, dim)``; ``RuntimeError`` if the field is not bound to a context."""
-        c, _, (drive,) = _driven(self.path, self.posterior, (self.displacement,), _times(t, x), x)
+        c, _, (drive,) = _driven(self.path, self.posterior, self.displacements, _times(t, x), x)
         return c.rest * x + c.pull * drive.w
 
     def closed_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,7 +167,7 @@ class DriveVelocity(Field):
             trace = by_x.w.diagonal(dim1=1, dim2=2).sum(-1, dtype=torch.float64)
             return c.rest * x + c.pull * drive.w, c.rest.squeeze(-1) * x.shape[-1] + c.pull.squeeze(-1) * trace
 
-        return _with_divergence(self, closed, (self.displacement,), t, x)
+        return _with_divergence(self, closed, self.displacements, t, x)
 
     @property
     def informed(self) -> bool:
@@ -180,7 +180,7 @@ class DriveVelocity(Field):
 
     def describe(self) -> dict[str, Any]:
         """Return plain values from which the module is rebuilt."""
-        plain = {"displacement": _plain(self.displacement), "path": self.path.describe()}
+        plain = {"displacement": _plain(*self.displacements), "path": self.path.describe()}
         return {"kind": "drive", "group": [sorted(each) for each in self.symmetries or NO_SYMMETRY]} | plain
 
 
@@ -463,7 +463,7 @@ def _network(
     spec: WeightSpec, features: int, width: int, depth: int, architecture: Architecture, heads: int | None
 ) -> DWSNet | SignedDWSNet | GraphNet:
     if architecture == "dws":
-        return DWSNet(spec, features, 1, width, depth, time=True, heads=0 if heads is None else heads)
+        return DWSNet(spec, features, 1, width, depth, time=True, wiring=Wiring(heads=0 if heads is None else heads))
     if architecture == "signed":
         return SignedDWSNet(spec, features, 1, width, depth, time=True, heads=4 if heads is None else heads)
     if architecture == "graph":

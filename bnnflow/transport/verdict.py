@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from bnnflow import verdicts
 from bnnflow.transport.importance import Estimate, HeldOut, bridge, distance, khat_limit
 from bnnflow.transport.latent import Latent, Points, SolverError
 from bnnflow.warn import warn
 
 __all__ = ["Findings", "Outcome", "SolverError", "compare", "copies_gap", "solver_error"]
 
-ESS = (400, 100)  # from the first: enough; below the second: not
-RAW = 0.9  # effective share of the weights from which no mean of raw draws is off by more than a third of its sd
-R_HAT = (1.05, 1.2)
-SOLVER = (0.1, 1.0)  # nats by which log weights change with twice the steps
-EVIDENCES = (0.03, 0.1)  # nats between two evidences, beyond three standard errors; a lost tenth of the mass is 0.105
-DISTANCE = 0.1  # between held-out and corrected draws, beyond chance
-DRIFT = (0.1, 0.5)  # of the mean log joint, in its own standard deviations, in the second half of a refinement
-COPIES = 3.0  # nats by which symmetric copies of the flow's draws are less likely than these
-UNSEEN = 0.05  # share of held-out draws whose log weights exceed by 2 nats those of 98 % of the corrected draws
-FEW = 50  # effective held-out draws that can say little
-
 _MARGIN, _QUANTILE = 2.0, 0.98
 _CHANCE = 2.3  # root inverse sizes that Kolmogorov-Smirnov distances of one law exceed once in 20,000 times
 _NATS = 0.1  # by which log weights may differ between draws of one law
-_TWICE = 32  # draws that travel again with twice the solver's steps
+_TWICE = 32  # draws that travel again, with a finer solver
 _SOME = 256  # corrected draws that are looked up where their densities are not known yet
 
 
@@ -50,19 +40,13 @@ class Outcome(NamedTuple):
 
 
 @dataclass
-class Findings:
-    """What speaks against the draws, in two grades, and what was found beside it.
+class Findings(verdicts.Findings):
+    """What was found of a corrected flow.
 
     Attributes:
-        severe: reasons not to trust the draws, each with what to do.
-        mild: reservations.
-        good: what speaks for them.
         interrupted: whether Ctrl-C cut the work short.
     """
 
-    severe: list[str] = field(default_factory=list)
-    mild: list[str] = field(default_factory=list)
-    good: list[str] = field(default_factory=list)
     interrupted: bool = False
 
     def stopped(self, when: str, *, severe: bool = False) -> None:
@@ -70,13 +54,6 @@ class Findings:
         warn(f"interrupted {when}")
         self.interrupted = True
         (self.severe if severe else self.mild).append(f"interrupted {when}")
-
-    def graded(self, value: float, bounds: tuple[float, float], text: str) -> None:
-        """Note a text as mild or severe if a value exceeds the bounds; NaN does."""
-        if not value <= bounds[1]:
-            self.severe.append(text)
-        elif not value <= bounds[0]:
-            self.mild.append(text)
 
     def weights(self, khat: float, ess: float, n: int, lost: int) -> None:
         """Judge importance weights that the result rests on."""
@@ -94,40 +71,38 @@ class Findings:
 
     def effective(self, ess: float) -> None:
         """Judge an effective number of draws."""
-        if not ess >= ESS[0]:
-            text = f"only {ess:.0f} effective draws: take more"
-            (self.mild if ess >= ESS[1] else self.severe).append(text)
+        self.below(ess, verdicts.ESS, f"only {ess:.0f} effective draws: take more")
 
     def chains(self, r_hat: float, ess: float, acceptance: float) -> None:
         """Judge Markov chains."""
-        self.graded(r_hat, R_HAT, f"chains disagree (R-hat {r_hat:.3f}): take more draws")
-        if r_hat <= R_HAT[0]:
+        self.above(r_hat, verdicts.R_HAT_OF_MANY, f"chains disagree (R-hat {r_hat:.3f}): take more draws")
+        if r_hat <= verdicts.R_HAT_OF_MANY.good:
             self.good.append(f"R-hat is {r_hat:.3f}, {ess:.0f} draws are effective")
         self.effective(ess)
-        if acceptance < 0.01:
+        if acceptance < verdicts.LATENT_ACCEPTANCE:
             self.mild.append(f"only {acceptance:.1%} of the latent proposals are accepted: the flow hardly helps")
 
     def solver(self, rms: float) -> None:
         """Judge what the solver's steps do to log weights."""
-        self.graded(
+        self.above(
             rms,
-            SOLVER,
-            f"log weights change by {rms:.2g} nats with twice the solver's steps: their density is not exact; use a "
-            "flow with more steps",
+            verdicts.SOLVER,
+            f"log weights change by {rms:.2g} nats with a finer solver: their density is not exact; give the flow a "
+            "solver of more steps",
         )
 
     def moving(self, drift: float, noise: float) -> None:
         """Judge draws by how far their mean log joint still moved in the second half of a refinement."""
         text = f"the mean log joint still moved by {drift:.2f} standard deviations: refine for longer"
-        self.graded(drift - noise, DRIFT, text)
+        self.above(drift - noise, verdicts.DRIFT, text)
 
     def evidences(self, name: str, one: Estimate, bridge: Estimate) -> None:
         """Compare an evidence that sees what the flow sees with one that sees what the held-out draws see."""
         apart, error = bridge[0] - one[0], math.hypot(one[1], bridge[1])
         said = f"log evidence {one[0]:.3f} ± {one[1]:.3f} by {name} and {bridge[0]:.3f} ± {bridge[1]:.3f} by the bridge"
-        if not abs(apart) > max(3 * error, EVIDENCES[0]):
+        if not abs(apart) > max(3 * error, verdicts.EVIDENCES.good):
             self.good.append(f"{said} agree")
-        elif not abs(apart) > EVIDENCES[1]:
+        elif not abs(apart) > verdicts.EVIDENCES.bad:
             self.mild.append(f"{said} differ a little")
         elif apart > 0:
             self.severe.append(
@@ -139,7 +114,7 @@ class Findings:
 
     def unseen(self, share: float) -> None:
         """Judge how many held-out draws are where corrected draws hardly ever are; chains may stick to their modes."""
-        if share > UNSEEN:
+        if share > verdicts.UNSEEN:
             self.severe.append(
                 f"{share:.0%} of the held-out draws are where corrected ones hardly ever are: the flow has lost a "
                 "part of the posterior (a mode, perhaps); train it on draws of all modes, or, if it was trained on "
@@ -149,17 +124,17 @@ class Findings:
     def same_law(self, apart: float, ours: float, theirs: float) -> None:
         """Judge the distance of the laws of corrected and held-out draws, each of so many effective draws."""
         chance = _CHANCE * math.sqrt(1 / ours + 1 / theirs)
-        if theirs < FEW:
+        if theirs < verdicts.FEW_HELD_OUT:
             self.mild.append(f"the held-out draws amount to only {theirs:.0f} independent ones, which can say little")
         if not apart > chance:
             self.good.append("held-out and corrected draws have one law, as far as they tell")
             return
         text = f"held-out and corrected draws differ in law (distance {apart:.2f}, {chance:.2f} by chance)"
-        (self.severe if apart - chance > DISTANCE else self.mild).append(text)
+        (self.severe if apart - chance > verdicts.DISTANCE else self.mild).append(text)
 
     def copies(self, gap: float, error: float, held_out: bool) -> None:
         """Judge a flow by the density that it gives to symmetric copies of its own draws."""
-        if gap > max(COPIES, 4 * error):
+        if gap > max(verdicts.COPIES, 4 * error):
             text = (
                 f"the flow gives symmetric copies of its own draws a density e^-{gap:.1f} of theirs: it has lost modes"
             )
@@ -170,8 +145,8 @@ class Findings:
                     f"{text}; if it was trained on aligned draws on purpose, give held_out draws aligned alike"
                 )
 
-    def verdict(self, done: str, certain: bool, raw: float) -> str:
-        """Return the verdict: what to do, and why.
+    def conclusion(self, done: str, certain: bool, raw: float) -> str:
+        """Return the verdict in words: what to do, and why.
 
         Args:
             done: what the correction did and why.
@@ -179,19 +154,19 @@ class Findings:
             raw: effective share of the flow's own draws.
         """
         if self.severe:
-            return f"do not trust: {done}; " + "; ".join(self.severe + self.mild)
+            return f"{self.verdict}: {done}; " + "; ".join(self.reasons)
         said = "; ".join([done, *self.good, *self.mild])
-        if certain and raw >= RAW and not self.mild:
+        if certain and raw >= verdicts.RAW and not self.mild:
             return f"trust: the flow's own draws need no correction; {said}"
         return f"trust after correction: use these draws, not the flow's own; {said}"
 
 
 def solver_error(latent: Latent, points: Points) -> SolverError:
-    """Return what more of the solver's steps change; some draws are sent again with twice as many if not known yet."""
+    """Return what a finer solver changes; some draws are sent again by one if that is not known yet."""
     if latent.error is not None:
         return latent.error
     rows = (~points.lost).nonzero().squeeze(1)[:_TWICE]
-    again = latent.push(points.x0[rows], steps=2 * latent.flow.steps)
+    again = latent.forward(points.x0[rows], latent.flow.solver.finer())
     return SolverError.of(points.log_weight[rows], again.log_weight)
 
 
@@ -209,7 +184,7 @@ def copies_gap(
     if not (group.permutation or group.sign):
         return None
     (copies,) = spec.transform(group, generator, theta)
-    ours, theirs = latent.pull(theta).log_q, latent.pull(copies).log_q
+    ours, theirs = latent.inverse(theta).log_q, latent.inverse(copies).log_q
     gaps = (ours - theirs.nan_to_num(nan=-math.inf)).clamp(max=1e3)
     gaps = gaps[gaps.isfinite()]
     gap = float(gaps.mean())
@@ -251,8 +226,8 @@ def compare(
     ours, theirs = [features(theta), log_joint.unsqueeze(1)], [features(held.theta), held_joint.unsqueeze(1)]
     count, found = held.ess(held_joint), {"draws": len(held.theta), "evidences": {}}
     if points is not None:
-        ratio = latent.pull(theta.to(points.theta)).log_weight if ratio is None else ratio
-        pulled = outcome.q(latent.pull(held.theta.to(points.theta)))
+        ratio = latent.inverse(theta.to(points.theta)).log_weight if ratio is None else ratio
+        pulled = outcome.q(latent.inverse(held.theta.to(points.theta)))
         reverse = torch.where(pulled.lost, math.inf, pulled.log_joint - pulled.log_q)
         most = _quantile(ratio, weights, _QUANTILE) + _MARGIN
         findings.unseen(float(held.weights.exp()[reverse > most].sum()))

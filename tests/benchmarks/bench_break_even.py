@@ -50,7 +50,7 @@ import torch
 from torch import Tensor, nn
 
 import bnnflow as bf
-from bnnflow.transport import GradientSteps, InformedVelocity, WeightsVelocity
+from bnnflow.transport import GradientSteps, InformedVelocity, Solver, WeightsVelocity
 
 SEED = 0
 HIDDEN = 16
@@ -332,7 +332,7 @@ def sampled(name: str, flow: bf.Flow, judged: int, few: int, model: Counted, jud
     """Price and judge a flow's draws, as they are and refined."""
     flow.sample(16, 0)
     theta, spent = priced(
-        model, lambda: flow.sample(judged, 1, steps=SOLVER_STEPS, solver="midpoint", chunk_size=CHUNK)
+        model, lambda: flow.sample(judged, 1, chunk_size=CHUNK, solver=Solver("midpoint", SOLVER_STEPS))
     )
     each = spent.of(1 / judged)
     moved, spent = priced(

@@ -55,7 +55,7 @@ def closed_form(model: bf.BayesianModel) -> tuple[torch.Tensor, torch.Tensor, fl
 def fitted(model: bf.BayesianModel, steps: int) -> bf.Flow:
     """Return the default flow, fitted to draws of HMC."""
     draws = bf.sample(model, bf.HMC(), chains=16, warmup=500, draws=500, seed=0, progress=False)
-    return bf.fit_flow(model, draws, steps=steps, seed=0, progress=False)
+    return bf.fit_flow(model, draws, seed=0, progress=False, training=bf.Training(steps=steps))
 
 
 def corrected(flow: bf.Flow, model: bf.BayesianModel, n: int, method: Any) -> tuple[float, bf.Draws]:

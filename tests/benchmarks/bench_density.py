@@ -10,7 +10,7 @@ import time
 import torch
 
 import bnnflow as bf
-from bnnflow.transport import GaussianVelocity
+from bnnflow.transport import GaussianVelocity, Solver
 
 BUDGET = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
 
@@ -36,18 +36,18 @@ def main() -> None:
     print("closed-form field, float64: largest |log q - log p| over 200 posterior draws")
     for solver in ("midpoint", "rk4"):
         for steps in (16, 32, 64, 128):
-            error = (flow.log_prob(theta, steps=steps, solver=solver) - exact.log_prob(theta)).abs().max()
+            error = (flow.log_prob(theta, solver=Solver(solver, steps)) - exact.log_prob(theta)).abs().max()
             print(f"  {solver:9s} {steps:4d} steps {float(error):.1e}", flush=True)
 
     model, exact, _ = linear_regression(torch.float32)
     draws = exact.sample(20000, 1).float()
     for velocity in ("weights", "informed"):
-        flow = bf.fit_flow(model, draws, velocity=velocity, budget=BUDGET, seed=0)
-        sampled, log_q = flow.sample_with_log_prob(2000, 2, steps=16, solver="rk4")
+        flow = bf.fit_flow(model, draws, velocity=velocity, seed=0, training=bf.Training(budget=BUDGET))
+        sampled, log_q = flow.sample_with_log_prob(2000, 2, solver=Solver("rk4", 16))
         held_out = exact.sample(2000, 3).float()
         began = time.perf_counter()
         forward = log_q - exact.log_prob(sampled.double())
-        reverse = exact.log_prob(held_out.double()) - flow.log_prob(held_out, steps=16, solver="rk4")
+        reverse = exact.log_prob(held_out.double()) - flow.log_prob(held_out, solver=Solver("rk4", 16))
         print(
             f"trained {velocity} field, {flow.info['cpu_seconds']:.0f} CPU s, {flow.info['steps']} steps: "
             f"KL(q|p) {float(forward.mean()):.4f} +- {float(forward.std()) / 2000**0.5:.4f}, "

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from bnnflow import WeightSpec
-from bnnflow.equivariant import DWSLayer, DWSNet
+from bnnflow.equivariant import DWSLayer, DWSNet, Wiring
 
 BATCH, FEATURES = 64, 64
 CASES = {
@@ -59,7 +59,7 @@ def measure(what: str, case: str, rounds: int) -> dict[str, float]:
     elif what == "layer, exact":
         module = DWSLayer(spec, FEATURES, FEATURES, slots=max(CASES[case]))
     else:
-        module = DWSNet(spec, 1, 10, 64, 4, invariant=True, shared=what == "shared net")
+        module = DWSNet(spec, 1, 10, 64, 4, invariant=True, wiring=Wiring(shared=what == "shared net"))
 
     def work(batch: torch.Tensor) -> None:
         module.zero_grad()

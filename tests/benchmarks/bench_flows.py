@@ -33,6 +33,8 @@ from bnnflow.transport import (
     GaussNewton,
     GradientSteps,
     InformedVelocity,
+    Matching,
+    Solver,
     WeightsVelocity,
     distil,
     fit_flow_without_draws,
@@ -221,7 +223,7 @@ def main() -> None:
     if not args.no_starts:
         show("prior", model.sample_prior(DRAWS, 1), 0, 0)
         show("one matched Gaussian", fit_gaussian(model, seen, seed=0).sample(DRAWS, 1), 0, 0)
-        untrained = bf.GaussNewtonFlow(model, displacement, steps=args.steps)
+        untrained = bf.GaussNewtonFlow(model, displacement, solver=Solver(steps=args.steps))
         began = time.process_time()
         theta = untrained.sample(DRAWS, 1)
         show("untrained informed field", theta, own, time.process_time() - began)
@@ -236,16 +238,15 @@ def main() -> None:
             field = WeightsVelocity(model.spec, **design)
         else:
             field = InformedVelocity(model.spec, displacement, **design)
-        flow = bf.fit_flow(
-            model, seen, velocity=field, budget=args.budget, batch_size=args.batch, reuse=args.reuse,
-            compile=args.compile, seed=0,
-        )  # fmt: skip
+        training = bf.Training(budget=args.budget, batch_size=args.batch, compile=args.compile)
+        matching = Matching(reuse=args.reuse)
+        flow = bf.fit_flow(model, seen, velocity=field, matching=matching, training=training, seed=0)
         flow.save(path)
     info = flow.info
     print(f"  {args.velocity} flow: {info['steps']} steps, {info['cpu_seconds']:.0f} CPU s, {info['parameters']} "
           f"parameters, loss by quarter {[round(value, 1) for value in info['loss_by_time']]}")  # fmt: skip
     began = time.process_time()
-    theta = flow.sample(DRAWS, 1, steps=args.steps)
+    theta = flow.sample(DRAWS, 1, solver=Solver(steps=args.steps))
     seconds, own = time.process_time() - began, 0 if args.velocity == "weights" else own
     moved = show(f"{args.velocity} flow", theta, own, seconds)
     for name, some in (("refined draws", moved), ("raw draws", theta)):
@@ -260,7 +261,7 @@ def main() -> None:
         f"of unseen draws {float(fresh.median()):.2f}"
     )
     if args.map:
-        quick = distil(flow, 4, budget=args.map, seed=0)
+        quick = distil(flow, 4, seed=0, training=bf.Training(budget=args.map))
         began = time.process_time()
         theta = quick.sample(DRAWS, 1)
         gradients = own * 4 / (2 * args.steps)
@@ -270,14 +271,18 @@ def main() -> None:
         field = InformedVelocity(model.spec, displacement, **design)
         began = time.process_time()
         alone = fit_flow_without_draws(
-            model, displacement=displacement, velocity=field, batch_size=args.batch, budget=args.no_draws, seed=0
+            model,
+            displacement=displacement,
+            velocity=field,
+            seed=0,
+            training=bf.Training(batch_size=args.batch, budget=args.no_draws),
         )
         spent, began = time.process_time() - began, time.process_time()
-        theta = alone.sample(DRAWS, 1, steps=args.steps)
+        theta = alone.sample(DRAWS, 1, solver=Solver(steps=args.steps))
         show(f"flow without draws, {spent:.0f} CPU s in all", theta, own, time.process_time() - began)
     price("a draw of the flow, not corrected", seconds, own * DRAWS, DRAWS, info["cpu_seconds"])
     if args.density:
-        flow = replace(flow, steps=args.density_steps)  # draws need less than their densities
+        flow = replace(flow, solver=Solver(steps=args.density_steps))  # draws need less than their densities
         began = time.process_time()
         fixed = bf.correct(
             model, flow, args.density, "importance", seed=3, held_out=unseen[:: len(unseen) // args.density]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bnnflow import WeightSpec
-from bnnflow.transport import WeightsVelocity, integrate, time_grid, train
+from bnnflow.transport import Training, WeightsVelocity, integrate, time_grid, train
 
 DRAWS = 40_000
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 500
@@ -29,7 +29,7 @@ def main() -> None:
         x0, x1 = torch.randn(2, n, spec.dim, generator=generator)
         return x0, x1 + 1
 
-    field, info = train(WeightsVelocity(spec, 8, 1), pairs, steps=STEPS, batch_size=64, seed=0)
+    field, info = train(WeightsVelocity(spec, 8, 1), pairs, seed=0, training=Training(steps=STEPS, batch_size=64))
     print(f"{spec.dim} weights, {info['steps']} steps, {info['cpu_seconds']:.0f} CPU s, loss {info['loss']:.1f}")
     print("                         mean of each weight    standard deviation of each weight (asked: 0.97 to 1.03)")
     for name, solver, grid in (

@@ -72,14 +72,14 @@ def main() -> None:
     starts = {"prior": lambda: model.sample_prior(DRAWS, 1), "matched Gaussian": lambda: matched.sample(DRAWS, 1)}
     starts["untrained informed field"] = lambda: untrained.sample(DRAWS, 1)
     for name, velocity in (("informed flow", "informed"), ("weights-only flow", "weights")):
-        flow = bf.fit_flow(model, draws, velocity=velocity, budget=BUDGET, seed=0)
+        flow = bf.fit_flow(model, draws, velocity=velocity, seed=0, training=bf.Training(budget=BUDGET))
         flow.save(f"out/iris-{velocity}.npz")
         print(f"  {name}: {flow.info['steps']} steps, {flow.info['cpu_seconds']:.0f} CPU s, ", end="")
         print(f"{flow.info['parameters']} parameters, loss {flow.info['loss']:.1f}")
         starts[name] = lambda flow=flow: flow.sample(DRAWS, 1)
 
     # Midpoint: two evaluations a step, of 2 * 3 + 1 gradients each for the informed fields.
-    cost = dict.fromkeys(("untrained informed field", "informed flow"), untrained.steps * 2 * 7)
+    cost = dict.fromkeys(("untrained informed field", "informed flow"), untrained.solver.steps * 2 * 7)
     for name, start in starts.items():
         began = time.perf_counter()
         theta = start()

@@ -9,6 +9,7 @@ import torch
 from bench_iris import iris
 
 import bnnflow as bf
+from bnnflow.transport import Density, Solver
 
 DRAWS = 64
 
@@ -31,7 +32,7 @@ def main() -> None:
             print(f"  equivariance error over max |v|, {dtype}: {float(error):.1e}")
 
         began = time.perf_counter()
-        theta, log_q = flow.sample_with_log_prob(DRAWS, 1, steps=16, solver="midpoint")
+        theta, log_q = flow.sample_with_log_prob(DRAWS, 1, solver=Solver("midpoint", 16))
         seconds = time.perf_counter() - began
         print(f"  exact log q with its draw, 16 midpoint steps: {seconds / DRAWS * 1e3:.0f} ms")
         log_weights = model.log_joint(theta) - log_q
@@ -40,7 +41,9 @@ def main() -> None:
         )
         for noise in ("rademacher", "gaussian"):
             began = time.perf_counter()
-            estimate = flow.log_prob(theta, trace="hutchinson", probes=8, noise=noise, steps=16)
+            estimate = flow.log_prob(
+                theta, solver=Solver(steps=16), density=Density(trace="hutchinson", probes=8, noise=noise)
+            )
             difference = estimate - log_q
             error = float(difference.std()) / DRAWS**0.5
             print(
@@ -49,8 +52,8 @@ def main() -> None:
             )
         double = flow.to("cpu", torch.float64)
         for steps in (8, 16, 32):
-            theta, forward = double.sample_with_log_prob(8, 2, steps=steps, solver="rk4")
-            reverse = double.log_prob(theta, steps=steps, solver="rk4")
+            theta, forward = double.sample_with_log_prob(8, 2, solver=Solver("rk4", steps))
+            reverse = double.log_prob(theta, solver=Solver("rk4", steps))
             print(
                 f"  forward against reverse log q, {steps} RK4 steps: {float((forward - reverse).abs().max()):.1e} nats"
             )

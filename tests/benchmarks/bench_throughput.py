@@ -19,7 +19,17 @@ import torch
 from torch import nn
 
 import bnnflow as bf
-from bnnflow.transport import Flow, FlowMap, GradientSteps, InformedVelocity, TwoLayerVelocity, WeightsVelocity, distil
+from bnnflow.transport import (
+    Density,
+    Flow,
+    FlowMap,
+    GradientSteps,
+    InformedVelocity,
+    Solver,
+    TwoLayerVelocity,
+    WeightsVelocity,
+    distil,
+)
 
 CHUNKS = (128, 512, 2048)
 DRAWS, DRAWS_ASKED, DRAWS_SECONDS = 2048, 100_000, 10
@@ -53,7 +63,7 @@ def transport(name: str, model: bf.BayesianModel) -> Flow | FlowMap:
             parameter.normal_(std=0.02)
     flow = Flow.of(field.to(model.device, model.dtype), model)
     if name in MAPS:
-        return distil(flow, 4, trajectories=64, steps=1, batch_size=64, progress=False)
+        return distil(flow, 4, trajectories=64, progress=False, training=bf.Training(steps=1, batch_size=64))
     return flow
 
 
@@ -74,7 +84,7 @@ def draws(flow: Flow | FlowMap, device: str, rounds: int) -> dict[int, float]:
     """Return the median seconds of a draw for each chunk size, measured in turns."""
 
     def work(chunk: int, steps: int, n: int = DRAWS) -> float:
-        options = {} if isinstance(flow, FlowMap) else {"steps": steps, "solver": "midpoint"}
+        options = {} if isinstance(flow, FlowMap) else {"solver": Solver("midpoint", steps)}
         return clocked(lambda: flow.sample(n, 0, chunk_size=chunk, **options), device) / n
 
     steps = STEPS
@@ -93,8 +103,8 @@ def exact(flow: Flow, device: str) -> float:
     n = 512 if closed else (4 if device == "cpu" else 256)
     steps = STEPS if closed else 1
     theta = flow.source.from_normal(flow.start(n, 0))
-    flow.log_prob(theta[:1], steps=1)
-    return clocked(lambda: flow.log_prob(theta, steps=steps), device) * STEPS / (steps * n)
+    flow.log_prob(theta[:1], solver=Solver(steps=1))
+    return clocked(lambda: flow.log_prob(theta, solver=Solver(steps=steps)), device) * STEPS / (steps * n)
 
 
 def hutchinson(flow: Flow, device: str, chunk: int) -> float:
@@ -102,7 +112,9 @@ def hutchinson(flow: Flow, device: str, chunk: int) -> float:
     theta = flow.source.from_normal(flow.start(chunk, 0))
 
     def work(points: torch.Tensor = theta) -> torch.Tensor:
-        return flow.log_prob(points, trace="hutchinson", probes=PROBES, steps=1, chunk_size=chunk)
+        return flow.log_prob(
+            points, chunk_size=chunk, solver=Solver(steps=1), density=Density(trace="hutchinson", probes=PROBES)
+        )
 
     work(theta[:8])
     return clocked(work, device) * STEPS / chunk

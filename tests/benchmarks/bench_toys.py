@@ -124,7 +124,13 @@ def by_torchcfm(name: str) -> Method:
 def by_train(coupling: Coupling) -> Method:
     def fit(field: Field, source: Sampler, target: Sampler, generator: torch.Generator) -> nn.Module:
         pairs = pairs_of(source, target, coupling)
-        return train(field, pairs, steps=STEPS, batch_size=BATCH, optimiser="adamw", seed=generator, progress=False)[0]
+        return train(
+            field,
+            pairs,
+            seed=generator,
+            progress=False,
+            training=bf.Training(steps=STEPS, batch_size=BATCH, optimiser="adamw"),
+        )[0]
 
     return fit
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from bnnflow import WeightSpec
 from bnnflow.progress import progress_bar
-from bnnflow.transport import AffinePath, Field, TowardsEnd, TwoLayerVelocity, WeightsVelocity, train
+from bnnflow.transport import AffinePath, Field, TowardsEnd, Training, TwoLayerVelocity, WeightsVelocity, train
 from bnnflow.types import Optimiser
 
 ASKED = 0.05
@@ -155,9 +155,9 @@ def main() -> None:
         def block(whole: bool, steps: int, field=field, pairs=pairs, batch=case.batch, how=optimiser) -> float:
             own = copy.deepcopy(field)
             if whole:
-                settings = {"path": AffinePath(), "times": TowardsEnd(), "learning_rate": LEARNING_RATE}
-                settings |= {"batch_size": batch, "optimiser": how, "progress": False}
-                return clocked(lambda: train(own, pairs, steps=steps, **settings), device) / steps
+                training = Training(steps=steps, batch_size=batch, learning_rate=LEARNING_RATE, optimiser=how)
+                settings = {"path": AffinePath(), "times": TowardsEnd(), "training": training, "progress": False}
+                return clocked(lambda: train(own, pairs, **settings), device) / steps
             return clocked(lambda: bare(own, pairs, steps, batch, how, device), device) / steps
 
         block(True, 3)

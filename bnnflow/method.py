@@ -1,0 +1,97 @@
+"""What a method of getting draws is, what it is asked to do, and flows and other densities as methods."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from bnnflow.draws import Draws
+from bnnflow.model import BayesianModel
+from bnnflow.ranks import ALONE, Ranks
+from bnnflow.types import Seed
+
+if TYPE_CHECKING:
+    from bnnflow.inference.checkpoint import RunFolder
+
+__all__ = ["Method", "Run", "Sampleable"]
+
+_ROWS = 512  # weight vectors whose log joint is computed together
+
+
+@dataclass(frozen=True)
+class Run:
+    """The settings that every method shares; a None leaves the choice to the method.
+
+    Args:
+        generator: the source of randomness, the same in every process.
+        chains: number of chains, over all processes.
+        warmup: transitions spent on tuning.
+        draws: draws per chain.
+        init: where to start, ``(dim,)`` or ``(n, dim)`` as the model computes; ``"prior"`` for draws of it.
+        progress: whether a bar may be shown.
+        checkpoint: where the run is kept.
+        ranks: the processes that share the run.
+    """
+
+    generator: torch.Generator
+    chains: int | None = None
+    warmup: int | None = None
+    draws: int | None = None
+    init: Tensor | Literal["prior"] | None = None
+    progress: bool = False
+    checkpoint: RunFolder | None = None
+    ranks: Ranks = ALONE
+
+    def chains_or(self, default: int) -> int:
+        """Return the number of chains: as asked, else one for each row of ``init``, else ``default``."""
+        rows = len(self.init) if isinstance(self.init, Tensor) and self.init.dim() == 2 else None
+        return self.chains or rows or default
+
+    def refuse(self, method: object, takes: str, *names: str) -> None:
+        """Raise ``ValueError`` if one of the named settings was given, which ``method`` knows nothing of."""
+        given = [name for name in names if getattr(self, name) is not None]
+        if given:
+            raise ValueError(f"{type(method).__name__} takes {takes}, not {', '.join(given)}")
+
+
+class Method(ABC):
+    """A way to get posterior draws: a frozen dataclass of settings, checked when it is made."""
+
+    @abstractmethod
+    def draw(self, model: BayesianModel, run: Run) -> Draws:
+        """Return draws; their ``info`` counts ``gradients``, or ``gradients_per_chain``."""
+
+
+class Sampleable(Method):
+    """A distribution over the weights, such as a flow: ``sample`` gives independent draws of it.
+
+    They are draws of *it*: `refine` and `correct` bring them to the posterior.
+    """
+
+    @abstractmethod
+    def sample(self, n: int, seed: Seed = 0) -> Tensor:
+        """Draw ``(n, dim)``."""
+
+    @property
+    def gradients_per_draw(self) -> int | None:
+        """Gradients of the likelihood that a draw takes, none by default; None if that is not known."""
+        return 0
+
+    def check_model(self, model: BayesianModel) -> None:
+        """Raise ``ValueError`` if this is no distribution over the model's weights, or one of another posterior."""
+
+    def draw(self, model: BayesianModel, run: Run) -> Draws:
+        """Return draws as one chain, as many as were asked for, else 1,000."""
+        run.refuse(self, "draws", "chains", "warmup", "init", "checkpoint")
+        self.check_model(model)
+        theta = model.spec.check(self.sample(run.draws or 1000, run.generator), "draws of the method")
+        theta = theta.to(model.device, model.dtype)
+        with torch.no_grad():
+            log_joint = torch.cat([model.log_joint(rows) for rows in theta.split(_ROWS)])
+        each = self.gradients_per_draw
+        info = {"gradients": None if each is None else each * len(theta)}
+        return Draws(theta.unsqueeze(0), log_joint.unsqueeze(0), info=info)

@@ -1,0 +1,91 @@
+"""Whether to trust draws: one table of thresholds, and findings that add up to a verdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+__all__ = ["Bounds", "Findings", "Verdict"]
+
+Verdict = Literal[
+    "trust",  # nothing speaks against the draws
+    "trust with care",  # reservations, each of which is said
+    "trust after correction",  # the corrected draws; those that they were made of will not do
+    "approximate: compare with an exact sampler",  # nothing in the draws themselves can tell
+    "do not trust",  # something speaks against them
+]
+
+
+class Bounds(NamedTuple):
+    """Up to ``good`` (or from it on, where more is better) all is well; beyond ``bad`` the draws are not to be used."""
+
+    good: float
+    bad: float
+
+
+# ---------------------------------------------------------------- the thresholds, all of them
+
+R_HAT = Bounds(1.01, 1.05)  # of functions and weights (Vehtari et al. 2021)
+R_HAT_OF_PRIOR = Bounds(1.1, 1.5)  # of the log prior: directions that the data do not determine mix slowly
+R_HAT_OF_MANY = Bounds(1.05, 1.2)  # of hundreds of short chains, whose own means are noisy
+ESS = Bounds(400, 100)  # effective draws
+DIVERGENCES = 0.01  # beyond this share the posterior has regions that the chains cannot enter
+E_BFMI = 0.3  # below: the momenta do not explore the energy (Betancourt 2016)
+ACCEPTANCE = 0.2  # below: steps are too long for where the chains are
+LATENT_ACCEPTANCE = 0.01  # of moves in the latent space of a flow, below which the flow hardly helps
+TEMPERATURE = 0.2  # from 1: beyond this the law of the draws is visibly wrong
+ENERGY_VARIANCE = 5.0  # times what was asked for: unadjusted steps are too long for what they met
+
+ANCESTORS = 3  # of the first particles, in the mean run: fewer left say nothing of what was lost on the way
+LEFT_EFFECTIVE = 0.1  # of the particles: a temperature that leaves fewer was too far from the last
+EVIDENCE = 1.0  # nats of standard error beyond which an evidence compares little
+EVIDENCES = Bounds(0.03, 0.1)  # nats between two, beyond three standard errors; a lost tenth of the mass is 0.105
+
+RAW = 0.9  # effective share of weights from which no mean of raw draws is off by more than a third of its sd
+SOLVER = Bounds(0.1, 1.0)  # nats by which log weights change with a finer solver
+DISTANCE = 0.1  # between held-out and corrected draws, beyond chance
+DRIFT = Bounds(0.1, 0.5)  # of the mean log joint, in its own sds, in the second half of a refinement
+COPIES = 3.0  # nats by which symmetric copies of a flow's draws are less likely than these
+UNSEEN = 0.05  # share of held-out draws whose log weights exceed by 2 nats those of 98 % of the corrected draws
+FEW_HELD_OUT = 50  # effective held-out draws that can say little
+
+
+@dataclass
+class Findings:
+    """What speaks against draws, in two grades, and what speaks for them.
+
+    Attributes:
+        severe: reasons not to trust the draws, each with what to do.
+        mild: reservations.
+        good: what speaks for them.
+    """
+
+    severe: list[str] = field(default_factory=list)
+    mild: list[str] = field(default_factory=list)
+    good: list[str] = field(default_factory=list)
+
+    def above(self, value: float, bounds: Bounds, text: str) -> None:
+        """Note a text as mild or severe if a value exceeds the bounds; NaN does."""
+        if not value <= bounds.bad:
+            self.severe.append(text)
+        elif not value <= bounds.good:
+            self.mild.append(text)
+
+    def below(self, value: float, bounds: Bounds, text: str) -> None:
+        """Note a text as mild or severe if a value falls short of the bounds; NaN does."""
+        if not value >= bounds.bad:
+            self.severe.append(text)
+        elif not value >= bounds.good:
+            self.mild.append(text)
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict that the findings add up to."""
+        if self.severe:
+            return "do not trust"
+        return "trust with care" if self.mild else "trust"
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """What speaks against the draws, the gravest first."""
+        return (*self.severe, *self.mild)
