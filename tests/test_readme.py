@@ -1,13 +1,17 @@
 """The programs in the README and in the documentation run as printed."""
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+
+import bnnflow as bf
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,3 +53,82 @@ def test_program_of_the_transport_page_runs(capsys):
     printed = capsys.readouterr().out.splitlines()
     assert any(line.startswith("refine ") for line in printed)
     assert printed[-1] == f"torch.Size([20, {6 * 3 + 1}])"
+
+
+# ---------------------------------------------------------------- programs of one's own
+
+
+def blocks_of(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+
+
+def test_programs_of_the_extending_page_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program_of("extending.md"), "extending.md", "exec"), {"__name__": __name__})
+    acceptance, noise, log_q = capsys.readouterr().out.splitlines()
+    assert 0.5 < float(acceptance.split()[1]) < 1
+    assert 0.05 < float(noise.split()[1]) < 1
+    assert log_q == "log q (4,)"
+
+
+def test_each_program_of_ones_own_has_fewer_than_thirty_lines():
+    setting, sampler, taken, likelihood, field = map(str.splitlines, blocks_of("extending.md"))
+    for program in (setting, sampler + taken, likelihood, field):
+        assert len([line for line in program if line.strip()]) < 30
+
+
+# ---------------------------------------------------------------- the reference, and links
+
+
+def generator_of_the_reference() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate_api", ROOT / "docs" / "generate_api.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_has_every_public_name():
+    generator = generator_of_the_reference()
+    reference = set(re.findall(r"^::: (\S+)$", generator.reference(), re.MULTILINE))
+    shown = {id(value_of(name)) for name in reference}
+    for room in generator.rooms():
+        assert room.__name__ in reference
+        names = {f"{room.__name__}.{name}" for name in room.__all__}
+        assert {name for name in names if id(value_of(name)) not in shown} == set()
+    assert {name for name in bf.__all__ if id(getattr(bf, name)) not in shown} == {"__version__"}
+
+
+def value_of(path: str) -> object:
+    head, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(head), name) if head else importlib.import_module(path)
+
+
+def test_rooms_of_the_reference_come_after_those_that_they_import():
+    generator = generator_of_the_reference()
+    seen: set[str] = set()
+    for room in generator.rooms():
+        name = room.__name__.split(".")[1]
+        seen.add(name)
+        later = {each.__name__.split(".")[1] for each in generator.rooms()} - seen
+        assert not generator.imported_by(name) & later
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if "://" in path:
+            continue
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        if anchor and file.suffix == ".md" and file.name != "api.md":
+            assert anchor in anchors_of(file), target
+
+
+def anchors_of(file: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
