@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -342,24 +341,34 @@ def test_a_run_is_known_by_all_that_shapes_it(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- real processes
 
+# A run whose clock goes on by a second whenever the run looks at it, and that is killed at the look numbered DIE_AT.
 SCRIPT = """
-import sys, torch
+import itertools, os, signal, sys, torch
+from types import SimpleNamespace
 import bnnflow as bf
 from bnnflow.inference import checkpoint
 sys.path.insert(0, {tests!r})
 from test_runs import METHODS, model, names, sizes
 torch.set_num_threads(1)
+rank, looks = os.environ.get("RANK", "0"), itertools.count()
+fatal = int(os.environ.get("DIE_AT", "-1")) if rank == os.environ.get("DYING_RANK", "0") else -1
+def look():
+    now = next(looks)
+    if now == fatal:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return float(now)
+checkpoint.time = SimpleNamespace(monotonic=look)
 checkpoint.SECONDS = {seconds}
 method = METHODS[names.index({name!r})]
 kept = bf.Checkpoint({folder!r}, resume=True)
 draws = bf.sample(model(), method, seed=3, checkpoint=kept, **(sizes(method) | {options}))
 if draws.info.get("interrupted"):
     sys.exit("interrupted")
-draws.save({out!r} + __import__("os").environ.get("RANK", "0"))
+draws.save({out!r} + rank)
 """
 
 
-def script(tmp_path: Path, name: str, seconds: float = 0.01, **options) -> list[str]:
+def script(tmp_path: Path, name: str, seconds: float = 1.0, **options) -> list[str]:
     code = SCRIPT.format(
         tests=str(Path(__file__).parent), seconds=seconds, name=name, options=options,
         folder=str(tmp_path / "run"), out=str(tmp_path / "draws-"),
@@ -379,30 +388,25 @@ ENVIRONMENT = os.environ | {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["HMC", "SMC"])
 def test_killed_again_and_again(name: str, tmp_path: Path) -> None:
-    """SIGKILL at several moments; the run that gets through is the run that nobody touched."""
-    options = {} if name == "SMC" else {"draws": 1500}
-    command = [sys.executable, *script(tmp_path, name, **options)]
-    for wait in (0.0, 0.2):
-        process = subprocess.Popen(command, env=ENVIRONMENT)
-        while process.poll() is None and not list((tmp_path / "run").rglob("state-*.npz")):
-            time.sleep(0.01)
-        time.sleep(wait)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    """SIGKILL at several steps; the run that gets through is the run that nobody touched."""
+    command = [sys.executable, *script(tmp_path, name)]
+    for look in (6, 6):
+        assert subprocess.run(command, env=ENVIRONMENT | {"DIE_AT": str(look)}).returncode == -signal.SIGKILL
+        assert list((tmp_path / "run").rglob("state-*.npz"))
     subprocess.run(command, env=ENVIRONMENT, check=True)
     method = METHODS[names.index(name)]
-    same(bf.load(tmp_path / "draws-0.npz"), bf.sample(model(), method, seed=3, **(sizes(method) | options)))
+    same(bf.load(tmp_path / "draws-0.npz"), bf.sample(model(), method, seed=3, **sizes(method)))
 
 
-def torchrun(arguments: list[str], **options) -> subprocess.CompletedProcess:
+def torchrun(arguments: list[str], **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, **options)
+    return subprocess.run(command, env=ENVIRONMENT | environment, capture_output=True, text=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["HMC", "MCLMC", "SMC"])
 def test_two_processes_share_a_run(name: str, tmp_path: Path) -> None:
-    done = torchrun(script(tmp_path, name, seconds=10.0))
+    done = torchrun(script(tmp_path, name, seconds=1e9))
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = bf.load(tmp_path / "draws-0.npz"), bf.load(tmp_path / "draws-1.npz")
     same(first, second)
@@ -417,24 +421,13 @@ def test_two_processes_share_a_run(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["HMC", "SMC"])
 def test_a_rank_that_dies_does_not_lose_the_run(name: str, tmp_path: Path) -> None:
-    options = {"draws": 1000} if name == "HMC" else {}
-    arguments = script(tmp_path, name, **options)
-    fatal = tmp_path / "fatal.py"
-    fatal.write_text(
-        "import os, signal, threading\n"
-        "if os.environ['RANK'] == '1':\n"
-        "    import glob, time\n"
-        "    def die():\n"
-        f"        while not glob.glob({str(tmp_path / 'run' / 'rank-1' / 'state-1.npz')!r}): time.sleep(0.005)\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    threading.Thread(target=die, daemon=True).start()\n" + Path(arguments[0]).read_text()
-    )
-    assert torchrun([str(fatal)]).returncode != 0
+    arguments = script(tmp_path, name)
+    assert torchrun(arguments, DYING_RANK="1", DIE_AT="6").returncode != 0
     assert list((tmp_path / "run").rglob("state-*.npz"))
     done = torchrun(arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     resumed = bf.load(tmp_path / "draws-0.npz")
     whole = tmp_path / "whole"
     whole.mkdir()
-    assert torchrun(script(whole, name, seconds=10.0, **options)).returncode == 0
+    assert torchrun(script(whole, name, seconds=1e9)).returncode == 0
     same(resumed, bf.load(whole / "draws-0.npz"))
