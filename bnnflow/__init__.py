@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         NormalizingFlowVI,
         PyroNUTS,
         evidence,
+        refine,
         sample,
     )
     from bnnflow.model import BayesianModel, likelihoods, priors
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from bnnflow.predictive import metrics, predict
     from bnnflow.report import diagnose, report, to_arviz, weight_convergence
     from bnnflow.symmetry import align
-    from bnnflow.transport import Flow, GaussNewtonFlow, correct, fit_flow, refine
+    from bnnflow.transport import Flow, GaussNewtonFlow, correct, fit_flow
     from bnnflow.weights import WeightSpec
 
 __version__ = "0.1.0"
@@ -86,7 +87,7 @@ __all__ = [
     "weight_convergence",
 ]
 
-# Where each name lives. They are imported on first use (PEP 562): a script pays only for the rooms it enters.
+# Where each name lives. They are imported on first use (PEP 562): a script pays only for the packages it enters.
 _HOMES = {
     "draws": ("Draws",),
     "files": ("load",),
@@ -107,6 +108,7 @@ _HOMES = {
         "NormalizingFlowVI",
         "PyroNUTS",
         "evidence",
+        "refine",
         "sample",
     ),
     "model": ("BayesianModel", "likelihoods", "priors"),
@@ -114,7 +116,7 @@ _HOMES = {
     "predictive": ("metrics", "predict"),
     "report": ("diagnose", "to_arviz", "weight_convergence"),
     "symmetry": ("align",),
-    "transport": ("Flow", "GaussNewtonFlow", "correct", "fit_flow", "refine"),
+    "transport": ("Flow", "GaussNewtonFlow", "correct", "fit_flow"),
     "weights": ("WeightSpec",),
 }
 
@@ -123,7 +125,7 @@ def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f"bnnflow.{home}"), name)
-    if name in __all__:  # a room; `report` is one that can be called
+    if name in __all__:  # a package; `report` is one that can be called
         return import_module(f"bnnflow.{name}")
     raise AttributeError(f"module 'bnnflow' has no attribute {name!r}")
 

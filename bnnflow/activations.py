@@ -84,14 +84,14 @@ class Activation:
 
     @property
     def reusable(self) -> bool:
-        """Say whether f' follows from f alone, so that `overwrite` and `pull` may save memory."""
+        """Say whether f' follows from f alone, so that `overwrite` and `vjp` may save memory."""
         return self.name in _OVERWRITE
 
     def overwrite(self, a: Tensor) -> Tensor:
         """Return f(a) in the memory of ``a``; for `reusable` activations, where nothing tracks derivatives."""
         return _OVERWRITE[self.name](a)
 
-    def pull(self, delta: Tensor, value: Tensor) -> Tensor:
+    def vjp(self, delta: Tensor, value: Tensor) -> Tensor:
         """Return delta * f'(a) in the memory of ``delta``, given f(a); as `overwrite`."""
         return _PULL[self.name](delta, value)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["balance"]
+__all__ = ["bennett"]
 
 _BEYOND = 50.0  # nats around all log ratios between which the answer is sought
 _HALVINGS = 100
 
 
-def balance(
+def bennett(
     forward: Tensor, reverse: Tensor, weights: Tensor, shift: Tensor | float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Solve mean_q s(l - c + shift) = e^shift mean_p s(c - l - shift) for c, by bisection.

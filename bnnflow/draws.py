@@ -16,7 +16,7 @@ from bnnflow.gaussian import Gaussian
 from bnnflow.posteriors import dimension, pack, unpack
 from bnnflow.types import Posterior
 
-__all__ = ["Draws", "as_theta", "strays", "unresolved"]
+__all__ = ["Draws", "as_theta", "outliers", "unresolved"]
 
 
 @checked
@@ -169,7 +169,7 @@ def as_theta(draws: Draws | Tensor | tuple[Tensor, Tensor | None], name: str = "
     return flat, weights
 
 
-def strays(log_joint: Tensor) -> Tensor:
+def outliers(log_joint: Tensor) -> Tensor:
     """Say which draws are none of the posterior that the others are of, given the log densities ``(n,)`` of all.
 
     Those that lie further below the median than eight times the lower quartile and ten nats. Minus the log density of

@@ -10,11 +10,11 @@ from bnnflow.draws import Draws
 from bnnflow.equivariant import INRs
 from bnnflow.inference import checkpoint
 from bnnflow.model import BayesianModel
-from bnnflow.transport import CompletedFlow, Correction, Flow, FlowMap, InCoordinates, ManifoldFlow
+from bnnflow.transport import CompletedFlow, Correction, Flow, FlowMap, ManifoldFlow, TransformedDensity
 
 __all__ = ["load"]
 
-Saved = Draws | INRs | Flow | FlowMap | ManifoldFlow | CompletedFlow | InCoordinates
+Saved = Draws | INRs | Flow | FlowMap | ManifoldFlow | CompletedFlow | TransformedDensity
 
 _VERSIONS = {
     "draws": 1,
@@ -30,7 +30,7 @@ _WITH_MODEL = {
     "flow-map": FlowMap,
     "manifold-flow": ManifoldFlow,
     "completed-flow": CompletedFlow,
-    "in-coordinates": InCoordinates,
+    "in-coordinates": TransformedDensity,
 }
 
 

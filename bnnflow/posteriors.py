@@ -22,7 +22,7 @@ from bnnflow.types import Posterior, Seed
 if TYPE_CHECKING:
     from torch.distributions import Distribution
 
-__all__ = ["CouplingFlow", "KroneckerGaussian", "LowRankGaussian", "Mixture", "Restricted", "coupling_flow"]
+__all__ = ["Conditional", "CouplingFlow", "KroneckerGaussian", "LowRankGaussian", "Mixture", "coupling_flow"]
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -109,7 +109,7 @@ class KroneckerGaussian:
 
 
 @dataclass(frozen=True)
-class Restricted:
+class Conditional:
     """A posterior over some coordinates; the others are held fixed.
 
     ``log_prob`` is the density over the free coordinates, and -inf where another one is not at its fixed value.
@@ -275,7 +275,7 @@ def coupling_orders(dim: int, couplings: int, generator: torch.Generator) -> tup
 # ---------------------------------------------------------------- storage
 
 KINDS: dict[str, Callable[..., Posterior]] = {
-    kind.__name__: kind for kind in (Gaussian, LowRankGaussian, KroneckerGaussian, Restricted, Mixture, CouplingFlow)
+    kind.__name__: kind for kind in (Gaussian, LowRankGaussian, KroneckerGaussian, Conditional, Mixture, CouplingFlow)
 }
 
 
@@ -325,7 +325,7 @@ def dimension(posterior: Any) -> int:
         fits = all(p.shape == (len(a), len(b)) and a.shape == p.shape[:1] * 2 and b.shape == p.shape[1:] * 2
                    for a, b, p in blocks)  # fmt: skip
         return _fitting(flat and fits and sum(p.numel() for _, _, p in blocks) == dim, dim)
-    if isinstance(posterior, Restricted):
+    if isinstance(posterior, Conditional):
         where = posterior.where
         inside = where.dtype == torch.int64 and bool(((where >= 0) & (where < dim)).all())
         return _fitting(flat and inside and where.shape == (dimension(posterior.free),), dim)

@@ -40,7 +40,7 @@ class Labels(NamedTuple):
     axes: dict[str, tuple[str | None, ...]]
     activations: dict[str, Activation]
     layers: tuple[Layer, ...]
-    neutral: frozenset[tuple[str, int]]
+    scale_free_axes: frozenset[tuple[str, int]]
     transposed: frozenset[str] = frozenset()
 
 
@@ -75,7 +75,7 @@ def _unwrapped(found: Labels) -> Labels:
         {bare[name]: axes for name, axes in found.axes.items()},
         found.activations,
         (),
-        frozenset((bare[name], axis) for name, axis in found.neutral),
+        frozenset((bare[name], axis) for name, axis in found.scale_free_axes),
         frozenset(bare[name] for name in found.transposed),
     )
 
@@ -214,7 +214,7 @@ class _Walk:
         self.fixed: set[int] = set()  # labels of units that inputs or outputs share
         self.pinned: set[int] = set()  # segments without signs and scales
         self.functions: list[tuple[int, str]] = []  # what is applied to which segment
-        self.neutral: set[tuple[str, int]] = set()
+        self.scale_free_axes: set[tuple[str, int]] = set()
         self.transposed: set[str] = set()  # tensors whose second axis is the written one
         self.used: set[str] = set()
         self.layers: list[Layer] = []
@@ -272,17 +272,17 @@ class _Walk:
             if name and self.segments.find(segment) not in pinned and function not in functions[name]:
                 functions[name].append(function)
         axes: dict[str, tuple[str | None, ...]] = {}
-        neutral = set()
+        scale_free_axes = set()
         for tensor, marks in self.marks.items():
             axes[tensor] = tuple(None if mark is None else names.get(self._label(mark)) for mark in marks)
             for axis, mark in enumerate(marks):
                 still = mark is not None and self.segments.find(mark) in pinned
-                if axes[tensor][axis] and (still or (tensor, axis) in self.neutral):
-                    neutral.add((tensor, axis))
+                if axes[tensor][axis] and (still or (tensor, axis) in self.scale_free_axes):
+                    scale_free_axes.add((tensor, axis))
         self._check_widths(axes, names)
         activations = {name: Activation(" + ".join(found or ["norm"])) for name, found in functions.items()}
         layers = tuple(self.layers) if self.chain else ()
-        return Labels(axes, activations, layers, frozenset(neutral), frozenset(self.transposed))
+        return Labels(axes, activations, layers, frozenset(scale_free_axes), frozenset(self.transposed))
 
     def _check_widths(self, axes: dict[str, tuple[str | None, ...]], names: dict[int, str]) -> None:
         """Refuse blocks of units that cut each other, and units that no tensor counts."""
@@ -369,10 +369,14 @@ class _Walk:
         if type(module) is nn.Upsample:
             return self._over_space(node, value, "")
         if module.__module__ == "torch.nn.modules.pooling":
-            sizes = getattr(module, "output_size", None)
-            plain = not getattr(module, "return_indices", False)
-            return self._pool(node, value, type(module).__name__, sizes) if plain else None
+            return self._pooling(node, module, value)
         return self._function(value, activation_of(module))
+
+    def _pooling(self, node: fx.Node, module: nn.Module, value: _Value) -> _Value | None:
+        """Understand a layer of torch's that pools, unless it also says where the largest were."""
+        if getattr(module, "return_indices", False):
+            return None
+        return self._pool(node, value, type(module).__name__, getattr(module, "output_size", None))
 
     def _operation(self, node: fx.Node, value: Any, args: list[Any], options: dict[str, Any]) -> _Value | None:
         """Understand a function or a tensor method by its name."""
@@ -448,7 +452,7 @@ class _Walk:
         elif module.groups == module.in_channels == module.out_channels:
             written = value.segment
             self._own(node, module, weight=(written,), bias=(written,))
-            self.neutral.add((f"{node.target}.weight", 0))  # reads the units that it writes
+            self.scale_free_axes.add((f"{node.target}.weight", 0))  # reads the units that it writes
         else:
             raise self._refusal(node, "its groups tie channels; one group, or one for each channel, can be labelled")
         if written is None:

@@ -1,4 +1,4 @@
-"""The types that travel between rooms: protocols and literals, no logic."""
+"""The types that travel between packages: protocols and literals, no logic."""
 
 from __future__ import annotations
 

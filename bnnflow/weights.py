@@ -78,7 +78,7 @@ class WeightSpec:
     activations: dict[str, Activation]
     layers: tuple[Layer, ...] = ()
     extras: tuple[str, ...] = ()
-    neutral: frozenset[tuple[str, int]] = frozenset()
+    scale_free_axes: frozenset[tuple[str, int]] = frozenset()
     unknown: str = ""
     transposed: frozenset[str] = frozenset()
     unusual: dict[str, float | None] = field(default_factory=dict, compare=False)
@@ -91,11 +91,11 @@ class WeightSpec:
         The forward pass is traced, so nested ``Sequential``s and classes with a ``forward`` of their own are
         understood, as long as data flow through ``Linear`` layers, embeddings, convolutions, transposed ones too (of
         one group, or depthwise), elementwise activations, pooling, padding, upsampling and averages over space,
-        additions, products with numbers, and LayerNorm, RMSNorm, GroupNorm with one group or a group for every
-        channel, and InstanceNorm, in any shape (``Flatten``, ``Unflatten``, ``view``, ``permute`` and the like) that
-        keeps units apart. Inputs may be computed with before in any way that has no weights. Added layers share one
-        label; what is added to inputs, and outputs, have none. Channels that are flattened make blocks, see `blocks`.
-        A chain of ``Linear`` layers has ``layers``, too.
+        additions, products with numbers, and LayerNorm, RMSNorm, GroupNorm with one group or a group for every channel,
+        and InstanceNorm, in any shape (``Flatten``, ``Unflatten``, ``view``, ``permute`` and the like) that keeps units
+        apart. Inputs may be computed with before in any way that has no weights. Added layers share one label; what is
+        added to inputs, and outputs, have none. Channels that are flattened make blocks, see `unit_axes`. A chain of
+        ``Linear`` layers has ``layers``, too.
 
         The first axis of the data is taken to run over rows. A view of shape (-1, k) is taken to keep the rows apart.
 
@@ -115,7 +115,9 @@ class WeightSpec:
         shapes = _shapes(net)
         every = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
         axes = {name: found.axes[name] for name in every}
-        spec = cls(tuple(every), every, axes, found.activations, found.layers, (), found.neutral, "", found.transposed)
+        spec = cls(
+            tuple(every), every, axes, found.activations, found.layers, (), found.scale_free_axes, "", found.transposed
+        )
         spec = replace(spec, unusual=_unusual_fan_ins(net))
         constants = {name: each.detach() for name, each in net.named_parameters() if name not in shapes}
         return spec._without(constants) if constants else spec
@@ -125,7 +127,9 @@ class WeightSpec:
         pinned: set[str] = set()
         activations = dict(self.activations)
         for name, value in constants.items():
-            acted = {label for label, power in zip(self.blocks(name)[1], self.powers(name), strict=True) if power}
+            acted = {
+                label for label, power in zip(self.unit_axes(name)[1], self.scale_exponents(name), strict=True) if power
+            }
             for label in set(self.axes[name]) - {None}:
                 assert label is not None
                 perms = generators_of_permutations(self.widths[label])
@@ -142,7 +146,9 @@ class WeightSpec:
             axes=axes,
             activations={label: f for label, f in activations.items() if label not in pinned},
             layers=(),
-            neutral=frozenset((name, axis) for name, axis in self.neutral if name in axes and axes[name][axis]),
+            scale_free_axes=frozenset(
+                (name, axis) for name, axis in self.scale_free_axes if name in axes and axes[name][axis]
+            ),
             transposed=self.transposed.intersection(kept),
         )
 
@@ -226,7 +232,7 @@ class WeightSpec:
             "activations": {label: activation.name for label, activation in self.activations.items()},
             "layers": [[layer.weight, layer.bias, layer.activation.name] for layer in self.layers],
             "extras": list(self.extras),
-            "neutral": [list(each) for each in sorted(self.neutral)],
+            "neutral": [list(each) for each in sorted(self.scale_free_axes)],
         }
         values |= {"transposed": sorted(self.transposed)} if self.transposed else {}
         return values if self._labelled else values | {"unknown": self.unknown}
@@ -314,7 +320,7 @@ class WeightSpec:
         return widths
 
     @checked
-    def blocks(self, name: str) -> tuple[tuple[int, ...], tuple[str | None, ...]]:
+    def unit_axes(self, name: str) -> tuple[tuple[int, ...], tuple[str | None, ...]]:
         """Return the shape and the labels of a tensor whose every labelled axis runs over units alone.
 
         An axis may be a multiple of its label's width: every unit then owns a block of consecutive entries, as a
@@ -322,7 +328,7 @@ class WeightSpec:
 
         Example:
             >>> net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
-            >>> WeightSpec.of(net).blocks("2.weight")
+            >>> WeightSpec.of(net).unit_axes("2.weight")
             ((3, 16), (None, 'h1'))
         """
         self._check_name(name)
@@ -335,25 +341,25 @@ class WeightSpec:
         return tuple(shape), tuple(axes)
 
     @checked
-    def powers(self, name: str) -> tuple[int, ...]:
-        """Return the power of its unit's scale that multiplies each axis of ``blocks(name)``.
+    def scale_exponents(self, name: str) -> tuple[int, ...]:
+        """Return the power of its unit's scale that multiplies each axis of ``unit_axes(name)``.
 
         It is 1 where units are written, -1 where they are read, and 0 where no scale acts; signs and phases alike.
 
         Example:
             >>> net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
             >>> spec = WeightSpec.of(net)
-            >>> spec.powers("0.weight"), spec.powers("2.weight"), spec.powers("2.bias")
+            >>> spec.scale_exponents("0.weight"), spec.scale_exponents("2.weight"), spec.scale_exponents("2.bias")
             ((1, 0), (0, -1), (0,))
         """
         self._check_name(name)
-        powers: list[int] = []
+        scale_exponents: list[int] = []
         for axis, (label, size) in enumerate(zip(self.axes[name], self.shapes[name], strict=True)):
-            still = label is None or name in self.extras or (name, axis) in self.neutral
-            powers.append(0 if still else 1 if axis == self._written_axis(name) else -1)
+            still = label is None or name in self.extras or (name, axis) in self.scale_free_axes
+            scale_exponents.append(0 if still else 1 if axis == self._written_axis(name) else -1)
             if label is not None and size != self.widths[label]:
-                powers.append(0)
-        return tuple(powers)
+                scale_exponents.append(0)
+        return tuple(scale_exponents)
 
     def _check_name(self, name: str) -> None:
         if name not in self.shapes:
@@ -363,7 +369,7 @@ class WeightSpec:
         return 1 if name in self.transposed else 0
 
     def written(self, name: str) -> int:
-        """Return the axis of ``blocks(name)`` that is the side of the units which the tensor writes.
+        """Return the axis of ``unit_axes(name)`` that is the side of the units which the tensor writes.
 
         Example:
             >>> spec = WeightSpec.of(torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 2)))
@@ -442,7 +448,7 @@ class WeightSpec:
         self._check_labels(perms)
         parts = []
         for name, where in self.slices.items():
-            shape, axes = self.blocks(name)
+            shape, axes = self.unit_axes(name)
             index = torch.zeros((), dtype=torch.long, device=theta.device)
             for axis, (label, size) in enumerate(zip(axes, shape, strict=True)):
                 coordinate = (
@@ -507,9 +513,9 @@ class WeightSpec:
         self.check(theta)
         parts = []
         for name in self.names:
-            shape, axes = self.blocks(name)
+            shape, axes = self.unit_axes(name)
             factor = torch.ones(shape, dtype=theta.dtype, device=theta.device)
-            for axis, (label, power) in enumerate(zip(axes, self.powers(name), strict=True)):
+            for axis, (label, power) in enumerate(zip(axes, self.scale_exponents(name), strict=True)):
                 if label is not None and label in scales and (power < 0 or (power and written)):
                     scale = scales[label].to(theta)
                     along = scale.reshape(*scale.shape[:-1], *(1,) * axis, shape[axis], *(1,) * (len(shape) - axis - 1))
@@ -544,11 +550,11 @@ class WeightSpec:
 
     def _every_sine_has_a_bias(self, label: str) -> bool:
         """Say whether all that writes units of ``label`` has a bias and goes through one and the same sine."""
-        if any(self.axes[name][axis] == label for name, axis in self.neutral):
+        if any(self.axes[name][axis] == label for name, axis in self.scale_free_axes):
             return False
         own = [name for name in self.names if name not in self.extras]
         written = [name for name in own if self.axes[name][self._written_axis(name)] == label]
-        biases = sum(self.blocks(name)[1] == (label,) for name in own)
+        biases = sum(self.unit_axes(name)[1] == (label,) for name in own)
         # After one layer other odd functions may follow its sine; of several, one may go to those without it.
         alike = biases == 1 or " + " not in self.activations[label].name
         return biases > 0 and len(written) == 2 * biases and alike

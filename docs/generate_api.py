@@ -1,4 +1,4 @@
-"""The reference, made from the package when the documentation is built: room by room, in the order of imports."""
+"""The reference, made from the package when the documentation is built: package by package, in the order of imports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bnnflow"
 
 
-def rooms() -> list[ModuleType]:
+def packages() -> list[ModuleType]:
     """Return the modules and packages right below bnnflow that have public names, each after those it imports."""
     names = [path.stem for path in sorted(PACKAGE.iterdir()) if path.suffix == ".py" or (path / "__init__.py").exists()]
     names = [name for name in names if not name.startswith("_")]
@@ -24,7 +24,7 @@ def rooms() -> list[ModuleType]:
 
 
 def imported_by(name: str) -> set[str]:
-    """Return the rooms that a room imports when it is loaded."""
+    """Return the packages that a package imports when it is loaded."""
     single = PACKAGE / f"{name}.py"
     files = [single] if single.exists() else (PACKAGE / name).rglob("*.py")
     text = "\n".join(path.read_text() for path in files)
@@ -32,7 +32,7 @@ def imported_by(name: str) -> set[str]:
 
 
 def shown_in_pages() -> set[str]:
-    """Return what the programs of the documentation import from below a room: it is public by that."""
+    """Return what the programs of the documentation import from below a package: it is public by that."""
     found = set()
     for path in (ROOT / "docs").glob("*.md"):
         for module, names in re.findall(r"^from (bnnflow(?:\.\w+){2,}) import (.+)$", path.read_text(), re.MULTILINE):
@@ -41,7 +41,7 @@ def shown_in_pages() -> set[str]:
 
 
 def blocks(module: ModuleType, level: int) -> Iterator[str]:
-    """Yield what the page says of a room: what it is for, its names, and those of the modules among them."""
+    """Yield what the page says of a package: what it is for, its names, and those of the modules among them."""
     yield block(module.__name__, level, members="false")
     inner = []
     for name in module.__all__:
@@ -62,18 +62,18 @@ def block(identifier: str, level: int, **options: str) -> str:
 
 
 def reference() -> str:
-    """Return the page: rooms of which `bnnflow` itself has names or which it names, then what lies below them."""
+    """Return the page: packages of which `bnnflow` itself has names or which it names, then what lies below them."""
     import bnnflow
 
     homes = {getattr(getattr(bnnflow, name), "__module__", name) for name in bnnflow.__all__}
     named = {home.split(".")[1] for home in homes if home.startswith("bnnflow.")} | set(bnnflow.__all__)
-    everything = rooms()
-    entered = [room for room in everything if room.__name__.split(".")[1] in named]
-    below = [room for room in everything if room not in entered]
+    everything = packages()
+    entered = [package for package in everything if package.__name__.split(".")[1] in named]
+    below = [package for package in everything if package not in entered]
     parts = ["## What users enter\n"]
-    parts += [text for room in entered for text in blocks(room, 3)]
+    parts += [text for package in entered for text in blocks(package, 3)]
     parts += ["## What lies below\n"]
-    parts += [text for room in below for text in blocks(room, 3)]
+    parts += [text for package in below for text in blocks(package, 3)]
     parts += ["## What programs of these pages take from inside\n"]
     parts += [block(name, 3) for name in sorted(shown_in_pages())]
     return "\n".join(parts)

@@ -69,8 +69,8 @@ def fitted(theta: Tensor, task: Task, classes: Tensor, domain: str, generator: t
     y = task.y["train"].repeat(4)
     for step in range(1, FIT_STEPS + 1):
         rows = torch.randint(len(y), (len(theta), ROWS), generator=generator)
-        logits, pull = network.pullback(theta, pool[rows], per_network=True)
-        grad = pull(logits.softmax(-1) - F.one_hot(classes.gather(1, y[rows]), 10)) / ROWS
+        logits, vjp = network.pullback(theta, pool[rows], per_network=True)
+        grad = vjp(logits.softmax(-1) - F.one_hot(classes.gather(1, y[rows]), 10)) / ROWS
         mean, square = mean.lerp(grad, 0.1), square.lerp(grad.square(), 0.001)
         rate = FIT_RATE * min(1.0, 2 * (1 - (step - 1) / FIT_STEPS))
         theta = theta - rate * (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)

@@ -45,9 +45,9 @@ from bnnflow.transport import (
     Solver,
     train,
 )
-from bnnflow.transport.coordinates import Context
-from bnnflow.transport.importance import effective, log_mean, smoothed
-from bnnflow.transport.targets import InformedPath
+from bnnflow.transport.correction.importance import kish_ess, log_mean, psis
+from bnnflow.transport.targets import PosteriorTargets
+from bnnflow.transport.whitened import WhitenedPosterior
 
 OUT = Path("out/one_flow")
 HIDDEN = 16
@@ -154,10 +154,10 @@ def chains_of(task: Task, hidden: int, long: bool) -> bf.Draws:
 # ---------------------------------------------------------------- one field for many posteriors
 
 
-class Family(nn.Module):
+class MakeKernel(nn.Module):
     """A field for many posteriors; the last coordinate of a point is the number of its posterior, and does not move."""
 
-    def __init__(self, field: InformedVelocity, contexts: list[Context]) -> None:
+    def __init__(self, field: InformedVelocity, contexts: list[WhitenedPosterior]) -> None:
         super().__init__()
         self.field, self.contexts = field, contexts
 
@@ -171,7 +171,7 @@ class Family(nn.Module):
 class FamilyPath(ProbabilityPath):
     """The paths of many posteriors."""
 
-    def __init__(self, paths: list[InformedPath]) -> None:
+    def __init__(self, paths: list[PosteriorTargets]) -> None:
         self.paths = paths
 
     def loss_weight(self, t: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def members(x: Tensor) -> list[tuple[int, Tensor]]:
     return [(int(k), (x[:, -1] == k).nonzero()[:, 0]) for k in x[:, -1].unique()]
 
 
-def pull(model: bf.BayesianModel) -> bf.Flow:
+def vjp(model: bf.BayesianModel) -> bf.Flow:
     """Return the flow without a network."""
     return bf.GaussNewtonFlow(model, GaussNewton(NEWTON[-1]), solver=Solver(steps=SOLVER_STEPS))
 
@@ -199,13 +199,14 @@ def fit(tasks: list[Task], steps: int) -> bf.Flow:
     """Train one field on draws of many posteriors."""
     generator = torch.Generator().manual_seed(0)
     models = [task.model() for task in tasks]
-    contexts = [Context(model) for model in models]
+    contexts = [WhitenedPosterior(model) for model in models]
     x1 = torch.stack(
         [context.source.to_normal(chains_of(t, HIDDEN, False).flat) for t, context in zip(tasks, contexts, strict=True)]
     )
     group = contexts[0].source.symmetries(models[0])
     paths = [
-        InformedPath(AffinePath(), c, group, own, generator, newton=True) for c, own in zip(contexts, x1, strict=True)
+        PosteriorTargets(AffinePath(), c, group, own, generator, newton=True)
+        for c, own in zip(contexts, x1, strict=True)
     ]
 
     def pairs(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -216,7 +217,7 @@ def fit(tasks: list[Task], steps: int) -> bf.Flow:
         x0, own = (torch.cat([end, chosen[:, None].to(end)], 1) for end in ends)
         return x0, own
 
-    family = Family(field(), contexts)
+    family = MakeKernel(field(), contexts)
     _, info = train(
         family, pairs, path=FamilyPath(paths), seed=generator, training=bf.Training(steps=steps, batch_size=BATCH)
     )
@@ -307,7 +308,7 @@ def weighed(model: bf.BayesianModel, flow: bf.Flow, draws: int, steps: int) -> d
     began = time.process_time()
     theta, log_q = flow.sample_with_log_prob(draws, 3, solver=Solver("rk4", steps))
     log_weights = model.log_joint(theta).double() - log_q
-    found = {"k-hat": smoothed(log_weights)[1], "ESS": effective(log_weights) / draws, "sd": float(log_weights.std())}
+    found = {"k-hat": psis(log_weights)[1], "ESS": kish_ess(log_weights) / draws, "sd": float(log_weights.std())}
     found |= {"evidence": log_mean(log_weights), "CPU s": time.process_time() - began}
     found["half"] = flow.solver_error(12, 3, solver=Solver("rk4", steps // 2))["log_prob"]
     return found | {"SMC": bf.sample(model, bf.SMC(particles=500), chains=4, seed=0, progress=False).log_evidence}
@@ -368,7 +369,7 @@ def main(sizes: Sizes, name: str) -> None:
         def make(task: Task) -> Starts:
             model = task.model(hidden)
             prior: Starts = {"prior": partial(model.sample_prior, seed=1)}
-            return prior | starts({PULL: pull(model), OURS: flow.transfer(model)})
+            return prior | starts({PULL: vjp(model), OURS: flow.transfer(model)})
 
         return judge(given, hidden, "common", make)
 
@@ -391,7 +392,7 @@ def main(sizes: Sizes, name: str) -> None:
     print("\nimportance sampling")
     for task in few:
         model = task.model()
-        flows = {PULL: pull(model), OURS: flow.bind(model)}
+        flows = {PULL: vjp(model), OURS: flow.bind(model)}
         for which, each in flows.items():
             run = partial(weighed, model, each, sizes.weighed, sizes.solver)
             key = f"{name}, {sizes.steps} steps, {task.name}, weights of {which}, {sizes.weighed}, {sizes.solver}"

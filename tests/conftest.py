@@ -37,7 +37,7 @@ def leaves_no_trace() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def seeded():
-    """Context in which the global generator starts from a seed: how a test builds its networks.
+    """WhitenedPosterior in which the global generator starts from a seed: how a test builds its networks.
 
     with seeded(0):
         net = torch.nn.Linear(3, 2)

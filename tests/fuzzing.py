@@ -151,8 +151,8 @@ def _data_and_models(w: World) -> Iterator[Call]:
     yield Call("WeightSpec.rescale", w.relu_spec.rescale, {"theta": theta, "scales": scales})
     yield Call("priors.Normal.symmetries", priors.Normal(1.0).symmetries, {"spec": spec})
     yield Call("WeightSpec.random_symmetry", spec.random_symmetry, {"theta": theta, "seed": 0, "group": None})
-    yield Call("WeightSpec.blocks", spec.blocks, {"name": "0.weight"})
-    yield Call("WeightSpec.powers", spec.powers, {"name": "0.weight"})
+    yield Call("WeightSpec.unit_axes", spec.unit_axes, {"name": "0.weight"})
+    yield Call("WeightSpec.scale_exponents", spec.scale_exponents, {"name": "0.weight"})
     yield Call("likelihoods.Gaussian", likelihoods.Gaussian, {"scale": 0.1})
     yield Call("likelihoods.HeteroscedasticGaussian", likelihoods.HeteroscedasticGaussian, {"min_scale": 1e-3})
     yield Call("likelihoods.StudentT", likelihoods.StudentT, {"df": 4.0, "scale": 0.1})
@@ -289,7 +289,13 @@ def _transport(w: World) -> Iterator[Call]:
     training = {"budget": 1.0, "steps": 2, "batch_size": 4, "learning_rate": 1e-3, "optimiser": "adamw", "patience": 2}
     yield Call("Training", bf.Training, training | {"autocast": False, "compile": False})
     yield Call("Checkpoint", bf.Checkpoint, {"path": w.folder / "run", "resume": True})
-    matching = {"coupling": t.Independent(), "path": None, "times": t.TowardsEnd(), "targets": "pairs", "reuse": 1}
+    matching = {
+        "coupling": t.Independent(),
+        "path": None,
+        "times": t.LogUniformNearEnd(),
+        "targets": "pairs",
+        "reuse": 1,
+    }
     yield Call("transport.Matching", t.Matching, matching)
     yield Call("transport.Reuse", t.Reuse, {"steps": 1, "moves": None})
     yield Call("transport.Density", t.Density, {"trace": "exact", "probes": 2, "noise": "rademacher"})
@@ -307,12 +313,12 @@ def _transport(w: World) -> Iterator[Call]:
     yield Call("transport.fit_cnf", t.fit_cnf, baseline | {"width": 4, "solver_steps": 2})
     distil = {"flow": flow, "evaluations": 1, "trajectories": 4} | small
     yield Call("transport.distil", t.distil, distil)
-    bootstrap = {"model": model, "rounds": 1, "targets": 4, "refine_steps": 1, "displacement": None}
+    bootstrap = {"model": model, "rounds": 1, "targets": 4, "refine_steps": 1, "proximal_step": None}
     yield Call("transport.fit_flow_without_draws", t.fit_flow_without_draws, bootstrap | small)
     given = {"spec": w.relu_spec, "draws": theta, "velocity": None, "coupling": None, "checkpoint": None}
     yield Call("transport.fit_manifold_flow", t.fit_manifold_flow, given | small)
     two_steps = Solver(steps=2)
-    gauss = {"model": model, "displacement": None, "source": None, "path": None, "solver": two_steps}
+    gauss = {"model": model, "proximal_step": None, "source": None, "path": None, "solver": two_steps}
     yield Call("GaussNewtonFlow", bf.GaussNewtonFlow, gauss)
     yield Call("Flow", t.Flow, {"velocity": flow.velocity, "source": flow.source, "spec": spec, "fingerprint": "a",
                                 "solver": two_steps, "info": {}})  # fmt: skip
@@ -334,7 +340,7 @@ def _transport(w: World) -> Iterator[Call]:
     yield Call("Flow.forward", flow.forward, {"x0": theta, "solver": Solver("euler", 2)})
     yield Call("Flow.start", flow.start, {"n": 3, "seed": 0})
     yield Call("Flow.solver_error", flow.solver_error, {"n": 3, "seed": 0, "solver": two_steps, "density": False})
-    yield Call("Flow.rows_within", flow.rows_within, {"memory": 10**6, "density": None})
+    yield Call("Flow.largest_chunk", flow.largest_chunk, {"memory": 10**6, "density": None})
     yield Call("Flow.save", flow.save, {"path": w.folder / "again.npz"})
     yield Call("Flow.load", t.Flow.load, {"path": w.folder / "flow.npz", "model": model})
     refine = {"draws": draws, "model": model, "steps": 1, "n_leapfrog": 1, "target_acceptance": 0.8, "seed": 0}
@@ -350,7 +356,7 @@ def _transport(w: World) -> Iterator[Call]:
     yield Call("transport.AffinePath", t.AffinePath, {"schedule": "linear", "sigma": 0.0})
     yield Call("transport.Beta", t.Beta, {"a": 2.0, "b": 1.0})
     yield Call("transport.LogitNormal", t.LogitNormal, {"loc": 0.0, "scale": 1.0})
-    yield Call("transport.TowardsEnd", t.TowardsEnd, {"share": 0.3, "decades": 2.0})
+    yield Call("transport.LogUniformNearEnd", t.LogUniformNearEnd, {"share": 0.3, "decades": 2.0})
     yield Call("transport.MiniBatchOT", t.MiniBatchOT, {"matched": False})
     sinkhorn = {"regularisation": 0.1, "tolerance": 1e-3, "max_iterations": 10}
     yield Call("transport.SinkhornOT", t.SinkhornOT, sinkhorn)
@@ -361,14 +367,14 @@ def _transport(w: World) -> Iterator[Call]:
     yield Call("transport.Source.gaussian", t.Source.gaussian, {"model": model, "theta": theta, "shrinkage": 0.1})
     size = {"spec": spec, "width": 2, "depth": 1, "path": None}
     yield Call("transport.WeightsVelocity", t.WeightsVelocity, size | {"architecture": "dws", "parametrisation": "x1"})
-    yield Call("transport.InformedVelocity", t.InformedVelocity, size | {"architecture": "dws", "displacement": None})
+    yield Call("transport.InformedVelocity", t.InformedVelocity, size | {"architecture": "dws", "proximal_step": None})
     gaussian = t.GaussianVelocity(torch.zeros(DIM), torch.eye(DIM))
     size.pop("path")
     yield Call("transport.ResidualVelocity", t.ResidualVelocity, size | {"gaussian": gaussian})
     yield Call("transport.ResidualVelocity.fit", t.ResidualVelocity.fit, size | {"x": theta, "shrinkage": 0.1})
     cloud = {"mean": torch.zeros(3), "covariance": torch.eye(3), "path": None}
     yield Call("transport.GaussianVelocity", t.GaussianVelocity, cloud)
-    yield Call("transport.DriveVelocity", t.DriveVelocity, {"displacement": None, "path": None})
+    yield Call("transport.ScoreVelocity", t.ScoreVelocity, {"proximal_step": None, "path": None})
     two = {"dim": DIM, "width": 3, "base": None, "path": None}
     yield Call("transport.TwoLayerVelocity", t.TwoLayerVelocity, two)
     yield Call("transport.TangentVelocity", t.TangentVelocity, size | {"spec": w.relu_spec})
@@ -382,7 +388,7 @@ def _transport(w: World) -> Iterator[Call]:
     yield Call("transport.integrate_with_error", t.integrate_with_error, ode | {"rule": "euler"})
     sde = {"field": lambda t, x: (-x, -x), "noise": 0.1, "x": x, "grid": grid, "seed": 0, "rule": "euler"}
     yield Call("transport.integrate_sde", t.integrate_sde, sde)
-    yield Call("transport.rows_within", t.rows_within, {"memory": 10**6, "work": torch.sin, "x": x})
+    yield Call("transport.largest_chunk", t.largest_chunk, {"memory": 10**6, "work": torch.sin, "x": x})
     yield Call("transport.time_grid", t.time_grid, {"steps": 3, "power": 1.0, "device": "cpu"})
 
 
@@ -599,11 +605,11 @@ RIGHT = {
     ("Flow", "fingerprint"): "any string names a model; the empty one is that of none",
     ("transport.fit_coupling", "held_out"): "draws are what it takes, though its annotation is among the options",
     ("transport.fit_cnf", "held_out"): "draws are what it takes, though its annotation is among the options",
-    ("transport.rows_within", "x"): "the bytes of the rows are measured, whatever numbers are in them",
+    ("transport.largest_chunk", "x"): "the bytes of the rows are measured, whatever numbers are in them",
 }
 """Arguments for which a value that looks wrong is right, and why."""
 
-FOLLOW_THE_TYPE = {("transport.fit_manifold_flow", "draws"), ("transport.rows_within", "x")}
+FOLLOW_THE_TYPE = {("transport.fit_manifold_flow", "draws"), ("transport.largest_chunk", "x")}
 """What is computed in the floating-point type of an argument, or measures it."""
 
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import bnnflow as bf
 from bnnflow import likelihoods, priors
-from bnnflow.inference import laplace
+from bnnflow.inference.approximate import laplace
 from tests.problems import F64, built, generator
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import bnnflow as bf
 from bnnflow import likelihoods, posteriors, priors
-from bnnflow.inference import laplace
-from bnnflow.inference.dropout import dropout_factors
+from bnnflow.inference.approximate import laplace
+from bnnflow.inference.approximate.dropout import dropout_factors
 
 F64 = torch.float64
 
@@ -118,8 +118,8 @@ def coupling() -> posteriors.CouplingFlow:
     return posteriors.CouplingFlow(permutations, tuple(p.detach() for p in flow.parameters()))
 
 
-def restricted() -> posteriors.Restricted:
-    return posteriors.Restricted(torch.arange(7, dtype=F64), torch.tensor([0, 2, 3, 5, 6]), kronecker())
+def restricted() -> posteriors.Conditional:
+    return posteriors.Conditional(torch.arange(7, dtype=F64), torch.tensor([0, 2, 3, 5, 6]), kronecker())
 
 
 DENSITIES = {
@@ -156,7 +156,7 @@ def test_densities_are_those_of_their_draws(make) -> None:
     q = make()
     assert torch.equal(q.sample(5, 3), q.sample(5, 3))
     draws = q.sample(20_000, 0)
-    free = draws[:, q.where] if isinstance(q, posteriors.Restricted) else draws
+    free = draws[:, q.where] if isinstance(q, posteriors.Conditional) else draws
     near = bf.Gaussian(free.median(0).values, 0.7 * free.std(0))
     ratio = (near.log_prob(free) - q.log_prob(draws)).exp()
     assert abs(float(ratio.mean()) - 1) < 5 * float(ratio.std()) / math.sqrt(len(ratio))

@@ -11,7 +11,7 @@ import torch
 import bnnflow as bf
 from bnnflow import likelihoods
 from bnnflow.transport import Flow
-from bnnflow.transport.baselines import InCoordinates, fit_cnf, fit_coupling, fit_gaussian
+from bnnflow.transport.baselines import TransformedDensity, fit_cnf, fit_coupling, fit_gaussian
 from tests.problems import conjugate, generator, linear, network
 
 SHORT = bf.Training(steps=200, batch_size=128, learning_rate=1e-3, patience=8)
@@ -256,6 +256,6 @@ def test_settings_that_cannot_be_are_refused(kind, options):
 def test_densities_are_posteriors_over_weights():
     model, exact = conjugate().model, conjugate().posterior
     found = fit_gaussian(model, exact.sample(200, 0))
-    assert isinstance(found, InCoordinates)
+    assert isinstance(found, TransformedDensity)
     assert found.sample(3, 0).shape == (3, 4)
     assert found.log_prob(found.sample(6, 0).reshape(2, 3, 4)).shape == (2, 3)

@@ -18,7 +18,7 @@ def test_flow_without_draws_finds_a_conjugate_posterior():
     flow = fit_flow_without_draws(
         model,
         targets=1500,
-        displacement=start,
+        proximal_step=start,
         velocity="residual",
         seed=0,
         training=bf.Training(steps=20, batch_size=64),

@@ -19,22 +19,22 @@ from bnnflow import likelihoods, priors
 from bnnflow.draws import as_theta
 from bnnflow.transport import Correction, Density, Flow, GaussianVelocity, Solver
 from bnnflow.transport import correct as correct_function
-from bnnflow.transport.correct import mixed
-from bnnflow.transport.importance import (
+from bnnflow.transport.correction.chains import mixed
+from bnnflow.transport.correction.importance import (
     HeldOut,
     Student,
     bridge,
-    distance,
-    effective,
     khat_limit,
+    kish_ess,
+    ks_distance,
     log_mean,
-    mixing,
-    smoothed,
+    psis,
+    rhat_and_ess,
 )
-from bnnflow.transport.latent import Latent, crank_nicolson, log_normal
+from bnnflow.transport.correction.latent import Latent, crank_nicolson, log_normal
 from tests.problems import F64, Conjugate, built, check_moments, collected, conjugate, generator, two_weights
 
-MODULE = importlib.import_module("bnnflow.transport.correct")  # the package has the function under this name
+MODULE = importlib.import_module("bnnflow.transport.correction.correct")  # the package has the function under this name
 METHODS = ["importance", "defensive", "resample", "refine", "smc", "metropolis", "neutra"]
 
 
@@ -205,11 +205,11 @@ def test_latent_moves_keep_the_posterior(fresh: float, width: float) -> None:
     problem = conjugate()
     latent = latent_of(near(problem, bend=0.5), problem.model)
     start = latent.inverse(problem.posterior.sample(30, generator(1))).x0
-    kernel = crank_nicolson(latent, width, fresh=fresh)
+    kernel = crank_nicolson(latent, width, independent_share=fresh)
     draws = collected(kernel, start, 400, generator(2))
     rate = draws.stats["acceptance_rate"]
     assert 0.2 < rate.mean() < 0.95
-    assert draws.stats["fresh"].double().mean() == pytest.approx(fresh, abs=0.02)
+    assert draws.stats["independent"].double().mean() == pytest.approx(fresh, abs=0.02)
     check_moments(draws.theta, problem.mean, problem.covariance)
 
 
@@ -302,7 +302,7 @@ def test_a_flow_trained_on_one_of_two_modes_is_not_trusted(method: Any) -> None:
     lost = bf.correct(model, one, 800, method, seed=2, held_out=exact[:1000])
     assert lost.verdict.startswith("do not trust")
     assert "has lost a part of the posterior" in lost.verdict
-    assert lost.info["copies_gap"] == pytest.approx(0, abs=1e-9)  # the group that keeps this prior is trivial
+    assert lost.info["equivalent_modes_gap"] == pytest.approx(0, abs=1e-9)  # the group that keeps this prior is trivial
     assert lost.info["held_out"]["forward_ess"] < 1e-3
     # The route through held-out draws knows the whole evidence, the flow alone only half of it.
     value, error = lost.info["evidences"]["bridge"]
@@ -344,10 +344,10 @@ def test_symmetric_copies_show_a_lost_mode_without_held_out_draws() -> None:
     lost = bf.correct(model, one, 800, seed=2)
     assert lost.verdict.startswith("do not trust")
     assert "symmetric copies" in lost.verdict
-    assert lost.info["copies_gap"] > 10
+    assert lost.info["equivalent_modes_gap"] > 10
     kept = bf.correct(model, fitted(exact), 800, seed=2)
     assert kept.verdict.startswith("trust after correction")
-    assert abs(kept.info["copies_gap"]) < 0.1
+    assert abs(kept.info["equivalent_modes_gap"]) < 0.1
     # Draws aligned to one copy, and held-out draws aligned alike: predictions are right, and the verdict says of what.
     aligned = bf.correct(model, one, 800, seed=2, held_out=exact[exact[:, 0] > 0][:1000])
     assert aligned.verdict.startswith("trust after correction")
@@ -403,11 +403,12 @@ def test_auto_refines_where_weights_fail_in_many_dimensions(monkeypatch: pytest.
     there, spread = bf.sample(model, bf.SMC(particles=500), seed=1).log_evidence
     assert error < 0.15
     assert abs(value - there) < 4 * math.hypot(error, spread)
-    monkeypatch.setattr(MODULE, "_WEIGHED", 60)
+    monkeypatch.setattr(MODULE, "WEIGHED", 60)
+    monkeypatch.setattr("bnnflow.transport.correction.refinement.WEIGHED", 60)
     blind = bf.correct(model, flow, 300, seed=0)
     assert blind.method == "refine"
     assert blind.log_evidence is None
-    assert "too dear" in blind.verdict
+    assert "too expensive" in blind.verdict
     assert blind.khat is None
     assert blind.info["density_solves"] == 0
     assert blind.verdict.startswith("do not trust")  # nothing was compared
@@ -421,7 +422,7 @@ def test_auto_refines_where_weights_fail_in_many_dimensions(monkeypatch: pytest.
 
 def test_a_refinement_that_is_too_short_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = conjugate()
-    monkeypatch.setattr(MODULE, "_REFINED", 1)
+    monkeypatch.setattr("bnnflow.transport.correction.refinement._REFINED", 1)
     far = near(problem, 0.5, 40.0)
     fixed = bf.correct(problem.model, far, 400, "refine", seed=0)
     assert fixed.verdict.startswith("do not trust")
@@ -620,7 +621,7 @@ def test_an_interrupt_while_the_evidence_is_sought_keeps_the_draws(monkeypatch: 
         raise KeyboardInterrupt
 
     whole = bf.correct(problem.model, near(problem), 100, "refine", seed=0)
-    monkeypatch.setattr(MODULE, "evidence", interrupted)
+    monkeypatch.setattr("bnnflow.transport.correction.refinement.evidence", interrupted)
     with pytest.warns(UserWarning, match="interrupted while the evidence was sought"):
         fixed = bf.correct(problem.model, near(problem), 100, "refine", seed=0)
     torch.testing.assert_close(fixed.theta, whole.theta)
@@ -740,19 +741,19 @@ def test_weighted_held_out_draws_count_by_their_weights() -> None:
 def test_the_shape_of_a_pareto_tail_is_found() -> None:
     for k in (0.3, 0.8):
         uniform = torch.rand(20_000, generator=generator(), dtype=F64)
-        weights, khat = smoothed(-k * uniform.log())
+        weights, khat = psis(-k * uniform.log())
         assert khat == pytest.approx(k, abs=0.1)
         assert float(weights.logsumexp(0)) == pytest.approx(0, abs=1e-9)
 
 
 def test_weights_of_zero_and_equal_weights_are_smoothed() -> None:
-    weights, khat = smoothed(torch.tensor([0.0, -math.inf, 0.0], dtype=F64))
+    weights, khat = psis(torch.tensor([0.0, -math.inf, 0.0], dtype=F64))
     assert khat == 0
     assert weights.exp().tolist() == pytest.approx([0.5, 0.0, 0.5])
-    assert effective(weights) == pytest.approx(2)
-    nothing, khat = smoothed(torch.full((5,), -math.inf, dtype=F64))
+    assert kish_ess(weights) == pytest.approx(2)
+    nothing, khat = psis(torch.full((5,), -math.inf, dtype=F64))
     assert khat == math.inf
-    assert effective(nothing) == 0
+    assert kish_ess(nothing) == 0
     assert log_mean(nothing) == (-math.inf, math.inf)
 
 
@@ -805,14 +806,14 @@ def test_distances_are_kolmogorovs() -> None:
     )
     equal = [torch.full((n,), -math.log(n), dtype=F64) for n in (70, 90)]
     expected = stats.ks_2samp(a[:, 0].numpy(), b[:, 0].numpy()).statistic
-    assert distance(a, equal[0], b, equal[1]) == pytest.approx(expected)
-    assert distance(a, equal[0], a + 0.01, equal[0], 0.02) == pytest.approx(0)
-    assert distance(a, equal[0], a + 0.03, equal[0], 0.02) > 0
-    assert distance(a + 0.03, equal[0], a, equal[0], 0.02) > 0
+    assert ks_distance(a, equal[0], b, equal[1]) == pytest.approx(expected)
+    assert ks_distance(a, equal[0], a + 0.01, equal[0], 0.02) == pytest.approx(0)
+    assert ks_distance(a, equal[0], a + 0.03, equal[0], 0.02) > 0
+    assert ks_distance(a + 0.03, equal[0], a, equal[0], 0.02) > 0
     twice = torch.cat([a, a + 9]), torch.cat([equal[0], torch.full((70,), -math.inf, dtype=F64)])
-    assert distance(*twice, b, equal[1]) == pytest.approx(expected)
+    assert ks_distance(*twice, b, equal[1]) == pytest.approx(expected)
     infinite = torch.where(b > 1, math.inf, b)
-    assert distance(a, equal[0], infinite, equal[1]) >= float((b > 1).double().mean() - (a > 1).double().mean())
+    assert ks_distance(a, equal[0], infinite, equal[1]) >= float((b > 1).double().mean() - (a > 1).double().mean())
 
 
 def test_the_heavy_tail_is_students() -> None:
@@ -851,11 +852,11 @@ def test_independent_draws_count_in_full_and_chains_by_their_ess() -> None:
     assert held.ess(values.flatten()) == pytest.approx(4000 * (1 - rho) / (1 + rho), rel=0.3)
     assert HeldOut(torch.zeros(4000, 1), (4000, 1)).ess(values.flatten()) == 4000
     assert HeldOut(torch.zeros(6, 1), (2, 3)).ess(torch.randn(6, generator=g)) == 2
-    r_hat, ess = mixing(values.unsqueeze(-1))
+    r_hat, ess = rhat_and_ess(values.unsqueeze(-1))
     assert r_hat < 1.05
     assert ess == pytest.approx(4000 * (1 - rho) / (1 + rho), rel=0.4)
     apart = values + 3 * torch.arange(8)[:, None]
-    assert mixing(torch.stack([values, apart], -1))[0] > 1.5
+    assert rhat_and_ess(torch.stack([values, apart], -1))[0] > 1.5
 
 
 # ---------------------------------------------------------------- real flows
@@ -870,7 +871,7 @@ def gaussian_flow(problem: Conjugate, scale: float = 1.0, steps: int = 16) -> Fl
 @pytest.mark.parametrize("method", METHODS)
 def test_real_flows_are_corrected(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = conjugate()
-    monkeypatch.setattr(MODULE, "_WARM_UP", 25)
+    monkeypatch.setattr("bnnflow.transport.correction.chains._WARM_UP", 25)
     n = 50 if method == "neutra" else 400
     flow = gaussian_flow(problem, 1.7, steps=4)
     fixed = bf.correct(problem.model, flow, n, method, seed=0, held_out=chains_of(problem))

@@ -15,15 +15,15 @@ import bnnflow as bf
 from bnnflow import likelihoods, priors
 from bnnflow.draws import as_theta
 from bnnflow.gaussian import Gaussian
-from bnnflow.inference.hmc import rotation
-from bnnflow.inference.trajectories import metropolis
+from bnnflow.inference.mcmc.hmc import rotation
+from bnnflow.inference.mcmc.trajectories import metropolis
 from bnnflow.transport import Density, Flow, GaussianVelocity, GaussNewtonFlow, Solver
-from bnnflow.transport.importance import mixing
-from bnnflow.transport.latent import Latent, log_normal
+from bnnflow.transport.correction.importance import rhat_and_ess
+from bnnflow.transport.correction.latent import Latent, log_normal
 from bnnflow.types import Trace
 from tests.problems import F64, built, check_moments, collected, conjugate, generator
 
-MODULE = importlib.import_module("bnnflow.transport.latent")
+MODULE = importlib.import_module("bnnflow.transport.correction.latent")
 
 
 def linear(unit: float = 1.0, inputs: float = 1.0) -> tuple[bf.BayesianModel, Tensor, Tensor, float]:
@@ -93,10 +93,10 @@ def test_short_chains_count_by_what_their_means_tell(rho: float) -> None:
     values = slow(torch.randn(chains, draws, generator=generator(), dtype=F64), rho, generator(1))
     lags = torch.arange(1, draws)
     truth = chains * draws / float(1 + 2 * ((1 - lags / draws) * rho**lags).sum())
-    r_hat, ess = mixing(values.unsqueeze(-1))
+    r_hat, ess = rhat_and_ess(values.unsqueeze(-1))
     assert ess == pytest.approx(min(truth, chains * draws), rel=0.15)
     assert (r_hat < 1.05) == (rho <= 0)
-    assert mixing((values + 3 * torch.randn(chains, 1, generator=generator(2), dtype=F64)).unsqueeze(-1))[0] > 2
+    assert rhat_and_ess((values + 3 * torch.randn(chains, 1, generator=generator(2), dtype=F64)).unsqueeze(-1))[0] > 2
 
 
 @pytest.mark.slow
@@ -111,7 +111,7 @@ def test_chains_are_many_where_they_forget_and_few_where_not(method: Any, monkey
     scale = model.flat_prior.scale
     root = torch.as_tensor(scale).expand(3).double()
     wide = GaussianVelocity(mean / root + 2, 0.2 * torch.eye(3, dtype=F64))  # far from the posterior
-    monkeypatch.setattr(importlib.import_module("bnnflow.transport.correct"), "_WARM_UP", 20)
+    monkeypatch.setattr("bnnflow.transport.correction.chains._WARM_UP", 20)
     far = bf.correct(model, Flow.of(wide, model, solver=Solver(steps=8)), 600, "metropolis", seed=0)
     assert far.theta.shape[0] == 12
     check_draws(far, mean, covariance, far.ess)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import bnnflow as bf
 from bnnflow import likelihoods, priors
 from bnnflow.model.priors import Prior
-from bnnflow.transport.coordinates import Context
+from bnnflow.transport.whitened import WhitenedPosterior
 from bnnflow.weights import Symmetries, WeightSpec
 from tests.problems import F64, built, chain, normal
 
@@ -120,7 +120,7 @@ def test_all_that_is_said_of_the_curvature_is_of_one_matrix(prior, rows) -> None
 def test_whitened_curvature_has_the_members_of_curvature(prior, source) -> None:
     model = model_of(prior)
     scaled = None if source is None else bf.transport.Source.scaled(model, source)
-    context = Context(model, scaled)
+    context = WhitenedPosterior(model, scaled)
     x, v = 0.5 * normal(3, model.dim, seed=1), normal(3, model.dim, seed=2)
     at = context.at(x)
     assert context.at(x.clone()) is at
@@ -131,7 +131,7 @@ def test_whitened_curvature_has_the_members_of_curvature(prior, source) -> None:
     value = lambda z: context.at(z).value_and_grad[0].sum()  # noqa: E731
     torch.testing.assert_close(torch.func.grad(value)(x), grad)
     expected = (factor.mT @ factor @ v.unsqueeze(-1)).squeeze(-1)
-    expected = expected if context.excess is None else expected + context.excess_times(v)
+    expected = expected if context.precision_shift is None else expected + context.precision_shift_times(v)
     torch.testing.assert_close(at.grad_and_product()[1](v), expected)
     residual = at.residual
     assert residual is not None

@@ -16,7 +16,7 @@ import torch
 
 import bnnflow as bf
 from bnnflow import WeightSpec, storage
-from bnnflow.posteriors import CouplingFlow, KroneckerGaussian, LowRankGaussian, Mixture, Restricted
+from bnnflow.posteriors import Conditional, CouplingFlow, KroneckerGaussian, LowRankGaussian, Mixture
 from bnnflow.transport import Flow, FlowMap, ResidualVelocity, Source, TwoLayerVelocity, WeightsVelocity
 from tests import test_storage as made
 from tests.problems import built, chain
@@ -55,7 +55,7 @@ MADE: dict[str, Callable[[], Any]] = {
     "draws of a low-rank density": lambda: draws(LowRankGaussian(ONES, torch.ones(3, 1), ONES)),
     "draws of a mixture": lambda: draws(Mixture((bf.Gaussian(ONES, ONES), bf.Gaussian(2 * ONES, ONES)))),
     "draws of a restricted density": lambda: draws(
-        Restricted(ONES, torch.tensor([0, 2]), KRONECKER)
+        Conditional(ONES, torch.tensor([0, 2]), KRONECKER)
     ),
     "draws of couplings": lambda: draws(coupling()),
     "inrs": made.example_inrs,

@@ -11,7 +11,7 @@ from torch.distributions import MultivariateNormal
 
 import bnnflow as bf
 from bnnflow import likelihoods, priors
-from bnnflow.inference.laplace import averaged_precision, gauss_newton_precision
+from bnnflow.inference.approximate.laplace import averaged_precision, gauss_newton_precision
 from bnnflow.predictive.metrics import lppd
 
 F64 = torch.float64

@@ -20,9 +20,9 @@ from torch import Tensor
 
 import bnnflow as bf
 from bnnflow import likelihoods, priors
-from bnnflow.inference.adjusted_mclmc import adjusted_mclmc
-from bnnflow.inference.hmc import hmc
-from bnnflow.inference.mclmc import mclmc, random_directions, turn
+from bnnflow.inference.mcmc.adjusted_mclmc import adjusted_mclmc
+from bnnflow.inference.mcmc.hmc import hmc
+from bnnflow.inference.mcmc.mclmc import mclmc, momentum_update, random_directions
 from bnnflow.types import Kernel, LogDensityAndGrad
 from tests.problems import (
     F64,
@@ -237,10 +237,10 @@ def small_microcanonical(
             fresh = fresh / fresh.norm(dim=-1, keepdim=True)
         direction, kinetic = fresh, torch.zeros_like(value)
         for _ in range(2):
-            direction, first = turn(direction, scale * grad, 0.5 * step_size)
+            direction, first = momentum_update(direction, scale * grad, 0.5 * step_size)
             theta = theta + step_size * scale * direction
             value, grad = target(theta)
-            direction, second = turn(direction, scale * grad, 0.5 * step_size)
+            direction, second = momentum_update(direction, scale * grad, 0.5 * step_size)
             kinetic = kinetic + first + second
         gain = value - state.log_joint - volume * kinetic
         stay = state._replace(direction=-fresh if flips else fresh)
@@ -322,7 +322,7 @@ def test_turning_solves_its_equation(dim: int) -> None:
         u = y[:-1]
         return np.append((g - u * (u @ g)) / (dim - 1), u @ g)
 
-    turned, change = turn(u, grad, 0.7)
+    turned, change = momentum_update(u, grad, 0.7)
     for i in range(len(u)):
         g = grad[i].numpy()
         exact = solve_ivp(rate, (0, 0.7), np.append(u[i], 0.0), args=(g,), method="LSODA", rtol=1e-11, atol=1e-12)
@@ -335,7 +335,7 @@ def test_kinetic_energy_is_what_the_volume_loses(dim: int) -> None:
     """The map's Jacobian from one tangent space of the sphere to the other."""
     u, grad = directions(6, dim, seed=1)
     grad = grad / grad.norm(dim=-1, keepdim=True) * torch.linspace(0.1, 6, 6, dtype=F64)[:, None]
-    turned, change = turn(u, grad, 0.9)
+    turned, change = momentum_update(u, grad, 0.9)
 
     def tangent(direction: Tensor) -> Tensor:
         return torch.linalg.qr(torch.cat([direction[:, None], torch.eye(dim, dtype=F64)], 1))[0][:, 1:dim]
@@ -344,7 +344,7 @@ def test_kinetic_energy_is_what_the_volume_loses(dim: int) -> None:
         start, end = tangent(u[i]), tangent(turned[i])
         small = 1e-6 * start.T  # (dim - 1, dim)
         ahead, behind = (
-            turn(v / v.norm(dim=-1, keepdim=True), grad[i].expand(dim - 1, -1), 0.9)[0]
+            momentum_update(v / v.norm(dim=-1, keepdim=True), grad[i].expand(dim - 1, -1), 0.9)[0]
             for v in (u[i] + small, u[i] - small)
         )
         jacobian = (ahead - behind) / 2e-6 @ end
@@ -354,14 +354,14 @@ def test_kinetic_energy_is_what_the_volume_loses(dim: int) -> None:
 @dims
 def test_turns_compose(dim: int) -> None:
     u, grad = directions(50, dim, seed=2)
-    whole, change = turn(u, grad, 0.5)
-    half, first = turn(u, grad, 0.3)
-    both, second = turn(half, grad, 0.2)
+    whole, change = momentum_update(u, grad, 0.5)
+    half, first = momentum_update(u, grad, 0.3)
+    both, second = momentum_update(half, grad, 0.2)
     torch.testing.assert_close(both, whole, rtol=0, atol=1e-10)
     torch.testing.assert_close(first + second, change, rtol=1e-10, atol=1e-10)
     # A reversed direction, turned towards the same gradient, goes back the way that it came.
     moderate = grad.norm(dim=-1) / (dim - 1) < 10
-    back, lost = turn(-whole[moderate], grad[moderate], 0.5)
+    back, lost = momentum_update(-whole[moderate], grad[moderate], 0.5)
     torch.testing.assert_close(back, -u[moderate], rtol=0, atol=1e-6)
     torch.testing.assert_close(lost, -change[moderate], rtol=1e-6, atol=1e-6)
 
@@ -371,7 +371,7 @@ def test_turns_compose(dim: int) -> None:
 def test_directions_stay_unit_vectors(dim: int, dtype: torch.dtype) -> None:
     u, grad = directions(50, dim, dtype=dtype)
     for _ in range(300):
-        u, _ = turn(u, grad, 0.1)
+        u, _ = momentum_update(u, grad, 0.1)
         grad = grad.roll(1, 0)
     bound = 1e-5 if dtype == torch.float32 else 1e-12
     assert (u.norm(dim=-1) - 1).abs().max() < bound
@@ -385,7 +385,7 @@ def test_extreme_gradients_turn_to_no_nan(way: float, length: float, dtype: torc
     u = torch.eye(dim, dtype=dtype)[:2]
     other = torch.eye(dim, dtype=dtype)[2:4]
     grad = length * (way * u if way else other)
-    turned, change = turn(u, grad, step)
+    turned, change = momentum_update(u, grad, step)
     assert turned.isfinite().all()
     assert change.isfinite().all()
     torch.testing.assert_close(turned.norm(dim=-1), torch.ones(2, dtype=dtype), rtol=0, atol=1e-5)

@@ -11,8 +11,8 @@ from bnnflow import likelihoods, priors
 from bnnflow.model.arrowhead import Arrowhead
 from bnnflow.model.factored import BorderedFactor, ClosedFactor, FactoredJacobian, MatrixFactor
 from bnnflow.transport import GaussNewton, Source
-from bnnflow.transport.coordinates import Context
-from bnnflow.transport.displacement import Linearised, _cholesky
+from bnnflow.transport.proximal_step import Linearised, _cholesky
+from bnnflow.transport.whitened import WhitenedPosterior
 from tests.problems import F64, built, chain, normal
 
 LIKELIHOODS = {
@@ -74,13 +74,13 @@ def test_linearisation_is_that_of_the_matrix(
     prior: bf.priors.Prior, temperature: float, scale: float | None, monkeypatch
 ):
     model = model_of(prior=prior, temperature=temperature)
-    context = Context(model, None if scale is None else Source.scaled(model, scale))
+    context = WhitenedPosterior(model, None if scale is None else Source.scaled(model, scale))
     x, v, s2 = normal(5, model.dim), normal(5, model.dim, seed=1), torch.linspace(0, 2, 5, dtype=F64).unsqueeze(-1)
     assert isinstance(context.at(x).factored[1], FactoredJacobian)
     factored = Linearised(context, x, s2)
-    drive = GaussNewton(2)(context, x, s2)
+    score = GaussNewton(2)(context, x, s2)
     slope = _slope(context, x, s2, v)
-    context = Context(model, context.source)
+    context = WhitenedPosterior(model, context.source)
     monkeypatch.setattr(context, "scales", None)
     assert isinstance(context.at(x).factored[1], MatrixFactor)
     dense = Linearised(context, x, s2)
@@ -88,7 +88,7 @@ def test_linearisation_is_that_of_the_matrix(
         (factored.grad, dense.grad),
         (factored.times(v), dense.times(v)),
         (factored.solve(v), dense.solve(v)),
-        *zip(drive, GaussNewton(2)(context, x, s2), strict=True),
+        *zip(score, GaussNewton(2)(context, x, s2), strict=True),
         *zip(slope, _slope(context, x, s2, v), strict=True),
     ):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
@@ -101,29 +101,29 @@ def test_linearisation_is_that_of_the_matrix(
 @pytest.mark.parametrize("prior", [priors.Normal(1.3), priors.Laplace(1.0)])
 def test_blocks_of_draws_change_nothing(prior: bf.priors.Prior, source: float | None, monkeypatch):
     model = model_of(hidden=(5, 4), prior=prior)
-    context = Context(model, None if source is None else Source.scaled(model, source))
+    context = WhitenedPosterior(model, None if source is None else Source.scaled(model, source))
     x, s2 = normal(5, model.dim), torch.linspace(0, 2, 5, dtype=F64).unsqueeze(-1)
     whole = Linearised(context, x, s2)
-    monkeypatch.setattr("bnnflow.transport.displacement._BLOCK", 2 * 4**2)  # two draws of four rows
+    monkeypatch.setattr("bnnflow.transport.proximal_step._BLOCK", 2 * 4**2)  # two draws of four rows
     parts = Linearised(context, x, s2)
     torch.testing.assert_close(parts._root, whole._root)
     torch.testing.assert_close(parts.solve(x), whole.solve(x))
 
 
-def _slope(context: Context, x: Tensor, s2: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a derivative of the drive forwards and one backwards."""
+def _slope(context: WhitenedPosterior, x: Tensor, s2: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a derivative of the score forwards and one backwards."""
 
-    def drive(x: Tensor) -> Tensor:
+    def score(x: Tensor) -> Tensor:
         return GaussNewton(2)(context, x, s2).w
 
-    return torch.func.jvp(drive, (x,), (v,))[1], torch.func.vjp(drive, x)[1](v)[0]
+    return torch.func.jvp(score, (x,), (v,))[1], torch.func.vjp(score, x)[1](v)[0]
 
 
 def test_a_matrix_is_taken_where_factors_do_not_pay_or_do_not_fit():
     x, y = normal(4, 2), normal(4, 1, seed=1)
 
     def factor(model: bf.BayesianModel, source: Source | None = None) -> type:
-        return type(Context(model, source).at(normal(2, model.dim)).factored[1])
+        return type(WhitenedPosterior(model, source).at(normal(2, model.dim)).factored[1])
 
     assert factor(model_of()) is FactoredJacobian
     assert factor(model_of(hidden=(1,), likelihood="gaussians", bias=False)) is ClosedFactor  # more rows than weights
@@ -161,7 +161,7 @@ def test_closed_factors_are_the_matrix(likelihood: str, prior, temperature: floa
     v = torch.randn(4, model.dim, generator=g, dtype=torch.float64)
     for source in (None, Source.scaled(model, 1.5), Source.gaussian(model, model.sample_prior(200, 1))):
         for rows in (None, torch.arange(0, 59)):
-            context = Context(model, source, rows)
+            context = WhitenedPosterior(model, source, rows)
             (grad, factor), (exact_grad, matrix) = context.at(z).factored, context.at(z).grad_and_factor()
             exact = MatrixFactor(matrix)
             assert isinstance(factor, ClosedFactor)
@@ -181,7 +181,7 @@ def test_parameters_of_the_likelihood_border_the_factors(likelihood, temperature
     x, y = normal(4, 2), normal(4, 1, seed=1)
     net = built(lambda: chain(2, 6, 1))
     model = bf.BayesianModel(net, priors.Normal(1.3), likelihood, x, y, temperature=temperature)
-    context = Context(model, None if scale is None else Source.scaled(model, scale), torch.tensor([0, 2, 3]))
+    context = WhitenedPosterior(model, None if scale is None else Source.scaled(model, scale), torch.tensor([0, 2, 3]))
     z, v = normal(3, model.dim), normal(3, model.dim, seed=1)
     (grad, factor), (exact_grad, matrix) = context.at(z).factored, context.at(z).grad_and_factor()
     assert isinstance(factor, BorderedFactor)
@@ -208,8 +208,8 @@ def test_single_precision_draws_and_gradients_are_those_of_double(likelihood: st
     y = torch.arange(60) % 3 if likelihood == "Categorical" else x.sum(1).sin()
     double = bf.BayesianModel(built(lambda: chain(2, 4, out)), prior, getattr(likelihoods, likelihood)(), x, y)
     z, s2 = 0.5 * normal(4, double.dim), torch.full((4, 1), 0.1, dtype=F64)
-    exact = Context(double)
-    single = Context(double.to(dtype=torch.float32))
+    exact = WhitenedPosterior(double)
+    single = WhitenedPosterior(double.to(dtype=torch.float32))
     assert isinstance(single.at(z.float()).factored[1], ClosedFactor)
     for one, other in (
         (single.grad(z.float()), exact.grad(z)),
@@ -222,10 +222,10 @@ def test_single_precision_draws_and_gradients_are_those_of_double(likelihood: st
 @pytest.mark.parametrize("prior", [priors.Normal(), priors.Horseshoe()], ids=str)
 def test_what_is_kept_of_a_point_is_of_that_point_alone(prior) -> None:
     model = model_of(hidden=(5,), prior=prior)
-    asked, x = Context(model), normal(3, model.dim)
+    asked, x = WhitenedPosterior(model), normal(3, model.dim)
     for change in (0.0, 0.5, -0.5):  # in place, and back to where it was
         x.add_(change)
-        fresh = Context(model)
+        fresh = WhitenedPosterior(model)
         for name in ("grad", "value_and_grad", "residual", "grad_and_factor", "grad_and_hessian", "value_and_grad"):
             found, expected = getattr(asked.at(x), name), getattr(fresh.at(x), name)
             if callable(found):
@@ -245,13 +245,13 @@ def test_systems_that_rounding_makes_indefinite_are_solved(likelihood: str) -> N
     which = likelihoods.Poisson() if likelihood == "poisson" else likelihoods.HeteroscedasticGaussian()
     y = x.sum(1).exp().round() if likelihood == "poisson" else x.sum(1).sin()
     net = built(lambda: chain(2, 4, 1 if likelihood == "poisson" else 2))
-    exact = Context(bf.BayesianModel(net, priors.Normal(), which, x, y))
+    exact = WhitenedPosterior(bf.BayesianModel(net, priors.Normal(), which, x, y))
     z, s2 = 2 * normal(40, exact.dim), torch.full((40, 1), 0.3, dtype=F64)
     factor = exact.at(z).factored[1]
     assert isinstance(factor, ClosedFactor)
     systems = torch.eye(exact.dim, dtype=F64) + 0.3 * factor.normal(slice(None))
     assert (torch.linalg.cholesky_ex(systems.float()).info > 0).any()
-    w = GaussNewton(1)(Context(exact.model.to(dtype=torch.float32)), z.float(), s2.float()).w.double()
+    w = GaussNewton(1)(WhitenedPosterior(exact.model.to(dtype=torch.float32)), z.float(), s2.float()).w.double()
     expected = GaussNewton(1)(exact, z, s2).w
     assert w.isfinite().all()
     apart, easy = (w - expected).norm(dim=1) / expected.norm(dim=1), torch.linalg.cond(systems) < 1e4
@@ -285,11 +285,11 @@ def test_weights_and_scales_of_their_own_are_solved_together(local, source: str 
         net, priors.Horseshoe(local=local), likelihoods.Gaussian(), x, x.sum(1).sin(), temperature=temperature
     )
     sources = {"wide": Source.scaled(model, 1.4), "gaussian": Source.gaussian(model, model.sample_prior(200, 1))}
-    context = Context(model, None if source is None else sources[source])
+    context = WhitenedPosterior(model, None if source is None else sources[source])
     z, v, s2 = normal(4, model.dim), normal(4, model.dim, seed=1), torch.tensor([[0.0], [0.1], [0.5], [1.0]], dtype=F64)
     z[0] = 0.0  # weights of zero feel nothing of their scales
     matrix, eye = context.at(z).grad_and_factor()[1], torch.eye(model.dim, dtype=F64)
-    excess = torch.zeros((), dtype=F64) if context.excess is None else context.excess
+    excess = torch.zeros((), dtype=F64) if context.precision_shift is None else context.precision_shift
     systems = eye + s2.unsqueeze(-1) * (matrix.mT @ matrix + (excess if excess.dim() else excess * eye))
     linear = Linearised(context, z, s2)
     pairs = {"unit": 3, "weight": 9}[local] if source != "gaussian" else 0  # the last layer has one output

@@ -141,10 +141,10 @@ def test_inputs_of_their_own(kind: str, shape: tuple[int, ...]) -> None:
     jacobian = network.jacobian(theta, x, per_network=True)
     for i in range(4):
         own = (theta[i : i + 1], x[i])
-        expected, pull = network.pullback(*own)
+        expected, vjp = network.pullback(*own)
         torch.testing.assert_close(network(theta, x, per_network=True)[i], expected[0])
         torch.testing.assert_close(outputs[i], expected[0])
-        torch.testing.assert_close(pullback(score)[i], pull(score[i : i + 1])[0])
+        torch.testing.assert_close(pullback(score)[i], vjp(score[i : i + 1])[0])
         torch.testing.assert_close(jacobian[0][i], expected[0])
         torch.testing.assert_close(jacobian[1][i], network.jacobian(*own)[1][0])
 
@@ -162,10 +162,10 @@ def test_networks_of_nothing_equal_torch(widths: tuple[int, ...]) -> None:
         for shape in ((rows, widths[0]), (batch, rows, widths[0])):
             x, own = torch.randn(shape, generator=g, dtype=F64), len(shape) == 3
             score = torch.randn(batch, rows, widths[-1], generator=g, dtype=F64)
-            outputs, pull = network.pullback(theta, x, per_network=own)
+            outputs, vjp = network.pullback(theta, x, per_network=own)
             expected, exact = network.pullback(theta.clone().requires_grad_(), x, per_network=own)
             torch.testing.assert_close(outputs, expected.detach())
-            torch.testing.assert_close(pull(score), exact(score).detach())
+            torch.testing.assert_close(vjp(score), exact(score).detach())
         x, y = (torch.randn(*shape, generator=g, dtype=F64) for shape in ((rows, widths[0]), (batch, rows, widths[-1])))
         for some in (None, torch.arange(rows)[:0]):
             error, grad = network.squared_error(theta, x, y, some)
@@ -327,9 +327,9 @@ def test_outputs_and_pullback() -> None:
     theta, x = points(model, 5), torch.randn(40, 3, generator=generator(5))
     score = torch.randn(5, 40, 2, generator=generator(6))
     outputs, pullback = model.network.pullback(theta, x)
-    expected, pull = model.network.pullback(theta.clone().requires_grad_(), x)
+    expected, vjp = model.network.pullback(theta.clone().requires_grad_(), x)
     torch.testing.assert_close(outputs, expected.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(pullback(score), pull(score).detach(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(pullback(score), vjp(score).detach(), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(model.outputs(theta, x), outputs, rtol=0, atol=0)
     with pytest.raises(RuntimeError):
         model.network(theta, x[:, :2])
@@ -408,8 +408,17 @@ def test_bad_weights_spoil_their_own_chain_alone(
 @pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if not name.startswith("sin")])
 def test_activations_and_slopes_over_the_whole_range(activation: str, dtype: torch.dtype) -> None:
     info = torch.finfo(dtype)
-    powers = torch.logspace(-300, 300, 2001, dtype=F64).clamp(float(info.tiny) / 1e3, float(info.max)).to(dtype)
-    a = torch.cat([torch.linspace(-30, 30, 4001, dtype=dtype), powers, -powers, torch.tensor([0.0, -0.0], dtype=dtype)])
+    scale_exponents = (
+        torch.logspace(-300, 300, 2001, dtype=F64).clamp(float(info.tiny) / 1e3, float(info.max)).to(dtype)
+    )
+    a = torch.cat(
+        [
+            torch.linspace(-30, 30, 4001, dtype=dtype),
+            scale_exponents,
+            -scale_exponents,
+            torch.tensor([0.0, -0.0], dtype=dtype),
+        ]
+    )
     if activation != "identity":
         a = a[a.abs() < info.max * info.eps / 8]  # beyond, a * sigmoid(a) does not vanish: exp2 saturates
     a = torch.cat([a, torch.tensor([float("nan")], dtype=dtype)])[:, None]
@@ -417,8 +426,8 @@ def test_activations_and_slopes_over_the_whole_range(activation: str, dtype: tor
     spec = WeightSpec.of(net)
     network, theta = ChainNetwork(spec), torch.ones(len(a), 1, dtype=dtype)
     x = a[:, :, None]  # a network for each number: the gradient by its weight is number * slope
-    value, pull = network.pullback(theta, x, per_network=True)
-    got = pull(torch.ones_like(value))
+    value, vjp = network.pullback(theta, x, per_network=True)
+    got = vjp(torch.ones_like(value))
     exact = a.double().requires_grad_()
     expected = ACTIVATIONS[activation]()(exact)
     (slope,) = torch.autograd.grad(expected.sum(), exact)
@@ -436,16 +445,18 @@ def test_activations_and_slopes_over_the_whole_range(activation: str, dtype: tor
 @pytest.mark.parametrize("w0", [1.0, 30.0, 0.3])
 def test_sines_and_their_slopes_over_the_whole_range(w0: float, dtype: torch.dtype) -> None:
     info = torch.finfo(dtype)
-    powers = torch.logspace(-300, 300, 2001, dtype=F64).clamp(float(info.tiny) / 1e3, float(info.max) / w0).to(dtype)
+    scale_exponents = (
+        torch.logspace(-300, 300, 2001, dtype=F64).clamp(float(info.tiny) / 1e3, float(info.max) / w0).to(dtype)
+    )
     quarters = (torch.arange(-400, 401, dtype=F64) * (math.pi / 4 / w0)).to(dtype)  # zeros and extremes
     ranges = [torch.linspace(-span / w0, span / w0, 2001, dtype=dtype) for span in (2.0, 30.0, 1e4)]
     special = torch.tensor([0.0, -0.0, math.nan, math.inf, -math.inf], dtype=dtype)
-    a = torch.cat([*ranges, quarters, powers, -powers, special])[:, None]
+    a = torch.cat([*ranges, quarters, scale_exponents, -scale_exponents, special])[:, None]
     net = nn.Sequential(nn.utils.skip_init(nn.Linear, 1, 1), Sine(w0)).to(dtype)
     network = ChainNetwork(WeightSpec.of(net))
     theta = torch.cat([torch.zeros_like(a), a], 1)  # a bias for each number, whose gradient is the slope
-    value, pull = network.pullback(theta, torch.zeros(1, 1, dtype=dtype))
-    slope = pull(torch.ones_like(value))[:, 1:]
+    value, vjp = network.pullback(theta, torch.zeros(1, 1, dtype=dtype))
+    slope = vjp(torch.ones_like(value))[:, 1:]
     angle = (a * w0).double()
     # An angle is as good as its last digit. The largest have none left, but a sine stays one.
     tolerance = 4 * info.eps * angle.abs().clamp(min=1.0)
@@ -591,14 +602,14 @@ def test_the_longest_gradient_and_what_is_not_finite(dim: int, dtype: torch.dtyp
     grad, value = torch.randn(5, dim, generator=generator(), dtype=F64).to(dtype), torch.zeros(5, dtype=F64)
     for root in (torch.full((dim,), 2.0, dtype=dtype), torch.full((5, dim), 2.0, dtype=dtype)):
         norms = (2 * grad).norm(dim=-1)
-        bound = fused.longest(grad, root, value)
+        bound = fused.max_norm(grad, root, value)
         assert 0.9999 * float(norms.max()) <= bound <= 1.0001 * float(norms.norm())
         for bad in (float("nan"), float("inf"), -float("inf")):
             for spoiled in (grad, value):
                 changed = spoiled.clone()
                 changed[3, ...] = bad
                 arguments = (changed, root, value) if spoiled is grad else (grad, root, changed)
-                assert not math.isfinite(fused.longest(*arguments))
+                assert not math.isfinite(fused.max_norm(*arguments))
 
 
 # ---------------------------------------------------------------- derivatives

@@ -18,7 +18,16 @@ from bnnflow import data, equivariant, inference, predictive, symmetry, transpor
 from tests import fuzzing
 
 RESULTS = {"Barrier", "Diagnosis", "Plane", "Prediction", "Radii", "Report", "WeightConvergence"}
-RESULTS |= {"Correction", "Dataset", "INRs", "FlowMap", "ManifoldFlow", "CompletedFlow", "InCoordinates", "Reliability"}
+RESULTS |= {
+    "Correction",
+    "Dataset",
+    "INRs",
+    "FlowMap",
+    "ManifoldFlow",
+    "CompletedFlow",
+    "TransformedDensity",
+    "Reliability",
+}
 PROTOCOLS = {
     "Field",
     "FixedPrior",
@@ -31,7 +40,7 @@ PROTOCOLS = {
     "Run",
 }
 WITHOUT_ARGUMENTS = {"Constant", "Independent", "Matched", "Uniform", "Poisson", "Categorical", "Bernoulli"}
-INNER = {"InformedPath", "NetworkLoss"}  # made of parts that were checked before, or of modules alone
+INNER = {"PosteriorTargets", "NetworkLoss"}  # made of parts that were checked before, or of modules alone
 EVERY = 23  # of the cases, in the suite
 
 

@@ -1,4 +1,4 @@
-"""Laws of closed second derivatives: of the likelihood, of the drive, and of log densities that are made of them."""
+"""Laws of closed second derivatives: of the likelihood, of the score, and of log densities that are made of them."""
 
 import math
 from types import SimpleNamespace
@@ -15,19 +15,19 @@ from bnnflow.model import hessian
 from bnnflow.transport import (
     AffinePath,
     Density,
-    DriveVelocity,
     Field,
     Flow,
     GaussNewton,
     GradientSteps,
     GuidedVelocity,
     InformedVelocity,
+    ScoreVelocity,
     Solver,
     Source,
     velocity,
 )
-from bnnflow.transport.coordinates import Context, WhitenedCurvature
 from bnnflow.transport.divergence import chained_divergence, exact_divergence
+from bnnflow.transport.whitened import WhitenedCurvature, WhitenedPosterior
 from tests.problems import F64, built, chain, generator, normal
 
 N = 12
@@ -241,7 +241,7 @@ def test_hessian_in_the_coordinates_of_every_source(prior, kind, temperature):
     x = normal(3, net.dim, seed=3)
     gaussian = Source.gaussian(net, net.sample_prior(60, 1))
     for source in (None, Source.scaled(net, 1.5), gaussian, Source(net.flat_prior, loc=gaussian.loc)):
-        context = Context(net, source, rows=torch.tensor([0, 3, 7]))
+        context = WhitenedPosterior(net, source, rows=torch.tensor([0, 3, 7]))
         found = context.at(x).grad_and_hessian()
         assert found is not None
         assert close(found[0], context.grad(x))
@@ -257,23 +257,23 @@ def test_derivatives_of_coordinates(prior):
     exact = by_autograd(flat.from_normal, z)
     assert close(slope.right(eye), exact, 1e-9)
     assert close(slope.left(eye), exact.mT, 1e-9)
-    assert close(slope.times(v), flat.push(z, v), 1e-9)
-    assert close(slope.left(v.unsqueeze(-1)).squeeze(-1), flat.pull(z, v), 1e-9)
+    assert close(slope.times(v), flat.jvp(z, v), 1e-9)
+    assert close(slope.left(v.unsqueeze(-1)).squeeze(-1), flat.vjp(z, v), 1e-9)
     inner = normal(3, net.spec.network.dim, net.spec.network.dim, seed=5)
     inner, room = inner + inner.mT, net.dim - net.spec.network.dim
     whole = torch.nn.functional.pad(inner, (0, room, 0, room))
     assert close(slope.of_weights(inner), slope.both(whole), 1e-12)
-    assert close(flat.at(z).turn(v).right(eye), by_autograd(lambda z: flat.push(z, v), z), 1e-9)
+    assert close(flat.at(z).turn(v).right(eye), by_autograd(lambda z: flat.jvp(z, v), z), 1e-9)
     bend = torch.zeros(3, net.dim, net.dim, dtype=F64)
     flat.at(z).bend(v).add_to(bend)
-    assert close(bend, by_autograd(lambda z: flat.pull(z, v), z), 1e-9)
+    assert close(bend, by_autograd(lambda z: flat.vjp(z, v), z), 1e-9)
     leaf = z.clone().requires_grad_()  # and again
     (again,) = torch.autograd.grad((slope_of := flat.at(leaf).slope.times(v)).sum(), leaf)
     assert close(slope_of.detach(), slope.times(v))
     assert close(again, (flat.at(z).turn(v).left(torch.ones(3, net.dim, 1, dtype=F64))).squeeze(-1), 1e-9)
 
 
-# ------------------------------------------------------------------ the drive
+# ------------------------------------------------------------------ the score
 
 
 @pytest.mark.parametrize("s2", [1.0, 0.3, 1e-6, 0.0])
@@ -283,18 +283,18 @@ def test_derivatives_of_coordinates(prior):
 )
 @pytest.mark.parametrize("kind", ["categorical", "learned"])
 def test_jacobians_of_the_drive_are_those_of_its_steps(kind, steps, s2):
-    check_drive(steps, Context(model(kind), Source.scaled(model(kind), 1.2)), s2)
+    check_drive(steps, WhitenedPosterior(model(kind), Source.scaled(model(kind), 1.2)), s2)
 
 
-def check_drive(displacement, context: Context, s2: float = 0.3, batch: int = 3) -> None:
+def check_drive(proximal_step, context: WhitenedPosterior, s2: float = 0.3, batch: int = 3) -> None:
     mu, variance = 0.7 * normal(batch, context.dim, seed=5), s2 * torch.tensor([[1.0], [0.5], [1.0]], dtype=F64)[:batch]
-    found = displacement.with_jacobians(context, mu, variance)
+    found = proximal_step.with_jacobians(context, mu, variance)
     assert found is not None
     value, jacobians = found
-    truth = displacement(context, mu, variance)
+    truth = proximal_step(context, mu, variance)
     for part in ("w", "grad"):
         assert close(getattr(value, part), getattr(truth, part), 1e-10)
-        by_mu = by_autograd(lambda z, part=part: getattr(displacement(context, z, variance), part), mu)
+        by_mu = by_autograd(lambda z, part=part: getattr(proximal_step(context, z, variance), part), mu)
         assert close(getattr(jacobians, part), by_mu, 1e-9)
 
 
@@ -304,24 +304,24 @@ EXACT = [kind for kind in LIKELIHOODS if kind != "negative binomial"]  # which h
 @pytest.mark.parametrize("widths", [(), (4,), (4, 3)])
 @pytest.mark.parametrize("kind", EXACT)
 def test_jacobians_of_gauss_newton_steps_of_every_likelihood(kind, widths):
-    check_drive(GaussNewton(2, 0.7), Context(model(kind, widths)))
+    check_drive(GaussNewton(2, 0.7), WhitenedPosterior(model(kind, widths)))
 
 
 @pytest.mark.parametrize("s2", [1.0, 1e-6, 0.0])
 @pytest.mark.parametrize("steps", [GaussNewton(1), GaussNewton(2, 0.1), GaussNewton(4), GaussNewton(4, 0.3)])
 def test_jacobians_of_every_number_of_gauss_newton_steps(steps, s2):
-    check_drive(steps, Context(model("categorical")), s2)
+    check_drive(steps, WhitenedPosterior(model("categorical")), s2)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("widths", [(), (3, 4, 2), (2, 3, 4, 3)])
 def test_jacobians_of_gauss_newton_steps_at_every_depth(widths, bias):
-    check_drive(GaussNewton(2, 0.7), Context(model("heteroscedastic", widths, bias=bias)), batch=1)
+    check_drive(GaussNewton(2, 0.7), WhitenedPosterior(model("heteroscedastic", widths, bias=bias)), batch=1)
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU, nn.GELU, Sine])
 def test_jacobians_of_gauss_newton_steps_with_other_activations(activation):
-    check_drive(GaussNewton(2, 0.7), Context(model("categorical", (4, 3), activation)))
+    check_drive(GaussNewton(2, 0.7), WhitenedPosterior(model("categorical", (4, 3), activation)))
 
 
 def test_jacobians_of_gauss_newton_steps_where_an_activation_follows_the_last_layer_and_biases_are_mixed():
@@ -331,7 +331,7 @@ def test_jacobians_of_gauss_newton_steps_where_an_activation_follows_the_last_la
 
     given = model()
     other = bf.BayesianModel(built(net), priors.Normal(), likelihoods.Categorical(), given.x, given.y)
-    check_drive(GaussNewton(2, 0.7), Context(other))
+    check_drive(GaussNewton(2, 0.7), WhitenedPosterior(other))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -340,10 +340,10 @@ def test_jacobians_of_gauss_newton_steps_where_an_activation_follows_the_last_la
 def test_jacobians_of_gauss_newton_steps_from_every_source(prior, kind, temperature):
     net = model(kind, (3,), prior=PRIORS[prior], temperature=temperature)
     if kind != "learned" or prior in ("student", "own"):  # enough for both
-        return check_drive(GaussNewton(2, 0.7), Context(net, rows=torch.tensor([0, 3, 7])), batch=2)
+        return check_drive(GaussNewton(2, 0.7), WhitenedPosterior(net, rows=torch.tensor([0, 3, 7])), batch=2)
     gaussian = Source.gaussian(net, net.sample_prior(60, 1))
     for source in (None, Source.scaled(net, 1.5), gaussian, Source(net.flat_prior, loc=gaussian.loc)):
-        check_drive(GaussNewton(2, 0.7), Context(net, source, rows=torch.tensor([0, 3, 7])))
+        check_drive(GaussNewton(2, 0.7), WhitenedPosterior(net, source, rows=torch.tensor([0, 3, 7])))
 
 
 @pytest.mark.parametrize("kind", ["one", "categorical"])
@@ -353,13 +353,13 @@ def test_jacobians_of_gauss_newton_steps_from_a_few_rows_of_data_at_once(kind, m
     monkeypatch.setattr(net._density.hessian, "_rows", 5)
     rows = torch.arange(10 * net.dim) % N
     assert len(rows) > 8 * net.dim
-    check_drive(GaussNewton(2, 0.7), Context(net, rows=rows))
+    check_drive(GaussNewton(2, 0.7), WhitenedPosterior(net, rows=rows))
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_jacobians_of_gauss_newton_steps_of_a_linear_regression_are_constant(steps):
     net, s2 = model("gaussian", ()), torch.full((3, 1), 0.4, dtype=F64)
-    context, eye = Context(net), torch.eye(net.dim, dtype=F64)
+    context, eye = WhitenedPosterior(net), torch.eye(net.dim, dtype=F64)
     found = GaussNewton(steps, 1e9).with_jacobians(context, normal(3, net.dim, seed=5), s2)
     assert found is not None
     inputs = torch.cat([net.x, torch.ones(N, 1, dtype=F64)], 1)
@@ -379,12 +379,12 @@ def test_jacobians_of_gauss_newton_steps_in_single_precision():
     single = bf.BayesianModel(given.net, priors.Normal(1.3, 0.2), likelihoods.Gaussian(0.05), given.x, given.y)
     net = single.to(dtype=F64)  # fewer rows than weights, and a curvature of 1e5
     mu, s2 = normal(5, net.dim, seed=5), torch.full((5, 1), 0.5, dtype=F64)
-    found = GaussNewton(3).with_jacobians(Context(single), mu.float(), s2.float())
-    truth = GaussNewton(3).with_jacobians(Context(net), mu, s2)
+    found = GaussNewton(3).with_jacobians(WhitenedPosterior(single), mu.float(), s2.float())
+    truth = GaussNewton(3).with_jacobians(WhitenedPosterior(net), mu, s2)
     assert found is not None
     assert truth is not None
-    for drives in zip(found, truth, strict=True):
-        for part, exact in zip(*drives, strict=True):
+    for scores in zip(found, truth, strict=True):
+        for part, exact in zip(*scores, strict=True):
             assert part.dtype == torch.float32
             assert close(part.double(), exact, 0.01)
 
@@ -414,8 +414,8 @@ def test_jacobians_of_gradient_steps_are_finite_where_the_posterior_is_convex(k)
     )
     assert exact is not None
     assert found is not None
-    for drives in zip(found, exact, strict=True):
-        for part, truth in zip(*drives, strict=True):
+    for scores in zip(found, exact, strict=True):
+        for part, truth in zip(*scores, strict=True):
             assert close(part.double(), truth, 1e-3)
 
 
@@ -426,7 +426,7 @@ def test_gradients_of_sharp_likelihoods_are_pulls_of_their_residuals(kind, prior
     x = 0.5 * normal(3, net.dim, seed=5)
     for source in (None, Source.scaled(net, 1.5), Source.gaussian(net, net.sample_prior(200, 1))):
         for rows in (None, torch.tensor([0, 3, 7])):
-            context = Context(net, source, rows)
+            context = WhitenedPosterior(net, source, rows)
             found, (grad, factor) = context.at(x).residual, context.at(x).grad_and_factor()
             assert found is not None
             residual, rest = found
@@ -437,7 +437,7 @@ def test_gradients_of_sharp_likelihoods_are_pulls_of_their_residuals(kind, prior
 def test_from_the_prior_the_gradient_is_nothing_but_that_pull():
     for kind in ("gaussian", "poisson"):
         net = model(kind)
-        found = Context(net).at(normal(3, net.dim, seed=5)).residual
+        found = WhitenedPosterior(net).at(normal(3, net.dim, seed=5)).residual
         assert found is None if kind == "poisson" else found is not None and found[1] is None
 
 
@@ -456,7 +456,9 @@ def test_gauss_newton_steps_in_single_precision(n, width, noise, source):
     if noise is None:
         mu[:, -1] = -3.0 / (source or 1)  # of the logarithm
     single = net.to(dtype=torch.float32)
-    contexts = [Context(each, None if source is None else Source.scaled(each, source)) for each in (net, single)]
+    contexts = [
+        WhitenedPosterior(each, None if source is None else Source.scaled(each, source)) for each in (net, single)
+    ]
     exact = s2 * GaussNewton(2)(contexts[0], mu, s2).w
     found = s2 * GaussNewton(2)(contexts[1], mu.float(), s2.float()).w
     # Processors round differently; 3e-3 on one.
@@ -466,7 +468,7 @@ def test_gauss_newton_steps_in_single_precision(n, width, noise, source):
 def test_there_are_no_jacobians_of_other_gauss_newton_steps(monkeypatch):
     def found(net: bf.BayesianModel, steps: GaussNewton | GradientSteps) -> bool:
         mu, s2 = normal(2, net.dim, seed=5), torch.full((2, 1), 0.3, dtype=F64)
-        return steps.with_jacobians(Context(net), mu, s2) is not None
+        return steps.with_jacobians(WhitenedPosterior(net), mu, s2) is not None
 
     dense = GaussNewton(2)
     given = model("gaussian")
@@ -484,7 +486,7 @@ def test_there_are_no_jacobians_of_other_gauss_newton_steps(monkeypatch):
     for other in others:
         assert not found(other, dense)
         theta = normal(2, other.dim, seed=5)
-        assert Context(other).at(theta).slope(theta) is None
+        assert WhitenedPosterior(other).at(theta).slope(theta) is None
         assert other.at(theta).slope(theta) is None
     assert not found(module, GradientSteps(2))
 
@@ -500,9 +502,9 @@ def randomised(field: Field) -> Field:
     return field.requires_grad_(False)
 
 
-def informed(net: bf.BayesianModel, displacement=None, source: Source | None = None, **options) -> InformedVelocity:
-    make = lambda: InformedVelocity(net.spec, displacement, width=16, depth=2, **options)  # noqa: E731
-    return randomised(built(make, net.dtype)).bind(Context(net, source))
+def informed(net: bf.BayesianModel, proximal_step=None, source: Source | None = None, **options) -> InformedVelocity:
+    make = lambda: InformedVelocity(net.spec, proximal_step, width=16, depth=2, **options)  # noqa: E731
+    return randomised(built(make, net.dtype)).bind(WhitenedPosterior(net, source))
 
 
 def by_products(field, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -526,13 +528,13 @@ def counted(monkeypatch):
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("schedule", ["linear", "variance_preserving"])
 @pytest.mark.parametrize(
-    "displacement",
+    "proximal_step",
     [GradientSteps(3), GradientSteps(4, memory=0.5), (GradientSteps(1), GradientSteps(2, 0.5)), GaussNewton(2),
      (GaussNewton(1), GradientSteps(1))],
 )  # fmt: skip
-def test_divergence_of_informed_fields(displacement, schedule, t, counted):
-    net = model("gaussian" if "GaussNewton" in str(displacement) else "learned", (3, 3), temperature=0.7)
-    field = informed(net, displacement, Source.scaled(net, 1.3), path=AffinePath(schedule))
+def test_divergence_of_informed_fields(proximal_step, schedule, t, counted):
+    net = model("gaussian" if "GaussNewton" in str(proximal_step) else "learned", (3, 3), temperature=0.7)
+    field = informed(net, proximal_step, Source.scaled(net, 1.3), path=AffinePath(schedule))
     x, time = normal(5, net.dim, seed=6), torch.tensor(t, dtype=F64)
     value, trace = field.with_divergence(time, x)
     assert counted
@@ -543,10 +545,10 @@ def test_divergence_of_informed_fields(displacement, schedule, t, counted):
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("displacement", [GradientSteps(3), GaussNewton(3)])
-def test_divergence_of_the_drive_alone(displacement, t, counted):
+@pytest.mark.parametrize("proximal_step", [GradientSteps(3), GaussNewton(3)])
+def test_divergence_of_the_drive_alone(proximal_step, t, counted):
     net = model()
-    field = DriveVelocity(displacement).bind(Context(net))
+    field = ScoreVelocity(proximal_step).bind(WhitenedPosterior(net))
     x, time = normal(5, net.dim, seed=6), torch.tensor(t, dtype=F64)
     value, trace = field.with_divergence(time, x)
     truth, of_products = by_products(field, time, x)
@@ -556,13 +558,13 @@ def test_divergence_of_the_drive_alone(displacement, t, counted):
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("displacement", [GradientSteps(), GaussNewton(2)])
-def test_divergence_in_single_precision(displacement, t):
+@pytest.mark.parametrize("proximal_step", [GradientSteps(), GaussNewton(2)])
+def test_divergence_in_single_precision(proximal_step, t):
     net = model(widths=(8,), dtype=torch.float32)
     x, time = normal(20, net.dim, seed=6, dtype=torch.float32), torch.tensor(t)
-    exact = informed(net.to(dtype=F64), displacement)
-    single = exact.bind(None).float().bind(Context(net))
-    _, truth = by_products(informed(net.to(dtype=F64), displacement), time, x.double())
+    exact = informed(net.to(dtype=F64), proximal_step)
+    single = exact.bind(None).float().bind(WhitenedPosterior(net))
+    _, truth = by_products(informed(net.to(dtype=F64), proximal_step), time, x.double())
     error = (single.with_divergence(time, x)[1] - truth).abs().max()
     of_products = (by_products(single, time, x)[1] - truth).abs().max()
     assert error < 2 * of_products + 1e-4
@@ -618,7 +620,7 @@ def test_log_densities_are_those_of_automatic_differentiation(counted):
 def test_memory_of_log_densities_is_measured():
     net = model(dtype=torch.float32)
     flow = Flow.of(informed(net, GradientSteps(2)), net, solver=Solver(steps=2))
-    few, many = (flow.rows_within(memory, Density()) for memory in (2**24, 2**26))
+    few, many = (flow.largest_chunk(memory, Density()) for memory in (2**24, 2**26))
     assert 1 <= few < many
 
 
@@ -631,8 +633,8 @@ def test_fields_without_closed_jacobians_are_differentiated(kind):
     if kind == "module":
         net = bf.BayesianModel(built(lambda: normed(2)), priors.Normal(), likelihoods.Gaussian(0.3), net.x, net.y)
     free = GaussNewton(1, iterations=3)
-    displacement = {"matrix-free": free, "mixed": (GradientSteps(1), free)}.get(kind)
-    field = informed(net, displacement or GradientSteps(2))
+    proximal_step = {"matrix-free": free, "mixed": (GradientSteps(1), free)}.get(kind)
+    field = informed(net, proximal_step or GradientSteps(2))
     x, t = normal(3, net.dim, seed=6), torch.tensor(0.4, dtype=F64)
     for found, truth in zip(field.with_divergence(t, x), by_products(field, t, x), strict=True):
         assert torch.equal(found, truth)

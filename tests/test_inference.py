@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 import bnnflow as bf
 from bnnflow import likelihoods, priors
-from bnnflow.inference.adjusted_mclmc import microcanonical
-from bnnflow.inference.hmc import leapfrog
 from bnnflow.inference.loop import warm_up
+from bnnflow.inference.mcmc.adjusted_mclmc import microcanonical
+from bnnflow.inference.mcmc.hmc import leapfrog
+from bnnflow.inference.mcmc.trajectories import trajectory_warm_up
+from bnnflow.inference.mcmc.warmup import DualAveraging
 from bnnflow.inference.start import maximise
-from bnnflow.inference.trajectories import trajectory_warm_up
-from bnnflow.inference.warmup import DualAveraging
 from tests.problems import F64, built, check_moments, conjugate, generator, tiny_network
 
 # ---------------------------------------------------------------- warm-up and survival

@@ -7,7 +7,7 @@ from torch import nn
 
 import bnnflow as bf
 from bnnflow import likelihoods, priors
-from bnnflow.inference import kinks, laplace
+from bnnflow.inference.approximate import kinks, laplace
 
 F64 = torch.float64
 

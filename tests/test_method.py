@@ -34,7 +34,7 @@ METHODS: dict[str, tuple[Any, dict[str, int]]] = {
     "SWAG": (bf.SWAG(steps=5, snapshots=20), {"draws": 3}),
     "DeepEnsemble": (bf.DeepEnsemble(members=2, steps=5), {}),
     "Flow": (FLOW, {"draws": 3}),
-    "InCoordinates": (fit_gaussian(MODEL, MODEL.sample_prior(50, 0)), {"draws": 3}),
+    "TransformedDensity": (fit_gaussian(MODEL, MODEL.sample_prior(50, 0)), {"draws": 3}),
 }
 CORRECTIONS: dict[str, Callable[[], bf.Draws]] = {
     "refine": lambda: bf.refine(MODEL, MODEL.sample_prior(20, 0), 2, seed=4, progress=False),
@@ -61,7 +61,7 @@ def test_draws_of_every_method_say_where_they_come_from(name: str) -> None:
     method, sizes = METHODS[name]
     draws = bf.sample(MODEL, method, seed=4, progress=False, **sizes)
     check_info(draws, name)
-    if name not in ("Flow", "InCoordinates"):
+    if name not in ("Flow", "TransformedDensity"):
         assert draws.info["gradients"] > 0
     torch.testing.assert_close(draws.log_joint.flatten(), MODEL.log_joint(draws.flat))
 

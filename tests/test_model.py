@@ -654,7 +654,7 @@ def test_normal_coordinates(name: str) -> None:
     torch.testing.assert_close(prior.to_normal(theta), z, rtol=1e-7, atol=1e-7)
     slope = autograd(prior.from_normal, z)
     assert (slope > 0).all()
-    torch.testing.assert_close(prior.push(z, torch.ones_like(z)), slope, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(prior.jvp(z, torch.ones_like(z)), slope, rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(prior.log_jacobian(theta), -slope.log().sum(-1), rtol=1e-7, atol=1e-7)
     # The prior is N(0, I) there.
     standard = td.Normal(0.0, 1.0).log_prob(z).sum(-1)

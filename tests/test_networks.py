@@ -360,14 +360,14 @@ def test_what_is_not_claimed_would_change_outputs(case: Case) -> None:
         for kind in ("sign", "scale"):
             if label not in getattr(group, kind):
                 moved = theta * spec._factors(theta, elements(spec, label, 8)[kind])
-                acts = any(label == own and power for name in spec.names for own, power in powers(spec, name))
+                acts = any(label == own and power for name in spec.names for own, power in scale_exponents(spec, name))
                 assert acts == (not torch.equal(moved, theta))
                 if acts:
                     assert changes(expected, outputs(case, net, spec, moved)).max() > 1e-4, (kind, label)
 
 
-def powers(spec: WeightSpec, name: str) -> list[tuple[str | None, int]]:
-    return list(zip(spec.blocks(name)[1], spec.powers(name), strict=True))
+def scale_exponents(spec: WeightSpec, name: str) -> list[tuple[str | None, int]]:
+    return list(zip(spec.unit_axes(name)[1], spec.scale_exponents(name), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -487,15 +487,15 @@ def test_axes_and_neutral_axes_by_example() -> None:
     spec = WeightSpec.of(built(ZOO["separable tanh"].make))
     assert spec.axes["2.weight"] == ("h1", None, None, None)
     assert spec.axes["8.weight"] == (None, "h2")
-    assert spec.blocks("8.weight") == ((2, 3, 4), (None, "h2", None))
-    assert spec.powers("8.weight") == (0, -1, 0)
-    assert spec.neutral == {("2.weight", 0)}
+    assert spec.unit_axes("8.weight") == ((2, 3, 4), (None, "h2", None))
+    assert spec.scale_exponents("8.weight") == (0, -1, 0)
+    assert spec.scale_free_axes == {("2.weight", 0)}
     spec = WeightSpec.of(built(ZOO["norm before the function"].make))
-    assert spec.neutral == {("0.weight", 0), ("0.bias", 0), ("3.weight", 0), ("3.bias", 0)}
+    assert spec.scale_free_axes == {("0.weight", 0), ("0.bias", 0), ("3.weight", 0), ("3.bias", 0)}
     assert spec.activations == {"h1": Activation("tanh"), "h2": Activation("relu")}
     spec = WeightSpec.of(built(ZOO["square residual relu"].make))
     assert spec.axes["a.weight"] == ("h1", "h1")
-    assert spec.powers("a.weight") == (1, -1)
+    assert spec.scale_exponents("a.weight") == (1, -1)
 
 
 def test_groups_without_phases_draw_what_they_always_did() -> None:

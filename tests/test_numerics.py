@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import bnnflow as bf
 from bnnflow import likelihoods, priors
 from bnnflow.equivariant import TensorScaler
-from bnnflow.inference.smc import next_fraction
+from bnnflow.inference.particles.smc import next_fraction
 from bnnflow.transport import Flow, GaussNewton, Solver, time_grid
 
 F64 = torch.float64
@@ -99,11 +99,11 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("displacement", [GaussNewton(), GaussNewton(2)], ids=["one step", "two steps"])
-def test_a_gauss_newton_flow_is_exact_for_linear_gaussian_models(shape, displacement):
+@pytest.mark.parametrize("proximal_step", [GaussNewton(), GaussNewton(2)], ids=["one step", "two steps"])
+def test_a_gauss_newton_flow_is_exact_for_linear_gaussian_models(shape, proximal_step):
     """Its map is affine: where it takes a basis tells the mean and the covariance of all draws."""
     problem = regression(**shape)
-    flow = bf.GaussNewtonFlow(problem.model, displacement, solver=Solver("rk4"))
+    flow = bf.GaussNewtonFlow(problem.model, proximal_step, solver=Solver("rk4"))
     basis = torch.cat([torch.zeros(1, flow.dim, dtype=F64), torch.eye(flow.dim, dtype=F64)])
     found = problem.standardised(flow.forward(basis, solver=Solver("rk4", time_grid(60, 8.0))).detach())
     matrix = (found[1:] - found[0]).T

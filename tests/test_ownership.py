@@ -13,7 +13,7 @@ from torch import nn
 
 import bnnflow as bf
 from bnnflow.report.arviz import function_values
-from bnnflow.transport import DriveVelocity, Flow, FlowMap, Solver, WeightsVelocity, fit_gaussian
+from bnnflow.transport import Flow, FlowMap, ScoreVelocity, Solver, WeightsVelocity, fit_gaussian
 from tests.problems import built
 
 X = torch.linspace(-1, 1, 12, dtype=torch.float64).unsqueeze(-1) / 3
@@ -135,7 +135,7 @@ def test_a_flow_on_some_rows_is_saved_as_that(tmp_path: Path) -> None:
     assert torch.equal(found.sample(4, 0), part.sample(4, 0))
     assert not torch.equal(found.sample(4, 0), flow.sample(4, 0))
     assert torch.equal(found.bind(MODEL).sample(4, 0), flow.sample(4, 0))
-    drive = Flow.of(DriveVelocity(), MODEL).on_batch(3, 0)
+    drive = Flow.of(ScoreVelocity(), MODEL).on_batch(3, 0)
     assert torch.equal(bf.load(drive.save(tmp_path / "drive"), MODEL).sample(4, 0), drive.sample(4, 0))
     times = torch.tensor([0.0, 1.0], dtype=torch.float64)
     few = FlowMap(part.velocity, part.source, part.spec, times)

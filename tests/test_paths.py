@@ -19,7 +19,6 @@ import bnnflow as bf
 from bnnflow.transport import (
     AffinePath,
     Beta,
-    DriveVelocity,
     Field,
     Flow,
     GaussianVelocity,
@@ -28,17 +27,18 @@ from bnnflow.transport import (
     GradientSteps,
     InformedVelocity,
     LogitNormal,
+    LogUniformNearEnd,
     Matching,
     ResidualVelocity,
     Reuse,
+    ScoreVelocity,
     Solver,
     Source,
-    TowardsEnd,
     Uniform,
     WeightsVelocity,
     train,
 )
-from bnnflow.transport.coordinates import Context
+from bnnflow.transport.whitened import WhitenedPosterior
 from tests.problems import F64, generator, network, regression
 
 PATHS = [AffinePath(), AffinePath("variance_preserving")]
@@ -163,7 +163,7 @@ def test_sigma_blurs_both_ends():
         (Uniform(), stats.uniform),
         (Beta(2.0, 1.5), stats.beta(2.0, 1.5)),
         (LogitNormal(0.5, 0.8), None),
-        (TowardsEnd(0.4, 2.0), None),
+        (LogUniformNearEnd(0.4, 2.0), None),
     ],
 )
 def test_times_follow_their_law_and_stay_before_the_end(times, law):
@@ -211,7 +211,7 @@ def test_context_of_any_source_is_the_posterior_over_it(make, temperature):
     theta = source.from_normal(x)
     u = model.log_joint(theta) - source.log_jacobian(theta) + 0.5 * (x * x).sum(-1)
     (expected,) = torch.autograd.grad(u.sum(), x)
-    assert torch.allclose(Context(model, source).grad(x.detach()), expected, rtol=1e-7, atol=1e-8)
+    assert torch.allclose(WhitenedPosterior(model, source).grad(x.detach()), expected, rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("iterations", [None, 4])
@@ -221,8 +221,8 @@ def test_context_of_any_source_is_the_posterior_over_it(make, temperature):
 )
 def test_untrained_flow_is_exact_for_a_linear_gaussian_model_from_every_source(make, path, iterations):
     model, mean, covariance = regression()
-    displacement = GaussNewton(1, max_norm=math.inf, iterations=iterations)  # as many iterations as dimensions
-    flow = GaussNewtonFlow(model, displacement, source=make(model), path=path, solver=Solver("rk4", 24))
+    proximal_step = GaussNewton(1, max_norm=math.inf, iterations=iterations)  # as many iterations as dimensions
+    flow = GaussNewtonFlow(model, proximal_step, source=make(model), path=path, solver=Solver("rk4", 24))
     theta, log_q = flow.sample_with_log_prob(10, 0)
     truth = bf.Gaussian(1.5 * mean, 1.5 * torch.linalg.cholesky(covariance)).log_prob(theta)
     assert (log_q - truth).abs().max() < 5e-3
@@ -231,7 +231,7 @@ def test_untrained_flow_is_exact_for_a_linear_gaussian_model_from_every_source(m
 @pytest.mark.parametrize("kind", ["categorical", "learned"])
 def test_conjugate_gradients_approach_the_dense_solution(kind):
     model = network(kind)
-    context = Context(model, Source.scaled(model, 0.8))
+    context = WhitenedPosterior(model, Source.scaled(model, 0.8))
     mu, s2 = torch.randn(6, model.dim, generator=generator(), dtype=F64), torch.full((6, 1), 0.3, dtype=F64)
     dense = GaussNewton(2)(context, mu, s2)
     errors = [float((GaussNewton(2, iterations=n)(context, mu, s2).w - dense.w).abs().max()) for n in (2, 6, model.dim)]
@@ -258,7 +258,7 @@ def fields(model: bf.BayesianModel) -> dict[str, nn.Module]:
         "graph": WeightsVelocity(spec, 8, 1, architecture="graph"),
         "messages": WeightsVelocity(spec, 8, 1, heads=2),
         "x1": WeightsVelocity(spec, 8, 1, parametrisation="x1", path=vp),
-        "drive": DriveVelocity(GaussNewton(iterations=3), vp),
+        "drive": ScoreVelocity(GaussNewton(iterations=3), vp),
         "mixed": InformedVelocity(spec, (GradientSteps(1), GaussNewton()), 8, 1),
         "residual": ResidualVelocity.fit(spec, x, 8, 1),
     }
@@ -284,7 +284,7 @@ def test_every_equivariant_field_commutes_with_its_group(name):
     field = fields(model)[name].double()
     for parameter in field.parameters():
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator(), dtype=F64))
-    field = field.bind(Context(model))
+    field = field.bind(WhitenedPosterior(model))
     group = model.symmetries() if name == "drive" else field.symmetries
     assert group.permutation
     x, t = torch.randn(10, model.dim, generator=generator(), dtype=F64), torch.rand(10, generator=generator(1)).double()
@@ -452,12 +452,12 @@ class Recording(Field):
             self.computed.append(x)
         return (x / (1 + t).unsqueeze(-1),)
 
-    def from_precomputed(self, t: Tensor, x: Tensor, *drives: Tensor) -> Tensor:
-        (drive,) = drives
-        assert torch.equal(drive, x / (1 + t).unsqueeze(-1))
+    def from_precomputed(self, t: Tensor, x: Tensor, *scores: Tensor) -> Tensor:
+        (score,) = scores
+        assert torch.equal(score, x / (1 + t).unsqueeze(-1))
         if len(x) == 8:
             self.seen.append(x)
-        return drive + self.level
+        return score + self.level
 
 
 def doubled(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -539,14 +539,14 @@ def test_resuming_in_a_pool_goes_on_where_it_stopped(tmp_path, monkeypatch, elem
 
 def test_drives_make_the_field():
     model = network(width=4)
-    field = InformedVelocity(model.spec, (GradientSteps(1), GaussNewton()), 8, 1).to(F64).bind(Context(model))
+    field = InformedVelocity(model.spec, (GradientSteps(1), GaussNewton()), 8, 1).to(F64).bind(WhitenedPosterior(model))
     for parameter in field.parameters():
         nn.init.normal_(parameter, std=0.2)
     t, x = torch.rand(5, generator=generator(), dtype=F64), torch.randn(5, model.dim, generator=generator(1), dtype=F64)
-    drives = field.precompute(t, x)
-    assert [part.shape for part in drives] == [x.shape] * 4
-    assert torch.equal(field.from_precomputed(t, x, *drives), field(t, x))
-    assert not any(part.requires_grad for part in drives)
+    scores = field.precompute(t, x)
+    assert [part.shape for part in scores] == [x.shape] * 4
+    assert torch.equal(field.from_precomputed(t, x, *scores), field(t, x))
+    assert not any(part.requires_grad for part in scores)
 
 
 def test_checkpoint_of_another_field_is_refused(tmp_path):

@@ -35,7 +35,7 @@ from bnnflow.model.priors.marginals import rebuild
 from bnnflow.model.quantiles import QuantileTable
 from bnnflow.symmetry import match, sort_units
 from bnnflow.transport import Solver, Training
-from bnnflow.transport.coordinates import Context
+from bnnflow.transport.whitened import WhitenedPosterior
 
 F64 = torch.float64
 
@@ -359,20 +359,23 @@ def test_prior_with_parameters_is_standard_normal_in_its_coordinates(name: str) 
     torch.testing.assert_close(prior.log_prob(theta)[0], log_normal[0] - torch.linalg.slogdet(jacobian)[1])
     torch.testing.assert_close(prior.log_jacobian(theta), prior.log_prob(theta) - log_normal)
     v = torch.randn(5, model.dim, generator=generator(1), dtype=F64)
-    torch.testing.assert_close(prior.push(z, v)[0], jacobian @ v[0])
-    torch.testing.assert_close(prior.pull(z, v)[0], jacobian.T @ v[0])
-    torch.testing.assert_close(prior.pull(z[:1, None], v[None])[0, 3], jacobian.T @ v[3])  # rows of a factor
+    torch.testing.assert_close(prior.jvp(z, v)[0], jacobian @ v[0])
+    torch.testing.assert_close(prior.vjp(z, v)[0], jacobian.T @ v[0])
+    torch.testing.assert_close(prior.vjp(z[:1, None], v[None])[0, 3], jacobian.T @ v[3])  # rows of a factor
     # Again differentiable, backwards and forwards.
-    second = torch.func.jacrev(lambda at: prior.pull(at, v[:1])[0])(z[:1])[:, 0]
+    second = torch.func.jacrev(lambda at: prior.vjp(at, v[:1])[0])(z[:1])[:, 0]
     expected = torch.func.hessian(lambda at: (prior.from_normal(at) * v[0]).sum())(z[0])
     torch.testing.assert_close(second, expected, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(torch.func.jacfwd(lambda at: prior.pull(at, v[0]))(z[0]), expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(torch.func.jacfwd(lambda at: prior.vjp(at, v[0]))(z[0]), expected, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", COORDINATES)
 def test_flow_from_a_prior_with_parameters_has_the_posteriors_gradient_and_its_density(name: str) -> None:
     model = model_of(COORDINATES[name])
-    context, z = Context(model), torch.randn(3, model.dim, generator=generator(), dtype=F64, requires_grad=True)
+    context, z = (
+        WhitenedPosterior(model),
+        torch.randn(3, model.dim, generator=generator(), dtype=F64, requires_grad=True),
+    )
     theta = model.flat_prior.from_normal(z)
     u = model.log_joint(theta) - model.flat_prior.log_jacobian(theta) + 0.5 * (z * z).sum(-1)
     (expected,) = torch.autograd.grad(u.sum(), z)

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 import bnnflow as bf
 from bnnflow import likelihoods, priors
 from bnnflow.inference import SGHMC, SGLD, SGNHT, Cyclical, Polynomial
-from bnnflow.inference.burn_in import exploring
-from bnnflow.inference.gradients import anchored, control_variates, measure, stochastic
 from bnnflow.inference.loop import thinned
-from bnnflow.inference.schedules import Schedule, Stage
-from bnnflow.inference.sghmc import sghmc
-from bnnflow.inference.sgld import psgld, sgld
-from bnnflow.inference.sgnht import sgnht
+from bnnflow.inference.stochastic.burn_in import skip_exploration
+from bnnflow.inference.stochastic.gradients import anchored, control_variates, measure, stochastic
+from bnnflow.inference.stochastic.schedules import Schedule, Stage
+from bnnflow.inference.stochastic.sghmc import sghmc
+from bnnflow.inference.stochastic.sgld import psgld, sgld
+from bnnflow.inference.stochastic.sgnht import sgnht
 from bnnflow.model.fused import normal_like
 from bnnflow.types import Kernel
 
@@ -500,7 +500,7 @@ def test_large_data_from_afar() -> None:
     "method", [SGLD(), SGLD(preconditioner="rmsprop"), SGHMC(), SGNHT(), SGNHT(per_parameter=True)]
 )
 def test_states_are_plain(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bnnflow.inference import burn_in
+    from bnnflow.inference.stochastic import burn_in
 
     seen = []
     inner = burn_in.run_chains
@@ -605,7 +605,7 @@ def test_exploration_has_no_noise() -> None:
             return Stage(1.0, step % 10 == 9)
 
     ones = torch.ones(3, dtype=F64)
-    steps = exploring(sgld(noisy_normal(ones, 0.0), 0.1, ones, schedule=Explore()), Explore())
+    steps = skip_exploration(sgld(noisy_normal(ones, 0.0), 0.1, ones, schedule=Explore()), Explore())
     theta, stats = iterate(steps, torch.full((5000, 3), 2.0, dtype=F64), 1, burn=0)
     assert (stats["n_steps"] == 10).all()
     assert float(theta.mean()) == pytest.approx(2 * 0.95**10, abs=0.02)
@@ -635,7 +635,7 @@ def test_cycles_find_both_modes() -> None:
     ones, start = torch.ones(1, dtype=F64), torch.full((64, 1), 3.0, dtype=F64)
     cycle = Cyclical(100, 0.3)
     plain, _ = iterate(sgld(target, 0.1, ones), start, 300, burn=0)
-    cycled, _ = iterate(exploring(sghmc(target, 1.3, ones, 0.2, schedule=cycle), cycle), start, 1500, burn=0)
+    cycled, _ = iterate(skip_exploration(sghmc(target, 1.3, ones, 0.2, schedule=cycle), cycle), start, 1500, burn=0)
     assert (plain > 0).all()
     assert 0.1 < float((cycled < 0).double().mean()) < 0.9
 

@@ -174,10 +174,12 @@ def model_of(
     return bf.BayesianModel(net, prior, bf.likelihoods.Gaussian(0.5), x, x[:, 0] + 0.1 * noise)
 
 
-@pytest.mark.parametrize("displacement", [GradientSteps(4), GaussNewton(2)], ids=["gradient", "newton"])
-def test_the_informed_field_commutes_with_the_whole_group_of_the_posterior(displacement):
+@pytest.mark.parametrize("proximal_step", [GradientSteps(4), GaussNewton(2)], ids=["gradient", "newton"])
+def test_the_informed_field_commutes_with_the_whole_group_of_the_posterior(proximal_step):
     model = model_of(bf.priors.Normal(1.0), dtype=F64)
-    field = built(lambda: InformedVelocity(model.spec, displacement, 8, 2, architecture="signed")).requires_grad_(False)
+    field = built(lambda: InformedVelocity(model.spec, proximal_step, 8, 2, architecture="signed")).requires_grad_(
+        False
+    )
     for parameter in field.parameters():
         parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator(2), dtype=F64))
     source = Source(model.flat_prior)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import bnnflow as bf
-from bnnflow.bridge import balance
-from bnnflow.inference.smc import _variance, merging, next_fraction, relative_variance, systematic
+from bnnflow.bridge import bennett
+from bnnflow.inference.particles.smc import _variance, merging, next_fraction, relative_variance, systematic
 from tests.problems import F64, built, check_runs, conjugate, generator, moments, tiny_network, two_weights
 
 # ---------------------------------------------------------------- evidence
@@ -101,13 +101,13 @@ def test_a_bridge_between_two_gaussians_is_their_ratio_for_each_row_of_a_batch()
         return math.log(3 / 0.5) - 2 * (x - 1).square() + 0.5 * x.square()
 
     weights = torch.full((5, 2 * n), 0.5 / n, dtype=F64)
-    value, ours, theirs = balance(log_ratio(q), log_ratio(p), weights, math.log(2))
+    value, ours, theirs = bennett(log_ratio(q), log_ratio(p), weights, math.log(2))
     assert (value - math.log(3)).abs().max() < 0.03
     torch.testing.assert_close(ours.mean(1), 2 * theirs.mean(1))
     doubled = torch.cat([p, p + 9], 1), torch.cat([weights, torch.zeros_like(weights)], 1)  # weights of zero: no draws
-    again, _, _ = balance(log_ratio(q[2]), log_ratio(doubled[0][2]), doubled[1][2], math.log(2))
+    again, _, _ = bennett(log_ratio(q[2]), log_ratio(doubled[0][2]), doubled[1][2], math.log(2))
     torch.testing.assert_close(again, value[2])
-    nothing, _, _ = balance(torch.full((3,), -math.inf, dtype=F64), log_ratio(p[0]), weights[0])
+    nothing, _, _ = bennett(torch.full((3,), -math.inf, dtype=F64), log_ratio(p[0]), weights[0])
     assert nothing.isnan()
 
 

@@ -17,7 +17,7 @@ from bnnflow.transport.solvers import (
     integrate_sde,
     integrate_with_error,
     integrate_with_trace,
-    rows_within,
+    largest_chunk,
     time_grid,
 )
 from bnnflow.types import AdaptiveRule
@@ -437,14 +437,14 @@ def test_rows_are_priced_by_the_tensors_alive_at_once():
         del wide
         return narrow + table.sum()  # 4004 and 48 a row in all
 
-    assert rows_within(24_400, work, x) == 100
-    assert rows_within(4004 + 48 * 10, work, x) == 10
+    assert largest_chunk(24_400, work, x) == 100
+    assert largest_chunk(4004 + 48 * 10, work, x) == 10
     kept = lambda rows: [rows + i for i in range(9)]  # noqa: E731  # ten tensors of 40 bytes a row
-    assert rows_within(40_000, kept, x) == 100
+    assert largest_chunk(40_000, kept, x) == 100
     with pytest.raises(ValueError, match="one row needs 400 bytes"):
-        rows_within(399, kept, x)
+        largest_chunk(399, kept, x)
     with pytest.raises(ValueError, match="x must have two rows or more"):
-        rows_within(1000, kept, x[:1])
+        largest_chunk(1000, kept, x[:1])
 
 
 def test_chunks_under_a_bound_stay_under_it():
@@ -458,6 +458,6 @@ def test_chunks_under_a_bound_stay_under_it():
         return integrate(slope, (rows, torch.zeros(len(rows), dtype=torch.float64)), even(1), "midpoint")
 
     memory = 4_000_000
-    n = rows_within(memory, work, x)
+    n = largest_chunk(memory, work, x)
     peak = solvers._live_bytes(work, torch.randn(n, 6, generator=generator())).max()
     assert 0.99 * memory < peak <= memory

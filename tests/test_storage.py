@@ -27,23 +27,23 @@ from bnnflow.symmetry import Spheres
 from bnnflow.transport import (
     CompletedFlow,
     Correction,
-    DriveVelocity,
     Field,
     Flow,
     GaussNewton,
     GradientSteps,
     GuidedVelocity,
-    InCoordinates,
     InformedVelocity,
     ManifoldFlow,
     Radii,
+    ScoreVelocity,
     Solver,
     Source,
     TangentVelocity,
+    TransformedDensity,
     fit_coupling,
     fit_gaussian,
 )
-from bnnflow.transport.coordinates import Context
+from bnnflow.transport.whitened import WhitenedPosterior
 from tests.problems import built, chain, linear
 
 GOLDEN = Path(__file__).parent / "golden" / "draws-v1.npz"
@@ -247,16 +247,16 @@ def example_completed_flow(*sizes: Any) -> CompletedFlow:
     return CompletedFlow(flow, Radii(location, 1 + location))
 
 
-def example_density(dtype: torch.dtype = torch.float32) -> InCoordinates:
+def example_density(dtype: torch.dtype = torch.float32) -> TransformedDensity:
     """Return the density that the golden file holds, which no later version may change."""
     model = linear(3, PRIOR, dtype)
     loc = torch.tensor([0.5, -1.0, 2.0])
     source = Source(model.flat_prior, loc, torch.tensor([[2.0, 0.5, 0.0], [0.5, 1.0, 0.25], [0.0, 0.25, 0.5]]))
     factor = torch.tensor([[1.0, 0.0, 0.0], [-0.5, 0.75, 0.0], [0.25, 0.125, 2.0]], dtype=dtype)
-    return InCoordinates(bf.Gaussian(0.5 * loc.to(dtype), factor), source, {"matched": True, "shrinkage": 0.125})
+    return TransformedDensity(bf.Gaussian(0.5 * loc.to(dtype), factor), source, {"matched": True, "shrinkage": 0.125})
 
 
-def coupling_density() -> InCoordinates:
+def coupling_density() -> TransformedDensity:
     model = linear(3)
     return fit_coupling(
         model, model.sample_prior(200, 1), couplings=3, hidden=16, progress=False, training=bf.Training(steps=20)
@@ -271,11 +271,13 @@ def informed_model(targets: torch.Tensor) -> bf.BayesianModel:
 def example_informed_flow() -> Flow:
     """Return the flow that the golden file holds, which no later version may change."""
     model = informed_model(exact_values(4))
-    displacements = GradientSteps(2, memory=0.75), GaussNewton(1, iterations=3)
-    field = built(lambda: InformedVelocity(model.spec, displacements, 4, 1, heads=2), torch.float32)
+    proximal_steps = GradientSteps(2, memory=0.75), GaussNewton(1, iterations=3)
+    field = built(lambda: InformedVelocity(model.spec, proximal_steps, 4, 1, heads=2), torch.float32)
     for parameter in field.requires_grad_(False).parameters():
         parameter.copy_(exact_values(*parameter.shape))
-    return Flow.of(field.bind(Context(model)), model, info={"steps": 5, "held_out_loss": None}, solver=Solver(steps=3))
+    return Flow.of(
+        field.bind(WhitenedPosterior(model)), model, info={"steps": 5, "held_out_loss": None}, solver=Solver(steps=3)
+    )
 
 
 EXAMPLES: dict[str, Callable[[], Any]] = {
@@ -355,7 +357,7 @@ def test_the_golden_informed_flow_stays_readable_and_todays_files_have_its_layou
 def test_the_golden_density_is_the_gaussian_it_says() -> None:
     """theta = 0.25 + 1.5 (loc + root x), with x Gaussian."""
     found, expected = bf.load(GOLDEN.with_name("in-coordinates-v1.npz")), example_density()
-    assert isinstance(found, InCoordinates)
+    assert isinstance(found, TransformedDensity)
     assert isinstance(expected.density, bf.Gaussian)
     assert expected.source.loc is not None
     assert expected.source.root is not None
@@ -410,7 +412,7 @@ def test_what_could_not_be_rebuilt_is_not_saved(tmp_path: Path) -> None:
         replace(density, density=Foreign()).save(tmp_path / "never")
     with pytest.raises(ValueError, match="cannot save a Identity"):
         replace(flow, velocity=Field.of(torch.nn.Identity())).save(tmp_path / "never")
-    for velocity in (DriveVelocity(), GuidedVelocity(flow.velocity, density.log_prob, density.source)):
+    for velocity in (ScoreVelocity(), GuidedVelocity(flow.velocity, density.log_prob, density.source)):
         with pytest.raises(ValueError, match=f"cannot save a {type(velocity).__name__}"):
             replace(example_completed_flow(), flow=replace(flow, velocity=velocity)).save(tmp_path / "never")
     assert list(tmp_path.iterdir()) == []
@@ -419,7 +421,7 @@ def test_what_could_not_be_rebuilt_is_not_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_transports_are_not_read_as_one_another(name: str, tmp_path: Path) -> None:
     path = EXAMPLES[name]().save(tmp_path / "law")
-    for other in {ManifoldFlow, CompletedFlow, InCoordinates, Flow} - {type(EXAMPLES[name]())}:
+    for other in {ManifoldFlow, CompletedFlow, TransformedDensity, Flow} - {type(EXAMPLES[name]())}:
         with pytest.raises(ValueError, match=f"holds '{name}', expected one of"):
             other.load(path)
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import bnnflow as bf
 from bnnflow import likelihoods, priors
-from bnnflow.transport import AffinePath, GaussianVelocity, InformedPath, Matched, Source, WeightsVelocity
-from bnnflow.transport.coordinates import Context
+from bnnflow.transport import AffinePath, GaussianVelocity, Matched, PosteriorTargets, Source, WeightsVelocity
 from bnnflow.transport.targets import obeys_stein
+from bnnflow.transport.whitened import WhitenedPosterior
 from bnnflow.weights import Symmetries
 from tests.problems import F64, built, chain, conjugate, generator, normal, regression, tiny_network
 
@@ -48,13 +48,13 @@ def orbit(model: bf.BayesianModel, group: Symmetries, theta: Tensor) -> Tensor:
 @pytest.mark.parametrize("t", [0.1, 0.4, 0.7])
 def test_average_over_the_orbit_has_its_exact_mean_and_less_variance(widths, activation, t):
     model = network(widths, activation)
-    context = Context(model)
+    context = WhitenedPosterior(model)
     group = context.source.symmetries(model)
     x1 = normal(model.dim, seed=3)
     x_t = (1 - t) * normal(model.dim, seed=4) + t * x1
     images = orbit(model, group, x1)
     chances = (-(x_t - t * images).square().sum(-1) / (2 * (1 - t) ** 2)).softmax(0)
-    path = InformedPath(AffinePath(), context, group, x1.expand(2, -1), generator())
+    path = PosteriorTargets(AffinePath(), context, group, x1.expand(2, -1), generator())
     n = 20000
     drawn = images[torch.multinomial(chances, n, replacement=True, generator=generator(5))]
     c = AffinePath().coefficients(torch.full((n, 1), t, dtype=F64))
@@ -72,7 +72,7 @@ def test_target_of_a_gaussian_posterior_is_the_field_itself(path, scale):
     source = Source.scaled(model, scale)
     exact = GaussianVelocity(mean / scale, covariance / scale**2, path)
     x1 = mean / scale + normal(500, 4) @ torch.linalg.cholesky(covariance).mT / scale
-    informed = InformedPath(path, Context(model, source), NOTHING, x1, generator(), newton=True)
+    informed = PosteriorTargets(path, WhitenedPosterior(model, source), NOTHING, x1, generator(), newton=True)
     assert informed._shares.mean() > 0.8
     informed._shares[:] = 1  # what they are, but for the noise of the few pairs that they are fitted to
     t = torch.linspace(0.01, 0.99, 500, dtype=F64)
@@ -95,7 +95,7 @@ def test_target_without_curvature_has_the_field_as_its_mean(path, temperature, t
     centre = posterior @ (torch.linalg.solve(covariance, mean) + c.b / c.a**2 * x_t)
     x1 = centre + normal(20000, 4, seed=3) @ torch.linalg.cholesky(posterior).mT
     draws = mean + normal(500, 4, seed=5) @ torch.linalg.cholesky(covariance).mT
-    informed = InformedPath(path, Context(known.model), NOTHING, draws, generator())
+    informed = PosteriorTargets(path, WhitenedPosterior(known.model), NOTHING, draws, generator())
     _, target = informed.point((x_t - c.b * x1) / c.a, x1, torch.full((20000,), t, dtype=F64), generator(1))
     exact = GaussianVelocity(mean, covariance, path)(torch.tensor(t, dtype=F64), x_t.unsqueeze(0))
     assert ((target.mean(0) - exact[0]).abs() < 4 * target.std(0) / 20000**0.5 + 1e-9).all()
@@ -103,9 +103,9 @@ def test_target_without_curvature_has_the_field_as_its_mean(path, temperature, t
 
 def test_noise_is_a_fraction_of_that_of_pairs_at_both_ends_of_the_path():
     model = tiny_network()
-    context = Context(model)
+    context = WhitenedPosterior(model)
     x1 = bf.sample(model, bf.HMC(), chains=32, warmup=200, draws=100, seed=0).flat
-    informed = InformedPath(AffinePath(), context, context.source.symmetries(model), x1, generator(), newton=True)
+    informed = PosteriorTargets(AffinePath(), context, context.source.symmetries(model), x1, generator(), newton=True)
     for t, most in ((0.05, 0.1), (0.97, 0.05)):
         times = torch.full((len(x1),), t, dtype=F64)
         x0 = normal(*x1.shape, seed=1)
@@ -122,10 +122,10 @@ def test_large_data_are_used_in_batches():
     net = built(lambda: chain(2, 3, 1, activation=nn.Tanh))
     model = bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(5.0), x, x[:, 0])
     theta = model.sample_prior(8, 0)
-    context = Context(model)
+    context = WhitenedPosterior(model)
     group = context.source.symmetries(model)
     for newton in (False, True):
-        path = InformedPath(AffinePath(), context, group, theta, generator(), newton=newton)
+        path = PosteriorTargets(AffinePath(), context, group, theta, generator(), newton=newton)
         _, target = path.point(normal(8, model.dim), theta, torch.linspace(0.1, 0.9, 8, dtype=F64), generator(3))
         assert target.isfinite().all()
         gradients = [path._some(generator(seed), 8).grad(theta) for seed in range(400)]
@@ -135,9 +135,9 @@ def test_large_data_are_used_in_batches():
 
 def test_last_times_are_finite():
     model = tiny_network(dtype=torch.float32)
-    context = Context(model)
+    context = WhitenedPosterior(model)
     x1 = model.sample_prior(64, 0)
-    path = InformedPath(AffinePath(), context, context.source.symmetries(model), x1, generator())
+    path = PosteriorTargets(AffinePath(), context, context.source.symmetries(model), x1, generator())
     t = torch.tensor([0.0, 1e-8, 1 - 1e-4, 1 - 1e-6, 1 - 6e-8, 1.0]).repeat(10)
     x_t, target = path.point(normal(60, model.dim, dtype=torch.float32), x1[:60], t, generator())
     for values in (x_t, target, path.loss_weight(t)):
@@ -146,7 +146,7 @@ def test_last_times_are_finite():
 
 def test_stein_tells_draws_of_the_posterior_from_others():
     known = conjugate()
-    context = Context(known.model)
+    context = WhitenedPosterior(known.model)
     prior = known.model.flat_prior
     exact = known.mean + normal(2000, 4, seed=1) @ torch.linalg.cholesky(known.covariance).mT
     narrow = known.mean + 0.5 * (exact - known.mean)
@@ -178,4 +178,4 @@ def test_fit_chooses_targets_and_refuses_what_they_cannot_be():
     with pytest.raises(ValueError, match="targets must be one of 'auto'"):
         targets(targets="best")
     with pytest.raises(ValueError, match="sigma = 0"):
-        InformedPath(AffinePath(sigma=0.1), Context(model), NOTHING, draws.flat, generator())
+        PosteriorTargets(AffinePath(sigma=0.1), WhitenedPosterior(model), NOTHING, draws.flat, generator())

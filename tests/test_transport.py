@@ -17,7 +17,8 @@ from torch.distributions import MultivariateNormal
 
 import bnnflow as bf
 from bnnflow import likelihoods, priors
-from bnnflow.draws import strays
+from bnnflow.draws import outliers
+from bnnflow.inference import refine
 from bnnflow.transport import (
     Density,
     Flow,
@@ -31,12 +32,11 @@ from bnnflow.transport import (
     Solver,
     Source,
     WeightsVelocity,
-    refine,
 )
 from bnnflow.transport import flow as flow_module
-from bnnflow.transport.coordinates import Context
 from bnnflow.transport.divergence import exact_divergence, hutchinson_divergence, probe_noise
 from bnnflow.transport.solvers import integrate, integrate_with_trace, time_grid
+from bnnflow.transport.whitened import WhitenedPosterior
 from bnnflow.weights import Symmetries
 from tests.problems import two_weights
 
@@ -89,9 +89,9 @@ def randomised(velocity: nn.Module, scale: float = 0.05) -> nn.Module:
     return velocity.requires_grad_(False)
 
 
-def informed(model: bf.BayesianModel, displacement=None, **sizes) -> InformedVelocity:
-    velocity = InformedVelocity(model.spec, displacement, **({"width": 16, "depth": 2} | sizes)).to(model.dtype)
-    return randomised(velocity).bind(Context(model))
+def informed(model: bf.BayesianModel, proximal_step=None, **sizes) -> InformedVelocity:
+    velocity = InformedVelocity(model.spec, proximal_step, **({"width": 16, "depth": 2} | sizes)).to(model.dtype)
+    return randomised(velocity).bind(WhitenedPosterior(model))
 
 
 @pytest.fixture(autouse=True)
@@ -174,7 +174,7 @@ def test_densities_that_fixed_steps_get_wrong_are_told(steps, sd, far):
 def test_gradient_steps_agree_with_gauss_newton_where_the_curvature_is_one_number():
     model = bf.BayesianModel(nn.Linear(1, 1, bias=False).double(), priors.Normal(1.0), likelihoods.Gaussian(0.5),
                              torch.tensor([[1.0], [2.0]]), torch.tensor([1.0, 2.5]))  # fmt: skip
-    context = Context(model)
+    context = WhitenedPosterior(model)
     mu, s2 = torch.tensor([[0.3], [-0.4]], dtype=torch.float64), torch.tensor([[0.4], [0.9]], dtype=torch.float64)
     steps = GradientSteps(2, max_norm=1e6, memory=0.0)(context, mu, s2)
     newton = GaussNewton(1, max_norm=1e6)(context, mu, s2)
@@ -184,7 +184,7 @@ def test_gradient_steps_agree_with_gauss_newton_where_the_curvature_is_one_numbe
 @pytest.mark.parametrize("memory", [0.0, 0.9])
 def test_gradient_steps_climb_to_the_top_and_cost_what_they_say(memory):
     model, *_ = linear_model()
-    context = Context(model)
+    context = WhitenedPosterior(model)
     counted = 0
 
     class Counting:
@@ -204,14 +204,14 @@ def test_gradient_steps_climb_to_the_top_and_cost_what_they_say(memory):
     assert errors[2] < errors[1] < errors[0]
 
 
-@pytest.mark.parametrize("displacement", [GradientSteps(), GaussNewton(2)])
+@pytest.mark.parametrize("proximal_step", [GradientSteps(), GaussNewton(2)])
 @pytest.mark.parametrize("kind", ["categorical", "bernoulli", "gaussian", "learned", "heteroscedastic"])
-def test_drive_is_finite_at_the_end_and_equals_the_gradient_there(kind, displacement):
+def test_drive_is_finite_at_the_end_and_equals_the_gradient_there(kind, proximal_step):
     model = network_model(kind)
-    context = Context(model)
+    context = WhitenedPosterior(model)
     z = torch.randn(6, model.dim, generator=generator(), dtype=torch.float64)
-    drive = displacement(context, z, torch.zeros(6, 1, dtype=torch.float64))
-    assert torch.allclose(drive.w, context.grad(z), rtol=1e-6, atol=1e-8)
+    score = proximal_step(context, z, torch.zeros(6, 1, dtype=torch.float64))
+    assert torch.allclose(score.w, context.grad(z), rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -222,18 +222,18 @@ def test_context_gradient_is_that_of_log_posterior_over_normal_density(kind, tem
     theta = model.flat_prior.from_normal(z)
     log_density = model.log_joint(theta) - model.flat_prior.log_jacobian(theta)  # of the posterior, over z
     (expected,) = torch.autograd.grad((log_density + 0.5 * (z * z).sum(-1)).sum(), z)
-    assert torch.allclose(Context(model).grad(z.detach()), expected, rtol=1e-7, atol=1e-8)
+    assert torch.allclose(WhitenedPosterior(model).grad(z.detach()), expected, rtol=1e-7, atol=1e-8)
 
 
 # ------------------------------------------------------------------ densities
 
 
-@pytest.mark.parametrize("displacement", [GradientSteps(3), GaussNewton(1), GaussNewton(2)])
+@pytest.mark.parametrize("proximal_step", [GradientSteps(3), GaussNewton(1), GaussNewton(2)])
 @pytest.mark.parametrize("kind", ["categorical", "gaussian", "learned"])
 @pytest.mark.parametrize("t", [0.1, 0.6, 0.97])
-def test_divergence_of_the_informed_field_matches_central_differences(kind, displacement, t):
+def test_divergence_of_the_informed_field_matches_central_differences(kind, proximal_step, t):
     model = network_model(kind)
-    velocity = informed(model, displacement)
+    velocity = informed(model, proximal_step)
     x = torch.randn(4, model.dim, generator=generator(), dtype=torch.float64)
     time = torch.tensor(t, dtype=torch.float64)
     value, divergence = exact_divergence(lambda z: velocity(time, z), x)
@@ -612,9 +612,9 @@ def test_refine_brings_up_the_last_draws():
     model = network_model("gaussian", torch.float64)
     draws = bf.sample(model, bf.HMC(), chains=8, warmup=100, draws=50, seed=0).flat
     draws[[3, 77, 399]] *= 6
-    assert int(strays(model.log_joint(draws)).sum()) == 3
+    assert int(outliers(model.log_joint(draws)).sum()) == 3
     refined = refine(model, draws, 2, seed=1)
-    assert refined.info["strays"] == 0
+    assert refined.info["outliers"] == 0
     assert refined.log_joint.min() > refined.log_joint.median() - 60
     assert torch.allclose(refined.log_joint[0], model.log_joint(refined.flat).double())
 
@@ -634,7 +634,7 @@ def test_an_interrupt_while_the_last_draws_move_keeps_all_and_is_told(monkeypatc
     with pytest.warns(UserWarning, match="some draws still lie far below"):
         refined = refine(model, draws, 2, seed=1)
     assert refined.info["interrupted"]
-    assert (refined.info["steps"], refined.info["strays"], refined.n_draws) == (2, 3, 400)
+    assert (refined.info["steps"], refined.info["outliers"], refined.n_draws) == (2, 3, 400)
 
 
 @pytest.mark.parametrize("shape", [0.5, 1.0, 20.0, 500.0])
@@ -643,9 +643,9 @@ def test_draws_of_a_gaussian_do_not_stray(shape):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         values = -law.sample((1_000_000,))
-    assert int(strays(values).sum()) <= 2
+    assert int(outliers(values).sum()) <= 2
     far = torch.tensor([math.nan, -math.inf, float(values.median()) - 12 * (shape**0.5 + 2)])
-    assert strays(torch.cat([values, far]))[-3:].all()
+    assert outliers(torch.cat([values, far]))[-3:].all()
 
 
 def test_refine_survives_an_interrupt_and_refuses_weights(monkeypatch):

@@ -456,6 +456,6 @@ def test_no_networks_are_moved_to_no_networks(activation: Callable[[], nn.Module
 
 def test_tensors_that_are_not_there_are_refused_by_name() -> None:
     spec = WeightSpec.of(perceptron(2, 3, 1))
-    for method in (spec.blocks, spec.powers):
+    for method in (spec.unit_axes, spec.scale_exponents):
         with pytest.raises(ValueError, match="name must be one of the tensors"):
             method("3.weight")

@@ -126,7 +126,7 @@ class Layout:
     def _place(self, spec: WeightSpec, name: str) -> tuple[int, ...]:
         """Add the entry of a tensor and return the hidden layers of its block."""
         labels = list(self.widths)
-        shape, axes = spec.blocks(name)
+        shape, axes = spec.unit_axes(name)
         hidden = [axis for axis, label in enumerate(axes) if label in self.widths]
         home = tuple(labels.index(axes[axis]) for axis in hidden)  # type: ignore[arg-type]
         if len(set(home)) < len(home):

@@ -32,13 +32,13 @@ _FLOOR = 1e-2  # of the mean square that odd features are divided by: they may a
 def has_signs(spec: WeightSpec) -> bool:
     """Say whether every hidden unit may be turned around, and every weight at a unit turns with it."""
     signed = spec.symmetries().sign
-    powers = [
+    scale_exponents = [
         power
         for name in spec.names
-        for label, power in zip(spec.blocks(name)[1], spec.powers(name), strict=True)
+        for label, power in zip(spec.unit_axes(name)[1], spec.scale_exponents(name), strict=True)
         if label is not None
     ]
-    return bool(powers) and all(powers) and signed >= set(spec.widths)
+    return bool(scale_exponents) and all(scale_exponents) and signed >= set(spec.widths)
 
 
 @checked

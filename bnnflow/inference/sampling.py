@@ -1,4 +1,4 @@
-"""`sample`: the one door to every method."""
+"""`sample`: the entry point to every method."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bnnflow.arguments import checked, integer
 from bnnflow.draws import Draws
 from bnnflow.identity import digest, seed_identity, without_addresses
 from bnnflow.inference.checkpoint import RunFolder
-from bnnflow.inference.hmc import HMC
+from bnnflow.inference.mcmc.hmc import HMC
 from bnnflow.inference.start import as_start
 from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel

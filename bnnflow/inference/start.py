@@ -17,8 +17,17 @@ from bnnflow.warn import warn
 from bnnflow.weights import WeightSpec
 
 __all__ = [
-    "WARM_START", "Adam", "as_start", "climb", "cosine", "first_points", "maximise", "of_divergence", "one_point",
-    "random_networks", "starting_points",
+    "WARM_START",
+    "Adam",
+    "accelerated_ascent",
+    "as_start",
+    "cosine",
+    "first_points",
+    "maximise",
+    "of_divergence",
+    "one_point",
+    "random_networks",
+    "starting_points",
 ]  # fmt: skip
 
 WARM_START = 300
@@ -69,11 +78,11 @@ def cosine(rate: float, step: int, steps: int) -> float:
 def maximise(
     model: BayesianModel, theta: Tensor, steps: int, learning_rate: float, progress: bool, description: str
 ) -> Tensor:
-    """Return the best points of `climb`, ``(n, dim)``."""
-    return climb(model, theta, steps, learning_rate, progress, description)[0]
+    """Return the best points of `accelerated_ascent`, ``(n, dim)``."""
+    return accelerated_ascent(model, theta, steps, learning_rate, progress, description)[0]
 
 
-def climb(
+def accelerated_ascent(
     model: BayesianModel,
     theta: Tensor,
     steps: int,

@@ -141,7 +141,7 @@ class Curvature:
         grad = scale * self._density.with_parameters(by_weights, grad_parameters)
         return grad, factored(scale**0.5 * factor), self._below(others)
 
-    def closed(self, slope: Arrowhead, pull: Pullback) -> ClosedFactor | None:
+    def closed(self, slope: Arrowhead, vjp: Pullback) -> ClosedFactor | None:
         """Return the factor A by other coordinates without forming it; not differentiable.
 
         None where there are fewer rows than weights, no closed second derivatives, and where parameters of the
@@ -149,13 +149,13 @@ class Curvature:
 
         Args:
             slope: derivative of ``theta`` by coordinates.
-            pull: carries vectors of these to those of others that they are a symmetric linear function of.
+            vjp: carries vectors of these to those of others that they are a symmetric linear function of.
         """
         network, density, theta, scale = self._network, self._density, self.theta, self._scale
         if not density.has_gauss_newton_slope or not isinstance(network, ChainNetwork):
             return None
         x = self._x.flatten(1)
-        outputs, push, back = network.products(theta, x)
+        outputs, jvp, back = network.products(theta, x)
         factor, others = self._likelihood.fisher_factor(outputs, self._parameters)
         if _shared(others) or factor.shape[1] * factor.shape[-1] < density.dim:
             return None
@@ -165,7 +165,7 @@ class Curvature:
             information = scale * (factor[some].unsqueeze(2) * factor[some].unsqueeze(1)).sum(3)
             return density.network_hessian.gauss_newton(theta[some, : density.weights], x, information)
 
-        return ClosedFactor(push, back, scale**0.5 * factor, self._below(others), slope, pull, product)
+        return ClosedFactor(jvp, back, scale**0.5 * factor, self._below(others), slope, vjp, product)
 
     def _below(self, information: dict[str, Tensor]) -> Tensor:
         """Return what parameters have in rows of their own, ``(batch, parameters)``."""
@@ -335,11 +335,11 @@ class Curvature:
             return jvp(score, (outputs, logs), tangents)[1][0]
 
         # Reverse mode: in forward mode torch takes half a millisecond for every constant that it meets.
-        (by_outputs, by_logs), pull, *_ = torch.func.vjp(score, outputs, logs)
+        (by_outputs, by_logs), vjp, *_ = torch.func.vjp(score, outputs, logs)
         size = logs.shape[1]
         eye = torch.eye(out + size, dtype=theta.dtype, device=theta.device)
         seeds = eye[:, None, None, :out].expand(-1, *outputs.shape), eye[:, None, out:].expand(-1, *logs.shape)
-        of_outputs, of_logs = torch.func.vmap(lambda *seed: pull(seed))(*seeds)  # (element, batch, ...)
+        of_outputs, of_logs = torch.func.vmap(lambda *seed: vjp(seed))(*seeds)  # (element, batch, ...)
         transposed = of_outputs[out:].movedim(0, 1)
         mixed = transposed
         if along is not None and size:  # the information is no derivative: nothing is symmetric

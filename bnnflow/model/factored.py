@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bnnflow.model.arrowhead import Arrowhead, Pairs
-from bnnflow.model.fused import plain
+from bnnflow.model.fused import is_untracked_cpu
 from bnnflow.weights import Layer
 
 __all__ = ["BorderedFactor", "ClosedFactor", "Factor", "FactoredJacobian", "MatrixFactor", "Outer"]
@@ -89,21 +89,21 @@ class ClosedFactor:
     """A whose rows by the weights are never formed, and A^T A is known in closed form: for more rows than columns.
 
     Args:
-        push: takes directions of theta ``(batch, dim)`` to those of the outputs, ``(batch, n, out)``.
+        jvp: takes directions of theta ``(batch, dim)`` to those of the outputs, ``(batch, n, out)``.
         back: takes gradients by the outputs to those by the weights, ``(batch, weights)``.
         mix: what makes rows of outputs, ``(batch, out, rank, n)``: rows of data last, where sums are fast.
         below: ``(batch, parameters)``: what each parameter of the likelihood has in a row of its own.
         slope: derivative of ``theta`` by the coordinates of the prior.
-        pull: carries vectors of these to those of the source.
+        vjp: carries vectors of these to those of the source.
         product: the first rows' product with themselves for some networks, ``(networks, weights, weights)``.
     """
 
-    push: Callable[[Tensor], Tensor]
+    jvp: Callable[[Tensor], Tensor]
     back: Callable[[Tensor], Tensor]
     mix: Tensor
     below: Tensor
     slope: Arrowhead
-    pull: Callable[[Tensor], Tensor]
+    vjp: Callable[[Tensor], Tensor]
     product: Callable[[slice], Tensor]
 
     @property
@@ -139,12 +139,12 @@ class ClosedFactor:
         own = slice(whole.shape[-1] - self.below.shape[1], None)  # of the likelihood's parameters: no others meet them
         scale = slope.diagonal[:, own]
         whole.diagonal(dim1=1, dim2=2)[:, own] += self.below[some].square() * scale * scale
-        return self.pull(self.pull(whole).mT)
+        return self.vjp(self.vjp(whole).mT)
 
     def times(self, v: Tensor) -> Tensor:
         """Return A v, ``(batch, dim) -> (batch, rows)``."""
-        moved = self.slope.times(self.pull(v))
-        of_rows = (self.mix * self.push(moved).mT.unsqueeze(2)).sum(1).mT  # small: faster than products of matrices
+        moved = self.slope.times(self.vjp(v))
+        of_rows = (self.mix * self.jvp(moved).mT.unsqueeze(2)).sum(1).mT  # small: faster than products of matrices
         return torch.cat([of_rows.flatten(1), self.below * moved[:, moved.shape[1] - self.below.shape[1] :]], 1)
 
     def transposed(self, u: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class ClosedFactor:
         by_weights = self.back((self.mix * of_rows.unsqueeze(1)).sum(2).mT)
         missing = self.slope.diagonal.shape[1] - by_weights.shape[1] - own.shape[1]
         back = torch.cat([by_weights, by_weights.new_zeros(len(u), missing), self.below * own], 1)
-        return self.pull(self.slope.left(back.unsqueeze(-1)).squeeze(-1))
+        return self.vjp(self.slope.left(back.unsqueeze(-1)).squeeze(-1))
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ class FactoredJacobian:
             product = (outer.mT @ outer).unflatten(2, leaving.shape[2:]).unflatten(1, leaving.shape[2:])
             inner = inner.unsqueeze(-1).unsqueeze(-3)
             # Into the memory that is there, where nothing follows: fresh memory costs more than the sums.
-            ours = plain(product, inner)
+            ours = is_untracked_cpu(product, inner)
             product = product.mul_(inner) if ours else product * inner
             total = product if total is None else total.add_(product) if ours else total + product
         assert total is not None

@@ -1137,7 +1137,7 @@ static double inner(int64_t dim, const T* a, const T* b) {
 }
 
 // Turn the directions of all chains for the times step[chain * step_stride] towards constant gradients, (chains, dim)
-// each; the kinetic energies change by change[chain]. The formulas are those of inference/mclmc.py.
+// each; the kinetic energies change by change[chain]. The formulas are those of inference/mcmc/mclmc.py.
 extern "C" void bnnflow_turn(int64_t chains, int64_t dim, const T* direction, const T* grad, const T* step,
                              int64_t step_stride, T* turned, double* change) {
     const double tiny = std::numeric_limits<T>::min(), factor = double(std::max<int64_t>(1, dim - 1));

@@ -41,7 +41,16 @@ from bnnflow.model.priors.log_scales import Shared
 from bnnflow.model.priors.marginals import Marginal, rebuild
 from bnnflow.weights import WeightSpec
 
-__all__ = ["FusedDensity", "FusedNetwork", "langevin", "longest", "normal_like", "plain", "stratified_rows", "turned"]
+__all__ = [
+    "FusedDensity",
+    "FusedNetwork",
+    "is_untracked_cpu",
+    "langevin",
+    "max_norm",
+    "normal_like",
+    "stratified_rows",
+    "turned",
+]
 
 _ACTIVATIONS = {"identity": 0, "tanh": 1, "sigmoid": 2, "relu": 3, "silu": 4, "gelu": 5, "gelu_tanh": 6, "sin": 7}
 _GIVEN_SCORE = 0
@@ -130,15 +139,15 @@ class _Call(ctypes.Structure):
     ]
 
 
-def plain(*tensors: Tensor) -> bool:
+def is_untracked_cpu(*tensors: Tensor) -> bool:
     """Say whether tensors are ordinary memory on the CPU and nothing tracks their derivatives."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     here = all(tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
-    return here and not recorded(*tensors)
+    return here and not is_tracked(*tensors)
 
 
-def recorded(*tensors: Tensor) -> bool:
+def is_tracked(*tensors: Tensor) -> bool:
     """Say whether anything follows the derivatives of one of the tensors, or maps over it."""
     tracking = torch.is_grad_enabled()
     return any(
@@ -170,14 +179,17 @@ class FusedNetwork:
     def applies(self, theta: Tensor, x: Tensor) -> bool:
         """Say whether these weights and inputs can be evaluated here."""
         return (
-            _supported(self._spec) and theta.dtype == x.dtype and plain(theta, x) and _library(theta.dtype) is not None
+            _supported(self._spec)
+            and theta.dtype == x.dtype
+            and is_untracked_cpu(theta, x)
+            and _library(theta.dtype) is not None
         )
 
     def outputs(self, theta: Tensor, x: Tensor, per_network: bool) -> Tensor:
         """Return the outputs, ``(batch, n, out)``."""
         return self._run(theta, x, per_network, None).mT
 
-    def pull(self, theta: Tensor, x: Tensor, per_network: bool, grad_outputs: Tensor) -> Tensor:
+    def vjp(self, theta: Tensor, x: Tensor, per_network: bool, grad_outputs: Tensor) -> Tensor:
         """Carry a gradient by the outputs ``(batch, n, out)`` back to the weights, ``(batch, network dim)``."""
         return self._run(theta, x, per_network, grad_outputs.mT.contiguous())
 
@@ -481,7 +493,7 @@ def langevin(
     return moved
 
 
-def longest(grad: Tensor, root: Tensor, value: Tensor) -> float:
+def max_norm(grad: Tensor, root: Tensor, value: Tensor) -> float:
     """Return a bound on the longest grad * root of all chains, not finite if something is not.
 
     Args:
@@ -503,7 +515,7 @@ def turned(direction: Tensor, grad: Tensor, step: Tensor) -> tuple[Tensor, Tenso
         The new directions and the changes of kinetic energy ``(chain,)``; None where the library cannot.
     """
     dense = direction.is_contiguous() and grad.is_contiguous() and direction.dtype == grad.dtype == step.dtype
-    library = _library(grad.dtype) if dense and grad.is_cpu and plain(direction, grad) else None
+    library = _library(grad.dtype) if dense and grad.is_cpu and is_untracked_cpu(direction, grad) else None
     if library is None:
         return None
     new, change = torch.empty_like(direction), torch.empty(len(direction), dtype=torch.float64)

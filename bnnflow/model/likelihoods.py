@@ -266,9 +266,9 @@ class StudentT(Likelihood):
         """Return the gradient by the outputs and by log scale (summed over rows)."""
         scale = self._scale(outputs, parameters)
         z = (y - outputs) / scale
-        pull = (self.df + 1) * z / (self.df + z * z)  # bounded: an outlier pulls less the farther it lies
-        grads = {} if self.scale is not None else {"scale": _over_rows(pull * z - 1, scale)}
-        return pull / scale, grads
+        slope = (self.df + 1) * z / (self.df + z * z)  # bounded: an outlier pulls less the farther it lies
+        grads = {} if self.scale is not None else {"scale": _over_rows(slope * z - 1, scale)}
+        return slope / scale, grads
 
     def whitened_score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return b with R b the gradient by the outputs, ``(..., n, out)``; R as in `fisher_factor`."""

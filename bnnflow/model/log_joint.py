@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bnnflow.arguments import tracked
-from bnnflow.model.fused import FusedDensity, plain, recorded, stratified_rows
+from bnnflow.model.fused import FusedDensity, is_tracked, is_untracked_cpu, stratified_rows
 from bnnflow.model.hessian import ChainHessian
 from bnnflow.model.likelihood import Likelihood, Score
 from bnnflow.model.linearised import LinearisedNetwork
@@ -266,7 +266,7 @@ class LogJoint:
 
     def block_size(self, theta: Tensor, x: Tensor, n: int) -> tuple[int, int]:
         """Return how many of ``n`` rows, and how many networks, are evaluated at once."""
-        whole = torch.compiler.is_compiling() or recorded(theta, x)
+        whole = torch.compiler.is_compiling() or is_tracked(theta, x)
         return (n, len(theta)) if whole else self.network.at_once(x, n)
 
     def _in_sum(self, function: Evaluation, theta: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
@@ -286,7 +286,9 @@ class LogJoint:
 
     def compiled(self, theta: Tensor, rows: Tensor | None) -> FusedDensity | None:
         """Return the compiled density if it can be evaluated here: nothing may track derivatives."""
-        ours = theta.dtype == self.dtype and (plain(theta) if rows is None else plain(theta, rows))
+        ours = theta.dtype == self.dtype and (
+            is_untracked_cpu(theta) if rows is None else is_untracked_cpu(theta, rows)
+        )
         return self.fused if ours else None
 
     def checked(self, theta: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bnnflow.model.factored import FactoredJacobian, Outer
-from bnnflow.model.fused import FusedNetwork, plain, recorded
+from bnnflow.model.fused import FusedNetwork, is_tracked, is_untracked_cpu
 from bnnflow.weights import Layer, WeightSpec
 
 __all__ = ["ChainNetwork", "ModuleNetwork", "Pullback"]
@@ -109,18 +109,18 @@ class ChainNetwork:
         if self._fused.applies(theta, x):
 
             def compiled(grad_outputs: Tensor) -> Tensor:
-                if plain(grad_outputs):
-                    return self._fused.pull(theta, x, per_network, grad_outputs)
+                if is_untracked_cpu(grad_outputs):
+                    return self._fused.vjp(theta, x, per_network, grad_outputs)
                 return self._backward(theta, self._forward(theta, x, per_network), grad_outputs.mT)
 
             return self._fused.outputs(theta, x, per_network), compiled
-        memory = self._memory if reuse and plain(theta, x) else None
+        memory = self._memory if reuse and is_untracked_cpu(theta, x) else None
         tape = self._forward(theta, x, per_network, memory)
 
-        def pull(grad_outputs: Tensor) -> Tensor:
-            return self._backward(theta, tape, grad_outputs.mT, memory if plain(grad_outputs) else None)
+        def vjp(grad_outputs: Tensor) -> Tensor:
+            return self._backward(theta, tape, grad_outputs.mT, memory if is_untracked_cpu(grad_outputs) else None)
 
-        return tape[-1].value.mT, pull
+        return tape[-1].value.mT, vjp
 
     def squared_error(self, theta: Tensor, x: Tensor, y: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return half the sum of squared errors ``(batch,)``, and its gradient ``(batch, dim)``.
@@ -137,13 +137,13 @@ class ChainNetwork:
                 f"inputs {tuple(x.shape)} and targets {tuple(y.shape)} do not fit {len(theta)} networks "
                 f"{self.in_features} -> {outputs}"
             )
-        if self._fused.applies(theta, x) and plain(y) and y.dtype == x.dtype:
+        if self._fused.applies(theta, x) and is_untracked_cpu(y) and y.dtype == x.dtype:
             return self._fused.squared_error(theta, x, y, rows)
         if rows is not None:
             x, y = x[rows], y[:, rows]
-        fitted, pull = self.pullback(theta, x, reuse=True)
+        fitted, vjp = self.pullback(theta, x, reuse=True)
         residual = fitted - y
-        return 0.5 * residual.double().square().sum((1, 2)), pull(residual)
+        return 0.5 * residual.double().square().sum((1, 2)), vjp(residual)
 
     def jacobian(
         self, theta: Tensor, x: Tensor, *, per_network: bool = False, names: Collection[str] | None = None
@@ -173,11 +173,11 @@ class ChainNetwork:
 
     def products(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Pullback, Pullback]:
         """Return the outputs, what takes directions of theta to those of the outputs, and the pullback."""
-        outputs, pull = self.pullback(theta, x)
+        outputs, vjp = self.pullback(theta, x)
         tape, params = self._forward(theta, x, False), self._params(theta)
         slopes = [layer.activation.derivative(*step[1:]) for layer, step in zip(self._layers, tape, strict=True)]
 
-        def push(v: Tensor) -> Tensor:
+        def jvp(v: Tensor) -> Tensor:
             given, moved = self._params(v), None
             for layer, step, slope in zip(self._layers, tape, slopes, strict=True):
                 along = given[layer.weight] @ step.h
@@ -189,7 +189,7 @@ class ChainNetwork:
             assert moved is not None
             return moved.mT
 
-        return outputs, push, pull
+        return outputs, jvp, vjp
 
     def factored(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Callable[[Tensor], FactoredJacobian]]:
         """Return the outputs, and what makes S^T J of mixtures S of them, ``(batch, n, out, rank)``, without J."""
@@ -247,7 +247,7 @@ class ChainNetwork:
         for layer, step in zip(reversed(self._layers), reversed(tape), strict=True):
             activation, given = layer.activation, layer is self._layers[-1]
             if memory and activation.reusable and not given:
-                delta = activation.pull(delta, step.value)
+                delta = activation.vjp(delta, step.value)
             elif activation.name != "identity":
                 delta = delta * activation.derivative(step.a, step.value)  # (batch, out, n)
             grads[layer.weight] = torch.matmul(delta, step.h.mT).flatten(1)
@@ -329,15 +329,15 @@ class ModuleNetwork:
             inputs = self._inputs(theta, x, per_network)
             tapes = [self._one(*each) for each in zip(leaves, inputs, strict=True)]
 
-        def pull(grad_outputs: Tensor) -> Tensor:
-            if recorded(grad_outputs):
+        def vjp(grad_outputs: Tensor) -> Tensor:
+            if is_tracked(grad_outputs):
                 return mapped()[1](grad_outputs)
             parts = zip(tapes, leaves, grad_outputs, strict=True)
             # What a tape keeps is freed as it is read, which spares fresh memory.
             keep = not reuse
             return torch.stack([torch.autograd.grad(tape, leaf, by, keep)[0] for tape, leaf, by in parts])
 
-        return torch.stack([tape.detach() for tape in tapes]), pull
+        return torch.stack([tape.detach() for tape in tapes]), vjp
 
     def jacobian(
         self, theta: Tensor, x: Tensor, *, per_network: bool = False, names: Collection[str] | None = None
@@ -408,7 +408,7 @@ class ModuleNetwork:
 
     def _take_turns(self, theta: Tensor, x: Tensor, per_network: bool) -> bool:
         """Say whether the networks are evaluated one by one; see the class."""
-        if recorded(theta, x) or theta.device.type != "cpu" or torch.compiler.is_compiling():
+        if is_tracked(theta, x) or theta.device.type != "cpu" or torch.compiler.is_compiling():
             return False
         if torch.is_inference_mode_enabled() or theta.is_inference() or x.is_inference():
             return False  # there can be no tape of these

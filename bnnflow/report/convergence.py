@@ -106,7 +106,7 @@ class WeightConvergence:
                 "different weights make the same function"
             )
         if raw > R_HAT.bad:
-            return "chains are in equivalent copies of one mode: they agree once the weights are aligned"
+            return "chains are in equivalent modes: they agree once the weights are aligned"
         return "chains agree about the weights themselves"
 
     def __str__(self) -> str:
@@ -148,8 +148,8 @@ def weight_convergence(
 ) -> WeightConvergence:
     """Compare chains in their weights, in their weights modulo symmetry, and in their functions.
 
-    Chains in equivalent copies of one mode disagree about every weight and about nothing that matters. Here each draw
-    is brought to one frame: scales are normalised, where activations are homogeneous, then permutations and signs are
+    Chains in equivalent modes disagree about every weight and about nothing that matters. Here each draw
+    is brought to one gauge: scales are normalised, where activations are homogeneous, then permutations and signs are
     matched to one reference for all chains. What disagreement is left is real. The symmetries are those of the
     function, so networks are compared whatever the prior; the result of any chain does not depend on which of its
     copies it visits. Where the symmetries are not known, because the network could not be labelled, the weights are
@@ -191,7 +191,7 @@ def weight_convergence(
 
 
 def _modulo_symmetry(draws: Draws, model: BayesianModel, reference: Tensor | None) -> Tensor:
-    """Return the draws in one frame of units, ``(chain, draw, dim)``."""
+    """Return the draws in one gauge, ``(chain, draw, dim)``."""
     spec, theta = model.spec, draws.theta.to(model.device, model.dtype)
     if reference is None:
         # The likelihood is the same on all copies of a network, the prior is not once scales move.

@@ -260,7 +260,7 @@ def _pattern(spec: WeightSpec, row: str, column: str) -> tuple[Tensor, Tensor, T
 
 def _indices(spec: WeightSpec, name: str) -> tuple[Tensor, tuple[str | None, ...]]:
     """Return the index of every entry along every axis, ``(axes, entries)``, and the labels of the axes."""
-    shape, axes = spec.blocks(name)
+    shape, axes = spec.unit_axes(name)
     return torch.stack(torch.meshgrid(*map(torch.arange, shape), indexing="ij")).flatten(1), axes
 
 
@@ -272,7 +272,7 @@ def _narrowed(spec: WeightSpec) -> tuple[WeightSpec, str]:
             break
         shapes, axes = {}, {}
         for name in spec.names:
-            sizes, axes[name] = spec.blocks(name)
+            sizes, axes[name] = spec.unit_axes(name)
             limits = [free if label is None else units for label in axes[name]]
             shapes[name] = tuple(map(min, sizes, limits))
         drawn = replace(spec, shapes=shapes, axes=axes, layers=())

@@ -1,4 +1,4 @@
-"""Alignment: many networks in one frame of units."""
+"""Alignment: many networks in one gauge."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def align(
     rounds: Count = 5,
     method: Method = "weights",
 ) -> Draws | Tensor:
-    """Bring all draws into one frame of units, matched to their own running mean.
+    """Bring all draws into one gauge, matched to their own running mean.
 
     Starts from the draw of highest log joint density and alternates between matching every draw to the mean and
     averaging (a Frechet mean modulo the group, see `frechet_mean`). Network functions and densities do not change.

@@ -54,10 +54,10 @@ def sort_units(theta: Tensor, spec: WeightSpec, *, group: Symmetries | None = No
 def _key(theta: Tensor, spec: WeightSpec, label: str, unsettled: frozenset[str], signed: bool) -> Tensor:
     """Return one number for each unit, ``(..., width)``, that no unsettled layer can change: a bias if there is one."""
     written = _written(spec, label, unsettled)
-    candidates = [name for name in written if spec.powers(name)[spec.written(name)] or not signed]
+    candidates = [name for name in written if spec.scale_exponents(name)[spec.written(name)] or not signed]
     if not candidates:
         raise ValueError(f"nothing sorts the units of {label}: all that they read are units of unsorted layers")
-    name = min(candidates, key=lambda each: len(spec.blocks(each)[0]))
+    name = min(candidates, key=lambda each: len(spec.unit_axes(each)[0]))
     return _units(theta, spec, name)[..., 0]
 
 
@@ -114,7 +114,7 @@ def scale_tensors(spec: WeightSpec) -> dict[str, list[str]]:
     tensors = {}
     for index, label in enumerate(spec.activations):
         unsettled = scalable.difference(list(spec.activations)[:index])
-        names = [name for name in _written(spec, label, unsettled) if spec.powers(name)[spec.written(name)]]
+        names = [name for name in _written(spec, label, unsettled) if spec.scale_exponents(name)[spec.written(name)]]
         if label in scalable and names:
             tensors[label] = names
     return tensors
@@ -153,12 +153,12 @@ def normalise_sign(theta: Tensor, spec: WeightSpec) -> Tensor:
 def _sign_key(theta: Tensor, spec: WeightSpec, label: str) -> Tensor:
     """Return a number of each unit, ``(..., width)``, that changes sign with it and with nothing else."""
     own = [name for name in spec.names if [each for each in spec.axes[name] if each is not None] == [label]]
-    own = [name for name in own if any(spec.powers(name))]
+    own = [name for name in own if any(spec.scale_exponents(name))]
     if not own:
         raise ValueError(f"nothing fixes the signs of {label}: no bias, input or output touches its units")
     name = max(own, key=lambda each: len(spec.shapes[each]))
-    axes = spec.blocks(name)[1]
-    tensor = theta[..., spec.slices[name]].unflatten(-1, spec.blocks(name)[0])
+    axes = spec.unit_axes(name)[1]
+    tensor = theta[..., spec.slices[name]].unflatten(-1, spec.unit_axes(name)[0])
     return (
         tensor.movedim(axes.index(label) - len(axes), -len(axes)).flatten(-len(axes) + 1)[..., 0]
         if len(axes) > 1
@@ -170,7 +170,7 @@ def _written(spec: WeightSpec, label: str, unsettled: frozenset[str]) -> list[st
     """Return the tensors that hold what enters the units of a label, from inputs and settled labels alone."""
     found = []
     for name in (name for name in spec.names if name not in spec.extras):
-        axes = list(spec.blocks(name)[1])
+        axes = list(spec.unit_axes(name)[1])
         if axes.pop(spec.written(name)) == label and not unsettled.intersection(axes):
             found.append(name)
     return found
@@ -178,7 +178,7 @@ def _written(spec: WeightSpec, label: str, unsettled: frozenset[str]) -> list[st
 
 def _units(theta: Tensor, spec: WeightSpec, name: str) -> Tensor:
     """Return a tensor by the units that it writes, ``(..., width, entries)``."""
-    shape, written = spec.blocks(name)[0], spec.written(name)
+    shape, written = spec.unit_axes(name)[0], spec.written(name)
     tensor = theta[..., spec.slices[name]].unflatten(-1, shape).movedim(written - len(shape), -len(shape))
     return tensor.reshape(*theta.shape[:-1], shape[written], math.prod(shape) // shape[written])
 
@@ -186,7 +186,7 @@ def _units(theta: Tensor, spec: WeightSpec, name: str) -> Tensor:
 def _output_layer(spec: WeightSpec) -> list[str]:
     """Return the names of the tensors that write the outputs."""
     names = [
-        name for name in spec.names if name not in spec.extras and spec.blocks(name)[1][spec.written(name)] is None
+        name for name in spec.names if name not in spec.extras and spec.unit_axes(name)[1][spec.written(name)] is None
     ]
     if sum(len(spec.shapes[name]) > 1 for name in names) != 1:
         raise ValueError("last_layer=True needs a network with one output layer")

@@ -168,10 +168,10 @@ class _Gain(NamedTuple):
 
 
 class _Search:
-    """A batch of networks, the frame of units that each is in, and the reference that it is brought closer to.
+    """A batch of networks, the gauge that each is in, and the reference that it is brought closer to.
 
     Maximises the inner product of network and reference, which is the same as to minimise their distance. Tensors are
-    kept apart and in the current frame, ``(batch, *blocks)``, and a step writes only those that it moves.
+    kept apart and in the current gauge, ``(batch, *blocks)``, and a step writes only those that it moves.
     """
 
     def __init__(self, flat: Tensor, spec: WeightSpec, target: Tensor, group: Symmetries) -> None:
@@ -179,9 +179,9 @@ class _Search:
         labels = group.permutation | group.sign
         self.axes, self.ours, self.theirs = {}, {}, {}
         for name in spec.names:
-            shape, axes = spec.blocks(name)
+            shape, axes = spec.unit_axes(name)
             if name not in spec.extras and labels.intersection(axes):
-                self.axes[name] = list(zip(axes, spec.powers(name), strict=True))
+                self.axes[name] = list(zip(axes, spec.scale_exponents(name), strict=True))
                 self.ours[name] = flat[:, spec.slices[name]].reshape(-1, *shape)
                 self.theirs[name] = target[:, spec.slices[name]].reshape(-1, *shape)
         self.batch, self.device = len(flat), flat.device
@@ -227,7 +227,7 @@ class _Search:
                 own[key] = own[key].index_copy(0, rows, new[key][rows])
 
     def apply(self, flat: Tensor) -> Tensor:
-        """Bring the networks ``(batch, dim)`` from the frame that they were given in to the current one."""
+        """Bring the networks ``(batch, dim)`` from the gauge that they were given in to the current one."""
         return moved(flat, self.spec, self.perms, self.signs)
 
     def _improve(self, label: str, rows: Tensor) -> Tensor:
@@ -394,9 +394,9 @@ def _recorded(theta: Tensor, spec: WeightSpec, x: Tensor, net: nn.Module) -> dic
     for prefix, module in net.named_modules():
         name = f"{prefix}.weight".removeprefix(".")
         written = network.written(name) if name in network.axes else 0
-        label = network.blocks(name)[1][written] if name in network.axes else None
+        label = network.unit_axes(name)[1][written] if name in network.axes else None
         # What a normalisation has still to come for keeps its sign when the unit is flipped.
-        if label is not None and (network.powers(name)[written] or label not in signed):
+        if label is not None and (network.scale_exponents(name)[written] or label not in signed):
             hooks.append(
                 module.register_forward_hook(_keep(found[label], spec.widths[label], _unit_axis(module, name)))
             )

@@ -140,9 +140,9 @@ def _mixed(flat: Tensor, spec: WeightSpec, soft: dict[str, Tensor], signs: dict[
     """Mix the units of networks ``(batch, dim)`` by matrices ``(batch, n, n)``, then multiply them by soft signs."""
     parts = []
     for name in spec.names:
-        shape, axes = spec.blocks(name)
+        shape, axes = spec.unit_axes(name)
         part = flat[:, spec.slices[name]].reshape(-1, *shape)
-        for axis, (label, power) in enumerate(zip(axes, spec.powers(name), strict=True), start=1):
+        for axis, (label, power) in enumerate(zip(axes, spec.scale_exponents(name), strict=True), start=1):
             if label is None or name in spec.extras:
                 continue
             moved = part.movedim(axis, 1)

@@ -59,7 +59,7 @@ class Spheres:
         for label, names in scale_tensors(self.spec).items():
             width = self.spec.widths[label]
             for name in names:
-                shape, written = self.spec.blocks(name)[0], self.spec.written(name)
+                shape, written = self.spec.unit_axes(name)[0], self.spec.written(name)
                 numbers = torch.arange(first, first + width).reshape(-1, *(1,) * (len(shape) - written - 1))
                 parts[name] = numbers.expand(shape).flatten()
             first += width

@@ -1,12 +1,11 @@
 """The flow-matching transport from prior to posterior."""
 
 from bnnflow.options import Checkpoint, Training
-from bnnflow.transport.baselines import InCoordinates, fit_cnf, fit_coupling, fit_gaussian
+from bnnflow.transport.baselines import TransformedDensity, fit_cnf, fit_coupling, fit_gaussian
 from bnnflow.transport.batches import Reuse
 from bnnflow.transport.bootstrap import fit_flow_without_draws
-from bnnflow.transport.correct import Correction, correct, refine
+from bnnflow.transport.correction.correct import Correction, correct
 from bnnflow.transport.couplings import Independent, Matched, MiniBatchOT, SinkhornOT
-from bnnflow.transport.displacement import GaussNewton, GradientSteps
 from bnnflow.transport.distillation import FlowMap, distil
 from bnnflow.transport.field import Field
 from bnnflow.transport.fitting import fit_flow
@@ -16,17 +15,18 @@ from bnnflow.transport.guidance import GuidedVelocity
 from bnnflow.transport.manifold import CompletedFlow, ManifoldFlow, Radii, fit_manifold_flow
 from bnnflow.transport.options import Density, Matching, Solver
 from bnnflow.transport.paths import AffinePath, ProbabilityPath
-from bnnflow.transport.solvers import integrate, integrate_sde, integrate_with_error, rows_within, time_grid
+from bnnflow.transport.proximal_step import GaussNewton, GradientSteps
+from bnnflow.transport.solvers import integrate, integrate_sde, integrate_with_error, largest_chunk, time_grid
 from bnnflow.transport.source import Source
-from bnnflow.transport.targets import InformedPath
-from bnnflow.transport.times import Beta, LogitNormal, TowardsEnd, Uniform
+from bnnflow.transport.targets import PosteriorTargets
+from bnnflow.transport.times import Beta, LogitNormal, LogUniformNearEnd, Uniform
 from bnnflow.transport.training import train
 from bnnflow.transport.two_layer import TwoLayerVelocity
 from bnnflow.transport.velocity import (
-    DriveVelocity,
     GaussianVelocity,
     InformedVelocity,
     ResidualVelocity,
+    ScoreVelocity,
     WeightsVelocity,
 )
 
@@ -37,7 +37,6 @@ __all__ = [
     "CompletedFlow",
     "Correction",
     "Density",
-    "DriveVelocity",
     "Field",
     "Flow",
     "FlowMap",
@@ -46,26 +45,27 @@ __all__ = [
     "GaussianVelocity",
     "GradientSteps",
     "GuidedVelocity",
-    "InCoordinates",
     "Independent",
-    "InformedPath",
     "InformedVelocity",
+    "LogUniformNearEnd",
     "LogitNormal",
     "ManifoldFlow",
     "Matched",
     "Matching",
     "MiniBatchOT",
+    "PosteriorTargets",
     "ProbabilityPath",
     "Radii",
     "ResidualVelocity",
     "Reuse",
     "RiemannianPath",
+    "ScoreVelocity",
     "SinkhornOT",
     "Solver",
     "Source",
     "TangentVelocity",
-    "TowardsEnd",
     "Training",
+    "TransformedDensity",
     "TwoLayerVelocity",
     "Uniform",
     "WeightsVelocity",
@@ -80,8 +80,7 @@ __all__ = [
     "integrate",
     "integrate_sde",
     "integrate_with_error",
-    "refine",
-    "rows_within",
+    "largest_chunk",
     "time_grid",
     "train",
 ]

@@ -1,6 +1,6 @@
 """Densities fitted to draws by maximum likelihood: what a flow from the prior has to beat at the same budget.
 
-All work on draws that are matched modulo the symmetries of the network, so that they are one cloud, in coordinates in
+All work on draws that are matched modulo the symmetries of the network, so that they are unimodal, in coordinates in
 which a Gaussian fit to them is N(0, I). The Gaussian is the first baseline, and where the other two start. Their
 parameters are those with the highest likelihood of held-out draws on the way.
 """
@@ -40,7 +40,7 @@ from bnnflow.transport.two_layer import TwoLayerVelocity
 from bnnflow.types import Posterior, Seed
 from bnnflow.warn import warn
 
-__all__ = ["InCoordinates", "fit_cnf", "fit_coupling", "fit_gaussian"]
+__all__ = ["TransformedDensity", "fit_cnf", "fit_coupling", "fit_gaussian"]
 
 _LOOK = 25  # optimiser steps between two looks at the held-out draws
 _SHRINKAGES = (1e-3, 1e-2, 0.03, 0.1, 0.3)
@@ -49,7 +49,7 @@ Given = Draws | Tensor | tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
-class InCoordinates(Sampleable):
+class TransformedDensity(Sampleable):
     """A density in the coordinates of a source, as a density over weights; a `Posterior`.
 
     Attributes:
@@ -90,7 +90,7 @@ class InCoordinates(Sampleable):
         return storage.write(path, "in-coordinates", 1, header, arrays | self.source.arrays())
 
     @classmethod
-    def load(cls, path: str | Path, model: BayesianModel | None = None) -> InCoordinates:
+    def load(cls, path: str | Path, model: BayesianModel | None = None) -> TransformedDensity:
         """Read a density that ``save`` wrote.
 
         Args:
@@ -106,7 +106,7 @@ class InCoordinates(Sampleable):
     @classmethod
     def from_file(
         cls, header: dict[str, Any], arrays: dict[str, np.ndarray], model: BayesianModel | None
-    ) -> InCoordinates:
+    ) -> TransformedDensity:
         """Build a density from the contents of a file."""
         if model is not None and model.flat_prior.describe() != header["source"]["prior"]:
             raise ValueError("this density lives in the coordinates of another prior, or of another network's")
@@ -121,7 +121,7 @@ class InCoordinates(Sampleable):
 @checked
 def fit_gaussian(
     model: BayesianModel, draws: Given, *, matched: bool = True, held_out: Given | None = None, seed: Seed = 0
-) -> InCoordinates:
+) -> TransformedDensity:
     """Fit one Gaussian with a full covariance, in the standard normal coordinates of the prior.
 
     The covariance is shrunk towards its diagonal as much as the held-out draws like best.
@@ -129,7 +129,7 @@ def fit_gaussian(
     Args:
         model: the posterior.
         draws: from it: `Draws`, weights ``(..., dim)``, or a pair (weights, log weights).
-        matched: permute and flip units to a running mean first (`align`). The density is then that of one frame of
+        matched: permute and flip units to a running mean first (`align`). The density is then that of one gauge of
             units: its evidence lacks the logarithm of the order of the group. Draws of a network whose symmetries are
             not known stay as they are, and ``info["symmetries"]`` says why.
         held_out: draws that are not fitted, best of chains of their own; a tenth of the others if None.
@@ -143,7 +143,7 @@ def fit_gaussian(
     unit = Gaussian(torch.zeros_like(like[0]), torch.ones_like(like[0]))
     held_out_log_prob = float(unit.log_prob(data.unseen).mean()) + data.log_jacobian
     info = _matching(model, matched) | {"shrinkage": data.shrinkage, "held_out": held_out_log_prob}
-    return InCoordinates(unit, data.source, info)
+    return TransformedDensity(unit, data.source, info)
 
 
 @checked
@@ -158,7 +158,7 @@ def fit_coupling(
     training: Training | None = None,
     seed: Seed = 0,
     progress: bool = True,
-) -> InCoordinates:
+) -> TransformedDensity:
     """Fit a static coupling flow (RealNVP; Dinh et al. 2017) by maximum likelihood of the draws.
 
     Affine couplings between random halves of the coordinates, then an elementwise scale and shift, on top of the
@@ -200,7 +200,7 @@ def fit_coupling(
     info = _maximise(layers, log_prob, log_prob, data, training, generator, progress, "coupling flow")
     fitted = CouplingFlow(orders, tuple(parameter.detach().clone() for parameter in layers.parameters()))
     info |= _matching(model, matched) | {"seed": seed_in_words(seed)}
-    return InCoordinates(fitted, data.source, info)
+    return TransformedDensity(fitted, data.source, info)
 
 
 @checked

@@ -8,13 +8,13 @@ from typing import Literal
 from torch import nn
 
 from bnnflow.arguments import Count, checked
+from bnnflow.inference.particles.refine import refine
 from bnnflow.model import BayesianModel
 from bnnflow.options import Training
 from bnnflow.seeding import as_generator
-from bnnflow.transport.correct import refine
-from bnnflow.transport.displacement import Displacement
 from bnnflow.transport.fitting import fit_flow
 from bnnflow.transport.flow import Flow, GaussNewtonFlow
+from bnnflow.transport.proximal_step import ProximalStep
 from bnnflow.types import Seed
 
 __all__ = ["fit_flow_without_draws"]
@@ -27,7 +27,7 @@ def fit_flow_without_draws(
     rounds: Count = 2,
     targets: Count = 4096,
     refine_steps: Count = 16,
-    displacement: Displacement | None = None,
+    proximal_step: ProximalStep | None = None,
     velocity: Literal["informed", "weights", "residual"] | nn.Module = "informed",
     training: Training | None = None,
     seed: Seed = 0,
@@ -41,11 +41,11 @@ def fit_flow_without_draws(
     are far apart. Compare two values of ``refine_steps``, or ask `correct` for a verdict.
 
     Args:
-        model: the posterior; its likelihood needs a ``fisher_factor`` unless a displacement is given.
+        model: the posterior; its likelihood needs a ``fisher_factor`` unless a proximal step is given.
         rounds: how often targets are made.
         targets: draws in each round.
         refine_steps: transitions of every draw in each round.
-        displacement: of the untrained flow.
+        proximal_step: of the untrained flow.
         velocity: the field; see `fit_flow`.
         training: how long and how fast, all rounds together; see `fit_flow`.
         seed: an int or a generator.
@@ -64,7 +64,7 @@ def fit_flow_without_draws(
         raise ValueError(f"training.steps must be at least the {rounds} rounds, got {steps}")
     share = replace(training, budget=training.budget / rounds, steps=None if steps is None else steps // rounds)
     generator = as_generator(seed, model.device)
-    flow = GaussNewtonFlow(model, displacement)
+    flow = GaussNewtonFlow(model, proximal_step)
     history, gradients = [], 0.0
     for _ in range(rounds):
         theta = flow.sample(targets, generator)

@@ -76,9 +76,9 @@ class MiniBatchOT:
     """Exact optimal transport between the two batches under the squared distance (Tong et al. 2024).
 
     With ``matched`` the cost of a pair is its distance after `match`, and each pair is matched. All n^2 matchings would
-    be too dear, so most costs are bounds: both batches are matched to one draw of the target, and distances between
-    the results bound those of matched pairs from above. The eight most promising sources of each target are then
-    matched to it. Up to eight pairs the plan is exact, as far as `match` is: for one hidden layer.
+    be too expensive, so most costs are bounds: both batches are matched to one draw of the target, and distances
+    between the results bound those of matched pairs from above. The eight most promising sources of each target are
+    then matched to it. Up to eight pairs the plan is exact, as far as `match` is: for one hidden layer.
 
     Args:
         matched: count distances modulo the permutations and signs that leave the source invariant.

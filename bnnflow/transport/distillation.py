@@ -19,7 +19,6 @@ from bnnflow.method import Sampleable
 from bnnflow.model import BayesianModel
 from bnnflow.options import Training
 from bnnflow.seeding import as_generator
-from bnnflow.transport.coordinates import Context
 from bnnflow.transport.field import Field
 from bnnflow.transport.flow import Flow
 from bnnflow.transport.options import default_chunk
@@ -29,6 +28,7 @@ from bnnflow.transport.source import Source
 from bnnflow.transport.stored import ROWS, check_weights, dtype_of, rows_looked_at, rows_to_look_at
 from bnnflow.transport.training import train
 from bnnflow.transport.velocity import restore
+from bnnflow.transport.whitened import WhitenedPosterior
 from bnnflow.types import Seed
 from bnnflow.weights import WeightSpec
 
@@ -112,7 +112,7 @@ class FlowMap(Sampleable):
                 raise ValueError("a likelihood-informed flow map needs its model: load(path, model)")
             if not model.recognises(header.get("fingerprint", model.fingerprint())):  # earlier files have none
                 raise ValueError("this is not the model that the flow map was made for")
-            velocity = velocity.bind(Context(model, source, rows_to_look_at(arrays, model)))
+            velocity = velocity.bind(WhitenedPosterior(model, source, rows_to_look_at(arrays, model)))
         times = torch.tensor(header["times"], dtype=torch.float64)
         if times.dim() != 1 or len(times) < 2:
             raise ValueError(f"the times of a flow map are {tuple(times.shape)}")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from bnnflow.seeding import isolated
-from bnnflow.transport.coordinates import Context
-from bnnflow.transport.displacement import Displacement
 from bnnflow.transport.divergence import divergence
 from bnnflow.transport.paths import AffinePath
+from bnnflow.transport.proximal_step import ProximalStep
+from bnnflow.transport.whitened import WhitenedPosterior
 from bnnflow.types import Trace
 from bnnflow.weights import Symmetries, WeightSpec
 
@@ -30,13 +30,13 @@ class Field(nn.Module):
         symmetries: those that the field is equivariant to. Draws are moved by all that the source keeps while the
             field is trained, unless these are none: such a field is for draws that were aligned. None if not known.
         posterior: what the field is bound to; never part of the module's weights.
-        displacements: by which it follows the data.
+        proximal_steps: by which it follows the data.
     """
 
     path: AffinePath = AffinePath()
     symmetries: Symmetries | None = None
-    posterior: Context | None = None
-    displacements: tuple[Displacement, ...] = ()
+    posterior: WhitenedPosterior | None = None
+    proximal_steps: tuple[ProximalStep, ...] = ()
 
     @staticmethod
     def of(module: nn.Module) -> Field:
@@ -53,9 +53,9 @@ class Field(nn.Module):
     @property
     def gradients(self) -> int:
         """Gradients of the likelihood that an evaluation takes."""
-        return sum(displacement.gradients for displacement in self.displacements)
+        return sum(proximal_step.gradients for proximal_step in self.proximal_steps)
 
-    def bind(self, posterior: Context | None) -> Self:
+    def bind(self, posterior: WhitenedPosterior | None) -> Self:
         """Return the same field, sharing its weights, bound to another posterior, or to none."""
         if not self.informed:
             return self

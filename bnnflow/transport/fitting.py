@@ -20,17 +20,17 @@ from bnnflow.options import Checkpoint, Training
 from bnnflow.ranks import connect
 from bnnflow.seeding import as_generator, isolated, seed_in_words
 from bnnflow.transport.batches import Reuse
-from bnnflow.transport.coordinates import Context
 from bnnflow.transport.couplings import Coupling, Independent
-from bnnflow.transport.displacement import GaussNewton, GradientSteps
 from bnnflow.transport.field import Field
 from bnnflow.transport.flow import Flow
 from bnnflow.transport.options import Matching
 from bnnflow.transport.paths import AffinePath, ProbabilityPath
+from bnnflow.transport.proximal_step import GaussNewton, GradientSteps
 from bnnflow.transport.source import Source
-from bnnflow.transport.targets import ROWS, InformedPath, obeys_stein
+from bnnflow.transport.targets import ROWS, PosteriorTargets, obeys_stein
 from bnnflow.transport.training import Task, described, run
 from bnnflow.transport.velocity import InformedVelocity, ResidualVelocity, WeightsVelocity
+from bnnflow.transport.whitened import WhitenedPosterior
 from bnnflow.types import Architecture, Seed
 from bnnflow.weights import NO_SYMMETRY, Symmetries, WeightSpec
 
@@ -96,7 +96,7 @@ def fit_flow(
     given_seed = seed_identity(seed)
     matching = matching or Matching()
     source = Source(model.flat_prior) if source is None else source
-    context = Context(model, source)
+    posterior = WhitenedPosterior(model, source)
     x1 = source.to_normal(theta)
     generator = as_generator(seed, model.device)
     with isolated(generator):
@@ -117,15 +117,15 @@ def fit_flow(
         "source": digest((source.describe(), source.arrays())),
         "targets": matching.targets,
     }
-    field = field.bind(context)
-    way = _with_targets(matching.targets, path, field, pairs, context, generator)
+    field = field.bind(posterior)
+    way = _with_targets(matching.targets, path, field, pairs, posterior, generator)
     reuse = Reuse(matching.reuse, partial(model.spec.transform, group))
     task = Task(field, pairs, way, matching.times, reuse, unseen)
     info = run(task, training, checkpoint, generator, progress, ranks=connect(model.device), identity=identity)
     info |= {
         "seed": seed_in_words(seed),
         "coupling": type(matching.coupling).__name__,
-        "targets": "posterior" if isinstance(way, InformedPath) else "pairs",
+        "targets": "posterior" if isinstance(way, PosteriorTargets) else "pairs",
     }
     return Flow.of(field, model, source, info=info)
 
@@ -186,8 +186,8 @@ def _field(
         return ResidualVelocity.fit(model.spec, x1, path=path)
     if velocity == "informed":
         linearises = model.likelihood.kind == "regression" and model.likelihood.has_fisher_factor
-        displacement = GaussNewton(2) if linearises else GradientSteps()
-        return InformedVelocity(model.spec, displacement, architecture=architecture, path=path)
+        proximal_step = GaussNewton(2) if linearises else GradientSteps()
+        return InformedVelocity(model.spec, proximal_step, architecture=architecture, path=path)
     raise ValueError(f"velocity must be 'informed', 'weights', 'residual' or a module, got {velocity!r}")
 
 
@@ -196,13 +196,13 @@ def _with_targets(
     path: ProbabilityPath,
     field: Field,
     pairs: _CoupledDraws,
-    context: Context,
+    posterior: WhitenedPosterior,
     generator: torch.Generator,
 ) -> ProbabilityPath:
     """Return the path with the targets asked for: those of the posterior, if ``"auto"``, only where they are sound."""
     if targets == "pairs":
         return path
-    model = context.model
+    model = posterior.model
     price = min(len(model.x), ROWS) * model.dim
     # Without a symmetry the draws have been aligned, most likely, and are then no draws of the whole posterior.
     doubtful = not any(pairs.group) and any(model.spec.symmetries())
@@ -212,11 +212,11 @@ def _with_targets(
         why = "the pairs are not independent"
     elif not isinstance(path, AffinePath) or path.sigma:
         why = "the path is not affine, or has noise of its own"
-    elif not obeys_stein(context, x1 := pairs(2048, generator)[1]):
+    elif not obeys_stein(posterior, x1 := pairs(2048, generator)[1]):
         why = "the draws disagree with Stein's identity for this posterior, they are draws of something else"
     else:
-        newton = any(isinstance(each, GaussNewton) and each.iterations is None for each in field.displacements)
-        return InformedPath(path, context, pairs.group, x1, generator, newton=newton)
+        newton = any(isinstance(each, GaussNewton) and each.iterations is None for each in field.proximal_steps)
+        return PosteriorTargets(path, posterior, pairs.group, x1, generator, newton=newton)
     if targets == "posterior":
         raise ValueError(f"targets='posterior' is not possible: {why}")
     return path

@@ -21,19 +21,18 @@ from bnnflow.method import Sampleable
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
 from bnnflow.seeding import as_generator
-from bnnflow.transport.coordinates import Context
-from bnnflow.transport.displacement import Displacement
 from bnnflow.transport.field import Field
 from bnnflow.transport.guidance import GuidedVelocity
 from bnnflow.transport.options import Density, Solver, default_chunk
 from bnnflow.transport.paths import AffinePath
+from bnnflow.transport.proximal_step import ProximalStep
 from bnnflow.transport.solvers import (
     integrate,
     integrate_sde,
     integrate_with_trace,
+    largest_chunk,
     node_times,
     order_of,
-    rows_within,
     twice_as_long,
 )
 from bnnflow.transport.source import Source
@@ -46,7 +45,8 @@ from bnnflow.transport.stored import (
     solver_of,
     stored_solver,
 )
-from bnnflow.transport.velocity import DriveVelocity, restore
+from bnnflow.transport.velocity import ScoreVelocity, restore
+from bnnflow.transport.whitened import WhitenedPosterior
 from bnnflow.types import Rule, Seed, Trace
 from bnnflow.warn import warn
 from bnnflow.weights import WeightSpec
@@ -95,8 +95,10 @@ class Flow(Sampleable):
             source: the law at t = 0; the prior if None.
             options: other attributes of the flow.
         """
-        context = Context(model, source)
-        return cls(Field.of(velocity).bind(context).eval(), context.source, model.spec, model.fingerprint(), **options)
+        posterior = WhitenedPosterior(model, source)
+        return cls(
+            Field.of(velocity).bind(posterior).eval(), posterior.source, model.spec, model.fingerprint(), **options
+        )
 
     @property
     def dim(self) -> int:
@@ -225,7 +227,7 @@ class Flow(Sampleable):
             diffusion: noise on the way, a number or a function of time that may vanish on parts of the path: the same
                 marginals if the field is exact, and less memory of its errors if it is not. Wants more steps, and
                 vanishes best before t = 1, where the score is not known.
-            chunk_size: draws that travel together, which bounds the memory, see `rows_within`; as many as are fastest
+            chunk_size: draws that travel together, which bounds the memory, see `largest_chunk`; as many as are fastest
                 unless said otherwise.
 
         Raises:
@@ -254,7 +256,7 @@ class Flow(Sampleable):
         return self.source.from_normal(x1)
 
     @checked
-    def rows_within(self, memory: Count, density: Density | None = None) -> int:
+    def largest_chunk(self, memory: Count, density: Density | None = None) -> int:
         """Return the ``chunk_size`` whose tensors stay within ``memory`` bytes, without or with a density."""
         x0 = self.start(2, 0)
         one_step = Solver("euler", 1)
@@ -265,7 +267,7 @@ class Flow(Sampleable):
             return self._transport(x, _Solve(one_step, density, as_generator(0, self._device)))
 
         with torch.no_grad():
-            return rows_within(memory, work, x0)
+            return largest_chunk(memory, work, x0)
 
     @checked
     def solver_error(
@@ -628,7 +630,7 @@ class Flow(Sampleable):
             )
         source = Source.from_description(plain, arrays, dtype, model)
         if velocity.informed and model is not None:
-            velocity = velocity.bind(Context(model, source, rows_to_look_at(arrays, model)))
+            velocity = velocity.bind(WhitenedPosterior(model, source, rows_to_look_at(arrays, model)))
         rest = (str(header["fingerprint"]), solver_of(header), dict(header["info"]))
         return cls(velocity, source, spec, *rest)
 
@@ -636,29 +638,29 @@ class Flow(Sampleable):
 @checked
 def GaussNewtonFlow(
     model: BayesianModel,
-    displacement: Displacement | None = None,
+    proximal_step: ProximalStep | None = None,
     *,
     source: Source | None = None,
     path: AffinePath | None = None,
     solver: Solver | None = None,
 ) -> Flow:
-    """Return the flow of a `DriveVelocity`: a sampler that needs neither draws nor training, for any network.
+    """Return the flow of a `ScoreVelocity`: a sampler that needs neither draws nor training, for any network.
 
     Exact for a linear Gaussian model; elsewhere an approximation that follows curvature and, by its curved paths, some
     of the posterior's shape. It is a start for `refine`, `correct` and SMC, and a source of training targets.
 
     Args:
         model: the posterior; its likelihood needs a ``fisher_factor`` for Gauss-Newton.
-        displacement: `GaussNewton` unless said otherwise.
+        proximal_step: `GaussNewton` unless said otherwise.
         source: the law at t = 0; the prior if None.
         path: the path from it.
         solver: of the equation; if None the midpoint rule in 20 steps, and for a linear Gaussian model in as many as
             bring its draws to their width.
     """
-    context = Context(model, source)
-    solver = Solver(steps=_resolving(context)) if solver is None else solver
-    field = DriveVelocity(displacement, path, context.source.symmetries(model))
-    return Flow.of(field, model, context.source, solver=solver, info={"untrained": True})
+    posterior = WhitenedPosterior(model, source)
+    solver = Solver(steps=_resolving(posterior)) if solver is None else solver
+    field = ScoreVelocity(proximal_step, path, posterior.source.symmetries(model))
+    return Flow.of(field, model, posterior.source, solver=solver, info={"untrained": True})
 
 
 _USUAL, _MOST = 20, 1000  # steps
@@ -666,13 +668,13 @@ _POWERS = 20  # of a matrix, to find its largest eigenvalue
 _ROUNDING = 1e-3  # of a matrix that is the same everywhere
 
 
-def _resolving(context: Context) -> int:
+def _resolving(posterior: WhitenedPosterior) -> int:
     """Return how many steps bring draws of a linear Gaussian model to their width; the usual number for other models.
 
     The last of n steps is 1 / n^2 of the path. A quarter of the posterior's least width, as a share of the source's,
     leaves that width off by some percent.
     """
-    least = _least_width(context)
+    least = _least_width(posterior)
     wanted = math.ceil(2 / least**0.5)
     if wanted > _MOST:
         warn(
@@ -683,14 +685,14 @@ def _resolving(context: Context) -> int:
 
 
 @torch.no_grad()
-def _least_width(context: Context) -> float:
+def _least_width(posterior: WhitenedPosterior) -> float:
     """Return the least standard deviation of a linear Gaussian posterior in units of the source's; 1 for others."""
-    if not context.model.likelihood.has_fisher_factor:
+    if not posterior.model.likelihood.has_fisher_factor:
         return 1.0
-    x, v = torch.randn(2, 2, context.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
-        context.source.device, context.source.dtype
+    x, v = torch.randn(2, 2, posterior.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
+        posterior.source.device, posterior.source.dtype
     )
-    _, times = context.at(x).grad_and_product()
+    _, times = posterior.at(x).grad_and_product()
     first, second = times(v[:1].expand(2, -1))
     if not (first - second).norm() <= _ROUNDING * first.norm():  # at two points it would be one matrix
         return 1.0

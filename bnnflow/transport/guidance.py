@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from bnnflow.arguments import Count, Limit, checked
 from bnnflow.model import BayesianModel
-from bnnflow.transport.coordinates import Context
-from bnnflow.transport.displacement import Drive, GradientSteps
 from bnnflow.transport.field import Field
 from bnnflow.transport.paths import Coefficients
+from bnnflow.transport.proximal_step import GradientSteps, LikelihoodScore
 from bnnflow.transport.source import Source
+from bnnflow.transport.whitened import WhitenedPosterior
 from bnnflow.weights import NO_SYMMETRY
 
 __all__ = ["GuidedVelocity"]
@@ -27,9 +27,9 @@ Guide = BayesianModel | Callable[[Tensor], Tensor]
 class GuidedVelocity(Field):
     """A field plus the pull of a task: approximately the field to p1(theta) exp(strength G(theta)).
 
-    With the base field's estimate of x1 and of its spread, N(E[x1 | x_t], s^2 I), the pull is that of
-    `DriveVelocity`: pull(t) E[grad G(x1)], the expectation taken by `GradientSteps` on G. Exact to the accuracy of
-    those steps where the base is the source itself; where the base knows x1 better than s, too strong late on.
+    With the base field's estimate of x1 and of its spread, N(E[x1 | x_t], s^2 I), the pull is that of `ScoreVelocity`:
+    score_gain(t) E[grad G(x1)], the expectation taken by `GradientSteps` on G. Exact to the accuracy of those steps
+    where the base is the source itself; where the base knows x1 better than s, too strong late on.
 
     Args:
         field: the base.
@@ -54,7 +54,7 @@ class GuidedVelocity(Field):
         self.field = Field.of(field)
         self.path, self.symmetries = self.field.path, NO_SYMMETRY
         self._guide, self._source, self._strength = guide, source, strength
-        self._displacement = GradientSteps(steps, max_norm)
+        self._proximal_step = GradientSteps(steps, max_norm)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """Return the velocity, ``(batch, dim)``."""
@@ -64,13 +64,13 @@ class GuidedVelocity(Field):
         _, x1 = self.path.ends(t, x, base)
         strength = self._strength(t) if callable(self._strength) else torch.full_like(t, self._strength)
         task = _Task(self._guide, self._source, strength.unsqueeze(-1))
-        drive: Drive = self._displacement(task, x1, c.a * c.a / c.q)
-        return base + c.pull * drive.w
+        score: LikelihoodScore = self._proximal_step(task, x1, c.a * c.a / c.q)
+        return base + c.score_gain * score.w
 
     @property
     def gradients(self) -> int:
         """Gradients of the likelihood, and of the guide, that an evaluation takes."""
-        return self.field.gradients + self._displacement.gradients
+        return self.field.gradients + self._proximal_step.gradients
 
     @property
     def informed(self) -> bool:
@@ -78,11 +78,11 @@ class GuidedVelocity(Field):
         return self.field.informed
 
     @property
-    def posterior(self) -> Context | None:  # type: ignore[override]
+    def posterior(self) -> WhitenedPosterior | None:  # type: ignore[override]
         """What the base is bound to."""
         return self.field.posterior
 
-    def bind(self, posterior: Context | None) -> Self:
+    def bind(self, posterior: WhitenedPosterior | None) -> Self:
         """Return the same guidance of the base bound to another posterior, or to none."""
         other = copy.copy(self)
         other._modules = self._modules | {"field": self.field.bind(posterior)}
@@ -103,4 +103,4 @@ class _Task:
         else:
             value, pullback, *_ = torch.func.vjp(self._guide, at.theta)
             (grad,) = pullback(torch.ones_like(value))
-        return self._strength * self._source.pull(at.pull(grad))
+        return self._strength * self._source.vjp(at.vjp(grad))

@@ -14,7 +14,7 @@ from bnnflow.transport.couplings import Coupling, Independent
 from bnnflow.transport.divergence import probe_noise
 from bnnflow.transport.paths import AffinePath
 from bnnflow.transport.solvers import Slope, State, integrate, time_grid
-from bnnflow.transport.times import Times, TowardsEnd
+from bnnflow.transport.times import LogUniformNearEnd, Times
 from bnnflow.types import FixedRule, Noise, Rule, Trace
 
 __all__ = ["Density", "Matching", "Solver", "default_chunk"]
@@ -112,17 +112,17 @@ class Matching:
         path: of the pairs; that of the field if None, and for the fields of bnnflow linear.
         times: at which the field is trained; a third of them near the end unless said otherwise.
         targets: what the field is fitted to. ``"pairs"``: the velocity of each pair. ``"posterior"``: estimates of the
-            same mean that know the posterior's gradient and symmetries, see `InformedPath`, a fifth of the noise or
+            same mean that know the posterior's gradient and symmetries, see `PosteriorTargets`, a fifth of the noise or
             less; the draws must be the posterior's and the coupling independent. ``"auto"``: these where they are
             valid, as far as Stein's identity can tell, and cheap.
         reuse: steps that see each pair, every time moved by another random symmetry. What a field computes of a point
             before anything that it learns, and the target there, are computed once and move along: above 1 where these
-            are most of a step, as with Gauss-Newton displacements.
+            are most of a step, as with Gauss-Newton proximal steps.
     """
 
     coupling: Coupling = Independent()
     path: AffinePath | None = None
-    times: Times = TowardsEnd()
+    times: Times = LogUniformNearEnd()
     targets: Literal["auto", "posterior", "pairs"] = "auto"
     reuse: Count = 1
 

@@ -42,19 +42,19 @@ class Coefficients(NamedTuple):
         return self.a * self.a + self.b * self.b
 
     @property
-    def turn(self) -> Tensor:
+    def wronskian(self) -> Tensor:
         """The determinant a b' - a' b, which is nowhere zero."""
         return self.a * self.db - self.da * self.b
 
     @property
-    def rest(self) -> Tensor:
-        """The field of independent standard normal ends is ``rest * x``."""
+    def drift(self) -> Tensor:
+        """The field of independent standard normal ends is ``drift * x``."""
         return (self.a * self.da + self.b * self.db) / self.q
 
     @property
-    def pull(self) -> Tensor:
-        """With x1 ~ N(0, I) exp(u) the marginal field is ``rest * x + pull * E[grad u(x1) | x_t]``."""
-        return self.a * self.turn / self.q
+    def score_gain(self) -> Tensor:
+        """With x1 ~ N(0, I) exp(u) the marginal field is ``drift * x + score_gain * E[grad u(x1) | x_t]``."""
+        return self.a * self.wronskian / self.q
 
 
 @checked
@@ -99,22 +99,22 @@ class AffinePath(ProbabilityPath):
     def ends(self, t: Tensor, x: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
         """Return E[x0 | x_t] and E[x1 | x_t] of the marginal field, finite at all times."""
         c = self.coefficients(_column(t))
-        return (c.db * x - c.b * velocity) / c.turn, (c.a * velocity - c.da * x) / c.turn
+        return (c.db * x - c.b * velocity) / c.wronskian, (c.a * velocity - c.da * x) / c.wronskian
 
     def velocity_of_x1(self, t: Tensor, x: Tensor, x1: Tensor) -> Tensor:
         """Return the marginal field of E[x1 | x_t]; (x1 - x) / (1 - t) on the linear path, singular at t = 1."""
         c = self.coefficients(_column(t))
-        return (c.da * x + c.turn * x1) / c.a
+        return (c.da * x + c.wronskian * x1) / c.a
 
     def score(self, t: Tensor, x: Tensor, velocity: Tensor) -> Tensor:
         """Return grad log p_t of the marginal field; -E[x0 | x_t] / a, singular at t = 1."""
         c = self.coefficients(_column(t))
-        return (c.b * velocity - c.db * x) / (c.a * c.turn)
+        return (c.b * velocity - c.db * x) / (c.a * c.wronskian)
 
     def velocity_of_score(self, t: Tensor, x: Tensor, score: Tensor) -> Tensor:
         """Return the marginal field of grad log p_t; singular at t = 0, where the score tells nothing of the target."""
         c = self.coefficients(_column(t))
-        return (c.a * c.turn * score + c.db * x) / c.b
+        return (c.a * c.wronskian * score + c.db * x) / c.b
 
     def describe(self) -> dict[str, Any]:
         """Return plain values from which the path is rebuilt."""

@@ -20,7 +20,7 @@ from bnnflow.arguments import Count, NonNegative, Positive, checked
 from bnnflow.seeding import as_generator
 from bnnflow.types import AdaptiveRule, FixedRule, Rule, Seed, StochasticRule
 
-__all__ = ["integrate", "integrate_sde", "integrate_with_error", "integrate_with_trace", "rows_within", "time_grid"]
+__all__ = ["integrate", "integrate_sde", "integrate_with_error", "integrate_with_trace", "largest_chunk", "time_grid"]
 
 State = tuple[Tensor, ...]
 Slope = Callable[[Tensor, State], State]
@@ -334,7 +334,7 @@ def integrate_sde(
 
 
 @checked
-def rows_within(memory: Count, work: Callable[[Tensor], Any], x: Tensor) -> int:
+def largest_chunk(memory: Count, work: Callable[[Tensor], Any], x: Tensor) -> int:
     """Return how many rows of ``x`` may travel together so that ``work`` holds at most ``memory`` bytes of tensors.
 
     Runs ``work`` once to begin with, then on two and on four rows, and counts, operation by operation, the bytes of the

@@ -42,18 +42,18 @@ class Source:
             raise ValueError(f"loc must be ({self.dim},), got {tuple(self.loc.shape)}")
         self._inverse: Tensor | None = None
         self._log_det = 0.0
-        self.excess: Tensor | None = None
+        self.precision_shift: Tensor | None = None
         if self.root is None:
             return
         if self.root.dim() == 0 and float(self.root) > 0:
             self._inverse, self._log_det = 1 / self.root, self.dim * float(self.root.double().log())
-            self.excess = self.root.square() - 1
+            self.precision_shift = self.root.square() - 1
         elif self.root.shape == (self.dim, self.dim):
             exact = self.root.double()
             self._inverse = torch.linalg.inv(exact).to(self.root)
             self._log_det = float(torch.linalg.cholesky(exact).diagonal().log().sum() * 2)
             eye = torch.eye(self.dim, dtype=torch.float64, device=exact.device)
-            self.excess = (exact @ exact - eye).to(self.root)
+            self.precision_shift = (exact @ exact - eye).to(self.root)
         else:
             raise ValueError(f"root must be a positive number or ({self.dim}, {self.dim})")
 
@@ -68,7 +68,7 @@ class Source:
     def gaussian(cls, model: BayesianModel, theta: Tensor, shrinkage: Share = 0.05) -> Source:
         """Return a Gaussian with mean and covariance of weights ``(n, dim)``, in the prior's normal coordinates.
 
-        It keeps no symmetry: align the weights first, so that they are one cloud.
+        It keeps no symmetry: align the weights first, so that they are unimodal.
 
         Args:
             model: gives the coordinates.
@@ -119,7 +119,7 @@ class Source:
 
     def to_prior(self, x: Tensor) -> Tensor:
         """Map the flow's coordinates to the normal coordinates of the prior, ``(..., dim)``."""
-        z = self.pull(x)
+        z = self.vjp(x)
         return z if self.loc is None else self.loc + z
 
     def to_normal(self, theta: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class Source:
         """Return log |d to_normal / d theta|, ``(..., dim) -> (...)`` in float64."""
         return self.prior.log_jacobian(theta) - self._log_det
 
-    def pull(self, v: Tensor) -> Tensor:
+    def vjp(self, v: Tensor) -> Tensor:
         """Apply the root, which is symmetric, to vectors ``(..., dim)``."""
         return v if self.root is None else _apply(self.root, v)
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bnnflow.transport.coordinates import Context
-from bnnflow.transport.displacement import linearised
 from bnnflow.transport.paths import AffinePath, Coefficients, ProbabilityPath
+from bnnflow.transport.proximal_step import linearised
+from bnnflow.transport.whitened import WhitenedPosterior
 from bnnflow.weights import Symmetries, WeightSpec
 
-__all__ = ["ROWS", "InformedPath", "obeys_stein"]
+__all__ = ["ROWS", "PosteriorTargets", "obeys_stein"]
 
 _NODES = 24  # times at which the control is fitted, denser towards 1
 _ROUNDS = 32  # of exchanges of units
@@ -25,23 +25,23 @@ _LAST = 1e-6  # least factor of x0 that is divided by
 ROWS = 1024  # of the data in a gradient, if there are more: its noise is one more that the control is fitted to
 
 
-class InformedPath(ProbabilityPath):
+class PosteriorTargets(ProbabilityPath):
     """A path for independent pairs whose targets have the same mean given x_t as its own, and less variance.
 
     Two steps. (1) The target is averaged over the orbit of x1: given x_t, the elements of the group that keeps the
-    source are weighted by the density of x_t. Over signs of units the mean is a tanh; over their orders it is that of
-    a few rounds of Gibbs sampling, which starts from a draw of that law, x1 itself. (2) With x1 ~ N(0, I) exp(u(x1)),
-    ``pull * grad u(x1) + rest * x_t`` has the mean of the field as well (Stein's identity; target score matching, De
-    Bortoli et al. 2024). Its noise vanishes towards t = 1, where that of a pair does not. The difference of both, of
-    mean zero, is a control variate; with ``newton`` it is multiplied by (I + s^2 H)^-1 first, H the Gauss-Newton matrix
-    at the mean of the pairs that pass through x_t, which makes the target of a Gaussian posterior free of noise. The
-    number by which it counts depends on time alone and is fitted to draws beforehand.
+    source are weighted by the density of x_t. Over signs of units the mean is a tanh; over their orders it is that of a
+    few rounds of Gibbs sampling, which starts from a draw of that law, x1 itself. (2) With x1 ~ N(0, I) exp(u(x1)),
+    ``score_gain * grad u(x1) + drift * x_t`` has the mean of the field as well (Stein's identity; target score
+    matching, De Bortoli et al. 2024). Its noise vanishes towards t = 1, where that of a pair does not. The difference
+    of both, of mean zero, is a control variate; with ``newton`` it is multiplied by (I + s^2 H)^-1 first, H the
+    Gauss-Newton matrix at the mean of the pairs that pass through x_t, which makes the target of a Gaussian posterior
+    free of noise. The number by which it counts depends on time alone and is fitted to draws beforehand.
 
     Unbiased only where x1 are draws of the posterior and independent of x0.
 
     Args:
         path: whose pairs these are, with ``sigma`` = 0.
-        context: the posterior.
+        posterior: the posterior.
         group: symmetries that keep the source and the posterior.
         x1: draws of the posterior ``(n, dim)``, to fit the control to.
         generator: of the pairs that it is fitted to.
@@ -54,7 +54,7 @@ class InformedPath(ProbabilityPath):
     def __init__(
         self,
         path: AffinePath,
-        context: Context,
+        posterior: WhitenedPosterior,
         group: Symmetries,
         x1: Tensor,
         generator: torch.Generator,
@@ -63,8 +63,8 @@ class InformedPath(ProbabilityPath):
     ) -> None:
         if path.sigma:
             raise ValueError("informed targets need a path with sigma = 0")
-        self._path, self._context, self._newton = path, context, newton
-        self._units = _units(context.model.spec, group, x1.device)
+        self._path, self._posterior, self._newton = path, posterior, newton
+        self._units = _units(posterior.model.spec, group, x1.device)
         self._nodes = 1 - (1 - torch.linspace(0, 1, _NODES, device=x1.device, dtype=x1.dtype)).square()
         self._shares = self._fitted(x1, generator)
 
@@ -80,7 +80,7 @@ class InformedPath(ProbabilityPath):
         a stochastic flow from the posterior (Song et al. 2021). The noise of pairs would not allow it.
         """
         c = self._path.coefficients(t)
-        return 0.1 + (c.b / (c.a * c.turn)).clamp(max=10)
+        return 0.1 + (c.b / (c.a * c.wronskian)).clamp(max=10)
 
     def _parts(self, x0: Tensor, x1: Tensor, t: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Return x_t, the target averaged over the orbit, and the control variate."""
@@ -88,18 +88,18 @@ class InformedPath(ProbabilityPath):
         x_t, velocity = c.a * x0 + c.b * x1, c.da * x0 + c.db * x1
         c = c._replace(a=c.a.clamp(min=_LAST))
         means = self._averaged(x_t, x1, self._some(generator, len(x1)).grad(x1), c, generator)
-        target = velocity + c.turn / c.a * (means[0] - x1)
-        control = c.rest * x_t + c.pull * means[1] - target
+        target = velocity + c.wronskian / c.a * (means[0] - x1)
+        control = c.drift * x_t + c.score_gain * means[1] - target
         if self._newton:
             control = linearised(self._some(generator), x_t * c.b / c.q, c.a * c.a / c.q).solve(control)
         return x_t, target, control
 
-    def _some(self, generator: torch.Generator, *batch: int) -> Context:
-        """Return the context with random rows of large data, others for each of a batch."""
-        context = self._context
-        if len(context.model.x) <= ROWS or context.rows is not None:
-            return context
-        return context.on_rows(context.model.random_rows(batch, generator, ROWS))
+    def _some(self, generator: torch.Generator, *batch: int) -> WhitenedPosterior:
+        """Return the posterior with random rows of large data, others for each of a batch."""
+        posterior = self._posterior
+        if len(posterior.model.x) <= ROWS or posterior.rows is not None:
+            return posterior
+        return posterior.on_rows(posterior.model.random_rows(batch, generator, ROWS))
 
     def _averaged(self, x_t: Tensor, x1: Tensor, grad: Tensor, c: Coefficients, generator: torch.Generator) -> Tensor:
         """Return the means of x1 and of its gradient over the orbit given x_t, ``(2, batch, dim)``."""
@@ -128,19 +128,19 @@ class InformedPath(ProbabilityPath):
         for some in torch.arange(len(rows), device=x1.device).split(256):
             x_t, target, control = self._parts(x0[some], x1[rows[some]], times[some], generator)
             c = self._path.coefficients(times[some].unsqueeze(-1))
-            products.append(((target - c.rest * x_t) * control).sum(-1))
+            products.append(((target - c.drift * x_t) * control).sum(-1))
             squares.append((control * control).sum(-1))
         product, square = (torch.cat(each).unflatten(0, (_NODES, per_node)).sum(1) for each in (products, squares))
         return (-product / square.clamp(min=torch.finfo(square.dtype).tiny)).clamp(0, 1)
 
 
-def obeys_stein(context: Context, x1: Tensor) -> bool:
+def obeys_stein(posterior: WhitenedPosterior, x1: Tensor) -> bool:
     """Say whether draws ``(n, dim)`` obey Stein's identity of the posterior, E[x . grad log p(x)] = -dim.
 
     Up to a tenth and four standard errors, taken as if the draws were independent.
     """
     x = x1[torch.linspace(0, len(x1) - 1, min(len(x1), 2048)).long()]
-    products = torch.cat([(part * (context.grad(part) - part)).sum(-1) for part in x.split(256)]).double()
+    products = torch.cat([(part * (posterior.grad(part) - part)).sum(-1) for part in x.split(256)]).double()
     error = products.std() / len(products) ** 0.5 if len(products) > 1 else products.abs().mean()
     dim = x.shape[1]
     return bool((products.mean() + dim).abs() <= 0.1 * dim + 4 * error)
@@ -160,11 +160,11 @@ class _Units:
     still: Tensor
     permuted: bool
 
-    def average(self, pull: Tensor, values: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def average(self, tilt: Tensor, values: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Average over the orbit, and move to a random element of it.
 
         Args:
-            pull: b x_t / a^2, ``(batch, dim)``: its product with an element of the orbit is the element's log weight.
+            tilt: b x_t / a^2, ``(batch, dim)``: its product with an element of the orbit is the element's log weight.
             values: x1 and what moves along with it, ``(2, batch, dim)``.
             generator: of the moves.
 
@@ -172,8 +172,8 @@ class _Units:
             The means and the moved values, ``(2, batch, dim)`` each.
         """
         flip, stay = values[..., self.signed], values[..., self.still]  # (2, batch, width, k)
-        turns = pull[:, self.signed] @ flip[0].mT  # (batch, place, unit)
-        weights = _log_cosh(turns) + pull[:, self.still] @ stay[0].mT
+        turns = tilt[:, self.signed] @ flip[0].mT  # (batch, place, unit)
+        weights = _log_cosh(turns) + tilt[:, self.still] @ stay[0].mT
         share, order = self._exchanged(weights, generator)
         mean, moved = values.clone(), values.clone()
         mean[..., self.signed] = (share * turns.tanh()) @ flip
@@ -222,12 +222,12 @@ def _units(spec: WeightSpec, group: Symmetries, device: torch.device) -> list[_U
         signed, still = [], []
         tangled = False
         for name, where in spec.slices.items():
-            shape, axes = spec.blocks(name)
+            shape, axes = spec.unit_axes(name)
             places = torch.arange(where.start, where.stop, device=device).reshape(shape)
             tangled = tangled or axes.count(label) > 1
             if label in axes:
                 axis = axes.index(label)
-                flips = label in group.sign and spec.powers(name)[axis] != 0
+                flips = label in group.sign and spec.scale_exponents(name)[axis] != 0
                 (signed if flips else still).append(places.movedim(axis, 0).reshape(width, -1))
         if not tangled and (label in group.permutation or label in group.sign):
             empty = torch.empty(width, 0, dtype=torch.long, device=device)

@@ -12,7 +12,7 @@ from torch.distributions import Beta as BetaDistribution
 from bnnflow.arguments import Positive, Share, checked
 from bnnflow.seeding import isolated
 
-__all__ = ["Beta", "LogitNormal", "Times", "TowardsEnd", "Uniform"]
+__all__ = ["Beta", "LogUniformNearEnd", "LogitNormal", "Times", "Uniform"]
 
 
 class Times(Protocol):
@@ -34,7 +34,7 @@ class Uniform:
 
 @checked
 @dataclass(frozen=True)
-class TowardsEnd:
+class LogUniformNearEnd:
     """A share of the times log-uniform towards 1, where sharp posteriors have their error; the others uniform.
 
     Args:

@@ -23,7 +23,7 @@ from bnnflow.seeding import as_generator, isolated
 from bnnflow.transport.batches import Batches, Reuse
 from bnnflow.transport.field import Field, check_field
 from bnnflow.transport.paths import ProbabilityPath
-from bnnflow.transport.times import Times, TowardsEnd
+from bnnflow.transport.times import LogUniformNearEnd, Times
 from bnnflow.transport.training_state import TrainingFile, TrainingState
 from bnnflow.types import Seed
 from bnnflow.warn import warn
@@ -81,7 +81,7 @@ def train(
         ValueError: if a setting is out of range; if another run works on the checkpoint; if it holds a training and
             is not to be resumed, or is of another training, damaged, or no checkpoint of a training.
     """
-    task = Task(Field.of(field), pairs, path, times or TowardsEnd(), reuse or Reuse(), held_out)
+    task = Task(Field.of(field), pairs, path, times or LogUniformNearEnd(), reuse or Reuse(), held_out)
     return field, run(task, training, checkpoint, seed, progress)
 
 

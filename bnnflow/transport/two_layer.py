@@ -18,7 +18,7 @@ __all__ = ["TwoLayerVelocity"]
 
 @checked
 class TwoLayerVelocity(Field):
-    """A plain network with an exact trace, for small posteriors that are one cloud: align the draws first.
+    """A plain network with an exact trace, for small unimodal posteriors: align the draws first.
 
     v = base(t, x) + W3 s(u2) + c, with u2 = g2 o W2 s(u1) + b, u1 = g1 o W1 x + a, s = tanh, and a, b, c, g1, g2
     functions of time. The Jacobian of the network is W3 diag(s'(u2) g2) W2 diag(s'(u1) g1) W1, so that its trace is
@@ -82,7 +82,7 @@ class TwoLayerVelocity(Field):
     def _base(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.base is not None:
             return self.base.closed_divergence(t, x)
-        rest = self.path.coefficients(t.double().expand(len(x))).rest  # (batch,)
+        rest = self.path.coefficients(t.double().expand(len(x))).drift  # (batch,)
         return rest.to(x.dtype).unsqueeze(-1) * x, self.dim * rest
 
     def describe(self) -> dict[str, Any]:

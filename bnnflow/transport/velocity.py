@@ -13,23 +13,23 @@ from torch import Tensor, nn
 from bnnflow.arguments import Count, Share, Whole, checked, shaped
 from bnnflow.equivariant import DWSNet, GraphNet, SignedDWSNet, Wiring
 from bnnflow.equivariant.network import TimeEmbedding
-from bnnflow.model.fused import recorded
+from bnnflow.model.fused import is_tracked
 from bnnflow.seeding import isolated
-from bnnflow.transport.coordinates import Context
-from bnnflow.transport.displacement import Displacement, Drive, GaussNewton, GradientSteps
 from bnnflow.transport.divergence import chained_divergence, divergence
 from bnnflow.transport.field import Field
 from bnnflow.transport.geometry import TangentVelocity
 from bnnflow.transport.paths import AffinePath, Coefficients
+from bnnflow.transport.proximal_step import GaussNewton, GradientSteps, LikelihoodScore, ProximalStep
 from bnnflow.transport.two_layer import TwoLayerVelocity
+from bnnflow.transport.whitened import WhitenedPosterior
 from bnnflow.types import Architecture, Parametrisation, Trace
 from bnnflow.weights import NO_SYMMETRY, Symmetries, WeightSpec
 
 __all__ = [
-    "DriveVelocity",
     "GaussianVelocity",
     "InformedVelocity",
     "ResidualVelocity",
+    "ScoreVelocity",
     "WeightsVelocity",
     "rebuild",
     "restore",
@@ -113,15 +113,15 @@ class WeightsVelocity(_OverWeights):
         c = Coefficients(*(part.unsqueeze(-1) for part in self.path.coefficients(t)))
         correction = self.net(x.unsqueeze(-1), t).squeeze(-1)
         if self.parametrisation == "x1":
-            correction = c.turn / c.a.clamp(min=_LAST) * correction
-        return c.rest * x + correction
+            correction = c.wronskian / c.a.clamp(min=_LAST) * correction
+        return c.drift * x + correction
 
     def loss_weight(self, t: Tensor) -> Tensor:
         """Return what squared errors of the velocity are multiplied by in training, in the shape of ``t``."""
         if self.parametrisation == "velocity":
             return torch.ones_like(t)
         c = self.path.coefficients(t)
-        return (c.a.clamp(min=_LAST) / c.turn).square()
+        return (c.a.clamp(min=_LAST) / c.wronskian).square()
 
     def describe(self) -> dict[str, Any]:
         """Return plain values from which the module is rebuilt."""
@@ -130,57 +130,61 @@ class WeightsVelocity(_OverWeights):
 
 
 @checked
-class DriveVelocity(Field):
+class ScoreVelocity(Field):
     """The pull of the data alone, without a network: nothing to learn, for any ``nn.Module``.
 
-    With u = log posterior - log N(x; 0, I) the exact marginal field of independent pairs is
-    v = rest(t) x + pull(t) E[grad u(x1) | x_t] (Stein's identity). The drive w of a `Displacement` stands for the
-    expectation. Exact where the posterior is Gaussian and the displacement `GaussNewton`.
+    With u = log posterior - log N(x; 0, I) the exact marginal field of independent pairs is v = drift(t) x +
+    score_gain(t) E[grad u(x1) | x_t] (Stein's identity). The likelihood score w of a `ProximalStep` stands for the
+    expectation. Exact where the posterior is Gaussian and the proximal step `GaussNewton`.
 
     Args:
-        displacement: `GaussNewton` or `GradientSteps`.
+        proximal_step: `GaussNewton` or `GradientSteps`.
         path: the path of the pairs.
-        symmetries: those that the drive is equivariant to: of the function, that the source keeps.
+        symmetries: those that the likelihood score is equivariant to: of the function, that the source keeps.
     """
 
     def __init__(
         self,
-        displacement: Displacement | None = None,
+        proximal_step: ProximalStep | None = None,
         path: AffinePath | None = None,
         symmetries: Symmetries = NO_SYMMETRY,
     ) -> None:
         super().__init__()
-        self.displacements = (displacement if displacement is not None else GaussNewton(),)
+        self.proximal_steps = (proximal_step if proximal_step is not None else GaussNewton(),)
         self.path = path if path is not None else AffinePath()
         self.symmetries = symmetries
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """Return the velocity, ``(batch, dim)``; ``RuntimeError`` if the field is not bound to a context."""
-        c, _, (drive,) = _driven(self.path, self.posterior, self.displacements, _times(t, x), x)
-        return c.rest * x + c.pull * drive.w
+        """Return the velocity, ``(batch, dim)``; ``RuntimeError`` if the field is not bound to a posterior."""
+        c, _, (score,) = _scores(self.path, self.posterior, self.proximal_steps, _times(t, x), x)
+        return c.drift * x + c.score_gain * score.w
 
     def closed_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the velocity and its divergence ``(batch,)`` in float64."""
 
-        def closed(t: Tensor, x: Tensor, c: Coefficients, known: list[tuple[Drive, Drive]]) -> tuple[Tensor, Tensor]:
-            ((drive, by_x),) = known
+        def closed(
+            t: Tensor, x: Tensor, c: Coefficients, known: list[tuple[LikelihoodScore, LikelihoodScore]]
+        ) -> tuple[Tensor, Tensor]:
+            ((score, by_x),) = known
             trace = by_x.w.diagonal(dim1=1, dim2=2).sum(-1, dtype=torch.float64)
-            return c.rest * x + c.pull * drive.w, c.rest.squeeze(-1) * x.shape[-1] + c.pull.squeeze(-1) * trace
+            return c.drift * x + c.score_gain * score.w, c.drift.squeeze(-1) * x.shape[-1] + c.score_gain.squeeze(
+                -1
+            ) * trace
 
-        return _with_divergence(self, closed, self.displacements, t, x)
+        return _with_divergence(self, closed, self.proximal_steps, t, x)
 
     @property
     def informed(self) -> bool:
         """True."""
         return True
 
-    def on(self, spec: WeightSpec) -> DriveVelocity:
+    def on(self, spec: WeightSpec) -> ScoreVelocity:
         """Return the field itself, which has no weights of its own."""
         return self
 
     def describe(self) -> dict[str, Any]:
         """Return plain values from which the module is rebuilt."""
-        plain = {"displacement": _plain(*self.displacements), "path": self.path.describe()}
+        plain = {"displacement": _plain(*self.proximal_steps), "path": self.path.describe()}
         return {"kind": "drive", "group": [sorted(each) for each in self.symmetries or NO_SYMMETRY]} | plain
 
 
@@ -188,15 +192,14 @@ class DriveVelocity(Field):
 class InformedVelocity(_OverWeights):
     """The likelihood-informed field: the source's own field, the pull of the data, and a learned correction.
 
-    As `DriveVelocity`, with the drive w of one displacement, or a learned mix of several, and a `DWSNet` that sees x,
-    the displacements and the gradients and learns what is missing:
-    v = rest x + pull c(t) w + net(t, x, s w / (1 + 0.05 / s), asinh(s^2 grad)), finite at t = 1. Untrained (c adds up
-    to 1, net = 0) it is a sampler of its own. Equivariant to permutations of hidden units, and to their signs if the
-    network is.
+    As `ScoreVelocity`, with the likelihood score w of one proximal step, or a learned mix of several, and a `DWSNet`
+    that sees x, the proximal steps and the gradients and learns what is missing: v = drift x + score_gain c(t) w +
+    net(t, x, s w / (1 + 0.05 / s), asinh(s^2 grad)), finite at t = 1. Untrained (c adds up to 1, net = 0) it is a
+    sampler of its own. Equivariant to permutations of hidden units, and to their signs if the network is.
 
     Args:
         spec: the meaning of the weights.
-        displacement: `GradientSteps` or `GaussNewton`, or several to mix.
+        proximal_step: `GradientSteps` or `GaussNewton`, or several to mix.
         width: channels of the network.
         depth: blocks of the network.
         architecture: ``"dws"``, a `DWSNet`; ``"signed"``, a `SignedDWSNet`, which also commutes with signs of units,
@@ -208,7 +211,7 @@ class InformedVelocity(_OverWeights):
     def __init__(
         self,
         spec: WeightSpec,
-        displacement: Displacement | Sequence[Displacement] | None = None,
+        proximal_step: ProximalStep | Sequence[ProximalStep] | None = None,
         width: Count = 64,
         depth: Count = 4,
         *,
@@ -218,13 +221,13 @@ class InformedVelocity(_OverWeights):
     ) -> None:
         super().__init__()
         self.spec, self.symmetries = spec, _symmetries(spec, architecture)
-        given = GradientSteps() if displacement is None else displacement
-        self.displacements = tuple(given) if isinstance(given, Sequence) else (given,)
-        if not self.displacements:
-            raise ValueError("displacement must be one or several, got none")
+        given = GradientSteps() if proximal_step is None else proximal_step
+        self.proximal_steps = tuple(given) if isinstance(given, Sequence) else (given,)
+        if not self.proximal_steps:
+            raise ValueError("proximal_step must be one or several, got none")
         self.path = path if path is not None else AffinePath()
         self._config = {"width": width, "depth": depth, "architecture": architecture, "heads": heads}
-        count = len(self.displacements)
+        count = len(self.proximal_steps)
         self.net = _network(spec, 1 + 2 * count, width, depth, architecture, heads)
         self.time = TimeEmbedding(width)
         self.trust = nn.Linear(width, count)
@@ -232,40 +235,42 @@ class InformedVelocity(_OverWeights):
         nn.init.constant_(self.trust.bias, 1 / count)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """Return the velocity, ``(batch, dim)``; ``RuntimeError`` if the field is not bound to a context."""
+        """Return the velocity, ``(batch, dim)``; ``RuntimeError`` if the field is not bound to a posterior."""
         t = _times(t, x)
         return self.from_precomputed(t, x, *self.precompute(t, x))
 
     def precompute(self, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        """Return what of the velocity comes before anything learned: both parts of every drive, ``(batch, dim)``."""
-        _, _, drives = _driven(self.path, self.posterior, self.displacements, t, x)
-        return tuple(part for drive in drives for part in drive)
+        """Return what of the velocity comes before anything learned: both parts of every score, ``(batch, dim)``."""
+        _, _, scores = _scores(self.path, self.posterior, self.proximal_steps, t, x)
+        return tuple(part for score in scores for part in score)
 
     def closed_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the velocity and its divergence ``(batch,)`` in float64: only the network is differentiated."""
 
-        def closed(t: Tensor, x: Tensor, c: Coefficients, known: list[tuple[Drive, Drive]]) -> tuple[Tensor, Tensor]:
+        def closed(
+            t: Tensor, x: Tensor, c: Coefficients, known: list[tuple[LikelihoodScore, LikelihoodScore]]
+        ) -> tuple[Tensor, Tensor]:
             parts, jacobians = ([part for both in known for part in both[k]] for k in (0, 1))
             return chained_divergence(lambda x, *parts: self.from_precomputed(t, x, *parts), x, parts, jacobians)
 
-        return _with_divergence(self, closed, self.displacements, t, x)
+        return _with_divergence(self, closed, self.proximal_steps, t, x)
 
-    def from_precomputed(self, t: Tensor, x: Tensor, *drives: Tensor) -> Tensor:
+    def from_precomputed(self, t: Tensor, x: Tensor, *scores: Tensor) -> Tensor:
         """Return the velocity at times ``(batch,)``, given `precompute`."""
         c, s2, _ = _given(self.path, t, x)
         trust = self.trust(self.time(t))
-        features, pull = [x], torch.zeros_like(x)
-        for index, (w, grad) in enumerate(zip(drives[::2], drives[1::2], strict=True)):
+        features, total = [x], torch.zeros_like(x)
+        for index, (w, grad) in enumerate(zip(scores[::2], scores[1::2], strict=True)):
             features += [s2 * w / (s2.sqrt() + 0.05), torch.asinh(s2 * grad)]
-            pull = pull + trust[:, index, None] * w
-        return c.rest * x + c.pull * pull + self.net(torch.stack(features, -1), t).squeeze(-1)
+            total = total + trust[:, index, None] * w
+        return c.drift * x + c.score_gain * total + self.net(torch.stack(features, -1), t).squeeze(-1)
 
     @property
     def informed(self) -> bool:
         """True."""
         return True
 
-    def bind(self, posterior: Context | None) -> Self:
+    def bind(self, posterior: WhitenedPosterior | None) -> Self:
         """Return the same field, sharing its weights, with the pull of another model, or of none."""
         if posterior is not None and posterior.dim != self.spec.dim:
             raise ValueError(f"the field is for {self.spec.dim} weights, the model has {posterior.dim}")
@@ -273,7 +278,7 @@ class InformedVelocity(_OverWeights):
 
     def describe(self) -> dict[str, Any]:
         """Return plain values from which the module is rebuilt."""
-        plain = [_plain(each) for each in self.displacements]
+        plain = [_plain(each) for each in self.proximal_steps]
         return {"kind": "informed", "displacement": plain, "path": self.path.describe()} | self._config
 
 
@@ -325,7 +330,7 @@ class GaussianVelocity(Field):
 class ResidualVelocity(Field):
     """The closed-form field to a Gaussian fit plus a `DWSNet` that learns what is not Gaussian.
 
-    v = v_Gaussian(t, x) + net(t, x). Worth most for targets that are one cloud: align the draws first. A Gaussian of
+    v = v_Gaussian(t, x) + net(t, x). Worth most for unimodal targets: align the draws first. A Gaussian of
     full covariance keeps no symmetry, and neither does this field.
 
     Args:
@@ -435,16 +440,16 @@ def _rebuilt(description: dict[str, Any], spec: WeightSpec) -> Field:
     if "path" in values:
         values["path"] = AffinePath(**values["path"])
     if "displacement" in values:
-        plain = values["displacement"]
-        made = [_displacement(each) for each in ([plain] if isinstance(plain, dict) else plain)]
-        values["displacement"] = made[0] if len(made) == 1 else made
+        plain = values.pop("displacement")
+        made = [_proximal_step(each) for each in ([plain] if isinstance(plain, dict) else plain)]
+        values["proximal_step"] = made[0] if len(made) == 1 else made
     if kind == "weights":
         return WeightsVelocity(spec, **values)
     if kind == "informed":
         return InformedVelocity(spec, **values)
     if kind == "drive":
         symmetries = Symmetries(*(frozenset(each) for each in values.pop("group")))
-        return DriveVelocity(**values, symmetries=symmetries)
+        return ScoreVelocity(**values, symmetries=symmetries)
     if kind == "gaussian":
         dim = values.pop("dim")
         return GaussianVelocity(torch.zeros(dim), torch.eye(dim), **values)
@@ -471,14 +476,14 @@ def _network(
     raise ValueError(f"architecture must be 'dws', 'signed' or 'graph', got {architecture!r}")
 
 
-def _driven(
-    path: AffinePath, context: Context | None, displacements: Sequence[Displacement], t: Tensor, x: Tensor
-) -> tuple[Coefficients, Tensor, list[Drive]]:
-    """Return the coefficients and s^2 at each time, ``(batch, 1)``, and the drive of every displacement."""
-    if context is None:
+def _scores(
+    path: AffinePath, posterior: WhitenedPosterior | None, proximal_steps: Sequence[ProximalStep], t: Tensor, x: Tensor
+) -> tuple[Coefficients, Tensor, list[LikelihoodScore]]:
+    """Return the coefficients and s^2 at each time, ``(batch, 1)``, and the likelihood score of every proximal step."""
+    if posterior is None:
         raise RuntimeError("a likelihood-informed velocity must be bound to a model first")
     c, s2, mu = _given(path, t, x)
-    return c, s2, [displacement(context, mu, s2) for displacement in displacements]
+    return c, s2, [proximal_step(posterior, mu, s2) for proximal_step in proximal_steps]
 
 
 def _given(path: AffinePath, t: Tensor, x: Tensor) -> tuple[Coefficients, Tensor, Tensor]:
@@ -488,46 +493,48 @@ def _given(path: AffinePath, t: Tensor, x: Tensor) -> tuple[Coefficients, Tensor
 
 
 def _with_divergence(
-    field: DriveVelocity | InformedVelocity,
-    closed: Callable[[Tensor, Tensor, Coefficients, list[tuple[Drive, Drive]]], tuple[Tensor, Tensor]],
-    displacements: Sequence[Displacement],
+    field: ScoreVelocity | InformedVelocity,
+    closed: Callable[
+        [Tensor, Tensor, Coefficients, list[tuple[LikelihoodScore, LikelihoodScore]]], tuple[Tensor, Tensor]
+    ],
+    proximal_steps: Sequence[ProximalStep],
     t: Tensor,
     x: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return the velocity and its divergence, by automatic differentiation where there is no other way.
 
-    That is where a drive does not know its Jacobian, and where derivatives of the result are wanted.
+    That is where a likelihood score does not know its Jacobian, and where derivatives of the result are wanted.
 
     Args:
         field: whose.
-        closed: makes both of the drives and their Jacobians by x.
-        displacements: of the field.
+        closed: makes both of the scores and their Jacobians by x.
+        proximal_steps: of the field.
         t: a scalar or ``(batch,)``.
         x: ``(batch, dim)``.
     """
-    if field.posterior is None or recorded(t, x, *field.parameters()):
+    if field.posterior is None or is_tracked(t, x, *field.parameters()):
         return divergence(lambda t, z: field(t, z), t, x)
     rows, parts = max(1, _ELEMENTS[x.device.type == "cpu"] // x.shape[-1] ** 2), []
     for t_part, x_part in zip(_times(t, x).split(rows), x.split(rows), strict=True):
         c, s2, mu = _given(field.path, t_part, x_part)
         known = []
-        for displacement in displacements:
-            found = displacement.with_jacobians(field.posterior, mu, s2)
+        for proximal_step in proximal_steps:
+            found = proximal_step.with_jacobians(field.posterior, mu, s2)
             if found is None:
                 return divergence(lambda t, z: field(t, z), t, x)
-            drive, by_mu = found
-            known.append((drive, Drive(*(jacobian.mul_((c.b / c.q).unsqueeze(-1)) for jacobian in by_mu))))
+            score, by_mu = found
+            known.append((score, LikelihoodScore(*(jacobian.mul_((c.b / c.q).unsqueeze(-1)) for jacobian in by_mu))))
         parts.append(closed(t_part, x_part, c, known))
     values, traces = zip(*parts, strict=True)
     return torch.cat(values), torch.cat(traces)
 
 
-def _plain(displacement: Displacement) -> dict[str, Any]:
-    return {"kind": type(displacement).__name__} | vars(displacement)
+def _plain(proximal_step: ProximalStep) -> dict[str, Any]:
+    return {"kind": type(proximal_step).__name__} | vars(proximal_step)
 
 
-def _displacement(plain: dict[str, Any]) -> Displacement:
-    families: dict[str, Callable[..., Displacement]] = {"GradientSteps": GradientSteps, "GaussNewton": GaussNewton}
+def _proximal_step(plain: dict[str, Any]) -> ProximalStep:
+    families: dict[str, Callable[..., ProximalStep]] = {"GradientSteps": GradientSteps, "GaussNewton": GaussNewton}
     values = dict(plain)
     kind = values.pop("kind")
     if kind == "GradientSteps" and "memory" not in values:

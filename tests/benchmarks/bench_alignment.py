@@ -115,8 +115,8 @@ def trained(spec: WeightSpec, x: Tensor, y: Tensor, n: int, steps: int) -> Tenso
     network, theta = ChainNetwork(spec), initial(spec, n, 5)
     adam, labels = Adam(theta), nn.functional.one_hot(y).to(x)
     for step in range(1, steps + 1):
-        outputs, pull = network.pullback(theta, x)
-        theta = adam.step(theta, pull((labels - outputs.softmax(-1)) / len(x)), cosine(0.01, step, steps))
+        outputs, vjp = network.pullback(theta, x)
+        theta = adam.step(theta, vjp((labels - outputs.softmax(-1)) / len(x)), cosine(0.01, step, steps))
     return theta
 
 

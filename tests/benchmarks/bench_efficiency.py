@@ -57,7 +57,13 @@ def own(method: Any, model: bf.BayesianModel, chains: int, warmup: int, draws: i
 
 
 def numpyro_nuts(
-    model: bf.BayesianModel, chains: int, warmup: int, draws: int, *, vectorised: bool = False, climb: bool = False
+    model: bf.BayesianModel,
+    chains: int,
+    warmup: int,
+    draws: int,
+    *,
+    vectorised: bool = False,
+    accelerated_ascent: bool = False,
 ) -> Run:
     """Run numpyro's NUTS with its defaults, its transitions compiled into one loop as its own ``MCMC`` does."""
     import jax
@@ -67,7 +73,7 @@ def numpyro_nuts(
     x, y = jnp.asarray(model.x.mT.contiguous().numpy()), jnp.asarray(model.y.flatten().numpy())
     generator, start_cpu = torch.Generator().manual_seed(SEED), 0.0
     theta = 4 * torch.rand(chains, model.dim, generator=generator) - 2
-    if climb:
+    if accelerated_ascent:
         began = time.process_time()
         theta = starting_points(model, chains, None, generator, False)
         start_cpu = time.process_time() - began
@@ -100,7 +106,7 @@ def numpyro_nuts(
     steps = [sum(float(np.asarray(n, dtype=np.float64).sum()) for _, n in found) for found in collected]
     thetas = [rivals.join(z) for z, _ in collected[1]]  # (draw, dim) each, or one (draw, chain, dim)
     kept = thetas[0].swapaxes(0, 1) if vectorised else np.stack(thetas)
-    return Run(kept, start_cpu + cost[0], cost[1], steps[0] + climb * WARM_START * chains, steps[1])
+    return Run(kept, start_cpu + cost[0], cost[1], steps[0] + accelerated_ascent * WARM_START * chains, steps[1])
 
 
 def pyro_nuts(model: bf.BayesianModel, chains: int, warmup: int, draws: int, start: torch.Tensor) -> Run:
@@ -226,7 +232,7 @@ def main() -> None:
         else:
             print(f"bf.{name} is not there")
     runs["numpyro NUTS, chains in turn"] = lambda: numpyro_nuts(model, *size(*NUMPYRO))
-    runs["numpyro NUTS, bnnflow's start"] = lambda: numpyro_nuts(model, *size(*NUMPYRO), climb=True)
+    runs["numpyro NUTS, bnnflow's start"] = lambda: numpyro_nuts(model, *size(*NUMPYRO), accelerated_ascent=True)
     runs["numpyro NUTS, vectorised"] = lambda: numpyro_nuts(model, *size(*NUMPYRO), vectorised=True)
     runs["Pyro NUTS, from the reference"] = lambda: pyro_nuts(model, *size(*PYRO), start=exact)
 

@@ -208,9 +208,9 @@ def main() -> None:
         print(f"  {len(seen):,} draws to train on in {more.info['cpu_seconds']:.0f} CPU s")
     table = Table(given, unseen[torch.randperm(len(unseen), generator=torch.Generator().manual_seed(0))[:DRAWS]])
     newton = args.newton if args.newton is not None else {"sine": 2, "yacht": 4}.get(args.name, 0)
-    displacement = GaussNewton(newton) if newton else GradientSteps(args.climb)
+    proximal_step = GaussNewton(newton) if newton else GradientSteps(args.accelerated_ascent)
     design = {name: getattr(args, name) for name in ("architecture", "width", "depth", "heads")}
-    own = args.steps * 2 * (newton or 2 * args.climb + 1)
+    own = args.steps * 2 * (newton or 2 * args.accelerated_ascent + 1)
 
     def show(name: str, theta: Tensor, gradients: float, seconds: float) -> bf.Draws:
         table.row(name, theta, gradients, seconds)
@@ -223,7 +223,7 @@ def main() -> None:
     if not args.no_starts:
         show("prior", model.sample_prior(DRAWS, 1), 0, 0)
         show("one matched Gaussian", fit_gaussian(model, seen, seed=0).sample(DRAWS, 1), 0, 0)
-        untrained = bf.GaussNewtonFlow(model, displacement, solver=Solver(steps=args.steps))
+        untrained = bf.GaussNewtonFlow(model, proximal_step, solver=Solver(steps=args.steps))
         began = time.process_time()
         theta = untrained.sample(DRAWS, 1)
         show("untrained informed field", theta, own, time.process_time() - began)
@@ -237,7 +237,7 @@ def main() -> None:
         if args.velocity == "weights":
             field = WeightsVelocity(model.spec, **design)
         else:
-            field = InformedVelocity(model.spec, displacement, **design)
+            field = InformedVelocity(model.spec, proximal_step, **design)
         training = bf.Training(budget=args.budget, batch_size=args.batch, compile=args.compile)
         matching = Matching(reuse=args.reuse)
         flow = bf.fit_flow(model, seen, velocity=field, matching=matching, training=training, seed=0)
@@ -268,11 +268,11 @@ def main() -> None:
         show(f"map of it, {quick.info['cpu_seconds']:.0f} CPU s", theta, gradients, time.process_time() - began)
     if args.no_draws:
         torch.manual_seed(0)
-        field = InformedVelocity(model.spec, displacement, **design)
+        field = InformedVelocity(model.spec, proximal_step, **design)
         began = time.process_time()
         alone = fit_flow_without_draws(
             model,
-            displacement=displacement,
+            proximal_step=proximal_step,
             velocity=field,
             seed=0,
             training=bf.Training(batch_size=args.batch, budget=args.no_draws),

@@ -16,7 +16,7 @@ import rivals
 import torch
 
 import bnnflow as bf
-from bnnflow.inference.hmc import hmc
+from bnnflow.inference.mcmc.hmc import hmc
 
 N_LEAPFROG, STEP_SIZE = 32, 2e-4
 GRADIENTS = 4096  # over all chains, in one measurement

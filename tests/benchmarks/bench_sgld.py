@@ -14,9 +14,9 @@ import rivals
 import torch
 
 import bnnflow as bf
-from bnnflow.inference.gradients import stochastic
-from bnnflow.inference.sgld import sgld
 from bnnflow.inference.start import starting_points
+from bnnflow.inference.stochastic.gradients import stochastic
+from bnnflow.inference.stochastic.sgld import sgld
 
 CHAINS = 16
 BATCHES = (32, 128)

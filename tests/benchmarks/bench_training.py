@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from bnnflow import WeightSpec
 from bnnflow.progress import progress_bar
-from bnnflow.transport import AffinePath, Field, TowardsEnd, Training, TwoLayerVelocity, WeightsVelocity, train
+from bnnflow.transport import AffinePath, Field, LogUniformNearEnd, Training, TwoLayerVelocity, WeightsVelocity, train
 from bnnflow.types import Optimiser
 
 ASKED = 0.05
@@ -66,7 +66,7 @@ def optimisers(parameters: list[nn.Parameter], optimiser: Optimiser) -> list[tor
 
 
 def bare(field: nn.Module, pairs: Callable, steps: int, batch: int, optimiser: Optimiser, device: str) -> None:
-    path, times, generator = AffinePath(), TowardsEnd(), torch.Generator(device).manual_seed(0)
+    path, times, generator = AffinePath(), LogUniformNearEnd(), torch.Generator(device).manual_seed(0)
     both = optimisers(list(field.parameters()), optimiser)
     for _ in range(steps):
         x0, x1 = pairs(batch, generator)
@@ -156,7 +156,7 @@ def main() -> None:
             own = copy.deepcopy(field)
             if whole:
                 training = Training(steps=steps, batch_size=batch, learning_rate=LEARNING_RATE, optimiser=how)
-                settings = {"path": AffinePath(), "times": TowardsEnd(), "training": training, "progress": False}
+                settings = {"path": AffinePath(), "times": LogUniformNearEnd(), "training": training, "progress": False}
                 return clocked(lambda: train(own, pairs, **settings), device) / steps
             return clocked(lambda: bare(own, pairs, steps, batch, how, device), device) / steps
 

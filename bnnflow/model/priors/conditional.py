@@ -78,11 +78,11 @@ class ConditionalWeights:
     def _normal(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log density of w ~ N(0, s^2) and its gradient: -w / s^2, and w^2 / s^2 - 1 by log s."""
         assert self._scales is not None
-        log_scales, pull = self._scales(theta)
+        log_scales, vjp = self._scales(theta)
         inverse = (-log_scales).exp()
         z = theta[..., : self.network.dim] * inverse
         value = -(0.5 * z * z + log_scales).sum(-1, dtype=torch.float64) - 0.5 * self.network.dim * LOG_2PI
-        return value, torch.cat([-z * inverse, pull(z * z - 1)], -1)
+        return value, torch.cat([-z * inverse, vjp(z * z - 1)], -1)
 
     def sample(self, coordinates: Tensor, generator: torch.Generator) -> Tensor:
         """Draw weights ``(n, network dim)`` given the parameters' coordinates ``(n, parameters)``."""
@@ -139,7 +139,7 @@ class ConditionalWeights:
         """Whether the derivatives of the weights are known."""
         return self._scales is not None
 
-    def pull(self, theta: Tensor, vectors: Tensor, first: Tensor) -> Tensor:
+    def vjp(self, theta: Tensor, vectors: Tensor, first: Tensor) -> Tensor:
         """Turn gradients by theta, of more leading axes if need be, into those by z."""
         assert self._scales is not None
         start, stop = self.network.dim, self.spec.dim

@@ -254,13 +254,13 @@ class FlatPrior:
         """Return the point ``(..., dim)`` of standard normal coordinates, where the map and its derivatives are."""
         return Placed(self, z)
 
-    def pull(self, z: Tensor, vectors: Tensor) -> Tensor:
+    def vjp(self, z: Tensor, vectors: Tensor) -> Tensor:
         """Turn gradients by theta ``(..., dim)`` into gradients by z; more leading axes of vectors are allowed."""
-        return self.at(z).pull(vectors)
+        return self.at(z).vjp(vectors)
 
-    def push(self, z: Tensor, vectors: Tensor) -> Tensor:
+    def jvp(self, z: Tensor, vectors: Tensor) -> Tensor:
         """Turn directions in z ``(..., dim)`` into directions in theta."""
-        return self.at(z).push(vectors)
+        return self.at(z).jvp(vectors)
 
     def bend_of(self, function: Callable[[Tensor], Tensor], z: Tensor) -> Bend:
         """Return the derivative of a gradient by z ``(batch, dim)``, by automatic differentiation.
@@ -388,16 +388,16 @@ class Placed:
     def _derivatives(self) -> tuple[Tensor, Tensor]:
         return self._prior._derivatives(self.z)
 
-    def pull(self, vectors: Tensor) -> Tensor:
+    def vjp(self, vectors: Tensor) -> Tensor:
         """Turn gradients by theta ``(..., dim)`` into gradients by z; more leading axes of vectors are allowed."""
         if self._weights is None:
             return vectors * self._derivative
         if self._weights.closed:
-            return self._weights.pull(self.theta, vectors, self._derivative)
+            return self._weights.vjp(self.theta, vectors, self._derivative)
         z = self.z.expand_as(vectors)
         return torch.func.vjp(self._prior.from_normal, z)[1](vectors)[0]  # type: ignore[misc]
 
-    def push(self, vectors: Tensor) -> Tensor:
+    def jvp(self, vectors: Tensor) -> Tensor:
         """Turn directions in z ``(..., dim)`` into directions in theta."""
         if self._weights is None:
             return vectors * self._derivative
@@ -418,7 +418,7 @@ class Placed:
             return Arrowhead(self._derivatives[1] * v, None)
         if self._weights.closed:
             return self._weights.turn(self.theta, v, *self._derivatives)
-        return self._prior._arrowhead(lambda z: self._prior.push(z, v), self.z)
+        return self._prior._arrowhead(lambda z: self._prior.jvp(z, v), self.z)
 
     def bend(self, grad: Tensor) -> Bend:
         """Return the derivative by z of ``pull(grad)``, ``grad`` ``(batch, dim)`` fixed."""
@@ -426,4 +426,4 @@ class Placed:
             return Bend(Arrowhead(self._derivatives[1] * grad, None), None)
         if self._weights.closed:
             return self._weights.bend(self.theta, grad, *self._derivatives)
-        return self._prior.bend_of(lambda z: self._prior.pull(z, grad), self.z)
+        return self._prior.bend_of(lambda z: self._prior.vjp(z, grad), self.z)

@@ -84,10 +84,10 @@ class TensorScales(LogScales):
         """Return the log scales ``(..., network dim)``, and how a gradient by them becomes one by the parameters."""
         logs = theta[..., self._size :]
 
-        def pull(grad: Tensor) -> Tensor:
+        def vjp(grad: Tensor) -> Tensor:
             return grad.new_zeros(*grad.shape[:-1], logs.shape[-1]).index_add(-1, self._owner, grad)
 
-        return logs.index_select(-1, self._owner) + self._log_factors.to(theta.dtype), pull
+        return logs.index_select(-1, self._owner) + self._log_factors.to(theta.dtype), vjp
 
     @property
     def shared(self) -> Shared:
@@ -143,7 +143,7 @@ class HorseshoeScales(LogScales):
         of_matrices = -0.5 * torch.logaddexp(-slab, -wide)  # 1 / variance = 1 / c^2 + 1 / (tau l)^2
         share = torch.sigmoid(slab - wide)  # of the variance's change that follows tau and l, not c
 
-        def pull(grad: Tensor) -> Tensor:
+        def vjp(grad: Tensor) -> Tensor:
             grad = grad.index_select(-1, self._places)
             parts = (grad * share, grad * share, 0.5 * grad * (1 - share))
             total = grad.new_zeros(*grad.shape[:-1], logs.shape[-1])
@@ -152,7 +152,7 @@ class HorseshoeScales(LogScales):
             return total
 
         fixed = self._of_biases.to(theta.dtype).expand(*theta.shape[:-1], -1)
-        return fixed.index_add(-1, self._places, of_matrices), pull
+        return fixed.index_add(-1, self._places, of_matrices), vjp
 
     @property
     def own(self) -> Tensor | None:

@@ -173,6 +173,6 @@ def _uneven(network: WeightSpec, densities: dict[str, Tensor]) -> set[str]:
     uneven: set[str] = set()
     for name, density in densities.items():
         if not torch.allclose(density, density.flip(0), atol=1e-5):
-            powers = zip(network.blocks(name)[1], network.powers(name), strict=True)
-            uneven |= {label for label, power in powers if power and label is not None}
+            scale_exponents = zip(network.unit_axes(name)[1], network.scale_exponents(name), strict=True)
+            uneven |= {label for label, power in scale_exponents if power and label is not None}
     return uneven

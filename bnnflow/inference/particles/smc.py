@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from bnnflow.arguments import checked, integer, number, settle
-from bnnflow.bridge import balance
-from bnnflow.draws import Draws, as_theta, strays, unresolved
+from bnnflow.bridge import bennett
+from bnnflow.draws import Draws, as_theta, outliers, unresolved
 from bnnflow.gaussian import positive
-from bnnflow.inference.hmc import hmc
+from bnnflow.inference.mcmc.hmc import hmc
 from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
@@ -40,7 +40,7 @@ class _Particles(NamedTuple):
     log_weights: Tensor  # (run, particle), normalised over the particles of all processes
     root: Tensor  # (run, particle), which of the first particles it descends from
     fraction: Tensor  # (run,), the inverse temperature, 0 to 1,
-    rest: Tensor  # (run,), and what it lacks of 1: each keeps its digits where it is small
+    remainder: Tensor  # (run,), and what it lacks of 1: each keeps its digits where it is small
     log_normaliser: Tensor  # (run,), of the density now over that of the first end
     merged: Tensor  # (run,), log of how much less apart families are for resampling alone
     least: Tensor  # (run,), smallest share of the particles that a temperature has left effective
@@ -138,7 +138,7 @@ class SMC(Method):
             log_weights=torch.full_like(log_last, -math.log(mine * ranks.size)),
             root=root.expand(runs, -1),
             fraction=zeros,
-            rest=torch.ones_like(zeros),
+            remainder=torch.ones_like(zeros),
             log_normaliser=zeros,
             merged=zeros,
             least=torch.ones_like(zeros),
@@ -161,9 +161,9 @@ class SMC(Method):
         ratio = ranks.gather(state.log_ratio, 1)
         weights = ranks.gather(state.log_weights, 1)
         usable = torch.where(ratio.isnan(), -math.inf, ratio)
-        further = _next_step(usable, weights, state.fraction, state.rest, self.ess)
-        last = further == state.rest
-        fraction, rest = torch.where(last, 1.0, state.fraction + further), state.rest - further
+        further = _next_step(usable, weights, state.fraction, state.remainder, self.ess)
+        last = further == state.remainder
+        fraction, remainder = torch.where(last, 1.0, state.fraction + further), state.remainder - further
         weights = weights + further[:, None] * usable
         total = weights.logsumexp(1)
         weights = weights - total[:, None]
@@ -182,7 +182,7 @@ class SMC(Method):
 
         mass = _variance(everyone, weights).to(everyone.dtype)  # (run, dim)
         particles = own(everyone)
-        target = path.tempered(*(part.repeat_interleave(particles.shape[1]) for part in (fraction, rest)))
+        target = path.tempered(*(part.repeat_interleave(particles.shape[1]) for part in (fraction, remainder)))
         theta, step_size, acceptance, steps = self._move(target, particles, mass, state, ranks, generator)
         log_first, log_last = path(theta)
         gradients = state.gradients + steps + 1
@@ -200,7 +200,7 @@ class SMC(Method):
             log_weights=own(weights),
             root=own(roots),
             fraction=fraction,
-            rest=rest,
+            remainder=remainder,
             log_normaliser=state.log_normaliser + total,
             merged=state.merged + torch.where(last, 0.0, merged),
             least=torch.where(left >= state.least, state.least, left),  # NaN is the least
@@ -320,7 +320,7 @@ def evidence(
     state = smc._first(path, theta[rows].unsqueeze(0), ALONE, generator)
     if not bool(state.log_ratio.isfinite().all()):
         raise ValueError("some draws have no finite posterior or start density: they are not the posterior's")
-    apart = strays(state.log_first[0])
+    apart = outliers(state.log_first[0])
     if bool(apart.any()):
         found = f"{int(apart.sum())} of {n} draws lie far below the others in log density"
         if float(apart.double().mean()) > _APART:
@@ -338,8 +338,8 @@ def evidence(
         while float(state.fraction) < 1:
             before = state._replace(root=everyone)
             state = smc._advance(path, before, ALONE, generator, generator, bar)
-            part, weights = float(before.rest - state.rest), state.log_weights.exp()
-            step, here, there = balance(part * before.log_ratio, part * state.log_ratio, weights)
+            part, weights = float(before.remainder - state.remainder), state.log_weights.exp()
+            step, here, there = bennett(part * before.log_ratio, part * state.log_ratio, weights)
             value += float(step)
             slope = float((here * (1 - here)).mean() + (weights * there * (1 - there)).sum())
             influence = influence + (here - here.mean()) / slope
@@ -377,17 +377,17 @@ class _Path:
         log_first, _, log_last, _ = self._ends(theta.flatten(0, 1))
         return log_first.reshape(theta.shape[:2]), log_last.reshape(theta.shape[:2])
 
-    def tempered(self, fraction: Tensor, rest: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def tempered(self, fraction: Tensor, remainder: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """Return the density at fractions ``(particle,)`` of the way, one of its own for every particle.
 
-        ``rest`` is one less the fraction, and known better near the end: the first density may be so steep that the
-        last digits of that matter.
+        ``remainder`` is one less the fraction, and known better near the end: the first density may be so steep that
+        the last digits of that matter.
         """
 
         def target(theta: Tensor) -> tuple[Tensor, Tensor]:
             log_first, first_grad, log_last, last_grad = self._ends(theta)
-            near, far = (part[:, None].to(last_grad.dtype) for part in (rest, fraction))
-            return rest * log_first + fraction * log_last, near * first_grad + far * last_grad
+            near, far = (part[:, None].to(last_grad.dtype) for part in (remainder, fraction))
+            return remainder * log_first + fraction * log_last, near * first_grad + far * last_grad
 
         return target
 
@@ -422,13 +422,13 @@ class _Path:
 
 def next_fraction(ratio: Tensor, log_weights: Tensor, fraction: Tensor, ess: float) -> Tensor:
     """Return the largest inverse temperatures ``(run,)`` that leave at least ``ess`` of the particles effective."""
-    rest = 1 - fraction
-    step = _next_step(ratio, log_weights, fraction, rest, ess)
-    return torch.where(step == rest, 1.0, fraction + step)
+    remainder = 1 - fraction
+    step = _next_step(ratio, log_weights, fraction, remainder, ess)
+    return torch.where(step == remainder, 1.0, fraction + step)
 
 
-def _next_step(ratio: Tensor, log_weights: Tensor, fraction: Tensor, rest: Tensor, ess: float) -> Tensor:
-    """Return the same as steps from ``fraction``, of which ``rest`` is the longest."""
+def _next_step(ratio: Tensor, log_weights: Tensor, fraction: Tensor, remainder: Tensor, ess: float) -> Tensor:
+    """Return the same as steps from ``fraction``, of which ``remainder`` is the longest."""
 
     def remaining(step: Tensor) -> Tensor:
         weights = log_weights + step[:, None] * ratio
@@ -436,8 +436,8 @@ def _next_step(ratio: Tensor, log_weights: Tensor, fraction: Tensor, rest: Tenso
         return (-(2 * weights).logsumexp(1)).exp() / weights.shape[1]
 
     # Bisection of the step itself, whose digits do not end: noise of 1e-6 of the data wants a first one of 1e-13.
-    low, high = torch.zeros_like(rest), rest
-    whole = remaining(rest) >= ess
+    low, high = torch.zeros_like(remainder), remainder
+    whole = remaining(remainder) >= ess
     for _ in range(_HALVINGS):
         middle = 0.5 * (low + high)
         enough = remaining(middle) >= ess
@@ -445,8 +445,8 @@ def _next_step(ratio: Tensor, log_weights: Tensor, fraction: Tensor, rest: Tenso
         if not bool((high - low > _FINE * high).any()):
             break
     # Never stand still, however steep the density: the weights then say what it cost.
-    least = torch.minimum(_spacing(fraction), _spacing(rest))
-    return torch.where(whole, rest, torch.minimum(torch.maximum(low, least), rest))
+    least = torch.minimum(_spacing(fraction), _spacing(remainder))
+    return torch.where(whole, remainder, torch.minimum(torch.maximum(low, least), remainder))
 
 
 def _spacing(values: Tensor) -> Tensor:
@@ -472,7 +472,7 @@ def _variance(theta: Tensor, log_weights: Tensor) -> Tensor:
 
 
 def _shares(log_weights: Tensor, root: Tensor) -> Tensor:
-    """Return the weight of every family, the descendants of one of the first particles, ``(run, family)``."""
+    """Return the weight of every family, the descendants of one of the first particles, ``(run, make_kernel)``."""
     return torch.zeros_like(log_weights).scatter_add_(1, root, log_weights.exp())
 
 

@@ -249,24 +249,25 @@ class Move(NamedTuple):
     """What a person wants to know of one latent move; ``(n,)`` each."""
 
     acceptance_rate: Tensor
-    fresh: Tensor  # whether the proposal was independent of the present point
+    independent: Tensor  # whether the proposal was independent of the present point
 
 
 def crank_nicolson(
-    latent: Latent, width: float, *, power: float = 1.0, fresh: float = 0.0, around: Gaussian | None = None
+    latent: Latent, beta: float, *, power: float = 1.0, independent_share: float = 0.0, around: Gaussian | None = None
 ) -> Kernel:
     """Build the preconditioned Crank-Nicolson kernel in latent space (Neal 1998; Cotter et al. 2013).
 
     Proposes m + sqrt(1 - b^2) (x0 - m) + b L z with z ~ N(0, I), which leaves r = N(m, L L^T) invariant, and accepts
     with probability min(1, a(x0') / a(x0)), a = N(x0; 0, I) w^power / r(x0) and w the importance weight. Leaves
-    N(x0; 0, I) w^power invariant: the posterior for power 1. b is ``width``, or 1 with probability ``fresh``, for every
+    N(x0; 0, I) w^power invariant: the posterior for power 1. b is ``beta``, or 1 with probability
+    ``independent_share``, for every
     point anew; with r = N(0, I) that is an independence Metropolis proposal from the flow.
 
     Args:
         latent: the posterior in latent space.
-        width: b, between 0 and 1.
+        beta: b, between 0 and 1.
         power: inverse temperature between the flow, 0, and the posterior, 1.
-        fresh: share of independent proposals.
+        independent_share: of the proposals.
         around: r, ideally near what is left invariant (Rudolf and Sprungk 2018); N(0, I) if None.
     """
 
@@ -281,8 +282,8 @@ def crank_nicolson(
         x0 = points.x0
         like = {"generator": generator, "device": x0.device, "dtype": x0.dtype}
         noise, centre = torch.randn(x0.shape, **like), torch.zeros_like(x0[0])
-        anew = torch.rand(len(x0), **like) < fresh
-        b = torch.where(anew, 1.0, width).to(x0).unsqueeze(-1)  # (n, 1)
+        anew = torch.rand(len(x0), **like) < independent_share
+        b = torch.where(anew, 1.0, beta).to(x0).unsqueeze(-1)  # (n, 1)
         if around is not None:
             noise, centre = noise @ around.scale_tril.T, around.loc
         proposed = latent.forward(centre + (1 - b * b).sqrt() * (x0 - centre) + b * noise)

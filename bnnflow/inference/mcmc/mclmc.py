@@ -13,15 +13,15 @@ from torch import Tensor
 from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
 from bnnflow.inference.loop import Tuned, WarmUp, run_chains, thinned
-from bnnflow.inference.mass import Moments
-from bnnflow.inference.warmup import window_ends
+from bnnflow.inference.mcmc.mass import Moments
+from bnnflow.inference.mcmc.warmup import window_ends
 from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 from bnnflow.model.fused import normal_like, turned
 from bnnflow.ranks import ALONE, Ranks
 from bnnflow.types import Kernel, LogDensityAndGrad
 
-__all__ = ["MCLMC", "MCLMCInfo", "MCLMCState", "mclmc", "mclmc_warm_up", "random_directions", "turn"]
+__all__ = ["MCLMC", "MCLMCInfo", "MCLMCState", "mclmc", "mclmc_warm_up", "momentum_update", "random_directions"]
 
 
 class MCLMCState(NamedTuple):
@@ -46,7 +46,7 @@ _OUTER = 0.1931833275037836
 _INNER = 1 - 2 * _OUTER
 
 
-def turn(direction: Tensor, grad: Tensor, step: float | Tensor) -> tuple[Tensor, Tensor]:
+def momentum_update(direction: Tensor, grad: Tensor, step: float | Tensor) -> tuple[Tensor, Tensor]:
     """Turn unit vectors ``(chain, dim)`` towards the gradient for a time ``step``, exactly.
 
     Solves du/dt = (I - u u^T) grad / (dim - 1) at constant gradient (Robnik et al. 2023; ver Steeg and Galstyan 2021).
@@ -100,13 +100,13 @@ def mclmc(log_joint_and_grad: LogDensityAndGrad, step_size: float, L: float, inv
 
     def step(state: MCLMCState, generator: torch.Generator) -> tuple[MCLMCState, MCLMCInfo]:
         dim = state.theta.shape[-1]
-        direction, first = turn(state.direction, scale * state.grad, _OUTER * step_size)
+        direction, first = momentum_update(state.direction, scale * state.grad, _OUTER * step_size)
         theta = torch.addcmul(state.theta, half, direction)
         _, grad = log_joint_and_grad(theta)
-        direction, second = turn(direction, scale * grad, _INNER * step_size)
+        direction, second = momentum_update(direction, scale * grad, _INNER * step_size)
         theta = torch.addcmul(theta, half, direction)
         value, grad = log_joint_and_grad(theta)
-        direction, third = turn(direction, scale * grad, _OUTER * step_size)
+        direction, third = momentum_update(direction, scale * grad, _OUTER * step_size)
         error = first + second + third - (value - state.log_joint)
         diverging = ~(error.abs() < _DIVERGENCE)  # NaN counts
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from bnnflow.arguments import checked, choice, flag, settle
 from bnnflow.draws import Draws
-from bnnflow.inference.burn_in import Recipe, check, run_stochastic
-from bnnflow.inference.gradients import Scales, StochasticTarget, guarded
-from bnnflow.inference.schedules import Constant, Schedule
-from bnnflow.inference.sghmc import MomentumDraw, MomentumInfo, kick_limit, momentum_info
+from bnnflow.inference.stochastic.burn_in import Scheme, check, run_stochastic
+from bnnflow.inference.stochastic.gradients import Scales, StochasticTarget, clip_or_revert
+from bnnflow.inference.stochastic.schedules import Constant, Schedule
+from bnnflow.inference.stochastic.sghmc import MomentumDraw, MomentumInfo, kick_limit, momentum_info
 from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 from bnnflow.model.fused import normal_like
@@ -82,7 +82,7 @@ def sgnht(
         thermostat = torch.full_like(theta if per_parameter else theta[:, :1], friction)
         state = SGNHTState(theta, *target(theta, generator), momentum, thermostat, 0)
         before = state._replace(grad=torch.zeros_like(theta))
-        return guarded(state, lambda: before, root, kick_limit(theta, step_size))[0]
+        return clip_or_revert(state, lambda: before, root, kick_limit(theta, step_size))[0]
 
     def step(state: SGNHTState, generator: torch.Generator) -> tuple[SGNHTState, MomentumInfo]:
         scale, sampling = schedule(state.done)
@@ -103,7 +103,7 @@ def sgnht(
         kinetic = 0.5 * (first + last).mean(-1)
         theta.addcmul_(momentum, root, value=0.5 * h)
         new = SGNHTState(theta, *target(theta, generator), momentum, thermostat, state.done + 1)
-        new, diverging = guarded(new, lambda: _restarted(state, friction), root, kick_limit(theta, h))
+        new, diverging = clip_or_revert(new, lambda: _restarted(state, friction), root, kick_limit(theta, h))
         return new, momentum_info(theta, diverging, cost, h, kinetic)
 
     return Kernel(init, step)
@@ -167,7 +167,9 @@ class SGNHT(Method):
         """Run the chains; see `bnnflow.sample`. The defaults are 16 chains, 200 transitions of warm-up, 1,000 draws."""
         friction = self.friction or (1.0 if self.step_size is None else 0.1 / self.step_size)
 
-        def family(target: StochasticTarget, scales: Scales, step_size: float, schedule: Schedule, cost: int) -> Kernel:
+        def make_kernel(
+            target: StochasticTarget, scales: Scales, step_size: float, schedule: Schedule, cost: int
+        ) -> Kernel:
             return sgnht(
                 target,
                 step_size,
@@ -179,7 +181,7 @@ class SGNHT(Method):
                 cost=cost,
             )
 
-        def choose(scales: Scales) -> tuple[float, float]:
+        def step_size_rule(scales: Scales) -> tuple[float, float]:
             h = 2 * math.sqrt(self.bias / max(scales.curvature, scales.noise_level))
             longest = 1 / math.sqrt(scales.curvature)
             return min(h / math.sqrt(self.schedule.kept_scale), longest), longest
@@ -191,4 +193,4 @@ class SGNHT(Method):
             balance = friction + 0.5 * step_size * scales.noise_level  # what the thermostat would learn
             return state._replace(thermostat=torch.full_like(state.thermostat, balance))
 
-        return run_stochastic(model, run, self, Recipe(family, choose, notes, MomentumDraw, settle))
+        return run_stochastic(model, run, self, Scheme(make_kernel, step_size_rule, notes, MomentumDraw, settle))

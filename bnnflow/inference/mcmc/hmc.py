@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnnflow.gaussian import Gaussian
-from bnnflow.inference.trajectories import (
+from bnnflow.inference.mcmc.trajectories import (
     ChainState,
     Proposal,
     Trajectories,

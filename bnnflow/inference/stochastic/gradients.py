@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bnnflow.model import BayesianModel
-from bnnflow.model.fused import longest
+from bnnflow.model.fused import max_norm
 from bnnflow.ranks import ALONE, Ranks
 
 __all__ = [
@@ -19,11 +19,11 @@ __all__ = [
     "StochasticTarget",
     "anchored",
     "averaged",
+    "clip_or_revert",
+    "constant_statistic",
     "control_variates",
-    "guarded",
-    "higher",
     "measure",
-    "same",
+    "move_anchor",
     "stochastic",
 ]
 
@@ -63,7 +63,7 @@ def anchored(model: BayesianModel, theta: Tensor) -> Anchor:
     return Anchor(theta, *model.log_joint_and_grad(theta))
 
 
-def higher(model: BayesianModel, anchor: Anchor, theta: Tensor) -> Anchor:
+def move_anchor(model: BayesianModel, anchor: Anchor, theta: Tensor) -> Anchor:
     """Return the anchor, moved to ``theta`` where the density is higher there."""
     other = anchored(model, theta)
     better = other.log_joint > anchor.log_joint  # (chain,)
@@ -97,7 +97,7 @@ def control_variates(model: BayesianModel, anchor: Anchor, batch_size: int) -> S
 _State = TypeVar("_State", bound=Any)
 
 
-def guarded(new: _State, before: Callable[[], _State], root: Tensor, limit: float) -> tuple[_State, Tensor]:
+def clip_or_revert(new: _State, before: Callable[[], _State], root: Tensor, limit: float) -> tuple[_State, Tensor]:
     """Mend what went wrong in a step, chain by chain, and say where it did.
 
     A chain whose density or gradient is not finite goes back to where it was. One whose gradient, in units of
@@ -114,8 +114,8 @@ def guarded(new: _State, before: Callable[[], _State], root: Tensor, limit: floa
         The state, and where it was mended ``(chain,)``.
     """
     # One number tells of all chains at once that nothing happened, as nearly always.
-    if longest(new.grad, root, new.log_joint) < limit:
-        return new, same(len(new.grad), False, new.grad.device)
+    if max_norm(new.grad, root, new.log_joint) < limit:
+        return new, constant_statistic(len(new.grad), False, new.grad.device)
     size = torch.linalg.vector_norm(new.grad * root, dim=-1)
     extreme = ~((size < limit) & new.log_joint.isfinite())
     if not extreme.any():
@@ -133,7 +133,7 @@ def guarded(new: _State, before: Callable[[], _State], root: Tensor, limit: floa
 
 
 @functools.lru_cache(maxsize=32, typed=True)
-def same(chains: int, number: float, device: torch.device) -> Tensor:
+def constant_statistic(chains: int, number: float, device: torch.device) -> Tensor:
     """Return a statistic that is the same for all chains, and the same tensor in every step: nobody may write to it."""
     kinds = {bool: torch.bool, int: torch.int64, float: torch.float64}
     return torch.full((chains,), number, dtype=kinds[type(number)], device=device)

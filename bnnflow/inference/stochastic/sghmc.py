@@ -11,9 +11,9 @@ from torch import Tensor
 
 from bnnflow.arguments import checked, choice, flag, settle
 from bnnflow.draws import Draws
-from bnnflow.inference.burn_in import Recipe, check, run_stochastic
-from bnnflow.inference.gradients import Scales, StochasticTarget, guarded, same
-from bnnflow.inference.schedules import Constant, Schedule
+from bnnflow.inference.stochastic.burn_in import Scheme, check, run_stochastic
+from bnnflow.inference.stochastic.gradients import Scales, StochasticTarget, clip_or_revert, constant_statistic
+from bnnflow.inference.stochastic.schedules import Constant, Schedule
 from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 from bnnflow.model.fused import normal_like
@@ -93,7 +93,7 @@ def sghmc(
         momentum = normal_like(theta, generator)
         state = SGHMCState(theta, *target(theta, generator), momentum, 0)
         before = state._replace(grad=torch.zeros_like(theta))
-        return guarded(state, lambda: before, root, kick_limit(theta, step_size))[0]
+        return clip_or_revert(state, lambda: before, root, kick_limit(theta, step_size))[0]
 
     def step(state: SGHMCState, generator: torch.Generator) -> tuple[SGHMCState, MomentumInfo]:
         scale, sampling = schedule(state.done)
@@ -111,7 +111,7 @@ def sghmc(
         kinetic = torch.linalg.vecdot(momentum, momentum) / theta.shape[-1]
         theta.addcmul_(momentum, root, value=0.5 * h)
         new = SGHMCState(theta, *target(theta, generator), momentum, state.done + 1)
-        new, diverging = guarded(new, lambda: _reversed(state), root, kick_limit(theta, h))
+        new, diverging = clip_or_revert(new, lambda: _reversed(state), root, kick_limit(theta, h))
         return new, momentum_info(theta, diverging, cost, h, kinetic)
 
     return Kernel(init, step)
@@ -129,7 +129,9 @@ def kick_limit(theta: Tensor, h: float) -> float:
 def momentum_info(theta: Tensor, diverging: Tensor, cost: int, h: float, kinetic: Tensor) -> MomentumInfo:
     """Return the statistics of a step with mean squared momentum ``kinetic``."""
     chains, device = len(theta), theta.device
-    return MomentumInfo(same(chains, cost, device), diverging, same(chains, h, device), kinetic)
+    return MomentumInfo(
+        constant_statistic(chains, cost, device), diverging, constant_statistic(chains, h, device), kinetic
+    )
 
 
 @checked
@@ -185,11 +187,13 @@ class SGHMC(Method):
         """Run the chains; see `bnnflow.sample`. The defaults are 16 chains, 200 transitions of warm-up, 1,000 draws."""
         friction = self.friction or (1.0 if self.step_size is None else 0.1 / self.step_size)
 
-        def family(target: StochasticTarget, scales: Scales, step_size: float, schedule: Schedule, cost: int) -> Kernel:
+        def make_kernel(
+            target: StochasticTarget, scales: Scales, step_size: float, schedule: Schedule, cost: int
+        ) -> Kernel:
             noise = scales.noise if self.noise_estimate else None
             return sghmc(target, step_size, scales.metric, friction, noise=noise, schedule=schedule, cost=cost)
 
-        def choose(scales: Scales) -> tuple[float, float]:
+        def step_size_rule(scales: Scales) -> tuple[float, float]:
             h = 2 * math.sqrt(self.bias / scales.curvature)
             if scales.noise_level > 0:
                 heat = 0.5 if self.noise_estimate else self.bias  # half of it can still be taken off the noise
@@ -200,4 +204,4 @@ class SGHMC(Method):
         def notes(scales: Scales, step_size: float) -> dict[str, float]:
             return {"friction": friction}
 
-        return run_stochastic(model, run, self, Recipe(family, choose, notes, MomentumDraw))
+        return run_stochastic(model, run, self, Scheme(make_kernel, step_size_rule, notes, MomentumDraw))

@@ -13,14 +13,14 @@ from bnnflow.model import BayesianModel
 from bnnflow.model.arrowhead import Arrowhead
 from bnnflow.model.curvature import Curvature
 from bnnflow.model.factored import BorderedFactor, ClosedFactor, Factor, MatrixFactor
-from bnnflow.model.fused import plain
+from bnnflow.model.fused import is_untracked_cpu
 from bnnflow.model.priors.flat import Placed
 from bnnflow.transport.source import Source
 
-__all__ = ["Context", "WhitenedCurvature"]
+__all__ = ["WhitenedCurvature", "WhitenedPosterior"]
 
 
-class Context:
+class WhitenedPosterior:
     """What a likelihood-informed velocity may ask of a model, in the coordinates x of a source.
 
     With theta = from_normal(x), u(x) = log posterior(x) - log N(x; 0, I) up to a constant. From the prior, at
@@ -44,11 +44,11 @@ class Context:
         self.prior = model.flat_prior
         self.inverse_temperature = 1 / model.temperature
         self.scales = self._tensor_scales()
-        self.excess = self._excess()
+        self.precision_shift = self._precision_shift()
 
     def at(self, x: Tensor) -> WhitenedCurvature:
         """Return u around ``x`` ``(batch, dim)``; the last one is kept, as a step asks of it again and again."""
-        if not plain(x):
+        if not is_untracked_cpu(x):
             return WhitenedCurvature(self, x)
         last = self._last
         if last is None or last.x.dtype != x.dtype or not torch.equal(last.x, x):
@@ -73,22 +73,22 @@ class Context:
         """Whether `WhitenedCurvature.slope` is known, at no cost."""
         return self.model.has_gauss_newton_slope
 
-    def excess_times(self, v: Tensor) -> Tensor:
-        """Return `excess` v, ``(batch, dim)``."""
-        assert self.excess is not None
-        return self.excess * v if self.excess.dim() == 0 else v @ self.excess
+    def precision_shift_times(self, v: Tensor) -> Tensor:
+        """Return `precision_shift` v, ``(batch, dim)``."""
+        assert self.precision_shift is not None
+        return self.precision_shift * v if self.precision_shift.dim() == 0 else v @ self.precision_shift
 
-    def _excess(self) -> Tensor | None:
+    def _precision_shift(self) -> Tensor | None:
         """Return what -u'' has beside the likelihood: root^2 / T - 1, a number or ``(dim, dim)``; None for nothing.
 
         At a temperature other than 1 the prior's own curvature is known where it is normal, and left out elsewhere.
         """
-        excess, like = self.source.excess, {"dtype": self.source.dtype, "device": self.source.device}
+        precision_shift, like = self.source.precision_shift, {"dtype": self.source.dtype, "device": self.source.device}
         if self.inverse_temperature == 1 or self.prior.scale is None:
-            return excess
-        dense = excess is not None and excess.dim() > 0
+            return precision_shift
+        dense = precision_shift is not None and precision_shift.dim() > 0
         eye = torch.eye(self.dim, **like) if dense else torch.ones((), **like)
-        square = eye if excess is None else excess + eye
+        square = eye if precision_shift is None else precision_shift + eye
         return self.inverse_temperature * square - eye
 
     def _tensor_scales(self) -> dict[str, float] | None:
@@ -102,37 +102,37 @@ class Context:
         factor = self.inverse_temperature**0.5 * (1.0 if root is None else float(root))
         return {name: factor * float(values[0]) for name, values in tensors.items()}
 
-    def batch(self, size: int, generator: torch.Generator) -> Context:
-        """Return the context with a random part of the data in place of all of them."""
+    def batch(self, size: int, generator: torch.Generator) -> WhitenedPosterior:
+        """Return the posterior with a random part of the data in place of all of them."""
         return self.on_rows(self.model.random_rows((), generator, size))
 
-    def on_rows(self, rows: Tensor) -> Context:
-        """Return the context with these rows of the data, ``(m,)`` or ``(batch, m)`` with a choice for each point."""
-        return Context(self.model, self.source, rows)
+    def on_rows(self, rows: Tensor) -> WhitenedPosterior:
+        """Return the posterior with these rows of the data, ``(m,)`` or ``(batch, m)`` with a choice for each point."""
+        return WhitenedPosterior(self.model, self.source, rows)
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> Context:
-        """Return the same context elsewhere."""
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> WhitenedPosterior:
+        """Return the same posterior elsewhere."""
         rows = None if self.rows is None else self.rows.to(device)
-        return Context(self.model.to(device, dtype), self.source.to(device, dtype), rows)
+        return WhitenedPosterior(self.model.to(device, dtype), self.source.to(device, dtype), rows)
 
 
 class WhitenedCurvature:
-    """The curvature of a model's log likelihood, carried to the coordinates x of a context.
+    """The curvature of a model's log likelihood, carried to the coordinates x of a whitened posterior.
 
-    Its members are those of `Curvature`, of u in place of the log likelihood: -u'' ~ A^T A + E, with E the context's
-    ``excess``.
+    Its members are those of `Curvature`, of u in place of the log likelihood: -u'' ~ A^T A + E, with E the posterior's
+    ``precision_shift``.
 
     Args:
-        context: gives the coordinates and u.
+        posterior: gives the coordinates and u.
         x: the point, ``(batch, dim)``.
     """
 
-    def __init__(self, context: Context, x: Tensor) -> None:
+    def __init__(self, posterior: WhitenedPosterior, x: Tensor) -> None:
         self.x = x
-        self._context = context
-        self._source = context.source
-        self._prior = context.prior
-        self._inverse_temperature = context.inverse_temperature
+        self._posterior = posterior
+        self._source = posterior.source
+        self._prior = posterior.prior
+        self._inverse_temperature = posterior.inverse_temperature
 
     @cached_property
     def _at(self) -> Placed:
@@ -142,19 +142,19 @@ class WhitenedCurvature:
     @cached_property
     def _likelihood(self) -> Curvature:
         """The curvature by the weights."""
-        return self._context.model.at(self._at.theta, self._context.rows)
+        return self._posterior.model.at(self._at.theta, self._posterior.rows)
 
     @cached_property
     def grad(self) -> Tensor:
         """Gradient of u, ``(batch, dim)``."""
-        context, theta = self._context, self._at.theta
-        return self._carried(context.model.log_likelihood_grad(theta, context.rows))
+        posterior, theta = self._posterior, self._at.theta
+        return self._carried(posterior.model.log_likelihood_grad(theta, posterior.rows))
 
     @cached_property
     def value_and_grad(self) -> tuple[Tensor, Tensor]:
         """U up to a constant and its gradient, ``(batch,)`` in float64 and ``(batch, dim)``."""
-        context, at = self._context, self._at
-        value, grad = context.model.log_likelihood_and_grad(at.theta, context.rows)
+        posterior, at = self._posterior, self._at
+        value, grad = posterior.model.log_likelihood_and_grad(at.theta, posterior.rows)
         value = value * self._inverse_temperature
         if self._inverse_temperature != 1:
             value = value + (self._inverse_temperature - 1) * self._prior.log_prob(at.theta)
@@ -168,16 +168,16 @@ class WhitenedCurvature:
         """Return the gradient and the factor A as a matrix, ``(batch, rows, dim)``."""
         grad, factor = self._likelihood.grad_and_factor()
         factor = self._at.slope.right(factor) * self._inverse_temperature**0.5
-        return self._carried(grad), self._source.pull(factor)
+        return self._carried(grad), self._source.vjp(factor)
 
     @cached_property
     def factored(self) -> tuple[Tensor, Factor | ClosedFactor]:
         """The same with A as its factors, where that is faster and, if something is tracked, differentiable."""
-        if plain(self.x):
-            closed = self._likelihood.closed(self._tempered_slope, self._source.pull)
+        if is_untracked_cpu(self.x):
+            closed = self._likelihood.closed(self._tempered_slope, self._source.vjp)
             if closed is not None:
                 return self.value_and_grad[1], closed
-        scales = self._context.scales
+        scales = self._posterior.scales
         found = None if scales is None else self._likelihood.factored()
         if scales is None or found is None:
             grad, matrix = self.grad_and_factor()
@@ -187,7 +187,7 @@ class WhitenedCurvature:
         if below.shape[1] == 0:
             return self._carried(grad), weights
         root = self._inverse_temperature**0.5 * (1.0 if self._source.root is None else self._source.root)
-        own = root * self._at.slope.diagonal[:, self._context.model.spec.network.dim :]
+        own = root * self._at.slope.diagonal[:, self._posterior.model.spec.network.dim :]
         return self._carried(grad), BorderedFactor(weights, own * below)
 
     @property
@@ -212,13 +212,13 @@ class WhitenedCurvature:
 
     def grad_and_product(self) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Return the gradient and the function v -> (A^T A + E) v, ``(batch, dim)``, without a Jacobian."""
-        context, source, at = self._context, self._source, self._at
+        posterior, source, at = self._posterior, self._source, self._at
         grad, product = self._likelihood.grad_and_product()
 
         def times(v: Tensor) -> Tensor:
-            by_theta = product(at.push(source.pull(v))) * self._inverse_temperature
-            image = source.pull(at.pull(by_theta))
-            return image if context.excess is None else image + context.excess_times(v)
+            by_theta = product(at.jvp(source.vjp(v))) * self._inverse_temperature
+            image = source.vjp(at.vjp(by_theta))
+            return image if posterior.precision_shift is None else image + posterior.precision_shift_times(v)
 
         return self._carried(grad), times
 
@@ -237,9 +237,9 @@ class WhitenedCurvature:
 
         In closed form; None where none is known. Row i is that of element i; the matrix is not symmetric.
         """
-        if not self._context.has_gauss_newton_slope:
+        if not self._posterior.has_gauss_newton_slope:
             return None
-        at, v = self._at, self._source.pull(v)
+        at, v = self._at, self._source.vjp(v)
         by_theta = at.slope.times(v)
         second = self._likelihood.slope(by_theta)
         assert second is not None
@@ -261,14 +261,14 @@ class WhitenedCurvature:
     def _carried(self, grad: Tensor) -> Tensor:
         """Turn the gradient of the log likelihood by theta into that of u by x."""
         grad = self._by_prior(self._at, grad)
-        return grad if self._source.is_prior else self._source.pull(grad - self._at.z) + self.x
+        return grad if self._source.is_prior else self._source.vjp(grad - self._at.z) + self.x
 
     def _by_prior(self, at: Placed, grad: Tensor) -> Tensor:
         """Temper the gradient of the log likelihood by theta, and turn it into one by z."""
         grad = grad * self._inverse_temperature
         if self._inverse_temperature != 1:
             grad = grad + (self._inverse_temperature - 1) * self._prior.log_prob_and_grad(at.theta)[1]
-        return at.pull(grad)
+        return at.vjp(grad)
 
     def _second(self, grad: Tensor, second: Tensor) -> Tensor:
         """Turn the second derivative by z of the log likelihood alone into that of u by x, in its memory.
@@ -285,6 +285,6 @@ class WhitenedCurvature:
             at.bend(grad).add_to(second)
         if not source.is_prior:
             second.diagonal(dim1=-2, dim2=-1).sub_(1)
-            second = source.pull(source.pull(second).mT).mT  # root (. - I) root
+            second = source.vjp(source.vjp(second).mT).mT  # root (. - I) root
             second.diagonal(dim1=-2, dim2=-1).add_(1)
         return second

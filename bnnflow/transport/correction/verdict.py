@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from bnnflow import verdicts
-from bnnflow.transport.importance import Estimate, HeldOut, bridge, distance, khat_limit
-from bnnflow.transport.latent import Latent, Points, SolverError
+from bnnflow.transport.correction.importance import Estimate, HeldOut, bridge, khat_limit, ks_distance
+from bnnflow.transport.correction.latent import Latent, Points, SolverError
 from bnnflow.warn import warn
 
-__all__ = ["Findings", "Outcome", "SolverError", "compare", "copies_gap", "solver_error"]
+__all__ = ["Findings", "Outcome", "SolverError", "compare", "equivalent_modes_gap", "solver_error"]
 
 _MARGIN, _QUANTILE = 2.0, 0.98
 _CHANCE = 2.3  # root inverse sizes that Kolmogorov-Smirnov distances of one law exceed once in 20,000 times
@@ -65,11 +65,11 @@ class Findings(verdicts.Findings):
                 f"k-hat {khat:.2f} of {n:,} draws is above {limit:.2f}: a few weights decide everything; refine the "
                 "draws (method='refine'), or train the flow for longer"
             )
-        self.effective(ess)
+        self.kish_ess(ess)
         if lost:
             self.mild.append(f"{lost:,} of {n:,} draws have no finite weight and were left out")
 
-    def effective(self, ess: float) -> None:
+    def kish_ess(self, ess: float) -> None:
         """Judge an effective number of draws."""
         self.below(ess, verdicts.ESS, f"only {ess:.0f} effective draws: take more")
 
@@ -78,7 +78,7 @@ class Findings(verdicts.Findings):
         self.above(r_hat, verdicts.R_HAT_OF_MANY, f"chains disagree (R-hat {r_hat:.3f}): take more draws")
         if r_hat <= verdicts.R_HAT_OF_MANY.good:
             self.good.append(f"R-hat is {r_hat:.3f}, {ess:.0f} draws are effective")
-        self.effective(ess)
+        self.kish_ess(ess)
         if acceptance < verdicts.LATENT_ACCEPTANCE:
             self.mild.append(f"only {acceptance:.1%} of the latent proposals are accepted: the flow hardly helps")
 
@@ -132,7 +132,7 @@ class Findings(verdicts.Findings):
         text = f"held-out and corrected draws differ in law (distance {apart:.2f}, {chance:.2f} by chance)"
         (self.severe if apart - chance > verdicts.DISTANCE else self.mild).append(text)
 
-    def copies(self, gap: float, error: float, held_out: bool) -> None:
+    def equivalent_modes(self, gap: float, error: float, held_out: bool) -> None:
         """Judge a flow by the density that it gives to symmetric copies of its own draws."""
         if gap > max(verdicts.COPIES, 4 * error):
             text = (
@@ -170,7 +170,7 @@ def solver_error(latent: Latent, points: Points) -> SolverError:
     return SolverError.of(points.log_weight[rows], again.log_weight)
 
 
-def copies_gap(
+def equivalent_modes_gap(
     findings: Findings, latent: Latent, theta: Tensor, generator: torch.Generator, held_out: bool
 ) -> float | None:
     """Return by how many nats a flow prefers draws ``(n, dim)`` to symmetric copies; None without known symmetries."""
@@ -188,7 +188,7 @@ def copies_gap(
     gaps = (ours - theirs.nan_to_num(nan=-math.inf)).clamp(max=1e3)
     gaps = gaps[gaps.isfinite()]
     gap = float(gaps.mean())
-    findings.copies(gap, float(gaps.std()) / math.sqrt(len(gaps)), held_out)
+    findings.equivalent_modes(gap, float(gaps.std()) / math.sqrt(len(gaps)), held_out)
     return gap
 
 
@@ -238,7 +238,7 @@ def compare(
     tolerance = torch.zeros(a.shape[1]).to(b)
     if points is not None:
         tolerance[-1] = _NATS + 3 * solver.rms  # of log weights, which were found on the way there and on the way back
-    apart = distance(a, weights, b, held.weights, tolerance)
+    apart = ks_distance(a, weights, b, held.weights, tolerance)
     findings.same_law(apart, min(outcome.ess, len(theta)), count)
     return found | {"effective": count, "distance": apart}
 

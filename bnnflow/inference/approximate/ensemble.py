@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
-from bnnflow.inference.start import climb, first_points, of_divergence
+from bnnflow.inference.start import accelerated_ascent, first_points, of_divergence
 from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 
@@ -54,7 +54,7 @@ class DeepEnsemble(Method):
         if steps is None and given is not None:
             steps, free = _STEPS if model.spec.extras else 0, _beside_the_weights(model)
         steps = _STEPS if steps is None else steps
-        theta, diverged = climb(model, theta, steps, self.learning_rate, run.progress, "ensemble", free)
+        theta, diverged = accelerated_ascent(model, theta, steps, self.learning_rate, run.progress, "ensemble", free)
         info = {"gradients_per_chain": steps} | of_divergence(self, diverged, self.learning_rate)
         return Draws(theta.unsqueeze(0), model.log_joint(theta).unsqueeze(0), info=info)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bnnflow import diagnostics
-from bnnflow.bridge import balance
+from bnnflow.bridge import bennett
 from bnnflow.draws import Draws, as_theta
 from bnnflow.gaussian import positive
 from bnnflow.model import BayesianModel
@@ -22,12 +22,12 @@ __all__ = [
     "HeldOut",
     "Student",
     "bridge",
-    "distance",
-    "effective",
     "khat_limit",
+    "kish_ess",
+    "ks_distance",
     "log_mean",
-    "mixing",
-    "smoothed",
+    "psis",
+    "rhat_and_ess",
 ]
 
 Estimate = tuple[float, float]
@@ -40,7 +40,7 @@ _WIDTH = 1.5  # of a Student density, times the standard deviation of what it wa
 _LOG_PI = math.log(math.pi)
 
 
-def smoothed(log_weights: Tensor) -> tuple[Tensor, float]:
+def psis(log_weights: Tensor) -> tuple[Tensor, float]:
     """Smooth the largest weights by a generalised Pareto law and return its shape (Vehtari et al. 2024).
 
     The shape, k-hat, says how many moments the weights have: none but those below 1 / k.
@@ -70,7 +70,7 @@ def khat_limit(n: int) -> float:
     return min(1 - 1 / math.log10(n), 0.7)
 
 
-def effective(log_weights: Tensor) -> float:
+def kish_ess(log_weights: Tensor) -> float:
     """Return Kish's effective number of draws, the squared sum of the weights over the sum of their squares."""
     if not bool((log_weights > -math.inf).any()):
         return 0.0
@@ -161,7 +161,7 @@ class HeldOut:
         """Return how many independent draws tell as much of the mean of ``values`` ``(n,)``, at most n."""
         chains, draws = self.shape
         if self.log_weights is not None:
-            return effective(self.log_weights)
+            return kish_ess(self.log_weights)
         if draws == 1 or float(values.max() - values.min()) < _SAME:
             return float(len(values))
         if draws < 4:
@@ -187,11 +187,11 @@ def bridge(forward: Tensor, reverse: Tensor, posterior: HeldOut) -> Estimate | N
     """
     forward, reverse = forward.double(), reverse.double()
     weights, n = posterior.weights.exp(), len(forward)
-    value, ours, theirs = balance(forward, reverse, weights, math.log(len(reverse) / n))
+    value, ours, theirs = bennett(forward, reverse, weights, math.log(len(reverse) / n))
     if value.isnan():
         return None
     m = posterior.ess(theirs)  # found out by the first pass: how many draws of the chains count
-    value, ours, theirs = balance(forward, reverse, weights, math.log(m / n))
+    value, ours, theirs = bennett(forward, reverse, weights, math.log(m / n))
     mean = float((weights * theirs).sum())
     if n * float(ours.mean()) < _OVERLAP:  # of either side: this is what c makes equal
         return None
@@ -200,7 +200,7 @@ def bridge(forward: Tensor, reverse: Tensor, posterior: HeldOut) -> Estimate | N
     return float(value), math.sqrt(variance)
 
 
-def distance(a: Tensor, a_weights: Tensor, b: Tensor, b_weights: Tensor, tolerance: Tensor | float = 0.0) -> float:
+def ks_distance(a: Tensor, a_weights: Tensor, b: Tensor, b_weights: Tensor, tolerance: Tensor | float = 0.0) -> float:
     """Return the largest Kolmogorov-Smirnov distance of any quantity of two weighted sets of draws.
 
     Args:
@@ -221,7 +221,7 @@ def distance(a: Tensor, a_weights: Tensor, b: Tensor, b_weights: Tensor, toleran
     return max(excess(b - tolerance, 1), excess(b + tolerance, -1))
 
 
-def mixing(values: Tensor) -> tuple[float, float]:
+def rhat_and_ess(values: Tensor) -> tuple[float, float]:
     """Return the largest R-hat and the smallest bulk ESS of quantities of chains (Vehtari et al. 2021).
 
     Args:

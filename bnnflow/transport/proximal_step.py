@@ -1,10 +1,9 @@
-"""Where the data pull an unfinished sample: approximations of the drive E[grad u(x1) | x_t].
+"""Where the data pull an unfinished sample: approximations of the likelihood score E[grad u(x1) | x_t].
 
-With x0 ~ N(0, I), x_t = a x0 + b x1 and q = a^2 + b^2, the posterior of x1 given x_t is
-N(x1; mu, s^2 I) exp(u(x1)) with mu = b x_t / q and s^2 = a^2 / q. Its mean is mu + s^2 w with
-w = E[grad u(x1) | x_t] (Stein's identity). Both classes follow the mode y = mu + s^2 w instead, by iterating on w
-itself, which stays finite where s vanishes. They are functions ``(context, mu, s2) -> (w, grad u(y))``, differentiable
-through every step: a density needs that.
+With x0 ~ N(0, I), x_t = a x0 + b x1 and q = a^2 + b^2, the posterior of x1 given x_t is N(x1; mu, s^2 I) exp(u(x1))
+with mu = b x_t / q and s^2 = a^2 / q. Its mean is mu + s^2 w with w = E[grad u(x1) | x_t] (Stein's identity). Both
+classes follow the mode y = mu + s^2 w instead, by iterating on w itself, which stays finite where s vanishes. They are
+functions ``(posterior, mu, s2) -> (w, grad u(y))``, differentiable through every step: a density needs that.
 """
 
 from __future__ import annotations
@@ -19,21 +18,21 @@ from torch import Tensor
 
 from bnnflow.arguments import Count, Limit, Share, checked
 from bnnflow.model.factored import ClosedFactor, MatrixFactor
-from bnnflow.model.fused import plain
-from bnnflow.transport.coordinates import Context
+from bnnflow.model.fused import is_untracked_cpu
+from bnnflow.transport.whitened import WhitenedPosterior
 
-__all__ = ["Displacement", "Drive", "GaussNewton", "GradientSteps", "Task"]
+__all__ = ["GaussNewton", "GradientSteps", "LikelihoodScore", "ProximalStep", "Task"]
 
 
-class Drive(NamedTuple):
+class LikelihoodScore(NamedTuple):
     """The pull of the data at one point of the path; ``(batch, dim)`` each."""
 
-    w: Tensor  # displacement over s^2
+    w: Tensor  # proximal step over s^2
     grad: Tensor  # gradient of u at the displaced point
 
 
-class Displacement(ABC):
-    """``(context, mu (batch, dim), s2 (batch, 1)) -> Drive``."""
+class ProximalStep(ABC):
+    """``(posterior, mu (batch, dim), s2 (batch, 1)) -> LikelihoodScore``."""
 
     @property
     @abstractmethod
@@ -41,11 +40,13 @@ class Displacement(ABC):
         """Gradients of the likelihood, or systems of equations, that an evaluation takes."""
 
     @abstractmethod
-    def __call__(self, context: Context, mu: Tensor, s2: Tensor) -> Drive:
-        """Return the drive."""
+    def __call__(self, posterior: WhitenedPosterior, mu: Tensor, s2: Tensor) -> LikelihoodScore:
+        """Return the likelihood score."""
 
-    def with_jacobians(self, context: Context, mu: Tensor, s2: Tensor) -> tuple[Drive, Drive] | None:
-        """Return the drive and both its derivatives by ``mu``, ``(batch, dim, dim)``; None, the default, if unknown."""
+    def with_jacobians(
+        self, posterior: WhitenedPosterior, mu: Tensor, s2: Tensor
+    ) -> tuple[LikelihoodScore, LikelihoodScore] | None:
+        """Return the likelihood score and its derivatives by ``mu`` ``(batch, dim, dim)``; None if unknown."""
         return None
 
 
@@ -62,7 +63,7 @@ _PROBE = 0.05  # length of the finite difference, in standard deviations of the 
 
 @checked
 @dataclass(frozen=True)
-class GradientSteps(Displacement):
+class GradientSteps(ProximalStep):
     """Climb u(y) - |y - mu|^2 / (2 s^2) by gradient steps with momentum (Nesterov 1983).
 
     Each step is s^2 / (1 + s^2 lambda) times the residual, with lambda the positive part of the Rayleigh quotient of
@@ -87,29 +88,31 @@ class GradientSteps(Displacement):
         """Two for each step, and one at the end."""
         return 2 * self.steps + 1
 
-    def __call__(self, context: Task, mu: Tensor, s2: Tensor) -> Drive:
-        """Return the drive."""
+    def __call__(self, posterior: Task, mu: Tensor, s2: Tensor) -> LikelihoodScore:
+        """Return the likelihood score."""
         w = before = torch.zeros_like(mu)
         curvature = torch.zeros_like(mu[:, :1])
         for step in range(self.steps):
             ahead = w + _momentum(step) * (w - before)
-            grad = context.grad(mu + s2 * ahead)
-            curvature = self._curvature(context, s2, mu, ahead, grad, curvature)
+            grad = posterior.grad(mu + s2 * ahead)
+            curvature = self._curvature(posterior, s2, mu, ahead, grad, curvature)
             w, before = ahead + (grad - ahead) / self._divisor(s2, grad - ahead, curvature), w
-        return Drive(w, context.grad(mu + s2 * w))
+        return LikelihoodScore(w, posterior.grad(mu + s2 * w))
 
-    def with_jacobians(self, context: Context, mu: Tensor, s2: Tensor) -> tuple[Drive, Drive] | None:
-        """Return the drive, and the derivatives of both its parts by ``mu``, ``(batch, dim, dim)`` each.
+    def with_jacobians(
+        self, posterior: WhitenedPosterior, mu: Tensor, s2: Tensor
+    ) -> tuple[LikelihoodScore, LikelihoodScore] | None:
+        """Return the likelihood score, and the derivatives of both its parts by ``mu``, ``(batch, dim, dim)`` each.
 
         The same steps, beside each its derivative: a dense Hessian of u, and one product with that at the probe. None
-        where `Context.has_hessian` is false.
+        where `WhitenedPosterior.has_hessian` is false.
         """
 
         def gradient(w: Tensor, by_w: Tensor) -> tuple[Tensor, Tensor]:
-            grad, hessian = context.at(mu + s2 * w).grad_and_hessian()  # type: ignore[misc]
+            grad, hessian = posterior.at(mu + s2 * w).grad_and_hessian()  # type: ignore[misc]
             return grad, hessian @ _displaced(by_w, s2)
 
-        if not context.has_hessian:
+        if not posterior.has_hessian:
             return None
         w = before = torch.zeros_like(mu)
         by_w = by_before = mu.new_zeros(*mu.shape, mu.shape[-1])
@@ -119,7 +122,7 @@ class GradientSteps(Displacement):
             by_ahead = torch.lerp(by_before, by_w, 1 + _momentum(step))
             grad, by_grad = gradient(ahead, by_ahead)
             values = (mu, ahead, grad, curvature)
-            curvature, pullback, *_ = torch.func.vjp(lambda *at: self._curvature(context, s2, *at), *values)
+            curvature, pullback, *_ = torch.func.vjp(lambda *at: self._curvature(posterior, s2, *at), *values)
             slope, of_ahead, of_grad, of_last = pullback(torch.ones_like(curvature))
             slope = slope + MatrixFactor(by_ahead).transposed(of_ahead) + MatrixFactor(by_grad).transposed(of_grad)
             by_curvature = slope + of_last * by_curvature
@@ -132,13 +135,13 @@ class GradientSteps(Displacement):
             moved.baddbmm_((change / divisor).unsqueeze(-1), slope.unsqueeze(-2), alpha=-1)
             w, before, by_w, by_before = ahead + change, w, moved, by_w
         grad, by_grad = gradient(w, by_w)
-        return Drive(w, grad), Drive(by_w, by_grad)
+        return LikelihoodScore(w, grad), LikelihoodScore(by_w, by_grad)
 
-    def _curvature(self, context: Task, s2: Tensor, mu: Tensor, w: Tensor, grad: Tensor, last: Tensor) -> Tensor:
+    def _curvature(self, posterior: Task, s2: Tensor, mu: Tensor, w: Tensor, grad: Tensor, last: Tensor) -> Tensor:
         """Return s^2 lambda at w, whose gradient is known, after that of the step before; ``(batch, 1)`` both."""
         residual = grad - w
         direction = residual / _square(residual).sqrt()
-        change = (grad - context.grad(mu + s2 * w + _PROBE * direction)) * direction
+        change = (grad - posterior.grad(mu + s2 * w + _PROBE * direction)) * direction
         now = s2 * change.sum(-1, keepdim=True) / _PROBE
         # Smooth stand-ins for max(0, now), in the one of its two forms that takes no difference, and for the larger of
         # two: a kink would spoil the solver's order, and the root of zero has no derivative.
@@ -166,7 +169,7 @@ def _momentum(step: int) -> float:
 
 @checked
 @dataclass(frozen=True)
-class GaussNewton(Displacement):
+class GaussNewton(ProximalStep):
     """Solve the same problem with the likelihood linearised, (I + s^2 H) w = grad + s^2 H w_previous, H ~ -u''.
 
     H is the generalised Gauss-Newton matrix. Exact where the outputs are linear in the weights and the likelihood
@@ -196,53 +199,55 @@ class GaussNewton(Displacement):
         """One for each step, and about two for each iteration of conjugate gradients in it."""
         return self.steps * (1 + 2 * (self.iterations or 0))
 
-    def __call__(self, context: Context, mu: Tensor, s2: Tensor) -> Drive:
-        """Return the drive; ``grad`` is the one before the last step, which costs nothing more."""
+    def __call__(self, posterior: WhitenedPosterior, mu: Tensor, s2: Tensor) -> LikelihoodScore:
+        """Return the likelihood score; ``grad`` is the one before the last step, which costs nothing more."""
         w = torch.zeros_like(mu)
         grad = w
         for step in range(self.steps):
             y = mu if step == 0 else mu + s2 * w
             if self.iterations is None:
-                linear = linearised(context, y, s2)
+                linear = linearised(posterior, y, s2)
             else:
-                linear = _MatrixFree(*context.at(y).grad_and_product(), s2, self.iterations)
+                linear = _MatrixFree(*posterior.at(y).grad_and_product(), s2, self.iterations)
             grad, change = linear.grad, linear.change(w if step else None)
-            w = w + change / self._shortened(context, y, s2, change, linear).divisor
-        return Drive(w, grad)
+            w = w + change / self._shortened(posterior, y, s2, change, linear).divisor
+        return LikelihoodScore(w, grad)
 
-    def with_jacobians(self, context: Context, mu: Tensor, s2: Tensor) -> tuple[Drive, Drive] | None:
-        """Return the drive, and the derivatives of both its parts by ``mu``, ``(batch, dim, dim)`` each.
+    def with_jacobians(
+        self, posterior: WhitenedPosterior, mu: Tensor, s2: Tensor
+    ) -> tuple[LikelihoodScore, LikelihoodScore] | None:
+        """Return the likelihood score, and the derivatives of both its parts by ``mu``, ``(batch, dim, dim)`` each.
 
         The same dense steps, beside each its derivative. With c = w - w_previous before the bound, and v = s^2 c held
         fixed, (I + s^2 H) dc = d(grad - H v) - dw_previous: solved by weights always, see `Linearised.solve_each`.
-        None for conjugate gradients, and where `Context.has_gauss_newton_slope` is false.
+        None for conjugate gradients, and where `WhitenedPosterior.has_gauss_newton_slope` is false.
         """
-        if self.iterations is not None or not context.has_gauss_newton_slope:
+        if self.iterations is not None or not posterior.has_gauss_newton_slope:
             return None
         w = grad = torch.zeros_like(mu)
         by_w = by_grad = mu.new_zeros(*mu.shape, mu.shape[-1])
         for step in range(self.steps):
             first, y, by_y = step == 0, mu + s2 * w, _displaced(by_w, s2)
-            linear = linearised(context, y, s2)
-            wide = linear if linear.by_weights else Linearised(context, y, s2, by_weights=True)
+            linear = linearised(posterior, y, s2)
+            wide = linear if linear.by_weights else Linearised(posterior, y, s2, by_weights=True)
             grad, change = linear.grad, linear.change(None if first else w)
-            slope = context.at(y).slope(s2 * change)
+            slope = posterior.at(y).slope(s2 * change)
             assert slope is not None
             by_change = wide.solve_each(slope if first else torch.baddbmm(by_w, slope, by_y, beta=-1))
-            bound = self._shortened(context, y, s2, change, linear)
-            by_point, by_step = self._slopes(context, y, bound, slope)
+            bound = self._shortened(posterior, y, s2, change, linear)
+            by_point, by_step = self._slopes(posterior, y, bound, slope)
             along = MatrixFactor(by_y).transposed(by_point) + s2 * MatrixFactor(by_change).transposed(by_step)
             by_w = torch.addcmul(by_w, by_change, (1 / bound.divisor).unsqueeze(-1))
             by_w.baddbmm_((change / bound.divisor**2).unsqueeze(-1), along.unsqueeze(-2), alpha=-1)
             w = w + change / bound.divisor
             if step == self.steps - 1:
-                hessian = context.at(y).grad_and_hessian()
+                hessian = posterior.at(y).grad_and_hessian()
                 assert hessian is not None
                 by_grad = hessian[1] if first else hessian[1] @ by_y
-        return Drive(w, grad), Drive(by_w, by_grad)
+        return LikelihoodScore(w, grad), LikelihoodScore(by_w, by_grad)
 
     def _shortened(
-        self, context: Context, y: Tensor, s2: Tensor, change: Tensor, linear: Linearised | _MatrixFree
+        self, posterior: WhitenedPosterior, y: Tensor, s2: Tensor, change: Tensor, linear: Linearised | _MatrixFree
     ) -> _Shortened:
         """Compare what a step from y to y + s^2 change promises with what its first part does."""
         length2 = _dot(s2 * change, s2 * change) / self.max_norm**2
@@ -251,8 +256,8 @@ class GaussNewton(Displacement):
         step = s2 * change
         image = linear.times(step)
         bend, promised = _dot(step, image), _dot(step, linear.grad)
-        before, _ = context.value_and_grad(y)
-        after, grad = context.value_and_grad(y + step)
+        before, _ = posterior.value_and_grad(y)
+        after, grad = posterior.value_and_grad(y + step)
         gain = 1 + 0.5 * (_dot(step, change) + bend)
         rise = grad - linear.grad
         broken = ((after - before).unsqueeze(-1) - (promised - 0.5 * bend)) / gain
@@ -262,14 +267,16 @@ class GaussNewton(Displacement):
         divisor = (1 + length2 * square / (square + _HALF**2)).sqrt().to(y.dtype)
         return _Shortened(divisor, broken, turned, length2, gain, part, step, rise, image, change)
 
-    def _slopes(self, context: Context, y: Tensor, bound: _Shortened, slope: Tensor) -> tuple[Tensor, Tensor]:
+    def _slopes(
+        self, posterior: WhitenedPosterior, y: Tensor, bound: _Shortened, slope: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Return the derivatives of the divisor by y and by the whole step, ``(batch, dim)`` both.
 
         The slope is that of grad u - H w for the whole step w. With G = u'', w slope = w G less the slope of w H w.
         """
         divisor, broken, turned, length2, gain, part, step, rise, image, change = bound
-        _, pull, *_ = torch.func.vjp(context.grad, torch.cat([y, y + step]))
-        curved, beyond = pull(torch.cat([step, step]))[0].chunk(2)  # G v at both ends; G is symmetric
+        _, vjp, *_ = torch.func.vjp(posterior.grad, torch.cat([y, y + step]))
+        curved, beyond = vjp(torch.cat([step, step]))[0].chunk(2)  # G v at both ends; G is symmetric
         inward = 0.5 * part * (curved - MatrixFactor(slope).transposed(step))  # of v H v / 2 by y
         square = broken.square() + turned.square()
         share = square / (square + _HALF**2)
@@ -312,21 +319,21 @@ class Linearised:
     """The likelihood linearised at a point: its gradient, and H = A^T A + E with E None, a number or ``(dim, dim)``.
 
     Args:
-        context: the posterior.
+        posterior: the posterior.
         x: the point, ``(batch, dim)``.
         s2: variances, ``(batch, 1)``.
         by_weights: solve the system of dim even where that of rows is smaller, as `solve_each` does.
     """
 
-    def __init__(self, context: Context, x: Tensor, s2: Tensor, *, by_weights: bool = False) -> None:
-        self.grad, factor = context.at(x).factored
-        self._residual = context.at(x).residual
-        self._context, self._excess, self._s2 = context, context.excess, s2
+    def __init__(self, posterior: WhitenedPosterior, x: Tensor, s2: Tensor, *, by_weights: bool = False) -> None:
+        self.grad, factor = posterior.at(x).factored
+        self._residual = posterior.at(x).residual
+        self._posterior, self._precision_shift, self._s2 = posterior, posterior.precision_shift, s2
         self._scale: Tensor | None = None
-        excess, rows, dim = self._excess, factor.rows, x.shape[-1]
-        dense = excess is not None and excess.dim() > 0
-        if excess is not None and not dense:  # I + s^2 E is a number
-            self._scale = 1 + s2 * excess
+        precision_shift, rows, dim = self._precision_shift, factor.rows, x.shape[-1]
+        dense = precision_shift is not None and precision_shift.dim() > 0
+        if precision_shift is not None and not dense:  # I + s^2 E is a number
+            self._scale = 1 + s2 * precision_shift
             s2 = s2 / self._scale
         self._variance = s2.unsqueeze(-1)
         by_rows = not isinstance(factor, ClosedFactor) and rows < dim
@@ -336,22 +343,22 @@ class Linearised:
         self._pairs = self._factor.pairs if isinstance(self._factor, ClosedFactor) else None
         idle = 0 if self._pairs is None else len(self._pairs.second)
         unknowns = dim - idle if self.by_weights else rows
-        size = max(1, _BLOCK // unknowns**2) if plain(x, s2) else len(x)
+        size = max(1, _BLOCK // unknowns**2) if is_untracked_cpu(x, s2) else len(x)
         blocks = [self._root_of(slice(start, start + size)) for start in range(0, max(1, len(x)), max(1, size))]
         self._root = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
 
     def _root_of(self, some: slice) -> Tensor:
         """Return the Cholesky factor of the system of these draws."""
-        factor, variance, excess = self._factor, self._variance[some], self._excess
+        factor, variance, precision_shift = self._factor, self._variance[some], self._precision_shift
         if self.by_weights:
             assert isinstance(factor, ClosedFactor | MatrixFactor)
             gram = factor.normal(some) if isinstance(factor, MatrixFactor) else factor.compact_normal(some)
         else:
             assert not isinstance(factor, ClosedFactor)
             gram = factor[some].gram()
-        if excess is not None and excess.dim() > 0:
-            gram = gram + excess
-        if plain(gram, variance):  # into the memory that is there: fresh memory is dear
+        if precision_shift is not None and precision_shift.dim() > 0:
+            gram = gram + precision_shift
+        if is_untracked_cpu(gram, variance):  # into the memory that is there: fresh memory is expensive
             gram.mul_(variance).diagonal(dim1=1, dim2=2).add_(1)
         else:
             gram = variance * gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -360,7 +367,7 @@ class Linearised:
     def times(self, v: Tensor) -> Tensor:
         """Return H v, ``(batch, dim)``."""
         product = self._factor.transposed(self._factor.times(v))
-        return product if self._excess is None else product + self._context.excess_times(v)
+        return product if self._precision_shift is None else product + self._posterior.precision_shift_times(v)
 
     def change(self, w: Tensor | None) -> Tensor:
         """Return (I + s^2 H)^-1 (grad - w), ``(batch, dim)``, what takes w to the solution; None is zero.
@@ -402,8 +409,8 @@ class Linearised:
             found = found if self._scale is None else found / self._scale
         for _ in range(_REFINED):
             left = factor.transposed(rows - s2 * factor.times(found)) - found  # sums over rows of what is small
-            if self._excess is not None:
-                left = left - s2 * self._context.excess_times(found)
+            if self._precision_shift is not None:
+                left = left - s2 * self._posterior.precision_shift_times(found)
             found = found + self._solved(left)
         return found
 
@@ -416,7 +423,7 @@ class Linearised:
         """Return the same for many targets, ``(batch, dim, k)``; by weights only.
 
         The system of rows takes the difference of two matrices as large as the targets, of which too little is left in
-        float32 where those are derivatives. Transposed: half as dear as `torch.cholesky_solve`.
+        float32 where those are derivatives. Transposed: half as expensive as `torch.cholesky_solve`.
         """
         assert self.by_weights
         if self._scale is not None:
@@ -450,13 +457,13 @@ def _cholesky(systems: Tensor) -> Tensor:
     return torch.where((info > 0)[:, None, None], torch.nan, factors)
 
 
-def linearised(context: Context, x: Tensor, s2: Tensor) -> Linearised:
+def linearised(posterior: WhitenedPosterior, x: Tensor, s2: Tensor) -> Linearised:
     """Return the linearisation at a point; that of the last one is kept, as target and field of a step share it."""
-    if not plain(x, s2):
-        return Linearised(context, x, s2)
-    kept = context.kept
+    if not is_untracked_cpu(x, s2):
+        return Linearised(posterior, x, s2)
+    kept = posterior.kept
     if kept is None or kept[0].shape != x.shape or not (torch.equal(kept[0], x) and torch.equal(kept[1], s2)):
-        context.kept = kept = (x, s2, Linearised(context, x, s2))
+        posterior.kept = kept = (x, s2, Linearised(posterior, x, s2))
     return kept[2]
 
 

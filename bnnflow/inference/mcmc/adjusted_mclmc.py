@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bnnflow.draws import Draws
-from bnnflow.inference.mclmc import random_directions, turn
-from bnnflow.inference.trajectories import (
+from bnnflow.inference.mcmc.mclmc import momentum_update, random_directions
+from bnnflow.inference.mcmc.trajectories import (
     ChainState,
     Proposal,
     Trajectories,
@@ -37,12 +37,14 @@ def microcanonical(log_joint_and_grad: LogDensityAndGrad) -> Trajectory:
         theta, log_joint, grad = state
         steps = step_size * scale
         start_energy = -log_joint
-        direction, kinetic = turn(random_directions(theta, generator), scale * grad, 0.5 * step_size)
+        direction, kinetic = momentum_update(random_directions(theta, generator), scale * grad, 0.5 * step_size)
         for i in range(n_steps):
             theta = torch.addcmul(theta, steps, direction)
             log_joint, grad = log_joint_and_grad(theta)
             # Two half turns at the same gradient are a whole one.
-            direction, change = turn(direction, scale * grad, step_size if i < n_steps - 1 else 0.5 * step_size)
+            direction, change = momentum_update(
+                direction, scale * grad, step_size if i < n_steps - 1 else 0.5 * step_size
+            )
             kinetic = kinetic + change
         return Proposal(ChainState(theta, log_joint, grad), direction, start_energy, kinetic - log_joint)
 

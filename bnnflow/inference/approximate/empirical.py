@@ -79,10 +79,10 @@ def tune_prior(
     own = _normals(first.model)
     assert own is not None
     tuned = tuple(name for name in names if name not in first.model.spec.extras)
-    best, log, reach, gradients = first, 0.0, math.log(_FACTOR), first.info["gradients"]
+    best, log, radius, gradients = first, 0.0, math.log(_FACTOR), first.info["gradients"]
     for _ in range(_ROUNDS):
-        found, promised, theta = _Local(best, names, own, log).maximise(log, reach)
-        if promised < _GAIN or reach < 0.1:
+        found, promised, theta = _Local(best, names, own, log).maximise(log, radius)
+        if promised < _GAIN or radius < 0.1:
             break
         factors = dict.fromkeys(tuned, math.exp(found))
         there = expand(_with_precisions(first.model, own, factors), theta)
@@ -90,7 +90,7 @@ def tune_prior(
         if there.log_evidence > best.log_evidence:
             best, log = there, found
         else:
-            reach = 0.25 * abs(found - log)
+            radius = 0.25 * abs(found - log)
     precisions = {name: math.exp(log) * float(own[name].scale.double().pow(-2).mean()) for name in tuned}
     return best, {
         "prior_precision": precisions,
@@ -148,10 +148,10 @@ class _Local:
         terms = logs_ - precision.log() + self._pull.square() / precision
         return 0.5 * terms.sum(-1).nan_to_num(-math.inf, neginf=-math.inf).cpu().numpy()
 
-    def maximise(self, log: float, reach: float) -> tuple[float, float, Tensor]:
-        """Return the best logarithm within ``reach`` of ``log``, what it gains, and the mode then, ``(dim,)``."""
+    def maximise(self, log: float, radius: float) -> tuple[float, float, Tensor]:
+        """Return the best logarithm within ``radius`` of ``log``, what it gains, and the mode then, ``(dim,)``."""
         widest = math.log(_WIDEST)
-        grid = np.linspace(max(-widest, log - reach), min(widest, log + reach), _GRID)
+        grid = np.linspace(max(-widest, log - radius), min(widest, log + radius), _GRID)
         top = int(self._evidence(grid).argmax())
         bounds = grid[max(top - 1, 0)], grid[min(top + 1, _GRID - 1)]
         options: dict[str, Any] = {"bounds": bounds, "method": "bounded", "options": {"xatol": 1e-9}}

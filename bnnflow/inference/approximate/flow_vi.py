@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
+from bnnflow.inference.approximate.vi import fit_guide, flat_model, independent_draws
 from bnnflow.inference.start import one_point
-from bnnflow.inference.vi import fit_guide, flat_model, independent_draws
 from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 from bnnflow.posteriors import CouplingFlow, coupling_flow, coupling_orders

@@ -16,13 +16,13 @@ from bnnflow.arguments import choice, integer, number, settle
 from bnnflow.draws import Draws
 from bnnflow.forward_mode import jvp
 from bnnflow.gaussian import Gaussian
-from bnnflow.inference import kinks
-from bnnflow.inference.empirical import Expansion, check_tunable, tune_prior
+from bnnflow.inference.approximate import kinks
+from bnnflow.inference.approximate.empirical import Expansion, check_tunable, tune_prior
 from bnnflow.inference.start import first_points, maximise
 from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel, likelihoods
 from bnnflow.model.network import at_once
-from bnnflow.posteriors import KroneckerGaussian, Restricted
+from bnnflow.posteriors import Conditional, KroneckerGaussian
 from bnnflow.seeding import isolated
 from bnnflow.warn import warn
 
@@ -200,7 +200,7 @@ class Laplace(Method):
 
     def _posterior(
         self, model: BayesianModel, mode: Tensor, names: tuple[str, ...]
-    ) -> tuple[Tensor | None, Gaussian | KroneckerGaussian | Restricted]:
+    ) -> tuple[Tensor | None, Gaussian | KroneckerGaussian | Conditional]:
         """Return the precision where it is a matrix ``(k, k)`` or a diagonal ``(k,)``, and the Gaussian."""
         if self.structure == "kronecker":
             return None, _kronecker(model, mode)
@@ -212,7 +212,7 @@ class Laplace(Method):
 
     def _gaussian(
         self, model: BayesianModel, mode: Tensor, names: tuple[str, ...], precision: Tensor
-    ) -> Gaussian | Restricted:
+    ) -> Gaussian | Conditional:
         """Return the Gaussian at the mode with this precision ``(k, k)`` or ``(k,)`` of the tensors not held there."""
         if precision.dim() == 1:
             if not bool((precision > 0).all()):
@@ -224,7 +224,7 @@ class Laplace(Method):
         except RuntimeError as error:
             least = float(torch.linalg.eigvalsh(precision)[0])
             raise ValueError(_INDEFINITE.format(least)) from error
-        return gaussian if self.structure == "full" else Restricted(mode, free, gaussian)
+        return gaussian if self.structure == "full" else Conditional(mode, free, gaussian)
 
 
 _NO_MODE = (
@@ -506,8 +506,8 @@ def _in_dtype(posterior: Any, dtype: torch.dtype) -> Any:
     """Round the tensors of a posterior."""
     if isinstance(posterior, Gaussian):
         return Gaussian(posterior.loc.to(dtype), posterior.scale_tril.to(dtype))
-    if isinstance(posterior, Restricted):
-        return Restricted(posterior.loc.to(dtype), posterior.where, _in_dtype(posterior.free, dtype))
+    if isinstance(posterior, Conditional):
+        return Conditional(posterior.loc.to(dtype), posterior.where, _in_dtype(posterior.free, dtype))
     parts = (posterior.left, posterior.right, posterior.precision)
     return KroneckerGaussian(posterior.loc.to(dtype), *(tuple(each.to(dtype) for each in part) for part in parts))
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
 from bnnflow.inference.loop import Tuned, WarmUp, run_chains
-from bnnflow.inference.mass import Moments
-from bnnflow.inference.warmup import DualAveraging, TrajectoryLength, window_ends
+from bnnflow.inference.mcmc.mass import Moments
+from bnnflow.inference.mcmc.warmup import DualAveraging, TrajectoryLength, window_ends
 from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 from bnnflow.ranks import ALONE, Ranks
@@ -26,8 +26,8 @@ __all__ = [
     "Trajectories",
     "Trajectory",
     "TrajectoryInfo",
-    "functions",
     "metropolis",
+    "predictions_as_features",
     "trajectory_warm_up",
 ]
 
@@ -147,7 +147,7 @@ Features = Callable[[Tensor], Tensor]
 """``(chain, dim) -> (chain, features)``: what the chains are to decorrelate."""
 
 
-def functions(model: BayesianModel, rows: int = 32) -> Features | None:
+def predictions_as_features(model: BayesianModel, rows: int = 32) -> Features | None:
     """Return what the network predicts at some training inputs, and all that is inferred beside its weights.
 
     Weights that differ by a symmetry predict the same, and weights that hardly matter may move as slowly as they like:
@@ -291,7 +291,7 @@ class Trajectories(Method):
             warmup,
             self,
             unit=self.unit(model.dim),
-            features=functions(model),
+            features=predictions_as_features(model),
             ranks=run.ranks,
         )
         return run_chains(model, run, process, chains=chains, warmup=warmup, draws=draws, name=self.name)

@@ -14,7 +14,7 @@ from torch import Tensor
 from bnnflow.arguments import choice, integer, number, settle
 from bnnflow.draws import Draws
 from bnnflow.gaussian import Gaussian
-from bnnflow.inference.laplace import gauss_newton_precision
+from bnnflow.inference.approximate.laplace import gauss_newton_precision
 from bnnflow.inference.start import WARM_START, maximise, one_point
 from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel

@@ -11,30 +11,39 @@ from torch import Tensor
 
 from bnnflow.arguments import flag, integer, number, settle
 from bnnflow.draws import Draws
-from bnnflow.inference.gradients import (
+from bnnflow.inference.loop import Tuned, WarmUp, run_chains, thinned
+from bnnflow.inference.start import WARM_START, maximise
+from bnnflow.inference.stochastic.gradients import (
     Anchor,
     Scales,
     StochasticTarget,
     anchored,
     averaged,
     control_variates,
-    higher,
     measure,
+    move_anchor,
     stochastic,
 )
-from bnnflow.inference.loop import Tuned, WarmUp, run_chains, thinned
-from bnnflow.inference.schedules import Constant, Schedule
-from bnnflow.inference.start import WARM_START, maximise
+from bnnflow.inference.stochastic.schedules import Constant, Schedule
 from bnnflow.method import Run
 from bnnflow.model import BayesianModel
 from bnnflow.types import Kernel
 
-__all__ = ["Choice", "Family", "Recipe", "Settings", "check", "exploring", "kept", "run_stochastic"]
+__all__ = [
+    "MakeKernel",
+    "Scheme",
+    "Settings",
+    "StepSizeRule",
+    "check",
+    "record_draws",
+    "run_stochastic",
+    "skip_exploration",
+]
 
-Family = Callable[[StochasticTarget, Scales, float, Schedule, int], Kernel]
+MakeKernel = Callable[[StochasticTarget, Scales, float, Schedule, int], Kernel]
 """``(target, scales, step size, schedule, gradients a step) -> kernel``."""
 
-Choice = Callable[[Scales], tuple[float, float]]
+StepSizeRule = Callable[[Scales], tuple[float, float]]
 """Scales to the step size to sample with, and the longest that is safely stable, however noisy."""
 
 
@@ -69,24 +78,24 @@ def check(settings: Settings, *positive: str) -> None:
         raise ValueError(f"schedule must be a schedule such as Constant(), got {settings.schedule!r}")
 
 
-class Recipe(NamedTuple):
+class Scheme(NamedTuple):
     """What sets one stochastic-gradient method apart from another."""
 
-    family: Family
-    choose: Choice  # the step size, where none is given
+    make_kernel: MakeKernel
+    step_size_rule: StepSizeRule  # the step size, where none is given
     notes: Callable[[Scales, float], dict[str, Any]]  # scales and step size to what the reader should know
     draw: Callable[..., Any]  # statistics of the kernel and the configurational temperature to those of a draw
     settle: Callable[[Any, Scales, float], Any] = lambda chain, scales, step_size: chain
     """Puts what a chain learns slowly where it belongs, before each transition of the first half of warm-up."""
 
 
-def run_stochastic(model: BayesianModel, run: Run, settings: Settings, recipe: Recipe) -> Draws:
+def run_stochastic(model: BayesianModel, run: Run, settings: Settings, scheme: Scheme) -> Draws:
     """Run a stochastic-gradient method; see `bnnflow.sample`."""
     n = len(model.x)
     if settings.batch_size is not None and settings.batch_size > n:
         raise ValueError(f"batch_size must be at most the {n} rows of data, got {settings.batch_size}")
     warmup = 200 if run.warmup is None else run.warmup
-    burn_in = _BurnIn(model, run, settings, recipe, warmup)
+    burn_in = _BurnIn(model, run, settings, scheme, warmup)
     process = WarmUp(burn_in.init, burn_in.step, burn_in.tuned)
     name = type(settings).__name__
     return run_chains(model, run, process, chains=run.chains_or(16), warmup=warmup, draws=run.draws or 1000, name=name)
@@ -114,8 +123,8 @@ class _BurnIn:
     was asked for or found; what is used in the end is the shortest of the last quarter.
     """
 
-    def __init__(self, model: BayesianModel, run: Run, settings: Settings, recipe: Recipe, warmup: int) -> None:
-        self.model, self.run, self.settings, self.recipe, self.warmup = model, run, settings, recipe, warmup
+    def __init__(self, model: BayesianModel, run: Run, settings: Settings, scheme: Scheme, warmup: int) -> None:
+        self.model, self.run, self.settings, self.scheme, self.warmup = model, run, settings, scheme, warmup
         own = "diagonal" if settings.step_size is None else "none"
         self.diagonal = (settings.preconditioner or own) == "diagonal"
         self.early = {round(warmup * part) for part in (0.05, 0.25, 0.5)} - {0, warmup}
@@ -135,7 +144,7 @@ class _BurnIn:
     def step(self, state: BurnIn, generator: torch.Generator) -> tuple[BurnIn, Any]:
         extra = state.scales.gradients if state.done == 0 else 0
         if state.done in self.early:
-            anchor = state.anchor and higher(self.model, state.anchor, state.chain.theta)
+            anchor = state.anchor and move_anchor(self.model, state.anchor, state.chain.theta)
             state = state._replace(anchor=anchor)
             state = state._replace(scales=self.measured(state, generator))
             extra = state.scales.gradients + (anchor is not None)
@@ -146,7 +155,7 @@ class _BurnIn:
         size = self.step_size(state, max(0.0, 1 - 2 * state.done / max(1, self.warmup)))
         chain = state.chain
         if 2 * state.done <= self.warmup:
-            chain = self.recipe.settle(chain, state.scales, size)
+            chain = self.scheme.settle(chain, state.scales, size)
         before = chain.log_joint
         chain, info = self.kernel(state, size, Constant()).step(chain, generator)
         lost = info.diverging & ~(chain.log_joint > before)  # not those on a long way uphill
@@ -165,9 +174,9 @@ class _BurnIn:
             "step_size": size,
             "curvature": state.scales.curvature,
             "gradient_noise": state.scales.noise_level,
-        } | self.recipe.notes(state.scales, size)
+        } | self.scheme.notes(state.scales, size)
         chain = state.chain._replace(done=0)  # schedules begin here
-        return Tuned(kept(sampling, exact, chain.theta, self.recipe.draw), chain, found)
+        return Tuned(record_draws(sampling, exact, chain.theta, self.scheme.draw), chain, found)
 
     def target(self, anchor: Anchor | None) -> StochasticTarget:
         batch_size = self.settings.batch_size
@@ -177,8 +186,8 @@ class _BurnIn:
 
     def kernel(self, state: BurnIn, step_size: float, schedule: Schedule) -> Kernel:
         cost = 2 if self.settings.control_variates else 1
-        kernel = self.recipe.family(self.target(state.anchor), state.scales, step_size, schedule, cost)
-        return thinned(exploring(kernel, schedule), self.settings.thinning)
+        kernel = self.scheme.make_kernel(self.target(state.anchor), state.scales, step_size, schedule, cost)
+        return thinned(skip_exploration(kernel, schedule), self.settings.thinning)
 
     def measured(self, state: BurnIn, generator: torch.Generator, metric: Tensor | None = None) -> Scales:
         theta = state.chain.theta
@@ -192,11 +201,11 @@ class _BurnIn:
         """Return the step size: the longest stable one at heat 1, the one to sample with at heat 0."""
         if self.settings.step_size is not None:
             return state.shrink * self.settings.step_size
-        final, longest = self.recipe.choose(state.scales)
+        final, longest = self.scheme.step_size_rule(state.scales)
         return state.shrink * final * max(1.0, longest / final) ** heat
 
 
-def exploring(kernel: Kernel, schedule: Schedule) -> Kernel:
+def skip_exploration(kernel: Kernel, schedule: Schedule) -> Kernel:
     """Return the kernel one step of which also makes all steps before it in which the schedule explores."""
 
     def step(state: Any, generator: torch.Generator) -> tuple[Any, Any]:
@@ -212,7 +221,7 @@ def exploring(kernel: Kernel, schedule: Schedule) -> Kernel:
     return Kernel(kernel.init, step)
 
 
-def kept(
+def record_draws(
     kernel: Kernel, log_joint: Callable[[Tensor], Tensor] | None, centre: Tensor, info: Callable[..., Any]
 ) -> Kernel:
     """Return the kernel whose transitions are draws: with the exact density, and a check of the law.

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from bnnflow.arguments import checked, choice, settle
 from bnnflow.draws import Draws
-from bnnflow.inference.burn_in import Recipe, check, run_stochastic
-from bnnflow.inference.gradients import Scales, StochasticTarget, guarded, same
-from bnnflow.inference.schedules import Constant, Schedule
+from bnnflow.inference.stochastic.burn_in import Scheme, check, run_stochastic
+from bnnflow.inference.stochastic.gradients import Scales, StochasticTarget, clip_or_revert, constant_statistic
+from bnnflow.inference.stochastic.schedules import Constant, Schedule
 from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 from bnnflow.model.fused import langevin
@@ -84,7 +84,9 @@ def sgld(
 
     def init(theta: Tensor, generator: torch.Generator) -> SGLDState:
         state = SGLDState(theta, *target(theta, generator), 0)
-        return guarded(state, lambda: state._replace(grad=torch.zeros_like(theta)), root, _limit(theta, step_size))[0]
+        return clip_or_revert(
+            state, lambda: state._replace(grad=torch.zeros_like(theta)), root, _limit(theta, step_size)
+        )[0]
 
     def step(state: SGLDState, generator: torch.Generator) -> tuple[SGLDState, SGLDInfo]:
         scale, sampling = schedule(state.done)
@@ -94,7 +96,7 @@ def sgld(
         else:
             theta = torch.addcmul(state.theta, state.grad, metric, value=0.5 * eps)
         new = SGLDState(theta, *target(theta, generator), state.done + 1)
-        new, diverging = guarded(new, lambda: state, root, _limit(theta, eps))
+        new, diverging = clip_or_revert(new, lambda: state, root, _limit(theta, eps))
         return new, _info(theta, diverging, cost, eps)
 
     return Kernel(init, step)
@@ -139,7 +141,7 @@ def psgld(
         metric = preconditioner(squares)
         state = PSGLDState(theta, value, grad, squares, metric, 0)
         before = state._replace(grad=torch.zeros_like(theta))
-        return guarded(state, lambda: before, metric.sqrt(), _limit(theta, step_size))[0]
+        return clip_or_revert(state, lambda: before, metric.sqrt(), _limit(theta, step_size))[0]
 
     def step(state: PSGLDState, generator: torch.Generator) -> tuple[PSGLDState, SGLDInfo]:
         scale, sampling = schedule(state.done)
@@ -153,7 +155,7 @@ def psgld(
             theta = torch.addcmul(state.theta, state.grad, metric, value=0.5 * eps)
         value, grad = target(theta, generator)
         new = PSGLDState(theta, value, grad, squares, metric, state.done + 1)
-        new, diverging = guarded(new, lambda: state, root, _limit(theta, eps))
+        new, diverging = clip_or_revert(new, lambda: state, root, _limit(theta, eps))
         return new, _info(theta, diverging, cost, eps)
 
     return Kernel(init, step)
@@ -166,7 +168,7 @@ def _limit(theta: Tensor, eps: float) -> float:
 
 def _info(theta: Tensor, diverging: Tensor, cost: int, step_size: float) -> SGLDInfo:
     chains, device = len(theta), theta.device
-    return SGLDInfo(same(chains, cost, device), diverging, same(chains, step_size, device))
+    return SGLDInfo(constant_statistic(chains, cost, device), diverging, constant_statistic(chains, step_size, device))
 
 
 @checked
@@ -223,12 +225,14 @@ class SGLD(Method):
     def draw(self, model: BayesianModel, run: Run) -> Draws:
         """Run the chains; see `bnnflow.sample`. The defaults are 16 chains, 200 transitions of warm-up, 1,000 draws."""
 
-        def family(target: StochasticTarget, scales: Scales, step_size: float, schedule: Schedule, cost: int) -> Kernel:
+        def make_kernel(
+            target: StochasticTarget, scales: Scales, step_size: float, schedule: Schedule, cost: int
+        ) -> Kernel:
             if self.preconditioner == "rmsprop":
                 return psgld(target, step_size, len(model.x), schedule=schedule, cost=cost)
             return sgld(target, step_size, scales.metric, schedule=schedule, cost=cost)
 
-        def choose(scales: Scales) -> tuple[float, float]:
+        def step_size_rule(scales: Scales) -> tuple[float, float]:
             eps = 4 * self.bias / max(scales.curvature, scales.noise_level)
             eps = min(eps / self.schedule.kept_scale, 2 / scales.curvature)
             # A preconditioner that follows the gradient may change: keep well away from the longest stable step.
@@ -238,4 +242,4 @@ class SGLD(Method):
             kept = step_size * self.schedule.kept_scale
             return {"variance_excess": kept * max(scales.curvature, scales.noise_level) / 4}
 
-        return run_stochastic(model, run, self, Recipe(family, choose, notes, SGLDDraw))
+        return run_stochastic(model, run, self, Scheme(make_kernel, step_size_rule, notes, SGLDDraw))

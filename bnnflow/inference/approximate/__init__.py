@@ -1,0 +1,1 @@
+"""Approximations and point estimates that people compare with: Laplace, variational, SWAG, ensembles, dropout."""

@@ -1,0 +1,1 @@
+"""Markov chains that follow the full gradient, and how they tune themselves."""

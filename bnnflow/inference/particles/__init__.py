@@ -1,0 +1,1 @@
+"""What needs only particles and the model: `SMC`, `evidence` and `refine`."""

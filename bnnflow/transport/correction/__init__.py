@@ -1,0 +1,1 @@
+"""Corrections of a flow's draws towards the exact posterior, and the verdict on them: `correct`."""
