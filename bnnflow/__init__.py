@@ -87,7 +87,8 @@ __all__ = [
     "weight_convergence",
 ]
 
-# Where each name lives. They are imported on first use (PEP 562): a script pays only for the packages it enters.
+# Where each name lives. They are imported on first use (PEP 562): a script pays only for the
+# packages it enters.
 _HOMES = {
     "draws": ("Draws",),
     "files": ("load",),

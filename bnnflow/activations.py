@@ -1,4 +1,6 @@
-"""Elementwise activations: value, derivative, and the symmetries that each one gives to its units."""
+"""Elementwise activations: value, derivative, and the symmetries that each one gives to its
+units.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,18 @@ __all__ = ["Activation", "Sine", "activation_of"]
 class Activation:
     """An elementwise function between two linear layers.
 
-    ``name`` rebuilds it: ``"tanh"``, or ``"leaky_relu:0.2"`` with its parameter. Odd functions give every unit a
-    sign symmetry, positively homogeneous ones a scaling symmetry, and a sine a phase.
+    ``name`` rebuilds it: ``"tanh"``, or ``"leaky_relu:0.2"`` with its parameter. Odd functions give
+    every unit a sign symmetry, positively homogeneous ones a scaling symmetry, and a sine a phase.
 
-    Units of residual and convolutional networks may meet several functions: ``"identity + relu + max_pool"`` names all
-    of them, in the order of the data. Such an activation has the symmetries that all parts share, but no values.
+    Units of residual and convolutional networks may meet several functions:
+    ``"identity + relu + max_pool"`` names all of them, in the order of the data. Such an activation
+    has the symmetries that all parts share, but no values.
 
     Example:
-        >>> Activation("tanh").odd, Activation("relu + max_pool").homogeneous, Activation("identity + tanh").homogeneous
-        (True, True, False)
+        >>> Activation("tanh").odd, Activation("relu + max_pool").homogeneous
+        (True, True)
+        >>> Activation("identity + tanh").homogeneous
+        False
     """
 
     name: str
@@ -53,9 +58,16 @@ class Activation:
 
     @property
     def half_turn(self) -> float | None:
-        """The shift with f(a + shift) = -f(a), for a sine and for odd functions of a sine; None for others."""
+        """The shift with f(a + shift) = -f(a), for a sine and for odd functions of a sine.
+
+        None for others.
+        """
         family, _, w0 = self.name.split(" + ")[0].partition(":")
-        return math.pi / float(w0 or 1.0) if family == "sin" and self.odd and "identity" not in self._families else None
+        return (
+            math.pi / float(w0 or 1.0)
+            if family == "sin" and self.odd and "identity" not in self._families
+            else None
+        )
 
     def __call__(self, a: Tensor) -> Tensor:
         """Return f(a)."""
@@ -88,7 +100,10 @@ class Activation:
         return self.name in _OVERWRITE
 
     def overwrite(self, a: Tensor) -> Tensor:
-        """Return f(a) in the memory of ``a``; for `reusable` activations, where nothing tracks derivatives."""
+        """Return f(a) in the memory of ``a``.
+
+        For `reusable` activations, where nothing tracks derivatives.
+        """
         return _OVERWRITE[self.name](a)
 
     def vjp(self, delta: Tensor, value: Tensor) -> Tensor:
@@ -119,7 +134,8 @@ class Sine(nn.Module):
 
 
 def _tanh(a: Tensor) -> Tensor:
-    # Three to seven times faster than torch.tanh on CPU, where sigmoid is vectorised; equal to rounding.
+    # Three to seven times faster than torch.tanh on CPU, where sigmoid is vectorised; equal to
+    # rounding.
     return 2 * torch.sigmoid(2 * a) - 1 if a.device.type == "cpu" else torch.tanh(a)
 
 
@@ -152,11 +168,14 @@ _PULL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "identity": lambda delta, value: delta,
     "tanh": lambda delta, value: torch.ops.aten.tanh_backward(delta, value, grad_input=delta),
     "sigmoid": lambda delta, value: torch.ops.aten.sigmoid_backward(delta, value, grad_input=delta),
-    "relu": lambda delta, value: torch.ops.aten.threshold_backward(delta, value, 0, grad_input=delta),
+    "relu": lambda delta, value: torch.ops.aten.threshold_backward(
+        delta, value, 0, grad_input=delta
+    ),
 }
 _ODD = {"identity", "tanh", "softsign", "tanhshrink", "sin"}
 _HOMOGENEOUS = {"identity", "relu", "leaky_relu", "max_pool"}
-_NOT_ELEMENTWISE = {"max_pool", "norm"}  # what units may meet beside elementwise functions; a norm has no symmetry
+# what units may meet beside elementwise functions; a norm has no symmetry
+_NOT_ELEMENTWISE = {"max_pool", "norm"}
 
 
 def _gelu(approximate: str = "none") -> str:
@@ -212,8 +231,11 @@ _CALLS: dict[Callable | str, Callable[..., str | None]] = {
 }
 
 
-def activation_of(operation: nn.Module | Callable | str, *args: Any, **kwargs: Any) -> Activation | None:
-    """Return the activation that a module, a function or a tensor method computes, or None if it is no known one.
+def activation_of(
+    operation: nn.Module | Callable | str, *args: Any, **kwargs: Any
+) -> Activation | None:
+    """Return the activation that a module, a function or a tensor method computes, or None if it is
+    no known one.
 
     Args:
         operation: what is called.

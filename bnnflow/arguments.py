@@ -1,7 +1,9 @@
-"""One gate for arguments: what a caller meant where that is clear, else an error that names the argument.
+"""One gate for arguments: what a caller meant where that is clear, else an error that names the
+argument.
 
-Public functions and classes are `checked`: their annotations say what every argument must be, and hold. `Count`,
-`Positive` and their like are numbers in a range. What depends on other arguments is checked by hand, in the same words.
+Public functions and classes are `checked`: their annotations say what every argument must be, and
+hold. `Count`, `Positive` and their like are numbers in a range. What depends on other arguments is
+checked by hand, in the same words.
 """
 
 from __future__ import annotations
@@ -115,7 +117,10 @@ def number(
         ValueError: if it is NaN, infinite or out of range.
     """
     try:
-        if isinstance(value, bool | str | bytes | bytearray) or getattr(value, "dtype", None) in _NOT_REAL:
+        if (
+            isinstance(value, bool | str | bytes | bytearray)
+            or getattr(value, "dtype", None) in _NOT_REAL
+        ):
             raise TypeError
         result = float(value)
     except OverflowError:
@@ -151,7 +156,9 @@ def choice(name: str, value: Any, choices: Collection[str]) -> str:
         ValueError: if it is not.
     """
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {_shown(value)}")
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, choices))}, got {_shown(value)}"
+        )
     return value
 
 
@@ -167,7 +174,8 @@ def flag(name: str, value: Any) -> bool:
 
 
 def settle(settings: Any, check: Callable[..., Any], *names: str, **bounds: Any) -> None:
-    """Check fields of a frozen dataclass while it is made, and keep the values that the check returns.
+    """Check fields of a frozen dataclass while it is made, and keep the values that the check
+    returns.
 
     None passes where it is the field's default, as a choice left open.
 
@@ -188,8 +196,12 @@ def settle(settings: Any, check: Callable[..., Any], *names: str, **bounds: Any)
             object.__setattr__(settings, name, check(name, value, **bounds))
 
 
-def tensor(name: str, value: Any, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
-    """Return real numbers as a tensor that tracks no derivative; arrays, frames and lists are copied.
+def tensor(
+    name: str, value: Any, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> Tensor:
+    """Return real numbers as a tensor that tracks no derivative.
+
+    Arrays, frames and lists are copied.
 
     Args:
         name: of the argument, for the message.
@@ -198,17 +210,27 @@ def tensor(name: str, value: Any, *, dtype: torch.dtype | None = None, device: t
         device: where the tensor goes.
 
     Raises:
-        TypeError: if it does not hold real numbers, or has masked or missing entries that no number stands for.
+        TypeError: if it does not hold real numbers, or has masked or missing entries that no number
+            stands for.
     """
     result = tracked(name, value).detach()
     return result.to(device, dtype if result.is_floating_point() else None)
 
 
 def tracked(name: str, value: Any) -> Tensor:
-    """Return real numbers as a dense tensor as `tensor` does, but one that was given as it is, with its derivatives."""
+    """Return real numbers as a dense tensor as `tensor` does, but one that was given as it is, with
+    its derivatives.
+    """
     result = value if isinstance(value, Tensor) else torch.from_numpy(_array(name, value))
-    if result.is_complex() or result.layout != torch.strided or result.is_meta or result.is_quantized:
-        raise TypeError(f"{name} must be a dense tensor of real numbers, got {result.dtype}, {result.layout}")
+    if (
+        result.is_complex()
+        or result.layout != torch.strided
+        or result.is_meta
+        or result.is_quantized
+    ):
+        raise TypeError(
+            f"{name} must be a dense tensor of real numbers, got {result.dtype}, {result.layout}"
+        )
     if result is not value and (columns := columns_of(value)):
         setattr(result, _COLUMNS, columns)
     return result
@@ -218,7 +240,9 @@ _COLUMNS = "columns"
 
 
 def columns_of(value: Any) -> tuple[str, ...]:
-    """Return the names of the columns of a frame, or of the tensor that `tracked` made of one; none if they have none.
+    """Return the names of the columns of a frame, or of the tensor that `tracked` made of one.
+
+    None if they have none.
 
     What is computed from such a tensor has none.
     """
@@ -239,7 +263,9 @@ def finite(name: str, values: Tensor) -> Tensor:
         if values.dim() == 0:
             raise ValueError(f"{name} must be finite, got {values.item()}")
         rows = ", ".join(str(int(row)) for row in bad[:5]) + (", ..." if len(bad) > 5 else "")
-        raise ValueError(f"{name} has NaN or infinite values in {len(bad)} of {len(values)} rows: {rows}")
+        raise ValueError(
+            f"{name} has NaN or infinite values in {len(bad)} of {len(values)} rows: {rows}"
+        )
     return values
 
 
@@ -257,7 +283,9 @@ def shaped(name: str, values: Tensor, *sizes: int | None, lead: bool = False) ->
     """
     own = values.shape[max(values.dim() - len(sizes), 0) :]
     fits = len(own) == len(sizes) and (lead or values.dim() == len(sizes))
-    if not fits or any(size != (wanted or size or -1) for size, wanted in zip(own, sizes, strict=True)):
+    if not fits or any(
+        size != (wanted or size or -1) for size, wanted in zip(own, sizes, strict=True)
+    ):
         said = ["..."] * lead + ["any" if wanted is None else str(wanted) for wanted in sizes]
         raise ValueError(f"{name} must be ({', '.join(said)}), got shape {tuple(values.shape)}")
     return finite(name, values)
@@ -292,14 +320,18 @@ Estimate = Annotated[float, estimate]
 Limit = Annotated[float, limit]
 F = TypeVar("F", bound=Callable[..., Any])
 Gate = Callable[[str, Any], Any]
-"""``(name, value) -> value`` as the function takes it; a ``TypeError`` or ``ValueError`` names the argument."""
+"""``(name, value) -> value`` as the function takes it.
+
+A ``TypeError`` or ``ValueError`` names the argument.
+"""
 
 
 def checked(target: F) -> F:
     """Hold the arguments of a function, or of the making of a class, to their annotations.
 
-    Numbers, bools and words become Python's own, arrays, lists and frames become tensors where a ``Tensor`` is asked
-    for, and whatever is something else is refused by name before any work starts. Tensors keep their derivatives.
+    Numbers, bools and words become Python's own, arrays, lists and frames become tensors where a
+    ``Tensor`` is asked for, and whatever is something else is refused by name before any work
+    starts. Tensors keep their derivatives.
 
     Example:
         >>> @checked
@@ -334,16 +366,19 @@ def checked(target: F) -> F:
 
 
 def _check_order(given: Mapping[str, Any]) -> None:
-    """Refuse an x and a y of pandas whose rows have the same labels, or some of them, in other places."""
+    """Refuse an x and a y of pandas whose rows have the same labels, or some of them, in other
+    places.
+    """
     x, y = (_labels(given.get(name)) for name in ("x", "y"))
     if x is None or y is None or x == y:
         return
     shared = len({*x} & {*y})
-    numbered = any(labels == list(range(len(labels))) for labels in (x, y))  # labels that pandas made up
+    # labels that pandas made up
+    numbered = any(labels == list(range(len(labels))) for labels in (x, y))
     if shared and (not numbered or shared == len(x) == len(y)):
         raise ValueError(
-            "the rows of x and y have the same labels in another order: bring them into one, as by y.loc[x.index], or "
-            "pass y.to_numpy() if their order is right"
+            "the rows of x and y have the same labels in another order: bring them into one, as by "
+            "y.loc[x.index], or pass y.to_numpy() if their order is right"
         )
 
 
@@ -356,7 +391,9 @@ def _labels(value: Any) -> list[Any] | None:
 @functools.cache
 def _gates(function: Callable[..., Any]) -> dict[str, Gate]:
     """Return the gate of every annotated argument."""
-    kinds = {name: parameter.kind for name, parameter in inspect.signature(function).parameters.items()}
+    kinds = {
+        name: parameter.kind for name, parameter in inspect.signature(function).parameters.items()
+    }
     gates: dict[str, Gate] = {}
     for name, annotation in _resolved(function).items():
         gate = _gate(annotation)
@@ -369,10 +406,15 @@ def _gates(function: Callable[..., Any]) -> dict[str, Gate]:
 
 
 def _resolved(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return the annotations of the arguments as objects; what is returned may be known to type checkers only."""
+    """Return the annotations of the arguments as objects.
+
+    What is returned may be known to type checkers only.
+    """
     own = {name: value for name, value in function.__annotations__.items() if name != "return"}
     holder = types.SimpleNamespace(__annotations__=own)
-    return typing.get_type_hints(holder, globalns=getattr(function, "__globals__", None), include_extras=True)
+    return typing.get_type_hints(
+        holder, globalns=getattr(function, "__globals__", None), include_extras=True
+    )
 
 
 def _gate(annotation: Any) -> Gate:
@@ -403,8 +445,11 @@ def _ranged(kind: type, bounds: dict[str, float | None]) -> Gate:
 
 def _either(options: tuple[Any, ...]) -> Gate:
     """Return the gate of a union: the first option that takes the value."""
-    words = {str} & {str for each in options if each in (pathlib.Path, torch.device)}  # their gates take strings
-    gates = list(dict.fromkeys(_gate(each) for each in options if each not in {types.NoneType, *words}))
+    # their gates take strings
+    words = {str} & {str for each in options if each in (pathlib.Path, torch.device)}
+    gates = list(
+        dict.fromkeys(_gate(each) for each in options if each not in {types.NoneType, *words})
+    )
     records = [_gate(each) for each in options if get_origin(each) is tuple]
     optional = types.NoneType in options
 
@@ -412,13 +457,16 @@ def _either(options: tuple[Any, ...]) -> Gate:
         if value is None and optional:
             return None
         refusals = []
-        for each in records if records and isinstance(value, tuple) else gates:  # two arrays are a tensor as well
+        # two arrays are a tensor as well
+        for each in records if records and isinstance(value, tuple) else gates:
             try:
                 return each(name, value)
             except (TypeError, ValueError) as refusal:
                 refusals.append(refusal)
         close = [
-            each for each in refusals if isinstance(each, ValueError) or not str(each).startswith(f"{name} must be ")
+            each
+            for each in refusals
+            if isinstance(each, ValueError) or not str(each).startswith(f"{name} must be ")
         ]
         if close or len(refusals) == 1:
             raise (close or refusals)[0] from None
@@ -435,7 +483,9 @@ def _wanted(name: str, refusal: str) -> str:
 
 def _word(choices: tuple[str, ...], name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be one of {', '.join(map(repr, choices))}, got {_shown(value)}")
+        raise TypeError(
+            f"{name} must be one of {', '.join(map(repr, choices))}, got {_shown(value)}"
+        )
     return choice(name, value, choices)
 
 
@@ -452,7 +502,10 @@ def _record(gates: tuple[Gate, ...]) -> Gate:
     def gate(name: str, value: Any) -> Any:
         if not isinstance(value, tuple) or len(value) != len(gates):
             raise TypeError(f"{name} must be a tuple of {len(gates)}, got {_shown(value)}")
-        return tuple(each(f"{name}[{i}]", part) for i, (each, part) in enumerate(zip(gates, value, strict=True)))
+        return tuple(
+            each(f"{name}[{i}]", part)
+            for i, (each, part) in enumerate(zip(gates, value, strict=True))
+        )
 
     return gate
 
@@ -461,7 +514,9 @@ def _items(kind: type, of: Gate) -> Gate:
     def gate(name: str, value: Any) -> Any:
         if isinstance(value, np.ndarray | Tensor) and value.ndim == 1:
             value = value.tolist()
-        if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray | memoryview):
+        if not isinstance(value, Sequence) or isinstance(
+            value, str | bytes | bytearray | memoryview
+        ):
             raise TypeError(f"{name} must be a list, got {_shown(value)}")
         return kind(of(f"{name}[{i}]", each) for i, each in enumerate(value))
 
@@ -476,7 +531,9 @@ def _options(annotation: Any) -> Gate:
 
     def gate(name: str, value: dict[str, Any]) -> dict[str, Any]:
         if typed and (unknown := value.keys() - gates.keys()):
-            raise TypeError(f"there is no option {min(unknown)!r}; the options are {', '.join(sorted(gates))}")
+            raise TypeError(
+                f"there is no option {min(unknown)!r}; the options are {', '.join(sorted(gates))}"
+            )
         return {key: gates.get(key, _anything)(key, each) for key, each in value.items()}
 
     return gate
@@ -490,7 +547,11 @@ def _instance(kind: Any) -> Gate:
     members = _members(kind) if protocol else ()
 
     def gate(name: str, value: Any) -> Any:
-        fits = all(hasattr(value, member) for member in members) if protocol else isinstance(value, kind)
+        fits = (
+            all(hasattr(value, member) for member in members)
+            if protocol
+            else isinstance(value, kind)
+        )
         if not fits or (isinstance(value, type) and not issubclass(kind, type)):
             article = "an" if kind.__name__[0] in "AEIOU" else "a"
             raise TypeError(f"{name} must be {article} {kind.__name__}, got {_shown(value)}")
@@ -502,7 +563,9 @@ def _instance(kind: Any) -> Gate:
 def _members(protocol: type) -> tuple[str, ...]:
     """Return what a protocol asks for; ``__call__`` alone among the private names."""
     bases = [base for base in protocol.__mro__ if getattr(base, "_is_protocol", False)]
-    names = {name for base in bases for name in (*vars(base), *getattr(base, "__annotations__", ()))}
+    names = {
+        name for base in bases for name in (*vars(base), *getattr(base, "__annotations__", ()))
+    }
     return tuple(sorted(name for name in names if name == "__call__" or not name.startswith("_")))
 
 
@@ -513,13 +576,18 @@ def _anything(name: str, value: Any) -> Any:
 def _callable(count: int | None, name: str, value: Any) -> Any:
     if not callable(value) or isinstance(value, type):
         raise TypeError(f"{name} must be a function, got {_shown(value)}")
-    if count is not None and not _takes(value.forward if isinstance(value, torch.nn.Module) else value, count):
+    if count is not None and not _takes(
+        value.forward if isinstance(value, torch.nn.Module) else value, count
+    ):
         raise TypeError(f"{name} must be a function of {count} arguments, got {_shown(value)}")
     return value
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
-    """Say whether a function can be called with so many arguments; one that does not tell is believed."""
+    """Say whether a function can be called with so many arguments.
+
+    One that does not tell is believed.
+    """
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -547,7 +615,9 @@ def _device(name: str, value: Any) -> torch.device:
     try:
         device = torch.device(value)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} must be a device such as 'cpu' or 'cuda:0', got {_shown(value)}") from None
+        raise TypeError(
+            f"{name} must be a device such as 'cpu' or 'cuda:0', got {_shown(value)}"
+        ) from None
     try:
         torch.zeros(1, device=device).item()
     except (AssertionError, NotImplementedError, RuntimeError) as error:
@@ -558,7 +628,9 @@ def _device(name: str, value: Any) -> torch.device:
 
 def _dtype(name: str, value: Any) -> torch.dtype:
     if not isinstance(value, torch.dtype) or not value.is_floating_point:
-        raise TypeError(f"{name} must be a floating-point type such as torch.float32, got {_shown(value)}")
+        raise TypeError(
+            f"{name} must be a floating-point type such as torch.float32, got {_shown(value)}"
+        )
     return value
 
 
@@ -568,9 +640,12 @@ def _array(name: str, value: Any) -> np.ndarray:
         raise TypeError(f"{name} must be a tensor of real numbers, got {_shown(value)}")
     if _masked(value):
         raise TypeError(f"{name} has masked entries; fill them or leave their rows out")
-    if hasattr(value, "columns") and hasattr(value, "dtypes"):  # a frame, whose columns may be of several types
+    # a frame, whose columns may be of several types
+    if hasattr(value, "columns") and hasattr(value, "dtypes"):
         if len(set(value.columns)) < len(value.columns):
-            raise TypeError(f"{name} has columns of the same name: {', '.join(map(str, value.columns))}")
+            raise TypeError(
+                f"{name} has columns of the same name: {', '.join(map(str, value.columns))}"
+            )
         columns = [_column(f"{name} has {column!r}", value[column]) for column in value.columns]
         return np.stack(columns, 1) if columns else np.empty((len(value), 0))
     array = _numbers(value)
@@ -595,7 +670,10 @@ def _masked(value: Any) -> bool:
 def _column(where: str, column: Any) -> np.ndarray:
     array = _numbers(column)
     if array is None:
-        raise TypeError(f"{where} among its columns, which holds no numbers but {column.dtype}: encode it, or drop it")
+        raise TypeError(
+            f"{where} among its columns, which holds no numbers but {column.dtype}: "
+            f"encode it, or drop it"
+        )
     return array
 
 
@@ -603,7 +681,8 @@ def _numbers(value: Any) -> np.ndarray | None:
     """Return the array that a value is, or None if it holds anything but real numbers."""
     try:
         array = np.asarray(value)
-        if array.dtype.kind == "O" and hasattr(value, "to_numpy"):  # numbers with missing ones among them
+        # numbers with missing ones among them
+        if array.dtype.kind == "O" and hasattr(value, "to_numpy"):
             if any(isinstance(each, str | bytes) for each in array.flat):  # names, though of digits
                 return None
             array = value.to_numpy(dtype=float, na_value=math.nan)
@@ -612,7 +691,9 @@ def _numbers(value: Any) -> np.ndarray | None:
     return array if array.dtype.kind in "biuf" else None
 
 
-def _within(above: float | None, least: float | None, below: float | None, most: float | None) -> str:
+def _within(
+    above: float | None, least: float | None, below: float | None, most: float | None
+) -> str:
     if above is not None and below is not None:
         return f"strictly between {above:g} and {below:g}"
     bounds = {"above": above, "at least": least, "below": below, "at most": most}
@@ -642,7 +723,13 @@ def _shown(value: Any) -> str:
 
 
 _NOT_REAL: frozenset[Any] = frozenset(
-    [torch.bool, torch.complex32, torch.complex64, torch.complex128, *(np.dtype(code) for code in "?FDG")]
+    [
+        torch.bool,
+        torch.complex32,
+        torch.complex64,
+        torch.complex128,
+        *(np.dtype(code) for code in "?FDG"),
+    ]
 )
 """What `float` would take the truth or the real part of."""
 

@@ -1,4 +1,6 @@
-"""The optimal bridge between two densities of which draws are known (Bennett 1976; Meng and Wong 1996)."""
+"""The optimal bridge between two densities of which draws are known (Bennett 1976; Meng and Wong
+1996).
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ def bennett(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Solve mean_q s(l - c + shift) = e^shift mean_p s(c - l - shift) for c, by bisection.
 
-    l = log p - log q, both unnormalised, s is the logistic function and e^shift the number of draws of p over that of
-    q. The root is the log of p's normaliser over q's: the fixed point of Meng and Wong's iteration.
+    l = log p - log q, both unnormalised, s is the logistic function and e^shift the number of draws
+    of p over that of q. The root is the log of p's normaliser over q's: the fixed point of Meng and
+    Wong's iteration.
 
     Args:
         forward: l at draws of q, ``(..., n)`` float64.
@@ -26,8 +29,8 @@ def bennett(
         shift: see above.
 
     Returns:
-        c ``(...)``, and the logistic functions at the draws of q ``(..., n)`` and of p ``(..., m)``; c is NaN where
-        one of the sides has no finite l.
+        c ``(...)``, and the logistic functions at the draws of q ``(..., n)`` and of p
+        ``(..., m)``; c is NaN where one of the sides has no finite l.
     """
 
     def sides(value: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
-"""R-hat, effective sample sizes and Pareto smoothing: what ArviZ computes, from either of its generations.
+"""R-hat, effective sample sizes and Pareto smoothing: what ArviZ computes, from either of its
+generations.
 
-ArviZ 0.x is one package that smooths log weights; 1.x is several, and smooths the weights that belong to log
-*likelihoods*, the negative of what is given. Both are wrapped here and nowhere else.
+ArviZ 0.x is one package that smooths log weights; 1.x is several, and smooths the weights that
+belong to log *likelihoods*, the negative of what is given. Both are wrapped here and nowhere else.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def is_datatree() -> bool:
 
 
 def rhat(values: np.ndarray) -> np.ndarray:
-    """Return the rank-normalised split R-hat of ``(chain, draw, ...)``, ``(...)`` (Vehtari et al. 2021)."""
+    """Return the rank-normalised split R-hat of ``(chain, draw, ...)``, ``(...)`` (Vehtari et al.
+    2021).
+    """
     return _of_chains("rhat", values)
 
 
@@ -43,11 +46,12 @@ def ess(values: np.ndarray, method: Literal["bulk", "tail", "mean"]) -> np.ndarr
 
 
 def psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
-    """Smooth the largest of the log weights ``(n,)`` by a generalised Pareto law (Vehtari et al. 2024).
+    """Smooth the largest of the log weights ``(n,)`` by a generalised Pareto law (Vehtari et al.
+    2024).
 
     Returns:
-        The smoothed log weights, normalised to sum to one, and the law's shape, k-hat: infinite where the tail is
-        too short to fit.
+        The smoothed log weights, normalised to sum to one, and the law's shape, k-hat: infinite
+        where the tail is too short to fit.
     """
     arviz = import_arviz()
     if is_datatree():
@@ -71,7 +75,9 @@ def _of_chains(diagnostic: str, values: np.ndarray, **options: Any) -> np.ndarra
 
 
 def _standardised(values: np.ndarray) -> np.ndarray:
-    """Bring every quantity of ``(chain, draw, quantity)`` to one scale: ArviZ takes a range below 1e-15 for none."""
+    """Bring every quantity of ``(chain, draw, quantity)`` to one scale: ArviZ takes a range below
+    1e-15 for none.
+    """
     offset = values.astype(np.float64) - values[:1, :1]
     reach = np.abs(offset).max((0, 1), keepdims=True, initial=0.0)
     return offset / np.where(reach > 0, reach, 1.0)

@@ -31,7 +31,8 @@ class Draws:
         log_weights: ``(chain, draw)`` if the draws are weighted.
         log_evidence: value and standard error, if the method estimates it.
         posterior: the density that the draws came from, if it has one.
-        info: method, settings, seconds, gradient evaluations and whatever else a reader should know.
+        info: method, settings, seconds, gradient evaluations and whatever else a reader should
+            know.
     """
 
     theta: Tensor
@@ -46,9 +47,15 @@ class Draws:
         object.__setattr__(self, "theta", self.theta.detach())
         if self.theta.dim() != 3:
             raise ValueError(f"theta must be (chain, draw, dim), got {tuple(self.theta.shape)}")
-        for name, values in {"log_joint": self.log_joint, "log_weights": self.log_weights, **self.stats}.items():
+        for name, values in {
+            "log_joint": self.log_joint,
+            "log_weights": self.log_weights,
+            **self.stats,
+        }.items():
             if values is not None and values.shape != self.theta.shape[:2]:
-                raise ValueError(f"{name} must be {tuple(self.theta.shape[:2])}, got {tuple(values.shape)}")
+                raise ValueError(
+                    f"{name} must be {tuple(self.theta.shape[:2])}, got {tuple(values.shape)}"
+                )
 
     @property
     def n_chains(self) -> int:
@@ -125,12 +132,20 @@ class Draws:
         if posterior is not None and dimension(posterior) != tensors["theta"].shape[-1]:
             raise ValueError(f"the density of the draws is one of {dimension(posterior)} weights")
         evidence = header["log_evidence"]
-        if not tensors["theta"].is_floating_point() or (evidence and list(map(type, evidence)) != [float, float]):
-            raise ValueError("these are no draws: weights and an evidence are floating-point numbers")
+        if not tensors["theta"].is_floating_point() or (
+            evidence and list(map(type, evidence)) != [float, float]
+        ):
+            raise ValueError(
+                "these are no draws: weights and an evidence are floating-point numbers"
+            )
         return cls(
             theta=tensors["theta"],
             log_joint=tensors["log_joint"],
-            stats={name.removeprefix("stats/"): t for name, t in tensors.items() if name.startswith("stats/")},
+            stats={
+                name.removeprefix("stats/"): t
+                for name, t in tensors.items()
+                if name.startswith("stats/")
+            },
             log_weights=tensors.get("log_weights"),
             log_evidence=tuple(evidence) if evidence else None,
             posterior=posterior,
@@ -139,8 +154,12 @@ class Draws:
 
 
 @checked
-def as_theta(draws: Draws | Tensor | tuple[Tensor, Tensor | None], name: str = "draws") -> tuple[Tensor, Tensor | None]:
-    """Accept draws, weights ``(..., dim)`` or a pair (weights, log weights); return both flat over draws.
+def as_theta(
+    draws: Draws | Tensor | tuple[Tensor, Tensor | None], name: str = "draws"
+) -> tuple[Tensor, Tensor | None]:
+    """Accept draws, weights ``(..., dim)`` or a pair (weights, log weights).
+
+    Return both flat over draws.
 
     Args:
         draws: what was given.
@@ -148,7 +167,8 @@ def as_theta(draws: Draws | Tensor | tuple[Tensor, Tensor | None], name: str = "
 
     Raises:
         TypeError: if they are something else.
-        ValueError: if there is not one log weight for each draw, one is NaN or +inf, or all are -inf.
+        ValueError: if there is not one log weight for each draw, one is NaN or +inf, or all are
+            -inf.
     """
     if isinstance(draws, Draws):
         theta, weights = draws.theta, draws.log_weights
@@ -170,11 +190,12 @@ def as_theta(draws: Draws | Tensor | tuple[Tensor, Tensor | None], name: str = "
 
 
 def outliers(log_joint: Tensor) -> Tensor:
-    """Say which draws are none of the posterior that the others are of, given the log densities ``(n,)`` of all.
+    """Say which draws are none of the posterior that the others are of, given the log densities
+    ``(n,)`` of all.
 
-    Those that lie further below the median than eight times the lower quartile and ten nats. Minus the log density of
-    a Gaussian has a gamma law: of its own draws fewer than one in a million stray, whatever their dimension. A log
-    density that is not finite strays.
+    Those that lie further below the median than eight times the lower quartile and ten nats. Minus
+    the log density of a Gaussian has a gamma law: of its own draws fewer than one in a million
+    stray, whatever their dimension. A log density that is not finite strays.
     """
     values = log_joint.double().nan_to_num(nan=-torch.inf)
     low, middle = values.quantile(values.new_tensor([0.25, 0.5]))
@@ -182,9 +203,11 @@ def outliers(log_joint: Tensor) -> Tensor:
 
 
 def unresolved(theta: Tensor) -> Tensor:
-    """Say of which weights the draws ``(n, dim)`` are closer than their floating-point type tells apart, ``(dim,)``.
+    """Say of which weights the draws ``(n, dim)`` are closer than their floating-point type tells
+    apart, ``(dim,)``.
 
-    Those whose standard deviation is below four spacings of numbers of their size, a weight that never moves included.
+    Those whose standard deviation is below four spacings of numbers of their size, a weight that
+    never moves included.
     """
     sd, size = theta.double().std(0), theta.double().abs().amax(0)
     return ~(sd > 4 * torch.finfo(theta.dtype).eps * size)

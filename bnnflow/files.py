@@ -10,7 +10,14 @@ from bnnflow.draws import Draws
 from bnnflow.equivariant import INRs
 from bnnflow.inference import checkpoint
 from bnnflow.model import BayesianModel
-from bnnflow.transport import CompletedFlow, Correction, Flow, FlowMap, ManifoldFlow, TransformedDensity
+from bnnflow.transport import (
+    CompletedFlow,
+    Correction,
+    Flow,
+    FlowMap,
+    ManifoldFlow,
+    TransformedDensity,
+)
 
 __all__ = ["load"]
 
@@ -36,15 +43,19 @@ _WITH_MODEL = {
 
 @checked
 def load(path: str | Path, model: BayesianModel | None = None) -> Saved:
-    """Read what ``save`` wrote (draws, INRs, a flow, a density), or the draws of a run from its checkpoint folder.
+    """Read what ``save`` wrote (draws, INRs, a flow, a density), or the draws of a run from its
+    checkpoint folder.
 
     Args:
-        path: the file, or the folder given to ``sample(..., checkpoint=...)``; the run may be going on, or be dead.
-        model: binds a likelihood-informed flow; draws, other flows and densities are checked against it if given.
+        path: the file, or the folder given to ``sample(..., checkpoint=...)``; the run may be going
+            on, or be dead.
+        model: binds a likelihood-informed flow; draws, other flows and densities are checked
+            against it if given.
 
     Raises:
-        ValueError: naming the file, if it is not bnnflow's, is damaged, is newer than this version, needs a model or
-            does not fit the one that is given; if a folder holds no draws, or none that are intact.
+        ValueError: naming the file, if it is not bnnflow's, is damaged, is newer than this version,
+            needs a model or does not fit the one that is given; if a folder holds no draws, or none
+            that are intact.
     """
     if Path(path).is_dir():
         draws = checkpoint.load(path)

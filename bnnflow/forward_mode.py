@@ -10,7 +10,8 @@ import torch
 
 __all__ = ["jvp"]
 
-# torch counts the levels of forward mode for the whole process: a second thread raises, or reads the first one's.
+# torch counts the levels of forward mode for the whole process: a second thread raises, or reads
+# the first one's.
 _LEVELS = threading.RLock()
 
 

@@ -31,12 +31,16 @@ class Gaussian:
     def __post_init__(self) -> None:
         loc, factor = tuple(self.loc.shape), tuple(self.scale_tril.shape)
         if len(loc) != 1 or factor not in (loc, loc * 2):
-            raise ValueError(f"loc must be (dim,) and scale_tril (dim,) or (dim, dim), got {loc} and {factor}")
+            raise ValueError(
+                f"loc must be (dim,) and scale_tril (dim,) or (dim, dim), got {loc} and {factor}"
+            )
 
     @classmethod
     @checked
     def fit(cls, theta: Tensor, *, shrinkage: Share = 1e-3) -> Gaussian:
-        """Fit mean and full covariance to draws ``(..., dim)``, shrunk a little towards its diagonal."""
+        """Fit mean and full covariance to draws ``(..., dim)``, shrunk a little towards its
+        diagonal.
+        """
         flat = shaped("theta", theta, None, None, lead=True).flatten(0, -2).double()
         if len(flat) < 2:
             raise ValueError("theta must be two draws or more")
@@ -49,13 +53,15 @@ class Gaussian:
 
     @classmethod
     def of_precision(cls, loc: Tensor, precision: Tensor) -> Gaussian:
-        """Make the Gaussian with this precision matrix ``(dim, dim)``, factorised in float64, in the dtype of ``loc``.
+        """Make the Gaussian with this precision matrix ``(dim, dim)``, factorised in float64, in
+        the dtype of ``loc``.
 
         Raises:
             torch.linalg.LinAlgError: if it is not positive definite.
         """
-        # With J the reversal and C the Cholesky factor of J P J, P^-1 = S S^T for the lower triangular S = J C^-T J.
-        factor = torch.linalg.cholesky(precision.double().flip(0, 1)).flip(0, 1).mT  # lower: P = factor^T factor
+        # With J the reversal and C the Cholesky factor of J P J, P^-1 = S S^T for the lower
+        # triangular S = J C^-T J. lower: P = factor^T factor
+        factor = torch.linalg.cholesky(precision.double().flip(0, 1)).flip(0, 1).mT
         eye = torch.eye(len(factor), dtype=torch.float64, device=factor.device)
         return cls(loc, torch.linalg.solve_triangular(factor, eye, upper=False).to(loc.dtype))
 
@@ -63,14 +69,21 @@ class Gaussian:
     def sample(self, n: Count, seed: Seed) -> Tensor:
         """Draw ``(n, dim)``."""
         generator = as_generator(seed, self.loc.device)
-        noise = torch.randn(n, len(self.loc), generator=generator, device=self.loc.device, dtype=self.loc.dtype)
-        return self.loc + (noise * self.scale_tril if self.scale_tril.dim() == 1 else noise @ self.scale_tril.T)
+        noise = torch.randn(
+            n, len(self.loc), generator=generator, device=self.loc.device, dtype=self.loc.dtype
+        )
+        return self.loc + (
+            noise * self.scale_tril if self.scale_tril.dim() == 1 else noise @ self.scale_tril.T
+        )
 
     @checked
     def log_prob(self, theta: Tensor) -> Tensor:
         """Return the log density, ``(..., dim) -> (...)`` in float64."""
         if theta.shape[-1:] != self.loc.shape:
-            raise ValueError(f"theta must end in an axis of length {len(self.loc)}, got shape {tuple(theta.shape)}")
+            raise ValueError(
+                f"theta must end in an axis of length {len(self.loc)}, got shape "
+                f"{tuple(theta.shape)}"
+            )
         offset = (theta.to(self.loc) - self.loc).double()
         factor = self.scale_tril.double()
         if factor.dim() == 1:
@@ -83,9 +96,11 @@ class Gaussian:
 
 
 def positive(variance: Tensor) -> Tensor:
-    """Return variances ``(..., dim)``, in place of zeros the mean of all: a weight that no draw moves stops no other.
+    """Return variances ``(..., dim)``, in place of zeros the mean of all: a weight that no draw
+    moves stops no other.
 
-    Others stay as they are, since weights may differ in scale by any factor. If all are zero they become one.
+    Others stay as they are, since weights may differ in scale by any factor. If all are zero they
+    become one.
     """
     mean = variance.mean(-1, keepdim=True)
     return torch.where(variance > 0, variance, torch.where(mean > 0, mean, 1.0))

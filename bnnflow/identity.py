@@ -1,8 +1,10 @@
-"""What a value is made of, as a hash: the same in every process, another for every difference that could matter.
+"""What a value is made of, as a hash: the same in every process, another for every difference that
+could matter.
 
-Numbers, texts, containers, arrays and tensors count by value; functions by their compiled code, defaults, and what
-they close over or look up; objects by their class and attributes; classes and functions of installed libraries by
-name, others by their code. Addresses, the order of sets, line numbers, comments and docstrings do not count.
+Numbers, texts, containers, arrays and tensors count by value; functions by their compiled code,
+defaults, and what they close over or look up; objects by their class and attributes; classes and
+functions of installed libraries by name, others by their code. Addresses, the order of sets, line
+numbers, comments and docstrings do not count.
 """
 
 from __future__ import annotations
@@ -32,8 +34,14 @@ __all__ = ["Identity", "digest", "seed_identity", "without_addresses"]
 _PROCESS = os.urandom(8)
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), type(NotImplemented))
 _NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, np.dtype)
-_BY_VALUE = (Tensor, np.ndarray, np.generic, tuple, frozenset)  # whether two are one object says nothing
-_BUILTIN = (types.BuiltinFunctionType, np.ufunc, types.MethodDescriptorType, types.WrapperDescriptorType)
+# whether two are one object says nothing
+_BY_VALUE = (Tensor, np.ndarray, np.generic, tuple, frozenset)
+_BUILTIN = (
+    types.BuiltinFunctionType,
+    np.ufunc,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+)
 # Of a module: what is written apart, or does not change what it computes.
 _OF_MODULES = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -48,7 +56,8 @@ def digest(value: Any) -> str:
 
 
 def seed_identity(seed: Seed) -> int | str:
-    """Return what tells seeds apart: the number, or a hash of a generator's state before it is used.
+    """Return what tells seeds apart: the number, or a hash of a generator's state before it is
+    used.
 
     Raises:
         TypeError: if ``seed`` is neither.
@@ -59,7 +68,9 @@ def seed_identity(seed: Seed) -> int | str:
 
 
 def without_addresses(text: str) -> str:
-    """Return a representation without the addresses of objects, which differ from process to process."""
+    """Return a representation without the addresses of objects, which differ from process to
+    process.
+    """
     return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
@@ -71,18 +82,22 @@ class Identity:
         skipped: paths of attributes that do not count.
 
     Attributes:
-        unknown: where what cannot be identified was found, ``"net.lock (lock)"``. The hash then is that of no other
-            process, since whether two such values are the same cannot be told.
+        unknown: where what cannot be identified was found, ``"net.lock (lock)"``. The hash then is
+            that of no other process, since whether two such values are the same cannot be told.
     """
 
-    def __init__(self, variables: Mapping[str, Tensor] | None = None, skipped: Collection[str] = ()) -> None:
+    def __init__(
+        self, variables: Mapping[str, Tensor] | None = None, skipped: Collection[str] = ()
+    ) -> None:
         self.unknown: list[str] = []
         self._skipped = skipped
         self._hash = hashlib.sha256()
         self._variables = {id(tensor): name for name, tensor in (variables or {}).items()}
         self._seen: dict[int, int] = {}
-        self._looked_up: set[tuple[int, str]] = set()  # modules of the caller's, and the names of their members
-        self._alive: list[Any] = []  # what was seen must live on, or its address could be used again
+        # modules of the caller's, and the names of their members
+        self._looked_up: set[tuple[int, str]] = set()
+        # what was seen must live on, or its address could be used again
+        self._alive: list[Any] = []
 
     @property
     def digest(self) -> str:
@@ -125,12 +140,14 @@ class Identity:
         return self._add_object(value, path)
 
     def _add_extras(self, value: Any, path: str) -> None:
-        """Add what a value holds beside what its kind does: attributes of a function, or of a class derived from it."""
+        """Add what a value holds beside what its kind does: attributes of a function, or of a class
+        derived from it.
+        """
         kept = isinstance(value, _PLAIN_CONTAINERS) and getattr(value, "__dict__", None)
         if kept:
             self._add_mapping(kept, path)
 
-    # ---------------------------------------------------------------- data
+    # ---------------------------------------- data
 
     def _add_derived(self, value: Any, path: str) -> None:
         """Add a number or a text of a class of its own."""
@@ -139,7 +156,9 @@ class Identity:
         self._write(base.__name__, base.__repr__(value))
 
     def _add_tensor(self, value: Tensor, path: str) -> None:
-        """Add the values in double precision, so that a model and its conversion to it are the same."""
+        """Add the values in double precision, so that a model and its conversion to it are the
+        same.
+        """
         value = value.detach()
         value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
         value = value.to_dense() if value.layout != torch.strided else value
@@ -176,7 +195,7 @@ class Identity:
             self._mark(part.unknown)
         self._write("set", *sorted(parts))
 
-    # ---------------------------------------------------------------- code
+    # ---------------------------------------- code
 
     def _add_function(self, value: types.FunctionType, path: str) -> None:
         if _installed(value.__module__) and value.__module__ != "builtins":
@@ -189,11 +208,15 @@ class Identity:
             self.add(each, f"{path}.{name}")
         for name in _globals_of(value.__code__):
             if name in value.__globals__:
-                self._add_global(value.__globals__[name], _names_of(value.__code__), f"{path}.{name}")
+                self._add_global(
+                    value.__globals__[name], _names_of(value.__code__), f"{path}.{name}"
+                )
         return None
 
     def _add_global(self, value: Any, names: Collection[str], path: str) -> None:
-        """Add what a function looks up: of a module that is not installed, those of its members that code names."""
+        """Add what a function looks up: of a module that is not installed, those of its members
+        that code names.
+        """
         self.add(value, path)
         if isinstance(value, types.ModuleType) and not _installed(value.__name__):
             for name in names:
@@ -206,7 +229,9 @@ class Identity:
         if doc is not None and constants and constants[0] == doc:
             constants[0] = None
         self._write("code", code.co_code.hex())
-        self._add_all("names", (*code.co_names, *code.co_varnames, *code.co_freevars, *code.co_cellvars), path)
+        self._add_all(
+            "names", (*code.co_names, *code.co_varnames, *code.co_freevars, *code.co_cellvars), path
+        )
         self._write("constants", str(len(constants)))
         for constant in constants:
             if isinstance(constant, types.CodeType):
@@ -219,7 +244,11 @@ class Identity:
 
     def _add_builtin(self, value: Any, path: str) -> None:
         owner = getattr(value, "__self__", None)
-        self._write("builtin", f"{getattr(value, '__module__', None)}.{getattr(value, '__qualname__', value.__name__)}")
+        self._write(
+            "builtin",
+            f"{getattr(value, '__module__', None)}."
+            f"{getattr(value, '__qualname__', value.__name__)}",
+        )
         if owner is not None and not isinstance(owner, types.ModuleType):
             self.add(owner, path)
 
@@ -228,7 +257,9 @@ class Identity:
 
     def _add_descriptor(self, value: Any, path: str) -> None:
         parts = ("fget", "fset", "fdel", "func", "__func__")
-        self._add_all(type(value).__qualname__, (getattr(value, part, None) for part in parts), path)
+        self._add_all(
+            type(value).__qualname__, (getattr(value, part, None) for part in parts), path
+        )
 
     def _add_library(self, value: types.ModuleType, path: str) -> None:
         self._write("library", value.__name__)
@@ -236,18 +267,24 @@ class Identity:
     def _add_class(self, value: type, path: str) -> None:
         """Add the name, and the code and constants of classes that are not installed."""
         written_in_python = bool(value.__flags__ & _HEAP_TYPE)
-        if _installed(value.__module__) and not (value.__module__ == "builtins" and written_in_python):
+        if _installed(value.__module__) and not (
+            value.__module__ == "builtins" and written_in_python
+        ):
             return self._write("class", f"{value.__module__}.{value.__qualname__}")
         self._write("class", value.__qualname__)
         self._add_all("bases", value.__bases__, path)
         for name, member in vars(value).items():
             written = callable(member) or hasattr(member, "__get__") or not name.startswith("__")
-            if written and name not in _OF_CLASSES and not isinstance(member, types.GetSetDescriptorType):
+            if (
+                written
+                and name not in _OF_CLASSES
+                and not isinstance(member, types.GetSetDescriptorType)
+            ):
                 self.add(name, path)
                 self.add(member, f"{path}.{name}")
         return None
 
-    # ---------------------------------------------------------------- objects
+    # ---------------------------------------- objects
 
     def _add_module(self, value: nn.Module, path: str) -> None:
         self.add(type(value), path)
@@ -273,16 +310,27 @@ class Identity:
 
     def _add_attributes(self, value: Any, path: str, but: set[str] = frozenset()) -> None:  # type: ignore[assignment]
         self.add(type(value), path)
-        but = but | {name for name in vars(value) if isinstance(_of_class(value, name), functools.cached_property)}
-        self._add_mapping({name: each for name, each in vars(value).items() if name not in but}, path)
+        but = but | {
+            name
+            for name in vars(value)
+            if isinstance(_of_class(value, name), functools.cached_property)
+        }
+        self._add_mapping(
+            {name: each for name, each in vars(value).items() if name not in but}, path
+        )
 
     def _add_object(self, value: Any, path: str) -> None:
         """Add an object by its attributes, or as it would be pickled."""
         if hasattr(value, "__wrapped__"):
             self.add(value.__wrapped__, path)
             return None
-        if type(value).__reduce_ex__ is object.__reduce_ex__ and type(value).__reduce__ is object.__reduce__:
-            slots = [name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ())]
+        if (
+            type(value).__reduce_ex__ is object.__reduce_ex__
+            and type(value).__reduce__ is object.__reduce__
+        ):
+            slots = [
+                name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ())
+            ]
             if hasattr(value, "__dict__") and not slots:
                 return self._add_attributes(value, path)
         try:
@@ -302,8 +350,29 @@ class Identity:
             self._hash.update(_PROCESS)
 
 
-_OF_CLASSES = {"__init__", "__repr__", "__str__", "__dict__", "__weakref__", "__doc__", "__module__", "_abc_impl"}
-_PLAIN_CONTAINERS = (Tensor, np.ndarray, dict, list, tuple, set, frozenset, types.FunctionType, int, float, str)
+_OF_CLASSES = {
+    "__init__",
+    "__repr__",
+    "__str__",
+    "__dict__",
+    "__weakref__",
+    "__doc__",
+    "__module__",
+    "_abc_impl",
+}
+_PLAIN_CONTAINERS = (
+    Tensor,
+    np.ndarray,
+    dict,
+    list,
+    tuple,
+    set,
+    frozenset,
+    types.FunctionType,
+    int,
+    float,
+    str,
+)
 _DESCRIPTORS = (property, classmethod, staticmethod, functools.cached_property)
 _RULES: tuple[tuple[Any, Any], ...] = (
     (Tensor, Identity._add_tensor),
@@ -327,7 +396,9 @@ _RULES: tuple[tuple[Any, Any], ...] = (
 
 
 def _installed(module: str | None) -> bool:
-    """Say whether a module belongs to Python, to this package or to an installed one, and not to the caller."""
+    """Say whether a module belongs to Python, to this package or to an installed one, and not to
+    the caller.
+    """
     root = (module or "__main__").partition(".")[0]
     if root == "__main__" or root in sys.stdlib_module_names:
         return root != "__main__"
@@ -364,7 +435,12 @@ def _names_of(code: types.CodeType) -> list[str]:
 def _asks_training(kind: type) -> bool:
     """Say whether a caller's own class reads ``self.training``."""
     own = [each for each in kind.__mro__ if not _installed(each.__module__)]
-    functions = [member for each in own for member in vars(each).values() if isinstance(member, types.FunctionType)]
+    functions = [
+        member
+        for each in own
+        for member in vars(each).values()
+        if isinstance(member, types.FunctionType)
+    ]
     return any("training" in function.__code__.co_names for function in functions)
 
 

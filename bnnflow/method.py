@@ -1,4 +1,6 @@
-"""What a method of getting draws is, what it is asked to do, and flows and other densities as methods."""
+"""What a method of getting draws is, what it is asked to do, and flows and other densities as
+methods.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ class Run:
         chains: number of chains, over all processes.
         warmup: transitions spent on tuning.
         draws: draws per chain.
-        init: where to start, ``(dim,)`` or ``(n, dim)`` as the model computes; ``"prior"`` for draws of it.
+        init: where to start, ``(dim,)`` or ``(n, dim)`` as the model computes; ``"prior"`` for
+            draws of it.
         progress: whether a bar may be shown.
         checkpoint: where the run is kept.
         ranks: the processes that share the run.
@@ -47,12 +50,16 @@ class Run:
     ranks: Ranks = ALONE
 
     def chains_or(self, default: int) -> int:
-        """Return the number of chains: as asked, else one for each row of ``init``, else ``default``."""
+        """Return the number of chains: as asked, else one for each row of ``init``, else
+        ``default``.
+        """
         rows = len(self.init) if isinstance(self.init, Tensor) and self.init.dim() == 2 else None
         return self.chains or rows or default
 
     def refuse(self, method: object, takes: str, *names: str) -> None:
-        """Raise ``ValueError`` if one of the named settings was given, which ``method`` knows nothing of."""
+        """Raise ``ValueError`` if one of the named settings was given, which ``method`` knows
+        nothing of.
+        """
         given = [name for name in names if getattr(self, name) is not None]
         if given:
             raise ValueError(f"{type(method).__name__} takes {takes}, not {', '.join(given)}")
@@ -78,17 +85,24 @@ class Sampleable(Method):
 
     @property
     def gradients_per_draw(self) -> int | None:
-        """Gradients of the likelihood that a draw takes, none by default; None if that is not known."""
+        """Gradients of the likelihood that a draw takes, none by default.
+
+        None if that is not known.
+        """
         return 0
 
     def check_model(self, model: BayesianModel) -> None:
-        """Raise ``ValueError`` if this is no distribution over the model's weights, or one of another posterior."""
+        """Raise ``ValueError`` if this is no distribution over the model's weights, or one of
+        another posterior.
+        """
 
     def draw(self, model: BayesianModel, run: Run) -> Draws:
         """Return draws as one chain, as many as were asked for, else 1,000."""
         run.refuse(self, "draws", "chains", "warmup", "init", "checkpoint")
         self.check_model(model)
-        theta = model.spec.check(self.sample(run.draws or 1000, run.generator), "draws of the method")
+        theta = model.spec.check(
+            self.sample(run.draws or 1000, run.generator), "draws of the method"
+        )
         theta = theta.to(model.device, model.dtype)
         with torch.no_grad():
             log_joint = torch.cat([model.log_joint(rows) for rows in theta.split(_ROWS)])

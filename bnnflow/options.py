@@ -1,4 +1,6 @@
-"""Choices that several functions share, as values: checked when they are made, and passed along whole."""
+"""Choices that several functions share, as values: checked when they are made, and passed along
+whole.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ class Checkpoint:
 
     Attributes:
         path: a folder for `bnnflow.sample` and `fit_inrs`, a file for trained flows.
-        resume: go on with the computation that is kept there, if there is one; without it a path that is in use is
-            refused.
+        resume: go on with the computation that is kept there, if there is one; without it a path
+            that is in use is refused.
     """
 
     path: str | Path
@@ -42,9 +44,9 @@ class Training:
         steps: optimiser steps; with them the same seed gives the same result, on CPU bit for bit.
         batch_size: pairs, or draws, in a step, of all processes together.
         learning_rate: at its height; the function's own if None.
-        optimiser: ``"muon"``: Muon (Jordan et al. 2024) for matrices, its updates scaled to the size of AdamW's, and
-            AdamW for all else; or ``"adamw"`` for all, better for small changes of a trained field. The function's
-            own if None.
+        optimiser: ``"muon"``: Muon (Jordan et al. 2024) for matrices, its updates scaled to the
+            size of AdamW's, and AdamW for all else; or ``"adamw"`` for all, better for small
+            changes of a trained field. The function's own if None.
         patience: looks at held-out draws without a gain, before training ends.
         autocast: compute the network in bfloat16.
         compile: compile the network.

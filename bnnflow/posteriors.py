@@ -1,7 +1,8 @@
-"""Densities over weight space beyond the plain Gaussian: what approximations leave at ``draws.posterior``.
+"""Densities over weight space beyond the plain Gaussian: what approximations leave at
+``draws.posterior``.
 
-Each is a frozen dataclass whose fields are tensors, tuples of them, or other posteriors, so that `pack` and `unpack`
-can store any of them.
+Each is a frozen dataclass whose fields are tensors, tuples of them, or other posteriors, so that
+`pack` and `unpack` can store any of them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from bnnflow.types import Posterior, Seed
 if TYPE_CHECKING:
     from torch.distributions import Distribution
 
-__all__ = ["Conditional", "CouplingFlow", "KroneckerGaussian", "LowRankGaussian", "Mixture", "coupling_flow"]
+__all__ = [
+    "Conditional",
+    "CouplingFlow",
+    "KroneckerGaussian",
+    "LowRankGaussian",
+    "Mixture",
+    "coupling_flow",
+]
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -45,16 +53,22 @@ class LowRankGaussian:
         """Draw ``(n, dim)``."""
         generator = as_generator(seed, self.loc.device)
         dim, rank = self.factor.shape
-        noise = torch.randn(n, dim + rank, generator=generator, device=self.loc.device, dtype=self.loc.dtype)
+        noise = torch.randn(
+            n, dim + rank, generator=generator, device=self.loc.device, dtype=self.loc.dtype
+        )
         return self.loc + noise[:, :dim] * self.diagonal.sqrt() + noise[:, dim:] @ self.factor.T
 
     def log_prob(self, theta: Tensor) -> Tensor:
         """Return the log density, ``(..., dim) -> (...)`` in float64, by Woodbury's identity."""
         diagonal, root, capacitance = self._precision
         z = (theta.double() - self.loc.double()) / diagonal.sqrt()
-        along = torch.linalg.solve_triangular(capacitance, (z @ root).unsqueeze(-1), upper=False).squeeze(-1)
+        along = torch.linalg.solve_triangular(
+            capacitance, (z @ root).unsqueeze(-1), upper=False
+        ).squeeze(-1)
         log_det = diagonal.log().sum() + 2 * capacitance.diagonal().log().sum()
-        return -0.5 * (z.square().sum(-1) - along.square().sum(-1) + log_det + len(diagonal) * _LOG_2PI)
+        return -0.5 * (
+            z.square().sum(-1) - along.square().sum(-1) + log_det + len(diagonal) * _LOG_2PI
+        )
 
     @cached_property
     def _precision(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,7 +81,8 @@ class LowRankGaussian:
 
 @dataclass(frozen=True)
 class KroneckerGaussian:
-    """A Gaussian whose blocks, one a tensor, have precision (L kron R) diag(precision) (L kron R)^T.
+    """A Gaussian whose blocks, one a tensor, have precision (L kron R) diag(precision) (L kron
+    R)^T.
 
     Args:
         loc: ``(dim,)``; the blocks follow each other in it, each a row-major matrix.
@@ -84,7 +99,9 @@ class KroneckerGaussian:
     def sample(self, n: int, seed: Seed) -> Tensor:
         """Draw ``(n, dim)``."""
         generator = as_generator(seed, self.loc.device)
-        noise = torch.randn(n, len(self.loc), generator=generator, device=self.loc.device, dtype=self.loc.dtype)
+        noise = torch.randn(
+            n, len(self.loc), generator=generator, device=self.loc.device, dtype=self.loc.dtype
+        )
         parts = [
             (left @ (block / precision.sqrt()) @ right.T).flatten(1)
             for left, right, precision, block in self._blocks(noise)
@@ -97,14 +114,18 @@ class KroneckerGaussian:
         value = torch.full_like(offset[..., 0], -0.5 * len(self.loc) * _LOG_2PI)
         for left, right, precision, block in self._blocks(offset):
             z = left.double().T @ block @ right.double()  # (..., a, b)
-            value = value - 0.5 * (precision.double() * z.square() - precision.double().log()).sum((-1, -2))
+            value = value - 0.5 * (precision.double() * z.square() - precision.double().log()).sum(
+                (-1, -2)
+            )
         return value
 
     def _blocks(self, theta: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         blocks = theta.split([p.numel() for p in self.precision], -1)
         return [
             (left, right, precision, block.unflatten(-1, precision.shape))
-            for left, right, precision, block in zip(self.left, self.right, self.precision, blocks, strict=True)
+            for left, right, precision, block in zip(
+                self.left, self.right, self.precision, blocks, strict=True
+            )
         ]
 
 
@@ -112,7 +133,8 @@ class KroneckerGaussian:
 class Conditional:
     """A posterior over some coordinates; the others are held fixed.
 
-    ``log_prob`` is the density over the free coordinates, and -inf where another one is not at its fixed value.
+    ``log_prob`` is the density over the free coordinates, and -inf where another one is not at its
+    fixed value.
 
     Args:
         loc: ``(dim,)``, every coordinate.
@@ -167,11 +189,13 @@ class Mixture:
 
 @dataclass(frozen=True)
 class CouplingFlow:
-    """A normal variable sent through affine couplings (Dinh et al. 2017) and scaled, by Pyro's transforms.
+    """A normal variable sent through affine couplings (Dinh et al. 2017) and scaled, by Pyro's
+    transforms.
 
     Args:
         permutations: the order in which each coupling sees the coordinates, ``(dim,)`` integers.
-        parameters: those of `coupling_flow`, in its order; loc and log scale of the last, elementwise map come last.
+        parameters: those of `coupling_flow`, in its order; loc and log scale of the last,
+            elementwise map come last.
     """
 
     permutations: tuple[Tensor, ...]
@@ -180,11 +204,13 @@ class CouplingFlow:
     def sample(self, n: int, seed: Seed) -> Tensor:
         """Draw ``(n, dim)``."""
         with torch.no_grad(), isolated(as_generator(seed, self.parameters[-1].device)):
-            return self._distribution.sample((n,)).clone()  # not the tensor that Pyro caches the inverse of
+            # not the tensor that Pyro caches the inverse of
+            return self._distribution.sample((n,)).clone()
 
     def log_prob(self, theta: Tensor) -> Tensor:
         """Return the log density, ``(..., dim) -> (...)`` in float64; differentiable."""
-        with GLOBAL_STATE:  # Pyro keeps what the inverse finds in the transform, where threads would share it
+        # Pyro keeps what the inverse finds in the transform, where threads would share it
+        with GLOBAL_STATE:
             return self._distribution.log_prob(theta).double()
 
     @cached_property
@@ -202,7 +228,8 @@ class CouplingFlow:
 
 
 def coupling_flow(permutations: tuple[Tensor, ...], dim: int, hidden: int) -> nn.ModuleList:
-    """Return Pyro's transforms of a coupling flow: permute and couple in turn, then scale and shift elementwise.
+    """Return Pyro's transforms of a coupling flow: permute and couple in turn, then scale and shift
+    elementwise.
 
     As built, every coupling is the identity. Its network has one hidden layer of ``hidden`` units.
     """
@@ -262,7 +289,9 @@ def coupling_flow(permutations: tuple[Tensor, ...], dim: int, hidden: int) -> nn
 
 
 def coupling_orders(dim: int, couplings: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Return random orders of the coordinates, each second one swapping the halves of the one before it."""
+    """Return random orders of the coordinates, each second one swapping the halves of the one
+    before it.
+    """
     if dim == 1:  # there is nothing to couple
         return ()
     swap = torch.arange(dim, device=generator.device).roll(-(dim // 2))
@@ -272,15 +301,17 @@ def coupling_orders(dim: int, couplings: int, generator: torch.Generator) -> tup
     )
 
 
-# ---------------------------------------------------------------- storage
+# ---------------------------------------- storage
 
 KINDS: dict[str, Callable[..., Posterior]] = {
-    kind.__name__: kind for kind in (Gaussian, LowRankGaussian, KroneckerGaussian, Conditional, Mixture, CouplingFlow)
+    kind.__name__: kind
+    for kind in (Gaussian, LowRankGaussian, KroneckerGaussian, Conditional, Mixture, CouplingFlow)
 }
 
 
 def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Put every tensor of a posterior into ``tensors`` and return plain values from which `unpack` rebuilds it.
+    """Put every tensor of a posterior into ``tensors`` and return plain values from which `unpack`
+    rebuilds it.
 
     Returns None for a posterior of a kind that is not ours.
     """
@@ -291,7 +322,10 @@ def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return [pack(each, f"{name}/{i}", tensors) for i, each in enumerate(value)]
     if KINDS.get(type(value).__name__) is not type(value):
         return None
-    parts = {field.name: pack(getattr(value, field.name), f"{name}/{field.name}", tensors) for field in fields(value)}
+    parts = {
+        field.name: pack(getattr(value, field.name), f"{name}/{field.name}", tensors)
+        for field in fields(value)
+    }
     return {"kind": type(value).__name__, "parts": parts}
 
 
@@ -307,7 +341,10 @@ def unpack(plain: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def dimension(posterior: Any) -> int:
-    """Return the length of a draw of a posterior of this module; ``ValueError`` if its parts do not fit each other."""
+    """Return the length of a draw of a posterior of this module.
+
+    ``ValueError`` if its parts do not fit each other.
+    """
     if isinstance(posterior, Mixture):
         sizes = {dimension(each) for each in posterior.components}
         return _fitting(len(sizes) == 1, sizes.pop() if sizes else 0)
@@ -318,12 +355,20 @@ def dimension(posterior: Any) -> int:
     if isinstance(posterior, Gaussian):
         return _fitting(flat and posterior.scale_tril.shape in ((dim,), (dim, dim)), dim)
     if isinstance(posterior, LowRankGaussian):
-        fits = posterior.factor.dim() == 2 and len(posterior.factor) == dim and posterior.diagonal.shape == (dim,)
+        fits = (
+            posterior.factor.dim() == 2
+            and len(posterior.factor) == dim
+            and posterior.diagonal.shape == (dim,)
+        )
         return _fitting(flat and fits, dim)
     if isinstance(posterior, KroneckerGaussian):
         blocks = list(zip(posterior.left, posterior.right, posterior.precision, strict=True))
-        fits = all(p.shape == (len(a), len(b)) and a.shape == p.shape[:1] * 2 and b.shape == p.shape[1:] * 2
-                   for a, b, p in blocks)  # fmt: skip
+        fits = all(
+            p.shape == (len(a), len(b))
+            and a.shape == p.shape[:1] * 2
+            and b.shape == p.shape[1:] * 2
+            for a, b, p in blocks
+        )
         return _fitting(flat and fits and sum(p.numel() for _, _, p in blocks) == dim, dim)
     if isinstance(posterior, Conditional):
         where = posterior.where
@@ -354,4 +399,6 @@ def _unpacked(plain: Any, tensors: dict[str, Tensor]) -> Any:
         return tuple(_unpacked(each, tensors) for each in plain)
     if plain["kind"] not in KINDS:
         raise ValueError(f"no posterior {plain['kind']!r}; the file is newer than this bnnflow")
-    return KINDS[plain["kind"]](**{name: _unpacked(part, tensors) for name, part in plain["parts"].items()})
+    return KINDS[plain["kind"]](
+        **{name: _unpacked(part, tensors) for name, part in plain["parts"].items()}
+    )

@@ -10,11 +10,20 @@ __all__ = ["progress_bar"]
 
 
 def progress_bar(
-    total: int | None, description: str, progress: bool, unit: str = "it", *, initial: int = 0, delay: float = 0.0
+    total: int | None,
+    description: str,
+    progress: bool,
+    unit: str = "it",
+    *,
+    initial: int = 0,
+    delay: float = 0.0,
 ) -> tqdm:
-    """Return a tqdm bar on stderr, ``initial`` steps done; silent unless ``progress`` and stderr is a terminal.
+    """Return a tqdm bar on stderr, ``initial`` steps done.
 
-    With ``delay`` it appears only after so many seconds, since what is done sooner needs no bar, and goes at the end.
+    Silent unless ``progress`` and stderr is a terminal.
+
+    With ``delay`` it appears only after so many seconds, since what is done sooner needs no bar,
+    and goes at the end.
     """
     shown = progress and sys.stderr.isatty()
     return tqdm(

@@ -15,9 +15,12 @@ __all__ = ["ALONE", "Ranks", "connect"]
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that share a run, as ``torchrun`` started them; alone, every message is to oneself.
+    """The processes that share a run, as ``torchrun`` started them.
 
-    Reductions gather first and then add in the order of the ranks, so that every process gets the same bits.
+    Alone, every message is to oneself.
+
+    Reductions gather first and then add in the order of the ranks, so that every process gets the
+    same bits.
 
     Args:
         rank: the number of this process.
@@ -28,7 +31,10 @@ class Ranks:
     size: int = 1
 
     def share(self, name: str, total: int) -> int:
-        """Return how many of ``total`` are this process's; raise ``ValueError`` unless all get as many."""
+        """Return how many of ``total`` are this process's.
+
+        Raise ``ValueError`` unless all get as many.
+        """
         if total % self.size:
             raise ValueError(f"{name} must be a multiple of the {self.size} processes, got {total}")
         return total // self.size
@@ -48,7 +54,9 @@ class Ranks:
         """Join the tensors of all processes, of equal shapes, along ``dim``."""
         if self.size == 1:
             return value
-        parts = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        parts = [
+            torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(self.size)
+        ]
         dist.all_gather(parts, value.contiguous())
         return torch.cat(parts, dim)
 
@@ -71,7 +79,8 @@ ALONE = Ranks()
 def connect(device: torch.device) -> Ranks:
     """Join the processes that ``torchrun`` started, or find oneself alone.
 
-    Uses NCCL for models on a GPU and Gloo otherwise; a process group that the script has made is taken as it is.
+    Uses NCCL for models on a GPU and Gloo otherwise; a process group that the script has made is
+    taken as it is.
     """
     if not dist.is_available():
         return ALONE
@@ -79,6 +88,7 @@ def connect(device: torch.device) -> Ranks:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_ADDR" not in os.environ:
             return ALONE
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        # Left to the end of the interpreter, the group's threads may still run when what they use is gone.
+        # Left to the end of the interpreter, the group's threads may still run when what they use
+        # is gone.
         atexit.register(dist.destroy_process_group)
     return Ranks(dist.get_rank(), dist.get_world_size())

@@ -1,4 +1,6 @@
-"""One rule for randomness: every function takes ``seed`` and nothing touches the global generator."""
+"""One rule for randomness: every function takes ``seed`` and nothing touches the global
+generator.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ __all__ = ["GLOBAL_STATE", "as_generator", "isolated", "seed_in_words"]
 
 
 def as_generator(seed: Seed, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a generator on ``device``; a generator that is already there is returned itself and advances.
+    """Return a generator on ``device``.
+
+    A generator that is already there is returned itself and advances.
 
     Args:
         seed: an integer, or a generator.
@@ -38,19 +42,22 @@ def seed_in_words(seed: Seed) -> int | str:
     return "generator" if isinstance(seed, torch.Generator) else int(seed)
 
 
-# Two threads with one global generator would draw each other's numbers, and restore each other's states. What else
-# torch and Pyro keep for the whole process (Pyro's parameters, handlers) is used under the same lock.
+# Two threads with one global generator would draw each other's numbers, and restore each other's
+# states. What else torch and Pyro keep for the whole process (Pyro's parameters, handlers) is used
+# under the same lock.
 GLOBAL_STATE = threading.RLock()
 
 
 class isolated:
     """Context in which the global generators are seeded from ``generator`` and restored afterwards.
 
-    For libraries that only know the global generator (torch.distributions, Pyro). One thread at a time: others wait.
-    Threads that draw from the global generator without this context, of which this package has none, still disturb it.
+    For libraries that only know the global generator (torch.distributions, Pyro). One thread at a
+    time: others wait. Threads that draw from the global generator without this context, of which
+    this package has none, still disturb it.
 
     Args:
-        generator: gives the seed; None where the numbers drawn do not matter, as initial weights that are replaced.
+        generator: gives the seed; None where the numbers drawn do not matter, as initial weights
+            that are replaced.
     """
 
     def __init__(self, generator: torch.Generator | None = None) -> None:

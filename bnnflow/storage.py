@@ -1,8 +1,10 @@
-"""One file format for everything that is saved: an ``.npz`` of arrays with a JSON header, and no pickle.
+"""One file format for everything that is saved: an ``.npz`` of arrays with a JSON header, and no
+pickle.
 
-What is written is written whole or not at all, and is on disk when the call returns. What is read is checked before it
-is believed: every array has the size that it declares and the checksum that it was written with, the list of arrays has
-a checksum of its own, and nothing takes more memory than the file is long.
+What is written is written whole or not at all, and is on disk when the call returns. What is read
+is checked before it is believed: every array has the size that it declares and the checksum that it
+was written with, the list of arrays has a checksum of its own, and nothing takes more memory than
+the file is long.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ _FIELDS = 64  # bytes that the further fields of a member's head do not reach
 
 
 def file_path(path: str | Path) -> Path:
-    """Return the file that a path means, to those who write it and to those who read it: ``.npz`` without a suffix."""
+    """Return the file that a path means, to those who write it and to those who read it: ``.npz``
+    without a suffix.
+    """
     path = Path(path)
     return path if path.suffix else path.with_suffix(".npz")
 
@@ -50,16 +54,20 @@ def found(path: str | Path) -> Path:
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
-    """Lend a file to write to, which then takes the place of ``path``; after an exception nothing has changed.
+    """Lend a file to write to, which then takes the place of ``path``.
 
-    Folders are made as needed. At the end the file is on disk under its name, so that a power cut leaves the old one or
-    the new one. What a killed process has left of the same file is removed.
+    After an exception nothing has changed.
+
+    Folders are made as needed. At the end the file is on disk under its name, so that a power cut
+    leaves the old one or the new one. What a killed process has left of the same file is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in leftovers(path):
         old.unlink(missing_ok=True)
-    unfinished = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}.tmp")
+    unfinished = path.with_name(
+        f"{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}.tmp"
+    )
     try:
         yield unfinished
         _sync(unfinished)
@@ -70,13 +78,20 @@ def whole(path: str | Path) -> Iterator[Path]:
 
 
 def leftovers(path: Path) -> list[Path]:
-    """Return the unfinished files that processes of this machine, killed since, have left beside ``path``."""
+    """Return the unfinished files that processes of this machine, killed since, have left beside
+    ``path``.
+    """
     name = re.compile(re.escape(f"{path.name}.{socket.gethostname()}-") + r"(\d+)-\d+\.tmp")
-    found = [(name.fullmatch(each.name), each) for each in path.parent.glob(f"{_literal(path.name)}.*.tmp")]
+    found = [
+        (name.fullmatch(each.name), each)
+        for each in path.parent.glob(f"{_literal(path.name)}.*.tmp")
+    ]
     return [each for match, each in found if match and not _alive(int(match[1]))]
 
 
-def write(path: str | Path, kind: str, version: int, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Path:
+def write(
+    path: str | Path, kind: str, version: int, header: dict[str, Any], arrays: dict[str, np.ndarray]
+) -> Path:
     """Write arrays and a JSON header to ``path``, whole or not at all.
 
     Args:
@@ -105,8 +120,8 @@ def read(path: str | Path, kinds: dict[str, int]) -> tuple[dict[str, Any], dict[
 
     Raises:
         FileNotFoundError: if there is no file.
-        ValueError: naming the file, if it is not ours, is damaged, is of another kind, or is newer than this version of
-            bnnflow.
+        ValueError: naming the file, if it is not ours, is damaged, is of another kind, or is newer
+            than this version of bnnflow.
     """
     path = found(path)
     if not path.is_file():
@@ -123,7 +138,10 @@ def read(path: str | Path, kinds: dict[str, int]) -> tuple[dict[str, Any], dict[
     if kind not in kinds:
         raise ValueError(f"{path} holds {kind!r}, expected one of {sorted(kinds)}")
     if version > kinds[kind]:
-        raise ValueError(f"{path} has format version {version} of {kind!r}; this bnnflow reads up to {kinds[kind]}")
+        raise ValueError(
+            f"{path} has format version {version} of {kind!r}; this bnnflow reads up "
+            f"to {kinds[kind]}"
+        )
     return header, arrays
 
 
@@ -131,7 +149,8 @@ def read(path: str | Path, kinds: dict[str, int]) -> tuple[dict[str, Any], dict[
 def described(path: str | Path, what: str | None = None) -> Iterator[None]:
     """Turn whatever goes wrong with the contents of a file into a ``ValueError`` that names it.
 
-    A file may hold anything, so anything may go wrong: a missing entry, a number for a name, a nesting without end.
+    A file may hold anything, so anything may go wrong: a missing entry, a number for a name, a
+    nesting without end.
 
     Args:
         path: the file.
@@ -140,7 +159,8 @@ def described(path: str | Path, what: str | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError) and error.filename is not None:  # it is not there, or not ours to read
+        # it is not there, or not ours to read
+        if isinstance(error, OSError) and error.filename is not None:
             raise
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
@@ -158,8 +178,10 @@ def _members(path: Path) -> dict[str, np.ndarray]:
             raise ValueError("its arrays are compressed")
         ends = [*(each.header_offset for each in members[1:]), archive.start_dir]
         if not all(0 <= _gap(each, end) < _FIELDS for each, end in zip(members, ends, strict=True)):
-            raise ValueError("its arrays do not fill it")  # one is missing from the list, or longer than the file
-        if archive.comment not in (b"", _checksum(archive)):  # files of earlier versions have no comment
+            # one is missing from the list, or longer than the file
+            raise ValueError("its arrays do not fill it")
+        # files of earlier versions have no comment
+        if archive.comment not in (b"", _checksum(archive)):
             raise ValueError("the list of its arrays does not have the checksum that was written")
         for member in members:
             name = member.filename.removesuffix(".npy")
@@ -170,39 +192,51 @@ def _members(path: Path) -> dict[str, np.ndarray]:
 
 
 def _gap(member: zipfile.ZipInfo, end: int) -> int:
-    """Return the bytes before ``end`` that are not a member's; it has a head of 30, its name, and further fields."""
+    """Return the bytes before ``end`` that are not a member's.
+
+    It has a head of 30, its name, and further fields.
+    """
     return end - member.header_offset - 30 - len(member.filename.encode()) - member.file_size
 
 
 def _array(name: str, content: bytes) -> np.ndarray:
     file = io.BytesIO(content)
     version = np.lib.format.read_magic(file)
-    heads = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    heads = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
     if version not in heads:
         raise ValueError(f"array {name!r} has version {version}")
     shape, fortran, dtype = heads[version](file)
     if dtype.hasobject:
-        raise ValueError(f"array {name!r} holds Python objects, which are not read (allow_pickle=False)")
+        raise ValueError(
+            f"array {name!r} holds Python objects, which are not read (allow_pickle=False)"
+        )
     if math.prod(shape) * dtype.itemsize != len(content) - file.tell():
         raise ValueError(f"array {name!r} is not as long as its shape {shape} says")
     values = np.frombuffer(content, dtype, offset=file.tell())
-    return values.reshape(shape, order="F" if fortran else "C").copy()  # of its own, to be written to
+    # of its own, to be written to
+    return values.reshape(shape, order="F" if fortran else "C").copy()
 
 
 def _checksum(archive: zipfile.ZipFile) -> bytes:
-    """Return what vouches for all members: each has the CRC of its content, and the reading compares it."""
+    """Return what vouches for all members: each has the CRC of its content, and the reading
+    compares it.
+    """
     members = [(each.filename, each.file_size, each.CRC) for each in archive.infolist()]
     return f"bnnflow {zlib.crc32(repr(members).encode()):08x}".encode()
 
 
-# ---------------------------------------------------------------- locks
+# ---------------------------------------- locks
 
 
 class Lock:
-    """A folder or a file that one run works on, and no other, until `release` or the end of the process.
+    """A folder or a file that one run works on, and no other, until `release` or the end of the
+    process.
 
-    The lock belongs to the open file ``.lock`` (in the folder, or beside the file), and to nobody once the process is
-    dead, however it died. It also keeps a second run of the same process out.
+    The lock belongs to the open file ``.lock`` (in the folder, or beside the file), and to nobody
+    once the process is dead, however it died. It also keeps a second run of the same process out.
 
     Args:
         path: the folder, made if missing, or the file.
@@ -233,9 +267,14 @@ class Lock:
             file.seek(0)
             holder = file.read(200) or "another process"
             file.close()
-            raise ValueError(f"another run ({holder}) is working on {path}: wait for its end") from None
+            raise ValueError(
+                f"another run ({holder}) is working on {path}: wait for its end"
+            ) from None
         except OSError as error:
-            warn(f"the file system of {path} has no locks ({error}): make sure that no other run works on it")
+            warn(
+                f"the file system of {path} has no locks ({error}): make sure that no other run "
+                f"works on it"
+            )
             return file
         try:
             same = os.path.samestat(os.fstat(file.fileno()), self._path.stat())
@@ -268,7 +307,9 @@ class Lock:
         self.release()
 
     def _forget(self) -> None:
-        """Close the file in a forked process, which else would hold the lock when its parent is dead."""
+        """Close the file in a forked process, which else would hold the lock when its parent is
+        dead.
+        """
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -286,7 +327,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_locks)
 
 
-# ---------------------------------------------------------------- disk
+# ---------------------------------------- disk
 
 
 def _sync(path: Path) -> None:

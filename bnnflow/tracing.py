@@ -1,9 +1,11 @@
-"""Follow the units of a network's hidden layers through its graph, and label the weights that write and read them.
+"""Follow the units of a network's hidden layers through its graph, and label the weights that write
+and read them.
 
-Every convolution, linear layer and embedding writes new units. Whatever keeps them apart (elementwise functions,
-pooling, reshaping, normalisation) hands them on, and an addition makes the units of both sides one. Inputs and outputs
-have no units. Permutations act on all tensors that touch a unit. Signs and scales stop at a normalisation, whose
-result does not scale with its input: they begin again with the weights that it applies.
+Every convolution, linear layer and embedding writes new units. Whatever keeps them apart
+(elementwise functions, pooling, reshaping, normalisation) hands them on, and an addition makes the
+units of both sides one. Inputs and outputs have no units. Permutations act on all tensors that
+touch a unit. Signs and scales stop at a normalisation, whose result does not scale with its input:
+they begin again with the weights that it applies.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ def trace(net: nn.Module) -> Labels:
             reason = "it has hooks, or a forward that is not that of its class"
             raise ValueError(f"cannot label module {name!r} ({type(module).__name__}): {reason}")
     if type(net) is nn.Linear:
-        axes: dict[str, tuple[str | None, ...]] = {name: (None,) * p.dim() for name, p in net.named_parameters()}
+        axes: dict[str, tuple[str | None, ...]] = {
+            name: (None,) * p.dim() for name, p in net.named_parameters()
+        }
         layer = Layer("weight", None if net.bias is None else "bias", Activation("identity"))
         return Labels(axes, {}, (layer,), frozenset())
     if type(net).__module__.startswith("torch.nn.") and not list(net.children()):
@@ -151,7 +155,9 @@ class _Value(NamedTuple):
     stored: str = ""  # a tensor of the module itself, of which it is made without any inputs
 
     def axis(self, number: Any) -> int | None:
-        """Return the index of an axis counted from the end, or None where its place is not known."""
+        """Return the index of an axis counted from the end, or None where its place is not
+        known.
+        """
         if not isinstance(number, int) or isinstance(number, bool):
             return None
         if self.whole and 0 <= number < len(self.axes):
@@ -161,7 +167,11 @@ class _Value(NamedTuple):
     def holds(self, axis: int) -> bool:
         """Say whether an axis runs over all units, each with one block of consecutive entries."""
         units = [part for part in self.axes[axis] if part.stride]
-        return bool(units) and units == list(self.axes[axis][: len(units)]) and units == _ordered(units, self.width)
+        return (
+            bool(units)
+            and units == list(self.axes[axis][: len(units)])
+            and units == _ordered(units, self.width)
+        )
 
 
 def _ordered(units: Sequence[_Part], width: int) -> list[_Part]:
@@ -197,8 +207,8 @@ class _Classes:
 class _Walk:
     """One walk through a graph in the order of its data.
 
-    A label is a set of units that are permuted together; a segment the part of their way between two normalisations,
-    along which signs and scales are the same.
+    A label is a set of units that are permuted together; a segment the part of their way between
+    two normalisations, along which signs and scales are the same.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -206,7 +216,10 @@ class _Walk:
         self.modules = dict(net.named_modules())
         self.names = {id(parameter): name for name, parameter in net.named_parameters()}
         self.shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
-        self.marks: dict[str, list[int | None]] = {n: [None] * len(s) for n, s in self.shapes.items()}  # segments
+        # segments
+        self.marks: dict[str, list[int | None]] = {
+            n: [None] * len(s) for n, s in self.shapes.items()
+        }
         self.values: dict[fx.Node, _Value | _Shape] = {}
         self.labels, self.segments = _Classes(), _Classes()
         self.label_of: list[int] = []  # by segment
@@ -230,12 +243,16 @@ class _Walk:
                 continue
             if node.op == "placeholder":
                 if previous is not None:
-                    raise ValueError(f"cannot label {type(self.net).__name__}: it must take one tensor")
+                    raise ValueError(
+                        f"cannot label {type(self.net).__name__}: it must take one tensor"
+                    )
                 value = _Value()
             elif node.op == "get_attr":
                 value = self._stored(str(node.target))
             else:
-                self.chain &= [n for n in node.all_input_nodes if isinstance(self.values[n], _Value)] == [previous]
+                self.chain &= [
+                    n for n in node.all_input_nodes if isinstance(self.values[n], _Value)
+                ] == [previous]
                 value = self._apply(node)
             if value.segment is not None:
                 self.widths.append((value.segment, value.width))
@@ -255,10 +272,15 @@ class _Walk:
         self.chain &= output is previous and value.factor == 1
         self._fix(value)
         if not self.used:
-            raise ValueError(f"cannot label {type(self.net).__name__}: it has no Linear layer and no convolution")
+            raise ValueError(
+                f"cannot label {type(self.net).__name__}: it has no Linear layer and no convolution"
+            )
         free = {name for name, parameter in self.net.named_parameters() if parameter.requires_grad}
         if left_over := free - self.used:
-            raise ValueError(f"cannot label parameter {min(left_over)!r}: it belongs to no layer that the data visit")
+            raise ValueError(
+                f"cannot label parameter {min(left_over)!r}: it belongs to no layer "
+                f"that the data visit"
+            )
 
         fixed = {self.labels.find(label) for label in self.fixed}
         pinned = {self.segments.find(segment) for segment in self.pinned}
@@ -269,25 +291,37 @@ class _Walk:
         functions: dict[str, list[str]] = {name: [] for name in names.values()}
         for segment, function in self.functions:
             name = names.get(self._label(segment))
-            if name and self.segments.find(segment) not in pinned and function not in functions[name]:
+            if (
+                name
+                and self.segments.find(segment) not in pinned
+                and function not in functions[name]
+            ):
                 functions[name].append(function)
         axes: dict[str, tuple[str | None, ...]] = {}
         scale_free_axes = set()
         for tensor, marks in self.marks.items():
-            axes[tensor] = tuple(None if mark is None else names.get(self._label(mark)) for mark in marks)
+            axes[tensor] = tuple(
+                None if mark is None else names.get(self._label(mark)) for mark in marks
+            )
             for axis, mark in enumerate(marks):
                 still = mark is not None and self.segments.find(mark) in pinned
                 if axes[tensor][axis] and (still or (tensor, axis) in self.scale_free_axes):
                     scale_free_axes.add((tensor, axis))
         self._check_widths(axes, names)
-        activations = {name: Activation(" + ".join(found or ["norm"])) for name, found in functions.items()}
+        activations = {
+            name: Activation(" + ".join(found or ["norm"])) for name, found in functions.items()
+        }
         layers = tuple(self.layers) if self.chain else ()
-        return Labels(axes, activations, layers, frozenset(scale_free_axes), frozenset(self.transposed))
+        return Labels(
+            axes, activations, layers, frozenset(scale_free_axes), frozenset(self.transposed)
+        )
 
     def _check_widths(self, axes: dict[str, tuple[str | None, ...]], names: dict[int, str]) -> None:
         """Refuse blocks of units that cut each other, and units that no tensor counts."""
         for name in names.values():
-            seen = sorted({width for segment, width in self.widths if names.get(self._label(segment)) == name})
+            seen = sorted(
+                {width for segment, width in self.widths if names.get(self._label(segment)) == name}
+            )
             stored = [
                 size
                 for tensor, labels in axes.items()
@@ -296,14 +330,17 @@ class _Walk:
             ]
             if any(large % small for small, large in pairwise(seen)) or seen[0] != min(stored):
                 raise ValueError(
-                    f"cannot label {type(self.net).__name__}: it reshapes the units of {name} to blocks that no tensor "
+                    f"cannot label {type(self.net).__name__}: it reshapes the units of {name} to "
+                    f"blocks that no tensor "
                     "counts, or that cut each other"
                 )
 
-    # ---------------------------------------------------------------- modules and operations
+    # ---------------------------------------- modules and operations
 
     def _stored(self, name: str) -> _Value:
-        """Return a buffer or a constant that the forward pass itself takes, which inputs alone may meet."""
+        """Return a buffer or a constant that the forward pass itself takes, which inputs alone may
+        meet.
+        """
         if name in self.marks and operator.attrgetter(name)(self.net).requires_grad:
             raise ValueError(f"cannot label {name!r}: a tensor that belongs to no layer")
         self.chain = False
@@ -313,7 +350,9 @@ class _Walk:
         """Return what a module or an operation makes of its inputs."""
         args = [self._resolve(arg) for arg in node.args]
         options = {key: self._resolve(arg) for key, arg in node.kwargs.items()}
-        tensors = [value for n in node.all_input_nodes if isinstance(value := self.values[n], _Value)]
+        tensors = [
+            value for n in node.all_input_nodes if isinstance(value := self.values[n], _Value)
+        ]
         stored = next((value.stored for value in tensors if value.stored), "")
         if stored and any(value.segment is not None for value in tensors):
             raise ValueError(f"cannot label {stored!r}: a tensor that belongs to no layer")
@@ -326,14 +365,18 @@ class _Walk:
             self.chain = False
             result = _Value(stored=stored if all(value.stored for value in tensors) else "")
         if result is None:
-            raise self._refusal(node, "it is none of the layers and operations whose units can be followed")
+            raise self._refusal(
+                node, "it is none of the layers and operations whose units can be followed"
+            )
         return result
 
     def _resolve(self, arg: Any) -> Any:
         return self.values[arg] if isinstance(arg, fx.Node) else arg
 
     def _is_of_inputs(self, node: fx.Node, tensors: list[_Value]) -> bool:
-        """Say whether a node sees no units, has no weights and is not random: it makes inputs of inputs."""
+        """Say whether a node sees no units, has no weights and is not random: it makes inputs of
+        inputs.
+        """
         name = str(getattr(node.target, "__name__", node.target))
         if any(value.segment is not None for value in tensors) or "drop" in name or "rand" in name:
             return False
@@ -343,7 +386,9 @@ class _Walk:
         has_weights = any(parameter.requires_grad for parameter in module.parameters())
         return not has_weights and not (module.training and "Drop" in type(module).__name__)
 
-    def _module(self, node: fx.Node, module: nn.Module, value: _Value) -> _Value | None:
+    def _module(  # noqa: C901 - a branch for every kind of layer
+        self, node: fx.Node, module: nn.Module, value: _Value
+    ) -> _Value | None:
         if value.segment is None and _constant(module):
             self.chain = False
             return _Value()  # constant features of the inputs
@@ -357,20 +402,28 @@ class _Walk:
             return self._norm(node, module, value)
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise self._refusal(node, "its running statistics belong to units, but are no weights")
-        if type(module) is nn.Identity or (type(module) in _DROPOUTS and not (module.training and module.p)):
+        if type(module) is nn.Identity or (
+            type(module) in _DROPOUTS and not (module.training and module.p)
+        ):
             return value
         if type(module) is nn.Flatten:
             return self._flatten(node, value, module.start_dim, module.end_dim)
         if type(module) is nn.Unflatten:
             return self._unflatten(value, module.dim, module.unflattened_size)
         if type(module) in _LOCAL:
-            constant = getattr(module, "value", 0)
-            return None if constant else self._local(node, value, *_LOCAL[type(module)])
+            return self._local_layer(node, module, value)
         if type(module) is nn.Upsample:
             return self._over_space(node, value, "")
         if module.__module__ == "torch.nn.modules.pooling":
             return self._pooling(node, module, value)
         return self._function(value, activation_of(module))
+
+    def _local_layer(self, node: fx.Node, module: nn.Module, value: _Value) -> _Value | None:
+        """Understand a layer that pads or shuffles positions, unless it pads with a number of its
+        own.
+        """
+        constant = getattr(module, "value", 0)
+        return None if constant else self._local(node, value, *_LOCAL[type(module)])
 
     def _pooling(self, node: fx.Node, module: nn.Module, value: _Value) -> _Value | None:
         """Understand a layer of torch's that pools, unless it also says where the largest were."""
@@ -378,7 +431,9 @@ class _Walk:
             return None
         return self._pool(node, value, type(module).__name__, getattr(module, "output_size", None))
 
-    def _operation(self, node: fx.Node, value: Any, args: list[Any], options: dict[str, Any]) -> _Value | None:
+    def _operation(
+        self, node: fx.Node, value: Any, args: list[Any], options: dict[str, Any]
+    ) -> _Value | None:
         """Understand a function or a tensor method by its name."""
         name = getattr(node.target, "__name__", str(node.target))
         if name in ("add", "iadd", "sub", "isub") and not options and len(args) == 1:
@@ -406,7 +461,7 @@ class _Walk:
             return None if options.get("return_indices") else self._pool(node, value, name, sizes)
         return self._function(value, activation_of(node.target, *args, **options))  # type: ignore[arg-type]
 
-    # ---------------------------------------------------------------- layers
+    # ---------------------------------------- layers
 
     def _linear(self, node: fx.Node, module: nn.Linear, value: _Value) -> _Value:
         """Write new units, and read those along the last axis."""
@@ -454,27 +509,41 @@ class _Walk:
             self._own(node, module, weight=(written,), bias=(written,))
             self.scale_free_axes.add((f"{node.target}.weight", 0))  # reads the units that it writes
         else:
-            raise self._refusal(node, "its groups tie channels; one group, or one for each channel, can be labelled")
+            raise self._refusal(
+                node, "its groups tie channels; one group, or one for each channel, can be labelled"
+            )
         if written is None:
             return _Value()
         axes = ((), (_Part(module.out_channels, 1),), *(_POSITIONS,) * nd)
         return _Value(written, module.out_channels, axes, True, raw=True)
 
-    def _by_channel(self, node: fx.Node, value: _Value, nd: int, channels: int | None = None) -> _Value:
-        """Return a value whose units are channels, for what mixes or counts positions along the last ``nd`` axes.
+    def _by_channel(
+        self, node: fx.Node, value: _Value, nd: int, channels: int | None = None
+    ) -> _Value:
+        """Return a value whose units are channels, for what mixes or counts positions along the
+        last ``nd`` axes.
 
-        Units that reshaping has spread over channels and positions move in blocks from here on: channel by channel.
+        Units that reshaping has spread over channels and positions move in blocks from here on:
+            channel by channel.
         """
         if value.segment is None:
             return value
         if len(value.axes) < nd + 1:
             raise self._refusal(node, "it does not read along the axis of the units before it")
-        before, axis, behind = value.axes[: -nd - 1], value.axes[-nd - 1], value.axes[len(value.axes) - nd :]
+        before, axis, behind = (
+            value.axes[: -nd - 1],
+            value.axes[-nd - 1],
+            value.axes[len(value.axes) - nd :],
+        )
         lowest = min((part.stride for part in axis), default=0)
         size = math.prod(part.size or 0 for part in axis)
         coarse = tuple(part._replace(stride=part.stride // max(lowest, 1)) for part in axis)
         apart = not any(part.stride for each in before for part in each)
-        fits = channels in (None, size) and size * lowest == value.width and list(coarse) == _ordered(coarse, size)
+        fits = (
+            channels in (None, size)
+            and size * lowest == value.width
+            and list(coarse) == _ordered(coarse, size)
+        )
         if not (lowest and apart and fits):
             raise self._refusal(node, "it does not read along the axis of the units before it")
         self.widths.append((value.segment, size))
@@ -482,7 +551,9 @@ class _Walk:
         return value._replace(width=size, axes=(*before, coarse, *free))
 
     def _norm(self, node: fx.Node, module: nn.Module, value: _Value) -> _Value:
-        """Keep the units, but begin a new segment, whose signs and scales act on the norm's own weights."""
+        """Keep the units, but begin a new segment, whose signs and scales act on the norm's own
+        weights.
+        """
         self.chain = False
         if value.segment is None:
             self._own(node, module, weight=(None,), bias=(None,))
@@ -490,14 +561,26 @@ class _Walk:
         labelled = True
         if isinstance(module, nn.LayerNorm | nn.RMSNorm):
             k = len(module.normalized_shape)
-            units = [i - len(value.axes) for i, axis in enumerate(value.axes) if any(part.stride for part in axis)]
+            units = [
+                i - len(value.axes)
+                for i, axis in enumerate(value.axes)
+                if any(part.stride for part in axis)
+            ]
             labelled = units == [-k]
             allowed = len(units) == 1 and value.holds(units[0]) and units[0] <= -k
             plain = labelled and all(part.size is not None for part in value.axes[-k])
-            if plain and math.prod(part.size or 0 for part in value.axes[-k]) != module.normalized_shape[0]:
+            if (
+                plain
+                and math.prod(part.size or 0 for part in value.axes[-k])
+                != module.normalized_shape[0]
+            ):
                 allowed = False
         elif isinstance(module, nn.GroupNorm):
-            allowed = value.whole and len(value.axes) > 1 and module.num_groups in (1, module.num_channels)
+            allowed = (
+                value.whole
+                and len(value.axes) > 1
+                and module.num_groups in (1, module.num_channels)
+            )
             if allowed:
                 value = self._by_channel(node, value, len(value.axes) - 2, module.num_channels)
         else:
@@ -545,7 +628,9 @@ class _Walk:
         return value._replace(axes=(*value.axes[:-nd], *positions))
 
     def _local(self, node: fx.Node, value: _Value, nd: int, function: str) -> _Value:
-        """Compute something of the last ``nd`` axes of each channel: an average, or a largest value."""
+        """Compute something of the last ``nd`` axes of each channel: an average, or a largest
+        value.
+        """
         self.chain = False
         value = self._by_channel(node, value, nd)
         if function:
@@ -561,7 +646,9 @@ class _Walk:
             return None
         return self._local(node, value, len(value.axes) - 2, function) if value.whole else None
 
-    def _reduce(self, node: fx.Node, value: _Value, dims: Any, keepdim: bool, largest: bool) -> _Value | None:
+    def _reduce(
+        self, node: fx.Node, value: _Value, dims: Any, keepdim: bool, largest: bool
+    ) -> _Value | None:
         """Average, sum or take the largest over axes other than the units'."""
         self.chain = False
         if value.segment is None:
@@ -580,10 +667,12 @@ class _Walk:
             raise self._refusal(node, "it reduces over units or over rows of data")
         self._record(value, "max_pool") if largest else self._read(value)
         left = [() if number in taken else axis for number, axis in enumerate(value.axes)]
-        kept = left if keepdim else [axis for number, axis in enumerate(left) if number not in taken]
+        kept = (
+            left if keepdim else [axis for number, axis in enumerate(left) if number not in taken]
+        )
         return value._replace(axes=tuple(kept), factor=1.0, raw=False)
 
-    # ---------------------------------------------------------------- other shapes
+    # ---------------------------------------- other shapes
 
     def _flatten(self, node: fx.Node, value: _Value, start: Any, end: Any) -> _Value | None:
         """Join axes; channels become blocks of consecutive entries."""
@@ -592,10 +681,16 @@ class _Walk:
             raise self._refusal(node, "the rows must stay apart")
         if value.segment is None:
             return _Value()
-        if not value.whole and (start, end) == (1, -1):  # what reads it finds out whether there are more axes
+        # what reads it finds out whether there are more axes
+        if not value.whole and (start, end) == (1, -1):
             return value._replace(axes=((), _joined(value.axes)), whole=True)
         first, last = value.axis(start), value.axis(end)
-        if first is None or last is None or last < first or (value.whole and -first == len(value.axes)):
+        if (
+            first is None
+            or last is None
+            or last < first
+            or (value.whole and -first == len(value.axes))
+        ):
             return None
         after = value.axes[last + 1 :] if last < -1 else ()
         joined = _joined(value.axes[len(value.axes) + first : len(value.axes) + last + 1])
@@ -606,7 +701,8 @@ class _Walk:
         self.chain = False
         axis = value.axis(dim)
         if value.segment is None or axis is None or (value.whole and -axis == len(value.axes)):
-            # Of a tensor (n, ..., units), as a layer leaves it, axis 1 is the last one if there are but two.
+            # Of a tensor (n, ..., units), as a layer leaves it, axis 1 is the last one if there are
+            # but two.
             axis = -1 if value.segment is not None and not value.whole and dim == 1 else None
         if axis is None:
             return None
@@ -683,7 +779,11 @@ class _Walk:
         """Take some positions of axes without units."""
         self.chain = False
         index = index if isinstance(index, tuple) else (index,)
-        if value.segment is None or not value.whole or any(not isinstance(i, int | slice | type(...)) for i in index):
+        if (
+            value.segment is None
+            or not value.whole
+            or any(not isinstance(i, int | slice | type(...)) for i in index)
+        ):
             return None
         named = [each for each in index if each is not ...]
         if len(named) < len(index) - 1 or len(named) > len(value.axes):
@@ -691,7 +791,9 @@ class _Walk:
         at = index.index(...) if ... in index else len(index)
         every = [slice(None)] * (len(value.axes) - len(named))
         axes = []
-        for number, (axis, each) in enumerate(zip(value.axes, [*named[:at], *every, *named[at:]], strict=True)):
+        for number, (axis, each) in enumerate(
+            zip(value.axes, [*named[:at], *every, *named[at:]], strict=True)
+        ):
             if each == slice(None):
                 axes.append(axis)
             elif number == 0 or any(part.stride for part in axis):
@@ -700,7 +802,7 @@ class _Walk:
                 axes.append(_POSITIONS)
         return value._replace(axes=tuple(axes))
 
-    # ---------------------------------------------------------------- arithmetic
+    # ---------------------------------------- arithmetic
 
     def _add(self, node: fx.Node, first: Any, second: Any) -> _Value | None:
         """Make the units of two tensors one; those of a sum with inputs are no units any more."""
@@ -719,7 +821,11 @@ class _Walk:
         common = -min(len(first.axes), len(second.axes))
         alike = [[_numbering(axis) for axis in value.axes[common:]] for value in (first, second)]
         more = [axis for value in (first, second) for axis in value.axes[:common]]
-        if first.width != second.width or alike[0] != alike[1] or any(part.stride for axis in more for part in axis):
+        if (
+            first.width != second.width
+            or alike[0] != alike[1]
+            or any(part.stride for axis in more for part in axis)
+        ):
             raise self._refusal(node, "its two sides have units of different number or place")
         self.segments.unite(first.segment, second.segment)
         self.labels.unite(self.label_of[first.segment], self.label_of[second.segment])
@@ -731,7 +837,9 @@ class _Walk:
         return first._replace(axes=axes, whole=same, factor=1.0, raw=False)
 
     def _nested(self, value: _Value, other: _Value) -> _Value:
-        """Return a value of single entries in blocks of units, if the other side of a sum has so many fewer units."""
+        """Return a value of single entries in blocks of units, if the other side of a sum has so
+        many fewer units.
+        """
         if value.width <= other.width or value.width % other.width or not value.axes:
             return value
         entries = [part.size for part in value.axes[-1]]
@@ -749,9 +857,11 @@ class _Walk:
             first, second = second, first
         if not isinstance(first, _Value) or not isinstance(second, int | float) or not second:
             return None
-        return first._replace(factor=first.factor / second if "div" in name else first.factor * second)
+        return first._replace(
+            factor=first.factor / second if "div" in name else first.factor * second
+        )
 
-    # ---------------------------------------------------------------- book-keeping
+    # ---------------------------------------- book-keeping
 
     def _segment(self, label: int | None = None) -> int:
         """Return a new segment, of new units unless their label is given."""
@@ -762,7 +872,10 @@ class _Walk:
         return self.labels.find(self.label_of[segment])
 
     def _own(self, node: fx.Node, module: nn.Module, **marks: tuple[int | None, ...]) -> None:
-        """Note which units the axes of a module's parameters belong to; later axes belong to none."""
+        """Note which units the axes of a module's parameters belong to.
+
+        Later axes belong to none.
+        """
         for key, parameter in module.named_parameters(recurse=False):
             name = self.names[id(parameter)]
             if name in self.used:
@@ -794,7 +907,14 @@ class _Walk:
 _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
-_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_NORMS = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 # Modules that pad every channel alike: how many axes, and what they compute beside weighted sums.
 _LOCAL: dict[type[nn.Module], tuple[int, str]] = {
@@ -803,10 +923,17 @@ _LOCAL: dict[type[nn.Module], tuple[int, str]] = {
     for nd in (1, 2, 3)
 }
 _RESHAPING = {  # functions and methods of tensors, and what they do
-    "unflatten": "unflatten", "view": "view", "reshape": "view", "permute": "permute", "transpose": "transpose",
-    "swapaxes": "transpose", "swapdims": "transpose", "squeeze": "squeeze", "unsqueeze": "unsqueeze",
+    "unflatten": "unflatten",
+    "view": "view",
+    "reshape": "view",
+    "permute": "permute",
+    "transpose": "transpose",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+    "squeeze": "squeeze",
+    "unsqueeze": "unsqueeze",
     "getitem": "getitem",
-}  # fmt: skip
+}
 
 
 def _joined(axes: Sequence[_Axis]) -> _Axis:
@@ -819,11 +946,17 @@ def _sizes(sizes: tuple[Any, ...]) -> list[Any]:
 
 
 def _cut(parts: _Axis, sizes: Sequence[Any]) -> list[_Axis] | None:
-    """Cut an axis to axes of these sizes, one of which may be -1; None where they do not say where."""
+    """Cut an axis to axes of these sizes, one of which may be -1.
+
+    None where they do not say where.
+    """
     if any(not isinstance(size, int) for size in sizes) or list(sizes).count(-1) > 1:
         return None
     if all(part.size is not None for part in parts):
-        total, known = math.prod(part.size or 0 for part in parts), math.prod(s for s in sizes if s != -1)
+        total, known = (
+            math.prod(part.size or 0 for part in parts),
+            math.prod(s for s in sizes if s != -1),
+        )
         sizes = [total // known if size == -1 else size for size in sizes]
         if math.prod(sizes) != total:
             return None
@@ -834,7 +967,8 @@ def _cut(parts: _Axis, sizes: Sequence[Any]) -> list[_Axis] | None:
         axis: list[_Part] = []
         while size != 1 and size != -1:
             part = rest.pop(0) if rest else _Part(1, 1)
-            if part.size is None and not any(each.stride for each in rest):  # nothing but positions is left
+            # nothing but positions is left
+            if part.size is None and not any(each.stride for each in rest):
                 rest[:0] = [part]
                 part = _Part(size)
             if part.size in (None, 1):
@@ -851,9 +985,13 @@ def _cut(parts: _Axis, sizes: Sequence[Any]) -> list[_Axis] | None:
 
 
 def _numbering(axis: _Axis) -> tuple[_Part | None, ...]:
-    """Return which units an axis holds, and where there are positions between them, however many."""
+    """Return which units an axis holds, and where there are positions between them, however
+    many.
+    """
     found = [part if part.stride else None for part in axis]
-    return tuple(each for number, each in enumerate(found) if each or number == 0 or found[number - 1])
+    return tuple(
+        each for number, each in enumerate(found) if each or number == 0 or found[number - 1]
+    )
 
 
 def _positions_open(axis: _Axis) -> _Axis:
@@ -873,7 +1011,9 @@ def _asks_shape(node: fx.Node) -> bool:
     """Say whether a node reads sizes, not entries."""
     if node.target is operator.getitem:
         return isinstance(node.args[0], fx.Node) and _asks_shape(node.args[0])
-    return (node.op, node.target) == ("call_method", "size") or (node.target is getattr and node.args[1] == "shape")
+    return (node.op, node.target) == ("call_method", "size") or (
+        node.target is getattr and node.args[1] == "shape"
+    )
 
 
 def _shape(node: fx.Node) -> _Shape:
@@ -885,4 +1025,7 @@ def _shape(node: fx.Node) -> _Shape:
 
 def _bound(args: list[Any], options: dict[str, Any], **defaults: Any) -> list[Any]:
     """Return the values of named parameters, given by position, by name or not at all."""
-    return [*args, *(options.get(key, default) for key, default in list(defaults.items())[len(args) :])]
+    return [
+        *args,
+        *(options.get(key, default) for key, default in list(defaults.items())[len(args) :]),
+    ]

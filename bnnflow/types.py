@@ -47,14 +47,16 @@ Parametrisation = Literal["velocity", "x1"]
 Architecture = Literal["dws", "signed", "graph"]
 Optimiser = Literal["muon", "adamw"]
 Schedule = Literal["linear", "variance_preserving"]
-CorrectionMethod = Literal["auto", "importance", "defensive", "resample", "refine", "smc", "metropolis", "neutra"]
+CorrectionMethod = Literal[
+    "auto", "importance", "defensive", "resample", "refine", "smc", "metropolis", "neutra"
+]
 
 
 class Kernel(NamedTuple):
     """A Markov kernel over batches of chains.
 
-    ``init(theta, generator) -> state`` and ``step(state, generator) -> (state, info)``; every field of a state
-    and of an info has the chains as its leading axis.
+    ``init(theta, generator) -> state`` and ``step(state, generator) -> (state, info)``; every field
+    of a state and of an info has the chains as its leading axis.
     """
 
     init: Callable[[Tensor, torch.Generator], Any]
@@ -74,7 +76,9 @@ class Posterior(Protocol):
 
 
 class LikelihoodMembers(Protocol):
-    """What an object must have to be taken for a likelihood: see `bnnflow.likelihoods.Likelihood`."""
+    """What an object must have to be taken for a likelihood: see
+    `bnnflow.likelihoods.Likelihood`.
+    """
 
     @property
     def kind(self) -> Literal["regression", "classification"]:
@@ -83,7 +87,10 @@ class LikelihoodMembers(Protocol):
 
     @property
     def parameters(self) -> dict[str, Distribution]:
-        """Return the prior of every learned parameter; its batch shape is the parameter's, ``(1,)`` for a scalar."""
+        """Return the prior of every learned parameter.
+
+        Its batch shape is the parameter's, ``(1,)`` for a scalar.
+        """
         ...
 
     def validate(self, y: Tensor, n_outputs: int) -> Tensor:
@@ -93,8 +100,8 @@ class LikelihoodMembers(Protocol):
     def log_prob(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return the log density of every row, ``(..., n, out) -> (..., n)``.
 
-        ``y`` is what ``validate`` returned, or has an axis in front when every network has a mini-batch of its own;
-        parameters are ``(..., *shape)``.
+        ``y`` is what ``validate`` returned, or has an axis in front when every network has a
+        mini-batch of its own; parameters are ``(..., *shape)``.
         """
         ...
 

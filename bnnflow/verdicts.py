@@ -17,36 +17,46 @@ Verdict = Literal[
 
 
 class Bounds(NamedTuple):
-    """Up to ``good`` (or from it on, where more is better) all is well; beyond ``bad`` the draws are not to be used."""
+    """Up to ``good`` (or from it on, where more is better) all is well.
+
+    Beyond ``bad`` the draws are not to be used.
+    """
 
     good: float
     bad: float
 
 
-# ---------------------------------------------------------------- the thresholds, all of them
+# ---------------------------------------- the thresholds, all of them
 
 R_HAT = Bounds(1.01, 1.05)  # of functions and weights (Vehtari et al. 2021)
-R_HAT_OF_PRIOR = Bounds(1.1, 1.5)  # of the log prior: directions that the data do not determine mix slowly
+# of the log prior: directions that the data do not determine mix slowly
+R_HAT_OF_PRIOR = Bounds(1.1, 1.5)
 R_HAT_OF_MANY = Bounds(1.05, 1.2)  # of hundreds of short chains, whose own means are noisy
 ESS = Bounds(400, 100)  # effective draws
 DIVERGENCES = 0.01  # beyond this share the posterior has regions that the chains cannot enter
 E_BFMI = 0.3  # below: the momenta do not explore the energy (Betancourt 2016)
 ACCEPTANCE = 0.2  # below: steps are too long for where the chains are
-LATENT_ACCEPTANCE = 0.01  # of moves in the latent space of a flow, below which the flow hardly helps
+# of moves in the latent space of a flow, below which the flow hardly helps
+LATENT_ACCEPTANCE = 0.01
 TEMPERATURE = 0.2  # from 1: beyond this the law of the draws is visibly wrong
 ENERGY_VARIANCE = 5.0  # times what was asked for: unadjusted steps are too long for what they met
 
-ANCESTORS = 3  # of the first particles, in the mean run: fewer left say nothing of what was lost on the way
+# of the first particles, in the mean run: fewer left say nothing of what was lost on the way
+ANCESTORS = 3
 LEFT_EFFECTIVE = 0.1  # of the particles: a temperature that leaves fewer was too far from the last
 EVIDENCE = 1.0  # nats of standard error beyond which an evidence compares little
-EVIDENCES = Bounds(0.03, 0.1)  # nats between two, beyond three standard errors; a lost tenth of the mass is 0.105
+# nats between two, beyond three standard errors; a lost tenth of the mass is 0.105
+EVIDENCES = Bounds(0.03, 0.1)
 
-RAW = 0.9  # effective share of weights from which no mean of raw draws is off by more than a third of its sd
+# effective share of weights from which no mean of raw draws is off by more than a third of its sd
+RAW = 0.9
 SOLVER = Bounds(0.1, 1.0)  # nats by which log weights change with a finer solver
 DISTANCE = 0.1  # between held-out and corrected draws, beyond chance
-DRIFT = Bounds(0.1, 0.5)  # of the mean log joint, in its own sds, in the second half of a refinement
+# of the mean log joint, in its own sds, in the second half of a refinement
+DRIFT = Bounds(0.1, 0.5)
 COPIES = 3.0  # nats by which symmetric copies of a flow's draws are less likely than these
-UNSEEN = 0.05  # share of held-out draws whose log weights exceed by 2 nats those of 98 % of the corrected draws
+# share of held-out draws whose log weights exceed by 2 nats those of 98 % of the corrected draws
+UNSEEN = 0.05
 FEW_HELD_OUT = 50  # effective held-out draws that can say little
 
 

@@ -1,10 +1,12 @@
-"""Weight space: named tensors as one flat vector, the label of every axis, and the symmetry group that follows.
+"""Weight space: named tensors as one flat vector, the label of every axis, and the symmetry group
+that follows.
 
-The layout of ``theta`` is the order of ``net.named_parameters()``, each tensor row-major, followed by whatever a
-model appends (prior and likelihood parameters). Parameters with ``requires_grad=False`` are constants of the network
-and no part of it. Every axis of a tensor carries the label of the hidden layer
-whose units it indexes, or None. Axis 0 is the side of the units themselves (their incoming weights and biases),
-axis 1 the side of those who read them (their outgoing weights). Everything else here follows from the labels.
+The layout of ``theta`` is the order of ``net.named_parameters()``, each tensor row-major, followed
+by whatever a model appends (prior and likelihood parameters). Parameters with
+``requires_grad=False`` are constants of the network and no part of it. Every axis of a tensor
+carries the label of the hidden layer whose units it indexes, or None. Axis 0 is the side of the
+units themselves (their incoming weights and biases), axis 1 the side of those who read them (their
+outgoing weights). Everything else here follows from the labels.
 """
 
 from __future__ import annotations
@@ -28,11 +30,15 @@ __all__ = ["NO_SYMMETRY", "Layer", "Symmetries", "WeightSpec"]
 
 
 _LARGEST = 2**27
-"""Weights of a space that is read from a file: tables of its entries are built before anything else is known."""
+"""Weights of a space that is read from a file: tables of its entries are built before anything else
+is known.
+"""
 
 
 class Symmetries(NamedTuple):
-    """The hidden layers (by label) whose units may be permuted, flipped in sign, rescaled, or shifted in phase."""
+    """The hidden layers (by label) whose units may be permuted, flipped in sign, rescaled, or
+    shifted in phase.
+    """
 
     permutation: frozenset[str] = frozenset()
     sign: frozenset[str] = frozenset()
@@ -51,20 +57,24 @@ class WeightSpec:
         names: tensor names in the order of the flat vector.
         shapes: shape of each tensor.
         axes: a label or None for each axis of each tensor.
-        activations: the activation of each hidden layer, by label, in the order of depth; all functions that its
-            units meet, where they are several.
-        layers: the affine layers in order, where the network is a chain of them, all free; empty otherwise.
+        activations: the activation of each hidden layer, by label, in the order of depth; all
+            functions that its units meet, where they are several.
+        layers: the affine layers in order, where the network is a chain of them, all free; empty
+            otherwise.
         extras: the tensors that a model appended to the network's own.
-        neutral: labelled axes (tensor, axis) that permutations move, but signs, scales and phases leave alone: what
-            is written before a normalisation and read by it, and the kernels of depthwise convolutions.
-        transposed: tensors whose second axis is the side of the units that they write, and the first that of those
-            that they read: tables of embeddings, kernels of transposed convolutions.
-        unknown: why the symmetries are not known, where the network could not be labelled; empty where they are, be
-            there some or none.
+        neutral: labelled axes (tensor, axis) that permutations move, but signs, scales and phases
+            leave alone: what is written before a normalisation and read by it, and the kernels of
+            depthwise convolutions.
+        transposed: tensors whose second axis is the side of the units that they write, and the
+            first that of those that they read: tables of embeddings, kernels of transposed
+            convolutions.
+        unknown: why the symmetries are not known, where the network could not be labelled; empty
+            where they are, be there some or none.
         unusual: `fan_in` of the tensors whose shape does not say it.
 
     Example:
-        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3))
         >>> spec = WeightSpec.of(net)
         >>> spec
         WeightSpec(dim=131, tensors=4, symmetries: h1 of 16 units (permutation, sign))
@@ -88,57 +98,84 @@ class WeightSpec:
     def of(cls, net: nn.Module) -> WeightSpec:
         """Label the weights of a network.
 
-        The forward pass is traced, so nested ``Sequential``s and classes with a ``forward`` of their own are
-        understood, as long as data flow through ``Linear`` layers, embeddings, convolutions, transposed ones too (of
-        one group, or depthwise), elementwise activations, pooling, padding, upsampling and averages over space,
-        additions, products with numbers, and LayerNorm, RMSNorm, GroupNorm with one group or a group for every channel,
-        and InstanceNorm, in any shape (``Flatten``, ``Unflatten``, ``view``, ``permute`` and the like) that keeps units
-        apart. Inputs may be computed with before in any way that has no weights. Added layers share one label; what is
-        added to inputs, and outputs, have none. Channels that are flattened make blocks, see `unit_axes`. A chain of
-        ``Linear`` layers has ``layers``, too.
+        The forward pass is traced, so nested ``Sequential``s and classes with a ``forward`` of
+        their own are understood, as long as data flow through ``Linear`` layers, embeddings,
+        convolutions, transposed ones too (of one group, or depthwise), elementwise activations,
+        pooling, padding, upsampling and averages over space, additions, products with numbers, and
+        LayerNorm, RMSNorm, GroupNorm with one group or a group for every channel, and InstanceNorm,
+        in any shape (``Flatten``, ``Unflatten``, ``view``, ``permute`` and the like) that keeps
+        units apart. Inputs may be computed with before in any way that has no weights. Added layers
+        share one label; what is added to inputs, and outputs, have none. Channels that are
+        flattened make blocks, see `unit_axes`. A chain of ``Linear`` layers has ``layers``, too.
 
-        The first axis of the data is taken to run over rows. A view of shape (-1, k) is taken to keep the rows apart.
+        The first axis of the data is taken to run over rows. A view of shape (-1, k) is taken to
+        keep the rows apart.
 
-        Units that pass a norm have signs and scales behind it only, where its own weights can take them up; units
-        that meet no such weights have permutations only. Units that a constant tensor writes or reads have no label
-        unless it is the same for all of them: nothing could undo there what is done to the rest of their weights.
+        Units that pass a norm have signs and scales behind it only, where its own weights can take
+        them up; units that meet no such weights have permutations only. Units that a constant
+        tensor writes or reads have no label unless it is the same for all of them: nothing could
+        undo there what is done to the rest of their weights.
 
         Args:
             net: any depth, one linear layer included, with or without biases.
 
         Raises:
-            ValueError: if no parameter is free; naming the first module, operation or parameter that cannot be
-                labelled: BatchNorm (whose statistics belong to units, but not to theta), weights that are used twice,
-                groups of channels, attention, and all that is unknown.
+            ValueError: if no parameter is free; naming the first module, operation or parameter
+                that cannot be labelled: BatchNorm (whose statistics belong to units, but not to
+                theta), weights that are used twice, groups of channels, attention, and all that is
+                unknown.
         """
         found = trace(net)
         shapes = _shapes(net)
         every = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
         axes = {name: found.axes[name] for name in every}
         spec = cls(
-            tuple(every), every, axes, found.activations, found.layers, (), found.scale_free_axes, "", found.transposed
+            tuple(every),
+            every,
+            axes,
+            found.activations,
+            found.layers,
+            (),
+            found.scale_free_axes,
+            "",
+            found.transposed,
         )
         spec = replace(spec, unusual=_unusual_fan_ins(net))
-        constants = {name: each.detach() for name, each in net.named_parameters() if name not in shapes}
+        constants = {
+            name: each.detach() for name, each in net.named_parameters() if name not in shapes
+        }
         return spec._without(constants) if constants else spec
 
     def _without(self, constants: Mapping[str, Tensor]) -> WeightSpec:
-        """Return the space without tensors that are constants, and the symmetries that these leave."""
+        """Return the space without tensors that are constants, and the symmetries that these
+        leave.
+        """
         pinned: set[str] = set()
         activations = dict(self.activations)
         for name, value in constants.items():
             acted = {
-                label for label, power in zip(self.unit_axes(name)[1], self.scale_exponents(name), strict=True) if power
+                label
+                for label, power in zip(
+                    self.unit_axes(name)[1], self.scale_exponents(name), strict=True
+                )
+                if power
             }
             for label in set(self.axes[name]) - {None}:
                 assert label is not None
                 perms = generators_of_permutations(self.widths[label])
-                if not all(torch.equal(value, reordered(value, self.axes[name], label, perm)) for perm in perms):
+                if not all(
+                    torch.equal(value, reordered(value, self.axes[name], label, perm))
+                    for perm in perms
+                ):
                     pinned.add(label)
-                elif label in acted and bool(value.any()):  # permutations keep it, but neither signs nor scales
+                # permutations keep it, but neither signs nor scales
+                elif label in acted and bool(value.any()):
                     activations[label] = Activation(f"{activations[label].name} + norm")
         kept = [name for name in self.names if name not in constants]
-        axes = {name: tuple(None if label in pinned else label for label in self.axes[name]) for name in kept}
+        axes = {
+            name: tuple(None if label in pinned else label for label in self.axes[name])
+            for name in kept
+        }
         return replace(
             self,
             names=tuple(kept),
@@ -147,7 +184,9 @@ class WeightSpec:
             activations={label: f for label, f in activations.items() if label not in pinned},
             layers=(),
             scale_free_axes=frozenset(
-                (name, axis) for name, axis in self.scale_free_axes if name in axes and axes[name][axis]
+                (name, axis)
+                for name, axis in self.scale_free_axes
+                if name in axes and axes[name][axis]
             ),
             transposed=self.transposed.intersection(kept),
         )
@@ -162,7 +201,9 @@ class WeightSpec:
             unknown: why its symmetries are not known; empty says that it is known to have none.
         """
         shapes = _shapes(net)
-        axes: dict[str, tuple[str | None, ...]] = {name: (None,) * len(shape) for name, shape in shapes.items()}
+        axes: dict[str, tuple[str | None, ...]] = {
+            name: (None,) * len(shape) for name, shape in shapes.items()
+        }
         transposed = shapes.keys() & {
             f"{name}.weight".removeprefix(".")
             for name, module in net.named_modules()
@@ -180,31 +221,39 @@ class WeightSpec:
 
     @checked
     def extend(
-        self, extras: Mapping[str, tuple[int, ...]], axes: Mapping[str, tuple[str | None, ...]] | None = None
+        self,
+        extras: Mapping[str, tuple[int, ...]],
+        axes: Mapping[str, tuple[str | None, ...]] | None = None,
     ) -> WeightSpec:
         """Append tensors such as the parameters of a likelihood.
 
         Args:
             extras: their shapes, by name.
-            axes: labels of those that are permuted with hidden units; signs and scales never act on them.
+            axes: labels of those that are permuted with hidden units; signs and scales never act on
+                them.
         """
         axes = axes or {}
         return replace(
             self,
             names=self.names + tuple(extras),
             shapes=self.shapes | dict(extras),
-            axes=self.axes | {name: axes.get(name, (None,) * len(shape)) for name, shape in extras.items()},
+            axes=self.axes
+            | {name: axes.get(name, (None,) * len(shape)) for name, shape in extras.items()},
             extras=self.extras + tuple(extras),
         )
 
     def parameter_axes(self, name: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
-        """Return the labels of a prior's parameter: those of the tensor that its name ends in, where sizes agree.
+        """Return the labels of a prior's parameter: those of the tensor that its name ends in,
+        where sizes agree.
 
         Example:
-            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+            >>> from torch import nn
+            >>> net = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3))
             >>> spec = WeightSpec.of(net)
-            >>> spec.parameter_axes("local.2.weight", (1, 16)), spec.parameter_axes("scale.2.weight", (1,))
-            ((None, 'h1'), (None,))
+            >>> spec.parameter_axes("local.2.weight", (1, 16))
+            (None, 'h1')
+            >>> spec.parameter_axes("scale.2.weight", (1,))
+            (None,)
         """
         named = [tensor for tensor in self.names if name.endswith(f".{tensor}")]
         tensor = max(named, key=len, default=None)
@@ -228,8 +277,12 @@ class WeightSpec:
     def describe(self) -> dict[str, Any]:
         """Return plain values from which ``from_description`` rebuilds the spec."""
         values: dict[str, Any] = {
-            "shapes": [[name, list(self.shapes[name]), list(self.axes[name])] for name in self.names],
-            "activations": {label: activation.name for label, activation in self.activations.items()},
+            "shapes": [
+                [name, list(self.shapes[name]), list(self.axes[name])] for name in self.names
+            ],
+            "activations": {
+                label: activation.name for label, activation in self.activations.items()
+            },
             "layers": [[layer.weight, layer.bias, layer.activation.name] for layer in self.layers],
             "extras": list(self.extras),
             "neutral": [list(each) for each in sorted(self.scale_free_axes)],
@@ -268,19 +321,23 @@ class WeightSpec:
         )
         if spec._labelled:
             return spec
-        # Earlier versions did not say whether a network without labels was known to have no symmetry.
+        # Earlier versions did not say whether a network without labels was known to have no
+        # symmetry.
         return replace(spec, unknown=values.get("unknown", "it was saved without labels"))
 
-    # ---------------------------------------------------------------- layout
+    # ---------------------------------------- layout
 
     def fan_in(self, name: str) -> float | None:
-        """Return how many terms with weights of a tensor are added up in one output; None for what is added itself.
+        """Return how many terms with weights of a tensor are added up in one output.
 
-        An output of independent inputs of unit variance has unit variance if the weights have variance 1 / fan in.
-        It is the product of all sizes but the first for linear layers and convolutions, where it is not counted at
-        the edges; what the stride leaves of it for transposed convolutions, on average over places; one for tables
-        of embeddings, of which a row is picked, and for weights that multiply one number each, as those of
-        normalisations. Tensors of a caller's own modules are taken to be ``(out, in, ...)``.
+        None for what is added itself.
+
+        An output of independent inputs of unit variance has unit variance if the weights have
+        variance 1 / fan in. It is the product of all sizes but the first for linear layers and
+        convolutions, where it is not counted at the edges; what the stride leaves of it for
+        transposed convolutions, on average over places; one for tables of embeddings, of which a
+        row is picked, and for weights that multiply one number each, as those of normalisations.
+        Tensors of a caller's own modules are taken to be ``(out, in, ...)``.
 
         Example:
             >>> spec = WeightSpec.of(torch.nn.Conv1d(4, 8, 3))
@@ -321,13 +378,16 @@ class WeightSpec:
 
     @checked
     def unit_axes(self, name: str) -> tuple[tuple[int, ...], tuple[str | None, ...]]:
-        """Return the shape and the labels of a tensor whose every labelled axis runs over units alone.
+        """Return the shape and the labels of a tensor whose every labelled axis runs over units
+        alone.
 
-        An axis may be a multiple of its label's width: every unit then owns a block of consecutive entries, as a
-        channel does once a convolution's output is flattened. Such an axis is split into (units, entries of one).
+        An axis may be a multiple of its label's width: every unit then owns a block of consecutive
+        entries, as a channel does once a convolution's output is flattened. Such an axis is split
+        into (units, entries of one).
 
         Example:
-            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+            >>> from torch import nn
+            >>> net = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3))
             >>> WeightSpec.of(net).unit_axes("2.weight")
             ((3, 16), (None, 'h1'))
         """
@@ -344,13 +404,15 @@ class WeightSpec:
     def scale_exponents(self, name: str) -> tuple[int, ...]:
         """Return the power of its unit's scale that multiplies each axis of ``unit_axes(name)``.
 
-        It is 1 where units are written, -1 where they are read, and 0 where no scale acts; signs and phases alike.
+        It is 1 where units are written, -1 where they are read, and 0 where no scale acts; signs
+        and phases alike.
 
         Example:
-            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+            >>> from torch import nn
+            >>> net = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3))
             >>> spec = WeightSpec.of(net)
-            >>> spec.scale_exponents("0.weight"), spec.scale_exponents("2.weight"), spec.scale_exponents("2.bias")
-            ((1, 0), (0, -1), (0,))
+            >>> [spec.scale_exponents(name) for name in ("0.weight", "2.weight", "2.bias")]
+            [(1, 0), (0, -1), (0,)]
         """
         self._check_name(name)
         scale_exponents: list[int] = []
@@ -369,16 +431,20 @@ class WeightSpec:
         return 1 if name in self.transposed else 0
 
     def written(self, name: str) -> int:
-        """Return the axis of ``unit_axes(name)`` that is the side of the units which the tensor writes.
+        """Return the axis of ``unit_axes(name)`` that is the side of the units which the tensor
+        writes.
 
         Example:
-            >>> spec = WeightSpec.of(torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 2)))
+            >>> from torch import nn
+            >>> spec = WeightSpec.of(nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 2)))
             >>> spec.written("0.weight"), spec.written("1.weight")
             (1, 0)
         """
         axis = self._written_axis(name)
         label = self.axes[name][0]
-        return axis + (axis == 1 and label is not None and self.shapes[name][0] != self.widths[label])
+        return axis + (
+            axis == 1 and label is not None and self.shapes[name][0] != self.widths[label]
+        )
 
     @checked
     def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
@@ -388,7 +454,9 @@ class WeightSpec:
             ValueError: if a tensor is missing, is left over, or has another shape.
         """
         if set(params) != set(self.names):
-            raise ValueError(f"params must have exactly the tensors {list(self.names)}, got {sorted(params)}")
+            raise ValueError(
+                f"params must have exactly the tensors {list(self.names)}, got {sorted(params)}"
+            )
         parts = []
         for name in self.names:
             shape, tensor = self.shapes[name], params[name]
@@ -413,10 +481,15 @@ class WeightSpec:
         }
 
     def check(self, theta: Tensor, name: str = "theta") -> Tensor:
-        """Return weights as a tensor; raise ``ValueError`` unless the last axis of ``theta``, or ``name``, fits."""
+        """Return weights as a tensor.
+
+        Raise ``ValueError`` unless the last axis of ``theta``, or ``name``, fits.
+        """
         theta = tracked(name, theta)
         if theta.dim() == 0 or theta.shape[-1] != self.dim:
-            raise ValueError(f"{name} must end in an axis of length {self.dim}, got shape {tuple(theta.shape)}")
+            raise ValueError(
+                f"{name} must end in an axis of length {self.dim}, got shape {tuple(theta.shape)}"
+            )
         return theta
 
     def __repr__(self) -> str:
@@ -429,12 +502,13 @@ class WeightSpec:
             return f"not known, {self.unknown}"
         kinds = self._function_symmetries._asdict().items()
         units = [
-            f"{label} of {width} units ({', '.join(kind for kind, labels in kinds if label in labels)})"
+            f"{label} of {width} units "
+            f"({', '.join(kind for kind, labels in kinds if label in labels)})"
             for label, width in self.widths.items()
         ]
         return "; ".join(units) or "none"
 
-    # ---------------------------------------------------------------- the group action
+    # ---------------------------------------- the group action
 
     @checked
     def permute(self, theta: Tensor, perms: Mapping[str, Tensor]) -> Tensor:
@@ -442,7 +516,8 @@ class WeightSpec:
 
         Args:
             theta: ``(..., dim)``.
-            perms: ``(width,)`` or ``(..., width)`` integer tensors by label; layers left out stay as they are.
+            perms: ``(width,)`` or ``(..., width)`` integer tensors by label; layers left out stay
+                as they are.
         """
         self.check(theta)
         self._check_labels(perms)
@@ -452,12 +527,18 @@ class WeightSpec:
             index = torch.zeros((), dtype=torch.long, device=theta.device)
             for axis, (label, size) in enumerate(zip(axes, shape, strict=True)):
                 coordinate = (
-                    perms[label] if label is not None and label in perms else torch.arange(size, device=theta.device)
+                    perms[label]
+                    if label is not None and label in perms
+                    else torch.arange(size, device=theta.device)
                 )
                 trailing = (1,) * (len(shape) - axis - 1)
                 along = coordinate.reshape(*coordinate.shape[:-1], *(1,) * axis, size, *trailing)
                 index = index + along * math.prod(shape[axis + 1 :])
-            parts.append((index + where.start).reshape(*index.shape[: index.dim() - len(shape)], math.prod(shape)))
+            parts.append(
+                (index + where.start).reshape(
+                    *index.shape[: index.dim() - len(shape)], math.prod(shape)
+                )
+            )
         lead = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         index = torch.cat([part.expand(*lead, part.shape[-1]) for part in parts], -1)  # (..., dim)
         shape = torch.broadcast_shapes(theta.shape, index.shape)
@@ -476,7 +557,8 @@ class WeightSpec:
 
     @checked
     def rescale(self, theta: Tensor, scales: Mapping[str, Tensor]) -> Tensor:
-        """Multiply what enters a unit by its scale and divide what leaves it, for homogeneous activations.
+        """Multiply what enters a unit by its scale and divide what leaves it, for homogeneous
+        activations.
 
         Args:
             theta: ``(..., dim)``.
@@ -489,13 +571,16 @@ class WeightSpec:
 
     @checked
     def shift(self, theta: Tensor, phases: Mapping[str, Tensor]) -> Tensor:
-        """Shift the pre-activations of sines by half turns, and flip what leaves units that move by an odd number.
+        """Shift the pre-activations of sines by half turns, and flip what leaves units that move by
+        an odd number.
 
-        sin(w0 a + k pi) = (-1)^k sin(w0 a): the unit's bias moves by k pi / w0, in a residual network all its biases.
+        sin(w0 a + k pi) = (-1)^k sin(w0 a): the unit's bias moves by k pi / w0, in a residual
+        network all its biases.
 
         Args:
             theta: ``(..., dim)``.
-            phases: numbers k of half turns, ``(width,)`` or ``(..., width)`` integer tensors by label.
+            phases: numbers k of half turns, ``(width,)`` or ``(..., width)`` integer tensors by
+                label.
         """
         self._check_labels(phases, "phase", self._function_symmetries.phase)
         signs = {label: 1 - 2 * (turns % 2) for label, turns in phases.items()}
@@ -508,31 +593,48 @@ class WeightSpec:
                     moved[..., self.slices[name]] += half_turn * turns.to(theta)
         return moved
 
-    def _factors(self, theta: Tensor, scales: Mapping[str, Tensor], *, written: bool = True) -> Tensor:
-        """Return the multiplier of every weight: its unit's scale, if ``written``, over those of the units it reads."""
+    def _factors(
+        self, theta: Tensor, scales: Mapping[str, Tensor], *, written: bool = True
+    ) -> Tensor:
+        """Return the multiplier of every weight: its unit's scale, if ``written``, over those of
+        the units it reads.
+        """
         self.check(theta)
         parts = []
         for name in self.names:
             shape, axes = self.unit_axes(name)
             factor = torch.ones(shape, dtype=theta.dtype, device=theta.device)
-            for axis, (label, power) in enumerate(zip(axes, self.scale_exponents(name), strict=True)):
+            for axis, (label, power) in enumerate(
+                zip(axes, self.scale_exponents(name), strict=True)
+            ):
                 if label is not None and label in scales and (power < 0 or (power and written)):
                     scale = scales[label].to(theta)
-                    along = scale.reshape(*scale.shape[:-1], *(1,) * axis, shape[axis], *(1,) * (len(shape) - axis - 1))
+                    along = scale.reshape(
+                        *scale.shape[:-1],
+                        *(1,) * axis,
+                        shape[axis],
+                        *(1,) * (len(shape) - axis - 1),
+                    )
                     factor = factor * along if power > 0 else factor / along
-            parts.append(factor.reshape(*factor.shape[: factor.dim() - len(shape)], math.prod(shape)))
+            parts.append(
+                factor.reshape(*factor.shape[: factor.dim() - len(shape)], math.prod(shape))
+            )
         lead = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return torch.cat([part.expand(*lead, part.shape[-1]) for part in parts], -1)  # (..., dim)
 
     def _check_labels(
-        self, elements: Mapping[str, Tensor], action: str = "permutation", allowed: frozenset[str] | None = None
+        self,
+        elements: Mapping[str, Tensor],
+        action: str = "permutation",
+        allowed: frozenset[str] | None = None,
     ) -> None:
         for label, element in elements.items():
             if label not in self.widths:
                 raise ValueError(f"no hidden layer {label!r}; there are {sorted(self.widths)}")
             if allowed is not None and label not in allowed:
                 raise ValueError(
-                    f"{label} has activation {self.activations[label].name}, which has no {action} symmetry"
+                    f"{label} has activation {self.activations[label].name}, which has no {action} "
+                    f"symmetry"
                 )
             if element.shape[-1] != self.widths[label]:
                 raise ValueError(f"{action} of {label} must end in an axis of {self.widths[label]}")
@@ -545,25 +647,34 @@ class WeightSpec:
             frozenset(self.activations),
             frozenset(label for label, f in labels if f.odd),
             frozenset(label for label, f in labels if f.homogeneous),
-            frozenset(label for label, f in labels if f.half_turn is not None and self._every_sine_has_a_bias(label)),
+            frozenset(
+                label
+                for label, f in labels
+                if f.half_turn is not None and self._every_sine_has_a_bias(label)
+            ),
         )
 
     def _every_sine_has_a_bias(self, label: str) -> bool:
-        """Say whether all that writes units of ``label`` has a bias and goes through one and the same sine."""
+        """Say whether all that writes units of ``label`` has a bias and goes through one and the
+        same sine.
+        """
         if any(self.axes[name][axis] == label for name, axis in self.scale_free_axes):
             return False
         own = [name for name in self.names if name not in self.extras]
         written = [name for name in own if self.axes[name][self._written_axis(name)] == label]
         biases = sum(self.unit_axes(name)[1] == (label,) for name in own)
-        # After one layer other odd functions may follow its sine; of several, one may go to those without it.
+        # After one layer other odd functions may follow its sine; of several, one may go to those
+        # without it.
         alike = biases == 1 or " + " not in self.activations[label].name
         return biases > 0 and len(written) == 2 * biases and alike
 
     def symmetries(self) -> Symmetries:
-        """Return the symmetries of the network's function; what a prior leaves of them, `Prior.symmetries` says.
+        """Return the symmetries of the network's function.
 
-        Of a network that could not be labelled none are known, though there may be some: see `unknown` and
-        `known_symmetries`.
+        What a prior leaves of them, `Prior.symmetries` says.
+
+        Of a network that could not be labelled none are known, though there may be some: see
+        `unknown` and `known_symmetries`.
         """
         return self._function_symmetries
 
@@ -571,7 +682,8 @@ class WeightSpec:
         """Return `symmetries` for what cannot do without.
 
         Raises:
-            ValueError: if the network could not be labelled, with the module or operation that is the reason.
+            ValueError: if the network could not be labelled, with the module or operation that is
+                the reason.
         """
         if self.unknown:
             raise ValueError(f"the symmetries of this network are not known: {self.unknown}")
@@ -581,13 +693,14 @@ class WeightSpec:
     def random_symmetry(self, theta: Tensor, seed: Seed, group: Symmetries | None = None) -> Tensor:
         """Apply a random element of the group to every network in ``theta`` ``(..., dim)``.
 
-        Permutations and signs are uniform, scales log-uniform, phases uniform between -2 and 2 half turns.
+        Permutations and signs are uniform, scales log-uniform, phases uniform between -2 and 2 half
+        turns.
 
         Args:
             theta: networks.
             seed: of the random elements.
-            group: what may be done to them; all symmetries of the network's function if None. A model's own are
-                `BayesianModel.symmetries`.
+            group: what may be done to them; all symmetries of the network's function if None. A
+                model's own are `BayesianModel.symmetries`.
 
         Raises:
             ValueError: if the symmetries are not known.
@@ -595,7 +708,8 @@ class WeightSpec:
         return self.transform(self.known_symmetries() if group is None else group, seed, theta)[0]
 
     def transform(self, group: Symmetries, seed: Seed, *thetas: Tensor) -> tuple[Tensor, ...]:
-        """Move tensors of networks ``(..., dim)`` by random elements of ``group``, one for each network.
+        """Move tensors of networks ``(..., dim)`` by random elements of ``group``, one for each
+        network.
 
         Networks at the same place of different tensors are moved by the same element.
         """
@@ -606,10 +720,14 @@ class WeightSpec:
             return torch.rand(*lead, self.widths[label], generator=generator, device=device)
 
         perms = {label: uniform(label).argsort(-1) for label in sorted(group.permutation)}
-        signs = {label: torch.where(uniform(label) < 0.5, -1.0, 1.0) for label in sorted(group.sign)}
+        signs = {
+            label: torch.where(uniform(label) < 0.5, -1.0, 1.0) for label in sorted(group.sign)
+        }
         scales = {label: (2 * uniform(label) - 1).mul(1.5).exp() for label in sorted(group.scale)}
         phases = {
-            label: torch.randint(-2, 3, (*lead, self.widths[label]), generator=generator, device=device)
+            label: torch.randint(
+                -2, 3, (*lead, self.widths[label]), generator=generator, device=device
+            )
             for label in sorted(group.phase)
         }
         results = []
@@ -633,16 +751,22 @@ class WeightSpec:
 
 
 def free_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that are inferred, by name: those that require gradients. The others are constants.
+    """Return the parameters that are inferred, by name: those that require gradients.
+
+    The others are constants.
 
     Raises:
         ValueError: if there is none.
     """
-    free = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
+    free = {
+        name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad
+    }
     if not free and next(net.parameters(), None) is not None:
         raise ValueError(
-            f"every parameter of {type(net).__name__} has requires_grad=False, which makes it a constant, so there "
-            "is nothing to infer: call requires_grad_(True) on the network, or on the layers to be inferred"
+            f"every parameter of {type(net).__name__} has requires_grad=False, which makes it a "
+            f"constant, so there "
+            "is nothing to infer: call requires_grad_(True) on the network, or on the layers to be "
+            "inferred"
         )
     if not free:
         raise ValueError(f"{type(net).__name__} has no parameters to infer")
@@ -676,13 +800,16 @@ def _own_fan_ins(module: nn.Module) -> dict[str, float | None]:
         fan_in = found.get(name, math.prod(last.shape[1:]) if last.dim() > 1 else None)
         found[originals[-1]] = fan_in
         if len(originals) == 2 and fan_in is not None:
-            # Norms and directions: v / |v| has a mean square of one over the number of entries under a norm.
+            # Norms and directions: v / |v| has a mean square of one over the number of entries
+            # under a norm.
             found[originals[0]] = fan_in * first.numel() / last.numel()
     return found
 
 
 def _originals(module: nn.Module) -> Iterator[tuple[str, list[str]]]:
-    """Yield the tensors that torch computes from others, with the names of these: weight normalisation has two."""
+    """Yield the tensors that torch computes from others, with the names of these: weight
+    normalisation has two.
+    """
     for name, parts in getattr(module, "parametrizations", {}).items():
         yield name, [f"parametrizations.{name}.{key}" for key in parts._parameters]
     for key in module._parameters:

@@ -1,4 +1,6 @@
-"""The reference, made from the package when the documentation is built: package by package, in the order of imports."""
+"""The reference, made from the package when the documentation is built: package by package, in the
+order of imports.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,19 @@ PACKAGE = ROOT / "bnnflow"
 
 
 def packages() -> list[ModuleType]:
-    """Return the modules and packages right below bnnflow that have public names, each after those it imports."""
-    names = [path.stem for path in sorted(PACKAGE.iterdir()) if path.suffix == ".py" or (path / "__init__.py").exists()]
+    """Return the modules and packages right below bnnflow that have public names, each after those
+    it imports.
+    """
+    names = [
+        path.stem
+        for path in sorted(PACKAGE.iterdir())
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    ]
     names = [name for name in names if not name.startswith("_")]
     imports = {name: imported_by(name) & set(names) - {name} for name in names}
-    modules = [import_module(f"bnnflow.{name}") for name in TopologicalSorter(imports).static_order()]
+    modules = [
+        import_module(f"bnnflow.{name}") for name in TopologicalSorter(imports).static_order()
+    ]
     return [module for module in modules if hasattr(module, "__all__")]
 
 
@@ -32,16 +42,22 @@ def imported_by(name: str) -> set[str]:
 
 
 def shown_in_pages() -> set[str]:
-    """Return what the programs of the documentation import from below a package: it is public by that."""
+    """Return what the programs of the documentation import from below a package: it is public by
+    that.
+    """
     found = set()
     for path in (ROOT / "docs").glob("*.md"):
-        for module, names in re.findall(r"^from (bnnflow(?:\.\w+){2,}) import (.+)$", path.read_text(), re.MULTILINE):
+        for module, names in re.findall(
+            r"^from (bnnflow(?:\.\w+){2,}) import (.+)$", path.read_text(), re.MULTILINE
+        ):
             found |= {f"{module}.{name.strip()}" for name in names.split(",")}
     return found
 
 
 def blocks(module: ModuleType, level: int) -> Iterator[str]:
-    """Yield what the page says of a package: what it is for, its names, and those of the modules among them."""
+    """Yield what the page says of a package: what it is for, its names, and those of the modules
+    among them.
+    """
     yield block(module.__name__, level, members="false")
     inner = []
     for name in module.__all__:
@@ -62,11 +78,15 @@ def block(identifier: str, level: int, **options: str) -> str:
 
 
 def reference() -> str:
-    """Return the page: packages of which `bnnflow` itself has names or which it names, then what lies below them."""
+    """Return the page: packages of which `bnnflow` itself has names or which it names, then what
+    lies below them.
+    """
     import bnnflow
 
     homes = {getattr(getattr(bnnflow, name), "__module__", name) for name in bnnflow.__all__}
-    named = {home.split(".")[1] for home in homes if home.startswith("bnnflow.")} | set(bnnflow.__all__)
+    named = {home.split(".")[1] for home in homes if home.startswith("bnnflow.")} | set(
+        bnnflow.__all__
+    )
     everything = packages()
     entered = [package for package in everything if package.__name__.split(".")[1] in named]
     below = [package for package in everything if package not in entered]

@@ -1,4 +1,5 @@
-"""One posterior, many ways to draw from it: scores, verdicts, seconds, and a report that compares them.
+"""One posterior, many ways to draw from it: scores, verdicts, seconds, and a report that compares
+them.
 
 A regression on scikit-learn's diabetes set, 10-8-1. Run: python examples/compare_samplers.py
 """
@@ -25,15 +26,20 @@ METHODS = {
 
 def scores(pred: bf.predictive.Prediction, y: torch.Tensor) -> str:
     lppd, crps = bf.metrics.lppd(pred, y), bf.metrics.crps(pred, y)
-    return f"LPPD {lppd:7.3f}  CRPS {crps:.3f}  90 % interval {bf.metrics.coverage(pred, y, 0.9):4.0%}"
+    return (
+        f"LPPD {lppd:7.3f}  CRPS {crps:.3f}  90 % interval {bf.metrics.coverage(pred, y, 0.9):4.0%}"
+    )
 
 
 def main() -> None:
     torch.set_num_threads(1)
     data = bf.data.load("diabetes")
     net = torch.nn.Sequential(torch.nn.Linear(10, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
-    # With variances of 1 / fan in the prior expects functions of the size of the standardised targets.
-    model = bf.BayesianModel(net, bf.priors.FanIn(), bf.likelihoods.Gaussian(), data.x_train, data.y_train)
+    # With variances of 1 / fan in the prior expects functions of the size of the standardised
+    # targets.
+    model = bf.BayesianModel(
+        net, bf.priors.FanIn(), bf.likelihoods.Gaussian(), data.x_train, data.y_train
+    )
     results = {}
     for name, (method, sizes) in METHODS.items():
         results[name] = draws = bf.sample(model, method, seed=0, **sizes)
@@ -48,7 +54,9 @@ def main() -> None:
     linear = bf.predict(model.linearised(laplace.posterior.loc), laplace, data.x_test)
     print(f"{'  linearised':15} {scores(linear, data.y_test)}")
 
-    made = bf.report(model, results, data.x_test, data.y_test, path=OUT, title="Diabetes, 10-8-1, eleven methods")
+    made = bf.report(
+        model, results, data.x_test, data.y_test, path=OUT, title="Diabetes, 10-8-1, eleven methods"
+    )
     print(f"\n{made.sections[0].comparison.headline}\nreport: {made.path}")
 
 

@@ -1,10 +1,11 @@
-"""Linear mode connectivity before and after alignment: many trained networks, every method, loss and cost.
+"""Linear mode connectivity before and after alignment: many trained networks, every method, loss
+and cost.
 
-Breast cancer, 30-16-16-2 ReLU. Each network is paired with the next and one of the two is aligned to the other. Along
-the way between them are measured the loss on unseen rows and the energy, -log joint / n, that training lowered.
-Erdogan (2025, arXiv 2504.03710) reports a midpoint loss of .244 for unaligned networks of this architecture and .070
-for aligned ones.
-Run: python examples/dwsnets_alignment.py [--full]
+Breast cancer, 30-16-16-2 ReLU. Each network is paired with the next and one of the two is aligned
+to the other. Along the way between them are measured the loss on unseen rows and the energy, -log
+joint / n, that training lowered. Erdogan (2025, arXiv 2504.03710) reports a midpoint loss of .244
+for unaligned networks of this architecture and .070 for aligned ones. Run: python
+examples/dwsnets_alignment.py [--full]
 """
 
 import argparse
@@ -44,8 +45,12 @@ SHOWN = ("none", "weight matching", "Bezier curve")
 def main(networks: int, sinkhorn_pairs: int) -> None:
     torch.set_num_threads(1)
     data = bf.data.load("breast_cancer")
-    net = nn.Sequential(nn.Linear(30, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
-    model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Categorical(), data.x_train, data.y_train)
+    net = nn.Sequential(
+        nn.Linear(30, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2)
+    )
+    model = bf.BayesianModel(
+        net, bf.priors.Normal(1.0), bf.likelihoods.Categorical(), data.x_train, data.y_train
+    )
     ensemble = bf.DeepEnsemble(members=networks, steps=TRAINING)
     ends = bf.sample(model, ensemble, seed=0).flat
     starts, spec, n = ends.roll(1, 0), model.spec, len(data.x_train)
@@ -82,13 +87,20 @@ def main(networks: int, sinkhorn_pairs: int) -> None:
         return a, match(b, spec, a)
 
     few = slice(sinkhorn_pairs)
-    print(f"{'':36}{'midpoint loss':>17}{'barrier':>17}{'area':>9}{'energy barrier':>18}{'CPU ms a net':>15}")
+    print(
+        f"{'':36}{'midpoint loss':>17}{'barrier':>17}{'area':>9}"
+        f"{'energy barrier':>18}{'CPU ms a net':>15}"
+    )
     run("none", networks, lambda: (starts, ends))
     run("scales normalised", networks, normalised)
     run("sorted units", networks, lambda: (sort_units(starts, spec), sort_units(ends, spec)))
     run("weight matching", networks, lambda: (starts, match(ends, spec, starts)))
     run("scales normalised, weight matching", networks, both)
-    run("activation matching", networks, lambda: (starts, match_activations(ends, spec, starts, data.x_train)))
+    run(
+        "activation matching",
+        networks,
+        lambda: (starts, match_activations(ends, spec, starts, data.x_train)),
+    )
     for name, loss in {"distance": None, "midpoint": midway}.items():
 
         def rebasin(loss: Callable[[Tensor], Tensor] | None = loss) -> tuple[Tensor, Tensor]:
@@ -98,9 +110,16 @@ def main(networks: int, sinkhorn_pairs: int) -> None:
     print("other paths than the straight line")
     run("geodesic", networks, lambda: Geodesic(starts, ends, spec))
     run("geodesic, weight matching", networks, lambda: Geodesic(*both(), spec))
-    run("Bezier curve", networks, lambda: fit_curve(starts, ends, energy, steps=CURVE_STEPS, samples=2, seed=0))
-    print(f"\npublished midpoint loss: .244 unaligned, .070 aligned; here {results['none'].midpoint.mean():.3f} and "
-          f"{results['weight matching'].midpoint.mean():.3f}")  # fmt: skip
+    run(
+        "Bezier curve",
+        networks,
+        lambda: fit_curve(starts, ends, energy, steps=CURVE_STEPS, samples=2, seed=0),
+    )
+    print(
+        f"\npublished midpoint loss: .244 unaligned, .070 aligned; here "
+        f"{results['none'].midpoint.mean():.3f} and "
+        f"{results['weight matching'].midpoint.mean():.3f}"
+    )
 
     OUT.mkdir(exist_ok=True)
     histogram(results).savefig(OUT / "dwsnets_alignment_midpoints.png", dpi=150)
@@ -131,7 +150,9 @@ def histogram(results: dict[str, Barrier]) -> Figure:
         ax.hist(midpoint.clamp(max=bins[-1]).tolist(), bins, color=colour, alpha=0.55, label=name)
         ax.axvline(float(midpoint.mean()), color=colour, linewidth=1.5)
     ax.set(
-        xlabel="test loss half way between two networks (lines: means)", ylabel="pairs of networks", xlim=(0, bins[-1])
+        xlabel="test loss half way between two networks (lines: means)",
+        ylabel="pairs of networks",
+        xlim=(0, bins[-1]),
     )
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False)
@@ -139,7 +160,9 @@ def histogram(results: dict[str, Barrier]) -> Figure:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--full", action="store_true", help=f"{FULL_NETWORKS} networks")
     full = parser.parse_args().full
     main(FULL_NETWORKS if full else NETWORKS, FULL_SINKHORN_PAIRS if full else SINKHORN_PAIRS)

@@ -1,10 +1,10 @@
 """Edit images through the weights of their implicit representations (Zhou et al. 2023).
 
-Every image is fitted by a SIREN of its own (2-32-32-1), and a network over weights says how to move the weights so that
-the SIREN shows the dilated, or the eroded, digit: trained on the squared error of random pixels, tested on SIRENs of
-unseen images. Phases and signs of the sines are fixed for the whole corpus, permutations are left to the methods.
-Run: ``python examples/dwsnets_editing.py [--data mnist|mnist10k|digits] [--full]``. Interrupted runs go on where they
-stopped.
+Every image is fitted by a SIREN of its own (2-32-32-1), and a network over weights says how to move
+the weights so that the SIREN shows the dilated, or the eroded, digit: trained on the squared error
+of random pixels, tested on SIRENs of unseen images. Phases and signs of the sines are fixed for the
+whole corpus, permutations are left to the methods. Run: ``python examples/dwsnets_editing.py
+[--data mnist|mnist10k|digits] [--full]``. Interrupted runs go on where they stopped.
 """
 
 import argparse
@@ -17,7 +17,19 @@ import torch
 from matplotlib.figure import Figure
 from scipy import ndimage
 from torch import Tensor, nn
-from weight_space import Residual, corpus, frame, images, interval, movers, permutations, permuted, table, train, tuned
+from weight_space import (
+    Residual,
+    corpus,
+    frame,
+    images,
+    interval,
+    movers,
+    permutations,
+    permuted,
+    table,
+    train,
+    tuned,
+)
 
 from bnnflow import WeightSpec
 from bnnflow.equivariant import DWSNet, TensorScaler, Wiring, image_grid, render
@@ -27,7 +39,8 @@ from bnnflow.symmetry import match, normalise_sign
 
 OUT = Path("out")
 EDITS = {"dilation": ndimage.grey_dilation, "erosion": ndimage.grey_erosion}  # over 3 x 3 pixels
-BATCH, PIXELS, DECAY, HELD_OUT = 32, 196, 0.02, 250  # SIRENs and pixels a step; SIRENs that validate
+# SIRENs and pixels a step; SIRENs that validate
+BATCH, PIXELS, DECAY, HELD_OUT = 32, 196, 0.02, 250
 PROBES, FREQUENCY = 7, 3.0  # a grid of 7 x 7 inputs; of the Fourier features of weights
 TRIALS = [(1e-3, 0.3), (1e-3, 1.0), (3e-3, 0.3), (3e-3, 1.0)]  # learning rate, size of the residual
 SAME_TRIALS = [(3e-3, 1.0), (1e-2, 1.0), (3e-2, 1.0), (1e-1, 1.0)]  # for a move without a network
@@ -36,7 +49,9 @@ SHOWN = 8  # images in the figure
 
 
 class Task(NamedTuple):
-    """SIRENs ``(n, dim)`` and the images that they shall show ``(n, pixels)``, for training, held out, and test."""
+    """SIRENs ``(n, dim)`` and the images that they shall show ``(n, pixels)``, for training, held
+    out, and test.
+    """
 
     spec: WeightSpec
     scaler: TensorScaler
@@ -57,13 +72,25 @@ class Probed(nn.Module):
     def __init__(self, spec: WeightSpec, scaler: TensorScaler, width: int, depth: int) -> None:
         super().__init__()
         grid = torch.linspace(-0.9, 0.9, PROBES)
-        self.x, self.network, self.scaler = torch.cartesian_prod(grid, grid), ChainNetwork(spec), scaler
+        self.x, self.network, self.scaler = (
+            torch.cartesian_prod(grid, grid),
+            ChainNetwork(spec),
+            scaler,
+        )
         self.net = DWSNet(
-            spec, 1, 1, width, depth, unit_features=len(self.x), wiring=Wiring(edge_width=8, frequency=FREQUENCY)
+            spec,
+            1,
+            1,
+            width,
+            depth,
+            unit_features=len(self.x),
+            wiring=Wiring(edge_width=8, frequency=FREQUENCY),
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.net(features, units=self.network.hidden(self.scaler.inverse(features.squeeze(-1)), self.x))
+        return self.net(
+            features, units=self.network.hidden(self.scaler.inverse(features.squeeze(-1)), self.x)
+        )
 
 
 def shown(net: nn.Module, theta: Tensor, task: Task) -> Tensor:
@@ -77,7 +104,10 @@ def learn(
     name: str, build: Callable[[], nn.Module], task: Task, *,
     rate: float, size: float, steps: int, seed: int,
 ) -> dict[str, float | list]:  # fmt: skip
-    """Train one method; return its errors on held-out and on test images, and the first test images as edited."""
+    """Train one method.
+
+    Return its errors on held-out and on test images, and the first test images as edited.
+    """
     spec, network, x = task.spec, ChainNetwork(task.spec), image_grid(task.side, task.side)
     theta, held_out, test = task.aligned if name.endswith("aligned") else task.theta
     y, y_held_out, y_test = task.y
@@ -86,7 +116,8 @@ def learn(
         rows = torch.randint(len(theta), (BATCH,), generator=generator)
         pixels = torch.randperm(len(x), generator=generator)[:PIXELS]
         batch = permuted(theta[rows], spec, generator) if name.endswith("permuted") else theta[rows]
-        return batch, x[pixels], y[rows % len(y)][:, pixels]  # the views of all images follow each other
+        # the views of all images follow each other
+        return batch, x[pixels], y[rows % len(y)][:, pixels]
 
     def loss(net: nn.Module, batch: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return (network(net(batch), x).squeeze(-1) + MID_GREY - y).square().mean()
@@ -129,9 +160,14 @@ def draw(edit: str, pictures: dict[str, Tensor], side: int, path: Path) -> None:
 
 
 def compare(
-    edit: str, task: Task, originals: Tensor, builds: dict[str, Callable[[], nn.Module]], path: Path, steps: int,
+    edit: str,
+    task: Task,
+    originals: Tensor,
+    builds: dict[str, Callable[[], nn.Module]],
+    path: Path,
+    steps: int,
     seeds: int,
-) -> None:  # fmt: skip
+) -> None:
     """Tune and train all methods for one edit, print their table, draw what they do."""
     y_test, unmoved = task.y[2], render(task.theta[2], task.spec, task.side, task.side)
     ends = {
@@ -143,14 +179,26 @@ def compare(
     rows = []
     for name, image in ends.items():
         errors = 100 * (image - y_test).square().mean(-1)
-        rows.append((name, f"{errors.mean():.3f}", f"{errors.std() / len(errors) ** 0.5:.3f}", "", "", ""))
+        rows.append(
+            (name, f"{errors.mean():.3f}", f"{errors.std() / len(errors) ** 0.5:.3f}", "", "", "")
+        )
     for name, build in builds.items():
         trials = SAME_TRIALS if "same" in name else TRIALS
         given = {"steps": steps, "tuning_steps": steps // 5, "seeds": seeds}
-        trial, results = tuned(partial(learn, name, build, task), path, f"{edit}, {name}", trials, **given)
-        means = {key: sum(each[key] for each in results) / seeds for key in results[0] if key != "pictures"}
+        trial, results = tuned(
+            partial(learn, name, build, task), path, f"{edit}, {name}", trials, **given
+        )
+        means = {
+            key: sum(each[key] for each in results) / seeds
+            for key in results[0]
+            if key != "pictures"
+        }
         error = "{:.3f} ± {:.3f}".format(*interval([100 * each["test"] for each in results]))
-        cells = f"{100 * means['spread']:.3f}", f"{means['move']:.2f}", f"{trial[0]:g}, {trial[1]:g}"
+        cells = (
+            f"{100 * means['spread']:.3f}",
+            f"{means['move']:.2f}",
+            f"{trial[0]:g}, {trial[1]:g}",
+        )
         rows.append((name, error, *cells, f"{means['seconds']:.0f}"))
         pictures[name] = torch.tensor(results[0]["pictures"]) / 255
     head = ["method", "test MSE, 1e-2", "error over images", "move", "rate, size", "CPU s"]
@@ -159,9 +207,13 @@ def compare(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", choices=["mnist", "mnist10k", "digits"])
-    parser.add_argument("--full", action="store_true", help="more fits, a wider network, sixty times the steps")
+    parser.add_argument(
+        "--full", action="store_true", help="more fits, a wider network, sixty times the steps"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="*", help="only these")
     args = parser.parse_args()
@@ -171,13 +223,24 @@ def main() -> None:
     fits, test = corpus(data, views)
     spec, n_train = test.spec, len(data.x_train) * 7 // 8
     held_out = slice(n_train, n_train + HELD_OUT)
-    fitted = torch.stack([normalise_sign(part.theta, spec) for part in fits])  # (views, images, dim)
-    theta = [fitted[:, :n_train].flatten(0, 1), fitted[0, held_out], normalise_sign(test.theta, spec)]
+    # (views, images, dim)
+    fitted = torch.stack([normalise_sign(part.theta, spec) for part in fits])
+    theta = [
+        fitted[:, :n_train].flatten(0, 1),
+        fitted[0, held_out],
+        normalise_sign(test.theta, spec),
+    ]
     reference = frame(theta[0], spec)
     aligned = [match(part, spec, reference, group=permutations(spec), sweeps=2) for part in theta]
     scaler = TensorScaler.fit(theta[0], spec)
-    builds = movers(spec, width, depth, FREQUENCY) | {"DWSNet + probes": lambda: Probed(spec, scaler, width, depth)}
-    chosen = {name: builds[name] for name in args.methods or builds if args.methods or name not in LEFT_OUT}
+    builds = movers(spec, width, depth, FREQUENCY) | {
+        "DWSNet + probes": lambda: Probed(spec, scaler, width, depth)
+    }
+    chosen = {
+        name: builds[name]
+        for name in args.methods or builds
+        if args.methods or name not in LEFT_OUT
+    }
     path = OUT / f"dwsnets_editing_{data.name}{'_full' if args.full else ''}.json"
     for edit in EDITS:
         targets = filtered(data.x_train, edit)

@@ -1,9 +1,11 @@
-"""Classify images by the weights of their implicit neural representations (Navon et al. 2023, section 6.2).
+"""Classify images by the weights of their implicit neural representations (Navon et al. 2023,
+section 6.2).
 
-Every image is fitted by SIRENs of its own (2-32-32-1, several random starts an image), and networks over weights are
-trained to tell its class from the weights alone: a DWSNet against a perceptron on raw weights, with permutation
-augmentation, and on aligned weights, a transformer over units, and a graph network. All see one corpus, split by image.
-Run: ``python examples/dwsnets_inr_classification.py [--data mnist|fashion_mnist|digits] [--full]``.
+Every image is fitted by SIRENs of its own (2-32-32-1, several random starts an image), and networks
+over weights are trained to tell its class from the weights alone: a DWSNet against a perceptron on
+raw weights, with permutation augmentation, and on aligned weights, a transformer over units, and a
+graph network. All see one corpus, split by image. Run: ``python
+examples/dwsnets_inr_classification.py [--data mnist|fashion_mnist|digits] [--full]``.
 """
 
 import argparse
@@ -36,26 +38,42 @@ from bnnflow.model.network import ChainNetwork
 from bnnflow.symmetry import match, normalise_sign
 
 OUT = Path("out")
-BATCH, DECAY, WARP, PROBES = 128, 0.02, 0.5, 7  # warp: its strength; probes: fixed inputs on a grid of 7 x 7
+# warp: its strength; probes: fixed inputs on a grid of 7 x 7
+BATCH, DECAY, WARP, PROBES = 128, 0.02, 0.5, 7
 TRIALS = [1e-3, 3e-3]  # learning rates, tried for a fifth of the steps
 EXTRA = {"GraphNet": 1 / 3, "DWSNet + hidden probes": 1.0, "DWSNet + all probes": 1.0}
 """One seed and this share of the steps each, with the learning rate of the DWSNet."""
-PUBLISHED = {"DWSNet": (85.71, 67.06), "MLP, aligned": (58.98, 47.79)}  # MNIST and Fashion-MNIST, 55,000 images
+# MNIST and Fashion-MNIST, 55,000 images
+PUBLISHED = {"DWSNet": (85.71, 67.06), "MLP, aligned": (58.98, 47.79)}
 
 
-def random_warp(theta: Tensor, spec: bf.WeightSpec, strength: float, generator: torch.Generator) -> Tensor:
-    """Turn, scale, shear and move the image of every network a little, exactly, by its first layer."""
-    turn, shear, wide, high, *move = ((2 * torch.rand(6, len(theta), generator=generator) - 1) * strength).unbind()
-    rotation = torch.stack([(0.35 * turn).cos(), -(0.35 * turn).sin(), (0.35 * turn).sin(), (0.35 * turn).cos()], -1)
-    stretch = torch.stack([(0.15 * wide).exp(), 0.2 * shear, torch.zeros_like(turn), (0.15 * high).exp()], -1)
+def random_warp(
+    theta: Tensor, spec: bf.WeightSpec, strength: float, generator: torch.Generator
+) -> Tensor:
+    """Turn, scale, shear and move the image of every network a little, exactly, by its first
+    layer.
+    """
+    turn, shear, wide, high, *move = (
+        (2 * torch.rand(6, len(theta), generator=generator) - 1) * strength
+    ).unbind()
+    rotation = torch.stack(
+        [(0.35 * turn).cos(), -(0.35 * turn).sin(), (0.35 * turn).sin(), (0.35 * turn).cos()], -1
+    )
+    stretch = torch.stack(
+        [(0.15 * wide).exp(), 0.2 * shear, torch.zeros_like(turn), (0.15 * high).exp()], -1
+    )
     matrix = rotation.unflatten(-1, (2, 2)) @ stretch.unflatten(-1, (2, 2))
     return warp(theta, spec, matrix, 0.15 * torch.stack(move, -1))
 
 
 class Probed(nn.Module):
-    """A DWSNet that also sees what every hidden unit does at fixed inputs, and if asked for, what the network does."""
+    """A DWSNet that also sees what every hidden unit does at fixed inputs, and if asked for, what
+    the network does.
+    """
 
-    def __init__(self, spec: bf.WeightSpec, scaler: TensorScaler, outputs: bool, width: int, depth: int) -> None:
+    def __init__(
+        self, spec: bf.WeightSpec, scaler: TensorScaler, outputs: bool, width: int, depth: int
+    ) -> None:
         super().__init__()
         grid = torch.linspace(-0.9, 0.9, PROBES)
         self.x = torch.cartesian_prod(grid, grid)
@@ -81,9 +99,13 @@ class Probed(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", choices=["mnist", "mnist10k", "fashion_mnist", "digits"])
-    parser.add_argument("--full", action="store_true", help="published size: more fits, a wider network, more steps")
+    parser.add_argument(
+        "--full", action="store_true", help="published size: more fits, a wider network, more steps"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="*", help="only these")
     args = parser.parse_args()
@@ -93,14 +115,17 @@ def main() -> None:
     fits, test = corpus(data, views)
     spec = test.spec
     theta = torch.stack([normalise_sign(part.theta, spec) for part in fits])  # (views, images, dim)
-    n_train = len(data.x_train) * 7 // 8  # the rest of the training images chooses settings and the best state
+    # the rest of the training images chooses settings and the best state
+    n_train = len(data.x_train) * 7 // 8
     theta_test, y, y_test = normalise_sign(test.theta, spec), data.y_train, data.y_test
     scaler = TensorScaler.fit(theta[:, :n_train], spec)
     reference = frame(theta[0, :n_train], spec)
     aligned = partial(match, spec=spec, reference=reference, group=permutations(spec), sweeps=2)
 
     builds: dict[str, Callable[[], nn.Module]] = {
-        "DWSNet": lambda: DWSNet(spec, 1, 10, width, depth, invariant=True, wiring=Wiring(edge_width=4, frequency=3.0)),
+        "DWSNet": lambda: DWSNet(
+            spec, 1, 10, width, depth, invariant=True, wiring=Wiring(edge_width=4, frequency=3.0)
+        ),
         "MLP": lambda: WeightsMLP(spec, 10),
         "MLP, permuted": lambda: WeightsMLP(spec, 10),
         "MLP, aligned": lambda: WeightsMLP(spec, 10),
@@ -111,7 +136,10 @@ def main() -> None:
     }
 
     def prepared(name: str, batch: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Do to a batch what belongs to the method, and scale it; augmentation needs a generator."""
+        """Do to a batch what belongs to the method, and scale it.
+
+        Augmentation needs a generator.
+        """
         if name == "MLP, aligned":
             batch = aligned(batch)
         elif name == "MLP, permuted" and generator is not None:
@@ -131,9 +159,16 @@ def main() -> None:
         unseen = prepared(name, theta_test, None)
         torch.manual_seed(seed)
         net, lowest, seconds = train(
-            builds[name](), sample, cross_entropy, lambda net: -accuracy(net, held_out, y[n_train:]), steps=steps,
-            learning_rate=rate, weight_decay=DECAY, seed=seed, log=lambda line: print(f"  {name}: {line}", flush=True),
-        )  # fmt: skip
+            builds[name](),
+            sample,
+            cross_entropy,
+            lambda net: -accuracy(net, held_out, y[n_train:]),
+            steps=steps,
+            learning_rate=rate,
+            weight_decay=DECAY,
+            seed=seed,
+            log=lambda line: print(f"  {name}: {line}", flush=True),
+        )
         return -lowest, accuracy(net, unseen, y_test), seconds
 
     steps = epochs * n_train // BATCH
@@ -149,7 +184,10 @@ def main() -> None:
     rows = []
     for name in args.methods or builds:
         tuned = "DWSNet" if name in EXTRA else name
-        trials = [(remembered(f"{tuned} trial {trial}", tuned, trial, steps // 5, 0)[0], trial) for trial in TRIALS]
+        trials = [
+            (remembered(f"{tuned} trial {trial}", tuned, trial, steps // 5, 0)[0], trial)
+            for trial in TRIALS
+        ]
         best = max(trials)[1]
         seeds = range(1 if name in EXTRA else args.seeds)
         trained = round(steps * EXTRA.get(name, 1.0))
@@ -161,7 +199,9 @@ def main() -> None:
         shown = f"{mean:.1f} ± {error:.1f}" if len(results) > 1 else f"{mean:.1f}, one seed"
         rows.append((name, shown, f"{sampling:.1f}", f"{best:g}", f"{seconds:.0f}", str(published)))
         print(
-            table(["method", "test accuracy, %", "sampling error", "rate", "CPU s", "published"], rows),
+            table(
+                ["method", "test accuracy, %", "sampling error", "rate", "CPU s", "published"], rows
+            ),
             flush=True,
         )
 

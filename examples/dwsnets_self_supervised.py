@@ -1,13 +1,16 @@
-"""Embed sine waves by the weights of networks that represent them, without labels (Navon et al. 2023).
+"""Embed sine waves by the weights of networks that represent them, without labels (Navon et al.
+2023).
 
-Each wave y = a sin(b x) on [-pi, pi], a, b ~ U(0, 10), is fitted by a SIREN 1-32-32-1 of its own, which takes x / pi
-and returns y itself. Encoders see two views of the weights, each with Gaussian noise and a mask of its own, and learn
-to tell which views belong together (SimCLR, Chen et al. 2020). A linear probe, fitted on the training waves, then
-reads (a, b) off the embeddings of unseen waves. Phases and signs of the sines, exact symmetries, are fixed once for
-the whole corpus; permutations are left to the methods. Every seed has training waves and starts of its own; validation
-and test waves are common. Settings are chosen one after the other in five short trials a method; they and the
-step to stop at are the only choices that see labels, those of the validation waves.
-Run: ``python examples/dwsnets_self_supervised.py [--full] [--two-fits]``. Interrupted runs go on where they stopped.
+Each wave y = a sin(b x) on [-pi, pi], a, b ~ U(0, 10), is fitted by a SIREN 1-32-32-1 of its own,
+which takes x / pi and returns y itself. Encoders see two views of the weights, each with Gaussian
+noise and a mask of its own, and learn to tell which views belong together (SimCLR, Chen et al.
+2020). A linear probe, fitted on the training waves, then reads (a, b) off the embeddings of unseen
+waves. Phases and signs of the sines, exact symmetries, are fixed once for the whole corpus;
+permutations are left to the methods. Every seed has training waves and starts of its own;
+validation and test waves are common. Settings are chosen one after the other in five short trials a
+method; they and the step to stop at are the only choices that see labels, those of the validation
+waves. Run: ``python examples/dwsnets_self_supervised.py [--full] [--two-fits]``. Interrupted runs
+go on where they stopped.
 """
 
 import argparse
@@ -43,7 +46,8 @@ HIGHEST = 10.0  # of a and b
 PUBLISHED = 1.39  # Navon et al.: mean squared error of (a, b) from the embeddings of DWSNets
 W0, POINTS, FIT_STEPS = 10.0, 128, 500
 HELD_OUT, TEST = 500, 1000
-EMBEDDING, BATCH, MASKED = 16, 256, 0.5  # features, waves a batch, share of the weights of a view that are zeroed
+# features, waves a batch, share of the weights of a view that are zeroed
+EMBEDDING, BATCH, MASKED = 16, 256, 0.5
 DECAY = 1e-2
 EDGES, FREQUENCY = 4, 3.0  # channels of a matrix and sines of its weights in the DWSNet
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -51,7 +55,9 @@ TWO_FITS = "DWSNet, two fits a wave (not the published protocol)"
 
 
 class Setting(NamedTuple):
-    """What is tuned; noise is in standard deviations of a tensor, and centred weights have a mean of zero in each."""
+    """What is tuned; noise is in standard deviations of a tensor, and centred weights have a mean
+    of zero in each.
+    """
 
     temperature: float = 0.1
     noise: float = 0.2
@@ -85,7 +91,11 @@ def waves(n: int, fits_each: int) -> Waves:
             fits.save(path)
             error = fits.mse / y.square().mean(1)
             quality = f"median {error.median():.1e}, 99 of 100 below {error.quantile(0.99):.1e}"
-            print(f"{n} fits in {fits.info['seconds']:.0f} s, error over power of the wave: {quality}", flush=True)
+            print(
+                f"{n} fits in {fits.info['seconds']:.0f} s, error over power of the wave: "
+                f"{quality}",
+                flush=True,
+            )
         fitted.append(INRs.load(path).theta)
     spec = WeightSpec.of(net)
     return Waves(normalise_sign(torch.stack(fitted), spec), targets, spec)
@@ -97,29 +107,38 @@ class Contrastive(nn.Module):
     def __init__(self, encoder: nn.Module):
         super().__init__()
         self.encoder = encoder
-        self.projection = nn.Sequential(nn.Linear(EMBEDDING, EMBEDDING), nn.ReLU(), nn.Linear(EMBEDDING, EMBEDDING))
+        self.projection = nn.Sequential(
+            nn.Linear(EMBEDDING, EMBEDDING), nn.ReLU(), nn.Linear(EMBEDDING, EMBEDDING)
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         return self.projection(self.encoder(features))
 
 
 def view(scaled: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-    """Return scaled weights with fresh noise, in standard deviations of their tensor, and a fresh mask."""
+    """Return scaled weights with fresh noise, in standard deviations of their tensor, and a fresh
+    mask.
+    """
     noisy = scaled + noise * torch.randn(scaled.shape, generator=generator)
     return (noisy * (torch.rand(scaled.shape, generator=generator) >= MASKED)).unsqueeze(-1)
 
 
 def nt_xent(net: nn.Module, views: Tensor, *, temperature: float) -> Tensor:
-    """Cross-entropy of finding the other view of each wave among all views of the batch, first all first views."""
+    """Cross-entropy of finding the other view of each wave among all views of the batch, first all
+    first views.
+    """
     embedded = F.normalize(net(views), dim=-1)
     similar = (embedded @ embedded.T / temperature).fill_diagonal_(-math.inf)
     return F.cross_entropy(similar, torch.arange(len(views)).roll(len(views) // 2))
 
 
 def probe(features: Tensor, targets: Tensor) -> tuple[float, list[float]]:
-    """Fit a ridge regression on training rows; return the validation error and the test errors of a and of b.
+    """Fit a ridge regression on training rows.
 
-    Rows are validation waves, test waves, training waves. The penalty is chosen on the validation waves.
+    Return the validation error and the test errors of a and of b.
+
+    Rows are validation waves, test waves, training waves. The penalty is chosen on the validation
+    waves.
     """
     fitted = features[HELD_OUT + TEST :].double()
     features = (features.double() - fitted.mean(0)) / fitted.std(0).clamp(min=1e-9)
@@ -137,7 +156,10 @@ def probe(features: Tensor, targets: Tensor) -> tuple[float, list[float]]:
 def moments(scaled: Tensor, spec: WeightSpec) -> Tensor:
     """Return five numbers of each tensor that no permutation changes, nothing learned."""
     parts = [scaled[:, where] for where in spec.slices.values()]
-    of_each = [(w.mean(1), w.abs().mean(1), w.abs().amax(1), w.square().mean(1), w.pow(4).mean(1)) for w in parts]
+    of_each = [
+        (w.mean(1), w.abs().mean(1), w.abs().amax(1), w.square().mean(1), w.pow(4).mean(1))
+        for w in parts
+    ]
     return torch.stack([number for numbers in of_each for number in numbers], 1)
 
 
@@ -151,7 +173,9 @@ class Experiment:
     def rows(self, seed: int) -> Tensor:
         """Return the waves of a seed: validation, test, training."""
         begin = HELD_OUT + TEST + seed * self.training
-        return torch.cat([torch.arange(HELD_OUT + TEST), torch.arange(begin, begin + self.training)])
+        return torch.cat(
+            [torch.arange(HELD_OUT + TEST), torch.arange(begin, begin + self.training)]
+        )
 
     def targets(self, seed: int) -> Tensor:
         """Return (a, b) of these waves."""
@@ -161,13 +185,21 @@ class Experiment:
         """Return the scaled weights of a seed's waves, ``(fits, n, dim)``."""
         theta, spec = self.corpus.theta[:, self.rows(seed)], self.corpus.spec
         if aligned:
-            theta = match(theta, spec, frame(theta[0, -self.training :], spec), group=permutations(spec))
+            theta = match(
+                theta, spec, frame(theta[0, -self.training :], spec), group=permutations(spec)
+            )
         fitted = theta[0, -self.training :]
         return TensorScaler.fit(fitted if centred else torch.cat([fitted, -fitted]), spec)(theta)
 
     def run(self, name: str, seed: int, steps: int, setting: Setting) -> dict[str, Any]:
-        """Train an encoder; return probe errors before and after, the CPU seconds and the test embeddings."""
-        scaled, targets = self.weights(seed, name == "MLP, aligned", setting.centred), self.targets(seed)
+        """Train an encoder.
+
+        Return probe errors before and after, the CPU seconds and the test embeddings.
+        """
+        scaled, targets = (
+            self.weights(seed, name == "MLP, aligned", setting.centred),
+            self.targets(seed),
+        )
 
         def sample(generator: torch.Generator) -> tuple[Tensor]:
             chosen = torch.randint(-self.training, 0, (BATCH,), generator=generator)
@@ -177,7 +209,9 @@ class Experiment:
             return (torch.cat([view(each, setting.noise, generator) for each in pair]),)
 
         def embed(net: nn.Module) -> Tensor:
-            return predict(net.get_submodule("encoder"), lambda batch: batch.unsqueeze(-1), scaled[0])
+            return predict(
+                net.get_submodule("encoder"), lambda batch: batch.unsqueeze(-1), scaled[0]
+            )
 
         torch.manual_seed(seed)
         net = Contrastive(self.builds[name]())
@@ -194,8 +228,16 @@ class Experiment:
             checks=5,
         )
         embedding = embed(net)
-        result = {"validation": lowest, "test": probe(embedding, targets)[1], "untrained": untrained}
-        print(f"  {name}, seed {seed}, {steps} steps, {tuple(setting)}: {result}, {seconds:.0f} CPU s", flush=True)
+        result = {
+            "validation": lowest,
+            "test": probe(embedding, targets)[1],
+            "untrained": untrained,
+        }
+        print(
+            f"  {name}, seed {seed}, {steps} steps, {tuple(setting)}: {result}, {seconds:.0f} "
+            f"CPU s",
+            flush=True,
+        )
         return result | {
             "seconds": seconds,
             "embedding": embedding[HELD_OUT : HELD_OUT + TEST].double().round(decimals=3).tolist(),
@@ -212,7 +254,9 @@ def draw(embeddings: dict[str, Tensor], targets: Tensor, path: Path) -> None:
         standard = (embedding - embedding.mean(0)) / embedding.std(0).clamp(min=1e-9)
         places = TSNE(random_state=0).fit_transform(standard.numpy())
         for row, label in enumerate(("amplitude a", "frequency b")):
-            points = axes[row, column].scatter(*places.T, c=targets[:, row].numpy(), s=7, lw=0, vmin=0, vmax=HIGHEST)
+            points = axes[row, column].scatter(
+                *places.T, c=targets[:, row].numpy(), s=7, lw=0, vmin=0, vmax=HIGHEST
+            )
             axes[row, column].set(xticks=[], yticks=[], title=name if row == 0 else None)
             axes[row, column].spines[:].set_color("0.8")
             if column == len(embeddings) - 1:
@@ -221,9 +265,15 @@ def draw(embeddings: dict[str, Tensor], targets: Tensor, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="5,000 waves a seed, 10,000 steps, wider networks")
-    parser.add_argument("--two-fits", action="store_true", help="one more row: views of two fits of a wave")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="5,000 waves a seed, 10,000 steps, wider networks"
+    )
+    parser.add_argument(
+        "--two-fits", action="store_true", help="one more row: views of two fits of a wave"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     seeds, training, steps, tried, width, depth = (
@@ -234,7 +284,13 @@ def main() -> None:
 
     def equivariant() -> nn.Module:
         return DWSNet(
-            spec, 1, EMBEDDING, width, depth, invariant=True, wiring=Wiring(edge_width=EDGES, frequency=FREQUENCY)
+            spec,
+            1,
+            EMBEDDING,
+            width,
+            depth,
+            invariant=True,
+            wiring=Wiring(edge_width=EDGES, frequency=FREQUENCY),
         )
 
     builds: dict[str, Callable[[], nn.Module]] = {
@@ -262,7 +318,9 @@ def main() -> None:
         return settings[0]
 
     def cell(errors: list[list[float]], which: int | None = None) -> str:
-        return "{:.2f} ± {:.2f}".format(*interval([sum(e) / 2 if which is None else e[which] for e in errors]))
+        return "{:.2f} ± {:.2f}".format(
+            *interval([sum(e) / 2 if which is None else e[which] for e in errors])
+        )
 
     truth = corpus.targets[HELD_OUT : HELD_OUT + TEST]
     mean = [(truth - HIGHEST / 2).square().mean(0).tolist()] * seeds
@@ -280,14 +338,33 @@ def main() -> None:
         runs = [run(name, seed, steps, setting) for seed in range(seeds)]
         before, after = [each["untrained"] for each in runs], [each["test"] for each in runs]
         seconds = f"{interval([each['seconds'] for each in runs])[0]:.0f}"
-        choice = ", ".join([*(f"{value:g}" for value in setting[:3]), "centred" if setting.centred else "as it is"])
-        rows.append([name, cell(before), cell(after), cell(after, 0), cell(after, 1), choice, seconds])
+        choice = ", ".join(
+            [*(f"{value:g}" for value in setting[:3]), "centred" if setting.centred else "as it is"]
+        )
+        rows.append(
+            [name, cell(before), cell(after), cell(after, 0), cell(after, 1), choice, seconds]
+        )
         shown[name] = torch.tensor(runs[0]["embedding"])
-    print(f"test MSE of a linear probe of {EMBEDDING} features; mean and standard error of {seeds} seeds")
-    head = ["encoder", "untrained", "MSE of (a, b)", "a", "b", "temperature, noise, rate, scaling", "CPU s a run"]
+    print(
+        f"test MSE of a linear probe of {EMBEDDING} features; mean and standard error of {seeds} "
+        f"seeds"
+    )
+    head = [
+        "encoder",
+        "untrained",
+        "MSE of (a, b)",
+        "a",
+        "b",
+        "temperature, noise, rate, scaling",
+        "CPU s a run",
+    ]
     print(table(head, rows))
     print(f"published for DWSNets: {PUBLISHED} (Navon et al. 2023)")
-    draw({name: shown[name] for name in ("DWSNet", "MLP", "MLP, aligned")}, truth, path.with_suffix(".png"))
+    draw(
+        {name: shown[name] for name in ("DWSNet", "MLP", "MLP, aligned")},
+        truth,
+        path.with_suffix(".png"),
+    )
 
 
 if __name__ == "__main__":

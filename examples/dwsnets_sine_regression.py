@@ -1,11 +1,13 @@
-"""Read the frequency of a sine wave from the weights of a network that represents it (Navon et al. 2023, section 7.1).
+"""Read the frequency of a sine wave from the weights of a network that represents it (Navon et al.
+2023, section 7.1).
 
-Each wave y = sin(b x) on [-pi, pi], b ~ U(0.5, 10), is fitted by a SIREN 1-32-32-1 of its own, and networks over
-weights predict b. Phases and signs of the sines, exact symmetries, are fixed once for the whole corpus; permutations
-are left to the methods. Every seed has training waves and starts of its own; validation and test waves are common.
-Settings are chosen from six trials a method on the validation waves of seed 0, trained on 500.
-Errors over seeds leave out that the 1,000 test waves are a sample: a few of them carry most of the squared error.
-Run: ``python examples/dwsnets_sine_regression.py [--full]``. Interrupted runs go on where they stopped.
+Each wave y = sin(b x) on [-pi, pi], b ~ U(0.5, 10), is fitted by a SIREN 1-32-32-1 of its own, and
+networks over weights predict b. Phases and signs of the sines, exact symmetries, are fixed once for
+the whole corpus; permutations are left to the methods. Every seed has training waves and starts of
+its own; validation and test waves are common. Settings are chosen from six trials a method on the
+validation waves of seed 0, trained on 500. Errors over seeds leave out that the 1,000 test waves
+are a sample: a few of them carry most of the squared error. Run:
+``python examples/dwsnets_sine_regression.py [--full]``. Interrupted runs go on where they stopped.
 """
 
 import argparse
@@ -44,7 +46,8 @@ SIZES, TUNED_AT = (100, 200, 500, 1000, 2000), 500
 HELD_OUT, TEST = 500, 1000
 BATCH = 32
 RATES = (1e-3, 3e-3, 1e-2)
-PENALTIES = {"dropout": ((0.01, 0.0), (0.01, 0.2)), "decay": ((0.01, 0.0), (0.3, 0.0))}  # weight decay, dropout
+# weight decay, dropout
+PENALTIES = {"dropout": ((0.01, 0.0), (0.01, 0.2)), "decay": ((0.01, 0.0), (0.3, 0.0))}
 SLOW_SEEDS = {"GraphNet": 2}
 
 
@@ -57,7 +60,9 @@ class Trial(NamedTuple):
 
 
 class Method(NamedTuple):
-    """How a method is built from its dropout, what of its own it does to weights, and what is tuned beside the rate."""
+    """How a method is built from its dropout, what of its own it does to weights, and what is tuned
+    beside the rate.
+    """
 
     build: Callable[[float], nn.Module]
     symmetry: Literal["none", "augment", "align"]
@@ -65,14 +70,23 @@ class Method(NamedTuple):
 
 
 def waves(seeds: int) -> tuple[Tensor, Tensor, WeightSpec]:
-    """Fit the waves of all seeds, or read the fits of an earlier run: weights, scaled frequencies, their meaning."""
+    """Fit the waves of all seeds, or read the fits of an earlier run: weights, scaled frequencies,
+    their meaning.
+    """
     n = HELD_OUT + TEST + seeds * max(SIZES)
     b = LOWEST + (HIGHEST - LOWEST) * torch.rand(n, generator=torch.Generator().manual_seed(0))
     path = OUT / "inrs" / f"sine-{n}.npz"
     if not path.is_file():
         x = torch.linspace(-math.pi, math.pi, POINTS).unsqueeze(-1)
         net = siren(1, 1, w0=W0)
-        fits = fit_inrs(x, torch.sin(b.unsqueeze(-1) * x.T), net, steps=FIT_STEPS, learning_rate=FIT_RATE, seed=0)
+        fits = fit_inrs(
+            x,
+            torch.sin(b.unsqueeze(-1) * x.T),
+            net,
+            steps=FIT_STEPS,
+            learning_rate=FIT_RATE,
+            seed=0,
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         fits.save(path)
         errors = f"MSE: median {fits.mse.median():.1e}, max {fits.mse.max():.1e}"
@@ -90,20 +104,28 @@ def run(
     steps: int,
     trial: Trial,
 ) -> dict[str, float]:
-    """Train once on ``size`` waves of a seed; return the mean squared errors of b and the CPU seconds."""
+    """Train once on ``size`` waves of a seed.
+
+    Return the mean squared errors of b and the CPU seconds.
+    """
     theta, b, spec = corpus
     begin = HELD_OUT + TEST + seed * max(SIZES)
     rows = torch.cat([torch.arange(HELD_OUT + TEST), torch.arange(begin, begin + size)])
     theta, b = theta[rows], b[rows]
     if method.symmetry == "align":
         theta = match(theta, spec, frame(theta[-size:], spec), group=permutations(spec))
-        mean, sd = theta[-size:].mean(0), theta[-size:].std(0)  # in a common frame every entry has its own
+        # in a common frame every entry has its own
+        mean, sd = theta[-size:].mean(0), theta[-size:].std(0)
         theta = (theta - mean) / sd
     scaler = TensorScaler.fit(theta[-size:], spec)
 
     def sample(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         chosen = torch.randint(-size, 0, (BATCH,), generator=generator)
-        batch = permuted(theta[chosen], spec, generator) if method.symmetry == "augment" else theta[chosen]
+        batch = (
+            permuted(theta[chosen], spec, generator)
+            if method.symmetry == "augment"
+            else theta[chosen]
+        )
         return scaler(batch).unsqueeze(-1), b[chosen]
 
     def error(net: nn.Module, part: slice) -> float:
@@ -116,7 +138,11 @@ def run(
         method.build(trial.dropout), sample, squared_error, validate,
         steps=steps, learning_rate=trial.rate, weight_decay=trial.decay, seed=seed,
     )  # fmt: skip
-    return {"validation": lowest, "test": error(net, slice(HELD_OUT, HELD_OUT + TEST)), "seconds": seconds}
+    return {
+        "validation": lowest,
+        "test": error(net, slice(HELD_OUT, HELD_OUT + TEST)),
+        "seconds": seconds,
+    }
 
 
 def draw(errors: dict[str, dict[int, list[float]]], path: Path) -> None:
@@ -128,7 +154,9 @@ def draw(errors: dict[str, dict[int, list[float]]], path: Path) -> None:
         shifted = [size * 1.02 ** (place - 2) for size in by_size]  # bars side by side
         axes.errorbar(shifted, mean, error, label=name, marker="o", markersize=4, capsize=2, lw=1.2)
     axes.axhline(SD**2, color="0.6", ls=":", lw=1)
-    axes.annotate("variance of b", (SIZES[1], SD**2), xytext=(0, -12), textcoords="offset points", color="0.4")
+    axes.annotate(
+        "variance of b", (SIZES[1], SD**2), xytext=(0, -12), textcoords="offset points", color="0.4"
+    )
     axes.set(xscale="log", yscale="log", xlabel="training networks", ylabel="test MSE of b")
     axes.set_xticks(SIZES, [f"{size:,}" for size in SIZES])
     axes.minorticks_off()
@@ -138,26 +166,41 @@ def draw(errors: dict[str, dict[int, list[float]]], path: Path) -> None:
 
 def gaps(errors: dict[str, dict[int, list[float]]], name: str, size: int) -> list[float]:
     """Return how much larger the errors of a method are than those of DWSNet, seed by seed."""
-    return [theirs - ours for theirs, ours in zip(errors[name][size], errors["DWSNet"][size], strict=False)]
+    return [
+        theirs - ours
+        for theirs, ours in zip(errors[name][size], errors["DWSNet"][size], strict=False)
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="ten seeds, wider networks, twenty times the steps")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="ten seeds, wider networks, twenty times the steps"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     seeds, steps, width, depth = (10, 10_000, 64, 4) if args.full else (5, 500, 32, 2)
     corpus = waves(seeds)
     spec = corpus[2]
     methods = {
-        "DWSNet": Method(lambda _: DWSNet(spec, 1, 1, width, depth, invariant=True), "none", "decay"),
+        "DWSNet": Method(
+            lambda _: DWSNet(spec, 1, 1, width, depth, invariant=True), "none", "decay"
+        ),
         "MLP": Method(lambda dropout: WeightsMLP(spec, 1, dropout=dropout), "none", "dropout"),
-        "MLP, permuted": Method(lambda dropout: WeightsMLP(spec, 1, dropout=dropout), "augment", "dropout"),
-        "MLP, aligned": Method(lambda dropout: WeightsMLP(spec, 1, dropout=dropout), "align", "dropout"),
+        "MLP, permuted": Method(
+            lambda dropout: WeightsMLP(spec, 1, dropout=dropout), "augment", "dropout"
+        ),
+        "MLP, aligned": Method(
+            lambda dropout: WeightsMLP(spec, 1, dropout=dropout), "align", "dropout"
+        ),
         "transformer, permuted": Method(
             lambda dropout: WeightsTransformer(spec, 1, width, depth, dropout), "augment", "dropout"
         ),
-        "GraphNet": Method(lambda _: GraphNet(spec, 1, 1, width, depth, invariant=True), "none", "decay"),
+        "GraphNet": Method(
+            lambda _: GraphNet(spec, 1, 1, width, depth, invariant=True), "none", "decay"
+        ),
     }
     path = OUT / f"dwsnets_sine_regression{'_full' if args.full else ''}.json"
     done = json.loads(path.read_text()) if path.is_file() else {}
@@ -176,13 +219,19 @@ def main() -> None:
         trials = [Trial(rate, *penalty) for rate in RATES for penalty in PENALTIES[method.penalty]]
         best = min(trials, key=lambda trial: remembered(name, TUNED_AT, 0, trial)["validation"])
         own_seeds = range(seeds if args.full else SLOW_SEEDS.get(name, seeds))
-        results = {size: [remembered(name, size, seed, best) for seed in own_seeds] for size in SIZES}
+        results = {
+            size: [remembered(name, size, seed, best) for seed in own_seeds] for size in SIZES
+        }
         errors[name] = {size: [each["test"] for each in some] for size, some in results.items()}
-        seconds = sum(each["seconds"] for some in results.values() for each in some) / (len(own_seeds) * len(SIZES))
+        seconds = sum(each["seconds"] for some in results.values() for each in some) / (
+            len(own_seeds) * len(SIZES)
+        )
         cells = ["{:.3f} ± {:.3f}".format(*interval(values)) for values in errors[name].values()]
         settings = f"{best.rate:g}, {best.decay:g}, {best.dropout:g}"
         rows.append((name, str(len(own_seeds)), *cells, settings, f"{seconds:.0f}"))
-    print(f"test MSE of b, in units of b^2 (variance {SD**2:.2f}): mean and standard error over seeds")
+    print(
+        f"test MSE of b, in units of b^2 (variance {SD**2:.2f}): mean and standard error over seeds"
+    )
     print(table(["method", "seeds", *map(str, SIZES), "rate, decay, dropout", "CPU s a run"], rows))
     print("difference to DWSNet, paired by seed: positive where DWSNet is better")
     paired = [

@@ -1,22 +1,27 @@
 """One flow for a family of posteriors: trained on some data sets, used on others without training.
 
-The likelihood-informed field knows its data through gradients alone, and its weights through layers whose parameters
-do not depend on the number of hidden units. So the same parameters are a field for every regression of a family: 1-16-1
-tanh, N(0, 1) on all weights, 10 to 40 rows with a gap between them, known noise of 0.1 to 0.5; every other function is
-a network drawn from the prior, the others are sums of sines. It is trained on pairs of many tasks at once, whose draws
-are those of short HMC runs, and judged on tasks of the family that it has never seen, in networks of half and twice the
-width, and on data from outside: the sine of the benchmarks, and a step with less noise and more rows than any task.
+The likelihood-informed field knows its data through gradients alone, and its weights through layers
+whose parameters do not depend on the number of hidden units. So the same parameters are a field for
+every regression of a family: 1-16-1 tanh, N(0, 1) on all weights, 10 to 40 rows with a gap between
+them, known noise of 0.1 to 0.5; every other function is a network drawn from the prior, the others
+are sums of sines. It is trained on pairs of many tasks at once, whose draws are those of short HMC
+runs, and judged on tasks of the family that it has never seen, in networks of half and twice the
+width, and on data from outside: the sine of the benchmarks, and a step with less noise and more
+rows than any task.
 
-Beside it stand what needs no training, the prior and the pull of the data alone (`bf.GaussNewtonFlow`), and fields of
-the same size that were trained on one of the tasks alone, with as many steps and pairs, or few. The "tuned flow" is the
-one for all after as few more steps there, with its own refined draws and no chain. "Refined" is `bf.refine`, eight
-transitions of at most eight leapfrog steps. All against HMC chains: "rms" is the error of the mean function in
-posterior standard deviations and "ratio" the geometric mean of ratios of standard deviations, both at 50 points of
-[-2.5, 2.5]; "log lik." and "LPPD" are how far above HMC the draws are on the data and on 200 fresh rows, in nats and in
-nats a row. Mean and standard deviation over tasks. The row "other chains" is what the comparison itself is worth; its
-CPU seconds are those of the whole HMC run, 64 chains of 300 + 200 transitions.
+Beside it stand what needs no training, the prior and the pull of the data alone
+(`bf.GaussNewtonFlow`), and fields of the same size that were trained on one of the tasks alone,
+with as many steps and pairs, or few. The "tuned flow" is the one for all after as few more steps
+there, with its own refined draws and no chain. "Refined" is `bf.refine`, eight transitions of at
+most eight leapfrog steps. All against HMC chains: "rms" is the error of the mean function in
+posterior standard deviations and "ratio" the geometric mean of ratios of standard deviations, both
+at 50 points of [-2.5, 2.5]; "log lik." and "LPPD" are how far above HMC the draws are on the data
+and on 200 fresh rows, in nats and in nats a row. Mean and standard deviation over tasks. The row
+"other chains" is what the comparison itself is worth; its CPU seconds are those of the whole HMC
+run, 64 chains of 300 + 200 transitions.
 
-Run: python examples/one_flow_several_tasks.py [--quick]. One thread; everything that takes long stays in out/one_flow.
+Run: python examples/one_flow_several_tasks.py [--quick]. One thread; everything that takes long
+stays in out/one_flow.
 """
 
 import argparse
@@ -77,11 +82,23 @@ class Sizes(NamedTuple):
     solver: int  # RK4 steps of a density
 
 
-FULL = Sizes(tasks=48, unseen=8, widths=(16, 8, 32), steps=1800, tuning=300, draws=1024, own=1, weighed=64, solver=12)
-QUICK = Sizes(tasks=6, unseen=2, widths=(16, 32), steps=60, tuning=15, draws=256, own=1, weighed=16, solver=2)
+FULL = Sizes(
+    tasks=48,
+    unseen=8,
+    widths=(16, 8, 32),
+    steps=1800,
+    tuning=300,
+    draws=1024,
+    own=1,
+    weighed=64,
+    solver=12,
+)
+QUICK = Sizes(
+    tasks=6, unseen=2, widths=(16, 32), steps=60, tuning=15, draws=256, own=1, weighed=16, solver=2
+)
 
 
-# ---------------------------------------------------------------- tasks
+# ---------------------------------------- tasks
 
 
 class Task(NamedTuple):
@@ -106,16 +123,21 @@ def network(hidden: int, x: Tensor, y: Tensor, noise: float) -> bf.BayesianModel
     return bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(noise), x, y)
 
 
-def task_of(name: str, x: Tensor, function: Callable[[Tensor], Tensor], noise: float, g: torch.Generator) -> Task:
+def task_of(
+    name: str, x: Tensor, function: Callable[[Tensor], Tensor], noise: float, g: torch.Generator
+) -> Task:
     x_test = 5 * torch.rand(200, 1, generator=g) - 2.5
-    y, y_test = (function(each) + noise * torch.randn(len(each), generator=g) for each in (x, x_test))
+    y, y_test = (
+        function(each) + noise * torch.randn(len(each), generator=g) for each in (x, x_test)
+    )
     return Task(name, x, y, noise, x_test, y_test, function(GRID))
 
 
 def random_task(seed: int) -> Task:
     """Draw a task of the family; even ones are functions of the model, odd ones are not."""
     g = torch.Generator().manual_seed(seed)
-    low, high = (REACH * (1.5 * torch.rand(2, generator=g) - 0.75)).sort().values  # between them is a gap
+    # between them is a gap
+    low, high = (REACH * (1.5 * torch.rand(2, generator=g) - 0.75)).sort().values
     x = torch.rand(int(torch.randint(ROWS[0], ROWS[1] + 1, (), generator=g)), 1, generator=g)
     x = x * (2 * REACH - (high - low)) - REACH
     x = torch.where(x < low, x, x + high - low)
@@ -134,8 +156,12 @@ def random_task(seed: int) -> Task:
 def outsiders() -> list[Task]:
     """Return tasks from outside the family: the second also in rows, noise and reach."""
     g = torch.Generator().manual_seed(0)
-    sine = task_of("sine", torch.linspace(-2, 2, 40)[:, None], lambda x: (2 * x[:, 0]).sin(), 0.1, g)
-    step = task_of("step", torch.linspace(-2.5, 2.5, 80)[:, None], lambda x: x[:, 0].sign(), 0.05, g)
+    sine = task_of(
+        "sine", torch.linspace(-2, 2, 40)[:, None], lambda x: (2 * x[:, 0]).sin(), 0.1, g
+    )
+    step = task_of(
+        "step", torch.linspace(-2.5, 2.5, 80)[:, None], lambda x: x[:, 0].sign(), 0.05, g
+    )
     return [sine, step]
 
 
@@ -145,17 +171,26 @@ def chains_of(task: Task, hidden: int, long: bool) -> bf.Draws:
     if not path.is_file():
         warmup, draws = (300, 200) if long else (200, 100)
         run = bf.sample(
-            task.model(hidden), bf.HMC(), chains=64, warmup=warmup, draws=draws, seed=int(long), progress=False
+            task.model(hidden),
+            bf.HMC(),
+            chains=64,
+            warmup=warmup,
+            draws=draws,
+            seed=int(long),
+            progress=False,
         )
         run.save(path)
     return bf.Draws.load(path)
 
 
-# ---------------------------------------------------------------- one field for many posteriors
+# ---------------------------------------- one field for many posteriors
 
 
 class MakeKernel(nn.Module):
-    """A field for many posteriors; the last coordinate of a point is the number of its posterior, and does not move."""
+    """A field for many posteriors.
+
+    The last coordinate of a point is the number of its posterior, and does not move.
+    """
 
     def __init__(self, field: InformedVelocity, contexts: list[WhitenedPosterior]) -> None:
         super().__init__()
@@ -177,7 +212,9 @@ class FamilyPath(ProbabilityPath):
     def loss_weight(self, t: Tensor) -> Tensor:
         return self.paths[0].loss_weight(t)
 
-    def point(self, x0: Tensor, x1: Tensor, t: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def point(
+        self, x0: Tensor, x1: Tensor, t: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         x_t, target = x1.clone(), torch.zeros_like(x1)
         for k, rows in members(x1):
             parts = self.paths[k].point(x0[rows, :-1], x1[rows, :-1], t[rows], generator)
@@ -201,7 +238,10 @@ def fit(tasks: list[Task], steps: int) -> bf.Flow:
     models = [task.model() for task in tasks]
     contexts = [WhitenedPosterior(model) for model in models]
     x1 = torch.stack(
-        [context.source.to_normal(chains_of(t, HIDDEN, False).flat) for t, context in zip(tasks, contexts, strict=True)]
+        [
+            context.source.to_normal(chains_of(t, HIDDEN, False).flat)
+            for t, context in zip(tasks, contexts, strict=True)
+        ]
     )
     group = contexts[0].source.symmetries(models[0])
     paths = [
@@ -210,7 +250,9 @@ def fit(tasks: list[Task], steps: int) -> bf.Flow:
     ]
 
     def pairs(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        chosen = torch.randint(len(tasks), (TASKS_A_STEP,), generator=generator).repeat_interleave(n // TASKS_A_STEP)
+        chosen = torch.randint(len(tasks), (TASKS_A_STEP,), generator=generator).repeat_interleave(
+            n // TASKS_A_STEP
+        )
         rows = torch.randint(x1.shape[1], (len(chosen),), generator=generator)
         x0 = torch.randn(len(chosen), x1.shape[2], generator=generator)
         ends = Independent().pair(x0, x1[chosen, rows], models[0].spec, group, generator)
@@ -219,7 +261,11 @@ def fit(tasks: list[Task], steps: int) -> bf.Flow:
 
     family = MakeKernel(field(), contexts)
     _, info = train(
-        family, pairs, path=FamilyPath(paths), seed=generator, training=bf.Training(steps=steps, batch_size=BATCH)
+        family,
+        pairs,
+        path=FamilyPath(paths),
+        seed=generator,
+        training=bf.Training(steps=steps, batch_size=BATCH),
     )
     return bf.Flow.of(family.field, models[0], info=info)
 
@@ -243,13 +289,17 @@ def own_flow(task: Task, steps: int) -> bf.Flow:
     path = OUT / f"flow-of-{task.name}-{steps}.npz"
 
     def make() -> bf.Flow:
-        return bf.fit_flow(model, draws, velocity=field(), matching=matching, training=training, seed=0)
+        return bf.fit_flow(
+            model, draws, velocity=field(), matching=matching, training=training, seed=0
+        )
 
     return remembered_flow(path, model, make)
 
 
 def tuned_flow(task: Task, flow: bf.Flow, steps: int) -> bf.Flow:
-    """Train the field for all on this task, with its own draws there, refined: no chain is needed."""
+    """Train the field for all on this task, with its own draws there, refined: no chain is
+    needed.
+    """
     model, start = task.model(), flow.bind(task.model())
     training = bf.Training(steps=steps, batch_size=BATCH, learning_rate=1e-3, optimiser="adamw")
 
@@ -257,7 +307,9 @@ def tuned_flow(task: Task, flow: bf.Flow, steps: int) -> bf.Flow:
         moved = bf.refine(model, start.sample(2048, 4), 16, seed=5)
         return bf.fit_flow(model, moved, velocity=start.velocity, training=training, seed=0)
 
-    return remembered_flow(OUT / f"flow-tuned-{task.name}-{flow.info['steps']}-{steps}.npz", model, make)
+    return remembered_flow(
+        OUT / f"flow-tuned-{task.name}-{flow.info['steps']}-{steps}.npz", model, make
+    )
 
 
 def remembered_flow(path: Path, model: bf.BayesianModel, make: Callable[[], bf.Flow]) -> bf.Flow:
@@ -266,7 +318,7 @@ def remembered_flow(path: Path, model: bf.BayesianModel, make: Callable[[], bf.F
     return replace(bf.Flow.load(path, model), solver=Solver(steps=SOLVER_STEPS))
 
 
-# ---------------------------------------------------------------- what draws are worth
+# ---------------------------------------- what draws are worth
 
 
 def judged(task: Task, model: bf.BayesianModel, theta: Tensor, truth: Tensor) -> dict[str, Any]:
@@ -280,7 +332,9 @@ def judged(task: Task, model: bf.BayesianModel, theta: Tensor, truth: Tensor) ->
         "rms": float(((ours.mean(0) - theirs.mean(0)) / theirs.std(0)).square().mean().sqrt()),
         "ratio": float((ours.std(0) / theirs.std(0)).log().mean().exp()),
         "log lik.": gap(lambda each: float(model.log_likelihood(each).mean())),
-        "LPPD": gap(lambda each: bf.metrics.lppd(bf.predict(model, each, task.x_test), task.y_test)),
+        "LPPD": gap(
+            lambda each: bf.metrics.lppd(bf.predict(model, each, task.x_test), task.y_test)
+        ),
         "band": ours.quantile(torch.tensor([0.05, 0.5, 0.95]).double(), 0).tolist(),
     }
 
@@ -291,7 +345,10 @@ def cell(task: Task, hidden: int, starts: Starts, draws: int) -> dict[str, dict[
     chains = chains_of(task, hidden, True)
     truth, others = (part.flatten(0, 1) for part in chains.theta.split(32))
     some = torch.randperm(len(others), generator=torch.Generator().manual_seed(0))[:draws]
-    rows = {"other chains": judged(task, model, others[some], truth) | {"CPU s": chains.info["cpu_seconds"]}}
+    rows = {
+        "other chains": judged(task, model, others[some], truth)
+        | {"CPU s": chains.info["cpu_seconds"]}
+    }
     for name, draw in starts.items():
         began = time.process_time()
         theta = draw(draws)
@@ -308,38 +365,67 @@ def weighed(model: bf.BayesianModel, flow: bf.Flow, draws: int, steps: int) -> d
     began = time.process_time()
     theta, log_q = flow.sample_with_log_prob(draws, 3, solver=Solver("rk4", steps))
     log_weights = model.log_joint(theta).double() - log_q
-    found = {"k-hat": psis(log_weights)[1], "ESS": kish_ess(log_weights) / draws, "sd": float(log_weights.std())}
+    found = {
+        "k-hat": psis(log_weights)[1],
+        "ESS": kish_ess(log_weights) / draws,
+        "sd": float(log_weights.std()),
+    }
     found |= {"evidence": log_mean(log_weights), "CPU s": time.process_time() - began}
     found["half"] = flow.solver_error(12, 3, solver=Solver("rk4", steps // 2))["log_prob"]
-    return found | {"SMC": bf.sample(model, bf.SMC(particles=500), chains=4, seed=0, progress=False).log_evidence}
+    return found | {
+        "SMC": bf.sample(
+            model, bf.SMC(particles=500), chains=4, seed=0, progress=False
+        ).log_evidence
+    }
 
 
 def summary(cells: list[dict[str, dict[str, Any]]]) -> str:
     """Lay out mean and standard deviation over tasks."""
     lines = []
     for name in cells[0]:
-        columns = [torch.tensor([each[name][figure] for each in cells]).double() for figure in FIGURES]
-        shown = [f"{float(c.mean()):.3g} ± {float(c.std()):.2g}" if len(c) > 1 else f"{float(c):.3g}" for c in columns]
+        columns = [
+            torch.tensor([each[name][figure] for each in cells]).double() for figure in FIGURES
+        ]
+        shown = [
+            f"{float(c.mean()):.3g} ± {float(c.std()):.2g}" if len(c) > 1 else f"{float(c):.3g}"
+            for c in columns
+        ]
         lines.append((name, *shown))
     return table(("draws", *FIGURES), lines)
 
 
 def picture(cells: list[dict[str, dict[str, Any]]], tasks: list[Task]) -> Figure:
-    """Draw where 90 % of the functions are: those of chains filled, those of the flow between lines."""
+    """Draw where 90 % of the functions are: those of chains filled, those of the flow between
+    lines.
+    """
     figure = Figure(figsize=(9.6, 3.4), layout="constrained")
     for ax, rows, task in zip(figure.subplots(1, len(tasks)), cells, tasks, strict=True):
         x = GRID[:, 0].tolist()
         low, middle, high = rows["other chains"]["band"]
-        ax.fill_between(x, low, high, color=style.GREY, alpha=0.35, linewidth=0, label="90 % of the functions, HMC")
+        ax.fill_between(
+            x,
+            low,
+            high,
+            color=style.GREY,
+            alpha=0.35,
+            linewidth=0,
+            label="90 % of the functions, HMC",
+        )
         ax.plot(x, middle, color=style.GREY, linewidth=1.5)
         for dashes, line in zip(("--", "-", "--"), rows[OURS]["band"], strict=True):
-            label = "the same and the median, a flow that was not trained on these data" if dashes == "-" else None
+            label = (
+                "the same and the median, a flow that was not trained on these data"
+                if dashes == "-"
+                else None
+            )
             ax.plot(x, line, dashes, color=style.PALETTE[1], linewidth=1.1, label=label)
         ax.plot(task.x[:, 0], task.y, ".", color=style.INK, markersize=4)
         ax.set_title(f"{len(task.x)} rows, noise {task.noise:.2f}", fontsize=style.SMALL)
         style.quiet(ax)
     handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False, fontsize=style.SMALL)
+    figure.legend(
+        *handles, loc="outside lower center", ncols=2, frameon=False, fontsize=style.SMALL
+    )
     return figure
 
 
@@ -348,13 +434,20 @@ def main(sizes: Sizes, name: str) -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     tasks = [random_task(seed) for seed in range(sizes.tasks)]
     unseen = [random_task(seed) for seed in range(1000, 1000 + sizes.unseen)]
-    flow = remembered_flow(OUT / f"flow-{name}-{sizes.steps}.npz", tasks[0].model(), lambda: fit(tasks, sizes.steps))
+    flow = remembered_flow(
+        OUT / f"flow-{name}-{sizes.steps}.npz", tasks[0].model(), lambda: fit(tasks, sizes.steps)
+    )
     chains = sum(chains_of(task, HIDDEN, False).info["cpu_seconds"] for task in tasks)
-    print(f"{len(tasks)} tasks: {chains:.0f} CPU s of HMC, {flow.info['cpu_seconds']:.0f} CPU s of training, "
-          f"{flow.info['steps']} steps, {flow.info['parameters']} parameters", flush=True)  # fmt: skip
+    print(
+        f"{len(tasks)} tasks: {chains:.0f} CPU s of HMC, {flow.info['cpu_seconds']:.0f} CPU s of "
+        f"training, {flow.info['steps']} steps, {flow.info['parameters']} parameters",
+        flush=True,
+    )
     results: dict[str, Any] = {"training": flow.info | {"chains": chains}}
 
-    def judge(given: list[Task], hidden: int, which: str, make: Callable[[Task], Starts]) -> list[dict[str, Any]]:
+    def judge(
+        given: list[Task], hidden: int, which: str, make: Callable[[Task], Starts]
+    ) -> list[dict[str, Any]]:
         found = []
         for task in given:
             key = f"{name}, {sizes.steps} steps, {task.name}, {hidden}, {which}"
@@ -375,7 +468,11 @@ def main(sizes: Sizes, name: str) -> None:
 
     def special(task: Task) -> dict[str, bf.Flow]:
         short, tuned = own_flow(task, sizes.tuning), tuned_flow(task, flow, sizes.tuning)
-        return {"own flow": own_flow(task, sizes.steps), f"own flow, {sizes.tuning} steps": short, TUNED: tuned}
+        return {
+            "own flow": own_flow(task, sizes.steps),
+            f"own flow, {sizes.tuning} steps": short,
+            TUNED: tuned,
+        }
 
     def show(title: str, found: list[dict[str, dict[str, Any]]]) -> None:
         results[title] = found
@@ -395,12 +492,24 @@ def main(sizes: Sizes, name: str) -> None:
         flows = {PULL: vjp(model), OURS: flow.bind(model)}
         for which, each in flows.items():
             run = partial(weighed, model, each, sizes.weighed, sizes.solver)
-            key = f"{name}, {sizes.steps} steps, {task.name}, weights of {which}, {sizes.weighed}, {sizes.solver}"
-            found = results[f"weights, {task.name}, {which}"] = remembered(OUT / "cells.json", key, run)
-            evidences = ", ".join(f"{what} {value:.2f} ± {error:.2f}" for what, (value, error) in
-                                  [("log evidence", found["evidence"]), ("SMC", found["SMC"])])  # fmt: skip
-            print(f"{task.name}, {which}: k-hat {found['k-hat']:.2f}, ESS {found['ESS']:.0%}, sd {found['sd']:.2f}, "
-                  f"{evidences}, log q by half the steps {found['half']:.2f} apart", flush=True)  # fmt: skip
+            of = f"{task.name}, weights of {which}, {sizes.weighed}, {sizes.solver}"
+            key = f"{name}, {sizes.steps} steps, {of}"
+            found = results[f"weights, {task.name}, {which}"] = remembered(
+                OUT / "cells.json", key, run
+            )
+            evidences = ", ".join(
+                f"{what} {value:.2f} ± {error:.2f}"
+                for what, (value, error) in [
+                    ("log evidence", found["evidence"]),
+                    ("SMC", found["SMC"]),
+                ]
+            )
+            print(
+                f"{task.name}, {which}: k-hat {found['k-hat']:.2f}, ESS {found['ESS']:.0%}, sd "
+                f"{found['sd']:.2f}, {evidences}, log q by half the steps "
+                f"{found['half']:.2f} apart",
+                flush=True,
+            )
     path = OUT.parent / f"one_flow_several_tasks{'' if name == 'full' else f'-{name}'}"
     path.with_suffix(".json").write_text(json.dumps(results))
     picture(common(unseen[:3], HIDDEN), unseen[:3]).savefig(path.with_suffix(".png"), dpi=150)
@@ -408,7 +517,9 @@ def main(sizes: Sizes, name: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="few tasks, little training")
     quick = parser.parse_args().quick
     main(QUICK if quick else FULL, "quick" if quick else "full")

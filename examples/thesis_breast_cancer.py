@@ -1,15 +1,17 @@
-"""Three weight-space flows in three couplings, on breast cancer: what single generated networks are worth.
+"""Three weight-space flows in three couplings, on breast cancer: what single generated networks are
+worth.
 
-30-16-16-2 ReLU. Targets are iterates of Adam from many starts. Three geometries: Euclidean; Normalised, Euclidean
-towards networks of normalised scales and normalised again at the end; Geometric, along geodesics of the spheres that
-normalised networks live on. Three couplings: unaligned, with a field that is equivariant to permutations; aligned to
-the targets' Frechet mean, with a field that knows the place of every weight; and aligned with optimal transport within
-each batch. Every flow also runs guided by the log likelihood of the training rows, but for the Geometric ones: a
-`ManifoldFlow` has no guidance. After Erdogan (2025, "Geometric Flow Models over Neural Network Weights", arXiv
-2504.03710), whose figures are of another split, other targets and other fields.
-Run: python examples/thesis_breast_cancer.py [--steps N] [--cells "Geometric, aligned" ...]
-Every finished cell is kept in out/, run again to resume; so is its field in out/thesis_breast_cancer/: without the
-JSON file the cells are evaluated again, not trained.
+30-16-16-2 ReLU. Targets are iterates of Adam from many starts. Three geometries: Euclidean;
+Normalised, Euclidean towards networks of normalised scales and normalised again at the end;
+Geometric, along geodesics of the spheres that normalised networks live on. Three couplings:
+unaligned, with a field that is equivariant to permutations; aligned to the targets' Frechet mean,
+with a field that knows the place of every weight; and aligned with optimal transport within each
+batch. Every flow also runs guided by the log likelihood of the training rows, but for the Geometric
+ones: a `ManifoldFlow` has no guidance. After Erdogan (2025, "Geometric Flow Models over Neural
+Network Weights", arXiv 2504.03710), whose figures are of another split, other targets and other
+fields. Run: python examples/thesis_breast_cancer.py [--steps N] [--cells "Geometric, aligned" ...]
+Every finished cell is kept in out/, run again to resume; so is its field in
+out/thesis_breast_cancer/: without the JSON file the cells are evaluated again, not trained.
 """
 
 import argparse
@@ -36,9 +38,13 @@ OUT = Path("out")
 STARTS, ITERATES = 400, (60, 70, 80, 90, 100)  # of Adam, at learning rate 0.01
 STEPS, BATCH, WIDTH, DEPTH = 700, 128, 48, 2
 GENERATED, SOLVER_STEPS = 500, (1, 2, 4, 8, 16)
-# Of guidance: the strength is that of STRENGTHS whose networks come nearest to the targets' loss on *training* rows.
+# Of guidance: the strength is that of STRENGTHS whose networks come nearest to the targets' loss on
+# *training* rows.
 STRENGTH, CLIMB, STRENGTHS = 30.0, 2, (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)
-GEOMETRIES, COUPLINGS = ("Euclidean", "Normalised", "Geometric"), ("unaligned", "aligned", "aligned + OT")
+GEOMETRIES, COUPLINGS = (
+    ("Euclidean", "Normalised", "Geometric"),
+    ("unaligned", "aligned", "aligned + OT"),
+)
 LOWEST = 0.955  # accuracy in the picture
 PUBLISHED = {  # accuracy and loss
     "targets": (0.992, 0.048),
@@ -51,19 +57,26 @@ PUBLISHED = {  # accuracy and loss
 
 
 class Residual(Field):
-    """What a `DWSNet` adds to the closed-form field from the source to a Gaussian that is fitted to the targets.
+    """What a `DWSNet` adds to the closed-form field from the source to a Gaussian that is fitted to
+    the targets.
 
     Args:
         spec: what the entries mean.
         source: standard deviations of the source, ``(dim,)``.
         targets: networks that the Gaussian is fitted to, ``(n, dim)``.
-        placed: give it their mean and covariance, and let the network know the place of every weight by features of
-            its own; else mean and variance of each tensor, which keeps the field equivariant to permutations.
+        placed: give it their mean and covariance, and let the network know the place of every
+            weight by features of its own; else mean and variance of each tensor, which keeps the
+            field equivariant to permutations.
         spheres: drop what is not tangent to them.
     """
 
     def __init__(
-        self, spec: WeightSpec, source: Tensor, targets: Tensor, placed: bool, spheres: Spheres | None
+        self,
+        spec: WeightSpec,
+        source: Tensor,
+        targets: Tensor,
+        placed: bool,
+        spheres: Spheres | None,
     ) -> None:
         super().__init__()
         self.spheres = spheres
@@ -87,33 +100,48 @@ class Residual(Field):
             vectors,
         )
         self.codes = nn.Parameter(0.1 * torch.randn(spec.dim, 3)) if placed else None
-        self.net = DWSNet(spec, 7 if placed else 2, 1, WIDTH, DEPTH, time=True, wiring=Wiring(heads=0))
+        self.net = DWSNet(
+            spec, 7 if placed else 2, 1, WIDTH, DEPTH, time=True, wiring=Wiring(heads=0)
+        )
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         t = t.expand(len(x)).to(x)
         now = t.unsqueeze(-1)
         away = x / self.source - now * self.mean
         gain = (now * self.variance - (1 - now)) / (now**2 * self.variance + (1 - now) ** 2)
-        known = self.mean + (away * gain if self.codes is None else (away @ self.vectors * gain) @ self.vectors.T)
+        known = self.mean + (
+            away * gain if self.codes is None else (away @ self.vectors * gain) @ self.vectors.T
+        )
         scale = (now**2 * self.sd**2 + (1 - now) ** 2).sqrt()
-        features = torch.stack([away / scale, (known - self.mean) * scale / self.sd.clamp(min=0.1)], -1)
+        features = torch.stack(
+            [away / scale, (known - self.mean) * scale / self.sd.clamp(min=0.1)], -1
+        )
         if self.codes is not None:
-            fixed = torch.cat([torch.stack([self.mean, self.sd.log()], -1), self.codes], -1)  # (dim, 5)
+            # (dim, 5)
+            fixed = torch.cat([torch.stack([self.mean, self.sd.log()], -1), self.codes], -1)
             features = torch.cat([features, fixed.expand(len(x), -1, -1)], -1)
         velocity = self.source * (known + self.net(features, t).squeeze(-1) * self.sd / scale)
         return velocity if self.spheres is None else self.spheres.tangent(x, velocity)
 
 
 def iterates(model: bf.BayesianModel) -> Tensor:
-    """Return networks on the way of Adam from many random starts, ``(STARTS * len(ITERATES), dim)``.
+    """Return networks on the way of Adam from many random starts,
+    ``(STARTS * len(ITERATES), dim)``.
 
-    It descends -log joint / n on all rows: the cross-entropy with a weight decay of 1 / n, the prior's.
+    It descends -log joint / n on all rows: the cross-entropy with a weight decay of 1 / n, the
+    prior's.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         sizes = (30, 16, 16, 2)
         starts = [
-            torch.cat([p.flatten() for i in range(3) for p in nn.Linear(sizes[i], sizes[i + 1]).parameters()])
+            torch.cat(
+                [
+                    p.flatten()
+                    for i in range(3)
+                    for p in nn.Linear(sizes[i], sizes[i + 1]).parameters()
+                ]
+            )
             for _ in range(STARTS)
         ]
     theta = torch.stack(starts).detach().requires_grad_()
@@ -129,8 +157,12 @@ def iterates(model: bf.BayesianModel) -> Tensor:
 def main(steps: int, cells: list[str]) -> None:
     torch.set_num_threads(1)
     data = bf.data.load("breast_cancer")
-    net = nn.Sequential(nn.Linear(30, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
-    model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Categorical(), data.x_train, data.y_train)
+    net = nn.Sequential(
+        nn.Linear(30, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2)
+    )
+    model = bf.BayesianModel(
+        net, bf.priors.Normal(1.0), bf.likelihoods.Categorical(), data.x_train, data.y_train
+    )
     spec, spheres = model.spec, Spheres(model.spec)
     targets = iterates(model)
 
@@ -141,9 +173,12 @@ def main(steps: int, cells: list[str]) -> None:
         return float(-model.log_likelihood(theta).mean() / len(model.x))
 
     def worth(theta: Tensor) -> dict[str, Any]:
-        """Accuracy and loss of single networks on unseen rows; how neighbours differ, and the barriers between them.
+        """Accuracy and loss of single networks on unseen rows.
 
-        A generator of one network could have the best loss: the differences say whether it is one of many.
+        How neighbours differ, and the barriers between them.
+
+        A generator of one network could have the best loss: the differences say whether it is one
+            of many.
         """
         logits = model.outputs(theta, data.x_test)
         right = (logits.argmax(-1) == data.y_test).float().mean(-1)
@@ -158,16 +193,24 @@ def main(steps: int, cells: list[str]) -> None:
         }
 
     def fitted(name: str, geometry: str, coupling: str) -> tuple[Flow | ManifoldFlow, float]:
-        """Return the flow of a cell and the CPU seconds of its training, now or in an earlier run."""
+        """Return the flow of a cell and the CPU seconds of its training, now or in an earlier
+        run.
+        """
         placed, curved = coupling != "unaligned", geometry == "Geometric"
         x1 = targets if geometry == "Euclidean" else spheres.project(targets)
         x1 = frechet_mean(x1, spec)[0] if placed else x1
         rule = MiniBatchOT() if coupling == "aligned + OT" else Independent()
         # A common permutation of both ends would undo the alignment.
-        group = Symmetries(frozenset() if placed else spec.symmetries().permutation, frozenset(), frozenset())
+        group = Symmetries(
+            frozenset() if placed else spec.symmetries().permutation, frozenset(), frozenset()
+        )
 
         def source(n: int, generator: torch.Generator) -> Tensor:
-            return spheres.sample(n, generator) if curved else torch.randn(n, spec.dim, generator=generator)
+            return (
+                spheres.sample(n, generator)
+                if curved
+                else torch.randn(n, spec.dim, generator=generator)
+            )
 
         def pairs(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
             rows = torch.randint(len(x1), (n,), generator=generator)
@@ -185,7 +228,9 @@ def main(steps: int, cells: list[str]) -> None:
             field.requires_grad_(False)
         else:
             path = RiemannianPath(spheres) if curved else AffinePath()
-            field, info = train(field, pairs, path=path, seed=0, training=bf.Training(steps=steps, batch_size=BATCH))
+            field, info = train(
+                field, pairs, path=path, seed=0, training=bf.Training(steps=steps, batch_size=BATCH)
+            )
             kept = {"field": field.state_dict(), "seconds": info["cpu_seconds"]}
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.save(kept, file)
@@ -208,7 +253,9 @@ def main(steps: int, cells: list[str]) -> None:
         if isinstance(flow, Flow):
             result["guided"] = by_steps(flow.guided(model, STRENGTH, steps=CLIMB))
             result["strengths"] = [
-                training_loss(generated(flow.guided(model, strength, steps=CLIMB), max(SOLVER_STEPS), 100))
+                training_loss(
+                    generated(flow.guided(model, strength, steps=CLIMB), max(SOLVER_STEPS), 100)
+                )
                 for strength in STRENGTHS
             ]
         return result
@@ -224,17 +271,39 @@ def main(steps: int, cells: list[str]) -> None:
                 results[name] = remembered(path, key, partial(run, key, geometry, coupling))
                 rows.append(row(name, results[name]))
                 print(" ".join(f"{cell:24}" for cell in rows[-1]), flush=True)
-    print(f"\n{len(targets)} targets; {GENERATED} generated networks a cell, {max(SOLVER_STEPS)} midpoint steps\n")
-    head = ("networks", "accuracy", "loss", "difference", "barrier", "guided: accuracy", "guided: loss",
-            "guided: difference", "CPU s of training", "published: accuracy, loss")  # fmt: skip
+    print(
+        f"\n{len(targets)} targets; {GENERATED} generated networks a cell, {max(SOLVER_STEPS)} "
+        f"midpoint steps\n"
+    )
+    head = (
+        "networks",
+        "accuracy",
+        "loss",
+        "difference",
+        "barrier",
+        "guided: accuracy",
+        "guided: loss",
+        "guided: difference",
+        "CPU s of training",
+        "published: accuracy, loss",
+    )
     print(table(head, rows))
     if scans := [found["strengths"] for found in results.values() if "strengths" in found]:
         losses = torch.tensor(scans).mean(0).tolist()
-        shown = ", ".join(f"{strength:g}: {each:.4f}" for strength, each in zip(STRENGTHS, losses, strict=True))
-        print(f"\nguidance of strength {STRENGTH:g}; training loss by strength, mean over cells: {shown};", end=" ")
+        shown = ", ".join(
+            f"{strength:g}: {each:.4f}" for strength, each in zip(STRENGTHS, losses, strict=True)
+        )
+        print(
+            f"\nguidance of strength {STRENGTH:g}; training loss by strength, mean over cells: "
+            f"{shown};",
+            end=" ",
+        )
         print(f"of the targets: {training_loss(targets):.4f}")
         gradients = ", ".join(f"{2 * count * (2 * CLIMB + 1)}" for count in SOLVER_STEPS)
-        print(f"gradients of the log likelihood a draw: {gradients} at {', '.join(map(str, SOLVER_STEPS))} steps")
+        print(
+            f"gradients of the log likelihood a draw: {gradients} at "
+            f"{', '.join(map(str, SOLVER_STEPS))} steps"
+        )
     OUT.mkdir(exist_ok=True)
     pictures(results).savefig(OUT / "thesis_breast_cancer.png", dpi=150)
     print(f"picture: {OUT}/thesis_breast_cancer.png")
@@ -254,11 +323,17 @@ def row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
 
 def scores(found: dict[str, Any]) -> tuple[str, str, str]:
     error = found["accuracy_sd"] / GENERATED**0.5
-    return f"{found['accuracy']:.3f} ± {error:.3f}", f"{found['loss']:.3f}", f"{found['difference']:.3f}"
+    return (
+        f"{found['accuracy']:.3f} ± {error:.3f}",
+        f"{found['loss']:.3f}",
+        f"{found['difference']:.3f}",
+    )
 
 
 def pictures(results: dict[str, dict[str, Any]]) -> Figure:
-    """Draw the barriers between generated networks, and accuracy against the solver's steps, a column a geometry."""
+    """Draw the barriers between generated networks, and accuracy against the solver's steps, a
+    column a geometry.
+    """
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     axes = figure.subplots(2, 3, sharex="row", sharey="row")
     colours = {"targets": plots.INK} | plots.colours(list(COUPLINGS))
@@ -278,9 +353,15 @@ def pictures(results: dict[str, dict[str, Any]]) -> Figure:
                     for count, accuracy in zip(SOLVER_STEPS, accuracies, strict=True):
                         if accuracy < LOWEST:
                             lower.text(
-                                count, LOWEST, f"↓ {accuracy:.3f}", va="bottom", fontsize=8, color=colours[coupling]
+                                count,
+                                LOWEST,
+                                f"↓ {accuracy:.3f}",
+                                va="bottom",
+                                fontsize=8,
+                                color=colours[coupling],
                             )
-        upper.set_xscale("symlog", linthresh=0.01, linscale=0.8)  # nearly all barriers of aligned networks are zero
+        # nearly all barriers of aligned networks are zero
+        upper.set_xscale("symlog", linthresh=0.01, linscale=0.8)
         upper.set_xticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
         upper.set(xlabel="loss barrier between two networks", xlim=(-3e-4, 1), ylim=(0, 1.02))
         lower.set_xscale("log", base=2)
@@ -301,7 +382,9 @@ def pictures(results: dict[str, dict[str, Any]]) -> Figure:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=STEPS, help="of training, a cell")
     parser.add_argument("--cells", nargs="*", default=[], help="some cells only")
     given = parser.parse_args()

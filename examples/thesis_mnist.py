@@ -1,19 +1,21 @@
-"""Flows over the weights of MNIST classifiers: single networks, averages, guidance, starts for training, other widths.
+"""Flows over the weights of MNIST classifiers: single networks, averages, guidance, starts for
+training, other widths.
 
-784-10-10 ReLU, 7,960 weights. Targets are late iterates of Adam from many random starts, on 8,000 digits; all figures
-are on 2,000 others. Three flows: Euclidean with a field that is equivariant to permutations of hidden units; Euclidean
-towards targets that are aligned to their Frechet mean, with a field that knows the place of every unit; and along the
-geodesics of the spheres that networks of normalised scales live on, aligned. A Gaussian fitted to the aligned targets
-is the baseline.
+784-10-10 ReLU, 7,960 weights. Targets are late iterates of Adam from many random starts, on 8,000
+digits; all figures are on 2,000 others. Three flows: Euclidean with a field that is equivariant to
+permutations of hidden units; Euclidean towards targets that are aligned to their Frechet mean, with
+a field that knows the place of every unit; and along the geodesics of the spheres that networks of
+normalised scales live on, aligned. A Gaussian fitted to the aligned targets is the baseline.
 
-The images are centred and rotated to their principal components, which changes no network but its coordinates. A field
-is the closed form of independent Gaussian weights plus attention between the hidden units, which sees the weights of
-the leading components only: those of all others hardly touch the function.
+The images are centred and rotated to their principal components, which changes no network but its
+coordinates. A field is the closed form of independent Gaussian weights plus attention between the
+hidden units, which sees the weights of the leading components only: those of all others hardly
+touch the function.
 
-After Erdogan (2025, "Geometric Flow Models over Neural Network Weights", arXiv 2504.03710), whose figures are of all
-60,000 digits, other targets, and Fashion-MNIST for guidance.
-Run: python examples/thesis_mnist.py [--data FOLDER] [--quick]
-``FOLDER`` (or ``$BNNFLOW_DATA``) has ``mnist10k.npz``. Results go to out/.
+After Erdogan (2025, "Geometric Flow Models over Neural Network Weights", arXiv 2504.03710), whose
+figures are of all 60,000 digits, other targets, and Fashion-MNIST for guidance. Run: python
+examples/thesis_mnist.py [--data FOLDER] [--quick] ``FOLDER`` (or ``$BNNFLOW_DATA``) has
+``mnist10k.npz``. Results go to out/.
 """
 
 import argparse
@@ -47,7 +49,8 @@ SD = 0.2  # of the prior
 RATE, ROWS = 0.01, 250  # Adam for networks: learning rate, and digits in a batch
 LEADING, WIDTH, DEPTH, HEADS = 128, 128, 3, 4  # of a field
 GENERATED, SOLVER_STEPS, AVERAGED = 400, 16, (1, 5, 10, 50)
-FEW, PULLS, CLIMB = 1000, 6, 8  # digits of another task, times at which they pull, gradient steps each time
+# digits of another task, times at which they pull, gradient steps each time
+FEW, PULLS, CLIMB = 1000, 6, 8
 TUNED, WIDE, STEPS_OF_TUNING = 50, 32, (0, 1, 5, 25, 100)
 FLOWS = {
     "Euclidean, unaligned": (False, False),
@@ -57,7 +60,9 @@ FLOWS = {
 
 
 class Block(nn.Module):
-    """Attention between tokens ``(batch, tokens, WIDTH)`` and a perceptron on each, both modulated by time."""
+    """Attention between tokens ``(batch, tokens, WIDTH)`` and a perceptron on each, both modulated
+    by time.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +73,8 @@ class Block(nn.Module):
     def forward(self, tokens: Tensor, now: Tensor) -> Tensor:
         scale, shift, gate, scale_2, shift_2, gate_2 = self.modulate(now).chunk(6, -1)
         seen = self.mix(F.layer_norm(tokens, (WIDTH,)) * (1 + scale) + shift)
-        query, key, value = seen.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)  # (batch, heads, tokens, own)
+        # (batch, heads, tokens, own)
+        query, key, value = seen.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
         heard = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2)
         tokens = tokens + (1 + gate) * self.join(heard)
         seen = self.widen(F.layer_norm(tokens, (WIDTH,)) * (1 + scale_2) + shift_2)
@@ -76,10 +82,11 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention between hidden units: features of units ``(batch, units, features)`` and of outputs ``(batch, 10)``.
+    """Attention between hidden units: features of units ``(batch, units, features)`` and of outputs
+    ``(batch, 10)``.
 
-    Every unit is a token, and the output biases are one more. Without ``places`` it commutes with permutations of the
-    units, and takes any number of them.
+    Every unit is a token, and the output biases are one more. Without ``places`` it commutes with
+    permutations of the units, and takes any number of them.
     """
 
     def __init__(self, features: int, places: int) -> None:
@@ -95,7 +102,8 @@ class Attention(nn.Module):
 
     def forward(self, units: Tensor, outputs: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.lift(units) if self.places is None else self.lift(units) + self.places
-        tokens = torch.cat([tokens, self.lift_outputs(outputs).unsqueeze(1)], 1)  # (batch, units + 1, WIDTH)
+        # (batch, units + 1, WIDTH)
+        tokens = torch.cat([tokens, self.lift_outputs(outputs).unsqueeze(1)], 1)
         now = self.time(t).unsqueeze(1)
         for block in self.blocks:
             tokens = block(tokens, now)
@@ -104,16 +112,20 @@ class Attention(nn.Module):
 
 
 class UnitField(Field):
-    """The closed-form field from the source to independent Gaussian weights, and what `Attention` adds to it.
+    """The closed-form field from the source to independent Gaussian weights, and what `Attention`
+    adds to it.
 
     Args:
         spec: what the entries mean.
         targets: networks that the Gaussian is fitted to, ``(n, dim)``.
-        placed: give every weight its own Gaussian and every unit a place; else all units share theirs.
+        placed: give every weight its own Gaussian and every unit a place; else all units share
+            theirs.
         spheres: drop what is not tangent to them.
     """
 
-    def __init__(self, spec: WeightSpec, targets: Tensor, placed: bool, spheres: Spheres | None = None) -> None:
+    def __init__(
+        self, spec: WeightSpec, targets: Tensor, placed: bool, spheres: Spheres | None = None
+    ) -> None:
         super().__init__()
         self.spec, self.spheres = spec, spheres
         source = torch.ones(spec.dim)  # standard deviation of one coordinate of the source
@@ -123,7 +135,11 @@ class UnitField(Field):
         mean, square = scaled.mean(0), scaled.square().mean(0)
         if not placed:
             mean, square = (over_units(each, spec, spec) for each in (mean, square))
-        self.source, self.mean, self.sd = source, mean, (square - mean.square()).clamp(min=1e-6).sqrt()
+        self.source, self.mean, self.sd = (
+            source,
+            mean,
+            (square - mean.square()).clamp(min=1e-6).sqrt(),
+        )
         self.net = Attention(LEADING + 11, spec.widths["h1"] if placed else 0)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
@@ -138,7 +154,8 @@ class UnitField(Field):
     def added(self, t: Tensor, x: Tensor) -> Tensor:
         """Return what attention makes of the weights of the leading inputs, ``(batch, dim)``."""
         first, bias, last, outputs = self.spec.unflatten(x).values()
-        units = torch.cat([first[..., :LEADING], bias.unsqueeze(-1), last.mT], -1)  # (batch, units, features)
+        # (batch, units, features)
+        units = torch.cat([first[..., :LEADING], bias.unsqueeze(-1), last.mT], -1)
         units, outputs = self.net(units, outputs, t)
         first, bias, last = units.split([LEADING, 1, 10], -1)
         parts = (F.pad(first, (0, 784 - LEADING)), bias.squeeze(-1), last.mT, outputs)
@@ -155,34 +172,52 @@ class UnitField(Field):
 
 
 def over_units(values: Tensor, spec: WeightSpec, other: WeightSpec) -> Tensor:
-    """Average values of weights ``(dim,)`` over the hidden units, and give the averages to those of another network."""
+    """Average values of weights ``(dim,)`` over the hidden units, and give the averages to those of
+    another network.
+    """
     first, bias, last, outputs = spec.unflatten(values).values()
-    parts = (first.mean(0, keepdim=True), bias.mean(0, keepdim=True), last.mean(1, keepdim=True), outputs)
+    parts = (
+        first.mean(0, keepdim=True),
+        bias.mean(0, keepdim=True),
+        last.mean(1, keepdim=True),
+        outputs,
+    )
     shared = [part.expand(shape) for part, shape in zip(parts, other.shapes.values(), strict=True)]
     return other.flatten(dict(zip(other.names, shared, strict=True)))
 
 
 class Digits:
-    """The digits, and tasks made of them; every task's images are centred, and rotated by the same matrix."""
+    """The digits, and tasks made of them.
+
+    Every task's images are centred, and rotated by the same matrix.
+    """
 
     def __init__(self, folder: str | None) -> None:
         self.data = bf.data.load_images("mnist10k", folder=folder)
         flat = self.data.x_train.flatten(1)
-        self.axes = torch.linalg.eigh(torch.cov(flat.double().T)).eigenvectors.flip(1).float()  # leading ones first
+        # leading ones first
+        self.axes = torch.linalg.eigh(torch.cov(flat.double().T)).eigenvectors.flip(1).float()
 
     def model(
         self, units: int = 10, task: Callable[[Tensor], Tensor] = torch.Tensor.clone, n: int = 8000
     ) -> tuple[bf.BayesianModel, Tensor, Tensor]:
-        """Return a model of the first ``n`` digits, and the 2,000 inputs and labels that it never sees."""
+        """Return a model of the first ``n`` digits, and the 2,000 inputs and labels that it never
+        sees.
+        """
         seen, unseen = (task(images).flatten(1) for images in (self.data.x_train, self.data.x_test))
         inputs, unseen = ((images - seen.mean(0)) @ self.axes for images in (seen, unseen))
         net = nn.Sequential(nn.Linear(784, units), nn.ReLU(), nn.Linear(units, 10))
         labels = self.data.y_train[:n]
-        model = bf.BayesianModel(net, bf.priors.Normal(SD), bf.likelihoods.Categorical(), inputs[:n], labels)
+        model = bf.BayesianModel(
+            net, bf.priors.Normal(SD), bf.likelihoods.Categorical(), inputs[:n], labels
+        )
         return model, unseen, self.data.y_test
 
 
-TASKS = {"turned by 90 degrees": lambda images: images.rot90(1, (1, 2)), "inverted": lambda images: 1 - images}
+TASKS = {
+    "turned by 90 degrees": lambda images: images.rot90(1, (1, 2)),
+    "inverted": lambda images: 1 - images,
+}
 
 
 class Test:
@@ -193,7 +228,9 @@ class Test:
 
     def log_probs(self, theta: Tensor) -> Tensor:
         """Return log probabilities ``(n, digits, classes)``."""
-        return torch.cat([self.model.outputs(rows, self.x).log_softmax(-1) for rows in theta.split(100)])
+        return torch.cat(
+            [self.model.outputs(rows, self.x).log_softmax(-1) for rows in theta.split(100)]
+        )
 
     def scores(self, log_probs: Tensor) -> tuple[Tensor, Tensor]:
         """Return accuracy and loss, ``(..., digits, classes) -> (...)``."""
@@ -206,12 +243,15 @@ class Test:
         return [float(accuracy.mean()), float(accuracy.std())]
 
     def worth(self, theta: Tensor) -> dict[str, Any]:
-        """Return accuracy and loss of single networks and of averages, and how much the networks disagree."""
+        """Return accuracy and loss of single networks and of averages, and how much the networks
+        disagree.
+        """
         log_probs = self.log_probs(theta)
         accuracy, loss = self.scores(log_probs)
         p, q = log_probs, log_probs.roll(1, 0)
         middle = torch.logaddexp(p, q) - math.log(2)
-        divergence = 0.5 * (p.exp() * (p - middle) + q.exp() * (q - middle)).sum(-1)  # Jensen and Shannon's, in nats
+        # Jensen and Shannon's, in nats
+        divergence = 0.5 * (p.exp() * (p - middle) + q.exp() * (q - middle)).sum(-1)
         averages = {}
         for count in AVERAGED:
             groups = log_probs[: len(theta) // count * count].unflatten(0, (-1, count))
@@ -225,8 +265,12 @@ class Test:
         }
 
 
-def adam(model: bf.BayesianModel, theta: Tensor, steps: int, keep: tuple[int, ...], decay: bool = False) -> Tensor:
-    """Return networks after some steps of Adam on -log joint / n, ``(len(keep), n, dim)``; batches are shared.
+def adam(
+    model: bf.BayesianModel, theta: Tensor, steps: int, keep: tuple[int, ...], decay: bool = False
+) -> Tensor:
+    """Return networks after some steps of Adam on -log joint / n, ``(len(keep), n, dim)``.
+
+    Batches are shared.
 
     With ``decay`` the learning rate falls to a twentieth over the last two thirds.
     """
@@ -236,7 +280,11 @@ def adam(model: bf.BayesianModel, theta: Tensor, steps: int, keep: tuple[int, ..
     for step in range(steps + 1):
         if step in keep:
             kept.append(theta.detach().clone())
-        rows = None if len(model.x) <= FEW else torch.randint(len(model.x), (ROWS,), generator=generator)
+        rows = (
+            None
+            if len(model.x) <= FEW
+            else torch.randint(len(model.x), (ROWS,), generator=generator)
+        )
         theta.grad = -model.log_joint_and_grad(theta.detach(), rows)[1] / len(model.x)
         for group in optimiser.param_groups:
             group["lr"] = RATE * min(1.0, max(0.05, 1.5 * (1 - step / steps))) if decay else RATE
@@ -244,13 +292,22 @@ def adam(model: bf.BayesianModel, theta: Tensor, steps: int, keep: tuple[int, ..
     return torch.stack(kept)
 
 
-def fit(model: bf.BayesianModel, targets: Tensor, placed: bool, curved: bool, steps: int) -> tuple[Any, dict[str, Any]]:
-    """Fit a flow to targets, which are aligned if ``placed``, and on the spheres if ``curved``; say how it went."""
+def fit(
+    model: bf.BayesianModel, targets: Tensor, placed: bool, curved: bool, steps: int
+) -> tuple[Any, dict[str, Any]]:
+    """Fit a flow to targets, which are aligned if ``placed``, and on the spheres if ``curved``.
+
+    Say how it went.
+    """
     spheres = Spheres(model.spec) if curved else None
     x1 = targets if curved else targets / SD  # the coordinates in which the prior is N(0, I)
 
     def pairs(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        x0 = spheres.sample(n, generator) if spheres else torch.randn(n, model.dim, generator=generator)
+        x0 = (
+            spheres.sample(n, generator)
+            if spheres
+            else torch.randn(n, model.dim, generator=generator)
+        )
         return x0, x1[torch.randint(len(x1), (n,), generator=generator)]
 
     with torch.random.fork_rng(devices=[]):
@@ -258,7 +315,11 @@ def fit(model: bf.BayesianModel, targets: Tensor, placed: bool, curved: bool, st
         field = UnitField(model.spec, x1, placed, spheres)
     path = RiemannianPath(spheres) if spheres else AffinePath()
     field, info = train(
-        field, pairs, path=path, seed=0, training=bf.Training(steps=steps, batch_size=64, learning_rate=2e-3)
+        field,
+        pairs,
+        path=path,
+        seed=0,
+        training=bf.Training(steps=steps, batch_size=64, learning_rate=2e-3),
     )
     flow = ManifoldFlow(field, spheres) if spheres else Flow.of(field, model)
     return flow, info
@@ -304,17 +365,25 @@ def main(folder: str | None, quick: bool) -> None:
     unseen = runs // 10  # runs that no flow sees, to compare distances with
     print(f"{runs} runs of Adam: {time.process_time() - began:.0f} CPU seconds", flush=True)
     frames = {False: networks, True: spheres.project(networks)}  # by whether they are normalised
-    means = {curved: frechet_mean(each[-1, unseen:], spec, rounds=10)[1] for curved, each in frames.items()}
+    means = {
+        curved: frechet_mean(each[-1, unseen:], spec, rounds=10)[1]
+        for curved, each in frames.items()
+    }
     aligned = {curved: match(frames[curved], spec, mean) for curved, mean in means.items()}
     train_set = aligned[False][:, unseen:].flatten(0, 1)
 
     def distances(theta: Tensor) -> Tensor:
-        """Return each network's distance to the nearest that the flows saw, aligned and with scales normalised."""
+        """Return each network's distance to the nearest that the flows saw, aligned and with scales
+        normalised.
+        """
         theta = match(spheres.project(theta), spec, means[True])
         return torch.cdist(theta, aligned[True][:, unseen:].flatten(0, 1)).amin(1)
 
     def report(name: str, theta: Tensor, seconds: float | None = None) -> None:
-        found[name] = test.worth(theta) | {"nearest": float(distances(theta[:100]).mean()), "seconds": seconds}
+        found[name] = test.worth(theta) | {
+            "nearest": float(distances(theta[:100]).mean()),
+            "seconds": seconds,
+        }
         print(f"{name}: accuracy {found[name]['accuracy'][0]:.3f}", flush=True)
 
     found: dict[str, dict[str, Any]] = {}
@@ -322,22 +391,38 @@ def main(folder: str | None, quick: bool) -> None:
     report("targets", networks[-1, mix][:GENERATED])
     found["targets"]["nearest"] = float(distances(networks[-1, :unseen]).mean())
     weights = torch.randn(GENERATED, len(train_set), generator=torch.Generator().manual_seed(1))
-    gaussian = train_set.mean(0) + weights @ (train_set - train_set.mean(0)) / math.sqrt(len(train_set))
+    gaussian = train_set.mean(0) + weights @ (train_set - train_set.mean(0)) / math.sqrt(
+        len(train_set)
+    )
     report("Gaussian, aligned", gaussian, 0.0)
     flows: dict[str, Any] = {}
     for name, (placed, curved) in FLOWS.items():
         targets = (aligned if placed else frames)[curved][:, unseen:].flatten(0, 1)
         flows[name], info = fit(model, targets, placed, curved, steps)
-        report(name, flows[name].sample(GENERATED, 1, solver=Solver(steps=SOLVER_STEPS)), info["cpu_seconds"])
+        report(
+            name,
+            flows[name].sample(GENERATED, 1, solver=Solver(steps=SOLVER_STEPS)),
+            info["cpu_seconds"],
+        )
 
     flow, shared = flows["Euclidean, aligned"], flows["Euclidean, unaligned"]
     guided = guidance(flow, digits)
-    started = starts(model, test, {"flow": flow.sample(TUNED, 3, solver=Solver(steps=SOLVER_STEPS))})
+    started = starts(
+        model, test, {"flow": flow.sample(TUNED, 3, solver=Solver(steps=SOLVER_STEPS))}
+    )
     wide, *unseen_digits = digits.model(WIDE)
-    transferred = Flow.of(shared.velocity.on(wide.spec), wide).sample(TUNED, 3, solver=Solver(steps=SOLVER_STEPS))
+    transferred = Flow.of(shared.velocity.on(wide.spec), wide).sample(
+        TUNED, 3, solver=Solver(steps=SOLVER_STEPS)
+    )
     widened = starts(wide, Test(wide, *unseen_digits), {"flow": transferred})
     seconds = time.process_time() - began
-    results = {"worth": found, "guidance": guided, "starts": started, "width 32": widened, "seconds": seconds}
+    results = {
+        "worth": found,
+        "guidance": guided,
+        "starts": started,
+        "width 32": widened,
+        "seconds": seconds,
+    }
     OUT.mkdir(exist_ok=True)
     (OUT / "thesis_mnist.json").write_text(json.dumps(results, indent=1))
     print("\n" + tables(results))
@@ -354,28 +439,49 @@ def tables(results: dict[str, Any]) -> str:
     worth = results["worth"]
     head = ("networks", "accuracy", "loss", "divergence", "nearest", "CPU s of training")
     single = [
-        (name, spread(each["accuracy"]), spread(each["loss"]), f"{each['divergence']:.4f}", f"{each['nearest']:.2f}",
-         "" if each["seconds"] is None else f"{each['seconds']:.0f}")
-        for name, each in worth.items()
-    ]  # fmt: skip
-    averages = [
-        (name, *(f"{spread(each['averages'][k][0])}, {each['averages'][k][1][0]:.3f}" for k in AVERAGED))
+        (
+            name,
+            spread(each["accuracy"]),
+            spread(each["loss"]),
+            f"{each['divergence']:.4f}",
+            f"{each['nearest']:.2f}",
+            "" if each["seconds"] is None else f"{each['seconds']:.0f}",
+        )
         for name, each in worth.items()
     ]
-    tasks = [(name, *(spread(each) for each in by.values())) for name, by in results["guidance"].items()]
+    averages = [
+        (
+            name,
+            *(
+                f"{spread(each['averages'][k][0])}, {each['averages'][k][1][0]:.3f}"
+                for k in AVERAGED
+            ),
+        )
+        for name, each in worth.items()
+    ]
+    tasks = [
+        (name, *(spread(each) for each in by.values())) for name, by in results["guidance"].items()
+    ]
     rows = [
         (f"{width}, {name}", *(spread(each) for each in curve))
         for width, curves in ((10, results["starts"]), (WIDE, results["width 32"]))
         for name, curve in curves.items()
     ]
     parts = {
-        "Single networks (published: targets 0.933 and 0.231, best flow 0.786)": table(head, single),
-        "Averages: accuracy, loss (published: about 0.94)": table(("networks", *map(str, AVERAGED)), averages),
-        f"Other tasks, {FEW} digits and {PULLS * (2 * CLIMB + 1)} gradients (published: guided 0.754 on Fashion-MNIST)":
-            table(("task", *next(iter(results["guidance"].values()))), tasks),
-        f"Accuracy after steps of Adam (published: transfer to width {WIDE} 0.890)":
-            table(("width, start", *map(str, STEPS_OF_TUNING)), rows),
-    }  # fmt: skip
+        "Single networks (published: targets 0.933 and 0.231, best flow 0.786)": table(
+            head, single
+        ),
+        "Averages: accuracy, loss (published: about 0.94)": table(
+            ("networks", *map(str, AVERAGED)), averages
+        ),
+        f"Other tasks, {FEW} digits and {PULLS * (2 * CLIMB + 1)} gradients (published: guided "
+        f"0.754 on Fashion-MNIST)": table(
+            ("task", *next(iter(results["guidance"].values()))), tasks
+        ),
+        f"Accuracy after steps of Adam (published: transfer to width {WIDE} 0.890)": table(
+            ("width, start", *map(str, STEPS_OF_TUNING)), rows
+        ),
+    }
     return "\n\n".join(f"{title}\n\n{part}" for title, part in parts.items())
 
 
@@ -386,12 +492,27 @@ def pictures(results: dict[str, Any]) -> Figure:
     colours = plots.colours(list(results["worth"]))
     for name, each in results["worth"].items():
         axes[0].plot(
-            AVERAGED, [each["averages"][k][0][0] for k in AVERAGED], "o-", ms=3, color=colours[name], label=name
+            AVERAGED,
+            [each["averages"][k][0][0] for k in AVERAGED],
+            "o-",
+            ms=3,
+            color=colours[name],
+            label=name,
         )
     axes[0].set(xlabel="networks in an average", ylabel="accuracy on unseen digits", xscale="log")
-    for ax, curves, width in ((axes[1], results["starts"], 10), (axes[2], results["width 32"], WIDE)):
+    for ax, curves, width in (
+        (axes[1], results["starts"], 10),
+        (axes[2], results["width 32"], WIDE),
+    ):
         for name, colour in plots.colours(list(curves)).items():
-            ax.plot(STEPS_OF_TUNING, [each[0] for each in curves[name]], "o-", ms=3, color=colour, label=name)
+            ax.plot(
+                STEPS_OF_TUNING,
+                [each[0] for each in curves[name]],
+                "o-",
+                ms=3,
+                color=colour,
+                label=name,
+            )
         ax.set(xlabel=f"steps of Adam, width {width}", xscale="symlog", ylim=(0, 1))
     for ax in axes:
         ax.legend(frameon=False, fontsize=7)
@@ -400,8 +521,12 @@ def pictures(results: dict[str, Any]) -> Figure:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", help="folder of mnist10k.npz; $BNNFLOW_DATA if not given")
-    parser.add_argument("--quick", action="store_true", help="fewer networks and steps: two minutes")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer networks and steps: two minutes"
+    )
     given = parser.parse_args()
     main(given.data, given.quick)

@@ -28,13 +28,25 @@ def main() -> None:
     prior = bf.priors.FanIn()
     model = bf.BayesianModel(net, prior, bf.likelihoods.Gaussian(), data.x_train, data.y_train)
     draws = bf.sample(
-        model, bf.HMC(), chains=CHAINS, warmup=300, draws=DRAWS, seed=0, checkpoint=bf.Checkpoint(FOLDER, resume=True)
+        model,
+        bf.HMC(),
+        chains=CHAINS,
+        warmup=300,
+        draws=DRAWS,
+        seed=0,
+        checkpoint=bf.Checkpoint(FOLDER, resume=True),
     )
     if int(os.environ.get("RANK", "0")) == 0:  # every process has all draws; one of them reports
         pred = bf.predict(model, draws, data.x_test)
         print(bf.diagnose(model, draws, data.x_test))
-        print(f"{tuple(draws.theta.shape)} draws in {draws.info['seconds']:.1f} s over all starts, kept in {FOLDER}")
-        print(f"LPPD {bf.metrics.lppd(pred, data.y_test):.3f}, CRPS {bf.metrics.crps(pred, data.y_test):.3f}")
+        print(
+            f"{tuple(draws.theta.shape)} draws in {draws.info['seconds']:.1f} s over all starts, "
+            f"kept in {FOLDER}"
+        )
+        print(
+            f"LPPD {bf.metrics.lppd(pred, data.y_test):.3f}, CRPS "
+            f"{bf.metrics.crps(pred, data.y_test):.3f}"
+        )
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

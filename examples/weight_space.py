@@ -1,7 +1,9 @@
-"""What the weight-space experiments share: the rivals, one training loop, tuning with one budget, aligned corpora.
+"""What the weight-space experiments share: the rivals, one training loop, tuning with one budget,
+aligned corpora.
 
-Imported by the ``dwsnets_*.py`` scripts beside it. Every network here takes scaled weights ``(batch, dim, 1)`` and
-returns ``(batch, out_features)``, as an invariant `bnnflow.equivariant.DWSNet` does.
+Imported by the ``dwsnets_*.py`` scripts beside it. Every network here takes scaled weights
+``(batch, dim, 1)`` and returns ``(batch, out_features)``, as an invariant
+`bnnflow.equivariant.DWSNet` does.
 """
 
 import copy
@@ -26,17 +28,30 @@ from bnnflow.symmetry import match
 from bnnflow.weights import Symmetries
 
 OUT = Path("out")
-W0, FIT_STEPS, PIXELS = 20.0, 200, 128  # of the fits of images: frequency, Adam steps, coordinates a step
+# of the fits of images: frequency, Adam steps, coordinates a step
+W0, FIT_STEPS, PIXELS = 20.0, 200, 128
 
 
 class WeightsMLP(nn.Module):
     """A perceptron on the flattened weights, which knows nothing of their symmetries."""
 
-    def __init__(self, spec: WeightSpec, out_features: int, width: int = 512, depth: int = 3, dropout: float = 0.1):
+    def __init__(
+        self,
+        spec: WeightSpec,
+        out_features: int,
+        width: int = 512,
+        depth: int = 3,
+        dropout: float = 0.1,
+    ):
         super().__init__()
         modules: list[nn.Module] = []
         for inputs, outputs in itertools.pairwise([spec.dim, *[width] * depth]):
-            modules += [nn.Linear(inputs, outputs), nn.LayerNorm(outputs), nn.SiLU(), nn.Dropout(dropout)]
+            modules += [
+                nn.Linear(inputs, outputs),
+                nn.LayerNorm(outputs),
+                nn.SiLU(),
+                nn.Dropout(dropout),
+            ]
         self.layers = nn.Sequential(*modules, nn.Linear(width, out_features))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -44,9 +59,18 @@ class WeightsMLP(nn.Module):
 
 
 class WeightsTransformer(nn.Module):
-    """Attention over hidden units: tokens of their incoming weights, bias and outgoing weights, with positions."""
+    """Attention over hidden units: tokens of their incoming weights, bias and outgoing weights,
+    with positions.
+    """
 
-    def __init__(self, spec: WeightSpec, out_features: int, width: int = 64, depth: int = 3, dropout: float = 0.1):
+    def __init__(
+        self,
+        spec: WeightSpec,
+        out_features: int,
+        width: int = 64,
+        depth: int = 3,
+        dropout: float = 0.1,
+    ):
         super().__init__()
         self.layers, self.spec = spec.layers, spec
         shapes = [spec.shapes[layer.weight] for layer in spec.layers]
@@ -56,7 +80,9 @@ class WeightsTransformer(nn.Module):
         self.last = nn.Linear(shapes[-1][0], width)  # the output biases are one more token
         tokens = sum(shape[0] for shape in shapes[:-1]) + 1
         self.positions = nn.Parameter(0.02 * torch.randn(tokens, width))
-        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout, "gelu", batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            width, 4, 4 * width, dropout, "gelu", batch_first=True, norm_first=True
+        )
         self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
         self.head = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, out_features)
@@ -65,18 +91,30 @@ class WeightsTransformer(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         params = self.spec.unflatten(features.squeeze(-1))
         tokens = [
-            lift(torch.cat([params[layer.weight], params[layer.bias].unsqueeze(-1), params[after.weight].mT], -1))
-            for lift, (layer, after) in zip(self.lifts, itertools.pairwise(self.layers), strict=True)
+            lift(
+                torch.cat(
+                    [
+                        params[layer.weight],
+                        params[layer.bias].unsqueeze(-1),
+                        params[after.weight].mT,
+                    ],
+                    -1,
+                )
+            )
+            for lift, (layer, after) in zip(
+                self.lifts, itertools.pairwise(self.layers), strict=True
+            )
         ]
         tokens.append(self.last(params[self.layers[-1].bias]).unsqueeze(1))
         return self.head(self.encoder(torch.cat(tokens, 1) + self.positions).mean(1))
 
 
 class Residual(nn.Module):
-    """Moves weights by what a network makes of them: maps ``theta`` to ``theta + step * sd * net(scaled theta)``.
+    """Moves weights by what a network makes of them: maps ``theta`` to
+    ``theta + step * sd * net(scaled theta)``.
 
-    Maps ``(batch, dim)`` to ``(batch, dim)``; sd is that of each tensor. Where the network starts at zero, so does the
-    move.
+    Maps ``(batch, dim)`` to ``(batch, dim)``; sd is that of each tensor. Where the network starts
+    at zero, so does the move.
     """
 
     def __init__(self, net: nn.Module, scaler: TensorScaler, step: float):
@@ -85,7 +123,9 @@ class Residual(nn.Module):
 
     def forward(self, theta: Tensor) -> Tensor:
         features = self.scaler(theta)
-        return self.scaler.inverse(features + self.step * self.net(features.unsqueeze(-1)).reshape(theta.shape))
+        return self.scaler.inverse(
+            features + self.step * self.net(features.unsqueeze(-1)).reshape(theta.shape)
+        )
 
 
 class Constant(nn.Module):
@@ -99,7 +139,9 @@ class Constant(nn.Module):
         return self.values.expand(len(features), -1)
 
 
-def movers(spec: WeightSpec, width: int, depth: int, frequency: float = 0.0) -> dict[str, Callable[[], nn.Module]]:
+def movers(
+    spec: WeightSpec, width: int, depth: int, frequency: float = 0.0
+) -> dict[str, Callable[[], nn.Module]]:
     """Return what builds each network of the comparisons in which weights move; all start at zero.
 
     Width, depth and frequency are those of the DWSNet.
@@ -117,13 +159,17 @@ def movers(spec: WeightSpec, width: int, depth: int, frequency: float = 0.0) -> 
         "MLP": perceptron,
         "MLP, permuted": perceptron,
         "MLP, aligned": perceptron,
-        "DWSNet": lambda: DWSNet(spec, 1, 1, width, depth, wiring=Wiring(edge_width=8, frequency=frequency)),
+        "DWSNet": lambda: DWSNet(
+            spec, 1, 1, width, depth, wiring=Wiring(edge_width=8, frequency=frequency)
+        ),
         "GraphNet": lambda: GraphNet(spec, 1, 1, 32, 3),
     }
 
 
 def images(name: str | None) -> Dataset:
-    """Return the images asked for, or the best that are there: MNIST, a part of it, the digits of scikit-learn."""
+    """Return the images asked for, or the best that are there: MNIST, a part of it, the digits of
+    scikit-learn.
+    """
     folder = os.environ.get("BNNFLOW_DATA", "../shared/data")
     for candidate in [name] if name else ["mnist", "mnist10k"]:
         try:
@@ -135,15 +181,23 @@ def images(name: str | None) -> Dataset:
 
 
 def corpus(data: Dataset, views: int) -> tuple[list[INRs], INRs]:
-    """Fit every training image ``views`` times and every test image once, or read the fits of an earlier run."""
+    """Fit every training image ``views`` times and every test image once, or read the fits of an
+    earlier run.
+    """
     parts = []
-    for name, x, seed in [*((f"train{v}", data.x_train, v) for v in range(views)), ("test", data.x_test, 1000)]:
+    for name, x, seed in [
+        *((f"train{v}", data.x_train, v) for v in range(views)),
+        ("test", data.x_test, 1000),
+    ]:
         path = OUT / "inrs" / f"{data.name}-{name}.npz"
         if not path.is_file():
             pixels = min(PIXELS, x[0].numel())
             fits = fit_images(x, siren(2, 1, w0=W0), steps=FIT_STEPS, batch_size=pixels, seed=seed)
             fits.save(path)
-            print(f"{data.name} {name}: {len(fits)} fits in {fits.info['seconds']:.0f} s, {fits.psnr.mean():.1f} dB")
+            print(
+                f"{data.name} {name}: {len(fits)} fits in {fits.info['seconds']:.0f} s, "
+                f"{fits.psnr.mean():.1f} dB"
+            )
         parts.append(INRs.load(path))
     return parts[:-1], parts[-1]
 
@@ -159,7 +213,9 @@ def permuted(theta: Tensor, spec: WeightSpec, generator: torch.Generator) -> Ten
 
 
 def frame(theta: Tensor, spec: WeightSpec, rounds: int = 3) -> Tensor:
-    """Return the running mean ``(dim,)`` to which training networks are matched, a mean modulo permutations."""
+    """Return the running mean ``(dim,)`` to which training networks are matched, a mean modulo
+    permutations.
+    """
     mean = theta[0]
     for _ in range(rounds):
         mean = match(theta[:1000], spec, mean, group=permutations(spec)).mean(0)
@@ -179,7 +235,9 @@ def train(
     checks: int = 10,
     log: Callable[[str], None] | None = None,
 ) -> tuple[nn.Module, float, float]:
-    """Train with AdamW, warm-up, cosine decay and clipped gradients; keep the state that validates best.
+    """Train with AdamW, warm-up, cosine decay and clipped gradients.
+
+    Keep the state that validates best.
 
     Args:
         net: the network.
@@ -200,7 +258,8 @@ def train(
     optimiser = torch.optim.AdamW(net.parameters(), lr=learning_rate, weight_decay=weight_decay)
     warm_up = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        optimiser,
+        lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / steps)),
     )
     best, lowest, began = copy.deepcopy(net.state_dict()), math.inf, time.process_time()
     for step in range(1, steps + 1):
@@ -217,12 +276,17 @@ def train(
             if value < lowest:
                 best, lowest = copy.deepcopy(net.state_dict()), value
             if log is not None:
-                log(f"step {step:5d}: validation {value:.4f}, {time.process_time() - began:.0f} CPU s")
+                log(
+                    f"step {step:5d}: validation {value:.4f}, {time.process_time() - began:.0f} "
+                    f"CPU s"
+                )
     net.load_state_dict(best)
     return net.eval(), lowest, time.process_time() - began
 
 
-def predict(net: nn.Module, features: Callable[[Tensor], Tensor], theta: Tensor, chunk: int = 256) -> Tensor:
+def predict(
+    net: nn.Module, features: Callable[[Tensor], Tensor], theta: Tensor, chunk: int = 256
+) -> Tensor:
     """Apply a trained network to many weights without keeping gradients."""
     with torch.no_grad():
         return torch.cat([net(features(part)) for part in theta.split(chunk)])
@@ -244,7 +308,9 @@ def squared_error(net: nn.Module, features: Tensor, targets: Tensor) -> Tensor:
 
 
 def remembered(path: Path, key: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return what an earlier run of this key left in a JSON file, or run it and add that to the file."""
+    """Return what an earlier run of this key left in a JSON file, or run it and add that to the
+    file.
+    """
     done = json.loads(path.read_text()) if path.is_file() else {}
     if key not in done:
         done[key] = run()
@@ -263,7 +329,8 @@ def tuned(
     tuning_steps: int,
     seeds: int,
 ) -> tuple[tuple[float, float], list[dict[str, Any]]]:
-    """Choose the trial with the lowest ``"validation"`` after few steps, and run it for every seed; see `remembered`.
+    """Choose the trial with the lowest ``"validation"`` after few steps, and run it for every seed;
+    see `remembered`.
 
     Args:
         run: takes the keywords rate, size, steps and seed.
@@ -296,4 +363,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean and its standard error."""
     values_ = torch.tensor(values, dtype=torch.float64)
-    return float(values_.mean()), float(values_.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return float(values_.mean()), float(values_.std() / math.sqrt(len(values))) if len(
+        values
+    ) > 1 else math.nan

@@ -1,4 +1,6 @@
-"""What holds for every test: one torch thread, repeatable examples, and no global state left changed."""
+"""What holds for every test: one torch thread, repeatable examples, and no global state left
+changed.
+"""
 
 import os
 from collections.abc import Iterator
@@ -30,14 +32,17 @@ def leaves_no_trace() -> Iterator[None]:
     torch.set_rng_state(generator)
     torch.set_default_dtype(dtype)
     if drew:
-        pytest.fail("the global generator was used: pass a seed, or build networks inside `with seeded(0):`")
+        pytest.fail(
+            "the global generator was used: pass a seed, or build networks inside `with seeded(0):`"
+        )
     if left != dtype:
         pytest.fail(f"the default dtype was left at {left}")
 
 
 @pytest.fixture(scope="session")
 def seeded():
-    """WhitenedPosterior in which the global generator starts from a seed: how a test builds its networks.
+    """WhitenedPosterior in which the global generator starts from a seed: how a test builds its
+    networks.
 
     with seeded(0):
         net = torch.nn.Linear(3, 2)

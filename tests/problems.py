@@ -1,4 +1,6 @@
-"""Posteriors of which the truth is known, and how draws are compared with it: shared by the tests of the samplers."""
+"""Posteriors of which the truth is known, and how draws are compared with it: shared by the tests
+of the samplers.
+"""
 
 from __future__ import annotations
 
@@ -35,18 +37,22 @@ def built(make: Callable[[], nn.Module], dtype: torch.dtype = F64) -> nn.Module:
         return make().to(dtype)
 
 
-def chain(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU, bias: bool = True) -> nn.Module:
+def chain(
+    *widths: int, activation: Callable[[], nn.Module] = nn.ReLU, bias: bool = True
+) -> nn.Module:
     modules: list[nn.Module] = []
     for n_in, n_out in itertools.pairwise(widths):
         modules += [nn.Linear(n_in, n_out, bias=bias), activation()]
     return nn.Sequential(*modules[:-1])
 
 
-# ---------------------------------------------------------------- posteriors
+# ---------------------------------------- posteriors
 
 
 class Conjugate(NamedTuple):
-    """Bayesian linear regression with fixed noise, its posterior, and the logarithm of what normalises it."""
+    """Bayesian linear regression with fixed noise, its posterior, and the logarithm of what
+    normalises it.
+    """
 
     model: bf.BayesianModel
     mean: Tensor
@@ -59,19 +65,33 @@ class Conjugate(NamedTuple):
 
 
 def conjugate(hard: bool = False, dtype: torch.dtype = F64, temperature: float = 1.0) -> Conjugate:
-    """Return the problem; ``hard`` has strongly correlated weights on scales a factor of a hundred apart."""
+    """Return the problem.
+
+    ``hard`` has strongly correlated weights on scales a factor of a hundred apart.
+    """
     g, noise, scale, dim = generator(1), 0.5, 1.5, 4
     x = torch.randn(25, 3, generator=g, dtype=F64)
     if hard:
         x = torch.stack([x[:, 0], x[:, 0] + 0.3 * x[:, 1], 30 * x[:, 2]], 1)
-    y = x @ torch.tensor([1.0, -0.5, 0.02], dtype=F64) + 0.3 + noise * torch.randn(25, generator=g, dtype=F64)
+    y = (
+        x @ torch.tensor([1.0, -0.5, 0.02], dtype=F64)
+        + 0.3
+        + noise * torch.randn(25, generator=g, dtype=F64)
+    )
     net = built(lambda: nn.Linear(3, 1), dtype)
-    model = bf.BayesianModel(net, priors.Normal(scale), likelihoods.Gaussian(noise), x, y, temperature=temperature)
+    model = bf.BayesianModel(
+        net, priors.Normal(scale), likelihoods.Gaussian(noise), x, y, temperature=temperature
+    )
     design = torch.cat([x, torch.ones(25, 1, dtype=F64)], 1)
-    covariance = torch.linalg.inv(design.T @ design / noise**2 + torch.eye(dim, dtype=F64) / scale**2)
+    covariance = torch.linalg.inv(
+        design.T @ design / noise**2 + torch.eye(dim, dtype=F64) / scale**2
+    )
     marginal = noise**2 * torch.eye(25, dtype=F64) + scale**2 * design @ design.T
-    evidence = float(torch.distributions.MultivariateNormal(torch.zeros(25, dtype=F64), marginal).log_prob(y))
-    # exp(log_joint) = (evidence * N(mean, S))^(1/T), and N(mean, S)^(1/T) is N(mean, T S) but for a constant.
+    evidence = float(
+        torch.distributions.MultivariateNormal(torch.zeros(25, dtype=F64), marginal).log_prob(y)
+    )
+    # exp(log_joint) = (evidence * N(mean, S))^(1/T), and N(mean, S)^(1/T) is N(mean, T S) but for a
+    # constant.
     log_det = float(torch.linalg.slogdet(2 * math.pi * covariance)[1])
     power = 0.5 * (1 - 1 / temperature) * log_det + 0.5 * dim * math.log(temperature)
     mean = covariance @ design.T @ y / noise**2
@@ -86,14 +106,20 @@ def tiny_network(n: int = 6, dtype: torch.dtype = F64, seed: int = 2) -> bf.Baye
 
 
 def two_weights() -> bf.BayesianModel:
-    """Return the smallest network there is: v tanh(w x), with two modes that are copies of each other."""
+    """Return the smallest network there is: v tanh(w x), with two modes that are copies of each
+    other.
+    """
     x = torch.linspace(-1.5, 1.5, 6, dtype=F64).unsqueeze(-1)
     net = built(lambda: chain(1, 1, 1, activation=nn.Tanh, bias=False))
-    return bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(0.3), x, x.tanh() + 0.1 * (7 * x).sin())
+    return bf.BayesianModel(
+        net, priors.Normal(), likelihoods.Gaussian(0.3), x, x.tanh() + 0.1 * (7 * x).sin()
+    )
 
 
 def cliff(nothing: float) -> LogDensityAndGrad:
-    """Return the standard normal whose first coordinate must stay below 1: beyond, the density is ``nothing``."""
+    """Return the standard normal whose first coordinate must stay below 1: beyond, the density is
+    ``nothing``.
+    """
 
     def log_joint_and_grad(theta: Tensor) -> tuple[Tensor, Tensor]:
         beyond = theta[:, 0] > 1
@@ -104,11 +130,17 @@ def cliff(nothing: float) -> LogDensityAndGrad:
     return log_joint_and_grad
 
 
-def regression(dtype: torch.dtype = F64, prior=None, n: int = 30) -> tuple[bf.BayesianModel, Tensor, Tensor]:
-    """Bayesian linear regression with its posterior mean and covariance in the prior's normal coordinates."""
+def regression(
+    dtype: torch.dtype = F64, prior=None, n: int = 30
+) -> tuple[bf.BayesianModel, Tensor, Tensor]:
+    """Bayesian linear regression with its posterior mean and covariance in the prior's normal
+    coordinates.
+    """
     g = generator(1)
     x = torch.randn(n, 3, generator=g, dtype=dtype)
-    y = x @ torch.tensor([1.0, -2.0, 0.5], dtype=dtype) + 0.5 * torch.randn(n, generator=g, dtype=dtype)
+    y = x @ torch.tensor([1.0, -2.0, 0.5], dtype=dtype) + 0.5 * torch.randn(
+        n, generator=g, dtype=dtype
+    )
     net = built(lambda: nn.Linear(3, 1), dtype)
     model = bf.BayesianModel(net, prior or priors.Normal(1.5), likelihoods.Gaussian(0.5), x, y)
     design = 1.5 * torch.cat([x, torch.ones(n, 1, dtype=dtype)], 1)
@@ -117,7 +149,9 @@ def regression(dtype: torch.dtype = F64, prior=None, n: int = 30) -> tuple[bf.Ba
 
 
 def linear(dim: int, prior=None, dtype: torch.dtype = F64) -> bf.BayesianModel:
-    """Return linear regression without an intercept: a model of ``dim`` weights, whatever its posterior."""
+    """Return linear regression without an intercept: a model of ``dim`` weights, whatever its
+    posterior.
+    """
     x = normal(20, dim, seed=1, dtype=dtype)
     net = built(lambda: nn.Linear(dim, 1, bias=False), dtype)
     return bf.BayesianModel(net, prior or priors.Normal(), likelihoods.Gaussian(0.5), x, x.sum(1))
@@ -137,18 +171,24 @@ def network(
     return bf.BayesianModel(net, prior or priors.Normal(1.0), likelihood, x, y)
 
 
-# ---------------------------------------------------------------- comparisons
+# ---------------------------------------- comparisons
 
 
 def moments(theta: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
-    """Return what is zero on average under a law of this mean and covariance, ``(..., dim) -> (..., moments)``."""
+    """Return what is zero on average under a law of this mean and covariance,
+    ``(..., dim) -> (..., moments)``.
+    """
     offset = theta.double() - mean
     rows, columns = torch.triu_indices(len(mean), len(mean))
-    return torch.cat([offset, offset[..., rows] * offset[..., columns] - covariance[rows, columns]], -1)
+    return torch.cat(
+        [offset, offset[..., rows] * offset[..., columns] - covariance[rows, columns]], -1
+    )
 
 
 def check_zero(series: Tensor, *, least_ess: float = 200, k: float = 4.5) -> None:
-    """Check that every quantity of ``(chain, draw, quantities)`` is zero within ``k`` of its own Monte-Carlo errors."""
+    """Check that every quantity of ``(chain, draw, quantities)`` is zero within ``k`` of its own
+    Monte-Carlo errors.
+    """
     values = series.double().numpy()
     ess = np.array([arviz.ess(values[..., i], method="mean") for i in range(values.shape[-1])])
     assert ess.min() > least_ess, f"effective sample size of only {ess.min():.0f}"
@@ -156,13 +196,19 @@ def check_zero(series: Tensor, *, least_ess: float = 200, k: float = 4.5) -> Non
     assert errors.max() < k, f"a moment is off by {errors.max():.1f} Monte-Carlo errors"
 
 
-def check_moments(theta: Tensor, mean: Tensor, covariance: Tensor, *, least_ess: float = 200, k: float = 4.5) -> None:
-    """Compare ``(chain, draw, dim)`` draws with a law, each moment within ``k`` of its own Monte-Carlo errors."""
+def check_moments(
+    theta: Tensor, mean: Tensor, covariance: Tensor, *, least_ess: float = 200, k: float = 4.5
+) -> None:
+    """Compare ``(chain, draw, dim)`` draws with a law, each moment within ``k`` of its own
+    Monte-Carlo errors.
+    """
     check_zero(moments(theta, mean, covariance), least_ess=least_ess, k=k)
 
 
 def check_runs(draws: bf.Draws, values: Tensor, *, least_ess: float = 200, k: float = 4.5) -> None:
-    """Check that weighted means of ``(run, particle, quantities)`` are zero, with errors from independent runs."""
+    """Check that weighted means of ``(run, particle, quantities)`` are zero, with errors from
+    independent runs.
+    """
     assert draws.log_weights is not None
     ess = (-(2 * draws.log_weights).logsumexp(1)).exp()
     assert ess.min() > least_ess, f"effective sample size of only {ess.min():.0f}"
@@ -179,7 +225,11 @@ def collected(kernel: Kernel, theta: Tensor, draws: int, g: torch.Generator) -> 
         states.append(state)
         infos.append(info)
     values = {name: torch.stack([getattr(i, name) for i in infos], 1) for name in infos[0]._fields}
-    return bf.Draws(torch.stack([s.theta for s in states], 1), torch.stack([s.log_joint for s in states], 1), values)
+    return bf.Draws(
+        torch.stack([s.theta for s in states], 1),
+        torch.stack([s.log_joint for s in states], 1),
+        values,
+    )
 
 
 def in_equilibrium(kernel: Kernel, problem: Conjugate, draws: int = 400) -> Tensor:
@@ -194,10 +244,12 @@ def joint_pvalues(
     n: int = 10_000,
     steps: int = 15,
 ) -> list[float]:
-    """Test a kernel by the law that weights from the prior, moved given data drawn from them, stay the prior's.
+    """Test a kernel by the law that weights from the prior, moved given data drawn from them, stay
+    the prior's.
 
-    Every chain has data of its own (Geweke 2004; Talts et al. 2018 in one batch). Returns Kolmogorov-Smirnov
-    p-values of each weight, and of how the log likelihood at the moved weights compares with that of the first ones.
+    Every chain has data of its own (Geweke 2004; Talts et al. 2018 in one batch). Returns
+    Kolmogorov-Smirnov p-values of each weight, and of how the log likelihood at the moved weights
+    compares with that of the first ones.
     """
     model, g = model or tiny_network(), generator(4)
     start = model.sample_prior(n, g)
@@ -238,5 +290,8 @@ class MovedInfo(NamedTuple):
 def accepted(new: Moved, old: Moved, gain: Tensor, g: torch.Generator) -> tuple[Moved, MovedInfo]:
     """Return the new state with probability min(1, exp(gain)), or the old one."""
     accept = torch.rand(len(gain), generator=g).log() < gain
-    chosen = (torch.where(accept.reshape(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(new, old, strict=True))
+    chosen = (
+        torch.where(accept.reshape(-1, *[1] * (a.dim() - 1)), a, b)
+        for a, b in zip(new, old, strict=True)
+    )
     return Moved(*chosen), MovedInfo(accept.double())

@@ -1,4 +1,6 @@
-"""Laws of canonical forms and of alignment on networks of every kind, and of the three ways to match."""
+"""Laws of canonical forms and of alignment on networks of every kind, and of the three ways to
+match.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def perceptron(*widths: int, activation: Callable[[], nn.Module] = nn.Tanh, bias: bool = True) -> nn.Module:
+def perceptron(
+    *widths: int, activation: Callable[[], nn.Module] = nn.Tanh, bias: bool = True
+) -> nn.Module:
     modules: list[nn.Module] = []
     for n_in, n_out in itertools.pairwise(widths):
         modules += [nn.Linear(n_in, n_out, bias=bias), activation()]
@@ -42,9 +46,14 @@ def perceptron(*widths: int, activation: Callable[[], nn.Module] = nn.Tanh, bias
 
 
 class Residual(nn.Module):
-    """Two blocks that add to the same units; with ``square`` of one layer each, which reads what it writes."""
+    """Two blocks that add to the same units.
 
-    def __init__(self, activation: Callable[[], nn.Module], bias: bool = True, square: bool = False) -> None:
+    With ``square`` of one layer each, which reads what it writes.
+    """
+
+    def __init__(
+        self, activation: Callable[[], nn.Module], bias: bool = True, square: bool = False
+    ) -> None:
         super().__init__()
         self.stem, self.head = nn.Linear(4, 6, bias=bias), nn.Linear(6, 2, bias=bias)
         inner = 6 if square else 5
@@ -65,9 +74,15 @@ class Residual(nn.Module):
 
 def convolutional(activation: Callable[[], nn.Module]) -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3), activation(), nn.Conv2d(4, 5, 2), activation(), nn.Flatten(), nn.Linear(5 * 4, 6),
-        activation(), nn.Linear(6, 2),
-    )  # fmt: skip
+        nn.Conv2d(1, 4, 3),
+        activation(),
+        nn.Conv2d(4, 5, 2),
+        activation(),
+        nn.Flatten(),
+        nn.Linear(5 * 4, 6),
+        activation(),
+        nn.Linear(6, 2),
+    )
 
 
 NETS: dict[str, Callable[[], nn.Module]] = {
@@ -86,7 +101,9 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "normalised": lambda: nn.Sequential(
         nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)
     ),
-    "odd normalised": lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 2)),
+    "odd normalised": lambda: nn.Sequential(
+        nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 2)
+    ),
 }
 CHAINS = ["perceptron", "relu", "deep relu", "without biases", "siren"]
 
@@ -128,7 +145,7 @@ def distance(theta: Tensor, reference: Tensor) -> Tensor:
     return (theta - reference).norm(dim=-1)
 
 
-# ---------------------------------------------------------------- canonical forms
+# ---------------------------------------- canonical forms
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -137,7 +154,9 @@ def test_sorted_form_is_one_for_each_orbit(name: str) -> None:
     theta, group = weights(spec, 2, 5), spec.symmetries()._replace(scale=frozenset())
     form = sort_units(theta, spec)
     x = data(name)
-    torch.testing.assert_close(outputs(net, spec, form, x), outputs(net, spec, theta, x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        outputs(net, spec, form, x), outputs(net, spec, theta, x), rtol=1e-9, atol=1e-9
+    )
     for seed in range(3):
         moved = sort_units(spec.transform(group, seed, theta)[0], spec)
         torch.testing.assert_close(moved, form, rtol=1e-9, atol=1e-9)
@@ -157,7 +176,9 @@ def test_signed_form_is_one_for_each_orbit_of_signs_and_phases(name: str) -> Non
     theta = weights(spec, 2, 5)
     form = normalise_sign(theta, spec)
     x = data(name)
-    torch.testing.assert_close(outputs(net, spec, form, x), outputs(net, spec, theta, x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        outputs(net, spec, form, x), outputs(net, spec, theta, x), rtol=1e-9, atol=1e-9
+    )
     torch.testing.assert_close(normalise_sign(form, spec), form, rtol=1e-12, atol=1e-12)
     group = spec.symmetries()._replace(permutation=frozenset(), scale=frozenset())
     for seed in range(3):
@@ -175,11 +196,15 @@ def test_normalised_form_keeps_the_function_and_is_one_for_each_orbit(name: str)
     theta = weights(spec, 3, 4)
     form = normalise_scale(theta, spec)
     x = data(name)
-    torch.testing.assert_close(outputs(net, spec, form, x), outputs(net, spec, theta, x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        outputs(net, spec, form, x), outputs(net, spec, theta, x), rtol=1e-9, atol=1e-9
+    )
     torch.testing.assert_close(normalise_scale(form, spec), form, rtol=1e-12, atol=1e-12)
     group = Symmetries(frozenset(), frozenset(), spec.symmetries().scale)
     for seed in range(3):
-        torch.testing.assert_close(normalise_scale(spec.transform(group, seed, theta)[0], spec), form)
+        torch.testing.assert_close(
+            normalise_scale(spec.transform(group, seed, theta)[0], spec), form
+        )
     moved = spec.random_symmetry(theta, 0)
     torch.testing.assert_close(
         sort_units(normalise_scale(moved, spec), spec), sort_units(form, spec), rtol=1e-9, atol=1e-9
@@ -221,7 +246,7 @@ def test_normalising_the_last_layer_multiplies_the_outputs() -> None:
     assert torch.equal(form[:, -1], theta[:, -1])
 
 
-# ---------------------------------------------------------------- matching
+# ---------------------------------------- matching
 
 
 def by_activations(theta: Tensor, spec: WeightSpec, reference: Tensor, name: str) -> Tensor:
@@ -232,7 +257,9 @@ def by_activations(theta: Tensor, spec: WeightSpec, reference: Tensor, name: str
 MATCHERS: dict[str, Callable[[Tensor, WeightSpec, Tensor, str], Tensor]] = {
     "weights": lambda theta, spec, reference, name: match(theta, spec, reference),
     "activations": by_activations,
-    "sinkhorn": lambda theta, spec, reference, name: sinkhorn_rebasin(theta, spec, reference, steps=3),
+    "sinkhorn": lambda theta, spec, reference, name: sinkhorn_rebasin(
+        theta, spec, reference, steps=3
+    ),
 }
 
 
@@ -243,7 +270,9 @@ def test_every_method_keeps_functions(name: str, matcher: str) -> None:
     theta, reference, x = weights(spec, 2, 3), weights(spec, seed=2), data(name)
     moved = MATCHERS[matcher](theta, spec, reference, name)
     assert moved.shape == theta.shape
-    torch.testing.assert_close(outputs(net, spec, moved, x), outputs(net, spec, theta, x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        outputs(net, spec, moved, x), outputs(net, spec, theta, x), rtol=1e-9, atol=1e-9
+    )
     torch.testing.assert_close(moved.abs().sort(-1)[0], theta.abs().sort(-1)[0])
 
 
@@ -251,12 +280,16 @@ def test_every_method_keeps_functions(name: str, matcher: str) -> None:
 @pytest.mark.parametrize("name", NETS)
 def test_planted_elements_are_found(name: str, matcher: str) -> None:
     if (name, matcher) == ("deep relu", "activations"):
-        pytest.skip("some of these networks die in their first layers, and all units behind are alike")
+        pytest.skip(
+            "some of these networks die in their first layers, and all units behind are alike"
+        )
     _, spec = built(name)
     reference = weights(spec, 50)
     (moved,) = spec.transform(finite(spec), 2, reference)
     assert (moved != reference).any(-1).all()
-    torch.testing.assert_close(MATCHERS[matcher](moved, spec, reference, name), reference, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        MATCHERS[matcher](moved, spec, reference, name), reference, rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -270,7 +303,9 @@ def test_planted_elements_are_found_under_noise(name: str) -> None:
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh], ids=["relu", "tanh"])
 @pytest.mark.parametrize("depth", [2, 3, 4, 5])
-def test_planted_elements_are_found_at_any_depth(depth: int, activation: Callable[[], nn.Module]) -> None:
+def test_planted_elements_are_found_at_any_depth(
+    depth: int, activation: Callable[[], nn.Module]
+) -> None:
     with torch.random.fork_rng(devices=[]):
         spec = WeightSpec.of(perceptron(2, *[16] * depth, 1, activation=activation))
     reference = weights(spec, 100)
@@ -284,7 +319,9 @@ def test_planted_elements_are_found_at_any_depth(depth: int, activation: Callabl
 def test_sinkhorn_finds_planted_elements(name: str) -> None:
     _, spec = built(name)
     reference = weights(spec, 10)
-    (moved,) = spec.transform(Symmetries(finite(spec).permutation, frozenset(), frozenset()), 2, reference)
+    (moved,) = spec.transform(
+        Symmetries(finite(spec).permutation, frozenset(), frozenset()), 2, reference
+    )
     found = sinkhorn_rebasin(moved, spec, reference, steps=50)
     assert int((found == reference).all(-1).sum()) >= 9
 
@@ -304,7 +341,10 @@ def test_matching_is_no_worse_than_sinkhorn() -> None:
     _, spec = built("relu")
     theta, reference = weights(spec, 20), weights(spec, seed=2)
     soft = sinkhorn_rebasin(theta, spec, reference)
-    assert distance(match(theta, spec, reference), reference).mean() <= distance(soft, reference).mean()
+    assert (
+        distance(match(theta, spec, reference), reference).mean()
+        <= distance(soft, reference).mean()
+    )
     assert distance(soft, reference).mean() < distance(theta, reference).mean()
 
 
@@ -363,7 +403,7 @@ def test_constant_units_are_matched_to_anything() -> None:
     torch.testing.assert_close(outputs(net, spec, found, x), outputs(net, spec, theta, x))
 
 
-# ---------------------------------------------------------------- soft permutations
+# ---------------------------------------- soft permutations
 
 
 def test_soft_permutations_are_doubly_stochastic_with_the_derivatives_of_the_limit() -> None:
@@ -375,7 +415,9 @@ def test_soft_permutations_are_doubly_stochastic_with_the_derivatives_of_the_lim
     unrolled = scores
     for _ in range(300):
         unrolled = unrolled.log_softmax(-2).log_softmax(-1)
-    grads = [torch.autograd.grad((each * weight).sum(), scores)[0] for each in (soft, unrolled.exp())]
+    grads = [
+        torch.autograd.grad((each * weight).sum(), scores)[0] for each in (soft, unrolled.exp())
+    ]
     torch.testing.assert_close(*grads)
 
 
@@ -395,7 +437,9 @@ def test_sinkhorn_lowers_a_given_loss() -> None:
     def halfway(theta: Tensor) -> Tensor:
         middle = (theta + reference) / 2
         return torch.func.vmap(
-            lambda each: (functional_call(net, spec.network.unflatten(each[:-1]), (x,)) - y).square().mean()
+            lambda each: (
+                (functional_call(net, spec.network.unflatten(each[:-1]), (x,)) - y).square().mean()
+            )
         )(middle)
 
     theta = spec.transform(finite(spec), 2, reference + 0.1 * weights(spec, 20, seed=3))[0]
@@ -403,7 +447,7 @@ def test_sinkhorn_lowers_a_given_loss() -> None:
     assert halfway(found).mean() < 0.5 * halfway(theta).mean()
 
 
-# ---------------------------------------------------------------- means
+# ---------------------------------------- means
 
 
 def model_of(name: str) -> bf.BayesianModel:
@@ -424,8 +468,12 @@ def test_alignment_by_every_method_gathers_one_mode(name: str, method: Method) -
     theta = spec.transform(group, 2, clean)[0]
     aligned = align(model, theta, rounds=1 if method == "sinkhorn" else 5, method=method)
     assert isinstance(aligned, Tensor)
-    torch.testing.assert_close(model.log_joint(aligned), model.log_joint(theta), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(aligned.var((0, 1)).sum(), clean.var((0, 1)).sum(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        model.log_joint(aligned), model.log_joint(theta), rtol=1e-9, atol=1e-9
+    )
+    torch.testing.assert_close(
+        aligned.var((0, 1)).sum(), clean.var((0, 1)).sum(), rtol=1e-6, atol=0
+    )
 
 
 def test_alignment_refuses_an_unknown_method() -> None:

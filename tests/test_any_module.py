@@ -1,4 +1,6 @@
-"""Networks of any module: gradients by turns are those of vmap, and memory is bounded whatever the rows and draws."""
+"""Networks of any module: gradients by turns are those of vmap, and memory is bounded whatever the
+rows and draws.
+"""
 
 from __future__ import annotations
 
@@ -68,10 +70,16 @@ def inputs_of(make: Callable[[], nn.Module], n: int, dtype: torch.dtype = F64) -
     return torch.randn(n, *shapes.get(make, (6,)), generator=generator(1), dtype=F64).to(dtype)
 
 
-def model_of(make: Callable[[], nn.Module], n: int = 12, dtype: torch.dtype = F64) -> bf.BayesianModel:
+def model_of(
+    make: Callable[[], nn.Module], n: int = 12, dtype: torch.dtype = F64
+) -> bf.BayesianModel:
     y = torch.arange(n) % 3
     return bf.BayesianModel(
-        built(make, dtype), priors.Normal(1.0), likelihoods.Categorical(), inputs_of(make, n, dtype), y
+        built(make, dtype),
+        priors.Normal(1.0),
+        likelihoods.Categorical(),
+        inputs_of(make, n, dtype),
+        y,
     )
 
 
@@ -79,13 +87,15 @@ MAKES = [convnet, Viewed, layer_norm, Residual, embedding, Attention]
 each_network = pytest.mark.parametrize("make", MAKES)
 
 
-# ---------------------------------------------------------------- the same numbers
+# ---------------------------------------- the same numbers
 
 
 @pytest.mark.parametrize("chains", [1, 3, 9])
 @pytest.mark.parametrize("turns", [False, True])
 @each_network
-def test_turns_and_vmap_give_the_same_gradients(make, turns: bool, chains: int, monkeypatch) -> None:
+def test_turns_and_vmap_give_the_same_gradients(
+    make, turns: bool, chains: int, monkeypatch
+) -> None:
     monkeypatch.setattr("bnnflow.model.network._FEW_NETWORKS", 1000 if turns else 0)
     monkeypatch.setattr("bnnflow.model.network._SMALL_OPERATION", 0 if turns else math.inf)
     model = model_of(make)
@@ -109,7 +119,8 @@ def test_batches_of_each_networks_own(make, monkeypatch) -> None:
     for i in range(3):
         alone = model.log_joint_and_grad(theta[i], rows[i])
         torch.testing.assert_close((batched[0][i], batched[1][i]), alone)
-    monkeypatch.setattr("bnnflow.model.network.LARGEST_BLOCK", 1)  # one row of one network at a time
+    # one row of one network at a time
+    monkeypatch.setattr("bnnflow.model.network.LARGEST_BLOCK", 1)
     torch.testing.assert_close(model.log_joint_and_grad(theta, rows), batched)
 
 
@@ -132,7 +143,8 @@ def test_blocks_change_nothing(make, monkeypatch) -> None:
         )
 
     whole = everything()
-    monkeypatch.setattr("bnnflow.model.network.LARGEST_BLOCK", 1)  # one row of one network at a time
+    # one row of one network at a time
+    monkeypatch.setattr("bnnflow.model.network.LARGEST_BLOCK", 1)
     torch.testing.assert_close(everything(), whole)
 
 
@@ -160,13 +172,17 @@ def test_curvature_of_any_module(make) -> None:
     whole = laplace.gauss_newton_precision(model, theta)
     torch.testing.assert_close(whole, columns + prior.diag())
     torch.testing.assert_close(grad[0], model.log_likelihood_grad(theta))
-    torch.testing.assert_close(laplace.gauss_newton_precision(model, theta, diagonal=True), whole.diagonal())
+    torch.testing.assert_close(
+        laplace.gauss_newton_precision(model, theta, diagonal=True), whole.diagonal()
+    )
     hessian = torch.func.hessian(model.log_joint)(theta)
     torch.testing.assert_close(laplace.exact_precision(model, theta, diagonal=False), -hessian)
-    torch.testing.assert_close(laplace.exact_precision(model, theta, diagonal=True), -hessian.diagonal())
+    torch.testing.assert_close(
+        laplace.exact_precision(model, theta, diagonal=True), -hessian.diagonal()
+    )
 
 
-# ---------------------------------------------------------------- memory
+# ---------------------------------------- memory
 
 
 class Largest(TorchDispatchMode):
@@ -219,12 +235,16 @@ def test_curvature_takes_no_more_memory_for_more_rows(structure: str, monkeypatc
         model = model_of(convnet, rows)
         theta = 0.1 * model.sample_prior(1, 0)[0]
         names = laplace.Laplace(structure=structure)._check(model)
-        return largest(lambda: laplace.gauss_newton_precision(model, theta, names, diagonal=structure == "diagonal"))
+        return largest(
+            lambda: laplace.gauss_newton_precision(
+                model, theta, names, diagonal=structure == "diagonal"
+            )
+        )
 
     assert memory(120) <= max(memory(60), 200_000)
 
 
-# ---------------------------------------------------------------- what takes them
+# ---------------------------------------- what takes them
 
 METHODS = [
     bf.HMC(max_leapfrog=2),
@@ -247,7 +267,7 @@ def test_every_method_takes_them(make, method) -> None:
     assert bool(bf.predict(model, first, model.x[:4]).mean.isfinite().all())
 
 
-# ---------------------------------------------------------------- dropout
+# ---------------------------------------- dropout
 
 
 class Skipped(nn.Module):
@@ -263,19 +283,33 @@ class Skipped(nn.Module):
 
 
 def dropped_convnet() -> nn.Module:
-    first = [nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Dropout2d(0.25), nn.MaxPool2d(2), nn.Conv2d(4, 5, 1)]
-    return nn.Sequential(*first, nn.ReLU(), nn.Dropout2d(0.5), nn.Flatten(), nn.Linear(20, 3)).eval()
+    first = [
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Dropout2d(0.25),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 5, 1),
+    ]
+    return nn.Sequential(
+        *first, nn.ReLU(), nn.Dropout2d(0.5), nn.Flatten(), nn.Linear(20, 3)
+    ).eval()
 
 
 def test_dropout_of_channels_is_that_of_the_layers() -> None:
     x = torch.randn(9, 2, 4, 4, generator=generator(1), dtype=F64)
     net = built(dropped_convnet)
-    model = bf.BayesianModel(net, priors.Normal(1.0), likelihoods.Categorical(), x, torch.arange(9) % 3)
+    model = bf.BayesianModel(
+        net, priors.Normal(1.0), likelihoods.Categorical(), x, torch.arange(9) % 3
+    )
     draws = bf.sample(model, bf.MCDropout(members=1, steps=2), draws=400, seed=0)
     whole = draws.flat.abs().amax(0)  # of weights that are kept
     params = model.spec.unflatten((draws.flat.abs() / whole).round(decimals=9))
     for name, rate, units in (("4.weight", 0.25, 4), ("8.weight", 0.5, 5)):
-        factors = params[name].flatten(1, 1).unflatten(2, (units, -1)) if name == "8.weight" else params[name]
+        factors = (
+            params[name].flatten(1, 1).unflatten(2, (units, -1))
+            if name == "8.weight"
+            else params[name]
+        )
         seen = factors.movedim(2, 1).flatten(2)  # (draw, units, weights that read it)
         assert bool((seen == seen[..., :1]).all()), "a channel is dropped for all who read it"
         assert set(seen.unique().tolist()) == {0.0, 1.0}
@@ -288,7 +322,9 @@ def test_dropout_of_channels_is_that_of_the_layers() -> None:
 def test_dropout_that_no_weights_can_do_is_refused_by_name() -> None:
     x = torch.randn(9, 6, generator=generator(1), dtype=F64)
     y = torch.arange(9) % 3
-    model = bf.BayesianModel(built(Skipped).eval(), priors.Normal(1.0), likelihoods.Categorical(), x, y)
+    model = bf.BayesianModel(
+        built(Skipped).eval(), priors.Normal(1.0), likelihoods.Categorical(), x, y
+    )
     with pytest.raises(ValueError, match="'drop'"):
         bf.sample(model, bf.MCDropout(steps=2))
     with pytest.raises(ValueError, match="labelled hidden units"):

@@ -1,4 +1,6 @@
-"""Laws of the approximations: closed forms on conjugate regression, densities that integrate, and known bounds."""
+"""Laws of the approximations: closed forms on conjugate regression, densities that integrate, and
+known bounds.
+"""
 
 from __future__ import annotations
 
@@ -40,22 +42,36 @@ class Conjugate(NamedTuple):
     log_evidence: float
 
 
-def conjugate(n: int = 25, dtype: torch.dtype = F64, temperature: float = 1.0, correlation: float = 0.0) -> Conjugate:
+def conjugate(
+    n: int = 25, dtype: torch.dtype = F64, temperature: float = 1.0, correlation: float = 0.0
+) -> Conjugate:
     """Return the problem at a temperature; the evidence is that at temperature 1."""
     g, noise, scale = generator(1), 0.5, 1.5
     x = torch.randn(n, 3, generator=g, dtype=F64)
     x = torch.stack([x[:, 0], correlation * x[:, 0] + x[:, 1], x[:, 2]], 1)
-    y = x @ torch.tensor([1.0, -0.5, 0.02], dtype=F64) + 0.3 + noise * torch.randn(n, generator=g, dtype=F64)
+    y = (
+        x @ torch.tensor([1.0, -0.5, 0.02], dtype=F64)
+        + 0.3
+        + noise * torch.randn(n, generator=g, dtype=F64)
+    )
     net = built(lambda: nn.Linear(3, 1), dtype)
-    model = bf.BayesianModel(net, priors.Normal(scale), likelihoods.Gaussian(noise), x, y, temperature=temperature)
+    model = bf.BayesianModel(
+        net, priors.Normal(scale), likelihoods.Gaussian(noise), x, y, temperature=temperature
+    )
     design = torch.cat([x, torch.ones(n, 1, dtype=F64)], 1)
     covariance = torch.linalg.inv(design.T @ design / noise**2 + torch.eye(4, dtype=F64) / scale**2)
     marginal = noise**2 * torch.eye(n, dtype=F64) + scale**2 * design @ design.T
-    evidence = torch.distributions.MultivariateNormal(torch.zeros(n, dtype=F64), marginal).log_prob(y)
-    return Conjugate(model, covariance @ design.T @ y / noise**2, temperature * covariance, float(evidence))
+    evidence = torch.distributions.MultivariateNormal(torch.zeros(n, dtype=F64), marginal).log_prob(
+        y
+    )
+    return Conjugate(
+        model, covariance @ design.T @ y / noise**2, temperature * covariance, float(evidence)
+    )
 
 
-def sine(likelihood=None, prior=None, temperature: float = 1.0, hidden: int = 4) -> bf.BayesianModel:
+def sine(
+    likelihood=None, prior=None, temperature: float = 1.0, hidden: int = 4
+) -> bf.BayesianModel:
     """Return a small network with nine rows of data."""
     x = torch.linspace(-1.5, 1.5, 9, dtype=F64).unsqueeze(-1)
     y = (2 * x).sin() + 0.2 * torch.randn(9, 1, generator=generator(2), dtype=F64)
@@ -76,7 +92,9 @@ def banana() -> bf.BayesianModel:
             return x * self.weight[:1] + x * self.weight[1:].square()
 
     x = torch.tensor([[1.0], [1.1]], dtype=F64)
-    return bf.BayesianModel(built(Product), priors.Normal(1.5), likelihoods.Gaussian(0.3), x, 0.5 * x)
+    return bf.BayesianModel(
+        built(Product), priors.Normal(1.5), likelihoods.Gaussian(0.3), x, 0.5 * x
+    )
 
 
 def covariance(gaussian: bf.Gaussian) -> Tensor:
@@ -84,7 +102,9 @@ def covariance(gaussian: bf.Gaussian) -> Tensor:
 
 
 def check_sampled(draws: Tensor, mean: Tensor, covariance: Tensor, k: float = 4.5) -> None:
-    """Compare independent draws ``(n, dim)`` with two moments, each within ``k`` of its Monte-Carlo errors."""
+    """Compare independent draws ``(n, dim)`` with two moments, each within ``k`` of its Monte-Carlo
+    errors.
+    """
     offset = draws.double() - mean
     products = (offset.unsqueeze(-1) * offset.unsqueeze(-2)).flatten(1)
     for values, truth in ((offset, torch.zeros_like(mean)), (products, covariance.flatten())):
@@ -92,14 +112,24 @@ def check_sampled(draws: Tensor, mean: Tensor, covariance: Tensor, k: float = 4.
         assert errors.max() < k
 
 
-# ---------------------------------------------------------------- densities
+# ---------------------------------------- densities
 
 
 def kronecker(dtype: torch.dtype = F64) -> posteriors.KroneckerGaussian:
-    left = [torch.linalg.qr(torch.randn(a, a, generator=generator(a), dtype=dtype))[0] for a in (2, 1)]
-    right = [torch.linalg.qr(torch.randn(b, b, generator=generator(b + 5), dtype=dtype))[0] for b in (2, 1)]
-    precision = [torch.tensor([[1.0, 4.0], [0.5, 2.0]], dtype=dtype), torch.tensor([[3.0]], dtype=dtype)]
-    return posteriors.KroneckerGaussian(torch.arange(5, dtype=dtype), tuple(left), tuple(right), tuple(precision))
+    left = [
+        torch.linalg.qr(torch.randn(a, a, generator=generator(a), dtype=dtype))[0] for a in (2, 1)
+    ]
+    right = [
+        torch.linalg.qr(torch.randn(b, b, generator=generator(b + 5), dtype=dtype))[0]
+        for b in (2, 1)
+    ]
+    precision = [
+        torch.tensor([[1.0, 4.0], [0.5, 2.0]], dtype=dtype),
+        torch.tensor([[3.0]], dtype=dtype),
+    ]
+    return posteriors.KroneckerGaussian(
+        torch.arange(5, dtype=dtype), tuple(left), tuple(right), tuple(precision)
+    )
 
 
 def low_rank(seed: int = 0) -> posteriors.LowRankGaussian:
@@ -119,7 +149,9 @@ def coupling() -> posteriors.CouplingFlow:
 
 
 def restricted() -> posteriors.Conditional:
-    return posteriors.Conditional(torch.arange(7, dtype=F64), torch.tensor([0, 2, 3, 5, 6]), kronecker())
+    return posteriors.Conditional(
+        torch.arange(7, dtype=F64), torch.tensor([0, 2, 3, 5, 6]), kronecker()
+    )
 
 
 DENSITIES = {
@@ -134,7 +166,9 @@ DENSITIES = {
 def dense(q) -> torch.distributions.MultivariateNormal:
     """Return a Gaussian with the dense covariance that ``q`` says it has."""
     if isinstance(q, posteriors.LowRankGaussian):
-        return torch.distributions.MultivariateNormal(q.loc, q.factor @ q.factor.T + q.diagonal.diag())
+        return torch.distributions.MultivariateNormal(
+            q.loc, q.factor @ q.factor.T + q.diagonal.diag()
+        )
     blocks = [
         torch.kron(left, right) @ p.flatten().diag() @ torch.kron(left, right).T
         for left, right, p in zip(q.left, q.right, q.precision, strict=True)
@@ -191,29 +225,37 @@ def test_a_gaussian_from_its_precision() -> None:
         bf.Gaussian.of_precision(torch.zeros(6), -precision)
 
 
-# ---------------------------------------------------------------- variational inference
+# ---------------------------------------- variational inference
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
 @pytest.mark.parametrize("correlation", [0.0, 10.0])
-def test_full_rank_vi_is_exact_where_the_posterior_is_gaussian(temperature: float, correlation: float) -> None:
+def test_full_rank_vi_is_exact_where_the_posterior_is_gaussian(
+    temperature: float, correlation: float
+) -> None:
     problem = conjugate(temperature=temperature, correlation=correlation)
     draws = bf.sample(problem.model, bf.VI(rank="full", steps=1000), draws=10, seed=0)
     torch.testing.assert_close(draws.posterior.loc, problem.mean, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(covariance(draws.posterior), problem.covariance, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        covariance(draws.posterior), problem.covariance, rtol=1e-5, atol=1e-7
+    )
     if temperature == 1:
         assert draws.info["elbo"] == pytest.approx(problem.log_evidence, abs=1e-6)
 
 
 @pytest.mark.parametrize("n", [25, 2500])
 def test_the_divergence_from_the_prior_is_counted_once_whatever_the_number_of_rows(n: int) -> None:
-    """A known defect elsewhere is a KL term divided by a batch size: variances are then wrong by that factor."""
+    """A known defect elsewhere is a KL term divided by a batch size: variances are then wrong by
+    that factor.
+    """
     problem = conjugate(n)
     draws = bf.sample(problem.model, bf.VI(steps=1500), draws=1000, seed=0)
     precision = torch.linalg.inv(problem.covariance)
     sd = precision.diagonal().rsqrt()
     torch.testing.assert_close(draws.posterior.loc / sd, problem.mean / sd, rtol=0, atol=0.1)
-    torch.testing.assert_close(draws.posterior.scale_tril / sd, torch.ones(4, dtype=F64), rtol=0, atol=0.06)
+    torch.testing.assert_close(
+        draws.posterior.scale_tril / sd, torch.ones(4, dtype=F64), rtol=0, atol=0.06
+    )
     divergence = 0.5 * float(precision.diagonal().log().sum() - torch.linalg.slogdet(precision)[1])
     error = 5 * draws.info["elbo_error"] + 1e-3
     assert draws.info["elbo"] == pytest.approx(problem.log_evidence - divergence, abs=error)
@@ -222,7 +264,9 @@ def test_the_divergence_from_the_prior_is_counted_once_whatever_the_number_of_ro
 def test_low_rank_vi_lies_between_mean_field_and_full_rank() -> None:
     problem = conjugate(correlation=2.0)
     elbo = [
-        bf.sample(problem.model, bf.VI(rank=rank, steps=800, learning_rate=0.05), seed=0).info["elbo"]
+        bf.sample(problem.model, bf.VI(rank=rank, steps=800, learning_rate=0.05), seed=0).info[
+            "elbo"
+        ]
         for rank in (0, 1, 2, "full")
     ]
     assert elbo == sorted(elbo)
@@ -231,11 +275,18 @@ def test_low_rank_vi_lies_between_mean_field_and_full_rank() -> None:
 
 
 def test_learned_scales_and_temperatures_reach_the_guide() -> None:
-    """With inputs of zero and pinned weights only log scale is learned, whose marginal a grid knows."""
+    """With inputs of zero and pinned weights only log scale is learned, whose marginal a grid
+    knows.
+    """
     y = 0.7 * sine().y
     net = built(lambda: nn.Linear(1, 1))
     model = bf.BayesianModel(
-        net, priors.Normal(0.05), likelihoods.Gaussian(), torch.zeros(9, 1, dtype=F64), y, temperature=0.2
+        net,
+        priors.Normal(0.05),
+        likelihoods.Gaussian(),
+        torch.zeros(9, 1, dtype=F64),
+        y,
+        temperature=0.2,
     )
     found = bf.sample(model, bf.VI(steps=800), draws=10, seed=0).posterior
     theta = found.loc.expand(400, -1).clone()
@@ -265,7 +316,7 @@ def test_a_flow_follows_a_bend_that_no_gaussian_can() -> None:
     assert elbo["flow"] > log_evidence - 0.6
 
 
-# ---------------------------------------------------------------- Laplace
+# ---------------------------------------- Laplace
 
 
 @pytest.mark.parametrize("hessian", ["ggn", "exact"])
@@ -336,7 +387,9 @@ def test_the_linearised_predictive_is_that_of_the_last_layer_and_of_a_linear_mod
         prediction = bf.predict(linear, draws, x)
         assert prediction.mean.isfinite().all()
     # mean and variance of the linearised outputs have closed forms
-    jacobian = torch.func.jacrev(lambda theta: model.outputs(theta, x).squeeze(-1))(draws.posterior.loc)
+    jacobian = torch.func.jacrev(lambda theta: model.outputs(theta, x).squeeze(-1))(
+        draws.posterior.loc
+    )
     outputs = linear.outputs(draws.flat, x).squeeze(-1)
     check_sampled(outputs, model.outputs(draws.posterior.loc, x).squeeze(-1),
                   jacobian @ covariance(draws.posterior) @ jacobian.T)  # fmt: skip
@@ -347,21 +400,28 @@ def test_rows_in_blocks_make_the_same_curvature(monkeypatch: pytest.MonkeyPatch)
     theta = model.sample_prior(1, 0)[0]
     whole = laplace.gauss_newton_precision(model, theta)
     factor = model.at(theta[None]).grad_and_factor()[1][0]
-    torch.testing.assert_close(whole, factor.T @ factor + laplace.prior_precision(model, theta).diag())
+    torch.testing.assert_close(
+        whole, factor.T @ factor + laplace.prior_precision(model, theta).diag()
+    )
     monkeypatch.setattr("bnnflow.model.network.LARGEST_BLOCK", 40 * model.dim)
     torch.testing.assert_close(laplace.gauss_newton_precision(model, theta), whole)
-    torch.testing.assert_close(laplace.gauss_newton_precision(model, theta, diagonal=True), whole.diagonal())
+    torch.testing.assert_close(
+        laplace.gauss_newton_precision(model, theta, diagonal=True), whole.diagonal()
+    )
     exact = laplace.exact_precision(model, theta, diagonal=False)
     hessian = torch.func.hessian(model.log_joint)(theta)
     torch.testing.assert_close(exact, -hessian)
-    torch.testing.assert_close(laplace.exact_precision(model, theta, diagonal=True), -hessian.diagonal())
+    torch.testing.assert_close(
+        laplace.exact_precision(model, theta, diagonal=True), -hessian.diagonal()
+    )
 
 
 @pytest.mark.parametrize(
     ("prior", "curvature"),
     [
         (priors.Normal(0.5), 4.0),
-        (priors.Laplace(0.5), (1.349 / (2 * 0.5 * math.log(2))) ** 2),  # flat but for its kink: the quartiles'
+        # flat but for its kink: the quartiles'
+        (priors.Laplace(0.5), (1.349 / (2 * 0.5 * math.log(2))) ** 2),
     ],
     ids=["normal", "laplace"],
 )
@@ -376,7 +436,9 @@ def test_laplace_takes_learned_scales_and_classes() -> None:
     assert draws.theta.isfinite().all()
     x = torch.randn(30, 2, generator=generator(), dtype=F64)
     net = built(lambda: nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 3)))
-    model = bf.BayesianModel(net, priors.Normal(), likelihoods.Categorical(), x, (x[:, 0] > 0).long() + (x[:, 1] > 0))
+    model = bf.BayesianModel(
+        net, priors.Normal(), likelihoods.Categorical(), x, (x[:, 0] > 0).long() + (x[:, 1] > 0)
+    )
     draws = bf.sample(model, bf.Laplace(), draws=100, seed=0)
     assert draws.info["gradient_norm"] < 1e-4
     assert draws.log_evidence[0] < float(model.log_likelihood(draws.posterior.loc))
@@ -384,8 +446,11 @@ def test_laplace_takes_learned_scales_and_classes() -> None:
 
 def test_what_laplace_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = sine()
-    monkeypatch.setitem(bf.Laplace.draw.__globals__, "LARGEST_FULL", 12)  # doctest may import the module again
-    with pytest.raises(ValueError, match="structure='full' is for up to 12 coordinates, this model has 13"):
+    # doctest may import the module again
+    monkeypatch.setitem(bf.Laplace.draw.__globals__, "LARGEST_FULL", 12)
+    with pytest.raises(
+        ValueError, match="structure='full' is for up to 12 coordinates, this model has 13"
+    ):
         bf.sample(model, bf.Laplace())
     assert bf.sample(model, bf.Laplace("diagonal", steps=10), draws=2).dim == 13
     with pytest.raises(ValueError, match="hessian must be 'ggn' for structure='last_layer'"):
@@ -396,14 +461,18 @@ def test_what_laplace_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("structure", ["full", "diagonal"])
 def test_a_posterior_without_a_mode_is_refused(structure: Literal["full", "diagonal"]) -> None:
-    """Scales of the prior that shrink with the weights make the joint density grow without bound."""
+    """Scales of the prior that shrink with the weights make the joint density grow without
+    bound.
+    """
     with pytest.raises(ValueError, match=r"grows without bound.* \(the prior is Hierarchical\)"):
         bf.sample(sine(prior=priors.Hierarchical()), bf.Laplace(structure), draws=5, seed=0)
 
 
 def test_a_mode_that_was_not_reached_is_told() -> None:
     with pytest.warns(UserWarning, match="no mode was found"):
-        draws = bf.sample(sine(likelihoods.Gaussian(1e-4)), bf.Laplace(steps=1, polish=1), draws=5, seed=0)
+        draws = bf.sample(
+            sine(likelihoods.Gaussian(1e-4)), bf.Laplace(steps=1, polish=1), draws=5, seed=0
+        )
     assert not draws.info["converged"]
     assert draws.log_evidence is None
 
@@ -415,7 +484,10 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def laplace_torch():
-    """Return laplace-torch, or skip; a torchvision that does not fit torch raises RuntimeError on import."""
+    """Return laplace-torch, or skip.
+
+    A torchvision that does not fit torch raises RuntimeError on import.
+    """
     try:
         import laplace
     except (ImportError, RuntimeError) as error:
@@ -431,7 +503,9 @@ def test_kronecker_products_are_exact_for_a_layer_with_noise_of_each_output(scal
     x = torch.randn(40, 3, generator=generator(), dtype=F64)
     y = scales * x[:, :2] + noise * torch.randn(40, 2, generator=generator(1), dtype=F64)
     net = built(lambda: nn.Linear(3, 2, bias=False))
-    likelihood = likelihoods.Gaussian(scale_prior=torch.distributions.HalfNormal(scales * torch.ones(2)))
+    likelihood = likelihoods.Gaussian(
+        scale_prior=torch.distributions.HalfNormal(scales * torch.ones(2))
+    )
     model = bf.BayesianModel(net, priors.Normal(scales), likelihood, x, y)
     full, product = (
         bf.sample(model, bf.Laplace(each, starts=2, steps=50), draws=2, seed=0).posterior
@@ -447,15 +521,27 @@ def test_kronecker_products_are_exact_for_a_layer_with_noise_of_each_output(scal
 def test_laplace_has_the_precision_of_laplace_torch(kind: str, structure) -> None:
     oracle = laplace_torch()
     x = torch.randn(30, 2, generator=generator(), dtype=F64)
-    y = (x[:, :1] * x[:, 1:]).sin() if kind == "regression" else (x[:, 0] > 0).long() + (x[:, 1] > 0)
-    net = built(lambda: nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1 if kind == "regression" else 3)))
+    y = (
+        (x[:, :1] * x[:, 1:]).sin()
+        if kind == "regression"
+        else (x[:, 0] > 0).long() + (x[:, 1] > 0)
+    )
+    net = built(
+        lambda: nn.Sequential(
+            nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1 if kind == "regression" else 3)
+        )
+    )
     likelihood = likelihoods.Gaussian(0.3) if kind == "regression" else likelihoods.Categorical()
     model = bf.BayesianModel(net, priors.Normal(0.8), likelihood, x, y)
     draws = bf.sample(model, bf.Laplace(structure), draws=200, seed=0)
     mode = draws.posterior.loc
-    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(model.x, model.y), batch_size=30)
+    data = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(model.x, model.y), batch_size=30
+    )
     where = {"last_layer": "last_layer"}.get(structure, "all")
-    short = {"full": "full", "diagonal": "diag", "last_layer": "full", "kronecker": "kron"}[structure]
+    short = {"full": "full", "diagonal": "diag", "last_layer": "full", "kronecker": "kron"}[
+        structure
+    ]
     with torch.random.fork_rng(devices=[]):
         theirs = oracle.Laplace(
             model.to_network(mode), kind, subset_of_weights=where, hessian_structure=short,
@@ -472,10 +558,12 @@ def test_laplace_has_the_precision_of_laplace_torch(kind: str, structure) -> Non
         found, expected = torch.linalg.inv(covariance(gaussian)), theirs.posterior_precision
     torch.testing.assert_close(found, expected.to(F64), rtol=1e-4, atol=1e-4)
     if structure in ("full", "kronecker", "diagonal"):
-        assert draws.log_evidence[0] == pytest.approx(float(theirs.log_marginal_likelihood()), abs=1e-3)
+        assert draws.log_evidence[0] == pytest.approx(
+            float(theirs.log_marginal_likelihood()), abs=1e-3
+        )
 
 
-# ---------------------------------------------------------------- SWAG, ensembles, dropout
+# ---------------------------------------- SWAG, ensembles, dropout
 
 
 def test_swag_visits_the_neighbourhood_of_the_mode() -> None:
@@ -501,7 +589,9 @@ def test_a_swag_member_is_the_gaussian_of_its_snapshots() -> None:
     torch.testing.assert_close(found.diagonal, 0.5 * points.var(0, correction=0))
     for scale in (1e-8, 1e8):
         other = bf.SWAG(rank=6, snapshots=6)._gaussian(scale * points)
-        torch.testing.assert_close(other.log_prob(scale * points), found.log_prob(points) - 3 * math.log(scale))
+        torch.testing.assert_close(
+            other.log_prob(scale * points), found.log_prob(points) - 3 * math.log(scale)
+        )
 
 
 def test_swag_survives_a_rate_that_is_far_too_large() -> None:
@@ -520,13 +610,19 @@ def test_ensemble_members_reach_the_mode() -> None:
 
 
 def test_dropout_factors_drop_whole_units() -> None:
-    net = built(lambda: nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)))
+    net = built(
+        lambda: nn.Sequential(
+            nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)
+        )
+    )
     spec = bf.WeightSpec.of(net)
     factors = spec.unflatten(dropout_factors(spec, 0.25, (4000,), generator(), F64))
     for name in ("0.weight", "0.bias", "2.bias", "4.bias"):
         assert (factors[name] == 1).all()
     for name in ("2.weight", "4.weight"):
-        assert (factors[name] == factors[name][:, :1]).all(), "a unit is dropped for all who read it"
+        assert (factors[name] == factors[name][:, :1]).all(), (
+            "a unit is dropped for all who read it"
+        )
         assert set(factors[name].unique().tolist()) == {0.0, 1 / 0.75}
         assert abs(float(factors[name].mean()) - 1) < 0.03
     theta = torch.randn(spec.dim, generator=generator(), dtype=F64)
@@ -535,7 +631,9 @@ def test_dropout_factors_drop_whole_units() -> None:
     p = spec.unflatten(theta)
     h = torch.tanh(x @ p["0.weight"].T + p["0.bias"]) * factors["2.weight"][0, 0]
     h = torch.relu(h @ p["2.weight"].T + p["2.bias"]) * factors["4.weight"][0, 0]
-    model = bf.BayesianModel(net, priors.Normal(), likelihoods.Categorical(), x, torch.arange(6) % 3)
+    model = bf.BayesianModel(
+        net, priors.Normal(), likelihoods.Categorical(), x, torch.arange(6) % 3
+    )
     torch.testing.assert_close(model.outputs(masked), h @ p["4.weight"].T + p["4.bias"])
 
 
@@ -544,17 +642,23 @@ def test_dropout_trains_the_expected_objective() -> None:
     rate, n = 0.3, 40
     x = torch.randn(n, 2, generator=generator(), dtype=F64)
     y = x.sum(-1) + 0.3 * torch.randn(n, generator=generator(1), dtype=F64)
-    net = built(lambda: nn.Sequential(nn.Linear(2, 2, bias=False), nn.Tanh(), nn.Linear(2, 1, bias=False)))
+    net = built(
+        lambda: nn.Sequential(nn.Linear(2, 2, bias=False), nn.Tanh(), nn.Linear(2, 1, bias=False))
+    )
     model = bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(0.5), x, y)
     method = bf.MCDropout(rate=rate, members=1, steps=3000, masks=16)
     draws = bf.sample(model, method, draws=400, seed=0)
     assert draws.theta.shape == (1, 400, 6)
     # Undo the masks: the largest multiple that each readout weight takes is 1 / (1 - rate) of it.
     readout = draws.flat[:, 4:]
-    w = torch.where(readout.max(0).values > -readout.min(0).values, readout.max(0).values, readout.min(0).values)
+    w = torch.where(
+        readout.max(0).values > -readout.min(0).values, readout.max(0).values, readout.min(0).values
+    )
     w = w * (1 - rate)
     h = torch.tanh(x @ draws.flat[0, :4].reshape(2, 2).T)
-    gram = h.T @ h + rate / (1 - rate) * (h.T @ h).diagonal().diag() + 0.25 * torch.eye(2, dtype=F64)
+    gram = (
+        h.T @ h + rate / (1 - rate) * (h.T @ h).diagonal().diag() + 0.25 * torch.eye(2, dtype=F64)
+    )
     torch.testing.assert_close(w, torch.linalg.solve(gram, h.T @ y), rtol=0.03, atol=0.03)
 
 
@@ -563,12 +667,14 @@ def test_dropout_needs_labelled_hidden_units() -> None:
         bf.sample(conjugate().model, bf.MCDropout())
 
 
-# ---------------------------------------------------------------- NUTS
+# ---------------------------------------- NUTS
 
 
-def test_nuts_finds_the_conjugate_posterior() -> None:
+@pytest.mark.parametrize("full_mass", [False, True])
+def test_nuts_finds_the_conjugate_posterior(full_mass: bool) -> None:
     problem = conjugate(temperature=0.5)
-    draws = bf.sample(problem.model, bf.PyroNUTS(), chains=3, warmup=100, draws=200, seed=0)
+    nuts = bf.PyroNUTS(full_mass=full_mass)
+    draws = bf.sample(problem.model, nuts, chains=3, warmup=100, draws=200, seed=0)
     assert draws.theta.shape == (3, 200, 4)
     sd = problem.covariance.diagonal().sqrt()
     ess = min(arviz.ess(draws.theta[..., i].numpy()) for i in range(4))
@@ -577,23 +683,35 @@ def test_nuts_finds_the_conjugate_posterior() -> None:
     assert ((draws.flat.std(0) / sd - 1).abs()).max() < 5 / math.sqrt(ess)
     assert set(draws.stats) == {"acceptance_rate", "diverging", "n_steps"}
     assert 0.6 < float(draws.stats["acceptance_rate"].mean()) <= 1
-    assert ((draws.stats["acceptance_rate"] >= -1e-9) & (draws.stats["acceptance_rate"] <= 1 + 1e-9)).all()
+    assert (
+        (draws.stats["acceptance_rate"] >= -1e-9) & (draws.stats["acceptance_rate"] <= 1 + 1e-9)
+    ).all()
     assert (draws.stats["n_steps"] >= 1).all()
     torch.testing.assert_close(draws.log_joint, problem.model.log_joint(draws.theta))
     assert len(set(draws.info["step_size"])) == 3
 
 
 def test_chains_from_one_point_differ() -> None:
-    """A known defect elsewhere: chains that share one seed are copies, and R-hat then is perfect."""
+    """A known defect elsewhere: chains that share one seed are copies, and R-hat then is
+    perfect.
+    """
     model = sine()
-    draws = bf.sample(model, bf.PyroNUTS(), chains=3, warmup=0, draws=3, seed=0, init=model.sample_prior(1, 0)[0])
+    draws = bf.sample(
+        model, bf.PyroNUTS(), chains=3, warmup=0, draws=3, seed=0, init=model.sample_prior(1, 0)[0]
+    )
     assert len(draws.theta[:, -1].unique(dim=0)) == 3
-    again = bf.sample(model, bf.PyroNUTS(), chains=3, warmup=0, draws=3, seed=0, init=model.sample_prior(1, 0)[0])
+    again = bf.sample(
+        model, bf.PyroNUTS(), chains=3, warmup=0, draws=3, seed=0, init=model.sample_prior(1, 0)[0]
+    )
     assert torch.equal(draws.theta, again.theta)
 
 
-@pytest.mark.parametrize(("calls", "shape"), [(60, (1, 0)), (500, (1, 40))], ids=["first chain", "second chain"])
-def test_an_interrupt_keeps_what_nuts_has_drawn(calls: int, shape, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("calls", "shape"), [(60, (1, 0)), (500, (1, 40))], ids=["first chain", "second chain"]
+)
+def test_an_interrupt_keeps_what_nuts_has_drawn(
+    calls: int, shape, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = sine()
     count, whole = 0, model.log_joint_and_grad
 
@@ -614,24 +732,35 @@ def test_an_interrupt_keeps_what_nuts_has_drawn(calls: int, shape, monkeypatch: 
     assert draws.theta.isfinite().all()
 
 
-# ---------------------------------------------------------------- what holds for all
+# ---------------------------------------- what holds for all
 
 SMALL = [
-    bf.VI(steps=20), bf.VI(rank=2, steps=20), bf.VI(rank="full", steps=20), bf.NormalizingFlowVI(steps=20),
-    bf.Laplace(steps=20), bf.Laplace("diagonal", steps=20), bf.Laplace("last_layer", steps=20),
-    bf.SWAG(members=2, steps=20, snapshots=20, every=2), bf.MCDropout(members=2, steps=20), bf.DeepEnsemble(3, 20),
+    bf.VI(steps=20),
+    bf.VI(rank=2, steps=20),
+    bf.VI(rank="full", steps=20),
+    bf.NormalizingFlowVI(steps=20),
+    bf.Laplace(steps=20),
+    bf.Laplace("diagonal", steps=20),
+    bf.Laplace("last_layer", steps=20),
+    bf.SWAG(members=2, steps=20, snapshots=20, every=2),
+    bf.MCDropout(members=2, steps=20),
+    bf.DeepEnsemble(3, 20),
     bf.PyroNUTS(),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("method", SMALL, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
-def test_every_method_runs_in_either_precision_and_repeats(method, dtype: torch.dtype, tmp_path) -> None:
+def test_every_method_runs_in_either_precision_and_repeats(
+    method, dtype: torch.dtype, tmp_path
+) -> None:
     model = sine(likelihoods.Gaussian())
     sizes = {"chains": 2, "warmup": 5, "draws": 5} if isinstance(method, bf.PyroNUTS) else {}
     draws = bf.sample(model, method, seed=0, dtype=dtype, **sizes)
     assert torch.equal(draws.theta, bf.sample(model, method, seed=0, dtype=dtype, **sizes).theta)
-    assert not torch.equal(draws.theta, bf.sample(model, method, seed=1, dtype=dtype, **sizes).theta)
+    assert not torch.equal(
+        draws.theta, bf.sample(model, method, seed=1, dtype=dtype, **sizes).theta
+    )
     assert draws.theta.dtype == dtype
     torch.testing.assert_close(draws.log_joint, model.to(dtype=dtype).log_joint(draws.theta))
     assert draws.info["gradients_per_chain"] > 0
@@ -641,7 +770,9 @@ def test_every_method_runs_in_either_precision_and_repeats(method, dtype: torch.
     if draws.posterior is not None:
         assert draws.posterior.sample(3, 0).dtype == dtype
         assert draws.posterior.log_prob(draws.flat).dtype == F64
-        assert torch.equal(loaded.posterior.log_prob(draws.flat), draws.posterior.log_prob(draws.flat))
+        assert torch.equal(
+            loaded.posterior.log_prob(draws.flat), draws.posterior.log_prob(draws.flat)
+        )
 
 
 @pytest.mark.parametrize(
@@ -663,13 +794,21 @@ def test_numbers_without_sense_are_refused(method, options: dict, message: str) 
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        (bf.VI, {"rank": -1}), (bf.VI, {"rank": "half"}), (bf.VI, {"scale": 0.0}),
-        (bf.NormalizingFlowVI, {"couplings": 0}), (bf.Laplace, {"starts": 0}), (bf.Laplace, {"hessian": "none"}),
-        (bf.SWAG, {"rank": 1}), (bf.SWAG, {"snapshots": 5}), (bf.SWAG, {"batch_size": 0}),
-        (bf.MCDropout, {"rate": 1.0}), (bf.MCDropout, {"masks": 0}),
-        (bf.PyroNUTS, {"max_tree_depth": 0}), (bf.PyroNUTS, {"target_acceptance": 1.0}),
+        (bf.VI, {"rank": -1}),
+        (bf.VI, {"rank": "half"}),
+        (bf.VI, {"scale": 0.0}),
+        (bf.NormalizingFlowVI, {"couplings": 0}),
+        (bf.Laplace, {"starts": 0}),
+        (bf.Laplace, {"hessian": "none"}),
+        (bf.SWAG, {"rank": 1}),
+        (bf.SWAG, {"snapshots": 5}),
+        (bf.SWAG, {"batch_size": 0}),
+        (bf.MCDropout, {"rate": 1.0}),
+        (bf.MCDropout, {"masks": 0}),
+        (bf.PyroNUTS, {"max_tree_depth": 0}),
+        (bf.PyroNUTS, {"target_acceptance": 1.0}),
     ],
-)  # fmt: skip
+)
 def test_settings_without_sense_are_refused(method: type, options: dict) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
         method(**options)

@@ -17,7 +17,9 @@ def test_whole_numbers_become_int(value):
     assert result == 3
 
 
-@pytest.mark.parametrize("value", [True, np.bool_(True), torch.tensor(True), 3.0, np.float64(3), "3", None, [3], int])
+@pytest.mark.parametrize(
+    "value", [True, np.bool_(True), torch.tensor(True), 3.0, np.float64(3), "3", None, [3], int]
+)
 def test_what_is_no_whole_number_is_refused_by_name(value):
     with pytest.raises(TypeError, match="chains must be an integer"):
         arguments.integer("chains", value)
@@ -30,7 +32,9 @@ def test_real_numbers_become_float(value):
     assert result == 0.5
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -1, 0, np.float32("nan"), torch.tensor(-1.0)])
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, -1, 0, np.float32("nan"), torch.tensor(-1.0)]
+)
 def test_numbers_out_of_range_are_refused_by_name(value):
     with pytest.raises(ValueError, match="step_size must be positive and finite"):
         arguments.number("step_size", value, above=0)
@@ -101,12 +105,19 @@ def test_rows_with_the_same_labels_in_another_order_are_refused():
     pandas = pytest.importorskip("pandas")
     x, y = pandas.DataFrame({"a": [1.0, 2.0, 3.0]}), pandas.Series([1.0, 2.0, 3.0])
     shuffled = y.iloc[[2, 0, 1]]
-    assert rows_of(x, y) == rows_of(x, shuffled.to_numpy()) == rows_of(x.iloc[[2, 0, 1]], shuffled) == 3
-    assert rows_of(x, y.set_axis([10, 11, 12])) == rows_of(x, y=None) == 3  # places are all that there is
+    assert (
+        rows_of(x, y)
+        == rows_of(x, shuffled.to_numpy())
+        == rows_of(x.iloc[[2, 0, 1]], shuffled)
+        == 3
+    )
+    # places are all that there is
+    assert rows_of(x, y.set_axis([10, 11, 12])) == rows_of(x, y=None) == 3
     for wrong in (shuffled, y.sort_values(ascending=False)):
         with pytest.raises(ValueError, match="same labels in another order"):
             rows_of(x, wrong)
-    with pytest.raises(ValueError, match="same labels in another order"):  # another row was dropped of each
+    # another row was dropped of each
+    with pytest.raises(ValueError, match="same labels in another order"):
         rows_of(x.drop(0), y.drop(1))
 
 

@@ -1,4 +1,6 @@
-"""Density baselines: conjugate posteriors recovered, densities that integrate to one, fair starts, bad input."""
+"""Density baselines: conjugate posteriors recovered, densities that integrate to one, fair starts,
+bad input.
+"""
 
 import itertools
 import math
@@ -19,7 +21,10 @@ SMALL = {"cnf": {"width": 32, "solver_steps": 3}, "coupling": {"couplings": 4, "
 
 
 def fit(kind: str, model: bf.BayesianModel, draws, **options):
-    training = replace(SHORT, **{each.name: options.pop(each.name) for each in fields(SHORT) if each.name in options})
+    training = replace(
+        SHORT,
+        **{each.name: options.pop(each.name) for each in fields(SHORT) if each.name in options},
+    )
     if kind == "gaussian":
         return fit_gaussian(model, draws, **options)
     method = {"cnf": fit_cnf, "coupling": fit_coupling}[kind]
@@ -40,7 +45,10 @@ class _ScaledStudent:
         scale = parameters["scale"]  # (..., 1)
         ones = {name: (1,) * len(shape) for name, shape in spec.shapes.items()}
         lead = scale.shape[:-1]
-        return {name: torch.distributions.StudentT(5.0, 0.0, scale.reshape(*lead, *one)) for name, one in ones.items()}
+        return {
+            name: torch.distributions.StudentT(5.0, 0.0, scale.reshape(*lead, *one))
+            for name, one in ones.items()
+        }
 
 
 def bananas(n: int, seed: int) -> torch.Tensor:
@@ -54,7 +62,7 @@ def banana_log_prob(theta: torch.Tensor) -> torch.Tensor:
     return unit.log_prob(theta[:, 0]) + unit.log_prob(second) - math.log(0.3)
 
 
-# ------------------------------------------------------------------ closed forms
+# ---------------------------------------- closed forms
 
 
 @ALL
@@ -85,13 +93,20 @@ def test_learned_density_leaves_the_gaussian_behind_on_a_banana(kind):
     assert (truth - found.log_prob(unseen)).mean() < 0.15
     # The same density forwards and backwards, and one that integrates to one.
     grid = torch.cartesian_prod(
-        torch.linspace(-5, 5, 120, dtype=torch.float64), torch.linspace(-4, 16, 240, dtype=torch.float64)
+        torch.linspace(-5, 5, 120, dtype=torch.float64),
+        torch.linspace(-4, 16, 240, dtype=torch.float64),
     )
-    assert float(found.log_prob(grid).exp().sum()) * (10 / 119) * (20 / 239) == pytest.approx(1.0, abs=0.02)
+    assert float(found.log_prob(grid).exp().sum()) * (10 / 119) * (20 / 239) == pytest.approx(
+        1.0, abs=0.02
+    )
     drawn = found.sample(3000, 3)
     assert (found.log_prob(drawn) - banana_log_prob(drawn)).median().abs() < 0.2
     if isinstance(found, Flow):  # it says the error of its solver, and that is small
-        change = (found.log_prob(unseen) - found.log_prob(unseen, solver=found.solver.finer())).abs().mean()
+        change = (
+            (found.log_prob(unseen) - found.log_prob(unseen, solver=found.solver.finer()))
+            .abs()
+            .mean()
+        )
         assert found.info["solver_error"] < 0.01
         assert change < 2 * found.info["solver_error"] + 1e-4
 
@@ -110,7 +125,7 @@ def test_density_carries_the_jacobian_of_a_prior_that_is_not_normal(kind):
     assert abs(drawn.mean() - mean) < 4.5 * drawn.std() / math.sqrt(4000)
 
 
-# ------------------------------------------------------------------ matching, weights, held-out draws
+# ---------------------------------------- matching, weights, held-out draws
 
 
 def test_matching_undoes_random_symmetries():
@@ -135,7 +150,16 @@ def test_early_stopping_never_ends_below_the_gaussian(kind):
     model = network(width=4, dtype=torch.float32)
     draws, held_out = (torch.randn(n, model.dim, generator=generator(n)) for n in (30, 400))
     gaussian = fit_gaussian(model, draws, matched=False, held_out=held_out)
-    found = fit(kind, model, draws, matched=False, held_out=held_out, steps=1000, patience=2, learning_rate=1e-2)
+    found = fit(
+        kind,
+        model,
+        draws,
+        matched=False,
+        held_out=held_out,
+        steps=1000,
+        patience=2,
+        learning_rate=1e-2,
+    )
     assert found.info["held_out"] >= gaussian.info["held_out"] - 1e-4
     assert found.info["steps"] < 1000
     unseen = torch.randn(400, model.dim, generator=generator(9))
@@ -155,21 +179,24 @@ def test_held_out_likelihood_is_that_of_the_density_returned(kind):
 def test_weighted_draws_are_fitted_by_their_weights(kind):
     model = linear(4)
     near, far = (
-        where + 0.1 * torch.randn(500, 4, generator=generator(8), dtype=torch.float64) for where in (1.0, -5.0)
+        where + 0.1 * torch.randn(500, 4, generator=generator(8), dtype=torch.float64)
+        for where in (1.0, -5.0)
     )
     weights = torch.cat([torch.zeros(500), torch.full((500,), -1e4)])
     found = fit(kind, model, (torch.cat([near, far]), weights), steps=25)
     assert (found.sample(500, 0).mean(0) - 1.0).abs().max() < 0.05
 
 
-# ------------------------------------------------------------------ seeds, budgets, storage, errors
+# ---------------------------------------- seeds, budgets, storage, errors
 
 
 @ALL
 def test_same_seed_same_density(kind):
     model, exact = conjugate().model, conjugate().posterior
     draws = exact.sample(300, 0)
-    first, again, other = (fit(kind, model, draws, steps=30, seed=seed).sample(5, 0) for seed in (0, 0, 1))
+    first, again, other = (
+        fit(kind, model, draws, steps=30, seed=seed).sample(5, 0) for seed in (0, 0, 1)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -226,7 +253,9 @@ def test_draws_that_do_not_fit_are_refused(kind):
         fit(kind, model, model.sample_prior(5, 0))
     with pytest.raises(ValueError, match="held_out must be ten finite"):
         fit(kind, model, model.sample_prior(50, 0), held_out=model.sample_prior(5, 0))
-    student = bf.BayesianModel(model.net, _ScaledStudent(), likelihoods.Gaussian(0.3), model.x, model.y)
+    student = bf.BayesianModel(
+        model.net, _ScaledStudent(), likelihoods.Gaussian(0.3), model.x, model.y
+    )
     with pytest.raises(ValueError, match="StudentT prior needs its cdf"):
         fit(kind, student, student.sample_prior(50, 0))
 
@@ -249,7 +278,9 @@ def test_draws_that_do_not_fit_are_refused(kind):
 )
 def test_settings_that_cannot_be_are_refused(kind, options):
     model = network(width=4, dtype=torch.float32)
-    with pytest.raises(ValueError, match=f"{next(iter(options))} must be|densities are fitted by Adam"):
+    with pytest.raises(
+        ValueError, match=f"{next(iter(options))} must be|densities are fitted by Adam"
+    ):
         fit(kind, model, model.sample_prior(20, 0), **options)
 
 

@@ -1,4 +1,6 @@
-"""Laws of flows that make their own targets: right where the truth is known, reproducible, and honest on their cost."""
+"""Laws of flows that make their own targets: right where the truth is known, reproducible, and
+honest on their cost.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,13 @@ import pytest
 import torch
 
 import bnnflow as bf
-from bnnflow.transport import GradientSteps, InformedVelocity, ResidualVelocity, Solver, fit_flow_without_draws
+from bnnflow.transport import (
+    GradientSteps,
+    InformedVelocity,
+    ResidualVelocity,
+    Solver,
+    fit_flow_without_draws,
+)
 from tests.problems import network, regression
 
 
@@ -25,7 +33,8 @@ def test_flow_without_draws_finds_a_conjugate_posterior():
     )
     theta, log_q = flow.sample_with_log_prob(400, 1, solver=Solver(steps=24))
     assert isinstance(flow.velocity, ResidualVelocity)
-    assert abs(float((log_q - exact.log_prob(theta)).mean())) < 0.15  # the divergence KL(q, posterior)
+    # the divergence KL(q, posterior)
+    assert abs(float((log_q - exact.log_prob(theta)).mean())) < 0.15
     crude = bf.GaussNewtonFlow(model, start).sample_with_log_prob(400, 1)
     assert float((crude[1] - exact.log_prob(crude[0])).mean()) > 0.3
     assert len(flow.info["rounds"]) == 2
@@ -40,13 +49,20 @@ def test_flow_without_draws_is_reproducible_stored_and_checked(tmp_path):
             torch.default_generator.manual_seed(0)
             field = InformedVelocity(model.spec, width=8, depth=1)
         return fit_flow_without_draws(
-            model, targets=20, refine_steps=1, velocity=field, seed=seed, training=bf.Training(steps=4, batch_size=8)
+            model,
+            targets=20,
+            refine_steps=1,
+            velocity=field,
+            seed=seed,
+            training=bf.Training(steps=4, batch_size=8),
         )
 
     first, again, other = make(0), make(0), make(1)
     assert torch.equal(first.sample(3, 0), again.sample(3, 0))
     assert not torch.equal(first.sample(3, 0), other.sample(3, 0))
-    assert torch.allclose(bf.load(first.save(tmp_path / "flow"), model).sample(3, 0), first.sample(3, 0), atol=1e-5)
+    assert torch.allclose(
+        bf.load(first.save(tmp_path / "flow"), model).sample(3, 0), first.sample(3, 0), atol=1e-5
+    )
     for options in ({"rounds": 0}, {"targets": 0}, {"training": bf.Training(steps=1)}):
         with pytest.raises(ValueError, match="at least"):
             fit_flow_without_draws(model, **options)

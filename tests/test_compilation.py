@@ -1,4 +1,6 @@
-"""Laws of the cache of compiled code: it loads only what its owner compiled, and asks a bad compiler once."""
+"""Laws of the cache of compiled code: it loads only what its owner compiled, and asks a bad
+compiler once.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compiler(path: Path, script: str) -> str:
-    """Write a stand-in for a compiler, which counts its calls; the last of its arguments is the output."""
+    """Write a stand-in for a compiler, which counts its calls.
+
+    The last of its arguments is the output.
+    """
     path.write_text(f'#!/bin/sh\necho >> "{path}.calls"\nfor out; do :; done\n{script}\n')
     path.chmod(0o700)
     return str(path)
@@ -83,13 +88,15 @@ def works() -> None:
     """Check that a model has a gradient, compiled or not."""
     net = nn.Sequential(nn.utils.skip_init(nn.Linear, 2, 3, dtype=F64), nn.Tanh())
     x = torch.randn(7, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
-    model = BayesianModel(net, priors.Normal(), likelihoods.Gaussian(), x, x @ torch.ones(2, 3, dtype=F64))
+    model = BayesianModel(
+        net, priors.Normal(), likelihoods.Gaussian(), x, x @ torch.ones(2, 3, dtype=F64)
+    )
     theta = model.sample_prior(2, seed=0)
     value, grad = model.log_joint_and_grad(theta.clone().requires_grad_())
     torch.testing.assert_close(model.log_joint_and_grad(theta), (value.detach(), grad.detach()))
 
 
-# ---------------------------------------------------------------- kept
+# ---------------------------------------- kept
 
 
 @needs_compiler
@@ -121,11 +128,13 @@ def test_another_compiler_makes_a_library_of_its_own(
     assert calls(other) == 1
 
 
-# ---------------------------------------------------------------- damaged
+# ---------------------------------------- damaged
 
 
 @needs_compiler
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "a flipped bit", "another library", "a folder"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "garbage", "empty", "a flipped bit", "another library", "a folder"]
+)
 def test_a_damaged_library_is_made_again(
     damage: str, fresh: Path, quick: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -165,13 +174,19 @@ def test_a_library_that_others_may_write_is_made_again(fresh: Path, quick: str) 
     assert library.stat().st_mode & 0o022 == 0
 
 
-# ---------------------------------------------------------------- folders
+# ---------------------------------------- folders
 
 
 @needs_compiler
-@pytest.mark.parametrize("why", ["group", "world", "parent", "stranger", "link", "a file", "cannot be made"])
+@pytest.mark.parametrize(
+    "why", ["group", "world", "parent", "stranger", "link", "a file", "cannot be made"]
+)
 def test_a_folder_that_cannot_be_trusted_is_not_used(
-    why: str, fresh: Path, quick: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    why: str,
+    fresh: Path,
+    quick: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     if why == "a file":
         fresh.write_text("")
@@ -207,7 +222,11 @@ def test_a_folder_that_cannot_be_trusted_is_not_used(
 @needs_compiler
 @pytest.mark.parametrize("how", ["no room", "read only"])
 def test_a_folder_that_cannot_be_written_gives_way_to_the_next(
-    how: str, fresh: Path, quick: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    how: str,
+    fresh: Path,
+    quick: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     mkdtemp, write = tempfile.mkdtemp, Path.write_bytes
 
@@ -221,7 +240,9 @@ def test_a_folder_that_cannot_be_written_gives_way_to_the_next(
             raise OSError(errno.EROFS, "Read-only file system")
         return mkdtemp(suffix, prefix, dir)
 
-    monkeypatch.setattr(*((Path, "write_bytes", full) if how == "no room" else (tempfile, "mkdtemp", read_only)))
+    monkeypatch.setattr(
+        *((Path, "write_bytes", full) if how == "no room" else (tempfile, "mkdtemp", read_only))
+    )
     assert loaded()
     assert loaded()
     works()
@@ -248,9 +269,13 @@ def test_a_private_folder_that_was_there_before_us_is_not_trusted(
 @needs_compiler
 @pytest.mark.parametrize("home", [None, "", "relative", "/dev/null", "/nowhere/at/all"])
 @pytest.mark.parametrize("xdg", [None, "relative"])
-def test_every_home(home: str | None, xdg: str | None, quick: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_home(
+    home: str | None, xdg: str | None, quick: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("BNNFLOW_CACHE")
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path.replace("~", home) if home else path)
+    monkeypatch.setattr(
+        os.path, "expanduser", lambda path: path.replace("~", home) if home else path
+    )
     if home == "/nowhere/at/all":
         monkeypatch.setattr(Path, "mkdir", _refusing("/nowhere"))
     if xdg is not None:
@@ -272,7 +297,7 @@ def _refusing(root: str):
     return refusing
 
 
-# ---------------------------------------------------------------- compilers
+# ---------------------------------------- compilers
 
 
 HANGS = "sleep 1000 & sleep 1000"
@@ -290,10 +315,16 @@ FAILURES = {
 @needs_compiler
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_compiler_that_fails_is_asked_once(
-    failure: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    failure: str,
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     script, said = FAILURES[failure]
-    bad = compiler(tmp_path / "bad", script.replace("{made}", str(made)).replace("{python}", sys.executable))
+    bad = compiler(
+        tmp_path / "bad", script.replace("{made}", str(made)).replace("{python}", sys.executable)
+    )
     monkeypatch.setenv("CXX", bad)
     monkeypatch.setattr(compilation, "_PATIENCE", 0.5 if failure == "hangs" else 60.0)
     assert not loaded()
@@ -308,7 +339,11 @@ def test_a_compiler_that_fails_is_asked_once(
 
 @needs_compiler
 def test_a_failure_is_forgotten(
-    made: Path, fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    made: Path,
+    fresh: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     bad = compiler(tmp_path / "bad", "exit 1")
     monkeypatch.setenv("CXX", bad)
@@ -341,7 +376,9 @@ def test_switched_off(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapture
 
 
 @needs_compiler
-def test_what_a_hanging_compiler_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_hanging_compiler_started_ends_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     marks = tmp_path / "child"
     bad = compiler(tmp_path / "bad", f'sleep 1000 & echo $! > "{marks}"; wait')
     monkeypatch.setenv("CXX", bad)

@@ -1,4 +1,6 @@
-"""Laws of paths between networks: ends stay, spheres are kept, barriers agree with closed forms, curves avoid them."""
+"""Laws of paths between networks: ends stay, spheres are kept, barriers agree with closed forms,
+curves avoid them.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,7 @@ def ring(theta: Tensor) -> Tensor:
     return (theta.square().sum(-1) - 1).square()
 
 
-# ---------------------------------------------------------------- barriers
+# ---------------------------------------- barriers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
@@ -102,7 +104,7 @@ def test_alignment_removes_the_barrier_between_copies() -> None:
     assert (barrier(a, match(b, spec, a), loss).maximum < 1e-20).all()
 
 
-# ---------------------------------------------------------------- curves
+# ---------------------------------------- curves
 
 
 @pytest.mark.parametrize("kind", ["bezier", "chain"])
@@ -128,16 +130,22 @@ def test_curves_agree_with_their_formulas() -> None:
     torch.testing.assert_close(Curve(control, "chain").at(t[:, 0]), chain)
 
 
-@pytest.mark.parametrize(("kind", "bends"), [("bezier", 1), ("bezier", 3), ("chain", 1), ("chain", 3)])
+@pytest.mark.parametrize(
+    ("kind", "bends"), [("bezier", 1), ("bezier", 3), ("chain", 1), ("chain", 3)]
+)
 def test_fitted_curves_go_around_the_barrier(kind, bends: int) -> None:
     angles = torch.tensor([[0.0, 2.0], [1.0, 3.5], [2.0, 4.2]])
     ends = torch.stack([angles.cos(), angles.sin()], -1)  # (pair, 2, 2)
-    curve = fit_curve(ends[:, 0], ends[:, 1], ring, kind=kind, bends=bends, steps=200, learning_rate=0.05, seed=0)
+    curve = fit_curve(
+        ends[:, 0], ends[:, 1], ring, kind=kind, bends=bends, steps=200, learning_rate=0.05, seed=0
+    )
     assert curve.control.shape == (3, bends + 2, 2)
     assert torch.equal(curve.control[:, [0, -1]], ends)
     line, around = barrier(ends[:, 0], ends[:, 1], ring), barrier_along(curve, ring)
     assert (around.maximum < 0.35 * line.maximum).all()
-    again = fit_curve(ends[:, 0], ends[:, 1], ring, kind=kind, bends=bends, steps=200, learning_rate=0.05, seed=0)
+    again = fit_curve(
+        ends[:, 0], ends[:, 1], ring, kind=kind, bends=bends, steps=200, learning_rate=0.05, seed=0
+    )
     assert torch.equal(again.control, curve.control)
 
 
@@ -153,7 +161,7 @@ def test_counts_of_a_fit_must_be_positive(option: str) -> None:
         fit_curve(torch.zeros(2), torch.ones(2), ring, **{option: 0})
 
 
-# ---------------------------------------------------------------- geodesics
+# ---------------------------------------- geodesics
 
 
 def incoming(spec: WeightSpec, theta: Tensor, layer: int) -> Tensor:
@@ -211,7 +219,7 @@ def test_geodesics_need_a_scale_symmetry() -> None:
         Geodesic(weights(spec), weights(spec), spec)
 
 
-# ---------------------------------------------------------------- planes and pictures
+# ---------------------------------------- planes and pictures
 
 
 def test_plane_goes_through_three_networks() -> None:
@@ -222,6 +230,14 @@ def test_plane_goes_through_three_networks() -> None:
     torch.testing.assert_close(plane.locate(torch.stack([a, b, c])), plane.networks)
     inside = plane.origin + torch.stack([plane.x[7], plane.y[3]]) @ plane.frame
     torch.testing.assert_close(plane.losses[3, 7], ring(inside))
+    wide = loss_plane(a, b, c, ring, points=21, margin=1.0)
+    for axis, narrow, here in (
+        (wide.x, plane.x, plane.networks[:, 0]),
+        (wide.y, plane.y, plane.networks[:, 1]),
+    ):
+        extent = float(here.max() - here.min())
+        assert float(axis[-1] - axis[0]) == pytest.approx(3 * extent)
+        assert float(narrow[-1] - narrow[0]) == pytest.approx(1.5 * extent)
     with pytest.raises(ValueError, match="one line"):
         loss_plane(a, b, (a + b) / 2, ring)
 

@@ -29,13 +29,17 @@ def data(n=12, inputs=3):
 def model_of(net, x=None, y=None, prior=None, likelihood=None):
     own_x, own_y = data()
     x, y = own_x if x is None else x, own_y if y is None else y
-    return bf.BayesianModel(net, prior or priors.Normal(0.8), likelihood or likelihoods.Gaussian(0.3), x, y)
+    return bf.BayesianModel(
+        net, prior or priors.Normal(0.8), likelihood or likelihoods.Gaussian(0.3), x, y
+    )
 
 
 @pytest.fixture
 def perceptron(seeded):
     with seeded(0):
-        return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
+        return nn.Sequential(
+            nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)
+        )
 
 
 @pytest.fixture
@@ -151,7 +155,9 @@ def test_constants_move_with_the_model(perceptron):
     torch.testing.assert_close(line.outputs(theta[:1]), model.outputs(theta[:1]))
 
 
-@pytest.mark.parametrize("prior", [priors.FanIn(), priors.Hierarchical(fan_in=True), priors.Horseshoe()])
+@pytest.mark.parametrize(
+    "prior", [priors.FanIn(), priors.Hierarchical(fan_in=True), priors.Horseshoe()]
+)
 def test_every_prior_is_on_the_free_weights_alone(perceptron, prior):
     model = model_of(frozen(perceptron, "2"), prior=prior, likelihood=likelihoods.Gaussian())
     assert not [name for name in model.spec.names if "2.weight" in name or "2.bias" in name]
@@ -165,7 +171,9 @@ def test_a_pyro_model_has_sites_for_what_is_free(perceptron):
     theta = model.sample_prior(1, seed=0)[0]
     given = poutine.condition(model.to_pyro(), model.spec.unflatten(theta))
     trace = poutine.trace(given).get_trace()
-    assert {name for name in trace.nodes if "weight" in name or "bias" in name} == set(model.spec.names)
+    assert {name for name in trace.nodes if "weight" in name or "bias" in name} == set(
+        model.spec.names
+    )
     torch.testing.assert_close(trace.log_prob_sum().double(), model.log_joint(theta))
 
 
@@ -200,7 +208,9 @@ def test_flows_live_on_what_is_free(perceptron, tmp_path):
     loaded = bf.load(tmp_path / "flow.npz", model)
     assert torch.equal(loaded.sample(3, seed=1), flow.sample(3, seed=1))
     aligned = bf.align(model, draws)
-    torch.testing.assert_close(model.log_joint(aligned.theta), draws.log_joint, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        model.log_joint(aligned.theta), draws.log_joint, rtol=1e-4, atol=1e-3
+    )
 
 
 def test_a_shared_tensor_is_one_tensor(seeded):
@@ -216,4 +226,6 @@ def test_a_shared_tensor_is_one_tensor(seeded):
     assert torch.equal(model.from_network(back), theta[1])
     grad = model.to(dtype=torch.float64).log_joint_and_grad(theta.double())[1]
     at = theta.double().requires_grad_()
-    torch.testing.assert_close(torch.autograd.grad(model.to(dtype=torch.float64).log_joint(at).sum(), at)[0], grad)
+    torch.testing.assert_close(
+        torch.autograd.grad(model.to(dtype=torch.float64).log_joint(at).sum(), at)[0], grad
+    )

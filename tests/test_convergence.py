@@ -1,4 +1,6 @@
-"""Copies of one chain agree modulo symmetry, different functions never do, and the figures are ArviZ's."""
+"""Copies of one chain agree modulo symmetry, different functions never do, and the figures are
+ArviZ's.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,12 @@ def model_of(*widths: int, activation=nn.ReLU, likelihood=None, x=None, y=None) 
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c, self.d = nn.Linear(2, 4), nn.Linear(4, 3), nn.Linear(3, 4), nn.Linear(4, 1)
+        self.a, self.b, self.c, self.d = (
+            nn.Linear(2, 4),
+            nn.Linear(4, 3),
+            nn.Linear(3, 4),
+            nn.Linear(4, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.relu(self.a(x))
@@ -67,9 +74,13 @@ def random_walk(model: bf.BayesianModel, draws: int = 150, seed: int = 2) -> Ten
 
 
 def copies(model: bf.BayesianModel, chain: Tensor, seed: int = 5) -> Tensor:
-    """Move each of four copies of a chain by an element of the group of its own, the same for all its draws."""
+    """Move each of four copies of a chain by an element of the group of its own, the same for all
+    its draws.
+    """
     group = model.spec.symmetries()
-    return torch.stack([torch.stack(model.spec.transform(group, seed + number, *chain[0])) for number in range(4)])
+    return torch.stack(
+        [torch.stack(model.spec.transform(group, seed + number, *chain[0])) for number in range(4)]
+    )
 
 
 def worst(by_tensor) -> float:
@@ -97,7 +108,8 @@ def test_copies_of_one_chain_agree_modulo_symmetry(name: str) -> None:
         frames = np.sort(moved.aligned[tensor].r_hat.ravel()), np.sort(aligned.r_hat.ravel())
         np.testing.assert_allclose(*frames, atol=0.005)
     np.testing.assert_allclose(moved.functions.r_hat, same.functions.r_hat, atol=0.005)
-    if name in ("tanh", "gelu"):  # nothing is normalised, and one chain in one frame stays as it was
+    # nothing is normalised, and one chain in one frame stays as it was
+    if name in ("tanh", "gelu"):
         assert abs(worst(moved.aligned) - worst(same.raw)) < 0.005
 
 
@@ -111,10 +123,14 @@ def test_copies_of_a_sampled_chain_agree_modulo_symmetry() -> None:
 
 
 def test_chains_in_different_functions_stay_apart() -> None:
-    """Half of the data say y = 1.5 x and half y = -1.5 x: with heavy tails each line explains itself."""
+    """Half of the data say y = 1.5 x and half y = -1.5 x: with heavy tails each line explains
+    itself.
+    """
     x = torch.linspace(-1, 1, 40, dtype=F64)[:, None]
     y = 1.5 * x[:, 0] * torch.where(torch.arange(40) % 2 == 0, 1.0, -1.0)
-    model = model_of(1, 4, 1, activation=nn.Tanh, likelihood=likelihoods.StudentT(2.5, 0.05), x=x, y=y)
+    model = model_of(
+        1, 4, 1, activation=nn.Tanh, likelihood=likelihoods.StudentT(2.5, 0.05), x=x, y=y
+    )
     line = model.spec.flatten({
         "0.weight": torch.full((4, 1), 0.5, dtype=F64),
         "0.bias": torch.zeros(4, dtype=F64),
@@ -124,7 +140,9 @@ def test_chains_in_different_functions_stay_apart() -> None:
     other = line.clone()
     other[model.spec.slices["2.weight"]] *= -1
     init = torch.stack([line, line, other, other])
-    draws = bf.sample(model, bf.HMC(), chains=4, warmup=60, draws=60, init=init, seed=0, progress=False)
+    draws = bf.sample(
+        model, bf.HMC(), chains=4, warmup=60, draws=60, init=init, seed=0, progress=False
+    )
     slope = model.outputs(draws.theta, torch.ones(1, 1, dtype=F64)).squeeze()
     assert (slope[:2] > 1).all()
     assert (slope[2:] < -1).all()
@@ -143,19 +161,27 @@ def test_a_given_reference_is_used() -> None:
     draws = as_draws(model, copies(model, chain))
     own = weight_convergence(model, draws, reference=chain[0, 0])
     assert (
-        abs(worst(own.aligned) - worst(weight_convergence(model, draws, reference=draws.theta[2, 0]).aligned)) < 0.005
+        abs(
+            worst(own.aligned)
+            - worst(weight_convergence(model, draws, reference=draws.theta[2, 0]).aligned)
+        )
+        < 0.005
     )
     with pytest.raises(ValueError, match="axis of length"):
         weight_convergence(model, draws, reference=chain[0, 0, 1:])
 
 
-# ---------------------------------------------------------------- the figures
+# ---------------------------------------- the figures
 
 
 def test_figures_are_arvizs() -> None:
     values = np.random.default_rng(0).normal(size=(4, 40, 3)).cumsum(1)
     arviz = import_arviz()
-    expected = (arviz.rhat, partial(arviz.ess, method="bulk"), partial(arviz.ess, method="tail", prob=(0.05, 0.95)))
+    expected = (
+        arviz.rhat,
+        partial(arviz.ess, method="bulk"),
+        partial(arviz.ess, method="tail", prob=(0.05, 0.95)),
+    )
     for found, of in zip(compare_chains(values), expected, strict=True):
         np.testing.assert_allclose(found, [float(of(values[..., i])) for i in range(3)])
 
@@ -212,7 +238,9 @@ def test_statistics_that_are_not_numbers_do_not_pass() -> None:
         ("energy", "E-BFMI"),
         ("energy_variance", "energy errors"),
     ):
-        draws = bf.Draws(theta, model.log_joint(theta), {statistic: nothing}, info={"energy_variance": 1e-3})
+        draws = bf.Draws(
+            theta, model.log_joint(theta), {statistic: nothing}, info={"energy_variance": 1e-3}
+        )
         assert any(word in reason for reason in diagnose(model, draws).reasons)
 
 
@@ -234,7 +262,8 @@ def test_the_table_names_the_worst_layer_and_the_picture_every_tensor() -> None:
     theta[1:, :, model.spec.slices["2.bias"]] += torch.arange(1, 4, dtype=F64)[:, None, None]
     result = weight_convergence(model, as_draws(model, theta), superchains=2)
     table = str(result)
-    assert result.worst_layer in ("2.bias", "2.weight")  # scales carry a unit's bias into its weights
+    # scales carry a unit's bias into its weights
+    assert result.worst_layer in ("2.bias", "2.weight")
     assert "2 superchains" in table
     (marked,) = [row for row in table.splitlines() if "worst layer" in row]
     assert marked.startswith(result.worst_layer)

@@ -1,4 +1,6 @@
-"""Laws of corrections: evidences in closed form, honest errors, kernels that keep the posterior, verdicts that see."""
+"""Laws of corrections: evidences in closed form, honest errors, kernels that keep the posterior,
+verdicts that see.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +34,19 @@ from bnnflow.transport.correction.importance import (
     rhat_and_ess,
 )
 from bnnflow.transport.correction.latent import Latent, crank_nicolson, log_normal
-from tests.problems import F64, Conjugate, built, check_moments, collected, conjugate, generator, two_weights
+from tests.problems import (
+    F64,
+    Conjugate,
+    built,
+    check_moments,
+    collected,
+    conjugate,
+    generator,
+    two_weights,
+)
 
-MODULE = importlib.import_module("bnnflow.transport.correction.correct")  # the package has the function under this name
+# the package has the function under this name
+MODULE = importlib.import_module("bnnflow.transport.correction.correct")
 METHODS = ["importance", "defensive", "resample", "refine", "smc", "metropolis", "neutra"]
 
 
@@ -64,7 +76,9 @@ class Affine:
         z = torch.linalg.solve_triangular(self.tril, (theta - self.loc).T, upper=False).T
         x0 = z / (1 + self.bend)
         for _ in range(40 if self.bend else 0):  # Newton's method, with bounded steps
-            x0 = x0 - ((x0 + self.bend * x0.tanh() - z) / (1 + self.bend * (1 - x0.tanh() ** 2))).clamp(-1, 1)
+            x0 = x0 - (
+                (x0 + self.bend * x0.tanh() - z) / (1 + self.bend * (1 - x0.tanh() ** 2))
+            ).clamp(-1, 1)
         return x0, self.log_q(x0)
 
 
@@ -82,7 +96,7 @@ def latent_of(flow: Any, model: bf.BayesianModel) -> Latent:
     return Latent(flow, model, Density(), generator())
 
 
-# ---------------------------------------------------------------- every method against the closed form
+# ---------------------------------------- every method against the closed form
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -99,7 +113,9 @@ def test_draws_and_evidence_are_the_closed_forms(method: Any, bend: float) -> No
     assert fixed.theta.shape[0] * fixed.theta.shape[1] >= 1200
     torch.testing.assert_close(fixed.log_joint, problem.model.log_joint(fixed.theta))
     theta, weights = as_theta(fixed)
-    share = torch.full((len(theta),), 1 / len(theta), dtype=F64) if weights is None else weights.exp()
+    share = (
+        torch.full((len(theta),), 1 / len(theta), dtype=F64) if weights is None else weights.exp()
+    )
     assert float(share.sum()) == pytest.approx(1.0)
     white = torch.linalg.solve_triangular(
         torch.linalg.cholesky(problem.covariance), (theta - problem.mean).T, upper=False
@@ -116,19 +132,24 @@ def test_draws_and_evidence_are_the_closed_forms(method: Any, bend: float) -> No
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_errors_of_evidences_are_honest(method: Any) -> None:
-    """Over independent repetitions the error divided by its own estimate has a standard deviation near one."""
+    """Over independent repetitions the error divided by its own estimate has a standard deviation
+    near one.
+    """
     problem, scores = conjugate(), []
     for seed in range({"refine": 12, "metropolis": 16, "neutra": 12}.get(method, 24)):
         fixed = bf.correct(problem.model, near(problem, 1.4), 400, method, seed=seed)
         value, error = fixed.log_evidence
         scores.append((value - problem.log_normaliser) / error)
     z = np.array(scores)
-    assert 0.5 < np.sqrt((z**2).mean()) < 1.6  # as 99.8 % of the means of 16 squared standard normal numbers
+    # as 99.8 % of the means of 16 squared standard normal numbers
+    assert 0.5 < np.sqrt((z**2).mean()) < 1.6
     assert np.abs(z).max() < 4.5
 
 
 def test_tempering_bridges_what_weights_cannot() -> None:
-    """From a flow that is narrow and far away, in several temperatures: evidence and errors are right."""
+    """From a flow that is narrow and far away, in several temperatures: evidence and errors are
+    right.
+    """
     problem, scores, errors = conjugate(), [], []
     for seed in range(16):
         fixed = bf.correct(problem.model, near(problem, 0.8, 4.0), 1000, "smc", seed=seed)
@@ -154,7 +175,9 @@ def test_latent_moves_may_be_made_around_any_gaussian() -> None:
 
 
 def test_the_error_of_the_second_route_is_honest() -> None:
-    """The bridge to chains whose draws hang together, with the error that their effective number gives."""
+    """The bridge to chains whose draws hang together, with the error that their effective number
+    gives.
+    """
     problem, scores = conjugate(), []
     root = torch.linalg.cholesky(problem.covariance)
     flow = near(problem, 1.4)
@@ -197,7 +220,7 @@ def test_a_tempered_posterior_has_no_evidence() -> None:
     assert abs(value - problem.log_normaliser) < 4 * error
 
 
-# ---------------------------------------------------------------- kernels
+# ---------------------------------------- kernels
 
 
 @pytest.mark.parametrize(("fresh", "width"), [(0.0, 0.4), (1.0, 0.4), (0.5, 0.7)])
@@ -217,9 +240,13 @@ def test_latent_moves_keep_what_lies_between_flow_and_posterior() -> None:
     problem, power, root = conjugate(), 0.4, torch.linalg.cholesky(conjugate().covariance)
     flow = near(problem)
     latent = latent_of(flow, problem.model)
-    # In latent coordinates the posterior is N(m, S), and N(0, I)^(1 - b) N(m, S)^b is Gaussian again.
+    # In latent coordinates the posterior is N(m, S), and N(0, I)^(1 - b) N(m, S)^b is Gaussian
+    # again.
     inverse = torch.linalg.inv(flow.tril) @ root
-    m, precision = torch.linalg.solve(flow.tril, problem.mean - flow.loc), torch.linalg.inv(inverse @ inverse.T)
+    m, precision = (
+        torch.linalg.solve(flow.tril, problem.mean - flow.loc),
+        torch.linalg.inv(inverse @ inverse.T),
+    )
     covariance = torch.linalg.inv((1 - power) * torch.eye(4, dtype=F64) + power * precision)
     mean = covariance @ (power * precision @ m)
     start = bf.Gaussian(mean, torch.linalg.cholesky(covariance)).sample(30, generator(1))
@@ -267,14 +294,18 @@ def test_the_gradient_in_latent_space_is_that_of_the_density() -> None:
     for i in range(4):
         offset = step * torch.eye(4, dtype=F64)[i]
         ends = [latent.log_density_and_grad(x0 + sign * offset)[0] for sign in (1, -1)]
-        torch.testing.assert_close((ends[0] - ends[1]) / (2 * step), grad[:, i], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            (ends[0] - ends[1]) / (2 * step), grad[:, i], rtol=1e-5, atol=1e-6
+        )
 
 
-# ---------------------------------------------------------------- a lost mode
+# ---------------------------------------- a lost mode
 
 
 def two_modes() -> tuple[bf.BayesianModel, Tensor, float]:
-    """Return the smallest network, exact draws of its two modes, and its evidence, by quadrature."""
+    """Return the smallest network, exact draws of its two modes, and its evidence, by
+    quadrature.
+    """
     model, grid = two_weights(), torch.linspace(-7, 7, 701, dtype=F64)
     width = float(grid[1] - grid[0])
     theta = torch.cartesian_prod(grid, grid)
@@ -289,7 +320,9 @@ def fitted(theta: Tensor, scale: float = 1.1) -> Affine:
 
 
 def without_symmetries(model: bf.BayesianModel) -> bf.BayesianModel:
-    """Return the model with a prior just uneven enough that symmetric copies no longer tell anything."""
+    """Return the model with a prior just uneven enough that symmetric copies no longer tell
+    anything.
+    """
     uneven = priors.Normal(1.0, 1e-3)
     return bf.BayesianModel(model.net, uneven, model.likelihood, model.x, model.y)
 
@@ -302,7 +335,8 @@ def test_a_flow_trained_on_one_of_two_modes_is_not_trusted(method: Any) -> None:
     lost = bf.correct(model, one, 800, method, seed=2, held_out=exact[:1000])
     assert lost.verdict.startswith("do not trust")
     assert "has lost a part of the posterior" in lost.verdict
-    assert lost.info["equivalent_modes_gap"] == pytest.approx(0, abs=1e-9)  # the group that keeps this prior is trivial
+    # the group that keeps this prior is trivial
+    assert lost.info["equivalent_modes_gap"] == pytest.approx(0, abs=1e-9)
     assert lost.info["held_out"]["forward_ess"] < 1e-3
     # The route through held-out draws knows the whole evidence, the flow alone only half of it.
     value, error = lost.info["evidences"]["bridge"]
@@ -322,7 +356,9 @@ def test_chains_that_never_change_their_mode_still_show_a_lost_one() -> None:
     sides = (chains.theta[..., 0] > 0).double().mean(1)
     assert set(sides.tolist()) == {0.0, 1.0}
     for method in ("importance", "refine"):
-        lost = bf.correct(model, fitted(exact[exact[:, 0] > 0]), 800, method, seed=2, held_out=chains)
+        lost = bf.correct(
+            model, fitted(exact[exact[:, 0] > 0]), 800, method, seed=2, held_out=chains
+        )
         assert lost.verdict.startswith("do not trust")
         assert "has lost a part of the posterior" in lost.verdict
     kept = bf.correct(model, fitted(exact), 800, "importance", seed=2, held_out=chains)
@@ -348,14 +384,15 @@ def test_symmetric_copies_show_a_lost_mode_without_held_out_draws() -> None:
     kept = bf.correct(model, fitted(exact), 800, seed=2)
     assert kept.verdict.startswith("trust after correction")
     assert abs(kept.info["equivalent_modes_gap"]) < 0.1
-    # Draws aligned to one copy, and held-out draws aligned alike: predictions are right, and the verdict says of what.
+    # Draws aligned to one copy, and held-out draws aligned alike: predictions are right, and the
+    # verdict says of what.
     aligned = bf.correct(model, one, 800, seed=2, held_out=exact[exact[:, 0] > 0][:1000])
     assert aligned.verdict.startswith("trust after correction")
     assert "that of the copies that it has" in aligned.verdict
     assert abs(aligned.log_evidence[0] + math.log(2) - log_evidence) < 4 * aligned.log_evidence[1]
 
 
-# ---------------------------------------------------------------- choice of the method
+# ---------------------------------------- choice of the method
 
 
 def many_weights() -> bf.BayesianModel:
@@ -374,7 +411,9 @@ def test_auto_takes_weights_where_they_work_and_says_so() -> None:
 
 def test_auto_tempers_where_weights_fail_in_few_dimensions() -> None:
     problem = conjugate()
-    fixed = bf.correct(problem.model, near(problem, 0.35, 2.0), 600, seed=0, held_out=chains_of(problem))
+    fixed = bf.correct(
+        problem.model, near(problem, 0.35, 2.0), 600, seed=0, held_out=chains_of(problem)
+    )
     assert fixed.khat > 0.7
     assert fixed.method == "smc"
     assert "smc, chosen since k-hat is" in fixed.verdict
@@ -391,7 +430,9 @@ def test_fewer_draws_than_the_pilot_are_weighed_once(n: int) -> None:
     assert (fixed.method, fixed.theta.shape) == ("smc", (1, n, problem.model.dim))
 
 
-def test_auto_refines_where_weights_fail_in_many_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_refines_where_weights_fail_in_many_dimensions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = many_weights()
     flow = Affine(torch.zeros(61, dtype=F64), torch.eye(61, dtype=F64))  # the prior
     fixed = bf.correct(model, flow, 300, seed=0)
@@ -414,7 +455,8 @@ def test_auto_refines_where_weights_fail_in_many_dimensions(monkeypatch: pytest.
     assert blind.verdict.startswith("do not trust")  # nothing was compared
     chains = bf.sample(model, bf.HMC(), chains=8, warmup=150, draws=60, seed=0)
     compared = bf.correct(model, flow, 300, seed=0, held_out=chains)
-    assert "refine for longer" in compared.verdict  # sixteen transitions from the prior are not enough
+    # sixteen transitions from the prior are not enough
+    assert "refine for longer" in compared.verdict
     compared = bf.correct(model, bf.GaussNewtonFlow(model), 300, seed=0, held_out=chains)
     assert compared.verdict.startswith("trust after correction")
     assert compared.info["density_solves"] == 0
@@ -429,7 +471,7 @@ def test_a_refinement_that_is_too_short_is_not_trusted(monkeypatch: pytest.Monke
     assert "refine for longer" in fixed.verdict
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------- refusals
 
 
 @pytest.mark.parametrize("method", ["auto", *[m for m in METHODS if m != "refine"]])
@@ -444,12 +486,24 @@ def test_estimated_densities_are_named_if_forced() -> None:
     problem = conjugate()
     held = chains_of(problem)
     forced = bf.correct(
-        problem.model, near(problem, 1.0, 0.0), 400, force=True, seed=0, held_out=held, density=Density("hutchinson")
+        problem.model,
+        near(problem, 1.0, 0.0),
+        400,
+        force=True,
+        seed=0,
+        held_out=held,
+        density=Density("hutchinson"),
     )
     assert forced.verdict.startswith("do not trust")
     assert "densities are estimates (hutchinson)" in forced.verdict
     refined = bf.correct(
-        problem.model, near(problem), 400, "refine", seed=0, held_out=held, density=Density("hutchinson")
+        problem.model,
+        near(problem),
+        400,
+        "refine",
+        seed=0,
+        held_out=held,
+        density=Density("hutchinson"),
     )
     assert refined.verdict.startswith("trust after correction")
     assert refined.khat is None
@@ -466,7 +520,9 @@ def test_a_flow_without_a_density_over_weights_is_refused() -> None:
         def log_prob(self, x: Tensor) -> Tensor:
             return torch.zeros(len(x))
 
-    with pytest.raises(ValueError, match=r"Manifold has no density over weights.*completes the measure"):
+    with pytest.raises(
+        ValueError, match=r"Manifold has no density over weights.*completes the measure"
+    ):
         bf.correct(conjugate().model, Manifold())
 
 
@@ -480,7 +536,10 @@ def test_a_flow_without_a_density_over_weights_is_refused() -> None:
         ({"held_out": torch.zeros(20, 3)}, "axis of length"),
         ({"held_out": torch.zeros(5, 4)}, "at least 10 draws"),
         ({"held_out": torch.full((20, 4), math.nan)}, "20 of 20 held-out draws are NaN"),
-        ({"held_out": (torch.zeros(20, 4), torch.full((20,), -math.inf))}, "must not all have weight zero"),
+        (
+            {"held_out": (torch.zeros(20, 4), torch.full((20,), -math.inf))},
+            "must not all have weight zero",
+        ),
         ({"held_out": (torch.zeros(20, 4), torch.zeros(19))}, "19 log weights for 20 draws"),
     ],
 )
@@ -504,7 +563,7 @@ def test_neutra_is_for_few_dimensions() -> None:
     assert forced.method == "neutra"
 
 
-# ---------------------------------------------------------------- what goes wrong
+# ---------------------------------------- what goes wrong
 
 
 class Broken(Affine):
@@ -524,7 +583,9 @@ class Broken(Affine):
 
     def forward_with_log_prob(self, x0: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         theta, log_q = super().forward_with_log_prob(x0)
-        return theta, torch.where(x0[:, 0] > self.bound, math.nan, log_q) if self.how == "density" else log_q
+        return theta, torch.where(
+            x0[:, 0] > self.bound, math.nan, log_q
+        ) if self.how == "density" else log_q
 
     def inverse_with_log_prob(self, theta: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         x0 = torch.linalg.solve_triangular(self.tril, (theta - self.loc).T, upper=False).T
@@ -551,7 +612,8 @@ def test_draws_without_an_answer_are_survived_and_counted(how: str, method: Any)
         points = Latent(near(problem), problem.model, Density(), generator()).forward(x0)
         whole = torch.where(x0[:, 0] > 1.5, -math.inf, points.log_weight)
         assert fixed.log_evidence[0] == pytest.approx(log_mean(whole)[0])
-    if method in ("smc", "metropolis") and how != "weights":  # its way back has an answer everywhere
+    # its way back has an answer everywhere
+    if method in ("smc", "metropolis") and how != "weights":
         pulled, _ = near(problem).inverse_with_log_prob(fixed.theta.flatten(0, 1))
         assert pulled[:, 0].max() < 1.5 + 1e-9
 
@@ -614,7 +676,9 @@ def test_an_interrupted_refinement_is_not_trusted(monkeypatch: pytest.MonkeyPatc
     assert fixed.verdict.startswith("do not trust")
 
 
-def test_an_interrupt_while_the_evidence_is_sought_keeps_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_while_the_evidence_is_sought_keeps_the_draws(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     problem = conjugate()
 
     def interrupted(*args: Any, **options: Any) -> tuple[float, float]:
@@ -659,19 +723,23 @@ def test_steps_that_the_density_depends_on_are_found_out() -> None:
 
     flow.forward_with_log_prob = coarse  # type: ignore[method-assign]
     for error, start in ((0.3, "trust: "), (3.0, "trust after correction"), (80.0, "do not trust")):
-        fixed = bf.correct(problem.model, flow, 500, "importance", seed=0, held_out=chains_of(problem))
+        fixed = bf.correct(
+            problem.model, flow, 500, "importance", seed=0, held_out=chains_of(problem)
+        )
         assert fixed.verdict.startswith(start)
         assert fixed.info["solver_error"] == pytest.approx(error * 0.75 / 16, rel=0.4)
         assert ("a finer solver" in fixed.verdict) == (error > 1)
 
 
-# ---------------------------------------------------------------- the result
+# ---------------------------------------- the result
 
 
 @pytest.mark.parametrize("method", ["auto", *METHODS])
 def test_a_seed_decides_everything(method: Any) -> None:
     problem = conjugate()
-    one, same, other = (bf.correct(problem.model, near(problem, bend=0.5), 100, method, seed=s) for s in (5, 5, 6))
+    one, same, other = (
+        bf.correct(problem.model, near(problem, bend=0.5), 100, method, seed=s) for s in (5, 5, 6)
+    )
     assert torch.equal(one.theta, same.theta)
     assert one.log_evidence == same.log_evidence
     assert one.verdict == same.verdict
@@ -680,7 +748,9 @@ def test_a_seed_decides_everything(method: Any) -> None:
 
 def test_a_generator_goes_on() -> None:
     problem, g = conjugate(), generator(0)
-    first, second = (bf.correct(problem.model, near(problem), 100, "importance", seed=g) for _ in range(2))
+    first, second = (
+        bf.correct(problem.model, near(problem), 100, "importance", seed=g) for _ in range(2)
+    )
     assert not torch.equal(first.theta, second.theta)
 
 
@@ -703,7 +773,11 @@ def test_corrected_draws_are_draws(tmp_path: Any) -> None:
 def test_costs_are_counted() -> None:
     problem, counts = conjugate(), {"forward": 0, "inverse": 0, "gradients": 0}
     flow, model = near(problem), problem.model
-    forward, inverse, gradient = flow.forward_with_log_prob, flow.inverse_with_log_prob, model.log_joint_and_grad
+    forward, inverse, gradient = (
+        flow.forward_with_log_prob,
+        flow.inverse_with_log_prob,
+        model.log_joint_and_grad,
+    )
 
     def counted(name: str, function: Callable) -> Callable:
         def call(x: Tensor, **options: Any) -> Any:
@@ -731,11 +805,13 @@ def test_weighted_held_out_draws_count_by_their_weights() -> None:
     assert abs(value - problem.log_normaliser) < 4 * error
     junk = torch.cat([particles.flat, particles.flat + 100])  # without weight
     weights = torch.cat([particles.log_weights.flatten(), torch.full((900,), -math.inf, dtype=F64)])
-    same = bf.correct(problem.model, near(problem), 800, seed=0, held_out=(junk[:1000], weights[:1000]))
+    same = bf.correct(
+        problem.model, near(problem), 800, seed=0, held_out=(junk[:1000], weights[:1000])
+    )
     assert same.verdict.startswith("trust after correction")
 
 
-# ---------------------------------------------------------------- parts
+# ---------------------------------------- parts
 
 
 def test_the_shape_of_a_pareto_tail_is_found() -> None:
@@ -770,11 +846,16 @@ def test_the_mean_of_raw_weights_has_the_textbooks_error() -> None:
 
 
 def test_the_bridge_between_gaussians() -> None:
-    """Both sides are independent draws: known evidence, honest errors, and none where the sides do not overlap."""
+    """Both sides are independent draws: known evidence, honest errors, and none where the sides do
+    not overlap.
+    """
     scores = []
     for seed in range(40):
         g = generator(seed)
-        ours, theirs = torch.randn(400, generator=g, dtype=F64), 0.3 + 0.8 * torch.randn(600, generator=g, dtype=F64)
+        ours, theirs = (
+            torch.randn(400, generator=g, dtype=F64),
+            0.3 + 0.8 * torch.randn(600, generator=g, dtype=F64),
+        )
 
         def ratio(x: Tensor) -> Tensor:  # exp(2.5) N(0.3, 0.64) / N(0, 1)
             return 2.5 - math.log(0.8) - 0.5 * ((x - 0.3) / 0.8) ** 2 + 0.5 * x**2
@@ -790,7 +871,10 @@ def test_the_bridge_between_gaussians() -> None:
 
 def test_the_bridge_solves_meng_and_wongs_fixed_point() -> None:
     g = generator(0)
-    forward, reverse = torch.randn(300, generator=g, dtype=F64), 0.5 + torch.randn(500, generator=g, dtype=F64)
+    forward, reverse = (
+        torch.randn(300, generator=g, dtype=F64),
+        0.5 + torch.randn(500, generator=g, dtype=F64),
+    )
     value, _ = bridge(forward, reverse, HeldOut(torch.zeros(500, 1), (500, 1)))  # type: ignore[misc]
     ours, theirs, z = 300 / 800, 500 / 800, math.exp(value)
     above = (forward.exp() / (theirs * forward.exp() + ours * z)).mean()
@@ -813,7 +897,9 @@ def test_distances_are_kolmogorovs() -> None:
     twice = torch.cat([a, a + 9]), torch.cat([equal[0], torch.full((70,), -math.inf, dtype=F64)])
     assert ks_distance(*twice, b, equal[1]) == pytest.approx(expected)
     infinite = torch.where(b > 1, math.inf, b)
-    assert ks_distance(a, equal[0], infinite, equal[1]) >= float((b > 1).double().mean() - (a > 1).double().mean())
+    assert ks_distance(a, equal[0], infinite, equal[1]) >= float(
+        (b > 1).double().mean() - (a > 1).double().mean()
+    )
 
 
 def test_the_heavy_tail_is_students() -> None:
@@ -825,7 +911,9 @@ def test_the_heavy_tail_is_students() -> None:
     torch.testing.assert_close(shape, 1.5**2 * torch.cov(theta.T), rtol=0.02, atol=0.01)
     law = stats.multivariate_t(student.loc.numpy(), shape.numpy(), df=5)
     torch.testing.assert_close(student.log_prob(theta), torch.from_numpy(law.logpdf(theta.numpy())))
-    drawn = torch.linalg.solve_triangular(student.scale_tril, (student.sample(20_000, 0) - student.loc).T, upper=False)
+    drawn = torch.linalg.solve_triangular(
+        student.scale_tril, (student.sample(20_000, 0) - student.loc).T, upper=False
+    )
     assert min(stats.kstest(row.numpy(), stats.t(5).cdf).pvalue for row in drawn) > 1e-4
 
 
@@ -859,11 +947,13 @@ def test_independent_draws_count_in_full_and_chains_by_their_ess() -> None:
     assert rhat_and_ess(torch.stack([values, apart], -1))[0] > 1.5
 
 
-# ---------------------------------------------------------------- real flows
+# ---------------------------------------- real flows
 
 
 def gaussian_flow(problem: Conjugate, scale: float = 1.0, steps: int = 16) -> Flow:
-    """Return the closed-form flow from the prior N(0, 1.5^2) to a Gaussian, in the prior's coordinates."""
+    """Return the closed-form flow from the prior N(0, 1.5^2) to a Gaussian, in the prior's
+    coordinates.
+    """
     field = GaussianVelocity(problem.mean / 1.5, scale * problem.covariance / 2.25)
     return Flow.of(field, problem.model, solver=Solver("rk4", steps))
 
@@ -883,7 +973,9 @@ def test_real_flows_are_corrected(method: Any, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_real_exact_flow_is_trusted_if_its_solver_is() -> None:
     problem = conjugate()
-    fine = bf.correct(problem.model, gaussian_flow(problem), 500, seed=0, held_out=chains_of(problem))
+    fine = bf.correct(
+        problem.model, gaussian_flow(problem), 500, seed=0, held_out=chains_of(problem)
+    )
     assert fine.verdict.startswith("trust: ")
     assert fine.log_evidence[0] == pytest.approx(problem.log_normaliser, abs=0.01)
     coarse = bf.correct(problem.model, gaussian_flow(problem, steps=1), 400, "importance", seed=0)
@@ -896,7 +988,9 @@ def test_real_estimated_densities_are_noisy_and_said_to_be() -> None:
     flow = gaussian_flow(problem, 1.3)
     with pytest.raises(ValueError, match="biased"):
         bf.correct(problem.model, flow, 100, density=Density("hutchinson"))
-    forced = bf.correct(problem.model, flow, 100, "importance", force=True, seed=0, density=Density("hutchinson"))
+    forced = bf.correct(
+        problem.model, flow, 100, "importance", force=True, seed=0, density=Density("hutchinson")
+    )
     assert forced.verdict.startswith("do not trust")
 
 

@@ -1,4 +1,6 @@
-"""Corrections of models of few weights: closed forms in any units, many short chains, the cheapest rule."""
+"""Corrections of models of few weights: closed forms in any units, many short chains, the cheapest
+rule.
+"""
 
 from __future__ import annotations
 
@@ -26,29 +28,45 @@ from tests.problems import F64, built, check_moments, collected, conjugate, gene
 MODULE = importlib.import_module("bnnflow.transport.correction.latent")
 
 
-def linear(unit: float = 1.0, inputs: float = 1.0) -> tuple[bf.BayesianModel, Tensor, Tensor, float]:
-    """Return a linear regression in other units, with mean, covariance and log evidence of its posterior."""
+def linear(
+    unit: float = 1.0, inputs: float = 1.0
+) -> tuple[bf.BayesianModel, Tensor, Tensor, float]:
+    """Return a linear regression in other units, with mean, covariance and log evidence of its
+    posterior.
+    """
     g = generator(1)
     x = torch.randn(30, 2, generator=g, dtype=F64)
-    y = x @ torch.tensor([1.0, -0.5], dtype=F64) + 0.3 + 0.5 * torch.randn(30, generator=g, dtype=F64)
+    y = (
+        x @ torch.tensor([1.0, -0.5], dtype=F64)
+        + 0.3
+        + 0.5 * torch.randn(30, generator=g, dtype=F64)
+    )
     x, y, noise = inputs * x, unit * y, 0.5 * unit
     scale = unit * torch.tensor([1 / inputs, 1 / inputs, 1.0], dtype=F64)
-    prior = priors.PerTensor({"weight": td.Normal(0.0, unit / inputs), "bias": td.Normal(0.0, unit)})
+    prior = priors.PerTensor(
+        {"weight": td.Normal(0.0, unit / inputs), "bias": td.Normal(0.0, unit)}
+    )
     net = built(lambda: nn.Linear(2, 1))
-    model = bf.BayesianModel(net, prior, likelihoods.Gaussian(noise), x.float(), y.float().unsqueeze(1))
+    model = bf.BayesianModel(
+        net, prior, likelihoods.Gaussian(noise), x.float(), y.float().unsqueeze(1)
+    )
     design = torch.cat([model.x.double(), torch.ones(30, 1, dtype=F64)], 1) * scale / noise
     targets = model.y.double().squeeze(1) / noise
     precision = design.T @ design + torch.eye(3, dtype=F64)
     covariance = torch.linalg.inv(precision)
     mean = covariance @ (design.T @ targets)
     energy = targets @ targets - mean @ precision @ mean
-    evidence = -0.5 * energy - 0.5 * precision.logdet() - 15 * math.log(2 * math.pi) - 30 * math.log(noise)
+    evidence = (
+        -0.5 * energy - 0.5 * precision.logdet() - 15 * math.log(2 * math.pi) - 30 * math.log(noise)
+    )
     return model, scale * mean, scale[:, None] * covariance * scale, float(evidence)
 
 
 def check_draws(fixed: bf.Draws, mean: Tensor, covariance: Tensor, ess: float) -> None:
     theta, weights = as_theta(fixed)
-    share = torch.full((len(theta),), 1 / len(theta), dtype=F64) if weights is None else weights.exp()
+    share = (
+        torch.full((len(theta),), 1 / len(theta), dtype=F64) if weights is None else weights.exp()
+    )
     sd = covariance.diagonal().sqrt()
     white = torch.linalg.solve_triangular(
         torch.linalg.cholesky(covariance / sd / sd[:, None]), ((theta - mean) / sd).T, upper=False
@@ -57,12 +75,16 @@ def check_draws(fixed: bf.Draws, mean: Tensor, covariance: Tensor, ess: float) -
     assert ((share * (white**2 - 1)).sum(1).abs() < 4.5 * math.sqrt(2 / ess)).all()
 
 
-# ---------------------------------------------------------------- the closed form, in any units
+# ---------------------------------------- the closed form, in any units
 
 
-@pytest.mark.parametrize(("unit", "inputs"), [(1.0, 1.0), (1e-8, 1.0), (1e8, 1.0), (1.0, 1e-8), (1.0, 1e8)])
+@pytest.mark.parametrize(
+    ("unit", "inputs"), [(1.0, 1.0), (1e-8, 1.0), (1e8, 1.0), (1.0, 1e-8), (1.0, 1e8)]
+)
 @pytest.mark.parametrize("method", ["importance", "smc", "metropolis"])
-def test_a_linear_regression_is_corrected_in_any_units(method: Any, unit: float, inputs: float) -> None:
+def test_a_linear_regression_is_corrected_in_any_units(
+    method: Any, unit: float, inputs: float
+) -> None:
     model, mean, covariance, evidence = linear(unit, inputs)
     flow = GaussNewtonFlow(model, solver=Solver(steps=8))
     fixed = bf.correct(model, flow, 600, method, seed=0)
@@ -74,7 +96,7 @@ def test_a_linear_regression_is_corrected_in_any_units(method: Any, unit: float,
     assert abs(value - evidence) < 4 * error + 0.02
 
 
-# ---------------------------------------------------------------- many short chains
+# ---------------------------------------- many short chains
 
 
 def slow(values: Tensor, rho: float, g: torch.Generator) -> Tensor:
@@ -88,7 +110,9 @@ def slow(values: Tensor, rho: float, g: torch.Generator) -> Tensor:
 
 @pytest.mark.parametrize("rho", [0.0, 0.3, -0.3])
 def test_short_chains_count_by_what_their_means_tell(rho: float) -> None:
-    """The variance of a mean of L draws of an autoregression is known, and more than n draws are never claimed."""
+    """The variance of a mean of L draws of an autoregression is known, and more than n draws are
+    never claimed.
+    """
     chains, draws = 2000, 8
     values = slow(torch.randn(chains, draws, generator=generator(), dtype=F64), rho, generator(1))
     lags = torch.arange(1, draws)
@@ -96,12 +120,19 @@ def test_short_chains_count_by_what_their_means_tell(rho: float) -> None:
     r_hat, ess = rhat_and_ess(values.unsqueeze(-1))
     assert ess == pytest.approx(min(truth, chains * draws), rel=0.15)
     assert (r_hat < 1.05) == (rho <= 0)
-    assert rhat_and_ess((values + 3 * torch.randn(chains, 1, generator=generator(2), dtype=F64)).unsqueeze(-1))[0] > 2
+    assert (
+        rhat_and_ess(
+            (values + 3 * torch.randn(chains, 1, generator=generator(2), dtype=F64)).unsqueeze(-1)
+        )[0]
+        > 2
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["metropolis", "neutra"])
-def test_chains_are_many_where_they_forget_and_few_where_not(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chains_are_many_where_they_forget_and_few_where_not(
+    method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, mean, covariance, _ = linear()
     near = GaussNewtonFlow(model, solver=Solver(steps=8))
     fixed = bf.correct(model, near, 600, method, seed=0)
@@ -110,7 +141,8 @@ def test_chains_are_many_where_they_forget_and_few_where_not(method: Any, monkey
     check_draws(fixed, mean, covariance, fixed.ess)
     scale = model.flat_prior.scale
     root = torch.as_tensor(scale).expand(3).double()
-    wide = GaussianVelocity(mean / root + 2, 0.2 * torch.eye(3, dtype=F64))  # far from the posterior
+    # far from the posterior
+    wide = GaussianVelocity(mean / root + 2, 0.2 * torch.eye(3, dtype=F64))
     monkeypatch.setattr("bnnflow.transport.correction.chains._WARM_UP", 20)
     far = bf.correct(model, Flow.of(wide, model, solver=Solver(steps=8)), 600, "metropolis", seed=0)
     assert far.theta.shape[0] == 12
@@ -122,16 +154,22 @@ def test_rotations_keep_the_posterior_and_have_no_error_in_their_own_gaussian(ab
     problem = conjugate()
     root = torch.linalg.cholesky(problem.covariance)
     own = Gaussian(problem.mean, root)
-    around = own if about == "posterior" else Gaussian(torch.zeros(4, dtype=F64), torch.eye(4, dtype=F64))
+    around = (
+        own
+        if about == "posterior"
+        else Gaussian(torch.zeros(4, dtype=F64), torch.eye(4, dtype=F64))
+    )
     target = torch.no_grad()(problem.model.log_joint_and_grad)
-    kernel = metropolis(target, rotation(target, around), 1.5 if about == "posterior" else 0.05, 4, torch.ones(4))
+    kernel = metropolis(
+        target, rotation(target, around), 1.5 if about == "posterior" else 0.05, 4, torch.ones(4)
+    )
     draws = collected(kernel, problem.posterior.sample(20, generator(1)), 400, generator(2))
     rate = draws.stats["acceptance_rate"]
     assert rate.min() > 1 - 1e-9 if about == "posterior" else rate.mean() > 0.4
     check_moments(draws.theta, problem.mean, problem.covariance)
 
 
-# ---------------------------------------------------------------- the cheapest rule
+# ---------------------------------------- the cheapest rule
 
 
 def log_weights(flow: Flow, model: bf.BayesianModel, x0: Tensor, **options: Any) -> Tensor:
@@ -150,7 +188,10 @@ def test_the_cheapest_rule_within_the_tolerance_is_taken(solver: Any, steps: int
     fewer = [s for s in (steps // 4, 3 * steps // 8, steps // 2) if s >= 4]
     truth = log_weights(flow, model, x0, solver=Solver("rk4", 32))
     errors = [
-        float((log_weights(flow, model, x0, solver=Solver("rk4", s)) - truth).square().mean().sqrt()) for s in fewer
+        float(
+            (log_weights(flow, model, x0, solver=Solver("rk4", s)) - truth).square().mean().sqrt()
+        )
+        for s in fewer
     ]
     good = [s for s, error in zip(fewer, errors, strict=True) if error <= 0.01]
     assert latent.flow.solver == (Solver("rk4", good[0]) if good else Solver(solver, steps))
@@ -188,6 +229,8 @@ def test_the_latent_density_does_not_depend_on_the_company() -> None:
     latent = Latent(GaussNewtonFlow(model, solver=Solver(steps=8)), model, Density(), generator())
     x0 = latent.flow.start(40, 0)
     whole, halves = latent.forward(x0), [latent.forward(part) for part in x0.split(20)]
-    torch.testing.assert_close(whole.log_weight, torch.cat([half.log_weight for half in halves]), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        whole.log_weight, torch.cat([half.log_weight for half in halves]), rtol=1e-5, atol=1e-4
+    )
     value, _ = latent.log_density_and_grad(x0)
     torch.testing.assert_close(value, whole.log_weight + log_normal(x0), rtol=1e-4, atol=1e-3)

@@ -1,4 +1,6 @@
-"""Laws of the couplings: marginals, optimality, and plans that are permutations decided by one generator."""
+"""Laws of the couplings: marginals, optimality, and plans that are permutations decided by one
+generator.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ def cost(x0: torch.Tensor, x1: torch.Tensor) -> float:
     return float((x0.double() - x1).square().sum(-1).mean())
 
 
-# ------------------------------------------------------------------ marginals
+# ---------------------------------------- marginals
 
 
 def source_p_value(coupling: couplings.Coupling) -> tuple[float, int]:
@@ -48,7 +50,11 @@ def source_p_value(coupling: couplings.Coupling) -> tuple[float, int]:
     pairs = []
     for seed in range(16):
         x0, x1 = batches(128, model.dim, seed)
-        pairs.append(coupling.pair(x0, x1, model.spec, Source(model.flat_prior).symmetries(model), generator(seed))[0])
+        pairs.append(
+            coupling.pair(
+                x0, x1, model.spec, Source(model.flat_prior).symmetries(model), generator(seed)
+            )[0]
+        )
     columns = torch.cat(pairs).T
     return min(stats.kstest(column.numpy(), "norm").pvalue for column in columns), model.dim
 
@@ -70,9 +76,13 @@ def test_matching_without_the_random_element_would_bias_the_source(coupling, mon
 def test_every_draw_of_either_batch_is_in_one_pair(coupling):
     model = perceptron(5)
     x0, x1 = batches(50, model.dim)
-    paired = coupling.pair(x0, x1, model.spec, Source(model.flat_prior).symmetries(model), generator())
+    paired = coupling.pair(
+        x0, x1, model.spec, Source(model.flat_prior).symmetries(model), generator()
+    )
     for before, after in zip((x0, x1), paired, strict=True):  # a group element keeps the norm
-        assert torch.allclose(before.norm(dim=1).sort().values, after.norm(dim=1).sort().values, rtol=1e-5)
+        assert torch.allclose(
+            before.norm(dim=1).sort().values, after.norm(dim=1).sort().values, rtol=1e-5
+        )
     assert torch.allclose(paired[1].norm(dim=1), x1.norm(dim=1), rtol=1e-5)  # the order of x1 stays
 
 
@@ -86,7 +96,9 @@ def test_both_ends_are_moved_by_one_random_element(coupling, monkeypatch):
     still = coupling.pair(x0, x1, model.spec, group, generator(3))
     assert torch.equal(still[1], x1)
     assert not torch.allclose(moved[1], x1)
-    assert torch.allclose((moved[0] - moved[1]).norm(dim=1), (still[0] - still[1]).norm(dim=1), rtol=1e-4)
+    assert torch.allclose(
+        (moved[0] - moved[1]).norm(dim=1), (still[0] - still[1]).norm(dim=1), rtol=1e-4
+    )
     x = normal(7, 2, dtype=torch.float32)
     assert torch.allclose(model.outputs(moved[0], x), model.outputs(still[0], x), atol=1e-4)
 
@@ -95,7 +107,11 @@ def test_both_ends_are_moved_by_one_random_element(coupling, monkeypatch):
 def test_plans_are_reproducible_from_one_generator(coupling):
     model = perceptron(4)
     x0, x1 = batches(30, model.dim)
-    pair = lambda seed: coupling.pair(x0, x1, model.spec, Source(model.flat_prior).symmetries(model), generator(seed))  # noqa: E731
+    group = Source(model.flat_prior).symmetries(model)
+
+    def pair(seed):
+        return coupling.pair(x0, x1, model.spec, group, generator(seed))
+
     state = torch.get_rng_state()
     first, again, other = pair(0), pair(0), pair(1)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -103,7 +119,7 @@ def test_plans_are_reproducible_from_one_generator(coupling):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# ------------------------------------------------------------------ optimality
+# ---------------------------------------- optimality
 
 
 @pytest.mark.parametrize("dim", [1, 3, 7, 8, 20])
@@ -138,7 +154,8 @@ def test_both_solvers_give_the_same_plan(monkeypatch):
 def test_each_coupling_is_cheaper_than_the_one_before(hidden):
     model = perceptron(*hidden)
     x0, x1 = batches(100, model.dim)
-    spread = model.spec.transform(Source(model.flat_prior).symmetries(model), 0, x1)[0]  # targets of all modes
+    # targets of all modes
+    spread = model.spec.transform(Source(model.flat_prior).symmetries(model), 0, x1)[0]
     couplings_in_order = [Independent(), MiniBatchOT(), Matched(), MiniBatchOT(matched=True)]
     pairs = [
         c.pair(x0, spread, model.spec, Source(model.flat_prior).symmetries(model), generator())
@@ -152,7 +169,13 @@ def matched_costs(x0: torch.Tensor, x1: torch.Tensor, model: bf.BayesianModel) -
     """Return all n^2 squared distances after matching, ``(n, n)``."""
     n, group = len(x0), Source(model.flat_prior).symmetries(model)
     ours, theirs = x0.repeat_interleave(n, 0), x1.repeat(n, 1)
-    return (match(ours, model.spec, theirs, group=group) - theirs).double().square().sum(-1).reshape(n, n)
+    return (
+        (match(ours, model.spec, theirs, group=group) - theirs)
+        .double()
+        .square()
+        .sum(-1)
+        .reshape(n, n)
+    )
 
 
 def test_matched_plan_of_a_small_batch_is_the_cheapest_over_permutations_and_group():
@@ -178,7 +201,7 @@ def test_matched_plan_of_a_large_batch_is_near_the_cheapest():
     assert best < cost(paired, target) < best + 0.13 * (matched - best)  # 0.27 by the bounds alone
 
 
-# ------------------------------------------------------------------ the entropic plan
+# ---------------------------------------- the entropic plan
 
 
 @pytest.mark.parametrize("dim", [2, 500, 5000])
@@ -192,7 +215,9 @@ def test_entropic_plan_agrees_with_pot_and_its_entropy_does_not_depend_on_the_di
     centred = raw - raw.mean(0) - raw.mean(1, keepdim=True) + raw.mean()
     price = 0.3 * float(centred.square().mean().sqrt())
     ones = torch.ones(40, dtype=torch.float64).numpy()
-    other = ot.sinkhorn(ones, ones, raw.numpy(), price, method="sinkhorn_log", numItermax=5000, stopThr=1e-10)
+    other = ot.sinkhorn(
+        ones, ones, raw.numpy(), price, method="sinkhorn_log", numItermax=5000, stopThr=1e-10
+    )
     assert torch.allclose(plan, torch.from_numpy(other), atol=1e-6)
     entropy = float(-torch.special.xlogy(plan, plan).sum(1).mean())  # log of the number of partners
     assert 0.3 < entropy < 3.2  # independent: 3.7, exact: 0
@@ -213,7 +238,9 @@ def test_sinkhorn_lies_between_the_exact_and_the_independent_coupling():
     costs = [cost(*c.pair(x0, x1, flat(10), NO_SYMMETRY, generator())) for c in order]
     assert costs == sorted(costs)
     exact = MiniBatchOT().pair(x0, x1, flat(10), NO_SYMMETRY, generator())[0]
-    sharp = SinkhornOT(0.003, max_iterations=20000).pair(x0, x1, flat(10), NO_SYMMETRY, generator())[0]
+    sharp = SinkhornOT(0.003, max_iterations=20000).pair(
+        x0, x1, flat(10), NO_SYMMETRY, generator()
+    )[0]
     assert (exact == sharp).all(1).float().mean() > 0.9
 
 
@@ -243,7 +270,7 @@ def test_sinkhorn_that_does_not_converge_raises():
             SinkhornOT(**bad)
 
 
-# ------------------------------------------------------------------ refusals
+# ---------------------------------------- refusals
 
 
 @pytest.mark.parametrize("coupling", ALL, ids=repr)
@@ -274,4 +301,5 @@ def test_prior_that_keeps_no_signs_is_matched_by_permutations_alone():
     assert not group.sign
     x0, x1 = batches(64, model.dim)
     paired, _ = MiniBatchOT(matched=True).pair(x0, x1, model.spec, group, generator())
-    assert torch.allclose(paired.sum(1).sort().values, x0.sum(1).sort().values, atol=1e-4)  # a flip would change sums
+    # a flip would change sums
+    assert torch.allclose(paired.sum(1).sort().values, x0.sum(1).sort().values, atol=1e-4)

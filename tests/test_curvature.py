@@ -21,7 +21,9 @@ def model_of(prior=None, likelihood=None, **options) -> bf.BayesianModel:
     x = normal(N, 2)
     likelihood = likelihoods.Gaussian() if likelihood is None else likelihood
     net = built(lambda: chain(2, 3, 1))
-    return bf.BayesianModel(net, prior or priors.Normal(0.8), likelihood, x, x.sum(1).sin(), **options)
+    return bf.BayesianModel(
+        net, prior or priors.Normal(0.8), likelihood, x, x.sum(1).sin(), **options
+    )
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,17 @@ class LaplaceNoise(likelihoods.Likelihood):
         return outputs
 
 
-# ---------------------------------------------------------------- subsets
+# ---------------------------------------- subsets
 
 
 def test_likelihoods_of_parts_multiply_to_that_of_all_rows() -> None:
     model = model_of(temperature=0.7)
     theta = normal(4, model.dim, seed=1)
-    parts = [model.subset(slice(5)), model.subset(torch.arange(5, N)), model.subset(torch.arange(N).flip(0))]
+    parts = [
+        model.subset(slice(5)),
+        model.subset(torch.arange(5, N)),
+        model.subset(torch.arange(N).flip(0)),
+    ]
     whole = sum(part.log_likelihood(theta) for part in parts[:2])
     torch.testing.assert_close(whole, model.log_likelihood(theta))
     torch.testing.assert_close(parts[2].log_joint(theta), model.log_joint(theta))
@@ -65,7 +71,9 @@ def test_a_subset_is_another_posterior_and_all_rows_are_the_same() -> None:
         bf.predict(part, draws)
     theta = normal(2, model.dim, seed=1)
     straight = model.linearised(theta[0])
-    torch.testing.assert_close(straight.subset(slice(7)).outputs(theta), straight.outputs(theta)[:, :7])
+    torch.testing.assert_close(
+        straight.subset(slice(7)).outputs(theta), straight.outputs(theta)[:, :7]
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,7 +96,7 @@ def test_rows_that_are_none_are_refused(rows, kind) -> None:
         model_of().subset(rows)
 
 
-# ---------------------------------------------------------------- curvature
+# ---------------------------------------- curvature
 
 
 @pytest.mark.parametrize("rows", [None, [0, 4, 5]])
@@ -116,7 +124,9 @@ def test_all_that_is_said_of_the_curvature_is_of_one_matrix(prior, rows) -> None
 
 
 @pytest.mark.parametrize("source", [None, 1.4])
-@pytest.mark.parametrize("prior", [priors.Normal(0.8), priors.Laplace(), priors.Hierarchical()], ids=str)
+@pytest.mark.parametrize(
+    "prior", [priors.Normal(0.8), priors.Laplace(), priors.Hierarchical()], ids=str
+)
 def test_whitened_curvature_has_the_members_of_curvature(prior, source) -> None:
     model = model_of(prior)
     scaled = None if source is None else bf.transport.Source.scaled(model, source)
@@ -131,7 +141,9 @@ def test_whitened_curvature_has_the_members_of_curvature(prior, source) -> None:
     value = lambda z: context.at(z).value_and_grad[0].sum()  # noqa: E731
     torch.testing.assert_close(torch.func.grad(value)(x), grad)
     expected = (factor.mT @ factor @ v.unsqueeze(-1)).squeeze(-1)
-    expected = expected if context.precision_shift is None else expected + context.precision_shift_times(v)
+    expected = (
+        expected if context.precision_shift is None else expected + context.precision_shift_times(v)
+    )
     torch.testing.assert_close(at.grad_and_product()[1](v), expected)
     residual = at.residual
     assert residual is not None
@@ -139,7 +151,9 @@ def test_whitened_curvature_has_the_members_of_curvature(prior, source) -> None:
     torch.testing.assert_close(pulled if residual[1] is None else pulled + residual[1], grad)
     second = at.grad_and_hessian()
     assert second is not None
-    torch.testing.assert_close(second[1], torch.stack([torch.func.jacrev(context.grad)(x)[i, :, i] for i in range(3)]))
+    torch.testing.assert_close(
+        second[1], torch.stack([torch.func.jacrev(context.grad)(x)[i, :, i] for i in range(3)])
+    )
 
 
 def test_weights_of_another_size_are_refused_when_the_curvature_is_asked_for() -> None:
@@ -160,7 +174,7 @@ def test_weights_of_another_size_are_refused_when_the_curvature_is_asked_for() -
     torch.testing.assert_close(at.grad, blind.log_likelihood_grad(normal(2, blind.dim)))
 
 
-# ---------------------------------------------------------------- priors as a type
+# ---------------------------------------- priors as a type
 
 
 class Wide(Prior):
@@ -181,7 +195,9 @@ class Shaped:
 class Halved(priors.Hierarchical):
     """A class derived from one with closed forms, which says something else."""
 
-    def conditional(self, spec: WeightSpec, parameters: dict[str, Tensor]) -> dict[str, td.Distribution]:
+    def conditional(
+        self, spec: WeightSpec, parameters: dict[str, Tensor]
+    ) -> dict[str, td.Distribution]:
         given = super().conditional(spec, parameters)
         return {name: td.Normal(each.loc, 0.5 * each.scale) for name, each in given.items()}
 
@@ -220,9 +236,13 @@ class OneOf:
     def parameters(self, spec: WeightSpec) -> dict[str, td.Distribution]:
         return {"scale": td.HalfNormal(1.0)}
 
-    def conditional(self, spec: WeightSpec, parameters: dict[str, Tensor]) -> dict[str, td.Distribution]:
+    def conditional(
+        self, spec: WeightSpec, parameters: dict[str, Tensor]
+    ) -> dict[str, td.Distribution]:
         scale = parameters["scale"]
-        shaped = {n: scale.reshape(*scale.shape[:-1], *(1,) * len(s)) for n, s in spec.shapes.items()}
+        shaped = {
+            n: scale.reshape(*scale.shape[:-1], *(1,) * len(s)) for n, s in spec.shapes.items()
+        }
         return {name: td.Normal(0.0, each) for name, each in shaped.items()}
 
 
@@ -260,7 +280,9 @@ def test_the_models_symmetries_are_those_that_its_prior_keeps() -> None:
         moved = model.spec.random_symmetry(theta, 0, group)
         torch.testing.assert_close(model.log_joint(moved), model.log_joint(theta))
     assert model_of(uneven).symmetries() == Symmetries()
-    net = built(lambda: nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)).eval())
+    net = built(
+        lambda: nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)).eval()
+    )
     x = normal(N, 2)
     unknown = bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(), x, x[:, 0])
     assert not any(unknown.symmetries())

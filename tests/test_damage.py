@@ -1,4 +1,6 @@
-"""A fuzzer of files: whatever happens to one, it is read as it was, or refused by a ``ValueError`` that names it."""
+"""A fuzzer of files: whatever happens to one, it is read as it was, or refused by a ``ValueError``
+that names it.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,21 @@ import torch
 
 import bnnflow as bf
 from bnnflow import WeightSpec, storage
-from bnnflow.posteriors import Conditional, CouplingFlow, KroneckerGaussian, LowRankGaussian, Mixture
-from bnnflow.transport import Flow, FlowMap, ResidualVelocity, Source, TwoLayerVelocity, WeightsVelocity
+from bnnflow.posteriors import (
+    Conditional,
+    CouplingFlow,
+    KroneckerGaussian,
+    LowRankGaussian,
+    Mixture,
+)
+from bnnflow.transport import (
+    Flow,
+    FlowMap,
+    ResidualVelocity,
+    Source,
+    TwoLayerVelocity,
+    WeightsVelocity,
+)
 from tests import test_storage as made
 from tests.problems import built, chain
 
@@ -34,11 +49,19 @@ KINDS = ("draws", "inrs", "flow", "manifold-flow", "completed-flow", "in-coordin
 def flow(velocity: Callable[[], torch.nn.Module], **source: Any) -> Flow:
     field = built(velocity, torch.float32).requires_grad_(False)
     spec = getattr(field, "spec", MODEL.spec)
-    return Flow(field.eval(), Source(MODEL.flat_prior, **source), spec, MODEL.fingerprint(), info={"steps": 1})
+    return Flow(
+        field.eval(),
+        Source(MODEL.flat_prior, **source),
+        spec,
+        MODEL.fingerprint(),
+        info={"steps": 1},
+    )
 
 
 def draws(posterior: Any) -> bf.Draws:
-    return bf.Draws(torch.ones(1, 2, 3), torch.zeros(1, 2, dtype=torch.float64), posterior=posterior)
+    return bf.Draws(
+        torch.ones(1, 2, 3), torch.zeros(1, 2, dtype=torch.float64), posterior=posterior
+    )
 
 
 def coupling() -> CouplingFlow:
@@ -53,24 +76,36 @@ def coupling() -> CouplingFlow:
 MADE: dict[str, Callable[[], Any]] = {
     "draws": made.example,
     "draws of a low-rank density": lambda: draws(LowRankGaussian(ONES, torch.ones(3, 1), ONES)),
-    "draws of a mixture": lambda: draws(Mixture((bf.Gaussian(ONES, ONES), bf.Gaussian(2 * ONES, ONES)))),
+    "draws of a mixture": lambda: draws(
+        Mixture((bf.Gaussian(ONES, ONES), bf.Gaussian(2 * ONES, ONES)))
+    ),
     "draws of a restricted density": lambda: draws(
         Conditional(ONES, torch.tensor([0, 2]), KRONECKER)
     ),
     "draws of couplings": lambda: draws(coupling()),
     "inrs": made.example_inrs,
     "weights flow": lambda: flow(lambda: WeightsVelocity(MODEL.spec, 4, 1)),
-    "signed flow": lambda: flow(lambda: WeightsVelocity(SIGNED, 4, 1, architecture="signed", heads=2)),
-    "graph flow": lambda: flow(lambda: WeightsVelocity(MODEL.spec, 4, 1, architecture="graph"), root=1.5),
-    "residual flow": lambda: flow(lambda: ResidualVelocity.fit(MODEL.spec, MODEL.sample_prior(30, 0), 4, 1)),
-    "two-layer flow": lambda: flow(lambda: TwoLayerVelocity(MODEL.dim, 4), loc=torch.ones(MODEL.dim)),
+    "signed flow": lambda: flow(
+        lambda: WeightsVelocity(SIGNED, 4, 1, architecture="signed", heads=2)
+    ),
+    "graph flow": lambda: flow(
+        lambda: WeightsVelocity(MODEL.spec, 4, 1, architecture="graph"), root=1.5
+    ),
+    "residual flow": lambda: flow(
+        lambda: ResidualVelocity.fit(MODEL.spec, MODEL.sample_prior(30, 0), 4, 1)
+    ),
+    "two-layer flow": lambda: flow(
+        lambda: TwoLayerVelocity(MODEL.dim, 4), loc=torch.ones(MODEL.dim)
+    ),
     "informed flow": made.example_informed_flow,
     "flow on rows": lambda: made.example_informed_flow().on_batch(2, 0),
-    "flow map": lambda: FlowMap(*_parts(made.example_informed_flow()), torch.tensor([0.0, 0.5, 1.0]), {"steps": 1}),
+    "flow map": lambda: FlowMap(
+        *_parts(made.example_informed_flow()), torch.tensor([0.0, 0.5, 1.0]), {"steps": 1}
+    ),
     "manifold-flow": made.example_manifold_flow,
     "completed-flow": made.example_completed_flow,
     "in-coordinates": made.example_density,
-}  # fmt: skip
+}
 
 
 def _parts(whole: Flow) -> tuple[Any, ...]:
@@ -94,8 +129,12 @@ def load(path: Path) -> Any:
 
 
 def written_again(value: Any, folder: Path) -> tuple[Any, dict[str, bytes]]:
-    header, arrays = storage.read(value.save(folder / "again.npz"), {"flow-map": 1, **dict.fromkeys(KINDS, 2)})
-    return header, {name: each.tobytes() + str(each.shape).encode() for name, each in arrays.items()}
+    header, arrays = storage.read(
+        value.save(folder / "again.npz"), {"flow-map": 1, **dict.fromkeys(KINDS, 2)}
+    )
+    return header, {
+        name: each.tobytes() + str(each.shape).encode() for name, each in arrays.items()
+    }
 
 
 def outcome(path: Path, expected: Any) -> str:
@@ -109,7 +148,9 @@ def outcome(path: Path, expected: Any) -> str:
 
 
 def harmed(whole: bytes, chance: random.Random, count: int) -> Iterator[bytes]:
-    """Cut a file short, flip bits of it, and overwrite stretches, at places that the seed decides."""
+    """Cut a file short, flip bits of it, and overwrite stretches, at places that the seed
+    decides.
+    """
     for _ in range(count):
         at = chance.randrange(len(whole))
         yield whole[:at]
@@ -121,7 +162,9 @@ def harmed(whole: bytes, chance: random.Random, count: int) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_damaged_file_is_read_as_it_was_or_refused_by_name(name: str, files: dict[str, Path], tmp_path: Path) -> None:
+def test_a_damaged_file_is_read_as_it_was_or_refused_by_name(
+    name: str, files: dict[str, Path], tmp_path: Path
+) -> None:
     whole, path = files[name].read_bytes(), tmp_path / files[name].name
     path.write_bytes(whole)
     expected = written_again(load(path), tmp_path)
@@ -175,7 +218,9 @@ def rewrite(path: Path, text: str, arrays: dict[str, np.ndarray]) -> None:
 def test_a_hostile_file_is_taken_at_its_word_or_refused_by_name(
     name: str, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Headers and arrays are replaced in well-formed archives: nothing raises what it should not, nor takes long."""
+    """Headers and arrays are replaced in well-formed archives: nothing raises what it should not,
+    nor takes long.
+    """
     header, arrays = storage.read(files[name], dict.fromkeys((*KINDS, "flow-map"), 9))
     path, chance = tmp_path / files[name].name, random.Random(name)
     for _ in range(30):
@@ -188,7 +233,11 @@ def test_a_hostile_file_is_taken_at_its_word_or_refused_by_name(
             arrays[key].astype(str),
             np.zeros((2, 2, 2)),
         ):
-            rewrite(path, json.dumps(header), {n: v for n, v in (arrays | {key: other}).items() if v is not None})
+            rewrite(
+                path,
+                json.dumps(header),
+                {n: v for n, v in (arrays | {key: other}).items() if v is not None},
+            )
             assert outcome(path, None) in ("refused", "taken")
     rewrite(path, DEEP, arrays)
     assert outcome(path, None) == "refused"
@@ -199,7 +248,13 @@ def test_a_hostile_file_is_taken_at_its_word_or_refused_by_name(
 def test_no_field_is_built_that_is_larger_than_its_file(
     key: str, number: int, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    for name in ("signed flow", "residual flow", "two-layer flow", "informed flow", "manifold-flow"):
+    for name in (
+        "signed flow",
+        "residual flow",
+        "two-layer flow",
+        "informed flow",
+        "manifold-flow",
+    ):
         header, arrays = storage.read(files[name], dict.fromkeys((*KINDS, "flow-map"), 9))
         velocity = header["velocity"]
         place = velocity["gaussian"] if key == "dim" and "gaussian" in velocity else velocity
@@ -207,7 +262,9 @@ def test_no_field_is_built_that_is_larger_than_its_file(
             continue
         place[key] = number
         rewrite(tmp_path / files[name].name, json.dumps(header), arrays)
-        with pytest.raises(ValueError, match=f"a field of {key} {number} has more numbers than the"):
+        with pytest.raises(
+            ValueError, match=f"a field of {key} {number} has more numbers than the"
+        ):
             load(tmp_path / files[name].name)
 
 
@@ -228,14 +285,23 @@ def test_no_array_is_longer_than_its_file(tmp_path: Path) -> None:
                 file.write(values.tobytes())
     with pytest.raises(ValueError, match=r"array 'theta' is not as long as its shape"):
         bf.load(path)
-    spec = {"shapes": [["0.weight", [10**6, 10**6], [None, None]]], "activations": {}, "layers": [], "extras": []}
-    storage.write(path, "inrs", 1, {"spec": spec, "info": {}}, {"theta": np.zeros((1, 1)), "mse": np.zeros(1)})
+    spec = {
+        "shapes": [["0.weight", [10**6, 10**6], [None, None]]],
+        "activations": {},
+        "layers": [],
+        "extras": [],
+    }
+    storage.write(
+        path, "inrs", 1, {"spec": spec, "info": {}}, {"theta": np.zeros((1, 1)), "mse": np.zeros(1)}
+    )
     with pytest.raises(ValueError, match=r"draws.npz: a space of 1000000000000 weights"):
         bf.load(path)
 
 
 def test_a_damaged_run_is_read_as_it_was_or_refused_by_name(tmp_path: Path) -> None:
-    """The same for the folder of a run: what is loaded is what was drawn, or an older part of it with a warning."""
+    """The same for the folder of a run: what is loaded is what was drawn, or an older part of it
+    with a warning.
+    """
     x = torch.linspace(-1, 1, 8).unsqueeze(-1)
     line = built(lambda: torch.nn.Linear(1, 1), torch.float32)
     model = bf.BayesianModel(line, bf.priors.Normal(), bf.likelihoods.Gaussian(0.5), x, x)

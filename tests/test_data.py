@@ -91,18 +91,29 @@ def test_the_split_is_the_one_that_is_documented():
     assert data.x_test.numpy() == pytest.approx((raw.data[order[:30]] - mean) / sd, abs=1e-5)
 
 
-@pytest.mark.skipif(FOLDER is None or not (FOLDER / "reference/iris.npz").is_file(), reason="no reference file")
+@pytest.mark.skipif(
+    FOLDER is None or not (FOLDER / "reference/iris.npz").is_file(), reason="no reference file"
+)
 def test_iris_is_split_as_in_the_reference():
     assert FOLDER is not None
     with np.load(FOLDER / "reference/iris.npz", allow_pickle=False) as file:
         reference = {name: file[name] for name in ("Xtr", "ytr", "Xte", "yte")}
     data = load("iris")
-    for name, mine in {"Xtr": data.x_train, "ytr": data.y_train, "Xte": data.x_test, "yte": data.y_test}.items():
+    for name, mine in {
+        "Xtr": data.x_train,
+        "ytr": data.y_train,
+        "Xte": data.x_test,
+        "yte": data.y_test,
+    }.items():
         assert mine.numpy() == pytest.approx(reference[name], abs=1e-5)
 
 
-@pytest.mark.skipif(FOLDER is None or not (FOLDER / "uci/yacht.npz").is_file(), reason="no UCI files")
-@pytest.mark.parametrize(("name", "rows"), [("yacht", 308), ("wine_quality", 1599), ("naval", 11934)])
+@pytest.mark.skipif(
+    FOLDER is None or not (FOLDER / "uci/yacht.npz").is_file(), reason="no UCI files"
+)
+@pytest.mark.parametrize(
+    ("name", "rows"), [("yacht", 308), ("wine_quality", 1599), ("naval", 11934)]
+)
 def test_the_real_files(name, rows):
     data = load(name, split=3)
     assert len(data.x_train) + len(data.x_test) == rows
@@ -120,7 +131,9 @@ def test_fixed_splits(tmp_path, monkeypatch, sub):
     assert data.x_scaler is not None
     assert data.y_scaler is not None
     assert data.y_test.is_floating_point()
-    assert data.x_scaler.inverse(data.x_test).numpy() == pytest.approx(x[tests["test_1"]][:, [0, 2]], abs=1e-5)
+    assert data.x_scaler.inverse(data.x_test).numpy() == pytest.approx(
+        x[tests["test_1"]][:, [0, 2]], abs=1e-5
+    )
     assert data.y_scaler.inverse(data.y_test).numpy() == pytest.approx(tests["test_1"], abs=1e-4)
     assert torch.equal(load("toy", split=1, folder=folder).x_test, data.x_test)
 
@@ -155,7 +168,8 @@ def test_the_gap():
 
 
 @pytest.mark.parametrize(
-    ("mean", "sd", "message"), [([0.0], [0.0], "sd must be positive"), ([np.nan], [1.0], "mean has")]
+    ("mean", "sd", "message"),
+    [([0.0], [0.0], "sd must be positive"), ([np.nan], [1.0], "mean has")],
 )
 def test_maps_that_are_none_are_refused(mean, sd, message):
     with pytest.raises(ValueError, match=message):

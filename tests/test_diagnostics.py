@@ -61,7 +61,9 @@ def test_smoothed_weights_are_in_the_order_of_the_raw_ones(seed):
 
 @pytest.mark.parametrize("shape", [0.1, 0.4, 0.7])
 def test_k_hat_is_the_shape_of_the_tail(shape):
-    found = [psis(np.log(genpareto.rvs(shape, size=4000, random_state=seed)))[1] for seed in range(5)]
+    found = [
+        psis(np.log(genpareto.rvs(shape, size=4000, random_state=seed)))[1] for seed in range(5)
+    ]
     assert np.mean(found) == pytest.approx(shape, abs=0.12)
 
 

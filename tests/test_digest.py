@@ -84,14 +84,22 @@ def test_different_values_have_different_digests(name: str) -> None:
 
 
 def test_equal_values_have_equal_digests_in_every_process() -> None:
-    values = [{"a": {3, 1, 2}, "b": 1}, torch.arange(4.0), (1, None, b"x"), Settings(0.5, torch.ones(1))]
+    values = [
+        {"a": {3, 1, 2}, "b": 1},
+        torch.arange(4.0),
+        (1, None, b"x"),
+        Settings(0.5, torch.ones(1)),
+    ]
     code = (
-        "import torch\nfrom bnnflow.identity import digest\nfrom tests.test_digest import Settings\n"
-        "print(digest([{'a': {2, 3, 1}, 'b': 1}, torch.arange(4.0), (1, None, b'x'), Settings(0.5, torch.ones(1))]))"
+        "import torch\nfrom bnnflow.identity import digest\nfrom tests.test_digest import "
+        "Settings\nprint(digest([{'a': {2, 3, 1}, 'b': 1}, torch.arange(4.0), (1, None, b'x'), "
+        "Settings(0.5, torch.ones(1))]))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == digest(values)
-    assert digest(torch.arange(6).reshape(2, 3).T) == digest(torch.arange(6).reshape(2, 3).T.contiguous())
+    assert digest(torch.arange(6).reshape(2, 3).T) == digest(
+        torch.arange(6).reshape(2, 3).T.contiguous()
+    )
 
 
 def test_what_was_computed_and_kept_does_not_count() -> None:
@@ -107,4 +115,7 @@ def test_seeds_are_told_apart() -> None:
     before = seed_identity(one)
     torch.rand(1, generator=one)
     assert seed_identity(one) != before
-    assert without_addresses("Method(function=<function f at 0x7f00>)") == "Method(function=<function f>)"
+    assert (
+        without_addresses("Method(function=<function f at 0x7f00>)")
+        == "Method(function=<function f>)"
+    )

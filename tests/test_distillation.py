@@ -1,4 +1,6 @@
-"""Laws of distilled flow maps: they land where the flow does, in few evaluations, and claim no density."""
+"""Laws of distilled flow maps: they land where the flow does, in few evaluations, and claim no
+density.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def small(model: bf.BayesianModel) -> InformedVelocity:
 def test_map_lands_closer_to_the_flow_than_its_solver_with_as_many_evaluations():
     model = network("categorical", dtype=torch.float32)
     draws = bf.refine(model, bf.GaussNewtonFlow(model).sample(200, 0), 2, seed=1)
-    flow = bf.fit_flow(model, draws, velocity=small(model), seed=0, training=bf.Training(steps=60, batch_size=64))
+    flow = bf.fit_flow(
+        model, draws, velocity=small(model), seed=0, training=bf.Training(steps=60, batch_size=64)
+    )
     fast = distil(flow, 4, trajectories=400, seed=1, training=bf.Training(steps=120, batch_size=32))
     x0 = flow.start(300, 9)
     truth = flow.forward(x0, solver=Solver(steps=24))
@@ -36,10 +40,14 @@ def test_map_lands_closer_to_the_flow_than_its_solver_with_as_many_evaluations()
 def test_map_is_reproducible_stored_and_checked(tmp_path):
     model = network("learned", dtype=torch.float32)
     flow = bf.fit_flow(
-        model, model.sample_prior(100, 0), velocity=small(model), training=bf.Training(steps=3, batch_size=16)
+        model,
+        model.sample_prior(100, 0),
+        velocity=small(model),
+        training=bf.Training(steps=3, batch_size=16),
     )
     first, again = (
-        distil(flow, 3, trajectories=50, seed=4, training=bf.Training(steps=3, batch_size=16)) for _ in range(2)
+        distil(flow, 3, trajectories=50, seed=4, training=bf.Training(steps=3, batch_size=16))
+        for _ in range(2)
     )
     assert torch.equal(first.sample(5, 0), again.sample(5, 0))
     loaded = bf.load(first.save(tmp_path / "map"), model)

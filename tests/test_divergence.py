@@ -1,4 +1,6 @@
-"""Laws of divergences: closed forms, agreement with automatic differentiation, unbiasedness, known variances."""
+"""Laws of divergences: closed forms, agreement with automatic differentiation, unbiasedness, known
+variances.
+"""
 
 import math
 
@@ -51,7 +53,9 @@ def two_layer(dim: int = 7, base: Field | None = None) -> TwoLayerVelocity:
 
 def gaussian_field(dim: int = 7) -> GaussianVelocity:
     root = normal(dim, dim, seed=4) / dim**0.5
-    return GaussianVelocity(normal(dim, seed=5), root @ root.T + 0.1 * torch.eye(dim, dtype=torch.float64))
+    return GaussianVelocity(
+        normal(dim, seed=5), root @ root.T + 0.1 * torch.eye(dim, dtype=torch.float64)
+    )
 
 
 class Linear(nn.Module):
@@ -80,7 +84,7 @@ def decaying(dim: int = 60, power: float = 2.0) -> torch.Tensor:
     return left @ torch.diag(torch.arange(1, dim + 1, dtype=torch.float64) ** -power) @ right.T
 
 
-# ------------------------------------------------------------------ exact
+# ---------------------------------------- exact
 
 
 @pytest.mark.parametrize("dim", [2, 50, 500])
@@ -95,7 +99,9 @@ def test_log_density_of_a_linear_field_is_exact(dim):
     theta = normal(2, dim, seed=12) @ matrix.T + shift
     flow = Flow.of(field, linear(dim), solver=Solver("rk4", 64))
     assert (flow.log_prob(theta) - truth.log_prob(theta)).abs().max() < 1e-6
-    estimate = flow.log_prob(theta.expand(200, 2, dim), seed=1, density=Density(trace="hutchinson", probes=1))
+    estimate = flow.log_prob(
+        theta.expand(200, 2, dim), seed=1, density=Density(trace="hutchinson", probes=1)
+    )
     error = estimate.std(0) / math.sqrt(200)
     assert ((estimate.mean(0) - truth.log_prob(theta)).abs() < 4.5 * error + 1e-6).all()
 
@@ -104,7 +110,11 @@ def test_log_density_of_a_linear_field_is_exact(dim):
 @pytest.mark.parametrize("batch", [3, 500])
 def test_exact_divergence_is_the_trace_of_the_jacobian(batch, times):
     x = normal(batch, 7)
-    t = torch.tensor(0.3, dtype=torch.float64) if times == "one" else normal(batch, seed=1).sigmoid()
+    t = (
+        torch.tensor(0.3, dtype=torch.float64)
+        if times == "one"
+        else normal(batch, seed=1).sigmoid()
+    )
     value, trace = divergence(curved, t, x)
     truth = jacobian(curved, t, x).diagonal(dim1=1, dim2=2).sum(-1)
     assert trace.dtype == torch.float64
@@ -135,10 +145,12 @@ def test_large_batches_go_in_blocks_with_their_own_times():
 def test_divergence_can_be_differentiated_by_the_points(trace: Trace):
     x, t = normal(2, 5).requires_grad_(), torch.tensor(0.4)
     probes = probe_noise("rademacher", 6, x, generator(1))
-    assert torch.autograd.gradcheck(lambda z: divergence(curved, t, z, trace, probes)[1], x, atol=1e-6)
+    assert torch.autograd.gradcheck(
+        lambda z: divergence(curved, t, z, trace, probes)[1], x, atol=1e-6
+    )
 
 
-# ------------------------------------------------------------------ fields that know their trace
+# ---------------------------------------- fields that know their trace
 
 
 class Known(Field):
@@ -151,7 +163,9 @@ class Known(Field):
     def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return 3 * x + 0.5 * x.roll(1, -1)
 
-    def closed_divergence(self, t: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def closed_divergence(
+        self, t: torch.Tensor, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self.asked += 1
         return self(t, x), torch.full((len(x),), 3.0 * x.shape[-1], dtype=torch.float64)
 
@@ -162,7 +176,9 @@ def test_a_fields_own_trace_is_used_only_where_the_trace_is_exact():
     assert field.asked == 1
     assert torch.equal(trace, torch.full((4,), 15.0, dtype=torch.float64))
     assert torch.equal(value, field(t, x))
-    _, estimate = field.with_divergence(t, x, "hutchinson", probe_noise("rademacher", 1, x, generator()))
+    _, estimate = field.with_divergence(
+        t, x, "hutchinson", probe_noise("rademacher", 1, x, generator())
+    )
     assert field.asked == 1
     assert not torch.allclose(estimate, trace)
 
@@ -208,7 +224,9 @@ def test_untrained_two_layers_are_their_base():
 
 
 def test_two_layers_carry_their_density_exactly():
-    """The log density that a path accumulates is that of the change of variables, by autograd through the solver."""
+    """The log density that a path accumulates is that of the change of variables, by autograd
+    through the solver.
+    """
     field, x = two_layer(3), normal(4, 3)
 
     def carried(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,14 +248,16 @@ def test_flow_of_two_layers_is_saved_and_loaded(tmp_path, based):
     assert torch.allclose(loaded.log_prob(theta), flow.log_prob(theta))
 
 
-# ------------------------------------------------------------------ estimates
+# ---------------------------------------- estimates
 
 
 @pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
 def test_hutchinson_has_its_mean_and_its_variance(noise: Noise):
     matrix = normal(20, 20)
     x = torch.zeros(1, 20, dtype=torch.float64)
-    _, estimates = hutchinson_divergence(matrix_field(matrix), x, probe_noise(noise, 40000, x, generator(1)))
+    _, estimates = hutchinson_divergence(
+        matrix_field(matrix), x, probe_noise(noise, 40000, x, generator(1))
+    )
     symmetric = 0.5 * (matrix + matrix.T)
     variance = 2 * symmetric.square().sum()
     if noise == "rademacher":  # the diagonal has no error
@@ -247,8 +267,12 @@ def test_hutchinson_has_its_mean_and_its_variance(noise: Noise):
     assert float(estimates.var()) == pytest.approx(float(variance), rel=0.05)
 
 
-def spread(matrix: torch.Tensor, probes: int, noise: Noise = "rademacher", n: int = 4000) -> tuple[torch.Tensor, ...]:
-    """Return n independent estimates each by Hutchinson and by Hutch++, of the same number of products."""
+def spread(
+    matrix: torch.Tensor, probes: int, noise: Noise = "rademacher", n: int = 4000
+) -> tuple[torch.Tensor, ...]:
+    """Return n independent estimates each by Hutchinson and by Hutch++, of the same number of
+    products.
+    """
     x = torch.zeros(n, len(matrix), dtype=torch.float64)
     drawn = probe_noise(noise, probes, x, generator(1))
     _, plain = hutchinson_divergence(matrix_field(matrix), x, drawn)
@@ -261,7 +285,9 @@ def spread(matrix: torch.Tensor, probes: int, noise: Noise = "rademacher", n: in
 @pytest.mark.parametrize("probes", [3, 8, 15])
 @pytest.mark.parametrize("kind", ["decaying", "flat", "nilpotent"])
 def test_hutchpp_is_unbiased(kind, probes, noise: Noise):
-    matrix = {"decaying": decaying(), "flat": normal(30, 30), "nilpotent": normal(30, 30).triu(1)}[kind]
+    matrix = {"decaying": decaying(), "flat": normal(30, 30), "nilpotent": normal(30, 30).triu(1)}[
+        kind
+    ]
     _, estimates = spread(matrix, probes, noise)
     error = estimates.std() / math.sqrt(len(estimates))
     assert abs(estimates.mean() - matrix.trace()) < 4.5 * error
@@ -282,7 +308,9 @@ def test_hutchpp_is_exact_where_the_rank_is_no_larger_than_its_sketch():
 
 
 def test_hutchpp_is_not_worth_it_on_a_flat_spectrum():
-    """What the docstring says: up to three times the variance, since only a third of the products is left."""
+    """What the docstring says: up to three times the variance, since only a third of the products
+    is left.
+    """
     rotation = torch.linalg.qr(normal(60, 60)).Q
     plain, better = spread(rotation, 15)
     assert 1.5 < better.var() / plain.var() < 3.3
@@ -303,7 +331,8 @@ def test_probes_that_stay_fixed_let_the_solver_converge(trace: Trace):
 
     probes = probe_noise("rademacher", 6, x, generator(1))
     fixed, redrawn = ((solve(32, each) - solve(16, each)).abs().max() for each in (probes, None))
-    assert fixed < {"hutchinson": 1e-4, "hutch++": 0.2}[trace] * redrawn  # the frame of Hutch++ turns on the way
+    # the frame of Hutch++ turns on the way
+    assert fixed < {"hutchinson": 1e-4, "hutch++": 0.2}[trace] * redrawn
 
 
 def test_bad_input_is_refused():

@@ -1,4 +1,6 @@
-"""Laws of networks over weight space: whole pipelines, conditions, sharing over depth, embedded inputs, scaling."""
+"""Laws of networks over weight space: whole pipelines, conditions, sharing over depth, embedded
+inputs, scaling.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
 
 
 def built(make: Callable[[], nn.Module], dtype: torch.dtype = F64) -> nn.Module:
-    """Build a module and fill all of its parameters from a seed, without a trace in the global generator."""
+    """Build a module and fill all of its parameters from a seed, without a trace in the global
+    generator.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         module = make().to(dtype)
@@ -51,7 +55,14 @@ def chain(*widths: int, bias: bool = True) -> WeightSpec:
 def convolutional() -> WeightSpec:
     with torch.random.fork_rng(devices=[]):
         return WeightSpec.of(
-            nn.Sequential(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Conv2d(3, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+            nn.Sequential(
+                nn.Conv2d(1, 3, 2),
+                nn.ReLU(),
+                nn.Conv2d(3, 4, 2),
+                nn.ReLU(),
+                nn.Flatten(),
+                nn.Linear(16, 2),
+            )
         )
 
 
@@ -65,7 +76,12 @@ KINDS = {
     "equivariant": {},
     "invariant": {"invariant": True},
     "conditioned": {"time": True, "context": 3, "unit_features": 2},
-    "invariant and conditioned": {"invariant": True, "time": True, "context": 3, "unit_features": 2},
+    "invariant and conditioned": {
+        "invariant": True,
+        "time": True,
+        "context": 3,
+        "unit_features": 2,
+    },
     "with sines": {"wiring": Wiring(frequency=2.0)},
     "without messages": {"wiring": Wiring(heads=0)},
     "shared": {"wiring": Wiring(shared=True)},
@@ -103,15 +119,23 @@ class Pipeline(nn.Module):
         return [randn(n, self.spec.dim, dtype=dtype), t, randn(n, 3, seed=9, dtype=dtype), *units]
 
 
-def moved(spec: WeightSpec, theta: Tensor, units: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
+def moved(
+    spec: WeightSpec, theta: Tensor, units: list[Tensor]
+) -> tuple[Tensor, list[Tensor], Tensor]:
     """Permute weights and unit features of every network; return also the order of the weights."""
-    tracked = spec.extend({label: (n,) for label, n in spec.widths.items()}, {label: (label,) for label in spec.widths})
+    tracked = spec.extend(
+        {label: (n,) for label, n in spec.widths.items()},
+        {label: (label,) for label in spec.widths},
+    )
     group = Symmetries(frozenset(spec.widths), frozenset(), frozenset())
     (index,) = tracked.transform(group, 5, torch.arange(tracked.dim).expand(len(theta), -1))
     assert not torch.equal(index[0], index[1])
     parts = index.split([spec.dim, *spec.widths.values()], -1)
     orders = [part - part.min() for part in parts]
-    shuffled = [u.gather(1, order.unsqueeze(-1).expand_as(u)) for u, order in zip(units, orders[1:], strict=True)]
+    shuffled = [
+        u.gather(1, order.unsqueeze(-1).expand_as(u))
+        for u, order in zip(units, orders[1:], strict=True)
+    ]
     return theta.gather(1, orders[0]), shuffled, orders[0]
 
 
@@ -121,13 +145,15 @@ def check_close(found: Tensor, expected: Tensor) -> None:
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-# ---------------------------------------------------------------- pipelines
+# ---------------------------------------- pipelines
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SPECS)
-def test_pipeline_and_its_gradients_follow_permutations(name: str, kind: str, dtype: torch.dtype) -> None:
+def test_pipeline_and_its_gradients_follow_permutations(
+    name: str, kind: str, dtype: torch.dtype
+) -> None:
     spec = SPECS[name]()
     pipeline = Pipeline(spec, dtype=dtype, **KINDS[kind])
     theta, t, context, *units = pipeline.inputs(dtype=dtype)
@@ -137,7 +163,9 @@ def test_pipeline_and_its_gradients_follow_permutations(name: str, kind: str, dt
         theta = theta.clone().requires_grad_(True)
         result = pipeline(theta, t, context, *units)
         loss = result.square().sum()
-        gradient, *others = torch.autograd.grad(loss, [theta, *pipeline.net.parameters()], allow_unused=True)
+        gradient, *others = torch.autograd.grad(
+            loss, [theta, *pipeline.net.parameters()], allow_unused=True
+        )
         return result.detach(), gradient, tuple(g for g in others if g is not None)
 
     before, after = run(theta, units), run(other, shuffled)
@@ -150,7 +178,9 @@ def test_pipeline_and_its_gradients_follow_permutations(name: str, kind: str, dt
     check_close(after[1], before[1].gather(1, order))
     scale = max(g.abs().max() for g in before[2])
     tolerance = 1e-5 if dtype == torch.float32 else 1e-10
-    assert all((a - b).abs().max() <= tolerance * scale for a, b in zip(after[2], before[2], strict=True))
+    assert all(
+        (a - b).abs().max() <= tolerance * scale for a, b in zip(after[2], before[2], strict=True)
+    )
 
 
 def test_convolutional_networks_go_through_the_pipeline() -> None:
@@ -200,7 +230,12 @@ def test_wrong_conditions_are_refused() -> None:
         built(lambda: DWSNet(spec, 1, 1, width=8, depth=1)),
         built(lambda: DWSNet(spec, 1, 1, width=8, depth=1, time=True, context=3, unit_features=2)),
     )
-    features, t, context, units = randn(2, spec.dim, 1), randn(2), randn(2, 3), {"h1": randn(2, 3, 2)}
+    features, t, context, units = (
+        randn(2, spec.dim, 1),
+        randn(2),
+        randn(2, 3),
+        {"h1": randn(2, 3, 2)},
+    )
     assert full(features, t, context, units).shape == features.shape
     with pytest.raises(ValueError, match=r"must be \(..., 13, features\), got \(2, 13\)"):
         plain(features.squeeze(-1))
@@ -216,7 +251,7 @@ def test_wrong_conditions_are_refused() -> None:
         full(features, t, context, {"h2": units["h1"]})
 
 
-# ---------------------------------------------------------------- transforms of torch
+# ---------------------------------------- transforms of torch
 
 
 @pytest.mark.parametrize("kind", ["conditioned", "shared and invariant"])
@@ -228,12 +263,16 @@ def test_forward_mode_and_vmap_agree_with_reverse_mode(kind: str) -> None:
     cotangent = randn(*result.shape, seed=4)
     (reverse,) = torch.autograd.grad(pipeline(theta.requires_grad_(True), *rest), theta, cotangent)
     torch.testing.assert_close((forward * cotangent).sum(), (reverse * tangent).sum())
-    single = torch.func.vmap(lambda *inputs: pipeline(*(each.unsqueeze(0) for each in inputs)).squeeze(0))
+    single = torch.func.vmap(
+        lambda *inputs: pipeline(*(each.unsqueeze(0) for each in inputs)).squeeze(0)
+    )
     torch.testing.assert_close(single(theta.detach(), *rest), result)
 
 
 def test_autocast_stays_close() -> None:
-    pipeline = Pipeline(chain(2, 3, 4, 1), dtype=torch.float32, **KINDS["invariant and conditioned"])
+    pipeline = Pipeline(
+        chain(2, 3, 4, 1), dtype=torch.float32, **KINDS["invariant and conditioned"]
+    )
     inputs = pipeline.inputs(dtype=torch.float32)
     exact = pipeline(*inputs)
     with torch.autocast("cpu", torch.bfloat16):
@@ -243,7 +282,8 @@ def test_autocast_stays_close() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself, while it loads its compiler
+# of torch about itself, while it loads its compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_network_agrees() -> None:
     spec = chain(1, 2, 1)
@@ -257,17 +297,28 @@ def test_compiled_network_agrees() -> None:
 def test_network_traces_as_one_graph(kind: str) -> None:
     pipeline = Pipeline(chain(2, 3, 4, 1), **KINDS[kind])
     inputs = pipeline.inputs()
-    torch.testing.assert_close(torch.compile(pipeline, backend="eager", fullgraph=True)(*inputs), pipeline(*inputs))
+    torch.testing.assert_close(
+        torch.compile(pipeline, backend="eager", fullgraph=True)(*inputs), pipeline(*inputs)
+    )
 
 
-# ---------------------------------------------------------------- sharing over depth
+# ---------------------------------------- sharing over depth
 
 
 @pytest.mark.parametrize("invariant", [False, True])
 def test_shared_network_fits_other_widths_and_depths(invariant: bool) -> None:
-    specs = [chain(2, 3, 1), chain(2, 5, 4, 1), chain(2, 3, 4, 5, 6, 1), chain(2, 3, 3, 1, bias=False)]
+    specs = [
+        chain(2, 3, 1),
+        chain(2, 5, 4, 1),
+        chain(2, 3, 4, 5, 6, 1),
+        chain(2, 3, 3, 1, bias=False),
+    ]
     nets = [
-        built(lambda s=s: DWSNet(s, 1, 2, width=8, depth=2, invariant=invariant, wiring=Wiring(shared=True)))
+        built(
+            lambda s=s: DWSNet(
+                s, 1, 2, width=8, depth=2, invariant=invariant, wiring=Wiring(shared=True)
+            )
+        )
         for s in specs
     ]
     for spec, net in zip(specs, nets, strict=True):
@@ -281,14 +332,19 @@ def test_shared_network_fits_other_widths_and_depths(invariant: bool) -> None:
 def test_shared_network_depends_on_every_weight_and_tells_layers_apart() -> None:
     spec = chain(2, 3, 3, 3, 3, 1)
     net = built(lambda: DWSNet(spec, 1, 1, width=8, depth=1, wiring=Wiring(shared=True)))
-    jacobian = torch.func.jacrev(lambda theta: net(theta.reshape(1, -1, 1)).flatten())(randn(spec.dim))
+    jacobian = torch.func.jacrev(lambda theta: net(theta.reshape(1, -1, 1)).flatten())(
+        randn(spec.dim)
+    )
     assert (jacobian != 0).all()
     biases = spec.unflatten(net(torch.ones(1, spec.dim, 1, dtype=F64)).squeeze(-1))
     assert not torch.allclose(biases["2.bias"], biases["4.bias"])
 
 
 def test_units_keep_their_parameters_at_any_width() -> None:
-    nets = [built(lambda w=w: DWSNet(chain(2, w, 4, 1), 1, 1, width=8, depth=1, invariant=True)) for w in (1, 3)]
+    nets = [
+        built(lambda w=w: DWSNet(chain(2, w, 4, 1), 1, 1, width=8, depth=1, invariant=True))
+        for w in (1, 3)
+    ]
     nets[1].load_state_dict(nets[0].state_dict())
 
 
@@ -301,20 +357,27 @@ def test_sharing_is_refused_outside_perceptrons() -> None:
         DWSNet(labelled, 1, 1, wiring=Wiring(shared=True))
 
 
-# ---------------------------------------------------------------- embedded inputs
+# ---------------------------------------- embedded inputs
 
 
 def test_embedded_layers_commute_with_permutations() -> None:
     spec = chain(9, 3, 4, 7)
-    layer, pooled = built(lambda: DWSLayer(spec, 2, 3, slots=3)), built(lambda: DWSInvariant(spec, 2, 3, slots=3))
+    layer, pooled = (
+        built(lambda: DWSLayer(spec, 2, 3, slots=3)),
+        built(lambda: DWSInvariant(spec, 2, 3, slots=3)),
+    )
     features = randn(4, spec.dim, 2)
     index = torch.arange(spec.dim).expand(4, -1)
-    (index,) = spec.transform(Symmetries(frozenset(spec.widths), frozenset(), frozenset()), 5, index)
+    (index,) = spec.transform(
+        Symmetries(frozenset(spec.widths), frozenset(), frozenset()), 5, index
+    )
     other = features.gather(1, index.unsqueeze(-1).expand_as(features))
     result = layer(features)
     check_close(layer(other), result.gather(1, index.unsqueeze(-1).expand_as(result)))
     check_close(pooled(other), pooled(features))
-    jacobian = torch.func.jacrev(lambda theta: layer(theta.reshape(1, -1, 2))[..., 0].flatten())(features[0])
+    jacobian = torch.func.jacrev(lambda theta: layer(theta.reshape(1, -1, 2))[..., 0].flatten())(
+        features[0]
+    )
     assert (jacobian != 0).all()
 
 
@@ -333,7 +396,7 @@ def test_embedding_starts_where_the_exact_layer_becomes_large() -> None:
     assert result.std() > 0
 
 
-# ---------------------------------------------------------------- scaling
+# ---------------------------------------- scaling
 
 
 def test_scaler_standardises_tensors_and_goes_back() -> None:
@@ -344,7 +407,9 @@ def test_scaler_standardises_tensors_and_goes_back() -> None:
     scaled = scaler(theta)
     for name, part in spec.unflatten(scaled).items():
         assert abs(part.mean()) < 1e-12
-        assert torch.isclose(part.std(correction=0), torch.tensor(0.0 if name == "2.bias" else 1.0, dtype=F64))
+        assert torch.isclose(
+            part.std(correction=0), torch.tensor(0.0 if name == "2.bias" else 1.0, dtype=F64)
+        )
     torch.testing.assert_close(scaler.inverse(scaled), theta)
     fresh = TensorScaler(spec).double()
     assert torch.equal(fresh(theta), theta)

@@ -1,4 +1,6 @@
-"""The prior's precision by the Laplace evidence: closed forms of linear regression, and what is said of it."""
+"""The prior's precision by the Laplace evidence: closed forms of linear regression, and what is
+said of it.
+"""
 
 import math
 
@@ -17,18 +19,28 @@ from bnnflow.predictive.metrics import lppd
 F64 = torch.float64
 
 
-def linear(scale: float = 3.0, bias: bool = True, loc: float = 0.0, noise: float | None = 0.5) -> bf.BayesianModel:
+def linear(
+    scale: float = 3.0, bias: bool = True, loc: float = 0.0, noise: float | None = 0.5
+) -> bf.BayesianModel:
     """Return regression whose true weights are far narrower than the prior."""
     g = torch.Generator().manual_seed(1)
     x = torch.randn(30, 6, generator=g, dtype=F64)
-    y = x @ (0.3 * torch.randn(6, generator=g, dtype=F64)) + 1.0 + 0.5 * torch.randn(30, generator=g, dtype=F64)
+    y = (
+        x @ (0.3 * torch.randn(6, generator=g, dtype=F64))
+        + 1.0
+        + 0.5 * torch.randn(30, generator=g, dtype=F64)
+    )
     with torch.random.fork_rng(devices=[]):
         net = nn.Linear(6, 1, bias=bias).double()
-    return bf.BayesianModel(net, torch.distributions.Normal(loc, scale), likelihoods.Gaussian(noise), x, y)
+    return bf.BayesianModel(
+        net, torch.distributions.Normal(loc, scale), likelihoods.Gaussian(noise), x, y
+    )
 
 
 def log_evidence(model: bf.BayesianModel, precisions: list[float], loc: float = 0.0) -> float:
-    """Return the evidence of regression with these precisions of the weights and the bias, in closed form."""
+    """Return the evidence of regression with these precisions of the weights and the bias, in
+    closed form.
+    """
     design = torch.cat([model.x, torch.ones(30, 1, dtype=F64)], 1)[:, : model.dim]
     prior = torch.tensor([precisions[0]] * 6 + precisions[1:], dtype=F64)
     covariance = 0.25 * torch.eye(30, dtype=F64) + design @ (design / prior).T
@@ -36,12 +48,16 @@ def log_evidence(model: bf.BayesianModel, precisions: list[float], loc: float = 
 
 
 def sampled(model: bf.BayesianModel, method: bf.Laplace | None = None, **options) -> bf.Draws:
-    return bf.sample(model, method or bf.Laplace(prior_precision="evidence"), seed=0, **{"draws": 2} | options)
+    return bf.sample(
+        model, method or bf.Laplace(prior_precision="evidence"), seed=0, **{"draws": 2} | options
+    )
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("loc", [0.0, 0.2])
-def test_the_tuned_precision_maximises_the_evidence_of_linear_regression(bias: bool, loc: float) -> None:
+def test_the_tuned_precision_maximises_the_evidence_of_linear_regression(
+    bias: bool, loc: float
+) -> None:
     model = linear(bias=bias, loc=loc)
     draws = sampled(model)
     found = list(draws.info["prior_precision"].values())
@@ -51,7 +67,9 @@ def test_the_tuned_precision_maximises_the_evidence_of_linear_regression(bias: b
     np.testing.assert_allclose(np.log(found), [best.x] * (1 + bias), rtol=0, atol=1e-3)
     assert draws.info["log_evidence_tuned"] == pytest.approx(-best.fun, abs=1e-6)
     assert draws.log_evidence is not None
-    assert draws.log_evidence[0] == pytest.approx(log_evidence(model, [1 / 9] * (1 + bias), loc), abs=1e-6)
+    assert draws.log_evidence[0] == pytest.approx(
+        log_evidence(model, [1 / 9] * (1 + bias), loc), abs=1e-6
+    )
 
 
 def test_draws_are_those_of_the_tuned_model_and_log_joint_is_that_of_the_given_one() -> None:
@@ -59,13 +77,19 @@ def test_draws_are_those_of_the_tuned_model_and_log_joint_is_that_of_the_given_o
     draws = sampled(model, draws=50)
     precisions = draws.info["prior_precision"]
     by_name = {name: torch.distributions.Normal(0.0, p**-0.5) for name, p in precisions.items()}
-    tuned = bf.BayesianModel(model.net, priors.PerTensor(by_name), model.likelihood, model.x, model.y)
+    tuned = bf.BayesianModel(
+        model.net, priors.PerTensor(by_name), model.likelihood, model.x, model.y
+    )
     there = sampled(tuned, bf.Laplace())
     torch.testing.assert_close(draws.posterior.loc, there.posterior.loc, rtol=0, atol=1e-5)
-    torch.testing.assert_close(draws.posterior.scale_tril, there.posterior.scale_tril, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        draws.posterior.scale_tril, there.posterior.scale_tril, rtol=1e-4, atol=1e-5
+    )
     assert there.log_evidence[0] == pytest.approx(draws.info["log_evidence_tuned"], abs=1e-5)
     torch.testing.assert_close(draws.log_joint, model.log_joint(draws.theta))
-    assert model.prior.distributions(model.spec)["weight"].scale == 3.0, "the model itself is not changed"
+    assert model.prior.distributions(model.spec)["weight"].scale == 3.0, (
+        "the model itself is not changed"
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
@@ -110,9 +134,12 @@ def test_the_evidence_of_networks_rises(kind: str, structure) -> None:
 
 @pytest.mark.parametrize(
     ("prior", "message"),
-    [(priors.Laplace(1.0), "is for normal priors of fixed scale"), (priors.StudentT(4.0), "is for normal priors"),
-     (priors.Hierarchical(), "not Hierarchical")],
-)  # fmt: skip
+    [
+        (priors.Laplace(1.0), "is for normal priors of fixed scale"),
+        (priors.StudentT(4.0), "is for normal priors"),
+        (priors.Hierarchical(), "not Hierarchical"),
+    ],
+)
 def test_priors_without_a_precision_are_refused(prior, message: str) -> None:
     base = linear()
     model = bf.BayesianModel(base.net, prior, base.likelihood, base.x, base.y)
@@ -136,29 +163,39 @@ def test_a_prior_takes_anothers_place() -> None:
     other = model.with_prior(priors.Normal(0.5))
     theta = torch.ones(2, model.dim, dtype=F64)
     torch.testing.assert_close(
-        other.log_joint(theta), bf.BayesianModel(model.net, priors.Normal(0.5), model.likelihood, model.x,
-                                                 model.y).log_joint(theta)
-    )  # fmt: skip
+        other.log_joint(theta),
+        bf.BayesianModel(
+            model.net, priors.Normal(0.5), model.likelihood, model.x, model.y
+        ).log_joint(theta),
+    )
     assert other.fingerprint() != model.fingerprint()
     with pytest.raises(ValueError, match="inferred parameters"):
         model.with_prior(priors.Hierarchical())
 
 
-# ---------------------------------------------------------------- curvature averaged over the Gaussian
+# ---------------------------------------- curvature averaged over the Gaussian
 
 
 def test_with_normal_noise_averaged_curvature_is_that_at_the_mode() -> None:
     model = network("values")
     options = {"starts": 2, "steps": 300}
-    averaged, plain = (sampled(model, bf.Laplace(hessian=each, **options)) for each in ("averaged", "ggn"))
-    torch.testing.assert_close(averaged.posterior.scale_tril, plain.posterior.scale_tril, rtol=1e-6, atol=1e-9)
+    averaged, plain = (
+        sampled(model, bf.Laplace(hessian=each, **options)) for each in ("averaged", "ggn")
+    )
+    torch.testing.assert_close(
+        averaged.posterior.scale_tril, plain.posterior.scale_tril, rtol=1e-6, atol=1e-9
+    )
     assert averaged.log_evidence == plain.log_evidence or math.isnan(averaged.log_evidence[1])
 
 
 @pytest.mark.parametrize("structure", ["full", "diagonal", "last_layer"])
 @pytest.mark.parametrize("scale", [1.0, 1e-8, 1e8])
-def test_averaged_curvature_is_the_fixed_point_of_logistic_regression(structure, scale: float) -> None:
-    """1 / variance is the prior's precision and the rows' mean curvature under the Gaussian, by quadrature."""
+def test_averaged_curvature_is_the_fixed_point_of_logistic_regression(
+    structure, scale: float
+) -> None:
+    """1 / variance is the prior's precision and the rows' mean curvature under the Gaussian, by
+    quadrature.
+    """
     x = scale * torch.tensor([[1.0], [2.0], [-1.5], [3.0]], dtype=F64)
     y = torch.tensor([1, 1, 0, 1])
     with torch.random.fork_rng(devices=[]):
@@ -166,7 +203,11 @@ def test_averaged_curvature_is_the_fixed_point_of_logistic_regression(structure,
     prior = torch.distributions.Normal(0.0, 3.0 / scale)
     model = bf.BayesianModel(net, prior, likelihoods.Bernoulli(), x, y)
     polished = bf.sample(
-        model, bf.Laplace(structure, hessian="averaged"), init=2 * torch.ones(1) / scale, draws=2, seed=0
+        model,
+        bf.Laplace(structure, hessian="averaged"),
+        init=2 * torch.ones(1) / scale,
+        draws=2,
+        seed=0,
     )
     gaussian = polished.posterior.free if structure == "last_layer" else polished.posterior
     mode, sd = polished.posterior.loc, gaussian.scale_tril.squeeze()
@@ -177,13 +218,23 @@ def test_averaged_curvature_is_the_fixed_point_of_logistic_regression(structure,
 
 
 @pytest.mark.parametrize(
-    "likelihood", [likelihoods.Poisson(), likelihoods.StudentT(4.0), likelihoods.HeteroscedasticGaussian(),
-                   likelihoods.Ordinal(3), likelihoods.Categorical()],
-)  # fmt: skip
+    "likelihood",
+    [
+        likelihoods.Poisson(),
+        likelihoods.StudentT(4.0),
+        likelihoods.HeteroscedasticGaussian(),
+        likelihoods.Ordinal(3),
+        likelihoods.Categorical(),
+    ],
+)
 def test_averaged_curvature_of_every_likelihood(likelihood, seeded) -> None:
     g = torch.Generator().manual_seed(0)
     x = torch.randn(12, 2, generator=g, dtype=F64)
-    y = x[:, 0] if likelihood.kind == "regression" and not getattr(likelihood, "discrete", False) else None
+    y = (
+        x[:, 0]
+        if likelihood.kind == "regression" and not getattr(likelihood, "discrete", False)
+        else None
+    )
     y = torch.arange(12) % 3 if y is None else y
     outputs = {"HeteroscedasticGaussian": 2, "Categorical": 3}.get(type(likelihood).__name__, 1)
     with seeded(0):
@@ -202,7 +253,9 @@ def test_averaged_curvature_of_every_likelihood(likelihood, seeded) -> None:
 
 
 def test_a_sure_classifier_predicts_better_by_averaged_curvature(seeded) -> None:
-    """At the mode of separable classes there is hardly any curvature: its Gaussian is far too wide."""
+    """At the mode of separable classes there is hardly any curvature: its Gaussian is far too
+    wide.
+    """
     g = torch.Generator().manual_seed(0)
     x = torch.randn(400, 5, generator=g, dtype=F64)
     y = (x[:, :3] @ torch.eye(3, dtype=F64) * 3).argmax(1)
@@ -218,7 +271,9 @@ def test_a_sure_classifier_predicts_better_by_averaged_curvature(seeded) -> None
 
 
 def test_the_tuned_factor_is_a_fixed_point_of_mackay() -> None:
-    """The prior's precision times the squared weights is the number of weights that the data decide."""
+    """The prior's precision times the squared weights is the number of weights that the data
+    decide.
+    """
     draws = sampled(linear(), draws=2)
     covariance = draws.posterior.scale_tril @ draws.posterior.scale_tril.T
     (a,) = {round(each, 9) for each in draws.info["prior_precision"].values()}

@@ -57,13 +57,15 @@ CHAINS = {"chains": 8, "warmup": 300, "draws": 400}
 SMALL, LARGE = {"chains": 4, "warmup": 80, "draws": 60}, {"chains": 4, "warmup": 150, "draws": 200}
 ENGINES = {
     "HMC": Engine(bf.HMC(), CHAINS, SMALL, LARGE),
-    "AdjustedMCLMC": Engine(bf.AdjustedMCLMC(), CHAINS | {"warmup": 200, "draws": 250}, SMALL, LARGE),
+    "AdjustedMCLMC": Engine(
+        bf.AdjustedMCLMC(), CHAINS | {"warmup": 200, "draws": 250}, SMALL, LARGE
+    ),
     "SMC": Engine(bf.SMC(particles=300), {"chains": 16}, {"chains": 1}, {"chains": 2}),
 }
 every_engine = pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
 
 
-# ---------------------------------------------------------------- closed forms
+# ---------------------------------------- closed forms
 
 
 def agrees(draws: bf.Draws, mean: Tensor, covariance: Tensor) -> None:
@@ -77,7 +79,9 @@ def agrees(draws: bf.Draws, mean: Tensor, covariance: Tensor) -> None:
 @every_engine
 @pytest.mark.parametrize("hard", [False, True], ids=["mild", "correlated and badly scaled"])
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=["f32", "f64"])
-def test_engines_find_the_conjugate_posterior(engine: Engine, hard: bool, dtype: torch.dtype) -> None:
+def test_engines_find_the_conjugate_posterior(
+    engine: Engine, hard: bool, dtype: torch.dtype
+) -> None:
     problem = conjugate(hard, dtype)
     draws = bf.sample(problem.model, engine.method, seed=0, **engine.sizes)
     assert draws.theta.shape[0] == engine.sizes["chains"]
@@ -93,7 +97,11 @@ def test_engines_find_the_conjugate_posterior(engine: Engine, hard: bool, dtype:
 @pytest.mark.parametrize("temperature", [0.3, 2.0])
 def test_engines_sample_at_a_temperature(engine: Engine, temperature: float) -> None:
     problem = conjugate(temperature=temperature)
-    agrees(bf.sample(problem.model, engine.method, seed=1, **engine.sizes), problem.mean, problem.covariance)
+    agrees(
+        bf.sample(problem.model, engine.method, seed=1, **engine.sizes),
+        problem.mean,
+        problem.covariance,
+    )
 
 
 @pytest.mark.slow
@@ -105,7 +113,9 @@ def test_pyros_sampler_finds_the_conjugate_posterior() -> None:
 
 @pytest.mark.slow
 def test_engines_agree_with_pyros_about_a_network() -> None:
-    """Means and squares of predictions, within four Monte-Carlo errors of both samplers together."""
+    """Means and squares of predictions, within four Monte-Carlo errors of both samplers
+    together.
+    """
     model = tiny_network()
     sites = torch.tensor([[-2.0], [0.1], [2.5]], dtype=F64)
 
@@ -121,31 +131,39 @@ def test_engines_agree_with_pyros_about_a_network() -> None:
 
     oracle = bf.PyroNUTS(max_tree_depth=5)
     start = bf.sample(model, bf.HMC(), chains=1, warmup=100, draws=1, seed=5).theta[0]
-    expected, its_error = estimates(bf.sample(model, oracle, chains=1, warmup=100, draws=250, seed=0, init=start))
+    expected, its_error = estimates(
+        bf.sample(model, oracle, chains=1, warmup=100, draws=250, seed=0, init=start)
+    )
     for name, engine in ENGINES.items():
         found, error = estimates(bf.sample(model, engine.method, seed=1, **engine.sizes))
         assert (np.abs(found - expected) / np.sqrt(error**2 + its_error**2)).max() < 4, name
 
 
 def second_moment(energy_variance: float) -> tuple[float, float]:
-    """Return how wide MCLMC finds the conjugate posterior, relative to its width, and the Monte-Carlo error."""
+    """Return how wide MCLMC finds the conjugate posterior, relative to its width, and the
+    Monte-Carlo error.
+    """
     problem = conjugate()
     method = bf.MCLMC(energy_variance=energy_variance, thinning=4)
     theta = bf.sample(problem.model, method, chains=32, warmup=150, draws=400, seed=0).theta
     factor = torch.linalg.cholesky(problem.covariance)
-    whitened = torch.linalg.solve_triangular(factor, (theta - problem.mean).unsqueeze(-1), upper=False).squeeze(-1)
+    whitened = torch.linalg.solve_triangular(
+        factor, (theta - problem.mean).unsqueeze(-1), upper=False
+    ).squeeze(-1)
     values = whitened.square().mean(-1).numpy()
     return float(values.mean()), float(values.std() / np.sqrt(arviz.ess(values, method="mean")))
 
 
 def test_the_bias_of_unadjusted_chains_is_small_and_shrinks() -> None:
-    (coarse, error), (usual, its_error), (fine, fine_error) = (second_moment(e) for e in (2.0, 0.005, 1e-4))
+    (coarse, error), (usual, its_error), (fine, fine_error) = (
+        second_moment(e) for e in (2.0, 0.005, 1e-4)
+    )
     assert abs(fine - 1) < 4 * fine_error + 0.01
     assert abs(usual - 1) < 4 * its_error + 0.05
     assert abs(coarse - 1) > 2 * abs(usual - 1) + 4 * error
 
 
-# ---------------------------------------------------------------- kernels
+# ---------------------------------------- kernels
 
 
 def masses(ones: Tensor) -> Tensor:
@@ -160,24 +178,34 @@ KERNELS: dict[str, MakeKernel] = {
     "hmc, a mass matrix each": lambda target, ones: hmc(target, 0.14, 6, masses(ones)),
     "adjusted": lambda target, ones: adjusted_mclmc(target, 0.45, 6, 0.5 * ones[0]),
     "adjusted, one step": lambda target, ones: adjusted_mclmc(target, 0.8, 1, 0.5 * ones[0]),
-    "adjusted, a mass matrix each": lambda target, ones: adjusted_mclmc(target, 0.45, 6, masses(ones)),
+    "adjusted, a mass matrix each": lambda target, ones: adjusted_mclmc(
+        target, 0.45, 6, masses(ones)
+    ),
 }
 every_kernel = pytest.mark.parametrize("make", KERNELS.values(), ids=KERNELS)
 
 
 @every_kernel
 @pytest.mark.parametrize("model", [tiny_network, two_weights], ids=["network", "two weights"])
-def test_kernels_keep_the_joint_law(make: MakeKernel, model: Callable[[], bf.BayesianModel]) -> None:
+def test_kernels_keep_the_joint_law(
+    make: MakeKernel, model: Callable[[], bf.BayesianModel]
+) -> None:
     assert min(joint_pvalues(make, model())) > 1e-4
 
 
-@pytest.mark.parametrize("options", [{"step_jitter": 0.0, "trajectory_jitter": 1.0}, {}], ids=["plain", "jittered"])
+@pytest.mark.parametrize(
+    "options", [{"step_jitter": 0.0, "trajectory_jitter": 1.0}, {}], ids=["plain", "jittered"]
+)
 @pytest.mark.parametrize("make", [hmc, adjusted_mclmc])
 @pytest.mark.parametrize("step_size", [0.4, 0.9])
-def test_kernels_leave_the_posterior_invariant(step_size: float, make: Any, options: dict[str, float]) -> None:
+def test_kernels_leave_the_posterior_invariant(
+    step_size: float, make: Any, options: dict[str, float]
+) -> None:
     problem = conjugate()
     step_size *= math.sqrt(4) if make is adjusted_mclmc else 1.0
-    kernel = make(problem.model.log_joint_and_grad, step_size, 3, problem.covariance.diagonal(), **options)
+    kernel = make(
+        problem.model.log_joint_and_grad, step_size, 3, problem.covariance.diagonal(), **options
+    )
     check_moments(in_equilibrium(kernel, problem), problem.mean, problem.covariance)
 
 
@@ -221,7 +249,8 @@ def small_microcanonical(
 ) -> Kernel:
     """Return a two-step microcanonical kernel that counts ``volume`` times the volume's change.
 
-    It keeps part of its direction from one transition to the next, which is right if a rejection turns it round.
+    It keeps part of its direction from one transition to the next, which is right if a rejection
+    turns it round.
     """
 
     def init(theta: Tensor, generator: torch.Generator) -> Moved:
@@ -231,7 +260,9 @@ def small_microcanonical(
         theta, value, grad, direction = state
         fresh = random_directions(theta, generator)
         if keep:  # the normal law of length and direction together keeps the directions uniform
-            lengths = torch.randn(theta.shape, generator=generator, dtype=theta.dtype).norm(dim=-1, keepdim=True)
+            lengths = torch.randn(theta.shape, generator=generator, dtype=theta.dtype).norm(
+                dim=-1, keepdim=True
+            )
             others = torch.randn(theta.shape, generator=generator, dtype=theta.dtype)
             fresh = keep * lengths * direction + math.sqrt(1 - keep**2) * others
             fresh = fresh / fresh.norm(dim=-1, keepdim=True)
@@ -260,7 +291,11 @@ BROKEN = {
     "hmc, acceptance": (small_hmc, 0.12, {"accepts": False}),
     "microcanonical, no volume": (small_microcanonical, 0.45, {"volume": 0.0}),
     "microcanonical, dim for dim - 1": (small_microcanonical, 0.45, {"volume": 10 / 9}),
-    "microcanonical, kept and not flipped": (small_microcanonical, 0.45, {"keep": 0.8, "flips": False}),
+    "microcanonical, kept and not flipped": (
+        small_microcanonical,
+        0.45,
+        {"keep": 0.8, "flips": False},
+    ),
 }
 
 
@@ -275,7 +310,9 @@ def test_the_joint_law_test_has_power(fault: str) -> None:
 def test_the_closed_form_test_has_power(fault: str) -> None:
     problem = conjugate()
     make, _, options = (RIGHT | BROKEN)[fault]
-    kernel = make(problem.model.log_joint_and_grad, 0.8, problem.covariance.diagonal().sqrt(), **options)
+    kernel = make(
+        problem.model.log_joint_and_grad, 0.8, problem.covariance.diagonal().sqrt(), **options
+    )
     theta = in_equilibrium(kernel, problem)
     if fault in RIGHT:
         check_moments(theta, problem.mean, problem.covariance)
@@ -295,11 +332,14 @@ def test_broken_densities_are_counted_and_survived(make: Any, nothing: float) ->
     assert (result.stats["acceptance_rate"][result.stats["diverging"]] == 0).all()
     assert result.stats["energy"].isfinite().all()
     law = stats.truncnorm(-math.inf, 1)
-    mean, variance = torch.tensor([law.mean(), 0.0], dtype=F64), torch.tensor([law.var(), 1.0], dtype=F64)
+    mean, variance = (
+        torch.tensor([law.mean(), 0.0], dtype=F64),
+        torch.tensor([law.var(), 1.0], dtype=F64),
+    )
     check_moments(result.theta[:, 100:], mean, variance.diag())
 
 
-# ---------------------------------------------------------------- turning
+# ---------------------------------------- turning
 
 
 def directions(n: int, dim: int, seed: int = 0, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor]:
@@ -315,7 +355,10 @@ dims = pytest.mark.parametrize("dim", [2, 3, 11])
 
 @dims
 def test_turning_solves_its_equation(dim: int) -> None:
-    """Against an integration of du/dt and of the kinetic energy's dK/dt = u . grad to twelve digits."""
+    """Against an integration of du/dt and of the kinetic energy's dK/dt = u .
+
+    Grad to twelve digits.
+    """
     u, grad = directions(6, dim)
 
     def rate(t: float, y: np.ndarray, g: np.ndarray) -> np.ndarray:
@@ -325,7 +368,9 @@ def test_turning_solves_its_equation(dim: int) -> None:
     turned, change = momentum_update(u, grad, 0.7)
     for i in range(len(u)):
         g = grad[i].numpy()
-        exact = solve_ivp(rate, (0, 0.7), np.append(u[i], 0.0), args=(g,), method="LSODA", rtol=1e-11, atol=1e-12)
+        exact = solve_ivp(
+            rate, (0, 0.7), np.append(u[i], 0.0), args=(g,), method="LSODA", rtol=1e-11, atol=1e-12
+        )
         torch.testing.assert_close(turned[i], torch.from_numpy(exact.y[:-1, -1]), rtol=0, atol=1e-8)
         assert float(change[i]) == pytest.approx(exact.y[-1, -1], rel=1e-7, abs=1e-8)
 
@@ -338,7 +383,9 @@ def test_kinetic_energy_is_what_the_volume_loses(dim: int) -> None:
     turned, change = momentum_update(u, grad, 0.9)
 
     def tangent(direction: Tensor) -> Tensor:
-        return torch.linalg.qr(torch.cat([direction[:, None], torch.eye(dim, dtype=F64)], 1))[0][:, 1:dim]
+        return torch.linalg.qr(torch.cat([direction[:, None], torch.eye(dim, dtype=F64)], 1))[0][
+            :, 1:dim
+        ]
 
     for i in range(len(u)):
         start, end = tangent(u[i]), tangent(turned[i])
@@ -348,7 +395,9 @@ def test_kinetic_energy_is_what_the_volume_loses(dim: int) -> None:
             for v in (u[i] + small, u[i] - small)
         )
         jacobian = (ahead - behind) / 2e-6 @ end
-        assert float(torch.linalg.slogdet(jacobian)[1]) == pytest.approx(-float(change[i]), abs=1e-5)
+        assert float(torch.linalg.slogdet(jacobian)[1]) == pytest.approx(
+            -float(change[i]), abs=1e-5
+        )
 
 
 @dims
@@ -392,20 +441,26 @@ def test_extreme_gradients_turn_to_no_nan(way: float, length: float, dtype: torc
     if way:  # already there, or on the point from which no way is shorter
         torch.testing.assert_close(turned, u, rtol=0, atol=1e-5)
     if way > 0:
-        torch.testing.assert_close(change, torch.full((2,), step * length, dtype=F64), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            change, torch.full((2,), step * length, dtype=F64), rtol=1e-5, atol=1e-6
+        )
     if way < 0 and length <= 1e3:
-        torch.testing.assert_close(change, torch.full((2,), -step * length, dtype=F64), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            change, torch.full((2,), -step * length, dtype=F64), rtol=1e-5, atol=1e-6
+        )
     if way == 0.0 and length >= 1e18:
         torch.testing.assert_close(turned, other, rtol=0, atol=3e-5)
 
 
-# ---------------------------------------------------------------- unadjusted chains
+# ---------------------------------------- unadjusted chains
 
 
 def test_energy_errors_fall_with_the_sixth_power_of_the_step() -> None:
     problem, model = conjugate(), tiny_network()
     exact = problem.posterior.sample(2000, 0)
-    network = bf.sample(model, bf.HMC(), chains=200, warmup=200, draws=10, seed=0).theta.flatten(0, 1)
+    network = bf.sample(model, bf.HMC(), chains=200, warmup=200, draws=10, seed=0).theta.flatten(
+        0, 1
+    )
     for target, theta, step_size in (
         (problem.model.log_joint_and_grad, exact, 0.04),
         (model.log_joint_and_grad, network, 0.06),
@@ -429,8 +484,11 @@ def test_directions_are_forgotten_over_their_length(part: float) -> None:
     g = generator()
     state = kernel.init(torch.zeros(2000, 300, dtype=F64), g)
     after, _ = kernel.step(state, g)
-    assert float((state.direction * after.direction).sum(-1).mean()) == pytest.approx(math.exp(-part), abs=0.01)
-    torch.testing.assert_close(after.theta, part * 3.0 * state.direction)  # straight on where nothing pulls
+    assert float((state.direction * after.direction).sum(-1).mean()) == pytest.approx(
+        math.exp(-part), abs=0.01
+    )
+    # straight on where nothing pulls
+    torch.testing.assert_close(after.theta, part * 3.0 * state.direction)
 
 
 @pytest.mark.parametrize("nothing", [math.nan, -math.inf], ids=["nan", "-inf"])
@@ -463,7 +521,9 @@ def test_lost_steps_are_counted_in_the_draws() -> None:
         return torch.where(beyond, math.nan, value), torch.where(beyond[:, None], math.nan, grad)
 
     model.log_joint_and_grad = fenced  # type: ignore[method-assign]
-    draws = bf.sample(model, bf.MCLMC(thinning=3), chains=8, warmup=60, draws=60, seed=0, init=torch.zeros(10))
+    draws = bf.sample(
+        model, bf.MCLMC(thinning=3), chains=8, warmup=60, draws=60, seed=0, init=torch.zeros(10)
+    )
     assert draws.info["divergences"] == int(draws.stats["diverging"].sum()) > 0
     assert draws.theta.isfinite().all()
     assert (draws.theta[..., 0].abs() <= 0.7).all()
@@ -479,11 +539,13 @@ def test_a_line_has_no_directions(method: Any) -> None:
         bf.sample(model, method, chains=2, warmup=1, draws=1)
 
 
-# ---------------------------------------------------------------- calibration
+# ---------------------------------------- calibration
 
 
 def simulated_ranks(method: Any, sizes: dict[str, int], replicates: int, seed: int = 5) -> Tensor:
-    """Rank true functions and likelihoods among posterior draws, ``(replicates, quantities)`` in (0, 1)."""
+    """Rank true functions and likelihoods among posterior draws, ``(replicates, quantities)`` in
+    (0, 1).
+    """
     g, ranks = generator(seed), []
     template = tiny_network()
     sites = torch.tensor([[-2.0], [0.1], [2.5]], dtype=F64)
@@ -491,12 +553,16 @@ def simulated_ranks(method: Any, sizes: dict[str, int], replicates: int, seed: i
     for replicate in range(replicates):
         truth = template.sample_prior(1, g)
         y = template.outputs(truth)[0] + 0.3 * torch.randn(6, 1, generator=g, dtype=F64)
-        model = bf.BayesianModel(template.net, priors.Normal(), likelihoods.Gaussian(0.3), template.x, y)
+        model = bf.BayesianModel(
+            template.net, priors.Normal(), likelihoods.Gaussian(0.3), template.x, y
+        )
         found = bf.sample(model, method, seed=replicate, **start, **sizes)
         if found.log_weights is None:
             theta = found.theta[:, ::5].flatten(0, 1)
         else:
-            theta = found.flat[torch.multinomial(found.log_weights.exp().flatten(), 50, True, generator=g)]
+            theta = found.flat[
+                torch.multinomial(found.log_weights.exp().flatten(), 50, True, generator=g)
+            ]
 
         def quantities(theta: Tensor, model: bf.BayesianModel = model) -> Tensor:
             values = [model.outputs(theta, sites).squeeze(-1), model.log_likelihood(theta)[:, None]]
@@ -530,7 +596,9 @@ def test_calibration_has_power() -> None:
 
     class Hot:
         def draw(self, model: bf.BayesianModel, run: Any) -> bf.Draws:
-            hot = bf.BayesianModel(model.net, priors.Normal(), model.likelihood, model.x, model.y, temperature=2.0)
+            hot = bf.BayesianModel(
+                model.net, priors.Normal(), model.likelihood, model.x, model.y, temperature=2.0
+            )
             return bf.HMC().sample(hot, run)
 
     assert uniform(simulated_ranks(Hot(), LARGE, replicates=150)) < 1e-3

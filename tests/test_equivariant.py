@@ -1,4 +1,6 @@
-"""Laws of the weight-space layers: they commute with the group, and they are all the maps that do."""
+"""Laws of the weight-space layers: they commute with the group, and they are all the maps that
+do.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def built(make: Callable[[], nn.Module]) -> nn.Module:
-    """Build a module and fill all of its parameters from a seed, without a trace in the global generator."""
+    """Build a module and fill all of its parameters from a seed, without a trace in the global
+    generator.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         module = make().double()
@@ -60,7 +64,12 @@ class Residual(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c, self.d = nn.Linear(2, 3), nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(3, 1)
+        self.a, self.b, self.c, self.d = (
+            nn.Linear(2, 3),
+            nn.Linear(3, 4),
+            nn.Linear(4, 3),
+            nn.Linear(3, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.a(x))
@@ -81,16 +90,25 @@ class Square(nn.Module):
 
 def convolutional() -> nn.Module:
     return nn.Sequential(
-        nn.Conv1d(1, 2, 2), nn.ReLU(), nn.Conv1d(2, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 2, 2)
+        nn.Conv1d(1, 2, 2),
+        nn.ReLU(),
+        nn.Conv1d(2, 3, 2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(3 * 2, 2),
     )
 
 
 def normalised() -> nn.Module:
-    return nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.ReLU(), nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+    return nn.Sequential(
+        nn.Linear(2, 3), nn.LayerNorm(3), nn.ReLU(), nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)
+    )
 
 
 def elements(spec: WeightSpec) -> Tensor:
-    """Return every element of the permutation group as a reordering of the weights, ``(element, dim)``."""
+    """Return every element of the permutation group as a reordering of the weights,
+    ``(element, dim)``.
+    """
     index = torch.arange(spec.dim).unsqueeze(0)
     for label, width in spec.widths.items():
         perms = torch.tensor(list(itertools.permutations(range(width))))
@@ -99,7 +117,9 @@ def elements(spec: WeightSpec) -> Tensor:
 
 
 def dimensions(spec: WeightSpec) -> tuple[int, int]:
-    """Return the dimensions of the equivariant and of the invariant linear maps, from the characters of the group."""
+    """Return the dimensions of the equivariant and of the invariant linear maps, from the
+    characters of the group.
+    """
     fixed = (elements(spec) == torch.arange(spec.dim)).sum(-1).double()
     return round(float(fixed.square().mean())), round(float(fixed.mean()))
 
@@ -108,7 +128,9 @@ def span(module: nn.Module, dim: int, *, of_bias: bool = False) -> Tensor:
     """Return the map that each parameter alone makes, ``(parameters, dim * out)``."""
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
     zeros = {name: torch.zeros_like(parameter) for name, parameter in module.named_parameters()}
-    features = torch.zeros(1, dim, 1, dtype=F64) if of_bias else torch.eye(dim, dtype=F64).unsqueeze(-1)
+    features = (
+        torch.zeros(1, dim, 1, dtype=F64) if of_bias else torch.eye(dim, dtype=F64).unsqueeze(-1)
+    )
     maps = []
     for name, size in sizes.items():
         for i in range(size):
@@ -138,7 +160,13 @@ def formula(widths: tuple[int, ...]) -> tuple[int, int]:
     return g**2 + sum(each**2 for each in k) + n - 2, g
 
 
-KNOWN = {(2, 3, 4, 3, 2): 164, (2, 3, 3, 1): 75, (2, 4, 3, 4, 3, 2): 222, (3, 4, 2): 100, (3, 2): 64}
+KNOWN = {
+    (2, 3, 4, 3, 2): 164,
+    (2, 3, 3, 1): 75,
+    (2, 4, 3, 4, 3, 2): 222,
+    (3, 4, 2): 100,
+    (3, 2): 64,
+}
 SPECS: dict[str, Callable[[], WeightSpec]] = {
     **{"-".join(map(str, widths)): lambda widths=widths: chain(*widths) for widths in KNOWN},
     "without biases": lambda: chain(2, 3, 4, 3, bias=False),
@@ -156,7 +184,7 @@ SPECS: dict[str, Callable[[], WeightSpec]] = {
 }
 
 
-# ---------------------------------------------------------------- completeness
+# ---------------------------------------- completeness
 
 
 @pytest.mark.parametrize("widths", KNOWN, ids=str)
@@ -173,7 +201,11 @@ def test_layer_is_complete_and_without_redundancy(name: str) -> None:
     layer = built(lambda: DWSLayer(spec, 1, 1, bias=False))
     assert rank(span(layer, spec.dim)) == count(layer) == equivariant
     with_bias = built(lambda: DWSLayer(spec, 1, 1))
-    assert rank(span(with_bias, spec.dim, of_bias=True)) == count(with_bias) - count(layer) == invariant
+    assert (
+        rank(span(with_bias, spec.dim, of_bias=True))
+        == count(with_bias) - count(layer)
+        == invariant
+    )
     pooled = built(lambda: DWSInvariant(spec, 1, 1, bias=False))
     assert rank(span(pooled, spec.dim)) == count(pooled) == invariant
 
@@ -187,7 +219,8 @@ def test_layer_is_full_where_nothing_can_be_permuted() -> None:
 def test_layer_spans_what_group_averaging_finds() -> None:
     spec = chain(2, 3, 3, 1)
     matrices = torch.eye(spec.dim, dtype=F64)[elements(spec)]  # (36, dim, dim)
-    projector = torch.stack([torch.kron(matrix, matrix) for matrix in matrices]).mean(0)  # onto equivariant maps
+    # onto equivariant maps
+    projector = torch.stack([torch.kron(matrix, matrix) for matrix in matrices]).mean(0)
     found = span(built(lambda: DWSLayer(spec, 1, 1, bias=False)), spec.dim)
     torch.testing.assert_close(found @ projector, found, rtol=0, atol=1e-12)
     assert rank(found) == rank(projector) == 75
@@ -198,11 +231,14 @@ def test_parameters_grow_with_pairs_of_features(features: tuple[int, int]) -> No
     n_in, n_out = features
     spec = chain(2, 3, 3, 1)
     equivariant, invariant = dimensions(spec)
-    assert count(built(lambda: DWSLayer(spec, n_in, n_out))) == n_in * n_out * equivariant + n_out * invariant
+    assert (
+        count(built(lambda: DWSLayer(spec, n_in, n_out)))
+        == n_in * n_out * equivariant + n_out * invariant
+    )
     assert count(built(lambda: DWSInvariant(spec, n_in, n_out))) == n_in * n_out * invariant + n_out
 
 
-# ---------------------------------------------------------------- equivariance
+# ---------------------------------------- equivariance
 
 
 def permutations(spec: WeightSpec) -> Symmetries:
@@ -210,12 +246,16 @@ def permutations(spec: WeightSpec) -> Symmetries:
 
 
 def permuted(spec: WeightSpec, *features: Tensor) -> tuple[Tensor, ...]:
-    """Apply one random permutation per batch entry to features ``(batch, dim, feature)``, the same to all of them."""
+    """Apply one random permutation per batch entry to features ``(batch, dim, feature)``, the same
+    to all of them.
+    """
     index = torch.arange(spec.dim).expand(len(features[0]), -1)
     (moved,) = spec.transform(permutations(spec), 5, index)
     if spec.widths:
         assert not torch.equal(moved, index)
-    return tuple(each.gather(1, moved.unsqueeze(-1).expand(-1, -1, each.shape[-1])) for each in features)
+    return tuple(
+        each.gather(1, moved.unsqueeze(-1).expand(-1, -1, each.shape[-1])) for each in features
+    )
 
 
 def check_close(found: Tensor, expected: Tensor) -> None:
@@ -230,7 +270,9 @@ def test_layer_commutes_with_permutations(name: str, dtype: torch.dtype) -> None
     spec = SPECS[name]()
     features = torch.randn(5, spec.dim, 3, generator=generator(), dtype=F64).to(dtype)
     layer = built(lambda: DWSLayer(spec, 3, 4)).to(dtype)
-    moved, expected = permuted(spec, features, torch.zeros(5, spec.dim, 4, dtype=dtype) + layer(features))
+    moved, expected = permuted(
+        spec, features, torch.zeros(5, spec.dim, 4, dtype=dtype) + layer(features)
+    )
     check_close(layer(moved), expected)
 
 
@@ -276,7 +318,7 @@ def test_network_starts_at_zero() -> None:
     assert torch.equal(outputs, torch.zeros(3, 25, 2))
 
 
-# ---------------------------------------------------------------- layout
+# ---------------------------------------- layout
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -61,9 +61,14 @@ LAYERS = {
     "batch norm": (lambda: nn.BatchNorm1d(64).eval(), (64,)),
     "own": (Own, (7,)),
     "transposed1d spread": (lambda: nn.ConvTranspose1d(8, 12, 2, stride=2, dilation=2), (8, 80)),
-    "transposed1d with holes": (lambda: nn.ConvTranspose1d(8, 12, 2, stride=3, output_padding=1), (8, 80)),
+    "transposed1d with holes": (
+        lambda: nn.ConvTranspose1d(8, 12, 2, stride=3, output_padding=1),
+        (8, 80),
+    ),
     "transposed2d uneven": (
-        lambda: nn.ConvTranspose2d(4, 12, (3, 5), stride=(1, 2), padding=(1, 2), groups=2, dilation=(2, 1)),
+        lambda: nn.ConvTranspose2d(
+            4, 12, (3, 5), stride=(1, 2), padding=(1, 2), groups=2, dilation=(2, 1)
+        ),
         (4, 40, 40),
     ),
     "circular": (lambda: nn.Conv1d(4, 12, 5, padding=2, padding_mode="circular"), (4, 20)),
@@ -72,12 +77,15 @@ LAYERS = {
     "weight norm of inputs": (lambda: weight_norm(nn.Linear(7, 20), dim=1), (7,)),
     "weight norm of all": (lambda: weight_norm(nn.Linear(7, 40), dim=None), (7,)),
     "weight norm of kernels": (lambda: weight_norm(nn.Conv2d(4, 12, 3)), (4, 12, 12)),
-    "weight norm of transposed": (lambda: weight_norm(nn.ConvTranspose1d(6, 12, 4, stride=2)), (6, 50)),
+    "weight norm of transposed": (
+        lambda: weight_norm(nn.ConvTranspose1d(6, 12, 4, stride=2)),
+        (6, 50),
+    ),
     "weight norm of transposed outputs": (
         lambda: weight_norm(nn.ConvTranspose1d(6, 12, 4, stride=2, groups=3), dim=1),
         (6, 50),
     ),
-}  # fmt: skip
+}
 
 
 def measured(net, x, prior, n=60):
@@ -88,7 +96,8 @@ def measured(net, x, prior, n=60):
     outputs = []
     for _ in range(n):
         params = {
-            name: torch.randn(spec.shapes[name], generator=generator) * float(distributions[name].scale)
+            name: torch.randn(spec.shapes[name], generator=generator)
+            * float(distributions[name].scale)
             for name in spec.names
         }
         outputs.append(torch.func.functional_call(net, params, (x,)).detach())
@@ -111,10 +120,13 @@ def test_outputs_are_as_large_as_inputs(name, seeded):
 def test_a_slope_below_zero_has_the_scale_of_weights():
     """x for x > 0 and w x for x < 0 has the mean square of x if w has that of one."""
     net = nn.PReLU(4)
-    assert measured(net, torch.randn(200, 4, 9, generator=torch.Generator().manual_seed(0)), priors.FanIn()) == (
-        pytest.approx(1, rel=0.1)
+    assert measured(
+        net, torch.randn(200, 4, 9, generator=torch.Generator().manual_seed(0)), priors.FanIn()
+    ) == (pytest.approx(1, rel=0.1))
+    assert (
+        float(priors.FanIn(0.5, 9.0).distributions(WeightSpec.unlabelled(net))["weight"].scale)
+        == 0.5
     )
-    assert float(priors.FanIn(0.5, 9.0).distributions(WeightSpec.unlabelled(net))["weight"].scale) == 0.5
 
 
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
@@ -132,16 +144,23 @@ def test_priors_with_scales_and_random_starts_have_the_same_rule(name, seeded):
     spec = WeightSpec.unlabelled(net)
     fixed = priors.FanIn().distributions(spec)
     hierarchical = priors.Hierarchical(fan_in=True)
-    given = hierarchical.conditional(spec, {key: torch.ones(1) for key in hierarchical.parameters(spec)})
-    starts = spec.unflatten(random_networks(spec, 300, torch.Generator().manual_seed(0), torch.float32))
+    given = hierarchical.conditional(
+        spec, {key: torch.ones(1) for key in hierarchical.parameters(spec)}
+    )
+    starts = spec.unflatten(
+        random_networks(spec, 300, torch.Generator().manual_seed(0), torch.float32)
+    )
     for tensor in spec.names:
         assert float(given[tensor].scale.flatten()[0]) == pytest.approx(float(fixed[tensor].scale))
         if spec.fan_in(tensor) is not None and starts[tensor].numel() > 300:
-            assert float(starts[tensor].abs().max()) == pytest.approx(float(fixed[tensor].scale), rel=0.02)
+            assert float(starts[tensor].abs().max()) == pytest.approx(
+                float(fixed[tensor].scale), rel=0.02
+            )
 
 
 @pytest.mark.parametrize(
-    "kind", [lambda: nn.Linear(0, 3), lambda: nn.Conv1d(0, 3, 2), lambda: nn.ConvTranspose1d(0, 3, 2)]
+    "kind",
+    [lambda: nn.Linear(0, 3), lambda: nn.Conv1d(0, 3, 2), lambda: nn.ConvTranspose1d(0, 3, 2)],
 )
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_no_weights_have_a_scale_too(kind, seeded):

@@ -1,4 +1,6 @@
-"""Laws of the compiled perceptron: equal to torch, as differentiable, and never in the way where it cannot run."""
+"""Laws of the compiled perceptron: equal to torch, as differentiable, and never in the way where it
+cannot run.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ ACTIVATIONS = {
     "sin": Sine,
     "sin:30": lambda: Sine(30.0),
 }
-FREQUENCY = {"sin:30": 30.0}  # every layer would multiply rounding errors by it; smaller weights undo that
+# every layer would multiply rounding errors by it; smaller weights undo that
+FREQUENCY = {"sin:30": 30.0}
 OURS: dict[str, tuple[Any, int]] = {  # likelihood, outputs
     "gaussian": (likelihoods.Gaussian(0.3), 1),
     "two targets": (likelihoods.Gaussian(2.0), 2),
@@ -64,14 +67,18 @@ class Own(likelihoods.Gaussian):
 
 LIKELIHOODS = OURS | {"own": (Own(), 1)}
 
-needs_compiler = pytest.mark.skipif(fused._library(F64) is None, reason="no C++ compiler, or BNNFLOW_FUSED=0")
+needs_compiler = pytest.mark.skipif(
+    fused._library(F64) is None, reason="no C++ compiler, or BNNFLOW_FUSED=0"
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def perceptron(*widths: int, activation: str = "tanh", bias: bool = True, last: str = "identity") -> nn.Module:
+def perceptron(
+    *widths: int, activation: str = "tanh", bias: bool = True, last: str = "identity"
+) -> nn.Module:
     modules: list[nn.Module] = []
     for i, (size, width) in enumerate(itertools.pairwise(widths)):
         linear = nn.utils.skip_init(nn.Linear, size, width, bias=bias)
@@ -96,23 +103,31 @@ def model_of(
     elif what.kind == "classification":
         y = torch.arange(n) % (2 if likelihood == "bernoulli" else getattr(what, "n_classes", 3))
     else:
-        y = torch.randn(n, outputs // (2 if likelihood.startswith("hetero") else 1), generator=g, dtype=F64)
+        y = torch.randn(
+            n, outputs // (2 if likelihood.startswith("hetero") else 1), generator=g, dtype=F64
+        )
     net = perceptron(*widths, outputs, **options).to(dtype)
     prior = priors.Normal(0.8, 0.1) if prior is None else prior
     return BayesianModel(net, prior, what, x, y, temperature=temperature)
 
 
 def points(model: BayesianModel, *shape: int, scale: float = 0.7, seed: int = 3) -> Tensor:
-    return (scale * torch.randn(*shape, model.dim, generator=generator(seed), dtype=F64)).to(model.dtype)
+    return (scale * torch.randn(*shape, model.dim, generator=generator(seed), dtype=F64)).to(
+        model.dtype
+    )
 
 
-def by_torch(model: BayesianModel, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def by_torch(
+    model: BayesianModel, theta: Tensor, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Evaluate without the compiled code: it steps aside where derivatives are tracked."""
     value, grad = model.log_joint_and_grad(theta.clone().requires_grad_(), rows)
     return value.detach(), grad.detach()
 
 
-def assert_equal_to_torch(model: BayesianModel, theta: Tensor, rows: Tensor | None = None, slack: float = 1.0) -> None:
+def assert_equal_to_torch(
+    model: BayesianModel, theta: Tensor, rows: Tensor | None = None, slack: float = 1.0
+) -> None:
     value, grad = model.log_joint_and_grad(theta, rows)
     exact_value, exact = by_torch(model.to(dtype=F64), theta.double(), rows)
     tolerance = slack * TOLERANCE[model.dtype]
@@ -124,7 +139,7 @@ def assert_equal_to_torch(model: BayesianModel, theta: Tensor, rows: Tensor | No
     assert ((value - exact_value).abs() <= tolerance * (exact_value.abs() + model.y.numel())).all()
 
 
-# ---------------------------------------------------------------- inputs of their own, compiled or not
+# ---------------------------------------- inputs of their own, compiled or not
 
 
 @pytest.mark.parametrize("kind", ["chain", "torch", "module"])
@@ -134,7 +149,10 @@ def test_inputs_of_their_own(kind: str, shape: tuple[int, ...]) -> None:
     spec = WeightSpec.of(net)
     network = ModuleNetwork(net, spec) if kind == "module" else ChainNetwork(spec)
     g = generator()
-    theta, x = torch.randn(4, spec.dim, generator=g, dtype=F64), torch.randn(4, 7, *shape, generator=g, dtype=F64)
+    theta, x = (
+        torch.randn(4, spec.dim, generator=g, dtype=F64),
+        torch.randn(4, 7, *shape, generator=g, dtype=F64),
+    )
     theta.requires_grad_(kind == "torch")
     score = torch.randn(4, 7, 2, generator=g, dtype=F64)
     outputs, pullback = network.pullback(theta, x, per_network=True)
@@ -149,7 +167,7 @@ def test_inputs_of_their_own(kind: str, shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(jacobian[1][i], network.jacobian(*own)[1][0])
 
 
-# ---------------------------------------------------------------- nothing at all
+# ---------------------------------------- nothing at all
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
@@ -166,10 +184,15 @@ def test_networks_of_nothing_equal_torch(widths: tuple[int, ...]) -> None:
             expected, exact = network.pullback(theta.clone().requires_grad_(), x, per_network=own)
             torch.testing.assert_close(outputs, expected.detach())
             torch.testing.assert_close(vjp(score), exact(score).detach())
-        x, y = (torch.randn(*shape, generator=g, dtype=F64) for shape in ((rows, widths[0]), (batch, rows, widths[-1])))
+        x, y = (
+            torch.randn(*shape, generator=g, dtype=F64)
+            for shape in ((rows, widths[0]), (batch, rows, widths[-1]))
+        )
         for some in (None, torch.arange(rows)[:0]):
             error, grad = network.squared_error(theta, x, y, some)
-            expected_error, expected_grad = network.squared_error(theta.clone().requires_grad_(), x, y, some)
+            expected_error, expected_grad = network.squared_error(
+                theta.clone().requires_grad_(), x, y, some
+            )
             torch.testing.assert_close(error, expected_error.detach())
             torch.testing.assert_close(grad, expected_grad.detach())
 
@@ -177,7 +200,10 @@ def test_networks_of_nothing_equal_torch(widths: tuple[int, ...]) -> None:
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 @pytest.mark.parametrize("widths", [(0, 1), (2, 0), (0, 3, 1), (2, 0, 1), (2, 3, 0)], ids=str)
 def test_models_of_nothing_are_refused(widths: tuple[int, ...]) -> None:
-    x, y = torch.randn(5, widths[0], generator=generator()), torch.randn(5, widths[-1], generator=generator())
+    x, y = (
+        torch.randn(5, widths[0], generator=generator()),
+        torch.randn(5, widths[-1], generator=generator()),
+    )
     with pytest.raises(ValueError, match="has no elements"):
         BayesianModel(perceptron(*widths), priors.Normal(), likelihoods.Gaussian(1.0), x, y)
 
@@ -190,7 +216,7 @@ def test_no_rows_to_draw() -> None:
         assert rows.shape == (*shape, size)
 
 
-# ---------------------------------------------------------------- equal to torch
+# ---------------------------------------- equal to torch
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
@@ -216,7 +242,11 @@ def test_equal_to_torch_for_every_shape(data: st.DataObject) -> None:
         last=data.draw(st.sampled_from(["identity", "tanh", "silu"])),
     )
     assert model.is_compiled
-    theta = points(model, data.draw(st.integers(1, 65)), scale=2 / max(widths) ** 0.5 / FREQUENCY.get(activation, 1.0))
+    theta = points(
+        model,
+        data.draw(st.integers(1, 65)),
+        scale=2 / max(widths) ** 0.5 / FREQUENCY.get(activation, 1.0),
+    )
     assert_equal_to_torch(model, theta)
 
 
@@ -229,7 +259,8 @@ def test_every_number_of_rows(n: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "likelihood", ["learned", "categorical", "student", "negative binomial", "poisson", "ordinal", "own"]
+    "likelihood",
+    ["learned", "categorical", "student", "negative binomial", "poisson", "ordinal", "own"],
 )
 def test_rows_of_their_own(likelihood: str) -> None:
     model = model_of(likelihood)
@@ -238,7 +269,9 @@ def test_rows_of_their_own(likelihood: str) -> None:
         rows = torch.randint(len(model.x), shape, generator=generator(4))
         assert_equal_to_torch(model, theta, rows)
     own = model.log_joint_and_grad(theta, rows)
-    torch.testing.assert_close(own, model.log_joint_and_grad(theta, rows.mT.contiguous().mT), rtol=0, atol=0)
+    torch.testing.assert_close(
+        own, model.log_joint_and_grad(theta, rows.mT.contiguous().mT), rtol=0, atol=0
+    )
     for row in (-1, len(model.x)):
         with pytest.raises(IndexError):
             model.log_joint_and_grad(theta, torch.tensor([0, row]))
@@ -271,9 +304,12 @@ def test_every_prior(likelihood: str, prior: Any) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "scale_prior", [td.HalfNormal(1.0), td.HalfCauchy(1.0), td.Gamma(2.0, 1.0), td.Weibull(1.0, 1.5)]
+    "scale_prior",
+    [td.HalfNormal(1.0), td.HalfCauchy(1.0), td.Gamma(2.0, 1.0), td.Weibull(1.0, 1.5)],
 )
-def test_priors_with_parameters_are_compiled_where_their_families_are(scale_prior: td.Distribution) -> None:
+def test_priors_with_parameters_are_compiled_where_their_families_are(
+    scale_prior: td.Distribution,
+) -> None:
     model = model_of("gaussian", prior=priors.Hierarchical(scale_prior))
     fused = model._density.fused
     assert fused is not None
@@ -349,7 +385,9 @@ def test_rates_that_overflow_are_no_finite_density(likelihood: str) -> None:
 
 @needs_compiler
 def test_every_dispersion() -> None:
-    """Against Poisson's law, where lgamma leaves no digit, and against torch where it leaves all."""
+    """Against Poisson's law, where lgamma leaves no digit, and against torch where it leaves
+    all.
+    """
     model, poisson = model_of("negative binomial"), likelihoods.Poisson()
     theta = points(model, 6)
     theta[:, -1] = torch.tensor([-40.0, -20.0, -3.0, 0.0, 3.0, 6.0], dtype=F64)
@@ -367,7 +405,7 @@ def test_every_dispersion() -> None:
     assert not used(model.subset(slice(None))), "a table of logarithms would cost more than they do"
 
 
-# ---------------------------------------------------------------- extreme weights
+# ---------------------------------------- extreme weights
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
@@ -409,7 +447,9 @@ def test_bad_weights_spoil_their_own_chain_alone(
 def test_activations_and_slopes_over_the_whole_range(activation: str, dtype: torch.dtype) -> None:
     info = torch.finfo(dtype)
     scale_exponents = (
-        torch.logspace(-300, 300, 2001, dtype=F64).clamp(float(info.tiny) / 1e3, float(info.max)).to(dtype)
+        torch.logspace(-300, 300, 2001, dtype=F64)
+        .clamp(float(info.tiny) / 1e3, float(info.max))
+        .to(dtype)
     )
     a = torch.cat(
         [
@@ -420,9 +460,12 @@ def test_activations_and_slopes_over_the_whole_range(activation: str, dtype: tor
         ]
     )
     if activation != "identity":
-        a = a[a.abs() < info.max * info.eps / 8]  # beyond, a * sigmoid(a) does not vanish: exp2 saturates
+        # beyond, a * sigmoid(a) does not vanish: exp2 saturates
+        a = a[a.abs() < info.max * info.eps / 8]
     a = torch.cat([a, torch.tensor([float("nan")], dtype=dtype)])[:, None]
-    net = nn.Sequential(nn.utils.skip_init(nn.Linear, 1, 1, bias=False), ACTIVATIONS[activation]()).to(dtype)
+    net = nn.Sequential(
+        nn.utils.skip_init(nn.Linear, 1, 1, bias=False), ACTIVATIONS[activation]()
+    ).to(dtype)
     spec = WeightSpec.of(net)
     network, theta = ChainNetwork(spec), torch.ones(len(a), 1, dtype=dtype)
     x = a[:, :, None]  # a network for each number: the gradient by its weight is number * slope
@@ -446,15 +489,19 @@ def test_activations_and_slopes_over_the_whole_range(activation: str, dtype: tor
 def test_sines_and_their_slopes_over_the_whole_range(w0: float, dtype: torch.dtype) -> None:
     info = torch.finfo(dtype)
     scale_exponents = (
-        torch.logspace(-300, 300, 2001, dtype=F64).clamp(float(info.tiny) / 1e3, float(info.max) / w0).to(dtype)
+        torch.logspace(-300, 300, 2001, dtype=F64)
+        .clamp(float(info.tiny) / 1e3, float(info.max) / w0)
+        .to(dtype)
     )
-    quarters = (torch.arange(-400, 401, dtype=F64) * (math.pi / 4 / w0)).to(dtype)  # zeros and extremes
+    # zeros and extremes
+    quarters = (torch.arange(-400, 401, dtype=F64) * (math.pi / 4 / w0)).to(dtype)
     ranges = [torch.linspace(-span / w0, span / w0, 2001, dtype=dtype) for span in (2.0, 30.0, 1e4)]
     special = torch.tensor([0.0, -0.0, math.nan, math.inf, -math.inf], dtype=dtype)
     a = torch.cat([*ranges, quarters, scale_exponents, -scale_exponents, special])[:, None]
     net = nn.Sequential(nn.utils.skip_init(nn.Linear, 1, 1), Sine(w0)).to(dtype)
     network = ChainNetwork(WeightSpec.of(net))
-    theta = torch.cat([torch.zeros_like(a), a], 1)  # a bias for each number, whose gradient is the slope
+    # a bias for each number, whose gradient is the slope
+    theta = torch.cat([torch.zeros_like(a), a], 1)
     value, vjp = network.pullback(theta, torch.zeros(1, 1, dtype=dtype))
     slope = vjp(torch.ones_like(value))[:, 1:]
     angle = (a * w0).double()
@@ -467,7 +514,7 @@ def test_sines_and_their_slopes_over_the_whole_range(w0: float, dtype: torch.dty
         assert ((mine.double() - true).abs() <= tolerance)[finite].all()
 
 
-# ---------------------------------------------------------------- random numbers
+# ---------------------------------------- random numbers
 
 
 def threefry(key: int, counters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -503,7 +550,8 @@ def test_compiled_numbers_are_those_of_threefry(dtype: torch.dtype) -> None:
     rows = fused.stratified_rows((many,), 1, 2**53, generator(8), dtype)
     assert rows is not None
     words = np.concatenate(threefry(key, np.arange(many, dtype=np.uint64)))
-    halves = (rows.numpy() >> 21).astype(np.uint32)  # of every pair of words, the one in the upper bits
+    # of every pair of words, the one in the upper bits
+    halves = (rows.numpy() >> 21).astype(np.uint32)
     assert np.isin(halves, words).all()
     assert len(np.unique(halves)) == many
     library = fused._library(dtype)
@@ -517,7 +565,9 @@ def test_compiled_numbers_are_those_of_threefry(dtype: torch.dtype) -> None:
 
 
 def z_scores(x: Tensor) -> dict[str, float]:
-    """Return moments of what should be standard normal and independent, in units of their errors."""
+    """Return moments of what should be standard normal and independent, in units of their
+    errors.
+    """
     n, x = x.numel(), x.double().flatten()
     double_factorial = [1.0, 0, 1, 0, 3, 0, 15, 0, 105, 0, 945, 0, 10395]
     scores = {}
@@ -526,8 +576,12 @@ def z_scores(x: Tensor) -> dict[str, float]:
         scores[f"moment {k}"] = (float(x.pow(k).mean()) - double_factorial[k]) / error
     for edge in (1e-3, 0.1, 2.0, 3.0, 4.0, 5.0):
         expected = n * math.erfc(edge / math.sqrt(2))
-        scores[f"tail {edge}"] = (int((x.abs() > edge).sum()) - expected) / math.sqrt(expected * (1 - expected / n))
-        scores[f"sides {edge}"] = float(((x > edge).sum() - (x < -edge).sum()) / math.sqrt(expected))
+        scores[f"tail {edge}"] = (int((x.abs() > edge).sum()) - expected) / math.sqrt(
+            expected * (1 - expected / n)
+        )
+        scores[f"sides {edge}"] = float(
+            ((x > edge).sum() - (x < -edge).sum()) / math.sqrt(expected)
+        )
     return scores
 
 
@@ -538,7 +592,10 @@ def test_normal_numbers_are_normal(dtype: torch.dtype) -> None:
     scores = z_scores(x)
     assert max(map(abs, scores.values())) < 4.5, scores
     assert scipy.stats.kstest(x[:100].double().flatten().numpy(), "norm").pvalue > 1e-3
-    assert scipy.stats.kstest(x[:200].double().square().sum(-1).numpy(), "chi2", args=(5000,)).pvalue > 1e-3
+    assert (
+        scipy.stats.kstest(x[:200].double().square().sum(-1).numpy(), "chi2", args=(5000,)).pvalue
+        > 1e-3
+    )
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
@@ -548,10 +605,14 @@ def test_normal_numbers_are_independent(dtype: torch.dtype) -> None:
     for series in (x, x.square() - 1, x.sign(), x.abs().log() + 0.635181422730739):
         spread = float(series.square().mean())
         spectrum = torch.fft.rfft(series, n=2 * series.shape[1])
-        lags = torch.fft.irfft(spectrum.abs().square())[:, 1:2000].sum(0) / (spread * math.sqrt(series.numel()))
+        lags = torch.fft.irfft(spectrum.abs().square())[:, 1:2000].sum(0) / (
+            spread * math.sqrt(series.numel())
+        )
         assert lags.abs().max() < 5.5, "numbers of one key"
         keys = series @ series.mT / (spread * math.sqrt(series.shape[1]))
-        assert (keys - keys.diagonal().diag()).abs().max() < 5, "numbers of other keys, at the same place"
+        assert (keys - keys.diagonal().diag()).abs().max() < 5, (
+            "numbers of other keys, at the same place"
+        )
 
 
 def test_normal_numbers_of_neighbouring_keys_are_independent() -> None:
@@ -591,7 +652,9 @@ def test_a_langevin_step(layout: str, own_metrics: bool, dtype: torch.dtype) -> 
     metric = metric if own_metrics else metric[0]
     if layout == "columns":
         theta = theta.mT.contiguous().mT
-    expected = theta + 0.3 * metric * grad + 0.7 * metric.sqrt() * fused.normal_like(theta, generator(5))
+    expected = (
+        theta + 0.3 * metric * grad + 0.7 * metric.sqrt() * fused.normal_like(theta, generator(5))
+    )
     found = fused.langevin(theta, grad, metric, metric.sqrt(), 0.3, 0.7, generator(5))
     torch.testing.assert_close(found, expected)
 
@@ -599,7 +662,10 @@ def test_a_langevin_step(layout: str, own_metrics: bool, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
 @pytest.mark.parametrize("dim", [1, 16, 401])
 def test_the_longest_gradient_and_what_is_not_finite(dim: int, dtype: torch.dtype) -> None:
-    grad, value = torch.randn(5, dim, generator=generator(), dtype=F64).to(dtype), torch.zeros(5, dtype=F64)
+    grad, value = (
+        torch.randn(5, dim, generator=generator(), dtype=F64).to(dtype),
+        torch.zeros(5, dtype=F64),
+    )
     for root in (torch.full((dim,), 2.0, dtype=dtype), torch.full((5, dim), 2.0, dtype=dtype)):
         norms = (2 * grad).norm(dim=-1)
         bound = fused.max_norm(grad, root, value)
@@ -612,7 +678,7 @@ def test_the_longest_gradient_and_what_is_not_finite(dim: int, dtype: torch.dtyp
                 assert not math.isfinite(fused.max_norm(*arguments))
 
 
-# ---------------------------------------------------------------- derivatives
+# ---------------------------------------- derivatives
 
 
 @pytest.mark.parametrize("likelihood", ["learned", "categorical", "student"])
@@ -628,7 +694,9 @@ def test_differentiable_in_every_way(likelihood: str) -> None:
     expected = torch.autograd.grad((first * vector).sum(), leaf)[0]
     leaf = theta.clone().requires_grad_()
     close = {"rtol": 1e-9, "atol": 1e-9}
-    torch.testing.assert_close(torch.autograd.grad((grad(leaf) * vector).sum(), leaf)[0], expected, **close)
+    torch.testing.assert_close(
+        torch.autograd.grad((grad(leaf) * vector).sum(), leaf)[0], expected, **close
+    )
     torch.testing.assert_close(torch.func.vjp(grad, theta)[1](vector)[0], expected, **close)
     torch.testing.assert_close(torch.func.jvp(grad, (theta,), (vector,))[1], expected, **close)
     torch.testing.assert_close(torch.func.vmap(grad)(theta), grad(theta), **close)
@@ -636,8 +704,11 @@ def test_differentiable_in_every_way(likelihood: str) -> None:
     torch.testing.assert_close(rowwise(theta, vector), expected, **close)
     with torch.autograd.forward_ad.dual_level():
         dual = grad(torch.autograd.forward_ad.make_dual(theta, vector))
-        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, expected, **close)
-        torch.testing.assert_close(grad(theta), first.detach(), **close)  # not a dual number: compiled
+        torch.testing.assert_close(
+            torch.autograd.forward_ad.unpack_dual(dual).tangent, expected, **close
+        )
+        # not a dual number: compiled
+        torch.testing.assert_close(grad(theta), first.detach(), **close)
     with torch.no_grad():  # nothing is tracked here although theta asks for it
         assert not grad(leaf).requires_grad
 
@@ -651,7 +722,7 @@ def test_pullback_of_a_tracked_score() -> None:
     assert by_score.isfinite().all()
 
 
-# ---------------------------------------------------------------- where it applies
+# ---------------------------------------- where it applies
 
 
 def used(model: BayesianModel) -> bool:
@@ -666,7 +737,9 @@ def test_the_models_that_are_compiled() -> None:
         assert used(model_of(likelihood)), likelihood
     assert not used(model_of("own")), "its network is, its likelihood is torch's"
     assert not used(model_of(widths=(3, fused._WIDEST + 1)))
-    net = nn.Sequential(nn.utils.skip_init(nn.Linear, 3, 4), nn.Mish(), nn.utils.skip_init(nn.Linear, 4, 1))
+    net = nn.Sequential(
+        nn.utils.skip_init(nn.Linear, 3, 4), nn.Mish(), nn.utils.skip_init(nn.Linear, 4, 1)
+    )
     x = torch.randn(9, 3, generator=generator())
     assert not used(BayesianModel(net, priors.Normal(), likelihoods.Gaussian(), x, x[:, 0]))
     model = model_of(dtype=F32)

@@ -1,6 +1,7 @@
 """The gate under fire: malformed values in the place of every argument of everything public.
 
-Every outcome must be a right result, or an error that names the argument. `fuzzing` has the calls and the values.
+Every outcome must be a right result, or an error that names the argument. `fuzzing` has the calls
+and the values.
 """
 
 import collections
@@ -39,8 +40,17 @@ PROTOCOLS = {
     "ProbabilityPath",
     "Run",
 }
-WITHOUT_ARGUMENTS = {"Constant", "Independent", "Matched", "Uniform", "Poisson", "Categorical", "Bernoulli"}
-INNER = {"PosteriorTargets", "NetworkLoss"}  # made of parts that were checked before, or of modules alone
+WITHOUT_ARGUMENTS = {
+    "Constant",
+    "Independent",
+    "Matched",
+    "Uniform",
+    "Poisson",
+    "Categorical",
+    "Bernoulli",
+}
+# made of parts that were checked before, or of modules alone
+INNER = {"PosteriorTargets", "NetworkLoss"}
 EVERY = 23  # of the cases, in the suite
 
 
@@ -79,7 +89,8 @@ def check(found: dict[str, list[str]]) -> None:
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[fuzzing.World]:
     monkeypatch.chdir(tmp_path)  # words are names of files to some arguments
-    with torch.random.fork_rng(devices=[]):  # networks among the arguments are drawn from torch's own generator
+    # networks among the arguments are drawn from torch's own generator
+    with torch.random.fork_rng(devices=[]):
         yield fuzzing.World()
 
 
@@ -96,7 +107,18 @@ def test_every_malformed_value_is_refused_by_name(world: fuzzing.World) -> None:
 
 def test_everything_public_is_under_fire(world: fuzzing.World) -> None:
     called = {part for call in fuzzing.calls(world) for part in call.name.split(" ")[0].split(".")}
-    rooms = (bf, data, equivariant, inference, predictive, symmetry, transport, bf.likelihoods, bf.priors, bf.metrics)
+    rooms = (
+        bf,
+        data,
+        equivariant,
+        inference,
+        predictive,
+        symmetry,
+        transport,
+        bf.likelihoods,
+        bf.priors,
+        bf.metrics,
+    )
     names = {name for room in rooms for name in room.__all__ if callable(getattr(room, name))}
     names -= {name for name in names if inspect.ismodule(getattr(bf, name, None))}
     assert names - called <= RESULTS | PROTOCOLS | WITHOUT_ARGUMENTS | INNER | {"FlatPrior"}

@@ -1,4 +1,6 @@
-"""Laws of the manifold of normalised networks, and of flows on it: closed forms, invariances, agreement of routes."""
+"""Laws of the manifold of normalised networks, and of flows on it: closed forms, invariances,
+agreement of routes.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def spheres_of(name: str) -> Spheres:
 
 def sphere(k: int) -> Spheres:
     """The unit sphere in k dimensions, and nothing else."""
-    spec = WeightSpec(("0.weight",), {"0.weight": (1, k)}, {"0.weight": ("h1", None)}, {"h1": Activation("relu")})
+    spec = WeightSpec(
+        ("0.weight",), {"0.weight": (1, k)}, {"0.weight": ("h1", None)}, {"h1": Activation("relu")}
+    )
     return Spheres(spec)
 
 
@@ -69,7 +73,9 @@ def pairs(spheres: Spheres, n: int, seed: int, dtype: torch.dtype = F64) -> tupl
     close = 10 ** (-12 * torch.rand(2 * eighth, 1, generator=generator(seed + 2), dtype=dtype))
     sign = torch.where(torch.arange(2 * eighth) % 2 == 0, 1.0, -1.0).to(dtype).unsqueeze(-1)
     near = slice(2 * eighth, 4 * eighth)
-    y[near] = spheres.retract(sign * x[near] + close * normal(2 * eighth, spheres.dim, seed=seed + 3, dtype=dtype))
+    y[near] = spheres.retract(
+        sign * x[near] + close * normal(2 * eighth, spheres.dim, seed=seed + 3, dtype=dtype)
+    )
     return x, y
 
 
@@ -86,7 +92,7 @@ def spheres(request: pytest.FixtureRequest) -> Spheres:
     return spheres_of(request.param)
 
 
-# ---------------------------------------------------------------- the manifold
+# ---------------------------------------- the manifold
 
 
 def test_points_keep_the_functions_of_networks() -> None:
@@ -97,7 +103,8 @@ def test_points_keep_the_functions_of_networks() -> None:
         x = spheres.project(theta)
         for before, after in zip(theta, x, strict=True):
             outputs = [
-                torch.func.functional_call(net, spheres.spec.unflatten(row), (inputs,)) for row in (before, after)
+                torch.func.functional_call(net, spheres.spec.unflatten(row), (inputs,))
+                for row in (before, after)
             ]
             torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-10)
         assert torch.equal(x, normalise_scale(theta, spheres.spec)), name
@@ -117,7 +124,8 @@ def test_units_are_the_spheres() -> None:
     assert params["0.0.bias"].tolist() == [0, 1, 2, 3]
     residual = spheres_of("residual")
     written_back = residual.spec.unflatten(residual.owner)["write.weight"]
-    assert (written_back == residual.units).all()  # would lose its norm when its readers are normalised
+    # would lose its norm when its readers are normalised
+    assert (written_back == residual.units).all()
 
 
 def test_dead_units_get_a_point_and_stay_dead() -> None:
@@ -126,7 +134,8 @@ def test_dead_units_get_a_point_and_stay_dead() -> None:
     theta = normal(3, spheres.dim)
     params = {name: value.clone() for name, value in spheres.spec.unflatten(theta).items()}
     params["0.weight"][1:, :3], params["0.bias"][1:, :3] = 0.0, 0.0  # three units are dead,
-    params["2.weight"][2, 1, 3], params["2.bias"][2, 1] = 0.0, 0.0  # and one that reads nothing but them
+    # and one that reads nothing but them
+    params["2.weight"][2, 1, 3], params["2.bias"][2, 1] = 0.0, 0.0
     theta = spheres.spec.flatten(params).requires_grad_()
     x = spheres.project(theta)
     torch.testing.assert_close(norms(spheres, x), torch.ones(3, spheres.units, dtype=F64))
@@ -149,17 +158,23 @@ def test_points_that_do_not_exist_are_refused() -> None:
 
 def test_a_network_without_scales_is_flat() -> None:
     flat = spheres_of("tanh")
-    x, y, t = normal(5, flat.dim), normal(5, flat.dim, seed=1), torch.rand(5, generator=generator(), dtype=F64)
+    x, y, t = (
+        normal(5, flat.dim),
+        normal(5, flat.dim, seed=1),
+        torch.rand(5, generator=generator(), dtype=F64),
+    )
     assert flat.dim_manifold == flat.dim
     torch.testing.assert_close(flat.exp(x, y), x + y)
     torch.testing.assert_close(flat.log(x, y), y - x)
     point, velocity = flat.geodesic(x, y, t)
     torch.testing.assert_close(point, torch.lerp(x, y, t.unsqueeze(-1)))
     torch.testing.assert_close(velocity, y - x)
-    torch.testing.assert_close(flat.log_prob(x), torch.distributions.Normal(0, 1).log_prob(x).sum(-1))
+    torch.testing.assert_close(
+        flat.log_prob(x), torch.distributions.Normal(0, 1).log_prob(x).sum(-1)
+    )
 
 
-# ---------------------------------------------------------------- maps
+# ---------------------------------------- maps
 
 
 def test_no_nan_in_a_million_pairs() -> None:
@@ -174,7 +189,11 @@ def test_no_nan_in_a_million_pairs() -> None:
         rate = spheres.log_velocity(x, t.unsqueeze(-1) * v, velocity)
         values = [v, spheres.exp(x, v), point, velocity, rate, v.norm(dim=-1)]
         assert all(bool(value.isfinite().all()) for value in values)
-        total = sum((value * value).sum() for value in values[:-1]) + (v * weight).sum() + values[-1].sum()
+        total = (
+            sum((value * value).sum() for value in values[:-1])
+            + (v * weight).sum()
+            + values[-1].sum()
+        )
         assert all(bool(grad.isfinite().all()) for grad in torch.autograd.grad(total, (x, y)))
 
 
@@ -193,7 +212,9 @@ def test_exp_undoes_log(dtype: torch.dtype, bound: float, spheres: Spheres) -> N
 def test_distances_are_angles(spheres: Spheres) -> None:
     x, y = spheres.sample(50, 0, dtype=F64), spheres.sample(50, 1, dtype=F64)
     flat = spheres.owner == spheres.units
-    squares = spheres.inner(x, y)[..., :-1].acos().square().sum(-1) + (y - x)[:, flat].square().sum(-1)
+    squares = spheres.inner(x, y)[..., :-1].acos().square().sum(-1) + (y - x)[:, flat].square().sum(
+        -1
+    )
     torch.testing.assert_close(spheres.distance(x, y), squares.sqrt())
     torch.testing.assert_close(spheres.distance(x, y), spheres.distance(y, x))
     opposite = torch.where(flat, x, -x)
@@ -211,7 +232,9 @@ def test_geodesics_have_constant_speed(spheres: Spheres) -> None:
         assert ((norms(spheres, point) - 1).abs() < 1e-12).all()
         assert (spheres.inner(point, velocity).abs() < 1e-12).all()
         torch.testing.assert_close(velocity.norm(dim=-1), spheres.distance(x0, x1))
-        torch.testing.assert_close(spheres.distance(x0, point), t * spheres.distance(x0, x1), rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(
+            spheres.distance(x0, point), t * spheres.distance(x0, x1), rtol=1e-7, atol=1e-9
+        )
         torch.testing.assert_close((1 - t) * velocity, spheres.log(point, x1), rtol=1e-7, atol=1e-9)
         after, before = (spheres.geodesic(x0, x1, times + step)[0] for step in (h, -h))
         torch.testing.assert_close((after - before) / (2 * h), velocity, rtol=1e-7, atol=1e-8)
@@ -222,31 +245,50 @@ def test_geodesics_have_constant_speed(spheres: Spheres) -> None:
 def test_velocities_in_normal_coordinates(spheres: Spheres, length: float) -> None:
     x, v = spheres.sample(20, 0, dtype=F64), normal(20, spheres.dim, seed=1)
     w = spheres.tangent(x, normal(20, spheres.dim, seed=2))
-    w = length * w / spheres.each(torch.where(spheres.inner(w, w) > 0, spheres.inner(w, w), 1.0)).sqrt()
+    w = (
+        length
+        * w
+        / spheres.each(torch.where(spheres.inner(w, w) > 0, spheres.inner(w, w), 1.0)).sqrt()
+    )
     y = spheres.exp(x, w)
     v, h = spheres.tangent(y, v), 1e-5
-    expected = (spheres.log(x, spheres.exp(y, h * v)) - spheres.log(x, spheres.exp(y, -h * v))) / (2 * h)
+    expected = (spheres.log(x, spheres.exp(y, h * v)) - spheres.log(x, spheres.exp(y, -h * v))) / (
+        2 * h
+    )
     torch.testing.assert_close(spheres.log_velocity(x, w, v), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_permutations_are_isometries(spheres: Spheres) -> None:
     spec, n = spheres.spec, 40
     group = Symmetries(spec.symmetries().permutation, frozenset(), frozenset())
-    x, y, v, t = spheres.sample(n, 0, dtype=F64), spheres.sample(n, 1, dtype=F64), normal(n, spec.dim), torch.rand(
-        n, generator=generator(), dtype=F64
-    )  # fmt: skip
+    x, y, v, t = (
+        spheres.sample(n, 0, dtype=F64),
+        spheres.sample(n, 1, dtype=F64),
+        normal(n, spec.dim),
+        torch.rand(n, generator=generator(), dtype=F64),
+    )
     moved_x, moved_y, moved_v = spec.transform(group, 3, x, y, v)
     assert not torch.equal(moved_x, x)
 
     def maps(x: Tensor, y: Tensor, v: Tensor) -> list[Tensor]:
         v = spheres.tangent(x, v)
-        return [v, spheres.exp(x, v), spheres.log(x, y), spheres.log_velocity(x, v, y), *spheres.geodesic(x, y, t)]
+        return [
+            v,
+            spheres.exp(x, v),
+            spheres.log(x, y),
+            spheres.log_velocity(x, v, y),
+            *spheres.geodesic(x, y, t),
+        ]
 
-    for expected, got in zip(spec.transform(group, 3, *maps(x, y, v)), maps(moved_x, moved_y, moved_v), strict=True):
+    for expected, got in zip(
+        spec.transform(group, 3, *maps(x, y, v)), maps(moved_x, moved_y, moved_v), strict=True
+    ):
         torch.testing.assert_close(got, expected)
     torch.testing.assert_close(spheres.distance(moved_x, moved_y), spheres.distance(x, y))
     torch.testing.assert_close(spheres.log_prob(moved_x), spheres.log_prob(x))
-    torch.testing.assert_close(spheres.project(moved_v), spec.transform(group, 3, spheres.project(v))[0])
+    torch.testing.assert_close(
+        spheres.project(moved_v), spec.transform(group, 3, spheres.project(v))[0]
+    )
 
 
 def test_the_source_is_uniform() -> None:
@@ -268,14 +310,18 @@ def test_the_source_is_uniform() -> None:
     spherical = 3 * math.log(4 * math.pi)
     expected = torch.distributions.Normal(0, 1).log_prob(flat.double()).sum(-1) - spherical
     torch.testing.assert_close(spheres.log_prob(x), expected)
-    assert float(sphere(2).log_prob(torch.tensor([1.0, 0.0]))) == pytest.approx(-math.log(2 * math.pi))
+    assert float(sphere(2).log_prob(torch.tensor([1.0, 0.0]))) == pytest.approx(
+        -math.log(2 * math.pi)
+    )
 
 
-# ---------------------------------------------------------------- flows
+# ---------------------------------------- flows
 
 
 class Towards(Field):
-    """The gradient of rate * x[0]: a conformal flow, which takes the uniform law to a closed form."""
+    """The gradient of rate * x[0]: a conformal flow, which takes the uniform law to a closed
+    form.
+    """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -287,17 +333,21 @@ class Towards(Field):
 
 
 def spherical_cauchy(x: Tensor, rate: float) -> Tensor:
-    """What `Towards` makes of the uniform law: a Poisson kernel to the power k - 1 (Kato and McCullagh 2020)."""
+    """What `Towards` makes of the uniform law: a Poisson kernel to the power k - 1 (Kato and
+    McCullagh 2020).
+    """
     k, rho = x.shape[-1], math.tanh(rate / 2)
     area = math.log(2) + k / 2 * math.log(math.pi) - math.lgamma(k / 2)
     return (k - 1) * ((1 - rho**2) / (1 + rho**2 - 2 * rho * x[..., 0])).log() - area
 
 
 class VonMisesFisher(Field):
-    """A field on the sphere in three dimensions from the uniform law to von Mises-Fisher, around the first axis.
+    """A field on the sphere in three dimensions from the uniform law to von Mises-Fisher, around
+    the first axis.
 
-    At time t the law is that of concentration a = t * kappa. Heights z = x[0] move by - dG/dt / g, with G the
-    distribution function expm1(a (z + 1)) / expm1(2 a) and g its density, and points along their meridians.
+    At time t the law is that of concentration a = t * kappa. Heights z = x[0] move by - dG/dt / g,
+    with G the distribution function expm1(a (z + 1)) / expm1(2 a) and g its density, and points
+    along their meridians.
     """
 
     def __init__(self, kappa: float) -> None:
@@ -308,7 +358,9 @@ class VonMisesFisher(Field):
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         z, a = x[:, 0], (self.kappa * t).clamp(min=1e-4)
         up, all_ = a * (z + 1), 2 * a
-        by_a = ((z + 1) * up.exp() - 2 * all_.exp() * torch.expm1(up) / torch.expm1(all_)) / torch.expm1(all_)
+        by_a = (
+            (z + 1) * up.exp() - 2 * all_.exp() * torch.expm1(up) / torch.expm1(all_)
+        ) / torch.expm1(all_)
         density = a * up.exp() / torch.expm1(all_)
         lift = -self.kappa * by_a / density / (1 - z * z).clamp(min=1e-12)
         axis = torch.eye(3, dtype=F64)[0]
@@ -359,7 +411,9 @@ def test_density_of_von_mises_and_fisher() -> None:
     x, log_prob = flow.sample_with_log_prob(200, 0)
     torch.testing.assert_close(log_prob, velocity.log_prob(x), rtol=0, atol=1e-5)
     uniform = sphere(3).sample(200, 1, dtype=F64)
-    torch.testing.assert_close(flow.log_prob(uniform), velocity.log_prob(uniform), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        flow.log_prob(uniform), velocity.log_prob(uniform), rtol=0, atol=1e-5
+    )
     heights = flow.sample(20_000, 2, solver=Solver(steps=8))[:, 0]
     mean = 1 / math.tanh(kappa) - 1 / kappa
     assert abs(float(heights.mean()) - mean) < 4 * float(heights.std()) / 20_000**0.5
@@ -367,10 +421,14 @@ def test_density_of_von_mises_and_fisher() -> None:
 
 def quadrature(latitudes: int = 50, meridians: int = 80) -> tuple[Tensor, Tensor]:
     """Return points of the unit sphere in three dimensions, and their weights."""
-    nodes, weights = (torch.tensor(each, dtype=F64) for each in np.polynomial.legendre.leggauss(latitudes))
+    nodes, weights = (
+        torch.tensor(each, dtype=F64) for each in np.polynomial.legendre.leggauss(latitudes)
+    )
     angle = 2 * math.pi * torch.arange(meridians, dtype=F64) / meridians
     ring = (1 - nodes * nodes).sqrt().unsqueeze(-1)
-    x = torch.stack([ring * angle.cos(), ring * angle.sin(), nodes.unsqueeze(-1).expand(-1, meridians)], -1)
+    x = torch.stack(
+        [ring * angle.cos(), ring * angle.sin(), nodes.unsqueeze(-1).expand(-1, meridians)], -1
+    )
     return x.reshape(-1, 3), (weights * 2 * math.pi / meridians).repeat_interleave(meridians)
 
 
@@ -438,8 +496,12 @@ def test_divergence_agrees_with_finite_differences() -> None:
         return spheres.tangent(z, flow.velocity(t, z))
 
     basis = h * torch.eye(flow.dim, dtype=F64)
-    differences = [(extended(x + row) - extended(x - row))[:, i] / (2 * h) for i, row in enumerate(basis)]
-    torch.testing.assert_close(exact_divergence(extended, x)[1], torch.stack(differences).sum(0), rtol=0, atol=1e-6)
+    differences = [
+        (extended(x + row) - extended(x - row))[:, i] / (2 * h) for i, row in enumerate(basis)
+    ]
+    torch.testing.assert_close(
+        exact_divergence(extended, x)[1], torch.stack(differences).sum(0), rtol=0, atol=1e-6
+    )
     _, change = flow.transport(x, torch.stack([t, t + 1e-6]), Solver("euler"), Density())
     torch.testing.assert_close(change / 1e-6, torch.stack(differences).sum(0), rtol=0, atol=1e-5)
 
@@ -467,7 +529,9 @@ def test_estimated_densities_are_unbiased(trace, probes: int, noise) -> None:
     density = Density(trace, probes, noise)
     estimates = flow.log_prob(x[0].expand(400, -1), seed=1, density=density, chunk_size=1000)
     assert abs(float(estimates.mean() - truth[0])) < 4 * float(estimates.std()) / 20
-    assert torch.equal(estimates, flow.log_prob(x[0].expand(400, -1), seed=1, density=density, chunk_size=1000))
+    assert torch.equal(
+        estimates, flow.log_prob(x[0].expand(400, -1), seed=1, density=density, chunk_size=1000)
+    )
     many = flow.log_prob(x[0].expand(50, -1), seed=1, density=replace(density, probes=16 * probes))
     assert many.std() < 0.5 * estimates.std()
 
@@ -508,7 +572,9 @@ def test_flows_along_geodesics_take_one_step() -> None:
             return spheres.log(x, x1) / (1 - t)
 
     for solver in ("euler", "midpoint"):
-        end, _ = ManifoldFlow(ToEnds(), spheres, Solver(solver)).transport(x0, torch.tensor([0.0, 1.0], dtype=F64))
+        end, _ = ManifoldFlow(ToEnds(), spheres, Solver(solver)).transport(
+            x0, torch.tensor([0.0, 1.0], dtype=F64)
+        )
         torch.testing.assert_close(end, x1)
 
 
@@ -521,7 +587,9 @@ def test_flows_commute_with_permutations(name: str) -> None:
     field = flow.velocity(torch.tensor(0.4), x)
     assert (field.abs().amax(-1) > 1e-3).all()
     assert (flow.spheres.inner(x, field).abs() < 1e-12).all()
-    torch.testing.assert_close(flow.velocity(torch.tensor(0.4), moved), flow.spec.transform(group, 1, field)[0])
+    torch.testing.assert_close(
+        flow.velocity(torch.tensor(0.4), moved), flow.spec.transform(group, 1, field)[0]
+    )
     end, change = flow.transport(x, flow.times(), density=Density())
     moved_end, moved_change = flow.transport(moved, flow.times(), density=Density())
     torch.testing.assert_close(moved_end, flow.spec.transform(group, 1, end)[0])
@@ -550,7 +618,9 @@ def test_a_field_trained_on_draws_has_their_density() -> None:
     class Perceptron(Field):
         def __init__(self) -> None:
             super().__init__()
-            self.net = nn.Sequential(nn.Linear(4, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 3))
+            self.net = nn.Sequential(
+                nn.Linear(4, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 3)
+            )
 
         def forward(self, t: Tensor, x: Tensor) -> Tensor:
             return self.net(torch.cat([t.expand(len(x)).to(x).unsqueeze(-1), x], -1))
@@ -570,35 +640,45 @@ def test_a_field_trained_on_draws_has_their_density() -> None:
     divergence = float((log_prob - truth.log_prob(x)).mean())
     assert abs(divergence) < 0.02
     assert float((log_prob - truth.log_prob(x)).std()) < 0.15
-    assert float((flow.spheres.log_prob(x) - truth.log_prob(x)).mean()) < -0.5  # what no training would leave
+    # what no training would leave
+    assert float((flow.spheres.log_prob(x) - truth.log_prob(x)).mean()) < -0.5
 
 
 def test_fitted_flows_reach_their_targets(tmp_path: Path) -> None:
-    """Copies of three networks at all scales, permuted: what comes out is one of the three, normalised."""
+    """Copies of three networks at all scales, permuted: what comes out is one of the three,
+    normalised.
+    """
     spec = WeightSpec.of(built(lambda: chain(2, 2, 1)))
     modes = normal(3, spec.dim, seed=4).float()
     draws = spec.random_symmetry(modes.repeat(50, 1), 0)
     training = bf.Training(steps=200, batch_size=64, learning_rate=5e-3)
     velocity = built(lambda: TangentVelocity(spec, 16, 2), torch.float32)
-    flow = fit_manifold_flow(spec, draws, velocity=velocity, seed=1, training=training, progress=False)
+    flow = fit_manifold_flow(
+        spec, draws, velocity=velocity, seed=1, training=training, progress=False
+    )
     assert flow.info["coupling"] == "Independent"
     assert flow.info["steps"] == 200
     flat = flow.spheres.owner == flow.spheres.units
 
     def gaps(x: Tensor) -> Tensor:
         """Distances from the nearest of all copies."""
-        copies = spec.permute(flow.spheres.project(modes), {"h1": torch.tensor([[[0, 1]], [[1, 0]]])}).reshape(
-            -1, spec.dim
-        )
+        copies = spec.permute(
+            flow.spheres.project(modes), {"h1": torch.tensor([[[0, 1]], [[1, 0]]])}
+        ).reshape(-1, spec.dim)
         return flow.spheres.distance(x.unsqueeze(1), copies).amin(1)
 
     assert gaps(flow.sample(200, 2)).median() < 0.35 * gaps(flow.start(200, 2)).median()
     assert flow.sample(5)[:, flat].isfinite().all()
-    again = fit_manifold_flow(spec, draws, velocity=velocity, seed=1, training=training, progress=False)
+    again = fit_manifold_flow(
+        spec, draws, velocity=velocity, seed=1, training=training, progress=False
+    )
     assert torch.equal(again.sample(5), flow.sample(5))
     assert torch.equal(ManifoldFlow.load(flow.save(tmp_path / "flow")).sample(5), flow.sample(5))
     weighted = fit_manifold_flow(
-        spec, (draws, torch.linspace(-9.0, 0.0, len(draws))), velocity=velocity, training=replace(training, steps=2)
+        spec,
+        (draws, torch.linspace(-9.0, 0.0, len(draws))),
+        velocity=velocity,
+        training=replace(training, steps=2),
     )
     assert weighted.sample(3).isfinite().all()
     for bad in (draws[:0], torch.nan * draws):
@@ -623,13 +703,18 @@ def test_densities_are_of_points_on_the_manifold_only() -> None:
         flow.log_prob(torch.zeros(flow.dim, dtype=F64))
     with pytest.raises(ValueError, match="trace must be"):
         flow.log_prob(flow.start(3), density=Density(trace="none"))  # type: ignore[arg-type]
-    assert not hasattr(flow, "forward_with_log_prob")  # which is what a correction of weights asks for
+    # which is what a correction of weights asks for
+    assert not hasattr(flow, "forward_with_log_prob")
 
 
 def plain_flow() -> Flow:
     net, x = built(NETS["two hidden"]), normal(6, 3)
-    model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.5), x, normal(6, 2, seed=1))
-    return Flow.of(randomised(built(lambda: WeightsVelocity(model.spec, 8, 1))), model, solver=Solver(steps=3))
+    model = bf.BayesianModel(
+        net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.5), x, normal(6, 2, seed=1)
+    )
+    return Flow.of(
+        randomised(built(lambda: WeightsVelocity(model.spec, 8, 1))), model, solver=Solver(steps=3)
+    )
 
 
 def completed_flow() -> CompletedFlow:
@@ -640,7 +725,10 @@ def completed_flow() -> CompletedFlow:
 BOTH_WAYS = ("sample_with_log_prob", "forward_with_log_prob", "inverse_with_log_prob", "log_prob")
 DENSITIES = {
     "flow": (plain_flow, BOTH_WAYS),
-    "manifold": (lambda: network_flow(solver=Solver(steps=3)), ("sample_with_log_prob", "log_prob")),
+    "manifold": (
+        lambda: network_flow(solver=Solver(steps=3)),
+        ("sample_with_log_prob", "log_prob"),
+    ),
     "completed": (completed_flow, BOTH_WAYS),
 }
 
@@ -686,7 +774,7 @@ def test_every_option_reaches_every_density(kind: str, method: str) -> None:
         log_prob(probe=3)
 
 
-# ---------------------------------------------------------------- densities over weights
+# ---------------------------------------- densities over weights
 
 
 def still(spec: WeightSpec) -> ManifoldFlow:
@@ -696,7 +784,10 @@ def still(spec: WeightSpec) -> ManifoldFlow:
 
 
 def test_directions_and_radii_make_a_gaussian() -> None:
-    """Of what enters the units, that is; what the units send out is read at the scale that they had."""
+    """Of what enters the units, that is.
+
+    What the units send out is read at the scale that they had.
+    """
     spec = WeightSpec.of(built(NETS["two hidden"]))
     zero = torch.zeros(9, dtype=F64)
     flow = CompletedFlow(still(spec), Radii(zero, zero + 1))
@@ -704,14 +795,17 @@ def test_directions_and_radii_make_a_gaussian() -> None:
     params = spec.unflatten(theta)
 
     def norm(layer: int) -> Tensor:
-        return torch.cat([params[f"{layer}.weight"], params[f"{layer}.bias"].unsqueeze(-1)], -1).norm(dim=-1)
+        return torch.cat(
+            [params[f"{layer}.weight"], params[f"{layer}.bias"].unsqueeze(-1)], -1
+        ).norm(dim=-1)
 
     r1 = norm(0)
     scaled = params["2.weight"] * r1.unsqueeze(-2)
     r2 = torch.cat([scaled, params["2.bias"].unsqueeze(-1)], -1).norm(dim=-1)
     params |= {"2.weight": scaled, "4.weight": params["4.weight"] * r2.unsqueeze(-2)}
     expected = torch.distributions.Normal(0, 1).log_prob(spec.flatten(params)).sum(-1)
-    expected = expected + 5 * r1.log().sum(-1) + 2 * r2.log().sum(-1)  # each is read by as many weights
+    # each is read by as many weights
+    expected = expected + 5 * r1.log().sum(-1) + 2 * r2.log().sum(-1)
     torch.testing.assert_close(flow.log_prob(theta), expected)
     drawn = spec.unflatten(flow.sample(20_000, 0))
     assert drawn["0.weight"].var() == pytest.approx(1, abs=0.02)
@@ -740,7 +834,10 @@ def test_densities_over_weights_agree_with_the_jacobian(name: str) -> None:
     flow = still(spec).complete(normal(200, spec.dim, seed=7))
     z = flow.start(3, 0)
     theta, log_prob = flow.forward_with_log_prob(z)
-    expected = torch.distributions.Normal(0, 1).log_prob(z).sum(-1) - torch.linalg.slogdet(by_rows(flow.forward, z))[1]
+    expected = (
+        torch.distributions.Normal(0, 1).log_prob(z).sum(-1)
+        - torch.linalg.slogdet(by_rows(flow.forward, z))[1]
+    )
     torch.testing.assert_close(log_prob, expected)
     torch.testing.assert_close(flow.log_prob(theta), expected)
 
@@ -754,7 +851,8 @@ def test_completed_flows_can_be_inverted() -> None:
     back, reverse = flow.inverse_with_log_prob(theta)
     torch.testing.assert_close(back, z, rtol=0, atol=1e-3)
     torch.testing.assert_close(reverse, log_prob, rtol=0, atol=1e-2)
-    doubled = spec.rescale(theta, {"h1": torch.full((3,), 2.0)})  # another network of the same point
+    # another network of the same point
+    doubled = spec.rescale(theta, {"h1": torch.full((3,), 2.0)})
     torch.testing.assert_close(flow.flow.spheres.project(doubled), flow.flow.spheres.project(theta))
     assert (flow.log_prob(doubled) - reverse).abs().min() > 0.1
 
@@ -773,14 +871,19 @@ def test_completed_flows_are_posteriors() -> None:
     assert flow.log_prob(theta.reshape(2, 3, -1)).shape == (2, 3)
     points = flow.flow.spheres.project(theta)
     torch.testing.assert_close(
-        points, flow.flow.transport(flow.flow.spheres.retract(flow.start(6, 1)), flow.flow.times())[0]
+        points,
+        flow.flow.transport(flow.flow.spheres.retract(flow.start(6, 1)), flow.flow.times())[0],
     )
-    (grad,) = torch.autograd.grad(flow.forward(x0 := flow.start(2).requires_grad_()).square().sum(), x0)
+    (grad,) = torch.autograd.grad(
+        flow.forward(x0 := flow.start(2).requires_grad_()).square().sum(), x0
+    )
     assert (grad.abs() > 0).any(-1).all()
 
 
 def test_corrections_need_the_radii() -> None:
-    """The evidence of a small network by importance sampling from a completed flow, and from the prior."""
+    """The evidence of a small network by importance sampling from a completed flow, and from the
+    prior.
+    """
     x = torch.linspace(-1, 1, 4, dtype=F64).unsqueeze(-1)
     prior, likelihood = bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.5)
     model = bf.BayesianModel(built(lambda: chain(1, 2, 1)), prior, likelihood, x, x.sin())
@@ -788,7 +891,9 @@ def test_corrections_need_the_radii() -> None:
     with pytest.raises(ValueError, match="completes the measure"):
         bf.correct(model, flow)
     from_prior = model.log_likelihood(model.sample_prior(200_000, 0)).exp()
-    corrected = bf.correct(model, flow.complete(model.sample_prior(500, 1)), 4000, "importance", seed=2, progress=False)
+    corrected = bf.correct(
+        model, flow.complete(model.sample_prior(500, 1)), 4000, "importance", seed=2, progress=False
+    )
     assert corrected.log_evidence is not None
     evidence, error = corrected.log_evidence
     truth, spread = float(from_prior.mean()), float(from_prior.std()) / 200_000**0.5

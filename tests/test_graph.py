@@ -1,4 +1,6 @@
-"""Laws of the graph attention network: it commutes with permutations, on every network, and lives on edges alone."""
+"""Laws of the graph attention network: it commutes with permutations, on every network, and lives
+on edges alone.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def built(make: Callable[[], nn.Module]) -> Any:
-    """Build a module and fill all of its parameters from a seed, without a trace in the global generator."""
+    """Build a module and fill all of its parameters from a seed, without a trace in the global
+    generator.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         module = make().double()
@@ -58,9 +62,15 @@ def chain(*widths: int, bias: bool = True) -> nn.Module:
 
 def convolutions() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(2, 4, 2), nn.ReLU(), nn.Conv2d(4, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 5), nn.ReLU(),
+        nn.Conv2d(2, 4, 2),
+        nn.ReLU(),
+        nn.Conv2d(4, 3, 2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(12, 5),
+        nn.ReLU(),
         nn.Linear(5, 2),
-    )  # fmt: skip
+    )
 
 
 def residual() -> nn.Module:
@@ -70,9 +80,15 @@ def residual() -> nn.Module:
         return net.out(x + net.d(F.relu(net.c(x))))
 
     return Net(
-        forward, stem=nn.Linear(3, 6), norm=nn.LayerNorm(6), a=nn.Linear(6, 4), b=nn.Linear(4, 6), c=nn.Linear(6, 4),
-        d=nn.Linear(4, 6), out=nn.Linear(6, 2),
-    )  # fmt: skip
+        forward,
+        stem=nn.Linear(3, 6),
+        norm=nn.LayerNorm(6),
+        a=nn.Linear(6, 4),
+        b=nn.Linear(4, 6),
+        c=nn.Linear(6, 4),
+        d=nn.Linear(4, 6),
+        out=nn.Linear(6, 2),
+    )
 
 
 def square() -> nn.Module:
@@ -81,7 +97,9 @@ def square() -> nn.Module:
         x = x + torch.tanh(net.a(x))
         return net.out(x + torch.tanh(net.b(x)))
 
-    return Net(forward, stem=nn.Linear(3, 5), a=nn.Linear(5, 5), b=nn.Linear(5, 5), out=nn.Linear(5, 2))
+    return Net(
+        forward, stem=nn.Linear(3, 5), a=nn.Linear(5, 5), b=nn.Linear(5, 5), out=nn.Linear(5, 2)
+    )
 
 
 def of(make: Callable[[], nn.Module]) -> WeightSpec:
@@ -99,19 +117,24 @@ SPECS: dict[str, Callable[[], WeightSpec]] = {
     "residual": lambda: of(residual),
     "square": lambda: of(square),
     "with extras": lambda: of(lambda: chain(2, 3, 3, 1)).extend(
-        {"noise": (1,), "scale": (), "local": (3, 3), "unit": (3,)}, {"local": ("h2", "h1"), "unit": ("h1",)}
+        {"noise": (1,), "scale": (), "local": (3, 3), "unit": (3,)},
+        {"local": ("h2", "h1"), "unit": ("h1",)},
     ),
     "unlabelled": lambda: WeightSpec.unlabelled(built(lambda: nn.Conv1d(2, 3, 2))),
 }
 
 
 def transformed(spec: WeightSpec, *features: Tensor) -> tuple[Tensor, ...]:
-    """Apply one random permutation per batch entry to features ``(batch, dim, feature)``, the same to all of them."""
+    """Apply one random permutation per batch entry to features ``(batch, dim, feature)``, the same
+    to all of them.
+    """
     index = torch.arange(spec.dim).expand(len(features[0]), -1)
     group = Symmetries(frozenset(spec.widths), frozenset(), frozenset())
     (moved,) = spec.transform(group, 5, index)
     assert not spec.widths or not torch.equal(moved, index)
-    return tuple(each.gather(1, moved.unsqueeze(-1).expand(-1, -1, each.shape[-1])) for each in features)
+    return tuple(
+        each.gather(1, moved.unsqueeze(-1).expand(-1, -1, each.shape[-1])) for each in features
+    )
 
 
 def check_close(found: Tensor, expected: Tensor) -> None:
@@ -120,7 +143,7 @@ def check_close(found: Tensor, expected: Tensor) -> None:
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-# ---------------------------------------------------------------- symmetry
+# ---------------------------------------- symmetry
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
@@ -129,7 +152,10 @@ def test_network_commutes_with_permutations(name: str, dtype: torch.dtype) -> No
     spec = SPECS[name]()
     g = generator()
     features = torch.randn(4, spec.dim, 2, generator=g, dtype=F64).to(dtype)
-    t, context = torch.rand(4, generator=g, dtype=F64).to(dtype), torch.randn(4, 3, generator=g, dtype=F64).to(dtype)
+    t, context = (
+        torch.rand(4, generator=g, dtype=F64).to(dtype),
+        torch.randn(4, 3, generator=g, dtype=F64).to(dtype),
+    )
     net = built(lambda: GraphNet(spec, 2, 3, width=12, depth=2, time=True, context=3)).to(dtype)
     moved, expected = transformed(spec, features, net(features, t, context))
     assert expected.shape == (4, spec.dim, 3)
@@ -152,16 +178,24 @@ def test_features_of_units_move_with_the_units() -> None:
     g = generator()
     perm = torch.tensor([3, 0, 4, 1, 2])
     theta = torch.randn(2, spec.dim, generator=g, dtype=F64)
-    units = {label: torch.randn(2, n, 3, generator=g, dtype=F64) for label, n in spec.widths.items()}
-    label, net = next(iter(units)), built(lambda: GraphNet(spec, 1, 1, width=8, depth=2, unit_features=3))
+    units = {
+        label: torch.randn(2, n, 3, generator=g, dtype=F64) for label, n in spec.widths.items()
+    }
+    label, net = (
+        next(iter(units)),
+        built(lambda: GraphNet(spec, 1, 1, width=8, depth=2, unit_features=3)),
+    )
     expected = net(theta.unsqueeze(-1), units=units)
-    moved = net(spec.permute(theta, {label: perm}).unsqueeze(-1), units=units | {label: units[label][:, perm]})
+    moved = net(
+        spec.permute(theta, {label: perm}).unsqueeze(-1),
+        units=units | {label: units[label][:, perm]},
+    )
     check_close(moved.squeeze(-1), spec.permute(expected.squeeze(-1), {label: perm}))
     unmoved = net(spec.permute(theta, {label: perm}).unsqueeze(-1), units=units)
     assert not torch.allclose(unmoved, moved)
 
 
-# ---------------------------------------------------------------- attention
+# ---------------------------------------- attention
 
 
 def joined(graph: _Graph) -> list[tuple[int, int]]:
@@ -185,14 +219,21 @@ def test_attention_is_one_softmax_over_the_incident_edges() -> None:
         torch.randn(4, len(pairs), generator=g, dtype=F64),
     )
     scores = (attention.scores.weight @ messages).T + attention.scores.bias
-    logits, gates = (part.unflatten(1, (2, heads)) for part in scores.chunk(2, 1))  # (edges, 2, heads)
+    # (edges, 2, heads)
+    logits, gates = (part.unflatten(1, (2, heads)) for part in scores.chunk(2, 1))
     values = attention.values(nodes).unflatten(1, (2, heads, -1))  # (nodes, 2, heads, v)
     told = messages.T.unflatten(1, (heads, -1))  # (edges, heads, m)
     rows = []
     for node in range(n_nodes):
-        incident = [(e, side, pair[1 - side]) for e, pair in enumerate(pairs) for side in (0, 1) if pair[side] == node]
+        incident = [
+            (e, side, pair[1 - side])
+            for e, pair in enumerate(pairs)
+            for side in (0, 1)
+            if pair[side] == node
+        ]
         e, side, other = (torch.tensor(each) for each in zip(*incident, strict=True))
-        weights = (_LOGIT_RANGE * torch.sigmoid(logits[e, side])).softmax(0).unsqueeze(-1)  # (incident, heads, 1)
+        # (incident, heads, 1)
+        weights = (_LOGIT_RANGE * torch.sigmoid(logits[e, side])).softmax(0).unsqueeze(-1)
         seen = (weights * gates[e, side].unsqueeze(-1) * values[other, 1 - side]).sum(0)
         by_side = [(weights * told[e] * (side == s).reshape(-1, 1, 1)).sum(0) for s in (0, 1)]
         rows.append(torch.cat([seen, *by_side], -1).flatten())
@@ -200,7 +241,7 @@ def test_attention_is_one_softmax_over_the_incident_edges() -> None:
     torch.testing.assert_close(attention(nodes.unsqueeze(0), messages.unsqueeze(0))[0], expected)
 
 
-# ---------------------------------------------------------------- what it depends on
+# ---------------------------------------- what it depends on
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -210,7 +251,9 @@ def test_everything_depends_on_every_weight(name: str) -> None:
     equivariant = built(lambda: GraphNet(spec, 1, 1, width=12, depth=3))
     invariant = built(lambda: GraphNet(spec, 1, 2, width=12, depth=3, invariant=True))
     for net in (equivariant, invariant):
-        jacobian = torch.func.jacrev(lambda theta, net=net: net(theta.reshape(1, -1, 1)).flatten())(theta)
+        jacobian = torch.func.jacrev(lambda theta, net=net: net(theta.reshape(1, -1, 1)).flatten())(
+            theta
+        )
         assert (jacobian != 0).all()
 
 
@@ -221,10 +264,20 @@ def test_gradients_reach_every_parameter(name: str, invariant: bool) -> None:
     g = generator()
     net = built(
         lambda: GraphNet(
-            spec, 2, 2, 8, 2, invariant=invariant, time=True, context=2, unit_features=2 * bool(spec.widths)
+            spec,
+            2,
+            2,
+            8,
+            2,
+            invariant=invariant,
+            time=True,
+            context=2,
+            unit_features=2 * bool(spec.widths),
         )
     )
-    units = {label: torch.randn(3, n, 2, generator=g, dtype=F64) for label, n in spec.widths.items()}
+    units = {
+        label: torch.randn(3, n, 2, generator=g, dtype=F64) for label, n in spec.widths.items()
+    }
     features, context = (torch.randn(3, n, 2, generator=g, dtype=F64) for n in (spec.dim, 1))
     result = net(features, torch.rand(3, generator=g, dtype=F64), context.squeeze(1), units)
     (result * torch.randn(result.shape, generator=g, dtype=F64)).sum().backward()
@@ -236,7 +289,10 @@ def test_gradients_reach_every_parameter(name: str, invariant: bool) -> None:
 def test_network_starts_at_zero_unless_it_is_invariant() -> None:
     spec = SPECS["residual"]()
     with torch.random.fork_rng(devices=[]):
-        net, pooled = (GraphNet(spec, 1, 2, width=8, depth=2, invariant=invariant) for invariant in (False, True))
+        net, pooled = (
+            GraphNet(spec, 1, 2, width=8, depth=2, invariant=invariant)
+            for invariant in (False, True)
+        )
     assert torch.equal(net(torch.ones(3, spec.dim, 1)), torch.zeros(3, spec.dim, 2))
     assert (pooled(torch.ones(3, spec.dim, 1)) != 0).all()
 
@@ -251,16 +307,22 @@ def test_layers_are_told_apart() -> None:
     for name in ("a.weight", "b.weight"):  # nothing tells its units apart but the diagonal
         assert result[name][0][off_diagonal].std() < 1e-12
     distinct = values.mul(1e10).round().unique()
-    assert len(distinct) == 3 + 2 + 2 + 2 + 2 + 1  # stem and out by position; the matrices; output and unit biases
+    # stem and out by position; the matrices; output and unit biases
+    assert len(distinct) == 3 + 2 + 2 + 2 + 2 + 1
 
 
-# ---------------------------------------------------------------- transfer
+# ---------------------------------------- transfer
 
 
 @pytest.mark.parametrize("invariant", [False, True])
 def test_parameters_fit_other_widths_and_depths(invariant: bool) -> None:
-    specs = [of(lambda widths=widths: chain(2, *widths, 1)) for widths in [(4,), (7,), (3, 5), (6, 2, 3, 4)]]
-    nets = [built(lambda spec=spec: GraphNet(spec, 1, 2, 8, 2, invariant=invariant)) for spec in specs]
+    specs = [
+        of(lambda widths=widths: chain(2, *widths, 1))
+        for widths in [(4,), (7,), (3, 5), (6, 2, 3, 4)]
+    ]
+    nets = [
+        built(lambda spec=spec: GraphNet(spec, 1, 2, 8, 2, invariant=invariant)) for spec in specs
+    ]
     state = nets[0].state_dict()
     for spec, net in zip(specs, nets, strict=True):
         net.load_state_dict(state)
@@ -285,7 +347,7 @@ def test_labels_do_not_matter() -> None:
     assert torch.equal(first(features), second(features))
 
 
-# ---------------------------------------------------------------- cost
+# ---------------------------------------- cost
 
 
 class Largest(TorchDispatchMode):
@@ -311,10 +373,12 @@ def test_no_tensor_is_larger_than_the_edges(widths: tuple[int, ...]) -> None:
     with Largest() as record:
         net(torch.ones(1, spec.dim, 1, dtype=F64)).sum().backward()
     scores = 16  # of an edge: four heads, for both of its ends, and as many gates
-    assert record.numel <= scores * edges < max(nodes**2, scores * widths[0] * (sum(widths[1:]) + 2))
+    assert (
+        record.numel <= scores * edges < max(nodes**2, scores * widths[0] * (sum(widths[1:]) + 2))
+    )
 
 
-# ---------------------------------------------------------------- uses
+# ---------------------------------------- uses
 
 
 def test_forward_mode_agrees_with_reverse_mode() -> None:
@@ -345,8 +409,13 @@ def test_autocast_stays_close(invariant: bool) -> None:
 def test_compiles_to_one_graph() -> None:
     spec = SPECS["residual"]()
     net = built(lambda: GraphNet(spec, 1, 1, width=8, depth=1, time=True))
-    features, t = torch.randn(2, spec.dim, 1, generator=generator(), dtype=F64), torch.tensor([0.1, 0.7], dtype=F64)
-    torch.testing.assert_close(torch.compile(net, backend="aot_eager", fullgraph=True)(features, t), net(features, t))
+    features, t = (
+        torch.randn(2, spec.dim, 1, generator=generator(), dtype=F64),
+        torch.tensor([0.1, 0.7], dtype=F64),
+    )
+    torch.testing.assert_close(
+        torch.compile(net, backend="aot_eager", fullgraph=True)(features, t), net(features, t)
+    )
 
 
 def test_state_is_saved_without_the_graph() -> None:
@@ -362,7 +431,7 @@ def test_empty_batches() -> None:
     assert net(torch.zeros(0, spec.dim, 1, dtype=F64)).shape == (0, spec.dim, 3)
 
 
-# ---------------------------------------------------------------- bad input
+# ---------------------------------------- bad input
 
 
 def test_what_does_not_fit_is_refused() -> None:

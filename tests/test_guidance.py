@@ -16,12 +16,18 @@ from tests.problems import F64, network, regression
 @pytest.mark.parametrize("as_function", [False, True])
 def test_guiding_the_prior_by_a_likelihood_gives_the_posterior(schedule, as_function):
     model, mean, covariance = regression()
-    identity = GaussianVelocity(torch.zeros(4, dtype=F64), torch.eye(4, dtype=F64), AffinePath(schedule))
+    identity = GaussianVelocity(
+        torch.zeros(4, dtype=F64), torch.eye(4, dtype=F64), AffinePath(schedule)
+    )
     guide = model.log_likelihood if as_function else model
     flow = Flow.of(identity, model).guided(guide, steps=16, max_norm=math.inf)
     theta = flow.sample(1000, 0, solver=Solver("rk4", 12)) / 1.5
-    assert ((theta.mean(0) - mean) / covariance.diagonal().sqrt()).abs().max() < 4.5 / math.sqrt(1000)
-    assert torch.allclose(torch.cov(theta.T), covariance, atol=0.2 * float(covariance.diagonal().max()))
+    assert ((theta.mean(0) - mean) / covariance.diagonal().sqrt()).abs().max() < 4.5 / math.sqrt(
+        1000
+    )
+    assert torch.allclose(
+        torch.cov(theta.T), covariance, atol=0.2 * float(covariance.diagonal().max())
+    )
 
 
 def test_guided_density_integrates_the_guided_field():
@@ -42,7 +48,9 @@ def test_strength_attracts_repels_and_may_follow_the_time():
         return float(other.log_likelihood(flow.sample(200, 0)).mean())
 
     late = flow.guided(other, lambda t: (t > 0.5).to(t))
-    scores = [score(each) for each in (flow.guided(other, -0.3), flow, late, flow.guided(other, 1.0))]
+    scores = [
+        score(each) for each in (flow.guided(other, -0.3), flow, late, flow.guided(other, 1.0))
+    ]
     assert scores == sorted(scores)
     assert scores[3] > scores[1] + 2
     assert torch.equal(flow.guided(other, 0.0).sample(5, 0), flow.sample(5, 0))

@@ -1,4 +1,6 @@
-"""Laws of closed second derivatives: of the likelihood, of the score, and of log densities that are made of them."""
+"""Laws of closed second derivatives: of the likelihood, of the score, and of log densities that are
+made of them.
+"""
 
 import math
 from types import SimpleNamespace
@@ -48,13 +50,23 @@ LIKELIHOODS = {
 
 
 class Layers:
-    """A prior of one's own with a scale for every tensor, and tails that no closed form of ours knows."""
+    """A prior of one's own with a scale for every tensor, and tails that no closed form of ours
+    knows.
+    """
 
     def parameters(self, spec: bf.WeightSpec) -> dict[str, td.Distribution]:
-        return {"rate": td.Gamma(torch.tensor(3.0), torch.tensor(2.0)), "middle": td.Laplace(0.0, 0.5)}
+        return {
+            "rate": td.Gamma(torch.tensor(3.0), torch.tensor(2.0)),
+            "middle": td.Laplace(0.0, 0.5),
+        }
 
-    def conditional(self, spec: bf.WeightSpec, parameters: dict[str, Tensor]) -> dict[str, td.Distribution]:
-        rate, middle = (parameters[name].reshape(parameters[name].shape[:-1] + (1,) * 2) for name in ("rate", "middle"))
+    def conditional(
+        self, spec: bf.WeightSpec, parameters: dict[str, Tensor]
+    ) -> dict[str, td.Distribution]:
+        rate, middle = (
+            parameters[name].reshape(parameters[name].shape[:-1] + (1,) * 2)
+            for name in ("rate", "middle")
+        )
         flat = {1: lambda v: v.squeeze(-1), 2: lambda v: v}
         return {
             name: td.Laplace(flat[len(shape)](middle), flat[len(shape)](1 / rate))
@@ -108,7 +120,9 @@ def model(
     classes = likelihood.kind == "classification"
     y = labels if classes else counts if getattr(likelihood, "discrete", False) else real
     net = built(lambda: chain(2, *widths, out, activation=activation, bias=bias), dtype)
-    return bf.BayesianModel(net, prior or priors.Normal(1.3, 0.2), likelihood, x, y, temperature=temperature)
+    return bf.BayesianModel(
+        net, prior or priors.Normal(1.3, 0.2), likelihood, x, y, temperature=temperature
+    )
 
 
 def normed(out: int) -> nn.Module:
@@ -117,7 +131,9 @@ def normed(out: int) -> nn.Module:
 
 
 def by_autograd(grad, x: Tensor) -> Tensor:
-    """Return the Jacobian of every row, ``(batch, dim, dim)``, of a function that acts on each row alone."""
+    """Return the Jacobian of every row, ``(batch, dim, dim)``, of a function that acts on each row
+    alone.
+    """
     _, pullback, *_ = torch.func.vjp(grad, x)
     directions = torch.eye(x.shape[1], dtype=x.dtype).unsqueeze(1).expand(-1, len(x), -1)
     return torch.func.vmap(pullback)(directions)[0].movedim(0, 1)
@@ -136,7 +152,7 @@ def check(net: bf.BayesianModel, rows: Tensor | None = None) -> None:
     assert close(second, by_autograd(lambda z: net.log_likelihood_grad(z, rows), theta))
 
 
-# ------------------------------------------------------------------ the likelihood
+# ---------------------------------------- the likelihood
 
 
 @pytest.mark.parametrize("rows", [None, [0, 3, 3, 7], [[0, 3, 7], [1, 2, 3], [4, 4, 6]]])
@@ -154,9 +170,21 @@ def test_hessian_at_every_depth(widths, bias):
 
 @pytest.mark.parametrize(
     "activation",
-    [nn.ReLU, nn.Sigmoid, nn.Softplus, nn.SiLU, nn.GELU, nn.Mish, nn.Softsign, nn.Tanhshrink, nn.LeakyReLU,
-     nn.Identity, Sine, lambda: Sine(3.0)],
-)  # fmt: skip
+    [
+        nn.ReLU,
+        nn.Sigmoid,
+        nn.Softplus,
+        nn.SiLU,
+        nn.GELU,
+        nn.Mish,
+        nn.Softsign,
+        nn.Tanhshrink,
+        nn.LeakyReLU,
+        nn.Identity,
+        Sine,
+        lambda: Sine(3.0),
+    ],
+)
 def test_hessian_with_every_activation(activation):
     check(model("categorical", (4, 3), activation))
 
@@ -172,11 +200,20 @@ def test_hessian_from_a_few_rows_of_data_at_once(kind, rows, monkeypatch):
 
 def test_hessian_where_an_activation_follows_the_last_layer_and_biases_are_mixed():
     def net() -> nn.Module:
-        layers = nn.Linear(2, 4), nn.SiLU(), nn.Linear(4, 3, bias=False), nn.Tanh(), nn.Linear(3, 3), nn.Tanh()
+        layers = (
+            nn.Linear(2, 4),
+            nn.SiLU(),
+            nn.Linear(4, 3, bias=False),
+            nn.Tanh(),
+            nn.Linear(3, 3),
+            nn.Tanh(),
+        )
         return nn.Sequential(*layers)
 
     given = model()
-    check(bf.BayesianModel(built(net), priors.Normal(), likelihoods.Categorical(), given.x, given.y))
+    check(
+        bf.BayesianModel(built(net), priors.Normal(), likelihoods.Categorical(), given.x, given.y)
+    )
 
 
 def test_hessian_where_the_weights_are_not_in_the_order_of_the_layers():
@@ -189,7 +226,9 @@ def test_hessian_where_the_weights_are_not_in_the_order_of_the_layers():
             return self.last(torch.tanh(self.first(x)))
 
     given = model()
-    crossed = bf.BayesianModel(built(Crossed), priors.Normal(), likelihoods.Categorical(), given.x, given.y)
+    crossed = bf.BayesianModel(
+        built(Crossed), priors.Normal(), likelihoods.Categorical(), given.x, given.y
+    )
     assert crossed.spec.names[0] == "last.weight"
     check(crossed)
 
@@ -203,14 +242,21 @@ def test_hessian_does_not_know_the_parameters_of_the_prior():
     net = model("learned", prior=priors.Hierarchical())
     check(net)
     theta = normal(2, net.dim)
-    own = [i for name, where in net.spec.slices.items() if name.startswith("prior.") for i in range(net.dim)[where]]
+    own = [
+        i
+        for name, where in net.spec.slices.items()
+        if name.startswith("prior.")
+        for i in range(net.dim)[where]
+    ]
     assert own
     assert (net.at(theta).grad_and_hessian()[1][:, own] == 0).all()  # type: ignore[index]
 
 
 def test_there_is_no_hessian_of_other_networks(monkeypatch):
     given = model()
-    other = bf.BayesianModel(built(lambda: normed(3)), priors.Normal(), likelihoods.Categorical(), given.x, given.y)
+    other = bf.BayesianModel(
+        built(lambda: normed(3)), priors.Normal(), likelihoods.Categorical(), given.x, given.y
+    )
     theta = normal(2, given.dim)
     assert other.at(normal(2, other.dim)).grad_and_hessian() is None
     assert given.at(theta).grad_and_hessian() is not None
@@ -230,7 +276,7 @@ def test_hessian_in_single_precision_and_of_a_moved_model():
     assert all(close(a.double(), b, 1e-5) for a, b in zip(single, exact, strict=True))
 
 
-# ------------------------------------------------------------------ the source's coordinates
+# ---------------------------------------- the source's coordinates
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.4])
@@ -240,7 +286,12 @@ def test_hessian_in_the_coordinates_of_every_source(prior, kind, temperature):
     net = model(kind, prior=PRIORS[prior], temperature=temperature)
     x = normal(3, net.dim, seed=3)
     gaussian = Source.gaussian(net, net.sample_prior(60, 1))
-    for source in (None, Source.scaled(net, 1.5), gaussian, Source(net.flat_prior, loc=gaussian.loc)):
+    for source in (
+        None,
+        Source.scaled(net, 1.5),
+        gaussian,
+        Source(net.flat_prior, loc=gaussian.loc),
+    ):
         context = WhitenedPosterior(net, source, rows=torch.tensor([0, 3, 7]))
         found = context.at(x).grad_and_hessian()
         assert found is not None
@@ -270,10 +321,12 @@ def test_derivatives_of_coordinates(prior):
     leaf = z.clone().requires_grad_()  # and again
     (again,) = torch.autograd.grad((slope_of := flat.at(leaf).slope.times(v)).sum(), leaf)
     assert close(slope_of.detach(), slope.times(v))
-    assert close(again, (flat.at(z).turn(v).left(torch.ones(3, net.dim, 1, dtype=F64))).squeeze(-1), 1e-9)
+    assert close(
+        again, (flat.at(z).turn(v).left(torch.ones(3, net.dim, 1, dtype=F64))).squeeze(-1), 1e-9
+    )
 
 
-# ------------------------------------------------------------------ the score
+# ---------------------------------------- the score
 
 
 @pytest.mark.parametrize("s2", [1.0, 0.3, 1e-6, 0.0])
@@ -287,18 +340,24 @@ def test_jacobians_of_the_drive_are_those_of_its_steps(kind, steps, s2):
 
 
 def check_drive(proximal_step, context: WhitenedPosterior, s2: float = 0.3, batch: int = 3) -> None:
-    mu, variance = 0.7 * normal(batch, context.dim, seed=5), s2 * torch.tensor([[1.0], [0.5], [1.0]], dtype=F64)[:batch]
+    mu, variance = (
+        0.7 * normal(batch, context.dim, seed=5),
+        s2 * torch.tensor([[1.0], [0.5], [1.0]], dtype=F64)[:batch],
+    )
     found = proximal_step.with_jacobians(context, mu, variance)
     assert found is not None
     value, jacobians = found
     truth = proximal_step(context, mu, variance)
     for part in ("w", "grad"):
         assert close(getattr(value, part), getattr(truth, part), 1e-10)
-        by_mu = by_autograd(lambda z, part=part: getattr(proximal_step(context, z, variance), part), mu)
+        by_mu = by_autograd(
+            lambda z, part=part: getattr(proximal_step(context, z, variance), part), mu
+        )
         assert close(getattr(jacobians, part), by_mu, 1e-9)
 
 
-EXACT = [kind for kind in LIKELIHOODS if kind != "negative binomial"]  # which has no Fisher information
+# which has no Fisher information
+EXACT = [kind for kind in LIKELIHOODS if kind != "negative binomial"]
 
 
 @pytest.mark.parametrize("widths", [(), (4,), (4, 3)])
@@ -308,7 +367,9 @@ def test_jacobians_of_gauss_newton_steps_of_every_likelihood(kind, widths):
 
 
 @pytest.mark.parametrize("s2", [1.0, 1e-6, 0.0])
-@pytest.mark.parametrize("steps", [GaussNewton(1), GaussNewton(2, 0.1), GaussNewton(4), GaussNewton(4, 0.3)])
+@pytest.mark.parametrize(
+    "steps", [GaussNewton(1), GaussNewton(2, 0.1), GaussNewton(4), GaussNewton(4, 0.3)]
+)
 def test_jacobians_of_every_number_of_gauss_newton_steps(steps, s2):
     check_drive(steps, WhitenedPosterior(model("categorical")), s2)
 
@@ -316,7 +377,9 @@ def test_jacobians_of_every_number_of_gauss_newton_steps(steps, s2):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("widths", [(), (3, 4, 2), (2, 3, 4, 3)])
 def test_jacobians_of_gauss_newton_steps_at_every_depth(widths, bias):
-    check_drive(GaussNewton(2, 0.7), WhitenedPosterior(model("heteroscedastic", widths, bias=bias)), batch=1)
+    check_drive(
+        GaussNewton(2, 0.7), WhitenedPosterior(model("heteroscedastic", widths, bias=bias)), batch=1
+    )
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU, nn.GELU, Sine])
@@ -324,13 +387,22 @@ def test_jacobians_of_gauss_newton_steps_with_other_activations(activation):
     check_drive(GaussNewton(2, 0.7), WhitenedPosterior(model("categorical", (4, 3), activation)))
 
 
-def test_jacobians_of_gauss_newton_steps_where_an_activation_follows_the_last_layer_and_biases_are_mixed():
+def test_jacobians_of_gauss_newton_steps_after_a_last_activation_with_mixed_biases():
     def net() -> nn.Module:
-        layers = nn.Linear(2, 4), nn.SiLU(), nn.Linear(4, 3, bias=False), nn.Tanh(), nn.Linear(3, 3), nn.Tanh()
+        layers = (
+            nn.Linear(2, 4),
+            nn.SiLU(),
+            nn.Linear(4, 3, bias=False),
+            nn.Tanh(),
+            nn.Linear(3, 3),
+            nn.Tanh(),
+        )
         return nn.Sequential(*layers)
 
     given = model()
-    other = bf.BayesianModel(built(net), priors.Normal(), likelihoods.Categorical(), given.x, given.y)
+    other = bf.BayesianModel(
+        built(net), priors.Normal(), likelihoods.Categorical(), given.x, given.y
+    )
     check_drive(GaussNewton(2, 0.7), WhitenedPosterior(other))
 
 
@@ -340,10 +412,19 @@ def test_jacobians_of_gauss_newton_steps_where_an_activation_follows_the_last_la
 def test_jacobians_of_gauss_newton_steps_from_every_source(prior, kind, temperature):
     net = model(kind, (3,), prior=PRIORS[prior], temperature=temperature)
     if kind != "learned" or prior in ("student", "own"):  # enough for both
-        return check_drive(GaussNewton(2, 0.7), WhitenedPosterior(net, rows=torch.tensor([0, 3, 7])), batch=2)
+        return check_drive(
+            GaussNewton(2, 0.7), WhitenedPosterior(net, rows=torch.tensor([0, 3, 7])), batch=2
+        )
     gaussian = Source.gaussian(net, net.sample_prior(60, 1))
-    for source in (None, Source.scaled(net, 1.5), gaussian, Source(net.flat_prior, loc=gaussian.loc)):
-        check_drive(GaussNewton(2, 0.7), WhitenedPosterior(net, source, rows=torch.tensor([0, 3, 7])))
+    for source in (
+        None,
+        Source.scaled(net, 1.5),
+        gaussian,
+        Source(net.flat_prior, loc=gaussian.loc),
+    ):
+        check_drive(
+            GaussNewton(2, 0.7), WhitenedPosterior(net, source, rows=torch.tensor([0, 3, 7]))
+        )
 
 
 @pytest.mark.parametrize("kind", ["one", "categorical"])
@@ -376,7 +457,9 @@ def test_jacobians_of_gauss_newton_steps_of_a_linear_regression_are_constant(ste
 
 def test_jacobians_of_gauss_newton_steps_in_single_precision():
     given = model("one", (12,), dtype=torch.float32)
-    single = bf.BayesianModel(given.net, priors.Normal(1.3, 0.2), likelihoods.Gaussian(0.05), given.x, given.y)
+    single = bf.BayesianModel(
+        given.net, priors.Normal(1.3, 0.2), likelihoods.Gaussian(0.05), given.x, given.y
+    )
     net = single.to(dtype=F64)  # fewer rows than weights, and a curvature of 1e5
     mu, s2 = normal(5, net.dim, seed=5), torch.full((5, 1), 0.5, dtype=F64)
     found = GaussNewton(3).with_jacobians(WhitenedPosterior(single), mu.float(), s2.float())
@@ -390,7 +473,9 @@ def test_jacobians_of_gauss_newton_steps_in_single_precision():
 
 
 class Hill:
-    """What `GradientSteps` ask of a context, for u = 0.5 k |x - 1|^2: curved away from its top, as no posterior is."""
+    """What `GradientSteps` ask of a context, for u = 0.5 k |x - 1|^2: curved away from its top, as
+    no posterior is.
+    """
 
     has_hessian = True
 
@@ -419,7 +504,9 @@ def test_jacobians_of_gradient_steps_are_finite_where_the_posterior_is_convex(k)
             assert close(part.double(), truth, 1e-3)
 
 
-@pytest.mark.parametrize("prior", [priors.Normal(1.3, 0.2), priors.Laplace(0.7), priors.Hierarchical()])
+@pytest.mark.parametrize(
+    "prior", [priors.Normal(1.3, 0.2), priors.Laplace(0.7), priors.Hierarchical()]
+)
 @pytest.mark.parametrize("kind", ["gaussian", "learned", "heteroscedastic", "student", "robust"])
 def test_gradients_of_sharp_likelihoods_are_pulls_of_their_residuals(kind, prior):
     net = model(kind, prior=prior, temperature=0.5)
@@ -444,10 +531,12 @@ def test_from_the_prior_the_gradient_is_nothing_but_that_pull():
 @pytest.mark.parametrize("source", [None, 1.5])
 @pytest.mark.parametrize(("n", "width", "noise"), [(60, 20, 0.05), (60, 20, None), (300, 8, 0.05)])
 def test_gauss_newton_steps_in_single_precision(n, width, noise, source):
-    """With a curvature of 1e5; solved from the gradient the first case is off by a quarter, the last by a twentieth.
+    """With a curvature of 1e5.
 
-    Two steps, as flows of regressions take them. A third one from the 300 rows is ill-determined in one network of the
-    eight: 18 standard deviations long before it is bounded, whatever solves it.
+    Solved from the gradient the first case is off by a quarter, the last by a twentieth.
+
+    Two steps, as flows of regressions take them. A third one from the 300 rows is ill-determined in
+    one network of the eight: 18 standard deviations long before it is bounded, whatever solves it.
     """
     x = normal(n, 6, seed=1)
     net = built(lambda: chain(6, width, 1))
@@ -457,7 +546,8 @@ def test_gauss_newton_steps_in_single_precision(n, width, noise, source):
         mu[:, -1] = -3.0 / (source or 1)  # of the logarithm
     single = net.to(dtype=torch.float32)
     contexts = [
-        WhitenedPosterior(each, None if source is None else Source.scaled(each, source)) for each in (net, single)
+        WhitenedPosterior(each, None if source is None else Source.scaled(each, source))
+        for each in (net, single)
     ]
     exact = s2 * GaussNewton(2)(contexts[0], mu, s2).w
     found = s2 * GaussNewton(2)(contexts[1], mu.float(), s2.float()).w
@@ -475,14 +565,24 @@ def test_there_are_no_jacobians_of_other_gauss_newton_steps(monkeypatch):
     assert found(given, dense)
     assert not found(given, GaussNewton(2, iterations=3))
     likelihood = likelihoods.Gaussian(0.3)
-    module = bf.BayesianModel(built(lambda: normed(2)), priors.Normal(), likelihood, given.x, given.y)
+    module = bf.BayesianModel(
+        built(lambda: normed(2)), priors.Normal(), likelihood, given.x, given.y
+    )
     others = [
         module,
         model("negative binomial"),
         given.linearised(given.sample_prior(1, 0)[0]),
-        bf.BayesianModel(model("bernoulli").net, priors.Normal(), Logistic(), given.x, torch.arange(N, dtype=F64) % 2),
+        bf.BayesianModel(
+            model("bernoulli").net,
+            priors.Normal(),
+            Logistic(),
+            given.x,
+            torch.arange(N, dtype=F64) % 2,
+        ),
     ]
-    monkeypatch.setattr(hessian.ChainHessian, "__call__", lambda *_: pytest.fail("computed only to be asked for"))
+    monkeypatch.setattr(
+        hessian.ChainHessian, "__call__", lambda *_: pytest.fail("computed only to be asked for")
+    )
     for other in others:
         assert not found(other, dense)
         theta = normal(2, other.dim, seed=5)
@@ -491,7 +591,7 @@ def test_there_are_no_jacobians_of_other_gauss_newton_steps(monkeypatch):
     assert not found(module, GradientSteps(2))
 
 
-# ------------------------------------------------------------------ fields
+# ---------------------------------------- fields
 
 
 def randomised(field: Field) -> Field:
@@ -502,7 +602,9 @@ def randomised(field: Field) -> Field:
     return field.requires_grad_(False)
 
 
-def informed(net: bf.BayesianModel, proximal_step=None, source: Source | None = None, **options) -> InformedVelocity:
+def informed(
+    net: bf.BayesianModel, proximal_step=None, source: Source | None = None, **options
+) -> InformedVelocity:
     make = lambda: InformedVelocity(net.spec, proximal_step, width=16, depth=2, **options)  # noqa: E731
     return randomised(built(make, net.dtype)).bind(WhitenedPosterior(net, source))
 
@@ -529,11 +631,18 @@ def counted(monkeypatch):
 @pytest.mark.parametrize("schedule", ["linear", "variance_preserving"])
 @pytest.mark.parametrize(
     "proximal_step",
-    [GradientSteps(3), GradientSteps(4, memory=0.5), (GradientSteps(1), GradientSteps(2, 0.5)), GaussNewton(2),
-     (GaussNewton(1), GradientSteps(1))],
-)  # fmt: skip
+    [
+        GradientSteps(3),
+        GradientSteps(4, memory=0.5),
+        (GradientSteps(1), GradientSteps(2, 0.5)),
+        GaussNewton(2),
+        (GaussNewton(1), GradientSteps(1)),
+    ],
+)
 def test_divergence_of_informed_fields(proximal_step, schedule, t, counted):
-    net = model("gaussian" if "GaussNewton" in str(proximal_step) else "learned", (3, 3), temperature=0.7)
+    net = model(
+        "gaussian" if "GaussNewton" in str(proximal_step) else "learned", (3, 3), temperature=0.7
+    )
     field = informed(net, proximal_step, Source.scaled(net, 1.3), path=AffinePath(schedule))
     x, time = normal(5, net.dim, seed=6), torch.tensor(t, dtype=F64)
     value, trace = field.with_divergence(time, x)
@@ -572,7 +681,11 @@ def test_divergence_in_single_precision(proximal_step, t):
 
 def test_rows_of_different_times_go_in_blocks(monkeypatch):
     net = model()
-    field, x, t = informed(net, GradientSteps(2)), normal(7, net.dim, seed=6), torch.linspace(0, 1, 7, dtype=F64)
+    field, x, t = (
+        informed(net, GradientSteps(2)),
+        normal(7, net.dim, seed=6),
+        torch.linspace(0, 1, 7, dtype=F64),
+    )
     whole = field.with_divergence(t, x)
     monkeypatch.setattr(velocity, "_ELEMENTS", (0, 3 * net.dim**2))
     parts = field.with_divergence(t, x)
@@ -624,14 +737,16 @@ def test_memory_of_log_densities_is_measured():
     assert 1 <= few < many
 
 
-# ------------------------------------------------------------------ where automatic differentiation stays
+# ---------------------------------------- where automatic differentiation stays
 
 
 @pytest.mark.parametrize("kind", ["matrix-free", "mixed", "module"])
 def test_fields_without_closed_jacobians_are_differentiated(kind):
     net = model("gaussian")
     if kind == "module":
-        net = bf.BayesianModel(built(lambda: normed(2)), priors.Normal(), likelihoods.Gaussian(0.3), net.x, net.y)
+        net = bf.BayesianModel(
+            built(lambda: normed(2)), priors.Normal(), likelihoods.Gaussian(0.3), net.x, net.y
+        )
     free = GaussNewton(1, iterations=3)
     proximal_step = {"matrix-free": free, "mixed": (GradientSteps(1), free)}.get(kind)
     field = informed(net, proximal_step or GradientSteps(2))
@@ -644,9 +759,15 @@ def test_divergence_can_still_be_differentiated(counted):
     net = model(widths=(2,))
     field, t = informed(net, GradientSteps(1)), torch.tensor(0.4, dtype=F64)
     x = normal(2, net.dim, seed=6).requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: field.with_divergence(t, z)[1], x, atol=1e-6, fast_mode=True)
-    tangent = torch.func.jvp(lambda z: field.with_divergence(t, z)[1], (x.detach(),), (torch.ones_like(x),))[1]
-    assert close(torch.autograd.grad(field.with_divergence(t, x)[1].sum(), x)[0].sum(1), tangent, 1e-9)
+    assert torch.autograd.gradcheck(
+        lambda z: field.with_divergence(t, z)[1], x, atol=1e-6, fast_mode=True
+    )
+    tangent = torch.func.jvp(
+        lambda z: field.with_divergence(t, z)[1], (x.detach(),), (torch.ones_like(x),)
+    )[1]
+    assert close(
+        torch.autograd.grad(field.with_divergence(t, x)[1].sum(), x)[0].sum(1), tangent, 1e-9
+    )
     field.trust.requires_grad_()
     field.with_divergence(t, x.detach())[1].sum().backward()
     assert field.trust.bias.grad is not None

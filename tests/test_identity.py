@@ -58,7 +58,11 @@ class Weighted:
         return y
 
     def log_prob(self, outputs, y, parameters):
-        chosen = outputs.log_softmax(-1).gather(-1, y.expand(outputs.shape[:-1]).unsqueeze(-1)).squeeze(-1)
+        chosen = (
+            outputs.log_softmax(-1)
+            .gather(-1, y.expand(outputs.shape[:-1]).unsqueeze(-1))
+            .squeeze(-1)
+        )
         return chosen * self.weights.to(outputs)[y]
 
     def mean(self, outputs, parameters=None):
@@ -117,7 +121,9 @@ ATTRIBUTES = {
     "another operation": lambda linear: Scaled(linear, function=lambda x: x + 3.0),
     "a closure": lambda linear: Scaled(linear, function=times(2.0)),
     "another closure": lambda linear: Scaled(linear, function=times(3.0)),
-    "a tensor in a closure": lambda linear: Scaled(linear, function=times(torch.tensor([2.0, 3.0]))),
+    "a tensor in a closure": lambda linear: Scaled(
+        linear, function=times(torch.tensor([2.0, 3.0]))
+    ),
     "another tensor in it": lambda linear: Scaled(linear, function=times(torch.tensor([2.0, 4.0]))),
     "a method": lambda linear: Scaled(linear, function=Multiplied(2.0).by),
     "of another object": lambda linear: Scaled(linear, function=Multiplied(3.0).by),
@@ -144,9 +150,13 @@ ATTRIBUTES = {
     "another number": lambda linear: Scaled(linear, table=Level(2)),
     "a function with attributes": lambda linear: Scaled(linear, function=marked(2.0)),
     "a function with others": lambda linear: Scaled(linear, function=marked(3.0)),
-    "an epsilon": lambda linear: Scaled(linear, function=nn.LayerNorm(2, 1e-5, elementwise_affine=False)),
-    "another epsilon": lambda linear: Scaled(linear, function=nn.LayerNorm(2, 1e-3, elementwise_affine=False)),
-}  # fmt: skip
+    "an epsilon": lambda linear: Scaled(
+        linear, function=nn.LayerNorm(2, 1e-5, elementwise_affine=False)
+    ),
+    "another epsilon": lambda linear: Scaled(
+        linear, function=nn.LayerNorm(2, 1e-3, elementwise_affine=False)
+    ),
+}
 
 
 def test_whatever_a_module_computes_with_is_seen(linear):
@@ -159,12 +169,17 @@ def test_whatever_a_module_computes_with_is_seen(linear):
 
 
 def test_members_of_modules_of_the_callers_are_seen_where_code_names_them(linear):
-    settings, inner = types.ModuleType("settings_of_a_test"), types.ModuleType("settings_of_a_test.inner")
+    settings, inner = (
+        types.ModuleType("settings_of_a_test"),
+        types.ModuleType("settings_of_a_test.inner"),
+    )
     settings.factor, settings.other, settings.inner = 2.0, 1.0, inner
     inner.settings, inner.power = settings, 2  # modules may hold one another
     space = {"settings": settings, "__name__": "code_of_a_test"}
     exec(
-        "def function(x):\n    return settings.factor * x**settings.inner.power * settings.inner.settings.factor", space
+        "def function(x):\n    return settings.factor * x**settings.inner.power * "
+        "settings.inner.settings.factor",
+        space,
     )
     prints = []
     for change in (("other", 5.0), ("factor", 3.0), ("other", 6.0)):
@@ -185,14 +200,17 @@ def test_what_cannot_be_identified_is_told_apart_in_one_process():
 def test_the_code_of_a_forward_is_seen_and_its_comments_are_not(linear):
     def model(body):
         source = (
-            f"class Net(nn.Module):\n def __init__(s, l):\n  super().__init__()\n  s.l = l\n def forward(s, x):\n{body}"
+            f"class Net(nn.Module):\n def __init__(s, l):\n  super().__init__()\n  s.l = l\n def "
+            f"forward(s, x):\n{body}"
         )
         names = {"nn": nn, "torch": torch, "CONSTANT": 2.0}
         exec(source, names)
         return names, names["Net"](linear)
 
     _, one = model('  """Say."""\n  return torch.sin(s.l(x)) * CONSTANT')
-    _, same = model('  """Say otherwise."""\n\n  # a comment\n  return torch.sin(s.l(x)) * CONSTANT')
+    _, same = model(
+        '  """Say otherwise."""\n\n  # a comment\n  return torch.sin(s.l(x)) * CONSTANT'
+    )
     _, other = model("  return torch.sin(s.l(x)) * CONSTANT + 1.0")
     changed, four = model('  """Say."""\n  return torch.sin(s.l(x)) * CONSTANT')
     changed["CONSTANT"] = 3.0
@@ -211,8 +229,14 @@ def test_what_a_likelihood_holds_is_seen(linear):
         Weighted(weights, options={"a": [weights.numpy() + 1]}),
         Weighted(weights, options={"a": Normal(0.0, 1.0)}),
         Weighted(weights, options={"a": Normal(0.0, 2.0)}),
-        Weighted(weights, options={"a": TransformedDistribution(Normal(0.0, 1.0), AffineTransform(0.0, 2.0))}),
-        Weighted(weights, options={"a": TransformedDistribution(Normal(0.0, 1.0), AffineTransform(0.0, 3.0))}),
+        Weighted(
+            weights,
+            options={"a": TransformedDistribution(Normal(0.0, 1.0), AffineTransform(0.0, 2.0))},
+        ),
+        Weighted(
+            weights,
+            options={"a": TransformedDistribution(Normal(0.0, 1.0), AffineTransform(0.0, 3.0))},
+        ),
     ]
     assert len({fingerprint(linear, each) for each in several}) == len(several)
     assert fingerprint(linear, Weighted(weights)) == fingerprint(linear, Weighted(weights.double()))
@@ -230,7 +254,10 @@ class Grouped:
     def conditional(self, spec, parameters):
         scale = parameters["scale"]
         return {
-            name: Normal(torch.zeros(()), (scale * self.factors[0]).reshape(*scale.shape[:-1], *(1,) * len(shape)))
+            name: Normal(
+                torch.zeros(()),
+                (scale * self.factors[0]).reshape(*scale.shape[:-1], *(1,) * len(shape)),
+            )
             for name, shape in spec.shapes.items()
         }
 
@@ -255,13 +282,22 @@ def test_objects_that_hold_themselves_end():
 
 def test_what_cannot_be_identified_is_named(linear, tmp_path):
     model = bf.BayesianModel(
-        Scaled(linear), priors.Normal(), Weighted(torch.ones(2), options={"lock": threading.Lock()}), X, LABELS
+        Scaled(linear),
+        priors.Normal(),
+        Weighted(torch.ones(2), options={"lock": threading.Lock()}),
+        X,
+        LABELS,
     )
     assert model.unidentified == ("likelihood.options.lock (lock)",)
     assert model.fingerprint() == model.fingerprint()
     with pytest.raises(ValueError, match=r"checkpoint needs .* likelihood.options.lock \(lock\)"):
-        bf.sample(model, bf.SGLD(), chains=1, warmup=1, draws=1, seed=0, checkpoint=tmp_path / "run")
-    assert bf.BayesianModel(linear, priors.Normal(), likelihoods.Categorical(), X, LABELS).unidentified == ()
+        bf.sample(
+            model, bf.SGLD(), chains=1, warmup=1, draws=1, seed=0, checkpoint=tmp_path / "run"
+        )
+    assert (
+        bf.BayesianModel(linear, priors.Normal(), likelihoods.Categorical(), X, LABELS).unidentified
+        == ()
+    )
 
 
 PROCESS = """
@@ -272,7 +308,8 @@ from torch import nn
 torch.manual_seed(0)
 linear = nn.Linear(2, 2)
 print(*(t.fingerprint(make(linear)) for make in t.ATTRIBUTES.values()))
-w = t.Weighted(torch.ones(2), nn.Tanh(), {{"set": {{"x", "y", "z"}}, "f": t.times(2.0), "d": t.Normal(0.0, 1.0)}})
+held = {{"set": {{"x", "y", "z"}}, "f": t.times(2.0), "d": t.Normal(0.0, 1.0)}}
+w = t.Weighted(torch.ones(2), nn.Tanh(), held)
 print(t.fingerprint(linear, w, prior=t.Grouped(torch.ones(2))))
 print(t.fingerprint(linear, t.Weighted(torch.ones(2), options={{"l": t.threading.Lock()}})))
 """
@@ -283,7 +320,10 @@ def test_processes_agree_on_what_is_known_and_on_nothing_else():
     script = PROCESS.format(paths=[here, os.path.dirname(here)])
     outs = [
         subprocess.run(
-            [sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": seed}, text=True, capture_output=True
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            text=True,
+            capture_output=True,
         )
         for seed in ("1", "2")
     ]
@@ -298,8 +338,25 @@ def test_the_fingerprint_names_its_version(linear):
 
 
 def test_numbers_of_one_value_and_several_types():
-    values = [1, 1.0, True, "1", b"1", None, (1,), [1], {1}, {1: 1}, math.nan, np.float64(1), torch.tensor(1), 1j]
+    values = [
+        1,
+        1.0,
+        True,
+        "1",
+        b"1",
+        None,
+        (1,),
+        [1],
+        {1},
+        {1: 1},
+        math.nan,
+        np.float64(1),
+        torch.tensor(1),
+        1j,
+    ]
     found = {Identity().add(value, "x").digest for value in values}
     assert len(found) == len(values)
-    assert Identity().add(np.float64(1), "x").digest == Identity().add(torch.tensor(1.0), "x").digest
+    assert (
+        Identity().add(np.float64(1), "x").digest == Identity().add(torch.tensor(1.0), "x").digest
+    )
     assert Identity().add(np.arange(3), "x").digest != Identity().add(np.arange(3.0), "x").digest

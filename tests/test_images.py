@@ -1,4 +1,6 @@
-"""Laws of the image loaders: what was written is read, scaled to [0, 1], and everything else is refused."""
+"""Laws of the image loaders: what was written is read, scaled to [0, 1], and everything else is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def pixels(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def idx(array: np.ndarray) -> bytes:
-    """Return an array as LeCun's page describes the format: two zeros, the type, the axes, the sizes, the bytes."""
+    """Return an array as LeCun's page describes the format: two zeros, the type, the axes, the
+    sizes, the bytes.
+    """
     return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
 
 
@@ -62,11 +66,16 @@ def test_digits_are_split_by_the_seed() -> None:
 
 
 @pytest.mark.parametrize("label_type", [np.uint8, np.int64])
-def test_an_npz_is_split_in_its_order(label_type: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_npz_is_split_in_its_order(
+    label_type: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images, labels = pixels(10)
     np.savez(tmp_path / "letters.npz", images=images, labels=labels.astype(label_type))
     monkeypatch.setenv("BNNFLOW_DATA", str(tmp_path))
-    for data in (load_images("letters", folder=tmp_path, test_fraction=0.3), load_images("letters", test_fraction=0.3)):
+    for data in (
+        load_images("letters", folder=tmp_path, test_fraction=0.3),
+        load_images("letters", test_fraction=0.3),
+    ):
         x, y = torch.cat([data.x_train, data.x_test]), torch.cat([data.y_train, data.y_test])
         assert torch.equal((x * 255).round().byte(), torch.from_numpy(images))
         assert torch.equal(y, torch.from_numpy(labels.astype(np.int64)))
@@ -86,7 +95,9 @@ def test_an_npz_is_split_in_its_order(label_type: type, tmp_path: Path, monkeypa
         ("fashion_mnist", "FashionMNIST/raw"),
     ],
 )
-def test_idx_files_keep_their_published_split(name: str, below: str, compressed: bool, tmp_path: Path) -> None:
+def test_idx_files_keep_their_published_split(
+    name: str, below: str, compressed: bool, tmp_path: Path
+) -> None:
     write_idx(tmp_path / below, compressed)
     data = load_images(name, folder=tmp_path)
     for part, x, y in (("train", data.x_train, data.y_train), ("test", data.x_test, data.y_test)):
@@ -110,7 +121,9 @@ def test_the_two_sets_are_not_confused(tmp_path: Path, monkeypatch: pytest.Monke
         load_images("fashion_mnist")
 
 
-def test_the_digits_beside_the_checkout(without_data: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_digits_beside_the_checkout(
+    without_data: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if without_data is None or not (Path(without_data) / "mnist10k.npz").is_file():
         pytest.skip("no mnist10k.npz in $BNNFLOW_DATA")
     monkeypatch.setenv("BNNFLOW_DATA", without_data)
@@ -121,7 +134,7 @@ def test_the_digits_beside_the_checkout(without_data: str | None, monkeypatch: p
     assert 0.12 < float(data.x_train.mean()) < 0.14
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------- refusals
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
@@ -138,11 +151,18 @@ def test_too_few_images(tmp_path: Path) -> None:
 
 
 def test_missing_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere: pass folder= or set BNNFLOW_DATA.*letters\.npz"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nowhere: pass folder= or set BNNFLOW_DATA.*letters\.npz"
+    ):
         load_images("letters")
-    with pytest.raises(FileNotFoundError, match=r"train-images-idx3-ubyte.*nowhere: pass folder= or set BNNFLOW_DATA"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"train-images-idx3-ubyte.*nowhere: pass folder= or set BNNFLOW_DATA",
+    ):
         load_images("mnist")
-    with pytest.raises(FileNotFoundError, match=r"looked at .*letters\.npz.*Known sets are digits, mnist"):
+    with pytest.raises(
+        FileNotFoundError, match=r"looked at .*letters\.npz.*Known sets are digits, mnist"
+    ):
         load_images("letters", folder=tmp_path)
     write_idx(tmp_path)
     (tmp_path / "t10k-labels-idx1-ubyte").unlink()
@@ -197,9 +217,15 @@ def test_broken_idx_files_are_refused(what: str, compressed: bool, tmp_path: Pat
 def test_broken_gzip_files_are_refused(keep: int, tmp_path: Path) -> None:
     write_idx(tmp_path, compressed=True)
     file = tmp_path / f"{PARTS['train'][0]}.gz"
-    for content in (file.read_bytes()[:keep], b"no gzip at all", file.read_bytes()[:20] + b"\xff" * 30):
+    for content in (
+        file.read_bytes()[:keep],
+        b"no gzip at all",
+        file.read_bytes()[:20] + b"\xff" * 30,
+    ):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz is no idx file, or it is cut short"):
+        with pytest.raises(
+            ValueError, match=r"train-images-idx3-ubyte\.gz is no idx file, or it is cut short"
+        ):
             load_images("mnist", folder=tmp_path)
 
 

@@ -47,14 +47,26 @@ ROOMS = [
 ]
 STRANGERS = {("transport", "inference")}
 EXCEPT = ("transport/correction/", "transport/bootstrap.py")
-LOADED_ON_FIRST_USE = {"pyro", "ot", "arviz", "matplotlib", "sklearn", "xarray", "pandas", "torchdiffeq"}
+LOADED_ON_FIRST_USE = {
+    "pyro",
+    "ot",
+    "arviz",
+    "matplotlib",
+    "sklearn",
+    "xarray",
+    "pandas",
+    "torchdiffeq",
+}
 
 
 def without_annotations(tree: ast.AST) -> Iterator[ast.AST]:
     """Every node but those under `if TYPE_CHECKING:`, which load nothing."""
     yield tree
     for child in ast.iter_child_nodes(tree):
-        if isinstance(child, ast.If) and ast.unparse(child.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}:
+        if isinstance(child, ast.If) and ast.unparse(child.test) in {
+            "TYPE_CHECKING",
+            "typing.TYPE_CHECKING",
+        }:
             for node in child.orelse:
                 yield from without_annotations(node)
         else:
@@ -62,7 +74,8 @@ def without_annotations(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def imported_rooms(source: str, package: list[str]) -> Iterator[tuple[int, str]]:
-    """The line and the room of every import of bnnflow in a module of `package`, a dotted name as a list.
+    """The line and the room of every import of bnnflow in a module of `package`, a dotted name as a
+    list.
 
     "" is the package itself, which imports every room and so is later than all of them.
     """
@@ -94,7 +107,9 @@ def trespasses(path: str, source: str) -> list[str]:
 
 def test_importing_the_package_is_light():
     script = "import sys, bnnflow; print(*{name.partition('.')[0] for name in sys.modules})"
-    loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    ).stdout
     assert not LOADED_ON_FIRST_USE & set(loaded.split())
 
 

@@ -1,4 +1,7 @@
-"""Laws of warm-up, of survival and of the one door, `bnnflow.sample`; of the Gaussian approximations too."""
+"""Laws of warm-up, of survival and of the one door, `bnnflow.sample`.
+
+Of the Gaussian approximations too.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from bnnflow.inference.mcmc.warmup import DualAveraging
 from bnnflow.inference.start import maximise
 from tests.problems import F64, built, check_moments, conjugate, generator, tiny_network
 
-# ---------------------------------------------------------------- warm-up and survival
+# ---------------------------------------- warm-up and survival
 
 
 def test_nan_acceptance_shrinks_the_step() -> None:
@@ -55,7 +58,8 @@ def test_warm_up_survives_a_density_that_is_never_finite(n: int, trajectory) -> 
     assert torch.equal(tuned.state.theta, start)
     assert 0 < tuned.found["step_size"] < math.inf
     untouched = warm_up(process, start, 0, generator())
-    assert tuned.found["trajectory_length"] == untouched.found["trajectory_length"]  # nothing was learned
+    # nothing was learned
+    assert tuned.found["trajectory_length"] == untouched.found["trajectory_length"]
 
 
 def test_mass_matrix_is_the_posteriors_variances() -> None:
@@ -117,7 +121,7 @@ def test_gradients_are_counted(init: str | None) -> None:
     assert draws.info["gradients_per_chain"] == counted.calls
 
 
-# ---------------------------------------------------------------- the one door
+# ---------------------------------------- the one door
 
 METHODS = [
     bf.HMC(),
@@ -146,7 +150,12 @@ def test_draws_depend_on_the_seed_alone(method) -> None:
 def test_every_method_runs_in_either_precision(method, dtype: torch.dtype) -> None:
     other = F64 if dtype == torch.float32 else torch.float32
     draws = bf.sample(
-        replaced_scale(tiny_network(dtype=other)), method, seed=0, dtype=dtype, device="cpu", **_short(method)
+        replaced_scale(tiny_network(dtype=other)),
+        method,
+        seed=0,
+        dtype=dtype,
+        device="cpu",
+        **_short(method),
     )
     assert draws.theta.dtype == dtype
     assert draws.log_joint.dtype == F64
@@ -184,7 +193,9 @@ def test_starting_points() -> None:
     torch.testing.assert_close(start(point), point.expand(3, -1), rtol=0, atol=1e-6)
     torch.testing.assert_close(start(each), each, rtol=0, atol=1e-6)
     torch.testing.assert_close(start(each.float()), each, rtol=0, atol=1e-6)
-    torch.testing.assert_close(start(model.to_network(point)), point.expand(3, -1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        start(model.to_network(point)), point.expand(3, -1), rtol=0, atol=1e-6
+    )
     torch.testing.assert_close(start("prior"), model.sample_prior(3, 0), rtol=0, atol=1e-6)
     climbed = start(None)
     assert (model.log_joint(climbed) > model.log_joint(start("prior"))).all()
@@ -196,7 +207,10 @@ def test_starting_points() -> None:
         (torch.zeros(9), "axis of length 10"),
         (torch.zeros(2, 10), r"init must be \(dim,\) or \(3, dim\), got \(2, 10\)"),
         (torch.zeros(1, 3, 10), "init must be"),
-        (torch.full((10,), math.nan), r"log_joint is not finite at the starting point of chains \[0, 1, 2\]"),
+        (
+            torch.full((10,), math.nan),
+            r"log_joint is not finite at the starting point of chains \[0, 1, 2\]",
+        ),
         ("posterior", "init must be None, 'prior', a network, several networks or weights"),
         ("network", r"0\.weight must be"),
     ],
@@ -256,17 +270,25 @@ def test_seeds_are_integers_or_generators(seed) -> None:
         bf.sample(tiny_network(), seed=seed)
 
 
-# ---------------------------------------------------------------- approximations
+# ---------------------------------------- approximations
 
 
 def test_vi_finds_the_best_independent_gaussian() -> None:
     problem = conjugate()
-    draws = bf.sample(problem.model, bf.VI(steps=1500, particles=16, learning_rate=0.01), chains=2, draws=2000, seed=0)
+    draws = bf.sample(
+        problem.model,
+        bf.VI(steps=1500, particles=16, learning_rate=0.01),
+        chains=2,
+        draws=2000,
+        seed=0,
+    )
     precision = torch.linalg.inv(problem.covariance)
     sd = precision.diagonal().rsqrt()
     assert isinstance(draws.posterior, bf.Gaussian)
     torch.testing.assert_close(draws.posterior.loc / sd, problem.mean / sd, rtol=0, atol=0.1)
-    torch.testing.assert_close(draws.posterior.scale_tril / sd, torch.ones(4, dtype=F64), rtol=0, atol=0.06)
+    torch.testing.assert_close(
+        draws.posterior.scale_tril / sd, torch.ones(4, dtype=F64), rtol=0, atol=0.06
+    )
     check_moments(draws.theta, draws.posterior.loc, draws.posterior.scale_tril.square().diag())
     # log evidence - ELBO = KL(q || p), which is known for Gaussians
     divergence = 0.5 * float(precision.diagonal().log().sum() - torch.linalg.slogdet(precision)[1])
@@ -274,11 +296,16 @@ def test_vi_finds_the_best_independent_gaussian() -> None:
 
 
 def test_vi_agrees_with_the_log_joint_at_a_temperature() -> None:
-    """The guide's coordinates are theta's own, and so is its target, learned scale and temperature included."""
+    """The guide's coordinates are theta's own, and so is its target, learned scale and temperature
+    included.
+    """
     base = tiny_network()
-    x = torch.zeros(6, 1, dtype=F64)  # the weights of inputs do not matter, the scale is all that is learned
+    # the weights of inputs do not matter, the scale is all that is learned
+    x = torch.zeros(6, 1, dtype=F64)
     net = built(lambda: nn.Linear(1, 1))
-    model = bf.BayesianModel(net, priors.Normal(0.05), likelihoods.Gaussian(), x, 0.7 * base.y, temperature=0.2)
+    model = bf.BayesianModel(
+        net, priors.Normal(0.05), likelihoods.Gaussian(), x, 0.7 * base.y, temperature=0.2
+    )
     found = bf.sample(model, bf.VI(steps=800, learning_rate=0.02), draws=500, seed=0).posterior
     theta = found.loc.expand(400, -1).clone()
     theta[:, -1] = torch.linspace(-4, 3, 400, dtype=F64)
@@ -321,7 +348,7 @@ def test_maximise_keeps_the_best_when_a_density_breaks() -> None:
     assert (model.log_joint(found) >= model.log_joint(theta)).all()
 
 
-# ---------------------------------------------------------------- Gaussians
+# ---------------------------------------- Gaussians
 
 
 @pytest.mark.parametrize("dim", [1, 4])
@@ -329,7 +356,9 @@ def test_maximise_keeps_the_best_when_a_density_breaks() -> None:
 def test_gaussian_is_torchs(dim: int, diagonal: bool) -> None:
     g = generator(dim)
     loc = torch.randn(dim, generator=g, dtype=F64)
-    scale_tril = torch.randn(dim, dim, generator=g, dtype=F64).tril(-1) + torch.eye(dim, dtype=F64) * 0.7
+    scale_tril = (
+        torch.randn(dim, dim, generator=g, dtype=F64).tril(-1) + torch.eye(dim, dtype=F64) * 0.7
+    )
     full = scale_tril.diagonal().diag() if diagonal else scale_tril
     gaussian = bf.Gaussian(loc, scale_tril.diagonal() if diagonal else scale_tril)
     oracle = torch.distributions.MultivariateNormal(loc, scale_tril=full)
@@ -338,7 +367,9 @@ def test_gaussian_is_torchs(dim: int, diagonal: bool) -> None:
     check_moments(gaussian.sample(4000, 0).reshape(4, 1000, dim), loc, full @ full.T)
     fitted = bf.Gaussian.fit(gaussian.sample(20_000, 1), shrinkage=0.0)
     torch.testing.assert_close(fitted.loc, loc, rtol=0, atol=0.05)
-    torch.testing.assert_close(fitted.scale_tril @ fitted.scale_tril.T, full @ full.T, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(
+        fitted.scale_tril @ fitted.scale_tril.T, full @ full.T, rtol=0.1, atol=0.1
+    )
 
 
 def test_draws_check_their_shapes() -> None:
@@ -347,9 +378,15 @@ def test_draws_check_their_shapes() -> None:
     assert (draws.n_chains, draws.n_draws, draws.dim) == (2, 3, 4)
     assert repr(draws) == "Draws(2 x 3 draws of 4 weights)"
     weighted = replace(
-        draws, log_weights=draws.log_joint, log_evidence=(-3.0, 0.25), info={"method": "SMC", "seconds": 2.0}
+        draws,
+        log_weights=draws.log_joint,
+        log_evidence=(-3.0, 0.25),
+        info={"method": "SMC", "seconds": 2.0},
     )
-    assert repr(weighted) == "Draws(SMC, 2 x 3 draws of 4 weights, weighted, log evidence -3.00 +- 0.25, 2.0 s)"
+    assert (
+        repr(weighted)
+        == "Draws(SMC, 2 x 3 draws of 4 weights, weighted, log evidence -3.00 +- 0.25, 2.0 s)"
+    )
     assert draws.flat.shape == (6, 4)
     with pytest.raises(ValueError, match=r"theta must be \(chain, draw, dim\), got \(3, 4\)"):
         bf.Draws(theta[0], log_joint[0])

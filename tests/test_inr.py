@@ -1,4 +1,6 @@
-"""Laws of implicit neural representations: fits are those of Adam, alone or together, and warps are exact."""
+"""Laws of implicit neural representations: fits are those of Adam, alone or together, and warps are
+exact.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from bnnflow.model import fused
 from bnnflow.model.network import ChainNetwork, ModuleNetwork
 
 F32, F64 = torch.float32, torch.float64
-needs_compiler = pytest.mark.skipif(fused._library(F64) is None, reason="no C++ compiler, or BNNFLOW_FUSED=0")
+needs_compiler = pytest.mark.skipif(
+    fused._library(F64) is None, reason="no C++ compiler, or BNNFLOW_FUSED=0"
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -55,7 +59,7 @@ def each_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         pytest.skip("no C++ compiler, or BNNFLOW_FUSED=0")
 
 
-# ---------------------------------------------------------------- fits
+# ---------------------------------------- fits
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
@@ -74,14 +78,20 @@ def test_digits_are_fitted_and_drawn_again() -> None:
     assert len(fits) == 20
     assert (fits.psnr > 30).all()
     drawn = render(fits.theta, fits.spec, 8, 8)
-    torch.testing.assert_close((drawn - images).double().square().mean((1, 2)), fits.mse, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(
+        (drawn - images).double().square().mean((1, 2)), fits.mse, rtol=1e-4, atol=1e-8
+    )
     torch.testing.assert_close(fits.psnr, -10 * torch.log10(fits.mse))
 
 
 @pytest.mark.parametrize("batch_size", [None, 7])
-@pytest.mark.parametrize(("widths", "bias"), [((1, 6, 2), True), ((1, 5, 4, 3, 2), True), ((1, 6, 5, 2), False)])
+@pytest.mark.parametrize(
+    ("widths", "bias"), [((1, 6, 2), True), ((1, 5, 4, 3, 2), True), ((1, 6, 5, 2), False)]
+)
 @pytest.mark.usefixtures("each_path")
-def test_fits_are_those_of_torchs_adam_one_by_one(widths: tuple[int, ...], bias: bool, batch_size: int | None) -> None:
+def test_fits_are_those_of_torchs_adam_one_by_one(
+    widths: tuple[int, ...], bias: bool, batch_size: int | None
+) -> None:
     net, steps, rate = chain(*widths, bias=bias).double(), 12, 0.01
     x, one = waves(3, dtype=F64)
     y = torch.stack([one, one.square()], -1)
@@ -94,7 +104,11 @@ def test_fits_are_those_of_torchs_adam_one_by_one(widths: tuple[int, ...], bias:
         optimiser = torch.optim.Adam(net.parameters(), lr=rate)
         g = generator(rows_seed)
         for step in range(steps):
-            rows = torch.arange(40) if batch_size is None else torch.randperm(40, generator=g)[:batch_size]
+            rows = (
+                torch.arange(40)
+                if batch_size is None
+                else torch.randperm(40, generator=g)[:batch_size]
+            )
             optimiser.param_groups[0]["lr"] = rate * min(1.0, 2 * (1 - step / steps))
             optimiser.zero_grad()
             nn.functional.mse_loss(net(x[rows]), y[i, rows]).backward()
@@ -109,7 +123,12 @@ def test_fits_are_those_of_torchs_adam_one_by_one(widths: tuple[int, ...], bias:
 @needs_compiler
 def test_fits_depend_neither_on_the_chunk_nor_on_threads(batch_size: int | None) -> None:
     x, y = waves(23, 600)
-    settings: dict[str, Any] = {"net": chain(1, 33, 31, 1), "steps": 10, "batch_size": batch_size, "seed": 0}
+    settings: dict[str, Any] = {
+        "net": chain(1, 33, 31, 1),
+        "steps": 10,
+        "batch_size": batch_size,
+        "seed": 0,
+    }
     expected = fit_inrs(x, y, **settings)
     for chunk in (1, 7):
         found = fit_inrs(x, y, **settings, chunk=chunk)
@@ -128,7 +147,9 @@ def test_fits_depend_neither_on_the_chunk_nor_on_threads(batch_size: int | None)
 @pytest.mark.usefixtures("each_path")
 def test_fits_depend_on_the_seed_alone() -> None:
     x, y = waves()
-    first, again, other = (fit_inrs(x, y, NET, steps=5, batch_size=9, seed=seed) for seed in (1, generator(1), 2))
+    first, again, other = (
+        fit_inrs(x, y, NET, steps=5, batch_size=9, seed=seed) for seed in (1, generator(1), 2)
+    )
     assert torch.equal(first.theta, again.theta)
     assert not torch.equal(first.theta, other.theta)
     assert not torch.equal(first.theta[0], first.theta[1])
@@ -188,18 +209,24 @@ def test_sirens_keep_the_size_of_activations_from_layer_to_layer() -> None:
     assert not torch.equal(siren(2, 1, seed=1)[0].weight, siren(2, 1, seed=2)[0].weight)
 
 
-# ---------------------------------------------------------------- gradients
+# ---------------------------------------- gradients
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(F32, 2e-5), (F64, 1e-12)], ids=["f32", "f64"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.usefixtures("each_path")
-def test_squared_errors_and_gradients_are_those_of_autograd(bias: bool, dtype: torch.dtype, tolerance: float) -> None:
+def test_squared_errors_and_gradients_are_those_of_autograd(
+    bias: bool, dtype: torch.dtype, tolerance: float
+) -> None:
     net = chain(2, 7, 5, 3, bias=bias).to(dtype)
     spec, g = WeightSpec.of(net), generator()
     theta = inr._starts(spec, 4, g).to(dtype)
-    x, y = torch.rand(50, 2, generator=g, dtype=dtype), torch.rand(4, 50, 3, generator=g, dtype=dtype)
-    every_other = torch.arange(50).reshape(25, 2).T.contiguous().T[:, 1]  # not side by side in memory
+    x, y = (
+        torch.rand(50, 2, generator=g, dtype=dtype),
+        torch.rand(4, 50, 3, generator=g, dtype=dtype),
+    )
+    # not side by side in memory
+    every_other = torch.arange(50).reshape(25, 2).T.contiguous().T[:, 1]
     for rows in (None, torch.tensor([3, 3, 0]), every_other):
         value, grad = ChainNetwork(spec).squared_error(theta, x, y, rows)
         exact = theta.double().requires_grad_()
@@ -231,19 +258,27 @@ def test_rows_and_shapes_that_do_not_exist() -> None:
     theta, y = inr._starts(spec, 3, generator()), y.unsqueeze(-1)
     with pytest.raises(IndexError):
         network.squared_error(theta, x, y, torch.tensor([0, 40]))
-    for bad in ((x[1:], y), (x.expand(-1, 2), y), (x, y[1:]), (x, y.expand(-1, -1, 2)), (x[:, 0], y)):
+    for bad in (
+        (x[1:], y),
+        (x.expand(-1, 2), y),
+        (x, y[1:]),
+        (x, y.expand(-1, -1, 2)),
+        (x[:, 0], y),
+    ):
         with pytest.raises(RuntimeError, match="do not fit 3 networks 1 -> 1"):
             network.squared_error(theta, *bad)
 
 
-# ---------------------------------------------------------------- images and warps
+# ---------------------------------------- images and warps
 
 
 @pytest.mark.parametrize(("height", "width"), [(2, 3), (5, 4), (1, 1)])
 def test_the_grid_runs_along_rows(height: int, width: int) -> None:
     grid = image_grid(height, width).reshape(height, width, 2)
     assert torch.equal(grid[..., 0], torch.linspace(-1, 1, width).expand(height, width))
-    assert torch.equal(grid[..., 1], torch.linspace(-1, 1, height).unsqueeze(-1).expand(height, width))
+    assert torch.equal(
+        grid[..., 1], torch.linspace(-1, 1, height).unsqueeze(-1).expand(height, width)
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -255,7 +290,9 @@ def test_rendering_is_the_network_on_the_grid(channels: int) -> None:
     for lead in ((), (2,), (2, 3)):
         image = render(theta.expand(*lead, -1), spec, 5, 4)
         assert image.shape == (*lead, 5, 4, *([channels] if channels > 1 else []))
-        torch.testing.assert_close(image.reshape(*lead, 5, 4, channels), expected.expand(*lead, -1, -1, -1))
+        torch.testing.assert_close(
+            image.reshape(*lead, 5, 4, channels), expected.expand(*lead, -1, -1, -1)
+        )
     with pytest.raises(ValueError, match="two coordinates, these networks take 1"):
         render(torch.zeros(WeightSpec.of(NET).dim), WeightSpec.of(NET), 2, 2)
 
@@ -279,7 +316,9 @@ def test_warps_are_exact(lead: tuple[int, ...]) -> None:
     network = ChainNetwork(spec)
     moved = x @ matrix.mT + (shift if not lead else shift.unsqueeze(1))
     expected = network(theta, moved) if not lead else network(theta, moved, per_network=True)
-    torch.testing.assert_close(network(warp(theta, spec, matrix, shift), x), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        network(warp(theta, spec, matrix, shift), x), expected, rtol=1e-10, atol=1e-10
+    )
     identity = torch.eye(2, dtype=F64)
     torch.testing.assert_close(warp(theta, spec, identity), theta, rtol=0, atol=0)
     back = warp(warp(theta, spec, identity, torch.ones(2)), spec, identity, -torch.ones(2))
@@ -301,7 +340,7 @@ def test_warps_that_make_no_sense() -> None:
         warp(theta[1:], spec, torch.eye(2))
 
 
-# ---------------------------------------------------------------- interruption
+# ---------------------------------------- interruption
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> list[int]:
@@ -324,7 +363,13 @@ def test_an_interrupted_fit_goes_on_bit_for_bit(
     batch_size: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, y = waves(7)
-    settings: dict[str, Any] = {"net": NET, "steps": 5, "batch_size": batch_size, "chunk": 2, "seed": 0}
+    settings: dict[str, Any] = {
+        "net": NET,
+        "steps": 5,
+        "batch_size": batch_size,
+        "chunk": 2,
+        "seed": 0,
+    }
     expected = fit_inrs(x, y, **settings)
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -345,7 +390,12 @@ def test_an_interrupted_fit_goes_on_bit_for_bit(
 
 def test_a_checkpoint_is_of_one_run(tmp_path: Path) -> None:
     x, y = waves(3)
-    settings: dict[str, Any] = {"net": NET, "steps": 3, "seed": 0, "checkpoint": bf.Checkpoint(tmp_path, resume=True)}
+    settings: dict[str, Any] = {
+        "net": NET,
+        "steps": 3,
+        "seed": 0,
+        "checkpoint": bf.Checkpoint(tmp_path, resume=True),
+    }
     fit_inrs(x, y, **settings)  # nothing to go on with is no error
     others: list[dict[str, Any]] = [
         {"steps": 4},
@@ -368,7 +418,13 @@ def test_a_fit_has_its_folder_to_itself_and_mends_what_is_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, y = waves(3)
-    settings: dict[str, Any] = {"net": NET, "steps": 3, "seed": 0, "chunk": 1, "checkpoint": tmp_path / "run"}
+    settings: dict[str, Any] = {
+        "net": NET,
+        "steps": 3,
+        "seed": 0,
+        "chunk": 1,
+        "checkpoint": tmp_path / "run",
+    }
     resumed = settings | {"checkpoint": bf.Checkpoint(tmp_path / "run", resume=True)}
     refused, fit = [], inr._fit
 
@@ -387,13 +443,17 @@ def test_a_fit_has_its_folder_to_itself_and_mends_what_is_damaged(
     (tmp_path / "run" / f"{second.name}.1.tmp").write_bytes(b"half")
     with pytest.warns(UserWarning, match="damaged: .*inrs-000000.npz .*fitted anew") as told:
         found = fit_inrs(x, y, **resumed)
-    assert told.pop(UserWarning).filename == __file__  # the line that called, not one of the package
+    # the line that called, not one of the package
+    assert told.pop(UserWarning).filename == __file__
     assert torch.equal(found.theta, expected.theta)
     assert len(list((tmp_path / "run").iterdir())) == 3
     second.write_bytes(b"")
     first.unlink()
     other = resumed | {"seed": 1}
-    with pytest.warns(UserWarning, match="fitted anew"), pytest.raises(ValueError, match="another seed"):
+    with (
+        pytest.warns(UserWarning, match="fitted anew"),
+        pytest.raises(ValueError, match="another seed"),
+    ):
         fit_inrs(x, y, **other)
     with pytest.raises(ValueError, match="must be a folder"):
         fit_inrs(x, y, **(settings | {"checkpoint": first.parent / second.name}))
@@ -432,7 +492,7 @@ def test_a_killed_fit_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert torch.equal(found.mse, expected.mse)
 
 
-# ---------------------------------------------------------------- files and bars
+# ---------------------------------------- files and bars
 
 
 def test_fits_come_back_exactly(tmp_path: Path) -> None:
@@ -446,7 +506,9 @@ def test_fits_come_back_exactly(tmp_path: Path) -> None:
         assert found.theta.dtype == F64
         assert found.info == fits.info
         assert found.spec.describe() == fits.spec.describe()
-        torch.testing.assert_close(ChainNetwork(found.spec)(found.theta, x), ChainNetwork(fits.spec)(fits.theta, x))
+        torch.testing.assert_close(
+            ChainNetwork(found.spec)(found.theta, x), ChainNetwork(fits.spec)(fits.theta, x)
+        )
 
 
 def test_the_bar_is_silent_off_a_terminal(
@@ -463,12 +525,18 @@ def test_the_bar_is_silent_off_a_terminal(
         assert "9/9" in capfd.readouterr().err
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------- refusals
 
 X, Y = waves(3)
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "no chain": ({"net": nn.Sequential(nn.Linear(1, 4), nn.LayerNorm(4), nn.Linear(4, 1))}, "chains of linear layers"),
-    "no sines": ({"net": nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))}, "sines between"),
+    "no chain": (
+        {"net": nn.Sequential(nn.Linear(1, 4), nn.LayerNorm(4), nn.Linear(4, 1))},
+        "chains of linear layers",
+    ),
+    "no sines": (
+        {"net": nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))},
+        "sines between",
+    ),
     "coordinates": ({"net": siren(2, 1)}, r"x must be \(n, 2\)"),
     "no axis": ({"x": X[:, 0]}, r"x must be \(n, 1\)"),
     "channels": ({"net": siren(1, 2)}, r"y must be \(signals, 40, 2\)"),

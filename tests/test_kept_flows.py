@@ -1,4 +1,6 @@
-"""Trainings that are kept in a file: whose they are, that nobody shares them, and what is done about damage."""
+"""Trainings that are kept in a file: whose they are, that nobody shares them, and what is done
+about damage.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,10 @@ DRAWS = MODEL.sample_prior(40, 0)
 
 
 def fit(file: Path, **changes: Any) -> bf.Flow:
-    """Fit by a few steps, and go on with what the file holds; changes name arguments, or fields of their values."""
+    """Fit by a few steps, and go on with what the file holds.
+
+    Changes name arguments, or fields of their values.
+    """
     options = {"model": MODEL, "draws": DRAWS, "velocity": "weights", "progress": False}
     values = {
         "training": bf.Training(steps=4, batch_size=8),
@@ -40,14 +45,18 @@ def fit(file: Path, **changes: Any) -> bf.Flow:
         "checkpoint": bf.Checkpoint(file, True),
     }
     for argument, value in values.items():
-        own = {name: changes.pop(name) for name in {*changes} & {each.name for each in fields(value)}}
+        own = {
+            name: changes.pop(name) for name in {*changes} & {each.name for each in fields(value)}
+        }
         options[argument] = replace(value, **own)
     return bf.fit_flow(**(options | changes))
 
 
 def same(first: bf.Flow, second: bf.Flow) -> None:
     state = second.velocity.state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in first.velocity.state_dict().items())
+    assert all(
+        torch.equal(value, state[name]) for name, value in first.velocity.state_dict().items()
+    )
 
 
 def pairs(n: int, generator: torch.Generator, shift: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -91,7 +100,9 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_training_is_known_by_all_that_shapes_it(name: str, kept: dict[str, Path], tmp_path: Path) -> None:
+def test_a_training_is_known_by_all_that_shapes_it(
+    name: str, kept: dict[str, Path], tmp_path: Path
+) -> None:
     file = shutil.copy(kept["field" if name == "field" else "name"], tmp_path / "flow.npz")
     before = file.read_bytes()
     what = name.partition(" with")[0].partition(",")[0]
@@ -113,7 +124,9 @@ def test_a_training_is_not_replaced_without_resume(
 ) -> None:
     file = shutil.copy(kept["name"], tmp_path / "flow.npz")
     before = file.read_bytes()
-    with pytest.raises(ValueError, match=r"flow\.npz already holds a training: go on with it by Checkpoint"):
+    with pytest.raises(
+        ValueError, match=r"flow\.npz already holds a training: go on with it by Checkpoint"
+    ):
         fit(file, resume=False, **changes)
     assert file.read_bytes() == before
 
@@ -126,7 +139,9 @@ def test_a_training_is_resumed_whatever_its_file_is_called(
     whole, counts = fit(tmp_path / "whole", steps=6), []
     step = training_state.TrainingState.step
     monkeypatch.setattr(
-        training_state.TrainingState, "step", lambda self, *given: (counts.append(1), step(self, *given))
+        training_state.TrainingState,
+        "step",
+        lambda self, *given: (counts.append(1), step(self, *given)),
     )
     fit(tmp_path / name, steps=3)
     same(fit(tmp_path / name, steps=6), whole)
@@ -135,7 +150,10 @@ def test_a_training_is_resumed_whatever_its_file_is_called(
 
 
 def test_pairs_of_ones_own_are_compared_by_their_first_batch(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"checkpoint": bf.Checkpoint(tmp_path / "own", resume=True), "progress": False}
+    options: dict[str, Any] = {
+        "checkpoint": bf.Checkpoint(tmp_path / "own", resume=True),
+        "progress": False,
+    }
     few, more = bf.Training(steps=2, batch_size=8), bf.Training(steps=4, batch_size=8)
     train(field(), pairs, training=few, **options)
     with pytest.raises(ValueError, match="holds the training of other pairs"):
@@ -149,16 +167,26 @@ def test_a_training_has_its_file_to_itself(tmp_path: Path) -> None:
     def meanwhile(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         if not refused:
             refused.append(True)
-            with pytest.raises(ValueError, match=r"another run .process \d+ on .* is working on .*flow.npz"):
+            with pytest.raises(
+                ValueError, match=r"another run .process \d+ on .* is working on .*flow.npz"
+            ):
                 fit(file)
         return pairs(n, generator)
 
-    train(field(), meanwhile, checkpoint=file, progress=False, training=bf.Training(steps=2, batch_size=8))
+    train(
+        field(),
+        meanwhile,
+        checkpoint=file,
+        progress=False,
+        training=bf.Training(steps=2, batch_size=8),
+    )
     assert refused
     assert [each.name for each in tmp_path.iterdir()] == ["flow.npz"]
 
 
-def test_what_is_no_checkpoint_is_neither_read_nor_replaced(kept: dict[str, Path], tmp_path: Path) -> None:
+def test_what_is_no_checkpoint_is_neither_read_nor_replaced(
+    kept: dict[str, Path], tmp_path: Path
+) -> None:
     whole = kept["name"].read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
@@ -182,7 +210,11 @@ def test_what_is_no_checkpoint_is_neither_read_nor_replaced(kept: dict[str, Path
 
 def test_a_training_of_an_earlier_version_is_refused(kept: dict[str, Path], tmp_path: Path) -> None:
     header, arrays = storage.read(kept["name"], {"training": 3})
-    old = {name: value for name, value in header.items() if name not in ("identity", "pairs", "version")}
+    old = {
+        name: value
+        for name, value in header.items()
+        if name not in ("identity", "pairs", "version")
+    }
     file = storage.write(tmp_path / "old", "training", 2, old, arrays)
     with pytest.raises(ValueError, match=r"old.npz is of an earlier bnnflow"):
         fit(file)
@@ -193,7 +225,11 @@ def test_a_state_of_other_shapes_is_refused(kept: dict[str, Path], tmp_path: Pat
     header, arrays = storage.read(kept["name"], {"training": 3})
     values = {name: header[name] for name in header.keys() - {"format", "kind", "version"}}
     file = storage.write(
-        tmp_path / "odd", "training", 3, values, arrays | {"parameter/0": arrays["parameter/0"][:1, :1]}
+        tmp_path / "odd",
+        "training",
+        3,
+        values,
+        arrays | {"parameter/0": arrays["parameter/0"][:1, :1]},
     )
     with pytest.raises(ValueError, match=r"odd.npz: parameter 0 has another shape"):
         fit(file)
@@ -240,7 +276,9 @@ class Own(nn.Module):
 
     def __init__(self, between: nn.Module) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(MODEL.dim + 1, 16), between, nn.SiLU(), nn.Linear(16, MODEL.dim))
+        self.net = nn.Sequential(
+            nn.Linear(MODEL.dim + 1, 16), between, nn.SiLU(), nn.Linear(16, MODEL.dim)
+        )
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         return self.net(torch.cat([x, t.to(x).reshape(-1, 1).expand(len(x), 1)], -1))
@@ -254,12 +292,17 @@ class Centred(nn.Module):
 @pytest.mark.parametrize(
     ("between", "message"),
     [
-        (nn.BatchNorm1d(16), r"'net\.1\.running_mean' is written while the field is evaluated.* LayerNorm"),
+        (
+            nn.BatchNorm1d(16),
+            r"'net\.1\.running_mean' is written while the field is evaluated.* LayerNorm",
+        ),
         (nn.BatchNorm1d(16, track_running_stats=False), "cannot take one row"),
         (Centred(), "makes a row's velocity depend on the other rows"),
     ],
 )
-def test_a_field_keeps_rows_apart_and_nothing_beside_its_weights(between: nn.Module, message: str) -> None:
+def test_a_field_keeps_rows_apart_and_nothing_beside_its_weights(
+    between: nn.Module, message: str
+) -> None:
     own = built(lambda: Own(between), torch.float32)
     before = {name: value.clone() for name, value in own.state_dict().items()}
     with pytest.raises(ValueError, match=f"velocity: .*{message}"):
@@ -274,7 +317,9 @@ def test_a_frozen_normalisation_is_a_constant_of_the_field() -> None:
     assert torch.equal(own.net[1].running_mean, torch.zeros(16))
 
 
-def test_dropout_in_a_field_follows_the_seed(seeded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_in_a_field_follows_the_seed(
+    seeded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever the global generator, and whether or not a training was broken off."""
 
     def fitted(**options: Any) -> Tensor:

@@ -1,8 +1,10 @@
-"""Sequences of SIGKILL, of two processes at once, and of damage: a run ends exact to the bit, or is refused by name.
+"""Sequences of SIGKILL, of two processes at once, and of damage: a run ends exact to the bit, or is
+refused by name.
 
-A sequence is one folder or file and several processes, one after another or together. Each process is forked, and dies
-at a moment that the seed decides: at the k-th time that it opens, writes, syncs, renames or locks something, before or
-after or halfway through, or (``signal``) when its parent's signal happens to reach it. The last one is let through.
+A sequence is one folder or file and several processes, one after another or together. Each process
+is forked, and dies at a moment that the seed decides: at the k-th time that it opens, writes,
+syncs, renames or locks something, before or after or halfway through, or (``signal``) when its
+parent's signal happens to reach it. The last one is let through.
 """
 
 from __future__ import annotations
@@ -47,8 +49,14 @@ def model() -> bf.BayesianModel:
 def sampled(method: Any, **sizes: int) -> Callable[[Path | None], torch.Tensor]:
     def run(place: Path | None) -> torch.Tensor:
         given = {} if place is None else {"checkpoint": bf.Checkpoint(place / "run", resume=True)}
-        draws = bf.sample(model(), method, chains=2, seed=3, init="prior", progress=False, **sizes, **given)
-        numbers = [draws.theta.flatten(), draws.log_joint.flatten(), *(v.flatten() for v in draws.stats.values())]
+        draws = bf.sample(
+            model(), method, chains=2, seed=3, init="prior", progress=False, **sizes, **given
+        )
+        numbers = [
+            draws.theta.flatten(),
+            draws.log_joint.flatten(),
+            *(v.flatten() for v in draws.stats.values()),
+        ]
         return torch.cat([each.double() for each in numbers])
 
     return run
@@ -56,7 +64,9 @@ def sampled(method: Any, **sizes: int) -> Callable[[Path | None], torch.Tensor]:
 
 def smc(place: Path | None) -> torch.Tensor:
     given = {} if place is None else {"checkpoint": bf.Checkpoint(place / "run", resume=True)}
-    draws = bf.sample(model(), bf.SMC(particles=10, moves=1), chains=2, seed=3, progress=False, **given)
+    draws = bf.sample(
+        model(), bf.SMC(particles=10, moves=1), chains=2, seed=3, progress=False, **given
+    )
     assert draws.log_weights is not None
     return torch.cat([draws.theta.flatten().double(), draws.log_weights.flatten()])
 
@@ -81,7 +91,9 @@ def inrs(place: Path | None) -> torch.Tensor:
     x = torch.linspace(-1, 1, 10).unsqueeze(-1)
     given = {} if place is None else {"checkpoint": bf.Checkpoint(place / "run", resume=True)}
     waves = (torch.arange(1.0, 5).unsqueeze(-1) * x.T).sin()
-    return fit_inrs(x, waves, siren(1, 1, (4,)), steps=2, chunk=1, seed=0, progress=False, **given).theta.double()
+    return fit_inrs(
+        x, waves, siren(1, 1, (4,)), steps=2, chunk=1, seed=0, progress=False, **given
+    ).theta.double()
 
 
 WORK: dict[str, Callable[[Path | None], torch.Tensor]] = {
@@ -93,7 +105,7 @@ WORK: dict[str, Callable[[Path | None], torch.Tensor]] = {
 }
 
 
-# ---------------------------------------------------------------- one process
+# ---------------------------------------- one process
 
 
 class Fate:
@@ -108,7 +120,10 @@ class Fate:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def around(self, owner: Any, name: str, *, half: bool = False) -> None:
-        """Make events before and after a function; ``half``: and with half of the file that it has written."""
+        """Make events before and after a function.
+
+        ``half``: and with half of the file that it has written.
+        """
         function = getattr(owner, name)
 
         def watched(*given: Any, **options: Any) -> Any:
@@ -136,7 +151,10 @@ class Fate:
 
 
 def process(work: str, place: Path, at: int | None, wait: Path | None = None) -> int:
-    """Start a process on a place and return its number; it ends in EXACT, REFUSED or KILLED, or tells what it met."""
+    """Start a process on a place and return its number.
+
+    It ends in EXACT, REFUSED or KILLED, or tells what it met.
+    """
     child = os.fork()
     if child:
         return child
@@ -173,14 +191,18 @@ def told(place: Path) -> str:
 
 def exact(place: Path, expected: np.ndarray) -> bool:
     found = list(place.glob("values-*.npy"))
-    return bool(found) and all(np.array_equal(np.load(path), expected, equal_nan=True) for path in found)
+    return bool(found) and all(
+        np.array_equal(np.load(path), expected, equal_nan=True) for path in found
+    )
 
 
-# ---------------------------------------------------------------- sequences
+# ---------------------------------------- sequences
 
 
 def damage(place: Path, chance: random.Random) -> None:
-    files = sorted(path for path in place.rglob("*") if path.is_file() and path.suffix in (".npz", ".bin"))
+    files = sorted(
+        path for path in place.rglob("*") if path.is_file() and path.suffix in (".npz", ".bin")
+    )
     if not files:
         return
     file = chance.choice(files)
@@ -195,7 +217,9 @@ def damage(place: Path, chance: random.Random) -> None:
     file.write_bytes(content)
 
 
-def sequence(work: str, mode: str, seed: int, place: Path, events: int, expected: np.ndarray) -> tuple[str, int]:
+def sequence(
+    work: str, mode: str, seed: int, place: Path, events: int, expected: np.ndarray
+) -> tuple[str, int]:
     """Play one sequence; say how it ended, and how many processes were killed on the way."""
     chance = random.Random(f"{work} {mode} {seed}")
     place.mkdir(parents=True)
@@ -231,8 +255,13 @@ def sequence(work: str, mode: str, seed: int, place: Path, events: int, expected
     return f"failed: {code} {told(place)}", killed
 
 
-def play(works: list[str], modes: list[str], count: int, folder: Path) -> tuple[dict[str, int], int]:
-    """Play ``count`` sequences of every work and mode; count how they ended, and the processes that were killed."""
+def play(
+    works: list[str], modes: list[str], count: int, folder: Path
+) -> tuple[dict[str, int], int]:
+    """Play ``count`` sequences of every work and mode.
+
+    Count how they ended, and the processes that were killed.
+    """
     torch.set_num_threads(1)
     ends: Counter[str] = Counter()
     kills = 0
@@ -252,7 +281,9 @@ def play(works: list[str], modes: list[str], count: int, folder: Path) -> tuple[
     return dict(ends), kills
 
 
-def played(works: list[str], modes: list[str], count: int, folder: Path) -> tuple[dict[str, int], int]:
+def played(
+    works: list[str], modes: list[str], count: int, folder: Path
+) -> tuple[dict[str, int], int]:
     """The same in a process of its own, which forks safely: it has one thread."""
     code = (
         "import json, sys\nfrom pathlib import Path\nfrom tests.test_kill import play\n"
@@ -260,11 +291,26 @@ def played(works: list[str], modes: list[str], count: int, folder: Path) -> tupl
         "print(json.dumps(play(works, modes, count, Path(folder))))\n"
     )
     root = Path(__file__).parents[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root)}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(root),
+    }
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, json.dumps([works, modes, count, str(folder)])],
-        env=environment, cwd=root, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            code,
+            json.dumps([works, modes, count, str(folder)]),
+        ],
+        env=environment,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     ends, kills = json.loads(done.stdout.splitlines()[-1])
     return ends, kills

@@ -1,4 +1,6 @@
-"""Modes where the density has kinks: found, and told from places where a search has only stopped."""
+"""Modes where the density has kinks: found, and told from places where a search has only
+stopped.
+"""
 
 import numpy as np
 import pytest
@@ -31,9 +33,15 @@ def relu_model(seed: int, kind: str, widths: tuple[int, ...]) -> bf.BayesianMode
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(
     ("kind", "widths"),
-    [("values", (8,)), ("values", (20,)), ("values", (6, 6)), ("learned noise", (6,)), ("classes", (8,)),
-     ("classes", (6, 6))],
-)  # fmt: skip
+    [
+        ("values", (8,)),
+        ("values", (20,)),
+        ("values", (6, 6)),
+        ("learned noise", (6,)),
+        ("classes", (8,)),
+        ("classes", (6, 6)),
+    ],
+)
 def test_relu_networks_have_modes(kind: str, widths: tuple[int, ...], seed: int) -> None:
     """No warning, and no point of a cloud around the mode that is clearly higher."""
     model = relu_model(seed, kind, widths)
@@ -44,7 +52,10 @@ def test_relu_networks_have_modes(kind: str, widths: tuple[int, ...], seed: int)
     g = torch.Generator().manual_seed(9)
     for size in (1e-4, 1e-2, 0.1):
         offsets = torch.randn(500, model.dim, generator=g, dtype=F64) @ draws.posterior.scale_tril.T
-        assert float(model.log_joint(mode + size * offsets).max()) < top + draws.info["left_to_gain"] + 1e-6
+        assert (
+            float(model.log_joint(mode + size * offsets).max())
+            < top + draws.info["left_to_gain"] + 1e-6
+        )
 
 
 def test_a_search_that_has_only_stopped_is_no_mode() -> None:

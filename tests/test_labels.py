@@ -1,4 +1,7 @@
-"""What can be labelled: reshaped, transposed and embedded units, on random architectures; every claim is a symmetry."""
+"""What can be labelled: reshaped, transposed and embedded units, on random architectures.
+
+Every claim is a symmetry.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,9 @@ class Net(nn.Module):
 
 
 def outputs(net: nn.Module, spec: WeightSpec, theta: Tensor, x: Tensor) -> Tensor:
-    """Evaluate the module itself, one network after the other: ``(batch, dim) -> (batch, n, ...)``."""
+    """Evaluate the module itself, one network after the other:
+    ``(batch, dim) -> (batch, n, ...)``.
+    """
     params = spec.unflatten(theta)
     each = ({name: value[i] for name, value in params.items()} for i in range(len(theta)))
     with torch.no_grad():
@@ -74,86 +79,164 @@ def decoder(activation: Callable[[], nn.Module]) -> nn.Module:
 
 CASES = {
     "image from a row": Case(
-        lambda: chain(nn.Unflatten(1, (1, 3, 4)), nn.Conv2d(1, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(24, 2)),
-        (12,), {"h1": 4}, "1",
+        lambda: chain(
+            nn.Unflatten(1, (1, 3, 4)),
+            nn.Conv2d(1, 4, 2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(24, 2),
+        ),
+        (12,),
+        {"h1": 4},
+        "1",
     ),
     "view of the inputs": Case(
         lambda: Net(
-            lambda n, x: n.b(torch.relu(n.a(x.view(-1, 1, 3, 4))).flatten(1)), a=nn.Conv2d(1, 4, 2), b=nn.Linear(24, 2)
-        ), (12,), {"h1": 4}, "1",
+            lambda n, x: n.b(torch.relu(n.a(x.view(-1, 1, 3, 4))).flatten(1)),
+            a=nn.Conv2d(1, 4, 2),
+            b=nn.Linear(24, 2),
+        ),
+        (12,),
+        {"h1": 4},
+        "1",
     ),
     "channels first": Case(
         lambda: Net(
-            lambda n, x: n.b(torch.relu(n.a(x.permute(0, 3, 1, 2))).mean((2, 3))), a=nn.Conv2d(2, 4, 2),
+            lambda n, x: n.b(torch.relu(n.a(x.permute(0, 3, 1, 2))).mean((2, 3))),
+            a=nn.Conv2d(2, 4, 2),
             b=nn.Linear(4, 2),
-        ), (3, 4, 2), {"h1": 4}, "1",
+        ),
+        (3, 4, 2),
+        {"h1": 4},
+        "1",
     ),
     "channels last": Case(
         lambda: Net(
             lambda n, x: n.c(torch.relu(n.b(torch.relu(n.a(x)).permute(0, 2, 3, 1))).mean((1, 2))),
-            a=nn.Conv2d(1, 4, 2), b=nn.Linear(4, 3), c=nn.Linear(3, 2),
-        ), (1, 3, 4), {"h1": 4, "h2": 3}, "12",
+            a=nn.Conv2d(1, 4, 2),
+            b=nn.Linear(4, 3),
+            c=nn.Linear(3, 2),
+        ),
+        (1, 3, 4),
+        {"h1": 4, "h2": 3},
+        "12",
     ),
     "features of the inputs": Case(
         lambda: Net(
-            lambda n, x: n.b(torch.relu(n.a(torch.cat([x, x**2, x[:, :1].sin()], -1)))), a=nn.Linear(7, 4),
+            lambda n, x: n.b(torch.relu(n.a(torch.cat([x, x**2, x[:, :1].sin()], -1)))),
+            a=nn.Linear(7, 4),
             b=nn.Linear(4, 2),
-        ), (3,), {"h1": 4}, "1",
+        ),
+        (3,),
+        {"h1": 4},
+        "1",
     ),
     "sequence": Case(
         lambda: Net(
-            lambda n, x: n.b(torch.relu(n.a(x.transpose(1, 2)))[:, :, -1]), a=nn.Conv1d(2, 4, 2), b=nn.Linear(4, 2)
-        ), (5, 2), {"h1": 4}, "1",
+            lambda n, x: n.b(torch.relu(n.a(x.transpose(1, 2)))[:, :, -1]),
+            a=nn.Conv1d(2, 4, 2),
+            b=nn.Linear(4, 2),
+        ),
+        (5, 2),
+        {"h1": 4},
+        "1",
     ),
     "view with sizes": Case(
         lambda: Net(
-            lambda n, x: n.c(F.relu(n.b(F.relu(n.a(x)).view(x.size(0), 4, 2, 3))).reshape(x.shape[0], -1)),
-            a=nn.Linear(3, 24), b=nn.Conv2d(4, 5, 2), c=nn.Linear(10, 2),
-        ), (3,), {"h1": 4, "h2": 5}, "12",
+            lambda n, x: n.c(
+                F.relu(n.b(F.relu(n.a(x)).view(x.size(0), 4, 2, 3))).reshape(x.shape[0], -1)
+            ),
+            a=nn.Linear(3, 24),
+            b=nn.Conv2d(4, 5, 2),
+            c=nn.Linear(10, 2),
+        ),
+        (3,),
+        {"h1": 4, "h2": 5},
+        "12",
     ),
     "decoder relu": Case(lambda: decoder(nn.ReLU), (3,), {"h1": 5, "h2": 4, "h3": 3}, "123"),
     "decoder tanh": Case(lambda: decoder(nn.Tanh), (3,), {"h1": 5, "h2": 4, "h3": 3}),
     "there and back": Case(
-        lambda: chain(nn.Linear(3, 12), nn.ReLU(), nn.Unflatten(1, (3, 4)), nn.Flatten(), nn.Linear(12, 2)),
-        (3,), {"h1": 12}, "1",
+        lambda: chain(
+            nn.Linear(3, 12), nn.ReLU(), nn.Unflatten(1, (3, 4)), nn.Flatten(), nn.Linear(12, 2)
+        ),
+        (3,),
+        {"h1": 12},
+        "1",
     ),
     "words": Case(
         lambda: chain(nn.Embedding(6, 5), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2)),
-        6, {"h1": 5, "h2": 4}, "12",
+        6,
+        {"h1": 5, "h2": 4},
+        "12",
     ),
     "words through convolutions": Case(
         lambda: Net(
-            lambda n, x: n.b(torch.relu(n.a(torch.relu(n.e(x)).transpose(1, 2))).mean(-1)), e=nn.Embedding(6, 5),
-            a=nn.Conv1d(5, 4, 2), b=nn.Linear(4, 2),
-        ), 6, {"h1": 5, "h2": 4}, "12",
+            lambda n, x: n.b(torch.relu(n.a(torch.relu(n.e(x)).transpose(1, 2))).mean(-1)),
+            e=nn.Embedding(6, 5),
+            a=nn.Conv1d(5, 4, 2),
+            b=nn.Linear(4, 2),
+        ),
+        6,
+        {"h1": 5, "h2": 4},
+        "12",
     ),
     "padding and upsampling": Case(
         lambda: chain(
-            nn.Conv2d(1, 3, 2), nn.ReLU(), nn.ZeroPad2d(1), nn.Upsample(scale_factor=2, mode="bilinear"),
-            nn.ReflectionPad2d(1), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Conv2d(1, 3, 2),
+            nn.ReLU(),
+            nn.ZeroPad2d(1),
+            nn.Upsample(scale_factor=2, mode="bilinear"),
+            nn.ReflectionPad2d(1),
+            nn.Conv2d(3, 4, 3),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
             nn.Linear(4, 2),
-        ), (1, 3, 4), {"h1": 3, "h2": 4}, "12",
+        ),
+        (1, 3, 4),
+        {"h1": 3, "h2": 4},
+        "12",
     ),
     "squeezed space": Case(
         lambda: Net(
             lambda n, x: n.b(F.adaptive_avg_pool2d(torch.relu(n.a(x)), 1).squeeze(-1).squeeze(-1)),
-            a=nn.Conv2d(1, 4, 2), b=nn.Linear(4, 2),
-        ), (1, 3, 4), {"h1": 4}, "1",
+            a=nn.Conv2d(1, 4, 2),
+            b=nn.Linear(4, 2),
+        ),
+        (1, 3, 4),
+        {"h1": 4},
+        "1",
     ),
     "partial flatten": Case(
         lambda: Net(
-            lambda n, x: n.b(torch.relu(n.a(x)).flatten(2).mean(2)), a=nn.Conv2d(1, 4, 2), b=nn.Linear(4, 2)
-        ), (1, 3, 4), {"h1": 4}, "1",
+            lambda n, x: n.b(torch.relu(n.a(x)).flatten(2).mean(2)),
+            a=nn.Conv2d(1, 4, 2),
+            b=nn.Linear(4, 2),
+        ),
+        (1, 3, 4),
+        {"h1": 4},
+        "1",
     ),
     "flattened norm": Case(
         lambda: chain(
-            nn.Conv1d(2, 4, 2), nn.Flatten(), nn.LayerNorm(16), nn.ReLU(), nn.Unflatten(1, (4, 4)), nn.Conv1d(4, 3, 2),
-            nn.ReLU(), nn.Flatten(), nn.Linear(9, 2),
-        ), (2, 5), {"h1": 4, "h2": 3}, "12",
+            nn.Conv1d(2, 4, 2),
+            nn.Flatten(),
+            nn.LayerNorm(16),
+            nn.ReLU(),
+            nn.Unflatten(1, (4, 4)),
+            nn.Conv1d(4, 3, 2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(9, 2),
+        ),
+        (2, 5),
+        {"h1": 4, "h2": 3},
+        "12",
     ),
     "one convolution": Case(lambda: nn.Conv1d(2, 3, 2), (2, 4), {}),
     "one embedding": Case(lambda: nn.Embedding(6, 3), 6, {}),
-}  # fmt: skip
+}
 
 
 def rows(case: Case, n: int = 3) -> Tensor:
@@ -211,7 +294,8 @@ def test_descriptions_come_back(case: Case) -> None:
     assert WeightSpec.from_description(spec.describe()) == spec
 
 
-CHAINS = {  # what else happens to units, and whether the network is a plain chain of layers all the same
+# what else happens to units, and whether the network is a plain chain of layers all the same
+CHAINS = {
     "view of the inputs": (lambda n, x: n.b(torch.tanh(n.a(x.view(-1, 3)))), True),
     "inputs flattened": (lambda n, x: n.b(torch.tanh(n.a(x.flatten(1)))), True),
     "inputs cut": (lambda n, x: n.b(torch.tanh(n.a(x.view(-1, 1, 3)))).flatten(1), False),
@@ -219,10 +303,14 @@ CHAINS = {  # what else happens to units, and whether the network is a plain cha
     "units cut": (lambda n, x: n.b(torch.tanh(n.a(x)).unflatten(-1, (2, 2)).flatten(1)), False),
     "one more axis": (lambda n, x: n.b(torch.tanh(n.a(x)).unflatten(1, (1, 4)))[:, 0], False),
     "outputs cut": (lambda n, x: n.b(torch.tanh(n.a(x))).unflatten(1, (1, 2))[:, 0], False),
-    "exchanged twice": (lambda n, x: n.b(torch.tanh(n.a(x)).unflatten(1, (1, 4)).transpose(1, 2).transpose(1, 2))[:, 0],
-                        False),
+    "exchanged twice": (
+        lambda n, x: n.b(torch.tanh(n.a(x)).unflatten(1, (1, 4)).transpose(1, 2).transpose(1, 2))[
+            :, 0
+        ],
+        False,
+    ),
     "sizes computed": (lambda n, x: n.b(torch.tanh(n.a(x)).view(x.size(0), x.size(1) + 1)), False),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -238,14 +326,16 @@ def test_only_what_is_a_chain_is_taken_for_one(name: str) -> None:
     torch.testing.assert_close(model.outputs(theta), net(x).detach())
 
 
-# ---------------------------------------------------------------- random architectures
+# ---------------------------------------- random architectures
 
 
 ACTIVATIONS = [nn.ReLU, nn.Tanh, nn.GELU, nn.LeakyReLU, lambda: Sine(2.0), nn.Identity]
 
 
 def random_network(seed: int) -> tuple[nn.Module, tuple[int, ...]]:
-    """A random stack of convolutions, pools, norms, skips, reshapes and linear layers, and the shape of its inputs."""
+    """A random stack of convolutions, pools, norms, skips, reshapes and linear layers, and the
+    shape of its inputs.
+    """
     g = generator(seed)
 
     def pick(*choices: Any) -> Any:
@@ -259,7 +349,13 @@ def random_network(seed: int) -> tuple[nn.Module, tuple[int, ...]]:
         modules, inputs = [nn.Unflatten(1, inputs)], (channels * 30,)
     elif pick(0, 1):
         c = pick(2, 3)
-        modules = [nn.Linear(4, 5), act(), nn.Linear(5, c * 30), pick(nn.Identity, act)(), nn.Unflatten(1, (c, 6, 5))]
+        modules = [
+            nn.Linear(4, 5),
+            act(),
+            nn.Linear(5, c * 30),
+            pick(nn.Identity, act)(),
+            nn.Unflatten(1, (c, 6, 5)),
+        ]
         channels, inputs = c, (4,)
     for _ in range(pick(1, 2, 3)):
         width = pick(3, 4)
@@ -273,9 +369,17 @@ def random_network(seed: int) -> tuple[nn.Module, tuple[int, ...]]:
         if block == "residual":
             modules += [Skip(chain(nn.Conv2d(width, 3, 1), act(), nn.Conv2d(3, width, 1)))]
         if block == "norm":
-            modules += [pick(nn.GroupNorm(1, width), nn.GroupNorm(width, width), nn.InstanceNorm2d(width)), act()]
+            modules += [
+                pick(nn.GroupNorm(1, width), nn.GroupNorm(width, width), nn.InstanceNorm2d(width)),
+                act(),
+            ]
         if block == "upsampled":
-            modules += [nn.Upsample(scale_factor=2), nn.AvgPool2d(2), nn.ReplicationPad2d(1), nn.MaxPool2d(3, 1)]
+            modules += [
+                nn.Upsample(scale_factor=2),
+                nn.AvgPool2d(2),
+                nn.ReplicationPad2d(1),
+                nn.MaxPool2d(3, 1),
+            ]
         channels = width
     how = pick("flatten", "average", "last")
     if how == "flatten":
@@ -283,7 +387,11 @@ def random_network(seed: int) -> tuple[nn.Module, tuple[int, ...]]:
     elif how == "average":
         modules += [Last(lambda h: h.mean((2, 3))), nn.Linear(channels, 4)]
     else:
-        modules += [Last(lambda h: h.permute(0, 2, 3, 1)), nn.Linear(channels, 4), Last(lambda h: h[:, -1, 0])]
+        modules += [
+            Last(lambda h: h.permute(0, 2, 3, 1)),
+            nn.Linear(channels, 4),
+            Last(lambda h: h[:, -1, 0]),
+        ]
     modules += [act(), pick(nn.Identity(), nn.LayerNorm(4)), nn.Linear(4, 2)]
     return chain(*modules), inputs
 
@@ -330,12 +438,16 @@ def random_network_inputs(seed: int) -> tuple[int, ...]:
         return random_network(seed)[1]
 
 
-# ---------------------------------------------------------------- constants
+# ---------------------------------------- constants
 
 
 def test_equal_constants_do_not_tie_units() -> None:
     """A frozen norm as it comes, or a frozen bias of zeros, is the same for every unit."""
-    net = built(lambda: chain(nn.Linear(3, 4), nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)))
+    net = built(
+        lambda: chain(
+            nn.Linear(3, 4), nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)
+        )
+    )
     nn.init.zeros_(net[3].bias)
     for parameter in (net[1].weight, net[1].bias, net[3].bias):
         parameter.requires_grad_(False)
@@ -349,13 +461,17 @@ def test_equal_constants_do_not_tie_units() -> None:
     assert WeightSpec.of(net).symmetries().permutation == {"h2"}
 
 
-# ---------------------------------------------------------------- the network of the documentation
+# ---------------------------------------- the network of the documentation
 
 
 def docs_model() -> bf.BayesianModel:
     """Run the block of docs/inference.md that defines the convnet, on rows of random pixels."""
     text = (Path(__file__).parents[1] / "docs" / "inference.md").read_text()
-    (block,) = [each for each in re.findall(r"```python\n(.*?)```", text, re.S) if "torch.nn.Unflatten(" in each]
+    (block,) = [
+        each
+        for each in re.findall(r"```python\n(.*?)```", text, re.S)
+        if "torch.nn.Unflatten(" in each
+    ]
     defines = block[block.index("class Residual") : block.index("images = ")]
     code = "\n".join(line for line in defines.splitlines() if "bf.data.load" not in line)
     scope: dict[str, Any] = {"torch": torch}
@@ -363,7 +479,9 @@ def docs_model() -> bf.BayesianModel:
         torch.default_generator.manual_seed(0)
         exec(code, scope)
     x = torch.randn(20, 64, generator=generator(1))
-    return bf.BayesianModel(scope["image"], priors.FanIn(), likelihoods.Categorical(), x, torch.arange(20) % 10)
+    return bf.BayesianModel(
+        scope["image"], priors.FanIn(), likelihoods.Categorical(), x, torch.arange(20) % 10
+    )
 
 
 def test_the_convnet_of_the_documentation_is_aligned() -> None:
@@ -379,7 +497,9 @@ def test_copies_of_the_convnet_have_one_form() -> None:
     """What `weight_convergence` compares, before and after a symmetry of the function."""
     model = docs_model().to(dtype=F64)
     spec = model.spec
-    theta = model.sample_prior(1, 0) + 0.02 * torch.randn(8, model.dim, generator=generator(), dtype=F64)
+    theta = model.sample_prior(1, 0) + 0.02 * torch.randn(
+        8, model.dim, generator=generator(), dtype=F64
+    )
     copies = spec.random_symmetry(theta, 2)
 
     def aligned(networks: Tensor) -> Tensor:
@@ -393,12 +513,16 @@ def test_copies_of_the_convnet_have_one_form() -> None:
 @pytest.mark.slow
 def test_chains_in_copies_of_the_convnet_are_found_to_agree() -> None:
     model = docs_model().to(dtype=F64)
-    chain = model.sample_prior(1, 0) + 0.02 * torch.randn(8, model.dim, generator=generator(), dtype=F64)
+    chain = model.sample_prior(1, 0) + 0.02 * torch.randn(
+        8, model.dim, generator=generator(), dtype=F64
+    )
     copy = torch.stack(model.spec.transform(model.spec.symmetries(), 2, *chain))
 
     def compared(*chains: Tensor) -> WeightConvergence:
         theta = torch.stack(chains)
-        return weight_convergence(model, bf.Draws(theta, model.log_joint(theta), {"n_steps": torch.ones(2, 8)}))
+        return weight_convergence(
+            model, bf.Draws(theta, model.log_joint(theta), {"n_steps": torch.ones(2, 8)})
+        )
 
     same, moved = compared(chain, chain), compared(chain, copy)
     assert not moved.unknown
@@ -416,5 +540,7 @@ def test_what_reads_no_units_is_refused_by_name(seeded):
             nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 0, 1), nn.Flatten(), nn.Linear(0, 3)),
         ]
     for net in nets:
-        with pytest.raises(ValueError, match=r"cannot label module '\d' \(Linear\): what it reads has no units"):
+        with pytest.raises(
+            ValueError, match=r"cannot label module '\d' \(Linear\): what it reads has no units"
+        ):
             WeightSpec.of(net)

@@ -1,4 +1,6 @@
-"""Laws that every likelihood keeps, and closed forms of the counts, the heavy tails and the ordered classes."""
+"""Laws that every likelihood keeps, and closed forms of the counts, the heavy tails and the ordered
+classes.
+"""
 
 from __future__ import annotations
 
@@ -99,11 +101,16 @@ def oracle(name: str, outputs: Tensor, parameters: dict[str, Tensor]) -> td.Dist
         return td.Independent(td.NegativeBinomial(r, logits=outputs - r.log()), 1)
     if name.startswith("ordinal"):
         gaps = parameters["gap"].cumsum(-1)
-        cutpoints = torch.cat([torch.zeros_like(gaps[..., :1]), gaps], -1).unsqueeze(-2)  # (..., 1, classes - 1)
+        # (..., 1, classes - 1)
+        cutpoints = torch.cat([torch.zeros_like(gaps[..., :1]), gaps], -1).unsqueeze(-2)
         below = torch.sigmoid(cutpoints - outputs)
         ends = torch.zeros_like(outputs), torch.ones_like(outputs)
         return td.Categorical(torch.cat([ends[0], below, ends[1]], -1).diff(dim=-1))
-    return td.Categorical(logits=outputs) if name == "categorical" else td.Bernoulli(logits=outputs.squeeze(-1))
+    return (
+        td.Categorical(logits=outputs)
+        if name == "categorical"
+        else td.Bernoulli(logits=outputs.squeeze(-1))
+    )
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
@@ -120,7 +127,10 @@ def test_log_prob_is_torchs_with_every_constant(name: str) -> None:
 def test_density_has_mass_one(name: str) -> None:
     likelihood, outputs, parameters = case(name, 1, 1)
     if name in CLASSES:
-        rows = [likelihood.log_prob(outputs, torch.full((1,), k), parameters) for k in range(n_classes(name))]
+        rows = [
+            likelihood.log_prob(outputs, torch.full((1,), k), parameters)
+            for k in range(n_classes(name))
+        ]
         assert torch.cat(rows).exp().sum() == pytest.approx(1, abs=1e-12)
     elif name in COUNTS:
         one = outputs[..., :1].expand(1, 400, 1)
@@ -130,7 +140,9 @@ def test_density_has_mass_one(name: str) -> None:
         one = outputs[..., ::2] if name == "heteroscedastic" else outputs[..., :1]
 
         def density(value: float) -> float:
-            return math.exp(float(likelihood.log_prob(one, torch.full((1, 1), value, dtype=F64), parameters)))
+            return math.exp(
+                float(likelihood.log_prob(one, torch.full((1, 1), value, dtype=F64), parameters))
+            )
 
         assert integrate.quad(density, -np.inf, np.inf, limit=400)[0] == pytest.approx(1, abs=1e-6)
 
@@ -139,7 +151,11 @@ def test_density_has_mass_one(name: str) -> None:
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_score_is_the_gradient(name: str, per_network: bool) -> None:
     likelihood, outputs, parameters = case(name)
-    y = targets(name, 3, 7) if per_network else likelihood.validate(targets(name, 7), outputs.shape[-1])
+    y = (
+        targets(name, 3, 7)
+        if per_network
+        else likelihood.validate(targets(name, 7), outputs.shape[-1])
+    )
     logs = {key: value.log().requires_grad_() for key, value in parameters.items()}
     outputs.requires_grad_()
     log_prob = likelihood.log_prob(outputs, y, {key: log.exp() for key, log in logs.items()})
@@ -150,7 +166,9 @@ def test_score_is_the_gradient(name: str, per_network: bool) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
     if per_network:  # each network sees its own targets
         alone = [
-            likelihood.log_prob(outputs[i : i + 1], y[i], {k: v[i : i + 1] for k, v in parameters.items()})
+            likelihood.log_prob(
+                outputs[i : i + 1], y[i], {k: v[i : i + 1] for k, v in parameters.items()}
+            )
             for i in range(3)
         ]
         torch.testing.assert_close(log_prob, torch.cat(alone))
@@ -181,14 +199,20 @@ def test_fisher_factor_is_the_covariance_of_the_score(name: str) -> None:
     def scores(i: int) -> Tensor:
         """Scores by outputs and log parameters of many draws of the row of network i."""
         many = outputs[i : i + 1].expand(count, 1, size)
-        values = {key: value[i : i + 1].expand(count, *value.shape[1:]) for key, value in parameters.items()}
+        values = {
+            key: value[i : i + 1].expand(count, *value.shape[1:])
+            for key, value in parameters.items()
+        }
         if name in CLASSES:
             probs = likelihood.mean(many[:1], {k: v[:1] for k, v in values.items()})[0, 0]
-            y = torch.multinomial(probs, count, replacement=True, generator=generator(i)).unsqueeze(-1)
+            y = torch.multinomial(probs, count, replacement=True, generator=generator(i)).unsqueeze(
+                -1
+            )
         else:
             y = likelihood.sample(many, values, generator(i))
         by_outputs, by_parameters = likelihood.score(many, y, values)
-        return torch.cat([by_outputs[:, 0], *by_parameters.values()], -1)  # (count, size + parameters)
+        # (count, size + parameters)
+        return torch.cat([by_outputs[:, 0], *by_parameters.values()], -1)
 
     for i in range(2):
         drawn = scores(i)
@@ -215,7 +239,10 @@ def test_samples_agree_with_mean_variance_and_cdf(name: str) -> None:
     y = likelihood.sample(many, values, generator(1))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(y, likelihood.sample(many, values, generator(1)))
-    mean, variance = likelihood.mean(outputs, parameters)[0], likelihood.variance(outputs, parameters)[0]
+    mean, variance = (
+        likelihood.mean(outputs, parameters)[0],
+        likelihood.variance(outputs, parameters)[0],
+    )
     assert ((y.mean(0) - mean).abs() < 5 * (variance / count).sqrt()).all()
     squares = (y - mean).square()
     if name != "student":  # with 3.5 degrees of freedom the square has no variance
@@ -233,7 +260,9 @@ def test_cdfs_are_those_of_scipy() -> None:
     y = torch.tensor([-3.0, -0.5, 0.0, 1.0, 2.5, 30.0], dtype=F64).reshape(-1, 1, 1)
     likelihood, outputs, parameters = case("poisson", 1, 3)
     found = likelihood.cdf(outputs, y, parameters).numpy()
-    np.testing.assert_allclose(found, stats.poisson.cdf(y.numpy(), outputs.exp().numpy()), rtol=1e-12)
+    np.testing.assert_allclose(
+        found, stats.poisson.cdf(y.numpy(), outputs.exp().numpy()), rtol=1e-12
+    )
     likelihood, outputs, parameters = case("negative binomial", 1, 3)
     mean, r = outputs.exp().numpy(), 1 / 0.7
     found = likelihood.cdf(outputs, y, parameters).numpy()
@@ -254,18 +283,30 @@ def test_probabilities_of_classes() -> None:
 
 
 def test_negative_binomial_without_dispersion_is_poisson() -> None:
-    outputs, y = torch.randn(1, 9, 1, generator=generator(), dtype=F64), targets("poisson", 9)[:, :1]
+    outputs, y = (
+        torch.randn(1, 9, 1, generator=generator(), dtype=F64),
+        targets("poisson", 9)[:, :1],
+    )
     poisson, nearly = likelihoods.Poisson(), likelihoods.NegativeBinomial(1e-9)
     for dtype, tolerance in ((F64, 1e-6), (torch.float32, 1e-4)):
         where = outputs.to(dtype), y.to(dtype), {}
-        torch.testing.assert_close(nearly.log_prob(*where), poisson.log_prob(*where), rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(nearly.score(*where)[0], poisson.score(*where)[0], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            nearly.log_prob(*where), poisson.log_prob(*where), rtol=tolerance, atol=tolerance
+        )
+        torch.testing.assert_close(
+            nearly.score(*where)[0], poisson.score(*where)[0], rtol=tolerance, atol=tolerance
+        )
 
 
 def test_student_of_many_degrees_of_freedom_is_gaussian() -> None:
-    outputs, y = torch.randn(1, 9, 1, generator=generator(), dtype=F64), targets("gaussian", 9)[:, :1]
+    outputs, y = (
+        torch.randn(1, 9, 1, generator=generator(), dtype=F64),
+        targets("gaussian", 9)[:, :1],
+    )
     heavy, light = likelihoods.StudentT(1e7, 0.4), likelihoods.Gaussian(0.4)
-    torch.testing.assert_close(heavy.log_prob(outputs, y, {}), light.log_prob(outputs, y, {}), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        heavy.log_prob(outputs, y, {}), light.log_prob(outputs, y, {}), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_extreme_outputs_have_finite_scores() -> None:
@@ -276,20 +317,26 @@ def test_extreme_outputs_have_finite_scores() -> None:
         assert likelihoods.Ordinal(4).log_prob(far, y, gap).isfinite().all()
         assert likelihoods.Ordinal(4).score(far, y, gap)[0].isfinite().all()
     by_outputs, by_parameters = likelihoods.NegativeBinomial().score(
-        far * 2, torch.full((2, 1), 3.0, dtype=F64), {"dispersion": torch.full((1, 1), 1e-8, dtype=F64)}
+        far * 2,
+        torch.full((2, 1), 3.0, dtype=F64),
+        {"dispersion": torch.full((1, 1), 1e-8, dtype=F64)},
     )
     assert by_parameters["dispersion"].isfinite().all()
     assert by_outputs.isfinite().all()
 
 
-# ---------------------------------------------------------------- in a model
+# ---------------------------------------- in a model
 
 
 def model_of(name: str, *, dtype: torch.dtype = F64, n: int = 12, **options: Any) -> BayesianModel:
     likelihood, n_outputs = LIKELIHOODS[name]
-    net = built(lambda: nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, n_outputs))).to(dtype)
+    net = built(lambda: nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, n_outputs))).to(
+        dtype
+    )
     x = torch.randn(n, 2, generator=generator(1), dtype=F64)
-    return BayesianModel(net, priors.Normal(0.8), likelihood, x.to(dtype), targets(name, n), **options)
+    return BayesianModel(
+        net, priors.Normal(0.8), likelihood, x.to(dtype), targets(name, n), **options
+    )
 
 
 def points(model: BayesianModel, *shape: int) -> Tensor:
@@ -309,7 +356,9 @@ def test_log_joint_and_grad(name: str) -> None:
     torch.testing.assert_close(value, model.log_joint(theta), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(grad, autograd(model.log_joint, theta), rtol=1e-9, atol=1e-9)
     single = model.to(dtype=torch.float32)
-    torch.testing.assert_close(single.log_joint_and_grad(theta.float())[1].double(), grad, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        single.log_joint_and_grad(theta.float())[1].double(), grad, rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
@@ -318,8 +367,12 @@ def test_all_batches_of_one_row_average_to_the_gradient(name: str) -> None:
     theta = points(model, 2)
     pairs = [model.log_joint_and_grad(theta, torch.tensor([row])) for row in range(len(model.x))]
     value, grad = model.log_joint_and_grad(theta)
-    torch.testing.assert_close(torch.stack([v for v, _ in pairs]).mean(0), value, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(torch.stack([g for _, g in pairs]).mean(0), grad, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        torch.stack([v for v, _ in pairs]).mean(0), value, rtol=1e-9, atol=1e-9
+    )
+    torch.testing.assert_close(
+        torch.stack([g for _, g in pairs]).mean(0), grad, rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("name", WITH_FISHER)
@@ -329,22 +382,31 @@ def test_gauss_newton_is_the_fisher_matrix(name: str) -> None:
     grad, factor = model.at(theta).grad_and_factor()
     torch.testing.assert_close(grad, model.log_likelihood_grad(theta), rtol=1e-9, atol=1e-9)
     for row, a in zip(theta, factor, strict=True):
-        if name.startswith(("student", "negative")):  # no divergence in closed form, but blocks that do not mix
+        # no divergence in closed form, but blocks that do not mix
+        if name.startswith(("student", "negative")):
             jacobian = torch.func.jacrev(model.outputs)(row)  # (n, out, dim)
             parameters = model.likelihood_parameters(row.unsqueeze(0))
-            r, information = model.likelihood.fisher_factor(model.outputs(row).unsqueeze(0), parameters)
+            r, information = model.likelihood.fisher_factor(
+                model.outputs(row).unsqueeze(0), parameters
+            )
             expected = torch.einsum("nkd,nkl,nle->de", jacobian, r[0] @ r[0].mT, jacobian)
             for value in information.values():
                 expected[-1, -1] += value.squeeze()
         else:
-            expected = torch.func.hessian(lambda other, row=row: _divergence(name, model, row, other))(row)
+            expected = torch.func.hessian(
+                lambda other, row=row: _divergence(name, model, row, other)
+            )(row)
         torch.testing.assert_close(a.mT @ a, expected, rtol=1e-8, atol=1e-8)
 
 
 def _divergence(name: str, model: BayesianModel, theta: Tensor, other: Tensor) -> Tensor:
-    """Return KL(p(y | theta) || p(y | other)): its Hessian in `other` at equality is Fisher's information."""
+    """Return KL(p(y | theta) || p(y | other)): its Hessian in `other` at equality is Fisher's
+    information.
+    """
     laws = [
-        oracle(name, model.outputs(each).unsqueeze(0), model.likelihood_parameters(each.unsqueeze(0)))
+        oracle(
+            name, model.outputs(each).unsqueeze(0), model.likelihood_parameters(each.unsqueeze(0))
+        )
         for each in (theta, other)
     ]
     return td.kl_divergence(*laws).sum()
@@ -368,7 +430,9 @@ def test_pyro_sees_the_same_density(name: str, temperature: float) -> None:
 def test_fingerprint_tells_likelihoods_apart() -> None:
     def fingerprint(likelihood: Any, y: Tensor) -> str:
         net = built(lambda: nn.Linear(2, 1))
-        return BayesianModel(net, priors.Normal(), likelihood, torch.arange(12.0).reshape(6, 2), y).fingerprint()
+        return BayesianModel(
+            net, priors.Normal(), likelihood, torch.arange(12.0).reshape(6, 2), y
+        ).fingerprint()
 
     y = torch.tensor([0, 1, 2, 0, 1, 2])
     several = [
@@ -387,7 +451,7 @@ def test_fingerprint_tells_likelihoods_apart() -> None:
     assert len({fingerprint(each, y) for each in several}) == len(several)
 
 
-# ---------------------------------------------------------------- predictions
+# ---------------------------------------- predictions
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
@@ -466,15 +530,35 @@ def test_crps_of_wide_counts_is_refused() -> None:
         metrics.crps(predict(model, torch.tensor([[0.0, 12.0]], dtype=F64)), model.y)
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------- refusals
 
 BAD: dict[str, tuple[Any, Tensor, int, str]] = {
-    "negative count": (likelihoods.Poisson(), torch.tensor([1.0, -2.0]), 1, "y in row 1 is -2: counts are the whole"),
-    "half a count": (likelihoods.NegativeBinomial(), torch.tensor([1.0, 2.0, 0.5]), 1, "y in row 2 is 0.5"),
-    "count in a column": (likelihoods.Poisson(), torch.tensor([[1.0, 2.5]]), 2, "y in row 0 is 2.5"),
+    "negative count": (
+        likelihoods.Poisson(),
+        torch.tensor([1.0, -2.0]),
+        1,
+        "y in row 1 is -2: counts are the whole",
+    ),
+    "half a count": (
+        likelihoods.NegativeBinomial(),
+        torch.tensor([1.0, 2.0, 0.5]),
+        1,
+        "y in row 2 is 0.5",
+    ),
+    "count in a column": (
+        likelihoods.Poisson(),
+        torch.tensor([[1.0, 2.5]]),
+        2,
+        "y in row 0 is 2.5",
+    ),
     "targets": (likelihoods.StudentT(), torch.zeros(3, 2), 1, r"\(n, 1\) for this network"),
     "outputs of ordinal": (likelihoods.Ordinal(3), torch.zeros(3), 2, "one output, got 2"),
-    "label beyond": (likelihoods.Ordinal(3), torch.tensor([0, 3]), 1, "label 3 in row 1 is not one of the classes"),
+    "label beyond": (
+        likelihoods.Ordinal(3),
+        torch.tensor([0, 3]),
+        1,
+        "label 3 in row 1 is not one of the classes",
+    ),
 }
 
 
@@ -491,7 +575,10 @@ def test_bad_targets_are_refused(name: str) -> None:
         (lambda: likelihoods.StudentT(2.0), "df must be above 2"),
         (lambda: likelihoods.StudentT(math.inf), "df must be above 2 and finite, got inf"),
         (lambda: likelihoods.StudentT(4.0, -1.0), "scale must be positive"),
-        (lambda: likelihoods.NegativeBinomial(0.0), "dispersion must be positive and finite, got 0.0"),
+        (
+            lambda: likelihoods.NegativeBinomial(0.0),
+            "dispersion must be positive and finite, got 0.0",
+        ),
         (lambda: likelihoods.Ordinal(2), "for two use Bernoulli"),
     ],
 )

@@ -1,4 +1,6 @@
-"""One door for draws: flows are methods, and draws from every source say where they come from and at what price."""
+"""One door for draws: flows are methods, and draws from every source say where they come from and
+at what price.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 import bnnflow as bf
-from bnnflow.transport import Flow, FlowMap, GaussNewton, GradientSteps, Solver, WeightsVelocity, distil, fit_gaussian
+from bnnflow.transport import (
+    Flow,
+    FlowMap,
+    GaussNewton,
+    GradientSteps,
+    Solver,
+    WeightsVelocity,
+    distil,
+    fit_gaussian,
+)
 from tests.problems import F64, built
 
 X = torch.linspace(-1, 1, 10, dtype=F64).unsqueeze(-1)
@@ -89,7 +100,16 @@ def test_gradients_are_those_that_were_asked_for() -> None:
 
     for name in ("log_joint_and_grad", "log_likelihood_grad"):
         setattr(model, name, counting(name))
-    draws = bf.sample(model, bf.HMC(max_leapfrog=4), chains=3, warmup=5, draws=6, seed=0, init="prior", progress=False)
+    draws = bf.sample(
+        model,
+        bf.HMC(max_leapfrog=4),
+        chains=3,
+        warmup=5,
+        draws=6,
+        seed=0,
+        init="prior",
+        progress=False,
+    )
     assert draws.info["gradients"] == pytest.approx(counts[0], abs=6)
     counts[0] = 0
     flow = bf.GaussNewtonFlow(model, GradientSteps(2), solver=Solver("rk4", 3))
@@ -125,12 +145,17 @@ def test_what_is_made_of_a_flow_is_a_method_too() -> None:
 
 
 def test_draws_go_from_door_to_door() -> None:
-    """Sampler, flow, refinement, prediction, report: nothing but the model and draws is carried along."""
+    """Sampler, flow, refinement, prediction, report: nothing but the model and draws is carried
+    along.
+    """
     chains = bf.sample(MODEL, bf.HMC(), chains=4, warmup=40, draws=60, seed=0, progress=False)
     flow = bf.fit_flow(MODEL, chains, velocity="weights", training=FEW, seed=0, progress=False)
     refined = bf.refine(MODEL, bf.sample(MODEL, flow, draws=40, seed=1), 4, seed=2, progress=False)
     x, y = X + 0.1, (X + 0.1).sin()
     assert bf.predict(MODEL, refined, x).mean.shape == (10,)
     made = bf.report(MODEL, {"HMC": chains, "flow": refined}, x, y, path=None)
-    assert [row["seconds"] for row in made.table] == [chains.info["seconds"], refined.info["seconds"]]
+    assert [row["seconds"] for row in made.table] == [
+        chains.info["seconds"],
+        refined.info["seconds"],
+    ]
     assert bf.align(MODEL, refined).info == refined.info

@@ -1,4 +1,6 @@
-"""Laws of the Bayesian model: densities against closed forms, gradients against autograd, and clear refusals."""
+"""Laws of the Bayesian model: densities against closed forms, gradients against autograd, and clear
+refusals.
+"""
 
 from __future__ import annotations
 
@@ -116,24 +118,33 @@ def _reals(g: torch.Generator, n: int, targets: int = 1) -> Tensor:
     return torch.randn(n, targets, generator=g, dtype=F64)
 
 
-LIKELIHOODS: dict[str, tuple[Any, int, Callable[[torch.Generator, int], Tensor]]] = {  # likelihood, outputs, y
+# likelihood, outputs, y
+LIKELIHOODS: dict[str, tuple[Any, int, Callable[[torch.Generator, int], Tensor]]] = {
     "gaussian": (likelihoods.Gaussian(0.3), 1, _reals),
     "gaussian two targets": (likelihoods.Gaussian(0.3), 2, lambda g, n: _reals(g, n, 2)),
     "gaussian learned": (likelihoods.Gaussian(), 1, _reals),
     "gaussian learned two targets": (
-        likelihoods.Gaussian(scale_prior=td.LogNormal(-1.0, 0.5)), 2, lambda g, n: _reals(g, n, 2),
+        likelihoods.Gaussian(scale_prior=td.LogNormal(-1.0, 0.5)),
+        2,
+        lambda g, n: _reals(g, n, 2),
     ),
     "heteroscedastic": (likelihoods.HeteroscedasticGaussian(0.05), 2, _reals),
-    "heteroscedastic two targets": (likelihoods.HeteroscedasticGaussian(), 4, lambda g, n: _reals(g, n, 2)),
+    "heteroscedastic two targets": (
+        likelihoods.HeteroscedasticGaussian(),
+        4,
+        lambda g, n: _reals(g, n, 2),
+    ),
     "categorical": (likelihoods.Categorical(), 3, lambda g, n: torch.randint(3, (n,), generator=g)),
     "bernoulli": (likelihoods.Bernoulli(), 1, lambda g, n: torch.randint(2, (n,), generator=g)),
     "poisson": (Poisson(), 1, _counts),
     "student": (StudentNoise(), 1, _reals),
-}  # fmt: skip
+}
 OURS = [name for name in LIKELIHOODS if name not in ("poisson", "student")]
 
 
-def perceptron(outputs: int, activation: str = "tanh", widths: tuple[int, ...] = (4, 3)) -> nn.Module:
+def perceptron(
+    outputs: int, activation: str = "tanh", widths: tuple[int, ...] = (4, 3)
+) -> nn.Module:
     def make() -> nn.Module:
         modules: list[nn.Module] = []
         size = 2
@@ -164,10 +175,12 @@ def model_of(
 
 
 def points(model: BayesianModel, *shape: int, seed: int = 3) -> Tensor:
-    return 0.7 * torch.randn(*shape, model.dim, generator=generator(seed), dtype=F64).to(model.dtype)
+    return 0.7 * torch.randn(*shape, model.dim, generator=generator(seed), dtype=F64).to(
+        model.dtype
+    )
 
 
-# ---------------------------------------------------------------- outputs
+# ---------------------------------------- outputs
 
 MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {}
 
@@ -183,7 +196,13 @@ def module(*shape: int) -> Callable:
 @module(1, 6, 6)
 def conv() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(1, 2, 3), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8, 3), nn.SiLU(), nn.Linear(3, 1)
+        nn.Conv2d(1, 2, 3),
+        nn.Tanh(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(8, 3),
+        nn.SiLU(),
+        nn.Linear(3, 1),
     )
 
 
@@ -230,12 +249,20 @@ def attention() -> nn.Module:
 
 def module_model(name: str) -> BayesianModel:
     make, shape = MODULES[name]
-    return model_of("gaussian learned", net=built(make), x=torch.randn(6, *shape, generator=generator(1), dtype=F64))
+    return model_of(
+        "gaussian learned",
+        net=built(make),
+        x=torch.randn(6, *shape, generator=generator(1), dtype=F64),
+    )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (F64, 1e-12)], ids=["f32", "f64"])
-def test_fast_path_is_the_module_mapped(activation: str, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (F64, 1e-12)], ids=["f32", "f64"]
+)
+def test_fast_path_is_the_module_mapped(
+    activation: str, dtype: torch.dtype, tolerance: float
+) -> None:
     model = model_of("gaussian two targets", activation, dtype=dtype)
     assert model.spec.layers, "this should take the fast path"
     theta = points(model, 2, 3)
@@ -247,7 +274,10 @@ def test_fast_path_is_the_module_mapped(activation: str, dtype: torch.dtype, tol
 def test_hidden_activations_are_those_of_the_module(activation: str) -> None:
     net = built(lambda: perceptron(2, activation))
     spec = WeightSpec.of(net)
-    x, theta = torch.randn(6, 2, generator=generator(), dtype=F64), spec.flatten(dict(net.named_parameters())).detach()
+    x, theta = (
+        torch.randn(6, 2, generator=generator(), dtype=F64),
+        spec.flatten(dict(net.named_parameters())).detach(),
+    )
     found = ChainNetwork(spec).hidden(torch.stack([theta, -theta]), x)
     assert list(found) == list(spec.activations)
     h, layers = x, iter(found.values())
@@ -315,7 +345,7 @@ def test_read_only_and_strided_arrays() -> None:
     assert torch.equal(model.x, torch.tensor(x.copy()))
 
 
-# ---------------------------------------------------------------- gradients
+# ---------------------------------------- gradients
 
 
 def autograd(function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
@@ -339,7 +369,9 @@ def test_gradients_are_those_of_autograd(activation: str, likelihood: str) -> No
     assert (single.log_likelihood_grad(theta.float()) - expected).abs().max() <= 1e-5 * scale
 
 
-@pytest.mark.parametrize("prior", [priors.Normal(0.5, 0.1), priors.Laplace(0.4), priors.StudentT(3.0)], ids=str)
+@pytest.mark.parametrize(
+    "prior", [priors.Normal(0.5, 0.1), priors.Laplace(0.4), priors.StudentT(3.0)], ids=str
+)
 @pytest.mark.parametrize("likelihood", ["gaussian learned", "student", "categorical"])
 def test_log_joint_and_grad(likelihood: str, prior: Any) -> None:
     model = model_of(likelihood, prior=prior, temperature=0.7)
@@ -367,14 +399,17 @@ def test_gradient_is_differentiable_again(source: str, likelihood: str) -> None:
         make, shape = MODULES["conv"]
         outputs = LIKELIHOODS[likelihood][1]
         net = built(lambda: nn.Sequential(*list(make())[:-1], nn.Linear(3, outputs)))
-        model = model_of(likelihood, net=net, x=torch.randn(6, *shape, generator=generator(1), dtype=F64))
+        model = model_of(
+            likelihood, net=net, x=torch.randn(6, *shape, generator=generator(1), dtype=F64)
+        )
     else:
         model = model_of(likelihood, source)
     theta, vector = points(model, 2), points(model, 2, seed=7)
 
     leaf = theta.clone().requires_grad_()
     gradient = torch.autograd.grad(model.log_likelihood(leaf).sum(), leaf, create_graph=True)[0]
-    expected = torch.autograd.grad((gradient * vector).sum(), leaf)[0]  # a Hessian is symmetric: VJP and JVP agree
+    # a Hessian is symmetric: VJP and JVP agree
+    expected = torch.autograd.grad((gradient * vector).sum(), leaf)[0]
 
     leaf = theta.clone().requires_grad_()
     vjp = torch.autograd.grad((model.log_likelihood_grad(leaf) * vector).sum(), leaf)[0]
@@ -403,7 +438,7 @@ def test_unknown_activation_is_refused() -> None:
         Activation("cube")
 
 
-# ---------------------------------------------------------------- likelihoods
+# ---------------------------------------- likelihoods
 
 
 def oracle(name: str, outputs: Tensor, scale: Tensor) -> td.Distribution:
@@ -411,11 +446,17 @@ def oracle(name: str, outputs: Tensor, scale: Tensor) -> td.Distribution:
     likelihood = LIKELIHOODS[name][0]
     if name.startswith("gaussian"):
         fixed = likelihood.scale
-        return td.Independent(td.Normal(outputs, scale.unsqueeze(-1) if fixed is None else fixed), 1)
+        return td.Independent(
+            td.Normal(outputs, scale.unsqueeze(-1) if fixed is None else fixed), 1
+        )
     if name.startswith("heteroscedastic"):
         mean, raw = outputs.chunk(2, -1)
         return td.Independent(td.Normal(mean, F.softplus(raw) + likelihood.min_scale), 1)
-    return td.Categorical(logits=outputs) if name == "categorical" else td.Bernoulli(logits=outputs.squeeze(-1))
+    return (
+        td.Categorical(logits=outputs)
+        if name == "categorical"
+        else td.Bernoulli(logits=outputs.squeeze(-1))
+    )
 
 
 def rows(name: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -465,12 +506,16 @@ def test_fisher_factor_is_the_covariance_of_the_score(name: str) -> None:
         nodes, weights = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(6))
         mean, sd = likelihood.mean(outputs), likelihood.variance(outputs, parameters).sqrt()
         expected = torch.zeros(*outputs.shape, outputs.shape[-1], dtype=F64)
-        for zs in torch.cartesian_prod(*[torch.arange(6)] * mean.shape[-1]).reshape(-1, mean.shape[-1]):
+        for zs in torch.cartesian_prod(*[torch.arange(6)] * mean.shape[-1]).reshape(
+            -1, mean.shape[-1]
+        ):
             score, _ = likelihood.score(outputs, mean + sd * nodes[zs], parameters)
             weight = (weights[zs] / math.sqrt(2 * math.pi)).prod()
             expected += weight * score.unsqueeze(-1) * score.unsqueeze(-2)
         if information:  # the scores of independent rows and targets add: 2 for each
-            torch.testing.assert_close(information["scale"], torch.full((3, 1), 2.0 * 9 * mean.shape[-1], dtype=F64))
+            torch.testing.assert_close(
+                information["scale"], torch.full((3, 1), 2.0 * 9 * mean.shape[-1], dtype=F64)
+            )
     torch.testing.assert_close(factor @ factor.mT, expected, rtol=1e-9, atol=1e-10)
 
 
@@ -503,12 +548,20 @@ def test_gauss_newton_products_are_those_of_the_matrix(name: str, rows: Tensor |
     same, product = model.at(theta, rows).grad_and_product()
     v = points(model, 3).flip(0)
     torch.testing.assert_close(same, grad, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(product(v), torch.einsum("brd,bre,be->bd", factor, factor, v), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        product(v), torch.einsum("brd,bre,be->bd", factor, factor, v), rtol=1e-9, atol=1e-9
+    )
 
 
-def _expected_minus(likelihood: Any, outputs: Tensor, model: BayesianModel, theta: Tensor) -> Tensor:
-    """Return KL(p(y | fixed outputs) || p(y | outputs)) summed over rows: its Hessian at equality is Fisher's."""
-    parameters = {name: value.unsqueeze(0) for name, value in model.likelihood_parameters(theta).items()}
+def _expected_minus(
+    likelihood: Any, outputs: Tensor, model: BayesianModel, theta: Tensor
+) -> Tensor:
+    """Return KL(p(y | fixed outputs) || p(y | outputs)) summed over rows: its Hessian at equality
+    is Fisher's.
+    """
+    parameters = {
+        name: value.unsqueeze(0) for name, value in model.likelihood_parameters(theta).items()
+    }
     name = next(key for key, (each, *_) in LIKELIHOODS.items() if each is likelihood)
     scale = parameters.get("scale", torch.ones(1, 1, dtype=F64))
     fixed = oracle(name, model.outputs(theta).unsqueeze(0), scale)
@@ -537,7 +590,9 @@ def test_predictive_moments_are_torchs(name: str) -> None:
         return
     torch.testing.assert_close(likelihood.mean(outputs), distribution.mean)
     torch.testing.assert_close(likelihood.variance(outputs, parameters), distribution.variance)
-    torch.testing.assert_close(likelihood.cdf(outputs, y, parameters), distribution.base_dist.cdf(y))
+    torch.testing.assert_close(
+        likelihood.cdf(outputs, y, parameters), distribution.base_dist.cdf(y)
+    )
 
 
 def test_a_users_likelihood_needs_no_score() -> None:
@@ -547,7 +602,7 @@ def test_a_users_likelihood_needs_no_score() -> None:
     torch.testing.assert_close(model.log_likelihood(theta), expected)
 
 
-# ---------------------------------------------------------------- priors
+# ---------------------------------------- priors
 
 EVERY_PRIOR: dict[str, tuple[Any, Any]] = {  # prior, scipy's law of one weight
     "normal": (priors.Normal(0.7, 0.2), stats.norm(0.2, 0.7)),
@@ -556,7 +611,10 @@ EVERY_PRIOR: dict[str, tuple[Any, Any]] = {  # prior, scipy's law of one weight
     "cauchy": (td.Cauchy(0.0, 0.3), stats.cauchy(0.0, 0.3)),
     "pyro": (pyro_dist.Normal(0.1, 2.0), stats.norm(0.1, 2.0)),
     "pyro events": (
-        {"0.weight": pyro_dist.Normal(torch.full((3, 2), 0.5), 2.0).to_event(2), "0.bias": td.Normal(0.5, 2.0)},
+        {
+            "0.weight": pyro_dist.Normal(torch.full((3, 2), 0.5), 2.0).to_event(2),
+            "0.bias": td.Normal(0.5, 2.0),
+        },
         stats.norm(0.5, 2.0),
     ),
 }
@@ -570,8 +628,14 @@ SCALE_PRIORS: dict[str, tuple[td.Distribution, Any]] = {
 }
 
 
-def linear(prior: Any = None, scale_prior: td.Distribution | None = None, **options: Any) -> BayesianModel:
-    likelihood = likelihoods.Gaussian(0.5) if scale_prior is None else likelihoods.Gaussian(scale_prior=scale_prior)
+def linear(
+    prior: Any = None, scale_prior: td.Distribution | None = None, **options: Any
+) -> BayesianModel:
+    likelihood = (
+        likelihoods.Gaussian(0.5)
+        if scale_prior is None
+        else likelihoods.Gaussian(scale_prior=scale_prior)
+    )
     net = nn.Sequential(built(lambda: nn.Linear(2, 3)))
     x = torch.randn(9, 2, generator=generator(1), dtype=F64)
     prior = priors.Normal() if prior is None else prior
@@ -602,15 +666,21 @@ def test_learned_scale_carries_its_jacobian(name: str) -> None:
         theta[0, -1] = log_scale
         return math.exp(float(model.log_prior(theta)) - rest)
 
-    assert integrate.quad(density, -40, 40, limit=400, points=[-5, 0, 5])[0] == pytest.approx(1, abs=1e-6)
+    assert integrate.quad(density, -40, 40, limit=400, points=[-5, 0, 5])[0] == pytest.approx(
+        1, abs=1e-6
+    )
     draws = model.sample_prior(4000, seed=2)[:, -1].exp()
     assert stats.kstest(draws.numpy(), law.cdf).pvalue > 1e-4
 
 
 def test_fan_in_keeps_the_size_of_functions() -> None:
     spec = WeightSpec.of(perceptron(1, widths=(64,)))
-    scales = {name: float(d.scale) for name, d in priors.FanIn(1.5, 0.3).distributions(spec).items()}
-    assert scales == pytest.approx({"0.weight": 1.5 / math.sqrt(2), "0.bias": 0.3, "2.weight": 1.5 / 8, "2.bias": 0.3})
+    scales = {
+        name: float(d.scale) for name, d in priors.FanIn(1.5, 0.3).distributions(spec).items()
+    }
+    assert scales == pytest.approx(
+        {"0.weight": 1.5 / math.sqrt(2), "0.bias": 0.3, "2.weight": 1.5 / 8, "2.bias": 0.3}
+    )
 
 
 @pytest.mark.parametrize("prior", [priors.Normal(), priors.StudentT(), priors.Laplace()], ids=str)
@@ -631,7 +701,9 @@ def test_temperature_divides_prior_and_likelihood() -> None:
     torch.testing.assert_close(cold.log_joint(theta), 4 * plain.log_joint(theta))
     torch.testing.assert_close(cold.log_prior(theta), plain.log_prior(theta))
     torch.testing.assert_close(cold.log_likelihood(theta), plain.log_likelihood(theta))
-    torch.testing.assert_close(cold.log_joint_and_grad(theta)[1], 4 * plain.log_joint_and_grad(theta)[1])
+    torch.testing.assert_close(
+        cold.log_joint_and_grad(theta)[1], 4 * plain.log_joint_and_grad(theta)[1]
+    )
 
 
 COORDINATES = {
@@ -655,10 +727,14 @@ def test_normal_coordinates(name: str) -> None:
     slope = autograd(prior.from_normal, z)
     assert (slope > 0).all()
     torch.testing.assert_close(prior.jvp(z, torch.ones_like(z)), slope, rtol=1e-7, atol=1e-9)
-    torch.testing.assert_close(prior.log_jacobian(theta), -slope.log().sum(-1), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(
+        prior.log_jacobian(theta), -slope.log().sum(-1), rtol=1e-7, atol=1e-7
+    )
     # The prior is N(0, I) there.
     standard = td.Normal(0.0, 1.0).log_prob(z).sum(-1)
-    torch.testing.assert_close(prior.log_prob(theta), standard + prior.log_jacobian(theta), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(
+        prior.log_prob(theta), standard + prior.log_jacobian(theta), rtol=1e-7, atol=1e-7
+    )
 
 
 def test_normal_coordinates_of_far_tails() -> None:
@@ -666,16 +742,23 @@ def test_normal_coordinates_of_far_tails() -> None:
     z = torch.linspace(-6, 6, 25, dtype=F64).unsqueeze(-1).expand(-1, 9)
     torch.testing.assert_close(prior.to_normal(prior.from_normal(z)), z, rtol=1e-5, atol=1e-7)
     single = prior.to("cpu", torch.float32)
-    torch.testing.assert_close(single.from_normal(z.float()), prior.from_normal(z).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        single.from_normal(z.float()), prior.from_normal(z).float(), rtol=1e-5, atol=1e-5
+    )
     assert prior.to_normal(torch.full((1, 9), 500.0, dtype=F64)).isfinite().all()
 
 
-@pytest.mark.parametrize("prior", [priors.StudentT(), td.Gumbel(0.0, 1.0)], ids=["StudentT", "Gumbel"])
+@pytest.mark.parametrize(
+    "prior", [priors.StudentT(), td.Gumbel(0.0, 1.0)], ids=["StudentT", "Gumbel"]
+)
 def test_every_prior_has_normal_coordinates(prior: Any) -> None:
     flat_prior = linear(prior).flat_prior
     flat_prior.require_coordinates()
     theta = flat_prior.sample(4000, 0)
-    assert min(stats.kstest(column.numpy(), "norm").pvalue for column in flat_prior.to_normal(theta).T) > 1e-4
+    assert (
+        min(stats.kstest(column.numpy(), "norm").pvalue for column in flat_prior.to_normal(theta).T)
+        > 1e-4
+    )
 
 
 @pytest.mark.parametrize("prior", [*EVERY_PRIOR.values()], ids=[*EVERY_PRIOR])
@@ -687,11 +770,13 @@ def test_prior_description_round_trip(prior: Any) -> None:
     assert torch.equal(rebuilt.sample(2, 0), model.sample_prior(2, 0))
 
 
-# ---------------------------------------------------------------- other views
+# ---------------------------------------- other views
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-@pytest.mark.parametrize("likelihood", ["gaussian", "gaussian learned", "categorical", "student", "poisson"])
+@pytest.mark.parametrize(
+    "likelihood", ["gaussian", "gaussian learned", "categorical", "student", "poisson"]
+)
 def test_pyro_sees_the_same_density(likelihood: str, temperature: float) -> None:
     model = model_of(likelihood, prior=priors.Laplace(0.5), temperature=temperature)
     for theta in points(model, 3):
@@ -719,14 +804,20 @@ def test_pyro_sees_the_same_density_under_a_plate() -> None:
 def test_pyro_keeps_the_models_precision(dtype: torch.dtype) -> None:
     with torch.random.fork_rng(devices=[]):
         trace = poutine.trace(model_of("gaussian learned", dtype=dtype).to_pyro()).get_trace()
-    sampled = [site["value"] for site in trace.nodes.values() if site["type"] == "sample" and not site["is_observed"]]
+    sampled = [
+        site["value"]
+        for site in trace.nodes.values()
+        if site["type"] == "sample" and not site["is_observed"]
+    ]
     assert {value.dtype for value in sampled} == {dtype}
 
 
 def _sites(model: BayesianModel, theta: Tensor) -> dict[str, Tensor]:
     params = model.spec.unflatten(theta)
     return {
-        name.replace("likelihood.log_", "likelihood."): value.exp() if name in model.spec.extras else value
+        name.replace("likelihood.log_", "likelihood."): value.exp()
+        if name in model.spec.extras
+        else value
         for name, value in params.items()
     }
 
@@ -737,7 +828,9 @@ def test_to_another_precision() -> None:
     theta = points(model, 3)
     assert (single.dtype, model.dtype) == (torch.float32, F64)
     assert single.outputs(theta.float()).dtype == torch.float32
-    torch.testing.assert_close(single.log_joint(theta.float()), model.log_joint(theta), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        single.log_joint(theta.float()), model.log_joint(theta), rtol=1e-5, atol=1e-4
+    )
     assert single.sample_prior(4, 0).dtype == torch.float32
     conv = module_model("conv").to(dtype=torch.float32)
     assert conv.log_joint(torch.zeros(2, conv.dim)).isfinite().all()
@@ -751,10 +844,16 @@ def test_fingerprint_tells_models_apart() -> None:
     ) -> str:
         net = perceptron(1) if net is None else net
         likelihood = likelihoods.Gaussian(0.3) if likelihood is None else likelihood
-        return BayesianModel(net, prior or priors.Normal(), likelihood, x, y, **options).fingerprint()
+        return BayesianModel(
+            net, prior or priors.Normal(), likelihood, x, y, **options
+        ).fingerprint()
 
     def strided(stride: int) -> nn.Module:
-        return built(lambda: nn.Sequential(nn.Conv1d(1, 2, 1, stride=stride), nn.AdaptiveAvgPool1d(1), nn.Flatten()))
+        return built(
+            lambda: nn.Sequential(
+                nn.Conv1d(1, 2, 1, stride=stride), nn.AdaptiveAvgPool1d(1), nn.Flatten()
+            )
+        )
 
     two = {"y": _reals(generator(2), 9, 2), "x": x.unsqueeze(1)}
     variants = [
@@ -791,14 +890,16 @@ def test_batches_of_every_shape_agree() -> None:
     torch.testing.assert_close(model.log_joint(theta), expected)
     assert model.outputs(theta).shape == (2, 3, 9, 1)
     assert model.pointwise_log_likelihood(theta).shape == (2, 3, 9)
-    torch.testing.assert_close(model.pointwise_log_likelihood(theta).sum(-1), model.log_likelihood(theta))
+    torch.testing.assert_close(
+        model.pointwise_log_likelihood(theta).sum(-1), model.log_likelihood(theta)
+    )
     x, y = model.x[:4], model.y[:4]
     torch.testing.assert_close(
         model.pointwise_log_likelihood(theta, x, y), model.pointwise_log_likelihood(theta)[..., :4]
     )
 
 
-# ---------------------------------------------------------------- mini-batches
+# ---------------------------------------- mini-batches
 
 
 def with_module(name: str, likelihood: str, **options: Any) -> BayesianModel:
@@ -806,21 +907,34 @@ def with_module(name: str, likelihood: str, **options: Any) -> BayesianModel:
     if not name:
         return model_of(likelihood, **options)
     make, shape = MODULES[name]
-    return model_of(likelihood, net=built(make), x=torch.randn(7, *shape, generator=generator(1), dtype=F64), **options)
+    return model_of(
+        likelihood,
+        net=built(make),
+        x=torch.randn(7, *shape, generator=generator(1), dtype=F64),
+        **options,
+    )
 
 
-@pytest.mark.parametrize("source", ["", "conv", "attention"], ids=["perceptron", "conv", "attention"])
+@pytest.mark.parametrize(
+    "source", ["", "conv", "attention"], ids=["perceptron", "conv", "attention"]
+)
 @pytest.mark.parametrize("likelihood", ["gaussian learned", "student", "bernoulli"])
 def test_all_batches_of_one_row_average_to_the_gradient(likelihood: str, source: str) -> None:
     model = with_module(source, likelihood, temperature=0.7, prior=priors.Laplace(0.5))
     theta, n = points(model, 3), len(model.x)
     pairs = [model.log_joint_and_grad(theta, torch.tensor([row])) for row in range(n)]
     value, grad = model.log_joint_and_grad(theta)
-    torch.testing.assert_close(torch.stack([v for v, _ in pairs]).mean(0), value, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(torch.stack([g for _, g in pairs]).mean(0), grad, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        torch.stack([v for v, _ in pairs]).mean(0), value, rtol=1e-10, atol=1e-10
+    )
+    torch.testing.assert_close(
+        torch.stack([g for _, g in pairs]).mean(0), grad, rtol=1e-9, atol=1e-9
+    )
 
 
-@pytest.mark.parametrize("source", ["", "conv", "layer_norm"], ids=["perceptron", "conv", "layer norm"])
+@pytest.mark.parametrize(
+    "source", ["", "conv", "layer_norm"], ids=["perceptron", "conv", "layer norm"]
+)
 @pytest.mark.parametrize("likelihood", ["gaussian learned", "student", "bernoulli", "poisson"])
 def test_every_chain_has_a_batch_of_its_own(likelihood: str, source: str) -> None:
     model = with_module(source, likelihood, temperature=0.7)
@@ -840,11 +954,16 @@ def test_every_chain_has_a_batch_of_its_own(likelihood: str, source: str) -> Non
     torch.testing.assert_close(value, by_hand(theta), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(grad, autograd(by_hand, theta), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(
-        model.log_likelihood_grad(theta, rows), model.log_likelihood_and_grad(theta, rows)[1], rtol=0, atol=0
+        model.log_likelihood_grad(theta, rows),
+        model.log_likelihood_and_grad(theta, rows)[1],
+        rtol=0,
+        atol=0,
     )
 
 
-@pytest.mark.parametrize("likelihood", ["gaussian learned", "gaussian learned two targets", "categorical"])
+@pytest.mark.parametrize(
+    "likelihood", ["gaussian learned", "gaussian learned two targets", "categorical"]
+)
 def test_all_rows_are_the_full_gradient(likelihood: str) -> None:
     model = model_of(likelihood)
     theta = points(model, 2, 2)
@@ -854,7 +973,9 @@ def test_all_rows_are_the_full_gradient(likelihood: str) -> None:
         for found, wanted in zip(model.log_joint_and_grad(theta, rows), expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     # A stratified batch of everything is everything, in order.
-    for found, wanted in zip(model.minibatch_log_joint_and_grad(theta, generator(), 9), expected, strict=True):
+    for found, wanted in zip(
+        model.minibatch_log_joint_and_grad(theta, generator(), 9), expected, strict=True
+    ):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     single = model.to(dtype=torch.float32)
     value, grad = single.minibatch_log_joint_and_grad(theta.float(), generator(), 9)
@@ -903,7 +1024,9 @@ def test_batches_depend_on_the_generator_alone() -> None:
 @pytest.mark.parametrize("batch_size", [0, -1, 10])
 def test_bad_batch_sizes(batch_size: int) -> None:
     model = model_of()
-    with pytest.raises(ValueError, match=f"batch_size must be between 1 and the 9 rows of data, got {batch_size}"):
+    with pytest.raises(
+        ValueError, match=f"batch_size must be between 1 and the 9 rows of data, got {batch_size}"
+    ):
         model.minibatch_log_joint_and_grad(points(model, 2), generator(), batch_size)
 
 
@@ -922,7 +1045,7 @@ def test_bad_rows(rows: Tensor, message: str) -> None:
         model.log_joint_and_grad(points(model, 2), rows)
 
 
-# ---------------------------------------------------------------- linearised
+# ---------------------------------------- linearised
 
 SOURCES = ["", "conv", "residual", "layer_norm"]
 
@@ -939,7 +1062,9 @@ def test_linearised_outputs_are_the_tangent(source: str) -> None:
     torch.testing.assert_close(linear.outputs(anchor + direction), expected, rtol=1e-9, atol=1e-9)
     # The remainder is of second order: ten times closer, a hundred times smaller.
     far, near = (
-        (linear.outputs(anchor + step * direction) - model.outputs(anchor + step * direction)).norm()
+        (
+            linear.outputs(anchor + step * direction) - model.outputs(anchor + step * direction)
+        ).norm()
         for step in (1e-2, 1e-3)
     )
     assert 80 < far / near < 125
@@ -954,7 +1079,9 @@ def test_a_linear_network_is_its_own_expansion() -> None:
     other, theta = model.linearised(points(model)), points(model, 4)
     torch.testing.assert_close(other.outputs(theta), model.outputs(theta))
     torch.testing.assert_close(other.log_joint(theta), model.log_joint(theta))
-    torch.testing.assert_close(other.log_joint_and_grad(theta)[1], model.log_joint_and_grad(theta)[1])
+    torch.testing.assert_close(
+        other.log_joint_and_grad(theta)[1], model.log_joint_and_grad(theta)[1]
+    )
 
 
 @pytest.mark.parametrize("likelihood", ["gaussian learned", "student", "bernoulli"])
@@ -970,7 +1097,9 @@ def test_linearised_gradients_are_those_of_autograd(source: str, likelihood: str
     rows = torch.randint(len(model.x), (3, 4), generator=generator(5))
     grad = model.log_joint_and_grad(theta, rows)[1]
     for i in range(3):
-        torch.testing.assert_close(grad[i], model.log_joint_and_grad(theta[i], rows[i])[1], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            grad[i], model.log_joint_and_grad(theta[i], rows[i])[1], rtol=1e-9, atol=1e-9
+        )
     vector = points(model, 3, seed=7)
     leaf = theta.clone().requires_grad_()
     gradient = torch.autograd.grad(model.log_likelihood(leaf).sum(), leaf, create_graph=True)[0]
@@ -984,7 +1113,12 @@ def test_a_kept_jacobian_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     kept, fresh = (model.linearised(points(model, seed=11)) for _ in range(2))
     theta = points(model, 3)
     x = torch.randn(4, 2, generator=generator(5), dtype=F64)
-    first = kept.outputs(theta, x), kept.log_joint_and_grad(theta), kept.outputs(theta, x), kept.outputs(theta, x + 1)
+    first = (
+        kept.outputs(theta, x),
+        kept.log_joint_and_grad(theta),
+        kept.outputs(theta, x),
+        kept.outputs(theta, x + 1),
+    )
     x += 1  # the same tensor with other values
     first += (kept.outputs(theta, x),)
     with torch.inference_mode():
@@ -1002,7 +1136,8 @@ def test_linearised_gauss_newton_is_the_networks_at_the_anchor() -> None:
     model = model_of("gaussian learned")
     anchor = points(model)
     linear_model = model.linearised(anchor)
-    # Fisher's information of a Gaussian does not depend on the mean: the same factor for the same noise everywhere.
+    # Fisher's information of a Gaussian does not depend on the mean: the same factor for the same
+    # noise everywhere.
     theta = points(model, 2)
     theta[:, -1] = anchor[-1]
     factor = linear_model.at(theta).grad_and_factor()[1]
@@ -1022,10 +1157,13 @@ def test_a_linearised_model_is_a_model() -> None:
     assert len(prints) == 3
     assert other.fingerprint() == model.linearised(anchor).fingerprint()
     single = other.to(dtype=torch.float32)
-    torch.testing.assert_close(single.outputs(theta.float()).double(), other.outputs(theta), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        single.outputs(theta.float()).double(), other.outputs(theta), rtol=1e-4, atol=1e-4
+    )
     trace = poutine.trace(condition(other.to_pyro(), _sites(other, theta[0]))).get_trace()
     torch.testing.assert_close(trace.log_prob_sum() + theta[0, -1], other.log_joint(theta[0]))
-    assert model.outputs(theta).shape == other.outputs(theta).shape  # and the first model is what it was
+    # and the first model is what it was
+    assert model.outputs(theta).shape == other.outputs(theta).shape
     assert not torch.allclose(model.outputs(theta), other.outputs(theta))
     with pytest.raises(ValueError, match="not a network with other weights"):
         other.to_network(theta[0])
@@ -1035,7 +1173,7 @@ def test_a_linearised_model_is_a_model() -> None:
         model.linearised(theta[0, :-1])
 
 
-# ---------------------------------------------------------------- any network
+# ---------------------------------------- any network
 
 
 class Residual(nn.Module):
@@ -1044,7 +1182,8 @@ class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Tanh()) for _ in range(2)
+            nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Tanh())
+            for _ in range(2)
         )
         self.head = nn.Linear(2, 1)
 
@@ -1062,7 +1201,9 @@ def _trained_statistics() -> nn.Module:
 
 
 def _embedding() -> nn.Module:
-    return nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1))
+    return nn.Sequential(
+        nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1)
+    )
 
 
 def _check_gradients(model: BayesianModel) -> None:
@@ -1074,7 +1215,9 @@ def _check_gradients(model: BayesianModel) -> None:
     rows = torch.randint(len(model.x), (3, 2), generator=generator(1))
     batch = model.log_joint_and_grad(theta, rows)[1]
     for i in range(3):
-        torch.testing.assert_close(batch[i], model.log_joint_and_grad(theta[i], rows[i])[1], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            batch[i], model.log_joint_and_grad(theta[i], rows[i])[1], rtol=1e-9, atol=1e-9
+        )
     for row, outputs in zip(theta, model.outputs(theta), strict=True):
         torch.testing.assert_close(outputs, model.to_network(row)(model.x))
 
@@ -1085,15 +1228,19 @@ def test_batch_norm_in_eval_mode_is_a_constant_affine_map() -> None:
     model = model_of("gaussian learned", net=net, x=x)
     _check_gradients(model)
     theta = points(model, 2)
-    torch.testing.assert_close(model.outputs(theta, x[:2]), model.outputs(theta)[:, :2])  # rows are independent
+    # rows are independent
+    torch.testing.assert_close(model.outputs(theta, x[:2]), model.outputs(theta)[:, :2])
     single = model.to(dtype=torch.float32)
     assert {buffer.dtype for buffer in single.net.buffers()} == {torch.float32, torch.int64}
-    torch.testing.assert_close(single.outputs(theta.float()).double(), model.outputs(theta), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        single.outputs(theta.float()).double(), model.outputs(theta), rtol=1e-4, atol=1e-4
+    )
     with torch.no_grad():
         net.blocks[0][1].running_mean += 1
     assert model_of("gaussian learned", net=net, x=x).fingerprint() != model.fingerprint()
     with pytest.raises(
-        ValueError, match=r"'blocks.0.1' \(BatchNorm2d\).* use LayerNorm or GroupNorm, or call net.eval"
+        ValueError,
+        match=r"'blocks.0.1' \(BatchNorm2d\).* use LayerNorm or GroupNorm, or call net.eval",
     ):
         model_of("gaussian learned", net=net.train(), x=x)
 
@@ -1125,13 +1272,21 @@ def test_integers_become_numbers_where_the_network_wants_them() -> None:
     assert torch.equal(model.x, x.double())
 
 
-@pytest.mark.parametrize("norm", [lambda: nn.GroupNorm(2, 4), lambda: nn.InstanceNorm1d(4)], ids=["group", "instance"])
+@pytest.mark.parametrize(
+    "norm", [lambda: nn.GroupNorm(2, 4), lambda: nn.InstanceNorm1d(4)], ids=["group", "instance"]
+)
 def test_norms_within_a_row(norm: Callable[[], nn.Module]) -> None:
-    net = built(lambda: nn.Sequential(nn.Conv1d(2, 4, 2), norm(), nn.SiLU(), nn.Flatten(), nn.Linear(8, 1)))
-    _check_gradients(model_of("gaussian learned", net=net, x=torch.randn(6, 2, 3, generator=generator(1), dtype=F64)))
+    net = built(
+        lambda: nn.Sequential(nn.Conv1d(2, 4, 2), norm(), nn.SiLU(), nn.Flatten(), nn.Linear(8, 1))
+    )
+    _check_gradients(
+        model_of(
+            "gaussian learned", net=net, x=torch.randn(6, 2, 3, generator=generator(1), dtype=F64)
+        )
+    )
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------- refusals
 
 X = torch.randn(6, 2, generator=generator(), dtype=torch.float32)
 Y = torch.arange(6.0)
@@ -1153,25 +1308,40 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "1-d x": ({"x": X[:, 0]}, r"x must be \(n, \.\.\.\) with at least two axes, got \(6,\)"),
     "empty": ({"x": X[:0], "y": Y[:0]}, "x has no rows"),
     "features": ({"x": torch.ones(6, 5)}, r"x of shape \(6, 5\)"),
-    "targets": ({"y": torch.randn(6, 2, generator=generator())}, r"\(n, 1\) for this network, got \(6, 2\)"),
+    "targets": (
+        {"y": torch.randn(6, 2, generator=generator())},
+        r"\(n, 1\) for this network, got \(6, 2\)",
+    ),
     "constant target": ({"y": torch.full((6,), 2.0)}, "y holds only the value 2"),
     "constant column": (
-        {"net": lambda: _dense(2), "y": torch.stack([Y, torch.ones(6)], 1)}, "only the value 1 in column 1",
+        {"net": lambda: _dense(2), "y": torch.stack([Y, torch.ones(6)], 1)},
+        "only the value 1 in column 1",
     ),
-    "one class": ({"like": likelihoods.Categorical(), "net": lambda: _dense(3), "y": Y * 0 + 1}, "a single class"),
+    "one class": (
+        {"like": likelihoods.Categorical(), "net": lambda: _dense(3), "y": Y * 0 + 1},
+        "a single class",
+    ),
     "label too large": (
-        {"like": likelihoods.Categorical(), "net": lambda: _dense(3), "y": Y.long()}, "label 3 in row 3.* 0 to 2",
+        {"like": likelihoods.Categorical(), "net": lambda: _dense(3), "y": Y.long()},
+        "label 3 in row 3.* 0 to 2",
     ),
-    "negative label": ({"like": likelihoods.Bernoulli(), "y": Y.long() % 3 - 1}, "label -1 in row 0.* 0 to 1"),
+    "negative label": (
+        {"like": likelihoods.Bernoulli(), "y": Y.long() % 3 - 1},
+        "label -1 in row 0.* 0 to 1",
+    ),
     "fraction of a label": ({"like": likelihoods.Bernoulli(), "y": Y / 2}, "label 0.5 in row 1"),
     "one-hot labels": (
         {"like": likelihoods.Categorical(), "net": lambda: _dense(3), "y": torch.eye(6)[:, :3]},
         r"must be class labels \(n,\)",
     ),
     "one logit": ({"like": likelihoods.Categorical(), "y": Y % 2}, "an output for every class"),
-    "Bernoulli of two": ({"like": likelihoods.Bernoulli(), "net": lambda: _dense(2), "y": Y % 2}, "one output, got 2"),
+    "Bernoulli of two": (
+        {"like": likelihoods.Bernoulli(), "net": lambda: _dense(2), "y": Y % 2},
+        "one output, got 2",
+    ),
     "odd outputs": (
-        {"like": likelihoods.HeteroscedasticGaussian(), "net": lambda: _dense(3)}, "2 outputs a target .* got 3",
+        {"like": likelihoods.HeteroscedasticGaussian(), "net": lambda: _dense(3)},
+        "2 outputs a target .* got 3",
     ),
     "batch norm": ({"net": lambda: _dense(1, nn.BatchNorm1d(3))}, r"'1' \(BatchNorm1d\)"),
     "batch norm in eval without statistics": (
@@ -1179,14 +1349,27 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"'1' \(BatchNorm1d\).* use LayerNorm or GroupNorm, or call net.eval\(\)",
     ),
     "instance norm that gathers statistics": (
-        {"net": lambda: _dense(1, nn.InstanceNorm1d(3, track_running_stats=True))}, r"'1' \(InstanceNorm1d\)",
+        {"net": lambda: _dense(1, nn.InstanceNorm1d(3, track_running_stats=True))},
+        r"'1' \(InstanceNorm1d\)",
     ),
-    "dropout": ({"net": lambda: _dense(1, nn.Dropout(0.5))}, r"'1' \(Dropout\) is random in training mode"),
+    "dropout": (
+        {"net": lambda: _dense(1, nn.Dropout(0.5))},
+        r"'1' \(Dropout\) is random in training mode",
+    ),
     "random forward": ({"net": lambda: _dense(1, Applied(F.dropout))}, "random"),
     "no parameters": ({"net": nn.Tanh}, "Tanh has no parameters"),
-    "mixes rows": ({"net": lambda: nn.Sequential(_dense(), nn.Flatten(0), nn.Unflatten(0, (1, 2)))}, "must map"),
-    "two tensors": ({"net": lambda: nn.Sequential(_dense(), Applied(lambda a: (a, a)))}, "one tensor, got tuple"),
-    "positive support": ({"prior": td.HalfNormal(1.0)}, "'0.weight' must have the real line as support, HalfNormal"),
+    "mixes rows": (
+        {"net": lambda: nn.Sequential(_dense(), nn.Flatten(0), nn.Unflatten(0, (1, 2)))},
+        "must map",
+    ),
+    "two tensors": (
+        {"net": lambda: nn.Sequential(_dense(), Applied(lambda a: (a, a)))},
+        "one tensor, got tuple",
+    ),
+    "positive support": (
+        {"prior": td.HalfNormal(1.0)},
+        "'0.weight' must have the real line as support, HalfNormal",
+    ),
     "integers": ({"prior": td.Poisson(1.0)}, "'0.weight' must have the real line"),
     "prior shape": ({"prior": {"0.bias": td.Normal(torch.zeros(4), 1.0)}}, "no distribution for"),
     "prior does not fit": (
@@ -1199,11 +1382,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "prior of no tensor": ({"prior": priors.PerTensor({"9.bias": STANDARD}, STANDARD)}, "9.bias"),
     "multivariate": (
-        {"prior": priors.PerTensor({"0.bias": td.MultivariateNormal(torch.zeros(3), torch.eye(3))}, STANDARD)},
+        {
+            "prior": priors.PerTensor(
+                {"0.bias": td.MultivariateNormal(torch.zeros(3), torch.eye(3))}, STANDARD
+            )
+        },
         "'0.bias': MultivariateNormal is not elementwise",
     ),
     "mixture": (
-        {"prior": td.MixtureSameFamily(td.Categorical(torch.ones(2)), td.Normal(torch.zeros(2), torch.ones(2)))},
+        {
+            "prior": td.MixtureSameFamily(
+                td.Categorical(torch.ones(2)), td.Normal(torch.zeros(2), torch.ones(2))
+            )
+        },
         "MixtureSameFamily is not a family",
     ),
     "transformed": (
@@ -1223,7 +1414,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "negative temperature": ({"temperature": -1.0}, "temperature must be positive"),
     "no temperature": ({"temperature": math.nan}, "temperature must be positive"),
     "infinitely hot": ({"temperature": math.inf}, "temperature must be positive"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -1263,7 +1454,9 @@ def test_bad_input_at_prediction(x: Tensor | None, y: Tensor | None, message: st
         model.pointwise_log_likelihood(points(model, 2), x, y)
 
 
-@pytest.mark.parametrize("view", ["outputs", "log_prior", "log_joint", "log_joint_and_grad", "log_likelihood_grad"])
+@pytest.mark.parametrize(
+    "view", ["outputs", "log_prior", "log_joint", "log_joint_and_grad", "log_likelihood_grad"]
+)
 def test_wrong_length_of_theta(view: str) -> None:
     model = model_of()
     with pytest.raises(ValueError, match=f"axis of length {model.dim}"):
@@ -1272,25 +1465,35 @@ def test_wrong_length_of_theta(view: str) -> None:
 
 def test_classes_may_be_floats_and_columns() -> None:
     for y in (Y % 2, (Y % 2).unsqueeze(1), (Y % 2).bool(), (Y % 2).numpy()):
-        model = BayesianModel(built(_dense, torch.float32), priors.Normal(), likelihoods.Bernoulli(), X, y)
+        model = BayesianModel(
+            built(_dense, torch.float32), priors.Normal(), likelihoods.Bernoulli(), X, y
+        )
         assert torch.equal(model.y, torch.arange(6) % 2)
 
 
 def test_one_row_is_enough() -> None:
-    model = BayesianModel(built(_dense, torch.float32), priors.Normal(), likelihoods.Gaussian(1.0), X[:1], Y[:1])
+    model = BayesianModel(
+        built(_dense, torch.float32), priors.Normal(), likelihoods.Gaussian(1.0), X[:1], Y[:1]
+    )
     assert model.log_joint(model.sample_prior(2, 0)).shape == (2,)
 
 
 def test_repr_says_what_it_is() -> None:
-    assert repr(model_of("gaussian learned")).startswith("BayesianModel(Sequential, dim=32, n=9, likelihood=Gaussian")
+    assert repr(model_of("gaussian learned")).startswith(
+        "BayesianModel(Sequential, dim=32, n=9, likelihood=Gaussian"
+    )
 
 
 def test_memory_is_used_again_by_one_call_after_the_other_only(monkeypatch) -> None:
-    """The eager gradient writes into its own memory: results that were returned are never touched."""
+    """The eager gradient writes into its own memory: results that were returned are never
+    touched.
+    """
     monkeypatch.setattr("bnnflow.model.fused._library", lambda dtype: None)
     x = torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None]
     with torch.random.fork_rng(devices=[]):
-        net = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1)).double()
+        net = nn.Sequential(
+            nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1)
+        ).double()
     model = BayesianModel(net, priors.Normal(), likelihoods.Gaussian(0.3), x, x.sin())
     first, second = model.sample_prior(5, 0), model.sample_prior(5, 1)
     rows = torch.randint(0, 9, (5, 4), generator=torch.Generator().manual_seed(0))
@@ -1302,6 +1505,8 @@ def test_memory_is_used_again_by_one_call_after_the_other_only(monkeypatch) -> N
         torch.testing.assert_close((value, grad), kept, rtol=0, atol=0)
         tracked = first.clone().requires_grad_()
         expected = model.log_joint_and_grad(tracked, *arguments)
-        torch.testing.assert_close((value, grad), expected, rtol=1e-12, atol=1e-12, check_device=False)
+        torch.testing.assert_close(
+            (value, grad), expected, rtol=1e-12, atol=1e-12, check_device=False
+        )
     copied = copy.deepcopy(model.network)
     torch.testing.assert_close(copied(first, x), model.network(first, x))

@@ -1,4 +1,6 @@
-"""Noise of each target's own, likelihoods of a user's own, and settings that torch does not check."""
+"""Noise of each target's own, likelihoods of a user's own, and settings that torch does not
+check.
+"""
 
 import math
 import subprocess
@@ -33,7 +35,10 @@ def each(count=3):
 MAKES = {
     "normal": (lambda prior: likelihoods.Gaussian(scale_prior=prior), lambda y: y),
     "student": (lambda prior: likelihoods.StudentT(scale_prior=prior), lambda y: y),
-    "counts": (lambda prior: likelihoods.NegativeBinomial(dispersion_prior=prior), lambda y: y.abs().round()),
+    "counts": (
+        lambda prior: likelihoods.NegativeBinomial(dispersion_prior=prior),
+        lambda y: y.abs().round(),
+    ),
 }
 
 
@@ -52,7 +57,10 @@ def test_noise_of_each_target_is_three_models_of_one(name, problem, seeded):
             one = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
         single = bf.BayesianModel(one, priors.Normal(), make(each(1)), x, y[:, k])
         params = together.spec.network.unflatten(weights)
-        params["2.weight"], params["2.bias"] = params["2.weight"][:, k : k + 1], params["2.bias"][:, k : k + 1]
+        params["2.weight"], params["2.bias"] = (
+            params["2.weight"][:, k : k + 1],
+            params["2.bias"][:, k : k + 1],
+        )
         flat = torch.cat([single.spec.network.flatten(params), logs[:, k : k + 1]], 1)
         total += single.pointwise_log_likelihood(flat)
     torch.testing.assert_close(together.pointwise_log_likelihood(theta), total)
@@ -79,23 +87,32 @@ def test_the_information_of_each_scale_is_its_own(name, problem):
 
 
 def test_scales_are_found_one_by_one(seeded):
-    """With a network of zero weights y ~ N(0, s_k^2): the posterior mode of s_k is the root mean square of a column."""
+    """With a network of zero weights y ~ N(0, s_k^2): the posterior mode of s_k is the root mean
+    square of a column.
+    """
     noise = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
     y = torch.tensor([0.1, 1.0, 5.0], dtype=F64) * noise
     with seeded(0):
         net = nn.Linear(1, 3).double()
     wide = HalfNormal(torch.full((3,), 1e3, dtype=F64))
-    model = bf.BayesianModel(net, priors.Normal(1e-6), likelihoods.Gaussian(scale_prior=wide), torch.zeros(4000, 1), y)
+    model = bf.BayesianModel(
+        net, priors.Normal(1e-6), likelihoods.Gaussian(scale_prior=wide), torch.zeros(4000, 1), y
+    )
     logs = y.square().mean(0).sqrt().log()
     theta = torch.cat([torch.zeros(6, dtype=F64), logs]).unsqueeze(0)
-    assert model.log_joint_and_grad(theta)[1][0, -3:].abs().max() < 1.5  # of 4000 rows: the prior's part
-    assert model.likelihood_parameters(theta)["scale"].flatten().tolist() == pytest.approx([0.1, 1, 5], rel=0.05)
+    # of 4000 rows: the prior's part
+    assert model.log_joint_and_grad(theta)[1][0, -3:].abs().max() < 1.5
+    assert model.likelihood_parameters(theta)["scale"].flatten().tolist() == pytest.approx(
+        [0.1, 1, 5], rel=0.05
+    )
 
 
 @pytest.mark.parametrize("name", MAKES)
 def test_a_number_of_scales_that_fits_nothing_is_refused(name, problem):
     net, x, y = problem
-    with pytest.raises(ValueError, match=r"_prior must have shape \(\) or \(3,\), one for each output, got \(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"_prior must have shape \(\) or \(3,\), one for each output, got \(2,\)"
+    ):
         bf.BayesianModel(net, priors.Normal(), MAKES[name][0](each(2)), x, MAKES[name][1](y))
 
 
@@ -132,7 +149,16 @@ def test_a_likelihood_of_ones_own_survives_what_overflows(seeded):
     assert value.isfinite().tolist() == [False, False, True, False, False, False]
     assert grad.shape == theta.shape
     before = Distribution._validate_args
-    draws = bf.sample(model, bf.HMC(step_size=50.0), chains=2, warmup=0, draws=5, seed=0, init="prior", progress=False)
+    draws = bf.sample(
+        model,
+        bf.HMC(step_size=50.0),
+        chains=2,
+        warmup=0,
+        draws=5,
+        seed=0,
+        init="prior",
+        progress=False,
+    )
     assert draws.theta.isfinite().all()
     assert Distribution._validate_args == before
 
@@ -143,10 +169,14 @@ def test_an_object_with_the_members_of_a_likelihood_is_called_by_its_own_name() 
     assert repr(likelihood) == repr(LaplaceNoise())
     outputs = torch.zeros(1, 3, 1)
     for missing in (likelihood.fisher_factor, likelihood.variance):
-        with pytest.raises(ValueError, match=f"LaplaceNoise has no {missing.__name__}, which this needs"):
+        with pytest.raises(
+            ValueError, match=f"LaplaceNoise has no {missing.__name__}, which this needs"
+        ):
             missing(outputs, {})
     for missing in (likelihood.whitened_score, likelihood.cdf):
-        with pytest.raises(ValueError, match=f"LaplaceNoise has no {missing.__name__}, which this needs"):
+        with pytest.raises(
+            ValueError, match=f"LaplaceNoise has no {missing.__name__}, which this needs"
+        ):
             missing(outputs, outputs, {})
     with pytest.raises(ValueError, match="LaplaceNoise has no sample, which this needs"):
         likelihood.sample(outputs, {}, torch.Generator())
@@ -182,13 +212,15 @@ def model(prior, likelihood=None):
 half = lambda value: td.HalfNormal(torch.tensor(value))
 for bad in (-1.0, 0.0, math.nan, math.inf):
     for make in (
-        lambda: model(priors.Normal(bad)), lambda: model(priors.Laplace(bad)), lambda: model(priors.StudentT(bad)),
+        lambda: model(priors.Normal(bad)), lambda: model(priors.Laplace(bad)),
+        lambda: model(priors.StudentT(bad)),
         lambda: model(priors.StudentT(4.0, bad)), lambda: model(priors.FanIn(bad)),
         lambda: model(priors.FanIn(1.0, bad)),
         lambda: model(td.Normal(0.0, bad)),
         lambda: model(priors.PerTensor({"0.weight": td.Normal(0.0, bad)}, td.Normal(0.0, 1.0))),
         lambda: model(priors.Hierarchical(half(bad))), lambda: model(priors.Horseshoe(bad)),
-        lambda: model(priors.Horseshoe(slab_scale=bad)), lambda: model(priors.Horseshoe(bias_scale=bad)),
+        lambda: model(priors.Horseshoe(slab_scale=bad)),
+        lambda: model(priors.Horseshoe(bias_scale=bad)),
         lambda: model(priors.Normal(), likelihoods.Gaussian(bad)),
         lambda: model(priors.Normal(), likelihoods.StudentT(bad)),
         lambda: model(priors.Normal(), likelihoods.StudentT(4.0, bad)),
@@ -200,7 +232,8 @@ for bad in (-1.0, 0.0, math.nan, math.inf):
             make()
         except ValueError:
             continue
-        raise SystemExit(f"{bad} passed line {make.__code__.co_firstlineno}, {make.__code__.co_names}")
+        code = make.__code__
+        raise SystemExit(f"{bad} passed line {code.co_firstlineno}, {code.co_names}")
 for bad in (math.nan, math.inf):
     try:
         model(priors.Normal(1.0, bad))

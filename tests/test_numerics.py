@@ -27,7 +27,9 @@ class Regression(NamedTuple):
     log_evidence: float
 
     def standardised(self, theta: Tensor) -> Tensor:
-        """Return weights ``(..., dim)`` in coordinates in which the posterior is standard normal."""
+        """Return weights ``(..., dim)`` in coordinates in which the posterior is standard
+        normal.
+        """
         root = torch.linalg.cholesky(self.covariance)
         offset = (theta.double() - self.mean).reshape(-1, len(self.mean)).T
         return torch.linalg.solve_triangular(root, offset, upper=False).T
@@ -54,10 +56,16 @@ def regression(
     with torch.random.fork_rng(devices=[]):
         net = nn.Linear(inputs, outputs).to(dtype)
     model = bf.BayesianModel(
-        net, priors.Normal(scale, loc), likelihoods.Gaussian(noise), x.to(dtype), y.to(dtype), temperature=temperature
+        net,
+        priors.Normal(scale, loc),
+        likelihoods.Gaussian(noise),
+        x.to(dtype),
+        y.to(dtype),
+        temperature=temperature,
     )
     dim = inputs + 1
-    # In units of the prior: covariance (A^T A + I)^-1 by the singular values of A, exact at every scale.
+    # In units of the prior: covariance (A^T A + I)^-1 by the singular values of A, exact at every
+    # scale.
     u, s, v = torch.linalg.svd(scale * design / noise, full_matrices=True)
     s = torch.cat([s, s.new_zeros(dim - len(s))])
     residual = (y - loc * design.sum(1, keepdim=True)) / noise
@@ -66,18 +74,21 @@ def regression(
     each = scale**2 * (v.T / (1 + s.square())) @ v
     means = loc + scale * v.T @ (s / (1 + s.square())).unsqueeze(1).mul(along)  # (dim, outputs)
     of_weights = [o * dim + i for o in range(outputs) for i in range(inputs)]
-    places = of_weights + [o * dim + inputs for o in range(outputs)]  # the weights of each output, then the biases
+    # the weights of each output, then the biases
+    places = of_weights + [o * dim + inputs for o in range(outputs)]
     covariance = torch.block_diag(*[each] * outputs)[places][:, places]
     mean = means.T.reshape(-1)[places]
     # y ~ N(loc, noise^2 (I + A A^T)); at T = 1
     across = u.T[dim:] @ residual  # no difference of large numbers
     inside = across.square().sum() + (along.square() / (1 + s.square()).unsqueeze(1)).sum()
     value = -0.5 * inside - 0.5 * outputs * torch.log1p(s.square()).sum()
-    value = value - rows * outputs * (0.5 * torch.log(torch.tensor(2 * torch.pi)) + torch.log(torch.tensor(noise)))
+    value = value - rows * outputs * (
+        0.5 * torch.log(torch.tensor(2 * torch.pi)) + torch.log(torch.tensor(noise))
+    )
     return Regression(model, mean, temperature * covariance, float(value))
 
 
-# ---------------------------------------------------------------- Gauss-Newton flows of linear models
+# ---------------------------------------- Gauss-Newton flows of linear models
 
 SHAPES = [
     {},
@@ -99,13 +110,17 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("proximal_step", [GaussNewton(), GaussNewton(2)], ids=["one step", "two steps"])
+@pytest.mark.parametrize(
+    "proximal_step", [GaussNewton(), GaussNewton(2)], ids=["one step", "two steps"]
+)
 def test_a_gauss_newton_flow_is_exact_for_linear_gaussian_models(shape, proximal_step):
     """Its map is affine: where it takes a basis tells the mean and the covariance of all draws."""
     problem = regression(**shape)
     flow = bf.GaussNewtonFlow(problem.model, proximal_step, solver=Solver("rk4"))
     basis = torch.cat([torch.zeros(1, flow.dim, dtype=F64), torch.eye(flow.dim, dtype=F64)])
-    found = problem.standardised(flow.forward(basis, solver=Solver("rk4", time_grid(60, 8.0))).detach())
+    found = problem.standardised(
+        flow.forward(basis, solver=Solver("rk4", time_grid(60, 8.0))).detach()
+    )
     matrix = (found[1:] - found[0]).T
     assert found[0].abs().max() < 1e-6
     assert (matrix @ matrix.T - torch.eye(flow.dim, dtype=F64)).abs().max() < 2e-3
@@ -140,7 +155,9 @@ def test_a_second_gauss_newton_step_finds_nothing_left_to_do_in_single_precision
 
 
 def test_densities_of_gauss_newton_flows_are_smooth_along_the_path(seeded, monkeypatch):
-    """Where a long step happens to break even it is no less bounded: the field has no peaks there."""
+    """Where a long step happens to break even it is no less bounded: the field has no peaks
+    there.
+    """
     g, rows = torch.Generator().manual_seed(0), 0
     x = torch.randn(30, 2, generator=g, dtype=F64)
     y = x[:, 0].sin() + 0.1 * torch.randn(30, generator=g, dtype=F64)
@@ -157,10 +174,11 @@ def test_densities_of_gauss_newton_flows_are_smooth_along_the_path(seeded, monke
 
     monkeypatch.setattr(flow.velocity, "with_divergence", counted)
     flow.sample_with_log_prob(12, 0, progress=False)
-    assert rows < 1.25 * 24 * 12  # those that are rough along the way take two and four times as many
+    # those that are rough along the way take two and four times as many
+    assert rows < 1.25 * 24 * 12
 
 
-# ---------------------------------------------------------------- samplers and evidences at every scale
+# ---------------------------------------- samplers and evidences at every scale
 
 SCALES = [
     {"noise": 1e-6},
@@ -179,9 +197,9 @@ def test_tempering_there_and_back_is_right_at_every_scale(shape):
     draws = bf.sample(problem.model, bf.SMC(particles=300), chains=2, seed=0, progress=False)
     check_weighted(problem, draws)
     assert bf.diagnose(problem.model, draws).verdict == "trust with care"
-    exact = problem.mean + torch.randn(300, 3, generator=torch.Generator().manual_seed(2), dtype=F64) @ (
-        torch.linalg.cholesky(problem.covariance).T
-    )
+    exact = problem.mean + torch.randn(
+        300, 3, generator=torch.Generator().manual_seed(2), dtype=F64
+    ) @ (torch.linalg.cholesky(problem.covariance).T)
     value, error = bf.evidence(problem.model, exact, seed=0, progress=False)
     assert abs(value - problem.log_evidence) < 4 * error + 0.1
 
@@ -209,7 +227,9 @@ def test_particles_that_their_type_cannot_tell_apart_are_not_trusted():
         bf.evidence(problem.model, equal, seed=0, progress=False)
 
 
-@pytest.mark.parametrize("lost", [{"least_effective_share": 0.01}, {"first_ancestors": 1.5}], ids=str)
+@pytest.mark.parametrize(
+    "lost", [{"least_effective_share": 0.01}, {"first_ancestors": 1.5}], ids=str
+)
 def test_particles_that_were_lost_on_the_way_are_not_trusted(lost):
     problem = regression()
     draws = bf.sample(problem.model, bf.SMC(particles=500), chains=2, seed=0, progress=False)
@@ -220,17 +240,23 @@ def test_particles_that_were_lost_on_the_way_are_not_trusted(lost):
 
 @pytest.mark.parametrize("exponent", [-12, -6, 0])
 def test_the_first_temperature_step_is_as_small_as_it_must_be(exponent):
-    """Gaussian log ratios of standard deviation s leave exp(-b^2 s^2) of the particles effective at b."""
+    """Gaussian log ratios of standard deviation s leave exp(-b^2 s^2) of the particles effective at
+    b.
+    """
     spread = 10.0**-exponent * 10
     ratio = spread * torch.randn(1, 20_000, generator=torch.Generator().manual_seed(0), dtype=F64)
     equal = torch.full_like(ratio, -torch.tensor(20_000.0).log().item())
     found = next_fraction(ratio, equal, torch.zeros(1, dtype=F64), 0.7)
-    assert float(found * spread) == pytest.approx((-torch.tensor(0.7).log().item()) ** 0.5, rel=0.05)
+    assert float(found * spread) == pytest.approx(
+        (-torch.tensor(0.7).log().item()) ** 0.5, rel=0.05
+    )
 
 
 def test_microcanonical_chains_forget_all_where_steps_are_longer_than_their_memory():
     problem = regression(rows=4, noise=1e8, scale=1e8)
-    draws = bf.sample(problem.model, bf.MCLMC(), chains=4, warmup=60, draws=20, seed=0, progress=False)
+    draws = bf.sample(
+        problem.model, bf.MCLMC(), chains=4, warmup=60, draws=20, seed=0, progress=False
+    )
     assert draws.theta.isfinite().all()
 
 
@@ -239,14 +265,17 @@ def test_microcanonical_chains_forget_all_where_steps_are_longer_than_their_memo
 def test_refinement_finds_its_step_at_every_scale(shape, n):
     problem = regression(rows=20, **shape)
     root = torch.linalg.cholesky(problem.covariance)
-    start = problem.mean + 3 * torch.randn(n, 3, generator=torch.Generator().manual_seed(0), dtype=F64) @ root.T
+    start = (
+        problem.mean
+        + 3 * torch.randn(n, 3, generator=torch.Generator().manual_seed(0), dtype=F64) @ root.T
+    )
     moved = bf.refine(problem.model, start, 16, seed=0, progress=False)
     assert moved.info["acceptance_rate"] > 0.3
     assert not (moved.flat == start).all(1).any()
     assert problem.standardised(moved.flat).square().mean() < 4
 
 
-# ---------------------------------------------------------------- what is not a number
+# ---------------------------------------- what is not a number
 
 
 def test_refinement_takes_no_draws_and_no_settings_that_are_not_numbers():
@@ -258,7 +287,9 @@ def test_refinement_takes_no_draws_and_no_settings_that_are_not_numbers():
         bf.refine(problem.model, broken, progress=False)
     for name, value in {"steps": 0, "n_leapfrog": 0, "target_acceptance": float("nan")}.items():
         with pytest.raises(ValueError, match=name):
-            bf.refine(problem.model, problem.model.sample_prior(20, 0), progress=False, **{name: value})
+            bf.refine(
+                problem.model, problem.model.sample_prior(20, 0), progress=False, **{name: value}
+            )
 
 
 def test_draws_of_a_flow_that_are_not_finite_are_counted():
@@ -277,8 +308,11 @@ def test_draws_of_a_flow_that_are_not_finite_are_counted():
     assert "of 200 draws were not finite and were left out" in fixed.verdict
 
 
-@pytest.mark.parametrize("shape", [{}, {"noise": 1e4, "scale": 1e4}, {"noise": 1e-6, "scale": 1e-6}, {"noise": 1e-3}],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"noise": 1e4, "scale": 1e4}, {"noise": 1e-6, "scale": 1e-6}, {"noise": 1e-3}],
+    ids=str,
+)
 @pytest.mark.parametrize("rank", [0, "full"])
 def test_a_variational_fit_is_right_or_says_that_it_has_not_settled(shape, rank):
     """Its steps have a size of their own, which need not be that of the posterior."""
@@ -298,11 +332,13 @@ def test_a_variational_fit_is_right_or_says_that_it_has_not_settled(shape, rank)
     assert rank == "full" or converged == (not shape)
 
 
-# ---------------------------------------------------------------- other units
+# ---------------------------------------- other units
 
 
 def off(problem: Regression, draws: bf.Draws) -> tuple[float, float]:
-    """Return how far mean and standard deviation are from the truth, in posterior standard deviations, at worst."""
+    """Return how far mean and standard deviation are from the truth, in posterior standard
+    deviations, at worst.
+    """
     white = problem.standardised(draws.flat)
     return float(white.mean(0).abs().max()), float((white.std(0) - 1).abs().max())
 
@@ -310,7 +346,9 @@ def off(problem: Regression, draws: bf.Draws) -> tuple[float, float]:
 @pytest.mark.parametrize("shape", SCALES, ids=str)
 def test_laplace_is_exact_in_all_units(shape):
     problem = regression(**shape)
-    draws = bf.sample(problem.model, bf.Laplace(starts=2, steps=50), draws=500, seed=0, progress=False)
+    draws = bf.sample(
+        problem.model, bf.Laplace(starts=2, steps=50), draws=500, seed=0, progress=False
+    )
     assert problem.standardised(draws.posterior.loc).abs().max() < 1e-3
     assert max(off(problem, draws)) < 0.15
     assert draws.log_evidence[0] == pytest.approx(problem.log_evidence, rel=1e-6, abs=1e-4)
@@ -318,15 +356,23 @@ def test_laplace_is_exact_in_all_units(shape):
 
 @pytest.mark.parametrize("shape", SCALES, ids=str)
 @pytest.mark.parametrize(
-    "method", [bf.HMC(), bf.MCLMC(), bf.SWAG(steps=200, snapshots=60, every=5)], ids=["HMC", "MCLMC", "SWAG"]
+    "method",
+    [bf.HMC(), bf.MCLMC(), bf.SWAG(steps=200, snapshots=60, every=5)],
+    ids=["HMC", "MCLMC", "SWAG"],
 )
 def test_draws_are_right_in_all_units_or_not_trusted(method, shape):
     problem = regression(**shape)
-    options = {"draws": 300} if isinstance(method, bf.SWAG) else {"draws": 300, "warmup": 300, "chains": 4}
+    options = (
+        {"draws": 300}
+        if isinstance(method, bf.SWAG)
+        else {"draws": 300, "warmup": 300, "chains": 4}
+    )
     draws = bf.sample(problem.model, method, seed=0, progress=False, **options)
     verdict = bf.diagnose(problem.model, draws).verdict
     mean, width = off(problem, draws)
-    assert verdict == "do not trust" or (mean < 0.3 and width < (0.7 if isinstance(method, bf.SWAG) else 0.2))
+    assert verdict == "do not trust" or (
+        mean < 0.3 and width < (0.7 if isinstance(method, bf.SWAG) else 0.2)
+    )
     assert verdict != "do not trust" or shape != SCALES[-1], "the units alone stop nobody"
 
 

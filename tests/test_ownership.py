@@ -1,4 +1,6 @@
-"""Draws, flows and densities know whose they are: another model refuses them, their own takes them in every form."""
+"""Draws, flows and densities know whose they are: another model refuses them, their own takes them
+in every form.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,12 @@ X = torch.linspace(-1, 1, 12, dtype=torch.float64).unsqueeze(-1) / 3
 
 
 def model(shift: float = 0.0, units: int = 3, **changes: Any) -> bf.BayesianModel:
-    net = built(lambda: nn.Sequential(nn.Linear(1, units), nn.Tanh(), nn.Linear(units, 1)), torch.float64)
-    return bf.BayesianModel(net, bf.priors.Normal(), bf.likelihoods.Gaussian(0.3), X, X.sin() + shift * X, **changes)
+    net = built(
+        lambda: nn.Sequential(nn.Linear(1, units), nn.Tanh(), nn.Linear(units, 1)), torch.float64
+    )
+    return bf.BayesianModel(
+        net, bf.priors.Normal(), bf.likelihoods.Gaussian(0.3), X, X.sin() + shift * X, **changes
+    )
 
 
 MODEL = model()
@@ -34,12 +40,19 @@ USES: dict[str, Callable[[bf.BayesianModel, Any], Any]] = {
     "to_arviz": lambda model, draws: bf.to_arviz(model, draws),
     "function_values": lambda model, draws: function_values(model, draws),
     "align": lambda model, draws: bf.align(model, draws),
-    "evidence": lambda model, draws: bf.evidence(model, draws, bf.SMC(particles=10), progress=False),
+    "evidence": lambda model, draws: bf.evidence(
+        model, draws, bf.SMC(particles=10), progress=False
+    ),
     "fit_flow": lambda model, draws: bf.fit_flow(
         model, draws, velocity="weights", progress=False, training=bf.Training(steps=1)
     ),
     "held-out draws": lambda model, draws: bf.fit_flow(
-        model, DRAWS.theta, held_out=draws, velocity="weights", progress=False, training=bf.Training(steps=1)
+        model,
+        DRAWS.theta,
+        held_out=draws,
+        velocity="weights",
+        progress=False,
+        training=bf.Training(steps=1),
     ),
     "fit_gaussian": lambda model, draws: fit_gaussian(model, draws),
     "correct": lambda model, draws: bf.correct(
@@ -58,7 +71,8 @@ USES: dict[str, Callable[[bf.BayesianModel, Any], Any]] = {
 def test_draws_of_another_model_are_refused(name: str) -> None:
     use, other = USES[name], model(shift=1e-3)
     with pytest.raises(
-        ValueError, match=f"draws of another model, with fingerprint {MODEL.fingerprint()}; this one has "
+        ValueError,
+        match=f"draws of another model, with fingerprint {MODEL.fingerprint()}; this one has ",
     ):
         use(other, DRAWS)
     if name not in ("evidence", "correct"):  # what costs little is done
@@ -77,15 +91,20 @@ def test_weights_say_nothing_and_refine_starts_anywhere() -> None:
 def test_a_model_takes_its_own_draws_in_every_form() -> None:
     half = MODEL.to(dtype=torch.float32)
     assert half.fingerprint() == MODEL.fingerprint()
-    assert half.to(dtype=torch.float64).fingerprint() == MODEL.fingerprint()  # though its data are rounded
+    # though its data are rounded
+    assert half.to(dtype=torch.float64).fingerprint() == MODEL.fingerprint()
     bf.predict(half, DRAWS)
-    narrow = bf.sample(MODEL, bf.HMC(max_leapfrog=4), chains=2, warmup=2, draws=3, seed=0, dtype=torch.float32)
+    narrow = bf.sample(
+        MODEL, bf.HMC(max_leapfrog=4), chains=2, warmup=2, draws=3, seed=0, dtype=torch.float32
+    )
     bf.predict(MODEL, narrow)
     straight = MODEL.linearised(DRAWS.flat[0])
     bf.predict(straight, DRAWS)
     bf.predict(straight.to(dtype=torch.float32), DRAWS)
     with pytest.raises(ValueError, match="draws of another model"):
-        bf.predict(MODEL, bf.sample(straight, bf.HMC(max_leapfrog=4), chains=2, warmup=2, draws=3, seed=0))
+        bf.predict(
+            MODEL, bf.sample(straight, bf.HMC(max_leapfrog=4), chains=2, warmup=2, draws=3, seed=0)
+        )
     with pytest.raises(ValueError, match="draws of another model"):
         bf.predict(model(shift=1.0).linearised(DRAWS.flat[0]), DRAWS)
     moved = MODEL.to(dtype=torch.float32)
@@ -136,7 +155,9 @@ def test_a_flow_on_some_rows_is_saved_as_that(tmp_path: Path) -> None:
     assert not torch.equal(found.sample(4, 0), flow.sample(4, 0))
     assert torch.equal(found.bind(MODEL).sample(4, 0), flow.sample(4, 0))
     drive = Flow.of(ScoreVelocity(), MODEL).on_batch(3, 0)
-    assert torch.equal(bf.load(drive.save(tmp_path / "drive"), MODEL).sample(4, 0), drive.sample(4, 0))
+    assert torch.equal(
+        bf.load(drive.save(tmp_path / "drive"), MODEL).sample(4, 0), drive.sample(4, 0)
+    )
     times = torch.tensor([0.0, 1.0], dtype=torch.float64)
     few = FlowMap(part.velocity, part.source, part.spec, times)
     assert torch.equal(bf.load(few.save(tmp_path / "few"), MODEL).sample(4, 0), few.sample(4, 0))

@@ -1,4 +1,6 @@
-"""Laws of paths, sources, times and training: conversions, closed forms, resume to the bit, and what a flow learns."""
+"""Laws of paths, sources, times and training: conversions, closed forms, resume to the bit, and
+what a flow learns.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,7 @@ def _seeded_modules():
         yield
 
 
-# ------------------------------------------------------------------ paths
+# ---------------------------------------- paths
 
 
 @paths
@@ -74,9 +76,15 @@ def test_path_runs_from_source_to_target_and_its_velocity_is_its_derivative(path
 @paths
 def test_conversions_agree_with_the_closed_form_of_a_gaussian_target(path):
     g = generator()
-    mean, covariance = torch.randn(3, generator=g, dtype=F64), spread_of(torch.randn(3, 3, generator=g, dtype=F64))
+    mean, covariance = (
+        torch.randn(3, generator=g, dtype=F64),
+        spread_of(torch.randn(3, 3, generator=g, dtype=F64)),
+    )
     field = GaussianVelocity(mean, covariance, path)
-    x, t = torch.randn(20, 3, generator=g, dtype=F64), torch.rand(20, generator=g, dtype=F64) * 0.9 + 0.05
+    x, t = (
+        torch.randn(20, 3, generator=g, dtype=F64),
+        torch.rand(20, generator=g, dtype=F64) * 0.9 + 0.05,
+    )
     velocity = field(t, x)
     a, b, *_ = path.coefficients(t[:, None, None])
     marginal = b * b * covariance + a * a * torch.eye(3, dtype=F64)  # of x_t
@@ -94,7 +102,9 @@ def test_conversions_agree_with_the_closed_form_of_a_gaussian_target(path):
 def test_own_trace_of_the_gaussian_field_is_that_of_its_jacobian(path):
     g = generator()
     field = GaussianVelocity(
-        torch.randn(4, generator=g, dtype=F64), spread_of(torch.randn(4, 4, generator=g, dtype=F64)), path
+        torch.randn(4, generator=g, dtype=F64),
+        spread_of(torch.randn(4, 4, generator=g, dtype=F64)),
+        path,
     )
     x, t = torch.randn(1, 4, generator=g, dtype=F64), torch.tensor(0.3, dtype=F64)
     value, divergence = field.with_divergence(t, x)
@@ -104,7 +114,9 @@ def test_own_trace_of_the_gaussian_field_is_that_of_its_jacobian(path):
 
 
 def test_integrating_the_x1_estimate_needs_the_conversion():
-    """The exact denoiser of N(1, 1): the converted field gives unit spread, its raw difference to x0 half of that."""
+    """The exact denoiser of N(1, 1): the converted field gives unit spread, its raw difference to
+    x0 half of that.
+    """
     path, x0 = AffinePath(), torch.randn(4000, 1, generator=generator(), dtype=F64)
 
     def solve(field):
@@ -117,12 +129,16 @@ def test_integrating_the_x1_estimate_needs_the_conversion():
     def denoised(t, x):  # E[x1 | x_t]
         return 1 + t / (t * t + (1 - t) ** 2) * (x - t)
 
-    assert solve(lambda t, x: path.velocity_of_x1(t, x, denoised(t, x))) == pytest.approx(float(x0.std()), abs=0.01)
+    assert solve(lambda t, x: path.velocity_of_x1(t, x, denoised(t, x))) == pytest.approx(
+        float(x0.std()), abs=0.01
+    )
     assert solve(lambda t, x: denoised(t, x) - x0) < 0.6 * float(x0.std())
 
 
 def test_marginal_field_of_an_empirical_target_is_what_flow_matching_regresses_on():
-    """The gradient of the conditional objective is that of the marginal one (Lipman et al. 2023, theorem 2)."""
+    """The gradient of the conditional objective is that of the marginal one (Lipman et al. 2023,
+    theorem 2).
+    """
     targets = torch.tensor([[-2.0], [0.5], [1.0]], dtype=F64)
     weight = torch.tensor(0.7, dtype=F64, requires_grad=True)
     t = torch.tensor(0.6, dtype=F64)
@@ -139,7 +155,10 @@ def test_marginal_field_of_an_empirical_target_is_what_flow_matching_regresses_o
     predicted = weight * x_t.sin()
     conditional = (predicted - (x1 - x0)).square().squeeze(-1)
     marginal = (predicted - oracle(x_t)).square().squeeze(-1)
-    gradients = [torch.autograd.grad(each.mean(), weight, retain_graph=True)[0] for each in (conditional, marginal)]
+    gradients = [
+        torch.autograd.grad(each.mean(), weight, retain_graph=True)[0]
+        for each in (conditional, marginal)
+    ]
     noise = 2 * (x_t.sin() * (oracle(x_t) - (x1 - x0))).std() / math.sqrt(n)
     assert abs(gradients[0] - gradients[1]) < 4 * noise
 
@@ -176,12 +195,14 @@ def test_times_follow_their_law_and_stay_before_the_end(times, law):
         t = t.logit()
     if law is not None:
         assert stats.kstest(t.numpy(), law.cdf).pvalue > 1e-3
-    else:  # three tenths of the uniform times are after 0.7, and a share of the late ones by their logarithm
+    # three tenths of the uniform times are after 0.7, and a share of the late ones by their
+    # logarithm
+    else:
         expected = 0.6 * 0.3 + 0.4 * (1 + math.log10(0.3) / 2)
         assert float((t > 0.7).double().mean()) == pytest.approx(expected, abs=0.015)
 
 
-# ------------------------------------------------------------------ sources
+# ---------------------------------------- sources
 
 
 def gaussian_source(model: bf.BayesianModel) -> Source:
@@ -189,7 +210,9 @@ def gaussian_source(model: bf.BayesianModel) -> Source:
     return Source.gaussian(model, theta)
 
 
-@pytest.mark.parametrize("make", [lambda m: Source.scaled(m, 0.6), gaussian_source], ids=["scaled", "gaussian"])
+@pytest.mark.parametrize(
+    "make", [lambda m: Source.scaled(m, 0.6), gaussian_source], ids=["scaled", "gaussian"]
+)
 @pytest.mark.parametrize("kind", ["gaussian", "categorical"])
 def test_source_coordinates_invert_and_have_their_jacobian(kind, make):
     model = network(kind)
@@ -202,27 +225,40 @@ def test_source_coordinates_invert_and_have_their_jacobian(kind, make):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("make", [lambda m: Source.scaled(m, 0.6), gaussian_source], ids=["scaled", "gaussian"])
+@pytest.mark.parametrize(
+    "make", [lambda m: Source.scaled(m, 0.6), gaussian_source], ids=["scaled", "gaussian"]
+)
 def test_context_of_any_source_is_the_posterior_over_it(make, temperature):
     base = network("learned")
-    model = bf.BayesianModel(base.net, base.prior, base.likelihood, base.x, base.y, temperature=temperature)
+    model = bf.BayesianModel(
+        base.net, base.prior, base.likelihood, base.x, base.y, temperature=temperature
+    )
     source = make(model)
     x = torch.randn(4, model.dim, generator=generator(), dtype=F64, requires_grad=True)
     theta = source.from_normal(x)
     u = model.log_joint(theta) - source.log_jacobian(theta) + 0.5 * (x * x).sum(-1)
     (expected,) = torch.autograd.grad(u.sum(), x)
-    assert torch.allclose(WhitenedPosterior(model, source).grad(x.detach()), expected, rtol=1e-7, atol=1e-8)
+    assert torch.allclose(
+        WhitenedPosterior(model, source).grad(x.detach()), expected, rtol=1e-7, atol=1e-8
+    )
 
 
 @pytest.mark.parametrize("iterations", [None, 4])
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.schedule)
 @pytest.mark.parametrize(
-    "make", [lambda m: None, lambda m: Source.scaled(m, 0.7), gaussian_source], ids=["prior", "scaled", "gaussian"]
+    "make",
+    [lambda m: None, lambda m: Source.scaled(m, 0.7), gaussian_source],
+    ids=["prior", "scaled", "gaussian"],
 )
-def test_untrained_flow_is_exact_for_a_linear_gaussian_model_from_every_source(make, path, iterations):
+def test_untrained_flow_is_exact_for_a_linear_gaussian_model_from_every_source(
+    make, path, iterations
+):
     model, mean, covariance = regression()
-    proximal_step = GaussNewton(1, max_norm=math.inf, iterations=iterations)  # as many iterations as dimensions
-    flow = GaussNewtonFlow(model, proximal_step, source=make(model), path=path, solver=Solver("rk4", 24))
+    # as many iterations as dimensions
+    proximal_step = GaussNewton(1, max_norm=math.inf, iterations=iterations)
+    flow = GaussNewtonFlow(
+        model, proximal_step, source=make(model), path=path, solver=Solver("rk4", 24)
+    )
     theta, log_q = flow.sample_with_log_prob(10, 0)
     truth = bf.Gaussian(1.5 * mean, 1.5 * torch.linalg.cholesky(covariance)).log_prob(theta)
     assert (log_q - truth).abs().max() < 5e-3
@@ -232,9 +268,15 @@ def test_untrained_flow_is_exact_for_a_linear_gaussian_model_from_every_source(m
 def test_conjugate_gradients_approach_the_dense_solution(kind):
     model = network(kind)
     context = WhitenedPosterior(model, Source.scaled(model, 0.8))
-    mu, s2 = torch.randn(6, model.dim, generator=generator(), dtype=F64), torch.full((6, 1), 0.3, dtype=F64)
+    mu, s2 = (
+        torch.randn(6, model.dim, generator=generator(), dtype=F64),
+        torch.full((6, 1), 0.3, dtype=F64),
+    )
     dense = GaussNewton(2)(context, mu, s2)
-    errors = [float((GaussNewton(2, iterations=n)(context, mu, s2).w - dense.w).abs().max()) for n in (2, 6, model.dim)]
+    errors = [
+        float((GaussNewton(2, iterations=n)(context, mu, s2).w - dense.w).abs().max())
+        for n in (2, 6, model.dim)
+    ]
     assert errors[2] < 1e-5 < errors[1] < errors[0]
 
 
@@ -248,7 +290,7 @@ def test_gaussian_source_keeps_no_symmetry_and_a_scaled_one_all():
         Source(model.flat_prior, loc=torch.zeros(3))
 
 
-# ------------------------------------------------------------------ fields
+# ---------------------------------------- fields
 
 
 def fields(model: bf.BayesianModel) -> dict[str, nn.Module]:
@@ -287,7 +329,10 @@ def test_every_equivariant_field_commutes_with_its_group(name):
     field = field.bind(WhitenedPosterior(model))
     group = model.symmetries() if name == "drive" else field.symmetries
     assert group.permutation
-    x, t = torch.randn(10, model.dim, generator=generator(), dtype=F64), torch.rand(10, generator=generator(1)).double()
+    x, t = (
+        torch.randn(10, model.dim, generator=generator(), dtype=F64),
+        torch.rand(10, generator=generator(1)).double(),
+    )
     v = field(t, x).detach()
     moved_x, moved_v = model.spec.transform(group, 5, x, v)
     assert torch.allclose(field(t, moved_x), moved_v, atol=1e-10 * float(v.abs().max()) + 1e-10)
@@ -306,7 +351,8 @@ def test_both_directions_invert_each_other_and_agree_on_the_density():
     x0 = flow.start(2, 0)
     theta, log_q = flow.forward_with_log_prob(x0)
     back, log_q_back = flow.inverse_with_log_prob(theta)
-    assert torch.allclose(theta, flow.forward(x0, solver=Solver("rk4", 24)), atol=1e-4)  # by other steps
+    # by other steps
+    assert torch.allclose(theta, flow.forward(x0, solver=Solver("rk4", 24)), atol=1e-4)
     assert torch.allclose(back, x0, atol=1e-4)
     assert torch.allclose(log_q, log_q_back, atol=1e-3)
 
@@ -315,7 +361,9 @@ def test_forward_is_differentiable_and_its_jacobian_is_the_density():
     model, *_ = regression()
     flow = GaussNewtonFlow(model, GaussNewton(max_norm=math.inf), solver=Solver("rk4", 32))
     x0 = flow.start(1, 0)
-    jacobian = torch.func.jacrev(lambda z: flow.forward(z[None], solver=Solver("rk4", 48))[0])(x0[0])
+    jacobian = torch.func.jacrev(lambda z: flow.forward(z[None], solver=Solver("rk4", 48))[0])(
+        x0[0]
+    )
     _, log_q = flow.forward_with_log_prob(x0)
     log_normal = -0.5 * (x0 * x0).sum() - 2 * math.log(2 * math.pi)
     assert torch.allclose(log_q, log_normal - torch.linalg.slogdet(jacobian)[1], atol=1e-5)
@@ -323,7 +371,9 @@ def test_forward_is_differentiable_and_its_jacobian_is_the_density():
 
 def test_flow_transfers_to_another_width_and_refuses_other_networks():
     narrow, wide = network(width=4), network(width=9)
-    flow = bf.fit_flow(narrow, narrow.sample_prior(50, 0), training=bf.Training(steps=2, batch_size=8))
+    flow = bf.fit_flow(
+        narrow, narrow.sample_prior(50, 0), training=bf.Training(steps=2, batch_size=8)
+    )
     assert flow.transfer(wide).sample(3, 0).shape == (3, wide.dim)
     assert torch.equal(flow.transfer(narrow).sample(3, 0), flow.sample(3, 0))
     with pytest.raises(ValueError, match="more than the widths"):
@@ -345,7 +395,9 @@ def test_field_of_ones_own_says_what_it_is_on_another_network():
             return Rescaled(self.scale.detach())
 
     narrow, wide = network(width=4), network(width=9)
-    flow = Flow.of(Rescaled(torch.tensor(0.3, dtype=torch.float64)), narrow, solver=Solver("rk4", 64))
+    flow = Flow.of(
+        Rescaled(torch.tensor(0.3, dtype=torch.float64)), narrow, solver=Solver("rk4", 64)
+    )
     moved = flow.transfer(wide)
     x0 = moved.start(3, 0)
     assert torch.allclose(moved.forward(x0), wide.flat_prior.from_normal(math.exp(0.3) * x0))
@@ -354,7 +406,9 @@ def test_field_of_ones_own_says_what_it_is_on_another_network():
 def test_a_part_of_the_data_costs_less_and_is_scaled_to_all():
     model, mean, _ = regression(n=4000)
     flow = GaussNewtonFlow(model, solver=Solver(steps=24))
-    parts = torch.stack([flow.on_batch(400, seed).sample(50, 0).mean(0) for seed in range(20)]) / 1.5
+    parts = (
+        torch.stack([flow.on_batch(400, seed).sample(50, 0).mean(0) for seed in range(20)]) / 1.5
+    )
     spread = parts.std(0) / math.sqrt(20)
     assert ((parts.mean(0) - mean).abs() < 5 * spread + 0.01).all()
     context = flow.on_batch(400, 0).velocity.posterior
@@ -365,7 +419,7 @@ def test_a_part_of_the_data_costs_less_and_is_scaled_to_all():
         flow.on_batch(5000, 0)
 
 
-# ------------------------------------------------------------------ training
+# ---------------------------------------- training
 
 
 def small_field(dim: int = 2, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -389,7 +443,10 @@ def shifted(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
 
 def test_trained_field_carries_the_source_to_the_target():
     field, info = train(
-        small_field(), shifted, times=Uniform(), training=bf.Training(steps=400, batch_size=256, learning_rate=5e-3)
+        small_field(),
+        shifted,
+        times=Uniform(),
+        training=bf.Training(steps=400, batch_size=256, learning_rate=5e-3),
     )
     x = torch.randn(5000, 2, generator=generator(5))
     for i in range(40):
@@ -428,7 +485,10 @@ def test_interrupted_training_resumes_to_the_bit(tmp_path, monkeypatch, held_out
             raise KeyboardInterrupt
         return shifted(n, g)
 
-    with pytest.warns(UserWarning, match=f"interrupted: returning the flow after {120 if reuse == 1 else 96} steps"):
+    with pytest.warns(
+        UserWarning,
+        match=f"interrupted: returning the flow after {120 if reuse == 1 else 96} steps",
+    ):
         part = run(pairs=interrupting)
     resumed = run(resume=True)
     assert not torch.equal(part["net.0.weight"], whole["net.0.weight"])
@@ -436,7 +496,10 @@ def test_interrupted_training_resumes_to_the_bit(tmp_path, monkeypatch, held_out
 
 
 class Recording(Field):
-    """The field of `doubled` plus a number that is learned; keeps account of what both parts are asked of batches."""
+    """The field of `doubled` plus a number that is learned.
+
+    Keeps account of what both parts are asked of batches.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -507,7 +570,15 @@ def test_pairs_that_are_used_again_are_moved_by_the_symmetries_of_the_model(monk
 
     matching, training = Matching(targets="pairs", reuse=2), bf.Training(steps=6, batch_size=8)
     draws = model.sample_prior(50, 1)
-    bf.fit_flow(model, draws, velocity=Keeping(), matching=matching, training=training, seed=3, progress=False)
+    bf.fit_flow(
+        model,
+        draws,
+        velocity=Keeping(),
+        matching=matching,
+        training=training,
+        seed=3,
+        progress=False,
+    )
     points = torch.cat(seen)
     assert len(points) == 48
     assert len(points.unique(dim=0)) == 48
@@ -533,16 +604,25 @@ def test_resuming_in_a_pool_goes_on_where_it_stopped(tmp_path, monkeypatch, elem
             reuse=reuse,
         )
         seen += field.seen  # type: ignore[operator]
-    whole, _ = train(Recording(), doubled, training=bf.Training(steps=60, batch_size=8), reuse=reuse)
+    whole, _ = train(
+        Recording(), doubled, training=bf.Training(steps=60, batch_size=8), reuse=reuse
+    )
     assert torch.equal(torch.stack(seen), torch.stack(whole.seen))  # type: ignore[arg-type]
 
 
 def test_drives_make_the_field():
     model = network(width=4)
-    field = InformedVelocity(model.spec, (GradientSteps(1), GaussNewton()), 8, 1).to(F64).bind(WhitenedPosterior(model))
+    field = (
+        InformedVelocity(model.spec, (GradientSteps(1), GaussNewton()), 8, 1)
+        .to(F64)
+        .bind(WhitenedPosterior(model))
+    )
     for parameter in field.parameters():
         nn.init.normal_(parameter, std=0.2)
-    t, x = torch.rand(5, generator=generator(), dtype=F64), torch.randn(5, model.dim, generator=generator(1), dtype=F64)
+    t, x = (
+        torch.rand(5, generator=generator(), dtype=F64),
+        torch.randn(5, model.dim, generator=generator(1), dtype=F64),
+    )
     scores = field.precompute(t, x)
     assert [part.shape for part in scores] == [x.shape] * 4
     assert torch.equal(field.from_precomputed(t, x, *scores), field(t, x))
@@ -580,7 +660,9 @@ def test_training_stops_when_held_out_draws_do_not_gain():
 
 
 def test_autocast_trains_and_settings_are_checked():
-    field, info = train(small_field(), shifted, training=bf.Training(steps=3, batch_size=8, autocast=True))
+    field, info = train(
+        small_field(), shifted, training=bf.Training(steps=3, batch_size=8, autocast=True)
+    )
     assert math.isfinite(info["loss"])
     assert next(field.parameters()).dtype == torch.float32
     for options in ({"steps": 0}, {"budget": 0.0}, {"learning_rate": 0.0}, {"patience": 0}):
@@ -620,7 +702,10 @@ def test_fit_flow_takes_path_source_times_and_held_out_draws():
     assert float((log_q - exact.log_prob(theta)).abs().mean()) < 0.2
     with pytest.raises(TypeError, match="held_out must be"):
         bf.fit_flow(
-            model, exact.sample(50, 0), held_out=(exact.sample(5, 0), torch.zeros(5)), training=bf.Training(steps=1)
+            model,
+            exact.sample(50, 0),
+            held_out=(exact.sample(5, 0), torch.zeros(5)),
+            training=bf.Training(steps=1),
         )
     theta = exact.sample(5, 0).unsqueeze(0)
     weighted = bf.Draws(theta, model.log_joint(theta), log_weights=torch.zeros(1, 5))
@@ -638,7 +723,8 @@ def test_two_processes_train_one_field(tmp_path):
         model, mean, covariance = regression(torch.float32)
         draws = bf.Gaussian(1.5 * mean, 1.5 * torch.linalg.cholesky(covariance)).sample(500, 0)
         torch.manual_seed(0)
-        flow = bf.fit_flow(model, draws, velocity="weights", training=bf.Training(steps=40, batch_size=64), seed=3)
+        training = bf.Training(steps=40, batch_size=64)
+        flow = bf.fit_flow(model, draws, velocity="weights", training=training, seed=3)
         import os
         rank = os.environ.get("RANK", "0")
         total = sum(float(p.double().sum()) for p in flow.velocity.parameters())
@@ -648,10 +734,21 @@ def test_two_processes_train_one_field(tmp_path):
     file = tmp_path / "run.py"
     file.write_text(script)
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0", str(file), str(tmp_path), str(Path(__file__).parents[1]),
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--master-port=0",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
+        str(file),
+        str(tmp_path),
+        str(Path(__file__).parents[1]),
+    ]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))

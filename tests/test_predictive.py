@@ -18,7 +18,9 @@ Y = torch.tensor([0.3, -0.2, 0.1, 0.8, -0.5], dtype=torch.float64)
 
 
 def model_of(likelihood, outputs=1, y=Y, x=X):
-    """A linear model: outputs = weight * x + bias, theta = (weights, biases, log scale if learned)."""
+    """A linear model: outputs = weight * x + bias, theta = (weights, biases, log scale if
+    learned).
+    """
     with torch.random.fork_rng(devices=[]):
         net = nn.Linear(x.shape[1], outputs).double()
     return BayesianModel(net, Normal(0.0, 1.0), likelihood, x, y)
@@ -31,7 +33,11 @@ def draws_of(model, n=7, seed=0):
 def components(model, theta):
     """Means (draw, n) and standard deviations (draw, 1) of the mixture's components, by hand."""
     means = theta[:, :1] * X.T + theta[:, 1:2]
-    scales = theta[:, 2:3].exp() if theta.shape[1] == 3 else torch.full_like(theta[:, :1], model.likelihood.scale)
+    scales = (
+        theta[:, 2:3].exp()
+        if theta.shape[1] == 3
+        else torch.full_like(theta[:, :1], model.likelihood.scale)
+    )
     return means.numpy(), scales.double().numpy()
 
 
@@ -48,7 +54,7 @@ def classes():
     return model, draws_of(model, 11), y
 
 
-# ---------------------------------------------------------------- the mixture
+# ---------------------------------------- the mixture
 
 
 def test_log_prob_and_cdf_are_those_of_the_mixture(regression):
@@ -57,14 +63,18 @@ def test_log_prob_and_cdf_are_those_of_the_mixture(regression):
     prediction = predict(regression, theta, X)
     density = stats.norm.pdf(Y.numpy(), means, scales).mean(0)
     assert prediction.log_prob(Y).numpy() == pytest.approx(np.log(density), rel=1e-9)
-    assert prediction.cdf(Y).numpy() == pytest.approx(stats.norm.cdf(Y.numpy(), means, scales).mean(0), rel=1e-9)
+    assert prediction.cdf(Y).numpy() == pytest.approx(
+        stats.norm.cdf(Y.numpy(), means, scales).mean(0), rel=1e-9
+    )
 
 
 def test_log_prob_survives_where_densities_underflow(regression):
     theta = draws_of(regression)
     means, scales = components(regression, theta)
     far = Y + 200
-    expected = np.logaddexp.reduce(stats.norm.logpdf(far.numpy(), means, scales), 0) - math.log(len(theta))
+    expected = np.logaddexp.reduce(stats.norm.logpdf(far.numpy(), means, scales), 0) - math.log(
+        len(theta)
+    )
     assert predict(regression, theta, X).log_prob(far).numpy() == pytest.approx(expected, rel=1e-9)
 
 
@@ -118,7 +128,9 @@ def test_samples_follow_the_mixture(regression):
 
 def test_samples_do_not_depend_on_chunks(regression):
     theta = draws_of(regression, 5)
-    samples = [predict(regression, theta, X, chunk_size=size).sample(50, seed=3) for size in (1, 4, None)]
+    samples = [
+        predict(regression, theta, X, chunk_size=size).sample(50, seed=3) for size in (1, 4, None)
+    ]
     assert torch.allclose(samples[0], samples[1])
     assert torch.allclose(samples[0], samples[2])
 
@@ -155,8 +167,11 @@ def test_several_targets_and_heteroscedastic_noise():
     assert p.log_prob(y).shape == (5,)
     assert p.sample(6, seed=0).shape == (6, 5, 2)
     assert metrics.rowwise(p, y)["crps"].shape == (5,)
-    for target in range(2):  # the joint density is a mixture of products, so marginals are checked through the cdf
-        below = torch.stack([p.cdf(y + shift * torch.eye(2)[target])[:, target] for shift in (-50, 0, 50)])
+    # the joint density is a mixture of products, so marginals are checked through the cdf
+    for target in range(2):
+        below = torch.stack(
+            [p.cdf(y + shift * torch.eye(2)[target])[:, target] for shift in (-50, 0, 50)]
+        )
         assert bool((below.diff(dim=0) > 0).all())
 
 
@@ -227,7 +242,7 @@ def test_a_likelihood_of_ones_own_needs_only_log_prob_and_mean():
         p.sample(3, seed=0)
 
 
-# ---------------------------------------------------------------- metrics
+# ---------------------------------------- metrics
 
 
 def test_scores_of_classes_by_hand():
@@ -251,7 +266,8 @@ def test_every_confidence_falls_into_a_bin(bins):
     y = torch.tensor([0, 1, 0])
     x = torch.tensor([[0.0], [60.0], [-60.0]], dtype=torch.float64)
     model = model_of(likelihoods.Bernoulli(), y=y, x=x)
-    p = predict(model, torch.tensor([20.0, 0.0], dtype=torch.float64), x)  # probabilities 1/2, 1 and 1 exactly
+    # probabilities 1/2, 1 and 1 exactly
+    p = predict(model, torch.tensor([20.0, 0.0], dtype=torch.float64), x)
     assert int(metrics.reliability(p, y, bins).rows.sum()) == 3
     assert metrics.ece(p, y, bins) == pytest.approx(0.5 / 3)
 
@@ -261,7 +277,9 @@ def test_crps_of_a_gaussian_is_its_closed_form():
     p = predict(model, torch.zeros(1, 2, dtype=torch.float64), X)
     for y in (Y, 10 * Y, 1e4 * Y):
         z = y.numpy() / 0.3
-        closed = 0.3 * (z * (2 * stats.norm.cdf(z) - 1) + 2 * stats.norm.pdf(z) - 1 / math.sqrt(math.pi))
+        closed = 0.3 * (
+            z * (2 * stats.norm.cdf(z) - 1) + 2 * stats.norm.pdf(z) - 1 / math.sqrt(math.pi)
+        )
         assert metrics.crps(p, y) == pytest.approx(closed.mean(), abs=1e-6, rel=1e-6)
 
 
@@ -273,7 +291,9 @@ def test_crps_of_a_mixture_is_its_integral(spread):
 
     def expected(y, row):
         def absolute(m, s):  # E|N(m, s^2)|
-            return s * math.sqrt(2 / math.pi) * math.exp(-(m**2) / (2 * s**2)) + m * math.erf(m / s / math.sqrt(2))
+            return s * math.sqrt(2 / math.pi) * math.exp(-(m**2) / (2 * s**2)) + m * math.erf(
+                m / s / math.sqrt(2)
+            )
 
         centre, s = means[:, row], float(scales[0, 0])
         first = np.mean([absolute(m - y, s) for m in centre])
@@ -290,7 +310,9 @@ def test_crps_of_a_mixture_is_its_integral(spread):
         points=[float(Y[0])],
         limit=400,
     )
-    assert float(metrics.rowwise(p, Y)["crps"][0]) == pytest.approx(direct, abs=1e-4 * float(p.sd.max()))
+    assert float(metrics.rowwise(p, Y)["crps"][0]) == pytest.approx(
+        direct, abs=1e-4 * float(p.sd.max())
+    )
 
 
 def test_rmse_and_rowwise_agree_with_the_means(regression):
@@ -325,11 +347,15 @@ def test_draws_of_a_conjugate_posterior_give_its_predictive_density():
     theta = torch.from_numpy(np.random.default_rng(0).multivariate_normal(mean, covariance, 40_000))
     p = predict(model, theta, X)
     sd = np.sqrt((design @ covariance * design).sum(1) + 0.09)
-    assert p.log_prob(Y).numpy() == pytest.approx(stats.norm.logpdf(Y.numpy(), design @ mean, sd), abs=0.01)
-    assert p.quantile(0.95).numpy() == pytest.approx(stats.norm.ppf(0.95, design @ mean, sd), abs=0.01)
+    assert p.log_prob(Y).numpy() == pytest.approx(
+        stats.norm.logpdf(Y.numpy(), design @ mean, sd), abs=0.01
+    )
+    assert p.quantile(0.95).numpy() == pytest.approx(
+        stats.norm.ppf(0.95, design @ mean, sd), abs=0.01
+    )
 
 
-# ---------------------------------------------------------------- borders
+# ---------------------------------------- borders
 
 
 @pytest.mark.parametrize(
@@ -363,7 +389,12 @@ def test_bad_input_is_refused_in_words(broken, message):
 def test_regression_is_not_asked_of_classes(classes):
     model, theta, y = classes
     p = predict(model, theta, X)
-    for asked in (lambda: p.quantile(0.5), lambda: p.cdf(y), lambda: metrics.rmse(p, y), lambda: metrics.crps(p, y)):
+    for asked in (
+        lambda: p.quantile(0.5),
+        lambda: p.cdf(y),
+        lambda: metrics.rmse(p, y),
+        lambda: metrics.crps(p, y),
+    ):
         with pytest.raises(ValueError, match="regression"):
             asked()
     with pytest.raises(ValueError, match="label 3"):

@@ -1,4 +1,6 @@
-"""Priors with inferred parameters and empirical ones: densities against closed forms, samples, groups and storage."""
+"""Priors with inferred parameters and empirical ones: densities against closed forms, samples,
+groups and storage.
+"""
 
 from __future__ import annotations
 
@@ -47,11 +49,16 @@ class OneScale:
     def parameters(self, spec: WeightSpec) -> dict[str, td.Distribution]:
         return {"scale": td.Gamma(2.0, 2.0), "mean": td.Normal(0.0, 0.1)}
 
-    def conditional(self, spec: WeightSpec, parameters: dict[str, Tensor]) -> dict[str, td.Distribution]:
+    def conditional(
+        self, spec: WeightSpec, parameters: dict[str, Tensor]
+    ) -> dict[str, td.Distribution]:
         scale, mean = parameters["scale"], parameters["mean"]  # (..., 1)
         ones = {name: (1,) * len(shape) for name, shape in spec.shapes.items()}
         lead = scale.shape[:-1]
-        return {n: td.StudentT(5.0, mean.reshape(*lead, *o), scale.reshape(*lead, *o)) for n, o in ones.items()}
+        return {
+            n: td.StudentT(5.0, mean.reshape(*lead, *o), scale.reshape(*lead, *o))
+            for n, o in ones.items()
+        }
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -67,13 +74,17 @@ def built(make: Callable[[], nn.Module], dtype: torch.dtype = F64) -> nn.Module:
 
 def perceptron(dtype: torch.dtype = F64) -> nn.Module:
     def make() -> nn.Module:
-        return nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+        return nn.Sequential(
+            nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)
+        )
 
     return built(make, dtype)
 
 
 def conv() -> nn.Module:
-    return built(lambda: nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(3, 1)))
+    return built(
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(3, 1))
+    )
 
 
 PRIORS: dict[str, Any] = {
@@ -86,17 +97,29 @@ PRIORS: dict[str, Any] = {
 
 
 def model_of(
-    prior: Any, *, net: nn.Module | None = None, learned: bool = True, dtype: torch.dtype = F64, **options: Any
+    prior: Any,
+    *,
+    net: nn.Module | None = None,
+    learned: bool = True,
+    dtype: torch.dtype = F64,
+    **options: Any,
 ) -> BayesianModel:
     net = perceptron() if net is None else net
-    x = torch.randn(9, *((2, 2, 2) if isinstance(net[0], nn.Conv2d) else (2,)), generator=generator(1), dtype=F64)  # type: ignore[index]
+    x = torch.randn(
+        9,
+        *((2, 2, 2) if isinstance(net[0], nn.Conv2d) else (2,)),
+        generator=generator(1),
+        dtype=F64,
+    )  # type: ignore[index]
     y = torch.randn(9, 1, generator=generator(2), dtype=F64)
     likelihood = likelihoods.Gaussian() if learned else likelihoods.Gaussian(0.3)
     return BayesianModel(net.to(dtype), prior, likelihood, x.to(dtype), y, **options)
 
 
 def points(model: BayesianModel, *shape: int, seed: int = 3) -> Tensor:
-    return 0.7 * torch.randn(*shape, model.dim, generator=generator(seed), dtype=F64).to(model.dtype)
+    return 0.7 * torch.randn(*shape, model.dim, generator=generator(seed), dtype=F64).to(
+        model.dtype
+    )
 
 
 def autograd(function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
@@ -104,15 +127,22 @@ def autograd(function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
     return torch.autograd.grad(function(theta).sum(), theta)[0]
 
 
-# ---------------------------------------------------------------- densities
+# ---------------------------------------- densities
 
 
 def test_layout_is_weights_then_prior_then_likelihood() -> None:
     model = model_of(priors.Hierarchical())
     names = model.spec.network.names
-    assert model.spec.extras == (*(f"prior.log_scale.{name}" for name in names), "likelihood.log_scale")
+    assert model.spec.extras == (
+        *(f"prior.log_scale.{name}" for name in names),
+        "likelihood.log_scale",
+    )
     assert model.spec.dim == model.dim == model.spec.network.dim + 7
-    assert model_of(OneScale()).spec.extras == ("prior.log_scale", "prior.mean", "likelihood.log_scale")
+    assert model_of(OneScale()).spec.extras == (
+        "prior.log_scale",
+        "prior.mean",
+        "likelihood.log_scale",
+    )
     spec = model_of(priors.Horseshoe()).spec
     assert spec.shapes["prior.log_local.2.weight"] == (1, 4)
     assert spec.axes["prior.log_local.2.weight"] == (None, "h1")
@@ -120,7 +150,9 @@ def test_layout_is_weights_then_prior_then_likelihood() -> None:
 
 @pytest.mark.parametrize("fan_in", [False, True])
 def test_hierarchical_density(fan_in: bool) -> None:
-    model = model_of(priors.Hierarchical(td.HalfNormal(torch.tensor(0.8, dtype=F64)), fan_in), learned=False)
+    model = model_of(
+        priors.Hierarchical(td.HalfNormal(torch.tensor(0.8, dtype=F64)), fan_in), learned=False
+    )
     theta = points(model, 1)[0]
     params = {name: value.numpy() for name, value in model.spec.unflatten(theta).items()}
     expected = 0.0
@@ -146,9 +178,12 @@ def test_horseshoe_density(local: Any) -> None:
         logs = {key: params[f"prior.log_{key}.{name}"] for key in ("global", "local", "slab")}
         tau, lam, c2 = (np.exp(logs[key]) for key in ("global", "local", "slab"))
         assert lam.shape == (w.shape if local == "weight" else (1, w.shape[1]))
-        regularised = c2 * lam**2 / (c2 + tau**2 * lam**2)  # Piironen & Vehtari (2017), equation 2.8
+        # Piironen & Vehtari (2017), equation 2.8
+        regularised = c2 * lam**2 / (c2 + tau**2 * lam**2)
         expected += stats.norm.logpdf(w, 0, tau * np.sqrt(regularised)).sum()
-        expected += stats.halfcauchy.logpdf(tau, scale=0.3).sum() + stats.halfcauchy.logpdf(lam).sum()
+        expected += (
+            stats.halfcauchy.logpdf(tau, scale=0.3).sum() + stats.halfcauchy.logpdf(lam).sum()
+        )
         expected += stats.invgamma.logpdf(c2, 2.5, scale=2.5 * 1.5**2).sum()
         expected += sum(each.sum() for each in logs.values())
     assert float(model.log_prior(theta)) == pytest.approx(expected, rel=1e-12)
@@ -159,7 +194,9 @@ def test_density_of_a_users_prior() -> None:
     theta = points(model, 1)[0]
     weights, (log_scale, mean) = theta[:-2], theta[-2:]
     scale = log_scale.exp()
-    expected = td.StudentT(5.0, mean, scale).log_prob(weights).sum() + td.Normal(0.0, 0.1).log_prob(mean)
+    expected = td.StudentT(5.0, mean, scale).log_prob(weights).sum() + td.Normal(0.0, 0.1).log_prob(
+        mean
+    )
     expected += td.Gamma(2.0, 2.0).log_prob(scale) + log_scale
     torch.testing.assert_close(model.log_prior(theta), expected)
 
@@ -204,7 +241,9 @@ def test_closed_forms_are_the_generic_ones(name: str, source: str) -> None:
     generic = copy.copy(closed)
     generic._scales = None
     theta = points(model, 4)[:, : closed.spec.dim]
-    for found, expected in zip(closed.log_prob_and_grad(theta), generic.log_prob_and_grad(theta), strict=True):
+    for found, expected in zip(
+        closed.log_prob_and_grad(theta), generic.log_prob_and_grad(theta), strict=True
+    ):
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
     owner, places, offset = closed.shared
     padded = torch.cat([theta, torch.zeros(4, 1, dtype=F64)], 1)  # the last for what there is not
@@ -215,9 +254,14 @@ def test_closed_forms_are_the_generic_ones(name: str, source: str) -> None:
 
 
 SCALE_PRIORS = [
-    td.HalfNormal(0.5), td.HalfCauchy(0.5), td.LogNormal(-1.0, 0.5), td.Gamma(2.0, 3.0), td.InverseGamma(3.0, 2.0),
-    td.Exponential(2.0), td.Weibull(1.0, 2.0),
-]  # fmt: skip
+    td.HalfNormal(0.5),
+    td.HalfCauchy(0.5),
+    td.LogNormal(-1.0, 0.5),
+    td.Gamma(2.0, 3.0),
+    td.InverseGamma(3.0, 2.0),
+    td.Exponential(2.0),
+    td.Weibull(1.0, 2.0),
+]
 
 
 @pytest.mark.parametrize("scale_prior", SCALE_PRIORS, ids=lambda d: type(d).__name__)
@@ -238,7 +282,7 @@ def test_overflowing_scales_raise_nothing(name: str) -> None:
         assert grad.shape == (2, model.dim)
 
 
-# ---------------------------------------------------------------- samples
+# ---------------------------------------- samples
 
 
 @pytest.mark.parametrize("name", PRIORS)
@@ -274,7 +318,9 @@ def test_horseshoe_shrinks_most_and_leaves_some() -> None:
 
 
 def test_hmc_finds_the_scale_of_the_weights() -> None:
-    """Without a likelihood to speak of, chains on theta sample the prior: its scales are half-normal."""
+    """Without a likelihood to speak of, chains on theta sample the prior: its scales are
+    half-normal.
+    """
     net = built(lambda: nn.Linear(1, 1))
     x = torch.tensor([[1.0], [2.0]], dtype=F64)
     likelihood = likelihoods.Gaussian(1e6)
@@ -285,14 +331,16 @@ def test_hmc_finds_the_scale_of_the_weights() -> None:
     assert ((logs.std(0) - 0.3).abs() < 0.05).all()
 
 
-# ---------------------------------------------------------------- other views
+# ---------------------------------------- other views
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("source", ["perceptron", "conv"])
 @pytest.mark.parametrize("name", PRIORS)
 def test_pyro_sees_the_same_density(name: str, source: str, temperature: float) -> None:
-    model = model_of(PRIORS[name], net=conv() if source == "conv" else None, temperature=temperature)
+    model = model_of(
+        PRIORS[name], net=conv() if source == "conv" else None, temperature=temperature
+    )
     theta = points(model, 4)
     positive = [extra for extra in model.hyperparameters if extra.positive]
 
@@ -305,7 +353,9 @@ def test_pyro_sees_the_same_density(name: str, source: str, temperature: float) 
     log_jacobian = sum(theta[:, model.spec.slices[extra.name]].sum(-1) for extra in positive)
     for row in range(4):
         trace = poutine.trace(condition(model.to_pyro(), sites(theta[row]))).get_trace()
-        torch.testing.assert_close(trace.log_prob_sum() + log_jacobian[row], model.log_joint(theta[row]))
+        torch.testing.assert_close(
+            trace.log_prob_sum() + log_jacobian[row], model.log_joint(theta[row])
+        )
 
     def batched() -> None:
         with plate("particles", 4, dim=-1):
@@ -322,8 +372,14 @@ def test_pyro_draws_what_the_prior_says(name: str) -> None:
     model = model_of(PRIORS[name], dtype=torch.float32)
     with torch.random.fork_rng(devices=[]):
         trace = poutine.trace(model.to_pyro()).get_trace()
-    drawn = {n: s["value"] for n, s in trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]}
-    assert {n: tuple(v.shape) for n, v in drawn.items() if n in model.spec.network.names} == model.spec.network.shapes
+    drawn = {
+        n: s["value"]
+        for n, s in trace.nodes.items()
+        if s["type"] == "sample" and not s["is_observed"]
+    }
+    assert {
+        n: tuple(v.shape) for n, v in drawn.items() if n in model.spec.network.names
+    } == model.spec.network.shapes
     assert {value.dtype for value in drawn.values()} == {torch.float32}
 
 
@@ -334,10 +390,18 @@ class LaplaceScale:
     def parameters(self, spec: WeightSpec) -> dict[str, td.Distribution]:
         return {"scale": td.HalfNormal(1.0), "mean": td.Normal(0.0, 0.1)}
 
-    def conditional(self, spec: WeightSpec, parameters: dict[str, Tensor]) -> dict[str, td.Distribution]:
+    def conditional(
+        self, spec: WeightSpec, parameters: dict[str, Tensor]
+    ) -> dict[str, td.Distribution]:
         scale, mean = parameters["scale"], parameters["mean"]  # (..., 1)
-        lead, ones = scale.shape[:-1], {name: (1,) * len(shape) for name, shape in spec.shapes.items()}
-        return {n: td.Laplace(mean.reshape(*lead, *o), scale.reshape(*lead, *o)) for n, o in ones.items()}
+        lead, ones = (
+            scale.shape[:-1],
+            {name: (1,) * len(shape) for name, shape in spec.shapes.items()},
+        )
+        return {
+            n: td.Laplace(mean.reshape(*lead, *o), scale.reshape(*lead, *o))
+            for n, o in ones.items()
+        }
 
 
 COORDINATES = {name: PRIORS[name] for name in PRIORS if name != "a user's"} | {
@@ -356,21 +420,28 @@ def test_prior_with_parameters_is_standard_normal_in_its_coordinates(name: str) 
     torch.testing.assert_close(prior.to_normal(theta), z, rtol=1e-8, atol=1e-8)
     log_normal = -0.5 * (z * z).sum(-1) - 0.5 * model.dim * math.log(2 * math.pi)
     jacobian = torch.func.jacrev(prior.from_normal)(z[0])
-    torch.testing.assert_close(prior.log_prob(theta)[0], log_normal[0] - torch.linalg.slogdet(jacobian)[1])
+    torch.testing.assert_close(
+        prior.log_prob(theta)[0], log_normal[0] - torch.linalg.slogdet(jacobian)[1]
+    )
     torch.testing.assert_close(prior.log_jacobian(theta), prior.log_prob(theta) - log_normal)
     v = torch.randn(5, model.dim, generator=generator(1), dtype=F64)
     torch.testing.assert_close(prior.jvp(z, v)[0], jacobian @ v[0])
     torch.testing.assert_close(prior.vjp(z, v)[0], jacobian.T @ v[0])
-    torch.testing.assert_close(prior.vjp(z[:1, None], v[None])[0, 3], jacobian.T @ v[3])  # rows of a factor
+    # rows of a factor
+    torch.testing.assert_close(prior.vjp(z[:1, None], v[None])[0, 3], jacobian.T @ v[3])
     # Again differentiable, backwards and forwards.
     second = torch.func.jacrev(lambda at: prior.vjp(at, v[:1])[0])(z[:1])[:, 0]
     expected = torch.func.hessian(lambda at: (prior.from_normal(at) * v[0]).sum())(z[0])
     torch.testing.assert_close(second, expected, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(torch.func.jacfwd(lambda at: prior.vjp(at, v[0]))(z[0]), expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        torch.func.jacfwd(lambda at: prior.vjp(at, v[0]))(z[0]), expected, rtol=1e-6, atol=1e-8
+    )
 
 
 @pytest.mark.parametrize("name", COORDINATES)
-def test_flow_from_a_prior_with_parameters_has_the_posteriors_gradient_and_its_density(name: str) -> None:
+def test_flow_from_a_prior_with_parameters_has_the_posteriors_gradient_and_its_density(
+    name: str,
+) -> None:
     model = model_of(COORDINATES[name])
     context, z = (
         WhitenedPosterior(model),
@@ -385,31 +456,48 @@ def test_flow_from_a_prior_with_parameters_has_the_posteriors_gradient_and_its_d
     v = torch.randn(3, model.dim, generator=generator(1), dtype=F64)
     torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(same, expected, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(product(v), torch.einsum("brd,bre,be->bd", factor, factor, v), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(
+        product(v), torch.einsum("brd,bre,be->bd", factor, factor, v), rtol=1e-7, atol=1e-7
+    )
     flow = GaussNewtonFlow(model, solver=Solver("rk4", 16))
     theta, log_q = flow.sample_with_log_prob(1, 0)
     jacobian = torch.func.jacrev(lambda x0: flow.forward(x0)[0])(flow.start(1, 0))[:, 0]
     x0 = flow.start(1, 0)[0]
     log_normal = -0.5 * (x0 * x0).sum() - 0.5 * model.dim * math.log(2 * math.pi)
-    torch.testing.assert_close(log_q[0], log_normal - torch.linalg.slogdet(jacobian)[1], rtol=0, atol=0.02)
+    torch.testing.assert_close(
+        log_q[0], log_normal - torch.linalg.slogdet(jacobian)[1], rtol=0, atol=0.02
+    )
 
 
-def test_flow_from_a_prior_with_parameters_is_fitted_stored_and_needs_its_model(tmp_path: Path) -> None:
+def test_flow_from_a_prior_with_parameters_is_fitted_stored_and_needs_its_model(
+    tmp_path: Path,
+) -> None:
     model = model_of(PRIORS["hierarchical"], dtype=torch.float32)
-    flow = fit_flow(model, model.sample_prior(50, 0), velocity="weights", training=Training(steps=2, batch_size=8))
+    flow = fit_flow(
+        model,
+        model.sample_prior(50, 0),
+        velocity="weights",
+        training=Training(steps=2, batch_size=8),
+    )
     path = flow.save(tmp_path / "flow")
-    torch.testing.assert_close(load(path, model).sample(3, 0), flow.sample(3, 0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        load(path, model).sample(3, 0), flow.sample(3, 0), rtol=1e-4, atol=1e-4
+    )
     with pytest.raises(ValueError, match="needs its model"):
         load(path)
 
 
 def test_transports_from_conditionals_without_inverse_cdf_are_refused() -> None:
-    with pytest.raises(ValueError, match="a transport from a StudentT prior needs its cdf and inverse cdf"):
+    with pytest.raises(
+        ValueError, match="a transport from a StudentT prior needs its cdf and inverse cdf"
+    ):
         model_of(PRIORS["a user's"]).flat_prior.require_coordinates()
 
 
 TABULATED = {
-    "t": td.StudentT(torch.tensor([1.0, 2.5, 30.0, 2.5]), torch.tensor([0.0, -1.0, 2.0, 0.0]), torch.ones(4) / 2),
+    "t": td.StudentT(
+        torch.tensor([1.0, 2.5, 30.0, 2.5]), torch.tensor([0.0, -1.0, 2.0, 0.0]), torch.ones(4) / 2
+    ),
     "gamma": td.Gamma(torch.tensor([0.3, 2.0, 40.0]), torch.tensor([1.0, 0.1, 7.0])),
     "invgamma": td.InverseGamma(torch.tensor([0.6, 2.0, 15.0]), torch.tensor([1.0, 3.0, 0.2])),
     "chi2": td.Chi2(torch.tensor([1.0, 5.0, 5.0])),
@@ -433,10 +521,13 @@ def test_tabulated_quantiles_are_scipys_in_both_tails(name: str) -> None:
             scale = distribution.rate[i].item() ** (1 if name == "invgamma" else -1)
         law, p = family(shape, loc=loc, scale=scale), stats.norm.cdf(-np.abs(z[:, i].numpy()))
         expected = np.where(z[:, i].numpy() <= 0, law.ppf(p), law.isf(p))
-        np.testing.assert_allclose(value[:, i].numpy() - loc, expected - loc, rtol=1e-8, atol=1e-9 * scale)
+        np.testing.assert_allclose(
+            value[:, i].numpy() - loc, expected - loc, rtol=1e-8, atol=1e-9 * scale
+        )
     torch.testing.assert_close(table.to_normal(got), z, rtol=0, atol=1e-9)
     slope = torch.func.jvp(table.from_normal, (z,), (torch.ones_like(z),))[1]
-    log_density = distribution.log_prob(value) + (0 if name == "t" else got)  # of what the table maps to
+    # of what the table maps to
+    log_density = distribution.log_prob(value) + (0 if name == "t" else got)
     log_normal = -0.5 * z * z - 0.5 * math.log(2 * math.pi)
     torch.testing.assert_close(log_density + slope.log(), log_normal, rtol=1e-7, atol=1e-6)
     back = torch.func.jvp(table.to_normal, (got,), (torch.ones_like(z),))[1]
@@ -470,10 +561,16 @@ def test_fingerprint_tells_priors_apart() -> None:
 @pytest.mark.parametrize("name", PRIORS)
 def test_a_networks_parameters_are_at_their_mode(name: str) -> None:
     model = model_of(PRIORS[name])
-    net = built(lambda: nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)))
+    net = built(
+        lambda: nn.Sequential(
+            nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)
+        )
+    )
     theta = model.from_network(net)
     start = model.spec.network.dim
-    assert torch.equal(theta[:start], torch.nn.utils.parameters_to_vector(net.parameters()).detach())
+    assert torch.equal(
+        theta[:start], torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+    )
     assert theta[-1] == pytest.approx(math.log(0.1))
     grad = autograd(model.log_prior, theta)[start:-1]
     interior = theta[start:-1].abs() < 4.9
@@ -492,7 +589,7 @@ def test_the_scale_of_a_layer_of_zeros_is_bounded() -> None:
     assert model.log_joint(theta).isfinite()
 
 
-# ---------------------------------------------------------------- symmetries
+# ---------------------------------------- symmetries
 
 GROUPS = {  # permutations and signs that stay, of a tanh network with two hidden layers
     "hierarchical": ({"h1", "h2"}, {"h1", "h2"}),
@@ -512,8 +609,12 @@ def test_random_symmetries_keep_the_density(name: str) -> None:
     moved = model.spec.random_symmetry(theta, 2, model.symmetries())
     assert not torch.allclose(moved, theta)
     torch.testing.assert_close(model.outputs(moved), model.outputs(theta))
-    torch.testing.assert_close(model.log_prior(moved), model.log_prior(theta), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(model.log_joint(moved), model.log_joint(theta), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        model.log_prior(moved), model.log_prior(theta), rtol=1e-10, atol=1e-10
+    )
+    torch.testing.assert_close(
+        model.log_joint(moved), model.log_joint(theta), rtol=1e-10, atol=1e-10
+    )
 
 
 @dataclass(frozen=True)
@@ -526,7 +627,9 @@ class Unlabelled:
     def parameters(self, spec: WeightSpec) -> dict[str, td.Distribution]:
         return {self.name: td.HalfNormal(torch.linspace(1, 2, 4) if self.uneven else torch.ones(4))}
 
-    def conditional(self, spec: WeightSpec, parameters: dict[str, Tensor]) -> dict[str, td.Distribution]:
+    def conditional(
+        self, spec: WeightSpec, parameters: dict[str, Tensor]
+    ) -> dict[str, td.Distribution]:
         everywhere = {name: td.Normal(0.0, 1.0) for name in spec.names}
         return everywhere | {"0.bias": td.Normal(0.0, parameters[self.name])}
 
@@ -545,9 +648,13 @@ def test_local_scales_follow_their_units() -> None:
     perm = torch.tensor([2, 0, 3, 1])
     before = model.spec.unflatten(theta)
     after = model.spec.unflatten(model.spec.permute(theta, {"h1": perm}))
-    assert torch.equal(after["prior.log_local.2.weight"], before["prior.log_local.2.weight"][..., perm])
+    assert torch.equal(
+        after["prior.log_local.2.weight"], before["prior.log_local.2.weight"][..., perm]
+    )
     assert torch.equal(after["prior.log_global.2.weight"], before["prior.log_global.2.weight"])
-    flipped = model.spec.unflatten(model.spec.flip(theta, {"h1": torch.tensor([1.0, -1.0, 1.0, -1.0])}))
+    flipped = model.spec.unflatten(
+        model.spec.flip(theta, {"h1": torch.tensor([1.0, -1.0, 1.0, -1.0])})
+    )
     for name in model.spec.extras:
         assert torch.equal(flipped[name], before[name])
 
@@ -565,7 +672,7 @@ def test_alignment_keeps_function_and_density(name: str) -> None:
     torch.testing.assert_close(canonical, canonical[:1].expand(20, -1))
 
 
-# ---------------------------------------------------------------- empirical
+# ---------------------------------------- empirical
 
 
 def test_empirical_moments_of_a_network() -> None:
@@ -586,11 +693,19 @@ def test_empirical_moments_of_a_network() -> None:
 
 def test_empirical_moments_of_draws() -> None:
     spec = WeightSpec.of(perceptron())
-    theta = torch.randn(4, 50, spec.dim, generator=generator(), dtype=F64) * torch.linspace(0.5, 2, spec.dim) + 1
+    theta = (
+        torch.randn(4, 50, spec.dim, generator=generator(), dtype=F64)
+        * torch.linspace(0.5, 2, spec.dim)
+        + 1
+    )
     flat = theta.flatten(0, 1)
     laws = priors.Empirical(theta, per="weight").distributions(spec)
-    torch.testing.assert_close(torch.cat([law.loc.flatten() for law in laws.values()]), flat.mean(0))
-    torch.testing.assert_close(torch.cat([law.scale.flatten() for law in laws.values()]), flat.std(0, correction=0))
+    torch.testing.assert_close(
+        torch.cat([law.loc.flatten() for law in laws.values()]), flat.mean(0)
+    )
+    torch.testing.assert_close(
+        torch.cat([law.scale.flatten() for law in laws.values()]), flat.std(0, correction=0)
+    )
     assert not priors.Empirical(theta, per="weight").symmetries(spec).permutation
     around_zero = priors.Empirical(theta, zero_mean=True)
     for name, law in around_zero.distributions(spec).items():
@@ -605,11 +720,16 @@ def test_empirical_from_files(tmp_path: Path) -> None:
     theta = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
     with_extra = torch.cat([theta, torch.zeros(1)]).reshape(1, 1, -1)
     path = Draws(with_extra, torch.zeros(1, 1, dtype=F64)).save(tmp_path / "draws.npz")
-    for prior in (priors.Empirical.from_file(tmp_path / "net.pt"), priors.Empirical.from_file(path, extras=1)):
+    for prior in (
+        priors.Empirical.from_file(tmp_path / "net.pt"),
+        priors.Empirical.from_file(path, extras=1),
+    ):
         for name, law in prior.distributions(spec).items():
             torch.testing.assert_close(law.loc, expected[name].loc)
             torch.testing.assert_close(law.scale, expected[name].scale)
-    with pytest.raises(ValueError, match=r"have 32 entries, the network 31; .* say how many with extras=, got 0"):
+    with pytest.raises(
+        ValueError, match=r"have 32 entries, the network 31; .* say how many with extras=, got 0"
+    ):
         model_of(priors.Empirical.from_file(path))
     weighted = Draws(with_extra, torch.zeros(1, 1, dtype=F64), log_weights=torch.zeros(1, 1))
     with pytest.raises(ValueError, match="weighted draws; resample"):
@@ -637,7 +757,7 @@ def test_files_of_weights_execute_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         priors.Empirical.from_file("absent.pt")
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------- refusals
 
 
 @dataclass(frozen=True)
@@ -649,7 +769,9 @@ class Broken:
     def parameters(self, spec: WeightSpec) -> dict[str, td.Distribution]:
         return {"scale": td.HalfNormal(1.0)}
 
-    def conditional(self, spec: WeightSpec, parameters: dict[str, Tensor]) -> dict[str, td.Distribution]:
+    def conditional(
+        self, spec: WeightSpec, parameters: dict[str, Tensor]
+    ) -> dict[str, td.Distribution]:
         return dict.fromkeys(spec.names, td.Normal(0.0, 1.0)) | self.given(parameters["scale"])
 
 
@@ -658,7 +780,9 @@ class NoParameters:
     def parameters(self, spec: WeightSpec) -> dict[str, td.Distribution]:
         return {}
 
-    def conditional(self, spec: WeightSpec, parameters: dict[str, Tensor]) -> dict[str, td.Distribution]:
+    def conditional(
+        self, spec: WeightSpec, parameters: dict[str, Tensor]
+    ) -> dict[str, td.Distribution]:
         return dict.fromkeys(spec.names, td.Normal(0.0, 1.0))
 
 
@@ -669,9 +793,18 @@ class Half:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "unknown tensor": (lambda: Broken(lambda s: {"9.bias": td.Normal(0.0, 1.0)}), r"\['9.bias'\] are not both"),
-    "support": (lambda: Broken(lambda s: {"0.bias": td.HalfNormal(1.0)}), "'0.bias': HalfNormal is not elementwise"),
-    "axes": (lambda: Broken(lambda s: {"0.weight": td.Normal(0.0, s)}), r"shape \(2, 1\).* broadcast to \(2, 4, 2\)"),
+    "unknown tensor": (
+        lambda: Broken(lambda s: {"9.bias": td.Normal(0.0, 1.0)}),
+        r"\['9.bias'\] are not both",
+    ),
+    "support": (
+        lambda: Broken(lambda s: {"0.bias": td.HalfNormal(1.0)}),
+        "'0.bias': HalfNormal is not elementwise",
+    ),
+    "axes": (
+        lambda: Broken(lambda s: {"0.weight": td.Normal(0.0, s)}),
+        r"shape \(2, 1\).* broadcast to \(2, 4, 2\)",
+    ),
     "nothing to infer": (NoParameters, "NoParameters has no parameters to infer"),
     "half a prior": (Half, "prior must be a Prior"),
     "bounded scale": (lambda: priors.Hierarchical(td.Uniform(0.0, 1.0)), "must have the real line"),
@@ -681,9 +814,15 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         r"the trained 0.weight is \(3, 3\), the network's \(4, 2\)",
     ),
     "NaN": (lambda: priors.Empirical(torch.full((31,), math.nan)), "weights has NaN or infinite"),
-    "one network per weight": (lambda: priors.Empirical(torch.zeros(31), per="weight"), "no spread of each weight"),
+    "one network per weight": (
+        lambda: priors.Empirical(torch.zeros(31), per="weight"),
+        "no spread of each weight",
+    ),
     "per": (lambda: priors.Empirical(torch.zeros(31), per="layer"), "per must be"),  # type: ignore[arg-type]
-    "min scale": (lambda: priors.Empirical(torch.zeros(31), min_scale=0.0), "min_scale must be positive"),
+    "min scale": (
+        lambda: priors.Empirical(torch.zeros(31), min_scale=0.0),
+        "min_scale must be positive",
+    ),
     "global scale": (lambda: priors.Horseshoe(0.0), "global_scale must be positive"),
     "local": (lambda: priors.Horseshoe(local="layer"), "local must be one of 'unit', 'weight'"),  # type: ignore[arg-type]
 }

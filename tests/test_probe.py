@@ -153,7 +153,9 @@ class Powers(nn.Module):
 
 
 def replaced(place):
-    """A perceptron with another forward than that of its class, which looks at the network that it was made with."""
+    """A perceptron with another forward than that of its class, which looks at the network that it
+    was made with.
+    """
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
     module = net.get_submodule(place)
     module.forward = lambda x, forward=module.forward: 3 * forward(x)
@@ -167,7 +169,9 @@ def subtract(x):
 
 def hooked():
     net = around(torch.tanh)
-    net[1].register_full_backward_hook(lambda module, given, made: tuple(2 * each for each in given))
+    net[1].register_full_backward_hook(
+        lambda module, given, made: tuple(2 * each for each in given)
+    )
     return net
 
 
@@ -179,37 +183,82 @@ REFUSED = {
     "centred": (lambda: around(lambda h: h - h.mean(0)), r"'1' \(Applied\).*other rows"),
     "softmax over rows": (lambda: around(lambda h: h.softmax(0)), r"'1' \(Applied\).*other rows"),
     "number of rows": (lambda: around(lambda h: h * len(h)), r"'1' \(Applied\).*other rows"),
-    "place of a row": (lambda: around(lambda h: h + torch.arange(len(h))[:, None]), r"'1' \(Applied\).*other rows"),
-    "centred above four rows": (lambda: around(lambda h: h - h.mean(0) if len(h) > 4 else h), r"'1' \(Applied\).*rows"),
-    "blocks of rows": (lambda: around(lambda h: h - h[: 12 * (len(h) // 12)].sum(0)), r"'1' \(Applied\).*rows"),
-    "more than the data": (lambda: Root(lambda x: x / (x.norm() if len(x) > 40 else 1)), r"\(Root\).*other rows"),
+    "place of a row": (
+        lambda: around(lambda h: h + torch.arange(len(h))[:, None]),
+        r"'1' \(Applied\).*other rows",
+    ),
+    "centred above four rows": (
+        lambda: around(lambda h: h - h.mean(0) if len(h) > 4 else h),
+        r"'1' \(Applied\).*rows",
+    ),
+    "blocks of rows": (
+        lambda: around(lambda h: h - h[: 12 * (len(h) // 12)].sum(0)),
+        r"'1' \(Applied\).*rows",
+    ),
+    "more than the data": (
+        lambda: Root(lambda x: x / (x.norm() if len(x) > 40 else 1)),
+        r"\(Root\).*other rows",
+    ),
     "sorted": (lambda: around(lambda h: h.sort(0).values), r"'1' \(Applied\).*other rows"),
-    "in the outermost forward": (lambda: Root(lambda x: x / x.norm()), r"the forward of the network \(Root\).*other"),
+    "in the outermost forward": (
+        lambda: Root(lambda x: x / x.norm()),
+        r"the forward of the network \(Root\).*other",
+    ),
     "dropout": (lambda: around(F.dropout), r"'1' \(Applied\) is random"),
     "noise": (lambda: around(lambda h: h + torch.randn_like(h)), r"'1' \(Applied\) is random"),
     "counter": (Counter, r"\(Counter\).*how often it was called"),
     "running mean": (Buffered, "'mean' is written by the forward pass"),
     "clamped weights": (Clamped, "'linear.weight' is written by the forward pass"),
-    "writes to x": (lambda: Root(subtract), r"the forward of the network \(Root\) writes to the inputs"),
-    "relu in place": (lambda: nn.Sequential(nn.ReLU(inplace=True), nn.BatchNorm1d(3).eval(), nn.Linear(3, 1)),
-                      r"'0' \(ReLU\) writes to the inputs"),
+    "writes to x": (
+        lambda: Root(subtract),
+        r"the forward of the network \(Root\) writes to the inputs",
+    ),
+    "relu in place": (
+        lambda: nn.Sequential(nn.ReLU(inplace=True), nn.BatchNorm1d(3).eval(), nn.Linear(3, 1)),
+        r"'0' \(ReLU\) writes to the inputs",
+    ),
     "straight through": (straightened, "gradient by '0.*' is not the derivative"),
     "hooked": (hooked, "gradient by '0.*' is not the derivative"),
-    "detached": (lambda: around(lambda h: h * h.detach()), "gradient by '0.*' is not the derivative"),
-    "nothing but detached": (lambda: Root(lambda x: x).requires_grad_(True) and nn.Sequential(
-        nn.Linear(3, 1), Applied(torch.detach)), "no derivative"),
-    "layers in a list": (Listed, r"a tensor \(4, 3\) that requires gradients but is none of its parameters"),
+    "detached": (
+        lambda: around(lambda h: h * h.detach()),
+        "gradient by '0.*' is not the derivative",
+    ),
+    "nothing but detached": (
+        lambda: (
+            Root(lambda x: x).requires_grad_(True)
+            and nn.Sequential(nn.Linear(3, 1), Applied(torch.detach))
+        ),
+        "no derivative",
+    ),
+    "layers in a list": (
+        Listed,
+        r"a tensor \(4, 3\) that requires gradients but is none of its parameters",
+    ),
     "another forward": (lambda: replaced(""), "none of its parameters"),
     "another forward of a layer": (lambda: replaced("0"), "none of its parameters"),
-    "first seen": (lambda: around(FirstSeen()), r"'1.function' \(FirstSeen\) keeps something.*first called"),
+    "first seen": (
+        lambda: around(FirstSeen()),
+        r"'1.function' \(FirstSeen\) keeps something.*first called",
+    ),
     "first weights": (Stale, r"\(Stale\) keeps something.*first called"),
-    "computed attributes": (lambda: nn.Sequential(prune.random_unstructured(nn.Linear(3, 1), "weight", 0.5)),
-                            "net cannot be copied.*prune.remove"),
-    "its own weights": (lambda: torch.jit.script(nn.Sequential(nn.Linear(3, 1))), "compiled by torch.jit"),
-    "two types": (lambda: nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1).double()), "one floating-point type"),
+    "computed attributes": (
+        lambda: nn.Sequential(prune.random_unstructured(nn.Linear(3, 1), "weight", 0.5)),
+        "net cannot be copied.*prune.remove",
+    ),
+    "its own weights": (
+        lambda: torch.jit.script(nn.Sequential(nn.Linear(3, 1))),
+        "compiled by torch.jit",
+    ),
+    "two types": (
+        lambda: nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1).double()),
+        "one floating-point type",
+    ),
     "complex weights": (lambda: nn.Linear(3, 1, dtype=torch.complex64), "one floating-point type"),
-    "squeezed": (lambda: nn.Sequential(nn.Linear(3, 1), nn.LayerNorm(1), Applied(torch.squeeze)), "must map"),
-}  # fmt: skip
+    "squeezed": (
+        lambda: nn.Sequential(nn.Linear(3, 1), nn.LayerNorm(1), Applied(torch.squeeze)),
+        "must map",
+    ),
+}
 
 
 @pytest.fixture
@@ -232,14 +281,23 @@ def test_what_is_no_function_of_single_rows_is_refused_by_name(name, seeded, dat
 
 TORCHS = {
     "padded": (lambda: nn.Embedding(5, 2, padding_idx=0), r"'0' \(Embedding\) has padding_idx=0"),
-    "padded bag": (lambda: nn.EmbeddingBag(5, 2, padding_idx=0), r"\(EmbeddingBag\) has padding_idx=0"),
+    "padded bag": (
+        lambda: nn.EmbeddingBag(5, 2, padding_idx=0),
+        r"\(EmbeddingBag\) has padding_idx=0",
+    ),
     "renormed": (lambda: nn.Embedding(5, 2, max_norm=1.0), "has max_norm=1.0"),
-    "by frequency": (lambda: nn.Embedding(5, 2, scale_grad_by_freq=True), "has scale_grad_by_freq=True"),
+    "by frequency": (
+        lambda: nn.Embedding(5, 2, scale_grad_by_freq=True),
+        "has scale_grad_by_freq=True",
+    ),
     "sparse": (lambda: nn.Embedding(5, 2, sparse=True), "has sparse=True"),
     "recurrent": (lambda: nn.LSTM(3, 2), r"'0' \(LSTM\) is recurrent.*in a loop"),
     "cell": (lambda: nn.LSTMCell(3, 2), r"'0' \(LSTMCell\) is recurrent"),
     "gated": (lambda: nn.GRU(3, 2), r"'0' \(GRU\) is recurrent"),
-    "attention in training": (lambda: nn.MultiheadAttention(4, 2, dropout=0.1), r"\(MultiheadAttention\) is random"),
+    "attention in training": (
+        lambda: nn.MultiheadAttention(4, 2, dropout=0.1),
+        r"\(MultiheadAttention\) is random",
+    ),
     "encoder in training": (lambda: nn.TransformerEncoderLayer(4, 2), "is random in training"),
 }
 
@@ -255,7 +313,9 @@ def test_modules_of_torch_that_cannot_be_inferred_are_refused_by_name(name, seed
 
 def test_a_constant_table_may_be_padded(seeded):
     with seeded(0):
-        net = nn.Sequential(nn.EmbeddingBag(5, 4, padding_idx=0).requires_grad_(False), nn.Linear(4, 1))
+        net = nn.Sequential(
+            nn.EmbeddingBag(5, 4, padding_idx=0).requires_grad_(False), nn.Linear(4, 1)
+        )
     x = torch.randint(5, (8, 3), generator=generator())
     bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(0.3), x, x.sum(1).float())
 
@@ -286,13 +346,15 @@ ACCEPTED = {
     "kinks": lambda: around(torch.relu),
     "max": lambda: around(lambda h: h * (h == h.amax(1, keepdim=True))),
     "its own type": lambda: around(lambda h: h + torch.ones(4, dtype=torch.float32)),
-    "in place inside": lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.LayerNorm(4), nn.Linear(4, 1)),
+    "in place inside": lambda: nn.Sequential(
+        nn.Linear(3, 4), nn.ReLU(inplace=True), nn.LayerNorm(4), nn.Linear(4, 1)
+    ),
     "zero outputs": lambda: around(torch.zeros_like),
     "small weights": lambda: around(lambda h: 1e-12 * h),
     "large weights": lambda: around(lambda h: 1e12 * h),
     "a single number": Powers,
     "the norm of a row": lambda: around(lambda h: h / h.norm(dim=1, keepdim=True)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
@@ -300,7 +362,9 @@ ACCEPTED = {
 def test_honest_modules_are_accepted(name, rows, seeded, data):
     with seeded(0):
         net = ACCEPTED[name]()
-    bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(0.3), data[0][:rows], data[1][:rows])
+    bf.BayesianModel(
+        net, priors.Normal(), likelihoods.Gaussian(0.3), data[0][:rows], data[1][:rows]
+    )
 
 
 def test_a_replaced_forward_is_what_is_computed(seeded, data):
@@ -355,7 +419,9 @@ def test_attention_in_evaluation_is_inferred(make, seeded):
     by_torch = torch.autograd.grad(exact.log_joint(at).sum(), at)[0]
     torch.testing.assert_close(exact.log_joint_and_grad(at.detach())[1], by_torch)
     assert exact.at(at.detach()).grad_and_factor()[1].isfinite().all()
-    draws = bf.sample(model, bf.SGLD(), chains=2, warmup=2, draws=2, seed=0, init="prior", progress=False)
+    draws = bf.sample(
+        model, bf.SGLD(), chains=2, warmup=2, draws=2, seed=0, init="prior", progress=False
+    )
     assert draws.theta.isfinite().all()
 
 
@@ -363,7 +429,9 @@ def test_attention_that_takes_rows_for_a_sequence_is_refused(seeded):
     with seeded(0):
         net = Attention().eval()
     x = torch.randn(6, 5, 3, generator=generator())
-    with pytest.raises(ValueError, match=r"'attention' \(MultiheadAttention\).*other rows.*batch_first=True"):
+    with pytest.raises(
+        ValueError, match=r"'attention' \(MultiheadAttention\).*other rows.*batch_first=True"
+    ):
         bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(), x, x.sum((1, 2)))
 
 
@@ -390,10 +458,12 @@ def test_a_loop_of_linear_layers_is_the_way_out_for_recurrent_networks(seeded):
     expected = torch.stack([model.to_network(each)(x) for each in theta])
     torch.testing.assert_close(model.outputs(theta), expected.detach(), rtol=1e-4, atol=1e-5)
     mapped = torch.func.jvp(model.log_joint, (theta,), (torch.ones_like(theta),))[1]
-    torch.testing.assert_close(mapped, model.log_joint_and_grad(theta)[1].sum(1).double(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        mapped, model.log_joint_and_grad(theta)[1].sum(1).double(), rtol=1e-3, atol=1e-3
+    )
 
 
-# ---------------------------------------------------------------- likelihoods of one's own
+# ---------------------------------------- likelihoods of one's own
 
 
 class Own:
@@ -432,20 +502,41 @@ def squares(r):
 
 LIKELIHOODS = {
     "not summed over outputs": (lambda: Own(lambda r, o, y: r.square()), "a number for every row"),
-    "summed over rows": (lambda: Own(lambda r, o, y: r.square().sum((-1, -2))), "a number for every row"),
+    "summed over rows": (
+        lambda: Own(lambda r, o, y: r.square().sum((-1, -2))),
+        "a number for every row",
+    ),
     "one number": (lambda: Own(lambda r, o, y: r.square().sum()), "a number for every row"),
-    "mean over rows": (lambda: Own(lambda r, o, y: squares(r) / len(y)), "depend on the other rows"),
-    "columns against rows": (lambda: Own(lambda r, o, y: squares(o - y.squeeze(-1))), "depend on the other rows"),
-    "one weight for each row": (lambda: Own(lambda r, o, y: squares(r) * torch.ones(9)), "goes into columns of y"),
+    "mean over rows": (
+        lambda: Own(lambda r, o, y: squares(r) / len(y)),
+        "depend on the other rows",
+    ),
+    "columns against rows": (
+        lambda: Own(lambda r, o, y: squares(o - y.squeeze(-1))),
+        "depend on the other rows",
+    ),
+    "one weight for each row": (
+        lambda: Own(lambda r, o, y: squares(r) * torch.ones(9)),
+        "goes into columns of y",
+    ),
     "random": (lambda: Own(lambda r, o, y: squares(r + torch.randn_like(r))), "is random"),
-    "writes to y": (lambda: Own(lambda r, o, y: squares(o - y.sub_(1.0))), "writes to its arguments"),
+    "writes to y": (
+        lambda: Own(lambda r, o, y: squares(o - y.sub_(1.0))),
+        "writes to its arguments",
+    ),
     "nothing": (lambda: Own(lambda r, o, y: squares(r) * math.nan), "is NaN for all rows"),
-    "detached": (lambda: Own(lambda r, o, y: squares(r * r.detach())), "is not the gradient of its log_prob"),
-    "an array": (lambda: Own(lambda r, o, y: torch.from_numpy(r.detach().numpy()).square().sum(-1)), "differentiated"),
+    "detached": (
+        lambda: Own(lambda r, o, y: squares(r * r.detach())),
+        "is not the gradient of its log_prob",
+    ),
+    "an array": (
+        lambda: Own(lambda r, o, y: torch.from_numpy(r.detach().numpy()).square().sum(-1)),
+        "differentiated",
+    ),
     "an inherited score": (lambda: Doubled(0.5), "is not the gradient of its log_prob"),
     "an inherited score, learned": (Doubled, "is not the gradient of its log_prob"),
     "fewer rows": (Shorter, "must keep the 9 rows of y, got 5"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
@@ -488,7 +579,9 @@ def test_a_fisher_factor_is_that_of_the_density(family, factor, seeded):
     if factor == 1:
         make()
     else:
-        with pytest.raises(ValueError, match="the fisher_factor of Mine is not the one of its log_prob"):
+        with pytest.raises(
+            ValueError, match="the fisher_factor of Mine is not the one of its log_prob"
+        ):
             make()
 
 
@@ -512,9 +605,16 @@ def test_weights_of_rows_may_be_part_of_a_likelihood(seeded):
     bf.BayesianModel(net, priors.Normal(), Weighted(), x, x.sum(1))
 
 
-@pytest.mark.parametrize("function", [lambda r, o, y: squares(r), lambda r, o, y: r.abs().sum(-1),
-                                      lambda r, o, y: 1e8 * squares(r), lambda r, o, y: squares(r).float(),
-                                      lambda r, o, y: squares(o.log() - y)])  # fmt: skip
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda r, o, y: squares(r),
+        lambda r, o, y: r.abs().sum(-1),
+        lambda r, o, y: 1e8 * squares(r),
+        lambda r, o, y: squares(r).float(),
+        lambda r, o, y: squares(o.log() - y),
+    ],
+)
 @pytest.mark.parametrize("rows", [1, 9])
 def test_honest_likelihoods_are_accepted(function, rows, seeded, data):
     with seeded(0):

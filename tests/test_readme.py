@@ -36,7 +36,9 @@ def test_readme_program_runs_as_printed(tmp_path):
 
 
 def program_of(page: str) -> str:
-    return "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL))
+    return "\n".join(
+        re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    )
 
 
 def test_program_of_the_weight_space_page_runs(capsys):
@@ -55,7 +57,7 @@ def test_program_of_the_transport_page_runs(capsys):
     assert printed[-1] == f"torch.Size([20, {6 * 3 + 1}])"
 
 
-# ---------------------------------------------------------------- programs of one's own
+# ---------------------------------------- programs of one's own
 
 
 def blocks_of(page: str) -> list[str]:
@@ -77,7 +79,7 @@ def test_each_program_of_ones_own_has_fewer_than_thirty_lines():
         assert len([line for line in program if line.strip()]) < 30
 
 
-# ---------------------------------------------------------------- the reference, and links
+# ---------------------------------------- the reference, and links
 
 
 def generator_of_the_reference() -> ModuleType:
@@ -91,9 +93,9 @@ def test_the_reference_has_every_public_name():
     generator = generator_of_the_reference()
     reference = set(re.findall(r"^::: (\S+)$", generator.reference(), re.MULTILINE))
     shown = {id(value_of(name)) for name in reference}
-    for room in generator.rooms():
-        assert room.__name__ in reference
-        names = {f"{room.__name__}.{name}" for name in room.__all__}
+    for package in generator.packages():
+        assert package.__name__ in reference
+        names = {f"{package.__name__}.{name}" for name in package.__all__}
         assert {name for name in names if id(value_of(name)) not in shown} == set()
     assert {name for name in bf.__all__ if id(getattr(bf, name)) not in shown} == {"__version__"}
 
@@ -103,13 +105,13 @@ def value_of(path: str) -> object:
     return getattr(importlib.import_module(head), name) if head else importlib.import_module(path)
 
 
-def test_rooms_of_the_reference_come_after_those_that_they_import():
+def test_packages_of_the_reference_come_after_those_that_they_import():
     generator = generator_of_the_reference()
     seen: set[str] = set()
-    for room in generator.rooms():
-        name = room.__name__.split(".")[1]
+    for package in generator.packages():
+        name = package.__name__.split(".")[1]
         seen.add(name)
-        later = {each.__name__.split(".")[1] for each in generator.rooms()} - seen
+        later = {each.__name__.split(".")[1] for each in generator.packages()} - seen
         assert not generator.imported_by(name) & later
 
 

@@ -21,7 +21,9 @@ long = pytest.mark.validate
 def perceptron(*widths: int) -> torch.nn.Module:
     with torch.random.fork_rng(devices=[]):
         first, second, third = widths
-        return torch.nn.Sequential(torch.nn.Linear(first, second), torch.nn.Tanh(), torch.nn.Linear(second, third))
+        return torch.nn.Sequential(
+            torch.nn.Linear(first, second), torch.nn.Tanh(), torch.nn.Linear(second, third)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,9 @@ def iris():
     """Return the model, its test rows and HMC draws."""
     file = np.load(REFERENCE)
     likelihood = bf.likelihoods.Categorical()
-    model = bf.BayesianModel(perceptron(4, 16, 3), bf.priors.Normal(1.0), likelihood, file["Xtr"], file["ytr"])
+    model = bf.BayesianModel(
+        perceptron(4, 16, 3), bf.priors.Normal(1.0), likelihood, file["Xtr"], file["ytr"]
+    )
     draws = bf.sample(model, bf.HMC(), chains=32, warmup=300, draws=300, seed=0)
     return model, torch.as_tensor(file["Xte"]).float(), torch.as_tensor(file["yte"]), draws, file
 
@@ -39,7 +43,9 @@ def yacht():
     """Return the model and its test rows."""
     file = np.load(FOLDER / "yacht_s01.npz")
     likelihood = bf.likelihoods.Gaussian(0.1)
-    model = bf.BayesianModel(perceptron(6, 50, 1), bf.priors.Normal(1.0), likelihood, file["Xtr"], file["ytr"])
+    model = bf.BayesianModel(
+        perceptron(6, 50, 1), bf.priors.Normal(1.0), likelihood, file["Xtr"], file["ytr"]
+    )
     return model, torch.as_tensor(file["Xte"]).float(), torch.as_tensor(file["yte"]).float(), file
 
 
@@ -64,8 +70,15 @@ def weights_of(draws: bf.Draws) -> np.ndarray:
     ("method", "sizes"),
     [
         pytest.param(bf.HMC(), None, id="HMC"),
-        pytest.param(bf.MCLMC(), {"chains": 16, "warmup": 500, "draws": 1000}, id="MCLMC", marks=long),
-        pytest.param(bf.AdjustedMCLMC(), {"chains": 16, "warmup": 400, "draws": 400}, id="AdjustedMCLMC", marks=long),
+        pytest.param(
+            bf.MCLMC(), {"chains": 16, "warmup": 500, "draws": 1000}, id="MCLMC", marks=long
+        ),
+        pytest.param(
+            bf.AdjustedMCLMC(),
+            {"chains": 16, "warmup": 400, "draws": 400},
+            id="AdjustedMCLMC",
+            marks=long,
+        ),
         pytest.param(bf.SMC(), {"chains": 2}, id="SMC", marks=long),
     ],
 )
@@ -88,7 +101,12 @@ def test_engines_agree_with_the_reference_on_iris(method, sizes, iris):
     [
         pytest.param(bf.MCLMC(), {"chains": 16, "warmup": 500, "draws": 800}, id="MCLMC"),
         pytest.param(bf.HMC(), {"chains": 16, "warmup": 500, "draws": 300}, id="HMC", marks=long),
-        pytest.param(bf.AdjustedMCLMC(), {"chains": 16, "warmup": 500, "draws": 300}, id="AdjustedMCLMC", marks=long),
+        pytest.param(
+            bf.AdjustedMCLMC(),
+            {"chains": 16, "warmup": 500, "draws": 300},
+            id="AdjustedMCLMC",
+            marks=long,
+        ),
     ],
 )
 def test_engines_agree_with_the_reference_on_yacht(method, sizes, yacht):
@@ -119,7 +137,7 @@ def test_hmc_agrees_with_the_reference_on_iris(iris):
     assert (np.abs(probs.mean((0, 1)) - file["prob_mean"]) < 5 * error).all()
 
 
-# ---------------------------------------------------------------- defaults on other posteriors
+# ---------------------------------------- defaults on other posteriors
 
 
 def relu_iris() -> tuple[bf.BayesianModel, torch.Tensor]:
@@ -140,14 +158,18 @@ def few_rows() -> tuple[bf.BayesianModel, torch.Tensor]:
     y = (x[:, :1] * x[:, 1:2]).tanh() + 0.1 * torch.randn(40, 1, generator=generator)
     with torch.random.fork_rng(devices=[]):
         net = torch.nn.Sequential(torch.nn.Linear(8, 50), torch.nn.ReLU(), torch.nn.Linear(50, 1))
-    model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.3), x[:20], y[:20])
+    model = bf.BayesianModel(
+        net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.3), x[:20], y[:20]
+    )
     return model, x[20:]
 
 
 @pytest.mark.validate
 @pytest.mark.parametrize("problem", [pytest.param(relu_iris, marks=needs_reference), few_rows])
 def test_default_engines_agree_beyond_the_references(problem):
-    """Predictive means in posterior sds, the width of the log joint, and what MCLMC says of its own errors."""
+    """Predictive means in posterior sds, the width of the log joint, and what MCLMC says of its own
+    errors.
+    """
     model, x = problem()
     found = {}
     for method in (bf.HMC(), bf.AdjustedMCLMC(), bf.MCLMC()):
@@ -159,12 +181,14 @@ def test_default_engines_agree_beyond_the_references(problem):
     exact, mean, sd = found["HMC"]
     for name, (draws, other, _) in found.items():
         assert float(((other - mean) / sd).square().mean().sqrt()) < 0.1, name
-        # Nothing shows the bias of unadjusted chains as the log joint does: 0.4 of its sds were seen.
+        # Nothing shows the bias of unadjusted chains as the log joint does: 0.4 of its sds were
+        # seen.
         allowed = (0.6 if name == "MCLMC" else 0.25) * float(exact.log_joint.std())
         assert abs(float(draws.log_joint.mean() - exact.log_joint.mean())) < allowed, name
         assert abs(float(draws.log_joint.std() / exact.log_joint.std()) - 1) < 0.15, name
     variance = float(found["MCLMC"][0].stats["energy_variance"].double().mean())
-    # Asked for 0.005; a few large errors in warm-up leave a shorter step, and a smaller bias, than that.
+    # Asked for 0.005; a few large errors in warm-up leave a shorter step, and a smaller bias, than
+    # that.
     assert 1e-4 < variance < 0.025
 
 
@@ -177,7 +201,8 @@ def test_untrained_field_and_refinement_reach_the_reference(iris, seeded):
     refined = bf.refine(model, flow.sample(2000, seed=1), 8, seed=2)
     assert refined.info["gradients_per_draw"] <= 129
     assert abs(float(model.log_likelihood(refined.flat).mean()) + 10.85) < 0.5
-    assert abs(bf.metrics.lppd(bf.predict(model, refined, x), y) + 0.1907) < 0.006  # Monte-Carlo error 0.0015
+    # Monte-Carlo error 0.0015
+    assert abs(bf.metrics.lppd(bf.predict(model, refined, x), y) + 0.1907) < 0.006
 
 
 @needs_reference
@@ -210,9 +235,15 @@ def test_trained_density_is_right_to_a_twentieth_of_a_nat(velocity, seeded):
     model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.5), x, y)
     design = torch.cat([x, torch.ones(30, 1)], 1).double()
     covariance = torch.linalg.inv(design.T @ design / 0.25 + torch.eye(4))
-    exact = bf.Gaussian(covariance @ design.T @ y.double() / 0.25, torch.linalg.cholesky(covariance))
+    exact = bf.Gaussian(
+        covariance @ design.T @ y.double() / 0.25, torch.linalg.cholesky(covariance)
+    )
     flow = bf.fit_flow(
-        model, exact.sample(20000, 1).float(), velocity=velocity, seed=0, training=bf.Training(budget=60)
+        model,
+        exact.sample(20000, 1).float(),
+        velocity=velocity,
+        seed=0,
+        training=bf.Training(budget=60),
     )
     theta = exact.sample(1000, 3)
     log_q = flow.log_prob(theta.float(), solver=Solver("rk4", 16))

@@ -40,7 +40,9 @@ def make_model(kind, features=2, hidden=3):
         net = nn.Sequential(nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, out))
     x = torch.randn(30, features, generator=generator(1))
     if kind == "classification":
-        return BayesianModel(net, Normal(0.0, 1.0), likelihoods.Categorical(), x, torch.arange(30) % 3)
+        return BayesianModel(
+            net, Normal(0.0, 1.0), likelihoods.Categorical(), x, torch.arange(30) % 3
+        )
     return BayesianModel(net, Normal(0.0, 1.0), likelihoods.Gaussian(), x, x.sum(1))
 
 
@@ -62,7 +64,13 @@ def chains(model, chains=4, draws=200, *, centre=None, spread=0.3, seed=0):
         "diverging": torch.zeros(chains, draws, dtype=torch.bool),
         "energy": energy,
     }
-    info = {"method": "HMC", "settings": "HMC(step_size=0.1)", "seconds": 12.5, "seed": 0, "gradients_per_chain": 4000}
+    info = {
+        "method": "HMC",
+        "settings": "HMC(step_size=0.1)",
+        "seconds": 12.5,
+        "seed": 0,
+        "gradients_per_chain": 4000,
+    }
     return Draws(theta, model.log_joint(theta), stats, info=info)
 
 
@@ -71,7 +79,7 @@ def model(request):
     return make_model(request.param)
 
 
-# ---------------------------------------------------------------- diagnosis
+# ---------------------------------------- diagnosis
 
 
 def test_chains_that_agree_are_trusted(model):
@@ -106,8 +114,12 @@ def test_chains_that_never_move_are_not(model):
 
 
 def test_symmetric_chains_agree_in_function_space(model):
-    """Flipping the sign of every hidden unit of two chains moves the weights and not the functions."""
-    draws = chains(model, draws=400, centre=model.sample_prior(1, seed=0).expand(4, -1), spread=0.05)
+    """Flipping the sign of every hidden unit of two chains moves the weights and not the
+    functions.
+    """
+    draws = chains(
+        model, draws=400, centre=model.sample_prior(1, seed=0).expand(4, -1), spread=0.05
+    )
     flipped = draws.theta.clone()
     flipped[:2] = model.spec.flip(flipped[:2], {"h1": -torch.ones(3)})
     d = diagnose(model, draws.with_theta(flipped))
@@ -147,7 +159,9 @@ def test_one_chain_is_not_enough(model):
 def test_approximations_are_never_trusted_on_their_own(model):
     theta = model.sample_prior(500, seed=0)
     flow_like = Draws(theta[None], model.log_joint(theta)[None], info={"method": "VI"})
-    ensemble = Draws(theta[None, :10], model.log_joint(theta[:10])[None], info={"method": "DeepEnsemble"})
+    ensemble = Draws(
+        theta[None, :10], model.log_joint(theta[:10])[None], info={"method": "DeepEnsemble"}
+    )
     for draws in (theta, flow_like, ensemble):
         d = diagnose(model, draws)
         assert d.verdict == "approximate: compare with an exact sampler"
@@ -194,7 +208,11 @@ def test_particles_say_how_well_the_evidence_is_known(model):
     even = torch.full((2, 500), -math.log(500), dtype=torch.float64)
     for error in (0.2, 3.0):
         draws = Draws(
-            theta, model.log_joint(theta), log_weights=even, log_evidence=(-12.0, error), info={"method": "SMC"}
+            theta,
+            model.log_joint(theta),
+            log_weights=even,
+            log_evidence=(-12.0, error),
+            info={"method": "SMC"},
         )
         d = diagnose(model, draws)
         assert d.verdict == "trust with care"
@@ -224,7 +242,7 @@ def test_diagnose_refuses_weights_of_another_model(model):
         diagnose(model, torch.zeros(0, model.dim))
 
 
-# ---------------------------------------------------------------- ArviZ
+# ---------------------------------------- ArviZ
 
 
 def test_arviz_has_every_group_with_named_axes(model):
@@ -264,7 +282,9 @@ def test_arviz_functions_accept_the_export(model):
 
 
 def test_arviz_gets_its_own_container(model):
-    """InferenceData with ArviZ 0.x, a DataTree of xarray with 1.x, where the old name is an alias."""
+    """InferenceData with ArviZ 0.x, a DataTree of xarray with 1.x, where the old name is an
+    alias.
+    """
     import xarray
 
     data = to_arviz(model, chains(model, draws=10))
@@ -292,7 +312,9 @@ def test_the_export_survives_netcdf(model, tmp_path):
 
 
 def test_arviz_sees_the_weights_of_weighted_draws(model):
-    """Draws of the prior, weighted as if their first weight had another mean: ArviZ's mean is the weighted one."""
+    """Draws of the prior, weighted as if their first weight had another mean: ArviZ's mean is the
+    weighted one.
+    """
     az = import_arviz()
     draws = weighted(model, shift=1.0)
     data = to_arviz(model, draws)
@@ -309,11 +331,15 @@ def test_arviz_sees_the_weights_of_weighted_draws(model):
 
 
 def test_copies_of_weighted_draws_do_not_count_twice(model):
-    """One draw of four has nearly all the weight of its neighbours: a quarter of the draws are effective."""
+    """One draw of four has nearly all the weight of its neighbours: a quarter of the draws are
+    effective.
+    """
     draws = weighted(model)
     few = torch.full_like(draws.log_weights, -20.0)
     few[:, ::4] = 0.0
-    first = to_arviz(model, replace(draws, log_weights=few))["posterior"]["0.weight"].to_numpy()[..., 0, 0]
+    first = to_arviz(model, replace(draws, log_weights=few))["posterior"]["0.weight"].to_numpy()[
+        ..., 0, 0
+    ]
     assert ess(first, "mean") < 0.35 * first.size
 
 
@@ -336,13 +362,17 @@ def test_the_report_weighs_draws_whatever_holds_the_weights(model, as_array):
     x, y = test_data(model)
     theta = model.sample_prior(50, seed=0)
     log_weights = 3 * theta[:, 0].double()
-    forms = {"tensor": (theta, log_weights), "other": (theta.numpy(), as_array(log_weights)), "none": theta}
+    forms = {
+        "tensor": (theta, log_weights),
+        "other": (theta.numpy(), as_array(log_weights)),
+        "none": theta,
+    }
     tensor, other, none = (row["lppd"] for row in report(model, forms, x, y, path=None).table)
     assert other == pytest.approx(tensor, rel=1e-6)
     assert none != pytest.approx(tensor, rel=1e-3)
 
 
-# ---------------------------------------------------------------- the report
+# ---------------------------------------- the report
 
 
 class Page(HTMLParser):
@@ -389,8 +419,12 @@ def methods(model):
     theta = model.sample_prior(60, seed=3)
     return {
         "HMC": chains(model, draws=400),
-        "VI <b>&": Draws(theta[None], model.log_joint(theta)[None], info={"method": "VI", "seconds": 1.0}),
-        "ensemble": Draws(theta[None, :10], model.log_joint(theta[:10])[None], info={"method": "DeepEnsemble"}),
+        "VI <b>&": Draws(
+            theta[None], model.log_joint(theta)[None], info={"method": "VI", "seconds": 1.0}
+        ),
+        "ensemble": Draws(
+            theta[None, :10], model.log_joint(theta[:10])[None], info={"method": "DeepEnsemble"}
+        ),
         "prior $x$": theta,
         "weighted": (theta, torch.zeros(60)),
         "Gaussian": Gaussian(torch.zeros(model.dim), 0.3 * torch.ones(model.dim)),
@@ -412,7 +446,9 @@ def test_the_page_is_whole_and_needs_nothing_else(made):
     page = stands_alone(text)
     assert result.path is not None
     assert page.tags.count("svg") == page.tags.count("figure") == 2
-    labels = [value for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"]
+    labels = [
+        value for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"
+    ]
     assert all("HMC" in label and "VI <b>&" in label for label in labels)
     ids = [value for _, name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
@@ -446,7 +482,9 @@ def test_the_table_holds_the_metrics(made, model):
         assert rows["HMC"]["coverage_90"] == pytest.approx(metrics.coverage(p, y, 0.9))
     draws = methods(model)["HMC"]
     assert rows["HMC"]["log_joint"] == pytest.approx(float(draws.log_joint.mean()), rel=1e-5)
-    assert rows["HMC"]["log_likelihood"] == pytest.approx(float(model.log_likelihood(draws.flat).mean()), rel=1e-5)
+    assert rows["HMC"]["log_likelihood"] == pytest.approx(
+        float(model.log_likelihood(draws.flat).mean()), rel=1e-5
+    )
     assert rows["HMC"]["seconds_per_1000_draws"] == pytest.approx(12.5 / 1.6)
     assert rows["HMC"]["gradients_per_chain"] == 4000
     assert rows["Gaussian"]["draws"] == 4000
@@ -455,7 +493,9 @@ def test_the_table_holds_the_metrics(made, model):
 
 
 def test_directions_that_the_inputs_say_nothing_of_are_seen_in_the_prior() -> None:
-    """Two rows decide two directions of five: chains that never leave their place in the others predict alike there."""
+    """Two rows decide two directions of five: chains that never leave their place in the others
+    predict alike there.
+    """
     x = normal(2, 4, seed=1)
     net = built(lambda: torch.nn.Linear(4, 1))
     model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.1), x, x.sum(1))
@@ -487,14 +527,21 @@ def test_equal_methods_are_marked_alike_and_beaten_ones_are_not(model):
 
 def test_the_reference_is_the_exact_sampler_that_converged(model):
     x, y = test_data(model)
-    good, stuck = chains(model, draws=400), chains(model, centre=model.sample_prior(4, seed=0), spread=0.01)
-    section = report(model, {"stuck": stuck, "good": good, "prior": good.flat}, x, y, path=None).sections[0]
+    good, stuck = (
+        chains(model, draws=400),
+        chains(model, centre=model.sample_prior(4, seed=0), spread=0.01),
+    )
+    section = report(
+        model, {"stuck": stuck, "good": good, "prior": good.flat}, x, y, path=None
+    ).sections[0]
     assert section.comparison.reference == "good"
     assert section.comparison.headline.startswith("Use good")
     alone = report(model, {"stuck": stuck}, x, y, path=None).sections[0].comparison
     assert alone.reference is None
     assert "has not converged" in alone.headline
-    nothing = report(model, {"a": good.flat, "b": stuck.flat}, x, y, path=None).sections[0].comparison
+    nothing = (
+        report(model, {"a": good.flat, "b": stuck.flat}, x, y, path=None).sections[0].comparison
+    )
     assert "no exact sampler" in nothing.headline
 
 
@@ -504,7 +551,9 @@ def test_the_terminal_shows_an_aligned_table(made):
     start = next(i for i, line in enumerate(lines) if line.startswith("method"))
     assert {"method", "LPPD", "verdict"} <= set(lines[start].split())
     column = lines[start].index("verdict")
-    assert all(line[column - 1] == " " and line[column] != " " for line in lines[start + 1 : start + 8])
+    assert all(
+        line[column - 1] == " " and line[column] != " " for line in lines[start + 1 : start + 8]
+    )
 
 
 def test_several_experiments_in_one_file(tmp_path):
@@ -512,7 +561,9 @@ def test_several_experiments_in_one_file(tmp_path):
     for kind, features in (("classification", 2), ("regression", 1)):
         model = make_model(kind, features)
         x, y = test_data(model)
-        parts.append(report(model, {"only": chains(model, draws=50)}, x, y, path=None, title=f"about {kind}"))
+        parts.append(
+            report(model, {"only": chains(model, draws=50)}, x, y, path=None, title=f"about {kind}")
+        )
         assert parts[-1].path is None
     both = Report.combine(parts, tmp_path / "both.html", title="Both")
     page = stands_alone((tmp_path / "both.html").read_text(encoding="utf-8"))
@@ -542,12 +593,17 @@ def test_bad_input_is_refused_before_any_work(change, message, monkeypatch):
     model = make_model("regression")
     x, y = test_data(model)
     monkeypatch.setattr("bnnflow.report.html.compare", lambda *_: pytest.fail("work has started"))
-    arguments = {"results": {"a": torch.zeros(2, model.dim)}, "x_test": x, "y_test": y, "path": None} | change
+    arguments = {
+        "results": {"a": torch.zeros(2, model.dim)},
+        "x_test": x,
+        "y_test": y,
+        "path": None,
+    } | change
     with pytest.raises((TypeError, ValueError), match=message):
         report(model=model, **arguments)
 
 
-# ---------------------------------------------------------------- plots
+# ---------------------------------------- plots
 
 
 def test_bands_cover_what_they_should(model):
@@ -558,7 +614,9 @@ def test_bands_cover_what_they_should(model):
     single = make_model("regression", features=1)
     x = torch.linspace(-2, 2, 30)[:, None].flip(0)  # need not be sorted
     p = predict(single, single.sample_prior(50, seed=0), x)
-    figure = plots.predictive_band({"a": p, "b": p}, single.x, single.y, truth=x[:, 0], x_label="x (m)")
+    figure = plots.predictive_band(
+        {"a": p, "b": p}, single.x, single.y, truth=x[:, 0], x_label="x (m)"
+    )
     assert len(figure.axes) == 2
     assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
     with pytest.raises(ValueError, match="one feature"):
@@ -583,5 +641,9 @@ def test_importing_predictions_reports_and_data_is_light():
         "import sys, bnnflow.predictive, bnnflow.report, bnnflow.data;"
         "print(*{name.partition('.')[0] for name in sys.modules})"
     )
-    loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
-    assert not {"arviz", "matplotlib", "sklearn", "xarray", "pandas", "jinja2"} & set(loaded.split())
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    ).stdout
+    assert not {"arviz", "matplotlib", "sklearn", "xarray", "pandas", "jinja2"} & set(
+        loaded.split()
+    )

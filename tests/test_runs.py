@@ -1,4 +1,6 @@
-"""Runs that are stopped, killed, resumed, extended, read while they go on, and shared between processes."""
+"""Runs that are stopped, killed, resumed, extended, read while they go on, and shared between
+processes.
+"""
 
 from __future__ import annotations
 
@@ -99,14 +101,21 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(method, tmp_path: Path, monkeypa
         with pytest.raises(PowerCut):
             bf.sample(target, method, seed=3, checkpoint=tmp_path / str(part), **sizes(method))
         resumed = bf.sample(
-            model(), method, seed=3, checkpoint=bf.Checkpoint(tmp_path / str(part), resume=True), **sizes(method)
+            model(),
+            method,
+            seed=3,
+            checkpoint=bf.Checkpoint(tmp_path / str(part), resume=True),
+            **sizes(method),
         )
         same(resumed, whole)
         assert not list((tmp_path / str(part)).rglob("*.tmp"))
 
 
 def test_a_checkpoint_changes_nothing(tmp_path: Path) -> None:
-    same(bf.sample(model(), seed=1, checkpoint=tmp_path, **SIZES), bf.sample(model(), seed=1, **SIZES))
+    same(
+        bf.sample(model(), seed=1, checkpoint=tmp_path, **SIZES),
+        bf.sample(model(), seed=1, **SIZES),
+    )
 
 
 def test_what_a_dying_process_appended_is_cut_off(tmp_path: Path, monkeypatch) -> None:
@@ -116,15 +125,27 @@ def test_what_a_dying_process_appended_is_cut_off(tmp_path: Path, monkeypatch) -
     for path in (tmp_path / "rank-0").glob("*.bin"):
         with path.open("ab") as file:
             file.write(b"half a draw")
-    same(bf.sample(model(), seed=1, checkpoint=bf.Checkpoint(tmp_path, resume=True), **SIZES), whole)
+    same(
+        bf.sample(model(), seed=1, checkpoint=bf.Checkpoint(tmp_path, resume=True), **SIZES), whole
+    )
 
 
 def test_a_finished_run_is_extended(tmp_path: Path) -> None:
     whole = bf.sample(model(), seed=1, **(SIZES | {"draws": 50}))
     first = bf.sample(model(), seed=1, checkpoint=tmp_path, **SIZES)
-    same(bf.sample(model(), seed=1, checkpoint=bf.Checkpoint(tmp_path, resume=True), **SIZES | {"draws": 50}), whole)
+    same(
+        bf.sample(
+            model(),
+            seed=1,
+            checkpoint=bf.Checkpoint(tmp_path, resume=True),
+            **SIZES | {"draws": 50},
+        ),
+        whole,
+    )
     assert torch.equal(first.theta, whole.theta[:, :30])
-    shorter = bf.sample(model(), seed=1, checkpoint=bf.Checkpoint(tmp_path, resume=True), **SIZES | {"draws": 20})
+    shorter = bf.sample(
+        model(), seed=1, checkpoint=bf.Checkpoint(tmp_path, resume=True), **SIZES | {"draws": 20}
+    )
     assert torch.equal(shorter.theta, whole.theta[:, :20])
 
 
@@ -163,7 +184,9 @@ def test_memory_does_not_grow_with_the_draws(tmp_path: Path, monkeypatch) -> Non
         flush(self)
 
     monkeypatch.setattr(checkpoint.Stream, "flush", watched)
-    draws = bf.sample(model(), bf.SGLD(), seed=1, checkpoint=tmp_path, chains=2, warmup=0, draws=100)
+    draws = bf.sample(
+        model(), bf.SGLD(), seed=1, checkpoint=tmp_path, chains=2, warmup=0, draws=100
+    )
     assert largest[0] <= 8
     same(draws, bf.sample(model(), bf.SGLD(), seed=1, chains=2, warmup=0, draws=100))
 
@@ -181,7 +204,12 @@ def test_folders_are_not_mixed_up(tmp_path: Path) -> None:
         ({"dtype": torch.float64}, "dtype is torch.float32, not torch.float64|model is"),
     ):
         arguments = (
-            {"model": model(), "method": bf.HMC(), "seed": 1, "checkpoint": bf.Checkpoint(run, resume=True)}
+            {
+                "model": model(),
+                "method": bf.HMC(),
+                "seed": 1,
+                "checkpoint": bf.Checkpoint(run, resume=True),
+            }
             | SIZES
             | other
         )
@@ -196,7 +224,7 @@ def test_folders_are_not_mixed_up(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-# ---------------------------------------------------------------- one run at a time, and the whole of it
+# ---------------------------------------- one run at a time, and the whole of it
 
 
 def start(tmp_path: Path, **changes) -> bf.Draws:
@@ -206,14 +234,19 @@ def start(tmp_path: Path, **changes) -> bf.Draws:
 
 
 def test_a_run_has_its_folder_to_itself(tmp_path: Path, monkeypatch) -> None:
-    """A second run is refused while the first one works, in this process or another; the draws can be read."""
+    """A second run is refused while the first one works, in this process or another.
+
+    The draws can be read.
+    """
     monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
     target, found = model(), []
     own = target.log_joint_and_grad
 
     def meanwhile(*arguments, **options):
         if not found and (tmp_path / "run" / "rank-0" / "theta.bin").is_file():
-            with pytest.raises(ValueError, match=rf"another run .process {os.getpid()} on .* is working on .*run"):
+            with pytest.raises(
+                ValueError, match=rf"another run .process {os.getpid()} on .* is working on .*run"
+            ):
                 start(tmp_path, method=bf.HMC())
             found.append(bf.load(tmp_path / "run"))
         return own(*arguments, **options)
@@ -251,7 +284,10 @@ def test_a_damaged_file_is_found_and_the_older_state_takes_over(
     newest = max(folder.glob("state-*"), key=lambda path: path.stat().st_mtime_ns)
     assert len(earlier) == 2
     damage(newest if what == "state" else folder / what, how)
-    with pytest.warns(UserWarning, match=f"damaged: .*{newest.name if what == 'state' else what}.*sampling at step 4"):
+    with pytest.warns(
+        UserWarning,
+        match=f"damaged: .*{newest.name if what == 'state' else what}.*sampling at step 4",
+    ):
         assert torch.equal(bf.load(tmp_path / "run").theta, whole.theta[:, :4])
     with pytest.warns(UserWarning, match="damaged"):
         same(start(tmp_path), whole)
@@ -293,7 +329,9 @@ def test_a_run_of_the_first_version_can_be_read_and_not_gone_on_with(tmp_path: P
     shutil.copytree(Path(__file__).parent / "golden" / "run-v1", tmp_path / "run")
     draws = bf.load(tmp_path / "run")
     assert draws.theta.shape == (2, 3, 11)
-    torch.testing.assert_close(model().log_joint(draws.theta), draws.log_joint, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        model().log_joint(draws.theta), draws.log_joint, rtol=1e-4, atol=1e-3
+    )
     with pytest.raises(ValueError, match="of an earlier bnnflow"):
         start(tmp_path, warmup=1)
     damage(tmp_path / "run" / "rank-0" / "theta.bin", "cut")
@@ -319,29 +357,37 @@ def test_a_run_is_known_by_all_that_shapes_it(tmp_path: Path) -> None:
     slow.__class__ = ByTorch
     differing = {
         "init": ({"init": theta}, {"init": theta + 1e-6}),
-        "init of a network": ({"init": target.to_network(theta[0])}, {"init": target.to_network(theta[1])}),
+        "init of a network": (
+            {"init": target.to_network(theta[0])},
+            {"init": target.to_network(theta[1])},
+        ),
         "seed": ({"seed": generator(1)}, {"seed": generator(2)}),
         "seed, an integer": ({"seed": 1}, {"seed": generator(1)}),
         "values of the settings": (
             {"method": bf.SMC(particles=10, start=wide), "warmup": None, "draws": None},
             {"method": bf.SMC(particles=10, start=wider)},
         ),
-    }  # fmt: skip
+    }
     if target.is_compiled:
         differing["gradient"] = ({}, {"model": slow})
     for name, (first, second) in differing.items():
         where = tmp_path / name
         begun = start(where, **first)
-        again = first | ({"seed": generator(1)} if isinstance(first.get("seed"), torch.Generator) else {})
+        again = first | (
+            {"seed": generator(1)} if isinstance(first.get("seed"), torch.Generator) else {}
+        )
         same(start(where, **again), begun)
         what = name.partition(" of a")[0].partition(",")[0]
-        with pytest.raises(ValueError, match=rf"(?s)holds another run: its ({what}|settings) is .*, not "):
+        with pytest.raises(
+            ValueError, match=rf"(?s)holds another run: its ({what}|settings) is .*, not "
+        ):
             start(where, **(first | second))
 
 
-# ---------------------------------------------------------------- real processes
+# ---------------------------------------- real processes
 
-# A run whose clock goes on by a second whenever the run looks at it, and that is killed at the look numbered DIE_AT.
+# A run whose clock goes on by a second whenever the run looks at it, and that is killed at the look
+# numbered DIE_AT.
 SCRIPT = """
 import itertools, os, signal, sys, torch
 from types import SimpleNamespace
@@ -391,7 +437,10 @@ def test_killed_again_and_again(name: str, tmp_path: Path) -> None:
     """SIGKILL at several steps; the run that gets through is the run that nobody touched."""
     command = [sys.executable, *script(tmp_path, name)]
     for look in (6, 6):
-        assert subprocess.run(command, env=ENVIRONMENT | {"DIE_AT": str(look)}).returncode == -signal.SIGKILL
+        assert (
+            subprocess.run(command, env=ENVIRONMENT | {"DIE_AT": str(look)}).returncode
+            == -signal.SIGKILL
+        )
         assert list((tmp_path / "run").rglob("state-*.npz"))
     subprocess.run(command, env=ENVIRONMENT, check=True)
     method = METHODS[names.index(name)]
@@ -399,7 +448,14 @@ def test_killed_again_and_again(name: str, tmp_path: Path) -> None:
 
 
 def torchrun(arguments: list[str], **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        *arguments,
+    ]
     return subprocess.run(command, env=ENVIRONMENT | environment, capture_output=True, text=True)
 
 
@@ -410,10 +466,15 @@ def test_two_processes_share_a_run(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = bf.load(tmp_path / "draws-0.npz"), bf.load(tmp_path / "draws-1.npz")
     same(first, second)
-    alone = bf.sample(model(), METHODS[names.index(name)], seed=3, **sizes(METHODS[names.index(name)]))
+    alone = bf.sample(
+        model(), METHODS[names.index(name)], seed=3, **sizes(METHODS[names.index(name)])
+    )
     assert first.theta.shape == alone.theta.shape
-    assert len(np.unique(first.theta[:, -1].numpy(), axis=0)) == 2  # the processes drew other numbers
-    torch.testing.assert_close(model().log_joint(first.theta), first.log_joint, rtol=1e-4, atol=1e-3)
+    # the processes drew other numbers
+    assert len(np.unique(first.theta[:, -1].numpy(), axis=0)) == 2
+    torch.testing.assert_close(
+        model().log_joint(first.theta), first.log_joint, rtol=1e-4, atol=1e-3
+    )
     if name == "SMC":
         assert abs(first.log_evidence[0] - alone.log_evidence[0]) < 5 * first.log_evidence[1] + 1.5
 

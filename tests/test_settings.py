@@ -11,9 +11,23 @@ import bnnflow as bf
 from bnnflow.inference import Cyclical, Polynomial
 
 METHODS: list[type] = [
-    bf.HMC, bf.AdjustedMCLMC, bf.MCLMC, bf.SGLD, bf.SGHMC, bf.SGNHT, bf.SMC, bf.PyroNUTS, bf.VI, bf.NormalizingFlowVI,
-    bf.Laplace, bf.SWAG, bf.DeepEnsemble, bf.MCDropout, Cyclical, Polynomial,
-]  # fmt: skip
+    bf.HMC,
+    bf.AdjustedMCLMC,
+    bf.MCLMC,
+    bf.SGLD,
+    bf.SGHMC,
+    bf.SGNHT,
+    bf.SMC,
+    bf.PyroNUTS,
+    bf.VI,
+    bf.NormalizingFlowVI,
+    bf.Laplace,
+    bf.SWAG,
+    bf.DeepEnsemble,
+    bf.MCDropout,
+    Cyclical,
+    Polynomial,
+]
 FIELDS = [(method, field.name) for method in METHODS for field in fields(method)]
 NOT_NUMBERS = {"start", "schedule", "preconditioner", "prior_precision"}
 OPEN_COUNTS = {"batch_size", "steps"}  # whole numbers where they are given
@@ -32,14 +46,18 @@ NUMBERS = [pair for pair in FIELDS if is_number(*pair)]
 
 
 @pytest.mark.parametrize(("method", "name"), NUMBERS)
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1, np.float64("nan"), np.int64(-3)], ids=repr)
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, -math.inf, -1, np.float64("nan"), np.int64(-3)], ids=repr
+)
 def test_numbers_without_sense_are_refused_by_name(method: type, name: str, value: Any) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^{name} must be"):
         method(**{name: value})
 
 
 @pytest.mark.parametrize(("method", "name"), FIELDS)
-@pytest.mark.parametrize("value", ["word", [1], object(), float], ids=["word", "list", "object", "class"])
+@pytest.mark.parametrize(
+    "value", ["word", [1], object(), float], ids=["word", "list", "object", "class"]
+)
 def test_values_of_another_kind_are_refused_by_name(method: type, name: str, value: Any) -> None:
     if name == "schedule" and value is float:
         return  # a schedule is any callable
@@ -62,4 +80,6 @@ def test_scalars_of_numpy_are_pythons(method: type, name: str) -> None:
     assert value is not MISSING
     value = (5 if name in OPEN_COUNTS else 0.5) if value is None else value or 5
     other = np.int64(value) if isinstance(value, int) else np.float64(value)
-    assert repr(method(**{name: other})) == repr(method(**{name: value})), "the identity of a checkpoint"
+    assert repr(method(**{name: other})) == repr(method(**{name: value})), (
+        "the identity of a checkpoint"
+    )

@@ -1,4 +1,6 @@
-"""Laws of the stochastic-gradient samplers: closed forms of their bias, temperatures, control variates, survival."""
+"""Laws of the stochastic-gradient samplers: closed forms of their bias, temperatures, control
+variates, survival.
+"""
 
 from __future__ import annotations
 
@@ -52,16 +54,26 @@ def regression(n: int = 100, temperature: float = 1.0, dtype: torch.dtype = F64)
     g, noise, scale = generator(1), 0.5, 1.5
     x = torch.randn(n, 3, generator=g, dtype=F64) * torch.tensor([1.0, 1.0, 3.0], dtype=F64)
     x[:, 1] += 0.5 * x[:, 0]
-    y = x @ torch.tensor([1.0, -0.5, 0.02], dtype=F64) + 0.3 + noise * torch.randn(n, generator=g, dtype=F64)
+    y = (
+        x @ torch.tensor([1.0, -0.5, 0.02], dtype=F64)
+        + 0.3
+        + noise * torch.randn(n, generator=g, dtype=F64)
+    )
     likelihood = likelihoods.Gaussian(noise)
-    model = bf.BayesianModel(linear(3, dtype), priors.Normal(scale), likelihood, x, y, temperature=temperature)
+    model = bf.BayesianModel(
+        linear(3, dtype), priors.Normal(scale), likelihood, x, y, temperature=temperature
+    )
     design = torch.cat([x, torch.ones(n, 1, dtype=F64)], 1)
     covariance = torch.linalg.inv(design.T @ design / noise**2 + torch.eye(4, dtype=F64) / scale**2)
     return Regression(model, covariance @ design.T @ y / noise**2, temperature * covariance)
 
 
-def iterate(kernel: Kernel, theta: Tensor, steps: int, burn: int, seed: int = 3) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return what ``steps`` steps after ``burn`` visit, ``(chain, step, dim)``, and their statistics."""
+def iterate(
+    kernel: Kernel, theta: Tensor, steps: int, burn: int, seed: int = 3
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return what ``steps`` steps after ``burn`` visit, ``(chain, step, dim)``, and their
+    statistics.
+    """
     g = generator(seed)
     state = kernel.init(theta, g)
     visited, infos = [], []
@@ -75,17 +87,23 @@ def iterate(kernel: Kernel, theta: Tensor, steps: int, burn: int, seed: int = 3)
 
 
 def average(series: Tensor) -> tuple[float, float]:
-    """Return the mean of ``(chain, draw)`` and its Monte-Carlo error by the effective sample size."""
+    """Return the mean of ``(chain, draw)`` and its Monte-Carlo error by the effective sample
+    size.
+    """
     ess = arviz.ess(series.double().numpy(), method="mean")
     assert ess > 60, f"effective sample size of only {ess:.0f}"
     return float(series.double().mean()), float(series.double().std() / math.sqrt(ess))
 
 
 def check_moments(theta: Tensor, mean: Tensor, covariance: Tensor, k: float = 4.5) -> None:
-    """Compare ``(chain, draw, dim)`` draws with a law, each moment within ``k`` of its own Monte-Carlo errors."""
+    """Compare ``(chain, draw, dim)`` draws with a law, each moment within ``k`` of its own
+    Monte-Carlo errors.
+    """
     offset = theta.double() - mean
     rows, columns = torch.triu_indices(len(mean), len(mean))
-    series = torch.cat([offset, offset[..., rows] * offset[..., columns] - covariance[rows, columns]], -1).numpy()
+    series = torch.cat(
+        [offset, offset[..., rows] * offset[..., columns] - covariance[rows, columns]], -1
+    ).numpy()
     ess = np.array([arviz.ess(series[..., i], method="mean") for i in range(series.shape[-1])])
     assert ess.min() > 200, f"effective sample size of only {ess.min():.0f}"
     errors = np.abs(series.mean((0, 1))) / (series.std((0, 1)) / np.sqrt(ess))
@@ -93,7 +111,9 @@ def check_moments(theta: Tensor, mean: Tensor, covariance: Tensor, k: float = 4.
 
 
 def temperature(problem: Regression, theta: Tensor) -> tuple[float, float]:
-    """Return the mean of (theta - mean) covariance^-1 (theta - mean) / dim, 1 under the posterior, and its error."""
+    """Return the mean of (theta - mean) covariance^-1 (theta - mean) / dim, 1 under the posterior,
+    and its error.
+    """
     offset = theta.double() - problem.mean
     return average((offset @ torch.linalg.inv(problem.covariance) * offset).mean(-1))
 
@@ -103,17 +123,23 @@ def equilibrium(problem: Regression, chains: int, dtype: torch.dtype = F64) -> T
     return exact.sample(chains, generator(2)).to(dtype)
 
 
-def noisy_normal(precision: Tensor, noise: float) -> Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]:
+def noisy_normal(
+    precision: Tensor, noise: float
+) -> Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]:
     """Return a Gaussian whose gradient carries normal noise of variance ``noise``."""
 
     def target(theta: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
-        error = math.sqrt(noise) * torch.randn(theta.shape, generator=g, dtype=theta.dtype) if noise else 0.0
+        error = (
+            math.sqrt(noise) * torch.randn(theta.shape, generator=g, dtype=theta.dtype)
+            if noise
+            else 0.0
+        )
         return -0.5 * (precision * theta.square()).sum(-1, dtype=F64), error - precision * theta
 
     return target
 
 
-# ---------------------------------------------------------------- closed forms of the bias
+# ---------------------------------------- closed forms of the bias
 
 
 @pytest.mark.parametrize("temper", [1.0, 0.3])
@@ -124,7 +150,9 @@ def test_full_batch_sgld_has_the_variance_of_the_closed_form(eps: float, temper:
     root = metric.sqrt()
     values, vectors = torch.linalg.eigh(root[:, None] * torch.linalg.inv(problem.covariance) * root)
     biased = (vectors / (values * (1 - eps * values / 4))) @ vectors.T
-    theta, _ = iterate(sgld(stochastic(problem.model, None), eps, metric), equilibrium(problem, 64), 1000, burn=100)
+    theta, _ = iterate(
+        sgld(stochastic(problem.model, None), eps, metric), equilibrium(problem, 64), 1000, burn=100
+    )
     check_moments(theta, problem.mean, root[:, None] * biased * root)
 
 
@@ -132,13 +160,22 @@ def test_full_batch_sgld_has_the_variance_of_the_closed_form(eps: float, temper:
 @pytest.mark.parametrize("noise", [2.0, 8.0])
 def test_noise_widens_sgld_by_the_closed_form(eps: float, noise: float) -> None:
     precision, metric = torch.tensor([1.0, 4.0], dtype=F64), torch.tensor([1.0, 0.5], dtype=F64)
-    theta, _ = iterate(sgld(noisy_normal(precision, noise), eps, metric), torch.zeros(256, 2, dtype=F64), 600, burn=200)
+    theta, _ = iterate(
+        sgld(noisy_normal(precision, noise), eps, metric),
+        torch.zeros(256, 2, dtype=F64),
+        600,
+        burn=200,
+    )
     variance = (1 + eps * metric * noise / 4) / (precision * (1 - eps * metric * precision / 4))
     check_moments(theta, torch.zeros(2, dtype=F64), variance.diag())
 
 
-def sghmc_covariance(h: float, friction: float, precision: float, noise: float, estimate: bool) -> np.ndarray:
-    """Return the stationary covariance of (theta, p, error of the gradient) of BAOAB on a Gaussian."""
+def sghmc_covariance(
+    h: float, friction: float, precision: float, noise: float, estimate: bool
+) -> np.ndarray:
+    """Return the stationary covariance of (theta, p, error of the gradient) of BAOAB on a
+    Gaussian.
+    """
     decay = math.exp(-friction * h)
     left = max(0.0, 1 - decay**2 * (1 + h**2 * noise)) if estimate else 1 - decay**2
     kick = np.array([[1, 0, 0], [-h * precision, 1, h], [0, 0, 1]])
@@ -161,7 +198,9 @@ def test_sghmc_has_the_variance_of_the_closed_form(h: float, noise: float, estim
     kinetic, error = average(stats["kinetic_temperature"])
     assert abs(kinetic - expected[:, 1, 1].mean()) < 4.5 * error
     if noise == 0:
-        assert expected[:, 0, 0] == pytest.approx(1 / precision.numpy()), "BAOAB is exact on a Gaussian"
+        assert expected[:, 0, 0] == pytest.approx(1 / precision.numpy()), (
+            "BAOAB is exact on a Gaussian"
+        )
         assert expected[:, 1, 1] == pytest.approx(1)
 
 
@@ -185,7 +224,15 @@ def test_the_thermostat_takes_off_the_noise(per_parameter: bool) -> None:
         kinetic, kinetic_error = average(stats["kinetic_temperature"])
         assert abs(kinetic - 1) < 4.5 * kinetic_error + 0.01
         excess.append((abs(value - 1), error))
-        heated = np.mean([float(p) * sghmc_covariance(h, 1.0, float(p), noise, False)[0, 0] for p in precision]) - 1
+        heated = (
+            np.mean(
+                [
+                    float(p) * sghmc_covariance(h, 1.0, float(p), noise, False)[0, 0]
+                    for p in precision
+                ]
+            )
+            - 1
+        )
         assert abs(value - 1) < 0.25 * heated, "far closer than without a thermostat"
     (coarse, _), (fine, error) = excess
     assert fine < coarse / 2.5 + 4 * error, "second order"
@@ -203,16 +250,35 @@ def test_the_thermostat_learns_the_noise() -> None:
     assert float(torch.stack(seen).mean()) == pytest.approx(1 + h * noise / 2, rel=0.05)
 
 
-# ---------------------------------------------------------------- mini-batches
+@pytest.mark.parametrize("inertia", [1.0, 4.0])
+def test_the_thermostat_varies_by_one_over_inertia_and_dim(inertia: float) -> None:
+    ones = torch.ones(5, dtype=F64)
+    kernel = sgnht(noisy_normal(ones, 0.0), 0.1, ones, 1.0, inertia=inertia)
+    g = generator()
+    state, seen = kernel.init(torch.zeros(500, 5, dtype=F64), g), []
+    for k in range(600):
+        state, _ = kernel.step(state, g)
+        if k >= 200:
+            seen.append(state.thermostat.squeeze(-1))
+    thermostat = torch.stack(seen)
+    assert float(thermostat.mean()) == pytest.approx(1, abs=0.02)
+    assert float(thermostat.var()) * inertia * 5 == pytest.approx(1, rel=0.1)
+
+
+# ---------------------------------------- mini-batches
 
 
 ENGINES: dict[str, Callable[..., Kernel]] = {
     "sgld": lambda target, size, problem, noise: sgld(target, size, problem.covariance.diagonal()),
-    "sghmc": lambda target, size, problem, noise: sghmc(target, size, problem.covariance.diagonal(), 1.0),
+    "sghmc": lambda target, size, problem, noise: sghmc(
+        target, size, problem.covariance.diagonal(), 1.0
+    ),
     "sghmc, noise estimate": lambda target, size, problem, noise: sghmc(
         target, size, problem.covariance.diagonal(), 1.0, noise=noise
     ),
-    "sgnht": lambda target, size, problem, noise: sgnht(target, size, problem.covariance.diagonal(), 1.0),
+    "sgnht": lambda target, size, problem, noise: sgnht(
+        target, size, problem.covariance.diagonal(), 1.0
+    ),
     "sgnht, per parameter": lambda target, size, problem, noise: sgnht(
         target, size, problem.covariance.diagonal(), 1.0, per_parameter=True
     ),
@@ -221,28 +287,50 @@ ENGINES: dict[str, Callable[..., Kernel]] = {
 
 @pytest.mark.parametrize(
     ("n", "batch", "temper"),
-    [(100, 20, 1.0), (100, 20, 0.3), (10_000, 1000, 1.0), pytest.param(10_000, 1000, 0.3, marks=pytest.mark.validate)],
+    [
+        (100, 20, 1.0),
+        (100, 20, 0.3),
+        (10_000, 1000, 1.0),
+        pytest.param(10_000, 1000, 0.3, marks=pytest.mark.validate),
+    ],
 )
 @pytest.mark.parametrize("engine", ENGINES)
-def test_mini_batches_recover_the_temperature(engine: str, n: int, batch: int, temper: float) -> None:
+def test_mini_batches_recover_the_temperature(
+    engine: str, n: int, batch: int, temper: float
+) -> None:
     problem = regression(n, temper)
     target = stochastic(problem.model, batch)
-    scales = measure(problem.model, target, problem.mean.expand(32, -1), generator(), problem.covariance.diagonal())
+    scales = measure(
+        problem.model,
+        target,
+        problem.mean.expand(32, -1),
+        generator(),
+        problem.covariance.diagonal(),
+    )
     theta = equilibrium(problem, 40 if n < 1000 else 16)
     found = []
     for share in (0.3, 0.1):  # of heat that noise adds, by the formulas of the docstrings
         if engine == "sgld":
-            size, promised = 4 * share / scales.noise_level, share + share * scales.curvature / scales.noise_level
+            size, promised = (
+                4 * share / scales.noise_level,
+                share + share * scales.curvature / scales.noise_level,
+            )
         else:
             size = 2 * share / scales.noise_level
             promised = share if engine == "sghmc" else 0.35 * share
         kernel = ENGINES[engine](target, size, problem, scales.noise)
         time = size / 2 if engine == "sgld" else size
-        steps = min(3000, round(30 / time)) if n < 1000 else min(1500 if temper == 1 else 3000, round(14 / time))
+        steps = (
+            min(3000, round(30 / time))
+            if n < 1000
+            else min(1500 if temper == 1 else 3000, round(14 / time))
+        )
         visited, stats = iterate(kernel, theta, steps, burn=round(2 / time))
         value, error = temperature(problem, visited)
         found.append(value)
-        assert abs(value - 1) < 1.3 * promised + 4 * error, f"temperature {value:.3f}, promised {1 + promised:.3f}"
+        assert abs(value - 1) < 1.3 * promised + 4 * error, (
+            f"temperature {value:.3f}, promised {1 + promised:.3f}"
+        )
         assert not stats["diverging"].any()
     assert abs(found[1] - 1) < abs(found[0] - 1) + 4 * error, "a smaller step has less bias"
 
@@ -251,9 +339,15 @@ def test_mini_batches_recover_the_temperature(engine: str, n: int, batch: int, t
 @pytest.mark.parametrize("temper", [1.0, 0.3])
 def test_control_variates_allow_long_steps_on_large_data(kernel: str, temper: float) -> None:
     problem = regression(10_000, temper)
-    target = control_variates(problem.model, anchored(problem.model, problem.mean.expand(32, -1)), 100)
+    target = control_variates(
+        problem.model, anchored(problem.model, problem.mean.expand(32, -1)), 100
+    )
     metric = problem.covariance.diagonal()
-    built = sgld(target, 0.2, metric, cost=2) if kernel == "sgld" else sghmc(target, 0.5, metric, 1.0, cost=2)
+    built = (
+        sgld(target, 0.2, metric, cost=2)
+        if kernel == "sgld"
+        else sghmc(target, 0.5, metric, 1.0, cost=2)
+    )
     visited, stats = iterate(built, equilibrium(problem, 32), 500, burn=20)
     value, error = temperature(problem, visited)
     assert abs(value - 1) < 0.08 + 4 * error
@@ -268,7 +362,9 @@ def small_sgld(target: Any, eps: float, metric: Tensor, *, noise: float = 1.0) -
 
     def step(state: Any, g: torch.Generator) -> tuple[Any, Any]:
         theta = state.theta + 0.5 * eps * metric * state.grad
-        theta = theta + noise * (eps * metric).sqrt() * torch.randn(theta.shape, generator=g, dtype=theta.dtype)
+        theta = theta + noise * (eps * metric).sqrt() * torch.randn(
+            theta.shape, generator=g, dtype=theta.dtype
+        )
         new = good.init(theta, g)
         return new, good.step(new, generator())[1]
 
@@ -280,12 +376,14 @@ def small_sghmc(target: Any, h: float, metric: Tensor, *, friction: bool = True)
 
     def step(state: Any, g: torch.Generator) -> tuple[Any, Any]:
         momentum = (decay if friction else 1.0) * (state.momentum + h * metric.sqrt() * state.grad)
-        momentum = momentum + math.sqrt(1 - decay**2) * torch.randn(momentum.shape, generator=g, dtype=F64)
+        momentum = momentum + math.sqrt(1 - decay**2) * torch.randn(
+            momentum.shape, generator=g, dtype=F64
+        )
         theta = state.theta + h * metric.sqrt() * momentum
         value, grad = target(theta, g)
-        return state._replace(theta=theta, log_joint=value, grad=grad, momentum=momentum), good.step(
-            state, generator()
-        )[1]
+        return state._replace(
+            theta=theta, log_joint=value, grad=grad, momentum=momentum
+        ), good.step(state, generator())[1]
 
     return Kernel(good.init, step)
 
@@ -324,15 +422,21 @@ def test_the_test_of_unbiasedness_has_power() -> None:
 
 def strong_prior() -> bf.BayesianModel:
     given = regression(100).model
-    return bf.BayesianModel(given.net, priors.Normal(0.05), given.likelihood, given.x, given.y, temperature=0.5)
+    return bf.BayesianModel(
+        given.net, priors.Normal(0.05), given.likelihood, given.x, given.y, temperature=0.5
+    )
 
 
 def check_unbiased(model: bf.BayesianModel, target: Any) -> None:
-    """Compare the mean of gradients with the full gradient, each coordinate within its own errors."""
+    """Compare the mean of gradients with the full gradient, each coordinate within its own
+    errors.
+    """
     point = model.sample_prior(1, seed=5)
     full = model.log_joint_and_grad(point)[1]
     grads = target(point.expand(20_000, -1), generator(6))[1]
-    errors = (grads.mean(0) - full).abs() / (grads.std(0) / math.sqrt(len(grads)) + 1e-9 * full.abs())
+    errors = (grads.mean(0) - full).abs() / (
+        grads.std(0) / math.sqrt(len(grads)) + 1e-9 * full.abs()
+    )
     assert errors.max() < 4.5, f"biased by {errors.max():.1f} errors"
 
 
@@ -356,7 +460,8 @@ def test_control_variates_have_the_variance_of_the_closed_form() -> None:
     assert target(at.theta, generator())[1].std(0).max() == 0, "exact at the anchor"
     grads = target(theta.expand(many, -1), generator())[1]
     design = torch.cat([model.x, torch.ones(100, 1, dtype=F64)], 1)
-    each = -design * (design @ (theta - problem.mean))[:, None] / 0.5**2  # (row, dim), differences from the anchor's
+    # (row, dim), differences from the anchor's
+    each = -design * (design @ (theta - problem.mean))[:, None] / 0.5**2
     strata = each.unflatten(0, (batch, -1))  # one row is drawn of each
     expected = (100 / batch) ** 2 * strata.var(1, correction=0).sum(0)
     assert torch.allclose(grads.var(0), expected, rtol=0.06)
@@ -364,7 +469,7 @@ def test_control_variates_have_the_variance_of_the_closed_form() -> None:
     assert (expected < plain / 4).all()
 
 
-# ---------------------------------------------------------------- what a step is
+# ---------------------------------------- what a step is
 
 
 @pytest.mark.parametrize("n", [1, 4])
@@ -416,7 +521,9 @@ def test_rmsprop_divides_by_the_running_gradient() -> None:
     new, _ = kernel.step(state, g)
     squares = decay * state.squares + (1 - decay) * (state.grad / n) ** 2
     metric = 1 / (floor + squares.sqrt())
-    assert torch.allclose(new.theta, state.theta + eps / 2 * metric * state.grad + (eps * metric).sqrt() * noise)
+    assert torch.allclose(
+        new.theta, state.theta + eps / 2 * metric * state.grad + (eps * metric).sqrt() * noise
+    )
 
 
 def test_rmsprop_is_near_the_posterior_where_noise_sets_its_scale() -> None:
@@ -431,7 +538,7 @@ def test_rmsprop_is_near_the_posterior_where_noise_sets_its_scale() -> None:
     assert abs(value - 1) < 0.15 + 4 * error
 
 
-# ---------------------------------------------------------------- scales
+# ---------------------------------------- scales
 
 
 def test_scales_are_those_of_a_gaussian() -> None:
@@ -452,11 +559,20 @@ def test_scales_are_those_of_a_gaussian() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=["f32", "f64"])
 @pytest.mark.parametrize("n", [20, 5000])
-def test_the_preconditioner_of_a_diagonal_posterior_is_its_variances(n: int, dtype: torch.dtype) -> None:
+def test_the_preconditioner_of_a_diagonal_posterior_is_its_variances(
+    n: int, dtype: torch.dtype
+) -> None:
     widths = torch.tensor([1e-2, 1.0, 30.0], dtype=F64)
-    x = (torch.linalg.qr(torch.randn(n, 3, generator=generator(), dtype=F64))[0] * math.sqrt(n) * widths).to(dtype)
+    x = (
+        torch.linalg.qr(torch.randn(n, 3, generator=generator(), dtype=F64))[0]
+        * math.sqrt(n)
+        * widths
+    ).to(dtype)
     net = linear(3, dtype)
-    prior = {"weight": torch.distributions.Normal(0.0, 1.0), "bias": torch.distributions.Normal(0.0, 1e-3)}
+    prior = {
+        "weight": torch.distributions.Normal(0.0, 1.0),
+        "bias": torch.distributions.Normal(0.0, 1e-3),
+    }
     model = bf.BayesianModel(net, prior, likelihoods.Gaussian(0.5), x, x.sum(1))
     scales = measure(model, None, torch.zeros(8, 4, dtype=dtype), generator())
     variances = 1 / (n * widths**2 / 0.5**2 + 1)
@@ -464,15 +580,19 @@ def test_the_preconditioner_of_a_diagonal_posterior_is_its_variances(n: int, dty
     assert scales.curvature == pytest.approx(1, rel=0.1)
 
 
-# ---------------------------------------------------------------- from the outside
+# ---------------------------------------- from the outside
 
 
-@pytest.mark.parametrize(("batch", "dtype"), [(None, torch.float32), (10, F64)], ids=["full, f32", "batches, f64"])
+@pytest.mark.parametrize(
+    ("batch", "dtype"), [(None, torch.float32), (10, F64)], ids=["full, f32", "batches, f64"]
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults_find_the_posterior(method: Any, batch: int | None, dtype: torch.dtype) -> None:
     problem = regression(100, dtype=dtype)
     options = {"control_variates": True} if batch else {}
-    draws = bf.sample(problem.model, method(batch_size=batch, **options), chains=16, warmup=80, draws=200, seed=0)
+    draws = bf.sample(
+        problem.model, method(batch_size=batch, **options), chains=16, warmup=80, draws=200, seed=0
+    )
     value, error = temperature(problem, draws.theta)
     assert abs(value - 1) < 0.15 + 4 * error
     assert draws.theta.dtype == dtype
@@ -484,7 +604,9 @@ def test_defaults_find_the_posterior(method: Any, batch: int | None, dtype: torc
     assert set(draws.stats) == names | ({"kinetic_temperature"} if method is not SGLD else set())
     virial, error = average(draws.stats["configurational_temperature"])
     assert abs(virial - 1) < 0.15 + 4 * error
-    again = bf.sample(problem.model, method(batch_size=batch, **options), chains=16, warmup=80, draws=3, seed=0)
+    again = bf.sample(
+        problem.model, method(batch_size=batch, **options), chains=16, warmup=80, draws=3, seed=0
+    )
     assert torch.equal(draws.theta[:, :3], again.theta)
 
 
@@ -512,7 +634,9 @@ def test_states_are_plain(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         before = [leaf.clone() for leaf in leaves(state) if isinstance(leaf, Tensor)]
         process.step(state, g)
         seen.append(state)
-        assert all(map(torch.equal, before, [leaf for leaf in leaves(state) if isinstance(leaf, Tensor)])), "mutated"
+        assert all(
+            map(torch.equal, before, [leaf for leaf in leaves(state) if isinstance(leaf, Tensor)])
+        ), "mutated"
         return inner(model, run, process, **options)
 
     monkeypatch.setattr(burn_in, "run_chains", spy)
@@ -521,7 +645,9 @@ def test_states_are_plain(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def leaves(state: Any) -> list[Any]:
-    return [leaf for part in state for leaf in leaves(part)] if isinstance(state, tuple) else [state]
+    return (
+        [leaf for part in state for leaf in leaves(part)] if isinstance(state, tuple) else [state]
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -531,7 +657,13 @@ def test_resumed_runs_are_the_same(method: Any, tmp_path: Any) -> None:
     settings = method(batch_size=10, control_variates=True, schedule=Cyclical(40, 0.5), thinning=3)
     whole = bf.sample(model, settings, draws=20, **options)
     bf.sample(model, settings, draws=7, checkpoint=tmp_path / "run", **options)
-    more = bf.sample(model, settings, draws=20, checkpoint=bf.Checkpoint(tmp_path / "run", resume=True), **options)
+    more = bf.sample(
+        model,
+        settings,
+        draws=20,
+        checkpoint=bf.Checkpoint(tmp_path / "run", resume=True),
+        **options,
+    )
     assert torch.equal(whole.theta, more.theta)
 
 
@@ -560,7 +692,7 @@ def test_batches_larger_than_the_data_are_refused() -> None:
         bf.sample(regression().model, SGLD(batch_size=101), chains=2, draws=2)
 
 
-# ---------------------------------------------------------------- schedules
+# ---------------------------------------- schedules
 
 
 def test_the_cosine_cycle_is_the_papers() -> None:
@@ -579,8 +711,16 @@ def test_polynomial_decay_is_that_of_welling_and_teh() -> None:
         assert a * b**-gamma * schedule(k).scale == pytest.approx(a * (b + k) ** -gamma)
 
 
-@pytest.mark.parametrize("make", [lambda: Cyclical(0), lambda: Cyclical(10, 1.0), lambda: Cyclical(2, 0.9),
-                                  lambda: Polynomial(0.0), lambda: Polynomial(power=1.5)])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Cyclical(0),
+        lambda: Cyclical(10, 1.0),
+        lambda: Cyclical(2, 0.9),
+        lambda: Polynomial(0.0),
+        lambda: Polynomial(power=1.5),
+    ],
+)
 def test_schedules_are_checked(make: Callable[[], Schedule]) -> None:
     with pytest.raises(ValueError, match=r"must be|is left"):
         make()
@@ -590,11 +730,16 @@ def test_schedules_are_checked(make: Callable[[], Schedule]) -> None:
 def test_draws_are_kept_from_sampling_stages_only(method: Any) -> None:
     cycle = Cyclical(40, 0.5)
     draws = bf.sample(
-        regression().model, method(step_size=1e-4, schedule=cycle, thinning=5), chains=2, warmup=2, draws=9
+        regression().model,
+        method(step_size=1e-4, schedule=cycle, thinning=5),
+        chains=2,
+        warmup=2,
+        draws=9,
     )
     power = 1 if method is SGLD else 0.5
     assert draws.stats["step_size"].max() <= 1e-4 * cycle.kept_scale**power
-    assert draws.stats["n_steps"][0].tolist() == [25, 5, 5, 5, 25, 5, 5, 5, 25]  # 20 of exploration before each cycle
+    # 20 of exploration before each cycle
+    assert draws.stats["n_steps"][0].tolist() == [25, 5, 5, 5, 25, 5, 5, 5, 25]
 
 
 def test_exploration_has_no_noise() -> None:
@@ -605,7 +750,9 @@ def test_exploration_has_no_noise() -> None:
             return Stage(1.0, step % 10 == 9)
 
     ones = torch.ones(3, dtype=F64)
-    steps = skip_exploration(sgld(noisy_normal(ones, 0.0), 0.1, ones, schedule=Explore()), Explore())
+    steps = skip_exploration(
+        sgld(noisy_normal(ones, 0.0), 0.1, ones, schedule=Explore()), Explore()
+    )
     theta, stats = iterate(steps, torch.full((5000, 3), 2.0, dtype=F64), 1, burn=0)
     assert (stats["n_steps"] == 10).all()
     assert float(theta.mean()) == pytest.approx(2 * 0.95**10, abs=0.02)
@@ -616,11 +763,14 @@ def test_decreasing_steps_lose_the_bias() -> None:
     ones, start = torch.ones(2, dtype=F64), torch.zeros(256, 2, dtype=F64)
     constant, _ = iterate(sgld(noisy_normal(ones, 4.0), 0.8, ones), start, 2000, burn=50)
     schedule = Polynomial(delay=20, power=0.5)
-    decayed, _ = iterate(sgld(noisy_normal(ones, 4.0), 0.8, ones, schedule=schedule), start, 2000, burn=50)
+    decayed, _ = iterate(
+        sgld(noisy_normal(ones, 4.0), 0.8, ones, schedule=schedule), start, 2000, burn=50
+    )
     excess = [float(theta.var()) - 1 for theta in (constant, decayed)]
     mean_scale = np.mean([schedule(k).scale for k in range(50, 2050)])
     assert excess[0] == pytest.approx(1.8 / 0.8 - 1, rel=0.1)
-    # To first order the excess is (noise + 1) / 4 times the mean step size, as all draws count equally.
+    # To first order the excess is (noise + 1) / 4 times the mean step size, as all draws count
+    # equally.
     assert excess[1] == pytest.approx(0.8 * 5 / 4 * mean_scale, rel=0.25)
 
 
@@ -635,12 +785,14 @@ def test_cycles_find_both_modes() -> None:
     ones, start = torch.ones(1, dtype=F64), torch.full((64, 1), 3.0, dtype=F64)
     cycle = Cyclical(100, 0.3)
     plain, _ = iterate(sgld(target, 0.1, ones), start, 300, burn=0)
-    cycled, _ = iterate(skip_exploration(sghmc(target, 1.3, ones, 0.2, schedule=cycle), cycle), start, 1500, burn=0)
+    cycled, _ = iterate(
+        skip_exploration(sghmc(target, 1.3, ones, 0.2, schedule=cycle), cycle), start, 1500, burn=0
+    )
     assert (plain > 0).all()
     assert 0.1 < float((cycled < 0).double().mean()) < 0.9
 
 
-# ---------------------------------------------------------------- survival
+# ---------------------------------------- survival
 
 
 KERNELS: dict[str, Callable[[Any, float, Tensor], Kernel]] = {
@@ -681,7 +833,8 @@ def test_stiff_tails_are_survived(name: str) -> None:
         return -theta.double().pow(4).sum(-1), -4 * theta**3
 
     ones = torch.ones(2)
-    start = torch.tensor([[30.0, 30.0], [0.1, 0.1]])  # an unguarded step from here leaves for infinity
+    # an unguarded step from here leaves for infinity
+    start = torch.tensor([[30.0, 30.0], [0.1, 0.1]])
     size = 1.0 if name == "psgld" else 0.05
     theta, stats = iterate(KERNELS[name](quartic, size, ones), start, 2000, burn=0)
     assert theta.isfinite().all()
@@ -693,7 +846,9 @@ def test_stiff_tails_are_survived(name: str) -> None:
 class Cliff(bf.BayesianModel):
     """A posterior that is NaN outside a ball around zero."""
 
-    def log_joint_and_grad(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def log_joint_and_grad(
+        self, theta: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         value, grad = super().log_joint_and_grad(theta, rows)
         beyond = theta.norm(dim=-1) > 4
         return value.masked_fill(beyond, math.nan), grad.masked_fill(beyond.unsqueeze(-1), math.nan)
@@ -703,7 +858,9 @@ class Cliff(bf.BayesianModel):
 def test_nan_shortens_the_step_in_warm_up(method: Any) -> None:
     given = regression().model
     model = Cliff(given.net, given.prior, given.likelihood, given.x, given.y)
-    draws = bf.sample(model, method(step_size=3.0), chains=8, warmup=60, draws=20, seed=0, init=torch.zeros(4))
+    draws = bf.sample(
+        model, method(step_size=3.0), chains=8, warmup=60, draws=20, seed=0, init=torch.zeros(4)
+    )
     assert draws.info["step_size"] < 0.5
     assert draws.theta.isfinite().all()
     assert draws.stats["diverging"].double().mean() < 0.3
@@ -711,12 +868,14 @@ def test_nan_shortens_the_step_in_warm_up(method: Any) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_given_step_size_is_taken_where_nothing_breaks(method: Any) -> None:
-    draws = bf.sample(regression().model, method(step_size=1e-3), chains=4, warmup=40, draws=5, seed=0)
+    draws = bf.sample(
+        regression().model, method(step_size=1e-3), chains=4, warmup=40, draws=5, seed=0
+    )
     assert draws.info["step_size"] == 1e-3
     assert draws.info["divergences"] == 0
 
 
-# ---------------------------------------------------------------- networks
+# ---------------------------------------- networks
 
 
 def network() -> bf.BayesianModel:
@@ -728,10 +887,17 @@ def network() -> bf.BayesianModel:
 
 
 @pytest.mark.validate
-@pytest.mark.parametrize("method", [
-    SGLD(), SGHMC(), SGNHT(), SGLD(batch_size=10, control_variates=True), SGHMC(batch_size=10, noise_estimate=True),
-    SGNHT(batch_size=10),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "method",
+    [
+        SGLD(),
+        SGHMC(),
+        SGNHT(),
+        SGLD(batch_size=10, control_variates=True),
+        SGHMC(batch_size=10, noise_estimate=True),
+        SGNHT(batch_size=10),
+    ],
+)
 def test_predictions_agree_with_hmc(method: Any) -> None:
     model = network()
     exact = bf.sample(model, bf.HMC(), chains=16, warmup=300, draws=500, seed=0)

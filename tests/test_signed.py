@@ -1,4 +1,6 @@
-"""Laws of the network that also commutes with signs: random group elements, parity, and where it may be used."""
+"""Laws of the network that also commutes with signs: random group elements, parity, and where it
+may be used.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +14,33 @@ import bnnflow as bf
 from bnnflow import WeightSpec
 from bnnflow.equivariant import DWSNet, GraphNet, SignedDWSNet
 from bnnflow.equivariant.signed import has_signs
-from bnnflow.transport import Flow, GaussNewton, GradientSteps, InformedVelocity, Matching, Source, WeightsVelocity
+from bnnflow.transport import (
+    Flow,
+    GaussNewton,
+    GradientSteps,
+    InformedVelocity,
+    Matching,
+    Source,
+    WeightsVelocity,
+)
 from tests.problems import built, chain, generator, normal
 
 F64 = torch.float64
 
 
 class Residual(nn.Module):
-    """Two matrices between the same two hidden layers, and two layers that share the signs of their units."""
+    """Two matrices between the same two hidden layers, and two layers that share the signs of their
+    units.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c, self.d = nn.Linear(2, 3), nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(3, 1)
+        self.a, self.b, self.c, self.d = (
+            nn.Linear(2, 3),
+            nn.Linear(3, 4),
+            nn.Linear(4, 3),
+            nn.Linear(3, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.a(x))
@@ -48,7 +65,9 @@ def perceptron(*widths: int, bias: bool = True) -> nn.Module:
 
 
 def filled(make: Callable[[], nn.Module], seed: int = 1) -> nn.Module:
-    """Build a network with random weights everywhere, in double precision, and without gradients."""
+    """Build a network with random weights everywhere, in double precision, and without
+    gradients.
+    """
     net, g = built(make).requires_grad_(False), generator(seed)
     for parameter in net.parameters():
         parameter.copy_(0.3 * torch.randn(parameter.shape, generator=g, dtype=F64))
@@ -65,12 +84,18 @@ SPECS: dict[str, Callable[[], WeightSpec]] = {
 }
 
 
-def network(spec: WeightSpec, in_features: int, out_features: int, *, time: bool = True, seed: int = 1) -> nn.Module:
-    return filled(lambda: SignedDWSNet(spec, in_features, out_features, 8, 2, time=time, heads=2), seed)
+def network(
+    spec: WeightSpec, in_features: int, out_features: int, *, time: bool = True, seed: int = 1
+) -> nn.Module:
+    return filled(
+        lambda: SignedDWSNet(spec, in_features, out_features, 8, 2, time=time, heads=2), seed
+    )
 
 
 def moved(spec: WeightSpec, seed: int, *features: Tensor) -> list[Tensor]:
-    """Move features ``(batch, dim, f)`` by a permutation and signs, the same for all that stand at the same place."""
+    """Move features ``(batch, dim, f)`` by a permutation and signs, the same for all that stand at
+    the same place.
+    """
     columns = [column for each in features for column in each.unbind(-1)]
     results = iter(spec.transform(spec.symmetries(), seed, *columns))
     return [torch.stack([next(results) for _ in range(each.shape[-1])], -1) for each in features]
@@ -115,7 +140,9 @@ def test_every_weight_and_the_time_are_seen(name):
 
 
 def test_units_of_a_layer_hear_of_each_other_through_their_second_moments():
-    """With the outputs of unit 1 turned and its inputs kept nothing even about single units changes: only pairs do."""
+    """With the outputs of unit 1 turned and its inputs kept nothing even about single units
+    changes: only pairs do.
+    """
     spec = SPECS["one layer"]()
     net = network(spec, 1, 1, time=False)
     for name, parameter in net.named_parameters():
@@ -125,7 +152,9 @@ def test_units_of_a_layer_hear_of_each_other_through_their_second_moments():
     other = theta.clone()
     unit = torch.arange(spec.dim)[spec.slices["2.weight"]].reshape(3, 6)[:, 1]
     other[unit] = -other[unit]
-    outputs = [net(each.reshape(1, -1, 1)).flatten()[spec.slices["0.bias"]] for each in (theta, other)]
+    outputs = [
+        net(each.reshape(1, -1, 1)).flatten()[spec.slices["0.bias"]] for each in (theta, other)
+    ]
     changed = (outputs[0] - outputs[1]).abs()
     assert float(changed[[0, 2, 3, 4, 5]].min()) > 1e-6
 
@@ -148,7 +177,9 @@ def test_parameters_fit_other_widths():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: chain(2, 4, 1), Normalised, lambda: nn.Linear(2, 1)], ids=["relu", "norm", "none"]
+    "make",
+    [lambda: chain(2, 4, 1), Normalised, lambda: nn.Linear(2, 1)],
+    ids=["relu", "norm", "none"],
 )
 def test_units_that_cannot_be_turned_are_refused(make):
     spec = spec_of(make)
@@ -157,29 +188,35 @@ def test_units_that_cannot_be_turned_are_refused(make):
         SignedDWSNet(spec, 1, 1)
 
 
-@pytest.mark.parametrize(("width", "edge_width", "heads"), [(7, 8, 1), (8, 0, 1), (8, 3, 1), (8, 8, 0)])
+@pytest.mark.parametrize(
+    ("width", "edge_width", "heads"), [(7, 8, 1), (8, 0, 1), (8, 3, 1), (8, 8, 0)]
+)
 def test_sizes_that_cannot_be_are_refused(width, edge_width, heads):
     with pytest.raises(ValueError, match="must be"):
         SignedDWSNet(SPECS["two layers"](), 1, 1, width, edge_width=edge_width, heads=heads)
 
 
-# ------------------------------------------------------------------ fields
+# ---------------------------------------- fields
 
 
 def model_of(
-    prior: bf.priors.Prior, activation: type[nn.Module] = nn.Tanh, dtype: torch.dtype = torch.float32
+    prior: bf.priors.Prior,
+    activation: type[nn.Module] = nn.Tanh,
+    dtype: torch.dtype = torch.float32,
 ) -> bf.BayesianModel:
     x, noise = normal(12, 2, dtype=dtype), normal(12, seed=1, dtype=dtype)
     net = built(lambda: chain(2, 5, 1, activation=activation), dtype)
     return bf.BayesianModel(net, prior, bf.likelihoods.Gaussian(0.5), x, x[:, 0] + 0.1 * noise)
 
 
-@pytest.mark.parametrize("proximal_step", [GradientSteps(4), GaussNewton(2)], ids=["gradient", "newton"])
+@pytest.mark.parametrize(
+    "proximal_step", [GradientSteps(4), GaussNewton(2)], ids=["gradient", "newton"]
+)
 def test_the_informed_field_commutes_with_the_whole_group_of_the_posterior(proximal_step):
     model = model_of(bf.priors.Normal(1.0), dtype=F64)
-    field = built(lambda: InformedVelocity(model.spec, proximal_step, 8, 2, architecture="signed")).requires_grad_(
-        False
-    )
+    field = built(
+        lambda: InformedVelocity(model.spec, proximal_step, 8, 2, architecture="signed")
+    ).requires_grad_(False)
     for parameter in field.parameters():
         parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator(2), dtype=F64))
     source = Source(model.flat_prior)
@@ -203,7 +240,9 @@ def test_the_informed_field_commutes_with_the_whole_group_of_the_posterior(proxi
     ],
     ids=["odd and even", "relu", "a prior that is not even"],
 )
-def test_fit_flow_takes_the_signed_network_where_signs_are_kept(velocity, prior, activation, network, tmp_path):
+def test_fit_flow_takes_the_signed_network_where_signs_are_kept(
+    velocity, prior, activation, network, tmp_path
+):
     model = model_of(prior, activation)
     draws = model.sample_prior(64, 0)
     flow = bf.fit_flow(
@@ -220,9 +259,14 @@ def test_fit_flow_takes_the_signed_network_where_signs_are_kept(velocity, prior,
     assert torch.equal(loaded.sample(3, 1), flow.sample(3, 1))
 
 
-@pytest.mark.parametrize(("architecture", "kind"), [("dws", DWSNet), ("signed", SignedDWSNet), ("graph", GraphNet)])
+@pytest.mark.parametrize(
+    ("architecture", "kind"), [("dws", DWSNet), ("signed", SignedDWSNet), ("graph", GraphNet)]
+)
 def test_fields_of_weights_alone_take_every_architecture(architecture, kind):
-    assert isinstance(built(lambda: WeightsVelocity(SPECS["one layer"](), 8, 1, architecture=architecture)).net, kind)
+    assert isinstance(
+        built(lambda: WeightsVelocity(SPECS["one layer"](), 8, 1, architecture=architecture)).net,
+        kind,
+    )
 
 
 def test_other_architectures_are_refused():

@@ -1,4 +1,6 @@
-"""Laws of tempered sequential Monte Carlo: evidences in closed form, honest errors, and its parts."""
+"""Laws of tempered sequential Monte Carlo: evidences in closed form, honest errors, and its
+parts.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,31 @@ from torch import Tensor, nn
 
 import bnnflow as bf
 from bnnflow.bridge import bennett
-from bnnflow.inference.particles.smc import _variance, merging, next_fraction, relative_variance, systematic
-from tests.problems import F64, built, check_runs, conjugate, generator, moments, tiny_network, two_weights
+from bnnflow.inference.particles.smc import (
+    _variance,
+    merging,
+    next_fraction,
+    relative_variance,
+    systematic,
+)
+from tests.problems import (
+    F64,
+    built,
+    check_runs,
+    conjugate,
+    generator,
+    moments,
+    tiny_network,
+    two_weights,
+)
 
-# ---------------------------------------------------------------- evidence
+# ---------------------------------------- evidence
 
 
 def wide(posterior: bf.Gaussian) -> bf.Gaussian:
-    """Return a Gaussian near the posterior, but wrong: shifted, too wide, and without correlations."""
+    """Return a Gaussian near the posterior, but wrong: shifted, too wide, and without
+    correlations.
+    """
     sd = (posterior.scale_tril @ posterior.scale_tril.T).diagonal().sqrt()
     return bf.Gaussian(posterior.loc + sd, 2 * sd)
 
@@ -47,14 +66,19 @@ def test_the_normaliser_is_the_closed_form(hard: bool, temperature: float, start
 
 @pytest.mark.parametrize("runs", [1, 3])
 def test_the_error_of_the_evidence_is_honest(runs: int) -> None:
-    """Over independent repetitions the error divided by its own estimate has a standard deviation near one."""
+    """Over independent repetitions the error divided by its own estimate has a standard deviation
+    near one.
+    """
     problem = conjugate()
     scores = []
     for seed in range(24):
-        value, error = bf.sample(problem.model, bf.SMC(particles=150), chains=runs, seed=seed).log_evidence
+        value, error = bf.sample(
+            problem.model, bf.SMC(particles=150), chains=runs, seed=seed
+        ).log_evidence
         scores.append((value - problem.log_normaliser) / error)
     z = np.array(scores)
-    assert 0.6 < np.sqrt((z**2).mean()) < 1.45  # as 99.7 % of the means of 24 squared standard normal numbers
+    # as 99.7 % of the means of 24 squared standard normal numbers
+    assert 0.6 < np.sqrt((z**2).mean()) < 1.45
     assert np.abs(z).max() < 4.5
 
 
@@ -89,13 +113,18 @@ def test_more_particles_are_closer() -> None:
     assert 2 < spreads[0] / spreads[1] < 8  # sqrt(16) = 4
 
 
-# ---------------------------------------------------------------- evidence of draws
+# ---------------------------------------- evidence of draws
 
 
 def test_a_bridge_between_two_gaussians_is_their_ratio_for_each_row_of_a_batch() -> None:
-    """p = 3 N(1, 0.5^2) over q = N(0, 1): c is log 3, also where p has twice the draws and those have weights."""
+    """p = 3 N(1, 0.5^2) over q = N(0, 1): c is log 3, also where p has twice the draws and those
+    have weights.
+    """
     g, n = generator(0), 20_000
-    q, p = torch.randn(5, n, generator=g, dtype=F64), 1 + 0.5 * torch.randn(5, 2 * n, generator=g, dtype=F64)
+    q, p = (
+        torch.randn(5, n, generator=g, dtype=F64),
+        1 + 0.5 * torch.randn(5, 2 * n, generator=g, dtype=F64),
+    )
 
     def log_ratio(x: Tensor) -> Tensor:
         return math.log(3 / 0.5) - 2 * (x - 1).square() + 0.5 * x.square()
@@ -104,7 +133,8 @@ def test_a_bridge_between_two_gaussians_is_their_ratio_for_each_row_of_a_batch()
     value, ours, theirs = bennett(log_ratio(q), log_ratio(p), weights, math.log(2))
     assert (value - math.log(3)).abs().max() < 0.03
     torch.testing.assert_close(ours.mean(1), 2 * theirs.mean(1))
-    doubled = torch.cat([p, p + 9], 1), torch.cat([weights, torch.zeros_like(weights)], 1)  # weights of zero: no draws
+    # weights of zero: no draws
+    doubled = torch.cat([p, p + 9], 1), torch.cat([weights, torch.zeros_like(weights)], 1)
     again, _, _ = bennett(log_ratio(q[2]), log_ratio(doubled[0][2]), doubled[1][2], math.log(2))
     torch.testing.assert_close(again, value[2])
     nothing, _, _ = bennett(torch.full((3,), -math.inf, dtype=F64), log_ratio(p[0]), weights[0])
@@ -123,25 +153,35 @@ def test_the_evidence_of_exact_draws_is_the_closed_form(hard: bool, start: Any) 
 
 def test_the_error_of_the_evidence_of_draws_is_honest() -> None:
     problem, smc = conjugate(), bf.SMC(particles=300, ess=0.9)
-    found = [bf.evidence(problem.model, problem.posterior.sample(300, seed), smc, seed=99 + seed) for seed in range(24)]
+    found = [
+        bf.evidence(problem.model, problem.posterior.sample(300, seed), smc, seed=99 + seed)
+        for seed in range(24)
+    ]
     value, error = np.array(found).T
     z = (value - problem.log_normaliser) / error
-    assert 0.6 < np.sqrt((z**2).mean()) < 1.45  # as 99.7 % of the means of 24 squared standard normal numbers
+    # as 99.7 % of the means of 24 squared standard normal numbers
+    assert 0.6 < np.sqrt((z**2).mean()) < 1.45
     assert np.abs(z).max() < 4.5
     assert abs(z.mean()) < 3 / math.sqrt(24)
 
 
-def ridge(n: int = 40, dim: int = 20) -> tuple[bf.BayesianModel, torch.distributions.MultivariateNormal, float]:
+def ridge(
+    n: int = 40, dim: int = 20
+) -> tuple[bf.BayesianModel, torch.distributions.MultivariateNormal, float]:
     """A linear model whose inputs are much alike, its posterior and its evidence."""
     g = generator(5)
     x = torch.randn(n, dim - 1, generator=g, dtype=F64)
     x = x + 2 * x[:, :1]
-    y = x @ torch.randn(dim - 1, 1, generator=g, dtype=F64) + 0.3 * torch.randn(n, 1, generator=g, dtype=F64)
+    y = x @ torch.randn(dim - 1, 1, generator=g, dtype=F64) + 0.3 * torch.randn(
+        n, 1, generator=g, dtype=F64
+    )
     net = built(lambda: nn.Linear(dim - 1, 1), F64)
     model = bf.BayesianModel(net, bf.priors.Normal(), bf.likelihoods.Gaussian(0.3), x, y)
     features = torch.cat([x, torch.ones(n, 1, dtype=F64)], 1)
     covariance = (features.T @ features / 0.09 + torch.eye(dim, dtype=F64)).inverse()
-    posterior = torch.distributions.MultivariateNormal((covariance @ features.T @ y / 0.09)[:, 0], covariance)
+    posterior = torch.distributions.MultivariateNormal(
+        (covariance @ features.T @ y / 0.09)[:, 0], covariance
+    )
     marginal = features @ features.T + 0.09 * torch.eye(n, dtype=F64)
     law = torch.distributions.MultivariateNormal(torch.zeros(n, dtype=F64), marginal)
     return model, posterior, float(law.log_prob(y[:, 0]))
@@ -149,13 +189,19 @@ def ridge(n: int = 40, dim: int = 20) -> tuple[bf.BayesianModel, torch.distribut
 
 @pytest.mark.slow
 def test_the_error_of_the_evidence_of_alike_inputs_is_honest(seeded: Any) -> None:
-    """Directions in which particles hardly move bias the evidence, and make particles and ancestors alike."""
+    """Directions in which particles hardly move bias the evidence, and make particles and ancestors
+    alike.
+    """
     model, posterior, log_evidence = ridge()
     with seeded(0):
-        found = [bf.evidence(model, posterior.sample((500,)), seed=seed, progress=False) for seed in range(16)]
+        found = [
+            bf.evidence(model, posterior.sample((500,)), seed=seed, progress=False)
+            for seed in range(16)
+        ]
     value, error = np.array(found).T
     z = (value - log_evidence) / error
-    assert 0.5 < np.sqrt((z**2).mean()) < 1.55  # as 99.7 % of the means of 16 squared standard normal numbers
+    # as 99.7 % of the means of 16 squared standard normal numbers
+    assert 0.5 < np.sqrt((z**2).mean()) < 1.55
     assert abs(z.mean()) < 3 / 4
 
 
@@ -168,26 +214,37 @@ def test_the_way_there_and_the_way_back_agree_on_two_modes() -> None:
 
 
 def test_the_moves_mend_draws_that_are_too_wide() -> None:
-    """Draws half as wide again as the posterior are off by nats in density, by a tenth of one in the evidence."""
+    """Draws half as wide again as the posterior are off by nats in density, by a tenth of one in
+    the evidence.
+    """
     problem = conjugate()
     mean, draws = problem.posterior.loc, problem.posterior.sample(1000, 1)
-    value, error = bf.evidence(problem.model, mean + 1.5 * (draws - mean), bf.SMC(particles=1000, ess=0.9))
+    value, error = bf.evidence(
+        problem.model, mean + 1.5 * (draws - mean), bf.SMC(particles=1000, ess=0.9)
+    )
     assert abs(value - problem.log_normaliser) < 0.1 + 4 * error
 
 
 def test_draws_far_below_the_others_are_left_out_of_the_evidence_or_refused() -> None:
-    """Left in, three of 200 take all the weight on the way back, where they hardly move: -12 in place of 39."""
+    """Left in, three of 200 take all the weight on the way back, where they hardly move: -12 in
+    place of 39.
+    """
     with torch.random.fork_rng(devices=[]):
-        net = torch.nn.Sequential(torch.nn.Linear(1, 6), torch.nn.Tanh(), torch.nn.Linear(6, 1)).double()
+        net = torch.nn.Sequential(
+            torch.nn.Linear(1, 6), torch.nn.Tanh(), torch.nn.Linear(6, 1)
+        ).double()
     x = torch.linspace(-2, 2, 30, dtype=F64)[:, None]
-    model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.03), x, (2 * x[:, 0]).sin())
+    model = bf.BayesianModel(
+        net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.03), x, (2 * x[:, 0]).sin()
+    )
     draws = bf.sample(model, bf.HMC(), chains=8, warmup=300, draws=25, seed=0).flat
     smc = bf.SMC(particles=200, ess=0.9)
     clean, error = bf.evidence(model, draws, smc)
     draws[[0, 50, 199]] = model.sample_prior(3, 5)
     with pytest.warns(UserWarning, match="3 of 200 draws lie far below the others") as told:
         value, _ = bf.evidence(model, draws, smc)
-    assert told.pop(UserWarning).filename == __file__  # the line that called, not one of the package
+    # the line that called, not one of the package
+    assert told.pop(UserWarning).filename == __file__
     assert abs(value - clean) < 6 * error
     draws[:30] = model.sample_prior(30, 6)
     with pytest.raises(ValueError, match="refine them first"):
@@ -211,7 +268,9 @@ def test_the_evidence_of_draws_can_be_repeated_and_takes_them_evenly() -> None:
     assert bf.evidence(model, draws, smc, seed=3) == bf.evidence(model, draws, smc, seed=3)
     assert bf.evidence(model, draws, smc, seed=3) != bf.evidence(model, draws, smc, seed=4)
     rows = torch.linspace(0, 199, 40).round().long()
-    assert bf.evidence(model, draws.flat[rows], smc, seed=3) == bf.evidence(model, draws, smc, seed=3)
+    assert bf.evidence(model, draws.flat[rows], smc, seed=3) == bf.evidence(
+        model, draws, smc, seed=3
+    )
     cut = bf.evidence(model, draws, bf.SMC(particles=40, chunk_size=7), seed=3)
     assert cut == pytest.approx(bf.evidence(model, draws, smc, seed=3), abs=1e-4)
 
@@ -236,14 +295,16 @@ def test_what_has_no_evidence_is_refused() -> None:
         bf.evidence(cold.model, cold.posterior.sample(20, 0))
 
 
-# ---------------------------------------------------------------- parts
+# ---------------------------------------- parts
 
 
 def test_runs_are_independent_and_weights_normalised() -> None:
     model = tiny_network()
     draws = bf.sample(model, bf.SMC(particles=60), chains=3, seed=0)
     assert draws.theta.shape == (3, 60, 10)
-    torch.testing.assert_close(draws.log_weights.logsumexp(1), torch.zeros(3, dtype=F64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        draws.log_weights.logsumexp(1), torch.zeros(3, dtype=F64), rtol=0, atol=1e-12
+    )
     assert len(set(draws.info["log_evidence_of_runs"])) == 3
     pooled = np.logaddexp.reduce(draws.info["log_evidence_of_runs"]) - math.log(3)
     assert draws.log_evidence[0] == pytest.approx(pooled)
@@ -289,7 +350,7 @@ def test_particles_where_there_is_no_density_die() -> None:
     assert abs(half.log_evidence[0] - (whole.log_evidence[0] - math.log(2))) < 4 * error
 
 
-# ---------------------------------------------------------------- parts
+# ---------------------------------------- parts
 
 
 def log_weights(runs: int, n: int, spread: float, seed: int) -> Tensor:
@@ -347,7 +408,9 @@ def test_the_next_temperature_leaves_the_wanted_particles(
 
 
 def test_temperatures_go_on_where_no_particle_is_left() -> None:
-    """A single particle with a density, or a cliff of any height: the schedule neither stops nor turns back."""
+    """A single particle with a density, or a cliff of any height: the schedule neither stops nor
+    turns back.
+    """
     ratio = torch.full((3, 10), -math.inf, dtype=F64)
     ratio[0, 0] = 0.0
     ratio[1] = torch.linspace(-1e30, 0, 10, dtype=F64)
@@ -360,15 +423,21 @@ def test_temperatures_go_on_where_no_particle_is_left() -> None:
 
 
 def test_variances_are_weighted_and_positive() -> None:
-    theta = torch.randn(2, 5000, 3, generator=generator(), dtype=F64) * torch.tensor([1.0, 3.0, 0.0], dtype=F64)
+    theta = torch.randn(2, 5000, 3, generator=generator(), dtype=F64) * torch.tensor(
+        [1.0, 3.0, 0.0], dtype=F64
+    )
     weights = log_weights(2, 5000, 0.5, 1)
     found = _variance(theta, weights)
-    torch.testing.assert_close(found[:, :2], torch.tensor([[1.0, 9.0]], dtype=F64).expand(2, -1), rtol=0.1, atol=0)
+    torch.testing.assert_close(
+        found[:, :2], torch.tensor([[1.0, 9.0]], dtype=F64).expand(2, -1), rtol=0.1, atol=0
+    )
     assert (found[:, 2] > 0).all()  # a coordinate that never moves does not stop the others
 
 
 def test_the_rounding_of_resampling_is_no_error() -> None:
-    """Where particles forget all between two temperatures, every reweighting adds the variance of its weights."""
+    """Where particles forget all between two temperatures, every reweighting adds the variance of
+    its weights.
+    """
     n, g = 200, generator(3)
     root, merged = torch.arange(n).expand(500, -1), torch.zeros(500, dtype=F64)
     for _ in range(10):
@@ -381,7 +450,9 @@ def test_the_rounding_of_resampling_is_no_error() -> None:
 
 
 def test_the_error_of_plain_importance_sampling() -> None:
-    """Without any resampling the estimate is the textbook's: the mean square of the weights, less one."""
+    """Without any resampling the estimate is the textbook's: the mean square of the weights, less
+    one.
+    """
     n = 1000
     weights = log_weights(1, n, 0.4, 2)
     found = relative_variance(weights, torch.arange(n).expand(1, -1), torch.zeros(1, dtype=F64))
@@ -389,7 +460,7 @@ def test_the_error_of_plain_importance_sampling() -> None:
     assert float(found[0]) == pytest.approx(float(textbook), rel=0.01)
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
@@ -410,7 +481,9 @@ def test_settings_without_sense_are_refused(options: dict[str, Any], message: st
         bf.SMC(**options)
 
 
-@pytest.mark.parametrize("options", [{"warmup": 10}, {"draws": 10}, {"init": "prior"}], ids=lambda o: next(iter(o)))
+@pytest.mark.parametrize(
+    "options", [{"warmup": 10}, {"draws": 10}, {"init": "prior"}], ids=lambda o: next(iter(o))
+)
 def test_what_particles_do_not_have_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="SMC takes particles and a start, not"):
         bf.sample(tiny_network(), bf.SMC(), **options)

@@ -1,4 +1,6 @@
-"""Laws of the solvers: orders of convergence, ways back, error estimates, marginals under noise, and bounds."""
+"""Laws of the solvers: orders of convergence, ways back, error estimates, marginals under noise,
+and bounds.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def even(steps: int) -> Tensor:
 
 
 def turning(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A field without symmetry between forwards and backwards, whose second part accumulates along the first."""
+    """A field without symmetry between forwards and backwards, whose second part accumulates along
+    the first.
+    """
     x, total = state
     return torch.stack([x[:, 1], -x[:, 0] * (1 + t)], 1) - 0.3 * x**3, total * 0 + x.square().sum(1)
 
@@ -59,14 +63,18 @@ def reference() -> tuple[Tensor, ...]:
 def gaussian(variances: tuple[float, ...] = (0.2, 1.5)) -> tuple[GaussianVelocity, Tensor, Tensor]:
     """Return the closed-form field from N(0, I) to a Gaussian, with its mean and covariance."""
     angle = torch.tensor(0.7, dtype=torch.float64)
-    turn = torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
+    turn = torch.stack(
+        [torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])]
+    )
     mean = torch.tensor([1.0, -0.5], dtype=torch.float64)
     covariance = turn @ torch.diag(torch.tensor(variances, dtype=torch.float64)) @ turn.T
     return GaussianVelocity(mean, covariance), mean, covariance
 
 
 def with_score(field: GaussianVelocity):
-    """Return velocity and score of the field: of the marginal N(t mean, t^2 C + (1 - t)^2 I), finite at t = 1."""
+    """Return velocity and score of the field: of the marginal N(t mean, t^2 C + (1 - t)^2 I),
+    finite at t = 1.
+    """
 
     def both(t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         marginal = t * t * field.variances + (1 - t) ** 2
@@ -75,7 +83,7 @@ def with_score(field: GaussianVelocity):
     return both
 
 
-# ------------------------------------------------------------------ fixed grids
+# ---------------------------------------- fixed grids
 
 
 @pytest.mark.parametrize("power", [1.0, 1.5])
@@ -106,7 +114,12 @@ def test_eight_steps_carry_sharp_gaussians():
     """A grid denser towards 1 by power 1.5 makes the first of them narrower by two fifths."""
     widths = torch.tensor([0.01, 0.02, 0.1, 1.0], dtype=torch.float64)
     field = GaussianVelocity(torch.zeros(4, dtype=torch.float64), torch.diag(widths**2))
-    (x,) = integrate(lambda t, s: (field(t, s[0]),), (torch.eye(4, dtype=torch.float64),), time_grid(8), "midpoint")
+    (x,) = integrate(
+        lambda t, s: (field(t, s[0]),),
+        (torch.eye(4, dtype=torch.float64),),
+        time_grid(8),
+        "midpoint",
+    )
     errors = (x.diagonal() / widths - 1).abs()
     assert (errors < torch.tensor([0.085, 0.047, 0.0065, 0.0015])).all()
 
@@ -148,11 +161,14 @@ def test_solutions_are_differentiable_and_keep_their_types(solver):
     assert total.dtype == torch.float64
     (grad,) = torch.autograd.grad(total.sum(), x)
     step = 1e-3 * torch.eye(2)[0]
-    ahead, behind = (integrate(turning, (x.detach() + s * step, state[1]), even(10), solver)[1].sum() for s in (1, -1))
+    ahead, behind = (
+        integrate(turning, (x.detach() + s * step, state[1]), even(10), solver)[1].sum()
+        for s in (1, -1)
+    )
     assert float(grad[:, 0].sum()) == pytest.approx(float(ahead - behind) / 2e-3, rel=1e-2)
 
 
-# ------------------------------------------------------------------ error estimates
+# ---------------------------------------- error estimates
 
 
 @pytest.mark.parametrize(("solver", "order"), FIXED)
@@ -174,7 +190,7 @@ def test_step_doubling_needs_a_rule_of_fixed_order():
         integrate_with_error(turning, start(), even(4), "dopri5")  # type: ignore[arg-type]
 
 
-# ------------------------------------------------------------------ adaptive rules
+# ---------------------------------------- adaptive rules
 
 
 @pytest.mark.parametrize("solver", ADAPTIVE)
@@ -182,7 +198,9 @@ def test_adaptive_rules_meet_their_tolerance(solver):
     errors = []
     for tolerance in (1e-3, 1e-6):
         got = integrate(turning, start(), time_grid(1), solver, rtol=tolerance, atol=tolerance)
-        errors.append(max(float((a - b).abs().max()) for a, b in zip(got, reference(), strict=True)))
+        errors.append(
+            max(float((a - b).abs().max()) for a, b in zip(got, reference(), strict=True))
+        )
         assert errors[-1] < 200 * tolerance  # which bounds the error of one step
     assert errors[1] < 0.1 * errors[0]
 
@@ -211,7 +229,9 @@ def test_one_stiff_sample_raises_at_the_cap_and_does_not_loop():
         return stiff(rates)(t, state)
 
     with pytest.raises(RuntimeError, match=r"dopri5 has used 300 evaluations by t = 0\.0"):
-        integrate(field, (torch.ones(50, 2, dtype=torch.float64),), even(1), "dopri5", max_evaluations=300)
+        integrate(
+            field, (torch.ones(50, 2, dtype=torch.float64),), even(1), "dopri5", max_evaluations=300
+        )
     assert len(calls) == 300
 
 
@@ -233,29 +253,40 @@ def test_adaptive_rules_refuse_what_they_cannot_do():
     with pytest.raises(ValueError, match="rtol must be positive"):
         integrate(turning, start(), even(2), "dopri5", rtol=0.0)
     with pytest.raises(RuntimeError, match="dopri5 failed"):  # the solution is infinite at t = 0.5
-        integrate(lambda t, s: (s[0] ** 2,), (2 * torch.ones(1, 1),), even(2), "dopri5", max_evaluations=10**6)
+        integrate(
+            lambda t, s: (s[0] ** 2,),
+            (2 * torch.ones(1, 1),),
+            even(2),
+            "dopri5",
+            max_evaluations=10**6,
+        )
 
 
 @pytest.mark.parametrize("ends", [(0.0, 1.0), (1.0, 0.0), (0.2, 0.7), (-3.0, -2.5)], ids=str)
 @pytest.mark.parametrize("solver", ADAPTIVE)
 @pytest.mark.parametrize("speed", [1e-9, 1.0, 30.0])
 def test_adaptive_rules_look_at_no_time_outside_the_interval(solver, ends, speed):
-    """A field may not exist there: neither a first guess of the step nor the last step may leave."""
+    """A field may not exist there: neither a first guess of the step nor the last step may
+    leave.
+    """
     asked = []
 
     def field(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         asked.append(float(t))
-        return (torch.full_like(state[0], speed) * ((t - min(ends)) * (max(ends) - t)).sqrt(),)  # NaN outside
+        # NaN outside
+        return (torch.full_like(state[0], speed) * ((t - min(ends)) * (max(ends) - t)).sqrt(),)
 
     grid = torch.tensor(ends, dtype=torch.float64)
-    (end,) = integrate(field, (torch.ones(3, 2, dtype=torch.float64),), grid, solver, rtol=1e-4, atol=1e-4)
+    (end,) = integrate(
+        field, (torch.ones(3, 2, dtype=torch.float64),), grid, solver, rtol=1e-4, atol=1e-4
+    )
     area = math.pi / 8 * (ends[1] - ends[0]) * abs(ends[1] - ends[0])
     assert torch.allclose(end, torch.full_like(end, 1 + speed * area), rtol=1e-3, atol=1e-3)
     assert min(ends) <= min(asked)
     assert max(asked) <= max(ends)
 
 
-# ------------------------------------------------------------------ integrals along the way
+# ---------------------------------------- integrals along the way
 
 
 @pytest.mark.parametrize("evaluations", [1, 2, 5])
@@ -268,8 +299,12 @@ def test_integral_of_a_polynomial_of_time_is_exact(evaluations):
         return (x[:, 0] + t) ** degree
 
     for backwards, sign in ((False, 1), (True, -1)):
-        _, total, _ = integrate_with_trace(lambda t, x: 0 * x, trace, x, evaluations, backwards=backwards)
-        assert torch.allclose(total, torch.full((3,), sign / (degree + 1), dtype=torch.float64), atol=1e-14)
+        _, total, _ = integrate_with_trace(
+            lambda t, x: 0 * x, trace, x, evaluations, backwards=backwards
+        )
+        assert torch.allclose(
+            total, torch.full((3,), sign / (degree + 1), dtype=torch.float64), atol=1e-14
+        )
     assert seen[:evaluations] == pytest.approx(sorted(seen[evaluations:]))
     assert min(seen) > 0
     assert max(seen) < 1
@@ -277,7 +312,9 @@ def test_integral_of_a_polynomial_of_time_is_exact(evaluations):
 
 @pytest.mark.parametrize("backwards", [False, True])
 def test_integral_along_the_way_beats_one_that_is_carried_along(backwards):
-    """With as many evaluations of the integrand: sixteen, by four steps of the Runge-Kutta rule or at nodes."""
+    """With as many evaluations of the integrand: sixteen, by four steps of the Runge-Kutta rule or
+    at nodes.
+    """
     grid = even(400).flip(0) if backwards else even(400)
     x, zero = start()
     x = x / 2  # larger ones have no way back
@@ -326,7 +363,7 @@ def test_integral_along_the_way_checks_its_arguments():
         integrate_with_trace(lambda t, x: x / 0 * 0, lambda t, x: x.sum(1).double(), x, 4)
 
 
-# ------------------------------------------------------------------ stochastic integration
+# ---------------------------------------- stochastic integration
 
 
 NOISES = {
@@ -355,13 +392,16 @@ def test_noise_keeps_the_marginals_of_the_gaussian_field(noise, solver, steps):
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2)])
 def test_stochastic_rules_have_their_weak_order(solver, order, monkeypatch):
-    """The variance of dx = -2 x dt + dW, found without Monte-Carlo error from the response to each single increment."""
+    """The variance of dx = -2 x dt + dW, found without Monte-Carlo error from the response to each
+    single increment.
+    """
     rate, level, x0_variance = 2.0, 1.0, 3.0
     errors = []
     for steps in (32, 64):
         draws = steps * (1 if solver == "euler" else 2)
 
-        # Row k sees a unit in the k-th draw of noise and zeros elsewhere; the last row starts from one.
+        # Row k sees a unit in the k-th draw of noise and zeros elsewhere; the last row starts from
+        # one.
         calls = iter(range(draws))
 
         def unit(*shape, calls=calls, draws=draws, **_):
@@ -404,7 +444,9 @@ def test_midpoint_rule_never_looks_at_the_last_time():
 
 def test_noise_is_taken_in_the_middle_of_each_step():
     seen: list[float] = []
-    integrate_sde(lambda t, x: (x, x), lambda t: seen.append(float(t)) or 0.0, torch.ones(2, 2), even(4), 0)
+    integrate_sde(
+        lambda t, x: (x, x), lambda t: seen.append(float(t)) or 0.0, torch.ones(2, 2), even(4), 0
+    )
     assert seen == [0.125, 0.375, 0.625, 0.875]
 
 
@@ -425,7 +467,7 @@ def test_noise_is_reproducible_and_bad_noise_raises():
         integrate_sde(lambda t, x: (x * math.nan, x), 1.0, x0, even(5), 0)
 
 
-# ------------------------------------------------------------------ memory
+# ---------------------------------------- memory
 
 
 def test_rows_are_priced_by_the_tensors_alive_at_once():
@@ -448,14 +490,18 @@ def test_rows_are_priced_by_the_tensors_alive_at_once():
 
 
 def test_chunks_under_a_bound_stay_under_it():
-    net = torch.nn.Sequential(torch.nn.Linear(6, 64), torch.nn.Tanh(), torch.nn.Linear(64, 6)).requires_grad_(False)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(6, 64), torch.nn.Tanh(), torch.nn.Linear(64, 6)
+    ).requires_grad_(False)
     x = torch.randn(4, 6, generator=generator())
 
     def work(rows: Tensor) -> tuple[Tensor, ...]:
         def slope(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return exact_divergence(net, state[0], chunk_size=6)
 
-        return integrate(slope, (rows, torch.zeros(len(rows), dtype=torch.float64)), even(1), "midpoint")
+        return integrate(
+            slope, (rows, torch.zeros(len(rows), dtype=torch.float64)), even(1), "midpoint"
+        )
 
     memory = 4_000_000
     n = largest_chunk(memory, work, x)

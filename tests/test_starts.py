@@ -24,7 +24,9 @@ def built(seed: int = 0, hidden: int = 4) -> nn.Module:
 def model() -> bf.BayesianModel:
     x = torch.linspace(-1.5, 1.5, 12, dtype=F64).unsqueeze(-1)
     noise = 0.2 * torch.randn(12, 1, generator=torch.Generator().manual_seed(0), dtype=F64)
-    return bf.BayesianModel(built(), priors.Normal(), likelihoods.Gaussian(), x, (2 * x).sin() + noise)
+    return bf.BayesianModel(
+        built(), priors.Normal(), likelihoods.Gaussian(), x, (2 * x).sin() + noise
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,9 @@ def test_methods_begin_where_they_are_told(name: str, model, modes: Tensor) -> N
         torch.testing.assert_close(found, where.expand_as(found), rtol=0, atol=2e-4)
     found = start(networks[1] if name in ONE_POINT else networks)
     weights = slice(0, model.spec.network.dim)
-    torch.testing.assert_close(found[..., weights], where.expand_as(found)[..., weights], rtol=0, atol=2e-4)
+    torch.testing.assert_close(
+        found[..., weights], where.expand_as(found)[..., weights], rtol=0, atol=2e-4
+    )
     assert start("prior").isfinite().all()
 
 
@@ -110,29 +114,39 @@ def test_as_many_chains_as_starts(model, modes: Tensor) -> None:
 
 
 def test_an_ensemble_that_exists_stays_and_learns_its_noise(model, modes: Tensor) -> None:
-    """The noise of trained networks is not in them: it climbs to its mode, which is where the first ensemble had it."""
+    """The noise of trained networks is not in them: it climbs to its mode, which is where the first
+    ensemble had it.
+    """
     draws = bf.sample(model, bf.DeepEnsemble(), init=[model.to_network(each) for each in modes])
     weights = slice(0, model.spec.network.dim)
     assert torch.equal(draws.theta[0, :, weights], modes[:, weights])
-    slope = model.log_joint_and_grad(draws.theta[0])[1][:, model.spec.slices["likelihood.log_scale"]]
+    slope = model.log_joint_and_grad(draws.theta[0])[1][
+        :, model.spec.slices["likelihood.log_scale"]
+    ]
     torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=0.05)
     assert "diverged" not in draws.info
 
 
 def test_full_rank_vi_begins_at_a_network(model, modes: Tensor) -> None:
-    draws = bf.sample(model, bf.VI(rank="full", steps=1, learning_rate=1e-9), init=modes[2], draws=5)
+    draws = bf.sample(
+        model, bf.VI(rank="full", steps=1, learning_rate=1e-9), init=modes[2], draws=5
+    )
     torch.testing.assert_close(draws.posterior.loc, modes[2])
 
 
 def test_dropout_trains_the_networks_that_it_is_given(model, modes: Tensor) -> None:
     method = bf.MCDropout(rate=1e-9, steps=1, learning_rate=1e-12)
     draws = bf.sample(model, method, init=modes, draws=2, seed=0)
-    torch.testing.assert_close(draws.theta, modes.unsqueeze(1).expand(-1, 2, -1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        draws.theta, modes.unsqueeze(1).expand(-1, 2, -1), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_laplace_goes_on_from_a_trained_network(model, modes: Tensor) -> None:
     theta = bf.sample(model, bf.Laplace(), draws=2).posterior.loc
-    near = theta + 0.01 * torch.randn(theta.shape, generator=torch.Generator().manual_seed(0), dtype=F64)
+    near = theta + 0.01 * torch.randn(
+        theta.shape, generator=torch.Generator().manual_seed(0), dtype=F64
+    )
     mode = bf.sample(model, bf.Laplace(), init=near, draws=2)
     moved = mode.info["moved"]
     assert 0 < moved["log_joint"] < 1
@@ -146,12 +160,13 @@ def test_laplace_goes_on_from_a_trained_network(model, modes: Tensor) -> None:
 def test_laplace_warns_where_the_mode_is_another_network(model) -> None:
     with pytest.warns(UserWarning, match="the mode near init is another network") as told:
         draws = bf.sample(model, bf.Laplace(), init=model.from_network(built(5)), draws=2)
-    assert told.pop(UserWarning).filename == __file__  # the line that called, not one of the package
+    # the line that called, not one of the package
+    assert told.pop(UserWarning).filename == __file__
     assert draws.info["moved"]["predictions"] > 0.25
     assert draws.info["moved"]["log_joint"] > 1
 
 
-# ---------------------------------------------------------------- training that diverges
+# ---------------------------------------- training that diverges
 
 DIVERGING: dict[str, Any] = {
     "SWAG": bf.SWAG(learning_rate=1e12, steps=50, snapshots=20),
@@ -172,9 +187,16 @@ def test_divergence_is_told_and_never_returned_as_nan(name: str, dtype: torch.dt
     assert bf.diagnose(model, draws).verdict == "do not trust"
 
 
-@pytest.mark.parametrize("method", [bf.VI(steps=20, learning_rate=1e12), bf.VI(rank=2, steps=20, learning_rate=1e12),
-                                    bf.VI(rank="full", steps=20, learning_rate=1e12),
-                                    bf.NormalizingFlowVI(steps=20, learning_rate=1e12)], ids=repr)  # fmt: skip
+@pytest.mark.parametrize(
+    "method",
+    [
+        bf.VI(steps=20, learning_rate=1e12),
+        bf.VI(rank=2, steps=20, learning_rate=1e12),
+        bf.VI(rank="full", steps=20, learning_rate=1e12),
+        bf.NormalizingFlowVI(steps=20, learning_rate=1e12),
+    ],
+    ids=repr,
+)
 def test_a_fit_without_a_finite_density_is_an_error(method: Any, model) -> None:
     with pytest.raises(FloatingPointError, match=r"diverged: .*learning_rate"):
         bf.sample(model, method, seed=0)
@@ -189,5 +211,8 @@ def test_laplace_finds_a_mode_whatever_the_rate(model) -> None:
 def test_arrays_are_weights_too(model, modes: Tensor) -> None:
     theta = np.asarray(modes[0])
     method = bf.HMC(max_leapfrog=1)
-    found = [bf.sample(model, method, init=each, warmup=1, draws=1, seed=0).theta for each in (theta, modes[0])]
+    found = [
+        bf.sample(model, method, init=each, warmup=1, draws=1, seed=0).theta
+        for each in (theta, modes[0])
+    ]
     assert torch.equal(*found)

@@ -1,4 +1,6 @@
-"""Networks with batch normalisation keep their own losses at the ends of a path, and get statistics on the way."""
+"""Networks with batch normalisation keep their own losses at the ends of a path, and get statistics
+on the way.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,14 @@ def trained(seed: int, frozen: bool = False) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         net = nn.Sequential(
-            nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(),
+            nn.Linear(3, 6),
+            nn.BatchNorm1d(6),
+            nn.ReLU(),
+            nn.Linear(6, 5),
+            nn.BatchNorm1d(5),
+            nn.ReLU(),
             nn.Linear(5, 1),
-        ).double()  # fmt: skip
+        ).double()
     x, y = data()
     optimiser = torch.optim.Adam(net.parameters(), 0.05)
     for _ in range(60):
@@ -53,17 +60,23 @@ def own_loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return F.mse_loss(net(x), y)
 
 
-def test_the_ends_of_a_path_have_the_losses_of_the_networks(pair: tuple[nn.Module, nn.Module]) -> None:
+def test_the_ends_of_a_path_have_the_losses_of_the_networks(
+    pair: tuple[nn.Module, nn.Module],
+) -> None:
     for x, y in (data(), data(25, 7)):
         loss = NetworkLoss(pair, F.mse_loss, x, y, statistics=data()[0])
         found = barrier(*loss.weights, loss, points=5)
         for end, net in zip((0, -1), pair, strict=True):
             torch.testing.assert_close(found.losses[end], own_loss(net, x, y))
-    curve = fit_curve(*loss.weights, NetworkLoss(pair, F.mse_loss, *data()), steps=3, progress=False)
+    curve = fit_curve(
+        *loss.weights, NetworkLoss(pair, F.mse_loss, *data()), steps=3, progress=False
+    )
     torch.testing.assert_close(loss(curve.at(torch.tensor([0.0, 1.0]))), found.losses[[0, -1]])
 
 
-def test_with_the_statistics_of_one_network_the_other_has_another_loss(pair: tuple[nn.Module, nn.Module]) -> None:
+def test_with_the_statistics_of_one_network_the_other_has_another_loss(
+    pair: tuple[nn.Module, nn.Module],
+) -> None:
     x, y = data()
     mixed = copy.deepcopy(pair[0])
     mixed.load_state_dict({**mixed.state_dict(), **dict(pair[1].named_parameters())})
@@ -75,7 +88,9 @@ def test_with_the_statistics_of_one_network_the_other_has_another_loss(pair: tup
         model.from_network(pair[1])
 
 
-def test_statistics_on_the_way_are_those_of_the_networks_own_activations(pair: tuple[nn.Module, nn.Module]) -> None:
+def test_statistics_on_the_way_are_those_of_the_networks_own_activations(
+    pair: tuple[nn.Module, nn.Module],
+) -> None:
     x, y = data()
     loss = NetworkLoss(pair, F.mse_loss, x, y)
     theta = loss.weights.mean(0)
@@ -85,7 +100,8 @@ def test_statistics_on_the_way_are_those_of_the_networks_own_activations(pair: t
     torch.testing.assert_close(average[1].running_var, inside.var(0))
     by_rows = copy.deepcopy(average).train()
     torch.testing.assert_close(loss(theta), F.mse_loss(by_rows(x), y).detach())
-    torch.testing.assert_close(own_loss(average, x, y), loss(theta), rtol=0.1, atol=0)  # variances over n - 1 and n
+    # variances over n - 1 and n
+    torch.testing.assert_close(own_loss(average, x, y), loss(theta), rtol=0.1, atol=0)
     other = NetworkLoss(pair, F.mse_loss, *data(25, 7), statistics=x)
     torch.testing.assert_close(other(theta), own_loss(average, *data(25, 7)))
     assert torch.equal(loss.network(loss.weights[1])(x), pair[1](x))
@@ -121,7 +137,9 @@ def test_planes_and_batches_of_networks(pair: tuple[nn.Module, nn.Module]) -> No
 
 def test_networks_without_statistics_need_none() -> None:
     with torch.random.fork_rng(devices=[]):
-        nets = [nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double() for _ in range(2)]
+        nets = [
+            nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double() for _ in range(2)
+        ]
     x, y = data()
     loss = NetworkLoss(nets, F.mse_loss, x, y)
     middle = loss.weights.mean(0)

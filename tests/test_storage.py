@@ -1,4 +1,6 @@
-"""Laws of what is saved: it comes back exactly, old files stay readable, and foreign ones are refused."""
+"""Laws of what is saved: it comes back exactly, old files stay readable, and foreign ones are
+refused.
+"""
 
 from __future__ import annotations
 
@@ -56,10 +58,15 @@ def example(dtype: torch.dtype = torch.float32) -> bf.Draws:
     return bf.Draws(
         theta,
         torch.tensor([[-1.5, -2.5], [-3.5, -4.25]], dtype=torch.float64),
-        {"acceptance_rate": torch.tensor([[0.5, 1.0], [0.25, 0.75]]), "diverging": torch.tensor([[False, True]] * 2)},
+        {
+            "acceptance_rate": torch.tensor([[0.5, 1.0], [0.25, 0.75]]),
+            "diverging": torch.tensor([[False, True]] * 2),
+        },
         log_weights=torch.tensor([[-0.5, -1.0], [-1.5, -2.0]], dtype=torch.float64),
         log_evidence=(-12.5, 0.25),
-        posterior=bf.Gaussian(torch.tensor([1.0, 2.0, 3.0], dtype=dtype), torch.tensor([0.5, 0.25, 2.0], dtype=dtype)),
+        posterior=bf.Gaussian(
+            torch.tensor([1.0, 2.0, 3.0], dtype=dtype), torch.tensor([0.5, 0.25, 2.0], dtype=dtype)
+        ),
         info={"method": "HMC", "step_size": 0.125, "interrupted": False, "divergences": 2},
     )
 
@@ -99,7 +106,9 @@ def test_draws_without_anything_optional(tmp_path: Path) -> None:
     check_equal(bf.Draws.load(draws.save(tmp_path / "bare.npz")), draws)
 
 
-@pytest.mark.parametrize("method", [bf.HMC(), bf.VI(steps=10), bf.DeepEnsemble(2, 5)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "method", [bf.HMC(), bf.VI(steps=10), bf.DeepEnsemble(2, 5)], ids=lambda m: type(m).__name__
+)
 def test_what_samplers_return_can_be_saved(method, tmp_path: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         net = torch.nn.Linear(2, 1)
@@ -113,7 +122,10 @@ def test_what_samplers_return_can_be_saved(method, tmp_path: Path) -> None:
 def test_a_correction_comes_back_as_one(tmp_path: Path) -> None:
     draws = example()
     fixed = Correction(
-        **(vars(draws) | {"info": {"correction": "importance", "khat": 0.3, "ess": 5.0, "verdict": "trust"}})
+        **(
+            vars(draws)
+            | {"info": {"correction": "importance", "khat": 0.3, "ess": 5.0, "verdict": "trust"}}
+        )
     )
     found = bf.load(fixed.save(tmp_path / "fixed"))
     assert isinstance(found, Correction)
@@ -126,7 +138,9 @@ def test_the_golden_file_stays_readable() -> None:
 
 
 def test_todays_files_have_the_layout_of_the_golden_one(tmp_path: Path) -> None:
-    """A change here needs a new format version, a new golden file, and a reader that still knows the old one."""
+    """A change here needs a new format version, a new golden file, and a reader that still knows
+    the old one.
+    """
     with np.load(example().save(tmp_path / "now.npz")) as now, np.load(GOLDEN) as golden:
         assert sorted(now.files) == sorted(golden.files)
         for name in golden.files:
@@ -177,7 +191,7 @@ def test_nothing_is_pickled(tmp_path: Path) -> None:
                 np.lib.format.read_array(member, allow_pickle=False)
 
 
-# ---------------------------------------------------------------- implicit neural representations
+# ---------------------------------------- implicit neural representations
 
 
 def example_inrs(dtype: torch.dtype = torch.float32) -> INRs:
@@ -185,7 +199,9 @@ def example_inrs(dtype: torch.dtype = torch.float32) -> INRs:
     spec = WeightSpec.of(siren(1, 2, (3,), w0=5.0))
     theta = torch.arange(2 * spec.dim, dtype=dtype).reshape(2, -1) / 8 - 1
     mse = torch.tensor([0.125, float("inf")], dtype=torch.float64)
-    return INRs(theta, spec, mse, {"steps": 5, "learning_rate": 0.25, "batch_size": None, "diverged": 1})
+    return INRs(
+        theta, spec, mse, {"steps": 5, "learning_rate": 0.25, "batch_size": None, "diverged": 1}
+    )
 
 
 def check_equal_inrs(found: object, expected: INRs) -> None:
@@ -220,7 +236,7 @@ def test_todays_inrs_have_the_layout_of_the_golden_ones(tmp_path: Path) -> None:
             assert np.array_equal(now[name], golden[name])
 
 
-# ---------------------------------------------------------------- flows on manifolds, densities in coordinates
+# ---------------------------------------- flows on manifolds, densities in coordinates
 
 
 PRIOR = bf.priors.Normal(1.5, 0.25)
@@ -231,17 +247,25 @@ def exact_values(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tenso
     return ((torch.arange(math.prod(shape)) * 5 % 13 - 6) / 64).to(dtype).reshape(shape)
 
 
-def example_manifold_flow(dtype: torch.dtype = torch.float32, width: int = 4, *widths: int) -> ManifoldFlow:
-    """Return, by default, the flow that the golden file holds, which no later version may change."""
+def example_manifold_flow(
+    dtype: torch.dtype = torch.float32, width: int = 4, *widths: int
+) -> ManifoldFlow:
+    """Return, by default, the flow that the golden file holds, which no later version may
+    change.
+    """
     spec = WeightSpec.of(built(lambda: chain(*(widths or (2, 3, 1)))))
     velocity = built(lambda: TangentVelocity(spec, width, 1), dtype).requires_grad_(False).eval()
     for parameter in velocity.parameters():
         parameter.copy_(exact_values(*parameter.shape))
-    return ManifoldFlow(velocity, Spheres(spec), Solver("rk4", 3), {"steps": 5, "loss": 0.25, "held_out_loss": None})
+    return ManifoldFlow(
+        velocity, Spheres(spec), Solver("rk4", 3), {"steps": 5, "loss": 0.25, "held_out_loss": None}
+    )
 
 
 def example_completed_flow(*sizes: Any) -> CompletedFlow:
-    """Return, by default, the flow that the golden file holds, which no later version may change."""
+    """Return, by default, the flow that the golden file holds, which no later version may
+    change.
+    """
     flow = example_manifold_flow(*sizes)
     location = exact_values(flow.spheres.units).to(flow.like)
     return CompletedFlow(flow, Radii(location, 1 + location))
@@ -251,32 +275,48 @@ def example_density(dtype: torch.dtype = torch.float32) -> TransformedDensity:
     """Return the density that the golden file holds, which no later version may change."""
     model = linear(3, PRIOR, dtype)
     loc = torch.tensor([0.5, -1.0, 2.0])
-    source = Source(model.flat_prior, loc, torch.tensor([[2.0, 0.5, 0.0], [0.5, 1.0, 0.25], [0.0, 0.25, 0.5]]))
+    source = Source(
+        model.flat_prior, loc, torch.tensor([[2.0, 0.5, 0.0], [0.5, 1.0, 0.25], [0.0, 0.25, 0.5]])
+    )
     factor = torch.tensor([[1.0, 0.0, 0.0], [-0.5, 0.75, 0.0], [0.25, 0.125, 2.0]], dtype=dtype)
-    return TransformedDensity(bf.Gaussian(0.5 * loc.to(dtype), factor), source, {"matched": True, "shrinkage": 0.125})
+    return TransformedDensity(
+        bf.Gaussian(0.5 * loc.to(dtype), factor), source, {"matched": True, "shrinkage": 0.125}
+    )
 
 
 def coupling_density() -> TransformedDensity:
     model = linear(3)
     return fit_coupling(
-        model, model.sample_prior(200, 1), couplings=3, hidden=16, progress=False, training=bf.Training(steps=20)
+        model,
+        model.sample_prior(200, 1),
+        couplings=3,
+        hidden=16,
+        progress=False,
+        training=bf.Training(steps=20),
     )
 
 
 def informed_model(targets: torch.Tensor) -> bf.BayesianModel:
     net = built(lambda: chain(2, 3, 1), torch.float32)
-    return bf.BayesianModel(net, bf.priors.Normal(), bf.likelihoods.Gaussian(0.5), exact_values(4, 2), targets)
+    return bf.BayesianModel(
+        net, bf.priors.Normal(), bf.likelihoods.Gaussian(0.5), exact_values(4, 2), targets
+    )
 
 
 def example_informed_flow() -> Flow:
     """Return the flow that the golden file holds, which no later version may change."""
     model = informed_model(exact_values(4))
     proximal_steps = GradientSteps(2, memory=0.75), GaussNewton(1, iterations=3)
-    field = built(lambda: InformedVelocity(model.spec, proximal_steps, 4, 1, heads=2), torch.float32)
+    field = built(
+        lambda: InformedVelocity(model.spec, proximal_steps, 4, 1, heads=2), torch.float32
+    )
     for parameter in field.requires_grad_(False).parameters():
         parameter.copy_(exact_values(*parameter.shape))
     return Flow.of(
-        field.bind(WhitenedPosterior(model)), model, info={"steps": 5, "held_out_loss": None}, solver=Solver(steps=3)
+        field.bind(WhitenedPosterior(model)),
+        model,
+        info={"steps": 5, "held_out_loss": None},
+        solver=Solver(steps=3),
     )
 
 
@@ -296,7 +336,11 @@ OTHERS: dict[str, Callable[[], Any]] = {
 def check_same_law(found: Any, expected: Any) -> None:
     """Compare samples and log densities to the bit, and what else is known."""
     assert type(found) is type(expected)
-    assert found.info == expected.info if hasattr(expected, "info") else found.flow.info == expected.flow.info
+    assert (
+        found.info == expected.info
+        if hasattr(expected, "info")
+        else found.flow.info == expected.flow.info
+    )
     theta = expected.sample(50, 0)
     again = found.sample(50, 0)
     assert again.dtype == theta.dtype
@@ -336,7 +380,9 @@ def test_todays_transports_have_the_layout_of_the_golden_ones(name: str, tmp_pat
             assert np.array_equal(now[array], golden[array])
 
 
-def test_the_golden_informed_flow_stays_readable_and_todays_files_have_its_layout(tmp_path: Path) -> None:
+def test_the_golden_informed_flow_stays_readable_and_todays_files_have_its_layout(
+    tmp_path: Path,
+) -> None:
     path, model = GOLDEN.with_name("informed-flow-v2.npz"), informed_model(exact_values(4))
     expected, found = example_informed_flow(), bf.load(path, model)
     assert isinstance(found, Flow)
@@ -346,7 +392,10 @@ def test_the_golden_informed_flow_stays_readable_and_todays_files_have_its_layou
     with np.load(expected.save(tmp_path / "now.npz")) as now, np.load(path) as golden:
         assert sorted(now.files) == sorted(golden.files)
         headers = [json.loads(bytes(file["header"])) for file in (now, golden)]
-        assert [each.pop("fingerprint").partition(":")[0] for each in headers] == ["2", "c624b5e7ede0726b"]
+        assert [each.pop("fingerprint").partition(":")[0] for each in headers] == [
+            "2",
+            "c624b5e7ede0726b",
+        ]
         assert headers[0] == headers[1]
         for array in set(golden.files) - {"header"}:
             assert np.array_equal(now[array], golden[array])
@@ -365,15 +414,23 @@ def test_the_golden_density_is_the_gaussian_it_says() -> None:
     mean = 0.25 + 1.5 * (expected.source.loc + root @ expected.density.loc.double())
     law = torch.distributions.MultivariateNormal(mean, 2.25 * root @ factor @ factor.T @ root)
     theta = found.sample(20, 0)
-    torch.testing.assert_close(found.log_prob(theta), law.log_prob(theta.double()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found.log_prob(theta), law.log_prob(theta.double()), rtol=1e-5, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize("make", [example_manifold_flow, example_completed_flow], ids=lambda make: make.__name__)
-def test_flows_on_manifolds_are_of_their_own_networks_only(make: Callable[[], Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "make", [example_manifold_flow, example_completed_flow], ids=lambda make: make.__name__
+)
+def test_flows_on_manifolds_are_of_their_own_networks_only(
+    make: Callable[[], Any], tmp_path: Path
+) -> None:
     path, x = make().save(tmp_path / "flow"), exact_values(4, 2)
 
     def model(net: Callable[[], torch.nn.Module]) -> bf.BayesianModel:
-        return bf.BayesianModel(built(net, torch.float32), bf.priors.Normal(), bf.likelihoods.Gaussian(0.5), x, x[:, 0])
+        return bf.BayesianModel(
+            built(net, torch.float32), bf.priors.Normal(), bf.likelihoods.Gaussian(0.5), x, x[:, 0]
+        )
 
     check_same_law(bf.load(path, model(lambda: chain(2, 3, 1))), make())
     for other in (lambda: chain(2, 4, 1), lambda: chain(2, 3, 1, activation=torch.nn.Tanh)):
@@ -412,9 +469,14 @@ def test_what_could_not_be_rebuilt_is_not_saved(tmp_path: Path) -> None:
         replace(density, density=Foreign()).save(tmp_path / "never")
     with pytest.raises(ValueError, match="cannot save a Identity"):
         replace(flow, velocity=Field.of(torch.nn.Identity())).save(tmp_path / "never")
-    for velocity in (ScoreVelocity(), GuidedVelocity(flow.velocity, density.log_prob, density.source)):
+    for velocity in (
+        ScoreVelocity(),
+        GuidedVelocity(flow.velocity, density.log_prob, density.source),
+    ):
         with pytest.raises(ValueError, match=f"cannot save a {type(velocity).__name__}"):
-            replace(example_completed_flow(), flow=replace(flow, velocity=velocity)).save(tmp_path / "never")
+            replace(example_completed_flow(), flow=replace(flow, velocity=velocity)).save(
+                tmp_path / "never"
+            )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -426,7 +488,7 @@ def test_transports_are_not_read_as_one_another(name: str, tmp_path: Path) -> No
             other.load(path)
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------- refusals
 
 
 def header(**values: object) -> np.ndarray:
@@ -442,17 +504,34 @@ THETA, LOG_JOINT = np.zeros((1, 2, 3)), np.zeros((1, 2))
     [
         ({"theta": THETA}, "was not written by bnnflow"),
         ({"theta": THETA, "header": np.arange(4.0)}, "was not written by bnnflow"),
-        ({"theta": THETA, "header": np.frombuffer(b"[1, 2]", dtype=np.uint8)}, "was not written by bnnflow"),
+        (
+            {"theta": THETA, "header": np.frombuffer(b"[1, 2]", dtype=np.uint8)},
+            "was not written by bnnflow",
+        ),
         ({"theta": THETA, "header": header(format="other")}, "was not written by bnnflow"),
         ({"theta": THETA, "header": header(kind="cake")}, "holds 'cake', expected one of"),
-        ({"theta": THETA, "header": header(version=2)}, "has format version 2 of 'draws'; this bnnflow reads up to 1"),
+        (
+            {"theta": THETA, "header": header(version=2)},
+            "has format version 2 of 'draws'; this bnnflow reads up to 1",
+        ),
         ({"theta": np.array([{}], dtype=object), "header": header()}, "allow_pickle=False"),
         ({"header": np.array([{}], dtype=object)}, "was not written by bnnflow"),
     ],
-    ids=["no header", "odd header", "list header", "format", "kind", "newer", "pickled", "pickled header"],
+    ids=[
+        "no header",
+        "odd header",
+        "list header",
+        "format",
+        "kind",
+        "newer",
+        "pickled",
+        "pickled header",
+    ],
 )
 @pytest.mark.parametrize("load", [bf.Draws.load, bf.load], ids=["Draws.load", "load"])
-def test_foreign_archives_are_refused(load, arrays: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
+def test_foreign_archives_are_refused(
+    load, arrays: dict[str, np.ndarray], message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "file.npz"
     np.savez(path, **({"log_joint": LOG_JOINT} | arrays))
     with pytest.raises(ValueError, match=message):
@@ -460,7 +539,9 @@ def test_foreign_archives_are_refused(load, arrays: dict[str, np.ndarray], messa
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"plain text", b"PK\x03\x04 cut short", b"\x80\x04}."], ids=["empty", "text", "cut", "pickle"]
+    "content",
+    [b"", b"plain text", b"PK\x03\x04 cut short", b"\x80\x04}."],
+    ids=["empty", "text", "cut", "pickle"],
 )
 def test_foreign_files_are_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "file.npz"
@@ -489,7 +570,7 @@ def test_draws_are_not_read_from_another_kind(tmp_path: Path) -> None:
         bf.Draws.load(path)
 
 
-# ---------------------------------------------------------------- whole or not at all
+# ---------------------------------------- whole or not at all
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -534,13 +615,15 @@ def test_one_rule_makes_a_path(name: str, tmp_path: Path) -> None:
     assert torch.equal(weights, example().flat)
 
 
-# ---------------------------------------------------------------- one run at a time
+# ---------------------------------------- one run at a time
 
 
 def test_a_lock_keeps_others_out_until_it_is_released(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "run"
     with storage.Lock(folder, folder=True):
-        with pytest.raises(ValueError, match=f"another run .process {os.getpid()} on .* is working on .*run"):
+        with pytest.raises(
+            ValueError, match=f"another run .process {os.getpid()} on .* is working on .*run"
+        ):
             storage.Lock(folder, folder=True)
         storage.Lock(tmp_path / "a" / "other.npz", folder=False).release()
     assert list(tmp_path.iterdir()) == []  # nothing was written, so nothing is left
@@ -558,9 +641,12 @@ def test_a_lock_dies_with_its_process_and_not_with_the_children(tmp_path: Path) 
         "sys.stdin.readline()\nos._exit(0)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "forked\n"  # by the child, once the hooks of its fork have run
+        # by the child, once the hooks of its fork have run
+        assert process.stdout.readline() == "forked\n"
         with pytest.raises(ValueError, match=f"process {process.pid} on"):
             storage.Lock(tmp_path, folder=True)
         process.kill()
@@ -568,7 +654,9 @@ def test_a_lock_dies_with_its_process_and_not_with_the_children(tmp_path: Path) 
         storage.Lock(tmp_path, folder=True).release()
 
 
-def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def none(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 

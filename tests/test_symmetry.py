@@ -23,7 +23,9 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def network(*widths: int, activation: Callable[[], nn.Module] = nn.Tanh, bias: bool = True) -> nn.Module:
+def network(
+    *widths: int, activation: Callable[[], nn.Module] = nn.Tanh, bias: bool = True
+) -> nn.Module:
     """Build a perceptron from a seed, without a trace in the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
@@ -70,7 +72,9 @@ def weights(spec: WeightSpec, *shape: int, seed: int = 1) -> Tensor:
 
 def outputs(net: nn.Module, spec: WeightSpec, theta: Tensor) -> Tensor:
     x = torch.randn(9, 3, generator=generator(9), dtype=F64)
-    return torch.stack([torch.func.functional_call(net, spec.unflatten(row), (x,)) for row in theta])
+    return torch.stack(
+        [torch.func.functional_call(net, spec.unflatten(row), (x,)) for row in theta]
+    )
 
 
 def finite(spec: WeightSpec) -> Symmetries:
@@ -81,7 +85,9 @@ def model_of(net: nn.Module, prior=None) -> bf.BayesianModel:
     x = torch.randn(12, 3, generator=generator(8), dtype=F64)
     outputs = net(x).shape[-1]
     y = x[:, :outputs] + 0.1
-    return bf.BayesianModel(net, priors.Normal() if prior is None else prior, likelihoods.Gaussian(), x, y)
+    return bf.BayesianModel(
+        net, priors.Normal() if prior is None else prior, likelihoods.Gaussian(), x, y
+    )
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -109,7 +115,9 @@ def test_matching_keeps_functions_and_never_increases_the_distance(name: str) ->
     spec = WeightSpec.of(net)
     theta, reference = weights(spec, 30), weights(spec, seed=5)
     found = match(theta, spec, reference)
-    torch.testing.assert_close(outputs(net, spec, found), outputs(net, spec, theta), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        outputs(net, spec, found), outputs(net, spec, theta), rtol=1e-10, atol=1e-10
+    )
     before, after = ((each - reference).norm(dim=-1) for each in (theta, found))
     assert (after <= before * (1 + 1e-12)).all()
     assert (after < before).any()
@@ -123,20 +131,28 @@ def test_single_precision_keeps_functions() -> None:
     theta = weights(spec, 20).float()
     found = match(theta, spec, weights(spec, seed=5).float())
     expected = outputs(net, spec, theta.double())
-    assert (outputs(net, spec, found.double()) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (
+        outputs(net, spec, found.double()) - expected
+    ).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU], ids=["signs", "no signs"])
 def test_one_hidden_layer_is_matched_globally(activation: Callable[[], nn.Module]) -> None:
     spec = WeightSpec.of(network(2, 4, 1, activation=activation))
     theta, reference = weights(spec, 6), weights(spec, 6, seed=5)
-    signs = torch.tensor(list(itertools.product([1.0, -1.0], repeat=4))) if activation is nn.Tanh else torch.ones(1, 4)
+    signs = (
+        torch.tensor(list(itertools.product([1.0, -1.0], repeat=4)))
+        if activation is nn.Tanh
+        else torch.ones(1, 4)
+    )
     perms = torch.tensor(list(itertools.permutations(range(4))))
     orbit = spec.permute(theta[:, None, :], {"h1": perms})  # (network, permutation, dim)
     if activation is nn.Tanh:
         orbit = spec.flip(orbit[:, :, None, :], {"h1": signs}).flatten(1, 2)
     best = (orbit - reference[:, None]).norm(dim=-1).amin(1)
-    torch.testing.assert_close((match(theta, spec, reference) - reference).norm(dim=-1), best, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        (match(theta, spec, reference) - reference).norm(dim=-1), best, rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3)], ids=str)
@@ -164,10 +180,15 @@ def test_group_is_respected(name: str) -> None:
     """What a group cannot move stays, and what it can is found."""
     spec, group = WeightSpec.of(NETS["2 hidden"]()), GROUPS[name]
     reference = weights(spec, 20)
-    assert torch.equal(match(spec.transform(group, 2, reference)[0], spec, reference, group=group), reference)
+    assert torch.equal(
+        match(spec.transform(group, 2, reference)[0], spec, reference, group=group), reference
+    )
 
     theta = weights(spec, 20, seed=6)
-    before, after = spec.unflatten(theta), spec.unflatten(match(theta, spec, reference, group=group))
+    before, after = (
+        spec.unflatten(theta),
+        spec.unflatten(match(theta, spec, reference, group=group)),
+    )
     for bias, label in {"0.bias": "h1", "2.bias": "h2"}.items():
         if label not in group.permutation:
             assert torch.equal(after[bias].abs(), before[bias].abs())
@@ -185,10 +206,12 @@ def test_nan_is_refused() -> None:
         match(weights(spec), spec, theta[1])
 
 
-# ---------------------------------------------------------------- alignment of draws
+# ---------------------------------------- alignment of draws
 
 
-def draws_of(model: bf.BayesianModel, noise: float, shape: tuple[int, int] = (4, 25)) -> tuple[Tensor, bf.Draws]:
+def draws_of(
+    model: bf.BayesianModel, noise: float, shape: tuple[int, int] = (4, 25)
+) -> tuple[Tensor, bf.Draws]:
     """Return draws around one network, and the same scattered over its orbit."""
     centre = weights(model.spec)
     clean = centre + noise * weights(model.spec, *shape, seed=7)
@@ -202,10 +225,15 @@ def test_alignment_gathers_one_mode(name: str) -> None:
     clean, draws = draws_of(model, 0.05)
     aligned = align(model, draws)
     assert isinstance(aligned, bf.Draws)
-    spreads = [each.var((0, 1)).sort()[0] for each in (aligned.theta, clean)]  # the same in any frame of units
+    # the same in any frame of units
+    spreads = [each.var((0, 1)).sort()[0] for each in (aligned.theta, clean)]
     torch.testing.assert_close(*spreads, rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(model.log_joint(aligned.theta), draws.log_joint, rtol=1e-10, atol=1e-8)
-    torch.testing.assert_close(model.outputs(aligned.theta), model.outputs(draws.theta), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        model.log_joint(aligned.theta), draws.log_joint, rtol=1e-10, atol=1e-8
+    )
+    torch.testing.assert_close(
+        model.outputs(aligned.theta), model.outputs(draws.theta), rtol=1e-10, atol=1e-10
+    )
     assert torch.equal(aligned.theta[..., -1], draws.theta[..., -1])  # the noise scale
     again = align(model, aligned)
     torch.testing.assert_close(again.theta.var((0, 1)), aligned.theta.var((0, 1)))
@@ -238,11 +266,13 @@ def test_alignment_uses_only_what_keeps_the_prior() -> None:
         model = model_of(NETS["1 hidden"](), prior)
         theta = weights(model.spec, 50)
         aligned = align(model, theta)
-        torch.testing.assert_close(model.log_joint(aligned), model.log_joint(theta), rtol=1e-10, atol=1e-8)
+        torch.testing.assert_close(
+            model.log_joint(aligned), model.log_joint(theta), rtol=1e-10, atol=1e-8
+        )
         assert not torch.equal(aligned, theta), name
 
 
-# ---------------------------------------------------------------- canonical form
+# ---------------------------------------- canonical form
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -252,14 +282,20 @@ def test_sorted_form_is_one_for_each_orbit(name: str) -> None:
     theta = weights(spec, 3, 10)
     form = sort_units(theta, spec)
     torch.testing.assert_close(
-        outputs(net, WeightSpec.of(net), form[0, :, :-1]), outputs(net, WeightSpec.of(net), theta[0, :, :-1]),
-        rtol=1e-10, atol=1e-10,
-    )  # fmt: skip
+        outputs(net, WeightSpec.of(net), form[0, :, :-1]),
+        outputs(net, WeightSpec.of(net), theta[0, :, :-1]),
+        rtol=1e-10,
+        atol=1e-10,
+    )
     assert torch.equal(sort_units(form, spec), form)
     for seed in range(3):
         assert torch.equal(sort_units(spec.transform(finite(spec), seed, theta)[0], spec), form)
     first = spec.layers[0]
-    biases = spec.unflatten(form)[first.bias] if first.bias else spec.unflatten(form)[first.weight][..., 0]
+    biases = (
+        spec.unflatten(form)[first.bias]
+        if first.bias
+        else spec.unflatten(form)[first.weight][..., 0]
+    )
     assert (biases.diff(dim=-1) >= 0).all()
     if spec.activations["h1"].odd:
         assert (biases >= 0).all()

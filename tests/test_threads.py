@@ -1,4 +1,6 @@
-"""Threads that sample, fit, predict and build models at the same time get what each would get alone."""
+"""Threads that sample, fit, predict and build models at the same time get what each would get
+alone.
+"""
 
 import threading
 from collections.abc import Callable
@@ -75,7 +77,10 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 CASES = [("perceptron", method) for method in METHODS]
-CASES += [("module", method) for method in ("HMC", "VI", "flow VI", "exact Laplace", "SWAG", "DeepEnsemble")]
+CASES += [
+    ("module", method)
+    for method in ("HMC", "VI", "flow VI", "exact Laplace", "SWAG", "DeepEnsemble")
+]
 
 
 @pytest.mark.parametrize(("kind", "method"), CASES)

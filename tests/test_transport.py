@@ -47,13 +47,23 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def linear_model(dtype: torch.dtype = torch.float64, prior=None) -> tuple[bf.BayesianModel, torch.Tensor, torch.Tensor]:
+def linear_model(
+    dtype: torch.dtype = torch.float64, prior=None
+) -> tuple[bf.BayesianModel, torch.Tensor, torch.Tensor]:
     """Return Bayesian linear regression with its posterior mean and covariance."""
     g = generator(1)
     x = torch.randn(30, 3, generator=g, dtype=dtype)
-    y = x @ torch.tensor([1.0, -2.0, 0.5], dtype=dtype) + 0.3 + 0.5 * torch.randn(30, generator=g, dtype=dtype)
+    y = (
+        x @ torch.tensor([1.0, -2.0, 0.5], dtype=dtype)
+        + 0.3
+        + 0.5 * torch.randn(30, generator=g, dtype=dtype)
+    )
     model = bf.BayesianModel(
-        nn.Linear(3, 1, dtype=dtype), prior or priors.Normal(1.5, 0.2), likelihoods.Gaussian(0.5), x, y
+        nn.Linear(3, 1, dtype=dtype),
+        prior or priors.Normal(1.5, 0.2),
+        likelihoods.Gaussian(0.5),
+        x,
+        y,
     )
     design = torch.cat([x, torch.ones(30, 1, dtype=dtype)], 1)
     precision = design.T @ design / 0.25 + torch.eye(4, dtype=dtype) / 2.25
@@ -63,7 +73,10 @@ def linear_model(dtype: torch.dtype = torch.float64, prior=None) -> tuple[bf.Bay
 
 
 def network_model(
-    kind: str = "categorical", dtype: torch.dtype = torch.float64, widths: tuple[int, ...] = (5,), temperature=1.0
+    kind: str = "categorical",
+    dtype: torch.dtype = torch.float64,
+    widths: tuple[int, ...] = (5,),
+    temperature=1.0,
 ) -> bf.BayesianModel:
     g = generator(2)
     x = torch.randn(12, 2, generator=g, dtype=dtype)
@@ -85,12 +98,16 @@ def randomised(velocity: nn.Module, scale: float = 0.05) -> nn.Module:
     """Give every parameter a random value: a zero head would hide what the network does."""
     g = generator(3)
     for parameter in velocity.parameters():
-        parameter.data.add_(scale * torch.randn(parameter.shape, generator=g, dtype=parameter.dtype))
+        parameter.data.add_(
+            scale * torch.randn(parameter.shape, generator=g, dtype=parameter.dtype)
+        )
     return velocity.requires_grad_(False)
 
 
 def informed(model: bf.BayesianModel, proximal_step=None, **sizes) -> InformedVelocity:
-    velocity = InformedVelocity(model.spec, proximal_step, **({"width": 16, "depth": 2} | sizes)).to(model.dtype)
+    velocity = InformedVelocity(
+        model.spec, proximal_step, **({"width": 16, "depth": 2} | sizes)
+    ).to(model.dtype)
     return randomised(velocity).bind(WhitenedPosterior(model))
 
 
@@ -101,7 +118,7 @@ def _seeded_modules():
         yield
 
 
-# ------------------------------------------------------------------ closed forms
+# ---------------------------------------- closed forms
 
 
 def test_closed_form_field_gives_the_exact_density():
@@ -113,24 +130,34 @@ def test_closed_form_field_gives_the_exact_density():
     got = flow.log_prob(theta, solver=Solver("rk4", 128))
     assert (got - truth).abs().max() < 1e-6
     drawn, log_q = flow.sample_with_log_prob(50, 1, solver=Solver("rk4", 128))
-    assert (log_q - bf.Gaussian(mean, torch.linalg.cholesky(covariance)).log_prob(drawn)).abs().max() < 1e-6
+    assert (
+        log_q - bf.Gaussian(mean, torch.linalg.cholesky(covariance)).log_prob(drawn)
+    ).abs().max() < 1e-6
 
 
 def test_untrained_gauss_newton_field_is_exact_for_a_linear_gaussian_model():
     model, mean, covariance = linear_model()
-    velocity = InformedVelocity(model.spec, GaussNewton(1, max_norm=math.inf), width=8, depth=1).double()
+    velocity = InformedVelocity(
+        model.spec, GaussNewton(1, max_norm=math.inf), width=8, depth=1
+    ).double()
     flow = Flow.of(velocity, model)
     drawn, log_q = flow.sample_with_log_prob(40, 0, solver=Solver("rk4", 128))
     truth = bf.Gaussian(mean, torch.linalg.cholesky(covariance)).log_prob(drawn)
     assert (log_q - truth).abs().max() < 1e-6
     # The evidence of a linear Gaussian model follows from any single draw.
-    assert torch.allclose(model.log_joint(drawn) - log_q, (model.log_joint(drawn) - truth)[0].expand(40), atol=1e-5)
+    assert torch.allclose(
+        model.log_joint(drawn) - log_q, (model.log_joint(drawn) - truth)[0].expand(40), atol=1e-5
+    )
 
 
 class Burst(nn.Module):
-    """x' = x f(t) where the first coordinate is positive, and nothing elsewhere; f is a peak of width 0.02."""
+    """x' = x f(t) where the first coordinate is positive, and nothing elsewhere.
 
-    when = float((np.polynomial.legendre.leggauss(16)[0][6] + 1) / 2)  # where a node of the first try meets it
+    F is a peak of width 0.02.
+    """
+
+    # where a node of the first try meets it
+    when = float((np.polynomial.legendre.leggauss(16)[0][6] + 1) / 2)
     mass = 40 * 0.02 * math.pi**0.5
 
     def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -145,11 +172,17 @@ def test_density_takes_more_nodes_where_the_divergence_has_a_peak_on_the_way(tra
     theta[::2, 0], theta[1::2, 0] = 1.0, -1.0
     peak = torch.where(theta[:, 0] > 0, Burst.mass, 0.0)
     exact = model.log_prior(theta * torch.exp(-peak).unsqueeze(1)) - model.dim * peak
-    with pytest.warns(UserWarning, match="3 of 6 weights may be wrong"):  # half of the nodes had missed ten nats
+    # half of the nodes had missed ten nats
+    with pytest.warns(UserWarning, match="3 of 6 weights may be wrong"):
         found = flow.log_prob(theta, density=Density(trace=trace))
     assert (found - exact).abs().max() < 0.05 * model.dim
-    few = integrate_with_trace(flow.velocity, lambda t, x: exact_divergence(lambda z: flow.velocity(t, z), x)[1],
-                               theta, 16, backwards=True)  # fmt: skip
+    few = integrate_with_trace(
+        flow.velocity,
+        lambda t, x: exact_divergence(lambda z: flow.velocity(t, z), x)[1],
+        theta,
+        16,
+        backwards=True,
+    )
     assert (few[1][::2] + model.dim * Burst.mass).abs().min() > model.dim
 
 
@@ -157,12 +190,22 @@ def test_density_takes_more_nodes_where_the_divergence_has_a_peak_on_the_way(tra
 @pytest.mark.parametrize("sd", [1.0, 0.1, 1e-3])
 @pytest.mark.parametrize("far", [1.0, 100.0])
 def test_densities_that_fixed_steps_get_wrong_are_told(steps, sd, far):
-    """Far out the way back to the source is as long as the weights are many of their standard deviations away."""
+    """Far out the way back to the source is as long as the weights are many of their standard
+    deviations away.
+    """
     x = torch.randn(5, 2, generator=generator(), dtype=torch.float64)
-    model = bf.BayesianModel(nn.Linear(2, 1).double(), priors.Normal(1.0), likelihoods.Gaussian(1.0), x, x[:, 0])
+    model = bf.BayesianModel(
+        nn.Linear(2, 1).double(), priors.Normal(1.0), likelihoods.Gaussian(1.0), x, x[:, 0]
+    )
     law = MultivariateNormal(torch.ones(model.dim).double(), sd**2 * torch.eye(model.dim).double())
-    flow = Flow.of(bf.transport.GaussianVelocity(law.mean, law.covariance_matrix), model, solver=Solver(steps=steps))
-    theta = law.mean + far * sd * torch.randn(20, model.dim, generator=generator(), dtype=torch.float64)
+    flow = Flow.of(
+        bf.transport.GaussianVelocity(law.mean, law.covariance_matrix),
+        model,
+        solver=Solver(steps=steps),
+    )
+    theta = law.mean + far * sd * torch.randn(
+        20, model.dim, generator=generator(), dtype=torch.float64
+    )
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         off = (flow.log_prob(theta) - law.log_prob(theta)).abs()
@@ -172,10 +215,18 @@ def test_densities_that_fixed_steps_get_wrong_are_told(steps, sd, far):
 
 
 def test_gradient_steps_agree_with_gauss_newton_where_the_curvature_is_one_number():
-    model = bf.BayesianModel(nn.Linear(1, 1, bias=False).double(), priors.Normal(1.0), likelihoods.Gaussian(0.5),
-                             torch.tensor([[1.0], [2.0]]), torch.tensor([1.0, 2.5]))  # fmt: skip
+    model = bf.BayesianModel(
+        nn.Linear(1, 1, bias=False).double(),
+        priors.Normal(1.0),
+        likelihoods.Gaussian(0.5),
+        torch.tensor([[1.0], [2.0]]),
+        torch.tensor([1.0, 2.5]),
+    )
     context = WhitenedPosterior(model)
-    mu, s2 = torch.tensor([[0.3], [-0.4]], dtype=torch.float64), torch.tensor([[0.4], [0.9]], dtype=torch.float64)
+    mu, s2 = (
+        torch.tensor([[0.3], [-0.4]], dtype=torch.float64),
+        torch.tensor([[0.4], [0.9]], dtype=torch.float64),
+    )
     steps = GradientSteps(2, max_norm=1e6, memory=0.0)(context, mu, s2)
     newton = GaussNewton(1, max_norm=1e6)(context, mu, s2)
     assert torch.allclose(steps.w, newton.w, rtol=1e-5)
@@ -193,7 +244,10 @@ def test_gradient_steps_climb_to_the_top_and_cost_what_they_say(memory):
             counted += 1
             return context.grad(x)
 
-    mu, s2 = torch.randn(6, 4, dtype=torch.float64, generator=generator()), torch.full((6, 1), 0.5).double()
+    mu, s2 = (
+        torch.randn(6, 4, dtype=torch.float64, generator=generator()),
+        torch.full((6, 1), 0.5).double(),
+    )
     exact = GaussNewton(1, max_norm=math.inf)(context, mu, s2).w
     errors = []
     for steps in (4, 12, 40):
@@ -205,7 +259,9 @@ def test_gradient_steps_climb_to_the_top_and_cost_what_they_say(memory):
 
 
 @pytest.mark.parametrize("proximal_step", [GradientSteps(), GaussNewton(2)])
-@pytest.mark.parametrize("kind", ["categorical", "bernoulli", "gaussian", "learned", "heteroscedastic"])
+@pytest.mark.parametrize(
+    "kind", ["categorical", "bernoulli", "gaussian", "learned", "heteroscedastic"]
+)
 def test_drive_is_finite_at_the_end_and_equals_the_gradient_there(kind, proximal_step):
     model = network_model(kind)
     context = WhitenedPosterior(model)
@@ -220,12 +276,13 @@ def test_context_gradient_is_that_of_log_posterior_over_normal_density(kind, tem
     model = network_model(kind, temperature=temperature)
     z = torch.randn(5, model.dim, generator=generator(), dtype=torch.float64, requires_grad=True)
     theta = model.flat_prior.from_normal(z)
-    log_density = model.log_joint(theta) - model.flat_prior.log_jacobian(theta)  # of the posterior, over z
+    # of the posterior, over z
+    log_density = model.log_joint(theta) - model.flat_prior.log_jacobian(theta)
     (expected,) = torch.autograd.grad((log_density + 0.5 * (z * z).sum(-1)).sum(), z)
     assert torch.allclose(WhitenedPosterior(model).grad(z.detach()), expected, rtol=1e-7, atol=1e-8)
 
 
-# ------------------------------------------------------------------ densities
+# ---------------------------------------- densities
 
 
 @pytest.mark.parametrize("proximal_step", [GradientSteps(3), GaussNewton(1), GaussNewton(2)])
@@ -242,12 +299,17 @@ def test_divergence_of_the_informed_field_matches_central_differences(kind, prox
     forward = velocity(time, (x[:, None] + step).flatten(0, 1)).reshape(4, model.dim, model.dim)
     backward = velocity(time, (x[:, None] - step).flatten(0, 1)).reshape(4, model.dim, model.dim)
     differences = (forward - backward).diagonal(dim1=1, dim2=2).sum(-1) / 2e-6
-    # Finite-difference curvature (GradientSteps) is itself differenced here, hence the looser bound.
+    # Finite-difference curvature (GradientSteps) is itself differenced here, hence the looser
+    # bound.
     assert torch.allclose(divergence, differences, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(
-    "make", [lambda m: informed(m, GaussNewton()), lambda m: randomised(WeightsVelocity(m.spec, 16, 2).double())]
+    "make",
+    [
+        lambda m: informed(m, GaussNewton()),
+        lambda m: randomised(WeightsVelocity(m.spec, 16, 2).double()),
+    ],
 )
 def test_forward_accumulation_equals_the_reverse_solve(make):
     model = network_model("categorical")
@@ -275,7 +337,9 @@ def test_hutchinson_log_prob_agrees_with_the_exact_one(noise):
     flow = Flow.of(informed(model), model, solver=Solver(steps=8))
     theta = flow.sample(1, 0).expand(300, -1)
     exact = flow.log_prob(theta[:1])
-    estimates = flow.log_prob(theta, seed=5, density=Density(trace="hutchinson", probes=1, noise=noise))
+    estimates = flow.log_prob(
+        theta, seed=5, density=Density(trace="hutchinson", probes=1, noise=noise)
+    )
     assert abs(estimates.mean() - exact) < 4.5 * estimates.std() / math.sqrt(300)
 
 
@@ -283,9 +347,14 @@ def test_hutchinson_probes_are_fixed_along_a_path_and_by_the_seed():
     model = network_model("gaussian")
     flow = Flow.of(informed(model), model, solver=Solver(steps=4))
     theta = flow.sample(3, 0)
-    first, again = (flow.log_prob(theta, seed=7, density=Density(trace="hutchinson", probes=2)) for _ in range(2))
+    first, again = (
+        flow.log_prob(theta, seed=7, density=Density(trace="hutchinson", probes=2))
+        for _ in range(2)
+    )
     assert torch.equal(first, again)
-    assert not torch.equal(first, flow.log_prob(theta, seed=8, density=Density(trace="hutchinson", probes=2)))
+    assert not torch.equal(
+        first, flow.log_prob(theta, seed=8, density=Density(trace="hutchinson", probes=2))
+    )
 
 
 def test_density_carries_the_jacobian_of_a_prior_that_is_not_normal():
@@ -302,7 +371,7 @@ def test_density_carries_the_jacobian_of_a_prior_that_is_not_normal():
     assert mass == pytest.approx(1.0, abs=2e-3)
 
 
-# ------------------------------------------------------------------ symmetry
+# ---------------------------------------- symmetry
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -339,16 +408,22 @@ def test_source_marginals_stay_the_prior_under_every_coupling(coupling, prior):
     x = torch.randn(10, 2, generator=generator())
     model = bf.BayesianModel(net, prior, likelihoods.Gaussian(0.1), x, x.sum(1))
     # A target far from symmetric, so that matching has something to pull at.
-    x1 = 2 + 0.3 * torch.randn(4000, model.dim, generator=generator(1)) * torch.linspace(0.1, 3, model.dim)
+    x1 = 2 + 0.3 * torch.randn(4000, model.dim, generator=generator(1)) * torch.linspace(
+        0.1, 3, model.dim
+    )
     x0 = torch.randn(4000, model.dim, generator=generator(2))
-    paired, target = coupling.pair(x0, x1, model.spec, Source(model.flat_prior).symmetries(model), generator(3))
+    paired, target = coupling.pair(
+        x0, x1, model.spec, Source(model.flat_prior).symmetries(model), generator(3)
+    )
     p_values = [stats.kstest(column.numpy(), "norm").pvalue for column in paired.T]
     assert min(p_values) > 0.001 / model.dim
     if isinstance(coupling, Matched):
         assert (paired - target).square().sum() < 0.95 * (x0 - x1).square().sum()
     theta = model.flat_prior.from_normal(paired)
     assert torch.allclose(
-        model.log_prior(theta).sort().values, model.log_prior(model.flat_prior.from_normal(x0)).sort().values, atol=1e-2
+        model.log_prior(theta).sort().values,
+        model.log_prior(model.flat_prior.from_normal(x0)).sort().values,
+        atol=1e-2,
     )
 
 
@@ -365,18 +440,27 @@ def test_matching_without_a_random_element_would_bias_the_source():
 
 def test_prior_that_is_not_exchangeable_shrinks_the_group_or_raises():
     net = nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1))
-    uneven = {"0.weight": torch.distributions.Normal(torch.zeros(3, 1), torch.tensor([[1.0], [2.0], [3.0]]))}
+    uneven = {
+        "0.weight": torch.distributions.Normal(
+            torch.zeros(3, 1), torch.tensor([[1.0], [2.0], [3.0]])
+        )
+    }
     x = torch.randn(10, 1, generator=generator())
     prior = priors.PerTensor(uneven, torch.distributions.Normal(0.5, 1.0))
     model = bf.BayesianModel(net, prior, likelihoods.Gaussian(0.1), x, x.sum(1))
-    assert Source(model.flat_prior).symmetries(model) == Symmetries(frozenset(), frozenset(), frozenset())
+    assert Source(model.flat_prior).symmetries(model) == Symmetries(
+        frozenset(), frozenset(), frozenset()
+    )
     with pytest.raises(ValueError, match="exchangeable"):
         bf.fit_flow(
-            model, model.sample_prior(50, 0), training=bf.Training(steps=1), matching=Matching(coupling=Matched())
+            model,
+            model.sample_prior(50, 0),
+            training=bf.Training(steps=1),
+            matching=Matching(coupling=Matched()),
         )
 
 
-# ------------------------------------------------------------------ solvers
+# ---------------------------------------- solvers
 
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("rk4", 4)])
@@ -384,8 +468,15 @@ def test_solvers_have_their_order(solver, order):
     errors, reference = [], torch.linspace(0, 1, 1001, dtype=torch.float64)
     for steps in (8, 16):
         grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-        (x,) = integrate(lambda t, s: (-(s[0] ** 2) + t,), (torch.ones(1, dtype=torch.float64),), grid, solver)
-        (fine,) = integrate(lambda t, s: (-(s[0] ** 2) + t,), (torch.ones(1, dtype=torch.float64),), reference, "rk4")
+        (x,) = integrate(
+            lambda t, s: (-(s[0] ** 2) + t,), (torch.ones(1, dtype=torch.float64),), grid, solver
+        )
+        (fine,) = integrate(
+            lambda t, s: (-(s[0] ** 2) + t,),
+            (torch.ones(1, dtype=torch.float64),),
+            reference,
+            "rk4",
+        )
         errors.append(abs(float(x - fine)))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.4)
 
@@ -411,7 +502,9 @@ def test_adaptive_solvers_carry_trained_flows_both_ways(solver):
 def test_adaptive_solvers_carry_flows_that_look_at_the_data(solver):
     flow = bf.GaussNewtonFlow(network_model("gaussian"))
     assert torch.allclose(
-        flow.sample(2, 0, solver=Solver(solver)), flow.sample(2, 0, solver=Solver("rk4", 64)), atol=1e-2
+        flow.sample(2, 0, solver=Solver(solver)),
+        flow.sample(2, 0, solver=Solver("rk4", 64)),
+        atol=1e-2,
     )
 
 
@@ -433,13 +526,17 @@ def test_nan_velocity_raises_and_says_when():
         integrate(lambda t, s: s, (torch.ones(1),), time_grid(4), "rk5")  # type: ignore[arg-type]
 
 
-# ------------------------------------------------------------------ fitting, storage, refinement
+# ---------------------------------------- fitting, storage, refinement
 
 
 def test_fit_is_reproducible_by_steps_and_seed():
     model = network_model("categorical", torch.float32)
     draws = model.sample_prior(200, 1)
-    make = lambda seed: bf.fit_flow(model, draws, seed=seed, training=bf.Training(steps=4, batch_size=16)).sample(5, 0)  # noqa: E731
+    training = bf.Training(steps=4, batch_size=16)
+
+    def make(seed):
+        return bf.fit_flow(model, draws, seed=seed, training=training).sample(5, 0)
+
     first, again, other = make(0), make(0), make(1)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -450,9 +547,16 @@ def test_fit_by_budget_stops_in_time_and_can_be_repeated_by_its_steps(monkeypatc
     monkeypatch.setattr(time, "perf_counter", itertools.count(0, 0.1).__next__)
     model = network_model("categorical", torch.float32)
     draws = model.sample_prior(200, 1)
-    flow = bf.fit_flow(model, draws, velocity="weights", training=bf.Training(budget=2.0, batch_size=16))
+    flow = bf.fit_flow(
+        model, draws, velocity="weights", training=bf.Training(budget=2.0, batch_size=16)
+    )
     assert flow.info["seconds"] < 4
-    again = bf.fit_flow(model, draws, velocity="weights", training=bf.Training(steps=flow.info["steps"], batch_size=16))
+    again = bf.fit_flow(
+        model,
+        draws,
+        velocity="weights",
+        training=bf.Training(steps=flow.info["steps"], batch_size=16),
+    )
     assert torch.equal(flow.sample(3, 0), again.sample(3, 0))
 
 
@@ -461,7 +565,10 @@ def test_fit_by_budget_stops_in_time_and_can_be_repeated_by_its_steps(monkeypatc
 def test_save_and_load_round_trip(tmp_path, velocity, kind):
     model = network_model(kind, torch.float32, (4, 3))
     flow = bf.fit_flow(
-        model, model.sample_prior(100, 1), velocity=velocity, training=bf.Training(steps=2, batch_size=8)
+        model,
+        model.sample_prior(100, 1),
+        velocity=velocity,
+        training=bf.Training(steps=2, batch_size=8),
     )
     path = flow.save(tmp_path / "flow")
     loaded = bf.load(path, model)
@@ -488,7 +595,9 @@ def test_golden_file_of_format_version_1_still_loads():
     assert flow.velocity.symmetries.permutation == {"h1"}
     expected = torch.tensor([1.5359, -0.0822, -2.1945])
     assert torch.allclose(
-        flow.sample(1, 0, solver=Solver(steps=time_grid(flow.solver.steps, 1.5)))[0, :3], expected, atol=2e-4
+        flow.sample(1, 0, solver=Solver(steps=time_grid(flow.solver.steps, 1.5)))[0, :3],
+        expected,
+        atol=2e-4,
     )
 
 
@@ -497,13 +606,17 @@ def test_golden_file_of_format_version_2_still_loads():
     assert (flow.path.schedule, flow.solver) == ("variance_preserving", Solver("rk4", 4))
     theta = flow.sample(1, 0, solver=Solver("rk4", time_grid(4, 1.5)))
     assert torch.allclose(theta[0, :3], torch.tensor([1.6201, 0.2186, -1.3710]), atol=2e-4)
-    assert float(flow.log_prob(theta, solver=Solver("rk4", 32))) == pytest.approx(-16.60893, abs=2e-4)
+    assert float(flow.log_prob(theta, solver=Solver("rk4", 32))) == pytest.approx(
+        -16.60893, abs=2e-4
+    )
 
 
 def test_bind_gives_the_same_field_with_another_models_data():
     model = network_model("categorical")
     flow = Flow.of(informed(model), model)
-    other = bf.BayesianModel(model.net, priors.Normal(1.0), likelihoods.Categorical(), model.x, model.y.roll(1))
+    other = bf.BayesianModel(
+        model.net, priors.Normal(1.0), likelihoods.Categorical(), model.x, model.y.roll(1)
+    )
     assert not torch.allclose(flow.sample(3, 0), flow.bind(other).sample(3, 0))
     assert torch.equal(flow.sample(3, 0), flow.bind(other).bind(model).sample(3, 0))
 
@@ -513,7 +626,10 @@ def test_to_changes_the_precision_of_everything():
     flow = Flow.of(informed(model), model, solver=Solver(steps=6))
     double = flow.to("cpu", torch.float64)
     x = torch.randn(5, model.dim, generator=generator())
-    single, exact = flow.velocity(torch.tensor(0.4), x), double.velocity(torch.tensor(0.4), x.double())
+    single, exact = (
+        flow.velocity(torch.tensor(0.4), x),
+        double.velocity(torch.tensor(0.4), x.double()),
+    )
     assert exact.dtype == torch.float64
     assert double.sample(2, 0).dtype == torch.float64
     assert torch.allclose(single.double(), exact, atol=1e-3)
@@ -524,13 +640,18 @@ def test_weighted_draws_are_fitted_by_their_weights():
     near, far = torch.zeros(100, 4) + 1.0, torch.zeros(100, 4) - 5.0
     weights = torch.cat([torch.zeros(100), torch.full((100,), -1e4)])
     flow = bf.fit_flow(
-        model, (torch.cat([near, far]), weights), velocity="weights", training=bf.Training(steps=300, batch_size=64)
+        model,
+        (torch.cat([near, far]), weights),
+        velocity="weights",
+        training=bf.Training(steps=300, batch_size=64),
     )
     assert (flow.sample(500, 0).mean(0) - 1.0).abs().max() < 0.3
 
 
 def test_any_network_and_any_module_as_field():
-    """A softmax between units leaves no labels that we know: such a flow needs a field of one's own, and no more."""
+    """A softmax between units leaves no labels that we know: such a flow needs a field of one's
+    own, and no more.
+    """
     g = generator(4)
     net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Softmax(1), nn.Flatten(), nn.Linear(8, 1))
     x = torch.randn(20, 1, 6, generator=g)
@@ -540,14 +661,18 @@ def test_any_network_and_any_module_as_field():
     class Field(nn.Module):
         def __init__(self):
             super().__init__()
-            self.net = nn.Sequential(nn.Linear(model.dim + 1, 64), nn.SiLU(), nn.Linear(64, model.dim))
+            self.net = nn.Sequential(
+                nn.Linear(model.dim + 1, 64), nn.SiLU(), nn.Linear(64, model.dim)
+            )
 
         def forward(self, t, x):
             return self.net(torch.cat([x, t.expand(len(x))[:, None].to(x.dtype)], -1))
 
     with pytest.raises(ValueError, match="chain of layers"):
         bf.fit_flow(model, draws, training=bf.Training(steps=1))
-    flow = bf.fit_flow(model, draws, velocity=Field(), training=bf.Training(steps=300, batch_size=64))
+    flow = bf.fit_flow(
+        model, draws, velocity=Field(), training=bf.Training(steps=300, batch_size=64)
+    )
     assert (flow.sample(500, 0).mean(0) - 1).abs().max() < 0.3
     assert flow.log_prob(draws[:3]).shape == (3,)
     with pytest.raises(ValueError, match="cannot save a Field"):
@@ -586,7 +711,9 @@ def test_refine_brings_prior_draws_to_a_gaussian_posterior():
     theta = refined.flat
     error = (theta.mean(0) - mean) / (covariance.diagonal() / 4000).sqrt()
     assert error.abs().max() < 4.5
-    assert torch.allclose(torch.cov(theta.T), covariance, atol=0.1 * float(covariance.diagonal().max()))
+    assert torch.allclose(
+        torch.cov(theta.T), covariance, atol=0.1 * float(covariance.diagonal().max())
+    )
     assert refined.info["gradients_per_draw"] <= 20 * 16 + 2
 
 
@@ -594,7 +721,9 @@ def test_refine_leaves_exact_draws_exact():
     model, mean, covariance = linear_model()
     exact = bf.Gaussian(mean, torch.linalg.cholesky(covariance)).sample(5000, 0)
     theta = refine(model, exact, 3, seed=1).flat
-    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), (theta - mean).T, upper=False)
+    whitened = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(covariance), (theta - mean).T, upper=False
+    )
     assert min(stats.kstest(row.numpy(), "norm").pvalue for row in whitened) > 1e-4
 
 
@@ -604,11 +733,14 @@ def test_refine_frees_draws_that_start_where_the_posterior_is_too_steep():
     theta = 2 * torch.randn(800, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     refined = refine(model, theta, 16, seed=1)
     assert (refined.flat != theta).any(1).all()
-    assert int((refined.log_joint < -20).sum()) <= 4  # of 4,000 exact draws the least likely has -7.9
+    # of 4,000 exact draws the least likely has -7.9
+    assert int((refined.log_joint < -20).sum()) <= 4
 
 
 def test_refine_brings_up_the_last_draws():
-    """Three of 400 start where two steps do not get them anywhere near, in the tails of a posterior of 21 weights."""
+    """Three of 400 start where two steps do not get them anywhere near, in the tails of a posterior
+    of 21 weights.
+    """
     model = network_model("gaussian", torch.float64)
     draws = bf.sample(model, bf.HMC(), chains=8, warmup=100, draws=50, seed=0).flat
     draws[[3, 77, 399]] *= 6
@@ -672,7 +804,9 @@ def test_refine_survives_an_interrupt_and_refuses_weights(monkeypatch):
 @pytest.mark.filterwarnings("ignore:log densities of")  # what is rough is in doubt
 @pytest.mark.parametrize("rough", [False, True])
 def test_long_log_densities_say_how_long_they_take(rough, monkeypatch):
-    """Every divergence is counted, those of a second look at rough paths too, and a bar is on unless switched off."""
+    """Every divergence is counted, those of a second look at rough paths too, and a bar is on
+    unless switched off.
+    """
     bars = []
 
     class Bar:
@@ -691,7 +825,9 @@ def test_long_log_densities_say_how_long_they_take(rough, monkeypatch):
 
     monkeypatch.setattr(flow_module, "progress_bar", Bar)
     monkeypatch.setattr(flow_module, "_ROUGH", -1.0 if rough else 1e9)
-    gaussian = bf.transport.GaussianVelocity(torch.tensor([1.0, 2.0]).double(), torch.eye(2).double())
+    gaussian = bf.transport.GaussianVelocity(
+        torch.tensor([1.0, 2.0]).double(), torch.eye(2).double()
+    )
     net = nn.utils.skip_init(nn.Linear, 1, 1, dtype=torch.float64)
     x = torch.linspace(-1, 1, 5, dtype=torch.float64)[:, None]
     model = bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(1.0), x, x)

@@ -1,4 +1,6 @@
-"""Three states of knowledge: symmetries that are known, none, and those of a network that cannot be labelled."""
+"""Three states of knowledge: symmetries that are known, none, and those of a network that cannot be
+labelled.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,12 @@ def built(make: Callable[[], nn.Module]) -> nn.Module:
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.out = nn.Linear(1, 4), nn.Linear(1, 4), nn.Linear(1, 4), nn.Linear(4, 1)
+        self.q, self.k, self.v, self.out = (
+            nn.Linear(1, 4),
+            nn.Linear(1, 4),
+            nn.Linear(1, 4),
+            nn.Linear(4, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.unsqueeze(-1)
@@ -47,16 +54,24 @@ UNKNOWN = {  # what cannot be labelled, and how the messages name it
     ),
     "grouped convolution": (
         lambda: nn.Sequential(
-            nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 4, 1), nn.Conv1d(4, 4, 1, groups=2), nn.Flatten(), nn.Linear(12, 1)
+            nn.Unflatten(1, (1, 3)),
+            nn.Conv1d(1, 4, 1),
+            nn.Conv1d(4, 4, 1, groups=2),
+            nn.Flatten(),
+            nn.Linear(12, 1),
         ),
         r"module '2' \(Conv1d\)",
     ),
     "attention": (Attention, "operation"),
     "softmax inside": (
-        lambda: nn.Sequential(nn.Linear(3, 4), nn.Softmax(-1), nn.Linear(4, 1)), r"module '1' \(Softmax\)",
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.Softmax(-1), nn.Linear(4, 1)),
+        r"module '1' \(Softmax\)",
     ),
-    "prelu": (lambda: nn.Sequential(nn.Linear(3, 4), nn.PReLU(), nn.Linear(4, 1)), r"module '1' \(PReLU\)"),
-}  # fmt: skip
+    "prelu": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.PReLU(), nn.Linear(4, 1)),
+        r"module '1' \(PReLU\)",
+    ),
+}
 NONE = {
     "linear": lambda: nn.Linear(3, 1),
     "one layer in a stack": lambda: nn.Sequential(nn.Linear(3, 1)),
@@ -127,7 +142,9 @@ def test_what_is_all_about_symmetry_refuses_by_name(unknown: tuple[bf.BayesianMo
         "align to a reference": lambda: bf.align(model, theta, reference=theta[0]),
         "align draws": lambda: bf.align(model, as_draws(model, theta[None])),
         "match": lambda: symmetry.match(theta, spec, theta[0]),
-        "match activations": lambda: symmetry.match_activations(theta, spec, theta[0], model.x, net=model.net),
+        "match activations": lambda: symmetry.match_activations(
+            theta, spec, theta[0], model.x, net=model.net
+        ),
         "sinkhorn": lambda: symmetry.sinkhorn_rebasin(theta, spec, theta[0]),
         "frechet mean": lambda: symmetry.frechet_mean(theta, spec),
         "sort": lambda: symmetry.sort_units(theta, spec),
@@ -140,7 +157,9 @@ def test_what_is_all_about_symmetry_refuses_by_name(unknown: tuple[bf.BayesianMo
         "structure": lambda: plots.block_structure(spec),
         "equivariant network": lambda: DWSNet(spec, 1, 1),
         "matched pairs": lambda: Matched().pair(theta, theta, spec, spec.symmetries(), generator()),
-        "matched plan": lambda: MiniBatchOT(matched=True).pair(theta, theta, spec, spec.symmetries(), generator()),
+        "matched plan": lambda: MiniBatchOT(matched=True).pair(
+            theta, theta, spec, spec.symmetries(), generator()
+        ),
     }
     for call in calls.values():
         with pytest.raises(ValueError, match=name):
@@ -151,7 +170,9 @@ def test_a_group_of_the_callers_own_is_used() -> None:
     """Whoever knows the symmetries of an unlabelled network may say so: there are none here."""
     model = model_of(built(UNKNOWN["prelu"][0]))
     theta = torch.randn(5, model.dim, generator=generator(), dtype=F64)
-    assert torch.equal(symmetry.match(theta, model.spec, theta[0], group=model.spec.symmetries()), theta)
+    assert torch.equal(
+        symmetry.match(theta, model.spec, theta[0], group=model.spec.symmetries()), theta
+    )
 
 
 def test_chains_in_copies_are_not_said_to_differ(unknown: tuple[bf.BayesianModel, str]) -> None:
@@ -168,7 +189,9 @@ def test_chains_in_copies_are_not_said_to_differ(unknown: tuple[bf.BayesianModel
 
 
 def test_permuted_batch_norm_chains_get_an_honest_conclusion() -> None:
-    """Fresh statistics are equal, so permuted copies are exact, and no label could say so in general."""
+    """Fresh statistics are equal, so permuted copies are exact, and no label could say so in
+    general.
+    """
     model = model_of(built(UNKNOWN["batch norm"][0]))
     chain = 0.1 * torch.randn(40, model.dim, generator=generator(3), dtype=F64)
     centre = torch.randn(model.dim, generator=generator(4), dtype=F64)
@@ -206,7 +229,9 @@ def test_flows_take_other_fields_and_corrections_say_what_was_not_looked_at() ->
         field = WeightsVelocity(model.spec, architecture="graph", width=8, depth=1)
     flow = fit_flow(model, theta, velocity=field, progress=False, training=bf.Training(steps=2))
     found = bf.correct(model, flow, n=50, method="importance", progress=False)
-    assert "symmetries of the network are not known (cannot label module '1' (PReLU)" in str(found.info)
+    assert "symmetries of the network are not known (cannot label module '1' (PReLU)" in str(
+        found.info
+    )
 
 
 def test_reports_say_so(unknown: tuple[bf.BayesianModel, str]) -> None:
@@ -221,7 +246,7 @@ def test_the_source_keeps_nothing_that_is_not_known(unknown: tuple[bf.BayesianMo
     assert not any(Source(model.flat_prior).symmetries(model))
 
 
-# ---------------------------------------------------------------- what is given to align
+# ---------------------------------------- what is given to align
 
 
 def perceptron_model() -> bf.BayesianModel:
@@ -232,7 +257,12 @@ def test_weights_that_are_not_the_models_are_refused() -> None:
     model = perceptron_model()
     theta = torch.randn(4, model.dim, generator=generator(), dtype=F64)
     wrong = {
-        "draws must end in an axis": [theta[:, 1:], theta.unsqueeze(-1), torch.cat([theta, theta], 1), theta[0, :1]],
+        "draws must end in an axis": [
+            theta[:, 1:],
+            theta.unsqueeze(-1),
+            torch.cat([theta, theta], 1),
+            theta[0, :1],
+        ],
         "NaN or infinite": [theta.index_fill(1, torch.tensor([2]), float("nan"))],
         "empty": [theta[:0]],
     }

@@ -30,7 +30,9 @@ def built(make: Callable[[], nn.Module]) -> nn.Module:
         return make()
 
 
-def perceptron(*widths: int, activation: Callable[[], nn.Module] = nn.Tanh, bias: bool = True) -> nn.Module:
+def perceptron(
+    *widths: int, activation: Callable[[], nn.Module] = nn.Tanh, bias: bool = True
+) -> nn.Module:
     def make() -> nn.Module:
         modules: list[nn.Module] = []
         for n_in, n_out in pairwise(widths):
@@ -65,13 +67,22 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "depth 4 tanh without biases": lambda: perceptron(3, 4, 3, 5, 2, bias=False),
     "depth 3 linear": lambda: perceptron(3, 4, 5, 2, activation=nn.Identity),
     "mixed": lambda: nn.Sequential(
-        nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5, bias=False), nn.ReLU(), nn.Linear(5, 4), nn.Softsign(),
+        nn.Linear(3, 4),
+        nn.Tanh(),
+        nn.Linear(4, 5, bias=False),
+        nn.ReLU(),
+        nn.Linear(5, 4),
+        nn.Softsign(),
         nn.Linear(4, 2),
     ),
     "nested": lambda: nn.Sequential(
-        nn.Flatten(), nn.Sequential(nn.Linear(3, 4), nn.Tanh()),
-        nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU())), nn.Dropout(0.0), nn.Identity(),
-        nn.Linear(4, 2), nn.Sigmoid(),
+        nn.Flatten(),
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh()),
+        nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU())),
+        nn.Dropout(0.0),
+        nn.Identity(),
+        nn.Linear(4, 2),
+        nn.Sigmoid(),
     ),
     "torch.tanh": lambda: Functional(torch.tanh),
     "method tanh": lambda: Functional(lambda a: a.tanh(), bias=False),
@@ -82,7 +93,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "F.gelu tanh": lambda: Functional(lambda a: F.gelu(a, approximate="tanh")),
     "F.silu": lambda: Functional(F.silu),
     "F.elu": lambda: Functional(lambda a: F.elu(a, alpha=0.5)),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=NETS, ids=str)
@@ -93,14 +104,18 @@ def net(request: pytest.FixtureRequest) -> nn.Module:
 def outputs(net: nn.Module, spec: WeightSpec, theta: Tensor) -> Tensor:
     """Evaluate the module itself at each weight vector, ``(batch, dim) -> (batch, n, out)``."""
     x = torch.randn(7, 3, generator=generator(9), dtype=torch.float64).to(theta)
-    return torch.stack([torch.func.functional_call(net, spec.unflatten(row), (x,)) for row in theta])
+    return torch.stack(
+        [torch.func.functional_call(net, spec.unflatten(row), (x,)) for row in theta]
+    )
 
 
-def weights(spec: WeightSpec, *shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+def weights(
+    spec: WeightSpec, *shape: int, dtype: torch.dtype = torch.float64, seed: int = 1
+) -> Tensor:
     return torch.randn(*shape, spec.dim, generator=generator(seed), dtype=torch.float64).to(dtype)
 
 
-# ---------------------------------------------------------------- layout
+# ---------------------------------------- layout
 
 
 def test_layout_is_that_of_torch(net: nn.Module) -> None:
@@ -131,8 +146,14 @@ def test_flatten_broadcasts_leading_axes() -> None:
     ("params", "message"),
     [
         ({"0.weight": torch.ones(2, 3)}, "exactly the tensors"),
-        ({"0.weight": torch.ones(2, 3), "0.bias": torch.ones(2), "more": torch.ones(2)}, "exactly the tensors"),
-        ({"0.weight": torch.ones(3, 2), "0.bias": torch.ones(2)}, r"0\.weight must end in shape \(2, 3\)"),
+        (
+            {"0.weight": torch.ones(2, 3), "0.bias": torch.ones(2), "more": torch.ones(2)},
+            "exactly the tensors",
+        ),
+        (
+            {"0.weight": torch.ones(3, 2), "0.bias": torch.ones(2)},
+            r"0\.weight must end in shape \(2, 3\)",
+        ),
     ],
     ids=["missing", "left over", "shape"],
 )
@@ -155,11 +176,15 @@ def test_description_round_trip(net: nn.Module) -> None:
     assert list(rebuilt.activations) == list(spec.activations)  # the order of depth
 
 
-# ---------------------------------------------------------------- the group action
+# ---------------------------------------- the group action
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
-def test_symmetries_leave_outputs_unchanged(net: nn.Module, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str
+)
+def test_symmetries_leave_outputs_unchanged(
+    net: nn.Module, dtype: torch.dtype, tolerance: float
+) -> None:
     spec = WeightSpec.of(net)
     theta = weights(spec, 6, dtype=dtype)
     moved = spec.random_symmetry(theta, seed=3)
@@ -175,30 +200,45 @@ def test_every_action_alone_leaves_outputs_unchanged(net: nn.Module) -> None:
     expected, group = outputs(net, spec, theta), spec.symmetries()
     for label in group.permutation:
         perms = {label: torch.rand(3, spec.widths[label], generator=g).argsort(-1)}
-        torch.testing.assert_close(outputs(net, spec, spec.permute(theta, perms)), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            outputs(net, spec, spec.permute(theta, perms)), expected, rtol=1e-12, atol=1e-12
+        )
     for label in group.sign:
         signs = {label: 2.0 * torch.randint(2, (3, spec.widths[label]), generator=g) - 1}
-        torch.testing.assert_close(outputs(net, spec, spec.flip(theta, signs)), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            outputs(net, spec, spec.flip(theta, signs)), expected, rtol=1e-12, atol=1e-12
+        )
     for label in group.scale:
         scales = {label: torch.rand(3, spec.widths[label], generator=g) + 0.5}
-        torch.testing.assert_close(outputs(net, spec, spec.rescale(theta, scales)), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            outputs(net, spec, spec.rescale(theta, scales)), expected, rtol=1e-12, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("name", ["depth 3 linear", "torch.sin", "nested"])
 def test_composition_and_inverse(name: str) -> None:
     spec, g = WeightSpec.of(built(NETS[name])), generator(5)
     theta = weights(spec, 2, 3)
-    first, second = ({k: torch.rand(3, n, generator=g).argsort(-1) for k, n in spec.widths.items()} for _ in range(2))
-    # Unit i of the second step is unit second[i] of the first, which is unit first[second[i]] of theta.
+    first, second = (
+        {k: torch.rand(3, n, generator=g).argsort(-1) for k, n in spec.widths.items()}
+        for _ in range(2)
+    )
+    # Unit i of the second step is unit second[i] of the first, which is unit first[second[i]] of
+    # theta.
     both = {label: first[label].gather(-1, second[label]) for label in first}
     assert torch.equal(spec.permute(spec.permute(theta, first), second), spec.permute(theta, both))
     inverse = {label: perm.argsort(-1) for label, perm in first.items()}
     assert torch.equal(spec.permute(spec.permute(theta, first), inverse), theta)
-    signs = {k: 2.0 * torch.randint(2, (spec.widths[k],), generator=g) - 1 for k in spec.symmetries().sign}
+    signs = {
+        k: 2.0 * torch.randint(2, (spec.widths[k],), generator=g) - 1
+        for k in spec.symmetries().sign
+    }
     assert torch.equal(spec.flip(spec.flip(theta, signs), signs), theta)
     group = spec.symmetries()
     scales = {k: torch.rand(2, 1, spec.widths[k], generator=g).double() + 0.5 for k in group.scale}
-    back = spec.rescale(spec.rescale(theta, scales), {label: 1 / scale for label, scale in scales.items()})
+    back = spec.rescale(
+        spec.rescale(theta, scales), {label: 1 / scale for label, scale in scales.items()}
+    )
     torch.testing.assert_close(back, theta, rtol=1e-12, atol=0)
 
 
@@ -208,7 +248,9 @@ def test_batched_elements_act_row_by_row(net: nn.Module) -> None:
     perms = {label: torch.rand(4, n, generator=g).argsort(-1) for label, n in spec.widths.items()}
     batched = spec.permute(theta, perms) if perms else theta
     for i in range(4):
-        assert torch.equal(batched[i], spec.permute(theta[i], {label: perm[i] for label, perm in perms.items()}))
+        assert torch.equal(
+            batched[i], spec.permute(theta[i], {label: perm[i] for label, perm in perms.items()})
+        )
     if perms:  # one network, many elements
         one = {label: perm[1] for label, perm in perms.items()}
         assert torch.equal(spec.permute(theta[0], perms)[1], spec.permute(theta[0], one))
@@ -291,33 +333,51 @@ def test_log_group_order() -> None:
     assert WeightSpec.unlabelled(built(lambda: nn.Conv2d(1, 2, 3)), unknown="").log_group_order == 0
 
 
-# ---------------------------------------------------------------- symmetries of priors
+# ---------------------------------------- symmetries of priors
 
 SHIFTED = torch.tensor([[0.5], [0.0], [0.0], [0.0]])
 VARIED = torch.tensor([1.0, 2.0, 3.0, 4.0])
 STANDARD = Normal(0.0, 1.0)
 BOTH = {"h1", "h2"}
-PRIORS = {  # prior, labels whose permutations stay, labels whose signs stay; all of a 3-4-4-2 tanh network
+# prior, labels whose permutations stay, labels whose signs stay; all of a 3-4-4-2 tanh network
+PRIORS = {
     "normal": (priors.Normal(0.7), BOTH, BOTH),
     "fan-in": (priors.FanIn(1.5, 0.5), BOTH, BOTH),
     "laplace": (priors.Laplace(0.7), BOTH, BOTH),
     "student-t": (priors.StudentT(3.0), BOTH, BOTH),
     "shifted": (priors.Normal(0.7, 0.1), BOTH, set()),
     "shifted output bias": (priors.PerTensor({"4.bias": Normal(1.0, 1.0)}, STANDARD), BOTH, BOTH),
-    "shifted output weight": (priors.PerTensor({"4.weight": Laplace(1.0, 1.0)}, STANDARD), BOTH, {"h1"}),
-    "one unit shifted": (priors.PerTensor({"0.weight": Normal(SHIFTED, 1.0)}, STANDARD), {"h2"}, {"h2"}),
-    "scales vary over units": (priors.PerTensor({"0.bias": Normal(0.0, VARIED)}, STANDARD), {"h2"}, BOTH),
+    "shifted output weight": (
+        priors.PerTensor({"4.weight": Laplace(1.0, 1.0)}, STANDARD),
+        BOTH,
+        {"h1"},
+    ),
+    "one unit shifted": (
+        priors.PerTensor({"0.weight": Normal(SHIFTED, 1.0)}, STANDARD),
+        {"h2"},
+        {"h2"},
+    ),
+    "scales vary over units": (
+        priors.PerTensor({"0.bias": Normal(0.0, VARIED)}, STANDARD),
+        {"h2"},
+        BOTH,
+    ),
     "scales vary over readers": (
-        priors.PerTensor({"2.weight": Normal(0.0, VARIED.expand(4, 4))}, STANDARD), {"h2"}, BOTH,
+        priors.PerTensor({"2.weight": Normal(0.0, VARIED.expand(4, 4))}, STANDARD),
+        {"h2"},
+        BOTH,
     ),
     "scales vary over inputs": (
-        priors.PerTensor({"0.weight": Normal(0.0, VARIED[:3])}, STANDARD), BOTH, BOTH,
+        priors.PerTensor({"0.weight": Normal(0.0, VARIED[:3])}, STANDARD),
+        BOTH,
+        BOTH,
     ),
     "events": (
         priors.PerTensor({"0.bias": Independent(Normal(torch.zeros(4), VARIED), 1)}, STANDARD),
-        {"h2"}, BOTH,
+        {"h2"},
+        BOTH,
     ),
-}  # fmt: skip
+}
 
 
 def log_prior(spec: WeightSpec, prior: priors.Prior, theta: Tensor) -> Tensor:
@@ -347,7 +407,9 @@ def test_which_symmetries_keep_which_prior(name: str) -> None:
         moved = spec.permute(theta, {label: torch.tensor([1, 2, 3, 0])})
         assert (log_prior(spec, prior, moved) - density).abs().min() > 1e-3
     for label in {"h1", "h2"} - signs:
-        moved = spec.flip(theta, {label: torch.where(torch.rand(5, 4, generator=g) < 0.5, -1.0, 1.0)})
+        moved = spec.flip(
+            theta, {label: torch.where(torch.rand(5, 4, generator=g) < 0.5, -1.0, 1.0)}
+        )
         assert (log_prior(spec, prior, moved) - density).abs().max() > 1e-3
 
 
@@ -357,7 +419,7 @@ def test_no_prior_keeps_a_rescaling() -> None:
     assert not priors.Normal().symmetries(spec).scale
 
 
-# ---------------------------------------------------------------- what cannot be labelled
+# ---------------------------------------- what cannot be labelled
 
 
 class Forward(nn.Module):
@@ -400,28 +462,44 @@ def _hooked() -> nn.Module:
 
 
 UNLABELLABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "batch norm": (lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)), r"'1' \(BatchNorm1d\)"),
-    "dropout": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.1), nn.Linear(4, 1)), r"'1' \(Dropout\)"),
-    "prelu": (lambda: nn.Sequential(nn.Linear(3, 4), nn.PReLU(), nn.Linear(4, 1)), r"'1' \(PReLU\)"),
+    "batch norm": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)),
+        r"'1' \(BatchNorm1d\)",
+    ),
+    "dropout": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.1), nn.Linear(4, 1)),
+        r"'1' \(Dropout\)",
+    ),
+    "prelu": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.PReLU(), nn.Linear(4, 1)),
+        r"'1' \(PReLU\)",
+    ),
     "softmax": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Softmax(-1)), r"'1' \(Softmax\)"),
-    "soft threshold": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Softplus(threshold=1)), r"'1' \(Softplus\)"),
+    "soft threshold": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.Softplus(threshold=1)),
+        r"'1' \(Softplus\)",
+    ),
     "flatten all": (lambda: nn.Sequential(nn.Flatten(0), nn.Linear(3, 4)), r"'0' \(Flatten\)"),
     "unknown option": (lambda: Forward(lambda s, x: s.b(torch.softmax(s.a(x), -1))), "'softmax'"),
     "two outputs": (lambda: Forward(lambda s, x: (s.b(s.a(x)),)), "one tensor"),
     "dict output": (lambda: Forward(lambda s, x: {"mean": s.b(s.a(x))}), "one tensor"),
-    "control flow": (lambda: Forward(lambda s, x: s.b(x) if x.sum() > 0 else s.a(x)), "cannot trace Forward"),
+    "control flow": (
+        lambda: Forward(lambda s, x: s.b(x) if x.sum() > 0 else s.a(x)),
+        "cannot trace Forward",
+    ),
     "unused layer": (lambda: Forward(lambda s, x: s.b(x)), r"'a\.(weight|bias)'"),
     "shared": (_shared, r"'0' \(Linear\): its parameters are used twice"),
     "tied": (_tied, r"'2' \(Linear\): its parameters are used twice"),
     "spare parameter": (_unused, "'spare'"),
     "hooks": (_hooked, r"'0' \(Linear\): it has hooks"),
     "parametrised": (
-        lambda: nn.Sequential(spectral_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 1)), r"'0' \(Parametrized",
+        lambda: nn.Sequential(spectral_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 1)),
+        r"'0' \(Parametrized",
     ),
     "own linear": (lambda: Doubled(3, 2), "cannot label"),
     "own linear inside": (lambda: nn.Sequential(Doubled(3, 2)), "cannot label"),
     "no linear": (lambda: nn.Sequential(nn.Flatten(), nn.Identity()), "no Linear layer"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", UNLABELLABLE)
@@ -439,7 +517,11 @@ def test_unlabelled_specs_claim_nothing(name: str) -> None:
     assert spec.dim == sum(parameter.numel() for parameter in net.parameters())
     assert not any(spec.symmetries())
     theta = weights(spec, 2)
-    for act in (spec.known_symmetries, lambda: spec.random_symmetry(theta, seed=0), lambda: spec.log_group_order):
+    for act in (
+        spec.known_symmetries,
+        lambda: spec.random_symmetry(theta, seed=0),
+        lambda: spec.log_group_order,
+    ):
         with pytest.raises(ValueError, match="not known: its weights have no labels"):
             act()
 

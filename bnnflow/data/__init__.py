@@ -5,4 +5,12 @@ from bnnflow.data.loaders import Dataset, load
 from bnnflow.data.standardise import Standardiser, standardise
 from bnnflow.data.synthetic import gap_function, gap_regression
 
-__all__ = ["Dataset", "Standardiser", "gap_function", "gap_regression", "load", "load_images", "standardise"]
+__all__ = [
+    "Dataset",
+    "Standardiser",
+    "gap_function",
+    "gap_regression",
+    "load",
+    "load_images",
+    "standardise",
+]

@@ -1,4 +1,7 @@
-"""Images and labels: idx files (MNIST and its kin), ``.npz`` files, scikit-learn's digits. Nothing is downloaded."""
+"""Images and labels: idx files (MNIST and its kin), ``.npz`` files, scikit-learn's digits.
+
+Nothing is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -20,27 +23,33 @@ from bnnflow.data.loaders import Dataset
 
 __all__ = ["load_images"]
 
-# Where the four idx files of each set usually lie, below the folder. Both sets call them by the same names.
+# Where the four idx files of each set usually lie, below the folder. Both sets call them by the
+# same names.
 IDX = {
     "mnist": ("mnist", "MNIST/raw"),
     "fashion_mnist": ("fashion_mnist", "fashion-mnist", "FashionMNIST/raw"),
 }
 _PARTS = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
           "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}  # fmt: skip
-_MAGIC = {3: 0x0803, 1: 0x0801}  # number of axes to the first four bytes of an idx file of unsigned bytes
+# number of axes to the first four bytes of an idx file of unsigned bytes
+_MAGIC = {3: 0x0803, 1: 0x0801}
 
 
 @checked
 def load_images(
-    name: str = "digits", *, folder: str | Path | None = None, test_fraction: Fraction = 0.2, seed: Whole = 0
+    name: str = "digits",
+    *,
+    folder: str | Path | None = None,
+    test_fraction: Fraction = 0.2,
+    seed: Whole = 0,
 ) -> Dataset:
     """Load grey images with labels, pixels between 0 and 1.
 
-    ``digits`` (8 x 8) comes with scikit-learn; a part chosen by ``seed`` is the test part. ``mnist`` and
-    ``fashion_mnist`` are the four published idx files, plain or with ``.gz``, in one of the usual folders below the
-    folder, such as ``MNIST/raw``, or in ``folder`` itself; their published split is kept. Every other name is
-    ``<name>.npz`` in the folder with ``images`` ``(n, height, width)`` uint8 and ``labels`` ``(n,)``; its last rows
-    are the test part.
+    ``digits`` (8 x 8) comes with scikit-learn; a part chosen by ``seed`` is the test part.
+    ``mnist`` and ``fashion_mnist`` are the four published idx files, plain or with ``.gz``, in one
+    of the usual folders below the folder, such as ``MNIST/raw``, or in ``folder`` itself; their
+    published split is kept. Every other name is ``<name>.npz`` in the folder with ``images``
+    ``(n, height, width)`` uint8 and ``labels`` ``(n,)``; its last rows are the test part.
 
     Args:
         name: of the set.
@@ -70,13 +79,16 @@ def load_images(
         folders = [] if root is None else [Path(root) / below for below in IDX[name]]
         # Only the caller can know whose files lie in a folder itself.
         folders += [] if folder is None else [Path(folder)]
-        return _dataset(name, *_part(name, "train", folders), *_part(name, "test", folders), white=255)
+        return _dataset(
+            name, *_part(name, "train", folders), *_part(name, "test", folders), white=255
+        )
     path = Path(root or ".") / f"{name}.npz"
     if root is None or not path.is_file():
         where = str(path) if root is not None else "nowhere: pass folder= or set BNNFLOW_DATA"
         raise FileNotFoundError(
-            f"no images for {name!r} (looked at {where}). Known sets are digits, {', '.join(IDX)}; any other is a file "
-            f"{name}.npz with the arrays images (n, height, width) uint8 and labels (n,). bnnflow never downloads."
+            f"no images for {name!r} (looked at {where}). Known sets are digits, {', '.join(IDX)}; "
+            f"any other is a file {name}.npz with the arrays images (n, height, width) uint8 and "
+            f"labels (n,). bnnflow never downloads."
         )
     with storage.described(path), np.load(path, allow_pickle=False) as file:
         if not {"images", "labels"} <= set(file.files):
@@ -85,21 +97,30 @@ def load_images(
     fits = images.ndim == 3 and images.dtype == np.uint8 and labels.shape == images.shape[:1]
     if not fits or labels.dtype.kind not in "iu":
         raise ValueError(
-            f"{path}: images must be (n, height, width) uint8 and labels (n,) integers, got {images.shape} "
-            f"{images.dtype} and {labels.shape} {labels.dtype}"
+            f"{path}: images must be (n, height, width) uint8 and labels (n,) integers, got "
+            f"{images.shape} {images.dtype} and {labels.shape} {labels.dtype}"
         )
     return _split(name, images, labels, test_fraction, white=255)
 
 
-def _split(name: str, images: np.ndarray, labels: np.ndarray, test_fraction: float, white: int) -> Dataset:
+def _split(
+    name: str, images: np.ndarray, labels: np.ndarray, test_fraction: float, white: int
+) -> Dataset:
     n_train = len(images) - round(test_fraction * len(images))
     if not 0 < n_train < len(images):
         raise ValueError(f"test_fraction={test_fraction} leaves no images to train or to test on")
-    return _dataset(name, images[:n_train], labels[:n_train], images[n_train:], labels[n_train:], white)
+    return _dataset(
+        name, images[:n_train], labels[:n_train], images[n_train:], labels[n_train:], white
+    )
 
 
 def _dataset(
-    name: str, x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_test: np.ndarray, white: int
+    name: str,
+    x_train: np.ndarray,
+    y_train: np.ndarray,
+    x_test: np.ndarray,
+    y_test: np.ndarray,
+    white: int,
 ) -> Dataset:
     x = [torch.from_numpy(np.asarray(part, dtype=np.float32) / white) for part in (x_train, x_test)]
     y = [torch.from_numpy(np.asarray(part, dtype=np.int64)) for part in (y_train, y_test)]
@@ -117,12 +138,16 @@ def _part(name: str, part: str, folders: list[Path]) -> tuple[np.ndarray, np.nda
             return x, y
     looked = ", ".join(map(str, folders)) or "nowhere: pass folder= or set BNNFLOW_DATA"
     wanted = " and ".join(_PARTS[part])
-    raise FileNotFoundError(f"no files {wanted} (or with .gz) of {name}; looked in {looked}. bnnflow never downloads.")
+    raise FileNotFoundError(
+        f"no files {wanted} (or with .gz) of {name}; looked in {looked}. bnnflow never downloads."
+    )
 
 
 def _present(path: Path) -> Path | None:
     """Return the file or its compressed form, whichever is there."""
-    return next((file for file in (path, path.with_name(f"{path.name}.gz")) if file.is_file()), None)
+    return next(
+        (file for file in (path, path.with_name(f"{path.name}.gz")) if file.is_file()), None
+    )
 
 
 def _idx(path: Path, axes: int) -> np.ndarray:
@@ -135,5 +160,7 @@ def _idx(path: Path, axes: int) -> np.ndarray:
     except (OSError, EOFError, zlib.error, struct.error) as error:
         raise ValueError(f"{path} is no idx file, or it is cut short: {error}") from error
     if magic != _MAGIC[axes] or len(data) != start + math.prod(shape):
-        raise ValueError(f"{path} is no idx file of unsigned bytes with {axes} axes, or it is cut short")
+        raise ValueError(
+            f"{path} is no idx file of unsigned bytes with {axes} axes, or it is cut short"
+        )
     return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)

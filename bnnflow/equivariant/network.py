@@ -19,13 +19,19 @@ __all__ = ["DWSNet", "Messages", "TimeEmbedding", "Wiring", "embedded_condition"
 
 
 class TimeEmbedding(nn.Module):
-    """Sines, cosines and log(1 - t), mixed by a small perceptron: ``(batch,) -> (batch, width)``."""
+    """Sines, cosines and log(1 - t), mixed by a small perceptron:
+    ``(batch,) -> (batch, width)``.
+    """
 
     def __init__(self, width: int, frequencies: int = 16) -> None:
         super().__init__()
         self._frequencies: Tensor
-        self.register_buffer("_frequencies", torch.arange(1, frequencies + 1) * math.pi / 2, persistent=False)
-        self.mix = nn.Sequential(nn.Linear(2 * frequencies + 2, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.register_buffer(
+            "_frequencies", torch.arange(1, frequencies + 1) * math.pi / 2, persistent=False
+        )
+        self.mix = nn.Sequential(
+            nn.Linear(2 * frequencies + 2, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+        )
 
     def forward(self, t: Tensor) -> Tensor:
         """Embed times in [0, 1]."""
@@ -35,15 +41,21 @@ class TimeEmbedding(nn.Module):
 
 
 def embedded_condition(
-    time: tuple[nn.Module | None, Tensor | None], context: tuple[nn.Module | None, Tensor | None], length: int
+    time: tuple[nn.Module | None, Tensor | None],
+    context: tuple[nn.Module | None, Tensor | None],
+    length: int,
 ) -> Tensor | None:
-    """Return what modulates a network, ``(batch, width)``, from its embeddings of time and context and their values.
+    """Return what modulates a network, ``(batch, width)``, from its embeddings of time and context
+    and their values.
 
     Raises:
-        ValueError: if one of the values is missing, unexpected, or not of the ``length`` of the context.
+        ValueError: if one of the values is missing, unexpected, or not of the ``length`` of the
+            context.
     """
     if (time[0] is None) != (time[1] is None):
-        raise ValueError("this network takes no time" if time[0] is None else "this network needs a time t")
+        raise ValueError(
+            "this network takes no time" if time[0] is None else "this network needs a time t"
+        )
     if (0 if context[1] is None else context[1].shape[-1]) != length:
         found = None if context[1] is None else tuple(context[1].shape)
         raise ValueError(f"this network takes a context of length {length}, got {found}")
@@ -58,12 +70,14 @@ class Wiring:
 
     Attributes:
         heads: of the messages that units at the two ends of an edge send each other, 0 for none.
-        edge_width: channels of a matrix between hidden layers; if None a quarter of the network's width and at least 8.
-            In wide networks they decide the cost.
-        frequency: of learned sines of the weights of each unit, which it is lifted by too (Fourier features); 0 for
-            none. They help with networks of sines, whose weights are frequencies themselves.
-        shared: use the same parameters in every hidden layer, told apart by their relative depth, so that a state
-            dict fits networks of other widths and other depths; the first and the last layer keep maps of their own.
+        edge_width: channels of a matrix between hidden layers; if None a quarter of the network's
+            width and at least 8. In wide networks they decide the cost.
+        frequency: of learned sines of the weights of each unit, which it is lifted by too (Fourier
+            features); 0 for none. They help with networks of sines, whose weights are frequencies
+            themselves.
+        shared: use the same parameters in every hidden layer, told apart by their relative depth,
+            so that a state dict fits networks of other widths and other depths; the first and the
+            last layer keep maps of their own.
     """
 
     heads: Whole = 4
@@ -74,14 +88,17 @@ class Wiring:
 
 @checked
 class DWSNet(nn.Module):
-    """A residual stack of equivariant layers in the fused layout, with an equivariant or an invariant end.
+    """A residual stack of equivariant layers in the fused layout, with an equivariant or an
+    invariant end.
 
-    Maps features on every weight, ``(batch, dim, in_features)``, to ``(batch, dim, out_features)``, and commutes with
-    permutations of hidden units; the head starts at zero. An invariant network maps them to ``(batch, out_features)``
-    by a small perceptron over the means and maxima of all blocks. Each block of the stack normalises the channels,
-    shifts, scales and gates them by time and context if there are any (AdaLN), mixes them by a `FusedLinear` that
-    also sees maxima over units, a low-rank bilinear term between the units at the two ends of an edge, and messages
-    that units send along the edges, and adds the result. No parameter depends on the width of a hidden layer.
+    Maps features on every weight, ``(batch, dim, in_features)``, to ``(batch, dim, out_features)``,
+    and commutes with permutations of hidden units; the head starts at zero. An invariant network
+    maps them to ``(batch, out_features)`` by a small perceptron over the means and maxima of all
+    blocks. Each block of the stack normalises the channels, shifts, scales and gates them by time
+    and context if there are any (AdaLN), mixes them by a `FusedLinear` that also sees maxima over
+    units, a low-rank bilinear term between the units at the two ends of an edge, and messages that
+    units send along the edges, and adds the result. No parameter depends on the width of a hidden
+    layer.
 
     Args:
         spec: a chain of layers, or a residual network without square residual matrices.
@@ -96,8 +113,8 @@ class DWSNet(nn.Module):
         wiring: of the blocks; see `Wiring`.
 
     Raises:
-        ValueError: if the network has no labels or a tensor has one label twice; with ``shared``, if it is no chain of
-            linear layers.
+        ValueError: if the network has no labels or a tensor has one label twice; with ``shared``,
+            if it is no chain of linear layers.
 
     Example:
         >>> spec = WeightSpec.of(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)))
@@ -123,13 +140,19 @@ class DWSNet(nn.Module):
         heads, frequency = wiring.heads, wiring.frequency
         self.layout = Layout(spec, shared=wiring.shared)
         self.invariant = invariant
-        self._out_features, self._context_length, self._unit_features = out_features, context, unit_features
+        self._out_features, self._context_length, self._unit_features = (
+            out_features,
+            context,
+            unit_features,
+        )
         n_units, n_matrices = len(self.layout.channels.units), len(self.layout.channels.matrices)
         edge_width = max(8, width // 4) if wiring.edge_width is None else wiring.edge_width
         hidden = Channels((width,) * n_units, (edge_width,) * n_matrices, width)
         self._hidden = hidden
         self.time = TimeEmbedding(width) if time else None
-        self.context = nn.Sequential(perceptron(context, width, width), nn.SiLU()) if context else None
+        self.context = (
+            nn.Sequential(perceptron(context, width, width), nn.SiLU()) if context else None
+        )
         self.lift = FusedLinear(self.layout, self.layout.channels.scaled(in_features), hidden)
         of_matrices = self.layout.channels.scaled(in_features).matrices if heads else ()
         self.carry = nn.ModuleList(nn.Linear(c, heads) for c in of_matrices)
@@ -141,11 +164,15 @@ class DWSNet(nn.Module):
         if wiring.shared:
             self.lift_depth = nn.Linear(1, width + edge_width)
         condition = width if time or context else 0
-        self.blocks = nn.ModuleList(_Block(self.layout, hidden, condition, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            _Block(self.layout, hidden, condition, heads) for _ in range(depth)
+        )
         self.readout = self.head = None
         if invariant:
             pooled = 2 * sum(hidden.flat) - hidden.globals
-            self.readout = nn.Sequential(nn.LayerNorm(pooled), perceptron(pooled, width, out_features))
+            self.readout = nn.Sequential(
+                nn.LayerNorm(pooled), perceptron(pooled, width, out_features)
+            )
         else:
             self.head = FusedLinear(self.layout, hidden, self.layout.channels.scaled(out_features))
             for parameter in self.head.parameters():
@@ -164,16 +191,22 @@ class DWSNet(nn.Module):
             features: ``(batch, dim, in_features)``.
             t: times ``(batch,)``, for a network with ``time``.
             context: ``(batch, context)``, for one with a context.
-            units: ``(batch, n, unit_features)`` for each hidden layer by label, for one with unit features.
+            units: ``(batch, n, unit_features)`` for each hidden layer by label, for one with unit
+                features.
 
         Raises:
             ValueError: if one of these is missing, unexpected, or of another size.
         """
-        condition = embedded_condition((self.time, t), (self.context, context), self._context_length)
+        condition = embedded_condition(
+            (self.time, t), (self.context, context), self._context_length
+        )
         packed = self.layout.pack(features)
         carriers = [
-            torch.tanh(self.carry[kind](block)).movedim(-1, 1).contiguous()  # (batch, heads, rows, columns)
-            for kind, block in zip(self.layout.matrix_kinds if self.carry else [], packed.matrices, strict=False)
+            # (batch, heads, rows, columns)
+            torch.tanh(self.carry[kind](block)).movedim(-1, 1).contiguous()
+            for kind, block in zip(
+                self.layout.matrix_kinds if self.carry else [], packed.matrices, strict=False
+            )
         ]
         fused = self._lift(packed, units)
         for block in self.blocks:
@@ -188,21 +221,37 @@ class DWSNet(nn.Module):
         fused = self.lift(packed)
         labels, kinds = list(self.layout.widths), self.layout.unit_kinds
         if set(units or ()) != set(labels if self._unit_features else ()):
-            raise ValueError(f"this network takes {self._unit_features} features of each unit of {labels}")
+            raise ValueError(
+                f"this network takes {self._unit_features} features of each unit of {labels}"
+            )
         if self._frequency:
             angles = [
-                self.lift_sines[kind](self._frequency * own) for kind, own in zip(kinds, packed.units, strict=True)
+                self.lift_sines[kind](self._frequency * own)
+                for kind, own in zip(kinds, packed.units, strict=True)
             ]
-            fused = fused._replace(units=[own + a.sin() for own, a in zip(fused.units, angles, strict=True)])
+            fused = fused._replace(
+                units=[own + a.sin() for own, a in zip(fused.units, angles, strict=True)]
+            )
         if units:
-            seen = [self.lift_units[kind](units[label]) for kind, label in zip(kinds, labels, strict=True)]
-            fused = fused._replace(units=[own + more for own, more in zip(fused.units, seen, strict=True)])
+            seen = [
+                self.lift_units[kind](units[label])
+                for kind, label in zip(kinds, labels, strict=True)
+            ]
+            fused = fused._replace(
+                units=[own + more for own, more in zip(fused.units, seen, strict=True)]
+            )
         if self.layout.shared:
-            where = torch.linspace(0, 1, 2 * len(labels) + 1)[1:-1, None]  # hidden layers and matrices in turn
-            of_units, of_matrices = self.lift_depth(where.to(fused.globals)).split(self._hidden.flat[:2], -1)
+            # hidden layers and matrices in turn
+            where = torch.linspace(0, 1, 2 * len(labels) + 1)[1:-1, None]
+            of_units, of_matrices = self.lift_depth(where.to(fused.globals)).split(
+                self._hidden.flat[:2], -1
+            )
             fused = Fused(
                 [own + of_units[2 * layer] for layer, own in enumerate(fused.units)],
-                [own + of_matrices[r + k] for own, (r, k) in zip(fused.matrices, self.layout.ends, strict=True)],
+                [
+                    own + of_matrices[r + k]
+                    for own, (r, k) in zip(fused.matrices, self.layout.ends, strict=True)
+                ],
                 fused.globals,
             )
         return fused
@@ -211,7 +260,9 @@ class DWSNet(nn.Module):
 class _Block(nn.Module):
     """One residual block; see `DWSNet`. Lists over parts go through units, matrices and globals."""
 
-    def __init__(self, layout: Layout, channels: Channels, condition: int, heads: int, expansion: int = 2) -> None:
+    def __init__(
+        self, layout: Layout, channels: Channels, condition: int, heads: int, expansion: int = 2
+    ) -> None:
         super().__init__()
         self._layout, self._channels = layout, channels
         self.messages = Messages(layout, channels, heads) if heads and channels.matrices else None
@@ -236,7 +287,9 @@ class _Block(nn.Module):
     def forward(self, fused: Fused, condition: Tensor | None, carriers: list[Tensor]) -> Fused:
         parts = [*fused.units, *fused.matrices, fused.globals]
         if condition is None:
-            normed = [self.norms[kind](part) for kind, part in zip(self._layout.kinds, parts, strict=True)]
+            normed = [
+                self.norms[kind](part) for kind, part in zip(self._layout.kinds, parts, strict=True)
+            ]
             added = self._change(normed, carriers)
             results = [part + more for part, more in zip(parts, added, strict=True)]
         else:
@@ -246,12 +299,17 @@ class _Block(nn.Module):
                 for part, scale, shift in zip(parts, scales, shifts, strict=True)
             ]
             added = self._change(normed, carriers)
-            results = [torch.addcmul(part, gate, more) for part, gate, more in zip(parts, gates, added, strict=True)]
+            results = [
+                torch.addcmul(part, gate, more)
+                for part, gate, more in zip(parts, gates, added, strict=True)
+            ]
         n = len(fused.units)
         return Fused(results[:n], results[n:-1], results[-1])
 
     def _modulation(self, condition: Tensor, parts: list[Tensor]) -> list[list[Tensor]]:
-        """Return scale, shift and gate of every part, each with axes to broadcast over the hidden ones."""
+        """Return scale, shift and gate of every part, each with axes to broadcast over the hidden
+        ones.
+        """
         one = torch.tensor([[1.0], [0.0], [1.0]], dtype=condition.dtype, device=condition.device)
         values = self.modulate(condition).unflatten(-1, (3, -1)) + one  # (batch, 3, channels)
         pieces = values.split(self._channels.flat, -1)
@@ -271,20 +329,25 @@ class _Block(nn.Module):
             (self.rows[kind](units[row]), self.columns[kind](units[column]))
             for kind, (row, column) in zip(layout.matrix_kinds, layout.ends, strict=True)
         ]
-        maxima = by_kind([block.amax(-2) for block in units], layout.unit_kinds, loose, self._channels.units)
+        maxima = by_kind(
+            [block.amax(-2) for block in units], layout.unit_kinds, loose, self._channels.units
+        )
         if self.messages is not None:
             heard = self.messages(units, carriers)
             units = [torch.cat(pair, -1) for pair in zip(units, heard, strict=True)]
         mixed = self.mix(Fused(units, matrices, torch.cat([loose, *maxima], -1)), edges)
         parts = [*mixed.units, *mixed.matrices, mixed.globals]
-        return [self.narrow[kind](F.silu(part)) for kind, part in zip(layout.kinds, parts, strict=True)]
+        return [
+            self.narrow[kind](F.silu(part)) for kind, part in zip(layout.kinds, parts, strict=True)
+        ]
 
 
 class Messages(nn.Module):
-    """What the units at the two ends of the edges send each other: features times the heads of their edge.
+    """What the units at the two ends of the edges send each other: features times the heads of
+    their edge.
 
-    Unit i of the rows hears sum_j E_ij (V h_j) of every head E, and the columns hear the rows in the same way: what a
-    forward and a backward pass through the network itself do.
+    Unit i of the rows hears sum_j E_ij (V h_j) of every head E, and the columns hear the rows in
+    the same way: what a forward and a backward pass through the network itself do.
 
     Args:
         layout: where the features live.
@@ -294,19 +357,28 @@ class Messages(nn.Module):
     """
 
     def __init__(
-        self, layout: Layout, channels: Channels, heads: int, norm: Callable[[int], nn.Module] = nn.LayerNorm
+        self,
+        layout: Layout,
+        channels: Channels,
+        heads: int,
+        norm: Callable[[int], nn.Module] = nn.LayerNorm,
     ) -> None:
         super().__init__()
         self._layout = layout
         self._shape = (heads, -(-channels.globals // heads))
         self.length = math.prod(self._shape)
         kinds = range(len(channels.matrices))
-        self.to_rows = nn.ModuleList(nn.Linear(channels.globals, self.length, bias=False) for _ in kinds)
-        self.to_columns = nn.ModuleList(nn.Linear(channels.globals, self.length, bias=False) for _ in kinds)
+        self.to_rows = nn.ModuleList(
+            nn.Linear(channels.globals, self.length, bias=False) for _ in kinds
+        )
+        self.to_columns = nn.ModuleList(
+            nn.Linear(channels.globals, self.length, bias=False) for _ in kinds
+        )
         self.norms = nn.ModuleList(norm(self.length) for _ in channels.units)
 
     def forward(self, units: list[Tensor], carriers: list[Tensor]) -> list[Tensor]:
-        """Return the sum of all messages to each unit, ``(batch, n, length)`` for each hidden layer.
+        """Return the sum of all messages to each unit, ``(batch, n, length)`` for each hidden
+        layer.
 
         Args:
             units: features of the units, ``(batch, n, channels)``.
@@ -314,7 +386,9 @@ class Messages(nn.Module):
         """
         layout = self._layout
         heard: list[list[Tensor]] = [[] for _ in units]
-        for kind, (row, column), heads in zip(layout.matrix_kinds, layout.ends, carriers, strict=True):
+        for kind, (row, column), heads in zip(
+            layout.matrix_kinds, layout.ends, carriers, strict=True
+        ):
             heard[row].append(self._carried(heads, self.to_rows[kind](units[column])))
             heard[column].append(self._carried(heads.mT, self.to_columns[kind](units[row])))
         silence = [unit.new_zeros(*unit.shape[:-1], self.length) for unit in units]
@@ -325,7 +399,8 @@ class Messages(nn.Module):
 
     def _carried(self, heads: Tensor, values: Tensor) -> Tensor:
         """Carry values ``(batch, from, length)`` along the edges ``(batch, heads, to, from)``."""
-        values = values.unflatten(-1, self._shape).movedim(-2, 1)  # (batch, heads, from, length / heads)
+        # (batch, heads, from, length / heads)
+        values = values.unflatten(-1, self._shape).movedim(-2, 1)
         return (heads @ values).movedim(1, -2).flatten(-2)
 
 
@@ -340,5 +415,8 @@ def _pool(fused: Fused, layout: Layout, channels: Channels) -> Tensor:
     pooled = [(mean(block, -2), block.amax(-2)) for block in fused.units]
     pooled += [(mean(means, -2), maxima.amax(-2)) for means, maxima in columns]
     sizes = (*channels.units, *channels.matrices)
-    by_kinds = [by_kind(list(values), layout.kinds[:-1], fused.globals, sizes) for values in zip(*pooled, strict=True)]
+    by_kinds = [
+        by_kind(list(values), layout.kinds[:-1], fused.globals, sizes)
+        for values in zip(*pooled, strict=True)
+    ]
     return torch.cat([*(value for values in by_kinds for value in values), fused.globals], -1)

@@ -15,9 +15,9 @@ __all__ = ["TensorScaler"]
 class TensorScaler(nn.Module):
     """Standardise weights with one mean and one standard deviation for each tensor.
 
-    All entries of a tensor share the two numbers: statistics of single entries would not move with a permutation of
-    hidden units and break the equivariance of whatever follows. A fresh scaler changes nothing; `fit` estimates the
-    statistics, which are part of the state dict.
+    All entries of a tensor share the two numbers: statistics of single entries would not move with
+    a permutation of hidden units and break the equivariance of whatever follows. A fresh scaler
+    changes nothing; `fit` estimates the statistics, which are part of the state dict.
 
     Args:
         spec: the weight space.
@@ -38,7 +38,9 @@ class TensorScaler(nn.Module):
         sizes = torch.tensor([where.stop - where.start for where in spec.slices.values()])
         self.register_buffer("mean", torch.zeros(len(sizes)))
         self.register_buffer("sd", torch.ones(len(sizes)))
-        self.register_buffer("_tensor", torch.arange(len(sizes)).repeat_interleave(sizes), persistent=False)
+        self.register_buffer(
+            "_tensor", torch.arange(len(sizes)).repeat_interleave(sizes), persistent=False
+        )
 
     @classmethod
     @checked
@@ -55,7 +57,8 @@ class TensorScaler(nn.Module):
         parts = [theta[..., where].double() for where in spec.slices.values()]
         sd = torch.stack([part.std(correction=0) for part in parts])
         scaler.mean.copy_(torch.stack([part.mean() for part in parts]))
-        largest = torch.stack([part.abs().max() for part in parts])  # of which rounding alone leaves a share
+        # of which rounding alone leaves a share
+        largest = torch.stack([part.abs().max() for part in parts])
         scaler.sd.copy_(torch.where(sd > torch.finfo(theta.dtype).eps * largest, sd, 1.0))
         return scaler
 

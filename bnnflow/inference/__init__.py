@@ -1,14 +1,14 @@
 """Samplers and approximations: everything that turns a model into draws.
 
-`sample` is the entry point to all methods, each of which has a module of its own. Exact: `HMC`, `AdjustedMCLMC`,
-`PyroNUTS`, and `SMC` as its particles grow in number. With a bias that is set: `MCLMC`, and on mini-batches `SGLD`,
-`SGHMC` and `SGNHT`, whose step sizes may follow `Constant`, `Polynomial` or `Cyclical`. Fitted: `VI`,
-`NormalizingFlowVI`, `Laplace`, `SWAG`. To compare with: `DeepEnsemble`, `MCDropout`. `evidence` is that of draws of any
-of the exact ones.
+`sample` is the entry point to all methods, each of which has a module of its own. Exact: `HMC`,
+`AdjustedMCLMC`, `PyroNUTS`, and `SMC` as its particles grow in number. With a bias that is set:
+`MCLMC`, and on mini-batches `SGLD`, `SGHMC` and `SGNHT`, whose step sizes may follow `Constant`,
+`Polynomial` or `Cyclical`. Fitted: `VI`, `NormalizingFlowVI`, `Laplace`, `SWAG`. To compare with:
+`DeepEnsemble`, `MCDropout`. `evidence` is that of draws of any of the exact ones.
 
-`Method` is what a method of one's own must be, and `Run` what it is told. Kernels (`hmc.hmc`, `mclmc.mclmc`, ...) and
-their warm-up (`trajectories.trajectory_warm_up`, `loop.warm_up`) work on any density; `loop.run_chains` gives a kernel
-checkpoints, interrupts and processes.
+`Method` is what a method of one's own must be, and `Run` what it is told. Kernels (`hmc.hmc`,
+`mclmc.mclmc`, ...) and their warm-up (`trajectories.trajectory_warm_up`, `loop.warm_up`) work on
+any density; `loop.run_chains` gives a kernel checkpoints, interrupts and processes.
 """
 
 from bnnflow.inference.approximate.dropout import MCDropout

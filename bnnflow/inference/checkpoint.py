@@ -1,10 +1,11 @@
 """Runs that outlive their process: states that come back bit for bit, draws that stream to disk.
 
-A run's folder holds one folder for each process, which one run at a time has to itself. In it, ``state-0.npz`` and
-``state-1.npz`` are the last two states, each written whole or not at all; the other files are draws, appended in the
-order (draw, chain, ...) as plain numbers. A state says how many draws were on disk when it was written, and their
-checksum: whatever a killed process appended after it is written anew, and whatever was damaged is noticed. If the newer
-state is damaged, or draws that only it vouches for, the older one takes its place.
+A run's folder holds one folder for each process, which one run at a time has to itself. In it,
+``state-0.npz`` and ``state-1.npz`` are the last two states, each written whole or not at all; the
+other files are draws, appended in the order (draw, chain, ...) as plain numbers. A state says how
+many draws were on disk when it was written, and their checksum: whatever a killed process appended
+after it is written anew, and whatever was damaged is noticed. If the newer state is damaged, or
+draws that only it vouches for, the older one takes its place.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class Saved(NamedTuple):
     path: Path
 
     def state(self, name: str, template: Any) -> Any:
-        """Return the state ``name``, with the structure, the dtypes and the device of ``template``."""
+        """Return the state ``name``, with the structure, the dtypes and the device of
+        ``template``.
+        """
         with storage.described(self.path):
             return _rebuild(template, self._values(name))
 
@@ -72,14 +75,16 @@ class RunFolder:
     """A folder that one run is kept in, and works on alone until `release`.
 
     Args:
-        checkpoint: where, a folder that is made if missing, and whether to go on with the run that is there.
+        checkpoint: where, a folder that is made if missing, and whether to go on with the run that
+            is there.
         identity: what a run must agree on to be the same run; plain values by name.
         ranks: the processes that share it.
         device: by which they exchange messages.
 
     Raises:
-        ValueError: if another run works on the folder; if it holds a run that is not to be resumed, or holds another
-            run, one of an earlier version, one that is damaged beyond its last two states, or something else.
+        ValueError: if another run works on the folder; if it holds a run that is not to be resumed,
+            or holds another run, one of an earlier version, one that is damaged beyond its last two
+            states, or something else.
     """
 
     def __init__(
@@ -93,7 +98,11 @@ class RunFolder:
         if folder.is_file():
             raise ValueError(f"checkpoint must be a folder, {folder} is a file")
         self.folder = folder / f"rank-{ranks.rank}"
-        self._identity, self._ranks, self._device = json.loads(json.dumps(identity)), ranks, torch.device(device)
+        self._identity, self._ranks, self._device = (
+            json.loads(json.dumps(identity)),
+            ranks,
+            torch.device(device),
+        )
         self._started = self._last = time.monotonic()
         self._seconds, self._slot = 0.0, 0
         self._lock = self._locked()
@@ -104,7 +113,9 @@ class RunFolder:
             raise
 
     def _locked(self) -> storage.Lock:
-        """Take the folder; the first process does before the others, so that of two runs one gets all of them."""
+        """Take the folder; the first process does before the others, so that of two runs one gets
+        all of them.
+        """
         first = storage.Lock(self.folder, folder=True) if self._ranks.rank == 0 else None
         self._ranks.agree(0, self._device)
         return first or storage.Lock(self.folder, folder=True)
@@ -112,23 +123,27 @@ class RunFolder:
     def _open(self, folder: Path, resume: bool) -> Saved | None:
         """Return the state to go on from, and see that the folder holds this run or none."""
         for each in self.folder.iterdir():
-            if _UNFINISHED.fullmatch(each.name):  # of a process that was killed: nobody else works here
+            # of a process that was killed: nobody else works here
+            if _UNFINISHED.fullmatch(each.name):
                 each.unlink()
         states = _states(self.folder)
         saved = self._common(states)
         others = [each.name for each in self.folder.iterdir() if each.name != ".lock"]
         if not states and others:
             raise ValueError(
-                f"{self.folder} is not empty, and what it holds is no run: {', '.join(sorted(others)[:5])}"
+                f"{self.folder} is not empty, and what it holds is no run: "
+                f"{', '.join(sorted(others)[:5])}"
             )
         if states and not resume:
             raise ValueError(
-                f"{folder} already holds a run: go on with it by Checkpoint({str(folder)!r}, resume=True), "
+                f"{folder} already holds a run: go on with it by Checkpoint({str(folder)!r}, "
+                f"resume=True), "
                 "or take another folder"
             )
         if states and states[-1].header["version"] < _VERSION:
             raise ValueError(
-                f"{folder} holds a run of an earlier bnnflow, which kept no checksums: bf.load reads its draws, but a "
+                f"{folder} holds a run of an earlier bnnflow, which kept no checksums: bf.load "
+                f"reads its draws, but a "
                 "run must begin in another folder"
             )
         if saved is None:
@@ -139,7 +154,9 @@ class RunFolder:
             self._slot = 1 - saved.slot
         for name, value in self._identity.items():
             if theirs.get(name) != value:
-                raise ValueError(f"{folder} holds another run: its {name} is {theirs.get(name)}, not {value}")
+                raise ValueError(
+                    f"{folder} holds another run: its {name} is {theirs.get(name)}, not {value}"
+                )
         return saved
 
     def release(self) -> None:
@@ -155,8 +172,8 @@ class RunFolder:
     def _common(self, states: list[Saved]) -> Saved | None:
         """Choose the newest state from which all processes can go on together.
 
-        Once all of them draw, each goes on from its own newest. Before, they exchange messages, and must be at the
-        same step; as they write at the same steps, one of the last two is common.
+        Once all of them draw, each goes on from its own newest. Before, they exchange messages, and
+        must be at the same step; as they write at the same steps, one of the last two is common.
         """
         if self._ranks.size == 1:
             return states[-1] if states else None
@@ -171,7 +188,10 @@ class RunFolder:
         return next((s for s in states if _progress(s) == best), None)
 
     def due(self, together: bool, device: torch.device) -> bool:
-        """Say whether it is time to write; the first process decides where all must write ``together``."""
+        """Say whether it is time to write.
+
+        The first process decides where all must write ``together``.
+        """
         mine = time.monotonic() - self._last > SECONDS
         return bool(self._ranks.agree(int(mine), device)) if together else mine
 
@@ -182,7 +202,9 @@ class RunFolder:
             arrays |= {f"{name}/{i}": _array(leaf) for i, leaf in enumerate(_leaves(state))}
         seconds = self._seconds + time.monotonic() - self._started
         header = {"identity": self._identity, "seconds": seconds} | header
-        storage.write(self.folder / f"state-{self._slot}.npz", "checkpoint", _VERSION, header, arrays)
+        storage.write(
+            self.folder / f"state-{self._slot}.npz", "checkpoint", _VERSION, header, arrays
+        )
         self._slot = 1 - self._slot
         self._last = time.monotonic()
 
@@ -197,7 +219,8 @@ class Stream:
 
     Args:
         folder: where the files are.
-        saved: the state that vouches for the draws that are there already and stay; None if there are none.
+        saved: the state that vouches for the draws that are there already and stay; None if there
+            are none.
         chunk: number of draws that are written together.
     """
 
@@ -222,7 +245,8 @@ class Stream:
         for name, values in self._pending.items():
             block = np.ascontiguousarray(torch.stack(values).cpu().numpy())
             column = self._columns.get(name) or _Column(block.shape[1:], block.dtype.str, 0)
-            # In place of what a killed process appended: a file that others have mapped must not become shorter.
+            # In place of what a killed process appended: a file that others have mapped must not
+            # become shorter.
             with (self._folder / _file(name)).open("r+b" if self.done else "wb") as file:
                 file.seek(self.done * column.bytes)
                 file.write(block.data)
@@ -237,12 +261,16 @@ class Stream:
         return {"columns": {name: list(column) for name, column in self._columns.items()}}
 
     def read(self) -> dict[str, Tensor]:
-        """Return everything on disk as tensors ``(chain, draw, ...)`` that are read only when looked at."""
+        """Return everything on disk as tensors ``(chain, draw, ...)`` that are read only when
+        looked at.
+        """
         return _read(self._folder, self._columns, self.done)
 
 
 class _Column(NamedTuple):
-    """What is on disk of one quantity: the shape of one draw ``(chain, ...)``, its type, and the CRC of all draws."""
+    """What is on disk of one quantity: the shape of one draw ``(chain, ...)``, its type, and the
+    CRC of all draws.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -269,7 +297,9 @@ def load(folder: str | Path) -> Draws:
                 done = _draws(header)
                 parts.append(_read(place, _columns(header, place), done) if done else {})
     if not parts or not all(parts):
-        raise ValueError(f"{folder} holds no draws yet" if parts else f"{folder} holds no run of bnnflow")
+        raise ValueError(
+            f"{folder} holds no draws yet" if parts else f"{folder} holds no run of bnnflow"
+        )
     with storage.described(folder):
         shortest = min(part["theta"].shape[1] for part in parts)
         joined = {
@@ -282,7 +312,7 @@ def load(folder: str | Path) -> Draws:
         return Draws(joined.pop("theta"), joined.pop("log_joint"), joined, info=info)
 
 
-# ---------------------------------------------------------------- files
+# ---------------------------------------- files
 
 
 def _file(name: str) -> str:
@@ -292,7 +322,9 @@ def _file(name: str) -> str:
 def _read(folder: Path, columns: dict[str, _Column], done: int) -> dict[str, Tensor]:
     def tensor(name: str, column: _Column) -> Tensor:
         # Copy on write: the tensor may be changed, the file is not.
-        mapped = np.memmap(folder / _file(name), dtype=column.dtype, mode="c", shape=(done, *column.shape))
+        mapped = np.memmap(
+            folder / _file(name), dtype=column.dtype, mode="c", shape=(done, *column.shape)
+        )
         return torch.from_numpy(mapped).transpose(0, 1)
 
     return {name: tensor(name, column) for name, column in columns.items()}
@@ -304,15 +336,23 @@ def _draws(header: dict[str, Any]) -> int:
 
 
 def _columns(header: dict[str, Any], folder: Path | None = None) -> dict[str, _Column]:
-    """Return what was on disk when a state was written; version 1 kept it in the folder, without checksums."""
+    """Return what was on disk when a state was written.
+
+    Version 1 kept it in the folder, without checksums.
+    """
     if header["version"] < _VERSION and folder is not None:
         layout = storage.read(folder / "layout.npz", {"stream": 1})[0]["layout"]
         return {name: _Column(tuple(shape), dtype, -1) for name, (shape, dtype) in layout.items()}
-    return {name: _Column(tuple(shape), dtype, crc) for name, (shape, dtype, crc) in header.get("columns", {}).items()}
+    return {
+        name: _Column(tuple(shape), dtype, crc)
+        for name, (shape, dtype, crc) in header.get("columns", {}).items()
+    }
 
 
 def _states(folder: Path) -> list[Saved]:
-    """Return the states of a folder, older first; the last one is intact, with all draws that it vouches for.
+    """Return the states of a folder, older first.
+
+    The last one is intact, with all draws that it vouches for.
 
     Raises:
         ValueError: if there are states, but none is intact.
@@ -334,10 +374,16 @@ def _states(folder: Path) -> list[Saved]:
         damaged.append(harm)
         found.pop()
     if damaged and not found:
-        raise ValueError(f"{folder} holds a run that is damaged: {'; '.join(damaged)}. Begin again in another folder")
+        raise ValueError(
+            f"{folder} holds a run that is damaged: {'; '.join(damaged)}. Begin again "
+            f"in another folder"
+        )
     if damaged:
         kept = found[-1].header
-        warn(f"damaged: {'; '.join(damaged)}. The state before it is used, {kept['stage']} at step {kept['step']}")
+        warn(
+            f"damaged: {'; '.join(damaged)}. The state before it is used, {kept['stage']} at step "
+            f"{kept['step']}"
+        )
     return found
 
 
@@ -380,7 +426,7 @@ def _progress(saved: Saved) -> tuple[int, int]:
     return int(saved.header["stage"] == "sampling"), step
 
 
-# ---------------------------------------------------------------- states
+# ---------------------------------------- states
 
 
 def _leaves(state: Any) -> Iterator[Any]:

@@ -1,4 +1,6 @@
-"""The one sampling loop: warm a kernel up, step it, keep what it draws, survive an interrupt or a kill."""
+"""The one sampling loop: warm a kernel up, step it, keep what it draws, survive an interrupt or a
+kill.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,11 @@ class Tuned(NamedTuple):
 
 
 class WarmUp(NamedTuple):
-    """Tuning, as a process: a kernel whose states also hold all that is being learned, and what it ends in.
+    """Tuning, as a process: a kernel whose states also hold all that is being learned, and what it
+    ends in.
 
-    States are tensors, numbers and named tuples of them, so that a run can go on from any of them. ``tuned`` must
-    depend on nothing but the state.
+    States are tensors, numbers and named tuples of them, so that a run can go on from any of them.
+    ``tuned`` must depend on nothing but the state.
     """
 
     init: Callable[[Tensor, torch.Generator], Any]
@@ -53,7 +56,8 @@ def fixed(kernel: Kernel, found: dict[str, Any] | None = None) -> WarmUp:
 def thinned(kernel: Kernel, n: int) -> Kernel:
     """Return the kernel that makes ``n`` steps of another.
 
-    Gradients (``n_steps``) are added, a divergence in any step counts, other statistics are averaged.
+    Gradients (``n_steps``) are added, a divergence in any step counts, other statistics are
+    averaged.
     """
     if n == 1:
         return kernel
@@ -78,7 +82,9 @@ def _combined(name: str, values: tuple[Tensor, ...]) -> Tensor:
 
 
 def warm_up(process: WarmUp, theta: Tensor, n: int, generator: torch.Generator) -> Tuned:
-    """Return the kernel that ``n`` transitions of warm-up tune, from starting points ``(chain, dim)``."""
+    """Return the kernel that ``n`` transitions of warm-up tune, from starting points
+    ``(chain, dim)``.
+    """
     state = process.init(theta, generator)
     for _ in range(n):
         state, _ = process.step(state, generator)
@@ -86,12 +92,20 @@ def warm_up(process: WarmUp, theta: Tensor, n: int, generator: torch.Generator) 
 
 
 def run_chains(
-    model: BayesianModel, run: Run, process: WarmUp, *, chains: int, warmup: int, draws: int, name: str
+    model: BayesianModel,
+    run: Run,
+    process: WarmUp,
+    *,
+    chains: int,
+    warmup: int,
+    draws: int,
+    name: str,
 ) -> Draws:
     """Run a Markov chain method from its starting points to its draws.
 
-    Ctrl-C while drawing returns what was drawn, with a warning and ``info["interrupted"]``; before the first draw
-    there is nothing to return and the interrupt goes on. With a checkpoint, draws go to disk as they come.
+    Ctrl-C while drawing returns what was drawn, with a warning and ``info["interrupted"]``; before
+    the first draw there is nothing to return and the interrupt goes on. With a checkpoint, draws go
+    to disk as they come.
 
     Args:
         model: the posterior.
@@ -109,7 +123,9 @@ def run_chains(
     generator = ranks.own_generator(run.generator)
     if saved is None:
         theta = starting_points(model, mine, run.init, generator, shown, ranks)
-        progress = _Progress(process.init(theta, generator), gradients=1.0 + (WARM_START if run.init is None else 0))
+        progress = _Progress(
+            process.init(theta, generator), gradients=1.0 + (WARM_START if run.init is None else 0)
+        )
     else:
         template = torch.zeros(mine, model.dim, dtype=model.dtype, device=model.device)
         progress = _Progress.restored(saved, process, template, generator)
@@ -121,7 +137,9 @@ def run_chains(
 
 
 class _Progress:
-    """Where a run is: the state of its warm-up, then the tuned kernel and the state of its chains."""
+    """Where a run is: the state of its warm-up, then the tuned kernel and the state of its
+    chains.
+    """
 
     def __init__(self, warm: Any, gradients: float) -> None:
         self.warm, self.step, self.gradients = warm, 0, gradients
@@ -129,8 +147,12 @@ class _Progress:
         self.state: Any = None
 
     @classmethod
-    def restored(cls, saved: Any, process: WarmUp, theta: Tensor, generator: torch.Generator) -> _Progress:
-        progress = cls(saved.state("warm", process.init(theta, generator)), float(saved.header["gradients"]))
+    def restored(
+        cls, saved: Any, process: WarmUp, theta: Tensor, generator: torch.Generator
+    ) -> _Progress:
+        progress = cls(
+            saved.state("warm", process.init(theta, generator)), float(saved.header["gradients"])
+        )
         progress.step = saved.header["step"]
         if saved.header["stage"] == "sampling":
             progress.tuned = process.tuned(progress.warm)
@@ -146,12 +168,19 @@ class _Progress:
         draws: dict[str, Any] | None = None,
     ) -> None:
         stage = "warmup" if self.tuned is None else "sampling"
-        header = {"stage": stage, "step": self.step, "gradients": self.gradients, "info": info} | (draws or {})
+        header = {"stage": stage, "step": self.step, "gradients": self.gradients, "info": info} | (
+            draws or {}
+        )
         checkpoint.save(header, generator, warm=self.warm, state=self.state)
 
 
 def _warm(
-    process: WarmUp, progress: _Progress, warmup: int, run: Run, generator: torch.Generator, meter: _Meter
+    process: WarmUp,
+    progress: _Progress,
+    warmup: int,
+    run: Run,
+    generator: torch.Generator,
+    meter: _Meter,
 ) -> None:
     """Bring the run to its first draw."""
     if progress.tuned is not None:
@@ -176,7 +205,9 @@ def _warm(
     run.ranks.agree(0, device)  # nobody draws before everybody can go on from here
 
 
-def _draw(progress: _Progress, draws: int, run: Run, generator: torch.Generator, meter: _Meter) -> Draws:
+def _draw(
+    progress: _Progress, draws: int, run: Run, generator: torch.Generator, meter: _Meter
+) -> Draws:
     """Step the tuned kernel until there are ``draws`` draws, and gather those of all processes."""
     tuned, checkpoint, done = progress.tuned, run.checkpoint, progress.step
     assert tuned is not None
@@ -212,7 +243,11 @@ def _draw(progress: _Progress, draws: int, run: Run, generator: torch.Generator,
     values = {name: value[:, :draws] for name, value in record.read().items()}
     values = _gathered(values, progress.step, run)
     stats = {name: value for name, value in values.items() if name not in ("theta", "log_joint")}
-    gradients = float(run.ranks.mean(torch.tensor(progress.gradients, dtype=torch.float64, device=generator.device)))
+    gradients = float(
+        run.ranks.mean(
+            torch.tensor(progress.gradients, dtype=torch.float64, device=generator.device)
+        )
+    )
     info = tuned.found | {"interrupted": interrupted, "gradients_per_chain": round(gradients)}
     if "diverging" in stats:
         info["divergences"] = int(stats["diverging"].sum())
@@ -225,7 +260,9 @@ def _gathered(values: dict[str, Tensor], done: int, run: Run) -> dict[str, Tenso
         return values
     device = run.generator.device
     shortest = int(run.ranks.gather(torch.tensor([done], device=device)).min())
-    return {name: run.ranks.gather(value[:, :shortest].to(device)) for name, value in values.items()}
+    return {
+        name: run.ranks.gather(value[:, :shortest].to(device)) for name, value in values.items()
+    }
 
 
 class _Memory:
@@ -248,7 +285,9 @@ class _Memory:
 
 
 class _Meter:
-    """What the bar says: acceptance, divergences, step size and gradients a second, over all chains here."""
+    """What the bar says: acceptance, divergences, step size and gradients a second, over all chains
+    here.
+    """
 
     def __init__(self, bar: tqdm, chains: int) -> None:
         self._bar, self._chains = bar, chains

@@ -29,7 +29,7 @@ __all__ = ["sample"]
 
 
 @checked
-def sample(
+def sample(  # noqa: PLR0913 - the one entry point, with eleven
     model: BayesianModel,
     method: Method | None = None,
     *,
@@ -45,35 +45,38 @@ def sample(
 ) -> Draws:
     """Draw from a model's posterior.
 
-    Under ``torchrun`` the chains or particles are split over the processes, which adapt together; every process returns
-    all draws, and the same script runs unchanged alone. Methods that have no chains run in full in every process.
+    Under ``torchrun`` the chains or particles are split over the processes, which adapt together;
+    every process returns all draws, and the same script runs unchanged alone. Methods that have no
+    chains run in full in every process.
 
     Args:
         model: the posterior.
-        method: `HMC()` unless said otherwise. A flow is one, too: it takes a number of draws, and gives them as one
-            chain.
+        method: `HMC()` unless said otherwise. A flow is one, too: it takes a number of draws, and
+            gives them as one chain.
         chains: number of chains, run as one batch; a method's own default if None.
         warmup: transitions spent on tuning, thrown away.
         draws: draws per chain.
         seed: an int or a generator; the same seed gives the same draws.
-        init: where chains, climbs and fits begin: None for the method's own start, ``"prior"`` for draws of it, a
-            trained network, a list of them, or weights ``(dim,)`` or ``(n, dim)``. Chains take one for all or one for
-            each; `Laplace` polishes the best; `SWAG`, `MCDropout` and `DeepEnsemble` make one member of each; `VI` and
-            `NormalizingFlowVI` take one. `SMC` has ``start``, a density, instead.
+        init: where chains, climbs and fits begin: None for the method's own start, ``"prior"`` for
+            draws of it, a trained network, a list of them, or weights ``(dim,)`` or ``(n, dim)``.
+            Chains take one for all or one for each; `Laplace` polishes the best; `SWAG`,
+            `MCDropout` and `DeepEnsemble` make one member of each; `VI` and `NormalizingFlowVI`
+            take one. `SMC` has ``start``, a density, instead.
         device: where to run; the model's own device if None.
         dtype: floating-point type to run in; the model's own if None.
-        checkpoint: a folder in which draws are kept as they come, and every 15 seconds all that is needed to go on;
-            `bnnflow.load` reads the draws of it at any time. Memory then does not grow with the number of draws. A
-            `Checkpoint` with ``resume`` goes on with the run that is there, if there is one, bit for bit as if it had
-            never stopped (on CPU, with as many threads); a finished run is extended to ``draws``.
+        checkpoint: a folder in which draws are kept as they come, and every 15 seconds all that is
+            needed to go on; `bnnflow.load` reads the draws of it at any time. Memory then does not
+            grow with the number of draws. A `Checkpoint` with ``resume`` goes on with the run that
+            is there, if there is one, bit for bit as if it had never stopped (on CPU, with as many
+            threads); a finished run is extended to ``draws``.
         progress: show a bar at a terminal.
 
     Returns:
         Draws; after Ctrl-C those made so far, with ``info["interrupted"]`` set.
 
     Raises:
-        ValueError: before any work starts, if the numbers or ``init`` make no sense for the method, or ``checkpoint``
-            holds a run of something else, or one that is not to be resumed.
+        ValueError: before any work starts, if the numbers or ``init`` make no sense for the method,
+            or ``checkpoint`` holds a run of something else, or one that is not to be resumed.
     """
     method = HMC() if method is None else method
     for name, number, least in (("chains", chains, 1), ("warmup", warmup, 0), ("draws", draws, 1)):
@@ -83,7 +86,10 @@ def sample(
         model = model.to(device, dtype)
     place = Checkpoint.of(checkpoint)
     if place is not None and (unknown := model.unidentified):
-        raise ValueError(f"checkpoint needs a model that another process can recognise, but not {', '.join(unknown)}")
+        raise ValueError(
+            f"checkpoint needs a model that another process can recognise, but not "
+            f"{', '.join(unknown)}"
+        )
     seed = seed if isinstance(seed, torch.Generator) else integer("seed", seed)
     seed_of_run = seed_identity(seed)
     start = as_start(model, init)
@@ -98,9 +104,16 @@ def sample(
     with contextlib.ExitStack() as held:
         kept = None
         if place is not None:
-            shared = {"chains": chains, "warmup": warmup, "dtype": str(model.dtype), "processes": ranks.size}
+            shared = {
+                "chains": chains,
+                "warmup": warmup,
+                "dtype": str(model.dtype),
+                "processes": ranks.size,
+            }
             own = _own_identity(model, method, seed_of_run, start)
-            kept = held.enter_context(RunFolder(place, identity | shared | own, ranks, model.device))
+            kept = held.enter_context(
+                RunFolder(place, identity | shared | own, ranks, model.device)
+            )
         wall, cpu = time.perf_counter(), time.process_time()
         run = Run(generator, chains, warmup, draws, start, progress, kept, ranks)
         result = method.draw(model, run)
@@ -112,8 +125,13 @@ def sample(
     return replace(result, info=info | {"gradients": chains} | result.info)
 
 
-def _own_identity(model: BayesianModel, method: Method, seed: int | str, init: Tensor | str | None) -> dict[str, Any]:
-    """Return what else a run must agree on to be the same run; hashes stand for values that would be long to print."""
+def _own_identity(
+    model: BayesianModel, method: Method, seed: int | str, init: Tensor | str | None
+) -> dict[str, Any]:
+    """Return what else a run must agree on to be the same run.
+
+    Hashes stand for values that would be long to print.
+    """
     return {
         "seed": seed,
         "values of the settings": digest(method),

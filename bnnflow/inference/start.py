@@ -1,4 +1,6 @@
-"""Where chains and ensembles start: random networks, and a short batched optimisation of all of them."""
+"""Where chains and ensembles start: random networks, and a short batched optimisation of all of
+them.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,20 @@ WARM_START = 300
 """Adam steps, one gradient each, that chains without an ``init`` climb."""
 
 
-def random_networks(spec: WeightSpec, n: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """Draw ``(n, dim)`` initial weights, uniform within 1 / sqrt(fan in) as PyTorch's layers do; extras at log 0.1."""
+def random_networks(
+    spec: WeightSpec, n: int, generator: torch.Generator, dtype: torch.dtype
+) -> Tensor:
+    """Draw ``(n, dim)`` initial weights, uniform within 1 / sqrt(fan in) as PyTorch's layers do.
+
+    Extras at log 0.1.
+    """
     params, fan_in = {}, 1.0
     for name in spec.names:
         shape = spec.shapes[name]
         if name in spec.extras:
-            params[name] = torch.full((n, *shape), math.log(0.1), dtype=dtype, device=generator.device)
+            params[name] = torch.full(
+                (n, *shape), math.log(0.1), dtype=dtype, device=generator.device
+            )
             continue
         fan_in = spec.fan_in(name) or fan_in  # a bias follows its weight
         uniform = torch.rand(n, *shape, generator=generator, device=generator.device, dtype=dtype)
@@ -51,9 +60,10 @@ def random_networks(spec: WeightSpec, n: int, generator: torch.Generator, dtype:
 class Adam:
     """The moments of Adam (Kingma and Ba 2015) over a batch of points, for climbing.
 
-    Its steps have the size of the rate in units of the weights, and 1e-8 is in nats by these: networks for standardised
-    data have weights of about one. In other units it may not arrive. So a method that needs a mode finds it by other
-    means from here (`Laplace`), warms up, or says that it has not settled.
+    Its steps have the size of the rate in units of the weights, and 1e-8 is in nats by these:
+    networks for standardised data have weights of about one. In other units it may not arrive. So a
+    method that needs a mode finds it by other means from here (`Laplace`), warms up, or says that
+    it has not settled.
     """
 
     def __init__(self, theta: Tensor) -> None:
@@ -76,7 +86,12 @@ def cosine(rate: float, step: int, steps: int) -> float:
 
 
 def maximise(
-    model: BayesianModel, theta: Tensor, steps: int, learning_rate: float, progress: bool, description: str
+    model: BayesianModel,
+    theta: Tensor,
+    steps: int,
+    learning_rate: float,
+    progress: bool,
+    description: str,
 ) -> Tensor:
     """Return the best points of `accelerated_ascent`, ``(n, dim)``."""
     return accelerated_ascent(model, theta, steps, learning_rate, progress, description)[0]
@@ -91,18 +106,22 @@ def accelerated_ascent(
     description: str,
     free: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Climb log_joint from every row of ``theta`` ``(n, dim)`` at once with Adam and a cosine schedule.
+    """Climb log_joint from every row of ``theta`` ``(n, dim)`` at once with Adam and a cosine
+    schedule.
 
-    A row whose density becomes NaN keeps its best point so far. ``free`` is 1 for coordinates that move and 0 for
-    others, ``(dim,)``; all move if None.
+    A row whose density becomes NaN keeps its best point so far. ``free`` is 1 for coordinates that
+    move and 0 for others, ``(dim,)``; all move if None.
 
     Returns:
-        The best points that were seen, ``(n, dim)``, and which rows diverged, ``(n,)``: those that ended more than a
-        nat, and a tenth of what they had gained, below their best.
+        The best points that were seen, ``(n, dim)``, and which rows diverged, ``(n,)``: those that
+        ended more than a nat, and a tenth of what they had gained, below their best.
     """
     theta, first = theta.clone(), None
     adam = Adam(theta)
-    best, best_value = theta.clone(), torch.full(theta.shape[:1], -math.inf, dtype=torch.float64, device=theta.device)
+    best, best_value = (
+        theta.clone(),
+        torch.full(theta.shape[:1], -math.inf, dtype=torch.float64, device=theta.device),
+    )
     with torch.no_grad(), progress_bar(steps, description, progress, "step") as bar:
         for step in range(1, steps + 1):
             value, grad = model.log_joint_and_grad(theta)
@@ -120,35 +139,49 @@ def accelerated_ascent(
     return best, ~(value >= top - 1 - 0.1 * gained)
 
 
-def of_divergence(method: object, diverged: Tensor, learning_rate: float | None) -> dict[str, list[int]]:
-    """Return what ``draws.info`` says of members whose training diverged, ``(members,)``, and warn of them."""
+def of_divergence(
+    method: object, diverged: Tensor, learning_rate: float | None
+) -> dict[str, list[int]]:
+    """Return what ``draws.info`` says of members whose training diverged, ``(members,)``, and warn
+    of them.
+    """
     lost = diverged.nonzero().flatten().tolist()
     if not lost:
         return {}
-    rate = "the measured learning rate" if learning_rate is None else f"learning_rate={learning_rate:g}"
+    rate = (
+        "the measured learning rate"
+        if learning_rate is None
+        else f"learning_rate={learning_rate:g}"
+    )
     warn(
-        f"{type(method).__name__}: training diverged for {len(lost)} of {len(diverged)} members, {lost[:5]}; "
-        f"{rate} is too large for this model, take a tenth of it"
+        f"{type(method).__name__}: training diverged for {len(lost)} of {len(diverged)} members, "
+        f"{lost[:5]}; {rate} is too large for this model, take a tenth of it"
     )
     return {"diverged": lost}
 
 
 def as_start(model: BayesianModel, init: Any) -> Tensor | Literal["prior"] | None:
-    """Return what the caller calls ``init`` as weights ``(dim,)`` or ``(n, dim)``, or as it is for a word or None.
+    """Return what the caller calls ``init`` as weights ``(dim,)`` or ``(n, dim)``, or as it is for
+    a word or None.
 
     Raises:
         TypeError: if it is none of a network, a list of networks, weights and a word.
-        ValueError: if the networks or the weights do not fit the model, or the word is another one than "prior".
+        ValueError: if the networks or the weights do not fit the model, or the word is another one
+            than "prior".
     """
     if init is None:
         return None
     if isinstance(init, str):
         if init != "prior":
-            raise ValueError(f"init must be None, 'prior', a network, several networks or weights, got {init!r}")
+            raise ValueError(
+                f"init must be None, 'prior', a network, several networks or weights, got {init!r}"
+            )
         return "prior"
     if isinstance(init, nn.Module) and not isinstance(init, nn.ModuleList):
         return _weights(model, "init", init)
-    if isinstance(init, list | tuple | nn.ModuleList) and any(isinstance(each, nn.Module) for each in init):
+    if isinstance(init, list | tuple | nn.ModuleList) and any(
+        isinstance(each, nn.Module) for each in init
+    ):
         if not all(isinstance(each, nn.Module) for each in init):
             raise TypeError("init must be networks or weights, got a mixture of both")
         return torch.stack([_weights(model, f"init[{i}]", each) for i, each in enumerate(init)])
@@ -169,7 +202,8 @@ def _weights(model: BayesianModel, name: str, net: nn.Module) -> Tensor:
 def first_points(
     model: BayesianModel, init: Tensor | Literal["prior"] | None, n: int, generator: torch.Generator
 ) -> Tensor:
-    """Return ``(n, dim)`` points to climb from: random networks, prior draws, or copies of one point.
+    """Return ``(n, dim)`` points to climb from: random networks, prior draws, or copies of one
+    point.
 
     Where ``init`` has several rows they are the points, whatever their number.
 
@@ -193,14 +227,19 @@ def one_point(method: object, model: BayesianModel, run: Run) -> Tensor:
     """
     theta = first_points(model, run.init, 1, run.generator)
     if len(theta) > 1:
-        raise ValueError(f"{type(method).__name__} begins at one point, but init has {len(theta)}; give it one of them")
+        raise ValueError(
+            f"{type(method).__name__} begins at one point, but init has {len(theta)}; "
+            f"give it one of them"
+        )
     return theta[0]
 
 
 def _check_density(model: BayesianModel, theta: Tensor, what: str) -> None:
     bad = (~model.log_joint(theta).isfinite()).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"log_joint is not finite at the starting point of {what} {bad[:5]}: give another init")
+        raise ValueError(
+            f"log_joint is not finite at the starting point of {what} {bad[:5]}: give another init"
+        )
 
 
 def starting_points(
@@ -216,8 +255,9 @@ def starting_points(
     Args:
         model: the posterior.
         chains: how many, in this process.
-        init: None climbs from random networks for 300 Adam steps; ``"prior"`` takes prior draws; ``(dim,)`` weights
-            start every chain there; ``(chains, dim)`` weights, for the chains of all processes, are used as they are.
+        init: None climbs from random networks for 300 Adam steps; ``"prior"`` takes prior draws;
+            ``(dim,)`` weights start every chain there; ``(chains, dim)`` weights, for the chains of
+            all processes, are used as they are.
         generator: the source of randomness.
         progress: whether to show a bar.
         ranks: the processes that share the chains.

@@ -1,4 +1,6 @@
-"""Interfaces that a caller's object may meet by its members alone: it is adapted once, where it comes in."""
+"""Interfaces that a caller's object may meet by its members alone: it is adapted once, where it
+comes in.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ class Interface:
 
 
 class Adapted(Interface):
-    """What an adapter does beside being of the interface: it takes the object's own members in place of defaults."""
+    """What an adapter does beside being of the interface: it takes the object's own members in
+    place of defaults.
+    """
 
     _optional: ClassVar[tuple[str, ...]]
 

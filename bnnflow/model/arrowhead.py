@@ -1,4 +1,6 @@
-"""Derivatives of coordinates in which weights meet no other weights, only the parameters of their prior."""
+"""Derivatives of coordinates in which weights meet no other weights, only the parameters of their
+prior.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,18 @@ __all__ = ["Arrowhead", "Bend", "Pairs"]
 
 
 class Arrowhead(NamedTuple):
-    """Matrices with a diagonal, and whole columns for the parameters of the prior, which follow the weights.
+    """Matrices with a diagonal, and whole columns for the parameters of the prior, which follow the
+    weights.
 
-    Entry (i, j) is ``diagonal[i]`` for i = j and ``columns[i, j - weights]`` where i is one of the weights and j one of
-    the parameters. Without such parameters ``columns`` is None, and the matrix diagonal.
+    Entry (i, j) is ``diagonal[i]`` for i = j and ``columns[i, j - weights]`` where i is one of the
+    weights and j one of the parameters. Without such parameters ``columns`` is None, and the matrix
+    diagonal.
     """
 
     diagonal: Tensor  # (batch, dim)
     columns: Tensor | None  # (batch, weights, parameters)
-    own: Tensor | None = None  # (2, k) int64: weights, and for each a parameter of which all other weights know nothing
+    # (2, k) int64: weights, and for each a parameter of which all other weights know nothing
+    own: Tensor | None = None
 
     @property
     def _parts(self) -> tuple[slice, slice]:
@@ -52,7 +57,9 @@ class Arrowhead(NamedTuple):
         return self.left(self.right(matrix))
 
     def of_weights(self, matrix: Tensor) -> Tensor:
-        """Return T^T M T, ``(batch, dim, dim)``, of a symmetric M ``(batch, weights, weights)``, zero elsewhere."""
+        """Return T^T M T, ``(batch, dim, dim)``, of a symmetric M ``(batch, weights, weights)``,
+        zero elsewhere.
+        """
         count, dim = matrix.shape[-1], self.diagonal.shape[-1]
         scales = self.diagonal[:, :count]
         inner = matrix * scales.unsqueeze(-2) * scales.unsqueeze(-1)
@@ -79,10 +86,13 @@ class Arrowhead(NamedTuple):
         return torch.cat([image[:, weights], along, image[:, parameters.stop :]], 1)
 
     def compact(self) -> tuple[Arrowhead, Pairs | None]:
-        """Return T Q without columns of zeros, for rotations Q that the second knows; T itself where there are none.
+        """Return T Q without columns of zeros, for rotations Q that the second knows.
 
-        A weight and a parameter of its own are felt as one number d z + c u. With both turned, the first coordinate of
-        each pair is that number over its length and the second has no effect: the matrices are that much smaller.
+        T itself where there are none.
+
+        A weight and a parameter of its own are felt as one number d z + c u. With both turned, the
+        first coordinate of each pair is that number over its length and the second has no effect:
+        the matrices are that much smaller.
         """
         if self.own is None or self.columns is None:
             return self, None
@@ -93,13 +103,21 @@ class Arrowhead(NamedTuple):
         pairs = Pairs(weights, count + parameters, torch.where(length > 0, z / safe, 1), u / safe)
         shared = torch.ones(extra, dtype=torch.bool, device=weights.device)
         shared[parameters] = False
-        kept = torch.cat([shared.new_ones(count), shared, shared.new_ones(self.diagonal.shape[1] - count - extra)])
+        kept = torch.cat(
+            [
+                shared.new_ones(count),
+                shared,
+                shared.new_ones(self.diagonal.shape[1] - count - extra),
+            ]
+        )
         diagonal = self.diagonal.index_copy(1, weights, length)[:, kept]
         return Arrowhead(diagonal, self.columns[:, :, shared]), pairs
 
 
 class Pairs(NamedTuple):
-    """Rotations of pairs of coordinates: of vectors ``(batch, dim)``, or matrices ``(batch, dim, k)``."""
+    """Rotations of pairs of coordinates: of vectors ``(batch, dim)``, or matrices
+    ``(batch, dim, k)``.
+    """
 
     first: Tensor  # (pairs,) int64
     second: Tensor
@@ -107,8 +125,13 @@ class Pairs(NamedTuple):
     sine: Tensor
 
     def solved(self, vectors: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
-        """Apply a function to all but the second coordinates, turned there and back; those stay as they are."""
-        cosine, sine = (part[(..., *(None,) * (vectors.dim() - 2))] for part in (self.cosine, self.sine))
+        """Apply a function to all but the second coordinates, turned there and back.
+
+        Those stay as they are.
+        """
+        cosine, sine = (
+            part[(..., *(None,) * (vectors.dim() - 2))] for part in (self.cosine, self.sine)
+        )
         kept = torch.ones(vectors.shape[1], dtype=torch.bool, device=vectors.device)
         kept[self.second] = False
         one, other = vectors[:, self.first], vectors[:, self.second]
@@ -116,7 +139,10 @@ class Pairs(NamedTuple):
         found = torch.empty_like(vectors)
         found[:, kept] = solve(turned[:, kept])
         one, other = found[:, self.first], cosine * other - sine * one
-        found[:, self.first], found[:, self.second] = cosine * one - sine * other, sine * one + cosine * other
+        found[:, self.first], found[:, self.second] = (
+            cosine * one - sine * other,
+            sine * one + cosine * other,
+        )
         return found
 
 

@@ -1,4 +1,6 @@
-"""The Bayesian model: a network, a prior, a likelihood and data, as one density over flat weights."""
+"""The Bayesian model: a network, a prior, a likelihood and data, as one density over flat
+weights.
+"""
 
 from __future__ import annotations
 
@@ -38,27 +40,31 @@ _DERIVED = ("network", "_density")  # what a model makes of its parts when it is
 class BayesianModel:
     """What is inferred: p(theta) p(y | net(x; theta)), with every constant.
 
-    ``theta`` holds the network's weights in ``named_parameters()`` order, then the parameters of the prior that are
-    inferred (logarithms of positive ones), then the logarithm of every likelihood parameter that is learned; all
-    coordinates are unconstrained. Densities are summed over the data, carry the log-Jacobian of each constraint, and
-    are accumulated in float64.
+    ``theta`` holds the network's weights in ``named_parameters()`` order, then the parameters of
+    the prior that are inferred (logarithms of positive ones), then the logarithm of every
+    likelihood parameter that is learned; all coordinates are unconstrained. Densities are summed
+    over the data, carry the log-Jacobian of each constraint, and are accumulated in float64.
 
     Args:
-        net: any module that maps ``(n, ...)`` inputs to ``(n, out)`` outputs; perceptrons take a fast path. The
-            parameters that require gradients are inferred, and their values neither used nor changed. The others
-            (``requires_grad=False``) are constants, as buffers are: a trained trunk under a head to be inferred, or
-            batch normalisation, which is accepted in ``eval()`` mode.
+        net: any module that maps ``(n, ...)`` inputs to ``(n, out)`` outputs; perceptrons take a
+            fast path. The parameters that require gradients are inferred, and their values neither
+            used nor changed. The others (``requires_grad=False``) are constants, as buffers are: a
+            trained trunk under a head to be inferred, or batch normalisation, which is accepted in
+            ``eval()`` mode.
         prior: a `Prior`, one torch or Pyro distribution for every weight, or a dict of them by
             tensor name.
         likelihood: a `Likelihood`.
-        x: inputs, ``(n, ...)``, tensor or array, already standardised as the prior assumes. Integers become
-            floating-point numbers unless the network needs them as they are, as an embedding does.
+        x: inputs, ``(n, ...)``, tensor or array, already standardised as the prior assumes.
+            Integers become floating-point numbers unless the network needs them as they are, as an
+            embedding does.
         y: targets, ``(n,)`` or ``(n, targets)``.
-        temperature: the posterior is p(theta | x, y) ** (1 / temperature): prior and likelihood are tempered together.
+        temperature: the posterior is p(theta | x, y) ** (1 / temperature): prior and likelihood are
+            tempered together.
 
     Raises:
-        ValueError: for empty data, NaN or infinite rows, mismatched lengths, labels out of range or of one class
-            only, constant targets, layers that mix rows or are random, and networks that do not fit the likelihood.
+        ValueError: for empty data, NaN or infinite rows, mismatched lengths, labels out of range or
+            of one class only, constant targets, layers that mix rows or are random, and networks
+            that do not fit the likelihood.
 
     Example:
         >>> from bnnflow import likelihoods, priors
@@ -96,14 +102,17 @@ class BayesianModel:
         axes = {each.name: network_spec.parameter_axes(each.key, each.shape) for each in own}
         shapes = {each.name: each.shape for each in self.hyperparameters}
         self.spec = network_spec.extend(shapes, axes)
-        self._architecture = self.spec  # says how to evaluate the network, where the spec of a linearised one does not
+        # says how to evaluate the network, where the spec of a linearised one does not
+        self._architecture = self.spec
         known = self.spec.layers and all(map(checks.of_torch, net.modules()))
         fresh = None if known else copy.deepcopy(self.net)  # never called, which may change it
         self.x, self._n_outputs = checks.accepted(self.net, x.to(self._device), self._dtype)
         self._written = frozenset() if fresh is None else probe(fresh, self.x)
         y = self.likelihood.validate(y, self._n_outputs)
         if len(y) != len(self.x):
-            raise ValueError(f"the likelihood's validate must keep the {len(self.x)} rows of y, got {len(y)}")
+            raise ValueError(
+                f"the likelihood's validate must keep the {len(self.x)} rows of y, got {len(y)}"
+            )
         checks.check_informative(y)
         self.y = checks.placed("y", y, self._device, self._dtype)
         self.flat_prior = self._laid_out(self.prior)
@@ -131,10 +140,12 @@ class BayesianModel:
             f"likelihood={self.likelihood.name}, temperature={self.temperature:g})"
         )
 
-    # ---------------------------------------------------------------- other models
+    # ---------------------------------------- other models
 
     @checked
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> BayesianModel:
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> BayesianModel:
         """Return the same model on another device or in another floating-point type."""
         device, dtype = torch.device(device or self.device), dtype or self.dtype
         moved = self._changed(
@@ -147,7 +158,8 @@ class BayesianModel:
             _anchor=None if self._anchor is None else self._anchor.to(device, dtype),
         )
         moved._provenance = Provenance(expanded=self._provenance.expanded)
-        if dtype != self.dtype or self._provenance.converted is not None:  # values may have been rounded
+        # values may have been rounded
+        if dtype != self.dtype or self._provenance.converted is not None:
             converted = (self.fingerprint(), moved._data_version())
             moved._provenance = replace(moved._provenance, converted=converted)
         return moved
@@ -156,12 +168,14 @@ class BayesianModel:
     def linearised(self, theta: Tensor) -> BayesianModel:
         """Return the model whose network is its own first-order expansion at ``theta``.
 
-        outputs(theta', x) = f(x; theta) + J(x) (theta' - theta), the model of linearised Laplace predictions
-        (Immer, Korzepa & Bauer 2021); prior, likelihood, data and temperature are the same. Its function has none of
-        the network's symmetries, and its spec claims none. The expansion of a linearised model is itself.
+        outputs(theta', x) = f(x; theta) + J(x) (theta' - theta), the model of linearised Laplace
+        predictions (Immer, Korzepa & Bauer 2021); prior, likelihood, data and temperature are the
+        same. Its function has none of the network's symmetries, and its spec claims none. The
+        expansion of a linearised model is itself.
 
         Args:
-            theta: the point of expansion, ``(dim,)``; parameters of prior and likelihood in it have no effect.
+            theta: the point of expansion, ``(dim,)``; parameters of prior and likelihood in it have
+                no effect.
 
         Raises:
             ValueError: if theta is not ``(dim,)``.
@@ -183,15 +197,19 @@ class BayesianModel:
         """Return the same model with another prior, of fixed distributions as its own.
 
         Raises:
-            ValueError: if one of the two priors has parameters that are inferred: ``theta`` would be another vector.
+            ValueError: if one of the two priors has parameters that are inferred: ``theta`` would
+                be another vector.
         """
         prior = as_prior(prior)
         if self.prior.has_parameters or prior.has_parameters:
-            raise ValueError("a prior with inferred parameters cannot take another's place: make a model with it")
+            raise ValueError(
+                "a prior with inferred parameters cannot take another's place: make a model with it"
+            )
         return self._changed(prior=prior, flat_prior=self._laid_out(prior))
 
     def subset(self, rows: slice | Tensor) -> BayesianModel:
-        """Return the same model of some rows of the data, whose likelihood is that of these rows alone.
+        """Return the same model of some rows of the data, whose likelihood is that of these rows
+        alone.
 
         Args:
             rows: a slice, or int64 indices ``(m,)``; a row may come several times.
@@ -203,7 +221,9 @@ class BayesianModel:
         if not isinstance(rows, slice):
             rows = tensor("rows", rows, device=self.device)
             if rows.dtype != torch.int64 or rows.dim() != 1:
-                raise ValueError(f"rows must be a slice or int64 (m,), got {rows.dtype} {tuple(rows.shape)}")
+                raise ValueError(
+                    f"rows must be a slice or int64 (m,), got {rows.dtype} {tuple(rows.shape)}"
+                )
         x, y = self.x[rows], self.y[rows]
         if len(x) == 0:
             raise ValueError("rows has none of the rows of data")
@@ -212,7 +232,9 @@ class BayesianModel:
         return part
 
     def _changed(self, **attributes: Any) -> BayesianModel:
-        """Return a copy with other parts, without what was made of the old ones, and of no provenance."""
+        """Return a copy with other parts, without what was made of the old ones, and of no
+        provenance.
+        """
         changed = copy.copy(self)
         for name in _DERIVED:
             vars(changed).pop(name, None)
@@ -222,7 +244,7 @@ class BayesianModel:
     def _laid_out(self, prior: Prior) -> FlatPrior:
         return FlatPrior.of(prior, self.spec, self.hyperparameters).to(self.device, self.dtype)
 
-    # ---------------------------------------------------------------- evaluation
+    # ---------------------------------------- evaluation
 
     @cached_property
     def network(self) -> Network:
@@ -238,18 +260,23 @@ class BayesianModel:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether gradients are computed by compiled code, whose last bits are not those of torch."""
+        """Whether gradients are computed by compiled code, whose last bits are not those of
+        torch.
+        """
         return self._density.fused is not None
 
     def symmetries(self) -> Symmetries:
-        """Return the symmetries of the posterior: those of the network's function that keep the prior."""
+        """Return the symmetries of the posterior: those of the network's function that keep the
+        prior.
+        """
         return self.prior.symmetries(self.spec)
 
     def known_symmetries(self) -> Symmetries:
         """Return `symmetries` for what cannot do without.
 
         Raises:
-            ValueError: if the network could not be labelled, with the module or operation that is the reason.
+            ValueError: if the network could not be labelled, with the module or operation that is
+                the reason.
         """
         self.spec.known_symmetries()
         return self.symmetries()
@@ -267,24 +294,34 @@ class BayesianModel:
         return self._density.outputs(theta, self.inputs(x))
 
     def inputs(self, x: Tensor | np.ndarray | None, name: str = "x") -> Tensor:
-        """Return checked inputs, called ``name``, on the model's device; the training inputs for None."""
+        """Return checked inputs, called ``name``, on the model's device.
+
+        The training inputs for None.
+        """
         if x is None or x is self.x:
             return self.x
         checks.check_columns(name, x, self._columns)
         x = checks.new_inputs(name, x, self.x)
         if not x.is_floating_point():
-            checks.outputs_of(self.net, x)  # an index beyond the table of an embedding is found out here
+            # an index beyond the table of an embedding is found out here
+            checks.outputs_of(self.net, x)
         return x
 
     def targets(self, y: Tensor | np.ndarray | None, name: str = "y") -> Tensor:
-        """Return checked targets, called ``name``, on the model's device; the training targets for None."""
+        """Return checked targets, called ``name``, on the model's device.
+
+        The training targets for None.
+        """
         if y is None or y is self.y:
             return self.y
         y = checks.new_targets(name, y, self.likelihood, self._n_outputs)
         return y.to(self.device, self.dtype if y.is_floating_point() else None)
 
     def likelihood_parameters(self, theta: Tensor) -> dict[str, Tensor]:
-        """Return the learned likelihood parameters, positive, ``(..., *shape)`` each; the shape of a scalar is (1,)."""
+        """Return the learned likelihood parameters, positive, ``(..., *shape)`` each.
+
+        The shape of a scalar is (1,).
+        """
         return self._density.parameters(theta)
 
     def log_prior(self, theta: Tensor) -> Tensor:
@@ -300,22 +337,35 @@ class BayesianModel:
         return (self.log_prior(theta) + self.log_likelihood(theta)) / self.temperature
 
     def pointwise_log_likelihood(
-        self, theta: Tensor, x: Tensor | np.ndarray | None = None, y: Tensor | np.ndarray | None = None
+        self,
+        theta: Tensor,
+        x: Tensor | np.ndarray | None = None,
+        y: Tensor | np.ndarray | None = None,
     ) -> Tensor:
-        """Return the log likelihood of every row, ``(..., dim) -> (..., n)``; training data if x and y are None."""
+        """Return the log likelihood of every row, ``(..., dim) -> (..., n)``.
+
+        Training data if x and y are None.
+        """
         x, y = self.inputs(x), self.targets(y)
         if len(x) != len(y):
-            raise ValueError(f"y must have a value for each of the {len(x)} rows of x, got {len(y)}")
+            raise ValueError(
+                f"y must have a value for each of the {len(x)} rows of x, got {len(y)}"
+            )
         return self._density.pointwise_log_likelihood(theta, x, y)
 
-    def log_likelihood_and_grad(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the log likelihood and its gradient, ``(..., dim) -> (...), (..., dim)``; differentiable again.
+    def log_likelihood_and_grad(
+        self, theta: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the log likelihood and its gradient, ``(..., dim) -> (...), (..., dim)``.
+
+        Differentiable again.
 
         Args:
             theta: weights.
-            rows: int64 indices of the rows of data to use, ``(batch,)`` for all networks or ``(..., batch)`` with a
-                batch for each; all the data if None. Both results are multiplied by n / batch, which makes them
-                unbiased for the full ones if every row is equally likely.
+            rows: int64 indices of the rows of data to use, ``(batch,)`` for all networks or
+                ``(..., batch)`` with a batch for each; all the data if None. Both results are
+                multiplied by n / batch, which makes them unbiased for the full ones if every row is
+                equally likely.
 
         Raises:
             ValueError: if theta or rows has the wrong shape or dtype.
@@ -323,24 +373,34 @@ class BayesianModel:
         return self._density.log_likelihood_and_grad(theta, rows)
 
     def log_likelihood_grad(self, theta: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Return the gradient of the log likelihood alone, ``(..., dim) -> (..., dim)``; differentiable again."""
+        """Return the gradient of the log likelihood alone, ``(..., dim) -> (..., dim)``.
+
+        Differentiable again.
+        """
         return self._density.log_likelihood_grad(theta, rows)
 
-    def log_joint_and_grad(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return log_joint and its gradient, ``(..., dim) -> (...), (..., dim)``; differentiable again.
+    def log_joint_and_grad(
+        self, theta: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return log_joint and its gradient, ``(..., dim) -> (...), (..., dim)``.
 
-        ``rows`` choose mini-batches as in `log_likelihood_and_grad`; the prior is always counted once.
+        Differentiable again.
+
+        ``rows`` choose mini-batches as in `log_likelihood_and_grad`; the prior is always counted
+        once.
         """
         return self._density.log_joint_and_grad(theta, rows)
 
     def minibatch_log_joint_and_grad(
         self, theta: Tensor, generator: torch.Generator, batch_size: int
     ) -> tuple[Tensor, Tensor]:
-        """Estimate log_joint and its gradient without bias, from a batch of data of its own for every network.
+        """Estimate log_joint and its gradient without bias, from a batch of data of its own for
+        every network.
 
-        The batch is a stratified sample: the data in their order are cut into ``batch_size`` stretches of equal
-        length, and one row is drawn from each. Every row is equally likely, so the estimate is unbiased; its variance
-        is never above that of drawing with replacement, and zero for ``batch_size = n``. The cost does not grow with n.
+        The batch is a stratified sample: the data in their order are cut into ``batch_size``
+        stretches of equal length, and one row is drawn from each. Every row is equally likely, so
+        the estimate is unbiased; its variance is never above that of drawing with replacement, and
+        zero for ``batch_size = n``. The cost does not grow with n.
 
         Args:
             theta: ``(..., dim)``.
@@ -348,12 +408,16 @@ class BayesianModel:
             batch_size: rows in a batch, 1 to n.
 
         Raises:
-            ValueError: if there are fewer rows of data than ``batch_size``, or theta has the wrong shape.
+            ValueError: if there are fewer rows of data than ``batch_size``, or theta has the wrong
+                shape.
         """
         return self._density.minibatch_log_joint_and_grad(theta, generator, batch_size)
 
-    def random_rows(self, shape: tuple[int, ...], generator: torch.Generator, batch_size: int) -> Tensor:
-        """Draw the rows of mini-batches, int64 ``(*shape, batch_size)``, as `minibatch_log_joint_and_grad` does.
+    def random_rows(
+        self, shape: tuple[int, ...], generator: torch.Generator, batch_size: int
+    ) -> Tensor:
+        """Draw the rows of mini-batches, int64 ``(*shape, batch_size)``, as
+        `minibatch_log_joint_and_grad` does.
 
         Raises:
             ValueError: unless ``batch_size`` is between 1 and the number of rows.
@@ -361,12 +425,13 @@ class BayesianModel:
         return self._density.random_rows(shape, generator, batch_size)
 
     def at(self, theta: Tensor, rows: Tensor | None = None) -> Curvature:
-        """Return the log likelihood around weights: its Gauss-Newton matrix, Hessian and the like, when asked for.
+        """Return the log likelihood around weights: its Gauss-Newton matrix, Hessian and the like,
+        when asked for.
 
         Args:
             theta: ``(batch, dim)``.
-            rows: use only these rows of the data, int64 ``(m,)``, scaled to all of them; for a Hessian also
-                ``(batch, m)``.
+            rows: use only these rows of the data, int64 ``(m,)``, scaled to all of them; for a
+                Hessian also ``(batch, m)``.
 
         Raises:
             ValueError: if theta or rows has the wrong shape or dtype.
@@ -383,7 +448,7 @@ class BayesianModel:
         """Whether `Curvature.slope` is known, at no cost."""
         return self._density.has_gauss_newton_slope
 
-    # ---------------------------------------------------------------- sampling and other views
+    # ---------------------------------------- sampling and other views
 
     @checked
     def sample_prior(self, n: Count, seed: Seed) -> Tensor:
@@ -394,14 +459,18 @@ class BayesianModel:
     def from_network(self, net: nn.Module) -> Tensor:
         """Return the weights of a trained network as ``theta`` ``(dim,)``.
 
-        Parameters of the prior are put at the mode of their density given the weights, those of the likelihood at 0.1.
+        Parameters of the prior are put at the mode of their density given the weights, those of the
+        likelihood at 0.1.
 
         Raises:
             ValueError: if its parameters have other names or shapes, or its constants other values.
         """
         checks.check_alike(net, self.net, self.spec.names)
         given = dict(net.named_parameters())
-        params = {name: given[name].detach().to(self.device, self.dtype) for name in self.spec.network.names}
+        params = {
+            name: given[name].detach().to(self.device, self.dtype)
+            for name in self.spec.network.names
+        }
         for each in self.hyperparameters:
             start = math.log(0.1) if each.positive else 0.0
             params[each.name] = torch.full(each.shape, start, device=self.device, dtype=self.dtype)
@@ -409,7 +478,9 @@ class BayesianModel:
 
     @checked
     def to_network(self, theta: Tensor) -> nn.Module:
-        """Return a copy of the network with the weights ``theta`` ``(dim,)``; constants stay as they are.
+        """Return a copy of the network with the weights ``theta`` ``(dim,)``.
+
+        Constants stay as they are.
 
         Raises:
             ValueError: for a linearised model, which is no longer a network.
@@ -426,26 +497,31 @@ class BayesianModel:
         return net
 
     def to_pyro(self) -> Callable[[], None]:
-        """Return the same model as a Pyro model: one site per tensor, for Pyro's samplers and guides.
+        """Return the same model as a Pyro model: one site per tensor, for Pyro's samplers and
+        guides.
 
-        The sites are named as the tensors; the sites ``prior.<name>`` and ``likelihood.<name>`` of inferred parameters
-        are the variables themselves, not their logarithms. Temperature scales both prior and likelihood.
+        The sites are named as the tensors; the sites ``prior.<name>`` and ``likelihood.<name>`` of
+        inferred parameters are the variables themselves, not their logarithms. Temperature scales
+        both prior and likelihood.
         """
 
         def log_likelihood(theta: Tensor) -> Tensor:
             return self.pointwise_log_likelihood(theta).sum(-1)
 
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        return pyro_model(self.prior, self.hyperparameters, self.spec, log_likelihood, self.temperature, like)
+        return pyro_model(
+            self.prior, self.hyperparameters, self.spec, log_likelihood, self.temperature, like
+        )
 
-    # ---------------------------------------------------------------- identity
+    # ---------------------------------------- identity
 
     def fingerprint(self) -> str:
         """Return a hash of the data, the network, the prior, the likelihood and the temperature.
 
-        It is the same in every process, and for the same model in another floating-point type that holds its values.
-        Of the network count its code, settings, constants and buffers; the number in front is the version of the rule.
-        Where something cannot be identified (see `unidentified`) no other process finds the same.
+        It is the same in every process, and for the same model in another floating-point type that
+        holds its values. Of the network count its code, settings, constants and buffers; the number
+        in front is the version of the rule. Where something cannot be identified (see
+        `unidentified`) no other process finds the same.
         """
         converted = self._provenance.converted
         if converted is not None and converted[1] == self._data_version():
@@ -456,17 +532,19 @@ class BayesianModel:
     def unidentified(self) -> tuple[str, ...]:
         """What the fingerprint cannot identify, and where: runs of such a model cannot be resumed.
 
-        Locks, open files, generators and the like, as attributes of the network, the likelihood or the prior.
+        Locks, open files, generators and the like, as attributes of the network, the likelihood or
+        the prior.
         """
         return self._identity().unidentified
 
     def check_draws(self, draws: object) -> None:
         """Raise ``ValueError`` if draws say that they are draws of another posterior.
 
-        `Draws` carry the fingerprint of their model. This model's are its own, those of the same model on another
-        device or in another floating-point type, and for a linearised model those of the model that it expands. Plain
-        weights say nothing and pass: ``draws.theta``, with ``draws.log_weights`` beside it, where draws of one
-        posterior are to be used with another on purpose.
+        `Draws` carry the fingerprint of their model. This model's are its own, those of the same
+        model on another device or in another floating-point type, and for a linearised model those
+        of the model that it expands. Plain weights say nothing and pass: ``draws.theta``, with
+        ``draws.log_weights`` beside it, where draws of one posterior are to be used with another on
+        purpose.
         """
         theirs = getattr(draws, "info", {}).get("model")
         data = self._data_version()
@@ -474,14 +552,20 @@ class BayesianModel:
             return
         if not self.recognises(theirs):
             raise ValueError(
-                f"these are draws of another model, with fingerprint {theirs}; this one has {self.fingerprint()}. "
+                f"these are draws of another model, with fingerprint {theirs}; this one has "
+                f"{self.fingerprint()}. "
                 "To use their weights all the same, pass draws.theta"
             )
         self._provenance = replace(self._provenance, recognised=(theirs, data))
 
     def recognises(self, fingerprint: str) -> bool:
-        """Say whether a fingerprint is this model's; of one of an earlier version, as far as that could see."""
-        return fingerprint == (self.fingerprint() if ":" in fingerprint else self._identity().first_fingerprint)
+        """Say whether a fingerprint is this model's.
+
+        Of one of an earlier version, as far as that could see.
+        """
+        return fingerprint == (
+            self.fingerprint() if ":" in fingerprint else self._identity().first_fingerprint
+        )
 
     def _identity(self) -> ModelIdentity:
         return ModelIdentity(

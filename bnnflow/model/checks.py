@@ -38,7 +38,8 @@ def check_network(net: nn.Module) -> nn.Parameter:
     """Return the first of the parameters to be inferred.
 
     Raises:
-        ValueError: for layers that mix rows or are random, and for parameters that cannot be inferred.
+        ValueError: for layers that mix rows or are random, and for parameters that cannot be
+            inferred.
     """
     _check_modules(net)
     parameter = next(iter(free_parameters(net).values()))
@@ -62,7 +63,8 @@ def accepted(net: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, int
 
 def outputs_of(net: nn.Module, x: Tensor) -> int:
     """Run rows through a network and return its number of outputs."""
-    rows = x[:2] if x.is_floating_point() else x  # any index may be beyond the table of an embedding
+    # any index may be beyond the table of an embedding
+    rows = x[:2] if x.is_floating_point() else x
     zeros = {name: torch.zeros_like(value) for name, value in free_parameters(net).items()}
     try:
         with torch.no_grad(), isolated():
@@ -88,14 +90,17 @@ def new_inputs(name: str, x: Tensor | np.ndarray, training: Tensor) -> Tensor:
     x = x.to(training.dtype)
     if x.dim() == 0 or x.shape[1:] != training.shape[1:]:
         raise ValueError(
-            f"{name} must be (n, {', '.join(map(str, training.shape[1:]))}) as in training, got {tuple(x.shape)}"
+            f"{name} must be (n, {', '.join(map(str, training.shape[1:]))}) as in training, got "
+            f"{tuple(x.shape)}"
         )
     if len(x) == 0:
         raise ValueError(f"{name} has no rows")
     return finite(name, x)
 
 
-def new_targets(name: str, y: Tensor | np.ndarray, likelihood: Likelihood, n_outputs: int) -> Tensor:
+def new_targets(
+    name: str, y: Tensor | np.ndarray, likelihood: Likelihood, n_outputs: int
+) -> Tensor:
     """Return new targets as a tensor that the likelihood has validated."""
     y = tensor(name, y)
     if y.dim() == 0 or len(y) == 0:
@@ -124,13 +129,16 @@ def check_alike(net: nn.Module, own: nn.Module, inferred: Collection[str]) -> No
             continue
         if name not in theirs or not torch.equal(theirs[name].detach().to(constant), constant):
             raise ValueError(
-                f"{name} is a constant of the model (a parameter with requires_grad=False, or a buffer), but "
+                f"{name} is a constant of the model (a parameter with requires_grad=False, or a "
+                f"buffer), but "
                 "differs in the network; make the model from the network that has the right one"
             )
 
 
 def check_likelihood(density: LogJoint) -> None:
-    """Let a likelihood see all targets once, with torch's checks, and probe it if it is a caller's own."""
+    """Let a likelihood see all targets once, with torch's checks, and probe it if it is a caller's
+    own.
+    """
     likelihood, y = density.likelihood, density.y
     theta = torch.zeros(1, density.dim, dtype=density.dtype, device=density.device)
     parameters = density.parameters(theta)
@@ -151,7 +159,9 @@ def check_likelihood(density: LogJoint) -> None:
 
 
 def placed(name: str, data: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Move data; integers stay integers, other numbers are rounded to ``dtype`` if they can be told apart in it."""
+    """Move data; integers stay integers, other numbers are rounded to ``dtype`` if they can be told
+    apart in it.
+    """
     if data.is_floating_point():
         _check_rounding(name, data, dtype)
         data = data.to(dtype)
@@ -168,41 +178,65 @@ def _check_modules(net: nn.Module) -> None:
     for name, module in net.named_modules():
         kind = type(module).__name__
         if isinstance(module, nn.modules.batchnorm._NormBase):
-            per_row = isinstance(module, nn.modules.instancenorm._InstanceNorm) and not module.track_running_stats
-            constant = module.track_running_stats and module.running_mean is not None and not module.training
+            per_row = (
+                isinstance(module, nn.modules.instancenorm._InstanceNorm)
+                and not module.track_running_stats
+            )
+            constant = (
+                module.track_running_stats
+                and module.running_mean is not None
+                and not module.training
+            )
             if not (per_row or constant):
                 raise ValueError(
-                    f"module {name!r} ({kind}) makes a row's output depend on the other rows, so there is no "
-                    "likelihood of single rows; use LayerNorm or GroupNorm, or call net.eval() on a network with "
-                    "running statistics, which are then constants"
+                    f"module {name!r} ({kind}) makes a row's output depend on the other rows, so "
+                    f"there is no "
+                    "likelihood of single rows; use LayerNorm or GroupNorm, or call net.eval() on "
+                    "a network with running statistics, which are then constants"
                 )
-        chance = module.dropout if isinstance(module, nn.MultiheadAttention) else getattr(module, "p", 0)
-        random = isinstance(module, nn.modules.dropout._DropoutNd | nn.MultiheadAttention) and module.training
+        chance = (
+            module.dropout if isinstance(module, nn.MultiheadAttention) else getattr(module, "p", 0)
+        )
+        random = (
+            isinstance(module, nn.modules.dropout._DropoutNd | nn.MultiheadAttention)
+            and module.training
+        )
         if random and chance > 0:
-            raise ValueError(f"module {name!r} ({kind}) is random in training mode; call net.eval() or remove it")
+            raise ValueError(
+                f"module {name!r} ({kind}) is random in training mode; call net.eval() or remove it"
+            )
 
 
 def _check_gradients(net: nn.Module) -> None:
-    """Refuse modules of torch whose weights cannot be exchanged, or whose gradient is not the outputs' derivative."""
+    """Refuse modules of torch whose weights cannot be exchanged, or whose gradient is not the
+    outputs' derivative.
+    """
     for name, module in net.named_modules():
         kind = f"module {name!r} ({type(module).__name__})"
         if isinstance(module, nn.RNNBase | nn.RNNCellBase):
             raise ValueError(
-                f"{kind} is recurrent, and torch's code for it takes one set of weights only; write its cell with "
-                "Linear layers, in a loop over time, or, if its weights are constants, give its outputs as x"
+                f"{kind} is recurrent, and torch's code for it takes one set of weights only; "
+                f"write its cell with "
+                "Linear layers, in a loop over time, or, if its weights are constants, give its "
+                "outputs as x"
             )
-        if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or not module.weight.requires_grad:
+        if (
+            not isinstance(module, nn.Embedding | nn.EmbeddingBag)
+            or not module.weight.requires_grad
+        ):
             continue
         if module.padding_idx is not None:
             raise ValueError(
-                f"{kind} has padding_idx={module.padding_idx}: that row would be inferred, but torch gives it no "
-                "gradient; make the embedding without it and mask what is padded, or make its weight a constant by "
-                "requires_grad_(False)"
+                f"{kind} has padding_idx={module.padding_idx}: that row would be inferred, but "
+                f"torch gives it no "
+                "gradient; make the embedding without it and mask what is padded, or make its "
+                "weight a constant by requires_grad_(False)"
             )
         for option in ("max_norm", "scale_grad_by_freq", "sparse"):
             if getattr(module, option):
                 raise ValueError(
-                    f"{kind} has {option}={getattr(module, option)}, which changes its weights or its gradient "
+                    f"{kind} has {option}={getattr(module, option)}, which changes its weights or "
+                    f"its gradient "
                     "behind the back of the inference; make it without"
                 )
 
@@ -213,7 +247,8 @@ def copied(net: nn.Module) -> nn.Module:
         return copy.deepcopy(net)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f"net cannot be copied: {error}. Pruning and the old weight_norm keep computed weights as attributes: take "
+            f"net cannot be copied: {error}. Pruning and the old weight_norm keep computed weights "
+            f"as attributes: take "
             "torch.nn.utils.prune.remove, and torch.nn.utils.parametrizations"
         ) from error
 
@@ -221,7 +256,8 @@ def copied(net: nn.Module) -> nn.Module:
 def _check_parameters(net: nn.Module) -> None:
     if any(isinstance(module, torch.jit.ScriptModule) for module in net.modules()):
         raise ValueError(
-            "net is compiled by torch.jit, which keeps its own weights: give the module that it was made of"
+            "net is compiled by torch.jit, which keeps its own weights: give the module that it "
+            "was made of"
         )
     kinds = {parameter.dtype: name for name, parameter in free_parameters(net).items()}
     if len(kinds) > 1 or not all(kind.is_floating_point for kind in kinds):
@@ -230,7 +266,8 @@ def _check_parameters(net: nn.Module) -> None:
     for name, parameter in net.named_parameters():
         if parameter.numel() == 0:
             raise ValueError(
-                f"net: {name!r} has no elements, {tuple(parameter.shape)}: a layer without inputs or units"
+                f"net: {name!r} has no elements, {tuple(parameter.shape)}: a layer without inputs "
+                f"or units"
             )
 
 
@@ -242,18 +279,24 @@ def checked_data(x: Tensor | np.ndarray, y: Tensor | np.ndarray) -> tuple[Tensor
     if len(x) == 0:
         raise ValueError("x has no rows")
     if y.dim() == 0 or len(x) != len(y):
-        raise ValueError(f"y must have a value for each of the {len(x)} rows of x, got shape {tuple(y.shape)}")
+        raise ValueError(
+            f"y must have a value for each of the {len(x)} rows of x, got shape {tuple(y.shape)}"
+        )
     finite("x", x)
     finite("y", y)
     return x, y
 
 
 def _check_rounding(name: str, values: Tensor, dtype: torch.dtype) -> None:
-    """Raise where rounding to ``dtype`` would blur what tells rows apart: large numbers that vary by little."""
+    """Raise where rounding to ``dtype`` would blur what tells rows apart: large numbers that vary
+    by little.
+    """
     if values.dtype == dtype or not bool(values.to(dtype).isfinite().all()):
         return
     columns = values.reshape(len(values), -1).double()
-    error = torch.stack([(part.to(dtype).double() - part).abs().amax(0) for part in columns.split(4096)]).amax(0)
+    error = torch.stack(
+        [(part.to(dtype).double() - part).abs().amax(0) for part in columns.split(4096)]
+    ).amax(0)
     size = columns.abs().amax(0)
     spread = columns.std(0, correction=0)
     share = max(1e-3, 16 * torch.finfo(dtype).eps)  # the second for data of mean 0 in sixteen bits
@@ -262,8 +305,9 @@ def _check_rounding(name: str, values: Tensor, dtype: torch.dtype) -> None:
     if len(lost):
         column = int(lost[0])
         raise ValueError(
-            f"{name} cannot be told apart in {dtype}: column {column} varies by {spread[column]:.3g} around values up "
-            f"to {size[column]:.3g}, which rounding changes by up to {error[column]:.3g}; standardise it, or make the "
+            f"{name} cannot be told apart in {dtype}: column {column} varies by "
+            f"{spread[column]:.3g} around values up to {size[column]:.3g}, which rounding changes "
+            f"by up to {error[column]:.3g}; standardise it, or make the "
             "network one of float64 by net.double()"
         )
 
@@ -274,5 +318,9 @@ def check_informative(y: Tensor) -> None:
     constant = (columns == columns[:1]).all(0).nonzero().flatten()
     if len(y) > 1 and len(constant):
         column = int(constant[0])
-        what = f"holds only the value {columns[0, column].item():g}" + (f" in column {column}" if y.dim() > 1 else "")
-        raise ValueError(f"y {what}: there is nothing to learn from a constant target or a single class")
+        what = f"holds only the value {columns[0, column].item():g}" + (
+            f" in column {column}" if y.dim() > 1 else ""
+        )
+        raise ValueError(
+            f"y {what}: there is nothing to learn from a constant target or a single class"
+        )

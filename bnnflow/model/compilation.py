@@ -1,8 +1,10 @@
-"""A C++ source made into a shared library for this machine, and kept in a cache that only its owner can have written.
+"""A C++ source made into a shared library for this machine, and kept in a cache that only its owner
+can have written.
 
-Loading a library runs it, so one is loaded only from a folder and a file that belong to the user (or to root) and that
-nobody else may write, and only if its name holds the checksum of what is in it: half a library, or a damaged one, is
-made again. A compiler that fails or hangs is remembered for an hour, so that not every process waits for it.
+Loading a library runs it, so one is loaded only from a folder and a file that belong to the user
+(or to root) and that nobody else may write, and only if its name holds the checksum of what is in
+it: half a library, or a damaged one, is made again. A compiler that fails or hangs is remembered
+for an hour, so that not every process waits for it.
 """
 
 from __future__ import annotations
@@ -31,8 +33,12 @@ _ROOM = 2**22  # bytes that a library and what it is made of take at most
 _PATIENCE = 60.0  # seconds for the compiler; it takes four of a CPU's
 _REMEMBERED = 3600.0  # seconds for which a failure is not tried again
 
-# Of a new library in a process of its own, which it may end: half a file, or instructions that are not known here.
-_TRIAL = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).bnnflow_normals(1, 64, ctypes.create_string_buffer(512))"
+# Of a new library in a process of its own, which it may end: half a file, or instructions that are
+# not known here.
+_TRIAL = (
+    "import ctypes, sys; "
+    "ctypes.CDLL(sys.argv[1]).bnnflow_normals(1, 64, ctypes.create_string_buffer(512))"
+)
 
 _log = logging.getLogger(__name__)
 
@@ -50,8 +56,8 @@ def say_once(message: str) -> None:
 def shared_library(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
     """Return the library of a source, compiled unless a cache holds it.
 
-    The cache is ``$BNNFLOW_CACHE``, else ``bnnflow`` in the user's cache folder; where that cannot be used, which is
-    said once, a private folder beside the temporary files.
+    The cache is ``$BNNFLOW_CACHE``, else ``bnnflow`` in the user's cache folder; where that cannot
+    be used, which is said once, a private folder beside the temporary files.
 
     Args:
         source: the C++ file.
@@ -65,7 +71,9 @@ def shared_library(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
     command = [compiler, *flags]
     known = Path(compiler).stat()
     key = [source.read_bytes(), repr((known.st_size, known.st_mtime_ns)), *command, *_processor()]
-    digest = hashlib.sha256(b"\0".join(each if isinstance(each, bytes) else each.encode() for each in key))
+    digest = hashlib.sha256(
+        b"\0".join(each if isinstance(each, bytes) else each.encode() for each in key)
+    )
     name = f"fused-{digest.hexdigest()[:16]}"
     for folder in _folders():
         try:
@@ -96,7 +104,9 @@ def _loaded(folder: Path, name: str, command: list[str]) -> ctypes.CDLL:
     failure = folder / f"{name}.failed"
     if _is_recent(failure):
         reason = failure.read_text(errors="replace")
-        raise CompilationError(f"{reason} (tried within the last hour; delete {failure} to try again now)")
+        raise CompilationError(
+            f"{reason} (tried within the last hour; delete {failure} to try again now)"
+        )
     try:
         return ctypes.CDLL(str(_made(folder, name, command)))
     except CompilationError as error:
@@ -106,7 +116,9 @@ def _loaded(folder: Path, name: str, command: list[str]) -> ctypes.CDLL:
 
 
 def _made(folder: Path, name: str, command: list[str]) -> Path:
-    """Compile, and return the library's path; renamed when it is complete, so that nobody sees half of it.
+    """Compile, and return the library's path.
+
+    Renamed when it is complete, so that nobody sees half of it.
 
     Raises:
         CompilationError: if the compiler or the library is at fault.
@@ -147,7 +159,9 @@ def _run(command: list[str], messages: Path) -> None:
         _end(process)
     if status:
         said = messages.read_text(errors="replace").strip().splitlines()
-        raise CompilationError(f"{command[0]} failed with status {status}: {said[-1][:200] if said else ''}")
+        raise CompilationError(
+            f"{command[0]} failed with status {status}: {said[-1][:200] if said else ''}"
+        )
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -181,7 +195,7 @@ def _is_recent(path: Path) -> bool:
     return 0 <= age < _REMEMBERED
 
 
-# ---------------------------------------------------------------- folders
+# ---------------------------------------- folders
 
 
 def _folders() -> Iterator[Path]:
@@ -189,18 +203,24 @@ def _folders() -> Iterator[Path]:
     if folder := os.environ.get("BNNFLOW_CACHE"):
         yield Path(folder).absolute()
     else:
-        root = os.environ.get("XDG_CACHE_HOME") or ("~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
+        root = os.environ.get("XDG_CACHE_HOME") or (
+            "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
+        )
         root = os.path.expanduser(root)
         if os.path.isabs(root):
             yield Path(root) / "bnnflow"
-    yield Path(tempfile.gettempdir()) / f"bnnflow-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
+    yield (
+        Path(tempfile.gettempdir()) / f"bnnflow-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
+    )
     own = tempfile.mkdtemp(prefix="bnnflow-")
     atexit.register(shutil.rmtree, own, ignore_errors=True)
     yield Path(own)
 
 
 def _make_private(folder: Path) -> None:
-    """Make a folder; raise ``PermissionError`` if others may write or replace it, or libraries cannot be loaded."""
+    """Make a folder; raise ``PermissionError`` if others may write or replace it, or libraries
+    cannot be loaded.
+    """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder = folder.resolve()
     if not _owned(folder.stat()):
@@ -221,7 +241,9 @@ def _owned(status: os.stat_result) -> bool:
 
 
 def _processor() -> Sequence[str]:
-    """Return what tells processors apart: a library made for one may not run on another that shares the cache."""
+    """Return what tells processors apart: a library made for one may not run on another that shares
+    the cache.
+    """
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")

@@ -22,16 +22,16 @@ __all__ = ["Curvature"]
 class Curvature:
     """The log likelihood around weights ``theta``: gradient, Gauss-Newton matrix, Hessian.
 
-    The Gauss-Newton matrix of -log likelihood is A^T A. Its factor A ``(batch, rows, dim)`` is the network's
-    Jacobian times a square root of the likelihood's Fisher information. What comes with a gradient has that of
-    its own forward pass, equal to `grad` up to rounding. What takes little memory is computed once, matrices
-    whenever they are asked for.
+    The Gauss-Newton matrix of -log likelihood is A^T A. Its factor A ``(batch, rows, dim)`` is the
+    network's Jacobian times a square root of the likelihood's Fisher information. What comes with a
+    gradient has that of its own forward pass, equal to `grad` up to rounding. What takes little
+    memory is computed once, matrices whenever they are asked for.
 
     Args:
         density: of the data given the weights.
         theta: ``(batch, dim)``.
-        rows: use only these rows of the data, int64 ``(m,)``, scaled to all of them; for a Hessian also
-            ``(batch, m)``.
+        rows: use only these rows of the data, int64 ``(m,)``, scaled to all of them; for a Hessian
+            also ``(batch, m)``.
 
     Raises:
         ValueError: if theta or rows has the wrong shape or dtype.
@@ -62,25 +62,27 @@ class Curvature:
         """Gradient of the log likelihood, ``(batch, dim)``."""
         return self._density.log_likelihood_grad(self.theta, self._rows)
 
-    # ---------------------------------------------------------------- the Gauss-Newton factor
+    # ---------------------------------------- the Gauss-Newton factor
 
     def grad_and_factor(
         self, names: Collection[str] | None = None, changes: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the gradient ``(batch, dim)``, and the factor A ``(batch, rows, dim)`` as a matrix.
+        """Return the gradient ``(batch, dim)``, and the factor A ``(batch, rows, dim)`` as a
+        matrix.
 
         Args:
-            names: take the derivatives by these tensors of the network only, in the order of theta; the parameters of
-                prior and likelihood follow them all the same.
-            changes: of the weights that the derivatives are by, ``(k, weights)``: the Fisher information is averaged
-                over the outputs that the linearised network has there.
+            names: take the derivatives by these tensors of the network only, in the order of theta;
+                the parameters of prior and likelihood follow them all the same.
+            changes: of the weights that the derivatives are by, ``(k, weights)``: the Fisher
+                information is averaged over the outputs that the linearised network has there.
 
         Raises:
             ValueError: if the likelihood has no ``fisher_factor``.
         """
         self._require_fisher_factor()
         density, parameters = self._density, self._parameters
-        outputs, jacobian = self._network.jacobian(self.theta, self._x, names=names)  # (batch, n, out, network dim)
+        # (batch, n, out, network dim)
+        outputs, jacobian = self._network.jacobian(self.theta, self._x, names=names)
         grad_outputs, grad_parameters = density.score(outputs, self._y, parameters)
         if changes is None:
             factor, information = self._likelihood.fisher_factor(outputs, parameters)
@@ -89,16 +91,20 @@ class Curvature:
             factor, information = self._averaged_factor(outputs.unsqueeze(1) + moves)
         grad = torch.einsum("bnk,bnkd->bd", grad_outputs, jacobian)
         grad = density.with_parameters(grad, grad_parameters)
-        by_weights = torch.einsum("bnkr,bnkd->bnrd", factor, jacobian).flatten(1, 2)  # (batch, rows, network dim)
+        # (batch, rows, network dim)
+        by_weights = torch.einsum("bnkr,bnkd->bnrd", factor, jacobian).flatten(1, 2)
         whole = self._bordered(by_weights, information, grad.shape[-1])
         return (grad, whole) if self._scale == 1 else (self._scale * grad, self._scale**0.5 * whole)
 
     def _bordered(self, by_weights: Tensor, information: dict[str, Tensor], dim: int) -> Tensor:
-        """Return A of all columns, with rows of their own for parameters that are independent of the outputs."""
+        """Return A of all columns, with rows of their own for parameters that are independent of
+        the outputs.
+        """
         batch, size = by_weights.shape[:2]
         columns, below = [by_weights, by_weights.new_zeros(batch, size, self._of_prior)], []
         for each in information.values():
-            if each.dim() == 4:  # factors that share their rows with the outputs, (batch, n, size, rank)
+            # factors that share their rows with the outputs, (batch, n, size, rank)
+            if each.dim() == 4:
                 columns.append(each.mT.flatten(1, 2))
             else:  # independent of the outputs: Fisher information (batch, size)
                 start = sum(column.shape[-1] for column in columns)
@@ -108,7 +114,9 @@ class Curvature:
         return torch.cat([torch.cat(columns, -1), *below], 1)
 
     def _averaged_factor(self, outputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return ``fisher_factor`` of the information averaged over outputs ``(batch, k, n, out)``."""
+        """Return ``fisher_factor`` of the information averaged over outputs
+        ``(batch, k, n, out)``.
+        """
         batch, k = outputs.shape[:2]
         repeated = {name: each.repeat_interleave(k, 0) for name, each in self._parameters.items()}
         factor, information = self._likelihood.fisher_factor(outputs.flatten(0, 1), repeated)
@@ -118,38 +126,51 @@ class Curvature:
         whole = torch.cat(parts, -2)  # (batch, k, n, out and parameters, rank)
         mean = (whole @ whole.mT).mean(1)
         values, vectors = torch.linalg.eigh(mean)
-        roots = (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)).split([part.shape[-2] for part in parts], -2)
-        averaged = {name: each.mean(1) for name, each in each_of.items()} | dict(zip(shared, roots[1:], strict=True))
+        roots = (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)).split(
+            [part.shape[-2] for part in parts], -2
+        )
+        averaged = {name: each.mean(1) for name, each in each_of.items()} | dict(
+            zip(shared, roots[1:], strict=True)
+        )
         return roots[0], averaged
 
     def factored(self) -> tuple[Tensor, FactoredJacobian, Tensor] | None:
-        """Return `grad_and_factor` with A as its factors, several times as fast where rows are fewer than dim.
+        """Return `grad_and_factor` with A as its factors, several times as fast where rows are
+        fewer than dim.
 
-        The gradient, the rows by the weights, and ``(batch, parameters)``: what every parameter of the likelihood has
-        in a row of its own below them. None where rows are not fewer, where the network is no perceptron, where the
-        prior has parameters, and where those of the likelihood share their Fisher information with the outputs.
+        The gradient, the rows by the weights, and ``(batch, parameters)``: what every parameter of
+        the likelihood has in a row of its own below them. None where rows are not fewer, where the
+        network is no perceptron, where the prior has parameters, and where those of the likelihood
+        share their Fisher information with the outputs.
         """
         network, theta, scale = self._network, self.theta, self._scale
-        if self._of_prior or not isinstance(network, ChainNetwork) or not self._likelihood.has_fisher_factor:
+        if (
+            self._of_prior
+            or not isinstance(network, ChainNetwork)
+            or not self._likelihood.has_fisher_factor
+        ):
             return None
         outputs, factored = network.factored(theta, self._x)
         grad_outputs, grad_parameters = self._density.score(outputs, self._y, self._parameters)
         factor, others = self._likelihood.fisher_factor(outputs, self._parameters)
         if _shared(others) or factor.shape[1] * factor.shape[-1] >= self._density.dim:
             return None
-        by_weights = factored(grad_outputs.unsqueeze(-1)).transposed(torch.ones_like(outputs[..., 0]))
+        by_weights = factored(grad_outputs.unsqueeze(-1)).transposed(
+            torch.ones_like(outputs[..., 0])
+        )
         grad = scale * self._density.with_parameters(by_weights, grad_parameters)
         return grad, factored(scale**0.5 * factor), self._below(others)
 
     def closed(self, slope: Arrowhead, vjp: Pullback) -> ClosedFactor | None:
         """Return the factor A by other coordinates without forming it; not differentiable.
 
-        None where there are fewer rows than weights, no closed second derivatives, and where parameters of the
-        likelihood share their Fisher information with the outputs.
+        None where there are fewer rows than weights, no closed second derivatives, and where
+        parameters of the likelihood share their Fisher information with the outputs.
 
         Args:
             slope: derivative of ``theta`` by coordinates.
-            vjp: carries vectors of these to those of others that they are a symmetric linear function of.
+            vjp: carries vectors of these to those of others that they are a symmetric linear
+                function of.
         """
         network, density, theta, scale = self._network, self._density, self.theta, self._scale
         if not density.has_gauss_newton_slope or not isinstance(network, ChainNetwork):
@@ -163,9 +184,13 @@ class Curvature:
 
         def product(some: slice) -> Tensor:
             information = scale * (factor[some].unsqueeze(2) * factor[some].unsqueeze(1)).sum(3)
-            return density.network_hessian.gauss_newton(theta[some, : density.weights], x, information)
+            return density.network_hessian.gauss_newton(
+                theta[some, : density.weights], x, information
+            )
 
-        return ClosedFactor(jvp, back, scale**0.5 * factor, self._below(others), slope, vjp, product)
+        return ClosedFactor(
+            jvp, back, scale**0.5 * factor, self._below(others), slope, vjp, product
+        )
 
     def _below(self, information: dict[str, Tensor]) -> Tensor:
         """Return what parameters have in rows of their own, ``(batch, parameters)``."""
@@ -176,8 +201,9 @@ class Curvature:
     def residual(self) -> Tensor | None:
         """Whitened residuals b ``(batch, rows)``, with A^T b the gradient.
 
-        Steps made from them keep in float32 what they lose when made from the gradient, where the likelihood is sharp.
-        None where it has no ``whitened_score``; normal and Student laws have one.
+        Steps made from them keep in float32 what they lose when made from the gradient, where the
+        likelihood is sharp. None where it has no ``whitened_score``; normal and Student laws have
+        one.
         """
         if not self._likelihood.has_whitened_score:
             return None
@@ -188,10 +214,11 @@ class Curvature:
         others = [by_parameters[name] / each.sqrt() for name, each in information.items()]
         return self._scale**0.5 * torch.cat([of_rows.flatten(1), *others], 1)
 
-    # ---------------------------------------------------------------- products
+    # ---------------------------------------- products
 
     def grad_and_product(self) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Return the gradient ``(batch, dim)``, and the function v -> A^T A v, ``(batch, dim)``, without a Jacobian.
+        """Return the gradient ``(batch, dim)``, and the function v -> A^T A v, ``(batch, dim)``,
+        without a Jacobian.
 
         Each product costs about two gradients.
 
@@ -216,7 +243,9 @@ class Curvature:
 
         return self.grad, in_blocks
 
-    def _linearised(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def _linearised(
+        self, theta: Tensor, x: Tensor, y: Tensor
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Return `grad_and_product` of these networks and rows, unscaled."""
         density, network = self._density, self._network
         outputs, pullback = network.pullback(theta, x)
@@ -231,14 +260,16 @@ class Curvature:
 
         return density.with_parameters(pullback(grad_outputs), grad_parameters), product
 
-    # ---------------------------------------------------------------- second derivatives
+    # ---------------------------------------- second derivatives
 
     def grad_and_hessian(self) -> tuple[Tensor, Tensor] | None:
-        """Return the gradient and the Hessian of the log likelihood, ``(batch, dim)`` and ``(batch, dim, dim)``.
+        """Return the gradient and the Hessian of the log likelihood, ``(batch, dim)`` and
+        ``(batch, dim, dim)``.
 
-        The exact one, with the curvature of the network that A leaves out, for about a hundred compiled gradients.
-        None where only automatic differentiation knows it: networks that are no chains of linear layers, linearised
-        ones, and those of so many weights that a dense matrix for each is too much.
+        The exact one, with the curvature of the network that A leaves out, for about a hundred
+        compiled gradients. None where only automatic differentiation knows it: networks that are no
+        chains of linear layers, linearised ones, and those of so many weights that a dense matrix
+        for each is too much.
         """
         closed, theta, rows, scale = self._density.hessian, self.theta, self._rows, self._scale
         if closed is None:
@@ -248,10 +279,11 @@ class Curvature:
         return (grad, hessian) if scale == 1 else (scale * grad, scale * hessian)
 
     def slope(self, v: Tensor) -> Tensor | None:
-        """Return the derivative by theta of grad - A^T A v at fixed v, ``(batch, dim, dim)``, in closed form.
+        """Return the derivative by theta of grad - A^T A v at fixed v, ``(batch, dim, dim)``, in
+        closed form.
 
-        Row i is that of element i; the matrix is not symmetric. None where there is no closed Hessian or no
-        ``fisher_factor``.
+        Row i is that of element i; the matrix is not symmetric. None where there is no closed
+        Hessian or no ``fisher_factor``.
 
         Args:
             v: ``(batch, dim)``.
@@ -260,7 +292,8 @@ class Curvature:
         if not density.has_gauss_newton_slope:
             return None
         out = density.n_outputs
-        size = max(64, 8 * density.dim // out)  # no more than eight times the result at once, or little
+        # no more than eight times the result at once, or little
+        size = max(64, 8 * density.dim // out)
         parts = zip(self._x.flatten(1).split(size), self._y.split(size), strict=True)
         slope = functools.reduce(torch.add, (self._slope(v, *part) for part in parts))
         slope = slope if scale == 1 else scale * slope
@@ -276,22 +309,29 @@ class Curvature:
     def _slope(self, v: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """Return `slope` of these rows, by the weights and the likelihood's parameters.
 
-        With J the Jacobian of the outputs and F the Fisher information of outputs and parameters, grad - A^T A v by
-        the weights is J^T r, with r what F leaves of the score when it has met J v and v. Its derivative is the
-        network's curvature along r, and J^T (M J - F D): M is the derivative of r by outputs with J v held fixed, and D
-        the derivative of J v, which is that of J along v.
+        With J the Jacobian of the outputs and F the Fisher information of outputs and parameters,
+        grad - A^T A v by the weights is J^T r, with r what F leaves of the score when it has met J
+        v and v. Its derivative is the network's curvature along r, and J^T (M J - F D): M is the
+        derivative of r by outputs with J v held fixed, and D the derivative of J v, which is that
+        of J along v.
         """
         network, theta, n_parameters = self._network, self.theta, self._density.n_parameters
         assert isinstance(network, ChainNetwork)
 
         def parts(weights: Tensor, seeds: Tensor) -> list[tuple[Tensor, Tensor]]:
-            return [(part.entering, part.leaving) for part in network.factored(weights, x)[1](seeds).parts]
+            return [
+                (part.entering, part.leaving)
+                for part in network.factored(weights, x)[1](seeds).parts
+            ]
 
         outputs, along, *_ = jvp(lambda weights: network(weights, x), (theta,), (v,))
         given = self._derivatives(outputs, y, (along, v[:, self._density.dim - n_parameters :]))
         assert given.outputs is not None
         factor, others = self._likelihood.fisher_factor(outputs, self._parameters)
-        information, eye = factor @ factor.mT, torch.eye(outputs.shape[-1], dtype=theta.dtype, device=theta.device)
+        information, eye = (
+            factor @ factor.mT,
+            torch.eye(outputs.shape[-1], dtype=theta.dtype, device=theta.device),
+        )
         eye = eye.expand_as(information).contiguous()
         mixed = network.factored(theta, x)[1]  # S -> S^T J
         changes = jvp(parts, (theta, -information), (v, given.outputs.mT))[1]
@@ -303,18 +343,24 @@ class Curvature:
         assert given.transposed is not None
         by_weights = given.transposed.flatten(2) @ jacobian
         shared = [each for each in others.values() if each.dim() == 4]
-        if shared:  # the information of outputs and parameters together, (batch, n, parameters, out)
+        # the information of outputs and parameters together, (batch, n, parameters, out)
+        if shared:
             cross = (torch.cat(shared, 2) @ factor.mT).movedim(2, 1).flatten(2)
             moved = jvp(parts, (theta, eye), (v, torch.zeros_like(eye)))[1]
             by_weights = by_weights - cross @ mixed(eye).tangent(moved)
-        above = torch.cat([bent.baddbmm_(jacobian.mT, change), jacobian.mT @ given.mixed.flatten(2).mT], 2)
+        above = torch.cat(
+            [bent.baddbmm_(jacobian.mT, change), jacobian.mT @ given.mixed.flatten(2).mT], 2
+        )
         return torch.cat([above, torch.cat([by_weights, given.parameters.mT], 2)], 1)
 
-    def _derivatives(self, outputs: Tensor, y: Tensor, along: tuple[Tensor, Tensor] | None = None) -> OutputDerivatives:
-        """Return what the likelihood makes of outputs: derivatives of its score, which cost next to nothing.
+    def _derivatives(
+        self, outputs: Tensor, y: Tensor, along: tuple[Tensor, Tensor] | None = None
+    ) -> OutputDerivatives:
+        """Return what the likelihood makes of outputs: derivatives of its score, which cost next to
+        nothing.
 
-        With ``along``, a change of the outputs and of the logarithms of its parameters, of the score less the Fisher
-        information of both times that.
+        With ``along``, a change of the outputs and of the logarithms of its parameters, of the
+        score less the Fisher information of both times that.
         """
         density, theta = self._density, self.theta
         out, start = outputs.shape[-1], density.dim - density.n_parameters
@@ -326,7 +372,9 @@ class Curvature:
             if along is not None:
                 of_outputs, of_parameters = self._informed(outputs, parameters, *along)
                 by_outputs = by_outputs - of_outputs
-                by_parameters = {name: by_parameters[name] - each for name, each in of_parameters.items()}
+                by_parameters = {
+                    name: by_parameters[name] - each for name, each in of_parameters.items()
+                }
             named = [by_parameters[name].flatten(1) for name in parameters]
             return by_outputs, torch.cat([logs[:, :0], *named], 1)
 
@@ -334,12 +382,17 @@ class Curvature:
             tangents = torch.zeros_like(outputs), of_logs.expand_as(logs)
             return jvp(score, (outputs, logs), tangents)[1][0]
 
-        # Reverse mode: in forward mode torch takes half a millisecond for every constant that it meets.
+        # Reverse mode: in forward mode torch takes half a millisecond for every constant that it
+        # meets.
         (by_outputs, by_logs), vjp, *_ = torch.func.vjp(score, outputs, logs)
         size = logs.shape[1]
         eye = torch.eye(out + size, dtype=theta.dtype, device=theta.device)
-        seeds = eye[:, None, None, :out].expand(-1, *outputs.shape), eye[:, None, out:].expand(-1, *logs.shape)
-        of_outputs, of_logs = torch.func.vmap(lambda *seed: vjp(seed))(*seeds)  # (element, batch, ...)
+        seeds = (
+            eye[:, None, None, :out].expand(-1, *outputs.shape),
+            eye[:, None, out:].expand(-1, *logs.shape),
+        )
+        # (element, batch, ...)
+        of_outputs, of_logs = torch.func.vmap(lambda *seed: vjp(seed))(*seeds)
         transposed = of_outputs[out:].movedim(0, 1)
         mixed = transposed
         if along is not None and size:  # the information is no derivative: nothing is symmetric
@@ -353,7 +406,7 @@ class Curvature:
             transposed,
         )
 
-    # ---------------------------------------------------------------- Fisher information
+    # ---------------------------------------- Fisher information
 
     @property
     def _of_prior(self) -> int:
@@ -367,7 +420,9 @@ class Curvature:
     def _informed(
         self, outputs: Tensor, parameters: dict[str, Tensor], along: Tensor, logs: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the Fisher information of outputs and log parameters times changes of both, by each of them."""
+        """Return the Fisher information of outputs and log parameters times changes of both, by
+        each of them.
+        """
         factor, information = self._likelihood.fisher_factor(outputs, parameters)
         sizes = [each.shape[-1] for each in parameters.values()]
         changes = dict(zip(parameters, logs.split(sizes, -1), strict=True))
@@ -376,7 +431,9 @@ class Curvature:
         for name, each in shared.items():
             inner = inner + torch.einsum("bnsr,bs->bnr", each, changes[name])
         by_parameters = {
-            name: torch.einsum("bnsr,bnr->bs", each, inner) if name in shared else each * changes[name]
+            name: torch.einsum("bnsr,bnr->bs", each, inner)
+            if name in shared
+            else each * changes[name]
             for name, each in information.items()
         }
         return (factor @ inner.unsqueeze(-1)).squeeze(-1), by_parameters

@@ -1,8 +1,10 @@
-"""The Jacobian of a perceptron as its factors, never formed, and the interface that it shares with a matrix.
+"""The Jacobian of a perceptron as its factors, never formed, and the interface that it shares with
+a matrix.
 
-The derivative of one output at one row of data by the weights of a layer is an outer product: what leaves the layer
-times what enters it. The Gram matrix of such rows is a sum over layers of elementwise products of two small Gram
-matrices, so that an entry costs in + out multiplications for each layer in place of in * out.
+The derivative of one output at one row of data by the weights of a layer is an outer product: what
+leaves the layer times what enters it. The Gram matrix of such rows is a sum over layers of
+elementwise products of two small Gram matrices, so that an entry costs in + out multiplications for
+each layer in place of in * out.
 """
 
 from __future__ import annotations
@@ -86,16 +88,21 @@ class MatrixFactor:
 
 @dataclass(frozen=True)
 class ClosedFactor:
-    """A whose rows by the weights are never formed, and A^T A is known in closed form: for more rows than columns.
+    """A whose rows by the weights are never formed, and A^T A is known in closed form: for more
+    rows than columns.
 
     Args:
-        jvp: takes directions of theta ``(batch, dim)`` to those of the outputs, ``(batch, n, out)``.
+        jvp: takes directions of theta ``(batch, dim)`` to those of the outputs,
+            ``(batch, n, out)``.
         back: takes gradients by the outputs to those by the weights, ``(batch, weights)``.
-        mix: what makes rows of outputs, ``(batch, out, rank, n)``: rows of data last, where sums are fast.
-        below: ``(batch, parameters)``: what each parameter of the likelihood has in a row of its own.
+        mix: what makes rows of outputs, ``(batch, out, rank, n)``: rows of data last, where sums
+            are fast.
+        below: ``(batch, parameters)``: what each parameter of the likelihood has in a row of its
+            own.
         slope: derivative of ``theta`` by the coordinates of the prior.
         vjp: carries vectors of these to those of the source.
-        product: the first rows' product with themselves for some networks, ``(networks, weights, weights)``.
+        product: the first rows' product with themselves for some networks,
+            ``(networks, weights, weights)``.
     """
 
     jvp: Callable[[Tensor], Tensor]
@@ -134,9 +141,12 @@ class ClosedFactor:
         return self.slope.compact()
 
     def _normal(self, slope: Arrowhead, some: slice) -> Tensor:
-        slope = Arrowhead(slope.diagonal[some], None if slope.columns is None else slope.columns[some])
+        slope = Arrowhead(
+            slope.diagonal[some], None if slope.columns is None else slope.columns[some]
+        )
         whole = slope.of_weights(self.product(some))
-        own = slice(whole.shape[-1] - self.below.shape[1], None)  # of the likelihood's parameters: no others meet them
+        # of the likelihood's parameters: no others meet them
+        own = slice(whole.shape[-1] - self.below.shape[1], None)
         scale = slope.diagonal[:, own]
         whole.diagonal(dim1=1, dim2=2)[:, own] += self.below[some].square() * scale * scale
         return self.vjp(self.vjp(whole).mT)
@@ -144,8 +154,11 @@ class ClosedFactor:
     def times(self, v: Tensor) -> Tensor:
         """Return A v, ``(batch, dim) -> (batch, rows)``."""
         moved = self.slope.times(self.vjp(v))
-        of_rows = (self.mix * self.jvp(moved).mT.unsqueeze(2)).sum(1).mT  # small: faster than products of matrices
-        return torch.cat([of_rows.flatten(1), self.below * moved[:, moved.shape[1] - self.below.shape[1] :]], 1)
+        # small: faster than products of matrices
+        of_rows = (self.mix * self.jvp(moved).mT.unsqueeze(2)).sum(1).mT
+        return torch.cat(
+            [of_rows.flatten(1), self.below * moved[:, moved.shape[1] - self.below.shape[1] :]], 1
+        )
 
     def transposed(self, u: Tensor) -> Tensor:
         """Return A^T u, ``(batch, rows) -> (batch, dim)``."""
@@ -178,7 +191,9 @@ class BorderedFactor:
     def matrix(self) -> Tensor:
         """A itself, ``(batch, rows, dim)``."""
         above = nn.functional.pad(self.weights.matrix, (0, self.below.shape[1]))
-        own = nn.functional.pad(torch.diag_embed(self.below), (above.shape[-1] - self.below.shape[1], 0))
+        own = nn.functional.pad(
+            torch.diag_embed(self.below), (above.shape[-1] - self.below.shape[1], 0)
+        )
         return torch.cat([above, own], 1)
 
     def __getitem__(self, some: slice) -> BorderedFactor:
@@ -211,10 +226,12 @@ class Outer(NamedTuple):
 
 @dataclass(frozen=True)
 class FactoredJacobian:
-    """A = S J D: the Jacobian J of a perceptron's outputs, mixed by S for each row of data and scaled by D.
+    """A = S J D: the Jacobian J of a perceptron's outputs, mixed by S for each row of data and
+    scaled by D.
 
     Args:
-        parts: of every layer, in the order of the layers; S is in what leaves them. Row (i, r) of A is rank r of row i.
+        parts: of every layer, in the order of the layers; S is in what leaves them. Row (i, r) of A
+            is rank r of row i.
         names: the tensors in the order of ``theta``.
         scales: D, a number for every tensor.
     """
@@ -237,7 +254,8 @@ class FactoredJacobian:
         return found.mT
 
     def tangent(self, changes: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Return the derivative of A, ``(batch, rows, dim)``, given those of what enters and leaves every layer.
+        """Return the derivative of A, ``(batch, rows, dim)``, given those of what enters and leaves
+        every layer.
 
         Inputs that networks share, ``(in, n)``, are data and have none.
         """
@@ -256,7 +274,8 @@ class FactoredJacobian:
     def _add(self, found: Tensor, part: Outer, *, bias: bool = True) -> None:
         """Add the rows by the weights of one layer, each number written once."""
         (layer, entering, leaving), views = part, self._split(found.mT)
-        into = views[layer.weight].movedim(1, -1).unflatten(-1, leaving.shape[2:])  # (batch, out, in, n, rank)
+        # (batch, out, in, n, rank)
+        into = views[layer.weight].movedim(1, -1).unflatten(-1, leaving.shape[2:])
         factors = leaving.unsqueeze(2), entering.unsqueeze(-3).unsqueeze(-1)
         into.addcmul_(*factors, value=self.scales[layer.weight])
         if bias and layer.bias is not None:
@@ -278,12 +297,16 @@ class FactoredJacobian:
         total: Tensor | None = None
         for layer, entering, leaving in self.parts:
             outer = leaving.flatten(2)
-            inner = self.scales[layer.weight] ** 2 * (entering.mT @ entering)  # (n, n) or (batch, n, n)
+            # (n, n) or (batch, n, n)
+            inner = self.scales[layer.weight] ** 2 * (entering.mT @ entering)
             if layer.bias is not None:
                 inner = inner + self.scales[layer.bias] ** 2
-            product = (outer.mT @ outer).unflatten(2, leaving.shape[2:]).unflatten(1, leaving.shape[2:])
+            product = (
+                (outer.mT @ outer).unflatten(2, leaving.shape[2:]).unflatten(1, leaving.shape[2:])
+            )
             inner = inner.unsqueeze(-1).unsqueeze(-3)
-            # Into the memory that is there, where nothing follows: fresh memory costs more than the sums.
+            # Into the memory that is there, where nothing follows: fresh memory costs more than the
+            # sums.
             ours = is_untracked_cpu(product, inner)
             product = product.mul_(inner) if ours else product * inner
             total = product if total is None else total.add_(product) if ours else total + product
@@ -307,7 +330,8 @@ class FactoredJacobian:
         """Return A^T u, ``(batch, rows) -> (batch, dim)``."""
         found = {}
         for layer, entering, leaving in self.parts:
-            back = (leaving * u.unflatten(1, leaving.shape[2:]).unsqueeze(1)).sum(-1)  # (batch, out, n)
+            # (batch, out, n)
+            back = (leaving * u.unflatten(1, leaving.shape[2:]).unsqueeze(1)).sum(-1)
             found[layer.weight] = self.scales[layer.weight] * (back @ entering.mT).flatten(1)
             if layer.bias is not None:
                 found[layer.bias] = self.scales[layer.bias] * back.sum(-1)
@@ -326,4 +350,7 @@ class FactoredJacobian:
         """Return the tensors within ``(..., dim)``."""
         shapes = self._shapes()
         pieces = v.split([math.prod(shapes[name]) for name in self.names], -1)
-        return {name: piece.unflatten(-1, shapes[name]) for name, piece in zip(self.names, pieces, strict=True)}
+        return {
+            name: piece.unflatten(-1, shapes[name])
+            for name, piece in zip(self.names, pieces, strict=True)
+        }

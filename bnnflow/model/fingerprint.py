@@ -75,7 +75,9 @@ class ModelIdentity:
 
     @property
     def first_fingerprint(self) -> str:
-        """The fingerprint as files of the first version have it, blind to much of what a module is made of."""
+        """The fingerprint as files of the first version have it, blind to much of what a module is
+        made of.
+        """
         digest, layers = hashlib.sha256(), self.architecture.layers
         for each in self.data:
             digest.update(repr(tuple(each.shape)).encode())
@@ -83,7 +85,11 @@ class ModelIdentity:
         digest.update(repr((self.spec.shapes, layers, self.temperature)).encode())
         digest.update(repr(self.flat_prior.describe()).encode())
         settings: dict[str, Any] = getattr(self.likelihood.given, "__dict__", {})
-        plain = {key: each for key, each in settings.items() if isinstance(each, bool | int | float | str | None)}
+        plain = {
+            key: each
+            for key, each in settings.items()
+            if isinstance(each, bool | int | float | str | None)
+        }
         digest.update(repr((self.likelihood.name, plain)).encode())
         if not layers:
             digest.update(repr(self.net).encode())
@@ -116,10 +122,11 @@ class Provenance:
     """Whose draws a model takes beside those with its own fingerprint.
 
     Args:
-        converted: the fingerprint of the model in another floating-point type that this is a copy of, and its data.
+        converted: the fingerprint of the model in another floating-point type that this is a copy
+            of, and its data.
         expanded: the fingerprint of the model that a linearised one expands.
-        recognised: the last fingerprint that was found to be the model's, and its data then: a fingerprint reads all
-            data.
+        recognised: the last fingerprint that was found to be the model's, and its data then: a
+            fingerprint reads all data.
     """
 
     converted: tuple[str, DataVersion] | None = None

@@ -1,13 +1,16 @@
-"""Compiled for the CPU: log densities of perceptrons with their gradients, random numbers, steps of samplers.
+"""Compiled for the CPU: log densities of perceptrons with their gradients, random numbers, steps of
+samplers.
 
-The source is ``fused.cpp`` beside this file. The machine's own C++ compiler (``$CXX``, ``c++``, ``g++`` or
-``clang++``) makes a library of it the first time that a model on the CPU is evaluated, which takes a few seconds,
-and `bnnflow.model.compilation` keeps it for later processes. Where that does not work, which is said once, or
-``BNNFLOW_FUSED=0`` is set, or something tracks derivatives, the caller evaluates with torch instead: same numbers to
-rounding, only slower. Random numbers are the exception: with a library they come from Threefry, without one from
-torch, so a seed gives the same draws only where both runs have a library or neither has.
+The source is ``fused.cpp`` beside this file. The machine's own C++ compiler (``$CXX``, ``c++``,
+``g++`` or ``clang++``) makes a library of it the first time that a model on the CPU is evaluated,
+which takes a few seconds, and `bnnflow.model.compilation` keeps it for later processes. Where that
+does not work, which is said once, or ``BNNFLOW_FUSED=0`` is set, or something tracks derivatives,
+the caller evaluates with torch instead: same numbers to rounding, only slower. Random numbers are
+the exception: with a library they come from Threefry, without one from torch, so a seed gives the
+same draws only where both runs have a library or neither has.
 
-Chains are computed one by one, so results do not depend on the number of threads (``torch.get_num_threads()``).
+Chains are computed one by one, so results do not depend on the number of threads
+(``torch.get_num_threads()``).
 """
 
 from __future__ import annotations
@@ -52,7 +55,16 @@ __all__ = [
     "turned",
 ]
 
-_ACTIVATIONS = {"identity": 0, "tanh": 1, "sigmoid": 2, "relu": 3, "silu": 4, "gelu": 5, "gelu_tanh": 6, "sin": 7}
+_ACTIVATIONS = {
+    "identity": 0,
+    "tanh": 1,
+    "sigmoid": 2,
+    "relu": 3,
+    "silu": 4,
+    "gelu": 5,
+    "gelu_tanh": 6,
+    "sin": 7,
+}
 _GIVEN_SCORE = 0
 _LIKELIHOODS: dict[type, int] = {
     Gaussian: 1,
@@ -64,7 +76,8 @@ _LIKELIHOODS: dict[type, int] = {
     NegativeBinomial: 7,
     Ordinal: 8,
 }
-_LARGEST_COUNT = 10_000  # under a negative binomial law, where each whole number up to it costs a logarithm
+# under a negative binomial law, where each whole number up to it costs a logarithm
+_LARGEST_COUNT = 10_000
 # The families of the prior by the coordinate being the logarithm of a variable, and its name.
 _FAMILIES = {
     (False, "Normal"): 0,
@@ -80,9 +93,9 @@ _FAMILIES = {
 }
 _SCALARS = {torch.float32: "float", torch.float64: "double"}
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
-# Wider layers are left to torch, whose matrix products are blocked for the caches. Measured in us a gradient, compiled
-# against torch, 500 rows, float32: 30-128-128-1 730 and 1140, 30-256-256-1 2650 and 4520, 784-50-10 1180 and 1120,
-# 30-512-512-1 14200 and 11400.
+# Wider layers are left to torch, whose matrix products are blocked for the caches. Measured in us a
+# gradient, compiled against torch, 500 rows, float32: 30-128-128-1 730 and 1140, 30-256-256-1 2650
+# and 4520, 784-50-10 1180 and 1120, 30-512-512-1 14200 and 11400.
 _WIDEST = 256
 # Multiplications that are worth a thread: about 400 us of work, where starting one takes 60.
 _WORK_OF_A_THREAD = 4_000_000
@@ -143,7 +156,10 @@ def is_untracked_cpu(*tensors: Tensor) -> bool:
     """Say whether tensors are ordinary memory on the CPU and nothing tracks their derivatives."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    here = all(tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    here = all(
+        tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter)
+        for tensor in tensors
+    )
     return here and not is_tracked(*tensors)
 
 
@@ -190,48 +206,91 @@ class FusedNetwork:
         return self._run(theta, x, per_network, None).mT
 
     def vjp(self, theta: Tensor, x: Tensor, per_network: bool, grad_outputs: Tensor) -> Tensor:
-        """Carry a gradient by the outputs ``(batch, n, out)`` back to the weights, ``(batch, network dim)``."""
+        """Carry a gradient by the outputs ``(batch, n, out)`` back to the weights,
+        ``(batch, network dim)``.
+        """
         return self._run(theta, x, per_network, grad_outputs.mT.contiguous())
 
-    def squared_error(self, theta: Tensor, x: Tensor, y: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return half the sum of squared errors and its gradient; see `ChainNetwork.squared_error`."""
+    def squared_error(
+        self, theta: Tensor, x: Tensor, y: Tensor, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return half the sum of squared errors and its gradient.
+
+        See `ChainNetwork.squared_error`.
+        """
         theta, x, y = _strided(theta), x.contiguous(), y.contiguous()
         n, targets = y.shape[1:]
         rows = None if rows is None else rows.contiguous()
         used = n if rows is None else len(rows)
         value = theta.new_empty(len(theta), dtype=torch.float64)
-        # One number more than the gradients have: the address of nothing is null, which means that none are wanted.
+        # One number more than the gradients have: the address of nothing is null, which means that
+        # none are wanted.
         room = theta.new_empty(len(theta) * self._network_dim + 1)
         grad = room[:-1].view(len(theta), self._network_dim)
         problem = _problem(self._layers, self._network_dim)
         problem.likelihood, problem.n_targets, problem.scale = _LIKELIHOODS[Gaussian], targets, 1.0
         call = _Call(
-            len(theta), used, n, _threads(len(theta) * used * self._network_dim), 0, 0,
-            theta.stride(0), 0, y.stride(0), 0,
-            theta.data_ptr(), x.data_ptr(), y.data_ptr(), None, None if rows is None else rows.data_ptr(),
-            -1.0, 0.0,
-            value.data_ptr(), room.data_ptr(), None,
-        )  # fmt: skip
+            len(theta),
+            used,
+            n,
+            _threads(len(theta) * used * self._network_dim),
+            0,
+            0,
+            theta.stride(0),
+            0,
+            y.stride(0),
+            0,
+            theta.data_ptr(),
+            x.data_ptr(),
+            y.data_ptr(),
+            None,
+            None if rows is None else rows.data_ptr(),
+            -1.0,
+            0.0,
+            value.data_ptr(),
+            room.data_ptr(),
+            None,
+        )
         _evaluate(theta.dtype, problem, call)
-        return (value - used * targets * _HALF_LOG_2PI).clamp_(min=0.0), grad  # a perfect fit may round below
+        # a perfect fit may round below
+        return (value - used * targets * _HALF_LOG_2PI).clamp_(min=0.0), grad
 
     def _run(self, theta: Tensor, x: Tensor, per_network: bool, score: Tensor | None) -> Tensor:
         theta, x = _strided(theta), x.flatten(2 if per_network else 1).contiguous()
         n, batch = x.shape[-2], len(theta)
         if x.shape[-1] != self._layers[0].inputs or (per_network and len(x) != batch):
             raise RuntimeError(
-                f"inputs {tuple(x.shape)} do not fit {self._layers[0].inputs} features of {batch} networks"
+                f"inputs {tuple(x.shape)} do not fit {self._layers[0].inputs} features of {batch} "
+                f"networks"
             )
-        shape = (batch, self._network_dim) if score is not None else (batch, self._layers[-1].outputs, n)
+        shape = (
+            (batch, self._network_dim)
+            if score is not None
+            else (batch, self._layers[-1].outputs, n)
+        )
         result = theta.new_empty(shape)
         value = theta.new_empty(batch, dtype=torch.float64)
         call = _Call(
-            batch, n, n, _threads(batch * n * self._network_dim), 0, 0,
-            theta.stride(0), x.stride(0) if per_network else 0, 0, 0,
-            theta.data_ptr(), x.data_ptr(), None, None if score is None else score.data_ptr(), None,
-            1.0, 0.0,
-            value.data_ptr(), *((None, result.data_ptr()) if score is None else (result.data_ptr(), None)),
-        )  # fmt: skip
+            batch,
+            n,
+            n,
+            _threads(batch * n * self._network_dim),
+            0,
+            0,
+            theta.stride(0),
+            x.stride(0) if per_network else 0,
+            0,
+            0,
+            theta.data_ptr(),
+            x.data_ptr(),
+            None,
+            None if score is None else score.data_ptr(),
+            None,
+            1.0,
+            0.0,
+            value.data_ptr(),
+            *((None, result.data_ptr()) if score is None else (result.data_ptr(), None)),
+        )
         _evaluate(theta.dtype, self._problem, call)
         return result
 
@@ -242,20 +301,24 @@ class FusedDensity:
     Args:
         spec: the layout of ``theta``, likelihood parameters included.
         likelihood: one of this package's.
-        prior: computed here if all of it is of a family in `_FAMILIES`, or normal around zero with scales of known
-            `Shared` parameters; by torch otherwise.
+        prior: computed here if all of it is of a family in `_FAMILIES`, or normal around zero with
+            scales of known `Shared` parameters; by torch otherwise.
         x: inputs, ``(n, ...)``.
         y: targets, as the likelihood validated them.
     """
 
-    def __init__(self, spec: WeightSpec, likelihood: Likelihood, prior: FlatPrior, x: Tensor, y: Tensor) -> None:
+    def __init__(
+        self, spec: WeightSpec, likelihood: Likelihood, prior: FlatPrior, x: Tensor, y: Tensor
+    ) -> None:
         self._arguments = (spec, likelihood, prior, x, y)
         self._dim = spec.dim
         self._x = x.flatten(1).contiguous()
         self._y = _columns(likelihood, y).to(x.dtype).contiguous()
         self._layers = _layers(spec)
         shared = None if prior.weights is None else prior.weights.shared
-        ours = all((each.log, type(each.distribution).__name__) in _FAMILIES for each in prior.marginals)
+        ours = all(
+            (each.log, type(each.distribution).__name__) in _FAMILIES for each in prior.marginals
+        )
         ours = ours and (prior.weights is None or shared is not None)
         self._prior = None if ours else prior
         self._kept = [_prior(each, x.dtype) for each in prior.marginals] if ours else []
@@ -285,11 +348,21 @@ class FusedDensity:
     def of(
         cls, spec: WeightSpec, likelihood: Likelihood, prior: FlatPrior, x: Tensor, y: Tensor
     ) -> FusedDensity | None:
-        """Return the compiled density, or None if the network, the likelihood or the machine does not allow it."""
-        fits = spec.layers and _supported(spec) and type(likelihood) in _LIKELIHOODS and x.device.type == "cpu"
-        fits = fits and not (isinstance(likelihood, NegativeBinomial) and bool((y > _LARGEST_COUNT).any()))
+        """Return the compiled density, or None if the network, the likelihood or the machine does
+        not allow it.
+        """
+        fits = (
+            spec.layers
+            and _supported(spec)
+            and type(likelihood) in _LIKELIHOODS
+            and x.device.type == "cpu"
+        )
+        fits = fits and not (
+            isinstance(likelihood, NegativeBinomial) and bool((y > _LARGEST_COUNT).any())
+        )
         learned = [spec.shapes[f"likelihood.log_{name}"] for name in likelihood.parameters]
-        fits = fits and (isinstance(likelihood, Ordinal) or learned in ([], [(1,)]))  # one for all targets
+        # one for all targets
+        fits = fits and (isinstance(likelihood, Ordinal) or learned in ([], [(1,)]))
         return cls(spec, likelihood, prior, x, y) if fits and _library(x.dtype) else None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -303,7 +376,8 @@ class FusedDensity:
 
         Args:
             theta: ``(..., dim)``.
-            rows: int64 indices of rows of data, ``(batch,)`` or ``(networks, batch)``; all of them if None.
+            rows: int64 indices of rows of data, ``(batch,)`` or ``(networks, batch)``; all of them
+                if None.
             likelihood_weight: factor of the log likelihood.
             prior_weight: factor of the log prior; 0 leaves it out.
 
@@ -314,7 +388,9 @@ class FusedDensity:
             return self._run(theta, len(self._x), likelihood_weight, prior_weight)
         rows = rows.contiguous()
         stride = rows.shape[-1] if rows.dim() > 1 else 0
-        return self._run(theta, rows.shape[-1], likelihood_weight, prior_weight, rows.data_ptr(), stride)
+        return self._run(
+            theta, rows.shape[-1], likelihood_weight, prior_weight, rows.data_ptr(), stride
+        )
 
     def minibatch(
         self,
@@ -324,8 +400,12 @@ class FusedDensity:
         likelihood_weight: float,
         prior_weight: float,
     ) -> tuple[Tensor, Tensor]:
-        """Return the same from rows of `stratified_rows`, which nobody sees, for every network its own."""
-        return self._run(theta, batch_size, likelihood_weight, prior_weight, drawn=1, key=_key(generator))
+        """Return the same from rows of `stratified_rows`, which nobody sees, for every network its
+        own.
+        """
+        return self._run(
+            theta, batch_size, likelihood_weight, prior_weight, drawn=1, key=_key(generator)
+        )
 
     def _run(
         self,
@@ -356,16 +436,21 @@ class FusedDensity:
         return value, grad
 
 
-# ---------------------------------------------------------------- descriptions
+# ---------------------------------------- descriptions
 
 
 def _supported(spec: WeightSpec) -> bool:
     widths = [size for layer in spec.layers for size in spec.shapes[layer.weight]]
-    return all(_kind(layer.activation)[0] is not None for layer in spec.layers) and max(widths) <= _WIDEST
+    return (
+        all(_kind(layer.activation)[0] is not None for layer in spec.layers)
+        and max(widths) <= _WIDEST
+    )
 
 
 def _kind(activation: Activation) -> tuple[int | None, float]:
-    """Return the number of an activation in the compiled code, None if it is not there, and its frequency."""
+    """Return the number of an activation in the compiled code, None if it is not there, and its
+    frequency.
+    """
     family, _, parameter = activation.name.partition(":")
     if parameter and family != "sin":
         return None, 1.0
@@ -387,10 +472,17 @@ def _problem(layers: ctypes.Array[_Layer], dim: int) -> _Problem:
 
 
 def _columns(likelihood: Likelihood, y: Tensor) -> Tensor:
-    """Return targets ``(n, columns)``; counts with the logarithms of their factorials behind them."""
+    """Return targets ``(n, columns)``.
+
+    Counts with the logarithms of their factorials behind them.
+    """
     columns = y.reshape(len(y), -1)
     counts = isinstance(likelihood, Poisson | NegativeBinomial)
-    return torch.cat([columns, torch.lgamma(columns.double() + 1).to(columns)], 1) if counts else columns
+    return (
+        torch.cat([columns, torch.lgamma(columns.double() + 1).to(columns)], 1)
+        if counts
+        else columns
+    )
 
 
 def _student_constant(df: float) -> float:
@@ -411,20 +503,33 @@ def _prior(marginal: Marginal, dtype: torch.dtype) -> tuple[_Prior, *tuple[Tenso
     elif name == "HalfCauchy":
         loc, inverse_scale, logs = d.scale.log(), zero + 1, zero - math.log(2 / math.pi)
     else:
-        loc, inverse_scale, df, logs = getattr(d, "loc", zero), 1 / d.scale, getattr(d, "df", df), d.scale.log()
-        at_zero = zero + {"Laplace": -math.log(2), "HalfNormal": math.log(2) - _HALF_LOG_2PI}.get(name, -_HALF_LOG_2PI)
+        loc, inverse_scale, df, logs = (
+            getattr(d, "loc", zero),
+            1 / d.scale,
+            getattr(d, "df", df),
+            d.scale.log(),
+        )
+        at_zero = zero + {"Laplace": -math.log(2), "HalfNormal": math.log(2) - _HALF_LOG_2PI}.get(
+            name, -_HALF_LOG_2PI
+        )
     if name in ("StudentT", "Cauchy"):
-        at_zero = torch.tensor([_student_constant(each) for each in df.tolist()], dtype=torch.float64)
+        at_zero = torch.tensor(
+            [_student_constant(each) for each in df.tolist()], dtype=torch.float64
+        )
     constant = math.fsum(at_zero.tolist()) - float(logs.sum())
     kept = [values.to(dtype).contiguous() for values in (loc, inverse_scale, df)]
     addresses = (values.data_ptr() for values in kept)
-    return _Prior(where.start, where.stop, _FAMILIES[marginal.log, name], *addresses, constant), *kept
+    return _Prior(
+        where.start, where.stop, _FAMILIES[marginal.log, name], *addresses, constant
+    ), *kept
 
 
 def _scales(shared: Shared) -> ctypes.Array[_Scale]:
     counts = shared.owner.bincount(minlength=len(shared.offset))
     columns = zip(shared.parameters.tolist(), shared.offset.tolist(), counts.tolist(), strict=True)
-    return (_Scale * len(counts))(*(_Scale(*where, offset, count) for where, offset, count in columns))
+    return (_Scale * len(counts))(
+        *(_Scale(*where, offset, count) for where, offset, count in columns)
+    )
 
 
 def _strided(theta: Tensor) -> Tensor:
@@ -446,18 +551,20 @@ def _evaluate(dtype: torch.dtype, problem: _Problem, call: _Call) -> None:
         raise MemoryError("no memory left to evaluate the network")
 
 
-# ---------------------------------------------------------------- random numbers
+# ---------------------------------------- random numbers
 
 
 def normal_like(like: Tensor, generator: torch.Generator) -> Tensor:
     """Draw standard normal numbers with the shape, the type and the device of a tensor.
 
-    On the CPU one integer of the generator is the key from which the compiled Threefry (Salmon et al. 2011) makes them
-    all, in less than half the time of ``torch.randn``, which takes over where there is no library.
+    On the CPU one integer of the generator is the key from which the compiled Threefry (Salmon et
+    al. 2011) makes them all, in less than half the time of ``torch.randn``, which takes over where
+    there is no library.
 
     Args:
         like: says what they look like.
-        generator: advances by one integer, or as ``torch.randn`` advances it; on the tensor's device.
+        generator: advances by one integer, or as ``torch.randn`` advances it; on the tensor's
+            device.
     """
     library = _library(like.dtype) if like.is_cpu else None
     if library is None:
@@ -468,9 +575,16 @@ def normal_like(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def langevin(
-    theta: Tensor, grad: Tensor, metric: Tensor, root: Tensor, drift: float, spread: float, generator: torch.Generator
+    theta: Tensor,
+    grad: Tensor,
+    metric: Tensor,
+    root: Tensor,
+    drift: float,
+    spread: float,
+    generator: torch.Generator,
 ) -> Tensor:
-    """Return theta + drift * metric * grad + spread * root * noise, the noise as from `normal_like`.
+    """Return theta + drift * metric * grad + spread * root * noise, the noise as from
+    `normal_like`.
 
     Args:
         theta: ``(chain, dim)``.
@@ -487,9 +601,17 @@ def langevin(
         return moved.addcmul_(normal_like(theta, generator), root, value=spread)
     moved = torch.empty_like(theta)
     library.bnnflow_langevin(
-        _key(generator), *theta.shape, theta.data_ptr(), grad.data_ptr(), metric.data_ptr(), root.data_ptr(),
-        0 if metric.dim() == 1 else theta.shape[1], drift, spread, moved.data_ptr(),
-    )  # fmt: skip
+        _key(generator),
+        *theta.shape,
+        theta.data_ptr(),
+        grad.data_ptr(),
+        metric.data_ptr(),
+        root.data_ptr(),
+        0 if metric.dim() == 1 else theta.shape[1],
+        drift,
+        spread,
+        moved.data_ptr(),
+    )
     return moved
 
 
@@ -501,33 +623,54 @@ def max_norm(grad: Tensor, root: Tensor, value: Tensor) -> float:
         root: ``(dim,)`` or ``(chain, dim)``.
         value: ``(chain,)``, float64; what else must be finite.
     """
-    library = _library(grad.dtype) if _dense(grad, grad, root, root) and value.is_contiguous() else None
+    library = (
+        _library(grad.dtype) if _dense(grad, grad, root, root) and value.is_contiguous() else None
+    )
     if library is None or value.dtype != torch.float64:
         return float(torch.linalg.vector_norm(grad * root)) + 0 * float(value.sum())
     stride = 0 if root.dim() == 1 else grad.shape[1]
-    return library.bnnflow_longest(*grad.shape, grad.data_ptr(), root.data_ptr(), stride, value.data_ptr())
+    return library.bnnflow_longest(
+        *grad.shape, grad.data_ptr(), root.data_ptr(), stride, value.data_ptr()
+    )
 
 
 def turned(direction: Tensor, grad: Tensor, step: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Turn directions towards gradients, ``(chain, dim)`` each, for times ``(1,)`` or ``(chain, 1)``, as `mclmc.turn`.
+    """Turn directions towards gradients, ``(chain, dim)`` each, for times ``(1,)`` or
+    ``(chain, 1)``, as `mclmc.turn`.
 
     Returns:
-        The new directions and the changes of kinetic energy ``(chain,)``; None where the library cannot.
+        The new directions and the changes of kinetic energy ``(chain,)``; None where the library
+        cannot.
     """
-    dense = direction.is_contiguous() and grad.is_contiguous() and direction.dtype == grad.dtype == step.dtype
-    library = _library(grad.dtype) if dense and grad.is_cpu and is_untracked_cpu(direction, grad) else None
+    dense = (
+        direction.is_contiguous()
+        and grad.is_contiguous()
+        and direction.dtype == grad.dtype == step.dtype
+    )
+    library = (
+        _library(grad.dtype)
+        if dense and grad.is_cpu and is_untracked_cpu(direction, grad)
+        else None
+    )
     if library is None:
         return None
     new, change = torch.empty_like(direction), torch.empty(len(direction), dtype=torch.float64)
     library.bnnflow_turn(
-        *direction.shape, direction.data_ptr(), grad.data_ptr(), step.data_ptr(), int(step.dim() == 2), new.data_ptr(),
+        *direction.shape,
+        direction.data_ptr(),
+        grad.data_ptr(),
+        step.data_ptr(),
+        int(step.dim() == 2),
+        new.data_ptr(),
         change.data_ptr(),
-    )  # fmt: skip
+    )
     return new, change
 
 
 def _dense(theta: Tensor, grad: Tensor, metric: Tensor, root: Tensor) -> bool:
-    """Say whether these are what compiled code takes for ``(chain, dim)`` twice, and ``(dim,)`` or the same twice."""
+    """Say whether these are what compiled code takes for ``(chain, dim)`` twice, and ``(dim,)`` or
+    the same twice.
+    """
     return (
         theta.is_cpu
         and theta.dtype == grad.dtype == metric.dtype == root.dtype
@@ -544,14 +687,17 @@ def _dense(theta: Tensor, grad: Tensor, metric: Tensor, root: Tensor) -> bool:
 def stratified_rows(
     shape: tuple[int, ...], size: int, n: int, generator: torch.Generator, dtype: torch.dtype
 ) -> Tensor | None:
-    """Draw one row of each of ``size`` equal stretches of ``n`` rows, int64 ``(*shape, size)``; as `normal_like` does.
+    """Draw one row of each of ``size`` equal stretches of ``n`` rows, int64 ``(*shape, size)``.
+
+    As `normal_like` does.
 
     Args:
         shape: of the batches.
         size: rows in a batch.
         n: rows that exist.
         generator: advances by one integer.
-        dtype: of the library that is used; None is returned where there is none, or the generator is not on the CPU.
+        dtype: of the library that is used; None is returned where there is none, or the generator
+            is not on the CPU.
     """
     library = _library(dtype) if generator.device.type == "cpu" else None
     if library is None:
@@ -565,7 +711,7 @@ def _key(generator: torch.Generator) -> int:
     return torch.empty((), dtype=torch.int64).random_(generator=generator).item()  # type: ignore[return-value]
 
 
-# ---------------------------------------------------------------- compilation
+# ---------------------------------------- compilation
 
 
 @functools.cache
@@ -575,9 +721,13 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     if scalar is None or os.environ.get("BNNFLOW_FUSED") == "0":
         return None
     try:
-        library = shared_library(Path(__file__).with_name("fused.cpp"), [*_FLAGS, f"-DSCALAR={scalar}"])
+        library = shared_library(
+            Path(__file__).with_name("fused.cpp"), [*_FLAGS, f"-DSCALAR={scalar}"]
+        )
     except OSError as error:
-        say_once(f"perceptrons are evaluated by torch, several times as slowly as compiled: {error}")
+        say_once(
+            f"perceptrons are evaluated by torch, several times as slowly as compiled: {error}"
+        )
         return None
     library.bnnflow_normals.argtypes = [ctypes.c_uint64, _Int, _Pointer]
     library.bnnflow_rows.argtypes = [ctypes.c_uint64, _Int, _Int, _Int, _Pointer]
@@ -585,9 +735,23 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     library.bnnflow_langevin.argtypes = [
         ctypes.c_uint64, _Int, _Int, *[_Pointer] * 4, _Int, number, number, _Pointer
     ]  # fmt: skip
-    library.bnnflow_turn.argtypes = [_Int, _Int, _Pointer, _Pointer, _Pointer, _Int, _Pointer, _Pointer]
+    library.bnnflow_turn.argtypes = [
+        _Int,
+        _Int,
+        _Pointer,
+        _Pointer,
+        _Pointer,
+        _Int,
+        _Pointer,
+        _Pointer,
+    ]
     library.bnnflow_longest.argtypes = [_Int, _Int, _Pointer, _Pointer, _Int, _Pointer]
-    for function in (library.bnnflow_normals, library.bnnflow_rows, library.bnnflow_langevin, library.bnnflow_turn):
+    for function in (
+        library.bnnflow_normals,
+        library.bnnflow_rows,
+        library.bnnflow_langevin,
+        library.bnnflow_turn,
+    ):
         function.restype = None
     library.bnnflow_longest.restype = ctypes.c_double
     return library

@@ -1,12 +1,14 @@
 """Second derivatives of the log likelihood of many perceptrons at once, in closed form.
 
-With z_l = W_l a_{l-1} + b_l, a_l = f(z_l), delta_l the gradient by z_l and K_m the second derivative by z_m of what
-layer m and those above make of it, the derivative by W_l[i, f] and W_m[i', f'], l <= m, sums over the rows of data
+With z_l = W_l a_{l-1} + b_l, a_l = f(z_l), delta_l the gradient by z_l and K_m the second
+derivative by z_m of what layer m and those above make of it, the derivative by W_l[i, f] and
+W_m[i', f'], l <= m, sums over the rows of data
 
     a_{l-1,f} (K_m dz_m/dz_l)[i', i] a_{m-1,f'} + delta_m[i'] (da_{m-1}/dz_l)[f', i] a_{l-1,f},
 
-the second term for l < m alone (Bishop 1992). So every block of the matrix is a product of what belongs to units and
-what belongs to inputs, over the rows: no Jacobian by the weights is formed, and of the symmetric factors one half.
+the second term for l < m alone (Bishop 1992). So every block of the matrix is a product of what
+belongs to units and what belongs to inputs, over the rows: no Jacobian by the weights is formed,
+and of the symmetric factors one half.
 """
 
 from __future__ import annotations
@@ -24,18 +26,23 @@ from bnnflow.weights import WeightSpec
 
 __all__ = ["ChainHessian", "OutputDerivatives"]
 
-_WIDEST = 4096  # weights, beyond which a dense matrix for every draw is more memory than it is worth
+# weights, beyond which a dense matrix for every draw is more memory than it is worth
+_WIDEST = 4096
 
 
 class OutputDerivatives(NamedTuple):
-    """First and second derivatives of the log likelihood by outputs and logarithms of its ``size`` parameters."""
+    """First and second derivatives of the log likelihood by outputs and logarithms of its ``size``
+    parameters.
+    """
 
     by_outputs: Tensor  # (batch, n, out)
     by_parameters: Tensor  # (batch, size), summed over rows
     outputs: Tensor | None  # (batch, n, out, out); None for zero
     mixed: Tensor  # (batch, size, n, out): by_outputs by the parameters
-    parameters: Tensor  # (batch, size, size), summed over rows: row i is the derivative by parameter i
-    transposed: Tensor | None = None  # (batch, size, n, out): by_parameters by the outputs; None for the same as mixed
+    # (batch, size, size), summed over rows: row i is the derivative by parameter i
+    parameters: Tensor
+    # (batch, size, n, out): by_parameters by the outputs; None for the same as mixed
+    transposed: Tensor | None = None
 
 
 class _Step(NamedTuple):
@@ -51,24 +58,32 @@ class ChainHessian:
     """The Hessian of a log likelihood by the weights of a perceptron, whatever its depth.
 
     Args:
-        spec: the layout of ``theta``: a chain of affine layers, with the parameters of the likelihood at the end.
+        spec: the layout of ``theta``: a chain of affine layers, with the parameters of the
+            likelihood at the end.
         parameters: how many those are.
     """
 
     def __init__(self, spec: WeightSpec, parameters: int) -> None:
         self._spec = spec
-        # Of the data at once: so many that what is made of them is no more than eight times the Hessian itself, or few.
+        # Of the data at once: so many that what is made of them is no more than eight times the
+        # Hessian itself, or few.
         widest = max(max(spec.shapes[layer.weight]) for layer in spec.layers) + 1
         self._rows = max(64, 8 * spec.dim**2 // widest**2)
         self._first, self._second = _places(spec, parameters)
 
     @classmethod
     def of(cls, spec: WeightSpec, parameters: int) -> ChainHessian | None:
-        """Return the Hessian, or None where the network is no chain of layers or has too many weights."""
+        """Return the Hessian, or None where the network is no chain of layers or has too many
+        weights.
+        """
         return cls(spec, parameters) if spec.layers and spec.dim <= _WIDEST else None
 
     def __call__(
-        self, theta: Tensor, x: Tensor, y: Tensor, curvature: Callable[[Tensor, Tensor], OutputDerivatives]
+        self,
+        theta: Tensor,
+        x: Tensor,
+        y: Tensor,
+        curvature: Callable[[Tensor, Tensor], OutputDerivatives],
     ) -> tuple[Tensor, Tensor]:
         """Return the gradient ``(batch, dim)`` and the Hessian ``(batch, dim, dim)``.
 
@@ -87,7 +102,8 @@ class ChainHessian:
         return first.index_select(1, places[0]), hessian
 
     def along(self, theta: Tensor, x: Tensor, by_outputs: Tensor) -> Tensor:
-        """Return the Hessian of the sum of outputs times constants ``(batch, n, out)``, for a spec of weights alone.
+        """Return the Hessian of the sum of outputs times constants ``(batch, n, out)``, for a spec
+        of weights alone.
 
         Args:
             theta: ``(batch, dim)``.
@@ -97,12 +113,15 @@ class ChainHessian:
 
         def linear(outputs: Tensor, given: Tensor) -> OutputDerivatives:
             none = outputs.new_zeros(len(outputs), 0)
-            return OutputDerivatives(given.movedim(0, 1), none, None, outputs[:, None][:, :0], none.unsqueeze(1)[:, :0])
+            return OutputDerivatives(
+                given.movedim(0, 1), none, None, outputs[:, None][:, :0], none.unsqueeze(1)[:, :0]
+            )
 
         return self(theta, x, by_outputs.movedim(1, 0), linear)[1]
 
     def gauss_newton(self, theta: Tensor, x: Tensor, information: Tensor) -> Tensor:
-        """Return J^T F J with J the Jacobian of the outputs, ``(batch, dim, dim)``, for a spec of weights alone.
+        """Return J^T F J with J the Jacobian of the outputs, ``(batch, dim, dim)``, for a spec of
+        weights alone.
 
         Args:
             theta: ``(batch, dim)``.
@@ -130,27 +149,39 @@ class ChainHessian:
         return torch.cat([block.flatten(1) for block in blocks], 1)
 
     def _sums(
-        self, theta: Tensor, x: Tensor, y: Tensor, curvature: Callable[[Tensor, Tensor], OutputDerivatives]
+        self,
+        theta: Tensor,
+        x: Tensor,
+        y: Tensor,
+        curvature: Callable[[Tensor, Tensor], OutputDerivatives],
     ) -> tuple[Tensor, Tensor]:
         """Return the entries of both in the order of `_places`, summed over the rows."""
         tape, outputs = self._forward(theta, x)
         given = curvature(outputs.mT, y)
-        # By the activations of a layer: the gradient and mixed derivatives (batch, 1 + size, out, n), and second ones.
+        # By the activations of a layer: the gradient and mixed derivatives (batch, 1 + size, out,
+        # n), and second ones.
         first = torch.cat([given.by_outputs.unsqueeze(1), given.mixed], 1).mT
         second = given.outputs
         if second is not None:
-            second = second.movedim(1, -1).clone(memory_format=torch.contiguous_format)  # (batch, out, out, n)
+            # (batch, out, out, n)
+            second = second.movedim(1, -1).clone(memory_format=torch.contiguous_format)
         firsts, blocks = [], []
         for depth in reversed(range(len(tape))):
             step = tape[depth]
             second = _by_z(second, step, first[:, 0])
             first = first * step.slope.unsqueeze(1)
-            firsts.append(_product(first.flatten(1, 2), step.inputs).unflatten(1, first.shape[1:3]).flatten(2))
+            firsts.append(
+                _product(first.flatten(1, 2), step.inputs).unflatten(1, first.shape[1:3]).flatten(2)
+            )
             blocks.append(_within(second, step))
             if depth:
                 lower = None if second is None else _times(second, step.weight)
                 blocks += _across(tape[: depth + 1], lower, first[:, 0])
-                second = None if lower is None else (step.weight.mT @ lower.flatten(2)).unflatten(2, lower.shape[2:])
+                second = (
+                    None
+                    if lower is None
+                    else (step.weight.mT @ lower.flatten(2)).unflatten(2, lower.shape[2:])
+                )
                 first = step.weight.mT.unsqueeze(1) @ first
         by_weights = torch.cat(firsts, -1)  # (batch, 1 + size, network dim)
         zero = theta.new_zeros(len(theta), 1)
@@ -174,7 +205,8 @@ class ChainHessian:
 
 
 def _by_z(second: Tensor | None, step: _Step, by_values: Tensor) -> Tensor | None:
-    """Return K_m, ``(batch, out, out, n)``, its diagonal alone ``(batch, out, n)``, or None where all of it is zero.
+    """Return K_m, ``(batch, out, out, n)``, its diagonal alone ``(batch, out, n)``, or None where
+    all of it is zero.
 
     Args:
         second: the second derivative by the layer's activations, overwritten; None for zero.
@@ -184,14 +216,17 @@ def _by_z(second: Tensor | None, step: _Step, by_values: Tensor) -> Tensor | Non
     own = None if step.bend is None else by_values * step.bend
     if second is None:
         return own
-    second.mul_(step.slope.unsqueeze(1)).mul_(step.slope.unsqueeze(2))  # in place: fresh memory costs more
+    # in place: fresh memory costs more
+    second.mul_(step.slope.unsqueeze(1)).mul_(step.slope.unsqueeze(2))
     if own is not None:
         second.diagonal(dim1=1, dim2=2).add_(own.mT)
     return second
 
 
 def _within(second: Tensor | None, step: _Step) -> Tensor:
-    """Return the block of a layer with itself, given K_m from `_by_z`: one half of units, one half of inputs."""
+    """Return the block of a layer with itself, given K_m from `_by_z`: one half of units, one half
+    of inputs.
+    """
     if second is not None and second.dim() == 4:
         return _product(_half(second), _squares(step.inputs))
     (batch, units, _), inputs = step.slope.shape, step.inputs.shape[-2]
@@ -203,16 +238,20 @@ def _within(second: Tensor | None, step: _Step) -> Tensor:
 
 def _times(second: Tensor, weight: Tensor) -> Tensor:
     """Return K_m W, ``(batch, out, in, n)``, given K_m or its diagonal."""
-    return second.unsqueeze(2) * weight.unsqueeze(3) if second.dim() == 3 else _carried(second, weight)
+    return (
+        second.unsqueeze(2) * weight.unsqueeze(3) if second.dim() == 3 else _carried(second, weight)
+    )
 
 
 def _across(tape: list[_Step], lower: Tensor | None, delta: Tensor | None) -> list[Tensor]:
-    """Return the blocks of the last layer m with each layer l below, ``(batch, out, out below, in, in below)``.
+    """Return the blocks of the last layer m with each layer l below,
+    ``(batch, out, out below, in, in below)``.
 
     Args:
         tape: of the layers up to this one.
         lower: K_m dz_m / da_{m-1}, ``(batch, out, in, n)``; None for zero.
-        delta: the gradient by z_m, ``(batch, out, n)``; None leaves the curvature of the network out.
+        delta: the gradient by z_m, ``(batch, out, n)``; None leaves the curvature of the network
+            out.
     """
     *below, step = tape
     blocks, reached = [], None
@@ -229,9 +268,12 @@ def _across(tape: list[_Step], lower: Tensor | None, delta: Tensor | None) -> li
         if delta is None:
             pass
         elif reached is None:  # each unit of a_{m-1} by its own z_{m-1}
-            own = _product(_outer(delta, other.slope).flatten(1, 2), other.inputs).unflatten(1, (out, units))
+            own = _product(_outer(delta, other.slope).flatten(1, 2), other.inputs).unflatten(
+                1, (out, units)
+            )
             block.diagonal(dim1=2, dim2=3).add_(own.mT)
-            reached = other.slope.unsqueeze(2) * other.weight.unsqueeze(3)  # a_{m-1} by a_{l-1}, (batch, in, ., n)
+            # a_{m-1} by a_{l-1}, (batch, in, ., n)
+            reached = other.slope.unsqueeze(2) * other.weight.unsqueeze(3)
         else:
             reached = reached * other.slope.unsqueeze(1)
             own = _product(_outer(delta, other.inputs).flatten(1, 2), reached.flatten(1, 2))
@@ -243,17 +285,23 @@ def _across(tape: list[_Step], lower: Tensor | None, delta: Tensor | None) -> li
 
 
 def _carried(by_z: Tensor, weight: Tensor) -> Tensor:
-    """Turn derivatives by z ``(batch, ., out, n)`` into those by what the layer reads, ``(batch, ., in, n)``."""
+    """Turn derivatives by z ``(batch, ., out, n)`` into those by what the layer reads,
+    ``(batch, ., in, n)``.
+    """
     return weight.mT.unsqueeze(1) @ by_z
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Sum over the rows of data: ``(batch, p, n)`` and ``(batch, q, n)`` or ``(q, n)`` to ``(batch, p, q)``."""
+    """Sum over the rows of data: ``(batch, p, n)`` and ``(batch, q, n)`` or ``(q, n)`` to
+    ``(batch, p, q)``.
+    """
     return left @ right.mT
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
-    """Multiply all with all in every row of data, ``(..., p, n)`` and ``(..., q, n)`` to ``(..., p, q, n)``."""
+    """Multiply all with all in every row of data, ``(..., p, n)`` and ``(..., q, n)`` to
+    ``(..., p, q, n)``.
+    """
     return left.unsqueeze(-2) * right.unsqueeze(-3)
 
 
@@ -264,7 +312,9 @@ def _squares(inputs: Tensor) -> Tensor:
 
 
 def _half(symmetric: Tensor) -> Tensor:
-    """Return the upper triangle of matrices ``(..., p, p, n)`` row by row, ``(..., p (p + 1) / 2, n)``."""
+    """Return the upper triangle of matrices ``(..., p, p, n)`` row by row,
+    ``(..., p (p + 1) / 2, n)``.
+    """
     p = symmetric.shape[-2]
     rows, columns = torch.triu_indices(p, p, device=symmetric.device)
     return symmetric.flatten(-3, -2).index_select(-2, rows * p + columns)
@@ -280,9 +330,12 @@ def _bend(activation: Activation, z: Tensor, value: Tensor, slope: Tensor) -> Te
 
 
 def _places(spec: WeightSpec, size: int) -> tuple[Tensor, Tensor]:
-    """Return where each entry of the gradient ``(dim,)`` and of the Hessian ``(dim * dim,)`` is computed."""
+    """Return where each entry of the gradient ``(dim,)`` and of the Hessian ``(dim * dim,)`` is
+    computed.
+    """
     order = torch.arange(spec.dim)
-    tables = []  # of every layer, the last one first: where (out, in) are in theta, the bias as the last input
+    # of every layer, the last one first: where (out, in) are in theta, the bias as the last input
+    tables = []
     for layer in reversed(spec.layers):
         columns = [order[spec.slices[layer.weight]].reshape(spec.shapes[layer.weight])]
         columns += [] if layer.bias is None else [order[spec.slices[layer.bias]].unsqueeze(1)]
@@ -295,7 +348,9 @@ def _places(spec: WeightSpec, size: int) -> tuple[Tensor, Tensor]:
     second = torch.full((spec.dim, spec.dim), zero)
     mixed = torch.arange(size * len(weights)).reshape(size, len(weights))
     second[parameters[:, None], weights], second[weights[:, None], parameters] = mixed, mixed.T
-    second[parameters[:, None], parameters] = torch.arange(size * len(weights), zero).reshape(size, size)
+    second[parameters[:, None], parameters] = torch.arange(size * len(weights), zero).reshape(
+        size, size
+    )
     start = zero + 1
     for m, table in enumerate(tables):
         out, inputs = table.shape
@@ -307,7 +362,9 @@ def _places(spec: WeightSpec, size: int) -> tuple[Tensor, Tensor]:
         for other in tables[m + 1 :]:
             units, starts = other.shape
             block = torch.arange(start, start + table.numel() * other.numel())
-            block = block.reshape(out, units, inputs, starts).transpose(1, 2).reshape(table.numel(), -1)
+            block = (
+                block.reshape(out, units, inputs, starts).transpose(1, 2).reshape(table.numel(), -1)
+            )
             second[table.flatten()[:, None], other.flatten()] = block
             second[other.flatten()[:, None], table.flatten()] = block.T
             start += block.numel()

@@ -19,11 +19,13 @@ Score = tuple[Tensor, dict[str, Tensor]]
 
 
 class Likelihood(Interface, ABC):
-    """The density of a row of data given the outputs: write ``log_prob`` and ``mean``, and what else you know.
+    """The density of a row of data given the outputs: write ``log_prob`` and ``mean``, and what
+    else you know.
 
-    The rest has a default, or is said to be missing by what needs it: predictions need ``variance``, ``cdf`` and
-    ``sample`` for intervals, Laplace and Gauss-Newton steps a ``fisher_factor``. ``outputs`` are ``(..., n, out)``.
-    Parameters that are learned are positive and come as tensors ``(..., *shape)``, ``(..., 1)`` for a scalar.
+    The rest has a default, or is said to be missing by what needs it: predictions need
+    ``variance``, ``cdf`` and ``sample`` for intervals, Laplace and Gauss-Newton steps a
+    ``fisher_factor``. ``outputs`` are ``(..., n, out)``. Parameters that are learned are positive
+    and come as tensors ``(..., *shape)``, ``(..., 1)`` for a scalar.
 
     Attributes:
         kind: whether targets are numbers or classes.
@@ -35,18 +37,24 @@ class Likelihood(Interface, ABC):
 
     @staticmethod
     def of(likelihood: LikelihoodMembers) -> Likelihood:
-        """Return a likelihood itself, and any other object with the members of one as a likelihood."""
+        """Return a likelihood itself, and any other object with the members of one as a
+        likelihood.
+        """
         return likelihood if isinstance(likelihood, Likelihood) else _Adapted(likelihood)
 
     @property
     def parameters(self) -> dict[str, Distribution]:
-        """The prior of every learned parameter; its batch shape is the parameter's. None by default."""
+        """The prior of every learned parameter.
+
+        Its batch shape is the parameter's. None by default.
+        """
         return {}
 
     def validate(self, y: Tensor, n_outputs: int) -> Tensor:
         """Return ``y`` in the shape and dtype that ``log_prob`` wants, or raise ``ValueError``.
 
-        By default numbers ``(n, out)``, one for each output, or labels ``(n,)``, one class for each output.
+        By default numbers ``(n, out)``, one for each output, or labels ``(n,)``, one class for each
+        output.
         """
         return (labels_of if self.kind == "classification" else real_targets)(y, n_outputs)
 
@@ -54,15 +62,21 @@ class Likelihood(Interface, ABC):
     def log_prob(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return the log density of every row, ``(..., n, out) -> (..., n)``.
 
-        ``y`` is what ``validate`` returned, or has an axis in front when every network has a mini-batch of its own.
+        ``y`` is what ``validate`` returned, or has an axis in front when every network has a
+        mini-batch of its own.
         """
 
     @abstractmethod
     def mean(self, outputs: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        """Return the predictive mean given the weights, ``(..., n, out)``; for classes, their probabilities."""
+        """Return the predictive mean given the weights, ``(..., n, out)``.
+
+        For classes, their probabilities.
+        """
 
     def score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Score:
-        """Return the gradient by the outputs, and by each log parameter over all rows: automatic, unless written."""
+        """Return the gradient by the outputs, and by each log parameter over all rows: automatic,
+        unless written.
+        """
 
         def total(outputs: Tensor, logs: dict[str, Tensor]) -> Tensor:
             values = {name: log.exp() for name, log in logs.items()}
@@ -71,7 +85,7 @@ class Likelihood(Interface, ABC):
         logs = {name: value.log() for name, value in parameters.items()}
         return torch.func.grad(total, argnums=(0, 1))(outputs, logs)
 
-    # ---------------------------------------------------------------- what there may be
+    # ---------------------------------------- what there may be
 
     @property
     def has_fisher_factor(self) -> bool:
@@ -93,12 +107,19 @@ class Likelihood(Interface, ABC):
         """Whether there is a `sample`."""
         return self._has("sample")
 
-    def fisher_factor(self, outputs: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return R with R R^T the Fisher information of a row's outputs, and that of each log parameter."""
+    def fisher_factor(
+        self, outputs: Tensor, parameters: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return R with R R^T the Fisher information of a row's outputs, and that of each log
+        parameter.
+        """
         raise self._lack("fisher_factor")
 
     def whitened_score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        """Return b with R b the gradient by the outputs, ``(..., n, out)``; R as in `fisher_factor`."""
+        """Return b with R b the gradient by the outputs, ``(..., n, out)``.
+
+        R as in `fisher_factor`.
+        """
         raise self._lack("whitened_score")
 
     def variance(self, outputs: Tensor, parameters: dict[str, Tensor]) -> Tensor:
@@ -109,7 +130,9 @@ class Likelihood(Interface, ABC):
         """Return P(target <= y) given the weights, ``(..., n, out)``."""
         raise self._lack("cdf")
 
-    def sample(self, outputs: Tensor, parameters: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+    def sample(
+        self, outputs: Tensor, parameters: dict[str, Tensor], generator: torch.Generator
+    ) -> Tensor:
         """Draw y given the weights, ``(..., n, out)``."""
         raise self._lack("sample")
 
@@ -123,7 +146,15 @@ class Likelihood(Interface, ABC):
 class _Adapted(Adapted, Likelihood):
     """An object with the members of a likelihood as one."""
 
-    _optional = ("discrete", "score", "fisher_factor", "whitened_score", "variance", "cdf", "sample")
+    _optional = (
+        "discrete",
+        "score",
+        "fisher_factor",
+        "whitened_score",
+        "variance",
+        "cdf",
+        "sample",
+    )
 
     @property
     def kind(self) -> Kind:  # type: ignore[override]
@@ -145,10 +176,13 @@ class _Adapted(Adapted, Likelihood):
 
 def real_targets(y: Tensor, n_targets: int) -> Tensor:
     """Return regression targets as ``(n, targets)``, checked."""
-    y = y if y.is_floating_point() else y.double()  # which holds every integer that is a measurement
+    # which holds every integer that is a measurement
+    y = y if y.is_floating_point() else y.double()
     y = y.unsqueeze(-1) if y.dim() == 1 else y
     if y.dim() != 2 or y.shape[1] != n_targets:
-        raise ValueError(f"y must be (n,) or (n, {n_targets}) for this network, got {tuple(y.shape)}")
+        raise ValueError(
+            f"y must be (n,) or (n, {n_targets}) for this network, got {tuple(y.shape)}"
+        )
     return y
 
 
@@ -161,5 +195,7 @@ def labels_of(y: Tensor, n_classes: int) -> Tensor:
     wrong = ((labels != y) | (labels < 0) | (labels >= n_classes)).nonzero().flatten()
     if len(wrong):
         row = int(wrong[0])
-        raise ValueError(f"label {y[row].item()} in row {row} is not one of the classes 0 to {n_classes - 1}")
+        raise ValueError(
+            f"label {y[row].item()} in row {row} is not one of the classes 0 to {n_classes - 1}"
+        )
     return labels

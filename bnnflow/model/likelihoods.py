@@ -1,8 +1,9 @@
 """Likelihoods: the density of one row of data given the network's outputs.
 
-Each is a small frozen class. ``outputs`` is ``(..., n, out)``; a learned parameter comes as a positive tensor
-``(..., *shape)``, ``(..., 1)`` for a scalar, in ``parameters`` and is differentiated through its logarithm. ``score``
-and ``fisher_factor`` are the first and second derivatives in closed form; both stay differentiable.
+Each is a small frozen class. ``outputs`` is ``(..., n, out)``; a learned parameter comes as a
+positive tensor ``(..., *shape)``, ``(..., 1)`` for a scalar, in ``parameters`` and is
+differentiated through its logarithm. ``score`` and ``fisher_factor`` are the first and second
+derivatives in closed form; both stay differentiable.
 """
 
 from __future__ import annotations
@@ -52,18 +53,27 @@ def _check_owners(parameters: dict[str, Distribution], n_outputs: int) -> None:
     for name, prior in parameters.items():
         shape = tuple(prior.batch_shape)
         if shape not in ((), (1,), (n_outputs,)):
-            raise ValueError(f"{name}_prior must have shape () or ({n_outputs},), one for each output, got {shape}")
+            raise ValueError(
+                f"{name}_prior must have shape () or ({n_outputs},), one for each "
+                f"output, got {shape}"
+            )
 
 
 def _over_rows(terms: Tensor, parameter: Tensor) -> Tensor:
-    """Sum ``(..., n, out)`` over rows, and over outputs if they share the parameter, to its ``(..., 1 or out)``."""
+    """Sum ``(..., n, out)`` over rows, and over outputs if they share the parameter, to its
+    ``(..., 1 or out)``.
+    """
     return terms.sum((-1, -2)).unsqueeze(-1) if parameter.shape[-1] == 1 else terms.sum(-2)
 
 
 def _repeated(each: float, outputs: Tensor, parameter: Tensor) -> Tensor:
-    """Return as many times ``each`` as there are entries of outputs for one of the parameter, ``(..., 1 or out)``."""
+    """Return as many times ``each`` as there are entries of outputs for one of the parameter,
+    ``(..., 1 or out)``.
+    """
     size = parameter.shape[-1]
-    return torch.full_like(outputs[..., 0, :size], each * outputs.shape[-2] * (outputs.shape[-1] // size))
+    return torch.full_like(
+        outputs[..., 0, :size], each * outputs.shape[-2] * (outputs.shape[-1] // size)
+    )
 
 
 @dataclass(frozen=True)
@@ -72,8 +82,9 @@ class Gaussian(Likelihood):
 
     Args:
         scale: the standard deviation of the noise, in units of y; None learns it.
-        scale_prior: its prior when it is learned, any distribution on the positive numbers. One of shape
-            ``(targets,)``, as ``HalfNormal(torch.ones(3))``, gives every target a scale of its own.
+        scale_prior: its prior when it is learned, any distribution on the positive numbers. One of
+            shape ``(targets,)``, as ``HalfNormal(torch.ones(3))``, gives every target a scale of
+            its own.
 
     Example:
         >>> Gaussian(scale_prior=HalfNormal(torch.ones(3))).parameters["scale"].batch_shape
@@ -112,11 +123,18 @@ class Gaussian(Likelihood):
         return residual / scale, grads
 
     def whitened_score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        """Return b with R b the gradient by the outputs, ``(..., n, out)``; R as in `fisher_factor`."""
+        """Return b with R b the gradient by the outputs, ``(..., n, out)``.
+
+        R as in `fisher_factor`.
+        """
         return (y - outputs) / self._scale(outputs, parameters)
 
-    def fisher_factor(self, outputs: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return R with R R^T the Fisher information of a row's outputs, and that of log scale over all rows."""
+    def fisher_factor(
+        self, outputs: Tensor, parameters: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return R with R R^T the Fisher information of a row's outputs, and that of log scale over
+        all rows.
+        """
         scale = self._scale(outputs, parameters)
         eye = torch.eye(outputs.shape[-1], dtype=outputs.dtype, device=outputs.device)
         factor = (eye / scale.unsqueeze(-1)).expand(*outputs.shape, outputs.shape[-1])
@@ -135,9 +153,13 @@ class Gaussian(Likelihood):
         """Return P(target <= y) given the weights, ``(..., n, out)``."""
         return torch.special.ndtr((y - outputs) / self._scale(outputs, parameters))
 
-    def sample(self, outputs: Tensor, parameters: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+    def sample(
+        self, outputs: Tensor, parameters: dict[str, Tensor], generator: torch.Generator
+    ) -> Tensor:
         """Draw y given the weights, ``(..., n, out)``."""
-        noise = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
+        noise = torch.randn(
+            outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device
+        )
         return outputs + self._scale(outputs, parameters) * noise
 
     def _scale(self, outputs: Tensor, parameters: dict[str, Tensor]) -> Tensor:
@@ -148,10 +170,12 @@ class Gaussian(Likelihood):
 
 @dataclass(frozen=True)
 class HeteroscedasticGaussian(Likelihood):
-    """y ~ N(m, s^2) with both from the network: 2 * targets outputs, the means and then the raw scales.
+    """y ~ N(m, s^2) with both from the network: 2 * targets outputs, the means and then the raw
+    scales.
 
     Args:
-        min_scale: added to softplus(raw scale), in units of y, so that no row is fitted with zero noise.
+        min_scale: added to softplus(raw scale), in units of y, so that no row is fitted with zero
+            noise.
     """
 
     min_scale: float = 1e-3
@@ -168,7 +192,10 @@ class HeteroscedasticGaussian(Likelihood):
     def validate(self, y: Tensor, n_outputs: int) -> Tensor:
         """Return y as ``(n, out / 2)``."""
         if n_outputs % 2:
-            raise ValueError(f"HeteroscedasticGaussian needs 2 outputs a target (mean, raw scale), got {n_outputs}")
+            raise ValueError(
+                f"HeteroscedasticGaussian needs 2 outputs a target (mean, raw scale), "
+                f"got {n_outputs}"
+            )
         return real_targets(y, n_outputs // 2)
 
     def log_prob(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
@@ -185,12 +212,17 @@ class HeteroscedasticGaussian(Likelihood):
         return torch.cat([residual / scale, (residual**2 - 1) / scale * torch.sigmoid(raw)], -1), {}
 
     def whitened_score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        """Return b with R b the gradient by the outputs, ``(..., n, out)``; R as in `fisher_factor`."""
+        """Return b with R b the gradient by the outputs, ``(..., n, out)``.
+
+        R as in `fisher_factor`.
+        """
         mean, raw = outputs.chunk(2, -1)
         residual = (y - mean) / self._scale(raw)
         return torch.cat([residual, (residual**2 - 1) / math.sqrt(2)], -1)
 
-    def fisher_factor(self, outputs: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def fisher_factor(
+        self, outputs: Tensor, parameters: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return R with R R^T the Fisher information of a row's outputs."""
         raw = outputs.chunk(2, -1)[1]
         scale = self._scale(raw)
@@ -210,7 +242,9 @@ class HeteroscedasticGaussian(Likelihood):
         mean, raw = outputs.chunk(2, -1)
         return torch.special.ndtr((y - mean) / self._scale(raw))
 
-    def sample(self, outputs: Tensor, parameters: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+    def sample(
+        self, outputs: Tensor, parameters: dict[str, Tensor], generator: torch.Generator
+    ) -> Tensor:
         """Draw y given the weights, ``(..., n, targets)``."""
         mean, raw = outputs.chunk(2, -1)
         noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
@@ -222,15 +256,18 @@ class HeteroscedasticGaussian(Likelihood):
 
 @dataclass(frozen=True)
 class StudentT(Likelihood):
-    """y ~ outputs + scale * t with ``df`` degrees of freedom: regression that outliers do not spoil.
+    """y ~ outputs + scale * t with ``df`` degrees of freedom: regression that outliers do not
+    spoil.
 
     Lange, Little & Taylor (1989).
 
     Args:
-        df: degrees of freedom, above 2, so that predictions have a variance; small means heavy tails.
-        scale: in units of y; None learns it. The standard deviation of the noise is scale * sqrt(df / (df - 2)).
-        scale_prior: its prior when it is learned, any distribution on the positive numbers; one of shape
-            ``(targets,)`` gives every target a scale of its own.
+        df: degrees of freedom, above 2, so that predictions have a variance; small means heavy
+            tails.
+        scale: in units of y; None learns it. The standard deviation of the noise is scale * sqrt(df
+            / (df - 2)).
+        scale_prior: its prior when it is learned, any distribution on the positive numbers; one of
+            shape ``(targets,)`` gives every target a scale of its own.
 
     Raises:
         ValueError: if df is not above 2 or the scale not positive.
@@ -259,24 +296,36 @@ class StudentT(Likelihood):
         """Return ``(..., n)``, summed over targets."""
         scale = self._scale(outputs, parameters)
         z = (y - outputs) / scale
-        constant = math.lgamma((self.df + 1) / 2) - math.lgamma(self.df / 2) - 0.5 * math.log(self.df * math.pi)
+        constant = (
+            math.lgamma((self.df + 1) / 2)
+            - math.lgamma(self.df / 2)
+            - 0.5 * math.log(self.df * math.pi)
+        )
         return (constant - scale.log() - 0.5 * (self.df + 1) * (z * z / self.df).log1p()).sum(-1)
 
     def score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Score:
         """Return the gradient by the outputs and by log scale (summed over rows)."""
         scale = self._scale(outputs, parameters)
         z = (y - outputs) / scale
-        slope = (self.df + 1) * z / (self.df + z * z)  # bounded: an outlier pulls less the farther it lies
+        # bounded: an outlier pulls less the farther it lies
+        slope = (self.df + 1) * z / (self.df + z * z)
         grads = {} if self.scale is not None else {"scale": _over_rows(slope * z - 1, scale)}
         return slope / scale, grads
 
     def whitened_score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        """Return b with R b the gradient by the outputs, ``(..., n, out)``; R as in `fisher_factor`."""
+        """Return b with R b the gradient by the outputs, ``(..., n, out)``.
+
+        R as in `fisher_factor`.
+        """
         z = (y - outputs) / self._scale(outputs, parameters)
         return math.sqrt((self.df + 1) * (self.df + 3)) * z / (self.df + z * z)
 
-    def fisher_factor(self, outputs: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return R with R R^T the Fisher information of a row's outputs, and that of log scale over all rows."""
+    def fisher_factor(
+        self, outputs: Tensor, parameters: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return R with R R^T the Fisher information of a row's outputs, and that of log scale over
+        all rows.
+        """
         scale = self._scale(outputs, parameters)
         eye = torch.eye(outputs.shape[-1], dtype=outputs.dtype, device=outputs.device)
         factor = math.sqrt((self.df + 1) / (self.df + 3)) * eye / scale.unsqueeze(-1)
@@ -290,16 +339,22 @@ class StudentT(Likelihood):
 
     def variance(self, outputs: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return the variance of y given the weights, ``(..., n, out)``."""
-        return (self._scale(outputs, parameters) ** 2 * (self.df / (self.df - 2))).expand_as(outputs)
+        return (self._scale(outputs, parameters) ** 2 * (self.df / (self.df - 2))).expand_as(
+            outputs
+        )
 
     def cdf(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return P(target <= y) given the weights, ``(..., n, out)``; not differentiable."""
         z = (y - outputs) / self._scale(outputs, parameters)
         return _by_scipy(special.stdtr, torch.full_like(z, self.df), z)
 
-    def sample(self, outputs: Tensor, parameters: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+    def sample(
+        self, outputs: Tensor, parameters: dict[str, Tensor], generator: torch.Generator
+    ) -> Tensor:
         """Draw y given the weights, ``(..., n, out)``."""
-        noise = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
+        noise = torch.randn(
+            outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device
+        )
         with isolated(generator):
             spread = Chi2(torch.full_like(outputs, self.df)).sample()
         return outputs + self._scale(outputs, parameters) * noise * (self.df / spread).sqrt()
@@ -345,7 +400,9 @@ class Poisson(Likelihood):
         """Return the gradient by the outputs."""
         return y - outputs.exp(), {}
 
-    def fisher_factor(self, outputs: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def fisher_factor(
+        self, outputs: Tensor, parameters: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return R with R R^T the Fisher information of a row's outputs, their rates."""
         return torch.diag_embed((0.5 * outputs).exp()), {}
 
@@ -362,21 +419,26 @@ class Poisson(Likelihood):
         inside = torch.special.gammaincc(y.floor().clamp(min=0) + 1, outputs.exp())
         return torch.where(y < 0, 0.0, inside)
 
-    def sample(self, outputs: Tensor, parameters: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+    def sample(
+        self, outputs: Tensor, parameters: dict[str, Tensor], generator: torch.Generator
+    ) -> Tensor:
         """Draw y given the weights, ``(..., n, out)``."""
         return torch.poisson(outputs.exp(), generator=generator)
 
 
 @dataclass(frozen=True)
 class NegativeBinomial(Likelihood):
-    """Counts with mean m = exp(outputs) and variance m + dispersion * m^2; Poisson where the dispersion vanishes.
+    """Counts with mean m = exp(outputs) and variance m + dispersion * m^2.
 
-    With r = 1 / dispersion, y is Poisson with a rate that is Gamma(r, r / m) (the "NB2" of Cameron & Trivedi 1986).
+    Poisson where the dispersion vanishes.
+
+    With r = 1 / dispersion, y is Poisson with a rate that is Gamma(r, r / m) (the "NB2" of Cameron
+    & Trivedi 1986).
 
     Args:
         dispersion: None learns it.
-        dispersion_prior: its prior when it is learned, any distribution on the positive numbers; one of shape
-            ``(targets,)`` gives every target a dispersion of its own.
+        dispersion_prior: its prior when it is learned, any distribution on the positive numbers;
+            one of shape ``(targets,)`` gives every target a dispersion of its own.
 
     Raises:
         ValueError: if the dispersion is not positive.
@@ -420,19 +482,26 @@ class NegativeBinomial(Likelihood):
             return by_outputs.to(outputs.dtype), {}
         ways = torch.digamma(y64 + r) - torch.digamma(r)
         by_log = by_outputs + r * (F.softplus(logit) - ways)  # (..., n, out)
-        return by_outputs.to(outputs.dtype), {"dispersion": _over_rows(by_log, dispersion).to(outputs.dtype)}
+        return by_outputs.to(outputs.dtype), {
+            "dispersion": _over_rows(by_log, dispersion).to(outputs.dtype)
+        }
 
     @property
     def has_fisher_factor(self) -> bool:
-        """Only for a fixed dispersion: the information on a learned one is an infinite sum without a closed form."""
+        """Only for a fixed dispersion: the information on a learned one is an infinite sum without
+        a closed form.
+        """
         return self.dispersion is not None
 
-    def fisher_factor(self, outputs: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def fisher_factor(
+        self, outputs: Tensor, parameters: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return R with R R^T the Fisher information of a row's outputs, for a fixed dispersion."""
         if self.dispersion is None:
             raise self._lack("fisher_factor")
         dispersion = self._dispersion(outputs, parameters)
-        information = torch.sigmoid(outputs + dispersion.log()) / dispersion  # mean / (1 + dispersion * mean)
+        # mean / (1 + dispersion * mean)
+        information = torch.sigmoid(outputs + dispersion.log()) / dispersion
         return torch.diag_embed(information.sqrt()), {}
 
     def mean(self, outputs: Tensor, parameters: Parameters = None) -> Tensor:
@@ -451,7 +520,9 @@ class NegativeBinomial(Likelihood):
         inside = _by_scipy(special.betainc, 1 / dispersion, y.floor().clamp(min=0) + 1, success)
         return torch.where(y < 0, 0.0, inside)
 
-    def sample(self, outputs: Tensor, parameters: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+    def sample(
+        self, outputs: Tensor, parameters: dict[str, Tensor], generator: torch.Generator
+    ) -> Tensor:
         """Draw y given the weights, ``(..., n, out)``."""
         r = (1 / self._dispersion(outputs, parameters)).expand_as(outputs)
         with isolated(generator):
@@ -478,7 +549,9 @@ class Categorical(Likelihood):
     def validate(self, y: Tensor, n_outputs: int) -> Tensor:
         """Return the labels as int64 ``(n,)``."""
         if n_outputs < 2:
-            raise ValueError("Categorical needs an output for every class; for one logit use Bernoulli")
+            raise ValueError(
+                "Categorical needs an output for every class; for one logit use Bernoulli"
+            )
         return labels_of(y, n_outputs)
 
     def log_prob(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
@@ -492,7 +565,9 @@ class Categorical(Likelihood):
         probs = (outputs - outputs.logsumexp(-1, keepdim=True)).exp()
         return F.one_hot(y, outputs.shape[-1]).to(outputs) - probs, {}
 
-    def fisher_factor(self, outputs: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def fisher_factor(
+        self, outputs: Tensor, parameters: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return R with R R^T = diag(p) - p p^T: with u = sqrt(p), R = diag(u) (I - u u^T)."""
         u = (0.5 * outputs.log_softmax(-1)).exp()
         return torch.diag_embed(u) - (u * u).unsqueeze(-1) * u.unsqueeze(-2), {}
@@ -516,7 +591,9 @@ class Bernoulli(Likelihood):
     def validate(self, y: Tensor, n_outputs: int) -> Tensor:
         """Return the labels as int64 ``(n,)``."""
         if n_outputs != 1:
-            raise ValueError(f"Bernoulli needs a network with one output, got {n_outputs}; use Categorical")
+            raise ValueError(
+                f"Bernoulli needs a network with one output, got {n_outputs}; use Categorical"
+            )
         return labels_of(y, 2)
 
     def log_prob(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
@@ -528,7 +605,9 @@ class Bernoulli(Likelihood):
         """Return the gradient by the outputs."""
         return y.unsqueeze(-1) - torch.sigmoid(outputs), {}
 
-    def fisher_factor(self, outputs: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def fisher_factor(
+        self, outputs: Tensor, parameters: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return R with R R^T = p (1 - p)."""
         return (0.5 * (F.logsigmoid(outputs) + F.logsigmoid(-outputs))).exp().unsqueeze(-1), {}
 
@@ -541,10 +620,12 @@ class Bernoulli(Likelihood):
 @checked
 @dataclass(frozen=True)
 class Ordinal(Likelihood):
-    """Ordered classes: P(y <= k) = sigmoid(c_k - output), the cumulative logit model (McCullagh 1980).
+    """Ordered classes: P(y <= k) = sigmoid(c_k - output), the cumulative logit model (McCullagh
+    1980).
 
-    The first cutpoint is 0, since the output's bias takes its place; the positive gaps between the others are learned
-    and are ``likelihood.log_gap`` in ``theta``. One output, labels 0 to n_classes - 1.
+    The first cutpoint is 0, since the output's bias takes its place; the positive gaps between the
+    others are learned and are ``likelihood.log_gap`` in ``theta``. One output, labels 0 to
+    n_classes - 1.
 
     Args:
         n_classes: three or more.
@@ -556,13 +637,17 @@ class Ordinal(Likelihood):
 
     n_classes: int
     gap_prior: Distribution = field(
-        default_factory=lambda: LogNormal(torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64))
+        default_factory=lambda: LogNormal(
+            torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+        )
     )
     kind: Kind = field(default="classification", init=False)
 
     def __post_init__(self) -> None:
         if self.n_classes < 3:
-            raise ValueError(f"n_classes must be at least 3, got {self.n_classes}; for two use Bernoulli")
+            raise ValueError(
+                f"n_classes must be at least 3, got {self.n_classes}; for two use Bernoulli"
+            )
 
     @property
     def parameters(self) -> dict[str, Distribution]:
@@ -592,11 +677,14 @@ class Ordinal(Likelihood):
         by_output, by_gaps = self._row_scores(outputs, y, parameters["gap"])
         return by_output.unsqueeze(-1), {"gap": by_gaps.sum(-2)}
 
-    def fisher_factor(self, outputs: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return factors whose stack S has S S^T the Fisher information of a row's output and the log gaps.
+    def fisher_factor(
+        self, outputs: Tensor, parameters: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return factors whose stack S has S S^T the Fisher information of a row's output and the
+        log gaps.
 
-        That of the output is ``(..., n, 1, classes)``, that of the gaps ``(..., n, gaps, classes)``: for each class
-        the score times the root of its probability.
+        That of the output is ``(..., n, 1, classes)``, that of the gaps
+        ``(..., n, gaps, classes)``: for each class the score times the root of its probability.
         """
         roots = self.mean(outputs, parameters).sqrt()  # (..., n, classes)
         scores = [
@@ -611,7 +699,11 @@ class Ordinal(Likelihood):
         """Return the class probabilities, ``(..., n, classes)``."""
         labels = range(self.n_classes)
         return torch.stack(
-            [self.log_prob(outputs, self._everywhere(outputs, label), parameters).exp() for label in labels], -1
+            [
+                self.log_prob(outputs, self._everywhere(outputs, label), parameters).exp()
+                for label in labels
+            ],
+            -1,
         )
 
     @staticmethod
@@ -619,21 +711,29 @@ class Ordinal(Likelihood):
         return torch.full(outputs.shape[-2:-1], label, device=outputs.device)
 
     def _margins(self, outputs: Tensor, y: Tensor, gap: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return c_y - output, c_{y-1} - output (of some class where there is no such cutpoint) and y, ``(..., n)``."""
+        """Return c_y - output, c_{y-1} - output (of some class where there is no such cutpoint) and
+        y, ``(..., n)``.
+        """
         eta = outputs.squeeze(-1)
         y = y.expand(eta.shape)
-        cutpoints = torch.cat([torch.zeros_like(gap[..., :1]), gap.cumsum(-1)], -1).expand(*eta.shape[:-1], -1)
+        cutpoints = torch.cat([torch.zeros_like(gap[..., :1]), gap.cumsum(-1)], -1).expand(
+            *eta.shape[:-1], -1
+        )
         upper = cutpoints.gather(-1, y.clamp(max=self.n_classes - 2)) - eta
         lower = cutpoints.gather(-1, (y - 1).clamp(min=0)) - eta
         return upper, lower, y
 
     def _row_scores(self, outputs: Tensor, y: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
-        """Return every row's gradient by the output ``(..., n)`` and by the log gaps ``(..., n, gaps)``."""
+        """Return every row's gradient by the output ``(..., n)`` and by the log gaps
+        ``(..., n, gaps)``.
+        """
         upper, lower, y = self._margins(outputs, y, gap)
         by_upper = torch.where(y < self.n_classes - 1, torch.sigmoid(-upper), 0.0)
         by_lower = torch.where(y > 0, torch.sigmoid(lower), 0.0)
         label, which = y.unsqueeze(-1), torch.arange(1, self.n_classes - 1, device=y.device)
         # Cutpoint k is the sum of the gaps 1 to k; class k also has the factor 1 - exp(-gap k).
-        by_gaps = by_upper.unsqueeze(-1) * (label >= which) - by_lower.unsqueeze(-1) * (label > which)
+        by_gaps = by_upper.unsqueeze(-1) * (label >= which) - by_lower.unsqueeze(-1) * (
+            label > which
+        )
         gap = gap.unsqueeze(-2)  # (..., 1, gaps)
         return by_lower - by_upper, (by_gaps + (label == which) / torch.expm1(gap)) * gap

@@ -14,11 +14,13 @@ __all__ = ["LinearisedNetwork"]
 
 
 class LinearisedNetwork:
-    """outputs(theta, x) = f(x; anchor) + J(x) (theta - anchor), J the Jacobian of ``network`` at ``anchor``.
+    """outputs(theta, x) = f(x; anchor) + J(x) (theta - anchor), J the Jacobian of ``network`` at
+    ``anchor``.
 
-    For inputs ``(n, ...)`` that all networks share the Jacobian is formed once and kept for the next call with the
-    same tensor, if it is of moderate size. Otherwise, and with ``per_network`` for inputs ``(batch, n, ...)``, outputs
-    are a forward-mode derivative and the pullback is the network's own at the anchor.
+    For inputs ``(n, ...)`` that all networks share the Jacobian is formed once and kept for the
+    next call with the same tensor, if it is of moderate size. Otherwise, and with ``per_network``
+    for inputs ``(batch, n, ...)``, outputs are a forward-mode derivative and the pullback is the
+    network's own at the anchor.
 
     Args:
         network: what is expanded.
@@ -28,7 +30,8 @@ class LinearisedNetwork:
     def __init__(self, network: ChainNetwork | ModuleNetwork, anchor: Tensor) -> None:
         self._network = network
         self._anchor = anchor
-        self._kept: tuple[Tensor, int, Tensor, Tensor] | None = None  # inputs, their version, outputs, Jacobian
+        # inputs, their version, outputs, Jacobian
+        self._kept: tuple[Tensor, int, Tensor, Tensor] | None = None
 
     def __call__(self, theta: Tensor, x: Tensor, *, per_network: bool = False) -> Tensor:
         """Return the outputs, ``(batch, n, out)``; affine in ``theta``."""
@@ -36,16 +39,21 @@ class LinearisedNetwork:
             outputs, jacobian = kept
             change = theta[:, : jacobian.shape[-1]] - self._anchor[: jacobian.shape[-1]]
             return outputs + (change @ jacobian.flatten(0, 1).mT).unflatten(-1, outputs.shape)
-        anchors = self._anchor.repeat(len(theta), 1)  # forward-mode differentiation wants memory of its own
+        # forward-mode differentiation wants memory of its own
+        anchors = self._anchor.repeat(len(theta), 1)
         value, change, *_ = jvp(
-            lambda weights: self._network(weights, x, per_network=per_network), (anchors,), (theta - anchors,)
+            lambda weights: self._network(weights, x, per_network=per_network),
+            (anchors,),
+            (theta - anchors,),
         )
         return value + change
 
     def pullback(
         self, theta: Tensor, x: Tensor, *, per_network: bool = False, reuse: bool = False
     ) -> tuple[Tensor, Pullback]:
-        """Return the outputs and the function that carries a gradient by them back to the weights."""
+        """Return the outputs and the function that carries a gradient by them back to the
+        weights.
+        """
         outputs = self(theta, x, per_network=per_network)
         if not per_network and (kept := self._expansion(x)):
             rows = kept[1].flatten(0, 1)  # (n * out, network dim)
@@ -54,12 +62,21 @@ class LinearisedNetwork:
         return outputs, self._network.pullback(anchors, x, per_network=per_network, reuse=reuse)[1]
 
     def jacobian(
-        self, theta: Tensor, x: Tensor, *, per_network: bool = False, names: Collection[str] | None = None
+        self,
+        theta: Tensor,
+        x: Tensor,
+        *,
+        per_network: bool = False,
+        names: Collection[str] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the outputs and their derivative by the weights, ``(batch, n, out, dim)``, the same everywhere."""
+        """Return the outputs and their derivative by the weights, ``(batch, n, out, dim)``, the
+        same everywhere.
+        """
         anchors = self._anchor.expand_as(theta if per_network else theta[:1])
         jacobian = self._network.jacobian(anchors, x, per_network=per_network, names=names)[1]
-        return self(theta, x, per_network=per_network), jacobian.expand(len(theta), *jacobian.shape[1:])
+        return self(theta, x, per_network=per_network), jacobian.expand(
+            len(theta), *jacobian.shape[1:]
+        )
 
     def elements(self, x: Tensor) -> int:
         """Return how many numbers one network writes for one row of ``x`` ``(n, ...)``."""
@@ -76,7 +93,10 @@ class LinearisedNetwork:
         return rows, at_once(rows, 2 * out)[1]
 
     def _expansion(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return f(x; anchor) ``(n, out)`` and J ``(n, out, network dim)``; None where J is large or x not constant."""
+        """Return f(x; anchor) ``(n, out)`` and J ``(n, out, network dim)``.
+
+        None where J is large or x not constant.
+        """
         kept = self._kept  # once: another thread may put another in its place
         if kept is None or kept[0] is not x or kept[1] != x._version:
             self._kept = None

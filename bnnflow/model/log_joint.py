@@ -72,7 +72,7 @@ class LogJoint:
             self._places[key] = (spec.slices[name], spec.shapes[name])
         self.n_parameters = sum(math.prod(shape) for _, shape in self._places.values())
 
-    # ---------------------------------------------------------------- what is made once
+    # ---------------------------------------- what is made once
 
     @cached_property
     def fused(self) -> FusedDensity | None:
@@ -99,17 +99,22 @@ class LogJoint:
         given = (self.spec, self.network, self.likelihood, self.prior)
         return LogJoint(*given, x, y, self.temperature, self.n_outputs)
 
-    # ---------------------------------------------------------------- values
+    # ---------------------------------------- values
 
     def parameters(self, theta: Tensor) -> dict[str, Tensor]:
         """Return the learned parameters of the likelihood, positive, ``(..., *shape)`` each."""
-        return {key: theta[..., where].unflatten(-1, shape).exp() for key, (where, shape) in self._places.items()}
+        return {
+            key: theta[..., where].unflatten(-1, shape).exp()
+            for key, (where, shape) in self._places.items()
+        }
 
     def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
         """Evaluate the network, ``(..., dim) -> (..., n, out)``."""
 
         def evaluate(flat: Tensor) -> Tensor:
-            parts = self.in_blocks(lambda theta, x, y, per_network: (self.network(theta, x),), flat, x)
+            parts = self.in_blocks(
+                lambda theta, x, y, per_network: (self.network(theta, x),), flat, x
+            )
             return _joined([outputs for (outputs,) in parts], 1)
 
         return self._batched(evaluate, theta)
@@ -132,7 +137,10 @@ class LogJoint:
         return self._batched(evaluate, theta)
 
     def log_prob(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        """Return the log likelihood of every row; what overflows in a distribution is no error, but a divergence."""
+        """Return the log likelihood of every row.
+
+        What overflows in a distribution is no error, but a divergence.
+        """
         with unvalidated():
             return self.likelihood.log_prob(outputs, y, parameters)
 
@@ -141,9 +149,11 @@ class LogJoint:
         with unvalidated():
             return self.likelihood.score(outputs, y, parameters)
 
-    # ---------------------------------------------------------------- gradients
+    # ---------------------------------------- gradients
 
-    def log_likelihood_and_grad(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def log_likelihood_and_grad(
+        self, theta: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return what `BayesianModel.log_likelihood_and_grad` does."""
         theta = self.checked(theta)
         if fused := self.compiled(theta, rows):
@@ -153,16 +163,24 @@ class LogJoint:
         return value.reshape(theta.shape[:-1]), grad.reshape(theta.shape)
 
     def log_likelihood_grad(self, theta: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Return the gradient of the log likelihood alone, ``(..., dim) -> (..., dim)``; differentiable again."""
+        """Return the gradient of the log likelihood alone, ``(..., dim) -> (..., dim)``.
+
+        Differentiable again.
+        """
         theta = self.checked(theta)
         if self.compiled(theta, rows):
             return self.log_likelihood_and_grad(theta, rows)[1]
         return self._in_sum(self._grad, theta, rows)[0].reshape(theta.shape)
 
-    def log_joint_and_grad(self, theta: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return log_joint and its gradient, ``(..., dim) -> (...), (..., dim)``; differentiable again.
+    def log_joint_and_grad(
+        self, theta: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return log_joint and its gradient, ``(..., dim) -> (...), (..., dim)``.
 
-        ``rows`` choose mini-batches as in `log_likelihood_and_grad`; the prior is always counted once.
+        Differentiable again.
+
+        ``rows`` choose mini-batches as in `log_likelihood_and_grad`; the prior is always counted
+        once.
         """
         theta = self.checked(theta)
         if fused := self.compiled(theta, rows):
@@ -172,7 +190,9 @@ class LogJoint:
         prior, prior_grad = self.prior.log_prob_and_grad(theta)
         return (value + prior) / self.temperature, (grad + prior_grad) / self.temperature
 
-    def _log_likelihoods(self, theta: Tensor, x: Tensor, y: Tensor, per_network: bool) -> tuple[Tensor]:
+    def _log_likelihoods(
+        self, theta: Tensor, x: Tensor, y: Tensor, per_network: bool
+    ) -> tuple[Tensor]:
         outputs = self.network(theta, x, per_network=per_network)
         return (self.log_prob(outputs, y, self.parameters(theta)),)
 
@@ -187,16 +207,20 @@ class LogJoint:
         outputs, pullback = self.network.pullback(theta, x, per_network=per_network, reuse=True)
         return (self._pull(pullback, *self.score(outputs, y, self.parameters(theta))),)
 
-    def _value_and_grad(self, theta: Tensor, x: Tensor, y: Tensor, per_network: bool) -> tuple[Tensor, Tensor]:
+    def _value_and_grad(
+        self, theta: Tensor, x: Tensor, y: Tensor, per_network: bool
+    ) -> tuple[Tensor, Tensor]:
         outputs, pullback = self.network.pullback(theta, x, per_network=per_network, reuse=True)
         parameters = self.parameters(theta)
         value = self.log_prob(outputs, y, parameters).sum(-1, dtype=torch.float64)
         return value, self._pull(pullback, *self.score(outputs, y, parameters))
 
-    def _pull(self, pullback: Pullback, grad_outputs: Tensor, grad_parameters: dict[str, Tensor]) -> Tensor:
+    def _pull(
+        self, pullback: Pullback, grad_outputs: Tensor, grad_parameters: dict[str, Tensor]
+    ) -> Tensor:
         return self.with_parameters(pullback(grad_outputs), grad_parameters)
 
-    # ---------------------------------------------------------------- mini-batches
+    # ---------------------------------------- mini-batches
 
     def minibatch_log_joint_and_grad(
         self, theta: Tensor, generator: torch.Generator, batch_size: int
@@ -207,40 +231,60 @@ class LogJoint:
         if fused := self.compiled(theta, None):
             scale = len(self.x) / (batch_size * self.temperature)
             return fused.minibatch(theta, generator, batch_size, scale, 1 / self.temperature)
-        return self.log_joint_and_grad(theta, self.random_rows(theta.shape[:-1], generator, batch_size))
+        return self.log_joint_and_grad(
+            theta, self.random_rows(theta.shape[:-1], generator, batch_size)
+        )
 
-    def random_rows(self, shape: tuple[int, ...], generator: torch.Generator, batch_size: int) -> Tensor:
-        """Draw the rows of mini-batches, int64 ``(*shape, batch_size)``: one from each stretch of the data."""
+    def random_rows(
+        self, shape: tuple[int, ...], generator: torch.Generator, batch_size: int
+    ) -> Tensor:
+        """Draw the rows of mini-batches, int64 ``(*shape, batch_size)``: one from each stretch of
+        the data.
+        """
         self._check_batch_size(batch_size)
         n, device = len(self.x), self.x.device
         rows = stratified_rows(shape, batch_size, n, generator, self.dtype)
         if rows is not None:
             return rows
-        where = torch.rand(*shape, batch_size, generator=generator, device=device, dtype=torch.float64)
+        where = torch.rand(
+            *shape, batch_size, generator=generator, device=device, dtype=torch.float64
+        )
         where = (where + torch.arange(batch_size, device=device)) * (n / batch_size)
         return where.long().clamp_(max=n - 1)
 
     def _check_batch_size(self, batch_size: int) -> None:
         if not 1 <= batch_size <= len(self.x):
-            raise ValueError(f"batch_size must be between 1 and the {len(self.x)} rows of data, got {batch_size}")
+            raise ValueError(
+                f"batch_size must be between 1 and the {len(self.x)} rows of data, got {batch_size}"
+            )
 
     def batch(self, theta: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None, float]:
-        """Return checked weights, checked rows, ``(batch,)`` or ``(networks, batch)``, and n / batch."""
+        """Return checked weights, checked rows, ``(batch,)`` or ``(networks, batch)``, and n /
+        batch.
+        """
         theta = self.checked(theta)
         if rows is None:
             return theta, None, 1.0
         if rows.dtype != torch.int64 or rows.dim() == 0 or rows.shape[-1] == 0:
-            raise ValueError(f"rows must be int64 (batch,) or (..., batch), got {rows.dtype} {tuple(rows.shape)}")
+            raise ValueError(
+                f"rows must be int64 (batch,) or (..., batch), got {rows.dtype} {tuple(rows.shape)}"
+            )
         if rows.dim() > 1 and rows.shape[:-1] != theta.shape[:-1]:
             raise ValueError(f"rows {tuple(rows.shape)} do not fit theta {tuple(theta.shape)}")
         return theta, rows.flatten(0, -2) if rows.dim() > 1 else rows, len(self.x) / rows.shape[-1]
 
-    # ---------------------------------------------------------------- blocks of bounded memory
+    # ---------------------------------------- blocks of bounded memory
 
     def in_blocks(
-        self, function: Evaluation, theta: Tensor, x: Tensor, y: Tensor | None = None, rows: Tensor | None = None
+        self,
+        function: Evaluation,
+        theta: Tensor,
+        x: Tensor,
+        y: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> list[tuple[Tensor, ...]]:
-        """Evaluate ``function`` for all networks and rows: a block at a time where nothing follows derivatives.
+        """Evaluate ``function`` for all networks and rows: a block at a time where nothing follows
+        derivatives.
 
         Args:
             function: called with theta, x, y and whether every network has rows of its own.
@@ -252,7 +296,10 @@ class LogJoint:
         Returns:
             Its results, ``(networks, ...)`` each, for one block of rows after the other.
         """
-        n, per_network = len(x) if rows is None else rows.shape[-1], rows is not None and rows.dim() > 1
+        n, per_network = (
+            len(x) if rows is None else rows.shape[-1],
+            rows is not None and rows.dim() > 1,
+        )
         some, several = self.block_size(theta, x, n)
         found = []
         for part in stretches(n, some):
@@ -269,15 +316,21 @@ class LogJoint:
         whole = torch.compiler.is_compiling() or is_tracked(theta, x)
         return (n, len(theta)) if whole else self.network.at_once(x, n)
 
-    def _in_sum(self, function: Evaluation, theta: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
-        """Return the results of a function of flattened ``theta``, summed over the rows and scaled to all of them."""
+    def _in_sum(
+        self, function: Evaluation, theta: Tensor, rows: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Return the results of a function of flattened ``theta``, summed over the rows and scaled
+        to all of them.
+        """
         theta, rows, scale = self.batch(theta, rows)
         parts = self.in_blocks(function, theta.reshape(-1, self.dim), self.x, self.y, rows)
         total = tuple(functools.reduce(torch.add, each) for each in zip(*parts, strict=True))
         return total if scale == 1 else tuple(scale * each for each in total)
 
     def with_parameters(self, grad: Tensor, grad_parameters: dict[str, Tensor]) -> Tensor:
-        """Append zeros for the prior's parameters and the gradient by the likelihood's: ``(batch, dim)``."""
+        """Append zeros for the prior's parameters and the gradient by the likelihood's:
+        ``(batch, dim)``.
+        """
         if self.dim == self.weights:
             return grad
         by_name = [grad_parameters[name].flatten(1) for name in self._places]
@@ -285,16 +338,25 @@ class LogJoint:
         return torch.cat([grad, grad.new_zeros(len(grad), missing), *by_name], -1)
 
     def compiled(self, theta: Tensor, rows: Tensor | None) -> FusedDensity | None:
-        """Return the compiled density if it can be evaluated here: nothing may track derivatives."""
+        """Return the compiled density if it can be evaluated here: nothing may track
+        derivatives.
+        """
         ours = theta.dtype == self.dtype and (
             is_untracked_cpu(theta) if rows is None else is_untracked_cpu(theta, rows)
         )
         return self.fused if ours else None
 
     def checked(self, theta: Tensor) -> Tensor:
-        """Return checked weights in the model's type and on its device; their derivatives are kept."""
+        """Return checked weights in the model's type and on its device.
+
+        Their derivatives are kept.
+        """
         theta = self.spec.check(theta)
-        return theta if theta.dtype == self.dtype else tracked("theta", theta).to(self.device, self.dtype)
+        return (
+            theta
+            if theta.dtype == self.dtype
+            else tracked("theta", theta).to(self.device, self.dtype)
+        )
 
     def _batched(self, function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
         theta = self.checked(theta)
@@ -318,7 +380,8 @@ def _chosen(
     index = rows[part] if rows.dim() == 1 else rows[which, part]
 
     def gathered(data: Tensor) -> Tensor:
-        # One gather for all networks; index_select is several times faster than indexing by a matrix.
+        # One gather for all networks; index_select is several times faster than indexing by a
+        # matrix.
         return data.index_select(0, index.flatten()).unflatten(0, index.shape)
 
     return gathered(x), None if y is None else gathered(y)

@@ -1,10 +1,11 @@
 """Many copies of one network, evaluated at once.
 
-Both classes answer the same three questions for a batch of flat weights ``theta`` ``(batch, dim)`` and inputs ``x``:
-the outputs, the outputs with their pullback, and the outputs with their Jacobian. The inputs are ``(n, ...)``, the
-same for every network, or with ``per_network=True`` ``(batch, n, ...)``: inputs of their own, as for independent
-mini-batches. ``ChainNetwork`` writes the backward pass of a perceptron out, in compiled code where that can run and
-in batched matrix products elsewhere; ``ModuleNetwork`` maps any module with ``vmap``. Everything is differentiable
+Both classes answer the same three questions for a batch of flat weights ``theta`` ``(batch, dim)``
+and inputs ``x``: the outputs, the outputs with their pullback, and the outputs with their Jacobian.
+The inputs are ``(n, ...)``, the same for every network, or with ``per_network=True``
+``(batch, n, ...)``: inputs of their own, as for independent mini-batches. ``ChainNetwork`` writes
+the backward pass of a perceptron out, in compiled code where that can run and in batched matrix
+products elsewhere; ``ModuleNetwork`` maps any module with ``vmap``. Everything is differentiable
 again, forwards and backwards.
 """
 
@@ -33,12 +34,15 @@ Pullback = Callable[[Tensor], Tensor]
 """Gradient by the outputs ``(batch, n, out)`` to gradient by the weights ``(batch, dim)``."""
 
 LARGEST_BLOCK = 2**24
-"""Numbers that an evaluation may write at once, where nothing follows derivatives: 64 MB in float32."""
+"""Numbers that an evaluation may write at once, where nothing follows derivatives: 64 MB in
+float32.
+"""
 
-# Networks take turns where they are fewer than these, or where an operation writes more numbers than these. Measured
-# (CPU, one thread): the price through vmap over that of turns, by numbers an operation: layer norm 1,800 .41, 7,000 .53
-# to .77, 29,000 1.1, 450,000 2.6; convolutions 4,400 .30, 18,000 .45, 70,000 .71, 280,000 1.5; attention 2,000 .30,
-# 8,000 .52, 33,000 1.3, 130,000 2.1; embedding 17,000 .41, 69,000 .65. Starting vmap costs 3 to 4 networks' turns.
+# Networks take turns where they are fewer than these, or where an operation writes more numbers
+# than these. Measured (CPU, one thread): the price through vmap over that of turns, by numbers an
+# operation: layer norm 1,800 .41, 7,000 .53 to .77, 29,000 1.1, 450,000 2.6; convolutions 4,400
+# .30, 18,000 .45, 70,000 .71, 280,000 1.5; attention 2,000 .30, 8,000 .52, 33,000 1.3, 130,000 2.1;
+# embedding 17,000 .41, 69,000 .65. Starting vmap costs 3 to 4 networks' turns.
 _FEW_NETWORKS = 6
 _SMALL_OPERATION = 2**14
 
@@ -65,8 +69,8 @@ class _Step(NamedTuple):
 class ChainNetwork:
     """A perceptron: alternating affine layers and elementwise activations.
 
-    Activations are kept feature-major, ``(batch, features, n)``, so that every product is one batched GEMM with the
-    rows of data along its fastest axis.
+    Activations are kept feature-major, ``(batch, features, n)``, so that every product is one
+    batched GEMM with the rows of data along its fastest axis.
     """
 
     def __init__(self, spec: WeightSpec) -> None:
@@ -91,20 +95,25 @@ class ChainNetwork:
         return 2 * sum(self._spec.shapes[layer.weight][0] for layer in self._layers)
 
     def at_once(self, x: Tensor, n: int) -> tuple[int, int]:
-        """Return how many of ``n`` rows like those of ``x``, and networks, stay within the largest block."""
+        """Return how many of ``n`` rows like those of ``x``, and networks, stay within the largest
+        block.
+        """
         return at_once(n, self.elements(x))
 
     def hidden(self, theta: Tensor, x: Tensor) -> dict[str, Tensor]:
         """Return the activations of every hidden layer by label, ``(batch, width, n)``."""
         tape = self._forward(theta, x, False)
-        return {label: step.value for label, step in zip(self._spec.activations, tape, strict=False)}
+        return {
+            label: step.value for label, step in zip(self._spec.activations, tape, strict=False)
+        }
 
     def pullback(
         self, theta: Tensor, x: Tensor, *, per_network: bool = False, reuse: bool = False
     ) -> tuple[Tensor, Pullback]:
         """Return the outputs and the function that carries a gradient by them back to the weights.
 
-        With ``reuse`` both are good until the next such call in this thread, which may write into their memory.
+        With ``reuse`` both are good until the next such call in this thread, which may write into
+        their memory.
         """
         if self._fused.applies(theta, x):
 
@@ -118,11 +127,15 @@ class ChainNetwork:
         tape = self._forward(theta, x, per_network, memory)
 
         def vjp(grad_outputs: Tensor) -> Tensor:
-            return self._backward(theta, tape, grad_outputs.mT, memory if is_untracked_cpu(grad_outputs) else None)
+            return self._backward(
+                theta, tape, grad_outputs.mT, memory if is_untracked_cpu(grad_outputs) else None
+            )
 
         return tape[-1].value.mT, vjp
 
-    def squared_error(self, theta: Tensor, x: Tensor, y: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def squared_error(
+        self, theta: Tensor, x: Tensor, y: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return half the sum of squared errors ``(batch,)``, and its gradient ``(batch, dim)``.
 
         Args:
@@ -134,8 +147,8 @@ class ChainNetwork:
         outputs = self._spec.shapes[self._layers[-1].weight][0]
         if x.shape[1:] != (self.in_features,) or y.shape != (len(theta), len(x), outputs):
             raise RuntimeError(
-                f"inputs {tuple(x.shape)} and targets {tuple(y.shape)} do not fit {len(theta)} networks "
-                f"{self.in_features} -> {outputs}"
+                f"inputs {tuple(x.shape)} and targets {tuple(y.shape)} do not fit {len(theta)} "
+                f"networks {self.in_features} -> {outputs}"
             )
         if self._fused.applies(theta, x) and is_untracked_cpu(y) and y.dtype == x.dtype:
             return self._fused.squared_error(theta, x, y, rows)
@@ -146,16 +159,29 @@ class ChainNetwork:
         return 0.5 * residual.double().square().sum((1, 2)), vjp(residual)
 
     def jacobian(
-        self, theta: Tensor, x: Tensor, *, per_network: bool = False, names: Collection[str] | None = None
+        self,
+        theta: Tensor,
+        x: Tensor,
+        *,
+        per_network: bool = False,
+        names: Collection[str] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the outputs and their derivative by the weights, or some of them, ``(batch, n, out, dim)``."""
+        """Return the outputs and their derivative by the weights, or some of them,
+        ``(batch, n, out, dim)``.
+        """
         tape = self._forward(theta, x, per_network)
         params = self._params(theta)
-        wanted = [name for name in self._spec.names if name in params and (names is None or name in names)]
+        wanted = [
+            name for name in self._spec.names if name in params and (names is None or name in names)
+        ]
         out, n = tape[-1].value.shape[-2:]
         batch = theta.shape[0]
         # delta[b, k, j, i]: derivative of output k by pre-activation j, at row i
-        delta = torch.eye(out, dtype=theta.dtype, device=theta.device).reshape(1, out, out, 1).expand(batch, -1, -1, n)
+        delta = (
+            torch.eye(out, dtype=theta.dtype, device=theta.device)
+            .reshape(1, out, out, 1)
+            .expand(batch, -1, -1, n)
+        )
         blocks: dict[str, Tensor] = {}
         for layer, step in zip(reversed(self._layers), reversed(tape), strict=True):
             if blocks.keys() >= set(wanted):
@@ -172,10 +198,15 @@ class ChainNetwork:
         return tape[-1].value.mT, torch.cat([blocks[name] for name in wanted] or [none], -1)
 
     def products(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Pullback, Pullback]:
-        """Return the outputs, what takes directions of theta to those of the outputs, and the pullback."""
+        """Return the outputs, what takes directions of theta to those of the outputs, and the
+        pullback.
+        """
         outputs, vjp = self.pullback(theta, x)
         tape, params = self._forward(theta, x, False), self._params(theta)
-        slopes = [layer.activation.derivative(*step[1:]) for layer, step in zip(self._layers, tape, strict=True)]
+        slopes = [
+            layer.activation.derivative(*step[1:])
+            for layer, step in zip(self._layers, tape, strict=True)
+        ]
 
         def jvp(v: Tensor) -> Tensor:
             given, moved = self._params(v), None
@@ -191,21 +222,30 @@ class ChainNetwork:
 
         return outputs, jvp, vjp
 
-    def factored(self, theta: Tensor, x: Tensor) -> tuple[Tensor, Callable[[Tensor], FactoredJacobian]]:
-        """Return the outputs, and what makes S^T J of mixtures S of them, ``(batch, n, out, rank)``, without J."""
+    def factored(
+        self, theta: Tensor, x: Tensor
+    ) -> tuple[Tensor, Callable[[Tensor], FactoredJacobian]]:
+        """Return the outputs, and what makes S^T J of mixtures S of them,
+        ``(batch, n, out, rank)``, without J.
+        """
         tape = self._forward(theta, x, False)
         params = self._params(theta)
         names = tuple(name for name in self._spec.names if name in params)
 
         def made(seeds: Tensor) -> FactoredJacobian:
-            leaving = seeds.movedim(2, 1)  # (batch, out, n, rank): derivatives by what leaves a layer
+            # (batch, out, n, rank): derivatives by what leaves a layer
+            leaving = seeds.movedim(2, 1)
             parts = []
             for layer, step in zip(reversed(self._layers), reversed(tape), strict=True):
                 if layer.activation.name != "identity":
-                    leaving = leaving * layer.activation.derivative(step.a, step.value).unsqueeze(-1)
+                    leaving = leaving * layer.activation.derivative(step.a, step.value).unsqueeze(
+                        -1
+                    )
                 parts.append(Outer(layer, step.h, leaving))
                 if layer is not self._layers[0]:
-                    leaving = (params[layer.weight].mT @ leaving.flatten(2)).unflatten(2, leaving.shape[2:])
+                    leaving = (params[layer.weight].mT @ leaving.flatten(2)).unflatten(
+                        2, leaving.shape[2:]
+                    )
             return FactoredJacobian(parts[::-1], names, dict.fromkeys(names, 1.0))
 
         return tape[-1].value.mT, made
@@ -219,29 +259,48 @@ class ChainNetwork:
             if name is not None
         }
 
-    def _forward(self, theta: Tensor, x: Tensor, per_network: bool, memory: _Memory | None = None) -> list[_Step]:
+    def _forward(
+        self, theta: Tensor, x: Tensor, per_network: bool, memory: _Memory | None = None
+    ) -> list[_Step]:
         params = self._params(theta)
-        h = x.flatten(2 if per_network else 1).mT  # (in, n), shared by every network, or (batch, in, n)
+        # (in, n), shared by every network, or (batch, in, n)
+        h = x.flatten(2 if per_network else 1).mT
         tape = []
         for layer in self._layers:
             a = self._affine(params, layer, h, memory)
-            value = layer.activation.overwrite(a) if memory and layer.activation.reusable else layer.activation(a)
+            value = (
+                layer.activation.overwrite(a)
+                if memory and layer.activation.reusable
+                else layer.activation(a)
+            )
             tape.append(_Step(h, a, value))
             h = value
         return tape
 
     @staticmethod
-    def _affine(params: dict[str, Tensor], layer: Layer, h: Tensor, memory: _Memory | None) -> Tensor:
+    def _affine(
+        params: dict[str, Tensor], layer: Layer, h: Tensor, memory: _Memory | None
+    ) -> Tensor:
         weight = params[layer.weight]  # (batch, out, in)
         bias = None if layer.bias is None else params[layer.bias].unsqueeze(-1)
         if memory is None and h.dim() == 2:
             product = torch.matmul(weight, h)
             return product if bias is None else product + bias
         h = h.expand(len(weight), *h.shape[-2:])
-        out = None if memory is None else memory.take(layer.weight, weight, *weight.shape[:2], h.shape[-1])
-        return torch.bmm(weight, h, out=out) if bias is None else torch.baddbmm(bias, weight, h, out=out)
+        out = (
+            None
+            if memory is None
+            else memory.take(layer.weight, weight, *weight.shape[:2], h.shape[-1])
+        )
+        return (
+            torch.bmm(weight, h, out=out)
+            if bias is None
+            else torch.baddbmm(bias, weight, h, out=out)
+        )
 
-    def _backward(self, theta: Tensor, tape: list[_Step], delta: Tensor, memory: _Memory | None = None) -> Tensor:
+    def _backward(
+        self, theta: Tensor, tape: list[_Step], delta: Tensor, memory: _Memory | None = None
+    ) -> Tensor:
         params = self._params(theta)
         grads: dict[str, Tensor] = {}
         for layer, step in zip(reversed(self._layers), reversed(tape), strict=True):
@@ -255,16 +314,19 @@ class ChainNetwork:
                 grads[layer.bias] = delta.sum(-1)
             if layer is not self._layers[0]:
                 weight = params[layer.weight].mT
-                out = memory and memory.take(f"delta of {layer.weight}", weight, *weight.shape[:2], delta.shape[-1])
+                out = memory and memory.take(
+                    f"delta of {layer.weight}", weight, *weight.shape[:2], delta.shape[-1]
+                )
                 delta = torch.bmm(weight, delta, out=out)
-        return torch.cat([grads[name] for name in self._spec.names if name in grads], -1)  # (batch, dim)
+        # (batch, dim)
+        return torch.cat([grads[name] for name in self._spec.names if name in grads], -1)
 
 
 class _Memory(threading.local):
     """Tensors that are written again and again, for each thread its own.
 
-    Fresh memory is what large batches cost most on a CPU: the system zeroes its pages, and takes them back after one
-    use.
+    Fresh memory is what large batches cost most on a CPU: the system zeroes its pages, and takes
+    them back after one use.
     """
 
     def __init__(self) -> None:
@@ -274,7 +336,10 @@ class _Memory(threading.local):
         return _Memory, ()  # copies begin with nothing
 
     def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
-        """Return the tensor of this name, with whatever is in it; a new one if it is of another shape or type."""
+        """Return the tensor of this name, with whatever is in it.
+
+        A new one if it is of another shape or type.
+        """
         kept = self._kept.get(name)
         if kept is None or kept.shape != shape or kept.dtype != like.dtype:
             kept = self._kept[name] = like.new_empty(shape)
@@ -284,9 +349,10 @@ class _Memory(threading.local):
 class ModuleNetwork:
     """Any module that maps a batch of inputs to a batch of outputs, each row by itself.
 
-    Where derivatives are followed, and where operations are so small that calling them costs more than what they
-    compute, all networks go through ``vmap``. Elsewhere they take turns, which is faster: torch has better code for
-    one network than for many, and the caches hold one. Sizes decide, not a clock, so results are the same each time.
+    Where derivatives are followed, and where operations are so small that calling them costs more
+    than what they compute, all networks go through ``vmap``. Elsewhere they take turns, which is
+    faster: torch has better code for one network than for many, and the caches hold one. Sizes
+    decide, not a clock, so results are the same each time.
 
     Args:
         net: the module; it keeps its buffers, and the parameters that ``spec`` does not name.
@@ -319,7 +385,9 @@ class ModuleNetwork:
 
         def mapped() -> tuple[Tensor, Pullback]:
             weights = theta[:, : self._dim]
-            outputs, vjp, *_ = torch.func.vjp(lambda weights: self._mapped(weights, x, per_network), weights)
+            outputs, vjp, *_ = torch.func.vjp(
+                lambda weights: self._mapped(weights, x, per_network), weights
+            )
             return outputs, lambda grad_outputs: vjp(grad_outputs)[0]
 
         if not self._take_turns(theta, x, per_network):
@@ -335,23 +403,34 @@ class ModuleNetwork:
             parts = zip(tapes, leaves, grad_outputs, strict=True)
             # What a tape keeps is freed as it is read, which spares fresh memory.
             keep = not reuse
-            return torch.stack([torch.autograd.grad(tape, leaf, by, keep)[0] for tape, leaf, by in parts])
+            return torch.stack(
+                [torch.autograd.grad(tape, leaf, by, keep)[0] for tape, leaf, by in parts]
+            )
 
         return torch.stack([tape.detach() for tape in tapes]), vjp
 
     def jacobian(
-        self, theta: Tensor, x: Tensor, *, per_network: bool = False, names: Collection[str] | None = None
+        self,
+        theta: Tensor,
+        x: Tensor,
+        *,
+        per_network: bool = False,
+        names: Collection[str] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the outputs and their derivative by the weights, or some of them, ``(batch, n, out, dim)``.
+        """Return the outputs and their derivative by the weights, or some of them,
+        ``(batch, n, out, dim)``.
 
-        Row by row, many at once: with the rows together, each output would be followed back to every row.
+        Row by row, many at once: with the rows together, each output would be followed back to
+            every row.
         """
         wanted = [i for i, name in enumerate(self._names) if names is None or name in names]
         if not wanted:
             outputs = self(theta, x, per_network=per_network)
             return outputs, outputs.new_zeros(*outputs.shape, 0)
 
-        def of_row(some: tuple[Tensor, ...], others: list[Tensor], row: Tensor) -> tuple[Tensor, Tensor]:
+        def of_row(
+            some: tuple[Tensor, ...], others: list[Tensor], row: Tensor
+        ) -> tuple[Tensor, Tensor]:
             params = list(others)
             for i, param in zip(wanted, some, strict=True):
                 params[i] = param
@@ -362,13 +441,20 @@ class ModuleNetwork:
             params = self._parts(weights)
             some = tuple(params[i] for i in wanted)
             with sdpa_kernel(SDPBackend.MATH):
-                return torch.func.vmap(torch.func.jacrev(of_row, has_aux=True), (None, None, 0))(some, params, rows)
+                return torch.func.vmap(torch.func.jacrev(of_row, has_aux=True), (None, None, 0))(
+                    some, params, rows
+                )
 
         if not self._take_turns(theta, x, per_network):
             blocks, outputs = torch.func.vmap(of_network, _in_dims(per_network))(theta, x)
             return outputs, torch.cat([block.flatten(3) for block in blocks], -1)
-        found = [of_network(*each) for each in zip(theta, x if per_network else [x] * len(theta), strict=True)]
-        jacobian = torch.stack([torch.cat([block.flatten(2) for block in blocks], -1) for blocks, _ in found])
+        found = [
+            of_network(*each)
+            for each in zip(theta, x if per_network else [x] * len(theta), strict=True)
+        ]
+        jacobian = torch.stack(
+            [torch.cat([block.flatten(2) for block in blocks], -1) for blocks, _ in found]
+        )
         return torch.stack([outputs for _, outputs in found]), jacobian
 
     def elements(self, x: Tensor) -> int:
@@ -376,7 +462,9 @@ class ModuleNetwork:
         return self._cost(x).elements
 
     def at_once(self, x: Tensor, n: int) -> tuple[int, int]:
-        """Return how many of ``n`` rows like those of ``x``, and networks, stay within the largest block."""
+        """Return how many of ``n`` rows like those of ``x``, and networks, stay within the largest
+        block.
+        """
         return at_once(n, self.elements(x))
 
     def _one(self, theta: Tensor, x: Tensor) -> Tensor:
@@ -414,7 +502,10 @@ class ModuleNetwork:
             return False  # there can be no tape of these
         rows = x[0] if per_network else x
         cost = self._cost(rows)
-        return len(theta) < _FEW_NETWORKS or len(rows) * cost.elements > _SMALL_OPERATION * cost.operations
+        return (
+            len(theta) < _FEW_NETWORKS
+            or len(rows) * cost.elements > _SMALL_OPERATION * cost.operations
+        )
 
     def _cost(self, x: Tensor) -> _Cost:
         """Return what a row of x costs, found out once for every shape of rows."""
@@ -445,7 +536,8 @@ class _Cost(NamedTuple):
 
     elements: int  # numbers written for a row of data
     operations: int
-    channels_last: bool  # whether the rows are images that may lie in memory so, as convolutions prefer
+    # whether the rows are images that may lie in memory so, as convolutions prefer
+    channels_last: bool
 
 
 class _Counting(TorchDispatchMode):
@@ -475,7 +567,9 @@ class _OwnModule(threading.local):
         constants = [parameter for name, parameter in net.named_parameters() if name not in names]
         self._module = copy.deepcopy(net, {id(each): each for each in (*constants, *net.buffers())})
         _avoid_fast_path(self._module)
-        self.convolves = any(isinstance(module, nn.Conv2d | nn.ConvTranspose2d) for module in net.modules())
+        self.convolves = any(
+            isinstance(module, nn.Conv2d | nn.ConvTranspose2d) for module in net.modules()
+        )
         parameters = dict(self._module.named_parameters())
         self.dtype = parameters[names[0]].dtype
         order = {id(parameters[name]): i for i, name in enumerate(names)}
@@ -490,7 +584,9 @@ class _OwnModule(threading.local):
         return type(self), self._arguments
 
     def evaluate(self, params: Sequence[Tensor], x: Tensor) -> Any:
-        """Return what the module makes of inputs with these parameters, in the order of ``names``."""
+        """Return what the module makes of inputs with these parameters, in the order of
+        ``names``.
+        """
         before = [owner[key] for owner, key, _ in self._places]
         try:
             for owner, key, i in self._places:
@@ -510,14 +606,23 @@ def _avoid_fast_path(net: nn.Module) -> None:
         if isinstance(module, nn.MultiheadAttention):
             module.training, module.dropout = True, 0.0
             module.forward = functools.partial(_attend, module.forward)  # type: ignore[method-assign]
-        elif isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        elif isinstance(
+            module, nn.TransformerEncoder | nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
+        ):
             module.training = True  # its dropout is a module of its own, and stays in evaluation
 
 
 def _attend(
-    forward: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, mask: Any = None, need_weights: bool = True,
-    *rest: Any, key_padding_mask: Any = None, **options: Any,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    forward: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any = None,
+    need_weights: bool = True,
+    *rest: Any,
+    key_padding_mask: Any = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
     """Attend with all weights at hand: without them torch's code is a single operation."""
     mask = key_padding_mask if mask is None else mask
     outputs, weights = forward(query, key, value, mask, True, *rest, **options)

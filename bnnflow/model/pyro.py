@@ -47,17 +47,23 @@ def pyro_model(
         fixed[each.site] = _site(checked, each.shape, like)
     given = {} if prior.has_parameters else prior.distributions(weights)
     independent = {
-        name: _site(elementwise(name, each, weights.shapes[name], False), weights.shapes[name], like)
+        name: _site(
+            elementwise(name, each, weights.shapes[name], False), weights.shapes[name], like
+        )
         for name, each in given.items()
     }
 
     def of_weights(values: dict[str, Tensor]) -> dict[str, Any]:
         if not of_prior:
             return independent
-        leads = [values[each.key].shape[: values[each.key].dim() - len(each.shape)] for each in of_prior]
+        leads = [
+            values[each.key].shape[: values[each.key].dim() - len(each.shape)] for each in of_prior
+        ]
         lead = torch.broadcast_shapes(*leads)
         given = prior.conditional(weights, values)
-        return {name: _site(given[name], shape, like, lead) for name, shape in weights.shapes.items()}
+        return {
+            name: _site(given[name], shape, like, lead) for name, shape in weights.shapes.items()
+        }
 
     def sampled() -> None:
         values = {each.key: pyro.sample(each.site, fixed[each.site]) for each in of_prior}
@@ -70,7 +76,8 @@ def pyro_model(
         theta = spec.flatten(params)
         for each in hyperparameters:
             if each.positive:
-                # Pyro adds the log-Jacobian of the logarithm untempered, log_joint tempers it with the prior.
+                # Pyro adds the log-Jacobian of the logarithm untempered, log_joint tempers it with
+                # the prior.
                 log_jacobian = theta[..., spec.slices[each.name]].sum(-1)
                 pyro.factor(f"{each.name}.jacobian", (1 - temperature) * log_jacobian)
         pyro.factor("log_likelihood", log_likelihood(theta))
@@ -78,8 +85,12 @@ def pyro_model(
     return poutine.scale(sampled, scale=1 / temperature)
 
 
-def _site(distribution: Distribution, shape: tuple[int, ...], like: Tensor, lead: tuple[int, ...] = ()) -> Any:
-    """Return the distribution of a whole tensor, ``(*lead, *shape)``, in the type and on the device of ``like``."""
+def _site(
+    distribution: Distribution, shape: tuple[int, ...], like: Tensor, lead: tuple[int, ...] = ()
+) -> Any:
+    """Return the distribution of a whole tensor, ``(*lead, *shape)``, in the type and on the device
+    of ``like``.
+    """
     import pyro.distributions as dist
 
     here = rebuild(unwrapped(distribution), lambda v: v.to(like))

@@ -1,4 +1,6 @@
-"""Normal coordinates of families whose inverse cdf torch does not have: Student-t, gamma and their kin."""
+"""Normal coordinates of families whose inverse cdf torch does not have: Student-t, gamma and their
+kin.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +51,8 @@ FAMILIES: dict[type, _Family] = {
 class QuantileTable:
     """The increasing map between a distribution and N(0, 1), by splines through scipy's quantiles.
 
-    Positive families are tabulated by their logarithm, Student-t by its inverse hyperbolic sine, so that relative
-    accuracy holds in both tails. Differentiable again and in forward mode.
+    Positive families are tabulated by their logarithm, Student-t by its inverse hyperbolic sine, so
+    that relative accuracy holds in both tails. Differentiable again and in forward mode.
 
     Args:
         distribution: of one of `FAMILIES`, with parameters ``(k,)``.
@@ -67,20 +69,29 @@ class QuantileTable:
         family = FAMILIES[type(distribution)]
         shape, self._loc, self._scale = (part.double() for part in family.parts(distribution))
         self._signed = family.scipy == "t"
-        shapes, self._owner = shape.unique(return_inverse=True)  # the owner of each coordinate, (k,)
+        # the owner of each coordinate, (k,)
+        shapes, self._owner = shape.unique(return_inverse=True)
         nodes = torch.linspace(-_REACH, _REACH, _CELLS + 1, dtype=torch.float64)
         lower = nodes <= 0
         p = scipy.special.ndtr(-nodes.abs().numpy())  # torch's is zero at -9
         heights, coefficients = [], []
         for value in shapes.tolist():
             standard = getattr(scipy.stats, family.scipy)(value)
-            quantiles = torch.where(lower, torch.as_tensor(standard.ppf(p)), torch.as_tensor(standard.isf(p)))
+            quantiles = torch.where(
+                lower, torch.as_tensor(standard.ppf(p)), torch.as_tensor(standard.isf(p))
+            )
             height = quantiles.asinh() if self._signed else quantiles.log()
             if not bool(height.isfinite().all()):
                 name = type(distribution).__name__
-                raise ValueError(f"the quantiles of a {name} prior of shape {value:g} underflow: no normal coordinates")
+                raise ValueError(
+                    f"the quantiles of a {name} prior of shape {value:g} underflow: "
+                    f"no normal coordinates"
+                )
             heights.append(height)
-            coefficients.append(torch.as_tensor(CubicSpline(nodes.numpy(), height.numpy()).c.copy()).T)  # (cells, 4)
+            # (cells, 4)
+            coefficients.append(
+                torch.as_tensor(CubicSpline(nodes.numpy(), height.numpy()).c.copy()).T
+            )
         device = shape.device
         self._heights = torch.stack(heights).to(device)  # (shapes, cells + 1)
         self._coefficients = torch.stack(coefficients).to(device)  # (shapes, cells, 4)
@@ -88,10 +99,15 @@ class QuantileTable:
     def from_normal(self, z: Tensor) -> Tensor:
         """Map ``(..., k)`` float64 to values, those of positive families to their logarithms."""
         height = self._height(z, self._cell(z))
-        return self._loc + self._scale * height.sinh() if self._signed else height + self._scale.log()
+        return (
+            self._loc + self._scale * height.sinh() if self._signed else height + self._scale.log()
+        )
 
     def derivatives(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the first and second derivative of `from_normal`, ``(..., k)`` float64 each; differentiable again."""
+        """Return the first and second derivative of `from_normal`, ``(..., k)`` float64 each.
+
+        Differentiable again.
+        """
         cell = self._cell(z)
         a, b, *_ = self._coefficients[self._owner, cell].unbind(-1)
         slope, bend = self._slope(z, cell), 6 * a * (z - self._left(cell)) + 2 * b
@@ -102,8 +118,14 @@ class QuantileTable:
         return first, self._scale * (height.sinh() * slope * slope + height.cosh() * bend)
 
     def to_normal(self, value: Tensor) -> Tensor:
-        """Map values ``(..., k)`` float64, the logarithms of positive ones, to normal coordinates."""
-        height = ((value - self._loc) / self._scale).asinh() if self._signed else value - self._scale.log()
+        """Map values ``(..., k)`` float64, the logarithms of positive ones, to normal
+        coordinates.
+        """
+        height = (
+            ((value - self._loc) / self._scale).asinh()
+            if self._signed
+            else value - self._scale.log()
+        )
         fixed = height.detach()
         cell = self._cell_of_height(fixed)
         z = self._left(cell) + 0.5 * self._width
@@ -123,7 +145,9 @@ class QuantileTable:
         return ((z + _REACH) / self._width).floor().clamp(0, _CELLS - 1).long()
 
     def _cell_of_height(self, height: Tensor) -> Tensor:
-        """Return the cell of the table in which each height lies, by bisection: 12 halvings of 4,096."""
+        """Return the cell of the table in which each height lies, by bisection: 12 halvings of
+        4,096.
+        """
         low = torch.zeros_like(height, dtype=torch.long)
         step = _CELLS // 2
         while step >= 1:

@@ -1,4 +1,6 @@
-"""The Bayesian model average: predictions as a mixture over draws, streamed so that memory does not grow with them."""
+"""The Bayesian model average: predictions as a mixture over draws, streamed so that memory does not
+grow with them.
+"""
 
 from __future__ import annotations
 
@@ -35,15 +37,16 @@ def predict(
 ) -> Prediction:
     """Average a model's predictions over draws of its weights.
 
-    The predictive distribution is p(y | x) = sum_s w_s p(y | x, theta_s): the full mixture over draws, never a
-    Gaussian with its moments.
+    The predictive distribution is p(y | x) = sum_s w_s p(y | x, theta_s): the full mixture over
+    draws, never a Gaussian with its moments.
 
     Args:
         model: the model whose weights were drawn.
-        draws: draws, weights ``(..., dim)``, or a pair of weights and log weights, which need not be normalised.
+        draws: draws, weights ``(..., dim)``, or a pair of weights and log weights, which need not
+            be normalised.
         x: inputs, ``(n, ...)`` as in training; the training inputs if None.
-        chunk_size: draws that are evaluated at once; chosen to keep a chunk's activations near 8 MB if None. It
-            changes speed and memory, not the result.
+        chunk_size: draws that are evaluated at once; chosen to keep a chunk's activations near 8 MB
+            if None. It changes speed and memory, not the result.
 
     Returns:
         A prediction that evaluates the network when it is asked for something.
@@ -55,7 +58,8 @@ def predict(
         >>> net = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
         >>> x = torch.linspace(-1, 1, 20)[:, None]
         >>> from bnnflow.model import likelihoods
-        >>> model = BayesianModel(net, torch.distributions.Normal(0.0, 1.0), likelihoods.Gaussian(0.1), x, x.sin())
+        >>> prior = torch.distributions.Normal(0.0, 1.0)
+        >>> model = BayesianModel(net, prior, likelihoods.Gaussian(0.1), x, x.sin())
         >>> prediction = predict(model, model.sample_prior(100, seed=0), x)
         >>> prediction.mean.shape, prediction.quantile([0.05, 0.95]).shape
         (torch.Size([20]), torch.Size([2, 20]))
@@ -68,7 +72,9 @@ def predict(
         raise ValueError("there are no draws to average over")
     broken = int((~theta.isfinite().all(-1)).sum())
     if broken:
-        raise ValueError(f"{broken} of {len(theta)} draws have NaN or infinite weights; leave them out")
+        raise ValueError(
+            f"{broken} of {len(theta)} draws have NaN or infinite weights; leave them out"
+        )
     theta, log_weights = _normalise(theta, log_weights)
     if chunk_size is None:
         chunk_size = max(1, _ELEMENTS // (len(x) * max(model.spec.widths.values(), default=64)))
@@ -95,7 +101,8 @@ class _Chunk(NamedTuple):
 class _Moments(NamedTuple):
     mean: Tensor  # (n, targets) or (n, classes)
     between: Tensor  # variance over draws of what a draw predicts, same shape
-    within: Tensor | None  # mean over draws of the noise variance (n, targets), or of the entropy (n,)
+    # mean over draws of the noise variance (n, targets), or of the entropy (n,)
+    within: Tensor | None
 
 
 @checked
@@ -103,9 +110,9 @@ class _Moments(NamedTuple):
 class Prediction:
     """A predictive distribution at ``n`` inputs, made by `predict`.
 
-    Everything is float64. With a single regression target its axis is dropped: ``mean`` is ``(n,)``, and
-    ``(n, targets)`` otherwise. Each quantity is computed when asked for, in one pass over the draws or a few; the
-    moments are kept.
+    Everything is float64. With a single regression target its axis is dropped: ``mean`` is
+    ``(n,)``, and ``(n, targets)`` otherwise. Each quantity is computed when asked for, in one pass
+    over the draws or a few; the moments are kept.
 
     Attributes:
         model: the model.
@@ -139,11 +146,14 @@ class Prediction:
         """Whether the targets are counts, so that the cdf is a step function."""
         return self.model.likelihood.discrete
 
-    # ---------------------------------------------------------------- moments
+    # ---------------------------------------- moments
 
     @property
     def mean(self) -> Tensor:
-        """Mean of y: ``(n,)`` or ``(n, targets)``; for classes their probabilities, ``(n, classes)``."""
+        """Mean of y: ``(n,)`` or ``(n, targets)``.
+
+        For classes their probabilities, ``(n, classes)``.
+        """
         return self._squeeze(self._moments.mean)
 
     @property
@@ -160,8 +170,8 @@ class Prediction:
     def sd(self) -> Tensor:
         """Standard deviation, in the shape of ``mean``.
 
-        For regression that of y: the root of ``epistemic ** 2 + aleatoric ** 2``. For classes that of their
-        probabilities over draws.
+        For regression that of y: the root of ``epistemic ** 2 + aleatoric ** 2``. For classes that
+        of their probabilities over draws.
         """
         if self.kind == "classification":
             return self._moments.between.sqrt()
@@ -171,8 +181,8 @@ class Prediction:
     def epistemic(self) -> Tensor:
         """What more data would remove.
 
-        For regression the standard deviation over draws of the mean, in the shape of ``mean``; for classes the
-        mutual information of label and weights, ``(n,)``, in nats.
+        For regression the standard deviation over draws of the mean, in the shape of ``mean``; for
+        classes the mutual information of label and weights, ``(n,)``, in nats.
         """
         if self.kind == "classification":
             entropy = torch.special.entr(self._moments.mean).sum(-1)
@@ -183,8 +193,8 @@ class Prediction:
     def aleatoric(self) -> Tensor:
         """What more data would leave.
 
-        For regression the root mean square of the noise, in the shape of ``mean``; for classes the expected entropy
-        of the label given the weights, ``(n,)``, in nats.
+        For regression the root mean square of the noise, in the shape of ``mean``; for classes the
+        expected entropy of the label given the weights, ``(n,)``, in nats.
         """
         within = self._within("aleatoric")
         return within if self.kind == "classification" else self._squeeze(within.sqrt())
@@ -196,7 +206,8 @@ class Prediction:
         first, second, inner = torch.zeros(()), torch.zeros(()), None
         for chunk in self._chunks(self.theta):
             weights = chunk.log_weights.exp()
-            mean = self.model.likelihood.mean(chunk.outputs, chunk.parameters)  # (chunk, n, targets)
+            # (chunk, n, targets)
+            mean = self.model.likelihood.mean(chunk.outputs, chunk.parameters)
             shift = mean[0] if shift is None else shift
             offset = mean - shift
             first = first.to(offset) + torch.tensordot(weights, offset, 1)
@@ -208,7 +219,9 @@ class Prediction:
         return _Moments(shift + first, (second - first.square()).clamp(min=0), inner)
 
     def _spread(self, chunk: _Chunk, mean: Tensor) -> Tensor | None:
-        """Return the noise variance of every draw, ``(chunk, n, targets)``, or its entropy, ``(chunk, n)``."""
+        """Return the noise variance of every draw, ``(chunk, n, targets)``, or its entropy,
+        ``(chunk, n)``.
+        """
         if self.kind == "classification":
             return torch.special.entr(mean).sum(-1)
         if not self.model.likelihood.has_variance:
@@ -217,10 +230,12 @@ class Prediction:
 
     def _within(self, what: str) -> Tensor:
         if self._moments.within is None:
-            raise ValueError(f"{what} needs the likelihood to have a method variance(outputs, parameters)")
+            raise ValueError(
+                f"{what} needs the likelihood to have a method variance(outputs, parameters)"
+            )
         return self._moments.within
 
-    # ---------------------------------------------------------------- the mixture
+    # ---------------------------------------- the mixture
 
     @checked
     def log_prob(self, y: Tensor | np.ndarray) -> Tensor:
@@ -235,13 +250,17 @@ class Prediction:
         y = self._targets(y)
         total = torch.full((len(self),), -math.inf, dtype=torch.float64, device=self.model.device)
         for chunk in self._chunks(self.theta):
-            terms = self.model.likelihood.log_prob(chunk.outputs, y, chunk.parameters) + chunk.log_weights[:, None]
+            terms = (
+                self.model.likelihood.log_prob(chunk.outputs, y, chunk.parameters)
+                + chunk.log_weights[:, None]
+            )
             total = torch.logaddexp(total, terms.logsumexp(0))  # (n,)
         return total
 
     @checked
     def cdf(self, y: Tensor | np.ndarray) -> Tensor:
-        """Return P(target <= y) of each row under the mixture, noise included, in the shape of ``mean``.
+        """Return P(target <= y) of each row under the mixture, noise included, in the shape of
+        ``mean``.
 
         Args:
             y: ``(n,)`` or ``(n, targets)``.
@@ -256,33 +275,37 @@ class Prediction:
     def quantile(self, q: float | Sequence[float] | Tensor) -> Tensor:
         """Return quantiles of the predictive mixture, noise included.
 
-        The mixture's cdf is inverted. Cantelli's inequality brackets the quantile by mean and standard deviation;
-        three or four passes over a grid of 16 points narrow the bracket to 1e-3 standard deviations or less, and
-        the cdf is interpolated linearly in it. The error is thus below 1e-3 standard deviations whatever the
-        mixture, and below 1e-5 where it is smooth on that scale. For counts the quantile is exact: the least whole
-        number at which the cdf reaches the level.
+        The mixture's cdf is inverted. Cantelli's inequality brackets the quantile by mean and
+        standard deviation; three or four passes over a grid of 16 points narrow the bracket to 1e-3
+        standard deviations or less, and the cdf is interpolated linearly in it. The error is thus
+        below 1e-3 standard deviations whatever the mixture, and below 1e-5 where it is smooth on
+        that scale. For counts the quantile is exact: the least whole number at which the cdf
+        reaches the level.
 
         Args:
             q: a level in (0, 1), or several.
 
         Returns:
-            The shape of ``mean``, with a leading axis for the levels if ``q`` has one. With several targets, the
-            quantiles of each target's marginal distribution.
+            The shape of ``mean``, with a leading axis for the levels if ``q`` has one. With several
+            targets, the quantiles of each target's marginal distribution.
 
         Raises:
-            ValueError: for classes, levels outside (0, 1), or a likelihood without ``cdf`` and ``variance``.
+            ValueError: for classes, levels outside (0, 1), or a likelihood without ``cdf`` and
+                ``variance``.
         """
         self._require("regression", "quantile")
         levels = torch.as_tensor(q, dtype=torch.float64, device=self.model.device)
         if levels.dim() > 1 or levels.numel() == 0 or not bool(((levels > 0) & (levels < 1)).all()):
             raise ValueError(f"q must lie strictly between 0 and 1, got {q}")
         invert = self._invert_counts if self.discrete else self._invert
-        found = self._squeeze(invert(levels.reshape(-1, 1, 1)))  # (levels, n) or (levels, n, targets)
+        # (levels, n) or (levels, n, targets)
+        found = self._squeeze(invert(levels.reshape(-1, 1, 1)))
         return found if levels.dim() else found[0]
 
     @checked
     def interval(self, level: Fraction) -> tuple[Tensor, Tensor]:
-        """Return the ends of the central interval that holds ``level`` of the probability, as `quantile` does.
+        """Return the ends of the central interval that holds ``level`` of the probability, as
+        `quantile` does.
 
         For counts it holds at least as much, both ends included.
         """
@@ -291,9 +314,11 @@ class Prediction:
 
     @checked
     def sample(self, n: Count, seed: Seed) -> Tensor:
-        """Draw from the predictive mixture, noise included: ``(n, *mean.shape)``, or labels ``(n, rows)``.
+        """Draw from the predictive mixture, noise included: ``(n, *mean.shape)``, or labels
+        ``(n, rows)``.
 
-        All rows of one sample share a draw of the weights, so that samples are coherent functions plus noise.
+        All rows of one sample share a draw of the weights, so that samples are coherent functions
+        plus noise.
 
         Args:
             n: number of samples.
@@ -305,8 +330,12 @@ class Prediction:
         generator = as_generator(seed, self.model.device)
         index = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
         chunks = list(self._chunks(self.theta, index))
-        outputs = torch.cat([chunk.outputs for chunk in chunks])  # (n, rows, out): no larger than the result
-        parameters = {name: torch.cat([chunk.parameters[name] for chunk in chunks]) for name in chunks[0].parameters}
+        # (n, rows, out): no larger than the result
+        outputs = torch.cat([chunk.outputs for chunk in chunks])
+        parameters = {
+            name: torch.cat([chunk.parameters[name] for chunk in chunks])
+            for name in chunks[0].parameters
+        }
         if self.kind == "classification":
             probs = self.model.likelihood.mean(outputs, parameters)
             labels = torch.multinomial(probs.flatten(0, 1), 1, generator=generator)
@@ -314,24 +343,30 @@ class Prediction:
         return self._squeeze(self.model.likelihood.sample(outputs, parameters, generator))
 
     def functions(self) -> Iterator[Tensor]:
-        """Yield what each draw predicts on its own, ``(chunk, n, targets)`` or ``(chunk, n, classes)``, in order."""
+        """Yield what each draw predicts on its own, ``(chunk, n, targets)`` or
+        ``(chunk, n, classes)``, in order.
+        """
         for chunk in self._chunks(self.theta):
             yield self.model.likelihood.mean(chunk.outputs, chunk.parameters)
 
     @checked
     def targets(self, y: Tensor | np.ndarray) -> Tensor:
-        """Return y checked against the inputs: float64 in the shape of ``mean``, or labels ``(n,)``.
+        """Return y checked against the inputs: float64 in the shape of ``mean``, or labels
+        ``(n,)``.
 
         Raises:
-            ValueError: if it has another number of rows or targets, NaN values, or labels out of range.
+            ValueError: if it has another number of rows or targets, NaN values, or labels out of
+                range.
         """
         y = self._targets(y)
         return y if self.kind == "classification" else self._squeeze(y)
 
-    # ---------------------------------------------------------------- passes over the draws
+    # ---------------------------------------- passes over the draws
 
     def _chunks(self, theta: Tensor, index: Tensor | None = None) -> Iterator[_Chunk]:
-        """Yield the outputs of ``theta``, or of its rows ``index``, ``chunk_size`` draws at a time."""
+        """Yield the outputs of ``theta``, or of its rows ``index``, ``chunk_size`` draws at a
+        time.
+        """
         log_weights = self.log_weights
         for start in range(0, len(theta) if index is None else len(index), self.chunk_size):
             part = slice(start, start + self.chunk_size)
@@ -344,7 +379,9 @@ class Prediction:
             yield _Chunk(outputs, parameters, log_weights[rows])
 
     def _cdf(self, y: Tensor) -> Tensor:
-        """Return the mixture's cdf at several values for every row and target, ``(k, n, targets)`` in and out."""
+        """Return the mixture's cdf at several values for every row and target, ``(k, n, targets)``
+        in and out.
+        """
         cdf = self.model.likelihood.cdf
         total = torch.zeros_like(y)
         for chunk in self._chunks(self.theta):
@@ -354,14 +391,20 @@ class Prediction:
         return total
 
     def _invert(self, levels: Tensor) -> Tensor:
-        """Return the quantiles of ``levels`` ``(k, 1, 1)`` for every row and target, ``(k, n, targets)``."""
+        """Return the quantiles of ``levels`` ``(k, 1, 1)`` for every row and target,
+        ``(k, n, targets)``.
+        """
         odds = (levels / (1 - levels)).sqrt()
         mean, sd = self._moments.mean, (self._moments.between + self._within("quantile")).sqrt()
         ends = torch.stack([mean - sd / odds, mean + sd * odds])  # (2, k, n, targets)
-        values = torch.stack([torch.zeros_like(ends[0]), torch.ones_like(ends[0])])  # the cdf at the ends, or bounds
-        steps = torch.linspace(0, 1, _SECTIONS + 2, dtype=torch.float64, device=sd.device)[1:-1].reshape(-1, 1, 1, 1)
-        # A level gets the passes that its own bracket needs, so that no other level changes its result.
-        passes = (((odds + 1 / odds) / _TOLERANCE).log() / math.log(_SECTIONS + 1)).ceil()  # (k, 1, 1)
+        # the cdf at the ends, or bounds
+        values = torch.stack([torch.zeros_like(ends[0]), torch.ones_like(ends[0])])
+        steps = torch.linspace(0, 1, _SECTIONS + 2, dtype=torch.float64, device=sd.device)[
+            1:-1
+        ].reshape(-1, 1, 1, 1)
+        # A level gets the passes that its own bracket needs, so that no other level changes its
+        # result. (k, 1, 1)
+        passes = (((odds + 1 / odds) / _TOLERANCE).log() / math.log(_SECTIONS + 1)).ceil()
         for done in range(int(passes.max())):
             grid = ends[:1] + (ends[1:] - ends[:1]) * steps  # (sections, k, n, targets)
             inside = self._cdf(grid.flatten(0, 1)).reshape(grid.shape)
@@ -371,17 +414,22 @@ class Prediction:
             narrower = torch.cat([ends[:1], grid, ends[1:]]).gather(0, around)
             ends, values = (
                 torch.where(open_, narrower, ends),
-                torch.where(open_, torch.cat([values[:1], inside, values[1:]]).gather(0, around), values),
+                torch.where(
+                    open_, torch.cat([values[:1], inside, values[1:]]).gather(0, around), values
+                ),
             )
         rise = values[1] - values[0]
         fraction = torch.where(rise > 0, (levels - values[0]) / rise, 0.5).clamp(0, 1)
         return ends[0] + (ends[1] - ends[0]) * fraction
 
     def _invert_counts(self, levels: Tensor) -> Tensor:
-        """Return the least whole numbers whose cdf reaches ``levels`` ``(k, 1, 1)``, ``(k, n, targets)``."""
+        """Return the least whole numbers whose cdf reaches ``levels`` ``(k, 1, 1)``,
+        ``(k, n, targets)``.
+        """
         odds = (levels / (1 - levels)).sqrt()
         mean, sd = self._moments.mean, (self._moments.between + self._within("quantile")).sqrt()
-        # Cantelli's bracket: the cdf is below the level at `low`, or low is -1, and reaches it at `high`.
+        # Cantelli's bracket: the cdf is below the level at `low`, or low is -1, and reaches it at
+        # `high`.
         low = (mean - sd / odds).floor().sub(1).clamp(min=-1)
         high = (mean + sd * odds).ceil()  # (k, n, targets)
         while bool((high - low > 1).any()):
@@ -390,7 +438,7 @@ class Prediction:
             low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
         return high
 
-    # ---------------------------------------------------------------- checks and shapes
+    # ---------------------------------------- checks and shapes
 
     def _targets(self, y: Tensor | np.ndarray) -> Tensor:
         """Return y as the likelihood takes it: float64 ``(n, targets)``, or labels ``(n,)``."""

@@ -1,4 +1,7 @@
-"""Scores of a prediction. Each takes ``(prediction, y)`` and is a mean over rows; lower case, no synonyms."""
+"""Scores of a prediction. Each takes ``(prediction, y)`` and is a mean over rows.
+
+Lower case, no synonyms.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +32,18 @@ __all__ = [
 ]
 
 _NODES = 8  # Gauss-Legendre nodes of a panel
-_SPREAD = 15.0  # of the sum over counts, in standard deviations: the rest is below 1e-4 of them, by Cantelli
+# of the sum over counts, in standard deviations: the rest is below 1e-4 of them, by Cantelli
+_SPREAD = 15.0
 _MAX_NUMBERS = 2**14  # terms of that sum
 _NUMBERS_AT_ONCE = 64
 _REACH = 5.0  # of the integral, in asinh of standard deviations: sinh(5) = 74
 
 
 class Reliability(NamedTuple):
-    """Rows binned by the probability of the predicted class; ``(bins,)`` each, NaN means of empty bins."""
+    """Rows binned by the probability of the predicted class.
+
+    ``(bins,)`` each, NaN means of empty bins.
+    """
 
     confidence: Tensor  # mean probability of the predicted class
     accuracy: Tensor  # fraction of rows predicted right
@@ -58,13 +65,17 @@ def rmse(prediction: Prediction, y: Tensor | np.ndarray) -> float:
 
 @checked
 def lppd(prediction: Prediction, y: Tensor | np.ndarray) -> float:
-    """Return the log pointwise predictive density: the mean over rows of the mixture's log density, in nats."""
+    """Return the log pointwise predictive density: the mean over rows of the mixture's log density,
+    in nats.
+    """
     return float(prediction.log_prob(y).mean())
 
 
 @checked
 def brier(prediction: Prediction, y: Tensor | np.ndarray) -> float:
-    """Return the Brier score: squared error of the probabilities summed over classes, mean over rows; 0 to 2."""
+    """Return the Brier score: squared error of the probabilities summed over classes, mean over
+    rows; 0 to 2.
+    """
     return float(_brier(prediction, y).mean())
 
 
@@ -72,24 +83,29 @@ def brier(prediction: Prediction, y: Tensor | np.ndarray) -> float:
 def crps(prediction: Prediction, y: Tensor | np.ndarray) -> float:
     """Return the continuous ranked probability score, mean over rows and targets, in units of y.
 
-    CRPS = integral of (F(z) - 1{z >= y})^2 dz, with F the cdf of the predictive mixture, by Gauss-Legendre panels on
-    both sides of y (in asinh of standard deviations, so that tails are cheap). The error is below 1e-4 standard
-    deviations as long as the mixture is smooth on a scale of a tenth of its standard deviation, or has few draws:
-    the panels grow finer as draws get fewer. For counts the integral is a sum over whole numbers, the ranked
-    probability score, exact but for tails beyond 15 standard deviations.
+    CRPS = integral of (F(z) - 1{z >= y})^2 dz, with F the cdf of the predictive mixture, by
+    Gauss-Legendre panels on both sides of y (in asinh of standard deviations, so that tails are
+    cheap). The error is below 1e-4 standard deviations as long as the mixture is smooth on a scale
+    of a tenth of its standard deviation, or has few draws: the panels grow finer as draws get
+    fewer. For counts the integral is a sum over whole numbers, the ranked probability score, exact
+    but for tails beyond 15 standard deviations.
 
     Raises:
-        ValueError: for classes, if y does not fit, or for counts that spread over more than 16,000 numbers.
+        ValueError: for classes, if y does not fit, or for counts that spread over more than 16,000
+            numbers.
     """
     return float(_crps(prediction, y).mean())
 
 
 @checked
 def pit(prediction: Prediction, y: Tensor | np.ndarray, *, seed: Seed = 0) -> Tensor:
-    """Return the probability integral transform, the mixture's cdf at y; uniform if the prediction is calibrated.
+    """Return the probability integral transform, the mixture's cdf at y.
 
-    The cdf of counts jumps at y: there the transform is uniform between the values before and after the jump, which
-    keeps it uniform under calibration (Czado, Gneiting & Held 2009). Nothing else is random.
+    Uniform if the prediction is calibrated.
+
+    The cdf of counts jumps at y: there the transform is uniform between the values before and after
+    the jump, which keeps it uniform under calibration (Czado, Gneiting & Held 2009). Nothing else
+    is random.
 
     Args:
         prediction: for regression.
@@ -109,11 +125,12 @@ def pit(prediction: Prediction, y: Tensor | np.ndarray, *, seed: Seed = 0) -> Te
 
 @checked
 def coverage(prediction: Prediction, y: Tensor | np.ndarray, level: Fraction) -> float:
-    """Return the fraction of targets inside the central predictive interval of probability ``level``.
-
-    A target is inside if its probability integral transform is within level / 2 of a half, so no quantile is needed.
-    For counts the interval includes its ends, `Prediction.interval`, and a calibrated prediction covers at least
+    """Return the fraction of targets inside the central predictive interval of probability
     ``level``.
+
+    A target is inside if its probability integral transform is within level / 2 of a half, so no
+    quantile is needed. For counts the interval includes its ends, `Prediction.interval`, and a
+    calibrated prediction covers at least ``level``.
 
     Raises:
         ValueError: for classes, or a level outside (0, 1).
@@ -127,7 +144,8 @@ def coverage(prediction: Prediction, y: Tensor | np.ndarray, level: Fraction) ->
 
 @checked
 def reliability(prediction: Prediction, y: Tensor | np.ndarray, bins: Count = 15) -> Reliability:
-    """Bin rows by the probability of the predicted class, in bins of equal width from 0 to 1, both ends included.
+    """Bin rows by the probability of the predicted class, in bins of equal width from 0 to 1, both
+    ends included.
 
     Raises:
         ValueError: for regression, or if y does not fit.
@@ -148,7 +166,8 @@ def reliability(prediction: Prediction, y: Tensor | np.ndarray, bins: Count = 15
 def ece(prediction: Prediction, y: Tensor | np.ndarray, bins: Count = 15) -> float:
     """Return the expected calibration error of the predicted class (Guo et al. 2017).
 
-    The mean gap between confidence and accuracy over the bins of `reliability`, weighted by their rows.
+    The mean gap between confidence and accuracy over the bins of `reliability`, weighted by their
+    rows.
     """
     binned = reliability(prediction, y, bins)
     gaps = (binned.confidence - binned.accuracy).abs().nan_to_num(0.0)
@@ -160,14 +179,16 @@ def rowwise(prediction: Prediction, y: Tensor | np.ndarray) -> dict[str, Tensor]
     """Return what the metrics average, ``(n,)`` each, for standard errors and paired comparisons.
 
     Returns:
-        ``log_prob`` always; ``correct`` and ``brier`` for classes; ``squared_error`` and ``crps`` for regression,
-        means over targets.
+        ``log_prob`` always; ``correct`` and ``brier`` for classes; ``squared_error`` and ``crps``
+        for regression, means over targets.
     """
     scores = {"log_prob": prediction.log_prob(y)}
     if prediction.kind == "classification":
         return scores | {"correct": _correct(prediction, y), "brier": _brier(prediction, y)}
     several = {"squared_error": _squared_error(prediction, y), "crps": _crps(prediction, y)}
-    return scores | {name: values.reshape(len(prediction), -1).mean(-1) for name, values in several.items()}
+    return scores | {
+        name: values.reshape(len(prediction), -1).mean(-1) for name, values in several.items()
+    }
 
 
 def _correct(prediction: Prediction, y: Tensor | np.ndarray) -> Tensor:
@@ -196,9 +217,12 @@ def _crps(prediction: Prediction, y: Tensor | np.ndarray) -> Tensor:
     at_y = ((flat - mean) / sd).asinh()
     panels = min(512, max(6, 2**14 // len(prediction.theta)))
     nodes, weights = _panels(panels)
-    nodes, weights = (torch.from_numpy(values).to(flat).reshape(-1, 1, 1) for values in (nodes, weights))
+    nodes, weights = (
+        torch.from_numpy(values).to(flat).reshape(-1, 1, 1) for values in (nodes, weights)
+    )
     total = torch.zeros_like(flat)
-    below, above = (at_y.clamp(max=-_REACH), at_y), (at_y, at_y.clamp(min=_REACH))  # y itself may lie beyond
+    # y itself may lie beyond
+    below, above = (at_y.clamp(max=-_REACH), at_y), (at_y, at_y.clamp(min=_REACH))
     for start, stop in (below, above):
         u = start + (stop - start) * nodes  # (nodes, n, targets)
         cdf = prediction._cdf(mean + sd * u.sinh())
@@ -208,17 +232,23 @@ def _crps(prediction: Prediction, y: Tensor | np.ndarray) -> Tensor:
 
 
 def _ranked_probability(prediction: Prediction, y: Tensor) -> Tensor:
-    """Return the sum of (F(k) - 1{k >= y})^2 over the whole numbers k, ``(n, targets)`` in and out."""
+    """Return the sum of (F(k) - 1{k >= y})^2 over the whole numbers k, ``(n, targets)`` in and
+    out.
+    """
     mean, sd = prediction.mean.reshape(y.shape), prediction.sd.reshape(y.shape)
     first = (mean - _SPREAD * sd).floor().clamp(min=0)
     last = (mean + _SPREAD * sd).ceil()
     numbers = int((last - first).max()) + 1
     if numbers > _MAX_NUMBERS:
-        raise ValueError(f"the CRPS of counts sums over {numbers} numbers here, more than {_MAX_NUMBERS}")
+        raise ValueError(
+            f"the CRPS of counts sums over {numbers} numbers here, more than {_MAX_NUMBERS}"
+        )
     # Beyond the window the cdf is 0 or 1, and every number between the window and y costs one.
     total = (first - y).clamp(min=0) + (y - last - 1).clamp(min=0)
     for start in range(0, numbers, _NUMBERS_AT_ONCE):
-        offsets = torch.arange(start, min(start + _NUMBERS_AT_ONCE, numbers), device=y.device).reshape(-1, 1, 1)
+        offsets = torch.arange(
+            start, min(start + _NUMBERS_AT_ONCE, numbers), device=y.device
+        ).reshape(-1, 1, 1)
         k = first + offsets  # (numbers, n, targets)
         terms = (prediction._cdf(k) - (k >= y).to(y)).square()
         total = total + torch.where(k <= last, terms, 0.0).sum(0)

@@ -1,4 +1,6 @@
-"""What a person reads: the verdict in the terminal, the HTML report, the plots, the ArviZ export."""
+"""What a person reads: the verdict in the terminal, the HTML report, the plots, the ArviZ
+export.
+"""
 
 import sys
 import types
@@ -23,7 +25,9 @@ __all__ = [
 
 
 class _CallableModule(types.ModuleType):
-    """``bnnflow.report(...)`` makes a report, ``bnnflow.report.plots`` is a module: one name serves both."""
+    """``bnnflow.report(...)`` makes a report, ``bnnflow.report.plots`` is a module: one name serves
+    both.
+    """
 
     def __call__(self, *args: Any, **options: Any) -> Report:
         return report(*args, **options)

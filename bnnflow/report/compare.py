@@ -1,4 +1,6 @@
-"""Several answers to one question: evaluate each method on the same test rows and say which to use."""
+"""Several answers to one question: evaluate each method on the same test rows and say which to
+use.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """One method's results: ``row`` holds its line of the table, ``scores`` what the metrics average."""
+    """One method's results: ``row`` holds its line of the table, ``scores`` what the metrics
+    average.
+    """
 
     entry: Entry
     prediction: Prediction
@@ -50,7 +54,9 @@ class Evaluation:
 
     @property
     def exact(self) -> bool:
-        """Whether the method leaves the posterior invariant: chains with an accept step, unless ``info`` says."""
+        """Whether the method leaves the posterior invariant: chains with an accept step, unless
+        ``info`` says.
+        """
         draws = self.entry.draws
         metropolis = isinstance(draws, Draws) and "acceptance_rate" in draws.stats
         return self.diagnosis.kind == "chains" and bool(self.entry.info.get("exact", metropolis))
@@ -85,13 +91,16 @@ def gather(
     """Check everything that was passed and return the methods, before any work starts.
 
     Raises:
-        ValueError: for no methods, names that are not text, values that are no draws, weights of another model.
+        ValueError: for no methods, names that are not text, values that are no draws, weights of
+            another model.
     """
     if not isinstance(results, Mapping) or not results:
         raise ValueError("results must map at least one method's name to its draws")
     unknown = set(seconds or {}) - set(results)
     if unknown:
-        raise ValueError(f"seconds names methods that have no results: {', '.join(sorted(map(str, unknown)))}")
+        raise ValueError(
+            f"seconds names methods that have no results: {', '.join(sorted(map(str, unknown)))}"
+        )
     for name, value in results.items():
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"a method's name must be text, got {name!r}")
@@ -99,11 +108,14 @@ def gather(
         if theta is None:
             if not callable(getattr(value, "sample", None)):
                 raise ValueError(
-                    f"{name}: expected Draws, weights, (weights, log weights) or something with sample(n, seed), "
-                    f"got {type(value).__name__}"
+                    f"{name}: expected Draws, weights, (weights, log weights) or something with "
+                    f"sample(n, seed), got {type(value).__name__}"
                 )
         elif theta.dim() == 0 or theta.shape[-1] != model.dim or theta.numel() == 0:
-            raise ValueError(f"{name}: weights must be (..., {model.dim}) and not empty, got {tuple(theta.shape)}")
+            raise ValueError(
+                f"{name}: weights must be (..., {model.dim}) and not empty, got "
+                f"{tuple(theta.shape)}"
+            )
     return list(results.items())
 
 
@@ -114,8 +126,13 @@ def compare(
     y: Tensor,
     seconds: Mapping[str, float] | None = None,
 ) -> Comparison:
-    """Evaluate every method at the test rows (checked by the caller) and put the outcome into words."""
-    evaluations = [_evaluate(_entry(name, value, (seconds or {}).get(name)), model, x, y) for name, value in results]
+    """Evaluate every method at the test rows (checked by the caller) and put the outcome into
+    words.
+    """
+    evaluations = [
+        _evaluate(_entry(name, value, (seconds or {}).get(name)), model, x, y)
+        for name, value in results
+    ]
     _mark_best(evaluations)
     candidates = [e for e in evaluations if e.exact and e.diagnosis.verdict != "do not trust"]
     reference = max(candidates, key=lambda e: e.ess, default=None)
@@ -127,7 +144,7 @@ def compare(
     )
 
 
-# -------------------------------------------------------------------- evaluation
+# ---------------------------------------- evaluation
 
 
 def _theta(value: Any) -> Tensor | None:
@@ -151,7 +168,10 @@ def _entry(name: str, value: Any, seconds: float | None) -> Entry:
         seconds = seconds if seconds is not None else time.perf_counter() - start
     weights = value[1] if isinstance(value, tuple) else getattr(value, "log_weights", None)
     return Entry(
-        name, (theta, None if weights is None else arguments.tensor(f"log weights of {name}", weights)), info, seconds
+        name,
+        (theta, None if weights is None else arguments.tensor(f"log weights of {name}", weights)),
+        info,
+        seconds,
     )
 
 
@@ -195,7 +215,9 @@ def _evaluate(entry: Entry, model: BayesianModel, x: Tensor, y: Tensor) -> Evalu
 
 
 def _mean_densities(prediction: Prediction) -> tuple[float, float]:
-    """Return the weighted means over draws of the training data's log likelihood and of log_joint."""
+    """Return the weighted means over draws of the training data's log likelihood and of
+    log_joint.
+    """
     model = prediction.model
     chunk_size = max(1, prediction.chunk_size * len(prediction) // len(model.x))
     log_likelihood = log_joint = 0.0
@@ -218,18 +240,25 @@ _BETTER |= {"brier": ("brier", -1), "crps": ("crps", -1)}
 
 
 def _mark_best(evaluations: list[Evaluation]) -> None:
-    """Mark, column by column, the values that no other method beats by more than two standard errors."""
+    """Mark, column by column, the values that no other method beats by more than two standard
+    errors.
+    """
     if len(evaluations) < 2:
         return
     for column, (score, sign) in _BETTER.items():
         if column not in evaluations[0].row:
             continue
         for e in evaluations:
-            gaps = [_difference(sign * other.scores[score], sign * e.scores[score]) for other in evaluations]
+            gaps = [
+                _difference(sign * other.scores[score], sign * e.scores[score])
+                for other in evaluations
+            ]
             if not any(gap > 2 * noise for gap, noise in gaps):
                 e.row["best"] += (column,)
     for e in evaluations:
-        if "coverage_90" in e.row and abs(e.row["coverage_90"] - 0.9) <= 2 * math.sqrt(0.09 / e.row["rows"]):
+        if "coverage_90" in e.row and abs(e.row["coverage_90"] - 0.9) <= 2 * math.sqrt(
+            0.09 / e.row["rows"]
+        ):
             e.row["best"] += ("coverage_90",)
 
 
@@ -239,7 +268,7 @@ def _difference(a: Tensor, b: Tensor) -> tuple[float, float]:
     return float((a - b).mean()), 0.0 if math.isnan(noise) else noise
 
 
-# -------------------------------------------------------------------- words
+# ---------------------------------------- words
 
 
 def _headline(evaluations: list[Evaluation], reference: Evaluation | None) -> str:
@@ -252,7 +281,8 @@ def _headline(evaluations: list[Evaluation], reference: Evaluation | None) -> st
         if len(evaluations) == 1:
             return f"Nothing here certifies {best.name}: {why}."
         return (
-            f"{best.name} predicts the test rows best, but {why}: how close it comes to the posterior is unknown. "
+            f"{best.name} predicts the test rows best, but {why}: how close it comes to the "
+            f"posterior is unknown. "
             "Run HMC until its verdict is good, then compare."
         )
     text = f"Use {reference.name}: an exact sampler"
@@ -273,11 +303,21 @@ def _headline(evaluations: list[Evaluation], reference: Evaluation | None) -> st
 
 
 def _stands_in(e: Evaluation, reference: Evaluation) -> bool:
-    """Whether a method is faster and its LPPD at most noise below the reference's, and not by much."""
-    if e.entry.seconds is None or reference.entry.seconds is None or e.entry.seconds >= reference.entry.seconds:
+    """Whether a method is faster and its LPPD at most noise below the reference's, and not by
+    much.
+    """
+    if (
+        e.entry.seconds is None
+        or reference.entry.seconds is None
+        or e.entry.seconds >= reference.entry.seconds
+    ):
         return False
     difference, noise = _difference(e.scores["log_prob"], reference.scores["log_prob"])
-    return e.diagnosis.verdict != "do not trust" and difference + 2 * noise >= 0 and difference >= -0.05
+    return (
+        e.diagnosis.verdict != "do not trust"
+        and difference + 2 * noise >= 0
+        and difference >= -0.05
+    )
 
 
 def _remark(e: Evaluation, reference: Evaluation | None, rows: int) -> str:
@@ -287,21 +327,25 @@ def _remark(e: Evaluation, reference: Evaluation | None, rows: int) -> str:
     if reference is not None:
         difference, noise = _difference(e.scores["log_prob"], reference.scores["log_prob"])
         if abs(difference) <= 2 * noise:
-            text = f"Cannot be told apart from {reference.name} on {rows:,} rows ({_against(e, reference)}). "
+            against = f"{reference.name} on {rows:,} rows ({_against(e, reference)})"
+            text = f"Cannot be told apart from {against}. "
         elif difference < 0:
             measure = "probability" if e.prediction.kind == "classification" else "density"
             text = (
-                f"Worse than {reference.name} ({_against(e, reference)}): to a typical test row it gives "
-                f"{_percent(math.exp(difference))} of {reference.name}'s {measure}. "
+                f"Worse than {reference.name} ({_against(e, reference)}): to a typical test row it "
+                f"gives {_percent(math.exp(difference))} of {reference.name}'s {measure}. "
             )
         else:
             text = (
-                f"Better than {reference.name} on these rows ({_against(e, reference)}), though {reference.name} is "
+                f"Better than {reference.name} on these rows ({_against(e, reference)}), though "
+                f"{reference.name} is "
                 "exact: a sign that the model, not the sampling, could be improved. "
             )
     if e.diagnosis.kind == "independent":
         method = e.entry.info.get("method", "")
-        few = f"{e.row['draws']} fitted networks" if method == "DeepEnsemble" else "Independent draws"
+        few = (
+            f"{e.row['draws']} fitted networks" if method == "DeepEnsemble" else "Independent draws"
+        )
         text += f"{few}: no chains to compare, so its own convergence cannot be certified."
         return f"{text} {_sentence((HINTS[method],))}" if method in HINTS else text
     return text + _sentence(e.diagnosis.reasons)

@@ -1,4 +1,6 @@
-"""Can these draws be trusted? Convergence judged where it matters: in the predictions, not in the weights."""
+"""Can these draws be trusted? Convergence judged where it matters: in the predictions, not in the
+weights.
+"""
 
 from __future__ import annotations
 
@@ -36,19 +38,22 @@ class Diagnosis:
     Attributes:
         verdict: the short answer.
         reasons: why, each with what to do about it.
-        kind: Markov ``"chains"``, ``"weighted"`` draws, or ``"independent"`` draws of an approximation.
+        kind: Markov ``"chains"``, ``"weighted"`` draws, or ``"independent"`` draws of an
+            approximation.
         method: name of the method, if known.
         chains: number of chains.
         draws: draws in all.
         rows: ``(rows,)``, numbers of the inputs at which functions were compared.
-        r_hat: ``(rows, outputs)`` rank-normalised split R-hat of what the draws predict; None without chains.
+        r_hat: ``(rows, outputs)`` rank-normalised split R-hat of what the draws predict; None
+            without chains.
         ess_bulk: ``(rows, outputs)`` bulk effective sample size, all chains together.
         ess_tail: ``(rows, outputs)`` tail effective sample size.
         ess_weights: effective sample size of the weights, if there are weights.
         divergences: number of divergent transitions, if recorded.
         acceptance: mean acceptance rate, if recorded.
         e_bfmi: smallest E-BFMI of a chain, if energies were recorded.
-        temperature: mean configurational temperature, if recorded: 1 where the law of the draws is right.
+        temperature: mean configurational temperature, if recorded: 1 where the law of the draws is
+            right.
         log_evidence: value and standard error, if the method estimates it.
     """
 
@@ -85,13 +90,21 @@ class Diagnosis:
         if self.rows is not None and self.r_hat is not None:
             lines[0] += f"; predictions at {len(self.rows)} inputs"
             worst, median = np.max(self.r_hat), np.median(self.r_hat)
-            lines.append(f"R-hat     worst {worst:8.3f}   median {median:8.3f}   (want <= {verdicts.R_HAT.good})")
+            lines.append(
+                f"R-hat     worst {worst:8.3f}   median {median:8.3f}   (want <= "
+                f"{verdicts.R_HAT.good})"
+            )
         for name, values in (("bulk ESS", self.ess_bulk), ("tail ESS", self.ess_tail)):
             if values is not None:
                 worst, median = np.min(values), np.median(values)
-                lines.append(f"{name}  worst {worst:8,.0f}   median {median:8,.0f}   (want >= {verdicts.ESS.good})")
+                lines.append(
+                    f"{name}  worst {worst:8,.0f}   median {median:8,.0f}   (want >= "
+                    f"{verdicts.ESS.good})"
+                )
         if self.ess_weights is not None:
-            lines.append(f"ESS of the weights {self.ess_weights:,.0f}   (want >= {verdicts.ESS.good})")
+            lines.append(
+                f"ESS of the weights {self.ess_weights:,.0f}   (want >= {verdicts.ESS.good})"
+            )
         if self.log_evidence is not None:
             lines.append("log evidence {:.2f} ± {:.2f}".format(*self.log_evidence))
         counts = []
@@ -114,14 +127,15 @@ def diagnose(
 ) -> Diagnosis:
     """Judge whether draws represent the posterior, as far as they themselves can tell.
 
-    Draws with statistics of a sampler are Markov chains. For these, rank-normalised split R-hat and bulk and tail
-    effective sample sizes (Vehtari et al. 2021) are computed of the predictions at up to 100 inputs, spread evenly:
-    weights that differ by a symmetry of the network give the same predictions, so chains that never meet in weight
-    space can still agree. Chains without an accept step (``info["exact"]`` is False) also have a bias that they cannot
-    show, and get no better than "trust with care". Draws without statistics are independent draws of an approximation:
-    there is nothing to compare, and the verdict says so. `weight_convergence` compares the weights themselves, modulo
-    symmetry. Directions in weight space that the inputs do not determine move no prediction there: R-hat of the log
-    prior speaks for them.
+    Draws with statistics of a sampler are Markov chains. For these, rank-normalised split R-hat and
+    bulk and tail effective sample sizes (Vehtari et al. 2021) are computed of the predictions at up
+    to 100 inputs, spread evenly: weights that differ by a symmetry of the network give the same
+    predictions, so chains that never meet in weight space can still agree. Chains without an accept
+    step (``info["exact"]`` is False) also have a bias that they cannot show, and get no better than
+    "trust with care". Draws without statistics are independent draws of an approximation: there is
+    nothing to compare, and the verdict says so. `weight_convergence` compares the weights
+    themselves, modulo symmetry. Directions in weight space that the inputs do not determine move no
+    prediction there: R-hat of the log prior speaks for them.
 
     Args:
         model: their model.
@@ -135,7 +149,8 @@ def diagnose(
         >>> net = torch.nn.Linear(1, 1)
         >>> from bnnflow.model import likelihoods
         >>> x = torch.linspace(-1, 1, 5)[:, None]
-        >>> model = BayesianModel(net, torch.distributions.Normal(0.0, 1.0), likelihoods.Gaussian(0.1), x, x)
+        >>> prior = torch.distributions.Normal(0.0, 1.0)
+        >>> model = BayesianModel(net, prior, likelihoods.Gaussian(0.1), x, x)
         >>> diagnose(model, model.sample_prior(100, seed=0)).verdict
         'approximate: compare with an exact sampler'
     """
@@ -158,12 +173,14 @@ def _method(draws: object) -> str:
 
 def _independent(draws: object, n: int) -> Diagnosis:
     reasons = [
-        "these are not Markov chains: there are no chains to compare, so R-hat and ESS say nothing, and the "
-        "convergence of an approximation to the posterior cannot be certified from its own draws; compare its "
-        "predictions with those of an exact sampler such as HMC"
+        "these are not Markov chains: there are no chains to compare, so R-hat and ESS say "
+        "nothing, and the convergence of an approximation to the posterior cannot be certified "
+        "from its own draws; compare its predictions with those of an exact sampler such as HMC"
     ]
     if _method(draws) == "DeepEnsemble":
-        reasons.insert(0, f"{n} members are {n} fitted networks, not draws: they have no effective sample size")
+        reasons.insert(
+            0, f"{n} members are {n} fitted networks, not draws: they have no effective sample size"
+        )
     elif n < verdicts.ESS.bad:
         reasons.append(f"{n} draws are few: averages over them are noisy; take a thousand")
     if _method(draws) in HINTS:
@@ -179,8 +196,9 @@ def _independent(draws: object, n: int) -> Diagnosis:
         what = "the point that was expanded about is no mode of the posterior"
         if _method(draws) in ("VI", "NormalizingFlowVI"):
             what = (
-                "the fit has not settled: in many coordinates its place or width is still far from the best of its "
-                "family; take more steps, or a learning rate and a scale of the size of the weights"
+                "the fit has not settled: in many coordinates its place or width is still far from "
+                "the best of its family; take more steps, or a learning rate and a scale of the "
+                "size of the weights"
             )
         reasons.insert(0, what)
     return Diagnosis(verdict, tuple(reasons), "independent", _method(draws), chains, n)
@@ -192,7 +210,8 @@ def _too_close(theta: Tensor) -> list[str]:
     if count == 0:
         return []
     return [
-        f"draws of {count} of {theta.shape[1]} weights are closer than {kind} tells apart, or never move: standardise "
+        f"draws of {count} of {theta.shape[1]} weights are closer than {kind} tells apart, or "
+        f"never move: standardise "
         "the data, take a float64 network"
     ]
 
@@ -204,14 +223,22 @@ def _weighted(draws: object, theta: Tensor, log_weights: Tensor, temperature: fl
     chains, method = draws.n_chains if isinstance(draws, Draws) else 1, _method(draws)
     evidence = draws.log_evidence if isinstance(draws, Draws) else None
     more = "take more particles" if method == "SMC" else "draw more"
-    reasons = ["weighted draws have no chains to compare; repeat with another seed to see how far the results move"]
+    reasons = [
+        "weighted draws have no chains to compare; repeat with another seed to see how far "
+        "the results move"
+    ]
     if method == "SMC":
-        reasons = ["particles become exact as their number grows, and nothing in them says how many that takes: repeat "
-                   "with twice as many and see how far predictions and evidence move"]  # fmt: skip
+        reasons = [
+            "particles become exact as their number grows, and nothing in them says how "
+            "many that takes: repeat with twice as many and see how far predictions and evidence "
+            "move"
+        ]
     if evidence is not None and evidence[1] > verdicts.EVIDENCE:
         reasons.insert(0, f"the log evidence has a standard error of {evidence[1]:.1f}: {more}")
     if not ess >= verdicts.ESS.good:
-        reasons.insert(0, f"the weights leave {ess:.0f} effective draws of {len(log_weights):,}; {more}")
+        reasons.insert(
+            0, f"the weights leave {ess:.0f} effective draws of {len(log_weights):,}; {more}"
+        )
     lost = _lost_on_the_way(draws.info if isinstance(draws, Draws) else {}) + _too_close(theta)
     if lost:
         verdict, reasons = "do not trust", lost + reasons
@@ -234,12 +261,15 @@ def _lost_on_the_way(info: dict[str, Any]) -> list[str]:
     reasons = []
     if not info.get("least_effective_share", 1.0) >= verdicts.LEFT_EFFECTIVE:
         reasons.append(
-            f"a temperature has left only {info['least_effective_share']:.1e} of the particles effective: the "
-            "likelihood is too steep for their number or for the precision of its numbers; standardise, or take float64"
+            f"a temperature has left only {info['least_effective_share']:.1e} of the particles "
+            f"effective: the "
+            "likelihood is too steep for their number or for the precision of its numbers; "
+            "standardise, or take float64"
         )
     if not info.get("first_ancestors", math.inf) >= verdicts.ANCESTORS:
         reasons.append(
-            f"all particles of a run descend from {info['first_ancestors']:.3g} of the first: what the others knew is "
+            f"all particles of a run descend from {info['first_ancestors']:.3g} of the first: what "
+            f"the others knew is "
             "lost, and the error of the evidence is not known; take more particles"
         )
     return reasons
@@ -254,7 +284,9 @@ def _chains(draws: Draws, model: BayesianModel, x: Tensor) -> Diagnosis:
         rows, values = predicted_values(model, draws, x)
         r_hat, bulk, tail = compare_chains(values)
         if bool((values != values[:1, :1]).any()):
-            _agreement(findings, r_hat, float(min(bulk.min(), tail.min())), _r_hat_of_prior(draws, model))
+            _agreement(
+                findings, r_hat, float(min(bulk.min(), tail.min())), _r_hat_of_prior(draws, model)
+            )
         else:
             findings.severe.append("no chain ever moved: reduce the step size")
     if draws.n_chains == 1:
@@ -268,7 +300,8 @@ def _chains(draws: Draws, model: BayesianModel, x: Tensor) -> Diagnosis:
         findings.mild.append(f"this is the posterior tempered at T = {model.temperature:g}")
     return Diagnosis(
         findings.verdict,
-        findings.reasons or ("chains agree, and there are enough effective draws of every prediction",),
+        findings.reasons
+        or ("chains agree, and there are enough effective draws of every prediction",),
         "chains",
         _method(draws),
         draws.n_chains,
@@ -290,24 +323,35 @@ def _r_hat_of_prior(draws: Draws, model: BayesianModel) -> float:
 
 
 def _agreement(findings: Findings, r_hat: np.ndarray, ess: float, of_prior: float) -> None:
-    """Judge whether chains agree, about predictions and about the rest, and how many draws they are worth."""
+    """Judge whether chains agree, about predictions and about the rest, and how many draws they are
+    worth.
+    """
     worst = float(r_hat.max())
     findings.above(
         worst,
         verdicts.R_HAT,
-        f"chains disagree about predictions (R-hat up to {worst:.4g}): run a longer warm-up and more draws, or start "
-        "from a trained network or an ensemble; weight_convergence shows in which layer they differ",
+        f"chains disagree about predictions (R-hat up to {worst:.4g}): run a longer warm-up and "
+        f"more draws, or start "
+        "from a trained network or an ensemble; weight_convergence shows in which layer they "
+        "differ",
     )
     if not math.isnan(of_prior):  # it is where the log prior never changes
         findings.above(
             of_prior,
             verdicts.R_HAT_OF_PRIOR,
             "chains disagree about weights that these inputs say little of (R-hat of the log prior "
-            f"{of_prior:.3g}), and may about predictions elsewhere: standardise the data, run a longer warm-up and "
+            f"{of_prior:.3g}), and may about predictions elsewhere: standardise the data, run a "
+            f"longer warm-up and "
             "more draws",
         )
-    more = f"about {math.ceil(verdicts.ESS.good / ess)} times as many draws" if ess > 0 else "many more draws"
-    findings.below(ess, verdicts.ESS, f"only {ess:.0f} effective draws of the worst prediction: take {more}")
+    more = (
+        f"about {math.ceil(verdicts.ESS.good / ess)} times as many draws"
+        if ess > 0
+        else "many more draws"
+    )
+    findings.below(
+        ess, verdicts.ESS, f"only {ess:.0f} effective draws of the worst prediction: take {more}"
+    )
 
 
 class _Statistics(NamedTuple):
@@ -341,16 +385,19 @@ def _transitions(findings: Findings, draws: Draws, found: _Statistics) -> None:
         findings.above(
             found.divergences / total,
             Bounds(0.0, verdicts.DIVERGENCES),
-            f"{found.divergences:,} of {total:,} transitions diverged: raise the target acceptance or run a longer "
+            f"{found.divergences:,} of {total:,} transitions diverged: raise the target acceptance "
+            f"or run a longer "
             "warm-up",
         )
     if found.e_bfmi is not None and not found.e_bfmi >= verdicts.E_BFMI:
         findings.mild.append(
-            f"E-BFMI {found.e_bfmi:.2f} is below {verdicts.E_BFMI}: energies are explored slowly; take more draws"
+            f"E-BFMI {found.e_bfmi:.2f} is below {verdicts.E_BFMI}: energies are explored slowly; "
+            f"take more draws"
         )
     if found.acceptance is not None and not found.acceptance >= verdicts.ACCEPTANCE:
         findings.mild.append(
-            f"acceptance is {found.acceptance:.2f}: run a longer warm-up or start with a smaller step size"
+            f"acceptance is {found.acceptance:.2f}: run a longer warm-up or start with a smaller "
+            f"step size"
         )
 
 
@@ -358,19 +405,23 @@ def _bias(findings: Findings, draws: Draws, found: _Statistics) -> None:
     """Judge the bias of chains without an accept step, which agreeing chains do not show."""
     if draws.info.get("exact") is False:
         findings.mild.append(
-            "there is no accept step: draws have a bias of the step size that agreeing chains do not show; compare "
-            "predictions with those of an exact sampler such as HMC, or of a smaller step"
+            "there is no accept step: draws have a bias of the step size that agreeing chains do "
+            "not show; compare predictions with those of an exact sampler such as HMC, or of a "
+            "smaller step"
         )
     errors, asked = found.energy_variance, draws.info.get("energy_variance")
     if errors is not None and asked is not None and not errors <= verdicts.ENERGY_VARIANCE * asked:
         findings.severe.append(
-            f"energy errors have variance {errors:.2g} a dimension where {asked:.2g} was asked: predictions are "
+            f"energy errors have variance {errors:.2g} a dimension where {asked:.2g} was asked: "
+            f"predictions are "
             "biased; run a longer warm-up, or an exact sampler such as HMC"
         )
     if found.temperature is not None and not abs(found.temperature - 1) <= verdicts.TEMPERATURE:
         cold = found.temperature < 1
         what = "chains are still near where they began; run longer" if cold else _TOO_SPREAD
-        findings.mild.append(f"configurational temperature is {found.temperature:.2f} and should be 1: {what}")
+        findings.mild.append(
+            f"configurational temperature is {found.temperature:.2f} and should be 1: {what}"
+        )
 
 
 _TOO_SPREAD = "draws are too spread; take a smaller step size or less noisy gradients"

@@ -41,19 +41,50 @@ class _Column(NamedTuple):
 _COLUMNS = (
     _Column("accuracy", "accuracy", ".1%", "fraction of rows predicted right"),
     _Column("rmse", "RMSE", ".4f", "root mean squared error of the predictive mean"),
-    _Column("lppd", "LPPD", ".3f", "mean log density of the test rows under the mixture over draws, ± its standard "
-            "error over rows, nats; higher is better"),
-    _Column("brier", "Brier", ".4f", "squared error of the class probabilities, summed over classes; lower is better"),
-    _Column("crps", "CRPS", ".4f", "continuous ranked probability score, units of the target; lower is better"),
-    _Column("ece", "ECE", ".3f", "expected calibration error, 15 bins; biased upwards on few rows, so never marked"),
-    _Column("coverage_90", "90 % cover", ".1%", "targets inside the central 90 % interval; 90 % is best"),
-    _Column("log_likelihood", "log lik.", ",.1f", "log likelihood of the training data, mean over draws"),
-    _Column("log_joint", "log joint", ",.1f", "log joint density of weights and training data, mean over draws"),
+    _Column(
+        "lppd",
+        "LPPD",
+        ".3f",
+        "mean log density of the test rows under the mixture over "
+        "draws, ± its standard error over rows, nats; higher is better",
+    ),
+    _Column(
+        "brier",
+        "Brier",
+        ".4f",
+        "squared error of the class probabilities, summed over classes; lower is better",
+    ),
+    _Column(
+        "crps",
+        "CRPS",
+        ".4f",
+        "continuous ranked probability score, units of the target; lower is better",
+    ),
+    _Column(
+        "ece",
+        "ECE",
+        ".3f",
+        "expected calibration error, 15 bins; biased upwards on few rows, so never marked",
+    ),
+    _Column(
+        "coverage_90", "90 % cover", ".1%", "targets inside the central 90 % interval; 90 % is best"
+    ),
+    _Column(
+        "log_likelihood", "log lik.", ",.1f", "log likelihood of the training data, mean over draws"
+    ),
+    _Column(
+        "log_joint",
+        "log joint",
+        ",.1f",
+        "log joint density of weights and training data, mean over draws",
+    ),
     _Column("draws", "draws", ",", "draws of the weights"),
     _Column("seconds", "seconds", ".3g", "wall-clock time to obtain them"),
     _Column("seconds_per_1000_draws", "s / 1,000", ".3g", "the same for 1,000 draws"),
-    _Column("gradients_per_chain", "gradients", ",.0f", "gradient evaluations of a chain, member or fit"),
-)  # fmt: skip
+    _Column(
+        "gradients_per_chain", "gradients", ",.0f", "gradient evaluations of a chain, member or fit"
+    ),
+)
 
 
 class _Picture(NamedTuple):
@@ -89,14 +120,20 @@ class Report:
 
     @property
     def table(self) -> list[dict[str, Any]]:
-        """One dict for each method: the unrounded numbers of the comparison table, by ``experiment``."""
+        """One dict for each method: the unrounded numbers of the comparison table, by
+        ``experiment``.
+        """
         return [
-            {"experiment": section.title, **e.row} for section in self.sections for e in section.comparison.evaluations
+            {"experiment": section.title, **e.row}
+            for section in self.sections
+            for e in section.comparison.evaluations
         ]
 
     @classmethod
     @checked
-    def combine(cls, reports: Iterable[Report], path: str | Path, *, title: str | None = None) -> Report:
+    def combine(
+        cls, reports: Iterable[Report], path: str | Path, *, title: str | None = None
+    ) -> Report:
         """Write several reports into one file, a section each, in the order given.
 
         Args:
@@ -115,7 +152,9 @@ class Report:
 
     @checked
     def write(self, path: str | Path) -> Report:
-        """Write the page, whole or not at all, making folders as needed, and return the report with its path."""
+        """Write the page, whole or not at all, making folders as needed, and return the report with
+        its path.
+        """
         path = _check_path(path)
         page = self.html()
         with storage.whole(path) as unfinished:
@@ -126,10 +165,14 @@ class Report:
         """Return the page."""
         import jinja2
 
-        text = resources.files("bnnflow.report").joinpath("template.html").read_text(encoding="utf-8")
+        text = (
+            resources.files("bnnflow.report").joinpath("template.html").read_text(encoding="utf-8")
+        )
         environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         environment.filters["duration"] = duration
-        shown = [_Shown.of(section, number) for number, section in enumerate(self.sections, start=1)]
+        shown = [
+            _Shown.of(section, number) for number, section in enumerate(self.sections, start=1)
+        ]
         return environment.from_string(text).render(
             title=self.title,
             sections=shown,
@@ -144,7 +187,11 @@ class Report:
             columns = _columns(section.comparison)
             head = ["method", *(column.label for column in columns), "verdict"]
             lines = [
-                [e.name, *(_plain(e, column) for column in columns), e.diagnosis.verdict.split(":")[0]]
+                [
+                    e.name,
+                    *(_plain(e, column) for column in columns),
+                    e.diagnosis.verdict.split(":")[0],
+                ]
                 for e in section.comparison.evaluations
             ]
             widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
@@ -174,34 +221,43 @@ def report(
 ) -> Report:
     """Compare methods on test rows and write what a reader needs to judge them into one HTML file.
 
-    The page starts with the verdict in words, then compares the methods in a table, shows calibration and
-    predictions, the convergence of predictions (R-hat, effective sample sizes), the settings of each run, and the
-    versions of the software. It needs no network and no scripts.
+    The page starts with the verdict in words, then compares the methods in a table, shows
+    calibration and predictions, the convergence of predictions (R-hat, effective sample sizes), the
+    settings of each run, and the versions of the software. It needs no network and no scripts.
 
     Args:
         model: the model that all of them are draws of.
-        results: `Draws`; or, by name, `Draws`, weights ``(..., dim)``, a pair of weights and log weights, anything
-            with ``theta`` and ``log_weights``, or a posterior with ``sample(n, seed)``, of which 4,000 draws are taken.
+        results: `Draws`; or, by name, `Draws`, weights ``(..., dim)``, a pair of weights and log
+            weights, anything with ``theta`` and ``log_weights``, or a posterior with
+            ``sample(n, seed)``, of which 4,000 draws are taken.
         x_test: ``(n, ...)``.
         y_test: ``(n,)`` or ``(n, targets)``.
-        path: the file; None writes none (see `Report.combine`, which puts several reports into one).
+        path: the file; None writes none (see `Report.combine`, which puts several reports into
+            one).
         title: heading.
-        seconds: wall-clock time of each method, where ``draws.info`` does not have it or should not be believed.
+        seconds: wall-clock time of each method, where ``draws.info`` does not have it or should not
+            be believed.
 
     Raises:
-        ValueError: before any work, for methods, inputs or targets that do not fit, or a path that is a folder.
+        ValueError: before any work, for methods, inputs or targets that do not fit, or a path that
+            is a folder.
 
     Example:
         >>> net = torch.nn.Linear(2, 2)
         >>> from bnnflow.model import likelihoods
         >>> x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
         >>> y = (x[:, 0] > 0).long()
-        >>> model = BayesianModel(net, torch.distributions.Normal(0.0, 1.0), likelihoods.Categorical(), x, y)
+        >>> prior = torch.distributions.Normal(0.0, 1.0)
+        >>> model = BayesianModel(net, prior, likelihoods.Categorical(), x, y)
         >>> made = report(model, {"prior": model.sample_prior(50, seed=0)}, x, y, path=None)
         >>> len(made.table)
         1
     """
-    named = {str(results.info.get("method", "draws")): results} if isinstance(results, Draws) else results
+    named = (
+        {str(results.info.get("method", "draws")): results}
+        if isinstance(results, Draws)
+        else results
+    )
     methods = gather(named, model, seconds)
     x, y = model.inputs(x_test, "x_test"), model.targets(y_test, "y_test")
     if len(x) != len(y):
@@ -216,7 +272,7 @@ def report(
     return made if path is None else made.write(path)
 
 
-# -------------------------------------------------------------------- what the template shows
+# ---------------------------------------- what the template shows
 
 
 class _Shown(NamedTuple):
@@ -253,7 +309,9 @@ class _Shown(NamedTuple):
                     "name": e.name,
                     "colour": palette[e.name],
                     "verdict": e.diagnosis.verdict,
-                    "grade": {"trust": "good", "do not trust": "bad"}.get(e.diagnosis.verdict, "fair"),
+                    "grade": {"trust": "good", "do not trust": "bad"}.get(
+                        e.diagnosis.verdict, "fair"
+                    ),
                     "remark": remark,
                 }
                 for e, remark in zip(comparison.evaluations, comparison.remarks, strict=True)
@@ -263,7 +321,11 @@ class _Shown(NamedTuple):
                 [
                     {
                         "text": _plain(e, column),
-                        "mark": "best" if column.key in e.row["best"] else "blank" if column.key in marked else "",
+                        "mark": "best"
+                        if column.key in e.row["best"]
+                        else "blank"
+                        if column.key in marked
+                        else "",
                     }
                     for column in columns
                 ]
@@ -276,7 +338,9 @@ class _Shown(NamedTuple):
                 {"svg": Markup(_unique(figure.svg, f"s{number}f{i}-")), "caption": figure.caption}
                 for i, figure in enumerate(section.figures)
             ],
-            convergence=[_convergence(e) for e in comparison.evaluations if e.diagnosis.r_hat is not None],
+            convergence=[
+                _convergence(e) for e in comparison.evaluations if e.diagnosis.r_hat is not None
+            ],
             runs=[_run(e) for e in comparison.evaluations],
             about=section.about,
         )
@@ -335,7 +399,9 @@ def _convergence(e: Evaluation) -> dict[str, Any]:
     ]
     counts = {
         "chains × draws": f"{d.chains} × {d.draws // d.chains:,}",
-        "configurational temperature": None if d.temperature is None else f"{d.temperature:.2f} (1 is right)",
+        "configurational temperature": None
+        if d.temperature is None
+        else f"{d.temperature:.2f} (1 is right)",
         "acceptance": None if d.acceptance is None else f"{d.acceptance:.2f}",
         "divergences": None if d.divergences is None else f"{d.divergences:,} of {d.draws:,}",
         "E-BFMI, smallest": None if d.e_bfmi is None else f"{d.e_bfmi:.2f}",
@@ -360,7 +426,11 @@ def _run(e: Evaluation) -> dict[str, Any]:
     evidence = draws.log_evidence if isinstance(draws, Draws) else None
     if evidence is not None:
         value, error = evidence
-        known = f" ± {error:.2f}" if math.isfinite(error) else f" ({e.entry.info.get('method', 'error unknown')})"
+        known = (
+            f" ± {error:.2f}"
+            if math.isfinite(error)
+            else f" ({e.entry.info.get('method', 'error unknown')})"
+        )
         facts["log evidence"] = f"{value:.2f}".replace("-", "−") + known
     hidden = {"seconds", "settings", "method"}
     for key, value in e.entry.info.items():
@@ -422,7 +492,7 @@ def _check_path(path: str | Path) -> Path:
     return path
 
 
-# -------------------------------------------------------------------- pictures
+# ---------------------------------------- pictures
 
 
 def _figures(comparison: Comparison, model: BayesianModel, y: Tensor) -> tuple[_Picture, ...]:
@@ -430,37 +500,44 @@ def _figures(comparison: Comparison, model: BayesianModel, y: Tensor) -> tuple[_
     names = ", ".join(predictions)
     if model.likelihood.kind == "classification":
         calibration = (
-            "Calibration. Accuracy against the probability of the predicted class, in 15 bins. A calibrated method "
-            "stays within the grey bars, which hold 95 % of a bin's outcomes; below the diagonal it is over-confident. "
-            "Columns at the foot show the share of rows in each bin."
+            "Calibration. Accuracy against the probability of the predicted class, in 15 bins. A "
+            "calibrated method stays within the grey bars, which hold 95 % of a bin's outcomes; "
+            "below the diagonal it is over-confident. Columns at the foot show the share of rows "
+            "in each bin."
         )
         spread = (
-            "Confidence. Test rows by the probability of the predicted class, for those predicted right and wrong; "
-            "the count axis is logarithmic above 10. Mistakes should be made with doubt."
+            "Confidence. Test rows by the probability of the predicted class, for those predicted "
+            "right and wrong; the count axis is logarithmic above 10. Mistakes should be made with "
+            "doubt."
         )
-        shown = [(plots.reliability(predictions, y), calibration), (plots.predictive(predictions, y), spread)]
+        shown = [
+            (plots.reliability(predictions, y), calibration),
+            (plots.predictive(predictions, y), spread),
+        ]
     else:
         calibration = (
-            "Calibration. Share of test targets inside central predictive intervals of every nominal coverage. The "
-            "grey region holds 95 % of outcomes of a calibrated method, level by level; below it intervals are too "
-            "narrow, above too wide."
+            "Calibration. Share of test targets inside central predictive intervals of every "
+            "nominal coverage. The grey region holds 95 % of outcomes of a calibrated method, "
+            "level by level; below it intervals are too narrow, above too wide."
         )
         single = model.x.flatten(1).shape[1] == 1 and y.shape[-1] == 1
         if single:
             figure = plots.predictive_band(predictions, model.x, model.y)
             spread = (
-                "Predictions. Mean, 50 % and 90 % bands of the target, and between dashed lines 90 % of the function "
-                "itself (without noise), at the test inputs; dots are training data. The vertical axis is bounded by "
-                "the data."
+                "Predictions. Mean, 50 % and 90 % bands of the target, and between dashed lines 90 "
+                "% of the function itself (without noise), at the test inputs; dots are training "
+                "data. The vertical axis is bounded by the data."
             )
         else:
             figure = plots.predictive(predictions, y)
             spread = (
-                "Predictions. Mean and 90 % interval of test rows, in the order of the observed target; at most 120 "
-                "rows are drawn."
+                "Predictions. Mean and 90 % interval of test rows, in the order of the observed "
+                "target; at most 120 rows are drawn."
             )
         shown = [(plots.reliability(predictions, y), calibration), (figure, spread)]
-    return tuple(_Picture(_svg(figure, f"{text.split('.')[0]} of {names}"), text) for figure, text in shown)
+    return tuple(
+        _Picture(_svg(figure, f"{text.split('.')[0]} of {names}"), text) for figure, text in shown
+    )
 
 
 def _svg(figure: Figure, label: str) -> str:
@@ -475,8 +552,15 @@ def _svg(figure: Figure, label: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(<svg[^>]*?) width="([\d.]+)pt" height="[\d.]+pt"', r'\1 style="max-width:\2pt"', text, count=1)
-    text = text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label, quote=True)}" ', 1)
+    text = re.sub(
+        r'(<svg[^>]*?) width="([\d.]+)pt" height="[\d.]+pt"',
+        r'\1 style="max-width:\2pt"',
+        text,
+        count=1,
+    )
+    text = text.replace(
+        "<svg ", f'<svg role="img" aria-label="{html.escape(label, quote=True)}" ', 1
+    )
     return text.replace(plots.INK, "currentColor").strip()
 
 

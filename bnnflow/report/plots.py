@@ -1,4 +1,6 @@
-"""Plots of predictions, side by side for several methods. Each returns a figure and changes no global state.
+"""Plots of predictions, side by side for several methods.
+
+Each returns a figure and changes no global state.
 
 The plots of `bnnflow.report.weight_plots` are here too.
 """
@@ -51,7 +53,8 @@ def predictive_band(
     x_label: str = "x",
     y_label: str = "y",
 ) -> Figure:
-    """Plot one-dimensional regressions: mean, predictive 50 % and 90 % bands, and the band without noise.
+    """Plot one-dimensional regressions: mean, predictive 50 % and 90 % bands, and the band without
+    noise.
 
     The inputs of the predictions are the grid. Bands use at most 2,000 draws, evenly spaced.
 
@@ -87,17 +90,25 @@ def predictive_band(
             ax.plot(array(x_train).ravel(), array(y_train).ravel(), ".", color=INK, markersize=3.5)
     _limit(axes, predictions, y_train)
     key = {"90 % of y": _LIGHT, "50 % of y": _STRONG, "90 % of the function": _DASHES, "mean": "-"}
-    _legend(figure, key | ({} if truth is None else {"truth": ":"}) | ({} if x_train is None else {"data": "."}))
+    _legend(
+        figure,
+        key
+        | ({} if truth is None else {"truth": ":"})
+        | ({} if x_train is None else {"data": "."}),
+    )
     _labels(figure, axes, x_label, y_label)
     return figure
 
 
 @checked
-def reliability(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray, bins: Count = 15) -> Figure:
-    """Plot calibration: accuracy against confidence for classes, empirical against nominal coverage for regression.
+def reliability(
+    predictions: Mapping[str, Prediction], y: Tensor | np.ndarray, bins: Count = 15
+) -> Figure:
+    """Plot calibration: accuracy against confidence for classes, empirical against nominal coverage
+    for regression.
 
-    The grey region holds 95 % of the curves of a calibrated model with this many rows (for classes it is the error
-    bar of each bin instead).
+    The grey region holds 95 % of the curves of a calibrated model with this many rows (for classes
+    it is the error bar of each bin instead).
 
     Args:
         predictions: by method.
@@ -129,9 +140,9 @@ def reliability(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray, b
 def predictive(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) -> Figure:
     """Plot predictions at test rows against what was observed.
 
-    Regression: mean and 90 % interval of each row, in the order of the observed targets (at most 120 rows, evenly
-    spaced in that order; several targets are pooled). Classes: histograms of the probability of the predicted class,
-    for rows predicted right and wrong.
+    Regression: mean and 90 % interval of each row, in the order of the observed targets (at most
+    120 rows, evenly spaced in that order; several targets are pooled). Classes: histograms of the
+    probability of the predicted class, for rows predicted right and wrong.
 
     Args:
         predictions: by method.
@@ -146,7 +157,9 @@ def predictive(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) ->
         low, high = (array(end).ravel() for end in _thin(prediction).interval(0.9))
         mean, seen = array(prediction.mean).ravel(), array(prediction.targets(y)).ravel()
         order = np.argsort(seen)
-        order = order[np.unique(np.linspace(0, len(order) - 1, min(_MAX_ROWS, len(order))).astype(int))]
+        order = order[
+            np.unique(np.linspace(0, len(order) - 1, min(_MAX_ROWS, len(order))).astype(int))
+        ]
         rank = np.arange(len(order))
         ax.vlines(rank, low[order], high[order], color=colour, alpha=_STRONG, linewidth=1.6)
         ax.plot(rank, mean[order], "o", color=colour, markersize=3)
@@ -158,22 +171,39 @@ def predictive(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) ->
     return figure
 
 
-# -------------------------------------------------------------------- panels
+# ---------------------------------------- panels
 
 
 def _confidence_curve(ax: Axes, prediction: Prediction, y: Any, bins: int, colour: str) -> None:
     binned = metrics.reliability(prediction, y, bins)
     filled = array(binned.rows) > 0
-    confidence, accuracy, count = (array(v)[filled] for v in (binned.confidence, binned.accuracy, binned.rows))
+    confidence, accuracy, count = (
+        array(v)[filled] for v in (binned.confidence, binned.accuracy, binned.rows)
+    )
     spread = 1.96 * np.sqrt(confidence * (1 - confidence) / count)  # of the accuracy, if calibrated
     share = count / count.sum()
     edges = array(binned.edges)
-    ax.bar(edges[:-1][filled], share, np.diff(edges)[filled], align="edge", color=colour, alpha=_LIGHT, linewidth=0)
+    ax.bar(
+        edges[:-1][filled],
+        share,
+        np.diff(edges)[filled],
+        align="edge",
+        color=colour,
+        alpha=_LIGHT,
+        linewidth=0,
+    )
     low, high = np.clip(confidence - spread, 0, 1), np.clip(confidence + spread, 0, 1)
     ax.vlines(confidence, low, high, color=GREY, alpha=0.45, linewidth=3)
     ax.plot(confidence, accuracy, color=colour, linewidth=1, alpha=0.6)
     ax.scatter(confidence, accuracy, 12 + 90 * share, color=colour, linewidth=0, zorder=3)
-    ax.text(0.04, 0.93, f"ECE {metrics.ece(prediction, y, bins):.3f}", color=INK, fontsize=SMALL, va="top")
+    ax.text(
+        0.04,
+        0.93,
+        f"ECE {metrics.ece(prediction, y, bins):.3f}",
+        color=INK,
+        fontsize=SMALL,
+        va="top",
+    )
 
 
 def _coverage_curve(ax: Axes, prediction: Prediction, y: Any, colour: str) -> None:
@@ -183,7 +213,14 @@ def _coverage_curve(ax: Axes, prediction: Prediction, y: Any, colour: str) -> No
     spread = 1.96 * np.sqrt(levels * (1 - levels) / len(distance))
     ax.fill_between(levels, levels - spread, levels + spread, color=GREY, alpha=0.25, linewidth=0)
     ax.plot(levels, inside, color=colour, linewidth=1.8, drawstyle="steps-post")
-    ax.text(0.97, 0.04, f"90 %: {100 * (distance <= 0.9).mean():.0f} %", color=INK, fontsize=SMALL, ha="right")
+    ax.text(
+        0.97,
+        0.04,
+        f"90 %: {100 * (distance <= 0.9).mean():.0f} %",
+        color=INK,
+        fontsize=SMALL,
+        ha="right",
+    )
 
 
 def _confidences(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) -> Figure:
@@ -196,10 +233,14 @@ def _confidences(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) 
         right = array(probs.argmax(-1) == prediction.targets(y))
         colour = colours(list(predictions))[name]
         ax.hist(confidence[right], edges, color=colour, alpha=0.45, label=f"right ({right.sum()})")
-        ax.hist(confidence[~right], edges, color=INK, rwidth=0.45, label=f"wrong ({(~right).sum()})")
+        ax.hist(
+            confidence[~right], edges, color=INK, rwidth=0.45, label=f"wrong ({(~right).sum()})"
+        )
         ax.set_yscale("symlog", linthresh=10)
         ax.set_xlim(edges[0], 1)
-        legend = ax.legend(frameon=False, fontsize=SMALL, loc="upper left", handlelength=1.2, labelcolor=INK)
+        legend = ax.legend(
+            frameon=False, fontsize=SMALL, loc="upper left", handlelength=1.2, labelcolor=INK
+        )
         legend.set_zorder(5)
     top = max(ax.get_ylim()[1] for ax in axes)
     for ax in axes:
@@ -227,14 +268,20 @@ def _panels(names: list[str], height: float, *, square: bool = False) -> tuple[F
     for spare in axes[n:]:
         spare.set_visible(False)
     for index, (name, ax) in enumerate(zip(names, axes, strict=False)):
-        ax.set_title(name.replace("$", r"\$"), fontsize=BODY + 1, color=INK, loc="left", fontweight="bold")
+        ax.set_title(
+            name.replace("$", r"\$"), fontsize=BODY + 1, color=INK, loc="left", fontweight="bold"
+        )
         quiet(ax)
         ax.tick_params(labelbottom=index + columns >= n)
     return figure, axes[:n]
 
 
-def _limit(axes: list[Axes], predictions: Mapping[str, Prediction], y: Tensor | np.ndarray | None) -> None:
-    """Bound the shared y axis by the data and by the means near them, so that a wild band cannot flatten the rest."""
+def _limit(
+    axes: list[Axes], predictions: Mapping[str, Prediction], y: Tensor | np.ndarray | None
+) -> None:
+    """Bound the shared y axis by the data and by the means near them, so that a wild band cannot
+    flatten the rest.
+    """
     means = np.concatenate([array(prediction.mean).ravel() for prediction in predictions.values()])
     seen = means if y is None else array(y).ravel()
     low, high = seen.min(), seen.max()
@@ -243,7 +290,8 @@ def _limit(axes: list[Axes], predictions: Mapping[str, Prediction], y: Tensor | 
 
 
 def _legend(figure: Figure, key: Mapping[str, Any]) -> None:
-    """Name the marks above the panels: a number is a band's opacity, the rest a line style or a marker.
+    """Name the marks above the panels: a number is a band's opacity, the rest a line style or a
+    marker.
 
     Marks that differ in colour between methods are grey here; the panels' titles name the methods.
     """
@@ -256,7 +304,9 @@ def _legend(figure: Figure, key: Mapping[str, Any]) -> None:
         if isinstance(mark, float):
             handles.append(Patch(facecolor=colour, alpha=mark + 0.15, linewidth=0, label=label))
         elif mark in (".", "o", "_"):
-            handles.append(Line2D([], [], color=colour, marker=mark, linestyle="", markersize=5, label=label))
+            handles.append(
+                Line2D([], [], color=colour, marker=mark, linestyle="", markersize=5, label=label)
+            )
         else:
             handles.append(Line2D([], [], color=colour, linestyle=mark, label=label))
     figure.legend(
@@ -283,7 +333,11 @@ def _thin(prediction: Prediction) -> Prediction:
     if every == 1 or bool((weights != weights[0]).any()):
         return prediction
     theta = prediction.theta[::every]
-    return replace(prediction, theta=theta, log_weights=torch.full_like(weights[::every], -math.log(len(theta))))
+    return replace(
+        prediction,
+        theta=theta,
+        log_weights=torch.full_like(weights[::every], -math.log(len(theta))),
+    )
 
 
 def _function_quantiles(prediction: Prediction, levels: list[float]) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""Plots of weight space: barriers and loss planes, convergence by layer, the structure of an equivariant map."""
+"""Plots of weight space: barriers and loss planes, convergence by layer, the structure of an
+equivariant map.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,12 @@ __all__ = ["barrier", "block_structure", "convergence", "loss_plane", "pair_orbi
 MAX_CELLS = 110  # rows of a map whose entries can still be told apart
 
 
-# ---------------------------------------------------------------- mode connectivity
+# ---------------------------------------- mode connectivity
 
 
 def barrier(barriers: Mapping[str, Barrier], *, y_label: str = "loss") -> Figure:
-    """Plot the losses along paths: the mean over pairs of networks, and the band of the middle 80 % of them.
+    """Plot the losses along paths: the mean over pairs of networks, and the band of the middle 80 %
+    of them.
 
     Args:
         barriers: by the name of the path, see `bnnflow.symmetry.barrier`.
@@ -47,10 +50,14 @@ def barrier(barriers: Mapping[str, Barrier], *, y_label: str = "loss") -> Figure
     figure.patch.set_alpha(0)
     ax = figure.subplots()
     quiet(ax)
-    for (name, each), colour in zip(barriers.items(), colours(list(barriers)).values(), strict=True):
+    for (name, each), colour in zip(
+        barriers.items(), colours(list(barriers)).values(), strict=True
+    ):
         t, losses = array(each.t), array(each.losses.double()).reshape(-1, len(each.t))
         if len(losses) > 1:
-            ax.fill_between(t, *np.quantile(losses, [0.1, 0.9], axis=0), color=colour, alpha=0.15, linewidth=0)
+            ax.fill_between(
+                t, *np.quantile(losses, [0.1, 0.9], axis=0), color=colour, alpha=0.15, linewidth=0
+            )
         ax.plot(t, losses.mean(0), color=colour, linewidth=1.8, label=name)
     ax.set_xlim(0, 1)
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["one network", "", "halfway", "", "the other"])
@@ -60,8 +67,11 @@ def barrier(barriers: Mapping[str, Barrier], *, y_label: str = "loss") -> Figure
     return figure
 
 
-def loss_plane(plane: Plane, path: Path | None = None, *, names: tuple[str, str, str] = ("A", "B", "bend")) -> Figure:
-    """Plot the loss on the plane through three networks (Garipov et al. 2018), and a path in it beside the line.
+def loss_plane(
+    plane: Plane, path: Path | None = None, *, names: tuple[str, str, str] = ("A", "B", "bend")
+) -> Figure:
+    """Plot the loss on the plane through three networks (Garipov et al. 2018), and a path in it
+    beside the line.
 
     Args:
         plane: see `bnnflow.symmetry.loss_plane`.
@@ -90,9 +100,19 @@ def loss_plane(plane: Plane, path: Path | None = None, *, names: tuple[str, str,
         route = array(plane.locate(path.at(torch.linspace(0, 1, 101, dtype=torch.float64))))
         ax.plot(*route.T, color=INK, linewidth=2, path_effects=outline)
     for name, (right, up) in zip(names, ends, strict=True):
-        ax.plot(right, up, "o", color="white", markersize=7, markeredgecolor=INK, markeredgewidth=1.2)
+        ax.plot(
+            right, up, "o", color="white", markersize=7, markeredgecolor=INK, markeredgewidth=1.2
+        )
         above = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
-        ax.annotate(name, (right, up), color=INK, fontsize=BODY, weight="bold", path_effects=outline, **above)
+        ax.annotate(
+            name,
+            (right, up),
+            color=INK,
+            fontsize=BODY,
+            weight="bold",
+            path_effects=outline,
+            **above,
+        )
     bar = figure.colorbar(filled, ax=ax, ticks=levels[::2])
     bar.ax.set_yticklabels([f"{level:.4g}" for level in levels[::2]])
     bar.set_label("loss", fontsize=BODY, color=INK)
@@ -103,14 +123,15 @@ def loss_plane(plane: Plane, path: Path | None = None, *, names: tuple[str, str,
     return figure
 
 
-# ---------------------------------------------------------------- convergence
+# ---------------------------------------- convergence
 
 
 def convergence(result: WeightConvergence) -> Figure:
-    """Plot the worst R-hat of each tensor: of the raw weights against the aligned ones, and of the predictions.
+    """Plot the worst R-hat of each tensor: of the raw weights against the aligned ones, and of the
+    predictions.
 
-    The axis shows R-hat - 1 on a log scale; the line is the usual limit, 1.01. Where the symmetries of the network are
-    not known only the raw weights are shown, and the label of the axis says why.
+    The axis shows R-hat - 1 on a log scale; the line is the usual limit, 1.01. Where the symmetries
+    of the network are not known only the raw weights are shown, and the label of the axis says why.
 
     Args:
         result: of `bnnflow.report.weight_convergence`.
@@ -118,7 +139,9 @@ def convergence(result: WeightConvergence) -> Figure:
     from matplotlib.figure import Figure
 
     names = list(result.aligned)
-    raw, aligned = ([_excess(by[name].worst[0]) for name in names] for by in (result.raw, result.aligned))
+    raw, aligned = (
+        [_excess(by[name].worst[0]) for name in names] for by in (result.raw, result.aligned)
+    )
     functions = _excess(result.functions.worst[0])
     figure = Figure(figsize=(6.4, 1.3 + 0.32 * (len(names) + 1)), layout="constrained")
     figure.patch.set_alpha(0)
@@ -135,7 +158,11 @@ def convergence(result: WeightConvergence) -> Figure:
     ax.axvline(_excess(R_HAT.good), color=INK, linewidth=0.9, linestyle=(0, (4, 2)))
     low, high = min(*raw, *aligned, functions), max(*raw, *aligned, functions, 0.03)
     ax.set_xlim(min(low, 5e-3) / 1.4, high * 1.4)
-    ticks = [tick for tick in (1e-4, 1e-3, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 4, 19, 99) if min(low, 5e-3) <= tick <= high]
+    ticks = [
+        tick
+        for tick in (1e-4, 1e-3, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 4, 19, 99)
+        if min(low, 5e-3) <= tick <= high
+    ]
     ax.set_xticks(ticks, [f"{1 + tick:g}" for tick in ticks])
     ax.set_xticks([], minor=True)
     ax.set_yticks(np.arange(len(names) + 1), [*names, "predictions"])
@@ -152,7 +179,7 @@ def _excess(r_hat: float) -> float:
     return min(max(r_hat - 1, 1e-4), 1e3)  # infinite for chains that are stuck apart
 
 
-# ---------------------------------------------------------------- equivariant maps
+# ---------------------------------------- equivariant maps
 
 
 class _Kind(NamedTuple):
@@ -170,12 +197,14 @@ _BOTH = _Kind("pool, then broadcast", "#9a5aa8")
 
 
 def block_structure(spec: WeightSpec) -> Figure:
-    """Draw the structure of the linear maps on weight space that commute with permutations (Navon et al. 2023).
+    """Draw the structure of the linear maps on weight space that commute with permutations (Navon
+    et al. 2023).
 
-    The picture is the dim x dim matrix of such a map: row i says how the new weight i is made from all the old ones.
-    Entries in one orbit of the group on pairs of weights share one parameter. Inside the block of two tensors every
-    orbit has a tone of its own, darkest where both weights belong to the same units; the hue says what the block does.
-    Wide networks are drawn with fewer units and inputs, and the title says so: the pattern is the same.
+    The picture is the dim x dim matrix of such a map: row i says how the new weight i is made from
+    all the old ones. Entries in one orbit of the group on pairs of weights share one parameter.
+    Inside the block of two tensors every orbit has a tone of its own, darkest where both weights
+    belong to the same units; the hue says what the block does. Wide networks are drawn with fewer
+    units and inputs, and the title says so: the pattern is the same.
 
     Args:
         spec: of any network with labels, not only of a chain.
@@ -192,7 +221,8 @@ def block_structure(spec: WeightSpec) -> Figure:
         raise ValueError("no weight belongs to a hidden unit: every linear map is equivariant")
     drawn, note = _narrowed(spec)
     image, kinds = _coloured(drawn)
-    # Placed by hand, in inches: the automatic layout gives way to the aspect of the picture, and texts overlap.
+    # Placed by hand, in inches: the automatic layout gives way to the aspect of the picture, and
+    # texts overlap.
     side = min(8.0, 4.0 + 0.06 * drawn.dim)
     rows = _row_names(drawn)
     left = 0.45 + 0.075 * max(len(line) for row in rows for line in row.splitlines())
@@ -204,25 +234,42 @@ def block_structure(spec: WeightSpec) -> Figure:
     ax.imshow(image, interpolation="none", extent=(0, drawn.dim, drawn.dim, 0))
     _name_tensors(ax, drawn, rows)
     parameters = int(pair_orbits(drawn).max()) + 1
-    title = f"Equivariant linear maps: {parameters:,} parameters for {drawn.dim} x {drawn.dim} entries"
-    figure.text(0.1 / width, 1 - 0.1 / height, title, va="top", fontsize=BODY + 2, color=INK, fontweight="bold")
+    title = (
+        f"Equivariant linear maps: {parameters:,} parameters for {drawn.dim} x {drawn.dim} entries"
+    )
+    figure.text(
+        0.1 / width,
+        1 - 0.1 / height,
+        title,
+        va="top",
+        fontsize=BODY + 2,
+        color=INK,
+        fontweight="bold",
+    )
     if note:
         text = f"{note}; the network itself has {spec.dim:,} weights"
         figure.text(0.1 / width, 1 - 0.34 / height, text, va="top", fontsize=SMALL, color=INK)
     handles = [Patch(facecolor=kind.colour, label=kind.name) for kind in kinds]
     figure.legend(
-        handles=handles, loc="lower left", bbox_to_anchor=(left / width, 0.05 / height), ncols=2, frameon=False,
-        fontsize=SMALL, labelcolor=INK, borderpad=0, borderaxespad=0,
-    )  # fmt: skip
+        handles=handles,
+        loc="lower left",
+        bbox_to_anchor=(left / width, 0.05 / height),
+        ncols=2,
+        frameon=False,
+        fontsize=SMALL,
+        labelcolor=INK,
+        borderpad=0,
+        borderaxespad=0,
+    )
     return figure
 
 
 def pair_orbits(spec: WeightSpec) -> Tensor:
     """Number the orbits of hidden permutations on pairs of weights, ``(dim, dim)``.
 
-    Two pairs are in one orbit if and only if their tensors and unlabelled indices agree and, on every label, the same
-    indices coincide. Entries of an equivariant linear map in one orbit are equal, and their number is its number of
-    parameters.
+    Two pairs are in one orbit if and only if their tensors and unlabelled indices agree and, on
+    every label, the same indices coincide. Entries of an equivariant linear map in one orbit are
+    equal, and their number is its number of parameters.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
@@ -233,16 +280,20 @@ def pair_orbits(spec: WeightSpec) -> Tensor:
     for row, rows in spec.slices.items():
         for column, columns in spec.slices.items():
             fixed, equal, _ = _pattern(spec, row, column)
-            _, number = torch.unique(torch.stack([fixed, equal]).flatten(1), dim=1, return_inverse=True)
+            _, number = torch.unique(
+                torch.stack([fixed, equal]).flatten(1), dim=1, return_inverse=True
+            )
             orbits[rows, columns] = found + number.reshape(fixed.shape)
             found += int(number.max()) + 1
     return orbits
 
 
 def _pattern(spec: WeightSpec, row: str, column: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return of every pair of entries of two tensors, ``(entries, entries)`` each, what decides its orbit.
+    """Return of every pair of entries of two tensors, ``(entries, entries)`` each, what decides its
+    orbit.
 
-    The unlabelled indices as one number, which indices on shared labels coincide as one number, and how many do.
+    The unlabelled indices as one number, which indices on shared labels coincide as one number, and
+    how many do.
     """
     (own, labels), (other, other_labels) = _indices(spec, row), _indices(spec, column)
     axes = [(label, index[:, None]) for label, index in zip(labels, own, strict=True)]
@@ -252,20 +303,26 @@ def _pattern(spec: WeightSpec, row: str, column: str) -> tuple[Tensor, Tensor, T
     for number, (label, index) in enumerate(axes):
         if label is None:
             fixed = fixed * (int(index.max()) + 1) + index
-        for _, earlier in ((name, each) for name, each in axes[:number] if label is not None and name == label):
+        for _, earlier in (
+            (name, each) for name, each in axes[:number] if label is not None and name == label
+        ):
             same = (index == earlier).long().expand(shape)
             equal, count = 2 * equal + same, count + same
     return fixed, equal, count
 
 
 def _indices(spec: WeightSpec, name: str) -> tuple[Tensor, tuple[str | None, ...]]:
-    """Return the index of every entry along every axis, ``(axes, entries)``, and the labels of the axes."""
+    """Return the index of every entry along every axis, ``(axes, entries)``, and the labels of the
+    axes.
+    """
     shape, axes = spec.unit_axes(name)
     return torch.stack(torch.meshgrid(*map(torch.arange, shape), indexing="ij")).flatten(1), axes
 
 
 def _narrowed(spec: WeightSpec) -> tuple[WeightSpec, str]:
-    """Return the space of a like network that is small enough to draw, and what was done to it, if anything."""
+    """Return the space of a like network that is small enough to draw, and what was done to it, if
+    anything.
+    """
     drawn, note = spec, ""
     for units, free in ((4, 3), (3, 2), (2, 2), (2, 1)):
         if drawn.dim <= MAX_CELLS:
@@ -292,7 +349,9 @@ def _coloured(spec: WeightSpec) -> tuple[np.ndarray, list[_Kind]]:
             order = torch.stack([-count, -equal, fixed]).flatten(1)
             orbits, number = torch.unique(order, dim=1, return_inverse=True)
             darkest = 0.95 if bool((count > 0).any()) else 0.5
-            tones = torch.linspace(darkest, 0.2 if orbits.shape[1] > 1 else darkest, orbits.shape[1])
+            tones = torch.linspace(
+                darkest, 0.2 if orbits.shape[1] > 1 else darkest, orbits.shape[1]
+            )
             strength = array(tones[number].reshape(fixed.shape))[..., None]
             kind = _kind(set(spec.axes[row]) - {None}, set(spec.axes[column]) - {None})
             image[rows, columns] = 1 - strength * (1 - np.array(to_rgb(kind.colour)))

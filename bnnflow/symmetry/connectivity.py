@@ -1,7 +1,8 @@
 """Mode connectivity: what the loss does on the way from one network to another.
 
-A way is a `Path`: a straight line or a low-loss curve in weight space (`Curve`), or the shortest way on the manifold
-of networks whose scales are normalised (`Geodesic`). All are batched over pairs of networks.
+A way is a `Path`: a straight line or a low-loss curve in weight space (`Curve`), or the shortest
+way on the manifold of networks whose scales are normalised (`Geodesic`). All are batched over pairs
+of networks.
 """
 
 from __future__ import annotations
@@ -22,12 +23,24 @@ from bnnflow.symmetry.spheres import Spheres
 from bnnflow.types import Seed
 from bnnflow.weights import WeightSpec
 
-__all__ = ["Barrier", "Curve", "Geodesic", "Path", "Plane", "barrier", "barrier_along", "fit_curve", "loss_plane"]
+__all__ = [
+    "Barrier",
+    "Curve",
+    "Geodesic",
+    "Path",
+    "Plane",
+    "barrier",
+    "barrier_along",
+    "fit_curve",
+    "loss_plane",
+]
 
 Loss = Callable[[Tensor], Tensor]
-"""Networks to losses, ``(..., dim) -> (...)``, such as ``lambda theta: -model.log_likelihood(theta) / n``.
+"""Networks to losses, ``(..., dim) -> (...)``, such as
+``lambda theta: -model.log_likelihood(theta) / n``.
 
-A model's buffers are those of one network. For networks with running statistics of their own take a `NetworkLoss`.
+A model's buffers are those of one network. For networks with running statistics of their own take a
+`NetworkLoss`.
 """
 
 
@@ -40,14 +53,16 @@ class Path(Protocol):
 
 
 class Barrier(NamedTuple):
-    """The losses along a path, and by how much they exceed the straight line between the losses of its ends.
+    """The losses along a path, and by how much they exceed the straight line between the losses of
+    its ends.
 
     Attributes:
         t: ``(points,)``, times from 0 to 1.
         losses: ``(..., points)``.
         midpoint: ``(...)``, the loss halfway.
         maximum: ``(...)``, the largest excess, at least 0: the barrier.
-        area: ``(...)``, the integral of the excess over t, negative where the path dips below its ends.
+        area: ``(...)``, the integral of the excess over t, negative where the path dips below its
+            ends.
     """
 
     t: Tensor
@@ -64,8 +79,8 @@ class Curve:
 
     Attributes:
         control: ``(..., k, dim)``, the ends and, between them, the bends.
-        kind: ``"bezier"``, which its bends attract, or ``"chain"``, straight from bend to bend. With two control
-            points both are the line.
+        kind: ``"bezier"``, which its bends attract, or ``"chain"``, straight from bend to bend.
+            With two control points both are the line.
     """
 
     control: Tensor
@@ -73,12 +88,20 @@ class Curve:
 
     def __post_init__(self) -> None:
         if self.control.dim() < 2 or self.control.shape[-2] < 2 or self.control.shape[-1] == 0:
-            raise ValueError(f"control must be (..., two or more points, dim), got {tuple(self.control.shape)}")
+            raise ValueError(
+                f"control must be (..., two or more points, dim), got {tuple(self.control.shape)}"
+            )
 
     def weights(self, t: Tensor) -> Tensor:
-        """Return what each control point contributes at times ``t`` ``(...)``, ``(..., k)``; they sum to 1."""
+        """Return what each control point contributes at times ``t`` ``(...)``, ``(..., k)``.
+
+        They sum to 1.
+        """
         degree = self.control.shape[-2] - 1
-        t, index = t.to(self.control).unsqueeze(-1), torch.arange(degree + 1, device=self.control.device)
+        t, index = (
+            t.to(self.control).unsqueeze(-1),
+            torch.arange(degree + 1, device=self.control.device),
+        )
         if self.kind == "chain":
             return (1 - (t * degree - index).abs()).clamp(min=0)
         binomial = torch.tensor([math.comb(degree, i) for i in range(degree + 1)]).to(t)
@@ -86,19 +109,25 @@ class Curve:
 
     @checked
     def at(self, t: Tensor) -> Tensor:
-        """Return the networks at times ``(points,)``, or ``(..., points)`` for times of each pair's own."""
-        return self.weights(shaped("t", t.to(self.control), None, lead=True)) @ self.control  # (..., points, dim)
+        """Return the networks at times ``(points,)``, or ``(..., points)`` for times of each pair's
+        own.
+        """
+        # (..., points, dim)
+        return self.weights(shaped("t", t.to(self.control), None, lead=True)) @ self.control
 
 
 @checked
 class Geodesic:
-    """Shortest paths between networks whose scales are normalised (Pittorino et al. 2022, "Deep Networks on Toroids").
+    """Shortest paths between networks whose scales are normalised (Pittorino et al. 2022, "Deep
+    Networks on Toroids").
 
-    What enters a unit of a homogeneous activation lives on a sphere once its norm is 1, and goes along a great circle
-    at constant speed. All other weights, those of the output layer among them, go straight.
+    What enters a unit of a homogeneous activation lives on a sphere once its norm is 1, and goes
+    along a great circle at constant speed. All other weights, those of the output layer among them,
+    go straight.
 
     Args:
-        theta_a: the starts, ``(..., dim)``. Their scales are normalised here, which keeps their functions.
+        theta_a: the starts, ``(..., dim)``. Their scales are normalised here, which keeps their
+            functions.
         theta_b: the ends.
         spec: what the entries mean.
 
@@ -111,7 +140,9 @@ class Geodesic:
         shaped("theta_b", theta_b, spec.dim, lead=True)
         self._spheres = Spheres(spec)
         if not self._spheres.units:
-            raise ValueError("spec has no hidden layer with a scale symmetry: take the straight line")
+            raise ValueError(
+                "spec has no hidden layer with a scale symmetry: take the straight line"
+            )
         self.start = self._spheres.project(theta_a)
         self._velocity = self._spheres.log(self.start, self._spheres.project(theta_b))
 
@@ -126,9 +157,9 @@ class Geodesic:
 def barrier(theta_a: Tensor, theta_b: Tensor, loss: Loss, *, points: Count = 25) -> Barrier:
     """Measure the loss barrier on the straight line between networks (Frankle et al. 2020).
 
-    Copies of one network under its symmetries have barriers between them. What is measured is an upper bound on the
-    barrier modulo symmetry: match the networks first (`match`) for a closer one. Of a network whose symmetries are
-    not known no closer one can be had.
+    Copies of one network under its symmetries have barriers between them. What is measured is an
+    upper bound on the barrier modulo symmetry: match the networks first (`match`) for a closer one.
+    Of a network whose symmetries are not known no closer one can be had.
 
     Args:
         theta_a: ``(..., dim)``.
@@ -156,17 +187,25 @@ def barrier_along(path: Path, loss: Loss, *, points: Count = 25) -> Barrier:
         raise ValueError(f"points must be odd and at least 3, got {points}")
     t = torch.linspace(0, 1, points, dtype=torch.float64)
     with torch.no_grad():
-        # A few points at once: all activations of all pairs and points together need not fit into memory.
+        # A few points at once: all activations of all pairs and points together need not fit into
+        # memory.
         losses = torch.cat([_losses(loss, path.at(few)) for few in t.split(5)], -1)  # (..., points)
     t = t.to(losses)
     excess = losses - torch.lerp(losses[..., :1], losses[..., -1:], t)
-    return Barrier(t, losses, losses[..., points // 2], excess.amax(-1).clamp(min=0), torch.trapezoid(excess, t))
+    return Barrier(
+        t,
+        losses,
+        losses[..., points // 2],
+        excess.amax(-1).clamp(min=0),
+        torch.trapezoid(excess, t),
+    )
 
 
 def _ends(theta_a: Tensor, theta_b: Tensor) -> Tensor:
     """Return both ends, ``(..., 2, dim)``, in the narrower of their types."""
     theta_a, theta_b = _alike(theta_a=theta_a, theta_b=theta_b)
-    shapes = f"theta_a and theta_b of shapes {tuple(theta_a.shape)} and {tuple(theta_b.shape)} do not pair"
+    of = f"{tuple(theta_a.shape)} and {tuple(theta_b.shape)}"
+    shapes = f"theta_a and theta_b of shapes {of} do not pair"
     if theta_a.shape[-1:] != theta_b.shape[-1:]:
         raise ValueError(shapes)
     try:
@@ -176,7 +215,9 @@ def _ends(theta_a: Tensor, theta_b: Tensor) -> Tensor:
 
 
 def _alike(**networks: Tensor) -> list[Tensor]:
-    """Return networks in the narrowest of their types, finite in it: lists and arrays come as float64."""
+    """Return networks in the narrowest of their types, finite in it: lists and arrays come as
+    float64.
+    """
     for name, theta in networks.items():
         if not theta.is_floating_point():
             raise TypeError(f"{name} must hold floating-point numbers, got {theta.dtype}")
@@ -213,8 +254,9 @@ def fit_curve(
 ) -> Curve:
     """Find curves of low loss between networks (Garipov et al. 2018), all pairs at once.
 
-    Minimises the expected loss at a uniform time over the bends, by Adam from evenly spaced points of the line; the
-    ends stay. One bend of a Bezier curve is the quadratic one of the paper, one of a chain its polygonal chain.
+    Minimises the expected loss at a uniform time over the bends, by Adam from evenly spaced points
+    of the line; the ends stay. One bend of a Bezier curve is the quadratic one of the paper, one of
+    a chain its polygonal chain.
 
     Args:
         theta_a: ``(..., dim)``.
@@ -224,7 +266,8 @@ def fit_curve(
         bends: control points between the ends.
         steps: of Adam; a cosine takes the learning rate to zero.
         learning_rate: its first value.
-        samples: times a step for each pair, one uniform in each of as many equal stretches of [0, 1].
+        samples: times a step for each pair, one uniform in each of as many equal stretches of [0,
+            1].
         seed: source of the times.
         progress: whether to show a bar.
 
@@ -233,7 +276,8 @@ def fit_curve(
     """
     ends = _ends(theta_a, theta_b).detach()
     generator = as_generator(seed, ends.device)
-    inner = Curve(ends).at(torch.linspace(0, 1, bends + 2, dtype=torch.float64)[1:-1])  # (..., bends, dim)
+    # (..., bends, dim)
+    inner = Curve(ends).at(torch.linspace(0, 1, bends + 2, dtype=torch.float64)[1:-1])
     adam = Adam(inner)
     stretches = torch.arange(samples, device=ends.device)
     with progress_bar(steps, "curve", progress, "step") as bar:
@@ -270,15 +314,24 @@ class Plane(NamedTuple):
     networks: Tensor
 
     def locate(self, theta: Tensor) -> Tensor:
-        """Return the coordinates of networks ``(..., dim)``, projected on the plane, ``(..., 2)``."""
+        """Return the coordinates of networks ``(..., dim)``, projected on the plane,
+        ``(..., 2)``.
+        """
         return (theta - self.origin) @ self.frame.mT
 
 
 @checked
 def loss_plane(
-    theta_a: Tensor, theta_b: Tensor, theta_c: Tensor, loss: Loss, *, points: Count = 41, margin: NonNegative = 0.25
+    theta_a: Tensor,
+    theta_b: Tensor,
+    theta_c: Tensor,
+    loss: Loss,
+    *,
+    points: Count = 41,
+    margin: NonNegative = 0.25,
 ) -> Plane:
-    """Evaluate the loss on the plane through three networks, such as the ends and the bend of a curve.
+    """Evaluate the loss on the plane through three networks, such as the ends and the bend of a
+    curve.
 
     Args:
         theta_a: ``(dim,)``.

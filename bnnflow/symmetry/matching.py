@@ -1,4 +1,6 @@
-"""Matching: the permutation and signs of hidden units that bring a network closest to a reference."""
+"""Matching: the permutation and signs of hidden units that bring a network closest to a
+reference.
+"""
 
 from __future__ import annotations
 
@@ -30,32 +32,38 @@ def match(
     group: Symmetries | None = None,
     sweeps: Count = 20,
 ) -> Tensor:
-    """Permute and flip hidden units so that each network is as close to its reference as can be found.
+    """Permute and flip hidden units so that each network is as close to its reference as can be
+    found.
 
-    Weight matching (Ainsworth et al. 2023): minimises the squared distance over the units of one hidden layer at a
-    time, an assignment problem solved exactly, until nothing changes. With one hidden layer the result is the global
-    minimum. With more, descent finds a local one, so it starts from the best of the units as given and two guesses,
-    made from the inputs up and from the outputs down, in which the layers still to come are compared by what no
-    permutation of theirs changes (the bound of Gilmore and Lawler). Network functions do not change, and no distance
-    grows. Scales and phases stay: bring both sides to `normalise_scale` first where they should not count.
+    Weight matching (Ainsworth et al. 2023): minimises the squared distance over the units of one
+    hidden layer at a time, an assignment problem solved exactly, until nothing changes. With one
+    hidden layer the result is the global minimum. With more, descent finds a local one, so it
+    starts from the best of the units as given and two guesses, made from the inputs up and from the
+    outputs down, in which the layers still to come are compared by what no permutation of theirs
+    changes (the bound of Gilmore and Lawler). Network functions do not change, and no distance
+    grows. Scales and phases stay: bring both sides to `normalise_scale` first where they should not
+    count.
 
     Args:
         theta: networks, ``(..., dim)``.
-        spec: what their entries mean; any labels, shared ones and channels of convolutions included.
+        spec: what their entries mean; any labels, shared ones and channels of convolutions
+            included.
         reference: ``(dim,)``, or ``(..., dim)`` for a reference of each network's own.
         group: the permutations and signs to use; by default all that keep the network's function.
-        sweeps: the most passes over the hidden layers after the guesses; one suffices for a single hidden layer.
+        sweeps: the most passes over the hidden layers after the guesses; one suffices for a single
+            hidden layer.
 
     Returns:
         The matched networks, ``(..., dim)``.
 
     Raises:
-        ValueError: if a weight is NaN or infinite, if theta or reference has another shape, or if no group is given
-            and the symmetries are not known.
+        ValueError: if a weight is NaN or infinite, if theta or reference has another shape, or if
+            no group is given and the symmetries are not known.
     """
     group = spec.known_symmetries() if group is None else group
     flat, target = paired(theta, spec, reference)
-    labels = [label for label in spec.activations if label in group.permutation | group.sign]  # in the order of depth
+    # in the order of depth
+    labels = [label for label in spec.activations if label in group.permutation | group.sign]
     if not labels:
         return theta
     search = _Search(flat, spec, target, group)
@@ -78,27 +86,31 @@ def match_activations(
     net: nn.Module | None = None,
     group: Symmetries | None = None,
 ) -> Tensor:
-    """Permute and flip hidden units so that their activations on data correlate most with those of a reference.
+    """Permute and flip hidden units so that their activations on data correlate most with those of
+    a reference.
 
-    Activation matching (Li et al. 2016; Ainsworth et al. 2023): every hidden layer is one assignment problem on the
-    correlations over the rows, and no layer depends on another. A unit that is constant on the data correlates with
-    none. Network functions do not change, and the result does not depend on the scales of units.
+    Activation matching (Li et al. 2016; Ainsworth et al. 2023): every hidden layer is one
+    assignment problem on the correlations over the rows, and no layer depends on another. A unit
+    that is constant on the data correlates with none. Network functions do not change, and the
+    result does not depend on the scales of units.
 
     Args:
         theta: networks, ``(..., dim)``.
         spec: what their entries mean.
         reference: ``(dim,)``, or ``(..., dim)`` for a reference of each network's own.
         x: data, ``(n, ...)``.
-        net: the network, needed unless it is a perceptron. Units are then compared before their activation, as the
-            modules with weights of their own (linear layers, convolutions, norms) return them.
+        net: the network, needed unless it is a perceptron. Units are then compared before their
+            activation, as the modules with weights of their own (linear layers, convolutions,
+            norms) return them.
         group: the permutations and signs to use; by default all that keep the network's function.
 
     Returns:
         The matched networks, ``(..., dim)``.
 
     Raises:
-        ValueError: if a weight is NaN or infinite, if theta or reference has another shape, if no group is given and
-            the symmetries are not known, or if the activations of a layer cannot be found.
+        ValueError: if a weight is NaN or infinite, if theta or reference has another shape, if no
+            group is given and the symmetries are not known, or if the activations of a layer cannot
+            be found.
     """
     group = spec.known_symmetries() if group is None else group
     flat, target = paired(theta, spec, reference)
@@ -112,8 +124,14 @@ def match_activations(
         theirs = shared or _correlates(target[rows], spec, x, net)
         for label in labels:
             product = _products(list(zip(ours[label], theirs[label], strict=True)))
-            gain = _Gain(torch.zeros_like(product), product) if label in group.sign else _Gain(product, None)
-            for kept, new in zip((perms, signs), gain.best(label in group.permutation), strict=True):
+            gain = (
+                _Gain(torch.zeros_like(product), product)
+                if label in group.sign
+                else _Gain(product, None)
+            )
+            for kept, new in zip(
+                (perms, signs), gain.best(label in group.permutation), strict=True
+            ):
                 kept[label].append(new)
     flips = {label: torch.cat(signs[label]) for label in labels if label in group.sign}
     orders = {label: torch.cat(perms[label]) for label in labels}
@@ -130,16 +148,21 @@ def paired(theta: Tensor, spec: WeightSpec, reference: Tensor) -> tuple[Tensor, 
         if not weights.is_floating_point():
             raise TypeError(f"{name} must hold floating-point numbers, got {weights.dtype}")
         if not bool(weights.to(theta.dtype).isfinite().all()):
-            raise ValueError(f"{name} holds weights that are NaN or infinite, which cannot be matched")
+            raise ValueError(
+                f"{name} holds weights that are NaN or infinite, which cannot be matched"
+            )
     if reference.dim() > 1 and reference.shape != theta.shape:
-        raise ValueError(f"reference must be ({spec.dim},) or {tuple(theta.shape)}, got {tuple(reference.shape)}")
+        raise ValueError(
+            f"reference must be ({spec.dim},) or {tuple(theta.shape)}, got {tuple(reference.shape)}"
+        )
     flat = theta.detach().reshape(-1, spec.dim)
     target = reference.detach().to(theta)
     return flat, target.reshape(1, -1) if target.dim() == 1 else target.reshape(-1, spec.dim)
 
 
 class _Gain(NamedTuple):
-    """What the network's unit j is worth at the reference's place i, entry (i, j) of ``(batch, n, n)``.
+    """What the network's unit j is worth at the reference's place i, entry (i, j) of
+    ``(batch, n, n)``.
 
     Attributes:
         still: the part that no sign changes.
@@ -159,7 +182,9 @@ class _Gain(NamedTuple):
         return perms, torch.where(_picked(self.flips, perms) < 0, -1.0, 1.0).to(total)
 
     def improves(self, perms: Tensor, signs: Tensor) -> Tensor:
-        """Say for which networks ``(batch,)`` an order and signs are better than to leave the units as they are."""
+        """Say for which networks ``(batch,)`` an order and signs are better than to leave the units
+        as they are.
+        """
         found, now = _picked(self.still, perms).sum(1), self.still.diagonal(dim1=1, dim2=2).sum(1)
         if self.flips is not None:
             found = found + (_picked(self.flips, perms) * signs).sum(1)
@@ -168,10 +193,12 @@ class _Gain(NamedTuple):
 
 
 class _Search:
-    """A batch of networks, the gauge that each is in, and the reference that it is brought closer to.
+    """A batch of networks, the gauge that each is in, and the reference that it is brought closer
+    to.
 
-    Maximises the inner product of network and reference, which is the same as to minimise their distance. Tensors are
-    kept apart and in the current gauge, ``(batch, *blocks)``, and a step writes only those that it moves.
+    Maximises the inner product of network and reference, which is the same as to minimise their
+    distance. Tensors are kept apart and in the current gauge, ``(batch, *blocks)``, and a step
+    writes only those that it moves.
     """
 
     def __init__(self, flat: Tensor, spec: WeightSpec, target: Tensor, group: Symmetries) -> None:
@@ -186,23 +213,33 @@ class _Search:
                 self.theirs[name] = target[:, spec.slices[name]].reshape(-1, *shape)
         self.batch, self.device = len(flat), flat.device
         self.perms = {
-            label: torch.arange(spec.widths[label], device=flat.device).repeat(len(flat), 1) for label in labels
+            label: torch.arange(spec.widths[label], device=flat.device).repeat(len(flat), 1)
+            for label in labels
         }
         self.signs = {label: flat.new_ones(len(flat), spec.widths[label]) for label in group.sign}
 
     def guess(self, labels: list[str]) -> None:
-        """Match one label after the other, those still to come compared by what their order and signs cannot change."""
+        """Match one label after the other, those still to come compared by what their order and
+        signs cannot change.
+        """
         unsettled = set(labels)
         for label in labels:
-            self._move(label, *self._gain(label, None, unsettled).best(label in self.group.permutation), None)
+            self._move(
+                label,
+                *self._gain(label, None, unsettled).best(label in self.group.permutation),
+                None,
+            )
             unsettled.remove(label)
 
     def descend(self, labels: list[str], sweeps: int) -> None:
         """Match one label after the other, given all others, until nothing changes.
 
-        A network's label is looked at again only after one that shares a tensor with it has changed.
+        A network's label is looked at again only after one that shares a tensor with it has
+        changed.
         """
-        stale = {label: torch.ones(self.batch, dtype=torch.bool, device=self.device) for label in labels}
+        stale = {
+            label: torch.ones(self.batch, dtype=torch.bool, device=self.device) for label in labels
+        }
         for _ in range(sweeps):
             for label in labels:
                 rows = stale[label].nonzero().squeeze(1)
@@ -220,14 +257,22 @@ class _Search:
         return torch.stack(products).sum(0)
 
     def take(self, other: _Search, where: Tensor) -> None:
-        """Replace the networks ``where`` ``(batch,)`` by those of another search from the same start."""
+        """Replace the networks ``where`` ``(batch,)`` by those of another search from the same
+        start.
+        """
         rows = where.nonzero().squeeze(1)
-        for own, new in ((self.ours, other.ours), (self.perms, other.perms), (self.signs, other.signs)):
+        for own, new in (
+            (self.ours, other.ours),
+            (self.perms, other.perms),
+            (self.signs, other.signs),
+        ):
             for key in own:
                 own[key] = own[key].index_copy(0, rows, new[key][rows])
 
     def apply(self, flat: Tensor) -> Tensor:
-        """Bring the networks ``(batch, dim)`` from the gauge that they were given in to the current one."""
+        """Bring the networks ``(batch, dim)`` from the gauge that they were given in to the current
+        one.
+        """
         return moved(flat, self.spec, self.perms, self.signs)
 
     def _improve(self, label: str, rows: Tensor) -> Tensor:
@@ -244,7 +289,10 @@ class _Search:
         return rows
 
     def _try(self, label: str, perms: Tensor, signs: Tensor, rows: Tensor) -> Tensor:
-        """Move units whose gain was linearised, and take back where that was too far; return what stays moved."""
+        """Move units whose gain was linearised, and take back where that was too far.
+
+        Return what stays moved.
+        """
         before = self.value()[rows]
         self._move(label, perms, signs, rows)
         failed = self.value()[rows] <= before
@@ -255,7 +303,8 @@ class _Search:
     def _gain(self, label: str, rows: Tensor | None, unsettled: set[str]) -> _Gain:
         """Return the gains of some networks' units, ``(rows, n, n)``.
 
-        Along unsettled axes entries are compared in sorted order, which bounds the product from above.
+        Along unsettled axes entries are compared in sorted order, which bounds the product from
+        above.
         """
         signed = label in self.group.sign
         still: list[tuple[Tensor, Tensor]] = []
@@ -266,9 +315,13 @@ class _Search:
                 ours, theirs = ours[rows], theirs if len(theirs) == 1 < self.batch else theirs[rows]
             for axis in (i for i, each in enumerate(axes) if each[0] == label):
                 free = [i for i, each in enumerate(axes) if i != axis and each[0] in unsettled]
-                blind = any(axes[i][1] and axes[i][0] in self.group.sign for i in (axis, *free)) and bool(free)
+                blind = any(
+                    axes[i][1] and axes[i][0] in self.group.sign for i in (axis, *free)
+                ) and bool(free)
                 pair = [_by_unit(_sorted(side, free, blind), axis + 1) for side in (ours, theirs)]
-                (flips if signed and axes[axis][1] and not free else still).append((pair[0], pair[1]))
+                (flips if signed and axes[axis][1] and not free else still).append(
+                    (pair[0], pair[1])
+                )
         product = _products(flips) if flips else None
         if still:
             return _Gain(_products(still), product)
@@ -276,12 +329,19 @@ class _Search:
         return _Gain(torch.zeros_like(product), product)
 
     def _move(self, label: str, perms: Tensor, signs: Tensor, rows: Tensor | None) -> None:
-        """Bring the units of some networks into another order, then flip them by ``signs`` ``(rows, n)``."""
+        """Bring the units of some networks into another order, then flip them by ``signs``
+        ``(rows, n)``.
+        """
         for name, axes in self.axes.items():
             mine = [(i, power) for i, (each, power) in enumerate(axes, start=1) if each == label]
             part = self.ours[name] if rows is None or not mine else self.ours[name][rows]
             for axis, power in mine:
-                shape = (len(perms), *(1,) * (axis - 1), perms.shape[1], *(1,) * (part.dim() - axis - 1))
+                shape = (
+                    len(perms),
+                    *(1,) * (axis - 1),
+                    perms.shape[1],
+                    *(1,) * (part.dim() - axis - 1),
+                )
                 if label in self.group.permutation:
                     part = part.gather(axis, perms.reshape(shape).expand(part.shape))
                 if label in self.group.sign and power:
@@ -302,7 +362,10 @@ class _Search:
         return None if len(rows) == self.batch else rows
 
     def _neighbours(self, label: str) -> set[str | None]:
-        """Return the labels that share a tensor with this one; itself only if it has two axes of one tensor."""
+        """Return the labels that share a tensor with this one.
+
+        Itself only if it has two axes of one tensor.
+        """
         found: set[str | None] = set()
         for axes in self.axes.values():
             labels = [each for each, _ in axes]
@@ -313,7 +376,9 @@ class _Search:
 
 
 def _sorted(side: Tensor, free: list[int], blind: bool) -> Tensor:
-    """Sort a tensor ``(batch, *blocks)``, or with ``blind`` its absolute values, along free axes of the blocks."""
+    """Sort a tensor ``(batch, *blocks)``, or with ``blind`` its absolute values, along free axes of
+    the blocks.
+    """
     side = side.abs() if blind else side
     for axis in free:
         side = side.sort(axis + 1)[0]
@@ -327,7 +392,9 @@ def _by_unit(side: Tensor, axis: int) -> Tensor:
 
 
 def _products(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the inner products of units, ``(batch, n, n)``, of parts ``(batch or 1, n, entries)``."""
+    """Return the inner products of units, ``(batch, n, n)``, of parts
+    ``(batch or 1, n, entries)``.
+    """
     ours = torch.cat([a for a, _ in pairs], 2)
     theirs = torch.cat([b for _, b in pairs], 2)
     return (theirs[0] if len(theirs) == 1 else theirs) @ ours.mT
@@ -338,7 +405,9 @@ def _picked(gain: Tensor, perms: Tensor) -> Tensor:
     return gain.gather(2, perms.unsqueeze(2)).squeeze(2)
 
 
-def moved(flat: Tensor, spec: WeightSpec, perms: dict[str, Tensor], signs: dict[str, Tensor]) -> Tensor:
+def moved(
+    flat: Tensor, spec: WeightSpec, perms: dict[str, Tensor], signs: dict[str, Tensor]
+) -> Tensor:
     """Bring the units of networks ``(batch, dim)`` into another order, then flip them."""
     flat = spec.permute(flat, perms) if perms else flat
     return spec.flip(flat, signs) if signs else flat
@@ -347,8 +416,8 @@ def moved(flat: Tensor, spec: WeightSpec, perms: dict[str, Tensor], signs: dict[
 def assign(gain: Tensor) -> Tensor:
     """Solve a batch of assignment problems: which j each i gets, ``(batch, n, n) -> (batch, n)``.
 
-    Where the best j of every i are all different they are the solution; scipy, which has no batched solver, does the
-    rest.
+    Where the best j of every i are all different they are the solution; scipy, which has no batched
+    solver, does the rest.
     """
     perms = gain.argmax(2)
     taken = torch.zeros_like(perms).scatter_(1, perms, 1)
@@ -364,20 +433,29 @@ def assign(gain: Tensor) -> Tensor:
 def _rows(x: Tensor, like: Tensor) -> Tensor:
     """Return data in the type of the weights, checked; integers may be indices, and stay."""
     if x.dim() < 2 or len(x) == 0:
-        raise ValueError(f"x must be (n, ...) with at least two axes and one row, got {tuple(x.shape)}")
+        raise ValueError(
+            f"x must be (n, ...) with at least two axes and one row, got {tuple(x.shape)}"
+        )
     x = x.detach()
     return finite("x", x.to(like) if x.is_floating_point() else x.to(like.device))
 
 
-def _correlates(flat: Tensor, spec: WeightSpec, x: Tensor, net: nn.Module | None) -> dict[str, list[Tensor]]:
-    """Return the activations of every label, ``(batch, width, n)`` each, centred and of unit norm."""
+def _correlates(
+    flat: Tensor, spec: WeightSpec, x: Tensor, net: nn.Module | None
+) -> dict[str, list[Tensor]]:
+    """Return the activations of every label, ``(batch, width, n)`` each, centred and of unit
+    norm.
+    """
     if net is not None:
         own = copy.deepcopy(net).to(flat)  # weights and hooks are put into it
         found = torch.func.vmap(lambda theta: _recorded(theta, spec, x, own))(flat)
     elif spec.layers:
         found = {label: [values] for label, values in ChainNetwork(spec).hidden(flat, x).items()}
     else:
-        raise ValueError("the activations of a network that is no perceptron are found through the network: pass net")
+        raise ValueError(
+            "the activations of a network that is no perceptron are found through the "
+            "network: pass net"
+        )
     for tensors in found.values():
         for i, values in enumerate(tensors):
             centred = values - values.mean(2, keepdim=True)
@@ -387,8 +465,12 @@ def _correlates(flat: Tensor, spec: WeightSpec, x: Tensor, net: nn.Module | None
     return found
 
 
-def _recorded(theta: Tensor, spec: WeightSpec, x: Tensor, net: nn.Module) -> dict[str, list[Tensor]]:
-    """Run one network ``(dim,)`` and return what the modules that write each label return, ``(width, n)`` each."""
+def _recorded(
+    theta: Tensor, spec: WeightSpec, x: Tensor, net: nn.Module
+) -> dict[str, list[Tensor]]:
+    """Run one network ``(dim,)`` and return what the modules that write each label return,
+    ``(width, n)`` each.
+    """
     found: dict[str, list[Tensor]] = {label: [] for label in spec.activations}
     network, signed, hooks = spec.network, spec.symmetries().sign, []
     for prefix, module in net.named_modules():
@@ -398,7 +480,9 @@ def _recorded(theta: Tensor, spec: WeightSpec, x: Tensor, net: nn.Module) -> dic
         # What a normalisation has still to come for keeps its sign when the unit is flipped.
         if label is not None and (network.scale_exponents(name)[written] or label not in signed):
             hooks.append(
-                module.register_forward_hook(_keep(found[label], spec.widths[label], _unit_axis(module, name)))
+                module.register_forward_hook(
+                    _keep(found[label], spec.widths[label], _unit_axis(module, name))
+                )
             )
     try:
         torch.func.functional_call(net, network.unflatten(theta[: network.dim]), (x,))
@@ -408,7 +492,8 @@ def _recorded(theta: Tensor, spec: WeightSpec, x: Tensor, net: nn.Module) -> dic
     for label, outputs in found.items():
         if not outputs:
             raise ValueError(
-                f"the activations of {label} cannot be found: no module with a weight of its own returns them"
+                f"the activations of {label} cannot be found: no module with a weight of its own "
+                f"returns them"
             )
     return found
 
@@ -426,4 +511,6 @@ def _unit_axis(module: nn.Module, name: str) -> int:
         return -len(module.normalized_shape)
     if isinstance(module, _ConvNd | nn.GroupNorm | _InstanceNorm):
         return 1
-    raise ValueError(f"the activations behind {name} cannot be found: {type(module).__name__} is no known module")
+    raise ValueError(
+        f"the activations behind {name} cannot be found: {type(module).__name__} is no known module"
+    )

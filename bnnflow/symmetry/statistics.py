@@ -15,32 +15,38 @@ __all__ = ["NetworkLoss"]
 
 
 class NetworkLoss:
-    """The loss of networks ``(..., dim)`` of one architecture, each with running statistics of its own.
+    """The loss of networks ``(..., dim)`` of one architecture, each with running statistics of its
+    own.
 
-    Weights alone do not say what a network with batch normalisation computes. The networks given here are evaluated
-    with the statistics that they have, so that the ends of a path between them have their own losses. Any other, on
-    the way from one to another or an average of some, gets the statistics of its own activations, as in Garipov et
-    al. (2018) and Jordan et al. (2023, "REPAIR"). It is a `Loss` for `barrier`, `fit_curve` and `loss_plane`; networks
-    are evaluated one after the other.
+    Weights alone do not say what a network with batch normalisation computes. The networks given
+    here are evaluated with the statistics that they have, so that the ends of a path between them
+    have their own losses. Any other, on the way from one to another or an average of some, gets the
+    statistics of its own activations, as in Garipov et al. (2018) and Jordan et al. (2023,
+    "REPAIR"). It is a `Loss` for `barrier`, `fit_curve` and `loss_plane`; networks are evaluated
+    one after the other.
 
     Args:
         networks: modules that differ in free parameters and running statistics alone.
         loss: from outputs and ``y`` to one number.
         x: inputs, ``(n, ...)``.
         y: targets.
-        statistics: rows whose activations give the statistics, best those of training where ``x`` is none of them; by
-            default ``x`` itself, and gradients then see how the statistics change with the weights.
+        statistics: rows whose activations give the statistics, best those of training where ``x``
+            is none of them; by default ``x`` itself, and gradients then see how the statistics
+            change with the weights.
 
     Attributes:
         weights: of the networks, ``(networks, dim)``.
 
     Raises:
-        ValueError: if the networks differ in anything else, with its name, or there are fewer than two rows.
+        ValueError: if the networks differ in anything else, with its name, or there are fewer than
+            two rows.
 
     Example:
-        >>> layers = torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.ReLU(), torch.nn.Linear(4, 1)
+        >>> from torch import nn
+        >>> layers = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 1)
         >>> a, b = (torch.nn.Sequential(*copy.deepcopy(layers)) for _ in range(2))
-        >>> loss = NetworkLoss([a, b], torch.nn.functional.mse_loss, torch.randn(20, 3), torch.randn(20, 1))
+        >>> x, y = torch.randn(20, 3), torch.randn(20, 1)
+        >>> loss = NetworkLoss([a, b], nn.functional.mse_loss, x, y)
         >>> loss(loss.weights).shape, loss(loss.weights.mean(0)).shape
         (torch.Size([2]), torch.Size([]))
     """
@@ -59,15 +65,28 @@ class NetworkLoss:
         self._net = copy.deepcopy(networks[0]).eval()
         self._spec = WeightSpec.unlabelled(self._net)
         self._loss, self._x, self._y, self._rows = loss, x, y, statistics
-        norms = {name: module for name, module in self._net.named_modules() if isinstance(module, _NormBase)}
-        tracked = {name: module for name, module in norms.items() if module.running_mean is not None}
+        norms = {
+            name: module
+            for name, module in self._net.named_modules()
+            if isinstance(module, _NormBase)
+        }
+        tracked = {
+            name: module for name, module in norms.items() if module.running_mean is not None
+        }
         if tracked and min(len(x), len(x if statistics is None else statistics)) < 2:
             raise ValueError("statistics need at least two rows")
-        moving = {f"{name}.{each}".removeprefix(".") for name, module in tracked.items() for each in _buffers(module)}
+        moving = {
+            f"{name}.{each}".removeprefix(".")
+            for name, module in tracked.items()
+            for each in _buffers(module)
+        }
         self._buffers = [_checked(self._net, network, self._spec, moving) for network in networks]
-        self.weights = torch.stack([self._spec.flatten(_free(network, self._spec)) for network in networks])
+        self.weights = torch.stack(
+            [self._spec.flatten(_free(network, self._spec)) for network in networks]
+        )
         self._check_distinct()
-        self._learner = copy.deepcopy(self._net)  # normalises by its rows, and keeps their statistics
+        # normalises by its rows, and keeps their statistics
+        self._learner = copy.deepcopy(self._net)
         for name in tracked:
             module = self._learner.get_submodule(name).train()
             module.momentum = 1.0  # type: ignore[assignment]
@@ -86,12 +105,16 @@ class NetworkLoss:
         return torch.stack(losses).reshape(theta.shape[:-1])
 
     def _check_distinct(self) -> None:
-        """Refuse networks that only their statistics tell apart: weights would not say which of them is meant."""
+        """Refuse networks that only their statistics tell apart: weights would not say which of
+        them is meant.
+        """
         for number, weights in enumerate(self.weights):
             first = int((self.weights == weights).all(1).nonzero()[0])
             for name, buffer in self._buffers[number].items():
                 if not torch.equal(buffer, self._buffers[first][name]):
-                    raise ValueError(f"networks {first} and {number} have the same weights, but {name} differs")
+                    raise ValueError(
+                        f"networks {first} and {number} have the same weights, but {name} differs"
+                    )
 
     def network(self, theta: Tensor) -> nn.Module:
         """Return a network ``(dim,)`` as a module, with its statistics."""
@@ -109,9 +132,13 @@ class NetworkLoss:
         params, own = self._spec.unflatten(theta), self._own(theta)
         if own is None and self._tracks and self._rows is None:
             learner = {**params, **self._fresh()}
-            return self._loss(torch.func.functional_call(self._learner, learner, (self._x,)), self._y)
+            return self._loss(
+                torch.func.functional_call(self._learner, learner, (self._x,)), self._y
+            )
         buffers = self._measured(theta) if own is None else own
-        return self._loss(torch.func.functional_call(self._net, {**params, **buffers}, (self._x,)), self._y)
+        return self._loss(
+            torch.func.functional_call(self._net, {**params, **buffers}, (self._x,)), self._y
+        )
 
     def _own(self, theta: Tensor) -> dict[str, Tensor] | None:
         """Return the statistics that came with a network."""
@@ -123,7 +150,9 @@ class NetworkLoss:
         buffers = self._fresh()
         rows = self._x if self._rows is None else self._rows
         with torch.no_grad():
-            torch.func.functional_call(self._learner, {**self._spec.unflatten(theta.detach()), **buffers}, (rows,))
+            torch.func.functional_call(
+                self._learner, {**self._spec.unflatten(theta.detach()), **buffers}, (rows,)
+            )
         return buffers
 
     def _fresh(self) -> dict[str, Tensor]:
@@ -138,14 +167,24 @@ def _free(net: nn.Module, spec: WeightSpec) -> dict[str, Tensor]:
     return {name: each.detach() for name, each in net.named_parameters() if name in spec.shapes}
 
 
-def _checked(net: nn.Module, other: nn.Module, spec: WeightSpec, moving: set[str]) -> dict[str, Tensor]:
-    """Return copies of another network's buffers, if it differs in free parameters and statistics alone."""
+def _checked(
+    net: nn.Module, other: nn.Module, spec: WeightSpec, moving: set[str]
+) -> dict[str, Tensor]:
+    """Return copies of another network's buffers, if it differs in free parameters and statistics
+    alone.
+    """
     ours, theirs = net.state_dict(), other.state_dict()
     shapes, others = ({n: tuple(t.shape) for n, t in state.items()} for state in (ours, theirs))
     if shapes != others:
         name = sorted(shapes.items() ^ others.items())[0][0]
-        raise ValueError(f"the networks are of different architectures: {name} is not the same tensor in all of them")
+        raise ValueError(
+            f"the networks are of different architectures: {name} is not the same "
+            f"tensor in all of them"
+        )
     for name in ours.keys() - spec.shapes.keys() - moving:
         if not torch.equal(ours[name], theirs[name]):
-            raise ValueError(f"{name} differs between the networks, and is neither a weight nor a running statistic")
+            raise ValueError(
+                f"{name} differs between the networks, and is neither a weight nor a "
+                f"running statistic"
+            )
     return {name: buffer.clone() for name, buffer in other.named_buffers()}

@@ -16,7 +16,13 @@ from bnnflow.transport.manifold import CompletedFlow, ManifoldFlow, Radii, fit_m
 from bnnflow.transport.options import Density, Matching, Solver
 from bnnflow.transport.paths import AffinePath, ProbabilityPath
 from bnnflow.transport.proximal_step import GaussNewton, GradientSteps
-from bnnflow.transport.solvers import integrate, integrate_sde, integrate_with_error, largest_chunk, time_grid
+from bnnflow.transport.solvers import (
+    integrate,
+    integrate_sde,
+    integrate_with_error,
+    largest_chunk,
+    time_grid,
+)
 from bnnflow.transport.source import Source
 from bnnflow.transport.targets import PosteriorTargets
 from bnnflow.transport.times import Beta, LogitNormal, LogUniformNearEnd, Uniform

@@ -1,8 +1,10 @@
-"""Densities fitted to draws by maximum likelihood: what a flow from the prior has to beat at the same budget.
+"""Densities fitted to draws by maximum likelihood: what a flow from the prior has to beat at the
+same budget.
 
-All work on draws that are matched modulo the symmetries of the network, so that they are unimodal, in coordinates in
-which a Gaussian fit to them is N(0, I). The Gaussian is the first baseline, and where the other two start. Their
-parameters are those with the highest likelihood of held-out draws on the way.
+All work on draws that are matched modulo the symmetries of the network, so that they are unimodal,
+in coordinates in which a Gaussian fit to them is N(0, I). The Gaussian is the first baseline, and
+where the other two start. Their parameters are those with the highest likelihood of held-out draws
+on the way.
 """
 
 from __future__ import annotations
@@ -71,7 +73,9 @@ class TransformedDensity(Sampleable):
         return self.density.log_prob(self.source.to_normal(theta)) + self.source.log_jacobian(theta)
 
     def save(self, path: str | Path) -> Path:
-        """Write density and coordinates to an ``.npz`` file without pickle; `bnnflow.load` reads it back.
+        """Write density and coordinates to an ``.npz`` file without pickle.
+
+        `bnnflow.load` reads it back.
 
         Raises:
             ValueError: if the density is not one of `bnnflow.posteriors`.
@@ -79,7 +83,10 @@ class TransformedDensity(Sampleable):
         tensors: dict[str, Tensor] = {}
         density = pack(self.density, "density", tensors)
         if density is None:
-            raise ValueError(f"cannot save a {type(self.density).__name__}: it is no density of bnnflow.posteriors")
+            raise ValueError(
+                f"cannot save a {type(self.density).__name__}: it is no density of "
+                f"bnnflow.posteriors"
+            )
         header = {
             "density": density,
             "source": self.source.describe(),
@@ -95,10 +102,12 @@ class TransformedDensity(Sampleable):
 
         Args:
             path: the file.
-            model: gives a prior with inferred parameters; no other needs it, but it must have the file's prior.
+            model: gives a prior with inferred parameters; no other needs it, but it must have the
+                file's prior.
 
         Raises:
-            ValueError: if the file holds something else, the model has another prior, or there is none to give one.
+            ValueError: if the file holds something else, the model has another prior, or there is
+                none to give one.
         """
         with storage.described(path):
             return cls.from_file(*storage.read(path, {"in-coordinates": 1}), model)
@@ -109,7 +118,9 @@ class TransformedDensity(Sampleable):
     ) -> TransformedDensity:
         """Build a density from the contents of a file."""
         if model is not None and model.flat_prior.describe() != header["source"]["prior"]:
-            raise ValueError("this density lives in the coordinates of another prior, or of another network's")
+            raise ValueError(
+                "this density lives in the coordinates of another prior, or of another network's"
+            )
         source = Source.from_description(header["source"], arrays, dtype_of(header["dtype"]), model)
         tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
         density = unpack(header["density"], tensors)
@@ -120,7 +131,12 @@ class TransformedDensity(Sampleable):
 
 @checked
 def fit_gaussian(
-    model: BayesianModel, draws: Given, *, matched: bool = True, held_out: Given | None = None, seed: Seed = 0
+    model: BayesianModel,
+    draws: Given,
+    *,
+    matched: bool = True,
+    held_out: Given | None = None,
+    seed: Seed = 0,
 ) -> TransformedDensity:
     """Fit one Gaussian with a full covariance, in the standard normal coordinates of the prior.
 
@@ -129,10 +145,12 @@ def fit_gaussian(
     Args:
         model: the posterior.
         draws: from it: `Draws`, weights ``(..., dim)``, or a pair (weights, log weights).
-        matched: permute and flip units to a running mean first (`align`). The density is then that of one gauge of
-            units: its evidence lacks the logarithm of the order of the group. Draws of a network whose symmetries are
-            not known stay as they are, and ``info["symmetries"]`` says why.
-        held_out: draws that are not fitted, best of chains of their own; a tenth of the others if None.
+        matched: permute and flip units to a running mean first (`align`). The density is then that
+            of one gauge of units: its evidence lacks the logarithm of the order of the group. Draws
+            of a network whose symmetries are not known stay as they are, and ``info["symmetries"]``
+            says why.
+        held_out: draws that are not fitted, best of chains of their own; a tenth of the others if
+            None.
         seed: decides which tenth.
 
     Raises:
@@ -161,8 +179,8 @@ def fit_coupling(
 ) -> TransformedDensity:
     """Fit a static coupling flow (RealNVP; Dinh et al. 2017) by maximum likelihood of the draws.
 
-    Affine couplings between random halves of the coordinates, then an elementwise scale and shift, on top of the
-    Gaussian of `fit_gaussian`, at which it starts.
+    Affine couplings between random halves of the coordinates, then an elementwise scale and shift,
+    on top of the Gaussian of `fit_gaussian`, at which it starts.
 
     Args:
         model: the posterior.
@@ -170,10 +188,12 @@ def fit_coupling(
         matched: see `fit_gaussian`.
         couplings: number of coupling layers.
         hidden: width of the network in each of them.
-        held_out: draws that are not fitted, best of chains of their own; a tenth of the others if None.
-        training: how long and how fast: by default 120 seconds, with Adam at a learning rate of 1e-3, which falls when
-            the likelihood of the held-out draws has not gained for ``training.patience`` looks, one every 25 steps, and
-            in the last 30 %; training ends at the fourth time. There is no other optimiser.
+        held_out: draws that are not fitted, best of chains of their own; a tenth of the others if
+            None.
+        training: how long and how fast: by default 120 seconds, with Adam at a learning rate of
+            1e-3, which falls when the likelihood of the held-out draws has not gained for
+            ``training.patience`` looks, one every 25 steps, and in the last 30 %; training ends at
+            the fourth time. There is no other optimiser.
         seed: an int or a generator.
         progress: show a bar at a terminal.
 
@@ -195,10 +215,15 @@ def fit_coupling(
     flow = dist.TransformedDistribution(base, list(layers))  # type: ignore[arg-type]
 
     def log_prob(x: Tensor) -> Tensor:
-        return flow.log_prob(x.clone()).double()  # Pyro caches the inverse of a tensor, with the parameters of then
+        # Pyro caches the inverse of a tensor, with the parameters of then
+        return flow.log_prob(x.clone()).double()
 
-    info = _maximise(layers, log_prob, log_prob, data, training, generator, progress, "coupling flow")
-    fitted = CouplingFlow(orders, tuple(parameter.detach().clone() for parameter in layers.parameters()))
+    info = _maximise(
+        layers, log_prob, log_prob, data, training, generator, progress, "coupling flow"
+    )
+    fitted = CouplingFlow(
+        orders, tuple(parameter.detach().clone() for parameter in layers.parameters())
+    )
     info |= _matching(model, matched) | {"seed": seed_in_words(seed)}
     return TransformedDensity(fitted, data.source, info)
 
@@ -216,12 +241,14 @@ def fit_cnf(
     seed: Seed = 0,
     progress: bool = True,
 ) -> Flow:
-    """Fit a continuous normalising flow by maximum likelihood through its differential equation (FFJORD).
+    """Fit a continuous normalising flow by maximum likelihood through its differential equation
+    (FFJORD).
 
-    A `TwoLayerVelocity` with its closed trace, without the noise of an estimated one (Grathwohl et al. 2019), starting
-    at the Gaussian of `fit_gaussian`. The gradient is that of the discretised solve (Onken and Ruthotto 2020), whose
-    times are drawn anew at every step, or the field would learn errors of one grid that make up for its own. Held-out
-    draws are judged, and the flow runs, with four times as many steps.
+    A `TwoLayerVelocity` with its closed trace, without the noise of an estimated one (Grathwohl et
+    al. 2019), starting at the Gaussian of `fit_gaussian`. The gradient is that of the discretised
+    solve (Onken and Ruthotto 2020), whose times are drawn anew at every step, or the field would
+    learn errors of one grid that make up for its own. Held-out draws are judged, and the flow runs,
+    with four times as many steps.
 
     Args:
         model: the posterior.
@@ -229,16 +256,19 @@ def fit_cnf(
         matched: see `fit_gaussian`.
         width: units of each hidden layer of the field.
         solver_steps: Runge-Kutta steps in training.
-        held_out: draws that are not fitted, best of chains of their own; a tenth of the others if None.
-        training: how long and how fast: by default 120 seconds, with Adam at a learning rate of 1e-3, which falls when
-            the likelihood of the held-out draws has not gained for ``training.patience`` looks, one every 25 steps, and
-            in the last 30 %; training ends at the fourth time. There is no other optimiser.
+        held_out: draws that are not fitted, best of chains of their own; a tenth of the others if
+            None.
+        training: how long and how fast: by default 120 seconds, with Adam at a learning rate of
+            1e-3, which falls when the likelihood of the held-out draws has not gained for
+            ``training.patience`` looks, one every 25 steps, and in the last 30 %; training ends at
+            the fourth time. There is no other optimiser.
         seed: an int or a generator.
         progress: show a bar at a terminal.
 
     Returns:
-        The flow; ``info["solver_error"]`` is the mean absolute difference of held-out log densities between its
-        steps and twice as many. After Ctrl-C as far as it got, with ``info["interrupted"]`` set.
+        The flow; ``info["solver_error"]`` is the mean absolute difference of held-out log densities
+        between its steps and twice as many. After Ctrl-C as far as it got, with
+        ``info["interrupted"]`` set.
 
     Raises:
         ValueError: if there are less than ten draws, they do not fit the model or are not finite.
@@ -247,8 +277,11 @@ def fit_cnf(
     generator = as_generator(seed, model.device)
     data = _prepare(model, draws, held_out, matched, generator)
     with isolated(generator):
-        # On this path the field of a target that equals the source is zero: the flow starts as the identity.
-        velocity = TwoLayerVelocity(model.dim, width, path=AffinePath("variance_preserving")).to(data.x)
+        # On this path the field of a target that equals the source is zero: the flow starts as the
+        # identity.
+        velocity = TwoLayerVelocity(model.dim, width, path=AffinePath("variance_preserving")).to(
+            data.x
+        )
 
     def log_prob(x: Tensor, grid: Tensor) -> Tensor:
         def slope(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -256,17 +289,31 @@ def fit_cnf(
 
         start = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         x0, change = integrate(slope, (x, start), grid.flip(0), "rk4")
-        return change - 0.5 * (x0 * x0).sum(-1, dtype=torch.float64) - 0.5 * model.dim * math.log(2 * math.pi)
+        return (
+            change
+            - 0.5 * (x0 * x0).sum(-1, dtype=torch.float64)
+            - 0.5 * model.dim * math.log(2 * math.pi)
+        )
 
     def noisy(x: Tensor) -> Tensor:
         grid = torch.linspace(0, 1, solver_steps + 1, dtype=torch.float64, device=x.device)
-        shift = torch.rand(solver_steps - 1, generator=generator, device=x.device, dtype=torch.float64) - 0.5
+        shift = (
+            torch.rand(solver_steps - 1, generator=generator, device=x.device, dtype=torch.float64)
+            - 0.5
+        )
         grid[1:-1] += 0.8 * shift / solver_steps
         return log_prob(x, grid)
 
     own = time_grid(4 * solver_steps, device=model.device)
     info = _maximise(
-        velocity, noisy, lambda x: log_prob(x, own), data, training, generator, progress, "continuous flow"
+        velocity,
+        noisy,
+        lambda x: log_prob(x, own),
+        data,
+        training,
+        generator,
+        progress,
+        "continuous flow",
     )
     with torch.no_grad():
         some, finer = data.unseen[:256], time_grid(8 * solver_steps, device=model.device)
@@ -279,7 +326,7 @@ def fit_cnf(
     return Flow.of(field, model, data.source, solver=Solver("rk4", 4 * solver_steps), info=info)
 
 
-# ---------------------------------------------------------------- what they share
+# ---------------------------------------- what they share
 
 
 class _Data(NamedTuple):
@@ -289,19 +336,27 @@ class _Data(NamedTuple):
     unseen: Tensor  # (m, dim), to judge by
     source: Source
     shrinkage: float
-    log_jacobian: float  # mean over the unseen: what log densities over x lack to be those over weights
+    # mean over the unseen: what log densities over x lack to be those over weights
+    log_jacobian: float
 
 
 def _by_adam(training: Training | None) -> Training:
-    """Return how a density is fitted, with the defaults; ``ValueError`` for what only fields can be trained with."""
+    """Return how a density is fitted, with the defaults.
+
+    ``ValueError`` for what only fields can be trained with.
+    """
     training = training or Training()
     if training.optimiser is not None or training.autocast or training.compile:
-        raise ValueError("training: densities are fitted by Adam, and neither by autocast nor compiled")
+        raise ValueError(
+            "training: densities are fitted by Adam, and neither by autocast nor compiled"
+        )
     return training.with_defaults(1e-3, "adamw")
 
 
 def _rate(training: Training, count: int, spent: float) -> float:
-    """Return the learning rate as a fraction: linear warm-up, constant, then straight to zero in the last 30 %."""
+    """Return the learning rate as a fraction: linear warm-up, constant, then straight to zero in
+    the last 30 %.
+    """
     done = spent / training.budget if training.steps is None else count / training.steps
     return min(1.0, (count + 1) / 50) * min(1.0, max(0.0, 1 - done) / 0.3)
 
@@ -314,9 +369,15 @@ def _matching(model: BayesianModel, matched: bool) -> dict[str, Any]:
 
 
 def _prepare(
-    model: BayesianModel, draws: Given, held_out: Given | None, matched: bool, generator: torch.Generator
+    model: BayesianModel,
+    draws: Given,
+    held_out: Given | None,
+    matched: bool,
+    generator: torch.Generator,
 ) -> _Data:
-    """Check the draws, match them, split them, and fit the Gaussian in whose coordinates they are returned."""
+    """Check the draws, match them, split them, and fit the Gaussian in whose coordinates they are
+    returned.
+    """
     matched = _matching(model, matched)["matched"]
 
     def framed(theta: Tensor, reference: Tensor | None = None) -> Tensor:
@@ -338,7 +399,9 @@ def _prepare(
     shrinkage = max(_SHRINKAGES, key=likelihood)
     factor = Gaussian.fit(z, shrinkage=shrinkage).scale_tril
     values, vectors = torch.linalg.eigh(factor @ factor.T)
-    source = Source(model.flat_prior, z.mean(0), vectors * values.clamp(min=1e-12).sqrt() @ vectors.T)
+    source = Source(
+        model.flat_prior, z.mean(0), vectors * values.clamp(min=1e-12).sqrt() @ vectors.T
+    )
     log_jacobian = float(source.log_jacobian(unseen).mean())
     return _Data(source.to_normal(theta), source.to_normal(unseen), source, shrinkage, log_jacobian)
 
@@ -351,7 +414,9 @@ def _equal(model: BayesianModel, draws: Given, generator: torch.Generator, name:
     theta = theta.to(model.device, model.dtype)
     bad = int((~theta.isfinite().all(-1)).sum())
     if bad or len(theta) < 10:
-        raise ValueError(f"{name} must be ten finite draws or more; {bad} of {len(theta)} are NaN or infinite")
+        raise ValueError(
+            f"{name} must be ten finite draws or more; {bad} of {len(theta)} are NaN or infinite"
+        )
     if log_weights is None:
         return theta
     weights = log_weights.double().softmax(0).to(model.device)
@@ -368,7 +433,10 @@ def _maximise(
     progress: bool,
     name: str,
 ) -> dict[str, Any]:
-    """Climb the likelihood of the draws; leave the parameters that the held-out draws like best, and say how."""
+    """Climb the likelihood of the draws.
+
+    Leave the parameters that the held-out draws like best, and say how.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
     learning_rate = training.learning_rate
     assert learning_rate is not None
@@ -389,7 +457,9 @@ def _maximise(
                     break
                 for group in optimiser.param_groups:
                     group["lr"] = learning_rate * 0.3**drops * _rate(training, count, spent)
-                rows = torch.randint(len(data.x), (training.batch_size,), generator=generator, device=data.x.device)
+                rows = torch.randint(
+                    len(data.x), (training.batch_size,), generator=generator, device=data.x.device
+                )
                 loss = -log_prob(data.x[rows]).mean()
                 optimiser.zero_grad()
                 loss.backward()

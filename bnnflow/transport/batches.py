@@ -1,4 +1,6 @@
-"""Batches of pairs for training: drawn one by one, or some together that are gone through several times."""
+"""Batches of pairs for training: drawn one by one, or some together that are gone through several
+times.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,9 @@ class Reuse:
 
     Attributes:
         steps: that see each pair. Above 1 the field is called by its ``from_precomputed``.
-        moves: a random symmetry for each row of points, targets and what was precomputed, to which the law of the pairs
-            is invariant and ``precompute`` equivariant; made at every step if there are several.
+        moves: a random symmetry for each row of points, targets and what was precomputed, to which
+            the law of the pairs is invariant and ``precompute`` equivariant; made at every step if
+            there are several.
     """
 
     steps: Count = 1
@@ -37,9 +40,9 @@ class Reuse:
 class Batches:
     """Batches of points with all that is computed once for each of them.
 
-    Some batches are drawn together and gone through ``reuse`` times, every time in another order and moved by other
-    symmetries; without reuse they are drawn one by one. The state of the generator before that is all that is needed to
-    draw them again.
+    Some batches are drawn together and gone through ``reuse`` times, every time in another order
+    and moved by other symmetries; without reuse they are drawn one by one. The state of the
+    generator before that is all that is needed to draw them again.
 
     Args:
         draw: a batch: times ``(n,)``, and tensors ``(n, dim)``.
@@ -59,8 +62,10 @@ class Batches:
         self._reuse = reuse
         self._generator = generator
         self._points: list[Tensor] = []
-        self._orders: list[tuple[Tensor, int]] = []  # rows and a seed of the batches to come, the next one last
-        self.stream = generator.get_state()  # from which, with the count, the batches to come follow
+        # rows and a seed of the batches to come, the next one last
+        self._orders: list[tuple[Tensor, int]] = []
+        # from which, with the count, the batches to come follow
+        self.stream = generator.get_state()
         if reuse.steps > 1 and count:
             self._fill()
             left = len(self._orders) - count % len(self._orders)
@@ -79,7 +84,10 @@ class Batches:
                 self._fill()
             rows, seed = self._orders.pop()
             t, *points = (part[rows] for part in self._points)
-            batch = [t, *(points if self._reuse.moves is None else self._reuse.moves(seed, *points))]
+            batch = [
+                t,
+                *(points if self._reuse.moves is None else self._reuse.moves(seed, *points)),
+            ]
         if not self._orders:
             self.stream = self._generator.get_state()
         return batch
@@ -93,7 +101,9 @@ class Batches:
             drawn += [self._draw() for _ in range(many - 1)]
         self._points = [torch.cat(parts) for parts in zip(*drawn, strict=True)]
         n, device = len(self._points[0]), self._points[0].device
-        orders = [torch.randperm(n, generator=generator, device=device) for _ in range(self._reuse.steps)]
+        orders = [
+            torch.randperm(n, generator=generator, device=device) for _ in range(self._reuse.steps)
+        ]
         rows = [each for order in orders for each in order.chunk(many)]
         seeds = torch.randint(2**62, (len(rows),), generator=generator, device=device)
         self._orders = list(zip(rows, seeds.tolist(), strict=True))

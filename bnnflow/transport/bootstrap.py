@@ -33,15 +33,18 @@ def fit_flow_without_draws(
     seed: Seed = 0,
     progress: bool = True,
 ) -> Flow:
-    """Fit a flow to targets that it makes itself: no draws of the posterior are needed, no warm-up, no chain.
+    """Fit a flow to targets that it makes itself: no draws of the posterior are needed, no warm-up,
+    no chain.
 
-    The first targets are draws of the untrained `GaussNewtonFlow`, moved by `refine`; those of each later round are
-    draws of the flow so far, moved in the same way, and training goes on from its field. The targets are as good as
-    refinement makes them: it leaves the posterior invariant, but a few transitions do not move draws between modes that
-    are far apart. Compare two values of ``refine_steps``, or ask `correct` for a verdict.
+    The first targets are draws of the untrained `GaussNewtonFlow`, moved by `refine`; those of each
+    later round are draws of the flow so far, moved in the same way, and training goes on from its
+    field. The targets are as good as refinement makes them: it leaves the posterior invariant, but
+    a few transitions do not move draws between modes that are far apart. Compare two values of
+    ``refine_steps``, or ask `correct` for a verdict.
 
     Args:
-        model: the posterior; its likelihood needs a ``fisher_factor`` unless a proximal step is given.
+        model: the posterior; its likelihood needs a ``fisher_factor`` unless a proximal step is
+            given.
         rounds: how often targets are made.
         targets: draws in each round.
         refine_steps: transitions of every draw in each round.
@@ -52,8 +55,8 @@ def fit_flow_without_draws(
         progress: show bars at a terminal.
 
     Returns:
-        The flow; ``info["gradients_per_target"]`` counts the gradients of refinement, ``info["rounds"]`` keeps what
-        `fit_flow` and `refine` said of each.
+        The flow; ``info["gradients_per_target"]`` counts the gradients of refinement,
+        ``info["rounds"]`` keeps what `fit_flow` and `refine` said of each.
 
     Raises:
         ValueError: if there is no round or no target.
@@ -62,14 +65,18 @@ def fit_flow_without_draws(
     steps = training.steps
     if steps is not None and steps < rounds:
         raise ValueError(f"training.steps must be at least the {rounds} rounds, got {steps}")
-    share = replace(training, budget=training.budget / rounds, steps=None if steps is None else steps // rounds)
+    share = replace(
+        training, budget=training.budget / rounds, steps=None if steps is None else steps // rounds
+    )
     generator = as_generator(seed, model.device)
     flow = GaussNewtonFlow(model, proximal_step)
     history, gradients = [], 0.0
     for _ in range(rounds):
         theta = flow.sample(targets, generator)
         moved = refine(model, theta, refine_steps, seed=generator, progress=progress)
-        flow = fit_flow(model, moved.flat, velocity=velocity, training=share, seed=generator, progress=progress)
+        flow = fit_flow(
+            model, moved.flat, velocity=velocity, training=share, seed=generator, progress=progress
+        )
         velocity = flow.velocity
         gradients += moved.info["gradients_per_draw"]
         history.append({"refine": moved.info, "fit": flow.info})

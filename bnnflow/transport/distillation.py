@@ -39,9 +39,9 @@ __all__ = ["FlowMap", "distil"]
 class FlowMap(Sampleable):
     """An approximate sampler in a few evaluations, made from a flow by `distil`.
 
-    x_{k+1} = x_k + (t_{k+1} - t_k) field(t_k, x_k): every step is a map that was trained to land where the flow does.
-    It has *no density*: the composition is not the solution of an equation whose divergence could be integrated.
-    Correct its draws by `refine`, which needs none.
+    x_{k+1} = x_k + (t_{k+1} - t_k) field(t_k, x_k): every step is a map that was trained to land
+    where the flow does. It has *no density*: the composition is not the solution of an equation
+    whose divergence could be integrated. Correct its draws by `refine`, which needs none.
 
     Attributes:
         velocity: the field of the steps, in evaluation mode.
@@ -71,7 +71,9 @@ class FlowMap(Sampleable):
     def sample(self, n: Count, seed: Seed = 0, *, chunk_size: Count | None = None) -> Tensor:
         """Draw ``(n, dim)`` weights, approximately from the posterior."""
         generator = as_generator(seed, self.source.device)
-        x0 = torch.randn(n, self.dim, generator=generator, device=self.source.device, dtype=self.source.dtype)
+        x0 = torch.randn(
+            n, self.dim, generator=generator, device=self.source.device, dtype=self.source.dtype
+        )
         with torch.no_grad():
             return torch.cat(
                 [
@@ -81,10 +83,15 @@ class FlowMap(Sampleable):
             )
 
     def _carry(self, x: Tensor) -> Tensor:
-        return integrate(lambda t, state: (self.velocity(t, state[0]),), (x,), self.times, "euler")[0]
+        return integrate(lambda t, state: (self.velocity(t, state[0]),), (x,), self.times, "euler")[
+            0
+        ]
 
     def save(self, path: str | Path) -> Path:
-        """Write the map to an ``.npz`` file without pickle, and no data; read it back with ``bnnflow.load``."""
+        """Write the map to an ``.npz`` file without pickle, and no data.
+
+        Read it back with ``bnnflow.load``.
+        """
         header = {
             "velocity": self.velocity.describe(),
             "source": self.source.describe(),
@@ -100,19 +107,30 @@ class FlowMap(Sampleable):
         return storage.write(path, "flow-map", 1, json.loads(json.dumps(header)), arrays)
 
     @classmethod
-    def from_file(cls, header: dict[str, Any], arrays: dict[str, np.ndarray], model: BayesianModel | None) -> FlowMap:
+    def from_file(
+        cls, header: dict[str, Any], arrays: dict[str, np.ndarray], model: BayesianModel | None
+    ) -> FlowMap:
         """Build a map from the contents of a file; one that looks at the data needs its model."""
         spec, dtype = WeightSpec.from_description(header["spec"]), dtype_of(header["dtype"])
         check_weights(spec, model)
-        own = {name: values for name, values in arrays.items() if name not in (*header["source"]["arrays"], ROWS)}
+        own = {
+            name: values
+            for name, values in arrays.items()
+            if name not in (*header["source"]["arrays"], ROWS)
+        }
         velocity = restore(header["velocity"], spec, own, dtype)
         source = Source.from_description(header["source"], arrays, dtype, model)
         if velocity.informed:
             if model is None:
-                raise ValueError("a likelihood-informed flow map needs its model: load(path, model)")
-            if not model.recognises(header.get("fingerprint", model.fingerprint())):  # earlier files have none
+                raise ValueError(
+                    "a likelihood-informed flow map needs its model: load(path, model)"
+                )
+            # earlier files have none
+            if not model.recognises(header.get("fingerprint", model.fingerprint())):
                 raise ValueError("this is not the model that the flow map was made for")
-            velocity = velocity.bind(WhitenedPosterior(model, source, rows_to_look_at(arrays, model)))
+            velocity = velocity.bind(
+                WhitenedPosterior(model, source, rows_to_look_at(arrays, model))
+            )
         times = torch.tensor(header["times"], dtype=torch.float64)
         if times.dim() != 1 or len(times) < 2:
             raise ValueError(f"the times of a flow map are {tuple(times.shape)}")
@@ -129,17 +147,20 @@ def distil(
     seed: Seed = 0,
     progress: bool = True,
 ) -> FlowMap:
-    """Learn the flow's map between fixed times, starting from its own field: progressive steps in one go.
+    """Learn the flow's map between fixed times, starting from its own field: progressive steps in
+    one go.
 
-    Solves the flow once from ``trajectories`` starts and regresses each step of the map on where the solution went:
-    unlike flow matching this has no noise in its targets, so that what remains is what the network cannot represent
-    (Salimans and Ho 2022 and Boffi et al. 2024 learn such maps).
+    Solves the flow once from ``trajectories`` starts and regresses each step of the map on where
+    the solution went: unlike flow matching this has no noise in its targets, so that what remains
+    is what the network cannot represent (Salimans and Ho 2022 and Boffi et al. 2024 learn such
+    maps).
 
     Args:
         flow: a trained flow whose field can be trained.
         evaluations: steps of the map, one evaluation each.
         trajectories: number of solutions.
-        training: how long and how fast; by default 120 seconds, with AdamW at a learning rate of 1e-3.
+        training: how long and how fast; by default 120 seconds, with AdamW at a learning rate of
+            1e-3.
         seed: an int or a generator.
         progress: show a bar at a terminal.
 
@@ -159,13 +180,17 @@ def distil(
     student = copy.deepcopy(flow.velocity.bind(None)).requires_grad_().bind(flow.velocity.posterior)
     grid = _Grid(times, walks.shape[-1])
     training = (training or Training()).with_defaults(1e-3, "adamw")
-    _, info = train(student, pairs, path=grid, times=grid, training=training, seed=generator, progress=progress)
+    _, info = train(
+        student, pairs, path=grid, times=grid, training=training, seed=generator, progress=progress
+    )
     info |= {"approximate": True, "evaluations": evaluations, "trajectories": trajectories}
     return FlowMap(student, flow.source, flow.spec, times, info)
 
 
 def _walks(flow: Flow, x0: Tensor, times: Tensor) -> Tensor:
-    """Return where the flow is at the given times, ``(n, times, dim)``, solved with at least its own steps."""
+    """Return where the flow is at the given times, ``(n, times, dim)``, solved with at least its
+    own steps.
+    """
     steps = len(flow.solver.grid("cpu")) - 1
     between = max(1, -(-steps // (len(times) - 1)))
     part = torch.linspace(0, 1, between + 1, dtype=times.dtype, device=times.device)
@@ -176,7 +201,10 @@ def _walks(flow: Flow, x0: Tensor, times: Tensor) -> Tensor:
             for start, stop in itertools.pairwise(times):
                 between_times = start + (stop - start) * part
                 walk += integrate(
-                    lambda t, state: (flow.velocity(t, state[0]),), (walk[-1],), between_times, flow.solver.rule
+                    lambda t, state: (flow.velocity(t, state[0]),),
+                    (walk[-1],),
+                    between_times,
+                    flow.solver.rule,
                 )
             walks.append(torch.stack(walk, 1))
     return torch.cat(walks)
@@ -184,7 +212,9 @@ def _walks(flow: Flow, x0: Tensor, times: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Grid(ProbabilityPath):
-    """The steps of the map as a path: the pair's second end holds the whole walk, ``(batch, times * dim)``."""
+    """The steps of the map as a path: the pair's second end holds the whole walk,
+    ``(batch, times * dim)``.
+    """
 
     times: Tensor
     dim: int
@@ -194,10 +224,14 @@ class _Grid(ProbabilityPath):
         which = torch.randint(len(self.times) - 1, (n,), generator=generator, device=like.device)
         return self.times[which].to(like.dtype)
 
-    def point(self, x0: Tensor, x1: Tensor, t: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def point(
+        self, x0: Tensor, x1: Tensor, t: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         """Return where each step begins and its slope, ``(batch, dim)`` both."""
         walk = x1.unflatten(-1, (len(self.times), self.dim))
         which = (t.unsqueeze(-1) - self.times.to(t)).abs().argmin(-1)
         rows = torch.arange(len(t), device=t.device)
         here, there = walk[rows, which], walk[rows, which + 1]
-        return here, (there - here) / (self.times[which + 1] - self.times[which]).to(t).unsqueeze(-1)
+        return here, (there - here) / (self.times[which + 1] - self.times[which]).to(t).unsqueeze(
+            -1
+        )

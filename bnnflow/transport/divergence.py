@@ -1,4 +1,6 @@
-"""The divergence of a function: exactly, by one product for each coordinate, or estimated from random probes."""
+"""The divergence of a function: exactly, by one product for each coordinate, or estimated from
+random probes.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
 def _at_once(x: Tensor) -> int:
-    """Return how many products to do in one call: more fall out of the caches of a CPU and cost up to twice as much."""
+    """Return how many products to do in one call: more fall out of the caches of a CPU and cost up
+    to twice as much.
+    """
     return 1024 if x.device.type == "cpu" else 65536
 
 
@@ -40,9 +44,10 @@ def divergence(
         velocity: ``(t, x) -> (batch, dim)``, acting on each row alone.
         t: a scalar or ``(batch,)``.
         x: ``(batch, dim)``.
-        trace: ``"exact"``, one product with the Jacobian for every coordinate; ``"hutchinson"`` or ``"hutch++"``,
-            unbiased estimates at one product a probe.
-        probes: those of `probe_noise`, the same during a whole solve, or the solver would integrate noise.
+        trace: ``"exact"``, one product with the Jacobian for every coordinate; ``"hutchinson"`` or
+            ``"hutch++"``, unbiased estimates at one product a probe.
+        probes: those of `probe_noise`, the same during a whole solve, or the solver would integrate
+            noise.
 
     Returns:
         ``(batch, dim)`` and ``(batch,)`` float64.
@@ -66,7 +71,9 @@ def divergence(
     return torch.cat(values), torch.cat(traces)
 
 
-def _block(velocity: Velocity, t: Tensor, x: Tensor, probes: Tensor | None, trace: Trace) -> tuple[Tensor, Tensor]:
+def _block(
+    velocity: Velocity, t: Tensor, x: Tensor, probes: Tensor | None, trace: Trace
+) -> tuple[Tensor, Tensor]:
     """Return velocity and divergence of rows that go through at once."""
     if probes is None:
         return exact_divergence(lambda z: velocity(t, z), x)
@@ -77,7 +84,10 @@ def _block(velocity: Velocity, t: Tensor, x: Tensor, probes: Tensor | None, trac
 
 
 def exact_divergence(
-    field: VectorField, x: Tensor, chunk_size: int | None = None, mode: Literal["reverse", "forward"] = "reverse"
+    field: VectorField,
+    x: Tensor,
+    chunk_size: int | None = None,
+    mode: Literal["reverse", "forward"] = "reverse",
 ) -> tuple[Tensor, Tensor]:
     """Return the velocity and its divergence, the trace of its Jacobian.
 
@@ -87,8 +97,8 @@ def exact_divergence(
         field: ``(batch, dim) -> (batch, dim)``, acting on each row alone.
         x: ``(batch, dim)``.
         chunk_size: coordinates in one call, by default as many as are fastest together.
-        mode: reverse mode evaluates the field once and takes about half the time of forward mode on a CPU; forward
-            mode evaluates it once a chunk, and keeps no graph of it in memory.
+        mode: reverse mode evaluates the field once and takes about half the time of forward mode on
+            a CPU; forward mode evaluates it once a chunk, and keeps no graph of it in memory.
 
     Returns:
         ``(batch, dim)`` and ``(batch,)`` float64.
@@ -103,14 +113,16 @@ def exact_divergence(
             velocity, images = _pushforward(field, x, directions)
         else:
             images = products(directions)
-        total = total + torch.einsum("cbd,cd->b", images, rows).double()  # the diagonal's part of this chunk
+        # the diagonal's part of this chunk
+        total = total + torch.einsum("cbd,cd->b", images, rows).double()
     return velocity, total
 
 
 def chained_divergence(
     field: Callable[..., Tensor], x: Tensor, inner: Sequence[Tensor], jacobians: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return field(x, *inner) and its divergence by x, where the Jacobians of the inner values are known.
+    """Return field(x, *inner) and its divergence by x, where the Jacobians of the inner values are
+    known.
 
     One reverse-mode product for each coordinate, through ``field`` alone.
 
@@ -127,7 +139,8 @@ def chained_divergence(
     velocity, pullback, *_ = torch.func.vjp(field, x, *inner)
     products = torch.func.vmap(pullback)
     eye = torch.eye(dim, dtype=x.dtype, device=x.device).unsqueeze(1).expand(-1, batch, -1)
-    columns = [eye, *(jacobian.permute(2, 0, 1) for jacobian in jacobians)]  # (coordinate of x, batch, dim)
+    # (coordinate of x, batch, dim)
+    columns = [eye, *(jacobian.permute(2, 0, 1) for jacobian in jacobians)]
     total = torch.zeros(batch, dtype=torch.float64, device=x.device)
     for rows in torch.arange(dim, device=x.device).split(max(1, _at_once(x) // max(1, batch))):
         pairs = zip(products(eye[rows]), columns, strict=True)
@@ -153,7 +166,8 @@ def probe_noise(noise: Noise, probes: int, x: Tensor, generator: torch.Generator
 
 
 def hutchinson_divergence(field: VectorField, x: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the velocity and an unbiased estimate of its divergence for each probe (Hutchinson 1989).
+    """Return the velocity and an unbiased estimate of its divergence for each probe (Hutchinson
+    1989).
 
     Reverse mode: one vector-Jacobian product a probe.
 
@@ -170,19 +184,22 @@ def hutchinson_divergence(field: VectorField, x: Tensor, probes: Tensor) -> tupl
 
 
 def hutchpp_divergence(field: VectorField, x: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the velocity and an unbiased estimate of its divergence by Hutch++ (Meyer et al. 2021).
+    """Return the velocity and an unbiased estimate of its divergence by Hutch++ (Meyer et al.
+    2021).
 
-    With m probes and k = m // 3: k products sketch the range of the Jacobian, k more give the trace within it
-    exactly, and Hutchinson's estimate from the last m - 2k probes adds what is outside; m products in all, in two
-    passes. The variance is that of the part outside times 2 / (m - 2k), so that it pays only where the k largest
-    singular values hold more than about two thirds of the Jacobian's squared norm. Elsewhere it is up to three times
-    that of `hutchinson_divergence`, and worse beside a multiple of the identity, as velocity fields have one: on the
-    diagonal Rademacher probes have no error, their projections do. The frame turns with time: take shorter steps.
+    With m probes and k = m // 3: k products sketch the range of the Jacobian, k more give the trace
+    within it exactly, and Hutchinson's estimate from the last m - 2k probes adds what is outside; m
+    products in all, in two passes. The variance is that of the part outside times 2 / (m - 2k), so
+    that it pays only where the k largest singular values hold more than about two thirds of the
+    Jacobian's squared norm. Elsewhere it is up to three times that of `hutchinson_divergence`, and
+    worse beside a multiple of the identity, as velocity fields have one: on the diagonal Rademacher
+    probes have no error, their projections do. The frame turns with time: take shorter steps.
 
     Args:
         field: ``(batch, dim) -> (batch, dim)``, acting on each row alone.
         x: ``(batch, dim)``.
-        probes: ``(probes, batch, dim)``, at least 3, fixed during a solve; the k in the middle are not used.
+        probes: ``(probes, batch, dim)``, at least 3, fixed during a solve; the k in the middle are
+            not used.
 
     Returns:
         ``(batch, dim)`` and ``(batch,)`` float64.
@@ -203,13 +220,17 @@ def hutchpp_divergence(field: VectorField, x: Tensor, probes: Tensor) -> tuple[T
 
 
 def _pullback(field: VectorField, x: Tensor) -> tuple[Tensor, VectorField]:
-    """Return the velocity and the function from directions ``(k, batch, dim)`` to their products with the Jacobian."""
+    """Return the velocity and the function from directions ``(k, batch, dim)`` to their products
+    with the Jacobian.
+    """
     velocity, pullback, *_ = torch.func.vjp(field, x)
     return velocity, torch.func.vmap(lambda direction: pullback(direction)[0])
 
 
 def _pushforward(field: VectorField, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the velocity and the Jacobian's products with directions ``(k, batch, dim)``, by forward mode."""
+    """Return the velocity and the Jacobian's products with directions ``(k, batch, dim)``, by
+    forward mode.
+    """
 
     def along(direction: Tensor) -> tuple[Tensor, Tensor]:
         value, tangent, *_ = jvp(field, (x,), (direction,))

@@ -1,4 +1,6 @@
-"""The interface of velocity fields, from N(0, I) to a posterior in the coordinates of the source."""
+"""The interface of velocity fields, from N(0, I) to a posterior in the coordinates of the
+source.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,15 @@ __all__ = ["Field", "check_field"]
 class Field(nn.Module):
     """A velocity field: write ``forward``, and override what else you know of it.
 
-    It is called as ``field(t, x)``, with ``t`` a scalar or ``(batch,)`` and ``x`` ``(batch, dim)``, and acts on each
-    row alone. Whatever needs a field takes any ``nn.Module`` called like this, too: see `Field.of`.
+    It is called as ``field(t, x)``, with ``t`` a scalar or ``(batch,)`` and ``x`` ``(batch, dim)``,
+    and acts on each row alone. Whatever needs a field takes any ``nn.Module`` called like this,
+    too: see `Field.of`.
 
     Attributes:
         path: the path of the pairs that the field is made for.
-        symmetries: those that the field is equivariant to. Draws are moved by all that the source keeps while the
-            field is trained, unless these are none: such a field is for draws that were aligned. None if not known.
+        symmetries: those that the field is equivariant to. Draws are moved by all that the source
+            keeps while the field is trained, unless these are none: such a field is for draws that
+            were aligned. None if not known.
         posterior: what the field is bound to; never part of the module's weights.
         proximal_steps: by which it follows the data.
     """
@@ -40,10 +44,12 @@ class Field(nn.Module):
 
     @staticmethod
     def of(module: nn.Module) -> Field:
-        """Return the module itself if it is a field, else a field that calls it and knows nothing more of it."""
+        """Return the module itself if it is a field, else a field that calls it and knows nothing
+        more of it.
+        """
         return module if isinstance(module, Field) else _Wrapped(module)
 
-    # ---------------------------------------------------------------- the posterior
+    # ---------------------------------------- the posterior
 
     @property
     def informed(self) -> bool:
@@ -63,13 +69,15 @@ class Field(nn.Module):
         other.posterior = posterior
         return other
 
-    # ---------------------------------------------------------------- training
+    # ---------------------------------------- training
 
     def precompute(self, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        """Return what of the velocity comes before anything learned, ``(batch, dim)`` each; nothing by default.
+        """Return what of the velocity comes before anything learned, ``(batch, dim)`` each.
 
-        Training computes it once for a point that it uses several times, moved by other symmetries: it must be
-        equivariant to them.
+        Nothing by default.
+
+        Training computes it once for a point that it uses several times, moved by other symmetries:
+        it must be equivariant to them.
         """
         return ()
 
@@ -78,10 +86,13 @@ class Field(nn.Module):
         return self(t, x)
 
     def loss_weight(self, t: Tensor) -> Tensor:
-        """Return what squared errors are multiplied by in training, in the shape of ``t``; one by default."""
+        """Return what squared errors are multiplied by in training, in the shape of ``t``.
+
+        One by default.
+        """
         return torch.ones_like(t)
 
-    # ---------------------------------------------------------------- densities
+    # ---------------------------------------- densities
 
     @property
     def has_closed_divergence(self) -> bool:
@@ -89,13 +100,16 @@ class Field(nn.Module):
         return type(self).closed_divergence is not Field.closed_divergence
 
     def closed_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the velocity and its divergence ``(batch,)`` in float64, without a product for each coordinate."""
+        """Return the velocity and its divergence ``(batch,)`` in float64, without a product for
+        each coordinate.
+        """
         raise NotImplementedError(f"a {self._get_name()} has no closed divergence")
 
     def with_divergence(
         self, t: Tensor, x: Tensor, trace: Trace = "exact", probes: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the velocity and its divergence, by `closed_divergence` where that is asked for and known.
+        """Return the velocity and its divergence, by `closed_divergence` where that is asked for
+        and known.
 
         Args:
             t: a scalar or ``(batch,)``.
@@ -110,7 +124,7 @@ class Field(nn.Module):
             return self.closed_divergence(t, x)
         return divergence(self, t, x, trace, probes)
 
-    # ---------------------------------------------------------------- other weights, files
+    # ---------------------------------------- other weights, files
 
     def on(self, spec: WeightSpec) -> Field:
         """Return the field with the same parameters for weights of other hidden widths.
@@ -121,7 +135,10 @@ class Field(nn.Module):
         raise ValueError(f"a {self._get_name()} is tied to its own weights")
 
     def describe(self) -> dict[str, Any] | None:
-        """Return plain values from which the module is rebuilt; None, the default, if it cannot be saved."""
+        """Return plain values from which the module is rebuilt.
+
+        None, the default, if it cannot be saved.
+        """
         return None
 
 
@@ -162,12 +179,15 @@ def check_field(field: Field, t: Tensor, x: Tensor) -> bool:
             drawn = torch.get_rng_state()
             field(t, x)
             random = not torch.equal(drawn, torch.get_rng_state())
-        changed = [name for name, (buffer, before) in kept.items() if not torch.equal(buffer, before)]
+        changed = [
+            name for name, (buffer, before) in kept.items() if not torch.equal(buffer, before)
+        ]
         if changed:
             raise ValueError(
-                f"velocity: {changed[0].removeprefix('module.')!r} is written while the field is evaluated. "
-                "A statistic of points that it met is none of its weights, which are averaged and kept: take norms "
-                "of single rows, such as LayerNorm, in place of BatchNorm"
+                f"velocity: {changed[0].removeprefix('module.')!r} is written while the field is "
+                f"evaluated. "
+                "A statistic of points that it met is none of its weights, which are averaged and "
+                "kept: take norms of single rows, such as LayerNorm, in place of BatchNorm"
             )
         for module in modes:
             module.training = False
@@ -184,7 +204,7 @@ def check_field(field: Field, t: Tensor, x: Tensor) -> bool:
     # Far above rounding, and far below what another row out of four does.
     if bool(((together - alone).abs().amax() > 1e-2 * together.abs().amax()).any()):
         raise ValueError(
-            "velocity: the field makes a row's velocity depend on the other rows, so that draws and densities would "
-            "depend on what travels together; the first axis runs over rows"
+            "velocity: the field makes a row's velocity depend on the other rows, so that draws "
+            "and densities would depend on what travels together; the first axis runs over rows"
         )
     return random

@@ -36,7 +36,8 @@ from bnnflow.weights import NO_SYMMETRY, Symmetries, WeightSpec
 
 __all__ = ["fit_flow"]
 
-_AFFORDABLE = 2**20  # rows times weights of a gradient for every pair, beyond which fields of weights go without
+# rows times weights of a gradient for every pair, beyond which fields of weights go without
+_AFFORDABLE = 2**20
 
 Given = Draws | Tensor | tuple[Tensor, Tensor | None]
 """Draws, weights ``(..., dim)``, or a pair (weights, log weights)."""
@@ -56,30 +57,37 @@ def fit_flow(
     seed: Seed = 0,
     progress: bool = True,
 ) -> Flow:
-    """Fit a transport from the prior to posterior draws by conditional flow matching (Lipman et al. 2023).
+    """Fit a transport from the prior to posterior draws by conditional flow matching (Lipman et al.
+    2023).
 
-    Minimises E |v(t, x_t) - dx_t/dt|^2 over pairs of a coupling on a path, whose minimiser is the marginal field that
-    carries the source to the posterior. Works in the coordinates in which the source is N(0, I), and moves every pair
-    by a random symmetry that keeps the source, unless the field declares that it has none. The weights returned are an
-    exponential moving average. Under ``torchrun`` every process takes its share of the batch.
+    Minimises E |v(t, x_t) - dx_t/dt|^2 over pairs of a coupling on a path, whose minimiser is the
+    marginal field that carries the source to the posterior. Works in the coordinates in which the
+    source is N(0, I), and moves every pair by a random symmetry that keeps the source, unless the
+    field declares that it has none. The weights returned are an exponential moving average. Under
+    ``torchrun`` every process takes its share of the batch.
 
     Args:
         model: the posterior.
-        draws: from it: `Draws`, weights ``(..., dim)``, or a pair (weights, log weights). Take many: a field that has
-            met each of them fifty times begins to fit them in place of the posterior.
-        velocity: ``"informed"`` sees the gradient of the likelihood: far more accurate on sharp posteriors, several
-            gradients an evaluation. ``"weights"`` sees weights only: cheapest to sample. ``"residual"`` corrects the
-            closed form of a Gaussian fit, for aligned draws. The network of the first two is a `SignedDWSNet` where the
-            source keeps signs of all hidden units (tanh, an even prior), else a `DWSNet`. Or a field of your own.
+        draws: from it: `Draws`, weights ``(..., dim)``, or a pair (weights, log weights). Take
+            many: a field that has met each of them fifty times begins to fit them in place of the
+            posterior.
+        velocity: ``"informed"`` sees the gradient of the likelihood: far more accurate on sharp
+            posteriors, several gradients an evaluation. ``"weights"`` sees weights only: cheapest
+            to sample. ``"residual"`` corrects the closed form of a Gaussian fit, for aligned draws.
+            The network of the first two is a `SignedDWSNet` where the source keeps signs of all
+            hidden units (tanh, an even prior), else a `DWSNet`. Or a field of your own.
         source: the law at t = 0; the prior if None.
-        matching: coupling, path, times and targets of the pairs; the defaults of `Matching` if None.
-        training: how long and how fast: by default 120 seconds, with Muon at a learning rate of 3e-3. A flow fitted by
-            budget keeps its number of steps in ``flow.info["steps"]``.
-        held_out: draws that are not trained on, best of chains of their own: the state with the lowest loss on them is
-            kept, and training ends when it has not fallen for ``training.patience`` looks, one every 100 steps.
-        checkpoint: a file that keeps the state of training, written every minute and at the end; ``.npz`` is appended
-            if it has no suffix. A `Checkpoint` with ``resume`` goes on from it; with a number of steps, bit for bit on
-            CPU. Only ``budget``, ``steps`` and ``patience`` may change.
+        matching: coupling, path, times and targets of the pairs; the defaults of `Matching` if
+            None.
+        training: how long and how fast: by default 120 seconds, with Muon at a learning rate of
+            3e-3. A flow fitted by budget keeps its number of steps in ``flow.info["steps"]``.
+        held_out: draws that are not trained on, best of chains of their own: the state with the
+            lowest loss on them is kept, and training ends when it has not fallen for
+            ``training.patience`` looks, one every 100 steps.
+        checkpoint: a file that keeps the state of training, written every minute and at the end;
+            ``.npz`` is appended if it has no suffix. A `Checkpoint` with ``resume`` goes on from
+            it; with a number of steps, bit for bit on CPU. Only ``budget``, ``steps`` and
+            ``patience`` may change.
         seed: an int or a generator.
         progress: show a bar at a terminal, with the loss for each quarter of the time.
 
@@ -87,10 +95,11 @@ def fit_flow(
         The flow; after Ctrl-C as far as it got, with ``info["interrupted"]`` set.
 
     Raises:
-        ValueError: if there are no draws, they do not fit the model or are not finite, or the network's weights
-            cannot be labelled and no field of your own is given; if ``targets="posterior"`` and the draws are not the
-            posterior's, or not paired independently; if another run works on the checkpoint, or it holds a training
-            that is another one or is not to be resumed.
+        ValueError: if there are no draws, they do not fit the model or are not finite, or the
+            network's weights cannot be labelled and no field of your own is given; if
+            ``targets="posterior"`` and the draws are not the posterior's, or not paired
+            independently; if another run works on the checkpoint, or it holds a training that is
+            another one or is not to be resumed.
     """
     theta, log_weights = _checked(model, draws, "draws")
     given_seed = seed_identity(seed)
@@ -100,11 +109,22 @@ def fit_flow(
     x1 = source.to_normal(theta)
     generator = as_generator(seed, model.device)
     with isolated(generator):
-        field = _field(velocity, model, source, x1, matching.path).to(model.device, model.dtype).train()
-    # A field that declares no symmetry is for one mode: spreading that over its orbit would undo the alignment.
-    group = NO_SYMMETRY if field.symmetries is not None and not any(field.symmetries) else source.symmetries(model)
+        field = (
+            _field(velocity, model, source, x1, matching.path).to(model.device, model.dtype).train()
+        )
+    # A field that declares no symmetry is for one mode: spreading that over its orbit would undo
+    # the alignment.
+    group = (
+        NO_SYMMETRY
+        if field.symmetries is not None and not any(field.symmetries)
+        else source.symmetries(model)
+    )
     pairs = _CoupledDraws(x1, _normalised(log_weights), matching.coupling, model.spec, group)
-    unseen = None if held_out is None else replace(pairs, x1=_held_out(model, held_out, source), weights=None)
+    unseen = (
+        None
+        if held_out is None
+        else replace(pairs, x1=_held_out(model, held_out, source), weights=None)
+    )
     path = matching.path if matching.path is not None else field.path
     identity = {
         "model": model.fingerprint(),
@@ -121,7 +141,15 @@ def fit_flow(
     way = _with_targets(matching.targets, path, field, pairs, posterior, generator)
     reuse = Reuse(matching.reuse, partial(model.spec.transform, group))
     task = Task(field, pairs, way, matching.times, reuse, unseen)
-    info = run(task, training, checkpoint, generator, progress, ranks=connect(model.device), identity=identity)
+    info = run(
+        task,
+        training,
+        checkpoint,
+        generator,
+        progress,
+        ranks=connect(model.device),
+        identity=identity,
+    )
     info |= {
         "seed": seed_in_words(seed),
         "coupling": type(matching.coupling).__name__,
@@ -169,12 +197,19 @@ def _checked(model: BayesianModel, draws: Given, what: str) -> tuple[Tensor, Ten
     theta = theta.to(model.device, model.dtype)
     finite = theta.isfinite().all(-1)
     if len(theta) == 0 or not bool(finite.all()):
-        raise ValueError(f"fit_flow needs finite {what}; {int((~finite).sum())} of {len(theta)} are NaN or infinite")
+        raise ValueError(
+            f"fit_flow needs finite {what}; {int((~finite).sum())} of {len(theta)} "
+            f"are NaN or infinite"
+        )
     return theta, log_weights
 
 
 def _field(
-    velocity: str | nn.Module, model: BayesianModel, source: Source, x1: Tensor, path: AffinePath | None
+    velocity: str | nn.Module,
+    model: BayesianModel,
+    source: Source,
+    x1: Tensor,
+    path: AffinePath | None,
 ) -> Field:
     if isinstance(velocity, nn.Module):
         return copy.deepcopy(Field.of(velocity).bind(None)).requires_grad_()
@@ -188,7 +223,9 @@ def _field(
         linearises = model.likelihood.kind == "regression" and model.likelihood.has_fisher_factor
         proximal_step = GaussNewton(2) if linearises else GradientSteps()
         return InformedVelocity(model.spec, proximal_step, architecture=architecture, path=path)
-    raise ValueError(f"velocity must be 'informed', 'weights', 'residual' or a module, got {velocity!r}")
+    raise ValueError(
+        f"velocity must be 'informed', 'weights', 'residual' or a module, got {velocity!r}"
+    )
 
 
 def _with_targets(
@@ -199,12 +236,15 @@ def _with_targets(
     posterior: WhitenedPosterior,
     generator: torch.Generator,
 ) -> ProbabilityPath:
-    """Return the path with the targets asked for: those of the posterior, if ``"auto"``, only where they are sound."""
+    """Return the path with the targets asked for: those of the posterior, if ``"auto"``, only where
+    they are sound.
+    """
     if targets == "pairs":
         return path
     model = posterior.model
     price = min(len(model.x), ROWS) * model.dim
-    # Without a symmetry the draws have been aligned, most likely, and are then no draws of the whole posterior.
+    # Without a symmetry the draws have been aligned, most likely, and are then no draws of the
+    # whole posterior.
     doubtful = not any(pairs.group) and any(model.spec.symmetries())
     if targets == "auto" and (doubtful or (price > _AFFORDABLE and not field.informed)):
         return path
@@ -213,9 +253,12 @@ def _with_targets(
     elif not isinstance(path, AffinePath) or path.sigma:
         why = "the path is not affine, or has noise of its own"
     elif not obeys_stein(posterior, x1 := pairs(2048, generator)[1]):
-        why = "the draws disagree with Stein's identity for this posterior, they are draws of something else"
+        why = "the draws disagree with Stein's identity: they are draws of another posterior"
     else:
-        newton = any(isinstance(each, GaussNewton) and each.iterations is None for each in field.proximal_steps)
+        newton = any(
+            isinstance(each, GaussNewton) and each.iterations is None
+            for each in field.proximal_steps
+        )
         return PosteriorTargets(path, posterior, pairs.group, x1, generator, newton=newton)
     if targets == "posterior":
         raise ValueError(f"targets='posterior' is not possible: {why}")

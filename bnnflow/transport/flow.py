@@ -56,17 +56,21 @@ __all__ = ["Flow", "GaussNewtonFlow"]
 _LOG_2PI = math.log(2 * math.pi)
 _PATIENCE = 3.0  # seconds, from which a bar says how long it will take
 _CHUNK = 512  # points that travel together with a density
-_ROUGH = 1.0  # nats, from which a log density takes more evaluations of the divergence, or is told to be in doubt
+# nats, from which a log density takes more evaluations of the divergence, or is told to be in doubt
+_ROUGH = 1.0
 
 
 @checked
 @dataclass(frozen=True, repr=False)
 class Flow(Sampleable):
-    """A transport of a source, by default the prior, to the posterior; a `Posterior`, and a method of `bnnflow.sample`.
+    """A transport of a source, by default the prior, to the posterior.
 
-    Draws solve dx/dt = velocity(t, x) from t = 0, x ~ N(0, I) in the coordinates of the source, to t = 1. Log densities
-    follow d log p / dt = -div velocity along the path, and include the Jacobian of the coordinates, so that they are
-    densities over ``theta``. Their error is the solver's: see `solver_error`.
+    A `Posterior`, and a method of `bnnflow.sample`.
+
+    Draws solve dx/dt = velocity(t, x) from t = 0, x ~ N(0, I) in the coordinates of the source, to
+    t = 1. Log densities follow d log p / dt = -div velocity along the path, and include the
+    Jacobian of the coordinates, so that they are densities over ``theta``. Their error is the
+    solver's: see `solver_error`.
 
     Attributes:
         velocity: the field, in evaluation mode.
@@ -86,8 +90,12 @@ class Flow(Sampleable):
 
     @classmethod
     @checked
-    def of(cls, velocity: nn.Module, model: BayesianModel, source: Source | None = None, **options: Any) -> Flow:
-        """Make a flow of a field, bound to a model; an untrained `InformedVelocity` is a sampler of its own.
+    def of(
+        cls, velocity: nn.Module, model: BayesianModel, source: Source | None = None, **options: Any
+    ) -> Flow:
+        """Make a flow of a field, bound to a model.
+
+        An untrained `InformedVelocity` is a sampler of its own.
 
         Args:
             velocity: a field for the model's weights.
@@ -97,7 +105,11 @@ class Flow(Sampleable):
         """
         posterior = WhitenedPosterior(model, source)
         return cls(
-            Field.of(velocity).bind(posterior).eval(), posterior.source, model.spec, model.fingerprint(), **options
+            Field.of(velocity).bind(posterior).eval(),
+            posterior.source,
+            model.spec,
+            model.fingerprint(),
+            **options,
         )
 
     @property
@@ -111,7 +123,10 @@ class Flow(Sampleable):
 
     @property
     def gradients_per_draw(self) -> int | None:
-        """Gradients of the likelihood that a draw takes; None where the solver chooses its steps."""
+        """Gradients of the likelihood that a draw takes.
+
+        None where the solver chooses its steps.
+        """
         if not self.velocity.gradients:
             return 0
         evaluations = self.solver.evaluations
@@ -121,7 +136,8 @@ class Flow(Sampleable):
         """Raise ``ValueError`` if the flow is one to another model's posterior."""
         if not model.recognises(self.fingerprint):
             raise ValueError(
-                "method: this flow is one to another posterior; flow.bind(model) uses its field on this one"
+                "method: this flow is one to another posterior; flow.bind(model) uses its field on "
+                "this one"
             )
 
     @property
@@ -138,12 +154,13 @@ class Flow(Sampleable):
     def transfer(self, model: BayesianModel) -> Flow:
         """Return the field with the same parameters for a network of other hidden widths.
 
-        The parameters of a network over weights do not depend on the widths of hidden layers, only on their number and
-        on inputs and outputs. A field of your own says with `Field.on` what it is there. That the result is a flow
-        *to the posterior* is a hope, not a law: check it.
+        The parameters of a network over weights do not depend on the widths of hidden layers, only
+        on their number and on inputs and outputs. A field of your own says with `Field.on` what it
+        is there. That the result is a flow *to the posterior* is a hope, not a law: check it.
 
         Raises:
-            ValueError: if the field is tied to its weights, or the networks differ in more than widths.
+            ValueError: if the field is tied to its weights, or the networks differ in more than
+                widths.
         """
         if not self.source.exchangeable:
             raise ValueError("this flow is tied to its own weights, by its source")
@@ -162,7 +179,8 @@ class Flow(Sampleable):
         """Return the flow bent towards a task by its gradient; see `GuidedVelocity`.
 
         Args:
-            guide: a model of the task with weights like these, or a function of them, ``(batch, dim) -> (batch,)``.
+            guide: a model of the task with weights like these, or a function of them,
+                ``(batch, dim) -> (batch,)``.
             strength: a number, or a function of the time; negative strengths repel.
             steps: gradient steps of the pull at each evaluation.
             max_norm: bound on the length of one of them, in standard deviations of the source.
@@ -172,15 +190,19 @@ class Flow(Sampleable):
         """
         if isinstance(guide, BayesianModel) and guide.dim != self.dim:
             raise ValueError(f"the guide has {guide.dim} weights, the flow {self.dim}")
-        bent = GuidedVelocity(self.velocity, guide, self.source, strength, steps=steps, max_norm=max_norm)
+        bent = GuidedVelocity(
+            self.velocity, guide, self.source, strength, steps=steps, max_norm=max_norm
+        )
         return replace(self, velocity=bent.eval())
 
     @checked
     def on_batch(self, size: Count, seed: Seed) -> Flow:
-        """Return the flow with a random part of the data, for large data: the field then costs as much less.
+        """Return the flow with a random part of the data, for large data: the field then costs as
+        much less.
 
-        The likelihood of the part is scaled to all rows. Log densities of this flow are conditional on the part, which
-        is fixed; draws of many such flows come from the mixture, whose density is not known.
+        The likelihood of the part is scaled to all rows. Log densities of this flow are conditional
+        on the part, which is fixed; draws of many such flows come from the mixture, whose density
+        is not known.
 
         Args:
             size: rows of the data.
@@ -198,7 +220,8 @@ class Flow(Sampleable):
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Flow:
         """Return the flow on another device or in another floating-point type."""
         posterior = self.velocity.posterior
-        moved = copy.deepcopy(self.velocity.bind(None)).to(device, dtype)  # without the data, which do not move
+        # without the data, which do not move
+        moved = copy.deepcopy(self.velocity.bind(None)).to(device, dtype)
         moved = moved.bind(None if posterior is None else posterior.to(device, dtype))
         return replace(self, velocity=moved.eval(), source=self.source.to(device, dtype))
 
@@ -206,7 +229,7 @@ class Flow(Sampleable):
         source = self.source.on(model)
         return Flow.of(velocity, model, source, solver=self.solver, info=self.info)
 
-    # ---------------------------------------------------------------- sampling and densities
+    # ---------------------------------------- sampling and densities
 
     @checked
     def sample(
@@ -224,11 +247,12 @@ class Flow(Sampleable):
             n: number of draws.
             seed: decides the starting points and so the draws.
             solver: of the equation; the flow's own if None.
-            diffusion: noise on the way, a number or a function of time that may vanish on parts of the path: the same
-                marginals if the field is exact, and less memory of its errors if it is not. Wants more steps, and
-                vanishes best before t = 1, where the score is not known.
-            chunk_size: draws that travel together, which bounds the memory, see `largest_chunk`; as many as are fastest
-                unless said otherwise.
+            diffusion: noise on the way, a number or a function of time that may vanish on parts of
+                the path: the same marginals if the field is exact, and less memory of its errors if
+                it is not. Wants more steps, and vanishes best before t = 1, where the score is not
+                known.
+            chunk_size: draws that travel together, which bounds the memory, see `largest_chunk`; as
+                many as are fastest unless said otherwise.
 
         Raises:
             FloatingPointError: if the velocity becomes NaN, or draws are not finite.
@@ -238,7 +262,9 @@ class Flow(Sampleable):
         with torch.no_grad():
             if diffusion == 0:
                 return _finite([self.forward(x0, solver=solver) for x0 in starts])
-            return _finite([self._diffuse(x0, solver or self.solver, diffusion, generator) for x0 in starts])
+            return _finite(
+                [self._diffuse(x0, solver or self.solver, diffusion, generator) for x0 in starts]
+            )
 
     def _diffuse(
         self,
@@ -257,7 +283,9 @@ class Flow(Sampleable):
 
     @checked
     def largest_chunk(self, memory: Count, density: Density | None = None) -> int:
-        """Return the ``chunk_size`` whose tensors stay within ``memory`` bytes, without or with a density."""
+        """Return the ``chunk_size`` whose tensors stay within ``memory`` bytes, without or with a
+        density.
+        """
         x0 = self.start(2, 0)
         one_step = Solver("euler", 1)
 
@@ -283,12 +311,14 @@ class Flow(Sampleable):
         Args:
             n: number of draws.
             seed: decides the starting points.
-            solver: compared with one of half its steps, or a tenth of its tolerances; the flow's own if None.
+            solver: compared with one of half its steps, or a tenth of its tolerances; the flow's
+                own if None.
             density: compare log densities too.
 
         Returns:
-            ``"theta"``, the root mean square difference in standard deviations of the draws, and with ``density``
-            ``"log_prob"``, the mean absolute difference, and ``"log_prob_worst"``, the largest.
+            ``"theta"``, the root mean square difference in standard deviations of the draws, and
+            with ``density`` ``"log_prob"``, the mean absolute difference, and ``"log_prob_worst"``,
+            the largest.
         """
         solver = solver or self.solver
         solvers = solver, solver.finer()
@@ -298,7 +328,9 @@ class Flow(Sampleable):
                 few, many = (self.forward(x0, solver=each) for each in solvers)
                 return {"theta": float(((few - many) / many.std(0)).square().mean().sqrt())}
             solves = (self._solve(each, None, 0) for each in solvers)
-            (few, log_few, _), (many, log_many, _) = (self._forward(x0, each, _CHUNK, False) for each in solves)
+            (few, log_few, _), (many, log_many, _) = (
+                self._forward(x0, each, _CHUNK, False) for each in solves
+            )
         apart = (log_few - log_many).abs()
         return {
             "theta": float(((few - many) / many.std(0)).square().mean().sqrt()),
@@ -310,7 +342,9 @@ class Flow(Sampleable):
     def start(self, n: Count, seed: Seed) -> Tensor:
         """Draw latent points ``(n, dim)``: the source in its own coordinates, N(0, I)."""
         generator = as_generator(seed, self._device)
-        return torch.randn(n, self.dim, generator=generator, device=self._device, dtype=self.source.dtype)
+        return torch.randn(
+            n, self.dim, generator=generator, device=self._device, dtype=self.source.dtype
+        )
 
     @checked
     def forward(self, x0: Tensor, *, solver: Solver | None = None) -> Tensor:
@@ -385,8 +419,12 @@ class Flow(Sampleable):
         self._tell(doubtful, len(theta), solve.solver.rule)
         return theta, log_prob
 
-    def _forward(self, x0: Tensor, solve: _Solve, chunk_size: int, progress: bool) -> tuple[Tensor, Tensor, int]:
-        """Carry latent points to weights, with their log densities, and say how many of these are in doubt."""
+    def _forward(
+        self, x0: Tensor, solve: _Solve, chunk_size: int, progress: bool
+    ) -> tuple[Tensor, Tensor, int]:
+        """Carry latent points to weights, with their log densities, and say how many of these are
+        in doubt.
+        """
         thetas, log_probs, doubtful = [], [], 0
         with self._bar(x0, solve, progress) as bar:
             for rows in x0.split(chunk_size):
@@ -426,7 +464,9 @@ class Flow(Sampleable):
         theta = self._rows("theta", theta)
         with self._bar(theta, solve, progress) as bar:
             for rows in theta.split(chunk_size):
-                x0, change, doubts = self._transport(self.source.to_normal(rows), solve, backwards=True, bar=bar)
+                x0, change, doubts = self._transport(
+                    self.source.to_normal(rows), solve, backwards=True, bar=bar
+                )
                 doubtful += doubts
                 starts.append(x0)
                 log_probs.append(_log_normal(x0) + change + self.source.log_jacobian(rows))
@@ -446,8 +486,9 @@ class Flow(Sampleable):
     ) -> Tensor:
         """Return the log density of the flow at ``theta``, ``(..., dim) -> (...)`` in float64.
 
-        Far from the posterior fields are stiff, and a rule with fixed steps may miss by hundreds of nats: a warning
-        says for how many weights steps of twice the length make a difference of a nat.
+        Far from the posterior fields are stiff, and a rule with fixed steps may miss by hundreds of
+        nats: a warning says for how many weights steps of twice the length make a difference of a
+        nat.
 
         Args:
             theta: weights.
@@ -460,7 +501,12 @@ class Flow(Sampleable):
         flat = shaped("theta", theta, self.dim, lead=True).reshape(-1, self.dim)
         with torch.no_grad():
             _, log_probs = self.inverse_with_log_prob(
-                flat, density=density, solver=solver, seed=seed, chunk_size=chunk_size, progress=progress
+                flat,
+                density=density,
+                solver=solver,
+                seed=seed,
+                chunk_size=chunk_size,
+                progress=progress,
             )
         return log_probs.reshape(theta.shape[:-1])
 
@@ -481,7 +527,10 @@ class Flow(Sampleable):
     def _transport(
         self, x: Tensor, solve: _Solve, *, backwards: bool = False, bar: tqdm | None = None
     ) -> tuple[Tensor, Tensor, int]:
-        """Carry ``x`` from one end to the other and integrate the divergence on the way; say for how many in doubt."""
+        """Carry ``x`` from one end to the other and integrate the divergence on the way.
+
+        Say for how many in doubt.
+        """
         # One set for the whole path, or the solver would integrate noise.
         probes = solve.density.draw(x, solve.generator)
         trace, solver = solve.density.trace, solve.solver
@@ -496,7 +545,8 @@ class Flow(Sampleable):
         start = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
         end, change = solver.integrate(slope, (x, start), backwards=backwards)
         grid = solver.grid(x.device)
-        if solver.evaluations is None or len(grid) < 3:  # a rule that minds its own error, or no longer steps
+        # a rule that minds its own error, or no longer steps
+        if solver.evaluations is None or len(grid) < 3:
             return end, change, 0
         grid = twice_as_long(grid.flip(0) if backwards else grid)
         with torch.no_grad():
@@ -508,27 +558,33 @@ class Flow(Sampleable):
 
     @torch.no_grad()
     def _doubt(self, x: Tensor, end: Tensor, grid: Tensor, rule: Rule) -> Tensor:
-        """Return by how many nats the log density of the source is off at the end of the steps, ``(n,)`` (Richardson).
+        """Return by how many nats the log density of the source is off at the end of the steps,
+        ``(n,)`` (Richardson).
 
         The way alone is gone again in steps of twice the length, which costs no divergence.
         """
-        (other,) = integrate(lambda t, state: (self.velocity(t, state[0]),), (x,), twice_as_long(grid), rule)
+        (other,) = integrate(
+            lambda t, state: (self.velocity(t, state[0]),), (x,), twice_as_long(grid), rule
+        )
         return (_log_normal(end) - _log_normal(other)).abs() / (2 ** order_of(rule) - 1)
 
     def _tell(self, doubtful: int, n: int, rule: Rule) -> None:
         if doubtful:
             warn(
-                f"log densities of {doubtful} of {n} weights may be wrong by more than a nat: the field is too stiff "
-                f"there for fixed steps of {rule!r}, as it is far from the posterior. Take more steps, or an adaptive "
+                f"log densities of {doubtful} of {n} weights may be wrong by more than a nat: the "
+                f"field is too stiff there for fixed steps of {rule!r}, as it is far from the "
+                f"posterior. Take more steps, or an adaptive "
                 "solver such as bf.transport.Solver('dopri5')"
             )
 
     def _along_nodes(
         self, x: Tensor, probes: Tensor | None, solve: _Solve, backwards: bool, bar: tqdm | None
     ) -> tuple[Tensor, Tensor, int]:
-        """Integrate the divergence at nodes, and at twice and four times as many where they are too few.
+        """Integrate the divergence at nodes, and at twice and four times as many where they are too
+        few.
 
-        They are where the divergence is rough along the path, or the way back to the source in doubt.
+        They are where the divergence is rough along the path, or the way back to the source in
+        doubt.
         """
         nodes, rule = solve.solver.nodes, solve.solver.rule
         assert nodes is not None
@@ -541,7 +597,9 @@ class Flow(Sampleable):
             if bar is not None and bar.total is not None and count > nodes:
                 bar.total += count * len(rows)
             field = _Traced(self.velocity, solve.density.trace, some, bar)
-            found, total, rough = integrate_with_trace(field, field.trace, x[rows], count, rule, backwards=backwards)
+            found, total, rough = integrate_with_trace(
+                field, field.trace, x[rows], count, rule, backwards=backwards
+            )
             end, change = end.index_copy(0, rows, found), change.index_copy(0, rows, total)
             value = total.detach()
             if backwards:
@@ -549,7 +607,8 @@ class Flow(Sampleable):
                 doubt = self._doubt(x[rows], found, node_times(count, x.device).flip(0), rule)
                 rough = torch.maximum(rough, doubt)
             more = rough > _ROUGH
-            # A rule of order two leaves a third of what half the steps change; others less, once they are short enough.
+            # A rule of order two leaves a third of what half the steps change; others less, once
+            # they are short enough.
             doubtful = int(((value - before).abs() / 3 > _ROUGH)[more].sum())
             rows, before = rows[more], value[more]
             if len(rows) == 0:
@@ -566,16 +625,18 @@ class Flow(Sampleable):
     def _device(self) -> torch.device:
         return self.source.device
 
-    # ---------------------------------------------------------------- storage
+    # ---------------------------------------- storage
 
     @checked
     def save(self, path: str | Path) -> Path:
-        """Write field, source and meaning of the weights to an ``.npz`` file without pickle, and no data.
+        """Write field, source and meaning of the weights to an ``.npz`` file without pickle, and no
+        data.
 
         Of a flow by `on_batch` the numbers of its rows are written, too.
 
         Raises:
-            ValueError: if the velocity is not one of bnnflow's own and cannot be rebuilt from a description.
+            ValueError: if the velocity is not one of bnnflow's own and cannot be rebuilt from a
+                description.
         """
         description = self.velocity.describe()
         if description is None:
@@ -600,37 +661,46 @@ class Flow(Sampleable):
 
         Args:
             path: the file.
-            model: binds a likelihood-informed field, which knows its data only through the model; for any other it must
-                have the same weights.
+            model: binds a likelihood-informed field, which knows its data only through the model;
+                for any other it must have the same weights.
 
         Raises:
-            ValueError: if the field is informed and there is no model, or it is another one than the file's.
+            ValueError: if the field is informed and there is no model, or it is another one than
+                the file's.
         """
         with storage.described(path):
             return cls.from_file(*storage.read(path, {"flow": 2}), model)
 
     @classmethod
-    def from_file(cls, header: dict[str, Any], arrays: dict[str, np.ndarray], model: BayesianModel | None) -> Flow:
+    def from_file(
+        cls, header: dict[str, Any], arrays: dict[str, np.ndarray], model: BayesianModel | None
+    ) -> Flow:
         """Build a flow from the contents of a file."""
         spec = WeightSpec.from_description(header["spec"])
         plain = header["source"]
         if isinstance(plain, list):  # version 1 knew no source but the prior
             plain = {"prior": plain, "arrays": []}
         check_weights(spec, model)
-        state = {name: values for name, values in arrays.items() if name not in (*plain["arrays"], ROWS)}
-        dtype = header["dtype"] if "dtype" in header else str(next(iter(state.values())).dtype)  # version 1 has none
+        state = {
+            name: values for name, values in arrays.items() if name not in (*plain["arrays"], ROWS)
+        }
+        # version 1 has none
+        dtype = header["dtype"] if "dtype" in header else str(next(iter(state.values())).dtype)
         dtype = dtype_of(dtype)
         velocity = restore(header["velocity"], spec, state, dtype)
         if velocity.informed and model is None:
             raise ValueError("a likelihood-informed flow needs its model: Flow.load(path, model)")
         if velocity.informed and model is not None and not model.recognises(header["fingerprint"]):
             raise ValueError(
-                "this is not the model that the flow was fitted on (data, prior, likelihood or network differ); "
-                "load it with its own model and call flow.bind(model) to use it on another"
+                "this is not the model that the flow was fitted on (data, prior, likelihood or "
+                "network differ); load it with its own model and call flow.bind(model) to use it "
+                "on another"
             )
         source = Source.from_description(plain, arrays, dtype, model)
         if velocity.informed and model is not None:
-            velocity = velocity.bind(WhitenedPosterior(model, source, rows_to_look_at(arrays, model)))
+            velocity = velocity.bind(
+                WhitenedPosterior(model, source, rows_to_look_at(arrays, model))
+            )
         rest = (str(header["fingerprint"]), solver_of(header), dict(header["info"]))
         return cls(velocity, source, spec, *rest)
 
@@ -644,18 +714,20 @@ def GaussNewtonFlow(
     path: AffinePath | None = None,
     solver: Solver | None = None,
 ) -> Flow:
-    """Return the flow of a `ScoreVelocity`: a sampler that needs neither draws nor training, for any network.
+    """Return the flow of a `ScoreVelocity`: a sampler that needs neither draws nor training, for
+    any network.
 
-    Exact for a linear Gaussian model; elsewhere an approximation that follows curvature and, by its curved paths, some
-    of the posterior's shape. It is a start for `refine`, `correct` and SMC, and a source of training targets.
+    Exact for a linear Gaussian model; elsewhere an approximation that follows curvature and, by its
+    curved paths, some of the posterior's shape. It is a start for `refine`, `correct` and SMC, and
+    a source of training targets.
 
     Args:
         model: the posterior; its likelihood needs a ``fisher_factor`` for Gauss-Newton.
         proximal_step: `GaussNewton` unless said otherwise.
         source: the law at t = 0; the prior if None.
         path: the path from it.
-        solver: of the equation; if None the midpoint rule in 20 steps, and for a linear Gaussian model in as many as
-            bring its draws to their width.
+        solver: of the equation; if None the midpoint rule in 20 steps, and for a linear Gaussian
+            model in as many as bring its draws to their width.
     """
     posterior = WhitenedPosterior(model, source)
     solver = Solver(steps=_resolving(posterior)) if solver is None else solver
@@ -669,32 +741,39 @@ _ROUNDING = 1e-3  # of a matrix that is the same everywhere
 
 
 def _resolving(posterior: WhitenedPosterior) -> int:
-    """Return how many steps bring draws of a linear Gaussian model to their width; the usual number for other models.
+    """Return how many steps bring draws of a linear Gaussian model to their width.
 
-    The last of n steps is 1 / n^2 of the path. A quarter of the posterior's least width, as a share of the source's,
-    leaves that width off by some percent.
+    The usual number for other models.
+
+    The last of n steps is 1 / n^2 of the path. A quarter of the posterior's least width, as a share
+    of the source's, leaves that width off by some percent.
     """
     least = _least_width(posterior)
     wanted = math.ceil(2 / least**0.5)
     if wanted > _MOST:
         warn(
-            f"in some direction the posterior is {least:.1e} times as wide as the source, which would take {wanted} "
-            f"steps; after {_MOST} draws are too narrow there: take a source that is nearer"
+            f"in some direction the posterior is {least:.1e} times as wide as the source, which "
+            f"would take {wanted} steps; after {_MOST} draws are too narrow there: take a source "
+            f"that is nearer"
         )
     return max(_USUAL, min(wanted, _MOST))
 
 
 @torch.no_grad()
 def _least_width(posterior: WhitenedPosterior) -> float:
-    """Return the least standard deviation of a linear Gaussian posterior in units of the source's; 1 for others."""
+    """Return the least standard deviation of a linear Gaussian posterior in units of the source's.
+
+    1 for others.
+    """
     if not posterior.model.likelihood.has_fisher_factor:
         return 1.0
-    x, v = torch.randn(2, 2, posterior.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
-        posterior.source.device, posterior.source.dtype
-    )
+    x, v = torch.randn(
+        2, 2, posterior.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).to(posterior.source.device, posterior.source.dtype)
     _, times = posterior.at(x).grad_and_product()
     first, second = times(v[:1].expand(2, -1))
-    if not (first - second).norm() <= _ROUNDING * first.norm():  # at two points it would be one matrix
+    # at two points it would be one matrix
+    if not (first - second).norm() <= _ROUNDING * first.norm():
         return 1.0
     largest = 0.0
     for _ in range(_POWERS):
@@ -713,9 +792,13 @@ class _Solve(NamedTuple):
 
 
 class _Traced:
-    """A field that remembers its velocity where its divergence was taken last, from where the next step begins."""
+    """A field that remembers its velocity where its divergence was taken last, from where the next
+    step begins.
+    """
 
-    def __init__(self, velocity: Field, trace: Trace, probes: Tensor | None, bar: tqdm | None) -> None:
+    def __init__(
+        self, velocity: Field, trace: Trace, probes: Tensor | None, bar: tqdm | None
+    ) -> None:
         self._velocity, self._probes, self._bar = velocity, probes, bar
         self._trace: Trace = trace
         self._known: tuple[Tensor, Tensor] | None = None
@@ -740,7 +823,8 @@ def _finite(parts: list[Tensor]) -> Tensor:
     broken = int((~theta.isfinite().all(-1)).sum())
     if broken:
         raise FloatingPointError(
-            f"{broken} of {len(theta)} draws are infinite or NaN: take more steps, fit the flow for longer, or let "
+            f"{broken} of {len(theta)} draws are infinite or NaN: take more steps, fit the flow "
+            f"for longer, or let "
             "`correct` leave them out"
         )
     return theta

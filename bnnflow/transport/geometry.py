@@ -1,4 +1,6 @@
-"""Transport on the manifold of networks whose scales are normalised: paths along geodesics, and tangent fields."""
+"""Transport on the manifold of networks whose scales are normalised: paths along geodesics, and
+tangent fields.
+"""
 
 from __future__ import annotations
 
@@ -31,16 +33,22 @@ class RiemannianPath(ProbabilityPath):
 
     spheres: Spheres
 
-    def point(self, x0: Tensor, x1: Tensor, t: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return where each pair is at its time and its velocity there, ``(batch, dim)`` both, for t ``(batch,)``."""
+    def point(
+        self, x0: Tensor, x1: Tensor, t: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Return where each pair is at its time and its velocity there, ``(batch, dim)`` both, for
+        t ``(batch,)``.
+        """
         return self.spheres.geodesic(x0, x1, t)
 
 
 @checked
 class TangentVelocity(Field):
-    """A field on the manifold that sees weights and time only: a `DWSNet`, projected to the tangent space.
+    """A field on the manifold that sees weights and time only: a `DWSNet`, projected to the tangent
+    space.
 
-    Equivariant to permutations of hidden units, which are isometries of the manifold and keep the tangent spaces.
+    Equivariant to permutations of hidden units, which are isometries of the manifold and keep the
+    tangent spaces.
 
     Args:
         spec: a chain of layers, or a residual network.

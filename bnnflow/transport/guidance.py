@@ -27,15 +27,18 @@ Guide = BayesianModel | Callable[[Tensor], Tensor]
 class GuidedVelocity(Field):
     """A field plus the pull of a task: approximately the field to p1(theta) exp(strength G(theta)).
 
-    With the base field's estimate of x1 and of its spread, N(E[x1 | x_t], s^2 I), the pull is that of `ScoreVelocity`:
-    score_gain(t) E[grad G(x1)], the expectation taken by `GradientSteps` on G. Exact to the accuracy of those steps
-    where the base is the source itself; where the base knows x1 better than s, too strong late on.
+    With the base field's estimate of x1 and of its spread, N(E[x1 | x_t], s^2 I), the pull is that
+    of `ScoreVelocity`: score_gain(t) E[grad G(x1)], the expectation taken by `GradientSteps` on G.
+    Exact to the accuracy of those steps where the base is the source itself; where the base knows
+    x1 better than s, too strong late on.
 
     Args:
         field: the base.
-        guide: a model of the task, whose log likelihood is G, or G itself: ``(batch, dim) weights -> (batch,)``.
+        guide: a model of the task, whose log likelihood is G, or G itself:
+            ``(batch, dim) weights -> (batch,)``.
         source: gives the coordinates.
-        strength: a number, or a function of the time ``(batch,) -> (batch,)``; negative strengths repel.
+        strength: a number, or a function of the time ``(batch,) -> (batch,)``; negative strengths
+            repel.
         steps: gradient steps of the pull; 2 ``steps`` + 1 gradients of G an evaluation.
         max_norm: bound on the length of one such step, in standard deviations of the source.
     """
@@ -62,7 +65,9 @@ class GuidedVelocity(Field):
         base = self.field(t, x)
         c = Coefficients(*(part.unsqueeze(-1) for part in self.path.coefficients(t)))
         _, x1 = self.path.ends(t, x, base)
-        strength = self._strength(t) if callable(self._strength) else torch.full_like(t, self._strength)
+        strength = (
+            self._strength(t) if callable(self._strength) else torch.full_like(t, self._strength)
+        )
         task = _Task(self._guide, self._source, strength.unsqueeze(-1))
         score: LikelihoodScore = self._proximal_step(task, x1, c.a * c.a / c.q)
         return base + c.score_gain * score.w

@@ -1,4 +1,6 @@
-"""Flows on the manifold of networks whose scales are normalised, and what makes them densities over weights."""
+"""Flows on the manifold of networks whose scales are normalised, and what makes them densities over
+weights.
+"""
 
 from __future__ import annotations
 
@@ -41,19 +43,23 @@ __all__ = ["CompletedFlow", "ManifoldFlow", "Radii", "fit_manifold_flow"]
 @checked
 @dataclass(frozen=True)
 class ManifoldFlow:
-    """A transport of the uniform law on spheres, and the normal one on the flat rest, to a law of normalised networks.
+    """A transport of the uniform law on spheres, and the normal one on the flat rest, to a law of
+    normalised networks.
 
-    Points solve dx/dt = the tangent part of velocity(t, x) from t = 0 to t = 1. Every step of the solver is taken in
-    normal coordinates, the tangent space at its start, from which the exponential map leads back: the points never
-    leave the manifold, the rule keeps its order, and a flow along geodesics is followed exactly. Log densities follow
-    d log p / dt = -div velocity with the Riemannian divergence (Mathieu and Nickel 2020; Lou et al. 2020): that of
-    the field's extension by x -> x / |x| in the space around.
+    Points solve dx/dt = the tangent part of velocity(t, x) from t = 0 to t = 1. Every step of the
+    solver is taken in normal coordinates, the tangent space at its start, from which the
+    exponential map leads back: the points never leave the manifold, the rule keeps its order, and a
+    flow along geodesics is followed exactly. Log densities follow d log p / dt = -div velocity with
+    the Riemannian divergence (Mathieu and Nickel 2020; Lou et al. 2020): that of the field's
+    extension by x -> x / |x| in the space around.
 
-    They are densities with respect to the volume of the *manifold*, for points whose scales are normalised: no
-    densities over weights, and nothing to weigh a posterior with. `complete` makes them such.
+    They are densities with respect to the volume of the *manifold*, for points whose scales are
+    normalised: no densities over weights, and nothing to weigh a posterior with. `complete` makes
+    them such.
 
     Attributes:
-        velocity: a field ``(t, x) -> (batch, dim)`` in evaluation mode; what is not tangent of it is dropped.
+        velocity: a field ``(t, x) -> (batch, dim)`` in evaluation mode; what is not tangent of it
+            is dropped.
         spheres: the manifold.
         solver: of the equation, unless a call says otherwise.
         info: how the flow was made.
@@ -77,7 +83,9 @@ class ManifoldFlow:
     @property
     def like(self) -> Tensor:
         """A tensor on the field's device and of its type."""
-        return next((p for p in [*self.velocity.parameters(), *self.velocity.buffers()]), torch.empty(0))
+        return next(
+            (p for p in [*self.velocity.parameters(), *self.velocity.buffers()]), torch.empty(0)
+        )
 
     @checked
     def start(self, n: Count, seed: Seed = 0) -> Tensor:
@@ -150,7 +158,8 @@ class ManifoldFlow:
         seed: Seed = 0,
         chunk_size: Count = 512,
     ) -> Tensor:
-        """Return the log density on the manifold at points of it, ``(..., dim) -> (...)`` in float64.
+        """Return the log density on the manifold at points of it, ``(..., dim) -> (...)`` in
+        float64.
 
         Args:
             x: points.
@@ -164,25 +173,33 @@ class ManifoldFlow:
         """
         self.spec.check(x)
         if not bool(((self.spheres.inner(x, x)[..., :-1] - 1).abs() < 1e-3).all()):
-            raise ValueError("the density is one of points on the manifold: call spheres.project(theta) first")
+            raise ValueError(
+                "the density is one of points on the manifold: call spheres.project(theta) first"
+            )
         density, generator = density or Density(), as_generator(seed, self.like.device)
         log_probs = []
         with torch.no_grad():
             for rows in x.reshape(-1, self.dim).split(chunk_size):
-                x0, change = self.transport(rows, self.times(solver, backwards=True), solver, density, generator)
+                x0, change = self.transport(
+                    rows, self.times(solver, backwards=True), solver, density, generator
+                )
                 log_probs.append(self.spheres.log_prob(x0) + change)
         return torch.cat(log_probs).reshape(x.shape[:-1])
 
     @checked
     def complete(self, theta: Tensor) -> CompletedFlow:
-        """Return the flow with a law of the radii fitted to weights ``(n, dim)``, as a density over weights."""
+        """Return the flow with a law of the radii fitted to weights ``(n, dim)``, as a density over
+        weights.
+        """
         theta = finite("theta", self.spec.check(theta.to(self.like)))
         return CompletedFlow(self, Radii.fit(theta, self.spheres))
 
-    # ---------------------------------------------------------------- transport
+    # ---------------------------------------- transport
 
     def times(self, solver: Solver | None = None, *, backwards: bool = False) -> Tensor:
-        """Return the times of a solver, ``(steps + 1,)``, of the flow's own if None, from 0 to 1 or back."""
+        """Return the times of a solver, ``(steps + 1,)``, of the flow's own if None, from 0 to 1 or
+        back.
+        """
         grid = (solver or self.solver).grid(self.like.device)
         return grid.flip(0) if backwards else grid
 
@@ -194,7 +211,9 @@ class ManifoldFlow:
         density: Density | None = None,
         seed: Seed = 0,
     ) -> tuple[Tensor, Tensor]:
-        """Carry points along the given times, and integrate the divergence on the way; differentiable by the points.
+        """Carry points along the given times, and integrate the divergence on the way.
+
+        Differentiable by the points.
 
         Args:
             x: points on the manifold, ``(batch, dim)``.
@@ -226,7 +245,12 @@ class ManifoldFlow:
                 return spheres.log_velocity(x, state[0], velocity), rate
 
             w, change = integrate(
-                slope, (torch.zeros_like(x), change), ends, solver.rule, rtol=solver.rtol, atol=solver.atol
+                slope,
+                (torch.zeros_like(x), change),
+                ends,
+                solver.rule,
+                rtol=solver.rtol,
+                atol=solver.atol,
             )
             return spheres.exp(x, w), change
 
@@ -235,10 +259,12 @@ class ManifoldFlow:
             x, change = step(x, change, torch.stack(ends))
         return x, change
 
-    # ---------------------------------------------------------------- storage
+    # ---------------------------------------- storage
 
     def save(self, path: str | Path) -> Path:
-        """Write field and meaning of the weights to an ``.npz`` file without pickle; `bnnflow.load` reads it back.
+        """Write field and meaning of the weights to an ``.npz`` file without pickle.
+
+        `bnnflow.load` reads it back.
 
         Raises:
             ValueError: if the velocity cannot be rebuilt from a description, or looks at data.
@@ -246,7 +272,10 @@ class ManifoldFlow:
         return storage.write(path, "manifold-flow", 1, self.describe(), self.arrays())
 
     def describe(self) -> dict[str, Any]:
-        """Return plain values from which, with `arrays`, the flow is rebuilt; ``ValueError`` as for `save`."""
+        """Return plain values from which, with `arrays`, the flow is rebuilt.
+
+        ``ValueError`` as for `save`.
+        """
         description = self.velocity.describe()
         if description is None or self.velocity.informed:
             raise ValueError(f"cannot save a {self.velocity._get_name()} on a manifold")
@@ -271,7 +300,8 @@ class ManifoldFlow:
             model: the model whose weights these must be, if given; the flow needs none.
 
         Raises:
-            ValueError: if the file holds something else, or a flow of other weights than the model's.
+            ValueError: if the file holds something else, or a flow of other weights than the
+                model's.
         """
         with storage.described(path):
             return cls.from_file(*storage.read(path, {"manifold-flow": 1}), model)
@@ -283,15 +313,19 @@ class ManifoldFlow:
         """Build a flow from the contents of a file."""
         spec = WeightSpec.from_description(header["spec"])
         if model is not None and model.spec.describe() != spec.describe():
-            raise ValueError("these are not the model's weights: names, shapes, order or activations differ")
+            raise ValueError(
+                "these are not the model's weights: names, shapes, order or activations differ"
+            )
         velocity = restore(header["velocity"], spec, arrays, dtype_of(header["dtype"]))
         return cls(velocity, Spheres(spec), solver_of(header), dict(header["info"]))
 
 
 class Radii(NamedTuple):
-    """Independent radii of the units, r = exp(location + scale * log chi), with chi the norm of as many normals.
+    """Independent radii of the units, r = exp(location + scale * log chi), with chi the norm of as
+    many normals.
 
-    With location 0 and scale 1 these are the norms of Gaussian weights, which a uniform direction makes Gaussian.
+    With location 0 and scale 1 these are the norms of Gaussian weights, which a uniform direction
+    makes Gaussian.
 
     Attributes:
         location: ``(units,)``.
@@ -303,22 +337,31 @@ class Radii(NamedTuple):
 
     @classmethod
     def fit(cls, theta: Tensor, spheres: Spheres) -> Radii:
-        """Match mean and variance of the log radii of weights ``(n, dim)``, the same for all units of a layer.
+        """Match mean and variance of the log radii of weights ``(n, dim)``, the same for all units
+        of a layer.
 
         Raises:
-            ValueError: if there are fewer than two networks, or their radii are not finite or do not vary.
+            ValueError: if there are fewer than two networks, or their radii are not finite or do
+                not vary.
         """
         spheres.spec.check(theta)
         if theta.dim() != 2 or len(theta) < 2:
-            raise ValueError(f"radii are fitted to two networks (n, dim) or more, got {tuple(theta.shape)}")
+            raise ValueError(
+                f"radii are fitted to two networks (n, dim) or more, got {tuple(theta.shape)}"
+            )
         norms = split_scale(theta.double(), spheres.spec)[1]
-        half = {label: sizes.to(theta.device).double() / 2 for label, sizes in spheres.by_label(spheres.sizes).items()}
+        half = {
+            label: sizes.to(theta.device).double() / 2
+            for label, sizes in spheres.by_label(spheres.sizes).items()
+        }
         location, scale = [], []
         for label, norm in norms.items():
             log_norm = norm.log()
             # log chi has mean (log 2 + psi(k / 2)) / 2 and variance psi'(k / 2) / 4.
             scale.append(2 * log_norm.std() * torch.polygamma(1, half[label]).rsqrt())
-            location.append(log_norm.mean() - 0.5 * scale[-1] * (math.log(2) + torch.digamma(half[label])))
+            location.append(
+                log_norm.mean() - 0.5 * scale[-1] * (math.log(2) + torch.digamma(half[label]))
+            )
         radii = cls(torch.cat(location).to(theta), torch.cat(scale).to(theta))
         if not bool(radii.location.isfinite().all() and (radii.scale > 1e-6).all()):
             raise ValueError("the radii of these weights are not finite, or do not vary")
@@ -339,12 +382,14 @@ def fit_manifold_flow(
 ) -> ManifoldFlow:
     """Fit a flow of normalised networks by Riemannian flow matching (Chen and Lipman 2024).
 
-    As `fit_flow`, from the uniform law on the spheres and the normal one on the rest, along geodesics. Every pair is
-    moved by a random permutation, and sign flip where activations are odd, which keep the source.
+    As `fit_flow`, from the uniform law on the spheres and the normal one on the rest, along
+    geodesics. Every pair is moved by a random permutation, and sign flip where activations are odd,
+    which keep the source.
 
     Args:
         spec: what the entries mean.
-        draws: networks of any scale, which are normalised here: `Draws`, weights, or (weights, log weights).
+        draws: networks of any scale, which are normalised here: `Draws`, weights, or (weights, log
+            weights).
         velocity: a field on the manifold, called as ``field(t, x)``; `TangentVelocity` if None.
         coupling: `Independent` unless said otherwise.
         training: how long and how fast; `Training` with its defaults, Muon at 3e-3, if None.
@@ -353,7 +398,8 @@ def fit_manifold_flow(
         progress: show a bar at a terminal.
 
     Raises:
-        ValueError: if there are no draws, they do not fit or are not finite, or the network cannot be labelled.
+        ValueError: if there are no draws, they do not fit or are not finite, or the network cannot
+            be labelled.
     """
     theta, log_weights = as_theta(draws)
     spec.check(theta, "draws")
@@ -361,7 +407,11 @@ def fit_manifold_flow(
         raise ValueError("a flow needs finite draws, and at least one")
     spheres = Spheres(spec)
     targets = spheres.project(theta)
-    weights = targets.new_ones(len(targets)) if log_weights is None else log_weights.to(targets).softmax(0)
+    weights = (
+        targets.new_ones(len(targets))
+        if log_weights is None
+        else log_weights.to(targets).softmax(0)
+    )
     generator = as_generator(seed, targets.device)
     coupling = coupling if coupling is not None else Independent()
     group = spec.symmetries()._replace(scale=frozenset(), phase=frozenset())
@@ -372,7 +422,11 @@ def fit_manifold_flow(
         return coupling.pair(x0, targets[rows], spec, group, generator)
 
     with isolated(generator):
-        field = TangentVelocity(spec) if velocity is None else copy.deepcopy(Field.of(velocity)).requires_grad_()
+        field = (
+            TangentVelocity(spec)
+            if velocity is None
+            else copy.deepcopy(Field.of(velocity)).requires_grad_()
+        )
     _, info = train(
         field.to(targets).train(),
         pairs,
@@ -389,8 +443,8 @@ def fit_manifold_flow(
 class CompletedFlow(Sampleable):
     """A manifold flow with a law of the radii: a density over weights, and a `Posterior`.
 
-    A draw of N(0, I) gives both: the directions of its spheres are uniform, and travel on the manifold; the norms,
-    independent of them, become radii. Then theta = ``spec.rescale(x, r)``, and
+    A draw of N(0, I) gives both: the directions of its spheres are uniform, and travel on the
+    manifold; the norms, independent of them, become radii. Then theta = ``spec.rescale(x, r)``, and
     log q(theta) = log p(x) + log p(log r) - log |d theta / d (x, log r)|.
 
     Attributes:
@@ -455,9 +509,13 @@ class CompletedFlow(Sampleable):
         thetas, log_probs = [], []
         for rows in x0.split(chunk_size):
             start, log_norms = self.flow.spheres.retract(rows), self._log_norms(rows)
-            x1, change = self.flow.transport(start, self.flow.times(solver), solver, density, generator)
+            x1, change = self.flow.transport(
+                start, self.flow.times(solver), solver, density, generator
+            )
             thetas.append(self.spec.rescale(x1, self._radii(log_norms)))
-            log_probs.append(self.flow.spheres.log_prob(start) - change + self._log_prob_of_radii(log_norms))
+            log_probs.append(
+                self.flow.spheres.log_prob(start) - change + self._log_prob_of_radii(log_norms)
+            )
         return torch.cat(thetas), torch.cat(log_probs)
 
     @checked
@@ -491,14 +549,18 @@ class CompletedFlow(Sampleable):
             times = self.flow.times(solver, backwards=True)
             x0, change = self.flow.transport(x1, times, solver, density, generator)
             starts.append(x0 * self.flow.spheres.each(F.pad(log_norms.exp(), (0, 1), value=1.0)))
-            log_probs.append(self.flow.spheres.log_prob(x0) + change + self._log_prob_of_radii(log_norms))
+            log_probs.append(
+                self.flow.spheres.log_prob(x0) + change + self._log_prob_of_radii(log_norms)
+            )
         return torch.cat(starts), torch.cat(log_probs)
 
     @checked
     def sample(self, n: Count, seed: Seed = 0, *, solver: Solver | None = None) -> Tensor:
         """Draw ``(n, dim)`` weights."""
         with torch.no_grad():
-            return torch.cat([self.forward(x0, solver=solver) for x0 in self.start(n, seed).split(2048)])
+            return torch.cat(
+                [self.forward(x0, solver=solver) for x0 in self.start(n, seed).split(2048)]
+            )
 
     @checked
     def sample_with_log_prob(
@@ -525,7 +587,11 @@ class CompletedFlow(Sampleable):
         generator = as_generator(seed, self.flow.like.device)
         with torch.no_grad():
             return self.forward_with_log_prob(
-                self.start(n, generator), density=density, solver=solver, seed=generator, chunk_size=chunk_size
+                self.start(n, generator),
+                density=density,
+                solver=solver,
+                seed=generator,
+                chunk_size=chunk_size,
             )
 
     @checked
@@ -559,26 +625,37 @@ class CompletedFlow(Sampleable):
         return 0.5 * self.flow.spheres.inner(x0, x0)[..., :-1].log()
 
     def _radii(self, log_norms: Tensor) -> dict[str, Tensor]:
-        return self.flow.spheres.by_label((self.radii.location + self.radii.scale * log_norms).exp())
+        return self.flow.spheres.by_label(
+            (self.radii.location + self.radii.scale * log_norms).exp()
+        )
 
     def _log_prob_of_radii(self, log_norms: Tensor) -> Tensor:
         """Return log p(log r) - log |d theta / d (x, log r)|, ``(n,)`` in float64."""
         spheres, log_norms = self.flow.spheres, log_norms.double()
         size = spheres.sizes.to(log_norms)
         log_chi = math.log(2) - 0.5 * size * math.log(2) - torch.lgamma(size / 2)
-        log_chi = log_chi + size * log_norms - 0.5 * (2 * log_norms).exp() - self.radii.scale.double().log()
-        # At given radii theta is a multiple of x, weight by weight; along a radius the norm of its unit adds no more
-        # than 1, since what else changes belongs to later units.
+        log_chi = (
+            log_chi
+            + size * log_norms
+            - 0.5 * (2 * log_norms).exp()
+            - self.radii.scale.double().log()
+        )
+        # At given radii theta is a multiple of x, weight by weight; along a radius the norm of its
+        # unit adds no more than 1, since what else changes belongs to later units.
         ones = torch.ones(self.dim, dtype=torch.float64, device=log_norms.device)
         stretch = self.spec.rescale(ones, self._radii(log_norms)).log().sum(-1)
         return log_chi.sum(-1) - stretch
 
-    # ---------------------------------------------------------------- storage
+    # ---------------------------------------- storage
 
     def save(self, path: str | Path) -> Path:
         """Write flow and radii to an ``.npz`` file without pickle; see `ManifoldFlow.save`."""
-        radii = {f"radii/{name}": value.cpu().numpy() for name, value in self.radii._asdict().items()}
-        return storage.write(path, "completed-flow", 1, self.flow.describe(), self.flow.arrays() | radii)
+        radii = {
+            f"radii/{name}": value.cpu().numpy() for name, value in self.radii._asdict().items()
+        }
+        return storage.write(
+            path, "completed-flow", 1, self.flow.describe(), self.flow.arrays() | radii
+        )
 
     @classmethod
     def load(cls, path: str | Path, model: BayesianModel | None = None) -> CompletedFlow:

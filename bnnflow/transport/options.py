@@ -1,4 +1,6 @@
-"""Choices that flows share, as values: how pairs are matched, how the equation is solved, how its trace is taken."""
+"""Choices that flows share, as values: how pairs are matched, how the equation is solved, how its
+trace is taken.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,12 @@ class Solver:
     """How the differential equation of a flow is solved.
 
     Attributes:
-        rule: with the steps below: ``"euler"`` (1 evaluation a step), ``"midpoint"`` (2) or ``"rk4"`` (4); or an
-            adaptive rule with steps of its own, such as ``"dopri5"``.
-        steps: how many, denser towards t = 1 (`time_grid`), or the times between them, from 0 to 1. Log densities
-            evaluate the divergence at twice as many nodes of the rule of Gauss and Legendre, a step apart, and at up
-            to four times these where it is rough; times of one's own, and adaptive rules, integrate it along with the
-            state, at every evaluation.
+        rule: with the steps below: ``"euler"`` (1 evaluation a step), ``"midpoint"`` (2) or
+            ``"rk4"`` (4); or an adaptive rule with steps of its own, such as ``"dopri5"``.
+        steps: how many, denser towards t = 1 (`time_grid`), or the times between them, from 0 to 1.
+            Log densities evaluate the divergence at twice as many nodes of the rule of Gauss and
+            Legendre, a step apart, and at up to four times these where it is rough; times of one's
+            own, and adaptive rules, integrate it along with the state, at every evaluation.
         rtol: relative tolerance of adaptive rules, for every draw; see `integrate`.
         atol: absolute tolerance of adaptive rules, in standard deviations of the source.
     """
@@ -46,8 +48,15 @@ class Solver:
 
     @property
     def nodes(self) -> int | None:
-        """Number of nodes at which log densities take the divergence first; None where the rule chooses them."""
-        return 2 * self.steps if isinstance(self.steps, int) and self.rule in get_args(FixedRule) else None
+        """Number of nodes at which log densities take the divergence first.
+
+        None where the rule chooses them.
+        """
+        return (
+            2 * self.steps
+            if isinstance(self.steps, int) and self.rule in get_args(FixedRule)
+            else None
+        )
 
     @property
     def evaluations(self) -> int | None:
@@ -56,7 +65,8 @@ class Solver:
         return None if each is None else each * (len(self.grid("cpu")) - 1)
 
     def finer(self) -> Solver:
-        """Return the same rule with every step halved, or with a tenth of its tolerances where it chooses its steps.
+        """Return the same rule with every step halved, or with a tenth of its tolerances where it
+        chooses its steps.
 
         What changes is about the error of this one.
         """
@@ -73,9 +83,19 @@ class Solver:
         return time_grid(self.steps, device=device)
 
     def integrate(self, field: Slope, state: State, *, backwards: bool = False) -> State:
-        """Integrate d state / dt = field(t, state) from t = 0 to 1, or back; see `bnnflow.transport.integrate`."""
+        """Integrate d state / dt = field(t, state) from t = 0 to 1, or back.
+
+        See `bnnflow.transport.integrate`.
+        """
         grid = self.grid(state[0].device)
-        return integrate(field, state, grid.flip(0) if backwards else grid, self.rule, rtol=self.rtol, atol=self.atol)
+        return integrate(
+            field,
+            state,
+            grid.flip(0) if backwards else grid,
+            self.rule,
+            rtol=self.rtol,
+            atol=self.atol,
+        )
 
 
 @checked
@@ -84,9 +104,9 @@ class Density:
     """How the trace in a log density along a flow is found.
 
     Attributes:
-        trace: ``"exact"``: the field's own trace if it has one, else dim reverse-mode products an evaluation.
-            ``"hutchinson"`` and ``"hutch++"`` are unbiased for the log density (not for the density) and cost
-            ``probes`` products.
+        trace: ``"exact"``: the field's own trace if it has one, else dim reverse-mode products an
+            evaluation. ``"hutchinson"`` and ``"hutch++"`` are unbiased for the log density (not for
+            the density) and cost ``probes`` products.
         probes: number of random probes, whose estimates are averaged.
         noise: their law; ``"rademacher"`` has never the larger variance for a symmetric Jacobian.
     """
@@ -111,13 +131,15 @@ class Matching:
         coupling: of source and posterior draws; `Matched` straightens the paths.
         path: of the pairs; that of the field if None, and for the fields of bnnflow linear.
         times: at which the field is trained; a third of them near the end unless said otherwise.
-        targets: what the field is fitted to. ``"pairs"``: the velocity of each pair. ``"posterior"``: estimates of the
-            same mean that know the posterior's gradient and symmetries, see `PosteriorTargets`, a fifth of the noise or
-            less; the draws must be the posterior's and the coupling independent. ``"auto"``: these where they are
-            valid, as far as Stein's identity can tell, and cheap.
-        reuse: steps that see each pair, every time moved by another random symmetry. What a field computes of a point
-            before anything that it learns, and the target there, are computed once and move along: above 1 where these
-            are most of a step, as with Gauss-Newton proximal steps.
+        targets: what the field is fitted to. ``"pairs"``: the velocity of each pair.
+            ``"posterior"``: estimates of the same mean that know the posterior's gradient and
+            symmetries, see `PosteriorTargets`, a fifth of the noise or less; the draws must be the
+            posterior's and the coupling independent. ``"auto"``: these where they are valid, as far
+            as Stein's identity can tell, and cheap.
+        reuse: steps that see each pair, every time moved by another random symmetry. What a field
+            computes of a point before anything that it learns, and the target there, are computed
+            once and move along: above 1 where these are most of a step, as with Gauss-Newton
+            proximal steps.
     """
 
     coupling: Coupling = Independent()
@@ -128,5 +150,7 @@ class Matching:
 
 
 def default_chunk(device: torch.device) -> int:
-    """Return how many draws travel together unless said otherwise: what fits into the caches of a CPU."""
+    """Return how many draws travel together unless said otherwise: what fits into the caches of a
+    CPU.
+    """
     return 256 if device.type == "cpu" else 4096

@@ -1,9 +1,11 @@
-"""Where the data pull an unfinished sample: approximations of the likelihood score E[grad u(x1) | x_t].
+"""Where the data pull an unfinished sample: approximations of the likelihood score E[grad u(x1) |
+x_t].
 
-With x0 ~ N(0, I), x_t = a x0 + b x1 and q = a^2 + b^2, the posterior of x1 given x_t is N(x1; mu, s^2 I) exp(u(x1))
-with mu = b x_t / q and s^2 = a^2 / q. Its mean is mu + s^2 w with w = E[grad u(x1) | x_t] (Stein's identity). Both
-classes follow the mode y = mu + s^2 w instead, by iterating on w itself, which stays finite where s vanishes. They are
-functions ``(posterior, mu, s2) -> (w, grad u(y))``, differentiable through every step: a density needs that.
+With x0 ~ N(0, I), x_t = a x0 + b x1 and q = a^2 + b^2, the posterior of x1 given x_t is N(x1; mu,
+s^2 I) exp(u(x1)) with mu = b x_t / q and s^2 = a^2 / q. Its mean is mu + s^2 w with w = E[grad
+u(x1) | x_t] (Stein's identity). Both classes follow the mode y = mu + s^2 w instead, by iterating
+on w itself, which stays finite where s vanishes. They are functions
+``(posterior, mu, s2) -> (w, grad u(y))``, differentiable through every step: a density needs that.
 """
 
 from __future__ import annotations
@@ -46,7 +48,10 @@ class ProximalStep(ABC):
     def with_jacobians(
         self, posterior: WhitenedPosterior, mu: Tensor, s2: Tensor
     ) -> tuple[LikelihoodScore, LikelihoodScore] | None:
-        """Return the likelihood score and its derivatives by ``mu`` ``(batch, dim, dim)``; None if unknown."""
+        """Return the likelihood score and its derivatives by ``mu`` ``(batch, dim, dim)``.
+
+        None if unknown.
+        """
         return None
 
 
@@ -58,7 +63,8 @@ class Task(Protocol):
         ...
 
 
-_PROBE = 0.05  # length of the finite difference, in standard deviations of the source: float32 needs it this long
+# length of the finite difference, in standard deviations of the source: float32 needs it this long
+_PROBE = 0.05
 
 
 @checked
@@ -66,17 +72,18 @@ _PROBE = 0.05  # length of the finite difference, in standard deviations of the 
 class GradientSteps(ProximalStep):
     """Climb u(y) - |y - mu|^2 / (2 s^2) by gradient steps with momentum (Nesterov 1983).
 
-    Each step is s^2 / (1 + s^2 lambda) times the residual, with lambda the positive part of the Rayleigh quotient of
-    -u'' along it, by a finite difference: 2 ``steps`` + 1 gradients. The nearer to the top, the less is left for a
-    network to learn. The quotient of one step alone jumps as its residual turns from point to point, and with it the
-    field and its divergence. So the root of the sum of squares of s^2 lambda and ``memory`` times that of the step
-    before takes its place, and momentum makes up for shorter steps.
+    Each step is s^2 / (1 + s^2 lambda) times the residual, with lambda the positive part of the
+    Rayleigh quotient of -u'' along it, by a finite difference: 2 ``steps`` + 1 gradients. The
+    nearer to the top, the less is left for a network to learn. The quotient of one step alone jumps
+    as its residual turns from point to point, and with it the field and its divergence. So the root
+    of the sum of squares of s^2 lambda and ``memory`` times that of the step before takes its
+    place, and momentum makes up for shorter steps.
 
     Args:
         steps: number of steps.
         max_norm: bound on the length of one step, in standard deviations of the source.
-        memory: of curvatures, from one step to the next, from 0 to 1: more makes a smoother field of steps that reach
-            less far.
+        memory: of curvatures, from one step to the next, from 0 to 1: more makes a smoother field
+            of steps that reach less far.
     """
 
     steps: Count = 8
@@ -102,10 +109,11 @@ class GradientSteps(ProximalStep):
     def with_jacobians(
         self, posterior: WhitenedPosterior, mu: Tensor, s2: Tensor
     ) -> tuple[LikelihoodScore, LikelihoodScore] | None:
-        """Return the likelihood score, and the derivatives of both its parts by ``mu``, ``(batch, dim, dim)`` each.
+        """Return the likelihood score, and the derivatives of both its parts by ``mu``,
+        ``(batch, dim, dim)`` each.
 
-        The same steps, beside each its derivative: a dense Hessian of u, and one product with that at the probe. None
-        where `WhitenedPosterior.has_hessian` is false.
+        The same steps, beside each its derivative: a dense Hessian of u, and one product with that
+        at the probe. None where `WhitenedPosterior.has_hessian` is false.
         """
 
         def gradient(w: Tensor, by_w: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,14 +130,23 @@ class GradientSteps(ProximalStep):
             by_ahead = torch.lerp(by_before, by_w, 1 + _momentum(step))
             grad, by_grad = gradient(ahead, by_ahead)
             values = (mu, ahead, grad, curvature)
-            curvature, pullback, *_ = torch.func.vjp(lambda *at: self._curvature(posterior, s2, *at), *values)
+            curvature, pullback, *_ = torch.func.vjp(
+                lambda *at: self._curvature(posterior, s2, *at), *values
+            )
             slope, of_ahead, of_grad, of_last = pullback(torch.ones_like(curvature))
-            slope = slope + MatrixFactor(by_ahead).transposed(of_ahead) + MatrixFactor(by_grad).transposed(of_grad)
+            slope = (
+                slope
+                + MatrixFactor(by_ahead).transposed(of_ahead)
+                + MatrixFactor(by_grad).transposed(of_grad)
+            )
             by_curvature = slope + of_last * by_curvature
             residual, by_residual = grad - ahead, by_grad - by_ahead
-            divisor, pullback, *_ = torch.func.vjp(lambda *at: self._divisor(s2, *at), residual, curvature)
+            divisor, pullback, *_ = torch.func.vjp(
+                lambda *at: self._divisor(s2, *at), residual, curvature
+            )
             of_residual, of_curvature = pullback(torch.ones_like(divisor))
-            slope = MatrixFactor(by_residual).transposed(of_residual) + of_curvature * by_curvature  # of the divisor
+            # of the divisor
+            slope = MatrixFactor(by_residual).transposed(of_residual) + of_curvature * by_curvature
             change, inverse = residual / divisor, (1 / divisor).unsqueeze(-1)
             moved = torch.addcmul(by_ahead, by_residual, inverse)
             moved.baddbmm_((change / divisor).unsqueeze(-1), slope.unsqueeze(-2), alpha=-1)
@@ -137,21 +154,30 @@ class GradientSteps(ProximalStep):
         grad, by_grad = gradient(w, by_w)
         return LikelihoodScore(w, grad), LikelihoodScore(by_w, by_grad)
 
-    def _curvature(self, posterior: Task, s2: Tensor, mu: Tensor, w: Tensor, grad: Tensor, last: Tensor) -> Tensor:
-        """Return s^2 lambda at w, whose gradient is known, after that of the step before; ``(batch, 1)`` both."""
+    def _curvature(
+        self, posterior: Task, s2: Tensor, mu: Tensor, w: Tensor, grad: Tensor, last: Tensor
+    ) -> Tensor:
+        """Return s^2 lambda at w, whose gradient is known, after that of the step before.
+
+        ``(batch, 1)`` both.
+        """
         residual = grad - w
         direction = residual / _square(residual).sqrt()
         change = (grad - posterior.grad(mu + s2 * w + _PROBE * direction)) * direction
         now = s2 * change.sum(-1, keepdim=True) / _PROBE
-        # Smooth stand-ins for max(0, now), in the one of its two forms that takes no difference, and for the larger of
-        # two: a kink would spoil the solver's order, and the root of zero has no derivative.
+        # Smooth stand-ins for max(0, now), in the one of its two forms that takes no difference,
+        # and for the larger of two: a kink would spoil the solver's order, and the root of zero has
+        # no derivative.
         floor = 0.01 * s2 * s2 + 1e-12  # of s^2 lambda, a ratio of precisions
         size = now.abs() + (now * now + floor).sqrt()
         positive = 0.5 * torch.where(now > 0, size, floor / size)
         return (positive * positive + (self.memory * last) ** 2).sqrt()
 
     def _divisor(self, s2: Tensor, residual: Tensor, curvature: Tensor) -> Tensor:
-        """Return what the residual is divided by, ``(batch, 1)``; a smooth stand-in for the bound on the step."""
+        """Return what the residual is divided by, ``(batch, 1)``.
+
+        A smooth stand-in for the bound on the step.
+        """
         return ((1 + curvature) ** 2 + s2 * s2 * _square(residual) / self.max_norm**2).sqrt()
 
 
@@ -170,11 +196,13 @@ def _momentum(step: int) -> float:
 @checked
 @dataclass(frozen=True)
 class GaussNewton(ProximalStep):
-    """Solve the same problem with the likelihood linearised, (I + s^2 H) w = grad + s^2 H w_previous, H ~ -u''.
+    """Solve the same problem with the likelihood linearised, (I + s^2 H) w = grad + s^2 H
+    w_previous, H ~ -u''.
 
-    H is the generalised Gauss-Newton matrix. Exact where the outputs are linear in the weights and the likelihood
-    Gaussian. A dense step costs a Jacobian and a Cholesky factorisation of the smaller of dim and the number of rows
-    times outputs; a matrix-free one about two gradients for each iteration of conjugate gradients, whatever the size.
+    H is the generalised Gauss-Newton matrix. Exact where the outputs are linear in the weights and
+    the likelihood Gaussian. A dense step costs a Jacobian and a Cholesky factorisation of the
+    smaller of dim and the number of rows times outputs; a matrix-free one about two gradients for
+    each iteration of conjugate gradients, whatever the size.
 
     A step v promises by how much u changes, grad v - v H v / 2, and by how much its slope along v
     does, -v H v. As in a trust region, that is compared with what is found, over the first max_norm
@@ -187,7 +215,8 @@ class GaussNewton(ProximalStep):
     Args:
         steps: number of steps.
         max_norm: bound on a step that breaks its promise, in standard deviations of the source.
-        iterations: of conjugate gradients in a step, starting from the gradient; None for a dense solution.
+        iterations: of conjugate gradients in a step, starting from the gradient; None for a dense
+            solution.
     """
 
     steps: Count = 1
@@ -200,7 +229,10 @@ class GaussNewton(ProximalStep):
         return self.steps * (1 + 2 * (self.iterations or 0))
 
     def __call__(self, posterior: WhitenedPosterior, mu: Tensor, s2: Tensor) -> LikelihoodScore:
-        """Return the likelihood score; ``grad`` is the one before the last step, which costs nothing more."""
+        """Return the likelihood score.
+
+        ``grad`` is the one before the last step, which costs nothing more.
+        """
         w = torch.zeros_like(mu)
         grad = w
         for step in range(self.steps):
@@ -216,11 +248,13 @@ class GaussNewton(ProximalStep):
     def with_jacobians(
         self, posterior: WhitenedPosterior, mu: Tensor, s2: Tensor
     ) -> tuple[LikelihoodScore, LikelihoodScore] | None:
-        """Return the likelihood score, and the derivatives of both its parts by ``mu``, ``(batch, dim, dim)`` each.
+        """Return the likelihood score, and the derivatives of both its parts by ``mu``,
+        ``(batch, dim, dim)`` each.
 
-        The same dense steps, beside each its derivative. With c = w - w_previous before the bound, and v = s^2 c held
-        fixed, (I + s^2 H) dc = d(grad - H v) - dw_previous: solved by weights always, see `Linearised.solve_each`.
-        None for conjugate gradients, and where `WhitenedPosterior.has_gauss_newton_slope` is false.
+        The same dense steps, beside each its derivative. With c = w - w_previous before the bound,
+        and v = s^2 c held fixed, (I + s^2 H) dc = d(grad - H v) - dw_previous: solved by weights
+        always, see `Linearised.solve_each`. None for conjugate gradients, and where
+        `WhitenedPosterior.has_gauss_newton_slope` is false.
         """
         if self.iterations is not None or not posterior.has_gauss_newton_slope:
             return None
@@ -233,10 +267,14 @@ class GaussNewton(ProximalStep):
             grad, change = linear.grad, linear.change(None if first else w)
             slope = posterior.at(y).slope(s2 * change)
             assert slope is not None
-            by_change = wide.solve_each(slope if first else torch.baddbmm(by_w, slope, by_y, beta=-1))
+            by_change = wide.solve_each(
+                slope if first else torch.baddbmm(by_w, slope, by_y, beta=-1)
+            )
             bound = self._shortened(posterior, y, s2, change, linear)
             by_point, by_step = self._slopes(posterior, y, bound, slope)
-            along = MatrixFactor(by_y).transposed(by_point) + s2 * MatrixFactor(by_change).transposed(by_step)
+            along = MatrixFactor(by_y).transposed(by_point) + s2 * MatrixFactor(
+                by_change
+            ).transposed(by_step)
             by_w = torch.addcmul(by_w, by_change, (1 / bound.divisor).unsqueeze(-1))
             by_w.baddbmm_((change / bound.divisor**2).unsqueeze(-1), along.unsqueeze(-2), alpha=-1)
             w = w + change / bound.divisor
@@ -247,7 +285,12 @@ class GaussNewton(ProximalStep):
         return LikelihoodScore(w, grad), LikelihoodScore(by_w, by_grad)
 
     def _shortened(
-        self, posterior: WhitenedPosterior, y: Tensor, s2: Tensor, change: Tensor, linear: Linearised | _MatrixFree
+        self,
+        posterior: WhitenedPosterior,
+        y: Tensor,
+        s2: Tensor,
+        change: Tensor,
+        linear: Linearised | _MatrixFree,
     ) -> _Shortened:
         """Compare what a step from y to y + s^2 change promises with what its first part does."""
         length2 = _dot(s2 * change, s2 * change) / self.max_norm**2
@@ -272,11 +315,13 @@ class GaussNewton(ProximalStep):
     ) -> tuple[Tensor, Tensor]:
         """Return the derivatives of the divisor by y and by the whole step, ``(batch, dim)`` both.
 
-        The slope is that of grad u - H w for the whole step w. With G = u'', w slope = w G less the slope of w H w.
+        The slope is that of grad u - H w for the whole step w. With G = u'', w slope = w G less the
+        slope of w H w.
         """
         divisor, broken, turned, length2, gain, part, step, rise, image, change = bound
         _, vjp, *_ = torch.func.vjp(posterior.grad, torch.cat([y, y + step]))
-        curved, beyond = vjp(torch.cat([step, step]))[0].chunk(2)  # G v at both ends; G is symmetric
+        # G v at both ends; G is symmetric
+        curved, beyond = vjp(torch.cat([step, step]))[0].chunk(2)
         inward = 0.5 * part * (curved - MatrixFactor(slope).transposed(step))  # of v H v / 2 by y
         square = broken.square() + turned.square()
         share = square / (square + _HALF**2)
@@ -301,8 +346,10 @@ class _Shortened(NamedTuple):
     broken: Tensor  # the promise of u, by this of the gain
     turned: Tensor  # that of its slope
     length2: Tensor  # |v|^2 / max_norm^2 of the whole step
-    gain: Tensor  # what the part gains if it keeps its promise, and one nat: rounding of u breaks no promise
-    part: Tensor  # of the step that is tried: no more than max_norm, beyond which u may not be finite
+    # what the part gains if it keeps its promise, and one nat: rounding of u breaks no promise
+    gain: Tensor
+    # of the step that is tried: no more than max_norm, beyond which u may not be finite
+    part: Tensor
     step: Tensor  # that part, v
     rise: Tensor  # of the gradient on its way
     image: Tensor  # H v
@@ -311,21 +358,27 @@ class _Shortened(NamedTuple):
 
 _HALF = 0.5  # of the gain: a promise broken by so much counts by half
 _WORST = 1e6  # times the gain, from where a broken promise counts in full to the last digit
-_REFINED = 2  # how often a solution for rows is: of many rows the first is off by the condition times the precision
+# how often a solution for rows is: of many rows the first is off by the condition times the
+# precision
+_REFINED = 2
 _BLOCK = 2**20  # elements of the matrices that are made at once: what the caches of a CPU hold
 
 
 class Linearised:
-    """The likelihood linearised at a point: its gradient, and H = A^T A + E with E None, a number or ``(dim, dim)``.
+    """The likelihood linearised at a point: its gradient, and H = A^T A + E with E None, a number
+    or ``(dim, dim)``.
 
     Args:
         posterior: the posterior.
         x: the point, ``(batch, dim)``.
         s2: variances, ``(batch, 1)``.
-        by_weights: solve the system of dim even where that of rows is smaller, as `solve_each` does.
+        by_weights: solve the system of dim even where that of rows is smaller, as `solve_each`
+            does.
     """
 
-    def __init__(self, posterior: WhitenedPosterior, x: Tensor, s2: Tensor, *, by_weights: bool = False) -> None:
+    def __init__(
+        self, posterior: WhitenedPosterior, x: Tensor, s2: Tensor, *, by_weights: bool = False
+    ) -> None:
         self.grad, factor = posterior.at(x).factored
         self._residual = posterior.at(x).residual
         self._posterior, self._precision_shift, self._s2 = posterior, posterior.precision_shift, s2
@@ -344,21 +397,33 @@ class Linearised:
         idle = 0 if self._pairs is None else len(self._pairs.second)
         unknowns = dim - idle if self.by_weights else rows
         size = max(1, _BLOCK // unknowns**2) if is_untracked_cpu(x, s2) else len(x)
-        blocks = [self._root_of(slice(start, start + size)) for start in range(0, max(1, len(x)), max(1, size))]
+        blocks = [
+            self._root_of(slice(start, start + size))
+            for start in range(0, max(1, len(x)), max(1, size))
+        ]
         self._root = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
 
     def _root_of(self, some: slice) -> Tensor:
         """Return the Cholesky factor of the system of these draws."""
-        factor, variance, precision_shift = self._factor, self._variance[some], self._precision_shift
+        factor, variance, precision_shift = (
+            self._factor,
+            self._variance[some],
+            self._precision_shift,
+        )
         if self.by_weights:
             assert isinstance(factor, ClosedFactor | MatrixFactor)
-            gram = factor.normal(some) if isinstance(factor, MatrixFactor) else factor.compact_normal(some)
+            gram = (
+                factor.normal(some)
+                if isinstance(factor, MatrixFactor)
+                else factor.compact_normal(some)
+            )
         else:
             assert not isinstance(factor, ClosedFactor)
             gram = factor[some].gram()
         if precision_shift is not None and precision_shift.dim() > 0:
             gram = gram + precision_shift
-        if is_untracked_cpu(gram, variance):  # into the memory that is there: fresh memory is expensive
+        # into the memory that is there: fresh memory is expensive
+        if is_untracked_cpu(gram, variance):
             gram.mul_(variance).diagonal(dim1=1, dim2=2).add_(1)
         else:
             gram = variance * gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -367,13 +432,20 @@ class Linearised:
     def times(self, v: Tensor) -> Tensor:
         """Return H v, ``(batch, dim)``."""
         product = self._factor.transposed(self._factor.times(v))
-        return product if self._precision_shift is None else product + self._posterior.precision_shift_times(v)
+        return (
+            product
+            if self._precision_shift is None
+            else product + self._posterior.precision_shift_times(v)
+        )
 
     def change(self, w: Tensor | None) -> Tensor:
-        """Return (I + s^2 H)^-1 (grad - w), ``(batch, dim)``, what takes w to the solution; None is zero.
+        """Return (I + s^2 H)^-1 (grad - w), ``(batch, dim)``, what takes w to the solution.
 
-        The gradient of a sharp likelihood is far larger than the change: solved from it in float32, a step with 60 rows
-        of noise 0.05 is off by half. So, if it is known as A^T b + r, the system is solved for b.
+        None is zero.
+
+        The gradient of a sharp likelihood is far larger than the change: solved from it in float32,
+        a step with 60 rows of noise 0.05 is off by half. So, if it is known as A^T b + r, the
+        system is solved for b.
         """
         if self._residual is None:
             return self.solve(self.grad if w is None else self.grad - w)
@@ -384,7 +456,9 @@ class Linearised:
         return found if rest is None else found + self.solve(rest)
 
     def solve(self, target: Tensor) -> Tensor:
-        """Return (I + s^2 H)^-1 target, by the smaller of the two equivalent systems, refined once."""
+        """Return (I + s^2 H)^-1 target, by the smaller of the two equivalent systems, refined
+        once.
+        """
         first = self._solved(target)
         return first + self._solved(target - first - self._s2 * self.times(first))
 
@@ -392,7 +466,9 @@ class Linearised:
         if self._scale is not None:
             target = target / self._scale
         if self.by_weights:
-            return self._turned(target, lambda v: torch.cholesky_solve(v.unsqueeze(-1), self._root).squeeze(-1))
+            return self._turned(
+                target, lambda v: torch.cholesky_solve(v.unsqueeze(-1), self._root).squeeze(-1)
+            )
         inner = self._solved_rows(self._factor.times(target))
         return target - self._variance.squeeze(-1) * self._factor.transposed(inner)
 
@@ -408,7 +484,8 @@ class Linearised:
             found = factor.transposed(self._solved_rows(rows))
             found = found if self._scale is None else found / self._scale
         for _ in range(_REFINED):
-            left = factor.transposed(rows - s2 * factor.times(found)) - found  # sums over rows of what is small
+            # sums over rows of what is small
+            left = factor.transposed(rows - s2 * factor.times(found)) - found
             if self._precision_shift is not None:
                 left = left - s2 * self._posterior.precision_shift_times(found)
             found = found + self._solved(left)
@@ -422,8 +499,9 @@ class Linearised:
     def solve_each(self, targets: Tensor) -> Tensor:
         """Return the same for many targets, ``(batch, dim, k)``; by weights only.
 
-        The system of rows takes the difference of two matrices as large as the targets, of which too little is left in
-        float32 where those are derivatives. Transposed: half as expensive as `torch.cholesky_solve`.
+        The system of rows takes the difference of two matrices as large as the targets, of which
+        too little is left in float32 where those are derivatives. Transposed: half as expensive as
+        `torch.cholesky_solve`.
         """
         assert self.by_weights
         if self._scale is not None:
@@ -437,11 +515,13 @@ class Linearised:
 
 
 def _cholesky(systems: Tensor) -> Tensor:
-    """Return the Cholesky factors of systems I + s^2 H ``(batch, k, k)``, NaN where these are not finite.
+    """Return the Cholesky factors of systems I + s^2 H ``(batch, k, k)``, NaN where these are not
+    finite.
 
-    A sharp likelihood adds so much to the identity that rounding it takes away more than one, and the sum may be
-    indefinite. As much as is rounded is then added to its diagonal, or ten times that if need be: what is solved with
-    the factors is refined, and these draws alone lose something.
+    A sharp likelihood adds so much to the identity that rounding it takes away more than one, and
+    the sum may be indefinite. As much as is rounded is then added to its diagonal, or ten times
+    that if need be: what is solved with the factors is refined, and these draws alone lose
+    something.
     """
     eye = torch.eye(systems.shape[-1], dtype=systems.dtype, device=systems.device)
     raised = systems
@@ -458,11 +538,18 @@ def _cholesky(systems: Tensor) -> Tensor:
 
 
 def linearised(posterior: WhitenedPosterior, x: Tensor, s2: Tensor) -> Linearised:
-    """Return the linearisation at a point; that of the last one is kept, as target and field of a step share it."""
+    """Return the linearisation at a point.
+
+    That of the last one is kept, as target and field of a step share it.
+    """
     if not is_untracked_cpu(x, s2):
         return Linearised(posterior, x, s2)
     kept = posterior.kept
-    if kept is None or kept[0].shape != x.shape or not (torch.equal(kept[0], x) and torch.equal(kept[1], s2)):
+    if (
+        kept is None
+        or kept[0].shape != x.shape
+        or not (torch.equal(kept[0], x) and torch.equal(kept[1], s2))
+    ):
         posterior.kept = kept = (x, s2, Linearised(posterior, x, s2))
     return kept[2]
 
@@ -477,10 +564,14 @@ class _MatrixFree:
     iterations: int
 
     def change(self, w: Tensor | None) -> Tensor:
-        """Approximate (I + s^2 H)^-1 (grad - w) by conjugate gradients; differentiable through every iteration."""
+        """Approximate (I + s^2 H)^-1 (grad - w) by conjugate gradients.
+
+        Differentiable through every iteration.
+        """
         s2, residual = self.s2, self.grad if w is None else self.grad - w
         solution = torch.zeros_like(residual)
-        # The 1e-30 stand for 0 / 0 where nothing is left: in units of the source no residual worth a step is 1e-15.
+        # The 1e-30 stand for 0 / 0 where nothing is left: in units of the source no residual worth
+        # a step is 1e-15.
         direction, size = residual, (residual * residual).sum(-1, keepdim=True)
         for _ in range(self.iterations):
             image = direction + s2 * self.times(direction)
@@ -493,7 +584,9 @@ class _MatrixFree:
 
 
 def _square(v: Tensor) -> Tensor:
-    """Return squared lengths ``(batch, 1)``, in units of the source, N(0, I): 1e-6 of them is no length."""
+    """Return squared lengths ``(batch, 1)``, in units of the source, N(0, I): 1e-6 of them is no
+    length.
+    """
     return (v * v).sum(-1, keepdim=True) + 1e-12
 
 

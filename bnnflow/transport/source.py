@@ -18,21 +18,26 @@ __all__ = ["Source"]
 
 @checked
 class Source:
-    """The law N(loc, root root^T) in the standard normal coordinates z of the prior; by default the prior itself.
+    """The law N(loc, root root^T) in the standard normal coordinates z of the prior.
 
-    A flow lives in the coordinates x in which its source is N(0, I): theta <-> z by the prior, elementwise, and
-    z = loc + root x.
+    By default the prior itself.
+
+    A flow lives in the coordinates x in which its source is N(0, I): theta <-> z by the prior,
+    elementwise, and z = loc + root x.
 
     Args:
         prior: the model's prior along the flat weights.
         loc: mean in the prior's coordinates, ``(dim,)``; zero if None.
-        root: a number, or a symmetric positive definite matrix ``(dim, dim)``; the identity if None.
+        root: a number, or a symmetric positive definite matrix ``(dim, dim)``; the identity if
+            None.
 
     Raises:
         ValueError: if the prior has no normal coordinates, or ``root`` is neither.
     """
 
-    def __init__(self, prior: FlatPrior, loc: Tensor | None = None, root: Tensor | float | None = None) -> None:
+    def __init__(
+        self, prior: FlatPrior, loc: Tensor | None = None, root: Tensor | float | None = None
+    ) -> None:
         prior.require_coordinates()
         self.prior, self.dim = prior, prior.dim
         like = {"device": prior.device, "dtype": prior.dtype}
@@ -60,20 +65,25 @@ class Source:
     @classmethod
     @checked
     def scaled(cls, model: BayesianModel, scale: Positive) -> Source:
-        """Return the prior made ``scale`` times as wide in its normal coordinates; keeps the prior's symmetries."""
+        """Return the prior made ``scale`` times as wide in its normal coordinates.
+
+        Keeps the prior's symmetries.
+        """
         return cls(model.flat_prior, root=scale)
 
     @classmethod
     @checked
     def gaussian(cls, model: BayesianModel, theta: Tensor, shrinkage: Share = 0.05) -> Source:
-        """Return a Gaussian with mean and covariance of weights ``(n, dim)``, in the prior's normal coordinates.
+        """Return a Gaussian with mean and covariance of weights ``(n, dim)``, in the prior's normal
+        coordinates.
 
         It keeps no symmetry: align the weights first, so that they are unimodal.
 
         Args:
             model: gives the coordinates.
             theta: weights.
-            shrinkage: share of the prior's covariance that is mixed in, which keeps the source wide enough.
+            shrinkage: share of the prior's covariance that is mixed in, which keeps the source wide
+                enough.
         """
         if len(shaped("theta", theta, None, model.dim)) < 2:
             raise ValueError("theta must be two draws or more")
@@ -115,7 +125,7 @@ class Source:
         """Return the symmetries of the network's function that leave this law invariant."""
         return model.symmetries() if self.exchangeable else NO_SYMMETRY
 
-    # ---------------------------------------------------------------- coordinates
+    # ---------------------------------------- coordinates
 
     def to_prior(self, x: Tensor) -> Tensor:
         """Map the flow's coordinates to the normal coordinates of the prior, ``(..., dim)``."""
@@ -140,7 +150,7 @@ class Source:
         """Apply the root, which is symmetric, to vectors ``(..., dim)``."""
         return v if self.root is None else _apply(self.root, v)
 
-    # ---------------------------------------------------------------- storage
+    # ---------------------------------------- storage
 
     def describe(self) -> dict[str, Any]:
         """Return plain values from which, with `arrays`, the source is rebuilt."""
@@ -153,18 +163,26 @@ class Source:
 
     @classmethod
     def from_description(
-        cls, plain: dict[str, Any], arrays: dict[str, np.ndarray], dtype: torch.dtype, model: BayesianModel | None
+        cls,
+        plain: dict[str, Any],
+        arrays: dict[str, np.ndarray],
+        dtype: torch.dtype,
+        model: BayesianModel | None,
     ) -> Source:
         """Rebuild a source; the prior is the model's own where it has inferred parameters.
 
         Raises:
             ValueError: if such a source has no model.
         """
-        values = {name.removeprefix("source/"): torch.from_numpy(arrays[name]) for name in plain["arrays"]}
+        values = {
+            name.removeprefix("source/"): torch.from_numpy(arrays[name]) for name in plain["arrays"]
+        }
         if all("start" in block for block in plain["prior"]):
             return cls(FlatPrior.from_description(plain["prior"], dtype), **values)
         if model is None or model.flat_prior.describe() != plain["prior"]:
-            raise ValueError("a flow from a prior with inferred parameters needs its model: load(path, model)")
+            raise ValueError(
+                "a flow from a prior with inferred parameters needs its model: load(path, model)"
+            )
         return cls(model.flat_prior, **values)
 
 

@@ -1,4 +1,6 @@
-"""What files of transports have in common: checks of what they say, and the rows that a field looks at."""
+"""What files of transports have in common: checks of what they say, and the rows that a field looks
+at.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,15 @@ from bnnflow.transport.field import Field
 from bnnflow.transport.options import Solver
 from bnnflow.weights import WeightSpec
 
-__all__ = ["ROWS", "check_weights", "dtype_of", "rows_looked_at", "rows_to_look_at", "solver_of", "stored_solver"]
+__all__ = [
+    "ROWS",
+    "check_weights",
+    "dtype_of",
+    "rows_looked_at",
+    "rows_to_look_at",
+    "solver_of",
+    "stored_solver",
+]
 
 ROWS = "context/rows"
 """The array of the rows of data that a field looks at, where these are not all."""
@@ -24,13 +34,16 @@ def check_weights(spec: WeightSpec, model: BayesianModel | None) -> None:
     """Raise ``ValueError`` if there is a model and its weights are not those of a file."""
     if model is not None and (model.spec.names, model.spec.shapes) != (spec.names, spec.shapes):
         raise ValueError(
-            f"these are not the model's weights: names, shapes or order differ ({spec.dim} in the file, {model.dim} in "
+            f"these are not the model's weights: names, shapes or order differ ({spec.dim} in the "
+            f"file, {model.dim} in "
             "the model)"
         )
 
 
 def rows_looked_at(velocity: Field) -> dict[str, np.ndarray]:
-    """Return the rows of data that a field looks at, nothing where it looks at all of them or at none."""
+    """Return the rows of data that a field looks at, nothing where it looks at all of them or at
+    none.
+    """
     if velocity.posterior is None or velocity.posterior.rows is None:
         return {}
     return {ROWS: velocity.posterior.rows.cpu().numpy()}

@@ -35,7 +35,9 @@ class Uniform:
 @checked
 @dataclass(frozen=True)
 class LogUniformNearEnd:
-    """A share of the times log-uniform towards 1, where sharp posteriors have their error; the others uniform.
+    """A share of the times log-uniform towards 1, where sharp posteriors have their error.
+
+    The others uniform.
 
     Args:
         share: how many.

@@ -55,33 +55,40 @@ def train(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train any field on pairs, in place; `fit_flow` is this for the posterior of a model.
 
-    A linear warm-up, a constant stretch and a cosine to zero over the last 30 %; gradients clipped to norm 30, steps
-    whose gradient is not finite left out; an exponential moving average of the weights.
+    A linear warm-up, a constant stretch and a cosine to zero over the last 30 %; gradients clipped
+    to norm 30, steps whose gradient is not finite left out; an exponential moving average of the
+    weights.
 
     Args:
-        field: a `Field`, or an ``nn.Module`` called as ``field(t (batch,), x (batch, dim))``. Squared errors are
-            multiplied by the ``loss_weight`` of the path, or else of the field.
+        field: a `Field`, or an ``nn.Module`` called as ``field(t (batch,), x (batch, dim))``.
+            Squared errors are multiplied by the ``loss_weight`` of the path, or else of the field.
         pairs: draws pairs, ``(n, generator) -> (n, dim), (n, dim)``, on the field's device.
         path: how pairs travel; ``field.path`` if None, and else linear.
         times: at which the field is trained; a third of them near the end if None.
         reuse: how many steps see each pair; one if None.
-        held_out: draws pairs of draws that are not trained on: the state with the lowest loss on them is kept, and
-            training ends after ``training.patience`` looks, one every 100 steps, without a lower one.
+        held_out: draws pairs of draws that are not trained on: the state with the lowest loss on
+            them is kept, and training ends after ``training.patience`` looks, one every 100 steps,
+            without a lower one.
         training: how long and how fast; Muon at a learning rate of 3e-3 unless it says otherwise.
-        checkpoint: a file that keeps the state of training, written every minute and at the end; ``.npz`` is appended
-            if it has no suffix. A `Checkpoint` with ``resume`` goes on from it; with a number of steps, bit for bit on
-            CPU. Only ``budget``, ``steps`` and ``patience`` may change.
+        checkpoint: a file that keeps the state of training, written every minute and at the end;
+            ``.npz`` is appended if it has no suffix. A `Checkpoint` with ``resume`` goes on from
+            it; with a number of steps, bit for bit on CPU. Only ``budget``, ``steps`` and
+            ``patience`` may change.
         seed: an int or a generator.
         progress: show a bar at a terminal.
 
     Returns:
-        The field with its averaged weights, in evaluation mode and without gradients, and how it was trained.
+        The field with its averaged weights, in evaluation mode and without gradients, and how it
+        was trained.
 
     Raises:
-        ValueError: if a setting is out of range; if another run works on the checkpoint; if it holds a training and
-            is not to be resumed, or is of another training, damaged, or no checkpoint of a training.
+        ValueError: if a setting is out of range; if another run works on the checkpoint; if it
+            holds a training and is not to be resumed, or is of another training, damaged, or no
+            checkpoint of a training.
     """
-    task = Task(Field.of(field), pairs, path, times or LogUniformNearEnd(), reuse or Reuse(), held_out)
+    task = Task(
+        Field.of(field), pairs, path, times or LogUniformNearEnd(), reuse or Reuse(), held_out
+    )
     return field, run(task, training, checkpoint, seed, progress)
 
 
@@ -114,7 +121,9 @@ class Task:
         weight = self.way.loss_weight(t)
         return self.field.loss_weight(t) if weight is None else weight
 
-    def batch(self, n: int, pairs: Pairs, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def batch(
+        self, n: int, pairs: Pairs, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Draw times ``(n,)``, points and what is regressed on there, ``(n, dim)`` both."""
         x0, x1 = pairs(n, generator)
         t = self.times.sample(n, x0, generator)
@@ -140,16 +149,20 @@ def run(
         seed: of the pairs.
         progress: show a bar at a terminal.
         ranks: the processes that share the batch.
-        identity: what else a run must agree on to go on with a checkpoint, plain values by name. Always compared are
-            the field but for its weights, the first batch of the pairs, the times, and all settings but ``budget``,
-            ``steps`` and ``patience``.
+        identity: what else a run must agree on to go on with a checkpoint, plain values by name.
+            Always compared are the field but for its weights, the first batch of the pairs, the
+            times, and all settings but ``budget``, ``steps`` and ``patience``.
     """
     training = (training or Training()).with_defaults(3e-3, "muon")
     own_batch = ranks.share("batch_size", training.batch_size)
     device = task.device
     seed_of_run = seed_identity(seed)
     shared = as_generator(seed, device)
-    fixed = None if task.held_out is None else task.batch(4 * training.batch_size, task.held_out, shared)
+    fixed = (
+        None
+        if task.held_out is None
+        else task.batch(4 * training.batch_size, task.held_out, shared)
+    )
     generator = ranks.own_generator(shared)
     chance = int(torch.randint(2**62, (), generator=_copy(generator), device=device))
     state = TrainingState(task.field, training)
@@ -198,16 +211,21 @@ class _Loop:
         self.batch_size, self.ranks, self.file, self.fixed = batch_size, ranks, file, fixed
         self.generator, self.device = generator, task.device
         self.chance = chance
-        self.random: bool | None = None  # whether the field draws numbers; not known before it has met a batch
+        # whether the field draws numbers; not known before it has met a batch
+        self.random: bool | None = None
         self.clock = _Clock(state.seconds, state.cpu_seconds)
         self.total = training.steps if training.steps is not None else state.total
         self.stopped = False
-        call: Callable[..., Tensor] = task.field if task.reuse.steps == 1 else task.field.from_precomputed
+        call: Callable[..., Tensor] = (
+            task.field if task.reuse.steps == 1 else task.field.from_precomputed
+        )
         self.call = torch.compile(call) if training.compile else call
         self.batches = Batches(self.draw, task.reuse, generator, state.count)
 
     def draw(self) -> tuple[Tensor, ...]:
-        """Draw a batch: times, targets, points, and what is precomputed of these if they come again."""
+        """Draw a batch: times, targets, points, and what is precomputed of these if they come
+        again.
+        """
         t, x_t, target = self.task.batch(self.batch_size, self.pairs, self.generator)
         if self.task.reuse.steps == 1:
             return t, target, x_t
@@ -246,11 +264,15 @@ class _Loop:
         return self.info(interrupted)
 
     def fixes_the_end(self) -> bool:
-        """Say whether the budget, as far as the constant stretch goes, has just been used up, and fix the end."""
+        """Say whether the budget, as far as the constant stretch goes, has just been used up, and
+        fix the end.
+        """
         count = self.state.count
         if self.total is not None or count == 0 or count % 7:
             return False
-        if not self.ranks.agree(int(self.clock.seconds > _STABLE * self.training.budget), self.device):
+        if not self.ranks.agree(
+            int(self.clock.seconds > _STABLE * self.training.budget), self.device
+        ):
             return False
         self.total = count * 10 // 7
         return True
@@ -278,8 +300,13 @@ class _Loop:
         if bar.disable or self.state.count % 20:
             return
         budget = self.training.budget
-        left = f"{max(0.0, budget - self.clock.seconds):.0f}s" if self.training.steps is None else ""
-        bar.set_postfix(loss=" ".join("-" if loss is None else f"{loss:.1f}" for loss in self.state.losses), left=left)
+        left = (
+            f"{max(0.0, budget - self.clock.seconds):.0f}s" if self.training.steps is None else ""
+        )
+        bar.set_postfix(
+            loss=" ".join("-" if loss is None else f"{loss:.1f}" for loss in self.state.losses),
+            left=left,
+        )
 
     def save(self) -> None:
         """Write the state to the checkpoint, if there is one."""
@@ -306,7 +333,9 @@ class _Loop:
         }
 
 
-def _identity(task: Task, training: Training, fixed: tuple[Tensor, ...] | None, seed: int | str) -> dict[str, Any]:
+def _identity(
+    task: Task, training: Training, fixed: tuple[Tensor, ...] | None, seed: int | str
+) -> dict[str, Any]:
     """Return what a training must agree on to be the same training."""
     return {
         "field": _structure(task.field),
@@ -329,7 +358,9 @@ def described(value: object) -> str:
 
 
 def _chance(random: bool, seed: int) -> contextlib.AbstractContextManager[None]:
-    """Let a field that draws numbers from the global generator draw those of a step, whatever came before."""
+    """Let a field that draws numbers from the global generator draw those of a step, whatever came
+    before.
+    """
     return isolated(torch.Generator().manual_seed(seed)) if random else contextlib.nullcontext()
 
 
@@ -351,8 +382,8 @@ def _structure(field: Field) -> str:
 def _rate(count: int, total: int | None) -> float:
     """Return the learning rate as a fraction: linear warm-up, constant, then a cosine to zero.
 
-    While ``total`` is still unknown training is in the constant part, so that a run by budget can be repeated by its
-    number of steps.
+    While ``total`` is still unknown training is in the constant part, so that a run by budget can
+    be repeated by its number of steps.
     """
     warm = min(1.0, (count + 1) / 100)
     if total is None or count < _STABLE * total:

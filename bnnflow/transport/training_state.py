@@ -23,7 +23,8 @@ __all__ = ["TrainingFile", "TrainingState", "Weighting"]
 
 _VERSION = 3  # of a checkpoint; 2 did not say what it was a state of
 _BINS = 4  # of the times by which the loss is reported
-_UPDATED = 4  # steps between updates of averages after the first hundred: of small tensors, they are expensive
+# steps between updates of averages after the first hundred: of small tensors, they are expensive
+_UPDATED = 4
 _MAX_NORM = 30.0  # of a gradient
 _DECAY = 1e-3  # of weights
 
@@ -59,8 +60,12 @@ class TrainingState:
         """Recent squared error over all times."""
         return float(self._bins[0].sum() / self._bins[1].sum())
 
-    def step(self, errors: Tensor, t: Tensor, weighting: Weighting, rate: float, ranks: Ranks) -> None:
-        """Take one step on the weighted mean of the errors ``(batch,)``, unless its gradient is not finite."""
+    def step(
+        self, errors: Tensor, t: Tensor, weighting: Weighting, rate: float, ranks: Ranks
+    ) -> None:
+        """Take one step on the weighted mean of the errors ``(batch,)``, unless its gradient is not
+        finite.
+        """
         for parameter in self._parameters:
             parameter.grad = None
         (errors * weighting(t)).mean().backward()
@@ -82,7 +87,9 @@ class TrainingState:
             self._follow(errors.detach(), t, since)
 
     def _follow(self, errors: Tensor, t: Tensor, since: int) -> None:
-        """Bring the moving averages of parameters and errors up to date, so many steps after the last time."""
+        """Bring the moving averages of parameters and errors up to date, so many steps after the
+        last time.
+        """
         decay = min(0.998, self.count / (self.count + 20)) ** since
         for average, parameter in zip(self._averages, self._parameters, strict=True):
             average.lerp_(parameter.detach(), 1 - decay)
@@ -91,7 +98,9 @@ class TrainingState:
         self._bins[0].index_add_(0, which, errors.double())
         self._bins[1].index_add_(0, which, torch.ones_like(t, dtype=torch.float64))
 
-    def look(self, batch: tuple[Tensor, Tensor, Tensor], weighting: Weighting, patience: int) -> bool:
+    def look(
+        self, batch: tuple[Tensor, Tensor, Tensor], weighting: Weighting, patience: int
+    ) -> bool:
         """Compare the average with the best so far on a fixed batch; say whether to stop."""
         t, x_t, target = batch
         with torch.no_grad(), self._swapped():
@@ -127,8 +136,16 @@ class TrainingState:
         streams = ranks.gather(stream.unsqueeze(0).to(self._bins.device))
         if ranks.rank > 0:
             return
-        groups = {"parameter": self._parameters, "average": self._averages, "best": self._best or []}
-        arrays = {f"{name}/{i}": value for name, values in groups.items() for i, value in enumerate(values)}
+        groups = {
+            "parameter": self._parameters,
+            "average": self._averages,
+            "best": self._best or [],
+        }
+        arrays = {
+            f"{name}/{i}": value
+            for name, values in groups.items()
+            for i, value in enumerate(values)
+        }
         for i, parameter in enumerate(self._parameters):
             for optimiser in self._optimisers:
                 moments = optimiser.state.get(parameter, {})
@@ -152,29 +169,52 @@ class TrainingState:
             self._load(*file.saved, generator, ranks)
 
     def _load(
-        self, header: dict[str, Any], arrays: dict[str, np.ndarray], generator: torch.Generator, ranks: Ranks
+        self,
+        header: dict[str, Any],
+        arrays: dict[str, np.ndarray],
+        generator: torch.Generator,
+        ranks: Ranks,
     ) -> None:
         if header["shapes"] != [list(parameter.shape) for parameter in self._parameters]:
             raise ValueError("the checkpoint is of another field: its parameters have other shapes")
-        values = {name: torch.from_numpy(array).to(self._bins.device) for name, array in arrays.items()}
+        values = {
+            name: torch.from_numpy(array).to(self._bins.device) for name, array in arrays.items()
+        }
         if len(values["generators"]) != ranks.size:
-            raise ValueError(f"the checkpoint is of {len(values['generators'])} processes, not of {ranks.size}")
-        for i, (parameter, average) in enumerate(zip(self._parameters, self._averages, strict=True)):
+            raise ValueError(
+                f"the checkpoint is of {len(values['generators'])} processes, not of {ranks.size}"
+            )
+        for i, (parameter, average) in enumerate(
+            zip(self._parameters, self._averages, strict=True)
+        ):
             for name, own in (("parameter", parameter.data), ("average", average)):
                 if values[f"{name}/{i}"].shape != own.shape:  # to copy would be to broadcast
                     raise ValueError(f"{name} {i} has another shape than the field's")
                 own.copy_(values[f"{name}/{i}"])
             moments = f"moments/{i}/"
-            found = {name.removeprefix(moments): value for name, value in values.items() if name.startswith(moments)}
+            found = {
+                name.removeprefix(moments): value
+                for name, value in values.items()
+                if name.startswith(moments)
+            }
             owner = next(
-                each for each in self._optimisers if any(parameter is p for p in each.param_groups[0]["params"])
+                each
+                for each in self._optimisers
+                if any(parameter is p for p in each.param_groups[0]["params"])
             )
             if found:
                 owner.state[parameter] = found
         if "best/0" in values:
             self._best = [values[f"best/{i}"] for i in range(len(self._parameters))]
-        numbers = [header["count"], header["patience_used"], *([] if header["total"] is None else [header["total"]])]
-        if any(type(number) is not int or number < 0 for number in numbers) or values["bins"].shape != self._bins.shape:
+        numbers = [
+            header["count"],
+            header["patience_used"],
+            *([] if header["total"] is None else [header["total"]]),
+        ]
+        if (
+            any(type(number) is not int or number < 0 for number in numbers)
+            or values["bins"].shape != self._bins.shape
+        ):
             raise ValueError("it has no count of steps")
         self._bins = values["bins"]
         self.count, self.total = header["count"], header["total"]
@@ -194,8 +234,9 @@ class TrainingFile:
         device: by which they exchange messages.
 
     Raises:
-        ValueError: if another run works on the file; if it holds a training and is not to be resumed, or holds another
-            training, one of an earlier version, or no intact checkpoint of one.
+        ValueError: if another run works on the file; if it holds a training and is not to be
+            resumed, or holds another training, one of an earlier version, or no intact checkpoint
+            of one.
     """
 
     def __init__(
@@ -220,29 +261,38 @@ class TrainingFile:
     def _read(self, resume: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
         if not self.file.exists():
             return None
-        header, arrays = storage.read(self.file, {"training": _VERSION})  # what is none of ours is not replaced
+        # what is none of ours is not replaced
+        header, arrays = storage.read(self.file, {"training": _VERSION})
         if not resume:
             raise ValueError(
-                f"{self.file} already holds a training: go on with it by Checkpoint({str(self.file)!r}, resume=True), "
+                f"{self.file} already holds a training: go on with it by "
+                f"Checkpoint({str(self.file)!r}, resume=True), "
                 "or take another file"
             )
         if header["version"] < _VERSION:
             raise ValueError(
-                f"{self.file} is of an earlier bnnflow and does not say what it was trained on: begin anew"
+                f"{self.file} is of an earlier bnnflow and does not say what it was trained on: "
+                f"begin anew"
             )
         with storage.described(self.file):
             theirs = header["identity"]
             for name, value in self._identity.items():
                 if theirs.get(name) != value:
-                    raise ValueError(f"holds the training of another {name}: {theirs.get(name)}, not {value}")
+                    raise ValueError(
+                        f"holds the training of another {name}: {theirs.get(name)}, not {value}"
+                    )
         return header, arrays
 
     def check_pairs(self, first: Callable[[], tuple[Tensor, Tensor]]) -> None:
-        """Raise ``ValueError`` unless the first batch of the pairs is what it was in the first process."""
+        """Raise ``ValueError`` unless the first batch of the pairs is what it was in the first
+        process.
+        """
         assert self.saved is not None
         self.pairs = self.saved[0].get("pairs")
         if self._first and self.pairs is not None and digest(first()) != self.pairs:
-            raise ValueError(f"{self.file} holds the training of other pairs: their first batch differs")
+            raise ValueError(
+                f"{self.file} holds the training of other pairs: their first batch differs"
+            )
 
     def write(self, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         """Write a state, whole or not at all."""

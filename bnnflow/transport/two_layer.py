@@ -1,4 +1,6 @@
-"""A field with two hidden layers over the flat weights, whose trace costs one matrix-vector product."""
+"""A field with two hidden layers over the flat weights, whose trace costs one matrix-vector
+product.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,13 @@ __all__ = ["TwoLayerVelocity"]
 class TwoLayerVelocity(Field):
     """A plain network with an exact trace, for small unimodal posteriors: align the draws first.
 
-    v = base(t, x) + W3 s(u2) + c, with u2 = g2 o W2 s(u1) + b, u1 = g1 o W1 x + a, s = tanh, and a, b, c, g1, g2
-    functions of time. The Jacobian of the network is W3 diag(s'(u2) g2) W2 diag(s'(u1) g1) W1, so that its trace is
-    (s'(u2) g2)^T [W2 o (W1 W3)^T] (s'(u1) g1): one product with a matrix that does not depend on x, whatever the
-    dimension. The network is bounded, which keeps a solver accurate far from the data too; with an unbounded activation
-    maximum likelihood learns errors of the solver. W3 and c start at zero, so that the untrained field is its base. It
-    keeps no symmetry.
+    v = base(t, x) + W3 s(u2) + c, with u2 = g2 o W2 s(u1) + b, u1 = g1 o W1 x + a, s = tanh, and a,
+    b, c, g1, g2 functions of time. The Jacobian of the network is W3 diag(s'(u2) g2) W2 diag(s'(u1)
+    g1) W1, so that its trace is (s'(u2) g2)^T [W2 o (W1 W3)^T] (s'(u1) g1): one product with a
+    matrix that does not depend on x, whatever the dimension. The network is bounded, which keeps a
+    solver accurate far from the data too; with an unbounded activation maximum likelihood learns
+    errors of the solver. W3 and c start at zero, so that the untrained field is its base. It keeps
+    no symmetry.
 
     Args:
         dim: length of a weight vector.
@@ -39,11 +42,18 @@ class TwoLayerVelocity(Field):
     """
 
     def __init__(
-        self, dim: Count, width: Count = 256, *, base: Field | None = None, path: AffinePath | None = None
+        self,
+        dim: Count,
+        width: Count = 256,
+        *,
+        base: Field | None = None,
+        path: AffinePath | None = None,
     ) -> None:
         super().__init__()
         if base is not None and not base.has_closed_divergence:
-            raise ValueError(f"the base must know its trace, and {type(base).__name__} has no closed divergence")
+            raise ValueError(
+                f"the base must know its trace, and {type(base).__name__} has no closed divergence"
+            )
         self.dim, self.width = dim, width
         self.symmetries = NO_SYMMETRY
         self.path = base.path if base is not None else path or AffinePath()
@@ -88,4 +98,10 @@ class TwoLayerVelocity(Field):
     def describe(self) -> dict[str, Any]:
         """Return plain values from which the module is rebuilt."""
         base = None if self.base is None else self.base.describe()
-        return {"kind": "two_layer", "dim": self.dim, "width": self.width, "base": base, "path": self.path.describe()}
+        return {
+            "kind": "two_layer",
+            "dim": self.dim,
+            "width": self.width,
+            "base": base,
+            "path": self.path.describe(),
+        }

@@ -19,7 +19,12 @@ from bnnflow.transport.divergence import chained_divergence, divergence
 from bnnflow.transport.field import Field
 from bnnflow.transport.geometry import TangentVelocity
 from bnnflow.transport.paths import AffinePath, Coefficients
-from bnnflow.transport.proximal_step import GaussNewton, GradientSteps, LikelihoodScore, ProximalStep
+from bnnflow.transport.proximal_step import (
+    GaussNewton,
+    GradientSteps,
+    LikelihoodScore,
+    ProximalStep,
+)
 from bnnflow.transport.two_layer import TwoLayerVelocity
 from bnnflow.transport.whitened import WhitenedPosterior
 from bnnflow.types import Architecture, Parametrisation, Trace
@@ -49,7 +54,9 @@ def _times(t: Tensor, x: Tensor) -> Tensor:
 
 
 class _OverWeights(Field):
-    """A field whose parameters depend on the number of hidden layers, on inputs and outputs, but not on widths."""
+    """A field whose parameters depend on the number of hidden layers, on inputs and outputs, but
+    not on widths.
+    """
 
     def on(self, spec: WeightSpec) -> Field:
         """Return the field with the same parameters for weights of other hidden widths.
@@ -63,7 +70,9 @@ class _OverWeights(Field):
         try:
             other.requires_grad_(False).load_state_dict(self.state_dict())
         except RuntimeError as error:
-            raise ValueError(f"the networks differ in more than the widths of hidden layers: {error}") from error
+            raise ValueError(
+                f"the networks differ in more than the widths of hidden layers: {error}"
+            ) from error
         return other
 
 
@@ -71,19 +80,20 @@ class _OverWeights(Field):
 class WeightsVelocity(_OverWeights):
     """A field that sees weights and time only: the source's own field plus a network over weights.
 
-    v = rest(t) x + net(t, x); the first term is the exact field of a posterior that equals the source. Costs no
-    gradient of the likelihood, whatever the size of the data. Equivariant to permutations of hidden units, and to
-    their signs if the network is.
+    v = rest(t) x + net(t, x); the first term is the exact field of a posterior that equals the
+    source. Costs no gradient of the likelihood, whatever the size of the data. Equivariant to
+    permutations of hidden units, and to their signs if the network is.
 
     Args:
         spec: the meaning of the weights.
         width: channels of the network.
         depth: blocks of the network.
-        architecture: ``"dws"``, a `DWSNet`; ``"signed"``, a `SignedDWSNet`, which also commutes with signs of units,
-            where the source keeps them; or ``"graph"``, a `GraphNet`.
-        heads: of the messages between units; none in a `DWSNet` and four in a `SignedDWSNet` unless said otherwise.
-        parametrisation: ``"velocity"``, or ``"x1"``: the network corrects E[x1 | x_t], which is then converted, and
-            is trained on the error of that.
+        architecture: ``"dws"``, a `DWSNet`; ``"signed"``, a `SignedDWSNet`, which also commutes
+            with signs of units, where the source keeps them; or ``"graph"``, a `GraphNet`.
+        heads: of the messages between units; none in a `DWSNet` and four in a `SignedDWSNet` unless
+            said otherwise.
+        parametrisation: ``"velocity"``, or ``"x1"``: the network corrects E[x1 | x_t], which is
+            then converted, and is trained on the error of that.
         path: the path of the pairs.
     """
 
@@ -104,7 +114,12 @@ class WeightsVelocity(_OverWeights):
         self.spec, self.symmetries = spec, _symmetries(spec, architecture)
         self.path = path if path is not None else AffinePath()
         self.parametrisation: Parametrisation = parametrisation
-        self._config = {"width": width, "depth": depth, "architecture": architecture, "heads": heads}
+        self._config = {
+            "width": width,
+            "depth": depth,
+            "architecture": architecture,
+            "heads": heads,
+        }
         self.net = _network(spec, 1, width, depth, architecture, heads)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
@@ -117,7 +132,9 @@ class WeightsVelocity(_OverWeights):
         return c.drift * x + correction
 
     def loss_weight(self, t: Tensor) -> Tensor:
-        """Return what squared errors of the velocity are multiplied by in training, in the shape of ``t``."""
+        """Return what squared errors of the velocity are multiplied by in training, in the shape of
+        ``t``.
+        """
         if self.parametrisation == "velocity":
             return torch.ones_like(t)
         c = self.path.coefficients(t)
@@ -133,14 +150,16 @@ class WeightsVelocity(_OverWeights):
 class ScoreVelocity(Field):
     """The pull of the data alone, without a network: nothing to learn, for any ``nn.Module``.
 
-    With u = log posterior - log N(x; 0, I) the exact marginal field of independent pairs is v = drift(t) x +
-    score_gain(t) E[grad u(x1) | x_t] (Stein's identity). The likelihood score w of a `ProximalStep` stands for the
-    expectation. Exact where the posterior is Gaussian and the proximal step `GaussNewton`.
+    With u = log posterior - log N(x; 0, I) the exact marginal field of independent pairs is v =
+    drift(t) x + score_gain(t) E[grad u(x1) | x_t] (Stein's identity). The likelihood score w of a
+    `ProximalStep` stands for the expectation. Exact where the posterior is Gaussian and the
+    proximal step `GaussNewton`.
 
     Args:
         proximal_step: `GaussNewton` or `GradientSteps`.
         path: the path of the pairs.
-        symmetries: those that the likelihood score is equivariant to: of the function, that the source keeps.
+        symmetries: those that the likelihood score is equivariant to: of the function, that the
+            source keeps.
     """
 
     def __init__(
@@ -155,7 +174,10 @@ class ScoreVelocity(Field):
         self.symmetries = symmetries
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """Return the velocity, ``(batch, dim)``; ``RuntimeError`` if the field is not bound to a posterior."""
+        """Return the velocity, ``(batch, dim)``.
+
+        ``RuntimeError`` if the field is not bound to a posterior.
+        """
         c, _, (score,) = _scores(self.path, self.posterior, self.proximal_steps, _times(t, x), x)
         return c.drift * x + c.score_gain * score.w
 
@@ -163,13 +185,16 @@ class ScoreVelocity(Field):
         """Return the velocity and its divergence ``(batch,)`` in float64."""
 
         def closed(
-            t: Tensor, x: Tensor, c: Coefficients, known: list[tuple[LikelihoodScore, LikelihoodScore]]
+            t: Tensor,
+            x: Tensor,
+            c: Coefficients,
+            known: list[tuple[LikelihoodScore, LikelihoodScore]],
         ) -> tuple[Tensor, Tensor]:
             ((score, by_x),) = known
             trace = by_x.w.diagonal(dim1=1, dim2=2).sum(-1, dtype=torch.float64)
-            return c.drift * x + c.score_gain * score.w, c.drift.squeeze(-1) * x.shape[-1] + c.score_gain.squeeze(
+            return c.drift * x + c.score_gain * score.w, c.drift.squeeze(-1) * x.shape[
                 -1
-            ) * trace
+            ] + c.score_gain.squeeze(-1) * trace
 
         return _with_divergence(self, closed, self.proximal_steps, t, x)
 
@@ -185,26 +210,32 @@ class ScoreVelocity(Field):
     def describe(self) -> dict[str, Any]:
         """Return plain values from which the module is rebuilt."""
         plain = {"displacement": _plain(*self.proximal_steps), "path": self.path.describe()}
-        return {"kind": "drive", "group": [sorted(each) for each in self.symmetries or NO_SYMMETRY]} | plain
+        return {
+            "kind": "drive",
+            "group": [sorted(each) for each in self.symmetries or NO_SYMMETRY],
+        } | plain
 
 
 @checked
 class InformedVelocity(_OverWeights):
-    """The likelihood-informed field: the source's own field, the pull of the data, and a learned correction.
+    """The likelihood-informed field: the source's own field, the pull of the data, and a learned
+    correction.
 
-    As `ScoreVelocity`, with the likelihood score w of one proximal step, or a learned mix of several, and a `DWSNet`
-    that sees x, the proximal steps and the gradients and learns what is missing: v = drift x + score_gain c(t) w +
-    net(t, x, s w / (1 + 0.05 / s), asinh(s^2 grad)), finite at t = 1. Untrained (c adds up to 1, net = 0) it is a
-    sampler of its own. Equivariant to permutations of hidden units, and to their signs if the network is.
+    As `ScoreVelocity`, with the likelihood score w of one proximal step, or a learned mix of
+    several, and a `DWSNet` that sees x, the proximal steps and the gradients and learns what is
+    missing: v = drift x + score_gain c(t) w + net(t, x, s w / (1 + 0.05 / s), asinh(s^2 grad)),
+    finite at t = 1. Untrained (c adds up to 1, net = 0) it is a sampler of its own. Equivariant to
+    permutations of hidden units, and to their signs if the network is.
 
     Args:
         spec: the meaning of the weights.
         proximal_step: `GradientSteps` or `GaussNewton`, or several to mix.
         width: channels of the network.
         depth: blocks of the network.
-        architecture: ``"dws"``, a `DWSNet`; ``"signed"``, a `SignedDWSNet`, which also commutes with signs of units,
-            where the source keeps them; or ``"graph"``, a `GraphNet`.
-        heads: of the messages between units; none in a `DWSNet` and four in a `SignedDWSNet` unless said otherwise.
+        architecture: ``"dws"``, a `DWSNet`; ``"signed"``, a `SignedDWSNet`, which also commutes
+            with signs of units, where the source keeps them; or ``"graph"``, a `GraphNet`.
+        heads: of the messages between units; none in a `DWSNet` and four in a `SignedDWSNet` unless
+            said otherwise.
         path: the path of the pairs.
     """
 
@@ -226,7 +257,12 @@ class InformedVelocity(_OverWeights):
         if not self.proximal_steps:
             raise ValueError("proximal_step must be one or several, got none")
         self.path = path if path is not None else AffinePath()
-        self._config = {"width": width, "depth": depth, "architecture": architecture, "heads": heads}
+        self._config = {
+            "width": width,
+            "depth": depth,
+            "architecture": architecture,
+            "heads": heads,
+        }
         count = len(self.proximal_steps)
         self.net = _network(spec, 1 + 2 * count, width, depth, architecture, heads)
         self.time = TimeEmbedding(width)
@@ -235,23 +271,35 @@ class InformedVelocity(_OverWeights):
         nn.init.constant_(self.trust.bias, 1 / count)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """Return the velocity, ``(batch, dim)``; ``RuntimeError`` if the field is not bound to a posterior."""
+        """Return the velocity, ``(batch, dim)``.
+
+        ``RuntimeError`` if the field is not bound to a posterior.
+        """
         t = _times(t, x)
         return self.from_precomputed(t, x, *self.precompute(t, x))
 
     def precompute(self, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        """Return what of the velocity comes before anything learned: both parts of every score, ``(batch, dim)``."""
+        """Return what of the velocity comes before anything learned: both parts of every score,
+        ``(batch, dim)``.
+        """
         _, _, scores = _scores(self.path, self.posterior, self.proximal_steps, t, x)
         return tuple(part for score in scores for part in score)
 
     def closed_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the velocity and its divergence ``(batch,)`` in float64: only the network is differentiated."""
+        """Return the velocity and its divergence ``(batch,)`` in float64: only the network is
+        differentiated.
+        """
 
         def closed(
-            t: Tensor, x: Tensor, c: Coefficients, known: list[tuple[LikelihoodScore, LikelihoodScore]]
+            t: Tensor,
+            x: Tensor,
+            c: Coefficients,
+            known: list[tuple[LikelihoodScore, LikelihoodScore]],
         ) -> tuple[Tensor, Tensor]:
             parts, jacobians = ([part for both in known for part in both[k]] for k in (0, 1))
-            return chained_divergence(lambda x, *parts: self.from_precomputed(t, x, *parts), x, parts, jacobians)
+            return chained_divergence(
+                lambda x, *parts: self.from_precomputed(t, x, *parts), x, parts, jacobians
+            )
 
         return _with_divergence(self, closed, self.proximal_steps, t, x)
 
@@ -263,7 +311,9 @@ class InformedVelocity(_OverWeights):
         for index, (w, grad) in enumerate(zip(scores[::2], scores[1::2], strict=True)):
             features += [s2 * w / (s2.sqrt() + 0.05), torch.asinh(s2 * grad)]
             total = total + trust[:, index, None] * w
-        return c.drift * x + c.score_gain * total + self.net(torch.stack(features, -1), t).squeeze(-1)
+        return (
+            c.drift * x + c.score_gain * total + self.net(torch.stack(features, -1), t).squeeze(-1)
+        )
 
     @property
     def informed(self) -> bool:
@@ -271,15 +321,23 @@ class InformedVelocity(_OverWeights):
         return True
 
     def bind(self, posterior: WhitenedPosterior | None) -> Self:
-        """Return the same field, sharing its weights, with the pull of another model, or of none."""
+        """Return the same field, sharing its weights, with the pull of another model, or of
+        none.
+        """
         if posterior is not None and posterior.dim != self.spec.dim:
-            raise ValueError(f"the field is for {self.spec.dim} weights, the model has {posterior.dim}")
+            raise ValueError(
+                f"the field is for {self.spec.dim} weights, the model has {posterior.dim}"
+            )
         return super().bind(posterior)
 
     def describe(self) -> dict[str, Any]:
         """Return plain values from which the module is rebuilt."""
         plain = [_plain(each) for each in self.proximal_steps]
-        return {"kind": "informed", "displacement": plain, "path": self.path.describe()} | self._config
+        return {
+            "kind": "informed",
+            "displacement": plain,
+            "path": self.path.describe(),
+        } | self._config
 
 
 @checked
@@ -300,7 +358,9 @@ class GaussianVelocity(Field):
         self.variances: Tensor
         self.vectors: Tensor
         shaped("mean", mean, None)
-        variances, vectors = torch.linalg.eigh(shaped("covariance", covariance, len(mean), len(mean)))
+        variances, vectors = torch.linalg.eigh(
+            shaped("covariance", covariance, len(mean), len(mean))
+        )
         self.symmetries = NO_SYMMETRY
         self.path = path if path is not None else AffinePath()
         for name, value in {"mean": mean, "variances": variances, "vectors": vectors}.items():
@@ -330,8 +390,8 @@ class GaussianVelocity(Field):
 class ResidualVelocity(Field):
     """The closed-form field to a Gaussian fit plus a `DWSNet` that learns what is not Gaussian.
 
-    v = v_Gaussian(t, x) + net(t, x). Worth most for unimodal targets: align the draws first. A Gaussian of
-    full covariance keeps no symmetry, and neither does this field.
+    v = v_Gaussian(t, x) + net(t, x). Worth most for unimodal targets: align the draws first. A
+    Gaussian of full covariance keeps no symmetry, and neither does this field.
 
     Args:
         spec: the meaning of the weights.
@@ -340,7 +400,9 @@ class ResidualVelocity(Field):
         depth: its blocks.
     """
 
-    def __init__(self, spec: WeightSpec, gaussian: GaussianVelocity, width: Count = 64, depth: Count = 4) -> None:
+    def __init__(
+        self, spec: WeightSpec, gaussian: GaussianVelocity, width: Count = 64, depth: Count = 4
+    ) -> None:
         super().__init__()
         self.spec, self.gaussian = spec, gaussian
         self.symmetries, self.path = NO_SYMMETRY, gaussian.path
@@ -383,7 +445,9 @@ class ResidualVelocity(Field):
     def with_divergence(
         self, t: Tensor, x: Tensor, trace: Trace = "exact", probes: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the velocity and its divergence: estimates have no error from the Gaussian part."""
+        """Return the velocity and its divergence: estimates have no error from the Gaussian
+        part.
+        """
         known, its_trace = self.gaussian.closed_divergence(t, x)
         rest, estimate = divergence(self._rest, t, x, trace, probes)
         return known + rest, its_trace + estimate
@@ -397,18 +461,26 @@ class ResidualVelocity(Field):
 
 
 def rebuild(description: dict[str, Any], spec: WeightSpec) -> Field:
-    """Build an untrained field from what ``describe`` returned; its random parameters are to be replaced."""
+    """Build an untrained field from what ``describe`` returned.
+
+    Its random parameters are to be replaced.
+    """
     with isolated():
         return _rebuilt(description, spec)
 
 
 def restore(
-    description: dict[str, Any], spec: WeightSpec, arrays: Mapping[str, np.ndarray], dtype: torch.dtype
+    description: dict[str, Any],
+    spec: WeightSpec,
+    arrays: Mapping[str, np.ndarray],
+    dtype: torch.dtype,
 ) -> Field:
-    """Build a field from what ``describe`` returned and the arrays of its state, in evaluation mode.
+    """Build a field from what ``describe`` returned and the arrays of its state, in evaluation
+    mode.
 
     Raises:
-        ValueError: if the description is of a larger field than the arrays are of, before that is built.
+        ValueError: if the description is of a larger field than the arrays are of, before that is
+            built.
     """
     _check_sizes(description, arrays)
     velocity = rebuild(description, spec).to(dtype).requires_grad_(False)
@@ -419,16 +491,24 @@ def restore(
 def _check_sizes(description: Any, arrays: Mapping[str, np.ndarray]) -> None:
     """Raise ``ValueError`` unless the numbers that a field is built from are those of its arrays.
 
-    Every block has arrays of its own, every field a square matrix of its width (and a Gaussian one of its dimension).
+    Every block has arrays of its own, every field a square matrix of its width (and a Gaussian one
+    of its dimension).
     """
     elements = sum(values.size for values in arrays.values())
-    largest = {"depth": len(arrays), "width": math.isqrt(elements), "heads": elements, "dim": elements}
+    largest = {
+        "depth": len(arrays),
+        "width": math.isqrt(elements),
+        "heads": elements,
+        "dim": elements,
+    }
     if description.get("kind") == "gaussian":
         largest["dim"] = math.isqrt(elements)
     for name, most in largest.items():
         value = description.get(name)
         if value is not None and (type(value) is not int or not 0 <= value <= most):
-            raise ValueError(f"a field of {name} {value!r} has more numbers than the {elements} of the file")
+            raise ValueError(
+                f"a field of {name} {value!r} has more numbers than the {elements} of the file"
+            )
     for part in ("gaussian", "base"):
         if description.get(part) is not None:
             _check_sizes(description[part], arrays)
@@ -465,21 +545,42 @@ def _rebuilt(description: dict[str, Any], spec: WeightSpec) -> Field:
 
 
 def _network(
-    spec: WeightSpec, features: int, width: int, depth: int, architecture: Architecture, heads: int | None
+    spec: WeightSpec,
+    features: int,
+    width: int,
+    depth: int,
+    architecture: Architecture,
+    heads: int | None,
 ) -> DWSNet | SignedDWSNet | GraphNet:
     if architecture == "dws":
-        return DWSNet(spec, features, 1, width, depth, time=True, wiring=Wiring(heads=0 if heads is None else heads))
+        return DWSNet(
+            spec,
+            features,
+            1,
+            width,
+            depth,
+            time=True,
+            wiring=Wiring(heads=0 if heads is None else heads),
+        )
     if architecture == "signed":
-        return SignedDWSNet(spec, features, 1, width, depth, time=True, heads=4 if heads is None else heads)
+        return SignedDWSNet(
+            spec, features, 1, width, depth, time=True, heads=4 if heads is None else heads
+        )
     if architecture == "graph":
         return GraphNet(spec, features, 1, width, depth, time=True)
     raise ValueError(f"architecture must be 'dws', 'signed' or 'graph', got {architecture!r}")
 
 
 def _scores(
-    path: AffinePath, posterior: WhitenedPosterior | None, proximal_steps: Sequence[ProximalStep], t: Tensor, x: Tensor
+    path: AffinePath,
+    posterior: WhitenedPosterior | None,
+    proximal_steps: Sequence[ProximalStep],
+    t: Tensor,
+    x: Tensor,
 ) -> tuple[Coefficients, Tensor, list[LikelihoodScore]]:
-    """Return the coefficients and s^2 at each time, ``(batch, 1)``, and the likelihood score of every proximal step."""
+    """Return the coefficients and s^2 at each time, ``(batch, 1)``, and the likelihood score of
+    every proximal step.
+    """
     if posterior is None:
         raise RuntimeError("a likelihood-informed velocity must be bound to a model first")
     c, s2, mu = _given(path, t, x)
@@ -487,7 +588,9 @@ def _scores(
 
 
 def _given(path: AffinePath, t: Tensor, x: Tensor) -> tuple[Coefficients, Tensor, Tensor]:
-    """Return the coefficients and s^2 at each time, ``(batch, 1)``, and mu: what x_t says of x1 without the data."""
+    """Return the coefficients and s^2 at each time, ``(batch, 1)``, and mu: what x_t says of x1
+    without the data.
+    """
     c = Coefficients(*(part.unsqueeze(-1) for part in path.coefficients(t)))
     return c, c.a * c.a / c.q, x * c.b / c.q
 
@@ -495,15 +598,18 @@ def _given(path: AffinePath, t: Tensor, x: Tensor) -> tuple[Coefficients, Tensor
 def _with_divergence(
     field: ScoreVelocity | InformedVelocity,
     closed: Callable[
-        [Tensor, Tensor, Coefficients, list[tuple[LikelihoodScore, LikelihoodScore]]], tuple[Tensor, Tensor]
+        [Tensor, Tensor, Coefficients, list[tuple[LikelihoodScore, LikelihoodScore]]],
+        tuple[Tensor, Tensor],
     ],
     proximal_steps: Sequence[ProximalStep],
     t: Tensor,
     x: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Return the velocity and its divergence, by automatic differentiation where there is no other way.
+    """Return the velocity and its divergence, by automatic differentiation where there is no other
+    way.
 
-    That is where a likelihood score does not know its Jacobian, and where derivatives of the result are wanted.
+    That is where a likelihood score does not know its Jacobian, and where derivatives of the result
+    are wanted.
 
     Args:
         field: whose.
@@ -523,7 +629,14 @@ def _with_divergence(
             if found is None:
                 return divergence(lambda t, z: field(t, z), t, x)
             score, by_mu = found
-            known.append((score, LikelihoodScore(*(jacobian.mul_((c.b / c.q).unsqueeze(-1)) for jacobian in by_mu))))
+            known.append(
+                (
+                    score,
+                    LikelihoodScore(
+                        *(jacobian.mul_((c.b / c.q).unsqueeze(-1)) for jacobian in by_mu)
+                    ),
+                )
+            )
         parts.append(closed(t_part, x_part, c, known))
     values, traces = zip(*parts, strict=True)
     return torch.cat(values), torch.cat(traces)
@@ -534,9 +647,15 @@ def _plain(proximal_step: ProximalStep) -> dict[str, Any]:
 
 
 def _proximal_step(plain: dict[str, Any]) -> ProximalStep:
-    families: dict[str, Callable[..., ProximalStep]] = {"GradientSteps": GradientSteps, "GaussNewton": GaussNewton}
+    families: dict[str, Callable[..., ProximalStep]] = {
+        "GradientSteps": GradientSteps,
+        "GaussNewton": GaussNewton,
+    }
     values = dict(plain)
     kind = values.pop("kind")
     if kind == "GradientSteps" and "memory" not in values:
-        raise ValueError("this flow was fitted on gradient steps without momentum, which are no more: fit it again")
+        raise ValueError(
+            "this flow was fitted on gradient steps without momentum, which are no "
+            "more: fit it again"
+        )
     return families[kind](**values)

@@ -23,23 +23,28 @@ __all__ = ["WhitenedCurvature", "WhitenedPosterior"]
 class WhitenedPosterior:
     """What a likelihood-informed velocity may ask of a model, in the coordinates x of a source.
 
-    With theta = from_normal(x), u(x) = log posterior(x) - log N(x; 0, I) up to a constant. From the prior, at
-    temperature 1, that is the log likelihood, since the prior's density and the Jacobian of the coordinates cancel.
+    With theta = from_normal(x), u(x) = log posterior(x) - log N(x; 0, I) up to a constant. From the
+    prior, at temperature 1, that is the log likelihood, since the prior's density and the Jacobian
+    of the coordinates cancel.
 
     Args:
         model: the posterior.
         source: the law at t = 0; the prior if None.
-        rows: use only these rows of the data, int64 ``(m,)``, with their likelihood scaled to that of all.
+        rows: use only these rows of the data, int64 ``(m,)``, with their likelihood scaled to that
+            of all.
 
     Raises:
         ValueError: if the prior has no such coordinates.
     """
 
-    def __init__(self, model: BayesianModel, source: Source | None = None, rows: Tensor | None = None) -> None:
+    def __init__(
+        self, model: BayesianModel, source: Source | None = None, rows: Tensor | None = None
+    ) -> None:
         self.model, self.rows = model, rows
         self.source = Source(model.flat_prior) if source is None else source
         self.dim = model.dim
-        self.kept: tuple[Tensor, Tensor, Any] | None = None  # where it was linearised last, see `linearised`
+        # where it was linearised last, see `linearised`
+        self.kept: tuple[Tensor, Tensor, Any] | None = None
         self._last: WhitenedCurvature | None = None  # where it was asked last
         self.prior = model.flat_prior
         self.inverse_temperature = 1 / model.temperature
@@ -47,7 +52,10 @@ class WhitenedPosterior:
         self.precision_shift = self._precision_shift()
 
     def at(self, x: Tensor) -> WhitenedCurvature:
-        """Return u around ``x`` ``(batch, dim)``; the last one is kept, as a step asks of it again and again."""
+        """Return u around ``x`` ``(batch, dim)``.
+
+        The last one is kept, as a step asks of it again and again.
+        """
         if not is_untracked_cpu(x):
             return WhitenedCurvature(self, x)
         last = self._last
@@ -60,7 +68,9 @@ class WhitenedPosterior:
         return self.at(x).grad
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return u up to a constant and its gradient, ``(batch,)`` in float64 and ``(batch, dim)``."""
+        """Return u up to a constant and its gradient, ``(batch,)`` in float64 and
+        ``(batch, dim)``.
+        """
         return self.at(x).value_and_grad
 
     @property
@@ -76,14 +86,24 @@ class WhitenedPosterior:
     def precision_shift_times(self, v: Tensor) -> Tensor:
         """Return `precision_shift` v, ``(batch, dim)``."""
         assert self.precision_shift is not None
-        return self.precision_shift * v if self.precision_shift.dim() == 0 else v @ self.precision_shift
+        return (
+            self.precision_shift * v
+            if self.precision_shift.dim() == 0
+            else v @ self.precision_shift
+        )
 
     def _precision_shift(self) -> Tensor | None:
-        """Return what -u'' has beside the likelihood: root^2 / T - 1, a number or ``(dim, dim)``; None for nothing.
+        """Return what -u'' has beside the likelihood: root^2 / T - 1, a number or ``(dim, dim)``.
 
-        At a temperature other than 1 the prior's own curvature is known where it is normal, and left out elsewhere.
+        None for nothing.
+
+        At a temperature other than 1 the prior's own curvature is known where it is normal, and
+        left out elsewhere.
         """
-        precision_shift, like = self.source.precision_shift, {"dtype": self.source.dtype, "device": self.source.device}
+        precision_shift, like = (
+            self.source.precision_shift,
+            {"dtype": self.source.dtype, "device": self.source.device},
+        )
         if self.inverse_temperature == 1 or self.prior.scale is None:
             return precision_shift
         dense = precision_shift is not None and precision_shift.dim() > 0
@@ -92,7 +112,9 @@ class WhitenedPosterior:
         return self.inverse_temperature * square - eye
 
     def _tensor_scales(self) -> dict[str, float] | None:
-        """Return d theta / d x, tempered, for every tensor of weights, if it is one number in each."""
+        """Return d theta / d x, tempered, for every tensor of weights, if it is one number in
+        each.
+        """
         scale, root = self.prior.scale_of(self.model.spec.network.dim), self.source.root
         if scale is None or (root is not None and root.dim() > 0):
             return None
@@ -107,7 +129,9 @@ class WhitenedPosterior:
         return self.on_rows(self.model.random_rows((), generator, size))
 
     def on_rows(self, rows: Tensor) -> WhitenedPosterior:
-        """Return the posterior with these rows of the data, ``(m,)`` or ``(batch, m)`` with a choice for each point."""
+        """Return the posterior with these rows of the data, ``(m,)`` or ``(batch, m)`` with a
+        choice for each point.
+        """
         return WhitenedPosterior(self.model, self.source, rows)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> WhitenedPosterior:
@@ -117,10 +141,11 @@ class WhitenedPosterior:
 
 
 class WhitenedCurvature:
-    """The curvature of a model's log likelihood, carried to the coordinates x of a whitened posterior.
+    """The curvature of a model's log likelihood, carried to the coordinates x of a whitened
+    posterior.
 
-    Its members are those of `Curvature`, of u in place of the log likelihood: -u'' ~ A^T A + E, with E the posterior's
-    ``precision_shift``.
+    Its members are those of `Curvature`, of u in place of the log likelihood: -u'' ~ A^T A + E,
+    with E the posterior's ``precision_shift``.
 
     Args:
         posterior: gives the coordinates and u.
@@ -162,7 +187,7 @@ class WhitenedCurvature:
             value = value + 0.5 * (self.x.double().square() - at.z.double().square()).sum(-1)
         return value, self._carried(grad)
 
-    # ---------------------------------------------------------------- Gauss-Newton
+    # ---------------------------------------- Gauss-Newton
 
     def grad_and_factor(self) -> tuple[Tensor, Tensor]:
         """Return the gradient and the factor A as a matrix, ``(batch, rows, dim)``."""
@@ -172,7 +197,9 @@ class WhitenedCurvature:
 
     @cached_property
     def factored(self) -> tuple[Tensor, Factor | ClosedFactor]:
-        """The same with A as its factors, where that is faster and, if something is tracked, differentiable."""
+        """The same with A as its factors, where that is faster and, if something is tracked,
+        differentiable.
+        """
         if is_untracked_cpu(self.x):
             closed = self._likelihood.closed(self._tempered_slope, self._source.vjp)
             if closed is not None:
@@ -186,7 +213,9 @@ class WhitenedCurvature:
         weights = weights.scaled(scales)
         if below.shape[1] == 0:
             return self._carried(grad), weights
-        root = self._inverse_temperature**0.5 * (1.0 if self._source.root is None else self._source.root)
+        root = self._inverse_temperature**0.5 * (
+            1.0 if self._source.root is None else self._source.root
+        )
         own = root * self._at.slope.diagonal[:, self._posterior.model.spec.network.dim :]
         return self._carried(grad), BorderedFactor(weights, own * below)
 
@@ -199,7 +228,9 @@ class WhitenedCurvature:
 
     @cached_property
     def residual(self) -> tuple[Tensor, Tensor | None] | None:
-        """B ``(batch, rows)`` and r ``(batch, dim)`` with grad u = A^T b + r; r is None where it is zero.
+        """B ``(batch, rows)`` and r ``(batch, dim)`` with grad u = A^T b + r.
+
+        R is None where it is zero.
 
         None as `Curvature.residual`.
         """
@@ -211,21 +242,30 @@ class WhitenedCurvature:
         return found * self._inverse_temperature**0.5, rest
 
     def grad_and_product(self) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Return the gradient and the function v -> (A^T A + E) v, ``(batch, dim)``, without a Jacobian."""
+        """Return the gradient and the function v -> (A^T A + E) v, ``(batch, dim)``, without a
+        Jacobian.
+        """
         posterior, source, at = self._posterior, self._source, self._at
         grad, product = self._likelihood.grad_and_product()
 
         def times(v: Tensor) -> Tensor:
             by_theta = product(at.jvp(source.vjp(v))) * self._inverse_temperature
             image = source.vjp(at.vjp(by_theta))
-            return image if posterior.precision_shift is None else image + posterior.precision_shift_times(v)
+            return (
+                image
+                if posterior.precision_shift is None
+                else image + posterior.precision_shift_times(v)
+            )
 
         return self._carried(grad), times
 
-    # ---------------------------------------------------------------- second derivatives
+    # ---------------------------------------- second derivatives
 
     def grad_and_hessian(self) -> tuple[Tensor, Tensor] | None:
-        """Return the gradient and the Hessian of u, ``(batch, dim, dim)``, in closed form; None where none is known."""
+        """Return the gradient and the Hessian of u, ``(batch, dim, dim)``, in closed form.
+
+        None where none is known.
+        """
         found = self._likelihood.grad_and_hessian()
         if found is None:
             return None
@@ -233,9 +273,11 @@ class WhitenedCurvature:
         return self._carried(grad), self._second(grad, self._at.slope.both(hessian))
 
     def slope(self, v: Tensor) -> Tensor | None:
-        """Return the derivative of grad u - (A^T A + E) v at fixed v ``(batch, dim)``, ``(batch, dim, dim)``.
+        """Return the derivative of grad u - (A^T A + E) v at fixed v ``(batch, dim)``,
+        ``(batch, dim, dim)``.
 
-        In closed form; None where none is known. Row i is that of element i; the matrix is not symmetric.
+        In closed form; None where none is known. Row i is that of element i; the matrix is not
+        symmetric.
         """
         if not self._posterior.has_gauss_newton_slope:
             return None
@@ -245,13 +287,14 @@ class WhitenedCurvature:
         assert second is not None
         if self._affine:
             return self._second(torch.zeros_like(self.x), at.slope.both(second))
-        # As x moves, so does the direction v in theta, and what is left of the gradient is pulled back differently.
+        # As x moves, so does the direction v in theta, and what is left of the gradient is pulled
+        # back differently.
         grad, factor = self._likelihood.grad_and_factor()
         left = grad - MatrixFactor(factor).transposed(MatrixFactor(factor).times(by_theta))
         turned = at.turn(v).right(factor.mT @ factor)
         return self._second(left, at.slope.left(at.slope.right(second) - turned))
 
-    # ---------------------------------------------------------------- change of coordinates
+    # ---------------------------------------- change of coordinates
 
     @property
     def _affine(self) -> bool:
@@ -267,11 +310,14 @@ class WhitenedCurvature:
         """Temper the gradient of the log likelihood by theta, and turn it into one by z."""
         grad = grad * self._inverse_temperature
         if self._inverse_temperature != 1:
-            grad = grad + (self._inverse_temperature - 1) * self._prior.log_prob_and_grad(at.theta)[1]
+            grad = (
+                grad + (self._inverse_temperature - 1) * self._prior.log_prob_and_grad(at.theta)[1]
+            )
         return at.vjp(grad)
 
     def _second(self, grad: Tensor, second: Tensor) -> Tensor:
-        """Turn the second derivative by z of the log likelihood alone into that of u by x, in its memory.
+        """Turn the second derivative by z of the log likelihood alone into that of u by x, in its
+        memory.
 
         Args:
             grad: the gradient by theta that belongs to it.
@@ -280,7 +326,9 @@ class WhitenedCurvature:
         source, at = self._source, self._at
         second.mul_(self._inverse_temperature)
         if self._inverse_temperature != 1:  # with the curvature of the prior
-            self._prior.bend_of(lambda z: self._by_prior(self._prior.at(z), grad), at.z).add_to(second)
+            self._prior.bend_of(lambda z: self._by_prior(self._prior.at(z), grad), at.z).add_to(
+                second
+            )
         elif not self._affine:
             at.bend(grad).add_to(second)
         if not source.is_prior:

@@ -1,37 +1,44 @@
-"""What a flow is for, in figures: the price of posterior draws, against longer runs of HMC, MCLMC and tempered SMC.
+"""What a flow is for, in figures: the price of posterior draws, against longer runs of HMC, MCLMC
+and tempered SMC.
 
-Regression, 2-16-1 tanh, N(0, 1) on 65 weights; inputs are standard normal, targets those of one network drawn from the
-prior (sd about 2.7) plus noise. 100 to 100,000 rows, in two ways:
+Regression, 2-16-1 tanh, N(0, 1) on 65 weights; inputs are standard normal, targets those of one
+network drawn from the prior (sd about 2.7) plus noise. 100 to 100,000 rows, in two ways:
 
-``--noise scaled`` (the default): the noise is sqrt(rows / 100), so that all rows together say as much as 100 rows of
-    noise 1. The posterior stays what it is and only the price of a gradient grows. **The posterior does not sharpen
-    here, as it does with more rows of one kind**: this isolates the price of rows, and is kind to all methods.
-``--noise fixed``: noise 1, and a posterior that sharpens: samplers take shorter steps and flows have more to learn.
-    With 10,000 rows and more a cell takes many times as long.
+``--noise scaled`` (the default): the noise is sqrt(rows / 100), so that all rows together say as
+    much as 100 rows of noise 1. The posterior stays what it is and only the price of a gradient
+    grows. **The posterior does not sharpen here, as it does with more rows of one kind**: this
+    isolates the price of rows, and is kind to all methods.
+``--noise fixed``: noise 1, and a posterior that sharpens: samplers take shorter steps and flows
+    have more to learn. With 10,000 rows and more a cell takes many times as long.
 
-Prices are in CPU seconds, one thread, and in likelihood gradients, which the model itself counts whoever asks for them;
-one on some of the rows counts as their share. Every method is ``start + draws * each``. The start of a sampler is its
-warm-up; SMC has none, and pays for everything again for more particles. The start of a flow is all its HMC draws cost,
-warm-up included, and its training. An effective draw is one of bulk ESS of the outputs at 64 test inputs (the median
-input). A flow's draws are independent. Particles' ESS is read off the spread of independent runs, and is at most that
-of their weights.
+Prices are in CPU seconds, one thread, and in likelihood gradients, which the model itself counts
+whoever asks for them; one on some of the rows counts as their share. Every method is
+``start + draws * each``. The start of a sampler is its warm-up; SMC has none, and pays for
+everything again for more particles. The start of a flow is all its HMC draws cost, warm-up
+included, and its training. An effective draw is one of bulk ESS of the outputs at 64 test inputs
+(the median input). A flow's draws are independent. Particles' ESS is read off the spread of
+independent runs, and is at most that of their weights.
 
-A cheap wrong draw is no draw. Against HMC chains that no flow saw, at the test inputs: "rms" is the error of the mean
-in posterior standard deviations, "ratio" the geometric mean of ratios of standard deviations, "gap" the loss of LPPD on
-test targets of noise 1. What draws are **worth** is the number of exact draws whose Monte-Carlo error of mean and
-standard deviation is as large as their bias; more of them buy nothing. ">" means that the comparison shows no bias and
-could have shown one at that number. A break-even beyond the worth is none. All that a weights-only flow knows of the
-posterior are its training draws, those in the row of HMC: it can hardly be worth more than they are.
+A cheap wrong draw is no draw. Against HMC chains that no flow saw, at the test inputs: "rms" is the
+error of the mean in posterior standard deviations, "ratio" the geometric mean of ratios of standard
+deviations, "gap" the loss of LPPD on test targets of noise 1. What draws are **worth** is the
+number of exact draws whose Monte-Carlo error of mean and standard deviation is as large as their
+bias; more of them buy nothing. ">" means that the comparison shows no bias and could have shown one
+at that number. A break-even beyond the worth is none. All that a weights-only flow knows of the
+posterior are its training draws, those in the row of HMC: it can hardly be worth more than they
+are.
 
-The informed flow follows gradients on all rows, by gradient steps: Gauss-Newton steps cost ten times as many seconds
-or more. Mini-batches do not help it: the pull of m rows of n is that of another posterior, about sqrt(n / m - 1) of
-its standard deviations away, whatever the noise. "Refined" is ``bf.refine``, two short transitions; refinement can only
-pay as long as it takes fewer gradients than an effective draw of a sampler.
+The informed flow follows gradients on all rows, by gradient steps: Gauss-Newton steps cost ten
+times as many seconds or more. Mini-batches do not help it: the pull of m rows of n is that of
+another posterior, about sqrt(n / m - 1) of its standard deviations away, whatever the noise.
+"Refined" is ``bf.refine``, two short transitions; refinement can only pay as long as it takes fewer
+gradients than an effective draw of a sampler.
 
-Every number of rows is a cell of ``out/break_even.json``, computed if it is not there: a run can be stopped and
-started again. Run: ``python tests/benchmarks/bench_break_even.py [--rows N ...] [--noise fixed] [--quick]``;
-``--rows`` computes cells anew, ``--draw-only`` prints and draws what is there, ``--figure`` puts the picture into
-``docs/images``.
+Every number of rows is a cell of ``out/break_even.json``, computed if it is not there: a run can be
+stopped and started again. Run: ``python tests/benchmarks/bench_break_even.py [--rows N ...]
+[--noise fixed]
+[--quick]``; ``--rows`` computes cells anew, ``--draw-only`` prints and draws what is there,
+``--figure`` puts the picture into ``docs/images``.
 """
 
 import argparse
@@ -62,7 +69,8 @@ WIDTH, DEPTH, SOLVER_STEPS = 32, 3, 8
 CHUNK = 512  # draws that travel together
 JUDGED = 8192  # draws of a flow, unless each of them costs gradients
 REFINE_STEPS, REFINE_LEAPFROG = 2, 8
-PILOT = 12 * 5 * 64  # gradients with which `refine` finds its step size, whatever the number of draws
+# gradients with which `refine` finds its step size, whatever the number of draws
+PILOT = 12 * 5 * 64
 WANTED = tuple(10**k for k in range(1, 7))
 SHOWN = ("step_size", "n_leapfrog", "L")
 SAMPLERS = ("HMC", "MCLMC", "SMC")
@@ -94,11 +102,13 @@ QUICK = {
 }
 
 
-# ---------------------------------------------------------------- the posterior
+# ---------------------------------------- the posterior
 
 
 def counted(name: str) -> Any:
-    """Return this method of a model, which adds to ``gradients`` unless another one of them has called it."""
+    """Return this method of a model, which adds to ``gradients`` unless another one of them has
+    called it.
+    """
     method = getattr(bf.BayesianModel, name)
 
     def counting(self: Any, theta: Tensor, rows: Tensor | None = None) -> Any:
@@ -146,12 +156,14 @@ def problem(rows: int, noise: float) -> tuple[Counted, Counted]:
     return model_of(x, y, noise), model_of(test, y_test, FIRST_NOISE)
 
 
-# ---------------------------------------------------------------- what draws cost, and what they are worth
+# ---------------------------------------- what draws cost, and what they are worth
 
 
 @dataclass(frozen=True)
 class Offer:
-    """Posterior draws at a price: so much before the first, so much for each, good for at most ``worth`` of them."""
+    """Posterior draws at a price: so much before the first, so much for each, good for at most
+    ``worth`` of them.
+    """
 
     name: str
     start_cpu: float
@@ -196,13 +208,23 @@ class Judge:
 
     def values(self, theta: Tensor) -> Tensor:
         """Return the outputs at the test inputs, ``(draw, row)`` in float64."""
-        return torch.cat([self.test.outputs(part, self.test.x)[..., 0] for part in theta.split(4096)]).double()
+        return torch.cat(
+            [self.test.outputs(part, self.test.x)[..., 0] for part in theta.split(4096)]
+        ).double()
 
     def _lppd(self, theta: Tensor, log_weights: Tensor | None) -> float:
-        return bf.metrics.lppd(bf.predict(self.test, (theta, log_weights), self.test.x), self.test.y)
+        return bf.metrics.lppd(
+            bf.predict(self.test, (theta, log_weights), self.test.x), self.test.y
+        )
 
     def offer(
-        self, name: str, theta: Tensor, start: Price, each: Price, effective: float, log_weights: Tensor | None = None
+        self,
+        name: str,
+        theta: Tensor,
+        start: Price,
+        each: Price,
+        effective: float,
+        log_weights: Tensor | None = None,
     ) -> Offer:
         """Judge draws ``(draw, dim)``, print their row and return it."""
         values = self.values(theta)
@@ -212,7 +234,8 @@ class Judge:
         sd = (weights * (values - mean).square()).sum(0).sqrt()
         bias = float(((mean - self.mean) / self.sd).square().mean())
         spread = float((sd / self.sd).log().square().mean())
-        # The log of a standard deviation of n draws has half the variance of their mean in standard deviations.
+        # The log of a standard deviation of n draws has half the variance of their mean in standard
+        # deviations.
         expected = 1 / self.effective + 1 / effective
         excess = max(bias, 2 * spread) - expected
         found = Offer(
@@ -228,8 +251,9 @@ class Judge:
 def row(offer: Offer) -> str:
     """Return a line of the table of prices."""
     return (
-        f"  {offer.name:24s} {offer.start_cpu:9.1f} {1e3 * offer.each_cpu:10.3f} {offer.start_gradients / 1e3:10.0f} "
-        f"{offer.each_gradients:10.1f} {offer.effective:10.0f} {offer.rms:7.3f} {offer.ratio:7.3f} {offer.gap:8.4f} "
+        f"  {offer.name:24s} {offer.start_cpu:9.1f} {1e3 * offer.each_cpu:10.3f} "
+        f"{offer.start_gradients / 1e3:10.0f} {offer.each_gradients:10.1f} {offer.effective:10.0f} "
+        f"{offer.rms:7.3f} {offer.ratio:7.3f} {offer.gap:8.4f} "
         f"{'>' * offer.at_least:>2s}{offer.worth:<8.0f}"
     )
 
@@ -237,12 +261,12 @@ def row(offer: Offer) -> str:
 def header() -> str:
     return (
         f"  {'':24s} {'start':^20s} {'each effective draw':^21s}\n"
-        f"  {'':24s} {'CPU s':>9s} {'CPU ms':>10s} {'1,000 grad':>10s} {'gradients':>10s} {'judged ESS':>10s} "
-        f"{'rms sd':>7s} {'ratio':>7s} {'gap':>8s} {'worth':>7s}"
+        f"  {'':24s} {'CPU s':>9s} {'CPU ms':>10s} {'1,000 grad':>10s} {'gradients':>10s} "
+        f"{'judged ESS':>10s} {'rms sd':>7s} {'ratio':>7s} {'gap':>8s} {'worth':>7s}"
     )
 
 
-# ---------------------------------------------------------------- samplers
+# ---------------------------------------- samplers
 
 
 def priced(model: Counted, work: Callable[[], Any]) -> tuple[Any, Price]:
@@ -252,27 +276,42 @@ def priced(model: Counted, work: Callable[[], Any]) -> tuple[Any, Price]:
     return result, Price(time.process_time() - began, model.gradients - before)
 
 
-def chains(method: Any, model: Counted, n: int, warmup: int, draws: int) -> tuple[bf.Draws, Price, Price]:
-    """Run chains; return their draws, and what warm-up and drawing cost: all gradients cost the same."""
+def chains(
+    method: Any, model: Counted, n: int, warmup: int, draws: int
+) -> tuple[bf.Draws, Price, Price]:
+    """Run chains; return their draws, and what warm-up and drawing cost: all gradients cost the
+    same.
+    """
     drawn, everything = priced(
-        model, lambda: bf.sample(model, method, chains=n, warmup=warmup, draws=draws, seed=SEED, progress=False)
+        model,
+        lambda: bf.sample(
+            model, method, chains=n, warmup=warmup, draws=draws, seed=SEED, progress=False
+        ),
     )
     share = float(drawn.stats["n_steps"].double().sum()) / everything.gradients
     return drawn, everything.of(1 - share), everything.of(share)
 
 
 def effective_draws(draws: bf.Draws, test: bf.BayesianModel) -> float:
-    """Return the bulk ESS of what chains predict at the median test input; say what their verdict is."""
+    """Return the bulk ESS of what chains predict at the median test input.
+
+    Say what their verdict is.
+    """
     found = bf.diagnose(test, draws, test.x)
     assert found.r_hat is not None
     assert found.ess_bulk is not None
     told = ", ".join(f"{key} {draws.info[key]:.3g}" for key in SHOWN if key in draws.info)
-    print(f"    {found.method}: {told}, worst R-hat {np.max(found.r_hat):.3f}, divergences {found.divergences}")
+    print(
+        f"    {found.method}: {told}, worst R-hat {np.max(found.r_hat):.3f}, divergences "
+        f"{found.divergences}"
+    )
     return float(np.median(found.ess_bulk))
 
 
 def effective_particles(draws: bf.Draws, judge: Judge) -> float:
-    """Return how many independent draws all runs together are worth, by the variance of the runs' means."""
+    """Return how many independent draws all runs together are worth, by the variance of the runs'
+    means.
+    """
     assert draws.log_weights is not None
     weights = draws.log_weights.double().softmax(1)  # (run, particle)
     values = judge.values(draws.flat).unflatten(0, weights.shape)
@@ -281,7 +320,7 @@ def effective_particles(draws: bf.Draws, judge: Judge) -> float:
     return min(by_spread, float(1 / weights.square().sum(1).mean()) * len(means))
 
 
-# ---------------------------------------------------------------- a cell
+# ---------------------------------------- a cell
 
 
 def cell(rows: int, noise: float, sizes: Sizes) -> list[Offer]:
@@ -289,7 +328,8 @@ def cell(rows: int, noise: float, sizes: Sizes) -> list[Offer]:
     model, test = problem(rows, noise)
     model.log_joint_and_grad(model.sample_prior(2, 0))  # compiles
     for method in (bf.HMC(), bf.MCLMC()):
-        bf.diagnose(test, bf.sample(test, method, chains=2, warmup=2, draws=4, progress=False))  # imports
+        # imports
+        bf.diagnose(test, bf.sample(test, method, chains=2, warmup=2, draws=4, progress=False))
     offers = []
 
     hmc, warm, drawing = chains(bf.HMC(), model, 2 * CHAINS, *sizes.hmc)
@@ -305,11 +345,15 @@ def cell(rows: int, noise: float, sizes: Sizes) -> list[Offer]:
     offers.append(judge.offer("MCLMC", draws.flat, begin, spent.of(1 / effective), effective))
 
     method = bf.SMC(particles=sizes.particles)
-    draws, spent = priced(model, lambda: bf.sample(model, method, chains=SMC_RUNS, seed=SEED, progress=False))
+    draws, spent = priced(
+        model, lambda: bf.sample(model, method, chains=SMC_RUNS, seed=SEED, progress=False)
+    )
     effective = effective_particles(draws, judge)
     assert draws.log_weights is not None
     weights = draws.log_weights.flatten()
-    offers.append(judge.offer("SMC", draws.flat, Price(0, 0), spent.of(1 / effective), effective, weights))
+    offers.append(
+        judge.offer("SMC", draws.flat, Price(0, 0), spent.of(1 / effective), effective, weights)
+    )
 
     torch.manual_seed(SEED)
     fields = {
@@ -321,22 +365,40 @@ def cell(rows: int, noise: float, sizes: Sizes) -> list[Offer]:
     }
     for name, (field, judged) in fields.items():
         flow, training = priced(
-            model, partial(bf.fit_flow, model, seen, velocity=field, budget=sizes.budget, seed=SEED, progress=False)
+            model,
+            partial(
+                bf.fit_flow,
+                model,
+                seen,
+                velocity=field,
+                budget=sizes.budget,
+                seed=SEED,
+                progress=False,
+            ),
         )
-        print(f"    {name}: {flow.info['steps']} steps in {training.cpu:.0f} CPU s, loss {flow.info['loss']:.2f}")
+        print(
+            f"    {name}: {flow.info['steps']} steps in {training.cpu:.0f} CPU s, loss "
+            f"{flow.info['loss']:.2f}"
+        )
         offers += sampled(name, flow, judged, sizes.few, model, judge, warm + drawing + training)
     return offers
 
 
-def sampled(name: str, flow: bf.Flow, judged: int, few: int, model: Counted, judge: Judge, start: Price) -> list[Offer]:
+def sampled(
+    name: str, flow: bf.Flow, judged: int, few: int, model: Counted, judge: Judge, start: Price
+) -> list[Offer]:
     """Price and judge a flow's draws, as they are and refined."""
     flow.sample(16, 0)
     theta, spent = priced(
-        model, lambda: flow.sample(judged, 1, chunk_size=CHUNK, solver=Solver("midpoint", SOLVER_STEPS))
+        model,
+        lambda: flow.sample(judged, 1, chunk_size=CHUNK, solver=Solver("midpoint", SOLVER_STEPS)),
     )
     each = spent.of(1 / judged)
     moved, spent = priced(
-        model, lambda: bf.refine(model, theta[:few], REFINE_STEPS, n_leapfrog=REFINE_LEAPFROG, seed=2, progress=False)
+        model,
+        lambda: bf.refine(
+            model, theta[:few], REFINE_STEPS, n_leapfrog=REFINE_LEAPFROG, seed=2, progress=False
+        ),
     )
     pilot = PILOT / spent.gradients
     start_refined, more = start + spent.of(pilot), spent.of((1 - pilot) / few)
@@ -346,11 +408,14 @@ def sampled(name: str, flow: bf.Flow, judged: int, few: int, model: Counted, jud
     ]
 
 
-# ---------------------------------------------------------------- break-even
+# ---------------------------------------- break-even
 
 
 def break_even(flow: Offer, sampler: Offer, unit: str) -> float:
-    """Return the number of draws from which the flow is the cheaper one; infinite if it never is."""
+    """Return the number of draws from which the flow is the cheaper one.
+
+    Infinite if it never is.
+    """
     more = getattr(flow, f"start_{unit}") - getattr(sampler, f"start_{unit}")
     saved = getattr(sampler, f"each_{unit}") - getattr(flow, f"each_{unit}")
     return max(0.0, more) / saved if saved > 0 else math.inf
@@ -371,7 +436,11 @@ def verdict(flow: Offer, offers: list[Offer]) -> str:
     if math.isinf(begins):
         return "no: each draw costs more than a sampler's"
     if begins > flow.worth:
-        return "not shown: no bias seen, but only to its worth" if flow.at_least else "no: biased before it pays"
+        return (
+            "not shown: no bias seen, but only to its worth"
+            if flow.at_least
+            else "no: biased before it pays"
+        )
     return f"yes, from {count(begins)} draws to {'at least ' * flow.at_least}{count(flow.worth)}"
 
 
@@ -385,13 +454,18 @@ def summary(rows: int, offers: list[Offer]) -> None:
     for flow in flows:
         numbers = [break_even(flow, each, "cpu") for each in samplers]
         numbers += [break_even_with_all(flow, offers, unit) for unit in ("cpu", "gradients")]
-        print(f"  {flow.name:24s}" + "".join(f"{count(n):>12s}" for n in numbers) + f"    {verdict(flow, offers)}")
+        print(
+            f"  {flow.name:24s}" + "".join(f"{count(n):>12s}" for n in numbers) + f"    "
+            f"{verdict(flow, offers)}"
+        )
     print("  Total CPU seconds by wanted draws; in brackets: more than they are worth")
     print(f"  {'':24s}" + "".join(f"{n:>12,d}" for n in WANTED))
     for each in offers:
         totals = [f"{each.total(n):,.1f}" for n in WANTED]
         beyond = [n > each.worth and not each.at_least for n in WANTED]
-        shown = (f"({total})" if bad else f"{total} " for total, bad in zip(totals, beyond, strict=True))
+        shown = (
+            f"({total})" if bad else f"{total} " for total, bad in zip(totals, beyond, strict=True)
+        )
         print(f"  {each.name:24s}" + "".join(f"{text:>12s}" for text in shown))
     print(flush=True)
 
@@ -402,14 +476,20 @@ def draw(cells: dict[int, list[Offer]], noise: str, path: Path) -> None:
 
     from bnnflow.report.style import BODY, GREY, INK, PALETTE, quiet
 
-    colours = dict(zip((*SAMPLERS, *RAW), (PALETTE[0], PALETTE[4], GREY, PALETTE[1], PALETTE[2]), strict=True))
+    colours = dict(
+        zip((*SAMPLERS, *RAW), (PALETTE[0], PALETTE[4], GREY, PALETTE[1], PALETTE[2]), strict=True)
+    )
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     names = [each.name for each in next(iter(cells.values()))]
 
     def look(name: str) -> dict[str, Any]:
         refined = name.endswith(REFINED)
-        return {"color": colours[name.removesuffix(REFINED)], "linestyle": "--" if refined else "-", "linewidth": 1.6}
+        return {
+            "color": colours[name.removesuffix(REFINED)],
+            "linestyle": "--" if refined else "-",
+            "linewidth": 1.6,
+        }
 
     for name in names:
         found = [(n, each) for n, offers in cells.items() for each in offers if each.name == name]
@@ -418,13 +498,20 @@ def draw(cells: dict[int, list[Offer]], noise: str, path: Path) -> None:
         for n, price, (_, each) in zip(at, prices, found, strict=True):
             fill = look(name)["color"] if each.at_least or each.worth >= 100 else "white"
             left.plot(n, price, "o", markersize=5, color=look(name)["color"], markerfacecolor=fill)
-    left.set(xscale="log", yscale="log", xlabel="rows of data", ylabel="CPU ms, start-up not counted")
+    left.set(
+        xscale="log", yscale="log", xlabel="rows of data", ylabel="CPU ms, start-up not counted"
+    )
     left.set_title("One effective draw", fontsize=BODY, loc="left")
 
     rows, offers = max(cells.items())
     wanted = torch.logspace(1, 6, 201).tolist()
     for each in offers:
-        right.plot(wanted, [each.total(n) for n in wanted], alpha=1 if each.at_least else 0.3, **look(each.name))
+        right.plot(
+            wanted,
+            [each.total(n) for n in wanted],
+            alpha=1 if each.at_least else 0.3,
+            **look(each.name),
+        )
         if not each.at_least:
             good = [n for n in wanted if n <= each.worth]
             right.plot(good, [each.total(n) for n in good], **look(each.name))
@@ -432,12 +519,25 @@ def draw(cells: dict[int, list[Offer]], noise: str, path: Path) -> None:
         if begins <= wanted[-1]:
             colour = look(each.name)["color"]
             fill = colour if begins <= each.worth else "white"
-            right.plot(begins, each.total(begins), "o", color=colour, markerfacecolor=fill, markersize=7, zorder=5)
+            right.plot(
+                begins,
+                each.total(begins),
+                "o",
+                color=colour,
+                markerfacecolor=fill,
+                markersize=7,
+                zorder=5,
+            )
             right.annotate(
                 f"{float(f'{begins:.2g}'):,.0f}", (begins, each.total(begins)), (0, 8),
                 textcoords="offset points", ha="right", fontsize=8, color=colour,
             )  # fmt: skip
-    right.set(xscale="log", yscale="log", xlabel="effective draws wanted", ylabel="CPU seconds, everything counted")
+    right.set(
+        xscale="log",
+        yscale="log",
+        xlabel="effective draws wanted",
+        ylabel="CPU seconds, everything counted",
+    )
     right.set_title(f"All of them, {rows:,} rows", fontsize=BODY, loc="left")
     told = "faint: more draws than they are worth\n● break-even,  ○ beyond their worth"
     right.text(0.03, 0.97, told, transform=right.transAxes, va="top", fontsize=8, color=INK)
@@ -446,7 +546,11 @@ def draw(cells: dict[int, list[Offer]], noise: str, path: Path) -> None:
     for ax in (left, right):
         quiet(ax)
     figure.legend(loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
-    posterior = "the same posterior in every cell" if noise == "scaled" else "noise 1: the posterior sharpens"
+    posterior = (
+        "the same posterior in every cell"
+        if noise == "scaled"
+        else "noise 1: the posterior sharpens"
+    )
     figure.suptitle(f"Regression, 2-{HIDDEN}-1 tanh, 65 weights; {posterior}", fontsize=BODY)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
@@ -454,13 +558,26 @@ def draw(cells: dict[int, list[Offer]], noise: str, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", choices=list(SIZES), help="compute these cells anew")
-    parser.add_argument("--noise", choices=["scaled", "fixed"], default="scaled", help="what more rows do; see above")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rows", type=int, nargs="+", choices=list(SIZES), help="compute these cells anew"
+    )
+    parser.add_argument(
+        "--noise",
+        choices=["scaled", "fixed"],
+        default="scaled",
+        help="what more rows do; see above",
+    )
     parser.add_argument("--budget", type=float, help="seconds of training of each flow")
     parser.add_argument("--quick", action="store_true", help="three small cells: does it run?")
-    parser.add_argument("--draw-only", action="store_true", help="print and draw the cells that are there")
-    parser.add_argument("--figure", action="store_true", help=f"write the picture to docs/images/{FIGURE.name}")
+    parser.add_argument(
+        "--draw-only", action="store_true", help="print and draw the cells that are there"
+    )
+    parser.add_argument(
+        "--figure", action="store_true", help=f"write the picture to docs/images/{FIGURE.name}"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     given = QUICK if args.quick else SIZES
@@ -469,20 +586,31 @@ def main() -> None:
     name = f"break_even{'_quick' * args.quick}"
     file = OUT / f"{name}.json"
     kept: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    print(f"load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, one thread, CPU seconds; noise {args.noise}\n")
+    print(
+        f"load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, one thread, CPU seconds; "
+        f"noise {args.noise}\n"
+    )
     cells = {}
     for rows, sizes in given.items():
         sizes = sizes if args.budget is None else sizes._replace(budget=args.budget)
-        settings = json.loads(json.dumps([sizes, WIDTH, DEPTH, SOLVER_STEPS, REFINE_STEPS, REFINE_LEAPFROG]))
+        settings = json.loads(
+            json.dumps([sizes, WIDTH, DEPTH, SOLVER_STEPS, REFINE_STEPS, REFINE_LEAPFROG])
+        )
         key = f"{args.noise} {rows}"
         asked = rows in args.rows if args.rows else kept.get(key, {}).get("settings") != settings
         if asked and not args.draw_only:
-            noise = FIRST_NOISE * (rows / FIRST_ROWS) ** 0.5 if args.noise == "scaled" else FIRST_NOISE
+            noise = (
+                FIRST_NOISE * (rows / FIRST_ROWS) ** 0.5 if args.noise == "scaled" else FIRST_NOISE
+            )
             print(f"{rows:,} rows, noise {noise:.3g}")
             began = time.process_time()
             offers = cell(rows, noise, sizes)
             seconds = time.process_time() - began
-            kept[key] = {"settings": settings, "cpu_seconds": seconds, "offers": [asdict(each) for each in offers]}
+            kept[key] = {
+                "settings": settings,
+                "cpu_seconds": seconds,
+                "offers": [asdict(each) for each in offers],
+            }
             file.parent.mkdir(exist_ok=True)
             file.write_text(json.dumps(kept, indent=1))
             print(f"    {seconds:.0f} CPU s for all\n")

@@ -1,8 +1,9 @@
-"""What corrections of a small model cost: CPU seconds of every method, and how good its draws and its evidence are.
+"""What corrections of a small model cost: CPU seconds of every method, and how good its draws and
+its evidence are.
 
-Linear regression of 30 rows, 3 weights, whose posterior is known, with the default flow after 300 steps; and with
-``diabetes`` a tanh network of 98 weights with the default likelihood, 200 draws. One process, one thread. Run:
-``python tests/benchmarks/bench_correct.py [method ...] [diabetes]``.
+Linear regression of 30 rows, 3 weights, whose posterior is known, with the default flow after 300
+steps; and with ``diabetes`` a tanh network of 98 weights with the default likelihood, 200 draws.
+One process, one thread. Run: ``python tests/benchmarks/bench_correct.py [method ...] [diabetes]``.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def diabetes() -> bf.BayesianModel:
     x, y = (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std()
     with isolated(torch.Generator().manual_seed(0)):
         net = nn.Sequential(nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 1))
-    return bf.BayesianModel(net, priors.Normal(1.0), likelihoods.Gaussian(), x.float(), y.float().unsqueeze(1))
+    return bf.BayesianModel(
+        net, priors.Normal(1.0), likelihoods.Gaussian(), x.float(), y.float().unsqueeze(1)
+    )
 
 
 def closed_form(model: bf.BayesianModel) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -58,7 +61,9 @@ def fitted(model: bf.BayesianModel, steps: int) -> bf.Flow:
     return bf.fit_flow(model, draws, seed=0, progress=False, training=bf.Training(steps=steps))
 
 
-def corrected(flow: bf.Flow, model: bf.BayesianModel, n: int, method: Any) -> tuple[float, bf.Draws]:
+def corrected(
+    flow: bf.Flow, model: bf.BayesianModel, n: int, method: Any
+) -> tuple[float, bf.Draws]:
     """Return the CPU seconds and the draws."""
     began = time.process_time()
     fixed = bf.correct(model, flow, n, method, seed=0, progress=False)
@@ -71,7 +76,10 @@ def main(arguments: list[str]) -> None:
     methods = [each for each in arguments if each != "diabetes"] or list(get_args(CorrectionMethod))
     model = linear()
     flow, (mean, sd, evidence) = fitted(model, 300), closed_form(model)
-    print(f"{'method':11s} {'CPU s':>6s} {'ESS':>6s} {'densities':>9s} {'mean / error':>12s} {'sd':>12s} evidence")
+    print(
+        f"{'method':11s} {'CPU s':>6s} {'ESS':>6s} {'densities':>9s} {'mean / error':>12s} "
+        f"{'sd':>12s} evidence"
+    )
     for method in methods:
         seconds, fixed = corrected(flow, model, 4000, method)
         theta = fixed.flat.double()
@@ -82,14 +90,19 @@ def main(arguments: list[str]) -> None:
         ratio = (share * (theta - centre).square()).sum(0).sqrt() / sd
         value, error = fixed.log_evidence or (math.nan, math.nan)
         print(
-            f"{method:11s} {seconds:6.1f} {fixed.info['ess']:6.0f} {fixed.info['density_solves']:9d} {off:12.2f} "
-            f"{float(ratio.min()):5.3f}-{float(ratio.max()):5.3f} {value - evidence:+.4f} +- {error:.4f}",
+            f"{method:11s} {seconds:6.1f} {fixed.info['ess']:6.0f} "
+            f"{fixed.info['density_solves']:9d} {off:12.2f} "
+            f"{float(ratio.min()):5.3f}-{float(ratio.max()):5.3f} {value - evidence:+.4f} +- "
+            f"{error:.4f}",
             flush=True,
         )
     if "diabetes" in arguments:
         model = diabetes()
         seconds, fixed = corrected(fitted(model, 200), model, 200, "auto")
-        print(f"diabetes, 98 weights, 200 draws: {seconds:.0f} CPU s, {fixed.info['density_solves']} densities")
+        print(
+            f"diabetes, 98 weights, 200 draws: {seconds:.0f} CPU s, "
+            f"{fixed.info['density_solves']} densities"
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""CPU milliseconds of one plan, by batch and dimension, beside POT and torchcfm; and what matching a plan costs.
+"""CPU milliseconds of one plan, by batch and dimension, beside POT and torchcfm.
 
-The first table shows where POT's network simplex stops to be faster than scipy's assignment on the centred cost (the
-switch inside `MiniBatchOT`). Best of several, all in turn, CPU time of the process, one thread. torchcfm is optional:
-``pip install --no-deps torchcfm``. Run: ``python tests/benchmarks/bench_couplings.py``.
+And what matching a plan costs.
+
+The first table shows where POT's network simplex stops to be faster than scipy's assignment on the
+centred cost (the switch inside `MiniBatchOT`). Best of several, all in turn, CPU time of the
+process, one thread. torchcfm is optional: ``pip install --no-deps torchcfm``. Run:
+``python tests/benchmarks/bench_couplings.py``.
 """
 
 import importlib.util
@@ -63,7 +66,9 @@ def rivals(x0: Tensor, x1: Tensor) -> dict[str, Callable[[], object]]:
         "POT emd": lambda: ot.emd(ones, ones, raw, numItermax=10_000_000),
         "SinkhornOT": lambda: sinkhorn.pair(x0, x1, spec, none, generator()),
         "its plan": lambda: sinkhorn.plan(x0, x1),
-        "POT sinkhorn": lambda: ot.sinkhorn(ones, ones, raw, price, method="sinkhorn_log", stopThr=1e-3 / n**0.5),
+        "POT sinkhorn": lambda: ot.sinkhorn(
+            ones, ones, raw, price, method="sinkhorn_log", stopThr=1e-3 / n**0.5
+        ),
     }
     if TORCHCFM:
         from torchcfm.optimal_transport import OTPlanSampler
@@ -80,7 +85,11 @@ def by_size() -> None:
         x1 = 2 + noise * torch.linspace(0.3, 2, dim)
         work = rivals(x0, x1)
         if n >= WIDE:
-            work = {name: each for name, each in work.items() if "inkhorn" not in name and name != "its plan"}
+            work = {
+                name: each
+                for name, each in work.items()
+                if "inkhorn" not in name and name != "its plan"
+            }
         if not names:
             names = list(rivals(x0, x1))
             print(f"{'n':>5s} {'dim':>4s}" + "".join(f"{name:>15s}" for name in names))
@@ -90,19 +99,32 @@ def by_size() -> None:
 
 
 def by_network() -> None:
-    print("\nper batch, and the mean squared distance of its pairs; targets of one mode, spread over the group")
+    print(
+        "\nper batch, and the mean squared distance of its pairs; targets of one mode, spread "
+        "over the group"
+    )
     for widths, n in itertools.product(((4, 16, 3), (30, 16, 16, 2)), (64, 256)):
-        layers = [layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.Tanh())]
+        layers = [
+            layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.Tanh())
+        ]
         spec = bf.WeightSpec.of(nn.Sequential(*layers[:-1]))
         group = spec.symmetries()._replace(scale=frozenset())
         x0, noise = torch.randn(2, n, spec.dim, generator=generator())
         centre = torch.randn(spec.dim, generator=generator())
         (x1,) = spec.transform(group, 0, 1.2 * centre + 0.5 * noise)
         print(f"{'-'.join(map(str, widths))}, dim {spec.dim}, n {n}")
-        for coupling in (Independent(), MiniBatchOT(), SinkhornOT(), Matched(), MiniBatchOT(matched=True)):
+        for coupling in (
+            Independent(),
+            MiniBatchOT(),
+            SinkhornOT(),
+            Matched(),
+            MiniBatchOT(matched=True),
+        ):
             pair = lambda coupling=coupling: coupling.pair(x0, x1, spec, group, generator())  # noqa: E731, B023
             distance = float((pair()[0] - pair()[1]).square().sum(-1).mean())
-            print(f"  {coupling!r:75s} {best({'': pair}, 3)['']:8.1f} ms {distance:8.1f}", flush=True)
+            print(
+                f"  {coupling!r:75s} {best({'': pair}, 3)['']:8.1f} ms {distance:8.1f}", flush=True
+            )
 
 
 def lost() -> None:
@@ -112,7 +134,9 @@ def lost() -> None:
     x0, noise = torch.randn(2, 256, 131, generator=generator())
     with torch.random.fork_rng():
         drawn = OTPlanSampler(method="exact").sample_plan(x0, 2 + noise)[1]
-    print(f"\ntorchcfm's exact plan keeps {len(drawn.unique(dim=0))} of 256 targets, ours all of them")
+    print(
+        f"\ntorchcfm's exact plan keeps {len(drawn.unique(dim=0))} of 256 targets, ours all of them"
+    )
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
-"""What likelihoods and priors cost beside a normal one of fixed noise: gradients, draws of a flow, and log densities.
+"""What likelihoods and priors cost beside a normal one of fixed noise: gradients, draws of a flow,
+and log densities.
 
-Diabetes (442 rows), 10-8-1 tanh, CPU seconds in one process; the informed flow is the default one, untrained, which
-costs as much as a trained one. Run: ``python tests/benchmarks/bench_default_likelihood.py [repeats]``.
+Diabetes (442 rows), 10-8-1 tanh, CPU seconds in one process; the informed flow is the default one,
+untrained, which costs as much as a trained one. Run: ``python
+tests/benchmarks/bench_default_likelihood.py [repeats]``.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ PRIORS = {
 
 
 def problem(likelihood: Any, outputs: int, prior: Any) -> bf.BayesianModel:
-    """Return the posterior: targets are standardised, counted or cut into classes, as the likelihood wants them."""
+    """Return the posterior: targets are standardised, counted or cut into classes, as the
+    likelihood wants them.
+    """
     x, y = (torch.as_tensor(part).double() for part in load_diabetes(return_X_y=True))
     x, y = (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std()
     if likelihood.discrete:
@@ -56,7 +60,9 @@ def problem(likelihood: Any, outputs: int, prior: Any) -> bf.BayesianModel:
         y = torch.bucketize(y, y.quantile(torch.arange(1, classes).double() / classes))
     with isolated(torch.Generator().manual_seed(0)):
         net = nn.Sequential(nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, outputs))
-    return bf.BayesianModel(net, prior, likelihood, x.float(), y.float() if y.is_floating_point() else y)
+    return bf.BayesianModel(
+        net, prior, likelihood, x.float(), y.float() if y.is_floating_point() else y
+    )
 
 
 def informed(model: bf.BayesianModel) -> bf.Flow:
@@ -68,7 +74,10 @@ def informed(model: bf.BayesianModel) -> bf.Flow:
 
 
 def cost(work: Callable[[], Any], times: int) -> float:
-    """Return the least CPU seconds of some runs, of which the first makes what is kept; of one where that is long."""
+    """Return the least CPU seconds of some runs, of which the first makes what is kept.
+
+    Of one where that is long.
+    """
     seconds: list[float] = []
     while len(seconds) <= times and (not seconds or seconds[0] < 5):
         began = time.process_time()
@@ -78,12 +87,16 @@ def cost(work: Callable[[], Any], times: int) -> float:
 
 
 def prices(model: bf.BayesianModel) -> list[float]:
-    """Return the CPU milliseconds of a gradient of one of 16 chains, of a draw of 64, and of a density of 4.
+    """Return the CPU milliseconds of a gradient of one of 16 chains, of a draw of 64, and of a
+    density of 4.
 
-    A density is that many evaluations of the divergence as the path is rough; the last but one price is of one of them.
+    A density is that many evaluations of the divergence as the path is rough; the last but one
+    price is of one of them.
     """
     theta = 0.3 * torch.randn(16, model.dim, generator=torch.Generator().manual_seed(1))
-    gradient = cost(lambda: [model.log_joint_and_grad(theta) for _ in range(20)], 3 * REPEATS) / (20 * 16)
+    gradient = cost(lambda: [model.log_joint_and_grad(theta) for _ in range(20)], 3 * REPEATS) / (
+        20 * 16
+    )
     flow = informed(model)
     draw = cost(lambda: flow.sample(64, 0), REPEATS) / 64
     drawn = flow.sample(4, 1)
@@ -98,14 +111,23 @@ def main() -> None:
     """Print the table, and every price over that of fixed noise under a normal prior."""
     torch.set_num_threads(1)
     cases = [(likelihood, "Normal") for likelihood in LIKELIHOODS]
-    cases += [(likelihood, prior) for prior in list(PRIORS)[1:] for likelihood in ("Gaussian, fixed", "Gaussian")]
+    cases += [
+        (likelihood, prior)
+        for prior in list(PRIORS)[1:]
+        for likelihood in ("Gaussian, fixed", "Gaussian")
+    ]
     print("ms of CPU, and times that of fixed noise\n")
-    print(f"{'likelihood':24s} {'prior':13s} {'gradient':>16s} {'draw':>16s} {'divergence':>16s} {'log density':>16s}")
+    print(
+        f"{'likelihood':24s} {'prior':13s} {'gradient':>16s} {'draw':>16s} {'divergence':>16s} "
+        f"{'log density':>16s}"
+    )
     unit: list[float] = []
     for likelihood, prior in cases:
         found = prices(problem(*LIKELIHOODS[likelihood], PRIORS[prior]))
         unit = unit or found
-        columns = [f"{value:9.3f} {value / one:6.2f}" for value, one in zip(found, unit, strict=True)]
+        columns = [
+            f"{value:9.3f} {value / one:6.2f}" for value, one in zip(found, unit, strict=True)
+        ]
         print(f"{likelihood:24s} {prior:13s} " + " ".join(columns), flush=True)
 
 

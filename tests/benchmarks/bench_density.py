@@ -19,7 +19,11 @@ def linear_regression(dtype: torch.dtype) -> tuple[bf.BayesianModel, bf.Gaussian
     """Return the model, its exact posterior, and the posterior's covariance."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(30, 3, generator=generator, dtype=torch.float64)
-    y = x @ torch.tensor([1.0, -2.0, 0.5]).double() + 0.3 + 0.5 * torch.randn(30, generator=generator).double()
+    y = (
+        x @ torch.tensor([1.0, -2.0, 0.5]).double()
+        + 0.3
+        + 0.5 * torch.randn(30, generator=generator).double()
+    )
     net = torch.nn.Linear(3, 1, dtype=dtype)
     model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.5), x, y)
     design = torch.cat([x, torch.ones(30, 1, dtype=torch.float64)], 1)
@@ -36,23 +40,32 @@ def main() -> None:
     print("closed-form field, float64: largest |log q - log p| over 200 posterior draws")
     for solver in ("midpoint", "rk4"):
         for steps in (16, 32, 64, 128):
-            error = (flow.log_prob(theta, solver=Solver(solver, steps)) - exact.log_prob(theta)).abs().max()
+            error = (
+                (flow.log_prob(theta, solver=Solver(solver, steps)) - exact.log_prob(theta))
+                .abs()
+                .max()
+            )
             print(f"  {solver:9s} {steps:4d} steps {float(error):.1e}", flush=True)
 
     model, exact, _ = linear_regression(torch.float32)
     draws = exact.sample(20000, 1).float()
     for velocity in ("weights", "informed"):
-        flow = bf.fit_flow(model, draws, velocity=velocity, seed=0, training=bf.Training(budget=BUDGET))
+        flow = bf.fit_flow(
+            model, draws, velocity=velocity, seed=0, training=bf.Training(budget=BUDGET)
+        )
         sampled, log_q = flow.sample_with_log_prob(2000, 2, solver=Solver("rk4", 16))
         held_out = exact.sample(2000, 3).float()
         began = time.perf_counter()
         forward = log_q - exact.log_prob(sampled.double())
-        reverse = exact.log_prob(held_out.double()) - flow.log_prob(held_out, solver=Solver("rk4", 16))
+        reverse = exact.log_prob(held_out.double()) - flow.log_prob(
+            held_out, solver=Solver("rk4", 16)
+        )
         print(
-            f"trained {velocity} field, {flow.info['cpu_seconds']:.0f} CPU s, {flow.info['steps']} steps: "
-            f"KL(q|p) {float(forward.mean()):.4f} +- {float(forward.std()) / 2000**0.5:.4f}, "
-            f"KL(p|q) {float(reverse.mean()):.4f} +- {float(reverse.std()) / 2000**0.5:.4f}, "
-            f"mean |log q - log p| {float(reverse.abs().mean()):.4f} nats "
+            f"trained {velocity} field, {flow.info['cpu_seconds']:.0f} CPU s, {flow.info['steps']} "
+            f"steps: KL(q|p) {float(forward.mean()):.4f} +- "
+            f"{float(forward.std()) / 2000**0.5:.4f}, KL(p|q) {float(reverse.mean()):.4f} +- "
+            f"{float(reverse.std()) / 2000**0.5:.4f}, mean |log q - log p| "
+            f"{float(reverse.abs().mean()):.4f} nats "
             f"({(time.perf_counter() - began) / 2000 * 1e3:.1f} ms a log density)",
             flush=True,
         )

@@ -1,11 +1,12 @@
-"""Cost of the weight-space layers: CPU time, ATen calls and peak memory of a forward and backward pass, one thread.
+"""Cost of the weight-space layers: CPU time, ATen calls and peak memory of a forward and backward
+pass, one thread.
 
-Every case runs in a process of its own. Memory is what the passes add to the features, which exist already: outputs,
-gradients and everything kept for the backward pass. "live" is the peak of the tensors that one pass allocates, by the
-profiler's record of every allocation; "RSS" is the highest resident size of the process over that before the first
-pass, in which the allocator keeps what was freed, so that it varies by some 20 MB. Calls are the ATen operators that
-``torch.profiler`` counts in one pass. Run:
-``python tests/benchmarks/bench_dws.py [--quick]``.
+Every case runs in a process of its own. Memory is what the passes add to the features, which exist
+already: outputs, gradients and everything kept for the backward pass. "live" is the peak of the
+tensors that one pass allocates, by the profiler's record of every allocation; "RSS" is the highest
+resident size of the process over that before the first pass, in which the allocator keeps what was
+freed, so that it varies by some 20 MB. Calls are the ATen operators that ``torch.profiler`` counts
+in one pass. Run: ``python tests/benchmarks/bench_dws.py [--quick]``.
 """
 
 import argparse
@@ -29,9 +30,11 @@ CASES = {
     "30-16-16-2": (30, 16, 16, 2),
     "13-50-1": (13, 50, 1),
 }
-# The reference implementation is in no registry: measured elsewhere with the same passes, not run here.
-REFERENCE = """published/measured elsewhere, not run here: the reference implementation of Navon et al. (2023) takes
-3.9 to 8 times the time of this layer, 3,937 to 9,335 calls and 690 to 1,097 MB for such passes."""
+# The reference implementation is in no registry: measured elsewhere with the same passes, not run
+# here.
+REFERENCE = """published/measured elsewhere, not run here:
+the reference implementation of Navon et al. (2023) takes 3.9 to 8 times
+the time of this layer, 3,937 to 9,335 calls and 690 to 1,097 MB for such passes."""
 
 
 def chain(*widths: int) -> WeightSpec:
@@ -59,14 +62,17 @@ def measure(what: str, case: str, rounds: int) -> dict[str, float]:
     elif what == "layer, exact":
         module = DWSLayer(spec, FEATURES, FEATURES, slots=max(CASES[case]))
     else:
-        module = DWSNet(spec, 1, 10, 64, 4, invariant=True, wiring=Wiring(shared=what == "shared net"))
+        module = DWSNet(
+            spec, 1, 10, 64, 4, invariant=True, wiring=Wiring(shared=what == "shared net")
+        )
 
     def work(batch: torch.Tensor) -> None:
         module.zero_grad()
         batch.grad = None
         module(batch).square().mean().backward()
 
-    needs = n_in == FEATURES  # inside a stack, a layer's argument needs a gradient; the weights of networks do not
+    # inside a stack, a layer's argument needs a gradient; the weights of networks do not
+    needs = n_in == FEATURES
     work(torch.randn(1, spec.dim, n_in, requires_grad=needs))  # loads the kernels
     features = torch.randn(BATCH, spec.dim, n_in, requires_grad=needs)
     before = resident("VmRSS")
@@ -76,7 +82,9 @@ def measure(what: str, case: str, rounds: int) -> dict[str, float]:
         work(features)
         times.append(time.process_time() - start)
     memory = resident("VmHWM") - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         work(features)
     assert profile.profiler is not None
     events: list = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
@@ -84,7 +92,13 @@ def measure(what: str, case: str, rounds: int) -> dict[str, float]:
     calls = sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
     parameters = sum(parameter.numel() for parameter in module.parameters())
     milliseconds = 1e3 * sorted(times)[len(times) // 2]
-    return {"ms": milliseconds, "calls": calls, "live": max(live) / 2**20, "RSS": memory, "parameters": parameters}
+    return {
+        "ms": milliseconds,
+        "calls": calls,
+        "live": max(live) / 2**20,
+        "RSS": memory,
+        "parameters": parameters,
+    }
 
 
 def main() -> None:
@@ -97,19 +111,37 @@ def main() -> None:
         what, case = options.one
         print(json.dumps(measure(what, case, rounds)))
         return
-    print(f"forward and backward, batch {BATCH}, one thread; layers with {FEATURES} features, networks 64 wide, 4 deep")
-    print(f"{'':14}{'':12}{'ms':>8}{'ms/net':>8}{'calls':>8}{'live MB':>9}{'RSS MB':>8}{'parameters':>12}")
+    print(
+        f"forward and backward, batch {BATCH}, one thread; layers with {FEATURES} features, "
+        f"networks 64 wide, 4 deep"
+    )
+    print(
+        f"{'':14}{'':12}{'ms':>8}{'ms/net':>8}{'calls':>8}{'live MB':>9}"
+        f"{'RSS MB':>8}{'parameters':>12}"
+    )
     names = ["layer", "layer, exact", "net", "shared net"]
     for what, case in itertools.product(names, CASES):
         if what == "layer, exact" and case in ("2-32-32-1", "2-32x6-1"):  # exact already
             continue
-        arguments = [sys.executable, __file__, "--one", what, case, *(["--quick"] if options.quick else [])]
-        run = subprocess.run(arguments, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+        arguments = [
+            sys.executable,
+            __file__,
+            "--one",
+            what,
+            case,
+            *(["--quick"] if options.quick else []),
+        ]
+        run = subprocess.run(
+            arguments, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True
+        )
         if run.returncode:
             sys.exit(run.stderr.decode())
         found = json.loads(run.stdout.splitlines()[-1])
-        figures = f"{found['calls']:8.0f}{found['live']:9.0f}{found['RSS']:8.0f}{found['parameters']:12,.0f}"
-        print(f"{what:14}{case:12}{found['ms']:8.1f}{found['ms'] / BATCH:8.2f}{figures}", flush=True)
+        memory = f"{found['calls']:8.0f}{found['live']:9.0f}{found['RSS']:8.0f}"
+        figures = f"{memory}{found['parameters']:12,.0f}"
+        print(
+            f"{what:14}{case:12}{found['ms']:8.1f}{found['ms'] / BATCH:8.2f}{figures}", flush=True
+        )
     print(REFERENCE)
 
 

@@ -1,15 +1,18 @@
-"""Flows on five posteriors: what the raw flow, its refinement and its density are worth, beside untrained starts.
+"""Flows on five posteriors: what the raw flow, its refinement and its density are worth, beside
+untrained starts.
 
-``sine``: 1-16-1 tanh, y = sin(2 x), noise 0.1, 40 points. ``yacht``: 6-50-1 tanh, noise 0.1 (d = 401, very sharp).
-``iris``: 4-16-3 tanh. ``cancer`` and ``cancer2``: breast cancer, 30-16-2 and 30-16-16-2 tanh. N(0, 1) on all weights.
-The truth are HMC draws of chains that the flow did not see; beside them the published LPPD of a converged run of
-another library, where ``$BNNFLOW_DATA`` has one (iris, yacht). Functions are network outputs at the test points, or
-probabilities of classes: "rms" is the error of their means in posterior standard deviations, "ratio" the geometric mean
-of ratios of standard deviations. LPPD from 4,096 draws.
-"Gradients" count the likelihood gradients of a draw, refinement and the field's own. One thread, CPU seconds.
-"An effective draw" is one of bulk ESS of the functions (the median over them); draws of a flow are independent, but
-worth what the table says. What has to be paid once, warm-up or training, is "start"; training needs HMC draws too.
-Run: ``python tests/benchmarks/bench_flows.py [NAME] [--budget SECONDS] [--velocity informed|weights] [--density N]``.
+``sine``: 1-16-1 tanh, y = sin(2 x), noise 0.1, 40 points. ``yacht``: 6-50-1 tanh, noise 0.1 (d =
+401, very sharp). ``iris``: 4-16-3 tanh. ``cancer`` and ``cancer2``: breast cancer, 30-16-2 and
+30-16-16-2 tanh. N(0, 1) on all weights. The truth are HMC draws of chains that the flow did not
+see; beside them the published LPPD of a converged run of another library, where ``$BNNFLOW_DATA``
+has one (iris, yacht). Functions are network outputs at the test points, or probabilities of
+classes: "rms" is the error of their means in posterior standard deviations, "ratio" the geometric
+mean of ratios of standard deviations. LPPD from 4,096 draws. "Gradients" count the likelihood
+gradients of a draw, refinement and the field's own. One thread, CPU seconds. "An effective draw" is
+one of bulk ESS of the functions (the median over them); draws of a flow are independent, but worth
+what the table says. What has to be paid once, warm-up or training, is "start"; training needs HMC
+draws too. Run: ``python tests/benchmarks/bench_flows.py [NAME] [--budget SECONDS] [--velocity
+informed|weights] [--density N]``.
 """
 
 import argparse
@@ -48,7 +51,10 @@ DATA = Path(os.environ.get("BNNFLOW_DATA", Path(__file__).parents[3] / "shared" 
 
 
 class Problem(NamedTuple):
-    """A posterior with test rows; mean and sd of the functions there, LPPD and log joint if they are published."""
+    """A posterior with test rows.
+
+    Mean and sd of the functions there, LPPD and log joint if they are published.
+    """
 
     model: bf.BayesianModel
     x: Tensor
@@ -58,7 +64,9 @@ class Problem(NamedTuple):
 
 def perceptron(*widths: int) -> nn.Module:
     torch.manual_seed(0)
-    layers = [layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.Tanh())]
+    layers = [
+        layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.Tanh())
+    ]
     return nn.Sequential(*layers[:-1])
 
 
@@ -69,12 +77,18 @@ def problem(name: str) -> Problem:
         x = torch.linspace(-2, 2, 40)[:, None]
         y = torch.sin(2 * x[:, 0]) + 0.1 * torch.randn(40, generator=g)
         grid = torch.linspace(-2.5, 2.5, 50)[:, None]
-        net, likelihood, test = perceptron(1, 16, 1), bf.likelihoods.Gaussian(0.1), (grid, torch.sin(2 * grid[:, 0]))
+        net, likelihood, test = (
+            perceptron(1, 16, 1),
+            bf.likelihoods.Gaussian(0.1),
+            (grid, torch.sin(2 * grid[:, 0])),
+        )
         return Problem(bf.BayesianModel(net, bf.priors.Normal(1.0), likelihood, x, y), *test, {})
     if name.startswith("cancer"):
         data = bf.data.load("breast_cancer")
         net = perceptron(30, 16, 2) if name == "cancer" else perceptron(30, 16, 16, 2)
-        model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Categorical(), data.x_train, data.y_train)
+        model = bf.BayesianModel(
+            net, bf.priors.Normal(1.0), bf.likelihoods.Categorical(), data.x_train, data.y_train
+        )
         return Problem(model, data.x_test, data.y_test, {})
     file = {"iris": "iris", "yacht": "yacht_s01"}[name]
     path = DATA / "reference" / f"{file}.npz"
@@ -87,7 +101,9 @@ def problem(name: str) -> Problem:
     model = bf.BayesianModel(net, bf.priors.Normal(1.0), likelihood, found["Xtr"], found["ytr"])
     y = torch.as_tensor(found["yte"])
     published = {key: found[key] for key in found.files}
-    return Problem(model, torch.as_tensor(found["Xte"]).float(), y if name == "iris" else y.float(), published)
+    return Problem(
+        model, torch.as_tensor(found["Xte"]).float(), y if name == "iris" else y.float(), published
+    )
 
 
 class Table:
@@ -98,8 +114,10 @@ class Table:
         functions = self._functions(truth)
         self.mean, self.sd = functions.mean(0), functions.std(0)
         self.variance = truth.var(0)
-        print(f"{'draws':36s} {'LPPD':>8s} {'+-':>6s} {'log lik.':>9s} {'5 %':>8s} {'log joint':>9s} {'rms':>6s} "
-              f"{'ratio':>6s} {'gradients':>9s} {'CPU s':>7s}")  # fmt: skip
+        print(
+            f"{'draws':36s} {'LPPD':>8s} {'+-':>6s} {'log lik.':>9s} {'5 %':>8s} "
+            f"{'log joint':>9s} {'rms':>6s} {'ratio':>6s} {'gradients':>9s} {'CPU s':>7s}"
+        )
         self.row("held-out HMC", truth, 0, 0)
 
     def _functions(self, theta: Tensor) -> Tensor:
@@ -110,7 +128,9 @@ class Table:
     def row(self, name: str, theta: Tensor, gradients: float, seconds: float) -> None:
         """Print one row."""
         model, x, y = self.given.model, self.given.x, self.given.y
-        each = torch.cat([model.pointwise_log_likelihood(part, x, y) for part in theta.split(1024)]).double()
+        each = torch.cat(
+            [model.pointwise_log_likelihood(part, x, y) for part in theta.split(1024)]
+        ).double()
         lppd = each.logsumexp(0) - math.log(len(each))
         error = float((each - lppd).exp().mean(1).std() / len(each) ** 0.5)
         likelihood = torch.cat([model.log_likelihood(part) for part in theta.split(1024)]).double()
@@ -118,30 +138,46 @@ class Table:
         functions = self._functions(theta)
         rms = float(((functions.mean(0) - self.mean) / self.sd).square().mean().sqrt())
         ratio = float((functions.std(0) / self.sd).log().mean().exp())
-        print(f"{name:36s} {float(lppd.mean()):8.4f} {error:6.4f} {float(likelihood.mean()):9.2f} "
-              f"{float(likelihood.quantile(0.05)):8.2f} {float(joint.mean()):9.2f} {rms:6.3f} {ratio:6.3f} "
-              f"{gradients:9.0f} {seconds:7.1f}", flush=True)  # fmt: skip
+        print(
+            f"{name:36s} {float(lppd.mean()):8.4f} {error:6.4f} {float(likelihood.mean()):9.2f} "
+            f"{float(likelihood.quantile(0.05)):8.2f} {float(joint.mean()):9.2f} {rms:6.3f} "
+            f"{ratio:6.3f} {gradients:9.0f} {seconds:7.1f}",
+            flush=True,
+        )
 
     def by_layer(self, theta: Tensor) -> str:
         """Return the variance of each tensor over the truth's, summed over its weights."""
         own, spec = theta.var(0), self.given.model.spec
-        ratios = {name: own[where].sum() / self.variance[where].sum() for name, where in spec.slices.items()}
+        ratios = {
+            name: own[where].sum() / self.variance[where].sum()
+            for name, where in spec.slices.items()
+        }
         return ", ".join(f"{name} {float(ratio):.2f}" for name, ratio in ratios.items())
 
 
 def nearest(theta: Tensor, draws: Tensor, spec: bf.WeightSpec) -> Tensor:
-    """Return the distance of each network to the nearest draw, every network sorted into one order of its units."""
+    """Return the distance of each network to the nearest draw, every network sorted into one order
+    of its units.
+    """
     here, there = (bf.symmetry.sort_units(part, spec) for part in (theta, draws))
     return torch.cdist(here, there).min(1).values
 
 
 def price(name: str, seconds: float, gradients: float, each: float, start: float = 0.0) -> None:
-    """Print what a draw costs that is worth an independent one, and what there is to pay before the first."""
-    print(f"  {name:34s} {1e3 * seconds / each:10.2f} {gradients / each:10.0f} {start:10.0f}", flush=True)
+    """Print what a draw costs that is worth an independent one, and what there is to pay before the
+    first.
+    """
+    print(
+        f"  {name:34s} {1e3 * seconds / each:10.2f} {gradients / each:10.0f} {start:10.0f}",
+        flush=True,
+    )
 
 
 def prices(model: bf.BayesianModel, hmc: bf.Draws, hmc_ess: float) -> tuple[float, float]:
-    """Print what effective draws of samplers cost; return the log evidence by tempered SMC and its error."""
+    """Print what effective draws of samplers cost.
+
+    Return the log evidence by tempered SMC and its error.
+    """
     print(f"  {'an effective draw':34s} {'CPU ms':>10s} {'gradients':>10s} {'start, s':>10s}")
     chains, warmup, draws = CHAINS, WARMUP, hmc.theta.shape[1]
     share = draws / (warmup + draws)  # of the gradients; those of adaptation are paid once
@@ -152,20 +188,33 @@ def prices(model: bf.BayesianModel, hmc: bf.Draws, hmc_ess: float) -> tuple[floa
     share = 400 / (WARMUP + 400)
     found = bf.diagnose(model, other)
     worst = f", R-hat {found.r_hat.max():.3f}" if found.r_hat is not None else ""
-    price(f"MCLMC{worst}", cpu * share, count * share, float(np.median(found.ess_bulk)), cpu * (1 - share))
+    price(
+        f"MCLMC{worst}",
+        cpu * share,
+        count * share,
+        float(np.median(found.ess_bulk)),
+        cpu * (1 - share),
+    )
     particles = bf.sample(model, bf.SMC(particles=PARTICLES), chains=8, seed=2)
     weights, evidence = particles.log_weights, particles.log_evidence
     assert weights is not None, "SMC weighs its particles"
     assert evidence is not None, "the temperature is 1"
     each = float((2 * weights.logsumexp(1) - (2 * weights).logsumexp(1)).exp().sum())
-    cpu, count = particles.info["cpu_seconds"], particles.info["gradients_per_chain"] * 8 * PARTICLES
+    cpu, count = (
+        particles.info["cpu_seconds"],
+        particles.info["gradients_per_chain"] * 8 * PARTICLES,
+    )
     price("SMC, ESS of weights at most", cpu, count, each)
     return evidence
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", default="iris", choices=["sine", "yacht", "iris", "cancer", "cancer2"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "name", nargs="?", default="iris", choices=["sine", "yacht", "iris", "cancer", "cancer2"]
+    )
     parser.add_argument("--budget", type=float, default=900.0, help="seconds of training")
     parser.add_argument("--velocity", choices=["informed", "weights"], default="informed")
     parser.add_argument("--architecture", choices=["signed", "dws", "graph"], default="signed")
@@ -177,22 +226,47 @@ def main() -> None:
     parser.add_argument("--heads", type=int, help="of messages between units")
     parser.add_argument("--steps", type=int, default=8, help="of the midpoint rule")
     parser.add_argument("--reuse", type=int, default=1, help="steps of training that see each pair")
-    parser.add_argument("--draws", type=int, help="of each of 48 more chains to train on; the others' 800 otherwise")
-    parser.add_argument("--compile", action="store_true", help="compile the field for training: a minute, then faster")
-    parser.add_argument("--no-starts", action="store_true", help="leave out the rows of starts without training")
-    parser.add_argument("--map", type=float, default=0.0, help="seconds for a map of four evaluations from the flow")
-    parser.add_argument("--no-draws", type=float, default=0.0, help="seconds for a flow that makes its own targets")
-    parser.add_argument("--refine", type=int, default=8, help="transitions of every row's refinement")
-    parser.add_argument("--density", type=int, default=1000, help="draws with an exact density; 0 for none")
-    parser.add_argument("--annealed", type=int, default=1000, help="draws that are annealed back for the evidence")
-    parser.add_argument("--density-steps", type=int, default=8, help="half as many as there are traces")
-    parser.add_argument("--load", action="store_true", help="take the flow that an earlier run has saved")
+    parser.add_argument(
+        "--draws", type=int, help="of each of 48 more chains to train on; the others' 800 otherwise"
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the field for training: a minute, then faster",
+    )
+    parser.add_argument(
+        "--no-starts", action="store_true", help="leave out the rows of starts without training"
+    )
+    parser.add_argument(
+        "--map", type=float, default=0.0, help="seconds for a map of four evaluations from the flow"
+    )
+    parser.add_argument(
+        "--no-draws", type=float, default=0.0, help="seconds for a flow that makes its own targets"
+    )
+    parser.add_argument(
+        "--refine", type=int, default=8, help="transitions of every row's refinement"
+    )
+    parser.add_argument(
+        "--density", type=int, default=1000, help="draws with an exact density; 0 for none"
+    )
+    parser.add_argument(
+        "--annealed", type=int, default=1000, help="draws that are annealed back for the evidence"
+    )
+    parser.add_argument(
+        "--density-steps", type=int, default=8, help="half as many as there are traces"
+    )
+    parser.add_argument(
+        "--load", action="store_true", help="take the flow that an earlier run has saved"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     given = problem(args.name)
     model = given.model
     draws = bf.sample(model, bf.HMC(), chains=CHAINS, warmup=WARMUP, draws=800, seed=0)
-    print(f"{args.name}, dim {model.dim}: {CHAINS} chains x 800 in {draws.info['cpu_seconds']:.0f} CPU s")
+    print(
+        f"{args.name}, dim {model.dim}: {CHAINS} chains x 800 in {draws.info['cpu_seconds']:.0f} "
+        f"CPU s"
+    )
     found = bf.diagnose(model, draws)
     print(found)
     if given.published:
@@ -206,7 +280,10 @@ def main() -> None:
         more = bf.sample(model, bf.HMC(), chains=48, warmup=WARMUP, draws=args.draws, seed=5)
         seen = more.flat
         print(f"  {len(seen):,} draws to train on in {more.info['cpu_seconds']:.0f} CPU s")
-    table = Table(given, unseen[torch.randperm(len(unseen), generator=torch.Generator().manual_seed(0))[:DRAWS]])
+    table = Table(
+        given,
+        unseen[torch.randperm(len(unseen), generator=torch.Generator().manual_seed(0))[:DRAWS]],
+    )
     newton = args.newton if args.newton is not None else {"sine": 2, "yacht": 4}.get(args.name, 0)
     proximal_step = GaussNewton(newton) if newton else GradientSteps(args.accelerated_ascent)
     design = {name: getattr(args, name) for name in ("architecture", "width", "depth", "heads")}
@@ -228,7 +305,13 @@ def main() -> None:
         theta = untrained.sample(DRAWS, 1)
         show("untrained informed field", theta, own, time.process_time() - began)
 
-    kind = "" if args.velocity == "weights" else f"-newton{newton}" if newton else f"-climb{args.climb}"
+    kind = (
+        ""
+        if args.velocity == "weights"
+        else f"-newton{newton}"
+        if newton
+        else f"-climb{args.climb}"
+    )
     path = Path(f"out/{args.name}-{args.architecture}-{args.velocity}{kind}.npz")
     if args.load:
         flow = Flow.load(path, model)
@@ -240,11 +323,16 @@ def main() -> None:
             field = InformedVelocity(model.spec, proximal_step, **design)
         training = bf.Training(budget=args.budget, batch_size=args.batch, compile=args.compile)
         matching = Matching(reuse=args.reuse)
-        flow = bf.fit_flow(model, seen, velocity=field, matching=matching, training=training, seed=0)
+        flow = bf.fit_flow(
+            model, seen, velocity=field, matching=matching, training=training, seed=0
+        )
         flow.save(path)
     info = flow.info
-    print(f"  {args.velocity} flow: {info['steps']} steps, {info['cpu_seconds']:.0f} CPU s, {info['parameters']} "
-          f"parameters, loss by quarter {[round(value, 1) for value in info['loss_by_time']]}")  # fmt: skip
+    print(
+        f"  {args.velocity} flow: {info['steps']} steps, {info['cpu_seconds']:.0f} CPU s, "
+        f"{info['parameters']} parameters, loss by quarter "
+        f"{[round(value, 1) for value in info['loss_by_time']]}"
+    )
     began = time.process_time()
     theta = flow.sample(DRAWS, 1, solver=Solver(steps=args.steps))
     seconds, own = time.process_time() - began, 0 if args.velocity == "weights" else own
@@ -252,8 +340,11 @@ def main() -> None:
     for name, some in (("refined draws", moved), ("raw draws", theta)):
         began = time.process_time()
         value, error = bf.evidence(model, some, bf.SMC(particles=args.annealed, ess=0.9), seed=4)
-        print(f"  log evidence by annealing {args.annealed} {name} back: {value:.2f} +- {error:.2f}, "
-              f"{time.process_time() - began:.0f} CPU s (SMC {evidence[0]:.2f} +- {evidence[1]:.2f})")  # fmt: skip
+        print(
+            f"  log evidence by annealing {args.annealed} {name} back: {value:.2f} +- "
+            f"{error:.2f}, {time.process_time() - began:.0f} CPU s (SMC {evidence[0]:.2f} +- "
+            f"{evidence[1]:.2f})"
+        )
     print(f"  variance over the truth's: {table.by_layer(theta)}")
     generated, fresh = (nearest(each[:1000], seen, model.spec) for each in (theta, unseen))
     print(
@@ -265,7 +356,12 @@ def main() -> None:
         began = time.process_time()
         theta = quick.sample(DRAWS, 1)
         gradients = own * 4 / (2 * args.steps)
-        show(f"map of it, {quick.info['cpu_seconds']:.0f} CPU s", theta, gradients, time.process_time() - began)
+        show(
+            f"map of it, {quick.info['cpu_seconds']:.0f} CPU s",
+            theta,
+            gradients,
+            time.process_time() - began,
+        )
     if args.no_draws:
         torch.manual_seed(0)
         field = InformedVelocity(model.spec, proximal_step, **design)
@@ -279,19 +375,29 @@ def main() -> None:
         )
         spent, began = time.process_time() - began, time.process_time()
         theta = alone.sample(DRAWS, 1, solver=Solver(steps=args.steps))
-        show(f"flow without draws, {spent:.0f} CPU s in all", theta, own, time.process_time() - began)
+        show(
+            f"flow without draws, {spent:.0f} CPU s in all", theta, own, time.process_time() - began
+        )
     price("a draw of the flow, not corrected", seconds, own * DRAWS, DRAWS, info["cpu_seconds"])
     if args.density:
-        flow = replace(flow, solver=Solver(steps=args.density_steps))  # draws need less than their densities
+        # draws need less than their densities
+        flow = replace(flow, solver=Solver(steps=args.density_steps))
         began = time.process_time()
         fixed = bf.correct(
-            model, flow, args.density, "importance", seed=3, held_out=unseen[:: len(unseen) // args.density]
+            model,
+            flow,
+            args.density,
+            "importance",
+            seed=3,
+            held_out=unseen[:: len(unseen) // args.density],
         )
         seconds = time.process_time() - began
         spread = float(fixed.log_weights.std())  # the largest are smoothed
-        print(f"  importance sampling, {args.density} draws: k-hat {fixed.khat:.2f}, ESS {fixed.ess:.0f}, sd of log "
-              f"weights {spread:.2f}, log evidence {fixed.log_evidence} (SMC {evidence}), {seconds:.0f} CPU s\n"
-              f"  {fixed.verdict}")  # fmt: skip
+        print(
+            f"  importance sampling, {args.density} draws: k-hat {fixed.khat:.2f}, ESS "
+            f"{fixed.ess:.0f}, sd of log weights {spread:.2f}, log evidence {fixed.log_evidence} "
+            f"(SMC {evidence}), {seconds:.0f} CPU s\n  {fixed.verdict}"
+        )
 
 
 if __name__ == "__main__":

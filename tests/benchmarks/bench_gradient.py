@@ -1,8 +1,9 @@
-"""CPU microseconds a gradient and chain inside Hamiltonian Monte Carlo: bnnflow, blackjax, numpyro, Pyro, vmap(grad).
+"""CPU microseconds a gradient and chain inside Hamiltonian Monte Carlo: bnnflow, blackjax, numpyro,
+Pyro, vmap(grad).
 
-Every rival makes whole transitions of the same 32 leapfrog steps on the same posterior, so that random numbers and
-acceptance are in the price; only "gradient alone" is the bare density. Compiling is not counted. Run:
-``python tests/benchmarks/bench_gradient.py [--quick]``.
+Every rival makes whole transitions of the same 32 leapfrog steps on the same posterior, so that
+random numbers and acceptance are in the price; only "gradient alone" is the bare density. Compiling
+is not counted. Run: ``python tests/benchmarks/bench_gradient.py [--quick]``.
 """
 
 import argparse
@@ -26,7 +27,9 @@ DATA_SETS = ("yacht", "concrete")
 ASKED = {"the better blackjax": ("blackjax", 1.0), "the best of Pyro": ("Pyro", 20.0)}
 
 
-def own_hmc(target: Callable[[torch.Tensor], Any], theta: torch.Tensor, gradients: int) -> Callable[[], float]:
+def own_hmc(
+    target: Callable[[torch.Tensor], Any], theta: torch.Tensor, gradients: int
+) -> Callable[[], float]:
     """Return a measurement of bnnflow's kernel over any gradient."""
     kernel = hmc(target, STEP_SIZE, N_LEAPFROG, torch.ones(theta.shape[1]), trajectory_jitter=1.0)
     generator = torch.Generator().manual_seed(1)
@@ -45,7 +48,9 @@ def own_hmc(target: Callable[[torch.Tensor], Any], theta: torch.Tensor, gradient
 def naive(model: bf.BayesianModel) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     """What a torch user writes first."""
     x, y = model.x.mT.contiguous(), model.y.flatten()
-    both = torch.func.vmap(torch.func.grad_and_value(lambda theta: rivals.torch_log_joint(rivals.split(theta), x, y)))
+    both = torch.func.vmap(
+        torch.func.grad_and_value(lambda theta: rivals.torch_log_joint(rivals.split(theta), x, y))
+    )
 
     def target(theta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         grad, value = both(theta)
@@ -54,8 +59,12 @@ def naive(model: bf.BayesianModel) -> Callable[[torch.Tensor], tuple[torch.Tenso
     return target
 
 
-def jax_hmc(library: str, model: bf.BayesianModel, theta: torch.Tensor, group: int) -> Callable[[], float]:
-    """Return a measurement of blackjax or numpyro: a compiled scan, ``group`` chains vectorised, groups in turn."""
+def jax_hmc(
+    library: str, model: bf.BayesianModel, theta: torch.Tensor, group: int
+) -> Callable[[], float]:
+    """Return a measurement of blackjax or numpyro: a compiled scan, ``group`` chains vectorised,
+    groups in turn.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -87,9 +96,9 @@ def jax_hmc(library: str, model: bf.BayesianModel, theta: torch.Tensor, group: i
 
         settings = {"step_size": STEP_SIZE, "adapt_step_size": False, "adapt_mass_matrix": False}
         initial, sample = numpyro_hmc(potential_fn=lambda p: -log_joint(p), algo="HMC")
-        states = jax.vmap(lambda params, key: initial(params, 0, num_steps=N_LEAPFROG, rng_key=key, **settings))(
-            start, keys[:, 0]
-        )
+        states = jax.vmap(
+            lambda params, key: initial(params, 0, num_steps=N_LEAPFROG, rng_key=key, **settings)
+        )(start, keys[:, 0])
 
         def step(state: Any, key: Any) -> tuple[Any, Any]:
             state = sample(state)
@@ -99,23 +108,33 @@ def jax_hmc(library: str, model: bf.BayesianModel, theta: torch.Tensor, group: i
         return jax.lax.scan(lambda s, k: jax.vmap(step)(s, k), states, keys.T)
 
     def grouped(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf.reshape(chains // group, group, *leaf.shape[1:]), tree)
+        return jax.tree.map(
+            lambda leaf: leaf.reshape(chains // group, group, *leaf.shape[1:]), tree
+        )
 
-    everything = jax.jit(lambda s, k: jax.lax.map(lambda pair: run(*pair), (grouped(s), grouped(k))))
+    everything = jax.jit(
+        lambda s, k: jax.lax.map(lambda pair: run(*pair), (grouped(s), grouped(k)))
+    )
     steps = everything(states, keys)[1][1]
     assert (steps == N_LEAPFROG).all(), f"{library} made {steps} steps"
     return lambda: (
-        rivals.cpu(lambda: jax.block_until_ready(everything(states, keys))) / (transitions * N_LEAPFROG * chains) * 1e6
+        rivals.cpu(lambda: jax.block_until_ready(everything(states, keys)))
+        / (transitions * N_LEAPFROG * chains)
+        * 1e6
     )
 
 
 def pyro_hmc(model: bf.BayesianModel, theta: torch.Tensor, compiled: bool) -> Callable[[], float]:
-    """Return a measurement of Pyro's HMC: one chain, a plain torch potential over four tensors, traced or not."""
+    """Return a measurement of Pyro's HMC: one chain, a plain torch potential over four tensors,
+    traced or not.
+    """
     from pyro.infer import HMC
 
     x, y = model.x.mT.contiguous(), model.y.flatten()
 
-    def potential(weights: torch.Tensor, bias: torch.Tensor, head: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    def potential(
+        weights: torch.Tensor, bias: torch.Tensor, head: torch.Tensor, shift: torch.Tensor
+    ) -> torch.Tensor:
         return -rivals.torch_log_joint((weights, bias, head, shift), x, y)
 
     start = tuple(part[0].clone() for part in rivals.split(theta))
@@ -142,7 +161,9 @@ def pyro_hmc(model: bf.BayesianModel, theta: torch.Tensor, compiled: bool) -> Ca
 
 
 def eager(name: str, chains: int) -> Callable[[], float]:
-    """Return a measurement of bnnflow without its compiled path: a process of its own, asked for one at a time."""
+    """Return a measurement of bnnflow without its compiled path: a process of its own, asked for
+    one at a time.
+    """
     command, pipe = [sys.executable, __file__, "--eager", name, str(chains)], subprocess.PIPE
     environment = os.environ | {"BNNFLOW_FUSED": "0"}
     worker = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
@@ -163,8 +184,12 @@ def problem(name: str, chains: int) -> tuple[bf.BayesianModel, torch.Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="three rounds, yacht with 16 chains only")
-    parser.add_argument("--eager", nargs=2, metavar=("DATA", "CHAINS"), help="the worker: one figure a line")
+    parser.add_argument(
+        "--quick", action="store_true", help="three rounds, yacht with 16 chains only"
+    )
+    parser.add_argument(
+        "--eager", nargs=2, metavar=("DATA", "CHAINS"), help="the worker: one figure a line"
+    )
     arguments = parser.parse_args()
     if arguments.eager:
         model, theta = problem(arguments.eager[0], int(arguments.eager[1]))
@@ -172,10 +197,13 @@ def main() -> None:
         for _ in sys.stdin:
             print(measure(), flush=True)
         return
-    rivals.require("jax", "blackjax", "numpyro", files=tuple(f"uci/{name}.npz" for name in DATA_SETS))
+    rivals.require(
+        "jax", "blackjax", "numpyro", files=tuple(f"uci/{name}.npz" for name in DATA_SETS)
+    )
     rounds = 3 if arguments.quick else ROUNDS
     print(
-        f"{rivals.machine()}; HMC, {N_LEAPFROG} leapfrog steps, CPU us a gradient and chain, {rounds} rounds in turns"
+        f"{rivals.machine()}; HMC, {N_LEAPFROG} leapfrog steps, CPU us a gradient and chain, "
+        f"{rounds} rounds in turns"
     )
     for name in DATA_SETS[: 1 if arguments.quick else None]:
         for chains in CHAINS[: 1 if arguments.quick else None]:
@@ -185,7 +213,9 @@ def main() -> None:
             measures: dict[str, Callable[[], float]] = {
                 "bnnflow HMC": own_hmc(model.log_joint_and_grad, theta, GRADIENTS),
                 "bnnflow gradient alone": lambda raw=raw, theta=theta, calls=calls: (
-                    rivals.cpu(lambda: [raw(theta) for _ in range(calls)]) / (calls * len(theta)) * 1e6
+                    rivals.cpu(lambda: [raw(theta) for _ in range(calls)])
+                    / (calls * len(theta))
+                    * 1e6
                 ),
                 "bnnflow HMC, BNNFLOW_FUSED=0": eager(name, chains),
                 "blackjax HMC, vmap": jax_hmc("blackjax", model, theta, chains),
@@ -194,12 +224,19 @@ def main() -> None:
             if chains > 16:
                 measures["blackjax HMC, vmap of 16 in turn"] = jax_hmc("blackjax", model, theta, 16)
                 measures["numpyro HMC, vmap of 16 in turn"] = jax_hmc("numpyro", model, theta, 16)
-            measures["torch vmap(grad) in bnnflow's HMC"] = own_hmc(naive(model), theta, GRADIENTS // 4)
+            measures["torch vmap(grad) in bnnflow's HMC"] = own_hmc(
+                naive(model), theta, GRADIENTS // 4
+            )
             measures["Pyro HMC, 1 chain"] = pyro_hmc(model, theta, False)
             measures["Pyro HMC, 1 chain, traced"] = pyro_hmc(model, theta, True)
             samples = rivals.interleave(measures, rounds)
             shape = "-".join(map(str, (model.x.shape[1], rivals.HIDDEN, 1)))
-            rivals.table(f"{name} {shape}, n = {len(model.x)}, {chains} chains", samples, "bnnflow HMC", ASKED)
+            rivals.table(
+                f"{name} {shape}, n = {len(model.x)}, {chains} chains",
+                samples,
+                "bnnflow HMC",
+                ASKED,
+            )
 
 
 if __name__ == "__main__":

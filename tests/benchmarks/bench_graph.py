@@ -1,7 +1,8 @@
-"""Cost of the graph attention network beside the DWS network: forward and backward, batch 64, one thread.
+"""Cost of the graph attention network beside the DWS network: forward and backward, batch 64, one
+thread.
 
-Prints CPU time (the best of several, the two in turn), ATen calls and what autograd keeps for the backward pass. Run:
-``python tests/benchmarks/bench_graph.py``.
+Prints CPU time (the best of several, the two in turn), ATen calls and what autograd keeps for the
+backward pass. Run: ``python tests/benchmarks/bench_graph.py``.
 """
 
 import itertools
@@ -18,7 +19,9 @@ BATCH, DEPTH, REPEATS = 64, 4, 8
 
 def chain(*widths: int) -> WeightSpec:
     """Return the weights of a perceptron."""
-    layers = [layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
+    layers = [
+        layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())
+    ]
     return WeightSpec.of(nn.Sequential(*layers[:-1]))
 
 
@@ -54,19 +57,24 @@ def main() -> None:
         ((784, 10, 10), 32, 8),
     ]:
         spec = chain(*widths)
-        nets = [network(spec, 1, 1, width=width, depth=DEPTH, invariant=True) for network in (DWSNet, GraphNet)]
+        nets = [
+            network(spec, 1, 1, width=width, depth=DEPTH, invariant=True)
+            for network in (DWSNet, GraphNet)
+        ]
         features = torch.randn(batch, spec.dim, 1, generator=torch.Generator().manual_seed(0))
         times: list[list[float]] = [[], []]
         for _, (net, spent) in itertools.product(range(REPEATS), zip(nets, times, strict=True)):
             began = time.process_time()
             net(features).sum().backward()
             spent.append(time.process_time() - began)
-        print(f"{'-'.join(map(str, widths))}, width {width}, depth {DEPTH}, invariant, batch {batch}")
+        print(
+            f"{'-'.join(map(str, widths))}, width {width}, depth {DEPTH}, invariant, batch {batch}"
+        )
         for net, spent in zip(nets, times, strict=True):
             parameters = sum(parameter.numel() for parameter in net.parameters())
             print(
-                f"  {type(net).__name__:8s} {1e3 * min(spent):7.1f} ms, {calls(net, features):6d} ATen calls, "
-                f"{kept(net, features):6.1f} MB kept, {parameters:8d} parameters"
+                f"  {type(net).__name__:8s} {1e3 * min(spent):7.1f} ms, {calls(net, features):6d} "
+                f"ATen calls, {kept(net, features):6.1f} MB kept, {parameters:8d} parameters"
             )
         print(f"  graph / DWS: {min(times[1]) / min(times[0]):.2f} times the CPU time", flush=True)
 

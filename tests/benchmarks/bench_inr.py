@@ -1,11 +1,12 @@
 """Microseconds a network and a step of Adam: bnnflow's INR factory against loops over single fits.
 
-The rival is what fits one SIREN: an ``nn.Sequential``, ``mse_loss``, autograd and ``torch.optim.Adam`` in each of its
-forms, eager and under ``torch.compile`` (forward, backward and update; compiling is not counted), from the same starts,
-with the same schedule and the same coordinates at every step. One core, one thread, float32; the fastest rival counts.
-Batches of 128 coordinates show what a step costs beside its arithmetic. All coordinates at once are arithmetic for
-both: 2-32-32-1 takes 2.6 million multiplications a step there, some 50 us at the peak of an AVX-512 core.
-Run: ``python tests/benchmarks/bench_inr.py [--quick]``.
+The rival is what fits one SIREN: an ``nn.Sequential``, ``mse_loss``, autograd and
+``torch.optim.Adam`` in each of its forms, eager and under ``torch.compile`` (forward, backward and
+update; compiling is not counted), from the same starts, with the same schedule and the same
+coordinates at every step. One core, one thread, float32; the fastest rival counts. Batches of 128
+coordinates show what a step costs beside its arithmetic. All coordinates at once are arithmetic for
+both: 2-32-32-1 takes 2.6 million multiplications a step there, some 50 us at the peak of an AVX-512
+core. Run: ``python tests/benchmarks/bench_inr.py [--quick]``.
 """
 
 import argparse
@@ -56,18 +57,27 @@ def single_fit(
         return float(mse_loss(net(x), y))
 
 
-def compare(title: str, x: Tensor, y: Tensor, net: nn.Module, batch_size: int | None, rounds: int) -> None:
+def compare(
+    title: str, x: Tensor, y: Tensor, net: nn.Module, batch_size: int | None, rounds: int
+) -> None:
     generator = torch.Generator().manual_seed(SEED)
     starts = inr._starts(WeightSpec.of(net), len(y), generator)
     rows = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
     batches = (
-        None if batch_size is None else [torch.randperm(len(x), generator=rows)[:batch_size] for _ in range(STEPS)]
+        None
+        if batch_size is None
+        else [torch.randperm(len(x), generator=rows)[:batch_size] for _ in range(STEPS)]
     )
     errors: dict[str, Tensor] = {}
 
     def factory() -> float:
         fits: list[INRs] = []
-        settings = {"steps": STEPS, "learning_rate": RATE, "batch_size": batch_size, "progress": False}
+        settings = {
+            "steps": STEPS,
+            "learning_rate": RATE,
+            "batch_size": batch_size,
+            "progress": False,
+        }
         seconds = rivals.cpu(lambda: fits.append(fit_inrs(x, y, net, **settings, seed=SEED)))
         errors["bnnflow"] = fits[0].mse[:SINGLE_FITS]
         return seconds / (STEPS * len(y)) * 1e6
@@ -77,7 +87,8 @@ def compare(title: str, x: Tensor, y: Tensor, net: nn.Module, batch_size: int | 
             found: list[float] = []
             seconds = rivals.cpu(
                 lambda: found.extend(
-                    single_fit(net, starts[i], x, y[i], batches, loss, form) for i in range(SINGLE_FITS)
+                    single_fit(net, starts[i], x, y[i], batches, loss, form)
+                    for i in range(SINGLE_FITS)
                 )
             )
             errors[name] = torch.tensor(found, dtype=torch.float64)
@@ -89,13 +100,18 @@ def compare(title: str, x: Tensor, y: Tensor, net: nn.Module, batch_size: int | 
         return mse_loss(net(x), y)
 
     measures: dict[str, Callable[[], float]] = {"bnnflow": factory}
-    measures |= {f"loop, {name}": loop(f"loop, {name}", eager, form) for name, form in FORMS.items()}
+    measures |= {
+        f"loop, {name}": loop(f"loop, {name}", eager, form) for name, form in FORMS.items()
+    }
     if shutil.which(os.environ.get("CXX", "g++")):
-        measures["loop, compiled, fused"] = loop("loop, compiled, fused", torch.compile(eager), FORMS["fused"])
+        measures["loop, compiled, fused"] = loop(
+            "loop, compiled, fused", torch.compile(eager), FORMS["fused"]
+        )
     samples = rivals.interleave(measures, rounds)
     rivals.table(title, samples, "bnnflow", {"the fastest loop": ("loop", 20.0)})
     print(
-        f"  mean squared errors of the first {SINGLE_FITS} after {STEPS} steps, and decibels for a signal of range one:"
+        f"  mean squared errors of the first {SINGLE_FITS} after {STEPS} steps, and decibels for a "
+        f"signal of range one:"
     )
     for name, mse in errors.items():
         print(f"  {name:32s}", *(f"{e:10.3e} ({-10 * math.log10(e):.2f} dB)" for e in mse.tolist()))
@@ -107,7 +123,9 @@ def main() -> None:
     rounds = 1 if parser.parse_args().quick else ROUNDS
     torch.set_num_threads(1)
     x = torch.linspace(-math.pi, math.pi, 1000).unsqueeze(-1)
-    frequencies = torch.empty(NETWORKS, 1).uniform_(0.5, 10, generator=torch.Generator().manual_seed(SEED))
+    frequencies = torch.empty(NETWORKS, 1).uniform_(
+        0.5, 10, generator=torch.Generator().manual_seed(SEED)
+    )
     waves = torch.sin(frequencies * x.T).unsqueeze(-1)
     for batch_size in (None, 128):
         compare(
@@ -121,7 +139,10 @@ def main() -> None:
     if not (rivals.DATA / "mnist10k.npz").is_file():
         print("images skipped: no mnist10k.npz in $BNNFLOW_DATA")
         return
-    images = load_images("mnist10k", folder=rivals.DATA).x_train[:NETWORKS].reshape(NETWORKS, -1, 1) - 0.5
+    images = (
+        load_images("mnist10k", folder=rivals.DATA).x_train[:NETWORKS].reshape(NETWORKS, -1, 1)
+        - 0.5
+    )
     for batch_size in (None, 128):
         title = f"28 x 28 images, 2-32-32-1, {batch_size or 'all 784'} pixels"
         compare(title, image_grid(28, 28), images, siren(2, 1), batch_size, rounds)

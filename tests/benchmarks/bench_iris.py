@@ -1,7 +1,9 @@
-"""The iris reference posterior (4-16-3 tanh, N(0, 1) on 131 weights): HMC, flows, and refinement from every start.
+"""The iris reference posterior (4-16-3 tanh, N(0, 1) on 131 weights): HMC, flows, and refinement
+from every start.
 
-Compares with the converged NUTS run in ``$BNNFLOW_DATA/reference/iris.npz``. One thread, so that seconds are CPU
-seconds. Run: ``python tests/benchmarks/bench_iris.py [seconds of training]``; the published figures used 470.
+Compares with the converged NUTS run in ``$BNNFLOW_DATA/reference/iris.npz``. One thread, so that
+seconds are CPU seconds. Run: ``python tests/benchmarks/bench_iris.py [seconds of training]``; the
+published figures used 470.
 """
 
 import os
@@ -34,8 +36,12 @@ def iris() -> tuple[bf.BayesianModel, torch.Tensor, torch.Tensor]:
     return model, torch.as_tensor(reference["Xte"]).float(), torch.as_tensor(reference["yte"])
 
 
-def row(name: str, model: bf.BayesianModel, theta: torch.Tensor, x, y, gradients: float, seconds: float) -> None:
-    """Print one line: LPPD with its Monte-Carlo error over independent draws, and the log likelihood's law."""
+def row(
+    name: str, model: bf.BayesianModel, theta: torch.Tensor, x, y, gradients: float, seconds: float
+) -> None:
+    """Print one line: LPPD with its Monte-Carlo error over independent draws, and the log
+    likelihood's law.
+    """
     probs = torch.cat([model.outputs(part, x).softmax(-1) for part in theta.split(4096)])
     probs = probs[:, torch.arange(len(y)), y].double()  # (draw, row)
     mean = probs.mean(0)
@@ -56,30 +62,53 @@ def main() -> None:
     model, x, y = iris()
     print("reference NUTS: LPPD -0.1907, log joint -202.14 (sd 8.05)")
     print(
-        f"{'draws':34s} {'LPPD':>8s}    {'MC error':7s} {'log lik.':>8s} {'median':>8s} {'5 %':>8s} {'log joint':>9s} "
-        f"{'gradients':>9s} {'seconds':>9s}"
+        f"{'draws':34s} {'LPPD':>8s}    {'MC error':7s} {'log lik.':>8s} {'median':>8s} "
+        f"{'5 %':>8s} {'log joint':>9s} {'gradients':>9s} {'seconds':>9s}"
     )
 
     draws = bf.sample(model, bf.HMC(), chains=64, warmup=300, draws=400, seed=0)
-    row("HMC", model, draws.flat, x, y, draws.info["gradients_per_chain"] / draws.n_draws, draws.info["seconds"])
+    row(
+        "HMC",
+        model,
+        draws.flat,
+        x,
+        y,
+        draws.info["gradients_per_chain"] / draws.n_draws,
+        draws.info["seconds"],
+    )
     probs = model.outputs(draws.theta, x).softmax(-1).numpy()
     rhat = arviz.rhat(arviz.convert_to_dataset({"p": probs}))["p"].max()
-    print(f"  log joint {float(draws.log_joint.mean()):.2f}, sd {float(draws.log_joint.std()):.2f}, ", end="")
-    print(f"max R-hat of test probabilities {float(rhat):.4f}, {draws.info['divergences']} divergences")
+    print(
+        f"  log joint {float(draws.log_joint.mean()):.2f}, sd {float(draws.log_joint.std()):.2f}, ",
+        end="",
+    )
+    print(
+        f"max R-hat of test probabilities {float(rhat):.4f}, {draws.info['divergences']} "
+        f"divergences"
+    )
 
     matched = bf.Gaussian.fit(bf.align(model, draws).flat)
     untrained = bf.Flow.of(InformedVelocity(model.spec), model)
-    starts = {"prior": lambda: model.sample_prior(DRAWS, 1), "matched Gaussian": lambda: matched.sample(DRAWS, 1)}
+    starts = {
+        "prior": lambda: model.sample_prior(DRAWS, 1),
+        "matched Gaussian": lambda: matched.sample(DRAWS, 1),
+    }
     starts["untrained informed field"] = lambda: untrained.sample(DRAWS, 1)
     for name, velocity in (("informed flow", "informed"), ("weights-only flow", "weights")):
-        flow = bf.fit_flow(model, draws, velocity=velocity, seed=0, training=bf.Training(budget=BUDGET))
+        flow = bf.fit_flow(
+            model, draws, velocity=velocity, seed=0, training=bf.Training(budget=BUDGET)
+        )
         flow.save(f"out/iris-{velocity}.npz")
-        print(f"  {name}: {flow.info['steps']} steps, {flow.info['cpu_seconds']:.0f} CPU s, ", end="")
+        print(
+            f"  {name}: {flow.info['steps']} steps, {flow.info['cpu_seconds']:.0f} CPU s, ", end=""
+        )
         print(f"{flow.info['parameters']} parameters, loss {flow.info['loss']:.1f}")
         starts[name] = lambda flow=flow: flow.sample(DRAWS, 1)
 
     # Midpoint: two evaluations a step, of 2 * 3 + 1 gradients each for the informed fields.
-    cost = dict.fromkeys(("untrained informed field", "informed flow"), untrained.solver.steps * 2 * 7)
+    cost = dict.fromkeys(
+        ("untrained informed field", "informed flow"), untrained.solver.steps * 2 * 7
+    )
     for name, start in starts.items():
         began = time.perf_counter()
         theta = start()
@@ -87,8 +116,15 @@ def main() -> None:
         row(name, model, theta, x, y, cost.get(name, 0), seconds)
         refined = bf.refine(model, theta, 8, seed=2)
         gradients = cost.get(name, 0) + refined.info["gradients_per_draw"]
-        row(f"  + refine ({refined.info['gradients_per_draw']:.0f} gradients)", model, refined.flat, x, y, gradients,
-            seconds + refined.info["seconds"])  # fmt: skip
+        row(
+            f"  + refine ({refined.info['gradients_per_draw']:.0f} gradients)",
+            model,
+            refined.flat,
+            x,
+            y,
+            gradients,
+            seconds + refined.info["seconds"],
+        )
 
 
 if __name__ == "__main__":

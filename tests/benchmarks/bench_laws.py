@@ -1,6 +1,7 @@
 """Symmetry and density errors of a trained likelihood-informed flow on iris, as figures.
 
-Loads the flows that ``bench_iris.py`` saved under out/. Run: ``python tests/benchmarks/bench_laws.py``.
+Loads the flows that ``bench_iris.py`` saved under out/. Run:
+``python tests/benchmarks/bench_laws.py``.
 """
 
 import time
@@ -37,25 +38,30 @@ def main() -> None:
         print(f"  exact log q with its draw, 16 midpoint steps: {seconds / DRAWS * 1e3:.0f} ms")
         log_weights = model.log_joint(theta) - log_q
         print(
-            f"  log weights of {DRAWS} draws: mean {float(log_weights.mean()):.2f}, sd {float(log_weights.std()):.2f}"
+            f"  log weights of {DRAWS} draws: mean {float(log_weights.mean()):.2f}, sd "
+            f"{float(log_weights.std()):.2f}"
         )
         for noise in ("rademacher", "gaussian"):
             began = time.perf_counter()
             estimate = flow.log_prob(
-                theta, solver=Solver(steps=16), density=Density(trace="hutchinson", probes=8, noise=noise)
+                theta,
+                solver=Solver(steps=16),
+                density=Density(trace="hutchinson", probes=8, noise=noise),
             )
             difference = estimate - log_q
             error = float(difference.std()) / DRAWS**0.5
             print(
-                f"  Hutchinson, 8 {noise} probes: mean difference {float(difference.mean()):+.2f} +- {error:.2f}, "
-                f"sd {float(difference.std()):.2f} nats, {(time.perf_counter() - began) / DRAWS * 1e3:.0f} ms"
+                f"  Hutchinson, 8 {noise} probes: mean difference {float(difference.mean()):+.2f} "
+                f"+- {error:.2f}, sd {float(difference.std()):.2f} nats, "
+                f"{(time.perf_counter() - began) / DRAWS * 1e3:.0f} ms"
             )
         double = flow.to("cpu", torch.float64)
         for steps in (8, 16, 32):
             theta, forward = double.sample_with_log_prob(8, 2, solver=Solver("rk4", steps))
             reverse = double.log_prob(theta, solver=Solver("rk4", steps))
             print(
-                f"  forward against reverse log q, {steps} RK4 steps: {float((forward - reverse).abs().max()):.1e} nats"
+                f"  forward against reverse log q, {steps} RK4 steps: "
+                f"{float((forward - reverse).abs().max()):.1e} nats"
             )
 
 

@@ -1,8 +1,9 @@
-"""CPU milliseconds of a gradient of log_joint for networks of any module: bnnflow against a plain loop over chains.
+"""CPU milliseconds of a gradient of log_joint for networks of any module: bnnflow against a plain
+loop over chains.
 
-The loop is what a torch user writes: weights put into a network, the log posterior, its backward pass, the gradients
-in one vector. One process, one thread, the least of several interleaved repeats. Run:
-``python tests/benchmarks/bench_modules.py [--quick]``.
+The loop is what a torch user writes: weights put into a network, the log posterior, its backward
+pass, the gradients in one vector. One process, one thread, the least of several interleaved
+repeats. Run: ``python tests/benchmarks/bench_modules.py [--quick]``.
 """
 
 import argparse
@@ -59,12 +60,16 @@ def convnet() -> nn.Module:
 def layer_norm(width: int = 32) -> nn.Module:
     """Return a perceptron with LayerNorm."""
     first = [nn.Linear(64, width), nn.LayerNorm(width), nn.ReLU()]
-    return nn.Sequential(*first, nn.Linear(width, width), nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, 10))
+    return nn.Sequential(
+        *first, nn.Linear(width, width), nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, 10)
+    )
 
 
 def embedding() -> nn.Module:
     """Return a network over eight of the pixels as words."""
-    return nn.Sequential(nn.Embedding(17, 4), nn.Flatten(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
+    return nn.Sequential(
+        nn.Embedding(17, 4), nn.Flatten(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)
+    )
 
 
 def problems(rows: int) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
@@ -89,7 +94,9 @@ def loop(net: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
         found = []
         for weights in theta:
             nn.utils.vector_to_parameters(weights, parameters)
-            loss = F.cross_entropy(net(x), y, reduction="sum") + 0.5 * sum(p.square().sum() for p in parameters)
+            loss = F.cross_entropy(net(x), y, reduction="sum") + 0.5 * sum(
+                p.square().sum() for p in parameters
+            )
             grads = torch.autograd.grad(loss, parameters)
             found.append(-torch.cat([grad.flatten() for grad in grads]))
         return torch.stack(found)
@@ -112,7 +119,9 @@ def main() -> None:
         plain = loop(net, x, y)
         for chains in CHAINS:
             theta = 0.2 * model.sample_prior(chains, 0)
-            ours = torch.no_grad()(lambda theta=theta, model=model: model.log_joint_and_grad(theta)[1])
+            ours = torch.no_grad()(
+                lambda theta=theta, model=model: model.log_joint_and_grad(theta)[1]
+            )
             torch.testing.assert_close(ours(), plain(theta), rtol=1e-3, atol=1e-2)
             best = [float("inf")] * 2
             for _ in range(3 if arguments.quick else REPEATS):
@@ -121,7 +130,9 @@ def main() -> None:
                     work()
                     best[i] = min(best[i], time.process_time() - start)
             mine, theirs = (1e3 * each / chains for each in best)
-            print(f"{name:12} {chains:7} {mine:12.2f} {theirs:9.2f} {mine / theirs:7.2f}", flush=True)
+            print(
+                f"{name:12} {chains:7} {mine:12.2f} {theirs:9.2f} {mine / theirs:7.2f}", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""CPU microseconds a step and chain of stochastic-gradient Langevin dynamics: bnnflow, blackjax, posteriors.
+"""CPU microseconds a step and chain of stochastic-gradient Langevin dynamics: bnnflow, blackjax,
+posteriors.
 
-A step is everything: drawing the chain's own mini-batch, its gradient, the noise, the move. bnnflow also returns the
-estimate of the log density, checks every gradient, and stratifies its batches; the others draw rows with replacement.
-Compiling is not counted. Run: ``python tests/benchmarks/bench_sgld.py [--quick]``.
+A step is everything: drawing the chain's own mini-batch, its gradient, the noise, the move. bnnflow
+also returns the estimate of the log density, checks every gradient, and stratifies its batches; the
+others draw rows with replacement. Compiling is not counted. Run:
+``python tests/benchmarks/bench_sgld.py [--quick]``.
 """
 
 import argparse
@@ -63,7 +65,12 @@ def blackjax_sgld(model: bf.BayesianModel, theta: torch.Tensor, batch: int) -> C
     import jax
     import jax.numpy as jnp
 
-    x, y, n, chains = jnp.asarray(model.x.numpy()), jnp.asarray(model.y.flatten().numpy()), len(model.x), len(theta)
+    x, y, n, chains = (
+        jnp.asarray(model.x.numpy()),
+        jnp.asarray(model.y.flatten().numpy()),
+        len(model.x),
+        len(theta),
+    )
 
     def log_joint(params: tuple[Any, ...], rows: tuple[Any, Any]) -> Any:
         return n / batch * rivals.jax_log_likelihood(params, rows) + rivals.jax_log_prior(params)
@@ -81,20 +88,32 @@ def blackjax_sgld(model: bf.BayesianModel, theta: torch.Tensor, batch: int) -> C
         return jax.lax.scan(lambda p, k: jax.vmap(step)(p, k), params, keys)[0]
 
     start, key = rivals.split(jnp.asarray(theta.numpy())), jax.random.key(0)
-    return lambda: rivals.cpu(lambda: jax.block_until_ready(run(start, key))) / (STEPS * chains) * 1e6
+    return lambda: (
+        rivals.cpu(lambda: jax.block_until_ready(run(start, key))) / (STEPS * chains) * 1e6
+    )
 
 
-def posteriors_sgld(model: bf.BayesianModel, theta: torch.Tensor, batch: int, chains: int) -> Callable[[], float]:
-    """Return a measurement of posteriors: flat weights updated in place, its fastest way; vmap if chains > 1."""
+def posteriors_sgld(
+    model: bf.BayesianModel, theta: torch.Tensor, batch: int, chains: int
+) -> Callable[[], float]:
+    """Return a measurement of posteriors: flat weights updated in place, its fastest way.
+
+    Vmap if chains > 1.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of tensordict, about posteriors' own classes
+        # of tensordict, about posteriors' own classes
+        warnings.simplefilter("ignore", FutureWarning)
         from posteriors.sgmcmc import sgld as library
 
     x, y, n = model.x, model.y.flatten(), len(model.x)
     no_auxiliary = torch.zeros(())
 
-    def log_posterior(theta: torch.Tensor, rows: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, torch.Tensor]:
-        return rivals.torch_log_joint(rivals.split(theta), rows[0].mT, rows[1], n / batch), no_auxiliary
+    def log_posterior(
+        theta: torch.Tensor, rows: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[Any, torch.Tensor]:
+        return rivals.torch_log_joint(
+            rivals.split(theta), rows[0].mT, rows[1], n / batch
+        ), no_auxiliary
 
     transform = library.build(log_posterior, STEP_SIZE / 2)
     steps = STEPS // 4
@@ -120,11 +139,18 @@ def posteriors_sgld(model: bf.BayesianModel, theta: torch.Tensor, batch: int, ch
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="three rounds of yacht with the smaller batch only")
+    parser.add_argument(
+        "--quick", action="store_true", help="three rounds of yacht with the smaller batch only"
+    )
     quick = parser.parse_args().quick
     rounds = 3 if quick else ROUNDS
-    rivals.require("jax", "blackjax", "posteriors", files=tuple(f"uci/{name}.npz" for name in DATA_SETS))
-    print(f"{rivals.machine()}; SGLD, {CHAINS} chains, CPU us a step and chain, {rounds} rounds in turns")
+    rivals.require(
+        "jax", "blackjax", "posteriors", files=tuple(f"uci/{name}.npz" for name in DATA_SETS)
+    )
+    print(
+        f"{rivals.machine()}; SGLD, {CHAINS} chains, CPU us a step and chain, {rounds} rounds in "
+        f"turns"
+    )
     for name in DATA_SETS[: 1 if quick else None]:
         for batch in BATCHES[: 1 if quick else None]:
             data = bf.data.load(name)
@@ -138,7 +164,9 @@ def main() -> None:
                 f"posteriors, vmap of {CHAINS}": posteriors_sgld(model, theta, batch, CHAINS),
             }
             samples = rivals.interleave(measures, rounds)
-            rivals.table(f"{name}, n = {len(model.x)}, batches of {batch}", samples, "bnnflow SGLD", ASKED)
+            rivals.table(
+                f"{name}, n = {len(model.x)}, batches of {batch}", samples, "bnnflow SGLD", ASKED
+            )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Flows between 2-D sets beside torchcfm: exact W2 to fresh draws of the target, and normalised path energy.
+"""Flows between 2-D sets beside torchcfm: exact W2 to fresh draws of the target, and normalised
+path energy.
 
-The same network, its first weights, batch and number of steps for all, without noise on the path. "plain" is the loop
-of torchcfm's examples, Adam at 1e-3, in which only the pairs differ; "train" is our own loop. Means over seeds, with
-the standard deviation between them; the W2 of fresh draws is what two samples of the target have between them.
-The energy is |E int |v|^2 dt - W2^2| / W2^2 with the squared W2 between source and target (Tong et al. 2024).
-Run: ``python tests/benchmarks/bench_toys.py [steps] [seeds]``, optionally after
+The same network, its first weights, batch and number of steps for all, without noise on the path.
+"plain" is the loop of torchcfm's examples, Adam at 1e-3, in which only the pairs differ; "train" is
+our own loop. Means over seeds, with the standard deviation between them; the W2 of fresh draws is
+what two samples of the target have between them. The energy is |E int |v|^2 dt - W2^2| / W2^2 with
+the squared W2 between source and target (Tong et al. 2024). Run:
+``python tests/benchmarks/bench_toys.py [steps] [seeds]``, optionally after
 ``pip install --no-deps torchcfm``.
 """
 
@@ -47,7 +49,11 @@ def eight_gaussians(n: int, generator: torch.Generator) -> Tensor:
 
 def moons(n: int, generator: torch.Generator) -> Tensor:
     seed = int(torch.randint(2**31, (), generator=generator))
-    return 3 * torch.from_numpy(sklearn.datasets.make_moons(n, noise=0.07, random_state=seed)[0]).float() - 1
+    return (
+        3
+        * torch.from_numpy(sklearn.datasets.make_moons(n, noise=0.07, random_state=seed)[0]).float()
+        - 1
+    )
 
 
 def swiss_roll(n: int, generator: torch.Generator) -> Tensor:
@@ -70,7 +76,9 @@ class Field(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         sizes = [(3, WIDTH), (WIDTH, WIDTH), (WIDTH, WIDTH)]
-        self.net = nn.Sequential(*(m for s in sizes for m in (nn.Linear(*s), nn.SELU())), nn.Linear(WIDTH, 2))
+        self.net = nn.Sequential(
+            *(m for s in sizes for m in (nn.Linear(*s), nn.SELU())), nn.Linear(WIDTH, 2)
+        )
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         return self.net(torch.cat([x, t.expand(len(x)).unsqueeze(1).to(x)], 1))
@@ -96,7 +104,9 @@ def of_torchcfm(source: Sampler, target: Sampler, name: str) -> Batch:
     from torchcfm import conditional_flow_matching
 
     matcher = getattr(conditional_flow_matching, name)(sigma=0.0)
-    return lambda g: matcher.sample_location_and_conditional_flow(source(BATCH, g), target(BATCH, g))
+    return lambda g: matcher.sample_location_and_conditional_flow(
+        source(BATCH, g), target(BATCH, g)
+    )
 
 
 def plain(field: Field, batch: Batch, generator: torch.Generator) -> nn.Module:
@@ -122,7 +132,9 @@ def by_torchcfm(name: str) -> Method:
 
 
 def by_train(coupling: Coupling) -> Method:
-    def fit(field: Field, source: Sampler, target: Sampler, generator: torch.Generator) -> nn.Module:
+    def fit(
+        field: Field, source: Sampler, target: Sampler, generator: torch.Generator
+    ) -> nn.Module:
         pairs = pairs_of(source, target, coupling)
         return train(
             field,
@@ -149,11 +161,15 @@ RIVALS: dict[str, Method] = {
 
 
 def squared_w2(a: Tensor, b: Tensor) -> float:
-    return float(ot.emd2([], [], torch.cdist(a, b).square().double().numpy(), numItermax=10_000_000))
+    return float(
+        ot.emd2([], [], torch.cdist(a, b).square().double().numpy(), numItermax=10_000_000)
+    )
 
 
 def judge(field: nn.Module, x0: Tensor, target: Tensor, shift: float) -> tuple[float, float]:
-    """Return W2 of where the field carries ``x0`` to ``target``, and the normalised energy of the paths."""
+    """Return W2 of where the field carries ``x0`` to ``target``, and the normalised energy of the
+    paths.
+    """
 
     def slope(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         velocity = field(t, state[0])
@@ -184,20 +200,26 @@ def main() -> None:
             x0, fresh = source(DRAWS, judges), target(DRAWS, judges)
             floors.append(squared_w2(target(DRAWS, judges), fresh) ** 0.5)
             shift = squared_w2(source(DRAWS, judges), fresh)
-            with torch.random.fork_rng():  # torchcfm draws its times globally, and with numpy its pairs
+            # torchcfm draws its times globally, and with numpy its pairs
+            with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 np.random.seed(seed)  # noqa: NPY002
                 first = Field()
                 for name, method in methods.items():
                     began = time.process_time()
-                    field = method(copy.deepcopy(first), source, target, torch.Generator().manual_seed(seed))
+                    field = method(
+                        copy.deepcopy(first), source, target, torch.Generator().manual_seed(seed)
+                    )
                     seconds = time.process_time() - began
                     results[name].append((*judge(field, x0, fresh, shift), seconds))
         print(f"\n{task:24s} {'W2':>16s} {'energy':>16s} {'CPU s':>7s}")
         print(f"{'fresh draws':24s} {spread(floors)}")
         for name, rows in results.items():
             w2, energy, seconds = zip(*rows, strict=True)
-            print(f"{name:24s} {spread(list(w2))} {spread(list(energy))} {sum(seconds) / SEEDS:7.1f}", flush=True)
+            print(
+                f"{name:24s} {spread(list(w2))} {spread(list(energy))} {sum(seconds) / SEEDS:7.1f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

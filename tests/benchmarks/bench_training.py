@@ -1,14 +1,16 @@
-"""What `bnnflow.transport.train` costs beside the loop that one would write by hand, and where that goes.
+"""What `bnnflow.transport.train` costs beside the loop that one would write by hand, and where that
+goes.
 
-The bare loop has the same field, path, times, pairs, batch and optimisers, and nothing else: no schedule, no weights of
-errors, no clipping, no check for gradients that are not finite, no moving average, no loss by time, no progress bar.
-Blocks of both alternate in one process, each with a fresh copy of the field and a fresh optimiser in its price (a
-millisecond or two), many of them, so that a busy machine hurts both alike; asked is an overhead of at most 5 %, the
-median of the ratios of neighbours. "Calls" are the ATen operators that the profiler counts in a step, which no load
-changes. Below that the parts of a step that the bare loop does not have, each timed alone as `train` has it. A small
-field on few weights is the worst case: its step is little beside what is done for every tensor. Float32; CPU time of
-one thread, or time on the GPU's clock. Run:
-``python tests/benchmarks/bench_training.py [CASE ...] [--device cuda] [--blocks 15] [--seconds 2]``.
+The bare loop has the same field, path, times, pairs, batch and optimisers, and nothing else: no
+schedule, no weights of errors, no clipping, no check for gradients that are not finite, no moving
+average, no loss by time, no progress bar. Blocks of both alternate in one process, each with a
+fresh copy of the field and a fresh optimiser in its price (a millisecond or two), many of them, so
+that a busy machine hurts both alike; asked is an overhead of at most 5 %, the median of the ratios
+of neighbours. "Calls" are the ATen operators that the profiler counts in a step, which no load
+changes. Below that the parts of a step that the bare loop does not have, each timed alone as
+`train` has it. A small field on few weights is the worst case: its step is little beside what is
+done for every tensor. Float32; CPU time of one thread, or time on the GPU's clock. Run: ``python
+tests/benchmarks/bench_training.py [CASE ...] [--device cuda] [--blocks 15] [--seconds 2]``.
 """
 
 import argparse
@@ -25,7 +27,15 @@ from torch import Tensor, nn
 
 from bnnflow import WeightSpec
 from bnnflow.progress import progress_bar
-from bnnflow.transport import AffinePath, Field, LogUniformNearEnd, Training, TwoLayerVelocity, WeightsVelocity, train
+from bnnflow.transport import (
+    AffinePath,
+    Field,
+    LogUniformNearEnd,
+    Training,
+    TwoLayerVelocity,
+    WeightsVelocity,
+    train,
+)
 from bnnflow.types import Optimiser
 
 ASKED = 0.05
@@ -48,7 +58,9 @@ CASES = {
 
 
 def spec_of(widths: tuple[int, ...]) -> WeightSpec:
-    layers = [layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
+    layers = [
+        layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())
+    ]
     return WeightSpec.of(nn.Sequential(*layers[:-1]))
 
 
@@ -60,13 +72,21 @@ def optimisers(parameters: list[nn.Parameter], optimiser: Optimiser) -> list[tor
     ]
     if matrices:
         found.append(
-            torch.optim.Muon(matrices, LEARNING_RATE, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.Muon(
+                matrices, LEARNING_RATE, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"
+            ),
         )
     return found
 
 
-def bare(field: nn.Module, pairs: Callable, steps: int, batch: int, optimiser: Optimiser, device: str) -> None:
-    path, times, generator = AffinePath(), LogUniformNearEnd(), torch.Generator(device).manual_seed(0)
+def bare(
+    field: nn.Module, pairs: Callable, steps: int, batch: int, optimiser: Optimiser, device: str
+) -> None:
+    path, times, generator = (
+        AffinePath(),
+        LogUniformNearEnd(),
+        torch.Generator(device).manual_seed(0),
+    )
     both = optimisers(list(field.parameters()), optimiser)
     for _ in range(steps):
         x0, x1 = pairs(batch, generator)
@@ -86,13 +106,19 @@ def calls(block: Callable[[int], object]) -> float:
     def counted(steps: int) -> int:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             block(steps)
-        return sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
+        return sum(
+            event.count for event in profile.key_averages() if event.key.startswith("aten::")
+        )
 
     return (counted(6) - counted(2)) / 4
 
 
-def parts(field: Field, batch: int, optimiser: Optimiser, device: str) -> dict[str, Callable[[], object]]:
-    """Return what `train` does in a step and the bare loop does not, on parameters that have gradients."""
+def parts(
+    field: Field, batch: int, optimiser: Optimiser, device: str
+) -> dict[str, Callable[[], object]]:
+    """Return what `train` does in a step and the bare loop does not, on parameters that have
+    gradients.
+    """
     parameters = [p for p in field.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
@@ -122,7 +148,9 @@ def parts(field: Field, batch: int, optimiser: Optimiser, device: str) -> dict[s
 
     return {
         "weights of errors": weighted,
-        "norm of gradients, to clip them": lambda: float(nn.utils.get_total_norm(p.grad for p in parameters)),  # type: ignore[misc]
+        "norm of gradients, to clip them": lambda: float(
+            nn.utils.get_total_norm(p.grad for p in parameters)
+        ),  # type: ignore[misc]
         "moving average, every 4th step": average,
         "loss by time, every 4th step": loss_by_time,
         "learning rates, hidden bar": lambda: (rates(), bar.update()),
@@ -140,8 +168,15 @@ def main() -> None:
         parser.error(f"no case {sorted(unknown)}; there are {list(CASES)}")
     torch.set_num_threads(1)
     device = options.device
-    where = f"one thread, load {os.getloadavg()[0]:.1f}" if device == "cpu" else torch.cuda.get_device_name()
-    print(f"{where}, torch {torch.__version__}; {options.blocks} blocks of each loop in turns, asked: {ASKED:.0%}")
+    where = (
+        f"one thread, load {os.getloadavg()[0]:.1f}"
+        if device == "cpu"
+        else torch.cuda.get_device_name()
+    )
+    print(
+        f"{where}, torch {torch.__version__}; {options.blocks} blocks of each loop in turns, "
+        f"asked: {ASKED:.0%}"
+    )
     for name, optimiser in itertools.product(options.cases or CASES, get_args(Optimiser)):
         case = CASES[name]
         spec = spec_of(case.widths)
@@ -152,11 +187,20 @@ def main() -> None:
             x0, x1 = torch.randn(2, n, dim, generator=generator, device=device)
             return x0, x1 + 1
 
-        def block(whole: bool, steps: int, field=field, pairs=pairs, batch=case.batch, how=optimiser) -> float:
+        def block(
+            whole: bool, steps: int, field=field, pairs=pairs, batch=case.batch, how=optimiser
+        ) -> float:
             own = copy.deepcopy(field)
             if whole:
-                training = Training(steps=steps, batch_size=batch, learning_rate=LEARNING_RATE, optimiser=how)
-                settings = {"path": AffinePath(), "times": LogUniformNearEnd(), "training": training, "progress": False}
+                training = Training(
+                    steps=steps, batch_size=batch, learning_rate=LEARNING_RATE, optimiser=how
+                )
+                settings = {
+                    "path": AffinePath(),
+                    "times": LogUniformNearEnd(),
+                    "training": training,
+                    "progress": False,
+                }
                 return clocked(lambda: train(own, pairs, **settings), device) / steps
             return clocked(lambda: bare(own, pairs, steps, batch, how, device), device) / steps
 
@@ -172,18 +216,28 @@ def main() -> None:
         middle = statistics.median(ratios)
         low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
         shape = "-".join(map(str, case.widths))
-        sizes = f"{len(list(field.parameters()))} tensors, batch {case.batch}, {steps} steps a block"
+        sizes = (
+            f"{len(list(field.parameters()))} tensors, batch {case.batch}, {steps} steps a block"
+        )
         print(f"\n{name}: {shape}, {type(field).__name__}, {optimiser}, {sizes}")
-        of_bare, of_train = (calls(lambda n, which=which: block(which, n)) for which in (False, True))
+        of_bare, of_train = (
+            calls(lambda n, which=which: block(which, n)) for which in (False, True)
+        )
         print(
             f"  a step: bare {own * 1e3:.2f} ms and {of_bare:,.0f} calls, "
             f"train {whole * 1e3:.2f} ms and {of_train:,.0f} calls (medians)"
         )
         verdict = "met" if middle <= ASKED else "missed"
-        print(f"  overhead: median {middle:+.1%}, quartiles {low:+.1%} to {high:+.1%}: {verdict}", flush=True)
+        print(
+            f"  overhead: median {middle:+.1%}, quartiles {low:+.1%} to {high:+.1%}: {verdict}",
+            flush=True,
+        )
         for part, work in parts(copy.deepcopy(field), case.batch, optimiser, device).items():
             work()
-            times = [clocked(lambda work=work: [work() for _ in range(REPEATS)], device) / REPEATS for _ in range(5)]
+            times = [
+                clocked(lambda work=work: [work() for _ in range(REPEATS)], device) / REPEATS
+                for _ in range(5)
+            ]
             seconds = statistics.median(times)
             print(f"    {part:34s}{seconds * 1e6:8.0f} us {seconds / own:6.1%}")
 

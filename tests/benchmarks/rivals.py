@@ -1,7 +1,9 @@
-"""What the benchmarks against other libraries share: one core, one posterior written for each library, one clock.
+"""What the benchmarks against other libraries share: one core, one posterior written for each
+library, one clock.
 
-Import this before jax, which reads its flags once. Everything runs on one core and one thread in float32, and is
-charged the CPU time of its process. The network is d-50-1 tanh with N(0, 1) on every weight and Gaussian noise of 0.1.
+Import this before jax, which reads its flags once. Everything runs on one core and one thread in
+float32, and is charged the CPU time of its process. The network is d-50-1 tanh with N(0, 1) on
+every weight and Gaussian noise of 0.1.
 """
 
 # ruff: noqa: E402  # the environment is set before anything reads it
@@ -20,7 +22,9 @@ def idlest_core() -> int:
 
     def idle() -> dict[int, int]:
         rows = (line.split() for line in Path("/proc/stat").read_text().splitlines())
-        return {int(row[0][3:]): int(row[4]) for row in rows if row[0][:3] == "cpu" and row[0] != "cpu"}
+        return {
+            int(row[0][3:]): int(row[4]) for row in rows if row[0][:3] == "cpu" and row[0] != "cpu"
+        }
 
     before = idle()
     time.sleep(0.2)
@@ -29,7 +33,8 @@ def idlest_core() -> int:
 
 
 if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, {idlest_core()})  # no library can start more threads than there are cores
+    # no library can start more threads than there are cores
+    os.sched_setaffinity(0, {idlest_core()})
 os.environ["OMP_NUM_THREADS"] = "1"
 # 512: a little faster here (0 to 5 %) than jax's default of 256, on a processor with AVX-512.
 os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false --xla_cpu_prefer_vector_width=512"
@@ -52,7 +57,10 @@ def require(*modules: str, files: tuple[str, ...] = ()) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     missing += [str(DATA / file) for file in files if not (DATA / file).is_file()]
     if missing:
-        print(f"skipped: needs {', '.join(missing)} (pip install -c constraints.txt -e '.[bench]'; $BNNFLOW_DATA)")
+        print(
+            f"skipped: needs {', '.join(missing)} (pip install -c constraints.txt -e '.[bench]'; "
+            f"$BNNFLOW_DATA)"
+        )
         sys.exit(0)
 
 
@@ -61,24 +69,34 @@ def machine() -> str:
     import jax
 
     load = os.getloadavg()[0]
-    return f"one core of {os.cpu_count()}, load {load:.1f}, float32, torch {torch.__version__}, jax {jax.__version__}"
+    versions = f"torch {torch.__version__}, jax {jax.__version__}"
+    return f"one core of {os.cpu_count()}, load {load:.1f}, float32, {versions}"
 
 
-# ---------------------------------------------------------------- the posterior
+# ---------------------------------------- the posterior
 
 
 def bnnflow_model(x: np.ndarray | torch.Tensor, y: np.ndarray | torch.Tensor) -> bf.BayesianModel:
     """Return the model that all others repeat."""
-    net = torch.nn.Sequential(torch.nn.Linear(x.shape[1], HIDDEN), torch.nn.Tanh(), torch.nn.Linear(HIDDEN, 1))
+    net = torch.nn.Sequential(
+        torch.nn.Linear(x.shape[1], HIDDEN), torch.nn.Tanh(), torch.nn.Linear(HIDDEN, 1)
+    )
     return bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(NOISE), x, y)
 
 
 def split(theta: Any) -> tuple[Any, Any, Any, Any]:
-    """Cut ``(..., dim)`` of any library into weights (50, d), bias (50,), weights (50,), bias ()."""
+    """Cut ``(..., dim)`` of any library into weights (50, d), bias (50,), weights (50,), bias
+    ().
+    """
     inputs = (theta.shape[-1] - 1) // HIDDEN - 2
     first = HIDDEN * inputs
     weights = theta[..., :first].reshape(*theta.shape[:-1], HIDDEN, inputs)
-    return weights, theta[..., first : first + HIDDEN], theta[..., first + HIDDEN : -1], theta[..., -1]
+    return (
+        weights,
+        theta[..., first : first + HIDDEN],
+        theta[..., first + HIDDEN : -1],
+        theta[..., -1],
+    )
 
 
 def join(params: tuple[Any, ...]) -> np.ndarray:
@@ -89,7 +107,9 @@ def join(params: tuple[Any, ...]) -> np.ndarray:
 
 
 def jax_log_likelihood(params: tuple[Any, ...], batch: tuple[Any, Any]) -> Any:
-    """Log likelihood without constants; x is ``(d, n)``, which with parameters in a tuple is jax's fastest layout.
+    """Log likelihood without constants.
+
+    X is ``(d, n)``, which with parameters in a tuple is jax's fastest layout.
 
     Flat parameters or x ``(n, d)`` cost 1.2 to 2 times as much.
     """
@@ -105,15 +125,20 @@ def jax_log_prior(params: tuple[Any, ...]) -> Any:
     return -0.5 * sum((part**2).sum() for part in params)
 
 
-def torch_log_joint(params: tuple[Any, ...], x: torch.Tensor, y: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
-    """Return the same for one chain in plain torch, the fastest of the layouts tried; x is ``(d, n)``."""
+def torch_log_joint(
+    params: tuple[Any, ...], x: torch.Tensor, y: torch.Tensor, weight: float = 1.0
+) -> torch.Tensor:
+    """Return the same for one chain in plain torch, the fastest of the layouts tried.
+
+    X is ``(d, n)``.
+    """
     weights, bias, head, shift = params
     outputs = head @ torch.tanh(torch.addmm(bias[:, None], weights, x)) + shift
     prior = weights.square().sum() + bias.square().sum() + head.square().sum() + shift.square()
     return -0.5 * weight * (y - outputs).square().sum() / NOISE**2 - 0.5 * prior
 
 
-# ---------------------------------------------------------------- the clock
+# ---------------------------------------- the clock
 
 
 def cpu(work: Callable[[], Any]) -> float:
@@ -124,7 +149,8 @@ def cpu(work: Callable[[], Any]) -> float:
 
 
 def interleave(rivals: dict[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray]:
-    """Return the measurements of every rival, taken in turns A B C A B C ..., so that a busy machine hurts all alike.
+    """Return the measurements of every rival, taken in turns A B C A B C ..., so that a busy
+    machine hurts all alike.
 
     Every rival runs once before, to compile and to warm the caches.
     """
@@ -134,14 +160,17 @@ def interleave(rivals: dict[str, Callable[[], float]], rounds: int) -> dict[str,
     return dict(zip(rivals, np.array(samples).T, strict=True))
 
 
-def table(title: str, samples: dict[str, np.ndarray], own: str, targets: dict[str, tuple[str, float]]) -> None:
+def table(
+    title: str, samples: dict[str, np.ndarray], own: str, targets: dict[str, tuple[str, float]]
+) -> None:
     """Print medians, spreads and the ratio of medians, rival / own, beside what is asked.
 
     Args:
         title: what was measured, in microseconds.
         samples: one array for each row.
         own: the row that the others are compared with.
-        targets: least ratio asked, by row: ``(rows that count together, number)``; the fastest of them counts.
+        targets: least ratio asked, by row: ``(rows that count together, number)``; the fastest of
+            them counts.
     """
     print(f"\n{title}\n{'':34s} {'median':>8s} {'10 %':>8s} {'90 %':>8s} {'times own':>10s}")
     mine = float(np.median(samples[own]))
@@ -149,7 +178,10 @@ def table(title: str, samples: dict[str, np.ndarray], own: str, targets: dict[st
         low, median, high = np.quantile(values, [0.1, 0.5, 0.9])
         print(f"{name:34s} {median:8.1f} {low:8.1f} {high:8.1f} {median / mine:10.2f}")
     for group, (prefix, least) in targets.items():
-        best = min((float(np.median(v)) for name, v in samples.items() if name.startswith(prefix)), default=None)
+        best = min(
+            (float(np.median(v)) for name, v in samples.items() if name.startswith(prefix)),
+            default=None,
+        )
         if best is not None:
             asked(f"{group} / own", least, best / mine)
     sys.stdout.flush()
@@ -157,4 +189,7 @@ def table(title: str, samples: dict[str, np.ndarray], own: str, targets: dict[st
 
 def asked(what: str, least: float, measured: float) -> None:
     """Print a ratio beside the least that is asked of it."""
-    print(f"  {what}: asked {least:g}, measured {measured:.2f}: {'reached' if measured >= least else 'MISSED'}")
+    print(
+        f"  {what}: asked {least:g}, measured {measured:.2f}: "
+        f"{'reached' if measured >= least else 'MISSED'}"
+    )

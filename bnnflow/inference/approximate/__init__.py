@@ -1,1 +1,3 @@
-"""Approximations and point estimates that people compare with: Laplace, variational, SWAG, ensembles, dropout."""
+"""Approximations and point estimates that people compare with: Laplace, variational, SWAG,
+ensembles, dropout.
+"""

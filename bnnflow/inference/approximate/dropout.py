@@ -25,22 +25,26 @@ __all__ = ["MCDropout", "dropout_factors"]
 class MCDropout(Method):
     """Train with dropout and keep it on for prediction (Gal and Ghahramani 2016).
 
-    With theta * m the network whose dropped hidden units have their outgoing weights set to zero and all others
-    divided by 1 - rate, Adam climbs E_m[log_likelihood(theta * m)] + log_prior(theta), and draws are theta * m for new
-    masks m: ordinary weights, so that all that follows works on them. Approximates the posterior by the law of
-    theta * m in the sense of the paper, a variational family whose width the rate fixes, whatever the data; nothing
-    is left invariant, and there is no density. A temperature divides both terms and changes nothing here.
+    With theta * m the network whose dropped hidden units have their outgoing weights set to zero
+    and all others divided by 1 - rate, Adam climbs E_m[log_likelihood(theta * m)] +
+    log_prior(theta), and draws are theta * m for new masks m: ordinary weights, so that all that
+    follows works on them. Approximates the posterior by the law of theta * m in the sense of the
+    paper, a variational family whose width the rate fixes, whatever the data; nothing is left
+    invariant, and there is no density. A temperature divides both terms and changes nothing here.
 
-    Every mask is shared by all rows of the data, and each step averages over ``masks`` of them for each member.
+    Every mask is shared by all rows of the data, and each step averages over ``masks`` of them for
+    each member.
 
-    In a perceptron every hidden unit may be dropped, at ``rate``, whether or not it has ``nn.Dropout`` layers. Any
-    other network, as one of convolutions, says by its own dropout layers where and at which rates; it is passed in
-    ``eval()`` mode. Behind convolutions whole channels are dropped, as by ``nn.Dropout2d``. A layer whose units are
-    read by other than the linear layer or the convolution behind it is refused by name.
+    In a perceptron every hidden unit may be dropped, at ``rate``, whether or not it has
+    ``nn.Dropout`` layers. Any other network, as one of convolutions, says by its own dropout layers
+    where and at which rates; it is passed in ``eval()`` mode. Behind convolutions whole channels
+    are dropped, as by ``nn.Dropout2d``. A layer whose units are read by other than the linear layer
+    or the convolution behind it is refused by name.
 
     Args:
         rate: probability that a hidden unit of a perceptron is dropped.
-        members: networks trained independently, each one chain of the draws; those of ``init`` are all trained on.
+        members: networks trained independently, each one chain of the draws; those of ``init`` are
+            all trained on.
         steps: Adam steps.
         learning_rate: its first value; a cosine takes it to zero.
         masks: masks in each step.
@@ -58,7 +62,10 @@ class MCDropout(Method):
         settle(self, number, "learning_rate", above=0)
 
     def draw(self, model: BayesianModel, run: Run) -> Draws:
-        """Train the members and draw masks, 250 each unless said otherwise; see `bnnflow.sample`."""
+        """Train the members and draw masks, 250 each unless said otherwise.
+
+        See `bnnflow.sample`.
+        """
         run.refuse(self, "members and draws", "chains", "warmup", "checkpoint")
         generator, masks = run.generator, self._masks(model)
         start = theta = first_points(model, run.init, self.members, generator)
@@ -66,7 +73,8 @@ class MCDropout(Method):
         with torch.no_grad(), progress_bar(self.steps, "MC dropout", run.progress, "step") as bar:
             for step in range(1, self.steps + 1):
                 factors = masks((members, self.masks), generator)
-                value, grad = model.log_likelihood_and_grad(theta.unsqueeze(1) * factors)  # (members, masks, ...)
+                # (members, masks, ...)
+                value, grad = model.log_likelihood_and_grad(theta.unsqueeze(1) * factors)
                 prior, prior_grad = _log_prior_and_grad(model, theta)
                 grad = (grad * factors).mean(1) + prior_grad
                 objectives.append(value.mean(1) + prior)  # (members,)
@@ -80,16 +88,21 @@ class MCDropout(Method):
         factors = masks((members, draws), generator)
         theta = theta.unsqueeze(1) * factors  # (members, draws, dim)
         info = {"gradients_per_chain": self.steps * self.masks}
-        return Draws(theta, model.log_joint(theta), info=info | of_divergence(self, lost, self.learning_rate))
+        return Draws(
+            theta, model.log_joint(theta), info=info | of_divergence(self, lost, self.learning_rate)
+        )
 
     def _masks(self, model: BayesianModel) -> _Masks:
         if model.spec.layers and model.spec.widths:
-            return lambda shape, generator: dropout_factors(model.spec, self.rate, shape, generator, model.dtype)
+            return lambda shape, generator: dropout_factors(
+                model.spec, self.rate, shape, generator, model.dtype
+            )
         dropped = () if model.spec.layers else _dropped(model)
         if not dropped:
             raise ValueError(
-                "MCDropout needs a perceptron with labelled hidden units, or a network with nn.Dropout layers (or "
-                "nn.Dropout2d and their like) in eval() mode and before the layers whose inputs are dropped"
+                "MCDropout needs a perceptron with labelled hidden units, or a network with "
+                "nn.Dropout layers (or nn.Dropout2d and their like) in eval() mode and before the "
+                "layers whose inputs are dropped"
             )
         return lambda shape, generator: _layer_factors(model, dropped, shape, generator)
 
@@ -107,8 +120,11 @@ class _Dropped(NamedTuple):
 
     def factor(self, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Spread multipliers of units ``(..., units)`` over the weights, ``(..., *shape)``."""
-        columns = kept.repeat_interleave(shape[1] // self.units, -1)  # a flattened channel has several
-        return columns.reshape(*kept.shape[:-1], 1, shape[1], *[1] * (len(shape) - 2)).expand(*kept.shape[:-1], *shape)
+        # a flattened channel has several
+        columns = kept.repeat_interleave(shape[1] // self.units, -1)
+        return columns.reshape(*kept.shape[:-1], 1, shape[1], *[1] * (len(shape) - 2)).expand(
+            *kept.shape[:-1], *shape
+        )
 
 
 def _dropped(model: BayesianModel) -> tuple[_Dropped, ...]:
@@ -118,7 +134,10 @@ def _dropped(model: BayesianModel) -> tuple[_Dropped, ...]:
         ValueError: naming a layer whose effect is not that of other weights in the next layer.
     """
     net, x = model.to_network(0.5 * model.sample_prior(1, 0)[0]).requires_grad_(False), model.x[:4]
-    modules, names = dict(net.named_modules()), {id(weight): name for name, weight in net.named_parameters()}
+    modules, names = (
+        dict(net.named_modules()),
+        {id(weight): name for name, weight in net.named_parameters()},
+    )
     order: list[tuple[str, tuple[int, ...]]] = []
 
     def note(name: str, module: nn.Module, inputs: Any, out: Tensor) -> None:
@@ -134,13 +153,23 @@ def _dropped(model: BayesianModel) -> tuple[_Dropped, ...]:
         layer = modules[name]
         if not isinstance(layer, nn.modules.dropout._DropoutNd) or layer.p == 0:
             continue
-        reader = next((modules[other] for other, _ in plain[i + 1 :] if isinstance(modules[other], _READERS)), None)
+        reader = next(
+            (modules[other] for other, _ in plain[i + 1 :] if isinstance(modules[other], _READERS)),
+            None,
+        )
         weight = "" if reader is None else names.get(id(reader.weight), "")
         each = _Dropped(weight, shape[1], float(layer.p))
-        alpha = isinstance(layer, nn.AlphaDropout | nn.FeatureAlphaDropout)  # which puts other numbers than zeros
-        if alpha or reader is None or weight not in model.spec.names or not _moves(net, x, layer, reader, each):
+        # which puts other numbers than zeros
+        alpha = isinstance(layer, nn.AlphaDropout | nn.FeatureAlphaDropout)
+        if (
+            alpha
+            or reader is None
+            or weight not in model.spec.names
+            or not _moves(net, x, layer, reader, each)
+        ):
             raise ValueError(
-                f"MCDropout cannot write dropout module {name!r} as weights: its units must be read by the linear "
+                f"MCDropout cannot write dropout module {name!r} as weights: its units must be "
+                f"read by the linear "
                 "layer or the convolution behind it, and by nothing else"
             )
         found.append(each)
@@ -150,8 +179,12 @@ def _dropped(model: BayesianModel) -> tuple[_Dropped, ...]:
 _READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def _moves(net: nn.Module, x: Tensor, layer: nn.Module, reader: nn.Module, dropped: _Dropped) -> bool:
-    """Say whether a mask over a dropout layer's units has the effect of the same mask over its reader's weights."""
+def _moves(
+    net: nn.Module, x: Tensor, layer: nn.Module, reader: nn.Module, dropped: _Dropped
+) -> bool:
+    """Say whether a mask over a dropout layer's units has the effect of the same mask over its
+    reader's weights.
+    """
     weight = reader.weight
     assert isinstance(weight, Tensor)
     if dropped.rate == 1 or weight.shape[1] % dropped.units:
@@ -172,29 +205,40 @@ def _moves(net: nn.Module, x: Tensor, layer: nn.Module, reader: nn.Module, dropp
 
 
 def _layer_factors(
-    model: BayesianModel, dropped: tuple[_Dropped, ...], shape: tuple[int, ...], generator: torch.Generator
+    model: BayesianModel,
+    dropped: tuple[_Dropped, ...],
+    shape: tuple[int, ...],
+    generator: torch.Generator,
 ) -> Tensor:
-    """Draw masks over the units of dropout layers as multipliers of the weights, ``(*shape, dim)``."""
+    """Draw masks over the units of dropout layers as multipliers of the weights,
+    ``(*shape, dim)``.
+    """
     factors = torch.ones(*shape, model.dim, dtype=model.dtype, device=generator.device)
     for each in dropped:
         drawn = torch.rand(*shape, each.units, generator=generator, device=generator.device)
         kept = (drawn >= each.rate).to(model.dtype) / (1 - each.rate)
-        factors[..., model.spec.slices[each.weight]] *= each.factor(kept, model.spec.shapes[each.weight]).flatten(
-            len(shape)
-        )
+        factors[..., model.spec.slices[each.weight]] *= each.factor(
+            kept, model.spec.shapes[each.weight]
+        ).flatten(len(shape))
     return factors
 
 
 def dropout_factors(
-    spec: WeightSpec, rate: float, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype
+    spec: WeightSpec,
+    rate: float,
+    shape: tuple[int, ...],
+    generator: torch.Generator,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Draw masks over hidden units as multipliers of the weights, ``(*shape, dim)``.
 
-    The weights that read a unit are multiplied by 0 with probability ``rate``, else by 1 / (1 - rate).
+    The weights that read a unit are multiplied by 0 with probability ``rate``, else by 1 / (1 -
+    rate).
     """
     device = generator.device
     kept = {
-        label: (torch.rand(*shape, width, generator=generator, device=device) >= rate).to(dtype) / (1 - rate)
+        label: (torch.rand(*shape, width, generator=generator, device=device) >= rate).to(dtype)
+        / (1 - rate)
         for label, width in sorted(spec.widths.items())
     }
     parts = []

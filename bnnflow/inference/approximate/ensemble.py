@@ -20,14 +20,16 @@ _STEPS = 2000
 
 @dataclass(frozen=True)
 class DeepEnsemble(Method):
-    """Train independent networks to the posterior mode (Lakshminarayanan et al. 2017), all in one call.
+    """Train independent networks to the posterior mode (Lakshminarayanan et al. 2017), all in one
+    call.
 
-    Approximates the posterior by the modes that random initialisations reach; nothing is left invariant. Each member
-    climbs log_joint by full-batch Adam, so the prior acts as its weight decay.
+    Approximates the posterior by the modes that random initialisations reach; nothing is left
+    invariant. Each member climbs log_joint by full-batch Adam, so the prior acts as its weight
+    decay.
 
-    ``bf.sample(model, DeepEnsemble(), init=[net, ...])`` makes an ensemble of networks that were trained already. They
-    stay as they are; only what the model infers beside their weights (the noise, scales of the prior) climbs to its
-    mode. With ``steps`` they are trained on.
+    ``bf.sample(model, DeepEnsemble(), init=[net, ...])`` makes an ensemble of networks that were
+    trained already. They stay as they are; only what the model infers beside their weights (the
+    noise, scales of the prior) climbs to its mode. With ``steps`` they are trained on.
 
     Args:
         members: number of networks; those of ``init`` are all taken, whatever it says.
@@ -48,19 +50,25 @@ class DeepEnsemble(Method):
         run.refuse(self, "members and steps", "chains", "warmup", "draws", "checkpoint")
         given = run.init if isinstance(run.init, Tensor) else None
         if given is not None and given.dim() == 1:
-            raise ValueError("init must be several networks for DeepEnsemble: copies of one are no ensemble")
+            raise ValueError(
+                "init must be several networks for DeepEnsemble: copies of one are no ensemble"
+            )
         theta = first_points(model, run.init, self.members, run.generator)
         steps, free = self.steps, None
         if steps is None and given is not None:
             steps, free = _STEPS if model.spec.extras else 0, _beside_the_weights(model)
         steps = _STEPS if steps is None else steps
-        theta, diverged = accelerated_ascent(model, theta, steps, self.learning_rate, run.progress, "ensemble", free)
+        theta, diverged = accelerated_ascent(
+            model, theta, steps, self.learning_rate, run.progress, "ensemble", free
+        )
         info = {"gradients_per_chain": steps} | of_divergence(self, diverged, self.learning_rate)
         return Draws(theta.unsqueeze(0), model.log_joint(theta).unsqueeze(0), info=info)
 
 
 def _beside_the_weights(model: BayesianModel) -> Tensor:
-    """Return 1 for coordinates that are no weights of the network, and 0 for those that are, ``(dim,)``."""
+    """Return 1 for coordinates that are no weights of the network, and 0 for those that are,
+    ``(dim,)``.
+    """
     free = torch.zeros(model.dim, dtype=model.dtype, device=model.device)
     for name in model.spec.extras:
         free[model.spec.slices[name]] = 1.0

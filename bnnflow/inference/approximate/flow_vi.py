@@ -19,13 +19,14 @@ __all__ = ["NormalizingFlowVI"]
 
 @dataclass(frozen=True)
 class NormalizingFlowVI(Method):
-    """Fit a normalising flow by maximising the ELBO (Rezende and Mohamed 2015), with Pyro's ``AutoNormalizingFlow``.
+    """Fit a normalising flow by maximising the ELBO (Rezende and Mohamed 2015), with Pyro's
+    ``AutoNormalizingFlow``.
 
-    Approximates the posterior (at its temperature) by the flow q that minimises KL(q || p). The flow is a stack of
-    affine couplings between random halves of the coordinates (Dinh et al. 2017), then an elementwise scale and shift:
-    unlike an inverse autoregressive flow it can be inverted in one pass, so that ``draws.posterior.log_prob`` knows
-    the density of any theta. It starts as a Gaussian with independent coordinates and contains all of them. The
-    steps are those of `VI`.
+    Approximates the posterior (at its temperature) by the flow q that minimises KL(q || p). The
+    flow is a stack of affine couplings between random halves of the coordinates (Dinh et al. 2017),
+    then an elementwise scale and shift: unlike an inverse autoregressive flow it can be inverted in
+    one pass, so that ``draws.posterior.log_prob`` knows the density of any theta. It starts as a
+    Gaussian with independent coordinates and contains all of them. The steps are those of `VI`.
 
     Args:
         couplings: number of coupling layers.
@@ -33,7 +34,8 @@ class NormalizingFlowVI(Method):
         steps: Adam steps on the ELBO.
         learning_rate: its first value; a cosine takes it to zero.
         particles: Monte-Carlo samples of the ELBO a step; one gradient each.
-        scale: standard deviation of every coordinate at the start, around random initial weights or those of ``init``.
+        scale: standard deviation of every coordinate at the start, around random initial weights or
+            those of ``init``.
     """
 
     couplings: int = 4
@@ -48,7 +50,10 @@ class NormalizingFlowVI(Method):
         settle(self, number, "learning_rate", "scale", above=0)
 
     def draw(self, model: BayesianModel, run: Run) -> Draws:
-        """Fit the flow and draw from it; see `bnnflow.sample`. ``chains`` only shapes the independent draws."""
+        """Fit the flow and draw from it.
+
+        See `bnnflow.sample`. ``chains`` only shapes the independent draws.
+        """
         run.refuse(self, "steps", "warmup", "checkpoint")
         from pyro.distributions.torch_transform import ComposeTransformModule
         from pyro.infer.autoguide import AutoNormalizingFlow
@@ -61,7 +66,10 @@ class NormalizingFlowVI(Method):
             *_, log_scale, loc = flow.parameters()
             loc.data.copy_(start)
             log_scale.data.fill_(math.log(self.scale))
-            guide = AutoNormalizingFlow(flat_model(start), lambda _: ComposeTransformModule(list(flow)))  # type: ignore[arg-type]
+            transforms = ComposeTransformModule(list(flow))  # type: ignore[arg-type]
+            guide = AutoNormalizingFlow(flat_model(start), lambda _: transforms)
             found = fit_guide(model.log_joint_and_grad, guide, self, run.progress, "flow VI")
-        posterior = CouplingFlow(permutations, tuple(parameter.detach().clone() for parameter in flow.parameters()))
+        posterior = CouplingFlow(
+            permutations, tuple(parameter.detach().clone() for parameter in flow.parameters())
+        )
         return independent_draws(model, run, posterior, found)

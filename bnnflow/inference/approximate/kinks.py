@@ -1,7 +1,8 @@
 """Modes of densities with kinks, as ReLU networks and Laplace priors have them.
 
-A mode then often lies in kinks, where the gradient does not vanish: it jumps from piece to piece. Line searches for
-smooth functions stop in such places long before, and a Newton step promises what no step can keep.
+A mode then often lies in kinks, where the gradient does not vanish: it jumps from piece to piece.
+Line searches for smooth functions stop in such places long before, and a Newton step promises what
+no step can keep.
 """
 
 from __future__ import annotations
@@ -61,7 +62,10 @@ def _step(
     direction: np.ndarray,
     slope: float,
 ) -> tuple[np.ndarray, float, np.ndarray] | None:
-    """Return a step that descends enough and far enough, with value and gradient there; None if there is none."""
+    """Return a step that descends enough and far enough, with value and gradient there.
+
+    None if there is none.
+    """
     if not slope < 0:
         return None
     low, high, size = 0.0, np.inf, 1.0
@@ -81,13 +85,15 @@ def _step(
 def shortest_mixture(gradients: np.ndarray) -> np.ndarray:
     """Return the shortest convex combination of gradients ``(n, dim)``.
 
-    Of gradients near a point that is the direction that descends on every piece (Burke, Lewis and Overton 2005); where
-    it is zero there is none. In coordinates in which the curvature is 1, half its squared norm is what a step can gain.
+    Of gradients near a point that is the direction that descends on every piece (Burke, Lewis and
+    Overton 2005); where it is zero there is none. In coordinates in which the curvature is 1, half
+    its squared norm is what a step can gain.
     """
     weight = 1e3 * np.abs(gradients).max()
     if not weight > 0:
         return np.zeros(gradients.shape[1])
-    rows = np.vstack([gradients.T, np.full(len(gradients), weight)])  # the last one makes the shares add up to 1
+    # the last one makes the shares add up to 1
+    rows = np.vstack([gradients.T, np.full(len(gradients), weight)])
     target = np.append(np.zeros(gradients.shape[1]), weight)
     shares, _ = scipy.optimize.nnls(rows, target, maxiter=30 * len(gradients))
     return shares / shares.sum() @ gradients

@@ -29,19 +29,27 @@ from bnnflow.warn import warn
 __all__ = ["Laplace", "find_mode", "gauss_newton_precision", "prior_precision"]
 
 LARGEST_FULL = 8000
-"""Largest number of coordinates with a full covariance: a float64 matrix of them takes 512 MB, and three are needed."""
+"""Largest number of coordinates with a full covariance: a float64 matrix of them takes 512 MB, and
+three are needed.
+"""
 
-_COPIES = 24  # of what a network writes, that the tape of its gradient keeps; measured on convolutions
+# of what a network writes, that the tape of its gradient keeps; measured on convolutions
+_COPIES = 24
 _NEWTON_STEPS = 50
-_FAR = 0.25  # of the spread of predictions, by which a mode may differ from the network that it was found from
+# of the spread of predictions, by which a mode may differ from the network that it was found from
+_FAR = 0.25
 _SMALL = 1e-3  # nats that a Newton step from a mode may still promise
-_LOOSE = 1e-2  # nats a coordinate that may be left where pieces meet: a seventh of a posterior standard deviation
+# nats a coordinate that may be left where pieces meet: a seventh of a posterior standard deviation
+_LOOSE = 1e-2
 _NEAR = 1e-3  # posterior standard deviations within which the pieces of a density with kinks meet
 _KINKED_ROUNDS = 5  # of searches that begin anew
 _DRAWS = 64  # over which curvature is averaged, in pairs of opposite ones
 _AVERAGES = 10  # rounds of averages
-_SHARE = 0.7  # of the way to the next average: a Gaussian too wide has too little curvature, and the next too much
-_SETTLED = 1e-2  # nats a coordinate by which a round still changes log |P|: half a per cent of a standard deviation
+# of the way to the next average: a Gaussian too wide has too little curvature, and the next too
+# much
+_SHARE = 0.7
+# nats a coordinate by which a round still changes log |P|: half a per cent of a standard deviation
+_SETTLED = 1e-2
 _PIECES = 1000  # of which the gradients are compared, at most
 
 Structure = Literal["full", "diagonal", "last_layer", "kronecker"]
@@ -51,48 +59,54 @@ Structure = Literal["full", "diagonal", "last_layer", "kronecker"]
 class Laplace(Method):
     """Put a Gaussian on the best of several modes (MacKay 1992; Daxberger et al. 2021).
 
-    Approximates the posterior (at its temperature) by N(mode, P^-1). The mode is found by Adam from random networks,
-    all in one batch, and polished by L-BFGS and Gauss-Newton steps in float64, and by BFGS where it lies in kinks, as
-    those of ReLU networks do. P is the generalised Gauss-Newton matrix J^T Lambda J of the likelihood, with the Fisher
-    information of its learned parameters, plus the prior's own negative curvature, coordinate by coordinate; where that
-    is not positive (the kink of a Laplace prior, the tail of a Student t) the precision of a Gaussian with the prior's
-    interquartile range takes its place. Exact where the posterior is Gaussian. Learned scales of the *prior* usually
-    have no joint mode with the weights: a warning is given, and no evidence; where log_joint is found to grow without
-    bound, a ``ValueError``.
+    Approximates the posterior (at its temperature) by N(mode, P^-1). The mode is found by Adam from
+    random networks, all in one batch, and polished by L-BFGS and Gauss-Newton steps in float64, and
+    by BFGS where it lies in kinks, as those of ReLU networks do. P is the generalised Gauss-Newton
+    matrix J^T Lambda J of the likelihood, with the Fisher information of its learned parameters,
+    plus the prior's own negative curvature, coordinate by coordinate; where that is not positive
+    (the kink of a Laplace prior, the tail of a Student t) the precision of a Gaussian with the
+    prior's interquartile range takes its place. Exact where the posterior is Gaussian. Learned
+    scales of the *prior* usually have no joint mode with the weights: a warning is given, and no
+    evidence; where log_joint is found to grow without bound, a ``ValueError``.
 
-    Trained networks that ``init`` gives are only polished, the one of the highest log_joint. ``info["moved"]`` says how
-    far it was from the mode: in nats of log_joint, in weights relative to their norm, and in the mean of predictions
-    relative to its spread over the data. A warning is given where the last is above a quarter.
+    Trained networks that ``init`` gives are only polished, the one of the highest log_joint.
+    ``info["moved"]`` says how far it was from the mode: in nats of log_joint, in weights relative
+    to their norm, and in the mean of predictions relative to its spread over the data. A warning is
+    given where the last is above a quarter.
 
-    Prior and noise are those of the model. ``prior_precision="evidence"`` (MacKay 1992; Immer et al. 2021) multiplies
-    the precision of a normal prior by the factor that is best for the curvature at the mode, finds the mode again, and
-    keeps it if the Laplace evidence has risen: to the maximum in linear models, and as far as such steps lead in
-    networks, whose modes differ by many nats (on digits the model's own N(0, 1) stays). Mode, Gaussian and draws
-    are then those of the tuned prior, whose precisions are at ``draws.info["prior_precision"]`` and whose evidence is
-    at ``draws.info["log_evidence_tuned"]``; ``draws.log_joint`` and ``draws.log_evidence`` stay those of the model.
-    Learned noise is a coordinate of theta, and needs no tuning.
+    Prior and noise are those of the model. ``prior_precision="evidence"`` (MacKay 1992; Immer et
+    al. 2021) multiplies the precision of a normal prior by the factor that is best for the
+    curvature at the mode, finds the mode again, and keeps it if the Laplace evidence has risen: to
+    the maximum in linear models, and as far as such steps lead in networks, whose modes differ by
+    many nats (on digits the model's own N(0, 1) stays). Mode, Gaussian and draws are then those of
+    the tuned prior, whose precisions are at ``draws.info["prior_precision"]`` and whose evidence is
+    at ``draws.info["log_evidence_tuned"]``; ``draws.log_joint`` and ``draws.log_evidence`` stay
+    those of the model. Learned noise is a coordinate of theta, and needs no tuning.
 
-    A classifier that is sure of its rows has hardly any curvature at the mode, though all of them object to a change as
-    large as the Gaussian then allows: it is far too wide, and its predictions are underconfident. So
-    ``hessian="averaged"`` takes the mean of the Fisher information over the outputs of the linearised network under the
-    Gaussian itself, a fixed point, at which its covariance is that of the best Gaussian around the mode (Opper and
-    Archambeau 2009). The evidence stays Laplace's. With normal noise there is no difference.
+    A classifier that is sure of its rows has hardly any curvature at the mode, though all of them
+    object to a change as large as the Gaussian then allows: it is far too wide, and its predictions
+    are underconfident. So ``hessian="averaged"`` takes the mean of the Fisher information over the
+    outputs of the linearised network under the Gaussian itself, a fixed point, at which its
+    covariance is that of the best Gaussian around the mode (Opper and Archambeau 2009). The
+    evidence stays Laplace's. With normal noise there is no difference.
 
-    ``draws.posterior`` is the density, and its ``loc`` the mode. Draws predict through the network itself, which is
-    poor where the Gaussian is wide; the linearised predictive (Immer, Korzepa and Bauer 2021) is
-    ``bf.predict(model.linearised(draws.posterior.loc), draws, x)``; compare both.
+    ``draws.posterior`` is the density, and its ``loc`` the mode. Draws predict through the network
+    itself, which is poor where the Gaussian is wide; the linearised predictive (Immer, Korzepa and
+    Bauer 2021) is ``bf.predict(model.linearised(draws.posterior.loc), draws, x)``; compare both.
 
-    ``draws.log_evidence`` is log_joint(mode) - log N(mode; mode, P^-1) at temperature 1; its error is NaN because
-    nothing is known of it. At other temperatures that number is the log normaliser of the tempered posterior, and is
-    at ``draws.info["log_tempered_normaliser"]``.
+    ``draws.log_evidence`` is log_joint(mode) - log N(mode; mode, P^-1) at temperature 1; its error
+    is NaN because nothing is known of it. At other temperatures that number is the log normaliser
+    of the tempered posterior, and is at ``draws.info["log_tempered_normaliser"]``.
 
     Args:
-        structure: ``"full"``, for up to 8,000 coordinates; ``"diagonal"``, the diagonal of P; ``"last_layer"``, all
-            other weights held at the mode; ``"kronecker"``, one Kronecker product a tensor, computed by laplace-torch
-            (``pip install bnnflow[laplace]``) for Gaussian and categorical likelihoods.
-        hessian: ``"ggn"``; ``"averaged"``, see above (not with Kronecker products); or ``"exact"`` for the Hessian of
-            log_joint itself (full and diagonal only), which any likelihood has but which is not positive definite
-            everywhere. ``"auto"`` takes ``"averaged"`` where the prior is tuned, else ``"ggn"``.
+        structure: ``"full"``, for up to 8,000 coordinates; ``"diagonal"``, the diagonal of P;
+            ``"last_layer"``, all other weights held at the mode; ``"kronecker"``, one Kronecker
+            product a tensor, computed by laplace-torch (``pip install bnnflow[laplace]``) for
+            Gaussian and categorical likelihoods.
+        hessian: ``"ggn"``; ``"averaged"``, see above (not with Kronecker products); or ``"exact"``
+            for the Hessian of log_joint itself (full and diagonal only), which any likelihood has
+            but which is not positive definite everywhere. ``"auto"`` takes ``"averaged"`` where the
+            prior is tuned, else ``"ggn"``.
         starts: random networks to climb from.
         steps: Adam steps.
         learning_rate: its first value; a cosine takes it to zero.
@@ -102,7 +116,8 @@ class Laplace(Method):
     Example:
         >>> net = torch.nn.Linear(1, 1)
         >>> x = torch.linspace(-1, 1, 5)[:, None]
-        >>> model = BayesianModel(net, torch.distributions.Normal(0.0, 1.0), likelihoods.Gaussian(0.1), x, x)
+        >>> prior = torch.distributions.Normal(0.0, 1.0)
+        >>> model = BayesianModel(net, prior, likelihoods.Gaussian(0.1), x, x)
         >>> from bnnflow import predict, sample
         >>> draws = sample(model, Laplace(), draws=100, seed=0)
         >>> predict(model.linearised(draws.posterior.loc), draws, x).mean.shape
@@ -124,17 +139,25 @@ class Laplace(Method):
         settle(self, integer, "starts", "steps", "polish", least=1)
         settle(self, number, "learning_rate", above=0)
         if self.hessian == "exact" and self.structure not in ("full", "diagonal"):
-            raise ValueError(f"hessian must be 'ggn' for structure={self.structure!r}, or 'averaged'")
+            raise ValueError(
+                f"hessian must be 'ggn' for structure={self.structure!r}, or 'averaged'"
+            )
         if self.hessian == "averaged" and self.structure == "kronecker":
             raise ValueError("hessian must be 'ggn' for structure='kronecker'")
         if self.prior_precision is not None and self.structure == "kronecker":
             raise ValueError("prior_precision must be None for structure='kronecker'")
 
     def draw(self, model: BayesianModel, run: Run) -> Draws:
-        """Find the mode and draw from the Gaussian; see `bnnflow.sample`. ``chains`` only shapes the draws."""
+        """Find the mode and draw from the Gaussian.
+
+        See `bnnflow.sample`. ``chains`` only shapes the draws.
+        """
         run.refuse(self, "structure and starts", "warmup", "checkpoint")
         names = self._check(model)
-        start, given = first_points(model, run.init, self.starts, run.generator), isinstance(run.init, Tensor)
+        start, given = (
+            first_points(model, run.init, self.starts, run.generator),
+            isinstance(run.init, Tensor),
+        )
         steps = 0 if given else self.steps
         start = maximise(model, start, steps, self.learning_rate, run.progress, "Laplace")
         best = start[model.log_joint(start).nan_to_num(-math.inf).argmax()]
@@ -143,7 +166,9 @@ class Laplace(Method):
         if not math.isfinite(info["left_to_gain"]) or not math.isfinite(info["gradient_norm"]):
             raise ValueError(_UNBOUNDED.format(type(model.prior).__name__))
         if self.prior_precision == "evidence":
-            at, tuned = tune_prior(first, names, lambda model, theta: self._expand(model, theta, names))
+            at, tuned = tune_prior(
+                first, names, lambda model, theta: self._expand(model, theta, names)
+            )
             info = at.info | tuned
         info["gradients_per_chain"] = steps * len(start) + info["gradients"]
         if given:
@@ -151,8 +176,12 @@ class Laplace(Method):
         if not info["converged"]:
             warn(_NO_MODE.format(**info))
         posterior = at.posterior
-        if self.hessian == "averaged" or (self.hessian == "auto" and self.prior_precision is not None):
-            precision = averaged_precision(at.model, at.mode, names, diagonal=self.structure == "diagonal")
+        if self.hessian == "averaged" or (
+            self.hessian == "auto" and self.prior_precision is not None
+        ):
+            precision = averaged_precision(
+                at.model, at.mode, names, diagonal=self.structure == "diagonal"
+            )
             posterior = self._gaussian(at.model, at.mode, names, precision)
         posterior = _in_dtype(posterior, model.dtype)
 
@@ -176,10 +205,14 @@ class Laplace(Method):
         return Expansion(model, mode, precision, posterior, log_evidence, info)
 
     def _check(self, model: BayesianModel) -> tuple[str, ...]:
-        """Return the tensors that are not held at the mode; raise before any work if the method cannot be had."""
+        """Return the tensors that are not held at the mode.
+
+        Raise before any work if the method cannot be had.
+        """
         if self.hessian != "exact" and not model.likelihood.has_fisher_factor:
             raise ValueError(
-                f"{model.likelihood.name} has no fisher_factor for a Gauss-Newton matrix; use hessian='exact'"
+                f"{model.likelihood.name} has no fisher_factor for a Gauss-Newton matrix; use "
+                f"hessian='exact'"
             )
         if self.prior_precision == "evidence":
             check_tunable(model)
@@ -188,12 +221,14 @@ class Laplace(Method):
             _import_laplace()
             if not isinstance(model.likelihood, likelihoods.Gaussian | likelihoods.Categorical):
                 raise ValueError(
-                    f"structure='kronecker' is for Gaussian and Categorical likelihoods, not {model.likelihood.name}"
+                    f"structure='kronecker' is for Gaussian and Categorical likelihoods, not "
+                    f"{model.likelihood.name}"
                 )
         size = len(_indices(model, names))
         if self.structure in ("full", "last_layer") and size > LARGEST_FULL:
             raise ValueError(
-                f"structure={self.structure!r} is for up to {LARGEST_FULL} coordinates, this model has {size}; "
+                f"structure={self.structure!r} is for up to {LARGEST_FULL} coordinates, this model "
+                f"has {size}; "
                 "use structure='diagonal' or 'kronecker'"
             )
         return names
@@ -201,19 +236,25 @@ class Laplace(Method):
     def _posterior(
         self, model: BayesianModel, mode: Tensor, names: tuple[str, ...]
     ) -> tuple[Tensor | None, Gaussian | KroneckerGaussian | Conditional]:
-        """Return the precision where it is a matrix ``(k, k)`` or a diagonal ``(k,)``, and the Gaussian."""
+        """Return the precision where it is a matrix ``(k, k)`` or a diagonal ``(k,)``, and the
+        Gaussian.
+        """
         if self.structure == "kronecker":
             return None, _kronecker(model, mode)
         if self.hessian == "exact":
             precision = exact_precision(model, mode, diagonal=self.structure == "diagonal")
         else:
-            precision = gauss_newton_precision(model, mode, names, diagonal=self.structure == "diagonal")
+            precision = gauss_newton_precision(
+                model, mode, names, diagonal=self.structure == "diagonal"
+            )
         return precision, self._gaussian(model, mode, names, precision)
 
     def _gaussian(
         self, model: BayesianModel, mode: Tensor, names: tuple[str, ...], precision: Tensor
     ) -> Gaussian | Conditional:
-        """Return the Gaussian at the mode with this precision ``(k, k)`` or ``(k,)`` of the tensors not held there."""
+        """Return the Gaussian at the mode with this precision ``(k, k)`` or ``(k,)`` of the tensors
+        not held there.
+        """
         if precision.dim() == 1:
             if not bool((precision > 0).all()):
                 raise ValueError(_INDEFINITE.format(float(precision.min())))
@@ -228,30 +269,37 @@ class Laplace(Method):
 
 
 _NO_MODE = (
-    "no mode was found: after {gradients} evaluations another step promises {left_to_gain:.3g} nats, and the norm of "
-    "the gradient is {gradient_norm:.2g}; give Laplace more polish or starts, or use another method (the scales of a "
-    "hierarchical prior have no joint mode with the weights, nor has the noise of a network that can fit every row)"
+    "no mode was found: after {gradients} evaluations another step promises {left_to_gain:.3g} "
+    "nats, and the norm of the gradient is {gradient_norm:.2g}; give Laplace more polish or "
+    "starts, or use another method (the scales of a hierarchical prior have no joint mode with the "
+    "weights, nor has the noise of a network that can fit every row)"
 )
 _UNBOUNDED = (
-    "log_joint has no mode: it grows without bound on the way up, as under a hierarchical prior where the scale and "
-    "the weights of a tensor go to zero together (the prior is {}). Use HMC or SMC, or a normal prior of fixed scale "
-    "with prior_precision='evidence'"
+    "log_joint has no mode: it grows without bound on the way up, as under a hierarchical prior "
+    "where the scale and the weights of a tensor go to zero together (the prior is {}). Use HMC or "
+    "SMC, or a normal prior of fixed scale with prior_precision='evidence'"
 )
-_INDEFINITE = "the curvature at the mode is not positive definite (smallest value {:.3g}); use hessian='ggn'"
+_INDEFINITE = (
+    "the curvature at the mode is not positive definite (smallest value {:.3g}); use hessian='ggn'"
+)
 
 
-# ---------------------------------------------------------------- the mode
+# ---------------------------------------- the mode
 
 
-def find_mode(model: BayesianModel, theta: Tensor, iterations: int) -> tuple[Tensor, dict[str, Any]]:
-    """Climb log_joint in float64 from ``theta`` ``(dim,)`` by L-BFGS, then by Gauss-Newton steps where they fit.
+def find_mode(
+    model: BayesianModel, theta: Tensor, iterations: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """Climb log_joint in float64 from ``theta`` ``(dim,)`` by L-BFGS, then by Gauss-Newton steps
+    where they fit.
 
-    Where a Newton step still promises something and does not keep it there are kinks: BFGS then goes on, and what is
-    left to gain is judged by the gradients of all pieces that meet there, within a thousandth of a posterior standard
-    deviation.
+    Where a Newton step still promises something and does not keep it there are kinks: BFGS then
+    goes on, and what is left to gain is judged by the gradients of all pieces that meet there,
+    within a thousandth of a posterior standard deviation.
 
     Returns:
-        The mode, and what it took; it has converged if less than a hundredth of a nat a coordinate can be gained.
+        The mode, and what it took; it has converged if less than a hundredth of a nat a coordinate
+        can be gained.
     """
     gradients = 0
 
@@ -259,13 +307,23 @@ def find_mode(model: BayesianModel, theta: Tensor, iterations: int) -> tuple[Ten
         nonlocal gradients
         gradients += 1
         with torch.no_grad():
-            value, grad = model.log_joint_and_grad(torch.from_numpy(flat).to(model.device).unsqueeze(0))
+            value, grad = model.log_joint_and_grad(
+                torch.from_numpy(flat).to(model.device).unsqueeze(0)
+            )
         if not bool(value.isfinite()):
             return math.inf, np.zeros_like(flat)
         return -float(value), -grad[0].cpu().numpy()
 
-    options = {"maxiter": iterations, "maxfun": 2 * iterations, "maxcor": 30, "ftol": 0.0, "gtol": 1e-8}
-    found = scipy.optimize.minimize(negative, theta.cpu().numpy(), method="L-BFGS-B", jac=True, options=options)
+    options = {
+        "maxiter": iterations,
+        "maxfun": 2 * iterations,
+        "maxcor": 30,
+        "ftol": 0.0,
+        "gtol": 1e-8,
+    }
+    found = scipy.optimize.minimize(
+        negative, theta.cpu().numpy(), method="L-BFGS-B", jac=True, options=options
+    )
     mode = torch.from_numpy(np.asarray(found.x)).to(theta)
     newton = model.dim <= LARGEST_FULL // 4 and model.likelihood.has_fisher_factor
     gain = math.nan
@@ -307,7 +365,9 @@ def find_mode(model: BayesianModel, theta: Tensor, iterations: int) -> tuple[Ten
 
 
 def _left_to_gain(model: BayesianModel, mode: Tensor, grad: Tensor) -> tuple[float, Tensor]:
-    """Return what a step from ``mode`` can still gain where pieces meet, in nats, and that step ``(1, dim)``."""
+    """Return what a step from ``mode`` can still gain where pieces meet, in nats, and that step
+    ``(1, dim)``.
+    """
     curvature = prior_precision(model, mode) / model.temperature
     if model.likelihood.has_fisher_factor:
         whole = model.dim <= LARGEST_FULL // 4
@@ -319,7 +379,9 @@ def _left_to_gain(model: BayesianModel, mode: Tensor, grad: Tensor) -> tuple[flo
         if curvature.dim() == 1
         else Gaussian.of_precision(torch.zeros_like(mode), curvature)
     )
-    offsets = gaussian.sample(min(2 * model.dim, _PIECES), torch.Generator(mode.device).manual_seed(0))
+    offsets = gaussian.sample(
+        min(2 * model.dim, _PIECES), torch.Generator(mode.device).manual_seed(0)
+    )
     near = torch.cat([model.log_joint_and_grad(mode + _NEAR * offsets)[1], grad])
     root = gaussian.scale_tril
     whitened = near * root if root.dim() == 1 else near @ root
@@ -331,10 +393,13 @@ def _left_to_gain(model: BayesianModel, mode: Tensor, grad: Tensor) -> tuple[flo
 
 
 def _moved(model: BayesianModel, start: Tensor, mode: Tensor) -> dict[str, float]:
-    """Return how far polishing has moved a network ``(dim,)``, and warn where it is another one now."""
+    """Return how far polishing has moved a network ``(dim,)``, and warn where it is another one
+    now.
+    """
     with torch.no_grad():
         before, after = (
-            model.likelihood.mean(model.outputs(theta), model.likelihood_parameters(theta)) for theta in (start, mode)
+            model.likelihood.mean(model.outputs(theta), model.likelihood_parameters(theta))
+            for theta in (start, mode)
         )
         moved = {
             "log_joint": float(model.log_joint(mode) - model.log_joint(start)),
@@ -343,10 +408,11 @@ def _moved(model: BayesianModel, start: Tensor, mode: Tensor) -> dict[str, float
         }
     if not moved["predictions"] < _FAR:
         warn(
-            f"the mode near init is another network: its predictions differ by {moved['predictions']:.2g} of their "
-            f"spread, its weights by {moved['weights']:.2g} of their norm, and log_joint is {moved['log_joint']:.4g} "
-            "nats higher; init was trained with another prior or not to the end, so that this is no Laplace "
-            "approximation at it"
+            f"the mode near init is another network: its predictions differ by "
+            f"{moved['predictions']:.2g} of their spread, its weights by {moved['weights']:.2g} of "
+            f"their norm, and log_joint is {moved['log_joint']:.4g} "
+            "nats higher; init was trained with another prior or not to the end, so that this is "
+            "no Laplace approximation at it"
         )
     return moved
 
@@ -359,7 +425,7 @@ def _line_search(model: BayesianModel, theta: Tensor, step: Tensor) -> tuple[Ten
     return values.max(), points[values.argmax()]
 
 
-# ---------------------------------------------------------------- curvature
+# ---------------------------------------- curvature
 
 
 def gauss_newton_precision(
@@ -370,11 +436,13 @@ def gauss_newton_precision(
     diagonal: bool = False,
     changes: Tensor | None = None,
 ) -> Tensor:
-    """Return the Gauss-Newton matrix of -log_joint at ``theta`` ``(dim,)``, over these tensors; over all if None.
+    """Return the Gauss-Newton matrix of -log_joint at ``theta`` ``(dim,)``, over these tensors.
 
-    The rows of data are taken in blocks, so that memory is bounded whatever their number and whatever the network.
-    With ``changes`` ``(s, k)`` of the tensors the likelihood's curvature is averaged over them, in the linearised
-    network.
+    Over all if None.
+
+    The rows of data are taken in blocks, so that memory is bounded whatever their number and
+    whatever the network. With ``changes`` ``(s, k)`` of the tensors the likelihood's curvature is
+    averaged over them, in the linearised network.
 
     Returns:
         ``(k, k)``, or its diagonal ``(k,)``.
@@ -391,7 +459,12 @@ def gauss_newton_precision(
         changes = changes[:, :weights]
         entries += 4 * len(changes) * (outputs + 2) ** 2
     for block in _row_blocks(model, copies=2 * (1 + outputs), entries=entries):
-        factor = block.at(theta.unsqueeze(0)).grad_and_factor(names=names, changes=changes)[1][0].detach()  # (rows, k)
+        # (rows, k)
+        factor = (
+            block.at(theta.unsqueeze(0))
+            .grad_and_factor(names=names, changes=changes)[1][0]
+            .detach()
+        )
         if diagonal:
             total += factor.square().sum(0)
         else:
@@ -406,20 +479,26 @@ def _row_blocks(model: BayesianModel, copies: int, entries: int = 0) -> Iterator
 
     Args:
         model: the whole.
-        copies: how often what one network writes for a row is held, as once for every direction of a derivative.
+        copies: how often what one network writes for a row is held, as once for every direction of
+            a derivative.
         entries: numbers that are made of each row beside these.
     """
     size, _ = at_once(len(model.x), copies * model.network.elements(model.x) + entries)
     return (model.subset(slice(start, start + size)) for start in range(0, len(model.x), size))
 
 
-def averaged_precision(model: BayesianModel, mode: Tensor, names: Collection[str], *, diagonal: bool = False) -> Tensor:
-    """Return the Gauss-Newton matrix averaged over N(mode, P^-1), of which it is the precision P, ``(k, k)``.
+def averaged_precision(
+    model: BayesianModel, mode: Tensor, names: Collection[str], *, diagonal: bool = False
+) -> Tensor:
+    """Return the Gauss-Newton matrix averaged over N(mode, P^-1), of which it is the precision P,
+    ``(k, k)``.
 
     By fixed points, from the matrix at the mode, over the same draws in every round.
     """
     precision = gauss_newton_precision(model, mode, names, diagonal=diagonal)
-    half = torch.randn(_DRAWS // 2, len(precision), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    half = torch.randn(
+        _DRAWS // 2, len(precision), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     noise, before = torch.cat([half, -half]).to(precision), math.nan
     for _ in range(_AVERAGES):
         root = precision.sqrt() if diagonal else torch.linalg.cholesky(precision)
@@ -427,7 +506,11 @@ def averaged_precision(model: BayesianModel, mode: Tensor, names: Collection[str
         if abs(log_det - before) < _SETTLED * len(precision):
             break
         before = log_det
-        changes = noise / root if diagonal else torch.linalg.solve_triangular(root, noise, upper=False, left=False)
+        changes = (
+            noise / root
+            if diagonal
+            else torch.linalg.solve_triangular(root, noise, upper=False, left=False)
+        )
         averaged = gauss_newton_precision(model, mode, names, diagonal=diagonal, changes=changes)
         precision = torch.lerp(precision, averaged, _SHARE)
     return precision
@@ -444,28 +527,38 @@ def _indices(model: BayesianModel, names: Collection[str]) -> Tensor:
 def prior_precision(model: BayesianModel, theta: Tensor) -> Tensor:
     """Return the prior's negative second derivatives at ``theta``, ``(dim,)``, made positive.
 
-    Where one is not clearly positive, 1 / sd^2 of a normal with the prior's interquartile range stands for it.
+    Where one is not clearly positive, 1 / sd^2 of a normal with the prior's interquartile range
+    stands for it.
     """
     slope = torch.func.grad(model.log_prior)
     directions, spec = [torch.ones_like(theta)], model.spec
-    extras = [i for name in spec.extras for i in range(spec.slices[name].start, spec.slices[name].stop)]
+    extras = [
+        i for name in spec.extras for i in range(spec.slices[name].start, spec.slices[name].stop)
+    ]
     directions[0][extras] = 0.0
-    directions += [torch.zeros_like(theta).index_fill(0, torch.tensor([i], device=theta.device), 1.0) for i in extras]
+    directions += [
+        torch.zeros_like(theta).index_fill(0, torch.tensor([i], device=theta.device), 1.0)
+        for i in extras
+    ]
     # Given the extras the weights are independent, so that one product with ones is the diagonal.
     products = [jvp(slope, (theta,), (direction,))[1] for direction in directions]
     curvature = -products[0]
     for i, product in zip(extras, products[1:], strict=True):
         curvature[i] = -product[i]
     draws = model.sample_prior(1001, 0).to(theta.dtype)
-    quartiles = draws.quantile(torch.tensor([0.25, 0.75], dtype=theta.dtype, device=theta.device), dim=0)
+    quartiles = draws.quantile(
+        torch.tensor([0.25, 0.75], dtype=theta.dtype, device=theta.device), dim=0
+    )
     spread = (1.349 / (quartiles[1] - quartiles[0])).square()
     return torch.where(curvature > 1e-3 * spread, curvature, spread)
 
 
 def exact_precision(model: BayesianModel, theta: Tensor, *, diagonal: bool) -> Tensor:
-    """Return the Hessian of -log_joint at ``theta`` ``(dim,)``, or its diagonal, by reverse mode twice.
+    """Return the Hessian of -log_joint at ``theta`` ``(dim,)``, or its diagonal, by reverse mode
+    twice.
 
-    The rows of data are taken in blocks, so that memory is bounded whatever their number and whatever the network.
+    The rows of data are taken in blocks, so that memory is bounded whatever their number and
+    whatever the network.
     """
     total = _derivatives(lambda at: model.flat_prior.log_prob_and_grad(at)[1], theta, diagonal)
     for block in _row_blocks(model, copies=_COPIES):
@@ -479,7 +572,8 @@ def _derivatives(grad: Callable[[Tensor], Tensor], theta: Tensor, diagonal: bool
     with torch.enable_grad():
         at = theta.clone().requires_grad_()
         value = grad(at) + 0 * at  # a constant gradient has a derivative too
-        # One by one: batched over the directions, convolutions take several times the memory and more time.
+        # One by one: batched over the directions, convolutions take several times the memory and
+        # more time.
         rows = (torch.autograd.grad(each, at, retain_graph=True)[0] for each in value)
         return torch.stack([row[i] for i, row in enumerate(rows)] if diagonal else list(rows))
 
@@ -498,7 +592,10 @@ def _last_layer(model: BayesianModel) -> tuple[str, ...]:
         theta[1:, free] += torch.tensor([[1.0], [2.0]], dtype=model.dtype, device=model.device)
         zero, one, two = model.outputs(theta, model.x[:8])
         if not torch.allclose(two - one, one - zero, rtol=1e-3, atol=1e-4):
-            raise ValueError(f"structure='last_layer': the outputs are not affine in {chosen}; use another structure")
+            raise ValueError(
+                f"structure='last_layer': the outputs are not affine in {chosen}; use "
+                f"another structure"
+            )
     return (*chosen, *spec.extras)
 
 
@@ -507,12 +604,16 @@ def _in_dtype(posterior: Any, dtype: torch.dtype) -> Any:
     if isinstance(posterior, Gaussian):
         return Gaussian(posterior.loc.to(dtype), posterior.scale_tril.to(dtype))
     if isinstance(posterior, Conditional):
-        return Conditional(posterior.loc.to(dtype), posterior.where, _in_dtype(posterior.free, dtype))
+        return Conditional(
+            posterior.loc.to(dtype), posterior.where, _in_dtype(posterior.free, dtype)
+        )
     parts = (posterior.left, posterior.right, posterior.precision)
-    return KroneckerGaussian(posterior.loc.to(dtype), *(tuple(each.to(dtype) for each in part) for part in parts))
+    return KroneckerGaussian(
+        posterior.loc.to(dtype), *(tuple(each.to(dtype) for each in part) for part in parts)
+    )
 
 
-# ---------------------------------------------------------------- laplace-torch
+# ---------------------------------------- laplace-torch
 
 
 def _import_laplace() -> Any:
@@ -520,8 +621,8 @@ def _import_laplace() -> Any:
         import laplace
     except Exception as error:  # a torchvision that does not fit torch raises RuntimeError
         raise ImportError(
-            "structure='kronecker' needs laplace-torch: pip install bnnflow[laplace]. If it is installed, its "
-            "torchvision may not fit your torch; uninstalling torchvision mends that"
+            "structure='kronecker' needs laplace-torch: pip install bnnflow[laplace]. If it is "
+            "installed, its torchvision may not fit your torch; uninstalling torchvision mends that"
         ) from error
     return laplace
 
@@ -540,7 +641,8 @@ class _Scaled(nn.Module):
 
 
 def _kronecker(model: BayesianModel, mode: Tensor) -> KroneckerGaussian:
-    """Let laplace-torch compute the Kronecker factors at the mode, and add our prior and the extras.
+    """Let laplace-torch compute the Kronecker factors at the mode, and add our prior and the
+    extras.
 
     The prior's precision is averaged over each tensor; extras have their own, diagonal block.
     """
@@ -549,7 +651,9 @@ def _kronecker(model: BayesianModel, mode: Tensor) -> KroneckerGaussian:
     net = model.to_network(mode)
     if regression:  # in units of the noise, of which each output may have its own
         fixed = model.likelihood.scale  # type: ignore[attr-defined]
-        scale = model.likelihood_parameters(mode)["scale"] if fixed is None else mode.new_tensor(fixed)
+        scale = (
+            model.likelihood_parameters(mode)["scale"] if fixed is None else mode.new_tensor(fixed)
+        )
         net = nn.Sequential(net, _Scaled(1 / scale))
     options = {"subset_of_weights": "all", "hessian_structure": "kron"}
     fitted = laplace.Laplace(net, "regression" if regression else "classification", **options)
@@ -559,13 +663,19 @@ def _kronecker(model: BayesianModel, mode: Tensor) -> KroneckerGaussian:
     prior, spec = prior_precision(model, mode), model.spec
     names = [name for name in spec.names if name not in spec.extras]
     left, right, precision = [], [], []
-    for name, vectors, values in zip(names, fitted.H.eigenvectors, fitted.H.eigenvalues, strict=True):
+    for name, vectors, values in zip(
+        names, fitted.H.eigenvectors, fitted.H.eigenvalues, strict=True
+    ):
         one = torch.ones(1, dtype=mode.dtype, device=mode.device)
-        vectors, values = ([*vectors, one[None]], [*values, one]) if len(values) == 1 else (vectors, values)
+        vectors, values = (
+            ([*vectors, one[None]], [*values, one]) if len(values) == 1 else (vectors, values)
+        )
         likelihood = values[0].clamp(min=0).outer(values[1].clamp(min=0))
         left.append(vectors[0].detach())
         right.append(vectors[1].detach())
-        precision.append(((likelihood + prior[spec.slices[name]].mean()) / model.temperature).detach())
+        precision.append(
+            ((likelihood + prior[spec.slices[name]].mean()) / model.temperature).detach()
+        )
     if spec.extras:
         own = gauss_newton_precision(model, mode, spec.extras, diagonal=True)
         left.append(torch.eye(len(own)).to(own))

@@ -20,27 +20,31 @@ from bnnflow.progress import progress_bar
 
 __all__ = ["SWAG"]
 
-_FAR = 50.0  # nats a weight below its mode, as ten posterior standard deviations in every direction would be
+# nats a weight below its mode, as ten posterior standard deviations in every direction would be
+_FAR = 50.0
 
 
 @dataclass(frozen=True)
 class SWAG(Method):
-    """Fit Gaussians to trajectories of SGD (Maddox et al. 2019), several at once (MultiSWAG: Wilson and Izmailov 2020).
+    """Fit Gaussians to trajectories of SGD (Maddox et al. 2019), several at once (MultiSWAG: Wilson
+    and Izmailov 2020).
 
     Each member climbs to a mode by Adam, or begins at a network that ``init`` gives, then follows
-    theta <- theta + (rate / n) grad log_joint on mini-batches at a constant rate. Its ``snapshots`` have mean m and
-    deviations D; the member is N(m, (diag(var) + D D^T / (rank - 1)) / 2) with the last ``rank`` deviations.
-    Approximates the posterior by the mixture of its members; how well depends on the noise of the mini-batches and the
-    rate, and nothing is left invariant. The mixture's density is at ``draws.posterior``; chain i of the draws comes
-    from member i.
+    theta <- theta + (rate / n) grad log_joint on mini-batches at a constant rate. Its ``snapshots``
+    have mean m and deviations D; the member is N(m, (diag(var) + D D^T / (rank - 1)) / 2) with the
+    last ``rank`` deviations. Approximates the posterior by the mixture of its members; how well
+    depends on the noise of the mini-batches and the rate, and nothing is left invariant. The
+    mixture's density is at ``draws.posterior``; chain i of the draws comes from member i.
 
-    The default rate is that at which the stationary law of SGD comes closest to the posterior, 2 dim / trace of the
-    gradient's covariance (Mandt, Hoffman and Blei 2017), but never more than a quarter of 2 / (largest curvature), at
-    which SGD becomes unstable; both are measured at each member's mode. ``draws.info["converged"]`` is False where the
-    mean of a member is nowhere near a mode, because ``steps`` were too few, or of another size than the weights.
+    The default rate is that at which the stationary law of SGD comes closest to the posterior, 2
+    dim / trace of the gradient's covariance (Mandt, Hoffman and Blei 2017), but never more than a
+    quarter of 2 / (largest curvature), at which SGD becomes unstable; both are measured at each
+    member's mode. ``draws.info["converged"]`` is False where the mean of a member is nowhere near a
+    mode, because ``steps`` were too few, or of another size than the weights.
 
     Args:
-        members: independent trajectories; where ``init`` gives several networks, one for each of them.
+        members: independent trajectories; where ``init`` gives several networks, one for each of
+            them.
         rank: deviations that are kept, at least 2.
         snapshots: points of a trajectory that are averaged, at least ``rank``.
         every: SGD steps between two snapshots.
@@ -74,15 +78,19 @@ class SWAG(Method):
         if not given:
             theta = maximise(model, theta, self.steps, 0.01, run.progress, "SWAG: modes")
         with torch.no_grad():
-            rate = self._rate(model, theta, generator, batch_size)  # (members, 1), on the summed log_joint
-            trajectory, restarts = self._trajectory(model, theta, rate, generator, batch_size, run.progress)
+            # (members, 1), on the summed log_joint
+            rate = self._rate(model, theta, generator, batch_size)
+            trajectory, restarts = self._trajectory(
+                model, theta, rate, generator, batch_size, run.progress
+            )
             settled = _to_gain(model, trajectory.mean(0)) < _FAR * model.dim
         diverged = of_divergence(self, restarts > 0, self.learning_rate)
         members = Mixture(tuple(self._gaussian(each) for each in trajectory.unbind(1)))
         draws = run.draws or 250
         theta = torch.stack([member.sample(draws, generator) for member in members.components])
         info = {
-            "gradients_per_chain": (0 if given else self.steps) + self.snapshots * self.every * batch_size / n,
+            "gradients_per_chain": (0 if given else self.steps)
+            + self.snapshots * self.every * batch_size / n,
             "learning_rate": (rate.flatten() * n).tolist(),
             "batch_size": batch_size,
             "restarts": int(restarts.sum()),
@@ -90,12 +98,18 @@ class SWAG(Method):
         } | diverged
         return Draws(theta, model.log_joint(theta), posterior=members, info=info)
 
-    def _rate(self, model: BayesianModel, theta: Tensor, generator: torch.Generator, batch_size: int) -> Tensor:
+    def _rate(
+        self, model: BayesianModel, theta: Tensor, generator: torch.Generator, batch_size: int
+    ) -> Tensor:
         if self.learning_rate is not None:
             return torch.full_like(theta[:, :1], self.learning_rate / len(model.x))
-        grads = torch.stack([model.minibatch_log_joint_and_grad(theta, generator, batch_size)[1] for _ in range(20)])
+        grads = torch.stack(
+            [model.minibatch_log_joint_and_grad(theta, generator, batch_size)[1] for _ in range(20)]
+        )
         noise = grads.var(0).sum(-1, keepdim=True)
-        direction = torch.randn(theta.shape, generator=generator, device=theta.device, dtype=theta.dtype)
+        direction = torch.randn(
+            theta.shape, generator=generator, device=theta.device, dtype=theta.dtype
+        )
         size = direction.norm(dim=-1, keepdim=True)
         for _ in range(20):  # power iteration on the Hessian
             direction = direction / size
@@ -112,11 +126,16 @@ class SWAG(Method):
         batch_size: int,
         progress: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Return the snapshots ``(snapshots, members, dim)``, and how often each member had left, ``(members,)``.
+        """Return the snapshots ``(snapshots, members, dim)``, and how often each member had left,
+        ``(members,)``.
 
         One that has left begins again at its mode.
         """
-        home, kept, restarts = theta, [], torch.zeros(len(theta), dtype=torch.int64, device=theta.device)
+        home, kept, restarts = (
+            theta,
+            [],
+            torch.zeros(len(theta), dtype=torch.int64, device=theta.device),
+        )
         lowest = model.log_joint(home) - _FAR * model.dim
         total = self.snapshots * self.every
         with progress_bar(total, "SWAG", progress, "step") as bar:
@@ -139,14 +158,20 @@ class SWAG(Method):
         mean = points.mean(0)
         deviations = (points - mean)[-self.rank :]
         variance = positive(points.var(0, correction=0))
-        return LowRankGaussian(mean, deviations.T.contiguous() / math.sqrt(2 * (self.rank - 1)), 0.5 * variance)
+        return LowRankGaussian(
+            mean, deviations.T.contiguous() / math.sqrt(2 * (self.rank - 1)), 0.5 * variance
+        )
 
 
 def _to_gain(model: BayesianModel, theta: Tensor) -> Tensor:
-    """Return the nats that the best step along the gradient gains, were log_joint quadratic, ``(n, dim) -> (n,)``."""
+    """Return the nats that the best step along the gradient gains, were log_joint quadratic,
+    ``(n, dim) -> (n,)``.
+    """
     grad = model.log_joint_and_grad(theta)[1]
     size = grad.norm(dim=-1, keepdim=True)
     along = torch.where(size > 0, grad / size, 0.0)
     curved = jvp(lambda at: model.log_joint_and_grad(at)[1], (theta,), (along,))[1]
     curvature = (curved * along).sum(-1).double().abs()
-    return torch.where(size.squeeze(-1) > 0, 0.5 * size.squeeze(-1).double().square() / curvature, 0.0)
+    return torch.where(
+        size.squeeze(-1) > 0, 0.5 * size.squeeze(-1).double().square() / curvature, 0.0
+    )

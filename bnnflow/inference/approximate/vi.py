@@ -27,31 +27,36 @@ from bnnflow.warn import warn
 __all__ = ["VI", "fit_guide", "flat_model", "independent_draws"]
 
 LARGEST_FULL = 4000
-"""Largest ``dim`` for a full covariance: its factor and Adam's moments take 24 dim^2 bytes in float32."""
+"""Largest ``dim`` for a full covariance: its factor and Adam's moments take 24 dim^2 bytes in
+float32.
+"""
 
 
 @dataclass(frozen=True)
 class VI(Method):
-    """Fit a Gaussian by maximising the ELBO (Hinton and van Camp 1993; Kucukelbir et al. 2017; Blundell et al. 2015).
+    """Fit a Gaussian by maximising the ELBO (Hinton and van Camp 1993; Kucukelbir et al. 2017;
+    Blundell et al. 2015).
 
-    Approximates the posterior (at its temperature) by the Gaussian q that minimises KL(q || p) over its family, with
-    Pyro's autoguides: ``rank=0`` independent coordinates (``AutoDiagonalNormal``), whose variances are known to be too
-    small; ``rank=k`` a diagonal plus k directions (``AutoLowRankMultivariateNormal``); ``rank="full"`` any covariance
-    (``AutoMultivariateNormal``), exact where the posterior is Gaussian. Each Adam step follows the path derivative of
-    the ELBO, d theta / d phi times grad (log_joint - log q) at draws theta of q (Roeder et al. 2017); its noise
-    vanishes where q fits, so that a rate decaying to zero ends on the optimum. The density is at ``draws.posterior``,
-    the ELBO, a lower bound of the log evidence at temperature 1, at ``draws.info["elbo"]``, and whether the fit has
-    settled at ``draws.info["converged"]``.
+    Approximates the posterior (at its temperature) by the Gaussian q that minimises KL(q || p) over
+    its family, with Pyro's autoguides: ``rank=0`` independent coordinates (``AutoDiagonalNormal``),
+    whose variances are known to be too small; ``rank=k`` a diagonal plus k directions
+    (``AutoLowRankMultivariateNormal``); ``rank="full"`` any covariance
+    (``AutoMultivariateNormal``), exact where the posterior is Gaussian. Each Adam step follows the
+    path derivative of the ELBO, d theta / d phi times grad (log_joint - log q) at draws theta of q
+    (Roeder et al. 2017); its noise vanishes where q fits, so that a rate decaying to zero ends on
+    the optimum. The density is at ``draws.posterior``, the ELBO, a lower bound of the log evidence
+    at temperature 1, at ``draws.info["elbo"]``, and whether the fit has settled at
+    ``draws.info["converged"]``.
 
     Args:
         rank: the number of directions beside the diagonal, or ``"full"``.
         steps: Adam steps on the ELBO.
         learning_rate: its first value; a cosine takes it to zero.
         particles: Monte-Carlo samples of the ELBO a step; one gradient each.
-        scale: standard deviation of every coordinate at the start, around random initial weights or those of
-            ``init``. ``rank="full"`` starts elsewhere: 300 Adam steps up, or at ``init``, with the covariance that
-            `Laplace` would have there, in whose coordinates it also takes its steps, so that correlated weights are
-            no harder.
+        scale: standard deviation of every coordinate at the start, around random initial weights or
+            those of ``init``. ``rank="full"`` starts elsewhere: 300 Adam steps up, or at ``init``,
+            with the covariance that `Laplace` would have there, in whose coordinates it also takes
+            its steps, so that correlated weights are no harder.
     """
 
     rank: int | Literal["full"] = 0
@@ -69,10 +74,15 @@ class VI(Method):
         settle(self, number, "learning_rate", "scale", above=0)
 
     def draw(self, model: BayesianModel, run: Run) -> Draws:
-        """Fit the guide and draw from it; see `bnnflow.sample`. ``chains`` only shapes the independent draws."""
+        """Fit the guide and draw from it.
+
+        See `bnnflow.sample`. ``chains`` only shapes the independent draws.
+        """
         run.refuse(self, "steps", "warmup", "checkpoint")
         if self.rank == "full" and model.dim > LARGEST_FULL:
-            raise ValueError(f"rank='full' is for dim up to {LARGEST_FULL}, got {model.dim}; use rank=20, say")
+            raise ValueError(
+                f"rank='full' is for dim up to {LARGEST_FULL}, got {model.dim}; use rank=20, say"
+            )
         if self.rank == "full":
             return self._full(model, run)
         start = one_point(self, model, run)
@@ -95,7 +105,9 @@ class VI(Method):
         root = torch.eye(model.dim).to(loc) * self.scale
         if model.likelihood.has_fisher_factor:
             double = model.to(dtype=torch.float64)
-            root = Gaussian.of_precision(loc, gauss_newton_precision(double, loc.double())).scale_tril
+            root = Gaussian.of_precision(
+                loc, gauss_newton_precision(double, loc.double())
+            ).scale_tril
 
         def target(z: Tensor) -> tuple[Tensor, Tensor]:
             value, grad = model.log_joint_and_grad(loc + z @ root.T)
@@ -132,7 +144,10 @@ def flat_model(like: Tensor) -> Callable[[], None]:
 
     def flat() -> None:
         # A masked site has no density of its own, but unlike ImproperUniform it can be drawn.
-        pyro.sample("theta", dist.Normal(torch.zeros_like(like), torch.ones_like(like)).to_event(1).mask(False))
+        pyro.sample(
+            "theta",
+            dist.Normal(torch.zeros_like(like), torch.ones_like(like)).to_event(1).mask(False),
+        )
 
     return flat
 
@@ -148,7 +163,9 @@ class Settings(Protocol):
     def particles(self) -> int: ...
 
 
-def fit_guide(target: LogDensityAndGrad, guide: Any, settings: Settings, progress: bool, name: str) -> dict[str, Any]:
+def fit_guide(
+    target: LogDensityAndGrad, guide: Any, settings: Settings, progress: bool, name: str
+) -> dict[str, Any]:
     """Climb the ELBO of a continuous autoguide along its path derivative, and say what it took.
 
     Draws from the global generator: call it inside `isolated`.
@@ -158,14 +175,20 @@ def fit_guide(target: LogDensityAndGrad, guide: Any, settings: Settings, progres
     steps, particles = settings.steps, settings.particles
     with pyro.get_param_store().scope():
         guide()  # builds the parameters
-    # Gradients shrink by orders of magnitude on the way; a longer memory of them (0.999) would stall the scales.
-    # All dim entries in a row of a triangular factor move at once, so that each of them has to be slower.
+    # Gradients shrink by orders of magnitude on the way; a longer memory of them (0.999) would
+    # stall the scales. All dim entries in a row of a triangular factor move at once, so that each
+    # of them has to be slower.
     groups = [
-        {"params": [p], "lr": settings.learning_rate / math.sqrt(len(p) if "scale_tril" in name else 1)}
+        {
+            "params": [p],
+            "lr": settings.learning_rate / math.sqrt(len(p) if "scale_tril" in name else 1),
+        }
         for name, p in guide.named_parameters()
     ]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: 0.5 * (1 + math.cos(math.pi * i / steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda i: 0.5 * (1 + math.cos(math.pi * i / steps))
+    )
     broken, first = 0, None
     with progress_bar(steps, name, progress, "step") as bar:
         for step in range(steps):
@@ -191,17 +214,22 @@ def fit_guide(target: LogDensityAndGrad, guide: Any, settings: Settings, progres
                 bar.set_postfix(elbo=f"{elbo:.1f}")
     with _divergence_named(name, settings):
         guide.get_posterior()
-    return {"gradients_per_chain": steps * particles, "elbo_start": first} | ({"not_finite": broken} if broken else {})
+    return {"gradients_per_chain": steps * particles, "elbo_start": first} | (
+        {"not_finite": broken} if broken else {}
+    )
 
 
 @contextmanager
 def _divergence_named(name: str, settings: Settings) -> Iterator[None]:
-    """Say why a guide's parameters are no longer those of a distribution: torch says so of tensors nobody knows."""
+    """Say why a guide's parameters are no longer those of a distribution: torch says so of tensors
+    nobody knows.
+    """
     try:
         yield
     except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise FloatingPointError(
-            f"{name} diverged: learning_rate={settings.learning_rate:g} is too large for this model, take a tenth of it"
+            f"{name} diverged: learning_rate={settings.learning_rate:g} is too large for this "
+            f"model, take a tenth of it"
         ) from error
 
 
@@ -212,11 +240,16 @@ _UNSETTLED = 0.1  # share of coordinates
 def _is_settled(model: BayesianModel, posterior: Posterior) -> bool:
     """Say whether the ELBO is as good as flat along shifts and scales of nearly every coordinate.
 
-    At its height E u = E (theta - c) u = 0 with u = grad (log_joint - log q), for every coordinate, which a fit that
-    was stopped early, or whose steps are of another size than the posterior, does not meet. Of a normal law the first
-    is the distance to its mean in its own units, the second 1 less the ratio of the variances.
+    At its height E u = E (theta - c) u = 0 with u = grad (log_joint - log q), for every coordinate,
+    which a fit that was stopped early, or whose steps are of another size than the posterior, does
+    not meet. Of a normal law the first is the distance to its mean in its own units, the second 1
+    less the ratio of the variances.
     """
-    theta = posterior.sample(_CHECKED, torch.Generator(model.device).manual_seed(0)).detach().requires_grad_()
+    theta = (
+        posterior.sample(_CHECKED, torch.Generator(model.device).manual_seed(0))
+        .detach()
+        .requires_grad_()
+    )
     with torch.enable_grad():
         (grad_q,) = torch.autograd.grad(posterior.log_prob(theta).sum(), theta)
     theta = theta.detach()
@@ -231,21 +264,35 @@ def _is_settled(model: BayesianModel, posterior: Posterior) -> bool:
 _CHECKED = 256  # draws
 
 
-def independent_draws(model: BayesianModel, run: Run, posterior: Posterior, info: dict[str, Any]) -> Draws:
+def independent_draws(
+    model: BayesianModel, run: Run, posterior: Posterior, info: dict[str, Any]
+) -> Draws:
     """Return draws of a fitted density, shaped as chains, and its ELBO with its standard error."""
     chains, draws = run.chains or 4, run.draws or 1000
     theta = posterior.sample(chains * draws, run.generator)
     log_joint = model.log_joint(theta)
     gain = log_joint - posterior.log_prob(theta)
     error = float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
-    info = {"elbo": float(gain.mean()), "elbo_error": error, "converged": _is_settled(model, posterior)} | info
+    info = {
+        "elbo": float(gain.mean()),
+        "elbo_error": error,
+        "converged": _is_settled(model, posterior),
+    } | info
     broken = int((~gain.isfinite()).sum())
     if broken == len(gain):
-        raise FloatingPointError("the fit diverged: no draw of it has a finite density; take a tenth of learning_rate")
+        raise FloatingPointError(
+            "the fit diverged: no draw of it has a finite density; take a tenth of learning_rate"
+        )
     if broken or info["elbo"] < info["elbo_start"] - 1 - abs(info["elbo_start"]):
         info["diverged"] = True
         warn(
-            f"the fit diverged: its ELBO is {info['elbo']:.4g}, {info['elbo_start']:.4g} when it began, and log_joint "
-            f"is not finite at {broken} of {len(gain)} draws; take a smaller learning_rate or scale"
+            f"the fit diverged: its ELBO is {info['elbo']:.4g}, {info['elbo_start']:.4g} when it "
+            f"began, and log_joint is not finite at {broken} of {len(gain)} draws; take a smaller "
+            f"learning_rate or scale"
         )
-    return Draws(theta.unflatten(0, (chains, draws)), log_joint.reshape(chains, draws), posterior=posterior, info=info)
+    return Draws(
+        theta.unflatten(0, (chains, draws)),
+        log_joint.reshape(chains, draws),
+        posterior=posterior,
+        info=info,
+    )

@@ -26,18 +26,26 @@ __all__ = ["AdjustedMCLMC", "adjusted_mclmc", "microcanonical"]
 
 
 def microcanonical(log_joint_and_grad: LogDensityAndGrad) -> Trajectory:
-    """Return leapfrog trajectories of dx/dt = u, du/dt = (I - u u^T) grad log_joint / (dim - 1), |u| = 1.
+    """Return leapfrog trajectories of dx/dt = u, du/dt = (I - u u^T) grad log_joint / (dim - 1),
+    |u| = 1.
 
-    They keep exp(log_joint) times the uniform law of directions: what the energy lacks is the change of volume.
+    They keep exp(log_joint) times the uniform law of directions: what the energy lacks is the
+    change of volume.
     """
 
     def trajectory(
-        state: ChainState, step_size: Tensor, scale: Tensor, n_steps: int, generator: torch.Generator
+        state: ChainState,
+        step_size: Tensor,
+        scale: Tensor,
+        n_steps: int,
+        generator: torch.Generator,
     ) -> Proposal:
         theta, log_joint, grad = state
         steps = step_size * scale
         start_energy = -log_joint
-        direction, kinetic = momentum_update(random_directions(theta, generator), scale * grad, 0.5 * step_size)
+        direction, kinetic = momentum_update(
+            random_directions(theta, generator), scale * grad, 0.5 * step_size
+        )
         for i in range(n_steps):
             theta = torch.addcmul(theta, steps, direction)
             log_joint, grad = log_joint_and_grad(theta)
@@ -46,7 +54,9 @@ def microcanonical(log_joint_and_grad: LogDensityAndGrad) -> Trajectory:
                 direction, scale * grad, step_size if i < n_steps - 1 else 0.5 * step_size
             )
             kinetic = kinetic + change
-        return Proposal(ChainState(theta, log_joint, grad), direction, start_energy, kinetic - log_joint)
+        return Proposal(
+            ChainState(theta, log_joint, grad), direction, start_energy, kinetic - log_joint
+        )
 
     return trajectory
 
@@ -62,17 +72,21 @@ def adjusted_mclmc(
 ) -> Kernel:
     """Build the Metropolis-adjusted microcanonical kernel (Robnik, Cohn-Gordon and Seljak 2025).
 
-    Draws a direction uniformly, takes ``n_leapfrog`` microcanonical leapfrog steps and accepts their end with
-    probability min(1, exp(-energy error)), the volume's change included. Leaves exp(log_joint) invariant exactly.
+    Draws a direction uniformly, takes ``n_leapfrog`` microcanonical leapfrog steps and accepts
+    their end with probability min(1, exp(-energy error)), the volume's change included. Leaves
+    exp(log_joint) invariant exactly.
 
     Args:
         log_joint_and_grad: ``(chain, dim) -> (chain,), (chain, dim)``.
-        step_size: distance of a step in coordinates scaled by the square root of ``inverse_mass_matrix``; about
-            sqrt(dim) times that of Hamiltonian Monte Carlo, whose velocities have that length.
+        step_size: distance of a step in coordinates scaled by the square root of
+            ``inverse_mass_matrix``; about sqrt(dim) times that of Hamiltonian Monte Carlo, whose
+            velocities have that length.
         n_leapfrog: the largest number of steps.
-        inverse_mass_matrix: a diagonal ``(dim,)`` or ``(chain, dim)``, ideally the posterior variances.
+        inverse_mass_matrix: a diagonal ``(dim,)`` or ``(chain, dim)``, ideally the posterior
+            variances.
         step_jitter: step sizes are uniform within this fraction of ``step_size``, per chain.
-        trajectory_jitter: numbers of steps are uniform between this fraction of ``n_leapfrog`` and all of it.
+        trajectory_jitter: numbers of steps are uniform between this fraction of ``n_leapfrog`` and
+            all of it.
     """
     return metropolis(
         log_joint_and_grad,
@@ -89,12 +103,14 @@ def adjusted_mclmc(
 class AdjustedMCLMC(Trajectories):
     """Sample with Metropolis-adjusted microcanonical trajectories, tuned during warm-up.
 
-    Leaves the posterior invariant exactly once warm-up has ended; see `adjusted_mclmc` and `trajectory_warm_up`.
+    Leaves the posterior invariant exactly once warm-up has ended; see `adjusted_mclmc` and
+    `trajectory_warm_up`.
 
     Args:
         target_acceptance: the mean acceptance rate that warm-up aims at.
-        trajectory_length: mean distance of a transition, in units of the posterior's standard deviations; None lets the
-            chains find together what makes their predictions decorrelate fastest.
+        trajectory_length: mean distance of a transition, in units of the posterior's standard
+            deviations; None lets the chains find together what makes their predictions decorrelate
+            fastest.
         max_leapfrog: bound on the steps of one transition, whatever the step size.
         step_size: first guess; None for a tenth of sqrt(dim).
     """
@@ -114,5 +130,7 @@ class AdjustedMCLMC(Trajectories):
     def draw(self, model: BayesianModel, run: Run) -> Draws:
         """Run the chains; see `bnnflow.sample`."""
         if model.dim < 2:
-            raise ValueError("AdjustedMCLMC turns directions, and needs a model of at least two dimensions")
+            raise ValueError(
+                "AdjustedMCLMC turns directions, and needs a model of at least two dimensions"
+            )
         return super().draw(model, run)

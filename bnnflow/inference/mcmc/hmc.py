@@ -1,4 +1,6 @@
-"""Hamiltonian Monte Carlo over many chains at once, with a trajectory length that the chains find together."""
+"""Hamiltonian Monte Carlo over many chains at once, with a trajectory length that the chains find
+together.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ def leapfrog(log_joint_and_grad: LogDensityAndGrad) -> Trajectory:
     """Return the leapfrog trajectories of H = p M^-1 p / 2 - log_joint from momenta p ~ N(0, M)."""
 
     def trajectory(
-        state: ChainState, step_size: Tensor, scale: Tensor, n_steps: int, generator: torch.Generator
+        state: ChainState,
+        step_size: Tensor,
+        scale: Tensor,
+        n_steps: int,
+        generator: torch.Generator,
     ) -> Proposal:
         theta, log_joint, grad = state
         steps = step_size * scale
@@ -45,11 +51,13 @@ def leapfrog(log_joint_and_grad: LogDensityAndGrad) -> Trajectory:
 
 
 def rotation(log_joint_and_grad: LogDensityAndGrad, around: Gaussian) -> Trajectory:
-    """Return trajectories that turn in a Gaussian as it turns, exactly, pushed by what else there is.
+    """Return trajectories that turn in a Gaussian as it turns, exactly, pushed by what else there
+    is.
 
-    In coordinates z in which ``around`` is N(0, I), steps of H = |p|^2 / 2 - log_joint are split into half a kick by
-    the gradient of log_joint + |z|^2 / 2, a rotation of z and p by the step, and half a kick (Beskos et al. 2011).
-    Where exp(log_joint) is ``around`` there is no error, however long the step: a quarter turn forgets everything.
+    In coordinates z in which ``around`` is N(0, I), steps of H = |p|^2 / 2 - log_joint are split
+    into half a kick by the gradient of log_joint + |z|^2 / 2, a rotation of z and p by the step,
+    and half a kick (Beskos et al. 2011). Where exp(log_joint) is ``around`` there is no error,
+    however long the step: a quarter turn forgets everything.
 
     Args:
         log_joint_and_grad: ``(chain, dim) -> (chain,), (chain, dim)``.
@@ -58,7 +66,11 @@ def rotation(log_joint_and_grad: LogDensityAndGrad, around: Gaussian) -> Traject
     root, loc = around.scale_tril, around.loc
 
     def trajectory(
-        state: ChainState, step_size: Tensor, scale: Tensor, n_steps: int, generator: torch.Generator
+        state: ChainState,
+        step_size: Tensor,
+        scale: Tensor,
+        n_steps: int,
+        generator: torch.Generator,
     ) -> Proposal:
         theta, log_joint, grad = state
         z = torch.linalg.solve_triangular(root, (theta - loc).T, upper=False).T
@@ -88,17 +100,19 @@ def hmc(
 ) -> Kernel:
     """Build the Hamiltonian Monte Carlo kernel (Duane et al. 1987; Neal 2011).
 
-    With M^-1 the ``inverse_mass_matrix``, momenta p ~ N(0, M) are drawn, ``n_leapfrog`` leapfrog steps taken
-    and the end point accepted with probability min(1, exp(H - H')), H = p M^-1 p / 2 - log_joint. Leaves
-    exp(log_joint) invariant exactly.
+    With M^-1 the ``inverse_mass_matrix``, momenta p ~ N(0, M) are drawn, ``n_leapfrog`` leapfrog
+    steps taken and the end point accepted with probability min(1, exp(H - H')), H = p M^-1 p / 2 -
+    log_joint. Leaves exp(log_joint) invariant exactly.
 
     Args:
         log_joint_and_grad: ``(chain, dim) -> (chain,), (chain, dim)``.
         step_size: leapfrog step in coordinates scaled by the root of ``inverse_mass_matrix``.
         n_leapfrog: the largest number of steps.
-        inverse_mass_matrix: a diagonal ``(dim,)`` or ``(chain, dim)``, ideally the posterior variances.
+        inverse_mass_matrix: a diagonal ``(dim,)`` or ``(chain, dim)``, ideally the posterior
+            variances.
         step_jitter: step sizes are uniform within this fraction of ``step_size``, per chain.
-        trajectory_jitter: numbers of steps are uniform between this fraction of ``n_leapfrog`` and all of it.
+        trajectory_jitter: numbers of steps are uniform between this fraction of ``n_leapfrog`` and
+            all of it.
     """
     return metropolis(
         log_joint_and_grad,
@@ -115,12 +129,13 @@ def hmc(
 class HMC(Trajectories):
     """Sample with Hamiltonian Monte Carlo, tuned during warm-up.
 
-    Leaves the posterior invariant exactly once warm-up has ended; see `hmc` and `trajectory_warm_up`.
+    Leaves the posterior invariant exactly once warm-up has ended; see `hmc` and
+    `trajectory_warm_up`.
 
     Args:
         target_acceptance: the mean acceptance rate that warm-up aims at.
-        trajectory_length: mean integration time in units of the posterior's standard deviations; None lets the chains
-            find together what makes their predictions decorrelate fastest.
+        trajectory_length: mean integration time in units of the posterior's standard deviations;
+            None lets the chains find together what makes their predictions decorrelate fastest.
         max_leapfrog: bound on the leapfrog steps of one transition, whatever the step size.
         step_size: first guess; None for a tenth.
     """

@@ -12,11 +12,14 @@ from bnnflow.ranks import Ranks
 
 __all__ = ["Moments"]
 
-_OWN_DRAWS = 100.0  # draws of its own after which a chain's variances count as much as those of all chains
+# draws of its own after which a chain's variances count as much as those of all chains
+_OWN_DRAWS = 100.0
 
 
 class Moments(NamedTuple):
-    """Running sums of every chain's coordinates in float64, about a fixed point and in fixed units."""
+    """Running sums of every chain's coordinates in float64, about a fixed point and in fixed
+    units.
+    """
 
     draws: int
     origin: Tensor  # (chain, dim)
@@ -34,10 +37,14 @@ class Moments(NamedTuple):
     def update(self, theta: Tensor) -> Moments:
         """Add one draw of every chain."""
         offset = (theta - self.origin) / self.unit
-        return self._replace(draws=self.draws + 1, total=self.total + offset, squares=self.squares + offset * offset)
+        return self._replace(
+            draws=self.draws + 1, total=self.total + offset, squares=self.squares + offset * offset
+        )
 
     def inverse_mass_matrix(self, before: Tensor, ranks: Ranks) -> Tensor:
-        """Estimate the diagonal of every chain, ``(chain, dim)``; return ``before`` if nothing has moved.
+        """Estimate the diagonal of every chain, ``(chain, dim)``.
+
+        Return ``before`` if nothing has moved.
 
         It is the chain's own variances, shrunk towards their mean over all chains.
         """

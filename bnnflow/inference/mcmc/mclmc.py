@@ -1,4 +1,6 @@
-"""Microcanonical Langevin Monte Carlo over many chains at once: unadjusted, with its bias under control."""
+"""Microcanonical Langevin Monte Carlo over many chains at once: unadjusted, with its bias under
+control.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,15 @@ from bnnflow.model.fused import normal_like, turned
 from bnnflow.ranks import ALONE, Ranks
 from bnnflow.types import Kernel, LogDensityAndGrad
 
-__all__ = ["MCLMC", "MCLMCInfo", "MCLMCState", "mclmc", "mclmc_warm_up", "momentum_update", "random_directions"]
+__all__ = [
+    "MCLMC",
+    "MCLMCInfo",
+    "MCLMCState",
+    "mclmc",
+    "mclmc_warm_up",
+    "momentum_update",
+    "random_directions",
+]
 
 
 class MCLMCState(NamedTuple):
@@ -41,7 +51,8 @@ class MCLMCInfo(NamedTuple):
     n_steps: Tensor
 
 
-# The minimal-norm scheme of second order (McLachlan 1995): twice the gradients of leapfrog, a tenth of its error.
+# The minimal-norm scheme of second order (McLachlan 1995): twice the gradients of leapfrog, a tenth
+# of its error.
 _OUTER = 0.1931833275037836
 _INNER = 1 - 2 * _OUTER
 
@@ -49,26 +60,32 @@ _INNER = 1 - 2 * _OUTER
 def momentum_update(direction: Tensor, grad: Tensor, step: float | Tensor) -> tuple[Tensor, Tensor]:
     """Turn unit vectors ``(chain, dim)`` towards the gradient for a time ``step``, exactly.
 
-    Solves du/dt = (I - u u^T) grad / (dim - 1) at constant gradient (Robnik et al. 2023; ver Steeg and Galstyan 2021).
+    Solves du/dt = (I - u u^T) grad / (dim - 1) at constant gradient (Robnik et al. 2023; ver Steeg
+    and Galstyan 2021).
 
     Returns:
-        The new directions, and the change of the kinetic energy ``(chain,)`` in float64: minus the change of the log
-        volume that the dynamics make.
+        The new directions, and the change of the kinetic energy ``(chain,)`` in float64: minus the
+        change of the log volume that the dynamics make.
     """
     at = torch.as_tensor(step, dtype=grad.dtype, device=grad.device)
     compiled = turned(direction, grad, at)
     if compiled is not None:
         return compiled
     dim = direction.shape[-1]
-    norm = torch.linalg.vector_norm(grad, dim=-1, keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny)
+    norm = torch.linalg.vector_norm(grad, dim=-1, keepdim=True).clamp(
+        min=torch.finfo(grad.dtype).tiny
+    )
     along = ((direction * grad).sum(-1, keepdim=True) / norm).double().clamp(-1, 1)
     delta = (at * norm).double() / max(1, dim - 1)
-    # The gradient's direction wins over all others; a direction straight against it has nowhere to turn, and stays.
+    # The gradient's direction wins over all others; a direction straight against it has nowhere to
+    # turn, and stays.
     decay = torch.exp(-delta).clamp(min=torch.finfo(grad.dtype).eps ** 0.75)
     towards = (1 - decay) * (1 + along + decay * (1 - along)) / norm
     new = torch.addcmul((2 * decay).to(grad.dtype) * direction, towards.to(grad.dtype), grad)
     new = new / torch.linalg.vector_norm(new, dim=-1, keepdim=True)
-    change = (dim - 1) * torch.logaddexp(((1 + along) / 2).log() + delta, ((1 - along) / 2).log() - delta)
+    change = (dim - 1) * torch.logaddexp(
+        ((1 + along) / 2).log() + delta, ((1 - along) / 2).log() - delta
+    )
     return new, change.squeeze(-1)
 
 
@@ -78,19 +95,24 @@ def random_directions(like: Tensor, generator: torch.Generator) -> Tensor:
     return noise / torch.linalg.vector_norm(noise, dim=-1, keepdim=True)
 
 
-def mclmc(log_joint_and_grad: LogDensityAndGrad, step_size: float, L: float, inverse_mass_matrix: Tensor) -> Kernel:
-    """Build the unadjusted microcanonical Langevin kernel (Robnik, De Luca, Silverstein and Seljak 2023).
+def mclmc(
+    log_joint_and_grad: LogDensityAndGrad, step_size: float, L: float, inverse_mass_matrix: Tensor
+) -> Kernel:
+    """Build the unadjusted microcanonical Langevin kernel (Robnik, De Luca, Silverstein and Seljak
+    2023).
 
-    In coordinates scaled by the root of the ``inverse_mass_matrix``, a particle of unit speed moves by
-    dx/dt = u, du/dt = (I - u u^T) grad log_joint / (dim - 1), one minimal-norm step a transition, and its direction is
-    then partly drawn anew, so that it is forgotten over the length ``L``. Approximates exp(log_joint) with a bias of
-    order step_size**2 for each expectation; a step that is not finite is undone and goes another way.
+    In coordinates scaled by the root of the ``inverse_mass_matrix``, a particle of unit speed moves
+    by dx/dt = u, du/dt = (I - u u^T) grad log_joint / (dim - 1), one minimal-norm step a
+    transition, and its direction is then partly drawn anew, so that it is forgotten over the length
+    ``L``. Approximates exp(log_joint) with a bias of order step_size**2 for each expectation; a
+    step that is not finite is undone and goes another way.
 
     Args:
         log_joint_and_grad: ``(chain, dim) -> (chain,), (chain, dim)``.
         step_size: distance of one step, two gradients.
         L: distance after which the direction is forgotten.
-        inverse_mass_matrix: a diagonal ``(dim,)`` or ``(chain, dim)``, ideally the posterior variances.
+        inverse_mass_matrix: a diagonal ``(dim,)`` or ``(chain, dim)``, ideally the posterior
+            variances.
     """
     scale = inverse_mass_matrix.sqrt()
     half = 0.5 * step_size * scale
@@ -112,11 +134,13 @@ def mclmc(log_joint_and_grad: LogDensityAndGrad, step_size: float, L: float, inv
 
         # Of the length that makes the correlation of directions a step apart exp(-step_size / L).
         anew = random_directions(theta, generator)
-        share = math.sqrt(math.expm1(min(2 * step_size / L, 80.0)))  # nothing is left of the old one at 80
+        # nothing is left of the old one at 80
+        share = math.sqrt(math.expm1(min(2 * step_size / L, 80.0)))
         direction = direction + share * anew
         direction = direction / torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
         moved = MCLMCState(theta, direction, value, grad)
-        # To look before mending saves a third of the step's own cost on a CPU, and would hold a GPU up.
+        # To look before mending saves a third of the step's own cost on a CPU, and would hold a GPU
+        # up.
         if theta.device.type != "cpu" or bool(diverging.any()):
             lost = diverging[:, None]
             moved = MCLMCState(
@@ -126,7 +150,8 @@ def mclmc(log_joint_and_grad: LogDensityAndGrad, step_size: float, L: float, inv
                 torch.where(lost, state.grad, grad),
             )
         counts = torch.full((len(theta),), 2, device=theta.device)
-        # A lost step counts like one whose error is of the size of the posterior: a wall must not stop the tuning.
+        # A lost step counts like one whose error is of the size of the posterior: a wall must not
+        # stop the tuning.
         variance = torch.where(diverging, 1.0, error.square() / dim)
         return moved, MCLMCInfo(variance, diverging, counts)
 
@@ -159,13 +184,15 @@ def mclmc_warm_up(
     L: float | None = None,
     ranks: Ranks = ALONE,
 ) -> WarmUp:
-    """Tune step size, diagonal mass matrix and L of `mclmc` in ``n`` transitions of ``thinning`` steps.
+    """Tune step size, diagonal mass matrix and L of `mclmc` in ``n`` transitions of ``thinning``
+    steps.
 
-    The step size is the one whose energy errors have the wanted variance per dimension, over all chains of all
-    processes. Each chain has a mass matrix of its own, as for `trajectory_warm_up`, estimated in windows of doubling
-    length. L is sqrt(dim), the root of the summed variances in the coordinates that the mass matrix scales: the second
-    stage of the published tuning. Its third, which shortens L by the autocorrelation seen, is left out: it made the
-    predictions of networks mix more slowly (docs/lab-notebook.md).
+    The step size is the one whose energy errors have the wanted variance per dimension, over all
+    chains of all processes. Each chain has a mass matrix of its own, as for `trajectory_warm_up`,
+    estimated in windows of doubling length. L is sqrt(dim), the root of the summed variances in the
+    coordinates that the mass matrix scales: the second stage of the published tuning. Its third,
+    which shortens L by the autocorrelation seen, is left out: it made the predictions of networks
+    mix more slowly (docs/lab-notebook.md).
 
     Args:
         log_joint_and_grad: see `mclmc`.
@@ -186,17 +213,23 @@ def mclmc_warm_up(
         return _Tuning(chain, log, 0.0, 0, mass, first_L, Moments.start(theta, mass), 0)
 
     def kernel(log_step: float, tuning: _Tuning) -> Kernel:
-        return thinned(mclmc(log_joint_and_grad, math.exp(log_step), tuning.L, tuning.inverse_mass_matrix), thinning)
+        return thinned(
+            mclmc(log_joint_and_grad, math.exp(log_step), tuning.L, tuning.inverse_mass_matrix),
+            thinning,
+        )
 
     def step(tuning: _Tuning, generator: torch.Generator) -> tuple[_Tuning, MCLMCInfo]:
         chain, info = kernel(tuning.log_step, tuning).step(tuning.chain, generator)
         count, done = tuning.updates + 1, tuning.done + 1
-        # The variance is about a factor times the sixth power of the step. The factor's mean is dominated by few large
-        # errors, which the median never sees; under a sixth root they do not throw the step.
+        # The variance is about a factor times the sixth power of the step. The factor's mean is
+        # dominated by few large errors, which the median never sees; under a sixth root they do not
+        # throw the step.
         error = max(float(ranks.mean(info.energy_variance.mean())), 1e-30)
         rate, log_factor = max(0.02, 1 / count), math.log(error) - 6 * tuning.log_step
         if count > 1:
-            log_factor = float(np.logaddexp(math.log1p(-rate) + tuning.log_factor, math.log(rate) + log_factor))
+            log_factor = float(
+                np.logaddexp(math.log1p(-rate) + tuning.log_factor, math.log(rate) + log_factor)
+            )
         wanted = (math.log(energy_variance) - log_factor) / 6
         log_step = tuning.log_step + max(-0.3, min(0.1, wanted - tuning.log_step))
         tuning = tuning._replace(
@@ -227,11 +260,13 @@ def mclmc_warm_up(
 
 @dataclass(frozen=True)
 class MCLMC(Method):
-    """Sample with unadjusted microcanonical Langevin dynamics, tuned during warm-up (Robnik et al. 2023).
+    """Sample with unadjusted microcanonical Langevin dynamics, tuned during warm-up (Robnik et al.
+    2023).
 
-    The recipe of microcanonical Langevin ensembles for networks (Sommer et al. 2025): chains start at the members of
-    an ensemble trained to the mode, and the energy errors decide the step size. Approximates the posterior, with a
-    bias that grows with ``energy_variance``; see `mclmc` and `mclmc_warm_up`. `AdjustedMCLMC` has none.
+    The recipe of microcanonical Langevin ensembles for networks (Sommer et al. 2025): chains start
+    at the members of an ensemble trained to the mode, and the energy errors decide the step size.
+    Approximates the posterior, with a bias that grows with ``energy_variance``; see `mclmc` and
+    `mclmc_warm_up`. `AdjustedMCLMC` has none.
 
     Args:
         energy_variance: variance of a step's energy error, per dimension, that warm-up aims at.
@@ -250,10 +285,17 @@ class MCLMC(Method):
         settle(self, integer, "thinning", least=1)
 
     def draw(self, model: BayesianModel, run: Run) -> Draws:
-        """Run the chains; see `bnnflow.sample`. A transition of warm-up has ``thinning`` steps as well."""
+        """Run the chains; see `bnnflow.sample`.
+
+        A transition of warm-up has ``thinning`` steps as well.
+        """
         if model.dim < 2:
             raise ValueError("MCLMC turns directions, and needs a model of at least two dimensions")
-        chains, warmup, draws = run.chains_or(16), 500 if run.warmup is None else run.warmup, run.draws or 1000
+        chains, warmup, draws = (
+            run.chains_or(16),
+            500 if run.warmup is None else run.warmup,
+            run.draws or 1000,
+        )
         process = mclmc_warm_up(
             torch.no_grad()(model.log_joint_and_grad),
             warmup,
@@ -263,4 +305,6 @@ class MCLMC(Method):
             L=self.L,
             ranks=run.ranks,
         )
-        return run_chains(model, run, process, chains=chains, warmup=warmup, draws=draws, name="MCLMC")
+        return run_chains(
+            model, run, process, chains=chains, warmup=warmup, draws=draws, name="MCLMC"
+        )

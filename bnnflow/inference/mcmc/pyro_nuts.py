@@ -21,10 +21,12 @@ __all__ = ["PyroNUTS"]
 
 @dataclass(frozen=True)
 class PyroNUTS(Method):
-    """Sample with Pyro's NUTS (Hoffman and Gelman 2014; multinomial as Betancourt 2017): slow, and an oracle.
+    """Sample with Pyro's NUTS (Hoffman and Gelman 2014; multinomial as Betancourt 2017): slow, and
+    an oracle.
 
-    Leaves the posterior (at its temperature) invariant once warm-up has ended. The chains run one after the other in
-    this process, each with a seed, a step size and a diagonal mass matrix of its own, on ``log_joint`` over ``theta``.
+    Leaves the posterior (at its temperature) invariant once warm-up has ended. The chains run one
+    after the other in this process, each with a seed, a step size and a diagonal mass matrix of its
+    own, on ``log_joint`` over ``theta``.
 
     Args:
         max_tree_depth: at most 2 ** max_tree_depth leapfrog steps a draw.
@@ -44,7 +46,8 @@ class PyroNUTS(Method):
     def draw(self, model: BayesianModel, run: Run) -> Draws:
         """Run the chains, 4 of 500 + 500 unless said otherwise; see `bnnflow.sample`.
 
-        Ctrl-C returns the chains that are complete, or what the first one has drawn, with ``info["interrupted"]``.
+        Ctrl-C returns the chains that are complete, or what the first one has drawn, with
+        ``info["interrupted"]``.
         """
         run.refuse(self, "chains, warmup, draws and init", "checkpoint")
         chains, draws = run.chains_or(4), run.draws or 500

@@ -1,4 +1,6 @@
-"""What Hamiltonian and microcanonical samplers share: jittered trajectories, accepted or not, and their tuning."""
+"""What Hamiltonian and microcanonical samplers share: jittered trajectories, accepted or not, and
+their tuning.
+"""
 
 from __future__ import annotations
 
@@ -60,27 +62,41 @@ class Proposal(NamedTuple):
 
 
 class Trajectory(Protocol):
-    """Integrate ``n_steps`` steps of a reversible flow that keeps exp(-energy), from newly drawn velocities."""
+    """Integrate ``n_steps`` steps of a reversible flow that keeps exp(-energy), from newly drawn
+    velocities.
+    """
 
     def __call__(
-        self, state: ChainState, step_size: Tensor, scale: Tensor, n_steps: int, generator: torch.Generator
+        self,
+        state: ChainState,
+        step_size: Tensor,
+        scale: Tensor,
+        n_steps: int,
+        generator: torch.Generator,
     ) -> Proposal:
         """Take steps of size ``(chain, 1)`` in the coordinates that ``scale`` maps to weights."""
         ...
 
 
-_DIVERGENCE = 1000.0  # nats of energy error beyond which a trajectory has left the level set (Stan's bound)
+# nats of energy error beyond which a trajectory has left the level set (Stan's bound)
+_DIVERGENCE = 1000.0
 
 
 def _accept(
-    state: ChainState, proposal: Proposal, step_size: Tensor, n_steps: int, generator: torch.Generator
+    state: ChainState,
+    proposal: Proposal,
+    step_size: Tensor,
+    n_steps: int,
+    generator: torch.Generator,
 ) -> tuple[ChainState, TrajectoryInfo]:
     """Accept every chain's proposal with probability min(1, exp(-energy error))."""
     end, _, start_energy, end_energy = proposal
     error = end_energy - start_energy
     diverging = ~(error < _DIVERGENCE)  # NaN counts
     rate = torch.where(diverging, 0.0, (-error).clamp(max=0).exp())
-    accept = torch.rand(rate.shape, generator=generator, device=rate.device, dtype=rate.dtype) < rate
+    accept = (
+        torch.rand(rate.shape, generator=generator, device=rate.device, dtype=rate.dtype) < rate
+    )
     moved = ChainState(
         torch.where(accept[:, None], end.theta, state.theta),
         torch.where(accept, end.log_joint, state.log_joint),
@@ -103,17 +119,20 @@ def metropolis(
 ) -> Kernel:
     """Build the kernel that follows ``trajectory`` and accepts its end, or stays.
 
-    Leaves exp(log_joint) invariant: the step size of every chain and the number of steps are drawn anew before each
-    transition, independently of the state.
+    Leaves exp(log_joint) invariant: the step size of every chain and the number of steps are drawn
+    anew before each transition, independently of the state.
 
     Args:
         log_joint_and_grad: ``(chain, dim) -> (chain,), (chain, dim)``.
         trajectory: the flow.
-        step_size: time of one step in coordinates scaled by the square root of ``inverse_mass_matrix``.
+        step_size: time of one step in coordinates scaled by the square root of
+            ``inverse_mass_matrix``.
         n_leapfrog: the largest number of steps.
-        inverse_mass_matrix: a diagonal ``(dim,)`` or ``(chain, dim)``, ideally the posterior variances.
+        inverse_mass_matrix: a diagonal ``(dim,)`` or ``(chain, dim)``, ideally the posterior
+            variances.
         step_jitter: step sizes are uniform within this fraction of ``step_size``, per chain.
-        trajectory_jitter: numbers of steps are uniform between this fraction of ``n_leapfrog`` and all of it.
+        trajectory_jitter: numbers of steps are uniform between this fraction of ``n_leapfrog`` and
+            all of it.
     """
     scale = inverse_mass_matrix.sqrt()
 
@@ -121,7 +140,9 @@ def metropolis(
         return ChainState(theta, *log_joint_and_grad(theta))
 
     def step(state: ChainState, generator: torch.Generator) -> tuple[ChainState, TrajectoryInfo]:
-        steps, n_steps = _jittered(state.theta, step_size, step_jitter, n_leapfrog, trajectory_jitter, generator)
+        steps, n_steps = _jittered(
+            state.theta, step_size, step_jitter, n_leapfrog, trajectory_jitter, generator
+        )
         proposal = trajectory(state, steps, scale, n_steps, generator)
         return _accept(state, proposal, steps, n_steps, generator)
 
@@ -129,7 +150,12 @@ def metropolis(
 
 
 def _jittered(
-    theta: Tensor, step_size: float, step_jitter: float, most: int, jitter: float, generator: torch.Generator
+    theta: Tensor,
+    step_size: float,
+    step_jitter: float,
+    most: int,
+    jitter: float,
+    generator: torch.Generator,
 ) -> tuple[Tensor, int]:
     """Draw step sizes ``(chain, 1)`` and the number of steps of all chains."""
     uniform = torch.rand(len(theta), 1, generator=generator, device=theta.device, dtype=theta.dtype)
@@ -138,7 +164,7 @@ def _jittered(
     return step_size * (1 + step_jitter * (2 * uniform - 1)), n_steps
 
 
-# ---------------------------------------------------------------- warm-up
+# ---------------------------------------- warm-up
 
 _FIRST_LEAPFROGS = 64
 """The most steps of a transition before the first mass matrix."""
@@ -148,10 +174,12 @@ Features = Callable[[Tensor], Tensor]
 
 
 def predictions_as_features(model: BayesianModel, rows: int = 32) -> Features | None:
-    """Return what the network predicts at some training inputs, and all that is inferred beside its weights.
+    """Return what the network predicts at some training inputs, and all that is inferred beside its
+    weights.
 
-    Weights that differ by a symmetry predict the same, and weights that hardly matter may move as slowly as they like:
-    predictions are what chains can compare. A single layer has no such weights, and None stands for the weights.
+    Weights that differ by a symmetry predict the same, and weights that hardly matter may move as
+    slowly as they like: predictions are what chains can compare. A single layer has no such
+    weights, and None stands for the weights.
     """
     if len(model.spec.layers) == 1:
         return None
@@ -188,19 +216,22 @@ def trajectory_warm_up(
     features: Features | None = None,
     ranks: Ranks = ALONE,
 ) -> WarmUp:
-    """Tune step size, trajectory length and diagonal mass matrix of a `metropolis` kernel in ``n`` transitions.
+    """Tune step size, trajectory length and diagonal mass matrix of a `metropolis` kernel in ``n``
+    transitions.
 
-    All chains, over all processes, share one step size, found by dual averaging, and one trajectory length, found by
-    `TrajectoryLength`. Every chain has a mass matrix of its own, because chains of a network sit in modes that are
-    copies of each other with the units exchanged: the variances within the chain, shrunk towards those pooled over all
-    chains. They are re-estimated in windows of doubling length.
+    All chains, over all processes, share one step size, found by dual averaging, and one trajectory
+    length, found by `TrajectoryLength`. Every chain has a mass matrix of its own, because chains of
+    a network sit in modes that are copies of each other with the units exchanged: the variances
+    within the chain, shrunk towards those pooled over all chains. They are re-estimated in windows
+    of doubling length.
 
     Args:
         log_joint_and_grad: see `metropolis`.
         trajectory: see `metropolis`.
         n: number of transitions.
         settings: what warm-up aims at, and where it begins.
-        unit: of time. Lengths begin at seven tenths of it, and are never shorter; step sizes begin at a tenth.
+        unit: of time. Lengths begin at seven tenths of it, and are never shorter; step sizes begin
+            at a tenth.
         features: what is to decorrelate; the weights if None.
         ranks: the processes that share the chains.
     """
@@ -219,7 +250,9 @@ def trajectory_warm_up(
         chain = ChainState(theta, *log_joint_and_grad(theta))
         length = TrajectoryLength.start(trajectory_length or 0.7 * unit, followed(theta))
         mass = torch.ones_like(theta)
-        return _Tuning(chain, DualAveraging.start(step_size), length, mass, Moments.start(theta, mass), 0)
+        return _Tuning(
+            chain, DualAveraging.start(step_size), length, mass, Moments.start(theta, mass), 0
+        )
 
     def step(tuning: _Tuning, generator: torch.Generator) -> tuple[_Tuning, TrajectoryInfo]:
         chain, adapt, length, mass, moments, done = tuning
@@ -229,12 +262,15 @@ def trajectory_warm_up(
         else:
             number, time = 0, trajectory_length
         most = leapfrogs(adapt.step_size, time)
-        if len(ends) > 1 and done < ends[1]:  # the mass matrix is yet unknown, and a length in its units means nothing
+        # the mass matrix is yet unknown, and a length in its units means nothing
+        if len(ends) > 1 and done < ends[1]:
             most = min(most, _FIRST_LEAPFROGS)
         steps, n_steps = _jittered(chain.theta, adapt.step_size, 0.2, most, 0.5, generator)
         proposal = trajectory(chain, steps, scale, n_steps, generator)
         moved, info = _accept(chain, proposal, steps, n_steps, generator)
-        adapt = adapt.update(float(ranks.mean(info.acceptance_rate.mean())), settings.target_acceptance)
+        adapt = adapt.update(
+            float(ranks.mean(info.acceptance_rate.mean())), settings.target_acceptance
+        )
         if trajectory_length is None:
             start, end = followed(chain.theta), followed(proposal.state.theta)
             if done >= ends[0]:
@@ -250,8 +286,14 @@ def trajectory_warm_up(
     def tuned(tuning: _Tuning) -> Tuned:
         step = tuning.step.averaged if tuning.done else step_size
         n_leapfrog = leapfrogs(step, tuning.length.length)
-        kernel = metropolis(log_joint_and_grad, trajectory, step, n_leapfrog, tuning.inverse_mass_matrix)
-        found = {"step_size": step, "n_leapfrog": n_leapfrog, "trajectory_length": tuning.length.length}
+        kernel = metropolis(
+            log_joint_and_grad, trajectory, step, n_leapfrog, tuning.inverse_mass_matrix
+        )
+        found = {
+            "step_size": step,
+            "n_leapfrog": n_leapfrog,
+            "trajectory_length": tuning.length.length,
+        }
         return Tuned(kernel, tuning.chain, found)
 
     return WarmUp(init, step, tuned)
@@ -283,7 +325,11 @@ class Trajectories(Method):
 
     def draw(self, model: BayesianModel, run: Run) -> Draws:
         """Run the chains; see `bnnflow.sample`."""
-        chains, warmup, draws = run.chains_or(16), 500 if run.warmup is None else run.warmup, run.draws or 1000
+        chains, warmup, draws = (
+            run.chains_or(16),
+            500 if run.warmup is None else run.warmup,
+            run.draws or 1000,
+        )
         target = torch.no_grad()(model.log_joint_and_grad)
         process = trajectory_warm_up(
             target,
@@ -294,13 +340,18 @@ class Trajectories(Method):
             features=predictions_as_features(model),
             ranks=run.ranks,
         )
-        return run_chains(model, run, process, chains=chains, warmup=warmup, draws=draws, name=self.name)
+        return run_chains(
+            model, run, process, chains=chains, warmup=warmup, draws=draws, name=self.name
+        )
 
 
 def _jump(start: Tensor, end: Tensor, rate: Tensor, ranks: Ranks) -> Tensor:
-    """Return the mean over chains of the squared jumps from ``start`` to ``end`` ``(chain, features)``.
+    """Return the mean over chains of the squared jumps from ``start`` to ``end``
+    ``(chain, features)``.
 
     Proposals count by their probability of being accepted.
     """
     usable = (rate > 0) & end.isfinite().all(1)
-    return ranks.mean(torch.where(usable[:, None], (end - start).square() * rate[:, None], 0.0).mean(0))
+    return ranks.mean(
+        torch.where(usable[:, None], (end - start).square() * rate[:, None], 0.0).mean(0)
+    )

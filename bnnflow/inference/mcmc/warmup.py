@@ -1,4 +1,6 @@
-"""Warm-up: processes that learn a step size, a trajectory length and a mass matrix, and end in a tuned kernel."""
+"""Warm-up: processes that learn a step size, a trajectory length and a mass matrix, and end in a
+tuned kernel.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ __all__ = ["DualAveraging", "TrajectoryLength", "window_ends", "windows"]
 
 
 class DualAveraging(NamedTuple):
-    """Find the step size whose mean acceptance rate is the target (Nesterov 2009; Hoffman and Gelman 2014)."""
+    """Find the step size whose mean acceptance rate is the target (Nesterov 2009; Hoffman and
+    Gelman 2014).
+    """
 
     centre: float
     log: float
@@ -50,11 +54,13 @@ class DualAveraging(NamedTuple):
 class TrajectoryLength(NamedTuple):
     """Find the trajectory length with which the chains move farthest for its cost, all together.
 
-    Tries neighbours of the best length so far, on a grid of factors sqrt(2) that begins at the first guess, and
-    compares the mean squared jumps of some features, their geometric mean, divided by the square root of the length:
-    half-way between most movement a transition and most movement a gradient. ChEES (Hoffman, Radul and Sountsov 2021)
-    instead follows the derivative of a criterion along the trajectory, whose noise grows with the frequencies of a
-    stiff posterior. Lengths below the guess are not tried: jumps tell nothing of what is so slow that it hardly moves.
+    Tries neighbours of the best length so far, on a grid of factors sqrt(2) that begins at the
+    first guess, and compares the mean squared jumps of some features, their geometric mean, divided
+    by the square root of the length: half-way between most movement a transition and most movement
+    a gradient. ChEES (Hoffman, Radul and Sountsov 2021) instead follows the derivative of a
+    criterion along the trajectory, whose noise grows with the frequencies of a stiff posterior.
+    Lengths below the guess are not tried: jumps tell nothing of what is so slow that it hardly
+    moves.
     """
 
     shortest: float
@@ -77,22 +83,32 @@ class TrajectoryLength(NamedTuple):
         return self.shortest * 2 ** (0.5 * number)
 
     def candidate(self, longest: float, generator: torch.Generator) -> tuple[int, float]:
-        """Return the number and the length of what to try next, no longer than ``longest`` if there is a choice."""
-        number = self.best + int(torch.randint(-1, 2, (), generator=generator, device=generator.device))
+        """Return the number and the length of what to try next, no longer than ``longest`` if there
+        is a choice.
+        """
+        number = self.best + int(
+            torch.randint(-1, 2, (), generator=generator, device=generator.device)
+        )
         number = min(max(number, 0), _LENGTHS - 1)
         while number > 0 and self._of(number) > longest:
             number -= 1
         return number, self._of(number)
 
     def update(self, number: int, jump: Tensor) -> TrajectoryLength:
-        """Learn from one transition: the mean squared jump of every feature at the length of that number."""
+        """Learn from one transition: the mean squared jump of every feature at the length of that
+        number.
+        """
         tried, total = 0.99 * self.tried, 0.99 * self.jump
         tried[number] += 1
         total[number] += jump
         # A length is judged once it has been tried a few times; until then the best stays.
         judged = (tried > 2.5) & (total > 0).all(1)
-        gain = (total / tried[:, None]).log().mean(1) - 0.25 * math.log(2) * torch.arange(_LENGTHS).to(tried)
-        best = int(torch.where(judged, gain, -math.inf).argmax()) if bool(judged.any()) else self.best
+        gain = (total / tried[:, None]).log().mean(1) - 0.25 * math.log(2) * torch.arange(
+            _LENGTHS
+        ).to(tried)
+        best = (
+            int(torch.where(judged, gain, -math.inf).argmax()) if bool(judged.any()) else self.best
+        )
         return TrajectoryLength(self.shortest, best, tried, total)
 
 
@@ -102,7 +118,8 @@ _LENGTHS = 9  # up to sixteen times the first guess
 def windows(n: int) -> list[tuple[int, bool]]:
     """Cut ``n`` transitions into (length, estimates the mass matrix) windows of doubling length.
 
-    The first 15 % of the transitions only find a step size, the last 20 % settle it for the final mass matrix.
+    The first 15 % of the transitions only find a step size, the last 20 % settle it for the final
+    mass matrix.
     """
     first, last = round(0.15 * n), round(0.2 * n)
     middle = n - first - last
@@ -119,7 +136,9 @@ def windows(n: int) -> list[tuple[int, bool]]:
 
 
 def window_ends(n: int) -> list[int]:
-    """Return the transition after which estimation begins, and those after which each window of it ends."""
+    """Return the transition after which estimation begins, and those after which each window of it
+    ends.
+    """
     ends, end = [], 0
     for length, _ in windows(n)[:-1]:
         end += length

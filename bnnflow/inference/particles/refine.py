@@ -41,28 +41,31 @@ def refine(
 ) -> Draws:
     """Move every draw by a few jittered Hamiltonian Monte Carlo transitions.
 
-    Each transition leaves the posterior invariant at its step size; the law of the draws comes closer to it with every
-    step, whatever it was. One step size serves all draws: a short pilot on some of them finds it, and it follows the
-    mean acceptance rate afterwards. Where a draw starts, the posterior may be too steep for it: in the first half of
-    the steps a draw that has not moved takes the next at a quarter of its step scale, and doubles it when it moves.
-    Draws that even so lie far below all others at the end (one in a thousand can spoil a mean or an evidence) go on
-    likewise, alone, for 32 steps at most. The mass matrix is the draws' own variance. Costs at most ``steps *
-    n_leapfrog + 1`` gradients a draw, those of the last ones apart, and less than one more for the pilot on large sets.
+    Each transition leaves the posterior invariant at its step size; the law of the draws comes
+    closer to it with every step, whatever it was. One step size serves all draws: a short pilot on
+    some of them finds it, and it follows the mean acceptance rate afterwards. Where a draw starts,
+    the posterior may be too steep for it: in the first half of the steps a draw that has not moved
+    takes the next at a quarter of its step scale, and doubles it when it moves. Draws that even so
+    lie far below all others at the end (one in a thousand can spoil a mean or an evidence) go on
+    likewise, alone, for 32 steps at most. The mass matrix is the draws' own variance. Costs at most
+    ``steps * n_leapfrog + 1`` gradients a draw, those of the last ones apart, and less than one
+    more for the pilot on large sets.
 
     Args:
         model: the posterior.
         draws: ``(..., dim)``; they may be draws of another posterior, of fewer data, say.
         steps: transitions.
-        n_leapfrog: the most leapfrog steps of one transition; their number is uniform between half of it and all.
+        n_leapfrog: the most leapfrog steps of one transition; their number is uniform between half
+            of it and all.
         target_acceptance: mean acceptance rate to aim at.
         seed: an int or a generator.
         chunk_size: draws that move together, which bounds the memory.
         progress: show a bar at a terminal.
 
     Returns:
-        The moved draws, ``(1, n, dim)``; they are independent if those given were. ``info["outliers"]`` says how many
-        of them still lie far below all others. After Ctrl-C as they were after the last whole transition, with
-        ``info["interrupted"]`` set.
+        The moved draws, ``(1, n, dim)``; they are independent if those given were.
+        ``info["outliers"]`` says how many of them still lie far below all others. After Ctrl-C as
+        they were after the last whole transition, with ``info["interrupted"]`` set.
 
     Raises:
         ValueError: if the draws do not fit the model, are none, are not finite, or carry weights.
@@ -84,14 +87,19 @@ def refine(
         mass = positive(variance).to(flat.dtype)
     else:
         scale = model.flat_prior.scale
-        mass = torch.ones_like(flat[0]) if scale is None else scale.square().expand_as(flat[0]).to(flat)
+        mass = (
+            torch.ones_like(flat[0])
+            if scale is None
+            else scale.square().expand_as(flat[0]).to(flat)
+        )
 
     pilot = flat[torch.randperm(len(flat), generator=generator, device=flat.device)[:64]]
     step_size, tries = _first_step_size(target, pilot, mass, target_acceptance, generator)
     gradients = 1 + tries * (_PILOT_LEAPFROG + 1) * len(pilot) / len(flat)
     kernel = hmc(target, step_size, n_leapfrog, mass)
     states = [kernel.init(rows, generator) for rows in flat.split(chunk_size)]
-    step_scale = torch.ones(len(flat), 1, dtype=flat.dtype, device=flat.device)  # of every draw, relative to step_size
+    # of every draw, relative to step_size
+    step_scale = torch.ones(len(flat), 1, dtype=flat.dtype, device=flat.device)
     acceptance, done = torch.zeros(1), 0
     with progress_bar(steps, "refine", progress, "step") as bar:
         try:
@@ -100,9 +108,14 @@ def refine(
                 if not early:
                     step_scale = torch.ones_like(step_scale)
                 for state, own in zip(states, step_scale.split(chunk_size), strict=True):
-                    kernel = hmc(target, step_size, n_leapfrog, mass * own.square() if early else mass)
+                    kernel = hmc(
+                        target, step_size, n_leapfrog, mass * own.square() if early else mass
+                    )
                     moved.append(kernel.step(state, generator))
-                stayed = [(new.theta == old.theta).all(1) for (new, _), old in zip(moved, states, strict=True)]
+                stayed = [
+                    (new.theta == old.theta).all(1)
+                    for (new, _), old in zip(moved, states, strict=True)
+                ]
                 states = [state for state, _ in moved]
                 acceptance = torch.cat([info.acceptance_rate for _, info in moved])
                 counts = [float(info.n_steps[0]) * len(info.n_steps) for _, info in moved]
@@ -128,7 +141,8 @@ def refine(
         behind = outliers(log_joint)
     info = {
         "method": "refine",
-        "settings": f"refine(steps={steps}, n_leapfrog={n_leapfrog}, target_acceptance={target_acceptance})",
+        "settings": f"refine(steps={steps}, n_leapfrog={n_leapfrog}, "
+        f"target_acceptance={target_acceptance})",
         "seed": seed_in_words(seed),
         "steps": done,
         "interrupted": interrupted,
@@ -150,9 +164,15 @@ def _adapted(step_size: float, acceptance: Tensor, target_acceptance: float) -> 
 
 
 def _first_step_size(
-    target: LogDensityAndGrad, theta: Tensor, mass: Tensor, target_acceptance: float, generator: torch.Generator
+    target: LogDensityAndGrad,
+    theta: Tensor,
+    mass: Tensor,
+    target_acceptance: float,
+    generator: torch.Generator,
 ) -> tuple[float, int]:
-    """Return a step size at which some draws ``(n, dim)`` move, and how many transitions it took to find it."""
+    """Return a step size at which some draws ``(n, dim)`` move, and how many transitions it took to
+    find it.
+    """
     step_size, tries = 0.5 * theta.shape[1] ** -0.25, 0
     tried = torch.zeros(1)  # until a step is accepted at all, however small it has to be
     while tries < 12 or (tries < 100 and not float(tried.mean()) > 0.2):
@@ -164,9 +184,14 @@ def _first_step_size(
 
 
 def _bring_up(
-    theta: Tensor, log_joint: Tensor, kernel_of: Callable[[Tensor], Kernel], mass: Tensor, generator: torch.Generator
+    theta: Tensor,
+    log_joint: Tensor,
+    kernel_of: Callable[[Tensor], Kernel],
+    mass: Tensor,
+    generator: torch.Generator,
 ) -> tuple[float, bool]:
-    """Move the outliers among draws ``(n, dim)``, in place, until none is left or for so many steps.
+    """Move the outliers among draws ``(n, dim)``, in place, until none is left or for so many
+    steps.
 
     Returns:
         How many gradients it took, and whether Ctrl-C came before the end.

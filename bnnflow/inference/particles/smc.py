@@ -1,4 +1,6 @@
-"""Tempered sequential Monte Carlo: particles from the prior to the posterior or back, and the evidence on the way."""
+"""Tempered sequential Monte Carlo: particles from the prior to the posterior or back, and the
+evidence on the way.
+"""
 
 from __future__ import annotations
 
@@ -52,23 +54,27 @@ class _Particles(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SMC(Method):
-    """Carry particles from the prior to the posterior by tempering (Del Moral, Doucet and Jasra 2006).
+    """Carry particles from the prior to the posterior by tempering (Del Moral, Doucet and Jasra
+    2006).
 
-    Particles drawn from the start q0 follow q0^(1 - b) exp(log_joint)^b for b from 0 to 1. Every b is chosen so that
-    reweighting leaves the wanted fraction of effective particles (Jasra et al. 2011); then they are resampled, unless
-    b = 1, and moved by Hamiltonian Monte Carlo that leaves the present density invariant. The weighted particles
-    approximate the posterior and the product of the mean weights its evidence, without bias for a given schedule; both
-    become exact as the number of particles grows. Chains are independent runs.
+    Particles drawn from the start q0 follow q0^(1 - b) exp(log_joint)^b for b from 0 to 1. Every b
+    is chosen so that reweighting leaves the wanted fraction of effective particles (Jasra et al.
+    2011); then they are resampled, unless b = 1, and moved by Hamiltonian Monte Carlo that leaves
+    the present density invariant. The weighted particles approximate the posterior and the product
+    of the mean weights its evidence, without bias for a given schedule; both become exact as the
+    number of particles grows. Chains are independent runs.
 
-    ``draws.log_evidence`` has the standard error of the mean over runs, by the estimate of Lee and Whiteley (2018) from
-    the ancestors of the particles or by the spread of the runs, whichever is larger. At a temperature other than 1
-    there is no evidence, only the normaliser of the tempered posterior, ``info["log_tempered_normaliser"]``.
+    ``draws.log_evidence`` has the standard error of the mean over runs, by the estimate of Lee and
+    Whiteley (2018) from the ancestors of the particles or by the spread of the runs, whichever is
+    larger. At a temperature other than 1 there is no evidence, only the normaliser of the tempered
+    posterior, ``info["log_tempered_normaliser"]``.
 
     Args:
         particles: in each run.
         ess: fraction of effective particles that a step of the temperature leaves.
         moves: transitions at every temperature.
-        trajectory_length: mean integration time of a transition, in units of the particles' standard deviations.
+        trajectory_length: mean integration time of a transition, in units of the particles'
+            standard deviations.
         max_leapfrog: bound on the leapfrog steps of a transition.
         target_acceptance: mean acceptance rate to aim at.
         start: the density q0; the prior if None.
@@ -101,7 +107,9 @@ class SMC(Method):
         path = _Path(model, self.start, self.chunk_size)
         generator = ranks.own_generator(run.generator)
         draw = model.sample_prior if self.start is None else self.start.sample
-        theta = draw(runs * mine, generator).to(model.device, model.dtype).unflatten(0, (runs, mine))
+        theta = (
+            draw(runs * mine, generator).to(model.device, model.dtype).unflatten(0, (runs, mine))
+        )
         state = self._first(path, theta, ranks, run.generator)
         steps = 0
         if checkpoint and checkpoint.saved:
@@ -115,7 +123,9 @@ class SMC(Method):
             if checkpoint:
                 checkpoint.save({"stage": "tempering", "step": steps}, generator, particles=state)
 
-        with progress_bar(None, "SMC", run.progress and ranks.rank == 0, "temperature", initial=steps) as bar:
+        with progress_bar(
+            None, "SMC", run.progress and ranks.rank == 0, "temperature", initial=steps
+        ) as bar:
             while bool((state.fraction < 1).any()):
                 state = self._advance(path, state, ranks, generator, run.generator, bar)
                 steps += 1
@@ -124,8 +134,12 @@ class SMC(Method):
             save()
         return self._draws(model, state, steps, ranks)
 
-    def _first(self, path: _Path, theta: Tensor, ranks: Ranks, shared: torch.Generator) -> _Particles:
-        """Put particles of equal weight ``(run, particle, dim)``, those of this process, at the first end."""
+    def _first(
+        self, path: _Path, theta: Tensor, ranks: Ranks, shared: torch.Generator
+    ) -> _Particles:
+        """Put particles of equal weight ``(run, particle, dim)``, those of this process, at the
+        first end.
+        """
         runs, mine, _ = theta.shape
         device = theta.device
         log_first, log_last = path(theta)
@@ -163,14 +177,19 @@ class SMC(Method):
         usable = torch.where(ratio.isnan(), -math.inf, ratio)
         further = _next_step(usable, weights, state.fraction, state.remainder, self.ess)
         last = further == state.remainder
-        fraction, remainder = torch.where(last, 1.0, state.fraction + further), state.remainder - further
+        fraction, remainder = (
+            torch.where(last, 1.0, state.fraction + further),
+            state.remainder - further,
+        )
         weights = weights + further[:, None] * usable
         total = weights.logsumexp(1)
         weights = weights - total[:, None]
         left = (-(2 * weights).logsumexp(1)).exp() / weights.shape[1]
         everyone = ranks.gather(state.theta, 1)  # (run, particle, dim)
         parents = systematic(weights, shared)
-        parents = torch.where(last[:, None], torch.arange(weights.shape[1], device=parents.device), parents)
+        parents = torch.where(
+            last[:, None], torch.arange(weights.shape[1], device=parents.device), parents
+        )
         roots = ranks.gather(state.root, 1)
         merged = merging(weights, roots)
         roots = roots.gather(1, parents)
@@ -182,8 +201,12 @@ class SMC(Method):
 
         mass = _variance(everyone, weights).to(everyone.dtype)  # (run, dim)
         particles = own(everyone)
-        target = path.tempered(*(part.repeat_interleave(particles.shape[1]) for part in (fraction, remainder)))
-        theta, step_size, acceptance, steps = self._move(target, particles, mass, state, ranks, generator)
+        target = path.tempered(
+            *(part.repeat_interleave(particles.shape[1]) for part in (fraction, remainder))
+        )
+        theta, step_size, acceptance, steps = self._move(
+            target, particles, mass, state, ranks, generator
+        )
         log_first, log_last = path(theta)
         gradients = state.gradients + steps + 1
         bar.update()
@@ -219,13 +242,18 @@ class SMC(Method):
         ranks: Ranks,
         generator: torch.Generator,
     ) -> tuple[Tensor, float, float, float]:
-        """Move all particles by jittered Hamiltonian transitions; return them, the step size, acceptance, gradients."""
+        """Move all particles by jittered Hamiltonian transitions.
+
+        Return them, the step size, acceptance, gradients.
+        """
         runs, mine, _ = theta.shape
         step_size, acceptance, steps = state.step_size, 0.0, 0.0
         flat, scales = theta.flatten(0, 1), mass.repeat_interleave(mine, 0)
         chain: Any = None
         for _ in range(self.moves):
-            n_leapfrog = max(1, min(self.max_leapfrog, round(self.trajectory_length / (0.75 * step_size))))
+            n_leapfrog = max(
+                1, min(self.max_leapfrog, round(self.trajectory_length / (0.75 * step_size)))
+            )
             kernel = hmc(target, step_size, n_leapfrog, scales)
             chain = kernel.init(flat, generator) if chain is None else chain
             chain, info = kernel.step(chain, generator)
@@ -261,7 +289,11 @@ class SMC(Method):
         if model.temperature != 1:
             info["log_tempered_normaliser"] = estimate
         return Draws(
-            theta, log_joint, log_weights=weights, log_evidence=estimate if model.temperature == 1 else None, info=info
+            theta,
+            log_joint,
+            log_weights=weights,
+            log_evidence=estimate if model.temperature == 1 else None,
+            info=info,
         )
 
 
@@ -276,40 +308,48 @@ def evidence(
 ) -> tuple[float, float]:
     """Estimate the log evidence from draws of the posterior, by annealing them back to the prior.
 
-    `SMC` the other way round (Grosse, Ghahramani and Adams 2015). It needs no density of the draws, so they may come
-    from anywhere: chains, or a flow after `refine`. From a narrow density to a wide one weights have heavy tails and
-    their mean comes out too small, so the steps are short, and neighbouring temperatures are compared by the optimal
-    bridge between the particles at both (Bennett 1976). Particles that lag behind a density that widens make the
-    evidence too large, so there are more moves than `SMC` makes; what is left is half an error with 150 particles.
-    Draws that do not quite follow the posterior bias the first steps, until the moves of the particles have mended
-    them. A draw far below all others would get all the weight on the way back and stay where it is; such are left out,
-    with a warning.
+    `SMC` the other way round (Grosse, Ghahramani and Adams 2015). It needs no density of the draws,
+    so they may come from anywhere: chains, or a flow after `refine`. From a narrow density to a
+    wide one weights have heavy tails and their mean comes out too small, so the steps are short,
+    and neighbouring temperatures are compared by the optimal bridge between the particles at both
+    (Bennett 1976). Particles that lag behind a density that widens make the evidence too large, so
+    there are more moves than `SMC` makes; what is left is half an error with 150 particles. Draws
+    that do not quite follow the posterior bias the first steps, until the moves of the particles
+    have mended them. A draw far below all others would get all the weight on the way back and stay
+    where it is; such are left out, with a warning.
 
     Args:
         model: the posterior, at temperature 1.
-        draws: ``(..., dim)``; weighted ones are resampled. Of more than there are particles some are taken, evenly.
-        smc: how to anneal, and where to if not to the prior (``start``); ``SMC(particles=500, ess=0.9, moves=8)`` if
-            None. Of its particles as many are used as there are draws.
+        draws: ``(..., dim)``; weighted ones are resampled. Of more than there are particles some
+            are taken, evenly.
+        smc: how to anneal, and where to if not to the prior (``start``);
+            ``SMC(particles=500, ess=0.9, moves=8)`` if None. Of its particles as many are used as
+            there are draws.
         seed: an int or a generator.
         progress: show a bar at a terminal.
 
     Returns:
-        The log evidence and its standard error by the delta method, as if the draws were independent; with what the
-        particles have in common with their ancestors.
+        The log evidence and its standard error by the delta method, as if the draws were
+        independent; with what the particles have in common with their ancestors.
 
     Raises:
-        ValueError: if the draws do not fit the model, are fewer than ten, not finite or of no density, more than a
-            tenth of them lie far below the others, or the temperature is not 1.
+        ValueError: if the draws do not fit the model, are fewer than ten, not finite or of no
+            density, more than a tenth of them lie far below the others, or the temperature is not
+            1.
     """
     theta, log_weights = as_theta(draws)
     model.spec.check(theta, "draws")
     model.check_draws(draws)
     if model.temperature != 1:
-        raise ValueError(f"the evidence is that of temperature 1, and the model's is {model.temperature}")
+        raise ValueError(
+            f"the evidence is that of temperature 1, and the model's is {model.temperature}"
+        )
     if len(theta) < 10:
         raise ValueError(f"evidence needs at least ten draws, got {len(theta)}")
     if not bool(theta.isfinite().all()):
-        raise ValueError(f"{int((~theta.isfinite().all(1)).sum())} of {len(theta)} draws are NaN or infinite")
+        raise ValueError(
+            f"{int((~theta.isfinite().all(1)).sum())} of {len(theta)} draws are NaN or infinite"
+        )
     smc, generator = smc or SMC(particles=500, ess=0.9, moves=8), as_generator(seed, model.device)
     n = min(smc.particles, len(theta))
     theta = theta.to(model.device, model.dtype)
@@ -319,7 +359,9 @@ def evidence(
     path = _Path(model, smc.start, smc.chunk_size, back=True)
     state = smc._first(path, theta[rows].unsqueeze(0), ALONE, generator)
     if not bool(state.log_ratio.isfinite().all()):
-        raise ValueError("some draws have no finite posterior or start density: they are not the posterior's")
+        raise ValueError(
+            "some draws have no finite posterior or start density: they are not the posterior's"
+        )
     apart = outliers(state.log_first[0])
     if bool(apart.any()):
         found = f"{int(apart.sum())} of {n} draws lie far below the others in log density"
@@ -331,8 +373,10 @@ def evidence(
     if bool(unresolved(theta[rows]).any()):
         warn(f"{_too_close(theta)}: the evidence is not to be trusted")
     value = variance = 0.0
-    influence = torch.zeros_like(state.log_ratio)  # of every particle on `value`, times their number
-    lineage = torch.zeros_like(influence)  # the influences of its ancestors, with which its own is correlated
+    # of every particle on `value`, times their number
+    influence = torch.zeros_like(state.log_ratio)
+    # the influences of its ancestors, with which its own is correlated
+    lineage = torch.zeros_like(influence)
     everyone = torch.arange(n, device=theta.device).unsqueeze(0)
     with progress_bar(None, "evidence", progress, "temperature") as bar:
         while float(state.fraction) < 1:
@@ -349,14 +393,18 @@ def evidence(
     variance += _with_ancestors(n * state.log_weights.exp() * influence, lineage) / n**2
     if not float(state.least) >= _FAILED:
         warn(
-            f"a temperature has left only {float(state.least):.1e} of the particles effective: the evidence is not to "
-            "be trusted; the likelihood is too steep for the precision of its numbers: standardise, or take float64"
+            f"a temperature has left only {float(state.least):.1e} of the particles effective: the "
+            f"evidence is not to "
+            "be trusted; the likelihood is too steep for the precision of its numbers: "
+            "standardise, or take float64"
         )
     return -value, math.sqrt(variance)
 
 
 def _with_ancestors(influence: Tensor, lineage: Tensor) -> float:
-    """Return what particles ``(1, particle)`` add to the squared sum of influences, at least as if independent."""
+    """Return what particles ``(1, particle)`` add to the squared sum of influences, at least as if
+    independent.
+    """
     alone = float(influence.square().sum())
     return max(alone, alone + 2 * float((influence * lineage).sum()))
 
@@ -367,9 +415,14 @@ def _too_close(theta: Tensor) -> str:
 
 
 class _Path:
-    """From the start, the prior if None, to the posterior, or back; both ends are evaluated in chunks."""
+    """From the start, the prior if None, to the posterior, or back.
 
-    def __init__(self, model: BayesianModel, start: Posterior | None, chunk_size: int, *, back: bool = False) -> None:
+    Both ends are evaluated in chunks.
+    """
+
+    def __init__(
+        self, model: BayesianModel, start: Posterior | None, chunk_size: int, *, back: bool = False
+    ) -> None:
         self.model, self._start, self._chunk_size, self._back = model, start, chunk_size, back
 
     def __call__(self, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -377,11 +430,14 @@ class _Path:
         log_first, _, log_last, _ = self._ends(theta.flatten(0, 1))
         return log_first.reshape(theta.shape[:2]), log_last.reshape(theta.shape[:2])
 
-    def tempered(self, fraction: Tensor, remainder: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """Return the density at fractions ``(particle,)`` of the way, one of its own for every particle.
+    def tempered(
+        self, fraction: Tensor, remainder: Tensor
+    ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """Return the density at fractions ``(particle,)`` of the way, one of its own for every
+        particle.
 
-        ``remainder`` is one less the fraction, and known better near the end: the first density may be so steep that
-        the last digits of that matter.
+        ``remainder`` is one less the fraction, and known better near the end: the first density may
+        be so steep that the last digits of that matter.
         """
 
         def target(theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -392,9 +448,13 @@ class _Path:
         return target
 
     def _ends(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return value and gradient of the log density at the first end and at the last, at ``(particle, dim)``."""
+        """Return value and gradient of the log density at the first end and at the last, at
+        ``(particle, dim)``.
+        """
         parts = [self._chunk(rows) for rows in theta.split(self._chunk_size)]
-        log_start, start_grad, log_joint, grad = (torch.cat(values) for values in zip(*parts, strict=True))
+        log_start, start_grad, log_joint, grad = (
+            torch.cat(values) for values in zip(*parts, strict=True)
+        )
         if self._back:
             return log_joint, grad, log_start, start_grad
         return log_start, start_grad, log_joint, grad
@@ -421,13 +481,17 @@ class _Path:
 
 
 def next_fraction(ratio: Tensor, log_weights: Tensor, fraction: Tensor, ess: float) -> Tensor:
-    """Return the largest inverse temperatures ``(run,)`` that leave at least ``ess`` of the particles effective."""
+    """Return the largest inverse temperatures ``(run,)`` that leave at least ``ess`` of the
+    particles effective.
+    """
     remainder = 1 - fraction
     step = _next_step(ratio, log_weights, fraction, remainder, ess)
     return torch.where(step == remainder, 1.0, fraction + step)
 
 
-def _next_step(ratio: Tensor, log_weights: Tensor, fraction: Tensor, remainder: Tensor, ess: float) -> Tensor:
+def _next_step(
+    ratio: Tensor, log_weights: Tensor, fraction: Tensor, remainder: Tensor, ess: float
+) -> Tensor:
     """Return the same as steps from ``fraction``, of which ``remainder`` is the longest."""
 
     def remaining(step: Tensor) -> Tensor:
@@ -435,7 +499,8 @@ def _next_step(ratio: Tensor, log_weights: Tensor, fraction: Tensor, remainder: 
         weights = weights - weights.logsumexp(1, keepdim=True)
         return (-(2 * weights).logsumexp(1)).exp() / weights.shape[1]
 
-    # Bisection of the step itself, whose digits do not end: noise of 1e-6 of the data wants a first one of 1e-13.
+    # Bisection of the step itself, whose digits do not end: noise of 1e-6 of the data wants a first
+    # one of 1e-13.
     low, high = torch.zeros_like(remainder), remainder
     whole = remaining(remainder) >= ess
     for _ in range(_HALVINGS):
@@ -472,14 +537,18 @@ def _variance(theta: Tensor, log_weights: Tensor) -> Tensor:
 
 
 def _shares(log_weights: Tensor, root: Tensor) -> Tensor:
-    """Return the weight of every family, the descendants of one of the first particles, ``(run, make_kernel)``."""
+    """Return the weight of every family, the descendants of one of the first particles,
+    ``(run, make_kernel)``.
+    """
     return torch.zeros_like(log_weights).scatter_add_(1, root, log_weights.exp())
 
 
 def merging(log_weights: Tensor, root: Tensor) -> Tensor:
-    """Return minus the log of what systematic resampling leaves, on average, of the chance that families differ.
+    """Return minus the log of what systematic resampling leaves, on average, of the chance that
+    families differ.
 
-    Siblings lie side by side, so that a family's number of children is its expectation rounded up or down.
+    Siblings lie side by side, so that a family's number of children is its expectation rounded up
+    or down.
     """
     n = log_weights.shape[1]
     shares = _shares(log_weights, root)
@@ -489,10 +558,11 @@ def merging(log_weights: Tensor, root: Tensor) -> Tensor:
 
 
 def relative_variance(log_weights: Tensor, root: Tensor, merged: Tensor) -> Tensor:
-    """Estimate the relative variance of each run's evidence from the families alive (after Lee and Whiteley 2018).
+    """Estimate the relative variance of each run's evidence from the families alive (after Lee and
+    Whiteley 2018).
 
-    Two draws of the particles belong to different families less often than independent ones would. Their factor
-    n / (n - 1) for every multinomial resampling is that of systematic resampling here.
+    Two draws of the particles belong to different families less often than independent ones would.
+    Their factor n / (n - 1) for every multinomial resampling is that of systematic resampling here.
     """
     n = log_weights.shape[1]
     apart = 1 - _shares(log_weights, root).square().sum(1)

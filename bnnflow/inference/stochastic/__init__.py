@@ -1,1 +1,3 @@
-"""Stochastic-gradient Markov chains: `SGLD`, `SGHMC`, `SGNHT`, their step-size schedules and burn-in."""
+"""Stochastic-gradient Markov chains: `SGLD`, `SGHMC`, `SGNHT`, their step-size schedules and
+burn-in.
+"""

@@ -1,4 +1,6 @@
-"""Gradients that are random, and what samplers must know of them: noise, curvature, and when one has gone wrong."""
+"""Gradients that are random, and what samplers must know of them: noise, curvature, and when one
+has gone wrong.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,15 @@ __all__ = [
 ]
 
 StochasticTarget = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]
-"""``(theta (chain, dim), generator) -> (chain,), (chain, dim)``: unbiased estimates of log_joint and its gradient."""
+"""``(theta (chain, dim), generator) -> (chain,), (chain, dim)``: unbiased estimates of log_joint
+and its gradient.
+"""
 
 
 def stochastic(model: BayesianModel, batch_size: int | None) -> StochasticTarget:
-    """Return log_joint and its gradient from mini-batches, one of its own for every chain; from all data if None.
+    """Return log_joint and its gradient from mini-batches, one of its own for every chain.
+
+    From all data if None.
 
     The scaling by n / batch and the temperature are the model's.
     """
@@ -50,7 +56,9 @@ def stochastic(model: BayesianModel, batch_size: int | None) -> StochasticTarget
 
 
 class Anchor(NamedTuple):
-    """Points near the posterior's modes, one for each chain, with the exact density and gradient there."""
+    """Points near the posterior's modes, one for each chain, with the exact density and gradient
+    there.
+    """
 
     theta: Tensor  # (chain, dim)
     log_joint: Tensor  # (chain,)
@@ -76,36 +84,44 @@ def move_anchor(model: BayesianModel, anchor: Anchor, theta: Tensor) -> Anchor:
 
 
 def control_variates(model: BayesianModel, anchor: Anchor, batch_size: int) -> StochasticTarget:
-    """Return the estimator g(a) + g_b(theta) - g_b(a), with one batch b in both and a the chain's anchor.
+    """Return the estimator g(a) + g_b(theta) - g_b(a), with one batch b in both and a the chain's
+    anchor.
 
-    Unbiased wherever the anchor is (Baker et al. 2019), and exact at the anchor itself: the variance is that of the
-    difference, which near the anchor grows with the squared distance instead of being that of the data. The prior is
-    counted in full on both sides. Two mini-batch gradients, made in one call.
+    Unbiased wherever the anchor is (Baker et al. 2019), and exact at the anchor itself: the
+    variance is that of the difference, which near the anchor grows with the squared distance
+    instead of being that of the data. The prior is counted in full on both sides. Two mini-batch
+    gradients, made in one call.
     """
 
     @torch.no_grad()
     def target(theta: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         rows = model.random_rows(theta.shape[:-1], generator, batch_size)
-        value, grad = model.log_joint_and_grad(torch.stack([theta, anchor.theta]), torch.stack([rows, rows]))
+        value, grad = model.log_joint_and_grad(
+            torch.stack([theta, anchor.theta]), torch.stack([rows, rows])
+        )
         return anchor.log_joint + (value[0] - value[1]), anchor.grad + (grad[0] - grad[1])
 
     return target
 
 
-# ---------------------------------------------------------------- survival
+# ---------------------------------------- survival
 
 _State = TypeVar("_State", bound=Any)
 
 
-def clip_or_revert(new: _State, before: Callable[[], _State], root: Tensor, limit: float) -> tuple[_State, Tensor]:
+def clip_or_revert(
+    new: _State, before: Callable[[], _State], root: Tensor, limit: float
+) -> tuple[_State, Tensor]:
     """Mend what went wrong in a step, chain by chain, and say where it did.
 
-    A chain whose density or gradient is not finite goes back to where it was. One whose gradient, in units of
-    ``root``, is longer than ``limit`` stays, with its gradient cut to that length: it is then in a region too stiff for
-    the step size, from which it can return, but which a full step would leave for infinity.
+    A chain whose density or gradient is not finite goes back to where it was. One whose gradient,
+    in units of ``root``, is longer than ``limit`` stays, with its gradient cut to that length: it
+    is then in a region too stiff for the step size, from which it can return, but which a full step
+    would leave for infinity.
 
     Args:
-        new: a state with ``log_joint`` and ``grad``; numbers in it belong to all chains and are kept.
+        new: a state with ``log_joint`` and ``grad``; numbers in it belong to all chains and are
+            kept.
         before: gives the state to go back to.
         root: square root of the preconditioner, ``(dim,)`` or ``(chain, dim)``.
         limit: longest gradient.
@@ -134,12 +150,14 @@ def clip_or_revert(new: _State, before: Callable[[], _State], root: Tensor, limi
 
 @functools.lru_cache(maxsize=32, typed=True)
 def constant_statistic(chains: int, number: float, device: torch.device) -> Tensor:
-    """Return a statistic that is the same for all chains, and the same tensor in every step: nobody may write to it."""
+    """Return a statistic that is the same for all chains, and the same tensor in every step: nobody
+    may write to it.
+    """
     kinds = {bool: torch.bool, int: torch.int64, float: torch.float64}
     return torch.full((chains,), number, dtype=kinds[type(number)], device=device)
 
 
-# ---------------------------------------------------------------- scales
+# ---------------------------------------- scales
 
 
 class Scales(NamedTuple):
@@ -155,7 +173,8 @@ class Scales(NamedTuple):
 def averaged(old: Scales, new: Scales, weight: float) -> Scales:
     """Return scales with the preconditioner of ``old`` and a mean in which ``new`` has this weight.
 
-    Only the numbers are averaged, and the variances of noise: what a step size must suit is where chains usually are.
+    Only the numbers are averaged, and the variances of noise: what a step size must suit is where
+    chains usually are.
     """
     return Scales(
         old.metric,
@@ -177,10 +196,10 @@ def measure(
 ) -> Scales:
     """Find a preconditioner, the largest curvature in it, and the noise of the gradient.
 
-    Products with the Hessian H are differences of full gradients over a tenth of the posterior's width. The
-    preconditioner equilibrates: it is the diagonal G for which every row of G^(1/2) H G^(1/2) has norm 1 (Dauphin et
-    al. 2015, iterated), 1 / H for a diagonal H, with squares of H pooled over chains. Curvature is the largest
-    that power iteration finds in any chain.
+    Products with the Hessian H are differences of full gradients over a tenth of the posterior's
+    width. The preconditioner equilibrates: it is the diagonal G for which every row of G^(1/2) H
+    G^(1/2) has norm 1 (Dauphin et al. 2015, iterated), 1 / H for a diagonal H, with squares of H
+    pooled over chains. Curvature is the largest that power iteration finds in any chain.
 
     Args:
         model: the posterior.
@@ -196,7 +215,9 @@ def measure(
     def hessian(direction: Tensor) -> Tensor:
         nonlocal gradients
         gradients += 1
-        return torch.nan_to_num(here - model.log_joint_and_grad(theta + direction)[1], 0.0, 0.0, 0.0)
+        return torch.nan_to_num(
+            here - model.log_joint_and_grad(theta + direction)[1], 0.0, 0.0, 0.0
+        )
 
     scale = _equilibrated(hessian, theta, generator, ranks)
     metric = scale if metric is None else metric
@@ -220,11 +241,18 @@ _SPREAD = 1e8  # the preconditioner's largest and smallest entries are this near
 def _equilibrated(
     hessian: Callable[[Tensor], Tensor], theta: Tensor, generator: torch.Generator, ranks: Ranks
 ) -> Tensor:
-    """Return G, ``(dim,)``, from random signs z: the mean of (H G^(1/2) z)_i^2 is row i of H G H."""
+    """Return G, ``(dim,)``, from random signs z: the mean of (H G^(1/2) z)_i^2 is row i of H G
+    H.
+    """
     metric, width = torch.ones_like(theta[0]), 1e-3
     for k in range(_ROUNDS):
-        signs = torch.randint(0, 2, theta.shape, generator=generator, device=theta.device).to(theta) * 2 - 1
-        rows = ranks.mean((hessian(width * signs * metric.sqrt()).double() / width).square().mean(0))
+        signs = (
+            torch.randint(0, 2, theta.shape, generator=generator, device=theta.device).to(theta) * 2
+            - 1
+        )
+        rows = ranks.mean(
+            (hessian(width * signs * metric.sqrt()).double() / width).square().mean(0)
+        )
         if not rows.max() > 0:  # the density is not finite, or flat: nothing was learned
             continue
         rows = rows.clamp(min=1e-20 * float(rows.max()))

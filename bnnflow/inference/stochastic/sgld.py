@@ -1,4 +1,6 @@
-"""Stochastic-gradient Langevin dynamics, plain, preconditioned, in cycles, with control variates."""
+"""Stochastic-gradient Langevin dynamics, plain, preconditioned, in cycles, with control
+variates.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,12 @@ from torch import Tensor
 from bnnflow.arguments import checked, choice, settle
 from bnnflow.draws import Draws
 from bnnflow.inference.stochastic.burn_in import Scheme, check, run_stochastic
-from bnnflow.inference.stochastic.gradients import Scales, StochasticTarget, clip_or_revert, constant_statistic
+from bnnflow.inference.stochastic.gradients import (
+    Scales,
+    StochasticTarget,
+    clip_or_revert,
+    constant_statistic,
+)
 from bnnflow.inference.stochastic.schedules import Constant, Schedule
 from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
@@ -63,15 +70,22 @@ class SGLDDraw(NamedTuple):
 
 
 def sgld(
-    target: StochasticTarget, step_size: float, metric: Tensor, *, schedule: Schedule = Constant(), cost: int = 1
+    target: StochasticTarget,
+    step_size: float,
+    metric: Tensor,
+    *,
+    schedule: Schedule = Constant(),
+    cost: int = 1,
 ) -> Kernel:
-    """Build the kernel of stochastic-gradient Langevin dynamics (Welling and Teh 2011) with a fixed preconditioner.
+    """Build the kernel of stochastic-gradient Langevin dynamics (Welling and Teh 2011) with a fixed
+    preconditioner.
 
-    theta <- theta + (eps / 2) G g + N(0, eps G), with g an unbiased estimate of grad log_joint at theta, G the
-    constant diagonal ``metric`` (so that there is no Gamma term) and eps the scheduled step size. Temperature is the
-    model's: the noise has unit temperature. Approximates exp(log_joint) with a bias of order eps. On a Gaussian, in a
-    direction where G^(1/2) H G^(1/2) has the eigenvalue l and G^(1/2) g the noise variance v, the mean is exact and
-    the variance is too large by the factor (1 + eps v / 4) / (1 - eps l / 4); unstable for eps l >= 4.
+    theta <- theta + (eps / 2) G g + N(0, eps G), with g an unbiased estimate of grad log_joint at
+    theta, G the constant diagonal ``metric`` (so that there is no Gamma term) and eps the scheduled
+    step size. Temperature is the model's: the noise has unit temperature. Approximates
+    exp(log_joint) with a bias of order eps. On a Gaussian, in a direction where G^(1/2) H G^(1/2)
+    has the eigenvalue l and G^(1/2) g the noise variance v, the mean is exact and the variance is
+    too large by the factor (1 + eps v / 4) / (1 - eps l / 4); unstable for eps l >= 4.
 
     Args:
         target: estimates of log_joint and its gradient.
@@ -85,14 +99,19 @@ def sgld(
     def init(theta: Tensor, generator: torch.Generator) -> SGLDState:
         state = SGLDState(theta, *target(theta, generator), 0)
         return clip_or_revert(
-            state, lambda: state._replace(grad=torch.zeros_like(theta)), root, _limit(theta, step_size)
+            state,
+            lambda: state._replace(grad=torch.zeros_like(theta)),
+            root,
+            _limit(theta, step_size),
         )[0]
 
     def step(state: SGLDState, generator: torch.Generator) -> tuple[SGLDState, SGLDInfo]:
         scale, sampling = schedule(state.done)
         eps = step_size * scale
         if sampling:
-            theta = langevin(state.theta, state.grad, metric, root, 0.5 * eps, math.sqrt(eps), generator)
+            theta = langevin(
+                state.theta, state.grad, metric, root, 0.5 * eps, math.sqrt(eps), generator
+            )
         else:
             theta = torch.addcmul(state.theta, state.grad, metric, value=0.5 * eps)
         new = SGLDState(theta, *target(theta, generator), state.done + 1)
@@ -114,11 +133,12 @@ def psgld(
 ) -> Kernel:
     """Build the kernel of SGLD preconditioned by running gradients (Li et al. 2016).
 
-    V <- decay V + (1 - decay) (g / n)^2 and G = 1 / (floor + sqrt(V)), each chain its own, then the step of `sgld`.
-    Approximates exp(log_joint) with a bias of order eps, and one more: as G follows the chain, an exact drift would
-    need the term Gamma_i = sum_j dG_ij / dtheta_j, which is dropped here as in practice everywhere. That bias vanishes
-    with 1 - decay, not with eps, and is least where the noise of mini-batches, not the chain, sets V: with full
-    gradients on a linear regression it makes variances half as large again. A preconditioner frozen after warm-up
+    V <- decay V + (1 - decay) (g / n)^2 and G = 1 / (floor + sqrt(V)), each chain its own, then the
+    step of `sgld`. Approximates exp(log_joint) with a bias of order eps, and one more: as G follows
+    the chain, an exact drift would need the term Gamma_i = sum_j dG_ij / dtheta_j, which is dropped
+    here as in practice everywhere. That bias vanishes with 1 - decay, not with eps, and is least
+    where the noise of mini-batches, not the chain, sets V: with full gradients on a linear
+    regression it makes variances half as large again. A preconditioner frozen after warm-up
     (`sgld`) is free of it.
 
     Args:
@@ -137,7 +157,8 @@ def psgld(
     def init(theta: Tensor, generator: torch.Generator) -> PSGLDState:
         value, grad = target(theta, generator)
         squares = (torch.nan_to_num(grad, 0.0, 0.0, 0.0) / n).square()
-        squares = 0.5 * (squares.mean(0) + squares.mean()).expand_as(grad).clone()  # no scale is small by chance
+        # no scale is small by chance
+        squares = 0.5 * (squares.mean(0) + squares.mean()).expand_as(grad).clone()
         metric = preconditioner(squares)
         state = PSGLDState(theta, value, grad, squares, metric, 0)
         before = state._replace(grad=torch.zeros_like(theta))
@@ -146,11 +167,15 @@ def psgld(
     def step(state: PSGLDState, generator: torch.Generator) -> tuple[PSGLDState, SGLDInfo]:
         scale, sampling = schedule(state.done)
         eps = step_size * scale
-        squares = torch.addcmul(decay * state.squares, state.grad, state.grad, value=(1 - decay) / n**2)
+        squares = torch.addcmul(
+            decay * state.squares, state.grad, state.grad, value=(1 - decay) / n**2
+        )
         metric = preconditioner(squares)
         root = metric.sqrt()
         if sampling:
-            theta = langevin(state.theta, state.grad, metric, root, 0.5 * eps, math.sqrt(eps), generator)
+            theta = langevin(
+                state.theta, state.grad, metric, root, 0.5 * eps, math.sqrt(eps), generator
+            )
         else:
             theta = torch.addcmul(state.theta, state.grad, metric, value=0.5 * eps)
         value, grad = target(theta, generator)
@@ -168,36 +193,46 @@ def _limit(theta: Tensor, eps: float) -> float:
 
 def _info(theta: Tensor, diverging: Tensor, cost: int, step_size: float) -> SGLDInfo:
     chains, device = len(theta), theta.device
-    return SGLDInfo(constant_statistic(chains, cost, device), diverging, constant_statistic(chains, step_size, device))
+    return SGLDInfo(
+        constant_statistic(chains, cost, device),
+        diverging,
+        constant_statistic(chains, step_size, device),
+    )
 
 
 @checked
 @dataclass(frozen=True)
 class SGLD(Method):
-    """Sample with stochastic-gradient Langevin dynamics (Welling and Teh 2011); see `sgld` for the update.
+    """Sample with stochastic-gradient Langevin dynamics (Welling and Teh 2011).
 
-    Approximates the posterior with a bias of the order of the step size; there is no accept step. Without
-    ``step_size`` one is found: warm-up estimates a diagonal preconditioner G, the largest curvature l and the mean
-    gradient noise v in its units, and takes eps = 4 bias / max(l, v). By the closed form for Gaussians variances
-    are then too large by about ``bias`` at most, in the stiffest direction (l), and on average (v). Gradient noise is
-    what limits mini-batches far from the mode; ``control_variates`` remove most of it.
+    See `sgld` for the update.
 
-    ``log_joint`` of the draws is exact: with mini-batches the full density is evaluated once a draw. The statistic
-    ``n_steps`` counts gradients, of a mini-batch or of all data alike; ``configurational_temperature`` is 1 on average
-    where the law is right.
+    Approximates the posterior with a bias of the order of the step size; there is no accept step.
+    Without ``step_size`` one is found: warm-up estimates a diagonal preconditioner G, the largest
+    curvature l and the mean gradient noise v in its units, and takes eps = 4 bias / max(l, v). By
+    the closed form for Gaussians variances are then too large by about ``bias`` at most, in the
+    stiffest direction (l), and on average (v). Gradient noise is what limits mini-batches far from
+    the mode; ``control_variates`` remove most of it.
+
+    ``log_joint`` of the draws is exact: with mini-batches the full density is evaluated once a
+    draw. The statistic ``n_steps`` counts gradients, of a mini-batch or of all data alike;
+    ``configurational_temperature`` is 1 on average where the law is right.
 
     Args:
-        step_size: eps, in units of the preconditioner; None finds it. A number takes the paper's plain update unless
-            a preconditioner is named, and is shortened only by divergences in warm-up.
+        step_size: eps, in units of the preconditioner; None finds it. A number takes the paper's
+            plain update unless a preconditioner is named, and is shortened only by divergences in
+            warm-up.
         batch_size: rows in a mini-batch, each chain its own; None takes all data.
-        preconditioner: ``"none"``, ``"diagonal"`` (estimated in warm-up, then fixed: no further bias), ``"rmsprop"``
-            (Li et al. 2016, for comparisons: slow to reach the mode from afar, and biased for want of the Gamma
-            term, see `psgld`). None is diagonal where the step size
-            is left to warm-up, and none where it is given.
-        control_variates: estimate gradients by differences from those at a mode (Baker et al. 2019): the chain's
-            warm start, or where Adam leads from ``init``. Two mini-batch gradients a step.
+        preconditioner: ``"none"``, ``"diagonal"`` (estimated in warm-up, then fixed: no further
+            bias), ``"rmsprop"`` (Li et al. 2016, for comparisons: slow to reach the mode from afar,
+            and biased for want of the Gamma term, see `psgld`). None is diagonal where the step
+            size is left to warm-up, and none where it is given.
+        control_variates: estimate gradients by differences from those at a mode (Baker et al.
+            2019): the chain's warm start, or where Adam leads from ``init``. Two mini-batch
+            gradients a step.
         bias: relative excess of variances that a found step size may cause.
-        schedule: `Constant`, `Polynomial` or `Cyclical` step sizes, counted from the end of warm-up.
+        schedule: `Constant`, `Polynomial` or `Cyclical` step sizes, counted from the end of
+            warm-up.
         thinning: steps for each draw, and for each transition of warm-up.
 
     Example:
@@ -223,10 +258,17 @@ class SGLD(Method):
         settle(self, choice, "preconditioner", choices=("none", "diagonal", "rmsprop"))
 
     def draw(self, model: BayesianModel, run: Run) -> Draws:
-        """Run the chains; see `bnnflow.sample`. The defaults are 16 chains, 200 transitions of warm-up, 1,000 draws."""
+        """Run the chains; see `bnnflow.sample`.
+
+        The defaults are 16 chains, 200 transitions of warm-up, 1,000 draws.
+        """
 
         def make_kernel(
-            target: StochasticTarget, scales: Scales, step_size: float, schedule: Schedule, cost: int
+            target: StochasticTarget,
+            scales: Scales,
+            step_size: float,
+            schedule: Schedule,
+            cost: int,
         ) -> Kernel:
             if self.preconditioner == "rmsprop":
                 return psgld(target, step_size, len(model.x), schedule=schedule, cost=cost)
@@ -235,11 +277,14 @@ class SGLD(Method):
         def step_size_rule(scales: Scales) -> tuple[float, float]:
             eps = 4 * self.bias / max(scales.curvature, scales.noise_level)
             eps = min(eps / self.schedule.kept_scale, 2 / scales.curvature)
-            # A preconditioner that follows the gradient may change: keep well away from the longest stable step.
+            # A preconditioner that follows the gradient may change: keep well away from the longest
+            # stable step.
             return eps, (0.1 if self.preconditioner == "rmsprop" else 1) / scales.curvature
 
         def notes(scales: Scales, step_size: float) -> dict[str, Any]:
             kept = step_size * self.schedule.kept_scale
             return {"variance_excess": kept * max(scales.curvature, scales.noise_level) / 4}
 
-        return run_stochastic(model, run, self, Scheme(make_kernel, step_size_rule, notes, SGLDDraw))
+        return run_stochastic(
+            model, run, self, Scheme(make_kernel, step_size_rule, notes, SGLDDraw)
+        )

@@ -1,4 +1,6 @@
-"""The stochastic-gradient Nose-Hoover thermostat: friction that learns the noise of the gradient."""
+"""The stochastic-gradient Nose-Hoover thermostat: friction that learns the noise of the
+gradient.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,15 @@ _CONSTANT = Constant()
 
 
 class SGNHTState(NamedTuple):
-    """Where every chain is and how it moves, its thermostat, and the estimates of the density and its gradient."""
+    """Where every chain is and how it moves, its thermostat, and the estimates of the density and
+    its gradient.
+    """
 
     theta: Tensor  # (chain, dim)
     log_joint: Tensor  # (chain,), float64
     grad: Tensor  # (chain, dim)
-    momentum: Tensor  # (chain, dim), in units of the square root of the mass, before the kick of ``grad``
+    # (chain, dim), in units of the square root of the mass, before the kick of ``grad``
+    momentum: Tensor
     thermostat: Tensor  # (chain, 1) or (chain, dim): the friction
     done: int  # steps
 
@@ -48,18 +53,21 @@ def sgnht(
     schedule: Schedule = Constant(),
     cost: int = 1,
 ) -> Kernel:
-    """Build the kernel of the stochastic-gradient Nose-Hoover thermostat (Ding et al. 2014), symmetrically split.
+    """Build the kernel of the stochastic-gradient Nose-Hoover thermostat (Ding et al. 2014),
+    symmetrically split.
 
-    Discretises dtheta = G^(1/2) p dt, dp = G^(1/2) g dt - xi p dt + N(0, 2 friction dt), dxi = (mean of p^2 - 1) /
-    inertia dt, with G the diagonal ``metric`` (the inverse mass) and p standard normal, by the scheme BADODAB
-    (Leimkuhler and Shang 2016), one gradient a step: half a kick, half a drift, half a thermostat step, friction and
-    noise solved exactly, and the same backwards; the last half kick is made together with the next step's first.
+    Discretises dtheta = G^(1/2) p dt, dp = G^(1/2) g dt - xi p dt + N(0, 2 friction dt), dxi =
+    (mean of p^2 - 1) / inertia dt, with G the diagonal ``metric`` (the inverse mass) and p standard
+    normal, by the scheme BADODAB (Leimkuhler and Shang 2016), one gradient a step: half a kick,
+    half a drift, half a thermostat step, friction and noise solved exactly, and the same backwards;
+    the last half kick is made together with the next step's first.
 
-    The thermostat raises the friction xi until the momenta have unit temperature, whatever the noise of g adds: noise
-    that is constant and the same in all directions (in every single one, with ``per_parameter``) does not heat the
-    chain. In continuous time this leaves exp(log_joint) N(p; 0, I) N(xi; friction + noise, inertia^-1 / dim) invariant
-    (temperature is the model's), discretised with a bias of order h^2; noise that differs between directions or
-    changes with theta leaves one of order h.
+    The thermostat raises the friction xi until the momenta have unit temperature, whatever the
+    noise of g adds: noise that is constant and the same in all directions (in every single one,
+    with ``per_parameter``) does not heat the chain. In continuous time this leaves exp(log_joint)
+    N(p; 0, I) N(xi; friction + noise, inertia^-1 / dim) invariant (temperature is the model's),
+    discretised with a bias of order h^2; noise that differs between directions or changes with
+    theta leaves one of order h.
 
     Args:
         target: estimates of log_joint and its gradient.
@@ -68,7 +76,8 @@ def sgnht(
         friction: strength of the noise that is added, and what xi starts from.
         inertia: of the thermostat.
         per_parameter: give every coordinate a thermostat instead of every chain.
-        schedule: of the step size; where it does not sample, xi rests and there is friction but no noise.
+        schedule: of the step size; where it does not sample, xi rests and there is friction but no
+            noise.
         cost: gradients a step, for ``n_steps``; mini-batch gradients count as one each.
     """
     root = metric.sqrt()
@@ -103,45 +112,57 @@ def sgnht(
         kinetic = 0.5 * (first + last).mean(-1)
         theta.addcmul_(momentum, root, value=0.5 * h)
         new = SGNHTState(theta, *target(theta, generator), momentum, thermostat, state.done + 1)
-        new, diverging = clip_or_revert(new, lambda: _restarted(state, friction), root, kick_limit(theta, h))
+        new, diverging = clip_or_revert(
+            new, lambda: _restarted(state, friction), root, kick_limit(theta, h)
+        )
         return new, momentum_info(theta, diverging, cost, h, kinetic)
 
     return Kernel(init, step)
 
 
 def _spread(thermostat: Tensor, friction: float, h: float) -> Tensor:
-    """Return the scale of the noise that friction ``thermostat`` of either sign leaves after a time ``h``."""
+    """Return the scale of the noise that friction ``thermostat`` of either sign leaves after a time
+    ``h``.
+    """
     xi = thermostat + 1e-30  # exactly zero has a limit, which this rounds to
     return (torch.expm1(-2 * h * xi).neg_() / xi).mul_(friction).sqrt_()
 
 
 def _restarted(state: SGNHTState, friction: float) -> SGNHTState:
-    return state._replace(momentum=-state.momentum, thermostat=torch.full_like(state.thermostat, friction))
+    return state._replace(
+        momentum=-state.momentum, thermostat=torch.full_like(state.thermostat, friction)
+    )
 
 
 @checked
 @dataclass(frozen=True)
 class SGNHT(Method):
-    """Sample with the stochastic-gradient Nose-Hoover thermostat (Ding et al. 2014); see `sgnht` for the update.
+    """Sample with the stochastic-gradient Nose-Hoover thermostat (Ding et al. 2014).
 
-    Approximates the posterior; there is no accept step. The bias is of second order in the step size where the
-    thermostat can balance the noise of mini-batches, and of first order in what it cannot. Without ``step_size`` one is
-    found: warm-up estimates a diagonal preconditioner, the largest curvature l and the mean gradient noise v in its
-    units, and takes h = 2 sqrt(bias / max(l, v)).
+    See `sgnht` for the update.
 
-    ``log_joint`` and the statistics of the draws are as in `SGHMC`, but that ``kinetic_temperature`` is the mean of
-    p^2 before and after friction and noise: what the thermostat holds at 1.
+    Approximates the posterior; there is no accept step. The bias is of second order in the step
+    size where the thermostat can balance the noise of mini-batches, and of first order in what it
+    cannot. Without ``step_size`` one is found: warm-up estimates a diagonal preconditioner, the
+    largest curvature l and the mean gradient noise v in its units, and takes h = 2 sqrt(bias /
+    max(l, v)).
+
+    ``log_joint`` and the statistics of the draws are as in `SGHMC`, but that
+    ``kinetic_temperature`` is the mean of p^2 before and after friction and noise: what the
+    thermostat holds at 1.
 
     Args:
         step_size: h, in units of the preconditioner; None finds it.
         batch_size: rows in a mini-batch, each chain its own; None takes all data.
-        friction: strength of the added noise; None is 1 in the preconditioned units, and otherwise 0.1 / step_size.
+        friction: strength of the added noise; None is 1 in the preconditioned units, and otherwise
+            0.1 / step_size.
         inertia: of the thermostat, which answers in times of its square root.
-        per_parameter: give every coordinate a thermostat, which can then balance noise that differs between them.
-        preconditioner: ``"none"`` or ``"diagonal"`` (estimated in warm-up, then fixed). None is diagonal where the
-            step size is left to warm-up, and none where it is given.
-        control_variates: estimate gradients by differences from those at a mode (Baker et al. 2019). Two mini-batch
-            gradients a step.
+        per_parameter: give every coordinate a thermostat, which can then balance noise that differs
+            between them.
+        preconditioner: ``"none"`` or ``"diagonal"`` (estimated in warm-up, then fixed). None is
+            diagonal where the step size is left to warm-up, and none where it is given.
+        control_variates: estimate gradients by differences from those at a mode (Baker et al.
+            2019). Two mini-batch gradients a step.
         bias: sets a found step size.
         schedule: `Constant`, `Polynomial` or `Cyclical`; scales h^2.
         thinning: steps for each draw, and for each transition of warm-up.
@@ -164,11 +185,18 @@ class SGNHT(Method):
         settle(self, flag, "per_parameter")
 
     def draw(self, model: BayesianModel, run: Run) -> Draws:
-        """Run the chains; see `bnnflow.sample`. The defaults are 16 chains, 200 transitions of warm-up, 1,000 draws."""
+        """Run the chains; see `bnnflow.sample`.
+
+        The defaults are 16 chains, 200 transitions of warm-up, 1,000 draws.
+        """
         friction = self.friction or (1.0 if self.step_size is None else 0.1 / self.step_size)
 
         def make_kernel(
-            target: StochasticTarget, scales: Scales, step_size: float, schedule: Schedule, cost: int
+            target: StochasticTarget,
+            scales: Scales,
+            step_size: float,
+            schedule: Schedule,
+            cost: int,
         ) -> Kernel:
             return sgnht(
                 target,
@@ -190,7 +218,10 @@ class SGNHT(Method):
             return {"friction": friction}
 
         def settle(state: SGNHTState, scales: Scales, step_size: float) -> SGNHTState:
-            balance = friction + 0.5 * step_size * scales.noise_level  # what the thermostat would learn
+            # what the thermostat would learn
+            balance = friction + 0.5 * step_size * scales.noise_level
             return state._replace(thermostat=torch.full_like(state.thermostat, balance))
 
-        return run_stochastic(model, run, self, Scheme(make_kernel, step_size_rule, notes, MomentumDraw, settle))
+        return run_stochastic(
+            model, run, self, Scheme(make_kernel, step_size_rule, notes, MomentumDraw, settle)
+        )

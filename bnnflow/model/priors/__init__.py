@@ -1,4 +1,6 @@
-"""Priors over weights: of fixed distributions, scale mixtures, and learned from trained networks."""
+"""Priors over weights: of fixed distributions, scale mixtures, and learned from trained
+networks.
+"""
 
 from bnnflow.model.priors.empirical import Empirical
 from bnnflow.model.priors.flat import FlatPrior
@@ -31,6 +33,7 @@ __all__ = [
     "as_prior",
 ]
 
-# Under these addresses they are public, and models are identified: files within may be parted otherwise.
+# Under these addresses they are public, and models are identified: files within may be parted
+# otherwise.
 for _name in __all__:
     globals()[_name].__module__ = __name__

@@ -35,7 +35,9 @@ class ConditionalWeights:
     In closed form for the priors of this module, by automatic differentiation for others.
     """
 
-    def __init__(self, prior: Prior, network: WeightSpec, parameters: Sequence[Hyperparameter]) -> None:
+    def __init__(
+        self, prior: Prior, network: WeightSpec, parameters: Sequence[Hyperparameter]
+    ) -> None:
         self.prior = prior
         self.network = network
         self.hyperparameters = parameters
@@ -44,19 +46,29 @@ class ConditionalWeights:
         self._check()
 
     def to(self, device: torch.device | str) -> ConditionalWeights:
-        """Return the same on another device; a user's own constants are scalars, which go anywhere."""
+        """Return the same on another device.
+
+        A user's own constants are scalars, which go anywhere.
+        """
         moved = copy.copy(self)
         moved._scales = None if self._scales is None else self._scales.to(device)
         return moved
 
     def distributions(self, values: dict[str, Tensor]) -> dict[str, Distribution]:
-        """Return the elementwise distribution of every tensor, given coordinates ``(..., *shape)`` by name in theta."""
+        """Return the elementwise distribution of every tensor, given coordinates ``(..., *shape)``
+        by name in theta.
+        """
         given = {each.key: each.value(values[each.name]) for each in self.hyperparameters}
         with unvalidated():
-            return {name: unwrapped(d) for name, d in self.prior.conditional(self.network, given).items()}
+            return {
+                name: unwrapped(d)
+                for name, d in self.prior.conditional(self.network, given).items()
+            }
 
     def log_prob(self, theta: Tensor) -> Tensor:
-        """Return log p(weights | parameters), ``(..., weights and parameters) -> (...)`` in float64."""
+        """Return log p(weights | parameters), ``(..., weights and parameters) -> (...)`` in
+        float64.
+        """
         return self._by_torch(theta) if self._scales is None else self._normal(theta)[0]
 
     def log_prob_and_grad(self, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,22 +88,34 @@ class ConditionalWeights:
         return total
 
     def _normal(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the log density of w ~ N(0, s^2) and its gradient: -w / s^2, and w^2 / s^2 - 1 by log s."""
+        """Return the log density of w ~ N(0, s^2) and its gradient: -w / s^2, and w^2 / s^2 - 1 by
+        log s.
+        """
         assert self._scales is not None
         log_scales, vjp = self._scales(theta)
         inverse = (-log_scales).exp()
         z = theta[..., : self.network.dim] * inverse
-        value = -(0.5 * z * z + log_scales).sum(-1, dtype=torch.float64) - 0.5 * self.network.dim * LOG_2PI
+        value = (
+            -(0.5 * z * z + log_scales).sum(-1, dtype=torch.float64)
+            - 0.5 * self.network.dim * LOG_2PI
+        )
         return value, torch.cat([-z * inverse, vjp(z * z - 1)], -1)
 
     def sample(self, coordinates: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw weights ``(n, network dim)`` given the parameters' coordinates ``(n, parameters)``."""
+        """Draw weights ``(n, network dim)`` given the parameters' coordinates
+        ``(n, parameters)``.
+        """
         n = len(coordinates)
-        values = self.spec.unflatten(torch.cat([coordinates.new_zeros(n, self.network.dim), coordinates], -1))
+        values = self.spec.unflatten(
+            torch.cat([coordinates.new_zeros(n, self.network.dim), coordinates], -1)
+        )
         distributions = self.distributions(values)
         with isolated(generator):
             drawn = {
-                name: distributions[name].expand(torch.Size((n, *self.network.shapes[name]))).sample().to(coordinates)
+                name: distributions[name]
+                .expand(torch.Size((n, *self.network.shapes[name])))
+                .sample()
+                .to(coordinates)
                 for name in self.network.names
             }
         return self.network.flatten(drawn)
@@ -102,19 +126,25 @@ class ConditionalWeights:
         return list(self.distributions(values).values())
 
     def to_normal(self, theta: Tensor) -> Tensor:
-        """Map weights and parameters to normal coordinates of the weights, ``(..., network dim)``."""
+        """Map weights and parameters to normal coordinates of the weights,
+        ``(..., network dim)``.
+        """
         if self._scales is not None:
             return theta[..., : self.network.dim] * (-self._scales(theta)[0]).exp()
         values = self.spec.unflatten(theta)
         with unvalidated():
             parts = {
                 name: torch.special.ndtri(d.cdf(values[name].double()).clamp(TINY, 1 - EPSILON))
-                for name, d in self.distributions({n: v.double() for n, v in values.items()}).items()
+                for name, d in self.distributions(
+                    {n: v.double() for n, v in values.items()}
+                ).items()
             }
         return self.network.flatten(parts).to(theta.dtype)
 
     def from_normal(self, z: Tensor, parameters: Tensor) -> Tensor:
-        """Map normal coordinates ``(..., network dim)`` to weights, given the parameters' coordinates in theta."""
+        """Map normal coordinates ``(..., network dim)`` to weights, given the parameters'
+        coordinates in theta.
+        """
         theta = torch.cat([z, parameters], -1)
         if self._scales is not None:
             return z * self._scales(theta)[0].exp()
@@ -126,8 +156,9 @@ class ConditionalWeights:
             }
         return self.network.flatten(parts).to(theta.dtype)
 
-    # What follows takes theta ``(batch, dim)`` of a whole prior, and both derivatives of the parameters' coordinates.
-    # For the priors of this module alone: weights are z times the exponential of a log scale.
+    # What follows takes theta ``(batch, dim)`` of a whole prior, and both derivatives of the
+    # parameters' coordinates. For the priors of this module alone: weights are z times the
+    # exponential of a log scale.
 
     @property
     def shared(self) -> Shared | None:
@@ -159,25 +190,35 @@ class ConditionalWeights:
         """Return the derivative by z of the slope times v, v fixed."""
         weights, curved, own = self._curved(theta)
         scales, step = curved.log_scales.exp(), self._own(v).unsqueeze(-1)
-        slope, along = (part * self._own(first).unsqueeze(-2) for part in (curved.slope, curved.along))
+        slope, along = (
+            part * self._own(first).unsqueeze(-2) for part in (curved.slope, curved.along)
+        )
         moved = (slope @ step).squeeze(-1)  # log scales along v
         columns = slope * (v[:, : own.start] * scales + weights * moved).unsqueeze(-1)
-        columns = columns + along * (weights * curved.bend * (along @ step).squeeze(-1)).unsqueeze(-1)
-        columns = columns + weights.unsqueeze(-1) * curved.slope * (self._own(second) * self._own(v)).unsqueeze(-2)
+        columns = columns + along * (weights * curved.bend * (along @ step).squeeze(-1)).unsqueeze(
+            -1
+        )
+        columns = columns + weights.unsqueeze(-1) * curved.slope * (
+            self._own(second) * self._own(v)
+        ).unsqueeze(-2)
         return Arrowhead(self._joined(scales * moved, second * v), columns)
 
     def bend(self, theta: Tensor, grad: Tensor, first: Tensor, second: Tensor) -> Bend:
         """Return the derivative by z of the gradient pulled back to z, ``grad`` fixed."""
         weights, curved, own = self._curved(theta)
         by_weights = grad[:, : own.start]
-        slope, along = (part * self._own(first).unsqueeze(-2) for part in (curved.slope, curved.along))
+        slope, along = (
+            part * self._own(first).unsqueeze(-2) for part in (curved.slope, curved.along)
+        )
         by_scales = weights * by_weights
         block = (slope * by_scales.unsqueeze(-1)).mT @ slope
         block = block + (along * (by_scales * curved.bend).unsqueeze(-1)).mT @ along
         by_own = self._own(grad) + (by_scales.unsqueeze(-2) @ curved.slope).squeeze(-2)
         block = block + torch.diag_embed(by_own * self._own(second))
         columns = slope * (by_weights * curved.log_scales.exp()).unsqueeze(-1)
-        diagonal = torch.cat([torch.zeros_like(theta[:, : own.stop]), (second * grad)[:, own.stop :]], 1)
+        diagonal = torch.cat(
+            [torch.zeros_like(theta[:, : own.stop]), (second * grad)[:, own.stop :]], 1
+        )
         return Bend(Arrowhead(diagonal, columns), block)
 
     def _curved(self, theta: Tensor) -> tuple[Tensor, Curved, slice]:
@@ -197,10 +238,14 @@ class ConditionalWeights:
         count = self.spec.dim - self.network.dim
         described = []
         for reach in (0.3, 0.7):
-            coordinates = torch.cat([torch.zeros(self.network.dim), reach * torch.arange(count).cos()]).double()
+            coordinates = torch.cat(
+                [torch.zeros(self.network.dim), reach * torch.arange(count).cos()]
+            ).double()
             for name, d in self.distributions(self.spec.unflatten(coordinates)).items():
                 parameters = {k: v.double().tolist() for k, v in parameters_of(d).items()}
-                described.append({"name": name, "family": type(d).__name__, "parameters": parameters})
+                described.append(
+                    {"name": name, "family": type(d).__name__, "parameters": parameters}
+                )
         return described
 
     def _check(self) -> None:
@@ -209,13 +254,19 @@ class ConditionalWeights:
         distributions = self.distributions(values)
         if set(distributions) != set(self.network.names):
             odd = sorted(set(distributions) ^ set(self.network.names))
-            raise ValueError(f"the prior's conditional must name exactly the network's tensors; {odd} are not both")
+            raise ValueError(
+                f"the prior's conditional must name exactly the network's tensors; "
+                f"{odd} are not both"
+            )
         for name, d in distributions.items():
             shape = (2, *self.network.shapes[name])
             if d.event_shape or not isinstance(d.support, type(constraints.real)):
-                raise ValueError(f"prior of {name!r}: {type(d).__name__} is not elementwise on the real line")
+                raise ValueError(
+                    f"prior of {name!r}: {type(d).__name__} is not elementwise on the real line"
+                )
             if not broadcasts(d.batch_shape, shape):
                 raise ValueError(
-                    f"prior of {name!r} given two values of the parameters has shape {tuple(d.batch_shape)}, which "
-                    f"does not broadcast to {shape}; the parameters have leading axes"
+                    f"prior of {name!r} given two values of the parameters has shape "
+                    f"{tuple(d.batch_shape)}, which does not broadcast to {shape}; the parameters "
+                    f"have leading axes"
                 )

@@ -1,8 +1,8 @@
 """The density that a model makes of its priors, along the flat vector ``theta``.
 
-First the weights, then the parameters of the prior, then those of the likelihood. The coordinate of a positive
-parameter is its logarithm (with the Jacobian). Also the map to standard normal coordinates, in which the transport
-works.
+First the weights, then the parameters of the prior, then those of the likelihood. The coordinate of
+a positive parameter is its logarithm (with the Jacobian). Also the map to standard normal
+coordinates, in which the transport works.
 """
 
 from __future__ import annotations
@@ -40,11 +40,14 @@ class FlatPrior:
     """The prior density along the flat weight vector.
 
     Args:
-        marginals: independent stretches, in the order of ``theta``; with ``weights``, of what follows them.
+        marginals: independent stretches, in the order of ``theta``; with ``weights``, of what
+            follows them.
         weights: the weights given the prior's parameters, which come first in the marginals.
     """
 
-    def __init__(self, marginals: Sequence[Marginal], weights: ConditionalWeights | None = None) -> None:
+    def __init__(
+        self, marginals: Sequence[Marginal], weights: ConditionalWeights | None = None
+    ) -> None:
         self.dim = marginals[-1].where.stop
         self._blocks = marginals
         self._weights = weights
@@ -59,7 +62,8 @@ class FlatPrior:
             parameters: those of the prior, then those of the likelihood.
 
         Raises:
-            ValueError: if a distribution does not fit its tensor, is not elementwise, or has the wrong support.
+            ValueError: if a distribution does not fit its tensor, is not elementwise, or has the
+                wrong support.
         """
         own = [each for each in parameters if each.owner == "prior"]
         distributions = {each.name: each.distribution for each in parameters}
@@ -69,7 +73,9 @@ class FlatPrior:
         elif own:
             weights = ConditionalWeights(prior, spec.network, own)
         else:
-            raise ValueError(f"{prior.name} has no parameters to infer; give it distributions(spec) instead")
+            raise ValueError(
+                f"{prior.name} has no parameters to infer; give it distributions(spec) instead"
+            )
         positive = {each.name for each in parameters if each.positive}
         marginals = []
         for name, where in spec.slices.items():
@@ -81,19 +87,25 @@ class FlatPrior:
 
     @property
     def _normal(self) -> td.Normal | None:
-        """The whole prior as one normal distribution, if it is one: the usual case, and the fast one."""
+        """The whole prior as one normal distribution, if it is one: the usual case, and the fast
+        one.
+        """
         first = self._blocks[0].distribution
         alone = len(self._blocks) == 1 and self._weights is None
         return first if alone and isinstance(first, td.Normal) else None
 
     @property
     def scale(self) -> Tensor | None:
-        """The standard deviations ``(dim,)``, if the whole prior is normal: what its coordinates are scaled by."""
+        """The standard deviations ``(dim,)``, if the whole prior is normal: what its coordinates
+        are scaled by.
+        """
         normal = self._normal
         return None if normal is None else normal.scale
 
     def scale_of(self, count: int) -> Tensor | None:
-        """Return the standard deviations of the first coordinates ``(count,)``, if these are normal whatever others."""
+        """Return the standard deviations of the first coordinates ``(count,)``, if these are normal
+        whatever others.
+        """
         first = self._blocks[0]
         alone = self._weights is None and isinstance(first.distribution, td.Normal)
         return first.distribution.scale[:count] if alone and first.where.stop >= count else None  # type: ignore[union-attr]
@@ -134,7 +146,10 @@ class FlatPrior:
             z = (theta - normal.loc) / normal.scale
             constant = normal.scale.double().log().sum() + 0.5 * self.dim * LOG_2PI
             return -0.5 * (z * z).sum(-1, dtype=torch.float64) - constant
-        parts = [block.log_prob(theta[..., block.where]).sum(-1, dtype=torch.float64) for block in self._blocks]
+        parts = [
+            block.log_prob(theta[..., block.where]).sum(-1, dtype=torch.float64)
+            for block in self._blocks
+        ]
         if self._weights is not None:
             parts.append(self._weights.log_prob(theta[..., : self._weights.spec.dim]))
         return torch.stack(parts).sum(0)
@@ -162,7 +177,9 @@ class FlatPrior:
         for block in self._blocks:
             d = block.distribution
             if isinstance(d, td.Normal):
-                noise = torch.randn(n, *d.loc.shape, generator=generator, device=self.device, dtype=self.dtype)
+                noise = torch.randn(
+                    n, *d.loc.shape, generator=generator, device=self.device, dtype=self.dtype
+                )
                 value = d.loc + d.scale * noise
             else:
                 with isolated(generator):
@@ -175,19 +192,27 @@ class FlatPrior:
         return theta
 
     def at_mode(self, theta: Tensor) -> Tensor:
-        """Move the prior's parameters to the mode of their density given the weights, ``(dim,) -> (dim,)``.
+        """Move the prior's parameters to the mode of their density given the weights,
+        ``(dim,) -> (dim,)``.
 
-        The modes of log parameters are sought within exp(-5) and exp(5): a tensor of zeros has none.
+        The modes of log parameters are sought within exp(-5) and exp(5): a tensor of zeros has
+        none.
         """
         if self._weights is None:
             return theta
-        prior, start, stop = self.to(theta.device, torch.float64), self._weights.network.dim, self._weights.spec.dim
+        prior, start, stop = (
+            self.to(theta.device, torch.float64),
+            self._weights.network.dim,
+            self._weights.spec.dim,
+        )
         bounded = torch.cat([
             torch.full((math.prod(each.shape),), each.positive, device=theta.device)
             for each in self._weights.hyperparameters
         ])  # fmt: skip
         before, after = theta[:start].double(), theta[stop:].double()
-        free = torch.zeros(stop - start, dtype=torch.float64, device=theta.device, requires_grad=True)
+        free = torch.zeros(
+            stop - start, dtype=torch.float64, device=theta.device, requires_grad=True
+        )
 
         def coordinates() -> Tensor:
             return torch.where(bounded, 5 * torch.tanh(free / 5), free)
@@ -205,10 +230,12 @@ class FlatPrior:
         found = found if bool(found.isfinite().all()) else torch.zeros_like(found)
         return torch.cat([theta[:start], found.to(theta), theta[stop:]])
 
-    # ------------------------------------------------ standard normal coordinates
+    # ---------------------------------------- standard normal coordinates
 
     def require_coordinates(self) -> None:
-        """Raise ``ValueError`` if a distribution has no cdf and inverse cdf to make normal coordinates from."""
+        """Raise ``ValueError`` if a distribution has no cdf and inverse cdf to make normal
+        coordinates from.
+        """
         families = [block.distribution for block in self._blocks if block.table is None]
         if self._weights is not None:
             families += self._weights.families()
@@ -219,14 +246,16 @@ class FlatPrior:
                 except NotImplementedError as error:
                     name = type(distribution).__name__
                     raise ValueError(
-                        f"a transport from a {name} prior needs its cdf and inverse cdf, which torch does not have; "
+                        f"a transport from a {name} prior needs its cdf and inverse cdf, which "
+                        f"torch does not have; "
                         "use a Normal, Laplace, Cauchy or another prior with both"
                     ) from error
 
     def to_normal(self, theta: Tensor) -> Tensor:
         """Map ``theta`` to coordinates in which the prior is N(0, I).
 
-        Elementwise and increasing; weights with inferred prior parameters are mapped given the parameters.
+        Elementwise and increasing; weights with inferred prior parameters are mapped given the
+        parameters.
         """
         parts = [block.to_normal(theta[..., block.where]) for block in self._blocks]
         if self._weights is not None:
@@ -243,19 +272,30 @@ class FlatPrior:
         return torch.cat(parts, -1)
 
     def log_jacobian(self, theta: Tensor) -> Tensor:
-        """Return log |d to_normal / d theta|, ``(..., dim) -> (...)`` in float64: prior over standard normal."""
+        """Return log |d to_normal / d theta|, ``(..., dim) -> (...)`` in float64: prior over
+        standard normal.
+        """
         normal = self._normal
         if normal is not None:
             return -normal.scale.double().log().sum().expand(theta.shape[:-1])
         z = self.to_normal(theta)
-        return self.log_prob(theta) + 0.5 * (z * z).sum(-1, dtype=torch.float64) + 0.5 * self.dim * LOG_2PI
+        return (
+            self.log_prob(theta)
+            + 0.5 * (z * z).sum(-1, dtype=torch.float64)
+            + 0.5 * self.dim * LOG_2PI
+        )
 
     def at(self, z: Tensor) -> Placed:
-        """Return the point ``(..., dim)`` of standard normal coordinates, where the map and its derivatives are."""
+        """Return the point ``(..., dim)`` of standard normal coordinates, where the map and its
+        derivatives are.
+        """
         return Placed(self, z)
 
     def vjp(self, z: Tensor, vectors: Tensor) -> Tensor:
-        """Turn gradients by theta ``(..., dim)`` into gradients by z; more leading axes of vectors are allowed."""
+        """Turn gradients by theta ``(..., dim)`` into gradients by z.
+
+        More leading axes of vectors are allowed.
+        """
         return self.at(z).vjp(vectors)
 
     def jvp(self, z: Tensor, vectors: Tensor) -> Tensor:
@@ -265,27 +305,34 @@ class FlatPrior:
     def bend_of(self, function: Callable[[Tensor], Tensor], z: Tensor) -> Bend:
         """Return the derivative of a gradient by z ``(batch, dim)``, by automatic differentiation.
 
-        Of a function in which weights meet no other weights: one forward derivative for all of them, and one for each
-        parameter of the prior.
+        Of a function in which weights meet no other weights: one forward derivative for all of
+        them, and one for each parameter of the prior.
         """
         along, *each = self._partials(function, z).unbind(0)
         if not each:
             return Bend(Arrowhead(along, None), None)
         start, stop = self._given
         columns = torch.stack(each, -1)  # (batch, dim, parameters)
-        diagonal = torch.cat([along[:, :start], torch.zeros_like(along[:, start:stop]), along[:, stop:]], 1)
+        diagonal = torch.cat(
+            [along[:, :start], torch.zeros_like(along[:, start:stop]), along[:, stop:]], 1
+        )
         return Bend(Arrowhead(diagonal, columns[:, :start]), columns[:, start:stop])
 
     def _arrowhead(self, function: Callable[[Tensor], Tensor], z: Tensor) -> Arrowhead:
-        """Return the derivative of a function that mixes coordinates as `from_normal` does, by the same derivatives."""
+        """Return the derivative of a function that mixes coordinates as `from_normal` does, by the
+        same derivatives.
+        """
         arrow, block = self.bend_of(function, z)
         assert block is not None
         start, stop = self._given
         own = block.diagonal(dim1=1, dim2=2)
-        return arrow._replace(diagonal=torch.cat([arrow.diagonal[:, :start], own, arrow.diagonal[:, stop:]], 1))
+        return arrow._replace(
+            diagonal=torch.cat([arrow.diagonal[:, :start], own, arrow.diagonal[:, stop:]], 1)
+        )
 
     def _partials(self, function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-        """Return derivatives along all coordinates but the prior's parameters, and along each of those.
+        """Return derivatives along all coordinates but the prior's parameters, and along each of
+        those.
 
         ``(1 + parameters, batch, dim)``.
         """
@@ -304,7 +351,9 @@ class FlatPrior:
     @property
     def _given(self) -> tuple[int, int]:
         """Where the parameters of the prior are, which the weights before them meet."""
-        return (0, 0) if self._weights is None else (self._weights.network.dim, self._weights.spec.dim)
+        return (
+            (0, 0) if self._weights is None else (self._weights.network.dim, self._weights.spec.dim)
+        )
 
     def _derivative(self, z: Tensor) -> Tensor:
         """Return the first of the `_derivatives` alone."""
@@ -314,7 +363,10 @@ class FlatPrior:
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def _derivatives(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both derivatives of `from_normal`; 1 and 0 for weights that follow parameters of the prior."""
+        """Return both derivatives of `from_normal`.
+
+        1 and 0 for weights that follow parameters of the prior.
+        """
         pairs = [block.derivatives(z[..., block.where]) for block in self._blocks]
         if self._weights is not None:
             weights = z[..., : self._weights.network.dim]
@@ -324,10 +376,12 @@ class FlatPrior:
         first, second = zip(*pairs, strict=True)
         return torch.cat(first, -1), torch.cat(second, -1)
 
-    # ------------------------------------------------ storage
+    # ---------------------------------------- storage
 
     def describe(self) -> list[dict[str, Any]]:
-        """Return the blocks as plain values from which ``from_description`` rebuilds a prior without parameters."""
+        """Return the blocks as plain values from which ``from_description`` rebuilds a prior
+        without parameters.
+        """
         weights = [] if self._weights is None else self._weights.describe()
         return weights + [
             {
@@ -344,14 +398,23 @@ class FlatPrior:
         """Return what tells priors apart, as plain values and tensors."""
         weights = [] if self._weights is None else self._weights.describe()
         blocks = [
-            (b.where.start, b.where.stop, b.log, type(b.distribution).__name__, parameters_of(b.distribution))
+            (
+                b.where.start,
+                b.where.stop,
+                b.log,
+                type(b.distribution).__name__,
+                parameters_of(b.distribution),
+            )
             for b in self._blocks
         ]
         return [weights, blocks]
 
     @classmethod
     def from_description(cls, blocks: list[dict[str, Any]], dtype: torch.dtype) -> FlatPrior:
-        """Rebuild a prior from ``describe``; only families of ``torch.distributions`` are accepted."""
+        """Rebuild a prior from ``describe``.
+
+        Only families of ``torch.distributions`` are accepted.
+        """
         marginals = []
         for block in blocks:
             if block["family"] not in td.__all__:
@@ -389,7 +452,10 @@ class Placed:
         return self._prior._derivatives(self.z)
 
     def vjp(self, vectors: Tensor) -> Tensor:
-        """Turn gradients by theta ``(..., dim)`` into gradients by z; more leading axes of vectors are allowed."""
+        """Turn gradients by theta ``(..., dim)`` into gradients by z.
+
+        More leading axes of vectors are allowed.
+        """
         if self._weights is None:
             return vectors * self._derivative
         if self._weights.closed:

@@ -51,10 +51,11 @@ def StudentT(df: float = 4.0, scale: float = 1.0, loc: float = 0.0) -> Independe
 
 @dataclass(frozen=True)
 class FanIn(Prior):
-    """Normal weights with variance ``scale**2 / fan_in``, biases with standard deviation ``bias_scale``.
+    """Normal weights with variance ``scale**2 / fan_in``, biases with standard deviation
+    ``bias_scale``.
 
-    Keeps the prior over functions of the same size at every width (Neal, 1996), whatever the layer; what fan in means
-    for each, `WeightSpec.fan_in` says.
+    Keeps the prior over functions of the same size at every width (Neal, 1996), whatever the layer;
+    what fan in means for each, `WeightSpec.fan_in` says.
     """
 
     scale: float = 1.0
@@ -90,7 +91,9 @@ class PerTensor(Prior):
         unknown = set(self.by_name) - set(spec.names)
         missing = set(spec.names) - set(self.by_name)
         if unknown:
-            raise ValueError(f"prior names {sorted(unknown)}, but the network's tensors are {list(spec.names)}")
+            raise ValueError(
+                f"prior names {sorted(unknown)}, but the network's tensors are {list(spec.names)}"
+            )
         if missing and self.default is None:
             raise ValueError(f"prior has no distribution for {sorted(missing)} and no default")
         return {name: self.by_name.get(name, self.default) for name in spec.names}  # type: ignore[misc]
@@ -99,7 +102,8 @@ class PerTensor(Prior):
 def as_prior(
     prior: Prior | FixedPrior | HierarchicalPrior | Distribution | Mapping[str, Distribution],
 ) -> Prior:
-    """Return a prior itself, or what one distribution, a dict of them or an object with a prior's methods says.
+    """Return a prior itself, or what one distribution, a dict of them or an object with a prior's
+    methods says.
 
     Raises:
         ValueError: for a prior that has only one of ``parameters`` and ``conditional``.

@@ -1,4 +1,6 @@
-"""The scales of weights that are normal around zero, as functions of the parameters of their prior."""
+"""The scales of weights that are normal around zero, as functions of the parameters of their
+prior.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ __all__ = ["Curved", "HorseshoeScales", "LogScales", "Shared", "TensorScales"]
 
 
 class Curved(NamedTuple):
-    """Log scales of weights, and their derivatives by the parameters: the second is ``bend`` along times along."""
+    """Log scales of weights, and their derivatives by the parameters: the second is ``bend`` along
+    times along.
+    """
 
     log_scales: Tensor  # (batch, weights)
     slope: Tensor  # (batch, weights, parameters)
@@ -26,22 +30,28 @@ class Curved(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """Scales that many weights share: ``offset`` plus logarithms of a global and a local scale, bounded by a slab's."""
+    """Scales that many weights share: ``offset`` plus logarithms of a global and a local scale,
+    bounded by a slab's.
+    """
 
     owner: Tensor  # (weights,) int64: which of the k scales is a weight's
-    parameters: Tensor  # (k, 3) int64: where in theta the three logarithms are, that of c^2 last; -1 for none
+    # (k, 3) int64: where in theta the three logarithms are, that of c^2 last; -1 for none
+    parameters: Tensor
     offset: Tensor  # (k,) float64
 
 
 class LogScales(ABC):
-    """Logarithms of the standard deviations of weights, given the coordinates of their prior's parameters.
+    """Logarithms of the standard deviations of weights, given the coordinates of their prior's
+    parameters.
 
     ``theta`` are the weights and the parameters, ``(..., weights and parameters)``.
     """
 
     @abstractmethod
     def __call__(self, theta: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Return the log scales ``(..., weights)``, and how a gradient by them becomes one by the parameters."""
+        """Return the log scales ``(..., weights)``, and how a gradient by them becomes one by the
+        parameters.
+        """
 
     @abstractmethod
     def curved(self, theta: Tensor) -> Curved:
@@ -49,7 +59,10 @@ class LogScales(ABC):
 
     @property
     def own(self) -> Tensor | None:
-        """Weights, and of each a parameter that no other has, ``(2, k)`` int64; None for no such pairs."""
+        """Weights, and of each a parameter that no other has, ``(2, k)`` int64.
+
+        None for no such pairs.
+        """
         return None
 
     @property
@@ -81,7 +94,9 @@ class TensorScales(LogScales):
         self._log_factors = each.log().repeat_interleave(sizes)
 
     def __call__(self, theta: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Return the log scales ``(..., network dim)``, and how a gradient by them becomes one by the parameters."""
+        """Return the log scales ``(..., network dim)``, and how a gradient by them becomes one by
+        the parameters.
+        """
         logs = theta[..., self._size :]
 
         def vjp(grad: Tensor) -> Tensor:
@@ -99,7 +114,9 @@ class TensorScales(LogScales):
 
     def curved(self, theta: Tensor) -> Curved:
         """Return the log scales and their derivatives by the parameters."""
-        each = torch.nn.functional.one_hot(self._owner, theta.shape[-1] - self._size).to(theta.dtype)
+        each = torch.nn.functional.one_hot(self._owner, theta.shape[-1] - self._size).to(
+            theta.dtype
+        )
         none = theta.new_zeros(*theta.shape[:-1], self._size)
         return Curved(self(theta)[0], each.expand(*theta.shape[:-1], -1, -1), none, each)
 
@@ -125,7 +142,10 @@ class HorseshoeScales(LogScales):
                 indices = []
                 for kind in ("global", "local", "slab"):
                     extra = f"prior.log_{kind}.{name}"
-                    at = torch.arange(spec.slices[extra].start, spec.slices[extra].stop) - network.dim
+                    at = (
+                        torch.arange(spec.slices[extra].start, spec.slices[extra].stop)
+                        - network.dim
+                    )
                     at = at.reshape(spec.shapes[extra]) if kind == "local" else at
                     indices.append(at.expand(shape).flatten())
                 owners.append(torch.stack(indices))
@@ -136,7 +156,9 @@ class HorseshoeScales(LogScales):
         self._own = torch.stack([self._places[alone], local[alone]])
 
     def __call__(self, theta: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Return the log scales ``(..., network dim)``, and how a gradient by them becomes one by the parameters."""
+        """Return the log scales ``(..., network dim)``, and how a gradient by them becomes one by
+        the parameters.
+        """
         logs = theta[..., self._size :]
         tau, local, slab = (logs.index_select(-1, owner) for owner in self._owners)
         wide = 2 * (tau + local)  # log variance without the slab
@@ -156,7 +178,9 @@ class HorseshoeScales(LogScales):
 
     @property
     def own(self) -> Tensor | None:
-        """Weights with a local scale of their own: all of them, or those of units that one other reads."""
+        """Weights with a local scale of their own: all of them, or those of units that one other
+        reads.
+        """
         return self._own if self._own.numel() else None
 
     @property
@@ -164,10 +188,12 @@ class HorseshoeScales(LogScales):
         """One scale for all weights with the same three parameters, and one for the biases."""
         parameters = torch.full((self._size, 3), -1)
         parameters[self._places] = self._size + self._owners.T
-        kinds, owner = torch.cat([parameters, self._of_biases.view(torch.int64).unsqueeze(1)], 1).unique(
-            dim=0, return_inverse=True
+        kinds, owner = torch.cat(
+            [parameters, self._of_biases.view(torch.int64).unsqueeze(1)], 1
+        ).unique(dim=0, return_inverse=True)
+        return Shared(
+            owner, kinds[:, :3].contiguous(), kinds[:, 3].contiguous().view(torch.float64)
         )
-        return Shared(owner, kinds[:, :3].contiguous(), kinds[:, 3].contiguous().view(torch.float64))
 
     def curved(self, theta: Tensor) -> Curved:
         """Return the log scales and their derivatives by the parameters."""
@@ -177,8 +203,12 @@ class HorseshoeScales(LogScales):
         places, size = self._places, logs.shape[-1]
         along = theta.new_zeros(self._size, size)
         slope = theta.new_zeros(*theta.shape[:-1], self._size, size)
-        for owner, part, weight in zip(self._owners, (share, share, 0.5 * (1 - share)), (2.0, 2.0, -1.0), strict=True):
+        for owner, part, weight in zip(
+            self._owners, (share, share, 0.5 * (1 - share)), (2.0, 2.0, -1.0), strict=True
+        ):
             along[places, owner] = weight
             slope[..., places, owner] = part
-        bend = torch.zeros_like(theta[..., : self._size]).index_add(-1, places, -0.5 * share * (1 - share))
+        bend = torch.zeros_like(theta[..., : self._size]).index_add(
+            -1, places, -0.5 * share * (1 - share)
+        )
         return Curved(self(theta)[0], slope, bend, along)

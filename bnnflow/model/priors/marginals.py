@@ -1,4 +1,6 @@
-"""The distributions of single weights: checks, and stretches of a flat vector that share one family."""
+"""The distributions of single weights: checks, and stretches of a flat vector that share one
+family.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,9 @@ def exact(value: float) -> Tensor:
     return torch.tensor(float(value), dtype=torch.float64)
 
 
-# Derivatives of log densities by the variable, and of those of positive variables by their logarithm u, with its
-# Jacobian. Others come from automatic differentiation, which takes ten times as long for so few operations.
+# Derivatives of log densities by the variable, and of those of positive variables by their
+# logarithm u, with its Jacobian. Others come from automatic differentiation, which takes ten times
+# as long for so few operations.
 _SLOPES: dict[type[Distribution], Callable[[Any, Tensor], Tensor]] = {
     td.Normal: lambda d, x: (d.loc - x) / d.scale**2,
     td.Laplace: lambda d, x: (d.loc - x).sign() / d.scale,
@@ -49,7 +52,10 @@ _LOG_SLOPES: dict[type[Distribution], Callable[[Any, Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Marginal:
-    """A stretch of ``theta`` with one distribution; ``log`` says that theta is the logarithm of its variable."""
+    """A stretch of ``theta`` with one distribution.
+
+    ``log`` says that theta is the logarithm of its variable.
+    """
 
     where: slice
     distribution: Distribution  # of shape (size,)
@@ -95,7 +101,9 @@ class Marginal:
             return d.loc + d.scale * z
         if self.table is not None:
             return self.table.from_normal(z.double()).to(z.dtype)
-        value = self.exact.distribution.icdf(torch.special.ndtr(z.double()).clamp(TINY, 1 - EPSILON))
+        value = self.exact.distribution.icdf(
+            torch.special.ndtr(z.double()).clamp(TINY, 1 - EPSILON)
+        )
         return (value.log() if self.log else value).to(z.dtype)
 
     def derivative(self, z: Tensor) -> Tensor:
@@ -108,9 +116,12 @@ class Marginal:
         return _slope(z64, exact.log_prob(exact.from_normal(z64))).to(z.dtype)
 
     def derivatives(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the first and second derivative of `from_normal`, ``(..., size)`` each; differentiable again.
+        """Return the first and second derivative of `from_normal`, ``(..., size)`` each.
 
-        From phi(z) = p(theta) theta', which also gives theta'' = -theta' (z + theta' d log p / d theta).
+        Differentiable again.
+
+        From phi(z) = p(theta) theta', which also gives theta'' = -theta' (z + theta' d log p / d
+        theta).
         """
         d = self.distribution
         if isinstance(d, td.Normal):
@@ -125,7 +136,10 @@ class Marginal:
         return first.to(z.dtype), second.to(z.dtype)
 
     def log_prob_and_grad(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the elementwise log density and its derivative, ``(..., size)`` each; differentiable again."""
+        """Return the elementwise log density and its derivative, ``(..., size)`` each.
+
+        Differentiable again.
+        """
         slope = (_LOG_SLOPES if self.log else _SLOPES).get(type(self.distribution))
         if slope is not None:
             return self.log_prob(theta), slope(self.distribution, theta)
@@ -144,7 +158,8 @@ _inside: list[bool] = []  # one entry for every context that is open, in any thr
 
 @contextmanager
 def unvalidated() -> Iterator[None]:
-    """Let distributions take any parameters: a scale that overflows is a divergence to survive, not a mistake.
+    """Let distributions take any parameters: a scale that overflows is a divergence to survive, not
+    a mistake.
 
     Torch has one switch for the whole process; the last thread to leave puts it back.
     """
@@ -161,7 +176,10 @@ def unvalidated() -> Iterator[None]:
 
 
 def parameters_of(distribution: Distribution) -> dict[str, Tensor]:
-    """Return the tensors that define a distribution; redundant ones (probs beside logits) are left out."""
+    """Return the tensors that define a distribution.
+
+    Redundant ones (probs beside logits) are left out.
+    """
     names = [name for name in distribution.arg_constraints if name in distribution.__dict__]
     if not names:  # transformed families (HalfNormal, LogNormal) keep theirs behind properties
         names = list(distribution.arg_constraints)
@@ -171,10 +189,15 @@ def parameters_of(distribution: Distribution) -> dict[str, Tensor]:
 def rebuild(distribution: Distribution, change: Callable[[Tensor], Tensor]) -> Distribution:
     """Return the same family with ``change`` applied to every parameter."""
     family = getattr(td, type(distribution).__name__)
-    return family(**{name: change(value) for name, value in parameters_of(distribution).items()}, validate_args=False)
+    return family(
+        **{name: change(value) for name, value in parameters_of(distribution).items()},
+        validate_args=False,
+    )
 
 
-def elementwise(name: str, distribution: Distribution, shape: tuple[int, ...], positive: bool) -> Distribution:
+def elementwise(
+    name: str, distribution: Distribution, shape: tuple[int, ...], positive: bool
+) -> Distribution:
     """Check one tensor's distribution and expand it to the tensor's shape, without event axes."""
     distribution = unwrapped(distribution)
     family = type(distribution).__name__
@@ -182,27 +205,37 @@ def elementwise(name: str, distribution: Distribution, shape: tuple[int, ...], p
         raise ValueError(f"prior of {name!r}: {family} is not elementwise")
     if family not in td.__all__ or not distribution.arg_constraints:
         raise ValueError(
-            f"prior of {name!r}: {family} is not a family of torch.distributions with parameters of its own"
+            f"prior of {name!r}: {family} is not a family of torch.distributions with parameters "
+            f"of its own"
         )
     _check_parameters(name, distribution)
     support = distribution.support
     if positive and not on_half_line(distribution):
         raise ValueError(f"prior of {name!r} must have positive support, {family} has {support}")
     if not positive and not isinstance(support, type(constraints.real)):
-        raise ValueError(f"prior of {name!r} must have the real line as support, {family} has {support}")
+        raise ValueError(
+            f"prior of {name!r} must have the real line as support, {family} has {support}"
+        )
     if not broadcasts(distribution.batch_shape, shape):
-        raise ValueError(f"prior of {name!r} has shape {tuple(distribution.batch_shape)}, the tensor {shape}")
+        raise ValueError(
+            f"prior of {name!r} has shape {tuple(distribution.batch_shape)}, the tensor {shape}"
+        )
     return rebuild(distribution, lambda v: v.detach().expand(shape))
 
 
 def _check_parameters(name: str, distribution: Distribution) -> None:
-    """Check what torch checks when a distribution is made, unless that was switched off, as ``python -O`` does."""
+    """Check what torch checks when a distribution is made, unless that was switched off, as
+    ``python -O`` does.
+    """
     for key, value in parameters_of(distribution).items():
         constraint = distribution.arg_constraints[key]
         if constraints.is_dependent(constraint):
             continue
         if not bool((constraint.check(value) & value.isfinite()).all()):
-            raise ValueError(f"prior of {name!r}: {key} of {type(distribution).__name__} is out of range: {value}")
+            raise ValueError(
+                f"prior of {name!r}: {key} of {type(distribution).__name__} is out of "
+                f"range: {value}"
+            )
 
 
 def on_half_line(distribution: Distribution) -> bool:
@@ -221,15 +254,24 @@ def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
 
 
 def merged(blocks: list[Marginal]) -> list[Marginal]:
-    """Join neighbouring stretches of normals, and of one family of logarithms: few flat operations are fast."""
+    """Join neighbouring stretches of normals, and of one family of logarithms: few flat operations
+    are fast.
+    """
     merged: list[Marginal] = []
     for block in blocks:
         last = merged[-1] if merged else None
-        alike = last is not None and type(last.distribution) is type(block.distribution) and last.log == block.log
+        alike = (
+            last is not None
+            and type(last.distribution) is type(block.distribution)
+            and last.log == block.log
+        )
         if last is not None and alike and (block.log or isinstance(block.distribution, td.Normal)):
             ours, theirs = parameters_of(last.distribution), parameters_of(block.distribution)
             family = getattr(td, type(block.distribution).__name__)
-            joined = family(**{name: torch.cat([ours[name], theirs[name]]) for name in ours}, validate_args=False)
+            joined = family(
+                **{name: torch.cat([ours[name], theirs[name]]) for name in ours},
+                validate_args=False,
+            )
             merged[-1] = Marginal(slice(last.where.start, block.where.stop), joined, block.log)
         else:
             merged.append(block)
@@ -238,7 +280,10 @@ def merged(blocks: list[Marginal]) -> list[Marginal]:
 
 def unwrapped(distribution: Distribution) -> Distribution:
     """Return the elementwise distribution inside ``Independent`` and Pyro's masks."""
-    while isinstance(distribution, td.Independent) or type(distribution).__name__ == "MaskedDistribution":
+    while (
+        isinstance(distribution, td.Independent)
+        or type(distribution).__name__ == "MaskedDistribution"
+    ):
         distribution = distribution.base_dist  # type: ignore[attr-defined]
     return distribution
 
@@ -247,5 +292,6 @@ def dtype_of(distribution: Distribution) -> torch.dtype:
     """Return the dtype that a distribution's parameters have."""
     tensors = [getattr(distribution, name, None) for name in distribution.arg_constraints]
     return next(
-        (t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()), torch.get_default_dtype()
+        (t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()),
+        torch.get_default_dtype(),
     )

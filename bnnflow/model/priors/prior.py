@@ -32,7 +32,9 @@ class HierarchicalPrior(Protocol):
         """Return the prior of every parameter; its batch shape is the parameter's."""
         ...
 
-    def conditional(self, spec: WeightSpec, parameters: dict[str, Tensor]) -> dict[str, Distribution]:
+    def conditional(
+        self, spec: WeightSpec, parameters: dict[str, Tensor]
+    ) -> dict[str, Distribution]:
         """Return the distribution of every tensor of the network given the parameters."""
         ...
 
@@ -40,13 +42,14 @@ class HierarchicalPrior(Protocol):
 class Prior(Interface):
     """One elementwise distribution for every tensor of a network.
 
-    Write ``distributions`` if all of them are fixed. If they depend on parameters that are inferred beside the
-    weights, such as their scales, write ``parameters`` and ``conditional`` instead.
+    Write ``distributions`` if all of them are fixed. If they depend on parameters that are inferred
+    beside the weights, such as their scales, write ``parameters`` and ``conditional`` instead.
 
-    ``theta`` holds the network's weights, then these parameters, each in an unconstrained coordinate: the logarithm
-    of one whose distribution lives on the positive numbers (``prior.log_<name>``), a real one itself
-    (``prior.<name>``). A parameter called ``<anything>.<tensor>`` with an axis as long as the tensor's is permuted
-    with the tensor's units there.
+    ``theta`` holds the network's weights, then these parameters, each in an unconstrained
+    coordinate: the logarithm of one whose distribution lives on the positive numbers
+    (``prior.log_<name>``), a real one itself (``prior.<name>``). A parameter called
+    ``<anything>.<tensor>`` with an axis as long as the tensor's is permuted with the tensor's units
+    there.
     """
 
     @staticmethod
@@ -59,10 +62,14 @@ class Prior(Interface):
         """
         if not isinstance(prior, Prior):
             if not (hasattr(prior, "distributions") or hasattr(prior, "conditional")):
-                raise TypeError(f"prior must be a Prior, a Distribution or a dict of them, got {prior!r}")
+                raise TypeError(
+                    f"prior must be a Prior, a Distribution or a dict of them, got {prior!r}"
+                )
             prior = _Adapted(prior)
         if prior._has("parameters") != prior._has("conditional"):
-            raise ValueError(f"{prior.name}: a prior with parameters has both parameters and conditional")
+            raise ValueError(
+                f"{prior.name}: a prior with parameters has both parameters and conditional"
+            )
         return prior
 
     @property
@@ -81,7 +88,9 @@ class Prior(Interface):
         """
         return {}
 
-    def conditional(self, spec: WeightSpec, parameters: dict[str, Tensor]) -> dict[str, Distribution]:
+    def conditional(
+        self, spec: WeightSpec, parameters: dict[str, Tensor]
+    ) -> dict[str, Distribution]:
         """Return the distribution of every tensor given the parameters, ``(..., *shape)`` each.
 
         The distributions are elementwise and must broadcast to ``(..., *shape of the tensor)``.
@@ -89,7 +98,9 @@ class Prior(Interface):
         return self.distributions(spec)
 
     def log_scales(self, spec: WeightSpec) -> LogScales | None:
-        """Return the scales of the weights given the parameters; None if they are not known to be normal around zero.
+        """Return the scales of the weights given the parameters.
+
+        None if they are not known to be normal around zero.
 
         Args:
             spec: the layout of the weights and the prior's parameters.
@@ -100,10 +111,10 @@ class Prior(Interface):
     def symmetries(self, spec: WeightSpec) -> Symmetries:
         """Return the symmetries of the network's function that leave this prior unchanged.
 
-        A permutation keeps a prior whose distributions do not vary along the permuted axes, or vary only with
-        parameters that are permuted too; a sign flip one that is even on every tensor that it acts on; no proper
-        prior keeps a rescaling or a shift in phase. Of a network that could not be labelled none are known, though
-        there may be some: see `WeightSpec.unknown`.
+        A permutation keeps a prior whose distributions do not vary along the permuted axes, or vary
+        only with parameters that are permuted too; a sign flip one that is even on every tensor
+        that it acts on; no proper prior keeps a rescaling or a shift in phase. Of a network that
+        could not be labelled none are known, though there may be some: see `WeightSpec.unknown`.
         """
         own, network = spec.symmetries(), spec.network
         given, varies = _probe_parameters(network, self)
@@ -111,7 +122,9 @@ class Prior(Interface):
         for label in own.permutation - varies:
             for perm in generators_of_permutations(network.widths[label]):
                 moved = {
-                    name: reordered(value, network.parameter_axes(name, tuple(value.shape)), label, perm)
+                    name: reordered(
+                        value, network.parameter_axes(name, tuple(value.shape)), label, perm
+                    )
                     for name, value in given.items()
                 }
                 after = _elementwise_densities(network, self, moved) if given else densities
@@ -133,15 +146,18 @@ class _Adapted(Adapted, Prior):
     _optional = ("distributions", "parameters", "conditional")
 
 
-# ---------------------------------------------------------------- what keeps a prior
+# ---------------------------------------- what keeps a prior
 
-# Where densities are compared: whatever a prior's scale, some of these are less than a decade from it.
+# Where densities are compared: whatever a prior's scale, some of these are less than a decade from
+# it.
 _SCALES = torch.logspace(-8, 8, 17, dtype=torch.float64)
 _PROBES = torch.cat([-_SCALES.flip(0), _SCALES])
 
 
 def _probe_parameters(network: WeightSpec, prior: Prior) -> tuple[dict[str, Tensor], set[str]]:
-    """Return values of a prior's parameters that no permutation keeps, and the labels along which their priors vary."""
+    """Return values of a prior's parameters that no permutation keeps, and the labels along which
+    their priors vary.
+    """
     given: dict[str, Tensor] = {}
     varies: set[str] = set()
     generator = torch.Generator().manual_seed(0)
@@ -153,13 +169,19 @@ def _probe_parameters(network: WeightSpec, prior: Prior) -> tuple[dict[str, Tens
         probes = _SCALES.reshape(-1, *(1,) * len(shape)).expand(-1, *shape)
         density = distribution.log_prob(probes.to(dtype_of(distribution))).double()
         for axis, label in enumerate(network.parameter_axes(name, shape), start=1):
-            if label is not None and not torch.allclose(density, density.narrow(axis, 0, 1), atol=1e-5):
+            if label is not None and not torch.allclose(
+                density, density.narrow(axis, 0, 1), atol=1e-5
+            ):
                 varies.add(label)
     return given, varies
 
 
-def _elementwise_densities(network: WeightSpec, prior: Prior, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the log density of every entry of every tensor at the probes, ``(probes, *shape)`` each."""
+def _elementwise_densities(
+    network: WeightSpec, prior: Prior, given: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the log density of every entry of every tensor at the probes, ``(probes, *shape)``
+    each.
+    """
     densities = {}
     for name, distribution in prior.conditional(network, given).items():
         shape, distribution = network.shapes[name], unwrapped(distribution)
@@ -173,6 +195,8 @@ def _uneven(network: WeightSpec, densities: dict[str, Tensor]) -> set[str]:
     uneven: set[str] = set()
     for name, density in densities.items():
         if not torch.allclose(density, density.flip(0), atol=1e-5):
-            scale_exponents = zip(network.unit_axes(name)[1], network.scale_exponents(name), strict=True)
+            scale_exponents = zip(
+                network.unit_axes(name)[1], network.scale_exponents(name), strict=True
+            )
             uneven |= {label for label, power in scale_exponents if power and label is not None}
     return uneven

@@ -25,13 +25,14 @@ __all__ = ["Hierarchical", "Horseshoe"]
 class Hierarchical(Prior):
     """Normal weights whose standard deviation is inferred, one for every tensor.
 
-    w ~ N(0, s_k^2) in tensor k, s_k ~ ``scale_prior`` independently: the data decide how large the weights of a layer
-    are (MacKay 1992; Neal 1996). ``theta`` holds log s_k as ``prior.log_scale.<tensor>``.
+    w ~ N(0, s_k^2) in tensor k, s_k ~ ``scale_prior`` independently: the data decide how large the
+    weights of a layer are (MacKay 1992; Neal 1996). ``theta`` holds log s_k as
+    ``prior.log_scale.<tensor>``.
 
     Args:
         scale_prior: a distribution on the positive numbers.
-        fan_in: divide the standard deviations of matrices and kernels by sqrt(fan in), so that one scale means
-            functions of one size at every width.
+        fan_in: divide the standard deviations of matrices and kernels by sqrt(fan in), so that one
+            scale means functions of one size at every width.
     """
 
     scale_prior: Distribution = field(default_factory=lambda: td.HalfNormal(exact(1.0)))
@@ -41,7 +42,9 @@ class Hierarchical(Prior):
         """Return the prior of every tensor's scale."""
         return {f"scale.{name}": self.scale_prior for name in spec.names}
 
-    def conditional(self, spec: WeightSpec, parameters: dict[str, Tensor]) -> dict[str, Distribution]:
+    def conditional(
+        self, spec: WeightSpec, parameters: dict[str, Tensor]
+    ) -> dict[str, Distribution]:
         """Return a normal distribution per tensor given the scales."""
         return {
             name: _centred(_aligned(parameters[f"scale.{name}"], shape) * self.factor(spec, name))
@@ -49,7 +52,10 @@ class Hierarchical(Prior):
         }
 
     def log_scales(self, spec: WeightSpec) -> LogScales | None:
-        """Return the scales of the weights; None for a class derived from this one, which may say otherwise."""
+        """Return the scales of the weights.
+
+        None for a class derived from this one, which may say otherwise.
+        """
         if type(self) is not Hierarchical:
             return None
         network = spec.network
@@ -63,23 +69,27 @@ class Hierarchical(Prior):
 
 @dataclass(frozen=True)
 class Horseshoe(Prior):
-    """The regularised horseshoe: most weights, or whole units, are shrunk to zero and a few are left alone.
+    """The regularised horseshoe: most weights, or whole units, are shrunk to zero and a few are
+    left alone.
 
-    In every matrix or kernel w_ij ~ N(0, tau^2 l_j^2 c^2 / (c^2 + tau^2 l_j^2)), with half-Cauchy scales, tau of the
-    tensor and l_j local (Carvalho, Polson & Scott 2010), and c^2 ~ InverseGamma(slab_df / 2, slab_df slab_scale^2 / 2),
-    which bounds what escapes shrinkage by a Student-t slab (Piironen & Vehtari 2017). Biases are N(0, bias_scale^2).
+    In every matrix or kernel w_ij ~ N(0, tau^2 l_j^2 c^2 / (c^2 + tau^2 l_j^2)), with half-Cauchy
+    scales, tau of the tensor and l_j local (Carvalho, Polson & Scott 2010), and c^2 ~
+    InverseGamma(slab_df / 2, slab_df slab_scale^2 / 2), which bounds what escapes shrinkage by a
+    Student-t slab (Piironen & Vehtari 2017). Biases are N(0, bias_scale^2).
 
-    ``theta`` holds the weights themselves, so the formulation is centred, and the logarithms of the scales:
-    ``prior.log_global.<tensor>`` (tau), ``prior.log_local.<tensor>`` (l) and ``prior.log_slab.<tensor>`` (c^2). With
-    one local scale for all the weights that leave a unit (Ghosh, Yao & Doshi-Velez 2018) many weights inform each
-    scale and the posterior has no deep funnels; with one for every weight expect small steps.
+    ``theta`` holds the weights themselves, so the formulation is centred, and the logarithms of the
+    scales: ``prior.log_global.<tensor>`` (tau), ``prior.log_local.<tensor>`` (l) and
+    ``prior.log_slab.<tensor>`` (c^2). With one local scale for all the weights that leave a unit
+    (Ghosh, Yao & Doshi-Velez 2018) many weights inform each scale and the posterior has no deep
+    funnels; with one for every weight expect small steps.
 
     Args:
-        global_scale: tau ~ HalfCauchy(global_scale). For p0 relevant inputs of p and n rows of standardised data,
-            p0 / (p - p0) / sqrt(n) is a good guess.
+        global_scale: tau ~ HalfCauchy(global_scale). For p0 relevant inputs of p and n rows of
+            standardised data, p0 / (p - p0) / sqrt(n) is a good guess.
         slab_scale: size of the weights that are not shrunk.
         slab_df: degrees of freedom of the slab.
-        local: a local scale for every ``"unit"`` (or input) that a tensor reads, or for every ``"weight"``.
+        local: a local scale for every ``"unit"`` (or input) that a tensor reads, or for every
+            ``"weight"``.
         bias_scale: standard deviation of the biases.
 
     Raises:
@@ -110,27 +120,38 @@ class Horseshoe(Prior):
                 found[f"slab.{name}"] = td.InverseGamma(half, half * self.slab_scale**2)
         return found
 
-    def conditional(self, spec: WeightSpec, parameters: dict[str, Tensor]) -> dict[str, Distribution]:
+    def conditional(
+        self, spec: WeightSpec, parameters: dict[str, Tensor]
+    ) -> dict[str, Distribution]:
         """Return a normal distribution per tensor given the scales."""
         found: dict[str, Distribution] = {}
         for name, shape in spec.shapes.items():
             if len(shape) > 1:
-                wide = _aligned(parameters[f"global.{name}"], shape) * parameters[f"local.{name}"]  # (..., *shape)
+                # (..., *shape)
+                wide = _aligned(parameters[f"global.{name}"], shape) * parameters[f"local.{name}"]
                 slab = _aligned(parameters[f"slab.{name}"], shape).sqrt()
-                found[name] = _centred(wide / torch.hypot(slab, wide) * slab)  # no square of a huge or tiny scale
+                # no square of a huge or tiny scale
+                found[name] = _centred(wide / torch.hypot(slab, wide) * slab)
             else:
                 found[name] = _centred(exact(self.bias_scale))
         return found
 
     def log_scales(self, spec: WeightSpec) -> LogScales | None:
-        """Return the scales of the weights; None for a class derived from this one, which may say otherwise."""
+        """Return the scales of the weights.
+
+        None for a class derived from this one, which may say otherwise.
+        """
         return HorseshoeScales(spec, self.bias_scale) if type(self) is Horseshoe else None
 
 
 def _aligned(values: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Give a scalar parameter ``(..., 1)`` the axes of a tensor of ``shape``, ``(..., 1, 1)`` for a matrix."""
+    """Give a scalar parameter ``(..., 1)`` the axes of a tensor of ``shape``, ``(..., 1, 1)`` for a
+    matrix.
+    """
     return values.reshape((*values.shape[:-1], *(1,) * len(shape)))
 
 
 def _centred(scale: Tensor) -> td.Normal:
-    return td.Normal(torch.zeros((), dtype=scale.dtype, device=scale.device), scale, validate_args=False)
+    return td.Normal(
+        torch.zeros((), dtype=scale.dtype, device=scale.device), scale, validate_args=False
+    )

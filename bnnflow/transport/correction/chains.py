@@ -35,12 +35,15 @@ _SETTLE = 1  # or so many of very many chains, if these forget quickly where the
 _SLOWLY = 0.5  # which a correlation of neighbouring draws above this denies
 _CROWD = 512  # the most chains
 _SHORTEST = 8  # draws of one
-_QUARTER = math.pi / 2  # time of a trajectory, in standard deviations: a quarter turn forgets where it began
+# time of a trajectory, in standard deviations: a quarter turn forgets where it began
+_QUARTER = math.pi / 2
 _LONGEST = 16  # the most steps of one
 
 
 def _nearest(points: Points, generator: torch.Generator) -> Gaussian:
-    """Return the latent law or the Gaussian of draws as the posterior weighs them, whichever is nearer to that."""
+    """Return the latent law or the Gaussian of draws as the posterior weighs them, whichever is
+    nearer to that.
+    """
     weights, _ = psis(points.log_weight)
     drawn = points.at(systematic(weights.unsqueeze(0), generator)[0])
     latent = Gaussian(torch.zeros_like(drawn.x0[0]), torch.ones_like(drawn.x0[0]).diag())
@@ -71,8 +74,8 @@ def mixed(
 ) -> Kernel:
     """Build the kernel that makes a latent move, then a Hamiltonian transition over weights.
 
-    The first, `crank_nicolson`, can jump between modes; the second knows the gradient. Each leaves the posterior
-    invariant. A transition to where the flow has no density is rejected.
+    The first, `crank_nicolson`, can jump between modes; the second knows the gradient. Each leaves
+    the posterior invariant. A transition to where the flow has no density is rejected.
 
     Args:
         latent: the posterior in latent space.
@@ -86,7 +89,13 @@ def mixed(
         trajectory_jitter: see `hmc`.
     """
     jump = crank_nicolson(latent, beta, independent_share=independent_share)
-    walk = hmc(log_joint_and_grad, step_size, n_leapfrog, inverse_mass_matrix, trajectory_jitter=trajectory_jitter)
+    walk = hmc(
+        log_joint_and_grad,
+        step_size,
+        n_leapfrog,
+        inverse_mass_matrix,
+        trajectory_jitter=trajectory_jitter,
+    )
 
     def step(points: Points, generator: torch.Generator) -> tuple[Points, _Sweep]:
         points, move = jump.step(points, generator)
@@ -98,19 +107,26 @@ def mixed(
             moved = latent.inverse(state.theta[rows].to(points.theta))
             found = ~moved.lost
             points = Points(
-                *(old.index_put((rows[found],), new[found]) for old, new in zip(points, moved, strict=True))
+                *(
+                    old.index_put((rows[found],), new[found])
+                    for old, new in zip(points, moved, strict=True)
+                )
             )
-        return points, _Sweep(move.acceptance_rate, move.independent, info.acceptance_rate, info.n_steps + 1)
+        return points, _Sweep(
+            move.acceptance_rate, move.independent, info.acceptance_rate, info.n_steps + 1
+        )
 
     return Kernel(jump.init, step)
 
 
 class _Chains:
-    """How many chains run, and for how long: many short ones if they forget quickly, else few long ones.
+    """How many chains run, and for how long: many short ones if they forget quickly, else few long
+    ones.
 
-    One evaluation of a flow of few weights costs hardly more for hundreds of points than for a few. So hundreds of
-    chains begin; after a short warm-up the correlation of neighbouring draws tells how long a chain has to be for R-hat
-    to see that it converged. If that is very long, the first few of them go on, after a longer warm-up.
+    One evaluation of a flow of few weights costs hardly more for hundreds of points than for a few.
+    So hundreds of chains begin; after a short warm-up the correlation of neighbouring draws tells
+    how long a chain has to be for R-hat to see that it converged. If that is very long, the first
+    few of them go on, after a longer warm-up.
 
     Args:
         job: what is wanted.
@@ -149,7 +165,9 @@ class _Chains:
 
 
 def _memory(before: Tensor, after: Tensor) -> float:
-    """Return the mean correlation of coordinates ``(chain, dim)`` before and after a move, of those that vary."""
+    """Return the mean correlation of coordinates ``(chain, dim)`` before and after a move, of those
+    that vary.
+    """
     pair = torch.stack([before, after]).double()
     pair = pair - pair.mean(1, keepdim=True)
     size = pair.square().sum(1).sqrt().prod(0)
@@ -174,10 +192,19 @@ def latent_metropolis(job: Job, points: Points | None) -> Outcome:
         try:
             while len(drawn) < chains.draws:
                 before = state
-                lengths = (_leapfrogs(step_size), 1.0) if chains.many else (_LONGEST, 0.5)  # of few, none is the best
+                # of few, none is the best
+                lengths = (_leapfrogs(step_size), 1.0) if chains.many else (_LONGEST, 0.5)
                 halfway.clear()
                 kernel = mixed(
-                    latent, target, beta, _INDEPENDENT, step_size, lengths[0], mass, halfway.append, lengths[1]
+                    latent,
+                    target,
+                    beta,
+                    _INDEPENDENT,
+                    step_size,
+                    lengths[0],
+                    mass,
+                    halfway.append,
+                    lengths[1],
                 )
                 state, info = kernel.step(before, generator)
                 gradients += float(info.n_steps.sum())
@@ -189,10 +216,18 @@ def latent_metropolis(job: Job, points: Points | None) -> Outcome:
                     step_size *= math.exp(float(info.hmc_acceptance_rate.mean()) - _HAMILTONIAN)
                     history.append([beta, step_size])
                     if chains.many and len(history) == _SETTLE:
-                        chains.settle(before.theta, state.theta, info.acceptance_rate, info.hmc_acceptance_rate)
+                        chains.settle(
+                            before.theta,
+                            state.theta,
+                            info.acceptance_rate,
+                            info.hmc_acceptance_rate,
+                        )
                         state = state.at(torch.arange(chains.count))
-                    if len(history) == chains.warm_up:  # from here on what its second half used on average
-                        beta, step_size = torch.tensor(history[len(history) // 2 :]).log().mean(0).exp().tolist()
+                    # from here on what its second half used on average
+                    if len(history) == chains.warm_up:
+                        beta, step_size = (
+                            torch.tensor(history[len(history) // 2 :]).log().mean(0).exp().tolist()
+                        )
                 else:
                     drawn += [*halfway, state] if chains.many else [state]
                     infos.append(info)
@@ -201,7 +236,9 @@ def latent_metropolis(job: Job, points: Points | None) -> Outcome:
                 raise
             job.findings.stopped(f"after {len(drawn)} of {chains.draws} draws of each chain")
     del drawn[chains.draws :]
-    stats = {name: torch.stack([getattr(info, name) for info in infos], 1) for name in _Sweep._fields}
+    stats = {
+        name: torch.stack([getattr(info, name) for info in infos], 1) for name in _Sweep._fields
+    }
     rate, anew = stats["acceptance_rate"], stats.pop("independent")
     info = {
         "beta": beta,
@@ -212,11 +249,16 @@ def latent_metropolis(job: Job, points: Points | None) -> Outcome:
         "gradients_per_chain": round(gradients / chains.count),
     }
     if chains.many:  # two draws a sweep
-        stats = {name: values.repeat_interleave(2, 1)[:, : len(drawn)] for name, values in stats.items()}
+        stats = {
+            name: values.repeat_interleave(2, 1)[:, : len(drawn)] for name, values in stats.items()
+        }
     theta, log_joint, ratio = (
-        torch.stack([getattr(each, name) for each in drawn], 1) for name in ("theta", "log_joint", "log_weight")
+        torch.stack([getattr(each, name) for each in drawn], 1)
+        for name in ("theta", "log_joint", "log_weight")
     )
-    return _chained(job, points, theta, log_joint, ratio, info, stats, info["independent_acceptance_rate"])
+    return _chained(
+        job, points, theta, log_joint, ratio, info, stats, info["independent_acceptance_rate"]
+    )
 
 
 def _leapfrogs(step_size: float) -> int:
@@ -240,20 +282,28 @@ def neutra(job: Job, points: Points | None) -> Outcome:
         try:
             while len(states) < chains.draws:
                 before = state
-                jitter = 1.0 if chains.many else 0.75  # few chains vary how far they turn: so they change modes
+                # few chains vary how far they turn: so they change modes
+                jitter = 1.0 if chains.many else 0.75
                 n_steps = _leapfrogs(jitter * step_size)
-                kernel = metropolis(target, trajectory, step_size, n_steps, unit, trajectory_jitter=jitter)
+                kernel = metropolis(
+                    target, trajectory, step_size, n_steps, unit, trajectory_jitter=jitter
+                )
                 state, info = kernel.step(before, generator)
                 gradients += float(info.n_steps.sum())
                 bar.update()
                 if len(history) < chains.warm_up:
-                    step_size = min(_QUARTER, step_size * math.exp(float(info.acceptance_rate.mean()) - _HAMILTONIAN))
+                    step_size = min(
+                        _QUARTER,
+                        step_size * math.exp(float(info.acceptance_rate.mean()) - _HAMILTONIAN),
+                    )
                     history.append(step_size)
                     if chains.many and len(history) == _SETTLE:
                         chains.settle(before.theta, state.theta, info.acceptance_rate)
                         state = ChainState(*(part[: chains.count] for part in state))
                     if len(history) == chains.warm_up:
-                        step_size = float(torch.tensor(history[len(history) // 2 :]).log().mean().exp())
+                        step_size = float(
+                            torch.tensor(history[len(history) // 2 :]).log().mean().exp()
+                        )
                 else:
                     states.append(state)
                     infos.append(info)
@@ -262,17 +312,23 @@ def neutra(job: Job, points: Points | None) -> Outcome:
                 raise
             job.findings.stopped(f"after {len(states)} of {chains.draws} draws of each chain")
     x0 = torch.stack([state.theta for state in states], 1)  # (chain, draw, dim)
-    theta = torch.cat([latent.forward_without_density(rows) for rows in x0.flatten(0, 1).split(latent.chunk)])
+    theta = torch.cat(
+        [latent.forward_without_density(rows) for rows in x0.flatten(0, 1).split(latent.chunk)]
+    )
     log_joint = latent.log_joint(theta).unflatten(0, x0.shape[:2])
     ratio = torch.stack([state.log_joint for state in states], 1) - log_normal(x0)
-    stats = {name: torch.stack([getattr(info, name) for info in infos], 1) for name in infos[0]._fields}
+    stats = {
+        name: torch.stack([getattr(info, name) for info in infos], 1) for name in infos[0]._fields
+    }
     info = {
         "step_size": step_size,
         "n_leapfrog": n_steps,
         "hmc_acceptance_rate": float(stats["acceptance_rate"].double().mean()),
         "gradients_per_chain": round(gradients / chains.count),
     }
-    return _chained(job, points, theta.unflatten(0, x0.shape[:2]), log_joint, ratio, info, stats, 1.0)
+    return _chained(
+        job, points, theta.unflatten(0, x0.shape[:2]), log_joint, ratio, info, stats, 1.0
+    )
 
 
 def _chained(

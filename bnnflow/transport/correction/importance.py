@@ -35,13 +35,15 @@ Estimate = tuple[float, float]
 
 _SAME = 1e-9  # nats of rounding: log densities have no unit
 _ROUNDING = 1e-13  # of the size of float64 numbers of any unit
-_OVERLAP = 10.0  # draws of each side that must be where both are before the two of them make an estimate
+# draws of each side that must be where both are before the two of them make an estimate
+_OVERLAP = 10.0
 _WIDTH = 1.5  # of a Student density, times the standard deviation of what it was fitted to
 _LOG_PI = math.log(math.pi)
 
 
 def psis(log_weights: Tensor) -> tuple[Tensor, float]:
-    """Smooth the largest weights by a generalised Pareto law and return its shape (Vehtari et al. 2024).
+    """Smooth the largest weights by a generalised Pareto law and return its shape (Vehtari et al.
+    2024).
 
     The shape, k-hat, says how many moments the weights have: none but those below 1 / k.
 
@@ -49,8 +51,8 @@ def psis(log_weights: Tensor) -> tuple[Tensor, float]:
         log_weights: ``(n,)``; minus infinity is a weight of zero.
 
     Returns:
-        The smoothed log weights, normalised to sum to one, and k-hat: infinite where the tail is too short to fit,
-        zero where all weights are equal.
+        The smoothed log weights, normalised to sum to one, and k-hat: infinite where the tail is
+        too short to fit, zero where all weights are equal.
     """
     kept = log_weights > -math.inf
     values = log_weights[kept].double()
@@ -66,12 +68,16 @@ def psis(log_weights: Tensor) -> tuple[Tensor, float]:
 
 
 def khat_limit(n: int) -> float:
-    """Return the k-hat up to which averages over ``n`` smoothed weights can be relied on (Vehtari et al. 2024)."""
+    """Return the k-hat up to which averages over ``n`` smoothed weights can be relied on (Vehtari
+    et al. 2024).
+    """
     return min(1 - 1 / math.log10(n), 0.7)
 
 
 def kish_ess(log_weights: Tensor) -> float:
-    """Return Kish's effective number of draws, the squared sum of the weights over the sum of their squares."""
+    """Return Kish's effective number of draws, the squared sum of the weights over the sum of their
+    squares.
+    """
     if not bool((log_weights > -math.inf).any()):
         return 0.0
     return float((2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp())
@@ -80,22 +86,25 @@ def kish_ess(log_weights: Tensor) -> float:
 def log_mean(log_weights: Tensor, *strata: int) -> Estimate:
     """Return the log of the mean weight, with the standard error that the delta method gives.
 
-    The mean of raw weights is an unbiased estimate of the evidence, whatever the number of draws. The mean of smoothed
-    ones is not, though it varies less.
+    The mean of raw weights is an unbiased estimate of the evidence, whatever the number of draws.
+    The mean of smoothed ones is not, though it varies less.
 
     Args:
         log_weights: ``(n,)``.
-        strata: numbers of draws that belong to each part of a stratified sample, in order; one part if not given.
+        strata: numbers of draws that belong to each part of a stratified sample, in order; one part
+            if not given.
     """
     value = float(log_weights.logsumexp(0)) - math.log(len(log_weights))
     if value == -math.inf:
         return value, math.inf
     relative = (log_weights - value).exp()  # mean 1
-    variance = sum(float(part.var()) * len(part) for part in relative.split(list(strata) or [len(relative)]))
+    variance = sum(
+        float(part.var()) * len(part) for part in relative.split(list(strata) or [len(relative)])
+    )
     return value, math.sqrt(variance) / len(relative)
 
 
-# ---------------------------------------------------------------- draws of the posterior itself
+# ---------------------------------------- draws of the posterior itself
 
 
 @dataclass(frozen=True)
@@ -113,12 +122,14 @@ class HeldOut:
     log_weights: Tensor | None = None
 
     @classmethod
-    def of(cls, draws: Draws | Tensor | tuple[Tensor, Tensor | None], model: BayesianModel, most: int) -> HeldOut:
+    def of(
+        cls, draws: Draws | Tensor | tuple[Tensor, Tensor | None], model: BayesianModel, most: int
+    ) -> HeldOut:
         """Check draws and keep at most ``most`` of them, evenly along the chains.
 
         Args:
-            draws: draws; weights ``(chain, draw, dim)``, or ``(n, dim)`` if they are independent; or a pair of weights
-                and log weights.
+            draws: draws; weights ``(chain, draw, dim)``, or ``(n, dim)`` if they are independent;
+                or a pair of weights and log weights.
             model: whose posterior they are from.
             most: bound on their number.
 
@@ -128,15 +139,26 @@ class HeldOut:
         flat, weights = as_theta(draws, "held_out")
         model.spec.check(flat, "held_out")
         model.check_draws(draws)
-        theta = draws.theta if isinstance(draws, Draws) else draws[0] if isinstance(draws, tuple) else draws
+        theta = (
+            draws.theta
+            if isinstance(draws, Draws)
+            else draws[0]
+            if isinstance(draws, tuple)
+            else draws
+        )
         shape = (theta.shape[0], theta.shape[1]) if theta.dim() == 3 else (len(flat), 1)
         if len(flat) < 10:
             raise ValueError(f"held_out needs at least 10 draws, got {len(flat)}")
         broken = int((~flat.isfinite().all(1)).sum())
         if broken:
             raise ValueError(f"{broken} of {len(flat)} held-out draws are NaN or infinite")
-        if weights is not None and not bool((weights < math.inf).all() and (weights > -math.inf).any()):
-            raise ValueError("the log weights of the held-out draws must not be NaN or +inf, nor all be zero weights")
+        if weights is not None and not bool(
+            (weights < math.inf).all() and (weights > -math.inf).any()
+        ):
+            raise ValueError(
+                "the log weights of the held-out draws must not be NaN or +inf, nor "
+                "all be zero weights"
+            )
         rows = torch.arange(len(flat)).unflatten(0, shape)
         if len(flat) > most:
             per_chain = max(1, most // shape[0])
@@ -158,7 +180,9 @@ class HeldOut:
         return torch.full((n,), -math.log(n), dtype=torch.float64, device=self.theta.device)
 
     def ess(self, values: Tensor) -> float:
-        """Return how many independent draws tell as much of the mean of ``values`` ``(n,)``, at most n."""
+        """Return how many independent draws tell as much of the mean of ``values`` ``(n,)``, at
+        most n.
+        """
         chains, draws = self.shape
         if self.log_weights is not None:
             return kish_ess(self.log_weights)
@@ -171,11 +195,12 @@ class HeldOut:
 
 
 def bridge(forward: Tensor, reverse: Tensor, posterior: HeldOut) -> Estimate | None:
-    """Estimate the evidence from draws of both sides by the optimal bridge (Bennett 1976; Meng and Wong 1996).
+    """Estimate the evidence from draws of both sides by the optimal bridge (Bennett 1976; Meng and
+    Wong 1996).
 
-    The log evidence is the c at which n_q mean_q s(l - c + m) = n_p mean_p s(c - l - m), where l are log weights
-    log p - log q, s is the logistic function and m = log(n_p / n_q). n_p counts effective draws of the chains, and so
-    does the error (Frühwirth-Schnatter 2004).
+    The log evidence is the c at which n_q mean_q s(l - c + m) = n_p mean_p s(c - l - m), where l
+    are log weights log p - log q, s is the logistic function and m = log(n_p / n_q). n_p counts
+    effective draws of the chains, and so does the error (Frühwirth-Schnatter 2004).
 
     Args:
         forward: log weights at draws of q, ``(n,)``.
@@ -200,7 +225,9 @@ def bridge(forward: Tensor, reverse: Tensor, posterior: HeldOut) -> Estimate | N
     return float(value), math.sqrt(variance)
 
 
-def ks_distance(a: Tensor, a_weights: Tensor, b: Tensor, b_weights: Tensor, tolerance: Tensor | float = 0.0) -> float:
+def ks_distance(
+    a: Tensor, a_weights: Tensor, b: Tensor, b_weights: Tensor, tolerance: Tensor | float = 0.0
+) -> float:
     """Return the largest Kolmogorov-Smirnov distance of any quantity of two weighted sets of draws.
 
     Args:
@@ -222,14 +249,19 @@ def ks_distance(a: Tensor, a_weights: Tensor, b: Tensor, b_weights: Tensor, tole
 
 
 def rhat_and_ess(values: Tensor) -> tuple[float, float]:
-    """Return the largest R-hat and the smallest bulk ESS of quantities of chains (Vehtari et al. 2021).
+    """Return the largest R-hat and the smallest bulk ESS of quantities of chains (Vehtari et al.
+    2021).
 
     Args:
-        values: ``(chain, draw, quantities)``, two chains or more; a quantity that never changes says nothing.
+        values: ``(chain, draw, quantities)``, two chains or more; a quantity that never changes
+            says nothing.
 
-    Where chains are far more than their draws, their means tell more of the ESS than the autocorrelations of each.
+    Where chains are far more than their draws, their means tell more of the ESS than the
+    autocorrelations of each.
     """
-    values = values[..., values.amax((0, 1)) - values.amin((0, 1)) > _ROUNDING * values.abs().amax((0, 1))]
+    values = values[
+        ..., values.amax((0, 1)) - values.amin((0, 1)) > _ROUNDING * values.abs().amax((0, 1))
+    ]
     if values.shape[1] < 4 or values.shape[2] == 0:
         return math.inf, float(len(values))
     many = len(values) > 4 * values.shape[1]
@@ -239,10 +271,14 @@ def rhat_and_ess(values: Tensor) -> tuple[float, float]:
 
 
 def _ess_of_means(values: Tensor) -> Tensor:
-    """Return how many independent draws have a mean as sharp as that of the normal scores of quantities of chains."""
+    """Return how many independent draws have a mean as sharp as that of the normal scores of
+    quantities of chains.
+    """
     chains, draws, _ = values.shape
     ranks = values.flatten(0, 1).argsort(0).argsort(0).double()
-    scores = torch.special.ndtri((ranks + 0.625) / (len(ranks) + 0.25)).unflatten(0, (chains, draws))
+    scores = torch.special.ndtri((ranks + 0.625) / (len(ranks) + 0.25)).unflatten(
+        0, (chains, draws)
+    )
     return (chains * scores.flatten(0, 1).var(0) / scores.mean(1).var(0)).clamp(max=chains * draws)
 
 
@@ -250,12 +286,13 @@ def _array(values: Tensor) -> np.ndarray:
     return values.double().cpu().numpy()
 
 
-# ---------------------------------------------------------------- a heavy tail
+# ---------------------------------------- a heavy tail
 
 
 @dataclass(frozen=True)
 class Student:
-    """A multivariate Student-t law of 5 degrees of freedom, the heavy-tailed part of a defensive mixture.
+    """A multivariate Student-t law of 5 degrees of freedom, the heavy-tailed part of a defensive
+    mixture.
 
     Attributes:
         loc: ``(dim,)``.
@@ -269,19 +306,29 @@ class Student:
 
     @classmethod
     def fit(cls, theta: Tensor) -> Student:
-        """Fit draws ``(n, dim)`` and widen; correlations are shrunk as if dim more draws had none."""
+        """Fit draws ``(n, dim)`` and widen.
+
+        Correlations are shrunk as if dim more draws had none.
+        """
         theta = theta.double()
         n, dim = theta.shape
         covariance = torch.cov(theta.T).reshape(dim, dim)
         variance = positive(covariance.diagonal())
-        shrunk = (n * covariance + dim * torch.diag(variance)) / (n + dim) + torch.diag(1e-9 * variance)
+        shrunk = (n * covariance + dim * torch.diag(variance)) / (n + dim) + torch.diag(
+            1e-9 * variance
+        )
         return cls(theta.mean(0), _WIDTH * torch.linalg.cholesky(shrunk))
 
     def sample(self, n: int, seed: Seed) -> Tensor:
         """Draw ``(n, dim)``."""
-        generator, like = as_generator(seed, self.loc.device), {"dtype": self.loc.dtype, "device": self.loc.device}
+        generator, like = (
+            as_generator(seed, self.loc.device),
+            {"dtype": self.loc.dtype, "device": self.loc.device},
+        )
         normal = torch.randn(n, len(self.loc), generator=generator, **like)
-        squares = torch.randn(n, self.df, generator=generator, **like).square().mean(1, keepdim=True)
+        squares = (
+            torch.randn(n, self.df, generator=generator, **like).square().mean(1, keepdim=True)
+        )
         return self.loc + (normal / squares.sqrt()) @ self.scale_tril.T
 
     def log_prob(self, theta: Tensor) -> Tensor:
@@ -295,4 +342,9 @@ class Student:
     def _log_constant(self) -> float:
         df, dim = self.df, len(self.loc)
         log_det = float(self.scale_tril.diagonal().log().sum())
-        return math.lgamma(0.5 * (df + dim)) - math.lgamma(0.5 * df) - 0.5 * dim * (math.log(df) + _LOG_PI) - log_det
+        return (
+            math.lgamma(0.5 * (df + dim))
+            - math.lgamma(0.5 * df)
+            - 0.5 * dim * (math.log(df) + _LOG_PI)
+            - log_det
+        )

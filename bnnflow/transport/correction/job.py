@@ -19,7 +19,17 @@ from bnnflow.transport.correction.importance import (
 from bnnflow.transport.correction.latent import Latent, Points
 from bnnflow.transport.correction.verdict import Findings
 
-__all__ = ["CHUNK", "LATENT", "WEIGHED", "Job", "features_of", "require_weights", "shrunk_gaussian", "starts", "weigh"]
+__all__ = [
+    "CHUNK",
+    "LATENT",
+    "WEIGHED",
+    "Job",
+    "features_of",
+    "require_weights",
+    "shrunk_gaussian",
+    "starts",
+    "weigh",
+]
 
 CHUNK = 512  # densities between two looks at the keyboard
 LATENT = 0.3  # acceptance rate that latent moves aim at
@@ -60,7 +70,9 @@ def weigh(job: Job, n: int, points: Points | None = None) -> Points:
 
 
 def shrunk_gaussian(x0: Tensor, n: float) -> Gaussian:
-    """Return the Gaussian of latent points that amount to n, shrunk to the latent law as if dim more had that."""
+    """Return the Gaussian of latent points that amount to n, shrunk to the latent law as if dim
+    more had that.
+    """
     dim = x0.shape[1]
     covariance = (n * torch.cov(x0.T).reshape(dim, dim) + dim * torch.eye(dim).to(x0)) / (n + dim)
     return Gaussian(x0.mean(0), torch.linalg.cholesky(covariance))
@@ -71,7 +83,9 @@ def starts(points: Points, chains: int, generator: torch.Generator) -> Tensor:
     require_weights(points)
     weights, _ = psis(points.log_weight)
     parents = systematic(weights.unsqueeze(0), generator)[0]
-    return parents[torch.randint(len(parents), (chains,), generator=generator, device=parents.device)]
+    return parents[
+        torch.randint(len(parents), (chains,), generator=generator, device=parents.device)
+    ]
 
 
 def require_weights(points: Points) -> None:
@@ -81,8 +95,12 @@ def require_weights(points: Points) -> None:
 
 
 def features_of(model: BayesianModel, theta: Tensor) -> Tensor:
-    """Return what networks ``(n, dim)`` predict at some inputs, or their weights where these are as good."""
+    """Return what networks ``(n, dim)`` predict at some inputs, or their weights where these are as
+    good.
+    """
     features = predictions_as_features(model)
     theta = theta.to(model.device, model.dtype)
     with torch.no_grad():
-        return torch.cat([(features(rows) if features else rows).double() for rows in theta.split(CHUNK)])
+        return torch.cat(
+            [(features(rows) if features else rows).double() for rows in theta.split(CHUNK)]
+        )

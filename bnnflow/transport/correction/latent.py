@@ -1,4 +1,6 @@
-"""The posterior seen from a flow's latent space: points with both densities, and moves that know the latent law."""
+"""The posterior seen from a flow's latent space: points with both densities, and moves that know
+the latent law.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +22,21 @@ __all__ = ["Latent", "Move", "Points", "SolverError", "Transport", "crank_nicols
 
 _LOG_2PI = math.log(2 * math.pi)
 _CHUNK = 512  # densities that are asked for at once,
-_MOST = 2048  # at most, by flows of few weights, to whom hundreds of points cost hardly more than a few
+# at most, by flows of few weights, to whom hundreds of points cost hardly more than a few
+_MOST = 2048
 _NUMBERS = 2**13  # weights of all points that are asked for at once
 _PILOT = 32  # draws on which rules of the solver are compared
-_TOLERANCE = 0.01  # nats by which a cheaper rule may change log weights: what is unseen among a thousand draws
+# nats by which a cheaper rule may change log weights: what is unseen among a thousand draws
+_TOLERANCE = 0.01
 _FEWEST = 4  # steps that can tell where the divergence is rough
 
 
 class Transport(Protocol):
-    """What a correction needs of a flow: both directions, with the density that it gives to each point.
+    """What a correction needs of a flow: both directions, with the density that it gives to each
+    point.
 
-    Latent points are standard normal, ``(n, dim)``; log densities are over weights, ``(n,)`` float64.
+    Latent points are standard normal, ``(n, dim)``; log densities are over weights, ``(n,)``
+    float64.
     """
 
     @property
@@ -52,7 +58,13 @@ class Transport(Protocol):
         ...
 
     def forward_with_log_prob(
-        self, x0: Tensor, /, *, density: Density | None = ..., solver: Solver | None = ..., seed: Seed = ...
+        self,
+        x0: Tensor,
+        /,
+        *,
+        density: Density | None = ...,
+        solver: Solver | None = ...,
+        seed: Seed = ...,
     ) -> tuple[Tensor, Tensor]:
         """Carry latent points to weights; return these and their log densities."""
         ...
@@ -65,7 +77,10 @@ class Transport(Protocol):
 
 
 class Points(NamedTuple):
-    """Latent points, where they go, and the log densities there; a row is NaN where the flow has no answer."""
+    """Latent points, where they go, and the log densities there.
+
+    A row is NaN where the flow has no answer.
+    """
 
     x0: Tensor  # (n, dim)
     theta: Tensor  # (n, dim)
@@ -74,7 +89,10 @@ class Points(NamedTuple):
 
     @property
     def log_weight(self) -> Tensor:
-        """The log importance weight, log_joint - log_q ``(n,)``; minus infinity where either is not a number."""
+        """The log importance weight, log_joint - log_q ``(n,)``.
+
+        Minus infinity where either is not a number.
+        """
         weight = self.log_joint - self.log_q
         return torch.where(weight < math.inf, weight, -math.inf)
 
@@ -89,7 +107,9 @@ class Points(NamedTuple):
 
 
 class SolverError(NamedTuple):
-    """What more of the solver's steps change, in nats: nothing for an adaptive rule, which is taken at its word."""
+    """What more of the solver's steps change, in nats: nothing for an adaptive rule, which is taken
+    at its word.
+    """
 
     rms: float = 0.0  # of log weights
     shift: float = 0.0  # of the log of their mean
@@ -104,7 +124,8 @@ class SolverError(NamedTuple):
 
 
 class Latent:
-    """The posterior in the latent coordinates of a flow, where it has the density N(x0; 0, I) exp(log weight).
+    """The posterior in the latent coordinates of a flow, where it has the density N(x0; 0, I)
+    exp(log weight).
 
     Args:
         flow: the transport.
@@ -140,14 +161,17 @@ class Latent:
         self.error: SolverError | None = None
 
     def settle(self, x0: Tensor) -> None:
-        """Take the cheapest rule of the solver that gives the log weights of one far dearer, on some points.
+        """Take the cheapest rule of the solver that gives the log weights of one far dearer, on
+        some points.
 
-        With RK4 the fourth to the half of the flow's own steps may do, for a sixth to a half of the price. They are
-        compared with as many RK4 steps as the flow takes of its own rule. It keeps that where none of them does, where
-        it chooses its steps itself, and where densities are estimates.
+        With RK4 the fourth to the half of the flow's own steps may do, for a sixth to a half of the
+        price. They are compared with as many RK4 steps as the flow takes of its own rule. It keeps
+        that where none of them does, where it chooses its steps itself, and where densities are
+        estimates.
 
         Args:
-            x0: latent points, ``(n, dim)``, of which 32 are looked at, or an eighth if these are fewer.
+            x0: latent points, ``(n, dim)``, of which 32 are looked at, or an eighth if these are
+                fewer.
         """
         flow = self.flow
         if not isinstance(flow, Flow) or self.density.trace != "exact" or flow.solver.nodes is None:
@@ -170,7 +194,10 @@ class Latent:
 
     @property
     def wide(self) -> int:
-        """Number of points whose density costs hardly more than that of a few; 1 where that is not known."""
+        """Number of points whose density costs hardly more than that of a few.
+
+        1 where that is not known.
+        """
         return max(1, 2048 // self.flow.dim) if isinstance(self.flow, Flow) else 1
 
     @torch.no_grad()
@@ -215,7 +242,9 @@ class Latent:
         return torch.cat([self.model.log_joint(rows).double() for rows in moved.split(512)])
 
     def log_density_and_grad(self, x0: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the posterior's log density over latent points and its gradient, ``(n,)`` and ``(n, dim)``."""
+        """Return the posterior's log density over latent points and its gradient, ``(n,)`` and
+        ``(n, dim)``.
+        """
 
         def solve(rows: Tensor) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
@@ -240,9 +269,13 @@ class Latent:
         except FloatingPointError:
             if len(rows) == 1:
                 self.broken += 1
-                return torch.full_like(rows, math.nan), torch.full((1,), math.nan).to(rows.device, torch.float64)
+                return torch.full_like(rows, math.nan), torch.full((1,), math.nan).to(
+                    rows.device, torch.float64
+                )
             halves = [self._surviving(solve, half, solves) for half in rows.chunk(2)]
-            return torch.cat([points for points, _ in halves]), torch.cat([log_q for _, log_q in halves])
+            return torch.cat([points for points, _ in halves]), torch.cat(
+                [log_q for _, log_q in halves]
+            )
 
 
 class Move(NamedTuple):
@@ -253,15 +286,21 @@ class Move(NamedTuple):
 
 
 def crank_nicolson(
-    latent: Latent, beta: float, *, power: float = 1.0, independent_share: float = 0.0, around: Gaussian | None = None
+    latent: Latent,
+    beta: float,
+    *,
+    power: float = 1.0,
+    independent_share: float = 0.0,
+    around: Gaussian | None = None,
 ) -> Kernel:
-    """Build the preconditioned Crank-Nicolson kernel in latent space (Neal 1998; Cotter et al. 2013).
+    """Build the preconditioned Crank-Nicolson kernel in latent space (Neal 1998; Cotter et al.
+    2013).
 
-    Proposes m + sqrt(1 - b^2) (x0 - m) + b L z with z ~ N(0, I), which leaves r = N(m, L L^T) invariant, and accepts
-    with probability min(1, a(x0') / a(x0)), a = N(x0; 0, I) w^power / r(x0) and w the importance weight. Leaves
-    N(x0; 0, I) w^power invariant: the posterior for power 1. b is ``beta``, or 1 with probability
-    ``independent_share``, for every
-    point anew; with r = N(0, I) that is an independence Metropolis proposal from the flow.
+    Proposes m + sqrt(1 - b^2) (x0 - m) + b L z with z ~ N(0, I), which leaves r = N(m, L L^T)
+    invariant, and accepts with probability min(1, a(x0') / a(x0)), a = N(x0; 0, I) w^power / r(x0)
+    and w the importance weight. Leaves N(x0; 0, I) w^power invariant: the posterior for power 1. b
+    is ``beta``, or 1 with probability ``independent_share``, for every point anew; with r = N(0, I)
+    that is an independence Metropolis proposal from the flow.
 
     Args:
         latent: the posterior in latent space.
@@ -276,7 +315,11 @@ def crank_nicolson(
 
     def height(points: Points) -> Tensor:
         height = power * points.log_weight
-        return height if around is None else height + log_normal(points.x0) - around.log_prob(points.x0)
+        return (
+            height
+            if around is None
+            else height + log_normal(points.x0) - around.log_prob(points.x0)
+        )
 
     def step(points: Points, generator: torch.Generator) -> tuple[Points, Move]:
         x0 = points.x0
@@ -288,7 +331,9 @@ def crank_nicolson(
             noise, centre = noise @ around.scale_tril.T, around.loc
         proposed = latent.forward(centre + (1 - b * b).sqrt() * (x0 - centre) + b * noise)
         gain = height(proposed) - height(points)
-        rate = gain.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).clamp(max=0.0).exp()
+        rate = (
+            gain.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).clamp(max=0.0).exp()
+        )
         accept = torch.rand(len(x0), generator=generator, device=x0.device, dtype=rate.dtype) < rate
         moved = (
             torch.where(accept.reshape(-1, *[1] * (old.dim() - 1)), new, old)

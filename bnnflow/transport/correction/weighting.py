@@ -1,4 +1,6 @@
-"""Corrections by weights: importance sampling with Pareto smoothing, a defensive mixture, resampling."""
+"""Corrections by weights: importance sampling with Pareto smoothing, a defensive mixture,
+resampling.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def defensive(job: Job, points: Points | None) -> Outcome:
     """Weigh by a mixture of the flow and a Student law fitted to other draws of it."""
     assert points is not None
     model, latent = job.model, job.latent
-    others = latent.forward_without_density(latent.flow.start(max(200, min(4 * model.dim, 4000)), job.generator))
+    others = latent.forward_without_density(
+        latent.flow.start(max(200, min(4 * model.dim, 4000)), job.generator)
+    )
     student = Student.fit(others[others.isfinite().all(1)])
     heavy = max(2, round(_DEFENSIVE * len(points.x0)))
     light = len(points.x0) - heavy
@@ -61,9 +65,13 @@ def defensive(job: Job, points: Points | None) -> Outcome:
 
     def mixture(points: Points) -> Points:
         log_q = torch.where(points.log_q.isnan(), -math.inf, points.log_q)
-        return points._replace(log_q=torch.logaddexp(share[0] + log_q, share[1] + student.log_prob(points.theta)))
+        return points._replace(
+            log_q=torch.logaddexp(share[0] + log_q, share[1] + student.log_prob(points.theta))
+        )
 
-    both = Points(*(torch.cat(pair) for pair in zip(points.at(torch.arange(light)), extra, strict=True)))
+    both = Points(
+        *(torch.cat(pair) for pair in zip(points.at(torch.arange(light)), extra, strict=True))
+    )
     return _weighted(job, mixture(both), [light, heavy])._replace(q=mixture)
 
 
