@@ -672,7 +672,7 @@ def _column(where: str, column: Any) -> np.ndarray:
     if array is None:
         raise TypeError(
             f"{where} among its columns, which holds no numbers but {column.dtype}: "
-            f"encode it, or drop it"
+            "encode it, or drop it"
         )
     return array
 

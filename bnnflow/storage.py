@@ -273,7 +273,7 @@ class Lock:
         except OSError as error:
             warn(
                 f"the file system of {path} has no locks ({error}): make sure that no other run "
-                f"works on it"
+                "works on it"
             )
             return file
         try:

@@ -279,7 +279,7 @@ class _Walk:
         if left_over := free - self.used:
             raise ValueError(
                 f"cannot label parameter {min(left_over)!r}: it belongs to no layer "
-                f"that the data visit"
+                "that the data visit"
             )
 
         fixed = {self.labels.find(label) for label in self.fixed}
@@ -331,7 +331,7 @@ class _Walk:
             if any(large % small for small, large in pairwise(seen)) or seen[0] != min(stored):
                 raise ValueError(
                     f"cannot label {type(self.net).__name__}: it reshapes the units of {name} to "
-                    f"blocks that no tensor "
+                    "blocks that no tensor "
                     "counts, or that cut each other"
                 )
 

@@ -634,7 +634,7 @@ class WeightSpec:
             if allowed is not None and label not in allowed:
                 raise ValueError(
                     f"{label} has activation {self.activations[label].name}, which has no {action} "
-                    f"symmetry"
+                    "symmetry"
                 )
             if element.shape[-1] != self.widths[label]:
                 raise ValueError(f"{action} of {label} must end in an axis of {self.widths[label]}")
@@ -764,7 +764,7 @@ def free_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
     if not free and next(net.parameters(), None) is not None:
         raise ValueError(
             f"every parameter of {type(net).__name__} has requires_grad=False, which makes it a "
-            f"constant, so there "
+            "constant, so there "
             "is nothing to infer: call requires_grad_(True) on the network, or on the layers to be "
             "inferred"
         )

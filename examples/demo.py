@@ -41,7 +41,7 @@ def compare(data: Dataset, model: bf.BayesianModel, trace: str, title: str) -> t
     spread = bf.align(model, draws).flat.var(0).sum() / draws.flat.var(0).sum()
     log(
         f"alignment: order and sign of hidden units were {1 - float(spread):.0%} of the variance "
-        f"of the weights"
+        "of the weights"
     )
 
     flow = bf.fit_flow(model, draws, seed=1, training=bf.Training(budget=TRAINING))

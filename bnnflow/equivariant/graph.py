@@ -185,7 +185,7 @@ def _places(spec: WeightSpec) -> tuple[dict[_Group, int], list[tuple[tuple[_Grou
         axes, shape, where = spec.axes[name], spec.shapes[name], spec.slices[name]
         if any(axes[2:]):
             raise ValueError(
-                f"hidden units must index the first two axes of a tensor, but "
+                "hidden units must index the first two axes of a tensor, but "
                 f"{name!r} has axes {axes}"
             )
         ends: tuple[_Group, ...] = tuple(

@@ -218,7 +218,7 @@ def fit_inrs(
     if diverged:
         warn(
             f"{diverged} of {len(y)} fits diverged: learning_rate={learning_rate:g} may be too "
-            f"large"
+            "large"
         )
     info = settings | {"seconds": time.perf_counter() - began, "diverged": diverged}
     return INRs(theta, spec, mse, info)
@@ -257,7 +257,7 @@ def fit_images(
     """
     if images.dim() not in (3, 4) or images.numel() == 0:
         raise ValueError(
-            f"images must be (n, height, width) or (n, height, width, channels), got "
+            "images must be (n, height, width) or (n, height, width, channels), got "
             f"{tuple(images.shape)}"
         )
     if not images.is_floating_point() or not (images.min() >= 0 and images.max() <= 1):
@@ -332,7 +332,7 @@ def warp(theta: Tensor, spec: WeightSpec, matrix: Tensor, shift: Tensor | None =
         shapes = tuple(matrix.shape), None if shift is None else tuple(shift.shape)
         raise ValueError(
             f"these networks take {inputs} coordinates, which matrix and shift of shapes {shapes} "
-            f"do not fit"
+            "do not fit"
         )
     finite("matrix", matrix)
     if shift is not None:
@@ -464,7 +464,7 @@ class _ChunkFolder:
         if present and not resume:
             raise ValueError(
                 f"{folder} holds a fit already: go on with it by Checkpoint({str(folder)!r}, "
-                f"resume=True), "
+                "resume=True), "
                 "or take another folder"
             )
         for index in range(len(present)):

@@ -102,7 +102,7 @@ class Layout:
                 "weight-space layers need labelled hidden units, of a chain of layers or the like, "
                 "and here none are "
                 f"known: {spec.unknown} (a GraphNet takes any network: architecture='graph' for a "
-                f"flow's field)"
+                "flow's field)"
             )
         # those that are shared in order of depth
         labels = list(spec.activations if shared else spec.widths)

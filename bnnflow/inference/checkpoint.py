@@ -137,13 +137,13 @@ class RunFolder:
         if states and not resume:
             raise ValueError(
                 f"{folder} already holds a run: go on with it by Checkpoint({str(folder)!r}, "
-                f"resume=True), "
+                "resume=True), "
                 "or take another folder"
             )
         if states and states[-1].header["version"] < _VERSION:
             raise ValueError(
                 f"{folder} holds a run of an earlier bnnflow, which kept no checksums: bf.load "
-                f"reads its draws, but a "
+                "reads its draws, but a "
                 "run must begin in another folder"
             )
         if saved is None:
@@ -376,7 +376,7 @@ def _states(folder: Path) -> list[Saved]:
     if damaged and not found:
         raise ValueError(
             f"{folder} holds a run that is damaged: {'; '.join(damaged)}. Begin again "
-            f"in another folder"
+            "in another folder"
         )
     if damaged:
         kept = found[-1].header

@@ -87,7 +87,7 @@ def sample(  # noqa: PLR0913 - the one entry point, with eleven
     place = Checkpoint.of(checkpoint)
     if place is not None and (unknown := model.unidentified):
         raise ValueError(
-            f"checkpoint needs a model that another process can recognise, but not "
+            "checkpoint needs a model that another process can recognise, but not "
             f"{', '.join(unknown)}"
         )
     seed = seed if isinstance(seed, torch.Generator) else integer("seed", seed)

@@ -229,7 +229,7 @@ def one_point(method: object, model: BayesianModel, run: Run) -> Tensor:
     if len(theta) > 1:
         raise ValueError(
             f"{type(method).__name__} begins at one point, but init has {len(theta)}; "
-            f"give it one of them"
+            "give it one of them"
         )
     return theta[0]
 

@@ -130,7 +130,7 @@ def check_alike(net: nn.Module, own: nn.Module, inferred: Collection[str]) -> No
         if name not in theirs or not torch.equal(theirs[name].detach().to(constant), constant):
             raise ValueError(
                 f"{name} is a constant of the model (a parameter with requires_grad=False, or a "
-                f"buffer), but "
+                "buffer), but "
                 "differs in the network; make the model from the network that has the right one"
             )
 
@@ -190,7 +190,7 @@ def _check_modules(net: nn.Module) -> None:
             if not (per_row or constant):
                 raise ValueError(
                     f"module {name!r} ({kind}) makes a row's output depend on the other rows, so "
-                    f"there is no "
+                    "there is no "
                     "likelihood of single rows; use LayerNorm or GroupNorm, or call net.eval() on "
                     "a network with running statistics, which are then constants"
                 )
@@ -216,7 +216,7 @@ def _check_gradients(net: nn.Module) -> None:
         if isinstance(module, nn.RNNBase | nn.RNNCellBase):
             raise ValueError(
                 f"{kind} is recurrent, and torch's code for it takes one set of weights only; "
-                f"write its cell with "
+                "write its cell with "
                 "Linear layers, in a loop over time, or, if its weights are constants, give its "
                 "outputs as x"
             )
@@ -228,7 +228,7 @@ def _check_gradients(net: nn.Module) -> None:
         if module.padding_idx is not None:
             raise ValueError(
                 f"{kind} has padding_idx={module.padding_idx}: that row would be inferred, but "
-                f"torch gives it no "
+                "torch gives it no "
                 "gradient; make the embedding without it and mask what is padded, or make its "
                 "weight a constant by requires_grad_(False)"
             )
@@ -236,7 +236,7 @@ def _check_gradients(net: nn.Module) -> None:
             if getattr(module, option):
                 raise ValueError(
                     f"{kind} has {option}={getattr(module, option)}, which changes its weights or "
-                    f"its gradient "
+                    "its gradient "
                     "behind the back of the inference; make it without"
                 )
 
@@ -248,7 +248,7 @@ def copied(net: nn.Module) -> nn.Module:
     except (RuntimeError, TypeError) as error:
         raise ValueError(
             f"net cannot be copied: {error}. Pruning and the old weight_norm keep computed weights "
-            f"as attributes: take "
+            "as attributes: take "
             "torch.nn.utils.prune.remove, and torch.nn.utils.parametrizations"
         ) from error
 
@@ -267,7 +267,7 @@ def _check_parameters(net: nn.Module) -> None:
         if parameter.numel() == 0:
             raise ValueError(
                 f"net: {name!r} has no elements, {tuple(parameter.shape)}: a layer without inputs "
-                f"or units"
+                "or units"
             )
 
 

@@ -261,7 +261,7 @@ class FusedNetwork:
         if x.shape[-1] != self._layers[0].inputs or (per_network and len(x) != batch):
             raise RuntimeError(
                 f"inputs {tuple(x.shape)} do not fit {self._layers[0].inputs} features of {batch} "
-                f"networks"
+                "networks"
             )
         shape = (
             (batch, self._network_dim)

@@ -193,7 +193,7 @@ class HeteroscedasticGaussian(Likelihood):
         """Return y as ``(n, out / 2)``."""
         if n_outputs % 2:
             raise ValueError(
-                f"HeteroscedasticGaussian needs 2 outputs a target (mean, raw scale), "
+                "HeteroscedasticGaussian needs 2 outputs a target (mean, raw scale), "
                 f"got {n_outputs}"
             )
         return real_targets(y, n_outputs // 2)

@@ -140,7 +140,7 @@ def probe_fisher_factor(
         ):
             raise ValueError(
                 f"the fisher_factor of {likelihood.name} is not the one of its log_prob: R R^T "
-                f"must be the mean of the "
+                "must be the mean of the "
                 "products of scores over targets drawn from it, and that of learned parameters is "
                 "by their logarithms"
             )
@@ -254,7 +254,7 @@ def _check_density(log_prob: LogProb, point: _Point) -> None:
     if not isinstance(values, Tensor) or values.shape != outputs.shape[:-1]:
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(
-            f"the likelihood's log_prob must give a number for every row, "
+            "the likelihood's log_prob must give a number for every row, "
             f"{tuple(outputs.shape[:-1])} for outputs {tuple(outputs.shape)}, got {shape}"
         )
     if bool(values.isnan().all()):
@@ -359,13 +359,13 @@ class _Probe:
         if changed:
             raise ValueError(
                 f"{changed[0]!r} is written by the forward pass of the network, which "
-                f"must leave it alone"
+                "must leave it alone"
             )
         if not torch.equal(rows, self.rows):
             writers = [record.name for record in first if record.overwrites]
             raise ValueError(
                 f"{self.said(writers)} writes to the inputs, which belong to the "
-                f"data; work on a copy"
+                "data; work on a copy"
             )
         random = not torch.equal(drawn, torch.get_rng_state())
         with _Recorder(self.net) as second:
@@ -374,7 +374,7 @@ class _Probe:
             guilty = self.guilty(first, second, self.same)
             raise ValueError(
                 f"{self.said(guilty)} is random, or depends on how often it was called: the same "
-                f"weights and inputs "
+                "weights and inputs "
                 "must give the same outputs; call net.eval(), or remove it"
             )
         return frozenset(
@@ -423,7 +423,7 @@ class _Probe:
         )
         raise ValueError(
             f"{self.said(guilty)} keeps something of the inputs or weights that it is first called "
-            f"with, which decides "
+            "with, which decides "
             "all later outputs; call the network on the data that this is meant to come from "
             "before the model is made, or remove it"
         )
@@ -443,7 +443,7 @@ class _Probe:
         guilty = self.guilty(self.recorded(rows), self.recorded(fewer), same_part)
         raise ValueError(
             f"{self.said(guilty)} makes a row's output depend on the other rows, so there is no "
-            f"likelihood of "
+            "likelihood of "
             "single rows; the first axis of x runs over rows (attention wants batch_first=True)"
         )
 
@@ -474,7 +474,7 @@ class _Probe:
         where = f"the gradient by {guilty[0]!r}" if guilty else "the gradient"
         raise ValueError(
             f"{where} is not the derivative of the outputs: the backward pass of the network (a "
-            f"Function or a hook of "
+            "Function or a hook of "
             "its own, a detach, a table that is not differentiated everywhere) belongs to another "
             "function than its forward pass; what is no part of the inference takes "
             "requires_grad_(False)"
@@ -596,7 +596,7 @@ def _check_leaves(value: Tensor, known: Collection[Tensor]) -> None:
         if leaf is not None and id(leaf) not in ours:
             raise ValueError(
                 f"the network uses a tensor {tuple(leaf.shape)} that requires gradients but is "
-                f"none of its parameters, "
+                "none of its parameters, "
                 "so it would be left out of the inference: put layers into an nn.ModuleList or "
                 "nn.ModuleDict in place of a list or dict, and do not replace forward by a "
                 "function that holds another network; what is meant as a constant takes "

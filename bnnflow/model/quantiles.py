@@ -85,7 +85,7 @@ class QuantileTable:
                 name = type(distribution).__name__
                 raise ValueError(
                     f"the quantiles of a {name} prior of shape {value:g} underflow: "
-                    f"no normal coordinates"
+                    "no normal coordinates"
                 )
             heights.append(height)
             # (cells, 4)

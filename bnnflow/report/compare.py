@@ -282,7 +282,7 @@ def _headline(evaluations: list[Evaluation], reference: Evaluation | None) -> st
             return f"Nothing here certifies {best.name}: {why}."
         return (
             f"{best.name} predicts the test rows best, but {why}: how close it comes to the "
-            f"posterior is unknown. "
+            "posterior is unknown. "
             "Run HMC until its verdict is good, then compare."
         )
     text = f"Use {reference.name}: an exact sampler"

@@ -109,12 +109,12 @@ class WeightConvergence:
         if aligned > R_HAT.bad and self.unknown:
             return (
                 f"chains agree about predictions but not about weights ({self.worst_layer}); "
-                f"whether a symmetry explains it is not known, since the symmetries of this "
+                "whether a symmetry explains it is not known, since the symmetries of this "
                 f"network are not: {self.unknown}"
             )
         if aligned > R_HAT.bad:
             return (
-                f"chains agree about predictions but not about weights, not even modulo symmetry "
+                "chains agree about predictions but not about weights, not even modulo symmetry "
                 f"({self.worst_layer}): "
                 "different weights make the same function"
             )

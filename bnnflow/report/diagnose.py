@@ -211,7 +211,7 @@ def _too_close(theta: Tensor) -> list[str]:
         return []
     return [
         f"draws of {count} of {theta.shape[1]} weights are closer than {kind} tells apart, or "
-        f"never move: standardise "
+        "never move: standardise "
         "the data, take a float64 network"
     ]
 
@@ -262,14 +262,14 @@ def _lost_on_the_way(info: dict[str, Any]) -> list[str]:
     if not info.get("least_effective_share", 1.0) >= verdicts.LEFT_EFFECTIVE:
         reasons.append(
             f"a temperature has left only {info['least_effective_share']:.1e} of the particles "
-            f"effective: the "
+            "effective: the "
             "likelihood is too steep for their number or for the precision of its numbers; "
             "standardise, or take float64"
         )
     if not info.get("first_ancestors", math.inf) >= verdicts.ANCESTORS:
         reasons.append(
             f"all particles of a run descend from {info['first_ancestors']:.3g} of the first: what "
-            f"the others knew is "
+            "the others knew is "
             "lost, and the error of the evidence is not known; take more particles"
         )
     return reasons
@@ -331,7 +331,7 @@ def _agreement(findings: Findings, r_hat: np.ndarray, ess: float, of_prior: floa
         worst,
         verdicts.R_HAT,
         f"chains disagree about predictions (R-hat up to {worst:.4g}): run a longer warm-up and "
-        f"more draws, or start "
+        "more draws, or start "
         "from a trained network or an ensemble; weight_convergence shows in which layer they "
         "differ",
     )
@@ -341,7 +341,7 @@ def _agreement(findings: Findings, r_hat: np.ndarray, ess: float, of_prior: floa
             verdicts.R_HAT_OF_PRIOR,
             "chains disagree about weights that these inputs say little of (R-hat of the log prior "
             f"{of_prior:.3g}), and may about predictions elsewhere: standardise the data, run a "
-            f"longer warm-up and "
+            "longer warm-up and "
             "more draws",
         )
     more = (
@@ -386,18 +386,18 @@ def _transitions(findings: Findings, draws: Draws, found: _Statistics) -> None:
             found.divergences / total,
             Bounds(0.0, verdicts.DIVERGENCES),
             f"{found.divergences:,} of {total:,} transitions diverged: raise the target acceptance "
-            f"or run a longer "
+            "or run a longer "
             "warm-up",
         )
     if found.e_bfmi is not None and not found.e_bfmi >= verdicts.E_BFMI:
         findings.mild.append(
             f"E-BFMI {found.e_bfmi:.2f} is below {verdicts.E_BFMI}: energies are explored slowly; "
-            f"take more draws"
+            "take more draws"
         )
     if found.acceptance is not None and not found.acceptance >= verdicts.ACCEPTANCE:
         findings.mild.append(
             f"acceptance is {found.acceptance:.2f}: run a longer warm-up or start with a smaller "
-            f"step size"
+            "step size"
         )
 
 
@@ -413,7 +413,7 @@ def _bias(findings: Findings, draws: Draws, found: _Statistics) -> None:
     if errors is not None and asked is not None and not errors <= verdicts.ENERGY_VARIANCE * asked:
         findings.severe.append(
             f"energy errors have variance {errors:.2g} a dimension where {asked:.2g} was asked: "
-            f"predictions are "
+            "predictions are "
             "biased; run a longer warm-up, or an exact sampler such as HMC"
         )
     if found.temperature is not None and not abs(found.temperature - 1) <= verdicts.TEMPERATURE:

@@ -493,7 +493,7 @@ def _recorded(
         if not outputs:
             raise ValueError(
                 f"the activations of {label} cannot be found: no module with a weight of its own "
-                f"returns them"
+                "returns them"
             )
     return found
 

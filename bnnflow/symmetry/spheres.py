@@ -55,7 +55,7 @@ class Spheres:
             if bool((sizes < 2).any()):
                 raise ValueError(
                     f"units of {label} have one incoming weight, which is a sign and "
-                    f"no point of a sphere"
+                    "no point of a sphere"
                 )
 
     @cached_property

@@ -179,12 +179,12 @@ def _checked(
         name = sorted(shapes.items() ^ others.items())[0][0]
         raise ValueError(
             f"the networks are of different architectures: {name} is not the same "
-            f"tensor in all of them"
+            "tensor in all of them"
         )
     for name in ours.keys() - spec.shapes.keys() - moving:
         if not torch.equal(ours[name], theirs[name]):
             raise ValueError(
                 f"{name} differs between the networks, and is neither a weight nor a "
-                f"running statistic"
+                "running statistic"
             )
     return {name: buffer.clone() for name, buffer in other.named_buffers()}

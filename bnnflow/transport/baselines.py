@@ -85,7 +85,7 @@ class TransformedDensity(Sampleable):
         if density is None:
             raise ValueError(
                 f"cannot save a {type(self.density).__name__}: it is no density of "
-                f"bnnflow.posteriors"
+                "bnnflow.posteriors"
             )
         header = {
             "density": density,

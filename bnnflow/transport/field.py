@@ -185,7 +185,7 @@ def check_field(field: Field, t: Tensor, x: Tensor) -> bool:
         if changed:
             raise ValueError(
                 f"velocity: {changed[0].removeprefix('module.')!r} is written while the field is "
-                f"evaluated. "
+                "evaluated. "
                 "A statistic of points that it met is none of its weights, which are averaged and "
                 "kept: take norms of single rows, such as LayerNorm, in place of BatchNorm"
             )

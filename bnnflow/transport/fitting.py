@@ -199,7 +199,7 @@ def _checked(model: BayesianModel, draws: Given, what: str) -> tuple[Tensor, Ten
     if len(theta) == 0 or not bool(finite.all()):
         raise ValueError(
             f"fit_flow needs finite {what}; {int((~finite).sum())} of {len(theta)} "
-            f"are NaN or infinite"
+            "are NaN or infinite"
         )
     return theta, log_weights
 

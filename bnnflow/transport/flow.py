@@ -573,7 +573,7 @@ class Flow(Sampleable):
             warn(
                 f"log densities of {doubtful} of {n} weights may be wrong by more than a nat: the "
                 f"field is too stiff there for fixed steps of {rule!r}, as it is far from the "
-                f"posterior. Take more steps, or an adaptive "
+                "posterior. Take more steps, or an adaptive "
                 "solver such as bf.transport.Solver('dopri5')"
             )
 
@@ -754,7 +754,7 @@ def _resolving(posterior: WhitenedPosterior) -> int:
         warn(
             f"in some direction the posterior is {least:.1e} times as wide as the source, which "
             f"would take {wanted} steps; after {_MOST} draws are too narrow there: take a source "
-            f"that is nearer"
+            "that is nearer"
         )
     return max(_USUAL, min(wanted, _MOST))
 
@@ -824,7 +824,7 @@ def _finite(parts: list[Tensor]) -> Tensor:
     if broken:
         raise FloatingPointError(
             f"{broken} of {len(theta)} draws are infinite or NaN: take more steps, fit the flow "
-            f"for longer, or let "
+            "for longer, or let "
             "`correct` leave them out"
         )
     return theta

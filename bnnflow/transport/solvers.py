@@ -287,7 +287,7 @@ def _adaptive(
         if evaluations > max_evaluations:
             raise RuntimeError(
                 f"{rule} has used {max_evaluations} evaluations by t = {float(t):.4f}: one sample "
-                f"may be too stiff; "
+                "may be too stiff; "
                 "take a rule with fixed steps, such as 'rk4' (or, in integrate itself, looser "
                 "tolerances or a larger max_evaluations)"
             )

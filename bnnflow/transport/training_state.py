@@ -272,7 +272,7 @@ class TrainingFile:
         if header["version"] < _VERSION:
             raise ValueError(
                 f"{self.file} is of an earlier bnnflow and does not say what it was trained on: "
-                f"begin anew"
+                "begin anew"
             )
         with storage.described(self.file):
             theirs = header["identity"]

@@ -113,7 +113,7 @@ def main() -> None:
         return
     print(
         f"forward and backward, batch {BATCH}, one thread; layers with {FEATURES} features, "
-        f"networks 64 wide, 4 deep"
+        "networks 64 wide, 4 deep"
     )
     print(
         f"{'':14}{'':12}{'ms':>8}{'ms/net':>8}{'calls':>8}{'live MB':>9}"

@@ -265,7 +265,7 @@ def main() -> None:
     draws = bf.sample(model, bf.HMC(), chains=CHAINS, warmup=WARMUP, draws=800, seed=0)
     print(
         f"{args.name}, dim {model.dim}: {CHAINS} chains x 800 in {draws.info['cpu_seconds']:.0f} "
-        f"CPU s"
+        "CPU s"
     )
     found = bf.diagnose(model, draws)
     print(found)

@@ -111,7 +111,7 @@ def compare(
     rivals.table(title, samples, "bnnflow", {"the fastest loop": ("loop", 20.0)})
     print(
         f"  mean squared errors of the first {SINGLE_FITS} after {STEPS} steps, and decibels for a "
-        f"signal of range one:"
+        "signal of range one:"
     )
     for name, mse in errors.items():
         print(f"  {name:32s}", *(f"{e:10.3e} ({-10 * math.log10(e):.2f} dB)" for e in mse.tolist()))

@@ -84,7 +84,7 @@ def main() -> None:
     )
     print(
         f"max R-hat of test probabilities {float(rhat):.4f}, {draws.info['divergences']} "
-        f"divergences"
+        "divergences"
     )
 
     matched = bf.Gaussian.fit(bf.align(model, draws).flat)

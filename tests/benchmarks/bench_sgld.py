@@ -149,7 +149,7 @@ def main() -> None:
     )
     print(
         f"{rivals.machine()}; SGLD, {CHAINS} chains, CPU us a step and chain, {rounds} rounds in "
-        f"turns"
+        "turns"
     )
     for name in DATA_SETS[: 1 if quick else None]:
         for batch in BATCHES[: 1 if quick else None]:

@@ -59,7 +59,7 @@ def require(*modules: str, files: tuple[str, ...] = ()) -> None:
     if missing:
         print(
             f"skipped: needs {', '.join(missing)} (pip install -c constraints.txt -e '.[bench]'; "
-            f"$BNNFLOW_DATA)"
+            "$BNNFLOW_DATA)"
         )
         sys.exit(0)
 

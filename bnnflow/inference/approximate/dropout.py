@@ -169,7 +169,7 @@ def _dropped(model: BayesianModel) -> tuple[_Dropped, ...]:
         ):
             raise ValueError(
                 f"MCDropout cannot write dropout module {name!r} as weights: its units must be "
-                f"read by the linear "
+                "read by the linear "
                 "layer or the convolution behind it, and by nothing else"
             )
         found.append(each)

@@ -212,7 +212,7 @@ class Laplace(Method):
         if self.hessian != "exact" and not model.likelihood.has_fisher_factor:
             raise ValueError(
                 f"{model.likelihood.name} has no fisher_factor for a Gauss-Newton matrix; use "
-                f"hessian='exact'"
+                "hessian='exact'"
             )
         if self.prior_precision == "evidence":
             check_tunable(model)
@@ -221,7 +221,7 @@ class Laplace(Method):
             _import_laplace()
             if not isinstance(model.likelihood, likelihoods.Gaussian | likelihoods.Categorical):
                 raise ValueError(
-                    f"structure='kronecker' is for Gaussian and Categorical likelihoods, not "
+                    "structure='kronecker' is for Gaussian and Categorical likelihoods, not "
                     f"{model.likelihood.name}"
                 )
         size = len(_indices(model, names))
@@ -408,7 +408,7 @@ def _moved(model: BayesianModel, start: Tensor, mode: Tensor) -> dict[str, float
         }
     if not moved["predictions"] < _FAR:
         warn(
-            f"the mode near init is another network: its predictions differ by "
+            "the mode near init is another network: its predictions differ by "
             f"{moved['predictions']:.2g} of their spread, its weights by {moved['weights']:.2g} of "
             f"their norm, and log_joint is {moved['log_joint']:.4g} "
             "nats higher; init was trained with another prior or not to the end, so that this is "
@@ -594,7 +594,7 @@ def _last_layer(model: BayesianModel) -> tuple[str, ...]:
         if not torch.allclose(two - one, one - zero, rtol=1e-3, atol=1e-4):
             raise ValueError(
                 f"structure='last_layer': the outputs are not affine in {chosen}; use "
-                f"another structure"
+                "another structure"
             )
     return (*chosen, *spec.extras)
 

@@ -229,7 +229,7 @@ def _divergence_named(name: str, settings: Settings) -> Iterator[None]:
     except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise FloatingPointError(
             f"{name} diverged: learning_rate={settings.learning_rate:g} is too large for this "
-            f"model, take a tenth of it"
+            "model, take a tenth of it"
         ) from error
 
 
@@ -288,7 +288,7 @@ def independent_draws(
         warn(
             f"the fit diverged: its ELBO is {info['elbo']:.4g}, {info['elbo_start']:.4g} when it "
             f"began, and log_joint is not finite at {broken} of {len(gain)} draws; take a smaller "
-            f"learning_rate or scale"
+            "learning_rate or scale"
         )
     return Draws(
         theta.unflatten(0, (chains, draws)),

@@ -394,7 +394,7 @@ def evidence(
     if not float(state.least) >= _FAILED:
         warn(
             f"a temperature has left only {float(state.least):.1e} of the particles effective: the "
-            f"evidence is not to "
+            "evidence is not to "
             "be trusted; the likelihood is too steep for the precision of its numbers: "
             "standardise, or take float64"
         )

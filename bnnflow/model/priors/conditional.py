@@ -255,7 +255,7 @@ class ConditionalWeights:
         if set(distributions) != set(self.network.names):
             odd = sorted(set(distributions) ^ set(self.network.names))
             raise ValueError(
-                f"the prior's conditional must name exactly the network's tensors; "
+                "the prior's conditional must name exactly the network's tensors; "
                 f"{odd} are not both"
             )
         for name, d in distributions.items():
@@ -268,5 +268,5 @@ class ConditionalWeights:
                 raise ValueError(
                     f"prior of {name!r} given two values of the parameters has shape "
                     f"{tuple(d.batch_shape)}, which does not broadcast to {shape}; the parameters "
-                    f"have leading axes"
+                    "have leading axes"
                 )

@@ -113,7 +113,7 @@ class Empirical(Prior):
             if flat.shape[1] != spec.dim + self.extras:
                 raise ValueError(
                     f"the trained weights have {flat.shape[1]} entries, the network {spec.dim}; if "
-                    f"parameters of a prior or likelihood follow the weights, say how many with "
+                    "parameters of a prior or likelihood follow the weights, say how many with "
                     f"extras=, got {self.extras}"
                 )
             return spec.unflatten(flat[:, : spec.dim])

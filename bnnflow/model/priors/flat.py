@@ -247,7 +247,7 @@ class FlatPrior:
                     name = type(distribution).__name__
                     raise ValueError(
                         f"a transport from a {name} prior needs its cdf and inverse cdf, which "
-                        f"torch does not have; "
+                        "torch does not have; "
                         "use a Normal, Laplace, Cauchy or another prior with both"
                     ) from error
 

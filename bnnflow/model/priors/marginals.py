@@ -206,7 +206,7 @@ def elementwise(
     if family not in td.__all__ or not distribution.arg_constraints:
         raise ValueError(
             f"prior of {name!r}: {family} is not a family of torch.distributions with parameters "
-            f"of its own"
+            "of its own"
         )
     _check_parameters(name, distribution)
     support = distribution.support

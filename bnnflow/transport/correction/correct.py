@@ -87,7 +87,7 @@ def _with_density(name: str, flow: Any) -> Transport:
     if not all(hasattr(flow, each) for each in wanted):
         raise ValueError(
             f"{name}: {type(flow).__name__} has no density over weights, so there is nothing to "
-            f"weigh its draws with; "
+            "weigh its draws with; "
             "a flow on a manifold needs a radial part that completes the measure"
         )
     return flow
@@ -250,7 +250,7 @@ def _check(
     if density.trace != "exact" and method != "refine" and not force:
         raise ValueError(
             f"a density estimated by {density.trace!r} is unbiased only as a logarithm: weights "
-            f"made of it are biased. "
+            "made of it are biased. "
             "Use Density(trace='exact'), or method='refine', which needs no density; force=True "
             "insists"
         )
@@ -324,7 +324,7 @@ def _judge(
         if latent.density.trace != "exact":
             findings.severe.append(
                 f"densities are estimates ({latent.density.trace}), and weights made of them are "
-                f"biased"
+                "biased"
             )
     if outcome.evidence is not None:
         value, error = outcome.evidence

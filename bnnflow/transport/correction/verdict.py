@@ -76,7 +76,7 @@ class Findings(verdicts.Findings):
         else:
             self.severe.append(
                 f"k-hat {khat:.2f} of {n:,} draws is above {limit:.2f}: a few weights decide "
-                f"everything; refine the "
+                "everything; refine the "
                 "draws (method='refine'), or train the flow for longer"
             )
         self.kish_ess(ess)
@@ -106,7 +106,7 @@ class Findings(verdicts.Findings):
             rms,
             verdicts.SOLVER,
             f"log weights change by {rms:.2g} nats with a finer solver: their density is not "
-            f"exact; give the flow a "
+            "exact; give the flow a "
             "solver of more steps",
         )
 
@@ -133,7 +133,7 @@ class Findings(verdicts.Findings):
         elif apart > 0:
             self.severe.append(
                 f"{said} differ: the flow has lost about {-math.expm1(-apart):.0%} of the "
-                f"posterior's mass (a mode, "
+                "posterior's mass (a mode, "
                 "perhaps), which no correction from its own draws can find; train it on draws of "
                 "all modes"
             )
@@ -150,7 +150,7 @@ class Findings(verdicts.Findings):
         if share > verdicts.UNSEEN:
             self.severe.append(
                 f"{share:.0%} of the held-out draws are where corrected ones hardly ever are: the "
-                f"flow has lost a "
+                "flow has lost a "
                 "part of the posterior (a mode, perhaps); train it on draws of all modes, or, if "
                 "it was trained on aligned draws, give held_out draws aligned alike"
             )
@@ -163,7 +163,7 @@ class Findings(verdicts.Findings):
         if theirs < verdicts.FEW_HELD_OUT:
             self.mild.append(
                 f"the held-out draws amount to only {theirs:.0f} independent ones, "
-                f"which can say little"
+                "which can say little"
             )
         if not apart > chance:
             self.good.append("held-out and corrected draws have one law, as far as they tell")
@@ -177,14 +177,14 @@ class Findings(verdicts.Findings):
         if gap > max(verdicts.COPIES, 4 * error):
             text = (
                 f"the flow gives symmetric copies of its own draws a density e^-{gap:.1f} of "
-                f"theirs: it has lost modes"
+                "theirs: it has lost modes"
             )
             if held_out:
                 self.mild.append(f"{text}, and an evidence is that of the copies that it has")
             else:
                 self.severe.append(
                     f"{text}; if it was trained on aligned draws on purpose, give held_out draws "
-                    f"aligned alike"
+                    "aligned alike"
                 )
 
     def conclusion(self, done: str, certain: bool, raw: float) -> str:
@@ -226,7 +226,7 @@ def equivalent_modes_gap(
     if spec.unknown and not held_out:
         findings.mild.append(
             f"the symmetries of the network are not known ({spec.unknown}): whether the flow has "
-            f"lost symmetric copies "
+            "lost symmetric copies "
             "of its draws was not looked at; give held_out draws"
         )
     group = latent.model.symmetries()
