@@ -29,9 +29,11 @@ __all__ = [
     "MomentumDraw",
     "MomentumInfo",
     "SGHMCState",
+    "friction_of",
     "kick_limit",
     "momentum_info",
     "sghmc",
+    "stable_steps",
 ]
 
 
@@ -148,6 +150,17 @@ def kick_limit(theta: Tensor, h: float) -> float:
     return 10 * math.sqrt(theta.shape[-1]) / h
 
 
+def friction_of(friction: float | None, step_size: float | None) -> float:
+    """Return the friction, and where none is given that of a step size, or 1."""
+    return friction or (1.0 if step_size is None else 0.1 / step_size)
+
+
+def stable_steps(h: float, scales: Scales, schedule: Schedule) -> tuple[float, float]:
+    """Return the step size whose draws are kept at steps of ``h``, and the longest stable one."""
+    longest = 1 / math.sqrt(scales.curvature)
+    return min(h / math.sqrt(schedule.kept_scale), longest), longest
+
+
 def momentum_info(
     theta: Tensor, diverging: Tensor, cost: int, h: float, kinetic: Tensor
 ) -> MomentumInfo:
@@ -220,7 +233,7 @@ class SGHMC(Method):
 
         The defaults are 16 chains, 200 transitions of warm-up, 1,000 draws.
         """
-        friction = self.friction or (1.0 if self.step_size is None else 0.1 / self.step_size)
+        friction = friction_of(self.friction, self.step_size)
 
         def make_kernel(
             target: StochasticTarget,
@@ -246,8 +259,7 @@ class SGHMC(Method):
                 # half of it can still be taken off the noise
                 heat = 0.5 if self.noise_estimate else self.bias
                 h = min(h, 2 * friction * heat / scales.noise_level)
-            longest = 1 / math.sqrt(scales.curvature)
-            return min(h / math.sqrt(self.schedule.kept_scale), longest), longest
+            return stable_steps(h, scales, self.schedule)
 
         def notes(scales: Scales, step_size: float) -> dict[str, float]:
             return {"friction": friction}

@@ -16,7 +16,14 @@ from bnnflow.draws import Draws
 from bnnflow.inference.stochastic.burn_in import Scheme, check, run_stochastic
 from bnnflow.inference.stochastic.gradients import Scales, StochasticTarget, clip_or_revert
 from bnnflow.inference.stochastic.schedules import Constant, Schedule
-from bnnflow.inference.stochastic.sghmc import MomentumDraw, MomentumInfo, kick_limit, momentum_info
+from bnnflow.inference.stochastic.sghmc import (
+    MomentumDraw,
+    MomentumInfo,
+    friction_of,
+    kick_limit,
+    momentum_info,
+    stable_steps,
+)
 from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 from bnnflow.model.fused import normal_like
@@ -189,7 +196,7 @@ class SGNHT(Method):
 
         The defaults are 16 chains, 200 transitions of warm-up, 1,000 draws.
         """
-        friction = self.friction or (1.0 if self.step_size is None else 0.1 / self.step_size)
+        friction = friction_of(self.friction, self.step_size)
 
         def make_kernel(
             target: StochasticTarget,
@@ -211,8 +218,7 @@ class SGNHT(Method):
 
         def step_size_rule(scales: Scales) -> tuple[float, float]:
             h = 2 * math.sqrt(self.bias / max(scales.curvature, scales.noise_level))
-            longest = 1 / math.sqrt(scales.curvature)
-            return min(h / math.sqrt(self.schedule.kept_scale), longest), longest
+            return stable_steps(h, scales, self.schedule)
 
         def notes(scales: Scales, step_size: float) -> dict[str, float]:
             return {"friction": friction}
