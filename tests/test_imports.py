@@ -24,6 +24,7 @@ ROOMS = [
     "identity",
     "storage",
     "progress",
+    "stopwatch",
     "ranks",
     "bridge",
     "diagnostics",

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from bnnflow.model.network import ChainNetwork
 from bnnflow.options import Checkpoint
 from bnnflow.progress import progress_bar
 from bnnflow.seeding import as_generator
+from bnnflow.stopwatch import Stopwatch
 from bnnflow.types import Seed
 from bnnflow.warn import warn
 from bnnflow.weights import WeightSpec
@@ -189,7 +189,7 @@ def fit_inrs(
     spec = WeightSpec.of(net)
     y = y.unsqueeze(-1) if y.dim() == 2 else y
     _check(spec, x, y, steps, learning_rate, batch_size, chunk)
-    began = time.perf_counter()
+    watch = Stopwatch()
     generator = as_generator(seed)
     starts = _starts(spec, len(y), generator)
     rows_seed = int(torch.randint(2**62, (), generator=generator))
@@ -220,7 +220,7 @@ def fit_inrs(
             f"{diverged} of {len(y)} fits diverged: learning_rate={learning_rate:g} may be too "
             "large"
         )
-    info = settings | {"seconds": time.perf_counter() - began, "diverged": diverged}
+    info = settings | {"seconds": watch.seconds, "diverged": diverged}
     return INRs(theta, spec, mse, info)
 
 

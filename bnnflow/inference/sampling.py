@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from bnnflow.model import BayesianModel
 from bnnflow.options import Checkpoint
 from bnnflow.ranks import connect
 from bnnflow.seeding import as_generator, seed_in_words
+from bnnflow.stopwatch import Stopwatch
 from bnnflow.types import Seed
 
 __all__ = ["sample"]
@@ -114,13 +114,12 @@ def sample(  # noqa: PLR0913 - the one entry point, with eleven
             kept = held.enter_context(
                 RunFolder(place, identity | shared | own, ranks, model.device)
             )
-        wall, cpu = time.perf_counter(), time.process_time()
+        watch = Stopwatch()
         run = Run(generator, chains, warmup, draws, start, progress, kept, ranks)
         result = method.draw(model, run)
-    info = identity | {
-        "seconds": kept.seconds if kept else time.perf_counter() - wall,
-        "cpu_seconds": time.process_time() - cpu,
-    }
+    info = identity | watch.read()
+    if kept is not None:  # the seconds of all runs in this folder
+        info["seconds"] = kept.seconds
     chains = result.n_chains * result.info.get("gradients_per_chain", 0)
     return replace(result, info=info | {"gradients": chains} | result.info)
 

@@ -5,7 +5,6 @@ use.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
 from bnnflow.predictive import Prediction, metrics, predict
 from bnnflow.report.diagnose import HINTS, Diagnosis, diagnose
+from bnnflow.stopwatch import Stopwatch
 
 __all__ = ["Comparison", "Entry", "Evaluation", "compare", "duration", "gather"]
 
@@ -162,10 +162,10 @@ def _entry(name: str, value: Any, seconds: float | None) -> Entry:
         return Entry(name, value, info, seconds)
     theta = _theta(value)
     if theta is None:
-        start = time.perf_counter()
+        watch = Stopwatch()
         theta = value.sample(TAKEN, 0)
         info = {"method": type(value).__name__, "draws taken": TAKEN, "seed": 0} | info
-        seconds = seconds if seconds is not None else time.perf_counter() - start
+        seconds = seconds if seconds is not None else watch.seconds
     weights = value[1] if isinstance(value, tuple) else getattr(value, "log_weights", None)
     return Entry(
         name,
@@ -206,7 +206,7 @@ def _evaluate(entry: Entry, model: BayesianModel, x: Tensor, y: Tensor) -> Evalu
         "draws": count,
         "seconds": entry.seconds,
         "seconds_per_1000_draws": None if entry.seconds is None else 1000 * entry.seconds / count,
-        "gradients_per_chain": entry.info.get("gradients_per_chain"),
+        "gradients": entry.info.get("gradients") or None,
         "verdict": diagnosis.verdict,
         "rows": n,
         "best": (),

@@ -82,7 +82,7 @@ _COLUMNS = (
     _Column("seconds", "seconds", ".3g", "wall-clock time to obtain them"),
     _Column("seconds_per_1000_draws", "s / 1,000", ".3g", "the same for 1,000 draws"),
     _Column(
-        "gradients_per_chain", "gradients", ",.0f", "gradient evaluations of a chain, member or fit"
+        "gradients", "gradients", ",.0f", "gradient evaluations of all chains, members or draws"
     ),
 )
 

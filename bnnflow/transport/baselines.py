@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ from bnnflow.options import Training
 from bnnflow.posteriors import CouplingFlow, coupling_flow, coupling_orders, dimension, pack, unpack
 from bnnflow.progress import progress_bar
 from bnnflow.seeding import as_generator, isolated, seed_in_words
+from bnnflow.stopwatch import Stopwatch
 from bnnflow.symmetry import align
 from bnnflow.transport.flow import Flow
 from bnnflow.transport.options import Solver
@@ -218,9 +218,8 @@ def fit_coupling(
         # Pyro caches the inverse of a tensor, with the parameters of then
         return flow.log_prob(x.clone()).double()
 
-    info = _maximise(
-        layers, log_prob, log_prob, data, training, generator, progress, "coupling flow"
-    )
+    climb = _Climb(layers, log_prob, log_prob, data, training)
+    info = climb.run(generator, progress, "coupling flow")
     fitted = CouplingFlow(
         orders, tuple(parameter.detach().clone() for parameter in layers.parameters())
     )
@@ -305,16 +304,8 @@ def fit_cnf(
         return log_prob(x, grid)
 
     own = time_grid(4 * solver_steps, device=model.device)
-    info = _maximise(
-        velocity,
-        noisy,
-        lambda x: log_prob(x, own),
-        data,
-        training,
-        generator,
-        progress,
-        "continuous flow",
-    )
+    climb = _Climb(velocity, noisy, lambda x: log_prob(x, own), data, training)
+    info = climb.run(generator, progress, "continuous flow")
     with torch.no_grad():
         some, finer = data.unseen[:256], time_grid(8 * solver_steps, device=model.device)
         error = (log_prob(some, own) - log_prob(some, finer)).abs().mean()
@@ -423,78 +414,94 @@ def _equal(model: BayesianModel, draws: Given, generator: torch.Generator, name:
     return theta[torch.multinomial(weights, len(theta), replacement=True, generator=generator)]
 
 
-def _maximise(
-    module: nn.Module,
-    log_prob: Callable[[Tensor], Tensor],
-    judge: Callable[[Tensor], Tensor],
-    data: _Data,
-    training: Training,
-    generator: torch.Generator,
-    progress: bool,
-    name: str,
-) -> dict[str, Any]:
-    """Climb the likelihood of the draws.
+class _Climb:
+    """Likelihood training of a density; the parameters that held-out draws like best are kept."""
 
-    Leave the parameters that the held-out draws like best, and say how.
-    """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    learning_rate = training.learning_rate
-    assert learning_rate is not None
-    optimiser = torch.optim.Adam(parameters, learning_rate, foreach=True)
-    started, cpu = time.perf_counter(), time.process_time()
+    def __init__(
+        self,
+        module: nn.Module,
+        log_prob: Callable[[Tensor], Tensor],
+        judge: Callable[[Tensor], Tensor],
+        data: _Data,
+        training: Training,
+    ) -> None:
+        self.module, self.log_prob, self.judge = module, log_prob, judge
+        self.data, self.training = data, training
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        assert training.learning_rate is not None
+        self.learning_rate = training.learning_rate
+        self.optimiser = torch.optim.Adam(self.parameters, self.learning_rate, foreach=True)
+        self.watch = Stopwatch()
+        self.count = self.since = self.drops = self.broken = 0
+        self.best, self.kept = self.look(), copy.deepcopy(module.state_dict())
 
-    def look() -> float:
+    def look(self) -> float:
+        """Return the mean log density of the held-out draws, in weight space."""
         with torch.no_grad():
-            return float(judge(data.unseen).mean()) + data.log_jacobian
+            return float(self.judge(self.data.unseen).mean()) + self.data.log_jacobian
 
-    best, kept = look(), copy.deepcopy(module.state_dict())
-    count, since, drops, broken, interrupted = 0, 0, 0, 0, False
-    with progress_bar(training.steps, name, progress, "step") as bar:
-        try:
-            while drops < 4 and (training.steps is None or count < training.steps):
-                spent = time.perf_counter() - started
-                if training.steps is None and spent > training.budget:
-                    break
-                for group in optimiser.param_groups:
-                    group["lr"] = learning_rate * 0.3**drops * _rate(training, count, spent)
-                rows = torch.randint(
-                    len(data.x), (training.batch_size,), generator=generator, device=data.x.device
-                )
-                loss = -log_prob(data.x[rows]).mean()
-                optimiser.zero_grad()
-                loss.backward()
-                norm = nn.utils.clip_grad_norm_(parameters, 10.0)
-                if bool(norm.isfinite()):
-                    optimiser.step()
-                else:
-                    broken += 1
-                count += 1
-                bar.update()
-                if count % _LOOK == 0 or count == training.steps:
-                    value = look()
-                    if not bar.disable:
-                        bar.set_postfix(log_prob=f"{value:.2f}", best=f"{best:.2f}")
-                    if value > best:
-                        best, kept, since = value, copy.deepcopy(module.state_dict()), 0
-                    elif since + 1 < training.patience:
-                        since += 1
-                    else:
-                        since, drops = 0, drops + 1
-                        module.load_state_dict(kept)
-        except KeyboardInterrupt:
-            if count == 0:
-                raise
-            interrupted = True
-            warn(f"interrupted: returning the density after {count} steps")
-    module.load_state_dict(kept)
-    return {
-        "steps": count,
-        "batch_size": training.batch_size,
-        "held_out": best,
-        "shrinkage": data.shrinkage,
-        "not_finite": broken,
-        "seconds": time.perf_counter() - started,
-        "cpu_seconds": time.process_time() - cpu,
-        "parameters": sum(p.numel() for p in parameters),
-        "interrupted": interrupted,
-    }
+    def run(self, generator: torch.Generator, progress: bool, name: str) -> dict[str, Any]:
+        """Climb to the end, and say how it went."""
+        interrupted, steps = False, self.training.steps
+        with progress_bar(steps, name, progress, "step") as bar:
+            try:
+                while not self.ended():
+                    self.step(generator)
+                    bar.update()
+                    if self.count % _LOOK == 0 or self.count == steps:
+                        value = self.keep_the_best()
+                        if not bar.disable:
+                            bar.set_postfix(log_prob=f"{value:.2f}", best=f"{self.best:.2f}")
+            except KeyboardInterrupt:
+                if self.count == 0:
+                    raise
+                interrupted = True
+                warn(f"interrupted: returning the density after {self.count} steps")
+        self.module.load_state_dict(self.kept)
+        return {
+            "steps": self.count,
+            "batch_size": self.training.batch_size,
+            "held_out": self.best,
+            "shrinkage": self.data.shrinkage,
+            "not_finite": self.broken,
+            **self.watch.read(),
+            "parameters": sum(p.numel() for p in self.parameters),
+            "interrupted": interrupted,
+        }
+
+    def ended(self) -> bool:
+        """Say whether the learning rate fell four times, or steps or budget are used up."""
+        if self.drops == 4:
+            return True
+        if self.training.steps is None:
+            return self.watch.seconds > self.training.budget
+        return self.count == self.training.steps
+
+    def step(self, generator: torch.Generator) -> None:
+        """Take one step of Adam; one whose gradient is not finite is left out."""
+        rate = _rate(self.training, self.count, self.watch.seconds)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.learning_rate * 0.3**self.drops * rate
+        x, size = self.data.x, self.training.batch_size
+        rows = torch.randint(len(x), (size,), generator=generator, device=x.device)
+        loss = -self.log_prob(x[rows]).mean()
+        self.optimiser.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, 10.0)
+        if bool(norm.isfinite()):
+            self.optimiser.step()
+        else:
+            self.broken += 1
+        self.count += 1
+
+    def keep_the_best(self) -> float:
+        """Look at the held-out draws; where nothing was gained for long, go back to the best."""
+        value = self.look()
+        if value > self.best:
+            self.best, self.kept, self.since = value, copy.deepcopy(self.module.state_dict()), 0
+        elif self.since + 1 < self.training.patience:
+            self.since += 1
+        else:
+            self.since, self.drops = 0, self.drops + 1
+            self.module.load_state_dict(self.kept)
+        return value

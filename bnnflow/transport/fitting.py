@@ -109,22 +109,17 @@ def fit_flow(
     x1 = source.to_normal(theta)
     generator = as_generator(seed, model.device)
     with isolated(generator):
-        field = (
-            _field(velocity, model, source, x1, matching.path).to(model.device, model.dtype).train()
-        )
-    # A field that declares no symmetry is for one mode: spreading that over its orbit would undo
-    # the alignment.
-    group = (
-        NO_SYMMETRY
-        if field.symmetries is not None and not any(field.symmetries)
-        else source.symmetries(model)
-    )
+        field = _field(velocity, model, source, x1, matching.path)
+    field = field.to(model.device, model.dtype).train()
+    group = source.symmetries(model)
+    if field.symmetries is not None and not any(field.symmetries):
+        # A field that declares no symmetry is for one mode: spreading that over its orbit would
+        # undo the alignment.
+        group = NO_SYMMETRY
     pairs = _CoupledDraws(x1, _normalised(log_weights), matching.coupling, model.spec, group)
-    unseen = (
-        None
-        if held_out is None
-        else replace(pairs, x1=_held_out(model, held_out, source), weights=None)
-    )
+    unseen = None
+    if held_out is not None:
+        unseen = replace(pairs, x1=_held_out(model, held_out, source), weights=None)
     path = matching.path if matching.path is not None else field.path
     identity = {
         "model": model.fingerprint(),
@@ -141,15 +136,8 @@ def fit_flow(
     way = _with_targets(matching.targets, path, field, pairs, posterior, generator)
     reuse = Reuse(matching.reuse, partial(model.spec.transform, group))
     task = Task(field, pairs, way, matching.times, reuse, unseen)
-    info = run(
-        task,
-        training,
-        checkpoint,
-        generator,
-        progress,
-        ranks=connect(model.device),
-        identity=identity,
-    )
+    ranks = connect(model.device)
+    info = run(task, training, checkpoint, generator, progress, ranks=ranks, identity=identity)
     info |= {
         "seed": seed_in_words(seed),
         "coupling": type(matching.coupling).__name__,

@@ -20,6 +20,7 @@ from bnnflow.options import Checkpoint, Training
 from bnnflow.progress import progress_bar
 from bnnflow.ranks import ALONE, Ranks
 from bnnflow.seeding import as_generator, isolated
+from bnnflow.stopwatch import Stopwatch
 from bnnflow.transport.batches import Batches, Reuse
 from bnnflow.transport.field import Field, check_field
 from bnnflow.transport.paths import ProbabilityPath
@@ -213,7 +214,7 @@ class _Loop:
         self.chance = chance
         # whether the field draws numbers; not known before it has met a batch
         self.random: bool | None = None
-        self.clock = _Clock(state.seconds, state.cpu_seconds)
+        self.clock = Stopwatch(state.seconds, state.cpu_seconds)
         self.total = training.steps if training.steps is not None else state.total
         self.stopped = False
         call: Callable[..., Tensor] = (
@@ -322,8 +323,7 @@ class _Loop:
         return {
             "steps": state.count,
             "batch_size": self.training.batch_size,
-            "seconds": self.clock.seconds,
-            "cpu_seconds": self.clock.cpu_seconds,
+            **self.clock.read(),
             "loss": state.loss,
             "loss_by_time": state.losses,
             "held_out_loss": None if self.fixed is None else state.lowest,
@@ -390,19 +390,3 @@ def _rate(count: int, total: int | None) -> float:
         return warm
     done = (count - _STABLE * total) / ((1 - _STABLE) * total)
     return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-class _Clock:
-    """Seconds of training, those of the runs before included."""
-
-    def __init__(self, seconds: float, cpu_seconds: float) -> None:
-        self._began = time.perf_counter() - seconds
-        self._cpu_began = time.process_time() - cpu_seconds
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._began
-
-    @property
-    def cpu_seconds(self) -> float:
-        return time.process_time() - self._cpu_began

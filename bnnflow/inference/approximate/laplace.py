@@ -301,67 +301,105 @@ def find_mode(
         The mode, and what it took; it has converged if less than a hundredth of a nat a coordinate
         can be gained.
     """
-    gradients = 0
+    climb = _Climb(model, theta)
+    climb.by_bfgs(iterations)
+    with torch.no_grad():
+        gain = climb.by_newton()
+        allowed = _SMALL + _LOOSE * model.dim
+        if not gain <= _SMALL:
+            gain = climb.over_kinks(iterations, allowed)
+    return climb.mode, {
+        "gradient_norm": float(climb.grad.norm()),
+        "log_joint_mode": float(climb.value),
+        "left_to_gain": gain,
+        "gradients": climb.gradients,
+        "converged": gain <= allowed,
+    }
 
-    def negative(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        nonlocal gradients
-        gradients += 1
+
+class _Climb:
+    """A point on its way to the mode, its log joint density ``(1,)`` and the gradient of that
+    ``(1, dim)``.
+    """
+
+    def __init__(self, model: BayesianModel, theta: Tensor) -> None:
+        self.model, self.mode, self.gradients = model, theta, 0
+        self.newton = model.dim <= LARGEST_FULL // 4 and model.likelihood.has_fisher_factor
+        self.value = self.grad = torch.empty(0)
+
+    def negative(self, flat: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return minus the log joint density and its gradient, for an optimiser of scipy."""
+        self.gradients += 1
         with torch.no_grad():
-            value, grad = model.log_joint_and_grad(
-                torch.from_numpy(flat).to(model.device).unsqueeze(0)
+            value, grad = self.model.log_joint_and_grad(
+                torch.from_numpy(flat).to(self.model.device).unsqueeze(0)
             )
         if not bool(value.isfinite()):
             return math.inf, np.zeros_like(flat)
         return -float(value), -grad[0].cpu().numpy()
 
-    options = {
-        "maxiter": iterations,
-        "maxfun": 2 * iterations,
-        "maxcor": 30,
-        "ftol": 0.0,
-        "gtol": 1e-8,
-    }
-    found = scipy.optimize.minimize(
-        negative, theta.cpu().numpy(), method="L-BFGS-B", jac=True, options=options
-    )
-    mode = torch.from_numpy(np.asarray(found.x)).to(theta)
-    newton = model.dim <= LARGEST_FULL // 4 and model.likelihood.has_fisher_factor
-    gain = math.nan
-    with torch.no_grad():
-        value, grad = model.log_joint_and_grad(mode.unsqueeze(0))
-        for _ in range(_NEWTON_STEPS if newton else 0):
-            precision = gauss_newton_precision(model, mode)
-            step = torch.cholesky_solve(grad.T, torch.linalg.cholesky(precision)).T  # (1, dim)
-            gain = 0.5 * float((step * grad).sum())
-            better, moved = _line_search(model, mode, step)
-            gradients += 2
-            if not bool(better > value):
+    def look(self) -> None:
+        """Evaluate density and gradient where the climb is."""
+        self.value, self.grad = self.model.log_joint_and_grad(self.mode.unsqueeze(0))
+
+    def ascend(self, step: Tensor) -> bool:
+        """Take a step ``(1, dim)``, or as much of it as gains; say whether any did."""
+        better, moved = _line_search(self.model, self.mode, step)
+        if not bool(better > self.value):
+            return False
+        self.mode, self.value = moved, better
+        return True
+
+    def by_bfgs(self, iterations: int) -> None:
+        """Go as far as L-BFGS does."""
+        options = {
+            "maxiter": iterations,
+            "maxfun": 2 * iterations,
+            "maxcor": 30,
+            "ftol": 0.0,
+            "gtol": 1e-8,
+        }
+        found = scipy.optimize.minimize(
+            self.negative, self.mode.cpu().numpy(), method="L-BFGS-B", jac=True, options=options
+        )
+        self.mode = torch.from_numpy(np.asarray(found.x)).to(self.mode)
+
+    def by_newton(self) -> float:
+        """Take Gauss-Newton steps while they gain; return what the last one promised, NaN if there
+        was none.
+        """
+        gain = math.nan
+        self.look()
+        for _ in range(_NEWTON_STEPS if self.newton else 0):
+            precision = gauss_newton_precision(self.model, self.mode)
+            factor = torch.linalg.cholesky(precision)
+            step = torch.cholesky_solve(self.grad.T, factor).T  # (1, dim)
+            gain = 0.5 * float((step * self.grad).sum())
+            self.gradients += 2
+            if not self.ascend(step):
                 break
-            mode, value = moved, better
-            grad = model.log_joint_and_grad(mode.unsqueeze(0))[1]
+            self.grad = self.model.log_joint_and_grad(self.mode.unsqueeze(0))[1]
             if gain < 1e-14:
                 break
-        allowed = _SMALL + _LOOSE * model.dim
-        for _ in range(_KINKED_ROUNDS if not gain <= _SMALL else 0):
-            if newton:
-                inverse = torch.linalg.inv(gauss_newton_precision(model, mode)).cpu().numpy()
-                point = kinks.minimise(negative, mode.cpu().numpy(), inverse, iterations)
-                mode = torch.from_numpy(point).to(theta)
-            value, grad = model.log_joint_and_grad(mode.unsqueeze(0))
-            gain, step = _left_to_gain(model, mode, grad)
-            gradients += min(2 * model.dim, _PIECES) + 2
-            better, moved = _line_search(model, mode, step)
-            if gain <= allowed or not bool(better > value):
+        return gain
+
+    def over_kinks(self, iterations: int, allowed: float) -> float:
+        """Go on where pieces of the density meet, until no more than what is allowed is left to
+        gain; return what is.
+        """
+        gain = math.nan
+        for _ in range(_KINKED_ROUNDS):
+            if self.newton:
+                precision = gauss_newton_precision(self.model, self.mode)
+                inverse = torch.linalg.inv(precision).cpu().numpy()
+                point = kinks.minimise(self.negative, self.mode.cpu().numpy(), inverse, iterations)
+                self.mode = torch.from_numpy(point).to(self.mode)
+            self.look()
+            gain, step = _left_to_gain(self.model, self.mode, self.grad)
+            self.gradients += min(2 * self.model.dim, _PIECES) + 2
+            if gain <= allowed or not self.ascend(step):
                 break
-            mode, value = moved, better
-    norm = float(grad.norm())
-    return mode, {
-        "gradient_norm": norm,
-        "log_joint_mode": float(value),
-        "left_to_gain": gain,
-        "gradients": gradients,
-        "converged": gain <= allowed,
-    }
+        return gain
 
 
 def _left_to_gain(model: BayesianModel, mode: Tensor, grad: Tensor) -> tuple[float, Tensor]:

@@ -239,10 +239,6 @@ def trajectory_warm_up(
     step_size = settings.step_size or 0.1 * unit
     trajectory_length, max_leapfrog = settings.trajectory_length, settings.max_leapfrog
 
-    def leapfrogs(step_size: float, length: float) -> int:
-        # Numbers of steps are uniform between a half of the largest and all of it.
-        return max(1, min(max_leapfrog, round(length / (0.75 * step_size))))
-
     def followed(theta: Tensor) -> Tensor:
         return (features(theta) if features else theta).double()
 
@@ -261,20 +257,18 @@ def trajectory_warm_up(
             number, time = length.candidate(0.75 * max_leapfrog * adapt.step_size, generator)
         else:
             number, time = 0, trajectory_length
-        most = leapfrogs(adapt.step_size, time)
+        most = _leapfrogs(adapt.step_size, time, max_leapfrog)
         # the mass matrix is yet unknown, and a length in its units means nothing
         if len(ends) > 1 and done < ends[1]:
             most = min(most, _FIRST_LEAPFROGS)
         steps, n_steps = _jittered(chain.theta, adapt.step_size, 0.2, most, 0.5, generator)
         proposal = trajectory(chain, steps, scale, n_steps, generator)
         moved, info = _accept(chain, proposal, steps, n_steps, generator)
-        adapt = adapt.update(
-            float(ranks.mean(info.acceptance_rate.mean())), settings.target_acceptance
-        )
-        if trajectory_length is None:
+        acceptance = float(ranks.mean(info.acceptance_rate.mean()))
+        adapt = adapt.update(acceptance, settings.target_acceptance)
+        if trajectory_length is None and done >= ends[0]:
             start, end = followed(chain.theta), followed(proposal.state.theta)
-            if done >= ends[0]:
-                length = length.update(number, _jump(start, end, info.acceptance_rate, ranks))
+            length = length.update(number, _jump(start, end, info.acceptance_rate, ranks))
         moments, done = moments.update(moved.theta), done + 1
         if done in ends[1:]:
             mass = moments.inverse_mass_matrix(mass, ranks)
@@ -285,7 +279,7 @@ def trajectory_warm_up(
 
     def tuned(tuning: _Tuning) -> Tuned:
         step = tuning.step.averaged if tuning.done else step_size
-        n_leapfrog = leapfrogs(step, tuning.length.length)
+        n_leapfrog = _leapfrogs(step, tuning.length.length, max_leapfrog)
         kernel = metropolis(
             log_joint_and_grad, trajectory, step, n_leapfrog, tuning.inverse_mass_matrix
         )
@@ -297,6 +291,13 @@ def trajectory_warm_up(
         return Tuned(kernel, tuning.chain, found)
 
     return WarmUp(init, step, tuned)
+
+
+def _leapfrogs(step_size: float, length: float, most: int) -> int:
+    """Return the largest number of steps, of which the mean of a uniform number between its half
+    and all of it goes as far as ``length``.
+    """
+    return max(1, min(most, round(length / (0.75 * step_size))))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["DualAveraging", "TrajectoryLength", "window_ends", "windows"]
+__all__ = ["DualAveraging", "TrajectoryLength", "followed", "window_ends", "windows"]
+
+
+def followed(step_size: float, acceptance: float, target: float, gain: float = 1.0) -> float:
+    """Return a step size that follows the mean acceptance rate of many chains towards its target.
+
+    With hundreds of chains one transition tells the rate, and no average over time is needed.
+    """
+    return step_size * math.exp(gain * (acceptance - target))
 
 
 class DualAveraging(NamedTuple):

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import math
-import time
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -14,9 +9,12 @@ from bnnflow.arguments import Count, Fraction, checked
 from bnnflow.draws import Draws, as_theta, outliers
 from bnnflow.gaussian import positive
 from bnnflow.inference.mcmc.hmc import hmc
+from bnnflow.inference.mcmc.trajectories import ChainState
+from bnnflow.inference.mcmc.warmup import followed
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
 from bnnflow.seeding import as_generator, seed_in_words
+from bnnflow.stopwatch import Stopwatch
 from bnnflow.types import Kernel, LogDensityAndGrad, Seed
 from bnnflow.warn import warn
 
@@ -70,145 +68,156 @@ def refine(
     Raises:
         ValueError: if the draws do not fit the model, are none, are not finite, or carry weights.
     """
-    flat, log_weights = as_theta(draws, "draws")
-    model.spec.check(flat, "draws")
-    if log_weights is not None:
-        raise ValueError("refine moves draws of equal weight; resample weighted ones first")
-    if broken := int((~flat.isfinite().all(1)).sum()):
-        raise ValueError(f"{broken} of {len(flat)} draws are NaN or infinite: leave them out")
-    if len(flat) < 1:
-        raise ValueError("refine needs at least one draw")
-    started, cpu = time.perf_counter(), time.process_time()
-    flat = flat.to(model.device, model.dtype)
-    generator = as_generator(seed, model.device)
-    target = torch.no_grad()(model.log_joint_and_grad)
-    if len(flat) > 8:
-        variance = flat.double().var(0)
-        mass = positive(variance).to(flat.dtype)
-    else:
-        scale = model.flat_prior.scale
-        mass = (
-            torch.ones_like(flat[0])
-            if scale is None
-            else scale.square().expand_as(flat[0]).to(flat)
-        )
-
-    pilot = flat[torch.randperm(len(flat), generator=generator, device=flat.device)[:64]]
-    step_size, tries = _first_step_size(target, pilot, mass, target_acceptance, generator)
-    gradients = 1 + tries * (_PILOT_LEAPFROG + 1) * len(pilot) / len(flat)
-    kernel = hmc(target, step_size, n_leapfrog, mass)
-    states = [kernel.init(rows, generator) for rows in flat.split(chunk_size)]
-    # of every draw, relative to step_size
-    step_scale = torch.ones(len(flat), 1, dtype=flat.dtype, device=flat.device)
-    acceptance, done = torch.zeros(1), 0
-    with progress_bar(steps, "refine", progress, "step") as bar:
-        try:
-            for step in range(steps):
-                early, moved = step < steps // 2, []
-                if not early:
-                    step_scale = torch.ones_like(step_scale)
-                for state, own in zip(states, step_scale.split(chunk_size), strict=True):
-                    kernel = hmc(
-                        target, step_size, n_leapfrog, mass * own.square() if early else mass
-                    )
-                    moved.append(kernel.step(state, generator))
-                stayed = [
-                    (new.theta == old.theta).all(1)
-                    for (new, _), old in zip(moved, states, strict=True)
-                ]
-                states = [state for state, _ in moved]
-                acceptance = torch.cat([info.acceptance_rate for _, info in moved])
-                counts = [float(info.n_steps[0]) * len(info.n_steps) for _, info in moved]
-                gradients += sum(counts) / len(flat)
-                whole = (step_scale == 1).squeeze(1)
-                if bool(whole.any()):
-                    step_size = _adapted(step_size, acceptance[whole], target_acceptance)
-                step_scale = torch.where(
-                    torch.cat(stayed).unsqueeze(1), step_scale / 4, (2 * step_scale).clamp(max=1.0)
-                )
-                done += 1
-                bar.update()
-        except KeyboardInterrupt:
-            warn(f"interrupted: returning the draws after {done} of {steps} steps")
-    moved_theta = torch.cat([state.theta for state in states])
-    log_joint = torch.cat([state.log_joint for state in states])
-    behind = outliers(log_joint)
-    interrupted = done < steps
-    if not interrupted and bool(behind.any()):
-        kernel_of = functools.partial(hmc, target, step_size, n_leapfrog)
-        spent, interrupted = _bring_up(moved_theta, log_joint, kernel_of, mass, generator)
-        gradients += spent / len(flat)
-        behind = outliers(log_joint)
+    theta = _checked(model, draws).to(model.device, model.dtype)
+    watch = Stopwatch()
+    move = _Refinement(model, theta, n_leapfrog, target_acceptance, chunk_size, seed)
+    move.find_step_size()
+    interrupted = move.run(steps, progress)
+    interrupted = interrupted or move.bring_up()
     info = {
         "method": "refine",
         "settings": f"refine(steps={steps}, n_leapfrog={n_leapfrog}, "
         f"target_acceptance={target_acceptance})",
         "seed": seed_in_words(seed),
-        "steps": done,
+        "steps": move.done,
         "interrupted": interrupted,
         "n_leapfrog": n_leapfrog,
-        "step_size": step_size,
-        "acceptance_rate": float(acceptance.mean()),
-        "gradients_per_draw": gradients,
-        "gradients": round(gradients * len(flat)),
-        "outliers": int(behind.sum()),
-        "seconds": time.perf_counter() - started,
-        "cpu_seconds": time.process_time() - cpu,
+        "step_size": move.step_size,
+        "acceptance_rate": float(move.acceptance.mean()),
+        "gradients_per_draw": move.gradients / len(theta),
+        "gradients": round(move.gradients),
+        "outliers": int(outliers(move.log_joint).sum()),
+        **watch.read(),
         "model": model.fingerprint(),
     }
-    return Draws(moved_theta.unsqueeze(0), log_joint.unsqueeze(0), info=info)
+    return Draws(move.theta.unsqueeze(0), move.log_joint.unsqueeze(0), info=info)
 
 
-def _adapted(step_size: float, acceptance: Tensor, target_acceptance: float) -> float:
-    return step_size * math.exp(float(acceptance.mean()) - target_acceptance)
+def _checked(model: BayesianModel, draws: Draws | Tensor | tuple[Tensor, Tensor | None]) -> Tensor:
+    """Return the draws as ``(n, dim)``."""
+    theta, log_weights = as_theta(draws, "draws")
+    model.spec.check(theta, "draws")
+    if log_weights is not None:
+        raise ValueError("refine moves draws of equal weight; resample weighted ones first")
+    if broken := int((~theta.isfinite().all(1)).sum()):
+        raise ValueError(f"{broken} of {len(theta)} draws are NaN or infinite: leave them out")
+    if len(theta) < 1:
+        raise ValueError("refine needs at least one draw")
+    return theta
 
 
-def _first_step_size(
-    target: LogDensityAndGrad,
-    theta: Tensor,
-    mass: Tensor,
-    target_acceptance: float,
-    generator: torch.Generator,
-) -> tuple[float, int]:
-    """Return a step size at which some draws ``(n, dim)`` move, and how many transitions it took to
-    find it.
-    """
-    step_size, tries = 0.5 * theta.shape[1] ** -0.25, 0
-    tried = torch.zeros(1)  # until a step is accepted at all, however small it has to be
-    while tries < 12 or (tries < 100 and not float(tried.mean()) > 0.2):
-        kernel = hmc(target, step_size, _PILOT_LEAPFROG, mass, trajectory_jitter=1.0)
-        _, info = kernel.step(kernel.init(theta, generator), generator)
-        tried, tries = info.acceptance_rate, tries + 1
-        step_size = _adapted(step_size, tried, target_acceptance)
-    return step_size, tries
+def _mass(model: BayesianModel, theta: Tensor) -> Tensor:
+    """Return an inverse mass matrix ``(dim,)``: the variance of the draws, of few the prior's."""
+    if len(theta) > 8:
+        return positive(theta.double().var(0)).to(theta.dtype)
+    scale = model.flat_prior.scale
+    if scale is None:
+        return torch.ones_like(theta[0])
+    return scale.square().expand_as(theta[0]).to(theta)
 
 
-def _bring_up(
-    theta: Tensor,
-    log_joint: Tensor,
-    kernel_of: Callable[[Tensor], Kernel],
-    mass: Tensor,
-    generator: torch.Generator,
-) -> tuple[float, bool]:
-    """Move the outliers among draws ``(n, dim)``, in place, until none is left or for so many
-    steps.
+class _Refinement:
+    """Draws ``(n, dim)`` on their way."""
 
-    Returns:
-        How many gradients it took, and whether Ctrl-C came before the end.
-    """
-    step_scale, spent = torch.ones_like(theta[:, :1]), 0.0
-    try:
-        for _ in range(_BEHIND):
-            rows = outliers(log_joint).nonzero().squeeze(1)
-            if len(rows) == 0:
-                break
-            kernel = kernel_of(mass * step_scale[rows].square())
-            state, info = kernel.step(kernel.init(theta[rows], generator), generator)
-            theta[rows], log_joint[rows] = state.theta, state.log_joint
-            change = 2 * (info.acceptance_rate.to(theta.dtype) - _STEEP)
-            step_scale[rows] = (step_scale[rows] * change.exp().unsqueeze(1)).clamp(max=1.0)
-            spent += (float(info.n_steps[0]) + 1) * len(rows)
-    except KeyboardInterrupt:
-        warn("interrupted: some draws still lie far below all others")
-        return spent, True
-    return spent, False
+    def __init__(
+        self,
+        model: BayesianModel,
+        theta: Tensor,
+        n_leapfrog: int,
+        target_acceptance: float,
+        chunk_size: int,
+        seed: Seed,
+    ) -> None:
+        self.theta, self.chunk_size = theta, chunk_size
+        self.n_leapfrog, self.target_acceptance = n_leapfrog, target_acceptance
+        self.generator = as_generator(seed, model.device)
+        self.target: LogDensityAndGrad = torch.no_grad()(model.log_joint_and_grad)
+        self.mass = _mass(model, theta)
+        self.step_size = 0.5 * model.dim**-0.25
+        self.acceptance, self.done = torch.zeros(1), 0
+        self.gradients = 0.0  # of all draws together
+
+    def kernel(self, mass: Tensor) -> Kernel:
+        """Return a transition at the step size that all share."""
+        return hmc(self.target, self.step_size, self.n_leapfrog, mass)
+
+    def adapt(self, acceptance: Tensor) -> None:
+        """Follow the acceptance rate that was asked for."""
+        mean = float(acceptance.mean())
+        self.step_size = followed(self.step_size, mean, self.target_acceptance)
+
+    def find_step_size(self) -> None:
+        """Find a step size at which some draws move."""
+        theta, tries = self.theta, 0
+        rows = torch.randperm(len(theta), generator=self.generator, device=theta.device)[:64]
+        pilot = theta[rows]
+        tried = torch.zeros(1)  # until a step is accepted at all, however small it has to be
+        while tries < 12 or (tries < 100 and not float(tried.mean()) > 0.2):
+            kernel = hmc(
+                self.target, self.step_size, _PILOT_LEAPFROG, self.mass, trajectory_jitter=1.0
+            )
+            _, info = kernel.step(kernel.init(pilot, self.generator), self.generator)
+            tried, tries = info.acceptance_rate, tries + 1
+            self.adapt(tried)
+        self.gradients += tries * (_PILOT_LEAPFROG + 1) * len(pilot)
+
+    def run(self, steps: int, progress: bool) -> bool:
+        """Move all draws so many times, and say whether Ctrl-C came before the end."""
+        kernel = self.kernel(self.mass)
+        states = [kernel.init(rows, self.generator) for rows in self.theta.split(self.chunk_size)]
+        self.gradients += len(self.theta)
+        step_scale = torch.ones_like(self.theta[:, :1])  # of every draw, relative to step_size
+        with progress_bar(steps, "refine", progress, "step") as bar:
+            try:
+                for step in range(steps):
+                    if step >= steps // 2:
+                        step_scale = torch.ones_like(step_scale)
+                    states, stayed = self.step(states, step_scale)
+                    step_scale = torch.where(
+                        stayed.unsqueeze(1), step_scale / 4, (2 * step_scale).clamp(max=1.0)
+                    )
+                    self.done += 1
+                    bar.update()
+            except KeyboardInterrupt:
+                warn(f"interrupted: returning the draws after {self.done} of {steps} steps")
+        self.theta = torch.cat([state.theta for state in states])
+        self.log_joint = torch.cat([state.log_joint for state in states])
+        return self.done < steps
+
+    def step(self, states: list[ChainState], step_scale: Tensor) -> tuple[list[ChainState], Tensor]:
+        """Move all draws once; return them, and ``(n,)`` which of them stayed where they were."""
+        moved = []
+        for state, own in zip(states, step_scale.split(self.chunk_size), strict=True):
+            kernel = self.kernel(self.mass * own.square())
+            moved.append(kernel.step(state, self.generator))
+        stayed = [
+            (new.theta == old.theta).all(1) for (new, _), old in zip(moved, states, strict=True)
+        ]
+        self.acceptance = torch.cat([info.acceptance_rate for _, info in moved])
+        self.gradients += sum(float(info.n_steps[0]) * len(info.n_steps) for _, info in moved)
+        whole = (step_scale == 1).squeeze(1)
+        if bool(whole.any()):
+            self.adapt(self.acceptance[whole])
+        return [state for state, _ in moved], torch.cat(stayed)
+
+    def bring_up(self) -> bool:
+        """Move the outliers alone, until none is left or for so many steps; say whether Ctrl-C came
+        before the end.
+        """
+        theta, log_joint = self.theta, self.log_joint
+        step_scale = torch.ones_like(theta[:, :1])
+        try:
+            for _ in range(_BEHIND):
+                rows = outliers(log_joint).nonzero().squeeze(1)
+                if len(rows) == 0:
+                    break
+                kernel = self.kernel(self.mass * step_scale[rows].square())
+                state, info = kernel.step(kernel.init(theta[rows], self.generator), self.generator)
+                theta[rows], log_joint[rows] = state.theta, state.log_joint
+                change = 2 * (info.acceptance_rate.to(theta.dtype) - _STEEP)
+                step_scale[rows] = (step_scale[rows] * change.exp().unsqueeze(1)).clamp(max=1.0)
+                self.gradients += (float(info.n_steps[0]) + 1) * len(rows)
+        except KeyboardInterrupt:
+            warn("interrupted: some draws still lie far below all others")
+            return True
+        return False

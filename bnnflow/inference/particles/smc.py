@@ -17,6 +17,7 @@ from bnnflow.bridge import bennett
 from bnnflow.draws import Draws, as_theta, outliers, unresolved
 from bnnflow.gaussian import positive
 from bnnflow.inference.mcmc.hmc import hmc
+from bnnflow.inference.mcmc.warmup import followed
 from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
@@ -50,6 +51,17 @@ class _Particles(NamedTuple):
     acceptance: float
     gradients: float
     shared: Tensor  # state of the generator that all processes have in common
+
+
+class _Reweighted(NamedTuple):
+    """Weights of all particles at the next temperature of every run."""
+
+    log_weights: Tensor  # (run, particle), normalised
+    fraction: Tensor  # (run,)
+    remainder: Tensor  # (run,)
+    last: Tensor  # (run,), whether it is the last temperature
+    log_normaliser: Tensor  # (run,), of its density over that of the temperature before
+    left: Tensor  # (run,), share of the particles that is effective
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,28 +184,17 @@ class SMC(Method):
         bar: Any,
     ) -> _Particles:
         """Go to the next temperature: reweight, resample, move."""
-        ratio = ranks.gather(state.log_ratio, 1)
-        weights = ranks.gather(state.log_weights, 1)
-        usable = torch.where(ratio.isnan(), -math.inf, ratio)
-        further = _next_step(usable, weights, state.fraction, state.remainder, self.ess)
-        last = further == state.remainder
-        fraction, remainder = (
-            torch.where(last, 1.0, state.fraction + further),
-            state.remainder - further,
+        step = self._reweighted(
+            state, ranks.gather(state.log_ratio, 1), ranks.gather(state.log_weights, 1)
         )
-        weights = weights + further[:, None] * usable
-        total = weights.logsumexp(1)
-        weights = weights - total[:, None]
-        left = (-(2 * weights).logsumexp(1)).exp() / weights.shape[1]
+        weights, last = step.log_weights, step.last[:, None]
         everyone = ranks.gather(state.theta, 1)  # (run, particle, dim)
         parents = systematic(weights, shared)
-        parents = torch.where(
-            last[:, None], torch.arange(weights.shape[1], device=parents.device), parents
-        )
+        parents = torch.where(last, torch.arange(weights.shape[1], device=parents.device), parents)
         roots = ranks.gather(state.root, 1)
         merged = merging(weights, roots)
         roots = roots.gather(1, parents)
-        weights = torch.where(last[:, None], weights, -math.log(weights.shape[1]))
+        weights = torch.where(last, weights, -math.log(weights.shape[1]))
         everyone = everyone.gather(1, parents.unsqueeze(-1).expand_as(everyone))
 
         def own(values: Tensor) -> Tensor:
@@ -201,8 +202,9 @@ class SMC(Method):
 
         mass = _variance(everyone, weights).to(everyone.dtype)  # (run, dim)
         particles = own(everyone)
+        count = particles.shape[1]
         target = path.tempered(
-            *(part.repeat_interleave(particles.shape[1]) for part in (fraction, remainder))
+            step.fraction.repeat_interleave(count), step.remainder.repeat_interleave(count)
         )
         theta, step_size, acceptance, steps = self._move(
             target, particles, mass, state, ranks, generator
@@ -211,7 +213,7 @@ class SMC(Method):
         gradients = state.gradients + steps + 1
         bar.update()
         bar.set_postfix(
-            at=f"{float(fraction.min()):.2e}",
+            at=f"{float(step.fraction.min()):.2e}",
             accept=f"{acceptance:.2f}",
             step=f"{step_size:.1e}",
             gradients=f"{gradients:.0f}",
@@ -222,15 +224,34 @@ class SMC(Method):
             log_first=log_first,
             log_weights=own(weights),
             root=own(roots),
-            fraction=fraction,
-            remainder=remainder,
-            log_normaliser=state.log_normaliser + total,
-            merged=state.merged + torch.where(last, 0.0, merged),
-            least=torch.where(left >= state.least, state.least, left),  # NaN is the least
+            fraction=step.fraction,
+            remainder=step.remainder,
+            log_normaliser=state.log_normaliser + step.log_normaliser,
+            merged=state.merged + torch.where(step.last, 0.0, merged),
+            least=torch.where(step.left >= state.least, state.least, step.left),  # NaN is the least
             step_size=step_size,
             acceptance=acceptance,
             gradients=gradients,
             shared=shared.get_state(),
+        )
+
+    def _reweighted(self, state: _Particles, ratio: Tensor, log_weights: Tensor) -> _Reweighted:
+        """Choose the next temperature of every run, and weigh all particles ``(run, particle)`` for
+        it.
+        """
+        usable = torch.where(ratio.isnan(), -math.inf, ratio)
+        further = _next_step(usable, log_weights, state.fraction, state.remainder, self.ess)
+        last = further == state.remainder
+        log_weights = log_weights + further[:, None] * usable
+        total = log_weights.logsumexp(1)
+        log_weights = log_weights - total[:, None]
+        return _Reweighted(
+            log_weights=log_weights,
+            fraction=torch.where(last, 1.0, state.fraction + further),
+            remainder=state.remainder - further,
+            last=last,
+            log_normaliser=total,
+            left=(-(2 * log_weights).logsumexp(1)).exp() / log_weights.shape[1],
         )
 
     def _move(
@@ -258,7 +279,7 @@ class SMC(Method):
             chain = kernel.init(flat, generator) if chain is None else chain
             chain, info = kernel.step(chain, generator)
             acceptance = float(ranks.mean(info.acceptance_rate.mean()))
-            step_size *= math.exp(acceptance - self.target_acceptance)
+            step_size = followed(step_size, acceptance, self.target_acceptance)
             steps += float(info.n_steps[0])
         return chain.theta.unflatten(0, (runs, mine)), step_size, acceptance, steps + 1
 
@@ -337,41 +358,14 @@ def evidence(
             density, more than a tenth of them lie far below the others, or the temperature is not
             1.
     """
-    theta, log_weights = as_theta(draws)
-    model.spec.check(theta, "draws")
-    model.check_draws(draws)
-    if model.temperature != 1:
-        raise ValueError(
-            f"the evidence is that of temperature 1, and the model's is {model.temperature}"
-        )
-    if len(theta) < 10:
-        raise ValueError(f"evidence needs at least ten draws, got {len(theta)}")
-    if not bool(theta.isfinite().all()):
-        raise ValueError(
-            f"{int((~theta.isfinite().all(1)).sum())} of {len(theta)} draws are NaN or infinite"
-        )
+    theta, log_weights = _checked(model, draws)
     smc, generator = smc or SMC(particles=500, ess=0.9, moves=8), as_generator(seed, model.device)
-    n = min(smc.particles, len(theta))
     theta = theta.to(model.device, model.dtype)
     if log_weights is not None:
         theta = theta[systematic(log_weights.double().to(model.device).unsqueeze(0), generator)[0]]
-    rows = torch.linspace(0, len(theta) - 1, n).round().long().to(theta.device)
     path = _Path(model, smc.start, smc.chunk_size, back=True)
-    state = smc._first(path, theta[rows].unsqueeze(0), ALONE, generator)
-    if not bool(state.log_ratio.isfinite().all()):
-        raise ValueError(
-            "some draws have no finite posterior or start density: they are not the posterior's"
-        )
-    apart = outliers(state.log_first[0])
-    if bool(apart.any()):
-        found = f"{int(apart.sum())} of {n} draws lie far below the others in log density"
-        if float(apart.double().mean()) > _APART:
-            raise ValueError(f"{found}: these are no draws of one posterior, refine them first")
-        warn(f"{found} and are left out: refine the draws, or for longer")
-        rows = rows[~apart]
-        n, state = len(rows), smc._first(path, theta[rows].unsqueeze(0), ALONE, generator)
-    if bool(unresolved(theta[rows]).any()):
-        warn(f"{_too_close(theta)}: the evidence is not to be trusted")
+    state = _at_the_posterior(smc, path, theta, generator)
+    n = state.theta.shape[1]
     value = variance = 0.0
     # of every particle on `value`, times their number
     influence = torch.zeros_like(state.log_ratio)
@@ -394,11 +388,52 @@ def evidence(
     if not float(state.least) >= _FAILED:
         warn(
             f"a temperature has left only {float(state.least):.1e} of the particles effective: the "
-            "evidence is not to "
-            "be trusted; the likelihood is too steep for the precision of its numbers: "
-            "standardise, or take float64"
+            "evidence is not to be trusted; the likelihood is too steep for the precision of its "
+            "numbers: standardise, or take float64"
         )
     return -value, math.sqrt(variance)
+
+
+def _checked(
+    model: BayesianModel, draws: Draws | Tensor | tuple[Tensor, Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    """Return draws ``(n, dim)`` that an evidence can start from, and their log weights."""
+    theta, log_weights = as_theta(draws)
+    model.spec.check(theta, "draws")
+    model.check_draws(draws)
+    if model.temperature != 1:
+        raise ValueError(
+            f"the evidence is that of temperature 1, and the model's is {model.temperature}"
+        )
+    if len(theta) < 10:
+        raise ValueError(f"evidence needs at least ten draws, got {len(theta)}")
+    if broken := int((~theta.isfinite().all(1)).sum()):
+        raise ValueError(f"{broken} of {len(theta)} draws are NaN or infinite")
+    return theta, log_weights
+
+
+def _at_the_posterior(
+    smc: SMC, path: _Path, theta: Tensor, generator: torch.Generator
+) -> _Particles:
+    """Take as many draws as there are particles, evenly, without those that lie far below."""
+    n = min(smc.particles, len(theta))
+    rows = torch.linspace(0, len(theta) - 1, n).round().long().to(theta.device)
+    state = smc._first(path, theta[rows].unsqueeze(0), ALONE, generator)
+    if not bool(state.log_ratio.isfinite().all()):
+        raise ValueError(
+            "some draws have no finite posterior or start density: they are not the posterior's"
+        )
+    apart = outliers(state.log_first[0])
+    if bool(apart.any()):
+        found = f"{int(apart.sum())} of {n} draws lie far below the others in log density"
+        if float(apart.double().mean()) > _APART:
+            raise ValueError(f"{found}: these are no draws of one posterior, refine them first")
+        warn(f"{found} and are left out: refine the draws, or for longer")
+        rows = rows[~apart]
+        state = smc._first(path, theta[rows].unsqueeze(0), ALONE, generator)
+    if bool(unresolved(theta[rows]).any()):
+        warn(f"{_too_close(theta)}: the evidence is not to be trusted")
+    return state
 
 
 def _with_ancestors(influence: Tensor, lineage: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from bnnflow.gaussian import Gaussian, positive
 from bnnflow.inference.mcmc.hmc import hmc, rotation
-from bnnflow.inference.mcmc.trajectories import ChainState, metropolis
+from bnnflow.inference.mcmc.trajectories import ChainState, TrajectoryInfo, metropolis
+from bnnflow.inference.mcmc.warmup import followed
 from bnnflow.inference.particles.smc import systematic
 from bnnflow.progress import progress_bar
 from bnnflow.transport.correction.importance import (
@@ -174,86 +176,208 @@ def _memory(before: Tensor, after: Tensor) -> float:
     return float(((pair[0] * pair[1]).sum(0) / size)[size > 0].mean().nan_to_num(1.0))
 
 
+class _Walk(abc.ABC):
+    """Chains on their way: a warm-up that tunes the kernel, then draws.
+
+    Attributes:
+        state: of all chains.
+        tuned: what warm-up tunes of the kernel; from its end on what its second half used on
+            average.
+        drawn: states that were kept.
+        infos: of the transitions that gave them.
+        gradients: of all chains together.
+    """
+
+    name: str
+    unit: str
+    state: Any
+    tuned: tuple[float, ...]
+
+    def __init__(self, job: Job, points: Points, most: int) -> None:
+        self.job, self.chains = job, _Chains(job, most)
+        self.rows = starts(points, self.chains.count, job.generator)
+        self.history: list[tuple[float, ...]] = []
+        self.drawn: list[Any] = []
+        self.infos: list[Any] = []
+        self.gradients = 0.0
+
+    @abc.abstractmethod
+    def kernel(self) -> Kernel:
+        """Return the kernel of the next transition."""
+
+    @abc.abstractmethod
+    def tune(self, info: Any) -> None:
+        """Adapt what is tuned to the acceptance of a transition."""
+
+    @abc.abstractmethod
+    def rates(self, info: Any) -> list[Tensor]:
+        """Return acceptance rates ``(chain,)`` that tell how long chains have to be."""
+
+    @abc.abstractmethod
+    def first(self, count: int) -> Any:
+        """Return the state of so many chains, the first ones."""
+
+    def keep(self, info: Any) -> None:
+        """Keep what a transition has drawn."""
+        self.drawn.append(self.state)
+        self.infos.append(info)
+
+    def run(self) -> None:
+        """Warm up and draw, until all is drawn or Ctrl-C."""
+        chains, job = self.chains, self.job
+        total = chains.warm_up + chains.draws
+        with progress_bar(total, self.name, job.progress, self.unit) as bar:
+            try:
+                while len(self.drawn) < chains.draws:
+                    self.transition()
+                    bar.update()
+            except KeyboardInterrupt:
+                if not self.drawn:
+                    raise
+                found = f"after {len(self.drawn)} of {chains.draws} draws of each chain"
+                job.findings.stopped(found)
+        del self.drawn[chains.draws :]
+
+    def transition(self) -> None:
+        """Move all chains once."""
+        before, chains = self.state, self.chains
+        self.state, info = self.kernel().step(before, self.job.generator)
+        self.gradients += float(info.n_steps.sum())
+        if len(self.history) >= chains.warm_up:
+            self.keep(info)
+            return
+        self.tune(info)
+        self.history.append(self.tuned)
+        if chains.many and len(self.history) == _SETTLE:
+            chains.settle(before.theta, self.state.theta, *self.rates(info))
+            self.state = self.first(chains.count)
+        if len(self.history) == chains.warm_up:
+            half = torch.tensor(self.history[len(self.history) // 2 :])
+            self.tuned = tuple(half.log().mean(0).exp().tolist())
+
+    def stats(self) -> dict[str, Tensor]:
+        """Return what each transition says of itself, ``(chain, transition)``."""
+        return {
+            name: torch.stack([getattr(info, name) for info in self.infos], 1)
+            for name in self.infos[0]._fields
+        }
+
+
+class _Mixed(_Walk):
+    """Chains of `mixed` over points of the flow; beta and a step size are tuned."""
+
+    name, unit = "metropolis", "sweep"
+    state: Points
+
+    def __init__(self, job: Job, points: Points) -> None:
+        super().__init__(job, points, most=64)
+        model = job.model
+        self.target: LogDensityAndGrad = torch.no_grad()(model.log_joint_and_grad)
+        self.state = points.at(self.rows)
+        variance = points.theta[points.theta.isfinite().all(1)].double().var(0)
+        self.mass = positive(variance).to(model.device, model.dtype)
+        self.tuned = 1.0 if self.chains.many else 0.5, 0.5 * model.dim**-0.25
+        self.halfway: list[Points] = []  # of one sweep
+
+    def kernel(self) -> Kernel:
+        beta, step_size = self.tuned
+        # of few, none is the best
+        lengths = (_leapfrogs(step_size), 1.0) if self.chains.many else (_LONGEST, 0.5)
+        self.halfway.clear()
+        return mixed(
+            self.job.latent,
+            self.target,
+            beta,
+            _INDEPENDENT,
+            step_size,
+            lengths[0],
+            self.mass,
+            self.halfway.append,
+            lengths[1],
+        )
+
+    def tune(self, info: _Sweep) -> None:
+        beta, step_size = self.tuned
+        nearby = info.acceptance_rate[~info.independent]
+        if len(nearby):
+            beta = min(1.0, followed(beta, float(nearby.mean()), LATENT, gain=0.5))
+        rate = float(info.hmc_acceptance_rate.mean())
+        self.tuned = beta, followed(step_size, rate, _HAMILTONIAN)
+
+    def rates(self, info: _Sweep) -> list[Tensor]:
+        return [info.acceptance_rate, info.hmc_acceptance_rate]
+
+    def first(self, count: int) -> Points:
+        return self.state.at(torch.arange(count))
+
+    def keep(self, info: _Sweep) -> None:
+        if self.chains.many:  # two draws a sweep
+            self.drawn += self.halfway
+        super().keep(info)
+
+
+class _Latent(_Walk):
+    """Chains of HMC over latent points; a step size is tuned."""
+
+    name, unit = "neutra", "transition"
+    state: ChainState
+
+    def __init__(self, job: Job, points: Points) -> None:
+        super().__init__(job, points, most=16)
+        self.target = job.latent.log_density_and_grad
+        around = _nearest(points, job.generator)
+        self.trajectory, self.unit_mass = rotation(self.target, around), torch.ones_like(around.loc)
+        self.tuned, self.n_leapfrog = (_QUARTER,), 1
+        x0 = points.x0[self.rows]
+        self.state = ChainState(x0, *self.target(x0))
+        self.gradients = float(self.chains.count)
+
+    def kernel(self) -> Kernel:
+        (step_size,) = self.tuned
+        # few chains vary how far they turn: so they change modes
+        jitter = 1.0 if self.chains.many else 0.75
+        self.n_leapfrog = _leapfrogs(jitter * step_size)
+        return metropolis(
+            self.target,
+            self.trajectory,
+            step_size,
+            self.n_leapfrog,
+            self.unit_mass,
+            trajectory_jitter=jitter,
+        )
+
+    def tune(self, info: TrajectoryInfo) -> None:
+        rate = float(info.acceptance_rate.mean())
+        self.tuned = (min(_QUARTER, followed(self.tuned[0], rate, _HAMILTONIAN)),)
+
+    def rates(self, info: TrajectoryInfo) -> list[Tensor]:
+        return [info.acceptance_rate]
+
+    def first(self, count: int) -> ChainState:
+        return ChainState(*(part[:count] for part in self.state))
+
+
 def latent_metropolis(job: Job, points: Points | None) -> Outcome:
     """Run chains of `mixed` from resampled draws of the flow."""
     assert points is not None
-    model, latent, generator = job.model, job.latent, job.generator
-    target = torch.no_grad()(model.log_joint_and_grad)
-    chains = _Chains(job, 64)
-    state = points.at(starts(points, chains.count, generator))
-    variance = points.theta[points.theta.isfinite().all(1)].double().var(0)
-    mass = positive(variance).to(model.device, model.dtype)
-    beta, step_size, history = 1.0 if chains.many else 0.5, 0.5 * model.dim**-0.25, []
-    gradients = 0.0
-    drawn: list[Points] = []
-    halfway: list[Points] = []  # of one sweep
-    infos: list[_Sweep] = []
-    with progress_bar(chains.warm_up + chains.draws, "metropolis", job.progress, "sweep") as bar:
-        try:
-            while len(drawn) < chains.draws:
-                before = state
-                # of few, none is the best
-                lengths = (_leapfrogs(step_size), 1.0) if chains.many else (_LONGEST, 0.5)
-                halfway.clear()
-                kernel = mixed(
-                    latent,
-                    target,
-                    beta,
-                    _INDEPENDENT,
-                    step_size,
-                    lengths[0],
-                    mass,
-                    halfway.append,
-                    lengths[1],
-                )
-                state, info = kernel.step(before, generator)
-                gradients += float(info.n_steps.sum())
-                bar.update()
-                if len(history) < chains.warm_up:
-                    nearby = info.acceptance_rate[~info.independent]
-                    if len(nearby):
-                        beta = min(1.0, beta * math.exp(0.5 * (float(nearby.mean()) - LATENT)))
-                    step_size *= math.exp(float(info.hmc_acceptance_rate.mean()) - _HAMILTONIAN)
-                    history.append([beta, step_size])
-                    if chains.many and len(history) == _SETTLE:
-                        chains.settle(
-                            before.theta,
-                            state.theta,
-                            info.acceptance_rate,
-                            info.hmc_acceptance_rate,
-                        )
-                        state = state.at(torch.arange(chains.count))
-                    # from here on what its second half used on average
-                    if len(history) == chains.warm_up:
-                        beta, step_size = (
-                            torch.tensor(history[len(history) // 2 :]).log().mean(0).exp().tolist()
-                        )
-                else:
-                    drawn += [*halfway, state] if chains.many else [state]
-                    infos.append(info)
-        except KeyboardInterrupt:
-            if not drawn:
-                raise
-            job.findings.stopped(f"after {len(drawn)} of {chains.draws} draws of each chain")
-    del drawn[chains.draws :]
-    stats = {
-        name: torch.stack([getattr(info, name) for info in infos], 1) for name in _Sweep._fields
-    }
+    walk = _Mixed(job, points)
+    walk.run()
+    stats = walk.stats()
     rate, anew = stats["acceptance_rate"], stats.pop("independent")
+    beta, step_size = walk.tuned
     info = {
         "beta": beta,
         "step_size": step_size,
         "independent_acceptance_rate": float(rate[anew].mean()) if bool(anew.any()) else 0.0,
         "crank_nicolson_acceptance_rate": float(rate[~anew].mean()) if bool((~anew).any()) else 0.0,
         "hmc_acceptance_rate": float(stats["hmc_acceptance_rate"].double().mean()),
-        "gradients_per_chain": round(gradients / chains.count),
+        "gradients_per_chain": round(walk.gradients / walk.chains.count),
     }
-    if chains.many:  # two draws a sweep
-        stats = {
-            name: values.repeat_interleave(2, 1)[:, : len(drawn)] for name, values in stats.items()
-        }
+    if walk.chains.many:  # two draws a sweep
+        count = len(walk.drawn)
+        stats = {name: each.repeat_interleave(2, 1)[:, :count] for name, each in stats.items()}
     theta, log_joint, ratio = (
-        torch.stack([getattr(each, name) for each in drawn], 1)
+        torch.stack([getattr(each, name) for each in walk.drawn], 1)
         for name in ("theta", "log_joint", "log_weight")
     )
     return _chained(
@@ -269,62 +393,20 @@ def _leapfrogs(step_size: float) -> int:
 def neutra(job: Job, points: Points | None) -> Outcome:
     """Run HMC on the latent points of resampled draws of the flow."""
     assert points is not None
-    generator, latent = job.generator, job.latent
-    target = latent.log_density_and_grad
-    chains = _Chains(job, 16)
-    rows = starts(points, chains.count, generator)
-    around = _nearest(points, generator)
-    trajectory, unit = rotation(target, around), torch.ones_like(around.loc)
-    step_size, n_steps, history = _QUARTER, 1, []
-    state = ChainState(points.x0[rows], *target(points.x0[rows]))
-    states, infos, gradients = [], [], float(chains.count)
-    with progress_bar(chains.warm_up + chains.draws, "neutra", job.progress, "transition") as bar:
-        try:
-            while len(states) < chains.draws:
-                before = state
-                # few chains vary how far they turn: so they change modes
-                jitter = 1.0 if chains.many else 0.75
-                n_steps = _leapfrogs(jitter * step_size)
-                kernel = metropolis(
-                    target, trajectory, step_size, n_steps, unit, trajectory_jitter=jitter
-                )
-                state, info = kernel.step(before, generator)
-                gradients += float(info.n_steps.sum())
-                bar.update()
-                if len(history) < chains.warm_up:
-                    step_size = min(
-                        _QUARTER,
-                        step_size * math.exp(float(info.acceptance_rate.mean()) - _HAMILTONIAN),
-                    )
-                    history.append(step_size)
-                    if chains.many and len(history) == _SETTLE:
-                        chains.settle(before.theta, state.theta, info.acceptance_rate)
-                        state = ChainState(*(part[: chains.count] for part in state))
-                    if len(history) == chains.warm_up:
-                        step_size = float(
-                            torch.tensor(history[len(history) // 2 :]).log().mean().exp()
-                        )
-                else:
-                    states.append(state)
-                    infos.append(info)
-        except KeyboardInterrupt:
-            if not states:
-                raise
-            job.findings.stopped(f"after {len(states)} of {chains.draws} draws of each chain")
-    x0 = torch.stack([state.theta for state in states], 1)  # (chain, draw, dim)
+    latent, walk = job.latent, _Latent(job, points)
+    walk.run()
+    x0 = torch.stack([state.theta for state in walk.drawn], 1)  # (chain, draw, dim)
     theta = torch.cat(
         [latent.forward_without_density(rows) for rows in x0.flatten(0, 1).split(latent.chunk)]
     )
     log_joint = latent.log_joint(theta).unflatten(0, x0.shape[:2])
-    ratio = torch.stack([state.log_joint for state in states], 1) - log_normal(x0)
-    stats = {
-        name: torch.stack([getattr(info, name) for info in infos], 1) for name in infos[0]._fields
-    }
+    ratio = torch.stack([state.log_joint for state in walk.drawn], 1) - log_normal(x0)
+    stats = walk.stats()
     info = {
-        "step_size": step_size,
-        "n_leapfrog": n_steps,
+        "step_size": walk.tuned[0],
+        "n_leapfrog": walk.n_leapfrog,
         "hmc_acceptance_rate": float(stats["acceptance_rate"].double().mean()),
-        "gradients_per_chain": round(gradients / chains.count),
+        "gradients_per_chain": round(walk.gradients / walk.chains.count),
     }
     return _chained(
         job, points, theta.unflatten(0, x0.shape[:2]), log_joint, ratio, info, stats, 1.0

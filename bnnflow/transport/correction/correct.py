@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 from collections.abc import Callable
 from typing import Annotated, Any, get_args
 
@@ -17,6 +16,7 @@ from bnnflow.arguments import Count, checked
 from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
 from bnnflow.seeding import as_generator, seed_in_words
+from bnnflow.stopwatch import Stopwatch
 from bnnflow.transport.correction.chains import latent_metropolis, neutra
 from bnnflow.transport.correction.importance import (
     HeldOut,
@@ -191,7 +191,7 @@ def correct(
     _check(flow, model, n, method, density, force)
     generator = as_generator(seed, model.device)
     held = None if held_out is None else HeldOut.of(held_out, model, _HELD_OUT)
-    wall, cpu = time.perf_counter(), time.process_time()
+    watch = Stopwatch()
     latent = Latent(flow, model, density, generator, progress=progress)
     job = Job(latent, model, n, flow.start(n, generator), generator, progress, Findings())
     points, chosen, why = _diagnose(job, method)
@@ -206,8 +206,7 @@ def correct(
         "asked": method,
         "density_solves": latent.solves,
         "densities_broken": latent.broken,
-        "seconds": time.perf_counter() - wall,
-        "cpu_seconds": time.process_time() - cpu,
+        **watch.read(),
         "model": model.fingerprint(),
     }
     estimate = info["evidences"].get(chosen) or info["evidences"].get("bridge")
@@ -304,28 +303,11 @@ def _judge(
     done, raw = f"{chosen}, {why}", 0.0
     solver = SolverError()
     if points is not None:
-        weights, khat = psis(points.log_weight)
-        raw = kish_ess(weights) / len(weights)
-        info |= {
-            "khat": outcome.info.get("khat", khat),
-            "lost": int(points.lost.sum()),
-            "effective_share": raw,
-        }
+        own, solver = _judge_densities(job, chosen, points, held is not None)
+        khat, raw = own["khat"], own["effective_share"]
+        info |= own | {"khat": outcome.info.get("khat", khat)}
         if chosen in ("refine", "smc", "metropolis", "neutra"):
             done += f" (weights of the flow's own draws: k-hat {khat:.2f}, {raw:.0%} effective)"
-        solver = solver_error(latent, points)
-        info |= {"solver_error": solver.rms, "solver_steps": latent.flow.solver.steps}
-        if chosen != "refine":
-            findings.solver(solver.rms)
-        rows = starts(points, _COPIES, job.generator)
-        info["equivalent_modes_gap"] = equivalent_modes_gap(
-            findings, latent, points.theta[rows], job.generator, held is not None
-        )
-        if latent.density.trace != "exact":
-            findings.severe.append(
-                f"densities are estimates ({latent.density.trace}), and weights made of them are "
-                "biased"
-            )
     if outcome.evidence is not None:
         value, error = outcome.evidence
         if chosen != "refine":  # whose evidence rests on no density of the flow
@@ -352,3 +334,29 @@ def _judge(
     )
     info["verdict"] = findings.conclusion(done, exact and held is not None, raw)
     return info
+
+
+def _judge_densities(
+    job: Job, chosen: CorrectionMethod, points: Points, has_held_out: bool
+) -> tuple[dict[str, Any], SolverError]:
+    """Look at the weights of the flow's own draws, and at the densities that they are made of."""
+    findings, latent = job.findings, job.latent
+    weights, khat = psis(points.log_weight)
+    solver = solver_error(latent, points)
+    if chosen != "refine":
+        findings.solver(solver.rms)
+    rows = starts(points, _COPIES, job.generator)
+    gap = equivalent_modes_gap(findings, latent, points.theta[rows], job.generator, has_held_out)
+    if latent.density.trace != "exact":
+        findings.severe.append(
+            f"densities are estimates ({latent.density.trace}), and weights made of them are biased"
+        )
+    info = {
+        "khat": khat,
+        "lost": int(points.lost.sum()),
+        "effective_share": kish_ess(weights) / len(weights),
+        "solver_error": solver.rms,
+        "solver_steps": latent.flow.solver.steps,
+        "equivalent_modes_gap": gap,
+    }
+    return info, solver

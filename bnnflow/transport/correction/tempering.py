@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bnnflow.gaussian import Gaussian
+from bnnflow.inference.mcmc.warmup import followed
 from bnnflow.inference.particles.smc import merging, next_fraction, relative_variance, systematic
 from bnnflow.progress import progress_bar
 from bnnflow.transport.correction.importance import (
@@ -96,7 +97,7 @@ def _spread(
     for made in range(1, 31):
         kernel = crank_nicolson(job.latent, beta, power=power, around=around)
         points, move = kernel.step(points, job.generator)
-        beta = min(1.0, beta * math.exp(float(move.acceptance_rate.mean()) - LATENT))
+        beta = min(1.0, followed(beta, float(move.acceptance_rate.mean()), LATENT))
         kept = _correlation(start, points.log_weight)
         if made >= least and kept < 0.3:
             break
