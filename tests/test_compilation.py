@@ -111,7 +111,11 @@ def test_compiled_once_for_the_next_processes(fresh: Path, quick: str) -> None:
 
 
 @needs_compiler
-def test_processes_may_compile_at_the_same_time(fresh: Path) -> None:
+def test_processes_may_compile_at_the_same_time(
+    fresh: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = compiler(tmp_path / "slow", f'sleep 0.5; cp "{made}" "$out"')  # the second begins
+    monkeypatch.setenv("CXX", both)
     with multiprocessing.get_context("fork").Pool(2) as pool:
         assert all(pool.map(_loaded, range(2), chunksize=1))
     assert {path.suffix for path in fresh.iterdir()} == {".so"}

@@ -202,8 +202,8 @@ def test_methods_infer_what_is_free(perceptron, method, options):
 
 def test_flows_live_on_what_is_free(perceptron, tmp_path):
     model = model_of(frozen(perceptron, "0"))
-    draws = bf.sample(model, bf.HMC(), chains=4, warmup=50, draws=50, seed=0, progress=False)
-    flow = bf.fit_flow(model, draws, seed=0, progress=False, training=bf.Training(steps=20))
+    draws = bf.sample(model, bf.HMC(), chains=4, warmup=20, draws=25, seed=0, progress=False)
+    flow = bf.fit_flow(model, draws, seed=0, progress=False, training=bf.Training(steps=3))
     flow.save(tmp_path / "flow.npz")
     loaded = bf.load(tmp_path / "flow.npz", model)
     assert torch.equal(loaded.sample(3, seed=1), flow.sample(3, seed=1))

@@ -223,10 +223,10 @@ def test_a_hostile_file_is_taken_at_its_word_or_refused_by_name(
     """
     header, arrays = storage.read(files[name], dict.fromkeys((*KINDS, "flow-map"), 9))
     path, chance = tmp_path / files[name].name, random.Random(name)
-    for _ in range(30):
+    for _ in range(15):
         rewrite(path, json.dumps(altered(header, chance)), arrays)
         assert outcome(path, None) in ("refused", "taken")
-    for key in arrays:
+    for key in chance.sample(sorted(arrays), min(6, len(arrays))):
         for other in (
             None,
             arrays[key][:0] if arrays[key].ndim else None,

@@ -422,16 +422,16 @@ def test_large_weights_are_finite(activation: str, likelihood: str, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("likelihood", OURS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_bad_weights_spoil_their_own_chain_alone(
-    activation: str, likelihood: str, bad: float, dtype: torch.dtype
+    activation: str, likelihood: str, dtype: torch.dtype
 ) -> None:
     model = model_of(likelihood, activation=activation, dtype=dtype)
     theta = points(model, 5)
     good = model.log_joint_and_grad(theta)
-    for where in (0, 15, model.spec.network.dim - 1):
+    places = (0, 15, model.spec.network.dim - 1)
+    for bad, where in itertools.product((math.nan, math.inf, -math.inf), places):
         spoiled = theta.clone()
         spoiled[2, where] = bad
         value, grad = model.log_joint_and_grad(spoiled)
@@ -587,7 +587,7 @@ def z_scores(x: Tensor) -> dict[str, float]:
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
 def test_normal_numbers_are_normal(dtype: torch.dtype) -> None:
-    x = fused.normal_like(torch.empty(1600, 5000, dtype=dtype), generator(1))
+    x = fused.normal_like(torch.empty(800, 5000, dtype=dtype), generator(1))
     assert x.isfinite().all()
     scores = z_scores(x)
     assert max(map(abs, scores.values())) < 4.5, scores

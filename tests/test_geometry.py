@@ -4,6 +4,7 @@ agreement of routes.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -177,11 +178,11 @@ def test_a_network_without_scales_is_flat() -> None:
 # ---------------------------------------- maps
 
 
-def test_no_nan_in_a_million_pairs() -> None:
+def test_no_nan_in_many_pairs() -> None:
     spheres = Spheres(WeightSpec.of(built(lambda: chain(2, 2, 1))))
     n = 10_000  # at once, so that all stays in the cache
     weight = 1.0 + torch.arange(spheres.dim)
-    for seed, dtype in enumerate([torch.float32, F64] * 50):
+    for seed, dtype in enumerate([torch.float32, F64] * 10):
         x, y = (each.requires_grad_() for each in pairs(spheres, n, 10 * seed, dtype))
         t = torch.rand(n, generator=generator(seed), dtype=dtype)
         v = spheres.log(x, y)
@@ -536,19 +537,19 @@ def test_estimated_densities_are_unbiased(trace, probes: int, noise) -> None:
     assert many.std() < 0.5 * estimates.std()
 
 
+@functools.cache
+def wavy_ends(solver: Any, steps: int) -> tuple[Tensor, Tensor]:
+    grid = torch.linspace(0, 1, steps + 1, dtype=F64)
+    flow = ManifoldFlow(Wavy(4), sphere(4), Solver(solver))
+    return flow.transport(sphere(4).sample(8, 0, dtype=F64), grid, density=Density())
+
+
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("rk4", 4)])
 def test_solvers_keep_their_order_on_the_manifold(solver, order: int) -> None:
-    spheres, field = sphere(4), Wavy(4)
-    x0 = spheres.sample(8, 0, dtype=F64)
-
-    def run(solver, steps: int) -> tuple[Tensor, Tensor]:
-        grid = torch.linspace(0, 1, steps + 1, dtype=F64)
-        return ManifoldFlow(field, spheres, Solver(solver)).transport(x0, grid, density=Density())
-
-    truth, errors = run("rk4", 160), []
+    truth, errors = wavy_ends("rk4", 100), []
     for steps in (16, 32):
-        ends = run(solver, steps)
-        assert ((norms(spheres, ends[0]) - 1).abs() < 1e-14).all()
+        ends = wavy_ends(solver, steps)
+        assert ((norms(sphere(4), ends[0]) - 1).abs() < 1e-14).all()
         errors.append([float((end - true).norm()) for end, true in zip(ends, truth, strict=True)])
     for coarse, fine in zip(*errors, strict=True):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.4)
@@ -613,7 +614,7 @@ def test_a_field_trained_on_draws_has_their_density() -> None:
     kappa = 3.0
     truth = VonMisesFisher(kappa)
     path = RiemannianPath(sphere(3))
-    targets = ManifoldFlow(truth, sphere(3), Solver("rk4", 10)).sample(20_000, 0).float()
+    targets = ManifoldFlow(truth, sphere(3), Solver("rk4", 10)).sample(10_000, 0).float()
 
     class Perceptron(Field):
         def __init__(self) -> None:
@@ -625,13 +626,13 @@ def test_a_field_trained_on_draws_has_their_density() -> None:
         def forward(self, t: Tensor, x: Tensor) -> Tensor:
             return self.net(torch.cat([t.expand(len(x)).to(x).unsqueeze(-1), x], -1))
 
-    field, gen, steps = built(Perceptron, torch.float32), generator(1), 800
+    field, gen, steps = built(Perceptron, torch.float32), generator(1), 500
     optimiser = torch.optim.Adam(field.parameters(), 5e-3)
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = 5e-3 * (1 - step / steps)
-        x1 = targets[torch.randint(len(targets), (512,), generator=gen)]
-        t = torch.rand(512, generator=gen)
-        x, velocity = path.point(path.spheres.sample(512, gen), x1, t, gen)
+        x1 = targets[torch.randint(len(targets), (256,), generator=gen)]
+        t = torch.rand(256, generator=gen)
+        x, velocity = path.point(path.spheres.sample(256, gen), x1, t, gen)
         optimiser.zero_grad()
         (path.spheres.tangent(x, field(t, x)) - velocity).square().sum(-1).mean().backward()
         optimiser.step()
@@ -669,16 +670,18 @@ def test_fitted_flows_reach_their_targets(tmp_path: Path) -> None:
 
     assert gaps(flow.sample(200, 2)).median() < 0.35 * gaps(flow.start(200, 2)).median()
     assert flow.sample(5)[:, flat].isfinite().all()
-    again = fit_manifold_flow(
-        spec, draws, velocity=velocity, seed=1, training=training, progress=False
+    short = replace(training, steps=5)
+    first, again = (
+        fit_manifold_flow(spec, draws, velocity=velocity, seed=1, training=short, progress=False)
+        for _ in range(2)
     )
-    assert torch.equal(again.sample(5), flow.sample(5))
+    assert torch.equal(again.sample(5), first.sample(5))
     assert torch.equal(ManifoldFlow.load(flow.save(tmp_path / "flow")).sample(5), flow.sample(5))
     weighted = fit_manifold_flow(
         spec,
         (draws, torch.linspace(-9.0, 0.0, len(draws))),
         velocity=velocity,
-        training=replace(training, steps=2),
+        training=short,
     )
     assert weighted.sample(3).isfinite().all()
     for bad in (draws[:0], torch.nan * draws):

@@ -21,12 +21,10 @@ def test_guiding_the_prior_by_a_likelihood_gives_the_posterior(schedule, as_func
     )
     guide = model.log_likelihood if as_function else model
     flow = Flow.of(identity, model).guided(guide, steps=16, max_norm=math.inf)
-    theta = flow.sample(1000, 0, solver=Solver("rk4", 12)) / 1.5
-    assert ((theta.mean(0) - mean) / covariance.diagonal().sqrt()).abs().max() < 4.5 / math.sqrt(
-        1000
-    )
+    theta = flow.sample(400, 0, solver=Solver("rk4", 8)) / 1.5
+    assert ((theta.mean(0) - mean) / covariance.diagonal().sqrt()).abs().max() < 4.5 / 20
     assert torch.allclose(
-        torch.cov(theta.T), covariance, atol=0.2 * float(covariance.diagonal().max())
+        torch.cov(theta.T), covariance, atol=0.3 * float(covariance.diagonal().max())
     )
 
 

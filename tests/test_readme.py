@@ -49,12 +49,61 @@ def test_program_of_the_weight_space_page_runs(capsys):
     assert printed[-1] == "torch.Size([5, 3])"
 
 
+def smaller(program: str, changes: dict[str, str]) -> str:
+    """Return a program at settings that take less time."""
+    for printed, less in changes.items():
+        assert printed in program, printed
+        program = program.replace(printed, less)
+    return program
+
+
+@pytest.mark.filterwarnings("ignore:log densities of")  # four steps are few
 def test_program_of_the_transport_page_runs(capsys):
+    changes = {
+        "training=training, seed=0)\n": """training=training, seed=0, velocity=small)
+flow = replace(flow, solver=bf.transport.Solver(steps=3))
+""",
+        "training = bf": """from dataclasses import replace
+small = bf.transport.InformedVelocity(model.spec, bf.transport.GradientSteps(1), width=8, depth=1)
+training = bf""",
+        "Solver(steps=8)": "Solver(steps=2)",
+    }
+    program = smaller(program_of("transport.md"), changes)
     with torch.random.fork_rng(devices=[]):
-        exec(compile(program_of("transport.md"), "transport.md", "exec"), {})
+        exec(compile(program, "transport.md", "exec"), {})
     printed = capsys.readouterr().out.splitlines()
     assert any(line.startswith("refine ") for line in printed)
     assert printed[-1] == f"torch.Size([20, {6 * 3 + 1}])"
+
+
+@pytest.mark.filterwarnings("ignore")  # of so few draws
+def test_program_of_the_inference_page_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    changes = {
+        "chains=8, warmup=200, draws=200": "chains=4, warmup=50, draws=50",
+        "SMC(particles=200)": "SMC(particles=20)",
+        "chains=8, warmup=100, draws=100": "chains=4, warmup=20, draws=20",
+        "SGHMC(batch_size=32, control_variates=True, thinning=10)": (
+            "SGHMC(batch_size=32, control_variates=True, thinning=2, step_size=1e-3)"
+        ),
+        "DeepEnsemble(members=4)": "DeepEnsemble(members=4, steps=100)",
+        "bf.SGHMC(batch_size=32), chains=4, warmup=20, draws=10": (
+            "bf.SGHMC(batch_size=8, step_size=1e-3), chains=2, warmup=4, draws=2, init='prior'"
+        ),
+        "bf.predict(images, draws, digits.x_test), digits.y_test": (
+            "bf.predict(images, draws, digits.x_test[:20]), digits.y_test[:20]"
+        ),
+    }
+    program = smaller(program_of("inference.md"), changes)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        exec(compile(program, "inference.md", "exec"), {"__name__": __name__})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("torch.Size([4, 50, 98]) ['acceptance_rate', ")
+    assert "('prior.log_scale', 'likelihood.log_scale')" in printed
+    assert "torch.Size([4, 50, 98])" in printed  # read from the folder of the run
+    scales = [float(each) for each in re.findall(r"[\d.]+", printed[-1].split("tensor")[1])]
+    assert scales == pytest.approx([0.1, 1.0, 10.0], rel=0.2)
 
 
 # ---------------------------------------- programs of one's own

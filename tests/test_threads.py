@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import bnnflow as bf
 from bnnflow import likelihoods, posteriors, priors
+from bnnflow.transport import Solver
 
 THREADS = 2
 
@@ -129,14 +130,15 @@ def test_priors_and_densities_are_shared_by_threads(nets, seeded) -> None:
 @pytest.mark.slow
 def test_flows_and_predictions_in_threads_are_those_of_each_alone(nets) -> None:
     model = model_of(nets["perceptron"])
-    draws = bf.sample(model, bf.DeepEnsemble(8, 50), seed=0)
+    few = Solver("euler", 3)
+    draws = bf.sample(model, bf.DeepEnsemble(8, 20), seed=0)
     x = model.x[:5]
 
     def work(seed: int) -> Tensor:
         flow = bf.fit_flow(model, draws, seed=seed, progress=False, training=bf.Training(steps=2))
-        more = flow.sample(2, seed)
+        more = flow.sample(2, seed, solver=few)
         mean = bf.predict(model, more.unsqueeze(0), x).mean
-        return torch.cat([more.flatten(), mean.flatten(), flow.log_prob(more)])
+        return torch.cat([more.flatten(), mean.flatten(), flow.log_prob(more, solver=few)])
 
     for found, alone in zip(together(work), map(work, range(THREADS)), strict=True):
         assert torch.equal(found, alone)

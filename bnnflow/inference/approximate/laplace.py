@@ -583,11 +583,7 @@ def prior_precision(model: BayesianModel, theta: Tensor) -> Tensor:
     curvature = -products[0]
     for i, product in zip(extras, products[1:], strict=True):
         curvature[i] = -product[i]
-    draws = model.sample_prior(1001, 0).to(theta.dtype)
-    quartiles = draws.quantile(
-        torch.tensor([0.25, 0.75], dtype=theta.dtype, device=theta.device), dim=0
-    )
-    spread = (1.349 / (quartiles[1] - quartiles[0])).square()
+    spread = (1.349 / model.flat_prior.interquartile_range.to(theta.dtype)).square()
     return torch.where(curvature > 1e-3 * spread, curvature, spread)
 
 

@@ -191,6 +191,13 @@ class FlatPrior:
             theta = torch.cat([self._weights.sample(theta[:, :count], generator), theta], -1)
         return theta
 
+    @cached_property
+    def interquartile_range(self) -> Tensor:
+        """The distance of the quartiles of every coordinate, ``(dim,)``, in 1001 draws."""
+        quarters = torch.tensor([0.25, 0.75], dtype=self.dtype, device=self.device)
+        low, high = self.sample(1001, 0).quantile(quarters, dim=0)
+        return high - low
+
     def at_mode(self, theta: Tensor) -> Tensor:
         """Move the prior's parameters to the mode of their density given the weights,
         ``(dim,) -> (dim,)``.
