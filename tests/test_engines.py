@@ -23,6 +23,7 @@ from bnnflow import likelihoods, priors
 from bnnflow.inference.mcmc.adjusted_mclmc import adjusted_mclmc
 from bnnflow.inference.mcmc.hmc import hmc
 from bnnflow.inference.mcmc.mclmc import mclmc, momentum_update, random_directions
+from bnnflow.method import Method
 from bnnflow.types import Kernel, LogDensityAndGrad
 from tests.problems import (
     F64,
@@ -594,11 +595,11 @@ def test_simulation_based_calibration(engine: Engine) -> None:
 def test_calibration_has_power() -> None:
     """Hot chains are too wide, and ranks say so."""
 
-    class Hot:
+    class Hot(Method):
         def draw(self, model: bf.BayesianModel, run: Any) -> bf.Draws:
             hot = bf.BayesianModel(
                 model.net, priors.Normal(), model.likelihood, model.x, model.y, temperature=2.0
             )
-            return bf.HMC().sample(hot, run)
+            return bf.HMC().draw(hot, run)
 
     assert uniform(simulated_ranks(Hot(), LARGE, replicates=150)) < 1e-3

@@ -209,7 +209,7 @@ def test_untrained_field_and_refinement_reach_the_reference(iris, seeded):
 @pytest.mark.validate
 def test_trained_flow_reaches_the_reference(iris):
     model, x, y, draws, _ = iris
-    flow = bf.fit_flow(model, draws, seed=0, training=bf.Training(budget=240))
+    flow = bf.fit_flow(model, draws, seed=0, training=bf.Training(steps=1500))
     theta = flow.sample(4096, seed=1)
     lppd = bf.metrics.lppd(bf.predict(model, theta, x), y)
     assert lppd > -0.1907 - 0.010
@@ -225,8 +225,8 @@ def test_trained_flow_reaches_the_reference(iris):
 
 
 @pytest.mark.validate
-@pytest.mark.parametrize("velocity", ["weights", "informed"])
-def test_trained_density_is_right_to_a_twentieth_of_a_nat(velocity, seeded):
+@pytest.mark.parametrize(("velocity", "steps"), [("weights", 3900), ("informed", 2600)])
+def test_trained_density_is_right_to_a_twentieth_of_a_nat(velocity, steps, seeded):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(30, 3, generator=generator)
     y = x @ torch.tensor([1.0, -2.0, 0.5]) + 0.3 + 0.5 * torch.randn(30, generator=generator)
@@ -243,7 +243,7 @@ def test_trained_density_is_right_to_a_twentieth_of_a_nat(velocity, seeded):
         exact.sample(20000, 1).float(),
         velocity=velocity,
         seed=0,
-        training=bf.Training(budget=60),
+        training=bf.Training(steps=steps),
     )
     theta = exact.sample(1000, 3)
     log_q = flow.log_prob(theta.float(), solver=Solver("rk4", 16))
