@@ -75,15 +75,11 @@ def posterior(net: nn.Module, x: Tensor, y: Tensor) -> bf.BayesianModel:
     return bf.BayesianModel(net, priors.Normal(1.0), likelihoods.Categorical(), x, y)
 
 
-def untrained(build: Callable[[], nn.Module]) -> nn.Module:
-    """Return a network with the weights that torch gives it."""
-    with isolated(torch.Generator().manual_seed(0)):
-        return build()
-
-
 def trained(build: Callable[[], nn.Module], data: Digits, epochs: int = 200) -> nn.Module:
     """Return a network after Adam on batches of 128, with the prior as weight decay."""
-    net, n, generator = untrained(build), len(data.x), torch.Generator().manual_seed(0)
+    n, generator = len(data.x), torch.Generator().manual_seed(0)
+    with isolated(generator):
+        net = build()
     optimiser = torch.optim.Adam(net.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
     for _ in range(epochs):
@@ -174,15 +170,14 @@ def compare(splits: int) -> None:
 
 
 def peak(structure: Any, rows: int) -> None:
-    """Print the memory and CPU seconds of one Laplace on so many rows, from torch's weights.
-
-    Rows beyond the data are the same ones again.
-    """
-    data, net = digits(0), untrained(convnet)
+    """Print the memory and CPU seconds of one Laplace on so many rows, the data over and over."""
+    data = digits(0)
     chosen = torch.arange(rows) % len(data.x)
-    model = posterior(net, data.x[chosen], data.y[chosen])
-    method = bf.Laplace(structure, polish=100)
+    data = data._replace(x=data.x[chosen], y=data.y[chosen])
+    net = trained(convnet, data, epochs=max(10, 100_000 // rows))
+    model = posterior(net, data.x, data.y)
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    method = bf.Laplace(structure, polish=100)
     bf.sample(model, method, init=net, chains=1, draws=DRAWS, seed=0, progress=False)
     most, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time() - began
     print(f"{structure:12s} {rows:6d} {most >> 10:6d} {(most - before) >> 10:12d} {seconds:6.1f}")
