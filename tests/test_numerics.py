@@ -119,11 +119,11 @@ def test_a_gauss_newton_flow_is_exact_for_linear_gaussian_models(shape, proximal
     flow = bf.GaussNewtonFlow(problem.model, proximal_step, solver=Solver("rk4"))
     basis = torch.cat([torch.zeros(1, flow.dim, dtype=F64), torch.eye(flow.dim, dtype=F64)])
     found = problem.standardised(
-        flow.forward(basis, solver=Solver("rk4", time_grid(60, 8.0))).detach()
+        flow.forward(basis, solver=Solver("rk4", time_grid(30, 8.0))).detach()
     )
     matrix = (found[1:] - found[0]).T
-    assert found[0].abs().max() < 1e-6
-    assert (matrix @ matrix.T - torch.eye(flow.dim, dtype=F64)).abs().max() < 2e-3
+    assert found[0].abs().max() < 1e-5
+    assert (matrix @ matrix.T - torch.eye(flow.dim, dtype=F64)).abs().max() < 1e-2
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -257,11 +257,11 @@ def test_untrained_flow_is_exact_for_a_linear_gaussian_model_from_every_source(
     # as many iterations as dimensions
     proximal_step = GaussNewton(1, max_norm=math.inf, iterations=iterations)
     flow = GaussNewtonFlow(
-        model, proximal_step, source=make(model), path=path, solver=Solver("rk4", 24)
+        model, proximal_step, source=make(model), path=path, solver=Solver("rk4", 16)
     )
     theta, log_q = flow.sample_with_log_prob(10, 0)
     truth = bf.Gaussian(1.5 * mean, 1.5 * torch.linalg.cholesky(covariance)).log_prob(theta)
-    assert (log_q - truth).abs().max() < 5e-3
+    assert (log_q - truth).abs().max() < 2e-2
 
 
 @pytest.mark.parametrize("kind", ["categorical", "learned"])
@@ -312,7 +312,8 @@ def test_every_field_is_stored_with_its_flow(name, tmp_path):
     field = fields(model)[name].double()
     for parameter in field.parameters():
         parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator(), dtype=F64))
-    flow = Flow.of(field.requires_grad_(False), model, Source.scaled(model, 0.8))
+    few = Solver(steps=3)
+    flow = Flow.of(field.requires_grad_(False), model, Source.scaled(model, 0.8), solver=few)
     loaded = bf.load(flow.save(tmp_path / "flow"), model)
     assert torch.allclose(loaded.sample(3, 0), flow.sample(3, 0))
     assert torch.allclose(loaded.sample(3, 0), flow.to("cpu", F64).sample(3, 0))
@@ -405,11 +406,11 @@ def test_field_of_ones_own_says_what_it_is_on_another_network():
 
 def test_a_part_of_the_data_costs_less_and_is_scaled_to_all():
     model, mean, _ = regression(n=4000)
-    flow = GaussNewtonFlow(model, solver=Solver(steps=24))
+    flow = GaussNewtonFlow(model, solver=Solver(steps=16))
     parts = (
-        torch.stack([flow.on_batch(400, seed).sample(50, 0).mean(0) for seed in range(20)]) / 1.5
+        torch.stack([flow.on_batch(400, seed).sample(20, 0).mean(0) for seed in range(12)]) / 1.5
     )
-    spread = parts.std(0) / math.sqrt(20)
+    spread = parts.std(0) / math.sqrt(12)
     assert ((parts.mean(0) - mean).abs() < 5 * spread + 0.01).all()
     context = flow.on_batch(400, 0).velocity.posterior
     assert context.at(torch.zeros(1, 4, dtype=F64)).grad_and_factor()[1].shape[1] == 400

@@ -196,13 +196,13 @@ def test_the_error_of_the_evidence_of_alike_inputs_is_honest(seeded: Any) -> Non
     with seeded(0):
         found = [
             bf.evidence(model, posterior.sample((250,)), seed=seed, progress=False)
-            for seed in range(12)
+            for seed in range(8)
         ]
     value, error = np.array(found).T
     z = (value - log_evidence) / error
-    # as 99.7 % of the means of 12 squared standard normal numbers
-    assert 0.44 < np.sqrt((z**2).mean()) < 1.63
-    assert abs(z.mean()) < 3 / math.sqrt(12)
+    # as 99.7 % of the means of 8 squared standard normal numbers
+    assert 0.34 < np.sqrt((z**2).mean()) < 1.76
+    assert abs(z.mean()) < 3 / math.sqrt(8)
 
 
 def test_the_way_there_and_the_way_back_agree_on_two_modes() -> None:
