@@ -78,10 +78,18 @@ def check_draws(fixed: bf.Draws, mean: Tensor, covariance: Tensor, ess: float) -
 # ---------------------------------------- the closed form, in any units
 
 
+UNITS = [(1.0, 1.0), (1e-8, 1.0), (1.0, 1e-8), (1e8, 1.0), (1.0, 1e8)]
+
+
 @pytest.mark.parametrize(
-    ("unit", "inputs"), [(1.0, 1.0), (1e-8, 1.0), (1e8, 1.0), (1.0, 1e-8), (1.0, 1e8)]
+    ("method", "unit", "inputs"),
+    [
+        *(("importance", *units) for units in UNITS),
+        # small weights, and large ones, for what is weighed as above and then moved
+        *(("smc", *units) for units in UNITS[:3]),
+        *(("metropolis", *units) for units in UNITS[:3]),
+    ],
 )
-@pytest.mark.parametrize("method", ["importance", "smc", "metropolis"])
 def test_a_linear_regression_is_corrected_in_any_units(
     method: Any, unit: float, inputs: float
 ) -> None:

@@ -365,7 +365,7 @@ def test_draws_are_right_in_all_units_or_not_trusted(method, shape):
     options = (
         {"draws": 300}
         if isinstance(method, bf.SWAG)
-        else {"draws": 300, "warmup": 300, "chains": 4}
+        else {"draws": 200, "warmup": 200, "chains": 4}
     )
     draws = bf.sample(problem.model, method, seed=0, progress=False, **options)
     verdict = bf.diagnose(problem.model, draws).verdict

@@ -141,12 +141,12 @@ def test_untrained_gauss_newton_field_is_exact_for_a_linear_gaussian_model():
         model.spec, GaussNewton(1, max_norm=math.inf), width=8, depth=1
     ).double()
     flow = Flow.of(velocity, model)
-    drawn, log_q = flow.sample_with_log_prob(40, 0, solver=Solver("rk4", 128))
+    drawn, log_q = flow.sample_with_log_prob(40, 0, solver=Solver("rk4", 48))
     truth = bf.Gaussian(mean, torch.linalg.cholesky(covariance)).log_prob(drawn)
-    assert (log_q - truth).abs().max() < 1e-6
+    assert (log_q - truth).abs().max() < 1e-4
     # The evidence of a linear Gaussian model follows from any single draw.
     assert torch.allclose(
-        model.log_joint(drawn) - log_q, (model.log_joint(drawn) - truth)[0].expand(40), atol=1e-5
+        model.log_joint(drawn) - log_q, (model.log_joint(drawn) - truth)[0].expand(40), atol=1e-3
     )
 
 
@@ -314,8 +314,8 @@ def test_divergence_of_the_informed_field_matches_central_differences(kind, prox
 def test_forward_accumulation_equals_the_reverse_solve(make):
     model = network_model("categorical")
     flow = Flow.of(make(model), model)
-    theta, log_q = flow.sample_with_log_prob(2, 0, solver=Solver("rk4", 32))
-    assert (flow.log_prob(theta, solver=Solver("rk4", 32)) - log_q).abs().max() < 1e-4
+    theta, log_q = flow.sample_with_log_prob(2, 0, solver=Solver("rk4", 16))
+    assert (flow.log_prob(theta, solver=Solver("rk4", 16)) - log_q).abs().max() < 2e-3
 
 
 @pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
