@@ -234,7 +234,7 @@ def test_curvature_takes_no_more_memory_for_more_rows(structure: str, monkeypatc
     def memory(rows: int) -> int:
         model = model_of(convnet, rows)
         theta = 0.1 * model.sample_prior(1, 0)[0]
-        names = laplace.Laplace(structure=structure)._check(model)
+        names = model.spec.names[-2:] if structure == "last_layer" else model.spec.names
         return largest(
             lambda: laplace.gauss_newton_precision(
                 model, theta, names, diagonal=structure == "diagonal"

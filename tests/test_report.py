@@ -22,7 +22,6 @@ from bnnflow.gaussian import Gaussian
 from bnnflow.model import BayesianModel, likelihoods
 from bnnflow.predictive import metrics, predict
 from bnnflow.report import Report, diagnose, plots, report, to_arviz
-from bnnflow.report.html import _Shown
 from tests.problems import built, normal
 
 VOID = {"meta", "br", "hr", "img", "link", "input", "wbr"}
@@ -226,10 +225,9 @@ def test_the_report_knows_an_evidence_without_an_error(model):
     info = {"method": "Laplace", "rates": [0.00123456789, 2.0], "gradients": 600.0}
     draws = Draws(theta, model.log_joint(theta), log_evidence=(-12.5, math.nan), info=info)
     made = report(model, {"Laplace": draws}, x, y, path=None)
-    facts = _Shown.of(made.sections[0], 1).runs[0]["facts"]
-    assert facts["log evidence"] == "−12.50 (Laplace)"
-    assert facts["rates"] == "0.001235, 2"
     words = " ".join(Page(made.html()).text)
+    assert "−12.50 (Laplace)" in words
+    assert "0.001235, 2" in words
     assert "nan" not in words
     assert "600.0" not in words
     assert "linearised" in words

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 import bnnflow as bf
 from bnnflow.bridge import bennett
 from bnnflow.inference.particles.smc import (
-    _variance,
     merging,
     next_fraction,
     relative_variance,
     systematic,
+    weighted_variance,
 )
 from tests.problems import (
     F64,
@@ -427,7 +427,7 @@ def test_variances_are_weighted_and_positive() -> None:
         [1.0, 3.0, 0.0], dtype=F64
     )
     weights = log_weights(2, 5000, 0.5, 1)
-    found = _variance(theta, weights)
+    found = weighted_variance(theta, weights)
     torch.testing.assert_close(
         found[:, :2], torch.tensor([[1.0, 9.0]], dtype=F64).expand(2, -1), rtol=0.1, atol=0
     )

@@ -427,7 +427,7 @@ class Linearised:
             gram.mul_(variance).diagonal(dim1=1, dim2=2).add_(1)
         else:
             gram = variance * gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        return _cholesky(gram)
+        return cholesky_or_nan(gram)
 
     def times(self, v: Tensor) -> Tensor:
         """Return H v, ``(batch, dim)``."""
@@ -514,7 +514,7 @@ class Linearised:
         return self._turned(targets, solve)
 
 
-def _cholesky(systems: Tensor) -> Tensor:
+def cholesky_or_nan(systems: Tensor) -> Tensor:
     """Return the Cholesky factors of systems I + s^2 H ``(batch, k, k)``, NaN where these are not
     finite.
 

@@ -200,7 +200,7 @@ class SMC(Method):
         def own(values: Tensor) -> Tensor:
             return values.chunk(ranks.size, 1)[ranks.rank].clone() if ranks.size > 1 else values
 
-        mass = _variance(everyone, weights).to(everyone.dtype)  # (run, dim)
+        mass = weighted_variance(everyone, weights).to(everyone.dtype)  # (run, dim)
         particles = own(everyone)
         count = particles.shape[1]
         target = path.tempered(
@@ -563,7 +563,7 @@ def systematic(log_weights: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(heights / heights[:, -1:], points).clamp(max=n - 1)
 
 
-def _variance(theta: Tensor, log_weights: Tensor) -> Tensor:
+def weighted_variance(theta: Tensor, log_weights: Tensor) -> Tensor:
     """Return the weighted variance of the particles of each run, ``(run, dim)`` in float64."""
     weights, theta = log_weights.exp().unsqueeze(-1), theta.double()
     mean = (weights * theta).sum(1, keepdim=True)
