@@ -5,7 +5,8 @@ methods.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -38,6 +39,7 @@ class Run:
         progress: whether a bar may be shown.
         checkpoint: where the run is kept.
         ranks: the processes that share the run.
+        alike: what all of them must have been given, by name.
     """
 
     generator: torch.Generator
@@ -48,6 +50,7 @@ class Run:
     progress: bool = False
     checkpoint: RunFolder | None = None
     ranks: Ranks = ALONE
+    alike: Mapping[str, object] = field(default_factory=dict)
 
     def chains_or(self, default: int) -> int:
         """Return the number of chains: as asked, else one for each row of ``init``, else

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +65,26 @@ class Ranks:
     def mean(self, value: Tensor) -> Tensor:
         """Average a tensor over the processes."""
         return value if self.size == 1 else self.gather(value.unsqueeze(0)).mean(0)
+
+    def check_same(self, values: Mapping[str, object], device: torch.device) -> None:
+        """Raise ``ValueError`` in every process unless all were given the same values.
+
+        They are compared by their texts, as `repr` writes them.
+
+        Args:
+            values: what is compared, by the name that the message gives it.
+            device: where messages are exchanged.
+        """
+        if self.size == 1:
+            return
+        hashes = [hashlib.blake2b(repr(value).encode(), digest_size=7) for value in values.values()]
+        mine = torch.tensor([int(each.hexdigest(), 16) for each in hashes], device=device)
+        everyone = self.gather(mine.unsqueeze(0))
+        for name, same in zip(values, (everyone == everyone[0]).all(0).tolist(), strict=True):
+            if not same:
+                raise ValueError(
+                    f"{name} must be the same in all {self.size} processes, which share this run"
+                )
 
     def agree(self, value: int, device: torch.device) -> int:
         """Return what the first process says."""

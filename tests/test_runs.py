@@ -503,3 +503,53 @@ def test_a_rank_that_dies_does_not_lose_the_run(name: str, shared: Path, tmp_pat
     assert done.returncode == 0, done.stderr[-2000:]
     resumed = bf.load(tmp_path / f"draws-{name}-0.npz")
     same(resumed, bf.load(shared / f"draws-{name}-0.npz"))
+
+
+UNLIKE = """
+import os, sys, torch, bnnflow as bf
+sys.path.insert(0, {tests!r})
+from test_runs import model
+
+rank = int(os.environ["RANK"])
+training = bf.Training(steps=2 + rank, batch_size=16)
+posterior, another = model(), model(seed=rank)
+prior = posterior.sample_prior(50, 0)
+sizes = dict(chains=2, warmup=4, draws=4, seed=0)
+calls = dict(
+    model=lambda: bf.sample(another, bf.HMC(), **sizes),
+    seed=lambda: bf.sample(posterior, bf.SMC(particles=20), seed=rank),
+    draws=lambda: bf.sample(posterior, bf.HMC(), **sizes | dict(draws=4 + rank)),
+    init=lambda: bf.sample(posterior, bf.HMC(), init=prior[rank], **sizes),
+    settings=lambda: bf.sample(posterior, bf.HMC(target_acceptance=0.8 + 0.1 * rank), **sizes),
+    training=lambda: bf.fit_flow(posterior, prior, velocity="weights", training=training),
+)
+said = []
+for name, call in calls.items():
+    try:
+        call()
+    except ValueError as error:
+        said += [f"{{name}}: {{error}}"]
+open(f"{folder}/said-{{rank}}", "w").write(chr(10).join(said))
+bf.sample(posterior, bf.HMC(), **sizes)
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_run_are_given_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "unlike.py"
+    path.write_text(UNLIKE.format(tests=str(Path(__file__).parent), folder=tmp_path))
+    done = torchrun([str(path)])
+    assert done.returncode == 0, done.stderr[-2000:]
+    for rank in (0, 1):
+        said = (tmp_path / f"said-{rank}").read_text().splitlines()
+        assert [each.split(":")[0] for each in said] == [
+            "model",
+            "seed",
+            "draws",
+            "init",
+            "settings",
+            "training",
+        ]
+        for each in said:
+            name, _, message = each.partition(": ")
+            assert message.startswith(f"{name} must be the same in all 2 processes")

@@ -118,6 +118,7 @@ def run_chains(
     """
     ranks, checkpoint = run.ranks, run.checkpoint
     mine = ranks.share("chains", chains)
+    ranks.check_same(run.alike, model.device)
     saved = checkpoint.saved if checkpoint else None
     shown = run.progress and ranks.rank == 0
     generator = ranks.own_generator(run.generator)

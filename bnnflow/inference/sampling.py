@@ -101,21 +101,22 @@ def sample(  # noqa: PLR0913 - the one entry point, with eleven
         "seed": seed_in_words(seed),
         "model": model.fingerprint(),
     }
+    shared = {
+        "chains": chains,
+        "warmup": warmup,
+        "dtype": str(model.dtype),
+        "processes": ranks.size,
+    }
+    alike = identity | shared | {"seed": seed_of_run, "draws": draws, "init": _described(start)}
     with contextlib.ExitStack() as held:
         kept = None
         if place is not None:
-            shared = {
-                "chains": chains,
-                "warmup": warmup,
-                "dtype": str(model.dtype),
-                "processes": ranks.size,
-            }
             own = _own_identity(model, method, seed_of_run, start)
             kept = held.enter_context(
                 RunFolder(place, identity | shared | own, ranks, model.device)
             )
         watch = Stopwatch()
-        run = Run(generator, chains, warmup, draws, start, progress, kept, ranks)
+        run = Run(generator, chains, warmup, draws, start, progress, kept, ranks, alike)
         result = method.draw(model, run)
     info = identity | watch.read()
     if kept is not None:  # the seconds of all runs in this folder
@@ -134,6 +135,11 @@ def _own_identity(
     return {
         "seed": seed,
         "values of the settings": digest(method),
-        "init": init if init is None or isinstance(init, str) else digest(init),
+        "init": _described(init),
         "gradient": "compiled" if model.is_compiled else "by torch",
     }
+
+
+def _described(init: Tensor | str | None) -> str | None:
+    """Return a hash of weights, and ``init`` itself where it is none."""
+    return digest(init) if isinstance(init, Tensor) else init

@@ -137,6 +137,9 @@ def fit_flow(
     reuse = Reuse(matching.reuse, partial(model.spec.transform, group))
     task = Task(field, pairs, way, matching.times, reuse, unseen)
     ranks = connect(model.device)
+    # of the draws each process may hold a part
+    shared = {name: value for name, value in identity.items() if "draws" not in name}
+    ranks.check_same(shared | {"training": training}, model.device)
     info = run(task, training, checkpoint, generator, progress, ranks=ranks, identity=identity)
     info |= {
         "seed": seed_in_words(seed),

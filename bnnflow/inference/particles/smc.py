@@ -116,6 +116,7 @@ class SMC(Method):
         run.refuse(self, "particles and a start", "warmup", "draws", "init")
         runs, ranks, checkpoint = run.chains or 4, run.ranks, run.checkpoint
         mine = ranks.share("particles", self.particles)
+        ranks.check_same(run.alike, model.device)
         path = _Path(model, self.start, self.chunk_size)
         generator = ranks.own_generator(run.generator)
         draw = model.sample_prior if self.start is None else self.start.sample
