@@ -330,11 +330,11 @@ def test_hutchinson_mean_agrees_with_the_exact_trace_within_its_error(noise):
     assert ((estimates.mean(0) - exact).abs() < 4.5 * error).all()
 
 
-@pytest.mark.filterwarnings("ignore:log densities of")  # eight steps are few, for both alike
+@pytest.mark.filterwarnings("ignore:log densities of")  # four steps are few, for both alike
 @pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
 def test_hutchinson_log_prob_agrees_with_the_exact_one(noise):
     model = network_model("gaussian")
-    flow = Flow.of(informed(model), model, solver=Solver(steps=8))
+    flow = Flow.of(informed(model, GradientSteps(3)), model, solver=Solver(steps=4))
     theta = flow.sample(1, 0).expand(300, -1)
     exact = flow.log_prob(theta[:1])
     estimates = flow.log_prob(
@@ -366,7 +366,7 @@ def test_density_carries_the_jacobian_of_a_prior_that_is_not_normal():
         torch.tensor([0.4, 1.0]),
     )
     flow = Flow.of(InformedVelocity(model.spec, GaussNewton(1), width=8, depth=1).double(), model)
-    grid = torch.linspace(-6, 6, 2001, dtype=torch.float64)
+    grid = torch.linspace(-6, 6, 500, dtype=torch.float64)
     mass = torch.trapezoid(flow.log_prob(grid[:, None], solver=Solver("rk4", 24)).exp(), grid)
     assert mass == pytest.approx(1.0, abs=2e-3)
 
@@ -503,7 +503,7 @@ def test_adaptive_solvers_carry_flows_that_look_at_the_data(solver):
     flow = bf.GaussNewtonFlow(network_model("gaussian"))
     assert torch.allclose(
         flow.sample(2, 0, solver=Solver(solver)),
-        flow.sample(2, 0, solver=Solver("rk4", 64)),
+        flow.sample(2, 0, solver=Solver("rk4", 32)),
         atol=1e-2,
     )
 
@@ -547,14 +547,15 @@ def test_fit_by_budget_stops_in_time_and_can_be_repeated_by_its_steps(monkeypatc
     monkeypatch.setattr(time, "perf_counter", itertools.count(0, 0.1).__next__)
     model = network_model("categorical", torch.float32)
     draws = model.sample_prior(200, 1)
+    field = WeightsVelocity(model.spec, width=8, depth=1)
     flow = bf.fit_flow(
-        model, draws, velocity="weights", training=bf.Training(budget=2.0, batch_size=16)
+        model, draws, velocity=field, training=bf.Training(budget=2.0, batch_size=16)
     )
     assert flow.info["seconds"] < 4
     again = bf.fit_flow(
         model,
         draws,
-        velocity="weights",
+        velocity=field,
         training=bf.Training(steps=flow.info["steps"], batch_size=16),
     )
     assert torch.equal(flow.sample(3, 0), again.sample(3, 0))
@@ -575,10 +576,12 @@ def test_save_and_load_round_trip(tmp_path, velocity, kind):
     # Equal weights, not equal bits: memory alignment decides the order of sums in a matrix product.
     state, loaded_state = flow.velocity.state_dict(), loaded.velocity.state_dict()
     assert all(torch.equal(state[name], loaded_state[name]) for name in state)
-    assert torch.allclose(loaded.sample(4, 0), flow.sample(4, 0), atol=1e-5)
-    theta = flow.sample(2, 1)
-    assert torch.allclose(loaded.log_prob(theta), flow.log_prob(theta))
-    assert loaded.info == flow.info
+    few = Solver(steps=3)
+    theta = flow.sample(4, 0, solver=few)
+    assert torch.allclose(loaded.sample(4, 0, solver=few), theta, atol=1e-5)
+    log_q = flow.log_prob(theta[:2], solver=few)
+    assert torch.allclose(loaded.log_prob(theta[:2], solver=few), log_q)
+    assert (loaded.solver, loaded.info) == (flow.solver, flow.info)
     other = network_model("gaussian" if kind == "learned" else "bernoulli", torch.float32, (4, 3))
     if velocity == "informed":
         with pytest.raises(ValueError, match="needs its model"):
@@ -586,7 +589,7 @@ def test_save_and_load_round_trip(tmp_path, velocity, kind):
         with pytest.raises(ValueError, match="not the model"):
             bf.load(path, other)
     else:
-        assert torch.allclose(bf.load(path).sample(4, 0), flow.sample(4, 0), atol=1e-5)
+        assert torch.allclose(bf.load(path).sample(4, 0, solver=few), theta, atol=1e-5)
 
 
 def test_golden_file_of_format_version_1_still_loads():
@@ -700,7 +703,7 @@ def test_flow_from_a_student_prior_has_its_jacobian():
         torch.tensor([0.4, 1.0]),
     )
     flow = Flow.of(InformedVelocity(model.spec, GaussNewton(1), width=8, depth=1).double(), model)
-    grid = torch.linspace(-9, 9, 2001, dtype=torch.float64)
+    grid = torch.linspace(-9, 9, 500, dtype=torch.float64)
     mass = torch.trapezoid(flow.log_prob(grid[:, None], solver=Solver("rk4", 24)).exp(), grid)
     assert mass == pytest.approx(1.0, abs=2e-3)
 
