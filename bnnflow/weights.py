@@ -411,8 +411,8 @@ class WeightSpec:
             >>> from torch import nn
             >>> net = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3))
             >>> spec = WeightSpec.of(net)
-            >>> [spec.scale_exponents(name) for name in ("0.weight", "2.weight", "2.bias")]
-            [(1, 0), (0, -1), (0,)]
+            >>> spec.scale_exponents("0.weight"), spec.scale_exponents("2.weight")
+            ((1, 0), (0, -1))
         """
         self._check_name(name)
         scale_exponents: list[int] = []

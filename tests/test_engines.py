@@ -303,7 +303,9 @@ BROKEN = {
 @pytest.mark.parametrize("fault", [*RIGHT, *BROKEN])
 def test_the_joint_law_test_has_power(fault: str) -> None:
     make, step_size, options = (RIGHT | BROKEN)[fault]
-    pvalues = joint_pvalues(lambda target, ones: make(target, step_size, ones, **options), steps=60)
+    pvalues = joint_pvalues(
+        lambda target, ones: make(target, step_size, ones, **options), n=6000, steps=60
+    )
     assert (min(pvalues) > 1e-4) == (fault in RIGHT)
 
 

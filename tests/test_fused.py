@@ -16,7 +16,7 @@ import pytest
 import scipy.stats
 import torch
 import torch.distributions as td
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -228,6 +228,7 @@ def test_equal_to_torch(activation: str, likelihood: str, dtype: torch.dtype) ->
 
 
 @needs_compiler
+@settings(max_examples=50)
 @given(st.data())
 def test_equal_to_torch_for_every_shape(data: st.DataObject) -> None:
     widths = data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=4))
@@ -247,7 +248,7 @@ def test_equal_to_torch_for_every_shape(data: st.DataObject) -> None:
         data.draw(st.integers(1, 65)),
         scale=2 / max(widths) ** 0.5 / FREQUENCY.get(activation, 1.0),
     )
-    assert_equal_to_torch(model, theta)
+    assert_equal_to_torch(model, theta, slack=3.0)  # scales of the noise are exp(outputs)
 
 
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 255, 256, 257])

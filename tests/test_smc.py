@@ -155,14 +155,14 @@ def test_the_error_of_the_evidence_of_draws_is_honest() -> None:
     problem, smc = conjugate(), bf.SMC(particles=300, ess=0.9)
     found = [
         bf.evidence(problem.model, problem.posterior.sample(300, seed), smc, seed=99 + seed)
-        for seed in range(24)
+        for seed in range(16)
     ]
     value, error = np.array(found).T
     z = (value - problem.log_normaliser) / error
-    # as 99.7 % of the means of 24 squared standard normal numbers
-    assert 0.6 < np.sqrt((z**2).mean()) < 1.45
+    # as 99.7 % of the means of 16 squared standard normal numbers
+    assert 0.5 < np.sqrt((z**2).mean()) < 1.55
     assert np.abs(z).max() < 4.5
-    assert abs(z.mean()) < 3 / math.sqrt(24)
+    assert abs(z.mean()) < 3 / 4
 
 
 def ridge(

@@ -378,7 +378,7 @@ NOISES = {
 @pytest.mark.parametrize(("solver", "steps"), [("euler", 200), ("midpoint", 40)])
 def test_noise_keeps_the_marginals_of_the_gaussian_field(noise, solver, steps):
     field, mean, covariance = gaussian()
-    n = 20_000
+    n = 8000
     x0 = torch.randn(n, 2, generator=generator(1), dtype=torch.float64)
     x1 = integrate_sde(with_score(field), noise, x0, even(steps), 2, solver)
     z = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), (x1 - mean).T, upper=False)
