@@ -553,3 +553,36 @@ def test_processes_that_share_a_run_are_given_the_same(tmp_path: Path) -> None:
         for each in said:
             name, _, message = each.partition(": ")
             assert message.startswith(f"{name} must be the same in all 2 processes")
+
+
+RESUMED = """
+import os, sys, torch, bnnflow as bf
+sys.path.insert(0, {tests!r})
+from test_runs import model
+
+posterior = model()
+draws = posterior.sample_prior(50, 0)
+
+
+def fitted(steps, checkpoint=None):
+    training = bf.Training(steps=steps, batch_size=16)
+    return bf.fit_flow(
+        posterior, draws, velocity="weights", training=training, checkpoint=checkpoint
+    ).sample(20, 1)
+
+
+path = "{folder}/training"
+fitted(3, path)
+resumed = fitted(6, bf.Checkpoint(path, resume=True))
+rank = os.environ["RANK"]
+open(f"{folder}/same-{{rank}}", "w").write(str(torch.equal(resumed, fitted(6))))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_a_training(tmp_path: Path) -> None:
+    path = tmp_path / "resumed.py"
+    path.write_text(RESUMED.format(tests=str(Path(__file__).parent), folder=tmp_path))
+    done = torchrun([str(path)])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [(tmp_path / f"same-{rank}").read_text() for rank in (0, 1)] == ["True", "True"]

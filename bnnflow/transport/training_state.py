@@ -221,7 +221,8 @@ class TrainingState:
         self.seconds, self.cpu_seconds = float(header["seconds"]), float(header["cpu_seconds"])
         self.lowest = math.inf if header["lowest"] is None else float(header["lowest"])
         self.patience_used = header["patience_used"]
-        generator.set_state(values["generators"][ranks.rank].cpu())
+        # a copy: of a view torch takes the numbers at the beginning of its storage, or crashes
+        generator.set_state(values["generators"][ranks.rank].cpu().clone())
 
 
 class TrainingFile:
