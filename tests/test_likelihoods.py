@@ -26,6 +26,21 @@ LIKELIHOODS: dict[str, tuple[Any, int]] = {  # likelihood, outputs
     "heteroscedastic": (likelihoods.HeteroscedasticGaussian(0.05), 4),
     "student": (likelihoods.StudentT(3.5, 0.4), 2),
     "student learned": (likelihoods.StudentT(5.0, scale_prior=td.LogNormal(-1.0, 0.5)), 1),
+    "standardised": (
+        likelihoods.Standardised(likelihoods.Gaussian(0.3), (2.0, -1.0), (3.0, 0.5)),
+        2,
+    ),
+    "standardised learned": (
+        likelihoods.Standardised(likelihoods.StudentT(5.0), loc=0.4, scale=2.0),
+        1,
+    ),
+    "log-normal": (likelihoods.LogNormal(likelihoods.Gaussian(0.4)), 2),
+    "log-normal learned": (
+        likelihoods.LogNormal(likelihoods.Standardised(likelihoods.Gaussian(), 0.5, 0.7)),
+        1,
+    ),
+    "gamma": (likelihoods.Gamma(0.3), 2),
+    "gamma learned": (likelihoods.Gamma(), 1),
     "poisson": (likelihoods.Poisson(), 2),
     "negative binomial": (likelihoods.NegativeBinomial(0.7), 2),
     "negative binomial learned": (likelihoods.NegativeBinomial(), 1),
@@ -37,6 +52,8 @@ LIKELIHOODS: dict[str, tuple[Any, int]] = {  # likelihood, outputs
 COUNTS = [name for name, (each, _) in LIKELIHOODS.items() if each.discrete]
 REGRESSION = [name for name, (each, _) in LIKELIHOODS.items() if each.kind == "regression"]
 CONTINUOUS = [name for name in REGRESSION if name not in COUNTS]
+POSITIVE = [name for name in CONTINUOUS if name.startswith(("log-normal", "gamma"))]
+TRANSFORMED = [name for name, (each, _) in LIKELIHOODS.items() if each.wide_targets]
 CLASSES = [name for name in LIKELIHOODS if name not in REGRESSION]
 WITH_FISHER = [name for name, (each, _) in LIKELIHOODS.items() if each.has_fisher_factor]
 
@@ -66,7 +83,8 @@ def targets(name: str, *shape: int, seed: int = 5) -> Tensor:
         return torch.randint(n_classes(name), shape, generator=g)
     if name in COUNTS:
         return torch.randint(8, (*shape, n_targets(name)), generator=g).to(F64)
-    return 1.5 * torch.randn(*shape, n_targets(name), generator=g, dtype=F64)
+    y = 1.5 * torch.randn(*shape, n_targets(name), generator=g, dtype=F64)
+    return y.exp() if name in POSITIVE else y
 
 
 def case(name: str, chains: int = 3, n: int = 7) -> tuple[Any, Tensor, dict[str, Tensor]]:
@@ -81,7 +99,25 @@ def case(name: str, chains: int = 3, n: int = 7) -> tuple[Any, Tensor, dict[str,
 
 def oracle(name: str, outputs: Tensor, parameters: dict[str, Tensor]) -> td.Distribution:
     """Return torch's distribution of a row."""
-    likelihood = LIKELIHOODS[name][0]
+    return law_of(LIKELIHOODS[name][0], name, outputs, parameters)
+
+
+def law_of(
+    likelihood: Any, name: str, outputs: Tensor, parameters: dict[str, Tensor]
+) -> td.Distribution:
+    if name in TRANSFORMED:
+        inner = likelihood.base
+        within = "gaussian" if isinstance(inner, likelihoods.Gaussian) else "student"
+        within = "standardised" if isinstance(inner, likelihoods.Standardised) else within
+        map_ = (
+            td.ExpTransform()
+            if isinstance(likelihood, likelihoods.LogNormal)
+            else td.AffineTransform(
+                torch.tensor(likelihood.loc, dtype=F64), torch.tensor(likelihood.scale, dtype=F64)
+            )
+        )
+        law = law_of(inner, within, outputs, parameters)
+        return td.Independent(td.TransformedDistribution(law.base_dist, map_), 1)
 
     def setting(key: str) -> Any:
         fixed = getattr(likelihood, key)
@@ -94,6 +130,9 @@ def oracle(name: str, outputs: Tensor, parameters: dict[str, Tensor]) -> td.Dist
         return td.Independent(td.Normal(mean, nn.functional.softplus(raw) + 0.05), 1)
     if name.startswith("student"):
         return td.Independent(td.StudentT(likelihood.df, outputs, setting("scale")), 1)
+    if name.startswith("gamma"):
+        a = 1 / setting("dispersion").expand_as(outputs)
+        return td.Independent(td.Gamma(a, a / outputs.exp()), 1)
     if name == "poisson":
         return td.Independent(td.Poisson(outputs.exp()), 1)
     if name.startswith("negative binomial"):
@@ -136,7 +175,7 @@ def test_density_has_mass_one(name: str) -> None:
         one = outputs[..., :1].expand(1, 400, 1)
         y = torch.arange(400, dtype=F64).unsqueeze(-1)
         assert likelihood.log_prob(one, y, parameters).exp().sum() == pytest.approx(1, abs=1e-10)
-    else:
+    elif name != "standardised":  # which has two targets, and whose base is tested alone
         one = outputs[..., ::2] if name == "heteroscedastic" else outputs[..., :1]
 
         def density(value: float) -> float:
@@ -144,7 +183,8 @@ def test_density_has_mass_one(name: str) -> None:
                 float(likelihood.log_prob(one, torch.full((1, 1), value, dtype=F64), parameters))
             )
 
-        assert integrate.quad(density, -np.inf, np.inf, limit=400)[0] == pytest.approx(1, abs=1e-6)
+        least = 0.0 if name in POSITIVE else -np.inf
+        assert integrate.quad(density, least, np.inf, limit=400)[0] == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("per_network", [False, True], ids=["shared y", "y per network"])
@@ -247,9 +287,10 @@ def test_samples_agree_with_mean_variance_and_cdf(name: str) -> None:
     squares = (y - mean).square()
     if name != "student":  # with 3.5 degrees of freedom the square has no variance
         assert ((squares.mean(0) - variance).abs() < 6 * squares.std(0) / math.sqrt(count)).all()
-    law = oracle(name, outputs, parameters).base_dist
-    torch.testing.assert_close(mean, law.mean[0])
-    torch.testing.assert_close(variance, law.variance[0])
+    if name not in TRANSFORMED:  # torch knows no moments of these
+        law = oracle(name, outputs, parameters).base_dist
+        torch.testing.assert_close(mean, law.mean[0])
+        torch.testing.assert_close(variance, law.variance[0])
     for at in (-1.0, 0.0, 1.0, 3.0):
         cdf = likelihood.cdf(outputs, torch.full_like(mean, at), parameters)[0]
         below = (y <= at).double().mean(0)
@@ -383,7 +424,7 @@ def test_gauss_newton_is_the_fisher_matrix(name: str) -> None:
     torch.testing.assert_close(grad, model.log_likelihood_grad(theta), rtol=1e-9, atol=1e-9)
     for row, a in zip(theta, factor, strict=True):
         # no divergence in closed form, but blocks that do not mix
-        if name.startswith(("student", "negative")):
+        if name.startswith(("student", "negative", "standardised", "log-normal", "gamma")):
             jacobian = torch.func.jacrev(model.outputs)(row)  # (n, out, dim)
             parameters = model.likelihood_parameters(row.unsqueeze(0))
             r, information = model.likelihood.fisher_factor(
@@ -522,6 +563,51 @@ def test_randomised_pit_of_calibrated_counts_is_uniform() -> None:
     assert metrics.coverage(p, y, 0.8) >= 0.8
 
 
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_a_transformed_model_is_that_of_its_base(name: str) -> None:
+    """Draws, gradients and quantiles are those in the units of the base, carried over."""
+    model, theta = model_of(name), points(model_of(name), 3)
+    base = model.untransformed()
+    torch.testing.assert_close(
+        base.log_joint_and_grad(theta)[1], model.log_joint_and_grad(theta)[1]
+    )
+    slope = model.likelihood.log_slope(model.y).sum()
+    torch.testing.assert_close(base.log_joint(theta) + slope, model.log_joint(theta))
+    p = predict(model, theta)
+    for level in (0.02, 0.5, 0.97):
+        quantile = p.quantile(level)
+        torch.testing.assert_close(
+            p.cdf(quantile), torch.full_like(quantile, level), atol=1e-4, rtol=0
+        )
+    assert base.untransformed() is base or name == "log-normal learned"
+
+
+def test_targets_far_from_zero_lose_no_digits() -> None:
+    seconds = 1.7e9 + 60.0 * torch.arange(8, dtype=F64)
+    x = torch.linspace(-1, 1, 8).unsqueeze(-1)
+    scale = float(seconds.std())
+    likelihood = likelihoods.Standardised(likelihoods.Gaussian(0.1), float(seconds.mean()), scale)
+    model = BayesianModel(built(lambda: nn.Linear(1, 1)), priors.Normal(), likelihood, x, seconds)
+    assert model.dtype == torch.float32
+    exact = torch.tensor([[float((x[:, 0].double() * seconds).sum() / x.double().square().sum())]])
+    slope = (exact / scale).float()
+    p = predict(model, torch.cat([slope, torch.zeros(1, 1)], 1), x)
+    assert metrics.rmse(p, seconds) < 1.0
+    assert float(model.to(dtype=F64).log_joint(points(model.to(dtype=F64)))) == pytest.approx(
+        float(model.log_joint(points(model))), rel=1e-5
+    )
+
+
+def test_quantiles_of_a_log_normal_law_without_moments() -> None:
+    law = likelihoods.LogNormal(likelihoods.HeteroscedasticGaussian())
+    net = built(lambda: nn.Linear(1, 2)).double()
+    x = torch.linspace(0, 1, 4, dtype=F64).unsqueeze(-1)
+    model = BayesianModel(net, priors.Normal(), law, x, torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    p = predict(model, torch.tensor([[0.0, 0.0, 1.0, 40.0]], dtype=F64))  # exp(800) overflows
+    assert torch.isinf(p.mean).all()
+    assert (p.quantile(0.5) - math.e).abs().max() < 0.1
+
+
 def test_crps_of_wide_counts_is_refused() -> None:
     x = torch.linspace(0, 1, 5, dtype=F64).unsqueeze(-1)
     net = built(lambda: nn.Linear(1, 1)).double()
@@ -550,6 +636,30 @@ BAD: dict[str, tuple[Any, Tensor, int, str]] = {
         torch.tensor([[1.0, 2.5]]),
         2,
         "y in row 0 is 2.5",
+    ),
+    "no positive number": (
+        likelihoods.Gamma(),
+        torch.tensor([1.0, 0.0]),
+        1,
+        "y in row 1 is 0: it must be positive",
+    ),
+    "no logarithm": (
+        likelihoods.LogNormal(likelihoods.Gaussian()),
+        torch.tensor([[1.0], [-2.0]]),
+        1,
+        "y in row 1 is -2: it must be positive",
+    ),
+    "scales of other targets": (
+        likelihoods.Standardised(likelihoods.Gaussian(), 0.0, (1.0, 2.0)),
+        torch.ones(3),
+        1,
+        "scale has 2 values, and y 1 targets",
+    ),
+    "targets of the base": (
+        likelihoods.Standardised(likelihoods.Gaussian()),
+        torch.ones(3, 2),
+        1,
+        r"\(n, 1\) for this network",
     ),
     "targets": (likelihoods.StudentT(), torch.zeros(3, 2), 1, r"\(n, 1\) for this network"),
     "outputs of ordinal": (likelihoods.Ordinal(3), torch.zeros(3), 2, "one output, got 2"),
@@ -580,6 +690,18 @@ def test_bad_targets_are_refused(name: str) -> None:
             "dispersion must be positive and finite, got 0.0",
         ),
         (lambda: likelihoods.Ordinal(2), "for two use Bernoulli"),
+        (lambda: likelihoods.Gamma(-1.0), "dispersion must be positive"),
+        (lambda: likelihoods.Standardised(likelihoods.Poisson()), "continuous targets"),
+        (lambda: likelihoods.Standardised(likelihoods.Categorical()), "continuous targets"),
+        (
+            lambda: likelihoods.Standardised(likelihoods.Gaussian(), scale=(1.0, 0.0)),
+            "scale must be positive, got 0",
+        ),
+        (
+            lambda: likelihoods.Standardised(likelihoods.Gaussian(), loc=math.nan),
+            "loc must be finite",
+        ),
+        (lambda: likelihoods.LogNormal(likelihoods.StudentT()), "base must have normal noise"),
     ],
 )
 def test_bad_settings_are_refused(make: Callable, message: str) -> None:

@@ -21,6 +21,7 @@ from bnnflow.model import checks
 from bnnflow.model.curvature import Curvature
 from bnnflow.model.fingerprint import DataVersion, ModelIdentity, Provenance
 from bnnflow.model.likelihood import Likelihood
+from bnnflow.model.likelihoods.transformed import Transformed
 from bnnflow.model.linearised import LinearisedNetwork
 from bnnflow.model.log_joint import LogJoint, Network
 from bnnflow.model.network import ChainNetwork, ModuleNetwork
@@ -114,7 +115,7 @@ class BayesianModel:
                 f"the likelihood's validate must keep the {len(self.x)} rows of y, got {len(y)}"
             )
         checks.check_informative(y)
-        self.y = checks.placed("y", y, self._device, self._dtype)
+        self.y = checks.placed("y", y, self._device, self._y_dtype(self._dtype))
         self.flat_prior = self._laid_out(self.prior)
         checks.check_likelihood(self._density)
 
@@ -153,7 +154,7 @@ class BayesianModel:
             _dtype=dtype,
             net=copy.deepcopy(self.net).to(device, dtype),
             x=checks.placed("x", self.x, device, dtype),
-            y=checks.placed("y", self.y, device, dtype),
+            y=checks.placed("y", self.y, device, self._y_dtype(dtype)),
             flat_prior=self.flat_prior.to(device, dtype),
             _anchor=None if self._anchor is None else self._anchor.to(device, dtype),
         )
@@ -207,6 +208,18 @@ class BayesianModel:
             )
         return self._changed(prior=prior, flat_prior=self._laid_out(prior))
 
+    def untransformed(self) -> BayesianModel:
+        """Return the model of the targets that the base of a transformed likelihood knows, such as
+        standardised ones; the posterior is the same, and its density but for a constant.
+
+        Any other model is returned itself.
+        """
+        if not isinstance(self.likelihood, Transformed):
+            return self
+        base, y = self.likelihood.base, self.likelihood.inverse(self.y)
+        y = y if base.wide_targets else y.to(self.dtype)
+        return self._changed(likelihood=base, y=y)
+
     def subset(self, rows: slice | Tensor) -> BayesianModel:
         """Return the same model of some rows of the data, whose likelihood is that of these rows
         alone.
@@ -240,6 +253,9 @@ class BayesianModel:
             vars(changed).pop(name, None)
         vars(changed).update(attributes, _provenance=Provenance())
         return changed
+
+    def _y_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float64 if self.likelihood.wide_targets else dtype
 
     def _laid_out(self, prior: Prior) -> FlatPrior:
         return FlatPrior.of(prior, self.spec, self.hyperparameters).to(self.device, self.dtype)
@@ -315,7 +331,7 @@ class BayesianModel:
         if y is None or y is self.y:
             return self.y
         y = checks.new_targets(name, y, self.likelihood, self._n_outputs)
-        return y.to(self.device, self.dtype if y.is_floating_point() else None)
+        return y.to(self.device, self._y_dtype(self.dtype) if y.is_floating_point() else None)
 
     def likelihood_parameters(self, theta: Tensor) -> dict[str, Tensor]:
         """Return the learned likelihood parameters, positive, ``(..., *shape)`` each.

@@ -39,6 +39,7 @@ from bnnflow.model.likelihoods import (
     Poisson,
     StudentT,
 )
+from bnnflow.model.likelihoods.transformed import reduced
 from bnnflow.model.priors import FlatPrior
 from bnnflow.model.priors.log_scales import Shared
 from bnnflow.model.priors.marginals import Marginal, rebuild
@@ -300,7 +301,7 @@ class FusedDensity:
 
     Args:
         spec: the layout of ``theta``, likelihood parameters included.
-        likelihood: one of this package's.
+        likelihood: one of this package's, or one of these in other units.
         prior: computed here if all of it is of a family in `_FAMILIES`, or normal around zero with
             scales of known `Shared` parameters; by torch otherwise.
         x: inputs, ``(n, ...)``.
@@ -313,6 +314,7 @@ class FusedDensity:
         self._arguments = (spec, likelihood, prior, x, y)
         self._dim = spec.dim
         self._x = x.flatten(1).contiguous()
+        likelihood, y, self._log_slope = reduced(likelihood, y)
         self._y = _columns(likelihood, y).to(x.dtype).contiguous()
         self._layers = _layers(spec)
         shared = None if prior.weights is None else prior.weights.shared
@@ -351,18 +353,19 @@ class FusedDensity:
         """Return the compiled density, or None if the network, the likelihood or the machine does
         not allow it.
         """
+        compiled = reduced(likelihood, y).likelihood
         fits = (
             spec.layers
             and _supported(spec)
-            and type(likelihood) in _LIKELIHOODS
+            and type(compiled) in _LIKELIHOODS
             and x.device.type == "cpu"
         )
         fits = fits and not (
-            isinstance(likelihood, NegativeBinomial) and bool((y > _LARGEST_COUNT).any())
+            isinstance(compiled, NegativeBinomial) and bool((y > _LARGEST_COUNT).any())
         )
-        learned = [spec.shapes[f"likelihood.log_{name}"] for name in likelihood.parameters]
+        learned = [spec.shapes[f"likelihood.log_{name}"] for name in compiled.parameters]
         # one for all targets
-        fits = fits and (isinstance(likelihood, Ordinal) or learned in ([], [(1,)]))
+        fits = fits and (isinstance(compiled, Ordinal) or learned in ([], [(1,)]))
         return cls(spec, likelihood, prior, x, y) if fits and _library(x.dtype) else None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -430,6 +433,8 @@ class FusedDensity:
             value.data_ptr(), grad.data_ptr(), None,
         )  # fmt: skip
         _evaluate(theta.dtype, self._problem, call)
+        if self._log_slope:  # of `used` rows, on average
+            value += likelihood_weight * self._log_slope * used / n
         if self._prior is not None and prior_weight:
             prior, prior_grad = self._prior.log_prob_and_grad(theta)
             value, grad = value + prior_weight * prior, grad + prior_weight * prior_grad

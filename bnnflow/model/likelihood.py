@@ -30,10 +30,12 @@ class Likelihood(Interface, ABC):
     Attributes:
         kind: whether targets are numbers or classes.
         discrete: whether they are counts, so that the cdf is a step function.
+        wide_targets: whether they are kept in float64 whatever the model computes in.
     """
 
     kind: Kind = "regression"
     discrete: bool = False
+    wide_targets: bool = False
 
     @staticmethod
     def of(likelihood: LikelihoodMembers) -> Likelihood:

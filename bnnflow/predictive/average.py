@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from bnnflow.arguments import Count, Fraction, checked, finite
 from bnnflow.draws import Draws, as_theta
 from bnnflow.model import BayesianModel
+from bnnflow.model.likelihoods.transformed import Transformed
 from bnnflow.seeding import as_generator
 from bnnflow.types import Seed
 
@@ -208,7 +209,8 @@ class Prediction:
             weights = chunk.log_weights.exp()
             # (chunk, n, targets)
             mean = self.model.likelihood.mean(chunk.outputs, chunk.parameters)
-            shift = mean[0] if shift is None else shift
+            # a mean that overflows is no origin
+            shift = mean[0].nan_to_num(posinf=0.0) if shift is None else shift
             offset = mean - shift
             first = first.to(offset) + torch.tensordot(weights, offset, 1)
             second = second.to(offset) + torch.tensordot(weights, offset.square(), 1)
@@ -216,7 +218,8 @@ class Prediction:
             if spread is not None:
                 inner = torch.tensordot(weights, spread, 1) + (0 if inner is None else inner)
         assert shift is not None
-        return _Moments(shift + first, (second - first.square()).clamp(min=0), inner)
+        between = torch.where(first.isinf(), math.inf, second - first.square())
+        return _Moments(shift + first, between.clamp(min=0), inner)
 
     def _spread(self, chunk: _Chunk, mean: Tensor) -> Tensor | None:
         """Return the noise variance of every draw, ``(chunk, n, targets)``, or its entropy,
@@ -297,9 +300,8 @@ class Prediction:
         levels = torch.as_tensor(q, dtype=torch.float64, device=self.model.device)
         if levels.dim() > 1 or levels.numel() == 0 or not bool(((levels > 0) & (levels < 1)).all()):
             raise ValueError(f"q must lie strictly between 0 and 1, got {q}")
-        invert = self._invert_counts if self.discrete else self._invert
         # (levels, n) or (levels, n, targets)
-        found = self._squeeze(invert(levels.reshape(-1, 1, 1)))
+        found = self._squeeze(self._inverted(levels.reshape(-1, 1, 1)))
         return found if levels.dim() else found[0]
 
     @checked
@@ -389,6 +391,16 @@ class Prediction:
             for values, sums in zip(y, total, strict=True):
                 sums += torch.tensordot(weights, cdf(chunk.outputs, values, chunk.parameters), 1)
         return total
+
+    def _inverted(self, levels: Tensor) -> Tensor:
+        """Return the quantiles of ``levels`` ``(k, 1, 1)``, found in the units of the base where
+        targets are transformed: a logarithm has moments where the target may have none.
+        """
+        likelihood = self.model.likelihood
+        if isinstance(likelihood, Transformed):
+            base = replace(self, model=self.model.untransformed())
+            return likelihood.forward(base._inverted(levels))
+        return self._invert_counts(levels) if self.discrete else self._invert(levels)
 
     def _invert(self, levels: Tensor) -> Tensor:
         """Return the quantiles of ``levels`` ``(k, 1, 1)`` for every row and target,

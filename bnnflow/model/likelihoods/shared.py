@@ -1,0 +1,82 @@
+"""What likelihoods have in common."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch import distributions as td
+from torch.distributions import Distribution
+
+__all__ = [
+    "LOG_2PI",
+    "Parameters",
+    "by_scipy",
+    "check_owners",
+    "dispersion_of",
+    "half_normal",
+    "over_rows",
+    "positive_targets",
+    "repeated",
+]
+
+
+LOG_2PI = math.log(2 * math.pi)
+Parameters = dict[str, Tensor] | None
+
+
+def half_normal() -> Distribution:
+    """Return the usual prior of a learned scale."""
+    return td.HalfNormal(torch.tensor(1.0, dtype=torch.float64))
+
+
+def by_scipy(function: np.ufunc, *values: Tensor) -> Tensor:
+    """Evaluate a special function that torch lacks, in float64 and without derivatives."""
+    arrays = [value.detach().double().cpu().numpy() for value in values]
+    return torch.as_tensor(function(*arrays)).to(values[0])
+
+
+def check_owners(parameters: dict[str, Distribution], n_outputs: int) -> None:
+    """Raise unless every parameter is one for all outputs, or one for each."""
+    for name, prior in parameters.items():
+        shape = tuple(prior.batch_shape)
+        if shape not in ((), (1,), (n_outputs,)):
+            raise ValueError(
+                f"{name}_prior must have shape () or ({n_outputs},), one for each "
+                f"output, got {shape}"
+            )
+
+
+def over_rows(terms: Tensor, parameter: Tensor) -> Tensor:
+    """Sum ``(..., n, out)`` over rows, and over outputs if they share the parameter, to its
+    ``(..., 1 or out)``.
+    """
+    return terms.sum((-1, -2)).unsqueeze(-1) if parameter.shape[-1] == 1 else terms.sum(-2)
+
+
+def repeated(each: float, outputs: Tensor, parameter: Tensor) -> Tensor:
+    """Return as many times ``each`` as there are entries of outputs for one of the parameter,
+    ``(..., 1 or out)``.
+    """
+    size = parameter.shape[-1]
+    return torch.full_like(
+        outputs[..., 0, :size], each * outputs.shape[-2] * (outputs.shape[-1] // size)
+    )
+
+
+def positive_targets(y: Tensor) -> Tensor:
+    """Return targets ``(n, targets)`` if all of them are positive."""
+    wrong = (y <= 0).any(-1).nonzero().flatten()
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(f"y in row {row} is {float(y[row].min()):g}: it must be positive")
+    return y
+
+
+def dispersion_of(given: float | None, outputs: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    """Return a dispersion that is given, or learned, to be broadcast with outputs."""
+    if given is not None:
+        return torch.as_tensor(given, dtype=outputs.dtype, device=outputs.device)
+    return parameters["dispersion"].unsqueeze(-2)  # (..., 1, 1)
