@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bnnflow import data, equivariant, inference, model, predictive, symmetry, transport
     from bnnflow.draws import Draws
+    from bnnflow.estimators import BayesianMLPClassifier, BayesianMLPRegressor
     from bnnflow.files import load
     from bnnflow.gaussian import Gaussian
     from bnnflow.inference import (
@@ -49,6 +50,8 @@ __all__ = [
     "SWAG",
     "VI",
     "AdjustedMCLMC",
+    "BayesianMLPClassifier",
+    "BayesianMLPRegressor",
     "BayesianModel",
     "Checkpoint",
     "DeepEnsemble",
@@ -91,6 +94,7 @@ __all__ = [
 # packages it enters.
 _HOMES = {
     "draws": ("Draws",),
+    "estimators": ("BayesianMLPClassifier", "BayesianMLPRegressor"),
     "files": ("load",),
     "gaussian": ("Gaussian",),
     "inference": (

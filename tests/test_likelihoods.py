@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bnnflow import BayesianModel, likelihoods, metrics, predict, priors
 
 F64 = torch.float64
+LEVELS = torch.tensor([0.0, 1, 3, 4, 7], dtype=F64)
 
 LIKELIHOODS: dict[str, tuple[Any, int]] = {  # likelihood, outputs
     "gaussian": (likelihoods.Gaussian(0.3), 2),
@@ -42,6 +43,7 @@ LIKELIHOODS: dict[str, tuple[Any, int]] = {  # likelihood, outputs
     "gamma": (likelihoods.Gamma(0.3), 2),
     "gamma learned": (likelihoods.Gamma(), 1),
     "poisson": (likelihoods.Poisson(), 2),
+    "levels": (likelihoods.Levels((0, 1, 3, 4, 7)), 1),
     "negative binomial": (likelihoods.NegativeBinomial(0.7), 2),
     "negative binomial learned": (likelihoods.NegativeBinomial(), 1),
     "categorical": (likelihoods.Categorical(), 3),
@@ -81,6 +83,8 @@ def targets(name: str, *shape: int, seed: int = 5) -> Tensor:
     g = generator(seed)
     if name in CLASSES:
         return torch.randint(n_classes(name), shape, generator=g)
+    if name == "levels":
+        return LEVELS[torch.randint(5, (*shape, 1), generator=g)]
     if name in COUNTS:
         return torch.randint(8, (*shape, n_targets(name)), generator=g).to(F64)
     y = 1.5 * torch.randn(*shape, n_targets(name), generator=g, dtype=F64)
@@ -138,7 +142,7 @@ def law_of(
     if name.startswith("negative binomial"):
         r = 1 / setting("dispersion").expand_as(outputs)
         return td.Independent(td.NegativeBinomial(r, logits=outputs - r.log()), 1)
-    if name.startswith("ordinal"):
+    if name.startswith(("ordinal", "levels")):
         gaps = parameters["gap"].cumsum(-1)
         # (..., 1, classes - 1)
         cutpoints = torch.cat([torch.zeros_like(gaps[..., :1]), gaps], -1).unsqueeze(-2)
@@ -157,6 +161,8 @@ def test_log_prob_is_torchs_with_every_constant(name: str) -> None:
     likelihood, outputs, parameters = case(name)
     y = likelihood.validate(targets(name, 7), outputs.shape[-1])
     log_prob = likelihood.log_prob(outputs, y, parameters)
+    if name == "levels":
+        y = torch.searchsorted(LEVELS, y.squeeze(-1))
     expected = oracle(name, outputs, parameters).log_prob(y.to(F64) if name == "bernoulli" else y)
     assert log_prob.shape == (3, 7)
     torch.testing.assert_close(log_prob, expected, rtol=1e-10, atol=1e-10)
@@ -172,8 +178,8 @@ def test_density_has_mass_one(name: str) -> None:
         ]
         assert torch.cat(rows).exp().sum() == pytest.approx(1, abs=1e-12)
     elif name in COUNTS:
-        one = outputs[..., :1].expand(1, 400, 1)
-        y = torch.arange(400, dtype=F64).unsqueeze(-1)
+        y = (LEVELS if name == "levels" else torch.arange(400, dtype=F64)).unsqueeze(-1)
+        one = outputs[..., :1].expand(1, len(y), 1)
         assert likelihood.log_prob(one, y, parameters).exp().sum() == pytest.approx(1, abs=1e-10)
     elif name != "standardised":  # which has two targets, and whose base is tested alone
         one = outputs[..., ::2] if name == "heteroscedastic" else outputs[..., :1]
@@ -287,7 +293,7 @@ def test_samples_agree_with_mean_variance_and_cdf(name: str) -> None:
     squares = (y - mean).square()
     if name != "student":  # with 3.5 degrees of freedom the square has no variance
         assert ((squares.mean(0) - variance).abs() < 6 * squares.std(0) / math.sqrt(count)).all()
-    if name not in TRANSFORMED:  # torch knows no moments of these
+    if name not in (*TRANSFORMED, "levels"):  # torch knows no moments of these
         law = oracle(name, outputs, parameters).base_dist
         torch.testing.assert_close(mean, law.mean[0])
         torch.testing.assert_close(variance, law.variance[0])
@@ -530,7 +536,7 @@ def test_crps_of_counts_is_that_of_samples(name: str) -> None:
     model = model_of(name)
     p = predict(model, points(model, 6))
     y = model.y.clone()
-    y[0] = 90  # far outside what is predicted
+    y[0] = 7 if name == "levels" else 90  # far outside what is predicted
     drawn = p.sample(40_000, seed=2).reshape(40_000, 12, -1)
     first, second = drawn.chunk(2)
     # CRPS = E|Y - y| - E|Y - Y'| / 2
@@ -661,6 +667,12 @@ BAD: dict[str, tuple[Any, Tensor, int, str]] = {
         1,
         r"\(n, 1\) for this network",
     ),
+    "no level": (
+        likelihoods.Levels((3, 4, 5)),
+        torch.tensor([3.0, 4.5]),
+        1,
+        "y in row 1 is 4.5, none of the levels",
+    ),
     "targets": (likelihoods.StudentT(), torch.zeros(3, 2), 1, r"\(n, 1\) for this network"),
     "outputs of ordinal": (likelihoods.Ordinal(3), torch.zeros(3), 2, "one output, got 2"),
     "label beyond": (
@@ -690,6 +702,9 @@ def test_bad_targets_are_refused(name: str) -> None:
             "dispersion must be positive and finite, got 0.0",
         ),
         (lambda: likelihoods.Ordinal(2), "for two use Bernoulli"),
+        (lambda: likelihoods.Levels((1, 2)), "three or more whole numbers"),
+        (lambda: likelihoods.Levels((1, 3, 2)), "ascending order"),
+        (lambda: likelihoods.Levels((1, 2.5, 3)), "whole numbers"),
         (lambda: likelihoods.Gamma(-1.0), "dispersion must be positive"),
         (lambda: likelihoods.Standardised(likelihoods.Poisson()), "continuous targets"),
         (lambda: likelihoods.Standardised(likelihoods.Categorical()), "continuous targets"),

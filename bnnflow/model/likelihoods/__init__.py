@@ -8,7 +8,7 @@ derivatives in closed form; both stay differentiable.
 
 from bnnflow.model.likelihood import Likelihood
 from bnnflow.model.likelihoods.classes import Bernoulli, Categorical, Ordinal
-from bnnflow.model.likelihoods.counts import NegativeBinomial, Poisson
+from bnnflow.model.likelihoods.counts import Levels, NegativeBinomial, Poisson
 from bnnflow.model.likelihoods.positive import Gamma
 from bnnflow.model.likelihoods.real import Gaussian, HeteroscedasticGaussian, StudentT
 from bnnflow.model.likelihoods.transformed import LogNormal, Standardised
@@ -19,6 +19,7 @@ __all__ = [
     "Gamma",
     "Gaussian",
     "HeteroscedasticGaussian",
+    "Levels",
     "Likelihood",
     "LogNormal",
     "NegativeBinomial",

@@ -1,7 +1,8 @@
-"""Likelihoods of counts."""
+"""Likelihoods of counts and of other whole numbers."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +14,7 @@ from torch.distributions import Distribution
 
 from bnnflow.arguments import number, settle
 from bnnflow.model.likelihood import Kind, Likelihood, Score, real_targets
+from bnnflow.model.likelihoods.classes import Ordinal
 from bnnflow.model.likelihoods.shared import (
     Parameters,
     by_scipy,
@@ -23,7 +25,7 @@ from bnnflow.model.likelihoods.shared import (
 )
 from bnnflow.seeding import isolated
 
-__all__ = ["NegativeBinomial", "Poisson"]
+__all__ = ["Levels", "NegativeBinomial", "Poisson"]
 
 
 def _counts(y: Tensor, n_targets: int) -> Tensor:
@@ -189,3 +191,89 @@ class NegativeBinomial(Likelihood):
         with isolated(generator):
             rate = outputs.exp() * td.Gamma(r, r).sample()
         return torch.poisson(rate, generator=generator)
+
+
+@dataclass(frozen=True)
+class Levels(Likelihood):
+    """Whole numbers of which there are few, such as marks: a regression on `Ordinal` classes.
+
+    Args:
+        levels: the values that a target can take, whole numbers in ascending order, three or more.
+
+    Raises:
+        ValueError: if levels are not like that.
+    """
+
+    levels: tuple[float, ...]
+    ordinal: Ordinal = field(init=False, repr=False)
+    kind: Kind = field(default="regression", init=False)
+    discrete: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        levels = tuple(float(level) for level in self.levels)
+        ascending = all(low < high for low, high in itertools.pairwise(levels))
+        if len(levels) < 3 or not ascending or any(level != level // 1 for level in levels):
+            raise ValueError(
+                f"levels must be three or more whole numbers in ascending order, got {levels}"
+            )
+        object.__setattr__(self, "levels", levels)
+        object.__setattr__(self, "ordinal", Ordinal(len(levels)))
+
+    @property
+    def parameters(self) -> dict[str, Distribution]:
+        """The gaps between cutpoints, ``(levels - 2,)``."""
+        return self.ordinal.parameters
+
+    def validate(self, y: Tensor, n_outputs: int) -> Tensor:
+        """Return y as ``(n, 1)``."""
+        if n_outputs != 1:
+            raise ValueError(f"Levels needs a network with one output, got {n_outputs}")
+        y = real_targets(y, 1)
+        other = (y != self._values(y)).all(-1).nonzero().flatten()
+        if len(other):
+            row = int(other[0])
+            raise ValueError(f"y in row {row} is {float(y[row]):g}, none of the levels")
+        return y
+
+    def log_prob(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """Return ``(..., n)``."""
+        return self.ordinal.log_prob(outputs, self._labels(y), parameters)
+
+    def score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Score:
+        """Return the gradient by the output and by the log gaps (summed over rows)."""
+        return self.ordinal.score(outputs, self._labels(y), parameters)
+
+    def fisher_factor(
+        self, outputs: Tensor, parameters: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return that of `Ordinal`."""
+        return self.ordinal.fisher_factor(outputs, parameters)
+
+    def mean(self, outputs: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """Return the mean of y, ``(..., n, 1)``."""
+        probs = self.ordinal.mean(outputs, parameters)
+        return (probs * self._values(probs)).sum(-1, keepdim=True)
+
+    def variance(self, outputs: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """Return the variance of y given the weights, ``(..., n, 1)``."""
+        probs, mean = self.ordinal.mean(outputs, parameters), self.mean(outputs, parameters)
+        return (probs * (self._values(probs) - mean).square()).sum(-1, keepdim=True)
+
+    def cdf(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """Return P(target <= y) given the weights, ``(..., n, 1)``."""
+        probs = self.ordinal.mean(outputs, parameters)
+        return (probs * (self._values(probs) <= y)).sum(-1, keepdim=True)
+
+    def sample(
+        self, outputs: Tensor, parameters: dict[str, Tensor], generator: torch.Generator
+    ) -> Tensor:
+        """Draw y given the weights, ``(..., n, 1)``."""
+        probs = self.ordinal.mean(outputs, parameters)
+        index = torch.multinomial(probs.flatten(0, -2), 1, generator=generator)
+        return self._values(probs)[index].reshape(outputs.shape)
+
+    def _values(self, like: Tensor) -> Tensor:
+        return torch.tensor(self.levels, dtype=like.dtype, device=like.device)
+
+    def _labels(self, y: Tensor) -> Tensor:
+        return torch.searchsorted(self._values(y), y.squeeze(-1).contiguous())

@@ -1,0 +1,293 @@
+"""What the estimators share: the way from a table to draws, and back to a table's units."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import (
+    _check_sample_weight,
+    check_is_fitted,
+    check_random_state,
+    validate_data,
+)
+from torch import Tensor, nn
+
+from bnnflow import arguments
+from bnnflow.activations import Sine
+from bnnflow.draws import Draws
+from bnnflow.estimators import storage
+from bnnflow.estimators.recipe import automatic
+from bnnflow.estimators.table import Table, is_frame
+from bnnflow.inference import sample
+from bnnflow.method import Method
+from bnnflow.model import BayesianModel, priors
+from bnnflow.predictive import Prediction, predict
+from bnnflow.report import diagnose, report
+from bnnflow.seeding import isolated
+
+if TYPE_CHECKING:
+    from bnnflow.report.diagnose import Diagnosis
+    from bnnflow.report.html import Report
+
+__all__ = ["BayesianEstimator", "Rows"]
+
+_EXPANDED = 10  # times as many rows as were given that whole weights may repeat them to
+
+
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "elu": nn.ELU,
+    "sigmoid": nn.Sigmoid,
+    "softplus": nn.Softplus,
+    "sin": Sine,
+}
+
+
+class Rows:
+    """Rows of data in an order of their own: fits do not depend on that of the caller.
+
+    A whole weight counts a row as often; rows of weight zero are left out.
+    """
+
+    def __init__(self, x: np.ndarray, y: np.ndarray, weights: np.ndarray | None) -> None:
+        if weights is not None:
+            counts = _whole(weights)
+            x, y = np.repeat(x, counts, 0), np.repeat(y, counts, 0)
+        order = np.lexsort(np.column_stack([y.reshape(len(y), -1), x]).T[::-1])
+        self.x, self.y = x[order], y[order]
+
+
+def _whole(weights: np.ndarray) -> np.ndarray:
+    """Return weights as numbers of repetitions."""
+    if (weights < 0).any():
+        raise ValueError(f"sample_weight must not be negative, got {weights.min():g}")
+    if not weights.any():
+        raise ValueError("sample_weight is zero for every row")
+    counts = np.round(weights).astype(np.int64)
+    if not np.allclose(counts, weights):
+        raise ValueError(
+            "sample_weight must hold whole numbers, which count a row as often: a posterior of "
+            "fractions of a row is none"
+        )
+    if counts.sum() > _EXPANDED * len(weights):
+        divisor = np.gcd.reduce(counts)
+        raise ValueError(
+            f"sample_weight repeats {len(weights)} rows to {counts.sum()}: divide it by a common "
+            f"factor ({divisor} is one), or give each row once"
+        )
+    return counts
+
+
+def _activation(name: str) -> nn.Module:
+    return _ACTIVATIONS[arguments.choice("activation", name, tuple(_ACTIVATIONS))]()
+
+
+class BayesianEstimator(BaseEstimator, ABC):
+    """Fitting, diagnosis, reports and files; the regressor and the classifier add the rest."""
+
+    model_: BayesianModel
+    draws_: Draws
+    table_: Table
+    n_features_in_: int
+
+    def __init__(
+        self,
+        network: tuple[int, ...] | nn.Module = (16, 16),
+        *,
+        activation: str = "relu",
+        prior: Any = 1.0,
+        likelihood: Any = "auto",
+        method: Any = "auto",
+        budget: float | None = None,
+        n_draws: int = 500,
+        random_state: Any = 0,
+        n_jobs: int | None = None,
+        progress: bool = False,
+    ) -> None:
+        self.network = network
+        self.activation = activation
+        self.prior = prior
+        self.likelihood = likelihood
+        self.method = method
+        self.budget = budget
+        self.n_draws = n_draws
+        self.random_state = random_state
+        self.n_jobs = n_jobs
+        self.progress = progress
+
+    # ---------------------------------------- fitting
+
+    def _fit(self, rows: Rows, targets: Any, likelihood: Any, outputs: int) -> Self:
+        """Draw from the posterior of a network with so many outputs for encoded rows."""
+        generator = torch.Generator().manual_seed(self._seed())
+        with self._threads():
+            x, y = torch.as_tensor(rows.x, dtype=torch.float32), torch.as_tensor(targets)
+            self.model_ = self._model(likelihood, x, y, outputs)
+            self.draws_ = self._thinned(self._sampled(generator))
+        return self
+
+    def _model(self, likelihood: Any, x: Tensor, y: Tensor, outputs: int) -> BayesianModel:
+        prior = priors.Normal(self.prior) if isinstance(self.prior, int | float) else self.prior
+        with isolated(torch.Generator().manual_seed(0)):  # its weights are not used
+            net = self._network(x.shape[1], outputs)
+        return BayesianModel(net, prior, likelihood, x, y)
+
+    def _network(self, inputs: int, outputs: int) -> nn.Module:
+        if isinstance(self.network, nn.Module):
+            return self.network
+        layers: list[nn.Module] = []
+        for width in self.network:
+            layers += [nn.Linear(inputs, width), _activation(self.activation)]
+            inputs = width
+        return nn.Sequential(*layers, nn.Linear(inputs, outputs))
+
+    def _sampled(self, generator: torch.Generator) -> Draws:
+        if isinstance(self.method, Method):
+            return sample(self.model_, self.method, seed=generator, progress=self.progress)
+        return automatic(self.model_, generator, budget=self.budget, progress=self.progress)
+
+    def _thinned(self, draws: Draws) -> Draws:
+        """Keep as many draws as were asked for, evenly."""
+        step = max(1, draws.n_chains * draws.n_draws // self.n_draws)
+        return replace(
+            draws,
+            theta=draws.theta[:, ::step].contiguous(),
+            log_joint=draws.log_joint[:, ::step],
+            stats={name: values[:, ::step] for name, values in draws.stats.items()},
+            log_weights=None if draws.log_weights is None else draws.log_weights[:, ::step],
+        )
+
+    def _check_settings(self) -> None:
+        """Raise ``ValueError`` for settings that make no sense, before any work."""
+        if not isinstance(self.network, nn.Module):
+            if not isinstance(self.network, tuple | list):
+                raise TypeError(
+                    "network must be the widths of hidden layers, such as (16, 16), or a "
+                    f"torch.nn.Module, got {self.network!r}"
+                )
+            for width in self.network:
+                arguments.integer("network", width, least=1)
+        _activation(self.activation)
+        if self.method != "auto" and not isinstance(self.method, Method):
+            raise ValueError(
+                f"method must be 'auto' or one of bnnflow's, such as HMC(), got {self.method!r}"
+            )
+        if self.budget is not None:
+            arguments.number("budget", self.budget, above=0)
+        arguments.integer("n_draws", self.n_draws, least=1)
+
+    def _seed(self) -> int:
+        if self.random_state is None:
+            return torch.Generator().seed()
+        if isinstance(self.random_state, int | np.integer):
+            return arguments.integer("random_state", self.random_state)
+        return int(check_random_state(self.random_state).randint(2**31 - 1))
+
+    @contextlib.contextmanager
+    def _threads(self) -> Iterator[None]:
+        """Let torch take as many threads as ``n_jobs`` says."""
+        before = torch.get_num_threads()
+        if self.n_jobs is not None:
+            wanted = arguments.integer("n_jobs", self.n_jobs, least=-1)
+            torch.set_num_threads(wanted if wanted > 0 else before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    # ---------------------------------------- tables
+
+    def _inputs(self, X: Any, *, reset: bool) -> np.ndarray:
+        """Return encoded rows, float64; with ``reset`` learn the columns first."""
+        if is_frame(X):
+            validate_data(self, X, reset=reset, skip_check_array=True)
+            if len(X) == 0:
+                raise ValueError("Found array with 0 sample(s) while a minimum of 1 is required.")
+        else:
+            X = validate_data(self, X, reset=reset, dtype=np.float64)
+        if reset:
+            self.table_ = Table.fit(X)
+        return self.table_.transform(X)
+
+    def _weights(self, sample_weight: Any, x: np.ndarray) -> np.ndarray | None:
+        if sample_weight is None:
+            return None
+        return _check_sample_weight(sample_weight, x, dtype=np.float64)
+
+    def _encoded(self, X: Any) -> Tensor:
+        check_is_fitted(self, "draws_")
+        return torch.as_tensor(self._inputs(X, reset=False))
+
+    # ---------------------------------------- predictions
+
+    def predict_dist(self, X: Any) -> Prediction:
+        """Return the predictive distribution of every row: quantiles, cdf, samples, densities.
+
+        Args:
+            X: ``(n, columns)``, as in training.
+        """
+        x = self._encoded(X)
+        wide = self.model_.to(dtype=torch.float64)
+        return predict(wide, self.draws_.theta.double().flatten(0, 1), x)
+
+    def diagnose(self, X: Any = None, y: Any = None) -> Diagnosis:
+        """Say how far the draws can be trusted; see `bnnflow.diagnose`.
+
+        Args:
+            X: rows at which predictions are compared; those of training if None.
+            y: their targets.
+        """
+        check_is_fitted(self, "draws_")
+        x = None if X is None else self._encoded(X).to(self.model_.dtype)
+        return diagnose(self.model_, self.draws_, x)
+
+    def report(self, path: str | Path | None, X: Any, y: Any) -> Report:
+        """Write an HTML report on rows that were not fitted; see `bnnflow.report`.
+
+        Args:
+            path: the file; None writes none.
+            X: rows, ``(n, columns)``.
+            y: their targets.
+        """
+        x = self._encoded(X).to(self.model_.dtype)
+        return report(self.model_, self.draws_, x, self._targets(y), path)
+
+    @abstractmethod
+    def _targets(self, y: Any) -> Tensor:
+        """Return targets as the model takes them."""
+
+    # ---------------------------------------- files
+
+    def save(self, path: str | Path) -> Path:
+        """Write the fitted estimator to one file, which `bnnflow.load` reads in any process.
+
+        It holds the settings, the draws and the rows of training, and no pickle.
+
+        Raises:
+            ValueError: for a ``network`` of your own, or another setting that a file cannot hold:
+                pickle such an estimator.
+        """
+        check_is_fitted(self, "draws_")
+        return storage.save(self, path)
+
+    @abstractmethod
+    def _fitted(self) -> dict[str, Any]:
+        """Return what else a fit has learned, as plain values."""
+
+    @abstractmethod
+    def _restore(self, fitted: dict[str, Any]) -> None:
+        """Take that back."""
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "draws_")

@@ -1,0 +1,125 @@
+"""The classifier."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+import torch
+from sklearn.base import ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import column_or_1d
+from torch import Tensor
+
+from bnnflow import arguments
+from bnnflow.estimators.base import BayesianEstimator, Rows
+from bnnflow.model import likelihoods
+
+__all__ = ["BayesianMLPClassifier"]
+
+
+class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
+    """Classification with calibrated probabilities: a Bayesian neural network for a table.
+
+    A perceptron, or any ``network``, whose weights have a normal prior, and draws of its posterior.
+    Columns are typed, categories encoded and inputs standardised inside.
+
+    Args:
+        network: widths of the hidden layers; or a module of your own, from the encoded columns
+            ``(n, inputs)`` to an output for every class.
+        activation: see `BayesianMLPRegressor`.
+        prior: the standard deviation of every weight, or one of `bnnflow.priors`.
+        likelihood: ``"auto"`` for `bnnflow.likelihoods.Categorical`; ``"ordinal"`` if the classes,
+            as they are sorted, have an order.
+        method: see `BayesianMLPRegressor`.
+        budget: see `BayesianMLPRegressor`.
+        n_draws: draws that are kept, evenly over all chains.
+        random_state: an int, a ``RandomState``, or None for another fit each time.
+        n_jobs: threads of torch; -1 or None for as many as torch takes by itself.
+        progress: show bars at a terminal.
+
+    Attributes:
+        classes_: the labels, sorted.
+        model_: the `bnnflow.BayesianModel`, whose x are the encoded rows.
+        draws_: the `bnnflow.Draws` that are kept.
+        table_: how columns became inputs.
+
+    Example:
+        >>> import numpy as np
+        >>> x = np.linspace(-2, 2, 80)[:, None]
+        >>> y = np.where(x[:, 0] > 0, "right", "left")
+        >>> fitted = BayesianMLPClassifier((8,), budget=1e-6).fit(x, y)
+        >>> fitted.predict(x[[0, -1]]).tolist()
+        ['left', 'right']
+    """
+
+    classes_: np.ndarray
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+        """Draw from the posterior of the network.
+
+        Args:
+            X: a frame of pandas or polars, or an array ``(n, columns)``.
+            y: labels ``(n,)``: numbers, words or booleans.
+            sample_weight: whole numbers ``(n,)``, which count a row as often.
+
+        Raises:
+            ValueError: naming what is wrong, before any work: missing values, one class only,
+                settings that make no sense.
+        """
+        self._check_settings()
+        arguments.choice("likelihood", self.likelihood, ("auto", "ordinal"))
+        x = self._inputs(X, reset=True)
+        if y is None:
+            raise ValueError("requires y to be passed, but the target y is None")
+        y = column_or_1d(y, warn=True)
+        if len(y) != len(x):
+            raise ValueError(
+                f"Found input variables with inconsistent numbers of samples: {[len(x), len(y)]}"
+            )
+        if any(label is None or label != label for label in y):
+            raise ValueError("Input y contains NaN: labels are missing")
+        check_classification_targets(y)
+        self.classes_, labels = np.unique(y, return_inverse=True)
+        rows = Rows(x, labels, self._weights(sample_weight, x))
+        if len(np.unique(rows.y)) < 2:
+            raise ValueError(
+                f"y has one class only, {self.classes_[rows.y[0]]!r}: nothing to learn"
+            )
+        count = len(self.classes_)
+        if self.likelihood == "ordinal" and count > 2:
+            return self._fit(rows, rows.y, likelihoods.Ordinal(count), 1)
+        return self._fit(rows, rows.y, likelihoods.Categorical(), count)
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Return the most probable label of every row, ``(n,)``."""
+        return self.classes_[self.predict_proba(X).argmax(1)]
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Return the probabilities of ``classes_``, ``(n, classes)``."""
+        return self.predict_dist(X).probs.numpy()
+
+    def predict_log_proba(self, X: Any) -> np.ndarray:
+        """Return the logarithms of `predict_proba`."""
+        return np.log(self.predict_proba(X))
+
+    def sample_y(self, X: Any, n_samples: int = 1, random_state: Any = 0) -> np.ndarray:
+        """Draw labels from the predictive distribution, ``(n, n_samples)``."""
+        n = arguments.integer("n_samples", n_samples, least=1)
+        drawn = self.predict_dist(X).sample(n, seed=arguments.integer("random_state", random_state))
+        return self.classes_[drawn.T.numpy()]
+
+    def _targets(self, y: Any) -> Tensor:
+        y = column_or_1d(y)
+        index = np.searchsorted(self.classes_, y).clip(max=len(self.classes_) - 1)
+        if (wrong := self.classes_[index] != y).any():
+            raise ValueError(f"y has labels that training never saw: {np.unique(y[wrong])[:5]}")
+        return torch.as_tensor(index)
+
+    # ---------------------------------------- files
+
+    def _fitted(self) -> dict[str, Any]:
+        return {"classes": self.classes_.tolist(), "dtype": self.classes_.dtype.str}
+
+    def _restore(self, fitted: dict[str, Any]) -> None:
+        self.classes_ = np.asarray(fitted["classes"], dtype=fitted["dtype"])

@@ -1,0 +1,115 @@
+"""Which likelihood fits the targets of a regression: by name, or by what the targets look like."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy import stats
+
+from bnnflow.model import likelihoods
+from bnnflow.model.likelihoods import Likelihood
+
+__all__ = ["NAMES", "Choice", "choose"]
+
+NAMES = (
+    "auto",
+    "heteroscedastic",
+    "normal",
+    "student",
+    "lognormal",
+    "gamma",
+    "poisson",
+    "negative_binomial",
+    "ordinal",
+)
+
+_FEW = 12  # whole numbers that are levels rather than a scale
+_SKEWED = 2.0  # skewness of positive targets above which their logarithm is modelled
+
+
+class Choice(NamedTuple):
+    """A likelihood, how many outputs of the network it takes, and why it was chosen."""
+
+    likelihood: Likelihood
+    outputs: int
+    why: str
+
+
+def choose(name: str | Likelihood, y: np.ndarray) -> Choice:
+    """Return the likelihood called ``name`` for targets ``(n, targets)``.
+
+    Raises:
+        ValueError: if the targets are not what it is for.
+    """
+    targets = y.shape[1]
+    if isinstance(name, Likelihood):
+        return Choice(name, _outputs_of(name, targets), "as given")
+    why = "as asked"
+    if name == "auto":
+        name, why = _by_looks(y)
+    if name == "ordinal":
+        return Choice(likelihoods.Levels(_levels(y)), 1, why)
+    if name in ("poisson", "negative_binomial"):
+        kind = likelihoods.Poisson if name == "poisson" else likelihoods.NegativeBinomial
+        return Choice(kind(), targets, why)
+    if name == "gamma":
+        scale = tuple(np.abs(y).mean(0))
+        return Choice(likelihoods.Standardised(likelihoods.Gamma(), 0.0, scale), targets, why)
+    if name == "lognormal":
+        if (y <= 0).any():
+            raise ValueError(f"likelihood='lognormal' needs positive y, got {y.min():g}")
+        base = _standardised(likelihoods.HeteroscedasticGaussian(), np.log(y))
+        return Choice(likelihoods.LogNormal(base), 2 * targets, why)
+    if name == "heteroscedastic":
+        likelihood = _standardised(likelihoods.HeteroscedasticGaussian(), y)
+        return Choice(likelihood, 2 * targets, why)
+    inner = likelihoods.Gaussian() if name == "normal" else likelihoods.StudentT()
+    return Choice(_standardised(inner, y), targets, why)
+
+
+def _by_looks(y: np.ndarray) -> tuple[str, str]:
+    distinct = min(len(np.unique(column)) for column in y.T)
+    whole = bool((y == np.floor(y)).all()) and float(np.abs(y).max()) < 2**53
+    if whole and distinct <= _FEW and y.shape[1] == 1:
+        return "ordinal", (
+            f"y has {distinct} values, all whole: levels, whose probabilities are modelled (the "
+            "density of a continuous law could be made as large as one likes)"
+        )
+    if whole and y.min() >= 0 and distinct <= len(y) / 10 and y.max() <= 10_000:
+        return "negative_binomial", "y are counts: whole numbers from 0, many of them repeated"
+    skewness = stats.skew(y)
+    if y.min() > 0 and skewness.min() > _SKEWED:
+        return "lognormal", f"y is positive with a long tail (skewness {skewness.min():.1f})"
+    why = "y is continuous; its noise may differ from row to row"
+    if distinct <= len(y) / 10:
+        why += f" (it has {distinct} values only, of which narrow densities could make too much)"
+    return "heteroscedastic", why
+
+
+def _standardised(base: Likelihood, y: np.ndarray) -> Likelihood:
+    return likelihoods.Standardised(base, tuple(y.mean(0)), tuple(y.std(0)))
+
+
+def _levels(y: np.ndarray) -> tuple[float, ...]:
+    if y.shape[1] != 1:
+        raise ValueError(f"likelihood='ordinal' takes one target, got {y.shape[1]}")
+    levels = np.unique(y)
+    if len(levels) < 3 or (levels != np.floor(levels)).any():
+        raise ValueError(
+            f"likelihood='ordinal' needs three or more whole numbers as levels, got {levels[:5]}"
+        )
+    if levels[-1] - levels[0] < 2 * _FEW:  # those between them can come, too
+        levels = np.arange(levels[0], levels[-1] + 1)
+    return tuple(levels)
+
+
+def _outputs_of(likelihood: Likelihood, targets: int) -> int:
+    """Return the number of outputs with which a likelihood takes so many targets."""
+    for outputs in (targets, 2 * targets, 1):
+        with contextlib.suppress(ValueError):
+            likelihood.validate(torch.ones(2, targets), outputs)
+            return outputs
+    raise ValueError(f"{likelihood.name} does not take {targets} targets")

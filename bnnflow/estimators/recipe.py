@@ -1,0 +1,194 @@
+"""The recipe behind ``method="auto"``: from a model to draws, without a setting.
+
+1. *Warm start.* Networks are trained on nine tenths of the rows, all in one batch, each of them
+   kept as it was when the other tenth liked it best.
+2. *Chains.* From each of them `MCLMC` runs on all rows; where a full gradient is too expensive,
+   `SGHMC` on mini-batches.
+3. *More chains, not longer ones.* Chains of a network rarely meet, so what they disagree on is
+   averaged over more of them: rounds of eight follow one another until the Monte-Carlo error of
+   the predictions is small beside what they say of their own uncertainty.
+
+What was tried, and what it was worth, stands in docs/lab-notebook.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnnflow.draws import Draws
+from bnnflow.inference import MCLMC, SGHMC, sample
+from bnnflow.inference.start import Adam, random_networks
+from bnnflow.model import BayesianModel
+from bnnflow.predictive import predict
+from bnnflow.progress import progress_bar
+from bnnflow.stopwatch import Stopwatch
+from bnnflow.warn import warn
+
+__all__ = ["automatic", "warm_start"]
+
+CHAINS = 8  # of a round
+ROUNDS = 4  # at most
+WARM_UP, DRAWS = 200, 300  # transitions of a chain, of ten steps each
+SMALL = 0.1  # Monte-Carlo error of the predictions, in standard deviations of these
+# rows of data times weights whose full gradients are affordable
+_AFFORDABLE = 4_000_000
+_HELD_OUT = 0.1  # share of the rows that stop the warm start,
+_MOST_HELD_OUT = 2000  # and how many of them at most
+_BATCH = 256  # rows of a step of the warm start; all where there are fewer than four times as many
+_STEPS = 3000  # of the warm start, at most
+_LOOK = 25  # steps between looks at the held-out rows
+_PATIENCE = 12  # looks without a gain
+_RATE = 0.01  # of Adam
+_SEEN = 200  # rows at which predictions are compared
+
+
+def automatic(
+    model: BayesianModel,
+    generator: torch.Generator,
+    *,
+    budget: float | None = None,
+    progress: bool = False,
+) -> Draws:
+    """Draw from the posterior; ``info`` says how many rounds it took and what error is left.
+
+    Args:
+        model: the posterior.
+        generator: the source of randomness.
+        budget: seconds after which no further round begins; None for as many as are needed.
+        progress: show bars at a terminal.
+    """
+    watch, parts, error = Stopwatch(), [], math.inf
+    interrupted = False
+    for _ in range(ROUNDS):
+        try:
+            start = warm_start(model, CHAINS, generator, progress)
+            parts.append(_chains(model, start, generator, progress))
+        except KeyboardInterrupt:
+            if not parts:
+                raise
+            interrupted = True
+            warn(f"interrupted: keeping the {len(parts)} rounds of chains that are done")
+            break
+        error = monte_carlo_error(model, parts)
+        interrupted = bool(parts[-1].info.get("interrupted"))
+        if interrupted or error < SMALL or (budget is not None and watch.seconds > budget):
+            break
+    info = {
+        "method": "auto",
+        "settings": f"{parts[0].info['settings']}, {len(parts)} rounds of {CHAINS} chains",
+        "rounds": len(parts),
+        "monte_carlo_error": error,
+        "interrupted": interrupted,
+        "gradients": sum(part.info["gradients"] for part in parts),
+        **watch.read(),
+    }
+    return _joined(parts, info)
+
+
+def warm_start(
+    model: BayesianModel, members: int, generator: torch.Generator, progress: bool = False
+) -> Tensor:
+    """Train networks on nine tenths of the rows, each until the others have not gained for long.
+
+    Returns:
+        ``(members, dim)``: each as the held-out rows liked it best.
+    """
+    n, device = len(model.x), model.device
+    order = torch.randperm(n, generator=generator, device=device)
+    unseen = max(1, min(round(_HELD_OUT * n), _MOST_HELD_OUT))
+    training, held_out = model.subset(order[unseen:]), model.subset(order[:unseen])
+    rows = len(training.x)
+    batch = _BATCH if rows > 4 * _BATCH else None
+    theta = random_networks(model.spec, members, generator, model.dtype).to(device)
+    adam, kept = Adam(theta), theta.clone()
+    best = torch.full((members,), -math.inf, dtype=torch.float64, device=device)
+    since = torch.zeros(members, device=device)
+    with torch.no_grad(), progress_bar(_STEPS, "warm start", progress, "step") as bar:
+        for step in range(1, _STEPS + 1):
+            chosen = batch and torch.randint(
+                rows, (members, batch), generator=generator, device=device
+            )
+            _, grad = training.log_joint_and_grad(theta, chosen)
+            theta = adam.step(theta, grad / rows, _RATE)
+            bar.update()
+            if step % _LOOK:
+                continue
+            value = held_out.log_likelihood(theta).nan_to_num(nan=-math.inf)
+            better = value > best
+            best = torch.where(better, value, best)
+            kept = torch.where(better[:, None], theta, kept)
+            since = torch.where(better, 0, since + 1)
+            if bool((since >= _PATIENCE).all()):
+                break
+    return kept
+
+
+def monte_carlo_error(model: BayesianModel, parts: list[Draws]) -> float:
+    """Return the standard error of the predictive means over chains, root mean square over rows and
+    targets, in standard deviations of the predictions.
+
+    For classes that of their probabilities, in ten percentage points.
+    """
+    rows = torch.linspace(0, len(model.x) - 1, min(len(model.x), _SEEN)).round().long()
+    x = model.x[rows.to(model.device)]
+    means, spread = [], []
+    for part in parts:
+        for chain in part.theta:
+            prediction = predict(model, chain[:: max(1, len(chain) // 50)], x)
+            means.append(prediction.mean)
+            spread.append(prediction.sd)
+    between = torch.stack(means).var(0) / len(means)
+    if model.likelihood.kind == "classification":
+        return float(between.mean().sqrt()) / 0.1
+    whole = torch.stack(spread).square().mean(0) + torch.stack(means).var(0)
+    return float((between / whole).mean().sqrt())
+
+
+def _chains(
+    model: BayesianModel, start: Tensor, generator: torch.Generator, progress: bool
+) -> Draws:
+    if len(model.x) * model.dim <= _AFFORDABLE:
+        return sample(
+            model,
+            MCLMC(),
+            chains=len(start),
+            warmup=WARM_UP,
+            draws=DRAWS,
+            init=start,
+            seed=generator,
+            progress=progress,
+        )
+    return sample(
+        model,
+        SGHMC(batch_size=_BATCH),
+        chains=len(start),
+        draws=DRAWS,
+        init=start,
+        seed=generator,
+        progress=progress,
+    )
+
+
+def _joined(parts: list[Draws], info: dict[str, Any]) -> Draws:
+    """Return the draws of all chains together."""
+    shortest = min(part.n_draws for part in parts)
+    first = parts[0]
+
+    def joined(of: Any) -> Tensor:
+        return torch.cat([of(part)[:, -shortest:] for part in parts])
+
+    stats = {name: joined(lambda part, name=name: part.stats[name]) for name in first.stats}
+    info = first.info | info
+    info["gradients_per_chain"] = round(info["gradients"] / (len(parts) * first.n_chains))
+    return replace(
+        first,
+        theta=joined(lambda part: part.theta),
+        log_joint=joined(lambda part: part.log_joint),
+        stats=stats,
+        info=info,
+    )

@@ -1,0 +1,224 @@
+"""How a table becomes the numbers that a network sees."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from numbers import Number
+from typing import Any
+
+import numpy as np
+
+from bnnflow.warn import warn
+
+__all__ = ["Column", "Table", "is_frame"]
+
+_MOST_LEVELS = 50  # categories of a column that get an input of their own
+
+
+@dataclass(frozen=True)
+class Column:
+    """What was learned of a column of a table.
+
+    Attributes:
+        name: of the column; its number in an array.
+        levels: its categories, of which each has an input; empty for numbers.
+        pooled: whether there were others, too rare to have one.
+        centre: what is taken off each of its inputs.
+        scale: by which that is divided.
+    """
+
+    name: str
+    levels: tuple[str, ...]
+    pooled: bool
+    centre: tuple[float, ...]
+    scale: tuple[float, ...]
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the inputs made of it."""
+        return [f"{self.name}={level}" for level in self.levels] or [self.name]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The columns of a table that carry something, and how each is encoded.
+
+    Numbers are standardised. A category becomes an input for each of its levels, two wide. Columns
+    that never change are left out.
+    """
+
+    columns: tuple[Column, ...]
+    dropped: tuple[str, ...]
+
+    @classmethod
+    def fit(cls, X: Any) -> Table:
+        """Learn the columns of a frame or an array ``(n, columns)``.
+
+        Raises:
+            ValueError: for missing or infinite values, dates, two columns of one name, or no column
+                that changes.
+        """
+        columns, dropped = [], []
+        for name, values in _columns(X).items():
+            column = _fitted(name, values)
+            if column is None:
+                dropped.append(name)
+            else:
+                columns.append(column)
+        if not columns:
+            raise ValueError("X has no column that changes from row to row: nothing can be learned")
+        if dropped:
+            warn(f"columns that never change are left out: {_listed(dropped)}")
+        return cls(tuple(columns), tuple(dropped))
+
+    def transform(self, X: Any) -> np.ndarray:
+        """Encode rows, ``(n, inputs)`` in float64.
+
+        A category that was not there in training has none of the levels, and is warned of.
+
+        Raises:
+            ValueError: for missing or infinite values, or words where there were numbers.
+        """
+        given = _columns(X)
+        blocks, unseen = [], Counter[str]()
+        for column in self.columns:
+            values = given[column.name]
+            if column.levels:
+                levels = _levels(values)
+                known = np.asarray(column.levels, dtype=object)
+                block = (levels[:, None] == known).astype(np.float64)
+                if not column.pooled:
+                    unseen[column.name] = int((block.sum(1) == 0).sum())
+            elif values.dtype == object:
+                raise ValueError(
+                    f"column {column.name!r} held numbers in training, and now {values[0]!r}"
+                )
+            else:
+                block = values[:, None]
+            blocks.append((block - np.asarray(column.centre)) / np.asarray(column.scale))
+        if told := [f"{name} ({count} rows)" for name, count in unseen.items() if count]:
+            warn(f"categories that training never saw count as none of its levels: {_listed(told)}")
+        return np.concatenate(blocks, 1)
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the inputs of the network."""
+        return [name for column in self.columns for name in column.inputs]
+
+    def describe(self) -> dict[str, Any]:
+        """Return it as a dict that JSON can hold."""
+        return {
+            "columns": [vars(column) for column in self.columns],
+            "dropped": self.dropped,
+        }
+
+    @classmethod
+    def from_description(cls, described: dict[str, Any]) -> Table:
+        """Rebuild a table from `describe`."""
+        columns = [
+            Column(
+                each["name"],
+                tuple(each["levels"]),
+                each["pooled"],
+                tuple(each["centre"]),
+                tuple(each["scale"]),
+            )
+            for each in described["columns"]
+        ]
+        return cls(tuple(columns), tuple(described["dropped"]))
+
+
+def is_frame(X: Any) -> bool:
+    """Say whether X is a DataFrame, of pandas or of polars."""
+    return hasattr(X, "columns") and hasattr(X, "shape") and hasattr(X, "__getitem__")
+
+
+def _columns(X: Any) -> dict[str, np.ndarray]:
+    """Return columns by name: float64 numbers, or an object array of words."""
+    if not is_frame(X):
+        return {str(i): column for i, column in enumerate(np.asarray(X, np.float64).T)}
+    names = [str(name) for name in X.columns]
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"X has several columns of one name: {_listed(repeated)}")
+    found, missing, infinite = {}, [], []
+    for index, name in enumerate(names):
+        series = X.iloc[:, index] if hasattr(X, "iloc") else X[:, index]
+        values = np.asarray(series)
+        if values.dtype.kind in "Mm":
+            raise ValueError(
+                f"column {name!r} holds dates or times: give numbers, such as days since the first"
+            )
+        if values.dtype.kind == "c":
+            raise ValueError(f"Complex data not supported: column {name!r}")
+        gone = _missing(values)
+        if gone.any():
+            missing.append(f"{name} ({int(gone.sum())} rows)")
+            continue
+        found[name] = _plain(values)
+        if found[name].dtype != object and not np.isfinite(found[name]).all():
+            infinite.append(name)
+    if missing:
+        raise ValueError(
+            f"X contains NaN: missing values in {_listed(missing)}. Fill them first, for example "
+            "by sklearn.impute.SimpleImputer"
+        )
+    if infinite:
+        raise ValueError(f"X contains infinity in {_listed(infinite)}")
+    return found
+
+
+def _missing(values: np.ndarray) -> np.ndarray:
+    """Say which values are missing, ``(n,)``."""
+    if values.dtype.kind == "f":
+        return np.isnan(values)
+    if values.dtype != object:
+        return np.zeros(len(values), bool)
+    absent = ("NAType", "NaTType")
+    return np.array(
+        [
+            value is None
+            or type(value).__name__ in absent
+            or (isinstance(value, float) and value != value)
+            for value in values
+        ],
+        bool,
+    )
+
+
+def _plain(values: np.ndarray) -> np.ndarray:
+    """Return numbers as float64, and anything else as objects."""
+    if values.dtype.kind in "biuf":
+        return values.astype(np.float64)
+    if all(isinstance(value, Number | np.bool_) for value in values):
+        return values.astype(np.float64)
+    return values.astype(object)
+
+
+def _levels(values: np.ndarray) -> np.ndarray:
+    """Return categories as words, ``(n,)``."""
+    if values.dtype != object:  # numbers where there were words
+        values = values.astype(object)
+    return np.array([str(value) for value in values], dtype=object)
+
+
+def _fitted(name: str, values: np.ndarray) -> Column | None:
+    """Return what a column is, None if it never changes."""
+    if values.dtype != object:
+        if (values == values[0]).all():
+            return None
+        return Column(name, (), False, (float(values.mean()),), (float(values.std()),))
+    counts = Counter(_levels(values))
+    if len(counts) == 1:
+        return None
+    levels = sorted(level for level, _ in counts.most_common(_MOST_LEVELS))
+    rest = len(counts) - len(levels)
+    if rest:
+        warn(f"column {name!r} has {len(counts)} categories: the rarest {rest} count as one")
+    shares = [counts[level] / len(values) for level in levels]
+    return Column(name, tuple(levels), rest > 0, tuple(shares), (0.5,) * len(levels))
+
+
+def _listed(names: list[str]) -> str:
+    rest = len(names) - 10
+    return ", ".join(names[:10]) + (f" and {rest} more" if rest > 0 else "")
