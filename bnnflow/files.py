@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bnnflow import storage
 from bnnflow.arguments import checked
@@ -19,11 +20,15 @@ from bnnflow.transport import (
     TransformedDensity,
 )
 
+if TYPE_CHECKING:
+    from bnnflow.estimators.base import BayesianEstimator
+
 __all__ = ["load"]
 
 Saved = Draws | INRs | Flow | FlowMap | ManifoldFlow | CompletedFlow | TransformedDensity
 
 _VERSIONS = {
+    "estimator": 1,
     "draws": 1,
     "inrs": 1,
     "flow": 2,
@@ -42,9 +47,9 @@ _WITH_MODEL = {
 
 
 @checked
-def load(path: str | Path, model: BayesianModel | None = None) -> Saved:
-    """Read what ``save`` wrote (draws, INRs, a flow, a density), or the draws of a run from its
-    checkpoint folder.
+def load(path: str | Path, model: BayesianModel | None = None) -> Saved | BayesianEstimator:
+    """Read what ``save`` wrote (an estimator, draws, INRs, a flow, a density), or the draws of a
+    run from its checkpoint folder.
 
     Args:
         path: the file, or the folder given to ``sample(..., checkpoint=...)``; the run may be going
@@ -65,6 +70,10 @@ def load(path: str | Path, model: BayesianModel | None = None) -> Saved:
     header, arrays = storage.read(path, _VERSIONS)
     kind = header["kind"]
     with storage.described(storage.found(path)):
+        if kind == "estimator":
+            from bnnflow.estimators import storage as estimators  # loads scikit-learn
+
+            return estimators.load(header, arrays)
         if kind == "inrs":
             return INRs.from_file(header, arrays)
         if kind != "draws":

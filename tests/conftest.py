@@ -41,7 +41,7 @@ def leaves_no_trace() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def seeded():
-    """WhitenedPosterior in which the global generator starts from a seed: how a test builds its
+    """Return a context in which the global generator starts from a seed: how a test builds its
     networks.
 
     with seeded(0):

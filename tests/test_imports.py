@@ -40,10 +40,10 @@ ROOMS = [
     "symmetry",
     "equivariant",
     "transport",
-    "files",
     "predictive",
     "report",
     "estimators",
+    "files",
     "cli",
 ]
 STRANGERS = {("transport", "inference")}

@@ -345,6 +345,17 @@ def test_negative_binomial_without_dispersion_is_poisson() -> None:
         )
 
 
+def test_two_levels_are_a_bernoulli_law() -> None:
+    outputs, y = torch.tensor([[[0.3], [-1.2]]], dtype=F64), torch.tensor([[5.0], [2.0]], dtype=F64)
+    two, bernoulli = likelihoods.Levels((2, 5)), likelihoods.Bernoulli()
+    labels = torch.tensor([1, 0])
+    assert torch.equal(two.log_prob(outputs, y, {}), bernoulli.log_prob(outputs, labels, {}))
+    assert torch.equal(two.score(outputs, y, {})[0], bernoulli.score(outputs, labels, {})[0])
+    torch.testing.assert_close(two.mean(outputs, {}), 2 + 3 * torch.sigmoid(outputs))
+    probability = torch.sigmoid(outputs)
+    torch.testing.assert_close(two.variance(outputs, {}), 9 * probability * (1 - probability))
+
+
 def test_student_of_many_degrees_of_freedom_is_gaussian() -> None:
     outputs, y = (
         torch.randn(1, 9, 1, generator=generator(), dtype=F64),
@@ -702,7 +713,7 @@ def test_bad_targets_are_refused(name: str) -> None:
             "dispersion must be positive and finite, got 0.0",
         ),
         (lambda: likelihoods.Ordinal(2), "for two use Bernoulli"),
-        (lambda: likelihoods.Levels((1, 2)), "three or more whole numbers"),
+        (lambda: likelihoods.Levels((1,)), "two or more whole numbers"),
         (lambda: likelihoods.Levels((1, 3, 2)), "ascending order"),
         (lambda: likelihoods.Levels((1, 2.5, 3)), "whole numbers"),
         (lambda: likelihoods.Gamma(-1.0), "dispersion must be positive"),

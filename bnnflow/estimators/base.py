@@ -25,10 +25,11 @@ from bnnflow.activations import Sine
 from bnnflow.draws import Draws
 from bnnflow.estimators import storage
 from bnnflow.estimators.recipe import automatic
-from bnnflow.estimators.table import Table, is_frame
+from bnnflow.estimators.table import Columns, Table, columns_of, is_frame, ordered
 from bnnflow.inference import sample
 from bnnflow.method import Method
 from bnnflow.model import BayesianModel, priors
+from bnnflow.model.likelihoods import Likelihood
 from bnnflow.predictive import Prediction, predict
 from bnnflow.report import diagnose, report
 from bnnflow.seeding import isolated
@@ -37,9 +38,7 @@ if TYPE_CHECKING:
     from bnnflow.report.diagnose import Diagnosis
     from bnnflow.report.html import Report
 
-__all__ = ["BayesianEstimator", "Rows"]
-
-_EXPANDED = 10  # times as many rows as were given that whole weights may repeat them to
+__all__ = ["BayesianEstimator"]
 
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -52,41 +51,6 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "softplus": nn.Softplus,
     "sin": Sine,
 }
-
-
-class Rows:
-    """Rows of data in an order of their own: fits do not depend on that of the caller.
-
-    A whole weight counts a row as often; rows of weight zero are left out.
-    """
-
-    def __init__(self, x: np.ndarray, y: np.ndarray, weights: np.ndarray | None) -> None:
-        if weights is not None:
-            counts = _whole(weights)
-            x, y = np.repeat(x, counts, 0), np.repeat(y, counts, 0)
-        order = np.lexsort(np.column_stack([y.reshape(len(y), -1), x]).T[::-1])
-        self.x, self.y = x[order], y[order]
-
-
-def _whole(weights: np.ndarray) -> np.ndarray:
-    """Return weights as numbers of repetitions."""
-    if (weights < 0).any():
-        raise ValueError(f"sample_weight must not be negative, got {weights.min():g}")
-    if not weights.any():
-        raise ValueError("sample_weight is zero for every row")
-    counts = np.round(weights).astype(np.int64)
-    if not np.allclose(counts, weights):
-        raise ValueError(
-            "sample_weight must hold whole numbers, which count a row as often: a posterior of "
-            "fractions of a row is none"
-        )
-    if counts.sum() > _EXPANDED * len(weights):
-        divisor = np.gcd.reduce(counts)
-        raise ValueError(
-            f"sample_weight repeats {len(weights)} rows to {counts.sum()}: divide it by a common "
-            f"factor ({divisor} is one), or give each row once"
-        )
-    return counts
 
 
 def _activation(name: str) -> nn.Module:
@@ -128,12 +92,12 @@ class BayesianEstimator(BaseEstimator, ABC):
 
     # ---------------------------------------- fitting
 
-    def _fit(self, rows: Rows, targets: Any, likelihood: Any, outputs: int) -> Self:
-        """Draw from the posterior of a network with so many outputs for encoded rows."""
+    def _fit(self, x: np.ndarray, y: np.ndarray, likelihood: Likelihood, outputs: int) -> Self:
+        """Draw from the posterior of a network with so many outputs, given encoded rows."""
         generator = torch.Generator().manual_seed(self._seed())
         with self._threads():
-            x, y = torch.as_tensor(rows.x, dtype=torch.float32), torch.as_tensor(targets)
-            self.model_ = self._model(likelihood, x, y, outputs)
+            inputs = torch.as_tensor(x, dtype=torch.float32)
+            self.model_ = self._model(likelihood, inputs, torch.as_tensor(y), outputs)
             self.draws_ = self._thinned(self._sampled(generator))
         return self
 
@@ -208,26 +172,30 @@ class BayesianEstimator(BaseEstimator, ABC):
 
     # ---------------------------------------- tables
 
-    def _inputs(self, X: Any, *, reset: bool) -> np.ndarray:
-        """Return encoded rows, float64; with ``reset`` learn the columns first."""
-        if is_frame(X):
-            validate_data(self, X, reset=reset, skip_check_array=True)
-            if len(X) == 0:
-                raise ValueError("Found array with 0 sample(s) while a minimum of 1 is required.")
-        else:
-            X = validate_data(self, X, reset=reset, dtype=np.float64)
-        if reset:
-            self.table_ = Table.fit(X)
-        return self.table_.transform(X)
+    def _columns(self, X: Any, *, reset: bool) -> Columns:
+        """Return the columns of a table, checked; with ``reset`` their names are learned."""
+        if not is_frame(X):
+            return columns_of(validate_data(self, X, reset=reset, dtype=np.float64))
+        validate_data(self, X, reset=reset, skip_check_array=True)
+        if len(X) == 0:
+            raise ValueError("Found array with 0 sample(s) while a minimum of 1 is required.")
+        return columns_of(X)
 
-    def _weights(self, sample_weight: Any, x: np.ndarray) -> np.ndarray | None:
-        if sample_weight is None:
-            return None
-        return _check_sample_weight(sample_weight, x, dtype=np.float64)
+    def _rows(
+        self, columns: Columns, y: np.ndarray, sample_weight: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Learn the table; return encoded rows and their targets in an order of their own."""
+        weights = sample_weight
+        if weights is not None:
+            weights = _check_sample_weight(weights, np.empty((len(y), 1)), dtype=np.float64)
+        rows = ordered(columns, y, weights)
+        columns = {name: values[rows] for name, values in columns.items()}
+        self.table_ = Table.fit(columns)
+        return self.table_.transform(columns), y[rows]
 
     def _encoded(self, X: Any) -> Tensor:
         check_is_fitted(self, "draws_")
-        return torch.as_tensor(self._inputs(X, reset=False))
+        return torch.as_tensor(self.table_.transform(self._columns(X, reset=False)))
 
     # ---------------------------------------- predictions
 

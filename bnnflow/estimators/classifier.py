@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from sklearn.base import ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import column_or_1d
+from sklearn.utils.validation import check_consistent_length, column_or_1d
 from torch import Tensor
 
 from bnnflow import arguments
-from bnnflow.estimators.base import BayesianEstimator, Rows
+from bnnflow.estimators.base import BayesianEstimator
 from bnnflow.model import likelihoods
 
 __all__ = ["BayesianMLPClassifier"]
@@ -69,27 +69,23 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
         """
         self._check_settings()
         arguments.choice("likelihood", self.likelihood, ("auto", "ordinal"))
-        x = self._inputs(X, reset=True)
+        columns = self._columns(X, reset=True)
         if y is None:
             raise ValueError("requires y to be passed, but the target y is None")
         y = column_or_1d(y, warn=True)
-        if len(y) != len(x):
-            raise ValueError(
-                f"Found input variables with inconsistent numbers of samples: {[len(x), len(y)]}"
-            )
+        check_consistent_length(X, y)
         if any(label is None or label != label for label in y):
             raise ValueError("Input y contains NaN: labels are missing")
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
-        rows = Rows(x, labels, self._weights(sample_weight, x))
-        if len(np.unique(rows.y)) < 2:
-            raise ValueError(
-                f"y has one class only, {self.classes_[rows.y[0]]!r}: nothing to learn"
-            )
+        x, labels = self._rows(columns, labels, sample_weight)
+        if len(np.unique(labels)) < 2:
+            only = self.classes_[labels[0]].item()
+            raise ValueError(f"y has one class only, {only!r}: there is nothing to learn")
         count = len(self.classes_)
         if self.likelihood == "ordinal" and count > 2:
-            return self._fit(rows, rows.y, likelihoods.Ordinal(count), 1)
-        return self._fit(rows, rows.y, likelihoods.Categorical(), count)
+            return self._fit(x, labels, likelihoods.Ordinal(count), 1)
+        return self._fit(x, labels, likelihoods.Categorical(), count)
 
     def predict(self, X: Any) -> np.ndarray:
         """Return the most probable label of every row, ``(n,)``."""
@@ -114,7 +110,7 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
         index = np.searchsorted(self.classes_, y).clip(max=len(self.classes_) - 1)
         if (wrong := self.classes_[index] != y).any():
             raise ValueError(f"y has labels that training never saw: {np.unique(y[wrong])[:5]}")
-        return torch.as_tensor(index)
+        return torch.tensor(index)
 
     # ---------------------------------------- files
 

@@ -97,11 +97,9 @@ def _levels(y: np.ndarray) -> tuple[float, ...]:
     if y.shape[1] != 1:
         raise ValueError(f"likelihood='ordinal' takes one target, got {y.shape[1]}")
     levels = np.unique(y)
-    if len(levels) < 3 or (levels != np.floor(levels)).any():
-        raise ValueError(
-            f"likelihood='ordinal' needs three or more whole numbers as levels, got {levels[:5]}"
-        )
-    if levels[-1] - levels[0] < 2 * _FEW:  # those between them can come, too
+    if (levels != np.floor(levels)).any():
+        raise ValueError(f"likelihood='ordinal' needs whole numbers as levels, got {levels[:5]}")
+    if 2 < levels[-1] - levels[0] < 2 * _FEW:  # those between them can come, too
         levels = np.arange(levels[0], levels[-1] + 1)
     return tuple(levels)
 

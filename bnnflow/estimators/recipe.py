@@ -33,7 +33,7 @@ __all__ = ["automatic", "warm_start"]
 
 CHAINS = 8  # of a round
 ROUNDS = 4  # at most
-WARM_UP, DRAWS = 200, 300  # transitions of a chain, of ten steps each
+WARM_UP, DRAWS = 500, 500  # transitions of a chain, of ten steps each
 SMALL = 0.1  # Monte-Carlo error of the predictions, in standard deviations of these
 # rows of data times weights whose full gradients are affordable
 _AFFORDABLE = 4_000_000

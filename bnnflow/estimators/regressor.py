@@ -11,7 +11,7 @@ from sklearn.utils.validation import check_array, column_or_1d
 from torch import Tensor
 
 from bnnflow import arguments
-from bnnflow.estimators.base import BayesianEstimator, Rows
+from bnnflow.estimators.base import BayesianEstimator
 from bnnflow.estimators.likelihood import NAMES, choose
 from bnnflow.model import likelihoods
 
@@ -75,17 +75,15 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
                 change, settings that make no sense.
         """
         self._check_settings()
-        x = self._inputs(X, reset=True)
-        y = self._numbers(y, len(x))
-        rows = Rows(x, y, self._weights(sample_weight, x))
-        if len(rows.y) < 2:
-            raise ValueError(f"a fit needs at least 2 rows, got n_samples=1: {rows.y.tolist()}")
-        constant = (rows.y == rows.y[:1]).all(0)
+        columns = self._columns(X, reset=True)
+        x, targets = self._rows(columns, self._numbers(y, len(X)), sample_weight)
+        constant = (targets == targets[:1]).all(0)
         if constant.any():
-            raise ValueError(f"y has only one value, {rows.y[0, constant.argmax()]:g}")
-        choice = choose(self._likelihood(), rows.y)
+            value, n = targets[0, constant.argmax()], len(targets)
+            raise ValueError(f"y has only one value, {value:g}, in n_samples={n} rows")
+        choice = choose(self._likelihood(), targets)
         self.likelihood_ = f"{_named(choice.likelihood)}: {choice.why}"
-        return self._fit(rows, rows.y, choice.likelihood, choice.outputs)
+        return self._fit(x, targets, choice.likelihood, choice.outputs)
 
     def _likelihood(self) -> Any:
         if isinstance(self.likelihood, likelihoods.Likelihood):
@@ -105,7 +103,6 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
             raise ValueError(
                 f"Found input variables with inconsistent numbers of samples: {[n, len(y)]}"
             )
-        self._flat = y.ndim == 1
         return y.astype(np.float64).reshape(n, -1)
 
     # ---------------------------------------- predictions
@@ -160,7 +157,7 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
         return drawn.movedim(0, -1).numpy()
 
     def _targets(self, y: Any) -> Tensor:
-        return torch.as_tensor(np.asarray(y, dtype=np.float64))
+        return torch.tensor(np.asarray(y, dtype=np.float64))
 
     # ---------------------------------------- files
 

@@ -11,9 +11,13 @@ import numpy as np
 
 from bnnflow.warn import warn
 
-__all__ = ["Column", "Table", "is_frame"]
+__all__ = ["Column", "Columns", "Table", "columns_of", "is_frame", "ordered"]
+
+Columns = dict[str, np.ndarray]
+"""Columns by name, ``(n,)`` each: float64 numbers, or an object array of words."""
 
 _MOST_LEVELS = 50  # categories of a column that get an input of their own
+_REPEATED = 10  # times as many rows as were given that weights may repeat them to
 
 
 @dataclass(frozen=True)
@@ -52,15 +56,14 @@ class Table:
     dropped: tuple[str, ...]
 
     @classmethod
-    def fit(cls, X: Any) -> Table:
-        """Learn the columns of a frame or an array ``(n, columns)``.
+    def fit(cls, given: Columns) -> Table:
+        """Learn how columns are encoded.
 
         Raises:
-            ValueError: for missing or infinite values, dates, two columns of one name, or no column
-                that changes.
+            ValueError: if no column changes.
         """
         columns, dropped = [], []
-        for name, values in _columns(X).items():
+        for name, values in given.items():
             column = _fitted(name, values)
             if column is None:
                 dropped.append(name)
@@ -72,15 +75,14 @@ class Table:
             warn(f"columns that never change are left out: {_listed(dropped)}")
         return cls(tuple(columns), tuple(dropped))
 
-    def transform(self, X: Any) -> np.ndarray:
-        """Encode rows, ``(n, inputs)`` in float64.
+    def transform(self, given: Columns) -> np.ndarray:
+        """Encode columns, ``(n, inputs)`` in float64.
 
         A category that was not there in training has none of the levels, and is warned of.
 
         Raises:
-            ValueError: for missing or infinite values, or words where there were numbers.
+            ValueError: for words where there were numbers.
         """
-        given = _columns(X)
         blocks, unseen = [], Counter[str]()
         for column in self.columns:
             values = given[column.name]
@@ -134,8 +136,12 @@ def is_frame(X: Any) -> bool:
     return hasattr(X, "columns") and hasattr(X, "shape") and hasattr(X, "__getitem__")
 
 
-def _columns(X: Any) -> dict[str, np.ndarray]:
-    """Return columns by name: float64 numbers, or an object array of words."""
+def columns_of(X: Any) -> Columns:
+    """Return the columns of a frame or of an array ``(n, columns)`` by name.
+
+    Raises:
+        ValueError: for missing or infinite values, dates, or two columns of one name.
+    """
     if not is_frame(X):
         return {str(i): column for i, column in enumerate(np.asarray(X, np.float64).T)}
     names = [str(name) for name in X.columns]
@@ -166,6 +172,54 @@ def _columns(X: Any) -> dict[str, np.ndarray]:
     if infinite:
         raise ValueError(f"X contains infinity in {_listed(infinite)}")
     return found
+
+
+def ordered(columns: Columns, y: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """Return rows in an order of their own, so that fits do not depend on that of the caller.
+
+    Args:
+        columns: of the table.
+        y: targets ``(n, targets)`` or labels ``(n,)``.
+        weights: whole numbers ``(n,)``, which count a row as often; rows of weight zero are left
+            out.
+
+    Returns:
+        int64 ``(m,)``.
+
+    Raises:
+        ValueError: for weights that are negative, no whole numbers, all zero, or so large that they
+            repeat the table more than ten times.
+    """
+    rows = np.arange(len(y))
+    if weights is not None:
+        rows = np.repeat(rows, _counts(weights))
+    keys = [
+        np.unique(_levels(values), return_inverse=True)[1] if values.dtype == object else values
+        for values in columns.values()
+    ]
+    keys += list(y.reshape(len(y), -1).T)
+    return rows[np.lexsort([key[rows] for key in keys])]
+
+
+def _counts(weights: np.ndarray) -> np.ndarray:
+    """Return weights as numbers of repetitions."""
+    if (weights < 0).any():
+        raise ValueError(f"sample_weight must not be negative, got {weights.min():g}")
+    if not weights.any():
+        raise ValueError("sample_weight is zero for every row")
+    counts = np.round(weights).astype(np.int64)
+    if not np.allclose(counts, weights):
+        raise ValueError(
+            "sample_weight must hold whole numbers, which count a row as often: fractions of a row "
+            "have no likelihood"
+        )
+    if counts.sum() > _REPEATED * len(weights):
+        divisor = np.gcd.reduce(counts)
+        raise ValueError(
+            f"sample_weight repeats {len(weights)} rows to {counts.sum()}: divide it by a common "
+            f"factor ({divisor} is one), or leave it out"
+        )
+    return counts
 
 
 def _missing(values: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 
 from bnnflow.arguments import number, settle
 from bnnflow.model.likelihood import Kind, Likelihood, Score, real_targets
-from bnnflow.model.likelihoods.classes import Ordinal
+from bnnflow.model.likelihoods.classes import Bernoulli, Ordinal
 from bnnflow.model.likelihoods.shared import (
     Parameters,
     by_scipy,
@@ -195,34 +195,36 @@ class NegativeBinomial(Likelihood):
 
 @dataclass(frozen=True)
 class Levels(Likelihood):
-    """Whole numbers of which there are few, such as marks: a regression on `Ordinal` classes.
+    """Whole numbers of which there are few, such as marks: a regression on `Ordinal` classes, or
+    `Bernoulli` ones if there are two.
 
     Args:
-        levels: the values that a target can take, whole numbers in ascending order, three or more.
+        levels: the values that a target can take, whole numbers in ascending order.
 
     Raises:
         ValueError: if levels are not like that.
     """
 
     levels: tuple[float, ...]
-    ordinal: Ordinal = field(init=False, repr=False)
+    classes: Ordinal | Bernoulli = field(init=False, repr=False)
     kind: Kind = field(default="regression", init=False)
     discrete: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         levels = tuple(float(level) for level in self.levels)
         ascending = all(low < high for low, high in itertools.pairwise(levels))
-        if len(levels) < 3 or not ascending or any(level != level // 1 for level in levels):
+        if len(levels) < 2 or not ascending or any(level != level // 1 for level in levels):
             raise ValueError(
-                f"levels must be three or more whole numbers in ascending order, got {levels}"
+                f"levels must be two or more whole numbers in ascending order, got {levels}"
             )
         object.__setattr__(self, "levels", levels)
-        object.__setattr__(self, "ordinal", Ordinal(len(levels)))
+        two = len(levels) == 2
+        object.__setattr__(self, "classes", Bernoulli() if two else Ordinal(len(levels)))
 
     @property
     def parameters(self) -> dict[str, Distribution]:
         """The gaps between cutpoints, ``(levels - 2,)``."""
-        return self.ordinal.parameters
+        return self.classes.parameters
 
     def validate(self, y: Tensor, n_outputs: int) -> Tensor:
         """Return y as ``(n, 1)``."""
@@ -237,38 +239,38 @@ class Levels(Likelihood):
 
     def log_prob(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return ``(..., n)``."""
-        return self.ordinal.log_prob(outputs, self._labels(y), parameters)
+        return self.classes.log_prob(outputs, self._labels(y), parameters)
 
     def score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Score:
         """Return the gradient by the output and by the log gaps (summed over rows)."""
-        return self.ordinal.score(outputs, self._labels(y), parameters)
+        return self.classes.score(outputs, self._labels(y), parameters)
 
     def fisher_factor(
         self, outputs: Tensor, parameters: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return that of `Ordinal`."""
-        return self.ordinal.fisher_factor(outputs, parameters)
+        """Return that of the classes."""
+        return self.classes.fisher_factor(outputs, parameters)
 
     def mean(self, outputs: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return the mean of y, ``(..., n, 1)``."""
-        probs = self.ordinal.mean(outputs, parameters)
+        probs = self.classes.mean(outputs, parameters)
         return (probs * self._values(probs)).sum(-1, keepdim=True)
 
     def variance(self, outputs: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return the variance of y given the weights, ``(..., n, 1)``."""
-        probs, mean = self.ordinal.mean(outputs, parameters), self.mean(outputs, parameters)
+        probs, mean = self.classes.mean(outputs, parameters), self.mean(outputs, parameters)
         return (probs * (self._values(probs) - mean).square()).sum(-1, keepdim=True)
 
     def cdf(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return P(target <= y) given the weights, ``(..., n, 1)``."""
-        probs = self.ordinal.mean(outputs, parameters)
+        probs = self.classes.mean(outputs, parameters)
         return (probs * (self._values(probs) <= y)).sum(-1, keepdim=True)
 
     def sample(
         self, outputs: Tensor, parameters: dict[str, Tensor], generator: torch.Generator
     ) -> Tensor:
         """Draw y given the weights, ``(..., n, 1)``."""
-        probs = self.ordinal.mean(outputs, parameters)
+        probs = self.classes.mean(outputs, parameters)
         index = torch.multinomial(probs.flatten(0, -2), 1, generator=generator)
         return self._values(probs)[index].reshape(outputs.shape)
 
