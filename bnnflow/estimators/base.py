@@ -14,6 +14,7 @@ import torch
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import (
     _check_sample_weight,
+    check_consistent_length,
     check_is_fitted,
     check_random_state,
     validate_data,
@@ -185,6 +186,7 @@ class BayesianEstimator(BaseEstimator, ABC):
         self, columns: Columns, y: np.ndarray, sample_weight: Any
     ) -> tuple[np.ndarray, np.ndarray]:
         """Learn the table; return encoded rows and their targets in an order of their own."""
+        check_consistent_length(next(iter(columns.values())), y)
         weights = sample_weight
         if weights is not None:
             weights = _check_sample_weight(weights, np.empty((len(y), 1)), dtype=np.float64)

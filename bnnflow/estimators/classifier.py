@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from sklearn.base import ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_consistent_length, column_or_1d
+from sklearn.utils.validation import column_or_1d
 from torch import Tensor
 
 from bnnflow import arguments
@@ -73,7 +73,6 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
         if y is None:
             raise ValueError("requires y to be passed, but the target y is None")
         y = column_or_1d(y, warn=True)
-        check_consistent_length(X, y)
         if any(label is None or label != label for label in y):
             raise ValueError("Input y contains NaN: labels are missing")
         check_classification_targets(y)

@@ -76,7 +76,7 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
         """
         self._check_settings()
         columns = self._columns(X, reset=True)
-        x, targets = self._rows(columns, self._numbers(y, len(X)), sample_weight)
+        x, targets = self._rows(columns, self._numbers(y), sample_weight)
         constant = (targets == targets[:1]).all(0)
         if constant.any():
             value, n = targets[0, constant.argmax()], len(targets)
@@ -90,7 +90,7 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
             return self.likelihood
         return arguments.choice("likelihood", self.likelihood, NAMES)
 
-    def _numbers(self, y: Any, n: int) -> np.ndarray:
+    def _numbers(self, y: Any) -> np.ndarray:
         """Return targets as ``(n, targets)``, float64."""
         if y is None:
             raise ValueError("requires y to be passed, but the target y is None")
@@ -99,11 +99,7 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
             y = column_or_1d(y, warn=True)
         if y.ndim > 2:
             raise ValueError(f"y must be (n,) or (n, targets), got {y.shape}")
-        if len(y) != n:
-            raise ValueError(
-                f"Found input variables with inconsistent numbers of samples: {[n, len(y)]}"
-            )
-        return y.astype(np.float64).reshape(n, -1)
+        return y.astype(np.float64).reshape(len(y), -1)
 
     # ---------------------------------------- predictions
 

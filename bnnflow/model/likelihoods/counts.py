@@ -239,11 +239,11 @@ class Levels(Likelihood):
 
     def log_prob(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return ``(..., n)``."""
-        return self.classes.log_prob(outputs, self._labels(y), parameters)
+        return self.classes.log_prob(outputs, self.labels(y), parameters)
 
     def score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Score:
         """Return the gradient by the output and by the log gaps (summed over rows)."""
-        return self.classes.score(outputs, self._labels(y), parameters)
+        return self.classes.score(outputs, self.labels(y), parameters)
 
     def fisher_factor(
         self, outputs: Tensor, parameters: dict[str, Tensor]
@@ -274,8 +274,9 @@ class Levels(Likelihood):
         index = torch.multinomial(probs.flatten(0, -2), 1, generator=generator)
         return self._values(probs)[index].reshape(outputs.shape)
 
+    def labels(self, y: Tensor) -> Tensor:
+        """Return which levels targets are, ``(..., n, 1) -> (..., n)``."""
+        return torch.searchsorted(self._values(y), y.squeeze(-1).contiguous())
+
     def _values(self, like: Tensor) -> Tensor:
         return torch.tensor(self.levels, dtype=like.dtype, device=like.device)
-
-    def _labels(self, y: Tensor) -> Tensor:
-        return torch.searchsorted(self._values(y), y.squeeze(-1).contiguous())

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from bnnflow.model.likelihood import Kind, Likelihood, Score
+from bnnflow.model.likelihoods.counts import Levels
 from bnnflow.model.likelihoods.real import Gaussian, HeteroscedasticGaussian
 from bnnflow.model.likelihoods.shared import positive_targets
 
@@ -239,11 +240,13 @@ class Reduced(NamedTuple):
 
 
 def reduced(likelihood: Likelihood, y: Tensor) -> Reduced:
-    """Take all transformations off a likelihood: gradients are the same at the transformed
-    targets.
+    """Take all transformations off a likelihood, and the numbers off levels: gradients are the same
+    at the transformed targets.
     """
     log_slope = 0.0
     while isinstance(likelihood, Transformed):
         log_slope += float(likelihood.log_slope(y).sum())
         likelihood, y = likelihood.base, likelihood.inverse(y)
+    if isinstance(likelihood, Levels):
+        likelihood, y = likelihood.classes, likelihood.labels(y)
     return Reduced(likelihood, y, log_slope)
