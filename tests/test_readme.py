@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_diabetes
 
 import bnnflow as bf
 
@@ -18,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_readme_program_runs_as_printed(tmp_path):
-    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    _, program = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len([line for line in program.splitlines() if line.strip()]) <= 11
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -33,6 +35,28 @@ def test_readme_program_runs_as_printed(tmp_path):
     assert accuracy >= 0.85
     assert -0.25 < lppd < -0.15
     assert "<html" in (tmp_path / "report.html").read_text()
+
+
+def test_readme_goes_from_a_table_to_intervals_in_six_lines():
+    program, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len([line for line in program.splitlines() if line.strip()]) <= 6
+    X, y = load_diabetes(return_X_y=True, as_frame=True)
+    X["sex"] = np.where(X["sex"] > 0, "a", "b")
+    X.loc[3:40:7, "bmi"] = np.nan
+    given = {"df": X[:300], "y": y[:300], "df_new": X[300:]}
+    exec(compile(program, "README.md", "exec"), given)
+    inside = (y[300:] >= given["low"]) & (y[300:] <= given["high"])
+    assert 0.8 < inside.mean() < 0.98
+
+
+def test_program_of_the_tables_page_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program_of("tables.md"), "tables.md", "exec"), {})
+    chosen, inside, verdict = capsys.readouterr().out.splitlines()
+    assert chosen.startswith("Standardised(HeteroscedasticGaussian): y is continuous")
+    assert 70 <= int(inside.split("%")[0]) <= 100
+    assert verdict
+    assert (tmp_path / "report.html").exists()
 
 
 def program_of(page: str) -> str:

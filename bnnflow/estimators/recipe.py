@@ -38,7 +38,7 @@ LONGEST = 4  # each is twice as long as the one before, up to so many times
 # of the log joint between the halves of a stage, in standard deviations of a posterior of as many
 # dimensions, below which chains have arrived
 _RISE = 0.2
-SMALL = 0.1  # Monte-Carlo error of the predictions, in standard deviations of these
+SMALL = 0.15  # Monte-Carlo error of the predictions, in standard deviations of these
 # rows of data times weights whose full gradients are affordable
 _AFFORDABLE = 4_000_000
 _HELD_OUT = 0.1  # share of the rows that stop the warm start,

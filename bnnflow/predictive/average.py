@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnnflow.arguments import Count, Fraction, checked, finite
+from bnnflow.arguments import Count, Fraction, checked, finite, tensor
 from bnnflow.draws import Draws, as_theta
 from bnnflow.model import BayesianModel
+from bnnflow.model.likelihood import real_targets
 from bnnflow.model.likelihoods.transformed import Transformed
 from bnnflow.seeding import as_generator
 from bnnflow.types import Seed
@@ -266,13 +267,15 @@ class Prediction:
         ``mean``.
 
         Args:
-            y: ``(n,)`` or ``(n, targets)``.
+            y: ``(n,)`` or ``(n, targets)``, any numbers.
 
         Raises:
             ValueError: for classes, if y does not fit, or if the likelihood has no ``cdf``.
         """
         self._require("regression", "cdf")
-        return self._squeeze(self._cdf(self._targets(y)[None])[0])
+        y = real_targets(finite("y", tensor("y", y)), self._moments.mean.shape[-1])
+        self._check_rows(y)
+        return self._squeeze(self._cdf(y.to(self.model.device, torch.float64)[None])[0])
 
     @checked
     def quantile(self, q: float | Sequence[float] | Tensor) -> Tensor:
@@ -455,12 +458,15 @@ class Prediction:
     def _targets(self, y: Tensor | np.ndarray) -> Tensor:
         """Return y as the likelihood takes it: float64 ``(n, targets)``, or labels ``(n,)``."""
         y = self.model.targets(y)
-        if len(y) != len(self):
-            raise ValueError(f"y has {len(y)} rows, the prediction {len(self)}")
+        self._check_rows(y)
         if not y.is_floating_point():
             return y
         finite("y", y.to(self.model.dtype))  # no target beyond the range of the outputs
         return y.double()
+
+    def _check_rows(self, y: Tensor) -> None:
+        if len(y) != len(self):
+            raise ValueError(f"y has {len(y)} rows, the prediction {len(self)}")
 
     def _require(self, kind: str, what: str) -> None:
         if self.kind != kind:

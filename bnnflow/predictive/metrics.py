@@ -115,7 +115,7 @@ def pit(prediction: Prediction, y: Tensor | np.ndarray, *, seed: Seed = 0) -> Te
     Returns:
         ``(n,)`` or ``(n, targets)``.
     """
-    after = prediction.cdf(y)
+    after = prediction.cdf(prediction.targets(y))
     if not prediction.discrete:
         return after
     generator = as_generator(seed, after.device)
@@ -135,7 +135,7 @@ def coverage(prediction: Prediction, y: Tensor | np.ndarray, level: Fraction) ->
     Raises:
         ValueError: for classes, or a level outside (0, 1).
     """
-    after = prediction.cdf(y)
+    after = prediction.cdf(prediction.targets(y))
     if not prediction.discrete:
         return float(((after - 0.5).abs() <= level / 2).double().mean())
     before = _cdf_before(prediction, y)
