@@ -175,11 +175,15 @@ class BayesianEstimator(BaseEstimator, ABC):
 
     def _columns(self, X: Any, *, reset: bool) -> Columns:
         """Return the columns of a table, checked; with ``reset`` their names are learned."""
+        least = 2 if reset else 1
         if not is_frame(X):
-            return columns_of(validate_data(self, X, reset=reset, dtype=np.float64))
+            checks: Any = {"dtype": np.float64, "ensure_min_samples": least}
+            return columns_of(validate_data(self, X, reset=reset, **checks))
         validate_data(self, X, reset=reset, skip_check_array=True)
-        if len(X) == 0:
-            raise ValueError("Found array with 0 sample(s) while a minimum of 1 is required.")
+        if len(X) < least:
+            raise ValueError(
+                f"Found array with {len(X)} sample(s) while a minimum of {least} is required."
+            )
         return columns_of(X)
 
     def _rows(

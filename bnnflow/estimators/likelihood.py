@@ -61,8 +61,9 @@ def choose(name: str | Likelihood, y: np.ndarray) -> Choice:
     if name == "lognormal":
         if (y <= 0).any():
             raise ValueError(f"likelihood='lognormal' needs positive y, got {y.min():g}")
-        base = _standardised(likelihoods.HeteroscedasticGaussian(), np.log(y))
-        return Choice(likelihoods.LogNormal(base), 2 * targets, why)
+        # one noise for all rows: where it varied, means of y, exp(m + s^2 / 2), would be wild
+        base = _standardised(likelihoods.Gaussian(), np.log(y))
+        return Choice(likelihoods.LogNormal(base), targets, why)
     if name == "heteroscedastic":
         likelihood = _standardised(likelihoods.HeteroscedasticGaussian(), y)
         return Choice(likelihood, 2 * targets, why)
