@@ -88,7 +88,8 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """Return the most probable label of every row, ``(n,)``."""
-        return self.classes_[self.predict_proba(X).argmax(1)]
+        best = self.predict_proba(X).argmax(1)
+        return self.classes_[best]
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Return the probabilities of ``classes_``, ``(n, classes)``."""
