@@ -208,7 +208,7 @@ def test_likelihoods_by_name_and_by_looks(name, targets, shown) -> None:
     g = rng(4)
     y = targets(g).astype(float)
     x = g.normal(0, 1, (len(y), 2))
-    settled = bf.DeepEnsemble(members=4, steps=1000, learning_rate=0.05)
+    settled = bf.DeepEnsemble(members=4, steps=1000, learning_rate=0.03)
     fit = BayesianMLPRegressor((4,), likelihood=name, method=settled).fit(x, y)
     assert fit.likelihood_.startswith(shown), fit.likelihood_
     interval = fit.predict_interval(x, 0.9)
