@@ -45,6 +45,7 @@ ROOMS = [
     "estimators",
     "files",
     "cli",
+    "__main__",
 ]
 STRANGERS = {("transport", "inference")}
 EXCEPT = ("transport/correction/", "transport/bootstrap.py")
