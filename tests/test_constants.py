@@ -1,6 +1,7 @@
 """Parameters with ``requires_grad=False`` are constants of the model."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -229,3 +230,140 @@ def test_a_shared_tensor_is_one_tensor(seeded):
     torch.testing.assert_close(
         torch.autograd.grad(model.to(dtype=torch.float64).log_joint(at).sum(), at)[0], grad
     )
+
+
+# ---------------------------------------- what is computed once
+
+
+class Counting(nn.Module):
+    """Trunk and head of a network, and how many rows its trunk has seen."""
+
+    def __init__(self, trunk: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.head, self.trunk = head, trunk  # the head is registered first, and comes last
+
+    def forward(self, x):
+        return self.head(torch.relu(self.trunk(x)).flatten(1))
+
+
+@pytest.fixture
+def images(seeded):
+    with seeded(0):
+        trunk = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2))
+        trunk(torch.randn(20, 1, 8, 8))
+        net = Counting(trunk.eval().requires_grad_(False), nn.Linear(36, 3))
+        x, y = torch.randn(30, 1, 8, 8), torch.arange(30) % 3
+    return net, x, y
+
+
+def on_features(net, x):
+    with torch.no_grad():
+        return torch.relu(net.trunk(x)).flatten(1)
+
+
+def test_the_head_of_a_frozen_network_is_a_model_of_its_own(images):
+    """Same densities, draws and predictions, by the same compiled code; names stay."""
+    net, x, y = images
+    whole = model_of(net, x, y, likelihood=likelihoods.Categorical())
+    head = model_of(net.head, on_features(net, x), y, likelihood=likelihoods.Categorical())
+    assert whole.spec.names == ("head.weight", "head.bias")
+    assert whole.is_compiled == head.is_compiled
+    options = {"chains": 3, "warmup": 10, "draws": 10, "seed": 1, "progress": False}
+    draws = bf.sample(whole, bf.HMC(), **options)
+    assert torch.equal(draws.theta, bf.sample(head, bf.HMC(), **options).theta)
+    new = torch.randn(7, 1, 8, 8, generator=generator(2))
+    expected = head.outputs(draws.flat, on_features(net, new))
+    torch.testing.assert_close(whole.outputs(draws.flat, new), expected)
+    torch.testing.assert_close(
+        bf.predict(whole, draws, new).probs, expected.softmax(-1).mean(0).double()
+    )
+    trained = whole.to_network(draws.flat[0])
+    torch.testing.assert_close(trained(new), expected[0])
+    rows = torch.tensor([3, 5, 5])
+    torch.testing.assert_close(
+        whole.subset(rows).log_likelihood(draws.flat), head.subset(rows).log_likelihood(draws.flat)
+    )
+    wide = whole.to(dtype=torch.float64)
+    torch.testing.assert_close(
+        wide.log_joint(draws.flat.double()), whole.log_joint(draws.flat), rtol=1e-5, atol=1e-4
+    )
+    expansion = whole.linearised(draws.flat[0])
+    torch.testing.assert_close(expansion.outputs(draws.flat, new), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_constants_are_evaluated_once(images, monkeypatch):
+    net, x, y = images
+    model = model_of(net, x, y, likelihood=likelihoods.Categorical())
+    theta = model.sample_prior(4, seed=0)
+    model.log_joint_and_grad(theta)
+    calls = []
+    real = nn.Conv2d.forward
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda *a: (calls.append(len(a[1])), real(*a))[1])
+    model.log_joint_and_grad(theta)
+    model.subset(slice(0, 9)).log_joint_and_grad(theta)
+    model.at(theta).grad_and_factor()
+    assert calls == []
+    new = torch.randn(600, 1, 8, 8, generator=generator(2))
+    first = model.outputs(theta, new)
+    assert torch.equal(model.outputs(theta, new), first)
+    assert sum(calls) == 600
+    new.mul_(2)  # the same tensor with other values
+    assert not torch.equal(model.outputs(theta, new), first)
+
+
+class Branching(nn.Module):
+    """Cannot be traced: it looks at values."""
+
+    def __init__(self, trunk: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.trunk, self.head = trunk, head
+
+    def forward(self, x):
+        features = self.trunk(x)
+        return self.head(features if x.shape[0] > 0 else x)
+
+
+class Skipping(nn.Module):
+    """What is constant meets the rest in two places."""
+
+    def __init__(self, trunk: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.trunk, self.head = trunk, head
+
+    def forward(self, x):
+        return self.head(self.trunk(x)) + x.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("kind", [Branching, Skipping])
+def test_networks_that_cannot_be_cut_are_computed_whole(kind, seeded):
+    with seeded(0):
+        trunk, head = nn.Linear(3, 4).requires_grad_(False), nn.Linear(4, 1)
+    net = kind(trunk, head)
+    model = model_of(net)
+    theta = model.sample_prior(3, seed=0)
+    with torch.no_grad():
+        expected = [model.to_network(row)(model.x) for row in theta]
+    torch.testing.assert_close(model.outputs(theta), torch.stack(expected))
+
+
+def test_a_frozen_embedding_takes_integers(seeded):
+    with seeded(0):
+        net = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(8, 2))
+    net[0].requires_grad_(False)
+    x = torch.randint(9, (20, 2), generator=generator(0))
+    model = model_of(net, x, torch.arange(20) % 2, likelihood=likelihoods.Categorical())
+    assert model.dim == 18
+    theta = model.sample_prior(3, seed=0)
+    with torch.no_grad():
+        expected = torch.stack([model.to_network(row)(x[:5]) for row in theta])
+    torch.testing.assert_close(model.outputs(theta, x[:5]), expected)
+
+
+def test_models_with_a_trunk_are_kept(images):
+    net, x, y = images
+    model = model_of(net, x, y, likelihood=likelihoods.Categorical())
+    theta = model.sample_prior(3, seed=0)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again.log_joint(theta), model.log_joint(theta))
+    assert again.fingerprint() == model.fingerprint()
+    assert torch.equal(copy.deepcopy(model).log_joint(theta), model.log_joint(theta))

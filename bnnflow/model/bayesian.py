@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from bnnflow.arguments import Count, Positive, checked, columns_of, tensor
-from bnnflow.model import checks
+from bnnflow.model import checks, trunk
 from bnnflow.model.curvature import Curvature
 from bnnflow.model.fingerprint import DataVersion, ModelIdentity, Provenance
 from bnnflow.model.likelihood import Likelihood
@@ -34,7 +34,16 @@ from bnnflow.weights import Symmetries, WeightSpec
 
 __all__ = ["BayesianModel"]
 
-_DERIVED = ("network", "_density")  # what a model makes of its parts when it is asked for
+# what a model makes of its parts when it is asked for
+_DERIVED = ("network", "_density", "_parts", "_features", "_seen")
+
+
+class _Parts(NamedTuple):
+    """A network as head(trunk(x)), and the layout of ``theta`` for its head."""
+
+    trunk: nn.Module
+    head: nn.Module
+    spec: WeightSpec
 
 
 @checked
@@ -102,6 +111,7 @@ class BayesianModel:
         self.hyperparameters = own + Hyperparameter.of_likelihood(self.likelihood.parameters)
         axes = {each.name: network_spec.parameter_axes(each.key, each.shape) for each in own}
         shapes = {each.name: each.shape for each in self.hyperparameters}
+        self._extension = shapes, axes
         self.spec = network_spec.extend(shapes, axes)
         # says how to evaluate the network, where the spec of a linearised one does not
         self._architecture = self.spec
@@ -241,7 +251,9 @@ class BayesianModel:
         if len(x) == 0:
             raise ValueError("rows has none of the rows of data")
         part = self._changed(x=x, y=y)
-        part.network = self.network  # which knows no data
+        # what knows no data, and what is of the same rows
+        part._parts, part.network = self._parts, self.network
+        part._features = x if self._features is self.x else self._features[rows]
         return part
 
     def _changed(self, **attributes: Any) -> BayesianModel:
@@ -264,15 +276,52 @@ class BayesianModel:
 
     @cached_property
     def network(self) -> Network:
-        """The batched network: the fast path for perceptrons, ``vmap`` for the rest."""
-        spec = self._architecture
-        network = ChainNetwork(spec) if spec.layers else ModuleNetwork(self.net, spec)
+        """The batched network: the fast path for perceptrons, ``vmap`` for the rest.
+
+        Of a network that begins with constants it is the head, and takes `features`.
+        """
+        net, spec = self.net, self._architecture
+        if self._parts is not None:
+            net, spec = self._parts.head, self._parts.spec
+        network = ChainNetwork(spec) if spec.layers else ModuleNetwork(net, spec)
         return network if self._anchor is None else LinearisedNetwork(network, self._anchor)
 
     @cached_property
     def _density(self) -> LogJoint:
-        given = (self.spec, self.network, self.likelihood, self.flat_prior)
-        return LogJoint(*given, self.x, self.y, self.temperature, self._n_outputs)
+        spec = self.spec
+        if self._parts is not None and self._anchor is None:
+            spec = self._parts.spec
+        given = (spec, self.network, self.likelihood, self.flat_prior)
+        return LogJoint(*given, self._features, self.y, self.temperature, self._n_outputs)
+
+    @cached_property
+    def _parts(self) -> _Parts | None:
+        """The network in two, if it begins with constants."""
+        parts = trunk.split(self.net)
+        if parts is None:
+            return None
+        spec = _labelled(parts.head)
+        if spec.shapes != self.spec.network.shapes or spec.names != self.spec.network.names:
+            return None  # its parameters come in another order
+        return _Parts(parts.trunk, parts.head, spec.extend(*self._extension))
+
+    @cached_property
+    def _features(self) -> Tensor:
+        """What the constants at the beginning of the network make of the training inputs, computed
+        once; the inputs where there are none.
+        """
+        return self.x if self._parts is None else trunk.features(self._parts.trunk, self.x)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return what `network` takes for checked inputs; those of the last x are kept."""
+        if x is self.x or self._parts is None:
+            return self._features if x is self.x else x
+        key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)
+        seen = vars(self).get("_seen")
+        if seen is None or seen[0] != key:
+            # with x itself, whose place in memory is no other's as long as it is held
+            seen = self._seen = (key, x, trunk.features(self._parts.trunk, x))
+        return seen[2]
 
     @property
     def is_compiled(self) -> bool:
@@ -307,7 +356,7 @@ class BayesianModel:
         Raises:
             ValueError: if theta or x has the wrong shape, or x has NaN or infinite rows.
         """
-        return self._density.outputs(theta, self.inputs(x))
+        return self._density.outputs(theta, self.features(self.inputs(x)))
 
     def inputs(self, x: Tensor | np.ndarray | None, name: str = "x") -> Tensor:
         """Return checked inputs, called ``name``, on the model's device.
@@ -367,7 +416,7 @@ class BayesianModel:
             raise ValueError(
                 f"y must have a value for each of the {len(x)} rows of x, got {len(y)}"
             )
-        return self._density.pointwise_log_likelihood(theta, x, y)
+        return self._density.pointwise_log_likelihood(theta, self.features(x), y)
 
     def log_likelihood_and_grad(
         self, theta: Tensor, rows: Tensor | None = None
