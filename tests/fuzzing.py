@@ -161,7 +161,7 @@ def _data_and_models(w: World) -> Iterator[Call]:
     yield Call("BayesianModel.to", model.to, {"device": "cpu", "dtype": torch.float64})
     yield Call("BayesianModel.linearised", model.linearised, {"theta": theta[0]})
     yield Call("BayesianModel.outputs", model.outputs, {"theta": theta, "x": x})
-    for name in ("log_prior", "log_likelihood", "log_joint", "to_network"):
+    for name in ("log_prior", "log_likelihood", "log_joint", "network_at"):
         yield Call(f"BayesianModel.{name}", getattr(model, name), {"theta": theta[0]})
     for name in ("log_likelihood_and_grad", "log_likelihood_grad", "log_joint_and_grad"):
         yield Call(f"BayesianModel.{name}", getattr(model, name), {"theta": theta})
@@ -170,7 +170,7 @@ def _data_and_models(w: World) -> Iterator[Call]:
     given = {"theta": theta, "x": x, "y": y}
     yield Call("BayesianModel.pointwise_log_likelihood", model.pointwise_log_likelihood, given)
     yield Call("BayesianModel.sample_prior", model.sample_prior, {"n": 3, "seed": 0})
-    yield Call("BayesianModel.from_network", model.from_network, {"net": w.net})
+    yield Call("BayesianModel.theta_of", model.theta_of, {"net": w.net})
     yield Call("WeightSpec.of", bf.WeightSpec.of, {"net": w.net})
     yield Call("WeightSpec.unlabelled", bf.WeightSpec.unlabelled, {"net": w.net})
     yield Call("WeightSpec.extend", spec.extend, {"extras": {"scale": (1,)}})
@@ -943,7 +943,7 @@ HOLD_WHAT_THEY_ARE_GIVEN = (
     "BayesianModel.log_joint_and_grad",
     "BayesianModel.at",
     "BayesianModel.log_joint",
-    "BayesianModel.to_network",
+    "BayesianModel.network_at",
     "BayesianModel.pointwise_log_likelihood",
     "WeightSpec.unflatten",
     "WeightSpec.flatten",

@@ -544,7 +544,7 @@ def test_laplace_has_the_precision_of_laplace_torch(kind: str, structure) -> Non
     ]
     with torch.random.fork_rng(devices=[]):
         theirs = oracle.Laplace(
-            model.to_network(mode), kind, subset_of_weights=where, hessian_structure=short,
+            model.network_at(mode), kind, subset_of_weights=where, hessian_structure=short,
             sigma_noise=0.3 if kind == "regression" else 1.0, prior_precision=0.8**-2,
         )  # fmt: skip
         theirs.fit(data)

@@ -117,14 +117,14 @@ def test_networks_go_there_and_back(trunk_and_head):
     net = nn.Sequential(trunk.requires_grad_(False), head)
     model = model_of(net)
     theta = model.sample_prior(1, seed=4)[0]
-    back = model.to_network(theta)
-    assert torch.equal(model.from_network(back), theta)
+    back = model.network_at(theta)
+    assert torch.equal(model.theta_of(back), theta)
     assert {n: p.requires_grad for n, p in back.named_parameters()} == {
         n: p.requires_grad for n, p in net.named_parameters()
     }
     assert torch.equal(back[0][0].weight, net[0][0].weight)
     torch.testing.assert_close(back(model.x), model.outputs(theta))
-    assert torch.equal(model_of(back).from_network(back), theta)
+    assert torch.equal(model_of(back).theta_of(back), theta)
 
 
 @pytest.mark.parametrize("name", ["0.0.weight", "0.1.running_mean"])
@@ -136,7 +136,7 @@ def test_another_constant_is_another_network(trunk_and_head, name):
     other.state_dict()[name].mul_(1.5)
     assert model_of(other).fingerprint() != model.fingerprint()
     with pytest.raises(ValueError, match=name):
-        model.from_network(other)
+        model.theta_of(other)
 
 
 def test_nothing_free_is_refused_with_the_way_out(perceptron):
@@ -221,10 +221,10 @@ def test_a_shared_tensor_is_one_tensor(seeded):
     model = model_of(net)
     assert "2.weight" not in model.spec.names
     theta = model.sample_prior(2, seed=0)
-    back = model.to_network(theta[1])
+    back = model.network_at(theta[1])
     assert back[2].weight is back[0].weight
     torch.testing.assert_close(back(model.x), model.outputs(theta)[1])
-    assert torch.equal(model.from_network(back), theta[1])
+    assert torch.equal(model.theta_of(back), theta[1])
     grad = model.to(dtype=torch.float64).log_joint_and_grad(theta.double())[1]
     at = theta.double().requires_grad_()
     torch.testing.assert_close(
@@ -277,7 +277,7 @@ def test_the_head_of_a_frozen_network_is_a_model_of_its_own(images):
     torch.testing.assert_close(
         bf.predict(whole, draws, new).probs, expected.softmax(-1).mean(0).double()
     )
-    trained = whole.to_network(draws.flat[0])
+    trained = whole.network_at(draws.flat[0])
     torch.testing.assert_close(trained(new), expected[0])
     rows = torch.tensor([3, 5, 5])
     torch.testing.assert_close(
@@ -342,7 +342,7 @@ def test_networks_that_cannot_be_cut_are_computed_whole(kind, seeded):
     model = model_of(net)
     theta = model.sample_prior(3, seed=0)
     with torch.no_grad():
-        expected = [model.to_network(row)(model.x) for row in theta]
+        expected = [model.network_at(row)(model.x) for row in theta]
     torch.testing.assert_close(model.outputs(theta), torch.stack(expected))
 
 
@@ -355,7 +355,7 @@ def test_a_frozen_embedding_takes_integers(seeded):
     assert model.dim == 18
     theta = model.sample_prior(3, seed=0)
     with torch.no_grad():
-        expected = torch.stack([model.to_network(row)(x[:5]) for row in theta])
+        expected = torch.stack([model.network_at(row)(x[:5]) for row in theta])
     torch.testing.assert_close(model.outputs(theta, x[:5]), expected)
 
 

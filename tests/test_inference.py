@@ -194,7 +194,7 @@ def test_starting_points() -> None:
     torch.testing.assert_close(start(each), each, rtol=0, atol=1e-6)
     torch.testing.assert_close(start(each.float()), each, rtol=0, atol=1e-6)
     torch.testing.assert_close(
-        start(model.to_network(point)), point.expand(3, -1), rtol=0, atol=1e-6
+        start(model.network_at(point)), point.expand(3, -1), rtol=0, atol=1e-6
     )
     torch.testing.assert_close(start("prior"), model.sample_prior(3, 0), rtol=0, atol=1e-6)
     climbed = start(None)

@@ -322,7 +322,7 @@ def test_only_what_is_a_chain_is_taken_for_one(name: str) -> None:
     model = bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(), x, x[:, :2])
     assert bool(model.spec.layers) == is_chain
     assert model.spec.symmetries().permutation == {"h1"}
-    theta = model.from_network(net)
+    theta = model.theta_of(net)
     torch.testing.assert_close(model.outputs(theta), net(x).detach())
 
 

@@ -294,7 +294,7 @@ def test_any_module_is_evaluated(name: str) -> None:
     assert not model.spec.layers
     theta = points(model, 3)
     for row, outputs in zip(theta, model.outputs(theta), strict=True):
-        expected = model.to_network(row)(model.x).reshape(6, 1)
+        expected = model.network_at(row)(model.x).reshape(6, 1)
         torch.testing.assert_close(outputs, expected, rtol=1e-12, atol=1e-12)
     assert model.log_joint(theta).isfinite().all()
 
@@ -303,7 +303,7 @@ def test_image_inputs_are_flattened() -> None:
     net = built(lambda: nn.Sequential(nn.Flatten(), nn.Linear(8, 3), nn.Tanh(), nn.Linear(3, 1)))
     model = model_of(net=net, x=torch.randn(5, 2, 4, generator=generator(), dtype=F64))
     theta = points(model)
-    torch.testing.assert_close(model.outputs(theta), model.to_network(theta)(model.x))
+    torch.testing.assert_close(model.outputs(theta), model.network_at(theta)(model.x))
 
 
 def test_outputs_at_other_inputs() -> None:
@@ -316,13 +316,13 @@ def test_outputs_at_other_inputs() -> None:
 def test_networks_go_there_and_back() -> None:
     model = model_of("gaussian learned")
     net = perceptron(1)
-    theta = model.from_network(net)
+    theta = model.theta_of(net)
     assert torch.equal(theta[:-1], torch.nn.utils.parameters_to_vector(net.parameters()))
     assert theta[-1] == pytest.approx(math.log(0.1))
-    torch.testing.assert_close(model.to_network(theta)(model.x), net(model.x))
-    assert all(parameter.requires_grad for parameter in model.to_network(theta).parameters())
+    torch.testing.assert_close(model.network_at(theta)(model.x), net(model.x))
+    assert all(parameter.requires_grad for parameter in model.network_at(theta).parameters())
     with pytest.raises(ValueError, match=r"0\.weight must be \(4, 2\)"):
-        model.from_network(built(lambda: nn.Sequential(nn.Linear(3, 4))))
+        model.theta_of(built(lambda: nn.Sequential(nn.Linear(3, 4))))
 
 
 def test_the_callers_network_and_arrays_stay_their_own() -> None:
@@ -1166,7 +1166,7 @@ def test_a_linearised_model_is_a_model() -> None:
     assert model.outputs(theta).shape == other.outputs(theta).shape
     assert not torch.allclose(model.outputs(theta), other.outputs(theta))
     with pytest.raises(ValueError, match="not a network with other weights"):
-        other.to_network(theta[0])
+        other.network_at(theta[0])
     with pytest.raises(ValueError, match=r"theta must be \(32,\), got \(3, 32\)"):
         model.linearised(theta)
     with pytest.raises(ValueError, match="axis of length 32"):
@@ -1219,7 +1219,7 @@ def _check_gradients(model: BayesianModel) -> None:
             batch[i], model.log_joint_and_grad(theta[i], rows[i])[1], rtol=1e-9, atol=1e-9
         )
     for row, outputs in zip(theta, model.outputs(theta), strict=True):
-        torch.testing.assert_close(outputs, model.to_network(row)(model.x))
+        torch.testing.assert_close(outputs, model.network_at(row)(model.x))
 
 
 def test_batch_norm_in_eval_mode_is_a_constant_affine_map() -> None:

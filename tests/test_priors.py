@@ -566,7 +566,7 @@ def test_a_networks_parameters_are_at_their_mode(name: str) -> None:
             nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)
         )
     )
-    theta = model.from_network(net)
+    theta = model.theta_of(net)
     start = model.spec.network.dim
     assert torch.equal(
         theta[:start], torch.nn.utils.parameters_to_vector(net.parameters()).detach()
@@ -583,7 +583,7 @@ def test_the_scale_of_a_layer_of_zeros_is_bounded() -> None:
     with torch.no_grad():
         net[0].bias.zero_()  # type: ignore[index]
     model = model_of(priors.Hierarchical())
-    theta = model.from_network(net)
+    theta = model.theta_of(net)
     assert theta.isfinite().all()
     assert -5 <= theta[model.spec.slices["prior.log_scale.0.bias"]] <= -4
     assert model.log_joint(theta).isfinite()

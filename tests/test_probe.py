@@ -411,9 +411,9 @@ def test_attention_in_evaluation_is_inferred(make, seeded):
     model = bf.BayesianModel(net, priors.Normal(0.3), likelihoods.Gaussian(0.3), x, x.sum((1, 2)))
     theta = model.sample_prior(3, seed=0)
     with torch.no_grad():
-        expected = torch.stack([model.to_network(each)(x) for each in theta])
+        expected = torch.stack([model.network_at(each)(x) for each in theta])
     torch.testing.assert_close(model.outputs(theta), expected, rtol=1e-4, atol=1e-5)
-    assert not model.to_network(theta[0]).training
+    assert not model.network_at(theta[0]).training
     exact = model.to(dtype=torch.float64)
     at = theta[:1].double().requires_grad_()
     by_torch = torch.autograd.grad(exact.log_joint(at).sum(), at)[0]
@@ -455,7 +455,7 @@ def test_a_loop_of_linear_layers_is_the_way_out_for_recurrent_networks(seeded):
     x = torch.randn(6, 5, 3, generator=generator())
     model = bf.BayesianModel(net, priors.Normal(0.3), likelihoods.Gaussian(0.3), x, x.sum((1, 2)))
     theta = model.sample_prior(2, seed=0)
-    expected = torch.stack([model.to_network(each)(x) for each in theta])
+    expected = torch.stack([model.network_at(each)(x) for each in theta])
     torch.testing.assert_close(model.outputs(theta), expected.detach(), rtol=1e-4, atol=1e-5)
     mapped = torch.func.jvp(model.log_joint, (theta,), (torch.ones_like(theta),))[1]
     torch.testing.assert_close(

@@ -358,8 +358,8 @@ def test_a_run_is_known_by_all_that_shapes_it(tmp_path: Path) -> None:
     differing = {
         "init": ({"init": theta}, {"init": theta + 1e-6}),
         "init of a network": (
-            {"init": target.to_network(theta[0])},
-            {"init": target.to_network(theta[1])},
+            {"init": target.network_at(theta[0])},
+            {"init": target.network_at(theta[1])},
         ),
         "seed": ({"seed": generator(1)}, {"seed": generator(2)}),
         "seed, an integer": ({"seed": 1}, {"seed": generator(1)}),

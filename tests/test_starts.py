@@ -60,7 +60,7 @@ def test_methods_begin_where_they_are_told(name: str, model, modes: Tensor) -> N
         return bf.sample(model, method, init=init, seed=0, **sizes).theta
 
     given = modes[1] if name in ONE_POINT else modes
-    networks = [model.to_network(each) for each in modes]
+    networks = [model.network_at(each) for each in modes]
     forms = [given, given.numpy(), given.tolist(), given.float()]
     for form in forms:
         found = start(form)
@@ -117,7 +117,7 @@ def test_an_ensemble_that_exists_stays_and_learns_its_noise(model, modes: Tensor
     """The noise of trained networks is not in them: it climbs to its mode, which is where the first
     ensemble had it.
     """
-    draws = bf.sample(model, bf.DeepEnsemble(), init=[model.to_network(each) for each in modes])
+    draws = bf.sample(model, bf.DeepEnsemble(), init=[model.network_at(each) for each in modes])
     weights = slice(0, model.spec.network.dim)
     assert torch.equal(draws.theta[0, :, weights], modes[:, weights])
     slope = model.log_joint_and_grad(draws.theta[0])[1][
@@ -159,7 +159,7 @@ def test_laplace_goes_on_from_a_trained_network(model, modes: Tensor) -> None:
 
 def test_laplace_warns_where_the_mode_is_another_network(model) -> None:
     with pytest.warns(UserWarning, match="the mode near init is another network") as told:
-        draws = bf.sample(model, bf.Laplace(), init=model.from_network(built(5)), draws=2)
+        draws = bf.sample(model, bf.Laplace(), init=model.theta_of(built(5)), draws=2)
     # the line that called, not one of the package
     assert told.pop(UserWarning).filename == __file__
     assert draws.info["moved"]["predictions"] > 0.25

@@ -83,9 +83,9 @@ def test_with_the_statistics_of_one_network_the_other_has_another_loss(
     right, wrong = own_loss(pair[1], x, y), own_loss(mixed, x, y)
     assert wrong > 2 * right
     model = bf.BayesianModel(pair[0], priors.Normal(), likelihoods.Gaussian(0.1), x, y)
-    model.from_network(pair[0])
+    model.theta_of(pair[0])
     with pytest.raises(ValueError, match=r"1\.running_mean"):
-        model.from_network(pair[1])
+        model.theta_of(pair[1])
 
 
 def test_statistics_on_the_way_are_those_of_the_networks_own_activations(

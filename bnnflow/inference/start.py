@@ -194,7 +194,7 @@ def as_start(model: BayesianModel, init: Any) -> Tensor | Literal["prior"] | Non
 
 def _weights(model: BayesianModel, name: str, net: nn.Module) -> Tensor:
     try:
-        return model.from_network(net)
+        return model.theta_of(net)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

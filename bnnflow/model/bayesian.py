@@ -521,7 +521,7 @@ class BayesianModel:
         return self.flat_prior.sample(n, seed)
 
     @checked
-    def from_network(self, net: nn.Module) -> Tensor:
+    def theta_of(self, net: nn.Module) -> Tensor:
         """Return the weights of a trained network as ``theta`` ``(dim,)``.
 
         Parameters of the prior are put at the mode of their density given the weights, those of the
@@ -542,7 +542,7 @@ class BayesianModel:
         return self.flat_prior.at_mode(self.spec.flatten(params))
 
     @checked
-    def to_network(self, theta: Tensor) -> nn.Module:
+    def network_at(self, theta: Tensor) -> nn.Module:
         """Return a copy of the network with the weights ``theta`` ``(dim,)``.
 
         Constants stay as they are.

@@ -133,7 +133,7 @@ def _dropped(model: BayesianModel) -> tuple[_Dropped, ...]:
     Raises:
         ValueError: naming a layer whose effect is not that of other weights in the next layer.
     """
-    net, x = model.to_network(0.5 * model.sample_prior(1, 0)[0]).requires_grad_(False), model.x[:4]
+    net, x = model.network_at(0.5 * model.sample_prior(1, 0)[0]).requires_grad_(False), model.x[:4]
     modules, names = (
         dict(net.named_modules()),
         {id(weight): name for name, weight in net.named_parameters()},

@@ -682,7 +682,7 @@ def _kronecker(model: BayesianModel, mode: Tensor) -> KroneckerGaussian:
     """
     laplace = _import_laplace()
     regression = isinstance(model.likelihood, likelihoods.Gaussian)
-    net = model.to_network(mode)
+    net = model.network_at(mode)
     if regression:  # in units of the noise, of which each output may have its own
         fixed = model.likelihood.scale  # type: ignore[attr-defined]
         scale = (
