@@ -98,7 +98,10 @@ def fit(method, python, x, y, x_new):
         given, found = Path(folder, "rows.npz"), Path(folder, "predictions.npz")
         np.savez(given, **rows)
         program = Path(__file__).with_name("uci_rivals.py")
-        subprocess.run([python, program, method, given, found], check=True)
+        command = [python, program, method, given, found]
+        done = subprocess.run(command, capture_output=True, text=True)  # bars and all
+        if done.returncode:
+            raise RuntimeError(f"{method} failed:\n{done.stderr}")
         with np.load(found) as held:
             laws = Normals(y.mean() + y.std() * held["loc"], y.std() * held["scale"])
             return laws, float(held["seconds"])
