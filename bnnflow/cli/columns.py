@@ -23,7 +23,7 @@ _MANY = 50  # different words, over half of the rows, that are names rather than
 _GROUP = "[ '\u2019\u00a0\u202f\u2009]"  # between thousands, besides points and commas
 _OTHER = {".": ",", ",": "."}
 _UNIT = re.compile(r"([+-]?)([$€£¥]?)\s*(.*?)\s*([%$€£¥]?)")
-_CODE = re.compile(r"[+-]?0\d+")  # whose leading zeros a number would lose
+_CODE = re.compile(r"[+-]?(0\d+|\d{16,})")  # of which a float would lose digits
 _DATE = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?)?( ?(Z|UTC|[+-]\d\d:?\d\d))?)?")
 _MONTH = "(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
 _UNCLEAR_DATE = re.compile(
@@ -86,9 +86,7 @@ class Column:
             ValueError: naming the column, for what can be read in more than one way.
         """
         present = [text for text in values if not missing(text)]
-        known = [text for text in present if text.lower() not in _BLANK]
-        if any(text.lower() in _ENDLESS for text in known):
-            raise ValueError(f"column {name!r} holds infinite numbers: fill or leave them out")
+        known = [text for text in present if text.lower() not in _BLANK | _ENDLESS]
         of = max(1, len(known))
         if sum(bool(_DATE.fullmatch(text)) for text in known) >= _MOSTLY * of and known:
             origin = min(_moment(name, text) for text in known if _DATE.fullmatch(text))
@@ -102,12 +100,14 @@ class Column:
         bare = [_parts(text) for text in known]
         numbers = [(unit, text) for unit, text in bare if _like_a_number(text)]
         if any(_CODE.fullmatch(text) for _, text in numbers):
-            notes.append(f"column {name!r} has leading zeros: its numbers are taken for words")
+            notes.append(f"column {name!r} holds codes (leading zeros, or 16 digits): words")
             return cls(name, "words")
         if not numbers or len(numbers) < _MOSTLY * of:
             if len(numbers) > (1 - _MOSTLY) * of:
                 notes.append(f"column {name!r} mixes numbers and words: all are taken for words")
             return cls(name, "words")
+        if any(text.lower() in _ENDLESS for text in present):
+            raise ValueError(f"column {name!r} holds infinite numbers: fill or leave them out")
         return cls._numbers(name, numbers, decimal, notes)
 
     @classmethod
@@ -372,7 +372,13 @@ def _filled(column: Column, values: np.ndarray, notes: Notes) -> Column | None:
                 f"column {name!r} has {different} different words in {len(values)} rows: left out"
             )
             return None
-        if gaps := int((values == "missing").sum()):
+        gaps = int((values == "missing").sum())
+        if gaps == len(values):
+            notes.append(f"column {name!r} is empty: left out")
+            return None
+        some = ", ".join(sorted({*values})[:5]) + (", ..." if different > 5 else "")
+        notes.append(f"column {name!r} holds words, {different} of them: {some}")
+        if gaps:
             notes.append(f"column {name!r}: {gaps} missing, a category of their own")
         return column
     gaps = np.isnan(values)

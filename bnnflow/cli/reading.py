@@ -73,8 +73,6 @@ def read(path: str | Path, notes: Notes, separator: str | None = None) -> Raw:
 
 def _text(path: Path, notes: Notes) -> str:
     content = path.read_bytes()
-    if not content.strip():
-        raise ValueError(f"{path.name} is empty")
     for head, what in _BINARY.items():
         if content.startswith(head):
             raise ValueError(f"{path.name} is {what}, not text: save it as CSV (or .parquet)")
@@ -86,6 +84,12 @@ def _text(path: Path, notes: Notes) -> str:
             raise ValueError(f"{path.name} is not the {encoding} that it begins as") from None
         text = _western(content)
         notes.append(f"{path.name} is not UTF-8: read as Windows-1252 (Western European)")
+    visible = re.sub("[\ufeff\u200b]", "", text)
+    if len(visible) < len(text):
+        notes.append("invisible marks (byte order, zero width) are left out")
+        text = visible
+    if not text.strip():
+        raise ValueError(f"{path.name} is empty")
     if "\x00" in text:
         raise ValueError(f"{path.name} holds zero bytes: it is not text, or damaged")
     return text

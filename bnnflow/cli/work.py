@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -254,10 +255,23 @@ def _split(data: Data, seed: int) -> Split:
     if len(raw[data.target]) < 2:
         raise ValueError(f"{data.path.name} has fewer than two rows with a target")
     y = target.read(raw[data.target], notes)
+    if target.task == "classification":
+        _check_classes(y, data.target, notes)
     training = np.ones(len(y), bool) if data.all_rows else _training(y, target.task, seed)
     features = {name: values for name, values in raw.items() if name != data.target}
     inputs = Inputs.learn(features, training, decimal, notes)
     return Split(inputs, target, _subset(raw, training), _subset(raw, ~training), notes)
+
+
+def _check_classes(y: np.ndarray, name: str, notes: Notes) -> None:
+    """Tell the classes; refuse more of them than can be learned."""
+    counts = Counter(y.tolist()).most_common()
+    if len(y) < 2 * len(counts):
+        raise ValueError(
+            f"the target {name!r} has {len(counts)} classes in {len(y)} rows, fewer than two each"
+        )
+    some = ", ".join(f"{label} ({count} rows)" for label, count in counts[:20])
+    notes.append(f"{len(counts)} classes: {some}" + (", ..." if len(counts) > 20 else ""))
 
 
 def _training(y: np.ndarray, task: str, seed: int) -> np.ndarray:
