@@ -2,8 +2,8 @@
 
 1. *Warm start.* Networks are trained on nine tenths of the rows, all in one batch, each of them
    kept as it was when the other tenth liked it best.
-2. *Chains.* From each of them `MCLMC` runs on all rows, stage by stage until the log joint density
-   rises no more; where a full gradient is too expensive, `SGHMC` on mini-batches.
+2. *Chains.* From each of them `MCLMC` runs on all rows, and four times as long again where the log
+   joint density still rises; `SGHMC` on mini-batches, where a full gradient is too expensive.
 3. *More chains, not longer ones.* Chains of a network rarely meet, so what they disagree on is
    averaged over more of them: rounds of eight follow one another until the Monte-Carlo error of
    the predictions is small beside what they say of their own uncertainty.
@@ -33,8 +33,8 @@ __all__ = ["automatic", "warm_start"]
 
 CHAINS = 8  # of a round
 ROUNDS = 3  # at most
-WARM_UP, DRAWS = 100, 200  # transitions of the first stage of a chain, of ten steps each;
-LONGEST = 4  # each is twice as long as the one before, up to so many times
+WARM_UP, DRAWS = 100, 200  # transitions of a chain, of ten steps each
+LONGER = 4  # times as many where chains have not arrived after these
 # of the log joint between the halves of a stage, in standard deviations of a posterior of as many
 # dimensions, below which chains have arrived
 _RISE = 0.2
@@ -156,28 +156,31 @@ def monte_carlo_error(model: BayesianModel, parts: list[Draws]) -> float:
 def _chains(
     model: BayesianModel, start: Tensor, generator: torch.Generator, progress: bool
 ) -> Draws:
-    """Run a chain from each start: stages of warm-up and draws, each twice as long, until the log
-    joint density rises no more.
+    """Run a chain from each start: a short one, and where the log joint density still rises in it,
+    a long one from its end.
     """
+    draws = _stage(model, start, 1, generator, progress)
+    early, late = draws.log_joint.mean(0).chunk(2)
+    rise = float(late.mean() - early.mean())
+    if rise < _RISE * math.sqrt(model.dim / 2) or draws.info.get("interrupted"):
+        return draws
+    return _stage(model, draws.theta[:, -1], LONGER, generator, progress)
+
+
+def _stage(
+    model: BayesianModel, start: Tensor, length: int, generator: torch.Generator, progress: bool
+) -> Draws:
     full = len(model.x) * model.dim <= _AFFORDABLE
-    method = MCLMC() if full else SGHMC(batch_size=_BATCH)
-    theta, length = start, 1
-    while True:
-        draws = sample(
-            model,
-            method,
-            chains=len(start),
-            warmup=WARM_UP * length,
-            draws=DRAWS * length,
-            init=theta,
-            seed=generator,
-            progress=progress,
-        )
-        early, late = draws.log_joint.mean(0).chunk(2)
-        arrived = float(late.mean() - early.mean()) < _RISE * math.sqrt(model.dim / 2)
-        if arrived or length >= LONGEST or draws.info.get("interrupted"):
-            return draws
-        theta, length = draws.theta[:, -1], 2 * length
+    return sample(
+        model,
+        MCLMC() if full else SGHMC(batch_size=_BATCH),
+        chains=len(start),
+        warmup=WARM_UP * length,
+        draws=DRAWS * length,
+        init=start,
+        seed=generator,
+        progress=progress,
+    )
 
 
 def _joined(parts: list[Draws], info: dict[str, Any]) -> Draws:
