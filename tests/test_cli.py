@@ -165,6 +165,12 @@ def test_compare_scores_on_the_same_rows(tmp_path, monkeypatch):
     assert run(*options).stdout.splitlines()[0].split()[0] == "method"
 
 
+def test_a_target_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("y,x,y,y_2\n1,2,3,4\n5,6,7,9\n")
+    assert "several columns 'y'" in refused("fit", path, "--target", "y", "--out", tmp_path / "r")
+
+
 def test_a_method_that_fails_is_a_line_of_the_comparison(tmp_path, monkeypatch):
     def fails():
         raise ValueError("no such luck")
@@ -315,6 +321,7 @@ def table(tmp_path, content, **options):
         ("z,b\n01234,1\n99999,2\n", {"z": ["01234", "99999"], "b": [1, 2]}, "leading zeros"),
         ("a,b\n9007199254740993,1\n1,2\n", {"a": ["9007199254740993", "1"]}, "16 digits"),
         ("a,b\n1,\ufeffx\n2,x\u200b\n", {"a": [1, 2], "b": ["x", "x"]}, "invisible"),
+        ("a,b\n1,2\n\n3,4\n\n", {"a": [1, 3], "b": [2, 4]}, "1 blank lines"),
         ("a,b\nnan,1\n3,2\n5,3\n", {"a is missing": [1, 0, 0], "a": [4, 3, 5]}, "median 4"),
         ("a,b\nx,1\nNA,2\nNone,3\n", {"a": ["x", "missing", "None"]}, "1 missing"),
         ("a,a,\n1,2,3\n4,5,7\n", {"a": [1, 4], "a_2": [2, 5], "column_3": [3, 7]}, "no name"),
@@ -357,7 +364,9 @@ def test_encodings(tmp_path, encoding, told):
         (b"", "empty"),
         (b"  \n\n", "empty"),
         (b"\xff\xfe\n\x00", "empty"),
+        (b'""', "nothing"),
         (b"a,b\n", "no rows"),
+        (b"a,a is missing\n1,1\n,2\n", "rename"),
         (b"a,b\n1,2\n3\n", "line 3 has 1 cells, the header 2"),
         (b"a,b\n1,2\n3,4,5\n", "line 3 has 3 cells"),
         (b'a,b\n1,"2\n3,4\n', "quote left open"),

@@ -90,7 +90,7 @@ _Budget = Annotated[
     float | None,
     typer.Option("--budget", help="Seconds after which no further round of chains begins."),
 ]
-_Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same result.")]
+_Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same result.")]
 _Network = Annotated[str, typer.Option("--network", help="Widths of the hidden layers.")]
 _Draws = Annotated[int, typer.Option("--draws", help="Draws of the posterior that are kept.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

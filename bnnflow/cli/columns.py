@@ -72,6 +72,11 @@ class Column:
     fill: float | None = None
     indicator: bool = False
 
+    @property
+    def indicator_name(self) -> str:
+        """Name of the column that says where numbers were missing."""
+        return f"{self.name} is missing"
+
     @classmethod
     def look(cls, name: str, values: np.ndarray, decimal: str | None, notes: Notes) -> Column:
         """Find out what a column holds.
@@ -195,6 +200,9 @@ class Inputs:
             learned = _filled(column, column.read(values, notes)[rows], notes)
             if learned is not None:
                 kept.append(learned)
+        marks = {column.indicator_name for column in kept if column.indicator}
+        if taken := marks & {*raw}:
+            raise ValueError(f"rename the column {min(taken)!r}: one of that name marks the gaps")
         if not kept:
             raise ValueError("there is no column to predict from")
         return cls(tuple(kept))
@@ -219,7 +227,7 @@ class Inputs:
                     )
                 values[gaps] = column.fill
                 if column.indicator:
-                    table[f"{column.name} is missing"] = gaps.astype(float)
+                    table[column.indicator_name] = gaps.astype(float)
             table[column.name] = values
         return table
 

@@ -143,7 +143,7 @@ def _separator(text: str) -> str:
             counts = [len(row) for row, _ in zip(_full(lines), range(_LOOKED_AT), strict=False)]
         except csv.Error:
             continue
-        if counts[0] > 1:
+        if counts and counts[0] > 1:
             fits.append((Counter(counts)[counts[0]] / len(counts), separator))
     if not fits:
         return ","
@@ -157,7 +157,11 @@ def _separator(text: str) -> str:
 
 def _full(lines: Any) -> Any:
     """Leave blank lines out."""
-    return (row for row in lines if row and (len(row) > 1 or row[0].strip()))
+    return (row for row in lines if not _blank(row))
+
+
+def _blank(row: list[str]) -> bool:
+    return len(row) < 2 and not "".join(row).strip()
 
 
 def _cells(text: str, separator: str, notes: Notes) -> list[list[str]]:
@@ -169,9 +173,13 @@ def _cells(text: str, separator: str, notes: Notes) -> list[list[str]]:
     lines = csv.reader(
         io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True
     )
-    rows, broken = [], 0
+    rows, broken, blank, skipped = [], 0, 0, 0
     try:
-        for row in _full(lines):
+        for row in lines:
+            if _blank(row):
+                blank += bool(rows)
+                continue
+            skipped = blank  # those at the end do no harm
             broken += any("\n" in cell or "\r" in cell for cell in row)
             rows.append([cell.strip() for cell in row])
             if len(row) != len(rows[0]):
@@ -180,6 +188,10 @@ def _cells(text: str, separator: str, notes: Notes) -> list[list[str]]:
                 )
     except csv.Error as error:
         raise ValueError(f"line {lines.line_num}: {error} (is a quote left open?)") from None
+    if not rows:
+        raise ValueError("there is nothing in it")
+    if skipped:
+        notes.append(f"{skipped} blank lines are skipped")
     if broken:
         notes.append(f"{broken} rows have line breaks inside quotes")
     return rows

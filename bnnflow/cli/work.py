@@ -241,7 +241,7 @@ def _split(data: Data, seed: int) -> Split:
         if name not in raw:
             some = ", ".join(list(raw)[:10]) + (", ..." if len(raw) > 10 else "")
             raise ValueError(f"{data.path.name} has no column {name!r}; it has {some}")
-    if f"{data.target}_2" in raw and any(f"called '{data.target}_2'" in note for note in notes):
+    if any(note.startswith(f"a further column {data.target!r}:") for note in notes):
         raise ValueError(f"{data.path.name} has several columns {data.target!r}, the target")
     if data.target in data.drop:
         raise ValueError(f"--drop leaves out the target {data.target!r}")
@@ -341,7 +341,8 @@ def _telling(notes: Notes) -> Iterator[None]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         yield
-    notes.extend(str(each.message) for each in caught if str(each.message) not in notes)
+    told = [str(each.message) for each in caught if each.category is UserWarning]
+    notes.extend(message for message in dict.fromkeys(told) if message not in notes)
 
 
 # ---------------------------------------- runs
