@@ -438,6 +438,14 @@ def test_chains_are_added_while_they_disagree(monkeypatch: pytest.MonkeyPatch) -
     assert rounds(0.0, 1e-9) == 1
 
 
+def test_few_rows_of_many_columns_are_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "_AFFORDABLE", 0)
+    monkeypatch.setattr(recipe, "DRAWS", 20)
+    x, y = waves(40)
+    fit = BayesianMLPRegressor((4,), budget=1e-9).fit(x, y)
+    assert "SGHMC(batch_size=40" in fit.draws_.info["settings"]
+
+
 def test_many_rows_are_sampled_by_mini_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe, "_AFFORDABLE", 0)
     monkeypatch.setattr(recipe, "DRAWS", 40)

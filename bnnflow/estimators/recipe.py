@@ -173,7 +173,7 @@ def _stage(
     full = len(model.x) * model.dim <= _AFFORDABLE
     return sample(
         model,
-        MCLMC() if full else SGHMC(batch_size=_BATCH),
+        MCLMC() if full else SGHMC(batch_size=min(_BATCH, len(model.x))),
         chains=len(start),
         warmup=WARM_UP * length,
         draws=DRAWS * length,
