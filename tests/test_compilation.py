@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import nn
 
-from bnnflow import BayesianModel, likelihoods, priors
-from bnnflow.model import compilation, fused
+from bnnflow import BayesianModel, compiled, likelihoods, priors
+from bnnflow.compiled import building
 
 F64 = torch.float64
 CXX = next(filter(None, map(shutil.which, ["c++", "g++", "clang++"])), None)
@@ -36,16 +36,16 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("BNNFLOW_FUSED", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    compilation.say_once.cache_clear()
-    fused._library.cache_clear()
+    building.say_once.cache_clear()
+    compiled.library.cache_clear()
     yield cache
-    fused._library.cache_clear()
+    compiled.library.cache_clear()
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the library of this machine's own cache, which `quick` compilers copy in turn."""
-    library = fused._library(F64)
+    library = compiled.library(F64)
     if library is None:
         pytest.skip("no library")
     return Path(shutil.copy(library._name, tmp_path_factory.mktemp("made")))
@@ -76,8 +76,8 @@ def quick(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def loaded() -> bool:
     """Ask for the library as a new process does."""
-    fused._library.cache_clear()
-    return fused._library(F64) is not None
+    compiled.library.cache_clear()
+    return compiled.library(F64) is not None
 
 
 def _loaded(_: int) -> bool:
@@ -330,7 +330,7 @@ def test_a_compiler_that_fails_is_asked_once(
         tmp_path / "bad", script.replace("{made}", str(made)).replace("{python}", sys.executable)
     )
     monkeypatch.setenv("CXX", bad)
-    monkeypatch.setattr(compilation, "_PATIENCE", 0.5 if failure == "hangs" else 60.0)
+    monkeypatch.setattr(building, "_PATIENCE", 0.5 if failure == "hangs" else 60.0)
     assert not loaded()
     works()
     (record,) = caplog.records
@@ -353,7 +353,7 @@ def test_a_failure_is_forgotten(
     monkeypatch.setenv("CXX", bad)
     assert not loaded()
     (failure,) = fresh.iterdir()
-    old = failure.stat().st_mtime - 2 * compilation._REMEMBERED
+    old = failure.stat().st_mtime - 2 * building._REMEMBERED
     os.utime(failure, (old, old))
     assert not loaded()
     assert calls(bad) == 2
@@ -386,7 +386,7 @@ def test_what_a_hanging_compiler_started_ends_with_it(
     marks = tmp_path / "child"
     bad = compiler(tmp_path / "bad", f'sleep 1000 & echo $! > "{marks}"; wait')
     monkeypatch.setenv("CXX", bad)
-    monkeypatch.setattr(compilation, "_PATIENCE", 1.0)
+    monkeypatch.setattr(building, "_PATIENCE", 1.0)
     assert not loaded()
     state = Path(f"/proc/{int(marks.read_text())}/stat")
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bnnflow import BayesianModel, WeightSpec, likelihoods, priors
+from bnnflow import BayesianModel, WeightSpec, compiled, likelihoods, priors
 from bnnflow.activations import Sine
 from bnnflow.model import fused
 from bnnflow.model.network import ChainNetwork, ModuleNetwork
@@ -68,7 +68,7 @@ class Own(likelihoods.Gaussian):
 LIKELIHOODS = OURS | {"own": (Own(), 1)}
 
 needs_compiler = pytest.mark.skipif(
-    fused._library(F64) is None, reason="no C++ compiler, or BNNFLOW_FUSED=0"
+    compiled.library(F64) is None, reason="no C++ compiler, or BNNFLOW_FUSED=0"
 )
 
 
@@ -211,7 +211,7 @@ def test_models_of_nothing_are_refused(widths: tuple[int, ...]) -> None:
 @needs_compiler
 def test_no_rows_to_draw() -> None:
     for shape, size in (((3,), 0), ((0,), 4), ((0, 2), 0)):
-        rows = fused.stratified_rows(shape, size, 10, generator(), F64)
+        rows = compiled.stratified_rows(shape, size, 10, generator(), F64)
         assert rows is not None
         assert rows.shape == (*shape, size)
 
@@ -548,14 +548,14 @@ def test_the_papers_numbers() -> None:
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
 def test_compiled_numbers_are_those_of_threefry(dtype: torch.dtype) -> None:
     key, many = int(torch.empty((), dtype=torch.int64).random_(generator=generator(8))), 64 * 7
-    rows = fused.stratified_rows((many,), 1, 2**53, generator(8), dtype)
+    rows = compiled.stratified_rows((many,), 1, 2**53, generator(8), dtype)
     assert rows is not None
     words = np.concatenate(threefry(key, np.arange(many, dtype=np.uint64)))
     # of every pair of words, the one in the upper bits
     halves = (rows.numpy() >> 21).astype(np.uint32)
     assert np.isin(halves, words).all()
     assert len(np.unique(halves)) == many
-    library = fused._library(dtype)
+    library = compiled.library(dtype)
     assert library is not None
     out = torch.empty(1, 1, dtype=torch.int64)
     seen = []
@@ -588,7 +588,7 @@ def z_scores(x: Tensor) -> dict[str, float]:
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
 def test_normal_numbers_are_normal(dtype: torch.dtype) -> None:
-    x = fused.normal_like(torch.empty(800, 5000, dtype=dtype), generator(1))
+    x = compiled.normal_like(torch.empty(800, 5000, dtype=dtype), generator(1))
     assert x.isfinite().all()
     scores = z_scores(x)
     assert max(map(abs, scores.values())) < 4.5, scores
@@ -602,7 +602,7 @@ def test_normal_numbers_are_normal(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
 def test_normal_numbers_are_independent(dtype: torch.dtype) -> None:
     g, like = generator(2), torch.empty(2**16, dtype=dtype)
-    x = torch.stack([fused.normal_like(like, g) for _ in range(32)]).double()  # (key, number)
+    x = torch.stack([compiled.normal_like(like, g) for _ in range(32)]).double()  # (key, number)
     for series in (x, x.square() - 1, x.sign(), x.abs().log() + 0.635181422730739):
         spread = float(series.square().mean())
         spectrum = torch.fft.rfft(series, n=2 * series.shape[1])
@@ -617,7 +617,7 @@ def test_normal_numbers_are_independent(dtype: torch.dtype) -> None:
 
 
 def test_normal_numbers_of_neighbouring_keys_are_independent() -> None:
-    library = fused._library(F32)
+    library = compiled.library(F32)
     if library is None:
         pytest.skip("no compiler")
     keys = [*range(32), *(1 << bit for bit in range(5, 63))]
@@ -634,14 +634,14 @@ def test_normal_numbers_are_determined_by_the_generator(dtype: torch.dtype) -> N
     g = generator(3)
     for shape in ((), (0,), (1,), (3, 5), (16, 401), (127,), (128,), (129,)):
         state, like = g.get_state(), torch.zeros(shape, dtype=dtype)
-        first, second = fused.normal_like(like, g), fused.normal_like(like, g)
+        first, second = compiled.normal_like(like, g), compiled.normal_like(like, g)
         assert first.shape == shape
         assert first.dtype == dtype
         assert not first.numel() or not torch.equal(first, second)
         again = torch.Generator()
         again.set_state(state)
-        assert torch.equal(fused.normal_like(like, again), first)
-        assert torch.equal(fused.normal_like(like, again), second)
+        assert torch.equal(compiled.normal_like(like, again), first)
+        assert torch.equal(compiled.normal_like(like, again), second)
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
@@ -654,9 +654,11 @@ def test_a_langevin_step(layout: str, own_metrics: bool, dtype: torch.dtype) -> 
     if layout == "columns":
         theta = theta.mT.contiguous().mT
     expected = (
-        theta + 0.3 * metric * grad + 0.7 * metric.sqrt() * fused.normal_like(theta, generator(5))
+        theta
+        + 0.3 * metric * grad
+        + 0.7 * metric.sqrt() * compiled.normal_like(theta, generator(5))
     )
-    found = fused.langevin(theta, grad, metric, metric.sqrt(), 0.3, 0.7, generator(5))
+    found = compiled.langevin(theta, grad, metric, metric.sqrt(), 0.3, 0.7, generator(5))
     torch.testing.assert_close(found, expected)
 
 
@@ -669,14 +671,14 @@ def test_the_longest_gradient_and_what_is_not_finite(dim: int, dtype: torch.dtyp
     )
     for root in (torch.full((dim,), 2.0, dtype=dtype), torch.full((5, dim), 2.0, dtype=dtype)):
         norms = (2 * grad).norm(dim=-1)
-        bound = fused.max_norm(grad, root, value)
+        bound = compiled.max_norm(grad, root, value)
         assert 0.9999 * float(norms.max()) <= bound <= 1.0001 * float(norms.norm())
         for bad in (float("nan"), float("inf"), -float("inf")):
             for spoiled in (grad, value):
                 changed = spoiled.clone()
                 changed[3, ...] = bad
                 arguments = (changed, root, value) if spoiled is grad else (grad, root, changed)
-                assert not math.isfinite(fused.max_norm(*arguments))
+                assert not math.isfinite(compiled.max_norm(*arguments))
 
 
 # ---------------------------------------- derivatives

@@ -28,6 +28,8 @@ ROOMS = [
     "ranks",
     "bridge",
     "diagnostics",
+    "compiled",
+    "optimisers",
     "gaussian",
     "posteriors",
     "tracing",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import bnnflow as bf
-from bnnflow import WeightSpec, storage
+from bnnflow import WeightSpec, compiled, storage
 from bnnflow.activations import Sine
 from bnnflow.data import load_images
 from bnnflow.equivariant import INRs, fit_images, fit_inrs, image_grid, inr, render, siren, warp
@@ -26,7 +26,7 @@ from bnnflow.model.network import ChainNetwork, ModuleNetwork
 
 F32, F64 = torch.float32, torch.float64
 needs_compiler = pytest.mark.skipif(
-    fused._library(F64) is None, reason="no C++ compiler, or BNNFLOW_FUSED=0"
+    compiled.library(F64) is None, reason="no C++ compiler, or BNNFLOW_FUSED=0"
 )
 
 
@@ -54,8 +54,9 @@ NET = siren(1, 1, (8, 8), w0=3.0)
 def each_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run with the compiled code and without it."""
     if not request.param:
-        monkeypatch.setattr(fused, "_library", lambda dtype: None)
-    elif fused._library(F32) is None:
+        for home in (fused, compiled.routines):
+            monkeypatch.setattr(home, "library", lambda dtype: None)
+    elif compiled.library(F32) is None:
         pytest.skip("no C++ compiler, or BNNFLOW_FUSED=0")
 
 

@@ -1488,7 +1488,8 @@ def test_memory_is_used_again_by_one_call_after_the_other_only(monkeypatch) -> N
     """The eager gradient writes into its own memory: results that were returned are never
     touched.
     """
-    monkeypatch.setattr("bnnflow.model.fused._library", lambda dtype: None)
+    for home in ("bnnflow.model.fused", "bnnflow.compiled.routines"):
+        monkeypatch.setattr(f"{home}.library", lambda dtype: None)
     x = torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None]
     with torch.random.fork_rng(devices=[]):
         net = nn.Sequential(

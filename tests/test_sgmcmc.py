@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import bnnflow as bf
 from bnnflow import likelihoods, priors
+from bnnflow.compiled import normal_like
 from bnnflow.inference import SGHMC, SGLD, SGNHT, Cyclical, Polynomial
 from bnnflow.inference.loop import thinned
 from bnnflow.inference.stochastic.burn_in import skip_exploration
@@ -26,7 +27,6 @@ from bnnflow.inference.stochastic.schedules import Schedule, Stage
 from bnnflow.inference.stochastic.sghmc import sghmc
 from bnnflow.inference.stochastic.sgld import psgld, sgld
 from bnnflow.inference.stochastic.sgnht import sgnht
-from bnnflow.model.fused import normal_like
 from bnnflow.types import Kernel
 
 F64 = torch.float64

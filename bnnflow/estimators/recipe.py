@@ -22,8 +22,9 @@ from torch import Tensor
 
 from bnnflow.draws import Draws
 from bnnflow.inference import MCLMC, SGHMC, sample
-from bnnflow.inference.start import Adam, random_networks
+from bnnflow.inference.start import random_networks
 from bnnflow.model import BayesianModel
+from bnnflow.optimisers import Adam
 from bnnflow.predictive import predict
 from bnnflow.progress import progress_bar
 from bnnflow.stopwatch import Stopwatch

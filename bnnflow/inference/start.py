@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bnnflow.arguments import tensor
 from bnnflow.method import Run
 from bnnflow.model import BayesianModel
+from bnnflow.optimisers import Adam, cosine
 from bnnflow.progress import progress_bar
 from bnnflow.ranks import ALONE, Ranks
 from bnnflow.warn import warn
@@ -20,10 +21,8 @@ from bnnflow.weights import WeightSpec
 
 __all__ = [
     "WARM_START",
-    "Adam",
     "accelerated_ascent",
     "as_start",
-    "cosine",
     "first_points",
     "maximise",
     "of_divergence",
@@ -55,34 +54,6 @@ def random_networks(
         uniform = torch.rand(n, *shape, generator=generator, device=generator.device, dtype=dtype)
         params[name] = (2 * uniform - 1) / math.sqrt(fan_in)
     return spec.flatten(params)
-
-
-class Adam:
-    """The moments of Adam (Kingma and Ba 2015) over a batch of points, for climbing.
-
-    Its steps have the size of the rate in units of the weights, and 1e-8 is in nats by these:
-    networks for standardised data have weights of about one. In other units it may not arrive. So a
-    method that needs a mode finds it by other means from here (`Laplace`), warms up, or says that
-    it has not settled.
-    """
-
-    def __init__(self, theta: Tensor) -> None:
-        self._first, self._second = torch.zeros_like(theta), torch.zeros_like(theta)
-        self._steps = 0
-
-    def step(self, theta: Tensor, grad: Tensor, rate: float) -> Tensor:
-        """Return the points one step up the gradient; entries that are not finite count as zero."""
-        self._steps += 1
-        grad = torch.nan_to_num(grad, 0.0, 0.0, 0.0)
-        self._first.lerp_(grad, 0.1)
-        self._second.lerp_(grad.square(), 0.001)
-        unbiased = self._first / (1 - 0.9**self._steps)
-        return theta + rate * unbiased / ((self._second / (1 - 0.999**self._steps)).sqrt() + 1e-8)
-
-
-def cosine(rate: float, step: int, steps: int) -> float:
-    """Return a learning rate that falls to zero over ``steps`` steps, the first of which is 1."""
-    return rate * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def maximise(

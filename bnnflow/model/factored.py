@@ -18,8 +18,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from bnnflow.compiled import is_untracked_cpu
 from bnnflow.model.arrowhead import Arrowhead, Pairs
-from bnnflow.model.fused import is_untracked_cpu
 from bnnflow.weights import Layer
 
 __all__ = ["BorderedFactor", "ClosedFactor", "Factor", "FactoredJacobian", "MatrixFactor", "Outer"]

@@ -1,33 +1,21 @@
-"""Compiled for the CPU: log densities of perceptrons with their gradients, random numbers, steps of
-samplers.
-
-The source is ``fused.cpp`` beside this file. The machine's own C++ compiler (``$CXX``, ``c++``,
-``g++`` or ``clang++``) makes a library of it the first time that a model on the CPU is evaluated,
-which takes a few seconds, and `bnnflow.model.compilation` keeps it for later processes. Where that
-does not work, which is said once, or ``BNNFLOW_FUSED=0`` is set, or something tracks derivatives,
-the caller evaluates with torch instead: same numbers to rounding, only slower. Random numbers are
-the exception: with a library they come from Threefry, without one from torch, so a seed gives the
-same draws only where both runs have a library or neither has.
+"""The log densities of perceptrons with their gradients, by the compiled library.
 
 Chains are computed one by one, so results do not depend on the number of threads
-(``torch.get_num_threads()``).
+(``torch.get_num_threads()``). Where there is no library (`bnnflow.compiled`), or something tracks
+derivatives, the caller evaluates with torch instead.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from bnnflow.activations import Activation
-from bnnflow.model.compilation import say_once, shared_library
+from bnnflow.compiled import is_untracked_cpu, key_of, library
 from bnnflow.model.likelihood import Likelihood
 from bnnflow.model.likelihoods import (
     Bernoulli,
@@ -45,16 +33,7 @@ from bnnflow.model.priors.log_scales import Shared
 from bnnflow.model.priors.marginals import Marginal, rebuild
 from bnnflow.weights import WeightSpec
 
-__all__ = [
-    "FusedDensity",
-    "FusedNetwork",
-    "is_untracked_cpu",
-    "langevin",
-    "max_norm",
-    "normal_like",
-    "stratified_rows",
-    "turned",
-]
+__all__ = ["FusedDensity", "FusedNetwork"]
 
 _ACTIVATIONS = {
     "identity": 0,
@@ -92,8 +71,6 @@ _FAMILIES = {
     (True, "InverseGamma"): 5,
     (True, "Exponential"): 5,
 }
-_SCALARS = {torch.float32: "float", torch.float64: "double"}
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
 # Wider layers are left to torch, whose matrix products are blocked for the caches. Measured in us a
 # gradient, compiled against torch, 500 rows, float32: 30-128-128-1 730 and 1140, 30-256-256-1 2650
 # and 4520, 784-50-10 1180 and 1120, 30-512-512-1 14200 and 11400.
@@ -153,28 +130,6 @@ class _Call(ctypes.Structure):
     ]
 
 
-def is_untracked_cpu(*tensors: Tensor) -> bool:
-    """Say whether tensors are ordinary memory on the CPU and nothing tracks their derivatives."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return False
-    here = all(
-        tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter)
-        for tensor in tensors
-    )
-    return here and not is_tracked(*tensors)
-
-
-def is_tracked(*tensors: Tensor) -> bool:
-    """Say whether anything follows the derivatives of one of the tensors, or maps over it."""
-    tracking = torch.is_grad_enabled()
-    return any(
-        (tracking and tensor.requires_grad)
-        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # type: ignore[attr-defined]
-        or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None)
-        for tensor in tensors
-    )
-
-
 class FusedNetwork:
     """The outputs of a perceptron and their pullback, for many weight vectors.
 
@@ -199,7 +154,7 @@ class FusedNetwork:
             _supported(self._spec)
             and theta.dtype == x.dtype
             and is_untracked_cpu(theta, x)
-            and _library(theta.dtype) is not None
+            and library(theta.dtype) is not None
         )
 
     def outputs(self, theta: Tensor, x: Tensor, per_network: bool) -> Tensor:
@@ -366,7 +321,7 @@ class FusedDensity:
         learned = [spec.shapes[f"likelihood.log_{name}"] for name in compiled.parameters]
         # one for all targets
         fits = fits and (isinstance(compiled, Ordinal) or learned in ([], [(1,)]))
-        return cls(spec, likelihood, prior, x, y) if fits and _library(x.dtype) else None
+        return cls(spec, likelihood, prior, x, y) if fits and library(x.dtype) else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what it was built from: addresses mean nothing elsewhere."""
@@ -407,7 +362,7 @@ class FusedDensity:
         own.
         """
         return self._run(
-            theta, batch_size, likelihood_weight, prior_weight, drawn=1, key=_key(generator)
+            theta, batch_size, likelihood_weight, prior_weight, drawn=1, key=key_of(generator)
         )
 
     def _run(
@@ -547,216 +502,10 @@ def _threads(multiplications: int) -> int:
 
 
 def _evaluate(dtype: torch.dtype, problem: _Problem, call: _Call) -> None:
-    library = _library(dtype)
-    assert library is not None
-    status = library.bnnflow_evaluate(ctypes.byref(problem), ctypes.byref(call))
+    compiled = library(dtype)
+    assert compiled is not None
+    status = compiled.bnnflow_evaluate(ctypes.byref(problem), ctypes.byref(call))
     if status == 1:
         raise IndexError(f"rows must be between 0 and {call.n_data - 1}")
     if status:
         raise MemoryError("no memory left to evaluate the network")
-
-
-# ---------------------------------------- random numbers
-
-
-def normal_like(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw standard normal numbers with the shape, the type and the device of a tensor.
-
-    On the CPU one integer of the generator is the key from which the compiled Threefry (Salmon et
-    al. 2011) makes them all, in less than half the time of ``torch.randn``, which takes over where
-    there is no library.
-
-    Args:
-        like: says what they look like.
-        generator: advances by one integer, or as ``torch.randn`` advances it; on the tensor's
-            device.
-    """
-    library = _library(like.dtype) if like.is_cpu else None
-    if library is None:
-        return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
-    normals = torch.empty(like.shape, dtype=like.dtype)
-    library.bnnflow_normals(_key(generator), normals.numel(), normals.data_ptr())
-    return normals
-
-
-def langevin(
-    theta: Tensor,
-    grad: Tensor,
-    metric: Tensor,
-    root: Tensor,
-    drift: float,
-    spread: float,
-    generator: torch.Generator,
-) -> Tensor:
-    """Return theta + drift * metric * grad + spread * root * noise, the noise as from
-    `normal_like`.
-
-    Args:
-        theta: ``(chain, dim)``.
-        grad: ``(chain, dim)``.
-        metric: ``(dim,)`` or ``(chain, dim)``.
-        root: like ``metric``.
-        drift: factor of the gradient.
-        spread: factor of the noise.
-        generator: source of the noise.
-    """
-    library = _library(theta.dtype) if _dense(theta, grad, metric, root) else None
-    if library is None:
-        moved = torch.addcmul(theta, grad, metric, value=drift)
-        return moved.addcmul_(normal_like(theta, generator), root, value=spread)
-    moved = torch.empty_like(theta)
-    library.bnnflow_langevin(
-        _key(generator),
-        *theta.shape,
-        theta.data_ptr(),
-        grad.data_ptr(),
-        metric.data_ptr(),
-        root.data_ptr(),
-        0 if metric.dim() == 1 else theta.shape[1],
-        drift,
-        spread,
-        moved.data_ptr(),
-    )
-    return moved
-
-
-def max_norm(grad: Tensor, root: Tensor, value: Tensor) -> float:
-    """Return a bound on the longest grad * root of all chains, not finite if something is not.
-
-    Args:
-        grad: ``(chain, dim)``.
-        root: ``(dim,)`` or ``(chain, dim)``.
-        value: ``(chain,)``, float64; what else must be finite.
-    """
-    library = (
-        _library(grad.dtype) if _dense(grad, grad, root, root) and value.is_contiguous() else None
-    )
-    if library is None or value.dtype != torch.float64:
-        return float(torch.linalg.vector_norm(grad * root)) + 0 * float(value.sum())
-    stride = 0 if root.dim() == 1 else grad.shape[1]
-    return library.bnnflow_longest(
-        *grad.shape, grad.data_ptr(), root.data_ptr(), stride, value.data_ptr()
-    )
-
-
-def turned(direction: Tensor, grad: Tensor, step: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Turn directions towards gradients, ``(chain, dim)`` each, for times ``(1,)`` or
-    ``(chain, 1)``, as `mclmc.turn`.
-
-    Returns:
-        The new directions and the changes of kinetic energy ``(chain,)``; None where the library
-        cannot.
-    """
-    dense = (
-        direction.is_contiguous()
-        and grad.is_contiguous()
-        and direction.dtype == grad.dtype == step.dtype
-    )
-    library = (
-        _library(grad.dtype)
-        if dense and grad.is_cpu and is_untracked_cpu(direction, grad)
-        else None
-    )
-    if library is None:
-        return None
-    new, change = torch.empty_like(direction), torch.empty(len(direction), dtype=torch.float64)
-    library.bnnflow_turn(
-        *direction.shape,
-        direction.data_ptr(),
-        grad.data_ptr(),
-        step.data_ptr(),
-        int(step.dim() == 2),
-        new.data_ptr(),
-        change.data_ptr(),
-    )
-    return new, change
-
-
-def _dense(theta: Tensor, grad: Tensor, metric: Tensor, root: Tensor) -> bool:
-    """Say whether these are what compiled code takes for ``(chain, dim)`` twice, and ``(dim,)`` or
-    the same twice.
-    """
-    return (
-        theta.is_cpu
-        and theta.dtype == grad.dtype == metric.dtype == root.dtype
-        and theta.shape == grad.shape
-        and metric.shape == root.shape
-        and (metric.dim() == 1 or metric.shape == theta.shape)
-        and theta.is_contiguous()
-        and grad.is_contiguous()
-        and metric.is_contiguous()
-        and root.is_contiguous()
-    )
-
-
-def stratified_rows(
-    shape: tuple[int, ...], size: int, n: int, generator: torch.Generator, dtype: torch.dtype
-) -> Tensor | None:
-    """Draw one row of each of ``size`` equal stretches of ``n`` rows, int64 ``(*shape, size)``.
-
-    As `normal_like` does.
-
-    Args:
-        shape: of the batches.
-        size: rows in a batch.
-        n: rows that exist.
-        generator: advances by one integer.
-        dtype: of the library that is used; None is returned where there is none, or the generator
-            is not on the CPU.
-    """
-    library = _library(dtype) if generator.device.type == "cpu" else None
-    if library is None:
-        return None
-    rows = torch.empty((*shape, size), dtype=torch.int64)
-    library.bnnflow_rows(_key(generator), math.prod(shape), size, n, rows.data_ptr())
-    return rows
-
-
-def _key(generator: torch.Generator) -> int:
-    return torch.empty((), dtype=torch.int64).random_(generator=generator).item()  # type: ignore[return-value]
-
-
-# ---------------------------------------- compilation
-
-
-@functools.cache
-def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """Return the compiled library for a floating-point type, or None where there can be none."""
-    scalar = _SCALARS.get(dtype)
-    if scalar is None or os.environ.get("BNNFLOW_FUSED") == "0":
-        return None
-    try:
-        library = shared_library(
-            Path(__file__).with_name("fused.cpp"), [*_FLAGS, f"-DSCALAR={scalar}"]
-        )
-    except OSError as error:
-        say_once(
-            f"perceptrons are evaluated by torch, several times as slowly as compiled: {error}"
-        )
-        return None
-    library.bnnflow_normals.argtypes = [ctypes.c_uint64, _Int, _Pointer]
-    library.bnnflow_rows.argtypes = [ctypes.c_uint64, _Int, _Int, _Int, _Pointer]
-    number = ctypes.c_double
-    library.bnnflow_langevin.argtypes = [
-        ctypes.c_uint64, _Int, _Int, *[_Pointer] * 4, _Int, number, number, _Pointer
-    ]  # fmt: skip
-    library.bnnflow_turn.argtypes = [
-        _Int,
-        _Int,
-        _Pointer,
-        _Pointer,
-        _Pointer,
-        _Int,
-        _Pointer,
-        _Pointer,
-    ]
-    library.bnnflow_longest.argtypes = [_Int, _Int, _Pointer, _Pointer, _Int, _Pointer]
-    for function in (
-        library.bnnflow_normals,
-        library.bnnflow_rows,
-        library.bnnflow_langevin,
-        library.bnnflow_turn,
-    ):
-        function.restype = None
-    library.bnnflow_longest.restype = ctypes.c_double
-    return library

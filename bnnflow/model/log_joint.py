@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from bnnflow.arguments import tracked
-from bnnflow.model.fused import FusedDensity, is_tracked, is_untracked_cpu, stratified_rows
+from bnnflow.compiled import is_tracked, is_untracked_cpu, stratified_rows
+from bnnflow.model.fused import FusedDensity
 from bnnflow.model.hessian import ChainHessian
 from bnnflow.model.likelihood import Likelihood, Score
 from bnnflow.model.linearised import LinearisedNetwork

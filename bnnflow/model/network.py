@@ -24,8 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bnnflow.compiled import is_tracked, is_untracked_cpu
 from bnnflow.model.factored import FactoredJacobian, Outer
-from bnnflow.model.fused import FusedNetwork, is_tracked, is_untracked_cpu
+from bnnflow.model.fused import FusedNetwork
 from bnnflow.weights import Layer, WeightSpec
 
 __all__ = ["ChainNetwork", "ModuleNetwork", "Pullback"]

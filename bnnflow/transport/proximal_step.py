@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from bnnflow.arguments import Count, Limit, Share, checked
+from bnnflow.compiled import is_untracked_cpu
 from bnnflow.model.factored import ClosedFactor, MatrixFactor
-from bnnflow.model.fused import is_untracked_cpu
 from bnnflow.transport.whitened import WhitenedPosterior
 
 __all__ = ["GaussNewton", "GradientSteps", "LikelihoodScore", "ProximalStep", "Task"]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from bnnflow.arguments import Count, Share, Whole, checked, shaped
+from bnnflow.compiled import is_tracked
 from bnnflow.equivariant import DWSNet, GraphNet, SignedDWSNet, Wiring
 from bnnflow.equivariant.network import TimeEmbedding
-from bnnflow.model.fused import is_tracked
 from bnnflow.seeding import isolated
 from bnnflow.transport.divergence import chained_divergence, divergence
 from bnnflow.transport.field import Field

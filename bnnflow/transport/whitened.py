@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnnflow.compiled import is_untracked_cpu
 from bnnflow.model import BayesianModel
 from bnnflow.model.arrowhead import Arrowhead
 from bnnflow.model.curvature import Curvature
 from bnnflow.model.factored import BorderedFactor, ClosedFactor, Factor, MatrixFactor
-from bnnflow.model.fused import is_untracked_cpu
 from bnnflow.model.priors.flat import Placed
 from bnnflow.transport.source import Source
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
-from bnnflow.inference.start import Adam, cosine, first_points, of_divergence
+from bnnflow.inference.start import first_points, of_divergence
 from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
+from bnnflow.optimisers import Adam, cosine
 from bnnflow.progress import progress_bar
 from bnnflow.weights import WeightSpec
 

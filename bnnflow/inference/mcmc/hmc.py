@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from bnnflow.compiled import normal_like
 from bnnflow.gaussian import Gaussian
 from bnnflow.inference.mcmc.trajectories import (
     ChainState,
@@ -18,7 +19,6 @@ from bnnflow.inference.mcmc.trajectories import (
     Trajectory,
     metropolis,
 )
-from bnnflow.model.fused import normal_like
 from bnnflow.types import Kernel, LogDensityAndGrad
 
 __all__ = ["HMC", "hmc", "leapfrog", "rotation"]

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from bnnflow.arguments import integer, number, settle
+from bnnflow.compiled import normal_like, turned
 from bnnflow.draws import Draws
 from bnnflow.inference.loop import Tuned, WarmUp, run_chains, thinned
 from bnnflow.inference.mcmc.mass import Moments
 from bnnflow.inference.mcmc.warmup import window_ends
 from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
-from bnnflow.model.fused import normal_like, turned
 from bnnflow.ranks import ALONE, Ranks
 from bnnflow.types import Kernel, LogDensityAndGrad
 

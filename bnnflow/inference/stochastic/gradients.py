@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from bnnflow.compiled import max_norm
 from bnnflow.model import BayesianModel
-from bnnflow.model.fused import max_norm
 from bnnflow.ranks import ALONE, Ranks
 
 __all__ = [

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bnnflow.arguments import checked, choice, flag, settle
+from bnnflow.compiled import normal_like
 from bnnflow.draws import Draws
 from bnnflow.inference.stochastic.burn_in import Scheme, check, run_stochastic
 from bnnflow.inference.stochastic.gradients import (
@@ -21,7 +22,6 @@ from bnnflow.inference.stochastic.gradients import (
 from bnnflow.inference.stochastic.schedules import Constant, Schedule
 from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
-from bnnflow.model.fused import normal_like
 from bnnflow.types import Kernel
 
 __all__ = [

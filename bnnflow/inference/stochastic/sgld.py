@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bnnflow.arguments import checked, choice, settle
+from bnnflow.compiled import langevin
 from bnnflow.draws import Draws
 from bnnflow.inference.stochastic.burn_in import Scheme, check, run_stochastic
 from bnnflow.inference.stochastic.gradients import (
@@ -23,7 +24,6 @@ from bnnflow.inference.stochastic.gradients import (
 from bnnflow.inference.stochastic.schedules import Constant, Schedule
 from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
-from bnnflow.model.fused import langevin
 from bnnflow.types import Kernel
 
 __all__ = ["SGLD", "PSGLDState", "SGLDInfo", "SGLDState", "psgld", "sgld"]

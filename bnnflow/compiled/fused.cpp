@@ -1,7 +1,7 @@
 // The log density of many perceptrons and its gradient, one chain after another, in blocks of rows that stay in cache;
 // at the end random numbers, and what samplers do with them.
 //
-// bnnflow/model/fused.py compiles this file on first use, once for each SCALAR (float, double), and says what the
+// bnnflow/compiled/routines.py compiles this file on first use, once for each SCALAR (float, double), and says what the
 // arguments mean. Rows of data are the lanes of the vectors: a block holds, for every unit, `width` vectors of rows,
 // so forward products broadcast weights, and gradients by weights stay vectors of partial sums until the last block.
 // No -ffast-math: NaN and infinity behave as written, only a * b + c may be contracted.
