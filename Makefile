@@ -9,8 +9,8 @@ BIN := $(VENV)/bin
 .PHONY: help demo test test-libraries validate lint docs bench clean
 
 # The tests that meet other libraries, whose versions differ between Pythons (ArviZ is another program from 3.12 on).
-LIBRARIES := $(patsubst %,tests/test_%.py,approximations arguments baselines bootstrap convergence correct couplings \
-	data diagnostics images imports inference likelihoods model networks predictive priors readme report runs smc \
+LIBRARIES := $(patsubst %,tests/test_%.py,approximations arguments baselines bootstrap cli convergence correct couplings \
+	data diagnostics estimators images imports inference likelihoods model networks predictive priors readme report runs smc \
 	solvers storage transport weight_plots)
 
 help:  ## Show this list

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import joblib
 import numpy as np
@@ -385,6 +386,22 @@ def test_any_method(method, monkeypatch: pytest.MonkeyPatch) -> None:
     fit = BayesianMLPRegressor((4,), likelihood="normal", method=method).fit(x, y)
     assert np.isfinite(fit.predict(x)).all()
     assert fit.draws_.info["method"] == type(method).__name__
+
+
+def test_weights_of_draws_count() -> None:
+    """Particles of unequal weight: predictions are the weighted ones, from a file too."""
+    x, y = waves(20)
+    fit = BayesianMLPRegressor((2,), likelihood="normal", method=QUICK).fit(x, y)
+    before = fit.predict(x)
+    log_weights = torch.tensor([[0.0, -1.0, -2.0, -50.0]], dtype=torch.float64)
+    fit.draws_ = replace(fit.draws_, log_weights=log_weights)
+    each = [
+        bf.predict(fit.model_, theta[None], fit._encoded(x).float()).mean
+        for theta in fit.draws_.flat
+    ]
+    expected = (log_weights.softmax(1)[0, :, None] * torch.stack(each)).sum(0)
+    np.testing.assert_allclose(fit.predict(x), expected, rtol=1e-5)
+    assert np.abs(fit.predict(x) - before).max() > 1e-3
 
 
 def test_a_network_of_ones_own(seeded) -> None:

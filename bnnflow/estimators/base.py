@@ -212,8 +212,12 @@ class BayesianEstimator(BaseEstimator, ABC):
             X: ``(n, columns)``, as in training.
         """
         x = self._encoded(X)
+        # without rounding, so that a row's prediction does not depend on the rows beside it
         wide = self.model_.to(dtype=torch.float64)
-        return predict(wide, self.draws_.theta.double().flatten(0, 1), x)
+        log_weights = self.draws_.log_weights
+        if log_weights is not None:
+            log_weights = log_weights.flatten()
+        return predict(wide, (self.draws_.flat.double(), log_weights), x)
 
     def diagnose(self, X: Any = None, y: Any = None) -> Diagnosis:
         """Say how far the draws can be trusted; see `bnnflow.diagnose`.

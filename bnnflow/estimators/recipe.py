@@ -41,7 +41,7 @@ LONGER = 4  # times as many where chains have not arrived after these
 _RISE = 0.2
 SMALL = 0.15  # Monte-Carlo error of the predictions, in standard deviations of these
 # rows of data times weights whose full gradients are affordable
-_AFFORDABLE = 4_000_000
+_AFFORDABLE = 40_000_000
 _HELD_OUT = 0.1  # share of the rows that stop the warm start,
 _MOST_HELD_OUT = 2000  # and how many of them at most
 _BATCH = 256  # rows of a step of the warm start; all where there are fewer than four times as many
