@@ -42,9 +42,11 @@ __all__ = [
     "flag",
     "integer",
     "number",
+    "numbers",
     "positive",
     "settle",
     "shaped",
+    "shown",
     "tensor",
     "tracked",
 ]
@@ -85,7 +87,7 @@ def integer(name: str, value: Any, *, least: int | None = None, most: int | None
             raise TypeError
         result = operator.index(value)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} must be an integer, got {_shown(value)}") from None
+        raise TypeError(f"{name} must be an integer, got {shown(value)}") from None
     if (least is not None and result < least) or (most is not None and result > most):
         raise ValueError(f"{name} must be {_between(least, most)}, got {result}")
     if abs(result) >= 2**63:
@@ -126,7 +128,7 @@ def number(
     except OverflowError:
         result = math.inf
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} must be a number, got {_shown(value)}") from None
+        raise TypeError(f"{name} must be a number, got {shown(value)}") from None
     inside = (
         math.isfinite(result)
         and (above is None or result > above)
@@ -149,6 +151,20 @@ def positive(name: str, value: Any) -> float:
     return number(name, value, above=0)
 
 
+def numbers(name: str, value: Any, *, above: float | None = None) -> tuple[float, ...]:
+    """Return one number, or several in a sequence, a tensor or an array, as a tuple.
+
+    Raises:
+        TypeError: unless they are real numbers.
+        ValueError: if there are none, or one is NaN, infinite or not above the bound.
+    """
+    several = isinstance(value, tuple | list) or len(getattr(value, "shape", ())) == 1
+    values = tuple(number(name, each, above=above) for each in (value if several else (value,)))
+    if not values:
+        raise ValueError(f"{name} has no number")
+    return values
+
+
 def choice(name: str, value: Any, choices: Collection[str]) -> str:
     """Return ``value`` if it is one of the words allowed.
 
@@ -157,7 +173,7 @@ def choice(name: str, value: Any, choices: Collection[str]) -> str:
     """
     if not isinstance(value, str) or value not in choices:
         raise ValueError(
-            f"{name} must be one of {', '.join(map(repr, choices))}, got {_shown(value)}"
+            f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}"
         )
     return value
 
@@ -169,7 +185,7 @@ def flag(name: str, value: Any) -> bool:
         TypeError: if it is neither: the truth of a word or a number is nobody's intention.
     """
     if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be True or False, got {_shown(value)}")
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
     return bool(value)
 
 
@@ -471,7 +487,7 @@ def _either(options: tuple[Any, ...]) -> Gate:
         if close or len(refusals) == 1:
             raise (close or refusals)[0] from None
         wanted = dict.fromkeys(_wanted(name, str(refusal)) for refusal in refusals)
-        raise TypeError(f"{name} must be {' or '.join(wanted)}, got {_shown(value)}") from None
+        raise TypeError(f"{name} must be {' or '.join(wanted)}, got {shown(value)}") from None
 
     return gate
 
@@ -484,7 +500,7 @@ def _wanted(name: str, refusal: str) -> str:
 def _word(choices: tuple[str, ...], name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(
-            f"{name} must be one of {', '.join(map(repr, choices))}, got {_shown(value)}"
+            f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}"
         )
     return choice(name, value, choices)
 
@@ -492,7 +508,7 @@ def _word(choices: tuple[str, ...], name: str, value: Any) -> str:
 def _mapping(of: Gate) -> Gate:
     def gate(name: str, value: Any) -> Any:
         if not isinstance(value, Mapping):
-            raise TypeError(f"{name} must be a dict, got {_shown(value)}")
+            raise TypeError(f"{name} must be a dict, got {shown(value)}")
         return {key: of(f"{name}[{key!r}]", each) for key, each in value.items()}
 
     return gate
@@ -501,7 +517,7 @@ def _mapping(of: Gate) -> Gate:
 def _record(gates: tuple[Gate, ...]) -> Gate:
     def gate(name: str, value: Any) -> Any:
         if not isinstance(value, tuple) or len(value) != len(gates):
-            raise TypeError(f"{name} must be a tuple of {len(gates)}, got {_shown(value)}")
+            raise TypeError(f"{name} must be a tuple of {len(gates)}, got {shown(value)}")
         return tuple(
             each(f"{name}[{i}]", part)
             for i, (each, part) in enumerate(zip(gates, value, strict=True))
@@ -517,7 +533,7 @@ def _items(kind: type, of: Gate) -> Gate:
         if not isinstance(value, Sequence) or isinstance(
             value, str | bytes | bytearray | memoryview
         ):
-            raise TypeError(f"{name} must be a list, got {_shown(value)}")
+            raise TypeError(f"{name} must be a list, got {shown(value)}")
         return kind(of(f"{name}[{i}]", each) for i, each in enumerate(value))
 
     return gate
@@ -554,7 +570,7 @@ def _instance(kind: Any) -> Gate:
         )
         if not fits or (isinstance(value, type) and not issubclass(kind, type)):
             article = "an" if kind.__name__[0] in "AEIOU" else "a"
-            raise TypeError(f"{name} must be {article} {kind.__name__}, got {_shown(value)}")
+            raise TypeError(f"{name} must be {article} {kind.__name__}, got {shown(value)}")
         return value
 
     return gate
@@ -575,11 +591,11 @@ def _anything(name: str, value: Any) -> Any:
 
 def _callable(count: int | None, name: str, value: Any) -> Any:
     if not callable(value) or isinstance(value, type):
-        raise TypeError(f"{name} must be a function, got {_shown(value)}")
+        raise TypeError(f"{name} must be a function, got {shown(value)}")
     if count is not None and not _takes(
         value.forward if isinstance(value, torch.nn.Module) else value, count
     ):
-        raise TypeError(f"{name} must be a function of {count} arguments, got {_shown(value)}")
+        raise TypeError(f"{name} must be a function of {count} arguments, got {shown(value)}")
     return value
 
 
@@ -601,13 +617,13 @@ def _takes(function: Callable[..., Any], count: int) -> bool:
 
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, got {_shown(value)}")
+        raise TypeError(f"{name} must be a string, got {shown(value)}")
     return str(value)
 
 
 def _path(name: str, value: Any) -> Any:
     if not isinstance(value, os.PathLike | str) or isinstance(value, type) or value == "":
-        raise TypeError(f"{name} must be a path, got {_shown(value)}")
+        raise TypeError(f"{name} must be a path, got {shown(value)}")
     return value
 
 
@@ -616,7 +632,7 @@ def _device(name: str, value: Any) -> torch.device:
         device = torch.device(value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
-            f"{name} must be a device such as 'cpu' or 'cuda:0', got {_shown(value)}"
+            f"{name} must be a device such as 'cpu' or 'cuda:0', got {shown(value)}"
         ) from None
     try:
         torch.zeros(1, device=device).item()
@@ -629,7 +645,7 @@ def _device(name: str, value: Any) -> torch.device:
 def _dtype(name: str, value: Any) -> torch.dtype:
     if not isinstance(value, torch.dtype) or not value.is_floating_point:
         raise TypeError(
-            f"{name} must be a floating-point type such as torch.float32, got {_shown(value)}"
+            f"{name} must be a floating-point type such as torch.float32, got {shown(value)}"
         )
     return value
 
@@ -637,7 +653,7 @@ def _dtype(name: str, value: Any) -> torch.dtype:
 def _array(name: str, value: Any) -> np.ndarray:
     """Return a copy of real numbers as a contiguous array in this machine's own byte order."""
     if isinstance(value, bool | np.bool_ | bytearray | memoryview):  # NumPy takes them for numbers
-        raise TypeError(f"{name} must be a tensor of real numbers, got {_shown(value)}")
+        raise TypeError(f"{name} must be a tensor of real numbers, got {shown(value)}")
     if _masked(value):
         raise TypeError(f"{name} has masked entries; fill them or leave their rows out")
     # a frame, whose columns may be of several types
@@ -650,7 +666,7 @@ def _array(name: str, value: Any) -> np.ndarray:
         return np.stack(columns, 1) if columns else np.empty((len(value), 0))
     array = _numbers(value)
     if array is None or (array.size == 0 and isinstance(value, list | tuple)):
-        raise TypeError(f"{name} must be a tensor of real numbers, got {_shown(value)}")
+        raise TypeError(f"{name} must be a tensor of real numbers, got {shown(value)}")
     array = np.array(array, order="C", copy=True)
     if array.dtype.kind == "u" and array.dtype.itemsize > 1:
         if array.size and array.max() > np.iinfo(np.int64).max:
@@ -707,7 +723,7 @@ def _between(least: int | None, most: int | None) -> str:
     return f"at least {least}" if least is not None else f"at most {most}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Say what was given in a few words: a long array would hide the message."""
     if isinstance(value, type):
         return f"the class {value.__name__} itself"

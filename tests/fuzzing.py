@@ -205,6 +205,14 @@ def _data_and_models(w: World) -> Iterator[Call]:
     yield Call("likelihoods.StudentT", likelihoods.StudentT, {"df": 4.0, "scale": 0.1})
     yield Call("likelihoods.NegativeBinomial", likelihoods.NegativeBinomial, {"dispersion": 0.5})
     yield Call("likelihoods.Ordinal", likelihoods.Ordinal, {"n_classes": 3})
+    yield Call("likelihoods.Gamma", likelihoods.Gamma, {"dispersion": 0.5})
+    yield Call("likelihoods.Levels", likelihoods.Levels, {"levels": (1, 2, 4)})
+    yield Call(
+        "likelihoods.Standardised",
+        likelihoods.Standardised,
+        {"base": likelihoods.Gaussian(0.5), "loc": 1.0, "scale": 2.0},
+    )
+    yield Call("likelihoods.LogNormal", likelihoods.LogNormal, {"base": likelihoods.Gaussian(0.5)})
     yield Call("priors.Normal", priors.Normal, {"scale": 1.0, "loc": 0.0})
     yield Call("priors.Laplace", priors.Laplace, {"scale": 1.0, "loc": 0.0})
     yield Call("priors.StudentT", priors.StudentT, {"df": 4.0, "scale": 1.0, "loc": 0.0})
@@ -964,6 +972,9 @@ rest is right.
 """
 
 RIGHT = {
+    ("likelihoods.Levels", "levels"): "two numbers are two levels",
+    ("likelihoods.Standardised", "loc"): "a number for each target",
+    ("likelihoods.Standardised", "scale"): "a number for each target",
     ("report", "title"): "a report may have no title",
     ("Flow", "fingerprint"): "any string names a model; the empty one is that of none",
     ("transport.fit_coupling", "held_out"): "draws are what it takes, though its annotation is "

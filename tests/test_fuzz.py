@@ -51,6 +51,8 @@ WITHOUT_ARGUMENTS = {
 }
 # made of parts that were checked before, or of modules alone
 INNER = {"PosteriorTargets", "NetworkLoss"}
+# set upon by scikit-learn's own checks, whose messages they have
+ESTIMATORS = {"BayesianMLPClassifier", "BayesianMLPRegressor"}
 EVERY = 23  # of the cases, in the suite
 
 
@@ -121,7 +123,9 @@ def test_everything_public_is_under_fire(world: fuzzing.World) -> None:
     )
     names = {name for room in rooms for name in room.__all__ if callable(getattr(room, name))}
     names -= {name for name in names if inspect.ismodule(getattr(bf, name, None))}
-    assert names - called <= RESULTS | PROTOCOLS | WITHOUT_ARGUMENTS | INNER | {"FlatPrior"}
+    assert names - called <= RESULTS | PROTOCOLS | WITHOUT_ARGUMENTS | INNER | ESTIMATORS | {
+        "FlatPrior"
+    }
 
 
 def test_fields_without_parameters_and_single_draws_are_refused(world: fuzzing.World) -> None:

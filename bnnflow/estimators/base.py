@@ -193,7 +193,10 @@ class BayesianEstimator(BaseEstimator, ABC):
         check_consistent_length(next(iter(columns.values())), y)
         weights = sample_weight
         if weights is not None:
-            weights = _check_sample_weight(weights, np.empty((len(y), 1)), dtype=np.float64)
+            try:
+                weights = _check_sample_weight(weights, np.empty((len(y), 1)), dtype=np.float64)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise ValueError(f"sample_weight cannot be taken: {error}") from error
         rows = ordered(columns, y, weights)
         columns = {name: values[rows] for name, values in columns.items()}
         self.table_ = Table.fit(columns)

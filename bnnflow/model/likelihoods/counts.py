@@ -12,7 +12,7 @@ from torch import Tensor
 from torch import distributions as td
 from torch.distributions import Distribution
 
-from bnnflow.arguments import number, settle
+from bnnflow.arguments import number, numbers, settle
 from bnnflow.model.likelihood import Kind, Likelihood, Score, real_targets
 from bnnflow.model.likelihoods.classes import Bernoulli, Ordinal
 from bnnflow.model.likelihoods.shared import (
@@ -211,7 +211,7 @@ class Levels(Likelihood):
     discrete: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
-        levels = tuple(float(level) for level in self.levels)
+        levels = numbers("levels", self.levels)
         ascending = all(low < high for low, high in itertools.pairwise(levels))
         if len(levels) < 2 or not ascending or any(level != level // 1 for level in levels):
             raise ValueError(

@@ -39,6 +39,8 @@ class Gaussian(Likelihood):
             its own.
 
     Example:
+        >>> import torch
+        >>> from torch.distributions import HalfNormal
         >>> Gaussian(scale_prior=HalfNormal(torch.ones(3))).parameters["scale"].batch_shape
         torch.Size([3])
     """

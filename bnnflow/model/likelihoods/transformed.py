@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -11,12 +10,16 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from bnnflow.arguments import numbers, shown
 from bnnflow.model.likelihood import Kind, Likelihood, Score
 from bnnflow.model.likelihoods.counts import Levels
 from bnnflow.model.likelihoods.real import Gaussian, HeteroscedasticGaussian
 from bnnflow.model.likelihoods.shared import positive_targets
 
 __all__ = ["LogNormal", "Reduced", "Standardised", "Transformed", "reduced"]
+
+
+_MEMBERS = ("kind", "parameters", "validate", "log_prob", "mean")
 
 
 class Transformed(Likelihood):
@@ -118,6 +121,7 @@ class Standardised(Transformed):
         ValueError: if scale is not positive, or base is for classes or counts.
 
     Example:
+        >>> import torch
         >>> y = torch.tensor([[1990.0], [2020.0]])
         >>> ages = Standardised(Gaussian(1.0), loc=2000.0, scale=10.0)
         >>> ages.mean(torch.tensor([[-1.0], [2.0]]), {}).flatten()
@@ -131,14 +135,8 @@ class Standardised(Transformed):
 
     def __post_init__(self) -> None:
         _settle_base(self)
-        for name in ("loc", "scale"):
-            values = getattr(self, name)
-            values = (values,) if isinstance(values, int | float) else tuple(values)
-            if not all(math.isfinite(value) for value in values):
-                raise ValueError(f"{name} must be finite, got {values}")
-            if name == "scale" and min(values) <= 0:
-                raise ValueError(f"scale must be positive, got {min(values)}")
-            object.__setattr__(self, name, tuple(float(value) for value in values))
+        object.__setattr__(self, "loc", numbers("loc", self.loc))
+        object.__setattr__(self, "scale", numbers("scale", self.scale, above=0))
 
     def forward(self, z: Tensor) -> Tensor:
         """Return loc + scale * z."""
@@ -225,7 +223,10 @@ class LogNormal(Transformed):
 
 
 def _settle_base(transformed: Transformed) -> None:
-    base = Likelihood.of(transformed.base)
+    given = transformed.base
+    if isinstance(given, type) or not all(hasattr(given, name) for name in _MEMBERS):
+        raise TypeError(f"base must be a likelihood, such as Gaussian(), got {shown(given)}")
+    base = Likelihood.of(given)
     if base.kind != "regression" or base.discrete:
         raise ValueError(f"base must be for continuous targets, got {base!r}")
     object.__setattr__(transformed, "base", base)
