@@ -2,7 +2,7 @@
 
 1. *Warm start.* Networks are trained on nine tenths of the rows, all in one batch, each of them
    kept as it was when the other tenth liked it best.
-2. *Chains.* From each of them `MCLMC` runs on all rows, and four times as long again where the log
+2. *Chains.* From each of them `MCLMC` runs on all rows, and three times as long again where the log
    joint density still rises; `SGHMC` on mini-batches, where a full gradient is too expensive.
 3. *More chains, not longer ones.* Chains of a network rarely meet, so what they disagree on is
    averaged over more of them: rounds of eight follow one another until the Monte-Carlo error of
@@ -34,8 +34,8 @@ __all__ = ["automatic", "warm_start"]
 
 CHAINS = 8  # of a round
 ROUNDS = 3  # at most
-WARM_UP, DRAWS = 100, 200  # transitions of a chain, of ten steps each
-LONGER = 4  # times as many where chains have not arrived after these
+WARM_UP, DRAWS = 200, 200  # transitions of a chain, of ten steps each
+LONGER = 3  # times as many where chains have not arrived after these
 # of the log joint between the halves of a stage, in standard deviations of a posterior of as many
 # dimensions, below which chains have arrived
 _RISE = 0.2
