@@ -100,6 +100,10 @@ class Draws:
     @checked
     def save(self, path: str | Path) -> Path:
         """Write to an ``.npz`` file without pickle; read it back with ``bnnflow.load``."""
+        return storage.write(path, "draws", 1, *self.to_file())
+
+    def to_file(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return the contents of a file, from which `from_file` builds the draws."""
         arrays = {"theta": self.theta.cpu().numpy(), "log_joint": self.log_joint.cpu().numpy()}
         arrays |= {f"stats/{name}": values.cpu().numpy() for name, values in self.stats.items()}
         if self.log_weights is not None:
@@ -113,7 +117,7 @@ class Draws:
             tensors: dict[str, Tensor] = {}
             header["density"] = pack(self.posterior, "density", tensors)
             arrays |= {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
-        return storage.write(path, "draws", 1, header, arrays)
+        return header, arrays
 
     @classmethod
     @checked

@@ -38,18 +38,10 @@ def save(estimator: BayesianEstimator, path: str | Path) -> Path:
         "fitted": estimator._fitted(),
         "likelihood": _packed("likelihood", estimator.model_.likelihood),
         "outputs": estimator.model_.outputs(draws.theta[:1, 0], estimator.model_.x[:1]).shape[-1],
-        "info": draws.info,
     }
-    arrays = {
-        "theta": draws.theta.cpu().numpy(),
-        "log_joint": draws.log_joint.cpu().numpy(),
-        "x": estimator.model_.x.cpu().numpy(),
-        "y": estimator.model_.y.cpu().numpy(),
-    }
-    arrays |= {f"stats/{name}": values.cpu().numpy() for name, values in draws.stats.items()}
-    if draws.log_weights is not None:
-        arrays["log_weights"] = draws.log_weights.cpu().numpy()
-    return storage.write(path, "estimator", VERSION, header, arrays)
+    own, arrays = draws.to_file()
+    arrays |= {"x": estimator.model_.x.cpu().numpy(), "y": estimator.model_.y.cpu().numpy()}
+    return storage.write(path, "estimator", VERSION, header | own, arrays)
 
 
 def load(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> BayesianEstimator:
@@ -64,17 +56,9 @@ def load(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> BayesianEstim
     if header["names"]:
         made.feature_names_in_ = np.asarray(header["names"], dtype=object)
     made._restore(header["fitted"])
-    tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
-    made.model_ = made._model(
-        _unpacked(header["likelihood"]), tensors["x"], tensors["y"], header["outputs"]
-    )
-    made.draws_ = Draws(
-        tensors["theta"],
-        tensors["log_joint"],
-        {n.removeprefix("stats/"): v for n, v in tensors.items() if n.startswith("stats/")},
-        log_weights=tensors.get("log_weights"),
-        info=header["info"],
-    )
+    x, y = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["y"])
+    made.model_ = made._model(_unpacked(header["likelihood"]), x, y, header["outputs"])
+    made.draws_ = Draws.from_file(header, arrays)
     made.model_.check_draws(made.draws_)
     return made
 
