@@ -72,7 +72,9 @@ class Activation:
     def __call__(self, a: Tensor) -> Tensor:
         """Return f(a)."""
         family, _, parameter = self.name.partition(":")
-        return _FUNCTIONS[family](a, float(parameter)) if parameter else _FUNCTIONS[family](a)
+        return (
+            _FUNCTIONS[family](a, float(parameter)) if parameter else _FUNCTIONS[family](a)
+        )
 
     def derivative(self, a: Tensor, value: Tensor) -> Tensor:
         """Return f'(a), given also ``value`` = f(a); differentiable again."""
@@ -160,14 +162,20 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 }
 _OVERWRITE: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda a: a,
-    "tanh": lambda a: a.mul_(2).sigmoid_().mul_(2).sub_(1) if a.device.type == "cpu" else a.tanh_(),
+    "tanh": lambda a: (
+        a.mul_(2).sigmoid_().mul_(2).sub_(1) if a.device.type == "cpu" else a.tanh_()
+    ),
     "sigmoid": Tensor.sigmoid_,
     "relu": Tensor.relu_,
 }
 _PULL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "identity": lambda delta, value: delta,
-    "tanh": lambda delta, value: torch.ops.aten.tanh_backward(delta, value, grad_input=delta),
-    "sigmoid": lambda delta, value: torch.ops.aten.sigmoid_backward(delta, value, grad_input=delta),
+    "tanh": lambda delta, value: torch.ops.aten.tanh_backward(
+        delta, value, grad_input=delta
+    ),
+    "sigmoid": lambda delta, value: torch.ops.aten.sigmoid_backward(
+        delta, value, grad_input=delta
+    ),
     "relu": lambda delta, value: torch.ops.aten.threshold_backward(
         delta, value, 0, grad_input=delta
     ),

@@ -69,7 +69,9 @@ Fraction = Annotated[float, Range(above=0, below=1)]
 Share = Annotated[float, Range(least=0, most=1)]
 
 
-def integer(name: str, value: Any, *, least: int | None = None, most: int | None = None) -> int:
+def integer(
+    name: str, value: Any, *, least: int | None = None, most: int | None = None
+) -> int:
     """Return a whole number as an ``int``: Python's, NumPy's, or a tensor of one element.
 
     Args:
@@ -83,7 +85,10 @@ def integer(name: str, value: Any, *, least: int | None = None, most: int | None
         ValueError: if it is out of range.
     """
     try:
-        if isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) == torch.bool:
+        if (
+            isinstance(value, bool | np.bool_)
+            or getattr(value, "dtype", None) == torch.bool
+        ):
             raise TypeError
         result = operator.index(value)
     except (TypeError, ValueError, RuntimeError):
@@ -137,7 +142,9 @@ def number(
         and (most is None or result <= most)
     )
     if not inside:
-        raise ValueError(f"{name} must be {_within(above, least, below, most)}, got {result!r}")
+        raise ValueError(
+            f"{name} must be {_within(above, least, below, most)}, got {result!r}"
+        )
     return result
 
 
@@ -159,7 +166,9 @@ def numbers(name: str, value: Any, *, above: float | None = None) -> tuple[float
         ValueError: if there are none, or one is NaN, infinite or not above the bound.
     """
     several = isinstance(value, tuple | list) or len(getattr(value, "shape", ())) == 1
-    values = tuple(number(name, each, above=above) for each in (value if several else (value,)))
+    values = tuple(
+        number(name, each, above=above) for each in (value if several else (value,))
+    )
     if not values:
         raise ValueError(f"{name} has no number")
     return values
@@ -213,7 +222,11 @@ def settle(settings: Any, check: Callable[..., Any], *names: str, **bounds: Any)
 
 
 def tensor(
-    name: str, value: Any, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+    name: str,
+    value: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Return real numbers as a tensor that tracks no derivative.
 
@@ -274,11 +287,17 @@ def finite(name: str, values: Tensor) -> Tensor:
         ValueError: naming the first rows that are not.
     """
     wrong = ~values.isfinite()
-    bad = (wrong.flatten(1).any(1) if values.dim() > 1 else wrong.reshape(-1)).nonzero().flatten()
+    bad = (
+        (wrong.flatten(1).any(1) if values.dim() > 1 else wrong.reshape(-1))
+        .nonzero()
+        .flatten()
+    )
     if len(bad):
         if values.dim() == 0:
             raise ValueError(f"{name} must be finite, got {values.item()}")
-        rows = ", ".join(str(int(row)) for row in bad[:5]) + (", ..." if len(bad) > 5 else "")
+        rows = ", ".join(str(int(row)) for row in bad[:5]) + (
+            ", ..." if len(bad) > 5 else ""
+        )
         raise ValueError(
             f"{name} has NaN or infinite values in {len(bad)} of {len(values)} rows: {rows}"
         )
@@ -302,8 +321,12 @@ def shaped(name: str, values: Tensor, *sizes: int | None, lead: bool = False) ->
     if not fits or any(
         size != (wanted or size or -1) for size, wanted in zip(own, sizes, strict=True)
     ):
-        said = ["..."] * lead + ["any" if wanted is None else str(wanted) for wanted in sizes]
-        raise ValueError(f"{name} must be ({', '.join(said)}), got shape {tuple(values.shape)}")
+        said = ["..."] * lead + [
+            "any" if wanted is None else str(wanted) for wanted in sizes
+        ]
+        raise ValueError(
+            f"{name} must be ({', '.join(said)}), got shape {tuple(values.shape)}"
+        )
     return finite(name, values)
 
 
@@ -408,7 +431,8 @@ def _labels(value: Any) -> list[Any] | None:
 def _gates(function: Callable[..., Any]) -> dict[str, Gate]:
     """Return the gate of every annotated argument."""
     kinds = {
-        name: parameter.kind for name, parameter in inspect.signature(function).parameters.items()
+        name: parameter.kind
+        for name, parameter in inspect.signature(function).parameters.items()
     }
     gates: dict[str, Gate] = {}
     for name, annotation in _resolved(function).items():
@@ -426,7 +450,9 @@ def _resolved(function: Callable[..., Any]) -> dict[str, Any]:
 
     What is returned may be known to type checkers only.
     """
-    own = {name: value for name, value in function.__annotations__.items() if name != "return"}
+    own = {
+        name: value for name, value in function.__annotations__.items() if name != "return"
+    }
     holder = types.SimpleNamespace(__annotations__=own)
     return typing.get_type_hints(
         holder, globalns=getattr(function, "__globals__", None), include_extras=True
@@ -450,7 +476,9 @@ def _gate(annotation: Any) -> Gate:
     if origin in (list, tuple, Sequence, collections.abc.Sequence):
         return _items(list if origin is list else tuple, _gate(arguments[0]))
     if origin is collections.abc.Callable:
-        return functools.partial(_callable, None if arguments[0] is Ellipsis else len(arguments[0]))
+        return functools.partial(
+            _callable, None if arguments[0] is Ellipsis else len(arguments[0])
+        )
     return _SIMPLE.get(annotation) or _instance(origin or annotation)
 
 
@@ -464,7 +492,9 @@ def _either(options: tuple[Any, ...]) -> Gate:
     # their gates take strings
     words = {str} & {str for each in options if each in (pathlib.Path, torch.device)}
     gates = list(
-        dict.fromkeys(_gate(each) for each in options if each not in {types.NoneType, *words})
+        dict.fromkeys(
+            _gate(each) for each in options if each not in {types.NoneType, *words}
+        )
     )
     records = [_gate(each) for each in options if get_origin(each) is tuple]
     optional = types.NoneType in options
@@ -487,7 +517,9 @@ def _either(options: tuple[Any, ...]) -> Gate:
         if close or len(refusals) == 1:
             raise (close or refusals)[0] from None
         wanted = dict.fromkeys(_wanted(name, str(refusal)) for refusal in refusals)
-        raise TypeError(f"{name} must be {' or '.join(wanted)}, got {shown(value)}") from None
+        raise TypeError(
+            f"{name} must be {' or '.join(wanted)}, got {shown(value)}"
+        ) from None
 
     return gate
 
@@ -580,9 +612,13 @@ def _members(protocol: type) -> tuple[str, ...]:
     """Return what a protocol asks for; ``__call__`` alone among the private names."""
     bases = [base for base in protocol.__mro__ if getattr(base, "_is_protocol", False)]
     names = {
-        name for base in bases for name in (*vars(base), *getattr(base, "__annotations__", ()))
+        name
+        for base in bases
+        for name in (*vars(base), *getattr(base, "__annotations__", ()))
     }
-    return tuple(sorted(name for name in names if name == "__call__" or not name.startswith("_")))
+    return tuple(
+        sorted(name for name in names if name == "__call__" or not name.startswith("_"))
+    )
 
 
 def _anything(name: str, value: Any) -> Any:
@@ -595,7 +631,9 @@ def _callable(count: int | None, name: str, value: Any) -> Any:
     if count is not None and not _takes(
         value.forward if isinstance(value, torch.nn.Module) else value, count
     ):
-        raise TypeError(f"{name} must be a function of {count} arguments, got {shown(value)}")
+        raise TypeError(
+            f"{name} must be a function of {count} arguments, got {shown(value)}"
+        )
     return value
 
 
@@ -652,7 +690,8 @@ def _dtype(name: str, value: Any) -> torch.dtype:
 
 def _array(name: str, value: Any) -> np.ndarray:
     """Return a copy of real numbers as a contiguous array in this machine's own byte order."""
-    if isinstance(value, bool | np.bool_ | bytearray | memoryview):  # NumPy takes them for numbers
+    # NumPy takes them for numbers
+    if isinstance(value, bool | np.bool_ | bytearray | memoryview):
         raise TypeError(f"{name} must be a tensor of real numbers, got {shown(value)}")
     if _masked(value):
         raise TypeError(f"{name} has masked entries; fill them or leave their rows out")
@@ -662,7 +701,9 @@ def _array(name: str, value: Any) -> np.ndarray:
             raise TypeError(
                 f"{name} has columns of the same name: {', '.join(map(str, value.columns))}"
             )
-        columns = [_column(f"{name} has {column!r}", value[column]) for column in value.columns]
+        columns = [
+            _column(f"{name} has {column!r}", value[column]) for column in value.columns
+        ]
         return np.stack(columns, 1) if columns else np.empty((len(value), 0))
     array = _numbers(value)
     if array is None or (array.size == 0 and isinstance(value, list | tuple)):
@@ -670,7 +711,9 @@ def _array(name: str, value: Any) -> np.ndarray:
     array = np.array(array, order="C", copy=True)
     if array.dtype.kind == "u" and array.dtype.itemsize > 1:
         if array.size and array.max() > np.iinfo(np.int64).max:
-            raise TypeError(f"{name} must be a tensor of numbers below 2**63, got {array.max()}")
+            raise TypeError(
+                f"{name} must be a tensor of numbers below 2**63, got {array.max()}"
+            )
         return array.astype(np.int64)
     known = array.dtype.itemsize <= 8
     return array.astype(array.dtype.newbyteorder("=") if known else np.float64, copy=False)
@@ -699,7 +742,8 @@ def _numbers(value: Any) -> np.ndarray | None:
         array = np.asarray(value)
         # numbers with missing ones among them
         if array.dtype.kind == "O" and hasattr(value, "to_numpy"):
-            if any(isinstance(each, str | bytes) for each in array.flat):  # names, though of digits
+            # names, though of digits
+            if any(isinstance(each, str | bytes) for each in array.flat):
                 return None
             array = value.to_numpy(dtype=float, na_value=math.nan)
     except (TypeError, ValueError, RuntimeError):
@@ -714,7 +758,9 @@ def _within(
         return f"strictly between {above:g} and {below:g}"
     bounds = {"above": above, "at least": least, "below": below, "at most": most}
     said = [f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None]
-    return " and ".join(["positive" if each == "above 0" else each for each in said] + ["finite"])
+    return " and ".join(
+        ["positive" if each == "above 0" else each for each in said] + ["finite"]
+    )
 
 
 def _between(least: int | None, most: int | None) -> str:

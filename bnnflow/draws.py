@@ -46,7 +46,9 @@ class Draws:
     def __post_init__(self) -> None:
         object.__setattr__(self, "theta", self.theta.detach())
         if self.theta.dim() != 3:
-            raise ValueError(f"theta must be (chain, draw, dim), got {tuple(self.theta.shape)}")
+            raise ValueError(
+                f"theta must be (chain, draw, dim), got {tuple(self.theta.shape)}"
+            )
         for name, values in {
             "log_joint": self.log_joint,
             "log_weights": self.log_weights,
@@ -94,7 +96,9 @@ class Draws:
     def with_theta(self, theta: Tensor) -> Draws:
         """Return the same draws with other, equivalent weights (after alignment, say)."""
         if theta.numel() != self.theta.numel():
-            raise ValueError(f"theta must be {tuple(self.theta.shape)}, got {tuple(theta.shape)}")
+            raise ValueError(
+                f"theta must be {tuple(self.theta.shape)}, got {tuple(theta.shape)}"
+            )
         return replace(self, theta=theta.reshape(self.theta.shape))
 
     @checked
@@ -104,8 +108,13 @@ class Draws:
 
     def to_file(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Return the contents of a file, from which `from_file` builds the draws."""
-        arrays = {"theta": self.theta.cpu().numpy(), "log_joint": self.log_joint.cpu().numpy()}
-        arrays |= {f"stats/{name}": values.cpu().numpy() for name, values in self.stats.items()}
+        arrays = {
+            "theta": self.theta.cpu().numpy(),
+            "log_joint": self.log_joint.cpu().numpy(),
+        }
+        arrays |= {
+            f"stats/{name}": values.cpu().numpy() for name, values in self.stats.items()
+        }
         if self.log_weights is not None:
             arrays["log_weights"] = self.log_weights.cpu().numpy()
         if isinstance(self.posterior, Gaussian):
@@ -116,7 +125,9 @@ class Draws:
             # Beside the layout of version 1, whose readers leave it out.
             tensors: dict[str, Tensor] = {}
             header["density"] = pack(self.posterior, "density", tensors)
-            arrays |= {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
+            arrays |= {
+                name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()
+            }
         return header, arrays
 
     @classmethod
@@ -134,7 +145,9 @@ class Draws:
         if "posterior/loc" in tensors:
             posterior = Gaussian(tensors["posterior/loc"], tensors["posterior/scale_tril"])
         if posterior is not None and dimension(posterior) != tensors["theta"].shape[-1]:
-            raise ValueError(f"the density of the draws is one of {dimension(posterior)} weights")
+            raise ValueError(
+                f"the density of the draws is one of {dimension(posterior)} weights"
+            )
         evidence = header["log_evidence"]
         if not tensors["theta"].is_floating_point() or (
             evidence and list(map(type, evidence)) != [float, float]
@@ -179,7 +192,9 @@ def as_theta(
     else:
         theta, weights = draws if isinstance(draws, tuple) else (draws, None)
     if theta.dim() == 0 or theta.shape[-1] == 0:
-        raise ValueError(f"{name} must be weights (..., dim), got shape {tuple(theta.shape)}")
+        raise ValueError(
+            f"{name} must be weights (..., dim), got shape {tuple(theta.shape)}"
+        )
     flat = theta.detach().reshape(-1, theta.shape[-1])
     if weights is None:
         return flat, None

@@ -78,7 +78,9 @@ def load(path: str | Path, model: BayesianModel | None = None) -> Saved | Bayesi
             return INRs.from_file(header, arrays)
         if kind != "draws":
             return _WITH_MODEL[kind].from_file(header, arrays, model)
-        draws = (Correction if "correction" in header["info"] else Draws).from_file(header, arrays)
+        draws = (Correction if "correction" in header["info"] else Draws).from_file(
+            header, arrays
+        )
         if model is not None:
             model.check_draws(draws)
         return draws

@@ -63,17 +63,25 @@ class Gaussian:
         # triangular S = J C^-T J. lower: P = factor^T factor
         factor = torch.linalg.cholesky(precision.double().flip(0, 1)).flip(0, 1).mT
         eye = torch.eye(len(factor), dtype=torch.float64, device=factor.device)
-        return cls(loc, torch.linalg.solve_triangular(factor, eye, upper=False).to(loc.dtype))
+        return cls(
+            loc, torch.linalg.solve_triangular(factor, eye, upper=False).to(loc.dtype)
+        )
 
     @checked
     def sample(self, n: Count, seed: Seed) -> Tensor:
         """Draw ``(n, dim)``."""
         generator = as_generator(seed, self.loc.device)
         noise = torch.randn(
-            n, len(self.loc), generator=generator, device=self.loc.device, dtype=self.loc.dtype
+            n,
+            len(self.loc),
+            generator=generator,
+            device=self.loc.device,
+            dtype=self.loc.dtype,
         )
         return self.loc + (
-            noise * self.scale_tril if self.scale_tril.dim() == 1 else noise @ self.scale_tril.T
+            noise * self.scale_tril
+            if self.scale_tril.dim() == 1
+            else noise @ self.scale_tril.T
         )
 
     @checked
@@ -90,7 +98,9 @@ class Gaussian:
             z, log_det = offset / factor, factor.log().sum()
         else:
             flat = offset.reshape(-1, len(factor))
-            z = torch.linalg.solve_triangular(factor, flat.T, upper=False).T.reshape(offset.shape)
+            z = torch.linalg.solve_triangular(factor, flat.T, upper=False).T.reshape(
+                offset.shape
+            )
             log_det = factor.diagonal().log().sum()
         return -0.5 * (z * z).sum(-1) - log_det - 0.5 * len(factor) * math.log(2 * math.pi)
 

@@ -32,7 +32,17 @@ from bnnflow.types import Seed
 __all__ = ["Identity", "digest", "seed_identity", "without_addresses"]
 
 _PROCESS = os.urandom(8)
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), type(NotImplemented))
+_PLAIN = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(Ellipsis),
+    type(NotImplemented),
+)
 _NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, np.dtype)
 # whether two are one object says nothing
 _BY_VALUE = (Tensor, np.ndarray, np.generic, tuple, frozenset)
@@ -46,7 +56,8 @@ _BUILTIN = (
 _OF_MODULES = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _OF_TRANSFORMS = {"_cached_x_y", "_inv"}
-_HEAP_TYPE = 1 << 9  # a flag of classes; those that ``exec`` makes say that they belong to builtins
+# a flag of classes; those that ``exec`` makes say that they belong to builtins
+_HEAP_TYPE = 1 << 9
 _ELEMENTS = 2**20  # of a tensor that are converted at once
 
 
@@ -203,7 +214,10 @@ class Identity:
         self._add_code(value.__code__, value.__doc__, path)
         self.add(value.__defaults__, path)
         self.add(value.__kwdefaults__, path)
-        cells = [cell.cell_contents if _filled(cell) else None for cell in value.__closure__ or ()]
+        cells = [
+            cell.cell_contents if _filled(cell) else None
+            for cell in value.__closure__ or ()
+        ]
         for name, each in zip(value.__code__.co_freevars, cells, strict=True):
             self.add(each, f"{path}.{name}")
         for name in _globals_of(value.__code__):
@@ -230,7 +244,9 @@ class Identity:
             constants[0] = None
         self._write("code", code.co_code.hex())
         self._add_all(
-            "names", (*code.co_names, *code.co_varnames, *code.co_freevars, *code.co_cellvars), path
+            "names",
+            (*code.co_names, *code.co_varnames, *code.co_freevars, *code.co_cellvars),
+            path,
         )
         self._write("constants", str(len(constants)))
         for constant in constants:
@@ -274,7 +290,9 @@ class Identity:
         self._write("class", value.__qualname__)
         self._add_all("bases", value.__bases__, path)
         for name, member in vars(value).items():
-            written = callable(member) or hasattr(member, "__get__") or not name.startswith("__")
+            written = (
+                callable(member) or hasattr(member, "__get__") or not name.startswith("__")
+            )
             if (
                 written
                 and name not in _OF_CLASSES
@@ -299,7 +317,11 @@ class Identity:
     def _add_distribution(self, value: Distribution, path: str) -> None:
         """Add what defines it, not what was computed from that and kept."""
         kind = type(value)
-        lazy = {name for name in dir(kind) if isinstance(getattr(kind, name, None), lazy_property)}
+        lazy = {
+            name
+            for name in dir(kind)
+            if isinstance(getattr(kind, name, None), lazy_property)
+        }
         self._add_attributes(value, path, lazy | {"_validate_args"})
 
     def _add_transform(self, value: Transform, path: str) -> None:
@@ -329,19 +351,24 @@ class Identity:
             and type(value).__reduce__ is object.__reduce__
         ):
             slots = [
-                name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ())
+                name
+                for kind in type(value).__mro__
+                for name in vars(kind).get("__slots__", ())
             ]
             if hasattr(value, "__dict__") and not slots:
                 return self._add_attributes(value, path)
         try:
             reduced = value.__reduce_ex__(4)
-        except Exception:  # whatever an object's own code raises: it does not want to be pickled
+        # whatever an object's own code raises: it does not want to be pickled
+        except Exception:
             self._mark([f"{path} ({type(value).__name__})"])
             return self._write("unknown", type(value).__qualname__, str(id(value)))
         if isinstance(reduced, str):
             return self._write("global", reduced)
         function, arguments, *state = reduced
-        self._add_all("reduced", (function, arguments, *(_listed(part) for part in state)), path)
+        self._add_all(
+            "reduced", (function, arguments, *(_listed(part) for part in state)), path
+        )
         return None
 
     def _mark(self, unknown: list[str]) -> None:
@@ -416,7 +443,9 @@ def _filled(cell: types.CellType) -> bool:
 
 def _globals_of(code: types.CodeType) -> list[str]:
     """Return the global names that code looks up, its nested functions included, in order."""
-    names = [each.argval for each in dis.get_instructions(code) if each.opname == "LOAD_GLOBAL"]
+    names = [
+        each.argval for each in dis.get_instructions(code) if each.opname == "LOAD_GLOBAL"
+    ]
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             names += _globals_of(constant)
@@ -446,7 +475,9 @@ def _asks_training(kind: type) -> bool:
 
 def _of_class(value: Any, name: str) -> Any:
     """Return what an object's class, or one of its bases, holds under a name; None for nothing."""
-    return next((vars(kind)[name] for kind in type(value).__mro__ if name in vars(kind)), None)
+    return next(
+        (vars(kind)[name] for kind in type(value).__mro__ if name in vars(kind)), None
+    )
 
 
 def _listed(part: Any) -> Any:

@@ -56,7 +56,11 @@ class Run:
         """Return the number of chains: as asked, else one for each row of ``init``, else
         ``default``.
         """
-        rows = len(self.init) if isinstance(self.init, Tensor) and self.init.dim() == 2 else None
+        rows = (
+            len(self.init)
+            if isinstance(self.init, Tensor) and self.init.dim() == 2
+            else None
+        )
         return self.chains or rows or default
 
     def refuse(self, method: object, takes: str, *names: str) -> None:
@@ -65,7 +69,9 @@ class Run:
         """
         given = [name for name in names if getattr(self, name) is not None]
         if given:
-            raise ValueError(f"{type(method).__name__} takes {takes}, not {', '.join(given)}")
+            raise ValueError(
+                f"{type(method).__name__} takes {takes}, not {', '.join(given)}"
+            )
 
 
 class Method(ABC):

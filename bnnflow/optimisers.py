@@ -30,7 +30,9 @@ class Adam:
         self._first.lerp_(grad, 0.1)
         self._second.lerp_(grad.square(), 0.001)
         unbiased = self._first / (1 - 0.9**self._steps)
-        return theta + rate * unbiased / ((self._second / (1 - 0.999**self._steps)).sqrt() + 1e-8)
+        return theta + rate * unbiased / (
+            (self._second / (1 - 0.999**self._steps)).sqrt() + 1e-8
+        )
 
 
 def cosine(rate: float, step: int, steps: int) -> float:

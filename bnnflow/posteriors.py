@@ -56,7 +56,11 @@ class LowRankGaussian:
         noise = torch.randn(
             n, dim + rank, generator=generator, device=self.loc.device, dtype=self.loc.dtype
         )
-        return self.loc + noise[:, :dim] * self.diagonal.sqrt() + noise[:, dim:] @ self.factor.T
+        return (
+            self.loc
+            + noise[:, :dim] * self.diagonal.sqrt()
+            + noise[:, dim:] @ self.factor.T
+        )
 
     def log_prob(self, theta: Tensor) -> Tensor:
         """Return the log density, ``(..., dim) -> (...)`` in float64, by Woodbury's identity."""
@@ -100,7 +104,11 @@ class KroneckerGaussian:
         """Draw ``(n, dim)``."""
         generator = as_generator(seed, self.loc.device)
         noise = torch.randn(
-            n, len(self.loc), generator=generator, device=self.loc.device, dtype=self.loc.dtype
+            n,
+            len(self.loc),
+            generator=generator,
+            device=self.loc.device,
+            dtype=self.loc.dtype,
         )
         parts = [
             (left @ (block / precision.sqrt()) @ right.T).flatten(1)
@@ -114,9 +122,9 @@ class KroneckerGaussian:
         value = torch.full_like(offset[..., 0], -0.5 * len(self.loc) * _LOG_2PI)
         for left, right, precision, block in self._blocks(offset):
             z = left.double().T @ block @ right.double()  # (..., a, b)
-            value = value - 0.5 * (precision.double() * z.square() - precision.double().log()).sum(
-                (-1, -2)
-            )
+            value = value - 0.5 * (
+                precision.double() * z.square() - precision.double().log()
+            ).sum((-1, -2))
         return value
 
     def _blocks(self, theta: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -174,7 +182,9 @@ class Mixture:
         """Draw ``(n, dim)`` in random order of the components."""
         loc = self.components[0].loc
         generator = as_generator(seed, loc.device)
-        chosen = torch.randint(len(self.components), (n,), generator=generator, device=loc.device)
+        chosen = torch.randint(
+            len(self.components), (n,), generator=generator, device=loc.device
+        )
         theta = loc.new_empty(n, len(loc))
         for index, component in enumerate(self.components):
             mine = chosen == index
@@ -288,7 +298,9 @@ def coupling_flow(permutations: tuple[Tensor, ...], dim: int, hidden: int) -> nn
     return nn.ModuleList([*layers, Affine()])
 
 
-def coupling_orders(dim: int, couplings: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+def coupling_orders(
+    dim: int, couplings: int, generator: torch.Generator
+) -> tuple[Tensor, ...]:
     """Return random orders of the coordinates, each second one swapping the halves of the one
     before it.
     """
@@ -296,7 +308,9 @@ def coupling_orders(dim: int, couplings: int, generator: torch.Generator) -> tup
         return ()
     swap = torch.arange(dim, device=generator.device).roll(-(dim // 2))
     return tuple(
-        swap if i % 2 else torch.rand(dim, generator=generator, device=generator.device).argsort()
+        swap
+        if i % 2
+        else torch.rand(dim, generator=generator, device=generator.device).argsort()
         for i in range(couplings)
     )
 
@@ -305,7 +319,14 @@ def coupling_orders(dim: int, couplings: int, generator: torch.Generator) -> tup
 
 KINDS: dict[str, Callable[..., Posterior]] = {
     kind.__name__: kind
-    for kind in (Gaussian, LowRankGaussian, KroneckerGaussian, Conditional, Mixture, CouplingFlow)
+    for kind in (
+        Gaussian,
+        LowRankGaussian,
+        KroneckerGaussian,
+        Conditional,
+        Mixture,
+        CouplingFlow,
+    )
 }
 
 
@@ -362,7 +383,9 @@ def dimension(posterior: Any) -> int:
         )
         return _fitting(flat and fits, dim)
     if isinstance(posterior, KroneckerGaussian):
-        blocks = list(zip(posterior.left, posterior.right, posterior.precision, strict=True))
+        blocks = list(
+            zip(posterior.left, posterior.right, posterior.precision, strict=True)
+        )
         fits = all(
             p.shape == (len(a), len(b))
             and a.shape == p.shape[:1] * 2
@@ -373,13 +396,17 @@ def dimension(posterior: Any) -> int:
     if isinstance(posterior, Conditional):
         where = posterior.where
         inside = where.dtype == torch.int64 and bool(((where >= 0) & (where < dim)).all())
-        return _fitting(flat and inside and where.shape == (dimension(posterior.free),), dim)
+        return _fitting(
+            flat and inside and where.shape == (dimension(posterior.free),), dim
+        )
     raise ValueError(f"no posterior of this module: {type(posterior).__name__}")
 
 
 def _coupled(flow: CouplingFlow) -> int:
     dim = len(flow.parameters[-1])
-    orders = all(torch.equal(order.sort().values, torch.arange(dim)) for order in flow.permutations)
+    orders = all(
+        torch.equal(order.sort().values, torch.arange(dim)) for order in flow.permutations
+    )
     first = flow.parameters[0]
     # The width of the networks is read from their first weights, so these must be a matrix of it.
     hidden = not flow.permutations or first.shape == (len(first), dim // 2)
@@ -398,7 +425,9 @@ def _unpacked(plain: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(plain, list):
         return tuple(_unpacked(each, tensors) for each in plain)
     if plain["kind"] not in KINDS:
-        raise ValueError(f"no posterior {plain['kind']!r}; the file is newer than this bnnflow")
+        raise ValueError(
+            f"no posterior {plain['kind']!r}; the file is newer than this bnnflow"
+        )
     return KINDS[plain["kind"]](
         **{name: _unpacked(part, tensors) for name, part in plain["parts"].items()}
     )

@@ -38,7 +38,9 @@ class Ranks:
         Raise ``ValueError`` unless all get as many.
         """
         if total % self.size:
-            raise ValueError(f"{name} must be a multiple of the {self.size} processes, got {total}")
+            raise ValueError(
+                f"{name} must be a multiple of the {self.size} processes, got {total}"
+            )
         return total // self.size
 
     def own(self, rows: Tensor) -> Tensor:
@@ -49,7 +51,9 @@ class Ranks:
         """Return a generator whose numbers no other process draws; alone, ``generator`` itself."""
         if self.size == 1:
             return generator
-        seeds = torch.randint(2**62, (self.size,), generator=generator, device=generator.device)
+        seeds = torch.randint(
+            2**62, (self.size,), generator=generator, device=generator.device
+        )
         return torch.Generator(generator.device).manual_seed(int(seeds[self.rank]))
 
     def gather(self, value: Tensor, dim: int = 0) -> Tensor:
@@ -57,7 +61,8 @@ class Ranks:
         if self.size == 1:
             return value
         parts = [
-            torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(self.size)
+            torch.empty_like(value, memory_format=torch.contiguous_format)
+            for _ in range(self.size)
         ]
         dist.all_gather(parts, value.contiguous())
         return torch.cat(parts, dim)
@@ -77,10 +82,15 @@ class Ranks:
         """
         if self.size == 1:
             return
-        hashes = [hashlib.blake2b(repr(value).encode(), digest_size=7) for value in values.values()]
+        hashes = [
+            hashlib.blake2b(repr(value).encode(), digest_size=7)
+            for value in values.values()
+        ]
         mine = torch.tensor([int(each.hexdigest(), 16) for each in hashes], device=device)
         everyone = self.gather(mine.unsqueeze(0))
-        for name, same in zip(values, (everyone == everyone[0]).all(0).tolist(), strict=True):
+        for name, same in zip(
+            values, (everyone == everyone[0]).all(0).tolist(), strict=True
+        ):
             if not same:
                 raise ValueError(
                     f"{name} must be the same in all {self.size} processes, which share this run"

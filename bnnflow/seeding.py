@@ -33,7 +33,9 @@ def as_generator(seed: Seed, device: torch.device | str = "cpu") -> torch.Genera
         # A generator of another device seeds one of ours, so that the caller's still decides.
         seed = int(_integer(seed))
     if isinstance(seed, bool) or not isinstance(seed, Integral):
-        raise TypeError(f"seed must be an int or a torch.Generator, got {type(seed).__name__}")
+        raise TypeError(
+            f"seed must be an int or a torch.Generator, got {type(seed).__name__}"
+        )
     return torch.Generator(device).manual_seed(int(seed))
 
 

@@ -90,7 +90,11 @@ def leftovers(path: Path) -> list[Path]:
 
 
 def write(
-    path: str | Path, kind: str, version: int, header: dict[str, Any], arrays: dict[str, np.ndarray]
+    path: str | Path,
+    kind: str,
+    version: int,
+    header: dict[str, Any],
+    arrays: dict[str, np.ndarray],
 ) -> Path:
     """Write arrays and a JSON header to ``path``, whole or not at all.
 
@@ -111,7 +115,9 @@ def write(
     return path
 
 
-def read(path: str | Path, kinds: dict[str, int]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def read(
+    path: str | Path, kinds: dict[str, int]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Read the header and the arrays of a file.
 
     Args:
@@ -164,7 +170,11 @@ def described(path: str | Path, what: str | None = None) -> Iterator[None]:
             raise
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
-        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
+        reason = (
+            str(error)
+            if isinstance(error, ValueError)
+            else f"{type(error).__name__} {error}"
+        )
         raise ValueError(f"{what or path}: {reason}") from error
 
 
@@ -177,12 +187,16 @@ def _members(path: Path) -> dict[str, np.ndarray]:
         if any(each.compress_type != zipfile.ZIP_STORED for each in members):
             raise ValueError("its arrays are compressed")
         ends = [*(each.header_offset for each in members[1:]), archive.start_dir]
-        if not all(0 <= _gap(each, end) < _FIELDS for each, end in zip(members, ends, strict=True)):
+        if not all(
+            0 <= _gap(each, end) < _FIELDS for each, end in zip(members, ends, strict=True)
+        ):
             # one is missing from the list, or longer than the file
             raise ValueError("its arrays do not fill it")
         # files of earlier versions have no comment
         if archive.comment not in (b"", _checksum(archive)):
-            raise ValueError("the list of its arrays does not have the checksum that was written")
+            raise ValueError(
+                "the list of its arrays does not have the checksum that was written"
+            )
         for member in members:
             name = member.filename.removesuffix(".npy")
             if name in arrays:
@@ -196,7 +210,9 @@ def _gap(member: zipfile.ZipInfo, end: int) -> int:
 
     It has a head of 30, its name, and further fields.
     """
-    return end - member.header_offset - 30 - len(member.filename.encode()) - member.file_size
+    return (
+        end - member.header_offset - 30 - len(member.filename.encode()) - member.file_size
+    )
 
 
 def _array(name: str, content: bytes) -> np.ndarray:

@@ -55,12 +55,16 @@ def trace(net: nn.Module) -> Labels:
     for name, module in net.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             reason = "it has hooks, or a forward that is not that of its class"
-            raise ValueError(f"cannot label module {name!r} ({type(module).__name__}): {reason}")
+            raise ValueError(
+                f"cannot label module {name!r} ({type(module).__name__}): {reason}"
+            )
     if type(net) is nn.Linear:
         axes: dict[str, tuple[str | None, ...]] = {
             name: (None,) * p.dim() for name, p in net.named_parameters()
         }
-        layer = Layer("weight", None if net.bias is None else "bias", Activation("identity"))
+        layer = Layer(
+            "weight", None if net.bias is None else "bias", Activation("identity")
+        )
         return Labels(axes, {}, (layer,), frozenset())
     if type(net).__module__.startswith("torch.nn.") and not list(net.children()):
         return _unwrapped(trace(nn.Sequential(net)))
@@ -116,11 +120,19 @@ class _Tracer(fx.Tracer):
             except Exception as error:
                 raise ValueError(f"cannot trace {type(net).__name__}: {error}") from error
 
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
         mine = threading.get_ident() == self._thread
-        return super().call_module(m, forward, args, kwargs) if mine else forward(*args, **kwargs)
+        return (
+            super().call_module(m, forward, args, kwargs)
+            if mine
+            else forward(*args, **kwargs)
+        )
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+    def getattr(
+        self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]
+    ) -> Any:
         mine = threading.get_ident() == self._thread
         return super().getattr(attr, attr_val, parameter_proxy_cache) if mine else attr_val
 
@@ -146,13 +158,17 @@ _POSITIONS: _Axis = (_Part(None),)
 class _Value(NamedTuple):
     """A tensor on its way through the network."""
 
-    segment: int | None = None  # whose units it holds; None for what comes from the inputs alone
+    segment: int | None = (
+        None  # whose units it holds; None for what comes from the inputs alone
+    )
     width: int = 1  # number of units
     axes: tuple[_Axis, ...] = ()  # the last axes, as far as they are known
     whole: bool = False  # these are all axes, rows first
     factor: float = 1.0  # the number that has multiplied it since it was written
     raw: bool = False  # no function has been applied to it since it was written
-    stored: str = ""  # a tensor of the module itself, of which it is made without any inputs
+    stored: str = (
+        ""  # a tensor of the module itself, of which it is made without any inputs
+    )
 
     def axis(self, number: Any) -> int | None:
         """Return the index of an axis counted from the end, or None where its place is not
@@ -215,7 +231,9 @@ class _Walk:
         self.net = net
         self.modules = dict(net.named_modules())
         self.names = {id(parameter): name for name, parameter in net.named_parameters()}
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
+        self.shapes = {
+            name: tuple(parameter.shape) for name, parameter in net.named_parameters()
+        }
         # segments
         self.marks: dict[str, list[int | None]] = {
             n: [None] * len(s) for n, s in self.shapes.items()
@@ -231,7 +249,9 @@ class _Walk:
         self.transposed: set[str] = set()  # tensors whose second axis is the written one
         self.used: set[str] = set()
         self.layers: list[Layer] = []
-        self.chain = True  # so far, nothing but Linear layers, each with at most one activation
+        self.chain = (
+            True  # so far, nothing but Linear layers, each with at most one activation
+        )
 
     def follow(self, graph: fx.Graph) -> Labels:
         """Visit every node and return what was found."""
@@ -268,14 +288,20 @@ class _Walk:
         """Name the labels, now that it is known which of them are one."""
         value = self.values.get(output) if isinstance(output, fx.Node) else None
         if not isinstance(value, _Value):
-            raise ValueError(f"cannot label {type(self.net).__name__}: it must return one tensor")
+            raise ValueError(
+                f"cannot label {type(self.net).__name__}: it must return one tensor"
+            )
         self.chain &= output is previous and value.factor == 1
         self._fix(value)
         if not self.used:
             raise ValueError(
                 f"cannot label {type(self.net).__name__}: it has no Linear layer and no convolution"
             )
-        free = {name for name, parameter in self.net.named_parameters() if parameter.requires_grad}
+        free = {
+            name
+            for name, parameter in self.net.named_parameters()
+            if parameter.requires_grad
+        }
         if left_over := free - self.used:
             raise ValueError(
                 f"cannot label parameter {min(left_over)!r}: it belongs to no layer "
@@ -309,18 +335,29 @@ class _Walk:
                     scale_free_axes.add((tensor, axis))
         self._check_widths(axes, names)
         activations = {
-            name: Activation(" + ".join(found or ["norm"])) for name, found in functions.items()
+            name: Activation(" + ".join(found or ["norm"]))
+            for name, found in functions.items()
         }
         layers = tuple(self.layers) if self.chain else ()
         return Labels(
-            axes, activations, layers, frozenset(scale_free_axes), frozenset(self.transposed)
+            axes,
+            activations,
+            layers,
+            frozenset(scale_free_axes),
+            frozenset(self.transposed),
         )
 
-    def _check_widths(self, axes: dict[str, tuple[str | None, ...]], names: dict[int, str]) -> None:
+    def _check_widths(
+        self, axes: dict[str, tuple[str | None, ...]], names: dict[int, str]
+    ) -> None:
         """Refuse blocks of units that cut each other, and units that no tensor counts."""
         for name in names.values():
             seen = sorted(
-                {width for segment, width in self.widths if names.get(self._label(segment)) == name}
+                {
+                    width
+                    for segment, width in self.widths
+                    if names.get(self._label(segment)) == name
+                }
             )
             stored = [
                 size
@@ -328,7 +365,9 @@ class _Walk:
                 for label, size in zip(labels, self.shapes[tensor], strict=True)
                 if label == name
             ]
-            if any(large % small for small, large in pairwise(seen)) or seen[0] != min(stored):
+            if any(large % small for small, large in pairwise(seen)) or seen[0] != min(
+                stored
+            ):
                 raise ValueError(
                     f"cannot label {type(self.net).__name__}: it reshapes the units of {name} to "
                     "blocks that no tensor "
@@ -351,7 +390,9 @@ class _Walk:
         args = [self._resolve(arg) for arg in node.args]
         options = {key: self._resolve(arg) for key, arg in node.kwargs.items()}
         tensors = [
-            value for n in node.all_input_nodes if isinstance(value := self.values[n], _Value)
+            value
+            for n in node.all_input_nodes
+            if isinstance(value := self.values[n], _Value)
         ]
         stored = next((value.stored for value in tensors if value.stored), "")
         if stored and any(value.segment is not None for value in tensors):
@@ -378,7 +419,11 @@ class _Walk:
         inputs.
         """
         name = str(getattr(node.target, "__name__", node.target))
-        if any(value.segment is not None for value in tensors) or "drop" in name or "rand" in name:
+        if (
+            any(value.segment is not None for value in tensors)
+            or "drop" in name
+            or "rand" in name
+        ):
             return False
         if node.op != "call_module":
             return True
@@ -396,12 +441,18 @@ class _Walk:
             return self._linear(node, module, value)
         if isinstance(module, _ConvNd) and type(module) in _CONVOLUTIONS:
             return self._convolution(node, module, value)
-        if type(module) is nn.Embedding and value.segment is None and module.max_norm is None:
+        if (
+            type(module) is nn.Embedding
+            and value.segment is None
+            and module.max_norm is None
+        ):
             return self._embedding(node, module)
         if type(module) in _NORMS:
             return self._norm(node, module, value)
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise self._refusal(node, "its running statistics belong to units, but are no weights")
+            raise self._refusal(
+                node, "its running statistics belong to units, but are no weights"
+            )
         if type(module) is nn.Identity or (
             type(module) in _DROPOUTS and not (module.training and module.p)
         ):
@@ -418,7 +469,9 @@ class _Walk:
             return self._pooling(node, module, value)
         return self._function(value, activation_of(module))
 
-    def _local_layer(self, node: fx.Node, module: nn.Module, value: _Value) -> _Value | None:
+    def _local_layer(
+        self, node: fx.Node, module: nn.Module, value: _Value
+    ) -> _Value | None:
         """Understand a layer that pads or shuffles positions, unless it pads with a number of its
         own.
         """
@@ -429,7 +482,9 @@ class _Walk:
         """Understand a layer of torch's that pools, unless it also says where the largest were."""
         if getattr(module, "return_indices", False):
             return None
-        return self._pool(node, value, type(module).__name__, getattr(module, "output_size", None))
+        return self._pool(
+            node, value, type(module).__name__, getattr(module, "output_size", None)
+        )
 
     def _operation(
         self, node: fx.Node, value: Any, args: list[Any], options: dict[str, Any]
@@ -443,7 +498,9 @@ class _Walk:
         if not isinstance(value, _Value):
             return None
         if name == "flatten":
-            return self._flatten(node, value, *_bound(args, options, start_dim=0, end_dim=-1))
+            return self._flatten(
+                node, value, *_bound(args, options, start_dim=0, end_dim=-1)
+            )
         if name in ("mean", "sum", "amax"):
             dims, keepdim = _bound(args, options, dim=None, keepdim=False)
             return self._reduce(node, value, dims, keepdim, name == "amax")
@@ -458,7 +515,11 @@ class _Walk:
             return self._over_space(node, value, "")
         if "pool" in name:
             sizes = args[0] if "adaptive" in name and args else options.get("output_size")
-            return None if options.get("return_indices") else self._pool(node, value, name, sizes)
+            return (
+                None
+                if options.get("return_indices")
+                else self._pool(node, value, name, sizes)
+            )
         return self._function(value, activation_of(node.target, *args, **options))  # type: ignore[arg-type]
 
     # ---------------------------------------- layers
@@ -470,9 +531,15 @@ class _Walk:
             known = math.prod(size for size in sizes if size is not None)
             if None in sizes and known == 0:
                 raise self._refusal(node, "what it reads has no units")
-            fits = module.in_features % known == 0 if None in sizes else module.in_features == known
+            fits = (
+                module.in_features % known == 0
+                if None in sizes
+                else module.in_features == known
+            )
             if not value.axes or not value.holds(-1) or not fits:
-                raise self._refusal(node, "it does not read along the axis of the units before it")
+                raise self._refusal(
+                    node, "it does not read along the axis of the units before it"
+                )
         self._read(value)
         self.chain &= value.factor == 1
         written = self._segment()
@@ -507,10 +574,12 @@ class _Walk:
         elif module.groups == module.in_channels == module.out_channels:
             written = value.segment
             self._own(node, module, weight=(written,), bias=(written,))
-            self.scale_free_axes.add((f"{node.target}.weight", 0))  # reads the units that it writes
+            # reads the units that it writes
+            self.scale_free_axes.add((f"{node.target}.weight", 0))
         else:
             raise self._refusal(
-                node, "its groups tie channels; one group, or one for each channel, can be labelled"
+                node,
+                "its groups tie channels; one group, or one for each channel, can be labelled",
             )
         if written is None:
             return _Value()
@@ -529,7 +598,9 @@ class _Walk:
         if value.segment is None:
             return value
         if len(value.axes) < nd + 1:
-            raise self._refusal(node, "it does not read along the axis of the units before it")
+            raise self._refusal(
+                node, "it does not read along the axis of the units before it"
+            )
         before, axis, behind = (
             value.axes[: -nd - 1],
             value.axes[-nd - 1],
@@ -545,7 +616,9 @@ class _Walk:
             and list(coarse) == _ordered(coarse, size)
         )
         if not (lowest and apart and fits):
-            raise self._refusal(node, "it does not read along the axis of the units before it")
+            raise self._refusal(
+                node, "it does not read along the axis of the units before it"
+            )
         self.widths.append((value.segment, size))
         free = tuple(tuple(part._replace(stride=0) for part in each) for each in behind)
         return value._replace(width=size, axes=(*before, coarse, *free))
@@ -582,13 +655,17 @@ class _Walk:
                 and module.num_groups in (1, module.num_channels)
             )
             if allowed:
-                value = self._by_channel(node, value, len(value.axes) - 2, module.num_channels)
+                value = self._by_channel(
+                    node, value, len(value.axes) - 2, module.num_channels
+                )
         else:
             allowed = not module.track_running_stats
             if allowed:
                 value = self._by_channel(node, value, int(type(module).__name__[-2]), None)
         if not allowed:
-            raise self._refusal(node, "it treats units differently, or keeps statistics of them")
+            raise self._refusal(
+                node, "it treats units differently, or keeps statistics of them"
+            )
         self._read(value)
         assert value.segment is not None
         written = self._segment(self.label_of[value.segment])
@@ -624,7 +701,9 @@ class _Walk:
         if not found[1] or value.segment is None:
             return value
         sizes = sizes if isinstance(sizes, tuple | list) else [sizes] * nd
-        positions = tuple((_Part(size if isinstance(size, int) else None),) for size in sizes)
+        positions = tuple(
+            (_Part(size if isinstance(size, int) else None),) for size in sizes
+        )
         return value._replace(axes=(*value.axes[:-nd], *positions))
 
     def _local(self, node: fx.Node, value: _Value, nd: int, function: str) -> _Value:
@@ -637,14 +716,18 @@ class _Walk:
             self._record(value, function)
         else:
             self._read(value)
-        axes = (*value.axes[: len(value.axes) - nd], *(_POSITIONS,) * nd) if value.axes else ()
+        axes = (
+            (*value.axes[: len(value.axes) - nd], *(_POSITIONS,) * nd) if value.axes else ()
+        )
         return value._replace(axes=axes, factor=1.0, raw=False)
 
     def _over_space(self, node: fx.Node, value: _Value, function: str) -> _Value | None:
         """Compute something of all axes behind the channels."""
         if value.segment is None:
             return None
-        return self._local(node, value, len(value.axes) - 2, function) if value.whole else None
+        return (
+            self._local(node, value, len(value.axes) - 2, function) if value.whole else None
+        )
 
     def _reduce(
         self, node: fx.Node, value: _Value, dims: Any, keepdim: bool, largest: bool
@@ -663,12 +746,16 @@ class _Walk:
                 return None
             taken.add(len(value.axes) + (number if axis is None else axis))
         axes = [axis for number, axis in enumerate(value.axes) if number in taken]
-        if (value.whole and 0 in taken) or any(part.stride for axis in axes for part in axis):
+        if (value.whole and 0 in taken) or any(
+            part.stride for axis in axes for part in axis
+        ):
             raise self._refusal(node, "it reduces over units or over rows of data")
         self._record(value, "max_pool") if largest else self._read(value)
         left = [() if number in taken else axis for number, axis in enumerate(value.axes)]
         kept = (
-            left if keepdim else [axis for number, axis in enumerate(left) if number not in taken]
+            left
+            if keepdim
+            else [axis for number, axis in enumerate(left) if number not in taken]
         )
         return value._replace(axes=tuple(kept), factor=1.0, raw=False)
 
@@ -700,10 +787,16 @@ class _Walk:
         """Cut an axis."""
         self.chain = False
         axis = value.axis(dim)
-        if value.segment is None or axis is None or (value.whole and -axis == len(value.axes)):
+        if (
+            value.segment is None
+            or axis is None
+            or (value.whole and -axis == len(value.axes))
+        ):
             # Of a tensor (n, ..., units), as a layer leaves it, axis 1 is the last one if there are
             # but two.
-            axis = -1 if value.segment is not None and not value.whole and dim == 1 else None
+            axis = (
+                -1 if value.segment is not None and not value.whole and dim == 1 else None
+            )
         if axis is None:
             return None
         cut = _cut(value.axes[axis], _sizes(sizes))
@@ -738,7 +831,9 @@ class _Walk:
             return None
         if not value.whole or order[0] != -len(value.axes):
             return None
-        return value._replace(axes=tuple(value.axes[axis] for axis in order if axis is not None))
+        return value._replace(
+            axes=tuple(value.axes[axis] for axis in order if axis is not None)
+        )
 
     def _transpose(self, value: _Value, first: Any, second: Any) -> _Value | None:
         """Exchange two axes."""
@@ -819,14 +914,18 @@ class _Walk:
             return units._replace(factor=1.0, raw=False)
         first, second = self._nested(first, second), self._nested(second, first)
         common = -min(len(first.axes), len(second.axes))
-        alike = [[_numbering(axis) for axis in value.axes[common:]] for value in (first, second)]
+        alike = [
+            [_numbering(axis) for axis in value.axes[common:]] for value in (first, second)
+        ]
         more = [axis for value in (first, second) for axis in value.axes[:common]]
         if (
             first.width != second.width
             or alike[0] != alike[1]
             or any(part.stride for axis in more for part in axis)
         ):
-            raise self._refusal(node, "its two sides have units of different number or place")
+            raise self._refusal(
+                node, "its two sides have units of different number or place"
+            )
         self.segments.unite(first.segment, second.segment)
         self.labels.unite(self.label_of[first.segment], self.label_of[second.segment])
         same = first.whole and second.whole and not more
@@ -855,7 +954,11 @@ class _Walk:
         """Multiply or divide by a number."""
         if not isinstance(first, _Value) and "div" not in name:
             first, second = second, first
-        if not isinstance(first, _Value) or not isinstance(second, int | float) or not second:
+        if (
+            not isinstance(first, _Value)
+            or not isinstance(second, int | float)
+            or not second
+        ):
             return None
         return first._replace(
             factor=first.factor / second if "div" in name else first.factor * second
@@ -871,7 +974,9 @@ class _Walk:
     def _label(self, segment: int) -> int:
         return self.labels.find(self.label_of[segment])
 
-    def _own(self, node: fx.Node, module: nn.Module, **marks: tuple[int | None, ...]) -> None:
+    def _own(
+        self, node: fx.Node, module: nn.Module, **marks: tuple[int | None, ...]
+    ) -> None:
         """Note which units the axes of a module's parameters belong to.
 
         Later axes belong to none.
@@ -942,7 +1047,11 @@ def _joined(axes: Sequence[_Axis]) -> _Axis:
 
 def _sizes(sizes: tuple[Any, ...]) -> list[Any]:
     """Return sizes that were given one by one or as one sequence."""
-    return list(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else list(sizes)
+    return (
+        list(sizes[0])
+        if len(sizes) == 1 and isinstance(sizes[0], tuple | list)
+        else list(sizes)
+    )
 
 
 def _cut(parts: _Axis, sizes: Sequence[Any]) -> list[_Axis] | None:
@@ -990,7 +1099,9 @@ def _numbering(axis: _Axis) -> tuple[_Part | None, ...]:
     """
     found = [part if part.stride else None for part in axis]
     return tuple(
-        each for number, each in enumerate(found) if each or number == 0 or found[number - 1]
+        each
+        for number, each in enumerate(found)
+        if each or number == 0 or found[number - 1]
     )
 
 
@@ -1027,5 +1138,8 @@ def _bound(args: list[Any], options: dict[str, Any], **defaults: Any) -> list[An
     """Return the values of named parameters, given by position, by name or not at all."""
     return [
         *args,
-        *(options.get(key, default) for key, default in list(defaults.items())[len(args) :]),
+        *(
+            options.get(key, default)
+            for key, default in list(defaults.items())[len(args) :]
+        ),
     ]

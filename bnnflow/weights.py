@@ -142,7 +142,9 @@ class WeightSpec:
         )
         spec = replace(spec, unusual=_unusual_fan_ins(net))
         constants = {
-            name: each.detach() for name, each in net.named_parameters() if name not in shapes
+            name: each.detach()
+            for name, each in net.named_parameters()
+            if name not in shapes
         }
         return spec._without(constants) if constants else spec
 
@@ -181,7 +183,9 @@ class WeightSpec:
             names=tuple(kept),
             shapes={name: self.shapes[name] for name in kept},
             axes=axes,
-            activations={label: f for label, f in activations.items() if label not in pinned},
+            activations={
+                label: f for label, f in activations.items() if label not in pinned
+            },
             layers=(),
             scale_free_axes=frozenset(
                 (name, axis)
@@ -193,7 +197,9 @@ class WeightSpec:
 
     @classmethod
     @checked
-    def unlabelled(cls, net: nn.Module, unknown: str = "its weights have no labels") -> WeightSpec:
+    def unlabelled(
+        cls, net: nn.Module, unknown: str = "its weights have no labels"
+    ) -> WeightSpec:
         """Describe the weights of any network without a label.
 
         Args:
@@ -238,7 +244,9 @@ class WeightSpec:
             names=self.names + tuple(extras),
             shapes=self.shapes | dict(extras),
             axes=self.axes
-            | {name: axes.get(name, (None,) * len(shape)) for name, shape in extras.items()},
+            | {
+                name: axes.get(name, (None,) * len(shape)) for name, shape in extras.items()
+            },
             extras=self.extras + tuple(extras),
         )
 
@@ -278,12 +286,15 @@ class WeightSpec:
         """Return plain values from which ``from_description`` rebuilds the spec."""
         values: dict[str, Any] = {
             "shapes": [
-                [name, list(self.shapes[name]), list(self.axes[name])] for name in self.names
+                [name, list(self.shapes[name]), list(self.axes[name])]
+                for name in self.names
             ],
             "activations": {
                 label: activation.name for label, activation in self.activations.items()
             },
-            "layers": [[layer.weight, layer.bias, layer.activation.name] for layer in self.layers],
+            "layers": [
+                [layer.weight, layer.bias, layer.activation.name] for layer in self.layers
+            ],
             "extras": list(self.extras),
             "neutral": [list(each) for each in sorted(self.scale_free_axes)],
         }
@@ -314,7 +325,10 @@ class WeightSpec:
             {name: tuple(shape) for name, shape, _ in values["shapes"]},
             {name: tuple(axes) for name, _, axes in values["shapes"]},
             {label: Activation(name) for label, name in values["activations"].items()},
-            tuple(Layer(weight, bias, Activation(name)) for weight, bias, name in values["layers"]),
+            tuple(
+                Layer(weight, bias, Activation(name))
+                for weight, bias, name in values["layers"]
+            ),
             tuple(values["extras"]),
             frozenset((name, axis) for name, axis in values.get("neutral", ())),
             transposed=frozenset(values.get("transposed", ())),
@@ -416,16 +430,24 @@ class WeightSpec:
         """
         self._check_name(name)
         scale_exponents: list[int] = []
-        for axis, (label, size) in enumerate(zip(self.axes[name], self.shapes[name], strict=True)):
-            still = label is None or name in self.extras or (name, axis) in self.scale_free_axes
-            scale_exponents.append(0 if still else 1 if axis == self._written_axis(name) else -1)
+        for axis, (label, size) in enumerate(
+            zip(self.axes[name], self.shapes[name], strict=True)
+        ):
+            still = (
+                label is None or name in self.extras or (name, axis) in self.scale_free_axes
+            )
+            scale_exponents.append(
+                0 if still else 1 if axis == self._written_axis(name) else -1
+            )
             if label is not None and size != self.widths[label]:
                 scale_exponents.append(0)
         return tuple(scale_exponents)
 
     def _check_name(self, name: str) -> None:
         if name not in self.shapes:
-            raise ValueError(f"name must be one of the tensors {list(self.names)}, got {name!r}")
+            raise ValueError(
+                f"name must be one of the tensors {list(self.names)}, got {name!r}"
+            )
 
     def _written_axis(self, name: str) -> int:
         return 1 if name in self.transposed else 0
@@ -462,10 +484,13 @@ class WeightSpec:
             shape, tensor = self.shapes[name], params[name]
             lead = tensor.shape[: tensor.dim() - len(shape)]
             if tuple(tensor.shape[len(lead) :]) != shape:
-                raise ValueError(f"{name} must end in shape {shape}, got {tuple(tensor.shape)}")
+                raise ValueError(
+                    f"{name} must end in shape {shape}, got {tuple(tensor.shape)}"
+                )
             parts.append(tensor.reshape(*lead, math.prod(shape)))
         lead = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
-        return torch.cat([part.expand(*lead, part.shape[-1]) for part in parts], -1)  # (..., dim)
+        # (..., dim)
+        return torch.cat([part.expand(*lead, part.shape[-1]) for part in parts], -1)
 
     @checked
     def unflatten(self, theta: Tensor) -> dict[str, Tensor]:
@@ -532,7 +557,9 @@ class WeightSpec:
                     else torch.arange(size, device=theta.device)
                 )
                 trailing = (1,) * (len(shape) - axis - 1)
-                along = coordinate.reshape(*coordinate.shape[:-1], *(1,) * axis, size, *trailing)
+                along = coordinate.reshape(
+                    *coordinate.shape[:-1], *(1,) * axis, size, *trailing
+                )
                 index = index + along * math.prod(shape[axis + 1 :])
             parts.append(
                 (index + where.start).reshape(
@@ -540,7 +567,8 @@ class WeightSpec:
                 )
             )
         lead = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
-        index = torch.cat([part.expand(*lead, part.shape[-1]) for part in parts], -1)  # (..., dim)
+        # (..., dim)
+        index = torch.cat([part.expand(*lead, part.shape[-1]) for part in parts], -1)
         shape = torch.broadcast_shapes(theta.shape, index.shape)
         return theta.expand(shape).gather(-1, index.expand(shape))
 
@@ -607,7 +635,11 @@ class WeightSpec:
             for axis, (label, power) in enumerate(
                 zip(axes, self.scale_exponents(name), strict=True)
             ):
-                if label is not None and label in scales and (power < 0 or (power and written)):
+                if (
+                    label is not None
+                    and label in scales
+                    and (power < 0 or (power and written))
+                ):
                     scale = scales[label].to(theta)
                     along = scale.reshape(
                         *scale.shape[:-1],
@@ -620,7 +652,8 @@ class WeightSpec:
                 factor.reshape(*factor.shape[: factor.dim() - len(shape)], math.prod(shape))
             )
         lead = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
-        return torch.cat([part.expand(*lead, part.shape[-1]) for part in parts], -1)  # (..., dim)
+        # (..., dim)
+        return torch.cat([part.expand(*lead, part.shape[-1]) for part in parts], -1)
 
     def _check_labels(
         self,
@@ -630,14 +663,18 @@ class WeightSpec:
     ) -> None:
         for label, element in elements.items():
             if label not in self.widths:
-                raise ValueError(f"no hidden layer {label!r}; there are {sorted(self.widths)}")
+                raise ValueError(
+                    f"no hidden layer {label!r}; there are {sorted(self.widths)}"
+                )
             if allowed is not None and label not in allowed:
                 raise ValueError(
                     f"{label} has activation {self.activations[label].name}, which has no {action} "
                     "symmetry"
                 )
             if element.shape[-1] != self.widths[label]:
-                raise ValueError(f"{action} of {label} must end in an axis of {self.widths[label]}")
+                raise ValueError(
+                    f"{action} of {label} must end in an axis of {self.widths[label]}"
+                )
 
     @cached_property
     def _function_symmetries(self) -> Symmetries:
@@ -661,7 +698,9 @@ class WeightSpec:
         if any(self.axes[name][axis] == label for name, axis in self.scale_free_axes):
             return False
         own = [name for name in self.names if name not in self.extras]
-        written = [name for name in own if self.axes[name][self._written_axis(name)] == label]
+        written = [
+            name for name in own if self.axes[name][self._written_axis(name)] == label
+        ]
         biases = sum(self.unit_axes(name)[1] == (label,) for name in own)
         # After one layer other odd functions may follow its sine; of several, one may go to those
         # without it.
@@ -686,11 +725,15 @@ class WeightSpec:
                 the reason.
         """
         if self.unknown:
-            raise ValueError(f"the symmetries of this network are not known: {self.unknown}")
+            raise ValueError(
+                f"the symmetries of this network are not known: {self.unknown}"
+            )
         return self.symmetries()
 
     @checked
-    def random_symmetry(self, theta: Tensor, seed: Seed, group: Symmetries | None = None) -> Tensor:
+    def random_symmetry(
+        self, theta: Tensor, seed: Seed, group: Symmetries | None = None
+    ) -> Tensor:
         """Apply a random element of the group to every network in ``theta`` ``(..., dim)``.
 
         Permutations and signs are uniform, scales log-uniform, phases uniform between -2 and 2 half
@@ -705,9 +748,13 @@ class WeightSpec:
         Raises:
             ValueError: if the symmetries are not known.
         """
-        return self.transform(self.known_symmetries() if group is None else group, seed, theta)[0]
+        return self.transform(
+            self.known_symmetries() if group is None else group, seed, theta
+        )[0]
 
-    def transform(self, group: Symmetries, seed: Seed, *thetas: Tensor) -> tuple[Tensor, ...]:
+    def transform(
+        self, group: Symmetries, seed: Seed, *thetas: Tensor
+    ) -> tuple[Tensor, ...]:
         """Move tensors of networks ``(..., dim)`` by random elements of ``group``, one for each
         network.
 
@@ -721,9 +768,12 @@ class WeightSpec:
 
         perms = {label: uniform(label).argsort(-1) for label in sorted(group.permutation)}
         signs = {
-            label: torch.where(uniform(label) < 0.5, -1.0, 1.0) for label in sorted(group.sign)
+            label: torch.where(uniform(label) < 0.5, -1.0, 1.0)
+            for label in sorted(group.sign)
         }
-        scales = {label: (2 * uniform(label) - 1).mul(1.5).exp() for label in sorted(group.scale)}
+        scales = {
+            label: (2 * uniform(label) - 1).mul(1.5).exp() for label in sorted(group.scale)
+        }
         phases = {
             label: torch.randint(
                 -2, 3, (*lead, self.widths[label]), generator=generator, device=device
@@ -746,7 +796,9 @@ class WeightSpec:
             ValueError: if the symmetries are not known.
         """
         group = self.known_symmetries()
-        permutations = sum(math.lgamma(self.widths[label] + 1) for label in group.permutation)
+        permutations = sum(
+            math.lgamma(self.widths[label] + 1) for label in group.permutation
+        )
         return permutations + sum(self.widths[label] * math.log(2) for label in group.sign)
 
 
@@ -759,7 +811,9 @@ def free_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
         ValueError: if there is none.
     """
     free = {
-        name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad
+        name: parameter
+        for name, parameter in net.named_parameters()
+        if parameter.requires_grad
     }
     if not free and next(net.parameters(), None) is not None:
         raise ValueError(
@@ -774,7 +828,9 @@ def free_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
 
 
 _TRANSPOSED = nn.Embedding | nn.EmbeddingBag | nn.modules.conv._ConvTransposeNd
-_ELEMENTWISE = nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.modules.batchnorm._NormBase | nn.PReLU
+_ELEMENTWISE = (
+    nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.modules.batchnorm._NormBase | nn.PReLU
+)
 
 
 def _unusual_fan_ins(net: nn.Module) -> dict[str, float | None]:
@@ -819,7 +875,9 @@ def _originals(module: nn.Module) -> Iterator[tuple[str, list[str]]]:
 
 
 def _shapes(net: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in free_parameters(net).items()}
+    return {
+        name: tuple(parameter.shape) for name, parameter in free_parameters(net).items()
+    }
 
 
 def generators_of_permutations(n: int) -> list[Tensor]:
@@ -829,10 +887,14 @@ def generators_of_permutations(n: int) -> list[Tensor]:
     return [swap, torch.arange(n).roll(1)]
 
 
-def reordered(values: Tensor, axes: tuple[str | None, ...], label: str, perm: Tensor) -> Tensor:
+def reordered(
+    values: Tensor, axes: tuple[str | None, ...], label: str, perm: Tensor
+) -> Tensor:
     """Reorder the units, or blocks of units, along every axis that carries ``label``."""
     for axis, own in enumerate(axes):
         if own == label:
             block = torch.arange(values.shape[axis] // len(perm))
-            values = values.index_select(axis, (perm.unsqueeze(-1) * len(block) + block).flatten())
+            values = values.index_select(
+                axis, (perm.unsqueeze(-1) * len(block) + block).flatten()
+            )
     return values

@@ -28,7 +28,8 @@ def packages() -> list[ModuleType]:
     names = [name for name in names if not name.startswith("_")]
     imports = {name: imported_by(name) & set(names) - {name} for name in names}
     modules = [
-        import_module(f"bnnflow.{name}") for name in TopologicalSorter(imports).static_order()
+        import_module(f"bnnflow.{name}")
+        for name in TopologicalSorter(imports).static_order()
     ]
     return [module for module in modules if hasattr(module, "__all__")]
 
@@ -83,7 +84,9 @@ def reference() -> str:
     """
     import bnnflow
 
-    homes = {getattr(getattr(bnnflow, name), "__module__", name) for name in bnnflow.__all__}
+    homes = {
+        getattr(getattr(bnnflow, name), "__module__", name) for name in bnnflow.__all__
+    }
     named = {home.split(".")[1] for home in homes if home.startswith("bnnflow.")} | set(
         bnnflow.__all__
     )

@@ -26,15 +26,16 @@ METHODS = {
 
 def scores(pred: bf.predictive.Prediction, y: torch.Tensor) -> str:
     lppd, crps = bf.metrics.lppd(pred, y), bf.metrics.crps(pred, y)
-    return (
-        f"LPPD {lppd:7.3f}  CRPS {crps:.3f}  90 % interval {bf.metrics.coverage(pred, y, 0.9):4.0%}"
-    )
+    inside = bf.metrics.coverage(pred, y, 0.9)
+    return f"LPPD {lppd:7.3f}  CRPS {crps:.3f}  90 % interval {inside:4.0%}"
 
 
 def main() -> None:
     torch.set_num_threads(1)
     data = bf.data.load("diabetes")
-    net = torch.nn.Sequential(torch.nn.Linear(10, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    net = torch.nn.Sequential(
+        torch.nn.Linear(10, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+    )
     # With variances of 1 / fan in the prior expects functions of the size of the standardised
     # targets.
     model = bf.BayesianModel(
@@ -55,7 +56,12 @@ def main() -> None:
     print(f"{'  linearised':15} {scores(linear, data.y_test)}")
 
     made = bf.report(
-        model, results, data.x_test, data.y_test, path=OUT, title="Diabetes, 10-8-1, eleven methods"
+        model,
+        results,
+        data.x_test,
+        data.y_test,
+        path=OUT,
+        title="Diabetes, 10-8-1, eleven methods",
     )
     print(f"\n{made.sections[0].comparison.headline}\nreport: {made.path}")
 

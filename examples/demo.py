@@ -26,7 +26,9 @@ def log(text: str) -> None:
     print(f"[{time.perf_counter() - STARTED:4.0f} s] {text}", flush=True)
 
 
-def compare(data: Dataset, model: bf.BayesianModel, trace: str, title: str) -> tuple[dict, Report]:
+def compare(
+    data: Dataset, model: bf.BayesianModel, trace: str, title: str
+) -> tuple[dict, Report]:
     """Run every method on one model; return their draws and the report."""
     log(f"{title}: {model.dim} weights, {len(data.x_train)} rows")
     results, seconds = {"prior": model.sample_prior(DRAWS, seed=1)}, {}
@@ -34,7 +36,9 @@ def compare(data: Dataset, model: bf.BayesianModel, trace: str, title: str) -> t
     log("deep ensemble trained")
     results["VI"] = bf.sample(model, bf.VI(), chains=4, draws=DRAWS // 4, seed=1)
     log("variational posterior fitted")
-    results["HMC"] = draws = bf.sample(model, bf.HMC(), chains=16, warmup=400, draws=400, seed=1)
+    results["HMC"] = draws = bf.sample(
+        model, bf.HMC(), chains=16, warmup=400, draws=400, seed=1
+    )
     log("Hamiltonian Monte Carlo finished")
     print(bf.diagnose(model, draws, data.x_test))
 
@@ -69,13 +73,21 @@ def main() -> None:
     # a second thread gains little on such small products, and loses a lot on a busy machine
     torch.set_num_threads(1)
     cancer, gap = load("breast_cancer"), gap_regression(seed=0)
-    net = torch.nn.Sequential(torch.nn.Linear(30, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2))
+    net = torch.nn.Sequential(
+        torch.nn.Linear(30, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2)
+    )
     model = bf.BayesianModel(
-        net, bf.priors.Normal(1.0), bf.likelihoods.Categorical(), cancer.x_train, cancer.y_train
+        net,
+        bf.priors.Normal(1.0),
+        bf.likelihoods.Categorical(),
+        cancer.x_train,
+        cancer.y_train,
     )
     _, first = compare(cancer, model, "hutchinson", "Breast cancer, 30-16-2")
 
-    net = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    net = torch.nn.Sequential(
+        torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)
+    )
     model = bf.BayesianModel(
         net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.1), gap.x_train, gap.y_train
     )
@@ -85,7 +97,9 @@ def main() -> None:
         [first, second], OUT / "demo.html", title="From prior to posterior on two data sets"
     )
     bands = {name: bf.predict(model, draws, gap.x_test) for name, draws in results.items()}
-    figure = plots.predictive_band(bands, gap.x_train, gap.y_train, truth=gap_function(gap.x_test))
+    figure = plots.predictive_band(
+        bands, gap.x_train, gap.y_train, truth=gap_function(gap.x_test)
+    )
     figure.savefig(OUT / "gap.png", dpi=110, bbox_inches="tight")
     print(made)
     log(f"report: {made.path}, bands: {OUT / 'gap.png'}")

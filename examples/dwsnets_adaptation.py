@@ -43,10 +43,27 @@ from bnnflow.symmetry import match
 OUT = Path("out")
 DEGREES, NOISE = 45.0, 0.5  # of the two target domains
 N_TRAIN, N_HELD_OUT, N_TEST = 900, 100, 200  # classifiers
-FIT_STEPS, FIT_RATE, ROWS = 300, 3e-3, 64  # of the classifiers; images a step, there and later
+# of the classifiers; images a step, there and later
+FIT_STEPS, FIT_RATE, ROWS = (
+    300,
+    3e-3,
+    64,
+)
 BATCH, DECAY = 32, 0.02
-TRIALS = [(1e-3, 0.3), (1e-3, 1.0), (3e-3, 0.3), (3e-3, 1.0)]  # learning rate, size of the residual
-SAME_TRIALS = [(3e-2, 1.0), (1e-1, 1.0), (3e-1, 1.0), (1.0, 1.0)]  # for a move without a network
+# learning rate, size of the residual
+TRIALS = [
+    (1e-3, 0.3),
+    (1e-3, 1.0),
+    (3e-3, 0.3),
+    (3e-3, 1.0),
+]
+# for a move without a network
+SAME_TRIALS = [
+    (3e-2, 1.0),
+    (1e-1, 1.0),
+    (3e-1, 1.0),
+    (1.0, 1.0),
+]
 LEFT_OUT = ("GraphNet",)  # at 64 inputs and more its edges cost several times the rest
 
 
@@ -71,7 +88,9 @@ def shifted(images: Tensor, domain: str, generator: torch.Generator) -> Tensor:
         matrix = torch.tensor([[cosine, -sine, 0.0], [sine, cosine, 0.0]]).expand(
             len(images), -1, -1
         )
-        grid = F.affine_grid(matrix, [len(images), 1, *images.shape[1:]], align_corners=False)
+        grid = F.affine_grid(
+            matrix, [len(images), 1, *images.shape[1:]], align_corners=False
+        )
         images = F.grid_sample(images.unsqueeze(1), grid, align_corners=False).squeeze(1)
     return images.flatten(1)
 
@@ -82,9 +101,9 @@ def fitted(
     """Train classifiers with Adam, all at once, each on mini-batches of its own."""
     network = ChainNetwork(task.spec)
     mean, square = torch.zeros_like(theta), torch.zeros_like(theta)
-    pool = torch.stack([shifted(task.x["train"], domain, generator) for _ in range(4)]).flatten(
-        0, 1
-    )
+    pool = torch.stack(
+        [shifted(task.x["train"], domain, generator) for _ in range(4)]
+    ).flatten(0, 1)
     y = task.y["train"].repeat(4)
     for step in range(1, FIT_STEPS + 1):
         rows = torch.randint(len(y), (len(theta), ROWS), generator=generator)
@@ -101,7 +120,10 @@ def fitted(
 def task(data: str, hidden: list[int], own_labels: bool) -> Task:
     """Load the images and train the classifiers, or read those of an earlier run."""
     images = load_images(
-        data, folder=None if data == "digits" else os.environ.get("BNNFLOW_DATA", "../shared/data")
+        data,
+        folder=None
+        if data == "digits"
+        else os.environ.get("BNNFLOW_DATA", "../shared/data"),
     )
     # 28 x 28 to 14 x 14
     shrink = (lambda x: x) if data == "digits" else partial(F.avg_pool2d, kernel_size=2)
@@ -109,9 +131,9 @@ def task(data: str, hidden: list[int], own_labels: bool) -> Task:
     x = {"train": x_train[:n], "held out": x_train[n:], "test": shrink(images.x_test)}
     y = {"train": images.y_train[:n], "held out": images.y_train[n:], "test": images.y_test}
     sizes = [x_train[0].numel(), *hidden, 10]
-    layers = [part for i, o in itertools.pairwise(sizes) for part in (nn.Linear(i, o), nn.ReLU())][
-        :-1
-    ]
+    layers = [
+        part for i, o in itertools.pairwise(sizes) for part in (nn.Linear(i, o), nn.ReLU())
+    ][:-1]
     spec = bf.WeightSpec.of(nn.Sequential(*layers))
     total, generator = N_TRAIN + N_HELD_OUT + N_TEST, torch.Generator().manual_seed(0)
     classes = torch.arange(10).expand(total, 10)
@@ -132,13 +154,17 @@ def task(data: str, hidden: list[int], own_labels: bool) -> Task:
         chunks = zip(starts.split(200), classes.split(200), strict=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(
-            torch.cat([fitted(theta, made, some, "clean", generator) for theta, some in chunks]),
+            torch.cat(
+                [fitted(theta, made, some, "clean", generator) for theta, some in chunks]
+            ),
             path,
         )
     return made._replace(theta=torch.load(path))
 
 
-def accuracies(theta: Tensor, classes: Tensor, task: Task, domain: str, part: str) -> Tensor:
+def accuracies(
+    theta: Tensor, classes: Tensor, task: Task, domain: str, part: str
+) -> Tensor:
     """Return the accuracy of every classifier on a part of the images, moved to a domain."""
     x = shifted(task.x[part], domain, torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -173,7 +199,11 @@ def adapt(
     def sample(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         nets = torch.randint(N_TRAIN, (BATCH,), generator=generator)
         rows = torch.randint(len(task.y["train"]), (ROWS,), generator=generator)
-        batch = permuted(theta[nets], spec, generator) if name.endswith("permuted") else theta[nets]
+        batch = (
+            permuted(theta[nets], spec, generator)
+            if name.endswith("permuted")
+            else theta[nets]
+        )
         return (
             batch,
             shifted(task.x["train"][rows], domain, generator),
@@ -185,7 +215,12 @@ def adapt(
 
     def validate(net: nn.Module) -> float:
         return float(
-            loss(net, theta[held_out], x_held_out, task.classes[held_out][:, task.y["held out"]])
+            loss(
+                net,
+                theta[held_out],
+                x_held_out,
+                task.classes[held_out][:, task.y["held out"]],
+            )
         )
 
     torch.manual_seed(seed)
@@ -201,7 +236,9 @@ def adapt(
         "target": float(found.mean()),
         "spread": float(found.std()),
         "clean": float(accuracies(moved, task.classes[test], task, "clean", "test").mean()),
-        "move": float(((moved - theta[test]).norm(dim=-1) / theta[test].norm(dim=-1)).mean()),
+        "move": float(
+            ((moved - theta[test]).norm(dim=-1) / theta[test].norm(dim=-1)).mean()
+        ),
         "seconds": seconds,
     }
     shown = ", ".join(f"{key} {value:.3g}" for key, value in result.items())
@@ -218,10 +255,18 @@ def draw(panels: dict[str, dict[str, list[float]]], path: Path) -> None:
         for row, (name, values) in enumerate(found.items()):
             mean, error = interval(values)
             colour = (
-                "0.65" if len(values) == 1 else "tab:blue" if name == "DWSNet" else "tab:orange"
+                "0.65"
+                if len(values) == 1
+                else "tab:blue"
+                if name == "DWSNet"
+                else "tab:orange"
             )
             bar = axes.barh(
-                row, mean, xerr=0.0 if math.isnan(error) else error, color=colour, height=0.7
+                row,
+                mean,
+                xerr=0.0 if math.isnan(error) else error,
+                color=colour,
+                height=0.7,
             )
             axes.bar_label(bar, fmt="%.0f", padding=2, fontsize="small")
         axes.set_yticks(range(len(found)), list(found))
@@ -250,7 +295,8 @@ def compare(
     found, rows = {}, []
     for name, moved in {"no adaptation": theta, "each fine-tuned": fine_tuned}.items():
         target, clean = (
-            100 * accuracies(moved, classes, corpus, where, "test") for where in (domain, "clean")
+            100 * accuracies(moved, classes, corpus, where, "test")
+            for where in (domain, "clean")
         )
         move = ((moved - theta).norm(dim=-1) / theta.norm(dim=-1)).mean()
         found[name] = [float(target.mean())]
@@ -274,7 +320,10 @@ def compare(
         found[name] = [100 * each["target"] for each in results]
         means = {key: sum(each[key] for each in results) / seeds for key in results[0]}
         accuracy = "{:.1f} ± {:.1f}".format(*interval(found[name]))
-        clean, spread = f"{100 * means['clean']:.1f}", f"{100 * means['spread'] / N_TEST**0.5:.1f}"
+        clean, spread = (
+            f"{100 * means['clean']:.1f}",
+            f"{100 * means['spread'] / N_TEST**0.5:.1f}",
+        )
         chosen = f"{best[0]:g}, {best[1]:g}"
         rows.append(
             (
@@ -322,7 +371,9 @@ def main() -> None:
         corpus = task(data, hidden, own_labels=labels == "own")
         for domain in ("turned", "noisy"):
             title = f"{domain}, {labels} labels"
-            panels[title] = compare(corpus, domain, title, path, size, args.seeds, args.methods)
+            panels[title] = compare(
+                corpus, domain, title, path, size, args.seeds, args.methods
+            )
     draw(panels, path.with_suffix(".png"))
 
 

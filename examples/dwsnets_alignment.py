@@ -68,10 +68,14 @@ def main(networks: int, sinkhorn_pairs: int) -> None:
         return train_loss((theta + starts[: len(theta)]) / 2)
 
     accuracy = (model.outputs(ends, data.x_test).argmax(-1) == data.y_test).float().mean()
-    print(f"{networks} networks: test loss {test_loss(ends).mean():.3f}, accuracy {accuracy:.3f}\n")
+    print(
+        f"{networks} networks: test loss {test_loss(ends).mean():.3f}, accuracy {accuracy:.3f}\n"
+    )
     results: dict[str, Barrier] = {}
 
-    def run(name: str, pairs: int, method: Callable[[], Path | tuple[Tensor, Tensor]]) -> None:
+    def run(
+        name: str, pairs: int, method: Callable[[], Path | tuple[Tensor, Tensor]]
+    ) -> None:
         began = time.process_time()
         found = method()
         seconds = (time.process_time() - began) / pairs
@@ -93,7 +97,9 @@ def main(networks: int, sinkhorn_pairs: int) -> None:
     )
     run("none", networks, lambda: (starts, ends))
     run("scales normalised", networks, normalised)
-    run("sorted units", networks, lambda: (sort_units(starts, spec), sort_units(ends, spec)))
+    run(
+        "sorted units", networks, lambda: (sort_units(starts, spec), sort_units(ends, spec))
+    )
     run("weight matching", networks, lambda: (starts, match(ends, spec, starts)))
     run("scales normalised, weight matching", networks, both)
     run(
@@ -103,8 +109,12 @@ def main(networks: int, sinkhorn_pairs: int) -> None:
     )
     for name, loss in {"distance": None, "midpoint": midway}.items():
 
-        def rebasin(loss: Callable[[Tensor], Tensor] | None = loss) -> tuple[Tensor, Tensor]:
-            return starts[few], sinkhorn_rebasin(ends[few], spec, starts[few], loss=loss, seed=0)
+        def rebasin(
+            loss: Callable[[Tensor], Tensor] | None = loss,
+        ) -> tuple[Tensor, Tensor]:
+            return starts[few], sinkhorn_rebasin(
+                ends[few], spec, starts[few], loss=loss, seed=0
+            )
 
         run(f"Sinkhorn re-basin, {name}", sinkhorn_pairs, rebasin)
     print("other paths than the straight line")
@@ -147,7 +157,13 @@ def histogram(results: dict[str, Barrier]) -> Figure:
     bins = torch.linspace(0, float(results["none"].midpoint.quantile(0.99)), 41).tolist()
     for name, colour in plots.colours(list(SHOWN)).items():
         midpoint = results[name].midpoint
-        ax.hist(midpoint.clamp(max=bins[-1]).tolist(), bins, color=colour, alpha=0.55, label=name)
+        ax.hist(
+            midpoint.clamp(max=bins[-1]).tolist(),
+            bins,
+            color=colour,
+            alpha=0.55,
+            label=name,
+        )
         ax.axvline(float(midpoint.mean()), color=colour, linewidth=1.5)
     ax.set(
         xlabel="test loss half way between two networks (lines: means)",
@@ -165,4 +181,6 @@ if __name__ == "__main__":
     )
     parser.add_argument("--full", action="store_true", help=f"{FULL_NETWORKS} networks")
     full = parser.parse_args().full
-    main(FULL_NETWORKS if full else NETWORKS, FULL_SINKHORN_PAIRS if full else SINKHORN_PAIRS)
+    main(
+        FULL_NETWORKS if full else NETWORKS, FULL_SINKHORN_PAIRS if full else SINKHORN_PAIRS
+    )

@@ -38,12 +38,28 @@ from bnnflow.model.network import ChainNetwork
 from bnnflow.symmetry import match, normalise_sign
 
 OUT = Path("out")
-EDITS = {"dilation": ndimage.grey_dilation, "erosion": ndimage.grey_erosion}  # over 3 x 3 pixels
+# over 3 x 3 pixels
+EDITS = {
+    "dilation": ndimage.grey_dilation,
+    "erosion": ndimage.grey_erosion,
+}
 # SIRENs and pixels a step; SIRENs that validate
 BATCH, PIXELS, DECAY, HELD_OUT = 32, 196, 0.02, 250
 PROBES, FREQUENCY = 7, 3.0  # a grid of 7 x 7 inputs; of the Fourier features of weights
-TRIALS = [(1e-3, 0.3), (1e-3, 1.0), (3e-3, 0.3), (3e-3, 1.0)]  # learning rate, size of the residual
-SAME_TRIALS = [(3e-3, 1.0), (1e-2, 1.0), (3e-2, 1.0), (1e-1, 1.0)]  # for a move without a network
+# learning rate, size of the residual
+TRIALS = [
+    (1e-3, 0.3),
+    (1e-3, 1.0),
+    (3e-3, 0.3),
+    (3e-3, 1.0),
+]
+# for a move without a network
+SAME_TRIALS = [
+    (3e-3, 1.0),
+    (1e-2, 1.0),
+    (3e-2, 1.0),
+    (1e-1, 1.0),
+]
 LEFT_OUT = ("GraphNet",)  # unless asked for: as slow as the DWSNet, and slower to learn
 SHOWN = 8  # images in the figure
 
@@ -69,7 +85,9 @@ def filtered(images: Tensor, edit: str) -> Tensor:
 class Probed(nn.Module):
     """A DWSNet that also sees what every hidden unit does at fixed inputs."""
 
-    def __init__(self, spec: WeightSpec, scaler: TensorScaler, width: int, depth: int) -> None:
+    def __init__(
+        self, spec: WeightSpec, scaler: TensorScaler, width: int, depth: int
+    ) -> None:
         super().__init__()
         grid = torch.linspace(-0.9, 0.9, PROBES)
         self.x, self.network, self.scaler = (
@@ -89,14 +107,17 @@ class Probed(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.net(
-            features, units=self.network.hidden(self.scaler.inverse(features.squeeze(-1)), self.x)
+            features,
+            units=self.network.hidden(self.scaler.inverse(features.squeeze(-1)), self.x),
         )
 
 
 def shown(net: nn.Module, theta: Tensor, task: Task) -> Tensor:
     """Return the images of moved SIRENs, ``(n, pixels)``."""
     with torch.no_grad():
-        parts = [render(net(some), task.spec, task.side, task.side) for some in theta.split(250)]
+        parts = [
+            render(net(some), task.spec, task.side, task.side) for some in theta.split(250)
+        ]
     return torch.cat(parts).flatten(1)
 
 
@@ -115,7 +136,11 @@ def learn(
     def sample(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         rows = torch.randint(len(theta), (BATCH,), generator=generator)
         pixels = torch.randperm(len(x), generator=generator)[:PIXELS]
-        batch = permuted(theta[rows], spec, generator) if name.endswith("permuted") else theta[rows]
+        batch = (
+            permuted(theta[rows], spec, generator)
+            if name.endswith("permuted")
+            else theta[rows]
+        )
         # the views of all images follow each other
         return batch, x[pixels], y[rows % len(y)][:, pixels]
 
@@ -180,7 +205,14 @@ def compare(
     for name, image in ends.items():
         errors = 100 * (image - y_test).square().mean(-1)
         rows.append(
-            (name, f"{errors.mean():.3f}", f"{errors.std() / len(errors) ** 0.5:.3f}", "", "", "")
+            (
+                name,
+                f"{errors.mean():.3f}",
+                f"{errors.std() / len(errors) ** 0.5:.3f}",
+                "",
+                "",
+                "",
+            )
         )
     for name, build in builds.items():
         trials = SAME_TRIALS if "same" in name else TRIALS
@@ -193,7 +225,9 @@ def compare(
             for key in results[0]
             if key != "pictures"
         }
-        error = "{:.3f} ± {:.3f}".format(*interval([100 * each["test"] for each in results]))
+        error = "{:.3f} ± {:.3f}".format(
+            *interval([100 * each["test"] for each in results])
+        )
         cells = (
             f"{100 * means['spread']:.3f}",
             f"{means['move']:.2f}",
@@ -212,7 +246,9 @@ def main() -> None:
     )
     parser.add_argument("--data", choices=["mnist", "mnist10k", "digits"])
     parser.add_argument(
-        "--full", action="store_true", help="more fits, a wider network, sixty times the steps"
+        "--full",
+        action="store_true",
+        help="more fits, a wider network, sixty times the steps",
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="*", help="only these")
@@ -231,7 +267,9 @@ def main() -> None:
         normalise_sign(test.theta, spec),
     ]
     reference = frame(theta[0], spec)
-    aligned = [match(part, spec, reference, group=permutations(spec), sweeps=2) for part in theta]
+    aligned = [
+        match(part, spec, reference, group=permutations(spec), sweeps=2) for part in theta
+    ]
     scaler = TensorScaler.fit(theta[0], spec)
     builds = movers(spec, width, depth, FREQUENCY) | {
         "DWSNet + probes": lambda: Probed(spec, scaler, width, depth)

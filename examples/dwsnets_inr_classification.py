@@ -57,7 +57,13 @@ def random_warp(
         (2 * torch.rand(6, len(theta), generator=generator) - 1) * strength
     ).unbind()
     rotation = torch.stack(
-        [(0.35 * turn).cos(), -(0.35 * turn).sin(), (0.35 * turn).sin(), (0.35 * turn).cos()], -1
+        [
+            (0.35 * turn).cos(),
+            -(0.35 * turn).sin(),
+            (0.35 * turn).sin(),
+            (0.35 * turn).cos(),
+        ],
+        -1,
     )
     stretch = torch.stack(
         [(0.15 * wide).exp(), 0.2 * shear, torch.zeros_like(turn), (0.15 * high).exp()], -1
@@ -72,7 +78,12 @@ class Probed(nn.Module):
     """
 
     def __init__(
-        self, spec: bf.WeightSpec, scaler: TensorScaler, outputs: bool, width: int, depth: int
+        self,
+        spec: bf.WeightSpec,
+        scaler: TensorScaler,
+        outputs: bool,
+        width: int,
+        depth: int,
     ) -> None:
         super().__init__()
         grid = torch.linspace(-0.9, 0.9, PROBES)
@@ -104,7 +115,9 @@ def main() -> None:
     )
     parser.add_argument("--data", choices=["mnist", "mnist10k", "fashion_mnist", "digits"])
     parser.add_argument(
-        "--full", action="store_true", help="published size: more fits, a wider network, more steps"
+        "--full",
+        action="store_true",
+        help="published size: more fits, a wider network, more steps",
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="*", help="only these")
@@ -114,17 +127,26 @@ def main() -> None:
     data = images(args.data)
     fits, test = corpus(data, views)
     spec = test.spec
-    theta = torch.stack([normalise_sign(part.theta, spec) for part in fits])  # (views, images, dim)
+    # (views, images, dim)
+    theta = torch.stack([normalise_sign(part.theta, spec) for part in fits])
     # the rest of the training images chooses settings and the best state
     n_train = len(data.x_train) * 7 // 8
     theta_test, y, y_test = normalise_sign(test.theta, spec), data.y_train, data.y_test
     scaler = TensorScaler.fit(theta[:, :n_train], spec)
     reference = frame(theta[0, :n_train], spec)
-    aligned = partial(match, spec=spec, reference=reference, group=permutations(spec), sweeps=2)
+    aligned = partial(
+        match, spec=spec, reference=reference, group=permutations(spec), sweeps=2
+    )
 
     builds: dict[str, Callable[[], nn.Module]] = {
         "DWSNet": lambda: DWSNet(
-            spec, 1, 10, width, depth, invariant=True, wiring=Wiring(edge_width=4, frequency=3.0)
+            spec,
+            1,
+            10,
+            width,
+            depth,
+            invariant=True,
+            wiring=Wiring(edge_width=4, frequency=3.0),
         ),
         "MLP": lambda: WeightsMLP(spec, 10),
         "MLP, permuted": lambda: WeightsMLP(spec, 10),
@@ -172,7 +194,9 @@ def main() -> None:
         return -lowest, accuracy(net, unseen, y_test), seconds
 
     steps = epochs * n_train // BATCH
-    path = OUT / f"dwsnets_inr_classification_{data.name}{'_full' if args.full else ''}.json"
+    path = (
+        OUT / f"dwsnets_inr_classification_{data.name}{'_full' if args.full else ''}.json"
+    )
     done = json.loads(path.read_text()) if path.is_file() else {}
 
     def remembered(key: str, *settings) -> tuple[float, float, float]:
@@ -191,16 +215,28 @@ def main() -> None:
         best = max(trials)[1]
         seeds = range(1 if name in EXTRA else args.seeds)
         trained = round(steps * EXTRA.get(name, 1.0))
-        results = [remembered(f"{name} seed {seed}", name, best, trained, seed) for seed in seeds]
+        results = [
+            remembered(f"{name} seed {seed}", name, best, trained, seed) for seed in seeds
+        ]
         mean, error = interval([100 * result[1] for result in results])
         sampling = math.sqrt(mean * (100 - mean) / len(y_test))
         seconds = sum(result[2] for result in results) / len(results)
         published = PUBLISHED.get(name, ("", ""))[data.name.startswith("fashion")]
         shown = f"{mean:.1f} ± {error:.1f}" if len(results) > 1 else f"{mean:.1f}, one seed"
-        rows.append((name, shown, f"{sampling:.1f}", f"{best:g}", f"{seconds:.0f}", str(published)))
+        rows.append(
+            (name, shown, f"{sampling:.1f}", f"{best:g}", f"{seconds:.0f}", str(published))
+        )
         print(
             table(
-                ["method", "test accuracy, %", "sampling error", "rate", "CPU s", "published"], rows
+                [
+                    "method",
+                    "test accuracy, %",
+                    "sampling error",
+                    "rate",
+                    "CPU s",
+                    "published",
+                ],
+                rows,
             ),
             flush=True,
         )

@@ -43,7 +43,9 @@ from bnnflow.symmetry import match, normalise_sign
 
 OUT = Path("out")
 HIGHEST = 10.0  # of a and b
-PUBLISHED = 1.39  # Navon et al.: mean squared error of (a, b) from the embeddings of DWSNets
+PUBLISHED = (
+    1.39  # Navon et al.: mean squared error of (a, b) from the embeddings of DWSNets
+)
 W0, POINTS, FIT_STEPS = 10.0, 128, 500
 HELD_OUT, TEST = 500, 1000
 # features, waves a batch, share of the weights of a view that are zeroed
@@ -65,7 +67,13 @@ class Setting(NamedTuple):
     centred: bool = True
 
 
-OTHERS = {"noise": 0.5, "centred": False, "temperature": 0.3, "rate": 1e-3}  # tried in this order
+# tried in this order
+OTHERS = {
+    "noise": 0.5,
+    "centred": False,
+    "temperature": 0.3,
+    "rate": 1e-3,
+}
 
 
 class Waves(NamedTuple):
@@ -90,7 +98,9 @@ def waves(n: int, fits_each: int) -> Waves:
             fits = fit_inrs(x, y, net, steps=FIT_STEPS, seed=seed)
             fits.save(path)
             error = fits.mse / y.square().mean(1)
-            quality = f"median {error.median():.1e}, 99 of 100 below {error.quantile(0.99):.1e}"
+            quality = (
+                f"median {error.median():.1e}, 99 of 100 below {error.quantile(0.99):.1e}"
+            )
             print(
                 f"{n} fits in {fits.info['seconds']:.0f} s, error over power of the wave: "
                 f"{quality}",
@@ -146,10 +156,14 @@ def probe(features: Tensor, targets: Tensor) -> tuple[float, list[float]]:
     known, truth = features[HELD_OUT + TEST :], targets.double()
     best: tuple[float, list[float]] = (math.inf, [])
     for ridge in RIDGES:
-        gram = known.T @ known / len(known) + ridge * torch.eye(known.shape[1], dtype=known.dtype)
+        gram = known.T @ known / len(known) + ridge * torch.eye(
+            known.shape[1], dtype=known.dtype
+        )
         weights = torch.linalg.solve(gram, known.T @ truth[HELD_OUT + TEST :] / len(known))
         errors = (features @ weights - truth).square()[: HELD_OUT + TEST]
-        best = min(best, (float(errors[:HELD_OUT].mean()), errors[HELD_OUT:].mean(0).tolist()))
+        best = min(
+            best, (float(errors[:HELD_OUT].mean()), errors[HELD_OUT:].mean(0).tolist())
+        )
     return best
 
 
@@ -166,7 +180,9 @@ def moments(scaled: Tensor, spec: WeightSpec) -> Tensor:
 class Experiment:
     """The corpus as each seed and method sees it, and one run on it."""
 
-    def __init__(self, corpus: Waves, training: int, builds: dict[str, Callable[[], nn.Module]]):
+    def __init__(
+        self, corpus: Waves, training: int, builds: dict[str, Callable[[], nn.Module]]
+    ):
         self.corpus, self.training, self.builds = corpus, training, builds
         self.weights = cache(self._weights)
 
@@ -186,10 +202,15 @@ class Experiment:
         theta, spec = self.corpus.theta[:, self.rows(seed)], self.corpus.spec
         if aligned:
             theta = match(
-                theta, spec, frame(theta[0, -self.training :], spec), group=permutations(spec)
+                theta,
+                spec,
+                frame(theta[0, -self.training :], spec),
+                group=permutations(spec),
             )
         fitted = theta[0, -self.training :]
-        return TensorScaler.fit(fitted if centred else torch.cat([fitted, -fitted]), spec)(theta)
+        return TensorScaler.fit(fitted if centred else torch.cat([fitted, -fitted]), spec)(
+            theta
+        )
 
     def run(self, name: str, seed: int, steps: int, setting: Setting) -> dict[str, Any]:
         """Train an encoder.
@@ -240,7 +261,10 @@ class Experiment:
         )
         return result | {
             "seconds": seconds,
-            "embedding": embedding[HELD_OUT : HELD_OUT + TEST].double().round(decimals=3).tolist(),
+            "embedding": embedding[HELD_OUT : HELD_OUT + TEST]
+            .double()
+            .round(decimals=3)
+            .tolist(),
         }
 
 
@@ -269,7 +293,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--full", action="store_true", help="5,000 waves a seed, 10,000 steps, wider networks"
+        "--full",
+        action="store_true",
+        help="5,000 waves a seed, 10,000 steps, wider networks",
     )
     parser.add_argument(
         "--two-fits", action="store_true", help="one more row: views of two fits of a wave"
@@ -325,24 +351,49 @@ def main() -> None:
     truth = corpus.targets[HELD_OUT : HELD_OUT + TEST]
     mean = [(truth - HIGHEST / 2).square().mean(0).tolist()] * seeds
     fixed = [
-        probe(moments(experiment.weights(seed, False, True)[0], spec), experiment.targets(seed))[1]
+        probe(
+            moments(experiment.weights(seed, False, True)[0], spec),
+            experiment.targets(seed),
+        )[1]
         for seed in range(seeds)
     ]
     rows = [
         ["the mean of (a, b)", "", cell(mean), cell(mean, 0), cell(mean, 1), "", ""],
-        ["25 moments, nothing learned", "", cell(fixed), cell(fixed, 0), cell(fixed, 1), "", ""],
+        [
+            "25 moments, nothing learned",
+            "",
+            cell(fixed),
+            cell(fixed, 0),
+            cell(fixed, 1),
+            "",
+            "",
+        ],
     ]
     shown: dict[str, Tensor] = {}
     for name in builds:
         setting = tuned("DWSNet" if name == TWO_FITS else name)
         runs = [run(name, seed, steps, setting) for seed in range(seeds)]
-        before, after = [each["untrained"] for each in runs], [each["test"] for each in runs]
+        before, after = (
+            [each["untrained"] for each in runs],
+            [each["test"] for each in runs],
+        )
         seconds = f"{interval([each['seconds'] for each in runs])[0]:.0f}"
         choice = ", ".join(
-            [*(f"{value:g}" for value in setting[:3]), "centred" if setting.centred else "as it is"]
+            [
+                *(f"{value:g}" for value in setting[:3]),
+                "centred" if setting.centred else "as it is",
+            ]
         )
         rows.append(
-            [name, cell(before), cell(after), cell(after, 0), cell(after, 1), choice, seconds]
+            [
+                name,
+                cell(before),
+                cell(after),
+                cell(after, 0),
+                cell(after, 1),
+                choice,
+                seconds,
+            ]
         )
         shown[name] = torch.tensor(runs[0]["embedding"])
     print(

@@ -41,7 +41,13 @@ from bnnflow.symmetry import match, normalise_sign
 OUT = Path("out")
 LOWEST, HIGHEST = 0.5, 10.0
 MEAN, SD = (LOWEST + HIGHEST) / 2, (HIGHEST - LOWEST) / math.sqrt(12)  # of b
-W0, POINTS, FIT_STEPS, FIT_RATE = 10.0, 128, 400, 1e-3  # fits end at a mean squared error of 1e-5
+# fits end at a mean squared error of 1e-5
+W0, POINTS, FIT_STEPS, FIT_RATE = (
+    10.0,
+    128,
+    400,
+    1e-3,
+)
 SIZES, TUNED_AT = (100, 200, 500, 1000, 2000), 500
 HELD_OUT, TEST = 500, 1000
 BATCH = 32
@@ -74,7 +80,9 @@ def waves(seeds: int) -> tuple[Tensor, Tensor, WeightSpec]:
     their meaning.
     """
     n = HELD_OUT + TEST + seeds * max(SIZES)
-    b = LOWEST + (HIGHEST - LOWEST) * torch.rand(n, generator=torch.Generator().manual_seed(0))
+    b = LOWEST + (HIGHEST - LOWEST) * torch.rand(
+        n, generator=torch.Generator().manual_seed(0)
+    )
     path = OUT / "inrs" / f"sine-{n}.npz"
     if not path.is_file():
         x = torch.linspace(-math.pi, math.pi, POINTS).unsqueeze(-1)
@@ -152,10 +160,16 @@ def draw(errors: dict[str, dict[int, list[float]]], path: Path) -> None:
     for place, (name, by_size) in enumerate(errors.items()):
         mean, error = zip(*(interval(values) for values in by_size.values()), strict=True)
         shifted = [size * 1.02 ** (place - 2) for size in by_size]  # bars side by side
-        axes.errorbar(shifted, mean, error, label=name, marker="o", markersize=4, capsize=2, lw=1.2)
+        axes.errorbar(
+            shifted, mean, error, label=name, marker="o", markersize=4, capsize=2, lw=1.2
+        )
     axes.axhline(SD**2, color="0.6", ls=":", lw=1)
     axes.annotate(
-        "variance of b", (SIZES[1], SD**2), xytext=(0, -12), textcoords="offset points", color="0.4"
+        "variance of b",
+        (SIZES[1], SD**2),
+        xytext=(0, -12),
+        textcoords="offset points",
+        color="0.4",
     )
     axes.set(xscale="log", yscale="log", xlabel="training networks", ylabel="test MSE of b")
     axes.set_xticks(SIZES, [f"{size:,}" for size in SIZES])
@@ -177,7 +191,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--full", action="store_true", help="ten seeds, wider networks, twenty times the steps"
+        "--full",
+        action="store_true",
+        help="ten seeds, wider networks, twenty times the steps",
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -188,7 +204,9 @@ def main() -> None:
         "DWSNet": Method(
             lambda _: DWSNet(spec, 1, 1, width, depth, invariant=True), "none", "decay"
         ),
-        "MLP": Method(lambda dropout: WeightsMLP(spec, 1, dropout=dropout), "none", "dropout"),
+        "MLP": Method(
+            lambda dropout: WeightsMLP(spec, 1, dropout=dropout), "none", "dropout"
+        ),
         "MLP, permuted": Method(
             lambda dropout: WeightsMLP(spec, 1, dropout=dropout), "augment", "dropout"
         ),
@@ -196,7 +214,9 @@ def main() -> None:
             lambda dropout: WeightsMLP(spec, 1, dropout=dropout), "align", "dropout"
         ),
         "transformer, permuted": Method(
-            lambda dropout: WeightsTransformer(spec, 1, width, depth, dropout), "augment", "dropout"
+            lambda dropout: WeightsTransformer(spec, 1, width, depth, dropout),
+            "augment",
+            "dropout",
         ),
         "GraphNet": Method(
             lambda _: GraphNet(spec, 1, 1, width, depth, invariant=True), "none", "decay"
@@ -208,7 +228,9 @@ def main() -> None:
     def remembered(name: str, size: int, seed: int, trial: Trial) -> dict[str, float]:
         key = f"{name}, {size} waves, seed {seed}, {trial}"
         if key not in done:
-            done[key] = run(methods[name], corpus, size=size, seed=seed, steps=steps, trial=trial)
+            done[key] = run(
+                methods[name], corpus, size=size, seed=seed, steps=steps, trial=trial
+            )
             path.write_text(json.dumps(done, indent=1))
             print(key, done[key], flush=True)
         return done[key]
@@ -216,26 +238,46 @@ def main() -> None:
     errors: dict[str, dict[int, list[float]]] = {}
     rows = []
     for name, method in methods.items():
-        trials = [Trial(rate, *penalty) for rate in RATES for penalty in PENALTIES[method.penalty]]
-        best = min(trials, key=lambda trial: remembered(name, TUNED_AT, 0, trial)["validation"])
+        trials = [
+            Trial(rate, *penalty) for rate in RATES for penalty in PENALTIES[method.penalty]
+        ]
+        best = min(
+            trials, key=lambda trial: remembered(name, TUNED_AT, 0, trial)["validation"]
+        )
         own_seeds = range(seeds if args.full else SLOW_SEEDS.get(name, seeds))
         results = {
-            size: [remembered(name, size, seed, best) for seed in own_seeds] for size in SIZES
+            size: [remembered(name, size, seed, best) for seed in own_seeds]
+            for size in SIZES
         }
-        errors[name] = {size: [each["test"] for each in some] for size, some in results.items()}
+        errors[name] = {
+            size: [each["test"] for each in some] for size, some in results.items()
+        }
         seconds = sum(each["seconds"] for some in results.values() for each in some) / (
             len(own_seeds) * len(SIZES)
         )
-        cells = ["{:.3f} ± {:.3f}".format(*interval(values)) for values in errors[name].values()]
+        cells = [
+            "{:.3f} ± {:.3f}".format(*interval(values)) for values in errors[name].values()
+        ]
         settings = f"{best.rate:g}, {best.decay:g}, {best.dropout:g}"
         rows.append((name, str(len(own_seeds)), *cells, settings, f"{seconds:.0f}"))
     print(
         f"test MSE of b, in units of b^2 (variance {SD**2:.2f}): mean and standard error over seeds"
     )
-    print(table(["method", "seeds", *map(str, SIZES), "rate, decay, dropout", "CPU s a run"], rows))
+    print(
+        table(
+            ["method", "seeds", *map(str, SIZES), "rate, decay, dropout", "CPU s a run"],
+            rows,
+        )
+    )
     print("difference to DWSNet, paired by seed: positive where DWSNet is better")
     paired = [
-        (name, *("{:+.3f} ± {:.3f}".format(*interval(gaps(errors, name, size))) for size in SIZES))
+        (
+            name,
+            *(
+                "{:+.3f} ± {:.3f}".format(*interval(gaps(errors, name, size)))
+                for size in SIZES
+            ),
+        )
         for name in list(errors)[1:]
     ]
     print(table(["method", *map(str, SIZES)], paired))

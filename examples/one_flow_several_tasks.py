@@ -57,7 +57,12 @@ from bnnflow.transport.whitened import WhitenedPosterior
 OUT = Path("out/one_flow")
 HIDDEN = 16
 ROWS, NOISE, REACH = (10, 40), (0.1, 0.5), 2.0
-WIDTH, DEPTH, NEWTON = 48, 3, (1, 2)  # the last are steps of the two displacements that are mixed
+# the last are steps of the two displacements that are mixed
+WIDTH, DEPTH, NEWTON = (
+    48,
+    3,
+    (1, 2),
+)
 TASKS_A_STEP, BATCH = 4, 256
 SOLVER_STEPS = 12
 REFINE = 8, 8  # transitions and the most leapfrog steps of each
@@ -94,7 +99,15 @@ FULL = Sizes(
     solver=12,
 )
 QUICK = Sizes(
-    tasks=6, unseen=2, widths=(16, 32), steps=60, tuning=15, draws=256, own=1, weighed=16, solver=2
+    tasks=6,
+    unseen=2,
+    widths=(16, 32),
+    steps=60,
+    tuning=15,
+    draws=256,
+    own=1,
+    weighed=16,
+    solver=2,
 )
 
 
@@ -120,11 +133,17 @@ class Task(NamedTuple):
 def network(hidden: int, x: Tensor, y: Tensor, noise: float) -> bf.BayesianModel:
     with torch.random.fork_rng(devices=[]):
         net = nn.Sequential(nn.Linear(1, hidden), nn.Tanh(), nn.Linear(hidden, 1))
-    return bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(noise), x, y)
+    return bf.BayesianModel(
+        net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(noise), x, y
+    )
 
 
 def task_of(
-    name: str, x: Tensor, function: Callable[[Tensor], Tensor], noise: float, g: torch.Generator
+    name: str,
+    x: Tensor,
+    function: Callable[[Tensor], Tensor],
+    noise: float,
+    g: torch.Generator,
 ) -> Task:
     x_test = 5 * torch.rand(200, 1, generator=g) - 2.5
     y, y_test = (
@@ -138,7 +157,9 @@ def random_task(seed: int) -> Task:
     g = torch.Generator().manual_seed(seed)
     # between them is a gap
     low, high = (REACH * (1.5 * torch.rand(2, generator=g) - 0.75)).sort().values
-    x = torch.rand(int(torch.randint(ROWS[0], ROWS[1] + 1, (), generator=g)), 1, generator=g)
+    x = torch.rand(
+        int(torch.randint(ROWS[0], ROWS[1] + 1, (), generator=g)), 1, generator=g
+    )
     x = x * (2 * REACH - (high - low)) - REACH
     x = torch.where(x < low, x, x + high - low)
     noise = NOISE[0] * (NOISE[1] / NOISE[0]) ** float(torch.rand((), generator=g))
@@ -229,7 +250,9 @@ def members(x: Tensor) -> list[tuple[int, Tensor]]:
 
 def vjp(model: bf.BayesianModel) -> bf.Flow:
     """Return the flow without a network."""
-    return bf.GaussNewtonFlow(model, GaussNewton(NEWTON[-1]), solver=Solver(steps=SOLVER_STEPS))
+    return bf.GaussNewtonFlow(
+        model, GaussNewton(NEWTON[-1]), solver=Solver(steps=SOLVER_STEPS)
+    )
 
 
 def fit(tasks: list[Task], steps: int) -> bf.Flow:
@@ -250,9 +273,9 @@ def fit(tasks: list[Task], steps: int) -> bf.Flow:
     ]
 
     def pairs(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        chosen = torch.randint(len(tasks), (TASKS_A_STEP,), generator=generator).repeat_interleave(
-            n // TASKS_A_STEP
-        )
+        chosen = torch.randint(
+            len(tasks), (TASKS_A_STEP,), generator=generator
+        ).repeat_interleave(n // TASKS_A_STEP)
         rows = torch.randint(x1.shape[1], (len(chosen),), generator=generator)
         x0 = torch.randn(len(chosen), x1.shape[2], generator=generator)
         ends = Independent().pair(x0, x1[chosen, rows], models[0].spec, group, generator)
@@ -285,7 +308,10 @@ def field() -> InformedVelocity:
 def own_flow(task: Task, steps: int) -> bf.Flow:
     """Train a field on this task alone, with as many steps and pairs as the one for all had."""
     model, draws = task.model(), chains_of(task, HIDDEN, False)
-    matching, training = Matching(targets="posterior"), bf.Training(steps=steps, batch_size=BATCH)
+    matching, training = (
+        Matching(targets="posterior"),
+        bf.Training(steps=steps, batch_size=BATCH),
+    )
     path = OUT / f"flow-of-{task.name}-{steps}.npz"
 
     def make() -> bf.Flow:
@@ -301,7 +327,9 @@ def tuned_flow(task: Task, flow: bf.Flow, steps: int) -> bf.Flow:
     needed.
     """
     model, start = task.model(), flow.bind(task.model())
-    training = bf.Training(steps=steps, batch_size=BATCH, learning_rate=1e-3, optimiser="adamw")
+    training = bf.Training(
+        steps=steps, batch_size=BATCH, learning_rate=1e-3, optimiser="adamw"
+    )
 
     def make() -> bf.Flow:
         moved = bf.refine(model, start.sample(2048, 4), 16, seed=5)
@@ -312,7 +340,9 @@ def tuned_flow(task: Task, flow: bf.Flow, steps: int) -> bf.Flow:
     )
 
 
-def remembered_flow(path: Path, model: bf.BayesianModel, make: Callable[[], bf.Flow]) -> bf.Flow:
+def remembered_flow(
+    path: Path, model: bf.BayesianModel, make: Callable[[], bf.Flow]
+) -> bf.Flow:
     if not path.is_file():
         make().save(path)
     return replace(bf.Flow.load(path, model), solver=Solver(steps=SOLVER_STEPS))
@@ -321,7 +351,9 @@ def remembered_flow(path: Path, model: bf.BayesianModel, make: Callable[[], bf.F
 # ---------------------------------------- what draws are worth
 
 
-def judged(task: Task, model: bf.BayesianModel, theta: Tensor, truth: Tensor) -> dict[str, Any]:
+def judged(
+    task: Task, model: bf.BayesianModel, theta: Tensor, truth: Tensor
+) -> dict[str, Any]:
     """Compare draws with those of chains."""
     ours, theirs = (model.outputs(each, GRID)[..., 0].double() for each in (theta, truth))
 
@@ -329,7 +361,9 @@ def judged(task: Task, model: bf.BayesianModel, theta: Tensor, truth: Tensor) ->
         return score(theta) - score(truth)
 
     return {
-        "rms": float(((ours.mean(0) - theirs.mean(0)) / theirs.std(0)).square().mean().sqrt()),
+        "rms": float(
+            ((ours.mean(0) - theirs.mean(0)) / theirs.std(0)).square().mean().sqrt()
+        ),
         "ratio": float((ours.std(0) / theirs.std(0)).log().mean().exp()),
         "log lik.": gap(lambda each: float(model.log_likelihood(each).mean())),
         "LPPD": gap(
@@ -353,14 +387,18 @@ def cell(task: Task, hidden: int, starts: Starts, draws: int) -> dict[str, dict[
         began = time.process_time()
         theta = draw(draws)
         spent = time.process_time() - began
-        moved = bf.refine(model, theta, REFINE[0], n_leapfrog=REFINE[1], seed=2, progress=False)
+        moved = bf.refine(
+            model, theta, REFINE[0], n_leapfrog=REFINE[1], seed=2, progress=False
+        )
         rows[name] = judged(task, model, theta, truth) | {"CPU s": spent}
         spent += moved.info["cpu_seconds"]
         rows[f"{name}, refined"] = judged(task, model, moved.flat, truth) | {"CPU s": spent}
     return rows
 
 
-def weighed(model: bf.BayesianModel, flow: bf.Flow, draws: int, steps: int) -> dict[str, Any]:
+def weighed(
+    model: bf.BayesianModel, flow: bf.Flow, draws: int, steps: int
+) -> dict[str, Any]:
     """Weigh draws by their exact density, and compare the evidence with that of tempered SMC."""
     began = time.process_time()
     theta, log_q = flow.sample_with_log_prob(draws, 3, solver=Solver("rk4", steps))
@@ -384,10 +422,13 @@ def summary(cells: list[dict[str, dict[str, Any]]]) -> str:
     lines = []
     for name in cells[0]:
         columns = [
-            torch.tensor([each[name][figure] for each in cells]).double() for figure in FIGURES
+            torch.tensor([each[name][figure] for each in cells]).double()
+            for figure in FIGURES
         ]
         shown = [
-            f"{float(c.mean()):.3g} ± {float(c.std()):.2g}" if len(c) > 1 else f"{float(c):.3g}"
+            f"{float(c.mean()):.3g} ± {float(c.std()):.2g}"
+            if len(c) > 1
+            else f"{float(c):.3g}"
             for c in columns
         ]
         lines.append((name, *shown))
@@ -435,7 +476,9 @@ def main(sizes: Sizes, name: str) -> None:
     tasks = [random_task(seed) for seed in range(sizes.tasks)]
     unseen = [random_task(seed) for seed in range(1000, 1000 + sizes.unseen)]
     flow = remembered_flow(
-        OUT / f"flow-{name}-{sizes.steps}.npz", tasks[0].model(), lambda: fit(tasks, sizes.steps)
+        OUT / f"flow-{name}-{sizes.steps}.npz",
+        tasks[0].model(),
+        lambda: fit(tasks, sizes.steps),
     )
     chains = sum(chains_of(task, HIDDEN, False).info["cpu_seconds"] for task in tasks)
     print(
@@ -512,7 +555,9 @@ def main(sizes: Sizes, name: str) -> None:
             )
     path = OUT.parent / f"one_flow_several_tasks{'' if name == 'full' else f'-{name}'}"
     path.with_suffix(".json").write_text(json.dumps(results))
-    picture(common(unseen[:3], HIDDEN), unseen[:3]).savefig(path.with_suffix(".png"), dpi=150)
+    picture(common(unseen[:3], HIDDEN), unseen[:3]).savefig(
+        path.with_suffix(".png"), dpi=150
+    )
     print(f"\nfigures: {path}.json, picture: {path}.png; {time.process_time():.0f} CPU s")
 
 

@@ -29,7 +29,15 @@ import bnnflow as bf
 from bnnflow.equivariant import DWSNet, Wiring
 from bnnflow.report import plots
 from bnnflow.symmetry import Spheres, barrier, frechet_mean
-from bnnflow.transport import AffinePath, Field, Flow, Independent, MiniBatchOT, Solver, train
+from bnnflow.transport import (
+    AffinePath,
+    Field,
+    Flow,
+    Independent,
+    MiniBatchOT,
+    Solver,
+    train,
+)
 from bnnflow.transport.geometry import RiemannianPath
 from bnnflow.transport.manifold import ManifoldFlow
 from bnnflow.weights import Symmetries, WeightSpec
@@ -110,7 +118,9 @@ class Residual(Field):
         away = x / self.source - now * self.mean
         gain = (now * self.variance - (1 - now)) / (now**2 * self.variance + (1 - now) ** 2)
         known = self.mean + (
-            away * gain if self.codes is None else (away @ self.vectors * gain) @ self.vectors.T
+            away * gain
+            if self.codes is None
+            else (away @ self.vectors * gain) @ self.vectors.T
         )
         scale = (now**2 * self.sd**2 + (1 - now) ** 2).sqrt()
         features = torch.stack(
@@ -120,7 +130,9 @@ class Residual(Field):
             # (dim, 5)
             fixed = torch.cat([torch.stack([self.mean, self.sd.log()], -1), self.codes], -1)
             features = torch.cat([features, fixed.expand(len(x), -1, -1)], -1)
-        velocity = self.source * (known + self.net(features, t).squeeze(-1) * self.sd / scale)
+        velocity = self.source * (
+            known + self.net(features, t).squeeze(-1) * self.sd / scale
+        )
         return velocity if self.spheres is None else self.spheres.tangent(x, velocity)
 
 
@@ -192,7 +204,9 @@ def main(steps: int, cells: list[str]) -> None:
             "barriers": found.maximum.tolist(),
         }
 
-    def fitted(name: str, geometry: str, coupling: str) -> tuple[Flow | ManifoldFlow, float]:
+    def fitted(
+        name: str, geometry: str, coupling: str
+    ) -> tuple[Flow | ManifoldFlow, float]:
         """Return the flow of a cell and the CPU seconds of its training, now or in an earlier
         run.
         """
@@ -202,7 +216,9 @@ def main(steps: int, cells: list[str]) -> None:
         rule = MiniBatchOT() if coupling == "aligned + OT" else Independent()
         # A common permutation of both ends would undo the alignment.
         group = Symmetries(
-            frozenset() if placed else spec.symmetries().permutation, frozenset(), frozenset()
+            frozenset() if placed else spec.symmetries().permutation,
+            frozenset(),
+            frozenset(),
         )
 
         def source(n: int, generator: torch.Generator) -> Tensor:
@@ -217,7 +233,8 @@ def main(steps: int, cells: list[str]) -> None:
             return rule.pair(source(n, generator), x1[rows], spec, group, generator)
 
         sizes = torch.cat([spheres.sizes, torch.ones(1)])[spheres.owner].float()
-        sd = sizes.rsqrt() if curved else torch.ones(spec.dim)  # of one coordinate of the source
+        # of one coordinate of the source
+        sd = sizes.rsqrt() if curved else torch.ones(spec.dim)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             field = Residual(spec, sd, x1, placed, spheres if curved else None)
@@ -229,24 +246,34 @@ def main(steps: int, cells: list[str]) -> None:
         else:
             path = RiemannianPath(spheres) if curved else AffinePath()
             field, info = train(
-                field, pairs, path=path, seed=0, training=bf.Training(steps=steps, batch_size=BATCH)
+                field,
+                pairs,
+                path=path,
+                seed=0,
+                training=bf.Training(steps=steps, batch_size=BATCH),
             )
             kept = {"field": field.state_dict(), "seconds": info["cpu_seconds"]}
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.save(kept, file)
         # The prior is the source of a flow that is not on the spheres.
-        return ManifoldFlow(field, spheres) if curved else Flow.of(field, model), kept["seconds"]
+        return ManifoldFlow(field, spheres) if curved else Flow.of(field, model), kept[
+            "seconds"
+        ]
 
     def run(name: str, geometry: str, coupling: str) -> dict[str, Any]:
         flow, seconds = fitted(name, geometry, coupling)
 
-        def generated(flow: Flow | ManifoldFlow, count: int, networks: int = GENERATED) -> Tensor:
+        def generated(
+            flow: Flow | ManifoldFlow, count: int, networks: int = GENERATED
+        ) -> Tensor:
             theta = flow.sample(networks, 1, solver=Solver(steps=count))
             return spheres.project(theta) if geometry == "Normalised" else theta
 
         def by_steps(flow: Flow | ManifoldFlow) -> dict[str, Any]:
             found = {count: worth(generated(flow, count)) for count in SOLVER_STEPS}
-            curve = {count: (each["accuracy"], each["loss"]) for count, each in found.items()}
+            curve = {
+                count: (each["accuracy"], each["loss"]) for count, each in found.items()
+            }
             return found[max(SOLVER_STEPS)] | {"by_steps": curve}
 
         result = by_steps(flow) | {"training": seconds}
@@ -254,14 +281,18 @@ def main(steps: int, cells: list[str]) -> None:
             result["guided"] = by_steps(flow.guided(model, STRENGTH, steps=CLIMB))
             result["strengths"] = [
                 training_loss(
-                    generated(flow.guided(model, strength, steps=CLIMB), max(SOLVER_STEPS), 100)
+                    generated(
+                        flow.guided(model, strength, steps=CLIMB), max(SOLVER_STEPS), 100
+                    )
                 )
                 for strength in STRENGTHS
             ]
         return result
 
     path = OUT / "thesis_breast_cancer.json"
-    truth = worth(targets[torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))])
+    truth = worth(
+        targets[torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))]
+    )
     results, rows = {"targets": truth}, [row("targets", truth)]
     for geometry in GEOMETRIES:
         for coupling in COUPLINGS:
@@ -291,7 +322,8 @@ def main(steps: int, cells: list[str]) -> None:
     if scans := [found["strengths"] for found in results.values() if "strengths" in found]:
         losses = torch.tensor(scans).mean(0).tolist()
         shown = ", ".join(
-            f"{strength:g}: {each:.4f}" for strength, each in zip(STRENGTHS, losses, strict=True)
+            f"{strength:g}: {each:.4f}"
+            for strength, each in zip(STRENGTHS, losses, strict=True)
         )
         print(
             f"\nguidance of strength {STRENGTH:g}; training loss by strength, mean over cells: "
@@ -349,7 +381,9 @@ def pictures(results: dict[str, dict[str, Any]]) -> Figure:
             for each, style in ((found, "o-"), (found.get("guided"), "o--")):
                 if each:
                     accuracies = [accuracy for accuracy, _ in each["by_steps"].values()]
-                    lower.plot(SOLVER_STEPS, accuracies, style, color=colours[coupling], ms=3.5)
+                    lower.plot(
+                        SOLVER_STEPS, accuracies, style, color=colours[coupling], ms=3.5
+                    )
                     for count, accuracy in zip(SOLVER_STEPS, accuracies, strict=True):
                         if accuracy < LOWEST:
                             lower.text(
@@ -363,7 +397,9 @@ def pictures(results: dict[str, dict[str, Any]]) -> Figure:
         # nearly all barriers of aligned networks are zero
         upper.set_xscale("symlog", linthresh=0.01, linscale=0.8)
         upper.set_xticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
-        upper.set(xlabel="loss barrier between two networks", xlim=(-3e-4, 1), ylim=(0, 1.02))
+        upper.set(
+            xlabel="loss barrier between two networks", xlim=(-3e-4, 1), ylim=(0, 1.02)
+        )
         lower.set_xscale("log", base=2)
         lower.set_xticks(SOLVER_STEPS, [str(count) for count in SOLVER_STEPS])
         lower.set(xlabel="midpoint steps", ylim=(LOWEST, None))
@@ -373,7 +409,9 @@ def pictures(results: dict[str, dict[str, Any]]) -> Figure:
             ax.tick_params(labelleft=True)
     axes[0, 0].set_ylabel("share of pairs with at most this barrier")
     axes[1, 0].set_ylabel("accuracy of single networks")
-    axes[1, 2].text(16, LOWEST + 0.001, "no guidance\non the spheres", ha="right", color="grey")
+    axes[1, 2].text(
+        16, LOWEST + 0.001, "no guidance\non the spheres", ha="right", color="grey"
+    )
     handles = [Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
     handles.append(Line2D([], [], color="grey", linestyle="-", label="without guidance"))
     handles.append(Line2D([], [], color="grey", linestyle="--", label="with guidance"))

@@ -75,7 +75,9 @@ class Block(nn.Module):
         seen = self.mix(F.layer_norm(tokens, (WIDTH,)) * (1 + scale) + shift)
         # (batch, heads, tokens, own)
         query, key, value = seen.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        heard = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2)
+        heard = (
+            F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2)
+        )
         tokens = tokens + (1 + gate) * self.join(heard)
         seen = self.widen(F.layer_norm(tokens, (WIDTH,)) * (1 + scale_2) + shift_2)
         return tokens + (1 + gate_2) * self.narrow(F.gelu(seen))
@@ -124,7 +126,11 @@ class UnitField(Field):
     """
 
     def __init__(
-        self, spec: WeightSpec, targets: Tensor, placed: bool, spheres: Spheres | None = None
+        self,
+        spec: WeightSpec,
+        targets: Tensor,
+        placed: bool,
+        spheres: Spheres | None = None,
     ) -> None:
         super().__init__()
         self.spec, self.spheres = spec, spheres
@@ -182,7 +188,9 @@ def over_units(values: Tensor, spec: WeightSpec, other: WeightSpec) -> Tensor:
         last.mean(1, keepdim=True),
         outputs,
     )
-    shared = [part.expand(shape) for part, shape in zip(parts, other.shapes.values(), strict=True)]
+    shared = [
+        part.expand(shape) for part, shape in zip(parts, other.shapes.values(), strict=True)
+    ]
     return other.flatten(dict(zip(other.names, shared, strict=True)))
 
 
@@ -196,15 +204,22 @@ class Digits:
         self.data = bf.data.load_images("mnist10k", folder=folder)
         flat = self.data.x_train.flatten(1)
         # leading ones first
-        self.axes = torch.linalg.eigh(torch.cov(flat.double().T)).eigenvectors.flip(1).float()
+        self.axes = (
+            torch.linalg.eigh(torch.cov(flat.double().T)).eigenvectors.flip(1).float()
+        )
 
     def model(
-        self, units: int = 10, task: Callable[[Tensor], Tensor] = torch.Tensor.clone, n: int = 8000
+        self,
+        units: int = 10,
+        task: Callable[[Tensor], Tensor] = torch.Tensor.clone,
+        n: int = 8000,
     ) -> tuple[bf.BayesianModel, Tensor, Tensor]:
         """Return a model of the first ``n`` digits, and the 2,000 inputs and labels that it never
         sees.
         """
-        seen, unseen = (task(images).flatten(1) for images in (self.data.x_train, self.data.x_test))
+        seen, unseen = (
+            task(images).flatten(1) for images in (self.data.x_train, self.data.x_test)
+        )
         inputs, unseen = ((images - seen.mean(0)) @ self.axes for images in (seen, unseen))
         net = nn.Sequential(nn.Linear(784, units), nn.ReLU(), nn.Linear(units, 10))
         labels = self.data.y_train[:n]
@@ -266,7 +281,11 @@ class Test:
 
 
 def adam(
-    model: bf.BayesianModel, theta: Tensor, steps: int, keep: tuple[int, ...], decay: bool = False
+    model: bf.BayesianModel,
+    theta: Tensor,
+    steps: int,
+    keep: tuple[int, ...],
+    decay: bool = False,
 ) -> Tensor:
     """Return networks after some steps of Adam on -log joint / n, ``(len(keep), n, dim)``.
 
@@ -287,7 +306,9 @@ def adam(
         )
         theta.grad = -model.log_joint_and_grad(theta.detach(), rows)[1] / len(model.x)
         for group in optimiser.param_groups:
-            group["lr"] = RATE * min(1.0, max(0.05, 1.5 * (1 - step / steps))) if decay else RATE
+            group["lr"] = (
+                RATE * min(1.0, max(0.05, 1.5 * (1 - step / steps))) if decay else RATE
+            )
         optimiser.step()
     return torch.stack(kept)
 
@@ -300,7 +321,8 @@ def fit(
     Say how it went.
     """
     spheres = Spheres(model.spec) if curved else None
-    x1 = targets if curved else targets / SD  # the coordinates in which the prior is N(0, I)
+    # the coordinates in which the prior is N(0, I)
+    x1 = targets if curved else targets / SD
 
     def pairs(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         x0 = (
@@ -330,11 +352,16 @@ def guidance(flow: Flow, digits: Digits) -> dict[str, Any]:
     gradients, found = PULLS * (2 * CLIMB + 1), {}
     for name, task in TASKS.items():
         other, x, y = digits.model(task=task, n=FEW)
-        test, tuned = Test(other, x, y), partial(adam, other, steps=gradients, keep=(gradients,))
+        test, tuned = (
+            Test(other, x, y),
+            partial(adam, other, steps=gradients, keep=(gradients,)),
+        )
         unguided = flow.sample(TUNED, 2, solver=Solver(steps=SOLVER_STEPS))
         # The base pulls back to its own networks, the more so the later.
         bent = flow.guided(other, lambda t: 30 / (1.05 - t), steps=CLIMB, max_norm=20.0)
-        default = random_networks(other.spec, TUNED, torch.Generator().manual_seed(2), other.dtype)
+        default = random_networks(
+            other.spec, TUNED, torch.Generator().manual_seed(2), other.dtype
+        )
         found[name] = {
             "unguided": test.accuracy(unguided),
             "guided": test.accuracy(bent.sample(TUNED, 2, solver=Solver("euler", PULLS))),
@@ -346,10 +373,14 @@ def guidance(flow: Flow, digits: Digits) -> dict[str, Any]:
 
 def starts(model: bf.BayesianModel, test: Test, given: dict[str, Tensor]) -> dict[str, Any]:
     """Train from each start, and from the default one and the prior, on all digits."""
-    default = random_networks(model.spec, TUNED, torch.Generator().manual_seed(3), model.dtype)
+    default = random_networks(
+        model.spec, TUNED, torch.Generator().manual_seed(3), model.dtype
+    )
     given = given | {"default start": default, "prior": model.sample_prior(TUNED, 3)}
     steps = partial(adam, model, steps=max(STEPS_OF_TUNING), keep=STEPS_OF_TUNING)
-    return {name: [test.accuracy(at) for at in steps(theta)] for name, theta in given.items()}
+    return {
+        name: [test.accuracy(at) for at in steps(theta)] for name, theta in given.items()
+    }
 
 
 def main(folder: str | None, quick: bool) -> None:
@@ -361,10 +392,15 @@ def main(folder: str | None, quick: bool) -> None:
     model, x, y = digits.model()
     spec, spheres, test = model.spec, Spheres(model.spec), Test(model, x, y)
     start = random_networks(spec, runs, torch.Generator().manual_seed(0), model.dtype)
-    networks = adam(model, start, max(iterates), iterates, decay=True)  # (iterates, runs, dim)
+    # (iterates, runs, dim)
+    networks = adam(model, start, max(iterates), iterates, decay=True)
     unseen = runs // 10  # runs that no flow sees, to compare distances with
     print(f"{runs} runs of Adam: {time.process_time() - began:.0f} CPU seconds", flush=True)
-    frames = {False: networks, True: spheres.project(networks)}  # by whether they are normalised
+    # by whether they are normalised
+    frames = {
+        False: networks,
+        True: spheres.project(networks),
+    }
     means = {
         curved: frechet_mean(each[-1, unseen:], spec, rounds=10)[1]
         for curved, each in frames.items()
@@ -390,7 +426,9 @@ def main(folder: str | None, quick: bool) -> None:
     mix = torch.randperm(runs, generator=torch.Generator().manual_seed(0))
     report("targets", networks[-1, mix][:GENERATED])
     found["targets"]["nearest"] = float(distances(networks[-1, :unseen]).mean())
-    weights = torch.randn(GENERATED, len(train_set), generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(
+        GENERATED, len(train_set), generator=torch.Generator().manual_seed(1)
+    )
     gaussian = train_set.mean(0) + weights @ (train_set - train_set.mean(0)) / math.sqrt(
         len(train_set)
     )
@@ -460,7 +498,8 @@ def tables(results: dict[str, Any]) -> str:
         for name, each in worth.items()
     ]
     tasks = [
-        (name, *(spread(each) for each in by.values())) for name, by in results["guidance"].items()
+        (name, *(spread(each) for each in by.values()))
+        for name, by in results["guidance"].items()
     ]
     rows = [
         (f"{width}, {name}", *(spread(each) for each in curve))
@@ -499,7 +538,9 @@ def pictures(results: dict[str, Any]) -> Figure:
             color=colours[name],
             label=name,
         )
-    axes[0].set(xlabel="networks in an average", ylabel="accuracy on unseen digits", xscale="log")
+    axes[0].set(
+        xlabel="networks in an average", ylabel="accuracy on unseen digits", xscale="log"
+    )
     for ax, curves, width in (
         (axes[1], results["starts"], 10),
         (axes[2], results["width 32"], WIDE),

@@ -24,9 +24,13 @@ FOLDER = f"out/torchrun-{PROCESSES}"  # a run goes on only with as many processe
 def main() -> None:
     torch.set_num_threads(1)  # processes share the cores
     data = bf.data.load("diabetes")
-    net = torch.nn.Sequential(torch.nn.Linear(10, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    net = torch.nn.Sequential(
+        torch.nn.Linear(10, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)
+    )
     prior = bf.priors.FanIn()
-    model = bf.BayesianModel(net, prior, bf.likelihoods.Gaussian(), data.x_train, data.y_train)
+    model = bf.BayesianModel(
+        net, prior, bf.likelihoods.Gaussian(), data.x_train, data.y_train
+    )
     draws = bf.sample(
         model,
         bf.HMC(),
@@ -36,7 +40,8 @@ def main() -> None:
         seed=0,
         checkpoint=bf.Checkpoint(FOLDER, resume=True),
     )
-    if int(os.environ.get("RANK", "0")) == 0:  # every process has all draws; one of them reports
+    # every process has all draws; one of them reports
+    if int(os.environ.get("RANK", "0")) == 0:
         pred = bf.predict(model, draws, data.x_test)
         print(bf.diagnose(model, draws, data.x_test))
         print(

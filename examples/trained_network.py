@@ -47,12 +47,19 @@ def trained(net: nn.Module) -> nn.Module:
 
 def posterior(net: nn.Module) -> bf.BayesianModel:
     return bf.BayesianModel(
-        net, bf.priors.Normal(1.0), bf.likelihoods.Categorical(), images[train], labels[train]
+        net,
+        bf.priors.Normal(1.0),
+        bf.likelihoods.Categorical(),
+        images[train],
+        labels[train],
     )
 
 
 def show(name: str, model: bf.BayesianModel, draws: bf.Draws, seconds: float) -> None:
-    known, unknown = bf.predict(model, draws, images[test]), bf.predict(model, draws, strange)
+    known, unknown = (
+        bf.predict(model, draws, images[test]),
+        bf.predict(model, draws, strange),
+    )
     doubt = torch.cat([torch.special.entr(p.probs).sum(-1) for p in (known, unknown)])
     auroc = roc_auc_score([0] * len(test) + [1] * len(test), doubt)
     y = labels[test]
@@ -73,7 +80,8 @@ net[:-1].requires_grad_(False)  # constants from here on: theta holds the last l
 head = posterior(net)
 print(f"{whole.dim} weights, {head.dim} of them in the last layer\n")
 print(
-    f"{'':22}" + "".join(f"{name:>10}" for name in ("accuracy", "lppd", "ECE", "AUROC", "seconds"))
+    f"{'':22}"
+    + "".join(f"{name:>10}" for name in ("accuracy", "lppd", "ECE", "AUROC", "seconds"))
 )
 
 show("the network", head, bf.sample(head, bf.DeepEnsemble(members=1), init=[net]), spent)
@@ -87,9 +95,13 @@ start = time.perf_counter()
 members = [net, *(trained(made()) for _ in range(MEMBERS - 1))]
 ensemble = bf.sample(whole, bf.DeepEnsemble(), init=members)
 show(f"ensemble of {MEMBERS}", whole, ensemble, spent + time.perf_counter() - start)
-flow = bf.fit_flow(head, hmc, velocity="weights", training=bf.Training(steps=FLOW_STEPS), seed=0)
+flow = bf.fit_flow(
+    head, hmc, velocity="weights", training=bf.Training(steps=FLOW_STEPS), seed=0
+)
 refined = bf.refine(head, bf.sample(head, flow, draws=200, seed=1), seed=2)
 show("flow, last layer", head, refined, flow.info["seconds"] + refined.info["seconds"])
 
 value, error = bf.evidence(head, refined, bf.SMC(particles=100, ess=0.8, moves=4), seed=3)
-print(f"\nlog evidence of the last layer, from the flow's draws: {value:.1f} +- {error:.1f}")
+print(
+    f"\nlog evidence of the last layer, from the flow's draws: {value:.1f} +- {error:.1f}"
+)

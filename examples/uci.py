@@ -64,7 +64,9 @@ class Normals:
         self.mean = loc.mean(0)
 
     def log_prob(self, y: np.ndarray) -> np.ndarray:
-        return logsumexp(norm.logpdf(y, self.loc, self.scale), axis=0) - np.log(len(self.loc))
+        return logsumexp(norm.logpdf(y, self.loc, self.scale), axis=0) - np.log(
+            len(self.loc)
+        )
 
     def interval(self, level: float) -> tuple[np.ndarray, np.ndarray]:
         return self.quantile((1 - level) / 2), self.quantile((1 + level) / 2)
@@ -141,7 +143,11 @@ def load(folder, name, split):
     with np.load(Path(folder, f"{name}.npz")) as held:
         if f"test_{split}" not in held:
             raise SystemExit(f"{name} has no split {split}")
-        return held["X"].astype(float), held["y"].astype(float).ravel(), held[f"test_{split}"]
+        return (
+            held["X"].astype(float),
+            held["y"].astype(float).ravel(),
+            held[f"test_{split}"],
+        )
 
 
 def read(path):
@@ -179,7 +185,9 @@ def table(rows):
     for name in dict.fromkeys(row["set"] for row in rows):
         if name in PUBLISHED:
             best, ensembles = PUBLISHED[name]
-            print(f"\npublished NLL: {best:.2f} at best, {ensembles:.2f} by ensembles of five")
+            print(
+                f"\npublished NLL: {best:.2f} at best, {ensembles:.2f} by ensembles of five"
+            )
         print(
             f"{name:9} splits {'NLL':>15} {'RMSE':>17} in {LEVEL:.0%} {'width':>8} {'CPU s':>7}"
             "   NLL beside bnnflow"
@@ -209,7 +217,9 @@ def error(values):
 
 def paired(theirs, ours):
     """Return the mean difference over the splits that both have, and its t value."""
-    gaps = np.array([theirs[split] - ours[split] for split in sorted(theirs.keys() & ours.keys())])
+    gaps = np.array(
+        [theirs[split] - ours[split] for split in sorted(theirs.keys() & ours.keys())]
+    )
     if not len(gaps) or not gaps.any():
         return ""
     return f"{gaps.mean():+.3f}, t = {gaps.mean() / error(gaps):.1f}"
@@ -225,7 +235,9 @@ def main() -> None:
     parser.add_argument("--sets", type=names, default=list(PUBLISHED))
     parser.add_argument("--splits", type=names, default=["0", "1"])
     parser.add_argument("--methods", type=names, default=["bnnflow", "ensemble", "laplace"])
-    parser.add_argument("--jobs", type=int, default=1, help="fits at a time, of one thread each")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="fits at a time, of one thread each"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/uci.csv"))
     parser.add_argument("--bde-python", type=Path, help="of an environment that has bde")
     given = parser.parse_args()

@@ -31,7 +31,9 @@ def bde(x, y):
     ).fit(x, y)
 
     def predict(x_new):  # every draw of every member is a component
-        raw = np.asarray(fitted.predict(x_new, raw=True), np.float64).reshape(-1, len(x_new), 2)
+        raw = np.asarray(fitted.predict(x_new, raw=True), np.float64).reshape(
+            -1, len(x_new), 2
+        )
         return raw[..., 0], np.logaddexp(0, raw[..., 1]) + 1e-6  # as its loss has it
 
     return predict

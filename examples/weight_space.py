@@ -23,7 +23,15 @@ from torch import Tensor, nn
 
 from bnnflow import WeightSpec
 from bnnflow.data import Dataset, load_images
-from bnnflow.equivariant import DWSNet, GraphNet, INRs, TensorScaler, Wiring, fit_images, siren
+from bnnflow.equivariant import (
+    DWSNet,
+    GraphNet,
+    INRs,
+    TensorScaler,
+    Wiring,
+    fit_images,
+    siren,
+)
 from bnnflow.symmetry import match
 from bnnflow.weights import Symmetries
 
@@ -75,7 +83,8 @@ class WeightsTransformer(nn.Module):
         self.layers, self.spec = spec.layers, spec
         shapes = [spec.shapes[layer.weight] for layer in spec.layers]
         self.lifts = nn.ModuleList(
-            nn.Linear(shape[1] + 1 + after[0], width) for shape, after in itertools.pairwise(shapes)
+            nn.Linear(shape[1] + 1 + after[0], width)
+            for shape, after in itertools.pairwise(shapes)
         )
         self.last = nn.Linear(shapes[-1][0], width)  # the output biases are one more token
         tokens = sum(shape[0] for shape in shapes[:-1]) + 1
@@ -85,7 +94,10 @@ class WeightsTransformer(nn.Module):
         )
         self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
         self.head = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, out_features)
+            nn.LayerNorm(width),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, out_features),
         )
 
     def forward(self, features: Tensor) -> Tensor:
@@ -192,7 +204,9 @@ def corpus(data: Dataset, views: int) -> tuple[list[INRs], INRs]:
         path = OUT / "inrs" / f"{data.name}-{name}.npz"
         if not path.is_file():
             pixels = min(PIXELS, x[0].numel())
-            fits = fit_images(x, siren(2, 1, w0=W0), steps=FIT_STEPS, batch_size=pixels, seed=seed)
+            fits = fit_images(
+                x, siren(2, 1, w0=W0), steps=FIT_STEPS, batch_size=pixels, seed=seed
+            )
             fits.save(path)
             print(
                 f"{data.name} {name}: {len(fits)} fits in {fits.info['seconds']:.0f} s, "
@@ -255,11 +269,15 @@ def train(
         The best network, its validation value and the CPU seconds that training took.
     """
     generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(net.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    optimiser = torch.optim.AdamW(
+        net.parameters(), lr=learning_rate, weight_decay=weight_decay
+    )
     warm_up = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser,
-        lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / steps)),
+        lambda step: min(
+            (step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        ),
     )
     best, lowest, began = copy.deepcopy(net.state_dict()), math.inf, time.process_time()
     for step in range(1, steps + 1):
@@ -354,10 +372,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lay out a table for the terminal and for Markdown alike."""
     widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
     lines = [
-        "| " + " | ".join(str(cell).ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        "| "
+        + " | ".join(str(cell).ljust(w) for cell, w in zip(row, widths, strict=True))
+        + " |"
         for row in [head, *rows]
     ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+    return "\n".join(
+        [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
+    )
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

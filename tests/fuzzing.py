@@ -59,7 +59,9 @@ class World:
         self.y = self.x.sum(1)
         self.labels = torch.tensor([0, 1] * (ROWS // 2))
         prior = priors.Normal(1.0)
-        self.model = bf.BayesianModel(self.net, prior, likelihoods.Gaussian(0.5), self.x, self.y)
+        self.model = bf.BayesianModel(
+            self.net, prior, likelihoods.Gaussian(0.5), self.x, self.y
+        )
         self.classes = bf.BayesianModel(
             self.classifier, prior, likelihoods.Categorical(), self.x, self.labels
         )
@@ -70,15 +72,21 @@ class World:
         self.prediction = bf.predict(self.model, self.draws, self.x)
         class_draws = self.classes.sample_prior(12, 0).reshape(2, 6, -1)
         self.class_prediction = bf.predict(self.classes, class_draws, self.x)
-        self.field = self.built(lambda: transport.WeightsVelocity(self.spec, width=2, depth=1))
+        self.field = self.built(
+            lambda: transport.WeightsVelocity(self.spec, width=2, depth=1)
+        )
         self.flow = transport.Flow.of(self.field, self.model, solver=Solver(steps=2))
         self.source = self.flow.source
         self.folder = Path(tempfile.mkdtemp())
         self.draws.save(self.folder / "draws.npz")
         self.flow.save(self.folder / "flow.npz")
         spheres = symmetry.Spheres(self.relu_spec)
-        tangent = self.built(lambda: transport.TangentVelocity(self.relu_spec, width=2, depth=1))
-        self.manifold = transport.ManifoldFlow(tangent.eval(), spheres, solver=Solver(steps=2))
+        tangent = self.built(
+            lambda: transport.TangentVelocity(self.relu_spec, width=2, depth=1)
+        )
+        self.manifold = transport.ManifoldFlow(
+            tangent.eval(), spheres, solver=Solver(steps=2)
+        )
         self.completed = self.manifold.complete(self.normal(9, DIM))
 
     @staticmethod
@@ -124,7 +132,9 @@ def _data_and_models(w: World) -> Iterator[Call]:
     )
     yield Call("data.gap_function", data.gap_function, {"x": x[:, 0]})
     yield Call(
-        "data.gap_regression", data.gap_regression, {"seed": 0, "n": 10, "noise": 0.1, "n_test": 5}
+        "data.gap_regression",
+        data.gap_regression,
+        {"seed": 0, "n": 10, "noise": 0.1, "n_test": 5},
     )
     yield Call("data.standardise", data.standardise, {"train": x})
     yield Call("data.Standardiser", data.Standardiser, {"mean": x.mean(0), "sd": x.std(0)})
@@ -168,7 +178,9 @@ def _data_and_models(w: World) -> Iterator[Call]:
     yield Call("BayesianModel.subset", model.subset, {"rows": torch.arange(3)})
     yield Call("BayesianModel.at", model.at, {"theta": theta})
     given = {"theta": theta, "x": x, "y": y}
-    yield Call("BayesianModel.pointwise_log_likelihood", model.pointwise_log_likelihood, given)
+    yield Call(
+        "BayesianModel.pointwise_log_likelihood", model.pointwise_log_likelihood, given
+    )
     yield Call("BayesianModel.sample_prior", model.sample_prior, {"n": 3, "seed": 0})
     yield Call("BayesianModel.theta_of", model.theta_of, {"net": w.net})
     yield Call("WeightSpec.of", bf.WeightSpec.of, {"net": w.net})
@@ -187,7 +199,9 @@ def _data_and_models(w: World) -> Iterator[Call]:
         {"theta": theta, "signs": {"h1": torch.tensor([1.0, -1.0, 1.0])}},
     )
     scales = {"h1": torch.tensor([2.0, 1.0, 0.5])}
-    yield Call("WeightSpec.rescale", w.relu_spec.rescale, {"theta": theta, "scales": scales})
+    yield Call(
+        "WeightSpec.rescale", w.relu_spec.rescale, {"theta": theta, "scales": scales}
+    )
     yield Call("priors.Normal.symmetries", priors.Normal(1.0).symmetries, {"spec": spec})
     yield Call(
         "WeightSpec.random_symmetry",
@@ -203,7 +217,9 @@ def _data_and_models(w: World) -> Iterator[Call]:
         {"min_scale": 1e-3},
     )
     yield Call("likelihoods.StudentT", likelihoods.StudentT, {"df": 4.0, "scale": 0.1})
-    yield Call("likelihoods.NegativeBinomial", likelihoods.NegativeBinomial, {"dispersion": 0.5})
+    yield Call(
+        "likelihoods.NegativeBinomial", likelihoods.NegativeBinomial, {"dispersion": 0.5}
+    )
     yield Call("likelihoods.Ordinal", likelihoods.Ordinal, {"n_classes": 3})
     yield Call("likelihoods.Gamma", likelihoods.Gamma, {"dispersion": 0.5})
     yield Call("likelihoods.Levels", likelihoods.Levels, {"levels": (1, 2, 4)})
@@ -212,7 +228,9 @@ def _data_and_models(w: World) -> Iterator[Call]:
         likelihoods.Standardised,
         {"base": likelihoods.Gaussian(0.5), "loc": 1.0, "scale": 2.0},
     )
-    yield Call("likelihoods.LogNormal", likelihoods.LogNormal, {"base": likelihoods.Gaussian(0.5)})
+    yield Call(
+        "likelihoods.LogNormal", likelihoods.LogNormal, {"base": likelihoods.Gaussian(0.5)}
+    )
     yield Call("priors.Normal", priors.Normal, {"scale": 1.0, "loc": 0.0})
     yield Call("priors.Laplace", priors.Laplace, {"scale": 1.0, "loc": 0.0})
     yield Call("priors.StudentT", priors.StudentT, {"df": 4.0, "scale": 1.0, "loc": 0.0})
@@ -224,7 +242,9 @@ def _data_and_models(w: World) -> Iterator[Call]:
     )
     by_name = {"0.weight": torch.distributions.Normal(0.0, 1.0)}
     default = torch.distributions.Normal(0.0, 2.0)
-    yield Call("priors.PerTensor", priors.PerTensor, {"by_name": by_name, "default": default})
+    yield Call(
+        "priors.PerTensor", priors.PerTensor, {"by_name": by_name, "default": default}
+    )
     yield Call("priors.Hierarchical", priors.Hierarchical, {"fan_in": True})
     horseshoe = {
         "global_scale": 0.1,
@@ -242,7 +262,9 @@ def _data_and_models(w: World) -> Iterator[Call]:
         "extras": 0,
     }
     yield Call("priors.Empirical", priors.Empirical, empirical)
-    yield Call("priors.as_prior", priors.as_prior, {"prior": torch.distributions.Normal(0.0, 1.0)})
+    yield Call(
+        "priors.as_prior", priors.as_prior, {"prior": torch.distributions.Normal(0.0, 1.0)}
+    )
 
 
 def _sampling(w: World) -> Iterator[Call]:
@@ -278,7 +300,9 @@ def _sampling(w: World) -> Iterator[Call]:
         "dtype": torch.float32,
     }
     some |= {"checkpoint": None, "progress": False}
-    yield Call("sample", bf.sample, {"model": model, "method": bf.HMC(max_leapfrog=2)} | some)
+    yield Call(
+        "sample", bf.sample, {"model": model, "method": bf.HMC(max_leapfrog=2)} | some
+    )
     start = {
         "model": model,
         "method": bf.HMC(max_leapfrog=2),
@@ -324,7 +348,9 @@ def _sampling(w: World) -> Iterator[Call]:
         metric = getattr(predictive.metrics, name)
         yield Call(f"metrics.{name}", metric, {"prediction": w.prediction, "y": y})
     yield Call(
-        "metrics.pit", predictive.metrics.pit, {"prediction": w.prediction, "y": y, "seed": 0}
+        "metrics.pit",
+        predictive.metrics.pit,
+        {"prediction": w.prediction, "y": y, "seed": 0},
     )
     yield Call(
         "metrics.coverage",
@@ -335,7 +361,9 @@ def _sampling(w: World) -> Iterator[Call]:
     for name in ("accuracy", "brier"):
         yield Call(f"metrics.{name}", getattr(predictive.metrics, name), labelled)
     for name in ("ece", "reliability"):
-        yield Call(f"metrics.{name}", getattr(predictive.metrics, name), labelled | {"bins": 3})
+        yield Call(
+            f"metrics.{name}", getattr(predictive.metrics, name), labelled | {"bins": 3}
+        )
     for name in ("log_prob", "cdf", "targets"):
         yield Call(f"Prediction.{name}", getattr(w.prediction, name), {"y": y})
     yield Call("Prediction.quantile", w.prediction.quantile, {"q": 0.9})
@@ -360,19 +388,31 @@ def _sampling(w: World) -> Iterator[Call]:
 def _networks(w: World) -> Iterator[Call]:
     model, draws, theta, spec, relu = w.model, w.draws, w.theta, w.spec, w.relu_spec
     yield Call(
-        "align", bf.align, {"draws": draws, "model": model, "rounds": 1, "method": "weights"}
+        "align",
+        bf.align,
+        {"draws": draws, "model": model, "rounds": 1, "method": "weights"},
     )
     yield Call(
-        "align to weights", bf.align, {"draws": theta, "model": model, "reference": theta[0]}
+        "align to weights",
+        bf.align,
+        {"draws": theta, "model": model, "reference": theta[0]},
     )
     yield Call(
-        "symmetry.frechet_mean", symmetry.frechet_mean, {"theta": theta, "spec": spec, "rounds": 1}
+        "symmetry.frechet_mean",
+        symmetry.frechet_mean,
+        {"theta": theta, "spec": spec, "rounds": 1},
     )
     yield Call(
-        "symmetry.sort_units", symmetry.sort_units, {"theta": theta, "spec": spec, "group": None}
+        "symmetry.sort_units",
+        symmetry.sort_units,
+        {"theta": theta, "spec": spec, "group": None},
     )
-    yield Call("symmetry.normalise_scale", symmetry.normalise_scale, {"theta": theta, "spec": relu})
-    yield Call("symmetry.normalise_sign", symmetry.normalise_sign, {"theta": theta, "spec": spec})
+    yield Call(
+        "symmetry.normalise_scale", symmetry.normalise_scale, {"theta": theta, "spec": relu}
+    )
+    yield Call(
+        "symmetry.normalise_sign", symmetry.normalise_sign, {"theta": theta, "spec": spec}
+    )
     pair = {"theta_a": theta[0], "theta_b": theta[1], "loss": w.loss}
     yield Call("symmetry.barrier", symmetry.barrier, pair | {"points": 3})
     curve = symmetry.Geodesic(theta[0], theta[1], relu)
@@ -383,7 +423,9 @@ def _networks(w: World) -> Iterator[Call]:
     )
     yield Call("symmetry.Geodesic.at", curve.at, {"t": torch.tensor([0.0, 0.5])})
     yield Call("symmetry.Curve", symmetry.Curve, {"control": theta[:3], "kind": "bezier"})
-    yield Call("symmetry.Curve.at", symmetry.Curve(theta[:3]).at, {"t": torch.tensor([0.0, 0.5])})
+    yield Call(
+        "symmetry.Curve.at", symmetry.Curve(theta[:3]).at, {"t": torch.tensor([0.0, 0.5])}
+    )
     yield Call(
         "symmetry.barrier_along",
         symmetry.barrier_along,
@@ -407,7 +449,13 @@ def _networks(w: World) -> Iterator[Call]:
     one = {"theta": theta, "spec": spec, "reference": theta[0]}
     yield Call("symmetry.match", symmetry.match, one | {"sweeps": 1})
     yield Call("symmetry.match_activations", symmetry.match_activations, one | {"x": w.x})
-    steps = {"steps": 2, "learning_rate": 0.1, "temperature": 1.0, "iterations": 2, "seed": 0}
+    steps = {
+        "steps": 2,
+        "learning_rate": 0.1,
+        "temperature": 1.0,
+        "iterations": 2,
+        "seed": 0,
+    }
     yield Call("symmetry.sinkhorn_rebasin", symmetry.sinkhorn_rebasin, one | steps)
     yield Call("symmetry.Spheres", symmetry.Spheres, {"spec": relu})
     spheres = symmetry.Spheres(relu)
@@ -418,18 +466,30 @@ def _networks(w: World) -> Iterator[Call]:
     yield Call("equivariant.DWSInvariant", equivariant.DWSInvariant, sizes | {"bias": True})
     net = sizes | {"width": 4, "depth": 1, "time": False, "heads": 1}
     yield Call("equivariant.SignedDWSNet", equivariant.SignedDWSNet, net)
-    wired = sizes | {"width": 4, "depth": 1, "time": False, "invariant": False, "context": 0}
+    wired = sizes | {
+        "width": 4,
+        "depth": 1,
+        "time": False,
+        "invariant": False,
+        "context": 0,
+    }
     yield Call(
-        "equivariant.DWSNet", equivariant.DWSNet, wired | {"wiring": equivariant.Wiring(heads=1)}
+        "equivariant.DWSNet",
+        equivariant.DWSNet,
+        wired | {"wiring": equivariant.Wiring(heads=1)},
     )
     wiring = {"heads": 1, "edge_width": 4, "frequency": 1.0, "shared": False}
     yield Call("equivariant.Wiring", equivariant.Wiring, wiring)
     yield Call(
-        "equivariant.GraphNet", equivariant.GraphNet, net | {"invariant": False, "context": 0}
+        "equivariant.GraphNet",
+        equivariant.GraphNet,
+        net | {"invariant": False, "context": 0},
     )
     yield Call("equivariant.TensorScaler", equivariant.TensorScaler, {"spec": spec})
     yield Call(
-        "equivariant.TensorScaler.fit", equivariant.TensorScaler.fit, {"theta": theta, "spec": spec}
+        "equivariant.TensorScaler.fit",
+        equivariant.TensorScaler.fit,
+        {"theta": theta, "spec": spec},
     )
     siren = {"in_features": 2, "out_features": 1, "hidden": (3,), "w0": 10.0, "seed": 0}
     yield Call("equivariant.siren", equivariant.siren, siren)
@@ -450,7 +510,9 @@ def _networks(w: World) -> Iterator[Call]:
     grid = equivariant.image_grid(3, 3)
     values = w.normal(2, 9, 1)
     yield Call(
-        "equivariant.fit_inrs", equivariant.fit_inrs, {"x": grid, "y": values, "net": small} | image
+        "equivariant.fit_inrs",
+        equivariant.fit_inrs,
+        {"x": grid, "y": values, "net": small} | image,
     )
     yield Call("equivariant.image_grid", equivariant.image_grid, {"height": 3, "width": 3})
     render = {"theta": theta, "spec": bf.WeightSpec.of(small), "height": 3, "width": 3}
@@ -465,7 +527,14 @@ def _networks(w: World) -> Iterator[Call]:
 
 
 def _transport(w: World) -> Iterator[Call]:
-    t, model, spec, theta, draws, flow = transport, w.model, w.spec, w.theta, w.draws, w.flow
+    t, model, spec, theta, draws, flow = (
+        transport,
+        w.model,
+        w.spec,
+        w.theta,
+        w.draws,
+        w.flow,
+    )
     training = {
         "budget": 1.0,
         "steps": 2,
@@ -486,10 +555,14 @@ def _transport(w: World) -> Iterator[Call]:
     yield Call("transport.Matching", t.Matching, matching)
     yield Call("transport.Reuse", t.Reuse, {"steps": 1, "moves": None})
     yield Call(
-        "transport.Density", t.Density, {"trace": "exact", "probes": 2, "noise": "rademacher"}
+        "transport.Density",
+        t.Density,
+        {"trace": "exact", "probes": 2, "noise": "rademacher"},
     )
     yield Call(
-        "transport.Solver", t.Solver, {"rule": "euler", "steps": 2, "rtol": 1e-3, "atol": 1e-3}
+        "transport.Solver",
+        t.Solver,
+        {"rule": "euler", "steps": 2, "rtol": 1e-3, "atol": 1e-3},
     )
     times = torch.tensor([0.0, 0.5, 1.0])
     yield Call("transport.Solver at times", t.Solver, {"rule": "euler", "steps": times})
@@ -505,7 +578,9 @@ def _transport(w: World) -> Iterator[Call]:
         "held_out": None,
     }
     yield Call(
-        "fit_flow", bf.fit_flow, {"model": model, "draws": draws, "checkpoint": None} | small | fit
+        "fit_flow",
+        bf.fit_flow,
+        {"model": model, "draws": draws, "checkpoint": None} | small | fit,
     )
     train = {
         "field": w.field,
@@ -522,7 +597,9 @@ def _transport(w: World) -> Iterator[Call]:
         {"model": model, "draws": draws, "matched": False, "seed": 0},
     )
     baseline = {"model": model, "draws": draws, "matched": False, "held_out": None} | small
-    yield Call("transport.fit_coupling", t.fit_coupling, baseline | {"couplings": 2, "hidden": 4})
+    yield Call(
+        "transport.fit_coupling", t.fit_coupling, baseline | {"couplings": 2, "hidden": 4}
+    )
     yield Call("transport.fit_cnf", t.fit_cnf, baseline | {"width": 4, "solver_steps": 2})
     distil = {"flow": flow, "evaluations": 1, "trajectories": 4} | small
     yield Call("transport.distil", t.distil, distil)
@@ -533,7 +610,9 @@ def _transport(w: World) -> Iterator[Call]:
         "refine_steps": 1,
         "proximal_step": None,
     }
-    yield Call("transport.fit_flow_without_draws", t.fit_flow_without_draws, bootstrap | small)
+    yield Call(
+        "transport.fit_flow_without_draws", t.fit_flow_without_draws, bootstrap | small
+    )
     given = {
         "spec": w.relu_spec,
         "draws": theta,
@@ -567,7 +646,9 @@ def _transport(w: World) -> Iterator[Call]:
     for name in ("bind", "transfer"):
         yield Call(f"Flow.{name}", getattr(flow, name), {"model": model})
     yield Call(
-        "Flow.guided", flow.guided, {"guide": w.loss, "strength": 1.0, "steps": 1, "max_norm": 2.0}
+        "Flow.guided",
+        flow.guided,
+        {"guide": w.loss, "strength": 1.0, "steps": 1, "max_norm": 2.0},
     )
     informed = bf.GaussNewtonFlow(model, solver=Solver(steps=1))
     yield Call("Flow.on_batch", informed.on_batch, {"size": 4, "seed": 0})
@@ -577,11 +658,15 @@ def _transport(w: World) -> Iterator[Call]:
     yield Call("Flow.sample with noise", flow.sample, draw | {"diffusion": 0.1})
     density = {"density": t.Density(), "solver": Solver("euler", 2), "chunk_size": 4}
     yield Call(
-        "Flow.sample_with_log_prob", flow.sample_with_log_prob, {"n": 3, "seed": 0} | density
+        "Flow.sample_with_log_prob",
+        flow.sample_with_log_prob,
+        {"n": 3, "seed": 0} | density,
     )
     yield Call("Flow.log_prob", flow.log_prob, {"theta": theta, "seed": 0} | density)
     yield Call(
-        "Flow.forward_with_log_prob", flow.forward_with_log_prob, {"x0": theta, "seed": 0} | density
+        "Flow.forward_with_log_prob",
+        flow.forward_with_log_prob,
+        {"x0": theta, "seed": 0} | density,
     )
     yield Call(
         "Flow.inverse_with_log_prob",
@@ -616,7 +701,9 @@ def _transport(w: World) -> Iterator[Call]:
         "held_out": draws,
     }
     yield Call(
-        "correct", bf.correct, correct | {"density": t.Density(), "force": True, "progress": False}
+        "correct",
+        bf.correct,
+        correct | {"density": t.Density(), "force": True, "progress": False},
     )
     draw.pop("chunk_size")
     yield Call("transport.ManifoldFlow.sample", w.manifold.sample, draw | {"chunk_size": 2})
@@ -631,15 +718,21 @@ def _transport(w: World) -> Iterator[Call]:
     yield Call("transport.AffinePath", t.AffinePath, {"schedule": "linear", "sigma": 0.0})
     yield Call("transport.Beta", t.Beta, {"a": 2.0, "b": 1.0})
     yield Call("transport.LogitNormal", t.LogitNormal, {"loc": 0.0, "scale": 1.0})
-    yield Call("transport.LogUniformNearEnd", t.LogUniformNearEnd, {"share": 0.3, "decades": 2.0})
+    yield Call(
+        "transport.LogUniformNearEnd", t.LogUniformNearEnd, {"share": 0.3, "decades": 2.0}
+    )
     yield Call("transport.MiniBatchOT", t.MiniBatchOT, {"matched": False})
     sinkhorn = {"regularisation": 0.1, "tolerance": 1e-3, "max_iterations": 10}
     yield Call("transport.SinkhornOT", t.SinkhornOT, sinkhorn)
     yield Call(
-        "transport.GaussNewton", t.GaussNewton, {"steps": 1, "max_norm": 2.0, "iterations": None}
+        "transport.GaussNewton",
+        t.GaussNewton,
+        {"steps": 1, "max_norm": 2.0, "iterations": None},
     )
     yield Call(
-        "transport.GradientSteps", t.GradientSteps, {"steps": 1, "max_norm": 2.0, "memory": 0.5}
+        "transport.GradientSteps",
+        t.GradientSteps,
+        {"steps": 1, "max_norm": 2.0, "memory": 0.5},
     )
     yield Call(
         "transport.Source",
@@ -665,7 +758,9 @@ def _transport(w: World) -> Iterator[Call]:
     )
     gaussian = t.GaussianVelocity(torch.zeros(DIM), torch.eye(DIM))
     size.pop("path")
-    yield Call("transport.ResidualVelocity", t.ResidualVelocity, size | {"gaussian": gaussian})
+    yield Call(
+        "transport.ResidualVelocity", t.ResidualVelocity, size | {"gaussian": gaussian}
+    )
     yield Call(
         "transport.ResidualVelocity.fit",
         t.ResidualVelocity.fit,
@@ -673,7 +768,9 @@ def _transport(w: World) -> Iterator[Call]:
     )
     cloud = {"mean": torch.zeros(3), "covariance": torch.eye(3), "path": None}
     yield Call("transport.GaussianVelocity", t.GaussianVelocity, cloud)
-    yield Call("transport.ScoreVelocity", t.ScoreVelocity, {"proximal_step": None, "path": None})
+    yield Call(
+        "transport.ScoreVelocity", t.ScoreVelocity, {"proximal_step": None, "path": None}
+    )
     two = {"dim": DIM, "width": 3, "base": None, "path": None}
     yield Call("transport.TwoLayerVelocity", t.TwoLayerVelocity, two)
     yield Call("transport.TangentVelocity", t.TangentVelocity, size | {"spec": w.relu_spec})
@@ -687,13 +784,17 @@ def _transport(w: World) -> Iterator[Call]:
     }
     yield Call("transport.GuidedVelocity", t.GuidedVelocity, bent)
     yield Call(
-        "transport.RiemannianPath", t.RiemannianPath, {"spheres": symmetry.Spheres(w.relu_spec)}
+        "transport.RiemannianPath",
+        t.RiemannianPath,
+        {"spheres": symmetry.Spheres(w.relu_spec)},
     )
     x, grid = w.normal(4, 3), torch.tensor([0.0, 0.5, 1.0])
     ode = {"field": lambda t, state: (-state[0],), "state": (x,), "grid": grid}
     tolerances = {"rule": "euler", "rtol": 1e-3, "atol": 1e-3, "max_evaluations": 100}
     yield Call("transport.integrate", t.integrate, ode | tolerances)
-    yield Call("transport.integrate_with_error", t.integrate_with_error, ode | {"rule": "euler"})
+    yield Call(
+        "transport.integrate_with_error", t.integrate_with_error, ode | {"rule": "euler"}
+    )
     sde = {
         "field": lambda t, x: (-x, -x),
         "noise": 0.1,
@@ -704,9 +805,13 @@ def _transport(w: World) -> Iterator[Call]:
     }
     yield Call("transport.integrate_sde", t.integrate_sde, sde)
     yield Call(
-        "transport.largest_chunk", t.largest_chunk, {"memory": 10**6, "work": torch.sin, "x": x}
+        "transport.largest_chunk",
+        t.largest_chunk,
+        {"memory": 10**6, "work": torch.sin, "x": x},
     )
-    yield Call("transport.time_grid", t.time_grid, {"steps": 3, "power": 1.0, "device": "cpu"})
+    yield Call(
+        "transport.time_grid", t.time_grid, {"steps": 3, "power": 1.0, "device": "cpu"}
+    )
 
 
 # ---------------------------------------- malformed values
@@ -794,7 +899,10 @@ def _forms_of_tensor(value: Tensor) -> Iterator[tuple[str, Any]]:
     yield "an array in Fortran's order", np.asfortranarray(array)
     yield "an array of the other byte order", array.astype(array.dtype.newbyteorder())
     if value.dim() <= 2:
-        yield "a frame or series", pd.DataFrame(array) if value.dim() == 2 else pd.Series(array)
+        yield (
+            "a frame or series",
+            pd.DataFrame(array) if value.dim() == 2 else pd.Series(array),
+        )
     if value.is_floating_point():
         yield "float64", value.double()
         yield "float64 in an array", array.astype(np.float64)
@@ -860,20 +968,24 @@ def outcome(
             return "refused", f"{type(error).__name__}: {text}"
         if not isinstance(error, TypeError | ValueError):
             return "other", f"{type(error).__name__}: {text}"
-        return ("clear" if _named(name, text) else "obscure"), f"{type(error).__name__}: {text}"
+        return (
+            "clear" if _named(name, text) else "obscure"
+        ), f"{type(error).__name__}: {text}"
     if same(result, clean):
         return "equal", ""
     if form:
-        return ("valid" if (call.name, name) in FOLLOW_THE_TYPE else "silent"), repr(result)[:200]
+        return ("valid" if (call.name, name) in FOLLOW_THE_TYPE else "silent"), repr(
+            result
+        )[:200]
     if call.name in HOLD_WHAT_THEY_ARE_GIVEN and isinstance(
         value, Tensor | np.ndarray | list | float
     ):
         return "valid", ""
     if (call.name, name) in RIGHT:
         return "valid", ""
-    return ("silent" if not _plausible(call, name, value) or _broken(result) else "valid"), repr(
-        result
-    )[:200]
+    return (
+        "silent" if not _plausible(call, name, value) or _broken(result) else "valid"
+    ), repr(result)[:200]
 
 
 def run(call: Call, arguments: dict[str, Any]) -> Any:
@@ -977,16 +1089,25 @@ RIGHT = {
     ("likelihoods.Standardised", "scale"): "a number for each target",
     ("report", "title"): "a report may have no title",
     ("Flow", "fingerprint"): "any string names a model; the empty one is that of none",
-    ("transport.fit_coupling", "held_out"): "draws are what it takes, though its annotation is "
-    "among the options",
-    ("transport.fit_cnf", "held_out"): "draws are what it takes, though its annotation is among "
-    "the options",
-    ("transport.largest_chunk", "x"): "the bytes of the rows are measured, whatever numbers are in "
-    "them",
+    (
+        "transport.fit_coupling",
+        "held_out",
+    ): "draws are what it takes, though its annotation is among the options",
+    (
+        "transport.fit_cnf",
+        "held_out",
+    ): "draws are what it takes, though its annotation is among the options",
+    (
+        "transport.largest_chunk",
+        "x",
+    ): "the bytes of the rows are measured, whatever numbers are in them",
 }
 """Arguments for which a value that looks wrong is right, and why."""
 
-FOLLOW_THE_TYPE = {("transport.fit_manifold_flow", "draws"), ("transport.largest_chunk", "x")}
+FOLLOW_THE_TYPE = {
+    ("transport.fit_manifold_flow", "draws"),
+    ("transport.largest_chunk", "x"),
+}
 """What is computed in the floating-point type of an argument, or measures it."""
 
 
@@ -1000,7 +1121,9 @@ def _finite(value: Any) -> bool:
 def _annotation(call: Call, name: str) -> Any:
     parameters = inspect.signature(call.function).parameters
     return (
-        parameters[name].annotation if name in parameters else "float | int | str | None | Sequence"
+        parameters[name].annotation
+        if name in parameters
+        else "float | int | str | None | Sequence"
     )
 
 
@@ -1023,7 +1146,9 @@ def numbers(result: Any, depth: int = 0) -> Any:
     if isinstance(result, dict):
         timed = ("seconds", "cpu_seconds", "path", "settings", "date")
         return {
-            str(key): numbers(value, depth + 1) for key, value in result.items() if key not in timed
+            str(key): numbers(value, depth + 1)
+            for key, value in result.items()
+            if key not in timed
         }
     if isinstance(result, tuple | list):
         return [numbers(value, depth + 1) for value in result]
@@ -1033,7 +1158,8 @@ def numbers(result: Any, depth: int = 0) -> Any:
         if depth > 5:
             return type(result).__name__
         return {
-            f.name: numbers(getattr(result, f.name), depth + 1) for f in dataclasses.fields(result)
+            f.name: numbers(getattr(result, f.name), depth + 1)
+            for f in dataclasses.fields(result)
         }
     if isinstance(result, np.ndarray | np.generic | float | int | str | bool | None):
         return result
@@ -1052,7 +1178,9 @@ def same(a: Any, b: Any) -> bool:
         b, np.ndarray | float | int | np.generic
     ):
         a, b = np.asarray(a), np.asarray(b)
-        return a.shape == b.shape and np.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
+        return a.shape == b.shape and np.allclose(
+            a, b, rtol=1e-4, atol=1e-5, equal_nan=True
+        )
     return type(a) is type(b) and a == b
 
 

@@ -64,7 +64,9 @@ class Conjugate(NamedTuple):
         return bf.Gaussian(self.mean, torch.linalg.cholesky(self.covariance))
 
 
-def conjugate(hard: bool = False, dtype: torch.dtype = F64, temperature: float = 1.0) -> Conjugate:
+def conjugate(
+    hard: bool = False, dtype: torch.dtype = F64, temperature: float = 1.0
+) -> Conjugate:
     """Return the problem.
 
     ``hard`` has strongly correlated weights on scales a factor of a hundred apart.
@@ -80,7 +82,12 @@ def conjugate(hard: bool = False, dtype: torch.dtype = F64, temperature: float =
     )
     net = built(lambda: nn.Linear(3, 1), dtype)
     model = bf.BayesianModel(
-        net, priors.Normal(scale), likelihoods.Gaussian(noise), x, y, temperature=temperature
+        net,
+        priors.Normal(scale),
+        likelihoods.Gaussian(noise),
+        x,
+        y,
+        temperature=temperature,
     )
     design = torch.cat([x, torch.ones(25, 1, dtype=F64)], 1)
     covariance = torch.linalg.inv(
@@ -88,7 +95,9 @@ def conjugate(hard: bool = False, dtype: torch.dtype = F64, temperature: float =
     )
     marginal = noise**2 * torch.eye(25, dtype=F64) + scale**2 * design @ design.T
     evidence = float(
-        torch.distributions.MultivariateNormal(torch.zeros(25, dtype=F64), marginal).log_prob(y)
+        torch.distributions.MultivariateNormal(
+            torch.zeros(25, dtype=F64), marginal
+        ).log_prob(y)
     )
     # exp(log_joint) = (evidence * N(mean, S))^(1/T), and N(mean, S)^(1/T) is N(mean, T S) but for a
     # constant.
@@ -142,7 +151,9 @@ def regression(
         n, generator=g, dtype=dtype
     )
     net = built(lambda: nn.Linear(3, 1), dtype)
-    model = bf.BayesianModel(net, prior or priors.Normal(1.5), likelihoods.Gaussian(0.5), x, y)
+    model = bf.BayesianModel(
+        net, prior or priors.Normal(1.5), likelihoods.Gaussian(0.5), x, y
+    )
     design = 1.5 * torch.cat([x, torch.ones(n, 1, dtype=dtype)], 1)
     covariance = torch.linalg.inv(design.T @ design / 0.25 + torch.eye(4, dtype=dtype))
     return model, covariance @ design.T @ y / 0.25, covariance
@@ -154,11 +165,16 @@ def linear(dim: int, prior=None, dtype: torch.dtype = F64) -> bf.BayesianModel:
     """
     x = normal(20, dim, seed=1, dtype=dtype)
     net = built(lambda: nn.Linear(dim, 1, bias=False), dtype)
-    return bf.BayesianModel(net, prior or priors.Normal(), likelihoods.Gaussian(0.5), x, x.sum(1))
+    return bf.BayesianModel(
+        net, prior or priors.Normal(), likelihoods.Gaussian(0.5), x, x.sum(1)
+    )
 
 
 def network(
-    kind: str = "gaussian", width: int | tuple[int, ...] = 5, dtype: torch.dtype = F64, prior=None
+    kind: str = "gaussian",
+    width: int | tuple[int, ...] = 5,
+    dtype: torch.dtype = F64,
+    prior=None,
 ) -> bf.BayesianModel:
     x = torch.randn(12, 2, generator=generator(2), dtype=dtype)
     likelihood, outputs, y = {
@@ -190,14 +206,21 @@ def check_zero(series: Tensor, *, least_ess: float = 200, k: float = 4.5) -> Non
     Monte-Carlo errors.
     """
     values = series.double().numpy()
-    ess = np.array([arviz.ess(values[..., i], method="mean") for i in range(values.shape[-1])])
+    ess = np.array(
+        [arviz.ess(values[..., i], method="mean") for i in range(values.shape[-1])]
+    )
     assert ess.min() > least_ess, f"effective sample size of only {ess.min():.0f}"
     errors = np.abs(values.mean((0, 1))) / (values.std((0, 1)) / np.sqrt(ess))
     assert errors.max() < k, f"a moment is off by {errors.max():.1f} Monte-Carlo errors"
 
 
 def check_moments(
-    theta: Tensor, mean: Tensor, covariance: Tensor, *, least_ess: float = 200, k: float = 4.5
+    theta: Tensor,
+    mean: Tensor,
+    covariance: Tensor,
+    *,
+    least_ess: float = 200,
+    k: float = 4.5,
 ) -> None:
     """Compare ``(chain, draw, dim)`` draws with a law, each moment within ``k`` of its own
     Monte-Carlo errors.
@@ -205,7 +228,9 @@ def check_moments(
     check_zero(moments(theta, mean, covariance), least_ess=least_ess, k=k)
 
 
-def check_runs(draws: bf.Draws, values: Tensor, *, least_ess: float = 200, k: float = 4.5) -> None:
+def check_runs(
+    draws: bf.Draws, values: Tensor, *, least_ess: float = 200, k: float = 4.5
+) -> None:
     """Check that weighted means of ``(run, particle, quantities)`` are zero, with errors from
     independent runs.
     """
@@ -224,7 +249,9 @@ def collected(kernel: Kernel, theta: Tensor, draws: int, g: torch.Generator) -> 
         state, info = kernel.step(state, g)
         states.append(state)
         infos.append(info)
-    values = {name: torch.stack([getattr(i, name) for i in infos], 1) for name in infos[0]._fields}
+    values = {
+        name: torch.stack([getattr(i, name) for i in infos], 1) for name in infos[0]._fields
+    }
     return bf.Draws(
         torch.stack([s.theta for s in states], 1),
         torch.stack([s.log_joint for s in states], 1),
@@ -260,7 +287,9 @@ def joint_pvalues(
         outputs, pullback = model.network.pullback(theta, model.x)
         value = model.likelihood.log_prob(outputs, y, {}).sum(-1)
         prior, prior_grad = model.flat_prior.log_prob_and_grad(theta)
-        return value + prior, pullback(model.likelihood.score(outputs, y, {})[0]) + prior_grad
+        return value + prior, pullback(
+            model.likelihood.score(outputs, y, {})[0]
+        ) + prior_grad
 
     kernel = make_kernel(log_joint_and_grad, torch.ones(n, model.dim, dtype=F64))
     state: Any = kernel.init(start, g)
@@ -287,7 +316,9 @@ class MovedInfo(NamedTuple):
     acceptance_rate: Tensor
 
 
-def accepted(new: Moved, old: Moved, gain: Tensor, g: torch.Generator) -> tuple[Moved, MovedInfo]:
+def accepted(
+    new: Moved, old: Moved, gain: Tensor, g: torch.Generator
+) -> tuple[Moved, MovedInfo]:
     """Return the new state with probability min(1, exp(gain)), or the old one."""
     accept = torch.rand(len(gain), generator=g).log() < gain
     chosen = (

@@ -58,7 +58,9 @@ class Residual(nn.Module):
         self.stem, self.head = nn.Linear(4, 6, bias=bias), nn.Linear(6, 2, bias=bias)
         inner = 6 if square else 5
         self.up = nn.ModuleList(nn.Linear(6, inner, bias=bias) for _ in range(2))
-        self.down = nn.ModuleList([] if square else (nn.Linear(5, 6, bias=bias) for _ in range(2)))
+        self.down = nn.ModuleList(
+            [] if square else (nn.Linear(5, 6, bias=bias) for _ in range(2))
+        )
         self.activation, self.square = activation(), square
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,7 +101,12 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "square residual": lambda: Residual(nn.ReLU, square=True),
     "odd square residual": lambda: Residual(nn.Tanh, square=True),
     "normalised": lambda: nn.Sequential(
-        nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)
+        nn.Linear(4, 6),
+        nn.LayerNorm(6),
+        nn.ReLU(),
+        nn.Linear(6, 5),
+        nn.ReLU(),
+        nn.Linear(5, 2),
     ),
     "odd normalised": lambda: nn.Sequential(
         nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 2)
@@ -122,8 +129,12 @@ def weights(spec: WeightSpec, *shape: int, seed: int = 1) -> Tensor:
     for name in spec.names:
         fan_in = spec.network.shapes[name][1:] if name not in spec.extras else ()
         size = spec.slices[name].stop - spec.slices[name].start
-        parts.append(torch.full((size,), float(torch.Size(fan_in).numel()) ** -0.5, dtype=F64))
-    return torch.cat(parts) * torch.randn(*shape, spec.dim, generator=generator(seed), dtype=F64)
+        parts.append(
+            torch.full((size,), float(torch.Size(fan_in).numel()) ** -0.5, dtype=F64)
+        )
+    return torch.cat(parts) * torch.randn(
+        *shape, spec.dim, generator=generator(seed), dtype=F64
+    )
 
 
 def data(name: str, rows: int = 40) -> Tensor:
@@ -207,7 +218,10 @@ def test_normalised_form_keeps_the_function_and_is_one_for_each_orbit(name: str)
         )
     moved = spec.random_symmetry(theta, 0)
     torch.testing.assert_close(
-        sort_units(normalise_scale(moved, spec), spec), sort_units(form, spec), rtol=1e-9, atol=1e-9
+        sort_units(normalise_scale(moved, spec), spec),
+        sort_units(form, spec),
+        rtol=1e-9,
+        atol=1e-9,
     )
     assert torch.equal(form, theta) == (not group.scale)
 
@@ -238,7 +252,9 @@ def test_normalising_the_last_layer_multiplies_the_outputs() -> None:
     last = spec.layers[-1]
     params = spec.unflatten(form)
     assert last.bias is not None
-    norms = (params[last.weight].square().sum((-1, -2)) + params[last.bias].square().sum(-1)).sqrt()
+    norms = (
+        params[last.weight].square().sum((-1, -2)) + params[last.bias].square().sum(-1)
+    ).sqrt()
     torch.testing.assert_close(norms, torch.ones_like(norms))
     ratio = outputs(net, spec, form, x) / outputs(net, spec, theta, x)
     torch.testing.assert_close(ratio, ratio[:, :1, :1].expand_as(ratio))
@@ -363,7 +379,11 @@ def test_a_batch_is_its_networks_one_by_one(name: str, matcher: str) -> None:
 @pytest.mark.parametrize("name", ["perceptron", "relu", "odd convolutional"])
 def test_single_precision(name: str) -> None:
     net, spec = built(name)
-    theta, reference, x = weights(spec, 10).float(), weights(spec, seed=2).float(), data(name)
+    theta, reference, x = (
+        weights(spec, 10).float(),
+        weights(spec, seed=2).float(),
+        data(name),
+    )
     expected = outputs(net, spec, theta, x)
     for moved in (
         match(theta, spec, reference),
@@ -372,7 +392,9 @@ def test_single_precision(name: str) -> None:
         sort_units(theta, spec),
     ):
         assert moved.dtype == torch.float32
-        torch.testing.assert_close(outputs(net, spec, moved, x), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            outputs(net, spec, moved, x), expected, rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("name", ["without biases", "perceptron"])
@@ -383,7 +405,9 @@ def test_activation_matching_does_not_see_scales(name: str) -> None:
     expected = normalise_scale(reference, spec)
     for through in (None, net):
         found = match_activations(moved, spec, reference, data(name), net=through)
-        torch.testing.assert_close(normalise_scale(found, spec), expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            normalise_scale(found, spec), expected, rtol=1e-9, atol=1e-9
+        )
     assert not any(module._forward_hooks for module in net.modules())
 
 
@@ -406,7 +430,9 @@ def test_constant_units_are_matched_to_anything() -> None:
 # ---------------------------------------- soft permutations
 
 
-def test_soft_permutations_are_doubly_stochastic_with_the_derivatives_of_the_limit() -> None:
+def test_soft_permutations_are_doubly_stochastic_with_the_derivatives_of_the_limit() -> (
+    None
+):
     scores = torch.randn(3, 5, 5, generator=generator(), dtype=F64, requires_grad=True)
     weight = torch.randn(3, 5, 5, generator=generator(1), dtype=F64)
     soft = soft_permutation(scores, 300)
@@ -416,7 +442,8 @@ def test_soft_permutations_are_doubly_stochastic_with_the_derivatives_of_the_lim
     for _ in range(300):
         unrolled = unrolled.log_softmax(-2).log_softmax(-1)
     grads = [
-        torch.autograd.grad((each * weight).sum(), scores)[0] for each in (soft, unrolled.exp())
+        torch.autograd.grad((each * weight).sum(), scores)[0]
+        for each in (soft, unrolled.exp())
     ]
     torch.testing.assert_close(*grads)
 
@@ -438,7 +465,9 @@ def test_sinkhorn_lowers_a_given_loss() -> None:
         middle = (theta + reference) / 2
         return torch.func.vmap(
             lambda each: (
-                (functional_call(net, spec.network.unflatten(each[:-1]), (x,)) - y).square().mean()
+                (functional_call(net, spec.network.unflatten(each[:-1]), (x,)) - y)
+                .square()
+                .mean()
             )
         )(middle)
 
@@ -490,5 +519,7 @@ def test_every_round_of_a_frechet_mean_comes_closer() -> None:
         moved, mean = frechet_mean(theta, spec, rounds=rounds)
         torch.testing.assert_close(mean, moved.mean(0))
         spreads.append(float(moved.var(0).sum()))
-    assert all(later <= earlier * (1 + 1e-12) for earlier, later in itertools.pairwise(spreads))
+    assert all(
+        later <= earlier * (1 + 1e-12) for earlier, later in itertools.pairwise(spreads)
+    )
     assert spreads[-1] < float(theta.var(0).sum())

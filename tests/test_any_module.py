@@ -22,7 +22,11 @@ from tests.problems import F64, built, generator
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.block, self.last = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.first, self.block, self.last = (
+            nn.Linear(6, 5),
+            nn.Linear(5, 5),
+            nn.Linear(5, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.first(x))
@@ -52,7 +56,9 @@ class Viewed(nn.Module):
 
 def convnet() -> nn.Module:
     first = [nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*first, nn.Conv2d(4, 5, 2), nn.Tanh(), nn.Flatten(), nn.Linear(5, 3))
+    return nn.Sequential(
+        *first, nn.Conv2d(4, 5, 2), nn.Tanh(), nn.Flatten(), nn.Linear(5, 3)
+    )
 
 
 def layer_norm() -> nn.Module:
@@ -67,7 +73,9 @@ def inputs_of(make: Callable[[], nn.Module], n: int, dtype: torch.dtype = F64) -
     shapes = {convnet: (2, 4, 4), Viewed: (2, 4, 4), Attention: (3, 2)}
     if make is embedding:
         return torch.randint(7, (n, 4), generator=generator(1))
-    return torch.randn(n, *shapes.get(make, (6,)), generator=generator(1), dtype=F64).to(dtype)
+    return torch.randn(n, *shapes.get(make, (6,)), generator=generator(1), dtype=F64).to(
+        dtype
+    )
 
 
 def model_of(
@@ -168,7 +176,9 @@ def test_curvature_of_any_module(make) -> None:
     theta = 0.3 * model.sample_prior(1, 0)[0]
     prior = laplace.prior_precision(model, theta)
     grad, product = model.at(theta.unsqueeze(0)).grad_and_product()
-    columns = torch.cat([product(row.unsqueeze(0)) for row in torch.eye(model.dim, dtype=F64)])
+    columns = torch.cat(
+        [product(row.unsqueeze(0)) for row in torch.eye(model.dim, dtype=F64)]
+    )
     whole = laplace.gauss_newton_precision(model, theta)
     torch.testing.assert_close(whole, columns + prior.diag())
     torch.testing.assert_close(grad[0], model.log_likelihood_grad(theta))
@@ -176,7 +186,9 @@ def test_curvature_of_any_module(make) -> None:
         laplace.gauss_newton_precision(model, theta, diagonal=True), whole.diagonal()
     )
     hessian = torch.func.hessian(model.log_joint)(theta)
-    torch.testing.assert_close(laplace.exact_precision(model, theta, diagonal=False), -hessian)
+    torch.testing.assert_close(
+        laplace.exact_precision(model, theta, diagonal=False), -hessian
+    )
     torch.testing.assert_close(
         laplace.exact_precision(model, theta, diagonal=True), -hessian.diagonal()
     )
@@ -195,7 +207,9 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if not func.is_view:
-            made = [each.numel() for each in tree_leaves(result) if isinstance(each, Tensor)]
+            made = [
+                each.numel() for each in tree_leaves(result) if isinstance(each, Tensor)
+            ]
             self.elements = max([self.elements, *made])
         return result
 
@@ -221,7 +235,8 @@ def test_draws_and_rows_together_take_bounded_memory(make, monkeypatch) -> None:
     rows = torch.randint(150, (30, 50), generator=generator(2))
     assert largest(lambda: model.log_joint_and_grad(theta, rows)) <= bound
     assert largest(lambda: model.linearised(theta[0]).log_joint(theta)) <= bound
-    many = theta.repeat(20, 1)  # with fewer weights than rows: there is no matrix of draws and rows
+    # with fewer weights than rows: there is no matrix of draws and rows
+    many = theta.repeat(20, 1)
     assert largest(lambda: model.log_joint(many)) <= max(bound, many.numel())
     monkeypatch.setattr("bnnflow.model.network.LARGEST_BLOCK", 2**24)
     assert largest(lambda: model.log_joint(theta)) > bound  # it is the blocks that bound it
@@ -311,7 +326,9 @@ def test_dropout_of_channels_is_that_of_the_layers() -> None:
             else params[name]
         )
         seen = factors.movedim(2, 1).flatten(2)  # (draw, units, weights that read it)
-        assert bool((seen == seen[..., :1]).all()), "a channel is dropped for all who read it"
+        assert bool((seen == seen[..., :1]).all()), (
+            "a channel is dropped for all who read it"
+        )
         assert set(seen.unique().tolist()) == {0.0, 1.0}
         assert abs(float(1 - seen.mean()) - rate) < 0.05
     for name in ("0.weight", "0.bias", "4.bias", "8.bias"):

@@ -43,7 +43,10 @@ class Conjugate(NamedTuple):
 
 
 def conjugate(
-    n: int = 25, dtype: torch.dtype = F64, temperature: float = 1.0, correlation: float = 0.0
+    n: int = 25,
+    dtype: torch.dtype = F64,
+    temperature: float = 1.0,
+    correlation: float = 0.0,
 ) -> Conjugate:
     """Return the problem at a temperature; the evidence is that at temperature 1."""
     g, noise, scale = generator(1), 0.5, 1.5
@@ -56,16 +59,26 @@ def conjugate(
     )
     net = built(lambda: nn.Linear(3, 1), dtype)
     model = bf.BayesianModel(
-        net, priors.Normal(scale), likelihoods.Gaussian(noise), x, y, temperature=temperature
+        net,
+        priors.Normal(scale),
+        likelihoods.Gaussian(noise),
+        x,
+        y,
+        temperature=temperature,
     )
     design = torch.cat([x, torch.ones(n, 1, dtype=F64)], 1)
-    covariance = torch.linalg.inv(design.T @ design / noise**2 + torch.eye(4, dtype=F64) / scale**2)
-    marginal = noise**2 * torch.eye(n, dtype=F64) + scale**2 * design @ design.T
-    evidence = torch.distributions.MultivariateNormal(torch.zeros(n, dtype=F64), marginal).log_prob(
-        y
+    covariance = torch.linalg.inv(
+        design.T @ design / noise**2 + torch.eye(4, dtype=F64) / scale**2
     )
+    marginal = noise**2 * torch.eye(n, dtype=F64) + scale**2 * design @ design.T
+    evidence = torch.distributions.MultivariateNormal(
+        torch.zeros(n, dtype=F64), marginal
+    ).log_prob(y)
     return Conjugate(
-        model, covariance @ design.T @ y / noise**2, temperature * covariance, float(evidence)
+        model,
+        covariance @ design.T @ y / noise**2,
+        temperature * covariance,
+        float(evidence),
     )
 
 
@@ -75,7 +88,9 @@ def sine(
     """Return a small network with nine rows of data."""
     x = torch.linspace(-1.5, 1.5, 9, dtype=F64).unsqueeze(-1)
     y = (2 * x).sin() + 0.2 * torch.randn(9, 1, generator=generator(2), dtype=F64)
-    net = built(lambda: nn.Sequential(nn.Linear(1, hidden), nn.Tanh(), nn.Linear(hidden, 1)))
+    net = built(
+        lambda: nn.Sequential(nn.Linear(1, hidden), nn.Tanh(), nn.Linear(hidden, 1))
+    )
     prior, likelihood = prior or priors.Normal(), likelihood or likelihoods.Gaussian(0.3)
     return bf.BayesianModel(net, prior, likelihood, x, y, temperature=temperature)
 
@@ -107,8 +122,13 @@ def check_sampled(draws: Tensor, mean: Tensor, covariance: Tensor, k: float = 4.
     """
     offset = draws.double() - mean
     products = (offset.unsqueeze(-1) * offset.unsqueeze(-2)).flatten(1)
-    for values, truth in ((offset, torch.zeros_like(mean)), (products, covariance.flatten())):
-        errors = (values.mean(0) - truth).abs() / (values.std(0) / math.sqrt(len(values)) + 1e-12)
+    for values, truth in (
+        (offset, torch.zeros_like(mean)),
+        (products, covariance.flatten()),
+    ):
+        errors = (values.mean(0) - truth).abs() / (
+            values.std(0) / math.sqrt(len(values)) + 1e-12
+        )
         assert errors.max() < k
 
 
@@ -117,7 +137,8 @@ def check_sampled(draws: Tensor, mean: Tensor, covariance: Tensor, k: float = 4.
 
 def kronecker(dtype: torch.dtype = F64) -> posteriors.KroneckerGaussian:
     left = [
-        torch.linalg.qr(torch.randn(a, a, generator=generator(a), dtype=dtype))[0] for a in (2, 1)
+        torch.linalg.qr(torch.randn(a, a, generator=generator(a), dtype=dtype))[0]
+        for a in (2, 1)
     ]
     right = [
         torch.linalg.qr(torch.randn(b, b, generator=generator(b + 5), dtype=dtype))[0]
@@ -134,8 +155,13 @@ def kronecker(dtype: torch.dtype = F64) -> posteriors.KroneckerGaussian:
 
 def low_rank(seed: int = 0) -> posteriors.LowRankGaussian:
     g = generator(seed)
-    loc, factor = torch.randn(5, generator=g, dtype=F64), torch.randn(5, 2, generator=g, dtype=F64)
-    return posteriors.LowRankGaussian(loc, factor, 0.2 + torch.rand(5, generator=g, dtype=F64))
+    loc, factor = (
+        torch.randn(5, generator=g, dtype=F64),
+        torch.randn(5, 2, generator=g, dtype=F64),
+    )
+    return posteriors.LowRankGaussian(
+        loc, factor, 0.2 + torch.rand(5, generator=g, dtype=F64)
+    )
 
 
 def coupling() -> posteriors.CouplingFlow:
@@ -145,7 +171,9 @@ def coupling() -> posteriors.CouplingFlow:
         flow = posteriors.coupling_flow(permutations, 5, 7).to(F64)
         for parameter in flow.parameters():
             nn.init.normal_(parameter, 0.0, 0.3)
-    return posteriors.CouplingFlow(permutations, tuple(p.detach() for p in flow.parameters()))
+    return posteriors.CouplingFlow(
+        permutations, tuple(p.detach() for p in flow.parameters())
+    )
 
 
 def restricted() -> posteriors.Conditional:
@@ -173,7 +201,9 @@ def dense(q) -> torch.distributions.MultivariateNormal:
         torch.kron(left, right) @ p.flatten().diag() @ torch.kron(left, right).T
         for left, right, p in zip(q.left, q.right, q.precision, strict=True)
     ]
-    return torch.distributions.MultivariateNormal(q.loc, precision_matrix=torch.block_diag(*blocks))
+    return torch.distributions.MultivariateNormal(
+        q.loc, precision_matrix=torch.block_diag(*blocks)
+    )
 
 
 @pytest.mark.parametrize("make", [low_rank, kronecker])
@@ -244,7 +274,9 @@ def test_full_rank_vi_is_exact_where_the_posterior_is_gaussian(
 
 
 @pytest.mark.parametrize("n", [25, 2500])
-def test_the_divergence_from_the_prior_is_counted_once_whatever_the_number_of_rows(n: int) -> None:
+def test_the_divergence_from_the_prior_is_counted_once_whatever_the_number_of_rows(
+    n: int,
+) -> None:
     """A known defect elsewhere is a KL term divided by a batch size: variances are then wrong by
     that factor.
     """
@@ -252,11 +284,15 @@ def test_the_divergence_from_the_prior_is_counted_once_whatever_the_number_of_ro
     draws = bf.sample(problem.model, bf.VI(steps=1500), draws=1000, seed=0)
     precision = torch.linalg.inv(problem.covariance)
     sd = precision.diagonal().rsqrt()
-    torch.testing.assert_close(draws.posterior.loc / sd, problem.mean / sd, rtol=0, atol=0.1)
+    torch.testing.assert_close(
+        draws.posterior.loc / sd, problem.mean / sd, rtol=0, atol=0.1
+    )
     torch.testing.assert_close(
         draws.posterior.scale_tril / sd, torch.ones(4, dtype=F64), rtol=0, atol=0.06
     )
-    divergence = 0.5 * float(precision.diagonal().log().sum() - torch.linalg.slogdet(precision)[1])
+    divergence = 0.5 * float(
+        precision.diagonal().log().sum() - torch.linalg.slogdet(precision)[1]
+    )
     error = 5 * draws.info["elbo_error"] + 1e-3
     assert draws.info["elbo"] == pytest.approx(problem.log_evidence - divergence, abs=error)
 
@@ -264,9 +300,9 @@ def test_the_divergence_from_the_prior_is_counted_once_whatever_the_number_of_ro
 def test_low_rank_vi_lies_between_mean_field_and_full_rank() -> None:
     problem = conjugate(correlation=2.0)
     elbo = [
-        bf.sample(problem.model, bf.VI(rank=rank, steps=600, learning_rate=0.05), seed=0).info[
-            "elbo"
-        ]
+        bf.sample(
+            problem.model, bf.VI(rank=rank, steps=600, learning_rate=0.05), seed=0
+        ).info["elbo"]
         for rank in (0, 1, 2, "full")
     ]
     assert elbo == sorted(elbo)
@@ -321,11 +357,15 @@ def test_a_flow_follows_a_bend_that_no_gaussian_can() -> None:
 
 @pytest.mark.parametrize("hessian", ["ggn", "exact"])
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
-def test_laplace_is_exact_where_the_posterior_is_gaussian(hessian, temperature: float) -> None:
+def test_laplace_is_exact_where_the_posterior_is_gaussian(
+    hessian, temperature: float
+) -> None:
     problem = conjugate(temperature=temperature, correlation=3.0)
     draws = bf.sample(problem.model, bf.Laplace(hessian=hessian, steps=300), seed=0)
     torch.testing.assert_close(draws.posterior.loc, problem.mean, rtol=0, atol=1e-6)
-    torch.testing.assert_close(covariance(draws.posterior), problem.covariance, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        covariance(draws.posterior), problem.covariance, rtol=0, atol=1e-6
+    )
     check_sampled(draws.flat, problem.mean, problem.covariance)
     if temperature == 1:
         assert draws.log_evidence is not None
@@ -340,16 +380,23 @@ def test_laplace_is_exact_where_the_posterior_is_gaussian(hessian, temperature: 
 
 def test_diagonal_and_last_layer_laplace_are_parts_of_the_full_one() -> None:
     model = sine()
-    found = {s: bf.sample(model, bf.Laplace(s), seed=0) for s in ("full", "diagonal", "last_layer")}
+    found = {
+        s: bf.sample(model, bf.Laplace(s), seed=0)
+        for s in ("full", "diagonal", "last_layer")
+    }
     mode = found["full"].posterior.loc
     assert all(torch.equal(draws.posterior.loc, mode) for draws in found.values())
     assert float(model.log_joint_and_grad(mode[None])[1].norm()) < 1e-4
     precision = torch.linalg.inv(covariance(found["full"].posterior))
-    torch.testing.assert_close(found["diagonal"].posterior.scale_tril, precision.diagonal().rsqrt())
+    torch.testing.assert_close(
+        found["diagonal"].posterior.scale_tril, precision.diagonal().rsqrt()
+    )
     last = model.spec.slices["2.weight"].start
     part = found["last_layer"].posterior
     assert part.where.tolist() == list(range(last, model.dim))
-    torch.testing.assert_close(torch.linalg.inv(covariance(part.free)), precision[last:, last:])
+    torch.testing.assert_close(
+        torch.linalg.inv(covariance(part.free)), precision[last:, last:]
+    )
     assert (found["last_layer"].flat[:, :last] == mode[:last]).all()
     assert found["last_layer"].log_evidence is None
 
@@ -378,12 +425,17 @@ def test_last_layer_of_any_network() -> None:
         bf.sample(models[1], bf.Laplace("last_layer"))
 
 
-def test_the_linearised_predictive_is_that_of_the_last_layer_and_of_a_linear_model() -> None:
+def test_the_linearised_predictive_is_that_of_the_last_layer_and_of_a_linear_model() -> (
+    None
+):
     model, x = sine(), torch.linspace(-3, 3, 7, dtype=F64).unsqueeze(-1)
     for structure, same in (("last_layer", True), ("full", False)):
         draws = bf.sample(model, bf.Laplace(structure), draws=400, seed=0)
         linear = model.linearised(draws.posterior.loc)
-        assert torch.allclose(model.outputs(draws.flat, x), linear.outputs(draws.flat, x)) == same
+        assert (
+            torch.allclose(model.outputs(draws.flat, x), linear.outputs(draws.flat, x))
+            == same
+        )
         prediction = bf.predict(linear, draws, x)
         assert prediction.mean.isfinite().all()
     # mean and variance of the linearised outputs have closed forms
@@ -437,7 +489,11 @@ def test_laplace_takes_learned_scales_and_classes() -> None:
     x = torch.randn(30, 2, generator=generator(), dtype=F64)
     net = built(lambda: nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 3)))
     model = bf.BayesianModel(
-        net, priors.Normal(), likelihoods.Categorical(), x, (x[:, 0] > 0).long() + (x[:, 1] > 0)
+        net,
+        priors.Normal(),
+        likelihoods.Categorical(),
+        x,
+        (x[:, 0] > 0).long() + (x[:, 1] > 0),
     )
     draws = bf.sample(model, bf.Laplace(), draws=100, seed=0)
     assert draws.info["gradient_norm"] < 1e-4
@@ -453,18 +509,24 @@ def test_what_laplace_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     ):
         bf.sample(model, bf.Laplace())
     assert bf.sample(model, bf.Laplace("diagonal", steps=10), draws=2).dim == 13
-    with pytest.raises(ValueError, match="hessian must be 'ggn' for structure='last_layer'"):
+    with pytest.raises(
+        ValueError, match="hessian must be 'ggn' for structure='last_layer'"
+    ):
         bf.Laplace("last_layer", hessian="exact")
     with pytest.raises(ValueError, match="structure must be"):
         bf.Laplace("block")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("structure", ["full", "diagonal"])
-def test_a_posterior_without_a_mode_is_refused(structure: Literal["full", "diagonal"]) -> None:
+def test_a_posterior_without_a_mode_is_refused(
+    structure: Literal["full", "diagonal"],
+) -> None:
     """Scales of the prior that shrink with the weights make the joint density grow without
     bound.
     """
-    with pytest.raises(ValueError, match=r"grows without bound.* \(the prior is Hierarchical\)"):
+    with pytest.raises(
+        ValueError, match=r"grows without bound.* \(the prior is Hierarchical\)"
+    ):
         bf.sample(sine(prior=priors.Hierarchical()), bf.Laplace(structure), draws=5, seed=0)
 
 
@@ -497,7 +559,9 @@ def laplace_torch():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("scales", [1.0, 1e-8, 1e8])
-def test_kronecker_products_are_exact_for_a_layer_with_noise_of_each_output(scales: float) -> None:
+def test_kronecker_products_are_exact_for_a_layer_with_noise_of_each_output(
+    scales: float,
+) -> None:
     laplace_torch()
     noise = scales * torch.tensor([0.1, 1.0], dtype=F64)
     x = torch.randn(40, 3, generator=generator(), dtype=F64)
@@ -512,7 +576,9 @@ def test_kronecker_products_are_exact_for_a_layer_with_noise_of_each_output(scal
         for each in ("full", "kronecker")
     )
     at = full.sample(5, 0)
-    torch.testing.assert_close(product.log_prob(at), full.log_prob(at), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        product.log_prob(at), full.log_prob(at), rtol=1e-4, atol=1e-3
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -531,7 +597,9 @@ def test_laplace_has_the_precision_of_laplace_torch(kind: str, structure) -> Non
             nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1 if kind == "regression" else 3)
         )
     )
-    likelihood = likelihoods.Gaussian(0.3) if kind == "regression" else likelihoods.Categorical()
+    likelihood = (
+        likelihoods.Gaussian(0.3) if kind == "regression" else likelihoods.Categorical()
+    )
     model = bf.BayesianModel(net, priors.Normal(0.8), likelihood, x, y)
     draws = bf.sample(model, bf.Laplace(structure), draws=200, seed=0)
     mode = draws.posterior.loc
@@ -606,7 +674,9 @@ def test_ensemble_members_reach_the_mode() -> None:
     problem = conjugate()
     draws = bf.sample(problem.model, bf.DeepEnsemble(members=4, steps=1500), seed=0)
     assert draws.theta.shape == (1, 4, 4)
-    torch.testing.assert_close(draws.theta[0], problem.mean.expand(4, -1), rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        draws.theta[0], problem.mean.expand(4, -1), rtol=0, atol=1e-3
+    )
 
 
 def test_dropout_factors_drop_whole_units() -> None:
@@ -643,7 +713,9 @@ def test_dropout_trains_the_expected_objective() -> None:
     x = torch.randn(n, 2, generator=generator(), dtype=F64)
     y = x.sum(-1) + 0.3 * torch.randn(n, generator=generator(1), dtype=F64)
     net = built(
-        lambda: nn.Sequential(nn.Linear(2, 2, bias=False), nn.Tanh(), nn.Linear(2, 1, bias=False))
+        lambda: nn.Sequential(
+            nn.Linear(2, 2, bias=False), nn.Tanh(), nn.Linear(2, 1, bias=False)
+        )
     )
     model = bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(0.5), x, y)
     method = bf.MCDropout(rate=rate, members=1, steps=3000, masks=16)
@@ -652,12 +724,16 @@ def test_dropout_trains_the_expected_objective() -> None:
     # Undo the masks: the largest multiple that each readout weight takes is 1 / (1 - rate) of it.
     readout = draws.flat[:, 4:]
     w = torch.where(
-        readout.max(0).values > -readout.min(0).values, readout.max(0).values, readout.min(0).values
+        readout.max(0).values > -readout.min(0).values,
+        readout.max(0).values,
+        readout.min(0).values,
     )
     w = w * (1 - rate)
     h = torch.tanh(x @ draws.flat[0, :4].reshape(2, 2).T)
     gram = (
-        h.T @ h + rate / (1 - rate) * (h.T @ h).diagonal().diag() + 0.25 * torch.eye(2, dtype=F64)
+        h.T @ h
+        + rate / (1 - rate) * (h.T @ h).diagonal().diag()
+        + 0.25 * torch.eye(2, dtype=F64)
     )
     torch.testing.assert_close(w, torch.linalg.solve(gram, h.T @ y), rtol=0.03, atol=0.03)
 
@@ -684,7 +760,8 @@ def test_nuts_finds_the_conjugate_posterior(full_mass: bool) -> None:
     assert set(draws.stats) == {"acceptance_rate", "diverging", "n_steps"}
     assert 0.6 < float(draws.stats["acceptance_rate"].mean()) <= 1
     assert (
-        (draws.stats["acceptance_rate"] >= -1e-9) & (draws.stats["acceptance_rate"] <= 1 + 1e-9)
+        (draws.stats["acceptance_rate"] >= -1e-9)
+        & (draws.stats["acceptance_rate"] <= 1 + 1e-9)
     ).all()
     assert (draws.stats["n_steps"] >= 1).all()
     torch.testing.assert_close(draws.log_joint, problem.model.log_joint(draws.theta))
@@ -697,11 +774,23 @@ def test_chains_from_one_point_differ() -> None:
     """
     model = sine()
     draws = bf.sample(
-        model, bf.PyroNUTS(), chains=3, warmup=0, draws=3, seed=0, init=model.sample_prior(1, 0)[0]
+        model,
+        bf.PyroNUTS(),
+        chains=3,
+        warmup=0,
+        draws=3,
+        seed=0,
+        init=model.sample_prior(1, 0)[0],
     )
     assert len(draws.theta[:, -1].unique(dim=0)) == 3
     again = bf.sample(
-        model, bf.PyroNUTS(), chains=3, warmup=0, draws=3, seed=0, init=model.sample_prior(1, 0)[0]
+        model,
+        bf.PyroNUTS(),
+        chains=3,
+        warmup=0,
+        draws=3,
+        seed=0,
+        init=model.sample_prior(1, 0)[0],
     )
     assert torch.equal(draws.theta, again.theta)
 
@@ -755,14 +844,20 @@ def test_every_method_runs_in_either_precision_and_repeats(
     method, dtype: torch.dtype, tmp_path
 ) -> None:
     model = sine(likelihoods.Gaussian())
-    sizes = {"chains": 2, "warmup": 5, "draws": 5} if isinstance(method, bf.PyroNUTS) else {}
+    sizes = (
+        {"chains": 2, "warmup": 5, "draws": 5} if isinstance(method, bf.PyroNUTS) else {}
+    )
     draws = bf.sample(model, method, seed=0, dtype=dtype, **sizes)
-    assert torch.equal(draws.theta, bf.sample(model, method, seed=0, dtype=dtype, **sizes).theta)
+    assert torch.equal(
+        draws.theta, bf.sample(model, method, seed=0, dtype=dtype, **sizes).theta
+    )
     assert not torch.equal(
         draws.theta, bf.sample(model, method, seed=1, dtype=dtype, **sizes).theta
     )
     assert draws.theta.dtype == dtype
-    torch.testing.assert_close(draws.log_joint, model.to(dtype=dtype).log_joint(draws.theta))
+    torch.testing.assert_close(
+        draws.log_joint, model.to(dtype=dtype).log_joint(draws.theta)
+    )
     assert draws.info["gradients_per_chain"] > 0
     assert bool(draws.stats) == isinstance(method, bf.PyroNUTS)
     loaded = bf.load(draws.save(tmp_path / "draws.npz"))
@@ -778,12 +873,20 @@ def test_every_method_runs_in_either_precision_and_repeats(
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        (bf.VI(), {"warmup": 1, "checkpoint": "run"}, "VI takes steps, not warmup, checkpoint"),
+        (
+            bf.VI(),
+            {"warmup": 1, "checkpoint": "run"},
+            "VI takes steps, not warmup, checkpoint",
+        ),
         (bf.Laplace(), {"warmup": 1}, "Laplace takes structure and starts, not warmup"),
         (bf.SWAG(), {"chains": 2}, "SWAG takes members and draws, not chains"),
         (bf.SWAG(batch_size=10), {}, "batch_size must be between 1 and the 9 rows"),
         (bf.MCDropout(), {"warmup": 2}, "MCDropout takes members and draws, not warmup"),
-        (bf.NormalizingFlowVI(), {"warmup": 2}, "NormalizingFlowVI takes steps, not warmup"),
+        (
+            bf.NormalizingFlowVI(),
+            {"warmup": 2},
+            "NormalizingFlowVI takes steps, not warmup",
+        ),
     ],
 )
 def test_numbers_without_sense_are_refused(method, options: dict, message: str) -> None:

@@ -10,7 +10,9 @@ import torch
 from bnnflow import arguments
 
 
-@pytest.mark.parametrize("value", [3, np.int64(3), np.array(3), torch.tensor(3), torch.tensor([3])])
+@pytest.mark.parametrize(
+    "value", [3, np.int64(3), np.array(3), torch.tensor(3), torch.tensor([3])]
+)
 def test_whole_numbers_become_int(value):
     result = arguments.integer("chains", value, least=1)
     assert type(result) is int
@@ -18,7 +20,8 @@ def test_whole_numbers_become_int(value):
 
 
 @pytest.mark.parametrize(
-    "value", [True, np.bool_(True), torch.tensor(True), 3.0, np.float64(3), "3", None, [3], int]
+    "value",
+    [True, np.bool_(True), torch.tensor(True), 3.0, np.float64(3), "3", None, [3], int],
 )
 def test_what_is_no_whole_number_is_refused_by_name(value):
     with pytest.raises(TypeError, match="chains must be an integer"):
@@ -86,8 +89,12 @@ def test_what_holds_no_real_numbers_is_refused_by_name(value):
 
 def test_columns_of_digits_in_quotes_are_names():
     pandas = pytest.importorskip("pandas")
-    with pytest.raises(TypeError, match="x has 'zip' among its columns, which holds no numbers"):
-        arguments.tensor("x", pandas.DataFrame({"a": [1.0, 2.0], "zip": ["94110", "10001"]}))
+    with pytest.raises(
+        TypeError, match="x has 'zip' among its columns, which holds no numbers"
+    ):
+        arguments.tensor(
+            "x", pandas.DataFrame({"a": [1.0, 2.0], "zip": ["94110", "10001"]})
+        )
 
 
 def test_columns_of_one_name_are_refused():
@@ -146,7 +153,9 @@ def test_objects_that_answer_nothing_are_refused_by_name(check):
 
 
 @arguments.checked
-def evaluated(function: Callable[[int, int], int], device: torch.device | str = "cpu") -> int:
+def evaluated(
+    function: Callable[[int, int], int], device: torch.device | str = "cpu"
+) -> int:
     return function(1, 2)
 
 

@@ -13,17 +13,29 @@ import torch
 import bnnflow as bf
 from bnnflow import likelihoods
 from bnnflow.transport import Flow
-from bnnflow.transport.baselines import TransformedDensity, fit_cnf, fit_coupling, fit_gaussian
+from bnnflow.transport.baselines import (
+    TransformedDensity,
+    fit_cnf,
+    fit_coupling,
+    fit_gaussian,
+)
 from tests.problems import conjugate, generator, linear, network
 
 SHORT = bf.Training(steps=200, batch_size=128, learning_rate=1e-3, patience=8)
-SMALL = {"cnf": {"width": 32, "solver_steps": 3}, "coupling": {"couplings": 4, "hidden": 32}}
+SMALL = {
+    "cnf": {"width": 32, "solver_steps": 3},
+    "coupling": {"couplings": 4, "hidden": 32},
+}
 
 
 def fit(kind: str, model: bf.BayesianModel, draws, **options):
     training = replace(
         SHORT,
-        **{each.name: options.pop(each.name) for each in fields(SHORT) if each.name in options},
+        **{
+            each.name: options.pop(each.name)
+            for each in fields(SHORT)
+            if each.name in options
+        },
     )
     if kind == "gaussian":
         return fit_gaussian(model, draws, **options)
@@ -96,9 +108,9 @@ def test_learned_density_leaves_the_gaussian_behind_on_a_banana(kind):
         torch.linspace(-5, 5, 60, dtype=torch.float64),
         torch.linspace(-4, 16, 120, dtype=torch.float64),
     )
-    assert float(found.log_prob(grid).exp().sum()) * (10 / 59) * (20 / 119) == pytest.approx(
-        1.0, abs=0.02
-    )
+    assert float(found.log_prob(grid).exp().sum()) * (10 / 59) * (
+        20 / 119
+    ) == pytest.approx(1.0, abs=0.02)
     drawn = found.sample(1000, 3)
     assert (found.log_prob(drawn) - banana_log_prob(drawn)).median().abs() < 0.2
     if isinstance(found, Flow):  # it says the error of its solver, and that is small
@@ -113,7 +125,9 @@ def test_learned_density_leaves_the_gaussian_behind_on_a_banana(kind):
 
 @ALL
 def test_density_carries_the_jacobian_of_a_prior_that_is_not_normal(kind):
-    laplace = torch.distributions.Laplace(torch.tensor(0.3).double(), torch.tensor(0.8).double())
+    laplace = torch.distributions.Laplace(
+        torch.tensor(0.3).double(), torch.tensor(0.8).double()
+    )
     model = linear(1, laplace)
     draws = 1 + 0.4 * torch.randn(1000, 1, generator=generator(4), dtype=torch.float64)
     found = fit(kind, model, draws, steps=50)
@@ -135,7 +149,10 @@ def test_matching_undoes_random_symmetries():
     scrambled = model.spec.random_symmetry(cloud, 7, model.symmetries())
     assert not torch.allclose(cloud, scrambled)
     entropy = model.dim * (0.5 * math.log(2 * math.pi * math.e) + math.log(0.1))
-    matched, plain = fit_gaussian(model, scrambled), fit_gaussian(model, scrambled, matched=False)
+    matched, plain = (
+        fit_gaussian(model, scrambled),
+        fit_gaussian(model, scrambled, matched=False),
+    )
     assert matched.info["held_out"] == pytest.approx(-entropy, abs=1.0)
     assert plain.info["held_out"] < -entropy - 10
     theta = matched.sample(500, 0)
@@ -171,8 +188,12 @@ def test_held_out_likelihood_is_that_of_the_density_returned(kind):
     """30 draws again, and an end by the number of steps, long after the best state."""
     model = network(width=4, dtype=torch.float32)
     draws, held_out = (torch.randn(n, model.dim, generator=generator(n)) for n in (30, 300))
-    found = fit(kind, model, draws, matched=False, held_out=held_out, steps=75, learning_rate=1e-2)
-    assert float(found.log_prob(held_out).mean()) == pytest.approx(found.info["held_out"], abs=1e-3)
+    found = fit(
+        kind, model, draws, matched=False, held_out=held_out, steps=75, learning_rate=1e-2
+    )
+    assert float(found.log_prob(held_out).mean()) == pytest.approx(
+        found.info["held_out"], abs=1e-3
+    )
 
 
 @ALL
@@ -206,7 +227,9 @@ def test_budget_ends_in_time(kind, monkeypatch):
     """By a clock that goes on by a hundredth of a second whenever somebody looks at it."""
     monkeypatch.setattr(time, "perf_counter", itertools.count(0, 0.01).__next__)
     model = network(width=4, dtype=torch.float32)
-    found = fit(kind, model, model.sample_prior(300, 0), steps=None, budget=1.0, patience=10**6)
+    found = fit(
+        kind, model, model.sample_prior(300, 0), steps=None, budget=1.0, patience=10**6
+    )
     assert 0.9 < found.info["seconds"] < 4
     assert found.info["steps"] > 1
 
@@ -223,7 +246,9 @@ def test_interrupt_returns_what_was_reached(kind, monkeypatch):
         return real(self, *arguments)
 
     monkeypatch.setattr(torch.optim.Adam, "step", interrupted)
-    with pytest.warns(UserWarning, match="interrupted: returning the density after 30 steps"):
+    with pytest.warns(
+        UserWarning, match="interrupted: returning the density after 30 steps"
+    ):
         found = fit(kind, model, model.sample_prior(300, 0), steps=100)
     assert found.info["interrupted"]
     assert found.log_prob(model.sample_prior(5, 1)).isfinite().all()

@@ -61,7 +61,9 @@ def test_flow_without_draws_is_reproducible_stored_and_checked(tmp_path):
     assert torch.equal(first.sample(3, 0), again.sample(3, 0))
     assert not torch.equal(first.sample(3, 0), other.sample(3, 0))
     assert torch.allclose(
-        bf.load(first.save(tmp_path / "flow"), model).sample(3, 0), first.sample(3, 0), atol=1e-5
+        bf.load(first.save(tmp_path / "flow"), model).sample(3, 0),
+        first.sample(3, 0),
+        atol=1e-5,
     )
     for options in ({"rounds": 0}, {"targets": 0}, {"training": bf.Training(steps=1)}):
         with pytest.raises(ValueError, match="at least"):

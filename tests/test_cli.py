@@ -24,7 +24,9 @@ ROWS = 40
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Ensembles that take no time."""
-    monkeypatch.setitem(work.METHODS, "ensemble", partial(bf.DeepEnsemble, members=3, steps=30))
+    monkeypatch.setitem(
+        work.METHODS, "ensemble", partial(bf.DeepEnsemble, members=3, steps=30)
+    )
 
 
 def run(*arguments):
@@ -43,7 +45,9 @@ def refused(*arguments):
 def houses(path, rows=ROWS):
     g = np.random.default_rng(0)
     size, kind = g.uniform(20, 200, rows), g.choice(["flat", "house"], rows)
-    price = 900 * size * np.where(kind == "house", 1.5, 1.0) * np.exp(g.normal(0, 0.1, rows))
+    price = (
+        900 * size * np.where(kind == "house", 1.5, 1.0) * np.exp(g.normal(0, 0.1, rows))
+    )
     lines = ["size,kind,sold,price,sort"]
     for i in range(rows):
         shown = "" if i % 7 == 3 else f"{size[i]:.1f}"
@@ -57,7 +61,16 @@ def houses(path, rows=ROWS):
 def fitted(tmp_path, *options, target="price"):
     data = houses(tmp_path / "houses.csv")
     done = run(
-        *("fit", data, "--target", target, "--out", tmp_path / "run", "--method", "ensemble"),
+        *(
+            "fit",
+            data,
+            "--target",
+            target,
+            "--out",
+            tmp_path / "run",
+            "--method",
+            "ensemble",
+        ),
         *options,
     )
     assert done.exit_code == 0, done.output
@@ -89,7 +102,8 @@ def test_fit_predict_check_and_report(tmp_path):
     assert run("report", here, data, "-o", tmp_path / "page.html").exit_code == 0
     assert "<html" in (tmp_path / "page.html").read_text()
     verdict = run("check", here, "--json")
-    assert verdict.exit_code == json.loads(verdict.stdout)["code"] == 1  # it is an approximation
+    # it is an approximation
+    assert verdict.exit_code == json.loads(verdict.stdout)["code"] == 1
 
 
 @pytest.mark.parametrize(
@@ -128,7 +142,16 @@ def test_numbers_are_classes_where_that_is_asked(tmp_path):
 
 def test_the_same_command_goes_on_or_is_done(tmp_path):
     data, done = fitted(tmp_path)
-    options = ("fit", data, "--target", "price", "--out", tmp_path / "run", "--method", "ensemble")
+    options = (
+        "fit",
+        data,
+        "--target",
+        "price",
+        "--out",
+        tmp_path / "run",
+        "--method",
+        "ensemble",
+    )
     again = run(*options)
     assert again.exit_code == 0
     assert "is finished" in again.stdout
@@ -168,7 +191,9 @@ def test_compare_scores_on_the_same_rows(tmp_path, monkeypatch):
 def test_a_target_that_stands_twice_is_refused(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("y,x,y,y_2\n1,2,3,4\n5,6,7,9\n")
-    assert "several columns 'y'" in refused("fit", path, "--target", "y", "--out", tmp_path / "r")
+    assert "several columns 'y'" in refused(
+        "fit", path, "--target", "y", "--out", tmp_path / "r"
+    )
 
 
 def test_a_method_that_fails_is_a_line_of_the_comparison(tmp_path, monkeypatch):
@@ -192,9 +217,13 @@ def test_parquet_says_the_same_as_csv(tmp_path):
     polars.DataFrame(columns).write_parquet(tmp_path / "t.parquet")
     (tmp_path / "t.csv").write_text("x,n,b,w\n1.5,1,True,a\n,2,False,b\n3.25,3,,\n")
     one, other = (reading.read(tmp_path / name, []) for name in ("t.parquet", "t.csv"))
-    assert {k: v.tolist() for k, v in one.items()} == {k: v.tolist() for k, v in other.items()}
+    assert {k: v.tolist() for k, v in one.items()} == {
+        k: v.tolist() for k, v in other.items()
+    }
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 is not enough")
-    assert "bad.parquet" in refused("fit", tmp_path / "bad.parquet", "--target", "x", "--out", "r")
+    assert "bad.parquet" in refused(
+        "fit", tmp_path / "bad.parquet", "--target", "x", "--out", "r"
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,18 +233,39 @@ def test_parquet_says_the_same_as_csv(tmp_path):
         (("fitt",), "No such command 'fitt'"),
         (("--nothing",), "No such option"),
         (("fit", "none.csv", "--target", "y", "--out", "r"), "none.csv is not"),
-        (("fit", "{data}", "--target", "cost", "--out", "r"), "it has size, kind, sold, price"),
-        (("fit", "{data}", "--target", "price", "--out", "r", "--method", "mcmc"), "--method"),
-        (("fit", "{data}", "--target", "price", "--out", "r", "--network", "a"), "--network"),
+        (
+            ("fit", "{data}", "--target", "cost", "--out", "r"),
+            "it has size, kind, sold, price",
+        ),
+        (
+            ("fit", "{data}", "--target", "price", "--out", "r", "--method", "mcmc"),
+            "--method",
+        ),
+        (
+            ("fit", "{data}", "--target", "price", "--out", "r", "--network", "a"),
+            "--network",
+        ),
         (("fit", "{data}", "--target", "price", "--out", "r", "--network", "0"), "network"),
         (("fit", "{data}", "--target", "price", "--out", "r", "--draws", "0"), "n_draws"),
-        (("fit", "{data}", "--target", "price", "--out", "r", "--draws", "many"), "--draws"),
-        (("fit", "{data}", "--target", "price", "--out", "r", "--likelihood", "t"), "likelihood"),
+        (
+            ("fit", "{data}", "--target", "price", "--out", "r", "--draws", "many"),
+            "--draws",
+        ),
+        (
+            ("fit", "{data}", "--target", "price", "--out", "r", "--likelihood", "t"),
+            "likelihood",
+        ),
         (("fit", "{data}", "--target", "price", "--out", "r", "--task", "both"), "--task"),
-        (("fit", "{data}", "--target", "sort", "--out", "r", "--task", "regression"), "words"),
+        (
+            ("fit", "{data}", "--target", "sort", "--out", "r", "--task", "regression"),
+            "words",
+        ),
         (("fit", "{data}", "--target", "sold", "--out", "r"), "dates"),
         (("fit", "{data}", "--target", "price", "--out", "{data}"), "is a file"),
-        (("fit", "{data}", "--target", "price", "--out", "r", "--separator", "ab"), "--separator"),
+        (
+            ("fit", "{data}", "--target", "price", "--out", "r", "--separator", "ab"),
+            "--separator",
+        ),
         (("predict", "nowhere", "{data}"), "holds no run"),
         (("check", "nowhere"), "holds no run"),
         (("compare", "{data}", "--target", "price", "--methods", ","), "--methods"),
@@ -244,11 +294,15 @@ def test_predict_refuses_other_columns(tmp_path):
     assert "'size': 1 cells are no numbers" in refused(
         "predict", tmp_path / "run", tmp_path / "new.csv"
     )
-    (tmp_path / "new.csv").write_text("size,kind,sold\n9,flat,2020-01-01\nbig,tent,2020-01-01\n")
+    (tmp_path / "new.csv").write_text(
+        "size,kind,sold\n9,flat,2020-01-01\nbig,tent,2020-01-01\n"
+    )
     done = run("predict", tmp_path / "run", tmp_path / "new.csv")
     assert "taken for missing" in done.stderr
     assert "kind (1 rows)" in done.stderr
-    assert "--level" in refused("predict", tmp_path / "run", tmp_path / "new.csv", "--level", "2")
+    assert "--level" in refused(
+        "predict", tmp_path / "run", tmp_path / "new.csv", "--level", "2"
+    )
 
 
 def test_help_has_examples():
@@ -318,15 +372,27 @@ def table(tmp_path, content, **options):
         ("a,b\n$5,1\n$6,2\n", {"a": [5, 6], "b": [1, 2]}, "'$' is taken off"),
         ("a,b\n5 %,1\n6 %,2\n", {"a": [5, 6], "b": [1, 2]}, "'%' is taken off"),
         ("a,b\n\u22125,1\n1e3,2\n", {"a": [-5, 1000], "b": [1, 2]}, ""),
-        ("z,b\n01234,1\n99999,2\n", {"z": ["01234", "99999"], "b": [1, 2]}, "leading zeros"),
+        (
+            "z,b\n01234,1\n99999,2\n",
+            {"z": ["01234", "99999"], "b": [1, 2]},
+            "leading zeros",
+        ),
         ("a,b\n9007199254740993,1\n1,2\n", {"a": ["9007199254740993", "1"]}, "16 digits"),
         ("a,b\n1,\ufeffx\n2,x\u200b\n", {"a": [1, 2], "b": ["x", "x"]}, "invisible"),
         ("a,b\n1,2\n\n3,4\n\n", {"a": [1, 3], "b": [2, 4]}, "1 blank lines"),
         ("a,b\nnan,1\n3,2\n5,3\n", {"a is missing": [1, 0, 0], "a": [4, 3, 5]}, "median 4"),
         ("a,b\nx,1\nNA,2\nNone,3\n", {"a": ["x", "missing", "None"]}, "1 missing"),
-        ("a,a,\n1,2,3\n4,5,7\n", {"a": [1, 4], "a_2": [2, 5], "column_3": [3, 7]}, "no name"),
+        (
+            "a,a,\n1,2,3\n4,5,7\n",
+            {"a": [1, 4], "a_2": [2, 5], "column_3": [3, 7]},
+            "no name",
+        ),
         (",a,b\n0,5,6\n1,7,8\n", {"a": [5, 7], "b": [6, 8]}, "numbers the rows"),
-        ("d,b\n2020-01-01,1\n2020-01-03T12:00,2\n", {"d": [0, 2.5]}, "days since 2020-01-01"),
+        (
+            "d,b\n2020-01-01,1\n2020-01-03T12:00,2\n",
+            {"d": [0, 2.5]},
+            "days since 2020-01-01",
+        ),
         ('a,b\n"x\ny",1\n"say ""z""",2\n', {"a": ["x\ny", 'say "z"']}, "line breaks"),
         ("1,2\n3,4\n5,6\n", {"1": [3, 5], "2": [4, 6]}, "numbers only"),
         ("a,b\n,1\n,2\n", {"b": [1, 2]}, "'a' is empty"),
@@ -416,10 +482,18 @@ def test_targets(values, task, read):
 BREAKS = {
     "separator": lambda text, g: text.replace(",", g.choice([";", "\t", "|", " ", ",,"])),
     "quote": lambda text, g: insert(text, g, g.choice(['"', "'", '""'])),
-    "words": lambda text, g: replaced(text, g, g.choice(["oops", "N/A", "nan", "-", "?", "inf"])),
-    "numbers": lambda text, g: replaced(text, g, g.choice(['"1,234"', "1e999", "$5", "5%", "0x1"])),
-    "dates": lambda text, g: replaced(text, g, g.choice(["2020-01-01", "1/2/2020", "12:30"])),
-    "names": lambda text, g: g.choice(["x,x,y\n", ",,y\n", "x,,y\n", "y,y,y\n"]) + body(text),
+    "words": lambda text, g: replaced(
+        text, g, g.choice(["oops", "N/A", "nan", "-", "?", "inf"])
+    ),
+    "numbers": lambda text, g: replaced(
+        text, g, g.choice(['"1,234"', "1e999", "$5", "5%", "0x1"])
+    ),
+    "dates": lambda text, g: replaced(
+        text, g, g.choice(["2020-01-01", "1/2/2020", "12:30"])
+    ),
+    "names": lambda text, g: (
+        g.choice(["x,x,y\n", ",,y\n", "x,,y\n", "y,y,y\n"]) + body(text)
+    ),
     "header": lambda text, g: body(text),
     "ragged": lambda text, g: insert(text, g, g.choice([",", "\n", ",5\n"])),
     "rows": lambda text, g: "\n".join(text.split("\n")[: g.choice([0, 1, 2, 3])]),
@@ -431,7 +505,9 @@ BREAKS = {
         f"{line},{','.join(str(i * 7 % 5 + k) for k in range(g.choice([5, 300])))}\n"
         for i, line in enumerate(text.split("\n"))
     ),
-    "letters": lambda text, g: insert(text, g, g.choice(["é", "\ufeff", "日", "\u202f", "\x85"])),
+    "letters": lambda text, g: insert(
+        text, g, g.choice(["é", "\ufeff", "日", "\u202f", "\x85"])
+    ),
 }
 ENCODINGS = ["utf-8", "utf-8", "utf-8-sig", "utf-16", "cp1252", "latin-1", "utf-16-le"]
 

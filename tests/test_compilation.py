@@ -93,7 +93,9 @@ def works() -> None:
     )
     theta = model.sample_prior(2, seed=0)
     value, grad = model.log_joint_and_grad(theta.clone().requires_grad_())
-    torch.testing.assert_close(model.log_joint_and_grad(theta), (value.detach(), grad.detach()))
+    torch.testing.assert_close(
+        model.log_joint_and_grad(theta), (value.detach(), grad.detach())
+    )
 
 
 # ---------------------------------------- kept
@@ -114,7 +116,8 @@ def test_compiled_once_for_the_next_processes(fresh: Path, quick: str) -> None:
 def test_processes_may_compile_at_the_same_time(
     fresh: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both = compiler(tmp_path / "slow", f'sleep 0.5; cp "{made}" "$out"')  # the second begins
+    # the second begins
+    both = compiler(tmp_path / "slow", f'sleep 0.5; cp "{made}" "$out"')
     monkeypatch.setenv("CXX", both)
     with multiprocessing.get_context("fork").Pool(2) as pool:
         assert all(pool.map(_loaded, range(2), chunksize=1))
@@ -137,7 +140,8 @@ def test_another_compiler_makes_a_library_of_its_own(
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "damage", ["truncated", "garbage", "empty", "a flipped bit", "another library", "a folder"]
+    "damage",
+    ["truncated", "garbage", "empty", "a flipped bit", "another library", "a folder"],
 )
 def test_a_damaged_library_is_made_again(
     damage: str, fresh: Path, quick: str, caplog: pytest.LogCaptureFixture
@@ -245,7 +249,11 @@ def test_a_folder_that_cannot_be_written_gives_way_to_the_next(
         return mkdtemp(suffix, prefix, dir)
 
     monkeypatch.setattr(
-        *((Path, "write_bytes", full) if how == "no room" else (tempfile, "mkdtemp", read_only))
+        *(
+            (Path, "write_bytes", full)
+            if how == "no room"
+            else (tempfile, "mkdtemp", read_only)
+        )
     )
     assert loaded()
     assert loaded()
@@ -327,7 +335,8 @@ def test_a_compiler_that_fails_is_asked_once(
 ) -> None:
     script, said = FAILURES[failure]
     bad = compiler(
-        tmp_path / "bad", script.replace("{made}", str(made)).replace("{python}", sys.executable)
+        tmp_path / "bad",
+        script.replace("{made}", str(made)).replace("{python}", sys.executable),
     )
     monkeypatch.setenv("CXX", bad)
     monkeypatch.setattr(building, "_PATIENCE", 0.5 if failure == "hangs" else 60.0)
@@ -362,7 +371,10 @@ def test_a_failure_is_forgotten(
 
 
 def test_without_any_compiler(
-    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    fresh: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     monkeypatch.delenv("CXX", raising=False)
@@ -372,7 +384,9 @@ def test_without_any_compiler(
     assert "no C++ compiler found" in record.getMessage()
 
 
-def test_switched_off(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_switched_off(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("BNNFLOW_FUSED", "0")
     assert not loaded()
     works()

@@ -44,7 +44,9 @@ def weights(spec: WeightSpec, *shape: int, seed: int = 1) -> Tensor:
 
 
 def outputs(spec: WeightSpec, theta: Tensor) -> Tensor:
-    x = torch.randn(9, spec.shapes[spec.layers[0].weight][1], generator=generator(9), dtype=F64)
+    x = torch.randn(
+        9, spec.shapes[spec.layers[0].weight][1], generator=generator(9), dtype=F64
+    )
     network = ChainNetwork(spec.network)
     flat = theta[..., : spec.network.dim].reshape(-1, spec.network.dim)
     return network(flat, x).reshape(*theta.shape[:-1], 9, -1)
@@ -74,7 +76,10 @@ def test_barrier_of_a_quadratic_agrees_with_its_closed_form(dtype: torch.dtype) 
 
 
 def test_pairs_broadcast_and_do_not_mix() -> None:
-    a, b = torch.randn(3, 1, 4, generator=generator()), torch.randn(2, 4, generator=generator(1))
+    a, b = (
+        torch.randn(3, 1, 4, generator=generator()),
+        torch.randn(2, 4, generator=generator(1)),
+    )
     both = barrier(a, b, ring)
     assert both.losses.shape == (3, 2, 25)
     torch.testing.assert_close(both.losses[2, 1], barrier(a[2, 0], b[1], ring).losses)
@@ -137,20 +142,36 @@ def test_fitted_curves_go_around_the_barrier(kind, bends: int) -> None:
     angles = torch.tensor([[0.0, 2.0], [1.0, 3.5], [2.0, 4.2]])
     ends = torch.stack([angles.cos(), angles.sin()], -1)  # (pair, 2, 2)
     curve = fit_curve(
-        ends[:, 0], ends[:, 1], ring, kind=kind, bends=bends, steps=200, learning_rate=0.05, seed=0
+        ends[:, 0],
+        ends[:, 1],
+        ring,
+        kind=kind,
+        bends=bends,
+        steps=200,
+        learning_rate=0.05,
+        seed=0,
     )
     assert curve.control.shape == (3, bends + 2, 2)
     assert torch.equal(curve.control[:, [0, -1]], ends)
     line, around = barrier(ends[:, 0], ends[:, 1], ring), barrier_along(curve, ring)
     assert (around.maximum < 0.35 * line.maximum).all()
     again = fit_curve(
-        ends[:, 0], ends[:, 1], ring, kind=kind, bends=bends, steps=200, learning_rate=0.05, seed=0
+        ends[:, 0],
+        ends[:, 1],
+        ring,
+        kind=kind,
+        bends=bends,
+        steps=200,
+        learning_rate=0.05,
+        seed=0,
     )
     assert torch.equal(again.control, curve.control)
 
 
 def test_one_pair_needs_no_batch() -> None:
-    curve = fit_curve(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), ring, steps=5, seed=0)
+    curve = fit_curve(
+        torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), ring, steps=5, seed=0
+    )
     assert curve.control.shape == (3, 2)
     assert curve.at(torch.tensor([0.5])).shape == (1, 2)
 
@@ -182,7 +203,9 @@ def test_geodesics_stay_on_the_spheres_at_constant_speed() -> None:
     torch.testing.assert_close(outputs(spec, along[:, -1]), outputs(spec, b))
     for layer in (0, 1):
         units = incoming(spec, along, layer)
-        torch.testing.assert_close(units.norm(dim=-1), torch.ones(4, 9, units.shape[-2], dtype=F64))
+        torch.testing.assert_close(
+            units.norm(dim=-1), torch.ones(4, 9, units.shape[-2], dtype=F64)
+        )
         cosines = (units[:, 1:] * units[:, :-1]).sum(-1)
         torch.testing.assert_close(cosines, cosines[:, :1].expand_as(cosines))
     torch.testing.assert_close(along[..., -1], torch.lerp(a[:, -1:], b[:, -1:], t))
@@ -226,7 +249,9 @@ def test_plane_goes_through_three_networks() -> None:
     a, b, c = torch.randn(3, 6, generator=generator(), dtype=F64)
     plane = loss_plane(a, b, c, ring, points=21)
     torch.testing.assert_close(plane.frame @ plane.frame.mT, torch.eye(2, dtype=F64))
-    torch.testing.assert_close(plane.origin + plane.networks @ plane.frame, torch.stack([a, b, c]))
+    torch.testing.assert_close(
+        plane.origin + plane.networks @ plane.frame, torch.stack([a, b, c])
+    )
     torch.testing.assert_close(plane.locate(torch.stack([a, b, c])), plane.networks)
     inside = plane.origin + torch.stack([plane.x[7], plane.y[3]]) @ plane.frame
     torch.testing.assert_close(plane.losses[3, 7], ring(inside))

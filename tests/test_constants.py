@@ -62,7 +62,14 @@ def test_a_frozen_trunk_is_the_head_on_its_features(trunk_and_head):
     torch.testing.assert_close(alone.sample_prior(5, seed=0), theta)
     value, grad = whole.log_joint_and_grad(theta)
     torch.testing.assert_close(alone.log_joint_and_grad(theta), (value, grad))
-    options = {"chains": 2, "warmup": 5, "draws": 5, "seed": 3, "progress": False, "init": "prior"}
+    options = {
+        "chains": 2,
+        "warmup": 5,
+        "draws": 5,
+        "seed": 3,
+        "progress": False,
+        "init": "prior",
+    }
     first, second = (bf.sample(model, bf.MCLMC(), **options) for model in (whole, alone))
     torch.testing.assert_close(first.theta, second.theta, rtol=1e-3, atol=1e-3)
 
@@ -160,7 +167,9 @@ def test_constants_move_with_the_model(perceptron):
     "prior", [priors.FanIn(), priors.Hierarchical(fan_in=True), priors.Horseshoe()]
 )
 def test_every_prior_is_on_the_free_weights_alone(perceptron, prior):
-    model = model_of(frozen(perceptron, "2"), prior=prior, likelihood=likelihoods.Gaussian())
+    model = model_of(
+        frozen(perceptron, "2"), prior=prior, likelihood=likelihoods.Gaussian()
+    )
     assert not [name for name in model.spec.names if "2.weight" in name or "2.bias" in name]
     assert model.log_joint(model.sample_prior(3, seed=0)).isfinite().all()
 
@@ -203,7 +212,9 @@ def test_methods_infer_what_is_free(perceptron, method, options):
 
 def test_flows_live_on_what_is_free(perceptron, tmp_path):
     model = model_of(frozen(perceptron, "0"))
-    draws = bf.sample(model, bf.HMC(), chains=4, warmup=20, draws=25, seed=0, progress=False)
+    draws = bf.sample(
+        model, bf.HMC(), chains=4, warmup=20, draws=25, seed=0, progress=False
+    )
     flow = bf.fit_flow(model, draws, seed=0, progress=False, training=bf.Training(steps=3))
     flow.save(tmp_path / "flow.npz")
     loaded = bf.load(tmp_path / "flow.npz", model)
@@ -216,7 +227,9 @@ def test_flows_live_on_what_is_free(perceptron, tmp_path):
 
 def test_a_shared_tensor_is_one_tensor(seeded):
     with seeded(0):
-        net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))
+        net = nn.Sequential(
+            nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1)
+        )
     net[2].weight = net[0].weight
     model = model_of(net)
     assert "2.weight" not in model.spec.names
@@ -249,7 +262,9 @@ class Counting(nn.Module):
 @pytest.fixture
 def images(seeded):
     with seeded(0):
-        trunk = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2))
+        trunk = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2)
+        )
         trunk(torch.randn(20, 1, 8, 8))
         net = Counting(trunk.eval().requires_grad_(False), nn.Linear(36, 3))
         x, y = torch.randn(30, 1, 8, 8), torch.arange(30) % 3
@@ -281,14 +296,20 @@ def test_the_head_of_a_frozen_network_is_a_model_of_its_own(images):
     torch.testing.assert_close(trained(new), expected[0])
     rows = torch.tensor([3, 5, 5])
     torch.testing.assert_close(
-        whole.subset(rows).log_likelihood(draws.flat), head.subset(rows).log_likelihood(draws.flat)
+        whole.subset(rows).log_likelihood(draws.flat),
+        head.subset(rows).log_likelihood(draws.flat),
     )
     wide = whole.to(dtype=torch.float64)
     torch.testing.assert_close(
-        wide.log_joint(draws.flat.double()), whole.log_joint(draws.flat), rtol=1e-5, atol=1e-4
+        wide.log_joint(draws.flat.double()),
+        whole.log_joint(draws.flat),
+        rtol=1e-5,
+        atol=1e-4,
     )
     expansion = whole.linearised(draws.flat[0])
-    torch.testing.assert_close(expansion.outputs(draws.flat, new), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        expansion.outputs(draws.flat, new), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_constants_are_evaluated_once(images, monkeypatch):
@@ -298,7 +319,9 @@ def test_constants_are_evaluated_once(images, monkeypatch):
     model.log_joint_and_grad(theta)
     calls = []
     real = nn.Conv2d.forward
-    monkeypatch.setattr(nn.Conv2d, "forward", lambda *a: (calls.append(len(a[1])), real(*a))[1])
+    monkeypatch.setattr(
+        nn.Conv2d, "forward", lambda *a: (calls.append(len(a[1])), real(*a))[1]
+    )
     model.log_joint_and_grad(theta)
     model.subset(slice(0, 9)).log_joint_and_grad(theta)
     model.at(theta).grad_and_factor()

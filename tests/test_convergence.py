@@ -26,7 +26,9 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def model_of(*widths: int, activation=nn.ReLU, likelihood=None, x=None, y=None) -> bf.BayesianModel:
+def model_of(
+    *widths: int, activation=nn.ReLU, likelihood=None, x=None, y=None
+) -> bf.BayesianModel:
     with torch.random.fork_rng(devices=[]):
         modules: list[nn.Module] = []
         for n_in, n_out in itertools.pairwise(widths):
@@ -34,7 +36,9 @@ def model_of(*widths: int, activation=nn.ReLU, likelihood=None, x=None, y=None) 
         net = nn.Sequential(*modules[:-1]).double()
     x = torch.randn(30, widths[0], generator=generator(1), dtype=F64) if x is None else x
     y = x.sum(1) if y is None else y
-    return bf.BayesianModel(net, priors.Normal(), likelihood or likelihoods.Gaussian(), x, y)
+    return bf.BayesianModel(
+        net, priors.Normal(), likelihood or likelihoods.Gaussian(), x, y
+    )
 
 
 class Residual(nn.Module):
@@ -79,7 +83,10 @@ def copies(model: bf.BayesianModel, chain: Tensor, seed: int = 5) -> Tensor:
     """
     group = model.spec.symmetries()
     return torch.stack(
-        [torch.stack(model.spec.transform(group, seed + number, *chain[0])) for number in range(4)]
+        [
+            torch.stack(model.spec.transform(group, seed + number, *chain[0]))
+            for number in range(4)
+        ]
     )
 
 
@@ -105,7 +112,10 @@ def test_copies_of_one_chain_agree_modulo_symmetry(name: str) -> None:
     moved = weight_convergence(model, as_draws(model, copies(model, chain)))
     assert worst(moved.raw) > 1.5
     for tensor, aligned in same.aligned.items():  # all entries, in whatever frame of units
-        frames = np.sort(moved.aligned[tensor].r_hat.ravel()), np.sort(aligned.r_hat.ravel())
+        frames = (
+            np.sort(moved.aligned[tensor].r_hat.ravel()),
+            np.sort(aligned.r_hat.ravel()),
+        )
         np.testing.assert_allclose(*frames, atol=0.005)
     np.testing.assert_allclose(moved.functions.r_hat, same.functions.r_hat, atol=0.005)
     # nothing is normalised, and one chain in one frame stays as it was
@@ -115,7 +125,9 @@ def test_copies_of_one_chain_agree_modulo_symmetry(name: str) -> None:
 
 def test_copies_of_a_sampled_chain_agree_modulo_symmetry() -> None:
     model = model_of(2, 5, 1, likelihood=likelihoods.Gaussian(0.1))
-    draws = bf.sample(model, bf.HMC(), chains=1, warmup=150, draws=150, seed=0, progress=False)
+    draws = bf.sample(
+        model, bf.HMC(), chains=1, warmup=150, draws=150, seed=0, progress=False
+    )
     same = weight_convergence(model, as_draws(model, draws.theta.expand(4, -1, -1)))
     moved = weight_convergence(model, as_draws(model, copies(model, draws.theta)))
     assert worst(moved.raw) > 1.5
@@ -211,7 +223,9 @@ def test_nested_r_hat_agrees_with_its_definition() -> None:
     """On values that are their own normal scores."""
     from scipy.special import ndtri
 
-    scores = ndtri((np.random.default_rng(0).permutation(24) + 1 - 0.375) / 24.25).reshape(6, 4)
+    scores = ndtri((np.random.default_rng(0).permutation(24) + 1 - 0.375) / 24.25).reshape(
+        6, 4
+    )
     means = scores.mean(1).reshape(3, 2)
     between = means.mean(1).var(ddof=1)
     within = (means.var(1, ddof=1) + scores.var(1, ddof=1).reshape(3, 2).mean(1)).mean()
@@ -239,7 +253,10 @@ def test_statistics_that_are_not_numbers_do_not_pass() -> None:
         ("energy_variance", "energy errors"),
     ):
         draws = bf.Draws(
-            theta, model.log_joint(theta), {statistic: nothing}, info={"energy_variance": 1e-3}
+            theta,
+            model.log_joint(theta),
+            {statistic: nothing},
+            info={"energy_variance": 1e-3},
         )
         assert any(word in reason for reason in diagnose(model, draws).reasons)
 
@@ -259,7 +276,9 @@ def test_what_cannot_be_compared_is_refused() -> None:
 def test_the_table_names_the_worst_layer_and_the_picture_every_tensor() -> None:
     model = NETS["relu"]()
     theta = random_walk(model).repeat(4, 1, 1)
-    theta[1:, :, model.spec.slices["2.bias"]] += torch.arange(1, 4, dtype=F64)[:, None, None]
+    theta[1:, :, model.spec.slices["2.bias"]] += torch.arange(1, 4, dtype=F64)[
+        :, None, None
+    ]
     result = weight_convergence(model, as_draws(model, theta), superchains=2)
     table = str(result)
     # scales carry a unit's bias into its weights
@@ -268,4 +287,7 @@ def test_the_table_names_the_worst_layer_and_the_picture_every_tensor() -> None:
     (marked,) = [row for row in table.splitlines() if "worst layer" in row]
     assert marked.startswith(result.worst_layer)
     ax = plots.convergence(result).axes[0]
-    assert [tick.get_text() for tick in ax.get_yticklabels()] == [*model.spec.names, "predictions"]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == [
+        *model.spec.names,
+        "predictions",
+    ]

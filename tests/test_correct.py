@@ -82,14 +82,22 @@ class Affine:
         return x0, self.log_q(x0)
 
 
-def near(problem: Conjugate, scale: float = 1.2, shift: float = 0.3, bend: float = 0.0) -> Affine:
+def near(
+    problem: Conjugate, scale: float = 1.2, shift: float = 0.3, bend: float = 0.0
+) -> Affine:
     """Return a flow near the posterior, but wrong."""
     root = torch.linalg.cholesky(problem.covariance)
-    return Affine(problem.mean + 0.5 * shift * root.sum(1), scale * root / (1 + 0.6 * bend), bend)
+    return Affine(
+        problem.mean + 0.5 * shift * root.sum(1), scale * root / (1 + 0.6 * bend), bend
+    )
 
 
-def chains_of(problem: Conjugate, chains: int = 8, draws: int = 100, seed: int = 9) -> Tensor:
-    return problem.posterior.sample(chains * draws, generator(seed)).unflatten(0, (chains, draws))
+def chains_of(
+    problem: Conjugate, chains: int = 8, draws: int = 100, seed: int = 9
+) -> Tensor:
+    return problem.posterior.sample(chains * draws, generator(seed)).unflatten(
+        0, (chains, draws)
+    )
 
 
 def latent_of(flow: Any, model: bf.BayesianModel) -> Latent:
@@ -104,7 +112,9 @@ def latent_of(flow: Any, model: bf.BayesianModel) -> Latent:
 def test_draws_and_evidence_are_the_closed_forms(method: Any, bend: float) -> None:
     problem = conjugate(hard=True)
     flow = near(problem, bend=bend)
-    fixed = bf.correct(problem.model, flow, 1200, method, seed=1, held_out=chains_of(problem))
+    fixed = bf.correct(
+        problem.model, flow, 1200, method, seed=1, held_out=chains_of(problem)
+    )
     assert isinstance(fixed, Correction)
     assert fixed.method == fixed.info["correction"] == method
     assert fixed.verdict.startswith("trust after correction")
@@ -114,7 +124,9 @@ def test_draws_and_evidence_are_the_closed_forms(method: Any, bend: float) -> No
     torch.testing.assert_close(fixed.log_joint, problem.model.log_joint(fixed.theta))
     theta, weights = as_theta(fixed)
     share = (
-        torch.full((len(theta),), 1 / len(theta), dtype=F64) if weights is None else weights.exp()
+        torch.full((len(theta),), 1 / len(theta), dtype=F64)
+        if weights is None
+        else weights.exp()
     )
     assert float(share.sum()) == pytest.approx(1.0)
     white = torch.linalg.solve_triangular(
@@ -168,7 +180,9 @@ def test_latent_moves_may_be_made_around_any_gaussian() -> None:
     problem = conjugate()
     latent = latent_of(near(problem, bend=0.5), problem.model)
     start = latent.inverse(problem.posterior.sample(30, generator(1))).x0
-    around = bf.Gaussian(start.mean(0) + 0.2, 1.2 * torch.linalg.cholesky(torch.cov(start.T)))
+    around = bf.Gaussian(
+        start.mean(0) + 0.2, 1.2 * torch.linalg.cholesky(torch.cov(start.T))
+    )
     draws = collected(crank_nicolson(latent, 0.7, around=around), start, 300, generator(2))
     assert 0.3 < draws.stats["acceptance_rate"].mean() < 0.95
     check_moments(draws.theta, problem.mean, problem.covariance)
@@ -185,10 +199,14 @@ def test_the_error_of_the_second_route_is_honest() -> None:
         g, states = generator(100 + seed), []
         state = torch.randn(4, 4, generator=g, dtype=F64)
         for _ in range(150):  # autocorrelated draws of the posterior
-            state = 0.9 * state + math.sqrt(1 - 0.81) * torch.randn(4, 4, generator=g, dtype=F64)
+            state = 0.9 * state + math.sqrt(1 - 0.81) * torch.randn(
+                4, 4, generator=g, dtype=F64
+            )
             states.append(problem.mean + state @ root.T)
         held = torch.stack(states, 1)
-        fixed = bf.correct(problem.model, flow, 2000, "importance", seed=seed, held_out=held)
+        fixed = bf.correct(
+            problem.model, flow, 2000, "importance", seed=seed, held_out=held
+        )
         value, error = fixed.info["evidences"]["bridge"]
         own = fixed.info["evidences"]["importance"]
         assert error < own[1]  # two sides know more than one
@@ -250,7 +268,12 @@ def test_latent_moves_keep_what_lies_between_flow_and_posterior() -> None:
     covariance = torch.linalg.inv((1 - power) * torch.eye(4, dtype=F64) + power * precision)
     mean = covariance @ (power * precision @ m)
     start = bf.Gaussian(mean, torch.linalg.cholesky(covariance)).sample(30, generator(1))
-    state, kernel, g, states = None, crank_nicolson(latent, 0.5, power=power), generator(2), []
+    state, kernel, g, states = (
+        None,
+        crank_nicolson(latent, 0.5, power=power),
+        generator(2),
+        [],
+    )
     for _ in range(400):
         state = kernel.init(start, g) if state is None else state
         state, _ = kernel.step(state, g)
@@ -310,7 +333,9 @@ def two_modes() -> tuple[bf.BayesianModel, Tensor, float]:
     width = float(grid[1] - grid[0])
     theta = torch.cartesian_prod(grid, grid)
     log_joint = model.log_joint(theta)
-    rows = torch.multinomial(log_joint.softmax(0), 4000, replacement=True, generator=generator(1))
+    rows = torch.multinomial(
+        log_joint.softmax(0), 4000, replacement=True, generator=generator(1)
+    )
     jitter = width * (torch.rand(4000, 2, generator=generator(2), dtype=F64) - 0.5)
     return model, theta[rows] + jitter, float(log_joint.logsumexp(0)) + 2 * math.log(width)
 
@@ -342,8 +367,12 @@ def test_a_flow_trained_on_one_of_two_modes_is_not_trusted(method: Any) -> None:
     value, error = lost.info["evidences"]["bridge"]
     assert abs(value - log_evidence) < 4 * error
     if method in ("auto", "importance", "smc"):
-        assert lost.khat < khat_limit(800)  # what the flow's own draws can say is that all is well
-        assert abs(lost.log_evidence[0] - (log_evidence - math.log(2))) < 4 * lost.log_evidence[1]
+        # what the flow's own draws can say is that all is well
+        assert lost.khat < khat_limit(800)
+        assert (
+            abs(lost.log_evidence[0] - (log_evidence - math.log(2)))
+            < 4 * lost.log_evidence[1]
+        )
         assert "lost about 5" in lost.verdict
     kept = bf.correct(model, both, 800, method, seed=2, held_out=exact[:1000])
     assert kept.verdict.startswith("trust after correction")
@@ -369,7 +398,9 @@ def test_held_out_draws_that_have_lost_a_part_are_found_out() -> None:
     problem = conjugate()
     draws = problem.posterior.sample(2000, generator(9))
     half = draws[draws[:, 0] > problem.mean[0]]
-    fixed = bf.correct(problem.model, near(problem), 2000, "importance", seed=2, held_out=half)
+    fixed = bf.correct(
+        problem.model, near(problem), 2000, "importance", seed=2, held_out=half
+    )
     assert fixed.verdict.startswith("do not trust")
     assert "held-out and corrected draws differ in law" in fixed.verdict
 
@@ -389,7 +420,10 @@ def test_symmetric_copies_show_a_lost_mode_without_held_out_draws() -> None:
     aligned = bf.correct(model, one, 800, seed=2, held_out=exact[exact[:, 0] > 0][:1000])
     assert aligned.verdict.startswith("trust after correction")
     assert "that of the copies that it has" in aligned.verdict
-    assert abs(aligned.log_evidence[0] + math.log(2) - log_evidence) < 4 * aligned.log_evidence[1]
+    assert (
+        abs(aligned.log_evidence[0] + math.log(2) - log_evidence)
+        < 4 * aligned.log_evidence[1]
+    )
 
 
 # ---------------------------------------- choice of the method
@@ -462,7 +496,9 @@ def test_auto_refines_where_weights_fail_in_many_dimensions(
     assert compared.info["density_solves"] == 0
 
 
-def test_a_refinement_that_is_too_short_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refinement_that_is_too_short_is_not_trusted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     problem = conjugate()
     monkeypatch.setattr("bnnflow.transport.correction.refinement._REFINED", 1)
     far = near(problem, 0.5, 40.0)
@@ -540,7 +576,10 @@ def test_a_flow_without_a_density_over_weights_is_refused() -> None:
             {"held_out": (torch.zeros(20, 4), torch.full((20,), -math.inf))},
             "must not all have weight zero",
         ),
-        ({"held_out": (torch.zeros(20, 4), torch.zeros(19))}, "19 log weights for 20 draws"),
+        (
+            {"held_out": (torch.zeros(20, 4), torch.zeros(19))},
+            "19 log weights for 20 draws",
+        ),
     ],
 )
 def test_settings_without_sense_are_refused(options: dict[str, Any], message: str) -> None:
@@ -579,7 +618,11 @@ class Broken(Affine):
         if self.how == "raises" and bool(beyond.any()):
             raise FloatingPointError("the velocity became NaN")
         theta = super().forward(x0)
-        return torch.where(beyond[:, None], math.nan, theta) if self.how == "weights" else theta
+        return (
+            torch.where(beyond[:, None], math.nan, theta)
+            if self.how == "weights"
+            else theta
+        )
 
     def forward_with_log_prob(self, x0: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         theta, log_q = super().forward_with_log_prob(x0)
@@ -621,7 +664,9 @@ def test_draws_without_an_answer_are_survived_and_counted(how: str, method: Any)
 def test_a_flow_without_any_answer_raises() -> None:
     problem = conjugate()
     for method in ("importance", "smc", "metropolis"):
-        with pytest.raises(FloatingPointError, match="no draw of the flow has a finite weight"):
+        with pytest.raises(
+            FloatingPointError, match="no draw of the flow has a finite weight"
+        ):
             bf.correct(problem.model, Broken(problem, "density", -math.inf), 100, method)
 
 
@@ -656,7 +701,9 @@ def test_an_interrupt_keeps_what_there_is(method: Any, after: int, said: str) ->
         assert fixed.log_evidence is None
     if method == "importance":
         assert fixed.n_draws == 1024
-        assert abs(fixed.log_evidence[0] - problem.log_normaliser) < 4 * fixed.log_evidence[1]
+        assert (
+            abs(fixed.log_evidence[0] - problem.log_normaliser) < 4 * fixed.log_evidence[1]
+        )
 
 
 def test_an_interrupted_refinement_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -717,12 +764,18 @@ def test_steps_that_the_density_depends_on_are_found_out() -> None:
     flow = near(problem, 1.0, 0.0)
     real = flow.forward_with_log_prob
 
-    def coarse(x0: Tensor, solver: Solver | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+    def coarse(
+        x0: Tensor, solver: Solver | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor]:
         theta, log_q = real(x0)
         return theta, log_q + error * x0[:, 0] / (solver or flow.solver).steps ** 2  # type: ignore[operator]
 
     flow.forward_with_log_prob = coarse  # type: ignore[method-assign]
-    for error, start in ((0.3, "trust: "), (3.0, "trust after correction"), (80.0, "do not trust")):
+    for error, start in (
+        (0.3, "trust: "),
+        (3.0, "trust after correction"),
+        (80.0, "do not trust"),
+    ):
         fixed = bf.correct(
             problem.model, flow, 500, "importance", seed=0, held_out=chains_of(problem)
         )
@@ -738,7 +791,8 @@ def test_steps_that_the_density_depends_on_are_found_out() -> None:
 def test_a_seed_decides_everything(method: Any) -> None:
     problem = conjugate()
     one, same, other = (
-        bf.correct(problem.model, near(problem, bend=0.5), 100, method, seed=s) for s in (5, 5, 6)
+        bf.correct(problem.model, near(problem, bend=0.5), 100, method, seed=s)
+        for s in (5, 5, 6)
     )
     assert torch.equal(one.theta, same.theta)
     assert one.log_evidence == same.log_evidence
@@ -749,14 +803,17 @@ def test_a_seed_decides_everything(method: Any) -> None:
 def test_a_generator_goes_on() -> None:
     problem, g = conjugate(), generator(0)
     first, second = (
-        bf.correct(problem.model, near(problem), 100, "importance", seed=g) for _ in range(2)
+        bf.correct(problem.model, near(problem), 100, "importance", seed=g)
+        for _ in range(2)
     )
     assert not torch.equal(first.theta, second.theta)
 
 
 def test_corrected_draws_are_draws(tmp_path: Any) -> None:
     problem = conjugate()
-    fixed = bf.correct(problem.model, near(problem), 500, seed=0, held_out=chains_of(problem))
+    fixed = bf.correct(
+        problem.model, near(problem), 500, seed=0, held_out=chains_of(problem)
+    )
     assert isinstance(fixed, bf.Draws)
     prediction = bf.predict(problem.model, fixed, problem.model.x[:3])
     pair = bf.predict(problem.model, (fixed.theta, fixed.log_weights), problem.model.x[:3])
@@ -804,7 +861,9 @@ def test_weighted_held_out_draws_count_by_their_weights() -> None:
     value, error = fixed.info["evidences"]["bridge"]
     assert abs(value - problem.log_normaliser) < 4 * error
     junk = torch.cat([particles.flat, particles.flat + 100])  # without weight
-    weights = torch.cat([particles.log_weights.flatten(), torch.full((900,), -math.inf, dtype=F64)])
+    weights = torch.cat(
+        [particles.log_weights.flatten(), torch.full((900,), -math.inf, dtype=F64)]
+    )
     same = bf.correct(
         problem.model, near(problem), 800, seed=0, held_out=(junk[:1000], weights[:1000])
     )
@@ -894,7 +953,10 @@ def test_distances_are_kolmogorovs() -> None:
     assert ks_distance(a, equal[0], a + 0.01, equal[0], 0.02) == pytest.approx(0)
     assert ks_distance(a, equal[0], a + 0.03, equal[0], 0.02) > 0
     assert ks_distance(a + 0.03, equal[0], a, equal[0], 0.02) > 0
-    twice = torch.cat([a, a + 9]), torch.cat([equal[0], torch.full((70,), -math.inf, dtype=F64)])
+    twice = (
+        torch.cat([a, a + 9]),
+        torch.cat([equal[0], torch.full((70,), -math.inf, dtype=F64)]),
+    )
     assert ks_distance(*twice, b, equal[1]) == pytest.approx(expected)
     infinite = torch.where(b > 1, math.inf, b)
     assert ks_distance(a, equal[0], infinite, equal[1]) >= float(
@@ -910,7 +972,9 @@ def test_the_heavy_tail_is_students() -> None:
     shape = student.scale_tril @ student.scale_tril.T
     torch.testing.assert_close(shape, 1.5**2 * torch.cov(theta.T), rtol=0.02, atol=0.01)
     law = stats.multivariate_t(student.loc.numpy(), shape.numpy(), df=5)
-    torch.testing.assert_close(student.log_prob(theta), torch.from_numpy(law.logpdf(theta.numpy())))
+    torch.testing.assert_close(
+        student.log_prob(theta), torch.from_numpy(law.logpdf(theta.numpy()))
+    )
     drawn = torch.linalg.solve_triangular(
         student.scale_tril, (student.sample(20_000, 0) - student.loc).T, upper=False
     )
@@ -937,7 +1001,9 @@ def test_independent_draws_count_in_full_and_chains_by_their_ess() -> None:
         state = rho * state + math.sqrt(1 - rho**2) * torch.randn(8, generator=g, dtype=F64)
         values[:, i] = state
     held = HeldOut(torch.zeros(4000, 1), (8, 500))
-    assert held.ess(values.flatten()) == pytest.approx(4000 * (1 - rho) / (1 + rho), rel=0.3)
+    assert held.ess(values.flatten()) == pytest.approx(
+        4000 * (1 - rho) / (1 + rho), rel=0.3
+    )
     assert HeldOut(torch.zeros(4000, 1), (4000, 1)).ess(values.flatten()) == 4000
     assert HeldOut(torch.zeros(6, 1), (2, 3)).ess(torch.randn(6, generator=g)) == 2
     r_hat, ess = rhat_and_ess(values.unsqueeze(-1))
@@ -965,7 +1031,8 @@ def test_real_flows_are_corrected(method: Any, monkeypatch: pytest.MonkeyPatch) 
     n = 50 if method == "neutra" else 400
     flow = gaussian_flow(problem, 1.7, steps=4)
     fixed = bf.correct(problem.model, flow, n, method, seed=0, held_out=chains_of(problem))
-    assert fixed.verdict.startswith("trust after correction") or method == "neutra"  # so few draws
+    # so few draws
+    assert fixed.verdict.startswith("trust after correction") or method == "neutra"
     value, error = fixed.log_evidence
     assert error < 0.1
     assert abs(value - problem.log_normaliser) < 4 * error
@@ -978,7 +1045,9 @@ def test_a_real_exact_flow_is_trusted_if_its_solver_is() -> None:
     )
     assert fine.verdict.startswith("trust: ")
     assert fine.log_evidence[0] == pytest.approx(problem.log_normaliser, abs=0.01)
-    coarse = bf.correct(problem.model, gaussian_flow(problem, steps=1), 400, "importance", seed=0)
+    coarse = bf.correct(
+        problem.model, gaussian_flow(problem, steps=1), 400, "importance", seed=0
+    )
     assert coarse.info["solver_error"] > 0.1
     assert "a finer solver" in coarse.verdict
 
@@ -989,7 +1058,13 @@ def test_real_estimated_densities_are_noisy_and_said_to_be() -> None:
     with pytest.raises(ValueError, match="biased"):
         bf.correct(problem.model, flow, 100, density=Density("hutchinson"))
     forced = bf.correct(
-        problem.model, flow, 100, "importance", force=True, seed=0, density=Density("hutchinson")
+        problem.model,
+        flow,
+        100,
+        "importance",
+        force=True,
+        seed=0,
+        density=Density("hutchinson"),
     )
     assert forced.verdict.startswith("do not trust")
 

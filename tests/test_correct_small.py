@@ -57,7 +57,10 @@ def linear(
     mean = covariance @ (design.T @ targets)
     energy = targets @ targets - mean @ precision @ mean
     evidence = (
-        -0.5 * energy - 0.5 * precision.logdet() - 15 * math.log(2 * math.pi) - 30 * math.log(noise)
+        -0.5 * energy
+        - 0.5 * precision.logdet()
+        - 15 * math.log(2 * math.pi)
+        - 30 * math.log(noise)
     )
     return model, scale * mean, scale[:, None] * covariance * scale, float(evidence)
 
@@ -65,11 +68,15 @@ def linear(
 def check_draws(fixed: bf.Draws, mean: Tensor, covariance: Tensor, ess: float) -> None:
     theta, weights = as_theta(fixed)
     share = (
-        torch.full((len(theta),), 1 / len(theta), dtype=F64) if weights is None else weights.exp()
+        torch.full((len(theta),), 1 / len(theta), dtype=F64)
+        if weights is None
+        else weights.exp()
     )
     sd = covariance.diagonal().sqrt()
     white = torch.linalg.solve_triangular(
-        torch.linalg.cholesky(covariance / sd / sd[:, None]), ((theta - mean) / sd).T, upper=False
+        torch.linalg.cholesky(covariance / sd / sd[:, None]),
+        ((theta - mean) / sd).T,
+        upper=False,
     )
     assert ((share * white).sum(1).abs() < 4.5 / math.sqrt(ess)).all()
     assert ((share * (white**2 - 1)).sum(1).abs() < 4.5 * math.sqrt(2 / ess)).all()
@@ -122,7 +129,9 @@ def test_short_chains_count_by_what_their_means_tell(rho: float) -> None:
     never claimed.
     """
     chains, draws = 2000, 8
-    values = slow(torch.randn(chains, draws, generator=generator(), dtype=F64), rho, generator(1))
+    values = slow(
+        torch.randn(chains, draws, generator=generator(), dtype=F64), rho, generator(1)
+    )
     lags = torch.arange(1, draws)
     truth = chains * draws / float(1 + 2 * ((1 - lags / draws) * rho**lags).sum())
     r_hat, ess = rhat_and_ess(values.unsqueeze(-1))
@@ -130,7 +139,9 @@ def test_short_chains_count_by_what_their_means_tell(rho: float) -> None:
     assert (r_hat < 1.05) == (rho <= 0)
     assert (
         rhat_and_ess(
-            (values + 3 * torch.randn(chains, 1, generator=generator(2), dtype=F64)).unsqueeze(-1)
+            (
+                values + 3 * torch.randn(chains, 1, generator=generator(2), dtype=F64)
+            ).unsqueeze(-1)
         )[0]
         > 2
     )
@@ -152,13 +163,17 @@ def test_chains_are_many_where_they_forget_and_few_where_not(
     # far from the posterior
     wide = GaussianVelocity(mean / root + 2, 0.2 * torch.eye(3, dtype=F64))
     monkeypatch.setattr("bnnflow.transport.correction.chains._WARM_UP", 20)
-    far = bf.correct(model, Flow.of(wide, model, solver=Solver(steps=8)), 600, "metropolis", seed=0)
+    far = bf.correct(
+        model, Flow.of(wide, model, solver=Solver(steps=8)), 600, "metropolis", seed=0
+    )
     assert far.theta.shape[0] == 12
     check_draws(far, mean, covariance, far.ess)
 
 
 @pytest.mark.parametrize("about", ["posterior", "source"])
-def test_rotations_keep_the_posterior_and_have_no_error_in_their_own_gaussian(about: str) -> None:
+def test_rotations_keep_the_posterior_and_have_no_error_in_their_own_gaussian(
+    about: str,
+) -> None:
     problem = conjugate()
     root = torch.linalg.cholesky(problem.covariance)
     own = Gaussian(problem.mean, root)
@@ -169,7 +184,11 @@ def test_rotations_keep_the_posterior_and_have_no_error_in_their_own_gaussian(ab
     )
     target = torch.no_grad()(problem.model.log_joint_and_grad)
     kernel = metropolis(
-        target, rotation(target, around), 1.5 if about == "posterior" else 0.05, 4, torch.ones(4)
+        target,
+        rotation(target, around),
+        1.5 if about == "posterior" else 0.05,
+        4,
+        torch.ones(4),
     )
     draws = collected(kernel, problem.posterior.sample(20, generator(1)), 400, generator(2))
     rate = draws.stats["acceptance_rate"]
@@ -197,7 +216,10 @@ def test_the_cheapest_rule_within_the_tolerance_is_taken(solver: Any, steps: int
     truth = log_weights(flow, model, x0, solver=Solver("rk4", 24))
     errors = [
         float(
-            (log_weights(flow, model, x0, solver=Solver("rk4", s)) - truth).square().mean().sqrt()
+            (log_weights(flow, model, x0, solver=Solver("rk4", s)) - truth)
+            .square()
+            .mean()
+            .sqrt()
         )
         for s in fewer
     ]
@@ -205,14 +227,20 @@ def test_the_cheapest_rule_within_the_tolerance_is_taken(solver: Any, steps: int
     assert latent.flow.solver == (Solver("rk4", good[0]) if good else Solver(solver, steps))
     assert (latent.error is None) == (not good)
     if latent.error is not None:
-        assert latent.error.rms == pytest.approx(errors[fewer.index(good[0])], rel=0.5, abs=1e-4)
+        assert latent.error.rms == pytest.approx(
+            errors[fewer.index(good[0])], rel=0.5, abs=1e-4
+        )
     fixed = bf.correct(model, flow, 100, "importance", seed=0)
     assert fixed.info["solver_steps"] == latent.flow.solver.steps
     assert fixed.info["solver_error"] < 0.1
 
 
-@pytest.mark.parametrize(("trace", "solver"), [("hutchinson", "midpoint"), ("exact", "dopri5")])
-def test_no_rule_is_sought_for_estimates_or_adaptive_solvers(trace: Trace, solver: Any) -> None:
+@pytest.mark.parametrize(
+    ("trace", "solver"), [("hutchinson", "midpoint"), ("exact", "dopri5")]
+)
+def test_no_rule_is_sought_for_estimates_or_adaptive_solvers(
+    trace: Trace, solver: Any
+) -> None:
     model, *_ = linear()
     flow = GaussNewtonFlow(model, solver=Solver(solver, 8))
     latent = Latent(flow, model, Density(trace), generator())
@@ -234,11 +262,18 @@ def test_a_rule_that_nothing_matches_is_kept(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_latent_density_does_not_depend_on_the_company() -> None:
     model, *_ = linear()
-    latent = Latent(GaussNewtonFlow(model, solver=Solver(steps=8)), model, Density(), generator())
+    latent = Latent(
+        GaussNewtonFlow(model, solver=Solver(steps=8)), model, Density(), generator()
+    )
     x0 = latent.flow.start(40, 0)
     whole, halves = latent.forward(x0), [latent.forward(part) for part in x0.split(20)]
     torch.testing.assert_close(
-        whole.log_weight, torch.cat([half.log_weight for half in halves]), rtol=1e-5, atol=1e-4
+        whole.log_weight,
+        torch.cat([half.log_weight for half in halves]),
+        rtol=1e-5,
+        atol=1e-4,
     )
     value, _ = latent.log_density_and_grad(x0)
-    torch.testing.assert_close(value, whole.log_weight + log_normal(x0), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        value, whole.log_weight + log_normal(x0), rtol=1e-4, atol=1e-3
+    )

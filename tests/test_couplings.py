@@ -52,7 +52,11 @@ def source_p_value(coupling: couplings.Coupling) -> tuple[float, int]:
         x0, x1 = batches(128, model.dim, seed)
         pairs.append(
             coupling.pair(
-                x0, x1, model.spec, Source(model.flat_prior).symmetries(model), generator(seed)
+                x0,
+                x1,
+                model.spec,
+                Source(model.flat_prior).symmetries(model),
+                generator(seed),
             )[0]
         )
     columns = torch.cat(pairs).T
@@ -79,11 +83,13 @@ def test_every_draw_of_either_batch_is_in_one_pair(coupling):
     paired = coupling.pair(
         x0, x1, model.spec, Source(model.flat_prior).symmetries(model), generator()
     )
-    for before, after in zip((x0, x1), paired, strict=True):  # a group element keeps the norm
+    # a group element keeps the norm
+    for before, after in zip((x0, x1), paired, strict=True):
         assert torch.allclose(
             before.norm(dim=1).sort().values, after.norm(dim=1).sort().values, rtol=1e-5
         )
-    assert torch.allclose(paired[1].norm(dim=1), x1.norm(dim=1), rtol=1e-5)  # the order of x1 stays
+    # the order of x1 stays
+    assert torch.allclose(paired[1].norm(dim=1), x1.norm(dim=1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("coupling", ALL, ids=repr)
@@ -156,16 +162,25 @@ def test_each_coupling_is_cheaper_than_the_one_before(hidden):
     x0, x1 = batches(100, model.dim)
     # targets of all modes
     spread = model.spec.transform(Source(model.flat_prior).symmetries(model), 0, x1)[0]
-    couplings_in_order = [Independent(), MiniBatchOT(), Matched(), MiniBatchOT(matched=True)]
+    couplings_in_order = [
+        Independent(),
+        MiniBatchOT(),
+        Matched(),
+        MiniBatchOT(matched=True),
+    ]
     pairs = [
-        c.pair(x0, spread, model.spec, Source(model.flat_prior).symmetries(model), generator())
+        c.pair(
+            x0, spread, model.spec, Source(model.flat_prior).symmetries(model), generator()
+        )
         for c in couplings_in_order
     ]
     costs = [cost(*pair) for pair in pairs]
     assert all(after < 0.97 * before for before, after in itertools.pairwise(costs)), costs
 
 
-def matched_costs(x0: torch.Tensor, x1: torch.Tensor, model: bf.BayesianModel) -> torch.Tensor:
+def matched_costs(
+    x0: torch.Tensor, x1: torch.Tensor, model: bf.BayesianModel
+) -> torch.Tensor:
     """Return all n^2 squared distances after matching, ``(n, n)``."""
     n, group = len(x0), Source(model.flat_prior).symmetries(model)
     ours, theirs = x0.repeat_interleave(n, 0), x1.repeat(n, 1)
@@ -185,7 +200,9 @@ def test_matched_plan_of_a_small_batch_is_the_cheapest_over_permutations_and_gro
         x0, x1, model.spec, Source(model.flat_prior).symmetries(model), generator()
     )
     costs = matched_costs(x0, x1, model)
-    best = min(costs[list(order), range(7)].mean() for order in itertools.permutations(range(7)))
+    best = min(
+        costs[list(order), range(7)].mean() for order in itertools.permutations(range(7))
+    )
     assert cost(paired, target) == pytest.approx(float(best), rel=1e-5)
 
 
@@ -198,14 +215,17 @@ def test_matched_plan_of_a_large_batch_is_near_the_cheapest():
     costs = matched_costs(x0, x1, model)
     best = float(costs[couplings._optimal(costs, model.dim), range(64)].mean())
     matched = float(costs.diagonal().mean())
-    assert best < cost(paired, target) < best + 0.13 * (matched - best)  # 0.27 by the bounds alone
+    # 0.27 by the bounds alone
+    assert best < cost(paired, target) < best + 0.13 * (matched - best)
 
 
 # ---------------------------------------- the entropic plan
 
 
 @pytest.mark.parametrize("dim", [2, 500, 5000])
-def test_entropic_plan_agrees_with_pot_and_its_entropy_does_not_depend_on_the_dimension(dim):
+def test_entropic_plan_agrees_with_pot_and_its_entropy_does_not_depend_on_the_dimension(
+    dim,
+):
     import ot
 
     x0, x1 = batches(40, dim)
@@ -216,10 +236,17 @@ def test_entropic_plan_agrees_with_pot_and_its_entropy_does_not_depend_on_the_di
     price = 0.3 * float(centred.square().mean().sqrt())
     ones = torch.ones(40, dtype=torch.float64).numpy()
     other = ot.sinkhorn(
-        ones, ones, raw.numpy(), price, method="sinkhorn_log", numItermax=5000, stopThr=1e-10
+        ones,
+        ones,
+        raw.numpy(),
+        price,
+        method="sinkhorn_log",
+        numItermax=5000,
+        stopThr=1e-10,
     )
     assert torch.allclose(plan, torch.from_numpy(other), atol=1e-6)
-    entropy = float(-torch.special.xlogy(plan, plan).sum(1).mean())  # log of the number of partners
+    # log of the number of partners
+    entropy = float(-torch.special.xlogy(plan, plan).sum(1).mean())
     assert 0.3 < entropy < 3.2  # independent: 3.7, exact: 0
 
 
@@ -234,7 +261,13 @@ def test_marginals_of_the_entropic_plan_are_as_close_as_asked(regularisation):
 
 def test_sinkhorn_lies_between_the_exact_and_the_independent_coupling():
     x0, x1 = batches(100, 10)
-    order = [MiniBatchOT(), SinkhornOT(0.1), SinkhornOT(0.5), SinkhornOT(2.0), Independent()]
+    order = [
+        MiniBatchOT(),
+        SinkhornOT(0.1),
+        SinkhornOT(0.5),
+        SinkhornOT(2.0),
+        Independent(),
+    ]
     costs = [cost(*c.pair(x0, x1, flat(10), NO_SYMMETRY, generator())) for c in order]
     assert costs == sorted(costs)
     exact = MiniBatchOT().pair(x0, x1, flat(10), NO_SYMMETRY, generator())[0]

@@ -54,7 +54,9 @@ def test_likelihoods_of_parts_multiply_to_that_of_all_rows() -> None:
     torch.testing.assert_close(whole, model.log_likelihood(theta))
     torch.testing.assert_close(parts[2].log_joint(theta), model.log_joint(theta))
     for part in parts:
-        torch.testing.assert_close(part.log_prior(theta), model.log_prior(theta), rtol=0, atol=0)
+        torch.testing.assert_close(
+            part.log_prior(theta), model.log_prior(theta), rtol=0, atol=0
+        )
     twice = model.subset(torch.tensor([3, 3]))
     expected = 2 * model.pointwise_log_likelihood(theta)[:, 3]
     torch.testing.assert_close(twice.log_likelihood(theta), expected)
@@ -66,7 +68,9 @@ def test_a_subset_is_another_posterior_and_all_rows_are_the_same() -> None:
     part = model.subset(slice(7))
     assert part.fingerprint() != model.fingerprint()
     assert part.fingerprint() == model.subset(torch.arange(7)).fingerprint()
-    draws = bf.Draws(normal(2, 3, model.dim), normal(2, 3), info={"model": model.fingerprint()})
+    draws = bf.Draws(
+        normal(2, 3, model.dim), normal(2, 3), info={"model": model.fingerprint()}
+    )
     with pytest.raises(ValueError, match="draws of another model"):
         bf.predict(part, draws)
     theta = normal(2, model.dim, seed=1)
@@ -142,17 +146,22 @@ def test_whitened_curvature_has_the_members_of_curvature(prior, source) -> None:
     torch.testing.assert_close(torch.func.grad(value)(x), grad)
     expected = (factor.mT @ factor @ v.unsqueeze(-1)).squeeze(-1)
     expected = (
-        expected if context.precision_shift is None else expected + context.precision_shift_times(v)
+        expected
+        if context.precision_shift is None
+        else expected + context.precision_shift_times(v)
     )
     torch.testing.assert_close(at.grad_and_product()[1](v), expected)
     residual = at.residual
     assert residual is not None
     pulled = (factor.mT @ residual[0].unsqueeze(-1)).squeeze(-1)
-    torch.testing.assert_close(pulled if residual[1] is None else pulled + residual[1], grad)
+    torch.testing.assert_close(
+        pulled if residual[1] is None else pulled + residual[1], grad
+    )
     second = at.grad_and_hessian()
     assert second is not None
     torch.testing.assert_close(
-        second[1], torch.stack([torch.func.jacrev(context.grad)(x)[i, :, i] for i in range(3)])
+        second[1],
+        torch.stack([torch.func.jacrev(context.grad)(x)[i, :, i] for i in range(3)]),
     )
 
 
@@ -216,13 +225,19 @@ class OnlyParameters(Prior):
 
 def test_a_prior_is_a_type_or_an_object_with_its_methods() -> None:
     expected, theta = model_of(priors.Normal(2.0)), normal(3, model_of().dim)
-    for given in (Wide(), Shaped(), td.Normal(0.0, 2.0), priors.Independent(td.Normal(0.0, 2.0))):
+    for given in (
+        Wide(),
+        Shaped(),
+        td.Normal(0.0, 2.0),
+        priors.Independent(td.Normal(0.0, 2.0)),
+    ):
         model = model_of(given)
         assert isinstance(model.prior, Prior)
         assert not model.prior.has_parameters
         torch.testing.assert_close(model.log_prior(theta), expected.log_prior(theta))
         assert model.symmetries() == expected.symmetries()
-        assert model.fingerprint() == expected.fingerprint()  # what it says counts, not who says it
+        # what it says counts, not who says it
+        assert model.fingerprint() == expected.fingerprint()
     shaped = Shaped()
     adapted = model_of(shaped).prior
     assert adapted.given is shaped
@@ -241,7 +256,8 @@ class OneOf:
     ) -> dict[str, td.Distribution]:
         scale = parameters["scale"]
         shaped = {
-            n: scale.reshape(*scale.shape[:-1], *(1,) * len(s)) for n, s in spec.shapes.items()
+            n: scale.reshape(*scale.shape[:-1], *(1,) * len(s))
+            for n, s in spec.shapes.items()
         }
         return {name: td.Normal(0.0, each) for name, each in shaped.items()}
 
@@ -255,22 +271,34 @@ def test_a_class_derived_from_a_closed_form_goes_by_its_own_word() -> None:
     torch.testing.assert_close(model.log_prior(theta), base.log_prior(twice) + change)
     value, grad = model.flat_prior.log_prob_and_grad(theta)
     leaf = theta.clone().requires_grad_()
-    torch.testing.assert_close(grad, torch.autograd.grad(model.log_prior(leaf).sum(), leaf)[0])
+    torch.testing.assert_close(
+        grad, torch.autograd.grad(model.log_prior(leaf).sum(), leaf)[0]
+    )
     torch.testing.assert_close(value, model.log_prior(theta))
 
 
 def test_priors_that_say_too_little_are_refused() -> None:
     with pytest.raises(ValueError, match="Nothing has no fixed distributions"):
         model_of(Nothing())
-    with pytest.raises(ValueError, match="OnlyParameters: a prior with parameters has both"):
+    with pytest.raises(
+        ValueError, match="OnlyParameters: a prior with parameters has both"
+    ):
         model_of(OnlyParameters())
     with pytest.raises(TypeError, match="prior must be a Prior"):
         model_of(object())  # type: ignore[arg-type]
 
 
 def test_the_models_symmetries_are_those_that_its_prior_keeps() -> None:
-    uneven = priors.PerTensor({"0.bias": td.Normal(torch.arange(3.0), 1.0)}, td.Normal(0.0, 1.0))
-    for prior in (priors.Normal(1.0), priors.Normal(1.0, 0.3), priors.Horseshoe(), uneven, OneOf()):
+    uneven = priors.PerTensor(
+        {"0.bias": td.Normal(torch.arange(3.0), 1.0)}, td.Normal(0.0, 1.0)
+    )
+    for prior in (
+        priors.Normal(1.0),
+        priors.Normal(1.0, 0.3),
+        priors.Horseshoe(),
+        uneven,
+        OneOf(),
+    ):
         model = model_of(prior)
         group = model.symmetries()
         assert group == model.prior.symmetries(model.spec) == model.known_symmetries()
@@ -281,7 +309,9 @@ def test_the_models_symmetries_are_those_that_its_prior_keeps() -> None:
         torch.testing.assert_close(model.log_joint(moved), model.log_joint(theta))
     assert model_of(uneven).symmetries() == Symmetries()
     net = built(
-        lambda: nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)).eval()
+        lambda: nn.Sequential(
+            nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)
+        ).eval()
     )
     x = normal(N, 2)
     unknown = bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(), x, x[:, 0])

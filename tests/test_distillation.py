@@ -22,16 +22,24 @@ def test_map_lands_closer_to_the_flow_than_its_solver_with_as_many_evaluations()
     model = network("categorical", dtype=torch.float32)
     draws = bf.refine(model, bf.GaussNewtonFlow(model).sample(200, 0), 2, seed=1)
     flow = bf.fit_flow(
-        model, draws, velocity=small(model), seed=0, training=bf.Training(steps=60, batch_size=64)
+        model,
+        draws,
+        velocity=small(model),
+        seed=0,
+        training=bf.Training(steps=60, batch_size=64),
     )
-    fast = distil(flow, 4, trajectories=400, seed=1, training=bf.Training(steps=120, batch_size=32))
+    fast = distil(
+        flow, 4, trajectories=400, seed=1, training=bf.Training(steps=120, batch_size=32)
+    )
     x0 = flow.start(300, 9)
     truth = flow.forward(x0, solver=Solver(steps=24))
     mapped = fast.sample(300, 9)  # from the same x0
     with torch.no_grad():
         crude = flow.forward(x0, solver=Solver("euler", 4))
     spread = truth.std(0)
-    errors = [float(((each - truth) / spread).square().mean().sqrt()) for each in (mapped, crude)]
+    errors = [
+        float(((each - truth) / spread).square().mean().sqrt()) for each in (mapped, crude)
+    ]
     assert errors[0] < 0.8 * errors[1]
     assert fast.info["approximate"]
     assert not hasattr(fast, "log_prob")
@@ -46,7 +54,9 @@ def test_map_is_reproducible_stored_and_checked(tmp_path):
         training=bf.Training(steps=3, batch_size=16),
     )
     first, again = (
-        distil(flow, 3, trajectories=50, seed=4, training=bf.Training(steps=3, batch_size=16))
+        distil(
+            flow, 3, trajectories=50, seed=4, training=bf.Training(steps=3, batch_size=16)
+        )
         for _ in range(2)
     )
     assert torch.equal(first.sample(5, 0), again.sample(5, 0))

@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 import bnnflow as bf
-from bnnflow.transport import Density, Field, Flow, GaussianVelocity, ResidualVelocity, Solver
+from bnnflow.transport import (
+    Density,
+    Field,
+    Flow,
+    GaussianVelocity,
+    ResidualVelocity,
+    Solver,
+)
 from bnnflow.transport.divergence import (
     divergence,
     exact_divergence,
@@ -45,9 +52,13 @@ def two_layer(dim: int = 7, base: Field | None = None) -> TwoLayerVelocity:
     """Return a field with random weights everywhere: those at zero would hide errors."""
     field = built(lambda: TwoLayerVelocity(dim, 16, base=base))
     g = generator(3)
-    learned = [p for name, p in field.named_parameters() if not name.startswith(("base", "time"))]
+    learned = [
+        p for name, p in field.named_parameters() if not name.startswith(("base", "time"))
+    ]
     for parameter in learned:
-        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=g, dtype=torch.float64))
+        parameter.data.add_(
+            0.1 * torch.randn(parameter.shape, generator=g, dtype=torch.float64)
+        )
     return field.requires_grad_(False)
 
 
@@ -81,7 +92,9 @@ def matrix_field(matrix: torch.Tensor):
 def decaying(dim: int = 60, power: float = 2.0) -> torch.Tensor:
     """Return a matrix, not symmetric, with singular values i^-power."""
     left, right = (torch.linalg.qr(normal(dim, dim, seed=seed)).Q for seed in (10, 11))
-    return left @ torch.diag(torch.arange(1, dim + 1, dtype=torch.float64) ** -power) @ right.T
+    return (
+        left @ torch.diag(torch.arange(1, dim + 1, dtype=torch.float64) ** -power) @ right.T
+    )
 
 
 # ---------------------------------------- exact
@@ -185,7 +198,9 @@ def test_a_fields_own_trace_is_used_only_where_the_trace_is_exact():
 
 def test_only_the_rest_of_a_field_with_a_known_part_is_probed():
     gaussian, x, t = gaussian_field(), normal(4, 7), torch.tensor(0.5, dtype=torch.float64)
-    field = built(lambda: ResidualVelocity(linear(7).spec, gaussian, 8, 1)).requires_grad_(False)
+    field = built(lambda: ResidualVelocity(linear(7).spec, gaussian, 8, 1)).requires_grad_(
+        False
+    )
     g = generator(3)
     for parameter in field.parameters():
         parameter.add_(0.2 * torch.randn(parameter.shape, generator=g, dtype=torch.float64))
@@ -195,8 +210,12 @@ def test_only_the_rest_of_a_field_with_a_known_part_is_probed():
     assert torch.allclose(trace, whole, atol=1e-10)
     probes = probe_noise("gaussian", 3, x, generator())
     _, estimate = field.with_divergence(t, x, "hutchinson", probes)
-    _, of_rest = divergence(lambda t, z: field(t, z) - gaussian(t, z), t, x, "hutchinson", probes)
-    assert torch.allclose(estimate, of_rest + gaussian.closed_divergence(t, x)[1], atol=1e-10)
+    _, of_rest = divergence(
+        lambda t, z: field(t, z) - gaussian(t, z), t, x, "hutchinson", probes
+    )
+    assert torch.allclose(
+        estimate, of_rest + gaussian.closed_divergence(t, x)[1], atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("based", [False, True])
@@ -204,10 +223,16 @@ def test_only_the_rest_of_a_field_with_a_known_part_is_probed():
 def test_closed_trace_of_two_layers_is_that_of_autograd(based, times):
     field = two_layer(base=gaussian_field() if based else None)
     x = normal(6, 7)
-    t = torch.tensor(0.7, dtype=torch.float64) if times == "one" else normal(6, seed=1).sigmoid()
+    t = (
+        torch.tensor(0.7, dtype=torch.float64)
+        if times == "one"
+        else normal(6, seed=1).sigmoid()
+    )
     value, trace = field.with_divergence(t, x)
     assert torch.allclose(value, field(t, x), atol=1e-12)
-    assert torch.allclose(trace, jacobian(field, t, x).diagonal(dim1=1, dim2=2).sum(-1), atol=1e-10)
+    assert torch.allclose(
+        trace, jacobian(field, t, x).diagonal(dim1=1, dim2=2).sum(-1), atol=1e-10
+    )
     assert trace.dtype == torch.float64
 
 
@@ -231,7 +256,9 @@ def test_two_layers_carry_their_density_exactly():
 
     def carried(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         start = torch.zeros(len(x), dtype=torch.float64)
-        return integrate(lambda t, s: field.with_divergence(t, s[0]), (x, start), time_grid(32))  # type: ignore[return-value]
+        return integrate(
+            lambda t, s: field.with_divergence(t, s[0]), (x, start), time_grid(32)
+        )  # type: ignore[return-value]
 
     _, change = carried(x)
     maps = jacobian(lambda _, z: carried(z)[0], torch.tensor(0.0), x)
@@ -285,9 +312,11 @@ def spread(
 @pytest.mark.parametrize("probes", [3, 8, 15])
 @pytest.mark.parametrize("kind", ["decaying", "flat", "nilpotent"])
 def test_hutchpp_is_unbiased(kind, probes, noise: Noise):
-    matrix = {"decaying": decaying(), "flat": normal(30, 30), "nilpotent": normal(30, 30).triu(1)}[
-        kind
-    ]
+    matrix = {
+        "decaying": decaying(),
+        "flat": normal(30, 30),
+        "nilpotent": normal(30, 30).triu(1),
+    }[kind]
     _, estimates = spread(matrix, probes, noise)
     error = estimates.std() / math.sqrt(len(estimates))
     assert abs(estimates.mean() - matrix.trace()) < 4.5 * error
@@ -327,10 +356,14 @@ def test_probes_that_stay_fixed_let_the_solver_converge(trace: Trace):
             probes = probe_noise("rademacher", 6, x, fresh) if fixed is None else fixed
             return divergence(curved, t, state[0], trace, probes)
 
-        return integrate(slope, (x, torch.zeros(5, dtype=torch.float64)), time_grid(steps))[1]
+        return integrate(slope, (x, torch.zeros(5, dtype=torch.float64)), time_grid(steps))[
+            1
+        ]
 
     probes = probe_noise("rademacher", 6, x, generator(1))
-    fixed, redrawn = ((solve(32, each) - solve(16, each)).abs().max() for each in (probes, None))
+    fixed, redrawn = (
+        (solve(32, each) - solve(16, each)).abs().max() for each in (probes, None)
+    )
     # the frame of Hutch++ turns on the way
     assert fixed < {"hutchinson": 1e-4, "hutch++": 0.2}[trace] * redrawn
 

@@ -24,7 +24,9 @@ NUMPY = [*"bhilBHIL", "float16", "float32", "float64", "longdouble", ">i4", ">f8
 
 
 def of(dtype, values):
-    return values.to(dtype) if isinstance(dtype, torch.dtype) else values.numpy().astype(dtype)
+    return (
+        values.to(dtype) if isinstance(dtype, torch.dtype) else values.numpy().astype(dtype)
+    )
 
 
 @pytest.fixture
@@ -95,19 +97,25 @@ def test_what_single_precision_would_blur_is_refused(net, kind, offset, where):
 )
 def test_what_leaves_the_range_of_the_type_is_refused(net, factor, message):
     with pytest.raises(ValueError, match=message):
-        bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(), X, factor * Y.double())
+        bf.BayesianModel(
+            net, priors.Normal(), likelihoods.Gaussian(), X, factor * Y.double()
+        )
 
 
 def test_constant_inputs_and_standardised_data_pass(net):
     x = torch.stack([torch.full((4,), 0.1, dtype=torch.float64), Y.double()], 1)
     bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(), x, Y)
-    bf.BayesianModel(net.bfloat16(), priors.Normal(), likelihoods.Gaussian(), x, Y.double() / 3)
+    bf.BayesianModel(
+        net.bfloat16(), priors.Normal(), likelihoods.Gaussian(), x, Y.double() / 3
+    )
 
 
 def test_data_are_copied_once(net):
     for give in (lambda values: values, lambda values: values.numpy()):
         x, y = X.float(), Y.float()
-        model = bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(), give(x), give(y))
+        model = bf.BayesianModel(
+            net, priors.Normal(), likelihoods.Gaussian(), give(x), give(y)
+        )
         before = model.fingerprint()
         x += 1
         y += 1
@@ -139,7 +147,9 @@ def words(seeded):
 @pytest.mark.parametrize("dtype", ["int8", "int32", "int64", "uint8", "uint16"])
 def test_indices_of_any_integer_type(words, dtype):
     x = words.x.numpy().astype(dtype)
-    model = bf.BayesianModel(words.net, priors.Normal(), likelihoods.Gaussian(0.3), x, words.y)
+    model = bf.BayesianModel(
+        words.net, priors.Normal(), likelihoods.Gaussian(0.3), x, words.y
+    )
     theta = words.sample_prior(2, seed=0)
     assert model.x.dtype == (torch.int32 if dtype == "int32" else torch.int64)
     assert torch.equal(model.outputs(theta, x[:3]), words.outputs(theta, words.x[:3]))

@@ -97,7 +97,9 @@ KINDS = {
 class Pipeline(nn.Module):
     """Scaled weights and one more feature through a network."""
 
-    def __init__(self, spec: WeightSpec, n: int = 5, dtype: torch.dtype = F64, **options) -> None:
+    def __init__(
+        self, spec: WeightSpec, n: int = 5, dtype: torch.dtype = F64, **options
+    ) -> None:
         super().__init__()
         self.spec, self.options = spec, options
         theta = 3 + 2 * randn(n, spec.dim, seed=7)
@@ -114,9 +116,16 @@ class Pipeline(nn.Module):
         )
 
     def inputs(self, n: int = 5, dtype: torch.dtype = F64) -> list[Tensor]:
-        units = [randn(n, width, 2, seed=11, dtype=dtype) for width in self.spec.widths.values()]
+        units = [
+            randn(n, width, 2, seed=11, dtype=dtype) for width in self.spec.widths.values()
+        ]
         t = torch.rand(n, generator=generator(8), dtype=F64).to(dtype)
-        return [randn(n, self.spec.dim, dtype=dtype), t, randn(n, 3, seed=9, dtype=dtype), *units]
+        return [
+            randn(n, self.spec.dim, dtype=dtype),
+            t,
+            randn(n, 3, seed=9, dtype=dtype),
+            *units,
+        ]
 
 
 def moved(
@@ -159,7 +168,9 @@ def test_pipeline_and_its_gradients_follow_permutations(
     theta, t, context, *units = pipeline.inputs(dtype=dtype)
     other, shuffled, order = moved(spec, theta, units)
 
-    def run(theta: Tensor, units: list[Tensor]) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    def run(
+        theta: Tensor, units: list[Tensor]
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         theta = theta.clone().requires_grad_(True)
         result = pipeline(theta, t, context, *units)
         loss = result.square().sum()
@@ -179,7 +190,8 @@ def test_pipeline_and_its_gradients_follow_permutations(
     scale = max(g.abs().max() for g in before[2])
     tolerance = 1e-5 if dtype == torch.float32 else 1e-10
     assert all(
-        (a - b).abs().max() <= tolerance * scale for a, b in zip(after[2], before[2], strict=True)
+        (a - b).abs().max() <= tolerance * scale
+        for a, b in zip(after[2], before[2], strict=True)
     )
 
 
@@ -196,7 +208,10 @@ def test_messages_are_sums_over_edges() -> None:
     layout = Layout(spec)
     channels = Channels((6, 6), (8,), 6)
     messages = built(lambda: Messages(layout, channels, heads=2))
-    units, heads = [randn(5, 3, 6, seed=1), randn(5, 4, 6, seed=2)], randn(5, 2, 4, 3, seed=3)
+    units, heads = (
+        [randn(5, 3, 6, seed=1), randn(5, 4, 6, seed=2)],
+        randn(5, 2, 4, 3, seed=3),
+    )
     rows, columns = messages.to_rows[0](units[0]), messages.to_columns[0](units[1])
     to_rows, to_columns = torch.zeros(5, 4, 6, dtype=F64), torch.zeros(5, 3, 6, dtype=F64)
     for head, part in enumerate([slice(0, 3), slice(3, 6)]):
@@ -228,7 +243,11 @@ def test_wrong_conditions_are_refused() -> None:
     spec = chain(2, 3, 1)
     plain, full = (
         built(lambda: DWSNet(spec, 1, 1, width=8, depth=1)),
-        built(lambda: DWSNet(spec, 1, 1, width=8, depth=1, time=True, context=3, unit_features=2)),
+        built(
+            lambda: DWSNet(
+                spec, 1, 1, width=8, depth=1, time=True, context=3, unit_features=2
+            )
+        ),
     )
     features, t, context, units = (
         randn(2, spec.dim, 1),
@@ -259,9 +278,13 @@ def test_forward_mode_and_vmap_agree_with_reverse_mode(kind: str) -> None:
     pipeline = Pipeline(chain(2, 3, 4, 1), **KINDS[kind])
     theta, *rest = pipeline.inputs()
     tangent = randn(*theta.shape, seed=3)
-    result, forward = torch.func.jvp(lambda theta: pipeline(theta, *rest), (theta,), (tangent,))
+    result, forward = torch.func.jvp(
+        lambda theta: pipeline(theta, *rest), (theta,), (tangent,)
+    )
     cotangent = randn(*result.shape, seed=4)
-    (reverse,) = torch.autograd.grad(pipeline(theta.requires_grad_(True), *rest), theta, cotangent)
+    (reverse,) = torch.autograd.grad(
+        pipeline(theta.requires_grad_(True), *rest), theta, cotangent
+    )
     torch.testing.assert_close((forward * cotangent).sum(), (reverse * tangent).sum())
     single = torch.func.vmap(
         lambda *inputs: pipeline(*(each.unsqueeze(0) for each in inputs)).squeeze(0)
@@ -284,13 +307,17 @@ def test_autocast_stays_close() -> None:
 @pytest.mark.slow
 # of torch about itself, while it loads its compiler
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"
+)
 def test_compiled_network_agrees() -> None:
     spec = chain(1, 2, 1)
     net = built(lambda: DWSNet(spec, 1, 1, width=8, depth=1, invariant=True))
     features = randn(3, spec.dim, 1)
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(net, fullgraph=True)(features), net(features))
+        torch.testing.assert_close(
+            torch.compile(net, fullgraph=True)(features), net(features)
+        )
 
 
 @pytest.mark.parametrize("kind", ["conditioned", "shared and invariant"])
@@ -375,9 +402,9 @@ def test_embedded_layers_commute_with_permutations() -> None:
     result = layer(features)
     check_close(layer(other), result.gather(1, index.unsqueeze(-1).expand_as(result)))
     check_close(pooled(other), pooled(features))
-    jacobian = torch.func.jacrev(lambda theta: layer(theta.reshape(1, -1, 2))[..., 0].flatten())(
-        features[0]
-    )
+    jacobian = torch.func.jacrev(
+        lambda theta: layer(theta.reshape(1, -1, 2))[..., 0].flatten()
+    )(features[0])
     assert (jacobian != 0).all()
 
 
@@ -408,7 +435,8 @@ def test_scaler_standardises_tensors_and_goes_back() -> None:
     for name, part in spec.unflatten(scaled).items():
         assert abs(part.mean()) < 1e-12
         assert torch.isclose(
-            part.std(correction=0), torch.tensor(0.0 if name == "2.bias" else 1.0, dtype=F64)
+            part.std(correction=0),
+            torch.tensor(0.0 if name == "2.bias" else 1.0, dtype=F64),
         )
     torch.testing.assert_close(scaler.inverse(scaled), theta)
     fresh = TensorScaler(spec).double()

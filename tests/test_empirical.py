@@ -37,19 +37,28 @@ def linear(
     )
 
 
-def log_evidence(model: bf.BayesianModel, precisions: list[float], loc: float = 0.0) -> float:
+def log_evidence(
+    model: bf.BayesianModel, precisions: list[float], loc: float = 0.0
+) -> float:
     """Return the evidence of regression with these precisions of the weights and the bias, in
     closed form.
     """
     design = torch.cat([model.x, torch.ones(30, 1, dtype=F64)], 1)[:, : model.dim]
     prior = torch.tensor([precisions[0]] * 6 + precisions[1:], dtype=F64)
     covariance = 0.25 * torch.eye(30, dtype=F64) + design @ (design / prior).T
-    return float(MultivariateNormal(loc * design.sum(1), covariance).log_prob(model.y.squeeze()))
+    return float(
+        MultivariateNormal(loc * design.sum(1), covariance).log_prob(model.y.squeeze())
+    )
 
 
-def sampled(model: bf.BayesianModel, method: bf.Laplace | None = None, **options) -> bf.Draws:
+def sampled(
+    model: bf.BayesianModel, method: bf.Laplace | None = None, **options
+) -> bf.Draws:
     return bf.sample(
-        model, method or bf.Laplace(prior_precision="evidence"), seed=0, **{"draws": 2} | options
+        model,
+        method or bf.Laplace(prior_precision="evidence"),
+        seed=0,
+        **{"draws": 2} | options,
     )
 
 
@@ -62,7 +71,8 @@ def test_the_tuned_precision_maximises_the_evidence_of_linear_regression(
     draws = sampled(model)
     found = list(draws.info["prior_precision"].values())
     best = scipy.optimize.minimize_scalar(
-        lambda log: -log_evidence(model, [math.exp(log)] * (1 + bias), loc), options={"xtol": 1e-9}
+        lambda log: -log_evidence(model, [math.exp(log)] * (1 + bias), loc),
+        options={"xtol": 1e-9},
     )
     np.testing.assert_allclose(np.log(found), [best.x] * (1 + bias), rtol=0, atol=1e-3)
     assert draws.info["log_evidence_tuned"] == pytest.approx(-best.fun, abs=1e-6)
@@ -72,11 +82,15 @@ def test_the_tuned_precision_maximises_the_evidence_of_linear_regression(
     )
 
 
-def test_draws_are_those_of_the_tuned_model_and_log_joint_is_that_of_the_given_one() -> None:
+def test_draws_are_those_of_the_tuned_model_and_log_joint_is_that_of_the_given_one() -> (
+    None
+):
     model = linear()
     draws = sampled(model, draws=50)
     precisions = draws.info["prior_precision"]
-    by_name = {name: torch.distributions.Normal(0.0, p**-0.5) for name, p in precisions.items()}
+    by_name = {
+        name: torch.distributions.Normal(0.0, p**-0.5) for name, p in precisions.items()
+    }
     tuned = bf.BayesianModel(
         model.net, priors.PerTensor(by_name), model.likelihood, model.x, model.y
     )
@@ -85,7 +99,9 @@ def test_draws_are_those_of_the_tuned_model_and_log_joint_is_that_of_the_given_o
     torch.testing.assert_close(
         draws.posterior.scale_tril, there.posterior.scale_tril, rtol=1e-4, atol=1e-5
     )
-    assert there.log_evidence[0] == pytest.approx(draws.info["log_evidence_tuned"], abs=1e-5)
+    assert there.log_evidence[0] == pytest.approx(
+        draws.info["log_evidence_tuned"], abs=1e-5
+    )
     torch.testing.assert_close(draws.log_joint, model.log_joint(draws.theta))
     assert model.prior.distributions(model.spec)["weight"].scale == 3.0, (
         "the model itself is not changed"
@@ -123,12 +139,18 @@ def test_the_evidence_of_networks_rises(kind: str, structure) -> None:
     draws = sampled(model, method, draws=20)
     plain = sampled(model, bf.Laplace(structure, starts=2, steps=300))
     info = draws.info
-    tuned = {"2.weight", "2.bias"} if structure == "last_layer" else set(model.spec.network.names)
+    tuned = (
+        {"2.weight", "2.bias"}
+        if structure == "last_layer"
+        else set(model.spec.network.names)
+    )
     assert set(info["prior_precision"]) == tuned
     assert draws.theta.isfinite().all()
     assert draws.log_evidence == plain.log_evidence or math.isnan(draws.log_evidence[1])
     if structure != "last_layer":
-        assert info["log_evidence_tuned"] >= draws.log_evidence[0] + (1 if kind == "values" else 0)
+        assert info["log_evidence_tuned"] >= draws.log_evidence[0] + (
+            1 if kind == "values" else 0
+        )
         assert draws.log_evidence[0] == pytest.approx(plain.log_evidence[0])
 
 
@@ -149,10 +171,14 @@ def test_priors_without_a_precision_are_refused(prior, message: str) -> None:
 
 def test_what_has_no_evidence_is_refused() -> None:
     base = linear()
-    model = bf.BayesianModel(base.net, base.prior, base.likelihood, base.x, base.y, temperature=0.5)
+    model = bf.BayesianModel(
+        base.net, base.prior, base.likelihood, base.x, base.y, temperature=0.5
+    )
     with pytest.raises(ValueError, match="a tempered posterior has no evidence"):
         sampled(model)
-    with pytest.raises(ValueError, match="prior_precision must be None for structure='kronecker'"):
+    with pytest.raises(
+        ValueError, match="prior_precision must be None for structure='kronecker'"
+    ):
         bf.Laplace("kronecker", prior_precision="evidence")
     with pytest.raises(ValueError, match="prior_precision must be one of 'evidence'"):
         bf.Laplace(prior_precision="marglik")  # type: ignore[arg-type]
@@ -185,7 +211,9 @@ def test_with_normal_noise_averaged_curvature_is_that_at_the_mode() -> None:
     torch.testing.assert_close(
         averaged.posterior.scale_tril, plain.posterior.scale_tril, rtol=1e-6, atol=1e-9
     )
-    assert averaged.log_evidence == plain.log_evidence or math.isnan(averaged.log_evidence[1])
+    assert averaged.log_evidence == plain.log_evidence or math.isnan(
+        averaged.log_evidence[1]
+    )
 
 
 @pytest.mark.parametrize("structure", ["full", "diagonal", "last_layer"])
@@ -211,10 +239,14 @@ def test_averaged_curvature_is_the_fixed_point_of_logistic_regression(
     )
     gaussian = polished.posterior.free if structure == "last_layer" else polished.posterior
     mode, sd = polished.posterior.loc, gaussian.scale_tril.squeeze()
-    nodes, weights = (torch.from_numpy(each) for each in np.polynomial.hermite_e.hermegauss(60))
+    nodes, weights = (
+        torch.from_numpy(each) for each in np.polynomial.hermite_e.hermegauss(60)
+    )
     p = torch.sigmoid(x * (mode + sd * nodes))
     curvature = (x.square() * p * (1 - p)).sum(0) @ weights / weights.sum()
-    assert float(1 / sd.square()) == pytest.approx(float((scale / 3) ** 2 + curvature), rel=0.1)
+    assert float(1 / sd.square()) == pytest.approx(
+        float((scale / 3) ** 2 + curvature), rel=0.1
+    )
 
 
 @pytest.mark.parametrize(
@@ -236,7 +268,9 @@ def test_averaged_curvature_of_every_likelihood(likelihood, seeded) -> None:
         else None
     )
     y = torch.arange(12) % 3 if y is None else y
-    outputs = {"HeteroscedasticGaussian": 2, "Categorical": 3}.get(type(likelihood).__name__, 1)
+    outputs = {"HeteroscedasticGaussian": 2, "Categorical": 3}.get(
+        type(likelihood).__name__, 1
+    )
     with seeded(0):
         net = nn.Linear(2, outputs).double()
     model = bf.BayesianModel(net, priors.Normal(1.0), likelihood, x, y)
@@ -261,7 +295,9 @@ def test_a_sure_classifier_predicts_better_by_averaged_curvature(seeded) -> None
     y = (x[:, :3] @ torch.eye(3, dtype=F64) * 3).argmax(1)
     with seeded(0):
         net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-    model = bf.BayesianModel(net, priors.Normal(3.0), likelihoods.Categorical(), x[:200], y[:200])
+    model = bf.BayesianModel(
+        net, priors.Normal(3.0), likelihoods.Categorical(), x[:200], y[:200]
+    )
     scores = {}
     for hessian in ("ggn", "averaged"):
         draws = sampled(model, bf.Laplace(hessian=hessian, starts=2, steps=300), draws=100)

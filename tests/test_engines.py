@@ -55,7 +55,10 @@ class Engine(NamedTuple):
 
 
 CHAINS = {"chains": 8, "warmup": 300, "draws": 400}
-SMALL, LARGE = {"chains": 4, "warmup": 80, "draws": 60}, {"chains": 4, "warmup": 150, "draws": 200}
+SMALL, LARGE = (
+    {"chains": 4, "warmup": 80, "draws": 60},
+    {"chains": 4, "warmup": 150, "draws": 200},
+)
 ENGINES = {
     "HMC": Engine(bf.HMC(), CHAINS, SMALL, LARGE),
     "AdjustedMCLMC": Engine(
@@ -126,9 +129,13 @@ def test_engines_agree_with_pyros_about_a_network() -> None:
         if draws.log_weights is not None:
             means = (draws.log_weights.exp().unsqueeze(-1) * values).sum(1)
             return means.mean(0).numpy(), (means.std(0) / math.sqrt(len(means))).numpy()
-        ess = np.array([arviz.ess(column.numpy(), method="mean") for column in values.unbind(-1)])
+        ess = np.array(
+            [arviz.ess(column.numpy(), method="mean") for column in values.unbind(-1)]
+        )
         assert ess.min() > 40
-        return values.mean((0, 1)).numpy(), values.flatten(0, 1).std(0).numpy() / np.sqrt(ess)
+        return values.mean((0, 1)).numpy(), values.flatten(0, 1).std(0).numpy() / np.sqrt(
+            ess
+        )
 
     oracle = bf.PyroNUTS(max_tree_depth=5)
     start = bf.sample(model, bf.HMC(), chains=1, warmup=100, draws=1, seed=5).theta[0]
@@ -152,7 +159,9 @@ def second_moment(energy_variance: float) -> tuple[float, float]:
         factor, (theta - problem.mean).unsqueeze(-1), upper=False
     ).squeeze(-1)
     values = whitened.square().mean(-1).numpy()
-    return float(values.mean()), float(values.std() / np.sqrt(arviz.ess(values, method="mean")))
+    return float(values.mean()), float(
+        values.std() / np.sqrt(arviz.ess(values, method="mean"))
+    )
 
 
 def test_the_bias_of_unadjusted_chains_is_small_and_shrinks() -> None:
@@ -178,7 +187,9 @@ KERNELS: dict[str, MakeKernel] = {
     "hmc, one step": lambda target, ones: hmc(target, 0.25, 1, 0.5 * ones[0]),
     "hmc, a mass matrix each": lambda target, ones: hmc(target, 0.14, 6, masses(ones)),
     "adjusted": lambda target, ones: adjusted_mclmc(target, 0.45, 6, 0.5 * ones[0]),
-    "adjusted, one step": lambda target, ones: adjusted_mclmc(target, 0.8, 1, 0.5 * ones[0]),
+    "adjusted, one step": lambda target, ones: adjusted_mclmc(
+        target, 0.8, 1, 0.5 * ones[0]
+    ),
     "adjusted, a mass matrix each": lambda target, ones: adjusted_mclmc(
         target, 0.45, 6, masses(ones)
     ),
@@ -187,7 +198,9 @@ every_kernel = pytest.mark.parametrize("make", KERNELS.values(), ids=KERNELS)
 
 
 @every_kernel
-@pytest.mark.parametrize("model", [tiny_network, two_weights], ids=["network", "two weights"])
+@pytest.mark.parametrize(
+    "model", [tiny_network, two_weights], ids=["network", "two weights"]
+)
 def test_kernels_keep_the_joint_law(
     make: MakeKernel, model: Callable[[], bf.BayesianModel]
 ) -> None:
@@ -195,7 +208,9 @@ def test_kernels_keep_the_joint_law(
 
 
 @pytest.mark.parametrize(
-    "options", [{"step_jitter": 0.0, "trajectory_jitter": 1.0}, {}], ids=["plain", "jittered"]
+    "options",
+    [{"step_jitter": 0.0, "trajectory_jitter": 1.0}, {}],
+    ids=["plain", "jittered"],
 )
 @pytest.mark.parametrize("make", [hmc, adjusted_mclmc])
 @pytest.mark.parametrize("step_size", [0.4, 0.9])
@@ -205,7 +220,11 @@ def test_kernels_leave_the_posterior_invariant(
     problem = conjugate()
     step_size *= math.sqrt(4) if make is adjusted_mclmc else 1.0
     kernel = make(
-        problem.model.log_joint_and_grad, step_size, 3, problem.covariance.diagonal(), **options
+        problem.model.log_joint_and_grad,
+        step_size,
+        3,
+        problem.covariance.diagonal(),
+        **options,
     )
     check_moments(in_equilibrium(kernel, problem), problem.mean, problem.covariance)
 
@@ -260,7 +279,8 @@ def small_microcanonical(
     def step(state: Moved, generator: torch.Generator) -> tuple[Moved, MovedInfo]:
         theta, value, grad, direction = state
         fresh = random_directions(theta, generator)
-        if keep:  # the normal law of length and direction together keeps the directions uniform
+        # the normal law of length and direction together keeps the directions uniform
+        if keep:
             lengths = torch.randn(theta.shape, generator=generator, dtype=theta.dtype).norm(
                 dim=-1, keepdim=True
             )
@@ -314,7 +334,10 @@ def test_the_closed_form_test_has_power(fault: str) -> None:
     problem = conjugate()
     make, _, options = (RIGHT | BROKEN)[fault]
     kernel = make(
-        problem.model.log_joint_and_grad, 0.8, problem.covariance.diagonal().sqrt(), **options
+        problem.model.log_joint_and_grad,
+        0.8,
+        problem.covariance.diagonal().sqrt(),
+        **options,
     )
     theta = in_equilibrium(kernel, problem)
     if fault in RIGHT:
@@ -345,7 +368,9 @@ def test_broken_densities_are_counted_and_survived(make: Any, nothing: float) ->
 # ---------------------------------------- turning
 
 
-def directions(n: int, dim: int, seed: int = 0, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor]:
+def directions(
+    n: int, dim: int, seed: int = 0, dtype: torch.dtype = F64
+) -> tuple[Tensor, Tensor]:
     """Return unit vectors, and gradients of very different lengths."""
     g = generator(seed)
     lengths = torch.logspace(-3, 2, n, dtype=F64)[:, None]
@@ -372,9 +397,17 @@ def test_turning_solves_its_equation(dim: int) -> None:
     for i in range(len(u)):
         g = grad[i].numpy()
         exact = solve_ivp(
-            rate, (0, 0.7), np.append(u[i], 0.0), args=(g,), method="LSODA", rtol=1e-11, atol=1e-12
+            rate,
+            (0, 0.7),
+            np.append(u[i], 0.0),
+            args=(g,),
+            method="LSODA",
+            rtol=1e-11,
+            atol=1e-12,
         )
-        torch.testing.assert_close(turned[i], torch.from_numpy(exact.y[:-1, -1]), rtol=0, atol=1e-8)
+        torch.testing.assert_close(
+            turned[i], torch.from_numpy(exact.y[:-1, -1]), rtol=0, atol=1e-8
+        )
         assert float(change[i]) == pytest.approx(exact.y[-1, -1], rel=1e-7, abs=1e-8)
 
 
@@ -382,19 +415,25 @@ def test_turning_solves_its_equation(dim: int) -> None:
 def test_kinetic_energy_is_what_the_volume_loses(dim: int) -> None:
     """The map's Jacobian from one tangent space of the sphere to the other."""
     u, grad = directions(6, dim, seed=1)
-    grad = grad / grad.norm(dim=-1, keepdim=True) * torch.linspace(0.1, 6, 6, dtype=F64)[:, None]
+    grad = (
+        grad
+        / grad.norm(dim=-1, keepdim=True)
+        * torch.linspace(0.1, 6, 6, dtype=F64)[:, None]
+    )
     turned, change = momentum_update(u, grad, 0.9)
 
     def tangent(direction: Tensor) -> Tensor:
-        return torch.linalg.qr(torch.cat([direction[:, None], torch.eye(dim, dtype=F64)], 1))[0][
-            :, 1:dim
-        ]
+        return torch.linalg.qr(
+            torch.cat([direction[:, None], torch.eye(dim, dtype=F64)], 1)
+        )[0][:, 1:dim]
 
     for i in range(len(u)):
         start, end = tangent(u[i]), tangent(turned[i])
         small = 1e-6 * start.T  # (dim - 1, dim)
         ahead, behind = (
-            momentum_update(v / v.norm(dim=-1, keepdim=True), grad[i].expand(dim - 1, -1), 0.9)[0]
+            momentum_update(
+                v / v.norm(dim=-1, keepdim=True), grad[i].expand(dim - 1, -1), 0.9
+            )[0]
             for v in (u[i] + small, u[i] - small)
         )
         jacobian = (ahead - behind) / 2e-6 @ end
@@ -432,7 +471,9 @@ def test_directions_stay_unit_vectors(dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("length", [0.0, 1e-40, 1e-20, 1e3, 1e8, 1e18])
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=["f32", "f64"])
 @pytest.mark.parametrize("way", [1.0, -1.0, 0.0], ids=["along", "against", "across"])
-def test_extreme_gradients_turn_to_no_nan(way: float, length: float, dtype: torch.dtype) -> None:
+def test_extreme_gradients_turn_to_no_nan(
+    way: float, length: float, dtype: torch.dtype
+) -> None:
     dim, step = 5, 0.4
     u = torch.eye(dim, dtype=dtype)[:2]
     other = torch.eye(dim, dtype=dtype)[2:4]
@@ -440,7 +481,9 @@ def test_extreme_gradients_turn_to_no_nan(way: float, length: float, dtype: torc
     turned, change = momentum_update(u, grad, step)
     assert turned.isfinite().all()
     assert change.isfinite().all()
-    torch.testing.assert_close(turned.norm(dim=-1), torch.ones(2, dtype=dtype), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        turned.norm(dim=-1), torch.ones(2, dtype=dtype), rtol=0, atol=1e-5
+    )
     if way:  # already there, or on the point from which no way is shorter
         torch.testing.assert_close(turned, u, rtol=0, atol=1e-5)
     if way > 0:
@@ -461,18 +504,22 @@ def test_extreme_gradients_turn_to_no_nan(way: float, length: float, dtype: torc
 def test_energy_errors_fall_with_the_sixth_power_of_the_step() -> None:
     problem, model = conjugate(), tiny_network()
     exact = problem.posterior.sample(2000, 0)
-    network = bf.sample(model, bf.HMC(), chains=200, warmup=200, draws=10, seed=0).theta.flatten(
-        0, 1
-    )
+    network = bf.sample(
+        model, bf.HMC(), chains=200, warmup=200, draws=10, seed=0
+    ).theta.flatten(0, 1)
     for target, theta, step_size in (
         (problem.model.log_joint_and_grad, exact, 0.04),
         (model.log_joint_and_grad, network, 0.06),
     ):
         variances = []
         for factor in (1.0, 0.5, 0.25):
-            kernel = mclmc(target, factor * step_size, 1.0, torch.ones(theta.shape[1], dtype=F64))
+            kernel = mclmc(
+                target, factor * step_size, 1.0, torch.ones(theta.shape[1], dtype=F64)
+            )
             g = generator(1)
-            variances.append(float(kernel.step(kernel.init(theta, g), g)[1].energy_variance.mean()))
+            variances.append(
+                float(kernel.step(kernel.init(theta, g), g)[1].energy_variance.mean())
+            )
         assert variances[0] < 0.1
         ratios = [a / b for a, b in pairwise(variances)]
         assert all(40 < ratio < 110 for ratio in ratios), ratios  # 2^6 = 64
@@ -507,7 +554,9 @@ def test_steps_into_nowhere_are_undone(nothing: float) -> None:
             assert torch.equal(getattr(state, name)[lost], getattr(before, name)[lost])
             assert getattr(state, name).isfinite().all()
         assert (state.theta[:, 0] <= 1).all()
-        assert not torch.equal(state.direction[lost], before.direction[lost]) or not lost.any()
+        assert (
+            not torch.equal(state.direction[lost], before.direction[lost]) or not lost.any()
+        )
         torch.testing.assert_close(state.direction.norm(dim=-1), torch.ones(50, dtype=F64))
         assert info.energy_variance.isfinite().all()
         assert (info.n_steps == 2).all()
@@ -521,11 +570,19 @@ def test_lost_steps_are_counted_in_the_draws() -> None:
     def fenced(theta: Tensor) -> tuple[Tensor, Tensor]:
         value, grad = whole(theta)
         beyond = theta[:, 0].abs() > 0.7
-        return torch.where(beyond, math.nan, value), torch.where(beyond[:, None], math.nan, grad)
+        return torch.where(beyond, math.nan, value), torch.where(
+            beyond[:, None], math.nan, grad
+        )
 
     model.log_joint_and_grad = fenced  # type: ignore[method-assign]
     draws = bf.sample(
-        model, bf.MCLMC(thinning=3), chains=8, warmup=60, draws=60, seed=0, init=torch.zeros(10)
+        model,
+        bf.MCLMC(thinning=3),
+        chains=8,
+        warmup=60,
+        draws=60,
+        seed=0,
+        init=torch.zeros(10),
     )
     assert draws.info["divergences"] == int(draws.stats["diverging"].sum()) > 0
     assert draws.theta.isfinite().all()
@@ -533,7 +590,9 @@ def test_lost_steps_are_counted_in_the_draws() -> None:
     assert draws.info["exact"] is False
 
 
-@pytest.mark.parametrize("method", [bf.MCLMC(), bf.AdjustedMCLMC()], ids=["MCLMC", "AdjustedMCLMC"])
+@pytest.mark.parametrize(
+    "method", [bf.MCLMC(), bf.AdjustedMCLMC()], ids=["MCLMC", "AdjustedMCLMC"]
+)
 def test_a_line_has_no_directions(method: Any) -> None:
     x = torch.tensor([[1.0], [2.0]])
     line = built(lambda: torch.nn.Linear(1, 1, bias=False))
@@ -545,7 +604,9 @@ def test_a_line_has_no_directions(method: Any) -> None:
 # ---------------------------------------- calibration
 
 
-def simulated_ranks(method: Any, sizes: dict[str, int], replicates: int, seed: int = 5) -> Tensor:
+def simulated_ranks(
+    method: Any, sizes: dict[str, int], replicates: int, seed: int = 5
+) -> Tensor:
     """Rank true functions and likelihoods among posterior draws, ``(replicates, quantities)`` in
     (0, 1).
     """
@@ -568,7 +629,10 @@ def simulated_ranks(method: Any, sizes: dict[str, int], replicates: int, seed: i
             ]
 
         def quantities(theta: Tensor, model: bf.BayesianModel = model) -> Tensor:
-            values = [model.outputs(theta, sites).squeeze(-1), model.log_likelihood(theta)[:, None]]
+            values = [
+                model.outputs(theta, sites).squeeze(-1),
+                model.log_likelihood(theta)[:, None],
+            ]
             return torch.cat([*values, theta.square().sum(-1, keepdim=True)], -1)
 
         below = (quantities(theta) < quantities(truth)).double().sum(0)
@@ -600,7 +664,12 @@ def test_calibration_has_power() -> None:
     class Hot(Method):
         def draw(self, model: bf.BayesianModel, run: Any) -> bf.Draws:
             hot = bf.BayesianModel(
-                model.net, priors.Normal(), model.likelihood, model.x, model.y, temperature=2.0
+                model.net,
+                priors.Normal(),
+                model.likelihood,
+                model.x,
+                model.y,
+                temperature=2.0,
             )
             return bf.HMC().draw(hot, run)
 

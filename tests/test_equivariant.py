@@ -101,7 +101,12 @@ def convolutional() -> nn.Module:
 
 def normalised() -> nn.Module:
     return nn.Sequential(
-        nn.Linear(2, 3), nn.LayerNorm(3), nn.ReLU(), nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)
+        nn.Linear(2, 3),
+        nn.LayerNorm(3),
+        nn.ReLU(),
+        nn.Linear(3, 4),
+        nn.ReLU(),
+        nn.Linear(4, 1),
     )
 
 
@@ -127,9 +132,13 @@ def dimensions(spec: WeightSpec) -> tuple[int, int]:
 def span(module: nn.Module, dim: int, *, of_bias: bool = False) -> Tensor:
     """Return the map that each parameter alone makes, ``(parameters, dim * out)``."""
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
-    zeros = {name: torch.zeros_like(parameter) for name, parameter in module.named_parameters()}
+    zeros = {
+        name: torch.zeros_like(parameter) for name, parameter in module.named_parameters()
+    }
     features = (
-        torch.zeros(1, dim, 1, dtype=F64) if of_bias else torch.eye(dim, dtype=F64).unsqueeze(-1)
+        torch.zeros(1, dim, 1, dtype=F64)
+        if of_bias
+        else torch.eye(dim, dtype=F64).unsqueeze(-1)
     )
     maps = []
     for name, size in sizes.items():
@@ -156,7 +165,10 @@ def formula(widths: tuple[int, ...]) -> tuple[int, int]:
         dim = widths[0] * widths[1] + widths[1]
         return dim**2, dim
     g = 2 * n - 3 + widths[0] + 2 * widths[-1]
-    k = [1 + (widths[0] if m == 0 else 1) + (widths[-1] if m == n - 2 else 1) for m in range(n - 1)]
+    k = [
+        1 + (widths[0] if m == 0 else 1) + (widths[-1] if m == n - 2 else 1)
+        for m in range(n - 1)
+    ]
     return g**2 + sum(each**2 for each in k) + n - 2, g
 
 
@@ -168,7 +180,9 @@ KNOWN = {
     (3, 2): 64,
 }
 SPECS: dict[str, Callable[[], WeightSpec]] = {
-    **{"-".join(map(str, widths)): lambda widths=widths: chain(*widths) for widths in KNOWN},
+    **{
+        "-".join(map(str, widths)): lambda widths=widths: chain(*widths) for widths in KNOWN
+    },
     "without biases": lambda: chain(2, 3, 4, 3, bias=False),
     "shallow without biases": lambda: chain(3, 4, 2, bias=False),
     "with extras": lambda: chain(2, 3, 3, 1).extend({"noise": (1,), "others": (2,)}),
@@ -235,7 +249,10 @@ def test_parameters_grow_with_pairs_of_features(features: tuple[int, int]) -> No
         count(built(lambda: DWSLayer(spec, n_in, n_out)))
         == n_in * n_out * equivariant + n_out * invariant
     )
-    assert count(built(lambda: DWSInvariant(spec, n_in, n_out))) == n_in * n_out * invariant + n_out
+    assert (
+        count(built(lambda: DWSInvariant(spec, n_in, n_out)))
+        == n_in * n_out * invariant + n_out
+    )
 
 
 # ---------------------------------------- equivariance
@@ -254,7 +271,8 @@ def permuted(spec: WeightSpec, *features: Tensor) -> tuple[Tensor, ...]:
     if spec.widths:
         assert not torch.equal(moved, index)
     return tuple(
-        each.gather(1, moved.unsqueeze(-1).expand(-1, -1, each.shape[-1])) for each in features
+        each.gather(1, moved.unsqueeze(-1).expand(-1, -1, each.shape[-1]))
+        for each in features
     )
 
 
@@ -288,7 +306,9 @@ def test_invariant_layer_ignores_permutations(name: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 @pytest.mark.parametrize("name", SPECS)
-def test_network_commutes_with_permutations(name: str, dtype: torch.dtype, depth: int) -> None:
+def test_network_commutes_with_permutations(
+    name: str, dtype: torch.dtype, depth: int
+) -> None:
     spec = SPECS[name]()
     g = generator()
     features = torch.randn(5, spec.dim, 2, generator=g, dtype=F64).to(dtype)
@@ -334,7 +354,10 @@ def test_layout_goes_there_and_back(name: str) -> None:
 def test_any_leading_axes(lead: tuple[int, ...]) -> None:
     spec = chain(2, 3, 4, 1)
     features = torch.randn(*lead, spec.dim, 2, generator=generator(), dtype=F64)
-    layer, pooled = built(lambda: DWSLayer(spec, 2, 3)), built(lambda: DWSInvariant(spec, 2, 3))
+    layer, pooled = (
+        built(lambda: DWSLayer(spec, 2, 3)),
+        built(lambda: DWSInvariant(spec, 2, 3)),
+    )
     assert layer(features).shape == (*lead, spec.dim, 3)
     assert pooled(features).shape == (*lead, 3)
     if math.prod(lead) > 1:
@@ -361,13 +384,16 @@ def test_networks_without_labels_are_refused(layer: Callable) -> None:
     net = built(lambda: nn.Conv1d(1, 2, 2))
     with pytest.raises(ValueError, match=r"a chain of layers.*its weights have no labels"):
         layer(WeightSpec.unlabelled(net), 1, 1)
-    free = WeightSpec.unlabelled(net, unknown="")  # known to have no symmetry: any map will do
+    # known to have no symmetry: any map will do
+    free = WeightSpec.unlabelled(net, unknown="")
     built(lambda: layer(free, 1, 1))
 
 
 @pytest.mark.parametrize("layer", [DWSLayer, DWSInvariant, DWSNet])
 def test_a_square_residual_matrix_is_refused_by_name(layer: Callable) -> None:
-    with pytest.raises(ValueError, match=r"'b.weight' has one hidden layer twice.*graph network"):
+    with pytest.raises(
+        ValueError, match=r"'b.weight' has one hidden layer twice.*graph network"
+    ):
         layer(WeightSpec.of(built(Square)), 1, 1)
 
 

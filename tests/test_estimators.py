@@ -71,7 +71,9 @@ def test_they_work_where_scikit_learn_puts_them() -> None:
     columns = make_column_transformer(
         (OneHotEncoder(sparse_output=False), ["kind"]), (StandardScaler(), ["size"])
     )
-    pipe = make_pipeline(columns.set_output(transform="pandas"), BayesianMLPRegressor(method=QUICK))
+    pipe = make_pipeline(
+        columns.set_output(transform="pandas"), BayesianMLPRegressor(method=QUICK)
+    )
     assert cross_val_score(pipe, frame, price, cv=2).shape == (2,)
     search = GridSearchCV(
         pipe, {"bayesianmlpregressor__network": [(4,), (6,)]}, cv=2, n_jobs=2
@@ -81,7 +83,9 @@ def test_they_work_where_scikit_learn_puts_them() -> None:
     assert np.array_equal(again.predict(frame), search.predict(frame))
 
 
-def test_threads_are_what_n_jobs_says_and_then_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_what_n_jobs_says_and_then_as_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen = []
     x, y = waves(20)
     monkeypatch.setattr(
@@ -155,7 +159,9 @@ def test_predictions_agree_with_one_another(fitted: BayesianMLPRegressor) -> Non
     X, y = load_diabetes(return_X_y=True, as_frame=True)
     rows = X[100:120]
     low, median, high = fitted.predict_quantiles(rows).T
-    np.testing.assert_allclose(fitted.predict_interval(rows, 0.9), np.column_stack([low, high]))
+    np.testing.assert_allclose(
+        fitted.predict_interval(rows, 0.9), np.column_stack([low, high])
+    )
     assert ((low < median) & (median < high)).all()
     dist = fitted.predict_dist(rows)
     mean, sd = fitted.predict(rows, return_std=True)
@@ -193,7 +199,11 @@ def test_the_default_fit_of_diabetes_is_calibrated(fitted: BayesianMLPRegressor)
         ("auto", lambda g: g.normal(0, 1, 200), "Standardised(HeteroscedasticGaussian)"),
         ("auto", lambda g: g.integers(3, 9, 200), "Levels"),
         ("auto", lambda g: g.poisson(8, 300), "NegativeBinomial"),
-        ("auto", lambda g: np.exp(2 * g.normal(0, 1, 200)), "LogNormal(Standardised(Gaussian))"),
+        (
+            "auto",
+            lambda g: np.exp(2 * g.normal(0, 1, 200)),
+            "LogNormal(Standardised(Gaussian))",
+        ),
         ("normal", lambda g: g.normal(5, 1, 200), "Standardised(Gaussian)"),
         ("student", lambda g: g.standard_t(3, 200), "Standardised(StudentT)"),
         ("lognormal", lambda g: g.uniform(1, 2, 200), "LogNormal"),
@@ -251,8 +261,12 @@ def test_names_are_kept_and_checked() -> None:
     for wrong in (frame[["kind", "size", "new"]], frame.drop(columns="new")):
         with pytest.raises(ValueError, match="feature names should match"):
             fit.predict(wrong)
-    with pytest.warns(UserWarning, match=r"never saw count as none of its levels: kind \(1 rows\)"):
-        fit.predict(pd.DataFrame({"size": [50.0, 60.0], "kind": ["flat", "castle"], "new": [0, 1]}))
+    with pytest.warns(
+        UserWarning, match=r"never saw count as none of its levels: kind \(1 rows\)"
+    ):
+        fit.predict(
+            pd.DataFrame({"size": [50.0, 60.0], "kind": ["flat", "castle"], "new": [0, 1]})
+        )
 
 
 def test_polars_is_read_like_pandas() -> None:
@@ -260,7 +274,9 @@ def test_polars_is_read_like_pandas() -> None:
     frame, price = houses()
     other = polars.DataFrame({name: frame[name].to_list() for name in frame})
     first = BayesianMLPRegressor((4,), method=QUICK).fit(frame, price)
-    second = BayesianMLPRegressor((4,), method=QUICK).fit(other, polars.Series(price.to_list()))
+    second = BayesianMLPRegressor((4,), method=QUICK).fit(
+        other, polars.Series(price.to_list())
+    )
     assert np.array_equal(first.predict(frame), second.predict(other))
     with pytest.raises(ValueError, match=r"missing values in size \(1 rows\)"):
         first.predict(other.with_columns(size=polars.Series([None, *frame["size"][1:]])))
@@ -411,13 +427,17 @@ def test_a_network_of_ones_own(seeded) -> None:
     fit = BayesianMLPRegressor(net, method=QUICK).fit(x, y)
     assert fit.model_.dim == sum(p.numel() for p in net.parameters())
     assert fit.predict(x).shape == (40,)
-    with pytest.raises(ValueError, match="cannot be written to a file: pickle the estimator"):
+    with pytest.raises(
+        ValueError, match="cannot be written to a file: pickle the estimator"
+    ):
         fit.save("never.bnn")
     with pytest.raises(ValueError, match="does not fit net"):
         BayesianMLPRegressor(net[3], method=QUICK).fit(x, y)
 
 
-def test_an_interrupt_keeps_the_rounds_that_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_keeps_the_rounds_that_are_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     calls = itertools.count()
     real = recipe.warm_start
 
@@ -477,7 +497,10 @@ def test_many_rows_are_sampled_by_mini_batches(monkeypatch: pytest.MonkeyPatch) 
 
 def test_diagnosis_and_report(fitted: BayesianMLPRegressor, tmp_path) -> None:
     X, y = load_diabetes(return_X_y=True, as_frame=True)
-    assert fitted.diagnose(X[100:130], y[100:130]).verdict == fitted.diagnose(X[100:130]).verdict
+    assert (
+        fitted.diagnose(X[100:130], y[100:130]).verdict
+        == fitted.diagnose(X[100:130]).verdict
+    )
     assert fitted.diagnose().verdict
     path = tmp_path / "report.html"
     made = fitted.report(path, X[100:200], y[100:200])
@@ -511,7 +534,9 @@ def test_a_file_gives_the_same_predictions_in_another_process(
 @pytest.mark.parametrize("labels", [["no", "yes"], [3, 7], [False, True]], ids=str)
 def test_classifiers_are_kept(way: str, labels: list, tmp_path) -> None:
     x, y = waves(40)
-    frame = pd.DataFrame(x, columns=["a", "b"]).assign(c=np.where(x[:, 1] > 0, "up", "down"))
+    frame = pd.DataFrame(x, columns=["a", "b"]).assign(
+        c=np.where(x[:, 1] > 0, "up", "down")
+    )
     prior, method = bf.priors.FanIn(), bf.DeepEnsemble(members=3, steps=20)
     fit = BayesianMLPClassifier((4,), prior=prior, method=method)
     fit.fit(frame, np.array(labels)[(y > 50).astype(int)])

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 import bnnflow as bf
 from bnnflow import likelihoods, priors
 from bnnflow.model.arrowhead import Arrowhead
-from bnnflow.model.factored import BorderedFactor, ClosedFactor, FactoredJacobian, MatrixFactor
+from bnnflow.model.factored import (
+    BorderedFactor,
+    ClosedFactor,
+    FactoredJacobian,
+    MatrixFactor,
+)
 from bnnflow.transport import GaussNewton, Source
 from bnnflow.transport.proximal_step import Linearised, cholesky_or_nan
 from bnnflow.transport.whitened import WhitenedPosterior
@@ -37,7 +42,11 @@ def model_of(
     which, out = LIKELIHOODS[likelihood]
     net = built(lambda: chain(2, *hidden, out, activation=activation, bias=bias))
     targets = out // 2 if likelihood == "heteroscedastic" else out
-    y = torch.tensor([0, 2, 1, 0]) if likelihood == "categorical" else normal(4, targets, seed=1)
+    y = (
+        torch.tensor([0, 2, 1, 0])
+        if likelihood == "categorical"
+        else normal(4, targets, seed=1)
+    )
     prior = priors.Normal(1.3) if prior is None else prior
     return bf.BayesianModel(net, prior, which, normal(4, 2), y, temperature=temperature)
 
@@ -83,7 +92,9 @@ def test_linearisation_is_that_of_the_matrix(
     prior: bf.priors.Prior, temperature: float, scale: float | None, monkeypatch
 ):
     model = model_of(prior=prior, temperature=temperature)
-    context = WhitenedPosterior(model, None if scale is None else Source.scaled(model, scale))
+    context = WhitenedPosterior(
+        model, None if scale is None else Source.scaled(model, scale)
+    )
     x, v, s2 = (
         normal(5, model.dim),
         normal(5, model.dim, seed=1),
@@ -112,9 +123,13 @@ def test_linearisation_is_that_of_the_matrix(
 
 @pytest.mark.parametrize("source", [None, 1.4])
 @pytest.mark.parametrize("prior", [priors.Normal(1.3), priors.Laplace(1.0)])
-def test_blocks_of_draws_change_nothing(prior: bf.priors.Prior, source: float | None, monkeypatch):
+def test_blocks_of_draws_change_nothing(
+    prior: bf.priors.Prior, source: float | None, monkeypatch
+):
     model = model_of(hidden=(5, 4), prior=prior)
-    context = WhitenedPosterior(model, None if source is None else Source.scaled(model, source))
+    context = WhitenedPosterior(
+        model, None if source is None else Source.scaled(model, source)
+    )
     x, s2 = normal(5, model.dim), torch.linspace(0, 2, 5, dtype=F64).unsqueeze(-1)
     whole = Linearised(context, x, s2)
     # two draws of four rows
@@ -124,7 +139,9 @@ def test_blocks_of_draws_change_nothing(prior: bf.priors.Prior, source: float | 
     torch.testing.assert_close(parts.solve(x), whole.solve(x))
 
 
-def _slope(context: WhitenedPosterior, x: Tensor, s2: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _slope(
+    context: WhitenedPosterior, x: Tensor, s2: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return a derivative of the score forwards and one backwards."""
 
     def score(x: Tensor) -> Tensor:
@@ -148,7 +165,11 @@ def test_a_matrix_is_taken_where_factors_do_not_pay_or_do_not_fit():
     )
     assert factor(learned) is BorderedFactor
     assert (
-        factor(bf.BayesianModel(learned.net, priors.Hierarchical(), likelihoods.Gaussian(), x, y))
+        factor(
+            bf.BayesianModel(
+                learned.net, priors.Hierarchical(), likelihoods.Gaussian(), x, y
+            )
+        )
         is MatrixFactor
     )
     module = bf.BayesianModel(
@@ -204,7 +225,9 @@ def test_closed_factors_are_the_matrix(likelihood: str, prior, temperature: floa
             assert factor.rows == exact.rows
             u = torch.randn(4, factor.rows, generator=g, dtype=torch.float64)
             torch.testing.assert_close(grad, exact_grad, rtol=1e-9, atol=1e-9)
-            torch.testing.assert_close(factor.times(v), exact.times(v), rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(
+                factor.times(v), exact.times(v), rtol=1e-9, atol=1e-9
+            )
             torch.testing.assert_close(
                 factor.transposed(u), exact.transposed(u), rtol=1e-9, atol=1e-9
             )
@@ -216,39 +239,58 @@ def test_closed_factors_are_the_matrix(likelihood: str, prior, temperature: floa
 
 @pytest.mark.parametrize("scale", [None, 1.5])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-@pytest.mark.parametrize("likelihood", [likelihoods.Gaussian(), likelihoods.StudentT()], ids=str)
+@pytest.mark.parametrize(
+    "likelihood", [likelihoods.Gaussian(), likelihoods.StudentT()], ids=str
+)
 def test_parameters_of_the_likelihood_border_the_factors(
     likelihood, temperature: float, scale: float | None
 ):
     x, y = normal(4, 2), normal(4, 1, seed=1)
     net = built(lambda: chain(2, 6, 1))
-    model = bf.BayesianModel(net, priors.Normal(1.3), likelihood, x, y, temperature=temperature)
+    model = bf.BayesianModel(
+        net, priors.Normal(1.3), likelihood, x, y, temperature=temperature
+    )
     context = WhitenedPosterior(
-        model, None if scale is None else Source.scaled(model, scale), torch.tensor([0, 2, 3])
+        model,
+        None if scale is None else Source.scaled(model, scale),
+        torch.tensor([0, 2, 3]),
     )
     z, v = normal(3, model.dim), normal(3, model.dim, seed=1)
-    (grad, factor), (exact_grad, matrix) = context.at(z).factored, context.at(z).grad_and_factor()
+    (grad, factor), (exact_grad, matrix) = (
+        context.at(z).factored,
+        context.at(z).grad_and_factor(),
+    )
     assert isinstance(factor, BorderedFactor)
     exact, u = MatrixFactor(matrix), normal(3, factor.rows, seed=2)
     torch.testing.assert_close(grad, exact_grad, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(factor.matrix, matrix, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(factor.gram(), exact.gram(), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(factor.times(v), exact.times(v), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(factor.transposed(u), exact.transposed(u), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(factor[1:2].gram(), exact[1:2].gram(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        factor.transposed(u), exact.transposed(u), rtol=1e-10, atol=1e-10
+    )
+    torch.testing.assert_close(
+        factor[1:2].gram(), exact[1:2].gram(), rtol=1e-10, atol=1e-10
+    )
     s2 = torch.full((3, 1), 0.4, dtype=F64)
     change = Linearised(context, z, s2).change(None)
     system = torch.eye(model.dim, dtype=F64) + 0.4 * matrix.mT @ matrix
     if scale is not None:
         system = system + 0.4 * (scale**2 - 1) * torch.eye(model.dim, dtype=F64)
-    torch.testing.assert_close(change, torch.linalg.solve(system, grad), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        change, torch.linalg.solve(system, grad), rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize(
     "prior", [priors.Normal(), priors.Hierarchical(), priors.Horseshoe()], ids=str
 )
-@pytest.mark.parametrize("likelihood", ["Gaussian", "HeteroscedasticGaussian", "Categorical"])
-def test_single_precision_draws_and_gradients_are_those_of_double(likelihood: str, prior) -> None:
+@pytest.mark.parametrize(
+    "likelihood", ["Gaussian", "HeteroscedasticGaussian", "Categorical"]
+)
+def test_single_precision_draws_and_gradients_are_those_of_double(
+    likelihood: str, prior
+) -> None:
     x = normal(60, 2)
     out = {"HeteroscedasticGaussian": 2, "Categorical": 3}.get(likelihood, 1)
     y = torch.arange(60) % 3 if likelihood == "Categorical" else x.sum(1).sin()
@@ -263,7 +305,9 @@ def test_single_precision_draws_and_gradients_are_those_of_double(likelihood: st
         (single.grad(z.float()), exact.grad(z)),
         *zip(single.value_and_grad(z.float()), exact.value_and_grad(z), strict=True),
         *zip(
-            GaussNewton(2)(single, z.float(), s2.float()), GaussNewton(2)(exact, z, s2), strict=True
+            GaussNewton(2)(single, z.float(), s2.float()),
+            GaussNewton(2)(exact, z, s2),
+            strict=True,
         ),
     ):
         torch.testing.assert_close(
@@ -302,7 +346,9 @@ def test_what_is_kept_of_a_point_is_of_that_point_alone(prior) -> None:
 def test_systems_that_rounding_makes_indefinite_are_solved(likelihood: str) -> None:
     x = normal(60, 2)
     which = (
-        likelihoods.Poisson() if likelihood == "poisson" else likelihoods.HeteroscedasticGaussian()
+        likelihoods.Poisson()
+        if likelihood == "poisson"
+        else likelihoods.HeteroscedasticGaussian()
     )
     y = x.sum(1).exp().round() if likelihood == "poisson" else x.sum(1).sin()
     net = built(lambda: chain(2, 4, 1 if likelihood == "poisson" else 2))
@@ -372,7 +418,9 @@ def test_weights_and_scales_of_their_own_are_solved_together(
     z[0] = 0.0  # weights of zero feel nothing of their scales
     matrix, eye = context.at(z).grad_and_factor()[1], torch.eye(model.dim, dtype=F64)
     excess = (
-        torch.zeros((), dtype=F64) if context.precision_shift is None else context.precision_shift
+        torch.zeros((), dtype=F64)
+        if context.precision_shift is None
+        else context.precision_shift
     )
     systems = eye + s2.unsqueeze(-1) * (
         matrix.mT @ matrix + (excess if excess.dim() else excess * eye)
@@ -386,7 +434,10 @@ def test_weights_and_scales_of_their_own_are_solved_together(
     )
     targets = normal(4, model.dim, 5, seed=2)
     torch.testing.assert_close(
-        linear.solve_each(targets), torch.linalg.solve(systems, targets), rtol=1e-9, atol=1e-9
+        linear.solve_each(targets),
+        torch.linalg.solve(systems, targets),
+        rtol=1e-9,
+        atol=1e-9,
     )
 
 

@@ -101,10 +101,15 @@ def model_of(
     if likelihood in COUNTS:
         y = (torch.arange(n * outputs) ** 2 % 11).reshape(n, outputs)
     elif what.kind == "classification":
-        y = torch.arange(n) % (2 if likelihood == "bernoulli" else getattr(what, "n_classes", 3))
+        y = torch.arange(n) % (
+            2 if likelihood == "bernoulli" else getattr(what, "n_classes", 3)
+        )
     else:
         y = torch.randn(
-            n, outputs // (2 if likelihood.startswith("hetero") else 1), generator=g, dtype=F64
+            n,
+            outputs // (2 if likelihood.startswith("hetero") else 1),
+            generator=g,
+            dtype=F64,
         )
     net = perceptron(*widths, outputs, **options).to(dtype)
     prior = priors.Normal(0.8, 0.1) if prior is None else prior
@@ -112,9 +117,9 @@ def model_of(
 
 
 def points(model: BayesianModel, *shape: int, scale: float = 0.7, seed: int = 3) -> Tensor:
-    return (scale * torch.randn(*shape, model.dim, generator=generator(seed), dtype=F64)).to(
-        model.dtype
-    )
+    return (
+        scale * torch.randn(*shape, model.dim, generator=generator(seed), dtype=F64)
+    ).to(model.dtype)
 
 
 def by_torch(
@@ -135,8 +140,12 @@ def assert_equal_to_torch(
     assert value.dtype == F64
     assert grad.dtype == model.dtype
     assert grad.shape == theta.shape
-    assert ((grad.double() - exact).norm(dim=-1) <= tolerance * (exact.norm(dim=-1) + floor)).all()
-    assert ((value - exact_value).abs() <= tolerance * (exact_value.abs() + model.y.numel())).all()
+    assert (
+        (grad.double() - exact).norm(dim=-1) <= tolerance * (exact.norm(dim=-1) + floor)
+    ).all()
+    assert (
+        (value - exact_value).abs() <= tolerance * (exact_value.abs() + model.y.numel())
+    ).all()
 
 
 # ---------------------------------------- inputs of their own, compiled or not
@@ -176,12 +185,17 @@ def test_networks_of_nothing_equal_torch(widths: tuple[int, ...]) -> None:
     g = generator()
     for bias, rows, batch in itertools.product((True, False), range(3), range(3)):
         spec = WeightSpec.of(perceptron(*widths, bias=bias).to(F64))
-        network, theta = ChainNetwork(spec), torch.randn(batch, spec.dim, generator=g, dtype=F64)
+        network, theta = (
+            ChainNetwork(spec),
+            torch.randn(batch, spec.dim, generator=g, dtype=F64),
+        )
         for shape in ((rows, widths[0]), (batch, rows, widths[0])):
             x, own = torch.randn(shape, generator=g, dtype=F64), len(shape) == 3
             score = torch.randn(batch, rows, widths[-1], generator=g, dtype=F64)
             outputs, vjp = network.pullback(theta, x, per_network=own)
-            expected, exact = network.pullback(theta.clone().requires_grad_(), x, per_network=own)
+            expected, exact = network.pullback(
+                theta.clone().requires_grad_(), x, per_network=own
+            )
             torch.testing.assert_close(outputs, expected.detach())
             torch.testing.assert_close(vjp(score), exact(score).detach())
         x, y = (
@@ -198,7 +212,9 @@ def test_networks_of_nothing_equal_torch(widths: tuple[int, ...]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
-@pytest.mark.parametrize("widths", [(0, 1), (2, 0), (0, 3, 1), (2, 0, 1), (2, 3, 0)], ids=str)
+@pytest.mark.parametrize(
+    "widths", [(0, 1), (2, 0), (0, 3, 1), (2, 0, 1), (2, 3, 0)], ids=str
+)
 def test_models_of_nothing_are_refused(widths: tuple[int, ...]) -> None:
     x, y = (
         torch.randn(5, widths[0], generator=generator()),
@@ -223,8 +239,12 @@ def test_no_rows_to_draw() -> None:
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_equal_to_torch(activation: str, likelihood: str, dtype: torch.dtype) -> None:
-    model = model_of(likelihood, (3, 7, 4), activation=activation, dtype=dtype, temperature=0.7)
-    assert_equal_to_torch(model, points(model, 2, 3, scale=0.7 / FREQUENCY.get(activation, 1.0)))
+    model = model_of(
+        likelihood, (3, 7, 4), activation=activation, dtype=dtype, temperature=0.7
+    )
+    assert_equal_to_torch(
+        model, points(model, 2, 3, scale=0.7 / FREQUENCY.get(activation, 1.0))
+    )
 
 
 @needs_compiler
@@ -403,7 +423,9 @@ def test_every_dispersion() -> None:
     torch.testing.assert_close(grad[2:], by_theta[2:], rtol=1e-9, atol=1e-9)
     assert used(model)
     model.y[0, 0] = fused._LARGEST_COUNT + 1
-    assert not used(model.subset(slice(None))), "a table of logarithms would cost more than they do"
+    assert not used(model.subset(slice(None))), (
+        "a table of logarithms would cost more than they do"
+    )
 
 
 # ---------------------------------------- extreme weights
@@ -411,8 +433,12 @@ def test_every_dispersion() -> None:
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
 @pytest.mark.parametrize("likelihood", [name for name in OURS if name not in COUNTS])
-@pytest.mark.parametrize("activation", ["tanh", "sigmoid", "relu", "silu", "gelu", "gelu_tanh"])
-def test_large_weights_are_finite(activation: str, likelihood: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "activation", ["tanh", "sigmoid", "relu", "silu", "gelu", "gelu_tanh"]
+)
+def test_large_weights_are_finite(
+    activation: str, likelihood: str, dtype: torch.dtype
+) -> None:
     model = model_of(likelihood, activation=activation, dtype=dtype)
     theta = points(model, 8, scale=100.0)
     theta[:, model.spec.network.dim :] = -1.0
@@ -444,8 +470,12 @@ def test_bad_weights_spoil_their_own_chain_alone(
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
-@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if not name.startswith("sin")])
-def test_activations_and_slopes_over_the_whole_range(activation: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "activation", [name for name in ACTIVATIONS if not name.startswith("sin")]
+)
+def test_activations_and_slopes_over_the_whole_range(
+    activation: str, dtype: torch.dtype
+) -> None:
     info = torch.finfo(dtype)
     scale_exponents = (
         torch.logspace(-300, 300, 2001, dtype=F64)
@@ -469,15 +499,20 @@ def test_activations_and_slopes_over_the_whole_range(activation: str, dtype: tor
     ).to(dtype)
     spec = WeightSpec.of(net)
     network, theta = ChainNetwork(spec), torch.ones(len(a), 1, dtype=dtype)
-    x = a[:, :, None]  # a network for each number: the gradient by its weight is number * slope
+    # a network for each number: the gradient by its weight is number * slope
+    x = a[:, :, None]
     value, vjp = network.pullback(theta, x, per_network=True)
     got = vjp(torch.ones_like(value))
     exact = a.double().requires_grad_()
     expected = ACTIVATIONS[activation]()(exact)
     (slope,) = torch.autograd.grad(expected.sum(), exact)
     if activation == "gelu_tanh":  # torch's own overflows in the cube
-        slope = torch.where(exact.detach().abs() > 1e100, (exact.detach() > 0).double(), slope)
-    tolerance = (100 if activation == "gelu_tanh" else 10) * info.eps  # its 1 - sigmoid cancels
+        slope = torch.where(
+            exact.detach().abs() > 1e100, (exact.detach() > 0).double(), slope
+        )
+    tolerance = (
+        100 if activation == "gelu_tanh" else 10
+    ) * info.eps  # its 1 - sigmoid cancels
     size = a.double().abs().clamp(min=1.0)
     for mine, true in ((value[:, 0], expected.detach()), (got, slope * a.double())):
         assert torch.equal(mine.isnan(), true.isnan())
@@ -496,7 +531,10 @@ def test_sines_and_their_slopes_over_the_whole_range(w0: float, dtype: torch.dty
     )
     # zeros and extremes
     quarters = (torch.arange(-400, 401, dtype=F64) * (math.pi / 4 / w0)).to(dtype)
-    ranges = [torch.linspace(-span / w0, span / w0, 2001, dtype=dtype) for span in (2.0, 30.0, 1e4)]
+    ranges = [
+        torch.linspace(-span / w0, span / w0, 2001, dtype=dtype)
+        for span in (2.0, 30.0, 1e4)
+    ]
     special = torch.tensor([0.0, -0.0, math.nan, math.inf, -math.inf], dtype=dtype)
     a = torch.cat([*ranges, quarters, scale_exponents, -scale_exponents, special])[:, None]
     net = nn.Sequential(nn.utils.skip_init(nn.Linear, 1, 1), Sine(w0)).to(dtype)
@@ -522,7 +560,10 @@ def threefry(key: int, counters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Compute Threefry-2x32-20 as its paper says it, for 64-bit counters."""
     low, high = np.uint32(key & 0xFFFFFFFF), np.uint32(key >> 32)
     keys = [low, high, low ^ high ^ np.uint32(0x1BD11BDA)]
-    a, b = counters.astype(np.uint32) + low, (counters >> np.uint64(32)).astype(np.uint32) + high
+    a, b = (
+        counters.astype(np.uint32) + low,
+        (counters >> np.uint64(32)).astype(np.uint32) + high,
+    )
     for r in range(20):
         turn = np.uint32([13, 15, 26, 6, 17, 29, 16, 24][r % 8])
         a = a + b
@@ -547,7 +588,10 @@ def test_the_papers_numbers() -> None:
 @needs_compiler
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
 def test_compiled_numbers_are_those_of_threefry(dtype: torch.dtype) -> None:
-    key, many = int(torch.empty((), dtype=torch.int64).random_(generator=generator(8))), 64 * 7
+    key, many = (
+        int(torch.empty((), dtype=torch.int64).random_(generator=generator(8))),
+        64 * 7,
+    )
     rows = compiled.stratified_rows((many,), 1, 2**53, generator(8), dtype)
     assert rows is not None
     words = np.concatenate(threefry(key, np.arange(many, dtype=np.uint64)))
@@ -594,7 +638,9 @@ def test_normal_numbers_are_normal(dtype: torch.dtype) -> None:
     assert max(map(abs, scores.values())) < 4.5, scores
     assert scipy.stats.kstest(x[:100].double().flatten().numpy(), "norm").pvalue > 1e-3
     assert (
-        scipy.stats.kstest(x[:200].double().square().sum(-1).numpy(), "chi2", args=(5000,)).pvalue
+        scipy.stats.kstest(
+            x[:200].double().square().sum(-1).numpy(), "chi2", args=(5000,)
+        ).pvalue
         > 1e-3
     )
 
@@ -602,7 +648,9 @@ def test_normal_numbers_are_normal(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
 def test_normal_numbers_are_independent(dtype: torch.dtype) -> None:
     g, like = generator(2), torch.empty(2**16, dtype=dtype)
-    x = torch.stack([compiled.normal_like(like, g) for _ in range(32)]).double()  # (key, number)
+    x = torch.stack(
+        [compiled.normal_like(like, g) for _ in range(32)]
+    ).double()  # (key, number)
     for series in (x, x.square() - 1, x.sign(), x.abs().log() + 0.635181422730739):
         spread = float(series.square().mean())
         spectrum = torch.fft.rfft(series, n=2 * series.shape[1])
@@ -625,7 +673,9 @@ def test_normal_numbers_of_neighbouring_keys_are_independent() -> None:
     for key, row in zip(keys, x, strict=True):
         library.bnnflow_normals(key, row.numel(), row.data_ptr())
     for series in (x, x.square() - 1):
-        shared = (series @ series.mT) / (series.square().mean() * math.sqrt(series.shape[1]))
+        shared = (series @ series.mT) / (
+            series.square().mean() * math.sqrt(series.shape[1])
+        )
         assert (shared - shared.diagonal().diag()).abs().max() < 5
 
 
@@ -669,7 +719,10 @@ def test_the_longest_gradient_and_what_is_not_finite(dim: int, dtype: torch.dtyp
         torch.randn(5, dim, generator=generator(), dtype=F64).to(dtype),
         torch.zeros(5, dtype=F64),
     )
-    for root in (torch.full((dim,), 2.0, dtype=dtype), torch.full((5, dim), 2.0, dtype=dtype)):
+    for root in (
+        torch.full((dim,), 2.0, dtype=dtype),
+        torch.full((5, dim), 2.0, dtype=dtype),
+    ):
         norms = (2 * grad).norm(dim=-1)
         bound = compiled.max_norm(grad, root, value)
         assert 0.9999 * float(norms.max()) <= bound <= 1.0001 * float(norms.norm())
@@ -677,7 +730,9 @@ def test_the_longest_gradient_and_what_is_not_finite(dim: int, dtype: torch.dtyp
             for spoiled in (grad, value):
                 changed = spoiled.clone()
                 changed[3, ...] = bad
-                arguments = (changed, root, value) if spoiled is grad else (grad, root, changed)
+                arguments = (
+                    (changed, root, value) if spoiled is grad else (grad, root, changed)
+                )
                 assert not math.isfinite(compiled.max_norm(*arguments))
 
 
@@ -701,7 +756,9 @@ def test_differentiable_in_every_way(likelihood: str) -> None:
         torch.autograd.grad((grad(leaf) * vector).sum(), leaf)[0], expected, **close
     )
     torch.testing.assert_close(torch.func.vjp(grad, theta)[1](vector)[0], expected, **close)
-    torch.testing.assert_close(torch.func.jvp(grad, (theta,), (vector,))[1], expected, **close)
+    torch.testing.assert_close(
+        torch.func.jvp(grad, (theta,), (vector,))[1], expected, **close
+    )
     torch.testing.assert_close(torch.func.vmap(grad)(theta), grad(theta), **close)
     rowwise = torch.func.vmap(lambda t, v: torch.func.jvp(grad, (t,), (v,))[1])
     torch.testing.assert_close(rowwise(theta, vector), expected, **close)
@@ -718,7 +775,9 @@ def test_differentiable_in_every_way(likelihood: str) -> None:
 
 def test_pullback_of_a_tracked_score() -> None:
     model = model_of("two targets")
-    score = torch.randn(3, len(model.x), 2, generator=generator(), dtype=F64).requires_grad_()
+    score = torch.randn(
+        3, len(model.x), 2, generator=generator(), dtype=F64
+    ).requires_grad_()
     outputs, pullback = model.network.pullback(points(model, 3), model.x)
     assert not outputs.requires_grad
     (by_score,) = torch.autograd.grad(pullback(score).square().sum(), score)

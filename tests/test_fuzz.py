@@ -18,7 +18,15 @@ import bnnflow as bf
 from bnnflow import data, equivariant, inference, predictive, symmetry, transport
 from tests import fuzzing
 
-RESULTS = {"Barrier", "Diagnosis", "Plane", "Prediction", "Radii", "Report", "WeightConvergence"}
+RESULTS = {
+    "Barrier",
+    "Diagnosis",
+    "Plane",
+    "Prediction",
+    "Radii",
+    "Report",
+    "WeightConvergence",
+}
 RESULTS |= {
     "Correction",
     "Dataset",
@@ -63,8 +71,12 @@ class Case(collections.namedtuple("Case", "call name what value form")):
 def cases(world: fuzzing.World) -> Iterator[Case]:
     for call in fuzzing.calls(world):
         for name, value in call.arguments.items():
-            yield from (Case(call, name, what, other, True) for what, other in fuzzing.forms(value))
-            wrong = itertools.chain(fuzzing.malformed(value), fuzzing.swapped(call, name, world))
+            yield from (
+                Case(call, name, what, other, True) for what, other in fuzzing.forms(value)
+            )
+            wrong = itertools.chain(
+                fuzzing.malformed(value), fuzzing.swapped(call, name, world)
+            )
             yield from (Case(call, name, what, other, False) for what, other in wrong)
 
 
@@ -85,7 +97,9 @@ def check(found: dict[str, list[str]]) -> None:
     assert not found["silent"]
     assert not found["refused"]
     for kind in ("obscure", "other"):
-        assert len(found[kind]) < 0.01 * total, "\n".join([f"{kind} of {total}:", *found[kind]])
+        assert len(found[kind]) < 0.01 * total, "\n".join(
+            [f"{kind} of {total}:", *found[kind]]
+        )
 
 
 @pytest.fixture
@@ -108,7 +122,9 @@ def test_every_malformed_value_is_refused_by_name(world: fuzzing.World) -> None:
 
 
 def test_everything_public_is_under_fire(world: fuzzing.World) -> None:
-    called = {part for call in fuzzing.calls(world) for part in call.name.split(" ")[0].split(".")}
+    called = {
+        part for call in fuzzing.calls(world) for part in call.name.split(" ")[0].split(".")
+    }
     rooms = (
         bf,
         data,
@@ -121,14 +137,19 @@ def test_everything_public_is_under_fire(world: fuzzing.World) -> None:
         bf.priors,
         bf.metrics,
     )
-    names = {name for room in rooms for name in room.__all__ if callable(getattr(room, name))}
-    names -= {name for name in names if inspect.ismodule(getattr(bf, name, None))}
-    assert names - called <= RESULTS | PROTOCOLS | WITHOUT_ARGUMENTS | INNER | ESTIMATORS | {
-        "FlatPrior"
+    names = {
+        name for room in rooms for name in room.__all__ if callable(getattr(room, name))
     }
+    names -= {name for name in names if inspect.ismodule(getattr(bf, name, None))}
+    assert (
+        names - called
+        <= RESULTS | PROTOCOLS | WITHOUT_ARGUMENTS | INNER | ESTIMATORS | {"FlatPrior"}
+    )
 
 
-def test_fields_without_parameters_and_single_draws_are_refused(world: fuzzing.World) -> None:
+def test_fields_without_parameters_and_single_draws_are_refused(
+    world: fuzzing.World,
+) -> None:
     with pytest.raises(ValueError, match="velocity, has no parameters"):
         bf.fit_flow(
             world.model,

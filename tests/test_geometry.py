@@ -46,8 +46,12 @@ class Residual(nn.Module):
 NETS: dict[str, Callable[[], nn.Module]] = {
     "one hidden": lambda: chain(2, 3, 1),
     "two hidden": lambda: chain(3, 4, 5, 2),
-    "leaky, no biases": lambda: chain(3, 4, 2, activation=lambda: nn.LeakyReLU(0.2), bias=False),
-    "mixed": lambda: nn.Sequential(chain(3, 4), nn.ReLU(), chain(4, 5), nn.Tanh(), chain(5, 2)),
+    "leaky, no biases": lambda: chain(
+        3, 4, 2, activation=lambda: nn.LeakyReLU(0.2), bias=False
+    ),
+    "mixed": lambda: nn.Sequential(
+        chain(3, 4), nn.ReLU(), chain(4, 5), nn.Tanh(), chain(5, 2)
+    ),
     "residual": Residual,
     "tanh": lambda: chain(3, 4, 2, activation=nn.Tanh),
 }
@@ -60,18 +64,25 @@ def spheres_of(name: str) -> Spheres:
 def sphere(k: int) -> Spheres:
     """The unit sphere in k dimensions, and nothing else."""
     spec = WeightSpec(
-        ("0.weight",), {"0.weight": (1, k)}, {"0.weight": ("h1", None)}, {"h1": Activation("relu")}
+        ("0.weight",),
+        {"0.weight": (1, k)},
+        {"0.weight": ("h1", None)},
+        {"h1": Activation("relu")},
     )
     return Spheres(spec)
 
 
-def pairs(spheres: Spheres, n: int, seed: int, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor]:
+def pairs(
+    spheres: Spheres, n: int, seed: int, dtype: torch.dtype = F64
+) -> tuple[Tensor, Tensor]:
     """Draw pairs, of which three eighths are equal, opposite or close to that, at all distances."""
     x, y = spheres.sample(n, seed, dtype=dtype), spheres.sample(n, seed + 1, dtype=dtype)
     eighth = n // 8
     y[:eighth] = x[:eighth]
     y[eighth : 2 * eighth] = -x[eighth : 2 * eighth]
-    close = 10 ** (-12 * torch.rand(2 * eighth, 1, generator=generator(seed + 2), dtype=dtype))
+    close = 10 ** (
+        -12 * torch.rand(2 * eighth, 1, generator=generator(seed + 2), dtype=dtype)
+    )
     sign = torch.where(torch.arange(2 * eighth) % 2 == 0, 1.0, -1.0).to(dtype).unsqueeze(-1)
     near = slice(2 * eighth, 4 * eighth)
     y[near] = spheres.retract(
@@ -100,7 +111,10 @@ def test_points_keep_the_functions_of_networks() -> None:
     for name, make in NETS.items():
         net = built(make)
         spheres = Spheres(WeightSpec.of(net))
-        theta, inputs = normal(20, spheres.dim), normal(7, next(net.parameters()).shape[1], seed=1)
+        theta, inputs = (
+            normal(20, spheres.dim),
+            normal(7, next(net.parameters()).shape[1], seed=1),
+        )
         x = spheres.project(theta)
         for before, after in zip(theta, x, strict=True):
             outputs = [
@@ -109,7 +123,9 @@ def test_points_keep_the_functions_of_networks() -> None:
             ]
             torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-10)
         assert torch.equal(x, normalise_scale(theta, spheres.spec)), name
-        torch.testing.assert_close(norms(spheres, x), torch.ones(20, spheres.units, dtype=F64))
+        torch.testing.assert_close(
+            norms(spheres, x), torch.ones(20, spheres.units, dtype=F64)
+        )
         torch.testing.assert_close(spheres.project(x), x)
         torch.testing.assert_close(spheres.retract(x), x)
 
@@ -142,7 +158,9 @@ def test_dead_units_get_a_point_and_stay_dead() -> None:
     torch.testing.assert_close(norms(spheres, x), torch.ones(3, spheres.units, dtype=F64))
     inputs = normal(7, 3, seed=1)
     for before, after in zip(theta, x, strict=True):
-        torch.testing.assert_close(*(outputs(net, spheres, row, inputs) for row in (before, after)))
+        torch.testing.assert_close(
+            *(outputs(net, spheres, row, inputs) for row in (before, after))
+        )
     (grad,) = torch.autograd.grad(x.sum(), theta)
     assert grad.isfinite().all()
 
@@ -195,7 +213,9 @@ def test_no_nan_in_many_pairs() -> None:
             + (v * weight).sum()
             + values[-1].sum()
         )
-        assert all(bool(grad.isfinite().all()) for grad in torch.autograd.grad(total, (x, y)))
+        assert all(
+            bool(grad.isfinite().all()) for grad in torch.autograd.grad(total, (x, y))
+        )
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (F64, 1e-13)])
@@ -213,9 +233,9 @@ def test_exp_undoes_log(dtype: torch.dtype, bound: float, spheres: Spheres) -> N
 def test_distances_are_angles(spheres: Spheres) -> None:
     x, y = spheres.sample(50, 0, dtype=F64), spheres.sample(50, 1, dtype=F64)
     flat = spheres.owner == spheres.units
-    squares = spheres.inner(x, y)[..., :-1].acos().square().sum(-1) + (y - x)[:, flat].square().sum(
-        -1
-    )
+    squares = spheres.inner(x, y)[..., :-1].acos().square().sum(-1) + (y - x)[
+        :, flat
+    ].square().sum(-1)
     torch.testing.assert_close(spheres.distance(x, y), squares.sqrt())
     torch.testing.assert_close(spheres.distance(x, y), spheres.distance(y, x))
     opposite = torch.where(flat, x, -x)
@@ -236,9 +256,13 @@ def test_geodesics_have_constant_speed(spheres: Spheres) -> None:
         torch.testing.assert_close(
             spheres.distance(x0, point), t * spheres.distance(x0, x1), rtol=1e-7, atol=1e-9
         )
-        torch.testing.assert_close((1 - t) * velocity, spheres.log(point, x1), rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(
+            (1 - t) * velocity, spheres.log(point, x1), rtol=1e-7, atol=1e-9
+        )
         after, before = (spheres.geodesic(x0, x1, times + step)[0] for step in (h, -h))
-        torch.testing.assert_close((after - before) / (2 * h), velocity, rtol=1e-7, atol=1e-8)
+        torch.testing.assert_close(
+            (after - before) / (2 * h), velocity, rtol=1e-7, atol=1e-8
+        )
     torch.testing.assert_close(path.point(x0, x1, torch.ones(20, dtype=F64), gen)[0], x1)
 
 
@@ -249,14 +273,18 @@ def test_velocities_in_normal_coordinates(spheres: Spheres, length: float) -> No
     w = (
         length
         * w
-        / spheres.each(torch.where(spheres.inner(w, w) > 0, spheres.inner(w, w), 1.0)).sqrt()
+        / spheres.each(
+            torch.where(spheres.inner(w, w) > 0, spheres.inner(w, w), 1.0)
+        ).sqrt()
     )
     y = spheres.exp(x, w)
     v, h = spheres.tangent(y, v), 1e-5
-    expected = (spheres.log(x, spheres.exp(y, h * v)) - spheres.log(x, spheres.exp(y, -h * v))) / (
-        2 * h
+    expected = (
+        spheres.log(x, spheres.exp(y, h * v)) - spheres.log(x, spheres.exp(y, -h * v))
+    ) / (2 * h)
+    torch.testing.assert_close(
+        spheres.log_velocity(x, w, v), expected, rtol=1e-6, atol=1e-7
     )
-    torch.testing.assert_close(spheres.log_velocity(x, w, v), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_permutations_are_isometries(spheres: Spheres) -> None:
@@ -282,7 +310,9 @@ def test_permutations_are_isometries(spheres: Spheres) -> None:
         ]
 
     for expected, got in zip(
-        spec.transform(group, 3, *maps(x, y, v)), maps(moved_x, moved_y, moved_v), strict=True
+        spec.transform(group, 3, *maps(x, y, v)),
+        maps(moved_x, moved_y, moved_v),
+        strict=True,
     ):
         torch.testing.assert_close(got, expected)
     torch.testing.assert_close(spheres.distance(moved_x, moved_y), spheres.distance(x, y))
@@ -403,7 +433,9 @@ def test_density_of_a_conformal_flow(k: int) -> None:
     flow = ManifoldFlow(Towards(1.5), sphere(k), Solver("rk4", 28))
     x, log_prob = flow.sample_with_log_prob(200, 0)
     torch.testing.assert_close(log_prob, spherical_cauchy(x, 1.5), rtol=0, atol=1e-6)
-    torch.testing.assert_close(flow.log_prob(x), spherical_cauchy(x, 1.5), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        flow.log_prob(x), spherical_cauchy(x, 1.5), rtol=0, atol=1e-6
+    )
 
 
 def test_density_of_von_mises_and_fisher() -> None:
@@ -428,9 +460,12 @@ def quadrature(latitudes: int = 50, meridians: int = 80) -> tuple[Tensor, Tensor
     angle = 2 * math.pi * torch.arange(meridians, dtype=F64) / meridians
     ring = (1 - nodes * nodes).sqrt().unsqueeze(-1)
     x = torch.stack(
-        [ring * angle.cos(), ring * angle.sin(), nodes.unsqueeze(-1).expand(-1, meridians)], -1
+        [ring * angle.cos(), ring * angle.sin(), nodes.unsqueeze(-1).expand(-1, meridians)],
+        -1,
     )
-    return x.reshape(-1, 3), (weights * 2 * math.pi / meridians).repeat_interleave(meridians)
+    return x.reshape(-1, 3), (weights * 2 * math.pi / meridians).repeat_interleave(
+        meridians
+    )
 
 
 def test_densities_integrate_to_one() -> None:
@@ -476,7 +511,9 @@ def test_densities_agree_with_the_jacobian_of_the_flow(name: str) -> None:
 
     def basis(x: Tensor) -> Tensor:
         """An orthonormal basis of the tangent space, (dim, dim_manifold)."""
-        normals = torch.nn.functional.one_hot(spheres.owner)[:, : spheres.units] * x.unsqueeze(-1)
+        normals = torch.nn.functional.one_hot(spheres.owner)[
+            :, : spheres.units
+        ] * x.unsqueeze(-1)
         return torch.linalg.qr(normals, mode="complete")[0][:, spheres.units :]
 
     for start, end, matrix, divergence in zip(x0, x1, jacobian, change, strict=True):
@@ -498,13 +535,16 @@ def test_divergence_agrees_with_finite_differences() -> None:
 
     basis = h * torch.eye(flow.dim, dtype=F64)
     differences = [
-        (extended(x + row) - extended(x - row))[:, i] / (2 * h) for i, row in enumerate(basis)
+        (extended(x + row) - extended(x - row))[:, i] / (2 * h)
+        for i, row in enumerate(basis)
     ]
     torch.testing.assert_close(
         exact_divergence(extended, x)[1], torch.stack(differences).sum(0), rtol=0, atol=1e-6
     )
     _, change = flow.transport(x, torch.stack([t, t + 1e-6]), Solver("euler"), Density())
-    torch.testing.assert_close(change / 1e-6, torch.stack(differences).sum(0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        change / 1e-6, torch.stack(differences).sum(0), rtol=0, atol=1e-5
+    )
 
 
 def test_forward_and_reverse_agree() -> None:
@@ -521,19 +561,28 @@ def test_forward_and_reverse_agree() -> None:
 
 @pytest.mark.parametrize(
     ("trace", "probes", "noise"),
-    [("hutchinson", 1, "rademacher"), ("hutchinson", 1, "gaussian"), ("hutch++", 3, "gaussian")],
+    [
+        ("hutchinson", 1, "rademacher"),
+        ("hutchinson", 1, "gaussian"),
+        ("hutch++", 3, "gaussian"),
+    ],
 )
 def test_estimated_densities_are_unbiased(trace, probes: int, noise) -> None:
     flow = network_flow(solver=Solver(steps=3))
     x = flow.start(2, 0)
     truth = flow.log_prob(x)
     density = Density(trace, probes, noise)
-    estimates = flow.log_prob(x[0].expand(400, -1), seed=1, density=density, chunk_size=1000)
+    estimates = flow.log_prob(
+        x[0].expand(400, -1), seed=1, density=density, chunk_size=1000
+    )
     assert abs(float(estimates.mean() - truth[0])) < 4 * float(estimates.std()) / 20
     assert torch.equal(
-        estimates, flow.log_prob(x[0].expand(400, -1), seed=1, density=density, chunk_size=1000)
+        estimates,
+        flow.log_prob(x[0].expand(400, -1), seed=1, density=density, chunk_size=1000),
     )
-    many = flow.log_prob(x[0].expand(50, -1), seed=1, density=replace(density, probes=16 * probes))
+    many = flow.log_prob(
+        x[0].expand(50, -1), seed=1, density=replace(density, probes=16 * probes)
+    )
     assert many.std() < 0.5 * estimates.std()
 
 
@@ -550,16 +599,23 @@ def test_solvers_keep_their_order_on_the_manifold(solver, order: int) -> None:
     for steps in (16, 32):
         ends = wavy_ends(solver, steps)
         assert ((norms(sphere(4), ends[0]) - 1).abs() < 1e-14).all()
-        errors.append([float((end - true).norm()) for end, true in zip(ends, truth, strict=True)])
+        errors.append(
+            [float((end - true).norm()) for end, true in zip(ends, truth, strict=True)]
+        )
     for coarse, fine in zip(*errors, strict=True):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.4)
 
 
 def test_adaptive_solvers_serve_too() -> None:
     spheres, grid = sphere(4), torch.tensor([0.0, 0.4, 1.0], dtype=F64)
-    flow, x0 = ManifoldFlow(Wavy(4), spheres, Solver("dopri5")), spheres.sample(2, 0, dtype=F64)
+    flow, x0 = (
+        ManifoldFlow(Wavy(4), spheres, Solver("dopri5")),
+        spheres.sample(2, 0, dtype=F64),
+    )
     found = flow.transport(x0, grid, density=Density())
-    expected = flow.transport(x0, torch.linspace(0, 1, 33, dtype=F64), Solver("rk4"), Density())
+    expected = flow.transport(
+        x0, torch.linspace(0, 1, 33, dtype=F64), Solver("rk4"), Density()
+    )
     for got, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-3)
 
@@ -605,7 +661,9 @@ def test_on_flat_space_it_is_the_ordinary_flow() -> None:
     def slope(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return exact_divergence(lambda z: flow.velocity(t, z), state[0])
 
-    expected = integrate(slope, (x0, torch.zeros(5, dtype=F64)), flow.times(), flow.solver.rule)
+    expected = integrate(
+        slope, (x0, torch.zeros(5, dtype=F64)), flow.times(), flow.solver.rule
+    )
     torch.testing.assert_close(x1, expected[0])
     torch.testing.assert_close(change, expected[1])
 
@@ -672,11 +730,15 @@ def test_fitted_flows_reach_their_targets(tmp_path: Path) -> None:
     assert flow.sample(5)[:, flat].isfinite().all()
     short = replace(training, steps=5)
     first, again = (
-        fit_manifold_flow(spec, draws, velocity=velocity, seed=1, training=short, progress=False)
+        fit_manifold_flow(
+            spec, draws, velocity=velocity, seed=1, training=short, progress=False
+        )
         for _ in range(2)
     )
     assert torch.equal(again.sample(5), first.sample(5))
-    assert torch.equal(ManifoldFlow.load(flow.save(tmp_path / "flow")).sample(5), flow.sample(5))
+    assert torch.equal(
+        ManifoldFlow.load(flow.save(tmp_path / "flow")).sample(5), flow.sample(5)
+    )
     weighted = fit_manifold_flow(
         spec,
         (draws, torch.linspace(-9.0, 0.0, len(draws))),
@@ -716,7 +778,9 @@ def plain_flow() -> Flow:
         net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.5), x, normal(6, 2, seed=1)
     )
     return Flow.of(
-        randomised(built(lambda: WeightsVelocity(model.spec, 8, 1))), model, solver=Solver(steps=3)
+        randomised(built(lambda: WeightsVelocity(model.spec, 8, 1))),
+        model,
+        solver=Solver(steps=3),
     )
 
 
@@ -725,7 +789,12 @@ def completed_flow() -> CompletedFlow:
     return flow.complete(normal(200, flow.dim, seed=7))
 
 
-BOTH_WAYS = ("sample_with_log_prob", "forward_with_log_prob", "inverse_with_log_prob", "log_prob")
+BOTH_WAYS = (
+    "sample_with_log_prob",
+    "forward_with_log_prob",
+    "inverse_with_log_prob",
+    "log_prob",
+)
 DENSITIES = {
     "flow": (plain_flow, BOTH_WAYS),
     "manifold": (
@@ -738,7 +807,8 @@ DENSITIES = {
 
 @pytest.mark.filterwarnings("ignore:log densities of")  # three steps are few
 @pytest.mark.parametrize(
-    ("kind", "method"), [(kind, method) for kind, (_, all_) in DENSITIES.items() for method in all_]
+    ("kind", "method"),
+    [(kind, method) for kind, (_, all_) in DENSITIES.items() for method in all_],
 )
 def test_every_option_reaches_every_density(kind: str, method: str) -> None:
     flow = DENSITIES[kind][0]()
@@ -770,7 +840,8 @@ def test_every_option_reaches_every_density(kind: str, method: str) -> None:
     for name, value in others:
         changed = log_prob(**(options | {name: value}))
         assert not torch.equal(changed, found), name
-        assert draws or changed[0] != changed[1]  # the same point in two chunks gets other probes
+        # the same point in two chunks gets other probes
+        assert draws or changed[0] != changed[1]
     defaults = {"density": Density(), "seed": 0, "solver": None, "chunk_size": 512}
     assert torch.equal(log_prob(), log_prob(**defaults))
     with pytest.raises(TypeError, match="'probe'"):
@@ -819,7 +890,9 @@ def test_radii_are_those_of_the_weights() -> None:
     spheres = Spheres(spec)
     theta = normal(4000, spec.dim)
     own = Radii.fit(theta, spheres)
-    torch.testing.assert_close(own.location[:4], torch.zeros(4, dtype=F64), rtol=0, atol=0.05)
+    torch.testing.assert_close(
+        own.location[:4], torch.zeros(4, dtype=F64), rtol=0, atol=0.05
+    )
     torch.testing.assert_close(own.scale[:4], torch.ones(4, dtype=F64), rtol=0, atol=0.05)
     tripled = Radii.fit(spec.rescale(theta, {"h1": torch.full((4,), 3.0)}), spheres)
     torch.testing.assert_close(tripled.location[:4], own.location[:4] + math.log(3))
@@ -847,7 +920,9 @@ def test_densities_over_weights_agree_with_the_jacobian(name: str) -> None:
 
 def test_completed_flows_can_be_inverted() -> None:
     spec = WeightSpec.of(built(NETS["one hidden"]))
-    flow = network_flow("one hidden", Solver("rk4", 8)).complete(normal(200, spec.dim, seed=7))
+    flow = network_flow("one hidden", Solver("rk4", 8)).complete(
+        normal(200, spec.dim, seed=7)
+    )
     z = flow.start(3, 0)
     theta, log_prob = flow.forward_with_log_prob(z)
     torch.testing.assert_close(flow.forward(z), theta)
@@ -856,7 +931,9 @@ def test_completed_flows_can_be_inverted() -> None:
     torch.testing.assert_close(reverse, log_prob, rtol=0, atol=1e-2)
     # another network of the same point
     doubled = spec.rescale(theta, {"h1": torch.full((3,), 2.0)})
-    torch.testing.assert_close(flow.flow.spheres.project(doubled), flow.flow.spheres.project(theta))
+    torch.testing.assert_close(
+        flow.flow.spheres.project(doubled), flow.flow.spheres.project(theta)
+    )
     assert (flow.log_prob(doubled) - reverse).abs().min() > 0.1
 
 
@@ -864,8 +941,12 @@ def test_completed_flows_are_posteriors() -> None:
     flow = network_flow(solver=Solver(steps=3)).complete(
         normal(200, WeightSpec.of(built(NETS["two hidden"])).dim, seed=7)
     )
-    theta, log_prob = flow.sample_with_log_prob(6, 1, density=Density(trace="hutchinson", probes=2))
-    coarse = flow.sample(6, 1, solver=Solver(steps=flow.flow.times(Solver(steps=2)).tolist()))
+    theta, log_prob = flow.sample_with_log_prob(
+        6, 1, density=Density(trace="hutchinson", probes=2)
+    )
+    coarse = flow.sample(
+        6, 1, solver=Solver(steps=flow.flow.times(Solver(steps=2)).tolist())
+    )
     torch.testing.assert_close(coarse, flow.sample(6, 1, solver=Solver(steps=2)))
     assert (coarse - theta).abs().max() > 1e-3
     assert theta.shape == (6, flow.dim)
@@ -875,7 +956,9 @@ def test_completed_flows_are_posteriors() -> None:
     points = flow.flow.spheres.project(theta)
     torch.testing.assert_close(
         points,
-        flow.flow.transport(flow.flow.spheres.retract(flow.start(6, 1)), flow.flow.times())[0],
+        flow.flow.transport(flow.flow.spheres.retract(flow.start(6, 1)), flow.flow.times())[
+            0
+        ],
     )
     (grad,) = torch.autograd.grad(
         flow.forward(x0 := flow.start(2).requires_grad_()).square().sum(), x0
@@ -895,7 +978,12 @@ def test_corrections_need_the_radii() -> None:
         bf.correct(model, flow)
     from_prior = model.log_likelihood(model.sample_prior(200_000, 0)).exp()
     corrected = bf.correct(
-        model, flow.complete(model.sample_prior(500, 1)), 4000, "importance", seed=2, progress=False
+        model,
+        flow.complete(model.sample_prior(500, 1)),
+        4000,
+        "importance",
+        seed=2,
+        progress=False,
     )
     assert corrected.log_evidence is not None
     evidence, error = corrected.log_evidence

@@ -43,7 +43,9 @@ def built(make: Callable[[], nn.Module]) -> Any:
 class Net(nn.Module):
     """Layers by name and a forward pass of one's own."""
 
-    def __init__(self, forward: Callable[[Any, Tensor], Tensor], **layers: nn.Module) -> None:
+    def __init__(
+        self, forward: Callable[[Any, Tensor], Tensor], **layers: nn.Module
+    ) -> None:
         super().__init__()
         for name, layer in layers.items():
             self.add_module(name, layer)
@@ -98,7 +100,11 @@ def square() -> nn.Module:
         return net.out(x + torch.tanh(net.b(x)))
 
     return Net(
-        forward, stem=nn.Linear(3, 5), a=nn.Linear(5, 5), b=nn.Linear(5, 5), out=nn.Linear(5, 2)
+        forward,
+        stem=nn.Linear(3, 5),
+        a=nn.Linear(5, 5),
+        b=nn.Linear(5, 5),
+        out=nn.Linear(5, 2),
     )
 
 
@@ -133,7 +139,8 @@ def transformed(spec: WeightSpec, *features: Tensor) -> tuple[Tensor, ...]:
     (moved,) = spec.transform(group, 5, index)
     assert not spec.widths or not torch.equal(moved, index)
     return tuple(
-        each.gather(1, moved.unsqueeze(-1).expand(-1, -1, each.shape[-1])) for each in features
+        each.gather(1, moved.unsqueeze(-1).expand(-1, -1, each.shape[-1]))
+        for each in features
     )
 
 
@@ -156,7 +163,9 @@ def test_network_commutes_with_permutations(name: str, dtype: torch.dtype) -> No
         torch.rand(4, generator=g, dtype=F64).to(dtype),
         torch.randn(4, 3, generator=g, dtype=F64).to(dtype),
     )
-    net = built(lambda: GraphNet(spec, 2, 3, width=12, depth=2, time=True, context=3)).to(dtype)
+    net = built(lambda: GraphNet(spec, 2, 3, width=12, depth=2, time=True, context=3)).to(
+        dtype
+    )
     moved, expected = transformed(spec, features, net(features, t, context))
     assert expected.shape == (4, spec.dim, 3)
     check_close(net(moved, t, context), expected)
@@ -179,7 +188,8 @@ def test_features_of_units_move_with_the_units() -> None:
     perm = torch.tensor([3, 0, 4, 1, 2])
     theta = torch.randn(2, spec.dim, generator=g, dtype=F64)
     units = {
-        label: torch.randn(2, n, 3, generator=g, dtype=F64) for label, n in spec.widths.items()
+        label: torch.randn(2, n, 3, generator=g, dtype=F64)
+        for label, n in spec.widths.items()
     }
     label, net = (
         next(iter(units)),
@@ -235,10 +245,14 @@ def test_attention_is_one_softmax_over_the_incident_edges() -> None:
         # (incident, heads, 1)
         weights = (_LOGIT_RANGE * torch.sigmoid(logits[e, side])).softmax(0).unsqueeze(-1)
         seen = (weights * gates[e, side].unsqueeze(-1) * values[other, 1 - side]).sum(0)
-        by_side = [(weights * told[e] * (side == s).reshape(-1, 1, 1)).sum(0) for s in (0, 1)]
+        by_side = [
+            (weights * told[e] * (side == s).reshape(-1, 1, 1)).sum(0) for s in (0, 1)
+        ]
         rows.append(torch.cat([seen, *by_side], -1).flatten())
     expected = attention.out(torch.stack(rows))
-    torch.testing.assert_close(attention(nodes.unsqueeze(0), messages.unsqueeze(0))[0], expected)
+    torch.testing.assert_close(
+        attention(nodes.unsqueeze(0), messages.unsqueeze(0))[0], expected
+    )
 
 
 # ---------------------------------------- what it depends on
@@ -251,9 +265,9 @@ def test_everything_depends_on_every_weight(name: str) -> None:
     equivariant = built(lambda: GraphNet(spec, 1, 1, width=12, depth=3))
     invariant = built(lambda: GraphNet(spec, 1, 2, width=12, depth=3, invariant=True))
     for net in (equivariant, invariant):
-        jacobian = torch.func.jacrev(lambda theta, net=net: net(theta.reshape(1, -1, 1)).flatten())(
-            theta
-        )
+        jacobian = torch.func.jacrev(
+            lambda theta, net=net: net(theta.reshape(1, -1, 1)).flatten()
+        )(theta)
         assert (jacobian != 0).all()
 
 
@@ -276,9 +290,12 @@ def test_gradients_reach_every_parameter(name: str, invariant: bool) -> None:
         )
     )
     units = {
-        label: torch.randn(3, n, 2, generator=g, dtype=F64) for label, n in spec.widths.items()
+        label: torch.randn(3, n, 2, generator=g, dtype=F64)
+        for label, n in spec.widths.items()
     }
-    features, context = (torch.randn(3, n, 2, generator=g, dtype=F64) for n in (spec.dim, 1))
+    features, context = (
+        torch.randn(3, n, 2, generator=g, dtype=F64) for n in (spec.dim, 1)
+    )
     result = net(features, torch.rand(3, generator=g, dtype=F64), context.squeeze(1), units)
     (result * torch.randn(result.shape, generator=g, dtype=F64)).sum().backward()
     for parameter_name, parameter in net.named_parameters():
@@ -321,7 +338,8 @@ def test_parameters_fit_other_widths_and_depths(invariant: bool) -> None:
         for widths in [(4,), (7,), (3, 5), (6, 2, 3, 4)]
     ]
     nets = [
-        built(lambda spec=spec: GraphNet(spec, 1, 2, 8, 2, invariant=invariant)) for spec in specs
+        built(lambda spec=spec: GraphNet(spec, 1, 2, 8, 2, invariant=invariant))
+        for spec in specs
     ]
     state = nets[0].state_dict()
     for spec, net in zip(specs, nets, strict=True):
@@ -343,7 +361,9 @@ def test_labels_do_not_matter() -> None:
         {renamed[label]: activation for label, activation in spec.activations.items()},
     )
     features = torch.randn(2, spec.dim, 1, generator=generator(), dtype=F64)
-    first, second = (built(lambda spec=spec: GraphNet(spec, 1, 1, 8, 2)) for spec in (spec, other))
+    first, second = (
+        built(lambda spec=spec: GraphNet(spec, 1, 1, 8, 2)) for spec in (spec, other)
+    )
     assert torch.equal(first(features), second(features))
 
 
@@ -357,14 +377,18 @@ class Largest(TorchDispatchMode):
         super().__init__()
         self.numel = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         for each in result if isinstance(result, (tuple, list)) else [result]:
             self.numel = max(self.numel, each.numel() if isinstance(each, Tensor) else 0)
         return result
 
 
-@pytest.mark.parametrize("widths", [(2, *[16] * 40, 1), (784, 8, 10)], ids=["deep", "many inputs"])
+@pytest.mark.parametrize(
+    "widths", [(2, *[16] * 40, 1), (784, 8, 10)], ids=["deep", "many inputs"]
+)
 def test_no_tensor_is_larger_than_the_edges(widths: tuple[int, ...]) -> None:
     spec = of(lambda: chain(*widths))
     net = built(lambda: GraphNet(spec, 1, 1, width=8, depth=2))
@@ -374,7 +398,9 @@ def test_no_tensor_is_larger_than_the_edges(widths: tuple[int, ...]) -> None:
         net(torch.ones(1, spec.dim, 1, dtype=F64)).sum().backward()
     scores = 16  # of an edge: four heads, for both of its ends, and as many gates
     assert (
-        record.numel <= scores * edges < max(nodes**2, scores * widths[0] * (sum(widths[1:]) + 2))
+        record.numel
+        <= scores * edges
+        < max(nodes**2, scores * widths[0] * (sum(widths[1:]) + 2))
     )
 
 
@@ -444,7 +470,9 @@ def test_what_does_not_fit_is_refused() -> None:
     features, t, context = torch.zeros(2, spec.dim, 1), torch.zeros(2), torch.zeros(2, 3)
     with torch.random.fork_rng(devices=[]):
         plain = GraphNet(spec, 1, 1, width=8, depth=1)
-        conditioned = GraphNet(spec, 1, 1, width=8, depth=1, time=True, context=3, unit_features=2)
+        conditioned = GraphNet(
+            spec, 1, 1, width=8, depth=1, time=True, context=3, unit_features=2
+        )
     for arguments, match in [
         ((features[0],), "features must be"),
         ((features[:, 1:],), "features must be"),

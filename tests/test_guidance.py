@@ -8,7 +8,14 @@ import pytest
 import torch
 
 import bnnflow as bf
-from bnnflow.transport import AffinePath, Flow, GaussianVelocity, GaussNewtonFlow, Solver, Source
+from bnnflow.transport import (
+    AffinePath,
+    Flow,
+    GaussianVelocity,
+    GaussNewtonFlow,
+    Solver,
+    Source,
+)
 from tests.problems import F64, network, regression
 
 
@@ -30,10 +37,14 @@ def test_guiding_the_prior_by_a_likelihood_gives_the_posterior(schedule, as_func
 
 def test_guided_density_integrates_the_guided_field():
     model, *_ = regression()
-    flow = Flow.of(GaussianVelocity(torch.zeros(4, dtype=F64), torch.eye(4, dtype=F64)), model)
+    flow = Flow.of(
+        GaussianVelocity(torch.zeros(4, dtype=F64), torch.eye(4, dtype=F64)), model
+    )
     guided = flow.guided(model, 0.5, steps=1)
     theta, log_q = guided.sample_with_log_prob(3, 0, solver=Solver("rk4", 24))
-    assert torch.allclose(guided.log_prob(theta, solver=Solver("rk4", 24)), log_q, atol=1e-3)
+    assert torch.allclose(
+        guided.log_prob(theta, solver=Solver("rk4", 24)), log_q, atol=1e-3
+    )
     assert not torch.allclose(flow.log_prob(theta), log_q, atol=0.1)
 
 
@@ -47,7 +58,8 @@ def test_strength_attracts_repels_and_may_follow_the_time():
 
     late = flow.guided(other, lambda t: (t > 0.5).to(t))
     scores = [
-        score(each) for each in (flow.guided(other, -0.3), flow, late, flow.guided(other, 1.0))
+        score(each)
+        for each in (flow.guided(other, -0.3), flow, late, flow.guided(other, 1.0))
     ]
     assert scores == sorted(scores)
     assert scores[3] > scores[1] + 2
@@ -58,7 +70,10 @@ def test_guidance_works_from_any_source_and_checks_the_guide():
     model = network("gaussian")
     flow = GaussNewtonFlow(model, source=Source.scaled(model, 0.7), solver=Solver(steps=8))
     guided = flow.guided(lambda theta: -50 * theta[:, 0].square(), 1.0)
-    assert guided.sample(200, 0)[:, 0].abs().mean() < 0.8 * flow.sample(200, 0)[:, 0].abs().mean()
+    assert (
+        guided.sample(200, 0)[:, 0].abs().mean()
+        < 0.8 * flow.sample(200, 0)[:, 0].abs().mean()
+    )
     with pytest.raises(ValueError, match="the guide has"):
         flow.guided(network("gaussian", width=3))
     with pytest.raises(ValueError, match="cannot save"):

@@ -189,7 +189,9 @@ def test_hessian_with_every_activation(activation):
     check(model("categorical", (4, 3), activation))
 
 
-@pytest.mark.parametrize("rows", [None, [[0, 3, 7, 1, 1], [1, 2, 3, 5, 9], [4, 4, 6, 2, 0]]])
+@pytest.mark.parametrize(
+    "rows", [None, [[0, 3, 7, 1, 1], [1, 2, 3, 5, 9], [4, 4, 6, 2, 0]]]
+)
 @pytest.mark.parametrize("kind", ["categorical", "learned"])
 def test_hessian_from_a_few_rows_of_data_at_once(kind, rows, monkeypatch):
     net = model(kind, (4, 3))
@@ -212,7 +214,9 @@ def test_hessian_where_an_activation_follows_the_last_layer_and_biases_are_mixed
 
     given = model()
     check(
-        bf.BayesianModel(built(net), priors.Normal(), likelihoods.Categorical(), given.x, given.y)
+        bf.BayesianModel(
+            built(net), priors.Normal(), likelihoods.Categorical(), given.x, given.y
+        )
     )
 
 
@@ -235,7 +239,9 @@ def test_hessian_where_the_weights_are_not_in_the_order_of_the_layers():
 
 def test_hessian_of_a_likelihood_without_a_score():
     given = model("bernoulli", (3, 3))
-    check(bf.BayesianModel(given.net, priors.Normal(), Logistic(), given.x, given.y.double()))
+    check(
+        bf.BayesianModel(given.net, priors.Normal(), Logistic(), given.x, given.y.double())
+    )
 
 
 def test_hessian_does_not_know_the_parameters_of_the_prior():
@@ -255,7 +261,11 @@ def test_hessian_does_not_know_the_parameters_of_the_prior():
 def test_there_is_no_hessian_of_other_networks(monkeypatch):
     given = model()
     other = bf.BayesianModel(
-        built(lambda: normed(3)), priors.Normal(), likelihoods.Categorical(), given.x, given.y
+        built(lambda: normed(3)),
+        priors.Normal(),
+        likelihoods.Categorical(),
+        given.x,
+        given.y,
     )
     theta = normal(2, given.dim)
     assert other.at(normal(2, other.dim)).grad_and_hessian() is None
@@ -303,7 +313,11 @@ def test_hessian_in_the_coordinates_of_every_source(prior, kind, temperature):
 def test_derivatives_of_coordinates(prior):
     net = model("learned", prior=PRIORS[prior])
     net.flat_prior.require_coordinates()
-    flat, z, v = net.flat_prior, 1.5 * normal(3, net.dim, seed=3), normal(3, net.dim, seed=4)
+    flat, z, v = (
+        net.flat_prior,
+        1.5 * normal(3, net.dim, seed=3),
+        normal(3, net.dim, seed=4),
+    )
     eye, slope = torch.eye(net.dim, dtype=F64).expand(3, -1, -1), flat.at(z).slope
     exact = by_autograd(flat.from_normal, z)
     assert close(slope.right(eye), exact, 1e-9)
@@ -314,7 +328,9 @@ def test_derivatives_of_coordinates(prior):
     inner, room = inner + inner.mT, net.dim - net.spec.network.dim
     whole = torch.nn.functional.pad(inner, (0, room, 0, room))
     assert close(slope.of_weights(inner), slope.both(whole), 1e-12)
-    assert close(flat.at(z).turn(v).right(eye), by_autograd(lambda z: flat.jvp(z, v), z), 1e-9)
+    assert close(
+        flat.at(z).turn(v).right(eye), by_autograd(lambda z: flat.jvp(z, v), z), 1e-9
+    )
     bend = torch.zeros(3, net.dim, net.dim, dtype=F64)
     flat.at(z).bend(v).add_to(bend)
     assert close(bend, by_autograd(lambda z: flat.vjp(z, v), z), 1e-9)
@@ -322,7 +338,9 @@ def test_derivatives_of_coordinates(prior):
     (again,) = torch.autograd.grad((slope_of := flat.at(leaf).slope.times(v)).sum(), leaf)
     assert close(slope_of.detach(), slope.times(v))
     assert close(
-        again, (flat.at(z).turn(v).left(torch.ones(3, net.dim, 1, dtype=F64))).squeeze(-1), 1e-9
+        again,
+        (flat.at(z).turn(v).left(torch.ones(3, net.dim, 1, dtype=F64))).squeeze(-1),
+        1e-9,
     )
 
 
@@ -332,14 +350,21 @@ def test_derivatives_of_coordinates(prior):
 @pytest.mark.parametrize("s2", [1.0, 0.3, 1e-6, 0.0])
 @pytest.mark.parametrize(
     "steps",
-    [GradientSteps(8), GradientSteps(1), GradientSteps(3, 0.3), GradientSteps(4, memory=0.0)],
+    [
+        GradientSteps(8),
+        GradientSteps(1),
+        GradientSteps(3, 0.3),
+        GradientSteps(4, memory=0.0),
+    ],
 )
 @pytest.mark.parametrize("kind", ["categorical", "learned"])
 def test_jacobians_of_the_drive_are_those_of_its_steps(kind, steps, s2):
     check_drive(steps, WhitenedPosterior(model(kind), Source.scaled(model(kind), 1.2)), s2)
 
 
-def check_drive(proximal_step, context: WhitenedPosterior, s2: float = 0.3, batch: int = 3) -> None:
+def check_drive(
+    proximal_step, context: WhitenedPosterior, s2: float = 0.3, batch: int = 3
+) -> None:
     mu, variance = (
         0.7 * normal(batch, context.dim, seed=5),
         s2 * torch.tensor([[1.0], [0.5], [1.0]], dtype=F64)[:batch],
@@ -378,13 +403,17 @@ def test_jacobians_of_every_number_of_gauss_newton_steps(steps, s2):
 @pytest.mark.parametrize("widths", [(), (3, 4, 2), (2, 3, 4, 3)])
 def test_jacobians_of_gauss_newton_steps_at_every_depth(widths, bias):
     check_drive(
-        GaussNewton(2, 0.7), WhitenedPosterior(model("heteroscedastic", widths, bias=bias)), batch=1
+        GaussNewton(2, 0.7),
+        WhitenedPosterior(model("heteroscedastic", widths, bias=bias)),
+        batch=1,
     )
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU, nn.GELU, Sine])
 def test_jacobians_of_gauss_newton_steps_with_other_activations(activation):
-    check_drive(GaussNewton(2, 0.7), WhitenedPosterior(model("categorical", (4, 3), activation)))
+    check_drive(
+        GaussNewton(2, 0.7), WhitenedPosterior(model("categorical", (4, 3), activation))
+    )
 
 
 def test_jacobians_of_gauss_newton_steps_after_a_last_activation_with_mixed_biases():
@@ -408,14 +437,22 @@ def test_jacobians_of_gauss_newton_steps_after_a_last_activation_with_mixed_bias
 
 @pytest.mark.parametrize(
     ("kind", "temperature"),
-    [("heteroscedastic", 0.5), ("learned", 1.0), ("learned", 0.5), ("student", 1), ("ordinal", 1)],
+    [
+        ("heteroscedastic", 0.5),
+        ("learned", 1.0),
+        ("learned", 0.5),
+        ("student", 1),
+        ("ordinal", 1),
+    ],
 )
 @pytest.mark.parametrize("prior", PRIORS)
 def test_jacobians_of_gauss_newton_steps_from_every_source(prior, kind, temperature):
     net = model(kind, (3,), prior=PRIORS[prior], temperature=temperature)
     if kind != "learned" or prior in ("student", "own"):  # enough for both
         return check_drive(
-            GaussNewton(2, 0.7), WhitenedPosterior(net, rows=torch.tensor([0, 3, 7])), batch=2
+            GaussNewton(2, 0.7),
+            WhitenedPosterior(net, rows=torch.tensor([0, 3, 7])),
+            batch=2,
         )
     gaussian = Source.gaussian(net, net.sample_prior(60, 1))
     for source in (
@@ -425,7 +462,8 @@ def test_jacobians_of_gauss_newton_steps_from_every_source(prior, kind, temperat
         Source(net.flat_prior, loc=gaussian.loc),
     ):
         check_drive(
-            GaussNewton(2, 0.7), WhitenedPosterior(net, source, rows=torch.tensor([0, 3, 7]))
+            GaussNewton(2, 0.7),
+            WhitenedPosterior(net, source, rows=torch.tensor([0, 3, 7])),
         )
 
 
@@ -446,7 +484,8 @@ def test_jacobians_of_gauss_newton_steps_of_a_linear_regression_are_constant(ste
     found = GaussNewton(steps, 1e9).with_jacobians(context, normal(3, net.dim, seed=5), s2)
     assert found is not None
     inputs = torch.cat([net.x, torch.ones(N, 1, dtype=F64)], 1)
-    gram = inputs.T @ inputs / 0.3**2 * 1.3**2  # by the weights of one output, the bias last
+    # by the weights of one output, the bias last
+    gram = inputs.T @ inputs / 0.3**2 * 1.3**2
     precision = torch.zeros_like(eye)
     for output in range(2):
         own = torch.tensor([2 * output, 2 * output + 1, 4 + output])
@@ -509,11 +548,17 @@ def test_jacobians_of_gradient_steps_are_finite_where_the_posterior_is_convex(k)
 @pytest.mark.parametrize(
     "prior", [priors.Normal(1.3, 0.2), priors.Laplace(0.7), priors.Hierarchical()]
 )
-@pytest.mark.parametrize("kind", ["gaussian", "learned", "heteroscedastic", "student", "robust"])
+@pytest.mark.parametrize(
+    "kind", ["gaussian", "learned", "heteroscedastic", "student", "robust"]
+)
 def test_gradients_of_sharp_likelihoods_are_pulls_of_their_residuals(kind, prior):
     net = model(kind, prior=prior, temperature=0.5)
     x = 0.5 * normal(3, net.dim, seed=5)
-    for source in (None, Source.scaled(net, 1.5), Source.gaussian(net, net.sample_prior(200, 1))):
+    for source in (
+        None,
+        Source.scaled(net, 1.5),
+        Source.gaussian(net, net.sample_prior(200, 1)),
+    ):
         for rows in (None, torch.tensor([0, 3, 7])):
             context = WhitenedPosterior(net, source, rows)
             found, (grad, factor) = context.at(x).residual, context.at(x).grad_and_factor()
@@ -527,11 +572,15 @@ def test_from_the_prior_the_gradient_is_nothing_but_that_pull():
     for kind in ("gaussian", "poisson"):
         net = model(kind)
         found = WhitenedPosterior(net).at(normal(3, net.dim, seed=5)).residual
-        assert found is None if kind == "poisson" else found is not None and found[1] is None
+        assert (
+            found is None if kind == "poisson" else found is not None and found[1] is None
+        )
 
 
 @pytest.mark.parametrize("source", [None, 1.5])
-@pytest.mark.parametrize(("n", "width", "noise"), [(60, 20, 0.05), (60, 20, None), (300, 8, 0.05)])
+@pytest.mark.parametrize(
+    ("n", "width", "noise"), [(60, 20, 0.05), (60, 20, None), (300, 8, 0.05)]
+)
 def test_gauss_newton_steps_in_single_precision(n, width, noise, source):
     """With a curvature of 1e5.
 
@@ -542,7 +591,9 @@ def test_gauss_newton_steps_in_single_precision(n, width, noise, source):
     """
     x = normal(n, 6, seed=1)
     net = built(lambda: chain(6, width, 1))
-    net = bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(noise), x, x.sum(1).sin())
+    net = bf.BayesianModel(
+        net, priors.Normal(), likelihoods.Gaussian(noise), x, x.sum(1).sin()
+    )
     mu, s2 = normal(8, net.dim, seed=3), torch.full((8, 1), 0.5, dtype=F64)
     if noise is None:
         mu[:, -1] = -3.0 / (source or 1)  # of the logarithm
@@ -583,7 +634,9 @@ def test_there_are_no_jacobians_of_other_gauss_newton_steps(monkeypatch):
         ),
     ]
     monkeypatch.setattr(
-        hessian.ChainHessian, "__call__", lambda *_: pytest.fail("computed only to be asked for")
+        hessian.ChainHessian,
+        "__call__",
+        lambda *_: pytest.fail("computed only to be asked for"),
     )
     for other in others:
         assert not found(other, dense)
@@ -600,7 +653,9 @@ def randomised(field: Field) -> Field:
     """Give every parameter a random value: a zero head would hide what the network does."""
     g = generator(3)
     for parameter in field.parameters():
-        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=g, dtype=parameter.dtype))
+        parameter.data.add_(
+            0.05 * torch.randn(parameter.shape, generator=g, dtype=parameter.dtype)
+        )
     return field.requires_grad_(False)
 
 
@@ -643,7 +698,9 @@ def counted(monkeypatch):
 )
 def test_divergence_of_informed_fields(proximal_step, schedule, t, counted):
     net = model(
-        "gaussian" if "GaussNewton" in str(proximal_step) else "learned", (3, 3), temperature=0.7
+        "gaussian" if "GaussNewton" in str(proximal_step) else "learned",
+        (3, 3),
+        temperature=0.7,
     )
     field = informed(net, proximal_step, Source.scaled(net, 1.3), path=AffinePath(schedule))
     x, time = normal(5, net.dim, seed=6), torch.tensor(t, dtype=F64)
@@ -722,7 +779,9 @@ class Hidden(nn.Module):
 def test_log_densities_are_those_of_automatic_differentiation(counted):
     net = model("learned")
     field = informed(net, GradientSteps(1))
-    flow, hidden = (Flow.of(each, net, solver=Solver(steps=2)) for each in (field, Hidden(field)))
+    flow, hidden = (
+        Flow.of(each, net, solver=Solver(steps=2)) for each in (field, Hidden(field))
+    )
     x0 = flow.start(3, 0)
     theta, log_prob = flow.forward_with_log_prob(x0)
     assert counted
@@ -747,13 +806,19 @@ def test_fields_without_closed_jacobians_are_differentiated(kind):
     net = model("gaussian")
     if kind == "module":
         net = bf.BayesianModel(
-            built(lambda: normed(2)), priors.Normal(), likelihoods.Gaussian(0.3), net.x, net.y
+            built(lambda: normed(2)),
+            priors.Normal(),
+            likelihoods.Gaussian(0.3),
+            net.x,
+            net.y,
         )
     free = GaussNewton(1, iterations=3)
     proximal_step = {"matrix-free": free, "mixed": (GradientSteps(1), free)}.get(kind)
     field = informed(net, proximal_step or GradientSteps(2))
     x, t = normal(3, net.dim, seed=6), torch.tensor(0.4, dtype=F64)
-    for found, truth in zip(field.with_divergence(t, x), by_products(field, t, x), strict=True):
+    for found, truth in zip(
+        field.with_divergence(t, x), by_products(field, t, x), strict=True
+    ):
         assert torch.equal(found, truth)
 
 
@@ -768,7 +833,9 @@ def test_divergence_can_still_be_differentiated(counted):
         lambda z: field.with_divergence(t, z)[1], (x.detach(),), (torch.ones_like(x),)
     )[1]
     assert close(
-        torch.autograd.grad(field.with_divergence(t, x)[1].sum(), x)[0].sum(1), tangent, 1e-9
+        torch.autograd.grad(field.with_divergence(t, x)[1].sum(), x)[0].sum(1),
+        tangent,
+        1e-9,
     )
     field.trust.requires_grad_()
     field.with_divergence(t, x.detach())[1].sum().backward()
@@ -788,7 +855,9 @@ def test_unbound_fields_say_so():
 def test_guided_fields_are_differentiated_whole():
     net = model("gaussian")
     base = informed(net, GradientSteps(1))
-    field = GuidedVelocity(base, lambda theta: -theta.square().sum(-1), Source(net.flat_prior), 0.3)
+    field = GuidedVelocity(
+        base, lambda theta: -theta.square().sum(-1), Source(net.flat_prior), 0.3
+    )
     x, t = normal(3, net.dim, seed=6), torch.tensor(0.4, dtype=F64)
     truth = by_autograd(lambda z: field(t, z), x).diagonal(dim1=1, dim2=2).sum(-1)
     assert close(field.with_divergence(t, x)[1], truth, 1e-9)

@@ -75,7 +75,9 @@ def times(factor):
 
 def fingerprint(net, likelihood=None, x=X, prior=None):
     likelihood = likelihood or likelihoods.Categorical()
-    return bf.BayesianModel(net, prior or priors.Normal(), likelihood, x, LABELS).fingerprint()
+    return bf.BayesianModel(
+        net, prior or priors.Normal(), likelihood, x, LABELS
+    ).fingerprint()
 
 
 class Multiplied:
@@ -124,13 +126,19 @@ ATTRIBUTES = {
     "a tensor in a closure": lambda linear: Scaled(
         linear, function=times(torch.tensor([2.0, 3.0]))
     ),
-    "another tensor in it": lambda linear: Scaled(linear, function=times(torch.tensor([2.0, 4.0]))),
+    "another tensor in it": lambda linear: Scaled(
+        linear, function=times(torch.tensor([2.0, 4.0]))
+    ),
     "a method": lambda linear: Scaled(linear, function=Multiplied(2.0).by),
     "of another object": lambda linear: Scaled(linear, function=Multiplied(3.0).by),
     "an object": lambda linear: Scaled(linear, function=Multiplied(2.0)),
     "another object": lambda linear: Scaled(linear, function=Multiplied(3.0)),
-    "a partial": lambda linear: Scaled(linear, function=functools.partial(power, exponent=2)),
-    "another partial": lambda linear: Scaled(linear, function=functools.partial(power, exponent=3)),
+    "a partial": lambda linear: Scaled(
+        linear, function=functools.partial(power, exponent=2)
+    ),
+    "another partial": lambda linear: Scaled(
+        linear, function=functools.partial(power, exponent=3)
+    ),
     "a default": lambda linear: Scaled(linear, function=lambda x, c=2.0: x * c),
     "another default": lambda linear: Scaled(linear, function=lambda x, c=3.0: x * c),
     "an array": lambda linear: Scaled(linear, table=np.arange(3.0)),
@@ -138,7 +146,9 @@ ATTRIBUTES = {
     "a set": lambda linear: Scaled(linear, table={"a", "b"}),
     "another set": lambda linear: Scaled(linear, table={"a", "c"}),
     "nested": lambda linear: Scaled(linear, table=[{"deep": (1, torch.ones(2))}]),
-    "nested otherwise": lambda linear: Scaled(linear, table=[{"deep": (1, torch.zeros(2))}]),
+    "nested otherwise": lambda linear: Scaled(
+        linear, table=[{"deep": (1, torch.zeros(2))}]
+    ),
     "a date": lambda linear: Scaled(linear, table=datetime.date(2020, 1, 1)),
     "another date": lambda linear: Scaled(linear, table=datetime.date(2020, 1, 2)),
     "a buffer that is not saved": lambda linear: Scaled(linear, buffer=1.0),
@@ -231,15 +241,21 @@ def test_what_a_likelihood_holds_is_seen(linear):
         Weighted(weights, options={"a": Normal(0.0, 2.0)}),
         Weighted(
             weights,
-            options={"a": TransformedDistribution(Normal(0.0, 1.0), AffineTransform(0.0, 2.0))},
+            options={
+                "a": TransformedDistribution(Normal(0.0, 1.0), AffineTransform(0.0, 2.0))
+            },
         ),
         Weighted(
             weights,
-            options={"a": TransformedDistribution(Normal(0.0, 1.0), AffineTransform(0.0, 3.0))},
+            options={
+                "a": TransformedDistribution(Normal(0.0, 1.0), AffineTransform(0.0, 3.0))
+            },
         ),
     ]
     assert len({fingerprint(linear, each) for each in several}) == len(several)
-    assert fingerprint(linear, Weighted(weights)) == fingerprint(linear, Weighted(weights.double()))
+    assert fingerprint(linear, Weighted(weights)) == fingerprint(
+        linear, Weighted(weights.double())
+    )
 
 
 @dataclass(frozen=True)
@@ -268,7 +284,9 @@ def test_what_a_prior_holds_is_seen(linear):
 
 
 def test_what_was_computed_and_kept_does_not_count():
-    one, two = (torch.distributions.Categorical(logits=torch.tensor([0.1, 0.9])) for _ in range(2))
+    one, two = (
+        torch.distributions.Categorical(logits=torch.tensor([0.1, 0.9])) for _ in range(2)
+    )
     assert two.probs.shape == (2,)  # computes and keeps them
     assert Identity().add(one, "d").digest == Identity().add(two, "d").digest
 
@@ -290,12 +308,22 @@ def test_what_cannot_be_identified_is_named(linear, tmp_path):
     )
     assert model.unidentified == ("likelihood.options.lock (lock)",)
     assert model.fingerprint() == model.fingerprint()
-    with pytest.raises(ValueError, match=r"checkpoint needs .* likelihood.options.lock \(lock\)"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint needs .* likelihood.options.lock \(lock\)"
+    ):
         bf.sample(
-            model, bf.SGLD(), chains=1, warmup=1, draws=1, seed=0, checkpoint=tmp_path / "run"
+            model,
+            bf.SGLD(),
+            chains=1,
+            warmup=1,
+            draws=1,
+            seed=0,
+            checkpoint=tmp_path / "run",
         )
     assert (
-        bf.BayesianModel(linear, priors.Normal(), likelihoods.Categorical(), X, LABELS).unidentified
+        bf.BayesianModel(
+            linear, priors.Normal(), likelihoods.Categorical(), X, LABELS
+        ).unidentified
         == ()
     )
 
@@ -357,6 +385,10 @@ def test_numbers_of_one_value_and_several_types():
     found = {Identity().add(value, "x").digest for value in values}
     assert len(found) == len(values)
     assert (
-        Identity().add(np.float64(1), "x").digest == Identity().add(torch.tensor(1.0), "x").digest
+        Identity().add(np.float64(1), "x").digest
+        == Identity().add(torch.tensor(1.0), "x").digest
     )
-    assert Identity().add(np.arange(3), "x").digest != Identity().add(np.arange(3.0), "x").digest
+    assert (
+        Identity().add(np.arange(3), "x").digest
+        != Identity().add(np.arange(3.0), "x").digest
+    )

@@ -22,14 +22,19 @@ SIZES = {"train": 7, "test": 3}
 
 def pixels(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (n, 5, 4), dtype=np.uint8), rng.integers(0, 10, n, dtype=np.uint8)
+    return rng.integers(0, 256, (n, 5, 4), dtype=np.uint8), rng.integers(
+        0, 10, n, dtype=np.uint8
+    )
 
 
 def idx(array: np.ndarray) -> bytes:
     """Return an array as LeCun's page describes the format: two zeros, the type, the axes, the
     sizes, the bytes.
     """
-    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+    return (
+        struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+        + array.tobytes()
+    )
 
 
 def write_idx(folder: Path, compressed: bool = False, seed: int = 0) -> None:
@@ -60,7 +65,10 @@ def test_digits_are_split_by_the_seed() -> None:
     assert float(one.x_train.max()) == 1
     assert torch.equal(one.x_train, same.x_train)
     assert not torch.equal(one.y_test, other.y_test)
-    total = [float(torch.cat([data.x_train, data.x_test]).double().sum()) for data in (one, other)]
+    total = [
+        float(torch.cat([data.x_train, data.x_test]).double().sum())
+        for data in (one, other)
+    ]
     assert total[0] == total[1]
     assert repr(one) == "Dataset(digits: 8 x 8 pixels, 1438 + 359 rows, 10 classes)"
 
@@ -76,7 +84,10 @@ def test_an_npz_is_split_in_its_order(
         load_images("letters", folder=tmp_path, test_fraction=0.3),
         load_images("letters", test_fraction=0.3),
     ):
-        x, y = torch.cat([data.x_train, data.x_test]), torch.cat([data.y_train, data.y_test])
+        x, y = (
+            torch.cat([data.x_train, data.x_test]),
+            torch.cat([data.y_train, data.y_test]),
+        )
         assert torch.equal((x * 255).round().byte(), torch.from_numpy(images))
         assert torch.equal(y, torch.from_numpy(labels.astype(np.int64)))
         assert len(data.x_test) == len(data.y_test) == 3
@@ -100,13 +111,18 @@ def test_idx_files_keep_their_published_split(
 ) -> None:
     write_idx(tmp_path / below, compressed)
     data = load_images(name, folder=tmp_path)
-    for part, x, y in (("train", data.x_train, data.y_train), ("test", data.x_test, data.y_test)):
+    for part, x, y in (
+        ("train", data.x_train, data.y_train),
+        ("test", data.x_test, data.y_test),
+    ):
         images, labels = pixels(SIZES[part])
         assert torch.equal(x, torch.from_numpy(images) / 255)
         assert torch.equal(y, torch.from_numpy(labels).long())
 
 
-def test_the_two_sets_are_not_confused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_two_sets_are_not_confused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_idx(tmp_path / "MNIST/raw", seed=1)
     write_idx(tmp_path / "FashionMNIST/raw", seed=2)
     write_idx(tmp_path, seed=3)  # somebody's
@@ -166,7 +182,9 @@ def test_missing_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         load_images("letters", folder=tmp_path)
     write_idx(tmp_path)
     (tmp_path / "t10k-labels-idx1-ubyte").unlink()
-    with pytest.raises(FileNotFoundError, match=r"t10k-labels-idx1-ubyte .*never downloads"):
+    with pytest.raises(
+        FileNotFoundError, match=r"t10k-labels-idx1-ubyte .*never downloads"
+    ):
         load_images("mnist", folder=tmp_path)
     monkeypatch.setenv("BNNFLOW_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"no files train-images-idx3-ubyte"):
@@ -224,7 +242,8 @@ def test_broken_gzip_files_are_refused(keep: int, tmp_path: Path) -> None:
     ):
         file.write_bytes(content)
         with pytest.raises(
-            ValueError, match=r"train-images-idx3-ubyte\.gz is no idx file, or it is cut short"
+            ValueError,
+            match=r"train-images-idx3-ubyte\.gz is no idx file, or it is cut short",
         ):
             load_images("mnist", folder=tmp_path)
 

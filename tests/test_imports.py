@@ -105,7 +105,9 @@ def trespasses(path: str, source: str) -> list[str]:
     for line, room in imported_rooms(source, ["bnnflow", *folders]):
         later = room == "" or ROOMS.index(room) > ROOMS.index(here)
         if later or ((here, room) in STRANGERS and not path.startswith(EXCEPT)):
-            found.append(f"bnnflow/{path}:{line}: {here} imports {room or 'the whole package'}")
+            found.append(
+                f"bnnflow/{path}:{line}: {here} imports {room or 'the whole package'}"
+            )
     return found
 
 
@@ -119,7 +121,9 @@ def test_importing_the_package_is_light():
 
 def test_every_module_lies_in_a_known_room():
     top = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in MODULES}
-    assert top <= {*ROOMS, "__init__"}, "name the new room in ROOMS, after all that it imports"
+    assert top <= {*ROOMS, "__init__"}, (
+        "name the new room in ROOMS, after all that it imports"
+    )
 
 
 @pytest.mark.parametrize("path", [p.relative_to(PACKAGE).as_posix() for p in MODULES])
@@ -141,7 +145,11 @@ def test_imports_go_down_the_list(path):
         ("weights.py", "from bnnflow.draws import Draws", False),
         ("draws.py", "from .weights import WeightSpec", True),
         ("types.py", "if TYPE_CHECKING:\n    from bnnflow.weights import WeightSpec", True),
-        ("types.py", "if TYPE_CHECKING:\n    pass\nelse:\n    import bnnflow.weights", False),
+        (
+            "types.py",
+            "if TYPE_CHECKING:\n    pass\nelse:\n    import bnnflow.weights",
+            False,
+        ),
         ("transport/field.py", "from bnnflow.inference import hmc", False),
         ("transport/correction/chains.py", "from bnnflow.inference import hmc", True),
         ("inference/mcmc/hmc.py", "from bnnflow.transport import correct", False),

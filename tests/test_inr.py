@@ -20,7 +20,16 @@ import bnnflow as bf
 from bnnflow import WeightSpec, compiled, storage
 from bnnflow.activations import Sine
 from bnnflow.data import load_images
-from bnnflow.equivariant import INRs, fit_images, fit_inrs, image_grid, inr, render, siren, warp
+from bnnflow.equivariant import (
+    INRs,
+    fit_images,
+    fit_inrs,
+    image_grid,
+    inr,
+    render,
+    siren,
+    warp,
+)
 from bnnflow.model import fused
 from bnnflow.model.network import ChainNetwork, ModuleNetwork
 
@@ -96,7 +105,9 @@ def test_fits_are_those_of_torchs_adam_one_by_one(
     net, steps, rate = chain(*widths, bias=bias).double(), 12, 0.01
     x, one = waves(3, dtype=F64)
     y = torch.stack([one, one.square()], -1)
-    together = fit_inrs(x, y, net, steps=steps, learning_rate=rate, batch_size=batch_size, seed=3)
+    together = fit_inrs(
+        x, y, net, steps=steps, learning_rate=rate, batch_size=batch_size, seed=3
+    )
     g = generator(3)
     starts = inr._starts(together.spec, 3, g)
     rows_seed = int(torch.randint(2**62, (), generator=g))
@@ -149,7 +160,8 @@ def test_fits_depend_neither_on_the_chunk_nor_on_threads(batch_size: int | None)
 def test_fits_depend_on_the_seed_alone() -> None:
     x, y = waves()
     first, again, other = (
-        fit_inrs(x, y, NET, steps=5, batch_size=9, seed=seed) for seed in (1, generator(1), 2)
+        fit_inrs(x, y, NET, steps=5, batch_size=9, seed=seed)
+        for seed in (1, generator(1), 2)
     )
     assert torch.equal(first.theta, again.theta)
     assert not torch.equal(first.theta, other.theta)
@@ -159,7 +171,9 @@ def test_fits_depend_on_the_seed_alone() -> None:
 def test_what_is_tracked_is_fitted_all_the_same() -> None:
     x, y = waves()
     expected = fit_inrs(x, y, NET, steps=5, seed=0)
-    found = fit_inrs(x.clone().requires_grad_(), y.clone().requires_grad_(), NET, steps=5, seed=0)
+    found = fit_inrs(
+        x.clone().requires_grad_(), y.clone().requires_grad_(), NET, steps=5, seed=0
+    )
     assert torch.equal(found.theta, expected.theta)
     assert not found.theta.requires_grad
 
@@ -197,7 +211,9 @@ def test_starts_are_those_of_siren() -> None:
         drawn = theta[name] / bound
         assert drawn.abs().max() <= 1
         assert abs(float(drawn.mean())) < 5 / math.sqrt(3 * drawn.numel())
-        assert abs(float(drawn.square().mean()) - 1 / 3) < 5 * math.sqrt(4 / 45 / drawn.numel())
+        assert abs(float(drawn.square().mean()) - 1 / 3) < 5 * math.sqrt(
+            4 / 45 / drawn.numel()
+        )
 
 
 def test_sirens_keep_the_size_of_activations_from_layer_to_layer() -> None:
@@ -213,7 +229,9 @@ def test_sirens_keep_the_size_of_activations_from_layer_to_layer() -> None:
 # ---------------------------------------- gradients
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(F32, 2e-5), (F64, 1e-12)], ids=["f32", "f64"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(F32, 2e-5), (F64, 1e-12)], ids=["f32", "f64"]
+)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.usefixtures("each_path")
 def test_squared_errors_and_gradients_are_those_of_autograd(
@@ -300,8 +318,12 @@ def test_rendering_is_the_network_on_the_grid(channels: int) -> None:
 
 def test_images_of_several_channels() -> None:
     images = torch.rand(3, 4, 5, 2, generator=generator())
-    fits = fit_images(images, siren(2, 2, (24,), w0=10.0), steps=400, learning_rate=0.01, seed=0)
-    errors = (render(fits.theta, fits.spec, 4, 5) - images).double().square().mean((1, 2, 3))
+    fits = fit_images(
+        images, siren(2, 2, (24,), w0=10.0), steps=400, learning_rate=0.01, seed=0
+    )
+    errors = (
+        (render(fits.theta, fits.spec, 4, 5) - images).double().square().mean((1, 2, 3))
+    )
     torch.testing.assert_close(errors, fits.mse, rtol=1e-3, atol=1e-8)
     assert (fits.mse < 1e-3).all()
     assert fit_images(images, steps=1, seed=0).spec.shapes["4.weight"] == (2, 32)
@@ -313,10 +335,14 @@ def test_warps_are_exact(lead: tuple[int, ...]) -> None:
     spec = WeightSpec.of(siren(2, 3, (9, 7)))
     theta = inr._starts(spec, 4, g).double()
     x = torch.rand(30, 2, generator=g, dtype=F64)
-    matrix, shift = (torch.randn(*lead, *size, generator=g, dtype=F64) for size in ((2, 2), (2,)))
+    matrix, shift = (
+        torch.randn(*lead, *size, generator=g, dtype=F64) for size in ((2, 2), (2,))
+    )
     network = ChainNetwork(spec)
     moved = x @ matrix.mT + (shift if not lead else shift.unsqueeze(1))
-    expected = network(theta, moved) if not lead else network(theta, moved, per_network=True)
+    expected = (
+        network(theta, moved) if not lead else network(theta, moved, per_network=True)
+    )
     torch.testing.assert_close(
         network(warp(theta, spec, matrix, shift), x), expected, rtol=1e-10, atol=1e-10
     )
@@ -325,7 +351,9 @@ def test_warps_are_exact(lead: tuple[int, ...]) -> None:
     back = warp(warp(theta, spec, identity, torch.ones(2)), spec, identity, -torch.ones(2))
     torch.testing.assert_close(back, theta)
     turned = warp(theta[0], spec, torch.tensor([[0.0, -1.0], [1.0, 0.0]]))
-    torch.testing.assert_close(render(turned, spec, 6, 6), render(theta[0], spec, 6, 6).rot90())
+    torch.testing.assert_close(
+        render(turned, spec, 6, 6), render(theta[0], spec, 6, 6).rot90()
+    )
 
 
 def test_warps_that_make_no_sense() -> None:
@@ -378,12 +406,16 @@ def test_an_interrupted_fit_goes_on_bit_for_bit(
         with pytest.raises(KeyboardInterrupt):
             fit_inrs(x, y, **settings, checkpoint=folder)
     assert len(list(folder.iterdir())) == 2
-    with pytest.raises(ValueError, match="holds a fit already: go on with it by Checkpoint"):
+    with pytest.raises(
+        ValueError, match="holds a fit already: go on with it by Checkpoint"
+    ):
         fit_inrs(x, y, **settings, checkpoint=folder)
     for gradients in (12, 0):  # the other two chunks, and nothing any more
         with monkeypatch.context() as patch:
             calls = count_calls(patch)
-            found = fit_inrs(x, y, checkpoint=bf.Checkpoint(folder, resume=True), **settings)
+            found = fit_inrs(
+                x, y, checkpoint=bf.Checkpoint(folder, resume=True), **settings
+            )
         assert calls == [gradients]
         assert torch.equal(found.theta, expected.theta)
         assert torch.equal(found.mse, expected.mse)
@@ -442,7 +474,9 @@ def test_a_fit_has_its_folder_to_itself_and_mends_what_is_damaged(
     first, second, _ = sorted((tmp_path / "run").iterdir())
     first.write_bytes(first.read_bytes()[:-30])
     (tmp_path / "run" / f"{second.name}.1.tmp").write_bytes(b"half")
-    with pytest.warns(UserWarning, match="damaged: .*inrs-000000.npz .*fitted anew") as told:
+    with pytest.warns(
+        UserWarning, match="damaged: .*inrs-000000.npz .*fitted anew"
+    ) as told:
         found = fit_inrs(x, y, **resumed)
     # the line that called, not one of the package
     assert told.pop(UserWarning).filename == __file__
@@ -483,12 +517,17 @@ def _die_after_two(folder: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_fit_goes_on_bit_for_bit(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = multiprocessing.get_context("fork").Process(target=_die_after_two, args=(folder,))
+    process = multiprocessing.get_context("fork").Process(
+        target=_die_after_two, args=(folder,)
+    )
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL, "it ended before it was killed"
     assert 2 <= len(list(folder.glob("inrs-*.npz"))) < 20
-    found, expected = _fit_forty(checkpoint=bf.Checkpoint(folder, resume=True)), _fit_forty()
+    found, expected = (
+        _fit_forty(checkpoint=bf.Checkpoint(folder, resume=True)),
+        _fit_forty(),
+    )
     assert torch.equal(found.theta, expected.theta)
     assert torch.equal(found.mse, expected.mse)
 
@@ -522,7 +561,9 @@ def test_the_bar_is_silent_off_a_terminal(
     fit_inrs(x, y, NET, steps=3, seed=0, progress=False)
     assert capfd.readouterr() == ("", "")
     for _ in range(2):  # computed, and read
-        fit_inrs(x, y, NET, steps=3, seed=0, checkpoint=bf.Checkpoint(tmp_path, resume=True))
+        fit_inrs(
+            x, y, NET, steps=3, seed=0, checkpoint=bf.Checkpoint(tmp_path, resume=True)
+        )
         assert "9/9" in capfd.readouterr().err
 
 
@@ -558,7 +599,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_refused_with_a_reason(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input_is_refused_with_a_reason(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     change, message = BAD[name]
     calls = count_calls(monkeypatch)
     with pytest.raises(ValueError, match=message):
@@ -581,9 +624,13 @@ def test_bad_images_are_refused(images: Tensor, message: str) -> None:
         fit_images(images, seed=0)
 
 
-@pytest.mark.parametrize("sizes", [(0, 1, (3,)), (1, 0, (3,)), (1, 1, (0,)), (1, 1, ())], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(0, 1, (3,)), (1, 0, (3,)), (1, 1, (0,)), (1, 1, ())], ids=str
+)
 def test_bad_sizes_are_refused(sizes: tuple[int, int, tuple[int, ...]]) -> None:
-    with pytest.raises(ValueError, match=r"hidden layers and positive sizes|must be at least 1"):
+    with pytest.raises(
+        ValueError, match=r"hidden layers and positive sizes|must be at least 1"
+    ):
         siren(*sizes)
     with pytest.raises(ValueError, match="w0 must be positive"):
         siren(1, 1, w0=0.0)

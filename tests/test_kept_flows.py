@@ -46,7 +46,8 @@ def fit(file: Path, **changes: Any) -> bf.Flow:
     }
     for argument, value in values.items():
         own = {
-            name: changes.pop(name) for name in {*changes} & {each.name for each in fields(value)}
+            name: changes.pop(name)
+            for name in {*changes} & {each.name for each in fields(value)}
         }
         options[argument] = replace(value, **own)
     return bf.fit_flow(**(options | changes))
@@ -55,7 +56,8 @@ def fit(file: Path, **changes: Any) -> bf.Flow:
 def same(first: bf.Flow, second: bf.Flow) -> None:
     state = second.velocity.state_dict()
     assert all(
-        torch.equal(value, state[name]) for name, value in first.velocity.state_dict().items()
+        torch.equal(value, state[name])
+        for name, value in first.velocity.state_dict().items()
     )
 
 
@@ -106,7 +108,9 @@ def test_a_training_is_known_by_all_that_shapes_it(
     file = shutil.copy(kept["field" if name == "field" else "name"], tmp_path / "flow.npz")
     before = file.read_bytes()
     what = name.partition(" with")[0].partition(",")[0]
-    with pytest.raises(ValueError, match=f"flow.npz.* holds the training of another {what}: "):
+    with pytest.raises(
+        ValueError, match=f"flow.npz.* holds the training of another {what}: "
+    ):
         fit(file, **OTHERS[name])
     assert file.read_bytes() == before
 
@@ -157,7 +161,9 @@ def test_pairs_of_ones_own_are_compared_by_their_first_batch(tmp_path: Path) -> 
     few, more = bf.Training(steps=2, batch_size=8), bf.Training(steps=4, batch_size=8)
     train(field(), pairs, training=few, **options)
     with pytest.raises(ValueError, match="holds the training of other pairs"):
-        train(field(), lambda n, generator: pairs(n, generator, 2.0), training=more, **options)
+        train(
+            field(), lambda n, generator: pairs(n, generator, 2.0), training=more, **options
+        )
     train(field(), lambda n, generator: pairs(n, generator, 1.0), training=more, **options)
 
 
@@ -200,7 +206,9 @@ def test_what_is_no_checkpoint_is_neither_read_nor_replaced(
         file = tmp_path / "other.npz"
         file.write_bytes(content)
         for resume in (True, False):
-            with pytest.raises(ValueError, match=f"other.npz {message}|other.npz.*{message}"):
+            with pytest.raises(
+                ValueError, match=f"other.npz {message}|other.npz.*{message}"
+            ):
                 fit(file, resume=resume)
         assert file.read_bytes() == content
     (tmp_path / "folder.npz").mkdir()
@@ -208,7 +216,9 @@ def test_what_is_no_checkpoint_is_neither_read_nor_replaced(
         fit(tmp_path / "folder")
 
 
-def test_a_training_of_an_earlier_version_is_refused(kept: dict[str, Path], tmp_path: Path) -> None:
+def test_a_training_of_an_earlier_version_is_refused(
+    kept: dict[str, Path], tmp_path: Path
+) -> None:
     header, arrays = storage.read(kept["name"], {"training": 3})
     old = {
         name: value
@@ -263,7 +273,9 @@ def test_a_field_says_what_it_does_not_know() -> None:
         plain.on(MODEL.spec)
 
 
-def test_a_field_of_the_callers_own_is_known_by_its_code_and_attributes(tmp_path: Path) -> None:
+def test_a_field_of_the_callers_own_is_known_by_its_code_and_attributes(
+    tmp_path: Path,
+) -> None:
     first = fit(tmp_path / "own", velocity=Leaning(0.5))
     same(first, fit(tmp_path / "own", velocity=Leaning(0.5)))
     for other in (Leaning(0.6), Straight(0.5)):
@@ -324,7 +336,13 @@ def test_dropout_in_a_field_follows_the_seed(
 
     def fitted(**options: Any) -> Tensor:
         own = built(lambda: Own(nn.Dropout(0.5)), torch.float32)
-        train(own, pairs, progress=False, training=bf.Training(steps=6, batch_size=8), **options)
+        train(
+            own,
+            pairs,
+            progress=False,
+            training=bf.Training(steps=6, batch_size=8),
+            **options,
+        )
         return torch.cat([value.flatten() for value in own.state_dict().values()])
 
     whole = fitted()
@@ -342,4 +360,6 @@ def test_dropout_in_a_field_follows_the_seed(
     with pytest.warns(UserWarning, match="after 3 steps"):
         fitted(checkpoint=tmp_path / "run")
     monkeypatch.setattr(training_state.TrainingState, "step", step)
-    assert torch.equal(fitted(checkpoint=bf.Checkpoint(tmp_path / "run", resume=True)), whole)
+    assert torch.equal(
+        fitted(checkpoint=bf.Checkpoint(tmp_path / "run", resume=True)), whole
+    )

@@ -43,14 +43,27 @@ def model() -> bf.BayesianModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(1, 2), nn.Tanh(), nn.Linear(2, 1))
-    return bf.BayesianModel(net, bf.priors.Normal(), bf.likelihoods.Gaussian(0.3), x, x.sin())
+    return bf.BayesianModel(
+        net, bf.priors.Normal(), bf.likelihoods.Gaussian(0.3), x, x.sin()
+    )
 
 
 def sampled(method: Any, **sizes: int) -> Callable[[Path | None], torch.Tensor]:
     def run(place: Path | None) -> torch.Tensor:
-        given = {} if place is None else {"checkpoint": bf.Checkpoint(place / "run", resume=True)}
+        given = (
+            {}
+            if place is None
+            else {"checkpoint": bf.Checkpoint(place / "run", resume=True)}
+        )
         draws = bf.sample(
-            model(), method, chains=2, seed=3, init="prior", progress=False, **sizes, **given
+            model(),
+            method,
+            chains=2,
+            seed=3,
+            init="prior",
+            progress=False,
+            **sizes,
+            **given,
         )
         numbers = [
             draws.theta.flatten(),
@@ -63,7 +76,9 @@ def sampled(method: Any, **sizes: int) -> Callable[[Path | None], torch.Tensor]:
 
 
 def smc(place: Path | None) -> torch.Tensor:
-    given = {} if place is None else {"checkpoint": bf.Checkpoint(place / "run", resume=True)}
+    given = (
+        {} if place is None else {"checkpoint": bf.Checkpoint(place / "run", resume=True)}
+    )
     draws = bf.sample(
         model(), bf.SMC(particles=10, moves=1), chains=2, seed=3, progress=False, **given
     )
@@ -74,7 +89,9 @@ def smc(place: Path | None) -> torch.Tensor:
 def flow(place: Path | None) -> torch.Tensor:
     """A field of weights on the draws, with a generator of its own, for a few steps."""
     own = model()
-    given = {} if place is None else {"checkpoint": bf.Checkpoint(place / "run", resume=True)}
+    given = (
+        {} if place is None else {"checkpoint": bf.Checkpoint(place / "run", resume=True)}
+    )
     fitted = bf.fit_flow(
         own,
         own.sample_prior(30, 0),
@@ -84,12 +101,16 @@ def flow(place: Path | None) -> torch.Tensor:
         matching=Matching(targets="pairs"),
         **given,
     )
-    return torch.cat([value.flatten().double() for value in fitted.velocity.state_dict().values()])
+    return torch.cat(
+        [value.flatten().double() for value in fitted.velocity.state_dict().values()]
+    )
 
 
 def inrs(place: Path | None) -> torch.Tensor:
     x = torch.linspace(-1, 1, 10).unsqueeze(-1)
-    given = {} if place is None else {"checkpoint": bf.Checkpoint(place / "run", resume=True)}
+    given = (
+        {} if place is None else {"checkpoint": bf.Checkpoint(place / "run", resume=True)}
+    )
     waves = (torch.arange(1.0, 5).unsqueeze(-1) * x.T).sin()
     return fit_inrs(
         x, waves, siren(1, 1, (4,)), steps=2, chunk=1, seed=0, progress=False, **given
@@ -201,7 +222,9 @@ def exact(place: Path, expected: np.ndarray) -> bool:
 
 def damage(place: Path, chance: random.Random) -> None:
     files = sorted(
-        path for path in place.rglob("*") if path.is_file() and path.suffix in (".npz", ".bin")
+        path
+        for path in place.rglob("*")
+        if path.is_file() and path.suffix in (".npz", ".bin")
     )
     if not files:
         return
@@ -229,7 +252,9 @@ def sequence(
         if mode == "two at once":
             start = place / "start"
             start.unlink(missing_ok=True)
-            children = [process(work, place, at if i == 0 else None, start) for i in range(2)]
+            children = [
+                process(work, place, at if i == 0 else None, start) for i in range(2)
+            ]
             start.touch()
         else:
             children = [process(work, place, None if mode == "signal" else at)]
@@ -242,7 +267,11 @@ def sequence(
             return f"failed: {codes} {told(place)}", killed
         if mode != "two at once" and REFUSED in codes:
             return f"failed: refused though nobody else was there: {told(place)}", killed
-        if mode == "two at once" and REFUSED in codes and "is working on" not in told(place):
+        if (
+            mode == "two at once"
+            and REFUSED in codes
+            and "is working on" not in told(place)
+        ):
             return f"failed: refused for another reason: {told(place)}", killed
     if mode == "damage":
         damage(place, chance)
@@ -330,7 +359,9 @@ def test_a_few_sequences_end_exact_or_refused_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.validate
 @pytest.mark.parametrize("work", WORK)
-def test_three_hundred_sequences_end_exact_or_refused_by_name(work: str, tmp_path: Path) -> None:
+def test_three_hundred_sequences_end_exact_or_refused_by_name(
+    work: str, tmp_path: Path
+) -> None:
     """Sixty of every work."""
     ends, kills = played([work], list(MODES), 12, tmp_path)
     print(json.dumps(ends, indent=1), f"{kills} kills")

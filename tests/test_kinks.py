@@ -20,7 +20,11 @@ def relu_model(seed: int, kind: str, widths: tuple[int, ...]) -> bf.BayesianMode
     y = x[:, 0].abs() - x[:, 1] * x[:, 2] + 0.3 * torch.randn(60, generator=g, dtype=F64)
     likelihood, outputs = likelihoods.Gaussian(None if kind == "learned noise" else 0.3), 1
     if kind == "classes":
-        likelihood, outputs, y = likelihoods.Categorical(), 3, (y > 0).long() + (y > 1).long()
+        likelihood, outputs, y = (
+            likelihoods.Categorical(),
+            3,
+            (y > 0).long() + (y > 1).long(),
+        )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         modules: list[nn.Module] = []
@@ -51,7 +55,10 @@ def test_relu_networks_have_modes(kind: str, widths: tuple[int, ...], seed: int)
     mode, top = draws.posterior.loc, draws.info["log_joint_mode"]
     g = torch.Generator().manual_seed(9)
     for size in (1e-4, 1e-2, 0.1):
-        offsets = torch.randn(500, model.dim, generator=g, dtype=F64) @ draws.posterior.scale_tril.T
+        offsets = (
+            torch.randn(500, model.dim, generator=g, dtype=F64)
+            @ draws.posterior.scale_tril.T
+        )
         assert (
             float(model.log_joint(mode + size * offsets).max())
             < top + draws.info["left_to_gain"] + 1e-6
@@ -114,4 +121,6 @@ def test_what_is_left_to_gain_is_the_shortest_mixture(scale: float) -> None:
     ]
     for gradients, shortest in cases:
         found = kinks.shortest_mixture(scale * np.array(gradients))
-        np.testing.assert_allclose(found, scale * np.array(shortest), rtol=0, atol=1e-5 * scale)
+        np.testing.assert_allclose(
+            found, scale * np.array(shortest), rtol=0, atol=1e-5 * scale
+        )

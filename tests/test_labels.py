@@ -56,7 +56,9 @@ def outputs(net: nn.Module, spec: WeightSpec, theta: Tensor, x: Tensor) -> Tenso
     params = spec.unflatten(theta)
     each = ({name: value[i] for name, value in params.items()} for i in range(len(theta)))
     with torch.no_grad():
-        return torch.stack([torch.func.functional_call(net, weights, (x,)) for weights in each])
+        return torch.stack(
+            [torch.func.functional_call(net, weights, (x,)) for weights in each]
+        )
 
 
 class Case(NamedTuple):
@@ -112,7 +114,9 @@ CASES = {
     ),
     "channels last": Case(
         lambda: Net(
-            lambda n, x: n.c(torch.relu(n.b(torch.relu(n.a(x)).permute(0, 2, 3, 1))).mean((1, 2))),
+            lambda n, x: n.c(
+                torch.relu(n.b(torch.relu(n.a(x)).permute(0, 2, 3, 1))).mean((1, 2))
+            ),
             a=nn.Conv2d(1, 4, 2),
             b=nn.Linear(4, 3),
             c=nn.Linear(3, 2),
@@ -154,11 +158,17 @@ CASES = {
         {"h1": 4, "h2": 5},
         "12",
     ),
-    "decoder relu": Case(lambda: decoder(nn.ReLU), (3,), {"h1": 5, "h2": 4, "h3": 3}, "123"),
+    "decoder relu": Case(
+        lambda: decoder(nn.ReLU), (3,), {"h1": 5, "h2": 4, "h3": 3}, "123"
+    ),
     "decoder tanh": Case(lambda: decoder(nn.Tanh), (3,), {"h1": 5, "h2": 4, "h3": 3}),
     "there and back": Case(
         lambda: chain(
-            nn.Linear(3, 12), nn.ReLU(), nn.Unflatten(1, (3, 4)), nn.Flatten(), nn.Linear(12, 2)
+            nn.Linear(3, 12),
+            nn.ReLU(),
+            nn.Unflatten(1, (3, 4)),
+            nn.Flatten(),
+            nn.Linear(12, 2),
         ),
         (3,),
         {"h1": 12},
@@ -200,7 +210,9 @@ CASES = {
     ),
     "squeezed space": Case(
         lambda: Net(
-            lambda n, x: n.b(F.adaptive_avg_pool2d(torch.relu(n.a(x)), 1).squeeze(-1).squeeze(-1)),
+            lambda n, x: n.b(
+                F.adaptive_avg_pool2d(torch.relu(n.a(x)), 1).squeeze(-1).squeeze(-1)
+            ),
             a=nn.Conv2d(1, 4, 2),
             b=nn.Linear(4, 2),
         ),
@@ -300,16 +312,25 @@ CHAINS = {
     "inputs flattened": (lambda n, x: n.b(torch.tanh(n.a(x.flatten(1)))), True),
     "inputs cut": (lambda n, x: n.b(torch.tanh(n.a(x.view(-1, 1, 3)))).flatten(1), False),
     "units viewed": (lambda n, x: n.b(torch.tanh(n.a(x)).view(-1, 4)), False),
-    "units cut": (lambda n, x: n.b(torch.tanh(n.a(x)).unflatten(-1, (2, 2)).flatten(1)), False),
-    "one more axis": (lambda n, x: n.b(torch.tanh(n.a(x)).unflatten(1, (1, 4)))[:, 0], False),
-    "outputs cut": (lambda n, x: n.b(torch.tanh(n.a(x))).unflatten(1, (1, 2))[:, 0], False),
-    "exchanged twice": (
-        lambda n, x: n.b(torch.tanh(n.a(x)).unflatten(1, (1, 4)).transpose(1, 2).transpose(1, 2))[
-            :, 0
-        ],
+    "units cut": (
+        lambda n, x: n.b(torch.tanh(n.a(x)).unflatten(-1, (2, 2)).flatten(1)),
         False,
     ),
-    "sizes computed": (lambda n, x: n.b(torch.tanh(n.a(x)).view(x.size(0), x.size(1) + 1)), False),
+    "one more axis": (
+        lambda n, x: n.b(torch.tanh(n.a(x)).unflatten(1, (1, 4)))[:, 0],
+        False,
+    ),
+    "outputs cut": (lambda n, x: n.b(torch.tanh(n.a(x))).unflatten(1, (1, 2))[:, 0], False),
+    "exchanged twice": (
+        lambda n, x: n.b(
+            torch.tanh(n.a(x)).unflatten(1, (1, 4)).transpose(1, 2).transpose(1, 2)
+        )[:, 0],
+        False,
+    ),
+    "sizes computed": (
+        lambda n, x: n.b(torch.tanh(n.a(x)).view(x.size(0), x.size(1) + 1)),
+        False,
+    ),
 }
 
 
@@ -363,14 +384,21 @@ def random_network(seed: int) -> tuple[nn.Module, tuple[int, ...]]:
         if block == "transposed":
             modules += [nn.ConvTranspose2d(channels, width, 3, padding=1), act()]
         else:
-            modules += [nn.Conv2d(channels, width, 3, padding=1, bias=pick(True, False)), act()]
+            modules += [
+                nn.Conv2d(channels, width, 3, padding=1, bias=pick(True, False)),
+                act(),
+            ]
         if block == "separable":
             modules += [nn.Conv2d(width, width, 3, padding=1, groups=width), act()]
         if block == "residual":
             modules += [Skip(chain(nn.Conv2d(width, 3, 1), act(), nn.Conv2d(3, width, 1)))]
         if block == "norm":
             modules += [
-                pick(nn.GroupNorm(1, width), nn.GroupNorm(width, width), nn.InstanceNorm2d(width)),
+                pick(
+                    nn.GroupNorm(1, width),
+                    nn.GroupNorm(width, width),
+                    nn.InstanceNorm2d(width),
+                ),
                 act(),
             ]
         if block == "upsampled":
@@ -445,7 +473,12 @@ def test_equal_constants_do_not_tie_units() -> None:
     """A frozen norm as it comes, or a frozen bias of zeros, is the same for every unit."""
     net = built(
         lambda: chain(
-            nn.Linear(3, 4), nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)
+            nn.Linear(3, 4),
+            nn.LayerNorm(4),
+            nn.ReLU(),
+            nn.Linear(4, 5),
+            nn.ReLU(),
+            nn.Linear(5, 2),
         )
     )
     nn.init.zeros_(net[3].bias)
@@ -490,7 +523,9 @@ def test_the_convnet_of_the_documentation_is_aligned() -> None:
     theta = model.sample_prior(1, 0).double()
     copies = model.spec.random_symmetry(theta.expand(4, -1), 1, model.symmetries())
     assert (copies - theta).abs().amax(-1).min() > 1e-3
-    torch.testing.assert_close(bf.align(model, copies, reference=theta[0]), theta.expand(4, -1))
+    torch.testing.assert_close(
+        bf.align(model, copies, reference=theta[0]), theta.expand(4, -1)
+    )
 
 
 def test_copies_of_the_convnet_have_one_form() -> None:
@@ -536,11 +571,16 @@ def test_what_reads_no_units_is_refused_by_name(seeded):
         first = nn.Conv2d(3, 0, 1)
         nets = [
             nn.Sequential(first, nn.ReLU(), nn.Flatten(), nn.Linear(0, 3)),
-            nn.Sequential(first, nn.GroupNorm(1, 0), nn.ReLU(), nn.Flatten(), nn.Linear(0, 3)),
-            nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 0, 1), nn.Flatten(), nn.Linear(0, 3)),
+            nn.Sequential(
+                first, nn.GroupNorm(1, 0), nn.ReLU(), nn.Flatten(), nn.Linear(0, 3)
+            ),
+            nn.Sequential(
+                nn.Conv2d(3, 4, 1), nn.Conv2d(4, 0, 1), nn.Flatten(), nn.Linear(0, 3)
+            ),
         ]
     for net in nets:
         with pytest.raises(
-            ValueError, match=r"cannot label module '\d' \(Linear\): what it reads has no units"
+            ValueError,
+            match=r"cannot label module '\d' \(Linear\): what it reads has no units",
         ):
             WeightSpec.of(net)

@@ -117,7 +117,8 @@ def law_of(
             td.ExpTransform()
             if isinstance(likelihood, likelihoods.LogNormal)
             else td.AffineTransform(
-                torch.tensor(likelihood.loc, dtype=F64), torch.tensor(likelihood.scale, dtype=F64)
+                torch.tensor(likelihood.loc, dtype=F64),
+                torch.tensor(likelihood.scale, dtype=F64),
             )
         )
         law = law_of(inner, within, outputs, parameters)
@@ -125,7 +126,11 @@ def law_of(
 
     def setting(key: str) -> Any:
         fixed = getattr(likelihood, key)
-        return parameters[key].unsqueeze(-1) if fixed is None else torch.tensor(fixed, dtype=F64)
+        return (
+            parameters[key].unsqueeze(-1)
+            if fixed is None
+            else torch.tensor(fixed, dtype=F64)
+        )
 
     if name.startswith("gaussian"):
         return td.Independent(td.Normal(outputs, setting("scale")), 1)
@@ -163,7 +168,9 @@ def test_log_prob_is_torchs_with_every_constant(name: str) -> None:
     log_prob = likelihood.log_prob(outputs, y, parameters)
     if name == "levels":
         y = torch.searchsorted(LEVELS, y.squeeze(-1))
-    expected = oracle(name, outputs, parameters).log_prob(y.to(F64) if name == "bernoulli" else y)
+    expected = oracle(name, outputs, parameters).log_prob(
+        y.to(F64) if name == "bernoulli" else y
+    )
     assert log_prob.shape == (3, 7)
     torch.testing.assert_close(log_prob, expected, rtol=1e-10, atol=1e-10)
 
@@ -180,17 +187,25 @@ def test_density_has_mass_one(name: str) -> None:
     elif name in COUNTS:
         y = (LEVELS if name == "levels" else torch.arange(400, dtype=F64)).unsqueeze(-1)
         one = outputs[..., :1].expand(1, len(y), 1)
-        assert likelihood.log_prob(one, y, parameters).exp().sum() == pytest.approx(1, abs=1e-10)
+        assert likelihood.log_prob(one, y, parameters).exp().sum() == pytest.approx(
+            1, abs=1e-10
+        )
     elif name != "standardised":  # which has two targets, and whose base is tested alone
         one = outputs[..., ::2] if name == "heteroscedastic" else outputs[..., :1]
 
         def density(value: float) -> float:
             return math.exp(
-                float(likelihood.log_prob(one, torch.full((1, 1), value, dtype=F64), parameters))
+                float(
+                    likelihood.log_prob(
+                        one, torch.full((1, 1), value, dtype=F64), parameters
+                    )
+                )
             )
 
         least = 0.0 if name in POSITIVE else -np.inf
-        assert integrate.quad(density, least, np.inf, limit=400)[0] == pytest.approx(1, abs=1e-6)
+        assert integrate.quad(density, least, np.inf, limit=400)[0] == pytest.approx(
+            1, abs=1e-6
+        )
 
 
 @pytest.mark.parametrize("per_network", [False, True], ids=["shared y", "y per network"])
@@ -204,7 +219,9 @@ def test_score_is_the_gradient(name: str, per_network: bool) -> None:
     )
     logs = {key: value.log().requires_grad_() for key, value in parameters.items()}
     outputs.requires_grad_()
-    log_prob = likelihood.log_prob(outputs, y, {key: log.exp() for key, log in logs.items()})
+    log_prob = likelihood.log_prob(
+        outputs, y, {key: log.exp() for key, log in logs.items()}
+    )
     expected = torch.autograd.grad(log_prob.sum(), [outputs, *logs.values()])
     by_outputs, by_parameters = likelihood.score(outputs, y, parameters)
     assert list(by_parameters) == list(likelihood.parameters)
@@ -251,9 +268,9 @@ def test_fisher_factor_is_the_covariance_of_the_score(name: str) -> None:
         }
         if name in CLASSES:
             probs = likelihood.mean(many[:1], {k: v[:1] for k, v in values.items()})[0, 0]
-            y = torch.multinomial(probs, count, replacement=True, generator=generator(i)).unsqueeze(
-                -1
-            )
+            y = torch.multinomial(
+                probs, count, replacement=True, generator=generator(i)
+            ).unsqueeze(-1)
         else:
             y = likelihood.sample(many, values, generator(i))
         by_outputs, by_parameters = likelihood.score(many, y, values)
@@ -280,7 +297,9 @@ def test_samples_agree_with_mean_variance_and_cdf(name: str) -> None:
     likelihood, outputs, parameters = case(name, 1, 2)
     count = 20_000
     many = outputs.expand(count, -1, -1)
-    values = {key: value.expand(count, *value.shape[1:]) for key, value in parameters.items()}
+    values = {
+        key: value.expand(count, *value.shape[1:]) for key, value in parameters.items()
+    }
     state = torch.get_rng_state()
     y = likelihood.sample(many, values, generator(1))
     assert torch.equal(torch.get_rng_state(), state)
@@ -292,7 +311,9 @@ def test_samples_agree_with_mean_variance_and_cdf(name: str) -> None:
     assert ((y.mean(0) - mean).abs() < 5 * (variance / count).sqrt()).all()
     squares = (y - mean).square()
     if name != "student":  # with 3.5 degrees of freedom the square has no variance
-        assert ((squares.mean(0) - variance).abs() < 6 * squares.std(0) / math.sqrt(count)).all()
+        assert (
+            (squares.mean(0) - variance).abs() < 6 * squares.std(0) / math.sqrt(count)
+        ).all()
     if name not in (*TRANSFORMED, "levels"):  # torch knows no moments of these
         law = oracle(name, outputs, parameters).base_dist
         torch.testing.assert_close(mean, law.mean[0])
@@ -313,10 +334,14 @@ def test_cdfs_are_those_of_scipy() -> None:
     likelihood, outputs, parameters = case("negative binomial", 1, 3)
     mean, r = outputs.exp().numpy(), 1 / 0.7
     found = likelihood.cdf(outputs, y, parameters).numpy()
-    np.testing.assert_allclose(found, stats.nbinom.cdf(y.numpy(), r, r / (r + mean)), rtol=1e-12)
+    np.testing.assert_allclose(
+        found, stats.nbinom.cdf(y.numpy(), r, r / (r + mean)), rtol=1e-12
+    )
     likelihood, outputs, parameters = case("student", 1, 3)
     found = likelihood.cdf(outputs, y, parameters).numpy()
-    np.testing.assert_allclose(found, stats.t.cdf(y.numpy(), 3.5, outputs.numpy(), 0.4), rtol=1e-12)
+    np.testing.assert_allclose(
+        found, stats.t.cdf(y.numpy(), 3.5, outputs.numpy(), 0.4), rtol=1e-12
+    )
 
 
 def test_probabilities_of_classes() -> None:
@@ -338,22 +363,37 @@ def test_negative_binomial_without_dispersion_is_poisson() -> None:
     for dtype, tolerance in ((F64, 1e-6), (torch.float32, 1e-4)):
         where = outputs.to(dtype), y.to(dtype), {}
         torch.testing.assert_close(
-            nearly.log_prob(*where), poisson.log_prob(*where), rtol=tolerance, atol=tolerance
+            nearly.log_prob(*where),
+            poisson.log_prob(*where),
+            rtol=tolerance,
+            atol=tolerance,
         )
         torch.testing.assert_close(
-            nearly.score(*where)[0], poisson.score(*where)[0], rtol=tolerance, atol=tolerance
+            nearly.score(*where)[0],
+            poisson.score(*where)[0],
+            rtol=tolerance,
+            atol=tolerance,
         )
 
 
 def test_two_levels_are_a_bernoulli_law() -> None:
-    outputs, y = torch.tensor([[[0.3], [-1.2]]], dtype=F64), torch.tensor([[5.0], [2.0]], dtype=F64)
+    outputs, y = (
+        torch.tensor([[[0.3], [-1.2]]], dtype=F64),
+        torch.tensor([[5.0], [2.0]], dtype=F64),
+    )
     two, bernoulli = likelihoods.Levels((2, 5)), likelihoods.Bernoulli()
     labels = torch.tensor([1, 0])
-    assert torch.equal(two.log_prob(outputs, y, {}), bernoulli.log_prob(outputs, labels, {}))
-    assert torch.equal(two.score(outputs, y, {})[0], bernoulli.score(outputs, labels, {})[0])
+    assert torch.equal(
+        two.log_prob(outputs, y, {}), bernoulli.log_prob(outputs, labels, {})
+    )
+    assert torch.equal(
+        two.score(outputs, y, {})[0], bernoulli.score(outputs, labels, {})[0]
+    )
     torch.testing.assert_close(two.mean(outputs, {}), 2 + 3 * torch.sigmoid(outputs))
     probability = torch.sigmoid(outputs)
-    torch.testing.assert_close(two.variance(outputs, {}), 9 * probability * (1 - probability))
+    torch.testing.assert_close(
+        two.variance(outputs, {}), 9 * probability * (1 - probability)
+    )
 
 
 def test_student_of_many_degrees_of_freedom_is_gaussian() -> None:
@@ -386,11 +426,13 @@ def test_extreme_outputs_have_finite_scores() -> None:
 # ---------------------------------------- in a model
 
 
-def model_of(name: str, *, dtype: torch.dtype = F64, n: int = 12, **options: Any) -> BayesianModel:
+def model_of(
+    name: str, *, dtype: torch.dtype = F64, n: int = 12, **options: Any
+) -> BayesianModel:
     likelihood, n_outputs = LIKELIHOODS[name]
-    net = built(lambda: nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, n_outputs))).to(
-        dtype
-    )
+    net = built(
+        lambda: nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, n_outputs))
+    ).to(dtype)
     x = torch.randn(n, 2, generator=generator(1), dtype=F64)
     return BayesianModel(
         net, priors.Normal(0.8), likelihood, x.to(dtype), targets(name, n), **options
@@ -398,7 +440,9 @@ def model_of(name: str, *, dtype: torch.dtype = F64, n: int = 12, **options: Any
 
 
 def points(model: BayesianModel, *shape: int) -> Tensor:
-    return 0.5 * torch.randn(*shape, model.dim, generator=generator(3), dtype=F64).to(model.dtype)
+    return 0.5 * torch.randn(*shape, model.dim, generator=generator(3), dtype=F64).to(
+        model.dtype
+    )
 
 
 def autograd(function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
@@ -423,7 +467,9 @@ def test_log_joint_and_grad(name: str) -> None:
 def test_all_batches_of_one_row_average_to_the_gradient(name: str) -> None:
     model = model_of(name, temperature=0.7)
     theta = points(model, 2)
-    pairs = [model.log_joint_and_grad(theta, torch.tensor([row])) for row in range(len(model.x))]
+    pairs = [
+        model.log_joint_and_grad(theta, torch.tensor([row])) for row in range(len(model.x))
+    ]
     value, grad = model.log_joint_and_grad(theta)
     torch.testing.assert_close(
         torch.stack([v for v, _ in pairs]).mean(0), value, rtol=1e-9, atol=1e-9
@@ -463,7 +509,9 @@ def _divergence(name: str, model: BayesianModel, theta: Tensor, other: Tensor) -
     """
     laws = [
         oracle(
-            name, model.outputs(each).unsqueeze(0), model.likelihood_parameters(each.unsqueeze(0))
+            name,
+            model.outputs(each).unsqueeze(0),
+            model.likelihood_parameters(each.unsqueeze(0)),
         )
         for each in (theta, other)
     ]
@@ -477,12 +525,16 @@ def test_pyro_sees_the_same_density(name: str, temperature: float) -> None:
     for theta in points(model, 2):
         params = model.spec.unflatten(theta)
         sites = {
-            n.replace("likelihood.log_", "likelihood."): v.exp() if n in model.spec.extras else v
+            n.replace("likelihood.log_", "likelihood."): v.exp()
+            if n in model.spec.extras
+            else v
             for n, v in params.items()
         }
         trace = poutine.trace(condition(model.to_pyro(), sites)).get_trace()
         log_jacobian = theta[model.spec.network.dim :].sum()
-        torch.testing.assert_close(trace.log_prob_sum() + log_jacobian, model.log_joint(theta))
+        torch.testing.assert_close(
+            trace.log_prob_sum() + log_jacobian, model.log_joint(theta)
+        )
 
 
 def test_fingerprint_tells_likelihoods_apart() -> None:
@@ -563,7 +615,9 @@ def test_coverage_of_counts_is_that_of_their_intervals(name: str) -> None:
     p = predict(model, points(model, 6))
     low, high = p.interval(0.6)
     y = p.targets(model.y)
-    assert metrics.coverage(p, model.y, 0.6) == float(((y >= low) & (y <= high)).double().mean())
+    assert metrics.coverage(p, model.y, 0.6) == float(
+        ((y >= low) & (y <= high)).double().mean()
+    )
 
 
 def test_randomised_pit_of_calibrated_counts_is_uniform() -> None:
@@ -576,7 +630,8 @@ def test_randomised_pit_of_calibrated_counts_is_uniform() -> None:
     values = metrics.pit(p, y)
     assert stats.kstest(values.numpy(), "uniform").pvalue > 1e-3
     assert torch.equal(values, metrics.pit(p, y, seed=0))
-    assert stats.kstest(p.cdf(y).numpy(), "uniform").pvalue < 1e-6  # which is why it is randomised
+    # which is why it is randomised
+    assert stats.kstest(p.cdf(y).numpy(), "uniform").pvalue < 1e-6
     assert metrics.coverage(p, y, 0.8) >= 0.8
 
 
@@ -603,16 +658,22 @@ def test_targets_far_from_zero_lose_no_digits() -> None:
     seconds = 1.7e9 + 60.0 * torch.arange(8, dtype=F64)
     x = torch.linspace(-1, 1, 8).unsqueeze(-1)
     scale = float(seconds.std())
-    likelihood = likelihoods.Standardised(likelihoods.Gaussian(0.1), float(seconds.mean()), scale)
-    model = BayesianModel(built(lambda: nn.Linear(1, 1)), priors.Normal(), likelihood, x, seconds)
+    likelihood = likelihoods.Standardised(
+        likelihoods.Gaussian(0.1), float(seconds.mean()), scale
+    )
+    model = BayesianModel(
+        built(lambda: nn.Linear(1, 1)), priors.Normal(), likelihood, x, seconds
+    )
     assert model.dtype == torch.float32
-    exact = torch.tensor([[float((x[:, 0].double() * seconds).sum() / x.double().square().sum())]])
+    exact = torch.tensor(
+        [[float((x[:, 0].double() * seconds).sum() / x.double().square().sum())]]
+    )
     slope = (exact / scale).float()
     p = predict(model, torch.cat([slope, torch.zeros(1, 1)], 1), x)
     assert metrics.rmse(p, seconds) < 1.0
-    assert float(model.to(dtype=F64).log_joint(points(model.to(dtype=F64)))) == pytest.approx(
-        float(model.log_joint(points(model))), rel=1e-5
-    )
+    assert float(
+        model.to(dtype=F64).log_joint(points(model.to(dtype=F64)))
+    ) == pytest.approx(float(model.log_joint(points(model))), rel=1e-5)
 
 
 def test_quantiles_of_a_log_normal_law_without_moments() -> None:
@@ -620,7 +681,8 @@ def test_quantiles_of_a_log_normal_law_without_moments() -> None:
     net = built(lambda: nn.Linear(1, 2)).double()
     x = torch.linspace(0, 1, 4, dtype=F64).unsqueeze(-1)
     model = BayesianModel(net, priors.Normal(), law, x, torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    p = predict(model, torch.tensor([[0.0, 0.0, 1.0, 40.0]], dtype=F64))  # exp(800) overflows
+    # exp(800) overflows
+    p = predict(model, torch.tensor([[0.0, 0.0, 1.0, 40.0]], dtype=F64))
     assert torch.isinf(p.mean).all()
     assert (p.quantile(0.5) - math.e).abs().max() < 0.1
 
@@ -727,7 +789,10 @@ def test_bad_targets_are_refused(name: str) -> None:
             lambda: likelihoods.Standardised(likelihoods.Gaussian(), loc=math.nan),
             "loc must be finite",
         ),
-        (lambda: likelihoods.LogNormal(likelihoods.StudentT()), "base must have normal noise"),
+        (
+            lambda: likelihoods.LogNormal(likelihoods.StudentT()),
+            "base must have normal noise",
+        ),
     ],
 )
 def test_bad_settings_are_refused(make: Callable, message: str) -> None:

@@ -32,7 +32,10 @@ FEW = bf.Training(steps=2, batch_size=8)
 
 METHODS: dict[str, tuple[Any, dict[str, int]]] = {
     "HMC": (bf.HMC(max_leapfrog=4), {"chains": 2, "warmup": 4, "draws": 3}),
-    "AdjustedMCLMC": (bf.AdjustedMCLMC(max_leapfrog=4), {"chains": 2, "warmup": 4, "draws": 3}),
+    "AdjustedMCLMC": (
+        bf.AdjustedMCLMC(max_leapfrog=4),
+        {"chains": 2, "warmup": 4, "draws": 3},
+    ),
     "MCLMC": (bf.MCLMC(), {"chains": 2, "warmup": 4, "draws": 3}),
     "SGLD": (bf.SGLD(), {"chains": 2, "warmup": 4, "draws": 3}),
     "SGHMC": (bf.SGHMC(), {"chains": 2, "warmup": 4, "draws": 3}),
@@ -48,7 +51,9 @@ METHODS: dict[str, tuple[Any, dict[str, int]]] = {
     "TransformedDensity": (fit_gaussian(MODEL, MODEL.sample_prior(50, 0)), {"draws": 3}),
 }
 CORRECTIONS: dict[str, Callable[[], bf.Draws]] = {
-    "refine": lambda: bf.refine(MODEL, MODEL.sample_prior(20, 0), 2, seed=4, progress=False),
+    "refine": lambda: bf.refine(
+        MODEL, MODEL.sample_prior(20, 0), 2, seed=4, progress=False
+    ),
     "correct": lambda: bf.correct(MODEL, FLOW, 50, "importance", seed=4, progress=False),
 }
 
@@ -81,13 +86,18 @@ def test_draws_of_every_method_say_where_they_come_from(name: str) -> None:
 def test_corrected_draws_say_where_they_come_from(name: str) -> None:
     draws = CORRECTIONS[name]()
     check_info(draws, name)
-    assert bf.refine(MODEL, draws.theta, 1, seed=0, progress=False).flat.shape == draws.flat.shape
+    assert (
+        bf.refine(MODEL, draws.theta, 1, seed=0, progress=False).flat.shape
+        == draws.flat.shape
+    )
 
 
 def test_gradients_are_those_that_were_asked_for() -> None:
     """Of each chain for HMC, and of each draw for a flow, by a model that counts."""
     counts = [0]
-    model = bf.BayesianModel(NET, bf.priors.Normal(), bf.likelihoods.Gaussian(0.3), X, X.sin())
+    model = bf.BayesianModel(
+        NET, bf.priors.Normal(), bf.likelihoods.Gaussian(0.3), X, X.sin()
+    )
 
     def counting(name: str) -> Callable[..., Any]:
         own = getattr(model, name)
@@ -115,7 +125,8 @@ def test_gradients_are_those_that_were_asked_for() -> None:
     flow = bf.GaussNewtonFlow(model, GradientSteps(2), solver=Solver("rk4", 3))
     draws = bf.sample(model, flow, draws=7, seed=0)
     assert draws.info["gradients"] == 7 * 3 * 4 * 5
-    assert counts[0] == 7 * (3 * 4 * 5 - 4)  # at t = 1 all steps of a displacement end at one point
+    # at t = 1 all steps of a displacement end at one point
+    assert counts[0] == 7 * (3 * 4 * 5 - 4)
 
 
 def test_a_flow_is_a_method() -> None:
@@ -123,11 +134,18 @@ def test_a_flow_is_a_method() -> None:
     assert torch.equal(draws.flat, FLOW.sample(5, 1))
     assert (draws.n_chains, draws.n_draws) == (1, 5)
     assert bf.sample(MODEL, FLOW, seed=1).n_draws == 1000
-    assert bf.sample(MODEL, FLOW, draws=2, seed=1, dtype=torch.float32).theta.dtype == torch.float32
+    assert (
+        bf.sample(MODEL, FLOW, draws=2, seed=1, dtype=torch.float32).theta.dtype
+        == torch.float32
+    )
     for options in ({"chains": 2}, {"warmup": 1}, {"init": "prior"}, {"checkpoint": "run"}):
-        with pytest.raises(ValueError, match=f"Flow takes draws, not {next(iter(options))}"):
+        with pytest.raises(
+            ValueError, match=f"Flow takes draws, not {next(iter(options))}"
+        ):
             bf.sample(MODEL, FLOW, **options)
-    other = bf.BayesianModel(NET, bf.priors.Normal(), bf.likelihoods.Gaussian(0.3), X, X.cos())
+    other = bf.BayesianModel(
+        NET, bf.priors.Normal(), bf.likelihoods.Gaussian(0.3), X, X.cos()
+    )
     with pytest.raises(ValueError, match=r"to another posterior; flow\.bind"):
         bf.sample(other, FLOW, draws=2)
     assert bf.sample(other, FLOW.bind(other), draws=2).info["model"] == other.fingerprint()
@@ -138,7 +156,9 @@ def test_a_flow_is_a_method() -> None:
 
 
 def test_what_is_made_of_a_flow_is_a_method_too() -> None:
-    flow = Flow.of(built(lambda: WeightsVelocity(MODEL.spec, 8, 1)), MODEL, solver=Solver(steps=2))
+    flow = Flow.of(
+        built(lambda: WeightsVelocity(MODEL.spec, 8, 1)), MODEL, solver=Solver(steps=2)
+    )
     fast = distil(flow, 2, trajectories=20, training=FEW, progress=False)
     assert isinstance(fast, FlowMap)
     assert torch.equal(bf.sample(MODEL, fast, draws=3, seed=2).flat, fast.sample(3, 2))
@@ -148,9 +168,15 @@ def test_draws_go_from_door_to_door() -> None:
     """Sampler, flow, refinement, prediction, report: nothing but the model and draws is carried
     along.
     """
-    chains = bf.sample(MODEL, bf.HMC(), chains=4, warmup=40, draws=60, seed=0, progress=False)
-    flow = bf.fit_flow(MODEL, chains, velocity="weights", training=FEW, seed=0, progress=False)
-    refined = bf.refine(MODEL, bf.sample(MODEL, flow, draws=40, seed=1), 4, seed=2, progress=False)
+    chains = bf.sample(
+        MODEL, bf.HMC(), chains=4, warmup=40, draws=60, seed=0, progress=False
+    )
+    flow = bf.fit_flow(
+        MODEL, chains, velocity="weights", training=FEW, seed=0, progress=False
+    )
+    refined = bf.refine(
+        MODEL, bf.sample(MODEL, flow, draws=40, seed=1), 4, seed=2, progress=False
+    )
     x, y = X + 0.1, (X + 0.1).sin()
     assert bf.predict(MODEL, refined, x).mean.shape == (10,)
     made = bf.report(MODEL, {"HMC": chains, "flow": refined}, x, y, path=None)

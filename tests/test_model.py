@@ -134,8 +134,16 @@ LIKELIHOODS: dict[str, tuple[Any, int, Callable[[torch.Generator, int], Tensor]]
         4,
         lambda g, n: _reals(g, n, 2),
     ),
-    "categorical": (likelihoods.Categorical(), 3, lambda g, n: torch.randint(3, (n,), generator=g)),
-    "bernoulli": (likelihoods.Bernoulli(), 1, lambda g, n: torch.randint(2, (n,), generator=g)),
+    "categorical": (
+        likelihoods.Categorical(),
+        3,
+        lambda g, n: torch.randint(3, (n,), generator=g),
+    ),
+    "bernoulli": (
+        likelihoods.Bernoulli(),
+        1,
+        lambda g, n: torch.randint(2, (n,), generator=g),
+    ),
     "poisson": (Poisson(), 1, _counts),
     "student": (StudentNoise(), 1, _reals),
 }
@@ -266,7 +274,9 @@ def test_fast_path_is_the_module_mapped(
     model = model_of("gaussian two targets", activation, dtype=dtype)
     assert model.spec.layers, "this should take the fast path"
     theta = points(model, 2, 3)
-    mapped = ModuleNetwork(model.net, model.spec)(theta.flatten(0, 1), model.x).reshape(2, 3, 9, 2)
+    mapped = ModuleNetwork(model.net, model.spec)(theta.flatten(0, 1), model.x).reshape(
+        2, 3, 9, 2
+    )
     torch.testing.assert_close(model.outputs(theta), mapped, rtol=tolerance, atol=tolerance)
 
 
@@ -300,7 +310,9 @@ def test_any_module_is_evaluated(name: str) -> None:
 
 
 def test_image_inputs_are_flattened() -> None:
-    net = built(lambda: nn.Sequential(nn.Flatten(), nn.Linear(8, 3), nn.Tanh(), nn.Linear(3, 1)))
+    net = built(
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(8, 3), nn.Tanh(), nn.Linear(3, 1))
+    )
     model = model_of(net=net, x=torch.randn(5, 2, 4, generator=generator(), dtype=F64))
     theta = points(model)
     torch.testing.assert_close(model.outputs(theta), model.network_at(theta)(model.x))
@@ -309,7 +321,9 @@ def test_image_inputs_are_flattened() -> None:
 def test_outputs_at_other_inputs() -> None:
     model = model_of()
     x, theta = torch.randn(4, 2, generator=generator(5)), points(model, 3)
-    torch.testing.assert_close(model.outputs(theta, x.numpy()), model.outputs(theta, x.double()))
+    torch.testing.assert_close(
+        model.outputs(theta, x.numpy()), model.outputs(theta, x.double())
+    )
     assert model.outputs(theta, x).shape == (3, 4, 1)
 
 
@@ -320,7 +334,9 @@ def test_networks_go_there_and_back() -> None:
     assert torch.equal(theta[:-1], torch.nn.utils.parameters_to_vector(net.parameters()))
     assert theta[-1] == pytest.approx(math.log(0.1))
     torch.testing.assert_close(model.network_at(theta)(model.x), net(model.x))
-    assert all(parameter.requires_grad for parameter in model.network_at(theta).parameters())
+    assert all(
+        parameter.requires_grad for parameter in model.network_at(theta).parameters()
+    )
     with pytest.raises(ValueError, match=r"0\.weight must be \(4, 2\)"):
         model.theta_of(built(lambda: nn.Sequential(nn.Linear(3, 4))))
 
@@ -341,7 +357,9 @@ def test_the_callers_network_and_arrays_stay_their_own() -> None:
 def test_read_only_and_strided_arrays() -> None:
     x = np.random.default_rng(0).normal(size=(9, 2))[::-1]
     x.flags.writeable = False
-    model = BayesianModel(perceptron(1), priors.Normal(), likelihoods.Gaussian(1.0), x, x[:, 0])
+    model = BayesianModel(
+        perceptron(1), priors.Normal(), likelihoods.Gaussian(1.0), x, x[:, 0]
+    )
     assert torch.equal(model.x, torch.tensor(x.copy()))
 
 
@@ -366,7 +384,9 @@ def test_gradients_are_those_of_autograd(activation: str, likelihood: str) -> No
     torch.testing.assert_close(value, model.log_likelihood(theta), rtol=1e-12, atol=1e-12)
 
     single = model.to(dtype=torch.float32)
-    assert (single.log_likelihood_grad(theta.float()) - expected).abs().max() <= 1e-5 * scale
+    assert (
+        single.log_likelihood_grad(theta.float()) - expected
+    ).abs().max() <= 1e-5 * scale
 
 
 @pytest.mark.parametrize(
@@ -378,7 +398,9 @@ def test_log_joint_and_grad(likelihood: str, prior: Any) -> None:
     theta = points(model, 3)
     value, grad = model.log_joint_and_grad(theta)
     torch.testing.assert_close(value, model.log_joint(theta), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(grad, autograd(model.log_joint, theta), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        grad, autograd(model.log_joint, theta), rtol=1e-10, atol=1e-10
+    )
     assert value.dtype == F64
 
 
@@ -389,7 +411,9 @@ def test_gradients_of_any_module(name: str) -> None:
     with torch.no_grad():  # as the samplers call it
         value, grad = model.log_joint_and_grad(theta)
     torch.testing.assert_close(value, model.log_joint(theta))
-    torch.testing.assert_close(grad, autograd(model.log_joint, theta), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        grad, autograd(model.log_joint, theta), rtol=1e-10, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
@@ -407,7 +431,9 @@ def test_gradient_is_differentiable_again(source: str, likelihood: str) -> None:
     theta, vector = points(model, 2), points(model, 2, seed=7)
 
     leaf = theta.clone().requires_grad_()
-    gradient = torch.autograd.grad(model.log_likelihood(leaf).sum(), leaf, create_graph=True)[0]
+    gradient = torch.autograd.grad(
+        model.log_likelihood(leaf).sum(), leaf, create_graph=True
+    )[0]
     # a Hessian is symmetric: VJP and JVP agree
     expected = torch.autograd.grad((gradient * vector).sum(), leaf)[0]
 
@@ -470,7 +496,9 @@ def rows(name: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 @pytest.mark.parametrize("name", OURS)
 def test_log_prob_is_torchs_with_every_constant(name: str) -> None:
     outputs, y, parameters = rows(name)
-    distribution = oracle(name, outputs, parameters.get("scale", torch.ones(3, 1, dtype=F64)))
+    distribution = oracle(
+        name, outputs, parameters.get("scale", torch.ones(3, 1, dtype=F64))
+    )
     expected = distribution.log_prob(y.to(F64) if name == "bernoulli" else y)
     log_prob = LIKELIHOODS[name][0].log_prob(outputs, y, parameters)
     assert log_prob.shape == (3, 9)
@@ -483,7 +511,9 @@ def test_score_is_the_gradient(name: str) -> None:
     likelihood = LIKELIHOODS[name][0]
     logs = {key: value.log().requires_grad_() for key, value in parameters.items()}
     outputs.requires_grad_()
-    total = likelihood.log_prob(outputs, y, {key: log.exp() for key, log in logs.items()}).sum()
+    total = likelihood.log_prob(
+        outputs, y, {key: log.exp() for key, log in logs.items()}
+    ).sum()
     expected = torch.autograd.grad(total, [outputs, *logs.values()])
     by_outputs, by_parameters = likelihood.score(outputs, y, parameters)
     assert list(by_parameters) == list(likelihood.parameters)
@@ -501,9 +531,13 @@ def test_fisher_factor_is_the_covariance_of_the_score(name: str) -> None:
         expected = torch.zeros(*outputs.shape, outputs.shape[-1], dtype=F64)
         for label in range(probs.shape[-1]):
             score = likelihood.score(outputs, torch.full((9,), label), parameters)[0]
-            expected += probs[..., label, None, None] * score.unsqueeze(-1) * score.unsqueeze(-2)
+            expected += (
+                probs[..., label, None, None] * score.unsqueeze(-1) * score.unsqueeze(-2)
+            )
     else:  # exact: Gauss-Hermite quadrature of a quartic, one target after the other
-        nodes, weights = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(6))
+        nodes, weights = (
+            torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(6)
+        )
         mean, sd = likelihood.mean(outputs), likelihood.variance(outputs, parameters).sqrt()
         expected = torch.zeros(*outputs.shape, outputs.shape[-1], dtype=F64)
         for zs in torch.cartesian_prod(*[torch.arange(6)] * mean.shape[-1]).reshape(
@@ -514,7 +548,8 @@ def test_fisher_factor_is_the_covariance_of_the_score(name: str) -> None:
             expected += weight * score.unsqueeze(-1) * score.unsqueeze(-2)
         if information:  # the scores of independent rows and targets add: 2 for each
             torch.testing.assert_close(
-                information["scale"], torch.full((3, 1), 2.0 * 9 * mean.shape[-1], dtype=F64)
+                information["scale"],
+                torch.full((3, 1), 2.0 * 9 * mean.shape[-1], dtype=F64),
             )
     torch.testing.assert_close(factor @ factor.mT, expected, rtol=1e-9, atol=1e-10)
 
@@ -524,15 +559,22 @@ def test_gauss_newton_is_the_fisher_matrix(name: str) -> None:
     model = model_of(name, temperature=1.3)
     theta = points(model, 2)
     grad, factor = model.at(theta).grad_and_factor()
-    torch.testing.assert_close(grad, model.log_likelihood_grad(theta), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        grad, model.log_likelihood_grad(theta), rtol=1e-10, atol=1e-10
+    )
     size, likelihood = model.spec.network.dim, model.likelihood
     for row, a in zip(theta, factor, strict=True):
-        jacobian = torch.func.jacrev(model.outputs)(row)[..., :size]  # (n, out, network dim)
-        fisher = torch.func.hessian(lambda o, row=row: _expected_minus(likelihood, o, model, row))
+        # (n, out, network dim)
+        jacobian = torch.func.jacrev(model.outputs)(row)[..., :size]
+        fisher = torch.func.hessian(
+            lambda o, row=row: _expected_minus(likelihood, o, model, row)
+        )
         outputs = model.outputs(row)
         expected = torch.zeros(model.dim, model.dim, dtype=F64)
         flat = jacobian.reshape(-1, size)
-        expected[:size, :size] = flat.T @ fisher(outputs).reshape(len(flat), len(flat)) @ flat
+        expected[:size, :size] = (
+            flat.T @ fisher(outputs).reshape(len(flat), len(flat)) @ flat
+        )
         for i in range(size, model.dim):
             expected[i, i] = 2.0 * model.y.numel()
         torch.testing.assert_close(a.T @ a, expected, rtol=1e-9, atol=1e-9)
@@ -540,11 +582,15 @@ def test_gauss_newton_is_the_fisher_matrix(name: str) -> None:
 
 @pytest.mark.parametrize("rows", [None, torch.tensor([4, 1, 4])])
 @pytest.mark.parametrize("name", OURS)
-def test_gauss_newton_products_are_those_of_the_matrix(name: str, rows: Tensor | None) -> None:
+def test_gauss_newton_products_are_those_of_the_matrix(
+    name: str, rows: Tensor | None
+) -> None:
     model = model_of(name, temperature=1.3)
     theta = points(model, 3)
     grad, factor = model.at(theta, rows).grad_and_factor()
-    torch.testing.assert_close(grad, model.log_likelihood_grad(theta, rows), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        grad, model.log_likelihood_grad(theta, rows), rtol=1e-9, atol=1e-9
+    )
     same, product = model.at(theta, rows).grad_and_product()
     v = points(model, 3).flip(0)
     torch.testing.assert_close(same, grad, rtol=1e-10, atol=1e-10)
@@ -560,7 +606,8 @@ def _expected_minus(
     is Fisher's.
     """
     parameters = {
-        name: value.unsqueeze(0) for name, value in model.likelihood_parameters(theta).items()
+        name: value.unsqueeze(0)
+        for name, value in model.likelihood_parameters(theta).items()
     }
     name = next(key for key, (each, *_) in LIKELIHOODS.items() if each is likelihood)
     scale = parameters.get("scale", torch.ones(1, 1, dtype=F64))
@@ -582,14 +629,18 @@ def test_gauss_newton_of_any_module() -> None:
 def test_predictive_moments_are_torchs(name: str) -> None:
     outputs, y, parameters = rows(name)
     likelihood = LIKELIHOODS[name][0]
-    distribution = oracle(name, outputs, parameters.get("scale", torch.ones(3, 1, dtype=F64)))
+    distribution = oracle(
+        name, outputs, parameters.get("scale", torch.ones(3, 1, dtype=F64))
+    )
     if likelihood.kind == "classification":
         probs = distribution.probs
         probs = torch.stack([1 - probs, probs], -1) if name == "bernoulli" else probs
         torch.testing.assert_close(likelihood.mean(outputs), probs)
         return
     torch.testing.assert_close(likelihood.mean(outputs), distribution.mean)
-    torch.testing.assert_close(likelihood.variance(outputs, parameters), distribution.variance)
+    torch.testing.assert_close(
+        likelihood.variance(outputs, parameters), distribution.variance
+    )
     torch.testing.assert_close(
         likelihood.cdf(outputs, y, parameters), distribution.base_dist.cdf(y)
     )
@@ -666,9 +717,9 @@ def test_learned_scale_carries_its_jacobian(name: str) -> None:
         theta[0, -1] = log_scale
         return math.exp(float(model.log_prior(theta)) - rest)
 
-    assert integrate.quad(density, -40, 40, limit=400, points=[-5, 0, 5])[0] == pytest.approx(
-        1, abs=1e-6
-    )
+    assert integrate.quad(density, -40, 40, limit=400, points=[-5, 0, 5])[
+        0
+    ] == pytest.approx(1, abs=1e-6)
     draws = model.sample_prior(4000, seed=2)[:, -1].exp()
     assert stats.kstest(draws.numpy(), law.cdf).pvalue > 1e-4
 
@@ -676,14 +727,17 @@ def test_learned_scale_carries_its_jacobian(name: str) -> None:
 def test_fan_in_keeps_the_size_of_functions() -> None:
     spec = WeightSpec.of(perceptron(1, widths=(64,)))
     scales = {
-        name: float(d.scale) for name, d in priors.FanIn(1.5, 0.3).distributions(spec).items()
+        name: float(d.scale)
+        for name, d in priors.FanIn(1.5, 0.3).distributions(spec).items()
     }
     assert scales == pytest.approx(
         {"0.weight": 1.5 / math.sqrt(2), "0.bias": 0.3, "2.weight": 1.5 / 8, "2.bias": 0.3}
     )
 
 
-@pytest.mark.parametrize("prior", [priors.Normal(), priors.StudentT(), priors.Laplace()], ids=str)
+@pytest.mark.parametrize(
+    "prior", [priors.Normal(), priors.StudentT(), priors.Laplace()], ids=str
+)
 def test_sample_prior_depends_on_the_seed_alone(prior: Any) -> None:
     model, state = linear(prior, td.HalfNormal(1.0)), torch.get_rng_state()
     assert torch.equal(model.sample_prior(5, 7), model.sample_prior(5, 7))
@@ -696,7 +750,10 @@ def test_sample_prior_depends_on_the_seed_alone(prior: Any) -> None:
 
 
 def test_temperature_divides_prior_and_likelihood() -> None:
-    cold, plain = model_of("gaussian learned", temperature=0.25), model_of("gaussian learned")
+    cold, plain = (
+        model_of("gaussian learned", temperature=0.25),
+        model_of("gaussian learned"),
+    )
     theta = points(plain, 3)
     torch.testing.assert_close(cold.log_joint(theta), 4 * plain.log_joint(theta))
     torch.testing.assert_close(cold.log_prior(theta), plain.log_prior(theta))
@@ -726,7 +783,9 @@ def test_normal_coordinates(name: str) -> None:
     torch.testing.assert_close(prior.to_normal(theta), z, rtol=1e-7, atol=1e-7)
     slope = autograd(prior.from_normal, z)
     assert (slope > 0).all()
-    torch.testing.assert_close(prior.jvp(z, torch.ones_like(z)), slope, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(
+        prior.jvp(z, torch.ones_like(z)), slope, rtol=1e-7, atol=1e-9
+    )
     torch.testing.assert_close(
         prior.log_jacobian(theta), -slope.log().sum(-1), rtol=1e-7, atol=1e-7
     )
@@ -740,7 +799,9 @@ def test_normal_coordinates(name: str) -> None:
 def test_normal_coordinates_of_far_tails() -> None:
     prior = linear(priors.Laplace(1.0)).flat_prior
     z = torch.linspace(-6, 6, 25, dtype=F64).unsqueeze(-1).expand(-1, 9)
-    torch.testing.assert_close(prior.to_normal(prior.from_normal(z)), z, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        prior.to_normal(prior.from_normal(z)), z, rtol=1e-5, atol=1e-7
+    )
     single = prior.to("cpu", torch.float32)
     torch.testing.assert_close(
         single.from_normal(z.float()), prior.from_normal(z).float(), rtol=1e-5, atol=1e-5
@@ -756,7 +817,10 @@ def test_every_prior_has_normal_coordinates(prior: Any) -> None:
     flat_prior.require_coordinates()
     theta = flat_prior.sample(4000, 0)
     assert (
-        min(stats.kstest(column.numpy(), "norm").pvalue for column in flat_prior.to_normal(theta).T)
+        min(
+            stats.kstest(column.numpy(), "norm").pvalue
+            for column in flat_prior.to_normal(theta).T
+        )
         > 1e-4
     )
 
@@ -783,7 +847,9 @@ def test_pyro_sees_the_same_density(likelihood: str, temperature: float) -> None
         trace = poutine.trace(condition(model.to_pyro(), _sites(model, theta))).get_trace()
         # Pyro's density is over positive parameters; theirs logarithms add the log-Jacobian.
         log_jacobian = theta[model.spec.network.dim :].sum()
-        torch.testing.assert_close(trace.log_prob_sum() + log_jacobian, model.log_joint(theta))
+        torch.testing.assert_close(
+            trace.log_prob_sum() + log_jacobian, model.log_joint(theta)
+        )
 
 
 def test_pyro_sees_the_same_density_under_a_plate() -> None:
@@ -796,14 +862,18 @@ def test_pyro_sees_the_same_density_under_a_plate() -> None:
 
     trace = poutine.trace(condition(batched, _sites(model, theta))).get_trace()
     trace.compute_log_prob()
-    total = sum(site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample")
+    total = sum(
+        site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample"
+    )
     torch.testing.assert_close(total + theta[:, -1], model.log_joint(theta))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 def test_pyro_keeps_the_models_precision(dtype: torch.dtype) -> None:
     with torch.random.fork_rng(devices=[]):
-        trace = poutine.trace(model_of("gaussian learned", dtype=dtype).to_pyro()).get_trace()
+        trace = poutine.trace(
+            model_of("gaussian learned", dtype=dtype).to_pyro()
+        ).get_trace()
     sampled = [
         site["value"]
         for site in trace.nodes.values()
@@ -840,7 +910,12 @@ def test_fingerprint_tells_models_apart() -> None:
     x, y = torch.randn(9, 2, generator=generator(1), dtype=F64), _reals(generator(2), 9)
 
     def fingerprint(
-        net: nn.Module | None = None, prior: Any = None, likelihood: Any = None, x=x, y=y, **options
+        net: nn.Module | None = None,
+        prior: Any = None,
+        likelihood: Any = None,
+        x=x,
+        y=y,
+        **options,
     ) -> str:
         net = perceptron(1) if net is None else net
         likelihood = likelihoods.Gaussian(0.3) if likelihood is None else likelihood
@@ -886,7 +961,9 @@ def test_fingerprint_tells_models_apart() -> None:
 def test_batches_of_every_shape_agree() -> None:
     model = model_of("gaussian learned")
     theta = points(model, 2, 3)
-    expected = torch.stack([model.log_joint(row) for row in theta.flatten(0, 1)]).reshape(2, 3)
+    expected = torch.stack([model.log_joint(row) for row in theta.flatten(0, 1)]).reshape(
+        2, 3
+    )
     torch.testing.assert_close(model.log_joint(theta), expected)
     assert model.outputs(theta).shape == (2, 3, 9, 1)
     assert model.pointwise_log_likelihood(theta).shape == (2, 3, 9)
@@ -895,7 +972,8 @@ def test_batches_of_every_shape_agree() -> None:
     )
     x, y = model.x[:4], model.y[:4]
     torch.testing.assert_close(
-        model.pointwise_log_likelihood(theta, x, y), model.pointwise_log_likelihood(theta)[..., :4]
+        model.pointwise_log_likelihood(theta, x, y),
+        model.pointwise_log_likelihood(theta)[..., :4],
     )
 
 
@@ -919,7 +997,9 @@ def with_module(name: str, likelihood: str, **options: Any) -> BayesianModel:
     "source", ["", "conv", "attention"], ids=["perceptron", "conv", "attention"]
 )
 @pytest.mark.parametrize("likelihood", ["gaussian learned", "student", "bernoulli"])
-def test_all_batches_of_one_row_average_to_the_gradient(likelihood: str, source: str) -> None:
+def test_all_batches_of_one_row_average_to_the_gradient(
+    likelihood: str, source: str
+) -> None:
     model = with_module(source, likelihood, temperature=0.7, prior=priors.Laplace(0.5))
     theta, n = points(model, 3), len(model.x)
     pairs = [model.log_joint_and_grad(theta, torch.tensor([row])) for row in range(n)]
@@ -935,7 +1015,9 @@ def test_all_batches_of_one_row_average_to_the_gradient(likelihood: str, source:
 @pytest.mark.parametrize(
     "source", ["", "conv", "layer_norm"], ids=["perceptron", "conv", "layer norm"]
 )
-@pytest.mark.parametrize("likelihood", ["gaussian learned", "student", "bernoulli", "poisson"])
+@pytest.mark.parametrize(
+    "likelihood", ["gaussian learned", "student", "bernoulli", "poisson"]
+)
 def test_every_chain_has_a_batch_of_its_own(likelihood: str, source: str) -> None:
     model = with_module(source, likelihood, temperature=0.7)
     theta = points(model, 3)
@@ -970,7 +1052,9 @@ def test_all_rows_are_the_full_gradient(likelihood: str) -> None:
     expected = model.log_joint_and_grad(theta)
     everything = torch.arange(len(model.x))
     for rows in (everything, everything.expand(2, 2, -1)):
-        for found, wanted in zip(model.log_joint_and_grad(theta, rows), expected, strict=True):
+        for found, wanted in zip(
+            model.log_joint_and_grad(theta, rows), expected, strict=True
+        ):
             torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     # A stratified batch of everything is everything, in order.
     for found, wanted in zip(
@@ -1004,7 +1088,9 @@ def test_stratified_batches_vary_less_than_with_replacement() -> None:
     ]
     full = model.log_joint_and_grad(theta)[1][0]
     for grad in grads:
-        assert ((grad.mean(0) - full).abs() < 5 * grad.std(0) / math.sqrt(4000) + 1e-9).all()
+        assert (
+            (grad.mean(0) - full).abs() < 5 * grad.std(0) / math.sqrt(4000) + 1e-9
+        ).all()
     assert grads[0].var(0).sum() < grads[1].var(0).sum()
 
 
@@ -1018,14 +1104,17 @@ def test_batches_depend_on_the_generator_alone() -> None:
     rows = model.random_rows((3,), generator(4), 2)
     assert not (rows == rows[0]).all()
     assert torch.equal(first, model.log_joint_and_grad(theta, rows)[1])
-    assert model.minibatch_log_joint_and_grad(theta[0], generator(4), 2)[1].shape == (model.dim,)
+    assert model.minibatch_log_joint_and_grad(theta[0], generator(4), 2)[1].shape == (
+        model.dim,
+    )
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 10])
 def test_bad_batch_sizes(batch_size: int) -> None:
     model = model_of()
     with pytest.raises(
-        ValueError, match=f"batch_size must be between 1 and the 9 rows of data, got {batch_size}"
+        ValueError,
+        match=f"batch_size must be between 1 and the 9 rows of data, got {batch_size}",
     ):
         model.minibatch_log_joint_and_grad(points(model, 2), generator(), batch_size)
 
@@ -1059,11 +1148,14 @@ def test_linearised_outputs_are_the_tangent(source: str) -> None:
     size = model.spec.network.dim
     jacobian = torch.func.jacrev(model.outputs)(anchor)[..., :size]
     expected = model.outputs(anchor) + jacobian @ direction[:size]
-    torch.testing.assert_close(linear.outputs(anchor + direction), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        linear.outputs(anchor + direction), expected, rtol=1e-9, atol=1e-9
+    )
     # The remainder is of second order: ten times closer, a hundred times smaller.
     far, near = (
         (
-            linear.outputs(anchor + step * direction) - model.outputs(anchor + step * direction)
+            linear.outputs(anchor + step * direction)
+            - model.outputs(anchor + step * direction)
         ).norm()
         for step in (1e-2, 1e-3)
     )
@@ -1102,7 +1194,9 @@ def test_linearised_gradients_are_those_of_autograd(source: str, likelihood: str
         )
     vector = points(model, 3, seed=7)
     leaf = theta.clone().requires_grad_()
-    gradient = torch.autograd.grad(model.log_likelihood(leaf).sum(), leaf, create_graph=True)[0]
+    gradient = torch.autograd.grad(
+        model.log_likelihood(leaf).sum(), leaf, create_graph=True
+    )[0]
     expected = torch.autograd.grad((gradient * vector).sum(), leaf)[0]
     jvp = torch.func.jvp(model.log_likelihood_grad, (theta,), (vector,))[1]
     torch.testing.assert_close(jvp, expected, rtol=1e-9, atol=1e-9)
@@ -1128,7 +1222,9 @@ def test_a_kept_jacobian_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     second += (fresh.outputs(theta, x - 1), *(fresh.outputs(theta, x) for _ in range(3)))
     torch.testing.assert_close(first, second, rtol=1e-10, atol=1e-10)
     by_x = torch.func.jacrev(lambda each: kept.network(theta, each))(x)
-    torch.testing.assert_close(by_x, torch.func.jacrev(lambda each: fresh.network(theta, each))(x))
+    torch.testing.assert_close(
+        by_x, torch.func.jacrev(lambda each: fresh.network(theta, each))(x)
+    )
     assert by_x.abs().max() > 0
 
 
@@ -1153,7 +1249,11 @@ def test_a_linearised_model_is_a_model() -> None:
     assert (other.dim, other.dtype, len(other.x)) == (model.dim, model.dtype, len(model.x))
     assert not any(other.spec.symmetries())  # the tangent has none of them
     torch.testing.assert_close(other.log_prior(theta), model.log_prior(theta))
-    prints = {model.fingerprint(), other.fingerprint(), model.linearised(theta[0]).fingerprint()}
+    prints = {
+        model.fingerprint(),
+        other.fingerprint(),
+        model.linearised(theta[0]).fingerprint(),
+    }
     assert len(prints) == 3
     assert other.fingerprint() == model.linearised(anchor).fingerprint()
     single = other.to(dtype=torch.float32)
@@ -1161,7 +1261,9 @@ def test_a_linearised_model_is_a_model() -> None:
         single.outputs(theta.float()).double(), other.outputs(theta), rtol=1e-4, atol=1e-4
     )
     trace = poutine.trace(condition(other.to_pyro(), _sites(other, theta[0]))).get_trace()
-    torch.testing.assert_close(trace.log_prob_sum() + theta[0, -1], other.log_joint(theta[0]))
+    torch.testing.assert_close(
+        trace.log_prob_sum() + theta[0, -1], other.log_joint(theta[0])
+    )
     # and the first model is what it was
     assert model.outputs(theta).shape == other.outputs(theta).shape
     assert not torch.allclose(model.outputs(theta), other.outputs(theta))
@@ -1253,9 +1355,15 @@ def test_embeddings_take_integers(dtype: torch.dtype) -> None:
     assert (model.x.dtype, model.dtype) == (dtype, F64)
     _check_gradients(model)
     theta = points(model, 2)
-    torch.testing.assert_close(model.outputs(theta, x[:3].numpy()), model.outputs(theta)[:, :3])
+    torch.testing.assert_close(
+        model.outputs(theta, x[:3].numpy()), model.outputs(theta)[:, :3]
+    )
     single = model.to(dtype=torch.float32)
-    assert (single.x.dtype, single.dtype, single.y.dtype) == (dtype, torch.float32, torch.float32)
+    assert (single.x.dtype, single.dtype, single.y.dtype) == (
+        dtype,
+        torch.float32,
+        torch.float32,
+    )
     assert single.log_joint(theta.float()).isfinite().all()
     with pytest.raises(ValueError, match="does not fit net"):
         BayesianModel(net, priors.Normal(), likelihoods.Gaussian(), x + 1, y)
@@ -1273,15 +1381,21 @@ def test_integers_become_numbers_where_the_network_wants_them() -> None:
 
 
 @pytest.mark.parametrize(
-    "norm", [lambda: nn.GroupNorm(2, 4), lambda: nn.InstanceNorm1d(4)], ids=["group", "instance"]
+    "norm",
+    [lambda: nn.GroupNorm(2, 4), lambda: nn.InstanceNorm1d(4)],
+    ids=["group", "instance"],
 )
 def test_norms_within_a_row(norm: Callable[[], nn.Module]) -> None:
     net = built(
-        lambda: nn.Sequential(nn.Conv1d(2, 4, 2), norm(), nn.SiLU(), nn.Flatten(), nn.Linear(8, 1))
+        lambda: nn.Sequential(
+            nn.Conv1d(2, 4, 2), norm(), nn.SiLU(), nn.Flatten(), nn.Linear(8, 1)
+        )
     )
     _check_gradients(
         model_of(
-            "gaussian learned", net=net, x=torch.randn(6, 2, 3, generator=generator(1), dtype=F64)
+            "gaussian learned",
+            net=net,
+            x=torch.randn(6, 2, 3, generator=generator(1), dtype=F64),
         )
     )
 
@@ -1302,10 +1416,16 @@ STANDARD = td.Normal(0.0, 1.0)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "NaN and inf in x": ({"x": BAD_X}, "x has NaN or infinite values in 2 of 6 rows: 2, 4"),
     "NaN in y": ({"y": BAD_Y}, "y has NaN or infinite values in 1 of 6 rows: 3"),
-    "overflow of float32": ({"x": HUGE_X}, "x has NaN or infinite values in 1 of 6 rows: 1"),
+    "overflow of float32": (
+        {"x": HUGE_X},
+        "x has NaN or infinite values in 1 of 6 rows: 1",
+    ),
     "lengths": ({"y": Y[:5]}, "each of the 6 rows of x, got shape \\(5,\\)"),
     "scalar y": ({"y": torch.tensor(1.0)}, "y must have a value"),
-    "1-d x": ({"x": X[:, 0]}, r"x must be \(n, \.\.\.\) with at least two axes, got \(6,\)"),
+    "1-d x": (
+        {"x": X[:, 0]},
+        r"x must be \(n, \.\.\.\) with at least two axes, got \(6,\)",
+    ),
     "empty": ({"x": X[:0], "y": Y[:0]}, "x has no rows"),
     "features": ({"x": torch.ones(6, 5)}, r"x of shape \(6, 5\)"),
     "targets": (
@@ -1329,12 +1449,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"like": likelihoods.Bernoulli(), "y": Y.long() % 3 - 1},
         "label -1 in row 0.* 0 to 1",
     ),
-    "fraction of a label": ({"like": likelihoods.Bernoulli(), "y": Y / 2}, "label 0.5 in row 1"),
+    "fraction of a label": (
+        {"like": likelihoods.Bernoulli(), "y": Y / 2},
+        "label 0.5 in row 1",
+    ),
     "one-hot labels": (
-        {"like": likelihoods.Categorical(), "net": lambda: _dense(3), "y": torch.eye(6)[:, :3]},
+        {
+            "like": likelihoods.Categorical(),
+            "net": lambda: _dense(3),
+            "y": torch.eye(6)[:, :3],
+        },
         r"must be class labels \(n,\)",
     ),
-    "one logit": ({"like": likelihoods.Categorical(), "y": Y % 2}, "an output for every class"),
+    "one logit": (
+        {"like": likelihoods.Categorical(), "y": Y % 2},
+        "an output for every class",
+    ),
     "Bernoulli of two": (
         {"like": likelihoods.Bernoulli(), "net": lambda: _dense(2), "y": Y % 2},
         "one output, got 2",
@@ -1371,16 +1501,26 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "'0.weight' must have the real line as support, HalfNormal",
     ),
     "integers": ({"prior": td.Poisson(1.0)}, "'0.weight' must have the real line"),
-    "prior shape": ({"prior": {"0.bias": td.Normal(torch.zeros(4), 1.0)}}, "no distribution for"),
+    "prior shape": (
+        {"prior": {"0.bias": td.Normal(torch.zeros(4), 1.0)}},
+        "no distribution for",
+    ),
     "prior does not fit": (
         {"prior": priors.PerTensor({"0.bias": td.Normal(torch.zeros(4), 1.0)}, STANDARD)},
         r"'0.bias' has shape \(4,\), the tensor \(3,\)",
     ),
     "prior too deep": (
-        {"prior": priors.PerTensor({"0.bias": td.Normal(torch.zeros(2, 3), 1.0)}, STANDARD)},
+        {
+            "prior": priors.PerTensor(
+                {"0.bias": td.Normal(torch.zeros(2, 3), 1.0)}, STANDARD
+            )
+        },
         r"'0.bias' has shape",
     ),
-    "prior of no tensor": ({"prior": priors.PerTensor({"9.bias": STANDARD}, STANDARD)}, "9.bias"),
+    "prior of no tensor": (
+        {"prior": priors.PerTensor({"9.bias": STANDARD}, STANDARD)},
+        "9.bias",
+    ),
     "multivariate": (
         {
             "prior": priors.PerTensor(
@@ -1455,7 +1595,8 @@ def test_bad_input_at_prediction(x: Tensor | None, y: Tensor | None, message: st
 
 
 @pytest.mark.parametrize(
-    "view", ["outputs", "log_prior", "log_joint", "log_joint_and_grad", "log_likelihood_grad"]
+    "view",
+    ["outputs", "log_prior", "log_joint", "log_joint_and_grad", "log_likelihood_grad"],
 )
 def test_wrong_length_of_theta(view: str) -> None:
     model = model_of()
@@ -1473,7 +1614,11 @@ def test_classes_may_be_floats_and_columns() -> None:
 
 def test_one_row_is_enough() -> None:
     model = BayesianModel(
-        built(_dense, torch.float32), priors.Normal(), likelihoods.Gaussian(1.0), X[:1], Y[:1]
+        built(_dense, torch.float32),
+        priors.Normal(),
+        likelihoods.Gaussian(1.0),
+        X[:1],
+        Y[:1],
     )
     assert model.log_joint(model.sample_prior(2, 0)).shape == (2,)
 

@@ -107,7 +107,9 @@ def residual_convolutions(activation: Callable[[Tensor], Tensor]) -> nn.Module:
     )
 
 
-def residual_mlp(pre: bool, activation: Callable[[Tensor], Tensor], norm: bool = True) -> nn.Module:
+def residual_mlp(
+    pre: bool, activation: Callable[[Tensor], Tensor], norm: bool = True
+) -> nn.Module:
     def forward(net: Net, x: Tensor) -> Tensor:
         x = net.stem(x)
         if pre:
@@ -132,7 +134,11 @@ def square(activation: Callable[[Tensor], Tensor]) -> nn.Module:
         return net.out(x - activation(net.b(x)))
 
     return Net(
-        forward, stem=nn.Linear(3, 5), a=nn.Linear(5, 5), b=nn.Linear(5, 5), out=nn.Linear(5, 2)
+        forward,
+        stem=nn.Linear(3, 5),
+        a=nn.Linear(5, 5),
+        b=nn.Linear(5, 5),
+        out=nn.Linear(5, 2),
     )
 
 
@@ -181,7 +187,9 @@ ZOO = {
     ),
     "mlp linear": Case(lambda: mlp(nn.Identity), (3,), {"h1": 5, "h2": 4}, "12", "12"),
     "mlp gelu": Case(lambda: mlp(nn.GELU), (3,), {"h1": 5, "h2": 4}),
-    "mlp sine": Case(lambda: mlp(lambda: Sine(3.0)), (3,), {"h1": 5, "h2": 4}, "12", "", "12"),
+    "mlp sine": Case(
+        lambda: mlp(lambda: Sine(3.0)), (3,), {"h1": 5, "h2": 4}, "12", "", "12"
+    ),
     "mlp sine without biases": Case(
         lambda: mlp(lambda: Sine(3.0), False), (3,), {"h1": 5, "h2": 4}, "12"
     ),
@@ -309,7 +317,11 @@ ZOO = {
         "2",
     ),
     "residual mlp": Case(
-        lambda: residual_mlp(True, torch.relu, norm=False), (3,), {"h1": 6, "h2": 4}, "1", "12"
+        lambda: residual_mlp(True, torch.relu, norm=False),
+        (3,),
+        {"h1": 6, "h2": 4},
+        "1",
+        "12",
     ),
     "residual mlp, norm before": Case(
         lambda: residual_mlp(True, torch.relu), (3,), {"h1": 6, "h2": 4}, "1", "12"
@@ -439,7 +451,9 @@ ZOO = {
         "23",
     ),
     "late flatten": Case(
-        lambda: sequence(nn.Linear(3, 4), nn.Tanh(), nn.Flatten(), nn.Linear(4, 1), nn.Flatten()),
+        lambda: sequence(
+            nn.Linear(3, 4), nn.Tanh(), nn.Flatten(), nn.Linear(4, 1), nn.Flatten()
+        ),
         (3,),
         {"h1": 4},
         "1",
@@ -455,7 +469,9 @@ ZOO = {
     ),
     "squeezed output": Case(
         lambda: Net(
-            lambda n, x: n.b(torch.tanh(n.a(x))).squeeze(-1), a=nn.Linear(3, 4), b=nn.Linear(4, 1)
+            lambda n, x: n.b(torch.tanh(n.a(x))).squeeze(-1),
+            a=nn.Linear(3, 4),
+            b=nn.Linear(4, 1),
         ),
         (3,),
         {"h1": 4},
@@ -469,8 +485,12 @@ def case(request: pytest.FixtureRequest) -> Case:
     return ZOO[request.param]
 
 
-def points(spec: WeightSpec, n: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
-    return 0.7 * torch.randn(n, spec.dim, generator=generator(seed), dtype=torch.float64).to(dtype)
+def points(
+    spec: WeightSpec, n: int, dtype: torch.dtype = torch.float64, seed: int = 1
+) -> Tensor:
+    return 0.7 * torch.randn(
+        n, spec.dim, generator=generator(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def outputs(case: Case, net: nn.Module, spec: WeightSpec, theta: Tensor) -> Tensor:
@@ -489,7 +509,9 @@ def changes(expected: Tensor, found: Tensor) -> Tensor:
     return (found - expected).abs().flatten(1).amax(1) / size
 
 
-def elements(spec: WeightSpec, label: str, n: int, seed: int = 0) -> dict[str, dict[str, Tensor]]:
+def elements(
+    spec: WeightSpec, label: str, n: int, seed: int = 0
+) -> dict[str, dict[str, Tensor]]:
     """Random elements of every kind for one label, none of them neutral."""
     shape, g = (n, spec.widths[label]), generator(seed)
     signs = torch.where(torch.rand(shape, generator=g) < 0.5, -1.0, 1.0)
@@ -499,7 +521,9 @@ def elements(spec: WeightSpec, label: str, n: int, seed: int = 0) -> dict[str, d
         "sign": {label: signs},
         "scale": {label: 0.5 + 1.5 * torch.rand(shape, generator=g, dtype=torch.float64)},
         "phase": {
-            label: torch.randint(-2, 3, shape, generator=g).index_fill(1, torch.tensor([0]), 1)
+            label: torch.randint(-2, 3, shape, generator=g).index_fill(
+                1, torch.tensor([0]), 1
+            )
         },
     }
 
@@ -551,7 +575,10 @@ def test_every_claimed_kind_alone_leaves_outputs_unchanged(case: Case) -> None:
         for label in labels:
             moved = ACTIONS[kind](spec, theta, elements(spec, label, 8)[kind])
             assert ((moved - theta).abs().amax(-1) > 1e-2).all()
-            assert changes(expected, outputs(case, net, spec, moved)).max() <= 1e-10, (kind, label)
+            assert changes(expected, outputs(case, net, spec, moved)).max() <= 1e-10, (
+                kind,
+                label,
+            )
 
 
 def test_what_is_not_claimed_would_change_outputs(case: Case) -> None:
@@ -570,7 +597,9 @@ def test_what_is_not_claimed_would_change_outputs(case: Case) -> None:
                 )
                 assert acts == (not torch.equal(moved, theta))
                 if acts:
-                    assert changes(expected, outputs(case, net, spec, moved)).max() > 1e-4, (
+                    assert (
+                        changes(expected, outputs(case, net, spec, moved)).max() > 1e-4
+                    ), (
                         kind,
                         label,
                     )
@@ -582,7 +611,11 @@ def scale_exponents(spec: WeightSpec, name: str) -> list[tuple[str | None, int]]
 
 @pytest.mark.parametrize(
     "name",
-    [name for name in ZOO if "sine" in name and not ZOO[name].phase and name != "sine of a sum"],
+    [
+        name
+        for name in ZOO
+        if "sine" in name and not ZOO[name].phase and name != "sine of a sum"
+    ],
 )
 def test_phases_that_are_not_claimed_would_change_outputs(name: str) -> None:
     case = ZOO[name]
@@ -629,7 +662,9 @@ def test_actions_compose_and_invert(case: Case) -> None:
         for _ in range(2)
     )
     both = {label: first[label].gather(-1, second[label]) for label in first}
-    assert torch.equal(spec.permute(spec.permute(theta, first), second), spec.permute(theta, both))
+    assert torch.equal(
+        spec.permute(spec.permute(theta, first), second), spec.permute(theta, both)
+    )
     inverse = {label: perm.argsort(-1) for label, perm in first.items()}
     assert torch.equal(spec.permute(spec.permute(theta, first), inverse), theta)
     pairs = {kind: [{}, {}] for kind in ("sign", "scale", "phase")}
@@ -641,7 +676,9 @@ def test_actions_compose_and_invert(case: Case) -> None:
         act = ACTIONS[kind]
         product = {k: one[k] + two[k] if kind == "phase" else one[k] * two[k] for k in one}
         back = {k: -one[k] if kind == "phase" else 1 / one[k] for k in one}
-        torch.testing.assert_close(act(spec, act(spec, theta, one), two), act(spec, theta, product))
+        torch.testing.assert_close(
+            act(spec, act(spec, theta, one), two), act(spec, theta, product)
+        )
         torch.testing.assert_close(act(spec, act(spec, theta, one), back), theta)
 
 
@@ -649,7 +686,9 @@ def test_permutations_move_whole_units(case: Case) -> None:
     """Brute force: every axis of every tensor, block by block."""
     spec = WeightSpec.of(built(case.make))
     theta, g = points(spec, 1)[0], generator(6)
-    perms = {label: torch.rand(n, generator=g).argsort(-1) for label, n in spec.widths.items()}
+    perms = {
+        label: torch.rand(n, generator=g).argsort(-1) for label, n in spec.widths.items()
+    }
     moved = spec.unflatten(spec.permute(theta, perms))
     for name, tensor in spec.unflatten(theta).items():
         for axis, label in enumerate(spec.axes[name]):
@@ -682,7 +721,8 @@ def test_descriptions_come_back(case: Case) -> None:
     assert list(rebuilt.activations) == list(spec.activations)
     assert rebuilt.symmetries() == spec.symmetries()
     assert torch.equal(
-        rebuilt.random_symmetry(points(spec, 2), 0), spec.random_symmetry(points(spec, 2), 0)
+        rebuilt.random_symmetry(points(spec, 2), 0),
+        spec.random_symmetry(points(spec, 2), 0),
     )
 
 
@@ -704,9 +744,18 @@ def test_numbers_before_a_sine_are_its_frequency() -> None:
     case = ZOO["functional siren"]
     net = built(case.make).double()
     spec = WeightSpec.of(net)
-    assert [layer.activation.name for layer in spec.layers] == ["sin:2.0", "sin:3.0", "identity"]
-    theta, x = points(spec, 3), torch.randn(4, 3, generator=generator(9), dtype=torch.float64)
-    torch.testing.assert_close(ChainNetwork(spec)(theta, x), outputs(case, net, spec, theta))
+    assert [layer.activation.name for layer in spec.layers] == [
+        "sin:2.0",
+        "sin:3.0",
+        "identity",
+    ]
+    theta, x = (
+        points(spec, 3),
+        torch.randn(4, 3, generator=generator(9), dtype=torch.float64),
+    )
+    torch.testing.assert_close(
+        ChainNetwork(spec)(theta, x), outputs(case, net, spec, theta)
+    )
 
 
 def test_axes_and_neutral_axes_by_example() -> None:
@@ -717,7 +766,12 @@ def test_axes_and_neutral_axes_by_example() -> None:
     assert spec.scale_exponents("8.weight") == (0, -1, 0)
     assert spec.scale_free_axes == {("2.weight", 0)}
     spec = WeightSpec.of(built(ZOO["norm before the function"].make))
-    assert spec.scale_free_axes == {("0.weight", 0), ("0.bias", 0), ("3.weight", 0), ("3.bias", 0)}
+    assert spec.scale_free_axes == {
+        ("0.weight", 0),
+        ("0.bias", 0),
+        ("3.weight", 0),
+        ("3.bias", 0),
+    }
     assert spec.activations == {"h1": Activation("tanh"), "h2": Activation("relu")}
     spec = WeightSpec.of(built(ZOO["square residual relu"].make))
     assert spec.axes["a.weight"] == ("h1", "h1")
@@ -748,7 +802,10 @@ def test_phases_need_a_sine_and_one_bias() -> None:
 
 
 def log_prior(spec: WeightSpec, prior: priors.Prior, theta: Tensor) -> Tensor:
-    params, total = spec.unflatten(theta), torch.zeros(theta.shape[:-1], dtype=torch.float64)
+    params, total = (
+        spec.unflatten(theta),
+        torch.zeros(theta.shape[:-1], dtype=torch.float64),
+    )
     for name, distribution in prior.distributions(spec).items():
         total = total + distribution.log_prob(params[name]).reshape(len(theta), -1).sum(-1)
     return total
@@ -782,7 +839,9 @@ PRIORS = {  # network, prior, labels whose permutations it keeps, labels whose s
     ),
     "same for every block": (
         "conv tanh without biases",
-        priors.PerTensor({"7.weight": Normal(0.0, torch.tensor([1.0, 2.0]).repeat(3))}, STANDARD),
+        priors.PerTensor(
+            {"7.weight": Normal(0.0, torch.tensor([1.0, 2.0]).repeat(3))}, STANDARD
+        ),
         "123",
         "23",
     ),
@@ -794,7 +853,9 @@ PRIORS = {  # network, prior, labels whose permutations it keeps, labels whose s
     ),
     "other for one channel": (
         "residual conv tanh",
-        priors.PerTensor({"b.weight": Normal(0.0, UNEVEN[:4].reshape(4, 1, 1, 1))}, STANDARD),
+        priors.PerTensor(
+            {"b.weight": Normal(0.0, UNEVEN[:4].reshape(4, 1, 1, 1))}, STANDARD
+        ),
         "234",
         "1234",
     ),
@@ -822,7 +883,9 @@ def test_which_symmetries_keep_which_prior(name: str) -> None:
     density = log_prior(spec, prior, theta)
     moved = spec.random_symmetry(theta, 2, group)
     assert not torch.equal(moved, theta)
-    torch.testing.assert_close(log_prior(spec, prior, moved), density, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        log_prior(spec, prior, moved), density, rtol=1e-10, atol=1e-10
+    )
     for label in set(spec.widths) - group.permutation:
         moved = spec.permute(theta, elements(spec, label, 5)["permutation"])
         assert (log_prior(spec, prior, moved) - density).abs().min() > 1e-4
@@ -862,23 +925,34 @@ class TwoInputs(nn.Module):
 
 
 def two(forward: Callable[..., Any], b: nn.Module | None = None) -> Callable[[], nn.Module]:
-    return lambda: Net(forward, a=nn.Linear(3, 4), b=b or nn.Linear(4, 4), c=nn.Linear(4, 2))
+    return lambda: Net(
+        forward, a=nn.Linear(3, 4), b=b or nn.Linear(4, 4), c=nn.Linear(4, 2)
+    )
 
 
 def conv(forward: Callable[..., Any]) -> Callable[[], nn.Module]:
-    return lambda: Net(forward, a=nn.Conv2d(1, 4, 2), b=nn.Conv2d(4, 4, 1), c=nn.Linear(4, 2))
+    return lambda: Net(
+        forward, a=nn.Conv2d(1, 4, 2), b=nn.Conv2d(4, 4, 1), c=nn.Linear(4, 2)
+    )
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "batch norm": (
-        lambda: sequence(nn.Conv2d(1, 4, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 1)),
+        lambda: sequence(
+            nn.Conv2d(1, 4, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 1)
+        ),
         r"'1' \(BatchNorm2d\): its running statistics",
     ),
     "tracked instance norm": (
-        lambda: sequence(nn.Conv1d(1, 4, 2), nn.InstanceNorm1d(4, track_running_stats=True)),
+        lambda: sequence(
+            nn.Conv1d(1, 4, 2), nn.InstanceNorm1d(4, track_running_stats=True)
+        ),
         r"'1' \(InstanceNorm1d\)",
     ),
-    "group norm": (lambda: sequence(nn.Conv1d(1, 4, 2), nn.GroupNorm(2, 4)), r"'1' \(GroupNorm\)"),
+    "group norm": (
+        lambda: sequence(nn.Conv1d(1, 4, 2), nn.GroupNorm(2, 4)),
+        r"'1' \(GroupNorm\)",
+    ),
     "group norm of unknown rank": (
         lambda: sequence(nn.Linear(1, 4), nn.GroupNorm(1, 4)),
         r"'1' \(GroupNorm\)",
@@ -903,7 +977,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: sequence(nn.ConvTranspose1d(2, 4, 2, groups=2)),
         r"'0' \(ConvTranspose1d\)",
     ),
-    "own convolution": (lambda: sequence(type("Own", (nn.Conv1d,), {})(1, 2, 1)), r"cannot label"),
+    "own convolution": (
+        lambda: sequence(type("Own", (nn.Conv1d,), {})(1, 2, 1)),
+        r"cannot label",
+    ),
     "recurrent": (lambda: sequence(nn.GRU(2, 3)), r"'0' \(GRU\)"),
     "attention": (
         lambda: Net(lambda n, x: n.a(x, x, x)[0], a=nn.MultiheadAttention(2, 1)),
@@ -921,7 +998,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: sequence(nn.Linear(3, 4), nn.MaxPool1d(2)),
         r"'1' \(MaxPool1d\)",
     ),
-    "power pooling": (lambda: sequence(nn.Conv1d(1, 4, 2), nn.LPPool1d(2, 2)), r"'1' \(LPPool1d\)"),
+    "power pooling": (
+        lambda: sequence(nn.Conv1d(1, 4, 2), nn.LPPool1d(2, 2)),
+        r"'1' \(LPPool1d\)",
+    ),
     "flattened tokens": (
         lambda: sequence(nn.Linear(3, 4), nn.Flatten(), nn.Linear(8, 4)),
         r"'2' \(Linear\): it does not read along",
@@ -976,7 +1056,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "power": (two(lambda n, x: n.c(n.b(n.a(x)) ** 2)), "'pow'"),
     "concatenation": (two(lambda n, x: n.c(torch.cat([n.a(x), x], -1))), "'cat'"),
     "part of the units": (two(lambda n, x: n.c(n.b(n.a(x))[:, :2])), "'getitem'"),
-    "functional norm": (two(lambda n, x: n.c(F.layer_norm(n.b(n.a(x)), (4,)))), "'layer_norm'"),
+    "functional norm": (
+        two(lambda n, x: n.c(F.layer_norm(n.b(n.a(x)), (4,)))),
+        "'layer_norm'",
+    ),
     "functional dropout": (two(lambda n, x: n.c(F.dropout(n.b(n.a(x)), 0.1))), "'dropout'"),
     "free parameter": (Scaled, "'gain'"),
     "two inputs": (TwoInputs, "one tensor"),
@@ -1011,13 +1094,19 @@ def test_posterior_densities_have_the_symmetries(name: str) -> None:
     assert model.symmetries().permutation == set(ZOO[name].widths)
     theta = model.sample_prior(6, 0)
     moved = model.spec.random_symmetry(theta, 1, model.symmetries())
-    torch.testing.assert_close(model.log_joint(moved), model.log_joint(theta), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(model.outputs(moved), model.outputs(theta), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        model.log_joint(moved), model.log_joint(theta), rtol=1e-9, atol=1e-9
+    )
+    torch.testing.assert_close(
+        model.outputs(moved), model.outputs(theta), rtol=1e-9, atol=1e-9
+    )
     gradient = model.log_joint_and_grad(theta)[1]
     again = model.spec.random_symmetry(
         gradient, 1, model.symmetries()
     )  # permutations and signs move gradients as weights
-    torch.testing.assert_close(model.log_joint_and_grad(moved)[1], again, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(
+        model.log_joint_and_grad(moved)[1], again, rtol=1e-7, atol=1e-7
+    )
 
 
 def test_a_convolutional_network_is_sampled_and_summarised() -> None:

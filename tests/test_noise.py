@@ -83,7 +83,9 @@ def test_the_information_of_each_scale_is_its_own(name, problem):
     torch.testing.assert_close((dense @ v.unsqueeze(-1)).squeeze(-1), product(v))
     df = 4.0
     expected = 2 * 20 * (1.0 if name == "normal" else df / (df + 3))
-    torch.testing.assert_close(dense[0].diagonal()[-3:], torch.full((3,), expected, dtype=F64))
+    torch.testing.assert_close(
+        dense[0].diagonal()[-3:], torch.full((3,), expected, dtype=F64)
+    )
 
 
 def test_scales_are_found_one_by_one(seeded):
@@ -96,7 +98,11 @@ def test_scales_are_found_one_by_one(seeded):
         net = nn.Linear(1, 3).double()
     wide = HalfNormal(torch.full((3,), 1e3, dtype=F64))
     model = bf.BayesianModel(
-        net, priors.Normal(1e-6), likelihoods.Gaussian(scale_prior=wide), torch.zeros(4000, 1), y
+        net,
+        priors.Normal(1e-6),
+        likelihoods.Gaussian(scale_prior=wide),
+        torch.zeros(4000, 1),
+        y,
     )
     logs = y.square().mean(0).sqrt().log()
     theta = torch.cat([torch.zeros(6, dtype=F64), logs]).unsqueeze(0)
@@ -111,9 +117,12 @@ def test_scales_are_found_one_by_one(seeded):
 def test_a_number_of_scales_that_fits_nothing_is_refused(name, problem):
     net, x, y = problem
     with pytest.raises(
-        ValueError, match=r"_prior must have shape \(\) or \(3,\), one for each output, got \(2,\)"
+        ValueError,
+        match=r"_prior must have shape \(\) or \(3,\), one for each output, got \(2,\)",
     ):
-        bf.BayesianModel(net, priors.Normal(), MAKES[name][0](each(2)), x, MAKES[name][1](y))
+        bf.BayesianModel(
+            net, priors.Normal(), MAKES[name][0](each(2)), x, MAKES[name][1](y)
+        )
 
 
 @dataclass(frozen=True)
@@ -197,7 +206,9 @@ def test_targets_outside_the_support_of_ones_own_likelihood_are_refused(seeded):
     x = torch.arange(8.0).reshape(4, 2)
     bf.BayesianModel(net, priors.Normal(), Counts(), x, torch.tensor([3.0, 0.0, 1.0, 2.0]))
     with pytest.raises(ValueError, match=r"y does not fit Counts.*support"):
-        bf.BayesianModel(net, priors.Normal(), Counts(), x, torch.tensor([3.0, -1.0, 1.0, 2.0]))
+        bf.BayesianModel(
+            net, priors.Normal(), Counts(), x, torch.tensor([3.0, -1.0, 1.0, 2.0])
+        )
 
 
 REFUSED = """
@@ -245,5 +256,7 @@ for bad in (math.nan, math.inf):
 
 def test_settings_out_of_range_are_refused_whatever_torch_checks():
     """Without the checks of torch's distributions, and without assert statements."""
-    done = subprocess.run([sys.executable, "-O", "-c", REFUSED], text=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-O", "-c", REFUSED], text=True, capture_output=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -72,7 +72,8 @@ def regression(
     along = u.T[: len(s)] @ residual  # (singular values, outputs)
     along = torch.cat([along, along.new_zeros(dim - len(along), outputs)])
     each = scale**2 * (v.T / (1 + s.square())) @ v
-    means = loc + scale * v.T @ (s / (1 + s.square())).unsqueeze(1).mul(along)  # (dim, outputs)
+    # (dim, outputs)
+    means = loc + scale * v.T @ (s / (1 + s.square())).unsqueeze(1).mul(along)
     of_weights = [o * dim + i for o in range(outputs) for i in range(inputs)]
     # the weights of each output, then the biases
     places = of_weights + [o * dim + inputs for o in range(outputs)]
@@ -148,7 +149,9 @@ def test_a_gauss_newton_flow_says_what_no_number_of_steps_resolves():
 def test_a_second_gauss_newton_step_finds_nothing_left_to_do_in_single_precision(shape):
     problem = regression(**shape, dtype=torch.float32)
     x = torch.randn(8, problem.model.dim, generator=torch.Generator().manual_seed(1))
-    fields = [bf.GaussNewtonFlow(problem.model, GaussNewton(steps)).velocity for steps in (1, 2)]
+    fields = [
+        bf.GaussNewtonFlow(problem.model, GaussNewton(steps)).velocity for steps in (1, 2)
+    ]
     for t in (0.0, 0.5, 0.99):
         one, two = (field(torch.tensor(t), x) for field in fields)
         assert (one - two).norm() < 1e-3 * one.norm()
@@ -194,7 +197,9 @@ SCALES = [
 @pytest.mark.parametrize("shape", SCALES, ids=str)
 def test_tempering_there_and_back_is_right_at_every_scale(shape):
     problem = regression(rows=4, **shape)
-    draws = bf.sample(problem.model, bf.SMC(particles=300), chains=2, seed=0, progress=False)
+    draws = bf.sample(
+        problem.model, bf.SMC(particles=300), chains=2, seed=0, progress=False
+    )
     check_weighted(problem, draws)
     assert bf.diagnose(problem.model, draws).verdict == "trust with care"
     exact = problem.mean + torch.randn(
@@ -218,7 +223,9 @@ def check_weighted(problem: Regression, draws: bf.Draws) -> None:
 
 def test_particles_that_their_type_cannot_tell_apart_are_not_trusted():
     problem = regression(rows=4, noise=1e-9, dtype=torch.float32)
-    draws = bf.sample(problem.model, bf.SMC(particles=100), chains=2, seed=0, progress=False)
+    draws = bf.sample(
+        problem.model, bf.SMC(particles=100), chains=2, seed=0, progress=False
+    )
     found = bf.diagnose(problem.model, draws)
     assert found.verdict == "do not trust"
     assert "closer than float32 tells apart" in str(found)
@@ -232,7 +239,9 @@ def test_particles_that_their_type_cannot_tell_apart_are_not_trusted():
 )
 def test_particles_that_were_lost_on_the_way_are_not_trusted(lost):
     problem = regression()
-    draws = bf.sample(problem.model, bf.SMC(particles=500), chains=2, seed=0, progress=False)
+    draws = bf.sample(
+        problem.model, bf.SMC(particles=500), chains=2, seed=0, progress=False
+    )
     assert bf.diagnose(problem.model, draws).verdict == "trust with care"
     worse = replace(draws, info=draws.info | lost)
     assert bf.diagnose(problem.model, worse).verdict == "do not trust"
@@ -244,7 +253,9 @@ def test_the_first_temperature_step_is_as_small_as_it_must_be(exponent):
     b.
     """
     spread = 10.0**-exponent * 10
-    ratio = spread * torch.randn(1, 20_000, generator=torch.Generator().manual_seed(0), dtype=F64)
+    ratio = spread * torch.randn(
+        1, 20_000, generator=torch.Generator().manual_seed(0), dtype=F64
+    )
     equal = torch.full_like(ratio, -torch.tensor(20_000.0).log().item())
     found = next_fraction(ratio, equal, torch.zeros(1, dtype=F64), 0.7)
     assert float(found * spread) == pytest.approx(
@@ -267,7 +278,9 @@ def test_refinement_finds_its_step_at_every_scale(shape, n):
     root = torch.linalg.cholesky(problem.covariance)
     start = (
         problem.mean
-        + 3 * torch.randn(n, 3, generator=torch.Generator().manual_seed(0), dtype=F64) @ root.T
+        + 3
+        * torch.randn(n, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+        @ root.T
     )
     moved = bf.refine(problem.model, start, 16, seed=0, progress=False)
     assert moved.info["acceptance_rate"] > 0.3
@@ -285,10 +298,17 @@ def test_refinement_takes_no_draws_and_no_settings_that_are_not_numbers():
     broken[5] = torch.inf
     with pytest.raises(ValueError, match="2 of 20 draws are NaN or infinite"):
         bf.refine(problem.model, broken, progress=False)
-    for name, value in {"steps": 0, "n_leapfrog": 0, "target_acceptance": float("nan")}.items():
+    for name, value in {
+        "steps": 0,
+        "n_leapfrog": 0,
+        "target_acceptance": float("nan"),
+    }.items():
         with pytest.raises(ValueError, match=name):
             bf.refine(
-                problem.model, problem.model.sample_prior(20, 0), progress=False, **{name: value}
+                problem.model,
+                problem.model.sample_prior(20, 0),
+                progress=False,
+                **{name: value},
             )
 
 
@@ -301,7 +321,9 @@ def test_draws_of_a_flow_that_are_not_finite_are_counted():
     flow = Flow.of(Away(), problem.model)
     lost = int((flow.start(100, 0)[:, 0] > 0).sum())
     for draw in (flow.sample, flow.sample_with_log_prob):
-        with pytest.raises(FloatingPointError, match=f"{lost} of 100 draws are infinite or NaN"):
+        with pytest.raises(
+            FloatingPointError, match=f"{lost} of 100 draws are infinite or NaN"
+        ):
             draw(100, 0)
     fixed = bf.correct(problem.model, flow, 200, "refine", progress=False)
     assert fixed.theta.isfinite().all()
@@ -317,7 +339,9 @@ def test_draws_of_a_flow_that_are_not_finite_are_counted():
 def test_a_variational_fit_is_right_or_says_that_it_has_not_settled(shape, rank):
     """Its steps have a size of their own, which need not be that of the posterior."""
     problem = regression(**shape)
-    draws = bf.sample(problem.model, bf.VI(rank, steps=400), draws=250, seed=0, progress=False)
+    draws = bf.sample(
+        problem.model, bf.VI(rank, steps=400), draws=250, seed=0, progress=False
+    )
     width = draws.flat.std(0) / problem.covariance.diagonal().sqrt()
     off = (draws.flat.mean(0) - problem.mean) / problem.covariance.diagonal().sqrt()
     verdict = bf.diagnose(problem.model, draws)
@@ -380,7 +404,9 @@ def test_draws_are_right_in_all_units_or_not_trusted(method, shape):
 def test_weights_are_standardised_in_all_units_and_constant_ones_keep_theirs(scale, seeded):
     with seeded(0):
         spec = bf.WeightSpec.of(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)))
-    theta = 5.0 + torch.randn(50, spec.dim, generator=torch.Generator().manual_seed(0), dtype=F64)
+    theta = 5.0 + torch.randn(
+        50, spec.dim, generator=torch.Generator().manual_seed(0), dtype=F64
+    )
     theta[:, spec.slices["2.bias"]] = 0.1
     scaler = TensorScaler.fit(scale * theta, spec)
     found = scaler(scale * theta)

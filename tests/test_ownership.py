@@ -15,7 +15,14 @@ from torch import nn
 
 import bnnflow as bf
 from bnnflow.report.arviz import function_values
-from bnnflow.transport import Flow, FlowMap, ScoreVelocity, Solver, WeightsVelocity, fit_gaussian
+from bnnflow.transport import (
+    Flow,
+    FlowMap,
+    ScoreVelocity,
+    Solver,
+    WeightsVelocity,
+    fit_gaussian,
+)
 from tests.problems import built
 
 X = torch.linspace(-1, 1, 12, dtype=torch.float64).unsqueeze(-1) / 3
@@ -23,10 +30,16 @@ X = torch.linspace(-1, 1, 12, dtype=torch.float64).unsqueeze(-1) / 3
 
 def model(shift: float = 0.0, units: int = 3, **changes: Any) -> bf.BayesianModel:
     net = built(
-        lambda: nn.Sequential(nn.Linear(1, units), nn.Tanh(), nn.Linear(units, 1)), torch.float64
+        lambda: nn.Sequential(nn.Linear(1, units), nn.Tanh(), nn.Linear(units, 1)),
+        torch.float64,
     )
     return bf.BayesianModel(
-        net, bf.priors.Normal(), bf.likelihoods.Gaussian(0.3), X, X.sin() + shift * X, **changes
+        net,
+        bf.priors.Normal(),
+        bf.likelihoods.Gaussian(0.3),
+        X,
+        X.sin() + shift * X,
+        **changes,
     )
 
 
@@ -95,7 +108,13 @@ def test_a_model_takes_its_own_draws_in_every_form() -> None:
     assert half.to(dtype=torch.float64).fingerprint() == MODEL.fingerprint()
     bf.predict(half, DRAWS)
     narrow = bf.sample(
-        MODEL, bf.HMC(max_leapfrog=4), chains=2, warmup=2, draws=3, seed=0, dtype=torch.float32
+        MODEL,
+        bf.HMC(max_leapfrog=4),
+        chains=2,
+        warmup=2,
+        draws=3,
+        seed=0,
+        dtype=torch.float32,
     )
     bf.predict(MODEL, narrow)
     straight = MODEL.linearised(DRAWS.flat[0])
@@ -103,7 +122,10 @@ def test_a_model_takes_its_own_draws_in_every_form() -> None:
     bf.predict(straight.to(dtype=torch.float32), DRAWS)
     with pytest.raises(ValueError, match="draws of another model"):
         bf.predict(
-            MODEL, bf.sample(straight, bf.HMC(max_leapfrog=4), chains=2, warmup=2, draws=3, seed=0)
+            MODEL,
+            bf.sample(
+                straight, bf.HMC(max_leapfrog=4), chains=2, warmup=2, draws=3, seed=0
+            ),
         )
     with pytest.raises(ValueError, match="draws of another model"):
         bf.predict(model(shift=1.0).linearised(DRAWS.flat[0]), DRAWS)
@@ -125,7 +147,9 @@ def test_loading_with_a_model_asks_whose_it_is(tmp_path: Path) -> None:
     seeing = Flow.of(built(lambda: _informed(MODEL), torch.float64), MODEL)
     informed = seeing.save(tmp_path / "informed")
     times = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    mapped = FlowMap(seeing.velocity, seeing.source, seeing.spec, times).save(tmp_path / "map")
+    mapped = FlowMap(seeing.velocity, seeing.source, seeing.spec, times).save(
+        tmp_path / "map"
+    )
     for path, message, others in (
         (draws, "draws of another model", (model(shift=1.0), model(units=4))),
         (run, "draws of another model", (model(shift=1.0), model(units=4))),
@@ -160,4 +184,6 @@ def test_a_flow_on_some_rows_is_saved_as_that(tmp_path: Path) -> None:
     )
     times = torch.tensor([0.0, 1.0], dtype=torch.float64)
     few = FlowMap(part.velocity, part.source, part.spec, times)
-    assert torch.equal(bf.load(few.save(tmp_path / "few"), MODEL).sample(4, 0), few.sample(4, 0))
+    assert torch.equal(
+        bf.load(few.save(tmp_path / "few"), MODEL).sample(4, 0), few.sample(4, 0)
+    )

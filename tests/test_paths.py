@@ -48,7 +48,9 @@ paths = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.schedule)
 
 
 def spread_of(matrix: Tensor) -> Tensor:
-    return matrix @ matrix.T / len(matrix) + 0.1 * torch.eye(len(matrix), dtype=matrix.dtype)
+    return matrix @ matrix.T / len(matrix) + 0.1 * torch.eye(
+        len(matrix), dtype=matrix.dtype
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +66,10 @@ def _seeded_modules():
 @paths
 def test_path_runs_from_source_to_target_and_its_velocity_is_its_derivative(path):
     x0, x1 = torch.randn(2, 7, 3, generator=generator(), dtype=F64)
-    ends = [path.point(x0, x1, torch.full((7,), t, dtype=F64), generator())[0] for t in (0.0, 1.0)]
+    ends = [
+        path.point(x0, x1, torch.full((7,), t, dtype=F64), generator())[0]
+        for t in (0.0, 1.0)
+    ]
     assert torch.allclose(ends[0], x0)
     assert torch.allclose(ends[1], x1, atol=1e-15)
     t = torch.rand(7, generator=generator(1), dtype=F64)
@@ -221,7 +226,9 @@ def test_source_coordinates_invert_and_have_their_jacobian(kind, make):
     theta = source.from_normal(x)
     assert torch.allclose(source.to_normal(theta), x, atol=1e-9)
     jacobian = torch.func.jacrev(source.to_normal)(theta[0])
-    assert torch.allclose(source.log_jacobian(theta[:1]), torch.linalg.slogdet(jacobian)[1][None])
+    assert torch.allclose(
+        source.log_jacobian(theta[:1]), torch.linalg.slogdet(jacobian)[1][None]
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -311,9 +318,13 @@ def test_every_field_is_stored_with_its_flow(name, tmp_path):
     model = network("learned")
     field = fields(model)[name].double()
     for parameter in field.parameters():
-        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator(), dtype=F64))
+        parameter.data.add_(
+            0.05 * torch.randn(parameter.shape, generator=generator(), dtype=F64)
+        )
     few = Solver(steps=3)
-    flow = Flow.of(field.requires_grad_(False), model, Source.scaled(model, 0.8), solver=few)
+    flow = Flow.of(
+        field.requires_grad_(False), model, Source.scaled(model, 0.8), solver=few
+    )
     loaded = bf.load(flow.save(tmp_path / "flow"), model)
     assert torch.allclose(loaded.sample(3, 0), flow.sample(3, 0))
     assert torch.allclose(loaded.sample(3, 0), flow.to("cpu", F64).sample(3, 0))
@@ -326,7 +337,9 @@ def test_every_equivariant_field_commutes_with_its_group(name):
     model = network("categorical")
     field = fields(model)[name].double()
     for parameter in field.parameters():
-        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator(), dtype=F64))
+        parameter.data.add_(
+            0.1 * torch.randn(parameter.shape, generator=generator(), dtype=F64)
+        )
     field = field.bind(WhitenedPosterior(model))
     group = model.symmetries() if name == "drive" else field.symmetries
     assert group.permutation
@@ -336,7 +349,9 @@ def test_every_equivariant_field_commutes_with_its_group(name):
     )
     v = field(t, x).detach()
     moved_x, moved_v = model.spec.transform(group, 5, x, v)
-    assert torch.allclose(field(t, moved_x), moved_v, atol=1e-10 * float(v.abs().max()) + 1e-10)
+    assert torch.allclose(
+        field(t, moved_x), moved_v, atol=1e-10 * float(v.abs().max()) + 1e-10
+    )
 
 
 def test_flow_from_a_gaussian_source_is_stored(tmp_path):
@@ -362,9 +377,9 @@ def test_forward_is_differentiable_and_its_jacobian_is_the_density():
     model, *_ = regression()
     flow = GaussNewtonFlow(model, GaussNewton(max_norm=math.inf), solver=Solver("rk4", 32))
     x0 = flow.start(1, 0)
-    jacobian = torch.func.jacrev(lambda z: flow.forward(z[None], solver=Solver("rk4", 48))[0])(
-        x0[0]
-    )
+    jacobian = torch.func.jacrev(
+        lambda z: flow.forward(z[None], solver=Solver("rk4", 48))[0]
+    )(x0[0])
     _, log_q = flow.forward_with_log_prob(x0)
     log_normal = -0.5 * (x0 * x0).sum() - 2 * math.log(2 * math.pi)
     assert torch.allclose(log_q, log_normal - torch.linalg.slogdet(jacobian)[1], atol=1e-5)
@@ -401,14 +416,17 @@ def test_field_of_ones_own_says_what_it_is_on_another_network():
     )
     moved = flow.transfer(wide)
     x0 = moved.start(3, 0)
-    assert torch.allclose(moved.forward(x0), wide.flat_prior.from_normal(math.exp(0.3) * x0))
+    assert torch.allclose(
+        moved.forward(x0), wide.flat_prior.from_normal(math.exp(0.3) * x0)
+    )
 
 
 def test_a_part_of_the_data_costs_less_and_is_scaled_to_all():
     model, mean, _ = regression(n=4000)
     flow = GaussNewtonFlow(model, solver=Solver(steps=16))
     parts = (
-        torch.stack([flow.on_batch(400, seed).sample(20, 0).mean(0) for seed in range(12)]) / 1.5
+        torch.stack([flow.on_batch(400, seed).sample(20, 0).mean(0) for seed in range(12)])
+        / 1.5
     )
     spread = parts.std(0) / math.sqrt(12)
     assert ((parts.mean(0) - mean).abs() < 5 * spread + 0.01).all()
@@ -428,7 +446,11 @@ def small_field(dim: int = 2, dtype: torch.dtype = torch.float32) -> nn.Module:
         def __init__(self) -> None:
             super().__init__()
             self.net = nn.Sequential(
-                nn.Linear(dim + 1, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, dim)
+                nn.Linear(dim + 1, 64),
+                nn.SiLU(),
+                nn.Linear(64, 64),
+                nn.SiLU(),
+                nn.Linear(64, dim),
             )
 
         def forward(self, t: Tensor, x: Tensor) -> Tensor:
@@ -530,12 +552,16 @@ def doubled(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def flipped(seed: int, *points: Tensor) -> tuple[Tensor, ...]:
-    sign = torch.where(torch.rand(len(points[0]), 1, generator=generator(seed)) < 0.5, -1.0, 1.0)
+    sign = torch.where(
+        torch.rand(len(points[0]), 1, generator=generator(seed)) < 0.5, -1.0, 1.0
+    )
     return tuple(sign * each for each in points)
 
 
 @pytest.mark.parametrize("moves", [None, flipped])
-def test_points_are_used_again_as_often_as_said_with_what_belongs_to_them(monkeypatch, moves):
+def test_points_are_used_again_as_often_as_said_with_what_belongs_to_them(
+    monkeypatch, moves
+):
     monkeypatch.setattr("bnnflow.transport.batches._POOL", 16)
     field, info = train(
         Recording(),
@@ -569,7 +595,10 @@ def test_pairs_that_are_used_again_are_moved_by_the_symmetries_of_the_model(monk
                 seen.append(x)
             return self.level * x
 
-    matching, training = Matching(targets="pairs", reuse=2), bf.Training(steps=6, batch_size=8)
+    matching, training = (
+        Matching(targets="pairs", reuse=2),
+        bf.Training(steps=6, batch_size=8),
+    )
     draws = model.sample_prior(50, 1)
     bf.fit_flow(
         model,
@@ -583,15 +612,20 @@ def test_pairs_that_are_used_again_are_moved_by_the_symmetries_of_the_model(monk
     points = torch.cat(seen)
     assert len(points) == 48
     assert len(points.unique(dim=0)) == 48
-    sorted_once = bf.symmetry.sort_units(bf.symmetry.normalise_sign(points, model.spec), model.spec)
+    sorted_once = bf.symmetry.sort_units(
+        bf.symmetry.normalise_sign(points, model.spec), model.spec
+    )
     apart = torch.cdist(sorted_once, sorted_once).fill_diagonal_(torch.inf).min(1).values
     assert float(apart.max()) < 1e-6
 
 
 @pytest.mark.parametrize(
-    ("elements", "count"), [*((2**28, n) for n in (0, 1, 47, 48, 50)), (48 * 4, 7), (1, 7), (1, 6)]
+    ("elements", "count"),
+    [*((2**28, n) for n in (0, 1, 47, 48, 50)), (48 * 4, 7), (1, 7), (1, 6)],
 )
-def test_resuming_in_a_pool_goes_on_where_it_stopped(tmp_path, monkeypatch, elements, count):
+def test_resuming_in_a_pool_goes_on_where_it_stopped(
+    tmp_path, monkeypatch, elements, count
+):
     monkeypatch.setattr("bnnflow.transport.batches._POOL", 16)
     monkeypatch.setattr("bnnflow.transport.batches._ELEMENTS", elements)
     file, seen = tmp_path / "training.npz", []
@@ -632,7 +666,9 @@ def test_drives_make_the_field():
 
 def test_checkpoint_of_another_field_is_refused(tmp_path):
     file = tmp_path / "training.npz"
-    train(small_field(), shifted, checkpoint=file, training=bf.Training(steps=2, batch_size=8))
+    train(
+        small_field(), shifted, checkpoint=file, training=bf.Training(steps=2, batch_size=8)
+    )
     with pytest.raises(ValueError, match="another field"):
         train(
             small_field(3),
@@ -647,7 +683,9 @@ def test_training_stops_when_held_out_draws_do_not_gain():
     few = 0.5 * torch.randn(8, 2, generator=generator(4)) + 2
 
     def memorised(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
-        return torch.randn(n, 2, generator=g), few[torch.randint(len(few), (n,), generator=g)]
+        return torch.randn(n, 2, generator=g), few[
+            torch.randint(len(few), (n,), generator=g)
+        ]
 
     _, info = train(
         small_field(),
@@ -681,7 +719,9 @@ def test_steps_with_infinite_gradients_are_left_out():
         x0, x1 = shifted(n, g)
         return (x0, x1 * math.inf) if len(calls) == 3 else (x0, x1)
 
-    field, info = train(small_field(), sometimes, training=bf.Training(steps=6, batch_size=8))
+    field, info = train(
+        small_field(), sometimes, training=bf.Training(steps=6, batch_size=8)
+    )
     assert info["steps"] == 6
     assert all(bool(parameter.isfinite().all()) for parameter in field.parameters())
 
@@ -711,7 +751,9 @@ def test_fit_flow_takes_path_source_times_and_held_out_draws():
     theta = exact.sample(5, 0).unsqueeze(0)
     weighted = bf.Draws(theta, model.log_joint(theta), log_weights=torch.zeros(1, 5))
     with pytest.raises(ValueError, match="held_out must be draws of equal weights"):
-        bf.fit_flow(model, exact.sample(50, 0), held_out=weighted, training=bf.Training(steps=1))
+        bf.fit_flow(
+            model, exact.sample(50, 0), held_out=weighted, training=bf.Training(steps=1)
+        )
 
 
 def test_two_processes_train_one_field(tmp_path):

@@ -72,10 +72,12 @@ def test_log_prob_survives_where_densities_underflow(regression):
     theta = draws_of(regression)
     means, scales = components(regression, theta)
     far = Y + 200
-    expected = np.logaddexp.reduce(stats.norm.logpdf(far.numpy(), means, scales), 0) - math.log(
-        len(theta)
+    expected = np.logaddexp.reduce(
+        stats.norm.logpdf(far.numpy(), means, scales), 0
+    ) - math.log(len(theta))
+    assert predict(regression, theta, X).log_prob(far).numpy() == pytest.approx(
+        expected, rel=1e-9
     )
-    assert predict(regression, theta, X).log_prob(far).numpy() == pytest.approx(expected, rel=1e-9)
 
 
 def test_law_of_total_variance(regression):
@@ -84,7 +86,9 @@ def test_law_of_total_variance(regression):
     p = predict(regression, theta, X)
     assert p.mean.numpy() == pytest.approx(means.mean(0), abs=1e-12)
     assert p.epistemic.numpy() == pytest.approx(means.std(0), abs=1e-12)
-    assert p.aleatoric.numpy() == pytest.approx(np.sqrt((scales**2).mean(0).repeat(5)), rel=1e-9)
+    assert p.aleatoric.numpy() == pytest.approx(
+        np.sqrt((scales**2).mean(0).repeat(5)), rel=1e-9
+    )
     assert torch.allclose(p.sd**2, p.epistemic**2 + p.aleatoric**2)
 
 
@@ -92,7 +96,9 @@ def test_epistemic_part_of_large_means_keeps_its_digits(regression):
     theta = draws_of(regression)
     theta[:, 1] += 1e7
     means, _ = components(regression, theta)
-    assert predict(regression, theta, X).epistemic.numpy() == pytest.approx(means.std(0), rel=1e-6)
+    assert predict(regression, theta, X).epistemic.numpy() == pytest.approx(
+        means.std(0), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("spread", [1.0, 20.0, 1000.0])
@@ -129,7 +135,8 @@ def test_samples_follow_the_mixture(regression):
 def test_samples_do_not_depend_on_chunks(regression):
     theta = draws_of(regression, 5)
     samples = [
-        predict(regression, theta, X, chunk_size=size).sample(50, seed=3) for size in (1, 4, None)
+        predict(regression, theta, X, chunk_size=size).sample(50, seed=3)
+        for size in (1, 4, None)
     ]
     assert torch.allclose(samples[0], samples[1])
     assert torch.allclose(samples[0], samples[2])
@@ -137,19 +144,28 @@ def test_samples_do_not_depend_on_chunks(regression):
 
 def test_chunks_change_nothing(regression):
     theta = draws_of(regression, 13)
-    whole, pieces = predict(regression, theta, X), predict(regression, theta, X, chunk_size=4)
+    whole, pieces = (
+        predict(regression, theta, X),
+        predict(regression, theta, X, chunk_size=4),
+    )
     for what in ("mean", "sd", "epistemic", "aleatoric"):
         assert torch.allclose(getattr(whole, what), getattr(pieces, what), rtol=1e-10)
     assert torch.allclose(whole.log_prob(Y), pieces.log_prob(Y), rtol=1e-10)
-    assert torch.allclose(whole.quantile([0.1, 0.9]), pieces.quantile([0.1, 0.9]), rtol=1e-8)
+    assert torch.allclose(
+        whole.quantile([0.1, 0.9]), pieces.quantile([0.1, 0.9]), rtol=1e-8
+    )
 
 
 def test_weighted_draws_equal_repeated_draws(regression):
     theta = draws_of(regression, 3)
     repeated = theta[[0, 0, 0, 1]]
-    weights = torch.tensor([3.0, 1.0, 0.0]).log() + 5  # not normalised, one draw of weight zero
+    # not normalised, one draw of weight zero
+    weights = torch.tensor([3.0, 1.0, 0.0]).log() + 5
     chains = Draws(theta[None], torch.zeros(1, 3), log_weights=weights[None])
-    for weighted in (predict(regression, (theta, weights), X), predict(regression, chains, X)):
+    for weighted in (
+        predict(regression, (theta, weights), X),
+        predict(regression, chains, X),
+    ):
         plain = predict(regression, repeated, X)
         for what in ("mean", "sd", "epistemic"):
             assert torch.allclose(getattr(weighted, what), getattr(plain, what))
@@ -291,13 +307,15 @@ def test_crps_of_a_mixture_is_its_integral(spread):
 
     def expected(y, row):
         def absolute(m, s):  # E|N(m, s^2)|
-            return s * math.sqrt(2 / math.pi) * math.exp(-(m**2) / (2 * s**2)) + m * math.erf(
-                m / s / math.sqrt(2)
-            )
+            return s * math.sqrt(2 / math.pi) * math.exp(
+                -(m**2) / (2 * s**2)
+            ) + m * math.erf(m / s / math.sqrt(2))
 
         centre, s = means[:, row], float(scales[0, 0])
         first = np.mean([absolute(m - y, s) for m in centre])
-        second = np.mean([absolute(a - b, s * math.sqrt(2)) for a in centre for b in centre])
+        second = np.mean(
+            [absolute(a - b, s * math.sqrt(2)) for a in centre for b in centre]
+        )
         return first - second / 2
 
     exact = np.mean([expected(float(Y[row]), row) for row in range(5)])
@@ -332,7 +350,9 @@ def test_coverage_of_the_true_model_is_nominal():
     y = p.sample(n, seed=4).diagonal()  # independent rows, each with a draw of its own
     assert stats.kstest(metrics.pit(p, y).numpy(), "uniform").pvalue > 1e-3
     for level in (0.1, 0.5, 0.9):
-        assert abs(metrics.coverage(p, y, level) - level) < 4 * math.sqrt(level * (1 - level) / n)
+        assert abs(metrics.coverage(p, y, level) - level) < 4 * math.sqrt(
+            level * (1 - level) / n
+        )
         low, high = p.interval(level)
         inside = ((y >= low) & (y <= high)).double().mean()
         assert metrics.coverage(p, y, level) == pytest.approx(float(inside), abs=1.01 / n)
@@ -344,7 +364,9 @@ def test_draws_of_a_conjugate_posterior_give_its_predictive_density():
     design = torch.cat([X, torch.ones_like(X)], 1).numpy()
     covariance = np.linalg.inv(design.T @ design / 0.09 + np.eye(2))
     mean = covariance @ design.T @ Y.numpy() / 0.09
-    theta = torch.from_numpy(np.random.default_rng(0).multivariate_normal(mean, covariance, 40_000))
+    theta = torch.from_numpy(
+        np.random.default_rng(0).multivariate_normal(mean, covariance, 40_000)
+    )
     p = predict(model, theta, X)
     sd = np.sqrt((design @ covariance * design).sum(1) + 0.09)
     assert p.log_prob(Y).numpy() == pytest.approx(
@@ -403,13 +425,19 @@ def test_regression_is_not_asked_of_classes(classes):
 
 def test_columns_of_a_frame_are_those_of_training():
     pandas = pytest.importorskip("pandas")
-    frame = pandas.DataFrame(np.random.default_rng(0).normal(size=(9, 2)), columns=["a", "b"])
+    frame = pandas.DataFrame(
+        np.random.default_rng(0).normal(size=(9, 2)), columns=["a", "b"]
+    )
     with torch.random.fork_rng(devices=[]):
         net = nn.Linear(2, 1).double()
-    model = BayesianModel(net, Normal(0.0, 1.0), likelihoods.Gaussian(0.3), frame, frame["a"])
+    model = BayesianModel(
+        net, Normal(0.0, 1.0), likelihoods.Gaussian(0.3), frame, frame["a"]
+    )
     theta = model.sample_prior(3, seed=0)
     right = predict(model, theta, frame).mean
     assert torch.equal(predict(model, theta, frame.to_numpy()).mean, right)
     for wrong in (frame[["b", "a"]], frame.rename(columns={"a": "c"}), frame.assign(c=1.0)):
-        with pytest.raises(ValueError, match="x must have the columns of training, 'a', 'b', got"):
+        with pytest.raises(
+            ValueError, match="x must have the columns of training, 'a', 'b', got"
+        ):
             predict(model, theta, wrong)

@@ -151,14 +151,17 @@ def test_layout_is_weights_then_prior_then_likelihood() -> None:
 @pytest.mark.parametrize("fan_in", [False, True])
 def test_hierarchical_density(fan_in: bool) -> None:
     model = model_of(
-        priors.Hierarchical(td.HalfNormal(torch.tensor(0.8, dtype=F64)), fan_in), learned=False
+        priors.Hierarchical(td.HalfNormal(torch.tensor(0.8, dtype=F64)), fan_in),
+        learned=False,
     )
     theta = points(model, 1)[0]
     params = {name: value.numpy() for name, value in model.spec.unflatten(theta).items()}
     expected = 0.0
     for name in model.spec.network.names:
         shape, log_scale = params[name].shape, float(params[f"prior.log_scale.{name}"][0])
-        scale = math.exp(log_scale) / (math.sqrt(shape[1]) if fan_in and len(shape) > 1 else 1.0)
+        scale = math.exp(log_scale) / (
+            math.sqrt(shape[1]) if fan_in and len(shape) > 1 else 1.0
+        )
         expected += stats.norm.logpdf(params[name], 0, scale).sum()
         expected += stats.halfnorm.logpdf(math.exp(log_scale), scale=0.8) + log_scale
     assert float(model.log_prior(theta)) == pytest.approx(expected, rel=1e-12)
@@ -175,14 +178,17 @@ def test_horseshoe_density(local: Any) -> None:
         if w.ndim == 1:
             expected += stats.norm.logpdf(w, 0, 0.6).sum()
             continue
-        logs = {key: params[f"prior.log_{key}.{name}"] for key in ("global", "local", "slab")}
+        logs = {
+            key: params[f"prior.log_{key}.{name}"] for key in ("global", "local", "slab")
+        }
         tau, lam, c2 = (np.exp(logs[key]) for key in ("global", "local", "slab"))
         assert lam.shape == (w.shape if local == "weight" else (1, w.shape[1]))
         # Piironen & Vehtari (2017), equation 2.8
         regularised = c2 * lam**2 / (c2 + tau**2 * lam**2)
         expected += stats.norm.logpdf(w, 0, tau * np.sqrt(regularised)).sum()
         expected += (
-            stats.halfcauchy.logpdf(tau, scale=0.3).sum() + stats.halfcauchy.logpdf(lam).sum()
+            stats.halfcauchy.logpdf(tau, scale=0.3).sum()
+            + stats.halfcauchy.logpdf(lam).sum()
         )
         expected += stats.invgamma.logpdf(c2, 2.5, scale=2.5 * 1.5**2).sum()
         expected += sum(each.sum() for each in logs.values())
@@ -194,9 +200,9 @@ def test_density_of_a_users_prior() -> None:
     theta = points(model, 1)[0]
     weights, (log_scale, mean) = theta[:-2], theta[-2:]
     scale = log_scale.exp()
-    expected = td.StudentT(5.0, mean, scale).log_prob(weights).sum() + td.Normal(0.0, 0.1).log_prob(
-        mean
-    )
+    expected = td.StudentT(5.0, mean, scale).log_prob(weights).sum() + td.Normal(
+        0.0, 0.1
+    ).log_prob(mean)
     expected += td.Gamma(2.0, 2.0).log_prob(scale) + log_scale
     torch.testing.assert_close(model.log_prior(theta), expected)
 
@@ -204,7 +210,9 @@ def test_density_of_a_users_prior() -> None:
 @pytest.mark.parametrize("source", ["perceptron", "conv"])
 @pytest.mark.parametrize("name", PRIORS)
 def test_gradients_are_those_of_autograd(name: str, source: str) -> None:
-    model = model_of(PRIORS[name], net=conv() if source == "conv" else None, temperature=0.7)
+    model = model_of(
+        PRIORS[name], net=conv() if source == "conv" else None, temperature=0.7
+    )
     theta = points(model, 2, 3)
     value, grad = model.flat_prior.log_prob_and_grad(theta)
     torch.testing.assert_close(value, model.log_prior(theta), rtol=1e-12, atol=1e-12)
@@ -229,7 +237,9 @@ def test_gradient_is_differentiable_again(name: str) -> None:
     leaf = theta.clone().requires_grad_()
     gradient = torch.autograd.grad(prior.log_prob(leaf).sum(), leaf, create_graph=True)[0]
     expected = torch.autograd.grad((gradient * vector).sum(), leaf)[0]
-    found = torch.func.jvp(lambda each: prior.log_prob_and_grad(each)[1], (theta,), (vector,))[1]
+    found = torch.func.jvp(
+        lambda each: prior.log_prob_and_grad(each)[1], (theta,), (vector,)
+    )[1]
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -246,7 +256,8 @@ def test_closed_forms_are_the_generic_ones(name: str, source: str) -> None:
     ):
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
     owner, places, offset = closed.shared
-    padded = torch.cat([theta, torch.zeros(4, 1, dtype=F64)], 1)  # the last for what there is not
+    # the last for what there is not
+    padded = torch.cat([theta, torch.zeros(4, 1, dtype=F64)], 1)
     wide = offset + padded[:, places[:, 0]] + padded[:, places[:, 1]]
     bounded = -0.5 * torch.logaddexp(-padded[:, places[:, 2]], -2 * wide)
     scales = torch.where(places[:, 2] < 0, wide, bounded)[:, owner]
@@ -270,7 +281,9 @@ def test_slopes_of_scale_priors(scale_prior: td.Distribution) -> None:
     theta = points(model, 3)
     value, grad = model.flat_prior.log_prob_and_grad(theta)
     torch.testing.assert_close(value, model.log_prior(theta))
-    torch.testing.assert_close(grad, autograd(model.log_prior, theta), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        grad, autograd(model.log_prior, theta), rtol=1e-10, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("name", PRIORS)
@@ -300,7 +313,9 @@ def test_weights_are_drawn_given_the_parameters(name: str) -> None:
             torch.default_generator.manual_seed(5)
             other = reference.sample((3000,)).reshape(3000, -1)[:, 0]
         assert stats.ks_2samp(values.numpy(), other.numpy()).pvalue > 1e-4
-    given = {e.key: e.value(params[e.name]) for e in model.hyperparameters if e.owner == "prior"}
+    given = {
+        e.key: e.value(params[e.name]) for e in model.hyperparameters if e.owner == "prior"
+    }
     conditional = model.prior.conditional(model.spec.network, given)
     for tensor, law in conditional.items():
         standard = (params[tensor] - law.mean) / law.scale  # a pivot
@@ -324,7 +339,9 @@ def test_hmc_finds_the_scale_of_the_weights() -> None:
     net = built(lambda: nn.Linear(1, 1))
     x = torch.tensor([[1.0], [2.0]], dtype=F64)
     likelihood = likelihoods.Gaussian(1e6)
-    model = BayesianModel(net, priors.Hierarchical(td.LogNormal(0.0, 0.3)), likelihood, x, x)
+    model = BayesianModel(
+        net, priors.Hierarchical(td.LogNormal(0.0, 0.3)), likelihood, x, x
+    )
     draws = sample(model, HMC(), chains=4, warmup=300, draws=1500, seed=0, progress=False)
     logs = draws.flat[:, -2:]
     assert (logs.mean(0).abs() < 0.06).all()
@@ -350,7 +367,9 @@ def test_pyro_sees_the_same_density(name: str, source: str, temperature: float) 
             extra.site: extra.value(params[extra.name]) for extra in model.hyperparameters
         }
 
-    log_jacobian = sum(theta[:, model.spec.slices[extra.name]].sum(-1) for extra in positive)
+    log_jacobian = sum(
+        theta[:, model.spec.slices[extra.name]].sum(-1) for extra in positive
+    )
     for row in range(4):
         trace = poutine.trace(condition(model.to_pyro(), sites(theta[row]))).get_trace()
         torch.testing.assert_close(
@@ -363,7 +382,9 @@ def test_pyro_sees_the_same_density(name: str, source: str, temperature: float) 
 
     trace = poutine.trace(condition(batched, sites(theta))).get_trace()
     trace.compute_log_prob()
-    total = sum(site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample")
+    total = sum(
+        site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample"
+    )
     torch.testing.assert_close(total + log_jacobian, model.log_joint(theta))
 
 
@@ -423,7 +444,9 @@ def test_prior_with_parameters_is_standard_normal_in_its_coordinates(name: str) 
     torch.testing.assert_close(
         prior.log_prob(theta)[0], log_normal[0] - torch.linalg.slogdet(jacobian)[1]
     )
-    torch.testing.assert_close(prior.log_jacobian(theta), prior.log_prob(theta) - log_normal)
+    torch.testing.assert_close(
+        prior.log_jacobian(theta), prior.log_prob(theta) - log_normal
+    )
     v = torch.randn(5, model.dim, generator=generator(1), dtype=F64)
     torch.testing.assert_close(prior.jvp(z, v)[0], jacobian @ v[0])
     torch.testing.assert_close(prior.vjp(z, v)[0], jacobian.T @ v[0])
@@ -434,7 +457,10 @@ def test_prior_with_parameters_is_standard_normal_in_its_coordinates(name: str) 
     expected = torch.func.hessian(lambda at: (prior.from_normal(at) * v[0]).sum())(z[0])
     torch.testing.assert_close(second, expected, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(
-        torch.func.jacfwd(lambda at: prior.vjp(at, v[0]))(z[0]), expected, rtol=1e-6, atol=1e-8
+        torch.func.jacfwd(lambda at: prior.vjp(at, v[0]))(z[0]),
+        expected,
+        rtol=1e-6,
+        atol=1e-8,
     )
 
 
@@ -448,7 +474,11 @@ def test_flow_from_a_prior_with_parameters_has_the_posteriors_gradient_and_its_d
         torch.randn(3, model.dim, generator=generator(), dtype=F64, requires_grad=True),
     )
     theta = model.flat_prior.from_normal(z)
-    u = model.log_joint(theta) - model.flat_prior.log_jacobian(theta) + 0.5 * (z * z).sum(-1)
+    u = (
+        model.log_joint(theta)
+        - model.flat_prior.log_jacobian(theta)
+        + 0.5 * (z * z).sum(-1)
+    )
     (expected,) = torch.autograd.grad(u.sum(), z)
     torch.testing.assert_close(context.grad(z.detach()), expected, rtol=1e-6, atol=1e-7)
     grad, factor = context.at(z.detach()).grad_and_factor()
@@ -496,10 +526,14 @@ def test_transports_from_conditionals_without_inverse_cdf_are_refused() -> None:
 
 TABULATED = {
     "t": td.StudentT(
-        torch.tensor([1.0, 2.5, 30.0, 2.5]), torch.tensor([0.0, -1.0, 2.0, 0.0]), torch.ones(4) / 2
+        torch.tensor([1.0, 2.5, 30.0, 2.5]),
+        torch.tensor([0.0, -1.0, 2.0, 0.0]),
+        torch.ones(4) / 2,
     ),
     "gamma": td.Gamma(torch.tensor([0.3, 2.0, 40.0]), torch.tensor([1.0, 0.1, 7.0])),
-    "invgamma": td.InverseGamma(torch.tensor([0.6, 2.0, 15.0]), torch.tensor([1.0, 3.0, 0.2])),
+    "invgamma": td.InverseGamma(
+        torch.tensor([0.6, 2.0, 15.0]), torch.tensor([1.0, 3.0, 0.2])
+    ),
     "chi2": td.Chi2(torch.tensor([1.0, 5.0, 5.0])),
 }
 
@@ -513,13 +547,18 @@ def test_tabulated_quantiles_are_scipys_in_both_tails(name: str) -> None:
     got = table.from_normal(z)
     value = got if name == "t" else got.exp()
     for i in range(size):
-        shape = (distribution.df if name in ("t", "chi2") else distribution.concentration)[i].item()
+        shape = (distribution.df if name in ("t", "chi2") else distribution.concentration)[
+            i
+        ].item()
         loc, scale = 0.0, 1.0
         if name == "t":
             loc, scale = distribution.loc[i].item(), distribution.scale[i].item()
         elif name != "chi2":
             scale = distribution.rate[i].item() ** (1 if name == "invgamma" else -1)
-        law, p = family(shape, loc=loc, scale=scale), stats.norm.cdf(-np.abs(z[:, i].numpy()))
+        law, p = (
+            family(shape, loc=loc, scale=scale),
+            stats.norm.cdf(-np.abs(z[:, i].numpy())),
+        )
         expected = np.where(z[:, i].numpy() <= 0, law.ppf(p), law.isf(p))
         np.testing.assert_allclose(
             value[:, i].numpy() - loc, expected - loc, rtol=1e-8, atol=1e-9 * scale
@@ -535,7 +574,9 @@ def test_tabulated_quantiles_are_scipys_in_both_tails(name: str) -> None:
 
 
 def test_shapes_whose_quantiles_underflow_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"quantiles of a Gamma prior of shape 0\.01 underflow"):
+    with pytest.raises(
+        ValueError, match=r"quantiles of a Gamma prior of shape 0\.01 underflow"
+    ):
         QuantileTable(td.Gamma(torch.tensor([0.01]), torch.tensor([1.0])))
 
 
@@ -555,7 +596,9 @@ def test_fingerprint_tells_priors_apart() -> None:
     prints = [model_of(prior).fingerprint() for prior in variants]
     assert len(set(prints)) == len(prints)
     single = model_of(priors.Horseshoe(), dtype=torch.float32)
-    assert single.to(dtype=F64).fingerprint() == single.fingerprint() == single.fingerprint()
+    assert (
+        single.to(dtype=F64).fingerprint() == single.fingerprint() == single.fingerprint()
+    )
 
 
 @pytest.mark.parametrize("name", PRIORS)
@@ -625,7 +668,11 @@ class Unlabelled:
     name: str = "scale"
 
     def parameters(self, spec: WeightSpec) -> dict[str, td.Distribution]:
-        return {self.name: td.HalfNormal(torch.linspace(1, 2, 4) if self.uneven else torch.ones(4))}
+        return {
+            self.name: td.HalfNormal(
+                torch.linspace(1, 2, 4) if self.uneven else torch.ones(4)
+            )
+        }
 
     def conditional(
         self, spec: WeightSpec, parameters: dict[str, Tensor]
@@ -639,7 +686,10 @@ def test_scales_that_do_not_move_with_the_units_shrink_the_group() -> None:
         model = model_of(prior)
         assert model.symmetries().permutation == {"h2"}
         assert model.symmetries().sign == {"h1", "h2"}
-    assert model_of(Unlabelled(name="scale.0.bias")).symmetries().permutation == {"h1", "h2"}
+    assert model_of(Unlabelled(name="scale.0.bias")).symmetries().permutation == {
+        "h1",
+        "h2",
+    }
 
 
 def test_local_scales_follow_their_units() -> None:
@@ -651,7 +701,9 @@ def test_local_scales_follow_their_units() -> None:
     assert torch.equal(
         after["prior.log_local.2.weight"], before["prior.log_local.2.weight"][..., perm]
     )
-    assert torch.equal(after["prior.log_global.2.weight"], before["prior.log_global.2.weight"])
+    assert torch.equal(
+        after["prior.log_global.2.weight"], before["prior.log_global.2.weight"]
+    )
     flipped = model.spec.unflatten(
         model.spec.flip(theta, {"h1": torch.tensor([1.0, -1.0, 1.0, -1.0])})
     )
@@ -682,7 +734,10 @@ def test_empirical_moments_of_a_network() -> None:
     for name, law in model.prior.distributions(spec).items():
         values = dict(net.named_parameters())[name].detach()
         if values.numel() == 1:
-            assert (float(law.loc), float(law.scale)) == (0, pytest.approx(float(values.abs())))
+            assert (float(law.loc), float(law.scale)) == (
+                0,
+                pytest.approx(float(values.abs())),
+            )
         else:
             torch.testing.assert_close(law.loc, values.mean())
             torch.testing.assert_close(law.scale, values.std(correction=0))
@@ -709,7 +764,9 @@ def test_empirical_moments_of_draws() -> None:
     assert not priors.Empirical(theta, per="weight").symmetries(spec).permutation
     around_zero = priors.Empirical(theta, zero_mean=True)
     for name, law in around_zero.distributions(spec).items():
-        torch.testing.assert_close(law.scale, flat[:, spec.slices[name]].square().mean().sqrt())
+        torch.testing.assert_close(
+            law.scale, flat[:, spec.slices[name]].square().mean().sqrt()
+        )
     assert around_zero.symmetries(spec).sign == {"h1", "h2"}
 
 
@@ -728,10 +785,13 @@ def test_empirical_from_files(tmp_path: Path) -> None:
             torch.testing.assert_close(law.loc, expected[name].loc)
             torch.testing.assert_close(law.scale, expected[name].scale)
     with pytest.raises(
-        ValueError, match=r"have 32 entries, the network 31; .* say how many with extras=, got 0"
+        ValueError,
+        match=r"have 32 entries, the network 31; .* say how many with extras=, got 0",
     ):
         model_of(priors.Empirical.from_file(path))
-    weighted = Draws(with_extra, torch.zeros(1, 1, dtype=F64), log_weights=torch.zeros(1, 1))
+    weighted = Draws(
+        with_extra, torch.zeros(1, 1, dtype=F64), log_weights=torch.zeros(1, 1)
+    )
     with pytest.raises(ValueError, match="weighted draws; resample"):
         priors.Empirical.from_file(weighted.save(tmp_path / "weighted.npz"))
 
@@ -741,7 +801,9 @@ class Malicious:
         return (Path.touch, (Path("executed"),))
 
 
-def test_files_of_weights_execute_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_weights_execute_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"0.weight": Malicious()}, "bad.pt")
     with pytest.raises(ValueError, match="no file of weights"):
@@ -772,7 +834,9 @@ class Broken:
     def conditional(
         self, spec: WeightSpec, parameters: dict[str, Tensor]
     ) -> dict[str, td.Distribution]:
-        return dict.fromkeys(spec.names, td.Normal(0.0, 1.0)) | self.given(parameters["scale"])
+        return dict.fromkeys(spec.names, td.Normal(0.0, 1.0)) | self.given(
+            parameters["scale"]
+        )
 
 
 @dataclass(frozen=True)
@@ -807,13 +871,19 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "nothing to infer": (NoParameters, "NoParameters has no parameters to infer"),
     "half a prior": (Half, "prior must be a Prior"),
-    "bounded scale": (lambda: priors.Hierarchical(td.Uniform(0.0, 1.0)), "must have the real line"),
+    "bounded scale": (
+        lambda: priors.Hierarchical(td.Uniform(0.0, 1.0)),
+        "must have the real line",
+    ),
     "no weights": (lambda: priors.Empirical({}), r"lack \['0.weight'"),
     "wrong shapes": (
         lambda: priors.Empirical(built(lambda: nn.Sequential(*[nn.Linear(3, 3)] * 5))),
         r"the trained 0.weight is \(3, 3\), the network's \(4, 2\)",
     ),
-    "NaN": (lambda: priors.Empirical(torch.full((31,), math.nan)), "weights has NaN or infinite"),
+    "NaN": (
+        lambda: priors.Empirical(torch.full((31,), math.nan)),
+        "weights has NaN or infinite",
+    ),
     "one network per weight": (
         lambda: priors.Empirical(torch.zeros(31), per="weight"),
         "no spread of each weight",
@@ -824,7 +894,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "min_scale must be positive",
     ),
     "global scale": (lambda: priors.Horseshoe(0.0), "global_scale must be positive"),
-    "local": (lambda: priors.Horseshoe(local="layer"), "local must be one of 'unit', 'weight'"),  # type: ignore[arg-type]
+    "local": (
+        lambda: priors.Horseshoe(local="layer"),
+        "local must be one of 'unit', 'weight'",
+    ),  # type: ignore[arg-type]
 }
 
 

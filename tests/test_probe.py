@@ -181,8 +181,14 @@ def straightened():
 
 REFUSED = {
     "centred": (lambda: around(lambda h: h - h.mean(0)), r"'1' \(Applied\).*other rows"),
-    "softmax over rows": (lambda: around(lambda h: h.softmax(0)), r"'1' \(Applied\).*other rows"),
-    "number of rows": (lambda: around(lambda h: h * len(h)), r"'1' \(Applied\).*other rows"),
+    "softmax over rows": (
+        lambda: around(lambda h: h.softmax(0)),
+        r"'1' \(Applied\).*other rows",
+    ),
+    "number of rows": (
+        lambda: around(lambda h: h * len(h)),
+        r"'1' \(Applied\).*other rows",
+    ),
     "place of a row": (
         lambda: around(lambda h: h + torch.arange(len(h))[:, None]),
         r"'1' \(Applied\).*other rows",
@@ -205,7 +211,10 @@ REFUSED = {
         r"the forward of the network \(Root\).*other",
     ),
     "dropout": (lambda: around(F.dropout), r"'1' \(Applied\) is random"),
-    "noise": (lambda: around(lambda h: h + torch.randn_like(h)), r"'1' \(Applied\) is random"),
+    "noise": (
+        lambda: around(lambda h: h + torch.randn_like(h)),
+        r"'1' \(Applied\) is random",
+    ),
     "counter": (Counter, r"\(Counter\).*how often it was called"),
     "running mean": (Buffered, "'mean' is written by the forward pass"),
     "clamped weights": (Clamped, "'linear.weight' is written by the forward pass"),
@@ -214,7 +223,9 @@ REFUSED = {
         r"the forward of the network \(Root\) writes to the inputs",
     ),
     "relu in place": (
-        lambda: nn.Sequential(nn.ReLU(inplace=True), nn.BatchNorm1d(3).eval(), nn.Linear(3, 1)),
+        lambda: nn.Sequential(
+            nn.ReLU(inplace=True), nn.BatchNorm1d(3).eval(), nn.Linear(3, 1)
+        ),
         r"'0' \(ReLU\) writes to the inputs",
     ),
     "straight through": (straightened, "gradient by '0.*' is not the derivative"),
@@ -253,7 +264,10 @@ REFUSED = {
         lambda: nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1).double()),
         "one floating-point type",
     ),
-    "complex weights": (lambda: nn.Linear(3, 1, dtype=torch.complex64), "one floating-point type"),
+    "complex weights": (
+        lambda: nn.Linear(3, 1, dtype=torch.complex64),
+        "one floating-point type",
+    ),
     "squeezed": (
         lambda: nn.Sequential(nn.Linear(3, 1), nn.LayerNorm(1), Applied(torch.squeeze)),
         "must map",
@@ -280,7 +294,10 @@ def test_what_is_no_function_of_single_rows_is_refused_by_name(name, seeded, dat
 
 
 TORCHS = {
-    "padded": (lambda: nn.Embedding(5, 2, padding_idx=0), r"'0' \(Embedding\) has padding_idx=0"),
+    "padded": (
+        lambda: nn.Embedding(5, 2, padding_idx=0),
+        r"'0' \(Embedding\) has padding_idx=0",
+    ),
     "padded bag": (
         lambda: nn.EmbeddingBag(5, 2, padding_idx=0),
         r"\(EmbeddingBag\) has padding_idx=0",
@@ -298,7 +315,10 @@ TORCHS = {
         lambda: nn.MultiheadAttention(4, 2, dropout=0.1),
         r"\(MultiheadAttention\) is random",
     ),
-    "encoder in training": (lambda: nn.TransformerEncoderLayer(4, 2), "is random in training"),
+    "encoder in training": (
+        lambda: nn.TransformerEncoderLayer(4, 2),
+        "is random in training",
+    ),
 }
 
 
@@ -408,7 +428,9 @@ def test_attention_in_evaluation_is_inferred(make, seeded):
     with seeded(0):
         net = make().eval()
     x = torch.randn(6, 5, 3, generator=generator())
-    model = bf.BayesianModel(net, priors.Normal(0.3), likelihoods.Gaussian(0.3), x, x.sum((1, 2)))
+    model = bf.BayesianModel(
+        net, priors.Normal(0.3), likelihoods.Gaussian(0.3), x, x.sum((1, 2))
+    )
     theta = model.sample_prior(3, seed=0)
     with torch.no_grad():
         expected = torch.stack([model.network_at(each)(x) for each in theta])
@@ -430,7 +452,8 @@ def test_attention_that_takes_rows_for_a_sequence_is_refused(seeded):
         net = Attention().eval()
     x = torch.randn(6, 5, 3, generator=generator())
     with pytest.raises(
-        ValueError, match=r"'attention' \(MultiheadAttention\).*other rows.*batch_first=True"
+        ValueError,
+        match=r"'attention' \(MultiheadAttention\).*other rows.*batch_first=True",
     ):
         bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(), x, x.sum((1, 2)))
 
@@ -453,10 +476,14 @@ def test_a_loop_of_linear_layers_is_the_way_out_for_recurrent_networks(seeded):
     with seeded(0):
         net = Elman()
     x = torch.randn(6, 5, 3, generator=generator())
-    model = bf.BayesianModel(net, priors.Normal(0.3), likelihoods.Gaussian(0.3), x, x.sum((1, 2)))
+    model = bf.BayesianModel(
+        net, priors.Normal(0.3), likelihoods.Gaussian(0.3), x, x.sum((1, 2))
+    )
     theta = model.sample_prior(2, seed=0)
     expected = torch.stack([model.network_at(each)(x) for each in theta])
-    torch.testing.assert_close(model.outputs(theta), expected.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model.outputs(theta), expected.detach(), rtol=1e-4, atol=1e-5
+    )
     mapped = torch.func.jvp(model.log_joint, (theta,), (torch.ones_like(theta),))[1]
     torch.testing.assert_close(
         mapped, model.log_joint_and_grad(theta)[1].sum(1).double(), rtol=1e-3, atol=1e-3
@@ -501,7 +528,10 @@ def squares(r):
 
 
 LIKELIHOODS = {
-    "not summed over outputs": (lambda: Own(lambda r, o, y: r.square()), "a number for every row"),
+    "not summed over outputs": (
+        lambda: Own(lambda r, o, y: r.square()),
+        "a number for every row",
+    ),
     "summed over rows": (
         lambda: Own(lambda r, o, y: r.square().sum((-1, -2))),
         "a number for every row",

@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_readme_program_runs_as_printed(tmp_path):
-    _, program = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    _, program = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
     assert len([line for line in program.splitlines() if line.strip()]) <= 11
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -38,7 +40,9 @@ def test_readme_program_runs_as_printed(tmp_path):
 
 
 def test_readme_goes_from_a_table_to_intervals_in_six_lines():
-    program, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    program, _ = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
     assert len([line for line in program.splitlines() if line.strip()]) <= 6
     X, y = load_diabetes(return_X_y=True, as_frame=True)
     X["sex"] = np.where(X["sex"] > 0, "a", "b")
@@ -139,7 +143,9 @@ def blocks_of(page: str) -> list[str]:
 
 def test_programs_of_the_extending_page_run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(program_of("extending.md"), "extending.md", "exec"), {"__name__": __name__})
+    exec(
+        compile(program_of("extending.md"), "extending.md", "exec"), {"__name__": __name__}
+    )
     acceptance, noise, log_q = capsys.readouterr().out.splitlines()
     assert 0.5 < float(acceptance.split()[1]) < 1
     assert 0.05 < float(noise.split()[1]) < 1
@@ -147,7 +153,9 @@ def test_programs_of_the_extending_page_run(capsys, tmp_path, monkeypatch):
 
 
 def test_each_program_of_ones_own_has_fewer_than_thirty_lines():
-    setting, sampler, taken, likelihood, field = map(str.splitlines, blocks_of("extending.md"))
+    setting, sampler, taken, likelihood, field = map(
+        str.splitlines, blocks_of("extending.md")
+    )
     for program in (setting, sampler + taken, likelihood, field):
         assert len([line for line in program if line.strip()]) < 30
 
@@ -156,7 +164,9 @@ def test_each_program_of_ones_own_has_fewer_than_thirty_lines():
 
 
 def generator_of_the_reference() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_api", ROOT / "docs" / "generate_api.py")
+    spec = importlib.util.spec_from_file_location(
+        "generate_api", ROOT / "docs" / "generate_api.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -170,12 +180,18 @@ def test_the_reference_has_every_public_name():
         assert package.__name__ in reference
         names = {f"{package.__name__}.{name}" for name in package.__all__}
         assert {name for name in names if id(value_of(name)) not in shown} == set()
-    assert {name for name in bf.__all__ if id(getattr(bf, name)) not in shown} == {"__version__"}
+    assert {name for name in bf.__all__ if id(getattr(bf, name)) not in shown} == {
+        "__version__"
+    }
 
 
 def value_of(path: str) -> object:
     head, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(head), name) if head else importlib.import_module(path)
+    return (
+        getattr(importlib.import_module(head), name)
+        if head
+        else importlib.import_module(path)
+    )
 
 
 def test_packages_of_the_reference_come_after_those_that_they_import():
@@ -188,7 +204,11 @@ def test_packages_of_the_reference_come_after_those_that_they_import():
         assert not generator.imported_by(name) & later
 
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -206,4 +226,7 @@ def test_relative_links_lead_somewhere(page):
 
 def anchors_of(file: Path) -> set[str]:
     titles = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
-    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
+    return {
+        re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower())
+        for title in titles
+    }

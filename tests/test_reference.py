@@ -14,7 +14,9 @@ from bnnflow.transport import Solver
 
 FOLDER = Path(os.environ.get("BNNFLOW_DATA", "nowhere")) / "reference"
 REFERENCE = FOLDER / "iris.npz"
-needs_reference = pytest.mark.skipif(not REFERENCE.is_file(), reason="no reference posterior")
+needs_reference = pytest.mark.skipif(
+    not REFERENCE.is_file(), reason="no reference posterior"
+)
 long = pytest.mark.validate
 
 
@@ -35,7 +37,13 @@ def iris():
         perceptron(4, 16, 3), bf.priors.Normal(1.0), likelihood, file["Xtr"], file["ytr"]
     )
     draws = bf.sample(model, bf.HMC(), chains=32, warmup=300, draws=300, seed=0)
-    return model, torch.as_tensor(file["Xte"]).float(), torch.as_tensor(file["yte"]), draws, file
+    return (
+        model,
+        torch.as_tensor(file["Xte"]).float(),
+        torch.as_tensor(file["yte"]),
+        draws,
+        file,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +54,17 @@ def yacht():
     model = bf.BayesianModel(
         perceptron(6, 50, 1), bf.priors.Normal(1.0), likelihood, file["Xtr"], file["ytr"]
     )
-    return model, torch.as_tensor(file["Xte"]).float(), torch.as_tensor(file["yte"]).float(), file
+    return (
+        model,
+        torch.as_tensor(file["Xte"]).float(),
+        torch.as_tensor(file["yte"]).float(),
+        file,
+    )
 
 
-def agrees(values: np.ndarray, weights: np.ndarray, mean: np.ndarray, sd: np.ndarray) -> None:
+def agrees(
+    values: np.ndarray, weights: np.ndarray, mean: np.ndarray, sd: np.ndarray
+) -> None:
     """Compare weighted predictions ``(draw, ...)`` with a reference: means in its sds, and sds."""
     weights = weights.reshape(-1, *[1] * mean.ndim)
     found = (weights * values).sum(0)
@@ -100,7 +115,9 @@ def test_engines_agree_with_the_reference_on_iris(method, sizes, iris):
     ("method", "sizes"),
     [
         pytest.param(bf.MCLMC(), {"chains": 16, "warmup": 500, "draws": 800}, id="MCLMC"),
-        pytest.param(bf.HMC(), {"chains": 16, "warmup": 500, "draws": 300}, id="HMC", marks=long),
+        pytest.param(
+            bf.HMC(), {"chains": 16, "warmup": 500, "draws": 300}, id="HMC", marks=long
+        ),
         pytest.param(
             bf.AdjustedMCLMC(),
             {"chains": 16, "warmup": 500, "draws": 300},
@@ -144,10 +161,17 @@ def relu_iris() -> tuple[bf.BayesianModel, torch.Tensor]:
     """Return a network of 1,315 weights whose gradient jumps."""
     file = np.load(REFERENCE)
     with torch.random.fork_rng(devices=[]):
-        layers = [torch.nn.Linear(4, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32), torch.nn.ReLU()]
+        layers = [
+            torch.nn.Linear(4, 32),
+            torch.nn.ReLU(),
+            torch.nn.Linear(32, 32),
+            torch.nn.ReLU(),
+        ]
         net = torch.nn.Sequential(*layers, torch.nn.Linear(32, 3))
     likelihood = bf.likelihoods.Categorical()
-    model = bf.BayesianModel(net, bf.priors.Normal(1.0), likelihood, file["Xtr"], file["ytr"])
+    model = bf.BayesianModel(
+        net, bf.priors.Normal(1.0), likelihood, file["Xtr"], file["ytr"]
+    )
     return model, torch.as_tensor(file["Xte"]).float()
 
 
@@ -157,7 +181,9 @@ def few_rows() -> tuple[bf.BayesianModel, torch.Tensor]:
     x = torch.randn(40, 8, generator=generator)
     y = (x[:, :1] * x[:, 1:2]).tanh() + 0.1 * torch.randn(40, 1, generator=generator)
     with torch.random.fork_rng(devices=[]):
-        net = torch.nn.Sequential(torch.nn.Linear(8, 50), torch.nn.ReLU(), torch.nn.Linear(50, 1))
+        net = torch.nn.Sequential(
+            torch.nn.Linear(8, 50), torch.nn.ReLU(), torch.nn.Linear(50, 1)
+        )
     model = bf.BayesianModel(
         net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.3), x[:20], y[:20]
     )
@@ -165,7 +191,9 @@ def few_rows() -> tuple[bf.BayesianModel, torch.Tensor]:
 
 
 @pytest.mark.validate
-@pytest.mark.parametrize("problem", [pytest.param(relu_iris, marks=needs_reference), few_rows])
+@pytest.mark.parametrize(
+    "problem", [pytest.param(relu_iris, marks=needs_reference), few_rows]
+)
 def test_default_engines_agree_beyond_the_references(problem):
     """Predictive means in posterior sds, the width of the log joint, and what MCLMC says of its own
     errors.
@@ -229,7 +257,11 @@ def test_trained_flow_reaches_the_reference(iris):
 def test_trained_density_is_right_to_a_twentieth_of_a_nat(velocity, steps, seeded):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(30, 3, generator=generator)
-    y = x @ torch.tensor([1.0, -2.0, 0.5]) + 0.3 + 0.5 * torch.randn(30, generator=generator)
+    y = (
+        x @ torch.tensor([1.0, -2.0, 0.5])
+        + 0.3
+        + 0.5 * torch.randn(30, generator=generator)
+    )
     with seeded(0):
         net = torch.nn.Linear(3, 1)
     model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.5), x, y)

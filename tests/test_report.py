@@ -47,7 +47,9 @@ def make_model(kind, features=2, hidden=3):
 
 def test_data(model):
     x = torch.randn(N_TEST, model.x.shape[1], generator=generator(2))
-    return x, torch.arange(N_TEST) % 3 if model.likelihood.kind == "classification" else x.sum(1)
+    return x, torch.arange(
+        N_TEST
+    ) % 3 if model.likelihood.kind == "classification" else x.sum(1)
 
 
 test_data.__test__ = False  # type: ignore[attr-defined]
@@ -133,7 +135,9 @@ def test_slow_chains_are_told_how_many_draws_they_need(model):
     assert re.search(r"take about \d+ times as many draws", str(d))
 
 
-@pytest.mark.parametrize(("share", "verdict"), [(0.005, "trust with care"), (0.2, "do not trust")])
+@pytest.mark.parametrize(
+    ("share", "verdict"), [(0.005, "trust with care"), (0.2, "do not trust")]
+)
 def test_divergences_count(model, share, verdict):
     draws = chains(model, draws=400)
     draws.stats["diverging"][:, : int(400 * share)] = True
@@ -185,7 +189,11 @@ def test_chains_without_an_accept_step_are_trusted_with_care_at_most(model):
     d = diagnose(model, draws)
     assert d.verdict == "trust with care"
     assert "no accept step" in str(d)
-    for temperature, advice in ((1.05, None), (0.3, "run longer"), (1.6, "smaller step size")):
+    for temperature, advice in (
+        (1.05, None),
+        (0.3, "run longer"),
+        (1.6, "smaller step size"),
+    ):
         draws.stats["configurational_temperature"] = torch.full((4, 400), temperature)
         d = diagnose(model, draws)
         assert d.temperature == pytest.approx(temperature)
@@ -251,7 +259,9 @@ def test_arviz_has_every_group_with_named_axes(model):
     assert posterior["2.weight"].dims[3] == "h1"
     assert posterior["0.weight"].shape == (4, 20, 3, 2)
     assert np.array_equal(posterior["0.bias"], model.spec.unflatten(draws.theta)["0.bias"])
-    assert {"lp", "energy", "diverging", "acceptance_rate"} <= set(data["sample_stats"].data_vars)
+    assert {"lp", "energy", "diverging", "acceptance_rate"} <= set(
+        data["sample_stats"].data_vars
+    )
     assert np.allclose(data["sample_stats"]["lp"], draws.log_joint)
     expected = model.pointwise_log_likelihood(draws.theta)
     assert np.allclose(data["log_likelihood"]["y"], expected, atol=1e-5)
@@ -286,7 +296,9 @@ def test_arviz_gets_its_own_container(model):
     import xarray
 
     data = to_arviz(model, chains(model, draws=10))
-    assert isinstance(data, xarray.DataTree if is_datatree() else import_arviz().InferenceData)
+    assert isinstance(
+        data, xarray.DataTree if is_datatree() else import_arviz().InferenceData
+    )
     assert groups(data) == {
         "posterior",
         "sample_stats",
@@ -335,9 +347,9 @@ def test_copies_of_weighted_draws_do_not_count_twice(model):
     draws = weighted(model)
     few = torch.full_like(draws.log_weights, -20.0)
     few[:, ::4] = 0.0
-    first = to_arviz(model, replace(draws, log_weights=few))["posterior"]["0.weight"].to_numpy()[
-        ..., 0, 0
-    ]
+    first = to_arviz(model, replace(draws, log_weights=few))["posterior"][
+        "0.weight"
+    ].to_numpy()[..., 0, 0]
     assert ess(first, "mean") < 0.35 * first.size
 
 
@@ -352,7 +364,9 @@ def weighted(model, shift: float = 0.0) -> Draws:
     theta = model.sample_prior(4000, seed=3).reshape(4, 1000, model.dim)
     log_weights = (shift * theta[..., 0]).double()
     diverging = torch.zeros(4, 1000, dtype=torch.bool)
-    return Draws(theta, model.log_joint(theta), {"diverging": diverging}, log_weights=log_weights)
+    return Draws(
+        theta, model.log_joint(theta), {"diverging": diverging}, log_weights=log_weights
+    )
 
 
 @pytest.mark.parametrize("as_array", [np.asarray, list, lambda values: values.float()])
@@ -365,7 +379,9 @@ def test_the_report_weighs_draws_whatever_holds_the_weights(model, as_array):
         "other": (theta.numpy(), as_array(log_weights)),
         "none": theta,
     }
-    tensor, other, none = (row["lppd"] for row in report(model, forms, x, y, path=None).table)
+    tensor, other, none = (
+        row["lppd"] for row in report(model, forms, x, y, path=None).table
+    )
     assert other == pytest.approx(tensor, rel=1e-6)
     assert none != pytest.approx(tensor, rel=1e-3)
 
@@ -421,7 +437,9 @@ def methods(model):
             theta[None], model.log_joint(theta)[None], info={"method": "VI", "seconds": 1.0}
         ),
         "ensemble": Draws(
-            theta[None, :10], model.log_joint(theta[:10])[None], info={"method": "DeepEnsemble"}
+            theta[None, :10],
+            model.log_joint(theta[:10])[None],
+            info={"method": "DeepEnsemble"},
         ),
         "prior $x$": theta,
         "weighted": (theta, torch.zeros(60)),
@@ -434,7 +452,9 @@ def made(model, tmp_path_factory):
     x, y = test_data(model)
     path = tmp_path_factory.mktemp("report") / "new" / "report.html"
     before = dict(matplotlib.rcParams)
-    result = report(model, methods(model), x, y, path, title="A <title>", seconds={"Gaussian": 0.5})
+    result = report(
+        model, methods(model), x, y, path, title="A <title>", seconds={"Gaussian": 0.5}
+    )
     assert dict(matplotlib.rcParams) == before
     return result, path.read_text(encoding="utf-8")
 
@@ -445,15 +465,23 @@ def test_the_page_is_whole_and_needs_nothing_else(made):
     assert result.path is not None
     assert page.tags.count("svg") == page.tags.count("figure") == 2
     labels = [
-        value for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"
+        value
+        for tag, name, value in page.attributes
+        if tag == "svg" and name == "aria-label"
     ]
     assert all("HMC" in label and "VI <b>&" in label for label in labels)
     ids = [value for _, name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
-    targets = {value[1:] for _, name, value in page.attributes if name in {"href", "xlink:href"}}
+    targets = {
+        value[1:] for _, name, value in page.attributes if name in {"href", "xlink:href"}
+    }
     assert targets <= set(ids)
     assert page.tags.count("table") == page.tags.count("caption")
-    assert [tag for tag in page.tags if tag in {"h1", "h2", "h3", "h4"}][:3] == ["h1", "h2", "h3"]
+    assert [tag for tag in page.tags if tag in {"h1", "h2", "h3", "h4"}][:3] == [
+        "h1",
+        "h2",
+        "h3",
+    ]
 
 
 def test_labels_are_escaped_and_every_method_is_there(made, model):
@@ -479,7 +507,9 @@ def test_the_table_holds_the_metrics(made, model):
         assert rows["HMC"]["crps"] == pytest.approx(metrics.crps(p, y))
         assert rows["HMC"]["coverage_90"] == pytest.approx(metrics.coverage(p, y, 0.9))
     draws = methods(model)["HMC"]
-    assert rows["HMC"]["log_joint"] == pytest.approx(float(draws.log_joint.mean()), rel=1e-5)
+    assert rows["HMC"]["log_joint"] == pytest.approx(
+        float(draws.log_joint.mean()), rel=1e-5
+    )
     assert rows["HMC"]["log_likelihood"] == pytest.approx(
         float(model.log_likelihood(draws.flat).mean()), rel=1e-5
     )
@@ -496,7 +526,9 @@ def test_directions_that_the_inputs_say_nothing_of_are_seen_in_the_prior() -> No
     """
     x = normal(2, 4, seed=1)
     net = built(lambda: torch.nn.Linear(4, 1))
-    model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.1), x, x.sum(1))
+    model = bf.BayesianModel(
+        net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.1), x, x.sum(1)
+    )
     design = torch.cat([x, torch.ones(2, 1, dtype=torch.float64)], 1)
     seen = torch.linalg.pinv(design) @ design  # the projection to what the rows decide
     exact = chains(model, spread=0.0)
@@ -516,8 +548,12 @@ def test_equal_methods_are_marked_alike_and_beaten_ones_are_not(model):
     x, y = test_data(model)
     theta = chains(model, draws=400, spread=0.1).flat
     worse = 30 * model.sample_prior(1, seed=1)
-    assert report(model, chains(model, draws=50), x, y, path=None).table[0]["method"] == "HMC"
-    table = report(model, {"a": theta, "b": theta.clone(), "c": worse}, x, y, path=None).table
+    assert (
+        report(model, chains(model, draws=50), x, y, path=None).table[0]["method"] == "HMC"
+    )
+    table = report(
+        model, {"a": theta, "b": theta.clone(), "c": worse}, x, y, path=None
+    ).table
     assert table[0]["best"] == table[1]["best"]
     assert "lppd" in table[0]["best"]
     assert "lppd" not in table[2]["best"]
@@ -538,7 +574,9 @@ def test_the_reference_is_the_exact_sampler_that_converged(model):
     assert alone.reference is None
     assert "has not converged" in alone.headline
     nothing = (
-        report(model, {"a": good.flat, "b": stuck.flat}, x, y, path=None).sections[0].comparison
+        report(model, {"a": good.flat, "b": stuck.flat}, x, y, path=None)
+        .sections[0]
+        .comparison
     )
     assert "no exact sampler" in nothing.headline
 
@@ -550,7 +588,8 @@ def test_the_terminal_shows_an_aligned_table(made):
     assert {"method", "LPPD", "verdict"} <= set(lines[start].split())
     column = lines[start].index("verdict")
     assert all(
-        line[column - 1] == " " and line[column] != " " for line in lines[start + 1 : start + 8]
+        line[column - 1] == " " and line[column] != " "
+        for line in lines[start + 1 : start + 8]
     )
 
 
@@ -560,14 +599,24 @@ def test_several_experiments_in_one_file(tmp_path):
         model = make_model(kind, features)
         x, y = test_data(model)
         parts.append(
-            report(model, {"only": chains(model, draws=50)}, x, y, path=None, title=f"about {kind}")
+            report(
+                model,
+                {"only": chains(model, draws=50)},
+                x,
+                y,
+                path=None,
+                title=f"about {kind}",
+            )
         )
         assert parts[-1].path is None
     both = Report.combine(parts, tmp_path / "both.html", title="Both")
     page = stands_alone((tmp_path / "both.html").read_text(encoding="utf-8"))
     ids = [value for _, name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
-    assert [row["experiment"] for row in both.table] == ["about classification", "about regression"]
+    assert [row["experiment"] for row in both.table] == [
+        "about classification",
+        "about regression",
+    ]
     assert "about regression" in str(both)
     with pytest.raises(ValueError, match="no reports"):
         Report.combine([], tmp_path / "none.html")
@@ -590,7 +639,9 @@ def test_several_experiments_in_one_file(tmp_path):
 def test_bad_input_is_refused_before_any_work(change, message, monkeypatch):
     model = make_model("regression")
     x, y = test_data(model)
-    monkeypatch.setattr("bnnflow.report.html.compare", lambda *_: pytest.fail("work has started"))
+    monkeypatch.setattr(
+        "bnnflow.report.html.compare", lambda *_: pytest.fail("work has started")
+    )
     arguments = {
         "results": {"a": torch.zeros(2, model.dim)},
         "x_test": x,
@@ -624,7 +675,9 @@ def test_bands_cover_what_they_should(model):
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 8])
 def test_figures_come_out_for_any_number_of_methods(model, count):
     x, y = test_data(model)
-    predictions = {f"m{i}": predict(model, model.sample_prior(20, seed=i), x) for i in range(count)}
+    predictions = {
+        f"m{i}": predict(model, model.sample_prior(20, seed=i), x) for i in range(count)
+    }
     before = dict(matplotlib.rcParams)
     for figure in (plots.reliability(predictions, y), plots.predictive(predictions, y)):
         shown = [ax for ax in figure.axes if ax.get_visible()]

@@ -81,7 +81,9 @@ def cut(target: bf.BayesianModel, at: int) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=names)
-def test_a_run_that_was_cut_goes_on_bit_for_bit(method, tmp_path: Path, monkeypatch) -> None:
+def test_a_run_that_was_cut_goes_on_bit_for_bit(
+    method, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setattr(checkpoint, "SECONDS", 0.0)  # a state after every step
     whole = bf.sample(model(), method, seed=3, **sizes(method))
     calls = [0]
@@ -99,7 +101,9 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(method, tmp_path: Path, monkeypa
         target = model()
         cut(target, max(1, int(part * calls[0])))
         with pytest.raises(PowerCut):
-            bf.sample(target, method, seed=3, checkpoint=tmp_path / str(part), **sizes(method))
+            bf.sample(
+                target, method, seed=3, checkpoint=tmp_path / str(part), **sizes(method)
+            )
         resumed = bf.sample(
             model(),
             method,
@@ -126,7 +130,10 @@ def test_what_a_dying_process_appended_is_cut_off(tmp_path: Path, monkeypatch) -
         with path.open("ab") as file:
             file.write(b"half a draw")
     same(
-        bf.sample(model(), seed=1, checkpoint=bf.Checkpoint(tmp_path, resume=True), **SIZES), whole
+        bf.sample(
+            model(), seed=1, checkpoint=bf.Checkpoint(tmp_path, resume=True), **SIZES
+        ),
+        whole,
     )
 
 
@@ -144,7 +151,10 @@ def test_a_finished_run_is_extended(tmp_path: Path) -> None:
     )
     assert torch.equal(first.theta, whole.theta[:, :30])
     shorter = bf.sample(
-        model(), seed=1, checkpoint=bf.Checkpoint(tmp_path, resume=True), **SIZES | {"draws": 20}
+        model(),
+        seed=1,
+        checkpoint=bf.Checkpoint(tmp_path, resume=True),
+        **SIZES | {"draws": 20},
     )
     assert torch.equal(shorter.theta, whole.theta[:, :20])
 
@@ -245,7 +255,8 @@ def test_a_run_has_its_folder_to_itself(tmp_path: Path, monkeypatch) -> None:
     def meanwhile(*arguments, **options):
         if not found and (tmp_path / "run" / "rank-0" / "theta.bin").is_file():
             with pytest.raises(
-                ValueError, match=rf"another run .process {os.getpid()} on .* is working on .*run"
+                ValueError,
+                match=rf"another run .process {os.getpid()} on .* is working on .*run",
             ):
                 start(tmp_path, method=bf.HMC())
             found.append(bf.load(tmp_path / "run"))
@@ -300,7 +311,9 @@ def test_without_an_intact_state_a_run_is_refused(how: str, tmp_path: Path) -> N
     start(tmp_path, draws=13)
     damage(tmp_path / "run" / "rank-0" / "theta.bin", how)
     content = (tmp_path / "run" / "rank-0" / "theta.bin").read_bytes()
-    (tmp_path / "run" / "rank-0" / "theta.bin").write_bytes(content[:5] + b"?" + content[6:])
+    (tmp_path / "run" / "rank-0" / "theta.bin").write_bytes(
+        content[:5] + b"?" + content[6:]
+    )
     for attempt in (lambda: start(tmp_path), lambda: bf.load(tmp_path / "run")):
         with pytest.raises(ValueError, match=r"run.* is damaged: .*theta.bin"):
             attempt()
@@ -325,7 +338,9 @@ def test_a_run_killed_in_its_first_state_begins_again(tmp_path: Path) -> None:
         start(tmp_path, checkpoint=tmp_path / "file")
 
 
-def test_a_run_of_the_first_version_can_be_read_and_not_gone_on_with(tmp_path: Path) -> None:
+def test_a_run_of_the_first_version_can_be_read_and_not_gone_on_with(
+    tmp_path: Path,
+) -> None:
     shutil.copytree(Path(__file__).parent / "golden" / "run-v1", tmp_path / "run")
     draws = bf.load(tmp_path / "run")
     assert draws.theta.shape == (2, 3, 11)
@@ -336,7 +351,9 @@ def test_a_run_of_the_first_version_can_be_read_and_not_gone_on_with(tmp_path: P
         start(tmp_path, warmup=1)
     damage(tmp_path / "run" / "rank-0" / "theta.bin", "cut")
     with (
-        pytest.warns(UserWarning, match=r"theta.bin has 198 bytes of 264.*sampling at step 0"),
+        pytest.warns(
+            UserWarning, match=r"theta.bin has 198 bytes of 264.*sampling at step 0"
+        ),
         pytest.raises(ValueError, match="no draws yet"),
     ):
         bf.load(tmp_path / "run")
@@ -352,7 +369,9 @@ def test_a_run_is_known_by_all_that_shapes_it(tmp_path: Path) -> None:
     class ByTorch(bf.BayesianModel):
         is_compiled = False
 
-    wide, wider = (bf.Gaussian(torch.zeros(11), torch.eye(11) * scale) for scale in (1, 1 + 1e-6))
+    wide, wider = (
+        bf.Gaussian(torch.zeros(11), torch.eye(11) * scale) for scale in (1, 1 + 1e-6)
+    )
     slow = model()
     slow.__class__ = ByTorch
     differing = {
@@ -460,7 +479,9 @@ def torchrun(arguments: list[str], **environment: str) -> subprocess.CompletedPr
         "--nproc-per-node=2",
         *arguments,
     ]
-    return subprocess.run(command, env=ENVIRONMENT | environment, capture_output=True, text=True)
+    return subprocess.run(
+        command, env=ENVIRONMENT | environment, capture_output=True, text=True
+    )
 
 
 SHARED = ("HMC", "MCLMC", "SMC")
@@ -490,12 +511,17 @@ def test_two_processes_share_a_run(name: str, shared: Path) -> None:
         model().log_joint(first.theta), first.log_joint, rtol=1e-4, atol=1e-3
     )
     if name == "SMC":
-        assert abs(first.log_evidence[0] - alone.log_evidence[0]) < 5 * first.log_evidence[1] + 1.5
+        assert (
+            abs(first.log_evidence[0] - alone.log_evidence[0])
+            < 5 * first.log_evidence[1] + 1.5
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["HMC", "SMC"])
-def test_a_rank_that_dies_does_not_lose_the_run(name: str, shared: Path, tmp_path: Path) -> None:
+def test_a_rank_that_dies_does_not_lose_the_run(
+    name: str, shared: Path, tmp_path: Path
+) -> None:
     arguments = script(tmp_path, name)
     assert torchrun(arguments, DYING_RANK="1", DIE_AT="6").returncode != 0
     assert list(tmp_path.rglob("state-*.npz"))

@@ -49,7 +49,9 @@ NUMBERS = [pair for pair in FIELDS if is_number(*pair)]
 @pytest.mark.parametrize(
     "value", [math.nan, math.inf, -math.inf, -1, np.float64("nan"), np.int64(-3)], ids=repr
 )
-def test_numbers_without_sense_are_refused_by_name(method: type, name: str, value: Any) -> None:
+def test_numbers_without_sense_are_refused_by_name(
+    method: type, name: str, value: Any
+) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^{name} must be"):
         method(**{name: value})
 
@@ -58,7 +60,9 @@ def test_numbers_without_sense_are_refused_by_name(method: type, name: str, valu
 @pytest.mark.parametrize(
     "value", ["word", [1], object(), float], ids=["word", "list", "object", "class"]
 )
-def test_values_of_another_kind_are_refused_by_name(method: type, name: str, value: Any) -> None:
+def test_values_of_another_kind_are_refused_by_name(
+    method: type, name: str, value: Any
+) -> None:
     if name == "schedule" and value is float:
         return  # a schedule is any callable
     with pytest.raises((TypeError, ValueError), match=f"^{name} must be"):

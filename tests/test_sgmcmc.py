@@ -22,7 +22,12 @@ from bnnflow.compiled import normal_like
 from bnnflow.inference import SGHMC, SGLD, SGNHT, Cyclical, Polynomial
 from bnnflow.inference.loop import thinned
 from bnnflow.inference.stochastic.burn_in import skip_exploration
-from bnnflow.inference.stochastic.gradients import anchored, control_variates, measure, stochastic
+from bnnflow.inference.stochastic.gradients import (
+    anchored,
+    control_variates,
+    measure,
+    stochastic,
+)
 from bnnflow.inference.stochastic.schedules import Schedule, Stage
 from bnnflow.inference.stochastic.sghmc import sghmc
 from bnnflow.inference.stochastic.sgld import psgld, sgld
@@ -50,7 +55,9 @@ class Regression(NamedTuple):
     covariance: Tensor
 
 
-def regression(n: int = 100, temperature: float = 1.0, dtype: torch.dtype = F64) -> Regression:
+def regression(
+    n: int = 100, temperature: float = 1.0, dtype: torch.dtype = F64
+) -> Regression:
     g, noise, scale = generator(1), 0.5, 1.5
     x = torch.randn(n, 3, generator=g, dtype=F64) * torch.tensor([1.0, 1.0, 3.0], dtype=F64)
     x[:, 1] += 0.5 * x[:, 0]
@@ -64,7 +71,9 @@ def regression(n: int = 100, temperature: float = 1.0, dtype: torch.dtype = F64)
         linear(3, dtype), priors.Normal(scale), likelihood, x, y, temperature=temperature
     )
     design = torch.cat([x, torch.ones(n, 1, dtype=F64)], 1)
-    covariance = torch.linalg.inv(design.T @ design / noise**2 + torch.eye(4, dtype=F64) / scale**2)
+    covariance = torch.linalg.inv(
+        design.T @ design / noise**2 + torch.eye(4, dtype=F64) / scale**2
+    )
     return Regression(model, covariance @ design.T @ y / noise**2, temperature * covariance)
 
 
@@ -82,7 +91,9 @@ def iterate(
         if k >= burn:
             visited.append(state.theta)
             infos.append(info)
-    stats = {name: torch.stack([getattr(i, name) for i in infos], 1) for name in infos[0]._fields}
+    stats = {
+        name: torch.stack([getattr(i, name) for i in infos], 1) for name in infos[0]._fields
+    }
     return torch.stack(visited, 1), stats
 
 
@@ -104,7 +115,9 @@ def check_moments(theta: Tensor, mean: Tensor, covariance: Tensor, k: float = 4.
     series = torch.cat(
         [offset, offset[..., rows] * offset[..., columns] - covariance[rows, columns]], -1
     ).numpy()
-    ess = np.array([arviz.ess(series[..., i], method="mean") for i in range(series.shape[-1])])
+    ess = np.array(
+        [arviz.ess(series[..., i], method="mean") for i in range(series.shape[-1])]
+    )
     assert ess.min() > 200, f"effective sample size of only {ess.min():.0f}"
     errors = np.abs(series.mean((0, 1))) / (series.std((0, 1)) / np.sqrt(ess))
     assert errors.max() < k, f"a moment is off by {errors.max():.1f} Monte-Carlo errors"
@@ -134,7 +147,9 @@ def noisy_normal(
             if noise
             else 0.0
         )
-        return -0.5 * (precision * theta.square()).sum(-1, dtype=F64), error - precision * theta
+        return -0.5 * (precision * theta.square()).sum(
+            -1, dtype=F64
+        ), error - precision * theta
 
     return target
 
@@ -144,14 +159,21 @@ def noisy_normal(
 
 @pytest.mark.parametrize("temper", [1.0, 0.3])
 @pytest.mark.parametrize("eps", [0.4, 1.6])
-def test_full_batch_sgld_has_the_variance_of_the_closed_form(eps: float, temper: float) -> None:
+def test_full_batch_sgld_has_the_variance_of_the_closed_form(
+    eps: float, temper: float
+) -> None:
     problem = regression(temperature=temper)
     metric = problem.covariance.diagonal()
     root = metric.sqrt()
-    values, vectors = torch.linalg.eigh(root[:, None] * torch.linalg.inv(problem.covariance) * root)
+    values, vectors = torch.linalg.eigh(
+        root[:, None] * torch.linalg.inv(problem.covariance) * root
+    )
     biased = (vectors / (values * (1 - eps * values / 4))) @ vectors.T
     theta, _ = iterate(
-        sgld(stochastic(problem.model, None), eps, metric), equilibrium(problem, 64), 1000, burn=100
+        sgld(stochastic(problem.model, None), eps, metric),
+        equilibrium(problem, 64),
+        1000,
+        burn=100,
     )
     check_moments(theta, problem.mean, root[:, None] * biased * root)
 
@@ -159,14 +181,19 @@ def test_full_batch_sgld_has_the_variance_of_the_closed_form(eps: float, temper:
 @pytest.mark.parametrize("eps", [0.5, 0.25])
 @pytest.mark.parametrize("noise", [2.0, 8.0])
 def test_noise_widens_sgld_by_the_closed_form(eps: float, noise: float) -> None:
-    precision, metric = torch.tensor([1.0, 4.0], dtype=F64), torch.tensor([1.0, 0.5], dtype=F64)
+    precision, metric = (
+        torch.tensor([1.0, 4.0], dtype=F64),
+        torch.tensor([1.0, 0.5], dtype=F64),
+    )
     theta, _ = iterate(
         sgld(noisy_normal(precision, noise), eps, metric),
         torch.zeros(256, 2, dtype=F64),
         600,
         burn=200,
     )
-    variance = (1 + eps * metric * noise / 4) / (precision * (1 - eps * metric * precision / 4))
+    variance = (1 + eps * metric * noise / 4) / (
+        precision * (1 - eps * metric * precision / 4)
+    )
     check_moments(theta, torch.zeros(2, dtype=F64), variance.diag())
 
 
@@ -188,12 +215,16 @@ def sghmc_covariance(
 
 @pytest.mark.parametrize("estimate", [False, True], ids=["plain", "noise estimate"])
 @pytest.mark.parametrize(("h", "noise"), [(0.8, 0.0), (0.8, 1.0), (0.4, 1.0), (0.2, 4.0)])
-def test_sghmc_has_the_variance_of_the_closed_form(h: float, noise: float, estimate: bool) -> None:
+def test_sghmc_has_the_variance_of_the_closed_form(
+    h: float, noise: float, estimate: bool
+) -> None:
     precision, ones = torch.tensor([1.0, 3.0], dtype=F64), torch.ones(2, dtype=F64)
     known = noise * ones if estimate else None
     kernel = sghmc(noisy_normal(precision, noise), h, ones, 1.0, noise=known)
     theta, stats = iterate(kernel, torch.zeros(256, 2, dtype=F64), 500, burn=100)
-    expected = np.stack([sghmc_covariance(h, 1.0, float(p), noise, estimate) for p in precision])
+    expected = np.stack(
+        [sghmc_covariance(h, 1.0, float(p), noise, estimate) for p in precision]
+    )
     check_moments(theta, torch.zeros(2, dtype=F64), torch.tensor(expected[:, 0, 0]).diag())
     kinetic, error = average(stats["kinetic_temperature"])
     assert abs(kinetic - expected[:, 1, 1].mean()) < 4.5 * error
@@ -206,7 +237,9 @@ def test_sghmc_has_the_variance_of_the_closed_form(h: float, noise: float, estim
 
 def test_sghmc_noise_heats_at_first_order_and_the_estimate_takes_it_off() -> None:
     excess = [sghmc_covariance(h, 1.0, 1.0, 1.0, False)[0, 0] - 1 for h in (0.2, 0.1, 0.05)]
-    mended = [abs(sghmc_covariance(h, 1.0, 1.0, 1.0, True)[0, 0] - 1) for h in (0.2, 0.1, 0.05)]
+    mended = [
+        abs(sghmc_covariance(h, 1.0, 1.0, 1.0, True)[0, 0] - 1) for h in (0.2, 0.1, 0.05)
+    ]
     for first, second in pairwise(excess):
         assert first / second == pytest.approx(2, rel=0.15)
     for first, second in pairwise(mended):
@@ -215,10 +248,16 @@ def test_sghmc_noise_heats_at_first_order_and_the_estimate_takes_it_off() -> Non
 
 @pytest.mark.parametrize("per_parameter", [False, True], ids=["scalar", "per parameter"])
 def test_the_thermostat_takes_off_the_noise(per_parameter: bool) -> None:
-    precision, ones, noise = torch.tensor([1.0, 2.0, 3.0], dtype=F64), torch.ones(3, dtype=F64), 6.0
+    precision, ones, noise = (
+        torch.tensor([1.0, 2.0, 3.0], dtype=F64),
+        torch.ones(3, dtype=F64),
+        6.0,
+    )
     start, excess = torch.zeros(256, 3, dtype=F64), []
     for h in (0.4, 0.2):
-        kernel = sgnht(noisy_normal(precision, noise), h, ones, 1.0, per_parameter=per_parameter)
+        kernel = sgnht(
+            noisy_normal(precision, noise), h, ones, 1.0, per_parameter=per_parameter
+        )
         theta, stats = iterate(kernel, start, round(160 / h), burn=round(60 / h))
         value, error = average((theta.square() * precision).mean(-1))
         kinetic, kinetic_error = average(stats["kinetic_temperature"])
@@ -269,7 +308,9 @@ def test_the_thermostat_varies_by_one_over_inertia_and_dim(inertia: float) -> No
 
 
 ENGINES: dict[str, Callable[..., Kernel]] = {
-    "sgld": lambda target, size, problem, noise: sgld(target, size, problem.covariance.diagonal()),
+    "sgld": lambda target, size, problem, noise: sgld(
+        target, size, problem.covariance.diagonal()
+    ),
     "sghmc": lambda target, size, problem, noise: sghmc(
         target, size, problem.covariance.diagonal(), 1.0
     ),
@@ -337,7 +378,9 @@ def test_mini_batches_recover_the_temperature(
 
 @pytest.mark.parametrize("kernel", ["sgld", "sghmc"])
 @pytest.mark.parametrize("temper", [1.0, 0.3])
-def test_control_variates_allow_long_steps_on_large_data(kernel: str, temper: float) -> None:
+def test_control_variates_allow_long_steps_on_large_data(
+    kernel: str, temper: float
+) -> None:
     problem = regression(10_000, temper)
     target = control_variates(
         problem.model, anchored(problem.model, problem.mean.expand(32, -1)), 100
@@ -375,7 +418,9 @@ def small_sghmc(target: Any, h: float, metric: Tensor, *, friction: bool = True)
     good, decay = sghmc(target, h, metric, 1.0), math.exp(-h)
 
     def step(state: Any, g: torch.Generator) -> tuple[Any, Any]:
-        momentum = (decay if friction else 1.0) * (state.momentum + h * metric.sqrt() * state.grad)
+        momentum = (decay if friction else 1.0) * (
+            state.momentum + h * metric.sqrt() * state.grad
+        )
         momentum = momentum + math.sqrt(1 - decay**2) * torch.randn(
             momentum.shape, generator=g, dtype=F64
         )
@@ -442,7 +487,9 @@ def check_unbiased(model: bf.BayesianModel, target: Any) -> None:
 
 @pytest.mark.parametrize("batch", [1, 7, 100])
 @pytest.mark.parametrize("anchor", [False, True], ids=["plain", "control variates"])
-def test_gradients_are_unbiased_prior_and_temperature_included(anchor: bool, batch: int) -> None:
+def test_gradients_are_unbiased_prior_and_temperature_included(
+    anchor: bool, batch: int
+) -> None:
     model = strong_prior()
     if anchor:
         at = anchored(model, model.sample_prior(1, seed=1).expand(20_000, -1))
@@ -495,7 +542,9 @@ def test_one_step_of_sghmc_uses_the_gradient() -> None:
     start, ends = torch.zeros(4, 2, dtype=F64), []
     for size in (0.0, 1.0):
         ends.append(iterate(sghmc(slope(size), h, ones, 1.0), start, 1, burn=0)[0])
-    assert torch.allclose(ends[1] - ends[0], torch.tensor(h**2 / 2 * (1 + math.exp(-h)), dtype=F64))
+    assert torch.allclose(
+        ends[1] - ends[0], torch.tensor(h**2 / 2 * (1 + math.exp(-h)), dtype=F64)
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 5, None])
@@ -522,7 +571,8 @@ def test_rmsprop_divides_by_the_running_gradient() -> None:
     squares = decay * state.squares + (1 - decay) * (state.grad / n) ** 2
     metric = 1 / (floor + squares.sqrt())
     assert torch.allclose(
-        new.theta, state.theta + eps / 2 * metric * state.grad + (eps * metric).sqrt() * noise
+        new.theta,
+        state.theta + eps / 2 * metric * state.grad + (eps * metric).sqrt() * noise,
     )
 
 
@@ -532,7 +582,9 @@ def test_rmsprop_is_near_the_posterior_where_noise_sets_its_scale() -> None:
     start = equilibrium(problem, 48)
     state = psgld(target, 1e-6, n).init(start, generator())
     scales = measure(problem.model, target, start, generator(), state.metric)
-    kernel = psgld(target, 4 * 0.05 / max(scales.curvature, scales.noise_level), n, decay=0.999)
+    kernel = psgld(
+        target, 4 * 0.05 / max(scales.curvature, scales.noise_level), n, decay=0.999
+    )
     visited, _ = iterate(kernel, start, 3000, burn=300)
     value, error = temperature(problem, visited)
     assert abs(value - 1) < 0.15 + 4 * error
@@ -548,7 +600,9 @@ def test_scales_are_those_of_a_gaussian() -> None:
     scales = measure(problem.model, stochastic(problem.model, batch), theta, generator())
     scaled = scales.metric.sqrt()[:, None] * precision * scales.metric.sqrt()
     assert torch.allclose(scaled.norm(dim=1), torch.ones(4, dtype=F64), rtol=0.2)
-    assert scales.curvature == pytest.approx(float(torch.linalg.eigvalsh(scaled).max()), rel=0.05)
+    assert scales.curvature == pytest.approx(
+        float(torch.linalg.eigvalsh(scaled).max()), rel=0.05
+    )
     design = torch.cat([problem.model.x, torch.ones(100, 1, dtype=F64)], 1)
     residuals = problem.model.y.flatten() - design @ problem.mean
     rows = (design * residuals[:, None] / 0.5**2).unflatten(0, (batch, -1))
@@ -584,14 +638,23 @@ def test_the_preconditioner_of_a_diagonal_posterior_is_its_variances(
 
 
 @pytest.mark.parametrize(
-    ("batch", "dtype"), [(None, torch.float32), (10, F64)], ids=["full, f32", "batches, f64"]
+    ("batch", "dtype"),
+    [(None, torch.float32), (10, F64)],
+    ids=["full, f32", "batches, f64"],
 )
 @pytest.mark.parametrize("method", METHODS)
-def test_defaults_find_the_posterior(method: Any, batch: int | None, dtype: torch.dtype) -> None:
+def test_defaults_find_the_posterior(
+    method: Any, batch: int | None, dtype: torch.dtype
+) -> None:
     problem = regression(100, dtype=dtype)
     options = {"control_variates": True} if batch else {}
     draws = bf.sample(
-        problem.model, method(batch_size=batch, **options), chains=16, warmup=80, draws=200, seed=0
+        problem.model,
+        method(batch_size=batch, **options),
+        chains=16,
+        warmup=80,
+        draws=200,
+        seed=0,
     )
     value, error = temperature(problem, draws.theta)
     assert abs(value - 1) < 0.15 + 4 * error
@@ -601,11 +664,18 @@ def test_defaults_find_the_posterior(method: Any, batch: int | None, dtype: torc
     assert draws.info["exact"] is False
     assert (draws.stats["n_steps"] == 10 * (2 if batch else 1)).all()
     names = {"n_steps", "diverging", "step_size", "configurational_temperature"}
-    assert set(draws.stats) == names | ({"kinetic_temperature"} if method is not SGLD else set())
+    assert set(draws.stats) == names | (
+        {"kinetic_temperature"} if method is not SGLD else set()
+    )
     virial, error = average(draws.stats["configurational_temperature"])
     assert abs(virial - 1) < 0.15 + 4 * error
     again = bf.sample(
-        problem.model, method(batch_size=batch, **options), chains=16, warmup=80, draws=3, seed=0
+        problem.model,
+        method(batch_size=batch, **options),
+        chains=16,
+        warmup=80,
+        draws=3,
+        seed=0,
     )
     assert torch.equal(draws.theta[:, :3], again.theta)
 
@@ -613,13 +683,16 @@ def test_defaults_find_the_posterior(method: Any, batch: int | None, dtype: torc
 def test_large_data_from_afar() -> None:
     problem = regression(10_000)
     method = SGLD(batch_size=100, control_variates=True)
-    draws = bf.sample(problem.model, method, chains=8, warmup=80, draws=150, seed=0, init="prior")
+    draws = bf.sample(
+        problem.model, method, chains=8, warmup=80, draws=150, seed=0, init="prior"
+    )
     value, error = temperature(problem, draws.theta)
     assert abs(value - 1) < 0.2 + 4 * error
 
 
 @pytest.mark.parametrize(
-    "method", [SGLD(), SGLD(preconditioner="rmsprop"), SGHMC(), SGNHT(), SGNHT(per_parameter=True)]
+    "method",
+    [SGLD(), SGLD(preconditioner="rmsprop"), SGHMC(), SGNHT(), SGNHT(per_parameter=True)],
 )
 def test_states_are_plain(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from bnnflow.inference.stochastic import burn_in
@@ -635,18 +708,26 @@ def test_states_are_plain(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         process.step(state, g)
         seen.append(state)
         assert all(
-            map(torch.equal, before, [leaf for leaf in leaves(state) if isinstance(leaf, Tensor)])
+            map(
+                torch.equal,
+                before,
+                [leaf for leaf in leaves(state) if isinstance(leaf, Tensor)],
+            )
         ), "mutated"
         return inner(model, run, process, **options)
 
     monkeypatch.setattr(burn_in, "run_chains", spy)
     bf.sample(regression().model, method, chains=2, warmup=2, draws=2, seed=0)
-    assert all(leaf is None or type(leaf) in (int, float, Tensor) for leaf in leaves(seen[0]))
+    assert all(
+        leaf is None or type(leaf) in (int, float, Tensor) for leaf in leaves(seen[0])
+    )
 
 
 def leaves(state: Any) -> list[Any]:
     return (
-        [leaf for part in state for leaf in leaves(part)] if isinstance(state, tuple) else [state]
+        [leaf for part in state for leaf in leaves(part)]
+        if isinstance(state, tuple)
+        else [state]
     )
 
 
@@ -654,7 +735,9 @@ def leaves(state: Any) -> list[Any]:
 def test_resumed_runs_are_the_same(method: Any, tmp_path: Any) -> None:
     model = regression().model
     options = {"chains": 2, "warmup": 5, "seed": 0, "progress": False}
-    settings = method(batch_size=10, control_variates=True, schedule=Cyclical(40, 0.5), thinning=3)
+    settings = method(
+        batch_size=10, control_variates=True, schedule=Cyclical(40, 0.5), thinning=3
+    )
     whole = bf.sample(model, settings, draws=20, **options)
     bf.sample(model, settings, draws=7, checkpoint=tmp_path / "run", **options)
     more = bf.sample(
@@ -780,13 +863,18 @@ def test_cycles_find_both_modes() -> None:
     def target(theta: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
         logs = -0.5 * ((theta.unsqueeze(-1) - centres) / 0.5).square()  # (chain, 1, mode)
         share = logs.softmax(-1)
-        return logs.logsumexp(-1).sum(-1), (share * (centres - theta.unsqueeze(-1))).sum(-1) / 0.25
+        return logs.logsumexp(-1).sum(-1), (share * (centres - theta.unsqueeze(-1))).sum(
+            -1
+        ) / 0.25
 
     ones, start = torch.ones(1, dtype=F64), torch.full((64, 1), 3.0, dtype=F64)
     cycle = Cyclical(100, 0.3)
     plain, _ = iterate(sgld(target, 0.1, ones), start, 300, burn=0)
     cycled, _ = iterate(
-        skip_exploration(sghmc(target, 1.3, ones, 0.2, schedule=cycle), cycle), start, 1500, burn=0
+        skip_exploration(sghmc(target, 1.3, ones, 0.2, schedule=cycle), cycle),
+        start,
+        1500,
+        burn=0,
     )
     assert (plain > 0).all()
     assert 0.1 < float((cycled < 0).double().mean()) < 0.9
@@ -812,7 +900,9 @@ def test_a_lost_chain_goes_back_and_harms_nobody(name: str, nothing: float) -> N
     def cliff(theta: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
         value, grad = good(theta, g)
         beyond = (torch.arange(len(theta)) == 0) & (theta[:, 0] > 0.1)
-        return torch.where(beyond, nothing, value), torch.where(beyond[:, None], nothing, grad)
+        return torch.where(beyond, nothing, value), torch.where(
+            beyond[:, None], nothing, grad
+        )
 
     start = torch.full((4, 2), -0.1, dtype=F64)
     hurt, stats = iterate(KERNELS[name](cliff, 0.3, ones), start, 200, burn=0)
@@ -851,7 +941,9 @@ class Cliff(bf.BayesianModel):
     ) -> tuple[Tensor, Tensor]:
         value, grad = super().log_joint_and_grad(theta, rows)
         beyond = theta.norm(dim=-1) > 4
-        return value.masked_fill(beyond, math.nan), grad.masked_fill(beyond.unsqueeze(-1), math.nan)
+        return value.masked_fill(beyond, math.nan), grad.masked_fill(
+            beyond.unsqueeze(-1), math.nan
+        )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -859,7 +951,13 @@ def test_nan_shortens_the_step_in_warm_up(method: Any) -> None:
     given = regression().model
     model = Cliff(given.net, given.prior, given.likelihood, given.x, given.y)
     draws = bf.sample(
-        model, method(step_size=3.0), chains=8, warmup=60, draws=20, seed=0, init=torch.zeros(4)
+        model,
+        method(step_size=3.0),
+        chains=8,
+        warmup=60,
+        draws=20,
+        seed=0,
+        init=torch.zeros(4),
     )
     assert draws.info["step_size"] < 0.5
     assert draws.theta.isfinite().all()

@@ -85,10 +85,16 @@ SPECS: dict[str, Callable[[], WeightSpec]] = {
 
 
 def network(
-    spec: WeightSpec, in_features: int, out_features: int, *, time: bool = True, seed: int = 1
+    spec: WeightSpec,
+    in_features: int,
+    out_features: int,
+    *,
+    time: bool = True,
+    seed: int = 1,
 ) -> nn.Module:
     return filled(
-        lambda: SignedDWSNet(spec, in_features, out_features, 8, 2, time=time, heads=2), seed
+        lambda: SignedDWSNet(spec, in_features, out_features, 8, 2, time=time, heads=2),
+        seed,
     )
 
 
@@ -98,7 +104,9 @@ def moved(spec: WeightSpec, seed: int, *features: Tensor) -> list[Tensor]:
     """
     columns = [column for each in features for column in each.unbind(-1)]
     results = iter(spec.transform(spec.symmetries(), seed, *columns))
-    return [torch.stack([next(results) for _ in range(each.shape[-1])], -1) for each in features]
+    return [
+        torch.stack([next(results) for _ in range(each.shape[-1])], -1) for each in features
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
@@ -153,7 +161,8 @@ def test_units_of_a_layer_hear_of_each_other_through_their_second_moments():
     unit = torch.arange(spec.dim)[spec.slices["2.weight"]].reshape(3, 6)[:, 1]
     other[unit] = -other[unit]
     outputs = [
-        net(each.reshape(1, -1, 1)).flatten()[spec.slices["0.bias"]] for each in (theta, other)
+        net(each.reshape(1, -1, 1)).flatten()[spec.slices["0.bias"]]
+        for each in (theta, other)
     ]
     changed = (outputs[0] - outputs[1]).abs()
     assert float(changed[[0, 2, 3, 4, 5]].min()) > 1e-6
@@ -206,7 +215,9 @@ def model_of(
 ) -> bf.BayesianModel:
     x, noise = normal(12, 2, dtype=dtype), normal(12, seed=1, dtype=dtype)
     net = built(lambda: chain(2, 5, 1, activation=activation), dtype)
-    return bf.BayesianModel(net, prior, bf.likelihoods.Gaussian(0.5), x, x[:, 0] + 0.1 * noise)
+    return bf.BayesianModel(
+        net, prior, bf.likelihoods.Gaussian(0.5), x, x[:, 0] + 0.1 * noise
+    )
 
 
 @pytest.mark.parametrize(
@@ -218,7 +229,9 @@ def test_the_informed_field_commutes_with_the_whole_group_of_the_posterior(proxi
         lambda: InformedVelocity(model.spec, proximal_step, 8, 2, architecture="signed")
     ).requires_grad_(False)
     for parameter in field.parameters():
-        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator(2), dtype=F64))
+        parameter.add_(
+            0.1 * torch.randn(parameter.shape, generator=generator(2), dtype=F64)
+        )
     source = Source(model.flat_prior)
     group = source.symmetries(model)
     assert field.symmetries == group == model.spec.symmetries()
@@ -260,11 +273,14 @@ def test_fit_flow_takes_the_signed_network_where_signs_are_kept(
 
 
 @pytest.mark.parametrize(
-    ("architecture", "kind"), [("dws", DWSNet), ("signed", SignedDWSNet), ("graph", GraphNet)]
+    ("architecture", "kind"),
+    [("dws", DWSNet), ("signed", SignedDWSNet), ("graph", GraphNet)],
 )
 def test_fields_of_weights_alone_take_every_architecture(architecture, kind):
     assert isinstance(
-        built(lambda: WeightsVelocity(SPECS["one layer"](), 8, 1, architecture=architecture)).net,
+        built(
+            lambda: WeightsVelocity(SPECS["one layer"](), 8, 1, architecture=architecture)
+        ).net,
         kind,
     )
 

@@ -48,7 +48,9 @@ def wide(posterior: bf.Gaussian) -> bf.Gaussian:
 @pytest.mark.parametrize("hard", [False, True], ids=["mild", "correlated and badly scaled"])
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 @pytest.mark.parametrize("start", [None, wide], ids=["prior", "Gaussian"])
-def test_the_normaliser_is_the_closed_form(hard: bool, temperature: float, start: Any) -> None:
+def test_the_normaliser_is_the_closed_form(
+    hard: bool, temperature: float, start: Any
+) -> None:
     problem = conjugate(hard, temperature=temperature)
     method = bf.SMC(particles=250, start=start and start(problem.posterior))
     draws = bf.sample(problem.model, method, chains=16, seed=0)
@@ -60,7 +62,9 @@ def test_the_normaliser_is_the_closed_form(hard: bool, temperature: float, start
         value, error = draws.info["log_tempered_normaliser"]
     assert 0.005 < error < 0.15
     assert abs(value - problem.log_normaliser) < 4 * error
-    check_runs(draws, moments(draws.theta, problem.mean, problem.covariance), least_ess=100, k=5.0)
+    check_runs(
+        draws, moments(draws.theta, problem.mean, problem.covariance), least_ess=100, k=5.0
+    )
     torch.testing.assert_close(draws.log_joint, problem.model.log_joint(draws.theta))
 
 
@@ -135,9 +139,13 @@ def test_a_bridge_between_two_gaussians_is_their_ratio_for_each_row_of_a_batch()
     torch.testing.assert_close(ours.mean(1), 2 * theirs.mean(1))
     # weights of zero: no draws
     doubled = torch.cat([p, p + 9], 1), torch.cat([weights, torch.zeros_like(weights)], 1)
-    again, _, _ = bennett(log_ratio(q[2]), log_ratio(doubled[0][2]), doubled[1][2], math.log(2))
+    again, _, _ = bennett(
+        log_ratio(q[2]), log_ratio(doubled[0][2]), doubled[1][2], math.log(2)
+    )
     torch.testing.assert_close(again, value[2])
-    nothing, _, _ = bennett(torch.full((3,), -math.inf, dtype=F64), log_ratio(p[0]), weights[0])
+    nothing, _, _ = bennett(
+        torch.full((3,), -math.inf, dtype=F64), log_ratio(p[0]), weights[0]
+    )
     assert nothing.isnan()
 
 
@@ -209,7 +217,9 @@ def test_the_way_there_and_the_way_back_agree_on_two_modes() -> None:
     model = two_weights()
     there = bf.sample(model, bf.SMC(particles=500), chains=12, seed=0)
     back = bf.evidence(model, there, bf.SMC(particles=2000, ess=0.9), seed=1)
-    assert abs(back[0] - there.log_evidence[0]) < 4 * math.hypot(back[1], there.log_evidence[1])
+    assert abs(back[0] - there.log_evidence[0]) < 4 * math.hypot(
+        back[1], there.log_evidence[1]
+    )
     assert back[1] < 0.1
 
 
@@ -339,7 +349,9 @@ def test_particles_where_there_is_no_density_die() -> None:
     def fenced(theta: Tensor) -> tuple[Tensor, Tensor]:
         value, grad = function(theta)
         beyond = theta[:, 0] < 0
-        return torch.where(beyond, math.nan, value), torch.where(beyond[:, None], math.nan, grad)
+        return torch.where(beyond, math.nan, value), torch.where(
+            beyond[:, None], math.nan, grad
+        )
 
     whole = bf.sample(model, bf.SMC(particles=400), chains=8, seed=0)
     model.log_likelihood_and_grad = fenced  # type: ignore[method-assign]
@@ -446,7 +458,9 @@ def test_the_rounding_of_resampling_is_no_error() -> None:
         root = root.gather(1, systematic(weights, g))
     equal = torch.full((500, n), -math.log(n), dtype=F64)
     expected = 10 * (math.exp(0.36) - 1) / n
-    assert float(relative_variance(equal, root, merged).mean()) == pytest.approx(expected, rel=0.2)
+    assert float(relative_variance(equal, root, merged).mean()) == pytest.approx(
+        expected, rel=0.2
+    )
 
 
 def test_the_error_of_plain_importance_sampling() -> None:
@@ -455,7 +469,9 @@ def test_the_error_of_plain_importance_sampling() -> None:
     """
     n = 1000
     weights = log_weights(1, n, 0.4, 2)
-    found = relative_variance(weights, torch.arange(n).expand(1, -1), torch.zeros(1, dtype=F64))
+    found = relative_variance(
+        weights, torch.arange(n).expand(1, -1), torch.zeros(1, dtype=F64)
+    )
     textbook = (n * weights.exp()).var() / n
     assert float(found[0]) == pytest.approx(float(textbook), rel=0.01)
 
@@ -482,7 +498,9 @@ def test_settings_without_sense_are_refused(options: dict[str, Any], message: st
 
 
 @pytest.mark.parametrize(
-    "options", [{"warmup": 10}, {"draws": 10}, {"init": "prior"}], ids=lambda o: next(iter(o))
+    "options",
+    [{"warmup": 10}, {"draws": 10}, {"init": "prior"}],
+    ids=lambda o: next(iter(o)),
 )
 def test_what_particles_do_not_have_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="SMC takes particles and a start, not"):

@@ -48,7 +48,9 @@ def turning(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     the first.
     """
     x, total = state
-    return torch.stack([x[:, 1], -x[:, 0] * (1 + t)], 1) - 0.3 * x**3, total * 0 + x.square().sum(1)
+    return torch.stack(
+        [x[:, 1], -x[:, 0] * (1 + t)], 1
+    ) - 0.3 * x**3, total * 0 + x.square().sum(1)
 
 
 def start() -> tuple[Tensor, Tensor]:
@@ -60,7 +62,9 @@ def reference() -> tuple[Tensor, ...]:
     return integrate(turning, start(), even(400), "rk4")
 
 
-def gaussian(variances: tuple[float, ...] = (0.2, 1.5)) -> tuple[GaussianVelocity, Tensor, Tensor]:
+def gaussian(
+    variances: tuple[float, ...] = (0.2, 1.5),
+) -> tuple[GaussianVelocity, Tensor, Tensor]:
     """Return the closed-form field from N(0, I) to a Gaussian, with its mean and covariance."""
     angle = torch.tensor(0.7, dtype=torch.float64)
     turn = torch.stack(
@@ -78,7 +82,9 @@ def with_score(field: GaussianVelocity):
 
     def both(t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         marginal = t * t * field.variances + (1 - t) ** 2
-        return field(t, x), -((x - t * field.mean) @ field.vectors / marginal) @ field.vectors.T
+        return field(t, x), -(
+            (x - t * field.mean) @ field.vectors / marginal
+        ) @ field.vectors.T
 
     return both
 
@@ -97,7 +103,9 @@ def test_fixed_rules_have_their_order_forwards_and_backwards(solver, order, powe
         errors = []
         for steps in (32, 64):
             got = integrate(turning, first, grid_of(steps), solver)
-            errors.append(max(float((a - b).abs().max()) for a, b in zip(got, last, strict=True)))
+            errors.append(
+                max(float((a - b).abs().max()) for a, b in zip(got, last, strict=True))
+            )
         assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.35)
 
 
@@ -197,7 +205,9 @@ def test_step_doubling_needs_a_rule_of_fixed_order():
 def test_adaptive_rules_meet_their_tolerance(solver):
     errors = []
     for tolerance in (1e-3, 1e-6):
-        got = integrate(turning, start(), time_grid(1), solver, rtol=tolerance, atol=tolerance)
+        got = integrate(
+            turning, start(), time_grid(1), solver, rtol=tolerance, atol=tolerance
+        )
         errors.append(
             max(float((a - b).abs().max()) for a, b in zip(got, reference(), strict=True))
         )
@@ -230,7 +240,11 @@ def test_one_stiff_sample_raises_at_the_cap_and_does_not_loop():
 
     with pytest.raises(RuntimeError, match=r"dopri5 has used 300 evaluations by t = 0\.0"):
         integrate(
-            field, (torch.ones(50, 2, dtype=torch.float64),), even(1), "dopri5", max_evaluations=300
+            field,
+            (torch.ones(50, 2, dtype=torch.float64),),
+            even(1),
+            "dopri5",
+            max_evaluations=300,
         )
     assert len(calls) == 300
 
@@ -252,7 +266,8 @@ def test_adaptive_rules_refuse_what_they_cannot_do():
         integrate(turning, start(), even(2), "rk5")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rtol must be positive"):
         integrate(turning, start(), even(2), "dopri5", rtol=0.0)
-    with pytest.raises(RuntimeError, match="dopri5 failed"):  # the solution is infinite at t = 0.5
+    # the solution is infinite at t = 0.5
+    with pytest.raises(RuntimeError, match="dopri5 failed"):
         integrate(
             lambda t, s: (s[0] ** 2,),
             (2 * torch.ones(1, 1),),
@@ -262,7 +277,9 @@ def test_adaptive_rules_refuse_what_they_cannot_do():
         )
 
 
-@pytest.mark.parametrize("ends", [(0.0, 1.0), (1.0, 0.0), (0.2, 0.7), (-3.0, -2.5)], ids=str)
+@pytest.mark.parametrize(
+    "ends", [(0.0, 1.0), (1.0, 0.0), (0.2, 0.7), (-3.0, -2.5)], ids=str
+)
 @pytest.mark.parametrize("solver", ADAPTIVE)
 @pytest.mark.parametrize("speed", [1e-9, 1.0, 30.0])
 def test_adaptive_rules_look_at_no_time_outside_the_interval(solver, ends, speed):
@@ -274,7 +291,9 @@ def test_adaptive_rules_look_at_no_time_outside_the_interval(solver, ends, speed
     def field(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         asked.append(float(t))
         # NaN outside
-        return (torch.full_like(state[0], speed) * ((t - min(ends)) * (max(ends) - t)).sqrt(),)
+        return (
+            torch.full_like(state[0], speed) * ((t - min(ends)) * (max(ends) - t)).sqrt(),
+        )
 
     grid = torch.tensor(ends, dtype=torch.float64)
     (end,) = integrate(
@@ -334,18 +353,24 @@ def test_integral_along_the_way_beats_one_that_is_carried_along(backwards):
 def test_integral_along_the_way_of_a_gaussian_field_is_its_log_determinant():
     field, _, covariance = gaussian()
     x = torch.randn(4, 2, generator=generator(), dtype=torch.float64)
-    _, total, _ = integrate_with_trace(field, lambda t, x: field.with_divergence(t, x)[1], x, 24)
+    _, total, _ = integrate_with_trace(
+        field, lambda t, x: field.with_divergence(t, x)[1], x, 24
+    )
     assert torch.allclose(total, (0.5 * covariance.logdet()).expand(4), atol=1e-8)
 
 
 @pytest.mark.parametrize("evaluations", [8, 16, 33])
 def test_roughness_is_what_a_peak_contributes_and_nothing_where_there_is_none(evaluations):
-    node, weight = (torch.from_numpy(each) for each in np.polynomial.legendre.leggauss(evaluations))
+    node, weight = (
+        torch.from_numpy(each) for each in np.polynomial.legendre.leggauss(evaluations)
+    )
     where, mass = (node[5] + 1) / 2, 3.0
     x = torch.tensor([[0.0], [mass]], dtype=torch.float64)
 
     def trace(t: Tensor, x: Tensor) -> Tensor:
-        return torch.exp(t) + x[:, 0] * 2 / weight[5] * torch.exp(-(((t - where) / 1e-3) ** 2))
+        return torch.exp(t) + x[:, 0] * 2 / weight[5] * torch.exp(
+            -(((t - where) / 1e-3) ** 2)
+        )
 
     _, total, rough = integrate_with_trace(lambda t, x: 0 * x, trace, x, evaluations)
     assert float(rough[0]) < 1e-3
@@ -381,7 +406,9 @@ def test_noise_keeps_the_marginals_of_the_gaussian_field(noise, solver, steps):
     n = 8000
     x0 = torch.randn(n, 2, generator=generator(1), dtype=torch.float64)
     x1 = integrate_sde(with_score(field), noise, x0, even(steps), 2, solver)
-    z = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), (x1 - mean).T, upper=False)
+    z = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(covariance), (x1 - mean).T, upper=False
+    )
     bias = 0.03 if solver == "euler" else 0.003  # of steps of this length
     assert (z.mean(1).abs() < 4.5 / math.sqrt(n) + bias).all()
     spread = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64) / n
@@ -412,7 +439,9 @@ def test_stochastic_rules_have_their_weak_order(solver, order, monkeypatch):
         monkeypatch.setattr(solvers.torch, "randn", unit)
         x = torch.zeros(draws + 1, 1, dtype=torch.float64)
         x[-1] = 1
-        end = integrate_sde(lambda t, x: (-rate * x, 0 * x), level, x, even(steps), 0, solver)
+        end = integrate_sde(
+            lambda t, x: (-rate * x, 0 * x), level, x, even(steps), 0, solver
+        )
         monkeypatch.undo()
         variance = float(end[:-1].square().sum() + x0_variance * end[-1].square().sum())
         stationary = level**2 / (2 * rate)
@@ -425,8 +454,12 @@ def test_stochastic_rules_have_their_weak_order(solver, order, monkeypatch):
 def test_without_noise_stochastic_rules_are_the_ordinary_ones_and_look_at_no_score(solver):
     field, _, _ = gaussian()
     x0 = torch.randn(50, 2, generator=generator(), dtype=torch.float64)
-    end = integrate_sde(lambda t, x: (field(t, x), x * math.nan), 0.0, x0, even(20), 0, solver)
-    assert torch.equal(end, integrate(lambda t, s: (field(t, s[0]),), (x0,), even(20), solver)[0])
+    end = integrate_sde(
+        lambda t, x: (field(t, x), x * math.nan), 0.0, x0, even(20), 0, solver
+    )
+    assert torch.equal(
+        end, integrate(lambda t, s: (field(t, s[0]),), (x0,), even(20), solver)[0]
+    )
 
 
 def test_midpoint_rule_never_looks_at_the_last_time():
@@ -445,7 +478,11 @@ def test_midpoint_rule_never_looks_at_the_last_time():
 def test_noise_is_taken_in_the_middle_of_each_step():
     seen: list[float] = []
     integrate_sde(
-        lambda t, x: (x, x), lambda t: seen.append(float(t)) or 0.0, torch.ones(2, 2), even(4), 0
+        lambda t, x: (x, x),
+        lambda t: seen.append(float(t)) or 0.0,
+        torch.ones(2, 2),
+        even(4),
+        0,
     )
     assert seen == [0.125, 0.375, 0.625, 0.875]
 

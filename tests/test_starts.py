@@ -45,7 +45,10 @@ STILL: dict[str, tuple[Any, dict[str, Any]]] = {
     "SGHMC": (bf.SGHMC(step_size=1e-9, friction=1.0, thinning=1), SHORT),
     "SGNHT": (bf.SGNHT(step_size=1e-9, friction=1.0, thinning=1), SHORT),
     "VI": (bf.VI(steps=1, learning_rate=1e-9, scale=1e-9), {"draws": 3}),
-    "flow VI": (bf.NormalizingFlowVI(steps=1, learning_rate=1e-9, scale=1e-9), {"draws": 3}),
+    "flow VI": (
+        bf.NormalizingFlowVI(steps=1, learning_rate=1e-9, scale=1e-9),
+        {"draws": 3},
+    ),
     "SWAG": (bf.SWAG(learning_rate=1e-12), {"draws": 3}),
     "DeepEnsemble": (bf.DeepEnsemble(steps=1, learning_rate=1e-9), {}),
 }
@@ -75,7 +78,9 @@ def test_methods_begin_where_they_are_told(name: str, model, modes: Tensor) -> N
 
 
 @pytest.mark.parametrize("name", [*STILL, "Laplace", "MCDropout"])
-def test_starts_that_make_no_sense_are_refused(name: str, model, modes: Tensor, seeded) -> None:
+def test_starts_that_make_no_sense_are_refused(
+    name: str, model, modes: Tensor, seeded
+) -> None:
     method, sizes = STILL.get(name, (getattr(bf, name, None), {}))
     method = method() if isinstance(method, type) else method
     with seeded(0):
@@ -117,7 +122,9 @@ def test_an_ensemble_that_exists_stays_and_learns_its_noise(model, modes: Tensor
     """The noise of trained networks is not in them: it climbs to its mode, which is where the first
     ensemble had it.
     """
-    draws = bf.sample(model, bf.DeepEnsemble(), init=[model.network_at(each) for each in modes])
+    draws = bf.sample(
+        model, bf.DeepEnsemble(), init=[model.network_at(each) for each in modes]
+    )
     weights = slice(0, model.spec.network.dim)
     assert torch.equal(draws.theta[0, :, weights], modes[:, weights])
     slope = model.log_joint_and_grad(draws.theta[0])[1][
@@ -151,7 +158,9 @@ def test_laplace_goes_on_from_a_trained_network(model, modes: Tensor) -> None:
     moved = mode.info["moved"]
     assert 0 < moved["log_joint"] < 1
     assert moved["predictions"] < 0.1
-    assert moved["weights"] == pytest.approx(float((theta - near).norm() / near.norm()), rel=1e-3)
+    assert moved["weights"] == pytest.approx(
+        float((theta - near).norm() / near.norm()), rel=1e-3
+    )
     assert float(model.log_joint_and_grad(mode.posterior.loc[None])[1].norm()) < 1e-4
     best = bf.sample(model, bf.Laplace(), init=torch.cat([modes, near[None]]), draws=2)
     torch.testing.assert_close(best.posterior.loc, theta, rtol=0, atol=1e-4)
@@ -179,7 +188,9 @@ DIVERGING: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", DIVERGING)
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
-def test_divergence_is_told_and_never_returned_as_nan(name: str, dtype: torch.dtype, model) -> None:
+def test_divergence_is_told_and_never_returned_as_nan(
+    name: str, dtype: torch.dtype, model
+) -> None:
     with pytest.warns(UserWarning, match="diverged"):
         draws = bf.sample(model, DIVERGING[name], seed=0, dtype=dtype)
     assert draws.theta.isfinite().all()

@@ -71,7 +71,9 @@ def test_the_ends_of_a_path_have_the_losses_of_the_networks(
     curve = fit_curve(
         *loss.weights, NetworkLoss(pair, F.mse_loss, *data()), steps=3, progress=False
     )
-    torch.testing.assert_close(loss(curve.at(torch.tensor([0.0, 1.0]))), found.losses[[0, -1]])
+    torch.testing.assert_close(
+        loss(curve.at(torch.tensor([0.0, 1.0]))), found.losses[[0, -1]]
+    )
 
 
 def test_with_the_statistics_of_one_network_the_other_has_another_loss(
@@ -115,7 +117,9 @@ def test_nothing_is_changed_by_evaluation(pair: tuple[nn.Module, nn.Module]) -> 
     loss(loss.weights.mean(0))
     loss.network(theta)
     assert torch.equal(loss(theta), first)
-    assert all(torch.equal(before[name], each) for name, each in pair[0].state_dict().items())
+    assert all(
+        torch.equal(before[name], each) for name, each in pair[0].state_dict().items()
+    )
 
 
 def test_gradients_are_those_of_the_loss(pair: tuple[nn.Module, nn.Module]) -> None:
@@ -138,7 +142,8 @@ def test_planes_and_batches_of_networks(pair: tuple[nn.Module, nn.Module]) -> No
 def test_networks_without_statistics_need_none() -> None:
     with torch.random.fork_rng(devices=[]):
         nets = [
-            nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double() for _ in range(2)
+            nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+            for _ in range(2)
         ]
     x, y = data()
     loss = NetworkLoss(nets, F.mse_loss, x, y)

@@ -65,7 +65,8 @@ def example(dtype: torch.dtype = torch.float32) -> bf.Draws:
         log_weights=torch.tensor([[-0.5, -1.0], [-1.5, -2.0]], dtype=torch.float64),
         log_evidence=(-12.5, 0.25),
         posterior=bf.Gaussian(
-            torch.tensor([1.0, 2.0, 3.0], dtype=dtype), torch.tensor([0.5, 0.25, 2.0], dtype=dtype)
+            torch.tensor([1.0, 2.0, 3.0], dtype=dtype),
+            torch.tensor([0.5, 0.25, 2.0], dtype=dtype),
         ),
         info={"method": "HMC", "step_size": 0.125, "interrupted": False, "divergences": 2},
     )
@@ -107,13 +108,17 @@ def test_draws_without_anything_optional(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [bf.HMC(), bf.VI(steps=10), bf.DeepEnsemble(2, 5)], ids=lambda m: type(m).__name__
+    "method",
+    [bf.HMC(), bf.VI(steps=10), bf.DeepEnsemble(2, 5)],
+    ids=lambda m: type(m).__name__,
 )
 def test_what_samplers_return_can_be_saved(method, tmp_path: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         net = torch.nn.Linear(2, 1)
     x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
-    model = bf.BayesianModel(net, bf.priors.Normal(), bf.likelihoods.Gaussian(), x, x.sum(1))
+    model = bf.BayesianModel(
+        net, bf.priors.Normal(), bf.likelihoods.Gaussian(), x, x.sum(1)
+    )
     sizes = {"chains": 2, "draws": 3, "warmup": 5} if isinstance(method, bf.HMC) else {}
     draws = bf.sample(model, method, seed=0, **sizes)
     check_equal(bf.Draws.load(draws.save(tmp_path / "draws.npz")), draws)
@@ -124,12 +129,24 @@ def test_a_correction_comes_back_as_one(tmp_path: Path) -> None:
     fixed = Correction(
         **(
             vars(draws)
-            | {"info": {"correction": "importance", "khat": 0.3, "ess": 5.0, "verdict": "trust"}}
+            | {
+                "info": {
+                    "correction": "importance",
+                    "khat": 0.3,
+                    "ess": 5.0,
+                    "verdict": "trust",
+                }
+            }
         )
     )
     found = bf.load(fixed.save(tmp_path / "fixed"))
     assert isinstance(found, Correction)
-    assert (found.method, found.khat, found.ess, found.verdict) == ("importance", 0.3, 5.0, "trust")
+    assert (found.method, found.khat, found.ess, found.verdict) == (
+        "importance",
+        0.3,
+        5.0,
+        "trust",
+    )
     assert type(bf.load(draws.save(tmp_path / "draws"))) is bf.Draws
 
 
@@ -200,7 +217,10 @@ def example_inrs(dtype: torch.dtype = torch.float32) -> INRs:
     theta = torch.arange(2 * spec.dim, dtype=dtype).reshape(2, -1) / 8 - 1
     mse = torch.tensor([0.125, float("inf")], dtype=torch.float64)
     return INRs(
-        theta, spec, mse, {"steps": 5, "learning_rate": 0.25, "batch_size": None, "diverged": 1}
+        theta,
+        spec,
+        mse,
+        {"steps": 5, "learning_rate": 0.25, "batch_size": None, "diverged": 1},
     )
 
 
@@ -230,7 +250,10 @@ def test_the_golden_inrs_stay_readable() -> None:
 
 
 def test_todays_inrs_have_the_layout_of_the_golden_ones(tmp_path: Path) -> None:
-    with np.load(example_inrs().save(tmp_path / "now.npz")) as now, np.load(GOLDEN_INRS) as golden:
+    with (
+        np.load(example_inrs().save(tmp_path / "now.npz")) as now,
+        np.load(GOLDEN_INRS) as golden,
+    ):
         assert sorted(now.files) == sorted(golden.files)
         for name in golden.files:
             assert np.array_equal(now[name], golden[name])
@@ -254,11 +277,16 @@ def example_manifold_flow(
     change.
     """
     spec = WeightSpec.of(built(lambda: chain(*(widths or (2, 3, 1)))))
-    velocity = built(lambda: TangentVelocity(spec, width, 1), dtype).requires_grad_(False).eval()
+    velocity = (
+        built(lambda: TangentVelocity(spec, width, 1), dtype).requires_grad_(False).eval()
+    )
     for parameter in velocity.parameters():
         parameter.copy_(exact_values(*parameter.shape))
     return ManifoldFlow(
-        velocity, Spheres(spec), Solver("rk4", 3), {"steps": 5, "loss": 0.25, "held_out_loss": None}
+        velocity,
+        Spheres(spec),
+        Solver("rk4", 3),
+        {"steps": 5, "loss": 0.25, "held_out_loss": None},
     )
 
 
@@ -276,11 +304,17 @@ def example_density(dtype: torch.dtype = torch.float32) -> TransformedDensity:
     model = linear(3, PRIOR, dtype)
     loc = torch.tensor([0.5, -1.0, 2.0])
     source = Source(
-        model.flat_prior, loc, torch.tensor([[2.0, 0.5, 0.0], [0.5, 1.0, 0.25], [0.0, 0.25, 0.5]])
+        model.flat_prior,
+        loc,
+        torch.tensor([[2.0, 0.5, 0.0], [0.5, 1.0, 0.25], [0.0, 0.25, 0.5]]),
     )
-    factor = torch.tensor([[1.0, 0.0, 0.0], [-0.5, 0.75, 0.0], [0.25, 0.125, 2.0]], dtype=dtype)
+    factor = torch.tensor(
+        [[1.0, 0.0, 0.0], [-0.5, 0.75, 0.0], [0.25, 0.125, 2.0]], dtype=dtype
+    )
     return TransformedDensity(
-        bf.Gaussian(0.5 * loc.to(dtype), factor), source, {"matched": True, "shrinkage": 0.125}
+        bf.Gaussian(0.5 * loc.to(dtype), factor),
+        source,
+        {"matched": True, "shrinkage": 0.125},
     )
 
 
@@ -372,7 +406,9 @@ def test_golden_transports_stay_readable(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_todays_transports_have_the_layout_of_the_golden_ones(name: str, tmp_path: Path) -> None:
+def test_todays_transports_have_the_layout_of_the_golden_ones(
+    name: str, tmp_path: Path
+) -> None:
     path = EXAMPLES[name]().save(tmp_path / "now.npz")
     with np.load(path) as now, np.load(GOLDEN.with_name(f"{name}-v1.npz")) as golden:
         assert sorted(now.files) == sorted(golden.files)
@@ -412,7 +448,9 @@ def test_the_golden_density_is_the_gaussian_it_says() -> None:
     assert expected.source.root is not None
     root, factor = expected.source.root.double(), expected.density.scale_tril.double()
     mean = 0.25 + 1.5 * (expected.source.loc + root @ expected.density.loc.double())
-    law = torch.distributions.MultivariateNormal(mean, 2.25 * root @ factor @ factor.T @ root)
+    law = torch.distributions.MultivariateNormal(
+        mean, 2.25 * root @ factor @ factor.T @ root
+    )
     theta = found.sample(20, 0)
     torch.testing.assert_close(
         found.log_prob(theta), law.log_prob(theta.double()), rtol=1e-5, atol=1e-5
@@ -429,7 +467,11 @@ def test_flows_on_manifolds_are_of_their_own_networks_only(
 
     def model(net: Callable[[], torch.nn.Module]) -> bf.BayesianModel:
         return bf.BayesianModel(
-            built(net, torch.float32), bf.priors.Normal(), bf.likelihoods.Gaussian(0.5), x, x[:, 0]
+            built(net, torch.float32),
+            bf.priors.Normal(),
+            bf.likelihoods.Gaussian(0.5),
+            x,
+            x[:, 0],
         )
 
     check_same_law(bf.load(path, model(lambda: chain(2, 3, 1))), make())
@@ -483,7 +525,9 @@ def test_what_could_not_be_rebuilt_is_not_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_transports_are_not_read_as_one_another(name: str, tmp_path: Path) -> None:
     path = EXAMPLES[name]().save(tmp_path / "law")
-    for other in {ManifoldFlow, CompletedFlow, TransformedDensity, Flow} - {type(EXAMPLES[name]())}:
+    for other in {ManifoldFlow, CompletedFlow, TransformedDensity, Flow} - {
+        type(EXAMPLES[name]())
+    }:
         with pytest.raises(ValueError, match=f"holds '{name}', expected one of"):
             other.load(path)
 
@@ -492,7 +536,13 @@ def test_transports_are_not_read_as_one_another(name: str, tmp_path: Path) -> No
 
 
 def header(**values: object) -> np.ndarray:
-    plain = {"format": "bnnflow", "kind": "draws", "version": 1, "info": {}, "log_evidence": None}
+    plain = {
+        "format": "bnnflow",
+        "kind": "draws",
+        "version": 1,
+        "info": {},
+        "log_evidence": None,
+    }
     return np.frombuffer(json.dumps(plain | values).encode(), dtype=np.uint8)
 
 
@@ -622,7 +672,8 @@ def test_a_lock_keeps_others_out_until_it_is_released(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "run"
     with storage.Lock(folder, folder=True):
         with pytest.raises(
-            ValueError, match=f"another run .process {os.getpid()} on .* is working on .*run"
+            ValueError,
+            match=f"another run .process {os.getpid()} on .* is working on .*run",
         ):
             storage.Lock(folder, folder=True)
         storage.Lock(tmp_path / "a" / "other.npz", folder=False).release()

@@ -181,7 +181,8 @@ def test_group_is_respected(name: str) -> None:
     spec, group = WeightSpec.of(NETS["2 hidden"]()), GROUPS[name]
     reference = weights(spec, 20)
     assert torch.equal(
-        match(spec.transform(group, 2, reference)[0], spec, reference, group=group), reference
+        match(spec.transform(group, 2, reference)[0], spec, reference, group=group),
+        reference,
     )
 
     theta = weights(spec, 20, seed=6)
@@ -261,7 +262,10 @@ def test_alignment_uses_only_what_keeps_the_prior() -> None:
     scales = torch.tensor([0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0])
     for prior, name in (
         (priors.Normal(1.0, 0.5), "signs"),
-        (priors.PerTensor({"0.bias": Normal(0.0, scales)}, Normal(0.0, 1.0)), "permutations"),
+        (
+            priors.PerTensor({"0.bias": Normal(0.0, scales)}, Normal(0.0, 1.0)),
+            "permutations",
+        ),
     ):
         model = model_of(NETS["1 hidden"](), prior)
         theta = weights(model.spec, 50)
@@ -289,7 +293,9 @@ def test_sorted_form_is_one_for_each_orbit(name: str) -> None:
     )
     assert torch.equal(sort_units(form, spec), form)
     for seed in range(3):
-        assert torch.equal(sort_units(spec.transform(finite(spec), seed, theta)[0], spec), form)
+        assert torch.equal(
+            sort_units(spec.transform(finite(spec), seed, theta)[0], spec), form
+        )
     first = spec.layers[0]
     biases = (
         spec.unflatten(form)[first.bias]

@@ -24,16 +24,31 @@ from bnnflow.transport import (
 from bnnflow.transport.targets import obeys_stein
 from bnnflow.transport.whitened import WhitenedPosterior
 from bnnflow.weights import Symmetries
-from tests.problems import F64, built, chain, conjugate, generator, normal, regression, tiny_network
+from tests.problems import (
+    F64,
+    built,
+    chain,
+    conjugate,
+    generator,
+    normal,
+    regression,
+    tiny_network,
+)
 
 PATHS = [AffinePath(), AffinePath("variance_preserving")]
 NOTHING = Symmetries(frozenset(), frozenset(), frozenset())
 
 
-def network(widths: tuple[int, ...], activation: type[nn.Module] = nn.Tanh) -> bf.BayesianModel:
+def network(
+    widths: tuple[int, ...], activation: type[nn.Module] = nn.Tanh
+) -> bf.BayesianModel:
     net = built(lambda: chain(*widths, activation=activation))
     return bf.BayesianModel(
-        net, priors.Normal(), likelihoods.Gaussian(0.5), normal(6, widths[0]), normal(6, 1, seed=1)
+        net,
+        priors.Normal(),
+        likelihoods.Gaussian(0.5),
+        normal(6, widths[0]),
+        normal(6, 1, seed=1),
     )
 
 
@@ -52,7 +67,9 @@ def orbit(model: bf.BayesianModel, group: Symmetries, theta: Tensor) -> Tensor:
         )
     images = []
     for element in itertools.product(*choices):
-        moved = model.spec.permute(theta, {label: torch.tensor(perm) for label, perm, _ in element})
+        moved = model.spec.permute(
+            theta, {label: torch.tensor(perm) for label, perm, _ in element}
+        )
         flips = {
             label: torch.tensor(sign, dtype=F64)
             for label, _, sign in element
@@ -64,7 +81,12 @@ def orbit(model: bf.BayesianModel, group: Symmetries, theta: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("widths", "activation"),
-    [((1, 3, 1), nn.Tanh), ((2, 4, 1), nn.ReLU), ((1, 2, 2, 1), nn.Tanh), ((1, 2, 3, 1), nn.ReLU)],
+    [
+        ((1, 3, 1), nn.Tanh),
+        ((2, 4, 1), nn.ReLU),
+        ((1, 2, 2, 1), nn.Tanh),
+        ((1, 2, 3, 1), nn.ReLU),
+    ],
 )
 @pytest.mark.parametrize("t", [0.1, 0.4, 0.7])
 def test_average_over_the_orbit_has_its_exact_mean_and_less_variance(widths, activation, t):
@@ -122,11 +144,15 @@ def test_target_without_curvature_has_the_field_as_its_mean(path, temperature, t
     centre = posterior @ (torch.linalg.solve(covariance, mean) + c.b / c.a**2 * x_t)
     x1 = centre + normal(20000, 4, seed=3) @ torch.linalg.cholesky(posterior).mT
     draws = mean + normal(500, 4, seed=5) @ torch.linalg.cholesky(covariance).mT
-    informed = PosteriorTargets(path, WhitenedPosterior(known.model), NOTHING, draws, generator())
+    informed = PosteriorTargets(
+        path, WhitenedPosterior(known.model), NOTHING, draws, generator()
+    )
     _, target = informed.point(
         (x_t - c.b * x1) / c.a, x1, torch.full((20000,), t, dtype=F64), generator(1)
     )
-    exact = GaussianVelocity(mean, covariance, path)(torch.tensor(t, dtype=F64), x_t.unsqueeze(0))
+    exact = GaussianVelocity(mean, covariance, path)(
+        torch.tensor(t, dtype=F64), x_t.unsqueeze(0)
+    )
     assert ((target.mean(0) - exact[0]).abs() < 4 * target.std(0) / 20000**0.5 + 1e-9).all()
 
 
@@ -135,7 +161,12 @@ def test_noise_is_a_fraction_of_that_of_pairs_at_both_ends_of_the_path():
     context = WhitenedPosterior(model)
     x1 = bf.sample(model, bf.HMC(), chains=32, warmup=200, draws=100, seed=0).flat
     informed = PosteriorTargets(
-        AffinePath(), context, context.source.symmetries(model), x1, generator(), newton=True
+        AffinePath(),
+        context,
+        context.source.symmetries(model),
+        x1,
+        generator(),
+        newton=True,
     )
     for t, most in ((0.05, 0.1), (0.97, 0.05)):
         times = torch.full((len(x1),), t, dtype=F64)
@@ -159,9 +190,14 @@ def test_large_data_are_used_in_batches():
     context = WhitenedPosterior(model)
     group = context.source.symmetries(model)
     for newton in (False, True):
-        path = PosteriorTargets(AffinePath(), context, group, theta, generator(), newton=newton)
+        path = PosteriorTargets(
+            AffinePath(), context, group, theta, generator(), newton=newton
+        )
         _, target = path.point(
-            normal(8, model.dim), theta, torch.linspace(0.1, 0.9, 8, dtype=F64), generator(3)
+            normal(8, model.dim),
+            theta,
+            torch.linspace(0.1, 0.9, 8, dtype=F64),
+            generator(3),
         )
         assert target.isfinite().all()
         gradients = [path._some(generator(seed), 8).grad(theta) for seed in range(400)]
@@ -177,7 +213,9 @@ def test_last_times_are_finite():
         AffinePath(), context, context.source.symmetries(model), x1, generator()
     )
     t = torch.tensor([0.0, 1e-8, 1 - 1e-4, 1 - 1e-6, 1 - 6e-8, 1.0]).repeat(10)
-    x_t, target = path.point(normal(60, model.dim, dtype=torch.float32), x1[:60], t, generator())
+    x_t, target = path.point(
+        normal(60, model.dim, dtype=torch.float32), x1[:60], t, generator()
+    )
     for values in (x_t, target, path.loss_weight(t)):
         assert values.isfinite().all()
 
@@ -186,7 +224,9 @@ def test_stein_tells_draws_of_the_posterior_from_others():
     known = conjugate()
     context = WhitenedPosterior(known.model)
     prior = known.model.flat_prior
-    exact = known.mean + normal(2000, 4, seed=1) @ torch.linalg.cholesky(known.covariance).mT
+    exact = (
+        known.mean + normal(2000, 4, seed=1) @ torch.linalg.cholesky(known.covariance).mT
+    )
     narrow = known.mean + 0.5 * (exact - known.mean)
     assert obeys_stein(context, prior.to_normal(exact))
     assert not obeys_stein(context, prior.to_normal(narrow))
@@ -200,10 +240,13 @@ def test_fit_chooses_targets_and_refuses_what_they_cannot_be():
     field = built(lambda: WeightsVelocity(model.spec, 8, 1), torch.float32)
 
     def targets(draws: bf.Draws | Tensor = draws, **options: Any) -> str:
-        training, matching = bf.Training(steps=2, batch_size=8), bf.transport.Matching(**options)
-        return bf.fit_flow(model, draws, velocity=field, training=training, matching=matching).info[
-            "targets"
-        ]
+        training, matching = (
+            bf.Training(steps=2, batch_size=8),
+            bf.transport.Matching(**options),
+        )
+        return bf.fit_flow(
+            model, draws, velocity=field, training=training, matching=matching
+        ).info["targets"]
 
     assert targets() == targets(targets="posterior") == "posterior"
     assert (
@@ -224,5 +267,9 @@ def test_fit_chooses_targets_and_refuses_what_they_cannot_be():
         targets(targets="best")
     with pytest.raises(ValueError, match="sigma = 0"):
         PosteriorTargets(
-            AffinePath(sigma=0.1), WhitenedPosterior(model), NOTHING, draws.flat, generator()
+            AffinePath(sigma=0.1),
+            WhitenedPosterior(model),
+            NOTHING,
+            draws.flat,
+            generator(),
         )

@@ -33,14 +33,18 @@ class Residual(nn.Module):
 def nets(seeded) -> dict[str, nn.Module]:
     with seeded(0):
         return {
-            "perceptron": nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double(),
+            "perceptron": nn.Sequential(
+                nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)
+            ).double(),
             "module": Residual().double(),
         }
 
 
 def model_of(net: nn.Module, prior: Any = None) -> bf.BayesianModel:
     x = torch.randn(20, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return bf.BayesianModel(net, prior or priors.Normal(), likelihoods.Gaussian(), x, x.prod(1))
+    return bf.BayesianModel(
+        net, prior or priors.Normal(), likelihoods.Gaussian(), x, x.prod(1)
+    )
 
 
 def together(work: Callable[[int], Tensor]) -> list[Tensor]:
@@ -70,7 +74,10 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "full VI": (bf.VI(rank="full", steps=30), {"draws": 5}),
     "flow VI": (bf.NormalizingFlowVI(steps=30), {"draws": 5}),
     "Laplace": (bf.Laplace(starts=2, steps=30), {"draws": 5}),
-    "exact Laplace": (bf.Laplace("diagonal", hessian="exact", starts=2, steps=100), {"draws": 5}),
+    "exact Laplace": (
+        bf.Laplace("diagonal", hessian="exact", starts=2, steps=100),
+        {"draws": 5},
+    ),
     "SWAG": (bf.SWAG(members=2, steps=30, snapshots=20, every=2), {"draws": 5}),
     "DeepEnsemble": (bf.DeepEnsemble(3, 50), {}),
     "MCDropout": (bf.MCDropout(members=2, steps=30), {"draws": 5}),
@@ -121,7 +128,9 @@ def test_priors_and_densities_are_shared_by_threads(nets, seeded) -> None:
 
     def work(seed: int) -> Tensor:
         parts = [model.sample_prior(3, seed + i) + q.sample(3, seed + i) for i in range(20)]
-        return torch.stack([torch.cat([theta, q.log_prob(theta)[:, None]], 1) for theta in parts])
+        return torch.stack(
+            [torch.cat([theta, q.log_prob(theta)[:, None]], 1) for theta in parts]
+        )
 
     for found, alone in zip(together(work), map(work, range(THREADS)), strict=True):
         assert torch.equal(found, alone)
@@ -135,7 +144,9 @@ def test_flows_and_predictions_in_threads_are_those_of_each_alone(nets) -> None:
     x = model.x[:5]
 
     def work(seed: int) -> Tensor:
-        flow = bf.fit_flow(model, draws, seed=seed, progress=False, training=bf.Training(steps=2))
+        flow = bf.fit_flow(
+            model, draws, seed=seed, progress=False, training=bf.Training(steps=2)
+        )
         more = flow.sample(2, seed, solver=few)
         mean = bf.predict(model, more.unsqueeze(0), x).mean
         return torch.cat([more.flatten(), mean.flatten(), flow.log_prob(more, solver=few)])

@@ -34,7 +34,11 @@ from bnnflow.transport import (
     WeightsVelocity,
 )
 from bnnflow.transport import flow as flow_module
-from bnnflow.transport.divergence import exact_divergence, hutchinson_divergence, probe_noise
+from bnnflow.transport.divergence import (
+    exact_divergence,
+    hutchinson_divergence,
+    probe_noise,
+)
 from bnnflow.transport.solvers import integrate, integrate_with_trace, time_grid
 from bnnflow.transport.whitened import WhitenedPosterior
 from bnnflow.weights import Symmetries
@@ -91,7 +95,9 @@ def network_model(
     for n_in, n_out in zip((2, *widths), widths, strict=False):
         layers += [nn.Linear(n_in, n_out), nn.Tanh()]
     net = nn.Sequential(*layers, nn.Linear(widths[-1], outputs)).to(dtype)
-    return bf.BayesianModel(net, priors.Normal(1.0), likelihood, x, y, temperature=temperature)
+    return bf.BayesianModel(
+        net, priors.Normal(1.0), likelihood, x, y, temperature=temperature
+    )
 
 
 def randomised(velocity: nn.Module, scale: float = 0.05) -> nn.Module:
@@ -146,7 +152,9 @@ def test_untrained_gauss_newton_field_is_exact_for_a_linear_gaussian_model():
     assert (log_q - truth).abs().max() < 1e-4
     # The evidence of a linear Gaussian model follows from any single draw.
     assert torch.allclose(
-        model.log_joint(drawn) - log_q, (model.log_joint(drawn) - truth)[0].expand(40), atol=1e-3
+        model.log_joint(drawn) - log_q,
+        (model.log_joint(drawn) - truth)[0].expand(40),
+        atol=1e-3,
     )
 
 
@@ -161,7 +169,10 @@ class Burst(nn.Module):
     mass = 40 * 0.02 * math.pi**0.5
 
     def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return torch.where(x[:, :1] > 0, 40 * torch.exp(-(((t - self.when) / 0.02) ** 2)), 0.0) * x
+        return (
+            torch.where(x[:, :1] > 0, 40 * torch.exp(-(((t - self.when) / 0.02) ** 2)), 0.0)
+            * x
+        )
 
 
 @pytest.mark.parametrize("trace", ["exact", "hutchinson"])
@@ -197,7 +208,9 @@ def test_densities_that_fixed_steps_get_wrong_are_told(steps, sd, far):
     model = bf.BayesianModel(
         nn.Linear(2, 1).double(), priors.Normal(1.0), likelihoods.Gaussian(1.0), x, x[:, 0]
     )
-    law = MultivariateNormal(torch.ones(model.dim).double(), sd**2 * torch.eye(model.dim).double())
+    law = MultivariateNormal(
+        torch.ones(model.dim).double(), sd**2 * torch.eye(model.dim).double()
+    )
     flow = Flow.of(
         bf.transport.GaussianVelocity(law.mean, law.covariance_matrix),
         model,
@@ -252,7 +265,9 @@ def test_gradient_steps_climb_to_the_top_and_cost_what_they_say(memory):
     errors = []
     for steps in (4, 12, 40):
         counted = 0
-        errors.append((GradientSteps(steps, 1e6, memory)(Counting(), mu, s2).w - exact).norm())
+        errors.append(
+            (GradientSteps(steps, 1e6, memory)(Counting(), mu, s2).w - exact).norm()
+        )
         assert counted == 2 * steps + 1
     assert errors[2] < 1e-3 * exact.norm()
     assert errors[2] < errors[1] < errors[0]
@@ -274,21 +289,29 @@ def test_drive_is_finite_at_the_end_and_equals_the_gradient_there(kind, proximal
 @pytest.mark.parametrize("kind", ["categorical", "learned"])
 def test_context_gradient_is_that_of_log_posterior_over_normal_density(kind, temperature):
     model = network_model(kind, temperature=temperature)
-    z = torch.randn(5, model.dim, generator=generator(), dtype=torch.float64, requires_grad=True)
+    z = torch.randn(
+        5, model.dim, generator=generator(), dtype=torch.float64, requires_grad=True
+    )
     theta = model.flat_prior.from_normal(z)
     # of the posterior, over z
     log_density = model.log_joint(theta) - model.flat_prior.log_jacobian(theta)
     (expected,) = torch.autograd.grad((log_density + 0.5 * (z * z).sum(-1)).sum(), z)
-    assert torch.allclose(WhitenedPosterior(model).grad(z.detach()), expected, rtol=1e-7, atol=1e-8)
+    assert torch.allclose(
+        WhitenedPosterior(model).grad(z.detach()), expected, rtol=1e-7, atol=1e-8
+    )
 
 
 # ---------------------------------------- densities
 
 
-@pytest.mark.parametrize("proximal_step", [GradientSteps(3), GaussNewton(1), GaussNewton(2)])
+@pytest.mark.parametrize(
+    "proximal_step", [GradientSteps(3), GaussNewton(1), GaussNewton(2)]
+)
 @pytest.mark.parametrize("kind", ["categorical", "gaussian", "learned"])
 @pytest.mark.parametrize("t", [0.1, 0.6, 0.97])
-def test_divergence_of_the_informed_field_matches_central_differences(kind, proximal_step, t):
+def test_divergence_of_the_informed_field_matches_central_differences(
+    kind, proximal_step, t
+):
     model = network_model(kind)
     velocity = informed(model, proximal_step)
     x = torch.randn(4, model.dim, generator=generator(), dtype=torch.float64)
@@ -296,8 +319,12 @@ def test_divergence_of_the_informed_field_matches_central_differences(kind, prox
     value, divergence = exact_divergence(lambda z: velocity(time, z), x)
     assert torch.allclose(value, velocity(time, x))
     step = 1e-6 * torch.eye(model.dim, dtype=torch.float64)
-    forward = velocity(time, (x[:, None] + step).flatten(0, 1)).reshape(4, model.dim, model.dim)
-    backward = velocity(time, (x[:, None] - step).flatten(0, 1)).reshape(4, model.dim, model.dim)
+    forward = velocity(time, (x[:, None] + step).flatten(0, 1)).reshape(
+        4, model.dim, model.dim
+    )
+    backward = velocity(time, (x[:, None] - step).flatten(0, 1)).reshape(
+        4, model.dim, model.dim
+    )
     differences = (forward - backward).diagonal(dim1=1, dim2=2).sum(-1) / 2e-6
     # Finite-difference curvature (GradientSteps) is itself differenced here, hence the looser
     # bound.
@@ -325,7 +352,9 @@ def test_hutchinson_mean_agrees_with_the_exact_trace_within_its_error(noise):
     x = torch.randn(6, model.dim, generator=generator(), dtype=torch.float64)
     field = lambda z: velocity(torch.tensor(0.5), z)  # noqa: E731
     _, exact = exact_divergence(field, x)
-    _, estimates = hutchinson_divergence(field, x, probe_noise(noise, 2000, x, generator(4)))
+    _, estimates = hutchinson_divergence(
+        field, x, probe_noise(noise, 2000, x, generator(4))
+    )
     error = estimates.std(0) / math.sqrt(2000)
     assert ((estimates.mean(0) - exact).abs() < 4.5 * error).all()
 
@@ -365,9 +394,13 @@ def test_density_carries_the_jacobian_of_a_prior_that_is_not_normal():
         torch.tensor([[1.0], [0.5]]),
         torch.tensor([0.4, 1.0]),
     )
-    flow = Flow.of(InformedVelocity(model.spec, GaussNewton(1), width=8, depth=1).double(), model)
+    flow = Flow.of(
+        InformedVelocity(model.spec, GaussNewton(1), width=8, depth=1).double(), model
+    )
     grid = torch.linspace(-6, 6, 500, dtype=torch.float64)
-    mass = torch.trapezoid(flow.log_prob(grid[:, None], solver=Solver("rk4", 24)).exp(), grid)
+    mass = torch.trapezoid(
+        flow.log_prob(grid[:, None], solver=Solver("rk4", 24)).exp(), grid
+    )
     assert mass == pytest.approx(1.0, abs=2e-3)
 
 
@@ -404,7 +437,9 @@ def test_density_of_an_equivariant_flow_is_invariant():
 @pytest.mark.parametrize("coupling", [Independent(), Matched()])
 @pytest.mark.parametrize("prior", [priors.Normal(1.0), priors.FanIn(1.3)])
 def test_source_marginals_stay_the_prior_under_every_coupling(coupling, prior):
-    net = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 1))
+    net = nn.Sequential(
+        nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 1)
+    )
     x = torch.randn(10, 2, generator=generator())
     model = bf.BayesianModel(net, prior, likelihoods.Gaussian(0.1), x, x.sum(1))
     # A target far from symmetric, so that matching has something to pull at.
@@ -431,7 +466,9 @@ def test_matching_without_a_random_element_would_bias_the_source():
     """The power of the test above: matched x0 alone is no longer the prior."""
     net = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1))
     x = torch.randn(10, 2, generator=generator())
-    model = bf.BayesianModel(net, priors.Normal(1.0), likelihoods.Gaussian(0.1), x, x.sum(1))
+    model = bf.BayesianModel(
+        net, priors.Normal(1.0), likelihoods.Gaussian(0.1), x, x.sum(1)
+    )
     x0 = torch.randn(2000, model.dim, generator=generator(2))
     x1 = torch.linspace(-3, 3, model.dim).expand(2000, -1)
     matched = bf.symmetry.match(x0, model.spec, x1)
@@ -469,7 +506,10 @@ def test_solvers_have_their_order(solver, order):
     for steps in (8, 16):
         grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
         (x,) = integrate(
-            lambda t, s: (-(s[0] ** 2) + t,), (torch.ones(1, dtype=torch.float64),), grid, solver
+            lambda t, s: (-(s[0] ** 2) + t,),
+            (torch.ones(1, dtype=torch.float64),),
+            grid,
+            solver,
         )
         (fine,) = integrate(
             lambda t, s: (-(s[0] ** 2) + t,),
@@ -582,7 +622,9 @@ def test_save_and_load_round_trip(tmp_path, velocity, kind):
     log_q = flow.log_prob(theta[:2], solver=few)
     assert torch.allclose(loaded.log_prob(theta[:2], solver=few), log_q)
     assert (loaded.solver, loaded.info) == (flow.solver, flow.info)
-    other = network_model("gaussian" if kind == "learned" else "bernoulli", torch.float32, (4, 3))
+    other = network_model(
+        "gaussian" if kind == "learned" else "bernoulli", torch.float32, (4, 3)
+    )
     if velocity == "informed":
         with pytest.raises(ValueError, match="needs its model"):
             bf.load(path)
@@ -658,7 +700,9 @@ def test_any_network_and_any_module_as_field():
     g = generator(4)
     net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Softmax(1), nn.Flatten(), nn.Linear(8, 1))
     x = torch.randn(20, 1, 6, generator=g)
-    model = bf.BayesianModel(net, priors.Normal(1.0), likelihoods.Gaussian(0.5), x, x.sum((1, 2)))
+    model = bf.BayesianModel(
+        net, priors.Normal(1.0), likelihoods.Gaussian(0.5), x, x.sum((1, 2))
+    )
     draws = 0.1 * torch.randn(300, model.dim, generator=g) + 1
 
     class Field(nn.Module):
@@ -702,9 +746,13 @@ def test_flow_from_a_student_prior_has_its_jacobian():
         torch.tensor([[1.0], [0.5]]),
         torch.tensor([0.4, 1.0]),
     )
-    flow = Flow.of(InformedVelocity(model.spec, GaussNewton(1), width=8, depth=1).double(), model)
+    flow = Flow.of(
+        InformedVelocity(model.spec, GaussNewton(1), width=8, depth=1).double(), model
+    )
     grid = torch.linspace(-9, 9, 500, dtype=torch.float64)
-    mass = torch.trapezoid(flow.log_prob(grid[:, None], solver=Solver("rk4", 24)).exp(), grid)
+    mass = torch.trapezoid(
+        flow.log_prob(grid[:, None], solver=Solver("rk4", 24)).exp(), grid
+    )
     assert mass == pytest.approx(1.0, abs=2e-3)
 
 
@@ -733,7 +781,9 @@ def test_refine_leaves_exact_draws_exact():
 def test_refine_frees_draws_that_start_where_the_posterior_is_too_steep():
     """With one step size for all, 40 of 800 draws never move: their every trajectory diverges."""
     model = two_weights()
-    theta = 2 * torch.randn(800, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    theta = 2 * torch.randn(
+        800, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     refined = refine(model, theta, 16, seed=1)
     assert (refined.flat != theta).any(1).all()
     # of 4,000 exact draws the least likely has -7.9
@@ -779,7 +829,9 @@ def test_draws_of_a_gaussian_do_not_stray(shape):
         torch.manual_seed(0)
         values = -law.sample((1_000_000,))
     assert int(outliers(values).sum()) <= 2
-    far = torch.tensor([math.nan, -math.inf, float(values.median()) - 12 * (shape**0.5 + 2)])
+    far = torch.tensor(
+        [math.nan, -math.inf, float(values.median()) - 12 * (shape**0.5 + 2)]
+    )
     assert outliers(torch.cat([values, far]))[-3:].all()
 
 

@@ -29,7 +29,9 @@ def test_each_fit_is_scored_once(uci, tmp_path, monkeypatch, capsys):
     g = np.random.default_rng(0)
     x = g.uniform(-2, 2, (80, 2))
     y = 50 + 10 * x[:, 0] + g.normal(0, 1, 80)
-    np.savez(tmp_path / "line.npz", X=x, y=y, test_0=np.arange(20), test_1=np.arange(20, 40))
+    np.savez(
+        tmp_path / "line.npz", X=x, y=y, test_0=np.arange(20), test_1=np.arange(20, 40)
+    )
     out = tmp_path / "runs" / "uci.csv"
 
     def run(methods: str) -> list[dict[str, str]]:

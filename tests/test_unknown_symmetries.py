@@ -15,7 +15,14 @@ import bnnflow as bf
 from bnnflow import likelihoods, priors, symmetry
 from bnnflow.equivariant import DWSNet
 from bnnflow.report import plots, weight_convergence
-from bnnflow.transport import Matched, MiniBatchOT, Source, WeightsVelocity, fit_flow, fit_gaussian
+from bnnflow.transport import (
+    Matched,
+    MiniBatchOT,
+    Source,
+    WeightsVelocity,
+    fit_flow,
+    fit_gaussian,
+)
 from bnnflow.weights import Symmetries, WeightSpec
 
 F64 = torch.float64
@@ -49,7 +56,9 @@ class Attention(nn.Module):
 
 UNKNOWN = {  # what cannot be labelled, and how the messages name it
     "batch norm": (
-        lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 1)),
+        lambda: nn.Sequential(
+            nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 1)
+        ),
         r"module '1' \(BatchNorm1d\)",
     ),
     "grouped convolution": (
@@ -80,7 +89,9 @@ NONE = {
 
 def model_of(net: nn.Module, prior: priors.Prior | None = None) -> bf.BayesianModel:
     x = torch.randn(12, 3, generator=generator(1), dtype=F64)
-    return bf.BayesianModel(net, prior or priors.Normal(), likelihoods.Gaussian(0.1), x, x.sum(1))
+    return bf.BayesianModel(
+        net, prior or priors.Normal(), likelihoods.Gaussian(0.1), x, x.sum(1)
+    )
 
 
 def as_draws(model: bf.BayesianModel, theta: Tensor) -> bf.Draws:
@@ -109,7 +120,9 @@ def test_the_spec_says_that_and_why_symmetries_are_not_known(name: str) -> None:
 @pytest.mark.parametrize("name", NONE)
 def test_none_is_known_where_there_is_none(name: str) -> None:
     model = model_of(built(NONE[name]))
-    assert model.spec.known_symmetries() == Symmetries(frozenset(), frozenset(), frozenset())
+    assert model.spec.known_symmetries() == Symmetries(
+        frozenset(), frozenset(), frozenset()
+    )
     assert "symmetries: none" in repr(model.spec)
     theta = torch.randn(5, model.dim, generator=generator(), dtype=F64)
     assert torch.equal(bf.align(model, theta), theta)
@@ -133,7 +146,9 @@ def test_descriptions_from_before_are_not_taken_for_none() -> None:
     assert not WeightSpec.from_description(values).unknown
 
 
-def test_what_is_all_about_symmetry_refuses_by_name(unknown: tuple[bf.BayesianModel, str]) -> None:
+def test_what_is_all_about_symmetry_refuses_by_name(
+    unknown: tuple[bf.BayesianModel, str],
+) -> None:
     model, name = unknown
     spec = model.spec
     theta = torch.randn(5, model.dim, generator=generator(), dtype=F64)
@@ -156,7 +171,9 @@ def test_what_is_all_about_symmetry_refuses_by_name(unknown: tuple[bf.BayesianMo
         "order": lambda: spec.log_group_order,
         "structure": lambda: plots.block_structure(spec),
         "equivariant network": lambda: DWSNet(spec, 1, 1),
-        "matched pairs": lambda: Matched().pair(theta, theta, spec, spec.symmetries(), generator()),
+        "matched pairs": lambda: Matched().pair(
+            theta, theta, spec, spec.symmetries(), generator()
+        ),
         "matched plan": lambda: MiniBatchOT(matched=True).pair(
             theta, theta, spec, spec.symmetries(), generator()
         ),
@@ -175,7 +192,9 @@ def test_a_group_of_the_callers_own_is_used() -> None:
     )
 
 
-def test_chains_in_copies_are_not_said_to_differ(unknown: tuple[bf.BayesianModel, str]) -> None:
+def test_chains_in_copies_are_not_said_to_differ(
+    unknown: tuple[bf.BayesianModel, str],
+) -> None:
     model, _ = unknown
     chain = torch.randn(30, model.dim, generator=generator(3), dtype=F64)
     draws = as_draws(model, torch.stack([chain, chain.flip(0) + 1e-9]))
@@ -212,7 +231,9 @@ def test_permuted_batch_norm_chains_get_an_honest_conclusion() -> None:
     assert "not even modulo symmetry" not in str(result)
 
 
-def test_baselines_say_that_draws_were_not_matched(unknown: tuple[bf.BayesianModel, str]) -> None:
+def test_baselines_say_that_draws_were_not_matched(
+    unknown: tuple[bf.BayesianModel, str],
+) -> None:
     model, _ = unknown
     theta = torch.randn(60, model.dim, generator=generator(), dtype=F64)
     info = fit_gaussian(model, theta).info
@@ -227,21 +248,28 @@ def test_flows_take_other_fields_and_corrections_say_what_was_not_looked_at() ->
         fit_flow(model, theta, progress=False, training=bf.Training(steps=2))
     with torch.random.fork_rng(devices=[]):
         field = WeightsVelocity(model.spec, architecture="graph", width=8, depth=1)
-    flow = fit_flow(model, theta, velocity=field, progress=False, training=bf.Training(steps=2))
+    flow = fit_flow(
+        model, theta, velocity=field, progress=False, training=bf.Training(steps=2)
+    )
     found = bf.correct(model, flow, n=50, method="importance", progress=False)
-    assert "symmetries of the network are not known (cannot label module '1' (PReLU)" in str(
-        found.info
+    assert (
+        "symmetries of the network are not known (cannot label module '1' (PReLU)"
+        in str(found.info)
     )
 
 
 def test_reports_say_so(unknown: tuple[bf.BayesianModel, str]) -> None:
     model, _ = unknown
     y = model.x.sum(1)
-    made = bf.report(model, {"prior": model.sample_prior(20, seed=0)}, model.x, y, path=None)
+    made = bf.report(
+        model, {"prior": model.sample_prior(20, seed=0)}, model.x, y, path=None
+    )
     assert "not known: cannot label" in made.html()
 
 
-def test_the_source_keeps_nothing_that_is_not_known(unknown: tuple[bf.BayesianModel, str]) -> None:
+def test_the_source_keeps_nothing_that_is_not_known(
+    unknown: tuple[bf.BayesianModel, str],
+) -> None:
     model, _ = unknown
     assert not any(Source(model.flat_prior).symmetries(model))
 
@@ -250,7 +278,9 @@ def test_the_source_keeps_nothing_that_is_not_known(unknown: tuple[bf.BayesianMo
 
 
 def perceptron_model() -> bf.BayesianModel:
-    return model_of(built(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))))
+    return model_of(
+        built(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)))
+    )
 
 
 def test_weights_that_are_not_the_models_are_refused() -> None:
@@ -278,14 +308,20 @@ def test_weights_that_are_not_the_models_are_refused() -> None:
         bf.align(model, theta, reference=theta[0] * float("inf"))
     with pytest.raises(TypeError, match="floating-point"):
         bf.align(model, theta.long())
-    with pytest.raises(TypeError, match="draws must be a Draws or a tensor of real numbers"):
+    with pytest.raises(
+        TypeError, match="draws must be a Draws or a tensor of real numbers"
+    ):
         bf.align(model, "weights")
 
 
 @pytest.mark.parametrize(
-    "convert", [lambda theta: theta.float(), lambda theta: theta.numpy()], ids=["float32", "numpy"]
+    "convert",
+    [lambda theta: theta.float(), lambda theta: theta.numpy()],
+    ids=["float32", "numpy"],
 )
-def test_weights_of_another_type_are_aligned_alike(convert: Callable[[Tensor], object]) -> None:
+def test_weights_of_another_type_are_aligned_alike(
+    convert: Callable[[Tensor], object],
+) -> None:
     model = perceptron_model()
     theta = torch.randn(4, model.dim, generator=generator(), dtype=F64)
     found = bf.align(model, convert(theta))

@@ -47,7 +47,9 @@ FORMULA = {
 
 
 @pytest.mark.parametrize("widths", FORMULA)
-def test_number_of_orbits_is_the_dimension_of_equivariant_maps(widths: tuple[int, ...]) -> None:
+def test_number_of_orbits_is_the_dimension_of_equivariant_maps(
+    widths: tuple[int, ...],
+) -> None:
     assert int(pair_orbits(spec_of(*widths)).max()) + 1 == FORMULA[widths]
 
 

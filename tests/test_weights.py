@@ -60,7 +60,9 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "depth 1": lambda: nn.Linear(3, 2),
     "depth 1 in a sequence": lambda: perceptron(3, 2, bias=False),
     "depth 2 tanh": lambda: perceptron(3, 5, 2),
-    "depth 2 relu without biases": lambda: perceptron(3, 5, 2, activation=nn.ReLU, bias=False),
+    "depth 2 relu without biases": lambda: perceptron(
+        3, 5, 2, activation=nn.ReLU, bias=False
+    ),
     "depth 3 leaky": lambda: perceptron(3, 4, 5, 2, activation=lambda: nn.LeakyReLU(0.2)),
     "depth 3 gelu": lambda: perceptron(3, 4, 5, 2, activation=lambda: nn.GELU("tanh")),
     "depth 4 silu": lambda: perceptron(3, 4, 3, 5, 2, activation=nn.SiLU),
@@ -112,7 +114,9 @@ def outputs(net: nn.Module, spec: WeightSpec, theta: Tensor) -> Tensor:
 def weights(
     spec: WeightSpec, *shape: int, dtype: torch.dtype = torch.float64, seed: int = 1
 ) -> Tensor:
-    return torch.randn(*shape, spec.dim, generator=generator(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(*shape, spec.dim, generator=generator(seed), dtype=torch.float64).to(
+        dtype
+    )
 
 
 # ---------------------------------------- layout
@@ -132,7 +136,9 @@ def test_flatten_inverts_unflatten(net: nn.Module, lead: tuple[int, ...]) -> Non
     spec = WeightSpec.of(net).extend({"noise": (1,), "other": (2, 3)})
     theta = weights(spec, *lead)
     params = spec.unflatten(theta)
-    assert all(tensor.shape == (*lead, *spec.shapes[name]) for name, tensor in params.items())
+    assert all(
+        tensor.shape == (*lead, *spec.shapes[name]) for name, tensor in params.items()
+    )
     assert torch.equal(spec.flatten(params), theta)
 
 
@@ -162,7 +168,9 @@ def test_flatten_refuses(params: dict[str, Tensor], message: str) -> None:
         WeightSpec.of(perceptron(3, 2)).flatten(params)
 
 
-@pytest.mark.parametrize("theta", [torch.ones(7), torch.ones(8, 1), torch.tensor(1.0)], ids=str)
+@pytest.mark.parametrize(
+    "theta", [torch.ones(7), torch.ones(8, 1), torch.tensor(1.0)], ids=str
+)
 def test_wrong_length_is_named(theta: Tensor) -> None:
     with pytest.raises(ValueError, match="axis of length 8"):
         WeightSpec.of(perceptron(3, 2)).unflatten(theta)
@@ -190,7 +198,10 @@ def test_symmetries_leave_outputs_unchanged(
     moved = spec.random_symmetry(theta, seed=3)
     if spec.widths:
         assert not torch.allclose(moved, theta)
-    expected, found = outputs(net.to(dtype), spec, theta), outputs(net.to(dtype), spec, moved)
+    expected, found = (
+        outputs(net.to(dtype), spec, theta),
+        outputs(net.to(dtype), spec, moved),
+    )
     assert (found - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1)
 
 
@@ -211,7 +222,10 @@ def test_every_action_alone_leaves_outputs_unchanged(net: nn.Module) -> None:
     for label in group.scale:
         scales = {label: torch.rand(3, spec.widths[label], generator=g) + 0.5}
         torch.testing.assert_close(
-            outputs(net, spec, spec.rescale(theta, scales)), expected, rtol=1e-12, atol=1e-12
+            outputs(net, spec, spec.rescale(theta, scales)),
+            expected,
+            rtol=1e-12,
+            atol=1e-12,
         )
 
 
@@ -226,7 +240,9 @@ def test_composition_and_inverse(name: str) -> None:
     # Unit i of the second step is unit second[i] of the first, which is unit first[second[i]] of
     # theta.
     both = {label: first[label].gather(-1, second[label]) for label in first}
-    assert torch.equal(spec.permute(spec.permute(theta, first), second), spec.permute(theta, both))
+    assert torch.equal(
+        spec.permute(spec.permute(theta, first), second), spec.permute(theta, both)
+    )
     inverse = {label: perm.argsort(-1) for label, perm in first.items()}
     assert torch.equal(spec.permute(spec.permute(theta, first), inverse), theta)
     signs = {
@@ -235,7 +251,9 @@ def test_composition_and_inverse(name: str) -> None:
     }
     assert torch.equal(spec.flip(spec.flip(theta, signs), signs), theta)
     group = spec.symmetries()
-    scales = {k: torch.rand(2, 1, spec.widths[k], generator=g).double() + 0.5 for k in group.scale}
+    scales = {
+        k: torch.rand(2, 1, spec.widths[k], generator=g).double() + 0.5 for k in group.scale
+    }
     back = spec.rescale(
         spec.rescale(theta, scales), {label: 1 / scale for label, scale in scales.items()}
     )
@@ -245,11 +263,14 @@ def test_composition_and_inverse(name: str) -> None:
 def test_batched_elements_act_row_by_row(net: nn.Module) -> None:
     spec, g = WeightSpec.of(net), generator(6)
     theta = weights(spec, 4)
-    perms = {label: torch.rand(4, n, generator=g).argsort(-1) for label, n in spec.widths.items()}
+    perms = {
+        label: torch.rand(4, n, generator=g).argsort(-1) for label, n in spec.widths.items()
+    }
     batched = spec.permute(theta, perms) if perms else theta
     for i in range(4):
         assert torch.equal(
-            batched[i], spec.permute(theta[i], {label: perm[i] for label, perm in perms.items()})
+            batched[i],
+            spec.permute(theta[i], {label: perm[i] for label, perm in perms.items()}),
         )
     if perms:  # one network, many elements
         one = {label: perm[1] for label, perm in perms.items()}
@@ -292,7 +313,9 @@ def test_random_permutations_and_signs_are_uniform() -> None:
     spec = WeightSpec.of(perceptron(1, 3, 1, bias=False))
     theta = torch.tensor([1.0, 2.0, 3.0, 1.0, 1.0, 1.0]).expand(48_000, -1)
     moved = spec.random_symmetry(theta, seed=0)[:, :3]
-    counts = torch.stack([(moved == element).all(-1).sum() for element in _signed_permutations()])
+    counts = torch.stack(
+        [(moved == element).all(-1).sum() for element in _signed_permutations()]
+    )
     assert counts.sum() == 48_000  # all 3! 2^3 elements and nothing else
     chi2 = float(((counts - 1000.0) ** 2 / 1000).sum())
     assert chi2 < 47 + 5 * math.sqrt(2 * 47)
@@ -309,7 +332,10 @@ def _signed_permutations() -> list[Tensor]:
         (lambda s, t: s.permute(t, {"h9": torch.arange(4)}), "no hidden layer 'h9'"),
         (lambda s, t: s.permute(t, {"h1": torch.arange(3)}), "an axis of 4"),
         (lambda s, t: s.flip(t, {"h2": torch.ones(4)}), "relu, which has no sign symmetry"),
-        (lambda s, t: s.rescale(t, {"h1": torch.ones(4)}), "tanh, which has no scale symmetry"),
+        (
+            lambda s, t: s.rescale(t, {"h1": torch.ones(4)}),
+            "tanh, which has no scale symmetry",
+        ),
         (lambda s, t: s.rescale(t, {"h2": -torch.ones(4)}), "positive"),
     ],
     ids=["label", "width", "sign", "scale", "negative scale"],
@@ -330,7 +356,10 @@ def test_log_group_order() -> None:
     assert order(perceptron(3, 4, 4, 2)) == pytest.approx(2 * signed)
     assert order(built(NETS["nested"])) == pytest.approx(signed + plain)
     assert order(built(lambda: nn.Linear(3, 2))) == 0
-    assert WeightSpec.unlabelled(built(lambda: nn.Conv2d(1, 2, 3)), unknown="").log_group_order == 0
+    assert (
+        WeightSpec.unlabelled(built(lambda: nn.Conv2d(1, 2, 3)), unknown="").log_group_order
+        == 0
+    )
 
 
 # ---------------------------------------- symmetries of priors
@@ -346,7 +375,11 @@ PRIORS = {
     "laplace": (priors.Laplace(0.7), BOTH, BOTH),
     "student-t": (priors.StudentT(3.0), BOTH, BOTH),
     "shifted": (priors.Normal(0.7, 0.1), BOTH, set()),
-    "shifted output bias": (priors.PerTensor({"4.bias": Normal(1.0, 1.0)}, STANDARD), BOTH, BOTH),
+    "shifted output bias": (
+        priors.PerTensor({"4.bias": Normal(1.0, 1.0)}, STANDARD),
+        BOTH,
+        BOTH,
+    ),
     "shifted output weight": (
         priors.PerTensor({"4.weight": Laplace(1.0, 1.0)}, STANDARD),
         BOTH,
@@ -373,7 +406,9 @@ PRIORS = {
         BOTH,
     ),
     "events": (
-        priors.PerTensor({"0.bias": Independent(Normal(torch.zeros(4), VARIED), 1)}, STANDARD),
+        priors.PerTensor(
+            {"0.bias": Independent(Normal(torch.zeros(4), VARIED), 1)}, STANDARD
+        ),
         {"h2"},
         BOTH,
     ),
@@ -381,7 +416,10 @@ PRIORS = {
 
 
 def log_prior(spec: WeightSpec, prior: priors.Prior, theta: Tensor) -> Tensor:
-    params, total = spec.unflatten(theta), torch.zeros(theta.shape[:-1], dtype=torch.float64)
+    params, total = (
+        spec.unflatten(theta),
+        torch.zeros(theta.shape[:-1], dtype=torch.float64),
+    )
     for name, distribution in prior.distributions(spec).items():
         total = total + distribution.log_prob(params[name]).reshape(len(theta), -1).sum(-1)
     return total
@@ -400,7 +438,9 @@ def test_which_symmetries_keep_which_prior(name: str) -> None:
     density = log_prior(spec, prior, theta)
     moved = spec.random_symmetry(theta, 2, group)
     assert not torch.equal(moved, theta)
-    torch.testing.assert_close(log_prior(spec, prior, moved), density, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        log_prior(spec, prior, moved), density, rtol=1e-10, atol=1e-10
+    )
 
     g = generator(3)
     for label in {"h1", "h2"} - permutations:
@@ -479,8 +519,14 @@ UNLABELLABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(nn.Linear(3, 4), nn.Softplus(threshold=1)),
         r"'1' \(Softplus\)",
     ),
-    "flatten all": (lambda: nn.Sequential(nn.Flatten(0), nn.Linear(3, 4)), r"'0' \(Flatten\)"),
-    "unknown option": (lambda: Forward(lambda s, x: s.b(torch.softmax(s.a(x), -1))), "'softmax'"),
+    "flatten all": (
+        lambda: nn.Sequential(nn.Flatten(0), nn.Linear(3, 4)),
+        r"'0' \(Flatten\)",
+    ),
+    "unknown option": (
+        lambda: Forward(lambda s, x: s.b(torch.softmax(s.a(x), -1))),
+        "'softmax'",
+    ),
     "two outputs": (lambda: Forward(lambda s, x: (s.b(s.a(x)),)), "one tensor"),
     "dict output": (lambda: Forward(lambda s, x: {"mean": s.b(s.a(x))}), "one tensor"),
     "control flow": (

@@ -67,7 +67,9 @@ _Run = Annotated[Path, typer.Argument(help="The folder that bnnflow fit has writ
 _TargetName = Annotated[str, typer.Option("--target", help="The column to predict.")]
 _Task = Annotated[
     str,
-    typer.Option("--task", help="regression or classification; auto: classes if it holds words."),
+    typer.Option(
+        "--task", help="regression or classification; auto: classes if it holds words."
+    ),
 ]
 _Drop = Annotated[str, typer.Option("--drop", help="Columns to leave out: id,name.")]
 _Separator = Annotated[
@@ -76,7 +78,9 @@ _Separator = Annotated[
 ]
 _Decimal = Annotated[
     str | None,
-    typer.Option("--decimal", help="The mark before decimals, . or , where 1,234 may be either."),
+    typer.Option(
+        "--decimal", help="The mark before decimals, . or , where 1,234 may be either."
+    ),
 ]
 _Likelihood = Annotated[
     str,
@@ -90,9 +94,13 @@ _Budget = Annotated[
     float | None,
     typer.Option("--budget", help="Seconds after which no further round of chains begins."),
 ]
-_Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same result.")]
+_Seed = Annotated[
+    int, typer.Option("--seed", min=0, help="The same seed gives the same result.")
+]
 _Network = Annotated[str, typer.Option("--network", help="Widths of the hidden layers.")]
-_Draws = Annotated[int, typer.Option("--draws", help="Draws of the posterior that are kept.")]
+_Draws = Annotated[
+    int, typer.Option("--draws", help="Draws of the posterior that are kept.")
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _Progress = Annotated[
     bool, typer.Option("--progress/--no-progress", help="Bars, where a person looks on.")
@@ -130,7 +138,8 @@ def fit(  # noqa: PLR0913
     budget: _Budget = None,
     seed: _Seed = 0,
     all_rows: Annotated[
-        bool, typer.Option("--all-rows", help="Fit all rows: hold none out to measure scores.")
+        bool,
+        typer.Option("--all-rows", help="Fit all rows: hold none out to measure scores."),
     ] = False,
     drop: _Drop = "",
     separator: _Separator = None,
@@ -151,7 +160,9 @@ def fit(  # noqa: PLR0913
 
     bnnflow fit visits.csv --target visits --out quick --method laplace --likelihood poisson
     """
-    source = work.Data(data, target, task, _listed(drop), _character(separator), decimal, all_rows)
+    source = work.Data(
+        data, target, task, _listed(drop), _character(separator), decimal, all_rows
+    )
     settings = work.Settings(method, likelihood, _widths(network), draws, budget, seed)
     summary = work.fit(source, settings, out, progress=progress)
     _tell(summary["notes"])
@@ -166,7 +177,9 @@ def fit(  # noqa: PLR0913
     )
     typer.echo(f"likelihood: {summary['likelihood']}")
     if summary["scores"]:
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in summary["scores"].items())
+        shown = ", ".join(
+            f"{name} {value:.4g}" for name, value in summary["scores"].items()
+        )
         typer.echo(f"on {summary['held_out_rows']} rows that were held out: {shown}")
     typer.echo(f"next: bnnflow check {out}; bnnflow predict {out} new.csv -o predicted.csv")
 
@@ -175,9 +188,12 @@ def fit(  # noqa: PLR0913
 def predict(
     run: _Run,
     data: _Data,
-    level: Annotated[float, typer.Option("--level", help="Probability of the intervals.")] = 0.9,
+    level: Annotated[
+        float, typer.Option("--level", help="Probability of the intervals.")
+    ] = 0.9,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="A CSV file; printed if there is none.")
+        Path | None,
+        typer.Option("--out", "-o", help="A CSV file; printed if there is none."),
     ] = None,
     separator: _Separator = None,
     as_json: _Json = False,
@@ -213,7 +229,8 @@ def report(
         Path | None, typer.Argument(help="Rows with their targets; those held out if none.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The page; report.html in the run if none.")
+        Path | None,
+        typer.Option("--out", "-o", help="The page; report.html in the run if none."),
     ] = None,
 ) -> None:
     """Write a page on how good the predictions are, and how far the draws can be trusted.
@@ -257,7 +274,8 @@ def compare(  # noqa: PLR0913
     if not names:
         raise ValueError("--methods names none")
     settings = [
-        work.Settings(name, likelihood, _widths(network), draws, None, seed) for name in names
+        work.Settings(name, likelihood, _widths(network), draws, None, seed)
+        for name in names
     ]
     rows, notes = work.compare(source, names, settings, progress=progress)
     _tell(notes)
@@ -274,7 +292,9 @@ def check(run: _Run, as_json: _Json = False) -> None:
     """
     found, code = work.check(run)
     if as_json:
-        typer.echo(json.dumps({"verdict": found.verdict, "reasons": found.reasons, "code": code}))
+        typer.echo(
+            json.dumps({"verdict": found.verdict, "reasons": found.reasons, "code": code})
+        )
     else:
         typer.echo(str(found))
     raise typer.Exit(code)
@@ -316,7 +336,9 @@ def _table(rows: list[dict[str, Any]]) -> str:
     cells = [names, *([_shown(row.get(name, "")) for name in names] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        "  ".join(
+            cell.ljust(width) for cell, width in zip(line, widths, strict=True)
+        ).rstrip()
         for line in cells
     ]
     return "\n".join(lines)

@@ -24,7 +24,9 @@ _GROUP = "[ '\u2019\u00a0\u202f\u2009]"  # between thousands, besides points and
 _OTHER = {".": ",", ",": "."}
 _UNIT = re.compile(r"([+-]?)([$€£¥]?)\s*(.*?)\s*([%$€£¥]?)")
 _CODE = re.compile(r"[+-]?(0\d+|\d{16,})")  # of which a float would lose digits
-_DATE = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?)?( ?(Z|UTC|[+-]\d\d:?\d\d))?)?")
+_DATE = re.compile(
+    r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?)?( ?(Z|UTC|[+-]\d\d:?\d\d))?)?"
+)
 _MONTH = "(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
 _UNCLEAR_DATE = re.compile(
     rf"(\d{{1,4}}[./-]\d{{1,2}}[./-]\d{{1,4}}|\d{{1,2}}[ .-]*{_MONTH}[ .,-]*\d{{2,4}}"
@@ -39,7 +41,9 @@ def _number(decimal: str) -> re.Pattern[str]:
     thousands = _OTHER[decimal]
     exponent = r"(?:[eE][+-]?\d+)?"
     grouped = rf"[1-9]\d{{0,2}}(?:(?:[{thousands}]\d{{3}})+|(?:{_GROUP}\d{{3}})+)"
-    return re.compile(rf"[+-]?(?:(?:\d+|{grouped})(?:[{decimal}]\d*)?|[{decimal}]\d+){exponent}")
+    return re.compile(
+        rf"[+-]?(?:(?:\d+|{grouped})(?:[{decimal}]\d*)?|[{decimal}]\d+){exponent}"
+    )
 
 
 _NUMBER = {mark: _number(mark) for mark in (".", ",")}
@@ -78,7 +82,9 @@ class Column:
         return f"{self.name} is missing"
 
     @classmethod
-    def look(cls, name: str, values: np.ndarray, decimal: str | None, notes: Notes) -> Column:
+    def look(
+        cls, name: str, values: np.ndarray, decimal: str | None, notes: Notes
+    ) -> Column:
         """Find out what a column holds.
 
         Args:
@@ -105,14 +111,20 @@ class Column:
         bare = [_parts(text) for text in known]
         numbers = [(unit, text) for unit, text in bare if _like_a_number(text)]
         if any(_CODE.fullmatch(text) for _, text in numbers):
-            notes.append(f"column {name!r} holds codes (leading zeros, or 16 digits): words")
+            notes.append(
+                f"column {name!r} holds codes (leading zeros, or 16 digits): words"
+            )
             return cls(name, "words")
         if not numbers or len(numbers) < _MOSTLY * of:
             if len(numbers) > (1 - _MOSTLY) * of:
-                notes.append(f"column {name!r} mixes numbers and words: all are taken for words")
+                notes.append(
+                    f"column {name!r} mixes numbers and words: all are taken for words"
+                )
             return cls(name, "words")
         if any(text.lower() in _ENDLESS for text in present):
-            raise ValueError(f"column {name!r} holds infinite numbers: fill or leave them out")
+            raise ValueError(
+                f"column {name!r} holds infinite numbers: fill or leave them out"
+            )
         return cls._numbers(name, numbers, decimal, notes)
 
     @classmethod
@@ -140,7 +152,9 @@ class Column:
                 if one of them does not.
         """
         if self.kind == "words":
-            return np.array(["missing" if missing(text) else text for text in values], object)
+            return np.array(
+                ["missing" if missing(text) else text for text in values], object
+            )
         result, strange = np.full(len(values), math.nan), Counter[str]()
         for row, text in enumerate(values):
             if missing(text) or text.lower() in _BLANK:
@@ -154,7 +168,9 @@ class Column:
             raise ValueError(f"column {self.name!r} holds numbers too large for a computer")
         if strange:
             some = ", ".join(repr(text[:30]) for text in list(strange)[:5])
-            told = f"column {self.name!r}: {strange.total()} cells are no {self.kind} ({some})"
+            told = (
+                f"column {self.name!r}: {strange.total()} cells are no {self.kind} ({some})"
+            )
             if strict or np.isnan(result).all():
                 raise ValueError(told)
             notes.append(f"{told}: taken for missing")
@@ -202,7 +218,9 @@ class Inputs:
                 kept.append(learned)
         marks = {column.indicator_name for column in kept if column.indicator}
         if taken := marks & {*raw}:
-            raise ValueError(f"rename the column {min(taken)!r}: one of that name marks the gaps")
+            raise ValueError(
+                f"rename the column {min(taken)!r}: one of that name marks the gaps"
+            )
         if not kept:
             raise ValueError("there is no column to predict from")
         return cls(tuple(kept))
@@ -214,7 +232,9 @@ class Inputs:
             ValueError: naming columns that are not there.
         """
         if absent := [column.name for column in self.columns if column.name not in raw]:
-            raise ValueError(f"columns that training had are not there: {', '.join(absent[:10])}")
+            raise ValueError(
+                f"columns that training had are not there: {', '.join(absent[:10])}"
+            )
         table = {}
         for column in self.columns:
             values = column.read(raw[column.name], notes)
@@ -299,7 +319,11 @@ class Target:
         """Say in which rows the target is there, ``(n,)``."""
         numeric = self.column.kind == "numbers"
         return np.array(
-            [not (missing(text) or (numeric and text.lower() in _BLANK)) for text in values], bool
+            [
+                not (missing(text) or (numeric and text.lower() in _BLANK))
+                for text in values
+            ],
+            bool,
         )
 
 

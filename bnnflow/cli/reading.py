@@ -75,13 +75,17 @@ def _text(path: Path, notes: Notes) -> str:
     content = path.read_bytes()
     for head, what in _BINARY.items():
         if content.startswith(head):
-            raise ValueError(f"{path.name} is {what}, not text: save it as CSV (or .parquet)")
+            raise ValueError(
+                f"{path.name} is {what}, not text: save it as CSV (or .parquet)"
+            )
     encoding = _encoding(content)
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError:
         if encoding != "utf-8":
-            raise ValueError(f"{path.name} is not the {encoding} that it begins as") from None
+            raise ValueError(
+                f"{path.name} is not the {encoding} that it begins as"
+            ) from None
         text = _western(content)
         notes.append(f"{path.name} is not UTF-8: read as Windows-1252 (Western European)")
     visible = re.sub("[\ufeff\u200b]", "", text)
@@ -124,7 +128,9 @@ def _table(text: str, separator: str | None, notes: Notes) -> Raw:
         separator = separator or told[1]
     separator = separator or _separator(text)
     if separator != ",":
-        notes.append(f"cells are separated by {_SEPARATORS.get(separator, repr(separator))}")
+        notes.append(
+            f"cells are separated by {_SEPARATORS.get(separator, repr(separator))}"
+        )
     header, *rows = _cells(text, separator, notes)
     names = _names(header, notes)
     columns = np.array(rows, object).reshape(len(rows), len(names)).T
@@ -140,7 +146,9 @@ def _separator(text: str) -> str:
             io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True
         )
         try:
-            counts = [len(row) for row, _ in zip(_full(lines), range(_LOOKED_AT), strict=False)]
+            counts = [
+                len(row) for row, _ in zip(_full(lines), range(_LOOKED_AT), strict=False)
+            ]
         except csv.Error:
             continue
         if counts and counts[0] > 1:
@@ -171,7 +179,10 @@ def _cells(text: str, separator: str, notes: Notes) -> list[list[str]]:
         ValueError: for a line that has more or fewer than the header.
     """
     lines = csv.reader(
-        io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True
+        io.StringIO(text, newline=""),
+        delimiter=separator,
+        skipinitialspace=True,
+        strict=True,
     )
     rows, broken, blank, skipped = [], 0, 0, 0
     try:
@@ -187,7 +198,9 @@ def _cells(text: str, separator: str, notes: Notes) -> list[list[str]]:
                     f"line {lines.line_num} has {len(row)} cells, the header {len(rows[0])}"
                 )
     except csv.Error as error:
-        raise ValueError(f"line {lines.line_num}: {error} (is a quote left open?)") from None
+        raise ValueError(
+            f"line {lines.line_num}: {error} (is a quote left open?)"
+        ) from None
     if not rows:
         raise ValueError("there is nothing in it")
     if skipped:

@@ -99,7 +99,9 @@ class Split:
     notes: Notes = field(default_factory=list)
 
 
-def fit(data: Data, settings: Settings, out: Path, *, progress: bool = False) -> dict[str, Any]:
+def fit(
+    data: Data, settings: Settings, out: Path, *, progress: bool = False
+) -> dict[str, Any]:
     """Fit a model to a file and write it, what was learned of the columns, and a summary to a
     folder.
 
@@ -158,7 +160,9 @@ def predict(
         if target["task"] == "classification":
             probs = estimator.predict_proba(frame)
             labels = estimator.classes_[probs.argmax(1)]
-            named = {f"p_{c}": probs[:, i].tolist() for i, c in enumerate(estimator.classes_)}
+            named = {
+                f"p_{c}": probs[:, i].tolist() for i, c in enumerate(estimator.classes_)
+            }
             return {target["column"]["name"]: labels.tolist()} | named
         mean, sd = estimator.predict(frame, return_std=True)
         low, high = estimator.predict_interval(frame, level=level).T
@@ -182,7 +186,9 @@ def report(run: Path, out: Path, notes: Notes, path: Path | None = None) -> Path
         raise ValueError(f"the file has no column {name!r}, the target")
     raw = _subset(raw, target.known(raw[name]))
     with _telling(notes):
-        estimator.report(out, _frame(inputs.apply(raw, notes)), target.read(raw[name], notes))
+        estimator.report(
+            out, _frame(inputs.apply(raw, notes)), target.read(raw[name], notes)
+        )
     return out
 
 
@@ -192,12 +198,18 @@ def check(run: Path) -> tuple[Diagnosis, int]:
     notes: Notes = []
     raw = _rows_of(run, None, notes)
     with _telling(notes):
-        found = estimator.diagnose(None if raw is None else _frame(inputs.apply(raw, notes)))
+        found = estimator.diagnose(
+            None if raw is None else _frame(inputs.apply(raw, notes))
+        )
     return found, _CODES.get(found.verdict, 1)
 
 
 def compare(
-    data: Data, methods: Sequence[str], settings: Sequence[Settings], *, progress: bool = False
+    data: Data,
+    methods: Sequence[str],
+    settings: Sequence[Settings],
+    *,
+    progress: bool = False,
 ) -> tuple[list[dict[str, Any]], Notes]:
     """Fit a file by several methods and score them on the same held-out rows.
 
@@ -242,7 +254,9 @@ def _split(data: Data, seed: int) -> Split:
             some = ", ".join(list(raw)[:10]) + (", ..." if len(raw) > 10 else "")
             raise ValueError(f"{data.path.name} has no column {name!r}; it has {some}")
     if any(note.startswith(f"a further column {data.target!r}:") for note in notes):
-        raise ValueError(f"{data.path.name} has several columns {data.target!r}, the target")
+        raise ValueError(
+            f"{data.path.name} has several columns {data.target!r}, the target"
+        )
     if data.target in data.drop:
         raise ValueError(f"--drop leaves out the target {data.target!r}")
     raw = {name: values for name, values in raw.items() if name not in data.drop}
@@ -297,7 +311,9 @@ def _fitted(split: Split, settings: Settings, progress: bool) -> Any:
         "progress": progress,
     }
     classes = split.target.task == "classification"
-    make: Any = estimators.BayesianMLPClassifier if classes else estimators.BayesianMLPRegressor
+    make: Any = (
+        estimators.BayesianMLPClassifier if classes else estimators.BayesianMLPRegressor
+    )
     frame = _frame(split.inputs.apply(split.fitted, []))
     with _telling(split.notes):
         y = split.target.read(split.fitted[split.target.column.name], [])
@@ -367,11 +383,15 @@ def _finished(out: Path, asked: dict[str, Any]) -> bool:
         raise ValueError(f"--out {out} is a file, not a folder")
     if (out / "summary.json").exists():
         if _json(out / "asked.json") != asked:
-            raise ValueError(f"{out} holds another run (other data or settings): name a new --out")
+            raise ValueError(
+                f"{out} holds another run (other data or settings): name a new --out"
+            )
         return True
     visible = [each.name for each in out.glob("*") if not each.name.startswith(".")]
     if visible and not any(name.startswith("asked.json") for name in visible):
-        raise ValueError(f"{out} is not empty and holds no run ({visible[0]}): name a new --out")
+        raise ValueError(
+            f"{out} is not empty and holds no run ({visible[0]}): name a new --out"
+        )
     return False
 
 
@@ -398,13 +418,18 @@ def _rows_of(run: Path, path: Path | None, notes: Notes) -> Raw | None:
 
 
 def _write_raw(path: Path, raw: Raw) -> None:
-    with storage.whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as f:
+    with (
+        storage.whole(path) as unfinished,
+        unfinished.open("w", newline="", encoding="utf-8") as f,
+    ):
         csv.writer(f).writerows([list(raw), *zip(*raw.values(), strict=True)])
 
 
 def _write_json(path: Path, content: Any) -> None:
     with storage.whole(path) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        unfinished.write_text(
+            json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8"
+        )
 
 
 def _json(path: Path) -> Any:

@@ -70,7 +70,12 @@ def shared_library(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
     compiler = _compiler()
     command = [compiler, *flags]
     known = Path(compiler).stat()
-    key = [source.read_bytes(), repr((known.st_size, known.st_mtime_ns)), *command, *_processor()]
+    key = [
+        source.read_bytes(),
+        repr((known.st_size, known.st_mtime_ns)),
+        *command,
+        *_processor(),
+    ]
     digest = hashlib.sha256(
         b"\0".join(each if isinstance(each, bytes) else each.encode() for each in key)
     )
@@ -154,7 +159,9 @@ def _run(command: list[str], messages: Path) -> None:
     try:
         status = process.wait(_PATIENCE)
     except subprocess.TimeoutExpired:
-        raise CompilationError(f"{command[0]} did not end within {_PATIENCE:g} seconds") from None
+        raise CompilationError(
+            f"{command[0]} did not end within {_PATIENCE:g} seconds"
+        ) from None
     finally:
         _end(process)
     if status:
@@ -210,7 +217,8 @@ def _folders() -> Iterator[Path]:
         if os.path.isabs(root):
             yield Path(root) / "bnnflow"
     yield (
-        Path(tempfile.gettempdir()) / f"bnnflow-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
+        Path(tempfile.gettempdir())
+        / f"bnnflow-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
     )
     own = tempfile.mkdtemp(prefix="bnnflow-")
     atexit.register(shutil.rmtree, own, ignore_errors=True)
@@ -237,7 +245,9 @@ def _owned(status: os.stat_result) -> bool:
     """Say whether a file is this user's or root's, and nobody else may write it."""
     if not hasattr(os, "getuid"):
         return True
-    return status.st_uid in (os.getuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return status.st_uid in (os.getuid(), 0) and not status.st_mode & (
+        stat.S_IWGRP | stat.S_IWOTH
+    )
 
 
 def _processor() -> Sequence[str]:
@@ -246,6 +256,8 @@ def _processor() -> Sequence[str]:
     """
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    flags = next(
+        (line for line in lines if line.lower().startswith(("flags", "features"))), ""
+    )
     model = next((line for line in lines if line.startswith("model name")), "")
     return sys.platform, platform.machine(), platform.processor(), model, flags

@@ -37,7 +37,15 @@ __all__ = [
 ]
 
 _SCALARS = {torch.float32: "float", torch.float64: "double"}
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+)
 
 _Pointer = ctypes.c_void_p
 _Int = ctypes.c_int64
@@ -60,7 +68,10 @@ def is_tracked(*tensors: Tensor) -> bool:
     return any(
         (tracking and tensor.requires_grad)
         or torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # type: ignore[attr-defined]
-        or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None)
+        or (
+            forward_ad._current_level >= 0
+            and forward_ad.unpack_dual(tensor).tangent is not None
+        )
         for tensor in tensors
     )
 
@@ -82,7 +93,9 @@ def normal_like(like: Tensor, generator: torch.Generator) -> Tensor:
     """
     compiled = library(like.dtype) if like.is_cpu else None
     if compiled is None:
-        return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+        return torch.randn(
+            like.shape, generator=generator, device=like.device, dtype=like.dtype
+        )
     normals = torch.empty(like.shape, dtype=like.dtype)
     compiled.bnnflow_normals(key_of(generator), normals.numel(), normals.data_ptr())
     return normals
@@ -138,7 +151,9 @@ def max_norm(grad: Tensor, root: Tensor, value: Tensor) -> float:
         value: ``(chain,)``, float64; what else must be finite.
     """
     compiled = (
-        library(grad.dtype) if _dense(grad, grad, root, root) and value.is_contiguous() else None
+        library(grad.dtype)
+        if _dense(grad, grad, root, root) and value.is_contiguous()
+        else None
     )
     if compiled is None or value.dtype != torch.float64:
         return float(torch.linalg.vector_norm(grad * root)) + 0 * float(value.sum())
@@ -162,11 +177,16 @@ def turned(direction: Tensor, grad: Tensor, step: Tensor) -> tuple[Tensor, Tenso
         and direction.dtype == grad.dtype == step.dtype
     )
     compiled = (
-        library(grad.dtype) if dense and grad.is_cpu and is_untracked_cpu(direction, grad) else None
+        library(grad.dtype)
+        if dense and grad.is_cpu and is_untracked_cpu(direction, grad)
+        else None
     )
     if compiled is None:
         return None
-    new, change = torch.empty_like(direction), torch.empty(len(direction), dtype=torch.float64)
+    new, change = (
+        torch.empty_like(direction),
+        torch.empty(len(direction), dtype=torch.float64),
+    )
     compiled.bnnflow_turn(
         *direction.shape,
         direction.data_ptr(),
@@ -197,7 +217,11 @@ def _dense(theta: Tensor, grad: Tensor, metric: Tensor, root: Tensor) -> bool:
 
 
 def stratified_rows(
-    shape: tuple[int, ...], size: int, n: int, generator: torch.Generator, dtype: torch.dtype
+    shape: tuple[int, ...],
+    size: int,
+    n: int,
+    generator: torch.Generator,
+    dtype: torch.dtype,
 ) -> Tensor | None:
     """Draw one row of each of ``size`` equal stretches of ``n`` rows, int64 ``(*shape, size)``.
 

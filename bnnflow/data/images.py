@@ -69,7 +69,9 @@ def load_images(
         torch.Size([1438, 8, 8])
     """
     if not 0 < test_fraction < 1:
-        raise ValueError(f"test_fraction must lie strictly between 0 and 1, got {test_fraction}")
+        raise ValueError(
+            f"test_fraction must lie strictly between 0 and 1, got {test_fraction}"
+        )
     if name == "digits":
         raw: Any = importlib.import_module("sklearn.datasets").load_digits()
         order = np.random.default_rng(seed).permutation(len(raw.images))
@@ -84,7 +86,9 @@ def load_images(
         )
     path = Path(root or ".") / f"{name}.npz"
     if root is None or not path.is_file():
-        where = str(path) if root is not None else "nowhere: pass folder= or set BNNFLOW_DATA"
+        where = (
+            str(path) if root is not None else "nowhere: pass folder= or set BNNFLOW_DATA"
+        )
         raise FileNotFoundError(
             f"no images for {name!r} (looked at {where}). Known sets are digits, {', '.join(IDX)}; "
             f"any other is a file {name}.npz with the arrays images (n, height, width) uint8 and "
@@ -92,9 +96,13 @@ def load_images(
         )
     with storage.described(path), np.load(path, allow_pickle=False) as file:
         if not {"images", "labels"} <= set(file.files):
-            raise ValueError(f"{path} must have the arrays images and labels, it has {file.files}")
+            raise ValueError(
+                f"{path} must have the arrays images and labels, it has {file.files}"
+            )
         images, labels = file["images"], file["labels"]
-    fits = images.ndim == 3 and images.dtype == np.uint8 and labels.shape == images.shape[:1]
+    fits = (
+        images.ndim == 3 and images.dtype == np.uint8 and labels.shape == images.shape[:1]
+    )
     if not fits or labels.dtype.kind not in "iu":
         raise ValueError(
             f"{path}: images must be (n, height, width) uint8 and labels (n,) integers, got "
@@ -108,7 +116,9 @@ def _split(
 ) -> Dataset:
     n_train = len(images) - round(test_fraction * len(images))
     if not 0 < n_train < len(images):
-        raise ValueError(f"test_fraction={test_fraction} leaves no images to train or to test on")
+        raise ValueError(
+            f"test_fraction={test_fraction} leaves no images to train or to test on"
+        )
     return _dataset(
         name, images[:n_train], labels[:n_train], images[n_train:], labels[n_train:], white
     )
@@ -122,7 +132,10 @@ def _dataset(
     y_test: np.ndarray,
     white: int,
 ) -> Dataset:
-    x = [torch.from_numpy(np.asarray(part, dtype=np.float32) / white) for part in (x_train, x_test)]
+    x = [
+        torch.from_numpy(np.asarray(part, dtype=np.float32) / white)
+        for part in (x_train, x_test)
+    ]
     y = [torch.from_numpy(np.asarray(part, dtype=np.int64)) for part in (y_train, y_test)]
     return Dataset(name, x[0], y[0], x[1], y[1])
 
@@ -134,7 +147,9 @@ def _part(name: str, part: str, folders: list[Path]) -> tuple[np.ndarray, np.nda
         if images is not None and labels is not None:
             x, y = _idx(images, 3), _idx(labels, 1)
             if len(x) != len(y):
-                raise ValueError(f"{images} has {len(x)} images, {labels} has {len(y)} labels")
+                raise ValueError(
+                    f"{images} has {len(x)} images, {labels} has {len(y)} labels"
+                )
             return x, y
     looked = ", ".join(map(str, folders)) or "nowhere: pass folder= or set BNNFLOW_DATA"
     wanted = " and ".join(_PARTS[part])

@@ -107,7 +107,9 @@ def load(
     """
     if name in BUNDLED:
         if split != 0:
-            raise ValueError(f"{name} has no fixed splits: choose another seed, not split={split}")
+            raise ValueError(
+                f"{name} has no fixed splits: choose another seed, not split={split}"
+            )
         return _bundled(name, test_fraction, seed)
     return _fixed_split(name, split, folder)
 
@@ -118,7 +120,9 @@ def _bundled(name: str, test_fraction: float, seed: int) -> Dataset:
     n_test = round(test_fraction * len(order))
     test, train = order[:n_test], order[n_test:]
     if min(len(test), len(train)) == 0:
-        raise ValueError(f"test_fraction={test_fraction} leaves no rows to train or to test on")
+        raise ValueError(
+            f"test_fraction={test_fraction} leaves no rows to train or to test on"
+        )
     return _split(name, raw.data, raw.target, train, test, pixels=name == "digits")
 
 
@@ -129,7 +133,9 @@ def _fixed_split(name: str, split: int, folder: str | Path | None) -> Dataset:
             int(key.removeprefix("test_")) for key in file.files if key.startswith("test_")
         )
         if not {"X", "y"} <= set(file.files):
-            raise ValueError(f"{name}.npz must have the arrays X and y, it has {file.files}")
+            raise ValueError(
+                f"{name}.npz must have the arrays X and y, it has {file.files}"
+            )
         if split not in splits:
             raise ValueError(f"{name} has the splits {splits}, not {split}")
         x, y, test = file["X"], file["y"].astype(np.float64), file[f"test_{split}"]
@@ -145,7 +151,8 @@ def _find(name: str, folder: str | Path | None) -> Path:
         if path.is_file():
             return path
     looked = (
-        " or ".join(str(path) for path in candidates) or "nowhere: pass folder= or set BNNFLOW_DATA"
+        " or ".join(str(path) for path in candidates)
+        or "nowhere: pass folder= or set BNNFLOW_DATA"
     )
     raise FileNotFoundError(
         f"no data for {name!r} (looked at {looked}). Bundled sets are {', '.join(BUNDLED)}. Any "
@@ -169,7 +176,9 @@ def _split(
     x_scaler = Standardiser.fit(x[train].ravel() if pixels else x[train])
     y_scaler = None if np.issubdtype(y.dtype, np.integer) else Standardiser.fit(y[train])
     inputs = x_scaler.transform(x).float()
-    targets = torch.from_numpy(y).long() if y_scaler is None else y_scaler.transform(y).float()
+    targets = (
+        torch.from_numpy(y).long() if y_scaler is None else y_scaler.transform(y).float()
+    )
     return Dataset(
         name, inputs[train], targets[train], inputs[test], targets[test], x_scaler, y_scaler
     )

@@ -43,7 +43,9 @@ def gap_regression(
         ValueError: if there are too few rows or the noise is not positive.
     """
     if n < 2 or n_test < 2 or not noise > 0:
-        raise ValueError(f"need n >= 2, n_test >= 2 and noise > 0, got {n}, {n_test} and {noise}")
+        raise ValueError(
+            f"need n >= 2, n_test >= 2 and noise > 0, got {n}, {n_test} and {noise}"
+        )
     generator = as_generator(seed)
     left = -1.8 + 1.2 * torch.rand(n // 2, generator=generator)
     right = 0.5 + 1.3 * torch.rand(n - n // 2, generator=generator)

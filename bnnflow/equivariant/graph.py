@@ -107,14 +107,19 @@ class _Graph(nn.Module):
         of_depth = _waves(
             [depths.get(kind, (i + 1) / (n_hidden + 1)) for i, kind in enumerate(kinds)]
         )
-        of_kind = F.one_hot(torch.tensor([_KINDS.index(kind) for kind in kinds]), len(_KINDS))
+        of_kind = F.one_hot(
+            torch.tensor([_KINDS.index(kind) for kind in kinds]), len(_KINDS)
+        )
         of_group = torch.cat([of_kind, of_depth], -1)
         self.register_buffer(
-            "node_features", of_group.repeat_interleave(torch.tensor([*self.sizes, 1]), 0), False
+            "node_features",
+            of_group.repeat_interleave(torch.tensor([*self.sizes, 1]), 0),
+            False,
         )
         pairs = [(matrix.rows, matrix.columns) for matrix in self.matrices]
         ranks = [
-            (pairs[:i].count(pair) + 1) / (pairs.count(pair) + 1) for i, pair in enumerate(pairs)
+            (pairs[:i].count(pair) + 1) / (pairs.count(pair) + 1)
+            for i, pair in enumerate(pairs)
         ]
         of_rank = _waves([*ranks, 0.5])
         ends = torch.tensor([*pairs, (-1, -1)])
@@ -129,9 +134,12 @@ class _Graph(nn.Module):
         batch, _, each = features.shape
         parts = features.index_select(1, self._order).split(self._lengths, 1)
         shapes = [*zip(self.sizes, self.entries, strict=True)]
-        shapes += [(m.n_rows * m.n_columns, m.entries) for m in self.matrices] + [(1, self.loose)]
+        shapes += [(m.n_rows * m.n_columns, m.entries) for m in self.matrices] + [
+            (1, self.loose)
+        ]
         shaped = [
-            part.reshape(batch, n, k * each) for part, (n, k) in zip(parts, shapes, strict=True)
+            part.reshape(batch, n, k * each)
+            for part, (n, k) in zip(parts, shapes, strict=True)
         ]
         n_groups = len(self.groups)
         return shaped[:n_groups], shaped[n_groups:-1], shaped[-1]
@@ -148,7 +156,10 @@ class _Graph(nn.Module):
         """Split ``(..., nodes)`` into what the two ends of each matrix hold, ``(..., rows)`` and
         ``(..., columns)``.
         """
-        rows, columns = writers.split([*self.sizes, 1], -1), readers.split([*self.sizes, 1], -1)
+        rows, columns = (
+            writers.split([*self.sizes, 1], -1),
+            readers.split([*self.sizes, 1], -1),
+        )
         pairs = [(rows[matrix.rows], columns[matrix.columns]) for matrix in self.matrices]
         return [*pairs, (rows[-1], readers[..., :-1])]
 
@@ -158,7 +169,9 @@ class _Graph(nn.Module):
             (1, sum(self.sizes))
         ]
         parts = edges.split([rows * columns for rows, columns in shapes], -1)
-        return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
+        return [
+            part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)
+        ]
 
     def collect(self, written: list[Tensor], read: list[Tensor]) -> Tensor:
         """Add up what the rows and the columns of each matrix got, by node: ``(..., nodes)``."""
@@ -169,7 +182,9 @@ class _Graph(nn.Module):
         return torch.cat(groups, -1)
 
 
-def _places(spec: WeightSpec) -> tuple[dict[_Group, int], list[tuple[tuple[_Group, ...], Tensor]]]:
+def _places(
+    spec: WeightSpec,
+) -> tuple[dict[_Group, int], list[tuple[tuple[_Group, ...], Tensor]]]:
     """Return the size of every group of nodes.
 
     And for every tensor its groups and its entries there.
@@ -177,7 +192,8 @@ def _places(spec: WeightSpec) -> tuple[dict[_Group, int], list[tuple[tuple[_Grou
     Two groups make edges, ``(rows, columns, entries)``, one makes features of nodes,
     ``(nodes, entries)``, and none leaves ``(entries,)`` to the global node.
     """
-    labels = sorted(spec.widths, key=[*spec.activations, *spec.widths].index)  # in order of depth
+    # in order of depth
+    labels = sorted(spec.widths, key=[*spec.activations, *spec.widths].index)
     sizes: dict[_Group, int] = {("hidden", label): spec.widths[label] for label in labels}
     places = []
     # matrices say what outputs there are
@@ -192,15 +208,17 @@ def _places(spec: WeightSpec) -> tuple[dict[_Group, int], list[tuple[tuple[_Grou
             (kind, str(size)) if label is None else ("hidden", label)
             for kind, label, size in zip(("output", "input"), axes, shape, strict=False)
         )
-        if not any(axes) and (name in spec.extras or (len(ends) == 1 and ends[0] not in sizes)):
+        if not any(axes) and (
+            name in spec.extras or (len(ends) == 1 and ends[0] not in sizes)
+        ):
             ends = ()
         n = [spec.widths[end] if kind == "hidden" else int(end) for kind, end in ends]
         sizes |= dict(zip(ends, n, strict=True))
         index = torch.arange(where.start, where.stop)
         if len(ends) == 2:  # flattened channels are blocks of entries of one unit
-            index = index.reshape(n[0], shape[0] // n[0], n[1], shape[1] // n[1], -1).transpose(
-                1, 2
-            )
+            index = index.reshape(
+                n[0], shape[0] // n[0], n[1], shape[1] // n[1], -1
+            ).transpose(1, 2)
         places.append((ends, index.reshape(*n, -1)))
     return sizes, places
 
@@ -271,7 +289,9 @@ class GraphNet(nn.Module):
     ) -> None:
         super().__init__()
         if width % heads:
-            raise ValueError(f"heads must divide width, got {heads} heads and width {width}")
+            raise ValueError(
+                f"heads must divide width, got {heads} heads and width {width}"
+            )
         edge_width = heads * max(2, width // (4 * heads))
         self.graph = graph = _Graph(spec)
         self._in_features, self._unit_features, self._context_length = (
@@ -358,7 +378,12 @@ class _Lift(nn.Module):
     """Features on weights to channels of nodes and edges."""
 
     def __init__(
-        self, graph: _Graph, in_features: int, unit_features: int, width: int, edge_width: int
+        self,
+        graph: _Graph,
+        in_features: int,
+        unit_features: int,
+        width: int,
+        edge_width: int,
     ) -> None:
         super().__init__()
         self.graph = graph
@@ -366,7 +391,9 @@ class _Lift(nn.Module):
             sorted({*graph.entries} - {0}),
             sorted({matrix.entries for matrix in graph.matrices}),
         )
-        self.nodes = nn.ModuleDict({str(k): nn.Linear(k * in_features, width) for k in on_nodes})
+        self.nodes = nn.ModuleDict(
+            {str(k): nn.Linear(k * in_features, width) for k in on_nodes}
+        )
         self.edges = nn.ModuleDict(
             {str(k): _EdgeLinear(k * in_features, edge_width) for k in on_edges}
         )
@@ -388,7 +415,9 @@ class _Lift(nn.Module):
         """Return ``(batch, nodes, width)`` and ``(batch, edges, edge_width)``."""
         graph, batch = self.graph, len(features)
         on_nodes, on_edges, loose = graph.pack(features)
-        *of_groups, of_global = self.node_kinds(graph.node_features).split([*graph.sizes, 1])
+        *of_groups, of_global = self.node_kinds(graph.node_features).split(
+            [*graph.sizes, 1]
+        )
         groups = []
         for (kind, name), k, own, values in zip(
             graph.groups, graph.entries, of_groups, on_nodes, strict=True
@@ -408,7 +437,9 @@ class _Lift(nn.Module):
         *of_matrices, of_links = self.matrix_kinds(graph.matrix_features).unsqueeze(-1)
         matrices = [
             own + self.edges[str(matrix.entries)](values.transpose(1, 2))
-            for matrix, own, values in zip(graph.matrices, of_matrices, on_edges, strict=True)
+            for matrix, own, values in zip(
+                graph.matrices, of_matrices, on_edges, strict=True
+            )
         ]
         links = of_links.expand(batch, -1, sum(graph.sizes))
         return torch.cat(groups, 1), torch.cat([*matrices, links], -1)
@@ -423,7 +454,11 @@ class _EdgeLinear(nn.Linear):
         """Apply the map to ``input * (1 + scale) + shift``, both ``(batch or 1, 1, channels)``."""
         # There are far more edges than channels: scaling the map is cheaper than scaling them.
         weight = self.weight.unsqueeze(0) if scale is None else self.weight * (1 + scale)
-        bias = self.bias.unsqueeze(0) if shift is None else F.linear(shift, self.weight, self.bias)
+        bias = (
+            self.bias.unsqueeze(0)
+            if shift is None
+            else F.linear(shift, self.weight, self.bias)
+        )
         return torch.baddbmm(bias.mT, weight.expand(len(input), -1, -1), input)
 
 
@@ -440,7 +475,11 @@ class _Messages(nn.Module):
         nn.init.ones_(self.ends.bias)  # (1 + a) (1 + b): both ends and their product
 
     def forward(
-        self, nodes: Tensor, edges: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+        self,
+        nodes: Tensor,
+        edges: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
     ) -> Tensor:
         """Apply the map to normalised nodes and edges, the latter scaled and shifted."""
         own = self.graph.split(self.own(edges, scale, shift))
@@ -489,7 +528,9 @@ class _Attention(nn.Module):
                 gated.unbind(1),
             )
             written.append(_received(to_rows, gated_to_rows, message, columns, side=0))
-            read.append(_received(to_columns.mT, gated_to_columns.mT, message.mT, rows, side=1))
+            read.append(
+                _received(to_columns.mT, gated_to_columns.mT, message.mT, rows, side=1)
+            )
         total, received = self.graph.collect(written, read).tensor_split([1], 2)
         return self.out((received / total).flatten(1, 2).transpose(1, 2))
 
@@ -549,7 +590,9 @@ class _Block(nn.Module):
         self.update = _EdgeLinear(edge_width, edge_width) if updates_edges else None
         self._sizes = [width] * 6 + [edge_width] * (3 if updates_edges else 2)
         self.modulation = nn.Parameter(torch.zeros(sum(self._sizes)))
-        self.modulate = nn.Linear(width, sum(self._sizes), bias=False) if conditioned else None
+        self.modulate = (
+            nn.Linear(width, sum(self._sizes), bias=False) if conditioned else None
+        )
         if self.modulate is not None:
             nn.init.zeros_(self.modulate.weight)
 
@@ -561,10 +604,19 @@ class _Block(nn.Module):
         """
         modulation = self.modulation.unsqueeze(0)
         if self.modulate is not None and condition is not None:
-            modulation = modulation + self.modulate(condition).unsqueeze(1)  # (batch, 1, channels)
-        scale, shift, gate, scale_mix, shift_mix, gate_mix, scale_edge, shift_edge, *gate_edge = (
-            modulation.split(self._sizes, -1)
-        )
+            # (batch, 1, channels)
+            modulation = modulation + self.modulate(condition).unsqueeze(1)
+        (
+            scale,
+            shift,
+            gate,
+            scale_mix,
+            shift_mix,
+            gate_mix,
+            scale_edge,
+            shift_edge,
+            *gate_edge,
+        ) = modulation.split(self._sizes, -1)
         seen = _normalised(nodes, scale, shift)
         messages = self.messages(seen, _normalised_edges(edges), scale_edge, shift_edge)
         nodes = torch.addcmul(nodes, 1 + gate, self.attend(seen, messages))
@@ -584,7 +636,9 @@ def _normalised(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 class _Head(nn.Module):
     """Channels of nodes and edges to features on every weight, zero at the start."""
 
-    def __init__(self, graph: _Graph, out_features: int, width: int, edge_width: int) -> None:
+    def __init__(
+        self, graph: _Graph, out_features: int, width: int, edge_width: int
+    ) -> None:
         super().__init__()
         self.graph, self._out_features = graph, out_features
         on_nodes, on_edges = (
@@ -592,7 +646,9 @@ class _Head(nn.Module):
             sorted({matrix.entries for matrix in graph.matrices}),
         )
         self.messages = _Messages(graph, width, edge_width)
-        self.nodes = nn.ModuleDict({str(k): nn.Linear(width, k * out_features) for k in on_nodes})
+        self.nodes = nn.ModuleDict(
+            {str(k): nn.Linear(width, k * out_features) for k in on_nodes}
+        )
         self.edges = nn.ModuleDict(
             {str(k): _EdgeLinear(2 * edge_width, k * out_features) for k in on_edges}
         )

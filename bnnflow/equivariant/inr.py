@@ -207,7 +207,9 @@ def fit_inrs(
         for index, some in enumerate(torch.arange(len(y)).split(chunk)):
             part = kept.read(index)
             if part is None:
-                part = _fit(network, starts[some].to(x), x, y[some].to(x), settings, rows_seed, bar)
+                part = _fit(
+                    network, starts[some].to(x), x, y[some].to(x), settings, rows_seed, bar
+                )
                 kept.write(index, *part)
             else:
                 bar.update(steps * len(some))
@@ -309,7 +311,9 @@ def render(theta: Tensor, spec: WeightSpec, height: Count, width: Count) -> Tens
 
 
 @checked
-def warp(theta: Tensor, spec: WeightSpec, matrix: Tensor, shift: Tensor | None = None) -> Tensor:
+def warp(
+    theta: Tensor, spec: WeightSpec, matrix: Tensor, shift: Tensor | None = None
+) -> Tensor:
     """Return networks whose function is f(A x + t), without a fit: the first layer takes the change
     of coordinates.
 
@@ -346,7 +350,9 @@ def warp(theta: Tensor, spec: WeightSpec, matrix: Tensor, shift: Tensor | None =
     if shift is not None:
         if first.bias is None:
             raise ValueError("a shift of the inputs needs a bias in the first layer")
-        moved[..., spec.slices[first.bias]] += (weight @ shift.to(theta).unsqueeze(-1)).squeeze(-1)
+        moved[..., spec.slices[first.bias]] += (
+            weight @ shift.to(theta).unsqueeze(-1)
+        ).squeeze(-1)
     return moved
 
 
@@ -373,7 +379,9 @@ def _check(
         raise ValueError("net: INRs have sines between their layers")
     outputs = spec.shapes[spec.layers[-1].weight][0]
     if x.dtype not in (torch.float32, torch.float64) or not y.is_floating_point():
-        raise ValueError(f"x must be float32 or float64 and y floats, got {x.dtype} and {y.dtype}")
+        raise ValueError(
+            f"x must be float32 or float64 and y floats, got {x.dtype} and {y.dtype}"
+        )
     if x.dim() != 2 or x.shape[1] != inputs:
         raise ValueError(f"x must be (n, {inputs}) for this network, got {tuple(x.shape)}")
     if y.dim() != 3 or y.shape[1:] != (len(x), outputs) or len(y) == 0:
@@ -394,7 +402,9 @@ def _starts(spec: WeightSpec, n: int, generator: torch.Generator) -> Tensor:
     for index, layer in enumerate(spec.layers):
         inputs = spec.shapes[layer.weight][1]
         w0 = float(spec.layers[index - 1].activation.name.partition(":")[2] or 1.0)
-        bounds[spec.slices[layer.weight]] = math.sqrt(6 / inputs) / w0 if index else 1 / inputs
+        bounds[spec.slices[layer.weight]] = (
+            math.sqrt(6 / inputs) / w0 if index else 1 / inputs
+        )
         if layer.bias is not None:
             bounds[spec.slices[layer.bias]] = 1 / math.sqrt(inputs)
     return (2 * torch.rand(n, spec.dim, generator=generator) - 1) * bounds
@@ -415,7 +425,11 @@ def _fit(
     """
     steps, batch_size = settings["steps"], settings["batch_size"]
     generator = torch.Generator().manual_seed(rows_seed)
-    mean, square, root = torch.zeros_like(theta), torch.zeros_like(theta), torch.empty_like(theta)
+    mean, square, root = (
+        torch.zeros_like(theta),
+        torch.zeros_like(theta),
+        torch.empty_like(theta),
+    )
     for step in range(1, steps + 1):
         rows = (
             None
@@ -438,7 +452,10 @@ class _ChunkFolder:
     """Finished chunks in a folder, which one fit works on alone."""
 
     def __init__(
-        self, checkpoint: Checkpoint | None, settings: dict[str, Any], tensors: tuple[Tensor, ...]
+        self,
+        checkpoint: Checkpoint | None,
+        settings: dict[str, Any],
+        tensors: tuple[Tensor, ...],
     ) -> None:
         self._folder = None if checkpoint is None else Path(checkpoint.path)
         self._lock: storage.Lock | None = None
@@ -458,7 +475,8 @@ class _ChunkFolder:
             raise
 
     def _check(self, folder: Path, resume: bool) -> None:
-        for unfinished in folder.glob("inrs-??????.npz.*.tmp"):  # of a process that was killed
+        # of a process that was killed
+        for unfinished in folder.glob("inrs-??????.npz.*.tmp"):
             unfinished.unlink()
         present = sorted(folder.glob("inrs-??????.npz"))
         if present and not resume:

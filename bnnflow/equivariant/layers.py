@@ -23,7 +23,8 @@ _EXACT = 256  # channels of the inputs and outputs up to which a layer is exact 
 
 def mean(block: Tensor, axis: int) -> Tensor:
     """Average over one axis."""
-    return block.sum(axis) / block.shape[axis]  # a mean would divide its gradient at full size
+    # a mean would divide its gradient at full size
+    return block.sum(axis) / block.shape[axis]
 
 
 def by_kind(
@@ -73,9 +74,13 @@ class FusedLinear(nn.Module):
             for kind, touching in zip(layout.unit_kinds, layout.touching, strict=True)
         }
         self._splits = [
-            [outputs.units[kind], *(outputs.matrices[m] for m in ends[kind])] for kind in ends
+            [outputs.units[kind], *(outputs.matrices[m] for m in ends[kind])]
+            for kind in ends
         ]
-        seen = [inputs.units[kind] + sum(inputs.matrices[m] for m in ends[kind]) for kind in ends]
+        seen = [
+            inputs.units[kind] + sum(inputs.matrices[m] for m in ends[kind])
+            for kind in ends
+        ]
         pairs = [(n_in, sum(split)) for n_in, split in zip(seen, self._splits, strict=True)]
         self.mix_units = nn.ModuleList(nn.Linear(*pair, bias=False) for pair in pairs)
         self.mix_matrices = nn.ModuleList(
@@ -85,7 +90,9 @@ class FusedLinear(nn.Module):
         if layout.shared:
             self.mix_means = nn.ModuleList(nn.Linear(*pair, bias=False) for pair in pairs)
 
-    def forward(self, fused: Fused, edges: list[tuple[Tensor, Tensor]] | None = None) -> Fused:
+    def forward(
+        self, fused: Fused, edges: list[tuple[Tensor, Tensor]] | None = None
+    ) -> Fused:
         """Apply the map.
 
         Args:
@@ -96,7 +103,9 @@ class FusedLinear(nn.Module):
         """
         layout = self._layout
         products = edges if edges is not None else [None] * len(fused.matrices)
-        seen = [_ends(block, edge) for block, edge in zip(fused.matrices, products, strict=True)]
+        seen = [
+            _ends(block, edge) for block, edge in zip(fused.matrices, products, strict=True)
+        ]
         of_units, of_matrices, loose = self._globals(fused, [rows for rows, _ in seen])
         units = []
         sent: dict[tuple[int, int], Tensor] = {}
@@ -107,7 +116,9 @@ class FusedLinear(nn.Module):
             own, *parts = self._units(kind, fused.units[layer], pooled)
             units.append(own + of_units[kind].unsqueeze(-2))
             sent |= {
-                end: part for end, part in zip(touching, parts, strict=True) if end is not None
+                end: part
+                for end, part in zip(touching, parts, strict=True)
+                if end is not None
             }
         matrices = []
         for m, (kind, block, edge) in enumerate(
@@ -119,7 +130,9 @@ class FusedLinear(nn.Module):
             if edge is None:
                 matrices.append(mixed + columns.unsqueeze(-3))
             else:
-                matrices.append(_add_products(mixed, edge, weight[:, block.shape[-1] :], columns))
+                matrices.append(
+                    _add_products(mixed, edge, weight[:, block.shape[-1] :], columns)
+                )
         return Fused(units, matrices, loose)
 
     def _globals(
@@ -136,7 +149,10 @@ class FusedLinear(nn.Module):
             inputs.units,
         )
         matrices = by_kind(
-            [mean(row, -2) for row in rows], layout.matrix_kinds, fused.globals, inputs.matrices
+            [mean(row, -2) for row in rows],
+            layout.matrix_kinds,
+            fused.globals,
+            inputs.matrices,
         )
         parts = self.mix_globals(torch.cat([*units, *matrices, fused.globals], -1)).split(
             out.flat, -1
@@ -144,13 +160,16 @@ class FusedLinear(nn.Module):
         n = len(out.units)
         return list(parts[:n]), list(parts[n:-1]), parts[-1]
 
-    def _units(self, kind: int, units: Tensor, pooled: list[Tensor | None]) -> tuple[Tensor, ...]:
+    def _units(
+        self, kind: int, units: Tensor, pooled: list[Tensor | None]
+    ) -> tuple[Tensor, ...]:
         """Return what the units of one layer send to themselves and to the matrices that end
         there.
         """
         missing = self._inputs.matrices[0] if None in pooled else 0
         parts = [
-            units.new_zeros(*units.shape[:-1], missing) if part is None else part for part in pooled
+            units.new_zeros(*units.shape[:-1], missing) if part is None else part
+            for part in pooled
         ]
         seen = torch.cat([units, *parts], -1) if parts else units
         mixed = self.mix_units[kind](seen)
@@ -165,7 +184,10 @@ def _ends(block: Tensor, edge: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Te
     if edge is None:
         return rows, columns
     row, column = edge
-    of_rows, of_columns = row * mean(column, -2).unsqueeze(-2), column * mean(row, -2).unsqueeze(-2)
+    of_rows, of_columns = (
+        row * mean(column, -2).unsqueeze(-2),
+        column * mean(row, -2).unsqueeze(-2),
+    )
     return torch.cat([rows, of_rows], -1), torch.cat([columns, of_columns], -1)
 
 
@@ -237,8 +259,12 @@ class DWSLayer(nn.Module):
         self.compress = nn.ParameterList(
             torch.randn(kept, free) * free**-0.5 for kept, free in sizes
         )
-        self.expand = nn.ParameterList(torch.randn(free, kept) * kept**-0.5 for kept, free in sizes)
-        self.own = nn.ModuleList(nn.Linear(in_features, out_features, bias=False) for _ in sizes)
+        self.expand = nn.ParameterList(
+            torch.randn(free, kept) * kept**-0.5 for kept, free in sizes
+        )
+        self.own = nn.ModuleList(
+            nn.Linear(in_features, out_features, bias=False) for _ in sizes
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """Apply the layer, ``(..., dim, in_features) -> (..., dim, out_features)``."""
@@ -250,7 +276,8 @@ class DWSLayer(nn.Module):
             self.linear(self.layout.fuse(kept)), self._free, self._out_features
         )
         for i, expand, own in zip(self._long, self.expand, self.own, strict=True):
-            results[i] = expand @ results[i] + own(tensors[i])  # (..., *hidden, free, out_features)
+            # (..., *hidden, free, out_features)
+            results[i] = expand @ results[i] + own(tensors[i])
         return self.layout.join(results)
 
 
@@ -276,12 +303,16 @@ class DWSInvariant(nn.Module):
         kept = _kept(self.layout, max(in_features, out_features), slots)
         self._long = [i for i, free in enumerate(self.layout.free) if free > kept[i]]
         sizes = [(kept[i], self.layout.free[i]) for i in self._long]
-        self.compress = nn.ParameterList(torch.randn(few, free) * free**-0.5 for few, free in sizes)
+        self.compress = nn.ParameterList(
+            torch.randn(few, free) * free**-0.5 for few, free in sizes
+        )
         self.linear = nn.Linear(sum(kept) * in_features, out_features, bias=bias)
 
     def forward(self, features: Tensor) -> Tensor:
         """Apply the layer."""
-        pooled = [_pooled(tensor, features.dim() - 2) for tensor in self.layout.split(features)]
+        pooled = [
+            _pooled(tensor, features.dim() - 2) for tensor in self.layout.split(features)
+        ]
         for i, compress in zip(self._long, self.compress, strict=True):
             pooled[i] = compress @ pooled[i]  # (..., slots, in_features)
         return self.linear(torch.cat(pooled, -2).flatten(-2))

@@ -38,7 +38,9 @@ class Channels(NamedTuple):
 
     def scaled(self, factor: int) -> Channels:
         """Return ``factor`` times as many everywhere."""
-        units, matrices = (tuple(factor * c for c in part) for part in (self.units, self.matrices))
+        units, matrices = (
+            tuple(factor * c for c in part) for part in (self.units, self.matrices)
+        )
         return Channels(units, matrices, factor * self.globals)
 
     @property
@@ -96,7 +98,9 @@ class Layout:
             two of them, or if layers cannot be shared.
     """
 
-    def __init__(self, spec: WeightSpec, *, merge: bool = False, shared: bool = False) -> None:
+    def __init__(
+        self, spec: WeightSpec, *, merge: bool = False, shared: bool = False
+    ) -> None:
         if spec.unknown:
             raise ValueError(
                 "weight-space layers need labelled hidden units, of a chain of layers or the like, "
@@ -107,7 +111,9 @@ class Layout:
         # those that are shared in order of depth
         labels = list(spec.activations if shared else spec.widths)
         self.widths = {
-            label: spec.widths[label] for label in labels if spec.widths[label] > 1 or not merge
+            label: spec.widths[label]
+            for label in labels
+            if spec.widths[label] > 1 or not merge
         }
         self.shared = shared
         self.ends: list[tuple[int, int]] = []
@@ -117,7 +123,11 @@ class Layout:
         n_units, n_matrices = len(self.widths), len(self.ends)
         keys = [*((layer,) for layer in range(n_units)), *self.ends, ()]
         self._members = [[i for i, home in enumerate(homes) if home == key] for key in keys]
-        ends = [(m, axis, end) for m, pair in enumerate(self.ends) for axis, end in enumerate(pair)]
+        ends = [
+            (m, axis, end)
+            for m, pair in enumerate(self.ends)
+            for axis, end in enumerate(pair)
+        ]
         self.touching: list[list[tuple[int, int] | None]]
         if shared:
             self._share(spec)
@@ -130,7 +140,10 @@ class Layout:
                 for layer in range(n_units)
             ]
         else:
-            self.unit_kinds, self.matrix_kinds = list(range(n_units)), list(range(n_matrices))
+            self.unit_kinds, self.matrix_kinds = (
+                list(range(n_units)),
+                list(range(n_matrices)),
+            )
             self.touching = [
                 [(m, a) for m, a, end in ends if end == layer] for layer in range(n_units)
             ]
@@ -198,7 +211,9 @@ class Layout:
         """
         if name is not None:
             return spec.names.index(name)
-        self._entries.append(_Entry((*hidden, free), tuple(range(len(hidden) + 1)), hidden, free))
+        self._entries.append(
+            _Entry((*hidden, free), tuple(range(len(hidden) + 1)), hidden, free)
+        )
         return len(self._entries) - 1
 
     def count(self, free: list[int]) -> Channels:
@@ -223,10 +238,14 @@ class Layout:
             )
         lead, each = features.shape[:-2], features.shape[-1]
         tensors = []
-        for part, entry in zip(features.split(self._sizes, -2), self._entries, strict=False):
+        for part, entry in zip(
+            features.split(self._sizes, -2), self._entries, strict=False
+        ):
             if entry.moved:
                 axes = [len(lead) + axis for axis in entry.order]
-                part = part.reshape(*lead, *entry.shape, each).permute(*range(len(lead)), *axes, -1)
+                part = part.reshape(*lead, *entry.shape, each).permute(
+                    *range(len(lead)), *axes, -1
+                )
             tensors.append(part.reshape(*lead, *entry.hidden, entry.free, each))
         return tensors
 
@@ -237,8 +256,12 @@ class Layout:
             lead, each = part.shape[: -len(entry.hidden) - 2], part.shape[-1]
             if entry.moved:
                 moved = [entry.shape[axis] for axis in entry.order]
-                axes = [len(lead) + entry.order.index(axis) for axis in range(len(entry.shape))]
-                part = part.reshape(*lead, *moved, each).permute(*range(len(lead)), *axes, -1)
+                axes = [
+                    len(lead) + entry.order.index(axis) for axis in range(len(entry.shape))
+                ]
+                part = part.reshape(*lead, *moved, each).permute(
+                    *range(len(lead)), *axes, -1
+                )
             parts.append(part.reshape(*lead, size, each))
         return torch.cat(parts, -2)
 

@@ -15,7 +15,14 @@ from bnnflow.equivariant.layers import FusedLinear, by_kind, mean
 from bnnflow.equivariant.layout import Channels, Fused, Layout
 from bnnflow.weights import WeightSpec
 
-__all__ = ["DWSNet", "Messages", "TimeEmbedding", "Wiring", "embedded_condition", "perceptron"]
+__all__ = [
+    "DWSNet",
+    "Messages",
+    "TimeEmbedding",
+    "Wiring",
+    "embedded_condition",
+    "perceptron",
+]
 
 
 class TimeEmbedding(nn.Module):
@@ -30,7 +37,10 @@ class TimeEmbedding(nn.Module):
             "_frequencies", torch.arange(1, frequencies + 1) * math.pi / 2, persistent=False
         )
         self.mix = nn.Sequential(
-            nn.Linear(2 * frequencies + 2, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+            nn.Linear(2 * frequencies + 2, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
         )
 
     def forward(self, t: Tensor) -> Tensor:
@@ -54,12 +64,16 @@ def embedded_condition(
     """
     if (time[0] is None) != (time[1] is None):
         raise ValueError(
-            "this network takes no time" if time[0] is None else "this network needs a time t"
+            "this network takes no time"
+            if time[0] is None
+            else "this network needs a time t"
         )
     if (0 if context[1] is None else context[1].shape[-1]) != length:
         found = None if context[1] is None else tuple(context[1].shape)
         raise ValueError(f"this network takes a context of length {length}, got {found}")
-    parts: list[Tensor] = [embed(value) for embed, value in (time, context) if embed is not None]
+    parts: list[Tensor] = [
+        embed(value) for embed, value in (time, context) if embed is not None
+    ]
     return sum(parts[1:], parts[0]) if parts else None
 
 
@@ -140,12 +154,10 @@ class DWSNet(nn.Module):
         heads, frequency = wiring.heads, wiring.frequency
         self.layout = Layout(spec, shared=wiring.shared)
         self.invariant = invariant
-        self._out_features, self._context_length, self._unit_features = (
-            out_features,
-            context,
-            unit_features,
-        )
-        n_units, n_matrices = len(self.layout.channels.units), len(self.layout.channels.matrices)
+        self._out_features = out_features
+        self._context_length, self._unit_features = context, unit_features
+        channels = self.layout.channels
+        n_units, n_matrices = len(channels.units), len(channels.matrices)
         edge_width = max(8, width // 4) if wiring.edge_width is None else wiring.edge_width
         hidden = Channels((width,) * n_units, (edge_width,) * n_matrices, width)
         self._hidden = hidden
@@ -153,14 +165,17 @@ class DWSNet(nn.Module):
         self.context = (
             nn.Sequential(perceptron(context, width, width), nn.SiLU()) if context else None
         )
-        self.lift = FusedLinear(self.layout, self.layout.channels.scaled(in_features), hidden)
-        of_matrices = self.layout.channels.scaled(in_features).matrices if heads else ()
+        given = channels.scaled(in_features)
+        self.lift = FusedLinear(self.layout, given, hidden)
+        of_matrices = given.matrices if heads else ()
         self.carry = nn.ModuleList(nn.Linear(c, heads) for c in of_matrices)
-        of_units = self.layout.channels.scaled(in_features).units if frequency else ()
+        of_units = given.units if frequency else ()
         self.lift_sines = nn.ModuleList(nn.Linear(c, width) for c in of_units)
         self._frequency = frequency
         if unit_features:
-            self.lift_units = nn.ModuleList(nn.Linear(unit_features, width) for _ in range(n_units))
+            self.lift_units = nn.ModuleList(
+                nn.Linear(unit_features, width) for _ in range(n_units)
+            )
         if wiring.shared:
             self.lift_depth = nn.Linear(1, width + edge_width)
         condition = width if time or context else 0
@@ -174,7 +189,7 @@ class DWSNet(nn.Module):
                 nn.LayerNorm(pooled), perceptron(pooled, width, out_features)
             )
         else:
-            self.head = FusedLinear(self.layout, hidden, self.layout.channels.scaled(out_features))
+            self.head = FusedLinear(self.layout, hidden, channels.scaled(out_features))
             for parameter in self.head.parameters():
                 nn.init.zeros_(parameter)
 
@@ -205,7 +220,9 @@ class DWSNet(nn.Module):
             # (batch, heads, rows, columns)
             torch.tanh(self.carry[kind](block)).movedim(-1, 1).contiguous()
             for kind, block in zip(
-                self.layout.matrix_kinds if self.carry else [], packed.matrices, strict=False
+                self.layout.matrix_kinds if self.carry else [],
+                packed.matrices,
+                strict=False,
             )
         ]
         fused = self._lift(packed, units)
@@ -261,22 +278,35 @@ class _Block(nn.Module):
     """One residual block; see `DWSNet`. Lists over parts go through units, matrices and globals."""
 
     def __init__(
-        self, layout: Layout, channels: Channels, condition: int, heads: int, expansion: int = 2
+        self,
+        layout: Layout,
+        channels: Channels,
+        condition: int,
+        heads: int,
+        expansion: int = 2,
     ) -> None:
         super().__init__()
         self._layout, self._channels = layout, channels
-        self.messages = Messages(layout, channels, heads) if heads and channels.matrices else None
+        self.messages = (
+            Messages(layout, channels, heads) if heads and channels.matrices else None
+        )
         heard = 0 if self.messages is None else self.messages.length
         seen = Channels(
             tuple(c + heard for c in channels.units),
-            tuple(2 * c for c in channels.matrices),  # the bilinear term beside the matrix itself
-            channels.globals + sum(channels.units),  # the maxima beside the globals themselves
+            # the bilinear term beside the matrix itself
+            tuple(2 * c for c in channels.matrices),
+            channels.globals
+            + sum(channels.units),  # the maxima beside the globals themselves
         )
         self.mix = FusedLinear(layout, seen, channels.scaled(expansion))
         self.narrow = nn.ModuleList(nn.Linear(expansion * c, c) for c in channels.flat)
         width = channels.globals
-        self.rows = nn.ModuleList(nn.Linear(width, c, bias=False) for c in channels.matrices)
-        self.columns = nn.ModuleList(nn.Linear(width, c, bias=False) for c in channels.matrices)
+        self.rows = nn.ModuleList(
+            nn.Linear(width, c, bias=False) for c in channels.matrices
+        )
+        self.columns = nn.ModuleList(
+            nn.Linear(width, c, bias=False) for c in channels.matrices
+        )
         if condition:
             self.modulate = nn.Linear(condition, 3 * sum(channels.flat))
             nn.init.zeros_(self.modulate.weight)
@@ -284,11 +314,14 @@ class _Block(nn.Module):
         else:
             self.norms = nn.ModuleList(nn.LayerNorm(c) for c in channels.flat)
 
-    def forward(self, fused: Fused, condition: Tensor | None, carriers: list[Tensor]) -> Fused:
+    def forward(
+        self, fused: Fused, condition: Tensor | None, carriers: list[Tensor]
+    ) -> Fused:
         parts = [*fused.units, *fused.matrices, fused.globals]
         if condition is None:
             normed = [
-                self.norms[kind](part) for kind, part in zip(self._layout.kinds, parts, strict=True)
+                self.norms[kind](part)
+                for kind, part in zip(self._layout.kinds, parts, strict=True)
             ]
             added = self._change(normed, carriers)
             results = [part + more for part, more in zip(parts, added, strict=True)]
@@ -310,12 +343,17 @@ class _Block(nn.Module):
         """Return scale, shift and gate of every part, each with axes to broadcast over the hidden
         ones.
         """
-        one = torch.tensor([[1.0], [0.0], [1.0]], dtype=condition.dtype, device=condition.device)
-        values = self.modulate(condition).unflatten(-1, (3, -1)) + one  # (batch, 3, channels)
+        one = torch.tensor(
+            [[1.0], [0.0], [1.0]], dtype=condition.dtype, device=condition.device
+        )
+        # (batch, 3, channels)
+        values = self.modulate(condition).unflatten(-1, (3, -1)) + one
         pieces = values.split(self._channels.flat, -1)
         return [
             [
-                pieces[kind][:, i].reshape(len(part), *(1,) * (part.dim() - 2), part.shape[-1])
+                pieces[kind][:, i].reshape(
+                    len(part), *(1,) * (part.dim() - 2), part.shape[-1]
+                )
                 for kind, part in zip(self._layout.kinds, parts, strict=True)
             ]
             for i in range(3)
@@ -330,7 +368,10 @@ class _Block(nn.Module):
             for kind, (row, column) in zip(layout.matrix_kinds, layout.ends, strict=True)
         ]
         maxima = by_kind(
-            [block.amax(-2) for block in units], layout.unit_kinds, loose, self._channels.units
+            [block.amax(-2) for block in units],
+            layout.unit_kinds,
+            loose,
+            self._channels.units,
         )
         if self.messages is not None:
             heard = self.messages(units, carriers)
@@ -338,7 +379,8 @@ class _Block(nn.Module):
         mixed = self.mix(Fused(units, matrices, torch.cat([loose, *maxima], -1)), edges)
         parts = [*mixed.units, *mixed.matrices, mixed.globals]
         return [
-            self.narrow[kind](F.silu(part)) for kind, part in zip(layout.kinds, parts, strict=True)
+            self.narrow[kind](F.silu(part))
+            for kind, part in zip(layout.kinds, parts, strict=True)
         ]
 
 
@@ -419,4 +461,6 @@ def _pool(fused: Fused, layout: Layout, channels: Channels) -> Tensor:
         by_kind(list(values), layout.kinds[:-1], fused.globals, sizes)
         for values in zip(*pooled, strict=True)
     ]
-    return torch.cat([*(value for values in by_kinds for value in values), fused.globals], -1)
+    return torch.cat(
+        [*(value for values in by_kinds for value in values), fused.globals], -1
+    )

@@ -38,7 +38,9 @@ def has_signs(spec: WeightSpec) -> bool:
     scale_exponents = [
         power
         for name in spec.names
-        for label, power in zip(spec.unit_axes(name)[1], spec.scale_exponents(name), strict=True)
+        for label, power in zip(
+            spec.unit_axes(name)[1], spec.scale_exponents(name), strict=True
+        )
         if label is not None
     ]
     return bool(scale_exponents) and all(scale_exponents) and signed >= set(spec.widths)
@@ -102,11 +104,19 @@ class SignedDWSNet(nn.Module):
             )
         edge_width = max(8, width // 8 * 2) if edge_width is None else edge_width
         if width % 2 or edge_width % 2:
-            raise ValueError(f"width and edge_width must be even, got {width} and {edge_width}")
+            raise ValueError(
+                f"width and edge_width must be even, got {width} and {edge_width}"
+            )
         self.layout = layout = Layout(spec)
-        given, results = layout.channels.scaled(in_features), layout.channels.scaled(out_features)
+        given, results = (
+            layout.channels.scaled(in_features),
+            layout.channels.scaled(out_features),
+        )
         self._out_features = out_features
-        of_units, of_matrices = (width,) * len(given.units), (edge_width,) * len(given.matrices)
+        of_units, of_matrices = (
+            (width,) * len(given.units),
+            (edge_width,) * len(given.matrices),
+        )
         odd = [*of_units, *of_matrices]
         even = Channels(
             tuple(c // 2 for c in of_units), tuple(c // 2 for c in of_matrices), width // 2
@@ -116,7 +126,9 @@ class SignedDWSNet(nn.Module):
         self.lift = nn.ModuleList(
             nn.Linear(k, 2 * c, bias=False) for k, c in zip(given.flat, odd, strict=False)
         )
-        self.lift_even = FusedLinear(layout, Channels(of_units, of_matrices, given.globals), even)
+        self.lift_even = FusedLinear(
+            layout, Channels(of_units, of_matrices, given.globals), even
+        )
         self.carry = nn.ModuleList(nn.Linear(c, heads, bias=False) for c in given.matrices)
         self.blocks = nn.ModuleList(
             _Block(layout, odd, even, condition, heads) for _ in range(depth)
@@ -143,14 +155,18 @@ class SignedDWSNet(nn.Module):
         condition = embedded_condition((self.time, t), (None, None), 0)
         packed = self.layout.pack(features)
         n, given = len(packed.units), [*packed.units, *packed.matrices]
-        lifted = [lift(part).chunk(2, -1) for lift, part in zip(self.lift, given, strict=True)]
+        lifted = [
+            lift(part).chunk(2, -1) for lift, part in zip(self.lift, given, strict=True)
+        ]
         odd = [own for own, _ in lifted]
         # a product of large weights would swamp others
         squares = [torch.asinh(own * other) for own, other in lifted]
         fused = self.lift_even(Fused(*_parts(squares, n), packed.globals))
         even = [*fused.units, *fused.matrices, fused.globals]
         carriers = [
-            torch.tanh(carry(block)).movedim(-1, 1).contiguous()  # (batch, heads, rows, columns)
+            torch.tanh(carry(block))
+            .movedim(-1, 1)
+            .contiguous()  # (batch, heads, rows, columns)
             for carry, block in zip(self.carry, packed.matrices, strict=True)
         ]
         for block in self.blocks:
@@ -223,10 +239,16 @@ class _Block(nn.Module):
         carriers: list[Tensor],
     ) -> tuple[list[Tensor], list[Tensor]]:
         values = (
-            self.modulation if self.modulate is None else self.modulation + self.modulate(condition)
+            self.modulation
+            if self.modulate is None
+            else self.modulation + self.modulate(condition)
         )
-        (odd_scales, odd_gates), (scales, shifts, gates) = self._modulation(values, odd, even)
-        odd_normed = [_normed(part) * scale for part, scale in zip(odd, odd_scales, strict=True)]
+        (odd_scales, odd_gates), (scales, shifts, gates) = self._modulation(
+            values, odd, even
+        )
+        odd_normed = [
+            _normed(part) * scale for part, scale in zip(odd, odd_scales, strict=True)
+        ]
         normed = [
             torch.addcmul(shift, F.layer_norm(part, part.shape[-1:]), scale)
             for part, scale, shift in zip(even, scales, shifts, strict=True)
@@ -256,7 +278,9 @@ class _Block(nn.Module):
             (odd, of_odd, self._odd, (1, 1)),
             (even, of_even, self._even.flat, (1, 0, 1)),
         ):
-            rows = [each + one for each, one in zip(own.chunk(len(base), -1), base, strict=True)]
+            rows = [
+                each + one for each, one in zip(own.chunk(len(base), -1), base, strict=True)
+            ]
             found.append(
                 [
                     [
@@ -293,10 +317,14 @@ class _Block(nn.Module):
             for block, (one, other), pair in zip(matrices, factors[n:], pairs, strict=True)
         ]
         maxima = [block.amax(-2) for block in seen_units]
-        mixed = self.mix(Fused(seen_units, seen_matrices, torch.cat([even[-1], *maxima], -1)))
+        mixed = self.mix(
+            Fused(seen_units, seen_matrices, torch.cat([even[-1], *maxima], -1))
+        )
         split = [
             part.split(sizes, -1)
-            for part, sizes in zip([*mixed.units, *mixed.matrices], self._splits, strict=True)
+            for part, sizes in zip(
+                [*mixed.units, *mixed.matrices], self._splits, strict=True
+            )
         ]
         seen = [unit + _heard(*own) for unit, own in zip(units, factors[:n], strict=True)]
         if self.messages is not None:

@@ -93,7 +93,9 @@ class BayesianEstimator(BaseEstimator, ABC):
 
     # ---------------------------------------- fitting
 
-    def _fit(self, x: np.ndarray, y: np.ndarray, likelihood: Likelihood, outputs: int) -> Self:
+    def _fit(
+        self, x: np.ndarray, y: np.ndarray, likelihood: Likelihood, outputs: int
+    ) -> Self:
         """Draw from the posterior of a network with so many outputs, given encoded rows."""
         generator = torch.Generator().manual_seed(self._seed())
         with self._threads():
@@ -103,7 +105,9 @@ class BayesianEstimator(BaseEstimator, ABC):
         return self
 
     def _model(self, likelihood: Any, x: Tensor, y: Tensor, outputs: int) -> BayesianModel:
-        prior = priors.Normal(self.prior) if isinstance(self.prior, int | float) else self.prior
+        prior = (
+            priors.Normal(self.prior) if isinstance(self.prior, int | float) else self.prior
+        )
         with isolated(torch.Generator().manual_seed(0)):  # its weights are not used
             net = self._network(x.shape[1], outputs)
         return BayesianModel(net, prior, likelihood, x, y)
@@ -194,7 +198,9 @@ class BayesianEstimator(BaseEstimator, ABC):
         weights = sample_weight
         if weights is not None:
             try:
-                weights = _check_sample_weight(weights, np.empty((len(y), 1)), dtype=np.float64)
+                weights = _check_sample_weight(
+                    weights, np.empty((len(y), 1)), dtype=np.float64
+                )
             except (TypeError, ValueError, OverflowError) as error:
                 raise ValueError(f"sample_weight cannot be taken: {error}") from error
         rows = ordered(columns, y, weights)

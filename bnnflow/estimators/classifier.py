@@ -102,14 +102,18 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
     def sample_y(self, X: Any, n_samples: int = 1, random_state: Any = 0) -> np.ndarray:
         """Draw labels from the predictive distribution, ``(n, n_samples)``."""
         n = arguments.integer("n_samples", n_samples, least=1)
-        drawn = self.predict_dist(X).sample(n, seed=arguments.integer("random_state", random_state))
+        drawn = self.predict_dist(X).sample(
+            n, seed=arguments.integer("random_state", random_state)
+        )
         return self.classes_[drawn.T.numpy()]
 
     def _targets(self, y: Any) -> Tensor:
         y = column_or_1d(y)
         index = np.searchsorted(self.classes_, y).clip(max=len(self.classes_) - 1)
         if (wrong := self.classes_[index] != y).any():
-            raise ValueError(f"y has labels that training never saw: {np.unique(y[wrong])[:5]}")
+            raise ValueError(
+                f"y has labels that training never saw: {np.unique(y[wrong])[:5]}"
+            )
         return torch.tensor(index)
 
     # ---------------------------------------- files

@@ -57,7 +57,9 @@ def choose(name: str | Likelihood, y: np.ndarray) -> Choice:
         return Choice(kind(), targets, why)
     if name == "gamma":
         scale = tuple(np.abs(y).mean(0))
-        return Choice(likelihoods.Standardised(likelihoods.Gamma(), 0.0, scale), targets, why)
+        return Choice(
+            likelihoods.Standardised(likelihoods.Gamma(), 0.0, scale), targets, why
+        )
     if name == "lognormal":
         if (y <= 0).any():
             raise ValueError(f"likelihood='lognormal' needs positive y, got {y.min():g}")
@@ -80,10 +82,16 @@ def _by_looks(y: np.ndarray) -> tuple[str, str]:
             "density of a continuous law could be made as large as one likes)"
         )
     if whole and y.min() >= 0 and distinct <= len(y) / 10 and y.max() <= 10_000:
-        return "negative_binomial", "y are counts: whole numbers from 0, many of them repeated"
+        return (
+            "negative_binomial",
+            "y are counts: whole numbers from 0, many of them repeated",
+        )
     skewness = stats.skew(y)
     if y.min() > 0 and skewness.min() > _SKEWED:
-        return "lognormal", f"y is positive with a long tail (skewness {skewness.min():.1f})"
+        return (
+            "lognormal",
+            f"y is positive with a long tail (skewness {skewness.min():.1f})",
+        )
     why = "y is continuous; its noise may differ from row to row"
     if distinct <= len(y) / 10:
         why += f" (it has {distinct} values only, of which narrow densities could make too much)"
@@ -99,7 +107,9 @@ def _levels(y: np.ndarray) -> tuple[float, ...]:
         raise ValueError(f"likelihood='ordinal' takes one target, got {y.shape[1]}")
     levels = np.unique(y)
     if (levels != np.floor(levels)).any():
-        raise ValueError(f"likelihood='ordinal' needs whole numbers as levels, got {levels[:5]}")
+        raise ValueError(
+            f"likelihood='ordinal' needs whole numbers as levels, got {levels[:5]}"
+        )
     if 2 < levels[-1] - levels[0] < 2 * _FEW:  # those between them can come, too
         levels = np.arange(levels[0], levels[-1] + 1)
     return tuple(levels)

@@ -169,7 +169,11 @@ def _chains(
 
 
 def _stage(
-    model: BayesianModel, start: Tensor, length: int, generator: torch.Generator, progress: bool
+    model: BayesianModel,
+    start: Tensor,
+    length: int,
+    generator: torch.Generator,
+    progress: bool,
 ) -> Draws:
     full = len(model.x) * model.dim <= _AFFORDABLE
     return sample(

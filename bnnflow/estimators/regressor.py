@@ -106,7 +106,9 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
     @overload
     def predict(self, X: Any, return_std: Literal[False] = False) -> np.ndarray: ...
     @overload
-    def predict(self, X: Any, return_std: Literal[True]) -> tuple[np.ndarray, np.ndarray]: ...
+    def predict(
+        self, X: Any, return_std: Literal[True]
+    ) -> tuple[np.ndarray, np.ndarray]: ...
     def predict(self, X: Any, return_std: bool = False) -> Any:
         """Return the predictive mean, ``(n,)`` or ``(n, targets)``, in units of y.
 
@@ -141,7 +143,9 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
         """
         levels = np.atleast_1d(np.asarray(quantiles, dtype=np.float64))
         if levels.ndim != 1 or not ((levels > 0) & (levels < 1)).all():
-            raise ValueError(f"quantiles must lie strictly between 0 and 1, got {quantiles}")
+            raise ValueError(
+                f"quantiles must lie strictly between 0 and 1, got {quantiles}"
+            )
         return self.predict_dist(X).quantile(levels.tolist()).movedim(0, 1).numpy()
 
     def sample_y(self, X: Any, n_samples: int = 1, random_state: Any = 0) -> np.ndarray:
@@ -149,7 +153,9 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
         ``(n, targets, n_samples)``.
         """
         n = arguments.integer("n_samples", n_samples, least=1)
-        drawn = self.predict_dist(X).sample(n, seed=arguments.integer("random_state", random_state))
+        drawn = self.predict_dist(X).sample(
+            n, seed=arguments.integer("random_state", random_state)
+        )
         return drawn.movedim(0, -1).numpy()
 
     def _targets(self, y: Any) -> Tensor:

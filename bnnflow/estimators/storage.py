@@ -37,7 +37,9 @@ def save(estimator: BayesianEstimator, path: str | Path) -> Path:
         "inputs": estimator.n_features_in_,
         "fitted": estimator._fitted(),
         "likelihood": _packed("likelihood", estimator.model_.likelihood),
-        "outputs": estimator.model_.outputs(draws.theta[:1, 0], estimator.model_.x[:1]).shape[-1],
+        "outputs": estimator.model_.outputs(
+            draws.theta[:1, 0], estimator.model_.x[:1]
+        ).shape[-1],
     }
     own, arrays = draws.to_file()
     arrays |= {"x": estimator.model_.x.cpu().numpy(), "y": estimator.model_.y.cpu().numpy()}
@@ -74,12 +76,16 @@ def _packed(name: str, value: Any) -> Any:
     if isinstance(value, Distribution):
         return {
             "distribution": type(value).__name__,
-            "arguments": {key: getattr(value, key).tolist() for key in value.arg_constraints},
+            "arguments": {
+                key: getattr(value, key).tolist() for key in value.arg_constraints
+            },
         }
     kind = type(value).__name__
     for module, found in _PUBLIC.items():
         if getattr(found, kind, None) is type(value) and is_dataclass(value):
-            parts = {each.name: getattr(value, each.name) for each in fields(value) if each.init}
+            parts = {
+                each.name: getattr(value, each.name) for each in fields(value) if each.init
+            }
             plain = {key: _packed(f"{name}.{key}", part) for key, part in parts.items()}
             return {"module": module, "kind": kind, "settings": plain}
     raise ValueError(f"{name}={value!r} cannot be written to a file: pickle the estimator")

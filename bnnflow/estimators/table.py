@@ -70,7 +70,9 @@ class Table:
             else:
                 columns.append(column)
         if not columns:
-            raise ValueError("X has no column that changes from row to row: nothing can be learned")
+            raise ValueError(
+                "X has no column that changes from row to row: nothing can be learned"
+            )
         if dropped:
             warn(f"columns that never change are left out: {_listed(dropped)}")
         return cls(tuple(columns), tuple(dropped))
@@ -100,7 +102,9 @@ class Table:
                 block = values[:, None]
             blocks.append((block - np.asarray(column.centre)) / np.asarray(column.scale))
         if told := [f"{name} ({count} rows)" for name, count in unseen.items() if count]:
-            warn(f"categories that training never saw count as none of its levels: {_listed(told)}")
+            warn(
+                f"categories that training never saw count as none of its levels: {_listed(told)}"
+            )
         return np.concatenate(blocks, 1)
 
     @property
@@ -194,7 +198,9 @@ def ordered(columns: Columns, y: np.ndarray, weights: np.ndarray | None) -> np.n
     if weights is not None:
         rows = np.repeat(rows, _counts(weights))
     keys = [
-        np.unique(_levels(values), return_inverse=True)[1] if values.dtype == object else values
+        np.unique(_levels(values), return_inverse=True)[1]
+        if values.dtype == object
+        else values
         for values in columns.values()
     ]
     keys += list(y.reshape(len(y), -1).T)
@@ -268,7 +274,9 @@ def _fitted(name: str, values: np.ndarray) -> Column | None:
     levels = sorted(level for level, _ in counts.most_common(_MOST_LEVELS))
     rest = len(counts) - len(levels)
     if rest:
-        warn(f"column {name!r} has {len(counts)} categories: the rarest {rest} count as one")
+        warn(
+            f"column {name!r} has {len(counts)} categories: the rarest {rest} count as one"
+        )
     shares = [counts[level] / len(values) for level in levels]
     return Column(name, tuple(levels), rest > 0, tuple(shares), (0.5,) * len(levels))
 

@@ -195,7 +195,9 @@ class RunFolder:
         mine = time.monotonic() - self._last > SECONDS
         return bool(self._ranks.agree(int(mine), device)) if together else mine
 
-    def save(self, header: dict[str, Any], generator: torch.Generator, **states: Any) -> None:
+    def save(
+        self, header: dict[str, Any], generator: torch.Generator, **states: Any
+    ) -> None:
         """Write states made of tensors, numbers and named tuples, and the generator's."""
         arrays = {f"generator/{0}": generator.get_state().numpy()}
         for name, state in states.items():
@@ -252,7 +254,9 @@ class Stream:
                 file.write(block.data)
                 file.flush()
                 os.fsync(file.fileno())
-            self._columns[name] = column._replace(checksum=zlib.crc32(block.data, column.checksum))
+            self._columns[name] = column._replace(
+                checksum=zlib.crc32(block.data, column.checksum)
+            )
         self.done += count
         self._pending = {}
 
@@ -342,7 +346,10 @@ def _columns(header: dict[str, Any], folder: Path | None = None) -> dict[str, _C
     """
     if header["version"] < _VERSION and folder is not None:
         layout = storage.read(folder / "layout.npz", {"stream": 1})[0]["layout"]
-        return {name: _Column(tuple(shape), dtype, -1) for name, (shape, dtype) in layout.items()}
+        return {
+            name: _Column(tuple(shape), dtype, -1)
+            for name, (shape, dtype) in layout.items()
+        }
     return {
         name: _Column(tuple(shape), dtype, crc)
         for name, (shape, dtype, crc) in header.get("columns", {}).items()
@@ -401,7 +408,9 @@ def _harm(folder: Path, header: dict[str, Any]) -> str:
                 if there < due:
                     raise ValueError(f"{path} has {there} bytes of {due}")
                 if column.checksum >= 0 and _checksum(path, due) != column.checksum:
-                    raise ValueError(f"{path} is not what was written: its checksum differs")
+                    raise ValueError(
+                        f"{path} is not what was written: its checksum differs"
+                    )
     except (ValueError, FileNotFoundError) as error:
         return str(error)
     return ""

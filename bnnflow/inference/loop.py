@@ -67,7 +67,9 @@ def thinned(kernel: Kernel, n: int) -> Kernel:
         for _ in range(n):
             state, info = kernel.step(state, generator)
             infos.append(info)
-        return state, type(infos[0])(*map(_combined, infos[0]._fields, zip(*infos, strict=True)))
+        return state, type(infos[0])(
+            *map(_combined, infos[0]._fields, zip(*infos, strict=True))
+        )
 
     return Kernel(kernel.init, step)
 
@@ -125,7 +127,8 @@ def run_chains(
     if saved is None:
         theta = starting_points(model, mine, run.init, generator, shown, ranks)
         progress = _Progress(
-            process.init(theta, generator), gradients=1.0 + (WARM_START if run.init is None else 0)
+            process.init(theta, generator),
+            gradients=1.0 + (WARM_START if run.init is None else 0),
         )
     else:
         template = torch.zeros(mine, model.dim, dtype=model.dtype, device=model.device)
@@ -152,7 +155,8 @@ class _Progress:
         cls, saved: Any, process: WarmUp, theta: Tensor, generator: torch.Generator
     ) -> _Progress:
         progress = cls(
-            saved.state("warm", process.init(theta, generator)), float(saved.header["gradients"])
+            saved.state("warm", process.init(theta, generator)),
+            float(saved.header["gradients"]),
         )
         progress.step = saved.header["step"]
         if saved.header["stage"] == "sampling":
@@ -169,9 +173,12 @@ class _Progress:
         draws: dict[str, Any] | None = None,
     ) -> None:
         stage = "warmup" if self.tuned is None else "sampling"
-        header = {"stage": stage, "step": self.step, "gradients": self.gradients, "info": info} | (
-            draws or {}
-        )
+        header = {
+            "stage": stage,
+            "step": self.step,
+            "gradients": self.gradients,
+            "info": info,
+        } | (draws or {})
         checkpoint.save(header, generator, warm=self.warm, state=self.state)
 
 
@@ -197,7 +204,9 @@ def _warm(
                 progress.save(checkpoint, generator, {})
     except KeyboardInterrupt:
         if checkpoint:
-            warn("interrupted in warm-up: Checkpoint(..., resume=True) goes on from the last state")
+            warn(
+                "interrupted in warm-up: Checkpoint(..., resume=True) goes on from the last state"
+            )
         raise
     progress.tuned = process.tuned(progress.warm)
     progress.state, progress.step = progress.tuned.state, 0
@@ -216,7 +225,9 @@ def _draw(
     if checkpoint:
         bytes_each = progress.state.theta.numel() * progress.state.theta.element_size()
         begun = checkpoint.saved if done else None
-        record = Stream(checkpoint.folder, begun, max(1, min(1000, CHUNK_BYTES // bytes_each)))
+        record = Stream(
+            checkpoint.folder, begun, max(1, min(1000, CHUNK_BYTES // bytes_each))
+        )
     else:
         record = _Memory(draws)
 
@@ -229,7 +240,9 @@ def _draw(
     try:
         while progress.step < draws:
             state, info = tuned.kernel.step(progress.state, generator)
-            record.append({"theta": state.theta, "log_joint": state.log_joint} | info._asdict())
+            record.append(
+                {"theta": state.theta, "log_joint": state.log_joint} | info._asdict()
+            )
             progress.state, progress.step = state, progress.step + 1
             progress.gradients += float(info.n_steps.double().mean())
             meter.update(info, "")
@@ -243,13 +256,18 @@ def _draw(
     save()
     values = {name: value[:, :draws] for name, value in record.read().items()}
     values = _gathered(values, progress.step, run)
-    stats = {name: value for name, value in values.items() if name not in ("theta", "log_joint")}
+    stats = {
+        name: value for name, value in values.items() if name not in ("theta", "log_joint")
+    }
     gradients = float(
         run.ranks.mean(
             torch.tensor(progress.gradients, dtype=torch.float64, device=generator.device)
         )
     )
-    info = tuned.found | {"interrupted": interrupted, "gradients_per_chain": round(gradients)}
+    info = tuned.found | {
+        "interrupted": interrupted,
+        "gradients_per_chain": round(gradients),
+    }
     if "diverging" in stats:
         info["divergences"] = int(stats["diverging"].sum())
     return Draws(values["theta"], values["log_joint"], stats, info=info)
@@ -262,7 +280,8 @@ def _gathered(values: dict[str, Tensor], done: int, run: Run) -> dict[str, Tenso
     device = run.generator.device
     shortest = int(run.ranks.gather(torch.tensor([done], device=device)).min())
     return {
-        name: run.ranks.gather(value[:, :shortest].to(device)) for name, value in values.items()
+        name: run.ranks.gather(value[:, :shortest].to(device))
+        for name, value in values.items()
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnnflow.arguments import checked, integer
+from bnnflow.arguments import Count, Whole, checked, integer
 from bnnflow.draws import Draws
 from bnnflow.identity import digest, seed_identity, without_addresses
 from bnnflow.inference.checkpoint import RunFolder
@@ -33,9 +33,9 @@ def sample(  # noqa: PLR0913 - the one entry point, with eleven
     model: BayesianModel,
     method: Method | None = None,
     *,
-    chains: int | None = None,
-    warmup: int | None = None,
-    draws: int | None = None,
+    chains: Count | None = None,
+    warmup: Whole | None = None,
+    draws: Count | None = None,
     seed: Seed = 0,
     init: Tensor | nn.Module | Sequence[nn.Module] | str | None = None,
     device: torch.device | str | None = None,
@@ -79,9 +79,6 @@ def sample(  # noqa: PLR0913 - the one entry point, with eleven
             or ``checkpoint`` holds a run of something else, or one that is not to be resumed.
     """
     method = HMC() if method is None else method
-    for name, number, least in (("chains", chains, 1), ("warmup", warmup, 0), ("draws", draws, 1)):
-        if number is not None and (not isinstance(number, int) or number < least):
-            raise ValueError(f"{name} must be an integer of at least {least}, got {number!r}")
     if device is not None or dtype is not None:
         model = model.to(device, dtype)
     place = Checkpoint.of(checkpoint)
@@ -107,7 +104,9 @@ def sample(  # noqa: PLR0913 - the one entry point, with eleven
         "dtype": str(model.dtype),
         "processes": ranks.size,
     }
-    alike = identity | shared | {"seed": seed_of_run, "draws": draws, "init": _described(start)}
+    alike = (
+        identity | shared | {"seed": seed_of_run, "draws": draws, "init": _described(start)}
+    )
     with contextlib.ExitStack() as held:
         kept = None
         if place is not None:

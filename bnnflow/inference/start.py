@@ -51,7 +51,9 @@ def random_networks(
             )
             continue
         fan_in = spec.fan_in(name) or fan_in  # a bias follows its weight
-        uniform = torch.rand(n, *shape, generator=generator, device=generator.device, dtype=dtype)
+        uniform = torch.rand(
+            n, *shape, generator=generator, device=generator.device, dtype=dtype
+        )
         params[name] = (2 * uniform - 1) / math.sqrt(fan_in)
     return spec.flatten(params)
 
@@ -155,7 +157,9 @@ def as_start(model: BayesianModel, init: Any) -> Tensor | Literal["prior"] | Non
     ):
         if not all(isinstance(each, nn.Module) for each in init):
             raise TypeError("init must be networks or weights, got a mixture of both")
-        return torch.stack([_weights(model, f"init[{i}]", each) for i, each in enumerate(init)])
+        return torch.stack(
+            [_weights(model, f"init[{i}]", each) for i, each in enumerate(init)]
+        )
     theta = tensor("init", init).to(model.device, model.dtype)
     model.spec.check(theta, "init")
     if theta.dim() not in (1, 2) or len(theta) == 0:
@@ -171,7 +175,10 @@ def _weights(model: BayesianModel, name: str, net: nn.Module) -> Tensor:
 
 
 def first_points(
-    model: BayesianModel, init: Tensor | Literal["prior"] | None, n: int, generator: torch.Generator
+    model: BayesianModel,
+    init: Tensor | Literal["prior"] | None,
+    n: int,
+    generator: torch.Generator,
 ) -> Tensor:
     """Return ``(n, dim)`` points to climb from: random networks, prior draws, or copies of one
     point.
@@ -239,7 +246,9 @@ def starting_points(
     if isinstance(init, Tensor):
         every = chains * ranks.size
         if init.dim() == 2 and len(init) != every:
-            raise ValueError(f"init must be (dim,) or ({every}, dim), got {tuple(init.shape)}")
+            raise ValueError(
+                f"init must be (dim,) or ({every}, dim), got {tuple(init.shape)}"
+            )
         theta = ranks.own(init.expand(every, -1)).clone()
     elif init is None:
         # Not from prior draws: with learned noise these begin millions of nats below the mode.

@@ -100,7 +100,9 @@ class Arrowhead(NamedTuple):
         z, u = self.diagonal[:, weights], self.columns[:, weights, parameters]
         length = torch.hypot(z, u)
         safe = torch.where(length > 0, length, 1)
-        pairs = Pairs(weights, count + parameters, torch.where(length > 0, z / safe, 1), u / safe)
+        pairs = Pairs(
+            weights, count + parameters, torch.where(length > 0, z / safe, 1), u / safe
+        )
         shared = torch.ones(extra, dtype=torch.bool, device=weights.device)
         shared[parameters] = False
         kept = torch.cat(

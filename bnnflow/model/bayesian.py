@@ -88,7 +88,11 @@ class BayesianModel:
     def __init__(
         self,
         net: nn.Module,
-        prior: Prior | FixedPrior | HierarchicalPrior | Distribution | Mapping[str, Distribution],
+        prior: Prior
+        | FixedPrior
+        | HierarchicalPrior
+        | Distribution
+        | Mapping[str, Distribution],
         likelihood: Likelihood | LikelihoodMembers,
         x: Tensor | np.ndarray,
         y: Tensor | np.ndarray,
@@ -108,15 +112,20 @@ class BayesianModel:
         self._provenance = Provenance()
         network_spec = _labelled(self.net)
         own = Hyperparameter.of_prior(self.prior, network_spec)
-        self.hyperparameters = own + Hyperparameter.of_likelihood(self.likelihood.parameters)
-        axes = {each.name: network_spec.parameter_axes(each.key, each.shape) for each in own}
+        self.hyperparameters = own + Hyperparameter.of_likelihood(
+            self.likelihood.parameters
+        )
+        axes = {
+            each.name: network_spec.parameter_axes(each.key, each.shape) for each in own
+        }
         shapes = {each.name: each.shape for each in self.hyperparameters}
         self._extension = shapes, axes
         self.spec = network_spec.extend(shapes, axes)
         # says how to evaluate the network, where the spec of a linearised one does not
         self._architecture = self.spec
         known = self.spec.layers and all(map(checks.of_torch, net.modules()))
-        fresh = None if known else copy.deepcopy(self.net)  # never called, which may change it
+        # never called, which may change it
+        fresh = None if known else copy.deepcopy(self.net)
         self.x, self._n_outputs = checks.accepted(self.net, x.to(self._device), self._dtype)
         self._written = frozenset() if fresh is None else probe(fresh, self.x)
         y = self.likelihood.validate(y, self._n_outputs)
@@ -270,7 +279,9 @@ class BayesianModel:
         return torch.float64 if self.likelihood.wide_targets else dtype
 
     def _laid_out(self, prior: Prior) -> FlatPrior:
-        return FlatPrior.of(prior, self.spec, self.hyperparameters).to(self.device, self.dtype)
+        return FlatPrior.of(prior, self.spec, self.hyperparameters).to(
+            self.device, self.dtype
+        )
 
     # ---------------------------------------- evaluation
 
@@ -380,7 +391,9 @@ class BayesianModel:
         if y is None or y is self.y:
             return self.y
         y = checks.new_targets(name, y, self.likelihood, self._n_outputs)
-        return y.to(self.device, self._y_dtype(self.dtype) if y.is_floating_point() else None)
+        return y.to(
+            self.device, self._y_dtype(self.dtype) if y.is_floating_point() else None
+        )
 
     def likelihood_parameters(self, theta: Tensor) -> dict[str, Tensor]:
         """Return the learned likelihood parameters, positive, ``(..., *shape)`` each.
@@ -538,7 +551,9 @@ class BayesianModel:
         }
         for each in self.hyperparameters:
             start = math.log(0.1) if each.positive else 0.0
-            params[each.name] = torch.full(each.shape, start, device=self.device, dtype=self.dtype)
+            params[each.name] = torch.full(
+                each.shape, start, device=self.device, dtype=self.dtype
+            )
         return self.flat_prior.at_mode(self.spec.flatten(params))
 
     @checked
@@ -575,7 +590,12 @@ class BayesianModel:
 
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         return pyro_model(
-            self.prior, self.hyperparameters, self.spec, log_likelihood, self.temperature, like
+            self.prior,
+            self.hyperparameters,
+            self.spec,
+            log_likelihood,
+            self.temperature,
+            like,
         )
 
     # ---------------------------------------- identity

@@ -70,7 +70,9 @@ def outputs_of(net: nn.Module, x: Tensor) -> int:
         with torch.no_grad(), isolated():
             outputs = torch.func.functional_call(net, zeros, (rows.clone(),))
     except (RuntimeError, IndexError) as error:
-        raise ValueError(f"x of shape {tuple(x.shape)} does not fit net: {error}") from error
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} does not fit net: {error}"
+        ) from error
     return check_outputs(outputs, len(rows)).shape[-1]
 
 
@@ -79,13 +81,17 @@ def check_columns(name: str, x: Any, training: tuple[str, ...]) -> None:
     columns = columns_of(x)
     if columns and training and columns != training:
         said = (", ".join(map(repr, names)) for names in (training, columns))
-        raise ValueError("{} must have the columns of training, {}, got {}".format(name, *said))
+        raise ValueError(
+            "{} must have the columns of training, {}, got {}".format(name, *said)
+        )
 
 
 def new_inputs(name: str, x: Tensor | np.ndarray, training: Tensor) -> Tensor:
     """Return new inputs as a tensor of the type and on the device of those of training."""
     x = tensor(name, x, device=training.device)
-    if not training.is_floating_point() and (x.is_floating_point() or x.dtype == torch.bool):
+    if not training.is_floating_point() and (
+        x.is_floating_point() or x.dtype == torch.bool
+    ):
         raise ValueError(f"{name} must hold integers as in training, got {x.dtype}")
     x = x.to(training.dtype)
     if x.dim() == 0 or x.shape[1:] != training.shape[1:]:
@@ -122,12 +128,16 @@ def check_alike(net: nn.Module, own: nn.Module, inferred: Collection[str]) -> No
     given = dict(net.named_parameters())
     for name, parameter in own.named_parameters():
         if name not in given or given[name].shape != parameter.shape:
-            raise ValueError(f"net does not fit the model: {name} must be {tuple(parameter.shape)}")
+            raise ValueError(
+                f"net does not fit the model: {name} must be {tuple(parameter.shape)}"
+            )
     theirs = given | dict(net.named_buffers())
     for name, constant in (*own.named_parameters(), *own.named_buffers()):
         if name in inferred or name.endswith("num_batches_tracked"):
             continue
-        if name not in theirs or not torch.equal(theirs[name].detach().to(constant), constant):
+        if name not in theirs or not torch.equal(
+            theirs[name].detach().to(constant), constant
+        ):
             raise ValueError(
                 f"{name} is a constant of the model (a parameter with requires_grad=False, or a "
                 "buffer), but "
@@ -195,7 +205,9 @@ def _check_modules(net: nn.Module) -> None:
                     "a network with running statistics, which are then constants"
                 )
         chance = (
-            module.dropout if isinstance(module, nn.MultiheadAttention) else getattr(module, "p", 0)
+            module.dropout
+            if isinstance(module, nn.MultiheadAttention)
+            else getattr(module, "p", 0)
         )
         random = (
             isinstance(module, nn.modules.dropout._DropoutNd | nn.MultiheadAttention)
@@ -299,7 +311,8 @@ def _check_rounding(name: str, values: Tensor, dtype: torch.dtype) -> None:
     ).amax(0)
     size = columns.abs().amax(0)
     spread = columns.std(0, correction=0)
-    share = max(1e-3, 16 * torch.finfo(dtype).eps)  # the second for data of mean 0 in sixteen bits
+    # the second for data of mean 0 in sixteen bits
+    share = max(1e-3, 16 * torch.finfo(dtype).eps)
     # A column that varies in the last digits of float64 alone is a constant.
     lost = ((error > share * spread) & (spread > 1e-14 * size)).nonzero().flatten()
     if len(lost):

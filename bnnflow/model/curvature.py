@@ -37,7 +37,9 @@ class Curvature:
         ValueError: if theta or rows has the wrong shape or dtype.
     """
 
-    def __init__(self, density: LogJoint, theta: Tensor, rows: Tensor | None = None) -> None:
+    def __init__(
+        self, density: LogJoint, theta: Tensor, rows: Tensor | None = None
+    ) -> None:
         self._density = density
         self._spec = density.spec
         self._network = density.network
@@ -94,9 +96,15 @@ class Curvature:
         # (batch, rows, network dim)
         by_weights = torch.einsum("bnkr,bnkd->bnrd", factor, jacobian).flatten(1, 2)
         whole = self._bordered(by_weights, information, grad.shape[-1])
-        return (grad, whole) if self._scale == 1 else (self._scale * grad, self._scale**0.5 * whole)
+        return (
+            (grad, whole)
+            if self._scale == 1
+            else (self._scale * grad, self._scale**0.5 * whole)
+        )
 
-    def _bordered(self, by_weights: Tensor, information: dict[str, Tensor], dim: int) -> Tensor:
+    def _bordered(
+        self, by_weights: Tensor, information: dict[str, Tensor], dim: int
+    ) -> Tensor:
         """Return A of all columns, with rows of their own for parameters that are independent of
         the outputs.
         """
@@ -110,7 +118,9 @@ class Curvature:
                 start = sum(column.shape[-1] for column in columns)
                 columns.append(by_weights.new_zeros(batch, size, each.shape[-1]))
                 own = torch.diag_embed(each.sqrt())  # (batch, size, size)
-                below.append(torch.nn.functional.pad(own, (start, dim - start - each.shape[-1])))
+                below.append(
+                    torch.nn.functional.pad(own, (start, dim - start - each.shape[-1]))
+                )
         return torch.cat([torch.cat(columns, -1), *below], 1)
 
     def _averaged_factor(self, outputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -118,9 +128,15 @@ class Curvature:
         ``(batch, k, n, out)``.
         """
         batch, k = outputs.shape[:2]
-        repeated = {name: each.repeat_interleave(k, 0) for name, each in self._parameters.items()}
-        factor, information = self._likelihood.fisher_factor(outputs.flatten(0, 1), repeated)
-        each_of = {name: each.unflatten(0, (batch, k)) for name, each in information.items()}
+        repeated = {
+            name: each.repeat_interleave(k, 0) for name, each in self._parameters.items()
+        }
+        factor, information = self._likelihood.fisher_factor(
+            outputs.flatten(0, 1), repeated
+        )
+        each_of = {
+            name: each.unflatten(0, (batch, k)) for name, each in information.items()
+        }
         shared = [name for name, each in each_of.items() if each.dim() == 5]
         parts = [factor.unflatten(0, (batch, k)), *(each_of[name] for name in shared)]
         whole = torch.cat(parts, -2)  # (batch, k, n, out and parameters, rank)
@@ -151,7 +167,9 @@ class Curvature:
         ):
             return None
         outputs, factored = network.factored(theta, self._x)
-        grad_outputs, grad_parameters = self._density.score(outputs, self._y, self._parameters)
+        grad_outputs, grad_parameters = self._density.score(
+            outputs, self._y, self._parameters
+        )
         factor, others = self._likelihood.fisher_factor(outputs, self._parameters)
         if _shared(others) or factor.shape[1] * factor.shape[-1] >= self._density.dim:
             return None
@@ -172,7 +190,12 @@ class Curvature:
             vjp: carries vectors of these to those of others that they are a symmetric linear
                 function of.
         """
-        network, density, theta, scale = self._network, self._density, self.theta, self._scale
+        network, density, theta, scale = (
+            self._network,
+            self._density,
+            self.theta,
+            self._scale,
+        )
         if not density.has_gauss_newton_slope or not isinstance(network, ChainNetwork):
             return None
         x = self._x.flatten(1)
@@ -183,7 +206,9 @@ class Curvature:
         factor = factor.permute(0, 2, 3, 1).contiguous()  # (batch, out, rank, n)
 
         def product(some: slice) -> Tensor:
-            information = scale * (factor[some].unsqueeze(2) * factor[some].unsqueeze(1)).sum(3)
+            information = scale * (
+                factor[some].unsqueeze(2) * factor[some].unsqueeze(1)
+            ).sum(3)
             return density.network_hessian.gauss_newton(
                 theta[some, : density.weights], x, information
             )
@@ -226,14 +251,22 @@ class Curvature:
             ValueError: if the likelihood has no ``fisher_factor``.
         """
         self._require_fisher_factor()
-        density, theta, x, y, scale = self._density, self.theta, self._x, self._y, self._scale
+        density, theta, x, y, scale = (
+            self._density,
+            self.theta,
+            self._x,
+            self._y,
+            self._scale,
+        )
         some, several = density.block_size(theta, x, len(x))
         if some >= len(x) and several >= len(theta):
             grad, product = self._linearised(theta, x, y)
             return scale * grad, lambda v: scale * product(v)
 
         # What linearises all of it would be too much to keep, so that every product begins anew.
-        def of_block(both: Tensor, x: Tensor, y: Tensor, per_network: bool) -> tuple[Tensor]:
+        def of_block(
+            both: Tensor, x: Tensor, y: Tensor, per_network: bool
+        ) -> tuple[Tensor]:
             theta, v = both.split(density.dim, 1)
             return (self._linearised(theta, x, y)[1](v),)
 
@@ -255,7 +288,9 @@ class Curvature:
 
         def product(v: Tensor) -> Tensor:
             tangent = jvp(lambda weights: network(weights, x), (theta,), (v,))[1]
-            by_outputs, by_parameters = self._informed(outputs, parameters, tangent, v[:, start:])
+            by_outputs, by_parameters = self._informed(
+                outputs, parameters, tangent, v[:, start:]
+            )
             return density.with_parameters(pullback(by_outputs), by_parameters)
 
         return density.with_parameters(pullback(grad_outputs), grad_parameters), product
@@ -271,11 +306,18 @@ class Curvature:
         chains of linear layers, linearised ones, and those of so many weights that a dense matrix
         for each is too much.
         """
-        closed, theta, rows, scale = self._density.hessian, self.theta, self._rows, self._scale
+        closed, theta, rows, scale = (
+            self._density.hessian,
+            self.theta,
+            self._rows,
+            self._scale,
+        )
         if closed is None:
             return None
         x = self._x.flatten(1 if rows is None or rows.dim() == 1 else 2)
-        grad, hessian = closed(theta, x, self._y, lambda outputs, y: self._derivatives(outputs, y))
+        grad, hessian = closed(
+            theta, x, self._y, lambda outputs, y: self._derivatives(outputs, y)
+        )
         return (grad, hessian) if scale == 1 else (scale * grad, scale * hessian)
 
     def slope(self, v: Tensor) -> Tensor | None:
@@ -301,7 +343,10 @@ class Curvature:
             return slope
         start, stop = density.weights, density.weights + self._of_prior
         whole = slope.new_zeros(len(slope), density.dim, density.dim)
-        for rows, theirs in ((slice(start), slice(start)), (slice(start, None), slice(stop, None))):
+        for rows, theirs in (
+            (slice(start), slice(start)),
+            (slice(start, None), slice(stop, None)),
+        ):
             whole[:, theirs, :start] = slope[:, rows, :start]
             whole[:, theirs, stop:] = slope[:, rows, start:]
         return whole
@@ -325,7 +370,9 @@ class Curvature:
             ]
 
         outputs, along, *_ = jvp(lambda weights: network(weights, x), (theta,), (v,))
-        given = self._derivatives(outputs, y, (along, v[:, self._density.dim - n_parameters :]))
+        given = self._derivatives(
+            outputs, y, (along, v[:, self._density.dim - n_parameters :])
+        )
         assert given.outputs is not None
         factor, others = self._likelihood.fisher_factor(outputs, self._parameters)
         information, eye = (
@@ -395,7 +442,8 @@ class Curvature:
         of_outputs, of_logs = torch.func.vmap(lambda *seed: vjp(seed))(*seeds)
         transposed = of_outputs[out:].movedim(0, 1)
         mixed = transposed
-        if along is not None and size:  # the information is no derivative: nothing is symmetric
+        # the information is no derivative: nothing is symmetric
+        if along is not None and size:
             mixed = torch.func.vmap(derivative)(eye[out:, out:]).movedim(0, 1)
         return OutputDerivatives(
             by_outputs,

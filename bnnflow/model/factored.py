@@ -22,7 +22,14 @@ from bnnflow.compiled import is_untracked_cpu
 from bnnflow.model.arrowhead import Arrowhead, Pairs
 from bnnflow.weights import Layer
 
-__all__ = ["BorderedFactor", "ClosedFactor", "Factor", "FactoredJacobian", "MatrixFactor", "Outer"]
+__all__ = [
+    "BorderedFactor",
+    "ClosedFactor",
+    "Factor",
+    "FactoredJacobian",
+    "MatrixFactor",
+    "Outer",
+]
 
 
 class Factor(Protocol):
@@ -157,7 +164,11 @@ class ClosedFactor:
         # small: faster than products of matrices
         of_rows = (self.mix * self.jvp(moved).mT.unsqueeze(2)).sum(1).mT
         return torch.cat(
-            [of_rows.flatten(1), self.below * moved[:, moved.shape[1] - self.below.shape[1] :]], 1
+            [
+                of_rows.flatten(1),
+                self.below * moved[:, moved.shape[1] - self.below.shape[1] :],
+            ],
+            1,
         )
 
     def transposed(self, u: Tensor) -> Tensor:
@@ -166,7 +177,9 @@ class ClosedFactor:
         of_rows, own = u[:, :count].unflatten(1, (-1, rank)).mT.contiguous(), u[:, count:]
         by_weights = self.back((self.mix * of_rows.unsqueeze(1)).sum(2).mT)
         missing = self.slope.diagonal.shape[1] - by_weights.shape[1] - own.shape[1]
-        back = torch.cat([by_weights, by_weights.new_zeros(len(u), missing), self.below * own], 1)
+        back = torch.cat(
+            [by_weights, by_weights.new_zeros(len(u), missing), self.below * own], 1
+        )
         return self.vjp(self.slope.left(back.unsqueeze(-1)).squeeze(-1))
 
 
@@ -202,12 +215,16 @@ class BorderedFactor:
     def gram(self) -> Tensor:
         """Return A A^T, ``(batch, rows, rows)``."""
         above = nn.functional.pad(self.weights.gram(), (0, self.below.shape[1]))
-        own = nn.functional.pad(torch.diag_embed(self.below.square()), (self.weights.rows, 0))
+        own = nn.functional.pad(
+            torch.diag_embed(self.below.square()), (self.weights.rows, 0)
+        )
         return torch.cat([above, own], 1)
 
     def times(self, v: Tensor) -> Tensor:
         """Return A v, ``(batch, dim) -> (batch, rows)``."""
-        of_weights, own = v.split([v.shape[1] - self.below.shape[1], self.below.shape[1]], 1)
+        of_weights, own = v.split(
+            [v.shape[1] - self.below.shape[1], self.below.shape[1]], 1
+        )
         return torch.cat([self.weights.times(of_weights), self.below * own], 1)
 
     def transposed(self, u: Tensor) -> Tensor:
@@ -269,7 +286,9 @@ class FactoredJacobian:
     def _zeros(self) -> Tensor:
         """Return what rows are added to, ``(batch, dim, rows)``."""
         first = self.parts[0].leaving
-        return first.new_zeros(len(first), sum(map(math.prod, self._shapes().values())), self.rows)
+        return first.new_zeros(
+            len(first), sum(map(math.prod, self._shapes().values())), self.rows
+        )
 
     def _add(self, found: Tensor, part: Outer, *, bias: bool = True) -> None:
         """Add the rows by the weights of one layer, each number written once."""
@@ -302,14 +321,22 @@ class FactoredJacobian:
             if layer.bias is not None:
                 inner = inner + self.scales[layer.bias] ** 2
             product = (
-                (outer.mT @ outer).unflatten(2, leaving.shape[2:]).unflatten(1, leaving.shape[2:])
+                (outer.mT @ outer)
+                .unflatten(2, leaving.shape[2:])
+                .unflatten(1, leaving.shape[2:])
             )
             inner = inner.unsqueeze(-1).unsqueeze(-3)
             # Into the memory that is there, where nothing follows: fresh memory costs more than the
             # sums.
             ours = is_untracked_cpu(product, inner)
             product = product.mul_(inner) if ours else product * inner
-            total = product if total is None else total.add_(product) if ours else total + product
+            total = (
+                product
+                if total is None
+                else total.add_(product)
+                if ours
+                else total + product
+            )
         assert total is not None
         return total.flatten(3).flatten(1, 2)
 
@@ -318,7 +345,8 @@ class FactoredJacobian:
         given = self._split(v)
         total: Tensor | None = None
         for layer, entering, leaving in self.parts:
-            along = self.scales[layer.weight] * (given[layer.weight] @ entering)  # (batch, out, n)
+            # (batch, out, n)
+            along = self.scales[layer.weight] * (given[layer.weight] @ entering)
             if layer.bias is not None:
                 along = along + self.scales[layer.bias] * given[layer.bias].unsqueeze(-1)
             product = (leaving * along.unsqueeze(-1)).sum(1)
@@ -332,7 +360,9 @@ class FactoredJacobian:
         for layer, entering, leaving in self.parts:
             # (batch, out, n)
             back = (leaving * u.unflatten(1, leaving.shape[2:]).unsqueeze(1)).sum(-1)
-            found[layer.weight] = self.scales[layer.weight] * (back @ entering.mT).flatten(1)
+            found[layer.weight] = self.scales[layer.weight] * (back @ entering.mT).flatten(
+                1
+            )
             if layer.bias is not None:
                 found[layer.bias] = self.scales[layer.bias] * back.sum(-1)
         return torch.cat([found[name] for name in self.names], -1)

@@ -64,7 +64,9 @@ class ModelIdentity:
         found = Identity(free_parameters(self.net), self.written)
         found.add(x, "x").add(y, "y").add(self.temperature, "temperature")
         found.add((self.spec.shapes, repr(layers)), "spec")
-        found.add(self.flat_prior.identity(), "prior").add(self.likelihood.given, "likelihood")
+        found.add(self.flat_prior.identity(), "prior").add(
+            self.likelihood.given, "likelihood"
+        )
         if self.prior.has_parameters:
             found.add(self.prior.given, "prior")
         if not layers:  # the labels do not say what the network computes

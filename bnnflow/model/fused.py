@@ -161,7 +161,9 @@ class FusedNetwork:
         """Return the outputs, ``(batch, n, out)``."""
         return self._run(theta, x, per_network, None).mT
 
-    def vjp(self, theta: Tensor, x: Tensor, per_network: bool, grad_outputs: Tensor) -> Tensor:
+    def vjp(
+        self, theta: Tensor, x: Tensor, per_network: bool, grad_outputs: Tensor
+    ) -> Tensor:
         """Carry a gradient by the outputs ``(batch, n, out)`` back to the weights,
         ``(batch, network dim)``.
         """
@@ -184,7 +186,11 @@ class FusedNetwork:
         room = theta.new_empty(len(theta) * self._network_dim + 1)
         grad = room[:-1].view(len(theta), self._network_dim)
         problem = _problem(self._layers, self._network_dim)
-        problem.likelihood, problem.n_targets, problem.scale = _LIKELIHOODS[Gaussian], targets, 1.0
+        problem.likelihood, problem.n_targets, problem.scale = (
+            _LIKELIHOODS[Gaussian],
+            targets,
+            1.0,
+        )
         call = _Call(
             len(theta),
             used,
@@ -211,7 +217,9 @@ class FusedNetwork:
         # a perfect fit may round below
         return (value - used * targets * _HALF_LOG_2PI).clamp_(min=0.0), grad
 
-    def _run(self, theta: Tensor, x: Tensor, per_network: bool, score: Tensor | None) -> Tensor:
+    def _run(
+        self, theta: Tensor, x: Tensor, per_network: bool, score: Tensor | None
+    ) -> Tensor:
         theta, x = _strided(theta), x.flatten(2 if per_network else 1).contiguous()
         n, batch = x.shape[-2], len(theta)
         if x.shape[-1] != self._layers[0].inputs or (per_network and len(x) != batch):
@@ -264,7 +272,12 @@ class FusedDensity:
     """
 
     def __init__(
-        self, spec: WeightSpec, likelihood: Likelihood, prior: FlatPrior, x: Tensor, y: Tensor
+        self,
+        spec: WeightSpec,
+        likelihood: Likelihood,
+        prior: FlatPrior,
+        x: Tensor,
+        y: Tensor,
     ) -> None:
         self._arguments = (spec, likelihood, prior, x, y)
         self._dim = spec.dim
@@ -274,7 +287,8 @@ class FusedDensity:
         self._layers = _layers(spec)
         shared = None if prior.weights is None else prior.weights.shared
         ours = all(
-            (each.log, type(each.distribution).__name__) in _FAMILIES for each in prior.marginals
+            (each.log, type(each.distribution).__name__) in _FAMILIES
+            for each in prior.marginals
         )
         ours = ours and (prior.weights is None or shared is not None)
         self._prior = None if ours else prior
@@ -286,7 +300,10 @@ class FusedDensity:
             problem.n_scaled, problem.n_scales = len(shared.owner), len(self._scales)
             problem.scales, problem.owner = self._scales, self._owner.data_ptr()
         problem.n_priors, problem.priors = len(self._priors), self._priors
-        problem.likelihood, problem.n_targets = _LIKELIHOODS[type(likelihood)], self._y.shape[1]
+        problem.likelihood, problem.n_targets = (
+            _LIKELIHOODS[type(likelihood)],
+            self._y.shape[1],
+        )
         learned = [f"likelihood.log_{name}" for name in likelihood.parameters]
         problem.learned = spec.slices[learned[0]].start if learned else -1
         if isinstance(likelihood, HeteroscedasticGaussian):
@@ -303,7 +320,12 @@ class FusedDensity:
 
     @classmethod
     def of(
-        cls, spec: WeightSpec, likelihood: Likelihood, prior: FlatPrior, x: Tensor, y: Tensor
+        cls,
+        spec: WeightSpec,
+        likelihood: Likelihood,
+        prior: FlatPrior,
+        x: Tensor,
+        y: Tensor,
     ) -> FusedDensity | None:
         """Return the compiled density, or None if the network, the likelihood or the machine does
         not allow it.
@@ -328,7 +350,11 @@ class FusedDensity:
         return type(self), self._arguments
 
     def __call__(
-        self, theta: Tensor, rows: Tensor | None, likelihood_weight: float, prior_weight: float
+        self,
+        theta: Tensor,
+        rows: Tensor | None,
+        likelihood_weight: float,
+        prior_weight: float,
     ) -> tuple[Tensor, Tensor]:
         """Return a weighted sum of log likelihood and log prior, and its gradient.
 
@@ -362,7 +388,12 @@ class FusedDensity:
         own.
         """
         return self._run(
-            theta, batch_size, likelihood_weight, prior_weight, drawn=1, key=key_of(generator)
+            theta,
+            batch_size,
+            likelihood_weight,
+            prior_weight,
+            drawn=1,
+            key=key_of(generator),
         )
 
     def _run(
@@ -379,7 +410,11 @@ class FusedDensity:
         flat = _strided(theta if theta.dim() == 2 else theta.reshape(-1, self._dim))
         batch, n = len(flat), len(self._x)
         value = torch.empty(theta.shape[:-1], dtype=torch.float64)
-        grad = torch.empty_like(theta) if theta.is_contiguous() else theta.new_empty(theta.shape)
+        grad = (
+            torch.empty_like(theta)
+            if theta.is_contiguous()
+            else theta.new_empty(theta.shape)
+        )
         call = _Call(
             batch, used, n, _threads(batch * used * self._dim), drawn, key,
             flat.stride(0), 0, 0, stride,
@@ -422,7 +457,9 @@ def _layers(spec: WeightSpec) -> ctypes.Array[_Layer]:
         outputs, inputs = spec.shapes[weight]
         kind, frequency = _kind(activation)
         start = spec.slices[bias].start if bias else -1
-        return _Layer(inputs, outputs, spec.slices[weight].start, start, kind or 0, frequency)
+        return _Layer(
+            inputs, outputs, spec.slices[weight].start, start, kind or 0, frequency
+        )
 
     return (_Layer * len(spec.layers))(*(describe(*layer) for layer in spec.layers))
 
@@ -469,9 +506,10 @@ def _prior(marginal: Marginal, dtype: torch.dtype) -> tuple[_Prior, *tuple[Tenso
             getattr(d, "df", df),
             d.scale.log(),
         )
-        at_zero = zero + {"Laplace": -math.log(2), "HalfNormal": math.log(2) - _HALF_LOG_2PI}.get(
-            name, -_HALF_LOG_2PI
-        )
+        at_zero = zero + {
+            "Laplace": -math.log(2),
+            "HalfNormal": math.log(2) - _HALF_LOG_2PI,
+        }.get(name, -_HALF_LOG_2PI)
     if name in ("StudentT", "Cauchy"):
         at_zero = torch.tensor(
             [_student_constant(each) for each in df.tolist()], dtype=torch.float64
@@ -486,7 +524,9 @@ def _prior(marginal: Marginal, dtype: torch.dtype) -> tuple[_Prior, *tuple[Tenso
 
 def _scales(shared: Shared) -> ctypes.Array[_Scale]:
     counts = shared.owner.bincount(minlength=len(shared.offset))
-    columns = zip(shared.parameters.tolist(), shared.offset.tolist(), counts.tolist(), strict=True)
+    columns = zip(
+        shared.parameters.tolist(), shared.offset.tolist(), counts.tolist(), strict=True
+    )
     return (_Scale * len(counts))(
         *(_Scale(*where, offset, count) for where, offset, count in columns)
     )

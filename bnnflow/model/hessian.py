@@ -95,7 +95,9 @@ class ChainHessian:
         """
         axis = x.dim() - 2
         parts = zip(x.split(self._rows, axis), y.split(self._rows, axis), strict=True)
-        firsts, seconds = zip(*(self._sums(theta, *part, curvature) for part in parts), strict=True)
+        firsts, seconds = zip(
+            *(self._sums(theta, *part, curvature) for part in parts), strict=True
+        )
         first, second = (functools.reduce(torch.add, parts) for parts in (firsts, seconds))
         places = self._first.to(theta.device), self._second.to(theta.device)
         hessian = second.index_select(1, places[1]).unflatten(1, (len(places[0]), -1))
@@ -114,7 +116,11 @@ class ChainHessian:
         def linear(outputs: Tensor, given: Tensor) -> OutputDerivatives:
             none = outputs.new_zeros(len(outputs), 0)
             return OutputDerivatives(
-                given.movedim(0, 1), none, None, outputs[:, None][:, :0], none.unsqueeze(1)[:, :0]
+                given.movedim(0, 1),
+                none,
+                None,
+                outputs[:, None][:, :0],
+                none.unsqueeze(1)[:, :0],
             )
 
         return self(theta, x, by_outputs.movedim(1, 0), linear)[1]
@@ -131,7 +137,9 @@ class ChainHessian:
         parts = zip(x.split(self._rows), information.split(self._rows, 3), strict=True)
         sums = functools.reduce(torch.add, (self._products(theta, *part) for part in parts))
         size = theta.shape[1]
-        return sums.index_select(1, self._second.to(theta.device)).unflatten(1, (size, size))
+        return sums.index_select(1, self._second.to(theta.device)).unflatten(
+            1, (size, size)
+        )
 
     def _products(self, theta: Tensor, x: Tensor, information: Tensor) -> Tensor:
         """Return the entries of J^T F J in the order of `_places`, summed over the rows."""
@@ -171,7 +179,9 @@ class ChainHessian:
             second = _by_z(second, step, first[:, 0])
             first = first * step.slope.unsqueeze(1)
             firsts.append(
-                _product(first.flatten(1, 2), step.inputs).unflatten(1, first.shape[1:3]).flatten(2)
+                _product(first.flatten(1, 2), step.inputs)
+                .unflatten(1, first.shape[1:3])
+                .flatten(2)
             )
             blocks.append(_within(second, step))
             if depth:
@@ -193,7 +203,9 @@ class ChainHessian:
         """Return what each layer leaves, and the outputs ``(batch, out, n)``."""
         spec, tape, h = self._spec, [], x.mT
         for layer in spec.layers:
-            weight = theta[:, spec.slices[layer.weight]].unflatten(-1, spec.shapes[layer.weight])
+            weight = theta[:, spec.slices[layer.weight]].unflatten(
+                -1, spec.shapes[layer.weight]
+            )
             z, inputs = weight @ h, h
             if layer.bias is not None:
                 z = z + theta[:, spec.slices[layer.bias]].unsqueeze(-1)
@@ -230,7 +242,9 @@ def _within(second: Tensor | None, step: _Step) -> Tensor:
     if second is not None and second.dim() == 4:
         return _product(_half(second), _squares(step.inputs))
     (batch, units, _), inputs = step.slope.shape, step.inputs.shape[-2]
-    block = step.slope.new_zeros(batch, units * (units + 1) // 2, inputs * (inputs + 1) // 2)
+    block = step.slope.new_zeros(
+        batch, units * (units + 1) // 2, inputs * (inputs + 1) // 2
+    )
     if second is not None:
         block[:, _triangle(units).diagonal()] = _product(second, _squares(step.inputs))
     return block
@@ -239,7 +253,9 @@ def _within(second: Tensor | None, step: _Step) -> Tensor:
 def _times(second: Tensor, weight: Tensor) -> Tensor:
     """Return K_m W, ``(batch, out, in, n)``, given K_m or its diagonal."""
     return (
-        second.unsqueeze(2) * weight.unsqueeze(3) if second.dim() == 3 else _carried(second, weight)
+        second.unsqueeze(2) * weight.unsqueeze(3)
+        if second.dim() == 3
+        else _carried(second, weight)
     )
 
 
@@ -262,15 +278,17 @@ def _across(tape: list[_Step], lower: Tensor | None, delta: Tensor | None) -> li
             block = step.slope.new_zeros(batch, out, units, ends, starts)
         else:
             lower = lower * other.slope.unsqueeze(1)  # by z_l
-            block = _product(lower.flatten(1, 2), _outer(step.inputs, other.inputs).flatten(-3, -2))
+            block = _product(
+                lower.flatten(1, 2), _outer(step.inputs, other.inputs).flatten(-3, -2)
+            )
             block = block.unflatten(1, (out, units)).unflatten(3, (ends, starts))
             lower = _carried(lower, other.weight)
         if delta is None:
             pass
         elif reached is None:  # each unit of a_{m-1} by its own z_{m-1}
-            own = _product(_outer(delta, other.slope).flatten(1, 2), other.inputs).unflatten(
-                1, (out, units)
-            )
+            own = _product(
+                _outer(delta, other.slope).flatten(1, 2), other.inputs
+            ).unflatten(1, (out, units))
             block.diagonal(dim1=2, dim2=3).add_(own.mT)
             # a_{m-1} by a_{l-1}, (batch, in, ., n)
             reached = other.slope.unsqueeze(2) * other.weight.unsqueeze(3)
@@ -307,7 +325,9 @@ def _outer(left: Tensor, right: Tensor) -> Tensor:
 
 def _squares(inputs: Tensor) -> Tensor:
     """Return `_half` of the outer product of ``(..., p, n)`` with itself."""
-    rows, columns = torch.triu_indices(inputs.shape[-2], inputs.shape[-2], device=inputs.device)
+    rows, columns = torch.triu_indices(
+        inputs.shape[-2], inputs.shape[-2], device=inputs.device
+    )
     return inputs.index_select(-2, rows).mul_(inputs.index_select(-2, columns))
 
 
@@ -326,7 +346,9 @@ def _bend(activation: Activation, z: Tensor, value: Tensor, slope: Tensor) -> Te
         return -2 * value * slope
     if activation.name in ("identity", "relu"):
         return None
-    return jvp(lambda a: activation.derivative(a, activation(a)), (z,), (torch.ones_like(z),))[1]
+    return jvp(
+        lambda a: activation.derivative(a, activation(a)), (z,), (torch.ones_like(z),)
+    )[1]
 
 
 def _places(spec: WeightSpec, size: int) -> tuple[Tensor, Tensor]:
@@ -338,19 +360,27 @@ def _places(spec: WeightSpec, size: int) -> tuple[Tensor, Tensor]:
     tables = []
     for layer in reversed(spec.layers):
         columns = [order[spec.slices[layer.weight]].reshape(spec.shapes[layer.weight])]
-        columns += [] if layer.bias is None else [order[spec.slices[layer.bias]].unsqueeze(1)]
+        columns += (
+            [] if layer.bias is None else [order[spec.slices[layer.bias]].unsqueeze(1)]
+        )
         tables.append(torch.cat(columns, 1))
-    weights, parameters = torch.cat([table.flatten() for table in tables]), order[spec.dim - size :]
+    weights, parameters = (
+        torch.cat([table.flatten() for table in tables]),
+        order[spec.dim - size :],
+    )
     counted = len(weights) + size
     first = torch.full((spec.dim,), counted)
     first[torch.cat([weights, parameters])] = order[:counted]
     zero = size * counted
     second = torch.full((spec.dim, spec.dim), zero)
     mixed = torch.arange(size * len(weights)).reshape(size, len(weights))
-    second[parameters[:, None], weights], second[weights[:, None], parameters] = mixed, mixed.T
-    second[parameters[:, None], parameters] = torch.arange(size * len(weights), zero).reshape(
-        size, size
+    second[parameters[:, None], weights], second[weights[:, None], parameters] = (
+        mixed,
+        mixed.T,
     )
+    second[parameters[:, None], parameters] = torch.arange(
+        size * len(weights), zero
+    ).reshape(size, size)
     start = zero + 1
     for m, table in enumerate(tables):
         out, inputs = table.shape
@@ -363,7 +393,9 @@ def _places(spec: WeightSpec, size: int) -> tuple[Tensor, Tensor]:
             units, starts = other.shape
             block = torch.arange(start, start + table.numel() * other.numel())
             block = (
-                block.reshape(out, units, inputs, starts).transpose(1, 2).reshape(table.numel(), -1)
+                block.reshape(out, units, inputs, starts)
+                .transpose(1, 2)
+                .reshape(table.numel(), -1)
             )
             second[table.flatten()[:, None], other.flatten()] = block
             second[other.flatten()[:, None], table.flatten()] = block.T

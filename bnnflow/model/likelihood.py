@@ -117,7 +117,9 @@ class Likelihood(Interface, ABC):
         """
         raise self._lack("fisher_factor")
 
-    def whitened_score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    def whitened_score(
+        self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]
+    ) -> Tensor:
         """Return b with R b the gradient by the outputs, ``(..., n, out)``.
 
         R as in `fisher_factor`.

@@ -38,7 +38,9 @@ class LinearisedNetwork:
         if not per_network and (kept := self._expansion(x)):
             outputs, jacobian = kept
             change = theta[:, : jacobian.shape[-1]] - self._anchor[: jacobian.shape[-1]]
-            return outputs + (change @ jacobian.flatten(0, 1).mT).unflatten(-1, outputs.shape)
+            return outputs + (change @ jacobian.flatten(0, 1).mT).unflatten(
+                -1, outputs.shape
+            )
         # forward-mode differentiation wants memory of its own
         anchors = self._anchor.repeat(len(theta), 1)
         value, change, *_ = jvp(
@@ -59,7 +61,9 @@ class LinearisedNetwork:
             rows = kept[1].flatten(0, 1)  # (n * out, network dim)
             return outputs, lambda grad_outputs: grad_outputs.flatten(1) @ rows
         anchors = self._anchor.expand_as(theta)
-        return outputs, self._network.pullback(anchors, x, per_network=per_network, reuse=reuse)[1]
+        return outputs, self._network.pullback(
+            anchors, x, per_network=per_network, reuse=reuse
+        )[1]
 
     def jacobian(
         self,
@@ -73,7 +77,9 @@ class LinearisedNetwork:
         same everywhere.
         """
         anchors = self._anchor.expand_as(theta if per_network else theta[:1])
-        jacobian = self._network.jacobian(anchors, x, per_network=per_network, names=names)[1]
+        _, jacobian = self._network.jacobian(
+            anchors, x, per_network=per_network, names=names
+        )
         return self(theta, x, per_network=per_network), jacobian.expand(
             len(theta), *jacobian.shape[1:]
         )
@@ -101,7 +107,12 @@ class LinearisedNetwork:
         if kept is None or kept[0] is not x or kept[1] != x._version:
             self._kept = None
             wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)  # type: ignore[attr-defined]
-            if wrapped or x.requires_grad or x.is_inference() or torch.is_inference_mode_enabled():
+            if (
+                wrapped
+                or x.requires_grad
+                or x.is_inference()
+                or torch.is_inference_mode_enabled()
+            ):
                 return None
             with torch.no_grad():
                 one = self._network(self._anchor.unsqueeze(0), x[:1])

@@ -204,14 +204,20 @@ class LogJoint:
         parts = self.in_blocks(sums, theta, self.x, self.y)
         return functools.reduce(torch.add, (values for (values,) in parts))
 
-    def _grad(self, theta: Tensor, x: Tensor, y: Tensor, per_network: bool) -> tuple[Tensor]:
-        outputs, pullback = self.network.pullback(theta, x, per_network=per_network, reuse=True)
+    def _grad(
+        self, theta: Tensor, x: Tensor, y: Tensor, per_network: bool
+    ) -> tuple[Tensor]:
+        outputs, pullback = self.network.pullback(
+            theta, x, per_network=per_network, reuse=True
+        )
         return (self._pull(pullback, *self.score(outputs, y, self.parameters(theta))),)
 
     def _value_and_grad(
         self, theta: Tensor, x: Tensor, y: Tensor, per_network: bool
     ) -> tuple[Tensor, Tensor]:
-        outputs, pullback = self.network.pullback(theta, x, per_network=per_network, reuse=True)
+        outputs, pullback = self.network.pullback(
+            theta, x, per_network=per_network, reuse=True
+        )
         parameters = self.parameters(theta)
         value = self.log_prob(outputs, y, parameters).sum(-1, dtype=torch.float64)
         return value, self._pull(pullback, *self.score(outputs, y, parameters))
@@ -231,7 +237,9 @@ class LogJoint:
         self._check_batch_size(batch_size)
         if fused := self.compiled(theta, None):
             scale = len(self.x) / (batch_size * self.temperature)
-            return fused.minibatch(theta, generator, batch_size, scale, 1 / self.temperature)
+            return fused.minibatch(
+                theta, generator, batch_size, scale, 1 / self.temperature
+            )
         return self.log_joint_and_grad(
             theta, self.random_rows(theta.shape[:-1], generator, batch_size)
         )
@@ -259,7 +267,9 @@ class LogJoint:
                 f"batch_size must be between 1 and the {len(self.x)} rows of data, got {batch_size}"
             )
 
-    def batch(self, theta: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None, float]:
+    def batch(
+        self, theta: Tensor, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, float]:
         """Return checked weights, checked rows, ``(batch,)`` or ``(networks, batch)``, and n /
         batch.
         """
@@ -271,8 +281,14 @@ class LogJoint:
                 f"rows must be int64 (batch,) or (..., batch), got {rows.dtype} {tuple(rows.shape)}"
             )
         if rows.dim() > 1 and rows.shape[:-1] != theta.shape[:-1]:
-            raise ValueError(f"rows {tuple(rows.shape)} do not fit theta {tuple(theta.shape)}")
-        return theta, rows.flatten(0, -2) if rows.dim() > 1 else rows, len(self.x) / rows.shape[-1]
+            raise ValueError(
+                f"rows {tuple(rows.shape)} do not fit theta {tuple(theta.shape)}"
+            )
+        return (
+            theta,
+            rows.flatten(0, -2) if rows.dim() > 1 else rows,
+            len(self.x) / rows.shape[-1],
+        )
 
     # ---------------------------------------- blocks of bounded memory
 
@@ -306,7 +322,9 @@ class LogJoint:
         for part in stretches(n, some):
             data = None if per_network else _chosen(x, y, rows, part)
             results = [
-                function(theta[which], *(data or _chosen(x, y, rows, part, which)), per_network)
+                function(
+                    theta[which], *(data or _chosen(x, y, rows, part, which)), per_network
+                )
                 for which in stretches(len(theta), several)
             ]
             found.append(tuple(_joined(each, 0) for each in zip(*results, strict=True)))
@@ -325,7 +343,9 @@ class LogJoint:
         """
         theta, rows, scale = self.batch(theta, rows)
         parts = self.in_blocks(function, theta.reshape(-1, self.dim), self.x, self.y, rows)
-        total = tuple(functools.reduce(torch.add, each) for each in zip(*parts, strict=True))
+        total = tuple(
+            functools.reduce(torch.add, each) for each in zip(*parts, strict=True)
+        )
         return total if scale == 1 else tuple(scale * each for each in total)
 
     def with_parameters(self, grad: Tensor, grad_parameters: dict[str, Tensor]) -> Tensor:
@@ -371,7 +391,11 @@ def stretches(length: int, size: int) -> list[slice]:
 
 
 def _chosen(
-    x: Tensor, y: Tensor | None, rows: Tensor | None, part: slice, which: slice = slice(None)
+    x: Tensor,
+    y: Tensor | None,
+    rows: Tensor | None,
+    part: slice,
+    which: slice = slice(None),
 ) -> tuple[Tensor, Tensor | None]:
     """Return a part of the rows of data; those of some networks, where each has its own."""
     if rows is None and part.start == 0 and part.stop >= len(x):

@@ -105,7 +105,8 @@ class ChainNetwork:
         """Return the activations of every hidden layer by label, ``(batch, width, n)``."""
         tape = self._forward(theta, x, False)
         return {
-            label: step.value for label, step in zip(self._spec.activations, tape, strict=False)
+            label: step.value
+            for label, step in zip(self._spec.activations, tape, strict=False)
         }
 
     def pullback(
@@ -121,7 +122,9 @@ class ChainNetwork:
             def compiled(grad_outputs: Tensor) -> Tensor:
                 if is_untracked_cpu(grad_outputs):
                     return self._fused.vjp(theta, x, per_network, grad_outputs)
-                return self._backward(theta, self._forward(theta, x, per_network), grad_outputs.mT)
+                return self._backward(
+                    theta, self._forward(theta, x, per_network), grad_outputs.mT
+                )
 
             return self._fused.outputs(theta, x, per_network), compiled
         memory = self._memory if reuse and is_untracked_cpu(theta, x) else None
@@ -129,7 +132,10 @@ class ChainNetwork:
 
         def vjp(grad_outputs: Tensor) -> Tensor:
             return self._backward(
-                theta, tape, grad_outputs.mT, memory if is_untracked_cpu(grad_outputs) else None
+                theta,
+                tape,
+                grad_outputs.mT,
+                memory if is_untracked_cpu(grad_outputs) else None,
             )
 
         return tape[-1].value.mT, vjp
@@ -173,7 +179,9 @@ class ChainNetwork:
         tape = self._forward(theta, x, per_network)
         params = self._params(theta)
         wanted = [
-            name for name in self._spec.names if name in params and (names is None or name in names)
+            name
+            for name in self._spec.names
+            if name in params and (names is None or name in names)
         ]
         out, n = tape[-1].value.shape[-2:]
         batch = theta.shape[0]
@@ -239,9 +247,9 @@ class ChainNetwork:
             parts = []
             for layer, step in zip(reversed(self._layers), reversed(tape), strict=True):
                 if layer.activation.name != "identity":
-                    leaving = leaving * layer.activation.derivative(step.a, step.value).unsqueeze(
-                        -1
-                    )
+                    leaving = leaving * layer.activation.derivative(
+                        step.a, step.value
+                    ).unsqueeze(-1)
                 parts.append(Outer(layer, step.h, leaving))
                 if layer is not self._layers[0]:
                     leaving = (params[layer.weight].mT @ leaving.flatten(2)).unflatten(
@@ -374,7 +382,9 @@ class ModuleNetwork:
             return self._mapped(theta, x, per_network)
         inputs = self._inputs(theta, x, per_network)
         with torch.no_grad():
-            return torch.stack([self._one(*each) for each in zip(theta, inputs, strict=True)])
+            return torch.stack(
+                [self._one(*each) for each in zip(theta, inputs, strict=True)]
+            )
 
     def pullback(
         self, theta: Tensor, x: Tensor, *, per_network: bool = False, reuse: bool = False
@@ -393,7 +403,9 @@ class ModuleNetwork:
 
         if not self._take_turns(theta, x, per_network):
             return mapped()
-        leaves = [weights.requires_grad_() for weights in theta[:, : self._dim].detach().unbind()]
+        leaves = [
+            weights.requires_grad_() for weights in theta[:, : self._dim].detach().unbind()
+        ]
         with torch.enable_grad():
             inputs = self._inputs(theta, x, per_network)
             tapes = [self._one(*each) for each in zip(leaves, inputs, strict=True)]
@@ -442,9 +454,9 @@ class ModuleNetwork:
             params = self._parts(weights)
             some = tuple(params[i] for i in wanted)
             with sdpa_kernel(SDPBackend.MATH):
-                return torch.func.vmap(torch.func.jacrev(of_row, has_aux=True), (None, None, 0))(
-                    some, params, rows
-                )
+                return torch.func.vmap(
+                    torch.func.jacrev(of_row, has_aux=True), (None, None, 0)
+                )(some, params, rows)
 
         if not self._take_turns(theta, x, per_network):
             blocks, outputs = torch.func.vmap(of_network, _in_dims(per_network))(theta, x)
@@ -475,18 +487,24 @@ class ModuleNetwork:
     def _parts(self, theta: Tensor) -> list[Tensor]:
         """Return the tensors within ``(dim,)``."""
         parts = theta[: self._dim].split_with_sizes(self._sizes)
-        return [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        return [
+            part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)
+        ]
 
     def _evaluated(self, params: Sequence[Tensor], x: Tensor) -> Tensor:
         outputs = self._module.evaluate(params, x)
         if not isinstance(outputs, Tensor):
-            raise ValueError(f"the network must return one tensor, got {type(outputs).__name__}")
+            raise ValueError(
+                f"the network must return one tensor, got {type(outputs).__name__}"
+            )
         return outputs.unsqueeze(-1) if outputs.dim() == 1 else outputs
 
     def _mapped(self, theta: Tensor, x: Tensor, per_network: bool) -> Tensor:
         # Fused attention can neither be mapped nor be differentiated forwards or twice.
         with sdpa_kernel(SDPBackend.MATH):
-            return torch.func.vmap(self._one, _in_dims(per_network), randomness="error")(theta, x)
+            return torch.func.vmap(self._one, _in_dims(per_network), randomness="error")(
+                theta, x
+            )
 
     def _inputs(self, theta: Tensor, x: Tensor, per_network: bool) -> list[Tensor]:
         """Return the inputs of every network, in the memory format that suits the module."""
@@ -497,7 +515,11 @@ class ModuleNetwork:
 
     def _take_turns(self, theta: Tensor, x: Tensor, per_network: bool) -> bool:
         """Say whether the networks are evaluated one by one; see the class."""
-        if is_tracked(theta, x) or theta.device.type != "cpu" or torch.compiler.is_compiling():
+        if (
+            is_tracked(theta, x)
+            or theta.device.type != "cpu"
+            or torch.compiler.is_compiling()
+        ):
             return False
         if torch.is_inference_mode_enabled() or theta.is_inference() or x.is_inference():
             return False  # there can be no tape of these
@@ -518,7 +540,11 @@ class ModuleNetwork:
         theta = torch.linspace(-1, 1, self._dim, dtype=self._module.dtype, device=x.device)
         with torch.no_grad(), _Counting() as counted:
             self._one(theta, x[:1])
-        images = x.dim() == 4 and self._module.convolves and self._takes_channels_last(theta, x[:2])
+        images = (
+            x.dim() == 4
+            and self._module.convolves
+            and self._takes_channels_last(theta, x[:2])
+        )
         return _Cost(counted.elements, counted.operations, images)
 
     def _takes_channels_last(self, theta: Tensor, x: Tensor) -> bool:
@@ -548,7 +574,9 @@ class _Counting(TorchDispatchMode):
         super().__init__()
         self.elements = self.operations = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         if not func.is_view:
             made = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
@@ -565,8 +593,12 @@ class _OwnModule(threading.local):
 
     def __init__(self, net: nn.Module, names: tuple[str, ...]) -> None:
         self._arguments = net, names
-        constants = [parameter for name, parameter in net.named_parameters() if name not in names]
-        self._module = copy.deepcopy(net, {id(each): each for each in (*constants, *net.buffers())})
+        constants = [
+            parameter for name, parameter in net.named_parameters() if name not in names
+        ]
+        self._module = copy.deepcopy(
+            net, {id(each): each for each in (*constants, *net.buffers())}
+        )
         _avoid_fast_path(self._module)
         self.convolves = any(
             isinstance(module, nn.Conv2d | nn.ConvTranspose2d) for module in net.modules()
@@ -608,9 +640,12 @@ def _avoid_fast_path(net: nn.Module) -> None:
             module.training, module.dropout = True, 0.0
             module.forward = functools.partial(_attend, module.forward)  # type: ignore[method-assign]
         elif isinstance(
-            module, nn.TransformerEncoder | nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
+            module,
+            nn.TransformerEncoder | nn.TransformerEncoderLayer | nn.TransformerDecoderLayer,
         ):
-            module.training = True  # its dropout is a module of its own, and stays in evaluation
+            module.training = (
+                True  # its dropout is a module of its own, and stays in evaluation
+            )
 
 
 def _attend(

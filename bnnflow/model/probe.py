@@ -48,7 +48,9 @@ _SINGLE = _Precision(torch.float32, 1e-4, 1e-3, 0.1)
 def check_outputs(outputs: Any, rows: int) -> Tensor:
     """Return outputs as ``(rows, out)``, or raise ``ValueError`` if they are something else."""
     if not isinstance(outputs, Tensor):
-        raise ValueError(f"the network must return one tensor, got {type(outputs).__name__}")
+        raise ValueError(
+            f"the network must return one tensor, got {type(outputs).__name__}"
+        )
     result = outputs.unsqueeze(-1) if outputs.dim() == 1 else outputs
     if result.dim() != 2 or len(result) != rows:
         raise ValueError(
@@ -135,7 +137,8 @@ def probe_fisher_factor(
     generator = torch.Generator().manual_seed(0)
     with isolated(generator), torch.no_grad(), contextlib.suppress(*_CANNOT):
         if (
-            2 * sum(_is_off(likelihood, n_outputs, shapes, generator) for _ in range(_POINTS))
+            2
+            * sum(_is_off(likelihood, n_outputs, shapes, generator) for _ in range(_POINTS))
             > _POINTS
         ):
             raise ValueError(
@@ -154,13 +157,19 @@ def _is_off(
 ) -> bool:
     like = torch.zeros((), dtype=torch.float64)
     outputs = _normal(like.expand(1, 1, n_outputs))
-    parameters = {name: _normal(like.expand(1, *shape)).exp() for name, shape in shapes.items()}
+    parameters = {
+        name: _normal(like.expand(1, *shape)).exp() for name, shape in shapes.items()
+    }
     many = outputs.expand(_DRAWS, -1, -1)
-    values = {name: value.expand(_DRAWS, *value.shape[1:]) for name, value in parameters.items()}
+    values = {
+        name: value.expand(_DRAWS, *value.shape[1:]) for name, value in parameters.items()
+    }
     factor, information = likelihood.fisher_factor(outputs, parameters)
     if likelihood.kind == "classification":
         shares = likelihood.mean(outputs, parameters)[0, 0]
-        y = torch.multinomial(shares, _DRAWS, replacement=True, generator=generator).unsqueeze(-1)
+        y = torch.multinomial(
+            shares, _DRAWS, replacement=True, generator=generator
+        ).unsqueeze(-1)
     elif likelihood.has_sample:
         y = likelihood.sample(many, values, generator)
     else:
@@ -177,7 +186,9 @@ def _is_off(
         return False
     step = _SINGLE.step * torch.eye(n_outputs, dtype=torch.float64)
     ahead, behind = (
-        torch.stack([likelihood.score(many + sign * each, y, values)[0][:, 0] for each in step], -1)
+        torch.stack(
+            [likelihood.score(many + sign * each, y, values)[0][:, 0] for each in step], -1
+        )
         for sign in (1, -1)
     )
     return _differ((behind - ahead) / (2 * _SINGLE.step), claimed[:n_outputs, :n_outputs])
@@ -199,7 +210,9 @@ class _Point(NamedTuple):
     parameters: dict[str, Tensor]
 
     @classmethod
-    def random(cls, y: Tensor, n_outputs: int, shapes: Mapping[str, tuple[int, ...]]) -> _Point:
+    def random(
+        cls, y: Tensor, n_outputs: int, shapes: Mapping[str, tuple[int, ...]]
+    ) -> _Point:
         y = y.double() if y.is_floating_point() else y
         like = torch.zeros((), dtype=torch.float64, device=y.device)
         outputs = _normal(like.expand(2, len(y), n_outputs))
@@ -211,7 +224,8 @@ class _Point(NamedTuple):
 
     def moved(self, step: float, along: Tensor, by_name: dict[str, Tensor]) -> _Point:
         parameters = {
-            name: value * (step * by_name[name]).exp() for name, value in self.parameters.items()
+            name: value * (step * by_name[name]).exp()
+            for name, value in self.parameters.items()
         }
         return _Point(self.outputs + step * along, self.y, parameters)
 
@@ -226,7 +240,8 @@ class _Point(NamedTuple):
         along = _normal(self.outputs)
         directions = {name: _normal(value) for name, value in self.parameters.items()}
         ahead, behind = (
-            log_prob(*self.moved(sign * _DOUBLE.step, along, directions)) for sign in (1, -1)
+            log_prob(*self.moved(sign * _DOUBLE.step, along, directions))
+            for sign in (1, -1)
         )
         if ahead.dtype != torch.float64 or not bool((ahead - behind).isfinite().all()):
             return True  # rounded, or outside of the support: nothing can be said
@@ -241,7 +256,11 @@ class _Point(NamedTuple):
 
 def _check_density(log_prob: LogProb, point: _Point) -> None:
     outputs, y, parameters = point
-    given = outputs.clone(), y.clone(), {name: value.clone() for name, value in parameters.items()}
+    given = (
+        outputs.clone(),
+        y.clone(),
+        {name: value.clone() for name, value in parameters.items()},
+    )
     drawn = torch.get_rng_state()
     try:
         values = log_prob(*given)
@@ -263,7 +282,9 @@ def _check_density(log_prob: LogProb, point: _Point) -> None:
     if not same or not all(
         torch.equal(given[2][name], value) for name, value in parameters.items()
     ):
-        raise ValueError("the likelihood's log_prob writes to its arguments; work on copies")
+        raise ValueError(
+            "the likelihood's log_prob writes to its arguments; work on copies"
+        )
     again = log_prob(outputs, y, parameters)
     if not torch.equal(drawn, torch.get_rng_state()) or not torch.equal(
         values.nan_to_num(), again.nan_to_num()
@@ -274,7 +295,11 @@ def _check_density(log_prob: LogProb, point: _Point) -> None:
     for i in range(len(y)):
         alone = log_prob(outputs[:, i : i + 1], y[i : i + 1], parameters)
         if not torch.allclose(
-            alone, values[:, i : i + 1], rtol=_SINGLE.same, atol=_SINGLE.same, equal_nan=True
+            alone,
+            values[:, i : i + 1],
+            rtol=_SINGLE.same,
+            atol=_SINGLE.same,
+            equal_nan=True,
         ):
             raise ValueError(
                 "the likelihood's log_prob makes the density of a row depend on the other rows; "
@@ -307,7 +332,10 @@ class _Probe:
         if rows.is_floating_point():
             rows = rows.to(precision.dtype)
             rows = torch.cat(
-                [rows, rows[:1] + _normal(rows[:1].expand(_ROWS - len(rows), *rows.shape[1:]))]
+                [
+                    rows,
+                    rows[:1] + _normal(rows[:1].expand(_ROWS - len(rows), *rows.shape[1:])),
+                ]
             )
         self.rows = rows
         others = torch.arange(_MANY - len(rows), device=x.device) % len(x)
@@ -349,13 +377,19 @@ class _Probe:
         self.params = self.random()
         counts = {**self.params, **dict(self.net.named_buffers())}
         before = {name: tensor.clone() for name, tensor in counts.items()}
-        attributes, rows, drawn = _attributes(self.fresh), self.rows.clone(), torch.get_rng_state()
+        attributes, rows, drawn = (
+            _attributes(self.fresh),
+            self.rows.clone(),
+            torch.get_rng_state(),
+        )
         with _Recorder(self.net) as first:
             self.outputs = check_outputs(
                 torch.func.functional_call(self.net, self.params, (rows,)), len(rows)
             )
         counts = {**self.params, **dict(self.net.named_buffers())}
-        changed = [name for name, tensor in before.items() if not torch.equal(tensor, counts[name])]
+        changed = [
+            name for name, tensor in before.items() if not torch.equal(tensor, counts[name])
+        ]
         if changed:
             raise ValueError(
                 f"{changed[0]!r} is written by the forward pass of the network, which "
@@ -378,7 +412,9 @@ class _Probe:
                 "must give the same outputs; call net.eval(), or remove it"
             )
         return frozenset(
-            path for path, digest in _attributes(self.net).items() if attributes.get(path) != digest
+            path
+            for path, digest in _attributes(self.net).items()
+            if attributes.get(path) != digest
         )
 
     @staticmethod
@@ -409,14 +445,18 @@ class _Probe:
                 self.outputs[i : i + 1], alone
             ):
                 self.refuse_mixing(self.rows, i, row)
-        if not self.same(self.evaluate(self.params, self.many)[: len(self.rows)], self.outputs):
+        if not self.same(
+            self.evaluate(self.params, self.many)[: len(self.rows)], self.outputs
+        ):
             self.refuse_mixing(self.many, 0, self.rows)
         self.check_memory(self.rows[-1:])
 
     def check_memory(self, row: Tensor) -> None:
         """See that a row's outputs are the same whatever the network was called with before."""
         first = copy.deepcopy(self.fresh)
-        if self.same(self.evaluate(self.params, row), self.evaluate(self.params, row, first)):
+        if self.same(
+            self.evaluate(self.params, row), self.evaluate(self.params, row, first)
+        ):
             return
         guilty = self.guilty(
             self.recorded(row), self.recorded(row, copy.deepcopy(self.fresh)), self.same
@@ -457,7 +497,9 @@ class _Probe:
         """Name the first module of those found, or the network's own forward."""
         name = names[0] if names else ""
         kind = type(self.net.get_submodule(name)).__name__
-        return f"module {name!r} ({kind})" if name else f"the forward of the network ({kind})"
+        return (
+            f"module {name!r} ({kind})" if name else f"the forward of the network ({kind})"
+        )
 
     # ---------------------------------------- slopes
 
@@ -480,7 +522,9 @@ class _Probe:
             "requires_grad_(False)"
         )
 
-    def point(self) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    def point(
+        self,
+    ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Return weights, weights of the outputs, the gradient there, and directions in which all
         tensors count.
         """
@@ -561,7 +605,10 @@ class _Recorder:
         def begin(module: nn.Module, arguments: Any) -> None:
             first = next((each for each in arguments if isinstance(each, Tensor)), None)
             starts.append(
-                (None if first is None else first.clone(), 0 if first is None else first._version)
+                (
+                    None if first is None else first.clone(),
+                    0 if first is None else first._version,
+                )
             )
 
         def end(name: str, module: nn.Module, arguments: Any, made: Any) -> None:

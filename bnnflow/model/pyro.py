@@ -57,12 +57,14 @@ def pyro_model(
         if not of_prior:
             return independent
         leads = [
-            values[each.key].shape[: values[each.key].dim() - len(each.shape)] for each in of_prior
+            values[each.key].shape[: values[each.key].dim() - len(each.shape)]
+            for each in of_prior
         ]
         lead = torch.broadcast_shapes(*leads)
         given = prior.conditional(weights, values)
         return {
-            name: _site(given[name], shape, like, lead) for name, shape in weights.shapes.items()
+            name: _site(given[name], shape, like, lead)
+            for name, shape in weights.shapes.items()
         }
 
     def sampled() -> None:
@@ -86,7 +88,10 @@ def pyro_model(
 
 
 def _site(
-    distribution: Distribution, shape: tuple[int, ...], like: Tensor, lead: tuple[int, ...] = ()
+    distribution: Distribution,
+    shape: tuple[int, ...],
+    like: Tensor,
+    lead: tuple[int, ...] = (),
 ) -> Any:
     """Return the distribution of a whole tensor, ``(*lead, *shape)``, in the type and on the device
     of ``like``.

@@ -13,7 +13,9 @@ from torch import Tensor
 
 __all__ = ["FAMILIES", "QuantileTable"]
 
-_REACH = 9.0  # standard deviations that the table covers; beyond, its last polynomials go on
+_REACH = (
+    9.0  # standard deviations that the table covers; beyond, its last polynomials go on
+)
 _CELLS = 4096  # cubic splines over these are right to 1e-10
 
 
@@ -67,7 +69,9 @@ class QuantileTable:
         from scipy.interpolate import CubicSpline
 
         family = FAMILIES[type(distribution)]
-        shape, self._loc, self._scale = (part.double() for part in family.parts(distribution))
+        shape, self._loc, self._scale = (
+            part.double() for part in family.parts(distribution)
+        )
         self._signed = family.scipy == "t"
         # the owner of each coordinate, (k,)
         shapes, self._owner = shape.unique(return_inverse=True)
@@ -100,7 +104,9 @@ class QuantileTable:
         """Map ``(..., k)`` float64 to values, those of positive families to their logarithms."""
         height = self._height(z, self._cell(z))
         return (
-            self._loc + self._scale * height.sinh() if self._signed else height + self._scale.log()
+            self._loc + self._scale * height.sinh()
+            if self._signed
+            else height + self._scale.log()
         )
 
     def derivatives(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +138,8 @@ class QuantileTable:
         for _ in range(6):
             z = z - (self._height(z, cell) - fixed) / self._slope(z, cell)
         z = z.detach()
-        return z - (self._height(z, cell) - height) / self._slope(z, cell)  # carries the derivative
+        # carries the derivative
+        return z - (self._height(z, cell) - height) / self._slope(z, cell)
 
     @property
     def _width(self) -> float:

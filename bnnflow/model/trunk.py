@@ -34,7 +34,8 @@ def split(net: nn.Module) -> Parts | None:
     if all(parameter.requires_grad for parameter in net.parameters()):
         return None
     tensors = (*net.parameters(), *net.buffers())
-    alike = copy.deepcopy(net, {id(each): each for each in tensors})  # tracing may change it
+    # tracing may change it
+    alike = copy.deepcopy(net, {id(each): each for each in tensors})
     try:
         graph = fx.symbolic_trace(alike).graph
     except Exception:  # whatever a forward does with a proxy: it is computed whole
@@ -47,7 +48,9 @@ def split(net: nn.Module) -> Parts | None:
     ]
     if len(cuts) != 1 or cuts[0].op == "placeholder":
         return None
-    return Parts(_up_to(alike, graph, cuts[0], constant), _from(alike, graph, cuts[0], constant))
+    return Parts(
+        _up_to(alike, graph, cuts[0], constant), _from(alike, graph, cuts[0], constant)
+    )
 
 
 def features(trunk: nn.Module, x: Tensor) -> Tensor:
@@ -71,7 +74,9 @@ def _constant_nodes(net: nn.Module, graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _up_to(net: nn.Module, graph: fx.Graph, cut: fx.Node, constant: set[fx.Node]) -> nn.Module:
+def _up_to(
+    net: nn.Module, graph: fx.Graph, cut: fx.Node, constant: set[fx.Node]
+) -> nn.Module:
     part, copies = fx.Graph(), {}
     for node in graph.nodes:
         if node in constant:
@@ -82,7 +87,9 @@ def _up_to(net: nn.Module, graph: fx.Graph, cut: fx.Node, constant: set[fx.Node]
     return _module(net, part)
 
 
-def _from(net: nn.Module, graph: fx.Graph, cut: fx.Node, constant: set[fx.Node]) -> nn.Module:
+def _from(
+    net: nn.Module, graph: fx.Graph, cut: fx.Node, constant: set[fx.Node]
+) -> nn.Module:
     part = fx.Graph()
     copies = {cut: part.placeholder("features")}
     for node in graph.nodes:

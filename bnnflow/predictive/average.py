@@ -79,7 +79,9 @@ def predict(
         )
     theta, log_weights = _normalise(theta, log_weights)
     if chunk_size is None:
-        chunk_size = max(1, _ELEMENTS // (len(x) * max(model.spec.widths.values(), default=64)))
+        chunk_size = max(
+            1, _ELEMENTS // (len(x) * max(model.spec.widths.values(), default=64))
+        )
     return Prediction(model, theta, log_weights.to(model.device), x, chunk_size)
 
 
@@ -217,7 +219,9 @@ class Prediction:
             second = second.to(offset) + torch.tensordot(weights, offset.square(), 1)
             spread = self._spread(chunk, mean)
             if spread is not None:
-                inner = torch.tensordot(weights, spread, 1) + (0 if inner is None else inner)
+                inner = torch.tensordot(weights, spread, 1) + (
+                    0 if inner is None else inner
+                )
         assert shift is not None
         between = torch.where(first.isinf(), math.inf, second - first.square())
         return _Moments(shift + first, between.clamp(min=0), inner)
@@ -252,7 +256,9 @@ class Prediction:
             ValueError: if y does not fit.
         """
         y = self._targets(y)
-        total = torch.full((len(self),), -math.inf, dtype=torch.float64, device=self.model.device)
+        total = torch.full(
+            (len(self),), -math.inf, dtype=torch.float64, device=self.model.device
+        )
         for chunk in self._chunks(self.theta):
             terms = (
                 self.model.likelihood.log_prob(chunk.outputs, y, chunk.parameters)
@@ -301,7 +307,11 @@ class Prediction:
         """
         self._require("regression", "quantile")
         levels = torch.as_tensor(q, dtype=torch.float64, device=self.model.device)
-        if levels.dim() > 1 or levels.numel() == 0 or not bool(((levels > 0) & (levels < 1)).all()):
+        if (
+            levels.dim() > 1
+            or levels.numel() == 0
+            or not bool(((levels > 0) & (levels < 1)).all())
+        ):
             raise ValueError(f"q must lie strictly between 0 and 1, got {q}")
         # (levels, n) or (levels, n, targets)
         found = self._squeeze(self._inverted(levels.reshape(-1, 1, 1)))
@@ -333,7 +343,9 @@ class Prediction:
             ValueError: if n is not positive, or the likelihood has no ``sample``.
         """
         generator = as_generator(seed, self.model.device)
-        index = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
+        index = torch.multinomial(
+            self.log_weights.exp(), n, replacement=True, generator=generator
+        )
         chunks = list(self._chunks(self.theta, index))
         # (n, rows, out): no larger than the result
         outputs = torch.cat([chunk.outputs for chunk in chunks])
@@ -392,7 +404,9 @@ class Prediction:
         for chunk in self._chunks(self.theta):
             weights = chunk.log_weights.exp()
             for values, sums in zip(y, total, strict=True):
-                sums += torch.tensordot(weights, cdf(chunk.outputs, values, chunk.parameters), 1)
+                sums += torch.tensordot(
+                    weights, cdf(chunk.outputs, values, chunk.parameters), 1
+                )
         return total
 
     def _inverted(self, levels: Tensor) -> Tensor:
@@ -410,7 +424,10 @@ class Prediction:
         ``(k, n, targets)``.
         """
         odds = (levels / (1 - levels)).sqrt()
-        mean, sd = self._moments.mean, (self._moments.between + self._within("quantile")).sqrt()
+        mean, sd = (
+            self._moments.mean,
+            (self._moments.between + self._within("quantile")).sqrt(),
+        )
         ends = torch.stack([mean - sd / odds, mean + sd * odds])  # (2, k, n, targets)
         # the cdf at the ends, or bounds
         values = torch.stack([torch.zeros_like(ends[0]), torch.ones_like(ends[0])])
@@ -430,7 +447,9 @@ class Prediction:
             ends, values = (
                 torch.where(open_, narrower, ends),
                 torch.where(
-                    open_, torch.cat([values[:1], inside, values[1:]]).gather(0, around), values
+                    open_,
+                    torch.cat([values[:1], inside, values[1:]]).gather(0, around),
+                    values,
                 ),
             )
         rise = values[1] - values[0]
@@ -442,7 +461,10 @@ class Prediction:
         ``(k, n, targets)``.
         """
         odds = (levels / (1 - levels)).sqrt()
-        mean, sd = self._moments.mean, (self._moments.between + self._within("quantile")).sqrt()
+        mean, sd = (
+            self._moments.mean,
+            (self._moments.between + self._within("quantile")).sqrt(),
+        )
         # Cantelli's bracket: the cdf is below the level at `low`, or low is -1, and reaches it at
         # `high`.
         low = (mean - sd / odds).floor().sub(1).clamp(min=-1)
@@ -450,7 +472,10 @@ class Prediction:
         while bool((high - low > 1).any()):
             middle = ((low + high) / 2).floor()
             reached = self._cdf(middle) >= levels
-            low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
+            low, high = (
+                torch.where(reached, low, middle),
+                torch.where(reached, middle, high),
+            )
         return high
 
     # ---------------------------------------- checks and shapes
@@ -470,8 +495,14 @@ class Prediction:
 
     def _require(self, kind: str, what: str) -> None:
         if self.kind != kind:
-            raise ValueError(f"{what} is defined for {kind}; this is a prediction for {self.kind}")
+            raise ValueError(
+                f"{what} is defined for {kind}; this is a prediction for {self.kind}"
+            )
 
     def _squeeze(self, values: Tensor) -> Tensor:
         """Drop the axis of a single regression target."""
-        return values.squeeze(-1) if self.kind == "regression" and values.shape[-1] == 1 else values
+        return (
+            values.squeeze(-1)
+            if self.kind == "regression" and values.shape[-1] == 1
+            else values
+        )

@@ -119,7 +119,9 @@ def pit(prediction: Prediction, y: Tensor | np.ndarray, *, seed: Seed = 0) -> Te
     if not prediction.discrete:
         return after
     generator = as_generator(seed, after.device)
-    share = torch.rand(after.shape, generator=generator, dtype=after.dtype, device=after.device)
+    share = torch.rand(
+        after.shape, generator=generator, dtype=after.dtype, device=after.device
+    )
     return torch.lerp(_cdf_before(prediction, y), after, share)
 
 
@@ -143,7 +145,9 @@ def coverage(prediction: Prediction, y: Tensor | np.ndarray, level: Fraction) ->
 
 
 @checked
-def reliability(prediction: Prediction, y: Tensor | np.ndarray, bins: Count = 15) -> Reliability:
+def reliability(
+    prediction: Prediction, y: Tensor | np.ndarray, bins: Count = 15
+) -> Reliability:
     """Bin rows by the probability of the predicted class, in bins of equal width from 0 to 1, both
     ends included.
 
@@ -187,7 +191,8 @@ def rowwise(prediction: Prediction, y: Tensor | np.ndarray) -> dict[str, Tensor]
         return scores | {"correct": _correct(prediction, y), "brier": _brier(prediction, y)}
     several = {"squared_error": _squared_error(prediction, y), "crps": _crps(prediction, y)}
     return scores | {
-        name: values.reshape(len(prediction), -1).mean(-1) for name, values in several.items()
+        name: values.reshape(len(prediction), -1).mean(-1)
+        for name, values in several.items()
     }
 
 
@@ -202,7 +207,9 @@ def _brier(prediction: Prediction, y: Tensor | np.ndarray) -> Tensor:
 
 def _squared_error(prediction: Prediction, y: Tensor | np.ndarray) -> Tensor:
     if prediction.kind != "regression":
-        raise ValueError("the squared error is defined for regression; for classes use brier")
+        raise ValueError(
+            "the squared error is defined for regression; for classes use brier"
+        )
     return (prediction.mean - prediction.targets(y)).square()
 
 
@@ -264,4 +271,6 @@ def _panels(panels: int) -> tuple[np.ndarray, np.ndarray]:
     """Return nodes and weights of the composite Gauss-Legendre rule on [0, 1]."""
     nodes, weights = np.polynomial.legendre.leggauss(_NODES)
     starts = np.arange(panels)[:, None]
-    return ((starts + (nodes + 1) / 2) / panels).ravel(), np.tile(weights / (2 * panels), panels)
+    return ((starts + (nodes + 1) / 2) / panels).ravel(), np.tile(
+        weights / (2 * panels), panels
+    )

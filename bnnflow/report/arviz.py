@@ -104,7 +104,9 @@ def function_values(
     ``(chain, draw, n, classes)``, float64.
     """
     model.check_draws(draws)
-    values = torch.cat([chunk.cpu() for chunk in predict(model, draws.theta, x).functions()])
+    values = torch.cat(
+        [chunk.cpu() for chunk in predict(model, draws.theta, x).functions()]
+    )
     return values.reshape(draws.n_chains, draws.n_draws, *values.shape[1:]).numpy()
 
 
@@ -129,7 +131,10 @@ def _sample_stats(draws: Draws) -> Dataset:
 
 def _weighted_posterior(draws: Draws, spec: WeightSpec) -> Dataset:
     assert draws.log_weights is not None
-    of_draws = {"lp": (_numpy(draws.log_joint), ()), "log_weight": (_numpy(draws.log_weights), ())}
+    of_draws = {
+        "lp": (_numpy(draws.log_joint), ()),
+        "log_weight": (_numpy(draws.log_weights), ()),
+    }
     return _posterior(draws, spec).merge(_dataset(of_draws))
 
 
@@ -138,9 +143,9 @@ def _equally_weighted(draws: Draws) -> Draws:
     if draws.log_weights is None:
         return draws
     weights = draws.log_weights.flatten().double().softmax(0)
-    points = (torch.arange(len(weights), dtype=torch.float64, device=weights.device) + 0.5) / len(
-        weights
-    )
+    points = (
+        torch.arange(len(weights), dtype=torch.float64, device=weights.device) + 0.5
+    ) / len(weights)
     chosen = torch.searchsorted(weights.cumsum(0), points).clamp_(max=len(weights) - 1)
 
     def taken(values: Tensor) -> Tensor:
@@ -180,7 +185,9 @@ def _dataset(
         for dims, values in data.values()
         for dim, size in zip(dims, values.shape, strict=True)
     }
-    return xarray.Dataset(data, coords={dim: np.arange(size) for dim, size in sizes.items()})
+    return xarray.Dataset(
+        data, coords={dim: np.arange(size) for dim, size in sizes.items()}
+    )
 
 
 def _convert(groups: dict[str, Dataset]) -> Any:

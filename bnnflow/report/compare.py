@@ -59,7 +59,9 @@ class Evaluation:
         """
         draws = self.entry.draws
         metropolis = isinstance(draws, Draws) and "acceptance_rate" in draws.stats
-        return self.diagnosis.kind == "chains" and bool(self.entry.info.get("exact", metropolis))
+        return self.diagnosis.kind == "chains" and bool(
+            self.entry.info.get("exact", metropolis)
+        )
 
     @property
     def ess(self) -> float:
@@ -134,7 +136,9 @@ def compare(
         for name, value in results
     ]
     _mark_best(evaluations)
-    candidates = [e for e in evaluations if e.exact and e.diagnosis.verdict != "do not trust"]
+    candidates = [
+        e for e in evaluations if e.exact and e.diagnosis.verdict != "do not trust"
+    ]
     reference = max(candidates, key=lambda e: e.ess, default=None)
     return Comparison(
         tuple(evaluations),
@@ -151,7 +155,9 @@ def _theta(value: Any) -> Tensor | None:
     """Return the weights of anything that holds weights, or None."""
     if isinstance(value, tuple):
         value = value[0] if len(value) == 2 else None
-    theta = value if isinstance(value, Tensor | np.ndarray) else getattr(value, "theta", None)
+    theta = (
+        value if isinstance(value, Tensor | np.ndarray) else getattr(value, "theta", None)
+    )
     return None if theta is None else arguments.tensor("weights", theta)
 
 
@@ -169,7 +175,12 @@ def _entry(name: str, value: Any, seconds: float | None) -> Entry:
     weights = value[1] if isinstance(value, tuple) else getattr(value, "log_weights", None)
     return Entry(
         name,
-        (theta, None if weights is None else arguments.tensor(f"log weights of {name}", weights)),
+        (
+            theta,
+            None
+            if weights is None
+            else arguments.tensor(f"log weights of {name}", weights),
+        ),
         info,
         seconds,
     )
@@ -205,7 +216,9 @@ def _evaluate(entry: Entry, model: BayesianModel, x: Tensor, y: Tensor) -> Evalu
         "log_joint": log_joint,
         "draws": count,
         "seconds": entry.seconds,
-        "seconds_per_1000_draws": None if entry.seconds is None else 1000 * entry.seconds / count,
+        "seconds_per_1000_draws": None
+        if entry.seconds is None
+        else 1000 * entry.seconds / count,
         "gradients": entry.info.get("gradients") or None,
         "verdict": diagnosis.verdict,
         "rows": n,
@@ -235,7 +248,11 @@ def _standard_error(values: Tensor) -> float:
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
-_BETTER = {"accuracy": ("correct", 1), "rmse": ("squared_error", -1), "lppd": ("log_prob", 1)}
+_BETTER = {
+    "accuracy": ("correct", 1),
+    "rmse": ("squared_error", -1),
+    "lppd": ("log_prob", 1),
+}
 _BETTER |= {"brier": ("brier", -1), "crps": ("crps", -1)}
 
 
@@ -344,7 +361,9 @@ def _remark(e: Evaluation, reference: Evaluation | None, rows: int) -> str:
     if e.diagnosis.kind == "independent":
         method = e.entry.info.get("method", "")
         few = (
-            f"{e.row['draws']} fitted networks" if method == "DeepEnsemble" else "Independent draws"
+            f"{e.row['draws']} fitted networks"
+            if method == "DeepEnsemble"
+            else "Independent draws"
         )
         text += f"{few}: no chains to compare, so its own convergence cannot be certified."
         return f"{text} {_sentence((HINTS[method],))}" if method in HINTS else text

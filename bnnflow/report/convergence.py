@@ -125,7 +125,9 @@ class WeightConvergence:
     def __str__(self) -> str:
         """Lay the table out for a terminal."""
         width = max(len("predictions"), *map(len, self.aligned)) + 2
-        groups = "" if self.superchains == self.chains else f" in {self.superchains} superchains"
+        groups = (
+            "" if self.superchains == self.chains else f" in {self.superchains} superchains"
+        )
         compared = (
             "symmetries not known: as they are"
             if self.unknown
@@ -142,7 +144,9 @@ class WeightConvergence:
                 if name == self.worst_layer and each.worst[0] > R_HAT.good
                 else ""
             )
-            lines.append(f"{name:{width}}{_ratio(self.raw[name].worst[0]):>10}" + _row(each) + mark)
+            lines.append(
+                f"{name:{width}}{_ratio(self.raw[name].worst[0]):>10}" + _row(each) + mark
+            )
         lines.append(f"{'predictions':{width}}{'':>10}" + _row(self.functions))
         return "\n".join([*lines, self.conclusion])
 
@@ -216,15 +220,17 @@ def weight_convergence(
     )
 
 
-def _modulo_symmetry(draws: Draws, model: BayesianModel, reference: Tensor | None) -> Tensor:
+def _modulo_symmetry(
+    draws: Draws, model: BayesianModel, reference: Tensor | None
+) -> Tensor:
     """Return the draws in one gauge, ``(chain, draw, dim)``."""
     spec, theta = model.spec, draws.theta.to(model.device, model.dtype)
     if reference is None:
         # The likelihood is the same on all copies of a network, the prior is not once scales move.
         with torch.no_grad():
-            log_likelihood = draws.log_joint.to(model.device) * model.temperature - model.log_prior(
-                theta
-            )
+            log_likelihood = draws.log_joint.to(
+                model.device
+            ) * model.temperature - model.log_prior(theta)
         reference = theta.flatten(0, 1)[log_likelihood.flatten().argmax()]
     spec.check(reference, "reference")
     if spec.unknown:
@@ -232,16 +238,22 @@ def _modulo_symmetry(draws: Draws, model: BayesianModel, reference: Tensor | Non
     # Matching ends in a local optimum: all copies of a network must start from one form to end in
     # one.
     theta, reference = (
-        sort_units(normalise_scale(each, spec), spec) for each in (theta, reference.to(theta))
+        sort_units(normalise_scale(each, spec), spec)
+        for each in (theta, reference.to(theta))
     )
     return match(theta, spec, reference)
 
 
-def _by_tensor(theta: Tensor, model: BayesianModel, superchains: int) -> dict[str, Agreement]:
+def _by_tensor(
+    theta: Tensor, model: BayesianModel, superchains: int
+) -> dict[str, Agreement]:
     compared = {}
     for name, where in model.spec.slices.items():
         size = where.stop - where.start
-        entries = np.linspace(0, size - 1, min(size, MAX_ENTRIES)).round().astype(int) + where.start
+        entries = (
+            np.linspace(0, size - 1, min(size, MAX_ENTRIES)).round().astype(int)
+            + where.start
+        )
         compared[name] = agreement(
             theta[..., torch.from_numpy(entries)].double().cpu().numpy(), superchains
         )
@@ -324,7 +336,8 @@ def nested_r_hat(values: np.ndarray, superchains: int) -> np.ndarray:
 
 
 def _plain_nested(values: np.ndarray, superchains: int) -> np.ndarray:
-    grouped = values.reshape(superchains, -1, *values.shape[1:])  # (superchain, chain, draw, ...)
+    # (superchain, chain, draw, ...)
+    grouped = values.reshape(superchains, -1, *values.shape[1:])
     means = grouped.mean(2)
     within = grouped.var(2, ddof=1).mean((0, 1)) if grouped.shape[2] > 1 else 0.0
     between_chains = means.var(1, ddof=1).mean(0) if grouped.shape[1] > 1 else 0.0

@@ -179,7 +179,8 @@ def _independent(draws: object, n: int) -> Diagnosis:
     ]
     if _method(draws) == "DeepEnsemble":
         reasons.insert(
-            0, f"{n} members are {n} fitted networks, not draws: they have no effective sample size"
+            0,
+            f"{n} members are {n} fitted networks, not draws: they have no effective sample size",
         )
     elif n < verdicts.ESS.bad:
         reasons.append(f"{n} draws are few: averages over them are noisy; take a thousand")
@@ -216,7 +217,9 @@ def _too_close(theta: Tensor) -> list[str]:
     ]
 
 
-def _weighted(draws: object, theta: Tensor, log_weights: Tensor, temperature: float) -> Diagnosis:
+def _weighted(
+    draws: object, theta: Tensor, log_weights: Tensor, temperature: float
+) -> Diagnosis:
     log_weights = log_weights.double() - log_weights.double().logsumexp(0)
     ess = float((-(2 * log_weights).logsumexp(0)).exp())
     verdict: Verdict = "trust with care" if ess >= verdicts.ESS.good else "do not trust"
@@ -234,12 +237,17 @@ def _weighted(draws: object, theta: Tensor, log_weights: Tensor, temperature: fl
             "move"
         ]
     if evidence is not None and evidence[1] > verdicts.EVIDENCE:
-        reasons.insert(0, f"the log evidence has a standard error of {evidence[1]:.1f}: {more}")
+        reasons.insert(
+            0, f"the log evidence has a standard error of {evidence[1]:.1f}: {more}"
+        )
     if not ess >= verdicts.ESS.good:
         reasons.insert(
-            0, f"the weights leave {ess:.0f} effective draws of {len(log_weights):,}; {more}"
+            0,
+            f"the weights leave {ess:.0f} effective draws of {len(log_weights):,}; {more}",
         )
-    lost = _lost_on_the_way(draws.info if isinstance(draws, Draws) else {}) + _too_close(theta)
+    lost = _lost_on_the_way(draws.info if isinstance(draws, Draws) else {}) + _too_close(
+        theta
+    )
     if lost:
         verdict, reasons = "do not trust", lost + reasons
     if temperature != 1:
@@ -285,12 +293,17 @@ def _chains(draws: Draws, model: BayesianModel, x: Tensor) -> Diagnosis:
         r_hat, bulk, tail = compare_chains(values)
         if bool((values != values[:1, :1]).any()):
             _agreement(
-                findings, r_hat, float(min(bulk.min(), tail.min())), _r_hat_of_prior(draws, model)
+                findings,
+                r_hat,
+                float(min(bulk.min(), tail.min())),
+                _r_hat_of_prior(draws, model),
             )
         else:
             findings.severe.append("no chain ever moved: reduce the step size")
     if draws.n_chains == 1:
-        findings.mild.append("one chain cannot show what it has not found: run at least four")
+        findings.mild.append(
+            "one chain cannot show what it has not found: run at least four"
+        )
     found = _statistics(draws)
     _transitions(findings, draws, found)
     _bias(findings, draws, found)
@@ -350,7 +363,9 @@ def _agreement(findings: Findings, r_hat: np.ndarray, ess: float, of_prior: floa
         else "many more draws"
     )
     findings.below(
-        ess, verdicts.ESS, f"only {ess:.0f} effective draws of the worst prediction: take {more}"
+        ess,
+        verdicts.ESS,
+        f"only {ess:.0f} effective draws of the worst prediction: take {more}",
     )
 
 
@@ -410,13 +425,20 @@ def _bias(findings: Findings, draws: Draws, found: _Statistics) -> None:
             "smaller step"
         )
     errors, asked = found.energy_variance, draws.info.get("energy_variance")
-    if errors is not None and asked is not None and not errors <= verdicts.ENERGY_VARIANCE * asked:
+    if (
+        errors is not None
+        and asked is not None
+        and not errors <= verdicts.ENERGY_VARIANCE * asked
+    ):
         findings.severe.append(
             f"energy errors have variance {errors:.2g} a dimension where {asked:.2g} was asked: "
             "predictions are "
             "biased; run a longer warm-up, or an exact sampler such as HMC"
         )
-    if found.temperature is not None and not abs(found.temperature - 1) <= verdicts.TEMPERATURE:
+    if (
+        found.temperature is not None
+        and not abs(found.temperature - 1) <= verdicts.TEMPERATURE
+    ):
         cold = found.temperature < 1
         what = "chains are still near where they began; run longer" if cold else _TOO_SPREAD
         findings.mild.append(

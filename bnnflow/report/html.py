@@ -67,10 +67,16 @@ _COLUMNS = (
         "expected calibration error, 15 bins; biased upwards on few rows, so never marked",
     ),
     _Column(
-        "coverage_90", "90 % cover", ".1%", "targets inside the central 90 % interval; 90 % is best"
+        "coverage_90",
+        "90 % cover",
+        ".1%",
+        "targets inside the central 90 % interval; 90 % is best",
     ),
     _Column(
-        "log_likelihood", "log lik.", ",.1f", "log likelihood of the training data, mean over draws"
+        "log_likelihood",
+        "log lik.",
+        ",.1f",
+        "log likelihood of the training data, mean over draws",
     ),
     _Column(
         "log_joint",
@@ -82,7 +88,10 @@ _COLUMNS = (
     _Column("seconds", "seconds", ".3g", "wall-clock time to obtain them"),
     _Column("seconds_per_1000_draws", "s / 1,000", ".3g", "the same for 1,000 draws"),
     _Column(
-        "gradients", "gradients", ",.0f", "gradient evaluations of all chains, members or draws"
+        "gradients",
+        "gradients",
+        ",.0f",
+        "gradient evaluations of all chains, members or draws",
     ),
 )
 
@@ -166,12 +175,17 @@ class Report:
         import jinja2
 
         text = (
-            resources.files("bnnflow.report").joinpath("template.html").read_text(encoding="utf-8")
+            resources.files("bnnflow.report")
+            .joinpath("template.html")
+            .read_text(encoding="utf-8")
         )
-        environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        environment = jinja2.Environment(
+            autoescape=True, trim_blocks=True, lstrip_blocks=True
+        )
         environment.filters["duration"] = duration
         shown = [
-            _Shown.of(section, number) for number, section in enumerate(self.sections, start=1)
+            _Shown.of(section, number)
+            for number, section in enumerate(self.sections, start=1)
         ]
         return environment.from_string(text).render(
             title=self.title,
@@ -194,7 +208,9 @@ class Report:
                 ]
                 for e in section.comparison.evaluations
             ]
-            widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+            widths = [
+                max(len(line[i]) for line in [head, *lines]) for i in range(len(head))
+            ]
             aligned = [
                 "  ".join(
                     cell.ljust(width) if i in (0, len(head) - 1) else cell.rjust(width)
@@ -202,7 +218,9 @@ class Report:
                 ).rstrip()
                 for line in [head, ["-" * width for width in widths], *lines]
             ]
-            blocks.append("\n".join([section.title, "", *aligned, "", section.comparison.headline]))
+            blocks.append(
+                "\n".join([section.title, "", *aligned, "", section.comparison.headline])
+            )
         if self.path is not None:
             blocks.append(f"written to {self.path}")
         return "\n\n".join(blocks)
@@ -267,7 +285,9 @@ def report(
     kind = model.likelihood.kind
     title = title or f"Posterior comparison: {kind}, {model.dim:,} weights"
     comparison = compare(methods, model, x, y, seconds)
-    section = Section(title, comparison, _figures(comparison, model, y), _about(model, len(y)))
+    section = Section(
+        title, comparison, _figures(comparison, model, y), _about(model, len(y))
+    )
     made = Report(title, (section,))
     return made if path is None else made.write(path)
 
@@ -314,7 +334,9 @@ class _Shown(NamedTuple):
                     ),
                     "remark": remark,
                 }
-                for e, remark in zip(comparison.evaluations, comparison.remarks, strict=True)
+                for e, remark in zip(
+                    comparison.evaluations, comparison.remarks, strict=True
+                )
             ],
             columns=columns,
             rows=[
@@ -335,11 +357,16 @@ class _Shown(NamedTuple):
             regression=comparison.evaluations[0].prediction.kind == "regression",
             reference=comparison.reference,
             figures=[
-                {"svg": Markup(_unique(figure.svg, f"s{number}f{i}-")), "caption": figure.caption}
+                {
+                    "svg": Markup(_unique(figure.svg, f"s{number}f{i}-")),
+                    "caption": figure.caption,
+                }
                 for i, figure in enumerate(section.figures)
             ],
             convergence=[
-                _convergence(e) for e in comparison.evaluations if e.diagnosis.r_hat is not None
+                _convergence(e)
+                for e in comparison.evaluations
+                if e.diagnosis.r_hat is not None
             ],
             runs=[_run(e) for e in comparison.evaluations],
             about=section.about,
@@ -348,7 +375,11 @@ class _Shown(NamedTuple):
 
 def _columns(comparison: Comparison) -> list[_Column]:
     rows = [e.row for e in comparison.evaluations]
-    return [column for column in _COLUMNS if any(row.get(column.key) is not None for row in rows)]
+    return [
+        column
+        for column in _COLUMNS
+        if any(row.get(column.key) is not None for row in rows)
+    ]
 
 
 def _plain(e: Evaluation, column: _Column) -> str:
@@ -363,7 +394,9 @@ def _plain(e: Evaluation, column: _Column) -> str:
 
 def _number(value: float, form: str) -> str:
     if isinstance(value, float) and not math.isfinite(value):
-        return "–" if math.isnan(value) else f"{value}".replace("inf", "∞").replace("-", "−")
+        return (
+            "–" if math.isnan(value) else f"{value}".replace("inf", "∞").replace("-", "−")
+        )
     if form in (".3g", ".3f", ",.1f") and abs(value) >= 1000:
         form = ",.0f"
     return format(value, form).replace("-", "−").replace("%", " %")
@@ -390,7 +423,12 @@ def _convergence(e: Evaluation) -> dict[str, Any]:
             }
         )
     summary = [
-        (label, _number(float(worst), form), _number(float(np.median(values)), form), wanted)
+        (
+            label,
+            _number(float(worst), form),
+            _number(float(np.median(values)), form),
+            wanted,
+        )
         for label, values, worst, form, wanted in (
             ("R-hat", d.r_hat, d.r_hat.max(), ".3f", "at most 1.01"),
             ("bulk ESS", d.ess_bulk, d.ess_bulk.min(), ",.0f", "at least 400"),
@@ -403,7 +441,9 @@ def _convergence(e: Evaluation) -> dict[str, Any]:
         if d.temperature is None
         else f"{d.temperature:.2f} (1 is right)",
         "acceptance": None if d.acceptance is None else f"{d.acceptance:.2f}",
-        "divergences": None if d.divergences is None else f"{d.divergences:,} of {d.draws:,}",
+        "divergences": None
+        if d.divergences is None
+        else f"{d.divergences:,} of {d.draws:,}",
         "E-BFMI, smallest": None if d.e_bfmi is None else f"{d.e_bfmi:.2f}",
         "inputs compared": f"{len(d.rows):,}",
     }
@@ -436,7 +476,9 @@ def _run(e: Evaluation) -> dict[str, Any]:
     for key, value in e.entry.info.items():
         if key not in hidden:
             facts[str(key).replace("_", " ")] = _fact(value)
-    settings = e.entry.info.get("settings") or e.entry.info.get("method") or "weights as given"
+    settings = (
+        e.entry.info.get("settings") or e.entry.info.get("method") or "weights as given"
+    )
     return {"name": e.name, "settings": str(settings), "facts": facts}
 
 
@@ -482,7 +524,9 @@ def _versions() -> dict[str, str]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return dict(sorted(versions.items(), key=lambda item: (item[0] != "bnnflow", item[0].lower())))
+    return dict(
+        sorted(versions.items(), key=lambda item: (item[0] != "bnnflow", item[0].lower()))
+    )
 
 
 def _check_path(path: str | Path) -> Path:
@@ -495,7 +539,9 @@ def _check_path(path: str | Path) -> Path:
 # ---------------------------------------- pictures
 
 
-def _figures(comparison: Comparison, model: BayesianModel, y: Tensor) -> tuple[_Picture, ...]:
+def _figures(
+    comparison: Comparison, model: BayesianModel, y: Tensor
+) -> tuple[_Picture, ...]:
     predictions = {e.name: e.prediction for e in comparison.evaluations}
     names = ", ".join(predictions)
     if model.likelihood.kind == "classification":
@@ -536,7 +582,8 @@ def _figures(comparison: Comparison, model: BayesianModel, y: Tensor) -> tuple[_
             )
         shown = [(plots.reliability(predictions, y), calibration), (figure, spread)]
     return tuple(
-        _Picture(_svg(figure, f"{text.split('.')[0]} of {names}"), text) for figure, text in shown
+        _Picture(_svg(figure, f"{text.split('.')[0]} of {names}"), text)
+        for figure, text in shown
     )
 
 

@@ -85,11 +85,28 @@ def predictive_band(
             ax.plot(x, edge, color=colour, linewidth=0.9, linestyle=_DASHES)
         ax.plot(x, array(prediction.mean[order]), color=colour, linewidth=1.8)
         if truth is not None:
-            ax.plot(x, array(truth).ravel()[array(order)], color=INK, linewidth=0.9, linestyle=":")
+            ax.plot(
+                x,
+                array(truth).ravel()[array(order)],
+                color=INK,
+                linewidth=0.9,
+                linestyle=":",
+            )
         if x_train is not None and y_train is not None:
-            ax.plot(array(x_train).ravel(), array(y_train).ravel(), ".", color=INK, markersize=3.5)
+            ax.plot(
+                array(x_train).ravel(),
+                array(y_train).ravel(),
+                ".",
+                color=INK,
+                markersize=3.5,
+            )
     _limit(axes, predictions, y_train)
-    key = {"90 % of y": _LIGHT, "50 % of y": _STRONG, "90 % of the function": _DASHES, "mean": "-"}
+    key = {
+        "90 % of y": _LIGHT,
+        "50 % of y": _STRONG,
+        "90 % of the function": _DASHES,
+        "mean": "-",
+    }
     _legend(
         figure,
         key
@@ -130,7 +147,9 @@ def reliability(
         ax.set_xticks(ticks, ["0", "", "0.5", "", "1"])
         ax.set_yticks(ticks, ["0", "", "0.5", "", "1"])
     if classes:
-        _labels(figure, axes, "probability of the predicted class", "fraction predicted right")
+        _labels(
+            figure, axes, "probability of the predicted class", "fraction predicted right"
+        )
     else:
         _labels(figure, axes, "nominal coverage of central intervals", "targets inside")
     return figure
@@ -158,7 +177,9 @@ def predictive(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) ->
         mean, seen = array(prediction.mean).ravel(), array(prediction.targets(y)).ravel()
         order = np.argsort(seen)
         order = order[
-            np.unique(np.linspace(0, len(order) - 1, min(_MAX_ROWS, len(order))).astype(int))
+            np.unique(
+                np.linspace(0, len(order) - 1, min(_MAX_ROWS, len(order))).astype(int)
+            )
         ]
         rank = np.arange(len(order))
         ax.vlines(rank, low[order], high[order], color=colour, alpha=_STRONG, linewidth=1.6)
@@ -174,13 +195,16 @@ def predictive(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) ->
 # ---------------------------------------- panels
 
 
-def _confidence_curve(ax: Axes, prediction: Prediction, y: Any, bins: int, colour: str) -> None:
+def _confidence_curve(
+    ax: Axes, prediction: Prediction, y: Any, bins: int, colour: str
+) -> None:
     binned = metrics.reliability(prediction, y, bins)
     filled = array(binned.rows) > 0
     confidence, accuracy, count = (
         array(v)[filled] for v in (binned.confidence, binned.accuracy, binned.rows)
     )
-    spread = 1.96 * np.sqrt(confidence * (1 - confidence) / count)  # of the accuracy, if calibrated
+    # of the accuracy, if calibrated
+    spread = 1.96 * np.sqrt(confidence * (1 - confidence) / count)
     share = count / count.sum()
     edges = array(binned.edges)
     ax.bar(
@@ -211,7 +235,9 @@ def _coverage_curve(ax: Axes, prediction: Prediction, y: Any, colour: str) -> No
     levels = np.linspace(0, 1, 101)
     inside = np.searchsorted(np.sort(distance), levels, side="right") / len(distance)
     spread = 1.96 * np.sqrt(levels * (1 - levels) / len(distance))
-    ax.fill_between(levels, levels - spread, levels + spread, color=GREY, alpha=0.25, linewidth=0)
+    ax.fill_between(
+        levels, levels - spread, levels + spread, color=GREY, alpha=0.25, linewidth=0
+    )
     ax.plot(levels, inside, color=colour, linewidth=1.8, drawstyle="steps-post")
     ax.text(
         0.97,
@@ -232,14 +258,28 @@ def _confidences(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) 
         confidence = array(probs.max(-1).values)
         right = array(probs.argmax(-1) == prediction.targets(y))
         colour = colours(list(predictions))[name]
-        ax.hist(confidence[right], edges, color=colour, alpha=0.45, label=f"right ({right.sum()})")
         ax.hist(
-            confidence[~right], edges, color=INK, rwidth=0.45, label=f"wrong ({(~right).sum()})"
+            confidence[right],
+            edges,
+            color=colour,
+            alpha=0.45,
+            label=f"right ({right.sum()})",
+        )
+        ax.hist(
+            confidence[~right],
+            edges,
+            color=INK,
+            rwidth=0.45,
+            label=f"wrong ({(~right).sum()})",
         )
         ax.set_yscale("symlog", linthresh=10)
         ax.set_xlim(edges[0], 1)
         legend = ax.legend(
-            frameon=False, fontsize=SMALL, loc="upper left", handlelength=1.2, labelcolor=INK
+            frameon=False,
+            fontsize=SMALL,
+            loc="upper left",
+            handlelength=1.2,
+            labelcolor=INK,
         )
         legend.set_zorder(5)
     top = max(ax.get_ylim()[1] for ax in axes)
@@ -252,7 +292,9 @@ def _confidences(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) 
     return figure
 
 
-def _panels(names: list[str], height: float, *, square: bool = False) -> tuple[Figure, list[Axes]]:
+def _panels(
+    names: list[str], height: float, *, square: bool = False
+) -> tuple[Figure, list[Axes]]:
     """Return a figure with a titled panel for every method and shared axes."""
     from matplotlib.figure import Figure
 
@@ -269,7 +311,11 @@ def _panels(names: list[str], height: float, *, square: bool = False) -> tuple[F
         spare.set_visible(False)
     for index, (name, ax) in enumerate(zip(names, axes, strict=False)):
         ax.set_title(
-            name.replace("$", r"\$"), fontsize=BODY + 1, color=INK, loc="left", fontweight="bold"
+            name.replace("$", r"\$"),
+            fontsize=BODY + 1,
+            color=INK,
+            loc="left",
+            fontweight="bold",
         )
         quiet(ax)
         ax.tick_params(labelbottom=index + columns >= n)
@@ -282,7 +328,9 @@ def _limit(
     """Bound the shared y axis by the data and by the means near them, so that a wild band cannot
     flatten the rest.
     """
-    means = np.concatenate([array(prediction.mean).ravel() for prediction in predictions.values()])
+    means = np.concatenate(
+        [array(prediction.mean).ravel() for prediction in predictions.values()]
+    )
     seen = means if y is None else array(y).ravel()
     low, high = seen.min(), seen.max()
     margin = 0.6 * (high - low) if high > low else 1.0
@@ -302,10 +350,20 @@ def _legend(figure: Figure, key: Mapping[str, Any]) -> None:
     for label, mark in key.items():
         colour = INK if label in ("truth", "data", "observed") else GREY
         if isinstance(mark, float):
-            handles.append(Patch(facecolor=colour, alpha=mark + 0.15, linewidth=0, label=label))
+            handles.append(
+                Patch(facecolor=colour, alpha=mark + 0.15, linewidth=0, label=label)
+            )
         elif mark in (".", "o", "_"):
             handles.append(
-                Line2D([], [], color=colour, marker=mark, linestyle="", markersize=5, label=label)
+                Line2D(
+                    [],
+                    [],
+                    color=colour,
+                    marker=mark,
+                    linestyle="",
+                    markersize=5,
+                    label=label,
+                )
             )
         else:
             handles.append(Line2D([], [], color=colour, linestyle=mark, label=label))
@@ -342,9 +400,12 @@ def _thin(prediction: Prediction) -> Prediction:
 
 def _function_quantiles(prediction: Prediction, levels: list[float]) -> np.ndarray:
     """Return quantiles over draws of what a draw predicts, without noise, ``(levels, n)``."""
-    values, order = torch.cat(list(prediction.functions())).squeeze(-1).sort(0)  # (draws, n)
+    # (draws, n)
+    values, order = torch.cat(list(prediction.functions())).squeeze(-1).sort(0)
     below = prediction.log_weights.exp()[order].cumsum(0)
-    index = [(below < level).sum(0, keepdim=True).clamp(max=len(values) - 1) for level in levels]
+    index = [
+        (below < level).sum(0, keepdim=True).clamp(max=len(values) - 1) for level in levels
+    ]
     return array(torch.cat([values.gather(0, i) for i in index]))
 
 
@@ -353,4 +414,6 @@ def _check(predictions: Mapping[str, Prediction], kind: str) -> None:
         raise ValueError("there are no predictions to plot")
     for name, prediction in predictions.items():
         if prediction.kind != kind:
-            raise ValueError(f"{name} is a prediction for {prediction.kind}, expected {kind}")
+            raise ValueError(
+                f"{name} is a prediction for {prediction.kind}, expected {kind}"
+            )

@@ -14,7 +14,15 @@ __all__ = ["BODY", "GREY", "INK", "PALETTE", "SMALL", "array", "colours", "quiet
 
 INK = "#1b1f24"  # text and axes; the HTML report lets it follow the page's own colour
 GREY = "#808890"
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b0578d", "#3a9bd9", "#c98a00")  # after Okabe and Ito
+# after Okabe and Ito
+PALETTE = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#b0578d",
+    "#3a9bd9",
+    "#c98a00",
+)
 SMALL, BODY = 9, 10  # font sizes in points
 
 
@@ -35,4 +43,6 @@ def quiet(ax: Axes) -> None:
 
 def array(values: Any) -> np.ndarray:
     """Return a tensor's values, or anything array-like, as an array."""
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    return (
+        values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    )

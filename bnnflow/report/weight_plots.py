@@ -56,19 +56,28 @@ def barrier(barriers: Mapping[str, Barrier], *, y_label: str = "loss") -> Figure
         t, losses = array(each.t), array(each.losses.double()).reshape(-1, len(each.t))
         if len(losses) > 1:
             ax.fill_between(
-                t, *np.quantile(losses, [0.1, 0.9], axis=0), color=colour, alpha=0.15, linewidth=0
+                t,
+                *np.quantile(losses, [0.1, 0.9], axis=0),
+                color=colour,
+                alpha=0.15,
+                linewidth=0,
             )
         ax.plot(t, losses.mean(0), color=colour, linewidth=1.8, label=name)
     ax.set_xlim(0, 1)
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["one network", "", "halfway", "", "the other"])
     ax.set_ylabel(y_label, fontsize=BODY, color=INK)
     ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
-    figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=SMALL, labelcolor=INK)
+    figure.legend(
+        loc="outside upper left", ncols=4, frameon=False, fontsize=SMALL, labelcolor=INK
+    )
     return figure
 
 
 def loss_plane(
-    plane: Plane, path: Path | None = None, *, names: tuple[str, str, str] = ("A", "B", "bend")
+    plane: Plane,
+    path: Path | None = None,
+    *,
+    names: tuple[str, str, str] = ("A", "B", "bend"),
 ) -> Figure:
     """Plot the loss on the plane through three networks (Garipov et al. 2018), and a path in it
     beside the line.
@@ -95,13 +104,21 @@ def loss_plane(
     ax.contour(x, y, shown, levels[1:], colors="white", linewidths=0.4, alpha=0.7)
     ends = array(plane.networks)
     outline = [withStroke(linewidth=4, foreground="white")]
-    ax.plot(*ends[:2].T, color=INK, linewidth=1.4, linestyle=(0, (4, 2)), path_effects=outline)
+    ax.plot(
+        *ends[:2].T, color=INK, linewidth=1.4, linestyle=(0, (4, 2)), path_effects=outline
+    )
     if path is not None:
         route = array(plane.locate(path.at(torch.linspace(0, 1, 101, dtype=torch.float64))))
         ax.plot(*route.T, color=INK, linewidth=2, path_effects=outline)
     for name, (right, up) in zip(names, ends, strict=True):
         ax.plot(
-            right, up, "o", color="white", markersize=7, markeredgecolor=INK, markeredgewidth=1.2
+            right,
+            up,
+            "o",
+            color="white",
+            markersize=7,
+            markeredgecolor=INK,
+            markeredgewidth=1.2,
         )
         above = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
         ax.annotate(
@@ -140,7 +157,8 @@ def convergence(result: WeightConvergence) -> Figure:
 
     names = list(result.aligned)
     raw, aligned = (
-        [_excess(by[name].worst[0]) for name in names] for by in (result.raw, result.aligned)
+        [_excess(by[name].worst[0]) for name in names]
+        for by in (result.raw, result.aligned)
     )
     functions = _excess(result.functions.worst[0])
     figure = Figure(figsize=(6.4, 1.3 + 0.32 * (len(names) + 1)), layout="constrained")
@@ -171,7 +189,9 @@ def convergence(result: WeightConvergence) -> Figure:
     if result.unknown:
         label += "\nsymmetries not known: " + textwrap.fill(result.unknown, 60)
     ax.set_xlabel(label, fontsize=BODY, color=INK)
-    figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=SMALL, labelcolor=INK)
+    figure.legend(
+        loc="outside upper left", ncols=3, frameon=False, fontsize=SMALL, labelcolor=INK
+    )
     return figure
 
 
@@ -218,7 +238,9 @@ def block_structure(spec: WeightSpec) -> Figure:
     spec = spec.network
     spec.known_symmetries()
     if not spec.widths:
-        raise ValueError("no weight belongs to a hidden unit: every linear map is equivariant")
+        raise ValueError(
+            "no weight belongs to a hidden unit: every linear map is equivariant"
+        )
     drawn, note = _narrowed(spec)
     image, kinds = _coloured(drawn)
     # Placed by hand, in inches: the automatic layout gives way to the aspect of the picture, and
@@ -234,9 +256,8 @@ def block_structure(spec: WeightSpec) -> Figure:
     ax.imshow(image, interpolation="none", extent=(0, drawn.dim, drawn.dim, 0))
     _name_tensors(ax, drawn, rows)
     parameters = int(pair_orbits(drawn).max()) + 1
-    title = (
-        f"Equivariant linear maps: {parameters:,} parameters for {drawn.dim} x {drawn.dim} entries"
-    )
+    entries = f"{drawn.dim} x {drawn.dim} entries"
+    title = f"Equivariant linear maps: {parameters:,} parameters for {entries}"
     figure.text(
         0.1 / width,
         1 - 0.1 / height,
@@ -248,7 +269,9 @@ def block_structure(spec: WeightSpec) -> Figure:
     )
     if note:
         text = f"{note}; the network itself has {spec.dim:,} weights"
-        figure.text(0.1 / width, 1 - 0.34 / height, text, va="top", fontsize=SMALL, color=INK)
+        figure.text(
+            0.1 / width, 1 - 0.34 / height, text, va="top", fontsize=SMALL, color=INK
+        )
     handles = [Patch(facecolor=kind.colour, label=kind.name) for kind in kinds]
     figure.legend(
         handles=handles,
@@ -297,14 +320,18 @@ def _pattern(spec: WeightSpec, row: str, column: str) -> tuple[Tensor, Tensor, T
     """
     (own, labels), (other, other_labels) = _indices(spec, row), _indices(spec, column)
     axes = [(label, index[:, None]) for label, index in zip(labels, own, strict=True)]
-    axes += [(label, index[None, :]) for label, index in zip(other_labels, other, strict=True)]
+    axes += [
+        (label, index[None, :]) for label, index in zip(other_labels, other, strict=True)
+    ]
     shape = (own.shape[1], other.shape[1])
     fixed, equal, count = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
     for number, (label, index) in enumerate(axes):
         if label is None:
             fixed = fixed * (int(index.max()) + 1) + index
         for _, earlier in (
-            (name, each) for name, each in axes[:number] if label is not None and name == label
+            (name, each)
+            for name, each in axes[:number]
+            if label is not None and name == label
         ):
             same = (index == earlier).long().expand(shape)
             equal, count = 2 * equal + same, count + same
@@ -316,7 +343,9 @@ def _indices(spec: WeightSpec, name: str) -> tuple[Tensor, tuple[str | None, ...
     axes.
     """
     shape, axes = spec.unit_axes(name)
-    return torch.stack(torch.meshgrid(*map(torch.arange, shape), indexing="ij")).flatten(1), axes
+    return torch.stack(torch.meshgrid(*map(torch.arange, shape), indexing="ij")).flatten(
+        1
+    ), axes
 
 
 def _narrowed(spec: WeightSpec) -> tuple[WeightSpec, str]:
@@ -356,7 +385,9 @@ def _coloured(spec: WeightSpec) -> tuple[np.ndarray, list[_Kind]]:
             kind = _kind(set(spec.axes[row]) - {None}, set(spec.axes[column]) - {None})
             image[rows, columns] = 1 - strength * (1 - np.array(to_rgb(kind.colour)))
             found.add(kind)
-    return image, [kind for kind in (_DENSE, _UNITS, _POOL, _BROADCAST, _BOTH) if kind in found]
+    return image, [
+        kind for kind in (_DENSE, _UNITS, _POOL, _BROADCAST, _BOTH) if kind in found
+    ]
 
 
 def _kind(row: set[str | None], column: set[str | None]) -> _Kind:
@@ -370,10 +401,16 @@ def _kind(row: set[str | None], column: set[str | None]) -> _Kind:
 def _row_names(spec: WeightSpec) -> list[str]:
     """Return the name of every tensor above its shape, in units of hidden layers."""
     shapes = [
-        [label or str(size) for label, size in zip(spec.axes[name], spec.shapes[name], strict=True)]
+        [
+            label or str(size)
+            for label, size in zip(spec.axes[name], spec.shapes[name], strict=True)
+        ]
         for name in spec.names
     ]
-    return [f"{name}\n{' x '.join(shape)}" for name, shape in zip(spec.names, shapes, strict=True)]
+    return [
+        f"{name}\n{' x '.join(shape)}"
+        for name, shape in zip(spec.names, shapes, strict=True)
+    ]
 
 
 def _name_tensors(ax: Axes, spec: WeightSpec, rows: list[str]) -> None:

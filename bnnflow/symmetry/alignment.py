@@ -73,7 +73,9 @@ def align(
             else model.log_joint(flat.to(model.device, model.dtype))
         )
         best = log_joint.nan_to_num(nan=-math.inf).argmax()
-        flat, _ = frechet_mean(flat, model.spec, start=flat[best], rounds=rounds, matching=matching)
+        flat, _ = frechet_mean(
+            flat, model.spec, start=flat[best], rounds=rounds, matching=matching
+        )
     return draws.with_theta(flat) if isinstance(draws, Draws) else flat.reshape(theta.shape)
 
 
@@ -132,5 +134,9 @@ def _matching(
             theta, spec, reference, model.x, net=net, group=group
         )
     if method == "sinkhorn":
-        return lambda theta, reference: sinkhorn_rebasin(theta, spec, reference, group=group)
-    raise ValueError(f"method must be 'weights', 'activations' or 'sinkhorn', got {method!r}")
+        return lambda theta, reference: sinkhorn_rebasin(
+            theta, spec, reference, group=group
+        )
+    raise ValueError(
+        f"method must be 'weights', 'activations' or 'sinkhorn', got {method!r}"
+    )

@@ -14,7 +14,9 @@ __all__ = ["normalise_scale", "normalise_sign", "sort_units"]
 
 
 @checked
-def sort_units(theta: Tensor, spec: WeightSpec, *, group: Symmetries | None = None) -> Tensor:
+def sort_units(
+    theta: Tensor, spec: WeightSpec, *, group: Symmetries | None = None
+) -> Tensor:
     """Bring networks to a sorted canonical form: every unit's bias positive, where odd, and the
     biases increasing.
 
@@ -36,7 +38,9 @@ def sort_units(theta: Tensor, spec: WeightSpec, *, group: Symmetries | None = No
     spec.check(theta)
     group = spec.known_symmetries() if group is None else group
     movable = group.permutation | group.sign | group.phase
-    for label in spec.activations:  # in the order of depth: a layer's key must not move again
+    for (
+        label
+    ) in spec.activations:  # in the order of depth: a layer's key must not move again
         if label in movable:
             unsettled = movable.difference(
                 list(spec.activations)[: list(spec.activations).index(label)]
@@ -63,7 +67,9 @@ def _key(
     """
     written = _written(spec, label, unsettled)
     candidates = [
-        name for name in written if spec.scale_exponents(name)[spec.written(name)] or not signed
+        name
+        for name in written
+        if spec.scale_exponents(name)[spec.written(name)] or not signed
     ]
     if not candidates:
         raise ValueError(
@@ -119,7 +125,8 @@ def split_scale(theta: Tensor, spec: WeightSpec) -> tuple[Tensor, dict[str, Tens
     spec.check(theta)
     norms: dict[str, Tensor] = {}
     for label, names in scale_tensors(spec).items():
-        norm = torch.cat([_units(theta, spec, name) for name in names], -1).norm(dim=-1)  # (..., n)
+        # (..., n)
+        norm = torch.cat([_units(theta, spec, name) for name in names], -1).norm(dim=-1)
         norms[label] = torch.where(norm > torch.finfo(norm.dtype).tiny, norm, 1.0)
         theta = spec.rescale(theta, {label: 1 / norms[label]})
     return theta, norms
@@ -194,7 +201,9 @@ def _sign_key(theta: Tensor, spec: WeightSpec, label: str) -> Tensor:
     axes = spec.unit_axes(name)[1]
     tensor = theta[..., spec.slices[name]].unflatten(-1, spec.unit_axes(name)[0])
     return (
-        tensor.movedim(axes.index(label) - len(axes), -len(axes)).flatten(-len(axes) + 1)[..., 0]
+        tensor.movedim(axes.index(label) - len(axes), -len(axes)).flatten(-len(axes) + 1)[
+            ..., 0
+        ]
         if len(axes) > 1
         else tensor
     )
@@ -220,7 +229,9 @@ def _units(theta: Tensor, spec: WeightSpec, name: str) -> Tensor:
         .unflatten(-1, shape)
         .movedim(written - len(shape), -len(shape))
     )
-    return tensor.reshape(*theta.shape[:-1], shape[written], math.prod(shape) // shape[written])
+    return tensor.reshape(
+        *theta.shape[:-1], shape[written], math.prod(shape) // shape[written]
+    )
 
 
 def _output_layer(spec: WeightSpec) -> list[str]:

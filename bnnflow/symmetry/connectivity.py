@@ -87,7 +87,11 @@ class Curve:
     kind: Literal["bezier", "chain"] = "bezier"
 
     def __post_init__(self) -> None:
-        if self.control.dim() < 2 or self.control.shape[-2] < 2 or self.control.shape[-1] == 0:
+        if (
+            self.control.dim() < 2
+            or self.control.shape[-2] < 2
+            or self.control.shape[-1] == 0
+        ):
             raise ValueError(
                 f"control must be (..., two or more points, dim), got {tuple(self.control.shape)}"
             )
@@ -189,7 +193,8 @@ def barrier_along(path: Path, loss: Loss, *, points: Count = 25) -> Barrier:
     with torch.no_grad():
         # A few points at once: all activations of all pairs and points together need not fit into
         # memory.
-        losses = torch.cat([_losses(loss, path.at(few)) for few in t.split(5)], -1)  # (..., points)
+        # (..., points)
+        losses = torch.cat([_losses(loss, path.at(few)) for few in t.split(5)], -1)
     t = t.to(losses)
     excess = losses - torch.lerp(losses[..., :1], losses[..., -1:], t)
     return Barrier(
@@ -234,7 +239,9 @@ def _losses(loss: Loss, theta: Tensor) -> Tensor:
     losses = loss(theta)
     if not isinstance(losses, Tensor) or losses.shape != theta.shape[:-1]:
         got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(f"loss must map (..., dim) to (...), got {got} for {tuple(theta.shape)}")
+        raise ValueError(
+            f"loss must map (..., dim) to (...), got {got} for {tuple(theta.shape)}"
+        )
     return losses
 
 
@@ -283,10 +290,13 @@ def fit_curve(
     with progress_bar(steps, "curve", progress, "step") as bar:
         for step in range(1, steps + 1):
             curve = Curve(torch.cat([ends[..., :1, :], inner, ends[..., 1:, :]], -2), kind)
-            jitter = torch.rand(*ends.shape[:-2], samples, generator=generator, device=ends.device)
+            jitter = torch.rand(
+                *ends.shape[:-2], samples, generator=generator, device=ends.device
+            )
             weights = curve.weights((stretches + jitter) / samples)  # (..., samples, k)
             theta = (weights @ curve.control).requires_grad_()
-            (grad,) = torch.autograd.grad(_losses(loss, theta).sum(), theta)  # (..., samples, dim)
+            # (..., samples, dim)
+            (grad,) = torch.autograd.grad(_losses(loss, theta).sum(), theta)
             # The curve is linear in its bends, so their gradient is a weighted sum.
             of_bends = weights[..., 1:-1].mT @ grad / samples
             inner = adam.step(inner, -of_bends, cosine(learning_rate, step, steps))
@@ -357,7 +367,9 @@ def loss_plane(
     networks = (torch.stack([theta_a, theta_b, theta_c]) - theta_a) @ frame.mT
     low, high = networks.amin(0), networks.amax(0)
     low, high = low - margin * (high - low), high + margin * (high - low)
-    x, y = (torch.linspace(float(low[i]), float(high[i]), points).to(theta_a) for i in range(2))
+    x, y = (
+        torch.linspace(float(low[i]), float(high[i]), points).to(theta_a) for i in range(2)
+    )
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)  # (points, points, 2)
     with torch.no_grad():
         losses = loss(theta_a + grid @ frame)

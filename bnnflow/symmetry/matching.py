@@ -63,7 +63,9 @@ def match(
     group = spec.known_symmetries() if group is None else group
     flat, target = paired(theta, spec, reference)
     # in the order of depth
-    labels = [label for label in spec.activations if label in group.permutation | group.sign]
+    labels = [
+        label for label in spec.activations if label in group.permutation | group.sign
+    ]
     if not labels:
         return theta
     search = _Search(flat, spec, target, group)
@@ -115,7 +117,9 @@ def match_activations(
     group = spec.known_symmetries() if group is None else group
     flat, target = paired(theta, spec, reference)
     x = _rows(x, flat)
-    labels = [label for label in spec.activations if label in group.permutation | group.sign]
+    labels = [
+        label for label in spec.activations if label in group.permutation | group.sign
+    ]
     shared = _correlates(target, spec, x, net) if len(target) == 1 else None
     perms: dict[str, list[Tensor]] = {label: [] for label in labels}
     signs: dict[str, list[Tensor]] = {label: [] for label in labels}
@@ -157,7 +161,9 @@ def paired(theta: Tensor, spec: WeightSpec, reference: Tensor) -> tuple[Tensor, 
         )
     flat = theta.detach().reshape(-1, spec.dim)
     target = reference.detach().to(theta)
-    return flat, target.reshape(1, -1) if target.dim() == 1 else target.reshape(-1, spec.dim)
+    return flat, target.reshape(1, -1) if target.dim() == 1 else target.reshape(
+        -1, spec.dim
+    )
 
 
 class _Gain(NamedTuple):
@@ -185,7 +191,10 @@ class _Gain(NamedTuple):
         """Say for which networks ``(batch,)`` an order and signs are better than to leave the units
         as they are.
         """
-        found, now = _picked(self.still, perms).sum(1), self.still.diagonal(dim1=1, dim2=2).sum(1)
+        found, now = (
+            _picked(self.still, perms).sum(1),
+            self.still.diagonal(dim1=1, dim2=2).sum(1),
+        )
         if self.flips is not None:
             found = found + (_picked(self.flips, perms) * signs).sum(1)
             now = now + self.flips.diagonal(dim1=1, dim2=2).sum(1)
@@ -201,7 +210,9 @@ class _Search:
     writes only those that it moves.
     """
 
-    def __init__(self, flat: Tensor, spec: WeightSpec, target: Tensor, group: Symmetries) -> None:
+    def __init__(
+        self, flat: Tensor, spec: WeightSpec, target: Tensor, group: Symmetries
+    ) -> None:
         self.spec, self.group = spec, group
         labels = group.permutation | group.sign
         self.axes, self.ours, self.theirs = {}, {}, {}
@@ -216,7 +227,9 @@ class _Search:
             label: torch.arange(spec.widths[label], device=flat.device).repeat(len(flat), 1)
             for label in labels
         }
-        self.signs = {label: flat.new_ones(len(flat), spec.widths[label]) for label in group.sign}
+        self.signs = {
+            label: flat.new_ones(len(flat), spec.widths[label]) for label in group.sign
+        }
 
     def guess(self, labels: list[str]) -> None:
         """Match one label after the other, those still to come compared by what their order and
@@ -238,7 +251,8 @@ class _Search:
         changed.
         """
         stale = {
-            label: torch.ones(self.batch, dtype=torch.bool, device=self.device) for label in labels
+            label: torch.ones(self.batch, dtype=torch.bool, device=self.device)
+            for label in labels
         }
         for _ in range(sweeps):
             for label in labels:
@@ -246,14 +260,18 @@ class _Search:
                 if len(rows):
                     changed = self._improve(label, rows)
                     stale[label][rows] = False
-                    for other in (each for each in labels if each in self._neighbours(label)):
+                    for other in (
+                        each for each in labels if each in self._neighbours(label)
+                    ):
                         stale[other][changed] = True
             if not any(bool(waiting.any()) for waiting in stale.values()):
                 break
 
     def value(self) -> Tensor:
         """Return the inner product of every network with its reference, ``(batch,)``."""
-        products = [(self.ours[name] * self.theirs[name]).flatten(1).sum(1) for name in self.axes]
+        products = [
+            (self.ours[name] * self.theirs[name]).flatten(1).sum(1) for name in self.axes
+        ]
         return torch.stack(products).sum(0)
 
     def take(self, other: _Search, where: Tensor) -> None:
@@ -312,13 +330,21 @@ class _Search:
         for name, axes in self.axes.items():
             ours, theirs = self.ours[name], self.theirs[name]
             if rows is not None:
-                ours, theirs = ours[rows], theirs if len(theirs) == 1 < self.batch else theirs[rows]
+                ours, theirs = (
+                    ours[rows],
+                    theirs if len(theirs) == 1 < self.batch else theirs[rows],
+                )
             for axis in (i for i, each in enumerate(axes) if each[0] == label):
-                free = [i for i, each in enumerate(axes) if i != axis and each[0] in unsettled]
+                free = [
+                    i for i, each in enumerate(axes) if i != axis and each[0] in unsettled
+                ]
                 blind = any(
                     axes[i][1] and axes[i][0] in self.group.sign for i in (axis, *free)
                 ) and bool(free)
-                pair = [_by_unit(_sorted(side, free, blind), axis + 1) for side in (ours, theirs)]
+                pair = [
+                    _by_unit(_sorted(side, free, blind), axis + 1)
+                    for side in (ours, theirs)
+                ]
                 (flips if signed and axes[axis][1] and not free else still).append(
                     (pair[0], pair[1])
                 )
@@ -333,7 +359,9 @@ class _Search:
         ``(rows, n)``.
         """
         for name, axes in self.axes.items():
-            mine = [(i, power) for i, (each, power) in enumerate(axes, start=1) if each == label]
+            mine = [
+                (i, power) for i, (each, power) in enumerate(axes, start=1) if each == label
+            ]
             part = self.ours[name] if rows is None or not mine else self.ours[name][rows]
             for axis, power in mine:
                 shape = (
@@ -351,10 +379,14 @@ class _Search:
         of = slice(None) if rows is None else rows
         self._write(self.perms, label, self.perms[label][of].gather(1, perms), rows)
         if label in self.group.sign:
-            self._write(self.signs, label, self.signs[label][of].gather(1, perms) * signs, rows)
+            self._write(
+                self.signs, label, self.signs[label][of].gather(1, perms) * signs, rows
+            )
 
     @staticmethod
-    def _write(where: dict[str, Tensor], name: str, part: Tensor, rows: Tensor | None) -> None:
+    def _write(
+        where: dict[str, Tensor], name: str, part: Tensor, rows: Tensor | None
+    ) -> None:
         where[name] = part if rows is None else where[name].index_copy(0, rows, part)
 
     def _some(self, rows: Tensor) -> Tensor | None:
@@ -450,7 +482,9 @@ def _correlates(
         own = copy.deepcopy(net).to(flat)  # weights and hooks are put into it
         found = torch.func.vmap(lambda theta: _recorded(theta, spec, x, own))(flat)
     elif spec.layers:
-        found = {label: [values] for label, values in ChainNetwork(spec).hidden(flat, x).items()}
+        found = {
+            label: [values] for label, values in ChainNetwork(spec).hidden(flat, x).items()
+        }
     else:
         raise ValueError(
             "the activations of a network that is no perceptron are found through the "
@@ -478,7 +512,9 @@ def _recorded(
         written = network.written(name) if name in network.axes else 0
         label = network.unit_axes(name)[1][written] if name in network.axes else None
         # What a normalisation has still to come for keeps its sign when the unit is flipped.
-        if label is not None and (network.scale_exponents(name)[written] or label not in signed):
+        if label is not None and (
+            network.scale_exponents(name)[written] or label not in signed
+        ):
             hooks.append(
                 module.register_forward_hook(
                     _keep(found[label], spec.widths[label], _unit_axis(module, name))
@@ -498,9 +534,13 @@ def _recorded(
     return found
 
 
-def _keep(outputs: list[Tensor], width: int, axis: int) -> Callable[[nn.Module, Any, Tensor], None]:
+def _keep(
+    outputs: list[Tensor], width: int, axis: int
+) -> Callable[[nn.Module, Any, Tensor], None]:
     """Return a hook that appends a module's output by units, ``(width, n)``."""
-    return lambda module, inputs, output: outputs.append(output.movedim(axis, 0).reshape(width, -1))
+    return lambda module, inputs, output: outputs.append(
+        output.movedim(axis, 0).reshape(width, -1)
+    )
 
 
 def _unit_axis(module: nn.Module, name: str) -> int:

@@ -92,7 +92,9 @@ def sinkhorn_rebasin(
             label: soft_permutation(each / temperature, iterations)
             for label, each in scores.items()
         }
-        return _mixed(flat, spec, soft_perms, {label: each.tanh() for label, each in signs.items()})
+        return _mixed(
+            flat, spec, soft_perms, {label: each.tanh() for label, each in signs.items()}
+        )
 
     loss = loss or (lambda mixed: (mixed - target).square().sum(-1))
     noise = torch.randn(
@@ -109,7 +111,9 @@ def sinkhorn_rebasin(
         parameters = adam.step(parameters.detach(), -grad, learning_rate)
     scores, signs = elements(parameters)
     perms = {label: assign(each) for label, each in scores.items()}
-    flips = {label: torch.where(each < 0, -1.0, 1.0).to(flat) for label, each in signs.items()}
+    flips = {
+        label: torch.where(each < 0, -1.0, 1.0).to(flat) for label, each in signs.items()
+    }
     return moved(theta.reshape(-1, spec.dim), spec, perms, flips).reshape(theta.shape)
 
 
@@ -177,7 +181,9 @@ def _mixed(
             # (batch, n, entries)
             entries = moved.reshape(*moved.shape[:2], math.prod(moved.shape[2:]))
             entries = soft[label] @ entries if label in soft else entries
-            entries = signs[label].unsqueeze(2) * entries if label in signs and power else entries
+            entries = (
+                signs[label].unsqueeze(2) * entries if label in signs and power else entries
+            )
             part = entries.reshape(moved.shape).movedim(1, axis)
         parts.append(part.flatten(1))
     return torch.cat(parts, -1)  # (batch, dim)

@@ -125,7 +125,9 @@ class Spheres:
         """
         product = a * b
         sums = product.new_zeros(*product.shape[:-1], self.units + 1)
-        return F.pad(sums.index_add(-1, self._owner_on(product.device), product)[..., :-1], (0, 1))
+        return F.pad(
+            sums.index_add(-1, self._owner_on(product.device), product)[..., :-1], (0, 1)
+        )
 
     def each(self, values: Tensor) -> Tensor:
         """Give every weight the value of its sphere, ``(..., units + 1)`` to ``(..., dim)``."""
@@ -149,9 +151,14 @@ class Spheres:
         if not bool(dead.any()):
             return x
         if not self.spec.layers:
-            raise ValueError("a unit has no incoming weights, and so no point on its sphere")
+            raise ValueError(
+                "a unit has no incoming weights, and so no point on its sphere"
+            )
         halved = (
-            self.spec.rescale(torch.ones_like(x), self.by_label(torch.where(dead, 2.0, 1.0))) < 1
+            self.spec.rescale(
+                torch.ones_like(x), self.by_label(torch.where(dead, 2.0, 1.0))
+            )
+            < 1
         )
         equal = F.pad(torch.where(dead, self.sizes.to(x).rsqrt(), 0.0), (0, 1))
         # Units that read nothing but dead ones are dead, too.
@@ -159,7 +166,9 @@ class Spheres:
 
     def by_label(self, values: Tensor) -> dict[str, Tensor]:
         """Split values of all units with a sphere, ``(..., units)``, by hidden layer."""
-        return dict(zip(self._widths, values.split(list(self._widths.values()), -1), strict=True))
+        return dict(
+            zip(self._widths, values.split(list(self._widths.values()), -1), strict=True)
+        )
 
     def retract(self, x: Tensor) -> Tensor:
         """Divide the weights of each sphere by their norm, and leave all others: the nearest point,
@@ -180,7 +189,9 @@ class Spheres:
         """Draw ``(n, dim)``: uniform on the spheres, standard normal on the rest."""
         generator = as_generator(seed, device)
         return self.retract(
-            torch.randn(n, self.dim, generator=generator, device=generator.device, dtype=dtype)
+            torch.randn(
+                n, self.dim, generator=generator, device=generator.device, dtype=dtype
+            )
         )
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -220,7 +231,9 @@ class Spheres:
         opposite = (cosine < 0) & (square < (32 * torch.finfo(x.dtype).eps) ** 2)
         first, second = self._axes_on(x.device).to(x)
         beside = torch.where(self.each(self.inner(x, first * x)) < 0.5, first, second)
-        beside = self.retract(self.tangent(x, beside)) * (self._owner_on(x.device) < self.units)
+        beside = self.retract(self.tangent(x, beside)) * (
+            self._owner_on(x.device) < self.units
+        )
         direction = torch.where(self.each(opposite), beside, across)
         return direction * self.each(
             torch.where(opposite, math.pi, _angle_over_sine(cosine, square, opposite))
@@ -238,7 +251,9 @@ class Spheres:
         speed2 = self.inner(v, v)
         cosine, sinc, _ = _circle(t * t * speed2)
         point = self.retract(self.each(cosine) * x0 + self.each(t * sinc) * v)
-        return point, self.tangent(point, self.each(cosine) * v - self.each(t * speed2 * sinc) * x0)
+        return point, self.tangent(
+            point, self.each(cosine) * v - self.each(t * speed2 * sinc) * x0
+        )
 
     def log_velocity(self, x: Tensor, w: Tensor, v: Tensor) -> Tensor:
         """Return how fast log(x, y) changes when y = exp(x, w) moves with velocity ``v``.
@@ -279,7 +294,9 @@ def _circle(square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     near = square < 0.1
     small = torch.where(near, square, 0.0)
     sinc = _series(small, [(-1) ** k / math.factorial(2 * k + 1) for k in range(8)])
-    bend = _series(small, [(-1) ** k * (2 * k + 2) / math.factorial(2 * k + 3) for k in range(8)])
+    bend = _series(
+        small, [(-1) ** k * (2 * k + 2) / math.factorial(2 * k + 3) for k in range(8)]
+    )
     large = torch.where(near, 1.0, square)
     angle = large.sqrt()
     far_cosine, far_sinc = angle.cos(), angle.sin() / angle

@@ -71,7 +71,9 @@ class NetworkLoss:
             if isinstance(module, _NormBase)
         }
         tracked = {
-            name: module for name, module in norms.items() if module.running_mean is not None
+            name: module
+            for name, module in norms.items()
+            if module.running_mean is not None
         }
         if tracked and min(len(x), len(x if statistics is None else statistics)) < 2:
             raise ValueError("statistics need at least two rows")
@@ -80,7 +82,9 @@ class NetworkLoss:
             for name, module in tracked.items()
             for each in _buffers(module)
         }
-        self._buffers = [_checked(self._net, network, self._spec, moving) for network in networks]
+        self._buffers = [
+            _checked(self._net, network, self._spec, moving) for network in networks
+        ]
         self.weights = torch.stack(
             [self._spec.flatten(_free(network, self._spec)) for network in networks]
         )
@@ -123,7 +127,9 @@ class NetworkLoss:
             raise ValueError(f"theta must be ({self._spec.dim},), got {tuple(theta.shape)}")
         buffers = self._own(theta) or self._measured(theta)
         net = copy.deepcopy(self._net)
-        net.load_state_dict({**net.state_dict(), **self._spec.unflatten(theta.detach()), **buffers})
+        net.load_state_dict(
+            {**net.state_dict(), **self._spec.unflatten(theta.detach()), **buffers}
+        )
         for name, parameter in net.named_parameters():
             parameter.requires_grad_(name in self._spec.shapes)
         return net
@@ -137,7 +143,8 @@ class NetworkLoss:
             )
         buffers = self._measured(theta) if own is None else own
         return self._loss(
-            torch.func.functional_call(self._net, {**params, **buffers}, (self._x,)), self._y
+            torch.func.functional_call(self._net, {**params, **buffers}, (self._x,)),
+            self._y,
         )
 
     def _own(self, theta: Tensor) -> dict[str, Tensor] | None:
@@ -164,7 +171,9 @@ def _buffers(module: nn.Module) -> list[str]:
 
 
 def _free(net: nn.Module, spec: WeightSpec) -> dict[str, Tensor]:
-    return {name: each.detach() for name, each in net.named_parameters() if name in spec.shapes}
+    return {
+        name: each.detach() for name, each in net.named_parameters() if name in spec.shapes
+    }
 
 
 def _checked(
@@ -174,7 +183,9 @@ def _checked(
     alone.
     """
     ours, theirs = net.state_dict(), other.state_dict()
-    shapes, others = ({n: tuple(t.shape) for n, t in state.items()} for state in (ours, theirs))
+    shapes, others = (
+        {n: tuple(t.shape) for n, t in state.items()} for state in (ours, theirs)
+    )
     if shapes != others:
         name = sorted(shapes.items() ^ others.items())[0][0]
         raise ValueError(

@@ -1,7 +1,12 @@
 """The flow-matching transport from prior to posterior."""
 
 from bnnflow.options import Checkpoint, Training
-from bnnflow.transport.baselines import TransformedDensity, fit_cnf, fit_coupling, fit_gaussian
+from bnnflow.transport.baselines import (
+    TransformedDensity,
+    fit_cnf,
+    fit_coupling,
+    fit_gaussian,
+)
 from bnnflow.transport.batches import Reuse
 from bnnflow.transport.bootstrap import fit_flow_without_draws
 from bnnflow.transport.correction.correct import Correction, correct

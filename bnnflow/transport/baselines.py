@@ -27,7 +27,14 @@ from bnnflow.gaussian import Gaussian
 from bnnflow.method import Sampleable
 from bnnflow.model import BayesianModel
 from bnnflow.options import Training
-from bnnflow.posteriors import CouplingFlow, coupling_flow, coupling_orders, dimension, pack, unpack
+from bnnflow.posteriors import (
+    CouplingFlow,
+    coupling_flow,
+    coupling_orders,
+    dimension,
+    pack,
+    unpack,
+)
 from bnnflow.progress import progress_bar
 from bnnflow.seeding import as_generator, isolated, seed_in_words
 from bnnflow.stopwatch import Stopwatch
@@ -70,7 +77,9 @@ class TransformedDensity(Sampleable):
 
     def log_prob(self, theta: Tensor) -> Tensor:
         """Return the log density, ``(..., dim) -> (...)`` in float64."""
-        return self.density.log_prob(self.source.to_normal(theta)) + self.source.log_jacobian(theta)
+        return self.density.log_prob(
+            self.source.to_normal(theta)
+        ) + self.source.log_jacobian(theta)
 
     def save(self, path: str | Path) -> Path:
         """Write density and coordinates to an ``.npz`` file without pickle.
@@ -94,10 +103,14 @@ class TransformedDensity(Sampleable):
             "info": self.info,
         }
         arrays = {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
-        return storage.write(path, "in-coordinates", 1, header, arrays | self.source.arrays())
+        return storage.write(
+            path, "in-coordinates", 1, header, arrays | self.source.arrays()
+        )
 
     @classmethod
-    def load(cls, path: str | Path, model: BayesianModel | None = None) -> TransformedDensity:
+    def load(
+        cls, path: str | Path, model: BayesianModel | None = None
+    ) -> TransformedDensity:
         """Read a density that ``save`` wrote.
 
         Args:
@@ -114,18 +127,25 @@ class TransformedDensity(Sampleable):
 
     @classmethod
     def from_file(
-        cls, header: dict[str, Any], arrays: dict[str, np.ndarray], model: BayesianModel | None
+        cls,
+        header: dict[str, Any],
+        arrays: dict[str, np.ndarray],
+        model: BayesianModel | None,
     ) -> TransformedDensity:
         """Build a density from the contents of a file."""
         if model is not None and model.flat_prior.describe() != header["source"]["prior"]:
             raise ValueError(
                 "this density lives in the coordinates of another prior, or of another network's"
             )
-        source = Source.from_description(header["source"], arrays, dtype_of(header["dtype"]), model)
+        source = Source.from_description(
+            header["source"], arrays, dtype_of(header["dtype"]), model
+        )
         tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
         density = unpack(header["density"], tensors)
         if dimension(density) != source.dim:
-            raise ValueError(f"a density over {dimension(density)} coordinates of {source.dim}")
+            raise ValueError(
+                f"a density over {dimension(density)} coordinates of {source.dim}"
+            )
         return cls(density, source, dict(header["info"]))
 
 
@@ -160,7 +180,10 @@ def fit_gaussian(
     like = data.x
     unit = Gaussian(torch.zeros_like(like[0]), torch.ones_like(like[0]))
     held_out_log_prob = float(unit.log_prob(data.unseen).mean()) + data.log_jacobian
-    info = _matching(model, matched) | {"shrinkage": data.shrinkage, "held_out": held_out_log_prob}
+    info = _matching(model, matched) | {
+        "shrinkage": data.shrinkage,
+        "held_out": held_out_log_prob,
+    }
     return TransformedDensity(unit, data.source, info)
 
 
@@ -278,9 +301,9 @@ def fit_cnf(
     with isolated(generator):
         # On this path the field of a target that equals the source is zero: the flow starts as the
         # identity.
-        velocity = TwoLayerVelocity(model.dim, width, path=AffinePath("variance_preserving")).to(
-            data.x
-        )
+        velocity = TwoLayerVelocity(
+            model.dim, width, path=AffinePath("variance_preserving")
+        ).to(data.x)
 
     def log_prob(x: Tensor, grid: Tensor) -> Tensor:
         def slope(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -297,7 +320,9 @@ def fit_cnf(
     def noisy(x: Tensor) -> Tensor:
         grid = torch.linspace(0, 1, solver_steps + 1, dtype=torch.float64, device=x.device)
         shift = (
-            torch.rand(solver_steps - 1, generator=generator, device=x.device, dtype=torch.float64)
+            torch.rand(
+                solver_steps - 1, generator=generator, device=x.device, dtype=torch.float64
+            )
             - 0.5
         )
         grid[1:-1] += 0.8 * shift / solver_steps
@@ -314,7 +339,9 @@ def fit_cnf(
         "solver_error": float(error),
     }
     field = velocity.requires_grad_(False)
-    return Flow.of(field, model, data.source, solver=Solver("rk4", 4 * solver_steps), info=info)
+    return Flow.of(
+        field, model, data.source, solver=Solver("rk4", 4 * solver_steps), info=info
+    )
 
 
 # ---------------------------------------- what they share
@@ -394,10 +421,14 @@ def _prepare(
         model.flat_prior, z.mean(0), vectors * values.clamp(min=1e-12).sqrt() @ vectors.T
     )
     log_jacobian = float(source.log_jacobian(unseen).mean())
-    return _Data(source.to_normal(theta), source.to_normal(unseen), source, shrinkage, log_jacobian)
+    return _Data(
+        source.to_normal(theta), source.to_normal(unseen), source, shrinkage, log_jacobian
+    )
 
 
-def _equal(model: BayesianModel, draws: Given, generator: torch.Generator, name: str) -> Tensor:
+def _equal(
+    model: BayesianModel, draws: Given, generator: torch.Generator, name: str
+) -> Tensor:
     """Return checked draws of equal weight, ``(n, dim)``: weighted ones are resampled."""
     theta, log_weights = as_theta(draws, name)
     model.spec.check(theta, name)
@@ -411,7 +442,9 @@ def _equal(model: BayesianModel, draws: Given, generator: torch.Generator, name:
     if log_weights is None:
         return theta
     weights = log_weights.double().softmax(0).to(model.device)
-    return theta[torch.multinomial(weights, len(theta), replacement=True, generator=generator)]
+    return theta[
+        torch.multinomial(weights, len(theta), replacement=True, generator=generator)
+    ]
 
 
 class _Climb:
@@ -451,7 +484,9 @@ class _Climb:
                     if self.count % _LOOK == 0 or self.count == steps:
                         value = self.keep_the_best()
                         if not bar.disable:
-                            bar.set_postfix(log_prob=f"{value:.2f}", best=f"{self.best:.2f}")
+                            bar.set_postfix(
+                                log_prob=f"{value:.2f}", best=f"{self.best:.2f}"
+                            )
             except KeyboardInterrupt:
                 if self.count == 0:
                     raise
@@ -498,7 +533,11 @@ class _Climb:
         """Look at the held-out draws; where nothing was gained for long, go back to the best."""
         value = self.look()
         if value > self.best:
-            self.best, self.kept, self.since = value, copy.deepcopy(self.module.state_dict()), 0
+            self.best, self.kept, self.since = (
+                value,
+                copy.deepcopy(self.module.state_dict()),
+                0,
+            )
         elif self.since + 1 < self.training.patience:
             self.since += 1
         else:

@@ -86,7 +86,11 @@ class Batches:
             t, *points = (part[rows] for part in self._points)
             batch = [
                 t,
-                *(points if self._reuse.moves is None else self._reuse.moves(seed, *points)),
+                *(
+                    points
+                    if self._reuse.moves is None
+                    else self._reuse.moves(seed, *points)
+                ),
             ]
         if not self._orders:
             self.stream = self._generator.get_state()
@@ -102,7 +106,8 @@ class Batches:
         self._points = [torch.cat(parts) for parts in zip(*drawn, strict=True)]
         n, device = len(self._points[0]), self._points[0].device
         orders = [
-            torch.randperm(n, generator=generator, device=device) for _ in range(self._reuse.steps)
+            torch.randperm(n, generator=generator, device=device)
+            for _ in range(self._reuse.steps)
         ]
         rows = [each for order in orders for each in order.chunk(many)]
         seeds = torch.randint(2**62, (len(rows),), generator=generator, device=device)

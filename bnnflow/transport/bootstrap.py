@@ -64,9 +64,13 @@ def fit_flow_without_draws(
     training = training or Training()
     steps = training.steps
     if steps is not None and steps < rounds:
-        raise ValueError(f"training.steps must be at least the {rounds} rounds, got {steps}")
+        raise ValueError(
+            f"training.steps must be at least the {rounds} rounds, got {steps}"
+        )
     share = replace(
-        training, budget=training.budget / rounds, steps=None if steps is None else steps // rounds
+        training,
+        budget=training.budget / rounds,
+        steps=None if steps is None else steps // rounds,
     )
     generator = as_generator(seed, model.device)
     flow = GaussNewtonFlow(model, proximal_step)
@@ -75,9 +79,16 @@ def fit_flow_without_draws(
         theta = flow.sample(targets, generator)
         moved = refine(model, theta, refine_steps, seed=generator, progress=progress)
         flow = fit_flow(
-            model, moved.flat, velocity=velocity, training=share, seed=generator, progress=progress
+            model,
+            moved.flat,
+            velocity=velocity,
+            training=share,
+            seed=generator,
+            progress=progress,
         )
         velocity = flow.velocity
         gradients += moved.info["gradients_per_draw"]
         history.append({"refine": moved.info, "fit": flow.info})
-    return replace(flow, info=flow.info | {"rounds": history, "gradients_per_target": gradients})
+    return replace(
+        flow, info=flow.info | {"rounds": history, "gradients_per_target": gradients}
+    )

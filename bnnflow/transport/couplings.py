@@ -121,7 +121,9 @@ class MiniBatchOT:
         """Return pairs ``(batch, dim), (batch, dim)``."""
         _check(x0, x1, group)
         if not self.matched:
-            return _spread(x0[_optimal(_cost(x0, x1), spec.dim)], x1, spec, group, generator)
+            return _spread(
+                x0[_optimal(_cost(x0, x1), spec.dim)], x1, spec, group, generator
+            )
         _check_matchable(self, spec, group)
         matching = partial(match, spec=spec, group=group)
         chosen = x0[_optimal(_matched_cost(x0, x1, matching), spec.dim)]
@@ -159,7 +161,9 @@ class SinkhornOT:
 
     def __post_init__(self) -> None:
         if not (self.regularisation > 0 and self.tolerance > 0 and self.max_iterations > 0):
-            raise ValueError("regularisation, tolerance and max_iterations must be positive")
+            raise ValueError(
+                "regularisation, tolerance and max_iterations must be positive"
+            )
 
     def pair(
         self,
@@ -278,7 +282,9 @@ def _drawn(plan: Tensor, generator: torch.Generator) -> Tensor:
         along_column = order[order.argsort() ^ 1]
         label = _orbits(along_column[along_row])  # two for each cycle, of every other entry
         other = label[along_row]
-        coins = torch.randint(0, 2, (len(entries),), generator=generator, device=plan.device)
+        coins = torch.randint(
+            0, 2, (len(entries),), generator=generator, device=plan.device
+        )
         up = coins[torch.minimum(label, other)] ^ (label > other).long()
         units[rows, columns] += (2 * up - 1) << digit
     return units.argmax(0)

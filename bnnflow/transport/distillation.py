@@ -25,7 +25,13 @@ from bnnflow.transport.options import default_chunk
 from bnnflow.transport.paths import ProbabilityPath
 from bnnflow.transport.solvers import integrate, time_grid
 from bnnflow.transport.source import Source
-from bnnflow.transport.stored import ROWS, check_weights, dtype_of, rows_looked_at, rows_to_look_at
+from bnnflow.transport.stored import (
+    ROWS,
+    check_weights,
+    dtype_of,
+    rows_looked_at,
+    rows_to_look_at,
+)
 from bnnflow.transport.training import train
 from bnnflow.transport.velocity import restore
 from bnnflow.transport.whitened import WhitenedPosterior
@@ -68,11 +74,17 @@ class FlowMap(Sampleable):
         return (len(self.times) - 1) * self.velocity.gradients
 
     @checked
-    def sample(self, n: Count, seed: Seed = 0, *, chunk_size: Count | None = None) -> Tensor:
+    def sample(
+        self, n: Count, seed: Seed = 0, *, chunk_size: Count | None = None
+    ) -> Tensor:
         """Draw ``(n, dim)`` weights, approximately from the posterior."""
         generator = as_generator(seed, self.source.device)
         x0 = torch.randn(
-            n, self.dim, generator=generator, device=self.source.device, dtype=self.source.dtype
+            n,
+            self.dim,
+            generator=generator,
+            device=self.source.device,
+            dtype=self.source.dtype,
         )
         with torch.no_grad():
             return torch.cat(
@@ -83,9 +95,9 @@ class FlowMap(Sampleable):
             )
 
     def _carry(self, x: Tensor) -> Tensor:
-        return integrate(lambda t, state: (self.velocity(t, state[0]),), (x,), self.times, "euler")[
-            0
-        ]
+        return integrate(
+            lambda t, state: (self.velocity(t, state[0]),), (x,), self.times, "euler"
+        )[0]
 
     def save(self, path: str | Path) -> Path:
         """Write the map to an ``.npz`` file without pickle, and no data.
@@ -102,13 +114,18 @@ class FlowMap(Sampleable):
         }
         if self.velocity.posterior is not None:
             header["fingerprint"] = self.velocity.posterior.model.fingerprint()
-        arrays = {name: value.cpu().numpy() for name, value in self.velocity.state_dict().items()}
+        arrays = {
+            name: value.cpu().numpy() for name, value in self.velocity.state_dict().items()
+        }
         arrays |= self.source.arrays() | rows_looked_at(self.velocity)
         return storage.write(path, "flow-map", 1, json.loads(json.dumps(header)), arrays)
 
     @classmethod
     def from_file(
-        cls, header: dict[str, Any], arrays: dict[str, np.ndarray], model: BayesianModel | None
+        cls,
+        header: dict[str, Any],
+        arrays: dict[str, np.ndarray],
+        model: BayesianModel | None,
     ) -> FlowMap:
         """Build a map from the contents of a file; one that looks at the data needs its model."""
         spec, dtype = WeightSpec.from_description(header["spec"]), dtype_of(header["dtype"])
@@ -177,11 +194,21 @@ def distil(
         rows = torch.randint(len(walks), (n,), generator=generator, device=walks.device)
         return walks[rows, 0], walks[rows].flatten(1)
 
-    student = copy.deepcopy(flow.velocity.bind(None)).requires_grad_().bind(flow.velocity.posterior)
+    student = (
+        copy.deepcopy(flow.velocity.bind(None))
+        .requires_grad_()
+        .bind(flow.velocity.posterior)
+    )
     grid = _Grid(times, walks.shape[-1])
     training = (training or Training()).with_defaults(1e-3, "adamw")
     _, info = train(
-        student, pairs, path=grid, times=grid, training=training, seed=generator, progress=progress
+        student,
+        pairs,
+        path=grid,
+        times=grid,
+        training=training,
+        seed=generator,
+        progress=progress,
     )
     info |= {"approximate": True, "evaluations": evaluations, "trajectories": trajectories}
     return FlowMap(student, flow.source, flow.spec, times, info)
@@ -221,7 +248,9 @@ class _Grid(ProbabilityPath):
 
     def sample(self, n: int, like: Tensor, generator: torch.Generator) -> Tensor:
         """Draw the times at which steps begin, ``(n,)``."""
-        which = torch.randint(len(self.times) - 1, (n,), generator=generator, device=like.device)
+        which = torch.randint(
+            len(self.times) - 1, (n,), generator=generator, device=like.device
+        )
         return self.times[which].to(like.dtype)
 
     def point(
@@ -232,6 +261,6 @@ class _Grid(ProbabilityPath):
         which = (t.unsqueeze(-1) - self.times.to(t)).abs().argmin(-1)
         rows = torch.arange(len(t), device=t.device)
         here, there = walk[rows, which], walk[rows, which + 1]
-        return here, (there - here) / (self.times[which + 1] - self.times[which]).to(t).unsqueeze(
-            -1
-        )
+        return here, (there - here) / (self.times[which + 1] - self.times[which]).to(
+            t
+        ).unsqueeze(-1)

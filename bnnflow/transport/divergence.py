@@ -34,7 +34,11 @@ def _at_once(x: Tensor) -> int:
 
 
 def divergence(
-    velocity: Velocity, t: Tensor, x: Tensor, trace: Trace = "exact", probes: Tensor | None = None
+    velocity: Velocity,
+    t: Tensor,
+    x: Tensor,
+    trace: Trace = "exact",
+    probes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the velocity and its divergence, the trace of its Jacobian.
 
@@ -66,7 +70,9 @@ def divergence(
     blocks = x.split(rows)
     times = t.split(rows) if t.dim() else [t] * len(blocks)
     noise = [None] * len(blocks) if probes is None else probes.split(rows, 1)
-    parts = [_block(velocity, *each, trace) for each in zip(times, blocks, noise, strict=True)]
+    parts = [
+        _block(velocity, *each, trace) for each in zip(times, blocks, noise, strict=True)
+    ]
     values, traces = zip(*parts, strict=True)
     return torch.cat(values), torch.cat(traces)
 
@@ -105,9 +111,12 @@ def exact_divergence(
     """
     batch, dim = x.shape
     chunk_size = max(1, _at_once(x) // max(1, batch)) if chunk_size is None else chunk_size
-    velocity, products = _pullback(field, x) if mode == "reverse" else (torch.empty(0), None)
+    velocity, products = (
+        _pullback(field, x) if mode == "reverse" else (torch.empty(0), None)
+    )
     total = torch.zeros(batch, dtype=torch.float64, device=x.device)
-    for rows in torch.eye(dim, dtype=x.dtype, device=x.device).split(chunk_size):  # (chunk, dim)
+    # (chunk, dim)
+    for rows in torch.eye(dim, dtype=x.dtype, device=x.device).split(chunk_size):
         directions = rows.unsqueeze(1).expand(-1, batch, -1)
         if products is None:
             velocity, images = _pushforward(field, x, directions)
@@ -119,7 +128,10 @@ def exact_divergence(
 
 
 def chained_divergence(
-    field: Callable[..., Tensor], x: Tensor, inner: Sequence[Tensor], jacobians: Sequence[Tensor]
+    field: Callable[..., Tensor],
+    x: Tensor,
+    inner: Sequence[Tensor],
+    jacobians: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Return field(x, *inner) and its divergence by x, where the Jacobians of the inner values are
     known.
@@ -142,7 +154,9 @@ def chained_divergence(
     # (coordinate of x, batch, dim)
     columns = [eye, *(jacobian.permute(2, 0, 1) for jacobian in jacobians)]
     total = torch.zeros(batch, dtype=torch.float64, device=x.device)
-    for rows in torch.arange(dim, device=x.device).split(max(1, _at_once(x) // max(1, batch))):
+    for rows in torch.arange(dim, device=x.device).split(
+        max(1, _at_once(x) // max(1, batch))
+    ):
         pairs = zip(products(eye[rows]), columns, strict=True)
         total = total + sum((image * column[rows]).sum((0, 2)) for image, column in pairs)
     return velocity, total
@@ -165,7 +179,9 @@ def probe_noise(noise: Noise, probes: int, x: Tensor, generator: torch.Generator
     raise ValueError(f"noise must be 'rademacher' or 'gaussian', got {noise!r}")
 
 
-def hutchinson_divergence(field: VectorField, x: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
+def hutchinson_divergence(
+    field: VectorField, x: Tensor, probes: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return the velocity and an unbiased estimate of its divergence for each probe (Hutchinson
     1989).
 
@@ -183,7 +199,9 @@ def hutchinson_divergence(field: VectorField, x: Tensor, probes: Tensor) -> tupl
     return velocity, _forms(products, probes)
 
 
-def hutchpp_divergence(field: VectorField, x: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
+def hutchpp_divergence(
+    field: VectorField, x: Tensor, probes: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return the velocity and an unbiased estimate of its divergence by Hutch++ (Meyer et al.
     2021).
 
@@ -227,7 +245,9 @@ def _pullback(field: VectorField, x: Tensor) -> tuple[Tensor, VectorField]:
     return velocity, torch.func.vmap(lambda direction: pullback(direction)[0])
 
 
-def _pushforward(field: VectorField, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+def _pushforward(
+    field: VectorField, x: Tensor, directions: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return the velocity and the Jacobian's products with directions ``(k, batch, dim)``, by
     forward mode.
     """

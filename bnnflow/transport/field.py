@@ -180,7 +180,9 @@ def check_field(field: Field, t: Tensor, x: Tensor) -> bool:
             field(t, x)
             random = not torch.equal(drawn, torch.get_rng_state())
         changed = [
-            name for name, (buffer, before) in kept.items() if not torch.equal(buffer, before)
+            name
+            for name, (buffer, before) in kept.items()
+            if not torch.equal(buffer, before)
         ]
         if changed:
             raise ValueError(

@@ -116,7 +116,9 @@ def fit_flow(
         # A field that declares no symmetry is for one mode: spreading that over its orbit would
         # undo the alignment.
         group = NO_SYMMETRY
-    pairs = _CoupledDraws(x1, _normalised(log_weights), matching.coupling, model.spec, group)
+    pairs = _CoupledDraws(
+        x1, _normalised(log_weights), matching.coupling, model.spec, group
+    )
     unseen = None
     if held_out is not None:
         unseen = replace(pairs, x1=_held_out(model, held_out, source), weights=None)
@@ -140,7 +142,9 @@ def fit_flow(
     # of the draws each process may hold a part
     shared = {name: value for name, value in identity.items() if "draws" not in name}
     ranks.check_same(shared | {"training": training}, model.device)
-    info = run(task, training, checkpoint, generator, progress, ranks=ranks, identity=identity)
+    info = run(
+        task, training, checkpoint, generator, progress, ranks=ranks, identity=identity
+    )
     info |= {
         "seed": seed_in_words(seed),
         "coupling": type(matching.coupling).__name__,
@@ -204,16 +208,22 @@ def _field(
 ) -> Field:
     if isinstance(velocity, nn.Module):
         return copy.deepcopy(Field.of(velocity).bind(None)).requires_grad_()
-    signed = has_signs(model.spec) and source.symmetries(model).sign >= set(model.spec.widths)
+    signed = has_signs(model.spec) and source.symmetries(model).sign >= set(
+        model.spec.widths
+    )
     architecture: Architecture = "signed" if signed else "dws"
     if velocity == "weights":
         return WeightsVelocity(model.spec, architecture=architecture, path=path)
     if velocity == "residual":
         return ResidualVelocity.fit(model.spec, x1, path=path)
     if velocity == "informed":
-        linearises = model.likelihood.kind == "regression" and model.likelihood.has_fisher_factor
+        linearises = (
+            model.likelihood.kind == "regression" and model.likelihood.has_fisher_factor
+        )
         proximal_step = GaussNewton(2) if linearises else GradientSteps()
-        return InformedVelocity(model.spec, proximal_step, architecture=architecture, path=path)
+        return InformedVelocity(
+            model.spec, proximal_step, architecture=architecture, path=path
+        )
     raise ValueError(
         f"velocity must be 'informed', 'weights', 'residual' or a module, got {velocity!r}"
     )
@@ -244,7 +254,9 @@ def _with_targets(
     elif not isinstance(path, AffinePath) or path.sigma:
         why = "the path is not affine, or has noise of its own"
     elif not obeys_stein(posterior, x1 := pairs(2048, generator)[1]):
-        why = "the draws disagree with Stein's identity: they are draws of another posterior"
+        why = (
+            "the draws disagree with Stein's identity: they are draws of another posterior"
+        )
     else:
         newton = any(
             isinstance(each, GaussNewton) and each.iterations is None

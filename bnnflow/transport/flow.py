@@ -91,7 +91,11 @@ class Flow(Sampleable):
     @classmethod
     @checked
     def of(
-        cls, velocity: nn.Module, model: BayesianModel, source: Source | None = None, **options: Any
+        cls,
+        velocity: nn.Module,
+        model: BayesianModel,
+        source: Source | None = None,
+        **options: Any,
     ) -> Flow:
         """Make a flow of a field, bound to a model.
 
@@ -212,7 +216,9 @@ class Flow(Sampleable):
             ValueError: if the field does not look at the data.
         """
         if self.velocity.posterior is None:
-            raise ValueError("this flow looks at no data: its cost does not depend on their number")
+            raise ValueError(
+                "this flow looks at no data: its cost does not depend on their number"
+            )
         part = self.velocity.posterior.batch(size, as_generator(seed, self._device))
         return replace(self, velocity=self.velocity.bind(part))
 
@@ -263,7 +269,10 @@ class Flow(Sampleable):
             if diffusion == 0:
                 return _finite([self.forward(x0, solver=solver) for x0 in starts])
             return _finite(
-                [self._diffuse(x0, solver or self.solver, diffusion, generator) for x0 in starts]
+                [
+                    self._diffuse(x0, solver or self.solver, diffusion, generator)
+                    for x0 in starts
+                ]
             )
 
     def _diffuse(
@@ -292,7 +301,9 @@ class Flow(Sampleable):
         def work(x: Tensor) -> Any:
             if density is None:
                 return self._integrate(x, one_step)
-            return self._transport(x, _Solve(one_step, density, as_generator(0, self._device)))
+            return self._transport(
+                x, _Solve(one_step, density, as_generator(0, self._device))
+            )
 
         with torch.no_grad():
             return largest_chunk(memory, work, x0)
@@ -349,7 +360,9 @@ class Flow(Sampleable):
     @checked
     def forward(self, x0: Tensor, *, solver: Solver | None = None) -> Tensor:
         """Carry latent points ``(n, dim)`` to weights; differentiable, all in one chunk."""
-        return self.source.from_normal(self._integrate(self._rows("x0", x0), solver or self.solver))
+        return self.source.from_normal(
+            self._integrate(self._rows("x0", x0), solver or self.solver)
+        )
 
     @checked
     def sample_with_log_prob(
@@ -415,7 +428,9 @@ class Flow(Sampleable):
             ``(n, dim)``, and ``(n,)`` in float64.
         """
         solve = self._solve(solver, density, seed)
-        theta, log_prob, doubtful = self._forward(self._rows("x0", x0), solve, chunk_size, progress)
+        theta, log_prob, doubtful = self._forward(
+            self._rows("x0", x0), solve, chunk_size, progress
+        )
         self._tell(doubtful, len(theta), solve.solver.rule)
         return theta, log_prob
 
@@ -432,7 +447,9 @@ class Flow(Sampleable):
                 doubtful += doubts
                 theta = self.source.from_normal(x1)
                 thetas.append(theta)
-                log_probs.append(_log_normal(rows) - change + self.source.log_jacobian(theta))
+                log_probs.append(
+                    _log_normal(rows) - change + self.source.log_jacobian(theta)
+                )
         return torch.cat(thetas), torch.cat(log_probs), doubtful
 
     @checked
@@ -511,7 +528,9 @@ class Flow(Sampleable):
         return log_probs.reshape(theta.shape[:-1])
 
     def _solve(self, solver: Solver | None, density: Density | None, seed: Seed) -> _Solve:
-        return _Solve(solver or self.solver, density or Density(), as_generator(seed, self._device))
+        return _Solve(
+            solver or self.solver, density or Density(), as_generator(seed, self._device)
+        )
 
     def _bar(self, x: Tensor, solve: _Solve, progress: bool) -> tqdm:
         """Return a bar for the divergences of ``x`` that are certain to be evaluated."""
@@ -578,7 +597,12 @@ class Flow(Sampleable):
             )
 
     def _along_nodes(
-        self, x: Tensor, probes: Tensor | None, solve: _Solve, backwards: bool, bar: tqdm | None
+        self,
+        x: Tensor,
+        probes: Tensor | None,
+        solve: _Solve,
+        backwards: bool,
+        bar: tqdm | None,
     ) -> tuple[Tensor, Tensor, int]:
         """Integrate the divergence at nodes, and at twice and four times as many where they are too
         few.
@@ -589,7 +613,10 @@ class Flow(Sampleable):
         nodes, rule = solve.solver.nodes, solve.solver.rule
         assert nodes is not None
         rows = torch.arange(len(x), device=x.device)
-        end, change = torch.empty_like(x), torch.empty(len(x), dtype=torch.float64, device=x.device)
+        end, change = (
+            torch.empty_like(x),
+            torch.empty(len(x), dtype=torch.float64, device=x.device),
+        )
         before = torch.full_like(change, torch.nan)
         doubtful = 0
         for count in (nodes, 2 * nodes, 4 * nodes):
@@ -604,7 +631,9 @@ class Flow(Sampleable):
             value = total.detach()
             if backwards:
                 value = value + _log_normal(found.detach())
-                doubt = self._doubt(x[rows], found, node_times(count, x.device).flip(0), rule)
+                doubt = self._doubt(
+                    x[rows], found, node_times(count, x.device).flip(0), rule
+                )
                 rough = torch.maximum(rough, doubt)
             more = rough > _ROUGH
             # A rule of order two leaves a third of what half the steps change; others less, once
@@ -618,7 +647,9 @@ class Flow(Sampleable):
     def _rows(self, name: str, points: Tensor) -> Tensor:
         """Return points ``(n, dim)``, checked, in the flow's type and on its device."""
         if points.dim() != 2 or points.shape[0] == 0 or points.shape[1] != self.dim:
-            raise ValueError(f"{name} must be (n, {self.dim}), got shape {tuple(points.shape)}")
+            raise ValueError(
+                f"{name} must be (n, {self.dim}), got shape {tuple(points.shape)}"
+            )
         return points.to(self._device, self.source.dtype)
 
     @property
@@ -640,7 +671,9 @@ class Flow(Sampleable):
         """
         description = self.velocity.describe()
         if description is None:
-            raise ValueError(f"cannot save a {self.velocity._get_name()}: it has no describe()")
+            raise ValueError(
+                f"cannot save a {self.velocity._get_name()}: it has no describe()"
+            )
         header = {
             "velocity": description,
             "source": self.source.describe(),
@@ -650,7 +683,9 @@ class Flow(Sampleable):
             **stored_solver(self.solver),
             "info": self.info,
         }
-        arrays = {name: value.cpu().numpy() for name, value in self.velocity.state_dict().items()}
+        arrays = {
+            name: value.cpu().numpy() for name, value in self.velocity.state_dict().items()
+        }
         arrays |= self.source.arrays() | rows_looked_at(self.velocity)
         return storage.write(path, "flow", 2, json.loads(json.dumps(header)), arrays)
 
@@ -673,7 +708,10 @@ class Flow(Sampleable):
 
     @classmethod
     def from_file(
-        cls, header: dict[str, Any], arrays: dict[str, np.ndarray], model: BayesianModel | None
+        cls,
+        header: dict[str, Any],
+        arrays: dict[str, np.ndarray],
+        model: BayesianModel | None,
     ) -> Flow:
         """Build a flow from the contents of a file."""
         spec = WeightSpec.from_description(header["spec"])
@@ -682,15 +720,25 @@ class Flow(Sampleable):
             plain = {"prior": plain, "arrays": []}
         check_weights(spec, model)
         state = {
-            name: values for name, values in arrays.items() if name not in (*plain["arrays"], ROWS)
+            name: values
+            for name, values in arrays.items()
+            if name not in (*plain["arrays"], ROWS)
         }
         # version 1 has none
-        dtype = header["dtype"] if "dtype" in header else str(next(iter(state.values())).dtype)
+        dtype = (
+            header["dtype"] if "dtype" in header else str(next(iter(state.values())).dtype)
+        )
         dtype = dtype_of(dtype)
         velocity = restore(header["velocity"], spec, state, dtype)
         if velocity.informed and model is None:
-            raise ValueError("a likelihood-informed flow needs its model: Flow.load(path, model)")
-        if velocity.informed and model is not None and not model.recognises(header["fingerprint"]):
+            raise ValueError(
+                "a likelihood-informed flow needs its model: Flow.load(path, model)"
+            )
+        if (
+            velocity.informed
+            and model is not None
+            and not model.recognises(header["fingerprint"])
+        ):
             raise ValueError(
                 "this is not the model that the flow was fitted on (data, prior, likelihood or "
                 "network differ); load it with its own model and call flow.bind(model) to use it "

@@ -66,7 +66,9 @@ class GuidedVelocity(Field):
         c = Coefficients(*(part.unsqueeze(-1) for part in self.path.coefficients(t)))
         _, x1 = self.path.ends(t, x, base)
         strength = (
-            self._strength(t) if callable(self._strength) else torch.full_like(t, self._strength)
+            self._strength(t)
+            if callable(self._strength)
+            else torch.full_like(t, self._strength)
         )
         task = _Task(self._guide, self._source, strength.unsqueeze(-1))
         score: LikelihoodScore = self._proximal_step(task, x1, c.a * c.a / c.q)

@@ -84,7 +84,8 @@ class ManifoldFlow:
     def like(self) -> Tensor:
         """A tensor on the field's device and of its type."""
         return next(
-            (p for p in [*self.velocity.parameters(), *self.velocity.buffers()]), torch.empty(0)
+            (p for p in [*self.velocity.parameters(), *self.velocity.buffers()]),
+            torch.empty(0),
         )
 
     @checked
@@ -114,7 +115,9 @@ class ManifoldFlow:
         """
         with torch.no_grad():
             chunks = self.start(n, seed).split(chunk_size)
-            return torch.cat([self.transport(x0, self.times(solver), solver)[0] for x0 in chunks])
+            return torch.cat(
+                [self.transport(x0, self.times(solver), solver)[0] for x0 in chunks]
+            )
 
     @checked
     def sample_with_log_prob(
@@ -143,7 +146,9 @@ class ManifoldFlow:
         points, log_probs = [], []
         with torch.no_grad():
             for x0 in self.start(n, generator).split(chunk_size):
-                x1, change = self.transport(x0, self.times(solver), solver, density, generator)
+                x1, change = self.transport(
+                    x0, self.times(solver), solver, density, generator
+                )
                 points.append(x1)
                 log_probs.append(self.spheres.log_prob(x0) - change)
         return torch.cat(points), torch.cat(log_probs)
@@ -289,7 +294,9 @@ class ManifoldFlow:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the state of the field."""
-        return {name: value.cpu().numpy() for name, value in self.velocity.state_dict().items()}
+        return {
+            name: value.cpu().numpy() for name, value in self.velocity.state_dict().items()
+        }
 
     @classmethod
     def load(cls, path: str | Path, model: BayesianModel | None = None) -> ManifoldFlow:
@@ -308,7 +315,10 @@ class ManifoldFlow:
 
     @classmethod
     def from_file(
-        cls, header: dict[str, Any], arrays: dict[str, np.ndarray], model: BayesianModel | None
+        cls,
+        header: dict[str, Any],
+        arrays: dict[str, np.ndarray],
+        model: BayesianModel | None,
     ) -> ManifoldFlow:
         """Build a flow from the contents of a file."""
         spec = WeightSpec.from_description(header["spec"])
@@ -360,7 +370,8 @@ class Radii(NamedTuple):
             # log chi has mean (log 2 + psi(k / 2)) / 2 and variance psi'(k / 2) / 4.
             scale.append(2 * log_norm.std() * torch.polygamma(1, half[label]).rsqrt())
             location.append(
-                log_norm.mean() - 0.5 * scale[-1] * (math.log(2) + torch.digamma(half[label]))
+                log_norm.mean()
+                - 0.5 * scale[-1] * (math.log(2) + torch.digamma(half[label]))
             )
         radii = cls(torch.cat(location).to(theta), torch.cat(scale).to(theta))
         if not bool(radii.location.isfinite().all() and (radii.scale > 1e-6).all()):
@@ -475,12 +486,16 @@ class CompletedFlow(Sampleable):
         """Draw ``(n, dim)`` from N(0, I)."""
         like = self.flow.like
         generator = as_generator(seed, like.device)
-        return torch.randn(n, self.dim, generator=generator, device=like.device, dtype=like.dtype)
+        return torch.randn(
+            n, self.dim, generator=generator, device=like.device, dtype=like.dtype
+        )
 
     @checked
     def forward(self, x0: Tensor, *, solver: Solver | None = None) -> Tensor:
         """Carry draws of N(0, I) to weights, ``(n, dim)``; differentiable by them."""
-        x1, _ = self.flow.transport(self.flow.spheres.retract(x0), self.flow.times(solver), solver)
+        x1, _ = self.flow.transport(
+            self.flow.spheres.retract(x0), self.flow.times(solver), solver
+        )
         return self.spec.rescale(x1, self._radii(self._log_norms(x0)))
 
     @checked
@@ -514,7 +529,9 @@ class CompletedFlow(Sampleable):
             )
             thetas.append(self.spec.rescale(x1, self._radii(log_norms)))
             log_probs.append(
-                self.flow.spheres.log_prob(start) - change + self._log_prob_of_radii(log_norms)
+                self.flow.spheres.log_prob(start)
+                - change
+                + self._log_prob_of_radii(log_norms)
             )
         return torch.cat(thetas), torch.cat(log_probs)
 
@@ -548,7 +565,9 @@ class CompletedFlow(Sampleable):
             log_norms = (log_radii - self.radii.location) / self.radii.scale
             times = self.flow.times(solver, backwards=True)
             x0, change = self.flow.transport(x1, times, solver, density, generator)
-            starts.append(x0 * self.flow.spheres.each(F.pad(log_norms.exp(), (0, 1), value=1.0)))
+            starts.append(
+                x0 * self.flow.spheres.each(F.pad(log_norms.exp(), (0, 1), value=1.0))
+            )
             log_probs.append(
                 self.flow.spheres.log_prob(x0) + change + self._log_prob_of_radii(log_norms)
             )
@@ -613,7 +632,9 @@ class CompletedFlow(Sampleable):
             seed: of the probes of an estimated trace.
             chunk_size: points that travel together, which bounds the memory.
         """
-        flat = finite("theta", self.spec.check(theta).to(self.flow.like)).reshape(-1, self.dim)
+        flat = finite("theta", self.spec.check(theta).to(self.flow.like)).reshape(
+            -1, self.dim
+        )
         with torch.no_grad():
             _, log_probs = self.inverse_with_log_prob(
                 flat, density=density, solver=solver, seed=seed, chunk_size=chunk_size
@@ -651,7 +672,8 @@ class CompletedFlow(Sampleable):
     def save(self, path: str | Path) -> Path:
         """Write flow and radii to an ``.npz`` file without pickle; see `ManifoldFlow.save`."""
         radii = {
-            f"radii/{name}": value.cpu().numpy() for name, value in self.radii._asdict().items()
+            f"radii/{name}": value.cpu().numpy()
+            for name, value in self.radii._asdict().items()
         }
         return storage.write(
             path, "completed-flow", 1, self.flow.describe(), self.flow.arrays() | radii
@@ -665,11 +687,18 @@ class CompletedFlow(Sampleable):
 
     @classmethod
     def from_file(
-        cls, header: dict[str, Any], arrays: dict[str, np.ndarray], model: BayesianModel | None
+        cls,
+        header: dict[str, Any],
+        arrays: dict[str, np.ndarray],
+        model: BayesianModel | None,
     ) -> CompletedFlow:
         """Build a flow from the contents of a file."""
-        radii = Radii(*(torch.from_numpy(arrays[f"radii/{name}"]) for name in Radii._fields))
-        state = {name: values for name, values in arrays.items() if not name.startswith("radii/")}
+        radii = Radii(
+            *(torch.from_numpy(arrays[f"radii/{name}"]) for name in Radii._fields)
+        )
+        state = {
+            name: values for name, values in arrays.items() if not name.startswith("radii/")
+        }
         flow = ManifoldFlow.from_file(header, state, model)
         if any(value.shape != (flow.spheres.units,) for value in radii):
             raise ValueError(f"the radii are not those of {flow.spheres.units} units")

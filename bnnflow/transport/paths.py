@@ -118,7 +118,9 @@ class AffinePath(ProbabilityPath):
     def ends(self, t: Tensor, x: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
         """Return E[x0 | x_t] and E[x1 | x_t] of the marginal field, finite at all times."""
         c = self.coefficients(_column(t))
-        return (c.db * x - c.b * velocity) / c.wronskian, (c.a * velocity - c.da * x) / c.wronskian
+        return (c.db * x - c.b * velocity) / c.wronskian, (
+            c.a * velocity - c.da * x
+        ) / c.wronskian
 
     def velocity_of_x1(self, t: Tensor, x: Tensor, x1: Tensor) -> Tensor:
         """Return the marginal field of E[x1 | x_t].

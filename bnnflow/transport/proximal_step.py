@@ -42,7 +42,9 @@ class ProximalStep(ABC):
         """Gradients of the likelihood, or systems of equations, that an evaluation takes."""
 
     @abstractmethod
-    def __call__(self, posterior: WhitenedPosterior, mu: Tensor, s2: Tensor) -> LikelihoodScore:
+    def __call__(
+        self, posterior: WhitenedPosterior, mu: Tensor, s2: Tensor
+    ) -> LikelihoodScore:
         """Return the likelihood score."""
 
     def with_jacobians(
@@ -103,7 +105,10 @@ class GradientSteps(ProximalStep):
             ahead = w + _momentum(step) * (w - before)
             grad = posterior.grad(mu + s2 * ahead)
             curvature = self._curvature(posterior, s2, mu, ahead, grad, curvature)
-            w, before = ahead + (grad - ahead) / self._divisor(s2, grad - ahead, curvature), w
+            w, before = (
+                ahead + (grad - ahead) / self._divisor(s2, grad - ahead, curvature),
+                w,
+            )
         return LikelihoodScore(w, posterior.grad(mu + s2 * w))
 
     def with_jacobians(
@@ -146,7 +151,10 @@ class GradientSteps(ProximalStep):
             )
             of_residual, of_curvature = pullback(torch.ones_like(divisor))
             # of the divisor
-            slope = MatrixFactor(by_residual).transposed(of_residual) + of_curvature * by_curvature
+            slope = (
+                MatrixFactor(by_residual).transposed(of_residual)
+                + of_curvature * by_curvature
+            )
             change, inverse = residual / divisor, (1 / divisor).unsqueeze(-1)
             moved = torch.addcmul(by_ahead, by_residual, inverse)
             moved.baddbmm_((change / divisor).unsqueeze(-1), slope.unsqueeze(-2), alpha=-1)
@@ -178,7 +186,9 @@ class GradientSteps(ProximalStep):
 
         A smooth stand-in for the bound on the step.
         """
-        return ((1 + curvature) ** 2 + s2 * s2 * _square(residual) / self.max_norm**2).sqrt()
+        return (
+            (1 + curvature) ** 2 + s2 * s2 * _square(residual) / self.max_norm**2
+        ).sqrt()
 
 
 def _displaced(by_w: Tensor, s2: Tensor) -> Tensor:
@@ -228,7 +238,9 @@ class GaussNewton(ProximalStep):
         """One for each step, and about two for each iteration of conjugate gradients in it."""
         return self.steps * (1 + 2 * (self.iterations or 0))
 
-    def __call__(self, posterior: WhitenedPosterior, mu: Tensor, s2: Tensor) -> LikelihoodScore:
+    def __call__(
+        self, posterior: WhitenedPosterior, mu: Tensor, s2: Tensor
+    ) -> LikelihoodScore:
         """Return the likelihood score.
 
         ``grad`` is the one before the last step, which costs nothing more.
@@ -240,7 +252,9 @@ class GaussNewton(ProximalStep):
             if self.iterations is None:
                 linear = linearised(posterior, y, s2)
             else:
-                linear = _MatrixFree(*posterior.at(y).grad_and_product(), s2, self.iterations)
+                linear = _MatrixFree(
+                    *posterior.at(y).grad_and_product(), s2, self.iterations
+                )
             grad, change = linear.grad, linear.change(w if step else None)
             w = w + change / self._shortened(posterior, y, s2, change, linear).divisor
         return LikelihoodScore(w, grad)
@@ -263,7 +277,11 @@ class GaussNewton(ProximalStep):
         for step in range(self.steps):
             first, y, by_y = step == 0, mu + s2 * w, _displaced(by_w, s2)
             linear = linearised(posterior, y, s2)
-            wide = linear if linear.by_weights else Linearised(posterior, y, s2, by_weights=True)
+            wide = (
+                linear
+                if linear.by_weights
+                else Linearised(posterior, y, s2, by_weights=True)
+            )
             grad, change = linear.grad, linear.change(None if first else w)
             slope = posterior.at(y).slope(s2 * change)
             assert slope is not None
@@ -276,7 +294,9 @@ class GaussNewton(ProximalStep):
                 by_change
             ).transposed(by_step)
             by_w = torch.addcmul(by_w, by_change, (1 / bound.divisor).unsqueeze(-1))
-            by_w.baddbmm_((change / bound.divisor**2).unsqueeze(-1), along.unsqueeze(-2), alpha=-1)
+            by_w.baddbmm_(
+                (change / bound.divisor**2).unsqueeze(-1), along.unsqueeze(-2), alpha=-1
+            )
             w = w + change / bound.divisor
             if step == self.steps - 1:
                 hessian = posterior.at(y).grad_and_hessian()
@@ -308,7 +328,9 @@ class GaussNewton(ProximalStep):
         broken, turned = broken.clamp(-_WORST, _WORST), turned.clamp(-_WORST, _WORST)
         square = broken.square() + turned.square()
         divisor = (1 + length2 * square / (square + _HALF**2)).sqrt().to(y.dtype)
-        return _Shortened(divisor, broken, turned, length2, gain, part, step, rise, image, change)
+        return _Shortened(
+            divisor, broken, turned, length2, gain, part, step, rise, image, change
+        )
 
     def _slopes(
         self, posterior: WhitenedPosterior, y: Tensor, bound: _Shortened, slope: Tensor
@@ -322,11 +344,17 @@ class GaussNewton(ProximalStep):
         _, vjp, *_ = torch.func.vjp(posterior.grad, torch.cat([y, y + step]))
         # G v at both ends; G is symmetric
         curved, beyond = vjp(torch.cat([step, step]))[0].chunk(2)
-        inward = 0.5 * part * (curved - MatrixFactor(slope).transposed(step))  # of v H v / 2 by y
+        # of v H v / 2 by y
+        inward = 0.5 * part * (curved - MatrixFactor(slope).transposed(step))
         square = broken.square() + turned.square()
         share = square / (square + _HALF**2)
         scale = (length2 * _HALF**2 / (square + _HALF**2).square() / gain).to(y.dtype)
-        q, p, whole, norm2 = broken.to(y.dtype), turned.to(y.dtype), step / part, self.max_norm**2
+        q, p, whole, norm2 = (
+            broken.to(y.dtype),
+            turned.to(y.dtype),
+            step / part,
+            self.max_norm**2,
+        )
         by_y = q * (rise - curved + inward - q * inward)
         by_y = scale * (by_y + p * (beyond - curved + 2 * inward - p * inward))
         by_part = q * (rise + image - q * (change + image))
@@ -361,7 +389,8 @@ _WORST = 1e6  # times the gain, from where a broken promise counts in full to th
 # how often a solution for rows is: of many rows the first is off by the condition times the
 # precision
 _REFINED = 2
-_BLOCK = 2**20  # elements of the matrices that are made at once: what the caches of a CPU hold
+# elements of the matrices that are made at once: what the caches of a CPU hold
+_BLOCK = 2**20
 
 
 class Linearised:
@@ -377,11 +406,20 @@ class Linearised:
     """
 
     def __init__(
-        self, posterior: WhitenedPosterior, x: Tensor, s2: Tensor, *, by_weights: bool = False
+        self,
+        posterior: WhitenedPosterior,
+        x: Tensor,
+        s2: Tensor,
+        *,
+        by_weights: bool = False,
     ) -> None:
         self.grad, factor = posterior.at(x).factored
         self._residual = posterior.at(x).residual
-        self._posterior, self._precision_shift, self._s2 = posterior, posterior.precision_shift, s2
+        self._posterior, self._precision_shift, self._s2 = (
+            posterior,
+            posterior.precision_shift,
+            s2,
+        )
         self._scale: Tensor | None = None
         precision_shift, rows, dim = self._precision_shift, factor.rows, x.shape[-1]
         dense = precision_shift is not None and precision_shift.dim() > 0
@@ -390,9 +428,13 @@ class Linearised:
             s2 = s2 / self._scale
         self._variance = s2.unsqueeze(-1)
         by_rows = not isinstance(factor, ClosedFactor) and rows < dim
-        self.by_weights = by_weights or not by_rows or (dense and isinstance(factor, MatrixFactor))
+        self.by_weights = (
+            by_weights or not by_rows or (dense and isinstance(factor, MatrixFactor))
+        )
         formed = isinstance(factor, ClosedFactor | MatrixFactor)
-        self._factor = MatrixFactor(factor.matrix) if self.by_weights and not formed else factor  # type: ignore[union-attr]
+        self._factor = (
+            MatrixFactor(factor.matrix) if self.by_weights and not formed else factor
+        )  # type: ignore[union-attr]
         self._pairs = self._factor.pairs if isinstance(self._factor, ClosedFactor) else None
         idle = 0 if self._pairs is None else len(self._pairs.second)
         unknowns = dim - idle if self.by_weights else rows
@@ -426,7 +468,9 @@ class Linearised:
         if is_untracked_cpu(gram, variance):
             gram.mul_(variance).diagonal(dim1=1, dim2=2).add_(1)
         else:
-            gram = variance * gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+            gram = variance * gram + torch.eye(
+                gram.shape[-1], dtype=gram.dtype, device=gram.device
+            )
         return cholesky_or_nan(gram)
 
     def times(self, v: Tensor) -> Tensor:
@@ -467,7 +511,8 @@ class Linearised:
             target = target / self._scale
         if self.by_weights:
             return self._turned(
-                target, lambda v: torch.cholesky_solve(v.unsqueeze(-1), self._root).squeeze(-1)
+                target,
+                lambda v: torch.cholesky_solve(v.unsqueeze(-1), self._root).squeeze(-1),
             )
         inner = self._solved_rows(self._factor.times(target))
         return target - self._variance.squeeze(-1) * self._factor.transposed(inner)
@@ -508,8 +553,12 @@ class Linearised:
             targets = targets / self._scale.unsqueeze(-1)
 
         def solve(targets: Tensor) -> Tensor:
-            half = torch.linalg.solve_triangular(self._root.mT, targets.mT, upper=True, left=False)
-            return torch.linalg.solve_triangular(self._root, half, upper=False, left=False).mT
+            half = torch.linalg.solve_triangular(
+                self._root.mT, targets.mT, upper=True, left=False
+            )
+            return torch.linalg.solve_triangular(
+                self._root, half, upper=False, left=False
+            ).mT
 
         return self._turned(targets, solve)
 

@@ -56,7 +56,9 @@ def time_grid(
     """
     if isinstance(steps, int):
         return (
-            1 - (1 - torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=device)) ** power
+            1
+            - (1 - torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=device))
+            ** power
         )
     times = torch.as_tensor(steps, dtype=torch.float64, device=device)
     _check_monotone(times, "steps")
@@ -140,7 +142,10 @@ def integrate_with_error(
     coarse = integrate(field, state, grid, rule)
     middles = (grid[1:] + grid[:-1]) / 2
     fine = integrate(
-        field, state, torch.cat([grid[:1], torch.stack([middles, grid[1:]], 1).flatten()]), rule
+        field,
+        state,
+        torch.cat([grid[:1], torch.stack([middles, grid[1:]], 1).flatten()]),
+        rule,
     )
     scale = 2 ** _RULES[rule][1] - 1
     return fine, tuple(
@@ -184,7 +189,9 @@ def integrate_with_trace(
         FloatingPointError: as soon as a state is NaN.
     """
     if rule not in _RULES:
-        raise ValueError(f"the steps are fixed: rule must be in {sorted(_RULES)}, got {rule!r}")
+        raise ValueError(
+            f"the steps are fixed: rule must be in {sorted(_RULES)}, got {rule!r}"
+        )
     if evaluations < 1:
         raise ValueError(f"evaluations must be at least 1, got {evaluations}")
     points, weights = np.polynomial.legendre.leggauss(evaluations)
@@ -251,11 +258,18 @@ def _rk4(field: Slope, t: Tensor, h: Tensor, state: State) -> State:
     k2 = field(t + h / 2, _along(state, h / 2, k1))
     k3 = field(t + h / 2, _along(state, h / 2, k2))
     k4 = field(t + h, _along(state, h, k3))
-    slope = tuple((a + 2 * b + 2 * c + d) / 6 for a, b, c, d in zip(k1, k2, k3, k4, strict=True))
+    slope = tuple(
+        (a + 2 * b + 2 * c + d) / 6 for a, b, c, d in zip(k1, k2, k3, k4, strict=True)
+    )
     return _along(state, h, slope)
 
 
-_RULES = {"euler": (_euler, 1), "midpoint": (_midpoint, 2), "rk4": (_rk4, 4)}  # with their orders
+# with their orders
+_RULES = {
+    "euler": (_euler, 1),
+    "midpoint": (_midpoint, 2),
+    "rk4": (_rk4, 4),
+}
 
 
 def _adaptive(
@@ -273,7 +287,8 @@ def _adaptive(
     first, last = grid[[0, -1]].sort().values
 
     def joined(parts: State) -> Tensor:
-        return torch.cat([part.reshape(-1) for part in parts])  # in the widest of their types
+        # in the widest of their types
+        return torch.cat([part.reshape(-1) for part in parts])
 
     def split(flat: Tensor) -> State:
         parts = zip(flat.split(sizes), state, strict=True)
@@ -293,7 +308,9 @@ def _adaptive(
             )
         velocity = joined(field(t, split(flat)))
         if not bool(velocity.isfinite().all()):
-            raise FloatingPointError(f"the velocity is NaN or infinite at t = {float(t):.4f}")
+            raise FloatingPointError(
+                f"the velocity is NaN or infinite at t = {float(t):.4f}"
+            )
         return velocity
 
     def worst_sample(flat: Tensor) -> Tensor:
@@ -303,7 +320,13 @@ def _adaptive(
         # Without a step that ends there, the last one goes beyond the end and is interpolated back.
         options = {"norm": worst_sample, "step_t": grid[-1:]}
         path = odeint(
-            slope, joined(state), grid[[0, -1]], rtol=rtol, atol=atol, method=rule, options=options
+            slope,
+            joined(state),
+            grid[[0, -1]],
+            rtol=rtol,
+            atol=atol,
+            method=rule,
+            options=options,
         )
     # of torchdiffeq: a step of no length, or a state that is not finite
     except AssertionError as error:
@@ -354,7 +377,9 @@ def integrate_sde(
         raise ValueError("a stochastic equation runs forwards: the times must increase")
     x = x if x.is_floating_point() else x.double()
     generator = as_generator(seed, x.device)
-    levels = [float(noise(t) if callable(noise) else noise) for t in (grid[1:] + grid[:-1]) / 2]
+    levels = [
+        float(noise(t) if callable(noise) else noise) for t in (grid[1:] + grid[:-1]) / 2
+    ]
     if not all(0 <= level < float("inf") for level in levels):
         raise ValueError("noise must be finite and not negative at all times")
 
@@ -363,7 +388,9 @@ def integrate_sde(
         return velocity + 0.5 * level**2 * score if level else velocity
 
     def wiener(h: Tensor) -> Tensor:
-        return h.sqrt() * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        return h.sqrt() * torch.randn(
+            x.shape, generator=generator, device=x.device, dtype=x.dtype
+        )
 
     for (start, stop), level in zip(pairwise(grid), levels, strict=True):
         h = stop - start
@@ -435,7 +462,9 @@ class _LiveBytes(TorchDispatchMode):
         self._live = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_flatten((args, kwargs, result))[0]:
             if isinstance(tensor, Tensor):
@@ -471,7 +500,9 @@ def _check_monotone(grid: Tensor, name: str = "grid") -> None:
         )
     lengths = grid.diff()
     if not bool((lengths > 0).all() or (lengths < 0).all()):
-        raise ValueError(f"{name}: the times must increase throughout, or decrease throughout")
+        raise ValueError(
+            f"{name}: the times must increase throughout, or decrease throughout"
+        )
 
 
 def _check_state(state: State, start: Tensor, stop: Tensor) -> None:

@@ -36,7 +36,10 @@ class Source:
     """
 
     def __init__(
-        self, prior: FlatPrior, loc: Tensor | None = None, root: Tensor | float | None = None
+        self,
+        prior: FlatPrior,
+        loc: Tensor | None = None,
+        root: Tensor | float | None = None,
     ) -> None:
         prior.require_coordinates()
         self.prior, self.dim = prior, prior.dim
@@ -51,7 +54,10 @@ class Source:
         if self.root is None:
             return
         if self.root.dim() == 0 and float(self.root) > 0:
-            self._inverse, self._log_det = 1 / self.root, self.dim * float(self.root.double().log())
+            self._inverse, self._log_det = (
+                1 / self.root,
+                self.dim * float(self.root.double().log()),
+            )
             self.precision_shift = self.root.square() - 1
         elif self.root.shape == (self.dim, self.dim):
             exact = self.root.double()
@@ -73,7 +79,9 @@ class Source:
 
     @classmethod
     @checked
-    def gaussian(cls, model: BayesianModel, theta: Tensor, shrinkage: Share = 0.05) -> Source:
+    def gaussian(
+        cls, model: BayesianModel, theta: Tensor, shrinkage: Share = 0.05
+    ) -> Source:
         """Return a Gaussian with mean and covariance of weights ``(n, dim)``, in the prior's normal
         coordinates.
 
@@ -91,7 +99,9 @@ class Source:
         covariance = torch.cov(z.T).reshape(model.dim, model.dim)
         eye = torch.eye(model.dim, dtype=torch.float64, device=z.device)
         values, vectors = torch.linalg.eigh((1 - shrinkage) * covariance + shrinkage * eye)
-        return cls(model.flat_prior, z.mean(0), vectors * values.clamp(min=1e-8).sqrt() @ vectors.T)
+        return cls(
+            model.flat_prior, z.mean(0), vectors * values.clamp(min=1e-8).sqrt() @ vectors.T
+        )
 
     @property
     def device(self) -> torch.device:
@@ -159,7 +169,9 @@ class Source:
     def arrays(self) -> dict[str, np.ndarray]:
         """Return loc and root where there are any."""
         given = {"source/loc": self.loc, "source/root": self.root}
-        return {name: value.cpu().numpy() for name, value in given.items() if value is not None}
+        return {
+            name: value.cpu().numpy() for name, value in given.items() if value is not None
+        }
 
     @classmethod
     def from_description(
@@ -175,7 +187,8 @@ class Source:
             ValueError: if such a source has no model.
         """
         values = {
-            name.removeprefix("source/"): torch.from_numpy(arrays[name]) for name in plain["arrays"]
+            name.removeprefix("source/"): torch.from_numpy(arrays[name])
+            for name in plain["arrays"]
         }
         if all("start" in block for block in plain["prior"]):
             return cls(FlatPrior.from_description(plain["prior"], dtype), **values)

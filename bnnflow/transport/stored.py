@@ -32,7 +32,10 @@ ROWS = "context/rows"
 
 def check_weights(spec: WeightSpec, model: BayesianModel | None) -> None:
     """Raise ``ValueError`` if there is a model and its weights are not those of a file."""
-    if model is not None and (model.spec.names, model.spec.shapes) != (spec.names, spec.shapes):
+    if model is not None and (model.spec.names, model.spec.shapes) != (
+        spec.names,
+        spec.shapes,
+    ):
         raise ValueError(
             f"these are not the model's weights: names, shapes or order differ ({spec.dim} in the "
             f"file, {model.dim} in "
@@ -49,7 +52,9 @@ def rows_looked_at(velocity: Field) -> dict[str, np.ndarray]:
     return {ROWS: velocity.posterior.rows.cpu().numpy()}
 
 
-def rows_to_look_at(arrays: Mapping[str, np.ndarray], model: BayesianModel) -> Tensor | None:
+def rows_to_look_at(
+    arrays: Mapping[str, np.ndarray], model: BayesianModel
+) -> Tensor | None:
     """Return the rows of data that the field of a file looks at, None for all.
 
     Raises:
@@ -58,7 +63,11 @@ def rows_to_look_at(arrays: Mapping[str, np.ndarray], model: BayesianModel) -> T
     if ROWS not in arrays:
         return None
     rows, n = torch.from_numpy(arrays[ROWS]), len(model.x)
-    if rows.dtype != torch.int64 or rows.dim() != 1 or not bool(((rows >= 0) & (rows < n)).all()):
+    if (
+        rows.dtype != torch.int64
+        or rows.dim() != 1
+        or not bool(((rows >= 0) & (rows < n)).all())
+    ):
         raise ValueError(f"its field looks at rows that are none of the model's {n}")
     return rows.to(model.device)
 

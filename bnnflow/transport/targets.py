@@ -73,7 +73,8 @@ class PosteriorTargets(ProbabilityPath):
         self._path, self._posterior, self._newton = path, posterior, newton
         self._units = _units(posterior.model.spec, group, x1.device)
         self._nodes = (
-            1 - (1 - torch.linspace(0, 1, _NODES, device=x1.device, dtype=x1.dtype)).square()
+            1
+            - (1 - torch.linspace(0, 1, _NODES, device=x1.device, dtype=x1.dtype)).square()
         )
         self._shares = self._fitted(x1, generator)
 
@@ -103,13 +104,15 @@ class PosteriorTargets(ProbabilityPath):
         c = self._path.coefficients(t.unsqueeze(-1))
         x_t, velocity = c.a * x0 + c.b * x1, c.da * x0 + c.db * x1
         c = c._replace(a=c.a.clamp(min=_LAST))
-        means = self._averaged(x_t, x1, self._some(generator, len(x1)).grad(x1), c, generator)
+        means = self._averaged(
+            x_t, x1, self._some(generator, len(x1)).grad(x1), c, generator
+        )
         target = velocity + c.wronskian / c.a * (means[0] - x1)
         control = c.drift * x_t + c.score_gain * means[1] - target
         if self._newton:
-            control = linearised(self._some(generator), x_t * c.b / c.q, c.a * c.a / c.q).solve(
-                control
-            )
+            control = linearised(
+                self._some(generator), x_t * c.b / c.q, c.a * c.a / c.q
+            ).solve(control)
         return x_t, target, control
 
     def _some(self, generator: torch.Generator, *batch: int) -> WhitenedPosterior:
@@ -120,7 +123,12 @@ class PosteriorTargets(ProbabilityPath):
         return posterior.on_rows(posterior.model.random_rows(batch, generator, ROWS))
 
     def _averaged(
-        self, x_t: Tensor, x1: Tensor, grad: Tensor, c: Coefficients, generator: torch.Generator
+        self,
+        x_t: Tensor,
+        x1: Tensor,
+        grad: Tensor,
+        c: Coefficients,
+        generator: torch.Generator,
     ) -> Tensor:
         """Return the means of x1 and of its gradient over the orbit given x_t,
         ``(2, batch, dim)``.
@@ -143,19 +151,24 @@ class PosteriorTargets(ProbabilityPath):
     def _fitted(self, x1: Tensor, generator: torch.Generator) -> Tensor:
         """Return the shares with the least variance at the nodes."""
         per_node = 32 if self._newton else 128
-        rows = torch.randint(len(x1), (_NODES * per_node,), generator=generator, device=x1.device)
+        rows = torch.randint(
+            len(x1), (_NODES * per_node,), generator=generator, device=x1.device
+        )
         x0 = torch.randn(
             len(rows), x1.shape[1], generator=generator, device=x1.device, dtype=x1.dtype
         )
         times = self._nodes.clamp(max=1 - 1e-3).repeat_interleave(per_node)
         products, squares = [], []
         for some in torch.arange(len(rows), device=x1.device).split(256):
-            x_t, target, control = self._parts(x0[some], x1[rows[some]], times[some], generator)
+            x_t, target, control = self._parts(
+                x0[some], x1[rows[some]], times[some], generator
+            )
             c = self._path.coefficients(times[some].unsqueeze(-1))
             products.append(((target - c.drift * x_t) * control).sum(-1))
             squares.append((control * control).sum(-1))
         product, square = (
-            torch.cat(each).unflatten(0, (_NODES, per_node)).sum(1) for each in (products, squares)
+            torch.cat(each).unflatten(0, (_NODES, per_node)).sum(1)
+            for each in (products, squares)
         )
         return (-product / square.clamp(min=torch.finfo(square.dtype).tiny)).clamp(0, 1)
 
@@ -171,7 +184,11 @@ def obeys_stein(posterior: WhitenedPosterior, x1: Tensor) -> bool:
     products = torch.cat(
         [(part * (posterior.grad(part) - part)).sum(-1) for part in x.split(256)]
     ).double()
-    error = products.std() / len(products) ** 0.5 if len(products) > 1 else products.abs().mean()
+    error = (
+        products.std() / len(products) ** 0.5
+        if len(products) > 1
+        else products.abs().mean()
+    )
     dim = x.shape[1]
     return bool((products.mean() + dim).abs() <= 0.1 * dim + 4 * error)
 
@@ -204,7 +221,11 @@ class _Units:
         Returns:
             The means and the moved values, ``(2, batch, dim)`` each.
         """
-        flip, stay = values[..., self.signed], values[..., self.still]  # (2, batch, width, k)
+        # (2, batch, width, k)
+        flip, stay = (
+            values[..., self.signed],
+            values[..., self.still],
+        )
         turns = tilt[:, self.signed] @ flip[0].mT  # (batch, place, unit)
         weights = _log_cosh(turns) + tilt[:, self.still] @ stay[0].mT
         share, order = self._exchanged(weights, generator)
@@ -219,7 +240,9 @@ class _Units:
         moved[..., self.still] = stay.gather(2, index.expand_as(stay))
         return mean, moved
 
-    def _exchanged(self, weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _exchanged(
+        self, weights: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         """Gibbs sampling of orders by exchanges of pairs, all pairs of a random pairing at once.
 
         Returns:
@@ -228,12 +251,18 @@ class _Units:
         """
         batch, width, _ = weights.shape
         order = torch.arange(width, device=weights.device).expand(batch, width)
-        share = torch.eye(width, dtype=weights.dtype, device=weights.device).repeat(batch, 1, 1)
+        share = torch.eye(width, dtype=weights.dtype, device=weights.device).repeat(
+            batch, 1, 1
+        )
         if not self.permuted or width == 1:
             return share, order
         places = torch.arange(width, device=weights.device)
-        beside = (places ^ 1).clamp(max=width - 1)  # the last one of an odd number stays alone
-        own, one = weights.diagonal(dim1=1, dim2=2), weights.new_ones(()).expand(batch, width, 1)
+        # the last one of an odd number stays alone
+        beside = (places ^ 1).clamp(max=width - 1)
+        own, one = (
+            weights.diagonal(dim1=1, dim2=2),
+            weights.new_ones(()).expand(batch, width, 1),
+        )
         for _ in range(_ROUNDS):
             shuffled = torch.randperm(width, generator=generator, device=weights.device)
             partner = torch.empty_like(shuffled)
@@ -265,7 +294,9 @@ def _units(spec: WeightSpec, group: Symmetries, device: torch.device) -> list[_U
             if label in axes:
                 axis = axes.index(label)
                 flips = label in group.sign and spec.scale_exponents(name)[axis] != 0
-                (signed if flips else still).append(places.movedim(axis, 0).reshape(width, -1))
+                (signed if flips else still).append(
+                    places.movedim(axis, 0).reshape(width, -1)
+                )
         if not tangled and (label in group.permutation or label in group.sign):
             empty = torch.empty(width, 0, dtype=torch.long, device=device)
             weights = (torch.cat([empty, *signed], 1), torch.cat([empty, *still], 1))

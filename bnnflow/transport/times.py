@@ -49,7 +49,9 @@ class LogUniformNearEnd:
 
     def sample(self, n: int, like: Tensor, generator: torch.Generator) -> Tensor:
         """Draw ``(n,)`` times."""
-        u, which = torch.rand(2, n, generator=generator, device=like.device, dtype=like.dtype)
+        u, which = torch.rand(
+            2, n, generator=generator, device=like.device, dtype=like.dtype
+        )
         return torch.where(which < 1 - self.share, u, 1 - 10 ** (-self.decades * u))
 
 
@@ -69,7 +71,9 @@ class Beta:
     def sample(self, n: int, like: Tensor, generator: torch.Generator) -> Tensor:
         """Draw ``(n,)`` times."""
         with isolated(generator):
-            drawn = BetaDistribution(like.new_tensor(self.a), like.new_tensor(self.b)).sample((n,))
+            drawn = BetaDistribution(
+                like.new_tensor(self.a), like.new_tensor(self.b)
+            ).sample((n,))
         return _before_end(drawn)
 
 

@@ -88,7 +88,12 @@ def train(
             checkpoint of a training.
     """
     task = Task(
-        Field.of(field), pairs, path, times or LogUniformNearEnd(), reuse or Reuse(), held_out
+        Field.of(field),
+        pairs,
+        path,
+        times or LogUniformNearEnd(),
+        reuse or Reuse(),
+        held_out,
     )
     return field, run(task, training, checkpoint, seed, progress)
 
@@ -114,7 +119,9 @@ class Task:
         """Where the field is; ``ValueError`` if it has no parameters."""
         first = next(self.field.parameters(), None)
         if first is None:
-            raise ValueError("there is nothing to train: the field, or velocity, has no parameters")
+            raise ValueError(
+                "there is nothing to train: the field, or velocity, has no parameters"
+            )
         return first.device
 
     def weighting(self, t: Tensor) -> Tensor:
@@ -175,7 +182,9 @@ def run(
         if kept is not None and kept.saved is not None:
             kept.check_pairs(lambda: task.pairs(own_batch, _copy(generator)))
             state.load(kept, generator, ranks)
-        loop = _Loop(task, training, state, generator, chance, own_batch, ranks, kept, fixed)
+        loop = _Loop(
+            task, training, state, generator, chance, own_batch, ranks, kept, fixed
+        )
         info = loop.run(progress)
     state.finish()
     return info
@@ -286,7 +295,9 @@ class _Loop:
             self.random = check_field(self.task.field, t, given[0])
         with self.precision(), _chance(self.random, self.chance + state.count):
             errors = (self.call(t, *given) - target).square().sum(-1)
-        state.step(errors, t, self.task.weighting, _rate(state.count, self.total), self.ranks)
+        state.step(
+            errors, t, self.task.weighting, _rate(state.count, self.total), self.ranks
+        )
         if self.fixed is not None and state.count % _CHECK == 0:
             self.stopped = state.look(self.fixed, self.task.weighting, training.patience)
 
@@ -302,10 +313,14 @@ class _Loop:
             return
         budget = self.training.budget
         left = (
-            f"{max(0.0, budget - self.clock.seconds):.0f}s" if self.training.steps is None else ""
+            f"{max(0.0, budget - self.clock.seconds):.0f}s"
+            if self.training.steps is None
+            else ""
         )
         bar.set_postfix(
-            loss=" ".join("-" if loss is None else f"{loss:.1f}" for loss in self.state.losses),
+            loss=" ".join(
+                "-" if loss is None else f"{loss:.1f}" for loss in self.state.losses
+            ),
             left=left,
         )
 
@@ -314,7 +329,11 @@ class _Loop:
         if self.file is None:
             return
         state, clock = self.state, self.clock
-        state.seconds, state.cpu_seconds, state.total = clock.seconds, clock.cpu_seconds, self.total
+        state.seconds, state.cpu_seconds, state.total = (
+            clock.seconds,
+            clock.cpu_seconds,
+            self.total,
+        )
         state.save(self.file, self.batches.stream, self.ranks)
 
     def info(self, interrupted: bool) -> dict[str, Any]:
@@ -361,7 +380,11 @@ def _chance(random: bool, seed: int) -> contextlib.AbstractContextManager[None]:
     """Let a field that draws numbers from the global generator draw those of a step, whatever came
     before.
     """
-    return isolated(torch.Generator().manual_seed(seed)) if random else contextlib.nullcontext()
+    return (
+        isolated(torch.Generator().manual_seed(seed))
+        if random
+        else contextlib.nullcontext()
+    )
 
 
 def _copy(generator: torch.Generator) -> torch.Generator:

@@ -41,10 +41,14 @@ class TrainingState:
         self._field = field
         self._learning_rate = training.learning_rate
         self._parameters = [p for p in field.parameters() if p.requires_grad]
-        self._optimisers = _optimisers(self._parameters, training.learning_rate, training.optimiser)
+        self._optimisers = _optimisers(
+            self._parameters, training.learning_rate, training.optimiser
+        )
         self._averages = [p.detach().clone() for p in self._parameters]
         self._best: list[Tensor] | None = None
-        self._bins = torch.zeros(2, _BINS, dtype=torch.float64, device=self._parameters[0].device)
+        self._bins = torch.zeros(
+            2, _BINS, dtype=torch.float64, device=self._parameters[0].device
+        )
         self.lowest, self.patience_used = math.inf, 0
         self.count = 0
         self.total: int | None = None
@@ -71,7 +75,9 @@ class TrainingState:
         (errors * weighting(t)).mean().backward()
         if ranks.size > 1:
             _average_gradients(self._parameters, ranks)
-        norm = nn.utils.get_total_norm(p.grad for p in self._parameters if p.grad is not None)
+        norm = nn.utils.get_total_norm(
+            p.grad for p in self._parameters if p.grad is not None
+        )
         length = float(norm)
         self.count += 1
         if not math.isfinite(length):
@@ -127,7 +133,9 @@ class TrainingState:
 
     def finish(self) -> None:
         """Give the field its averaged weights, the best ones if there were held-out draws."""
-        for parameter, average in zip(self._parameters, self._best or self._averages, strict=True):
+        for parameter, average in zip(
+            self._parameters, self._best or self._averages, strict=True
+        ):
             parameter.data.copy_(average)
         self._field.requires_grad_(False).eval()
 
@@ -176,9 +184,12 @@ class TrainingState:
         ranks: Ranks,
     ) -> None:
         if header["shapes"] != [list(parameter.shape) for parameter in self._parameters]:
-            raise ValueError("the checkpoint is of another field: its parameters have other shapes")
+            raise ValueError(
+                "the checkpoint is of another field: its parameters have other shapes"
+            )
+        device = self._bins.device
         values = {
-            name: torch.from_numpy(array).to(self._bins.device) for name, array in arrays.items()
+            name: torch.from_numpy(array).to(device) for name, array in arrays.items()
         }
         if len(values["generators"]) != ranks.size:
             raise ValueError(
@@ -188,7 +199,8 @@ class TrainingState:
             zip(self._parameters, self._averages, strict=True)
         ):
             for name, own in (("parameter", parameter.data), ("average", average)):
-                if values[f"{name}/{i}"].shape != own.shape:  # to copy would be to broadcast
+                # to copy would be to broadcast
+                if values[f"{name}/{i}"].shape != own.shape:
                     raise ValueError(f"{name} {i} has another shape than the field's")
                 own.copy_(values[f"{name}/{i}"])
             moments = f"moments/{i}/"
@@ -218,7 +230,8 @@ class TrainingState:
             raise ValueError("it has no count of steps")
         self._bins = values["bins"]
         self.count, self.total = header["count"], header["total"]
-        self.seconds, self.cpu_seconds = float(header["seconds"]), float(header["cpu_seconds"])
+        self.seconds = float(header["seconds"])
+        self.cpu_seconds = float(header["cpu_seconds"])
         self.lowest = math.inf if header["lowest"] is None else float(header["lowest"])
         self.patience_used = header["patience_used"]
         # a copy: of a view torch takes the numbers at the beginning of its storage, or crashes
@@ -311,11 +324,15 @@ class TrainingFile:
 def _optimisers(
     parameters: list[nn.Parameter], learning_rate: float, optimiser: Optimiser
 ) -> list[torch.optim.Optimizer]:
-    matrices = [p for p in parameters if optimiser == "muon" and p.dim() == 2 and min(p.shape) > 4]
+    matrices = [
+        p for p in parameters if optimiser == "muon" and p.dim() == 2 and min(p.shape) > 4
+    ]
     others = [p for p in parameters if all(p is not matrix for matrix in matrices)]
     found: list[torch.optim.Optimizer] = []
     if others:
-        found.append(torch.optim.AdamW(others, learning_rate, weight_decay=_DECAY, foreach=True))
+        found.append(
+            torch.optim.AdamW(others, learning_rate, weight_decay=_DECAY, foreach=True)
+        )
     if matrices:
         options = {"weight_decay": _DECAY, "adjust_lr_fn": "match_rms_adamw"}
         found.append(torch.optim.Muon(matrices, learning_rate, **options))

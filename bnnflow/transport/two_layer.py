@@ -78,8 +78,11 @@ class TwoLayerVelocity(Field):
         g1, a, g2, b, c = self._times(t, x)
         h1 = torch.tanh(g1 * self.inner(x) + a)
         h2 = torch.tanh(g2 * self.middle(h1) + b)
-        loops = self.middle.weight * (self.inner.weight @ self.outer.weight).T  # (width, width)
-        trace = ((g2 * (1 - h2 * h2)) @ loops * (g1 * (1 - h1 * h1))).sum(-1, dtype=torch.float64)
+        # (width, width)
+        loops = self.middle.weight * (self.inner.weight @ self.outer.weight).T
+        trace = ((g2 * (1 - h2 * h2)) @ loops * (g1 * (1 - h1 * h1))).sum(
+            -1, dtype=torch.float64
+        )
         velocity, known = self._base(t, x)
         return velocity + self.outer(h2) + c, known + trace
 

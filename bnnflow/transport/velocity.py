@@ -40,13 +40,19 @@ __all__ = [
     "restore",
 ]
 
-_ELEMENTS = (2**27, 2**21)  # of a Jacobian for each draw of a block, on an accelerator and on a CPU
+# of a Jacobian for each draw of a block, on an accelerator and on a CPU
+_ELEMENTS = (
+    2**27,
+    2**21,
+)
 _LAST = 0.02  # where x1 - x is divided by 1 - t, it is by no less than this
 
 
 def _symmetries(spec: WeightSpec, architecture: Architecture) -> Symmetries:
     labels = frozenset(spec.widths)
-    return Symmetries(labels, labels if architecture == "signed" else frozenset(), frozenset())
+    return Symmetries(
+        labels, labels if architecture == "signed" else frozenset(), frozenset()
+    )
 
 
 def _times(t: Tensor, x: Tensor) -> Tensor:
@@ -110,7 +116,9 @@ class WeightsVelocity(_OverWeights):
     ) -> None:
         super().__init__()
         if parametrisation not in ("velocity", "x1"):
-            raise ValueError(f"parametrisation must be 'velocity' or 'x1', got {parametrisation!r}")
+            raise ValueError(
+                f"parametrisation must be 'velocity' or 'x1', got {parametrisation!r}"
+            )
         self.spec, self.symmetries = spec, _symmetries(spec, architecture)
         self.path = path if path is not None else AffinePath()
         self.parametrisation: Parametrisation = parametrisation
@@ -169,7 +177,9 @@ class ScoreVelocity(Field):
         symmetries: Symmetries = NO_SYMMETRY,
     ) -> None:
         super().__init__()
-        self.proximal_steps = (proximal_step if proximal_step is not None else GaussNewton(),)
+        self.proximal_steps = (
+            proximal_step if proximal_step is not None else GaussNewton(),
+        )
         self.path = path if path is not None else AffinePath()
         self.symmetries = symmetries
 
@@ -178,7 +188,9 @@ class ScoreVelocity(Field):
 
         ``RuntimeError`` if the field is not bound to a posterior.
         """
-        c, _, (score,) = _scores(self.path, self.posterior, self.proximal_steps, _times(t, x), x)
+        c, _, (score,) = _scores(
+            self.path, self.posterior, self.proximal_steps, _times(t, x), x
+        )
         return c.drift * x + c.score_gain * score.w
 
     def closed_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,7 +308,9 @@ class InformedVelocity(_OverWeights):
             c: Coefficients,
             known: list[tuple[LikelihoodScore, LikelihoodScore]],
         ) -> tuple[Tensor, Tensor]:
-            parts, jacobians = ([part for both in known for part in both[k]] for k in (0, 1))
+            parts, jacobians = (
+                [part for both in known for part in both[k]] for k in (0, 1)
+            )
             return chained_divergence(
                 lambda x, *parts: self.from_precomputed(t, x, *parts), x, parts, jacobians
             )
@@ -312,7 +326,9 @@ class InformedVelocity(_OverWeights):
             features += [s2 * w / (s2.sqrt() + 0.05), torch.asinh(s2 * grad)]
             total = total + trust[:, index, None] * w
         return (
-            c.drift * x + c.score_gain * total + self.net(torch.stack(features, -1), t).squeeze(-1)
+            c.drift * x
+            + c.score_gain * total
+            + self.net(torch.stack(features, -1), t).squeeze(-1)
         )
 
     @property
@@ -352,7 +368,9 @@ class GaussianVelocity(Field):
         path: the path of the pairs.
     """
 
-    def __init__(self, mean: Tensor, covariance: Tensor, path: AffinePath | None = None) -> None:
+    def __init__(
+        self, mean: Tensor, covariance: Tensor, path: AffinePath | None = None
+    ) -> None:
         super().__init__()
         self.mean: Tensor
         self.variances: Tensor
@@ -363,13 +381,20 @@ class GaussianVelocity(Field):
         )
         self.symmetries = NO_SYMMETRY
         self.path = path if path is not None else AffinePath()
-        for name, value in {"mean": mean, "variances": variances, "vectors": vectors}.items():
+        for name, value in {
+            "mean": mean,
+            "variances": variances,
+            "vectors": vectors,
+        }.items():
             self.register_buffer(name, value)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """Return the velocity, ``(batch, dim)``."""
         c, gain = self._gain(_times(t, x).unsqueeze(-1))
-        return c.db * self.mean + ((x - c.b * self.mean) @ self.vectors * gain) @ self.vectors.T
+        return (
+            c.db * self.mean
+            + ((x - c.b * self.mean) @ self.vectors * gain) @ self.vectors.T
+        )
 
     def closed_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the velocity and its divergence ``(batch,)`` in float64."""
@@ -401,7 +426,11 @@ class ResidualVelocity(Field):
     """
 
     def __init__(
-        self, spec: WeightSpec, gaussian: GaussianVelocity, width: Count = 64, depth: Count = 4
+        self,
+        spec: WeightSpec,
+        gaussian: GaussianVelocity,
+        width: Count = 64,
+        depth: Count = 4,
     ) -> None:
         super().__init__()
         self.spec, self.gaussian = spec, gaussian
@@ -434,7 +463,9 @@ class ResidualVelocity(Field):
         if len(shaped("x", x, None, spec.dim)) < 2:
             raise ValueError("x must be two draws or more")
         covariance = torch.cov(x.double().T).reshape(x.shape[-1], x.shape[-1])
-        covariance = (1 - shrinkage) * covariance + shrinkage * torch.diag(covariance.diagonal())
+        covariance = (1 - shrinkage) * covariance + shrinkage * torch.diag(
+            covariance.diagonal()
+        )
         gaussian = GaussianVelocity(x.double().mean(0), covariance, path).to(x.dtype)
         return cls(spec, gaussian, width, depth)
 
@@ -484,7 +515,9 @@ def restore(
     """
     _check_sizes(description, arrays)
     velocity = rebuild(description, spec).to(dtype).requires_grad_(False)
-    velocity.load_state_dict({name: torch.from_numpy(values) for name, values in arrays.items()})
+    velocity.load_state_dict(
+        {name: torch.from_numpy(values) for name, values in arrays.items()}
+    )
     return velocity.eval()
 
 
@@ -521,7 +554,9 @@ def _rebuilt(description: dict[str, Any], spec: WeightSpec) -> Field:
         values["path"] = AffinePath(**values["path"])
     if "displacement" in values:
         plain = values.pop("displacement")
-        made = [_proximal_step(each) for each in ([plain] if isinstance(plain, dict) else plain)]
+        made = [
+            _proximal_step(each) for each in ([plain] if isinstance(plain, dict) else plain)
+        ]
         values["proximal_step"] = made[0] if len(made) == 1 else made
     if kind == "weights":
         return WeightsVelocity(spec, **values)
@@ -540,7 +575,9 @@ def _rebuilt(description: dict[str, Any], spec: WeightSpec) -> Field:
         return TangentVelocity(spec, **values)
     if kind == "two_layer":
         base = values.pop("base")
-        return TwoLayerVelocity(**values, base=None if base is None else _rebuilt(base, spec))
+        return TwoLayerVelocity(
+            **values, base=None if base is None else _rebuilt(base, spec)
+        )
     raise ValueError(f"unknown velocity {kind!r}")
 
 
@@ -568,7 +605,9 @@ def _network(
         )
     if architecture == "graph":
         return GraphNet(spec, features, 1, width, depth, time=True)
-    raise ValueError(f"architecture must be 'dws', 'signed' or 'graph', got {architecture!r}")
+    raise ValueError(
+        f"architecture must be 'dws', 'signed' or 'graph', got {architecture!r}"
+    )
 
 
 def _scores(

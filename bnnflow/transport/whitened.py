@@ -60,7 +60,8 @@ class WhitenedPosterior:
             return WhitenedCurvature(self, x)
         last = self._last
         if last is None or last.x.dtype != x.dtype or not torch.equal(last.x, x):
-            self._last = last = WhitenedCurvature(self, x.clone())  # the caller's may change
+            # the caller's may change
+            self._last = last = WhitenedCurvature(self, x.clone())
         return last
 
     def grad(self, x: Tensor) -> Tensor:
@@ -118,7 +119,9 @@ class WhitenedPosterior:
         scale, root = self.prior.scale_of(self.model.spec.network.dim), self.source.root
         if scale is None or (root is not None and root.dim() > 0):
             return None
-        tensors = {name: scale[where] for name, where in self.model.spec.network.slices.items()}
+        tensors = {
+            name: scale[where] for name, where in self.model.spec.network.slices.items()
+        }
         if any(bool((values != values[0]).any()) for values in tensors.values()):
             return None
         factor = self.inverse_temperature**0.5 * (1.0 if root is None else float(root))
@@ -137,7 +140,9 @@ class WhitenedPosterior:
     def to(self, device: torch.device | str, dtype: torch.dtype) -> WhitenedPosterior:
         """Return the same posterior elsewhere."""
         rows = None if self.rows is None else self.rows.to(device)
-        return WhitenedPosterior(self.model.to(device, dtype), self.source.to(device, dtype), rows)
+        return WhitenedPosterior(
+            self.model.to(device, dtype), self.source.to(device, dtype), rows
+        )
 
 
 class WhitenedCurvature:
@@ -184,7 +189,9 @@ class WhitenedCurvature:
         if self._inverse_temperature != 1:
             value = value + (self._inverse_temperature - 1) * self._prior.log_prob(at.theta)
         if not self._source.is_prior:
-            value = value + 0.5 * (self.x.double().square() - at.z.double().square()).sum(-1)
+            value = value + 0.5 * (self.x.double().square() - at.z.double().square()).sum(
+                -1
+            )
         return value, self._carried(grad)
 
     # ---------------------------------------- Gauss-Newton
@@ -304,14 +311,18 @@ class WhitenedCurvature:
     def _carried(self, grad: Tensor) -> Tensor:
         """Turn the gradient of the log likelihood by theta into that of u by x."""
         grad = self._by_prior(self._at, grad)
-        return grad if self._source.is_prior else self._source.vjp(grad - self._at.z) + self.x
+        return (
+            grad if self._source.is_prior else self._source.vjp(grad - self._at.z) + self.x
+        )
 
     def _by_prior(self, at: Placed, grad: Tensor) -> Tensor:
         """Temper the gradient of the log likelihood by theta, and turn it into one by z."""
         grad = grad * self._inverse_temperature
         if self._inverse_temperature != 1:
             grad = (
-                grad + (self._inverse_temperature - 1) * self._prior.log_prob_and_grad(at.theta)[1]
+                grad
+                + (self._inverse_temperature - 1)
+                * self._prior.log_prob_and_grad(at.theta)[1]
             )
         return at.vjp(grad)
 
@@ -326,9 +337,9 @@ class WhitenedCurvature:
         source, at = self._source, self._at
         second.mul_(self._inverse_temperature)
         if self._inverse_temperature != 1:  # with the curvature of the prior
-            self._prior.bend_of(lambda z: self._by_prior(self._prior.at(z), grad), at.z).add_to(
-                second
-            )
+            self._prior.bend_of(
+                lambda z: self._by_prior(self._prior.at(z), grad), at.z
+            ).add_to(second)
         elif not self._affine:
             at.bend(grad).add_to(second)
         if not source.is_prior:

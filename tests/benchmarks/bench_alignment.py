@@ -54,7 +54,9 @@ def initial(spec: WeightSpec, n: int, seed: int) -> Tensor:
         for name in (layer.weight, layer.bias):
             fan_in[name] = spec.shapes[layer.weight][1]
     bounds = [
-        torch.full((spec.slices[name].stop - spec.slices[name].start,), fan_in[name] ** -0.5)
+        torch.full(
+            (spec.slices[name].stop - spec.slices[name].start,), fan_in[name] ** -0.5
+        )
         for name in fan_in
     ]
     return torch.cat(bounds) * (
@@ -89,7 +91,9 @@ def times() -> None:
             ("one network in many frames, 10 % noise", near, reference),
         ):
             _, ms = timed(
-                lambda networks=networks, target=target, spec=spec: match(networks, spec, target)
+                lambda networks=networks, target=target, spec=spec: match(
+                    networks, spec, target
+                )
             )
             print(f"  {activation.__name__:5} {what:42} {ms:7.3f}")
 
@@ -107,7 +111,9 @@ def recoveries(count: int) -> None:
     )
     noises = (0.0, 0.05, 0.1, 0.2, 0.4)
     print(f"  {'':22}" + "".join(f"noise {noise:<8.0%}" for noise in noises))
-    for activation, n_in, width in itertools.product((nn.ReLU, nn.Tanh), (2, 10), (8, 16, 32)):
+    for activation, n_in, width in itertools.product(
+        (nn.ReLU, nn.Tanh), (2, 10), (8, 16, 32)
+    ):
         cells = []
         for noise in noises:
             found = {
@@ -193,7 +199,9 @@ def against_sinkhorn(networks: int, steps: int) -> None:
         if name.startswith("weight"):
             own[name] = ms
         matching, guesses = (
-            (ms / each for each in own.values()) if name.startswith("Sinkhorn") else (1.0, 1.0)
+            (ms / each for each in own.values())
+            if name.startswith("Sinkhorn")
+            else (1.0, 1.0)
         )
         ratio = f"{matching:12.1f}{guesses:11.1f}" if name.startswith("Sinkhorn") else ""
         far = (moved - reference).norm(dim=-1).mean()

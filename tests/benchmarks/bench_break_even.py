@@ -329,11 +329,14 @@ def cell(rows: int, noise: float, sizes: Sizes) -> list[Offer]:
     model.log_joint_and_grad(model.sample_prior(2, 0))  # compiles
     for method in (bf.HMC(), bf.MCLMC()):
         # imports
-        bf.diagnose(test, bf.sample(test, method, chains=2, warmup=2, draws=4, progress=False))
+        bf.diagnose(
+            test, bf.sample(test, method, chains=2, warmup=2, draws=4, progress=False)
+        )
     offers = []
 
     hmc, warm, drawing = chains(bf.HMC(), model, 2 * CHAINS, *sizes.hmc)
-    half = effective_draws(hmc, test) / 2  # the chains run as one batch, and each pays its share
+    # the chains run as one batch, and each pays its share
+    half = effective_draws(hmc, test) / 2
     warm, drawing = warm.of(0.5), drawing.of(0.5)
     seen, unseen = hmc.theta[:CHAINS].flatten(0, 1), hmc.theta[CHAINS:].flatten(0, 1)
     judge = Judge(test, unseen, half)
@@ -342,7 +345,9 @@ def cell(rows: int, noise: float, sizes: Sizes) -> list[Offer]:
 
     draws, begin, spent = chains(bf.MCLMC(), model, CHAINS, *sizes.mclmc)
     effective = effective_draws(draws, test)
-    offers.append(judge.offer("MCLMC", draws.flat, begin, spent.of(1 / effective), effective))
+    offers.append(
+        judge.offer("MCLMC", draws.flat, begin, spent.of(1 / effective), effective)
+    )
 
     method = bf.SMC(particles=sizes.particles)
     draws, spent = priced(
@@ -352,14 +357,21 @@ def cell(rows: int, noise: float, sizes: Sizes) -> list[Offer]:
     assert draws.log_weights is not None
     weights = draws.log_weights.flatten()
     offers.append(
-        judge.offer("SMC", draws.flat, Price(0, 0), spent.of(1 / effective), effective, weights)
+        judge.offer(
+            "SMC", draws.flat, Price(0, 0), spent.of(1 / effective), effective, weights
+        )
     )
 
     torch.manual_seed(SEED)
     fields = {
-        "weights flow": (WeightsVelocity(model.spec, WIDTH, DEPTH, architecture="signed"), JUDGED),
+        "weights flow": (
+            WeightsVelocity(model.spec, WIDTH, DEPTH, architecture="signed"),
+            JUDGED,
+        ),
         "informed flow": (
-            InformedVelocity(model.spec, GradientSteps(), WIDTH, DEPTH, architecture="signed"),
+            InformedVelocity(
+                model.spec, GradientSteps(), WIDTH, DEPTH, architecture="signed"
+            ),
             sizes.few,
         ),
     }
@@ -380,24 +392,39 @@ def cell(rows: int, noise: float, sizes: Sizes) -> list[Offer]:
             f"    {name}: {flow.info['steps']} steps in {training.cpu:.0f} CPU s, loss "
             f"{flow.info['loss']:.2f}"
         )
-        offers += sampled(name, flow, judged, sizes.few, model, judge, warm + drawing + training)
+        offers += sampled(
+            name, flow, judged, sizes.few, model, judge, warm + drawing + training
+        )
     return offers
 
 
 def sampled(
-    name: str, flow: bf.Flow, judged: int, few: int, model: Counted, judge: Judge, start: Price
+    name: str,
+    flow: bf.Flow,
+    judged: int,
+    few: int,
+    model: Counted,
+    judge: Judge,
+    start: Price,
 ) -> list[Offer]:
     """Price and judge a flow's draws, as they are and refined."""
     flow.sample(16, 0)
     theta, spent = priced(
         model,
-        lambda: flow.sample(judged, 1, chunk_size=CHUNK, solver=Solver("midpoint", SOLVER_STEPS)),
+        lambda: flow.sample(
+            judged, 1, chunk_size=CHUNK, solver=Solver("midpoint", SOLVER_STEPS)
+        ),
     )
     each = spent.of(1 / judged)
     moved, spent = priced(
         model,
         lambda: bf.refine(
-            model, theta[:few], REFINE_STEPS, n_leapfrog=REFINE_LEAPFROG, seed=2, progress=False
+            model,
+            theta[:few],
+            REFINE_STEPS,
+            n_leapfrog=REFINE_LEAPFROG,
+            seed=2,
+            progress=False,
         ),
     )
     pilot = PILOT / spent.gradients
@@ -453,7 +480,9 @@ def summary(rows: int, offers: list[Offer]) -> None:
     samplers = [each for each in offers if each.name in SAMPLERS]
     for flow in flows:
         numbers = [break_even(flow, each, "cpu") for each in samplers]
-        numbers += [break_even_with_all(flow, offers, unit) for unit in ("cpu", "gradients")]
+        numbers += [
+            break_even_with_all(flow, offers, unit) for unit in ("cpu", "gradients")
+        ]
         print(
             f"  {flow.name:24s}" + "".join(f"{count(n):>12s}" for n in numbers) + f"    "
             f"{verdict(flow, offers)}"
@@ -464,7 +493,8 @@ def summary(rows: int, offers: list[Offer]) -> None:
         totals = [f"{each.total(n):,.1f}" for n in WANTED]
         beyond = [n > each.worth and not each.at_least for n in WANTED]
         shown = (
-            f"({total})" if bad else f"{total} " for total, bad in zip(totals, beyond, strict=True)
+            f"({total})" if bad else f"{total} "
+            for total, bad in zip(totals, beyond, strict=True)
         )
         print(f"  {each.name:24s}" + "".join(f"{text:>12s}" for text in shown))
     print(flush=True)
@@ -477,7 +507,11 @@ def draw(cells: dict[int, list[Offer]], noise: str, path: Path) -> None:
     from bnnflow.report.style import BODY, GREY, INK, PALETTE, quiet
 
     colours = dict(
-        zip((*SAMPLERS, *RAW), (PALETTE[0], PALETTE[4], GREY, PALETTE[1], PALETTE[2]), strict=True)
+        zip(
+            (*SAMPLERS, *RAW),
+            (PALETTE[0], PALETTE[4], GREY, PALETTE[1], PALETTE[2]),
+            strict=True,
+        )
     )
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -492,14 +526,21 @@ def draw(cells: dict[int, list[Offer]], noise: str, path: Path) -> None:
         }
 
     for name in names:
-        found = [(n, each) for n, offers in cells.items() for each in offers if each.name == name]
+        found = [
+            (n, each) for n, offers in cells.items() for each in offers if each.name == name
+        ]
         at, prices = [n for n, _ in found], [1e3 * each.each_cpu for _, each in found]
         left.plot(at, prices, label=name, **look(name))
         for n, price, (_, each) in zip(at, prices, found, strict=True):
             fill = look(name)["color"] if each.at_least or each.worth >= 100 else "white"
-            left.plot(n, price, "o", markersize=5, color=look(name)["color"], markerfacecolor=fill)
+            left.plot(
+                n, price, "o", markersize=5, color=look(name)["color"], markerfacecolor=fill
+            )
     left.set(
-        xscale="log", yscale="log", xlabel="rows of data", ylabel="CPU ms, start-up not counted"
+        xscale="log",
+        yscale="log",
+        xlabel="rows of data",
+        ylabel="CPU ms, start-up not counted",
     )
     left.set_title("One effective draw", fontsize=BODY, loc="left")
 
@@ -515,7 +556,9 @@ def draw(cells: dict[int, list[Offer]], noise: str, path: Path) -> None:
         if not each.at_least:
             good = [n for n in wanted if n <= each.worth]
             right.plot(good, [each.total(n) for n in good], **look(each.name))
-        begins = math.inf if each.name in SAMPLERS else break_even_with_all(each, offers, "cpu")
+        begins = (
+            math.inf if each.name in SAMPLERS else break_even_with_all(each, offers, "cpu")
+        )
         if begins <= wanted[-1]:
             colour = look(each.name)["color"]
             fill = colour if begins <= each.worth else "white"
@@ -551,7 +594,9 @@ def draw(cells: dict[int, list[Offer]], noise: str, path: Path) -> None:
         if noise == "scaled"
         else "noise 1: the posterior sharpens"
     )
-    figure.suptitle(f"Regression, 2-{HIDDEN}-1 tanh, 65 weights; {posterior}", fontsize=BODY)
+    figure.suptitle(
+        f"Regression, 2-{HIDDEN}-1 tanh, 65 weights; {posterior}", fontsize=BODY
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     print(f"figure: {path}")
@@ -571,12 +616,16 @@ def main() -> None:
         help="what more rows do; see above",
     )
     parser.add_argument("--budget", type=float, help="seconds of training of each flow")
-    parser.add_argument("--quick", action="store_true", help="three small cells: does it run?")
+    parser.add_argument(
+        "--quick", action="store_true", help="three small cells: does it run?"
+    )
     parser.add_argument(
         "--draw-only", action="store_true", help="print and draw the cells that are there"
     )
     parser.add_argument(
-        "--figure", action="store_true", help=f"write the picture to docs/images/{FIGURE.name}"
+        "--figure",
+        action="store_true",
+        help=f"write the picture to docs/images/{FIGURE.name}",
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -597,10 +646,16 @@ def main() -> None:
             json.dumps([sizes, WIDTH, DEPTH, SOLVER_STEPS, REFINE_STEPS, REFINE_LEAPFROG])
         )
         key = f"{args.noise} {rows}"
-        asked = rows in args.rows if args.rows else kept.get(key, {}).get("settings") != settings
+        asked = (
+            rows in args.rows
+            if args.rows
+            else kept.get(key, {}).get("settings") != settings
+        )
         if asked and not args.draw_only:
             noise = (
-                FIRST_NOISE * (rows / FIRST_ROWS) ** 0.5 if args.noise == "scaled" else FIRST_NOISE
+                FIRST_NOISE * (rows / FIRST_ROWS) ** 0.5
+                if args.noise == "scaled"
+                else FIRST_NOISE
             )
             print(f"{rows:,} rows, noise {noise:.3g}")
             began = time.process_time()

@@ -47,18 +47,26 @@ def diabetes() -> bf.BayesianModel:
 
 def closed_form(model: bf.BayesianModel) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Return mean, standard deviations and log evidence of the linear model's posterior."""
-    design = torch.cat([model.x.double(), torch.ones(len(model.x), 1, dtype=torch.float64)], 1)
+    design = torch.cat(
+        [model.x.double(), torch.ones(len(model.x), 1, dtype=torch.float64)], 1
+    )
     y, eye = model.y.double().flatten(), torch.eye(3, dtype=torch.float64)
     covariance = torch.linalg.inv(design.T @ design / 0.25 + eye)
     marginal = 0.25 * torch.eye(len(y), dtype=torch.float64) + design @ design.T
-    evidence = torch.distributions.MultivariateNormal(torch.zeros_like(y), marginal).log_prob(y)
+    evidence = torch.distributions.MultivariateNormal(
+        torch.zeros_like(y), marginal
+    ).log_prob(y)
     return covariance @ design.T @ y / 0.25, covariance.diagonal().sqrt(), float(evidence)
 
 
 def fitted(model: bf.BayesianModel, steps: int) -> bf.Flow:
     """Return the default flow, fitted to draws of HMC."""
-    draws = bf.sample(model, bf.HMC(), chains=16, warmup=500, draws=500, seed=0, progress=False)
-    return bf.fit_flow(model, draws, seed=0, progress=False, training=bf.Training(steps=steps))
+    draws = bf.sample(
+        model, bf.HMC(), chains=16, warmup=500, draws=500, seed=0, progress=False
+    )
+    return bf.fit_flow(
+        model, draws, seed=0, progress=False, training=bf.Training(steps=steps)
+    )
 
 
 def corrected(
@@ -73,7 +81,9 @@ def corrected(
 def main(arguments: list[str]) -> None:
     """Print a line for each method, and one for the larger model if it is asked for."""
     torch.set_num_threads(1)
-    methods = [each for each in arguments if each != "diabetes"] or list(get_args(CorrectionMethod))
+    methods = [each for each in arguments if each != "diabetes"] or list(
+        get_args(CorrectionMethod)
+    )
     model = linear()
     flow, (mean, sd, evidence) = fitted(model, 300), closed_form(model)
     print(
@@ -83,7 +93,11 @@ def main(arguments: list[str]) -> None:
     for method in methods:
         seconds, fixed = corrected(flow, model, 4000, method)
         theta = fixed.flat.double()
-        logs = torch.zeros(len(theta)) if fixed.log_weights is None else fixed.log_weights.flatten()
+        logs = (
+            torch.zeros(len(theta))
+            if fixed.log_weights is None
+            else fixed.log_weights.flatten()
+        )
         share = logs.double().softmax(0).unsqueeze(1)
         centre = (share * theta).sum(0)
         off = float(((centre - mean) / sd).abs().max()) * math.sqrt(fixed.info["ess"])

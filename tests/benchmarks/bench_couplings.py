@@ -105,7 +105,9 @@ def by_network() -> None:
     )
     for widths, n in itertools.product(((4, 16, 3), (30, 16, 16, 2)), (64, 256)):
         layers = [
-            layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.Tanh())
+            layer
+            for pair in itertools.pairwise(widths)
+            for layer in (nn.Linear(*pair), nn.Tanh())
         ]
         spec = bf.WeightSpec.of(nn.Sequential(*layers[:-1]))
         group = spec.symmetries()._replace(scale=frozenset())
@@ -123,7 +125,8 @@ def by_network() -> None:
             pair = lambda coupling=coupling: coupling.pair(x0, x1, spec, group, generator())  # noqa: E731, B023
             distance = float((pair()[0] - pair()[1]).square().sum(-1).mean())
             print(
-                f"  {coupling!r:75s} {best({'': pair}, 3)['']:8.1f} ms {distance:8.1f}", flush=True
+                f"  {coupling!r:75s} {best({'': pair}, 3)['']:8.1f} ms {distance:8.1f}",
+                flush=True,
             )
 
 

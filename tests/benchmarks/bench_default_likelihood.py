@@ -91,9 +91,9 @@ def prices(model: bf.BayesianModel) -> list[float]:
     price is of one of them.
     """
     theta = 0.3 * torch.randn(16, model.dim, generator=torch.Generator().manual_seed(1))
-    gradient = cost(lambda: [model.log_joint_and_grad(theta) for _ in range(20)], 3 * REPEATS) / (
-        20 * 16
-    )
+    gradient = cost(
+        lambda: [model.log_joint_and_grad(theta) for _ in range(20)], 3 * REPEATS
+    ) / (20 * 16)
     flow = informed(model)
     draw = cost(lambda: flow.sample(64, 0), REPEATS) / 64
     drawn = flow.sample(4, 1)
@@ -123,7 +123,8 @@ def main() -> None:
         found = prices(problem(*LIKELIHOODS[likelihood], PRIORS[prior]))
         unit = unit or found
         columns = [
-            f"{value:9.3f} {value / one:6.2f}" for value, one in zip(found, unit, strict=True)
+            f"{value:9.3f} {value / one:6.2f}"
+            for value, one in zip(found, unit, strict=True)
         ]
         print(f"{likelihood:24s} {prior:13s} " + " ".join(columns), flush=True)
 

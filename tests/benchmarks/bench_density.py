@@ -15,7 +15,9 @@ from bnnflow.transport import GaussianVelocity, Solver
 BUDGET = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
 
 
-def linear_regression(dtype: torch.dtype) -> tuple[bf.BayesianModel, bf.Gaussian, torch.Tensor]:
+def linear_regression(
+    dtype: torch.dtype,
+) -> tuple[bf.BayesianModel, bf.Gaussian, torch.Tensor]:
     """Return the model, its exact posterior, and the posterior's covariance."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(30, 3, generator=generator, dtype=torch.float64)
@@ -27,7 +29,9 @@ def linear_regression(dtype: torch.dtype) -> tuple[bf.BayesianModel, bf.Gaussian
     net = torch.nn.Linear(3, 1, dtype=dtype)
     model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.5), x, y)
     design = torch.cat([x, torch.ones(30, 1, dtype=torch.float64)], 1)
-    covariance = torch.linalg.inv(design.T @ design / 0.25 + torch.eye(4, dtype=torch.float64))
+    covariance = torch.linalg.inv(
+        design.T @ design / 0.25 + torch.eye(4, dtype=torch.float64)
+    )
     mean = covariance @ (design.T @ y / 0.25)
     return model, bf.Gaussian(mean, torch.linalg.cholesky(covariance)), covariance
 

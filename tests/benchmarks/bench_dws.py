@@ -47,7 +47,9 @@ def chain(*widths: int) -> WeightSpec:
 def resident(which: str) -> float:
     """Return a resident size of this process in MB: ``VmRSS`` now, ``VmHWM`` at its highest."""
     with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(which)) / 1024
+        return (
+            next(int(line.split()[1]) for line in status if line.startswith(which)) / 1024
+        )
 
 
 def measure(what: str, case: str, rounds: int) -> dict[str, float]:
@@ -88,8 +90,12 @@ def measure(what: str, case: str, rounds: int) -> dict[str, float]:
         work(features)
     assert profile.profiler is not None
     events: list = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    live = itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]")
-    calls = sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
+    live = itertools.accumulate(
+        event.nbytes() for event in events if event.name() == "[memory]"
+    )
+    calls = sum(
+        event.count for event in profile.key_averages() if event.key.startswith("aten::")
+    )
     parameters = sum(parameter.numel() for parameter in module.parameters())
     milliseconds = 1e3 * sorted(times)[len(times) // 2]
     return {
@@ -103,7 +109,9 @@ def measure(what: str, case: str, rounds: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="three rounds instead of fifteen")
+    parser.add_argument(
+        "--quick", action="store_true", help="three rounds instead of fifteen"
+    )
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     rounds = 3 if options.quick else 15
@@ -140,7 +148,8 @@ def main() -> None:
         memory = f"{found['calls']:8.0f}{found['live']:9.0f}{found['RSS']:8.0f}"
         figures = f"{memory}{found['parameters']:12,.0f}"
         print(
-            f"{what:14}{case:12}{found['ms']:8.1f}{found['ms'] / BATCH:8.2f}{figures}", flush=True
+            f"{what:14}{case:12}{found['ms']:8.1f}{found['ms'] / BATCH:8.2f}{figures}",
+            flush=True,
         )
     print(REFERENCE)
 

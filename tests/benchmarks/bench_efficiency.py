@@ -50,17 +50,22 @@ def own(method: Any, model: bf.BayesianModel, chains: int, warmup: int, draws: i
     Its CPU time is split by gradients into warm-up and draws, which cost the same.
     """
     model.log_joint_and_grad(model.sample_prior(2, 0))  # compiles
-    bf.sample(model, method, chains=2, warmup=2, draws=1, seed=SEED, progress=False)  # imports
+    # imports
+    bf.sample(model, method, chains=2, warmup=2, draws=1, seed=SEED, progress=False)
     began = time.process_time()
     result = bf.sample(
         model, method, chains=chains, warmup=warmup, draws=draws, seed=SEED, progress=False
     )
     cost = time.process_time() - began
-    print(f"  {method}: {', '.join(f'{k} {v}' for k, v in result.info.items() if k in SHOWN)}")
+    print(
+        f"  {method}: {', '.join(f'{k} {v}' for k, v in result.info.items() if k in SHOWN)}"
+    )
     everything = chains * float(result.info["gradients_per_chain"])
     drawn = float(result.stats["n_steps"].double().sum())
     share = drawn / everything
-    return Run(result.theta.numpy(), cost * (1 - share), cost * share, everything - drawn, drawn)
+    return Run(
+        result.theta.numpy(), cost * (1 - share), cost * share, everything - drawn, drawn
+    )
 
 
 def numpyro_nuts(
@@ -79,7 +84,10 @@ def numpyro_nuts(
     import jax.numpy as jnp
     from numpyro.infer import NUTS
 
-    x, y = jnp.asarray(model.x.mT.contiguous().numpy()), jnp.asarray(model.y.flatten().numpy())
+    x, y = (
+        jnp.asarray(model.x.mT.contiguous().numpy()),
+        jnp.asarray(model.y.flatten().numpy()),
+    )
     generator, start_cpu = torch.Generator().manual_seed(SEED), 0.0
     theta = 4 * torch.rand(chains, model.dim, generator=generator) - 2
     if accelerated_ascent:
@@ -91,7 +99,9 @@ def numpyro_nuts(
     # one chain's state fixes shapes; all chains share the compiled loop
     group = slice(None) if vectorised else 0
     kernel = NUTS(
-        potential_fn=lambda p: -(rivals.jax_log_likelihood(p, (x, y)) + rivals.jax_log_prior(p))
+        potential_fn=lambda p: (
+            -(rivals.jax_log_likelihood(p, (x, y)) + rivals.jax_log_prior(p))
+        )
     )
 
     def loop(length: int) -> Callable[[Any], tuple[Any, Any]]:
@@ -107,7 +117,8 @@ def numpyro_nuts(
         states = [initial]
     else:
         states = [
-            kernel.init(keys[i], warmup, init_params=rivals.split(start[i])) for i in range(chains)
+            kernel.init(keys[i], warmup, init_params=rivals.split(start[i]))
+            for i in range(chains)
         ]
 
     cost, collected = [], []
@@ -118,7 +129,8 @@ def numpyro_nuts(
         states = [state for state, _ in results]
         collected.append([found for _, found in results])
     steps = [
-        sum(float(np.asarray(n, dtype=np.float64).sum()) for _, n in found) for found in collected
+        sum(float(np.asarray(n, dtype=np.float64).sum()) for _, n in found)
+        for found in collected
     ]
     # (draw, dim) each, or one (draw, chain, dim)
     thetas = [rivals.join(z) for z, _ in collected[1]]
@@ -147,7 +159,9 @@ def pyro_nuts(
     def potential(params: dict[str, torch.Tensor]) -> torch.Tensor:
         nonlocal count
         count += 1
-        return -rivals.torch_log_joint((params["0"], params["1"], params["2"], params["3"]), x, y)
+        return -rivals.torch_log_joint(
+            (params["0"], params["1"], params["2"], params["3"]), x, y
+        )
 
     torch.manual_seed(SEED)
     kernel = NUTS(potential_fn=potential)
@@ -187,15 +201,24 @@ def judge(name: str, run: Run, model: bf.BayesianModel, reference: Any) -> Worth
     x, y = torch.as_tensor(reference["Xte"]).float(), reference["yte"]
     theta = torch.as_tensor(np.ascontiguousarray(run.theta)).float()
     # (draws, row)
-    outputs = torch.cat([model.outputs(chain, x) for chain in theta]).squeeze(-1).double().numpy()
+    outputs = (
+        torch.cat([model.outputs(chain, x) for chain in theta]).squeeze(-1).double().numpy()
+    )
     data = arviz.convert_to_dataset({"f": outputs.reshape(*theta.shape[:2], -1)})
     ess = arviz.ess(data, method="bulk")["f"].to_numpy()
     rhat = float(arviz.rhat(data)["f"].max()) if len(theta) > 1 else np.nan
-    rms = np.sqrt((((outputs.mean(0) - reference["f_mean"]) / reference["f_sd"]) ** 2).mean())
+    rms = np.sqrt(
+        (((outputs.mean(0) - reference["f_mean"]) / reference["f_sd"]) ** 2).mean()
+    )
     ratio = np.exp(np.log(outputs.std(0) / reference["f_sd"]).mean())
-    density = -0.5 * ((y - outputs) / rivals.NOISE) ** 2 - np.log(rivals.NOISE * np.sqrt(2 * np.pi))
+    density = -0.5 * ((y - outputs) / rivals.NOISE) ** 2 - np.log(
+        rivals.NOISE * np.sqrt(2 * np.pi)
+    )
     lppd = (np.logaddexp.reduce(density, axis=0) - np.log(len(outputs))).mean()
-    cpu, gradients = run.warmup_cpu + run.draws_cpu, run.warmup_gradients + run.draws_gradients
+    cpu, gradients = (
+        run.warmup_cpu + run.draws_cpu,
+        run.warmup_gradients + run.draws_gradients,
+    )
     median, least = float(np.median(ess)), float(ess.min())
     worth = Worth(
         median / cpu,
@@ -214,7 +237,18 @@ def judge(name: str, run: Run, model: bf.BayesianModel, reference: Any) -> Worth
 
 
 def header() -> str:
-    names = ("sampler", "warm-up", "draws", "grads", *ESS, *ESS, *ESS, "grads", "a grad", *ERRORS)
+    names = (
+        "sampler",
+        "warm-up",
+        "draws",
+        "grads",
+        *ESS,
+        *ESS,
+        *ESS,
+        "grads",
+        "a grad",
+        *ERRORS,
+    )
     first = (
         f"{'':30s} {'CPU seconds':^17s} {'million':>8s} {'ESS':^17s} {'ESS / CPU second':^17s} "
         f"{'after warm-up':^17s}"
@@ -227,7 +261,8 @@ def header() -> str:
 def compare(worth: dict[str, Worth]) -> None:
     """Print what is asked of the ratios; the best of bnnflow and the best of numpyro count."""
     ours, nuts, pyro = (
-        {k: w for k, w in worth.items() if k.startswith(p)} for p in ("bnnflow", "numpyro", "Pyro")
+        {k: w for k, w in worth.items() if k.startswith(p)}
+        for p in ("bnnflow", "numpyro", "Pyro")
     )
     for field in ("all_cpu", "draws_cpu") if ours else ():
         best = max(ours, key=lambda name: getattr(ours[name], field))
@@ -237,7 +272,9 @@ def compare(worth: dict[str, Worth]) -> None:
         )
         if nuts:
             rivals.asked(
-                f"{label}, against numpyro", 5, mine / max(getattr(w, field) for w in nuts.values())
+                f"{label}, against numpyro",
+                5,
+                mine / max(getattr(w, field) for w in nuts.values()),
             )
         for w in pyro.values():
             rivals.asked(f"{label}, against Pyro", 50, mine / getattr(w, field))
@@ -261,8 +298,12 @@ def compare(worth: dict[str, Worth]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="a tenth of everything: does it run?")
-    parser.add_argument("--only", default="", help="only samplers whose name has this in it")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tenth of everything: does it run?"
+    )
+    parser.add_argument(
+        "--only", default="", help="only samplers whose name has this in it"
+    )
     arguments = parser.parse_args()
     rivals.require("jax", "numpyro", files=(REFERENCE,))
     reference = np.load(rivals.DATA / REFERENCE)
@@ -296,8 +337,12 @@ def main() -> None:
     runs["numpyro NUTS, bnnflow's start"] = lambda: numpyro_nuts(
         model, *size(*NUMPYRO), accelerated_ascent=True
     )
-    runs["numpyro NUTS, vectorised"] = lambda: numpyro_nuts(model, *size(*NUMPYRO), vectorised=True)
-    runs["Pyro NUTS, from the reference"] = lambda: pyro_nuts(model, *size(*PYRO), start=exact)
+    runs["numpyro NUTS, vectorised"] = lambda: numpyro_nuts(
+        model, *size(*NUMPYRO), vectorised=True
+    )
+    runs["Pyro NUTS, from the reference"] = lambda: pyro_nuts(
+        model, *size(*PYRO), start=exact
+    )
 
     print(
         f"{rivals.machine()}; yacht_s01, d = {model.dim}; reference LPPD "

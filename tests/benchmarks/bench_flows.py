@@ -65,7 +65,9 @@ class Problem(NamedTuple):
 def perceptron(*widths: int) -> nn.Module:
     torch.manual_seed(0)
     layers = [
-        layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.Tanh())
+        layer
+        for pair in itertools.pairwise(widths)
+        for layer in (nn.Linear(*pair), nn.Tanh())
     ]
     return nn.Sequential(*layers[:-1])
 
@@ -82,12 +84,18 @@ def problem(name: str) -> Problem:
             bf.likelihoods.Gaussian(0.1),
             (grid, torch.sin(2 * grid[:, 0])),
         )
-        return Problem(bf.BayesianModel(net, bf.priors.Normal(1.0), likelihood, x, y), *test, {})
+        return Problem(
+            bf.BayesianModel(net, bf.priors.Normal(1.0), likelihood, x, y), *test, {}
+        )
     if name.startswith("cancer"):
         data = bf.data.load("breast_cancer")
         net = perceptron(30, 16, 2) if name == "cancer" else perceptron(30, 16, 16, 2)
         model = bf.BayesianModel(
-            net, bf.priors.Normal(1.0), bf.likelihoods.Categorical(), data.x_train, data.y_train
+            net,
+            bf.priors.Normal(1.0),
+            bf.likelihoods.Categorical(),
+            data.x_train,
+            data.y_train,
         )
         return Problem(model, data.x_test, data.y_test, {})
     file = {"iris": "iris", "yacht": "yacht_s01"}[name]
@@ -97,12 +105,19 @@ def problem(name: str) -> Problem:
         sys.exit(0)
     found = np.load(path)
     net = perceptron(4, 16, 3) if name == "iris" else perceptron(6, 50, 1)
-    likelihood = bf.likelihoods.Categorical() if name == "iris" else bf.likelihoods.Gaussian(0.1)
-    model = bf.BayesianModel(net, bf.priors.Normal(1.0), likelihood, found["Xtr"], found["ytr"])
+    likelihood = (
+        bf.likelihoods.Categorical() if name == "iris" else bf.likelihoods.Gaussian(0.1)
+    )
+    model = bf.BayesianModel(
+        net, bf.priors.Normal(1.0), likelihood, found["Xtr"], found["ytr"]
+    )
     y = torch.as_tensor(found["yte"])
     published = {key: found[key] for key in found.files}
     return Problem(
-        model, torch.as_tensor(found["Xte"]).float(), y if name == "iris" else y.float(), published
+        model,
+        torch.as_tensor(found["Xte"]).float(),
+        y if name == "iris" else y.float(),
+        published,
     )
 
 
@@ -133,7 +148,9 @@ class Table:
         ).double()
         lppd = each.logsumexp(0) - math.log(len(each))
         error = float((each - lppd).exp().mean(1).std() / len(each) ** 0.5)
-        likelihood = torch.cat([model.log_likelihood(part) for part in theta.split(1024)]).double()
+        likelihood = torch.cat(
+            [model.log_likelihood(part) for part in theta.split(1024)]
+        ).double()
         joint = likelihood + model.log_prior(theta)
         functions = self._functions(theta)
         rms = float(((functions.mean(0) - self.mean) / self.sd).square().mean().sqrt())
@@ -163,7 +180,9 @@ def nearest(theta: Tensor, draws: Tensor, spec: bf.WeightSpec) -> Tensor:
     return torch.cdist(here, there).min(1).values
 
 
-def price(name: str, seconds: float, gradients: float, each: float, start: float = 0.0) -> None:
+def price(
+    name: str, seconds: float, gradients: float, each: float, start: float = 0.0
+) -> None:
     """Print what a draw costs that is worth an independent one, and what there is to pay before the
     first.
     """
@@ -178,7 +197,9 @@ def prices(model: bf.BayesianModel, hmc: bf.Draws, hmc_ess: float) -> tuple[floa
 
     Return the log evidence by tempered SMC and its error.
     """
-    print(f"  {'an effective draw':34s} {'CPU ms':>10s} {'gradients':>10s} {'start, s':>10s}")
+    print(
+        f"  {'an effective draw':34s} {'CPU ms':>10s} {'gradients':>10s} {'start, s':>10s}"
+    )
     chains, warmup, draws = CHAINS, WARMUP, hmc.theta.shape[1]
     share = draws / (warmup + draws)  # of the gradients; those of adaptation are paid once
     cpu, count = hmc.info["cpu_seconds"], hmc.info["gradients_per_chain"] * chains
@@ -213,21 +234,34 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "name", nargs="?", default="iris", choices=["sine", "yacht", "iris", "cancer", "cancer2"]
+        "name",
+        nargs="?",
+        default="iris",
+        choices=["sine", "yacht", "iris", "cancer", "cancer2"],
     )
     parser.add_argument("--budget", type=float, default=900.0, help="seconds of training")
     parser.add_argument("--velocity", choices=["informed", "weights"], default="informed")
-    parser.add_argument("--architecture", choices=["signed", "dws", "graph"], default="signed")
-    parser.add_argument("--newton", type=int, help="Gauss-Newton steps; gradient steps if 0")
+    parser.add_argument(
+        "--architecture", choices=["signed", "dws", "graph"], default="signed"
+    )
+    parser.add_argument(
+        "--newton", type=int, help="Gauss-Newton steps; gradient steps if 0"
+    )
     parser.add_argument("--climb", type=int, default=12, help="gradient steps")
-    parser.add_argument("--batch", type=int, default=512, help="pairs in a step of training")
+    parser.add_argument(
+        "--batch", type=int, default=512, help="pairs in a step of training"
+    )
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--heads", type=int, help="of messages between units")
     parser.add_argument("--steps", type=int, default=8, help="of the midpoint rule")
-    parser.add_argument("--reuse", type=int, default=1, help="steps of training that see each pair")
     parser.add_argument(
-        "--draws", type=int, help="of each of 48 more chains to train on; the others' 800 otherwise"
+        "--reuse", type=int, default=1, help="steps of training that see each pair"
+    )
+    parser.add_argument(
+        "--draws",
+        type=int,
+        help="of each of 48 more chains to train on; the others' 800 otherwise",
     )
     parser.add_argument(
         "--compile",
@@ -235,13 +269,21 @@ def main() -> None:
         help="compile the field for training: a minute, then faster",
     )
     parser.add_argument(
-        "--no-starts", action="store_true", help="leave out the rows of starts without training"
+        "--no-starts",
+        action="store_true",
+        help="leave out the rows of starts without training",
     )
     parser.add_argument(
-        "--map", type=float, default=0.0, help="seconds for a map of four evaluations from the flow"
+        "--map",
+        type=float,
+        default=0.0,
+        help="seconds for a map of four evaluations from the flow",
     )
     parser.add_argument(
-        "--no-draws", type=float, default=0.0, help="seconds for a flow that makes its own targets"
+        "--no-draws",
+        type=float,
+        default=0.0,
+        help="seconds for a flow that makes its own targets",
     )
     parser.add_argument(
         "--refine", type=int, default=8, help="transitions of every row's refinement"
@@ -250,7 +292,10 @@ def main() -> None:
         "--density", type=int, default=1000, help="draws with an exact density; 0 for none"
     )
     parser.add_argument(
-        "--annealed", type=int, default=1000, help="draws that are annealed back for the evidence"
+        "--annealed",
+        type=int,
+        default=1000,
+        help="draws that are annealed back for the evidence",
     )
     parser.add_argument(
         "--density-steps", type=int, default=8, help="half as many as there are traces"
@@ -272,21 +317,35 @@ def main() -> None:
     if given.published:
         info = json.loads(str(given.published["info"]))
         lppd, error = info.get("lppd", info.get("lppd_std")), info["lppd_mc_se"]
-        print(f"published: LPPD {lppd:.4f} +- {error:.4f}, log joint {info['log_joint_mean']:.2f}")
+        print(
+            f"published: LPPD {lppd:.4f} +- {error:.4f}, log joint {info['log_joint_mean']:.2f}"
+        )
     evidence = prices(model, draws, float(np.median(found.ess_bulk)))
     print(f"  log evidence by SMC: {evidence[0]:.2f} +- {evidence[1]:.2f}")
     seen, unseen = draws.theta[:48].flatten(0, 1), draws.theta[48:].flatten(0, 1)
     if args.draws:
-        more = bf.sample(model, bf.HMC(), chains=48, warmup=WARMUP, draws=args.draws, seed=5)
+        more = bf.sample(
+            model, bf.HMC(), chains=48, warmup=WARMUP, draws=args.draws, seed=5
+        )
         seen = more.flat
         print(f"  {len(seen):,} draws to train on in {more.info['cpu_seconds']:.0f} CPU s")
     table = Table(
         given,
-        unseen[torch.randperm(len(unseen), generator=torch.Generator().manual_seed(0))[:DRAWS]],
+        unseen[
+            torch.randperm(len(unseen), generator=torch.Generator().manual_seed(0))[:DRAWS]
+        ],
     )
-    newton = args.newton if args.newton is not None else {"sine": 2, "yacht": 4}.get(args.name, 0)
-    proximal_step = GaussNewton(newton) if newton else GradientSteps(args.accelerated_ascent)
-    design = {name: getattr(args, name) for name in ("architecture", "width", "depth", "heads")}
+    newton = (
+        args.newton
+        if args.newton is not None
+        else {"sine": 2, "yacht": 4}.get(args.name, 0)
+    )
+    proximal_step = (
+        GaussNewton(newton) if newton else GradientSteps(args.accelerated_ascent)
+    )
+    design = {
+        name: getattr(args, name) for name in ("architecture", "width", "depth", "heads")
+    }
     own = args.steps * 2 * (newton or 2 * args.accelerated_ascent + 1)
 
     def show(name: str, theta: Tensor, gradients: float, seconds: float) -> bf.Draws:
@@ -299,8 +358,12 @@ def main() -> None:
 
     if not args.no_starts:
         show("prior", model.sample_prior(DRAWS, 1), 0, 0)
-        show("one matched Gaussian", fit_gaussian(model, seen, seed=0).sample(DRAWS, 1), 0, 0)
-        untrained = bf.GaussNewtonFlow(model, proximal_step, solver=Solver(steps=args.steps))
+        show(
+            "one matched Gaussian", fit_gaussian(model, seen, seed=0).sample(DRAWS, 1), 0, 0
+        )
+        untrained = bf.GaussNewtonFlow(
+            model, proximal_step, solver=Solver(steps=args.steps)
+        )
         began = time.process_time()
         theta = untrained.sample(DRAWS, 1)
         show("untrained informed field", theta, own, time.process_time() - began)
@@ -321,7 +384,9 @@ def main() -> None:
             field = WeightsVelocity(model.spec, **design)
         else:
             field = InformedVelocity(model.spec, proximal_step, **design)
-        training = bf.Training(budget=args.budget, batch_size=args.batch, compile=args.compile)
+        training = bf.Training(
+            budget=args.budget, batch_size=args.batch, compile=args.compile
+        )
         matching = Matching(reuse=args.reuse)
         flow = bf.fit_flow(
             model, seen, velocity=field, matching=matching, training=training, seed=0
@@ -339,7 +404,9 @@ def main() -> None:
     moved = show(f"{args.velocity} flow", theta, own, seconds)
     for name, some in (("refined draws", moved), ("raw draws", theta)):
         began = time.process_time()
-        value, error = bf.evidence(model, some, bf.SMC(particles=args.annealed, ess=0.9), seed=4)
+        value, error = bf.evidence(
+            model, some, bf.SMC(particles=args.annealed, ess=0.9), seed=4
+        )
         print(
             f"  log evidence by annealing {args.annealed} {name} back: {value:.2f} +- "
             f"{error:.2f}, {time.process_time() - began:.0f} CPU s (SMC {evidence[0]:.2f} +- "
@@ -376,9 +443,18 @@ def main() -> None:
         spent, began = time.process_time() - began, time.process_time()
         theta = alone.sample(DRAWS, 1, solver=Solver(steps=args.steps))
         show(
-            f"flow without draws, {spent:.0f} CPU s in all", theta, own, time.process_time() - began
+            f"flow without draws, {spent:.0f} CPU s in all",
+            theta,
+            own,
+            time.process_time() - began,
         )
-    price("a draw of the flow, not corrected", seconds, own * DRAWS, DRAWS, info["cpu_seconds"])
+    price(
+        "a draw of the flow, not corrected",
+        seconds,
+        own * DRAWS,
+        DRAWS,
+        info["cpu_seconds"],
+    )
     if args.density:
         # draws need less than their densities
         flow = replace(flow, solver=Solver(steps=args.density_steps))

@@ -31,7 +31,10 @@ def main() -> None:
         return x0, x1 + 1
 
     field, info = train(
-        WeightsVelocity(spec, 8, 1), pairs, seed=0, training=Training(steps=STEPS, batch_size=64)
+        WeightsVelocity(spec, 8, 1),
+        pairs,
+        seed=0,
+        training=Training(steps=STEPS, batch_size=64),
     )
     print(
         f"{spec.dim} weights, {info['steps']} steps, {info['cpu_seconds']:.0f} CPU s, loss "
@@ -50,7 +53,9 @@ def main() -> None:
             for x0 in torch.randn(
                 DRAWS, spec.dim, generator=torch.Generator().manual_seed(1)
             ).split(256):
-                ends += integrate(lambda t, state: (field(t, state[0]),), (x0,), grid, solver)  # type: ignore[arg-type]
+                ends += integrate(
+                    lambda t, state: (field(t, state[0]),), (x0,), grid, solver
+                )  # type: ignore[arg-type]
         x1 = torch.cat(ends)
         mean, sd, seconds = x1.mean(0), x1.std(0), time.process_time() - began
         print(

@@ -31,7 +31,9 @@ def own_hmc(
     target: Callable[[torch.Tensor], Any], theta: torch.Tensor, gradients: int
 ) -> Callable[[], float]:
     """Return a measurement of bnnflow's kernel over any gradient."""
-    kernel = hmc(target, STEP_SIZE, N_LEAPFROG, torch.ones(theta.shape[1]), trajectory_jitter=1.0)
+    kernel = hmc(
+        target, STEP_SIZE, N_LEAPFROG, torch.ones(theta.shape[1]), trajectory_jitter=1.0
+    )
     generator = torch.Generator().manual_seed(1)
     transitions = max(1, gradients // (len(theta) * N_LEAPFROG))
     state = kernel.init(theta, generator)
@@ -45,11 +47,15 @@ def own_hmc(
     return lambda: rivals.cpu(work) / (transitions * N_LEAPFROG * len(theta)) * 1e6
 
 
-def naive(model: bf.BayesianModel) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+def naive(
+    model: bf.BayesianModel,
+) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     """What a torch user writes first."""
     x, y = model.x.mT.contiguous(), model.y.flatten()
     both = torch.func.vmap(
-        torch.func.grad_and_value(lambda theta: rivals.torch_log_joint(rivals.split(theta), x, y))
+        torch.func.grad_and_value(
+            lambda theta: rivals.torch_log_joint(rivals.split(theta), x, y)
+        )
     )
 
     def target(theta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,7 +74,10 @@ def jax_hmc(
     import jax
     import jax.numpy as jnp
 
-    x, y = jnp.asarray(model.x.mT.contiguous().numpy()), jnp.asarray(model.y.flatten().numpy())
+    x, y = (
+        jnp.asarray(model.x.mT.contiguous().numpy()),
+        jnp.asarray(model.y.flatten().numpy()),
+    )
     mass = jnp.ones(model.dim)
 
     def log_joint(params: tuple[Any, ...]) -> Any:
@@ -78,7 +87,10 @@ def jax_hmc(
     start = rivals.split(jnp.asarray(theta.numpy()))
     check = jax.vmap(jax.grad(log_joint))(start)
     torch.testing.assert_close(
-        torch.tensor(rivals.join(check)), model.log_joint_and_grad(theta)[1], rtol=1e-3, atol=1.0
+        torch.tensor(rivals.join(check)),
+        model.log_joint_and_grad(theta)[1],
+        rtol=1e-3,
+        atol=1.0,
     )
     transitions = max(1, GRADIENTS // (chains * N_LEAPFROG))
     keys = jax.random.split(jax.random.key(0), (chains, transitions))
@@ -94,10 +106,16 @@ def jax_hmc(
     else:
         from numpyro.infer.hmc import hmc as numpyro_hmc
 
-        settings = {"step_size": STEP_SIZE, "adapt_step_size": False, "adapt_mass_matrix": False}
+        settings = {
+            "step_size": STEP_SIZE,
+            "adapt_step_size": False,
+            "adapt_mass_matrix": False,
+        }
         initial, sample = numpyro_hmc(potential_fn=lambda p: -log_joint(p), algo="HMC")
         states = jax.vmap(
-            lambda params, key: initial(params, 0, num_steps=N_LEAPFROG, rng_key=key, **settings)
+            lambda params, key: initial(
+                params, 0, num_steps=N_LEAPFROG, rng_key=key, **settings
+            )
         )(start, keys[:, 0])
 
         def step(state: Any, key: Any) -> tuple[Any, Any]:
@@ -124,7 +142,9 @@ def jax_hmc(
     )
 
 
-def pyro_hmc(model: bf.BayesianModel, theta: torch.Tensor, compiled: bool) -> Callable[[], float]:
+def pyro_hmc(
+    model: bf.BayesianModel, theta: torch.Tensor, compiled: bool
+) -> Callable[[], float]:
     """Return a measurement of Pyro's HMC: one chain, a plain torch potential over four tensors,
     traced or not.
     """
@@ -164,7 +184,10 @@ def eager(name: str, chains: int) -> Callable[[], float]:
     """Return a measurement of bnnflow without its compiled path: a process of its own, asked for
     one at a time.
     """
-    command, pipe = [sys.executable, __file__, "--eager", name, str(chains)], subprocess.PIPE
+    command, pipe = (
+        [sys.executable, __file__, "--eager", name, str(chains)],
+        subprocess.PIPE,
+    )
     environment = os.environ | {"BNNFLOW_FUSED": "0"}
     worker = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
 
@@ -222,8 +245,12 @@ def main() -> None:
                 "numpyro HMC, vmap": jax_hmc("numpyro", model, theta, chains),
             }
             if chains > 16:
-                measures["blackjax HMC, vmap of 16 in turn"] = jax_hmc("blackjax", model, theta, 16)
-                measures["numpyro HMC, vmap of 16 in turn"] = jax_hmc("numpyro", model, theta, 16)
+                measures["blackjax HMC, vmap of 16 in turn"] = jax_hmc(
+                    "blackjax", model, theta, 16
+                )
+                measures["numpyro HMC, vmap of 16 in turn"] = jax_hmc(
+                    "numpyro", model, theta, 16
+                )
             measures["torch vmap(grad) in bnnflow's HMC"] = own_hmc(
                 naive(model), theta, GRADIENTS // 4
             )

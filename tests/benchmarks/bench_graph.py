@@ -20,7 +20,9 @@ BATCH, DEPTH, REPEATS = 64, 4, 8
 def chain(*widths: int) -> WeightSpec:
     """Return the weights of a perceptron."""
     layers = [
-        layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())
+        layer
+        for pair in itertools.pairwise(widths)
+        for layer in (nn.Linear(*pair), nn.ReLU())
     ]
     return WeightSpec.of(nn.Sequential(*layers[:-1]))
 
@@ -43,9 +45,13 @@ def kept(net: nn.Module, features: Tensor) -> float:
 
 def calls(net: nn.Module, features: Tensor) -> int:
     """Count the ATen operations of a forward and a backward pass, those inside others included."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU]
+    ) as profile:
         net(features).sum().backward()
-    return sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
+    return sum(
+        event.count for event in profile.key_averages() if event.key.startswith("aten::")
+    )
 
 
 def main() -> None:
@@ -61,9 +67,13 @@ def main() -> None:
             network(spec, 1, 1, width=width, depth=DEPTH, invariant=True)
             for network in (DWSNet, GraphNet)
         ]
-        features = torch.randn(batch, spec.dim, 1, generator=torch.Generator().manual_seed(0))
+        features = torch.randn(
+            batch, spec.dim, 1, generator=torch.Generator().manual_seed(0)
+        )
         times: list[list[float]] = [[], []]
-        for _, (net, spent) in itertools.product(range(REPEATS), zip(nets, times, strict=True)):
+        for _, (net, spent) in itertools.product(
+            range(REPEATS), zip(nets, times, strict=True)
+        ):
             began = time.process_time()
             net(features).sum().backward()
             spent.append(time.process_time() - began)
@@ -76,7 +86,10 @@ def main() -> None:
                 f"  {type(net).__name__:8s} {1e3 * min(spent):7.1f} ms, {calls(net, features):6d} "
                 f"ATen calls, {kept(net, features):6.1f} MB kept, {parameters:8d} parameters"
             )
-        print(f"  graph / DWS: {min(times[1]) / min(times[0]):.2f} times the CPU time", flush=True)
+        print(
+            f"  graph / DWS: {min(times[1]) / min(times[0]):.2f} times the CPU time",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

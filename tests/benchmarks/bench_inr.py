@@ -78,7 +78,9 @@ def compare(
             "batch_size": batch_size,
             "progress": False,
         }
-        seconds = rivals.cpu(lambda: fits.append(fit_inrs(x, y, net, **settings, seed=SEED)))
+        seconds = rivals.cpu(
+            lambda: fits.append(fit_inrs(x, y, net, **settings, seed=SEED))
+        )
         errors["bnnflow"] = fits[0].mse[:SINGLE_FITS]
         return seconds / (STEPS * len(y)) * 1e6
 
@@ -114,7 +116,10 @@ def compare(
         "signal of range one:"
     )
     for name, mse in errors.items():
-        print(f"  {name:32s}", *(f"{e:10.3e} ({-10 * math.log10(e):.2f} dB)" for e in mse.tolist()))
+        print(
+            f"  {name:32s}",
+            *(f"{e:10.3e} ({-10 * math.log10(e):.2f} dB)" for e in mse.tolist()),
+        )
 
 
 def main() -> None:
@@ -140,7 +145,9 @@ def main() -> None:
         print("images skipped: no mnist10k.npz in $BNNFLOW_DATA")
         return
     images = (
-        load_images("mnist10k", folder=rivals.DATA).x_train[:NETWORKS].reshape(NETWORKS, -1, 1)
+        load_images("mnist10k", folder=rivals.DATA)
+        .x_train[:NETWORKS]
+        .reshape(NETWORKS, -1, 1)
         - 0.5
     )
     for batch_size in (None, 128):

@@ -29,15 +29,31 @@ def iris() -> tuple[bf.BayesianModel, torch.Tensor, torch.Tensor]:
         print(f"skipped: needs reference/iris.npz under $BNNFLOW_DATA (looked in {DATA})")
         sys.exit(0)
     reference = np.load(DATA / "reference" / "iris.npz")
-    net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
-    model = bf.BayesianModel(
-        net, bf.priors.Normal(1.0), bf.likelihoods.Categorical(), reference["Xtr"], reference["ytr"]
+    net = torch.nn.Sequential(
+        torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3)
     )
-    return model, torch.as_tensor(reference["Xte"]).float(), torch.as_tensor(reference["yte"])
+    model = bf.BayesianModel(
+        net,
+        bf.priors.Normal(1.0),
+        bf.likelihoods.Categorical(),
+        reference["Xtr"],
+        reference["ytr"],
+    )
+    return (
+        model,
+        torch.as_tensor(reference["Xte"]).float(),
+        torch.as_tensor(reference["yte"]),
+    )
 
 
 def row(
-    name: str, model: bf.BayesianModel, theta: torch.Tensor, x, y, gradients: float, seconds: float
+    name: str,
+    model: bf.BayesianModel,
+    theta: torch.Tensor,
+    x,
+    y,
+    gradients: float,
+    seconds: float,
 ) -> None:
     """Print one line: LPPD with its Monte-Carlo error over independent draws, and the log
     likelihood's law.
@@ -100,7 +116,8 @@ def main() -> None:
         )
         flow.save(f"out/iris-{velocity}.npz")
         print(
-            f"  {name}: {flow.info['steps']} steps, {flow.info['cpu_seconds']:.0f} CPU s, ", end=""
+            f"  {name}: {flow.info['steps']} steps, {flow.info['cpu_seconds']:.0f} CPU s, ",
+            end="",
         )
         print(f"{flow.info['parameters']} parameters, loss {flow.info['loss']:.1f}")
         starts[name] = lambda flow=flow: flow.sample(DRAWS, 1)

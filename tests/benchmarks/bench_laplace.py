@@ -95,16 +95,22 @@ def trained(build: Callable[[], nn.Module], data: Digits, epochs: int = 200) -> 
 def ours(net: nn.Module, data: Digits, method: bf.Laplace) -> Iterator[Tensor]:
     """Fit ours and yield probabilities: linearised by draws, by probit, through the network."""
     model = posterior(net, data.x, data.y)
-    draws = bf.sample(model, method, init=net, chains=1, draws=DRAWS, seed=0, progress=False)
+    draws = bf.sample(
+        model, method, init=net, chains=1, draws=DRAWS, seed=0, progress=False
+    )
     mode = draws.posterior.loc  # type: ignore[union-attr]
     linearised = model.linearised(mode)
     yield bf.predict(linearised, draws, data.x_test).probs
     variance = linearised.outputs(draws.flat, data.x_test).var(0)
-    yield (model.outputs(mode, data.x_test) / (1 + math.pi / 8 * variance).sqrt()).softmax(-1)
+    yield (model.outputs(mode, data.x_test) / (1 + math.pi / 8 * variance).sqrt()).softmax(
+        -1
+    )
     yield bf.predict(model, draws, data.x_test).probs
 
 
-def theirs(net: nn.Module, data: Digits, structure: str, precisions: int) -> Iterator[Tensor]:
+def theirs(
+    net: nn.Module, data: Digits, structure: str, precisions: int
+) -> Iterator[Tensor]:
     """Fit laplace-torch, with so many prior precisions, and yield the same."""
     fitted = importlib.import_module("laplace").Laplace(
         net, "classification", subset_of_weights="all", hessian_structure=structure
@@ -145,7 +151,9 @@ def scores(probs: Tensor, y: Tensor) -> tuple[float, float]:
     confidence, label = probs.max(-1)
     gaps = confidence - (label == y).double()
     bins = (BINS * confidence).long().clamp(max=BINS - 1)
-    error = torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, gaps).abs().sum() / len(y)
+    error = torch.zeros(BINS, dtype=torch.float64).index_add(
+        0, bins, gaps
+    ).abs().sum() / len(y)
     return float(probs.gather(1, y[:, None]).log().mean()), float(error)
 
 
@@ -165,7 +173,9 @@ def compare(splits: int) -> None:
         for name, rows in found.items():
             *means, seconds = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
             pairs = zip(means[::2], means[1::2], strict=True)
-            columns = " ".join(f"{f'{lppd:.3f} / {error:.3f}':>15s}" for lppd, error in pairs)
+            columns = " ".join(
+                f"{f'{lppd:.3f} / {error:.3f}':>15s}" for lppd, error in pairs
+            )
             print(f"{name:24s} {columns:47s} {seconds:6.1f}", flush=True)
 
 
@@ -179,15 +189,22 @@ def peak(structure: Any, rows: int) -> None:
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     method = bf.Laplace(structure, polish=100)
     bf.sample(model, method, init=net, chains=1, draws=DRAWS, seed=0, progress=False)
-    most, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time() - began
-    print(f"{structure:12s} {rows:6d} {most >> 10:6d} {(most - before) >> 10:12d} {seconds:6.1f}")
+    most, seconds = (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        time.process_time() - began,
+    )
+    print(
+        f"{structure:12s} {rows:6d} {most >> 10:6d} {(most - before) >> 10:12d} {seconds:6.1f}"
+    )
 
 
 def main() -> None:
     """Print one of the tables."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--splits", type=int, default=3)
-    parser.add_argument("--peak", nargs=2, metavar=("STRUCTURE", "ROWS"), help="of one Laplace")
+    parser.add_argument(
+        "--peak", nargs=2, metavar=("STRUCTURE", "ROWS"), help="of one Laplace"
+    )
     parser.add_argument("--memory", action="store_true", help="peaks of every structure")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -195,7 +212,9 @@ def main() -> None:
     if arguments.peak:
         peak(arguments.peak[0], int(arguments.peak[1]))
     elif arguments.memory:
-        print(f"{'structure':12s} {'rows':>6s} {'MB':>6s} {'above start':>12s} {'CPU s':>6s}")
+        print(
+            f"{'structure':12s} {'rows':>6s} {'MB':>6s} {'above start':>12s} {'CPU s':>6s}"
+        )
         for structure in STRUCTURES:
             for rows in ROWS:
                 command = [sys.executable, __file__, "--peak", structure, str(rows)]

@@ -35,7 +35,9 @@ def main() -> None:
         began = time.perf_counter()
         theta, log_q = flow.sample_with_log_prob(DRAWS, 1, solver=Solver("midpoint", 16))
         seconds = time.perf_counter() - began
-        print(f"  exact log q with its draw, 16 midpoint steps: {seconds / DRAWS * 1e3:.0f} ms")
+        print(
+            f"  exact log q with its draw, 16 midpoint steps: {seconds / DRAWS * 1e3:.0f} ms"
+        )
         log_weights = model.log_joint(theta) - log_q
         print(
             f"  log weights of {DRAWS} draws: mean {float(log_weights.mean()):.2f}, sd "

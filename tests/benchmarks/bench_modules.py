@@ -43,7 +43,9 @@ class Attention(nn.Module):
     def __init__(self, width: int = 16) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(8, width), nn.Linear(width, 10)
-        self.layer = nn.TransformerEncoderLayer(width, 2, 2 * width, dropout=0.0, batch_first=True)
+        self.layer = nn.TransformerEncoderLayer(
+            width, 2, 2 * width, dropout=0.0, batch_first=True
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits."""
@@ -61,7 +63,11 @@ def layer_norm(width: int = 32) -> nn.Module:
     """Return a perceptron with LayerNorm."""
     first = [nn.Linear(64, width), nn.LayerNorm(width), nn.ReLU()]
     return nn.Sequential(
-        *first, nn.Linear(width, width), nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, 10)
+        *first,
+        nn.Linear(width, width),
+        nn.LayerNorm(width),
+        nn.ReLU(),
+        nn.Linear(width, 10),
     )
 
 
@@ -115,7 +121,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     print("network       chains   bnnflow ms   loop ms   ratio")
     for name, (net, x, y) in problems(arguments.rows).items():
-        model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Categorical(), x, y)
+        model = bf.BayesianModel(
+            net, bf.priors.Normal(1.0), bf.likelihoods.Categorical(), x, y
+        )
         plain = loop(net, x, y)
         for chains in CHAINS:
             theta = 0.2 * model.sample_prior(chains, 0)
@@ -125,13 +133,16 @@ def main() -> None:
             torch.testing.assert_close(ours(), plain(theta), rtol=1e-3, atol=1e-2)
             best = [float("inf")] * 2
             for _ in range(3 if arguments.quick else REPEATS):
-                for i, work in enumerate((ours, lambda theta=theta, plain=plain: plain(theta))):
+                for i, work in enumerate(
+                    (ours, lambda theta=theta, plain=plain: plain(theta))
+                ):
                     start = time.process_time()
                     work()
                     best[i] = min(best[i], time.process_time() - start)
             mine, theirs = (1e3 * each / chains for each in best)
             print(
-                f"{name:12} {chains:7} {mine:12.2f} {theirs:9.2f} {mine / theirs:7.2f}", flush=True
+                f"{name:12} {chains:7} {mine:12.2f} {theirs:9.2f} {mine / theirs:7.2f}",
+                flush=True,
             )
 
 

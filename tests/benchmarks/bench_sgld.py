@@ -47,7 +47,9 @@ def own(model: bf.BayesianModel, theta: torch.Tensor, batch: int) -> Callable[[]
     return lambda: rivals.cpu(work) / (STEPS * len(theta)) * 1e6
 
 
-def gradient_alone(model: bf.BayesianModel, theta: torch.Tensor, batch: int) -> Callable[[], float]:
+def gradient_alone(
+    model: bf.BayesianModel, theta: torch.Tensor, batch: int
+) -> Callable[[], float]:
     """Return a measurement of bnnflow's mini-batch gradient, batch included."""
     generator = torch.Generator().manual_seed(1)
 
@@ -59,7 +61,9 @@ def gradient_alone(model: bf.BayesianModel, theta: torch.Tensor, batch: int) -> 
     return lambda: rivals.cpu(work) / (STEPS * len(theta)) * 1e6
 
 
-def blackjax_sgld(model: bf.BayesianModel, theta: torch.Tensor, batch: int) -> Callable[[], float]:
+def blackjax_sgld(
+    model: bf.BayesianModel, theta: torch.Tensor, batch: int
+) -> Callable[[], float]:
     """Return a measurement of blackjax: vectorised over chains, one compiled scan over steps."""
     import blackjax
     import jax
@@ -73,7 +77,9 @@ def blackjax_sgld(model: bf.BayesianModel, theta: torch.Tensor, batch: int) -> C
     )
 
     def log_joint(params: tuple[Any, ...], rows: tuple[Any, Any]) -> Any:
-        return n / batch * rivals.jax_log_likelihood(params, rows) + rivals.jax_log_prior(params)
+        return n / batch * rivals.jax_log_likelihood(params, rows) + rivals.jax_log_prior(
+            params
+        )
 
     algorithm = blackjax.sgld(jax.grad(log_joint))
 
@@ -121,7 +127,9 @@ def posteriors_sgld(
         state = transform.init(theta[0].clone())
     else:
         zeros = torch.zeros(chains)
-        state = library.SGLDState(theta[:chains].clone(), zeros, zeros.long(), batch_size=[chains])
+        state = library.SGLDState(
+            theta[:chains].clone(), zeros, zeros.long(), batch_size=[chains]
+        )
         update = torch.vmap(transform.update, randomness="different")
 
     def work() -> None:
@@ -140,12 +148,17 @@ def posteriors_sgld(
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
-        "--quick", action="store_true", help="three rounds of yacht with the smaller batch only"
+        "--quick",
+        action="store_true",
+        help="three rounds of yacht with the smaller batch only",
     )
     quick = parser.parse_args().quick
     rounds = 3 if quick else ROUNDS
     rivals.require(
-        "jax", "blackjax", "posteriors", files=tuple(f"uci/{name}.npz" for name in DATA_SETS)
+        "jax",
+        "blackjax",
+        "posteriors",
+        files=tuple(f"uci/{name}.npz" for name in DATA_SETS),
     )
     print(
         f"{rivals.machine()}; SGLD, {CHAINS} chains, CPU us a step and chain, {rounds} rounds in "
@@ -155,17 +168,24 @@ def main() -> None:
         for batch in BATCHES[: 1 if quick else None]:
             data = bf.data.load(name)
             model = rivals.bnnflow_model(data.x_train, data.y_train)
-            theta = starting_points(model, CHAINS, None, torch.Generator().manual_seed(0), False)
+            theta = starting_points(
+                model, CHAINS, None, torch.Generator().manual_seed(0), False
+            )
             measures = {
                 "bnnflow SGLD": own(model, theta, batch),
                 "bnnflow mini-batch gradient alone": gradient_alone(model, theta, batch),
                 "blackjax SGLD": blackjax_sgld(model, theta, batch),
                 "posteriors, 1 chain": posteriors_sgld(model, theta, batch, 1),
-                f"posteriors, vmap of {CHAINS}": posteriors_sgld(model, theta, batch, CHAINS),
+                f"posteriors, vmap of {CHAINS}": posteriors_sgld(
+                    model, theta, batch, CHAINS
+                ),
             }
             samples = rivals.interleave(measures, rounds)
             rivals.table(
-                f"{name}, n = {len(model.x)}, batches of {batch}", samples, "bnnflow SGLD", ASKED
+                f"{name}, n = {len(model.x)}, batches of {batch}",
+                samples,
+                "bnnflow SGLD",
+                ASKED,
             )
 
 

@@ -70,7 +70,11 @@ def transport(name: str, model: bf.BayesianModel) -> Flow | FlowMap:
     flow = Flow.of(field.to(model.device, model.dtype), model)
     if name in MAPS:
         return distil(
-            flow, 4, trajectories=64, progress=False, training=bf.Training(steps=1, batch_size=64)
+            flow,
+            4,
+            trajectories=64,
+            progress=False,
+            training=bf.Training(steps=1, batch_size=64),
         )
     return flow
 
@@ -96,7 +100,10 @@ def draws(flow: Flow | FlowMap, device: str, rounds: int) -> dict[int, float]:
         return clocked(lambda: flow.sample(n, 0, chunk_size=chunk, **options), device) / n
 
     steps = STEPS
-    if isinstance(flow, Flow) and (work(128, 1, 128), work(128, 1, 128))[1] * STEPS * DRAWS > LONG:
+    if (
+        isinstance(flow, Flow)
+        and (work(128, 1, 128), work(128, 1, 128))[1] * STEPS * DRAWS > LONG
+    ):
         steps = 1
     scale = 1 if isinstance(flow, FlowMap) else STEPS / steps
     for chunk in CHUNKS:
@@ -182,7 +189,8 @@ def main() -> None:
                 f"{found[DEFAULT] / found[best]:.2f} x"
             )
         print(
-            f"  {DRAWS_ASKED:9,} draws  {met(found[best] * DRAWS_ASKED, DRAWS_SECONDS)}", flush=True
+            f"  {DRAWS_ASKED:9,} draws  {met(found[best] * DRAWS_ASKED, DRAWS_SECONDS)}",
+            flush=True,
         )
         if isinstance(flow, FlowMap):
             print("  no density")

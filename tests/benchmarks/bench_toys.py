@@ -24,7 +24,14 @@ import torch
 from torch import Tensor, nn
 
 import bnnflow as bf
-from bnnflow.transport import Independent, MiniBatchOT, SinkhornOT, integrate, time_grid, train
+from bnnflow.transport import (
+    Independent,
+    MiniBatchOT,
+    SinkhornOT,
+    integrate,
+    time_grid,
+    train,
+)
 from bnnflow.transport.couplings import Coupling
 from bnnflow.weights import Symmetries
 
@@ -51,7 +58,9 @@ def moons(n: int, generator: torch.Generator) -> Tensor:
     seed = int(torch.randint(2**31, (), generator=generator))
     return (
         3
-        * torch.from_numpy(sklearn.datasets.make_moons(n, noise=0.07, random_state=seed)[0]).float()
+        * torch.from_numpy(
+            sklearn.datasets.make_moons(n, noise=0.07, random_state=seed)[0]
+        ).float()
         - 1
     )
 
@@ -166,7 +175,9 @@ def squared_w2(a: Tensor, b: Tensor) -> float:
     )
 
 
-def judge(field: nn.Module, x0: Tensor, target: Tensor, shift: float) -> tuple[float, float]:
+def judge(
+    field: nn.Module, x0: Tensor, target: Tensor, shift: float
+) -> tuple[float, float]:
     """Return W2 of where the field carries ``x0`` to ``target``, and the normalised energy of the
     paths.
     """
@@ -193,7 +204,9 @@ def main() -> None:
         print("without torchcfm (pip install --no-deps torchcfm)")
     print(f"{STEPS} steps of {BATCH} pairs, {SEEDS} seeds, W2 of {DRAWS} draws")
     for task, (source, target) in TASKS.items():
-        results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in methods}
+        results: dict[str, list[tuple[float, float, float]]] = {
+            name: [] for name in methods
+        }
         floors = []
         for seed in range(SEEDS):
             judges = torch.Generator().manual_seed(1000 + seed)
@@ -208,7 +221,10 @@ def main() -> None:
                 for name, method in methods.items():
                     began = time.process_time()
                     field = method(
-                        copy.deepcopy(first), source, target, torch.Generator().manual_seed(seed)
+                        copy.deepcopy(first),
+                        source,
+                        target,
+                        torch.Generator().manual_seed(seed),
                     )
                     seconds = time.process_time() - began
                     results[name].append((*judge(field, x0, fresh, shift), seconds))

@@ -67,7 +67,9 @@ def main() -> None:
     with torch.no_grad():
         exact = field.with_divergence(t, x)[1]
         base = cpu(lambda: field.with_divergence(t, x), 50)
-        print(f"dim {DIM}, batch {BATCH}, width {WIDTH}; ms of CPU time a call, velocity included")
+        print(
+            f"dim {DIM}, batch {BATCH}, width {WIDTH}; ms of CPU time a call, velocity included"
+        )
         print(f"{'velocity alone':44s} {cpu(lambda: field(t, x), 50) * 1e3:9.2f}")
         print(f"{'closed trace':44s} {base * 1e3:9.2f}")
         whole = {
@@ -92,7 +94,8 @@ def main() -> None:
                 fixed = probes(n)
                 seconds = cpu(lambda f=estimate, p=fixed: f(along, x, p), 10)
                 drawn = [
-                    estimate(along, x, probes(n))[1].reshape(-1, BATCH).mean(0) for _ in range(50)
+                    estimate(along, x, probes(n))[1].reshape(-1, BATCH).mean(0)
+                    for _ in range(50)
                 ]
                 sd = float(torch.stack(drawn).std(0).mean())
                 label = f"{name}, {n} probe{'s' if n > 1 else ''}"

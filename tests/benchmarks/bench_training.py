@@ -59,13 +59,19 @@ CASES = {
 
 def spec_of(widths: tuple[int, ...]) -> WeightSpec:
     layers = [
-        layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())
+        layer
+        for pair in itertools.pairwise(widths)
+        for layer in (nn.Linear(*pair), nn.ReLU())
     ]
     return WeightSpec.of(nn.Sequential(*layers[:-1]))
 
 
-def optimisers(parameters: list[nn.Parameter], optimiser: Optimiser) -> list[torch.optim.Optimizer]:
-    matrices = [p for p in parameters if optimiser == "muon" and p.dim() == 2 and min(p.shape) > 4]
+def optimisers(
+    parameters: list[nn.Parameter], optimiser: Optimiser
+) -> list[torch.optim.Optimizer]:
+    matrices = [
+        p for p in parameters if optimiser == "muon" and p.dim() == 2 and min(p.shape) > 4
+    ]
     others = [p for p in parameters if all(p is not matrix for matrix in matrices)]
     found: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(others, LEARNING_RATE, weight_decay=DECAY, foreach=True),
@@ -80,7 +86,12 @@ def optimisers(parameters: list[nn.Parameter], optimiser: Optimiser) -> list[tor
 
 
 def bare(
-    field: nn.Module, pairs: Callable, steps: int, batch: int, optimiser: Optimiser, device: str
+    field: nn.Module,
+    pairs: Callable,
+    steps: int,
+    batch: int,
+    optimiser: Optimiser,
+    device: str,
 ) -> None:
     path, times, generator = (
         AffinePath(),
@@ -104,10 +115,14 @@ def calls(block: Callable[[int], object]) -> float:
     """Return the ATen operators of one more step."""
 
     def counted(steps: int) -> int:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU]
+        ) as profile:
             block(steps)
         return sum(
-            event.count for event in profile.key_averages() if event.key.startswith("aten::")
+            event.count
+            for event in profile.key_averages()
+            if event.key.startswith("aten::")
         )
 
     return (counted(6) - counted(2)) / 4
@@ -183,17 +198,27 @@ def main() -> None:
         torch.manual_seed(0)
         field = case.field(spec).to(device)
 
-        def pairs(n: int, generator: torch.Generator, dim: int = spec.dim) -> tuple[Tensor, Tensor]:
+        def pairs(
+            n: int, generator: torch.Generator, dim: int = spec.dim
+        ) -> tuple[Tensor, Tensor]:
             x0, x1 = torch.randn(2, n, dim, generator=generator, device=device)
             return x0, x1 + 1
 
         def block(
-            whole: bool, steps: int, field=field, pairs=pairs, batch=case.batch, how=optimiser
+            whole: bool,
+            steps: int,
+            field=field,
+            pairs=pairs,
+            batch=case.batch,
+            how=optimiser,
         ) -> float:
             own = copy.deepcopy(field)
             if whole:
                 training = Training(
-                    steps=steps, batch_size=batch, learning_rate=LEARNING_RATE, optimiser=how
+                    steps=steps,
+                    batch_size=batch,
+                    learning_rate=LEARNING_RATE,
+                    optimiser=how,
                 )
                 settings = {
                     "path": AffinePath(),
@@ -202,7 +227,9 @@ def main() -> None:
                     "progress": False,
                 }
                 return clocked(lambda: train(own, pairs, **settings), device) / steps
-            return clocked(lambda: bare(own, pairs, steps, batch, how, device), device) / steps
+            return (
+                clocked(lambda: bare(own, pairs, steps, batch, how, device), device) / steps
+            )
 
         block(True, 3)
         steps = max(5, int(options.seconds / block(False, 5)))
@@ -216,9 +243,8 @@ def main() -> None:
         middle = statistics.median(ratios)
         low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
         shape = "-".join(map(str, case.widths))
-        sizes = (
-            f"{len(list(field.parameters()))} tensors, batch {case.batch}, {steps} steps a block"
-        )
+        tensors = len(list(field.parameters()))
+        sizes = f"{tensors} tensors, batch {case.batch}, {steps} steps a block"
         print(f"\n{name}: {shape}, {type(field).__name__}, {optimiser}, {sizes}")
         of_bare, of_train = (
             calls(lambda n, which=which: block(which, n)) for which in (False, True)
@@ -232,10 +258,13 @@ def main() -> None:
             f"  overhead: median {middle:+.1%}, quartiles {low:+.1%} to {high:+.1%}: {verdict}",
             flush=True,
         )
-        for part, work in parts(copy.deepcopy(field), case.batch, optimiser, device).items():
+        for part, work in parts(
+            copy.deepcopy(field), case.batch, optimiser, device
+        ).items():
             work()
             times = [
-                clocked(lambda work=work: [work() for _ in range(REPEATS)], device) / REPEATS
+                clocked(lambda work=work: [work() for _ in range(REPEATS)], device)
+                / REPEATS
                 for _ in range(5)
             ]
             seconds = statistics.median(times)

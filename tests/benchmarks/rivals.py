@@ -23,13 +23,17 @@ def idlest_core() -> int:
     def idle() -> dict[int, int]:
         rows = (line.split() for line in Path("/proc/stat").read_text().splitlines())
         return {
-            int(row[0][3:]): int(row[4]) for row in rows if row[0][:3] == "cpu" and row[0] != "cpu"
+            int(row[0][3:]): int(row[4])
+            for row in rows
+            if row[0][:3] == "cpu" and row[0] != "cpu"
         }
 
     before = idle()
     time.sleep(0.2)
     after = idle()
-    return max(os.sched_getaffinity(0), key=lambda core: after.get(core, 0) - before.get(core, 0))
+    return max(
+        os.sched_getaffinity(0), key=lambda core: after.get(core, 0) - before.get(core, 0)
+    )
 
 
 if hasattr(os, "sched_setaffinity"):
@@ -37,7 +41,9 @@ if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {idlest_core()})
 os.environ["OMP_NUM_THREADS"] = "1"
 # 512: a little faster here (0 to 5 %) than jax's default of 256, on a processor with AVX-512.
-os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false --xla_cpu_prefer_vector_width=512"
+os.environ["XLA_FLAGS"] = (
+    "--xla_cpu_multi_thread_eigen=false --xla_cpu_prefer_vector_width=512"
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("BNNFLOW_DATA", str(Path(__file__).parents[3] / "shared" / "data"))
 
@@ -76,12 +82,16 @@ def machine() -> str:
 # ---------------------------------------- the posterior
 
 
-def bnnflow_model(x: np.ndarray | torch.Tensor, y: np.ndarray | torch.Tensor) -> bf.BayesianModel:
+def bnnflow_model(
+    x: np.ndarray | torch.Tensor, y: np.ndarray | torch.Tensor
+) -> bf.BayesianModel:
     """Return the model that all others repeat."""
     net = torch.nn.Sequential(
         torch.nn.Linear(x.shape[1], HIDDEN), torch.nn.Tanh(), torch.nn.Linear(HIDDEN, 1)
     )
-    return bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(NOISE), x, y)
+    return bf.BayesianModel(
+        net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(NOISE), x, y
+    )
 
 
 def split(theta: Any) -> tuple[Any, Any, Any, Any]:
@@ -134,7 +144,9 @@ def torch_log_joint(
     """
     weights, bias, head, shift = params
     outputs = head @ torch.tanh(torch.addmm(bias[:, None], weights, x)) + shift
-    prior = weights.square().sum() + bias.square().sum() + head.square().sum() + shift.square()
+    prior = (
+        weights.square().sum() + bias.square().sum() + head.square().sum() + shift.square()
+    )
     return -0.5 * weight * (y - outputs).square().sum() / NOISE**2 - 0.5 * prior
 
 
@@ -148,7 +160,9 @@ def cpu(work: Callable[[], Any]) -> float:
     return time.process_time() - began
 
 
-def interleave(rivals: dict[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray]:
+def interleave(
+    rivals: dict[str, Callable[[], float]], rounds: int
+) -> dict[str, np.ndarray]:
     """Return the measurements of every rival, taken in turns A B C A B C ..., so that a busy
     machine hurts all alike.
 
@@ -161,7 +175,10 @@ def interleave(rivals: dict[str, Callable[[], float]], rounds: int) -> dict[str,
 
 
 def table(
-    title: str, samples: dict[str, np.ndarray], own: str, targets: dict[str, tuple[str, float]]
+    title: str,
+    samples: dict[str, np.ndarray],
+    own: str,
+    targets: dict[str, tuple[str, float]],
 ) -> None:
     """Print medians, spreads and the ratio of medians, rival / own, beside what is asked.
 
@@ -172,7 +189,9 @@ def table(
         targets: least ratio asked, by row: ``(rows that count together, number)``; the fastest of
             them counts.
     """
-    print(f"\n{title}\n{'':34s} {'median':>8s} {'10 %':>8s} {'90 %':>8s} {'times own':>10s}")
+    print(
+        f"\n{title}\n{'':34s} {'median':>8s} {'10 %':>8s} {'90 %':>8s} {'times own':>10s}"
+    )
     mine = float(np.median(samples[own]))
     for name, values in samples.items():
         low, median, high = np.quantile(values, [0.1, 0.5, 0.9])

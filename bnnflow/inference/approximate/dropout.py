@@ -71,7 +71,10 @@ class MCDropout(Method):
         generator, masks = run.generator, self._masks(model)
         start = theta = first_points(model, run.init, self.members, generator)
         adam, members, objectives = Adam(theta), len(theta), []
-        with torch.no_grad(), progress_bar(self.steps, "MC dropout", run.progress, "step") as bar:
+        with (
+            torch.no_grad(),
+            progress_bar(self.steps, "MC dropout", run.progress, "step") as bar,
+        ):
             for step in range(1, self.steps + 1):
                 factors = masks((members, self.masks), generator)
                 # (members, masks, ...)
@@ -90,7 +93,9 @@ class MCDropout(Method):
         theta = theta.unsqueeze(1) * factors  # (members, draws, dim)
         info = {"gradients_per_chain": self.steps * self.masks}
         return Draws(
-            theta, model.log_joint(theta), info=info | of_divergence(self, lost, self.learning_rate)
+            theta,
+            model.log_joint(theta),
+            info=info | of_divergence(self, lost, self.learning_rate),
         )
 
     def _masks(self, model: BayesianModel) -> _Masks:
@@ -123,9 +128,9 @@ class _Dropped(NamedTuple):
         """Spread multipliers of units ``(..., units)`` over the weights, ``(..., *shape)``."""
         # a flattened channel has several
         columns = kept.repeat_interleave(shape[1] // self.units, -1)
-        return columns.reshape(*kept.shape[:-1], 1, shape[1], *[1] * (len(shape) - 2)).expand(
-            *kept.shape[:-1], *shape
-        )
+        return columns.reshape(
+            *kept.shape[:-1], 1, shape[1], *[1] * (len(shape) - 2)
+        ).expand(*kept.shape[:-1], *shape)
 
 
 def _dropped(model: BayesianModel) -> tuple[_Dropped, ...]:
@@ -134,7 +139,10 @@ def _dropped(model: BayesianModel) -> tuple[_Dropped, ...]:
     Raises:
         ValueError: naming a layer whose effect is not that of other weights in the next layer.
     """
-    net, x = model.network_at(0.5 * model.sample_prior(1, 0)[0]).requires_grad_(False), model.x[:4]
+    net, x = (
+        model.network_at(0.5 * model.sample_prior(1, 0)[0]).requires_grad_(False),
+        model.x[:4],
+    )
     modules, names = (
         dict(net.named_modules()),
         {id(weight): name for name, weight in net.named_parameters()},
@@ -155,7 +163,11 @@ def _dropped(model: BayesianModel) -> tuple[_Dropped, ...]:
         if not isinstance(layer, nn.modules.dropout._DropoutNd) or layer.p == 0:
             continue
         reader = next(
-            (modules[other] for other, _ in plain[i + 1 :] if isinstance(modules[other], _READERS)),
+            (
+                modules[other]
+                for other, _ in plain[i + 1 :]
+                if isinstance(modules[other], _READERS)
+            ),
             None,
         )
         weight = "" if reader is None else names.get(id(reader.weight), "")
@@ -190,7 +202,9 @@ def _moves(
     assert isinstance(weight, Tensor)
     if dropped.rate == 1 or weight.shape[1] % dropped.units:
         return False
-    kept = (torch.arange(dropped.units, device=x.device) % 2).to(weight) / (1 - dropped.rate)
+    kept = (torch.arange(dropped.units, device=x.device) % 2).to(weight) / (
+        1 - dropped.rate
+    )
 
     def mask(module: nn.Module, inputs: Any, out: Tensor) -> Tensor:
         return out * kept.reshape(-1, *[1] * (out.dim() - 2))
@@ -238,7 +252,9 @@ def dropout_factors(
     """
     device = generator.device
     kept = {
-        label: (torch.rand(*shape, width, generator=generator, device=device) >= rate).to(dtype)
+        label: (torch.rand(*shape, width, generator=generator, device=device) >= rate).to(
+            dtype
+        )
         / (1 - rate)
         for label, width in sorted(spec.widths.items())
     }

@@ -67,7 +67,9 @@ def _normals(model: BayesianModel) -> dict[str, Normal] | None:
 
 
 def tune_prior(
-    first: Expansion, names: tuple[str, ...], expand: Callable[[BayesianModel, Tensor], Expansion]
+    first: Expansion,
+    names: tuple[str, ...],
+    expand: Callable[[BayesianModel, Tensor], Expansion],
 ) -> tuple[Expansion, dict[str, Any]]:
     """Maximise the Laplace evidence by one factor of all the prior's precisions (MacKay 1992).
 
@@ -103,7 +105,8 @@ def tune_prior(
         else:
             radius = 0.25 * abs(found - log)
     precisions = {
-        name: math.exp(log) * float(own[name].scale.double().pow(-2).mean()) for name in tuned
+        name: math.exp(log) * float(own[name].scale.double().pow(-2).mean())
+        for name in tuned
     }
     return best, {
         "prior_precision": precisions,
@@ -146,7 +149,9 @@ class _Local:
         spec, theta = at.model.spec, at.mode
         assert at.precision is not None
         tuned = [name for name in names if name not in spec.extras]
-        where = [torch.arange(spec.slices[name].start, spec.slices[name].stop) for name in names]
+        where = [
+            torch.arange(spec.slices[name].start, spec.slices[name].stop) for name in names
+        ]
         self._mode, self._where = theta, torch.cat(where).to(theta.device)
         loc, self._scale = (
             torch.cat(
@@ -170,10 +175,14 @@ class _Local:
             )
             # by which the others follow the weights
             self._others = torch.linalg.solve(others, coupling)
-            curvature = self._scale[:, None] * (weights - coupling.T @ self._others) * self._scale
+            curvature = (
+                self._scale[:, None] * (weights - coupling.T @ self._others) * self._scale
+            )
             self._values, self._vectors = torch.linalg.eigh(curvature)
             self._values, offset = self._values - math.exp(log), self._vectors.T @ offset
-        self._pull = (self._values + math.exp(log)) * offset  # the gradient at the prior's centre
+        self._pull = (
+            self._values + math.exp(log)
+        ) * offset  # the gradient at the prior's centre
 
     def _evidence(self, logs: np.ndarray) -> np.ndarray:
         """Return the log evidences up to a constant, -inf where the curvature is not positive."""

@@ -61,7 +61,9 @@ class DeepEnsemble(Method):
         theta, diverged = accelerated_ascent(
             model, theta, steps, self.learning_rate, run.progress, "ensemble", free
         )
-        info = {"gradients_per_chain": steps} | of_divergence(self, diverged, self.learning_rate)
+        info = {"gradients_per_chain": steps} | of_divergence(
+            self, diverged, self.learning_rate
+        )
         return Draws(theta.unsqueeze(0), model.log_joint(theta).unsqueeze(0), info=info)
 
 

@@ -68,8 +68,11 @@ class NormalizingFlowVI(Method):
             log_scale.data.fill_(math.log(self.scale))
             transforms = ComposeTransformModule(list(flow))  # type: ignore[arg-type]
             guide = AutoNormalizingFlow(flat_model(start), lambda _: transforms)
-            found = fit_guide(model.log_joint_and_grad, guide, self, run.progress, "flow VI")
+            found = fit_guide(
+                model.log_joint_and_grad, guide, self, run.progress, "flow VI"
+            )
         posterior = CouplingFlow(
-            permutations, tuple(parameter.detach().clone() for parameter in flow.parameters())
+            permutations,
+            tuple(parameter.detach().clone() for parameter in flow.parameters()),
         )
         return independent_draws(model, run, posterior, found)

@@ -133,7 +133,12 @@ class Laplace(Method):
     prior_precision: Literal["evidence"] | None = None
 
     def __post_init__(self) -> None:
-        settle(self, choice, "structure", choices=("full", "diagonal", "last_layer", "kronecker"))
+        settle(
+            self,
+            choice,
+            "structure",
+            choices=("full", "diagonal", "last_layer", "kronecker"),
+        )
         settle(self, choice, "hessian", choices=("auto", "ggn", "averaged", "exact"))
         settle(self, choice, "prior_precision", choices=("evidence",))
         settle(self, integer, "starts", "steps", "polish", least=1)
@@ -163,7 +168,9 @@ class Laplace(Method):
         best = start[model.log_joint(start).nan_to_num(-math.inf).argmax()]
         first = self._expand(model.to(dtype=torch.float64), best.double(), names)
         at, info = first, first.info
-        if not math.isfinite(info["left_to_gain"]) or not math.isfinite(info["gradient_norm"]):
+        if not math.isfinite(info["left_to_gain"]) or not math.isfinite(
+            info["gradient_norm"]
+        ):
             raise ValueError(_UNBOUNDED.format(type(model.prior).__name__))
         if self.prior_precision == "evidence":
             at, tuned = tune_prior(
@@ -195,9 +202,13 @@ class Laplace(Method):
         elif whole:
             info["log_tempered_normaliser"] = first.log_evidence
         theta = theta.unflatten(0, (chains, draws))
-        return Draws(theta, log_joint, log_evidence=evidence, posterior=posterior, info=info)
+        return Draws(
+            theta, log_joint, log_evidence=evidence, posterior=posterior, info=info
+        )
 
-    def _expand(self, model: BayesianModel, theta: Tensor, names: tuple[str, ...]) -> Expansion:
+    def _expand(
+        self, model: BayesianModel, theta: Tensor, names: tuple[str, ...]
+    ) -> Expansion:
         """Climb from ``theta`` ``(dim,)`` to a mode, and put the Gaussian there."""
         mode, info = find_mode(model, theta, self.polish)
         precision, posterior = self._posterior(model, mode, names)
@@ -219,7 +230,9 @@ class Laplace(Method):
         names = _last_layer(model) if self.structure == "last_layer" else model.spec.names
         if self.structure == "kronecker":
             _import_laplace()
-            if not isinstance(model.likelihood, likelihoods.Gaussian | likelihoods.Categorical):
+            if not isinstance(
+                model.likelihood, likelihoods.Gaussian | likelihoods.Categorical
+            ):
                 raise ValueError(
                     "structure='kronecker' is for Gaussian and Categorical likelihoods, not "
                     f"{model.likelihood.name}"
@@ -280,7 +293,8 @@ _UNBOUNDED = (
     "SMC, or a normal prior of fixed scale with prior_precision='evidence'"
 )
 _INDEFINITE = (
-    "the curvature at the mode is not positive definite (smallest value {:.3g}); use hessian='ggn'"
+    "the curvature at the mode is not positive definite (smallest value {:.3g}); "
+    "use hessian='ggn'"
 )
 
 
@@ -360,7 +374,11 @@ class _Climb:
             "gtol": 1e-8,
         }
         found = scipy.optimize.minimize(
-            self.negative, self.mode.cpu().numpy(), method="L-BFGS-B", jac=True, options=options
+            self.negative,
+            self.mode.cpu().numpy(),
+            method="L-BFGS-B",
+            jac=True,
+            options=options,
         )
         self.mode = torch.from_numpy(np.asarray(found.x)).to(self.mode)
 
@@ -392,7 +410,9 @@ class _Climb:
             if self.newton:
                 precision = gauss_newton_precision(self.model, self.mode)
                 inverse = torch.linalg.inv(precision).cpu().numpy()
-                point = kinks.minimise(self.negative, self.mode.cpu().numpy(), inverse, iterations)
+                point = kinks.minimise(
+                    self.negative, self.mode.cpu().numpy(), inverse, iterations
+                )
                 self.mode = torch.from_numpy(point).to(self.mode)
             self.look()
             gain, step = _left_to_gain(self.model, self.mode, self.grad)
@@ -442,7 +462,9 @@ def _moved(model: BayesianModel, start: Tensor, mode: Tensor) -> dict[str, float
         moved = {
             "log_joint": float(model.log_joint(mode) - model.log_joint(start)),
             "weights": float((mode - start).norm() / start.norm()),
-            "predictions": float((after - before).norm() / (before - before.mean(0)).norm()),
+            "predictions": float(
+                (after - before).norm() / (before - before.mean(0)).norm()
+            ),
         }
     if not moved["predictions"] < _FAR:
         warn(
@@ -455,7 +477,9 @@ def _moved(model: BayesianModel, start: Tensor, mode: Tensor) -> dict[str, float
     return moved
 
 
-def _line_search(model: BayesianModel, theta: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+def _line_search(
+    model: BayesianModel, theta: Tensor, step: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return the highest of seven points along a step, with its log_joint."""
     sizes = 2.0 ** -torch.arange(7, dtype=theta.dtype, device=theta.device)
     points = theta + sizes[:, None] * step
@@ -487,12 +511,18 @@ def gauss_newton_precision(
     """
     names = model.spec.names if names is None else names
     prior = prior_precision(model, theta)[_indices(model, names)]
-    total = torch.zeros_like(prior) if diagonal else torch.zeros(len(prior), len(prior)).to(prior)
+    total = (
+        torch.zeros_like(prior)
+        if diagonal
+        else torch.zeros(len(prior), len(prior)).to(prior)
+    )
     with torch.no_grad():
         outputs = model.outputs(theta, model.x[:1]).shape[-1]
     entries = 4 * outputs * len(prior)
     if changes is not None:
-        slices = [model.spec.slices[name] for name in names if name not in model.spec.extras]
+        slices = [
+            model.spec.slices[name] for name in names if name not in model.spec.extras
+        ]
         weights = sum(each.stop - each.start for each in slices)
         changes = changes[:, :weights]
         entries += 4 * len(changes) * (outputs + 2) ** 2
@@ -510,7 +540,9 @@ def gauss_newton_precision(
     return (total + (prior if diagonal else prior.diag())) / model.temperature
 
 
-def _row_blocks(model: BayesianModel, copies: int, entries: int = 0) -> Iterator[BayesianModel]:
+def _row_blocks(
+    model: BayesianModel, copies: int, entries: int = 0
+) -> Iterator[BayesianModel]:
     """Cut the data into models of a few rows, so that what is made of one is bounded in memory.
 
     Their likelihoods multiply to that of all rows; the prior is in each.
@@ -522,7 +554,9 @@ def _row_blocks(model: BayesianModel, copies: int, entries: int = 0) -> Iterator
         entries: numbers that are made of each row beside these.
     """
     size, _ = at_once(len(model.x), copies * model.network.elements(model.x) + entries)
-    return (model.subset(slice(start, start + size)) for start in range(0, len(model.x), size))
+    return (
+        model.subset(slice(start, start + size)) for start in range(0, len(model.x), size)
+    )
 
 
 def averaged_precision(
@@ -535,7 +569,10 @@ def averaged_precision(
     """
     precision = gauss_newton_precision(model, mode, names, diagonal=diagonal)
     half = torch.randn(
-        _DRAWS // 2, len(precision), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        _DRAWS // 2,
+        len(precision),
+        generator=torch.Generator().manual_seed(0),
+        dtype=torch.float64,
     )
     noise, before = torch.cat([half, -half]).to(precision), math.nan
     for _ in range(_AVERAGES):
@@ -549,7 +586,9 @@ def averaged_precision(
             if diagonal
             else torch.linalg.solve_triangular(root, noise, upper=False, left=False)
         )
-        averaged = gauss_newton_precision(model, mode, names, diagonal=diagonal, changes=changes)
+        averaged = gauss_newton_precision(
+            model, mode, names, diagonal=diagonal, changes=changes
+        )
         precision = torch.lerp(precision, averaged, _SHARE)
     return precision
 
@@ -571,7 +610,9 @@ def prior_precision(model: BayesianModel, theta: Tensor) -> Tensor:
     slope = torch.func.grad(model.log_prior)
     directions, spec = [torch.ones_like(theta)], model.spec
     extras = [
-        i for name in spec.extras for i in range(spec.slices[name].start, spec.slices[name].stop)
+        i
+        for name in spec.extras
+        for i in range(spec.slices[name].start, spec.slices[name].stop)
     ]
     directions[0][extras] = 0.0
     directions += [
@@ -594,7 +635,9 @@ def exact_precision(model: BayesianModel, theta: Tensor, *, diagonal: bool) -> T
     The rows of data are taken in blocks, so that memory is bounded whatever their number and
     whatever the network.
     """
-    total = _derivatives(lambda at: model.flat_prior.log_prob_and_grad(at)[1], theta, diagonal)
+    total = _derivatives(
+        lambda at: model.flat_prior.log_prob_and_grad(at)[1], theta, diagonal
+    )
     for block in _row_blocks(model, copies=_COPIES):
         total += _derivatives(block.log_likelihood_grad, theta, diagonal)
     precision = -total / model.temperature
@@ -609,7 +652,9 @@ def _derivatives(grad: Callable[[Tensor], Tensor], theta: Tensor, diagonal: bool
         # One by one: batched over the directions, convolutions take several times the memory and
         # more time.
         rows = (torch.autograd.grad(each, at, retain_graph=True)[0] for each in value)
-        return torch.stack([row[i] for i, row in enumerate(rows)] if diagonal else list(rows))
+        return torch.stack(
+            [row[i] for i, row in enumerate(rows)] if diagonal else list(rows)
+        )
 
 
 def _last_layer(model: BayesianModel) -> tuple[str, ...]:
@@ -623,7 +668,9 @@ def _last_layer(model: BayesianModel) -> tuple[str, ...]:
     if not spec.layers:  # an unlabelled network: make sure that these tensors do come last
         theta = torch.zeros(3, model.dim, dtype=model.dtype, device=model.device)
         theta[:] = torch.linspace(-1, 1, model.dim, dtype=model.dtype, device=model.device)
-        theta[1:, free] += torch.tensor([[1.0], [2.0]], dtype=model.dtype, device=model.device)
+        theta[1:, free] += torch.tensor(
+            [[1.0], [2.0]], dtype=model.dtype, device=model.device
+        )
         zero, one, two = model.outputs(theta, model.x[:8])
         if not torch.allclose(two - one, one - zero, rtol=1e-3, atol=1e-4):
             raise ValueError(
@@ -686,11 +733,15 @@ def _kronecker(model: BayesianModel, mode: Tensor) -> KroneckerGaussian:
     if regression:  # in units of the noise, of which each output may have its own
         fixed = model.likelihood.scale  # type: ignore[attr-defined]
         scale = (
-            model.likelihood_parameters(mode)["scale"] if fixed is None else mode.new_tensor(fixed)
+            model.likelihood_parameters(mode)["scale"]
+            if fixed is None
+            else mode.new_tensor(fixed)
         )
         net = nn.Sequential(net, _Scaled(1 / scale))
     options = {"subset_of_weights": "all", "hessian_structure": "kron"}
-    fitted = laplace.Laplace(net, "regression" if regression else "classification", **options)
+    fitted = laplace.Laplace(
+        net, "regression" if regression else "classification", **options
+    )
     data = torch.utils.data.TensorDataset(model.x, model.y)
     with isolated():  # a DataLoader draws from the global generator
         fitted.fit(torch.utils.data.DataLoader(data, batch_size=256))
@@ -702,7 +753,9 @@ def _kronecker(model: BayesianModel, mode: Tensor) -> KroneckerGaussian:
     ):
         one = torch.ones(1, dtype=mode.dtype, device=mode.device)
         vectors, values = (
-            ([*vectors, one[None]], [*values, one]) if len(values) == 1 else (vectors, values)
+            ([*vectors, one[None]], [*values, one])
+            if len(values) == 1
+            else (vectors, values)
         )
         likelihood = values[0].clamp(min=0).outer(values[1].clamp(min=0))
         left.append(vectors[0].detach())

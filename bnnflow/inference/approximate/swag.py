@@ -72,7 +72,8 @@ class SWAG(Method):
         run.refuse(self, "members and draws", "chains", "warmup", "checkpoint")
         n, generator = len(model.x), run.generator
         batch_size = self.batch_size or max(1, min(128, n // 10))
-        model.random_rows((1,), generator, batch_size)  # refuses a batch larger than the data
+        # refuses a batch larger than the data
+        model.random_rows((1,), generator, batch_size)
         theta = first_points(model, run.init, self.members, generator)
         given = isinstance(run.init, Tensor)
         if not given:
@@ -87,7 +88,9 @@ class SWAG(Method):
         diverged = of_divergence(self, restarts > 0, self.learning_rate)
         members = Mixture(tuple(self._gaussian(each) for each in trajectory.unbind(1)))
         draws = run.draws or 250
-        theta = torch.stack([member.sample(draws, generator) for member in members.components])
+        theta = torch.stack(
+            [member.sample(draws, generator) for member in members.components]
+        )
         info = {
             "gradients_per_chain": (0 if given else self.steps)
             + self.snapshots * self.every * batch_size / n,
@@ -99,12 +102,19 @@ class SWAG(Method):
         return Draws(theta, model.log_joint(theta), posterior=members, info=info)
 
     def _rate(
-        self, model: BayesianModel, theta: Tensor, generator: torch.Generator, batch_size: int
+        self,
+        model: BayesianModel,
+        theta: Tensor,
+        generator: torch.Generator,
+        batch_size: int,
     ) -> Tensor:
         if self.learning_rate is not None:
             return torch.full_like(theta[:, :1], self.learning_rate / len(model.x))
         grads = torch.stack(
-            [model.minibatch_log_joint_and_grad(theta, generator, batch_size)[1] for _ in range(20)]
+            [
+                model.minibatch_log_joint_and_grad(theta, generator, batch_size)[1]
+                for _ in range(20)
+            ]
         )
         noise = grads.var(0).sum(-1, keepdim=True)
         direction = torch.randn(
@@ -113,9 +123,12 @@ class SWAG(Method):
         size = direction.norm(dim=-1, keepdim=True)
         for _ in range(20):  # power iteration on the Hessian
             direction = direction / size
-            direction = jvp(lambda at: model.log_joint_and_grad(at)[1], (theta,), (direction,))[1]
+            direction = jvp(
+                lambda at: model.log_joint_and_grad(at)[1], (theta,), (direction,)
+            )[1]
             size = direction.norm(dim=-1, keepdim=True)
-        return torch.minimum(2 * model.dim / noise, 0.5 / size)  # all rows in a batch have no noise
+        # all rows in a batch have no noise
+        return torch.minimum(2 * model.dim / noise, 0.5 / size)
 
     def _trajectory(
         self,

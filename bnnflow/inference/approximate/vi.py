@@ -94,14 +94,18 @@ class VI(Method):
         if self.rank == 0:
             posterior = Gaussian(q.mean.detach(), q.stddev.detach())
         else:
-            posterior = LowRankGaussian(q.loc.detach(), q.cov_factor.detach(), q.cov_diag.detach())
+            posterior = LowRankGaussian(
+                q.loc.detach(), q.cov_factor.detach(), q.cov_diag.detach()
+            )
         return independent_draws(model, run, posterior, found)
 
     def _full(self, model: BayesianModel, run: Run) -> Draws:
         """Fit in the coordinates z of theta = loc + root z."""
         loc, given = one_point(self, model, run), isinstance(run.init, Tensor)
         if not given:
-            loc = maximise(model, loc.unsqueeze(0), WARM_START, 0.02, run.progress, "VI: start")[0]
+            loc = maximise(
+                model, loc.unsqueeze(0), WARM_START, 0.02, run.progress, "VI: start"
+            )[0]
         root = torch.eye(model.dim).to(loc) * self.scale
         if model.likelihood.has_fisher_factor:
             double = model.to(dtype=torch.float64)
@@ -146,7 +150,9 @@ def flat_model(like: Tensor) -> Callable[[], None]:
         # A masked site has no density of its own, but unlike ImproperUniform it can be drawn.
         pyro.sample(
             "theta",
-            dist.Normal(torch.zeros_like(like), torch.ones_like(like)).to_event(1).mask(False),
+            dist.Normal(torch.zeros_like(like), torch.ones_like(like))
+            .to_event(1)
+            .mask(False),
         )
 
     return flat

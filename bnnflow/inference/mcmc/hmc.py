@@ -43,9 +43,13 @@ def leapfrog(log_joint_and_grad: LogDensityAndGrad) -> Trajectory:
         for i in range(n_steps):
             theta = torch.addcmul(theta, steps, momentum)
             log_joint, grad = log_joint_and_grad(theta)
-            momentum = torch.addcmul(momentum, steps, grad, value=1.0 if i < n_steps - 1 else 0.5)
+            momentum = torch.addcmul(
+                momentum, steps, grad, value=1.0 if i < n_steps - 1 else 0.5
+            )
         end_energy = 0.5 * momentum.square().sum(-1, dtype=torch.float64) - log_joint
-        return Proposal(ChainState(theta, log_joint, grad), momentum, start_energy, end_energy)
+        return Proposal(
+            ChainState(theta, log_joint, grad), momentum, start_energy, end_energy
+        )
 
     return trajectory
 

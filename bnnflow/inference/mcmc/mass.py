@@ -38,7 +38,9 @@ class Moments(NamedTuple):
         """Add one draw of every chain."""
         offset = (theta - self.origin) / self.unit
         return self._replace(
-            draws=self.draws + 1, total=self.total + offset, squares=self.squares + offset * offset
+            draws=self.draws + 1,
+            total=self.total + offset,
+            squares=self.squares + offset * offset,
         )
 
     def inverse_mass_matrix(self, before: Tensor, ranks: Ranks) -> Tensor:

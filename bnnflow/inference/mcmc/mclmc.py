@@ -57,7 +57,9 @@ _OUTER = 0.1931833275037836
 _INNER = 1 - 2 * _OUTER
 
 
-def momentum_update(direction: Tensor, grad: Tensor, step: float | Tensor) -> tuple[Tensor, Tensor]:
+def momentum_update(
+    direction: Tensor, grad: Tensor, step: float | Tensor
+) -> tuple[Tensor, Tensor]:
     """Turn unit vectors ``(chain, dim)`` towards the gradient for a time ``step``, exactly.
 
     Solves du/dt = (I - u u^T) grad / (dim - 1) at constant gradient (Robnik et al. 2023; ver Steeg
@@ -81,7 +83,9 @@ def momentum_update(direction: Tensor, grad: Tensor, step: float | Tensor) -> tu
     # turn, and stays.
     decay = torch.exp(-delta).clamp(min=torch.finfo(grad.dtype).eps ** 0.75)
     towards = (1 - decay) * (1 + along + decay * (1 - along)) / norm
-    new = torch.addcmul((2 * decay).to(grad.dtype) * direction, towards.to(grad.dtype), grad)
+    new = torch.addcmul(
+        (2 * decay).to(grad.dtype) * direction, towards.to(grad.dtype), grad
+    )
     new = new / torch.linalg.vector_norm(new, dim=-1, keepdim=True)
     change = (dim - 1) * torch.logaddexp(
         ((1 + along) / 2).log() + delta, ((1 - along) / 2).log() - delta
@@ -96,7 +100,10 @@ def random_directions(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def mclmc(
-    log_joint_and_grad: LogDensityAndGrad, step_size: float, L: float, inverse_mass_matrix: Tensor
+    log_joint_and_grad: LogDensityAndGrad,
+    step_size: float,
+    L: float,
+    inverse_mass_matrix: Tensor,
 ) -> Kernel:
     """Build the unadjusted microcanonical Langevin kernel (Robnik, De Luca, Silverstein and Seljak
     2023).
@@ -118,11 +125,15 @@ def mclmc(
     half = 0.5 * step_size * scale
 
     def init(theta: Tensor, generator: torch.Generator) -> MCLMCState:
-        return MCLMCState(theta, random_directions(theta, generator), *log_joint_and_grad(theta))
+        return MCLMCState(
+            theta, random_directions(theta, generator), *log_joint_and_grad(theta)
+        )
 
     def step(state: MCLMCState, generator: torch.Generator) -> tuple[MCLMCState, MCLMCInfo]:
         dim = state.theta.shape[-1]
-        direction, first = momentum_update(state.direction, scale * state.grad, _OUTER * step_size)
+        direction, first = momentum_update(
+            state.direction, scale * state.grad, _OUTER * step_size
+        )
         theta = torch.addcmul(state.theta, half, direction)
         _, grad = log_joint_and_grad(theta)
         direction, second = momentum_update(direction, scale * grad, _INNER * step_size)
@@ -214,7 +225,9 @@ def mclmc_warm_up(
 
     def kernel(log_step: float, tuning: _Tuning) -> Kernel:
         return thinned(
-            mclmc(log_joint_and_grad, math.exp(log_step), tuning.L, tuning.inverse_mass_matrix),
+            mclmc(
+                log_joint_and_grad, math.exp(log_step), tuning.L, tuning.inverse_mass_matrix
+            ),
             thinning,
         )
 
@@ -228,7 +241,9 @@ def mclmc_warm_up(
         rate, log_factor = max(0.02, 1 / count), math.log(error) - 6 * tuning.log_step
         if count > 1:
             log_factor = float(
-                np.logaddexp(math.log1p(-rate) + tuning.log_factor, math.log(rate) + log_factor)
+                np.logaddexp(
+                    math.log1p(-rate) + tuning.log_factor, math.log(rate) + log_factor
+                )
             )
         wanted = (math.log(energy_variance) - log_factor) / 6
         log_step = tuning.log_step + max(-0.3, min(0.1, wanted - tuning.log_step))
@@ -243,7 +258,9 @@ def mclmc_warm_up(
             log_step -= 0.5 * float(ranks.mean(shrunk))
             tuning = tuning._replace(inverse_mass_matrix=mass, log_step=log_step, updates=0)
         if done in ends:
-            tuning = tuning._replace(moments=Moments.start(chain.theta, tuning.inverse_mass_matrix))
+            tuning = tuning._replace(
+                moments=Moments.start(chain.theta, tuning.inverse_mass_matrix)
+            )
         return tuning, info
 
     def tuned(tuning: _Tuning) -> Tuned:
@@ -290,7 +307,9 @@ class MCLMC(Method):
         A transition of warm-up has ``thinning`` steps as well.
         """
         if model.dim < 2:
-            raise ValueError("MCLMC turns directions, and needs a model of at least two dimensions")
+            raise ValueError(
+                "MCLMC turns directions, and needs a model of at least two dimensions"
+            )
         chains, warmup, draws = (
             run.chains_or(16),
             500 if run.warmup is None else run.warmup,

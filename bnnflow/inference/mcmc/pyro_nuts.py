@@ -55,7 +55,9 @@ class PyroNUTS(Method):
         starts = starting_points(model, chains, run.init, run.generator, run.progress)
         finished: list[_Chain] = []
         chain, interrupted = _Chain(model), False
-        with progress_bar(chains * (warmup + draws), "Pyro NUTS", run.progress, "draw") as bar:
+        with progress_bar(
+            chains * (warmup + draws), "Pyro NUTS", run.progress, "draw"
+        ) as bar:
             try:
                 for start in starts:
                     chain = _Chain(model)
@@ -68,7 +70,10 @@ class PyroNUTS(Method):
                     raise
         kept = finished or [chain]
         theta = torch.stack([torch.stack(each.theta) for each in kept])
-        stats = {name: torch.tensor([each.stats[name] for each in kept]) for name in kept[0].stats}
+        stats = {
+            name: torch.tensor([each.stats[name] for each in kept])
+            for name in kept[0].stats
+        }
         stats["acceptance_rate"] = stats["acceptance_rate"].double()
         info = {
             "step_size": [each.step_size for each in kept],
@@ -86,7 +91,11 @@ class _Chain:
     def __init__(self, model: BayesianModel) -> None:
         self._model = model
         self.theta: list[Tensor] = []
-        self.stats: dict[str, list[Any]] = {"acceptance_rate": [], "diverging": [], "n_steps": []}
+        self.stats: dict[str, list[Any]] = {
+            "acceptance_rate": [],
+            "diverging": [],
+            "n_steps": [],
+        }
         self.gradients, self.step_size = 0, 0.0
 
     def _potential(self, site: dict[str, Tensor]) -> Tensor:
@@ -98,7 +107,9 @@ class _Chain:
         value, grad = value[0].to(theta.dtype), grad[0]
         return -(value + ((theta - theta.detach()) * grad).sum())
 
-    def run(self, method: PyroNUTS, start: Tensor, warmup: int, draws: int, bar: Any) -> None:
+    def run(
+        self, method: PyroNUTS, start: Tensor, warmup: int, draws: int, bar: Any
+    ) -> None:
         from pyro.infer import NUTS
 
         kernel = NUTS(
@@ -114,12 +125,17 @@ class _Chain:
             bar.update()
         self.step_size, mean = float(kernel.step_size), 0.0
         for i in range(draws):
-            before, diverged = self.gradients, len(kernel.diagnostics()["divergences"]) if i else 0
+            before, diverged = (
+                self.gradients,
+                len(kernel.diagnostics()["divergences"]) if i else 0,
+            )
             site = kernel.sample(site)
             # Pyro keeps only the running mean of the acceptance rate.
             mean, previous = kernel._mean_accept_prob, mean
             self.stats["acceptance_rate"].append(mean * (i + 1) - previous * i)
-            self.stats["diverging"].append(len(kernel.diagnostics()["divergences"]) > diverged)
+            self.stats["diverging"].append(
+                len(kernel.diagnostics()["divergences"]) > diverged
+            )
             self.stats["n_steps"].append(self.gradients - before)
             self.theta.append(site["theta"].detach().clone())
             bar.update()

@@ -56,7 +56,9 @@ class Proposal(NamedTuple):
     """The end of a trajectory, before it is accepted or not."""
 
     state: ChainState
-    velocity: Tensor  # (chain, dim), d theta / d time in coordinates scaled by the mass matrix
+    velocity: (
+        Tensor  # (chain, dim), d theta / d time in coordinates scaled by the mass matrix
+    )
     start_energy: Tensor  # (chain,), float64
     end_energy: Tensor  # (chain,), float64
 
@@ -95,7 +97,8 @@ def _accept(
     diverging = ~(error < _DIVERGENCE)  # NaN counts
     rate = torch.where(diverging, 0.0, (-error).clamp(max=0).exp())
     accept = (
-        torch.rand(rate.shape, generator=generator, device=rate.device, dtype=rate.dtype) < rate
+        torch.rand(rate.shape, generator=generator, device=rate.device, dtype=rate.dtype)
+        < rate
     )
     moved = ChainState(
         torch.where(accept[:, None], end.theta, state.theta),
@@ -139,7 +142,9 @@ def metropolis(
     def init(theta: Tensor, generator: torch.Generator) -> ChainState:
         return ChainState(theta, *log_joint_and_grad(theta))
 
-    def step(state: ChainState, generator: torch.Generator) -> tuple[ChainState, TrajectoryInfo]:
+    def step(
+        state: ChainState, generator: torch.Generator
+    ) -> tuple[ChainState, TrajectoryInfo]:
         steps, n_steps = _jittered(
             state.theta, step_size, step_jitter, n_leapfrog, trajectory_jitter, generator
         )
@@ -158,9 +163,13 @@ def _jittered(
     generator: torch.Generator,
 ) -> tuple[Tensor, int]:
     """Draw step sizes ``(chain, 1)`` and the number of steps of all chains."""
-    uniform = torch.rand(len(theta), 1, generator=generator, device=theta.device, dtype=theta.dtype)
+    uniform = torch.rand(
+        len(theta), 1, generator=generator, device=theta.device, dtype=theta.dtype
+    )
     fewest = max(1, round(jitter * most))
-    n_steps = int(torch.randint(fewest, most + 1, (), generator=generator, device=theta.device))
+    n_steps = int(
+        torch.randint(fewest, most + 1, (), generator=generator, device=theta.device)
+    )
     return step_size * (1 + step_jitter * (2 * uniform - 1)), n_steps
 
 
@@ -246,15 +255,15 @@ def trajectory_warm_up(
         chain = ChainState(theta, *log_joint_and_grad(theta))
         length = TrajectoryLength.start(trajectory_length or 0.7 * unit, followed(theta))
         mass = torch.ones_like(theta)
-        return _Tuning(
-            chain, DualAveraging.start(step_size), length, mass, Moments.start(theta, mass), 0
-        )
+        adapt, moments = DualAveraging.start(step_size), Moments.start(theta, mass)
+        return _Tuning(chain, adapt, length, mass, moments, done=0)
 
     def step(tuning: _Tuning, generator: torch.Generator) -> tuple[_Tuning, TrajectoryInfo]:
         chain, adapt, length, mass, moments, done = tuning
         scale = mass.sqrt()
         if trajectory_length is None:
-            number, time = length.candidate(0.75 * max_leapfrog * adapt.step_size, generator)
+            longest = 0.75 * max_leapfrog * adapt.step_size
+            number, time = length.candidate(longest, generator)
         else:
             number, time = 0, trajectory_length
         most = _leapfrogs(adapt.step_size, time, max_leapfrog)
@@ -278,16 +287,14 @@ def trajectory_warm_up(
         return _Tuning(moved, adapt, length, mass, moments, done), info
 
     def tuned(tuning: _Tuning) -> Tuned:
-        step = tuning.step.averaged if tuning.done else step_size
-        n_leapfrog = _leapfrogs(step, tuning.length.length, max_leapfrog)
-        kernel = metropolis(
-            log_joint_and_grad, trajectory, step, n_leapfrog, tuning.inverse_mass_matrix
+        step, length = (
+            tuning.step.averaged if tuning.done else step_size,
+            tuning.length.length,
         )
-        found = {
-            "step_size": step,
-            "n_leapfrog": n_leapfrog,
-            "trajectory_length": tuning.length.length,
-        }
+        n_leapfrog = _leapfrogs(step, length, max_leapfrog)
+        mass = tuning.inverse_mass_matrix
+        kernel = metropolis(log_joint_and_grad, trajectory, step, n_leapfrog, mass)
+        found = {"step_size": step, "n_leapfrog": n_leapfrog, "trajectory_length": length}
         return Tuned(kernel, tuning.chain, found)
 
     return WarmUp(init, step, tuned)

@@ -13,7 +13,9 @@ from torch import Tensor
 __all__ = ["DualAveraging", "TrajectoryLength", "followed", "window_ends", "windows"]
 
 
-def followed(step_size: float, acceptance: float, target: float, gain: float = 1.0) -> float:
+def followed(
+    step_size: float, acceptance: float, target: float, gain: float = 1.0
+) -> float:
     """Return a step size that follows the mean acceptance rate of many chains towards its target.
 
     With hundreds of chains one transition tells the rate, and no average over time is needed.
@@ -54,7 +56,8 @@ class DualAveraging(NamedTuple):
         count = self.updates + 1
         error = self.error + (target - acceptance - self.error) / (count + 10)
         log = self.centre - math.sqrt(count) / 0.05 * error
-        log = min(max(log, -50.0), 50.0)  # a density that always or never accepts must not overflow
+        # a density that always or never accepts must not overflow
+        log = min(max(log, -50.0), 50.0)
         averaged = self.log_averaged + count**-0.75 * (log - self.log_averaged)
         return DualAveraging(self.centre, log, averaged, error, count)
 
@@ -115,7 +118,9 @@ class TrajectoryLength(NamedTuple):
             _LENGTHS
         ).to(tried)
         best = (
-            int(torch.where(judged, gain, -math.inf).argmax()) if bool(judged.any()) else self.best
+            int(torch.where(judged, gain, -math.inf).argmax())
+            if bool(judged.any())
+            else self.best
         )
         return TrajectoryLength(self.shortest, best, tried, total)
 

@@ -93,14 +93,18 @@ def refine(
     return Draws(move.theta.unsqueeze(0), move.log_joint.unsqueeze(0), info=info)
 
 
-def _checked(model: BayesianModel, draws: Draws | Tensor | tuple[Tensor, Tensor | None]) -> Tensor:
+def _checked(
+    model: BayesianModel, draws: Draws | Tensor | tuple[Tensor, Tensor | None]
+) -> Tensor:
     """Return the draws as ``(n, dim)``."""
     theta, log_weights = as_theta(draws, "draws")
     model.spec.check(theta, "draws")
     if log_weights is not None:
         raise ValueError("refine moves draws of equal weight; resample weighted ones first")
     if broken := int((~theta.isfinite().all(1)).sum()):
-        raise ValueError(f"{broken} of {len(theta)} draws are NaN or infinite: leave them out")
+        raise ValueError(
+            f"{broken} of {len(theta)} draws are NaN or infinite: leave them out"
+        )
     if len(theta) < 1:
         raise ValueError("refine needs at least one draw")
     return theta
@@ -149,12 +153,19 @@ class _Refinement:
     def find_step_size(self) -> None:
         """Find a step size at which some draws move."""
         theta, tries = self.theta, 0
-        rows = torch.randperm(len(theta), generator=self.generator, device=theta.device)[:64]
+        rows = torch.randperm(len(theta), generator=self.generator, device=theta.device)[
+            :64
+        ]
         pilot = theta[rows]
-        tried = torch.zeros(1)  # until a step is accepted at all, however small it has to be
+        # until a step is accepted at all, however small it has to be
+        tried = torch.zeros(1)
         while tries < 12 or (tries < 100 and not float(tried.mean()) > 0.2):
             kernel = hmc(
-                self.target, self.step_size, _PILOT_LEAPFROG, self.mass, trajectory_jitter=1.0
+                self.target,
+                self.step_size,
+                _PILOT_LEAPFROG,
+                self.mass,
+                trajectory_jitter=1.0,
             )
             _, info = kernel.step(kernel.init(pilot, self.generator), self.generator)
             tried, tries = info.acceptance_rate, tries + 1
@@ -164,9 +175,12 @@ class _Refinement:
     def run(self, steps: int, progress: bool) -> bool:
         """Move all draws so many times, and say whether Ctrl-C came before the end."""
         kernel = self.kernel(self.mass)
-        states = [kernel.init(rows, self.generator) for rows in self.theta.split(self.chunk_size)]
+        states = [
+            kernel.init(rows, self.generator) for rows in self.theta.split(self.chunk_size)
+        ]
         self.gradients += len(self.theta)
-        step_scale = torch.ones_like(self.theta[:, :1])  # of every draw, relative to step_size
+        # of every draw, relative to step_size
+        step_scale = torch.ones_like(self.theta[:, :1])
         with progress_bar(steps, "refine", progress, "step") as bar:
             try:
                 for step in range(steps):
@@ -184,17 +198,22 @@ class _Refinement:
         self.log_joint = torch.cat([state.log_joint for state in states])
         return self.done < steps
 
-    def step(self, states: list[ChainState], step_scale: Tensor) -> tuple[list[ChainState], Tensor]:
+    def step(
+        self, states: list[ChainState], step_scale: Tensor
+    ) -> tuple[list[ChainState], Tensor]:
         """Move all draws once; return them, and ``(n,)`` which of them stayed where they were."""
         moved = []
         for state, own in zip(states, step_scale.split(self.chunk_size), strict=True):
             kernel = self.kernel(self.mass * own.square())
             moved.append(kernel.step(state, self.generator))
         stayed = [
-            (new.theta == old.theta).all(1) for (new, _), old in zip(moved, states, strict=True)
+            (new.theta == old.theta).all(1)
+            for (new, _), old in zip(moved, states, strict=True)
         ]
         self.acceptance = torch.cat([info.acceptance_rate for _, info in moved])
-        self.gradients += sum(float(info.n_steps[0]) * len(info.n_steps) for _, info in moved)
+        self.gradients += sum(
+            float(info.n_steps[0]) * len(info.n_steps) for _, info in moved
+        )
         whole = (step_scale == 1).squeeze(1)
         if bool(whole.any()):
             self.adapt(self.acceptance[whole])
@@ -212,10 +231,14 @@ class _Refinement:
                 if len(rows) == 0:
                     break
                 kernel = self.kernel(self.mass * step_scale[rows].square())
-                state, info = kernel.step(kernel.init(theta[rows], self.generator), self.generator)
+                state, info = kernel.step(
+                    kernel.init(theta[rows], self.generator), self.generator
+                )
                 theta[rows], log_joint[rows] = state.theta, state.log_joint
                 change = 2 * (info.acceptance_rate.to(theta.dtype) - _STEEP)
-                step_scale[rows] = (step_scale[rows] * change.exp().unsqueeze(1)).clamp(max=1.0)
+                step_scale[rows] = (step_scale[rows] * change.exp().unsqueeze(1)).clamp(
+                    max=1.0
+                )
                 self.gradients += (float(info.n_steps[0]) + 1) * len(rows)
         except KeyboardInterrupt:
             warn("interrupted: some draws still lie far below all others")

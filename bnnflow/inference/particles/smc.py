@@ -38,12 +38,16 @@ class _Particles(NamedTuple):
     """Where the particles of every run are on their way; those of this process."""
 
     theta: Tensor  # (run, particle, dim)
-    log_ratio: Tensor  # (run, particle), log density of the last end - that of the first, float64
+    log_ratio: (
+        Tensor  # (run, particle), log density of the last end - that of the first, float64
+    )
     log_first: Tensor  # (run, particle), float64
     log_weights: Tensor  # (run, particle), normalised over the particles of all processes
     root: Tensor  # (run, particle), which of the first particles it descends from
     fraction: Tensor  # (run,), the inverse temperature, 0 to 1,
-    remainder: Tensor  # (run,), and what it lacks of 1: each keeps its digits where it is small
+    remainder: (
+        Tensor  # (run,), and what it lacks of 1: each keeps its digits where it is small
+    )
     log_normaliser: Tensor  # (run,), of the density now over that of the first end
     merged: Tensor  # (run,), log of how much less apart families are for resampling alone
     least: Tensor  # (run,), smallest share of the particles that a temperature has left effective
@@ -109,7 +113,9 @@ class SMC(Method):
         settle(self, integer, "particles", least=10)
         able = hasattr(self.start, "sample") and hasattr(self.start, "log_prob")
         if self.start is not None and (isinstance(self.start, type) or not able):
-            raise TypeError(f"start must be a density with sample and log_prob, got {self.start!r}")
+            raise TypeError(
+                f"start must be a density with sample and log_prob, got {self.start!r}"
+            )
 
     def draw(self, model: BayesianModel, run: Run) -> Draws:
         """Run the particles; see `bnnflow.sample`. ``chains`` is the number of independent runs."""
@@ -121,7 +127,9 @@ class SMC(Method):
         generator = ranks.own_generator(run.generator)
         draw = model.sample_prior if self.start is None else self.start.sample
         theta = (
-            draw(runs * mine, generator).to(model.device, model.dtype).unflatten(0, (runs, mine))
+            draw(runs * mine, generator)
+            .to(model.device, model.dtype)
+            .unflatten(0, (runs, mine))
         )
         state = self._first(path, theta, ranks, run.generator)
         steps = 0
@@ -134,7 +142,9 @@ class SMC(Method):
 
         def save() -> None:
             if checkpoint:
-                checkpoint.save({"stage": "tempering", "step": steps}, generator, particles=state)
+                checkpoint.save(
+                    {"stage": "tempering", "step": steps}, generator, particles=state
+                )
 
         with progress_bar(
             None, "SMC", run.progress and ranks.rank == 0, "temperature", initial=steps
@@ -191,7 +201,8 @@ class SMC(Method):
         weights, last = step.log_weights, step.last[:, None]
         everyone = ranks.gather(state.theta, 1)  # (run, particle, dim)
         parents = systematic(weights, shared)
-        parents = torch.where(last, torch.arange(weights.shape[1], device=parents.device), parents)
+        unmoved = torch.arange(weights.shape[1], device=parents.device)
+        parents = torch.where(last, unmoved, parents)
         roots = ranks.gather(state.root, 1)
         merged = merging(weights, roots)
         roots = roots.gather(1, parents)
@@ -199,7 +210,9 @@ class SMC(Method):
         everyone = everyone.gather(1, parents.unsqueeze(-1).expand_as(everyone))
 
         def own(values: Tensor) -> Tensor:
-            return values.chunk(ranks.size, 1)[ranks.rank].clone() if ranks.size > 1 else values
+            if ranks.size == 1:
+                return values
+            return values.chunk(ranks.size, 1)[ranks.rank].clone()
 
         mass = weighted_variance(everyone, weights).to(everyone.dtype)  # (run, dim)
         particles = own(everyone)
@@ -229,14 +242,17 @@ class SMC(Method):
             remainder=step.remainder,
             log_normaliser=state.log_normaliser + step.log_normaliser,
             merged=state.merged + torch.where(step.last, 0.0, merged),
-            least=torch.where(step.left >= state.least, state.least, step.left),  # NaN is the least
+            # NaN is the least
+            least=torch.where(step.left >= state.least, state.least, step.left),
             step_size=step_size,
             acceptance=acceptance,
             gradients=gradients,
             shared=shared.get_state(),
         )
 
-    def _reweighted(self, state: _Particles, ratio: Tensor, log_weights: Tensor) -> _Reweighted:
+    def _reweighted(
+        self, state: _Particles, ratio: Tensor, log_weights: Tensor
+    ) -> _Reweighted:
         """Choose the next temperature of every run, and weigh all particles ``(run, particle)`` for
         it.
         """
@@ -274,7 +290,8 @@ class SMC(Method):
         chain: Any = None
         for _ in range(self.moves):
             n_leapfrog = max(
-                1, min(self.max_leapfrog, round(self.trajectory_length / (0.75 * step_size)))
+                1,
+                min(self.max_leapfrog, round(self.trajectory_length / (0.75 * step_size))),
             )
             kernel = hmc(target, step_size, n_leapfrog, scales)
             chain = kernel.init(flat, generator) if chain is None else chain
@@ -284,7 +301,9 @@ class SMC(Method):
             steps += float(info.n_steps[0])
         return chain.theta.unflatten(0, (runs, mine)), step_size, acceptance, steps + 1
 
-    def _draws(self, model: BayesianModel, state: _Particles, steps: int, ranks: Ranks) -> Draws:
+    def _draws(
+        self, model: BayesianModel, state: _Particles, steps: int, ranks: Ranks
+    ) -> Draws:
         """Gather the particles and estimate the evidence with its error."""
         theta, weights = ranks.gather(state.theta, 1), ranks.gather(state.log_weights, 1)
         root = ranks.gather(state.root, 1)
@@ -360,10 +379,15 @@ def evidence(
             1.
     """
     theta, log_weights = _checked(model, draws)
-    smc, generator = smc or SMC(particles=500, ess=0.9, moves=8), as_generator(seed, model.device)
+    smc, generator = (
+        smc or SMC(particles=500, ess=0.9, moves=8),
+        as_generator(seed, model.device),
+    )
     theta = theta.to(model.device, model.dtype)
     if log_weights is not None:
-        theta = theta[systematic(log_weights.double().to(model.device).unsqueeze(0), generator)[0]]
+        theta = theta[
+            systematic(log_weights.double().to(model.device).unsqueeze(0), generator)[0]
+        ]
     path = _Path(model, smc.start, smc.chunk_size, back=True)
     state = _at_the_posterior(smc, path, theta, generator)
     n = state.theta.shape[1]
@@ -377,10 +401,17 @@ def evidence(
         while float(state.fraction) < 1:
             before = state._replace(root=everyone)
             state = smc._advance(path, before, ALONE, generator, generator, bar)
-            part, weights = float(before.remainder - state.remainder), state.log_weights.exp()
-            step, here, there = bennett(part * before.log_ratio, part * state.log_ratio, weights)
+            part, weights = (
+                float(before.remainder - state.remainder),
+                state.log_weights.exp(),
+            )
+            step, here, there = bennett(
+                part * before.log_ratio, part * state.log_ratio, weights
+            )
             value += float(step)
-            slope = float((here * (1 - here)).mean() + (weights * there * (1 - there)).sum())
+            slope = float(
+                (here * (1 - here)).mean() + (weights * there * (1 - there)).sum()
+            )
             influence = influence + (here - here.mean()) / slope
             variance += _with_ancestors(influence, lineage) / n**2
             lineage = (lineage + influence).gather(1, state.root)
@@ -428,7 +459,9 @@ def _at_the_posterior(
     if bool(apart.any()):
         found = f"{int(apart.sum())} of {n} draws lie far below the others in log density"
         if float(apart.double().mean()) > _APART:
-            raise ValueError(f"{found}: these are no draws of one posterior, refine them first")
+            raise ValueError(
+                f"{found}: these are no draws of one posterior, refine them first"
+            )
         warn(f"{found} and are left out: refine the draws, or for longer")
         rows = rows[~apart]
         state = smc._first(path, theta[rows].unsqueeze(0), ALONE, generator)
@@ -447,7 +480,9 @@ def _with_ancestors(influence: Tensor, lineage: Tensor) -> float:
 
 def _too_close(theta: Tensor) -> str:
     count, kind = int(unresolved(theta).sum()), str(theta.dtype).removeprefix("torch.")
-    return f"draws of {count} of {theta.shape[1]} weights are closer than {kind} tells apart"
+    return (
+        f"draws of {count} of {theta.shape[1]} weights are closer than {kind} tells apart"
+    )
 
 
 class _Path:
@@ -457,9 +492,19 @@ class _Path:
     """
 
     def __init__(
-        self, model: BayesianModel, start: Posterior | None, chunk_size: int, *, back: bool = False
+        self,
+        model: BayesianModel,
+        start: Posterior | None,
+        chunk_size: int,
+        *,
+        back: bool = False,
     ) -> None:
-        self.model, self._start, self._chunk_size, self._back = model, start, chunk_size, back
+        self.model, self._start, self._chunk_size, self._back = (
+            model,
+            start,
+            chunk_size,
+            back,
+        )
 
     def __call__(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log densities of both ends, ``(run, particle)`` each."""
@@ -478,8 +523,13 @@ class _Path:
 
         def target(theta: Tensor) -> tuple[Tensor, Tensor]:
             log_first, first_grad, log_last, last_grad = self._ends(theta)
-            near, far = (part[:, None].to(last_grad.dtype) for part in (remainder, fraction))
-            return remainder * log_first + fraction * log_last, near * first_grad + far * last_grad
+            near, far = (
+                part[:, None].to(last_grad.dtype) for part in (remainder, fraction)
+            )
+            return (
+                remainder * log_first + fraction * log_last,
+                near * first_grad + far * last_grad,
+            )
 
         return target
 
@@ -516,7 +566,9 @@ class _Path:
             )
 
 
-def next_fraction(ratio: Tensor, log_weights: Tensor, fraction: Tensor, ess: float) -> Tensor:
+def next_fraction(
+    ratio: Tensor, log_weights: Tensor, fraction: Tensor, ess: float
+) -> Tensor:
     """Return the largest inverse temperatures ``(run,)`` that leave at least ``ess`` of the
     particles effective.
     """
@@ -547,7 +599,9 @@ def _next_step(
             break
     # Never stand still, however steep the density: the weights then say what it cost.
     least = torch.minimum(_spacing(fraction), _spacing(remainder))
-    return torch.where(whole, remainder, torch.minimum(torch.maximum(low, least), remainder))
+    return torch.where(
+        whole, remainder, torch.minimum(torch.maximum(low, least), remainder)
+    )
 
 
 def _spacing(values: Tensor) -> Tensor:
@@ -558,8 +612,12 @@ def _spacing(values: Tensor) -> Tensor:
 def systematic(log_weights: Tensor, generator: torch.Generator) -> Tensor:
     """Draw the parents ``(run, particle)`` of the next particles by systematic resampling."""
     runs, n = log_weights.shape
-    offset = torch.rand(runs, 1, generator=generator, device=generator.device, dtype=torch.float64)
-    points = (torch.arange(n, device=log_weights.device) + offset.to(log_weights.device)) / n
+    offset = torch.rand(
+        runs, 1, generator=generator, device=generator.device, dtype=torch.float64
+    )
+    points = (
+        torch.arange(n, device=log_weights.device) + offset.to(log_weights.device)
+    ) / n
     heights = log_weights.exp().cumsum(1)
     return torch.searchsorted(heights / heights[:, -1:], points).clamp(max=n - 1)
 

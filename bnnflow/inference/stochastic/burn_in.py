@@ -77,7 +77,9 @@ def check(settings: Settings, *positive: str) -> None:
     settle(settings, number, "bias", above=0, below=1)
     settle(settings, flag, "control_variates")
     if settings.control_variates and settings.batch_size is None:
-        raise ValueError("control_variates reduce the noise of mini-batches: give a batch_size")
+        raise ValueError(
+            "control_variates reduce the noise of mini-batches: give a batch_size"
+        )
     if not callable(settings.schedule):
         raise ValueError(
             f"schedule must be a schedule such as Constant(), got {settings.schedule!r}"
@@ -99,7 +101,9 @@ class Scheme(NamedTuple):
     """
 
 
-def run_stochastic(model: BayesianModel, run: Run, settings: Settings, scheme: Scheme) -> Draws:
+def run_stochastic(
+    model: BayesianModel, run: Run, settings: Settings, scheme: Scheme
+) -> Draws:
     """Run a stochastic-gradient method; see `bnnflow.sample`."""
     n = len(model.x)
     if settings.batch_size is not None and settings.batch_size > n:
@@ -145,7 +149,12 @@ class _BurnIn:
     """
 
     def __init__(
-        self, model: BayesianModel, run: Run, settings: Settings, scheme: Scheme, warmup: int
+        self,
+        model: BayesianModel,
+        run: Run,
+        settings: Settings,
+        scheme: Scheme,
+        warmup: int,
     ) -> None:
         self.model, self.run, self.settings, self.scheme, self.warmup = (
             model,
@@ -169,7 +178,9 @@ class _BurnIn:
             there = self.run.init is None
             anchor = anchored(
                 self.model,
-                theta if there else maximise(self.model, theta, WARM_START, 0.02, False, ""),
+                theta
+                if there
+                else maximise(self.model, theta, WARM_START, 0.02, False, ""),
             )
         flat = Scales(torch.ones_like(theta[0]), torch.zeros_like(theta[0]), 0.0, 1.0, 0)
         state = BurnIn(None, flat, anchor, 1.0, 1.0, 0)
@@ -177,19 +188,25 @@ class _BurnIn:
         chain = self.kernel(state, 1.0, Constant()).init(theta, generator)
         state = state._replace(scales=self.measured(state._replace(chain=chain), generator))
         return state._replace(
-            chain=self.kernel(state, self.step_size(state), Constant()).init(theta, generator)
+            chain=self.kernel(state, self.step_size(state), Constant()).init(
+                theta, generator
+            )
         )
 
     def step(self, state: BurnIn, generator: torch.Generator) -> tuple[BurnIn, Any]:
         extra = state.scales.gradients if state.done == 0 else 0
         if state.done in self.early:
-            anchor = state.anchor and move_anchor(self.model, state.anchor, state.chain.theta)
+            anchor = state.anchor and move_anchor(
+                self.model, state.anchor, state.chain.theta
+            )
             state = state._replace(anchor=anchor)
             state = state._replace(scales=self.measured(state, generator))
             extra = state.scales.gradients + (anchor is not None)
         elif state.done in self.late:
             new = self.measured(state, generator, state.scales.metric)
-            state = state._replace(scales=averaged(state.scales, new, self.late[state.done]))
+            state = state._replace(
+                scales=averaged(state.scales, new, self.late[state.done])
+            )
             extra = new.gradients
         size = self.step_size(state, max(0.0, 1 - 2 * state.done / max(1, self.warmup)))
         chain = state.chain
@@ -197,7 +214,8 @@ class _BurnIn:
             chain = self.scheme.settle(chain, state.scales, size)
         before = chain.log_joint
         chain, info = self.kernel(state, size, Constant()).step(chain, generator)
-        lost = info.diverging & ~(chain.log_joint > before)  # not those on a long way uphill
+        # not those on a long way uphill
+        lost = info.diverging & ~(chain.log_joint > before)
         diverged = float(self.run.ranks.mean(lost.double().mean()))
         shrink = max(
             1e-12, min(1.0, state.shrink * math.exp(0.05 * (diverged < 1) - 1.4 * diverged))
@@ -208,7 +226,11 @@ class _BurnIn:
 
     def tuned(self, state: BurnIn) -> Tuned:
         size = self.step_size(state._replace(shrink=state.lowest))
-        exact = None if self.settings.batch_size is None else torch.no_grad()(self.model.log_joint)
+        exact = (
+            None
+            if self.settings.batch_size is None
+            else torch.no_grad()(self.model.log_joint)
+        )
         sampling = self.kernel(state, size, self.settings.schedule)
         found = {
             "exact": False,
@@ -217,7 +239,9 @@ class _BurnIn:
             "gradient_noise": state.scales.noise_level,
         } | self.scheme.notes(state.scales, size)
         chain = state.chain._replace(done=0)  # schedules begin here
-        return Tuned(record_draws(sampling, exact, chain.theta, self.scheme.draw), chain, found)
+        return Tuned(
+            record_draws(sampling, exact, chain.theta, self.scheme.draw), chain, found
+        )
 
     def target(self, anchor: Anchor | None) -> StochasticTarget:
         batch_size = self.settings.batch_size
@@ -265,7 +289,8 @@ def skip_exploration(kernel: Kernel, schedule: Schedule) -> Kernel:
         state, info = kernel.step(state, generator)
         for other in before:
             info = info._replace(
-                n_steps=info.n_steps + other.n_steps, diverging=info.diverging | other.diverging
+                n_steps=info.n_steps + other.n_steps,
+                diverging=info.diverging | other.diverging,
             )
         return state, info
 

@@ -83,7 +83,9 @@ def move_anchor(model: BayesianModel, anchor: Anchor, theta: Tensor) -> Anchor:
     )
 
 
-def control_variates(model: BayesianModel, anchor: Anchor, batch_size: int) -> StochasticTarget:
+def control_variates(
+    model: BayesianModel, anchor: Anchor, batch_size: int
+) -> StochasticTarget:
     """Return the estimator g(a) + g_b(theta) - g_b(a), with one batch b in both and a the chain's
     anchor.
 
@@ -221,7 +223,9 @@ def measure(
 
     scale = _equilibrated(hessian, theta, generator, ranks)
     metric = scale if metric is None else metric
-    curvature = _largest(hessian, theta, metric, float((metric / scale).max()), generator, ranks)
+    curvature = _largest(
+        hessian, theta, metric, float((metric / scale).max()), generator, ranks
+    )
     noise = torch.zeros_like(scale)
     for _ in range(_PAIRS if target is not None else 0):
         assert target is not None
@@ -235,11 +239,16 @@ def measure(
 
 _PAIRS = 8
 _ROUNDS = 8
-_SPREAD = 1e8  # the preconditioner's largest and smallest entries are this near to their median
+_SPREAD = (
+    1e8  # the preconditioner's largest and smallest entries are this near to their median
+)
 
 
 def _equilibrated(
-    hessian: Callable[[Tensor], Tensor], theta: Tensor, generator: torch.Generator, ranks: Ranks
+    hessian: Callable[[Tensor], Tensor],
+    theta: Tensor,
+    generator: torch.Generator,
+    ranks: Ranks,
 ) -> Tensor:
     """Return G, ``(dim,)``, from random signs z: the mean of (H G^(1/2) z)_i^2 is row i of H G
     H.
@@ -247,7 +256,10 @@ def _equilibrated(
     metric, width = torch.ones_like(theta[0]), 1e-3
     for k in range(_ROUNDS):
         signs = (
-            torch.randint(0, 2, theta.shape, generator=generator, device=theta.device).to(theta) * 2
+            torch.randint(0, 2, theta.shape, generator=generator, device=theta.device).to(
+                theta
+            )
+            * 2
             - 1
         )
         rows = ranks.mean(
@@ -272,7 +284,9 @@ def _largest(
 ) -> float:
     """Return the largest eigenvalue of G^(1/2) H G^(1/2) in any chain, by power iteration."""
     root = metric.sqrt()
-    vector = torch.randn(theta.shape, generator=generator, device=theta.device, dtype=theta.dtype)
+    vector = torch.randn(
+        theta.shape, generator=generator, device=theta.device, dtype=theta.dtype
+    )
     vector = vector / vector.norm(dim=-1, keepdim=True)
     largest = guess
     for _ in range(_ROUNDS):

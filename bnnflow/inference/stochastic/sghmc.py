@@ -117,7 +117,9 @@ def sghmc(
         before = state._replace(grad=torch.zeros_like(theta))
         return clip_or_revert(state, lambda: before, root, kick_limit(theta, step_size))[0]
 
-    def step(state: SGHMCState, generator: torch.Generator) -> tuple[SGHMCState, MomentumInfo]:
+    def step(
+        state: SGHMCState, generator: torch.Generator
+    ) -> tuple[SGHMCState, MomentumInfo]:
         scale, sampling = schedule(state.done)
         h = step_size * math.sqrt(scale)
         decay = math.exp(-friction * h)
@@ -130,12 +132,15 @@ def sghmc(
                 momentum.add_(fresh, alpha=math.sqrt(1 - decay**2))
             else:
                 momentum.addcmul_(
-                    fresh, (1 - decay**2 * (1 + h**2 * metric * noise)).clamp_(min=0).sqrt_()
+                    fresh,
+                    (1 - decay**2 * (1 + h**2 * metric * noise)).clamp_(min=0).sqrt_(),
                 )
         kinetic = torch.linalg.vecdot(momentum, momentum) / theta.shape[-1]
         theta.addcmul_(momentum, root, value=0.5 * h)
         new = SGHMCState(theta, *target(theta, generator), momentum, state.done + 1)
-        new, diverging = clip_or_revert(new, lambda: _reversed(state), root, kick_limit(theta, h))
+        new, diverging = clip_or_revert(
+            new, lambda: _reversed(state), root, kick_limit(theta, h)
+        )
         return new, momentum_info(theta, diverging, cost, h, kinetic)
 
     return Kernel(init, step)

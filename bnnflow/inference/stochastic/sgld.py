@@ -162,7 +162,9 @@ def psgld(
         metric = preconditioner(squares)
         state = PSGLDState(theta, value, grad, squares, metric, 0)
         before = state._replace(grad=torch.zeros_like(theta))
-        return clip_or_revert(state, lambda: before, metric.sqrt(), _limit(theta, step_size))[0]
+        return clip_or_revert(
+            state, lambda: before, metric.sqrt(), _limit(theta, step_size)
+        )[0]
 
     def step(state: PSGLDState, generator: torch.Generator) -> tuple[PSGLDState, SGLDInfo]:
         scale, sampling = schedule(state.done)

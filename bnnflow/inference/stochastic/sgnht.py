@@ -100,7 +100,9 @@ def sgnht(
         before = state._replace(grad=torch.zeros_like(theta))
         return clip_or_revert(state, lambda: before, root, kick_limit(theta, step_size))[0]
 
-    def step(state: SGNHTState, generator: torch.Generator) -> tuple[SGNHTState, MomentumInfo]:
+    def step(
+        state: SGNHTState, generator: torch.Generator
+    ) -> tuple[SGNHTState, MomentumInfo]:
         scale, sampling = schedule(state.done)
         h = step_size * math.sqrt(scale)
         momentum = torch.addcmul(state.momentum, state.grad, root, value=h)
@@ -118,7 +120,9 @@ def sgnht(
             last = squared(momentum)
         kinetic = 0.5 * (first + last).mean(-1)
         theta.addcmul_(momentum, root, value=0.5 * h)
-        new = SGNHTState(theta, *target(theta, generator), momentum, thermostat, state.done + 1)
+        new = SGNHTState(
+            theta, *target(theta, generator), momentum, thermostat, state.done + 1
+        )
         new, diverging = clip_or_revert(
             new, lambda: _restarted(state, friction), root, kick_limit(theta, h)
         )
@@ -229,5 +233,8 @@ class SGNHT(Method):
             return state._replace(thermostat=torch.full_like(state.thermostat, balance))
 
         return run_stochastic(
-            model, run, self, Scheme(make_kernel, step_size_rule, notes, MomentumDraw, settle)
+            model,
+            run,
+            self,
+            Scheme(make_kernel, step_size_rule, notes, MomentumDraw, settle),
         )

@@ -93,7 +93,9 @@ class Bernoulli(Likelihood):
         self, outputs: Tensor, parameters: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return R with R R^T = p (1 - p)."""
-        return (0.5 * (F.logsigmoid(outputs) + F.logsigmoid(-outputs))).exp().unsqueeze(-1), {}
+        return (0.5 * (F.logsigmoid(outputs) + F.logsigmoid(-outputs))).exp().unsqueeze(
+            -1
+        ), {}
 
     def mean(self, outputs: Tensor, parameters: Parameters = None) -> Tensor:
         """Return the class probabilities, ``(..., n, 2)``."""
@@ -194,7 +196,9 @@ class Ordinal(Likelihood):
     def _everywhere(outputs: Tensor, label: int) -> Tensor:
         return torch.full(outputs.shape[-2:-1], label, device=outputs.device)
 
-    def _margins(self, outputs: Tensor, y: Tensor, gap: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _margins(
+        self, outputs: Tensor, y: Tensor, gap: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return c_y - output, c_{y-1} - output (of some class where there is no such cutpoint) and
         y, ``(..., n)``.
         """

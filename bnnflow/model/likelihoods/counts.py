@@ -35,7 +35,9 @@ def _counts(y: Tensor, n_targets: int) -> Tensor:
     if len(wrong):
         row = int(wrong[0])
         value = next(float(v) for v in y[row] if v < 0 or v != v.floor())
-        raise ValueError(f"y in row {row} is {value:g}: counts are the whole numbers from 0")
+        raise ValueError(
+            f"y in row {row} is {value:g}: counts are the whole numbers from 0"
+        )
     return y
 
 
@@ -180,7 +182,9 @@ class NegativeBinomial(Likelihood):
         """Return P(target <= y) given the weights, ``(..., n, out)``; not differentiable."""
         dispersion = dispersion_of(self.dispersion, outputs, parameters)
         success = torch.sigmoid(-(outputs + dispersion.log()))
-        inside = by_scipy(special.betainc, 1 / dispersion, y.floor().clamp(min=0) + 1, success)
+        inside = by_scipy(
+            special.betainc, 1 / dispersion, y.floor().clamp(min=0) + 1, success
+        )
         return torch.where(y < 0, 0.0, inside)
 
     def sample(

@@ -76,7 +76,9 @@ class Gaussian(Likelihood):
             grads["scale"] = over_rows(residual**2 - 1, scale)
         return residual / scale, grads
 
-    def whitened_score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    def whitened_score(
+        self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]
+    ) -> Tensor:
         """Return b with R b the gradient by the outputs, ``(..., n, out)``.
 
         R as in `fisher_factor`.
@@ -92,7 +94,9 @@ class Gaussian(Likelihood):
         scale = self._scale(outputs, parameters)
         eye = torch.eye(outputs.shape[-1], dtype=outputs.dtype, device=outputs.device)
         factor = (eye / scale.unsqueeze(-1)).expand(*outputs.shape, outputs.shape[-1])
-        information = {} if self.scale is not None else {"scale": repeated(2.0, outputs, scale)}
+        information = (
+            {} if self.scale is not None else {"scale": repeated(2.0, outputs, scale)}
+        )
         return factor, information
 
     def mean(self, outputs: Tensor, parameters: Parameters = None) -> Tensor:
@@ -163,9 +167,13 @@ class HeteroscedasticGaussian(Likelihood):
         mean, raw = outputs.chunk(2, -1)
         scale = self._scale(raw)
         residual = (y - mean) / scale
-        return torch.cat([residual / scale, (residual**2 - 1) / scale * torch.sigmoid(raw)], -1), {}
+        return torch.cat(
+            [residual / scale, (residual**2 - 1) / scale * torch.sigmoid(raw)], -1
+        ), {}
 
-    def whitened_score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    def whitened_score(
+        self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]
+    ) -> Tensor:
         """Return b with R b the gradient by the outputs, ``(..., n, out)``.
 
         R as in `fisher_factor`.
@@ -201,7 +209,9 @@ class HeteroscedasticGaussian(Likelihood):
     ) -> Tensor:
         """Draw y given the weights, ``(..., n, targets)``."""
         mean, raw = outputs.chunk(2, -1)
-        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+        noise = torch.randn(
+            mean.shape, generator=generator, dtype=mean.dtype, device=mean.device
+        )
         return mean + self._scale(raw) * noise
 
     def _scale(self, raw: Tensor) -> Tensor:
@@ -255,7 +265,9 @@ class StudentT(Likelihood):
             - math.lgamma(self.df / 2)
             - 0.5 * math.log(self.df * math.pi)
         )
-        return (constant - scale.log() - 0.5 * (self.df + 1) * (z * z / self.df).log1p()).sum(-1)
+        return (
+            constant - scale.log() - 0.5 * (self.df + 1) * (z * z / self.df).log1p()
+        ).sum(-1)
 
     def score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Score:
         """Return the gradient by the outputs and by log scale (summed over rows)."""
@@ -266,7 +278,9 @@ class StudentT(Likelihood):
         grads = {} if self.scale is not None else {"scale": over_rows(slope * z - 1, scale)}
         return slope / scale, grads
 
-    def whitened_score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    def whitened_score(
+        self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]
+    ) -> Tensor:
         """Return b with R b the gradient by the outputs, ``(..., n, out)``.
 
         R as in `fisher_factor`.
@@ -284,7 +298,9 @@ class StudentT(Likelihood):
         eye = torch.eye(outputs.shape[-1], dtype=outputs.dtype, device=outputs.device)
         factor = math.sqrt((self.df + 1) / (self.df + 3)) * eye / scale.unsqueeze(-1)
         each = 2 * self.df / (self.df + 3)
-        information = {} if self.scale is not None else {"scale": repeated(each, outputs, scale)}
+        information = (
+            {} if self.scale is not None else {"scale": repeated(each, outputs, scale)}
+        )
         return factor.expand(*outputs.shape, outputs.shape[-1]), information
 
     def mean(self, outputs: Tensor, parameters: Parameters = None) -> Tensor:
@@ -293,9 +309,9 @@ class StudentT(Likelihood):
 
     def variance(self, outputs: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return the variance of y given the weights, ``(..., n, out)``."""
-        return (self._scale(outputs, parameters) ** 2 * (self.df / (self.df - 2))).expand_as(
-            outputs
-        )
+        return (
+            self._scale(outputs, parameters) ** 2 * (self.df / (self.df - 2))
+        ).expand_as(outputs)
 
     def cdf(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return P(target <= y) given the weights, ``(..., n, out)``; not differentiable."""
@@ -311,7 +327,9 @@ class StudentT(Likelihood):
         )
         with isolated(generator):
             spread = td.Chi2(torch.full_like(outputs, self.df)).sample()
-        return outputs + self._scale(outputs, parameters) * noise * (self.df / spread).sqrt()
+        return (
+            outputs + self._scale(outputs, parameters) * noise * (self.df / spread).sqrt()
+        )
 
     def _scale(self, outputs: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         if self.scale is not None:

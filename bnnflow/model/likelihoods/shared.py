@@ -75,7 +75,9 @@ def positive_targets(y: Tensor) -> Tensor:
     return y
 
 
-def dispersion_of(given: float | None, outputs: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+def dispersion_of(
+    given: float | None, outputs: Tensor, parameters: dict[str, Tensor]
+) -> Tensor:
     """Return a dispersion that is given, or learned, to be broadcast with outputs."""
     if given is not None:
         return torch.as_tensor(given, dtype=outputs.dtype, device=outputs.device)

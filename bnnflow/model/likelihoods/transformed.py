@@ -88,7 +88,9 @@ class Transformed(Likelihood):
         """Return the base's, which no change of units of y changes."""
         return self.base.fisher_factor(outputs, parameters)
 
-    def whitened_score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    def whitened_score(
+        self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]
+    ) -> Tensor:
         """Return the base's at z."""
         return self.base.whitened_score(outputs, self._z(outputs, y), parameters)
 
@@ -225,7 +227,9 @@ class LogNormal(Transformed):
 def _settle_base(transformed: Transformed) -> None:
     given = transformed.base
     if isinstance(given, type) or not all(hasattr(given, name) for name in _MEMBERS):
-        raise TypeError(f"base must be a likelihood, such as Gaussian(), got {shown(given)}")
+        raise TypeError(
+            f"base must be a likelihood, such as Gaussian(), got {shown(given)}"
+        )
     base = Likelihood.of(given)
     if base.kind != "regression" or base.discrete:
         raise ValueError(f"base must be for continuous targets, got {base!r}")

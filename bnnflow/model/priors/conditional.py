@@ -134,7 +134,9 @@ class ConditionalWeights:
         values = self.spec.unflatten(theta)
         with unvalidated():
             parts = {
-                name: torch.special.ndtri(d.cdf(values[name].double()).clamp(TINY, 1 - EPSILON))
+                name: torch.special.ndtri(
+                    d.cdf(values[name].double()).clamp(TINY, 1 - EPSILON)
+                )
                 for name, d in self.distributions(
                     {n: v.double() for n, v in values.items()}
                 ).items()
@@ -148,7 +150,9 @@ class ConditionalWeights:
         theta = torch.cat([z, parameters], -1)
         if self._scales is not None:
             return z * self._scales(theta)[0].exp()
-        values = {name: value.double() for name, value in self.spec.unflatten(theta).items()}
+        values = {
+            name: value.double() for name, value in self.spec.unflatten(theta).items()
+        }
         with unvalidated():
             parts = {
                 name: d.icdf(torch.special.ndtr(values[name]).clamp(TINY, 1 - EPSILON))
@@ -177,14 +181,18 @@ class ConditionalWeights:
         log_scales, of_parameters = self._scales(theta[..., :stop])
         by_weights = vectors[..., :start]
         own = vectors[..., start:stop] + of_parameters(by_weights * theta[..., :start])
-        return torch.cat([by_weights * log_scales.exp(), own, vectors[..., stop:]], -1) * first
+        return (
+            torch.cat([by_weights * log_scales.exp(), own, vectors[..., stop:]], -1) * first
+        )
 
     def slope(self, theta: Tensor, first: Tensor) -> Arrowhead:
         """Return d theta / d z."""
         weights, curved, _ = self._curved(theta)
         columns = weights.unsqueeze(-1) * curved.slope * self._own(first).unsqueeze(-2)
         assert self._scales is not None
-        return Arrowhead(self._joined(curved.log_scales.exp(), first), columns, self._scales.own)
+        return Arrowhead(
+            self._joined(curved.log_scales.exp(), first), columns, self._scales.own
+        )
 
     def turn(self, theta: Tensor, v: Tensor, first: Tensor, second: Tensor) -> Arrowhead:
         """Return the derivative by z of the slope times v, v fixed."""
@@ -195,9 +203,9 @@ class ConditionalWeights:
         )
         moved = (slope @ step).squeeze(-1)  # log scales along v
         columns = slope * (v[:, : own.start] * scales + weights * moved).unsqueeze(-1)
-        columns = columns + along * (weights * curved.bend * (along @ step).squeeze(-1)).unsqueeze(
-            -1
-        )
+        columns = columns + along * (
+            weights * curved.bend * (along @ step).squeeze(-1)
+        ).unsqueeze(-1)
         columns = columns + weights.unsqueeze(-1) * curved.slope * (
             self._own(second) * self._own(v)
         ).unsqueeze(-2)

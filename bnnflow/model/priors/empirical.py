@@ -72,7 +72,10 @@ class Empirical(Prior):
         """
         path = storage.found(path)
         with storage.described(path, f"{path} is no file of weights"):
-            ours = zipfile.is_zipfile(path) and "header.npy" in zipfile.ZipFile(path).namelist()
+            ours = (
+                zipfile.is_zipfile(path)
+                and "header.npy" in zipfile.ZipFile(path).namelist()
+            )
             loaded = (
                 Draws.load(path)
                 if ours
@@ -118,11 +121,15 @@ class Empirical(Prior):
                 )
             return spec.unflatten(flat[:, : spec.dim])
         named = (
-            self.weights.state_dict() if isinstance(self.weights, torch.nn.Module) else self.weights
+            self.weights.state_dict()
+            if isinstance(self.weights, torch.nn.Module)
+            else self.weights
         )
         missing = [name for name in spec.names if name not in named]
         if missing:
-            raise ValueError(f"the trained weights lack {missing}; they have {sorted(named)}")
+            raise ValueError(
+                f"the trained weights lack {missing}; they have {sorted(named)}"
+            )
         tensors = {name: named[name].detach().double().cpu() for name in spec.names}
         for name, values in tensors.items():
             if tuple(values.shape) != spec.shapes[name]:

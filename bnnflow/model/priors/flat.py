@@ -53,7 +53,9 @@ class FlatPrior:
         self._weights = weights
 
     @classmethod
-    def of(cls, prior: Prior, spec: WeightSpec, parameters: Sequence[Hyperparameter]) -> FlatPrior:
+    def of(
+        cls, prior: Prior, spec: WeightSpec, parameters: Sequence[Hyperparameter]
+    ) -> FlatPrior:
         """Lay out a prior and the priors of all inferred parameters.
 
         Args:
@@ -80,7 +82,9 @@ class FlatPrior:
         marginals = []
         for name, where in spec.slices.items():
             if weights is None or name in spec.extras:
-                each = elementwise(name, distributions[name], spec.shapes[name], name in positive)
+                each = elementwise(
+                    name, distributions[name], spec.shapes[name], name in positive
+                )
                 each = rebuild(each, lambda v: v.reshape(-1))
                 marginals.append(Marginal(where, each, name in positive))
         return cls(merged(marginals), weights)
@@ -107,8 +111,10 @@ class FlatPrior:
         whatever others.
         """
         first = self._blocks[0]
-        alone = self._weights is None and isinstance(first.distribution, td.Normal)
-        return first.distribution.scale[:count] if alone and first.where.stop >= count else None  # type: ignore[union-attr]
+        normal, alone = first.distribution, self._weights is None
+        if alone and isinstance(normal, td.Normal) and first.where.stop >= count:
+            return normal.scale[:count]
+        return None
 
     @property
     def marginals(self) -> Sequence[Marginal]:
@@ -178,7 +184,11 @@ class FlatPrior:
             d = block.distribution
             if isinstance(d, td.Normal):
                 noise = torch.randn(
-                    n, *d.loc.shape, generator=generator, device=self.device, dtype=self.dtype
+                    n,
+                    *d.loc.shape,
+                    generator=generator,
+                    device=self.device,
+                    dtype=self.dtype,
                 )
                 value = d.loc + d.scale * noise
             else:
@@ -188,7 +198,9 @@ class FlatPrior:
         theta = torch.cat(parts, -1)  # (n, dim), or without the weights
         if self._weights is not None:
             count = self._weights.spec.dim - self._weights.network.dim
-            theta = torch.cat([self._weights.sample(theta[:, :count], generator), theta], -1)
+            theta = torch.cat(
+                [self._weights.sample(theta[:, :count], generator), theta], -1
+            )
         return theta
 
     @cached_property
@@ -334,7 +346,9 @@ class FlatPrior:
         start, stop = self._given
         own = block.diagonal(dim1=1, dim2=2)
         return arrow._replace(
-            diagonal=torch.cat([arrow.diagonal[:, :start], own, arrow.diagonal[:, stop:]], 1)
+            diagonal=torch.cat(
+                [arrow.diagonal[:, :start], own, arrow.diagonal[:, stop:]], 1
+            )
         )
 
     def _partials(self, function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
@@ -359,7 +373,9 @@ class FlatPrior:
     def _given(self) -> tuple[int, int]:
         """Where the parameters of the prior are, which the weights before them meet."""
         return (
-            (0, 0) if self._weights is None else (self._weights.network.dim, self._weights.spec.dim)
+            (0, 0)
+            if self._weights is None
+            else (self._weights.network.dim, self._weights.spec.dim)
         )
 
     def _derivative(self, z: Tensor) -> Tensor:
@@ -396,7 +412,9 @@ class FlatPrior:
                 "stop": block.where.stop,
                 "log": block.log,
                 "family": type(block.distribution).__name__,
-                "parameters": {k: v.tolist() for k, v in parameters_of(block.distribution).items()},
+                "parameters": {
+                    k: v.tolist() for k, v in parameters_of(block.distribution).items()
+                },
             }
             for block in self._blocks
         ]
@@ -417,7 +435,9 @@ class FlatPrior:
         return [weights, blocks]
 
     @classmethod
-    def from_description(cls, blocks: list[dict[str, Any]], dtype: torch.dtype) -> FlatPrior:
+    def from_description(
+        cls, blocks: list[dict[str, Any]], dtype: torch.dtype
+    ) -> FlatPrior:
         """Rebuild a prior from ``describe``.
 
         Only families of ``torch.distributions`` are accepted.
@@ -425,9 +445,13 @@ class FlatPrior:
         marginals = []
         for block in blocks:
             if block["family"] not in td.__all__:
-                raise ValueError(f"no distribution {block['family']!r} in torch.distributions")
+                raise ValueError(
+                    f"no distribution {block['family']!r} in torch.distributions"
+                )
             family = getattr(td, block["family"])
-            parameters = {k: torch.tensor(v, dtype=dtype) for k, v in block["parameters"].items()}
+            parameters = {
+                k: torch.tensor(v, dtype=dtype) for k, v in block["parameters"].items()
+            }
             where = slice(block["start"], block["stop"])
             marginals.append(Marginal(where, family(**parameters), block["log"]))
         return cls(marginals)

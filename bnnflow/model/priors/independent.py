@@ -35,12 +35,16 @@ class Independent(Prior):
 
 def Normal(scale: float = 1.0, loc: float = 0.0) -> Independent:
     """Return independent normal weights with standard deviation ``scale``."""
-    return Independent(td.Normal(exact(number("loc", loc)), exact(positive("scale", scale))))
+    return Independent(
+        td.Normal(exact(number("loc", loc)), exact(positive("scale", scale)))
+    )
 
 
 def Laplace(scale: float = 1.0, loc: float = 0.0) -> Independent:
     """Return independent Laplace weights."""
-    return Independent(td.Laplace(exact(number("loc", loc)), exact(positive("scale", scale))))
+    return Independent(
+        td.Laplace(exact(number("loc", loc)), exact(positive("scale", scale)))
+    )
 
 
 def StudentT(df: float = 4.0, scale: float = 1.0, loc: float = 0.0) -> Independent:
@@ -69,7 +73,9 @@ class FanIn(Prior):
         scales = {}
         for name in spec.names:
             fan_in = spec.fan_in(name)
-            scales[name] = self.bias_scale if fan_in is None else self.scale / math.sqrt(fan_in)
+            scales[name] = (
+                self.bias_scale if fan_in is None else self.scale / math.sqrt(fan_in)
+            )
         return {name: td.Normal(exact(0.0), exact(scale)) for name, scale in scales.items()}
 
 
@@ -95,12 +101,18 @@ class PerTensor(Prior):
                 f"prior names {sorted(unknown)}, but the network's tensors are {list(spec.names)}"
             )
         if missing and self.default is None:
-            raise ValueError(f"prior has no distribution for {sorted(missing)} and no default")
+            raise ValueError(
+                f"prior has no distribution for {sorted(missing)} and no default"
+            )
         return {name: self.by_name.get(name, self.default) for name in spec.names}  # type: ignore[misc]
 
 
 def as_prior(
-    prior: Prior | FixedPrior | HierarchicalPrior | Distribution | Mapping[str, Distribution],
+    prior: Prior
+    | FixedPrior
+    | HierarchicalPrior
+    | Distribution
+    | Mapping[str, Distribution],
 ) -> Prior:
     """Return a prior itself, or what one distribution, a dict of them or an object with a prior's
     methods says.

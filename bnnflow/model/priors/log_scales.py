@@ -100,7 +100,9 @@ class TensorScales(LogScales):
         logs = theta[..., self._size :]
 
         def vjp(grad: Tensor) -> Tensor:
-            return grad.new_zeros(*grad.shape[:-1], logs.shape[-1]).index_add(-1, self._owner, grad)
+            return grad.new_zeros(*grad.shape[:-1], logs.shape[-1]).index_add(
+                -1, self._owner, grad
+            )
 
         return logs.index_select(-1, self._owner) + self._log_factors.to(theta.dtype), vjp
 
@@ -110,7 +112,9 @@ class TensorScales(LogScales):
         where = self._size + torch.arange(int(self._owner[-1]) + 1)
         first = torch.searchsorted(self._owner, where - self._size)
         none = torch.full_like(where, -1)
-        return Shared(self._owner, torch.stack([where, none, none], 1), self._log_factors[first])
+        return Shared(
+            self._owner, torch.stack([where, none, none], 1), self._log_factors[first]
+        )
 
     def curved(self, theta: Tensor) -> Curved:
         """Return the log scales and their derivatives by the parameters."""
@@ -132,7 +136,9 @@ class HorseshoeScales(LogScales):
     def __init__(self, spec: WeightSpec, bias_scale: float) -> None:
         network = spec.network
         self._size = network.dim
-        self._of_biases = torch.full((network.dim,), math.log(bias_scale), dtype=torch.float64)
+        self._of_biases = torch.full(
+            (network.dim,), math.log(bias_scale), dtype=torch.float64
+        )
         places, owners = [], []
         for name, where in network.slices.items():
             shape = network.shapes[name]
@@ -162,8 +168,10 @@ class HorseshoeScales(LogScales):
         logs = theta[..., self._size :]
         tau, local, slab = (logs.index_select(-1, owner) for owner in self._owners)
         wide = 2 * (tau + local)  # log variance without the slab
-        of_matrices = -0.5 * torch.logaddexp(-slab, -wide)  # 1 / variance = 1 / c^2 + 1 / (tau l)^2
-        share = torch.sigmoid(slab - wide)  # of the variance's change that follows tau and l, not c
+        # 1 / variance = 1 / c^2 + 1 / (tau l)^2
+        of_matrices = -0.5 * torch.logaddexp(-slab, -wide)
+        # of the variance's change that follows tau and l, not c
+        share = torch.sigmoid(slab - wide)
 
         def vjp(grad: Tensor) -> Tensor:
             grad = grad.index_select(-1, self._places)

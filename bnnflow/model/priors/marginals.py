@@ -19,7 +19,15 @@ from torch.distributions import Distribution, constraints
 
 from bnnflow.model.quantiles import FAMILIES, QuantileTable
 
-__all__ = ["Marginal", "elementwise", "exact", "merged", "parameters_of", "rebuild", "unvalidated"]
+__all__ = [
+    "Marginal",
+    "elementwise",
+    "exact",
+    "merged",
+    "parameters_of",
+    "rebuild",
+    "unvalidated",
+]
 
 LOG_2PI = math.log(2 * math.pi)
 TINY = 1e-300  # probabilities have no units: these two are next to 0 and 1 in float64
@@ -38,7 +46,9 @@ _SLOPES: dict[type[Distribution], Callable[[Any, Tensor], Tensor]] = {
     td.Normal: lambda d, x: (d.loc - x) / d.scale**2,
     td.Laplace: lambda d, x: (d.loc - x).sign() / d.scale,
     td.Cauchy: lambda d, x: 2 * (d.loc - x) / (d.scale**2 + (x - d.loc) ** 2),
-    td.StudentT: lambda d, x: (d.df + 1) * (d.loc - x) / (d.df * d.scale**2 + (x - d.loc) ** 2),
+    td.StudentT: lambda d, x: (
+        (d.df + 1) * (d.loc - x) / (d.df * d.scale**2 + (x - d.loc) ** 2)
+    ),
 }
 _LOG_SLOPES: dict[type[Distribution], Callable[[Any, Tensor], Tensor]] = {
     td.HalfNormal: lambda d, u: 1 - (u.exp() / d.scale) ** 2,
@@ -70,12 +80,18 @@ class Marginal:
     @cached_property
     def table(self) -> QuantileTable | None:
         """The map to normal coordinates where torch has no inverse cdf."""
-        return QuantileTable(self.distribution) if type(self.distribution) in FAMILIES else None
+        return (
+            QuantileTable(self.distribution)
+            if type(self.distribution) in FAMILIES
+            else None
+        )
 
     @cached_property
     def exact(self) -> Marginal:
         """The same in float64, as tails want it."""
-        return Marginal(self.where, rebuild(self.distribution, lambda v: v.double()), self.log)
+        return Marginal(
+            self.where, rebuild(self.distribution, lambda v: v.double()), self.log
+        )
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Marginal:
         """Return the same elsewhere."""
@@ -181,7 +197,8 @@ def parameters_of(distribution: Distribution) -> dict[str, Tensor]:
     Redundant ones (probs beside logits) are left out.
     """
     names = [name for name in distribution.arg_constraints if name in distribution.__dict__]
-    if not names:  # transformed families (HalfNormal, LogNormal) keep theirs behind properties
+    # transformed families (HalfNormal, LogNormal) keep theirs behind properties
+    if not names:
         names = list(distribution.arg_constraints)
     return {name: torch.as_tensor(getattr(distribution, name)) for name in names}
 
@@ -211,7 +228,9 @@ def elementwise(
     _check_parameters(name, distribution)
     support = distribution.support
     if positive and not on_half_line(distribution):
-        raise ValueError(f"prior of {name!r} must have positive support, {family} has {support}")
+        raise ValueError(
+            f"prior of {name!r} must have positive support, {family} has {support}"
+        )
     if not positive and not isinstance(support, type(constraints.real)):
         raise ValueError(
             f"prior of {name!r} must have the real line as support, {family} has {support}"
@@ -241,7 +260,9 @@ def _check_parameters(name: str, distribution: Distribution) -> None:
 def on_half_line(distribution: Distribution) -> bool:
     """Whether the support is the positive numbers."""
     support = distribution.support
-    half_line = isinstance(support, (type(constraints.positive), type(constraints.nonnegative)))
+    half_line = isinstance(
+        support, (type(constraints.positive), type(constraints.nonnegative))
+    )
     return half_line and bool(torch.as_tensor(support.lower_bound).eq(0).all())  # type: ignore[union-attr]
 
 
@@ -265,14 +286,23 @@ def merged(blocks: list[Marginal]) -> list[Marginal]:
             and type(last.distribution) is type(block.distribution)
             and last.log == block.log
         )
-        if last is not None and alike and (block.log or isinstance(block.distribution, td.Normal)):
-            ours, theirs = parameters_of(last.distribution), parameters_of(block.distribution)
+        if (
+            last is not None
+            and alike
+            and (block.log or isinstance(block.distribution, td.Normal))
+        ):
+            ours, theirs = (
+                parameters_of(last.distribution),
+                parameters_of(block.distribution),
+            )
             family = getattr(td, type(block.distribution).__name__)
             joined = family(
                 **{name: torch.cat([ours[name], theirs[name]]) for name in ours},
                 validate_args=False,
             )
-            merged[-1] = Marginal(slice(last.where.start, block.where.stop), joined, block.log)
+            merged[-1] = Marginal(
+                slice(last.where.start, block.where.stop), joined, block.log
+            )
         else:
             merged.append(block)
     return merged

@@ -132,7 +132,9 @@ class Prior(Interface):
                     name: reordered(density, (None, *network.axes[name]), label, perm)
                     for name, density in densities.items()
                 }
-                if not all(torch.allclose(after[name], before[name], atol=1e-5) for name in before):
+                if not all(
+                    torch.allclose(after[name], before[name], atol=1e-5) for name in before
+                ):
                     varies.add(label)
         return Symmetries(own.permutation - varies, own.sign - _uneven(network, densities))
 
@@ -154,7 +156,9 @@ _SCALES = torch.logspace(-8, 8, 17, dtype=torch.float64)
 _PROBES = torch.cat([-_SCALES.flip(0), _SCALES])
 
 
-def _probe_parameters(network: WeightSpec, prior: Prior) -> tuple[dict[str, Tensor], set[str]]:
+def _probe_parameters(
+    network: WeightSpec, prior: Prior
+) -> tuple[dict[str, Tensor], set[str]]:
     """Return values of a prior's parameters that no permutation keeps, and the labels along which
     their priors vary.
     """
@@ -198,5 +202,7 @@ def _uneven(network: WeightSpec, densities: dict[str, Tensor]) -> set[str]:
             scale_exponents = zip(
                 network.unit_axes(name)[1], network.scale_exponents(name), strict=True
             )
-            uneven |= {label for label, power in scale_exponents if power and label is not None}
+            uneven |= {
+                label for label, power in scale_exponents if power and label is not None
+            }
     return uneven

@@ -47,7 +47,9 @@ class Hierarchical(Prior):
     ) -> dict[str, Distribution]:
         """Return a normal distribution per tensor given the scales."""
         return {
-            name: _centred(_aligned(parameters[f"scale.{name}"], shape) * self.factor(spec, name))
+            name: _centred(
+                _aligned(parameters[f"scale.{name}"], shape) * self.factor(spec, name)
+            )
             for name, shape in spec.shapes.items()
         }
 
@@ -59,7 +61,9 @@ class Hierarchical(Prior):
         if type(self) is not Hierarchical:
             return None
         network = spec.network
-        return TensorScales(network, {name: self.factor(network, name) for name in network.names})
+        return TensorScales(
+            network, {name: self.factor(network, name) for name in network.names}
+        )
 
     def factor(self, spec: WeightSpec, name: str) -> float:
         """Return what a tensor's scale is multiplied by."""
@@ -113,7 +117,9 @@ class Horseshoe(Prior):
             if len(shape) > 1:
                 half = exact(self.slab_df / 2)
                 read = 0 if name in spec.transposed else 1
-                of_units = tuple(size if axis == read else 1 for axis, size in enumerate(shape))
+                of_units = tuple(
+                    size if axis == read else 1 for axis, size in enumerate(shape)
+                )
                 local = shape if self.local == "weight" else of_units
                 found[f"global.{name}"] = td.HalfCauchy(exact(self.global_scale))
                 found[f"local.{name}"] = td.HalfCauchy(exact(1.0).expand(local))
@@ -128,7 +134,10 @@ class Horseshoe(Prior):
         for name, shape in spec.shapes.items():
             if len(shape) > 1:
                 # (..., *shape)
-                wide = _aligned(parameters[f"global.{name}"], shape) * parameters[f"local.{name}"]
+                wide = (
+                    _aligned(parameters[f"global.{name}"], shape)
+                    * parameters[f"local.{name}"]
+                )
                 slab = _aligned(parameters[f"slab.{name}"], shape).sqrt()
                 # no square of a huge or tiny scale
                 found[name] = _centred(wide / torch.hypot(slab, wide) * slab)

@@ -23,7 +23,13 @@ from bnnflow.transport.correction.importance import (
     psis,
     rhat_and_ess,
 )
-from bnnflow.transport.correction.job import LATENT, Job, features_of, shrunk_gaussian, starts
+from bnnflow.transport.correction.job import (
+    LATENT,
+    Job,
+    features_of,
+    shrunk_gaussian,
+    starts,
+)
 from bnnflow.transport.correction.latent import Latent, Points, crank_nicolson, log_normal
 from bnnflow.transport.correction.verdict import Outcome
 from bnnflow.types import Kernel, LogDensityAndGrad
@@ -326,7 +332,10 @@ class _Latent(_Walk):
         super().__init__(job, points, most=16)
         self.target = job.latent.log_density_and_grad
         around = _nearest(points, job.generator)
-        self.trajectory, self.unit_mass = rotation(self.target, around), torch.ones_like(around.loc)
+        self.trajectory, self.unit_mass = (
+            rotation(self.target, around),
+            torch.ones_like(around.loc),
+        )
         self.tuned, self.n_leapfrog = (_QUARTER,), 1
         x0 = points.x0[self.rows]
         self.state = ChainState(x0, *self.target(x0))
@@ -368,20 +377,33 @@ def latent_metropolis(job: Job, points: Points | None) -> Outcome:
     info = {
         "beta": beta,
         "step_size": step_size,
-        "independent_acceptance_rate": float(rate[anew].mean()) if bool(anew.any()) else 0.0,
-        "crank_nicolson_acceptance_rate": float(rate[~anew].mean()) if bool((~anew).any()) else 0.0,
+        "independent_acceptance_rate": float(rate[anew].mean())
+        if bool(anew.any())
+        else 0.0,
+        "crank_nicolson_acceptance_rate": float(rate[~anew].mean())
+        if bool((~anew).any())
+        else 0.0,
         "hmc_acceptance_rate": float(stats["hmc_acceptance_rate"].double().mean()),
         "gradients_per_chain": round(walk.gradients / walk.chains.count),
     }
     if walk.chains.many:  # two draws a sweep
         count = len(walk.drawn)
-        stats = {name: each.repeat_interleave(2, 1)[:, :count] for name, each in stats.items()}
+        stats = {
+            name: each.repeat_interleave(2, 1)[:, :count] for name, each in stats.items()
+        }
     theta, log_joint, ratio = (
         torch.stack([getattr(each, name) for each in walk.drawn], 1)
         for name in ("theta", "log_joint", "log_weight")
     )
     return _chained(
-        job, points, theta, log_joint, ratio, info, stats, info["independent_acceptance_rate"]
+        job,
+        points,
+        theta,
+        log_joint,
+        ratio,
+        info,
+        stats,
+        info["independent_acceptance_rate"],
     )
 
 
@@ -397,7 +419,10 @@ def neutra(job: Job, points: Points | None) -> Outcome:
     walk.run()
     x0 = torch.stack([state.theta for state in walk.drawn], 1)  # (chain, draw, dim)
     theta = torch.cat(
-        [latent.forward_without_density(rows) for rows in x0.flatten(0, 1).split(latent.chunk)]
+        [
+            latent.forward_without_density(rows)
+            for rows in x0.flatten(0, 1).split(latent.chunk)
+        ]
     )
     log_joint = latent.log_joint(theta).unflatten(0, x0.shape[:2])
     ratio = torch.stack([state.log_joint for state in walk.drawn], 1) - log_normal(x0)
@@ -425,7 +450,9 @@ def _chained(
 ) -> Outcome:
     """Judge chains, and bridge from the flow's draws to theirs."""
     seen = features_of(job.model, theta.flatten(0, 1)).unflatten(0, theta.shape[:2])
-    r_hat, ess = rhat_and_ess(torch.cat([log_joint.unsqueeze(-1), ratio.unsqueeze(-1), seen], -1))
+    r_hat, ess = rhat_and_ess(
+        torch.cat([log_joint.unsqueeze(-1), ratio.unsqueeze(-1), seen], -1)
+    )
     job.findings.chains(r_hat, ess, acceptance)
     own = HeldOut(theta.flatten(0, 1), (theta.shape[0], theta.shape[1]))
     evidence = bridge(points.log_weight, ratio.flatten(), own)

@@ -235,7 +235,12 @@ def _gradients(outcome: Outcome) -> int:
 
 
 def _check(
-    flow: Transport, model: BayesianModel, n: int, method: str, density: Density, force: bool
+    flow: Transport,
+    model: BayesianModel,
+    n: int,
+    method: str,
+    density: Density,
+    force: bool,
 ) -> None:
     """Refuse what cannot work."""
     if flow.dim != model.dim:
@@ -261,7 +266,9 @@ def _check(
         )
 
 
-def _diagnose(job: Job, method: CorrectionMethod) -> tuple[Points | None, CorrectionMethod, str]:
+def _diagnose(
+    job: Job, method: CorrectionMethod
+) -> tuple[Points | None, CorrectionMethod, str]:
     """Weigh the flow's draws, as many as the method wants; return them, what to do and why."""
     dim = job.model.dim
     if method != "auto":
@@ -270,7 +277,11 @@ def _diagnose(job: Job, method: CorrectionMethod) -> tuple[Points | None, Correc
             return None, method, "as asked"
         return weigh(job, few.get(method, job.n)), method, "as asked"
     if dim > WEIGHED:
-        return None, "refine", f"chosen since an exact density in dim {dim} is too expensive"
+        return (
+            None,
+            "refine",
+            f"chosen since an exact density in dim {dim} is too expensive",
+        )
     points = weigh(job, _PILOT)
     weights, khat = psis(points.log_weight)
     if khat <= 1.0 and kish_ess(weights) >= 0.01 * len(weights):
@@ -280,7 +291,11 @@ def _diagnose(job: Job, method: CorrectionMethod) -> tuple[Points | None, Correc
             return points, "importance", f"chosen for a k-hat of {khat:.2f}"
     found = f"k-hat is {khat:.2f}"
     if dim <= _TEMPERED:
-        return weigh(job, job.n, points), "smc", f"chosen since {found} and dim {dim} is small"
+        return (
+            weigh(job, job.n, points),
+            "smc",
+            f"chosen since {found} and dim {dim} is small",
+        )
     return points, "refine", f"chosen since {found} and tempering in dim {dim} is expensive"
 
 
@@ -307,7 +322,9 @@ def _judge(
         khat, raw = own["khat"], own["effective_share"]
         info |= own | {"khat": outcome.info.get("khat", khat)}
         if chosen in ("refine", "smc", "metropolis", "neutra"):
-            done += f" (weights of the flow's own draws: k-hat {khat:.2f}, {raw:.0%} effective)"
+            done += (
+                f" (weights of the flow's own draws: k-hat {khat:.2f}, {raw:.0%} effective)"
+            )
     if outcome.evidence is not None:
         value, error = outcome.evidence
         if chosen != "refine":  # whose evidence rests on no density of the flow
@@ -346,7 +363,9 @@ def _judge_densities(
     if chosen != "refine":
         findings.solver(solver.rms)
     rows = starts(points, _COPIES, job.generator)
-    gap = equivalent_modes_gap(findings, latent, points.theta[rows], job.generator, has_held_out)
+    gap = equivalent_modes_gap(
+        findings, latent, points.theta[rows], job.generator, has_held_out
+    )
     if latent.density.trace != "exact":
         findings.severe.append(
             f"densities are estimates ({latent.density.trace}), and weights made of them are biased"

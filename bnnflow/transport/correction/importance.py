@@ -99,7 +99,8 @@ def log_mean(log_weights: Tensor, *strata: int) -> Estimate:
         return value, math.inf
     relative = (log_weights - value).exp()  # mean 1
     variance = sum(
-        float(part.var()) * len(part) for part in relative.split(list(strata) or [len(relative)])
+        float(part.var()) * len(part)
+        for part in relative.split(list(strata) or [len(relative)])
     )
     return value, math.sqrt(variance) / len(relative)
 
@@ -123,7 +124,10 @@ class HeldOut:
 
     @classmethod
     def of(
-        cls, draws: Draws | Tensor | tuple[Tensor, Tensor | None], model: BayesianModel, most: int
+        cls,
+        draws: Draws | Tensor | tuple[Tensor, Tensor | None],
+        model: BayesianModel,
+        most: int,
     ) -> HeldOut:
         """Check draws and keep at most ``most`` of them, evenly along the chains.
 
@@ -162,7 +166,9 @@ class HeldOut:
         rows = torch.arange(len(flat)).unflatten(0, shape)
         if len(flat) > most:
             per_chain = max(1, most // shape[0])
-            rows = rows[:, torch.linspace(0, shape[1] - 1, min(per_chain, shape[1])).round().long()]
+            rows = rows[
+                :, torch.linspace(0, shape[1] - 1, min(per_chain, shape[1])).round().long()
+            ]
             rows = rows[torch.linspace(0, shape[0] - 1, min(most, shape[0])).round().long()]
         kept = rows.flatten().to(flat.device)
         flat = flat[kept].to(model.device, model.dtype)
@@ -215,7 +221,8 @@ def bridge(forward: Tensor, reverse: Tensor, posterior: HeldOut) -> Estimate | N
     value, ours, theirs = bennett(forward, reverse, weights, math.log(len(reverse) / n))
     if value.isnan():
         return None
-    m = posterior.ess(theirs)  # found out by the first pass: how many draws of the chains count
+    # found out by the first pass: how many draws of the chains count
+    m = posterior.ess(theirs)
     value, ours, theirs = bennett(forward, reverse, weights, math.log(m / n))
     mean = float((weights * theirs).sum())
     if n * float(ours.mean()) < _OVERLAP:  # of either side: this is what c makes equal
@@ -226,7 +233,11 @@ def bridge(forward: Tensor, reverse: Tensor, posterior: HeldOut) -> Estimate | N
 
 
 def ks_distance(
-    a: Tensor, a_weights: Tensor, b: Tensor, b_weights: Tensor, tolerance: Tensor | float = 0.0
+    a: Tensor,
+    a_weights: Tensor,
+    b: Tensor,
+    b_weights: Tensor,
+    tolerance: Tensor | float = 0.0,
 ) -> float:
     """Return the largest Kolmogorov-Smirnov distance of any quantity of two weighted sets of draws.
 
@@ -242,7 +253,9 @@ def ks_distance(
     def excess(b: Tensor, sign: int) -> float:
         values, order = torch.cat([a, b]).double().sort(0)  # (n + m, quantities)
         steps = sign * weights[order].cumsum(0)
-        steps[:-1][values[1:] == values[:-1]] = 0.0  # of equal values, what all of them add up to
+        steps[:-1][values[1:] == values[:-1]] = (
+            0.0  # of equal values, what all of them add up to
+        )
         return float(steps.max())
 
     return max(excess(b - tolerance, 1), excess(b + tolerance, -1))
@@ -260,7 +273,8 @@ def rhat_and_ess(values: Tensor) -> tuple[float, float]:
     autocorrelations of each.
     """
     values = values[
-        ..., values.amax((0, 1)) - values.amin((0, 1)) > _ROUNDING * values.abs().amax((0, 1))
+        ...,
+        values.amax((0, 1)) - values.amin((0, 1)) > _ROUNDING * values.abs().amax((0, 1)),
     ]
     if values.shape[1] < 4 or values.shape[2] == 0:
         return math.inf, float(len(values))
@@ -279,7 +293,9 @@ def _ess_of_means(values: Tensor) -> Tensor:
     scores = torch.special.ndtri((ranks + 0.625) / (len(ranks) + 0.25)).unflatten(
         0, (chains, draws)
     )
-    return (chains * scores.flatten(0, 1).var(0) / scores.mean(1).var(0)).clamp(max=chains * draws)
+    return (chains * scores.flatten(0, 1).var(0) / scores.mean(1).var(0)).clamp(
+        max=chains * draws
+    )
 
 
 def _array(values: Tensor) -> np.ndarray:
@@ -327,7 +343,9 @@ class Student:
         )
         normal = torch.randn(n, len(self.loc), generator=generator, **like)
         squares = (
-            torch.randn(n, self.df, generator=generator, **like).square().mean(1, keepdim=True)
+            torch.randn(n, self.df, generator=generator, **like)
+            .square()
+            .mean(1, keepdim=True)
         )
         return self.loc + (normal / squares.sqrt()) @ self.scale_tril.T
 

@@ -33,7 +33,9 @@ __all__ = [
 
 CHUNK = 512  # densities between two looks at the keyboard
 LATENT = 0.3  # acceptance rate that latent moves aim at
-WEIGHED = 2000  # dimension beyond which an exact density is asked for only if the caller insists
+WEIGHED = (
+    2000  # dimension beyond which an exact density is asked for only if the caller insists
+)
 
 
 class Job(NamedTuple):
@@ -74,7 +76,9 @@ def shrunk_gaussian(x0: Tensor, n: float) -> Gaussian:
     more had that.
     """
     dim = x0.shape[1]
-    covariance = (n * torch.cov(x0.T).reshape(dim, dim) + dim * torch.eye(dim).to(x0)) / (n + dim)
+    covariance = (n * torch.cov(x0.T).reshape(dim, dim) + dim * torch.eye(dim).to(x0)) / (
+        n + dim
+    )
     return Gaussian(x0.mean(0), torch.linalg.cholesky(covariance))
 
 

@@ -18,7 +18,15 @@ from bnnflow.transport.flow import Flow
 from bnnflow.transport.options import Density, Solver
 from bnnflow.types import Kernel, Seed
 
-__all__ = ["Latent", "Move", "Points", "SolverError", "Transport", "crank_nicolson", "log_normal"]
+__all__ = [
+    "Latent",
+    "Move",
+    "Points",
+    "SolverError",
+    "Transport",
+    "crank_nicolson",
+    "log_normal",
+]
 
 _LOG_2PI = math.log(2 * math.pi)
 _CHUNK = 512  # densities that are asked for at once,
@@ -174,7 +182,11 @@ class Latent:
                 fewer.
         """
         flow = self.flow
-        if not isinstance(flow, Flow) or self.density.trace != "exact" or flow.solver.nodes is None:
+        if (
+            not isinstance(flow, Flow)
+            or self.density.trace != "exact"
+            or flow.solver.nodes is None
+        ):
             return
         own = flow.solver.nodes // 2
         fewer = sorted({own * eighths // 8 for eighths in (2, 3, 4)} - set(range(_FEWEST)))
@@ -250,7 +262,9 @@ class Latent:
             with torch.enable_grad():
                 at = rows.detach().requires_grad_()
                 theta, log_q = self.flow.forward_with_log_prob(at, **self._options)
-                log_joint = self.model.log_joint(theta.to(self.model.device, self.model.dtype))
+                log_joint = self.model.log_joint(
+                    theta.to(self.model.device, self.model.dtype)
+                )
                 value = log_joint.double() - log_q + log_normal(at)
                 (grad,) = torch.autograd.grad(value.sum(), at)
             return grad, value.detach()
@@ -259,7 +273,10 @@ class Latent:
         return value, grad
 
     def _surviving(
-        self, solve: Callable[[Tensor], tuple[Tensor, Tensor]], rows: Tensor, solves: int = 1
+        self,
+        solve: Callable[[Tensor], tuple[Tensor, Tensor]],
+        rows: Tensor,
+        solves: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """Solve for all rows, with NaN for those whose velocity becomes NaN: halving finds them."""
         self.solves += solves * len(rows)
@@ -332,9 +349,14 @@ def crank_nicolson(
         proposed = latent.forward(centre + (1 - b * b).sqrt() * (x0 - centre) + b * noise)
         gain = height(proposed) - height(points)
         rate = (
-            gain.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).clamp(max=0.0).exp()
+            gain.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+            .clamp(max=0.0)
+            .exp()
         )
-        accept = torch.rand(len(x0), generator=generator, device=x0.device, dtype=rate.dtype) < rate
+        accept = (
+            torch.rand(len(x0), generator=generator, device=x0.device, dtype=rate.dtype)
+            < rate
+        )
         moved = (
             torch.where(accept.reshape(-1, *[1] * (old.dim() - 1)), new, old)
             for new, old in zip(proposed, points, strict=True)

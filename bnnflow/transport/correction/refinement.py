@@ -32,25 +32,32 @@ def refined(job: Job, points: Points | None) -> Outcome:
         job.findings.mild.append(
             f"{int((~usable).sum())} of {len(theta)} draws were not finite and were left out"
         )
-    first = refine(job.model, theta[usable], _REFINED, seed=job.generator, progress=job.progress)
+    first = refine(
+        job.model, theta[usable], _REFINED, seed=job.generator, progress=job.progress
+    )
     second = first
     if not first.info["interrupted"]:
-        second = refine(job.model, first.flat, _REFINED, seed=job.generator, progress=job.progress)
+        second = refine(
+            job.model, first.flat, _REFINED, seed=job.generator, progress=job.progress
+        )
         drift = float(
-            (second.log_joint.mean() - first.log_joint.mean()).abs() / second.log_joint.std()
+            (second.log_joint.mean() - first.log_joint.mean()).abs()
+            / second.log_joint.std()
         )
         job.findings.moving(drift, 3 * math.sqrt(2 / first.n_draws))
     steps = first.info["steps"] + (second.info["steps"] if second is not first else 0)
     if second.info["interrupted"]:
         job.findings.stopped(
-            f"after {steps} of {2 * _REFINED} transitions: refine the draws again", severe=True
+            f"after {steps} of {2 * _REFINED} transitions: refine the draws again",
+            severe=True,
         )
     if left := second.info["outliers"]:
         job.findings.mild.append(
             f"{left} of {second.n_draws} draws still lie far below all others: refine for longer"
         )
     gradients = sum(
-        run.info["gradients_per_draw"] for run in {id(r): r for r in (first, second)}.values()
+        run.info["gradients_per_draw"]
+        for run in {id(r): r for r in (first, second)}.values()
     )
     info = {
         "transitions": steps,
@@ -59,7 +66,11 @@ def refined(job: Job, points: Points | None) -> Outcome:
         "step_size": second.info["step_size"],
     }
     return Outcome(
-        second.theta, second.log_joint, float(second.n_draws), info, evidence=_annealed(job, second)
+        second.theta,
+        second.log_joint,
+        float(second.n_draws),
+        info,
+        evidence=_annealed(job, second),
     )
 
 

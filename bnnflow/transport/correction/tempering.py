@@ -9,7 +9,12 @@ from torch import Tensor
 
 from bnnflow.gaussian import Gaussian
 from bnnflow.inference.mcmc.warmup import followed
-from bnnflow.inference.particles.smc import merging, next_fraction, relative_variance, systematic
+from bnnflow.inference.particles.smc import (
+    merging,
+    next_fraction,
+    relative_variance,
+    systematic,
+)
 from bnnflow.progress import progress_bar
 from bnnflow.transport.correction.importance import (
     kish_ess,
@@ -51,13 +56,16 @@ def tempered(job: Job, points: Points | None) -> Outcome:
                 value, fraction, temperatures = value + total, then, temperatures + 1
                 left = kish_ess(weights[0]) / n
                 if left <= _EQUAL:
-                    points, beta, made, kept = _spread(job, points, beta, float(fraction), left)
+                    points, beta, made, kept = _spread(
+                        job, points, beta, float(fraction), left
+                    )
                     moves, stuck = moves + made, max(stuck, kept)
                 bar.update()
                 bar.set_postfix(at=f"{float(fraction):.2e}", beta=f"{beta:.2f}")
         except KeyboardInterrupt:
             job.findings.stopped(
-                f"at inverse temperature {float(fraction):.2g}: these are no draws yet", severe=True
+                f"at inverse temperature {float(fraction):.2g}: these are no draws yet",
+                severe=True,
             )
     families = n**2 / float(root[0].bincount().double().square().sum())
     job.findings.kish_ess(families)

@@ -23,7 +23,14 @@ from bnnflow.transport.correction.importance import (
 from bnnflow.transport.correction.latent import Latent, Points, SolverError
 from bnnflow.warn import warn
 
-__all__ = ["Findings", "Outcome", "SolverError", "compare", "equivalent_modes_gap", "solver_error"]
+__all__ = [
+    "Findings",
+    "Outcome",
+    "SolverError",
+    "compare",
+    "equivalent_modes_gap",
+    "solver_error",
+]
 
 _MARGIN, _QUANTILE = 2.0, 0.98
 # root inverse sizes that Kolmogorov-Smirnov distances of one law exceed once in 20,000 times
@@ -81,7 +88,9 @@ class Findings(verdicts.Findings):
             )
         self.kish_ess(ess)
         if lost:
-            self.mild.append(f"{lost:,} of {n:,} draws have no finite weight and were left out")
+            self.mild.append(
+                f"{lost:,} of {n:,} draws have no finite weight and were left out"
+            )
 
     def kish_ess(self, ess: float) -> None:
         """Judge an effective number of draws."""
@@ -90,7 +99,9 @@ class Findings(verdicts.Findings):
     def chains(self, r_hat: float, ess: float, acceptance: float) -> None:
         """Judge Markov chains."""
         self.above(
-            r_hat, verdicts.R_HAT_OF_MANY, f"chains disagree (R-hat {r_hat:.3f}): take more draws"
+            r_hat,
+            verdicts.R_HAT_OF_MANY,
+            f"chains disagree (R-hat {r_hat:.3f}): take more draws",
         )
         if r_hat <= verdicts.R_HAT_OF_MANY.good:
             self.good.append(f"R-hat is {r_hat:.3f}, {ess:.0f} draws are effective")
@@ -114,10 +125,8 @@ class Findings(verdicts.Findings):
         """Judge draws by how far their mean log joint still moved in the second half of a
         refinement.
         """
-        text = (
-            f"the mean log joint still moved by {drift:.2f} standard deviations: refine for longer"
-        )
-        self.above(drift - noise, verdicts.DRIFT, text)
+        moved = f"the mean log joint still moved by {drift:.2f} standard deviations"
+        self.above(drift - noise, verdicts.DRIFT, f"{moved}: refine for longer")
 
     def evidences(self, name: str, one: Estimate, bridge: Estimate) -> None:
         """Compare an evidence that sees what the flow sees with one that sees what the held-out
@@ -166,7 +175,9 @@ class Findings(verdicts.Findings):
                 "which can say little"
             )
         if not apart > chance:
-            self.good.append("held-out and corrected draws have one law, as far as they tell")
+            self.good.append(
+                "held-out and corrected draws have one law, as far as they tell"
+            )
             return
         found = f"distance {apart:.2f}, {chance:.2f} by chance"
         text = f"held-out and corrected draws differ in law ({found})"
@@ -180,7 +191,9 @@ class Findings(verdicts.Findings):
                 "theirs: it has lost modes"
             )
             if held_out:
-                self.mild.append(f"{text}, and an evidence is that of the copies that it has")
+                self.mild.append(
+                    f"{text}, and an evidence is that of the copies that it has"
+                )
             else:
                 self.severe.append(
                     f"{text}; if it was trained on aligned draws on purpose, give held_out draws "
@@ -216,7 +229,11 @@ def solver_error(latent: Latent, points: Points) -> SolverError:
 
 
 def equivalent_modes_gap(
-    findings: Findings, latent: Latent, theta: Tensor, generator: torch.Generator, held_out: bool
+    findings: Findings,
+    latent: Latent,
+    theta: Tensor,
+    generator: torch.Generator,
+    held_out: bool,
 ) -> float | None:
     """Return by how many nats a flow prefers draws ``(n, dim)`` to symmetric copies.
 
@@ -267,7 +284,11 @@ def compare(
     theta, log_joint = outcome.theta.flatten(0, 1), outcome.log_joint.flatten()
     ratio = None if outcome.log_ratio is None else outcome.log_ratio.flatten()
     if ratio is None:
-        rows = torch.linspace(0, len(theta) - 1, min(len(theta), _SOME)).long().to(theta.device)
+        rows = (
+            torch.linspace(0, len(theta) - 1, min(len(theta), _SOME))
+            .long()
+            .to(theta.device)
+        )
         theta, log_joint = theta[rows], log_joint[rows]
     held_joint = latent.log_joint(held.theta)
     weights = torch.full(
@@ -281,7 +302,9 @@ def compare(
     )
     count, found = held.ess(held_joint), {"draws": len(held.theta), "evidences": {}}
     if points is not None:
-        ratio = latent.inverse(theta.to(points.theta)).log_weight if ratio is None else ratio
+        ratio = (
+            latent.inverse(theta.to(points.theta)).log_weight if ratio is None else ratio
+        )
         pulled = outcome.q(latent.inverse(held.theta.to(points.theta)))
         reverse = torch.where(pulled.lost, math.inf, pulled.log_joint - pulled.log_q)
         most = _quantile(ratio, weights, _QUANTILE) + _MARGIN

@@ -66,11 +66,16 @@ def defensive(job: Job, points: Points | None) -> Outcome:
     def mixture(points: Points) -> Points:
         log_q = torch.where(points.log_q.isnan(), -math.inf, points.log_q)
         return points._replace(
-            log_q=torch.logaddexp(share[0] + log_q, share[1] + student.log_prob(points.theta))
+            log_q=torch.logaddexp(
+                share[0] + log_q, share[1] + student.log_prob(points.theta)
+            )
         )
 
     both = Points(
-        *(torch.cat(pair) for pair in zip(points.at(torch.arange(light)), extra, strict=True))
+        *(
+            torch.cat(pair)
+            for pair in zip(points.at(torch.arange(light)), extra, strict=True)
+        )
     )
     return _weighted(job, mixture(both), [light, heavy])._replace(q=mixture)
 
