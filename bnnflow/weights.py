@@ -375,7 +375,7 @@ class WeightSpec:
             start = stop
         return slices
 
-    @property
+    @cached_property
     def dim(self) -> int:
         """Length of the flat vector."""
         return sum(math.prod(shape) for shape in self.shapes.values())

@@ -27,6 +27,7 @@ from torch import nn
 import bnnflow as bf
 from bnnflow import BayesianMLPClassifier, BayesianMLPRegressor
 from bnnflow.estimators import recipe
+from bnnflow.estimators.table import columns_of
 
 QUICK = bf.DeepEnsemble(members=4, steps=100)
 
@@ -60,7 +61,12 @@ def fitted() -> BayesianMLPRegressor:
 
 
 @parametrize_with_checks([BayesianMLPRegressor(), BayesianMLPClassifier()])
-def test_scikit_learn_accepts_them_at_their_defaults(estimator, check) -> None:
+def test_scikit_learn_accepts_them_at_their_defaults(
+    estimator, check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The checks fit 170 tables, and what they ask does not depend on how far the chains run.
+    for length, short in (("STEPS", 500), ("WARM_UP", 10), ("DRAWS", 10)):
+        monkeypatch.setattr(recipe, length, short)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         check(estimator)
@@ -411,10 +417,8 @@ def test_weights_of_draws_count() -> None:
     before = fit.predict(x)
     log_weights = torch.tensor([[0.0, -1.0, -2.0, -50.0]], dtype=torch.float64)
     fit.draws_ = replace(fit.draws_, log_weights=log_weights)
-    each = [
-        bf.predict(fit.model_, theta[None], fit._encoded(x).float()).mean
-        for theta in fit.draws_.flat
-    ]
+    inputs = torch.from_numpy(fit.table_.transform(columns_of(x))).float()
+    each = [bf.predict(fit.model_, theta[None], inputs).mean for theta in fit.draws_.flat]
     expected = (log_weights.softmax(1)[0, :, None] * torch.stack(each)).sum(0)
     np.testing.assert_allclose(fit.predict(x), expected, rtol=1e-5)
     assert np.abs(fit.predict(x) - before).max() > 1e-3
@@ -476,7 +480,7 @@ def test_chains_are_added_while_they_disagree(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_few_rows_of_many_columns_are_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "_AFFORDABLE", 0)
+    monkeypatch.setattr(recipe, "AFFORDABLE", 0)
     monkeypatch.setattr(recipe, "DRAWS", 20)
     x, y = waves(40)
     fit = BayesianMLPRegressor((4,), budget=1e-9).fit(x, y)
@@ -484,7 +488,7 @@ def test_few_rows_of_many_columns_are_one_batch(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_many_rows_are_sampled_by_mini_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "_AFFORDABLE", 0)
+    monkeypatch.setattr(recipe, "AFFORDABLE", 0)
     monkeypatch.setattr(recipe, "DRAWS", 40)
     x, y = waves(1200)
     fit = BayesianMLPRegressor((8,), budget=1e-9).fit(x, y)

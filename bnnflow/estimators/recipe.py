@@ -41,11 +41,11 @@ LONGER = 3  # times as many where chains have not arrived after these
 _RISE = 0.2
 SMALL = 0.15  # Monte-Carlo error of the predictions, in standard deviations of these
 # rows of data times weights whose full gradients are affordable
-_AFFORDABLE = 40_000_000
+AFFORDABLE = 40_000_000
 _HELD_OUT = 0.1  # share of the rows that stop the warm start,
 _MOST_HELD_OUT = 2000  # and how many of them at most
 _BATCH = 256  # rows of a step of the warm start; all where there are fewer than four times as many
-_STEPS = 3000  # of the warm start, at most
+STEPS = 3000  # of the warm start, at most
 _LOOK = 25  # steps between looks at the held-out rows
 _PATIENCE = 12  # looks without a gain
 _RATE = 0.01  # of Adam
@@ -113,8 +113,8 @@ def warm_start(
     adam, kept = Adam(theta), theta.clone()
     best = torch.full((members,), -math.inf, dtype=torch.float64, device=device)
     since = torch.zeros(members, device=device)
-    with torch.no_grad(), progress_bar(_STEPS, "warm start", progress, "step") as bar:
-        for step in range(1, _STEPS + 1):
+    with torch.no_grad(), progress_bar(STEPS, "warm start", progress, "step") as bar:
+        for step in range(1, STEPS + 1):
             chosen = batch and torch.randint(
                 rows, (members, batch), generator=generator, device=device
             )
@@ -175,7 +175,7 @@ def _stage(
     generator: torch.Generator,
     progress: bool,
 ) -> Draws:
-    full = len(model.x) * model.dim <= _AFFORDABLE
+    full = len(model.x) * model.dim <= AFFORDABLE
     return sample(
         model,
         MCLMC() if full else SGHMC(batch_size=min(_BATCH, len(model.x))),
