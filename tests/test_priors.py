@@ -489,13 +489,16 @@ def test_flow_from_a_prior_with_parameters_has_the_posteriors_gradient_and_its_d
     torch.testing.assert_close(
         product(v), torch.einsum("brd,bre,be->bd", factor, factor, v), rtol=1e-7, atol=1e-7
     )
-    flow = GaussNewtonFlow(model, solver=Solver("rk4", 9))
+    # Of data that say little, so that few steps follow the flow.
+    vague = likelihoods.Gaussian(scale_prior=td.LogNormal(0.7, 0.3))
+    model = BayesianModel(perceptron(), COORDINATES[name], vague, model.x[:4], model.y[:4])
+    flow = GaussNewtonFlow(model, solver=Solver("rk4", 5))
     theta, log_q = flow.sample_with_log_prob(1, 0)
     jacobian = torch.func.jacrev(lambda x0: flow.forward(x0)[0])(flow.start(1, 0))[:, 0]
     x0 = flow.start(1, 0)[0]
     log_normal = -0.5 * (x0 * x0).sum() - 0.5 * model.dim * math.log(2 * math.pi)
     torch.testing.assert_close(
-        log_q[0], log_normal - torch.linalg.slogdet(jacobian)[1], rtol=0, atol=0.1
+        log_q[0], log_normal - torch.linalg.slogdet(jacobian)[1], rtol=0, atol=0.05
     )
 
 
