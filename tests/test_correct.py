@@ -500,7 +500,7 @@ def test_a_refinement_that_is_too_short_is_not_trusted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     problem = conjugate()
-    monkeypatch.setattr("bnnflow.transport.correction.refinement._REFINED", 1)
+    monkeypatch.setattr("bnnflow.transport.correction.refinement.TRANSITIONS", 1)
     far = near(problem, 0.5, 40.0)
     fixed = bf.correct(problem.model, far, 400, "refine", seed=0)
     assert fixed.verdict.startswith("do not trust")
@@ -1027,7 +1027,7 @@ def gaussian_flow(problem: Conjugate, scale: float = 1.0, steps: int = 16) -> Fl
 @pytest.mark.parametrize("method", METHODS)
 def test_real_flows_are_corrected(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = conjugate()
-    monkeypatch.setattr("bnnflow.transport.correction.chains._WARM_UP", 25)
+    monkeypatch.setattr("bnnflow.transport.correction.chains.WARM_UP", 25)
     n = 50 if method == "neutra" else 400
     flow = gaussian_flow(problem, 1.7, steps=4)
     fixed = bf.correct(problem.model, flow, n, method, seed=0, held_out=chains_of(problem))

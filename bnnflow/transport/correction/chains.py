@@ -38,7 +38,7 @@ __all__ = ["latent_metropolis", "mixed", "neutra"]
 
 _HAMILTONIAN = 0.8  # the same of Hamiltonian moves
 _INDEPENDENT = 0.5  # share of independent proposals among the latent moves of chains
-_WARM_UP = 60  # sweeps or transitions of chains that are thrown away,
+WARM_UP = 60  # sweeps or transitions of chains that are thrown away,
 _SETTLE = 1  # or so many of very many chains, if these forget quickly where they were,
 _SLOWLY = 0.5  # which a correlation of neighbouring draws above this denies
 _CROWD = 512  # the most chains
@@ -151,7 +151,7 @@ class _Chains:
         self._n, self._few = job.n, min(most, max(4, job.n // 50))
         self.count = max(self._few, min(_CROWD, job.n // _SHORTEST, job.latent.wide))
         self.many = self.count > self._few
-        self.warm_up = _SETTLE if self.many else _WARM_UP
+        self.warm_up = _SETTLE if self.many else WARM_UP
         self.draws = math.ceil(job.n / self.count)
 
     def settle(self, before: Tensor, after: Tensor, *rates: Tensor) -> None:
@@ -164,7 +164,7 @@ class _Chains:
         """
         memory = max(_memory(before, after), *(1 - float(rate.mean()) for rate in rates))
         if memory > _SLOWLY:
-            self.count, self.many, self.warm_up = self._few, False, _WARM_UP
+            self.count, self.many, self.warm_up = self._few, False, WARM_UP
         else:  # R-hat exceeds 1 by about memory / (1 - memory) over half the draws of a chain
             longest = max(_SHORTEST, math.ceil(40 * memory / (1 - memory)))
             self.count = max(self._few, min(self.count, self._n // longest))

@@ -35,7 +35,7 @@ _MOST = 2048
 _NUMBERS = 2**13  # weights of all points that are asked for at once
 _PILOT = 32  # draws on which rules of the solver are compared
 # nats by which a cheaper rule may change log weights: what is unseen among a thousand draws
-_TOLERANCE = 0.01
+TOLERANCE = 0.01
 _FEWEST = 4  # steps that can tell where the divergence is rough
 
 
@@ -200,7 +200,7 @@ class Latent:
         for steps in fewer:
             assert truth is not None
             self.error = SolverError.of(log_weight(steps), truth)
-            if self.error.rms <= _TOLERANCE:
+            if self.error.rms <= TOLERANCE:
                 return
         self.flow, self.error = flow, None
 

@@ -15,7 +15,7 @@ from bnnflow.transport.correction.verdict import Outcome
 
 __all__ = ["refined"]
 
-_REFINED = 8  # transitions of each half of a refinement
+TRANSITIONS = 8  # transitions of each half of a refinement
 
 
 def refined(job: Job, points: Points | None) -> Outcome:
@@ -33,12 +33,12 @@ def refined(job: Job, points: Points | None) -> Outcome:
             f"{int((~usable).sum())} of {len(theta)} draws were not finite and were left out"
         )
     first = refine(
-        job.model, theta[usable], _REFINED, seed=job.generator, progress=job.progress
+        job.model, theta[usable], TRANSITIONS, seed=job.generator, progress=job.progress
     )
     second = first
     if not first.info["interrupted"]:
         second = refine(
-            job.model, first.flat, _REFINED, seed=job.generator, progress=job.progress
+            job.model, first.flat, TRANSITIONS, seed=job.generator, progress=job.progress
         )
         drift = float(
             (second.log_joint.mean() - first.log_joint.mean()).abs()
@@ -48,7 +48,7 @@ def refined(job: Job, points: Points | None) -> Outcome:
     steps = first.info["steps"] + (second.info["steps"] if second is not first else 0)
     if second.info["interrupted"]:
         job.findings.stopped(
-            f"after {steps} of {2 * _REFINED} transitions: refine the draws again",
+            f"after {steps} of {2 * TRANSITIONS} transitions: refine the draws again",
             severe=True,
         )
     if left := second.info["outliers"]:
