@@ -296,6 +296,7 @@ def test_the_models_symmetries_are_those_that_its_prior_keeps() -> None:
         priors.Normal(1.0),
         priors.Normal(1.0, 0.3),
         priors.Horseshoe(),
+        priors.OutputScales(),
         uneven,
         OneOf(),
     ):

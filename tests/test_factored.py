@@ -188,7 +188,13 @@ def test_a_matrix_is_taken_where_factors_do_not_pay_or_do_not_fit():
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize(
     "prior",
-    [priors.Normal(1.3), priors.Laplace(), priors.Hierarchical(), priors.Horseshoe()],
+    [
+        priors.Normal(1.3),
+        priors.Laplace(),
+        priors.Hierarchical(),
+        priors.Horseshoe(),
+        priors.OutputScales(),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize(

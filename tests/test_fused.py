@@ -306,6 +306,7 @@ def test_rows_of_their_own(likelihood: str) -> None:
         priors.FanIn(),
         td.Cauchy(0.0, 1.0),
         priors.Horseshoe(),
+        priors.OutputScales(scale=0.7),
         priors.Horseshoe(0.3, 1.5, 5.0, local="weight", bias_scale=0.5),
         priors.Hierarchical(),
         priors.Hierarchical(td.HalfCauchy(0.7), fan_in=True),

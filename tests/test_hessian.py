@@ -81,6 +81,7 @@ PRIORS = {
     "student": priors.StudentT(),
     "hierarchical": priors.Hierarchical(),
     "horseshoe": priors.Horseshoe(),
+    "outputs": priors.OutputScales(scale=0.7),
     "own": Layers(),
 }
 

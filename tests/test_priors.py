@@ -91,6 +91,7 @@ PRIORS: dict[str, Any] = {
     "hierarchical": priors.Hierarchical(),
     "hierarchical, fan in": priors.Hierarchical(td.HalfCauchy(0.7), fan_in=True),
     "horseshoe": priors.Horseshoe(),
+    "outputs": priors.OutputScales(scale=0.7),
     "horseshoe of weights": priors.Horseshoe(0.3, 1.5, 5.0, local="weight", bias_scale=0.5),
     "a user's": OneScale(),
 }
@@ -641,6 +642,7 @@ GROUPS = {  # permutations and signs that stay, of a tanh network with two hidde
     "hierarchical": ({"h1", "h2"}, {"h1", "h2"}),
     "hierarchical, fan in": ({"h1", "h2"}, {"h1", "h2"}),
     "horseshoe": ({"h1", "h2"}, {"h1", "h2"}),
+    "outputs": ({"h1", "h2"}, {"h1", "h2"}),
     "horseshoe of weights": ({"h1", "h2"}, {"h1", "h2"}),
     "a user's": ({"h1", "h2"}, set()),  # its mean breaks the symmetry of sign
 }

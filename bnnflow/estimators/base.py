@@ -71,7 +71,7 @@ class BayesianEstimator(BaseEstimator, ABC):
         network: tuple[int, ...] | nn.Module = (16, 16),
         *,
         activation: str = "relu",
-        prior: Any = 1.0,
+        prior: Any = "auto",
         likelihood: Any = "auto",
         method: Any = "auto",
         budget: float | None = None,
@@ -105,12 +105,19 @@ class BayesianEstimator(BaseEstimator, ABC):
         return self
 
     def _model(self, likelihood: Any, x: Tensor, y: Tensor, outputs: int) -> BayesianModel:
-        prior = (
-            priors.Normal(self.prior) if isinstance(self.prior, int | float) else self.prior
-        )
+        prior = self._prior(likelihood)
         with isolated(torch.Generator().manual_seed(0)):  # its weights are not used
             net = self._network(x.shape[1], outputs)
         return BayesianModel(net, prior, likelihood, x, y)
+
+    def _prior(self, likelihood: Likelihood) -> Any:
+        if isinstance(self.prior, int | float):
+            return priors.Normal(self.prior)
+        if self.prior != "auto":
+            return self.prior
+        ours = not isinstance(self.network, nn.Module)
+        sized = ours and likelihood.kind == "regression"
+        return priors.OutputScales() if sized else priors.Normal(1.0)
 
     def _network(self, inputs: int, outputs: int) -> nn.Module:
         if isinstance(self.network, nn.Module):

@@ -28,7 +28,8 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
         network: widths of the hidden layers; or a module of your own, from the encoded columns
             ``(n, inputs)`` to an output for every class.
         activation: see `BayesianMLPRegressor`.
-        prior: the standard deviation of every weight, or one of `bnnflow.priors`.
+        prior: the standard deviation of every weight, 1 for ``"auto"``, or one of
+            `bnnflow.priors`.
         likelihood: ``"auto"`` for `bnnflow.likelihoods.Categorical`; ``"ordinal"`` if the classes,
             as they are sorted, have an order.
         method: see `BayesianMLPRegressor`.

@@ -31,7 +31,8 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
             ``"heteroscedastic"``.
         activation: ``"relu"``, ``"tanh"``, ``"gelu"``, ``"silu"``, ``"elu"``, ``"sigmoid"``,
             ``"softplus"`` or ``"sin"``.
-        prior: the standard deviation of every weight, or one of `bnnflow.priors`.
+        prior: the standard deviation of every weight, or one of `bnnflow.priors`; ``"auto"`` for
+            `bnnflow.priors.OutputScales`, or N(0, 1) for a module of your own.
         likelihood: ``"auto"`` chooses by what y looks like, and says so in ``likelihood_``;
             ``"heteroscedastic"`` (normal noise that depends on the inputs), ``"normal"``,
             ``"student"``, ``"lognormal"`` and ``"gamma"`` for positive y, ``"poisson"`` and

@@ -14,7 +14,7 @@ from bnnflow.model.priors.independent import (
     as_prior,
 )
 from bnnflow.model.priors.prior import FixedPrior, HierarchicalPrior, Prior
-from bnnflow.model.priors.scale_mixtures import Hierarchical, Horseshoe
+from bnnflow.model.priors.scale_mixtures import Hierarchical, Horseshoe, OutputScales
 
 __all__ = [
     "Empirical",
@@ -27,6 +27,7 @@ __all__ = [
     "Independent",
     "Laplace",
     "Normal",
+    "OutputScales",
     "PerTensor",
     "Prior",
     "StudentT",

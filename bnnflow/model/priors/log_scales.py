@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple, Self
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bnnflow.weights import WeightSpec
 
-__all__ = ["Curved", "HorseshoeScales", "LogScales", "Shared", "TensorScales"]
+__all__ = ["Curved", "GroupScales", "HorseshoeScales", "LogScales", "Shared"]
 
 
 class Curved(NamedTuple):
@@ -78,50 +78,47 @@ class LogScales(ABC):
         return moved
 
 
-class TensorScales(LogScales):
-    """One parameter for every tensor, as under `Hierarchical`.
+class GroupScales(LogScales):
+    """One scale for every group of weights: a constant, times one of the parameters or alone.
 
     Args:
-        network: the layout of the weights.
-        factors: what each tensor's scale is multiplied by.
+        owner: the group of every weight, ``(weights,)`` int64.
+        parameter: which parameter is a group's, ``(groups,)`` int64; -1 for none.
+        log_factors: the logarithm of each group's constant, ``(groups,)`` float64.
     """
 
-    def __init__(self, network: WeightSpec, factors: Mapping[str, float]) -> None:
-        self._size = network.dim
-        sizes = torch.tensor([math.prod(network.shapes[name]) for name in network.names])
-        each = torch.tensor([factors[name] for name in network.names], dtype=torch.float64)
-        self._owner = torch.arange(len(sizes)).repeat_interleave(sizes)  # (network dim,)
-        self._log_factors = each.log().repeat_interleave(sizes)
+    def __init__(self, owner: Tensor, parameter: Tensor, log_factors: Tensor) -> None:
+        self._owner, self._parameter, self._log_factors = owner, parameter, log_factors
 
     def __call__(self, theta: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Return the log scales ``(..., network dim)``, and how a gradient by them becomes one by
         the parameters.
         """
-        logs = theta[..., self._size :]
+        logs = theta[..., len(self._owner) :]
+        # the parameter of groups that have none is a zero behind the others
+        logs = torch.cat([logs, torch.zeros_like(logs[..., :1])], -1)
+        own = self._parameter[self._owner]
 
         def vjp(grad: Tensor) -> Tensor:
-            return grad.new_zeros(*grad.shape[:-1], logs.shape[-1]).index_add(
-                -1, self._owner, grad
-            )
+            total = grad.new_zeros(*grad.shape[:-1], logs.shape[-1])
+            return total.index_add(-1, own % logs.shape[-1], grad)[..., :-1]
 
-        return logs.index_select(-1, self._owner) + self._log_factors.to(theta.dtype), vjp
+        factors = self._log_factors[self._owner].to(theta.dtype)
+        return logs[..., own] + factors, vjp
 
     @property
     def shared(self) -> Shared:
-        """One scale for every tensor."""
-        where = self._size + torch.arange(int(self._owner[-1]) + 1)
-        first = torch.searchsorted(self._owner, where - self._size)
-        none = torch.full_like(where, -1)
-        return Shared(
-            self._owner, torch.stack([where, none, none], 1), self._log_factors[first]
-        )
+        """One scale for every group."""
+        none = torch.full_like(self._parameter, -1)
+        where = torch.where(self._parameter < 0, none, len(self._owner) + self._parameter)
+        return Shared(self._owner, torch.stack([where, none, none], 1), self._log_factors)
 
     def curved(self, theta: Tensor) -> Curved:
         """Return the log scales and their derivatives by the parameters."""
-        each = torch.nn.functional.one_hot(self._owner, theta.shape[-1] - self._size).to(
-            theta.dtype
-        )
-        none = theta.new_zeros(*theta.shape[:-1], self._size)
+        size = len(self._owner)
+        parameters = torch.arange(theta.shape[-1] - size, device=theta.device)
+        each = (self._parameter[self._owner, None] == parameters).to(theta.dtype)
+        none = theta.new_zeros(*theta.shape[:-1], size)
         return Curved(self(theta)[0], each.expand(*theta.shape[:-1], -1, -1), none, each)
 
 

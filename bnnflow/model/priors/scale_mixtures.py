@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from bnnflow.arguments import checked, choice, number, settle
-from bnnflow.model.priors.log_scales import HorseshoeScales, LogScales, TensorScales
+from bnnflow.model.priors.log_scales import GroupScales, HorseshoeScales, LogScales
 from bnnflow.model.priors.marginals import exact
 from bnnflow.model.priors.prior import Prior
 from bnnflow.weights import WeightSpec
 
-__all__ = ["Hierarchical", "Horseshoe"]
+__all__ = ["Hierarchical", "Horseshoe", "OutputScales"]
 
 
 @checked
@@ -61,14 +61,79 @@ class Hierarchical(Prior):
         if type(self) is not Hierarchical:
             return None
         network = spec.network
-        return TensorScales(
-            network, {name: self.factor(network, name) for name in network.names}
-        )
+        sizes = torch.tensor([math.prod(network.shapes[name]) for name in network.names])
+        factors = [self.factor(network, name) for name in network.names]
+        each = torch.arange(len(sizes))
+        log_factors = torch.tensor(factors, dtype=torch.float64).log()
+        return GroupScales(each.repeat_interleave(sizes), each, log_factors)
 
     def factor(self, spec: WeightSpec, name: str) -> float:
         """Return what a tensor's scale is multiplied by."""
         fan_in = spec.fan_in(name) if self.fan_in else None
         return 1.0 if fan_in is None else 1 / math.sqrt(fan_in)
+
+
+@checked
+@dataclass(frozen=True)
+class OutputScales(Prior):
+    """Normal weights, and a size of the function that is inferred, one for every output.
+
+    w ~ N(0, scale^2), but the weights that make output k of the last matrix are N(0, s_k^2), with
+    s_k ~ ``scale_prior`` independently. What the network can say has a size of its own then,
+    whatever the targets' units and the width of its last layer, and few rows are not outshouted by
+    a prior of wide functions. ``theta`` holds log s_k as ``prior.log_scale.<tensor>``.
+
+    Args:
+        scale_prior: a distribution on the positive numbers.
+        scale: standard deviation of all other weights.
+
+    Raises:
+        ValueError: from the model, if the network has no matrix or kernel that writes its outputs.
+    """
+
+    scale_prior: Distribution = field(
+        default_factory=lambda: td.LogNormal(exact(math.log(0.3)), exact(1.0))
+    )
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        settle(self, number, "scale", above=0)
+
+    def parameters(self, spec: WeightSpec) -> dict[str, Distribution]:
+        """Return the prior of every output's scale."""
+        name = _last_matrix(spec)
+        return {f"scale.{name}": self.scale_prior.expand((spec.shapes[name][0],))}
+
+    def conditional(
+        self, spec: WeightSpec, parameters: dict[str, Tensor]
+    ) -> dict[str, Distribution]:
+        """Return a normal distribution per tensor given the scales."""
+        last = _last_matrix(spec)
+        scales = parameters[f"scale.{last}"]
+        ones = (1,) * (len(spec.shapes[last]) - 1)
+        of_others = _centred(exact(self.scale).to(scales))
+        found: dict[str, Distribution] = dict.fromkeys(spec.names, of_others)
+        return found | {last: _centred(scales.reshape((*scales.shape, *ones)))}
+
+    def log_scales(self, spec: WeightSpec) -> LogScales | None:
+        """Return the scales of the weights.
+
+        None for a class derived from this one, which may say otherwise.
+        """
+        if type(self) is not OutputScales:
+            return None
+        network = spec.network
+        last = _last_matrix(network)
+        outputs = network.shapes[last][0]
+        owner = torch.full((network.dim,), outputs)  # the group of all other weights
+        where = network.slices[last]
+        owner[where] = torch.arange(outputs).repeat_interleave(
+            (where.stop - where.start) // outputs
+        )
+        parameter = torch.cat([torch.arange(outputs), torch.tensor([-1])])
+        log_factors = torch.zeros(outputs + 1, dtype=torch.float64)
+        log_factors[-1] = math.log(self.scale)
+        return GroupScales(owner, parameter, log_factors)
 
 
 @dataclass(frozen=True)
@@ -151,6 +216,18 @@ class Horseshoe(Prior):
         None for a class derived from this one, which may say otherwise.
         """
         return HorseshoeScales(spec, self.bias_scale) if type(self) is Horseshoe else None
+
+
+def _last_matrix(spec: WeightSpec) -> str:
+    """Return the last matrix or kernel that writes outputs: no hidden unit is one."""
+    matrices = [
+        name
+        for name, shape in spec.shapes.items()
+        if len(shape) > 1 and name not in spec.transposed and spec.axes[name][0] is None
+    ]
+    if not matrices:
+        raise ValueError("prior OutputScales needs a network whose last tensor is a matrix")
+    return matrices[-1]
 
 
 def _aligned(values: Tensor, shape: tuple[int, ...]) -> Tensor:
