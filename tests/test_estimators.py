@@ -570,3 +570,34 @@ def test_iris() -> None:
     assert -np.log(p[np.arange(30), y[test]]).mean() < 0.25
     np.testing.assert_allclose(np.exp(fit.predict_log_proba(x[test])), p)
     assert set(fit.sample_y(x[test], 7).ravel()) <= {0, 1, 2}
+
+
+# ---------------------------------------- whether intervals hold
+
+
+def simulated(noise: str, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a smooth function with noise of standard deviation 2, on average."""
+    g = rng(seed)
+    x = g.normal(0, 1, (n, 3))
+    e = {
+        "constant": 2 * g.normal(0, 1, n),
+        "varying": (0.5 + 1.5 * np.abs(x[:, 1])) * g.normal(0, 1, n),
+        "skewed": 2 * (g.exponential(1, n) - 1),
+    }[noise]
+    return x, 3 * np.sin(x[:, 0]) + x[:, 1] ** 2 - x[:, 2] + e
+
+
+@pytest.mark.validate
+def test_intervals_cover_what_they_say() -> None:
+    """At defaults over 200 data sets, each with 1,000 fresh rows."""
+    levels = np.array([0.5, 0.9, 0.95])
+    sizes = np.geomspace(50, 1000, 67).round().astype(int)
+    inside = []
+    for seed, (n, noise) in enumerate(
+        itertools.product(sizes, ["constant", "varying", "skewed"])
+    ):
+        law = BayesianMLPRegressor().fit(*simulated(noise, n, seed))
+        x, y = simulated(noise, 1000, 10_000 + seed)
+        p = law.predict_dist(x).cdf(y).numpy()
+        inside.append((np.abs(p[:, None] - 0.5) <= levels / 2).mean(0))
+    assert np.abs(np.mean(inside, 0) - levels).max() < 0.02, np.mean(inside, 0)
