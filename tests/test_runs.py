@@ -19,6 +19,7 @@ from torch import nn
 import bnnflow as bf
 from bnnflow import likelihoods, priors
 from bnnflow.inference import checkpoint
+from tests.processes import run, run_ranks
 
 SIZES = {"chains": 2, "warmup": 60, "draws": 30}
 METHODS = [
@@ -408,13 +409,11 @@ def test_a_run_is_known_by_all_that_shapes_it(tmp_path: Path) -> None:
 # Runs whose clock goes on by a second whenever they look at it, and that are killed at the look
 # numbered DIE_AT.
 SCRIPT = """
-import itertools, os, signal, sys, torch
+import itertools, os, signal, sys
 from types import SimpleNamespace
 import bnnflow as bf
 from bnnflow.inference import checkpoint
-sys.path.insert(0, {tests!r})
-from test_runs import METHODS, model, names, sizes
-torch.set_num_threads(1)
+from tests.test_runs import METHODS, model, names, sizes
 rank, looks = os.environ.get("RANK", "0"), itertools.count()
 fatal = int(os.environ.get("DIE_AT", "-1")) if rank == os.environ.get("DYING_RANK", "0") else -1
 def look():
@@ -434,53 +433,25 @@ for name in {chosen}:
 """
 
 
-def script(tmp_path: Path, *chosen: str, seconds: float = 1.0, **options) -> list[str]:
-    code = SCRIPT.format(
-        tests=str(Path(__file__).parent), seconds=seconds, chosen=chosen, options=options,
+def script(tmp_path: Path, *chosen: str, seconds: float = 1.0, **options) -> str:
+    return SCRIPT.format(
+        seconds=seconds, chosen=chosen, options=options,
         folder=str(tmp_path / "run-"), out=str(tmp_path / "draws-"),
     )  # fmt: skip
-    path = tmp_path / "script.py"
-    path.write_text(code)
-    return [str(path)]
 
 
-ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(Path(__file__).parents[1]),
-    "CUDA_VISIBLE_DEVICES": "",
-}
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["HMC", "SMC"])
 def test_killed_again_and_again(name: str, tmp_path: Path) -> None:
     """SIGKILL at several steps; the run that gets through is the run that nobody touched."""
-    command = [sys.executable, *script(tmp_path, name)]
+    program = script(tmp_path, name)
     for look in (6, 6):
-        assert (
-            subprocess.run(command, env=ENVIRONMENT | {"DIE_AT": str(look)}).returncode
-            == -signal.SIGKILL
-        )
+        assert run(program, DIE_AT=str(look)) == -signal.SIGKILL
         assert list(tmp_path.rglob("state-*.npz"))
-    subprocess.run(command, env=ENVIRONMENT, check=True)
+    assert run(program) == 0
     method = METHODS[names.index(name)]
     same(
         bf.load(tmp_path / f"draws-{name}-0.npz"),
         bf.sample(model(), method, seed=3, **sizes(method)),
-    )
-
-
-def torchrun(arguments: list[str], **environment: str) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        *arguments,
-    ]
-    return subprocess.run(
-        command, env=ENVIRONMENT | environment, capture_output=True, text=True
     )
 
 
@@ -491,7 +462,16 @@ SHARED = ("HMC", "MCLMC", "SMC")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one run of each of these methods by two processes."""
     folder = tmp_path_factory.mktemp("shared")
-    done = torchrun(script(folder, *SHARED, seconds=1e9))
+    path = folder / "script.py"
+    path.write_text(script(folder, *SHARED, seconds=1e9))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, *command, str(path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
 
@@ -517,24 +497,21 @@ def test_two_processes_share_a_run(name: str, shared: Path) -> None:
         )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["HMC", "SMC"])
 def test_a_rank_that_dies_does_not_lose_the_run(
     name: str, shared: Path, tmp_path: Path
 ) -> None:
-    arguments = script(tmp_path, name)
-    assert torchrun(arguments, DYING_RANK="1", DIE_AT="6").returncode != 0
+    program = script(tmp_path, name)
+    assert run_ranks(program, DYING_RANK="1", DIE_AT="6")[1] == -signal.SIGKILL
     assert list(tmp_path.rglob("state-*.npz"))
-    done = torchrun(arguments)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert run_ranks(program) == [0, 0]
     resumed = bf.load(tmp_path / f"draws-{name}-0.npz")
     same(resumed, bf.load(shared / f"draws-{name}-0.npz"))
 
 
 UNLIKE = """
-import os, sys, torch, bnnflow as bf
-sys.path.insert(0, {tests!r})
-from test_runs import model
+import os, torch, bnnflow as bf
+from tests.test_runs import model
 
 rank = int(os.environ["RANK"])
 training = bf.Training(steps=2 + rank, batch_size=16)
@@ -560,12 +537,8 @@ bf.sample(posterior, bf.HMC(), **sizes)
 """
 
 
-@pytest.mark.slow
 def test_processes_that_share_a_run_are_given_the_same(tmp_path: Path) -> None:
-    path = tmp_path / "unlike.py"
-    path.write_text(UNLIKE.format(tests=str(Path(__file__).parent), folder=tmp_path))
-    done = torchrun([str(path)])
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert run_ranks(UNLIKE.format(folder=tmp_path)) == [0, 0]
     for rank in (0, 1):
         said = (tmp_path / f"said-{rank}").read_text().splitlines()
         assert [each.split(":")[0] for each in said] == [
@@ -582,9 +555,8 @@ def test_processes_that_share_a_run_are_given_the_same(tmp_path: Path) -> None:
 
 
 RESUMED = """
-import os, sys, torch, bnnflow as bf
-sys.path.insert(0, {tests!r})
-from test_runs import model
+import os, torch, bnnflow as bf
+from tests.test_runs import model
 
 posterior = model()
 draws = posterior.sample_prior(50, 0)
@@ -605,10 +577,6 @@ open(f"{folder}/same-{{rank}}", "w").write(str(torch.equal(resumed, fitted(6))))
 """
 
 
-@pytest.mark.slow
 def test_two_processes_go_on_with_a_training(tmp_path: Path) -> None:
-    path = tmp_path / "resumed.py"
-    path.write_text(RESUMED.format(tests=str(Path(__file__).parent), folder=tmp_path))
-    done = torchrun([str(path)])
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert run_ranks(RESUMED.format(folder=tmp_path)) == [0, 0]
     assert [(tmp_path / f"same-{rank}").read_text() for rank in (0, 1)] == ["True", "True"]
