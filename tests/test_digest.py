@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from bnnflow.identity import digest, seed_identity, without_addresses
+from tests.processes import run
 
 
 @dataclass(frozen=True)
@@ -83,22 +83,24 @@ def test_different_values_have_different_digests(name: str) -> None:
     assert digest(first) == digest(first)
 
 
-def test_equal_values_have_equal_digests_in_every_process() -> None:
-    values = [
-        {"a": {3, 1, 2}, "b": 1},
+def values() -> list[Any]:
+    return [
+        {"a": {"x", "y", "z"}, "b": 1},
         torch.arange(4.0),
         (1, None, b"x"),
         Settings(0.5, torch.ones(1)),
     ]
-    code = (
-        "import torch\nfrom bnnflow.identity import digest\nfrom tests.test_digest import "
-        "Settings\nprint(digest([{'a': {2, 3, 1}, 'b': 1}, torch.arange(4.0), (1, None, b'x'), "
-        "Settings(0.5, torch.ones(1))]))"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert found.stdout.strip() == digest(values)
+
+
+def test_equal_values_have_equal_digests_in_every_process(tmp_path: Path) -> None:
+    program = f"""
+from pathlib import Path
+from bnnflow.identity import digest
+from tests.test_digest import values
+Path({str(tmp_path / "digest")!r}).write_text(digest(values()))
+"""
+    assert run(program) == 0
+    assert (tmp_path / "digest").read_text() == digest(values())
     assert digest(torch.arange(6).reshape(2, 3).T) == digest(
         torch.arange(6).reshape(2, 3).T.contiguous()
     )

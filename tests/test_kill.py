@@ -13,8 +13,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 import traceback
 import warnings
@@ -33,6 +31,7 @@ from bnnflow import storage
 from bnnflow.equivariant import fit_inrs, siren
 from bnnflow.inference import checkpoint
 from bnnflow.transport import Matching, training
+from tests.processes import run
 
 EXACT, REFUSED, KILLED = 0, 3, -signal.SIGKILL
 MODES = ("kills", "first state", "signal", "two at once", "damage")
@@ -314,34 +313,16 @@ def played(
     works: list[str], modes: list[str], count: int, folder: Path
 ) -> tuple[dict[str, int], int]:
     """The same in a process of its own, which forks safely: it has one thread."""
-    code = (
-        "import json, sys\nfrom pathlib import Path\nfrom tests.test_kill import play\n"
-        "works, modes, count, folder = json.loads(sys.argv[1])\n"
-        "print(json.dumps(play(works, modes, count, Path(folder))))\n"
-    )
-    root = Path(__file__).parents[1]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(root),
-    }
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-c",
-            code,
-            json.dumps([works, modes, count, str(folder)]),
-        ],
-        env=environment,
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    ends, kills = json.loads(done.stdout.splitlines()[-1])
+    given = (works, modes, count, folder)
+    program = f"""
+import json
+from pathlib import PosixPath
+from tests.test_kill import play
+PosixPath({str(folder / "ends.json")!r}).write_text(json.dumps(play(*{given!r})))
+"""
+    folder.mkdir(exist_ok=True)
+    assert run(program, CUDA_VISIBLE_DEVICES="") == 0
+    ends, kills = json.loads((folder / "ends.json").read_text())
     return ends, kills
 
 

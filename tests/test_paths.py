@@ -6,11 +6,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +37,7 @@ from bnnflow.transport import (
 )
 from bnnflow.transport.whitened import WhitenedPosterior
 from tests.problems import F64, generator, network, regression
+from tests.processes import run_ranks
 
 PATHS = [AffinePath(), AffinePath("variance_preserving")]
 paths = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.schedule)
@@ -757,42 +753,19 @@ def test_fit_flow_takes_path_source_times_and_held_out_draws():
 
 
 def test_two_processes_train_one_field(tmp_path):
-    script = textwrap.dedent("""
-        import sys, json, torch
-        sys.path.insert(0, sys.argv[2])
-        import bnnflow as bf
-        from tests.problems import regression
-        torch.set_num_threads(1)
-        model, mean, covariance = regression(torch.float32)
-        draws = bf.Gaussian(1.5 * mean, 1.5 * torch.linalg.cholesky(covariance)).sample(500, 0)
-        torch.manual_seed(0)
-        training = bf.Training(steps=40, batch_size=64)
-        flow = bf.fit_flow(model, draws, velocity="weights", training=training, seed=3)
-        import os
-        rank = os.environ.get("RANK", "0")
-        total = sum(float(p.double().sum()) for p in flow.velocity.parameters())
-        with open(f"{sys.argv[1]}/{rank}.json", "w") as file:
-            json.dump({"sum": total, "loss": flow.info["loss"]}, file)
-    """)
-    file = tmp_path / "run.py"
-    file.write_text(script)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--master-port=0",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0",
-        str(file),
-        str(tmp_path),
-        str(Path(__file__).parents[1]),
-    ]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    program = f"""
+import json, os, torch
+import bnnflow as bf
+from tests.problems import regression
+model, mean, covariance = regression(torch.float32)
+draws = bf.Gaussian(1.5 * mean, 1.5 * torch.linalg.cholesky(covariance)).sample(500, 0)
+torch.manual_seed(0)
+training = bf.Training(steps=10, batch_size=64)
+flow = bf.fit_flow(model, draws, velocity="weights", training=training, seed=3)
+total = sum(float(p.double().sum()) for p in flow.velocity.parameters())
+with open(f"{tmp_path}/{{os.environ['RANK']}}.json", "w") as file:
+    json.dump({{"sum": total, "loss": flow.info["loss"]}}, file)
+"""
+    assert run_ranks(program) == [0, 0]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["sum"] == second["sum"]
