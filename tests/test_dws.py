@@ -304,19 +304,30 @@ def test_autocast_stays_close() -> None:
     assert (rough.float() - exact).abs().max() < 0.1 * exact.abs().max()
 
 
-@pytest.mark.slow
+COMPILERS = [
+    "aot_eager",
+    pytest.param(
+        "inductor",
+        marks=[
+            pytest.mark.validate,
+            pytest.mark.skipif(
+                shutil.which("g++") is None, reason="inductor needs a C++ compiler"
+            ),
+        ],
+    ),
+]
+
+
 # of torch about itself, while it loads its compiler
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.skipif(
-    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"
-)
-def test_compiled_network_agrees() -> None:
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_compiled_network_agrees(compiler: str) -> None:
     spec = chain(1, 2, 1)
     net = built(lambda: DWSNet(spec, 1, 1, width=8, depth=1, invariant=True))
     features = randn(3, spec.dim, 1)
     with torch.no_grad():
         torch.testing.assert_close(
-            torch.compile(net, fullgraph=True)(features), net(features)
+            torch.compile(net, backend=compiler, fullgraph=True)(features), net(features)
         )
 
 

@@ -174,7 +174,7 @@ def test_the_error_of_the_evidence_of_draws_is_honest() -> None:
 
 
 def ridge(
-    n: int = 40, dim: int = 20
+    n: int = 30, dim: int = 12
 ) -> tuple[bf.BayesianModel, torch.distributions.MultivariateNormal, float]:
     """A linear model whose inputs are much alike, its posterior and its evidence."""
     g = generator(5)
@@ -204,13 +204,13 @@ def test_the_error_of_the_evidence_of_alike_inputs_is_honest(seeded: Any) -> Non
     with seeded(0):
         found = [
             bf.evidence(model, posterior.sample((250,)), seed=seed, progress=False)
-            for seed in range(8)
+            for seed in range(6)
         ]
     value, error = np.array(found).T
     z = (value - log_evidence) / error
-    # as 99.7 % of the means of 8 squared standard normal numbers
-    assert 0.34 < np.sqrt((z**2).mean()) < 1.76
-    assert abs(z.mean()) < 3 / math.sqrt(8)
+    # as 99.7 % of the means of 6 squared standard normal numbers
+    assert 0.26 < np.sqrt((z**2).mean()) < 1.89
+    assert abs(z.mean()) < 3 / math.sqrt(6)
 
 
 def test_the_way_there_and_the_way_back_agree_on_two_modes() -> None:
