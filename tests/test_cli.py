@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import bnnflow as bf
 from bnnflow.cli import app, reading, work
 from bnnflow.cli.columns import Inputs, Target, decimal_mark
+from bnnflow.estimators import recipe
 
 ROWS = 40
 
@@ -165,6 +166,41 @@ def test_the_same_command_goes_on_or_is_done(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     assert "thesis.tex" in refused(*options[:-3], tmp_path / "other")
+
+
+def test_a_fit_that_was_killed_goes_on_with_its_chains(tmp_path, monkeypatch):
+    data = houses(tmp_path / "houses.csv")
+    gradients = []
+    real, error = bf.BayesianModel.log_joint_and_grad, recipe.monte_carlo_error
+
+    def counted(*arguments):
+        gradients[-1] += 1
+        return real(*arguments)
+
+    def killed(*arguments):
+        raise MemoryError
+
+    def fit(name):
+        gradients.append(0)
+        options = ("--target", "price", "--network", "4", "--out", tmp_path / name)
+        return run("fit", data, *options).exit_code
+
+    monkeypatch.setattr(bf.BayesianModel, "log_joint_and_grad", counted)
+    monkeypatch.setattr(recipe, "ROUNDS", 1)
+    monkeypatch.setattr(recipe, "WARM_UP", 20)
+    monkeypatch.setattr(recipe, "DRAWS", 20)
+    assert fit("whole") == 0
+    monkeypatch.setattr(recipe, "monte_carlo_error", killed)  # when the chains are done
+    assert fit("run") != 0
+    kept = tmp_path / "run" / "chains"
+    assert bf.load(kept / "round-1" / "short").n_draws == 20
+    monkeypatch.setattr(recipe, "monte_carlo_error", error)
+    assert fit("run") == 0
+    # the networks that chains begin with are trained again, but nothing is sampled again
+    assert gradients[2] < gradients[0] - 20 * bf.MCLMC().thinning
+    assert not kept.exists()
+    whole, again = (run("predict", tmp_path / name, data) for name in ("whole", "run"))
+    assert whole.stdout == again.stdout
 
 
 def test_the_same_seed_gives_the_same_predictions(tmp_path):

@@ -152,7 +152,7 @@ def fit(  # noqa: PLR0913
     What its columns hold is found out, and said: numbers, dates (days since the first), words
     (categories), missing values (the median and a mark, or a category of their own). A tenth of
     the rows is held out and scored. The folder gets model.bnn, columns.json, summary.json and
-    held_out.csv. After a kill the same command begins anew; after its end it prints the summary.
+    held_out.csv. After a kill the same command goes on; after its end it prints the summary.
 
     bnnflow fit houses.csv --target price --out run
 

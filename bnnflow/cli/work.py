@@ -6,6 +6,7 @@ import csv
 import hashlib
 import importlib
 import json
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,7 @@ METHODS: dict[str, Callable[[], Method]] = {
 }
 """What ``--method`` may name, besides ``auto``."""
 
+_QUICK = ("laplace", "vi", "swag", "ensemble", "dropout")  # have no chains to go on with
 _HELD_OUT = 0.1  # share of the rows that scores are measured on
 _LEVEL = 0.9  # of the intervals whose coverage is measured
 _CODES = {"trust": 0, "do not trust": 3}  # of `check`; any other verdict is 1
@@ -105,8 +107,8 @@ def fit(
     """Fit a model to a file and write it, what was learned of the columns, and a summary to a
     folder.
 
-    The same again after it was killed begins anew; after it has ended it returns the summary, with
-    ``"finished_before"``.
+    The same again after it was killed goes on with its chains, if it has any; after it has ended it
+    returns the summary, with ``"finished_before"``.
 
     Raises:
         ValueError: if the folder holds anything else, or for what does not fit together.
@@ -118,9 +120,12 @@ def fit(
     split = _split(data, settings.seed)
     lock = storage.Lock(out, folder=True)
     try:
+        chains = out / "chains"
+        if not (out / "asked.json").exists() or _json(out / "asked.json") != asked:
+            shutil.rmtree(chains, ignore_errors=True)  # of another run, which never ended
         _write_json(out / "asked.json", asked)
         watch = Stopwatch()
-        estimator = _fitted(split, settings, progress)
+        estimator = _fitted(split, settings, progress, chains)
         scores = _scores(estimator, split)
         summary = {
             "target": data.target,
@@ -138,6 +143,7 @@ def fit(
         _write_json(out / "columns.json", columns)
         estimator.save(out / "model.bnn")
         _write_json(out / "summary.json", summary)
+        shutil.rmtree(chains, ignore_errors=True)
     finally:
         lock.release()
     return summary
@@ -298,7 +304,10 @@ def _training(y: np.ndarray, task: str, seed: int) -> np.ndarray:
     return training
 
 
-def _fitted(split: Split, settings: Settings, progress: bool) -> Any:
+def _fitted(
+    split: Split, settings: Settings, progress: bool, chains: Path | None = None
+) -> Any:
+    """Fit the rows; a method that has chains keeps them in a folder until the fit is over."""
     from bnnflow import estimators  # loads scikit-learn
 
     options: dict[str, Any] = {
@@ -317,7 +326,8 @@ def _fitted(split: Split, settings: Settings, progress: bool) -> Any:
     frame = _frame(split.inputs.apply(split.fitted, []))
     with _telling(split.notes):
         y = split.target.read(split.fitted[split.target.column.name], [])
-        return make(**options).fit(frame, y)
+        kept = None if settings.method in _QUICK else chains
+        return make(**options).fit(frame, y, checkpoint=kept)
 
 
 def _scores(estimator: Any, split: Split) -> dict[str, float]:
@@ -374,7 +384,7 @@ def _asked(data: Data, settings: Settings) -> dict[str, Any]:
 
 
 def _finished(out: Path, asked: dict[str, Any]) -> bool:
-    """Say whether a folder holds this very run, at its end; one that was killed begins anew.
+    """Say whether a folder holds this very run, at its end; not one that was killed.
 
     Raises:
         ValueError: if the folder holds anything else.

@@ -31,6 +31,7 @@ from bnnflow.inference import sample
 from bnnflow.method import Method
 from bnnflow.model import BayesianModel, priors
 from bnnflow.model.likelihoods import Likelihood
+from bnnflow.options import Checkpoint
 from bnnflow.predictive import Prediction, predict
 from bnnflow.report import diagnose, report
 from bnnflow.seeding import isolated
@@ -94,14 +95,19 @@ class BayesianEstimator(BaseEstimator, ABC):
     # ---------------------------------------- fitting
 
     def _fit(
-        self, x: np.ndarray, y: np.ndarray, likelihood: Likelihood, outputs: int
+        self,
+        x: np.ndarray,
+        y: np.ndarray,
+        likelihood: Likelihood,
+        outputs: int,
+        checkpoint: str | Path | None,
     ) -> Self:
         """Draw from the posterior of a network with so many outputs, given encoded rows."""
         generator = torch.Generator().manual_seed(self._seed())
         with self._threads():
             inputs = torch.as_tensor(x, dtype=torch.float32)
             self.model_ = self._model(likelihood, inputs, torch.as_tensor(y), outputs)
-            self.draws_ = self._thinned(self._sampled(generator))
+            self.draws_ = self._thinned(self._sampled(generator, checkpoint))
         return self
 
     def _model(self, likelihood: Any, x: Tensor, y: Tensor, outputs: int) -> BayesianModel:
@@ -128,10 +134,16 @@ class BayesianEstimator(BaseEstimator, ABC):
             inputs = width
         return nn.Sequential(*layers, nn.Linear(inputs, outputs))
 
-    def _sampled(self, generator: torch.Generator) -> Draws:
+    def _sampled(self, generator: torch.Generator, folder: str | Path | None) -> Draws:
+        progress = self.progress
         if isinstance(self.method, Method):
-            return sample(self.model_, self.method, seed=generator, progress=self.progress)
-        return automatic(self.model_, generator, budget=self.budget, progress=self.progress)
+            kept = folder and Checkpoint(folder, resume=True)
+            return sample(
+                self.model_, self.method, seed=generator, checkpoint=kept, progress=progress
+            )
+        return automatic(
+            self.model_, generator, budget=self.budget, checkpoint=folder, progress=progress
+        )
 
     def _thinned(self, draws: Draws) -> Draws:
         """Keep as many draws as were asked for, evenly."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -56,13 +57,22 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
 
     classes_: np.ndarray
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        checkpoint: str | Path | None = None,
+    ) -> Self:
         """Draw from the posterior of the network.
 
         Args:
             X: a frame of pandas or polars, or an array ``(n, columns)``.
             y: labels ``(n,)``: numbers, words or booleans.
             sample_weight: whole numbers ``(n,)``, which count a row as often.
+            checkpoint: a folder in which chains are kept as they run: after a kill the same fit
+                goes on from there, bit for bit.
 
         Raises:
             ValueError: naming what is wrong, before any work: missing values, one class only,
@@ -84,8 +94,8 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
             raise ValueError(f"y has one class only, {only!r}: there is nothing to learn")
         count = len(self.classes_)
         if self.likelihood == "ordinal" and count > 2:
-            return self._fit(x, labels, likelihoods.Ordinal(count), 1)
-        return self._fit(x, labels, likelihoods.Categorical(), count)
+            return self._fit(x, labels, likelihoods.Ordinal(count), 1, checkpoint)
+        return self._fit(x, labels, likelihoods.Categorical(), count, checkpoint)
 
     def predict(self, X: Any) -> np.ndarray:
         """Return the most probable label of every row, ``(n,)``."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ from bnnflow.inference import MCLMC, SGHMC, sample
 from bnnflow.inference.start import random_networks
 from bnnflow.model import BayesianModel
 from bnnflow.optimisers import Adam
+from bnnflow.options import Checkpoint
 from bnnflow.predictive import predict
 from bnnflow.progress import progress_bar
+from bnnflow.seeding import as_generator
 from bnnflow.stopwatch import Stopwatch
 from bnnflow.warn import warn
 
@@ -57,6 +60,7 @@ def automatic(
     generator: torch.Generator,
     *,
     budget: float | None = None,
+    checkpoint: str | Path | None = None,
     progress: bool = False,
 ) -> Draws:
     """Draw from the posterior; ``info`` says how many rounds it took and what error is left.
@@ -65,14 +69,17 @@ def automatic(
         model: the posterior.
         generator: the source of randomness.
         budget: seconds after which no further round begins; None for as many as are needed.
+        checkpoint: a folder in which chains are kept as they run; the same again goes on from
+            there, bit for bit.
         progress: show bars at a terminal.
     """
     watch, parts, error = Stopwatch(), [], math.inf
     interrupted = False
-    for _ in range(ROUNDS):
+    for i in range(ROUNDS):
+        seeds = torch.randint(2**31, (3,), generator=generator).tolist()
+        folder = None if checkpoint is None else Path(checkpoint) / f"round-{i + 1}"
         try:
-            start = warm_start(model, CHAINS, generator, progress)
-            parts.append(_chains(model, start, generator, progress))
+            parts.append(_round(model, seeds, folder, progress))
         except KeyboardInterrupt:
             if not parts:
                 raise
@@ -154,25 +161,29 @@ def monte_carlo_error(model: BayesianModel, parts: list[Draws]) -> float:
     return float((between / whole).mean().sqrt())
 
 
-def _chains(
-    model: BayesianModel, start: Tensor, generator: torch.Generator, progress: bool
+def _round(
+    model: BayesianModel, seeds: list[int], folder: Path | None, progress: bool
 ) -> Draws:
-    """Run a chain from each start: a short one, and where the log joint density still rises in it,
-    a long one from its end.
+    """Train networks and run a chain from each: a short one, and where the log joint density
+    still rises in it, a long one from its end.
     """
-    draws = _stage(model, start, 1, generator, progress)
+    first, second, third = seeds
+    start = warm_start(model, CHAINS, as_generator(first, model.device), progress)
+    draws = _stage(model, start, 1, second, folder and folder / "short", progress)
     early, late = draws.log_joint.mean(0).chunk(2)
     rise = float(late.mean() - early.mean())
     if rise < _RISE * math.sqrt(model.dim / 2) or draws.info.get("interrupted"):
         return draws
-    return _stage(model, draws.theta[:, -1], LONGER, generator, progress)
+    end = draws.theta[:, -1]
+    return _stage(model, end, LONGER, third, folder and folder / "long", progress)
 
 
 def _stage(
     model: BayesianModel,
     start: Tensor,
     length: int,
-    generator: torch.Generator,
+    seed: int,
+    folder: Path | None,
     progress: bool,
 ) -> Draws:
     full = len(model.x) * model.dim <= AFFORDABLE
@@ -183,7 +194,8 @@ def _stage(
         warmup=WARM_UP * length,
         draws=DRAWS * length,
         init=start,
-        seed=generator,
+        seed=seed,
+        checkpoint=folder and Checkpoint(folder, resume=True),
         progress=progress,
     )
 

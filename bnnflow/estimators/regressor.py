@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal, Self, overload
 
 import numpy as np
@@ -63,13 +64,22 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
 
     likelihood_: str
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        checkpoint: str | Path | None = None,
+    ) -> Self:
         """Draw from the posterior of the network.
 
         Args:
             X: a frame of pandas or polars, or an array ``(n, columns)``.
             y: ``(n,)`` or ``(n, targets)``, in any units.
             sample_weight: whole numbers ``(n,)``, which count a row as often.
+            checkpoint: a folder in which chains are kept as they run: after a kill the same fit
+                goes on from there, bit for bit.
 
         Raises:
             ValueError: naming what is wrong, before any work: missing values, targets that never
@@ -84,7 +94,7 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
             raise ValueError(f"y has only one value, {value:g}, in n_samples={n} rows")
         choice = choose(self._likelihood(), targets)
         self.likelihood_ = f"{_named(choice.likelihood)}: {choice.why}"
-        return self._fit(x, targets, choice.likelihood, choice.outputs)
+        return self._fit(x, targets, choice.likelihood, choice.outputs, checkpoint)
 
     def _likelihood(self) -> Any:
         if isinstance(self.likelihood, likelihoods.Likelihood):
