@@ -158,17 +158,15 @@ _POSITIONS: _Axis = (_Part(None),)
 class _Value(NamedTuple):
     """A tensor on its way through the network."""
 
-    segment: int | None = (
-        None  # whose units it holds; None for what comes from the inputs alone
-    )
+    # whose units it holds; None for what comes from the inputs alone
+    segment: int | None = None
     width: int = 1  # number of units
     axes: tuple[_Axis, ...] = ()  # the last axes, as far as they are known
     whole: bool = False  # these are all axes, rows first
     factor: float = 1.0  # the number that has multiplied it since it was written
     raw: bool = False  # no function has been applied to it since it was written
-    stored: str = (
-        ""  # a tensor of the module itself, of which it is made without any inputs
-    )
+    # a tensor of the module itself, of which it is made without any inputs
+    stored: str = ""
 
     def axis(self, number: Any) -> int | None:
         """Return the index of an axis counted from the end, or None where its place is not
@@ -249,9 +247,8 @@ class _Walk:
         self.transposed: set[str] = set()  # tensors whose second axis is the written one
         self.used: set[str] = set()
         self.layers: list[Layer] = []
-        self.chain = (
-            True  # so far, nothing but Linear layers, each with at most one activation
-        )
+        # so far, nothing but Linear layers, each with at most one activation
+        self.chain = True
 
     def follow(self, graph: fx.Graph) -> Labels:
         """Visit every node and return what was found."""

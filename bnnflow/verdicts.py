@@ -33,23 +33,20 @@ R_HAT = Bounds(1.01, 1.05)  # of functions and weights (Vehtari et al. 2021)
 R_HAT_OF_PRIOR = Bounds(1.1, 1.5)
 R_HAT_OF_MANY = Bounds(1.05, 1.2)  # of hundreds of short chains, whose own means are noisy
 ESS = Bounds(400, 100)  # effective draws
-DIVERGENCES = (
-    0.01  # beyond this share the posterior has regions that the chains cannot enter
-)
+# beyond this share the posterior has regions that the chains cannot enter
+DIVERGENCES = 0.01
 E_BFMI = 0.3  # below: the momenta do not explore the energy (Betancourt 2016)
 ACCEPTANCE = 0.2  # below: steps are too long for where the chains are
 # of moves in the latent space of a flow, below which the flow hardly helps
 LATENT_ACCEPTANCE = 0.01
 TEMPERATURE = 0.2  # from 1: beyond this the law of the draws is visibly wrong
-ENERGY_VARIANCE = (
-    5.0  # times what was asked for: unadjusted steps are too long for what they met
-)
+# times what was asked for: unadjusted steps are too long for what they met
+ENERGY_VARIANCE = 5.0
 
 # of the first particles, in the mean run: fewer left say nothing of what was lost on the way
 ANCESTORS = 3
-LEFT_EFFECTIVE = (
-    0.1  # of the particles: a temperature that leaves fewer was too far from the last
-)
+# of the particles: a temperature that leaves fewer was too far from the last
+LEFT_EFFECTIVE = 0.1
 EVIDENCE = 1.0  # nats of standard error beyond which an evidence compares little
 # nats between two, beyond three standard errors; a lost tenth of the mass is 0.105
 EVIDENCES = Bounds(0.03, 0.1)

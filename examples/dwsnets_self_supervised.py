@@ -43,9 +43,8 @@ from bnnflow.symmetry import match, normalise_sign
 
 OUT = Path("out")
 HIGHEST = 10.0  # of a and b
-PUBLISHED = (
-    1.39  # Navon et al.: mean squared error of (a, b) from the embeddings of DWSNets
-)
+# Navon et al.: mean squared error of (a, b) from the embeddings of DWSNets
+PUBLISHED = 1.39
 W0, POINTS, FIT_STEPS = 10.0, 128, 500
 HELD_OUT, TEST = 500, 1000
 # features, waves a batch, share of the weights of a view that are zeroed

@@ -643,9 +643,8 @@ def _avoid_fast_path(net: nn.Module) -> None:
             module,
             nn.TransformerEncoder | nn.TransformerEncoderLayer | nn.TransformerDecoderLayer,
         ):
-            module.training = (
-                True  # its dropout is a module of its own, and stays in evaluation
-            )
+            # its dropout is a module of its own, and stays in evaluation
+            module.training = True
 
 
 def _attend(

@@ -13,9 +13,8 @@ from torch import Tensor
 
 __all__ = ["FAMILIES", "QuantileTable"]
 
-_REACH = (
-    9.0  # standard deviations that the table covers; beyond, its last polynomials go on
-)
+# standard deviations that the table covers; beyond, its last polynomials go on
+_REACH = 9.0
 _CELLS = 4096  # cubic splines over these are right to 1e-10
 
 

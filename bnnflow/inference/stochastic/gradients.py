@@ -239,9 +239,8 @@ def measure(
 
 _PAIRS = 8
 _ROUNDS = 8
-_SPREAD = (
-    1e8  # the preconditioner's largest and smallest entries are this near to their median
-)
+# the preconditioner's largest and smallest entries are this near to their median
+_SPREAD = 1e8
 
 
 def _equilibrated(

@@ -253,9 +253,8 @@ def ks_distance(
     def excess(b: Tensor, sign: int) -> float:
         values, order = torch.cat([a, b]).double().sort(0)  # (n + m, quantities)
         steps = sign * weights[order].cumsum(0)
-        steps[:-1][values[1:] == values[:-1]] = (
-            0.0  # of equal values, what all of them add up to
-        )
+        # of equal values, what all of them add up to
+        steps[:-1][values[1:] == values[:-1]] = 0.0
         return float(steps.max())
 
     return max(excess(b - tolerance, 1), excess(b + tolerance, -1))

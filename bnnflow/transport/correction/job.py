@@ -33,9 +33,8 @@ __all__ = [
 
 CHUNK = 512  # densities between two looks at the keyboard
 LATENT = 0.3  # acceptance rate that latent moves aim at
-WEIGHED = (
-    2000  # dimension beyond which an exact density is asked for only if the caller insists
-)
+# dimension beyond which an exact density is asked for only if the caller insists
+WEIGHED = 2000
 
 
 class Job(NamedTuple):
