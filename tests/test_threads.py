@@ -59,7 +59,7 @@ def together(work: Callable[[int], Tensor]) -> list[Tensor]:
         return list(pool.map(one, range(THREADS)))
 
 
-SHORT = {"chains": 2, "warmup": 8, "draws": 4}
+SHORT = {"chains": 2, "warmup": 4, "draws": 3}
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "HMC": (bf.HMC(max_leapfrog=4), SHORT),
     "AdjustedMCLMC": (bf.AdjustedMCLMC(max_leapfrog=4), SHORT),
@@ -69,18 +69,18 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "SGNHT": (bf.SGNHT(batch_size=5, thinning=2), SHORT),
     "SMC": (bf.SMC(particles=20, moves=1, max_leapfrog=4), {"chains": 1}),
     "PyroNUTS": (bf.PyroNUTS(max_tree_depth=3), SHORT),
-    "VI": (bf.VI(steps=30), {"draws": 5}),
-    "low rank VI": (bf.VI(rank=2, steps=30), {"draws": 5}),
-    "full VI": (bf.VI(rank="full", steps=30), {"draws": 5}),
-    "flow VI": (bf.NormalizingFlowVI(steps=30), {"draws": 5}),
-    "Laplace": (bf.Laplace(starts=2, steps=30), {"draws": 5}),
+    "VI": (bf.VI(steps=10), {"draws": 5}),
+    "low rank VI": (bf.VI(rank=2, steps=10), {"draws": 5}),
+    "full VI": (bf.VI(rank="full", steps=10), {"draws": 5}),
+    "flow VI": (bf.NormalizingFlowVI(steps=10), {"draws": 5}),
+    "Laplace": (bf.Laplace(starts=2, steps=10), {"draws": 5}),
     "exact Laplace": (
-        bf.Laplace("diagonal", hessian="exact", starts=2, steps=100),
+        bf.Laplace("diagonal", hessian="exact", starts=2, steps=30),
         {"draws": 5},
     ),
-    "SWAG": (bf.SWAG(members=2, steps=30, snapshots=20, every=2), {"draws": 5}),
-    "DeepEnsemble": (bf.DeepEnsemble(3, 50), {}),
-    "MCDropout": (bf.MCDropout(members=2, steps=30), {"draws": 5}),
+    "SWAG": (bf.SWAG(members=2, steps=10, snapshots=20, every=1), {"draws": 5}),
+    "DeepEnsemble": (bf.DeepEnsemble(3, 10), {}),
+    "MCDropout": (bf.MCDropout(members=2, steps=10), {"draws": 5}),
 }
 
 
@@ -109,8 +109,8 @@ def test_models_are_built_while_others_are_evaluated(nets) -> None:
 
     def work(seed: int) -> Tensor:
         if seed == 0:
-            return torch.stack([running.outputs(theta, x) for _ in range(20)])
-        specs = [bf.WeightSpec.of(nets["perceptron"]) for _ in range(20)]
+            return torch.stack([running.outputs(theta, x) for _ in range(8)])
+        specs = [bf.WeightSpec.of(nets["perceptron"]) for _ in range(8)]
         return torch.tensor([spec.dim for spec in specs])
 
     for found, alone in zip(together(work), map(work, range(THREADS)), strict=True):
@@ -127,7 +127,7 @@ def test_priors_and_densities_are_shared_by_threads(nets, seeded) -> None:
     q = posteriors.CouplingFlow(orders, tuple(p.detach() for p in flow.parameters()))
 
     def work(seed: int) -> Tensor:
-        parts = [model.sample_prior(3, seed + i) + q.sample(3, seed + i) for i in range(20)]
+        parts = [model.sample_prior(3, seed + i) + q.sample(3, seed + i) for i in range(8)]
         return torch.stack(
             [torch.cat([theta, q.log_prob(theta)[:, None]], 1) for theta in parts]
         )
@@ -139,13 +139,13 @@ def test_priors_and_densities_are_shared_by_threads(nets, seeded) -> None:
 @pytest.mark.slow
 def test_flows_and_predictions_in_threads_are_those_of_each_alone(nets) -> None:
     model = model_of(nets["perceptron"])
-    few = Solver("euler", 3)
-    draws = bf.sample(model, bf.DeepEnsemble(8, 20), seed=0)
+    few = Solver("euler", 2)
+    draws = bf.sample(model, bf.DeepEnsemble(8, 5), seed=0)
     x = model.x[:5]
 
     def work(seed: int) -> Tensor:
         flow = bf.fit_flow(
-            model, draws, seed=seed, progress=False, training=bf.Training(steps=2)
+            model, draws, seed=seed, progress=False, training=bf.Training(steps=2, batch_size=16)
         )
         more = flow.sample(2, seed, solver=few)
         mean = bf.predict(model, more.unsqueeze(0), x).mean
