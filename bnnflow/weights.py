@@ -581,7 +581,7 @@ class WeightSpec:
             signs: ``(width,)`` or ``(..., width)`` tensors of +1 and -1 by label.
         """
         self._check_labels(signs, "sign", self._function_symmetries.sign)
-        return theta * self._factors(theta, signs)
+        return theta * self.factors(theta, signs)
 
     @checked
     def rescale(self, theta: Tensor, scales: Mapping[str, Tensor]) -> Tensor:
@@ -595,7 +595,7 @@ class WeightSpec:
         self._check_labels(scales, "scale", self._function_symmetries.scale)
         if any(bool((scale <= 0).any()) for scale in scales.values()):
             raise ValueError("scales must be positive")
-        return theta * self._factors(theta, scales)
+        return theta * self.factors(theta, scales)
 
     @checked
     def shift(self, theta: Tensor, phases: Mapping[str, Tensor]) -> Tensor:
@@ -612,7 +612,7 @@ class WeightSpec:
         """
         self._check_labels(phases, "phase", self._function_symmetries.phase)
         signs = {label: 1 - 2 * (turns % 2) for label, turns in phases.items()}
-        moved = theta * self._factors(theta, signs, written=False)
+        moved = theta * self.factors(theta, signs, written=False)
         for label, turns in phases.items():
             half_turn = self.activations[label].half_turn
             assert half_turn is not None
@@ -621,7 +621,7 @@ class WeightSpec:
                     moved[..., self.slices[name]] += half_turn * turns.to(theta)
         return moved
 
-    def _factors(
+    def factors(
         self, theta: Tensor, scales: Mapping[str, Tensor], *, written: bool = True
     ) -> Tensor:
         """Return the multiplier of every weight: its unit's scale, if ``written``, over those of

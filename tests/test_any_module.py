@@ -104,8 +104,8 @@ each_network = pytest.mark.parametrize("make", MAKES)
 def test_turns_and_vmap_give_the_same_gradients(
     make, turns: bool, chains: int, monkeypatch
 ) -> None:
-    monkeypatch.setattr("bnnflow.model.network._FEW_NETWORKS", 1000 if turns else 0)
-    monkeypatch.setattr("bnnflow.model.network._SMALL_OPERATION", 0 if turns else math.inf)
+    monkeypatch.setattr("bnnflow.model.network.FEW_NETWORKS", 1000 if turns else 0)
+    monkeypatch.setattr("bnnflow.model.network.SMALL_OPERATION", 0 if turns else math.inf)
     model = model_of(make)
     theta = model.sample_prior(chains, 0)
     value, grad = model.log_joint_and_grad(theta)

@@ -339,7 +339,7 @@ def test_a_compiler_that_fails_is_asked_once(
         script.replace("{made}", str(made)).replace("{python}", sys.executable),
     )
     monkeypatch.setenv("CXX", bad)
-    monkeypatch.setattr(building, "_PATIENCE", 0.5 if failure == "hangs" else 60.0)
+    monkeypatch.setattr(building, "PATIENCE", 0.5 if failure == "hangs" else 60.0)
     assert not loaded()
     works()
     (record,) = caplog.records
@@ -362,7 +362,7 @@ def test_a_failure_is_forgotten(
     monkeypatch.setenv("CXX", bad)
     assert not loaded()
     (failure,) = fresh.iterdir()
-    old = failure.stat().st_mtime - 2 * building._REMEMBERED
+    old = failure.stat().st_mtime - 2 * building.REMEMBERED
     os.utime(failure, (old, old))
     assert not loaded()
     assert calls(bad) == 2
@@ -400,7 +400,7 @@ def test_what_a_hanging_compiler_started_ends_with_it(
     marks = tmp_path / "child"
     bad = compiler(tmp_path / "bad", f'sleep 1000 & echo $! > "{marks}"; wait')
     monkeypatch.setenv("CXX", bad)
-    monkeypatch.setattr(building, "_PATIENCE", 1.0)
+    monkeypatch.setattr(building, "PATIENCE", 1.0)
     assert not loaded()
     state = Path(f"/proc/{int(marks.read_text())}/stat")
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"

@@ -72,7 +72,7 @@ def test_source_stays_standard_normal_in_every_weight(coupling):
 @pytest.mark.parametrize("coupling", [Matched(), MiniBatchOT(matched=True)], ids=repr)
 def test_matching_without_the_random_element_would_bias_the_source(coupling, monkeypatch):
     """The power of the test above."""
-    monkeypatch.setattr(couplings, "_spread", lambda x0, x1, *_: (x0, x1))
+    monkeypatch.setattr(couplings, "over_orbit", lambda x0, x1, *_: (x0, x1))
     assert source_p_value(coupling)[0] < 1e-8
 
 
@@ -98,7 +98,7 @@ def test_both_ends_are_moved_by_one_random_element(coupling, monkeypatch):
     x0, x1 = batches(40, model.dim)
     group = Source(model.flat_prior).symmetries(model)
     moved = coupling.pair(x0, x1, model.spec, group, generator(3))
-    monkeypatch.setattr(couplings, "_spread", lambda x0, x1, *_: (x0, x1))
+    monkeypatch.setattr(couplings, "over_orbit", lambda x0, x1, *_: (x0, x1))
     still = coupling.pair(x0, x1, model.spec, group, generator(3))
     assert torch.equal(still[1], x1)
     assert not torch.allclose(moved[1], x1)
@@ -151,7 +151,7 @@ def test_plan_is_a_permutation_when_draws_repeat(dim):
 def test_both_solvers_give_the_same_plan(monkeypatch):
     x0, x1 = batches(200, 8)
     by_assignment, _ = MiniBatchOT().pair(x0, x1, flat(8), NO_SYMMETRY, generator())
-    monkeypatch.setattr(couplings, "_FLAT", 9)
+    monkeypatch.setattr(couplings, "FLAT", 9)
     by_simplex, _ = MiniBatchOT().pair(x0, x1, flat(8), NO_SYMMETRY, generator())
     assert torch.equal(by_assignment, by_simplex)
 
@@ -213,7 +213,7 @@ def test_matched_plan_of_a_large_batch_is_near_the_cheapest():
     (x1,) = model.spec.transform(group, 0, x1)
     paired, target = MiniBatchOT(matched=True).pair(x0, x1, model.spec, group, generator())
     costs = matched_costs(x0, x1, model)
-    best = float(costs[couplings._optimal(costs, model.dim), range(64)].mean())
+    best = float(costs[couplings.optimal_permutation(costs, model.dim), range(64)].mean())
     matched = float(costs.diagonal().mean())
     # 0.27 by the bounds alone
     assert best < cost(paired, target) < best + 0.13 * (matched - best)
@@ -285,7 +285,7 @@ def test_permutations_are_the_plan_on_average(regularisation):
     plan, g = coupling.plan(x0, x1), generator(7)
     counts = torch.zeros(n, n, dtype=torch.float64)
     for _ in range(draws):
-        rows = couplings._drawn(plan, g)
+        rows = couplings.drawn_permutation(plan, g)
         assert torch.equal(rows.sort().values, torch.arange(n))
         counts[rows, torch.arange(n)] += 1
     error = (plan * (1 - plan) / draws).sqrt() + 1e-3

@@ -133,9 +133,9 @@ def test_blocks_of_draws_change_nothing(
     x, s2 = normal(5, model.dim), torch.linspace(0, 2, 5, dtype=F64).unsqueeze(-1)
     whole = Linearised(context, x, s2)
     # two draws of four rows
-    monkeypatch.setattr("bnnflow.transport.proximal_step._BLOCK", 2 * 4**2)
+    monkeypatch.setattr("bnnflow.transport.proximal_step.BLOCK", 2 * 4**2)
     parts = Linearised(context, x, s2)
-    torch.testing.assert_close(parts._root, whole._root)
+    torch.testing.assert_close(parts.root, whole.root)
     torch.testing.assert_close(parts.solve(x), whole.solve(x))
 
 
@@ -434,7 +434,7 @@ def test_weights_and_scales_of_their_own_are_solved_together(
     linear = Linearised(context, z, s2)
     # the last layer has one output
     pairs = {"unit": 3, "weight": 9}[local] if source != "gaussian" else 0
-    assert linear._root.shape[-1] == model.dim - pairs
+    assert linear.root.shape[-1] == model.dim - pairs
     torch.testing.assert_close(
         linear.solve(v), torch.linalg.solve(systems, v), rtol=1e-9, atol=1e-9
     )

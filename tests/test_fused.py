@@ -333,9 +333,9 @@ def test_priors_with_parameters_are_compiled_where_their_families_are(
     scale_prior: td.Distribution,
 ) -> None:
     model = model_of("gaussian", prior=priors.Hierarchical(scale_prior))
-    fused = model._density.fused
+    fused = model.density.fused
     assert fused is not None
-    assert (fused._prior is None) == (not isinstance(scale_prior, td.Weibull))
+    assert (fused.added_prior is None) == (not isinstance(scale_prior, td.Weibull))
     theta = points(model, 4)
     theta[0, 0], theta[1, -1] = torch.nan, torch.nan  # a weight, a scale
     value, grad = model.log_joint_and_grad(theta)
@@ -372,7 +372,7 @@ def test_chains_do_not_depend_on_each_other_or_on_threads() -> None:
     assert torch.equal(torch.stack([g for _, g in alone]), grad)
     try:
         torch.set_num_threads(3)
-        assert fused._threads(9 * 700 * model.dim) > 1
+        assert fused.threads_for(9 * 700 * model.dim) > 1
         together = model.log_joint_and_grad(theta)
     finally:
         torch.set_num_threads(1)
@@ -423,7 +423,7 @@ def test_every_dispersion() -> None:
     (by_theta,) = torch.autograd.grad(expected.sum(), leaf)
     torch.testing.assert_close(grad[2:], by_theta[2:], rtol=1e-9, atol=1e-9)
     assert used(model)
-    model.y[0, 0] = fused._LARGEST_COUNT + 1
+    model.y[0, 0] = fused.LARGEST_COUNT + 1
     assert not used(model.subset(slice(None))), (
         "a table of logarithms would cost more than they do"
     )
@@ -799,7 +799,7 @@ def test_the_models_that_are_compiled() -> None:
     for likelihood in OURS:
         assert used(model_of(likelihood)), likelihood
     assert not used(model_of("own")), "its network is, its likelihood is torch's"
-    assert not used(model_of(widths=(3, fused._WIDEST + 1)))
+    assert not used(model_of(widths=(3, fused.WIDEST + 1)))
     net = nn.Sequential(
         nn.utils.skip_init(nn.Linear, 3, 4), nn.Mish(), nn.utils.skip_init(nn.Linear, 4, 1)
     )
@@ -807,8 +807,8 @@ def test_the_models_that_are_compiled() -> None:
     assert not used(BayesianModel(net, priors.Normal(), likelihoods.Gaussian(), x, x[:, 0]))
     model = model_of(dtype=F32)
     theta = points(model, 2)
-    assert model._density.compiled(theta.double(), None) is None
-    assert model._density.compiled(theta.requires_grad_(), None) is None
+    assert model.density.compiled(theta.double(), None) is None
+    assert model.density.compiled(theta.requires_grad_(), None) is None
     assert not used(model.linearised(theta[0]))
 
 

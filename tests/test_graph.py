@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnnflow import WeightSpec
 from bnnflow.equivariant import GraphNet
-from bnnflow.equivariant.graph import _LOGIT_RANGE, _Attention, _Graph
+from bnnflow.equivariant.graph import LOGIT_RANGE, Attention, WeightGraph
 from bnnflow.weights import Symmetries
 
 F64 = torch.float64
@@ -208,7 +208,7 @@ def test_features_of_units_move_with_the_units() -> None:
 # ---------------------------------------- attention
 
 
-def joined(graph: _Graph) -> list[tuple[int, int]]:
+def joined(graph: WeightGraph) -> list[tuple[int, int]]:
     """Return the numbers of the nodes at the two ends of every edge."""
     starts = [0, *itertools.accumulate(graph.sizes)]
     pairs = [
@@ -221,7 +221,7 @@ def joined(graph: _Graph) -> list[tuple[int, int]]:
 
 def test_attention_is_one_softmax_over_the_incident_edges() -> None:
     g, heads = generator(), 2
-    attention = built(lambda: _Attention(_Graph(SPECS["square"]()), 6, 4, heads))
+    attention = built(lambda: Attention(WeightGraph(SPECS["square"]()), 6, 4, heads))
     pairs = joined(attention.graph)
     n_nodes = attention.graph.node_features.shape[0]
     nodes, messages = (
@@ -243,7 +243,7 @@ def test_attention_is_one_softmax_over_the_incident_edges() -> None:
         ]
         e, side, other = (torch.tensor(each) for each in zip(*incident, strict=True))
         # (incident, heads, 1)
-        weights = (_LOGIT_RANGE * torch.sigmoid(logits[e, side])).softmax(0).unsqueeze(-1)
+        weights = (LOGIT_RANGE * torch.sigmoid(logits[e, side])).softmax(0).unsqueeze(-1)
         seen = (weights * gates[e, side].unsqueeze(-1) * values[other, 1 - side]).sum(0)
         by_side = [
             (weights * told[e] * (side == s).reshape(-1, 1, 1)).sum(0) for s in (0, 1)

@@ -197,7 +197,7 @@ def test_hessian_with_every_activation(activation):
 def test_hessian_from_a_few_rows_of_data_at_once(kind, rows, monkeypatch):
     net = model(kind, (4, 3))
     assert net.has_hessian
-    monkeypatch.setattr(net._density.hessian, "_rows", 2)
+    monkeypatch.setattr(net.density.hessian, "rows_at_once", 2)
     check(net, None if rows is None else torch.tensor(rows))
 
 
@@ -272,7 +272,7 @@ def test_there_is_no_hessian_of_other_networks(monkeypatch):
     assert other.at(normal(2, other.dim)).grad_and_hessian() is None
     assert given.at(theta).grad_and_hessian() is not None
     assert given.linearised(theta[0]).at(theta).grad_and_hessian() is None
-    monkeypatch.setattr(hessian, "_WIDEST", given.dim - 1)
+    monkeypatch.setattr(hessian, "WIDEST", given.dim - 1)
     assert model().at(theta).grad_and_hessian() is None
 
 
@@ -471,7 +471,7 @@ def test_jacobians_of_gauss_newton_steps_from_every_source(prior, kind, temperat
 def test_jacobians_of_gauss_newton_steps_from_a_few_rows_of_data_at_once(kind, monkeypatch):
     net = model(kind, (2,), bias=False)
     assert net.has_hessian
-    monkeypatch.setattr(net._density.hessian, "_rows", 5)
+    monkeypatch.setattr(net.density.hessian, "rows_at_once", 5)
     rows = torch.arange(10 * net.dim) % N
     assert len(rows) > 8 * net.dim
     check_drive(GaussNewton(2, 0.7), WhitenedPosterior(net, rows=rows))
@@ -746,7 +746,7 @@ def test_rows_of_different_times_go_in_blocks(monkeypatch):
         torch.linspace(0, 1, 7, dtype=F64),
     )
     whole = field.with_divergence(t, x)
-    monkeypatch.setattr(velocity, "_ELEMENTS", (0, 3 * net.dim**2))
+    monkeypatch.setattr(velocity, "ELEMENTS", (0, 3 * net.dim**2))
     parts = field.with_divergence(t, x)
     truth = by_products(field, t, x)
     for a, b, c in zip(whole, parts, truth, strict=True):

@@ -109,7 +109,7 @@ def test_fits_are_those_of_torchs_adam_one_by_one(
         x, y, net, steps=steps, learning_rate=rate, batch_size=batch_size, seed=3
     )
     g = generator(3)
-    starts = inr._starts(together.spec, 3, g)
+    starts = inr.starting_weights(together.spec, 3, g)
     rows_seed = int(torch.randint(2**62, (), generator=g))
     for i in range(3):
         net.load_state_dict(together.spec.unflatten(starts[i].double()))
@@ -148,7 +148,7 @@ def test_fits_depend_neither_on_the_chunk_nor_on_threads(batch_size: int | None)
         assert torch.equal(found.mse, expected.mse)
     try:
         torch.set_num_threads(3)
-        assert batch_size is not None or fused._threads(23 * 600 * expected.spec.dim) > 1
+        assert batch_size is not None or fused.threads_for(23 * 600 * expected.spec.dim) > 1
         found = fit_inrs(x, y, **settings)
     finally:
         torch.set_num_threads(1)
@@ -198,7 +198,7 @@ def test_a_fit_that_diverges_is_counted_and_spoils_no_other() -> None:
 
 def test_starts_are_those_of_siren() -> None:
     spec = WeightSpec.of(siren(3, 2, (50, 40), w0=20.0))
-    theta = spec.unflatten(inr._starts(spec, 500, generator()))
+    theta = spec.unflatten(inr.starting_weights(spec, 500, generator()))
     bounds = {
         "0.weight": 1 / 3,
         "2.weight": math.sqrt(6 / 50) / 20,
@@ -239,7 +239,7 @@ def test_squared_errors_and_gradients_are_those_of_autograd(
 ) -> None:
     net = chain(2, 7, 5, 3, bias=bias).to(dtype)
     spec, g = WeightSpec.of(net), generator()
-    theta = inr._starts(spec, 4, g).to(dtype)
+    theta = inr.starting_weights(spec, 4, g).to(dtype)
     x, y = (
         torch.rand(50, 2, generator=g, dtype=dtype),
         torch.rand(4, 50, 3, generator=g, dtype=dtype),
@@ -262,7 +262,7 @@ def test_squared_errors_and_gradients_are_those_of_autograd(
 @pytest.mark.usefixtures("each_path")
 def test_a_perfect_fit_has_no_error() -> None:
     spec = WeightSpec.of(NET)
-    theta, x = inr._starts(spec, 3, generator()), waves()[0]
+    theta, x = inr.starting_weights(spec, 3, generator()), waves()[0]
     network = ChainNetwork(spec)
     value, grad = network.squared_error(theta, x, network(theta, x))
     assert (value >= 0).all()
@@ -274,7 +274,7 @@ def test_a_perfect_fit_has_no_error() -> None:
 def test_rows_and_shapes_that_do_not_exist() -> None:
     spec = WeightSpec.of(NET)
     network, (x, y) = ChainNetwork(spec), waves(3)
-    theta, y = inr._starts(spec, 3, generator()), y.unsqueeze(-1)
+    theta, y = inr.starting_weights(spec, 3, generator()), y.unsqueeze(-1)
     with pytest.raises(IndexError):
         network.squared_error(theta, x, y, torch.tensor([0, 40]))
     for bad in (
@@ -333,7 +333,7 @@ def test_images_of_several_channels() -> None:
 def test_warps_are_exact(lead: tuple[int, ...]) -> None:
     g = generator()
     spec = WeightSpec.of(siren(2, 3, (9, 7)))
-    theta = inr._starts(spec, 4, g).double()
+    theta = inr.starting_weights(spec, 4, g).double()
     x = torch.rand(30, 2, generator=g, dtype=F64)
     matrix, shift = (
         torch.randn(*lead, *size, generator=g, dtype=F64) for size in ((2, 2), (2,))
@@ -459,7 +459,7 @@ def test_a_fit_has_its_folder_to_itself_and_mends_what_is_damaged(
         "checkpoint": tmp_path / "run",
     }
     resumed = settings | {"checkpoint": bf.Checkpoint(tmp_path / "run", resume=True)}
-    refused, fit = [], inr._fit
+    refused, fit = [], inr.fit_chunk
 
     def meanwhile(*given: Any) -> Any:
         with pytest.raises(ValueError, match=r"another run .* is working on .*run"):
@@ -467,7 +467,7 @@ def test_a_fit_has_its_folder_to_itself_and_mends_what_is_damaged(
         refused.append(True)
         return fit(*given)
 
-    monkeypatch.setattr(inr, "_fit", meanwhile)
+    monkeypatch.setattr(inr, "fit_chunk", meanwhile)
     expected = fit_inrs(x, y, **settings)
     assert len(refused) == 3
     monkeypatch.undo()

@@ -166,7 +166,7 @@ class Fate:
         self.around(os, "replace")
         self.around(os, "mkdir")
         self.around(np, "savez", half=True)
-        self.around(storage.Lock, "_opened")
+        self.around(storage.fcntl, "flock")
         self.around(checkpoint.Stream, "flush")
 
 

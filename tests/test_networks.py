@@ -589,7 +589,7 @@ def test_what_is_not_claimed_would_change_outputs(case: Case) -> None:
     for label in spec.widths:
         for kind in ("sign", "scale"):
             if label not in getattr(group, kind):
-                moved = theta * spec._factors(theta, elements(spec, label, 8)[kind])
+                moved = theta * spec.factors(theta, elements(spec, label, 8)[kind])
                 acts = any(
                     label == own and power
                     for name in spec.names
@@ -625,7 +625,7 @@ def test_phases_that_are_not_claimed_would_change_outputs(name: str) -> None:
     for label in spec.widths:
         turns = elements(spec, label, 8)["phase"][label]
         moved = spec.unflatten(
-            theta * spec._factors(theta, {label: 1 - 2 * (turns % 2)}, written=False)
+            theta * spec.factors(theta, {label: 1 - 2 * (turns % 2)}, written=False)
         )
         for tensor in spec.names:
             if spec.axes[tensor] == (label,):

@@ -480,7 +480,7 @@ def test_trained_field_carries_the_source_to_the_target():
 @pytest.mark.parametrize(("held_out", "reuse"), [(None, 1), (shifted, 1), (None, 3)])
 def test_interrupted_training_resumes_to_the_bit(tmp_path, monkeypatch, held_out, reuse):
     file = tmp_path / "training.npz"
-    monkeypatch.setattr("bnnflow.transport.batches._POOL", 16)
+    monkeypatch.setattr("bnnflow.transport.batches.POOL", 16)
 
     def run(**options) -> dict[str, Tensor]:
         torch.manual_seed(7)
@@ -558,7 +558,7 @@ def flipped(seed: int, *points: Tensor) -> tuple[Tensor, ...]:
 def test_points_are_used_again_as_often_as_said_with_what_belongs_to_them(
     monkeypatch, moves
 ):
-    monkeypatch.setattr("bnnflow.transport.batches._POOL", 16)
+    monkeypatch.setattr("bnnflow.transport.batches.POOL", 16)
     field, info = train(
         Recording(),
         doubled,
@@ -577,7 +577,7 @@ def test_points_are_used_again_as_often_as_said_with_what_belongs_to_them(
 
 
 def test_pairs_that_are_used_again_are_moved_by_the_symmetries_of_the_model(monkeypatch):
-    monkeypatch.setattr("bnnflow.transport.batches._POOL", 3)
+    monkeypatch.setattr("bnnflow.transport.batches.POOL", 3)
     model = network(width=4)
     seen = []
 
@@ -622,8 +622,8 @@ def test_pairs_that_are_used_again_are_moved_by_the_symmetries_of_the_model(monk
 def test_resuming_in_a_pool_goes_on_where_it_stopped(
     tmp_path, monkeypatch, elements, count
 ):
-    monkeypatch.setattr("bnnflow.transport.batches._POOL", 16)
-    monkeypatch.setattr("bnnflow.transport.batches._ELEMENTS", elements)
+    monkeypatch.setattr("bnnflow.transport.batches.POOL", 16)
+    monkeypatch.setattr("bnnflow.transport.batches.ELEMENTS", elements)
     file, seen = tmp_path / "training.npz", []
     reuse = Reuse(3, flipped)
     for steps in (count, 60) if count else (60,):

@@ -248,9 +248,9 @@ def test_gradient_is_differentiable_again(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in PRIORS if name != "a user's"])
 def test_closed_forms_are_the_generic_ones(name: str, source: str) -> None:
     model = model_of(PRIORS[name], net=conv() if source == "conv" else None)
-    closed = model.flat_prior._weights
+    closed = model.flat_prior.weights
     generic = copy.copy(closed)
-    generic._scales = None
+    generic.closed_scales = None
     theta = points(model, 4)[:, : closed.spec.dim]
     for found, expected in zip(
         closed.log_prob_and_grad(theta), generic.log_prob_and_grad(theta), strict=True
@@ -262,7 +262,9 @@ def test_closed_forms_are_the_generic_ones(name: str, source: str) -> None:
     wide = offset + padded[:, places[:, 0]] + padded[:, places[:, 1]]
     bounded = -0.5 * torch.logaddexp(-padded[:, places[:, 2]], -2 * wide)
     scales = torch.where(places[:, 2] < 0, wide, bounded)[:, owner]
-    torch.testing.assert_close(scales, closed._scales(theta)[0], rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(
+        scales, closed.closed_scales(theta)[0], rtol=1e-11, atol=1e-11
+    )
 
 
 SCALE_PRIORS = [

@@ -542,5 +542,5 @@ def test_chunks_under_a_bound_stay_under_it():
 
     memory = 4_000_000
     n = largest_chunk(memory, work, x)
-    peak = solvers._live_bytes(work, torch.randn(n, 6, generator=generator())).max()
+    peak = solvers.live_bytes(work, torch.randn(n, 6, generator=generator())).max()
     assert 0.99 * memory < peak <= memory

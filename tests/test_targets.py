@@ -101,7 +101,7 @@ def test_average_over_the_orbit_has_its_exact_mean_and_less_variance(widths, act
     n = 20000
     drawn = images[torch.multinomial(chances, n, replacement=True, generator=generator(5))]
     c = AffinePath().coefficients(torch.full((n, 1), t, dtype=F64))
-    means = path._averaged(x_t.expand(n, -1), drawn, context.grad(drawn), c, generator(6))
+    means = path.averaged(x_t.expand(n, -1), drawn, context.grad(drawn), c, generator(6))
     exact = torch.stack([chances @ images, chances @ context.grad(images)])
     # some elements are too rare to be seen
     error = means.std(1) / n**0.5 + 1e-5 * exact.abs().amax(1, keepdim=True)
@@ -119,9 +119,9 @@ def test_target_of_a_gaussian_posterior_is_the_field_itself(path, scale):
     informed = PosteriorTargets(
         path, WhitenedPosterior(model, source), NOTHING, x1, generator(), newton=True
     )
-    assert informed._shares.mean() > 0.8
+    assert informed.shares.mean() > 0.8
     # what they are, but for the noise of the few pairs that they are fitted to
-    informed._shares[:] = 1
+    informed.shares[:] = 1
     t = torch.linspace(0.01, 0.99, 500, dtype=F64)
     x_t, target = informed.point(normal(500, 4, seed=7), x1, t, generator(1))
     assert torch.allclose(x_t, path.point(normal(500, 4, seed=7), x1, t, generator(1))[0])
@@ -200,7 +200,9 @@ def test_large_data_are_used_in_batches():
             generator(3),
         )
         assert target.isfinite().all()
-        gradients = [path._some(generator(seed), 8).grad(theta) for seed in range(400)]
+        gradients = [
+            path.on_some_rows(generator(seed), 8).grad(theta) for seed in range(400)
+        ]
         mean, error = torch.stack(gradients).mean(0), torch.stack(gradients).std(0) / 20
         assert ((mean - context.grad(theta)).abs() < 5 * error).all()
 

@@ -145,7 +145,11 @@ def test_flows_and_predictions_in_threads_are_those_of_each_alone(nets) -> None:
 
     def work(seed: int) -> Tensor:
         flow = bf.fit_flow(
-            model, draws, seed=seed, progress=False, training=bf.Training(steps=2, batch_size=16)
+            model,
+            draws,
+            seed=seed,
+            progress=False,
+            training=bf.Training(steps=2, batch_size=16),
         )
         more = flow.sample(2, seed, solver=few)
         mean = bf.predict(model, more.unsqueeze(0), x).mean

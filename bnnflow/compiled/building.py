@@ -30,8 +30,8 @@ from pathlib import Path
 __all__ = ["CompilationError", "say_once", "shared_library"]
 
 _ROOM = 2**22  # bytes that a library and what it is made of take at most
-_PATIENCE = 60.0  # seconds for the compiler; it takes four of a CPU's
-_REMEMBERED = 3600.0  # seconds for which a failure is not tried again
+PATIENCE = 60.0  # seconds for the compiler; it takes four of a CPU's
+REMEMBERED = 3600.0  # seconds for which a failure is not tried again
 
 # Of a new library in a process of its own, which it may end: half a file, or instructions that are
 # not known here.
@@ -157,10 +157,10 @@ def _run(command: list[str], messages: Path) -> None:
         except OSError as error:
             raise CompilationError(f"{command[0]} cannot be run: {error}") from error
     try:
-        status = process.wait(_PATIENCE)
+        status = process.wait(PATIENCE)
     except subprocess.TimeoutExpired:
         raise CompilationError(
-            f"{command[0]} did not end within {_PATIENCE:g} seconds"
+            f"{command[0]} did not end within {PATIENCE:g} seconds"
         ) from None
     finally:
         _end(process)
@@ -199,7 +199,7 @@ def _is_recent(path: Path) -> bool:
         age = time.time() - path.stat().st_mtime
     except OSError:
         return False
-    return 0 <= age < _REMEMBERED
+    return 0 <= age < REMEMBERED
 
 
 # ---------------------------------------- folders

@@ -25,7 +25,7 @@ from bnnflow.weights import WeightSpec
 __all__ = ["GraphNet"]
 
 _KINDS = ("hidden", "input", "output", "global")
-_LOGIT_RANGE = 10.0
+LOGIT_RANGE = 10.0
 _Group = tuple[str, str]  # kind and name
 
 
@@ -39,7 +39,7 @@ class _Matrix(NamedTuple):
     entries: int
 
 
-class _Graph(nn.Module):
+class WeightGraph(nn.Module):
     """Where the entries of a flat weight vector lie in the graph.
 
     Nodes are numbered group by group: hidden layers in order of depth, inputs, outputs, and the
@@ -293,7 +293,7 @@ class GraphNet(nn.Module):
                 f"heads must divide width, got {heads} heads and width {width}"
             )
         edge_width = heads * max(2, width // (4 * heads))
-        self.graph = graph = _Graph(spec)
+        self.graph = graph = WeightGraph(spec)
         self._in_features, self._unit_features, self._context_length = (
             in_features,
             unit_features,
@@ -379,7 +379,7 @@ class _Lift(nn.Module):
 
     def __init__(
         self,
-        graph: _Graph,
+        graph: WeightGraph,
         in_features: int,
         unit_features: int,
         width: int,
@@ -467,7 +467,7 @@ class _Messages(nn.Module):
     ``(batch, channels, edges)``.
     """
 
-    def __init__(self, graph: _Graph, width: int, edge_width: int) -> None:
+    def __init__(self, graph: WeightGraph, width: int, edge_width: int) -> None:
         super().__init__()
         self.graph = graph
         self.own = _EdgeLinear(edge_width, edge_width)
@@ -491,13 +491,13 @@ class _Messages(nn.Module):
         return F.silu(torch.cat(sums, -1))
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
     """What every node takes in from its incident edges, ``(batch, nodes, width)``.
 
     See `GraphNet`.
     """
 
-    def __init__(self, graph: _Graph, width: int, edge_width: int, heads: int) -> None:
+    def __init__(self, graph: WeightGraph, width: int, edge_width: int, heads: int) -> None:
         super().__init__()
         self.graph, self.heads = graph, heads
         self.scores = _EdgeLinear(edge_width, 4 * heads)
@@ -512,7 +512,7 @@ class _Attention(nn.Module):
         logits, gates = scores.unbind(1)
         # Bounded logits need no maximum before the exponential, so that the matrices' sums can
         # simply be added.
-        weights = (_LOGIT_RANGE * torch.sigmoid(logits)).exp()
+        weights = (LOGIT_RANGE * torch.sigmoid(logits)).exp()
         # (batch, 2, heads, v, nodes)
         values = self.values(nodes).unflatten(-1, (2, self.heads, -1)).movedim(1, -1)
         written, read = [], []
@@ -576,7 +576,7 @@ class _Block(nn.Module):
 
     def __init__(
         self,
-        graph: _Graph,
+        graph: WeightGraph,
         width: int,
         edge_width: int,
         heads: int,
@@ -585,7 +585,7 @@ class _Block(nn.Module):
     ) -> None:
         super().__init__()
         self.messages = _Messages(graph, width, edge_width)
-        self.attend = _Attention(graph, width, edge_width, heads)
+        self.attend = Attention(graph, width, edge_width, heads)
         self.mix = perceptron(width, 2 * width, width)
         self.update = _EdgeLinear(edge_width, edge_width) if updates_edges else None
         self._sizes = [width] * 6 + [edge_width] * (3 if updates_edges else 2)
@@ -637,7 +637,7 @@ class _Head(nn.Module):
     """Channels of nodes and edges to features on every weight, zero at the start."""
 
     def __init__(
-        self, graph: _Graph, out_features: int, width: int, edge_width: int
+        self, graph: WeightGraph, out_features: int, width: int, edge_width: int
     ) -> None:
         super().__init__()
         self.graph, self._out_features = graph, out_features

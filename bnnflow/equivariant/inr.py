@@ -128,7 +128,7 @@ def siren(
         modules += [nn.utils.skip_init(nn.Linear, inputs, outputs), Sine(w0)]
     net = nn.Sequential(*modules[:-1])
     spec = WeightSpec.of(net)
-    net.load_state_dict(spec.unflatten(_starts(spec, 1, as_generator(seed))[0]))
+    net.load_state_dict(spec.unflatten(starting_weights(spec, 1, as_generator(seed))[0]))
     return net
 
 
@@ -191,7 +191,7 @@ def fit_inrs(
     _check(spec, x, y, steps, learning_rate, batch_size, chunk)
     watch = Stopwatch()
     generator = as_generator(seed)
-    starts = _starts(spec, len(y), generator)
+    starts = starting_weights(spec, len(y), generator)
     rows_seed = int(torch.randint(2**62, (), generator=generator))
     settings = {
         "steps": steps,
@@ -207,7 +207,7 @@ def fit_inrs(
         for index, some in enumerate(torch.arange(len(y)).split(chunk)):
             part = kept.read(index)
             if part is None:
-                part = _fit(
+                part = fit_chunk(
                     network, starts[some].to(x), x, y[some].to(x), settings, rows_seed, bar
                 )
                 kept.write(index, *part)
@@ -396,7 +396,7 @@ def _check(
         )
 
 
-def _starts(spec: WeightSpec, n: int, generator: torch.Generator) -> Tensor:
+def starting_weights(spec: WeightSpec, n: int, generator: torch.Generator) -> Tensor:
     """Draw the starts of ``n`` networks, ``(n, dim)``."""
     bounds = torch.empty(spec.dim)
     for index, layer in enumerate(spec.layers):
@@ -410,7 +410,7 @@ def _starts(spec: WeightSpec, n: int, generator: torch.Generator) -> Tensor:
     return (2 * torch.rand(n, spec.dim, generator=generator) - 1) * bounds
 
 
-def _fit(
+def fit_chunk(
     network: ChainNetwork,
     theta: Tensor,
     x: Tensor,

@@ -35,7 +35,7 @@ from bnnflow.weights import Symmetries, WeightSpec
 __all__ = ["BayesianModel"]
 
 # what a model makes of its parts when it is asked for
-_DERIVED = ("network", "_density", "_parts", "_features", "_seen")
+_DERIVED = ("network", "density", "_parts", "_features", "_seen")
 
 
 class _Parts(NamedTuple):
@@ -136,7 +136,7 @@ class BayesianModel:
         checks.check_informative(y)
         self.y = checks.placed("y", y, self._device, self._y_dtype(self._dtype))
         self.flat_prior = self._laid_out(self.prior)
-        checks.check_likelihood(self._density)
+        checks.check_likelihood(self.density)
 
     @property
     def dim(self) -> int:
@@ -298,7 +298,8 @@ class BayesianModel:
         return network if self._anchor is None else LinearisedNetwork(network, self._anchor)
 
     @cached_property
-    def _density(self) -> LogJoint:
+    def density(self) -> LogJoint:
+        """The log joint density and its parts, as they are evaluated."""
         spec = self.spec
         if self._parts is not None and self._anchor is None:
             spec = self._parts.spec
@@ -339,7 +340,7 @@ class BayesianModel:
         """Whether gradients are computed by compiled code, whose last bits are not those of
         torch.
         """
-        return self._density.fused is not None
+        return self.density.fused is not None
 
     def symmetries(self) -> Symmetries:
         """Return the symmetries of the posterior: those of the network's function that keep the
@@ -367,7 +368,7 @@ class BayesianModel:
         Raises:
             ValueError: if theta or x has the wrong shape, or x has NaN or infinite rows.
         """
-        return self._density.outputs(theta, self.features(self.inputs(x)))
+        return self.density.outputs(theta, self.features(self.inputs(x)))
 
     def inputs(self, x: Tensor | np.ndarray | None, name: str = "x") -> Tensor:
         """Return checked inputs, called ``name``, on the model's device.
@@ -400,15 +401,15 @@ class BayesianModel:
 
         The shape of a scalar is (1,).
         """
-        return self._density.parameters(theta)
+        return self.density.parameters(theta)
 
     def log_prior(self, theta: Tensor) -> Tensor:
         """Return the log prior density of ``theta``, untempered, ``(..., dim) -> (...)``."""
-        return self._density.log_prior(theta)
+        return self.density.log_prior(theta)
 
     def log_likelihood(self, theta: Tensor) -> Tensor:
         """Return the log likelihood summed over the data, untempered, ``(..., dim) -> (...)``."""
-        return self._density.log_likelihood(theta)
+        return self.density.log_likelihood(theta)
 
     def log_joint(self, theta: Tensor) -> Tensor:
         """Return (log prior + log likelihood) / temperature, ``(..., dim) -> (...)``."""
@@ -429,7 +430,7 @@ class BayesianModel:
             raise ValueError(
                 f"y must have a value for each of the {len(x)} rows of x, got {len(y)}"
             )
-        return self._density.pointwise_log_likelihood(theta, self.features(x), y)
+        return self.density.pointwise_log_likelihood(theta, self.features(x), y)
 
     def log_likelihood_and_grad(
         self, theta: Tensor, rows: Tensor | None = None
@@ -448,14 +449,14 @@ class BayesianModel:
         Raises:
             ValueError: if theta or rows has the wrong shape or dtype.
         """
-        return self._density.log_likelihood_and_grad(theta, rows)
+        return self.density.log_likelihood_and_grad(theta, rows)
 
     def log_likelihood_grad(self, theta: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return the gradient of the log likelihood alone, ``(..., dim) -> (..., dim)``.
 
         Differentiable again.
         """
-        return self._density.log_likelihood_grad(theta, rows)
+        return self.density.log_likelihood_grad(theta, rows)
 
     def log_joint_and_grad(
         self, theta: Tensor, rows: Tensor | None = None
@@ -467,7 +468,7 @@ class BayesianModel:
         ``rows`` choose mini-batches as in `log_likelihood_and_grad`; the prior is always counted
         once.
         """
-        return self._density.log_joint_and_grad(theta, rows)
+        return self.density.log_joint_and_grad(theta, rows)
 
     def minibatch_log_joint_and_grad(
         self, theta: Tensor, generator: torch.Generator, batch_size: int
@@ -489,7 +490,7 @@ class BayesianModel:
             ValueError: if there are fewer rows of data than ``batch_size``, or theta has the wrong
                 shape.
         """
-        return self._density.minibatch_log_joint_and_grad(theta, generator, batch_size)
+        return self.density.minibatch_log_joint_and_grad(theta, generator, batch_size)
 
     def random_rows(
         self, shape: tuple[int, ...], generator: torch.Generator, batch_size: int
@@ -500,7 +501,7 @@ class BayesianModel:
         Raises:
             ValueError: unless ``batch_size`` is between 1 and the number of rows.
         """
-        return self._density.random_rows(shape, generator, batch_size)
+        return self.density.random_rows(shape, generator, batch_size)
 
     def at(self, theta: Tensor, rows: Tensor | None = None) -> Curvature:
         """Return the log likelihood around weights: its Gauss-Newton matrix, Hessian and the like,
@@ -514,17 +515,17 @@ class BayesianModel:
         Raises:
             ValueError: if theta or rows has the wrong shape or dtype.
         """
-        return Curvature(self._density, theta, rows)
+        return Curvature(self.density, theta, rows)
 
     @property
     def has_hessian(self) -> bool:
         """Whether `Curvature.grad_and_hessian` is known, at no cost."""
-        return self._density.hessian is not None
+        return self.density.hessian is not None
 
     @property
     def has_gauss_newton_slope(self) -> bool:
         """Whether `Curvature.slope` is known, at no cost."""
-        return self._density.has_gauss_newton_slope
+        return self.density.has_gauss_newton_slope
 
     # ---------------------------------------- sampling and other views
 

@@ -57,7 +57,7 @@ _LIKELIHOODS: dict[type, int] = {
     Ordinal: 8,
 }
 # under a negative binomial law, where each whole number up to it costs a logarithm
-_LARGEST_COUNT = 10_000
+LARGEST_COUNT = 10_000
 # The families of the prior by the coordinate being the logarithm of a variable, and its name.
 _FAMILIES = {
     (False, "Normal"): 0,
@@ -74,7 +74,7 @@ _FAMILIES = {
 # Wider layers are left to torch, whose matrix products are blocked for the caches. Measured in us a
 # gradient, compiled against torch, 500 rows, float32: 30-128-128-1 730 and 1140, 30-256-256-1 2650
 # and 4520, 784-50-10 1180 and 1120, 30-512-512-1 14200 and 11400.
-_WIDEST = 256
+WIDEST = 256
 # Multiplications that are worth a thread: about 400 us of work, where starting one takes 60.
 _WORK_OF_A_THREAD = 4_000_000
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -195,7 +195,7 @@ class FusedNetwork:
             len(theta),
             used,
             n,
-            _threads(len(theta) * used * self._network_dim),
+            threads_for(len(theta) * used * self._network_dim),
             0,
             0,
             theta.stride(0),
@@ -238,7 +238,7 @@ class FusedNetwork:
             batch,
             n,
             n,
-            _threads(batch * n * self._network_dim),
+            threads_for(batch * n * self._network_dim),
             0,
             0,
             theta.stride(0),
@@ -291,7 +291,7 @@ class FusedDensity:
             for each in prior.marginals
         )
         ours = ours and (prior.weights is None or shared is not None)
-        self._prior = None if ours else prior
+        self.added_prior = None if ours else prior
         self._kept = [_prior(each, x.dtype) for each in prior.marginals] if ours else []
         self._priors = (_Prior * len(self._kept))(*(struct for struct, *_ in self._kept))
         problem = _problem(self._layers, spec.dim)
@@ -338,7 +338,7 @@ class FusedDensity:
             and x.device.type == "cpu"
         )
         fits = fits and not (
-            isinstance(compiled, NegativeBinomial) and bool((y > _LARGEST_COUNT).any())
+            isinstance(compiled, NegativeBinomial) and bool((y > LARGEST_COUNT).any())
         )
         learned = [spec.shapes[f"likelihood.log_{name}"] for name in compiled.parameters]
         # one for all targets
@@ -416,7 +416,7 @@ class FusedDensity:
             else theta.new_empty(theta.shape)
         )
         call = _Call(
-            batch, used, n, _threads(batch * used * self._dim), drawn, key,
+            batch, used, n, threads_for(batch * used * self._dim), drawn, key,
             flat.stride(0), 0, 0, stride,
             flat.data_ptr(), self._x.data_ptr(), self._y.data_ptr(), None, address,
             likelihood_weight, prior_weight,
@@ -425,8 +425,8 @@ class FusedDensity:
         _evaluate(theta.dtype, self._problem, call)
         if self._log_slope:  # of `used` rows, on average
             value += likelihood_weight * self._log_slope * used / n
-        if self._prior is not None and prior_weight:
-            prior, prior_grad = self._prior.log_prob_and_grad(theta)
+        if self.added_prior is not None and prior_weight:
+            prior, prior_grad = self.added_prior.log_prob_and_grad(theta)
             value, grad = value + prior_weight * prior, grad + prior_weight * prior_grad
         return value, grad
 
@@ -438,7 +438,7 @@ def _supported(spec: WeightSpec) -> bool:
     widths = [size for layer in spec.layers for size in spec.shapes[layer.weight]]
     return (
         all(_kind(layer.activation)[0] is not None for layer in spec.layers)
-        and max(widths) <= _WIDEST
+        and max(widths) <= WIDEST
     )
 
 
@@ -537,7 +537,7 @@ def _strided(theta: Tensor) -> Tensor:
     return theta if theta.stride(1) == 1 else theta.contiguous()
 
 
-def _threads(multiplications: int) -> int:
+def threads_for(multiplications: int) -> int:
     return max(1, min(torch.get_num_threads(), multiplications // _WORK_OF_A_THREAD))
 
 

@@ -27,7 +27,7 @@ from bnnflow.weights import WeightSpec
 __all__ = ["ChainHessian", "OutputDerivatives"]
 
 # weights, beyond which a dense matrix for every draw is more memory than it is worth
-_WIDEST = 4096
+WIDEST = 4096
 
 
 class OutputDerivatives(NamedTuple):
@@ -68,7 +68,7 @@ class ChainHessian:
         # Of the data at once: so many that what is made of them is no more than eight times the
         # Hessian itself, or few.
         widest = max(max(spec.shapes[layer.weight]) for layer in spec.layers) + 1
-        self._rows = max(64, 8 * spec.dim**2 // widest**2)
+        self.rows_at_once = max(64, 8 * spec.dim**2 // widest**2)
         self._first, self._second = _places(spec, parameters)
 
     @classmethod
@@ -76,7 +76,7 @@ class ChainHessian:
         """Return the Hessian, or None where the network is no chain of layers or has too many
         weights.
         """
-        return cls(spec, parameters) if spec.layers and spec.dim <= _WIDEST else None
+        return cls(spec, parameters) if spec.layers and spec.dim <= WIDEST else None
 
     def __call__(
         self,
@@ -94,7 +94,9 @@ class ChainHessian:
             curvature: what the likelihood makes of outputs ``(batch, n, out)`` and targets.
         """
         axis = x.dim() - 2
-        parts = zip(x.split(self._rows, axis), y.split(self._rows, axis), strict=True)
+        parts = zip(
+            x.split(self.rows_at_once, axis), y.split(self.rows_at_once, axis), strict=True
+        )
         firsts, seconds = zip(
             *(self._sums(theta, *part, curvature) for part in parts), strict=True
         )
@@ -134,7 +136,9 @@ class ChainHessian:
             x: inputs ``(n, in)``.
             information: F, ``(batch, out, out, n)``.
         """
-        parts = zip(x.split(self._rows), information.split(self._rows, 3), strict=True)
+        parts = zip(
+            x.split(self.rows_at_once), information.split(self.rows_at_once, 3), strict=True
+        )
         sums = functools.reduce(torch.add, (self._products(theta, *part) for part in parts))
         size = theta.shape[1]
         return sums.index_select(1, self._second.to(theta.device)).unflatten(

@@ -44,8 +44,8 @@ float32.
 # operation: layer norm 1,800 .41, 7,000 .53 to .77, 29,000 1.1, 450,000 2.6; convolutions 4,400
 # .30, 18,000 .45, 70,000 .71, 280,000 1.5; attention 2,000 .30, 8,000 .52, 33,000 1.3, 130,000 2.1;
 # embedding 17,000 .41, 69,000 .65. Starting vmap costs 3 to 4 networks' turns.
-_FEW_NETWORKS = 6
-_SMALL_OPERATION = 2**14
+FEW_NETWORKS = 6
+SMALL_OPERATION = 2**14
 
 
 def at_once(n: int, elements: int) -> tuple[int, int]:
@@ -526,8 +526,8 @@ class ModuleNetwork:
         rows = x[0] if per_network else x
         cost = self._cost(rows)
         return (
-            len(theta) < _FEW_NETWORKS
-            or len(rows) * cost.elements > _SMALL_OPERATION * cost.operations
+            len(theta) < FEW_NETWORKS
+            or len(rows) * cost.elements > SMALL_OPERATION * cost.operations
         )
 
     def _cost(self, x: Tensor) -> _Cost:

@@ -14,8 +14,8 @@ from bnnflow.arguments import Count, checked
 
 __all__ = ["Batches", "Moves", "Reuse"]
 
-_POOL = 64  # batches that are drawn together if they are used again,
-_ELEMENTS = 2**28  # as far as they have no more numbers than these
+POOL = 64  # batches that are drawn together if they are used again,
+ELEMENTS = 2**28  # as far as they have no more numbers than these
 
 Moves = Callable[..., tuple[Tensor, ...]]
 """``(seed, *points (n, dim)) -> points``: each row of all of them moved by one random symmetry."""
@@ -101,7 +101,7 @@ class Batches:
         generator = self._generator
         with torch.no_grad():
             drawn = [self._draw()]
-            many = max(1, min(_POOL, _ELEMENTS // sum(part.numel() for part in drawn[0])))
+            many = max(1, min(POOL, ELEMENTS // sum(part.numel() for part in drawn[0])))
             drawn += [self._draw() for _ in range(many - 1)]
         self._points = [torch.cat(parts) for parts in zip(*drawn, strict=True)]
         n, device = len(self._points[0]), self._points[0].device

@@ -61,7 +61,7 @@ class Independent:
     ) -> tuple[Tensor, Tensor]:
         """Return pairs ``(batch, dim), (batch, dim)``."""
         _check(x0, x1, group)
-        return _spread(x0, x1, spec, group, generator)
+        return over_orbit(x0, x1, spec, group, generator)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Matched:
         """Return pairs ``(batch, dim), (batch, dim)``."""
         _check(x0, x1, group)
         _check_matchable(self, spec, group)
-        return _spread(match(x0, spec, x1, group=group), x1, spec, group, generator)
+        return over_orbit(match(x0, spec, x1, group=group), x1, spec, group, generator)
 
 
 @checked
@@ -121,13 +121,17 @@ class MiniBatchOT:
         """Return pairs ``(batch, dim), (batch, dim)``."""
         _check(x0, x1, group)
         if not self.matched:
-            return _spread(
-                x0[_optimal(_cost(x0, x1), spec.dim)], x1, spec, group, generator
+            return over_orbit(
+                x0[optimal_permutation(squared_cost(x0, x1), spec.dim)],
+                x1,
+                spec,
+                group,
+                generator,
             )
         _check_matchable(self, spec, group)
         matching = partial(match, spec=spec, group=group)
-        chosen = x0[_optimal(_matched_cost(x0, x1, matching), spec.dim)]
-        return _spread(matching(chosen, reference=x1), x1, spec, group, generator)
+        chosen = x0[optimal_permutation(_matched_cost(x0, x1, matching), spec.dim)]
+        return over_orbit(matching(chosen, reference=x1), x1, spec, group, generator)
 
 
 @checked
@@ -175,8 +179,8 @@ class SinkhornOT:
     ) -> tuple[Tensor, Tensor]:
         """Return pairs ``(batch, dim), (batch, dim)``."""
         _check(x0, x1, group)
-        rows = _drawn(self.plan(x0, x1), generator)
-        return _spread(x0[rows], x1, spec, group, generator)
+        rows = drawn_permutation(self.plan(x0, x1), generator)
+        return over_orbit(x0[rows], x1, spec, group, generator)
 
     def plan(self, x0: Tensor, x1: Tensor) -> Tensor:
         """Return the entropic plan times n, ``(n, n)`` float64: rows and columns sum to one.
@@ -185,7 +189,7 @@ class SinkhornOT:
             x0: rows of the plan, ``(n, dim)``.
             x1: its columns, ``(n, dim)``.
         """
-        cost = _centred(_cost(x0, x1))
+        cost = doubly_centred(squared_cost(x0, x1))
         # zero for equal rows
         scale = cost.square().mean().sqrt().clamp(min=torch.finfo(cost.dtype).tiny)
         kernel = -cost / (self.regularisation * scale)
@@ -211,29 +215,29 @@ class SinkhornOT:
 
 # below this dimension POT's network simplex is faster than scipy's assignment, see
 # bench_couplings.py
-_FLAT = 8
+FLAT = 8
 _CANDIDATES = 8  # sources of each target whose matched distance is computed exactly
 
 
-def _cost(x0: Tensor, x1: Tensor) -> Tensor:
+def squared_cost(x0: Tensor, x1: Tensor) -> Tensor:
     """Return the part of the squared distances that plans depend on, ``(n, n)`` float64."""
     return -2 * x0.double() @ x1.double().T
 
 
-def _centred(cost: Tensor) -> Tensor:
+def doubly_centred(cost: Tensor) -> Tensor:
     """Take from a cost what no permutation changes: the means of rows and columns."""
     cost = cost - cost.mean(0)
     return cost - cost.mean(1, keepdim=True)
 
 
-def _optimal(cost: Tensor, dim: int) -> Tensor:
+def optimal_permutation(cost: Tensor, dim: int) -> Tensor:
     """Return the row that each column of a cost ``(n, n)`` gets in the cheapest permutation,
     ``(n,)``.
 
     Centred, the cost has the same solution, found up to eight times faster.
     """
-    matrix = _centred(cost).T.contiguous().cpu().numpy()  # (column, row)
-    if dim < _FLAT:
+    matrix = doubly_centred(cost).T.contiguous().cpu().numpy()  # (column, row)
+    if dim < FLAT:
         import ot
 
         # whole masses: the solution is a permutation
@@ -252,7 +256,9 @@ def _matched_cost(x0: Tensor, x1: Tensor, matching: Callable[..., Tensor]) -> Te
         matching(x0, reference=x1[0]).double(), matching(x1, reference=x1[0]).double()
     ).square()
     # (candidate, n)
-    likeliest = _centred(rough).topk(min(_CANDIDATES, len(x0)), 0, largest=False).indices
+    likeliest = (
+        doubly_centred(rough).topk(min(_CANDIDATES, len(x0)), 0, largest=False).indices
+    )
     exact = torch.stack(
         [
             (matching(x0[rows], reference=x1) - x1).square().sum(-1, dtype=torch.float64)
@@ -262,7 +268,7 @@ def _matched_cost(x0: Tensor, x1: Tensor, matching: Callable[..., Tensor]) -> Te
     return rough.scatter(0, likeliest, exact)
 
 
-def _drawn(plan: Tensor, generator: torch.Generator) -> Tensor:
+def drawn_permutation(plan: Tensor, generator: torch.Generator) -> Tensor:
     """Draw a permutation whose mean is a doubly stochastic matrix ``(n, n)``: each column's row,
     ``(n,)``.
 
@@ -346,7 +352,7 @@ def _check_matchable(coupling: Coupling, spec: WeightSpec, group: Symmetries) ->
         )
 
 
-def _spread(
+def over_orbit(
     x0: Tensor, x1: Tensor, spec: WeightSpec, group: Symmetries, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     if not any(group):

@@ -57,7 +57,7 @@ _LOG_2PI = math.log(2 * math.pi)
 _PATIENCE = 3.0  # seconds, from which a bar says how long it will take
 _CHUNK = 512  # points that travel together with a density
 # nats, from which a log density takes more evaluations of the divergence, or is told to be in doubt
-_ROUGH = 1.0
+ROUGH = 1.0
 
 
 @checked
@@ -573,7 +573,7 @@ class Flow(Sampleable):
         apart = change - other_change
         if backwards:
             apart = apart + _log_normal(end) - _log_normal(other)
-        return end, change, int((apart.abs() > _ROUGH).sum())
+        return end, change, int((apart.abs() > ROUGH).sum())
 
     @torch.no_grad()
     def _doubt(self, x: Tensor, end: Tensor, grid: Tensor, rule: Rule) -> Tensor:
@@ -635,10 +635,10 @@ class Flow(Sampleable):
                     x[rows], found, node_times(count, x.device).flip(0), rule
                 )
                 rough = torch.maximum(rough, doubt)
-            more = rough > _ROUGH
+            more = rough > ROUGH
             # A rule of order two leaves a third of what half the steps change; others less, once
             # they are short enough.
-            doubtful = int(((value - before).abs() / 3 > _ROUGH)[more].sum())
+            doubtful = int(((value - before).abs() / 3 > ROUGH)[more].sum())
             rows, before = rows[more], value[more]
             if len(rows) == 0:
                 break

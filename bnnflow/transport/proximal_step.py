@@ -390,7 +390,7 @@ _WORST = 1e6  # times the gain, from where a broken promise counts in full to th
 # precision
 _REFINED = 2
 # elements of the matrices that are made at once: what the caches of a CPU hold
-_BLOCK = 2**20
+BLOCK = 2**20
 
 
 class Linearised:
@@ -438,12 +438,12 @@ class Linearised:
         self._pairs = self._factor.pairs if isinstance(self._factor, ClosedFactor) else None
         idle = 0 if self._pairs is None else len(self._pairs.second)
         unknowns = dim - idle if self.by_weights else rows
-        size = max(1, _BLOCK // unknowns**2) if is_untracked_cpu(x, s2) else len(x)
+        size = max(1, BLOCK // unknowns**2) if is_untracked_cpu(x, s2) else len(x)
         blocks = [
             self._root_of(slice(start, start + size))
             for start in range(0, max(1, len(x)), max(1, size))
         ]
-        self._root = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+        self.root = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
 
     def _root_of(self, some: slice) -> Tensor:
         """Return the Cholesky factor of the system of these draws."""
@@ -512,7 +512,7 @@ class Linearised:
         if self.by_weights:
             return self._turned(
                 target,
-                lambda v: torch.cholesky_solve(v.unsqueeze(-1), self._root).squeeze(-1),
+                lambda v: torch.cholesky_solve(v.unsqueeze(-1), self.root).squeeze(-1),
             )
         inner = self._solved_rows(self._factor.times(target))
         return target - self._variance.squeeze(-1) * self._factor.transposed(inner)
@@ -538,8 +538,8 @@ class Linearised:
 
     def _solved_rows(self, rows: Tensor) -> Tensor:
         """Return (I + s^2 A A^T)^-1 rows, with s^2 over what `_scale` is."""
-        half = torch.linalg.solve_triangular(self._root, rows.unsqueeze(-1), upper=False)
-        return torch.linalg.solve_triangular(self._root.mT, half, upper=True).squeeze(-1)
+        half = torch.linalg.solve_triangular(self.root, rows.unsqueeze(-1), upper=False)
+        return torch.linalg.solve_triangular(self.root.mT, half, upper=True).squeeze(-1)
 
     def solve_each(self, targets: Tensor) -> Tensor:
         """Return the same for many targets, ``(batch, dim, k)``; by weights only.
@@ -554,10 +554,10 @@ class Linearised:
 
         def solve(targets: Tensor) -> Tensor:
             half = torch.linalg.solve_triangular(
-                self._root.mT, targets.mT, upper=True, left=False
+                self.root.mT, targets.mT, upper=True, left=False
             )
             return torch.linalg.solve_triangular(
-                self._root, half, upper=False, left=False
+                self.root, half, upper=False, left=False
             ).mT
 
         return self._turned(targets, solve)

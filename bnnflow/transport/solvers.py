@@ -435,7 +435,7 @@ def largest_chunk(memory: Count, work: Callable[[Tensor], Any], x: Tensor) -> in
             f"x must have two rows or more, to measure what one costs, got shape {tuple(x.shape)}"
         )
     work(x[:2])  # what is made once and kept is no part of the price
-    two, four = (_live_bytes(work, torch.cat([x[:2]] * n)) for n in (1, 2))
+    two, four = (live_bytes(work, torch.cat([x[:2]] * n)) for n in (1, 2))
     if len(two) != len(four):
         raise ValueError(
             "the operations depend on the rows: measure one step of a solver with a fixed grid"
@@ -484,7 +484,7 @@ class _LiveBytes(TorchDispatchMode):
         self._live -= size
 
 
-def _live_bytes(work: Callable[[Tensor], Any], rows: Tensor) -> Tensor:
+def live_bytes(work: Callable[[Tensor], Any], rows: Tensor) -> Tensor:
     with _LiveBytes() as counter:
         work(rows)
     return torch.tensor(counter.counts, dtype=torch.float64)

@@ -76,7 +76,7 @@ class PosteriorTargets(ProbabilityPath):
             1
             - (1 - torch.linspace(0, 1, _NODES, device=x1.device, dtype=x1.dtype)).square()
         )
-        self._shares = self._fitted(x1, generator)
+        self.shares = self._fitted(x1, generator)
 
     def point(
         self, x0: Tensor, x1: Tensor, t: Tensor, generator: torch.Generator
@@ -104,25 +104,25 @@ class PosteriorTargets(ProbabilityPath):
         c = self._path.coefficients(t.unsqueeze(-1))
         x_t, velocity = c.a * x0 + c.b * x1, c.da * x0 + c.db * x1
         c = c._replace(a=c.a.clamp(min=_LAST))
-        means = self._averaged(
-            x_t, x1, self._some(generator, len(x1)).grad(x1), c, generator
+        means = self.averaged(
+            x_t, x1, self.on_some_rows(generator, len(x1)).grad(x1), c, generator
         )
         target = velocity + c.wronskian / c.a * (means[0] - x1)
         control = c.drift * x_t + c.score_gain * means[1] - target
         if self._newton:
             control = linearised(
-                self._some(generator), x_t * c.b / c.q, c.a * c.a / c.q
+                self.on_some_rows(generator), x_t * c.b / c.q, c.a * c.a / c.q
             ).solve(control)
         return x_t, target, control
 
-    def _some(self, generator: torch.Generator, *batch: int) -> WhitenedPosterior:
+    def on_some_rows(self, generator: torch.Generator, *batch: int) -> WhitenedPosterior:
         """Return the posterior with random rows of large data, others for each of a batch."""
         posterior = self._posterior
         if len(posterior.model.x) <= ROWS or posterior.rows is not None:
             return posterior
         return posterior.on_rows(posterior.model.random_rows(batch, generator, ROWS))
 
-    def _averaged(
+    def averaged(
         self,
         x_t: Tensor,
         x1: Tensor,
@@ -146,7 +146,7 @@ class PosteriorTargets(ProbabilityPath):
         """Return how much of the control variate is added at each time."""
         position = (1 - (1 - t).clamp(min=0).sqrt()) * (_NODES - 1)
         left = position.long().clamp(max=_NODES - 2)
-        return torch.lerp(self._shares[left], self._shares[left + 1], position - left)
+        return torch.lerp(self.shares[left], self.shares[left + 1], position - left)
 
     def _fitted(self, x1: Tensor, generator: torch.Generator) -> Tensor:
         """Return the shares with the least variance at the nodes."""

@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 # of a Jacobian for each draw of a block, on an accelerator and on a CPU
-_ELEMENTS = (
+ELEMENTS = (
     2**27,
     2**21,
 )
@@ -659,7 +659,7 @@ def _with_divergence(
     """
     if field.posterior is None or is_tracked(t, x, *field.parameters()):
         return divergence(lambda t, z: field(t, z), t, x)
-    rows, parts = max(1, _ELEMENTS[x.device.type == "cpu"] // x.shape[-1] ** 2), []
+    rows, parts = max(1, ELEMENTS[x.device.type == "cpu"] // x.shape[-1] ** 2), []
     for t_part, x_part in zip(_times(t, x).split(rows), x.split(rows), strict=True):
         c, s2, mu = _given(field.path, t_part, x_part)
         known = []

@@ -48,16 +48,16 @@ def rivals(x0: Tensor, x1: Tensor) -> dict[str, Callable[[], object]]:
     spec = bf.WeightSpec.unlabelled(nn.Linear(dim, 1, bias=False))
     none = Symmetries(frozenset(), frozenset(), frozenset())
     sinkhorn = SinkhornOT()
-    centred = couplings._centred(couplings._cost(x0, x1))
+    centred = couplings.doubly_centred(couplings.squared_cost(x0, x1))
     price = 0.1 * float(centred.square().mean().sqrt())
-    cost = couplings._cost(x0, x1)
+    cost = couplings.squared_cost(x0, x1)
 
     def by(flat: int) -> None:
-        switch, couplings._FLAT = couplings._FLAT, flat
+        switch, couplings.FLAT = couplings.FLAT, flat
         try:
-            couplings._optimal(cost, dim)
+            couplings.optimal_permutation(cost, dim)
         finally:
-            couplings._FLAT = switch
+            couplings.FLAT = switch
 
     found: dict[str, Callable[[], object]] = {
         "assignment": lambda: by(0),

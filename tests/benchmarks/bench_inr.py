@@ -61,7 +61,7 @@ def compare(
     title: str, x: Tensor, y: Tensor, net: nn.Module, batch_size: int | None, rounds: int
 ) -> None:
     generator = torch.Generator().manual_seed(SEED)
-    starts = inr._starts(WeightSpec.of(net), len(y), generator)
+    starts = inr.starting_weights(WeightSpec.of(net), len(y), generator)
     rows = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
     batches = (
         None

@@ -86,7 +86,9 @@ class SWAG(Method):
             )
             settled = _to_gain(model, trajectory.mean(0)) < _FAR * model.dim
         diverged = of_divergence(self, restarts > 0, self.learning_rate)
-        members = Mixture(tuple(self._gaussian(each) for each in trajectory.unbind(1)))
+        members = Mixture(
+            tuple(gaussian_of_snapshots(each, self.rank) for each in trajectory.unbind(1))
+        )
         draws = run.draws or 250
         theta = torch.stack(
             [member.sample(draws, generator) for member in members.components]
@@ -166,14 +168,15 @@ class SWAG(Method):
                 bar.update()
         return torch.stack(kept), restarts
 
-    def _gaussian(self, points: Tensor) -> LowRankGaussian:
-        """Fit one member to its snapshots ``(snapshots, dim)``."""
-        mean = points.mean(0)
-        deviations = (points - mean)[-self.rank :]
-        variance = positive(points.var(0, correction=0))
-        return LowRankGaussian(
-            mean, deviations.T.contiguous() / math.sqrt(2 * (self.rank - 1)), 0.5 * variance
-        )
+
+def gaussian_of_snapshots(points: Tensor, rank: int) -> LowRankGaussian:
+    """Fit one member to its snapshots ``(snapshots, dim)``, half diagonal and half of low rank."""
+    mean = points.mean(0)
+    deviations = (points - mean)[-rank:]
+    variance = positive(points.var(0, correction=0))
+    return LowRankGaussian(
+        mean, deviations.T.contiguous() / math.sqrt(2 * (rank - 1)), 0.5 * variance
+    )
 
 
 def _to_gain(model: BayesianModel, theta: Tensor) -> Tensor:

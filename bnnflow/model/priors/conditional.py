@@ -42,7 +42,7 @@ class ConditionalWeights:
         self.network = network
         self.hyperparameters = parameters
         self.spec = network.extend({each.name: each.shape for each in parameters})
-        self._scales = prior.log_scales(self.spec)
+        self.closed_scales = prior.log_scales(self.spec)
         self._check()
 
     def to(self, device: torch.device | str) -> ConditionalWeights:
@@ -51,7 +51,9 @@ class ConditionalWeights:
         A user's own constants are scalars, which go anywhere.
         """
         moved = copy.copy(self)
-        moved._scales = None if self._scales is None else self._scales.to(device)
+        moved.closed_scales = (
+            None if self.closed_scales is None else self.closed_scales.to(device)
+        )
         return moved
 
     def distributions(self, values: dict[str, Tensor]) -> dict[str, Distribution]:
@@ -69,11 +71,13 @@ class ConditionalWeights:
         """Return log p(weights | parameters), ``(..., weights and parameters) -> (...)`` in
         float64.
         """
-        return self._by_torch(theta) if self._scales is None else self._normal(theta)[0]
+        return (
+            self._by_torch(theta) if self.closed_scales is None else self._normal(theta)[0]
+        )
 
     def log_prob_and_grad(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Return it with its gradient by weights and parameters; differentiable again."""
-        if self._scales is not None:
+        if self.closed_scales is not None:
             return self._normal(theta)
         value, vjp, *_ = torch.func.vjp(self._by_torch, theta)
         return value, vjp(torch.ones_like(value))[0]
@@ -91,8 +95,8 @@ class ConditionalWeights:
         """Return the log density of w ~ N(0, s^2) and its gradient: -w / s^2, and w^2 / s^2 - 1 by
         log s.
         """
-        assert self._scales is not None
-        log_scales, vjp = self._scales(theta)
+        assert self.closed_scales is not None
+        log_scales, vjp = self.closed_scales(theta)
         inverse = (-log_scales).exp()
         z = theta[..., : self.network.dim] * inverse
         value = (
@@ -129,8 +133,8 @@ class ConditionalWeights:
         """Map weights and parameters to normal coordinates of the weights,
         ``(..., network dim)``.
         """
-        if self._scales is not None:
-            return theta[..., : self.network.dim] * (-self._scales(theta)[0]).exp()
+        if self.closed_scales is not None:
+            return theta[..., : self.network.dim] * (-self.closed_scales(theta)[0]).exp()
         values = self.spec.unflatten(theta)
         with unvalidated():
             parts = {
@@ -148,8 +152,8 @@ class ConditionalWeights:
         coordinates in theta.
         """
         theta = torch.cat([z, parameters], -1)
-        if self._scales is not None:
-            return z * self._scales(theta)[0].exp()
+        if self.closed_scales is not None:
+            return z * self.closed_scales(theta)[0].exp()
         values = {
             name: value.double() for name, value in self.spec.unflatten(theta).items()
         }
@@ -167,18 +171,18 @@ class ConditionalWeights:
     @property
     def shared(self) -> Shared | None:
         """The scales of the weights, as far as they are known to be shared."""
-        return None if self._scales is None else self._scales.shared
+        return None if self.closed_scales is None else self.closed_scales.shared
 
     @property
     def closed(self) -> bool:
         """Whether the derivatives of the weights are known."""
-        return self._scales is not None
+        return self.closed_scales is not None
 
     def vjp(self, theta: Tensor, vectors: Tensor, first: Tensor) -> Tensor:
         """Turn gradients by theta, of more leading axes if need be, into those by z."""
-        assert self._scales is not None
+        assert self.closed_scales is not None
         start, stop = self.network.dim, self.spec.dim
-        log_scales, of_parameters = self._scales(theta[..., :stop])
+        log_scales, of_parameters = self.closed_scales(theta[..., :stop])
         by_weights = vectors[..., :start]
         own = vectors[..., start:stop] + of_parameters(by_weights * theta[..., :start])
         return (
@@ -189,9 +193,9 @@ class ConditionalWeights:
         """Return d theta / d z."""
         weights, curved, _ = self._curved(theta)
         columns = weights.unsqueeze(-1) * curved.slope * self._own(first).unsqueeze(-2)
-        assert self._scales is not None
+        assert self.closed_scales is not None
         return Arrowhead(
-            self._joined(curved.log_scales.exp(), first), columns, self._scales.own
+            self._joined(curved.log_scales.exp(), first), columns, self.closed_scales.own
         )
 
     def turn(self, theta: Tensor, v: Tensor, first: Tensor, second: Tensor) -> Arrowhead:
@@ -231,9 +235,13 @@ class ConditionalWeights:
 
     def _curved(self, theta: Tensor) -> tuple[Tensor, Curved, slice]:
         """Return the weights, their log scales, and where in theta the parameters are."""
-        assert self._scales is not None
+        assert self.closed_scales is not None
         start, stop = self.network.dim, self.spec.dim
-        return theta[:, :start], self._scales.curved(theta[:, :stop]), slice(start, stop)
+        return (
+            theta[:, :start],
+            self.closed_scales.curved(theta[:, :stop]),
+            slice(start, stop),
+        )
 
     def _own(self, values: Tensor) -> Tensor:
         return values[:, self.network.dim : self.spec.dim]
