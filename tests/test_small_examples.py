@@ -38,7 +38,7 @@ def table_of(
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         lines = capsys.readouterr().out.splitlines()
         assert lines[-1] == f"picture: out/{name}.png"
-        return {line[:20].strip(): line[20:].split() for line in lines[:-1]}
+        return {line[:24].strip(): line[24:].split() for line in lines[:-1]}
 
     yield run
     for name in [*PROGRAMS, "common"]:

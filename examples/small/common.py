@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -15,6 +16,7 @@ from torch import nn
 from bnnflow.report import style
 
 OUT = Path("out")
+torch.set_num_threads(1)  # a second gains little on such small products
 
 
 def perceptron(*widths: int, activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
@@ -25,10 +27,15 @@ def perceptron(*widths: int, activation: type[nn.Module] = nn.Tanh) -> nn.Sequen
     return nn.Sequential(*layers[:-1])
 
 
-def row(name: str, *cells: str | float) -> None:
-    """Print a line of a table."""
-    shown = (cell if isinstance(cell, str) else f"{cell:.3f}" for cell in cells)
-    print(f"{name:20}" + "".join(f"{cell:>13}" for cell in shown), flush=True)
+def row(name: str, *cells: str | float | Sequence[float]) -> None:
+    """Print a line of a table; a pair is a value with its standard error."""
+    print(f"{name:24}" + "".join(f"{_shown(cell):>15}" for cell in cells), flush=True)
+
+
+def _shown(cell: str | float | Sequence[float]) -> str:
+    if isinstance(cell, str):
+        return cell
+    return f"{cell:.3f}" if isinstance(cell, float) else "{:.3f} ± {:.3f}".format(*cell)
 
 
 def panels(
@@ -38,8 +45,8 @@ def panels(
     axes or not.
     """
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(titles) // columns, columns, sharex=share, sharey=share)
-    axes = list(grid.flat)
+    shape = len(titles) // columns, columns
+    axes = list(figure.subplots(*shape, sharex=share, sharey=share, squeeze=False).flat)
     for title, ax in zip(titles, axes, strict=True):
         ax.set_title(title, loc="left", fontsize=style.BODY, color=style.INK)
         style.quiet(ax)

@@ -4,7 +4,6 @@ Rows of the picture: samplers, fitted Gaussians, trained networks. Grey: Hamilto
 Run: python examples/small/gap_bands.py
 """
 
-import torch
 from common import panels, perceptron, row, save
 
 import bnnflow as bf
@@ -26,7 +25,6 @@ METHODS = {
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     data = bf.data.gap_regression(seed=0, n=30)
     x, y, grid = data.x_train, data.y_train, data.x_test[:, 0]
     prior, likelihood = bf.priors.Normal(1.5), bf.likelihoods.Gaussian(0.1)

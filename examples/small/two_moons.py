@@ -33,7 +33,6 @@ def moons(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     (x, y), (x_test, y_test) = moons(60, 0), moons(1000, 1)
     network, prior = perceptron(2, 16, 16, 2), bf.priors.Normal(1.0)
     model = bf.BayesianModel(network, prior, bf.likelihoods.Categorical(), x, y)
