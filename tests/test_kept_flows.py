@@ -5,6 +5,7 @@ about damage.
 from __future__ import annotations
 
 import shutil
+import signal
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -363,3 +364,27 @@ def test_dropout_in_a_field_follows_the_seed(
     assert torch.equal(
         fitted(checkpoint=bf.Checkpoint(tmp_path / "run", resume=True)), whole
     )
+
+
+@pytest.mark.parametrize("reuse", [1, 3])
+def test_ctrl_c_waits_for_the_end_of_a_step(
+    reuse: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = fit(tmp_path / "whole", reuse=reuse)
+    step, counts = training_state.TrainingState.step, []
+
+    def stopping(self: Any, *given: Any) -> None:
+        counts.append(None)
+        if len(counts) == 2:
+            signal.raise_signal(signal.SIGINT)
+        step(self, *given)
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(training_state.TrainingState, "step", stopping)
+    with pytest.warns(UserWarning, match="after 2 steps"):
+        assert fit(tmp_path / "run", reuse=reuse).info["interrupted"]
+    assert signal.getsignal(signal.SIGINT) is handler
+    monkeypatch.setattr(training_state.TrainingState, "step", step)
+    resumed = fit(tmp_path / "run", reuse=reuse)
+    for name, value in whole.velocity.state_dict().items():
+        assert torch.equal(resumed.velocity.state_dict()[name], value)

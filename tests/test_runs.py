@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import nn
 
 import bnnflow as bf
 from bnnflow import likelihoods, priors
-from bnnflow.inference import checkpoint
+from bnnflow.inference import checkpoint, loop
 from tests.processes import run, run_ranks
 
 SIZES = {"chains": 2, "warmup": 60, "draws": 30}
@@ -60,11 +61,18 @@ def same(first: bf.Draws, second: bf.Draws) -> None:
         assert first.info.get(name) == second.info.get(name)
 
 
+EVALUATIONS = (
+    "log_joint_and_grad",
+    "log_likelihood_and_grad",
+    "minibatch_log_joint_and_grad",
+)
+
+
 class PowerCut(BaseException):
     """What no code may catch."""
 
 
-def cut(target: bf.BayesianModel, at: int) -> None:
+def cut(target: bf.BayesianModel, at: int, error: type[BaseException] = PowerCut) -> None:
     """Let the ``at``-th evaluation of the model fail."""
     calls = [0]
 
@@ -72,13 +80,28 @@ def cut(target: bf.BayesianModel, at: int) -> None:
         def call(*args, **kwargs):
             calls[0] += 1
             if calls[0] == at:
-                raise PowerCut
+                raise error
             return function(*args, **kwargs)
 
         return call
 
-    for name in ("log_joint_and_grad", "log_likelihood_and_grad"):
+    for name in EVALUATIONS:
         setattr(target, name, cutting(getattr(target, name)))
+
+
+def run_and_count(method) -> tuple[bf.Draws, int]:
+    """Return the draws of a run, and how often it evaluated the model."""
+    target, calls = model(), 0
+    for name in EVALUATIONS:
+        function = getattr(target, name)
+
+        def count(*args, function=function, **kwargs):
+            nonlocal calls
+            calls += 1
+            return function(*args, **kwargs)
+
+        setattr(target, name, count)
+    return bf.sample(target, method, seed=3, **sizes(method)), calls
 
 
 @pytest.mark.parametrize("method", METHODS, ids=names)
@@ -86,21 +109,10 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(
     method, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "SECONDS", 0.0)  # a state after every step
-    whole = bf.sample(model(), method, seed=3, **sizes(method))
-    calls = [0]
-    counted = model()
-    for name in ("log_joint_and_grad", "log_likelihood_and_grad"):
-        function = getattr(counted, name)
-
-        def count(*args, function=function, **kwargs):
-            calls[0] += 1
-            return function(*args, **kwargs)
-
-        setattr(counted, name, count)
-    bf.sample(counted, method, seed=3, **sizes(method))
+    whole, calls = run_and_count(method)
     for part in (0.5, 0.9):
         target = model()
-        cut(target, max(1, int(part * calls[0])))
+        cut(target, max(1, int(part * calls)))
         with pytest.raises(PowerCut):
             bf.sample(
                 target, method, seed=3, checkpoint=tmp_path / str(part), **sizes(method)
@@ -114,6 +126,64 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(
         )
         same(resumed, whole)
         assert not list((tmp_path / str(part)).rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("method", METHODS[:-1], ids=names[:-1])
+def test_a_draw_that_ctrl_c_breaks_off_is_made_anew(method, tmp_path: Path) -> None:
+    """With the random numbers that it began with: the run is the one that was never stopped."""
+    whole, calls = run_and_count(method)
+    target = model()
+    cut(target, calls - 10, KeyboardInterrupt)
+    with pytest.warns(UserWarning, match="interrupted: returning"):
+        part = bf.sample(target, method, seed=3, checkpoint=tmp_path, **SIZES)
+    assert 0 < part.n_draws < whole.n_draws
+    assert torch.equal(part.theta, whole.theta[:, : part.n_draws])
+    kept = bf.Checkpoint(tmp_path, resume=True)
+    same(bf.sample(model(), method, seed=3, checkpoint=kept, **SIZES), whole)
+
+
+@pytest.mark.slow
+# a file may be left open between two lines of Python
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_may_come_at_any_line(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(loop, "CHUNK_BYTES", 1)  # a draw at a time goes to disk
+    given = {"method": bf.HMC(max_leapfrog=2), "seed": 3, "init": "prior"}
+    given |= {"chains": 1, "warmup": 2, "draws": 2}
+    watched = {loop._draw, loop._Progress.drawn}
+    watched |= {checkpoint.Stream.append, checkpoint.Stream.flush}
+    code = {function.__code__ for function in watched}
+
+    def drawn(folder: Path, at: int | None = None) -> tuple[bf.Draws | None, int]:
+        """Interrupt the ``at``-th line of them; return the draws, and the lines so far."""
+        lines = 0
+
+        def line(frame, event: str, _):
+            nonlocal lines
+            if event == "line":
+                lines += 1
+                if lines == at:
+                    raise KeyboardInterrupt
+            return line
+
+        kept = bf.Checkpoint(folder, resume=True)
+        before = sys.gettrace()
+        sys.settrace(lambda frame, *_: line if frame.f_code in code else None)
+        try:
+            return bf.sample(model(), checkpoint=kept, **given), lines
+        except KeyboardInterrupt:
+            return None, lines
+        finally:
+            sys.settrace(before)
+
+    whole, lines = drawn(tmp_path / "whole")
+    assert lines > 100
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "interrupted")
+        for at in range(1, lines, 7):
+            part, _ = drawn(tmp_path / str(at), at)
+            if part is not None:
+                assert torch.equal(part.theta, whole.theta[:, : part.n_draws])
+            same(drawn(tmp_path / str(at))[0], whole)
 
 
 def test_a_checkpoint_changes_nothing(tmp_path: Path) -> None:
@@ -184,8 +254,6 @@ def test_an_interrupted_warm_up_has_no_draws_yet(tmp_path: Path, monkeypatch) ->
 
 
 def test_memory_does_not_grow_with_the_draws(tmp_path: Path, monkeypatch) -> None:
-    from bnnflow.inference import loop
-
     monkeypatch.setattr(loop, "CHUNK_BYTES", 2 * 10 * 4 * 8)  # eight draws of two chains
     largest = [0]
     flush = checkpoint.Stream.flush

@@ -233,17 +233,25 @@ class Stream:
         self.done = _draws(saved.header) if saved is not None else 0
 
     def append(self, values: dict[str, Tensor]) -> None:
-        """Take one draw of every chain, ``(chain, ...)`` each."""
+        """Take one draw of every chain, ``(chain, ...)`` each.
+
+        What goes to disk before it are draws that have been counted: `cut` takes none of them back.
+        """
+        if self._pending and len(self._pending["theta"]) >= self._chunk:
+            self.flush()
         for name, value in values.items():
             self._pending.setdefault(name, []).append(value)
-        if len(self._pending["theta"]) >= self._chunk:
-            self.flush()
+
+    def cut(self, draws: int) -> None:
+        """Forget what was taken beyond so many draws, none of which is on disk."""
+        left = draws - self.done
+        self._pending = {n: values[:left] for n, values in self._pending.items() if left}
 
     def flush(self) -> None:
         """Write what is pending and wait until it is on disk."""
         if not self._pending:
             return
-        count = len(self._pending["theta"])
+        count, columns = len(self._pending["theta"]), {}
         for name, values in self._pending.items():
             block = np.ascontiguousarray(torch.stack(values).cpu().numpy())
             column = self._columns.get(name) or _Column(block.shape[1:], block.dtype.str, 0)
@@ -254,11 +262,10 @@ class Stream:
                 file.write(block.data)
                 file.flush()
                 os.fsync(file.fileno())
-            self._columns[name] = column._replace(
+            columns[name] = column._replace(
                 checksum=zlib.crc32(block.data, column.checksum)
             )
-        self.done += count
-        self._pending = {}
+        self._columns, self.done, self._pending = columns, self.done + count, {}
 
     def describe(self) -> dict[str, Any]:
         """Return what a state must say of the draws that are on disk."""

@@ -149,6 +149,7 @@ class _Progress:
         self.warm, self.step, self.gradients = warm, 0, gradients
         self.tuned: Tuned | None = None
         self.state: Any = None
+        self.stream: Tensor | None = None  # of the generator, where the next draw begins
 
     @classmethod
     def restored(
@@ -164,6 +165,15 @@ class _Progress:
             progress.state = saved.state("state", progress.tuned.state)
         saved.restore(generator)
         return progress
+
+    def drawn(self, state: Any, gradients: float, stream: Tensor) -> None:
+        """Count a draw, all of it at once: no interrupt comes between assignments."""
+        self.state, self.step, self.gradients, self.stream = (
+            state,
+            self.step + 1,
+            gradients,
+            stream,
+        )
 
     def save(
         self,
@@ -236,15 +246,15 @@ def _draw(
             record.flush()
             progress.save(checkpoint, generator, tuned.found, record.describe())
 
-    interrupted = False
+    interrupted, progress.stream = False, generator.get_state()
     try:
         while progress.step < draws:
             state, info = tuned.kernel.step(progress.state, generator)
             record.append(
                 {"theta": state.theta, "log_joint": state.log_joint} | info._asdict()
             )
-            progress.state, progress.step = state, progress.step + 1
-            progress.gradients += float(info.n_steps.double().mean())
+            gradients = progress.gradients + float(info.n_steps.double().mean())
+            progress.drawn(state, gradients, generator.get_state())
             meter.update(info, "")
             if checkpoint and checkpoint.due(False, generator.device):
                 save()
@@ -253,6 +263,9 @@ def _draw(
             raise
         interrupted = True
         warn(f"interrupted: returning the {progress.step} of {draws} draws made so far")
+        # a draw that was broken off is made anew, with the same random numbers
+        generator.set_state(progress.stream)
+        record.cut(progress.step)
     save()
     values = {name: value[:, :draws] for name, value in record.read().items()}
     values = _gathered(values, progress.step, run)
@@ -299,6 +312,10 @@ class _Memory:
         for name, value in values.items():
             self._values[name][:, self.done] = value
         self.done += 1
+
+    def cut(self, draws: int) -> None:
+        """Forget what was recorded beyond so many draws."""
+        self.done = draws
 
     def read(self) -> dict[str, Tensor]:
         return {name: value[:, : self.done] for name, value in self._values.items()}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -259,7 +261,8 @@ class _Loop:
                     if self.fixes_the_end():
                         bar.total = self.total
                         continue
-                    self.step()
+                    with _whole():
+                        self.step()
                     bar.update()
                     self.show(bar)
                     if self.file is not None and time.perf_counter() - saved > SECONDS:
@@ -385,6 +388,25 @@ def _chance(random: bool, seed: int) -> contextlib.AbstractContextManager[None]:
         if random
         else contextlib.nullcontext()
     )
+
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of the block: a step broken off in the middle would be kept so,
+    and could not be resumed bit for bit.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    came: list[tuple[Any, Any]] = []
+    signal.signal(signal.SIGINT, lambda *given: came.append(given))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[0])
 
 
 def _copy(generator: torch.Generator) -> torch.Generator:
