@@ -87,6 +87,9 @@ flow = replace(flow, solver=bf.transport.Solver(steps=3))
 small = bf.transport.InformedVelocity(model.spec, bf.transport.GradientSteps(1), width=8, depth=1)
 training = bf""",
         "Solver(steps=8)": "Solver(steps=2)",
+        "quick.sample(200": "quick.sample(50",
+        "width=32, depth=2": "width=8, depth=1",
+        "trajectories=64": "trajectories=16",
     }
     program = smaller(program_of("transport.md"), changes)
     with torch.random.fork_rng(devices=[]):
@@ -107,6 +110,9 @@ def test_program_of_the_inference_page_runs(capsys, tmp_path, monkeypatch):
             "SGHMC(batch_size=32, control_variates=True, thinning=2, step_size=1e-3)"
         ),
         "DeepEnsemble(members=4)": "DeepEnsemble(members=4, steps=100)",
+        "chains=4, warmup=100, draws=50": "chains=4, warmup=20, draws=10",
+        "chains=4, warmup=100, draws=80": "chains=4, warmup=20, draws=15",
+        "more.theta[:, :50]": "more.theta[:, :10]",
         "bf.SGHMC(batch_size=32), chains=4, warmup=20, draws=10": (
             "bf.SGHMC(batch_size=8, step_size=1e-3), chains=2, warmup=4, draws=2, init='prior'"
         ),
@@ -121,7 +127,7 @@ def test_program_of_the_inference_page_runs(capsys, tmp_path, monkeypatch):
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("torch.Size([4, 50, 98]) ['acceptance_rate', ")
     assert "('prior.log_scale', 'likelihood.log_scale')" in printed
-    assert "torch.Size([4, 50, 98])" in printed  # read from the folder of the run
+    assert "torch.Size([4, 10, 98])" in printed  # read from the folder of the run
     scales = [float(each) for each in re.findall(r"[\d.]+", printed[-1].split("tensor")[1])]
     assert scales == pytest.approx([0.1, 1.0, 10.0], rel=0.2)
 
@@ -135,9 +141,9 @@ def blocks_of(page: str) -> list[str]:
 
 def test_programs_of_the_extending_page_run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(
-        compile(program_of("extending.md"), "extending.md", "exec"), {"__name__": __name__}
-    )
+    changes = {"chains=8, warmup=100, draws=100": "chains=4, warmup=20, draws=20"}
+    program = smaller(program_of("extending.md"), changes)
+    exec(compile(program, "extending.md", "exec"), {"__name__": __name__})
     acceptance, noise, log_q = capsys.readouterr().out.splitlines()
     assert 0.5 < float(acceptance.split()[1]) < 1
     assert 0.05 < float(noise.split()[1]) < 1
