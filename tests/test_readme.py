@@ -105,6 +105,7 @@ def test_program_of_the_inference_page_runs(capsys, tmp_path, monkeypatch):
     changes = {
         "chains=8, warmup=200, draws=200": "chains=4, warmup=50, draws=50",
         "SMC(particles=200)": "SMC(particles=20)",
+        "bf.evidence(model, draws)": "bf.evidence(model, draws, bf.SMC(100, moves=1))",
         "chains=8, warmup=100, draws=100": "chains=4, warmup=20, draws=20",
         "SGHMC(batch_size=32, control_variates=True, thinning=10)": (
             "SGHMC(batch_size=32, control_variates=True, thinning=2, step_size=1e-3)"
@@ -141,7 +142,10 @@ def blocks_of(page: str) -> list[str]:
 
 def test_programs_of_the_extending_page_run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    changes = {"chains=8, warmup=100, draws=100": "chains=4, warmup=20, draws=20"}
+    changes = {
+        "chains=8, warmup=100, draws=100": "chains=4, warmup=20, draws=20",
+        "HMC(trajectory_length=0.5)": "HMC(trajectory_length=0.1)",
+    }
     program = smaller(program_of("extending.md"), changes)
     exec(compile(program, "extending.md", "exec"), {"__name__": __name__})
     acceptance, noise, log_q = capsys.readouterr().out.splitlines()

@@ -114,7 +114,7 @@ def test_engines_agree_with_the_reference_on_iris(method, sizes, iris):
 @pytest.mark.parametrize(
     ("method", "sizes"),
     [
-        pytest.param(bf.MCLMC(), {"chains": 16, "warmup": 500, "draws": 800}, id="MCLMC"),
+        pytest.param(bf.MCLMC(), {"chains": 16, "warmup": 300, "draws": 400}, id="MCLMC"),
         pytest.param(
             bf.HMC(), {"chains": 16, "warmup": 500, "draws": 300}, id="HMC", marks=long
         ),

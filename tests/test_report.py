@@ -672,7 +672,7 @@ def test_bands_cover_what_they_should(model):
         plots.predictive_band({"a": predict(model, model.sample_prior(5, 0), model.x)})
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("count", [1, 4, 8])
 def test_figures_come_out_for_any_number_of_methods(model, count):
     x, y = test_data(model)
     predictions = {
