@@ -65,7 +65,8 @@ def test_bands_in_the_gap(table_of):
     }
     quick |= {f"ensemble {i}": (bf.DeepEnsemble(members=2, steps=20), {}) for i in range(6)}
     training = bf.Training(steps=1, batch_size=8)
-    _, *table = table_of("gap_bands", METHODS=quick, CHAINS=CHAINS, TRAINING=training)
+    _, hmc, *table = table_of("gap_bands", METHODS=quick, CHAINS=CHAINS, TRAINING=training)
+    assert hmc[0] == "HMC"
     assert [name for name, _ in table] == list(quick)
     assert table[3][1][:3] == table[4][1][:3]  # of the same seed
     for _, cells in table:
