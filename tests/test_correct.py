@@ -4,6 +4,7 @@ verdicts that see.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import math
@@ -325,6 +326,7 @@ def test_the_gradient_in_latent_space_is_that_of_the_density() -> None:
 # ---------------------------------------- a lost mode
 
 
+@functools.cache
 def two_modes() -> tuple[bf.BayesianModel, Tensor, float]:
     """Return the smallest network, exact draws of its two modes, and its evidence, by
     quadrature.

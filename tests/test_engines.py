@@ -140,7 +140,7 @@ def test_engines_agree_with_pyros_about_a_network() -> None:
     oracle = bf.PyroNUTS(max_tree_depth=5)
     start = bf.sample(model, bf.HMC(), chains=1, warmup=100, draws=1, seed=5).theta[0]
     expected, its_error = estimates(
-        bf.sample(model, oracle, chains=1, warmup=80, draws=160, seed=0, init=start)
+        bf.sample(model, oracle, chains=1, warmup=60, draws=120, seed=0, init=start)
     )
     for name, engine in ENGINES.items():
         found, error = estimates(bf.sample(model, engine.method, seed=1, **engine.sizes))

@@ -22,6 +22,7 @@ from bnnflow.gaussian import Gaussian
 from bnnflow.model import BayesianModel, likelihoods
 from bnnflow.predictive import metrics, predict
 from bnnflow.report import Report, diagnose, plots, report, to_arviz
+from bnnflow.report.compare import compare
 from tests.problems import built, normal
 
 VOID = {"meta", "br", "hr", "img", "link", "input", "wbr"}
@@ -369,20 +370,17 @@ def weighted(model, shift: float = 0.0) -> Draws:
     )
 
 
-@pytest.mark.parametrize("as_array", [np.asarray, list, lambda values: values.float()])
-def test_the_report_weighs_draws_whatever_holds_the_weights(model, as_array):
+def test_the_report_weighs_draws_whatever_holds_the_weights(model):
     x, y = test_data(model)
     theta = model.sample_prior(50, seed=0)
     log_weights = 3 * theta[:, 0].double()
-    forms = {
-        "tensor": (theta, log_weights),
-        "other": (theta.numpy(), as_array(log_weights)),
-        "none": theta,
-    }
-    tensor, other, none = (
+    held = (np.asarray, list, lambda values: values.float())
+    others = {str(i): (theta.numpy(), hold(log_weights)) for i, hold in enumerate(held)}
+    forms = {"none": theta, "tensor": (theta, log_weights)} | others
+    none, tensor, *rest = (
         row["lppd"] for row in report(model, forms, x, y, path=None).table
     )
-    assert other == pytest.approx(tensor, rel=1e-6)
+    assert rest == pytest.approx([tensor] * 3, rel=1e-6)
     assert none != pytest.approx(tensor, rel=1e-3)
 
 
@@ -551,9 +549,8 @@ def test_equal_methods_are_marked_alike_and_beaten_ones_are_not(model):
     assert (
         report(model, chains(model, draws=50), x, y, path=None).table[0]["method"] == "HMC"
     )
-    table = report(
-        model, {"a": theta, "b": theta.clone(), "c": worse}, x, y, path=None
-    ).table
+    methods = [("a", theta), ("b", theta.clone()), ("c", worse)]
+    table = [each.row for each in compare(methods, model, x, y).evaluations]
     assert table[0]["best"] == table[1]["best"]
     assert "lppd" in table[0]["best"]
     assert "lppd" not in table[2]["best"]
@@ -565,19 +562,13 @@ def test_the_reference_is_the_exact_sampler_that_converged(model):
         chains(model, draws=400),
         chains(model, centre=model.sample_prior(4, seed=0), spread=0.01),
     )
-    section = report(
-        model, {"stuck": stuck, "good": good, "prior": good.flat}, x, y, path=None
-    ).sections[0]
-    assert section.comparison.reference == "good"
-    assert section.comparison.headline.startswith("Use good")
-    alone = report(model, {"stuck": stuck}, x, y, path=None).sections[0].comparison
+    found = compare([("stuck", stuck), ("good", good), ("prior", good.flat)], model, x, y)
+    assert found.reference == "good"
+    assert found.headline.startswith("Use good")
+    alone = compare([("stuck", stuck)], model, x, y)
     assert alone.reference is None
     assert "has not converged" in alone.headline
-    nothing = (
-        report(model, {"a": good.flat, "b": stuck.flat}, x, y, path=None)
-        .sections[0]
-        .comparison
-    )
+    nothing = compare([("a", good.flat), ("b", stuck.flat)], model, x, y)
     assert "no exact sampler" in nothing.headline
 
 

@@ -247,7 +247,7 @@ def test_draws_far_below_the_others_are_left_out_of_the_evidence_or_refused() ->
     model = bf.BayesianModel(
         net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.03), x, (2 * x[:, 0]).sin()
     )
-    draws = bf.sample(model, bf.HMC(), chains=8, warmup=300, draws=25, seed=0).flat
+    draws = bf.sample(model, bf.HMC(), chains=8, warmup=150, draws=25, seed=0).flat
     smc = bf.SMC(particles=200, ess=0.7)
     clean, error = bf.evidence(model, draws, smc)
     draws[[0, 50, 199]] = model.sample_prior(3, 5)
