@@ -837,10 +837,10 @@ SMALL = [
     bf.Laplace(steps=20),
     bf.Laplace("diagonal", steps=20),
     bf.Laplace("last_layer", steps=20),
-    bf.SWAG(members=2, steps=20, snapshots=20, every=2),
+    bf.SWAG(members=2, steps=20, snapshots=20, every=1),
     bf.MCDropout(members=2, steps=20),
     bf.DeepEnsemble(3, 20),
-    bf.PyroNUTS(),
+    bf.PyroNUTS(max_tree_depth=3),
 ]
 
 
