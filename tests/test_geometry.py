@@ -452,7 +452,7 @@ def test_density_of_von_mises_and_fisher() -> None:
     assert abs(float(heights.mean()) - mean) < 4 * float(heights.std()) / 20_000**0.5
 
 
-def quadrature(latitudes: int = 50, meridians: int = 80) -> tuple[Tensor, Tensor]:
+def quadrature(latitudes: int = 40, meridians: int = 64) -> tuple[Tensor, Tensor]:
     """Return points of the unit sphere in three dimensions, and their weights."""
     nodes, weights = (
         torch.tensor(each, dtype=F64) for each in np.polynomial.legendre.leggauss(latitudes)
