@@ -248,7 +248,7 @@ def test_equal_to_torch(activation: str, likelihood: str, dtype: torch.dtype) ->
 
 
 @needs_compiler
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(st.data())
 def test_equal_to_torch_for_every_shape(data: st.DataObject) -> None:
     widths = data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=4))
