@@ -154,17 +154,20 @@ def read(path):
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        # without the half row of a run that was killed
+        return [row for row in csv.DictReader(file) if None not in row.values()]
 
 
-def write(path, rows):
-    """Replace the file by one with all rows, so that a kill leaves the old or the new one."""
-    part = path.with_suffix(".part")
-    with part.open("w", newline="") as file:
+def add(path, row):
+    """Put a row at the end of the file: several runs may write to it."""
+    before = path.read_bytes() if path.exists() else b""
+    with path.open("a", newline="") as file:
+        if before and not before.endswith(b"\n"):  # the half row of a run that was killed
+            file.write("\r\n")
         writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(part, path)
+        if not before:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def python_of(method, folder):
@@ -261,7 +264,7 @@ def main() -> None:
                     tasks.append((given.data, name, split, method, pythons[method]))
     for row in fits(tasks, given.jobs):
         rows.append(row)
-        write(given.out, rows)
+        add(given.out, row)
         print(" ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     table(rows)
 

@@ -50,8 +50,14 @@ def test_each_fit_is_scored_once(uci, tmp_path, monkeypatch, capsys):
     gp = second[1]
     assert float(gp["nll"]) == pytest.approx(0.5 * math.log(2 * math.pi * math.e), abs=0.5)
     assert float(gp["width"]) == pytest.approx(2 * 1.645, rel=0.3)
-    last = capsys.readouterr().out.splitlines()[-3:]
-    assert [line.split()[0] for line in last] == ["line", "ensemble", "gp"]
+    with out.open("a") as file:
+        file.write("line,0,catb")  # of a run that was killed
+    third = run("forest")
+    assert third[:2] == second
+    assert third[-1]["method"] == "forest"
+    run("ensemble,gp")
+    last = capsys.readouterr().out.splitlines()[-4:]
+    assert [line.split()[0] for line in last] == ["line", "ensemble", "forest", "gp"]
 
 
 def test_mixtures_of_normal_laws_have_the_quantiles_of_their_draws(uci):
