@@ -92,7 +92,7 @@ class OutputScales(Prior):
     """
 
     scale_prior: Distribution = field(
-        default_factory=lambda: td.LogNormal(exact(math.log(0.3)), exact(1.0))
+        default_factory=lambda: td.LogNormal(exact(0.0), exact(1.0))
     )
     scale: float = 1.0
 
