@@ -1,15 +1,17 @@
-"""R-hat, effective sample sizes and Pareto smoothing: what ArviZ computes, from either of its
-generations.
+"""R-hat, effective sample sizes and Pareto smoothing, as ArviZ defines them.
 
-ArviZ 0.x is one package that smooths log weights; 1.x is several, and smooths the weights that
-belong to log *likelihoods*, the negative of what is given. Both are wrapped here and nowhere else.
+R-hat and effective sizes are those of ArviZ for all quantities at once, in a small part of the
+time. Its smoothing is wrapped: ArviZ 0.x is one package that smooths log weights; 1.x is several,
+and smooths the weights that belong to log *likelihoods*, the negative of what is given.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -29,20 +31,30 @@ def is_datatree() -> bool:
     return hasattr(import_arviz(), "convert_to_datatree")
 
 
+BLOCK = 2**22  # numbers that are worked on at once
+
+
 def rhat(values: np.ndarray) -> np.ndarray:
     """Return the rank-normalised split R-hat of ``(chain, draw, ...)``, ``(...)`` (Vehtari et al.
     2021).
+
+    NaN for fewer than two chains or four draws, for quantities that never change, and where one of
+    them is NaN.
     """
-    return _of_chains("rhat", values)
+    if len(values) < 2 or values.shape[1] < 4:
+        return np.full(values.shape[2:], np.nan)
+    return _of_quantities(_rhat, values)
 
 
 def ess(values: np.ndarray, method: Literal["bulk", "tail", "mean"]) -> np.ndarray:
     """Return the effective sample size of ``(chain, draw, ...)``, ``(...)``, all chains together.
 
-    ``"tail"`` is the smaller one of the 5 % and the 95 % quantile.
+    ``"tail"`` is the smaller one of the 5 % and the 95 % quantile. NaN for fewer than four draws,
+    and where one of them is NaN.
     """
-    options = {"prob": (0.05, 0.95)} if method == "tail" else {}
-    return _of_chains("ess", values, method=method, **options)
+    if values.shape[1] < 4:
+        return np.full(values.shape[2:], np.nan)
+    return _of_quantities(_ESS[method], values)
 
 
 def psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
@@ -63,21 +75,109 @@ def psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     return np.asarray(smoothed), float(khat)
 
 
-def _of_chains(diagnostic: str, values: np.ndarray, **options: Any) -> np.ndarray:
-    import xarray
+# ---------------------------------------- of (chain, draw, quantity)
 
-    flat = _standardised(values.reshape(*values.shape[:2], -1))
-    series = xarray.Dataset({"values": (("chain", "draw", "quantity"), flat)})
-    with np.errstate(all="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        found = getattr(import_arviz(), diagnostic)(series, **options)["values"]
-    return found.to_numpy().reshape(values.shape[2:])
+
+def _of_quantities(
+    diagnostic: Callable[[np.ndarray], np.ndarray], values: np.ndarray
+) -> np.ndarray:
+    """Return a diagnostic of every quantity, NaN where a draw is NaN, a block of them at a time."""
+    flat = values.reshape(*values.shape[:2], -1)
+    found = np.empty(flat.shape[2])
+    size = max(1, BLOCK // (flat.shape[0] * flat.shape[1]))
+    with np.errstate(all="ignore"):
+        for start in range(0, len(found), size):
+            block = _standardised(flat[..., start : start + size])
+            lost = np.isnan(block).any((0, 1))
+            found[start : start + size] = np.where(
+                lost, np.nan, diagnostic(np.where(lost, 0.0, block))
+            )
+    return found.reshape(values.shape[2:])
 
 
 def _standardised(values: np.ndarray) -> np.ndarray:
-    """Bring every quantity of ``(chain, draw, quantity)`` to one scale: ArviZ takes a range below
-    1e-15 for none.
-    """
+    """Bring every quantity to one scale: a range below 1e-15 is taken for none."""
     offset = values.astype(np.float64) - values[:1, :1]
     reach = np.abs(offset).max((0, 1), keepdims=True, initial=0.0)
     return offset / np.where(reach > 0, reach, 1.0)
+
+
+def _halves(values: np.ndarray) -> np.ndarray:
+    """Make two chains of each, without the draw in the middle of an odd number."""
+    half = values.shape[1] // 2
+    return np.concatenate([values[:, :half], values[:, -half:]])
+
+
+def _normal_scores(values: np.ndarray) -> np.ndarray:
+    """Return the normal quantiles of the ranks among all chains (Blom 1958)."""
+    from scipy.special import ndtri
+    from scipy.stats import rankdata
+
+    ranks = rankdata(values.reshape(-1, values.shape[2]), axis=0).reshape(values.shape)
+    return ndtri((ranks - 0.375) / (values.shape[0] * values.shape[1] + 0.25))
+
+
+def _rhat(values: np.ndarray) -> np.ndarray:
+    halves = _halves(values)
+    bulk = _ratio(_normal_scores(halves))
+    tail = _ratio(_normal_scores(np.abs(halves - np.median(halves, (0, 1)))))
+    return np.where(tail > bulk, tail, bulk)
+
+
+def _ratio(chains: np.ndarray) -> np.ndarray:
+    """Return the root of the variance of all draws over that within chains."""
+    draws = chains.shape[1]
+    between = draws * chains.mean(1).var(0, ddof=1)
+    return np.sqrt((between / chains.var(1, ddof=1).mean(0) + draws - 1) / draws)
+
+
+def _ess_of_tails(values: np.ndarray) -> np.ndarray:
+    quantiles = np.quantile(values, (0.05, 0.95), (0, 1))
+    return np.minimum(
+        *(_ess_of_means(_halves((values <= each).astype(float))) for each in quantiles)
+    )
+
+
+def _ess_of_means(chains: np.ndarray) -> np.ndarray:
+    """Return how many independent draws would have means as sharp; all where nothing varies."""
+    from scipy.fft import next_fast_len
+
+    count, draws, _ = chains.shape
+    size = next_fast_len(2 * draws, real=True)
+    means = chains.mean(1, keepdims=True)
+    waves = np.fft.rfft(chains - means, size, axis=1)
+    power = (waves.real**2 + waves.imag**2).mean(0)
+    covariance = np.fft.irfft(power, size, axis=0)[:draws] / draws
+    within = covariance[0] * draws / (draws - 1)
+    variance = covariance[0] + (means[:, 0].var(0, ddof=1) if count > 1 else 0.0)
+    correlations = 1 - (within - covariance) / variance
+    total = count * draws
+    times = np.array([_time(each) for each in correlations.T.tolist()])
+    found = total / np.maximum(times, 1 / math.log10(total))
+    return np.where(np.ptp(chains, (0, 1)) < 1e-15, total, found)
+
+
+def _time(correlations: list[float]) -> float:
+    """Return the integrated autocorrelation time by the initial positive and monotone sequence of
+    sums of neighbours (Geyer 1992).
+    """
+    even, odd = 1.0, correlations[1]
+    kept = [even, odd]
+    while len(kept) < len(correlations) - 2 and even + odd > 0:
+        even, odd = correlations[len(kept)], correlations[len(kept) + 1]
+        kept += [even, odd] if even + odd >= 0 else [0.0, 0.0]
+    last = len(kept) - 2  # its pair is not summed
+    if even > 0:
+        kept[last] = even
+    for i in range(2, last, 2):
+        before = kept[i - 2] + kept[i - 1]
+        if kept[i] + kept[i + 1] > before:
+            kept[i] = kept[i + 1] = before / 2
+    return -1 + 2 * sum(kept[:last]) + kept[last]
+
+
+_ESS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "bulk": lambda values: _ess_of_means(_normal_scores(_halves(values))),
+    "tail": _ess_of_tails,
+    "mean": lambda values: _ess_of_means(_halves(values)),
+}

@@ -1,11 +1,13 @@
-"""What ArviZ computes is the same from both of its generations, at every scale of the draws."""
+"""What ArviZ computes is the same from both of its generations, at every scale of the draws; what
+is computed here is the same as there.
+"""
 
 import numpy as np
 import pytest
 from scipy.special import logsumexp
 from scipy.stats import genpareto
 
-from bnnflow.diagnostics import ess, psis, rhat
+from bnnflow.diagnostics import ess, import_arviz, psis, rhat
 
 SCALES = [1e-30, 1e-8, 1.0, 1e8, 1e30]
 
@@ -20,6 +22,59 @@ def autoregressive(
     for i in range(1, draws):
         values[:, i] = rho * values[:, i - 1] + np.sqrt(1 - rho**2) * noise[:, i]
     return values
+
+
+SERIES = {
+    "independent": lambda g, shape: g.normal(size=shape),
+    "slow": lambda g, shape: g.normal(size=shape).cumsum(1),
+    "alternating": lambda g, shape: (
+        (-1.0) ** np.arange(shape[1]) + g.normal(size=shape) / 9
+    ),
+    "apart": lambda g, shape: g.normal(size=shape) + 2 * g.normal(size=(shape[0], 1)),
+    "counts": lambda g, shape: g.poisson(3.0, shape).astype(float),
+    "rare": lambda g, shape: (g.random(shape) < 0.1).astype(float),
+    "constant": lambda g, shape: np.full(shape, 3.0),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of ArviZ, about what has no answer
+@pytest.mark.parametrize("shape", [(1, 4), (2, 5), (3, 8), (2, 51), (4, 200), (50, 6)])
+@pytest.mark.parametrize("kind", SERIES)
+def test_r_hat_and_effective_sizes_are_those_of_arviz(kind, shape):
+    arviz = import_arviz()
+    values = SERIES[kind](np.random.default_rng(0), shape)
+    values = (
+        values - values[0, 0]
+    )  # as they are standardised here: rounding makes and breaks ties
+    values = values / (np.abs(values).max() or 1.0)
+    if len(values) > 1:
+        np.testing.assert_allclose(rhat(values), float(arviz.rhat(values)), rtol=1e-8)
+    for method, prob in (("bulk", None), ("mean", None), ("tail", (0.05, 0.95))):
+        options = {} if prob is None else {"prob": prob}
+        expected = float(arviz.ess(values, method=method, **options))
+        np.testing.assert_allclose(ess(values, method), expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("method", ["bulk", "tail", "mean"])
+def test_what_has_no_answer_is_not_a_number_and_alone_so(method):
+    values = np.random.default_rng(0).normal(size=(4, 60, 3))
+    whole, r_hat = ess(values, method), rhat(values)
+    values[2, 7, 1] = np.nan
+    for found, before in ((ess(values, method), whole), (rhat(values), r_hat)):
+        assert np.isnan(found).tolist() == [False, True, False]
+        assert found[[0, 2]].tolist() == before[[0, 2]].tolist()
+    assert np.isnan(ess(values[:, :3], method)).all()
+    assert np.isnan(rhat(values[:, :3])).all()
+    assert np.isnan(rhat(values[:1])).all()
+
+
+def test_blocks_of_quantities_change_nothing(monkeypatch):
+    values = np.random.default_rng(0).normal(size=(2, 20, 9))
+    whole = rhat(values), *(ess(values, method) for method in ("bulk", "tail", "mean"))
+    monkeypatch.setattr("bnnflow.diagnostics.BLOCK", 2 * 20 * 4)
+    parts = rhat(values), *(ess(values, method) for method in ("bulk", "tail", "mean"))
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.5, 0.9])
