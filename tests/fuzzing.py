@@ -254,6 +254,7 @@ def _data_and_models(w: World) -> Iterator[Call]:
         "bias_scale": 1.0,
     }
     yield Call("priors.Horseshoe", priors.Horseshoe, horseshoe)
+    yield Call("priors.OutputScales", priors.OutputScales, {"scale": 1.0})
     empirical = {
         "weights": theta,
         "per": "tensor",
