@@ -19,14 +19,14 @@ help:  ## Show this list
 demo: $(VENV)/.core  ## Run examples/demo.py
 	$(BIN)/python examples/demo.py
 
-# One thread a worker, or the workers fight for the cores.
+# One thread a worker, or the workers fight for the cores; a file to one worker, which shares its fixtures.
 test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.test  ## Run the tests and the doctests (10 minutes at most on two cores)
-	$(BIN)/python -m pytest -n auto --maxprocesses 8
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-libraries: export OMP_NUM_THREADS := 1
 test-libraries: $(VENV)/.test  ## Run the tests that meet other libraries (a second Python: VENV=.venv-3.13 PYTHON=python3.13)
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(LIBRARIES)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(LIBRARIES)
 
 validate: export OMP_NUM_THREADS := 1
 validate: $(VENV)/.test  ## Run the full calibration, coverage and kill tests (long)
