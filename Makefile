@@ -21,7 +21,7 @@ demo: $(VENV)/.core  ## Run examples/demo.py
 
 # One thread a worker, or the workers fight for the cores; a file to one worker, which shares its fixtures.
 test: export OMP_NUM_THREADS := 1
-test: $(VENV)/.test  ## Run the tests and the doctests (10 minutes at most on two cores)
+test: $(VENV)/.test  ## Run the tests and the doctests (6 minutes on two cores)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-libraries: export OMP_NUM_THREADS := 1
