@@ -324,6 +324,46 @@ def test_a_field_keeps_rows_apart_and_nothing_beside_its_weights(
     assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
 
 
+class Plain(nn.Module):
+    """A module as one writes it at first, for rows of t and x."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.net = nn.Linear(MODEL.dim + 1, outputs)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.net(torch.cat([t[:, None], x], 1))
+
+
+class Beside(Plain):
+    """It casts nothing, but makes one row of a scalar."""
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return super().forward(t.expand(len(x)), x)
+
+
+def test_times_have_the_type_of_the_points() -> None:
+    own = built(lambda: Beside(MODEL.dim), torch.float32)
+    options = {"training": bf.Training(steps=2, batch_size=8), "progress": False}
+    flow = bf.fit_flow(MODEL, DRAWS, velocity=own, **options)
+    assert flow.log_prob(flow.sample(3, 0)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Beside(1), r"must return \(4, \d+\) for so many points, got \(4, 1\)"),
+        (lambda: Plain(MODEL.dim), r"must take a scalar t too.* serves both"),
+    ],
+)
+def test_fields_of_the_wrong_shape_are_refused_before_training(
+    make: Any, message: str
+) -> None:
+    own = built(make, torch.float32)
+    with pytest.raises(ValueError, match=f"velocity: the field {message}"):
+        train(own, pairs, progress=False, training=bf.Training(steps=2, batch_size=8))
+
+
 def test_a_frozen_normalisation_is_a_constant_of_the_field() -> None:
     own = built(lambda: Own(nn.BatchNorm1d(16).eval()), torch.float32)
     train(own, pairs, progress=False, training=bf.Training(steps=2, batch_size=8))

@@ -44,8 +44,8 @@ class Field(nn.Module):
 
     @staticmethod
     def of(module: nn.Module) -> Field:
-        """Return the module itself if it is a field, else a field that calls it and knows nothing
-        more of it.
+        """Return the module itself if it is a field, else a field that calls it, with ``t`` of the
+        type of x, and knows nothing more of it.
         """
         return module if isinstance(module, Field) else _Wrapped(module)
 
@@ -153,7 +153,7 @@ class _Wrapped(Field):
         return type(self.module).__name__
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        return self.module(t, x)
+        return self.module(t.to(x.dtype), x)
 
 
 @torch.no_grad()
@@ -194,6 +194,18 @@ def check_field(field: Field, t: Tensor, x: Tensor) -> bool:
         for module in modes:
             module.training = False
         together = field(t, x)
+        if together.shape != x.shape:
+            raise ValueError(
+                f"velocity: the field must return {tuple(x.shape)} for so many points, got "
+                f"{tuple(together.shape)}"
+            )
+        try:
+            field(t[0].double(), x)  # as solvers do
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(
+                "velocity: the field must take a scalar t too, as solvers have it, in float64; "
+                f"t = t.to(x.dtype).expand(len(x)) serves both: {error}"
+            ) from error
         try:
             alone = torch.cat([field(t[i : i + 1], x[i : i + 1]) for i in range(len(x))])
         except (RuntimeError, ValueError) as error:
