@@ -573,6 +573,19 @@ def test_iris() -> None:
     assert set(fit.sample_y(x[test], 7).ravel()) <= {0, 1, 2}
 
 
+def test_a_sampler_that_was_chosen_goes_on_from_its_checkpoint(tmp_path) -> None:
+    x, y = waves(30)
+    fit = BayesianMLPRegressor((3,), method=bf.SMC(particles=20))
+    whole = fit.fit(x, y).draws_.theta
+    kept = fit.fit(x, y, checkpoint=tmp_path / "run").draws_.theta
+    assert torch.equal(kept, whole)
+    assert torch.equal(fit.fit(x, y, checkpoint=tmp_path / "run").draws_.theta, whole)
+    with pytest.raises(ValueError, match="holds another run: its seed"):
+        fit.set_params(random_state=1).fit(x, y, checkpoint=tmp_path / "run")
+    with pytest.raises(ValueError, match="not checkpoint"):
+        fit.set_params(method=QUICK).fit(x, y, checkpoint=tmp_path / "other")
+
+
 # ---------------------------------------- whether intervals hold
 
 
