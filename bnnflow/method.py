@@ -5,7 +5,7 @@ methods.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
+from bnnflow.progress import until_interrupted
 from bnnflow.ranks import ALONE, Ranks
 from bnnflow.types import Seed
+from bnnflow.warn import warn
 
 if TYPE_CHECKING:
     from bnnflow.inference.checkpoint import RunFolder
@@ -92,6 +94,10 @@ class Sampleable(Method):
     def sample(self, n: int, seed: Seed = 0) -> Tensor:
         """Draw ``(n, dim)``."""
 
+    def batches(self, n: int, seed: Seed) -> Iterator[Tensor]:
+        """Yield the draws of `sample`, ``(some, dim)`` at a time, in their order."""
+        yield self.sample(n, seed)
+
     @property
     def gradients_per_draw(self) -> int | None:
         """Gradients of the likelihood that a draw takes, none by default.
@@ -106,15 +112,25 @@ class Sampleable(Method):
         """
 
     def draw(self, model: BayesianModel, run: Run) -> Draws:
-        """Return draws as one chain, as many as were asked for, else 1,000."""
+        """Return draws as one chain, as many as were asked for, else 1,000.
+
+        Ctrl-C returns those of the batches that are done, with ``info["interrupted"]``.
+        """
         run.refuse(self, "draws", "chains", "warmup", "init", "checkpoint")
         self.check_model(model)
-        theta = model.spec.check(
-            self.sample(run.draws or 1000, run.generator), "draws of the method"
-        )
-        theta = theta.to(model.device, model.dtype)
+        wanted, parts = run.draws or 1000, []
+        with until_interrupted() as taken:
+            for part in self.batches(wanted, run.generator):
+                parts.append(model.spec.check(part, "draws of the method"))
+                taken.done += len(part)
+        theta = torch.cat(parts).to(model.device, model.dtype)
+        if taken.interrupted:
+            warn(f"interrupted: returning the {len(theta)} of {wanted} draws made so far")
         with torch.no_grad():
             log_joint = torch.cat([model.log_joint(rows) for rows in theta.split(_ROWS)])
         each = self.gradients_per_draw
-        info = {"gradients": None if each is None else each * len(theta)}
+        info = {
+            "gradients": None if each is None else each * len(theta),
+            "interrupted": taken.interrupted,
+        }
         return Draws(theta.unsqueeze(0), log_joint.unsqueeze(0), info=info)

@@ -1,12 +1,38 @@
-"""Progress bars, shown only to a person at a terminal."""
+"""Progress bars, shown only to a person at a terminal, and loops that Ctrl-C ends."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from tqdm import tqdm
 
-__all__ = ["progress_bar"]
+__all__ = ["Steps", "progress_bar", "until_interrupted"]
+
+
+@dataclass
+class Steps:
+    """How many steps of a loop are done, and whether Ctrl-C ended it there."""
+
+    done: int = 0
+    interrupted: bool = False
+
+
+@contextmanager
+def until_interrupted(least: float = 1) -> Iterator[Steps]:
+    """Let Ctrl-C end a loop that counts its steps, and go on with what it has computed.
+
+    Before ``least`` steps there is nothing to go on with, and the interrupt is raised again.
+    """
+    steps = Steps()
+    try:
+        yield steps
+    except KeyboardInterrupt:
+        if steps.done < least:
+            raise
+        steps.interrupted = True
 
 
 def progress_bar(

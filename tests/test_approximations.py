@@ -819,7 +819,8 @@ def test_an_interrupt_keeps_what_nuts_has_drawn(
 
     monkeypatch.setattr(model, "log_joint_and_grad", interrupted)
     init, sizes = torch.zeros(13, dtype=F64), {"chains": 9, "warmup": 2, "draws": 40}
-    draws = bf.sample(model, bf.PyroNUTS(max_tree_depth=4), init=init, seed=0, **sizes)
+    with pytest.warns(UserWarning, match=r"interrupted: returning \d of 9 chains"):
+        draws = bf.sample(model, bf.PyroNUTS(max_tree_depth=4), init=init, seed=0, **sizes)
     assert draws.info["interrupted"]
     assert draws.n_chains >= shape[0]
     assert 1 <= draws.n_draws <= 40

@@ -5,7 +5,7 @@ them.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +14,20 @@ from bnnflow.arguments import tensor
 from bnnflow.method import Run
 from bnnflow.model import BayesianModel
 from bnnflow.optimisers import Adam, cosine
-from bnnflow.progress import progress_bar
+from bnnflow.progress import Steps, progress_bar, until_interrupted
 from bnnflow.ranks import ALONE, Ranks
 from bnnflow.warn import warn
 from bnnflow.weights import WeightSpec
 
 __all__ = [
     "WARM_START",
+    "Ascent",
     "accelerated_ascent",
     "as_start",
     "first_points",
     "maximise",
     "of_divergence",
+    "of_interrupt",
     "one_point",
     "random_networks",
     "starting_points",
@@ -66,8 +68,23 @@ def maximise(
     progress: bool,
     description: str,
 ) -> Tensor:
-    """Return the best points of `accelerated_ascent`, ``(n, dim)``."""
-    return accelerated_ascent(model, theta, steps, learning_rate, progress, description)[0]
+    """Return the best points of a whole `accelerated_ascent`, ``(n, dim)``."""
+    ascent = accelerated_ascent(model, theta, steps, learning_rate, progress, description)
+    if ascent.steps.interrupted:
+        raise KeyboardInterrupt
+    return ascent.best
+
+
+class Ascent(NamedTuple):
+    """Where a climb of many points has come to."""
+
+    best: Tensor
+    """The best points that were seen, ``(n, dim)``."""
+    diverged: Tensor
+    """Which rows ended more than a nat, and a tenth of what they had gained, below their best,
+    ``(n,)``.
+    """
+    steps: Steps
 
 
 def accelerated_ascent(
@@ -78,16 +95,12 @@ def accelerated_ascent(
     progress: bool,
     description: str,
     free: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Ascent:
     """Climb log_joint from every row of ``theta`` ``(n, dim)`` at once with Adam and a cosine
     schedule.
 
     A row whose density becomes NaN keeps its best point so far. ``free`` is 1 for coordinates that
-    move and 0 for others, ``(dim,)``; all move if None.
-
-    Returns:
-        The best points that were seen, ``(n, dim)``, and which rows diverged, ``(n,)``: those that
-        ended more than a nat, and a tenth of what they had gained, below their best.
+    move and 0 for others, ``(dim,)``; all move if None. Ctrl-C ends the climb where it is.
     """
     theta, first = theta.clone(), None
     adam = Adam(theta)
@@ -95,7 +108,11 @@ def accelerated_ascent(
         theta.clone(),
         torch.full(theta.shape[:1], -math.inf, dtype=torch.float64, device=theta.device),
     )
-    with torch.no_grad(), progress_bar(steps, description, progress, "step") as bar:
+    with (
+        torch.no_grad(),
+        progress_bar(steps, description, progress, "step") as bar,
+        until_interrupted() as taken,
+    ):
         for step in range(1, steps + 1):
             value, grad = model.log_joint_and_grad(theta)
             grad = grad if free is None else grad * free
@@ -104,12 +121,14 @@ def accelerated_ascent(
             best = torch.where(better[:, None], theta, best)
             best_value = torch.where(better, value, best_value)
             theta = adam.step(theta, grad, cosine(learning_rate, step, steps))
+            taken.done = step
             bar.update()
+    with torch.no_grad():
         value = model.log_joint(theta)
     best = torch.where((value > best_value)[:, None], theta, best)
     top = torch.maximum(value, best_value)
     gained = top - first if first is not None else torch.zeros_like(top)
-    return best, ~(value >= top - 1 - 0.1 * gained)
+    return Ascent(best, ~(value >= top - 1 - 0.1 * gained), taken)
 
 
 def of_divergence(
@@ -131,6 +150,16 @@ def of_divergence(
         f"{lost[:5]}; {rate} is too large for this model, take a tenth of it"
     )
     return {"diverged": lost}
+
+
+def of_interrupt(method: object, taken: Steps, planned: str) -> dict[str, bool]:
+    """Return what ``draws.info`` says of a fit that Ctrl-C ended, and warn of it."""
+    if taken.interrupted:
+        warn(
+            f"interrupted: {type(method).__name__} returns what it has after {taken.done} of "
+            f"{planned}"
+        )
+    return {"interrupted": taken.interrupted}
 
 
 def as_start(model: BayesianModel, init: Any) -> Tensor | Literal["prior"] | None:

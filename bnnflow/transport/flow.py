@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -263,17 +263,33 @@ class Flow(Sampleable):
         Raises:
             FloatingPointError: if the velocity becomes NaN, or draws are not finite.
         """
+        if diffusion == 0:
+            parts = self.batches(n, seed, solver=solver, chunk_size=chunk_size)
+            return torch.cat(list(parts))
         generator = as_generator(seed, self._device)
         starts = self.start(n, generator).split(chunk_size or default_chunk(self._device))
         with torch.no_grad():
-            if diffusion == 0:
-                return _finite([self.forward(x0, solver=solver) for x0 in starts])
             return _finite(
                 [
                     self._diffuse(x0, solver or self.solver, diffusion, generator)
                     for x0 in starts
                 ]
             )
+
+    def batches(
+        self,
+        n: int,
+        seed: Seed,
+        *,
+        solver: Solver | None = None,
+        chunk_size: int | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield the draws of `sample`, as many as travel together at a time."""
+        generator = as_generator(seed, self._device)
+        for x0 in self.start(n, generator).split(chunk_size or default_chunk(self._device)):
+            with torch.no_grad():
+                part = _finite([self.forward(x0, solver=solver)])
+            yield part
 
     def _diffuse(
         self,

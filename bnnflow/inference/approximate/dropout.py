@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
-from bnnflow.inference.start import first_points, of_divergence
+from bnnflow.inference.start import first_points, of_divergence, of_interrupt
 from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 from bnnflow.optimisers import Adam, cosine
-from bnnflow.progress import progress_bar
+from bnnflow.progress import progress_bar, until_interrupted
 from bnnflow.weights import WeightSpec
 
 __all__ = ["MCDropout", "dropout_factors"]
@@ -74,6 +74,7 @@ class MCDropout(Method):
         with (
             torch.no_grad(),
             progress_bar(self.steps, "MC dropout", run.progress, "step") as bar,
+            until_interrupted() as taken,
         ):
             for step in range(1, self.steps + 1):
                 factors = masks((members, self.masks), generator)
@@ -83,6 +84,7 @@ class MCDropout(Method):
                 grad = (grad * factors).mean(1) + prior_grad
                 objectives.append(value.mean(1) + prior)  # (members,)
                 theta = adam.step(theta, grad, cosine(self.learning_rate, step, self.steps))
+                taken.done = step
                 bar.update()
         # The objective is noisy: only a fall that no mask explains is a divergence.
         first, last = objectives[0], objectives[-1]
@@ -91,12 +93,10 @@ class MCDropout(Method):
         draws = run.draws or 250
         factors = masks((members, draws), generator)
         theta = theta.unsqueeze(1) * factors  # (members, draws, dim)
-        info = {"gradients_per_chain": self.steps * self.masks}
-        return Draws(
-            theta,
-            model.log_joint(theta),
-            info=info | of_divergence(self, lost, self.learning_rate),
-        )
+        info = {"gradients_per_chain": taken.done * self.masks}
+        info |= of_divergence(self, lost, self.learning_rate)
+        info |= of_interrupt(self, taken, f"{self.steps} steps")
+        return Draws(theta, model.log_joint(theta), info=info)
 
     def _masks(self, model: BayesianModel) -> _Masks:
         if model.spec.layers and model.spec.widths:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from bnnflow.model import BayesianModel, priors
+from bnnflow.progress import until_interrupted
 
 __all__ = ["Expansion", "check_tunable", "tune_prior"]
 
@@ -87,23 +88,27 @@ def tune_prior(
         expand: finds the mode of a model from a point near it, and the Gaussian there.
 
     Returns:
-        The expansion with the highest evidence, and what ``draws.info`` says of it.
+        The expansion with the highest evidence, after Ctrl-C of those so far, and what
+        ``draws.info`` says of it.
     """
     own = _normals(first.model)
     assert own is not None
     tuned = tuple(name for name in names if name not in first.model.spec.extras)
     best, log, radius, gradients = first, 0.0, math.log(_FACTOR), first.info["gradients"]
-    for _ in range(_ROUNDS):
-        found, promised, theta = _Local(best, names, own, log).maximise(log, radius)
-        if promised < _GAIN or radius < 0.1:
-            break
-        factors = dict.fromkeys(tuned, math.exp(found))
-        there = expand(_with_precisions(first.model, own, factors), theta)
-        gradients += there.info["gradients"]
-        if there.log_evidence > best.log_evidence:
-            best, log = there, found
-        else:
-            radius = 0.25 * abs(found - log)
+    with until_interrupted(least=0) as taken:
+        for _ in range(_ROUNDS):
+            found, promised, theta = _Local(best, names, own, log).maximise(log, radius)
+            if promised < _GAIN or radius < 0.1:
+                break
+            factors = dict.fromkeys(tuned, math.exp(found))
+            there = expand(_with_precisions(first.model, own, factors), theta)
+            gradients += there.info["gradients"]
+            if there.info["interrupted"]:
+                raise KeyboardInterrupt
+            if there.log_evidence > best.log_evidence:
+                best, log = there, found
+            else:
+                radius = 0.25 * abs(found - log)
     precisions = {
         name: math.exp(log) * float(own[name].scale.double().pow(-2).mean())
         for name in tuned
@@ -112,6 +117,7 @@ def tune_prior(
         "prior_precision": precisions,
         "log_evidence_tuned": best.log_evidence,
         "gradients": gradients,
+        "interrupted": taken.interrupted,
     }
 
 

@@ -9,7 +9,12 @@ from torch import Tensor
 
 from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
-from bnnflow.inference.start import accelerated_ascent, first_points, of_divergence
+from bnnflow.inference.start import (
+    accelerated_ascent,
+    first_points,
+    of_divergence,
+    of_interrupt,
+)
 from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 
@@ -58,12 +63,12 @@ class DeepEnsemble(Method):
         if steps is None and given is not None:
             steps, free = _STEPS if model.spec.extras else 0, _beside_the_weights(model)
         steps = _STEPS if steps is None else steps
-        theta, diverged = accelerated_ascent(
+        ascent = accelerated_ascent(
             model, theta, steps, self.learning_rate, run.progress, "ensemble", free
         )
-        info = {"gradients_per_chain": steps} | of_divergence(
-            self, diverged, self.learning_rate
-        )
+        theta, info = ascent.best, {"gradients_per_chain": ascent.steps.done}
+        info |= of_divergence(self, ascent.diverged, self.learning_rate)
+        info |= of_interrupt(self, ascent.steps, f"{steps} steps")
         return Draws(theta.unsqueeze(0), model.log_joint(theta).unsqueeze(0), info=info)
 
 

@@ -18,11 +18,12 @@ from bnnflow.forward_mode import jvp
 from bnnflow.gaussian import Gaussian
 from bnnflow.inference.approximate import kinks
 from bnnflow.inference.approximate.empirical import Expansion, check_tunable, tune_prior
-from bnnflow.inference.start import first_points, maximise
+from bnnflow.inference.start import accelerated_ascent, first_points
 from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel, likelihoods
 from bnnflow.model.network import at_once
 from bnnflow.posteriors import Conditional, KroneckerGaussian
+from bnnflow.progress import until_interrupted
 from bnnflow.seeding import isolated
 from bnnflow.warn import warn
 
@@ -155,7 +156,8 @@ class Laplace(Method):
     def draw(self, model: BayesianModel, run: Run) -> Draws:
         """Find the mode and draw from the Gaussian.
 
-        See `bnnflow.sample`. ``chains`` only shapes the draws.
+        See `bnnflow.sample`. ``chains`` only shapes the draws. Ctrl-C puts the Gaussian at the best
+        point so far, with ``info["interrupted"]``; without a mode there is no evidence.
         """
         run.refuse(self, "structure and starts", "warmup", "checkpoint")
         names = self._check(model)
@@ -164,32 +166,42 @@ class Laplace(Method):
             isinstance(run.init, Tensor),
         )
         steps = 0 if given else self.steps
-        start = maximise(model, start, steps, self.learning_rate, run.progress, "Laplace")
-        best = start[model.log_joint(start).nan_to_num(-math.inf).argmax()]
-        first = self._expand(model.to(dtype=torch.float64), best.double(), names)
+        ascent = accelerated_ascent(
+            model, start, steps, self.learning_rate, run.progress, "Laplace"
+        )
+        best = ascent.best[model.log_joint(ascent.best).nan_to_num(-math.inf).argmax()]
+        polish = 0 if ascent.steps.interrupted else self.polish
+        first = self._expand(model.to(dtype=torch.float64), best.double(), names, polish)
         at, info = first, first.info
-        if not math.isfinite(info["left_to_gain"]) or not math.isfinite(
-            info["gradient_norm"]
-        ):
+        info["interrupted"] |= ascent.steps.interrupted
+        bounded = map(math.isfinite, (info["left_to_gain"], info["gradient_norm"]))
+        if not all(bounded) and not info["interrupted"]:
             raise ValueError(_UNBOUNDED.format(type(model.prior).__name__))
-        if self.prior_precision == "evidence":
+        if self.prior_precision == "evidence" and not info["interrupted"]:
             at, tuned = tune_prior(
-                first, names, lambda model, theta: self._expand(model, theta, names)
+                first,
+                names,
+                lambda model, theta: self._expand(model, theta, names, self.polish),
             )
             info = at.info | tuned
-        info["gradients_per_chain"] = steps * len(start) + info["gradients"]
+        info["gradients_per_chain"] = ascent.steps.done * len(start) + info["gradients"]
         if given:
             info["moved"] = _moved(first.model, best.double(), first.mode)
-        if not info["converged"]:
-            warn(_NO_MODE.format(**info))
         posterior = at.posterior
-        if self.hessian == "averaged" or (
+        averaged = self.hessian == "averaged" or (
             self.hessian == "auto" and self.prior_precision is not None
-        ):
-            precision = averaged_precision(
-                at.model, at.mode, names, diagonal=self.structure == "diagonal"
-            )
-            posterior = self._gaussian(at.model, at.mode, names, precision)
+        )
+        if averaged and not info["interrupted"]:
+            with until_interrupted(least=0) as averaging:
+                precision = averaged_precision(
+                    at.model, at.mode, names, diagonal=self.structure == "diagonal"
+                )
+                posterior = self._gaussian(at.model, at.mode, names, precision)
+            info["interrupted"] = averaging.interrupted
+        if info["interrupted"]:
+            warn(_INTERRUPTED)
+        elif not info["converged"]:
+            warn(_NO_MODE.format(**info))
         posterior = _in_dtype(posterior, model.dtype)
 
         chains, draws = run.chains or 4, run.draws or 1000
@@ -207,10 +219,10 @@ class Laplace(Method):
         )
 
     def _expand(
-        self, model: BayesianModel, theta: Tensor, names: tuple[str, ...]
+        self, model: BayesianModel, theta: Tensor, names: tuple[str, ...], polish: int
     ) -> Expansion:
         """Climb from ``theta`` ``(dim,)`` to a mode, and put the Gaussian there."""
-        mode, info = find_mode(model, theta, self.polish)
+        mode, info = find_mode(model, theta, polish)
         precision, posterior = self._posterior(model, mode, names)
         log_evidence = float(model.log_joint(mode) - posterior.log_prob(mode))
         return Expansion(model, mode, precision, posterior, log_evidence, info)
@@ -287,6 +299,10 @@ _NO_MODE = (
     "starts, or use another method (the scales of a hierarchical prior have no joint mode with the "
     "weights, nor has the noise of a network that can fit every row)"
 )
+_INTERRUPTED = (
+    "interrupted: Laplace returns the Gaussian at the best point so far, which may be no mode, and "
+    "with the curvature and the prior that it had there"
+)
 _UNBOUNDED = (
     "log_joint has no mode: it grows without bound on the way up, as under a hierarchical prior "
     "where the scale and the weights of a tensor go to zero together (the prior is {}). Use HMC or "
@@ -311,23 +327,28 @@ def find_mode(
     goes on, and what is left to gain is judged by the gradients of all pieces that meet there,
     within a thousandth of a posterior standard deviation.
 
+    Ctrl-C ends the climb at the best point so far, and without ``iterations`` there is none.
+
     Returns:
         The mode, and what it took; it has converged if less than a hundredth of a nat a coordinate
         can be gained.
     """
-    climb = _Climb(model, theta)
-    climb.by_bfgs(iterations)
-    with torch.no_grad():
-        gain = climb.by_newton()
-        allowed = _SMALL + _LOOSE * model.dim
-        if not gain <= _SMALL:
-            gain = climb.over_kinks(iterations, allowed)
+    climb, gain, allowed = _Climb(model, theta), math.nan, _SMALL + _LOOSE * model.dim
+    with until_interrupted(least=0) as taken:
+        if iterations > 0:
+            gain = climb.to_the_mode(iterations, allowed)
+    if taken.interrupted:
+        climb.keep_the_best()
+        gain = math.nan
+    if not math.isfinite(gain):
+        climb.look()
     return climb.mode, {
         "gradient_norm": float(climb.grad.norm()),
         "log_joint_mode": float(climb.value),
         "left_to_gain": gain,
         "gradients": climb.gradients,
         "converged": gain <= allowed,
+        "interrupted": taken.interrupted,
     }
 
 
@@ -340,16 +361,31 @@ class _Climb:
         self.model, self.mode, self.gradients = model, theta, 0
         self.newton = model.dim <= LARGEST_FULL // 4 and model.likelihood.has_fisher_factor
         self.value = self.grad = torch.empty(0)
+        self.highest = (-math.inf, theta)  # of what the optimisers of scipy have seen
+
+    def to_the_mode(self, iterations: int, allowed: float) -> float:
+        """Climb until no more than what is allowed is left to gain; return what is."""
+        self.by_bfgs(iterations)
+        with torch.no_grad():
+            gain = self.by_newton()
+            return gain if gain <= _SMALL else self.over_kinks(iterations, allowed)
+
+    def keep_the_best(self) -> None:
+        """Go to the highest point of an optimiser that was interrupted."""
+        value, point = self.highest
+        if value > float(self.model.log_joint(self.mode)):
+            self.mode = point
 
     def negative(self, flat: np.ndarray) -> tuple[float, np.ndarray]:
         """Return minus the log joint density and its gradient, for an optimiser of scipy."""
         self.gradients += 1
+        point = torch.from_numpy(flat.copy()).to(self.model.device)
         with torch.no_grad():
-            value, grad = self.model.log_joint_and_grad(
-                torch.from_numpy(flat).to(self.model.device).unsqueeze(0)
-            )
+            value, grad = self.model.log_joint_and_grad(point.unsqueeze(0))
         if not bool(value.isfinite()):
             return math.inf, np.zeros_like(flat)
+        if float(value) > self.highest[0]:
+            self.highest = (float(value), point)
         return -float(value), -grad[0].cpu().numpy()
 
     def look(self) -> None:

@@ -12,11 +12,11 @@ from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
 from bnnflow.forward_mode import jvp
 from bnnflow.gaussian import positive
-from bnnflow.inference.start import first_points, maximise, of_divergence
+from bnnflow.inference.start import first_points, maximise, of_divergence, of_interrupt
 from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 from bnnflow.posteriors import LowRankGaussian, Mixture
-from bnnflow.progress import progress_bar
+from bnnflow.progress import Steps, progress_bar, until_interrupted
 
 __all__ = ["SWAG"]
 
@@ -81,7 +81,7 @@ class SWAG(Method):
         with torch.no_grad():
             # (members, 1), on the summed log_joint
             rate = self._rate(model, theta, generator, batch_size)
-            trajectory, restarts = self._trajectory(
+            trajectory, restarts, taken = self._trajectory(
                 model, theta, rate, generator, batch_size, run.progress
             )
             settled = _to_gain(model, trajectory.mean(0)) < _FAR * model.dim
@@ -95,12 +95,13 @@ class SWAG(Method):
         )
         info = {
             "gradients_per_chain": (0 if given else self.steps)
-            + self.snapshots * self.every * batch_size / n,
+            + taken.done * self.every * batch_size / n,
             "learning_rate": (rate.flatten() * n).tolist(),
             "batch_size": batch_size,
             "restarts": int(restarts.sum()),
             "converged": bool(settled.all()),
-        } | diverged
+        }
+        info |= diverged | of_interrupt(self, taken, f"{self.snapshots} snapshots")
         return Draws(theta, model.log_joint(theta), posterior=members, info=info)
 
     def _rate(
@@ -140,11 +141,12 @@ class SWAG(Method):
         generator: torch.Generator,
         batch_size: int,
         progress: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the snapshots ``(snapshots, members, dim)``, and how often each member had left,
-        ``(members,)``.
+    ) -> tuple[Tensor, Tensor, Steps]:
+        """Return the snapshots ``(snapshots, members, dim)``, how often each member had left,
+        ``(members,)``, and how many stretches between snapshots were taken.
 
-        One that has left begins again at its mode.
+        One that has left begins again at its mode. Ctrl-C ends the trajectory where it is, once
+        there are two snapshots to tell a width by.
         """
         home, kept, restarts = (
             theta,
@@ -153,7 +155,10 @@ class SWAG(Method):
         )
         lowest = model.log_joint(home) - _FAR * model.dim
         total = self.snapshots * self.every
-        with progress_bar(total, "SWAG", progress, "step") as bar:
+        with (
+            progress_bar(total, "SWAG", progress, "step") as bar,
+            until_interrupted(least=2) as taken,
+        ):
             for step in range(1, total + 1):
                 grad = model.minibatch_log_joint_and_grad(theta, generator, batch_size)[1]
                 theta = theta + rate * grad
@@ -165,17 +170,20 @@ class SWAG(Method):
                     theta = torch.where(lost[:, None], home, theta)
                 if step % self.every == 0:
                     kept.append(theta)
+                    taken.done = len(kept)
                 bar.update()
-        return torch.stack(kept), restarts
+        return torch.stack(kept), restarts, taken
 
 
 def gaussian_of_snapshots(points: Tensor, rank: int) -> LowRankGaussian:
     """Fit one member to its snapshots ``(snapshots, dim)``, half diagonal and half of low rank."""
     mean = points.mean(0)
-    deviations = (points - mean)[-rank:]
+    deviations = (points - mean)[-rank:]  # fewer after an interrupt
     variance = positive(points.var(0, correction=0))
     return LowRankGaussian(
-        mean, deviations.T.contiguous() / math.sqrt(2 * (rank - 1)), 0.5 * variance
+        mean,
+        deviations.T.contiguous() / math.sqrt(2 * (len(deviations) - 1)),
+        0.5 * variance,
     )
 
 

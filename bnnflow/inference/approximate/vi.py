@@ -15,11 +15,11 @@ from bnnflow.arguments import choice, integer, number, settle
 from bnnflow.draws import Draws
 from bnnflow.gaussian import Gaussian
 from bnnflow.inference.approximate.laplace import gauss_newton_precision
-from bnnflow.inference.start import WARM_START, maximise, one_point
+from bnnflow.inference.start import WARM_START, maximise, of_interrupt, one_point
 from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 from bnnflow.posteriors import LowRankGaussian
-from bnnflow.progress import progress_bar
+from bnnflow.progress import progress_bar, until_interrupted
 from bnnflow.seeding import isolated
 from bnnflow.types import LogDensityAndGrad, Posterior
 from bnnflow.warn import warn
@@ -174,7 +174,7 @@ def fit_guide(
 ) -> dict[str, Any]:
     """Climb the ELBO of a continuous autoguide along its path derivative, and say what it took.
 
-    Draws from the global generator: call it inside `isolated`.
+    Draws from the global generator: call it inside `isolated`. Ctrl-C ends the climb where it is.
     """
     import pyro
 
@@ -196,7 +196,7 @@ def fit_guide(
         optimiser, lambda i: 0.5 * (1 + math.cos(math.pi * i / steps))
     )
     broken, first = 0, None
-    with progress_bar(steps, name, progress, "step") as bar:
+    with progress_bar(steps, name, progress, "step") as bar, until_interrupted() as taken:
         for step in range(steps):
             with _divergence_named(name, settings):
                 q = guide.get_posterior()
@@ -213,16 +213,17 @@ def fit_guide(
             theta.backward(torch.where(finite, -path, 0.0))
             optimiser.step()
             schedule.step()
-            bar.update()
             elbo = float((log_joint - log_q.detach()).mean())
             first = elbo if first is None else first
+            taken.done = step + 1
+            bar.update()
             if not bar.disable and step % 50 == 0:
                 bar.set_postfix(elbo=f"{elbo:.1f}")
     with _divergence_named(name, settings):
         guide.get_posterior()
-    return {"gradients_per_chain": steps * particles, "elbo_start": first} | (
-        {"not_finite": broken} if broken else {}
-    )
+    found = {"gradients_per_chain": taken.done * particles, "elbo_start": first}
+    found |= {"not_finite": broken} if broken else {}
+    return found | of_interrupt(settings, taken, f"{steps} steps")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,9 @@ from bnnflow.draws import Draws
 from bnnflow.inference.start import WARM_START, starting_points
 from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
-from bnnflow.progress import progress_bar
+from bnnflow.progress import progress_bar, until_interrupted
 from bnnflow.seeding import isolated
+from bnnflow.warn import warn
 
 __all__ = ["PyroNUTS"]
 
@@ -54,24 +56,28 @@ class PyroNUTS(Method):
         warmup = 500 if run.warmup is None else run.warmup
         starts = starting_points(model, chains, run.init, run.generator, run.progress)
         finished: list[_Chain] = []
-        chain, interrupted = _Chain(model), False
-        with progress_bar(
-            chains * (warmup + draws), "Pyro NUTS", run.progress, "draw"
-        ) as bar:
-            try:
-                for start in starts:
-                    chain = _Chain(model)
-                    with isolated(run.generator):  # another seed for every chain
-                        chain.run(self, start, warmup, draws, bar)
-                    finished.append(chain)
-            except KeyboardInterrupt:
-                interrupted = True
-                if not finished and not chain.theta:
-                    raise
+        chain = _Chain(model)
+        with (
+            progress_bar(
+                chains * (warmup + draws), "Pyro NUTS", run.progress, "draw"
+            ) as bar,
+            until_interrupted() as drawn,
+        ):
+            for start in starts:
+                chain = _Chain(model)
+                with isolated(run.generator):  # another seed for every chain
+                    for _ in chain.run(self, start, warmup, draws, bar):
+                        drawn.done += 1
+                finished.append(chain)
         kept = finished or [chain]
+        if drawn.interrupted:
+            warn(
+                f"interrupted: returning {len(kept)} of {chains} chains, "
+                f"with {len(kept[0].theta)} of {draws} draws"
+            )
         theta = torch.stack([torch.stack(each.theta) for each in kept])
         stats = {
-            name: torch.tensor([each.stats[name] for each in kept])
+            name: torch.tensor([each.stats[name][: len(each.theta)] for each in kept])
             for name in kept[0].stats
         }
         stats["acceptance_rate"] = stats["acceptance_rate"].double()
@@ -81,7 +87,8 @@ class PyroNUTS(Method):
             "gradients_per_chain": sum(each.gradients for each in kept) / len(kept)
             + (WARM_START if run.init is None else 0),
             "divergences": int(stats["diverging"].sum()),
-        } | ({"interrupted": True} if interrupted else {})
+            "interrupted": drawn.interrupted,
+        }
         return Draws(theta, model.log_joint(theta), stats, info=info)
 
 
@@ -109,7 +116,8 @@ class _Chain:
 
     def run(
         self, method: PyroNUTS, start: Tensor, warmup: int, draws: int, bar: Any
-    ) -> None:
+    ) -> Iterator[None]:
+        """Warm up, then draw, and yield after each draw."""
         from pyro.infer import NUTS
 
         kernel = NUTS(
@@ -139,4 +147,5 @@ class _Chain:
             self.stats["n_steps"].append(self.gradients - before)
             self.theta.append(site["theta"].detach().clone())
             bar.update()
+            yield
         kernel.cleanup()

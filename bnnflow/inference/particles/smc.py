@@ -20,7 +20,7 @@ from bnnflow.inference.mcmc.hmc import hmc
 from bnnflow.inference.mcmc.warmup import followed
 from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
-from bnnflow.progress import progress_bar
+from bnnflow.progress import progress_bar, until_interrupted
 from bnnflow.ranks import ALONE, Ranks
 from bnnflow.seeding import as_generator
 from bnnflow.types import LogDensityAndGrad, Posterior, Seed
@@ -118,7 +118,11 @@ class SMC(Method):
             )
 
     def draw(self, model: BayesianModel, run: Run) -> Draws:
-        """Run the particles; see `bnnflow.sample`. ``chains`` is the number of independent runs."""
+        """Run the particles; see `bnnflow.sample`. ``chains`` is the number of independent runs.
+
+        Ctrl-C weighs the particles for the posterior from where they are, with
+        ``info["interrupted"]`` and no evidence; a checkpoint keeps them as they are.
+        """
         run.refuse(self, "particles and a start", "warmup", "draws", "init")
         runs, ranks, checkpoint = run.chains or 4, run.ranks, run.checkpoint
         mine = ranks.share("particles", self.particles)
@@ -146,16 +150,26 @@ class SMC(Method):
                     {"stage": "tempering", "step": steps}, generator, particles=state
                 )
 
-        with progress_bar(
-            None, "SMC", run.progress and ranks.rank == 0, "temperature", initial=steps
-        ) as bar:
+        # Several processes may be at different temperatures when an interrupt comes.
+        least = 1 if ranks.size == 1 else math.inf
+        stream = generator.get_state()
+        with (
+            progress_bar(
+                None, "SMC", run.progress and ranks.rank == 0, "temperature", initial=steps
+            ) as bar,
+            until_interrupted(least) as taken,
+        ):
+            taken.done = steps
             while bool((state.fraction < 1).any()):
                 state = self._advance(path, state, ranks, generator, run.generator, bar)
-                steps += 1
+                taken.done = steps = steps + 1
+                stream = generator.get_state()
                 if checkpoint and checkpoint.due(True, generator.device):
                     save()
-            save()
-        return self._draws(model, state, steps, ranks)
+        if taken.interrupted:
+            generator.set_state(stream)  # a temperature that was broken off is made anew
+        save()
+        return self._draws(model, state, steps, ranks, taken.interrupted)
 
     def _first(
         self, path: _Path, theta: Tensor, ranks: Ranks, shared: torch.Generator
@@ -196,7 +210,10 @@ class SMC(Method):
     ) -> _Particles:
         """Go to the next temperature: reweight, resample, move."""
         step = self._reweighted(
-            state, ranks.gather(state.log_ratio, 1), ranks.gather(state.log_weights, 1)
+            state,
+            ranks.gather(state.log_ratio, 1),
+            ranks.gather(state.log_weights, 1),
+            self.ess,
         )
         weights, last = step.log_weights, step.last[:, None]
         everyone = ranks.gather(state.theta, 1)  # (run, particle, dim)
@@ -242,8 +259,7 @@ class SMC(Method):
             remainder=step.remainder,
             log_normaliser=state.log_normaliser + step.log_normaliser,
             merged=state.merged + torch.where(step.last, 0.0, merged),
-            # NaN is the least
-            least=torch.where(step.left >= state.least, state.least, step.left),
+            least=_least(step.left, state.least),
             step_size=step_size,
             acceptance=acceptance,
             gradients=gradients,
@@ -251,13 +267,13 @@ class SMC(Method):
         )
 
     def _reweighted(
-        self, state: _Particles, ratio: Tensor, log_weights: Tensor
+        self, state: _Particles, ratio: Tensor, log_weights: Tensor, ess: float
     ) -> _Reweighted:
-        """Choose the next temperature of every run, and weigh all particles ``(run, particle)`` for
-        it.
+        """Choose the next temperature of every run, at which the fraction ``ess`` of the particles
+        is effective, and weigh all particles ``(run, particle)`` for it.
         """
         usable = torch.where(ratio.isnan(), -math.inf, ratio)
-        further = _next_step(usable, log_weights, state.fraction, state.remainder, self.ess)
+        further = _next_step(usable, log_weights, state.fraction, state.remainder, ess)
         last = further == state.remainder
         log_weights = log_weights + further[:, None] * usable
         total = log_weights.logsumexp(1)
@@ -301,10 +317,31 @@ class SMC(Method):
             steps += float(info.n_steps[0])
         return chain.theta.unflatten(0, (runs, mine)), step_size, acceptance, steps + 1
 
+    def _weighed(self, state: _Particles) -> _Particles:
+        """Weigh the particles for the posterior, wherever they are, and say what that leaves."""
+        step = self._reweighted(state, state.log_ratio, state.log_weights, ess=0.0)
+        warn(
+            f"interrupted at {float(state.fraction.min()):.2g} of the way: the particles are "
+            "weighed for the posterior, which leaves "
+            f"{float(step.left.min()):.1%} of them effective"
+        )
+        return state._replace(
+            log_weights=step.log_weights,
+            log_normaliser=state.log_normaliser + step.log_normaliser,
+            least=_least(step.left, state.least),
+        )
+
     def _draws(
-        self, model: BayesianModel, state: _Particles, steps: int, ranks: Ranks
+        self,
+        model: BayesianModel,
+        state: _Particles,
+        steps: int,
+        ranks: Ranks,
+        interrupted: bool,
     ) -> Draws:
         """Gather the particles and estimate the evidence with its error."""
+        if interrupted:
+            state = self._weighed(state)
         theta, weights = ranks.gather(state.theta, 1), ranks.gather(state.log_weights, 1)
         root = ranks.gather(state.root, 1)
         log_joint = ranks.gather(state.log_ratio + state.log_first, 1)
@@ -326,6 +363,7 @@ class SMC(Method):
             "first_ancestors": float(families.mean()),
             "least_effective_share": float(state.least.min()),
             "log_evidence_of_runs": state.log_normaliser.tolist(),
+            "interrupted": interrupted,
         }
         if model.temperature != 1:
             info["log_tempered_normaliser"] = estimate
@@ -333,7 +371,7 @@ class SMC(Method):
             theta,
             log_joint,
             log_weights=weights,
-            log_evidence=estimate if model.temperature == 1 else None,
+            log_evidence=None if interrupted or model.temperature != 1 else estimate,
             info=info,
         )
 
@@ -602,6 +640,11 @@ def _next_step(
     return torch.where(
         whole, remainder, torch.minimum(torch.maximum(low, least), remainder)
     )
+
+
+def _least(left: Tensor, before: Tensor) -> Tensor:
+    """Return the smaller of two shares; NaN is the smallest."""
+    return torch.where(left >= before, before, left)
 
 
 def _spacing(values: Tensor) -> Tensor:
