@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from bnnflow.model import BayesianModel, likelihoods, priors
     from bnnflow.options import Checkpoint, Training
     from bnnflow.predictive import metrics, predict
-    from bnnflow.report import diagnose, report, to_arviz, weight_convergence
+    from bnnflow.report import diagnose, report, summary, to_arviz, weight_convergence
     from bnnflow.symmetry import align
     from bnnflow.transport import Flow, GaussNewtonFlow, correct, fit_flow
     from bnnflow.weights import WeightSpec
@@ -84,6 +84,7 @@ __all__ = [
     "refine",
     "report",
     "sample",
+    "summary",
     "symmetry",
     "to_arviz",
     "transport",
@@ -119,7 +120,7 @@ _HOMES = {
     "model": ("BayesianModel", "likelihoods", "priors"),
     "options": ("Checkpoint", "Training"),
     "predictive": ("metrics", "predict"),
-    "report": ("diagnose", "to_arviz", "weight_convergence"),
+    "report": ("diagnose", "summary", "to_arviz", "weight_convergence"),
     "symmetry": ("align",),
     "transport": ("Flow", "GaussNewtonFlow", "correct", "fit_flow"),
     "weights": ("WeightSpec",),

@@ -11,11 +11,11 @@ import math
 import warnings
 from collections.abc import Callable
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["ess", "import_arviz", "is_datatree", "psis", "rhat"]
+__all__ = ["ess", "import_arviz", "is_datatree", "psis", "rhat", "summarised"]
 
 
 def import_arviz() -> ModuleType:
@@ -31,7 +31,7 @@ def is_datatree() -> bool:
     return hasattr(import_arviz(), "convert_to_datatree")
 
 
-BLOCK = 2**22  # numbers that are worked on at once
+BLOCK = 2**18  # numbers that are worked on at once
 
 
 def rhat(values: np.ndarray) -> np.ndarray:
@@ -57,6 +57,25 @@ def ess(values: np.ndarray, method: Literal["bulk", "tail", "mean"]) -> np.ndarr
     return _of_quantities(_ESS[method], values)
 
 
+def summarised(values: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the columns of a summary of quantities ``(chain, draw, n)``, ``(n,)`` each."""
+    low, high = np.quantile(values, (0.05, 0.95), (0, 1))
+    sd = values.std((0, 1), ddof=1, dtype=np.float64)
+    r_hat, bulk = np.full((2, values.shape[2]), np.nan)
+    if values.shape[1] >= 4:  # from the same ranks
+        r_hat, bulk = _of_quantities(_rhat_and_bulk, values, rows=2)
+    return {
+        "mean": values.mean((0, 1), dtype=np.float64),
+        "sd": sd,
+        "5%": low,
+        "95%": high,
+        "mcse_mean": sd / np.sqrt(ess(values, "mean")),
+        "ess_bulk": bulk,
+        "ess_tail": ess(values, "tail"),
+        "r_hat": r_hat if len(values) > 1 else np.full_like(r_hat, np.nan),
+    }
+
+
 def psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     """Smooth the largest of the log weights ``(n,)`` by a generalised Pareto law (Vehtari et al.
     2024).
@@ -79,20 +98,24 @@ def psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _of_quantities(
-    diagnostic: Callable[[np.ndarray], np.ndarray], values: np.ndarray
+    diagnostic: Callable[[np.ndarray], np.ndarray],
+    values: np.ndarray,
+    rows: int | None = None,
 ) -> np.ndarray:
-    """Return a diagnostic of every quantity, NaN where a draw is NaN, a block of them at a time."""
+    """Return a diagnostic of every quantity, or ``rows`` of them, NaN where a draw is NaN, a block
+    of quantities at a time.
+    """
     flat = values.reshape(*values.shape[:2], -1)
-    found = np.empty(flat.shape[2])
+    found = np.empty((rows or 1, flat.shape[2]))
     size = max(1, BLOCK // (flat.shape[0] * flat.shape[1]))
     with np.errstate(all="ignore"):
-        for start in range(0, len(found), size):
+        for start in range(0, flat.shape[2], size):
             block = _standardised(flat[..., start : start + size])
             lost = np.isnan(block).any((0, 1))
-            found[start : start + size] = np.where(
+            found[:, start : start + size] = np.where(
                 lost, np.nan, diagnostic(np.where(lost, 0.0, block))
             )
-    return found.reshape(values.shape[2:])
+    return found.reshape((rows, *values.shape[2:]) if rows else values.shape[2:])
 
 
 def _standardised(values: np.ndarray) -> np.ndarray:
@@ -111,15 +134,51 @@ def _halves(values: np.ndarray) -> np.ndarray:
 def _normal_scores(values: np.ndarray) -> np.ndarray:
     """Return the normal quantiles of the ranks among all chains (Blom 1958)."""
     from scipy.special import ndtri
-    from scipy.stats import rankdata
 
-    ranks = rankdata(values.reshape(-1, values.shape[2]), axis=0).reshape(values.shape)
-    return ndtri((ranks - 0.375) / (values.shape[0] * values.shape[1] + 0.25))
+    flat = np.ascontiguousarray(values.reshape(-1, values.shape[2]).T)
+    scores = ndtri((_ranks(flat) - 0.375) / (flat.shape[1] + 0.25))
+    return scores.T.reshape(values.shape)
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Return the ranks, from 1, within each row of ``(rows, n)``; ties share their mean rank."""
+    order = values.argsort(1)
+    ascending = np.take_along_axis(values, order, 1)
+    places = np.broadcast_to(np.arange(1.0, values.shape[1] + 1), values.shape).copy()
+    new = ascending[:, 1:] != ascending[:, :-1]
+    tied = ~new.all(1)
+    places[tied] = _shared(new[tied])
+    ranks = np.empty(values.shape)
+    np.put_along_axis(ranks, order, places, 1)
+    return ranks
+
+
+def _shared(new: np.ndarray) -> np.ndarray:
+    """Return the mean places of sorted values, given which differ from the one before
+    ``(rows, n - 1)``.
+    """
+    rows, n = len(new), new.shape[1] + 1
+    edge, places = np.ones((rows, 1), bool), np.arange(1.0, n + 1)
+    first = np.where(np.hstack([edge, new]), places, 0.0)
+    last = np.where(np.hstack([new, edge]), places, n)
+    first = np.maximum.accumulate(first, 1)
+    last = np.minimum.accumulate(last[:, ::-1], 1)[:, ::-1]
+    return (first + last) / 2
 
 
 def _rhat(values: np.ndarray) -> np.ndarray:
+    return _worse_rhat(_halves(values), _normal_scores(_halves(values)))
+
+
+def _rhat_and_bulk(values: np.ndarray) -> np.ndarray:
     halves = _halves(values)
-    bulk = _ratio(_normal_scores(halves))
+    scores = _normal_scores(halves)
+    return np.stack([_worse_rhat(halves, scores), _ess_of_means(scores)])
+
+
+def _worse_rhat(halves: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Return R-hat of the normal scores, or of those of distances from the median if worse."""
+    bulk = _ratio(scores)
     tail = _ratio(_normal_scores(np.abs(halves - np.median(halves, (0, 1)))))
     return np.where(tail > bulk, tail, bulk)
 
@@ -140,14 +199,14 @@ def _ess_of_tails(values: np.ndarray) -> np.ndarray:
 
 def _ess_of_means(chains: np.ndarray) -> np.ndarray:
     """Return how many independent draws would have means as sharp; all where nothing varies."""
-    from scipy.fft import next_fast_len
+    from scipy import fft
 
     count, draws, _ = chains.shape
-    size = next_fast_len(2 * draws, real=True)
+    size = fft.next_fast_len(2 * draws, real=True)
     means = chains.mean(1, keepdims=True)
-    waves = np.fft.rfft(chains - means, size, axis=1)
+    waves: Any = fft.rfft(chains - means, size, axis=1)
     power = (waves.real**2 + waves.imag**2).mean(0)
-    covariance = np.fft.irfft(power, size, axis=0)[:draws] / draws
+    covariance = fft.irfft(power, size, axis=0)[:draws] / draws
     within = covariance[0] * draws / (draws - 1)
     variance = covariance[0] + (means[:, 0].var(0, ddof=1) if count > 1 else 0.0)
     correlations = 1 - (within - covariance) / variance

@@ -33,7 +33,7 @@ from bnnflow.model import BayesianModel, priors
 from bnnflow.model.likelihoods import Likelihood
 from bnnflow.options import Checkpoint
 from bnnflow.predictive import Prediction, predict
-from bnnflow.report import diagnose, report
+from bnnflow.report import diagnose, report, to_arviz
 from bnnflow.seeding import isolated
 
 if TYPE_CHECKING:
@@ -268,6 +268,23 @@ class BayesianEstimator(BaseEstimator, ABC):
         """
         x = self._encoded(X).to(self.model_.dtype)
         return report(self.model_, self.draws_, x, self._targets(y), path)
+
+    def to_arviz(self, X: Any = None, y: Any = None) -> Any:
+        """Convert the draws for ArviZ, with names of inputs and classes, and targets in units of y;
+        see `bnnflow.to_arviz`.
+
+        Args:
+            X: rows of the group ``predictions``; those of training if None.
+            y: their targets.
+        """
+        check_is_fitted(self, "draws_")
+        x = None if X is None else self._encoded(X).to(self.model_.dtype)
+        targets = None if y is None else self._targets(y)
+        return to_arviz(self.model_, self.draws_, x, targets, coords=self._coords())
+
+    def _coords(self) -> dict[str, list[Any]]:
+        """Return the names along axes of what is exported."""
+        return {"input": self.table_.inputs}
 
     @abstractmethod
     def _targets(self, y: Any) -> Tensor:

@@ -118,6 +118,9 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
         )
         return self.classes_[drawn.T.numpy()]
 
+    def _coords(self) -> dict[str, list[Any]]:
+        return super()._coords() | {"class": self.classes_.tolist()}
+
     def _targets(self, y: Any) -> Tensor:
         y = column_or_1d(y)
         index = np.searchsorted(self.classes_, y).clip(max=len(self.classes_) - 1)

@@ -153,6 +153,11 @@ class BayesianModel:
         """Where the data are."""
         return self._device
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns of the frame that x came as; none if it came without."""
+        return self._columns
+
     def __repr__(self) -> str:
         """Say what the model is in one line."""
         return (

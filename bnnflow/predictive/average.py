@@ -102,6 +102,14 @@ class _Chunk(NamedTuple):
     log_weights: Tensor  # (chunk,), float64
 
 
+class ByDraw(NamedTuple):
+    """What each draw of the weights says on its own."""
+
+    mean: Tensor  # (draws, n, targets) or (draws, n, classes)
+    sample: Tensor | None  # (draws, n, targets) or labels (draws, n)
+    log_prob: Tensor | None  # (draws, n)
+
+
 class _Moments(NamedTuple):
     mean: Tensor  # (n, targets) or (n, classes)
     between: Tensor  # variance over draws of what a draw predicts, same shape
@@ -353,11 +361,20 @@ class Prediction:
             name: torch.cat([chunk.parameters[name] for chunk in chunks])
             for name in chunks[0].parameters
         }
-        if self.kind == "classification":
-            probs = self.model.likelihood.mean(outputs, parameters)
-            labels = torch.multinomial(probs.flatten(0, 1), 1, generator=generator)
-            return labels.reshape(probs.shape[:2])
-        return self._squeeze(self.model.likelihood.sample(outputs, parameters, generator))
+        return self._squeeze(self._replicated(outputs, parameters, generator))
+
+    def _replicated(
+        self, outputs: Tensor, parameters: dict[str, Tensor], generator: torch.Generator
+    ) -> Tensor:
+        """Draw y of every draw of the weights, ``(draws, n, targets)``, or labels
+        ``(draws, n)``.
+        """
+        likelihood = self.model.likelihood
+        if self.kind == "regression":
+            return likelihood.sample(outputs, parameters, generator)
+        probs = likelihood.mean(outputs, parameters)
+        labels = torch.multinomial(probs.flatten(0, 1), 1, generator=generator)
+        return labels.reshape(probs.shape[:2])
 
     def functions(self) -> Iterator[Tensor]:
         """Yield what each draw predicts on its own, ``(chunk, n, targets)`` or
@@ -365,6 +382,26 @@ class Prediction:
         """
         for chunk in self._chunks(self.theta):
             yield self.model.likelihood.mean(chunk.outputs, chunk.parameters)
+
+    def by_draw(
+        self, y: Tensor | np.ndarray | None, generator: torch.Generator
+    ) -> Iterator[ByDraw]:
+        """Yield for each draw what it predicts, targets drawn from that, and the log density of y,
+        in order.
+
+        There are no drawn targets where the likelihood has no ``sample``, and no log density
+        without y.
+        """
+        likelihood = self.model.likelihood
+        y = None if y is None else self._targets(y)
+        drawable = self.kind == "classification" or likelihood.has_sample
+        for chunk in self._chunks(self.theta):
+            given = chunk.outputs, chunk.parameters
+            yield ByDraw(
+                likelihood.mean(*given),
+                self._replicated(*given, generator) if drawable else None,
+                None if y is None else likelihood.log_prob(given[0], y, given[1]),
+            )
 
     @checked
     def targets(self, y: Tensor | np.ndarray) -> Tensor:

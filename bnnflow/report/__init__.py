@@ -7,7 +7,7 @@ import types
 from typing import Any
 
 from bnnflow.report import plots
-from bnnflow.report.arviz import to_arviz
+from bnnflow.report.arviz import summary, to_arviz
 from bnnflow.report.convergence import WeightConvergence, weight_convergence
 from bnnflow.report.diagnose import Diagnosis, diagnose
 from bnnflow.report.html import Report, report
@@ -19,6 +19,7 @@ __all__ = [
     "diagnose",
     "plots",
     "report",
+    "summary",
     "to_arviz",
     "weight_convergence",
 ]

@@ -4,7 +4,9 @@ version.
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +15,29 @@ import torch
 from torch import Tensor
 
 from bnnflow.arguments import checked
-from bnnflow.diagnostics import import_arviz, is_datatree
+from bnnflow.diagnostics import import_arviz, is_datatree, summarised
 from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
 from bnnflow.predictive import predict
-from bnnflow.weights import WeightSpec
+from bnnflow.report.axes import Axes, Variables
+from bnnflow.seeding import as_generator
+from bnnflow.symmetry import align
+from bnnflow.types import Seed
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from xarray import Dataset
 
-__all__ = ["function_values", "to_arviz"]
+__all__ = ["function_values", "summary", "to_arviz"]
 
-_SAMPLE = ("chain", "draw")
+_MOST_PRIOR = 1000  # draws of the prior that are exported
+
+# What the draws of methods that sample no posterior are.
+_NETWORKS = {
+    "DeepEnsemble": "trained networks, one a member",
+    "MCDropout": "one trained network with units left out at random",
+}
+_MOVED = ("refine", "correct")  # to the posterior, without statistics of a sampler
 
 
 @checked
@@ -33,68 +46,135 @@ def to_arviz(
     draws: Draws,
     x: Tensor | np.ndarray | None = None,
     y: Tensor | np.ndarray | None = None,
+    *,
+    aligned: bool = True,
+    coords: Mapping[str, Sequence[Any]] | None = None,
+    seed: Seed = 0,
 ) -> Any:
-    """Convert draws for ArviZ.
+    """Convert draws for ArviZ, in the groups of its schema.
 
-    Groups: ``posterior`` (one variable a tensor, its axes named by hidden layer: ``h1``),
-    ``sample_stats`` (``lp`` and the sampler's statistics), ``predictions`` (``mean``, what each
-    draw predicts at x), ``log_likelihood`` and ``observed_data`` (``y``, row by row),
-    ``constant_data`` (``x``).
+    - ``posterior``: a variable for each tensor of the network and for each parameter of prior and
+      likelihood (``likelihood.scale`` beside ``likelihood.log_scale``); ``sample_stats``: ``lp``
+      and the sampler's statistics.
+    - ``log_likelihood``, ``posterior_predictive`` and ``observed_data``: ``y`` of the rows of
+      training, as ``az.loo``, ``az.plot_ppc`` and ``az.loo_pit`` want it; ``constant_data``: their
+      ``x``.
+    - ``prior`` and ``prior_predictive``: the same of as many draws of the prior, 1,000 at most.
+    - ``predictions``: at x, ``mean``, what each draw predicts, ``y``, drawn from it, and with
+      targets ``log_prob``, their log density; ``predictions_constant_data``: ``x``, and ``y`` if it
+      is given.
+    - ``weighted_posterior``: of weighted draws, what was given.
+
+    Axes are named: hidden layers (``h1``), ``input``, and ``target``, ``class`` or ``output``. With
+    several targets ``log_likelihood`` is joint over them, and ``data.sel(target=...)`` is the data
+    of one.
+
+    Posteriors of networks have many copies, with units exchanged or turned around, and a marginal
+    over all of them describes no unit. Weights are therefore aligned, brought into one gauge as
+    `bnnflow.align` does, which changes no function.
 
     ArviZ takes all draws of a posterior to count alike. Weighted draws are therefore resampled in
     proportion to their weights, without chance and in their order, so that copies stand side by
-    side and effective sample sizes see them; the draws as they were, with their ``lp`` and
-    ``log_weight``, are in a further group, ``weighted_posterior``.
+    side and effective sample sizes see them.
+
+    Attributes of ``posterior`` say what was done: ``draws_of`` (the posterior, an approximation, or
+    no posterior at all), ``aligned``, ``resampled``, and the method's ``info``.
+
+    ``az.summary`` takes minutes for many weights; see `summary`.
 
     Args:
         model: their model.
         draws: the draws.
-        x: inputs of ``predictions`` and ``log_likelihood``; the training inputs if None, which is
-            what ``az.loo`` wants.
-        y: targets at x. With x but without y the groups that need y are left out.
+        x: inputs of ``predictions``; the training inputs if None.
+        y: targets at x.
+        aligned: bring weights into one gauge; False leaves them as they were drawn.
+        coords: names along axes, such as ``{"class": ["cat", "dog"]}``. Inputs are called as the
+            columns of the frame that the model was made of.
+        seed: of the prior and of drawn targets.
 
     Returns:
         ``arviz.InferenceData`` with ArviZ 0.x, ``xarray.DataTree`` with 1.x.
 
     Raises:
-        ValueError: if x or y does not fit, or y is given without x.
+        ValueError: if x or y does not fit, y is given without x, draws are NaN or infinite or of
+            another model, or coords names an axis that is not there or has another length.
     """
     if x is None and y is not None:
         raise ValueError("y needs its x; leave both out for the training data")
-    model.spec.check(draws.theta)
-    model.check_draws(draws)
-    inputs = model.inputs(x)
-    has_targets = x is None or y is not None
-    targets = model.targets(y) if has_targets else None
-    if targets is not None and len(targets) != len(inputs):
+    axes = Axes.of(model, coords)
+    given, targets = model.inputs(x), model.targets(y)
+    if y is not None and len(targets) != len(given):
         raise ValueError(
-            f"y must have a value for each of the {len(inputs)} rows of x, got {len(targets)}"
+            f"y must have a value for each of the {len(given)} rows of x, got {len(targets)}"
         )
-    weighted = draws if draws.log_weights is not None else None
-    draws = _equally_weighted(draws)
+    predict(model, draws)  # refuses draws that are not the model's, or not finite
+    generator = as_generator(seed, model.device)
+    equal = _equally_weighted(draws)
+    here = _predicted(axes, equal.theta, model.x, model.y, generator)
+    there = here if x is None else _predicted(axes, equal.theta, given, y, generator)
+    n_prior = min(equal.n_chains * equal.n_draws, _MOST_PRIOR)
+    prior = model.sample_prior(n_prior, generator)[None]
+    ahead = _predicted(axes, prior, model.x, None, generator)
+    posterior = axes.dataset(
+        axes.weights(_gauged(model, equal) if aligned else equal.theta)
+    )
     groups = {
-        "posterior": _posterior(draws, model.spec),
-        "sample_stats": _sample_stats(draws),
-        "predictions": _dataset(
-            {"mean": (function_values(model, draws, inputs), ("row", "output"))}
-        ),
-        "constant_data": _dataset(
-            {"x": (_numpy(inputs), _names("row", "x", inputs.dim()))}, sampled=False
-        ),
+        "posterior": posterior.assign_attrs(_attributes(model, draws, aligned)),
+        "sample_stats": axes.dataset(_statistics(equal)),
+        "log_likelihood": axes.dataset({"y": here["log_prob"]}),
+        "posterior_predictive": axes.dataset(_only(here, "y")),
+        "observed_data": axes.dataset({"y": axes.targets(model.y)}, sampled=False),
+        "constant_data": axes.dataset({"x": axes.inputs(model.x)}, sampled=False),
+        "prior": axes.dataset(axes.weights(prior)),
+        "prior_predictive": axes.dataset(_only(ahead, "y")),
+        "predictions": axes.dataset(there if x is not None else _only(here, "mean", "y")),
     }
-    if targets is not None:
-        values = _log_likelihood(draws, model, inputs, targets)
-        groups["log_likelihood"] = _dataset({"y": (values, ("row",))})
-        groups["observed_data"] = _dataset(
-            {"y": (_numpy(targets), _names("row", "y", targets.dim()))}, sampled=False
+    if x is not None:
+        new = {"x": axes.inputs(given)} | (
+            {} if y is None else {"y": axes.targets(targets)}
         )
-    if weighted is not None:
-        groups["weighted_posterior"] = _weighted_posterior(weighted, model.spec)
-    groups["posterior"].attrs |= {
-        "inference_library": "bnnflow",
-        "info": json.dumps(draws.info, default=str),
-    }
-    return _convert(groups)
+        groups["predictions_constant_data"] = axes.dataset(new, sampled=False)
+    if draws.log_weights is not None:
+        log_weight = {"log_weight": (draws.log_weights, ())}
+        weighted = axes.weights(draws.theta) | _statistics(draws) | log_weight
+        groups["weighted_posterior"] = axes.dataset(weighted)
+    return _convert({name: group for name, group in groups.items() if group.data_vars})
+
+
+@checked
+def summary(model: BayesianModel, draws: Draws, *, aligned: bool = True) -> DataFrame:
+    """Summarise every weight: what ``az.summary`` of `to_arviz` says, in a small part of the time.
+
+    Weighted draws are resampled and weights aligned as there. R-hat and effective sizes are those
+    of Vehtari et al. (2021), as ArviZ computes them.
+
+    Args:
+        model: their model.
+        draws: the draws.
+        aligned: bring weights into one gauge first.
+
+    Returns:
+        A pandas frame, a row for each weight, ``0.weight[3, age]``, with ``mean``, ``sd``, the
+        quantiles ``5%`` and ``95%``, ``mcse_mean`` (the standard error of the mean), ``ess_bulk``,
+        ``ess_tail`` and ``r_hat``.
+
+    Raises:
+        ValueError: if draws are NaN or infinite, or of another model.
+    """
+    import pandas
+
+    predict(model, draws)  # refuses draws that are not the model's, or not finite
+    equal = _equally_weighted(draws)
+    theta = _gauged(model, equal) if aligned else equal.theta
+    axes = Axes.of(model, None)
+    data = axes.dataset(axes.weights(theta))
+    labels, values = [], []
+    for name, variable in data.data_vars.items():
+        names = [data[dim].to_numpy() for dim in variable.dims[2:]]
+        places = (", ".join(map(str, place)) for place in itertools.product(*names))
+        labels += [f"{name}[{place}]" if names else str(name) for place in places]
+        values.append(variable.to_numpy().reshape(*theta.shape[:2], -1))
+    return pandas.DataFrame(summarised(np.concatenate(values, 2)), index=labels)
 
 
 def function_values(
@@ -110,32 +190,89 @@ def function_values(
     return values.reshape(draws.n_chains, draws.n_draws, *values.shape[1:]).numpy()
 
 
-def _posterior(draws: Draws, spec: WeightSpec) -> Dataset:
-    variables = {}
-    for name, tensor in spec.unflatten(draws.theta).items():
-        axes = spec.axes[name]
-        dims = tuple(
-            label
-            if label and size == spec.widths[label] and label not in axes[:axis]
-            else f"{name}_dim_{axis}"
-            for axis, (label, size) in enumerate(zip(axes, spec.shapes[name], strict=True))
-        )
-        variables[name] = (_numpy(tensor), dims)
-    return _dataset(variables)
+def _predicted(
+    axes: Axes,
+    theta: Tensor,
+    x: Tensor,
+    y: Tensor | np.ndarray | None,
+    generator: torch.Generator,
+) -> Variables:
+    """Return what draws ``(chain, draw, dim)`` say of some rows: ``mean``; ``y``, if the likelihood
+    can draw it; ``log_prob``, if there are targets.
+    """
+    prediction = predict(axes.model, theta, x)
+    parts = zip(*prediction.by_draw(y, generator), strict=True)
+
+    def joined(part: tuple[Tensor, ...]) -> Tensor:
+        return torch.cat([each.cpu() for each in part]).unflatten(0, theta.shape[:2])
+
+    mean, sample, log_prob = (None if part[0] is None else joined(part) for part in parts)
+    assert mean is not None
+    found: Variables = {"mean": (mean, ("row", axes.predicted))}
+    if sample is not None:
+        found["y"] = axes.targets(sample)
+    if log_prob is not None:
+        found["log_prob"] = (log_prob, ("row",))
+    return found
 
 
-def _sample_stats(draws: Draws) -> Dataset:
+def _only(variables: Variables, *names: str) -> Variables:
+    return {name: variables[name] for name in names if name in variables}
+
+
+def _statistics(draws: Draws) -> Variables:
     stats = {"lp": draws.log_joint, **draws.stats}
-    return _dataset({name: (_numpy(values), ()) for name, values in stats.items()})
+    return {name: (values, ()) for name, values in stats.items()}
 
 
-def _weighted_posterior(draws: Draws, spec: WeightSpec) -> Dataset:
-    assert draws.log_weights is not None
-    of_draws = {
-        "lp": (_numpy(draws.log_joint), ()),
-        "log_weight": (_numpy(draws.log_weights), ()),
+def _gauged(model: BayesianModel, draws: Draws) -> Tensor:
+    """Return the weights of draws, aligned where there is a symmetry to align by."""
+    if _ungauged(model):
+        return draws.theta
+    aligned = align(model, draws)
+    assert isinstance(aligned, Draws)
+    return aligned.theta
+
+
+def _ungauged(model: BayesianModel) -> str:
+    """Return why weights cannot be aligned, empty if they can."""
+    if model.spec.unknown:
+        return f"the symmetries are not known: {model.spec.unknown}"
+    group = model.symmetries()
+    return "" if group.permutation or group.sign else "the posterior has no symmetries"
+
+
+def _attributes(model: BayesianModel, draws: Draws, aligned: bool) -> dict[str, str]:
+    """Return what a reader of the draws should know of them."""
+    group = model.symmetries()
+    layers = ", ".join(sorted(group.permutation | group.sign))
+    gauge = f"matched to their mean by exchanges and signs of the units of {layers}"
+    why_not = _ungauged(model) if aligned else "left as they were drawn"
+    attrs = {
+        "inference_library": "bnnflow",
+        "draws_of": _law(draws),
+        "aligned": f"no: {why_not}" if why_not else f"yes: {gauge}",
+        "info": json.dumps(draws.info, default=str),
     }
-    return _posterior(draws, spec).merge(_dataset(of_draws))
+    if draws.log_weights is not None:
+        weights = draws.log_weights.flatten().double().softmax(0)
+        attrs["resampled"] = (
+            f"{len(weights)} weighted draws, worth {float(1 / weights.square().sum()):.0f}, "
+            "resampled systematically in proportion to their weights"
+        )
+    return attrs
+
+
+def _law(draws: Draws) -> str:
+    """Say what the draws are draws of."""
+    method = str(draws.info.get("method", ""))
+    if method in _NETWORKS:
+        return f"no posterior: {_NETWORKS[method]}"
+    if draws.info.get("exact") is False:
+        return "the posterior, up to a bias of the sampler, which has no accept step"
+    if draws.stats or draws.log_weights is not None or method in _MOVED:
+        return "the posterior"
+    return f"an approximation of the posterior ({method or 'of unknown origin'})"
 
 
 def _equally_weighted(draws: Draws) -> Draws:
@@ -161,46 +298,9 @@ def _equally_weighted(draws: Draws) -> Draws:
     )
 
 
-def _log_likelihood(draws: Draws, model: BayesianModel, x: Tensor, y: Tensor) -> np.ndarray:
-    """Return ``(chain, draw, n)``."""
-    chunks = draws.flat.split(predict(model, draws.theta, x).chunk_size)
-    with torch.no_grad():
-        rows = [
-            model.pointwise_log_likelihood(part.to(model.device, model.dtype), x, y).cpu()
-            for part in chunks
-        ]
-    values = torch.cat(rows).double()
-    return values.reshape(draws.n_chains, draws.n_draws, -1).numpy()
-
-
-def _dataset(
-    variables: dict[str, tuple[np.ndarray, tuple[str, ...]]], *, sampled: bool = True
-) -> Dataset:
-    import xarray
-
-    lead = _SAMPLE if sampled else ()
-    data = {name: ((*lead, *dims), values) for name, (values, dims) in variables.items()}
-    sizes = {
-        dim: size
-        for dims, values in data.values()
-        for dim, size in zip(dims, values.shape, strict=True)
-    }
-    return xarray.Dataset(
-        data, coords={dim: np.arange(size) for dim, size in sizes.items()}
-    )
-
-
 def _convert(groups: dict[str, Dataset]) -> Any:
     if is_datatree():
         import xarray
 
         return xarray.DataTree.from_dict(groups)
     return import_arviz().InferenceData(**groups)
-
-
-def _names(first: str, name: str, dims: int) -> tuple[str, ...]:
-    return (first, *(f"{name}_dim_{axis}" for axis in range(1, dims)))
-
-
-def _numpy(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().cpu().numpy()

@@ -41,6 +41,15 @@ def _counts(y: Tensor, n_targets: int) -> Tensor:
     return y
 
 
+def _poisson(rate: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw counts; a rate that has no whole numbers beside it is its own count, where torch
+    overflows.
+    """
+    most = 2.0**53
+    counts = torch.poisson(rate.clamp(max=most), generator=generator)
+    return torch.where(rate > most, rate, counts)
+
+
 @dataclass(frozen=True)
 class Poisson(Likelihood):
     """y ~ Poisson(exp(outputs)): counts whose variance is their mean."""
@@ -88,7 +97,7 @@ class Poisson(Likelihood):
         self, outputs: Tensor, parameters: dict[str, Tensor], generator: torch.Generator
     ) -> Tensor:
         """Draw y given the weights, ``(..., n, out)``."""
-        return torch.poisson(outputs.exp(), generator=generator)
+        return _poisson(outputs.exp(), generator)
 
 
 @dataclass(frozen=True)
@@ -194,7 +203,7 @@ class NegativeBinomial(Likelihood):
         r = (1 / dispersion_of(self.dispersion, outputs, parameters)).expand_as(outputs)
         with isolated(generator):
             rate = outputs.exp() * td.Gamma(r, r).sample()
-        return torch.poisson(rate, generator=generator)
+        return _poisson(rate, generator)
 
 
 @dataclass(frozen=True)
