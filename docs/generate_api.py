@@ -47,7 +47,7 @@ def shown_in_pages() -> set[str]:
     that.
     """
     found = set()
-    for path in (ROOT / "docs").glob("*.md"):
+    for path in (ROOT / "docs").rglob("*.md"):
         for module, names in re.findall(
             r"^from (bnnflow(?:\.\w+){2,}) import (.+)$", path.read_text(), re.MULTILINE
         ):

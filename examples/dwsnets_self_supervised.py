@@ -7,10 +7,11 @@ noise and a mask of its own, and learn to tell which views belong together (SimC
 2020). A linear probe, fitted on the training waves, then reads (a, b) off the embeddings of unseen
 waves. Phases and signs of the sines, exact symmetries, are fixed once for the whole corpus;
 permutations are left to the methods. Every seed has training waves and starts of its own;
-validation and test waves are common. Settings are chosen one after the other in five short trials a
-method; they and the step to stop at are the only choices that see labels, those of the validation
-waves. Run: ``python examples/dwsnets_self_supervised.py [--full] [--two-fits]``. Interrupted runs
-go on where they stopped.
+validation and test waves are common. With --full settings are chosen one after the other in five
+short trials a method; they and the step to stop at are the only choices that see labels, those of
+the validation waves. Run: ``python examples/dwsnets_self_supervised.py [--full] [--two-fits]``: two
+minutes with the same settings for everybody, or, in an hour, the table of docs/experiments.md.
+Interrupted runs go on where they stopped.
 """
 
 import argparse
@@ -43,7 +44,7 @@ from bnnflow.symmetry import match, normalise_sign
 
 OUT = Path("out")
 HIGHEST = 10.0  # of a and b
-# Navon et al.: mean squared error of (a, b) from the embeddings of DWSNets
+# Navon et al.: mean squared error of (a, b) from the embeddings of DWSNets, beside --full only
 PUBLISHED = 1.39
 W0, POINTS, FIT_STEPS = 10.0, 128, 500
 HELD_OUT, TEST = 500, 1000
@@ -73,6 +74,20 @@ OTHERS = {
     "temperature": 0.3,
     "rate": 1e-3,
 }
+
+
+class Sizes(NamedTuple):
+    """How much of everything."""
+
+    seeds: int
+    training: int  # waves
+    steps: int
+    tried: int  # steps of a trial, none if 0
+
+
+FULL = Sizes(seeds=3, training=2000, steps=500, tried=100)
+SMALL = Sizes(seeds=2, training=500, steps=60, tried=0)
+WIDTH, DEPTH = 32, 2
 
 
 class Waves(NamedTuple):
@@ -294,17 +309,17 @@ def main() -> None:
     parser.add_argument(
         "--full",
         action="store_true",
-        help="5,000 waves a seed, 10,000 steps, wider networks",
+        help="three seeds, four times the waves, eight times the steps, tuned settings, the "
+        "transformer too: an hour",
     )
     parser.add_argument(
         "--two-fits", action="store_true", help="one more row: views of two fits of a wave"
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    seeds, training, steps, tried, width, depth = (
-        (3, 5000, 10_000, 1000, 64, 4) if args.full else (3, 2000, 500, 100, 32, 2)
-    )
-    corpus = waves(HELD_OUT + TEST + seeds * training, 2 if args.two_fits else 1)
+    sizes, size = (FULL, "full") if args.full else (SMALL, "small")
+    seeds = sizes.seeds
+    corpus = waves(HELD_OUT + TEST + seeds * sizes.training, 2 if args.two_fits else 1)
     spec = corpus.spec
 
     def equivariant() -> nn.Module:
@@ -312,8 +327,8 @@ def main() -> None:
             spec,
             1,
             EMBEDDING,
-            width,
-            depth,
+            WIDTH,
+            DEPTH,
             invariant=True,
             wiring=Wiring(edge_width=EDGES, frequency=FREQUENCY),
         )
@@ -323,12 +338,13 @@ def main() -> None:
         "MLP, permuted": lambda: WeightsMLP(spec, EMBEDDING),
         "MLP, aligned": lambda: WeightsMLP(spec, EMBEDDING),
         "DWSNet": equivariant,
-        "transformer": lambda: WeightsTransformer(spec, EMBEDDING, width, depth),
     }
+    if args.full:
+        builds["transformer"] = lambda: WeightsTransformer(spec, EMBEDDING, WIDTH, DEPTH)
     if args.two_fits:
         builds[TWO_FITS] = equivariant
-    experiment = Experiment(corpus, training, builds)
-    path = OUT / f"dwsnets_self_supervised{'_full' if args.full else ''}.json"
+    experiment = Experiment(corpus, sizes.training, builds)
+    path = OUT / f"dwsnets_self_supervised_{size}.json"
 
     def run(name: str, seed: int, steps: int, setting: Setting) -> dict[str, Any]:
         key = f"{name}, seed {seed}, {steps} steps, {tuple(setting)}"
@@ -337,9 +353,9 @@ def main() -> None:
     @cache
     def tuned(name: str) -> Setting:
         settings = [Setting()]
-        for field, value in OTHERS.items():
+        for field, value in OTHERS.items() if sizes.tried else ():
             settings.append(settings[0]._replace(**{field: value}))
-            settings.sort(key=lambda each: run(name, 0, tried, each)["validation"])
+            settings.sort(key=lambda each: run(name, 0, sizes.tried, each)["validation"])
         return settings[0]
 
     def cell(errors: list[list[float]], which: int | None = None) -> str:
@@ -371,7 +387,7 @@ def main() -> None:
     shown: dict[str, Tensor] = {}
     for name in builds:
         setting = tuned("DWSNet" if name == TWO_FITS else name)
-        runs = [run(name, seed, steps, setting) for seed in range(seeds)]
+        runs = [run(name, seed, sizes.steps, setting) for seed in range(seeds)]
         before, after = (
             [each["untrained"] for each in runs],
             [each["test"] for each in runs],
@@ -409,7 +425,8 @@ def main() -> None:
         "CPU s a run",
     ]
     print(table(head, rows))
-    print(f"published for DWSNets: {PUBLISHED} (Navon et al. 2023)")
+    if args.full:
+        print(f"published for DWSNets: {PUBLISHED} (Navon et al. 2023)")
     draw(
         {name: shown[name] for name in ("DWSNet", "MLP", "MLP, aligned")},
         truth,

@@ -4,10 +4,11 @@
 Each wave y = sin(b x) on [-pi, pi], b ~ U(0.5, 10), is fitted by a SIREN 1-32-32-1 of its own, and
 networks over weights predict b. Phases and signs of the sines, exact symmetries, are fixed once for
 the whole corpus; permutations are left to the methods. Every seed has training waves and starts of
-its own; validation and test waves are common. Settings are chosen from six trials a method on the
-validation waves of seed 0, trained on 500. Errors over seeds leave out that the 1,000 test waves
-are a sample: a few of them carry most of the squared error. Run:
-``python examples/dwsnets_sine_regression.py [--full]``. Interrupted runs go on where they stopped.
+its own; validation and test waves are common. Settings are chosen from some trials a method on the
+validation waves of seed 0. Errors over seeds leave out that the test waves are a sample: a few of
+them carry most of the squared error. Run: ``python examples/dwsnets_sine_regression.py [--full]``:
+two minutes and few steps for everybody, or, in half an hour, the table of docs/experiments.md.
+Interrupted runs go on where they stopped.
 """
 
 import argparse
@@ -48,13 +49,28 @@ W0, POINTS, FIT_STEPS, FIT_RATE = (
     400,
     1e-3,
 )
-SIZES, TUNED_AT = (100, 200, 500, 1000, 2000), 500
-HELD_OUT, TEST = 500, 1000
 BATCH = 32
 RATES = (1e-3, 3e-3, 1e-2)
-# weight decay, dropout
+# weight decay, dropout; the first of them without --full
 PENALTIES = {"dropout": ((0.01, 0.0), (0.01, 0.2)), "decay": ((0.01, 0.0), (0.3, 0.0))}
-SLOW_SEEDS = {"GraphNet": 2}
+SLOW_SEEDS = {"GraphNet": 2}  # of --full; left out otherwise
+
+
+class Sizes(NamedTuple):
+    """How much of everything."""
+
+    waves: tuple[int, ...]  # trained on
+    tuned_at: int
+    held_out: int
+    test: int
+    seeds: int
+    steps: int
+    penalties: int
+
+
+FULL = Sizes((100, 200, 500, 1000, 2000), 500, 500, 1000, seeds=5, steps=500, penalties=2)
+SMALL = Sizes((100, 1000), 100, 250, 500, seeds=2, steps=150, penalties=1)
+WIDTH, DEPTH = 32, 2
 
 
 class Trial(NamedTuple):
@@ -75,11 +91,11 @@ class Method(NamedTuple):
     penalty: Literal["dropout", "decay"]
 
 
-def waves(seeds: int) -> tuple[Tensor, Tensor, WeightSpec]:
+def waves(sizes: Sizes) -> tuple[Tensor, Tensor, WeightSpec]:
     """Fit the waves of all seeds, or read the fits of an earlier run: weights, scaled frequencies,
     their meaning.
     """
-    n = HELD_OUT + TEST + seeds * max(SIZES)
+    n = sizes.held_out + sizes.test + sizes.seeds * max(sizes.waves)
     b = LOWEST + (HIGHEST - LOWEST) * torch.rand(
         n, generator=torch.Generator().manual_seed(0)
     )
@@ -106,10 +122,10 @@ def waves(seeds: int) -> tuple[Tensor, Tensor, WeightSpec]:
 def run(
     method: Method,
     corpus: tuple[Tensor, Tensor, WeightSpec],
+    sizes: Sizes,
     *,
     size: int,
     seed: int,
-    steps: int,
     trial: Trial,
 ) -> dict[str, float]:
     """Train once on ``size`` waves of a seed.
@@ -117,8 +133,9 @@ def run(
     Return the mean squared errors of b and the CPU seconds.
     """
     theta, b, spec = corpus
-    begin = HELD_OUT + TEST + seed * max(SIZES)
-    rows = torch.cat([torch.arange(HELD_OUT + TEST), torch.arange(begin, begin + size)])
+    common = sizes.held_out + sizes.test
+    begin = common + seed * max(sizes.waves)
+    rows = torch.cat([torch.arange(common), torch.arange(begin, begin + size)])
     theta, b = theta[rows], b[rows]
     if method.symmetry == "align":
         theta = match(theta, spec, frame(theta[-size:], spec), group=permutations(spec))
@@ -140,21 +157,22 @@ def run(
         guesses = predict(net, lambda batch: scaler(batch).unsqueeze(-1), theta[part])
         return SD**2 * float((guesses - b[part]).square().mean())
 
-    validate = partial(error, part=slice(HELD_OUT))
+    validate = partial(error, part=slice(sizes.held_out))
     torch.manual_seed(seed)
     net, lowest, seconds = train(
         method.build(trial.dropout), sample, squared_error, validate,
-        steps=steps, learning_rate=trial.rate, weight_decay=trial.decay, seed=seed,
+        steps=sizes.steps, learning_rate=trial.rate, weight_decay=trial.decay, seed=seed,
     )  # fmt: skip
     return {
         "validation": lowest,
-        "test": error(net, slice(HELD_OUT, HELD_OUT + TEST)),
+        "test": error(net, slice(sizes.held_out, common)),
         "seconds": seconds,
     }
 
 
 def draw(errors: dict[str, dict[int, list[float]]], path: Path) -> None:
     """Plot test errors against the number of training networks."""
+    sizes = list(errors["DWSNet"])
     figure = Figure(figsize=(7.5, 4), layout="constrained")
     axes = figure.subplots()
     for place, (name, by_size) in enumerate(errors.items()):
@@ -166,13 +184,13 @@ def draw(errors: dict[str, dict[int, list[float]]], path: Path) -> None:
     axes.axhline(SD**2, color="0.6", ls=":", lw=1)
     axes.annotate(
         "variance of b",
-        (SIZES[1], SD**2),
+        (sizes[1], SD**2),
         xytext=(0, -12),
         textcoords="offset points",
         color="0.4",
     )
     axes.set(xscale="log", yscale="log", xlabel="training networks", ylabel="test MSE of b")
-    axes.set_xticks(SIZES, [f"{size:,}" for size in SIZES])
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.minorticks_off()
     axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)
@@ -193,16 +211,16 @@ def main() -> None:
     parser.add_argument(
         "--full",
         action="store_true",
-        help="ten seeds, wider networks, twenty times the steps",
+        help="five seeds, five sizes, three times the steps, GraphNet too: half an hour",
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    seeds, steps, width, depth = (10, 10_000, 64, 4) if args.full else (5, 500, 32, 2)
-    corpus = waves(seeds)
+    sizes, name = (FULL, "full") if args.full else (SMALL, "small")
+    corpus = waves(sizes)
     spec = corpus[2]
     methods = {
         "DWSNet": Method(
-            lambda _: DWSNet(spec, 1, 1, width, depth, invariant=True), "none", "decay"
+            lambda _: DWSNet(spec, 1, 1, WIDTH, DEPTH, invariant=True), "none", "decay"
         ),
         "MLP": Method(
             lambda dropout: WeightsMLP(spec, 1, dropout=dropout), "none", "dropout"
@@ -214,23 +232,22 @@ def main() -> None:
             lambda dropout: WeightsMLP(spec, 1, dropout=dropout), "align", "dropout"
         ),
         "transformer, permuted": Method(
-            lambda dropout: WeightsTransformer(spec, 1, width, depth, dropout),
+            lambda dropout: WeightsTransformer(spec, 1, WIDTH, DEPTH, dropout),
             "augment",
             "dropout",
         ),
-        "GraphNet": Method(
-            lambda _: GraphNet(spec, 1, 1, width, depth, invariant=True), "none", "decay"
-        ),
     }
-    path = OUT / f"dwsnets_sine_regression{'_full' if args.full else ''}.json"
+    if args.full:
+        methods["GraphNet"] = Method(
+            lambda _: GraphNet(spec, 1, 1, WIDTH, DEPTH, invariant=True), "none", "decay"
+        )
+    path = OUT / f"dwsnets_sine_regression_{name}.json"
     done = json.loads(path.read_text()) if path.is_file() else {}
 
     def remembered(name: str, size: int, seed: int, trial: Trial) -> dict[str, float]:
         key = f"{name}, {size} waves, seed {seed}, {trial}"
         if key not in done:
-            done[key] = run(
-                methods[name], corpus, size=size, seed=seed, steps=steps, trial=trial
-            )
+            done[key] = run(methods[name], corpus, sizes, size=size, seed=seed, trial=trial)
             path.write_text(json.dumps(done, indent=1))
             print(key, done[key], flush=True)
         return done[key]
@@ -238,22 +255,22 @@ def main() -> None:
     errors: dict[str, dict[int, list[float]]] = {}
     rows = []
     for name, method in methods.items():
-        trials = [
-            Trial(rate, *penalty) for rate in RATES for penalty in PENALTIES[method.penalty]
-        ]
+        penalties = PENALTIES[method.penalty][: sizes.penalties]
+        trials = [Trial(rate, *penalty) for rate in RATES for penalty in penalties]
         best = min(
-            trials, key=lambda trial: remembered(name, TUNED_AT, 0, trial)["validation"]
+            trials,
+            key=lambda trial: remembered(name, sizes.tuned_at, 0, trial)["validation"],
         )
-        own_seeds = range(seeds if args.full else SLOW_SEEDS.get(name, seeds))
+        own_seeds = range(SLOW_SEEDS.get(name, sizes.seeds))
         results = {
             size: [remembered(name, size, seed, best) for seed in own_seeds]
-            for size in SIZES
+            for size in sizes.waves
         }
         errors[name] = {
             size: [each["test"] for each in some] for size, some in results.items()
         }
         seconds = sum(each["seconds"] for some in results.values() for each in some) / (
-            len(own_seeds) * len(SIZES)
+            len(own_seeds) * len(sizes.waves)
         )
         cells = [
             "{:.3f} ± {:.3f}".format(*interval(values)) for values in errors[name].values()
@@ -265,7 +282,13 @@ def main() -> None:
     )
     print(
         table(
-            ["method", "seeds", *map(str, SIZES), "rate, decay, dropout", "CPU s a run"],
+            [
+                "method",
+                "seeds",
+                *map(str, sizes.waves),
+                "rate, decay, dropout",
+                "CPU s a run",
+            ],
             rows,
         )
     )
@@ -275,12 +298,12 @@ def main() -> None:
             name,
             *(
                 "{:+.3f} ± {:.3f}".format(*interval(gaps(errors, name, size)))
-                for size in SIZES
+                for size in sizes.waves
             ),
         )
         for name in list(errors)[1:]
     ]
-    print(table(["method", *map(str, SIZES)], paired))
+    print(table(["method", *map(str, sizes.waves)], paired))
     draw(errors, path.with_suffix(".png"))
 
 

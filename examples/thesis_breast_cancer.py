@@ -9,15 +9,16 @@ with a field that knows the place of every weight; and aligned with optimal tran
 batch. Every flow also runs guided by the log likelihood of the training rows, but for the Geometric
 ones: a `ManifoldFlow` has no guidance. After Erdogan (2025, "Geometric Flow Models over Neural
 Network Weights", arXiv 2504.03710), whose figures are of another split, other targets and other
-fields. Run: python examples/thesis_breast_cancer.py [--steps N] [--cells "Geometric, aligned" ...]
-Every finished cell is kept in out/, run again to resume; so is its field in
-out/thesis_breast_cancer/: without the JSON file the cells are evaluated again, not trained.
+fields. Run: python examples/thesis_breast_cancer.py [--full] [--cells "Geometric, aligned" ...]:
+fields of few steps, or, in a quarter of an hour, the table of docs/benchmarks.md. Every finished
+cell is kept in out/, run again to resume; so is its field in out/thesis_breast_cancer/: without the
+JSON file the cells are evaluated again, not trained.
 """
 
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -44,8 +45,7 @@ from bnnflow.weights import Symmetries, WeightSpec
 
 OUT = Path("out")
 STARTS, ITERATES = 400, (60, 70, 80, 90, 100)  # of Adam, at learning rate 0.01
-STEPS, BATCH, WIDTH, DEPTH = 700, 128, 48, 2
-GENERATED, SOLVER_STEPS = 500, (1, 2, 4, 8, 16)
+BATCH, WIDTH, DEPTH, SOLVER_STEPS = 128, 48, 2, (1, 2, 4, 8, 16)
 # Of guidance: the strength is that of STRENGTHS whose networks come nearest to the targets' loss on
 # *training* rows.
 STRENGTH, CLIMB, STRENGTHS = 30.0, 2, (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -54,7 +54,21 @@ GEOMETRIES, COUPLINGS = (
     ("unaligned", "aligned", "aligned + OT"),
 )
 LOWEST = 0.955  # accuracy in the picture
-PUBLISHED = {  # accuracy and loss
+
+
+class Sizes(NamedTuple):
+    """How much of everything."""
+
+    steps: int  # of training
+    generated: int  # networks
+    cells: tuple[str, ...]
+
+
+FULL = Sizes(700, 500, tuple(f"{a}, {b}" for a in GEOMETRIES for b in COUPLINGS))
+SMALL = Sizes(
+    100, 200, ("Euclidean, unaligned", "Euclidean, aligned", "Geometric, aligned")
+)
+PUBLISHED = {  # accuracy and loss, shown beside --full only
     "targets": (0.992, 0.048),
     "Euclidean, unaligned": (0.998, 0.101),
     "Euclidean, aligned": (0.998, 0.070),
@@ -166,7 +180,7 @@ def iterates(model: bf.BayesianModel) -> Tensor:
     return torch.cat(kept)
 
 
-def main(steps: int, cells: list[str]) -> None:
+def main(sizes: Sizes, full: bool) -> None:
     torch.set_num_threads(1)
     data = bf.data.load("breast_cancer")
     net = nn.Sequential(
@@ -198,7 +212,7 @@ def main(steps: int, cells: list[str]) -> None:
         found = barrier(theta[:200], theta[:200].roll(1, 0), loss, points=11)
         return {
             "accuracy": float(right.mean()),
-            "accuracy_sd": float(right.std()),
+            "accuracy_error": float(right.std()) / len(right) ** 0.5,
             "loss": float(loss(theta).mean()),
             "difference": float((probs - probs.roll(1, 0)).abs().mean()),
             "barriers": found.maximum.tolist(),
@@ -250,7 +264,7 @@ def main(steps: int, cells: list[str]) -> None:
                 pairs,
                 path=path,
                 seed=0,
-                training=bf.Training(steps=steps, batch_size=BATCH),
+                training=bf.Training(steps=sizes.steps, batch_size=BATCH),
             )
             kept = {"field": field.state_dict(), "seconds": info["cpu_seconds"]}
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -264,7 +278,7 @@ def main(steps: int, cells: list[str]) -> None:
         flow, seconds = fitted(name, geometry, coupling)
 
         def generated(
-            flow: Flow | ManifoldFlow, count: int, networks: int = GENERATED
+            flow: Flow | ManifoldFlow, count: int, networks: int = sizes.generated
         ) -> Tensor:
             theta = flow.sample(networks, 1, solver=Solver(steps=count))
             return spheres.project(theta) if geometry == "Normalised" else theta
@@ -293,18 +307,18 @@ def main(steps: int, cells: list[str]) -> None:
     truth = worth(
         targets[torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))]
     )
-    results, rows = {"targets": truth}, [row("targets", truth)]
+    results, rows = {"targets": truth}, [row("targets", truth, full)]
     for geometry in GEOMETRIES:
         for coupling in COUPLINGS:
             name = f"{geometry}, {coupling}"
-            key = f"{name}, {steps} steps"
-            if not cells or name in cells:
+            key = f"{name}, {sizes.steps} steps, {sizes.generated} networks"
+            if name in sizes.cells:
                 results[name] = remembered(path, key, partial(run, key, geometry, coupling))
-                rows.append(row(name, results[name]))
+                rows.append(row(name, results[name], full))
                 print(" ".join(f"{cell:24}" for cell in rows[-1]), flush=True)
     print(
-        f"\n{len(targets)} targets; {GENERATED} generated networks a cell, {max(SOLVER_STEPS)} "
-        f"midpoint steps\n"
+        f"\n{len(targets)} targets; {sizes.generated} generated networks a cell, "
+        f"{max(SOLVER_STEPS)} midpoint steps\n"
     )
     head = (
         "networks",
@@ -318,7 +332,7 @@ def main(steps: int, cells: list[str]) -> None:
         "CPU s of training",
         "published: accuracy, loss",
     )
-    print(table(head, rows))
+    print(table(head if full else head[:-1], rows))
     if scans := [found["strengths"] for found in results.values() if "strengths" in found]:
         losses = torch.tensor(scans).mean(0).tolist()
         shown = ", ".join(
@@ -341,9 +355,9 @@ def main(steps: int, cells: list[str]) -> None:
     print(f"picture: {OUT}/thesis_breast_cancer.png")
 
 
-def row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
+def row(name: str, found: dict[str, Any], full: bool) -> tuple[str, ...]:
     guided, published = found.get("guided"), PUBLISHED.get(name)
-    return (
+    cells = (
         name,
         *scores(found),
         f"{sum(found['barriers']) / len(found['barriers']):.3f}",
@@ -351,12 +365,12 @@ def row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
         f"{found['training']:.0f}" if "training" in found else "",
         f"{published[0]:.3f}, {published[1]:.3f}" if published else "",
     )
+    return cells if full else cells[:-1]
 
 
 def scores(found: dict[str, Any]) -> tuple[str, str, str]:
-    error = found["accuracy_sd"] / GENERATED**0.5
     return (
-        f"{found['accuracy']:.3f} ± {error:.3f}",
+        f"{found['accuracy']:.3f} ± {found['accuracy_error']:.3f}",
         f"{found['loss']:.3f}",
         f"{found['difference']:.3f}",
     )
@@ -423,7 +437,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=STEPS, help="of training, a cell")
-    parser.add_argument("--cells", nargs="*", default=[], help="some cells only")
+    parser.add_argument(
+        "--full", action="store_true", help="nine cells of 700 steps: a quarter of an hour"
+    )
+    parser.add_argument("--cells", nargs="*", choices=FULL.cells, help="these only")
     given = parser.parse_args()
-    main(given.steps, given.cells)
+    sizes = FULL if given.full else SMALL
+    main(sizes._replace(cells=tuple(given.cells or sizes.cells)), given.full)
