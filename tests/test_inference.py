@@ -81,11 +81,11 @@ class Counted:
         self.calls, self._at, self._function = 0, interrupt_at, model.log_joint_and_grad
         model.log_joint_and_grad = self  # type: ignore[method-assign, assignment]
 
-    def __call__(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, *given: Tensor | None) -> tuple[Tensor, Tensor]:
         self.calls += 1
         if self.calls == self._at:
             raise KeyboardInterrupt
-        return self._function(theta)
+        return self._function(*given)  # type: ignore[arg-type]
 
 
 def test_an_interrupt_returns_the_draws_so_far() -> None:

@@ -1,15 +1,19 @@
 """Where methods begin, and what they say when training leads nowhere."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributions as td
 from torch import Tensor, nn
 
 import bnnflow as bf
 from bnnflow import likelihoods, priors
+from bnnflow.estimators import recipe
+from bnnflow.inference.start import Climb, of_the_prior, random_points, starting_points
 
 F64 = torch.float64
 
@@ -227,3 +231,112 @@ def test_arrays_are_weights_too(model, modes: Tensor) -> None:
         for each in (theta, modes[0])
     ]
     assert torch.equal(*found)
+
+
+class OneScale(priors.Prior):
+    """Weights of a family of one scale, which is inferred: a prior of the user's own."""
+
+    def __init__(self, family: Callable[[Tensor], td.Distribution]) -> None:
+        self.family = family
+
+    def parameters(self, spec: Any) -> dict[str, td.Distribution]:
+        return {"scale": td.HalfNormal(torch.tensor(1.0, dtype=F64))}
+
+    def conditional(self, spec: Any, given: dict[str, Tensor]) -> dict[str, Any]:
+        scale = given["scale"]
+        return {
+            name: self.family(scale.reshape(*scale.shape[:-1], *(1,) * len(shape)))
+            for name, shape in spec.shapes.items()
+        }
+
+
+SCALED: dict[str, priors.Prior] = {
+    "a scale a tensor": priors.Hierarchical(),
+    "with heavy tails": priors.Hierarchical(td.HalfCauchy(1.0), fan_in=True),
+    "away from zero": priors.Hierarchical(td.InverseGamma(2.0, 1.0)),
+    "horseshoe": priors.Horseshoe(),
+    "a scale a weight": priors.Horseshoe(local="weight"),
+    "a scale an output": priors.OutputScales(),
+    "of one's own": OneScale(lambda scale: td.Laplace(0.0, scale)),
+    "without quantiles": OneScale(lambda scale: td.StudentT(5.0, 0.0, scale)),
+}
+CLIMBS: dict[str, Callable[[bf.BayesianModel], Tensor]] = {
+    "chains": lambda model: starting_points(
+        model, 3, None, torch.Generator().manual_seed(0), False
+    ),
+    "recipe": lambda model: recipe.warm_start(model, 3, torch.Generator().manual_seed(0)),
+    "ensemble": lambda model: bf.sample(model, bf.DeepEnsemble(3, 400), seed=0).flat,
+    "dropout": lambda model: (
+        bf.sample(model, bf.MCDropout(0.02, members=3, steps=400), seed=0).flat
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def two_outputs() -> tuple[nn.Module, Tensor, Tensor]:
+    """Targets that one input of ten says."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 10, generator=g, dtype=F64)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        net = nn.Sequential(nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    return net, x, torch.cat([(2 * x[:, :1]).tanh(), x[:, :1].sin()], 1)
+
+
+@pytest.mark.parametrize("climb", CLIMBS)
+@pytest.mark.parametrize("prior", SCALED)
+def test_climbs_do_not_end_where_scales_and_weights_are_zero(
+    prior: str, climb: str, two_outputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The joint density of both has no bound there, and the network says nothing."""
+    net, x, y = two_outputs
+    model = bf.BayesianModel(net, SCALED[prior], likelihoods.Gaussian(0.3), x, y)
+    monkeypatch.setattr(recipe, "STEPS", 400)
+    theta = CLIMBS[climb](model)
+    residual = model.outputs(theta, x) - y
+    assert float(residual.square().mean()) < 0.1 * float(y.var(0).mean())
+    flat = model.flat_prior
+    own = flat.sample(1000, 0)[:, model.spec.network.dim :]
+    lowest = own.quantile(0.01, dim=0)
+    assert (theta[:, model.spec.network.dim :] > lowest - 1e-9).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("prior", SCALED)
+def test_a_climb_sees_the_density_with_its_volume(
+    prior: str, temperature: float, two_outputs
+) -> None:
+    """Log density + log |d theta / d z|, the untempered volume, and its derivative."""
+    net, x, y = two_outputs
+    given = (net, SCALED[prior], likelihoods.Gaussian(), x, y)
+    model = bf.BayesianModel(*given, temperature=temperature)
+    climb = Climb(model)
+    theta = random_points(model, 2, torch.Generator().manual_seed(0))
+    z = climb.coordinates(theta)
+    torch.testing.assert_close(climb.theta(z), theta)
+    value, grad = climb.log_joint_and_grad(z)
+    rows = climb.theta(z).unbind()
+    jacobian = [
+        torch.autograd.functional.jacobian(lambda at: climb.theta(at.unsqueeze(0))[0], each)
+        for each in z
+    ]
+    volume = torch.stack([each.slogdet().logabsdet for each in jacobian])
+    expected = model.log_joint(torch.stack(rows)) + volume / temperature
+    torch.testing.assert_close(value, expected)
+    slope = torch.autograd.functional.jacobian(
+        lambda at: climb.log_joint_and_grad(at)[0].sum(), z
+    )
+    held = prior == "without quantiles"
+    moves = ~of_the_prior(model) if held else torch.ones_like(z[0], dtype=torch.bool)
+    torch.testing.assert_close(grad, slope * moves)
+    assert not held or not grad[:, of_the_prior(model)].any()
+
+
+def test_trained_networks_keep_their_weights_while_scales_climb(two_outputs) -> None:
+    net, x, y = two_outputs
+    model = bf.BayesianModel(net, priors.Hierarchical(), likelihoods.Gaussian(0.3), x, y)
+    init = bf.sample(model, bf.DeepEnsemble(2, 200), seed=0).flat
+    draws = bf.sample(model, bf.DeepEnsemble(), init=init, seed=0)
+    weights = model.spec.network.dim
+    assert torch.equal(draws.flat[:, :weights], init[:, :weights])
+    assert not torch.equal(draws.flat[:, weights:], init[:, weights:])

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bnnflow.draws import Draws
 from bnnflow.inference import MCLMC, SGHMC, sample
-from bnnflow.inference.start import random_networks
+from bnnflow.inference.start import Climb, random_points
 from bnnflow.model import BayesianModel
 from bnnflow.optimisers import Adam
 from bnnflow.options import Checkpoint
@@ -116,8 +116,9 @@ def warm_start(
     training, held_out = model.subset(order[unseen:]), model.subset(order[:unseen])
     rows = len(training.x)
     batch = _BATCH if rows > 4 * _BATCH else None
-    theta = random_networks(model.spec, members, generator, model.dtype).to(device)
-    adam, kept = Adam(theta), theta.clone()
+    climb = Climb(training)
+    z = climb.coordinates(random_points(model, members, generator))
+    adam, kept = Adam(z), z.clone()
     best = torch.full((members,), -math.inf, dtype=torch.float64, device=device)
     since = torch.zeros(members, device=device)
     with torch.no_grad(), progress_bar(STEPS, "warm start", progress, "step") as bar:
@@ -125,19 +126,19 @@ def warm_start(
             chosen = batch and torch.randint(
                 rows, (members, batch), generator=generator, device=device
             )
-            _, grad = training.log_joint_and_grad(theta, chosen)
-            theta = adam.step(theta, grad / rows, _RATE)
+            _, grad = climb.log_joint_and_grad(z, chosen)
+            z = adam.step(z, grad / rows, _RATE)
             bar.update()
             if step % _LOOK:
                 continue
-            value = held_out.log_likelihood(theta).nan_to_num(nan=-math.inf)
+            value = held_out.log_likelihood(climb.theta(z)).nan_to_num(nan=-math.inf)
             better = value > best
             best = torch.where(better, value, best)
-            kept = torch.where(better[:, None], theta, kept)
+            kept = torch.where(better[:, None], z, kept)
             since = torch.where(better, 0, since + 1)
             if bool((since >= _PATIENCE).all()):
                 break
-    return kept
+    return climb.theta(kept)
 
 
 def monte_carlo_error(model: BayesianModel, parts: list[Draws]) -> float:

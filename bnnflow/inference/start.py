@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bnnflow.arguments import tensor
 from bnnflow.method import Run
 from bnnflow.model import BayesianModel
+from bnnflow.model.priors.conditional import Seen
 from bnnflow.optimisers import Adam, cosine
 from bnnflow.progress import Steps, progress_bar, until_interrupted
 from bnnflow.ranks import ALONE, Ranks
@@ -22,6 +23,7 @@ from bnnflow.weights import WeightSpec
 __all__ = [
     "WARM_START",
     "Ascent",
+    "Climb",
     "accelerated_ascent",
     "as_start",
     "first_points",
@@ -30,11 +32,19 @@ __all__ = [
     "of_interrupt",
     "one_point",
     "random_networks",
+    "random_points",
     "starting_points",
 ]  # fmt: skip
 
 WARM_START = 300
 """Adam steps, one gradient each, that chains without an ``init`` climb."""
+
+
+def random_points(model: BayesianModel, n: int, generator: torch.Generator) -> Tensor:
+    """Draw `random_networks` ``(n, dim)``, with the prior's parameters at their medians."""
+    theta = random_networks(model.spec, n, generator, model.dtype)
+    own = of_the_prior(model)
+    return torch.where(own, model.flat_prior.median, theta) if own.any() else theta
 
 
 def random_networks(
@@ -58,6 +68,60 @@ def random_networks(
         )
         params[name] = (2 * uniform - 1) / math.sqrt(fan_in)
     return spec.flatten(params)
+
+
+def of_the_prior(model: BayesianModel) -> Tensor:
+    """Return which coordinates are parameters of the prior, ``(dim,)``."""
+    own = torch.zeros(model.dim, dtype=torch.bool, device=model.device)
+    for name in model.spec.extras:
+        own[model.spec.slices[name]] = name.startswith("prior.")
+    return own
+
+
+class Climb:
+    """The log joint density in the coordinates in which networks climb it.
+
+    These are theta, unless the prior has parameters of its own. The density of a scale and its
+    weights together has no bound where both go to zero, and a climb would end there, at a network
+    that says nothing. It has one where weights are seen as multiples of their scales (non-centred;
+    Papaspiliopoulos, Roberts & Skold 2007). A prior without the quantiles for that keeps its
+    parameters where they are while weights climb.
+
+    Args:
+        model: the posterior.
+        free: 1 for coordinates of theta that move and 0 for others, ``(dim,)``; None for all.
+    """
+
+    def __init__(self, model: BayesianModel, free: Tensor | None = None) -> None:
+        self.model, self._free = model, free
+        self._weights = model.flat_prior.weights if free is None else None
+        if self._weights is not None and not self._weights.has_quantiles:
+            self._weights, self._free = None, (~of_the_prior(model)).to(model.dtype)
+
+    def coordinates(self, theta: Tensor) -> Tensor:
+        """Return where a climb from ``theta`` ``(n, dim)`` begins, ``(n, dim)``."""
+        return theta.clone() if self._weights is None else self._weights.non_centred(theta)
+
+    def at(self, z: Tensor) -> tuple[Tensor, Seen]:
+        """Return theta at coordinates, ``(n, dim)``, and how its density is seen there."""
+        return (z, self._as_it_is) if self._weights is None else self._weights.centred(z)
+
+    def theta(self, z: Tensor) -> Tensor:
+        """Return theta at coordinates, ``(n, dim)``."""
+        return self.at(z)[0]
+
+    def log_joint_and_grad(
+        self, z: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the log density and its gradient, of all rows or those chosen."""
+        theta, seen = self.at(z)
+        value, grad = self.model.log_joint_and_grad(theta, rows)
+        return seen(value, grad, self.model.temperature)
+
+    def _as_it_is(
+        self, value: Tensor, grad: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        return value, grad if self._free is None else grad * self._free
 
 
 def maximise(
@@ -99,14 +163,15 @@ def accelerated_ascent(
     """Climb log_joint from every row of ``theta`` ``(n, dim)`` at once with Adam and a cosine
     schedule.
 
-    A row whose density becomes NaN keeps its best point so far. ``free`` is 1 for coordinates that
-    move and 0 for others, ``(dim,)``; all move if None. Ctrl-C ends the climb where it is.
+    A row whose density becomes NaN keeps its best point so far. It climbs in the coordinates of
+    `Climb`, to which ``free`` goes. Ctrl-C ends the climb where it is.
     """
-    theta, first = theta.clone(), None
-    adam = Adam(theta)
+    climb, first = Climb(model, free), None
+    z = climb.coordinates(theta)
+    adam = Adam(z)
     best, best_value = (
-        theta.clone(),
-        torch.full(theta.shape[:1], -math.inf, dtype=torch.float64, device=theta.device),
+        z.clone(),
+        torch.full(z.shape[:1], -math.inf, dtype=torch.float64, device=z.device),
     )
     with (
         torch.no_grad(),
@@ -114,18 +179,17 @@ def accelerated_ascent(
         until_interrupted() as taken,
     ):
         for step in range(1, steps + 1):
-            value, grad = model.log_joint_and_grad(theta)
-            grad = grad if free is None else grad * free
+            value, grad = climb.log_joint_and_grad(z)
             first = value if first is None else first
             better = value > best_value
-            best = torch.where(better[:, None], theta, best)
+            best = torch.where(better[:, None], z, best)
             best_value = torch.where(better, value, best_value)
-            theta = adam.step(theta, grad, cosine(learning_rate, step, steps))
+            z = adam.step(z, grad, cosine(learning_rate, step, steps))
             taken.done = step
             bar.update()
     with torch.no_grad():
-        value = model.log_joint(theta)
-    best = torch.where((value > best_value)[:, None], theta, best)
+        value, _ = climb.log_joint_and_grad(z)
+        best = climb.theta(torch.where((value > best_value)[:, None], z, best))
     top = torch.maximum(value, best_value)
     gained = top - first if first is not None else torch.zeros_like(top)
     return Ascent(best, ~(value >= top - 1 - 0.1 * gained), taken)
@@ -218,7 +282,7 @@ def first_points(
         ValueError: if log_joint is not finite at one of those given.
     """
     if init is None:
-        return random_networks(model.spec, n, generator, model.dtype)
+        return random_points(model, n, generator)
     if isinstance(init, str):
         return model.sample_prior(n, generator)
     theta = init.clone() if init.dim() == 2 else init.repeat(n, 1)
@@ -281,7 +345,7 @@ def starting_points(
         theta = ranks.own(init.expand(every, -1)).clone()
     elif init is None:
         # Not from prior draws: with learned noise these begin millions of nats below the mode.
-        theta = random_networks(model.spec, chains, generator, model.dtype)
+        theta = random_points(model, chains, generator)
         theta = maximise(model, theta, WARM_START, 0.02, progress, "warm start")
     else:
         theta = model.sample_prior(chains, generator)

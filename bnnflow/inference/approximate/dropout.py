@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
-from bnnflow.inference.start import first_points, of_divergence, of_interrupt
+from bnnflow.inference.start import Climb, first_points, of_divergence, of_interrupt
 from bnnflow.method import Method, Run
 from bnnflow.model import BayesianModel
 from bnnflow.optimisers import Adam, cosine
@@ -69,8 +69,10 @@ class MCDropout(Method):
         """
         run.refuse(self, "members and draws", "chains", "warmup", "checkpoint")
         generator, masks = run.generator, self._masks(model)
-        start = theta = first_points(model, run.init, self.members, generator)
-        adam, members, objectives = Adam(theta), len(theta), []
+        start = first_points(model, run.init, self.members, generator)
+        climb = Climb(model)
+        z = climb.coordinates(start)
+        adam, members, objectives = Adam(z), len(z), []
         with (
             torch.no_grad(),
             progress_bar(self.steps, "MC dropout", run.progress, "step") as bar,
@@ -78,15 +80,14 @@ class MCDropout(Method):
         ):
             for step in range(1, self.steps + 1):
                 factors = masks((members, self.masks), generator)
-                # (members, masks, ...)
-                value, grad = model.log_likelihood_and_grad(theta.unsqueeze(1) * factors)
-                prior, prior_grad = _log_prior_and_grad(model, theta)
-                grad = (grad * factors).mean(1) + prior_grad
-                objectives.append(value.mean(1) + prior)  # (members,)
-                theta = adam.step(theta, grad, cosine(self.learning_rate, step, self.steps))
+                theta, seen = climb.at(z)
+                value, grad = seen(*_objective(model, theta, factors), 1.0)
+                objectives.append(value)  # (members,)
+                z = adam.step(z, grad, cosine(self.learning_rate, step, self.steps))
                 taken.done = step
                 bar.update()
         # The objective is noisy: only a fall that no mask explains is a divergence.
+        theta = climb.theta(z)
         first, last = objectives[0], objectives[-1]
         lost = ~(last >= first - 1 - first.abs()) | ~theta.isfinite().all(-1)
         theta = torch.where(theta.isfinite().all(-1, keepdim=True), theta, start)
@@ -268,6 +269,12 @@ def dropout_factors(
     return torch.cat(parts, -1)
 
 
-def _log_prior_and_grad(model: BayesianModel, theta: Tensor) -> tuple[Tensor, Tensor]:
-    value, vjp, *_ = torch.func.vjp(model.log_prior, theta)
-    return value, vjp(torch.ones_like(value))[0]
+def _objective(
+    model: BayesianModel, theta: Tensor, factors: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the log prior plus the log likelihood in the mean over multipliers
+    ``(members, masks, dim)``, of ``theta`` ``(members, dim)``, and its gradient.
+    """
+    prior, prior_grad = model.flat_prior.log_prob_and_grad(theta)
+    value, grad = model.log_likelihood_and_grad(theta.unsqueeze(1) * factors)
+    return value.mean(1) + prior, (grad * factors).mean(1) + prior_grad

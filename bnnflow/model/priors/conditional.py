@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from bnnflow.model.priors.marginals import (
     LOG_2PI,
     TINY,
     broadcasts,
+    has_quantiles,
     parameters_of,
     unvalidated,
     unwrapped,
@@ -26,7 +28,11 @@ from bnnflow.model.priors.prior import Prior
 from bnnflow.seeding import isolated
 from bnnflow.weights import WeightSpec
 
-__all__ = ["ConditionalWeights"]
+__all__ = ["ConditionalWeights", "Seen"]
+
+Seen = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+"""``(value, grad, temperature)`` of a log density of theta, tempered -> those in other
+coordinates."""
 
 
 class ConditionalWeights:
@@ -164,6 +170,68 @@ class ConditionalWeights:
             }
         return self.network.flatten(parts).to(theta.dtype)
 
+    # ---------------------------------------- non-centred coordinates: those of `to_normal`
+    # for the weights, and theta for all that follows them
+
+    @property
+    def has_quantiles(self) -> bool:
+        """Whether all weights have normal coordinates."""
+        return all(map(has_quantiles, self.families()))
+
+    def non_centred(self, theta: Tensor) -> Tensor:
+        """Map theta ``(..., dim)`` to non-centred coordinates."""
+        z = self.to_normal(theta[..., : self.spec.dim])
+        return torch.cat([z, theta[..., self.network.dim :]], -1)
+
+    def centred(self, z: Tensor) -> tuple[Tensor, Seen]:
+        """Return theta at non-centred coordinates ``(n, dim)``, and how its density is seen
+        there.
+        """
+        start, stop = self.network.dim, self.spec.dim
+        normal = z[..., :start]
+        if self.closed_scales is None:
+            theta, vjp = torch.func.vjp(self._centred_by_torch, z)  # type: ignore[misc]
+            return theta, partial(self._seen_by_torch, z, theta, vjp)
+        log_scales, of_parameters = self.closed_scales(z[..., :stop])
+        scales = log_scales.exp()
+
+        def seen(value: Tensor, grad: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+            by_normal = grad[..., :start] * scales
+            by_scales = of_parameters(by_normal * normal + 1 / temperature)
+            own = grad[..., start:stop] + by_scales
+            volume = log_scales.sum(-1, dtype=torch.float64) / temperature
+            return value + volume, torch.cat([by_normal, own, grad[..., stop:]], -1)
+
+        return torch.cat([normal * scales, z[..., start:]], -1), seen
+
+    def _centred_by_torch(self, z: Tensor) -> Tensor:
+        start, stop = self.network.dim, self.spec.dim
+        weights = self.from_normal(z[..., :start], z[..., start:stop])
+        return torch.cat([weights, z[..., start:]], -1)
+
+    def _seen_by_torch(
+        self,
+        z: Tensor,
+        theta: Tensor,
+        vjp: Callable[[Tensor], tuple[Tensor]],
+        value: Tensor,
+        grad: Tensor,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        # log |d theta / d z| = log N(z) - log p(weights | parameters)
+        given, by_given = self.log_prob_and_grad(theta[..., : self.spec.dim])
+        beyond = torch.zeros_like(z[..., self.spec.dim :])
+        left = grad - torch.cat([by_given, beyond], -1) / temperature
+        normal = torch.cat(
+            [z[..., : self.network.dim], torch.zeros_like(z[..., self.network.dim :])], -1
+        )
+        log_normal = -0.5 * normal.square().sum(-1, dtype=torch.float64)
+        value = (
+            value + (log_normal - 0.5 * self.network.dim * LOG_2PI - given) / temperature
+        )
+        return value, vjp(left)[0] - normal / temperature
+
+    # ---------------------------------------- derivatives
     # What follows takes theta ``(batch, dim)`` of a whole prior, and both derivatives of the
     # parameters' coordinates. For the priors of this module alone: weights are z times the
     # exponential of a log scale.

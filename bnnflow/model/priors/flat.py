@@ -24,6 +24,7 @@ from bnnflow.model.priors.marginals import (
     LOG_2PI,
     Marginal,
     elementwise,
+    has_quantiles,
     merged,
     parameters_of,
     rebuild,
@@ -204,6 +205,11 @@ class FlatPrior:
         return theta
 
     @cached_property
+    def median(self) -> Tensor:
+        """The median of every coordinate, ``(dim,)``, in 1001 draws."""
+        return self.sample(1001, 0).median(0).values
+
+    @cached_property
     def interquartile_range(self) -> Tensor:
         """The distance of the quartiles of every coordinate, ``(dim,)``, in 1001 draws."""
         quarters = torch.tensor([0.25, 0.75], dtype=self.dtype, device=self.device)
@@ -259,16 +265,12 @@ class FlatPrior:
         if self._weights is not None:
             families += self._weights.families()
         for distribution in families:
-            if not isinstance(distribution, td.Normal):
-                try:
-                    distribution.icdf(distribution.cdf(torch.ones(1, device=self.device)))
-                except NotImplementedError as error:
-                    name = type(distribution).__name__
-                    raise ValueError(
-                        f"a transport from a {name} prior needs its cdf and inverse cdf, which "
-                        "torch does not have; "
-                        "use a Normal, Laplace, Cauchy or another prior with both"
-                    ) from error
+            if not has_quantiles(distribution):
+                name = type(distribution).__name__
+                raise ValueError(
+                    f"a transport from a {name} prior needs its cdf and inverse cdf, which "
+                    "torch does not have; use a Normal, Laplace, Cauchy or another prior with both"
+                )
 
     def to_normal(self, theta: Tensor) -> Tensor:
         """Map ``theta`` to coordinates in which the prior is N(0, I).

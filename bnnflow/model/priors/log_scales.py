@@ -89,22 +89,22 @@ class GroupScales(LogScales):
 
     def __init__(self, owner: Tensor, parameter: Tensor, log_factors: Tensor) -> None:
         self._owner, self._parameter, self._log_factors = owner, parameter, log_factors
+        # of every weight; groups without a parameter take a zero behind the others
+        count = int(parameter.max()) + 1
+        self._own = torch.where(parameter < 0, count, parameter)[owner]
+        self._log_factor = log_factors[owner]
 
     def __call__(self, theta: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Return the log scales ``(..., network dim)``, and how a gradient by them becomes one by
         the parameters.
         """
-        logs = theta[..., len(self._owner) :]
-        # the parameter of groups that have none is a zero behind the others
-        logs = torch.cat([logs, torch.zeros_like(logs[..., :1])], -1)
-        own = self._parameter[self._owner]
+        logs = torch.nn.functional.pad(theta[..., len(self._owner) :], (0, 1))
 
         def vjp(grad: Tensor) -> Tensor:
             total = grad.new_zeros(*grad.shape[:-1], logs.shape[-1])
-            return total.index_add(-1, own % logs.shape[-1], grad)[..., :-1]
+            return total.index_add(-1, self._own, grad)[..., :-1]
 
-        factors = self._log_factors[self._owner].to(theta.dtype)
-        return logs[..., own] + factors, vjp
+        return logs.index_select(-1, self._own) + self._log_factor.to(theta.dtype), vjp
 
     @property
     def shared(self) -> Shared:

@@ -23,6 +23,7 @@ __all__ = [
     "Marginal",
     "elementwise",
     "exact",
+    "has_quantiles",
     "merged",
     "parameters_of",
     "rebuild",
@@ -264,6 +265,18 @@ def on_half_line(distribution: Distribution) -> bool:
         support, (type(constraints.positive), type(constraints.nonnegative))
     )
     return half_line and bool(torch.as_tensor(support.lower_bound).eq(0).all())  # type: ignore[union-attr]
+
+
+def has_quantiles(distribution: Distribution) -> bool:
+    """Say whether torch has its cdf and inverse cdf, of which normal coordinates are made."""
+    if isinstance(distribution, td.Normal):
+        return True
+    where = next(iter(parameters_of(distribution).values())).device
+    try:
+        distribution.icdf(distribution.cdf(torch.ones(1, device=where)))
+    except NotImplementedError:
+        return False
+    return True
 
 
 def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
