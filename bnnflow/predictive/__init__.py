@@ -2,5 +2,6 @@
 
 from bnnflow.predictive import metrics
 from bnnflow.predictive.average import Prediction, predict
+from bnnflow.predictive.stacked import Stacked, stacked
 
-__all__ = ["Prediction", "metrics", "predict"]
+__all__ = ["Prediction", "Stacked", "metrics", "predict", "stacked"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from bnnflow.arguments import Count, Fraction, checked, finite, tensor
 from bnnflow.draws import Draws, as_theta
 from bnnflow.model import BayesianModel
-from bnnflow.model.likelihood import real_targets
+from bnnflow.model.likelihood import Likelihood, real_targets
 from bnnflow.model.likelihoods.transformed import Transformed
 from bnnflow.seeding import as_generator
 from bnnflow.types import Seed
@@ -96,7 +96,10 @@ def _normalise(theta: Tensor, log_weights: Tensor | None) -> tuple[Tensor, Tenso
     return theta, log_weights - log_weights.logsumexp(0)
 
 
-class _Chunk(NamedTuple):
+class Chunk(NamedTuple):
+    """The outputs of some draws of one model."""
+
+    likelihood: Likelihood
     outputs: Tensor  # (chunk, n, out), float64
     parameters: dict[str, Tensor]  # (chunk, *shape), float64
     log_weights: Tensor  # (chunk,), float64
@@ -219,7 +222,7 @@ class Prediction:
         for chunk in self._chunks(self.theta):
             weights = chunk.log_weights.exp()
             # (chunk, n, targets)
-            mean = self.model.likelihood.mean(chunk.outputs, chunk.parameters)
+            mean = chunk.likelihood.mean(chunk.outputs, chunk.parameters)
             # a mean that overflows is no origin
             shift = mean[0].nan_to_num(posinf=0.0) if shift is None else shift
             offset = mean - shift
@@ -234,15 +237,19 @@ class Prediction:
         between = torch.where(first.isinf(), math.inf, second - first.square())
         return _Moments(shift + first, between.clamp(min=0), inner)
 
-    def _spread(self, chunk: _Chunk, mean: Tensor) -> Tensor | None:
+    def _spread(self, chunk: Chunk, mean: Tensor) -> Tensor | None:
         """Return the noise variance of every draw, ``(chunk, n, targets)``, or its entropy,
         ``(chunk, n)``.
         """
         if self.kind == "classification":
             return torch.special.entr(mean).sum(-1)
-        if not self.model.likelihood.has_variance:
+        if not self._has_variance:
             return None
-        return self.model.likelihood.variance(chunk.outputs, chunk.parameters)
+        return chunk.likelihood.variance(chunk.outputs, chunk.parameters)
+
+    @property
+    def _has_variance(self) -> bool:
+        return self.model.likelihood.has_variance
 
     def _within(self, what: str) -> Tensor:
         if self._moments.within is None:
@@ -269,7 +276,7 @@ class Prediction:
         )
         for chunk in self._chunks(self.theta):
             terms = (
-                self.model.likelihood.log_prob(chunk.outputs, y, chunk.parameters)
+                chunk.likelihood.log_prob(chunk.outputs, y, chunk.parameters)
                 + chunk.log_weights[:, None]
             )
             total = torch.logaddexp(total, terms.logsumexp(0))  # (n,)
@@ -354,6 +361,10 @@ class Prediction:
         index = torch.multinomial(
             self.log_weights.exp(), n, replacement=True, generator=generator
         )
+        return self._sampled(index, generator)
+
+    def _sampled(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw targets of the draws ``index`` of the weights."""
         chunks = list(self._chunks(self.theta, index))
         # (n, rows, out): no larger than the result
         outputs = torch.cat([chunk.outputs for chunk in chunks])
@@ -361,18 +372,16 @@ class Prediction:
             name: torch.cat([chunk.parameters[name] for chunk in chunks])
             for name in chunks[0].parameters
         }
-        return self._squeeze(self._replicated(outputs, parameters, generator))
+        chunk = Chunk(chunks[0].likelihood, outputs, parameters, self.log_weights[index])
+        return self._squeeze(self._replicated(chunk, generator))
 
-    def _replicated(
-        self, outputs: Tensor, parameters: dict[str, Tensor], generator: torch.Generator
-    ) -> Tensor:
+    def _replicated(self, chunk: Chunk, generator: torch.Generator) -> Tensor:
         """Draw y of every draw of the weights, ``(draws, n, targets)``, or labels
         ``(draws, n)``.
         """
-        likelihood = self.model.likelihood
         if self.kind == "regression":
-            return likelihood.sample(outputs, parameters, generator)
-        probs = likelihood.mean(outputs, parameters)
+            return chunk.likelihood.sample(chunk.outputs, chunk.parameters, generator)
+        probs = chunk.likelihood.mean(chunk.outputs, chunk.parameters)
         labels = torch.multinomial(probs.flatten(0, 1), 1, generator=generator)
         return labels.reshape(probs.shape[:2])
 
@@ -381,7 +390,7 @@ class Prediction:
         ``(chunk, n, classes)``, in order.
         """
         for chunk in self._chunks(self.theta):
-            yield self.model.likelihood.mean(chunk.outputs, chunk.parameters)
+            yield chunk.likelihood.mean(chunk.outputs, chunk.parameters)
 
     def by_draw(
         self, y: Tensor | np.ndarray | None, generator: torch.Generator
@@ -392,15 +401,14 @@ class Prediction:
         There are no drawn targets where the likelihood has no ``sample``, and no log density
         without y.
         """
-        likelihood = self.model.likelihood
         y = None if y is None else self._targets(y)
-        drawable = self.kind == "classification" or likelihood.has_sample
         for chunk in self._chunks(self.theta):
-            given = chunk.outputs, chunk.parameters
+            likelihood, outputs, parameters, _ = chunk
+            drawable = self.kind == "classification" or likelihood.has_sample
             yield ByDraw(
-                likelihood.mean(*given),
-                self._replicated(*given, generator) if drawable else None,
-                None if y is None else likelihood.log_prob(given[0], y, given[1]),
+                likelihood.mean(outputs, parameters),
+                self._replicated(chunk, generator) if drawable else None,
+                None if y is None else likelihood.log_prob(outputs, y, parameters),
             )
 
     @checked
@@ -417,33 +425,33 @@ class Prediction:
 
     # ---------------------------------------- passes over the draws
 
-    def _chunks(self, theta: Tensor, index: Tensor | None = None) -> Iterator[_Chunk]:
+    def _chunks(self, theta: Tensor, index: Tensor | None = None) -> Iterator[Chunk]:
         """Yield the outputs of ``theta``, or of its rows ``index``, ``chunk_size`` draws at a
         time.
         """
-        log_weights = self.log_weights
+        likelihood, log_weights = self.model.likelihood, self.log_weights
+        features = self.model.features(self.x)
         for start in range(0, len(theta) if index is None else len(index), self.chunk_size):
             part = slice(start, start + self.chunk_size)
             rows = part if index is None else index[part]
             chosen = theta[rows if isinstance(rows, slice) else rows.to(theta.device)]
             chosen = chosen.detach().to(self.model.device, self.model.dtype)
             with torch.no_grad():
-                outputs = self.model.outputs(chosen, self.x).double()
+                # x was looked at when the prediction was made
+                outputs = self.model.density.outputs(chosen, features).double()
                 parameters = self.model.likelihood_parameters(chosen.double())
-            yield _Chunk(outputs, parameters, log_weights[rows])
+            yield Chunk(likelihood, outputs, parameters, log_weights[rows])
 
     def _cdf(self, y: Tensor) -> Tensor:
         """Return the mixture's cdf at several values for every row and target, ``(k, n, targets)``
         in and out.
         """
-        cdf = self.model.likelihood.cdf
         total = torch.zeros_like(y)
         for chunk in self._chunks(self.theta):
             weights = chunk.log_weights.exp()
             for values, sums in zip(y, total, strict=True):
-                sums += torch.tensordot(
-                    weights, cdf(chunk.outputs, values, chunk.parameters), 1
-                )
+                cdf = chunk.likelihood.cdf(chunk.outputs, values, chunk.parameters)
+                sums += torch.tensordot(weights, cdf, 1)
         return total
 
     def _inverted(self, levels: Tensor) -> Tensor:
@@ -466,14 +474,20 @@ class Prediction:
             (self._moments.between + self._within("quantile")).sqrt(),
         )
         ends = torch.stack([mean - sd / odds, mean + sd * odds])  # (2, k, n, targets)
-        # the cdf at the ends, or bounds
-        values = torch.stack([torch.zeros_like(ends[0]), torch.ones_like(ends[0])])
-        steps = torch.linspace(0, 1, _SECTIONS + 2, dtype=torch.float64, device=sd.device)[
-            1:-1
-        ].reshape(-1, 1, 1, 1)
         # A level gets the passes that its own bracket needs, so that no other level changes its
         # result. (k, 1, 1)
         passes = (((odds + 1 / odds) / _TOLERANCE).log() / math.log(_SECTIONS + 1)).ceil()
+        return self._narrowed(ends, levels, passes)
+
+    def _narrowed(self, ends: Tensor, levels: Tensor, passes: Tensor) -> Tensor:
+        """Return the quantiles of ``levels`` that lie between ``ends`` ``(2, k, n, targets)``,
+        after so many ``passes`` for each, ``(k, 1, 1)``.
+        """
+        # the cdf at the ends, or bounds
+        values = torch.stack([torch.zeros_like(ends[0]), torch.ones_like(ends[0])])
+        steps = torch.linspace(
+            0, 1, _SECTIONS + 2, dtype=torch.float64, device=ends.device
+        )[1:-1].reshape(-1, 1, 1, 1)
         for done in range(int(passes.max())):
             grid = ends[:1] + (ends[1:] - ends[:1]) * steps  # (sections, k, n, targets)
             inside = self._cdf(grid.flatten(0, 1)).reshape(grid.shape)
@@ -506,6 +520,12 @@ class Prediction:
         # `high`.
         low = (mean - sd / odds).floor().sub(1).clamp(min=-1)
         high = (mean + sd * odds).ceil()  # (k, n, targets)
+        return self._narrowed_counts(low, high, levels)
+
+    def _narrowed_counts(self, low: Tensor, high: Tensor, levels: Tensor) -> Tensor:
+        """Return the least whole numbers above ``low`` whose cdf reaches ``levels``; that at
+        ``high`` does.
+        """
         while bool((high - low > 1).any()):
             middle = ((low + high) / 2).floor()
             reached = self._cdf(middle) >= levels
