@@ -65,6 +65,9 @@ SAME_TRIALS = [
     (1.0, 1.0),
 ]
 HIDDEN, WIDTH, DEPTH = [16, 16], 32, 3  # of a classifier; of the DWSNet
+# steps, seeds, domains
+FULL: tuple[int, int, tuple[str, ...]] = (400, 3, ("turned", "noisy"))
+SMALL: tuple[int, int, tuple[str, ...]] = (120, 2, ("turned",))
 LEFT_OUT = ("GraphNet",)  # at 64 inputs and more its edges cost several times the rest
 
 
@@ -350,9 +353,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", help="only these")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    steps, seeds, domains = (
-        (400, 3, ("turned", "noisy")) if args.full else (120, 2, ("turned",))
-    )
+    steps, seeds, domains = FULL if args.full else SMALL
     path = OUT / f"dwsnets_adaptation_{'full' if args.full else 'small'}.json"
     panels = {}
     for labels in ("common", "own"):

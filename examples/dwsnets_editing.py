@@ -62,6 +62,7 @@ SAME_TRIALS = [
     (1e-1, 1.0),
 ]
 WIDTH, DEPTH = 32, 3  # of the DWSNet
+FULL, SMALL = (500, 3), (120, 2)  # steps, seeds
 LEFT_OUT = ("GraphNet",)  # unless asked for: as slow as the DWSNet, and slower to learn
 SHOWN = 8  # images in the figure
 
@@ -255,7 +256,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", help="only these")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    steps, seeds = (500, 3) if args.full else (120, 2)
+    steps, seeds = FULL if args.full else SMALL
     data = images(args.data if args.data or args.full else "digits")
     fits, test = corpus(data, 1)
     spec, n_train = test.spec, len(data.x_train) * 7 // 8

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,21 @@ EXTRA = {"GraphNet": 1 / 3, "DWSNet + hidden probes": 1.0, "DWSNet + all probes"
 SLOW = ("transformer", "GraphNet", "DWSNet + all probes")
 # MNIST and Fashion-MNIST, 55,000 images: another corpus, shown beside --full only
 PUBLISHED = {"DWSNet": (85.71, 67.06), "MLP, aligned": (58.98, 47.79)}
+
+
+class Sizes(NamedTuple):
+    """How much of everything."""
+
+    views: int  # fits of a training image
+    seeds: int
+    steps: int
+    batch_size: int
+    width: int
+    depth: int
+
+
+FULL = Sizes(views=3, seeds=3, steps=1367, batch_size=128, width=64, depth=3)
+SMALL = Sizes(views=1, seeds=2, steps=300, batch_size=32, width=32, depth=2)
 
 
 def random_warp(
@@ -125,9 +141,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", help="only these")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    views, seeds, batch_size, width, depth = (
-        (3, 3, 128, 64, 3) if args.full else (1, 2, 32, 32, 2)
-    )
+    views, seeds, steps, batch_size, width, depth = FULL if args.full else SMALL
     data = images(args.data if args.data or args.full else "digits")
     fits, test = corpus(data, views)
     spec = test.spec
@@ -198,7 +212,6 @@ def main() -> None:
         )
         return -lowest, accuracy(net, unseen, y_test), seconds
 
-    steps = 25 * n_train // batch_size if args.full else 400
     path = (
         OUT
         / f"dwsnets_inr_classification_{data.name}_{'full' if args.full else 'small'}.json"

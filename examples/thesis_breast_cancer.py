@@ -180,7 +180,7 @@ def iterates(model: bf.BayesianModel) -> Tensor:
     return torch.cat(kept)
 
 
-def main(sizes: Sizes, full: bool) -> None:
+def experiment(sizes: Sizes, full: bool) -> None:
     torch.set_num_threads(1)
     data = bf.data.load("breast_cancer")
     net = nn.Sequential(
@@ -246,9 +246,9 @@ def main(sizes: Sizes, full: bool) -> None:
             rows = torch.randint(len(x1), (n,), generator=generator)
             return rule.pair(source(n, generator), x1[rows], spec, group, generator)
 
-        sizes = torch.cat([spheres.sizes, torch.ones(1)])[spheres.owner].float()
+        on_sphere = torch.cat([spheres.sizes, torch.ones(1)])[spheres.owner].float()
         # of one coordinate of the source
-        sd = sizes.rsqrt() if curved else torch.ones(spec.dim)
+        sd = on_sphere.rsqrt() if curved else torch.ones(spec.dim)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             field = Residual(spec, sd, x1, placed, spheres if curved else None)
@@ -433,7 +433,7 @@ def pictures(results: dict[str, dict[str, Any]]) -> Figure:
     return figure
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -443,4 +443,8 @@ if __name__ == "__main__":
     parser.add_argument("--cells", nargs="*", choices=FULL.cells, help="these only")
     given = parser.parse_args()
     sizes = FULL if given.full else SMALL
-    main(sizes._replace(cells=tuple(given.cells or sizes.cells)), given.full)
+    experiment(sizes._replace(cells=tuple(given.cells or sizes.cells)), given.full)
+
+
+if __name__ == "__main__":
+    main()

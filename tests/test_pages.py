@@ -262,3 +262,30 @@ def test_every_picture_is_shown_and_described():
         path.resolve() for path in (DOCS / "images").glob("*.png")
     }
     assert all(len(words) > 20 for _, words in shown)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of so few draws
+def test_the_pictures_of_the_explanations_are_drawn(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("draw", DOCS / "images" / "draw.py")
+    assert spec is not None
+    assert spec.loader is not None
+    draw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw)
+    quick = {
+        "HERE": tmp_path,
+        "CHAINS": 4,
+        "WARMUP": 5,
+        "DRAWS": 50,
+        "STEPS": 2,
+        "REPEATS": 20,
+    }
+    for constant, value in quick.items():
+        assert hasattr(draw, constant)
+        monkeypatch.setattr(draw, constant, value)
+    draw.main([])
+    told = capsys.readouterr().out
+    for name in draw.PICTURES:
+        assert name in told
+        assert (DOCS / "images" / f"explain-{name}.png").exists()
+        assert (tmp_path / f"explain-{name}.png").read_bytes().startswith(b"\x89PNG")
