@@ -184,7 +184,8 @@ def draw(errors: dict[str, dict[int, list[float]]], path: Path) -> None:
     axes.axhline(SD**2, color="0.6", ls=":", lw=1)
     axes.annotate(
         "variance of b",
-        (sizes[1], SD**2),
+        (0.2, SD**2),
+        xycoords=axes.get_yaxis_transform(),
         xytext=(0, -12),
         textcoords="offset points",
         color="0.4",

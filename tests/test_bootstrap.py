@@ -4,6 +4,8 @@ honest on their cost.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from bnnflow.transport import (
     InformedVelocity,
     ResidualVelocity,
     Solver,
+    bootstrap,
     fit_flow_without_draws,
 )
 from tests.problems import network, regression
@@ -68,3 +71,31 @@ def test_flow_without_draws_is_reproducible_stored_and_checked(tmp_path):
     for options in ({"rounds": 0}, {"targets": 0}, {"training": bf.Training(steps=1)}):
         with pytest.raises(ValueError, match="at least"):
             fit_flow_without_draws(model, **options)
+
+
+@pytest.mark.parametrize("where", ["fit_flow", "refine"])
+def test_an_interrupt_ends_the_rounds(where, monkeypatch):
+    """In the first round's training, which keeps its steps, or in the second round's refinement."""
+    model = network("categorical", dtype=torch.float32)
+    whole, calls = getattr(bootstrap, where), [0]
+
+    def interrupted(*args, **options):
+        calls[0] += 1
+        if where == "refine" and calls[0] == 2:
+            raise KeyboardInterrupt
+        made = whole(*args, **options)
+        if where == "fit_flow":
+            made = replace(made, info=made.info | {"interrupted": True})
+        return made
+
+    monkeypatch.setattr(bootstrap, where, interrupted)
+    flow = fit_flow_without_draws(
+        model,
+        rounds=3,
+        targets=20,
+        refine_steps=1,
+        velocity="weights",
+        training=bf.Training(steps=6, batch_size=8),
+    )
+    assert flow.info["interrupted"]
+    assert len(flow.info["rounds"]) == 1

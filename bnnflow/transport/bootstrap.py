@@ -11,6 +11,7 @@ from bnnflow.arguments import Count, checked
 from bnnflow.inference.particles.refine import refine
 from bnnflow.model import BayesianModel
 from bnnflow.options import Training
+from bnnflow.progress import until_interrupted
 from bnnflow.seeding import as_generator
 from bnnflow.transport.fitting import fit_flow
 from bnnflow.transport.flow import Flow, GaussNewtonFlow
@@ -55,8 +56,9 @@ def fit_flow_without_draws(
         progress: show bars at a terminal.
 
     Returns:
-        The flow; ``info["gradients_per_target"]`` counts the gradients of refinement,
-        ``info["rounds"]`` keeps what `fit_flow` and `refine` said of each.
+        The flow, after Ctrl-C as far as it got, with ``info["interrupted"]`` set.
+        ``info["gradients_per_target"]`` counts the gradients of refinement, ``info["rounds"]``
+        keeps what `fit_flow` and `refine` said of each.
 
     Raises:
         ValueError: if there is no round or no target.
@@ -75,20 +77,26 @@ def fit_flow_without_draws(
     generator = as_generator(seed, model.device)
     flow = GaussNewtonFlow(model, proximal_step)
     history, gradients = [], 0.0
-    for _ in range(rounds):
-        theta = flow.sample(targets, generator)
-        moved = refine(model, theta, refine_steps, seed=generator, progress=progress)
-        flow = fit_flow(
-            model,
-            moved.flat,
-            velocity=velocity,
-            training=share,
-            seed=generator,
-            progress=progress,
-        )
-        velocity = flow.velocity
-        gradients += moved.info["gradients_per_draw"]
-        history.append({"refine": moved.info, "fit": flow.info})
-    return replace(
-        flow, info=flow.info | {"rounds": history, "gradients_per_target": gradients}
-    )
+    with until_interrupted() as fitted:
+        for _ in range(rounds):
+            theta = flow.sample(targets, generator)
+            moved = refine(model, theta, refine_steps, seed=generator, progress=progress)
+            if moved.info["interrupted"]:
+                raise KeyboardInterrupt
+            flow = fit_flow(
+                model,
+                moved.flat,
+                velocity=velocity,
+                training=share,
+                seed=generator,
+                progress=progress,
+            )
+            velocity = flow.velocity
+            gradients += moved.info["gradients_per_draw"]
+            history.append({"refine": moved.info, "fit": flow.info})
+            fitted.done += 1
+            if flow.info["interrupted"]:
+                break
+    info = {"rounds": history, "gradients_per_target": gradients}
+    info["interrupted"] = fitted.interrupted or flow.info["interrupted"]
+    return replace(flow, info=flow.info | info)
