@@ -242,6 +242,20 @@ def test_a_method_that_fails_is_a_line_of_the_comparison(tmp_path, monkeypatch):
     assert "no such luck" in done.stdout.splitlines()[2]
 
 
+def test_an_interrupted_comparison_keeps_the_methods_that_are_done(tmp_path, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(work.METHODS, "vi", interrupted)
+    data = houses(tmp_path / "houses.csv")
+    options = ("compare", data, "--target", "price", "--methods")
+    done = run(*options, "ensemble,vi,laplace")
+    assert done.exit_code == 0
+    assert "not compared: vi, laplace" in done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["method", "ensemble"]
+    assert run(*options, "vi,ensemble").exit_code == 130
+
+
 def test_parquet_says_the_same_as_csv(tmp_path):
     polars = pytest.importorskip("polars")
     columns = {

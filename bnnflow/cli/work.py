@@ -219,7 +219,8 @@ def compare(
 ) -> tuple[list[dict[str, Any]], Notes]:
     """Fit a file by several methods and score them on the same held-out rows.
 
-    A method that fails has an ``"error"`` in place of scores.
+    A method that fails has an ``"error"`` in place of scores. Ctrl-C keeps the methods that are
+    done.
     """
     _check(data)
     split = _split(data, settings[0].seed)
@@ -230,9 +231,19 @@ def compare(
         watch = Stopwatch()
         row: dict[str, Any] = {"method": name}
         try:
-            row |= _scores(_fitted(split, each, progress), split)
+            estimator = _fitted(split, each, progress)
+            if estimator.draws_.info.get("interrupted"):  # to be compared with nothing
+                raise KeyboardInterrupt
+            row |= _scores(estimator, split)
         except ValueError as error:
             row["error"] = str(error)
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+            split.notes.append(
+                f"interrupted: not compared: {', '.join(methods[len(rows) :])}"
+            )
+            break
         rows.append(row | {"seconds": round(watch.seconds, 1)})
     return rows, list(dict.fromkeys(split.notes))
 
