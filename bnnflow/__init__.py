@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bnnflow import data, equivariant, inference, model, predictive, symmetry, transport
+    from bnnflow.comparison import compare
     from bnnflow.draws import Draws
     from bnnflow.estimators import BayesianMLPClassifier, BayesianMLPRegressor
     from bnnflow.files import load
@@ -67,6 +68,7 @@ __all__ = [
     "WeightSpec",
     "__version__",
     "align",
+    "compare",
     "correct",
     "data",
     "diagnose",
@@ -94,6 +96,7 @@ __all__ = [
 # Where each name lives. They are imported on first use (PEP 562): a script pays only for the
 # packages it enters.
 _HOMES = {
+    "comparison": ("compare",),
     "draws": ("Draws",),
     "estimators": ("BayesianMLPClassifier", "BayesianMLPRegressor"),
     "files": ("load",),

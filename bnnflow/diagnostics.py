@@ -32,6 +32,7 @@ def is_datatree() -> bool:
 
 
 BLOCK = 2**18  # numbers that are worked on at once
+_SHORTEST_TAIL = 5  # values that a Pareto law is fitted to
 
 
 def rhat(values: np.ndarray) -> np.ndarray:
@@ -82,8 +83,12 @@ def psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
 
     Returns:
         The smoothed log weights, normalised to sum to one, and the law's shape, k-hat: infinite
-        where the tail is too short to fit.
+        where the tail is too short to fit, or holds one value only.
     """
+    ascending = np.sort(log_weights)
+    tail = math.ceil(min(0.2 * len(ascending), 3 * math.sqrt(len(ascending))))
+    if tail < _SHORTEST_TAIL or ascending[-tail] == ascending[-1]:
+        return log_weights - np.logaddexp.reduce(log_weights), math.inf
     arviz = import_arviz()
     if is_datatree():
         from arviz_stats.base import array_stats  # type: ignore[import-not-found]  # of 1.x

@@ -45,6 +45,7 @@ ROOMS = [
     "predictive",
     "report",
     "estimators",
+    "comparison",
     "files",
     "cli",
     "__main__",

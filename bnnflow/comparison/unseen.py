@@ -1,0 +1,218 @@
+"""Log predictive densities of rows that a posterior has not seen: leave-one-out by importance
+weights or by draws without the row, and K-fold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bnnflow.bridge import bennett
+from bnnflow.draws import Draws
+from bnnflow.inference import refine
+from bnnflow.model import BayesianModel
+from bnnflow.predictive import predict
+from bnnflow.progress import progress_bar
+from bnnflow.transport.correction.importance import psis
+
+__all__ = ["KHAT", "Unseen", "folds_of", "k_fold", "leave_one_out"]
+
+KHAT = 0.7  # beyond which importance weights are not to be trusted (Vehtari et al. 2024)
+_ELEMENTS = 2**22  # log densities that are held at once
+_MOST = 1000  # draws that are moved to a posterior without some rows
+_STEPS = 24  # transitions that they are moved by
+_MOVED = ("refine", "correct")  # to the posterior, without statistics of a sampler
+
+
+@dataclass(frozen=True, eq=False)
+class Unseen:
+    """How well every row is predicted by the rest.
+
+    Attributes:
+        elpd: log predictive density of each row under the posterior of others, ``(n,)``.
+        lpd: the same under the posterior of all rows, ``(n,)``; None where that is not known.
+        khat: Pareto shapes of the importance weights, ``(n,)``; None without weights.
+        refitted: rows whose density comes from draws without them, ``(m,)``.
+    """
+
+    elpd: Tensor
+    lpd: Tensor | None = None
+    khat: Tensor | None = None
+    refitted: Tensor | None = None
+
+
+# ---------------------------------------- leave one out
+
+
+def leave_one_out(
+    name: str, model: BayesianModel, draws: Draws, refits: int, seed: int, progress: bool
+) -> Unseen:
+    """Weigh draws as if a row had not been seen, each row in turn (Vehtari, Gelman & Gabry 2017).
+
+    Draws of an approximation of known density are weighed as such (Magnusson et al. 2019). Where
+    k-hat exceeds 0.7, draws are moved to the posterior without the row, and both sets together give
+    its density (Bennett 1976); so for the ``refits`` rows of largest k-hat.
+    """
+    log_weights = _log_weights(name, model, draws)
+    n = len(model.x)
+    elpd, lpd = (torch.empty(n, dtype=torch.float64) for _ in range(2))
+    khat = torch.empty(n, dtype=torch.float64)
+    size = max(1, _ELEMENTS // len(draws.flat))
+    for rows in torch.arange(n).split(size):
+        values = _log_likelihoods(model, draws.flat, rows)  # (draws, rows)
+        lpd[rows] = (log_weights[:, None] + values).logsumexp(0)
+        for row, column in zip(rows.tolist(), values.T, strict=True):
+            elpd[row], khat[row] = _weighed(log_weights, column, model.temperature)
+    failed = (khat > KHAT).nonzero().squeeze(1)
+    failed = failed[khat[failed].argsort(descending=True, stable=True)][:refits]
+    with progress_bar(len(failed), f"{name}: without a row", progress, "row") as bar:
+        for row in failed.tolist():
+            elpd[row] = _without(model, draws, log_weights, row, seed)
+            bar.update()
+    return Unseen(elpd, lpd, khat, failed.sort().values)
+
+
+def _weighed(
+    log_weights: Tensor, log_likelihood: Tensor, temperature: float
+) -> tuple[float, float]:
+    """Return the log predictive density of a row by smoothed weights, and their k-hat."""
+    raw = log_weights - log_likelihood / temperature
+    if bool((raw == math.inf).any()):  # a draw for which the row is impossible
+        return -math.inf, math.inf
+    smoothed, khat = psis(raw)
+    return float((smoothed + log_likelihood).logsumexp(0)), khat
+
+
+def _without(
+    model: BayesianModel, draws: Draws, log_weights: Tensor, row: int, seed: int
+) -> float:
+    """Return the log predictive density of a row from draws with it and draws without it."""
+    rest = torch.arange(len(model.x)) != row
+    moved = _moved(model.subset(rest.nonzero().squeeze(1).to(model.device)), draws, seed)
+    at = torch.tensor([row])
+    seen = _log_likelihoods(model, draws.flat, at).squeeze(1)
+    unseen = _log_likelihoods(model, moved, at).squeeze(1)
+    weights = log_weights.exp()
+    # each set counts as many draws as it is worth
+    shift = math.log(len(unseen) * float(weights.square().sum()))
+    ratios = unseen / model.temperature, seen / model.temperature
+    normaliser, _, _ = bennett(*ratios, weights, -torch.tensor(shift, dtype=torch.float64))
+    # of the posterior without the row over the mixture of both sets
+    both = torch.cat([unseen, seen])
+    share = torch.cat(
+        [torch.full_like(unseen, -math.log(len(unseen))), log_weights - shift]
+    )
+    density = share - torch.logaddexp(
+        torch.zeros_like(both), both / model.temperature - normaliser - shift
+    )
+    return float((density + both).logsumexp(0) - density.logsumexp(0))
+
+
+def _log_weights(name: str, model: BayesianModel, draws: Draws) -> Tensor:
+    """Return log weights ``(draws,)``, normalised, that make draws those of the posterior.
+
+    Raises:
+        ValueError: for draws that no weights bring there.
+    """
+    count = len(draws.flat)
+    method = str(draws.info.get("method", ""))
+    if draws.log_weights is not None:
+        weights = draws.log_weights.flatten().double().cpu()
+    elif draws.posterior is not None:
+        weights = _importance(name, model, draws)
+    elif method and not draws.stats and method not in _MOVED:
+        raise ValueError(
+            f"{name}: draws of {method} are none of the posterior, which leave-one-out weighs: "
+            "move them there by bf.refine first, or give folds and refit"
+        )
+    else:
+        weights = torch.zeros(count, dtype=torch.float64)
+    return weights - weights.logsumexp(0)
+
+
+def _importance(name: str, model: BayesianModel, draws: Draws) -> Tensor:
+    assert draws.posterior is not None
+    with torch.no_grad():
+        log_joint = model.log_joint(draws.flat.to(model.device, model.dtype)).double()
+        density = draws.posterior.log_prob(draws.flat).double()
+    smoothed, khat = psis(log_joint.cpu() - density.cpu())
+    if not khat <= KHAT:
+        raise ValueError(
+            f"{name}: the approximation is too far from the posterior to be weighed (k-hat "
+            f"{khat:.1f}): move its draws there by bf.refine first, or give folds and refit"
+        )
+    return smoothed
+
+
+# ---------------------------------------- folds
+
+
+def folds_of(n: int, folds: int, seed: int) -> tuple[Tensor, ...]:
+    """Part rows at random into folds of equal size, but for one row."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(n, generator=generator).tensor_split(folds)
+
+
+def k_fold(
+    name: str,
+    model: BayesianModel,
+    draws: Draws,
+    folds: Sequence[Tensor],
+    refit: Callable[[BayesianModel], Draws] | None,
+    seed: int,
+    progress: bool,
+) -> Unseen:
+    """Predict each fold from the rest: by draws of ``refit``, else by these draws moved there."""
+    if refit is None:
+        _log_weights(name, model, draws)  # refuses what is not of the posterior
+    elpd = torch.empty(len(model.x), dtype=torch.float64)
+    with progress_bar(len(folds), f"{name}: folds", progress, "fold") as bar:
+        for rows in folds:
+            rest = torch.ones(len(model.x), dtype=torch.bool)
+            rest[rows] = False
+            part = model.subset(rest.nonzero().squeeze(1).to(model.device))
+            fitted = (
+                _moved(part, draws, seed) if refit is None else _refitted(name, refit, part)
+            )
+            at = rows.to(model.device)
+            elpd[rows] = predict(model, fitted, model.x[at]).log_prob(model.y[at]).cpu()
+            bar.update()
+    return Unseen(elpd)
+
+
+def _refitted(
+    name: str, refit: Callable[[BayesianModel], Draws], part: BayesianModel
+) -> tuple[Tensor, Tensor | None]:
+    draws = refit(part)
+    if not isinstance(draws, Draws):
+        raise TypeError(f"refit of {name} must return Draws, got {type(draws).__name__}")
+    part.check_draws(draws)
+    return draws.theta, draws.log_weights
+
+
+# ---------------------------------------- both
+
+
+def _moved(part: BayesianModel, draws: Draws, seed: int) -> Tensor:
+    """Return draws of the posterior of fewer rows ``(draws, dim)``: these, moved there."""
+    flat = draws.flat
+    if draws.log_weights is not None:
+        weights = draws.log_weights.flatten().double().softmax(0).cpu()
+        points = (torch.arange(len(flat), dtype=torch.float64) + 0.5) / len(flat)
+        chosen = torch.searchsorted(weights.cumsum(0), points).clamp_(max=len(flat) - 1)
+        flat = flat[chosen.to(flat.device)]
+    start = flat[:: math.ceil(len(flat) / _MOST)]
+    return refine(part, start, _STEPS, seed=seed, progress=False).flat
+
+
+def _log_likelihoods(model: BayesianModel, theta: Tensor, rows: Tensor) -> Tensor:
+    """Return ``(draws, rows)``, float64."""
+    at = rows.to(model.device)
+    theta = theta.to(model.device, model.dtype)
+    with torch.no_grad():
+        values = model.pointwise_log_likelihood(theta, model.x[at], model.y[at])
+    return values.double().cpu()
