@@ -67,7 +67,7 @@ SAME_TRIALS = [
 HIDDEN, WIDTH, DEPTH = [16, 16], 32, 3  # of a classifier; of the DWSNet
 # steps, seeds, domains
 FULL: tuple[int, int, tuple[str, ...]] = (400, 3, ("turned", "noisy"))
-SMALL: tuple[int, int, tuple[str, ...]] = (120, 2, ("turned",))
+SMALL: tuple[int, int, tuple[str, ...]] = (80, 2, ("turned",))
 LEFT_OUT = ("GraphNet",)  # at 64 inputs and more its edges cost several times the rest
 
 
