@@ -35,6 +35,10 @@ WITH_PROGRAMS = [
 ]
 
 SMALLER: dict[str, dict[str, str]] = {
+    "how-to/compare.md": {
+        "warmup=150, draws=100": "warmup=50, draws=40",
+        "refits=10": "refits=1",
+    },
     "how-to/counts.md": {
         "method=bf.MCLMC()": "method=bf.DeepEnsemble(members=4, steps=200)",
         "warmup=100, draws=50": "warmup=10, draws=5",
