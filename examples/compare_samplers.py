@@ -46,7 +46,10 @@ def main() -> None:
         results[name] = draws = bf.sample(model, method, seed=0, **sizes)
         line = scores(bf.predict(model, draws, data.x_test), data.y_test)
         verdict = bf.diagnose(model, draws, data.x_test).verdict
-        print(f"{name:15} {line}  {draws.info['seconds']:5.1f} s  {verdict}", flush=True)
+        print(
+            f"{name:15} {line}  {draws.info['cpu_seconds']:5.1f} CPU s  {verdict}",
+            flush=True,
+        )
         if draws.log_evidence is not None:
             value, error = draws.log_evidence
             print(f"{'':15} log evidence {value:.1f}, standard error {error:.1f}")
