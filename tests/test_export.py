@@ -414,7 +414,7 @@ def test_estimators_export_names_of_columns_and_classes():
     pandas = pytest.importorskip("pandas")
     x = normal(40, 2, seed=1).numpy()
     table = pandas.DataFrame({"age": x[:, 0], "kind": np.where(x[:, 1] > 0, "a", "b")})
-    sizes = {"network": (3,), "budget": 1e-6, "n_draws": 50}
+    sizes = {"network": (3,), "method": bf.Laplace(), "n_draws": 50}
     labels = np.where(x[:, 0] > 0, "right", "left")
     classifier = bf.BayesianMLPClassifier(**sizes).fit(table, labels)
     data = classifier.to_arviz()
