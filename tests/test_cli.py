@@ -222,6 +222,13 @@ def test_compare_scores_on_the_same_rows(tmp_path, monkeypatch):
     assert [row["method"] for row in rows] == ["ensemble", "vi"]
     assert all({"log_score", "rmse", "coverage_90%", "seconds"} <= set(row) for row in rows)
     assert run(*options).stdout.splitlines()[0].split()[0] == "method"
+    best = max(rows, key=lambda row: row["log_score"])
+    assert best["standing"] == "best"
+    assert best["to_best"] == 0
+    for row in rows:
+        assert row["to_best"] == pytest.approx(row["log_score"] - best["log_score"])
+        assert row["standing"] in {"best", "equal", "worse", "undecided"}
+    assert sum(row["stacking"] for row in rows) == pytest.approx(1)
 
 
 def test_a_target_that_stands_twice_is_refused(tmp_path):

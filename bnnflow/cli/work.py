@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from bnnflow import inference, storage
 from bnnflow.cli.columns import Column, Inputs, Target, decimal_mark
@@ -26,6 +27,9 @@ from bnnflow.predictive import metrics
 from bnnflow.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bnnflow.predictive import Prediction
     from bnnflow.report.diagnose import Diagnosis
 
 __all__ = ["METHODS", "Data", "Settings", "check", "compare", "fit", "predict", "report"]
@@ -47,6 +51,7 @@ METHODS: dict[str, Callable[[], Method]] = {
 _QUICK = ("laplace", "vi", "swag", "ensemble", "dropout")  # have no chains to go on with
 _HELD_OUT = 0.1  # share of the rows that scores are measured on
 _LEVEL = 0.9  # of the intervals whose coverage is measured
+_MARGIN = 0.01  # nats a row, within which methods are equal
 _CODES = {"trust": 0, "do not trust": 3}  # of `check`; any other verdict is 1
 
 
@@ -220,13 +225,14 @@ def compare(
     """Fit a file by several methods and score them on the same held-out rows.
 
     A method that fails has an ``"error"`` in place of scores. Ctrl-C keeps the methods that are
-    done.
+    done. Methods are equal if the 95 % interval of the difference of their log scores lies within
+    0.01 nats.
     """
     _check(data)
     split = _split(data, settings[0].seed)
     if not len(split.held_out[data.target]):
         raise ValueError(f"{data.path.name} has too few rows to hold any out")
-    rows = []
+    rows, densities = [], {}
     for name, each in zip(methods, settings, strict=True):
         watch = Stopwatch()
         row: dict[str, Any] = {"method": name}
@@ -235,6 +241,7 @@ def compare(
             if estimator.draws_.info.get("interrupted"):  # to be compared with nothing
                 raise KeyboardInterrupt
             row |= _scores(estimator, split)
+            densities[name] = _log_densities(estimator, split)
         except ValueError as error:
             row["error"] = str(error)
         except KeyboardInterrupt:
@@ -245,6 +252,8 @@ def compare(
             )
             break
         rows.append(row | {"seconds": round(watch.seconds, 1)})
+    if densities:
+        _compare_pairwise(rows, densities)
     return rows, list(dict.fromkeys(split.notes))
 
 
@@ -343,14 +352,9 @@ def _fitted(
 
 def _scores(estimator: Any, split: Split) -> dict[str, float]:
     """Return scores on the rows that were held out; none if there are none."""
-    raw = split.held_out
-    values = raw[split.target.column.name]
-    if not len(values):
+    if not len(split.held_out[split.target.column.name]):
         return {}
-    y = split.target.read(values, [])
-    with _telling(split.notes):
-        prediction = estimator.predict_dist(_frame(split.inputs.apply(raw, [])))
-    targets = estimator._targets(y)
+    prediction, targets = _held_out(estimator, split)
     scores = {"log_score": metrics.lppd(prediction, targets)}
     if split.target.task == "classification":
         return scores | {"accuracy": metrics.accuracy(prediction, targets)}
@@ -358,6 +362,38 @@ def _scores(estimator: Any, split: Split) -> dict[str, float]:
         "rmse": metrics.rmse(prediction, targets),
         f"coverage_{_LEVEL:.0%}": metrics.coverage(prediction, targets, _LEVEL),
     }
+
+
+def _log_densities(estimator: Any, split: Split) -> Tensor:
+    """Return the log density of every row that was held out, ``(n,)``."""
+    prediction, targets = _held_out(estimator, split)
+    return prediction.log_prob(targets)
+
+
+def _held_out(estimator: Any, split: Split) -> tuple[Prediction, Tensor]:
+    """Return the prediction of the rows that were held out, and their targets."""
+    raw = split.held_out
+    y = split.target.read(raw[split.target.column.name], [])
+    with _telling(split.notes):
+        prediction = estimator.predict_dist(_frame(split.inputs.apply(raw, [])))
+    return prediction, estimator._targets(y)
+
+
+def _compare_pairwise(rows: list[dict[str, Any]], densities: dict[str, Tensor]) -> None:
+    """Add to each method's row how its log score differs from the best one's, and its weight in the
+    mixture of best log score.
+    """
+    from bnnflow.comparison import difference, stacking  # loads scikit-learn
+
+    best = max(densities.values(), key=lambda values: float(values.mean()))
+    n = len(best)
+    weights = stacking(torch.stack(list(densities.values()), 1)).tolist()
+    shares = dict(zip(densities, weights, strict=True))
+    for row in rows:
+        if (values := densities.get(row["method"])) is not None:
+            gap = difference(values, best, margin=_MARGIN * n)
+            row |= {"to_best": gap.elpd / n, "to_best_se": gap.se / n}
+            row |= {"standing": gap.standing, "stacking": shares[row["method"]]}
 
 
 def _frame(table: dict[str, np.ndarray]) -> Any:

@@ -2,7 +2,21 @@
 them together.
 """
 
-from bnnflow.comparison.models import ModelComparison, Score, compare
+from bnnflow.comparison.models import (
+    Difference,
+    ModelComparison,
+    Score,
+    compare,
+    difference,
+)
 from bnnflow.comparison.weights import pseudo_bma, stacking
 
-__all__ = ["ModelComparison", "Score", "compare", "pseudo_bma", "stacking"]
+__all__ = [
+    "Difference",
+    "ModelComparison",
+    "Score",
+    "compare",
+    "difference",
+    "pseudo_bma",
+    "stacking",
+]
