@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bnnflow import storage
 from bnnflow.arguments import Estimate, checked
+from bnnflow.calibration import Calibration
 from bnnflow.gaussian import Gaussian
 from bnnflow.posteriors import dimension, pack, unpack
 from bnnflow.types import Posterior
@@ -33,6 +34,8 @@ class Draws:
         posterior: the density that the draws came from, if it has one.
         info: method, settings, seconds, gradient evaluations and whatever else a reader should
             know.
+        calibration: how class probabilities that are predicted from them become calibrated ones;
+            None for as they are.
     """
 
     theta: Tensor
@@ -42,6 +45,7 @@ class Draws:
     log_evidence: tuple[Estimate, Estimate] | None = None
     posterior: Posterior | None = None
     info: dict[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "theta", self.theta.detach())
@@ -128,6 +132,8 @@ class Draws:
             arrays |= {
                 name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()
             }
+        if self.calibration is not None:
+            header["calibration"] = self.calibration.describe()
         return header, arrays
 
     @classmethod
@@ -166,6 +172,9 @@ class Draws:
             log_weights=tensors.get("log_weights"),
             log_evidence=tuple(evidence) if evidence else None,
             posterior=posterior,
+            calibration=Calibration.from_description(header["calibration"])
+            if header.get("calibration")
+            else None,
             info=dict(header["info"]),
         )
 

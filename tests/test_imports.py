@@ -34,6 +34,7 @@ ROOMS = [
     "posteriors",
     "tracing",
     "weights",
+    "calibration",
     "draws",
     "data",
     "model",

@@ -136,6 +136,7 @@ def fit(
             "target": data.target,
             "task": split.target.task,
             "likelihood": getattr(estimator, "likelihood_", "Categorical"),
+            "calibration": getattr(estimator, "calibration_", "none"),
             "method": settings.method,
             "rows": len(split.fitted[data.target]),
             "held_out_rows": len(split.held_out[data.target]),

@@ -32,7 +32,7 @@ from bnnflow.method import Method
 from bnnflow.model import BayesianModel, priors
 from bnnflow.model.likelihoods import Likelihood
 from bnnflow.options import Checkpoint
-from bnnflow.predictive import Prediction, predict
+from bnnflow.predictive import Prediction, calibrate, predict
 from bnnflow.report import diagnose, report, to_arviz
 from bnnflow.seeding import isolated
 
@@ -108,6 +108,8 @@ class BayesianEstimator(BaseEstimator, ABC):
             inputs = torch.as_tensor(x, dtype=torch.float32)
             self.model_ = self._model(likelihood, inputs, torch.as_tensor(y), outputs)
             self.draws_ = self._thinned(self._sampled(generator, checkpoint))
+            if self.method == "auto" and likelihood.kind == "classification":
+                self.draws_ = calibrate(self._wide, self.draws_)
         return self
 
     def _model(self, likelihood: Any, x: Tensor, y: Tensor, outputs: int) -> BayesianModel:
@@ -240,12 +242,14 @@ class BayesianEstimator(BaseEstimator, ABC):
             X: ``(n, columns)``, as in training.
         """
         x = self._encoded(X)
-        # without rounding, so that a row's prediction does not depend on the rows beside it
-        wide = self.model_.to(dtype=torch.float64)
-        log_weights = self.draws_.log_weights
-        if log_weights is not None:
-            log_weights = log_weights.flatten()
-        return predict(wide, (self.draws_.flat.double(), log_weights), x)
+        return predict(self._wide, self.draws_, x)
+
+    @property
+    def _wide(self) -> BayesianModel:
+        """The model without rounding, so that a row's prediction does not depend on the rows beside
+        it.
+        """
+        return self.model_.to(dtype=torch.float64)
 
     def diagnose(self, X: Any = None, y: Any = None) -> Diagnosis:
         """Say how far the draws can be trusted; see `bnnflow.diagnose`.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from sklearn.base import ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import column_or_1d
+from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import Tensor
 
 from bnnflow import arguments
@@ -43,7 +43,10 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
     Attributes:
         classes_: the labels, sorted.
         model_: the `bnnflow.BayesianModel`, whose x are the encoded rows.
-        draws_: the `bnnflow.Draws` that are kept.
+        draws_: the `bnnflow.Draws` that are kept. After ``method="auto"`` they have a
+            ``calibration`` where leave-one-out says that probabilities are not sure enough, or too
+            sure: all predictions follow it.
+        calibration_: the same in words.
         table_: how columns became inputs.
 
     Example:
@@ -96,6 +99,12 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
         if self.likelihood == "ordinal" and count > 2:
             return self._fit(x, labels, likelihoods.Ordinal(count), 1, checkpoint)
         return self._fit(x, labels, likelihoods.Categorical(), count, checkpoint)
+
+    @property
+    def calibration_(self) -> str:
+        """How probabilities were calibrated."""
+        check_is_fitted(self, "draws_")
+        return str(self.draws_.calibration or "none: probabilities are those of the draws")
 
     def predict(self, X: Any) -> np.ndarray:
         """Return the most probable label of every row, ``(n,)``."""

@@ -5,7 +5,7 @@ grow with them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -15,17 +15,20 @@ import torch
 from torch import Tensor
 
 from bnnflow.arguments import Count, Fraction, checked, finite, tensor
+from bnnflow.calibration import Calibration
 from bnnflow.draws import Draws, as_theta
 from bnnflow.model import BayesianModel
 from bnnflow.model.likelihood import Likelihood, real_targets
+from bnnflow.model.likelihoods.classes import Categorical
 from bnnflow.model.likelihoods.transformed import Transformed
 from bnnflow.seeding import as_generator
 from bnnflow.types import Seed
 
-__all__ = ["Prediction", "predict"]
+__all__ = ["Calibrated", "Prediction", "predict"]
 
 _ELEMENTS = 2**21  # of the widest activation of a chunk: 8 MB in float32
 _SECTIONS = 16  # grid points of one pass of the quantile search
+TINY = 1e-300  # a probability, whose logarithm is finite
 _TOLERANCE = 1e-3  # width of a quantile's last bracket, in predictive standard deviations
 
 
@@ -40,7 +43,8 @@ def predict(
     """Average a model's predictions over draws of its weights.
 
     The predictive distribution is p(y | x) = sum_s w_s p(y | x, theta_s): the full mixture over
-    draws, never a Gaussian with its moments.
+    draws, never a Gaussian with its moments. Where draws have a ``calibration``, class
+    probabilities are turned by it.
 
     Args:
         model: the model whose weights were drawn.
@@ -82,7 +86,9 @@ def predict(
         chunk_size = max(
             1, _ELEMENTS // (len(x) * max(model.spec.widths.values(), default=64))
         )
-    return Prediction(model, theta, log_weights.to(model.device), x, chunk_size)
+    parts = model, theta, log_weights.to(model.device), x, chunk_size
+    calibration = draws.calibration if isinstance(draws, Draws) else None
+    return Prediction(*parts) if calibration is None else Calibrated(*parts, calibration)
 
 
 def _normalise(theta: Tensor, log_weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -563,3 +569,42 @@ class Prediction:
             if self.kind == "regression" and values.shape[-1] == 1
             else values
         )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Calibrated(Prediction):
+    """A prediction of classes whose probabilities a `Calibration` has made surer, or less sure.
+
+    It has the whole interface of a `Prediction`. What each draw says is moved along: of a class
+    that loses probability every draw hands on the same share, to classes that win it in proportion
+    to what they win. So the mean over draws is the calibrated probability.
+
+    Attributes:
+        calibration: the powers.
+    """
+
+    calibration: Calibration
+
+    @cached_property
+    def _moved(self) -> Callable[[Tensor], Tensor]:
+        """How the probabilities of a draw ``(..., n, classes)`` become others."""
+        plain = Prediction(
+            self.model, self.theta, self.log_weights, self.x, self.chunk_size
+        )
+        before = plain.probs.clamp(min=TINY)
+        after = self.calibration(before.log()).exp()
+        kept = (after / before).clamp(max=1)
+        won = (after - before).clamp(min=0)
+        shares = won / won.sum(-1, keepdim=True).clamp(min=TINY)
+
+        def moved(probs: Tensor) -> Tensor:
+            lost = (probs * (1 - kept)).sum(-1, keepdim=True)
+            return probs * kept + lost * shares
+
+        return moved
+
+    def _chunks(self, theta: Tensor, index: Tensor | None = None) -> Iterator[Chunk]:
+        for chunk in super()._chunks(theta, index):
+            probs = self._moved(chunk.likelihood.mean(chunk.outputs, chunk.parameters))
+            outputs = probs.clamp(min=TINY).log()
+            yield chunk._replace(likelihood=Categorical(), outputs=outputs, parameters={})
