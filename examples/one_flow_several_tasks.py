@@ -65,8 +65,14 @@ WIDTH, DEPTH, NEWTON = (
     (1, 2),
 )
 TASKS_A_STEP, BATCH = 4, 256
+CHAINS, LONG, SHORT = (
+    64,
+    (300, 200),
+    (200, 100),
+)  # warm-up and draws, to compare and to train
 SOLVER_STEPS = 12
 REFINE = 8, 8  # transitions and the most leapfrog steps of each
+SMC = bf.SMC(particles=500)
 GRID = torch.linspace(-2.5, 2.5, 50)[:, None]
 PULL, OURS, TUNED = "pull", "one flow", "tuned flow"
 FIGURES = ("rms", "ratio", "log lik.", "LPPD", "CPU s")
@@ -100,11 +106,11 @@ FULL = Sizes(
     solver=12,
 )
 SMALL = Sizes(
-    tasks=6,
+    tasks=12,
     unseen=2,
     widths=(16, 32),
-    steps=60,
-    tuning=15,
+    steps=150,
+    tuning=40,
     draws=256,
     own=1,
     weighed=16,
@@ -191,11 +197,11 @@ def chains_of(task: Task, hidden: int, long: bool) -> bf.Draws:
     """Return HMC draws, of an earlier run if there is one."""
     path = OUT / f"hmc-{task.name}-{hidden}-{'long' if long else 'short'}.npz"
     if not path.is_file():
-        warmup, draws = (300, 200) if long else (200, 100)
+        warmup, draws = LONG if long else SHORT
         run = bf.sample(
             task.model(hidden),
             bf.HMC(),
-            chains=64,
+            chains=CHAINS,
             warmup=warmup,
             draws=draws,
             seed=int(long),
@@ -208,7 +214,7 @@ def chains_of(task: Task, hidden: int, long: bool) -> bf.Draws:
 # ---------------------------------------- one field for many posteriors
 
 
-class MakeKernel(nn.Module):
+class Family(nn.Module):
     """A field for many posteriors.
 
     The last coordinate of a point is the number of its posterior, and does not move.
@@ -219,7 +225,7 @@ class MakeKernel(nn.Module):
         self.field, self.contexts = field, contexts
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        velocity = torch.zeros_like(x)
+        t, velocity = t.to(x.dtype).expand(len(x)), torch.zeros_like(x)
         for k, rows in members(x):
             velocity[rows, :-1] = self.field.bind(self.contexts[k])(t[rows], x[rows, :-1])
         return velocity
@@ -283,7 +289,7 @@ def fit(tasks: list[Task], steps: int) -> bf.Flow:
         x0, own = (torch.cat([end, chosen[:, None].to(end)], 1) for end in ends)
         return x0, own
 
-    family = MakeKernel(field(), contexts)
+    family = Family(field(), contexts)
     _, info = train(
         family,
         pairs,
@@ -378,7 +384,7 @@ def cell(task: Task, hidden: int, starts: Starts, draws: int) -> dict[str, dict[
     """Judge draws of every start, and what refinement makes of them."""
     model = task.model(hidden)
     chains = chains_of(task, hidden, True)
-    truth, others = (part.flatten(0, 1) for part in chains.theta.split(32))
+    truth, others = (part.flatten(0, 1) for part in chains.theta.split(CHAINS // 2))
     some = torch.randperm(len(others), generator=torch.Generator().manual_seed(0))[:draws]
     rows = {
         "other chains": judged(task, model, others[some], truth)
@@ -412,9 +418,7 @@ def weighed(
     found |= {"evidence": log_mean(log_weights), "CPU s": time.process_time() - began}
     found["half"] = flow.solver_error(12, 3, solver=Solver("rk4", steps // 2))["log_prob"]
     return found | {
-        "SMC": bf.sample(
-            model, bf.SMC(particles=500), chains=4, seed=0, progress=False
-        ).log_evidence
+        "SMC": bf.sample(model, SMC, chains=4, seed=0, progress=False).log_evidence
     }
 
 
@@ -471,7 +475,7 @@ def picture(cells: list[dict[str, dict[str, Any]]], tasks: list[Task]) -> Figure
     return figure
 
 
-def main(sizes: Sizes, name: str) -> None:
+def experiment(sizes: Sizes, name: str) -> None:
     torch.set_num_threads(1)
     OUT.mkdir(parents=True, exist_ok=True)
     tasks = [random_task(seed) for seed in range(sizes.tasks)]
@@ -562,7 +566,7 @@ def main(sizes: Sizes, name: str) -> None:
     print(f"\nfigures: {path}.json, picture: {path}.png; {time.process_time():.0f} CPU s")
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -570,4 +574,8 @@ if __name__ == "__main__":
         "--full", action="store_true", help="48 tasks, 1,800 steps: twenty minutes"
     )
     full = parser.parse_args().full
-    main(FULL if full else SMALL, "full" if full else "small")
+    experiment(FULL if full else SMALL, "full" if full else "small")
+
+
+if __name__ == "__main__":
+    main()
