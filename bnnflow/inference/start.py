@@ -115,8 +115,16 @@ class Climb:
     ) -> tuple[Tensor, Tensor]:
         """Return the log density and its gradient, of all rows or those chosen."""
         theta, seen = self.at(z)
-        value, grad = self.model.log_joint_and_grad(theta, rows)
+        chosen = {} if rows is None else {"rows": rows}
+        value, grad = self.model.log_joint_and_grad(theta, **chosen)
         return seen(value, grad, self.model.temperature)
+
+    def log_joint(self, z: Tensor) -> Tensor:
+        """Return the log density without a gradient, ``(n,)``."""
+        theta, seen = self.at(z)
+        return seen(
+            self.model.log_joint(theta), torch.zeros_like(z), self.model.temperature
+        )[0]
 
     def _as_it_is(
         self, value: Tensor, grad: Tensor, temperature: float
@@ -188,7 +196,7 @@ def accelerated_ascent(
             taken.done = step
             bar.update()
     with torch.no_grad():
-        value, _ = climb.log_joint_and_grad(z)
+        value = climb.log_joint(z)
         best = climb.theta(torch.where((value > best_value)[:, None], z, best))
     top = torch.maximum(value, best_value)
     gained = top - first if first is not None else torch.zeros_like(top)
