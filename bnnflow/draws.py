@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from bnnflow.gaussian import Gaussian
 from bnnflow.posteriors import dimension, pack, unpack
 from bnnflow.types import Posterior
 
-__all__ = ["Draws", "as_theta", "outliers", "unresolved"]
+__all__ = ["Draws", "Origin", "as_theta", "origin", "outliers", "unresolved"]
 
 
 @checked
@@ -177,6 +177,32 @@ class Draws:
             else None,
             info=dict(header["info"]),
         )
+
+
+Origin = Literal["posterior", "biased", "approximation", "networks", "unknown"]
+
+_NETWORKS = ("DeepEnsemble", "MCDropout")
+_APPROXIMATIONS = ("Laplace", "SWAG", "VI", "NormalizingFlowVI")
+_FLOWS = ("Flow", "FlowMap", "ManifoldFlow", "CompletedFlow", "TransformedDensity")
+
+
+def origin(draws: Draws) -> Origin:
+    """Say what draws are of: the posterior, the posterior up to a bias of a sampler without an
+    accept step, an approximation, or no posterior at all but trained networks.
+
+    Weights bring draws of an approximation to the posterior. Draws that name no method and have no
+    statistics are of unknown origin.
+    """
+    method = draws.info.get("method", "")
+    if method in _NETWORKS:
+        return "networks"
+    if draws.log_weights is None and method in (*_APPROXIMATIONS, *_FLOWS):
+        return "approximation"
+    if draws.info.get("exact") is False:
+        return "biased"
+    return (
+        "posterior" if method or draws.stats or draws.log_weights is not None else "unknown"
+    )
 
 
 @checked

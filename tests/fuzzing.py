@@ -30,7 +30,16 @@ from scipy import sparse
 from torch import Tensor, nn
 
 import bnnflow as bf
-from bnnflow import data, equivariant, likelihoods, predictive, priors, symmetry, transport
+from bnnflow import (
+    comparison,
+    data,
+    equivariant,
+    likelihoods,
+    predictive,
+    priors,
+    symmetry,
+    transport,
+)
 from bnnflow import inference as methods
 from bnnflow.transport import Solver
 
@@ -374,7 +383,20 @@ def _sampling(w: World) -> Iterator[Call]:
     yield Call("diagnose", bf.diagnose, {"draws": draws, "model": model, "x": x})
     both = {"draws": draws, "model": model, "x": x, "superchains": 2, "reference": theta[0]}
     yield Call("weight_convergence", bf.weight_convergence, both)
-    yield Call("to_arviz", bf.to_arviz, {"draws": draws, "model": model, "x": x, "y": y})
+    exported = {"draws": draws, "model": model, "x": x, "y": y, "seed": 0}
+    yield Call(
+        "to_arviz", bf.to_arviz, exported | {"aligned": True, "coords": {"h1": [3, 1, 2]}}
+    )
+    yield Call("summary", bf.summary, {"draws": draws, "model": model, "aligned": True})
+    parts = [w.prediction, bf.predict(model, theta[:3], x)]
+    shares = torch.tensor([0.3, 0.7])
+    yield Call("stacked", predictive.stacked, {"predictions": parts, "weights": shares})
+    densities = {"log_densities": w.normal(ROWS, 2)}
+    yield Call("stacking", comparison.stacking, densities)
+    yield Call("pseudo_bma", comparison.pseudo_bma, densities | {"seed": 0})
+    compared = {"models": {"a": (model, draws)}, "margin": 4.0, "seed": 0}
+    yield Call("compare", bf.compare, compared | {"refits": 0, "progress": False})
+    yield Call("compare by folds", bf.compare, compared | {"folds": 2, "refit": None})
     report = {
         "results": {"HMC": draws},
         "model": model,

@@ -34,6 +34,8 @@ ENGINES = {
     "MCDropout": (bf.MCDropout(), {"draws": 100}),
     "flow": (None, {"draws": 100}),
 }
+ORIGINS = dict.fromkeys(("VI", "Laplace", "SWAG", "flow"), "an approximation")
+ORIGINS |= dict.fromkeys(("DeepEnsemble", "MCDropout"), "no posterior")
 KINDS = {
     "normal": (lambda: likelihoods.Gaussian(), 1, lambda x: x.sum(1)),
     "several": (lambda: likelihoods.Gaussian(), 2, lambda x: x + 0.1),
@@ -123,6 +125,8 @@ def test_every_engine_is_exported_whole(engine, tmp_path):
     model = make(kind)
     data = bf.to_arviz(model, drawn(model, engine))
     assert groups(data) >= GROUPS
+    said = data["posterior"].attrs["draws_of"]
+    assert said.startswith(ORIGINS.get(engine, "the posterior"))
     elpd = everything_of_arviz(data, tmp_path)
     assert np.isfinite(elpd)
 
@@ -261,9 +265,11 @@ def test_what_cannot_be_aligned_is_said():
     ("info", "said"),
     [
         ({"method": "DeepEnsemble"}, "no posterior: trained networks"),
-        ({"method": "MCDropout"}, "no posterior: one trained network"),
-        ({"method": "VI"}, "an approximation of the posterior (VI)"),
-        ({}, "an approximation of the posterior (of unknown origin)"),
+        ({"method": "MCDropout"}, "no posterior: trained networks"),
+        ({"method": "VI"}, "an approximation of the posterior"),
+        ({"method": "Flow"}, "an approximation of the posterior"),
+        ({"method": "HMC"}, "the posterior"),
+        ({}, "an unknown origin"),
         ({"method": "refine"}, "the posterior"),
         ({"method": "MCLMC", "exact": False}, "the posterior, up to a bias"),
     ],

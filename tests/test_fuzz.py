@@ -25,6 +25,7 @@ RESULTS = {
     "Prediction",
     "Radii",
     "Report",
+    "Stacked",
     "WeightConvergence",
 }
 RESULTS |= {

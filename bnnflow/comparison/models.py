@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -196,6 +197,8 @@ def compare(
     the margin: four nats a data set, below which differences matter little (Sivula, Magnusson &
     Vehtari 2020). An interval that holds zero and more than the margin says nothing.
 
+    Class probabilities are those of the posterior, before any calibration of an estimator.
+
     Stacking weights are those of the mixture with the best log score, pseudo-BMA+ weights those of
     Yao et al. (2018). ``predict`` of the result is the stacked prediction.
 
@@ -370,9 +373,13 @@ def _measure(likelihood: Any) -> str:
 
 
 def _prediction(fitted: Fitted, x: Any) -> Prediction:
+    """Return what was compared: the posterior's average, before any calibration."""
     if isinstance(fitted, BayesianEstimator):
-        return fitted.predict_dist(x)
-    return predict(*fitted, x)
+        plain = copy(fitted)
+        plain.draws_ = replace(fitted.draws_, calibration=None)
+        return plain.predict_dist(x)
+    model, draws = fitted
+    return predict(model, replace(draws, calibration=None), x)
 
 
 def _row(score: Score) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bnnflow.bridge import bennett
-from bnnflow.draws import Draws
+from bnnflow.draws import Draws, origin
 from bnnflow.inference import refine
 from bnnflow.model import BayesianModel
 from bnnflow.predictive import predict
@@ -25,7 +25,6 @@ KHAT = 0.7  # beyond which importance weights are not to be trusted (Vehtari et 
 _ELEMENTS = 2**22  # log densities that are held at once
 _MOST = 1000  # draws that are moved to a posterior without some rows
 _STEPS = 24  # transitions that they are moved by
-_MOVED = ("refine", "correct")  # to the posterior, without statistics of a sampler
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,15 +118,14 @@ def _log_weights(name: str, model: BayesianModel, draws: Draws) -> Tensor:
         ValueError: for draws that no weights bring there.
     """
     count = len(draws.flat)
-    method = str(draws.info.get("method", ""))
     if draws.log_weights is not None:
         weights = draws.log_weights.flatten().double().cpu()
     elif draws.posterior is not None:
         weights = _importance(name, model, draws)
-    elif method and not draws.stats and method not in _MOVED:
+    elif origin(draws) in ("approximation", "networks"):
         raise ValueError(
-            f"{name}: draws of {method} are none of the posterior, which leave-one-out weighs: "
-            "move them there by bf.refine first, or give folds and refit"
+            f"{name}: draws of {draws.info['method']} are none of the posterior, which "
+            "leave-one-out weighs: move them there by bf.refine first, or give folds and refit"
         )
     else:
         weights = torch.zeros(count, dtype=torch.float64)

@@ -108,7 +108,9 @@ def stacked(predictions: Sequence[Prediction], weights: Tensor) -> Stacked:
         torch.Size([20])
     """
     weights = weights.double().cpu()
-    if not predictions or weights.shape != (len(predictions),):
+    if not predictions:
+        raise ValueError("predictions must hold at least one")
+    if weights.shape != (len(predictions),):
         raise ValueError(
             f"weights must be ({len(predictions)},), one for each prediction, "
             f"got {tuple(weights.shape)}"

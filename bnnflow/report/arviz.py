@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bnnflow.arguments import checked
 from bnnflow.diagnostics import import_arviz, is_datatree, summarised
-from bnnflow.draws import Draws
+from bnnflow.draws import Draws, origin
 from bnnflow.model import BayesianModel
 from bnnflow.predictive import predict
 from bnnflow.report.axes import Axes, Variables
@@ -32,12 +32,13 @@ __all__ = ["function_values", "summary", "to_arviz"]
 
 _MOST_PRIOR = 1000  # draws of the prior that are exported
 
-# What the draws of methods that sample no posterior are.
-_NETWORKS = {
-    "DeepEnsemble": "trained networks, one a member",
-    "MCDropout": "one trained network with units left out at random",
+_LAWS = {
+    "posterior": "the posterior",
+    "biased": "the posterior, up to a bias of the sampler, which has no accept step",
+    "approximation": "an approximation of the posterior",
+    "networks": "no posterior: trained networks",
+    "unknown": "an unknown origin",
 }
-_MOVED = ("refine", "correct")  # to the posterior, without statistics of a sampler
 
 
 @checked
@@ -78,7 +79,8 @@ def to_arviz(
     side and effective sample sizes see them.
 
     Attributes of ``posterior`` say what was done: ``draws_of`` (the posterior, an approximation, or
-    no posterior at all), ``aligned``, ``resampled``, and the method's ``info``.
+    no posterior at all), ``aligned``, ``resampled``, ``calibration`` (of class probabilities, which
+    is not applied), and the method's ``info``.
 
     ``az.summary`` takes minutes for many weights; see `summary`.
 
@@ -250,10 +252,12 @@ def _attributes(model: BayesianModel, draws: Draws, aligned: bool) -> dict[str, 
     why_not = _ungauged(model) if aligned else "left as they were drawn"
     attrs = {
         "inference_library": "bnnflow",
-        "draws_of": _law(draws),
+        "draws_of": _LAWS[origin(draws)],
         "aligned": f"no: {why_not}" if why_not else f"yes: {gauge}",
         "info": json.dumps(draws.info, default=str),
     }
+    if draws.calibration is not None:
+        attrs["calibration"] = f"not applied here: {draws.calibration}"
     if draws.log_weights is not None:
         weights = draws.log_weights.flatten().double().softmax(0)
         attrs["resampled"] = (
@@ -261,18 +265,6 @@ def _attributes(model: BayesianModel, draws: Draws, aligned: bool) -> dict[str, 
             "resampled systematically in proportion to their weights"
         )
     return attrs
-
-
-def _law(draws: Draws) -> str:
-    """Say what the draws are draws of."""
-    method = str(draws.info.get("method", ""))
-    if method in _NETWORKS:
-        return f"no posterior: {_NETWORKS[method]}"
-    if draws.info.get("exact") is False:
-        return "the posterior, up to a bias of the sampler, which has no accept step"
-    if draws.stats or draws.log_weights is not None or method in _MOVED:
-        return "the posterior"
-    return f"an approximation of the posterior ({method or 'of unknown origin'})"
 
 
 def _equally_weighted(draws: Draws) -> Draws:
