@@ -1,7 +1,7 @@
 """Nine sets of data, many ways to predict them: how good and how calibrated, at what cost.
 
 Run: python examples/uci.py --data DIR [--sets boston,yacht --splits 0,1 --methods bnnflow,forest]
-Two sets, one split and three methods take two minutes; --full takes all nine sets, whose largest
+Two sets, two splits and three methods take a minute; --full takes all nine sets, whose largest
 need hours, and prints the best published figures, which are means of 20 splits, beside them.
 A file of DIR, such as boston.npz, holds X, y and the rows of each test split as test_0, test_1, ...
 Fits that the CSV already has are not run again. Other packages (bde, ngboost, catboost) get an
@@ -238,7 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of NAME.npz")
     parser.add_argument("--sets", type=names, help="yacht,boston, or with --full all nine")
-    parser.add_argument("--splits", type=names, help="0, or with --full 0,1")
+    parser.add_argument("--splits", type=names, default=["0", "1"])
     parser.add_argument("--full", action="store_true", help="all sets: hours")
     parser.add_argument("--methods", type=names, default=["bnnflow", "ensemble", "laplace"])
     parser.add_argument(
@@ -250,7 +250,6 @@ def main() -> None:
     if unknown := set(given.methods) - set(METHODS):
         parser.error(f"unknown methods {sorted(unknown)}, choose from {', '.join(METHODS)}")
     given.sets = given.sets or (list(PUBLISHED) if given.full else ["yacht", "boston"])
-    given.splits = given.splits or (["0", "1"] if given.full else ["0"])
     given.out.parent.mkdir(parents=True, exist_ok=True)
     pythons = {"bde": given.bde_python} if given.bde_python else {}
     for method in set(given.methods) - set(pythons):
