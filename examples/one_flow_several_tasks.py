@@ -106,11 +106,11 @@ FULL = Sizes(
     solver=12,
 )
 SMALL = Sizes(
-    tasks=12,
+    tasks=6,
     unseen=2,
     widths=(16, 32),
-    steps=150,
-    tuning=40,
+    steps=60,
+    tuning=15,
     draws=256,
     own=1,
     weighed=16,
