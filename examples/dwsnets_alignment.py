@@ -133,11 +133,13 @@ def main(networks: int, sinkhorn_pairs: int) -> None:
     OUT.mkdir(exist_ok=True)
     histogram(results).savefig(OUT / "dwsnets_alignment_midpoints.png", dpi=150)
     paths = plots.barrier({name: results[name] for name in SHOWN}, y_label="test loss")
-    paths.savefig(OUT / "dwsnets_alignment_paths.png", dpi=150)
+    paths.savefig(OUT / "dwsnets_alignment_paths.png", dpi=150, facecolor="white")
     widest = int(results["none"].maximum.argmax())
     curve = fit_curve(starts[widest], ends[widest], energy, steps=CURVE_STEPS, seed=0)
     plane = loss_plane(*curve.control[[0, 2, 1]], energy)
-    plots.loss_plane(plane, curve).savefig(OUT / "dwsnets_alignment_plane.png", dpi=150)
+    plots.loss_plane(plane, curve).savefig(
+        OUT / "dwsnets_alignment_plane.png", dpi=150, facecolor="white"
+    )
     print(f"pictures: {OUT}/dwsnets_alignment_*.png")
 
 
