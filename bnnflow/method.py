@@ -7,7 +7,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -65,11 +65,9 @@ class Run:
         )
         return self.chains or rows or default
 
-    def refuse(self, method: object, takes: str, *names: str) -> None:
-        """Raise ``ValueError`` if one of the named settings was given, which ``method`` knows
-        nothing of.
-        """
-        given = [name for name in names if getattr(self, name) is not None]
+    def refuse(self, method: Method, takes: str) -> None:
+        """Raise ``ValueError`` if a setting was given that ``method`` has ``refused``."""
+        given = [name for name in method.refused if getattr(self, name) is not None]
         if given:
             raise ValueError(
                 f"{type(method).__name__} takes {takes}, not {', '.join(given)}"
@@ -77,7 +75,13 @@ class Run:
 
 
 class Method(ABC):
-    """A way to get posterior draws: a frozen dataclass of settings, checked when it is made."""
+    """A way to get posterior draws: a frozen dataclass of settings, checked when it is made.
+
+    Attributes:
+        refused: the settings of a `Run` that it knows nothing of; `Run.refuse` raises for them.
+    """
+
+    refused: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def draw(self, model: BayesianModel, run: Run) -> Draws:
@@ -89,6 +93,8 @@ class Sampleable(Method):
 
     They are draws of *it*: `refine` and `correct` bring them to the posterior.
     """
+
+    refused = ("chains", "warmup", "init", "checkpoint")
 
     @abstractmethod
     def sample(self, n: int, seed: Seed = 0) -> Tensor:
@@ -116,7 +122,7 @@ class Sampleable(Method):
 
         Ctrl-C returns those of the batches that are done, with ``info["interrupted"]``.
         """
-        run.refuse(self, "draws", "chains", "warmup", "init", "checkpoint")
+        run.refuse(self, "draws")
         self.check_model(model)
         wanted, parts = run.draws or 1000, []
         with until_interrupted() as taken:

@@ -153,21 +153,26 @@ def load(folder, name, split):
 
 
 def read(path):
+    """Return the rows of a CSV, without those that a kill cut: too short, too long, or with no end
+    of line, where the last number may be half of one.
+    """
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        # without the half row of a run that was killed
-        return [row for row in csv.DictReader(file) if None not in row.values()]
+        lines = [line for line in file if line.endswith("\n")]
+    rows = csv.DictReader(lines)
+    return [row for row in rows if None not in row and None not in row.values()]
 
 
 def add(path, row):
     """Put a row at the end of the file: several runs may write to it."""
     before = path.read_bytes() if path.exists() else b""
-    with path.open("a", newline="") as file:
-        if before and not before.endswith(b"\n"):  # the half row of a run that was killed
-            file.write("\r\n")
+    whole = b"\n" in before  # else a kill cut the header
+    with path.open("a" if whole else "w", newline="") as file:
+        if whole and not before.endswith(b"\n"):  # a row that a kill cut is made too long
+            file.write("," * len(FIELDS) + "\r\n")
         writer = csv.DictWriter(file, FIELDS)
-        if not before:
+        if not whole:
             writer.writeheader()
         writer.writerow(row)
 

@@ -75,3 +75,20 @@ def test_mixtures_of_normal_laws_have_the_quantiles_of_their_draws(uci):
 def test_differences_are_paired_by_split(uci):
     ours, theirs = {0: 1.0, 1: 5.0, 2: 2.0}, {1: 5.3, 0: 1.1, 7: 0.0}
     assert uci.paired(theirs, ours) == "+0.200, t = 2.0"
+
+
+def test_a_row_that_a_kill_cut_anywhere_is_none(uci, tmp_path):
+    """Not even where all but the end of its last number was written."""
+    row = dict.fromkeys(uci.FIELDS, "12.5")
+    rows = [row | {"split": str(split)} for split in range(3)]
+    whole = tmp_path / "whole.csv"
+    for each in rows[:2]:
+        uci.add(whole, each)
+    assert uci.read(whole) == rows[:2]
+    content, cut = whole.read_bytes(), tmp_path / "cut.csv"
+    for size in range(len(content) + 1):
+        cut.write_bytes(content[:size])
+        kept = max(0, content[:size].count(b"\n") - 1)
+        assert uci.read(cut) == rows[:kept]
+        uci.add(cut, rows[2])
+        assert uci.read(cut) == [*rows[:kept], rows[2]]

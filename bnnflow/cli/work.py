@@ -48,7 +48,6 @@ METHODS: dict[str, Callable[[], Method]] = {
 }
 """What ``--method`` may name, besides ``auto``."""
 
-_QUICK = ("laplace", "vi", "swag", "ensemble", "dropout")  # have no chains to go on with
 _HELD_OUT = 0.1  # share of the rows that scores are measured on
 _LEVEL = 0.9  # of the intervals whose coverage is measured
 _MARGIN = 0.01  # nats a row, within which methods are equal
@@ -347,7 +346,8 @@ def _fitted(
     frame = _frame(split.inputs.apply(split.fitted, []))
     with _telling(split.notes):
         y = split.target.read(split.fitted[split.target.column.name], [])
-        kept = None if settings.method in _QUICK else chains
+        refused = getattr(options["method"], "refused", ())
+        kept = None if "checkpoint" in refused else chains
         return make(**options).fit(frame, y, checkpoint=kept)
 
 

@@ -50,7 +50,11 @@ class WarmUp(NamedTuple):
 
 def fixed(kernel: Kernel, found: dict[str, Any] | None = None) -> WarmUp:
     """Return the warm-up of a kernel that has nothing to tune: burn-in."""
-    return WarmUp(kernel.init, kernel.step, lambda state: Tuned(kernel, state, found or {}))
+
+    def init(theta: Tensor, generator: torch.Generator) -> Any:
+        return _with_density(kernel.init(theta, generator))
+
+    return WarmUp(init, kernel.step, lambda state: Tuned(kernel, state, found or {}))
 
 
 def thinned(kernel: Kernel, n: int) -> Kernel:
@@ -65,7 +69,7 @@ def thinned(kernel: Kernel, n: int) -> Kernel:
     def step(state: Any, generator: torch.Generator) -> tuple[Any, Any]:
         infos = []
         for _ in range(n):
-            state, info = kernel.step(state, generator)
+            state, info = _stepped(kernel.step(state, generator))
             infos.append(info)
         return state, type(infos[0])(
             *map(_combined, infos[0]._fields, zip(*infos, strict=True))
@@ -83,14 +87,82 @@ def _combined(name: str, values: tuple[Tensor, ...]) -> Tensor:
     return stacked.any(0) if stacked.dtype == torch.bool else stacked.mean(0)
 
 
+def _stepped(result: Any) -> tuple[Any, Any]:
+    """Return what a step returned, a state and statistics.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    pair = isinstance(result, tuple) and len(result) == 2 and not _named(result)
+    if not pair:
+        raise TypeError(f"step must return a pair (state, info), got {_kind(result)}")
+    _, info = result
+    fields = info._asdict() if _named(info) else {}
+    odd = [name for name, value in fields.items() if not _of_chains(value)]
+    if "n_steps" not in fields or odd:
+        raise TypeError(
+            "step must return an info that is a named tuple of tensors (chain,), n_steps among "
+            f"them, got {_kind(info)}" + (f" whose {odd[0]} is none" if odd else "")
+        )
+    return result
+
+
+def _tuned(result: Any) -> Tuned:
+    """Return what warm-up ended in.
+
+    Raises:
+        TypeError: if it is no kernel with a state to go on from.
+    """
+    if not isinstance(result, Tuned):
+        raise TypeError(
+            f"tuned must return a Tuned(kernel, state, found), got {_kind(result)}"
+        )
+    _with_density(result.state)
+    return result
+
+
+def _with_density(state: Any) -> Any:
+    theta, log_joint = (getattr(state, name, None) for name in ("theta", "log_joint"))
+    sound = (
+        isinstance(theta, Tensor)
+        and isinstance(log_joint, Tensor)
+        and theta.dim() == 2
+        and log_joint.shape == theta.shape[:1]
+    )
+    if not sound:
+        raise TypeError(
+            "init and step must return states with theta (chain, dim) and log_joint (chain,), got "
+            f"{_kind(state)}"
+        )
+    return state
+
+
+def _of_chains(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() >= 1
+
+
+def _named(value: Any) -> bool:
+    return hasattr(value, "_fields")
+
+
+def _kind(value: Any) -> str:
+    shapes = [
+        f"{name} {tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__}"
+        for name, each in (value._asdict() if _named(value) else {}).items()
+    ]
+    return (
+        f"{type(value).__name__}({', '.join(shapes)})" if shapes else type(value).__name__
+    )
+
+
 def warm_up(process: WarmUp, theta: Tensor, n: int, generator: torch.Generator) -> Tuned:
     """Return the kernel that ``n`` transitions of warm-up tune, from starting points
     ``(chain, dim)``.
     """
     state = process.init(theta, generator)
     for _ in range(n):
-        state, _ = process.step(state, generator)
-    return process.tuned(state)
+        state, _ = _stepped(process.step(state, generator))
+    return _tuned(process.tuned(state))
 
 
 def run_chains(
@@ -161,7 +233,7 @@ class _Progress:
         )
         progress.step = saved.header["step"]
         if saved.header["stage"] == "sampling":
-            progress.tuned = process.tuned(progress.warm)
+            progress.tuned = _tuned(process.tuned(progress.warm))
             progress.state = saved.state("state", progress.tuned.state)
         saved.restore(generator)
         return progress
@@ -206,7 +278,7 @@ def _warm(
     checkpoint, device = run.checkpoint, generator.device
     try:
         while progress.step < warmup:
-            progress.warm, info = process.step(progress.warm, generator)
+            progress.warm, info = _stepped(process.step(progress.warm, generator))
             progress.step += 1
             progress.gradients += float(info.n_steps.double().mean())
             meter.update(info, "warm-up")
@@ -218,7 +290,7 @@ def _warm(
                 "interrupted in warm-up: Checkpoint(..., resume=True) goes on from the last state"
             )
         raise
-    progress.tuned = process.tuned(progress.warm)
+    progress.tuned = _tuned(process.tuned(progress.warm))
     progress.state, progress.step = progress.tuned.state, 0
     if checkpoint:
         progress.save(checkpoint, generator, progress.tuned.found)
@@ -249,7 +321,8 @@ def _draw(
     interrupted, progress.stream = False, generator.get_state()
     try:
         while progress.step < draws:
-            state, info = tuned.kernel.step(progress.state, generator)
+            state, info = _stepped(tuned.kernel.step(progress.state, generator))
+            _with_density(state)
             record.append(
                 {"theta": state.theta, "log_joint": state.log_joint} | info._asdict()
             )

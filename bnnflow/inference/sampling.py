@@ -24,6 +24,7 @@ from bnnflow.ranks import connect
 from bnnflow.seeding import as_generator, seed_in_words
 from bnnflow.stopwatch import Stopwatch
 from bnnflow.types import Seed
+from bnnflow.warn import warn
 
 __all__ = ["sample"]
 
@@ -116,12 +117,35 @@ def sample(  # noqa: PLR0913 - the one entry point, with eleven
             )
         watch = Stopwatch()
         run = Run(generator, chains, warmup, draws, start, progress, kept, ranks, alike)
-        result = method.draw(model, run)
+        result = _drawn(method, method.draw(model, run), model)
     info = identity | watch.read()
     if kept is not None:  # the seconds of all runs in this folder
         info["seconds"] = kept.seconds
     chains = result.n_chains * result.info.get("gradients_per_chain", 0)
     return replace(result, info=info | {"gradients": chains} | result.info)
+
+
+def _drawn(method: Method, result: Any, model: BayesianModel) -> Draws:
+    """Return what a method has drawn, after a look at it.
+
+    Raises:
+        TypeError: if it is something else than draws of the model's weights.
+    """
+    name = type(method).__name__
+    if not isinstance(result, Draws):
+        raise TypeError(f"{name}.draw must return Draws, got {type(result).__name__}")
+    if result.dim != model.dim:
+        raise ValueError(
+            f"{name}.draw must return weights (chain, draw, {model.dim}), got "
+            f"{tuple(result.theta.shape)}"
+        )
+    lost = int(result.log_joint.isnan().sum())
+    if lost:
+        warn(
+            f"{name}: log_joint is NaN for {lost} of {result.log_joint.numel()} draws: these are "
+            "none of the posterior"
+        )
+    return result
 
 
 def _own_identity(

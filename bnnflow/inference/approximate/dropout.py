@@ -51,6 +51,8 @@ class MCDropout(Method):
         masks: masks in each step.
     """
 
+    refused = ("chains", "warmup", "checkpoint")
+
     rate: float = 0.1
     members: int = 4
     steps: int = 2000
@@ -67,7 +69,7 @@ class MCDropout(Method):
 
         See `bnnflow.sample`.
         """
-        run.refuse(self, "members and draws", "chains", "warmup", "checkpoint")
+        run.refuse(self, "members and draws")
         generator, masks = run.generator, self._masks(model)
         start = first_points(model, run.init, self.members, generator)
         climb = Climb(model)

@@ -42,6 +42,8 @@ class DeepEnsemble(Method):
         learning_rate: its first value; a cosine takes it to zero.
     """
 
+    refused = ("chains", "warmup", "draws", "checkpoint")
+
     members: int = 10
     steps: int | None = None
     learning_rate: float = 0.01
@@ -52,7 +54,7 @@ class DeepEnsemble(Method):
 
     def draw(self, model: BayesianModel, run: Run) -> Draws:
         """Train the members; see `bnnflow.sample`. They come as one chain of ``members`` draws."""
-        run.refuse(self, "members and steps", "chains", "warmup", "draws", "checkpoint")
+        run.refuse(self, "members and steps")
         given = run.init if isinstance(run.init, Tensor) else None
         if given is not None and given.dim() == 1:
             raise ValueError(

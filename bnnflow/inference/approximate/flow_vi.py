@@ -38,6 +38,8 @@ class NormalizingFlowVI(Method):
             those of ``init``.
     """
 
+    refused = ("warmup", "checkpoint")
+
     couplings: int = 4
     hidden: int = 64
     steps: int = 3000
@@ -54,7 +56,7 @@ class NormalizingFlowVI(Method):
 
         See `bnnflow.sample`. ``chains`` only shapes the independent draws.
         """
-        run.refuse(self, "steps", "warmup", "checkpoint")
+        run.refuse(self, "steps")
         from pyro.distributions.torch_transform import ComposeTransformModule
         from pyro.infer.autoguide import AutoNormalizingFlow
 

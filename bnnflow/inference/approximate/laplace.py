@@ -125,6 +125,8 @@ class Laplace(Method):
         torch.Size([5])
     """
 
+    refused = ("warmup", "checkpoint")
+
     structure: Structure = "full"
     hessian: Literal["auto", "ggn", "averaged", "exact"] = "auto"
     starts: int = 8
@@ -159,7 +161,7 @@ class Laplace(Method):
         See `bnnflow.sample`. ``chains`` only shapes the draws. Ctrl-C puts the Gaussian at the best
         point so far, with ``info["interrupted"]``; without a mode there is no evidence.
         """
-        run.refuse(self, "structure and starts", "warmup", "checkpoint")
+        run.refuse(self, "structure and starts")
         names = self._check(model)
         start, given = (
             first_points(model, run.init, self.starts, run.generator),

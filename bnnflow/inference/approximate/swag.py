@@ -53,6 +53,8 @@ class SWAG(Method):
         batch_size: rows in a mini-batch; None takes a tenth of the data, 128 at most.
     """
 
+    refused = ("chains", "warmup", "checkpoint")
+
     members: int = 4
     rank: int = 20
     snapshots: int = 50
@@ -69,7 +71,7 @@ class SWAG(Method):
 
     def draw(self, model: BayesianModel, run: Run) -> Draws:
         """Train and draw, 250 from each member unless said otherwise; see `bnnflow.sample`."""
-        run.refuse(self, "members and draws", "chains", "warmup", "checkpoint")
+        run.refuse(self, "members and draws")
         n, generator = len(model.x), run.generator
         batch_size = self.batch_size or max(1, min(128, n // 10))
         # refuses a batch larger than the data

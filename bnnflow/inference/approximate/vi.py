@@ -59,6 +59,8 @@ class VI(Method):
             its steps, so that correlated weights are no harder.
     """
 
+    refused = ("warmup", "checkpoint")
+
     rank: int | Literal["full"] = 0
     steps: int = 2000
     learning_rate: float = 0.02
@@ -78,7 +80,7 @@ class VI(Method):
 
         See `bnnflow.sample`. ``chains`` only shapes the independent draws.
         """
-        run.refuse(self, "steps", "warmup", "checkpoint")
+        run.refuse(self, "steps")
         if self.rank == "full" and model.dim > LARGEST_FULL:
             raise ValueError(
                 f"rank='full' is for dim up to {LARGEST_FULL}, got {model.dim}; use rank=20, say"

@@ -36,6 +36,8 @@ class PyroNUTS(Method):
         full_mass: learn a full mass matrix.
     """
 
+    refused = ("checkpoint",)
+
     max_tree_depth: int = 10
     target_acceptance: float = 0.8
     full_mass: bool = False
@@ -51,7 +53,7 @@ class PyroNUTS(Method):
         Ctrl-C returns the chains that are complete, or what the first one has drawn, with
         ``info["interrupted"]``.
         """
-        run.refuse(self, "chains, warmup, draws and init", "checkpoint")
+        run.refuse(self, "chains, warmup, draws and init")
         chains, draws = run.chains_or(4), run.draws or 500
         warmup = 500 if run.warmup is None else run.warmup
         starts = starting_points(model, chains, run.init, run.generator, run.progress)

@@ -97,6 +97,8 @@ class SMC(Method):
         chunk_size: particles that are evaluated together, which bounds the memory.
     """
 
+    refused = ("warmup", "draws", "init")
+
     particles: int = 1000
     ess: float = 0.7
     moves: int = 4
@@ -123,7 +125,7 @@ class SMC(Method):
         Ctrl-C weighs the particles for the posterior from where they are, with
         ``info["interrupted"]`` and no evidence; a checkpoint keeps them as they are.
         """
-        run.refuse(self, "particles and a start", "warmup", "draws", "init")
+        run.refuse(self, "particles and a start")
         runs, ranks, checkpoint = run.chains or 4, run.ranks, run.checkpoint
         mine = ranks.share("particles", self.particles)
         ranks.check_same(run.alike, model.device)
