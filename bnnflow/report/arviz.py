@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["function_values", "summary", "to_arviz"]
 
 _MOST_PRIOR = 1000  # draws of the prior that are exported
+_MATCHED = 200  # draws that a gauge is found from
 
 _LAWS = {
     "posterior": "the posterior",
@@ -147,7 +149,8 @@ def to_arviz(
 def summary(model: BayesianModel, draws: Draws, *, aligned: bool = True) -> DataFrame:
     """Summarise every weight: what ``az.summary`` of `to_arviz` says, in a small part of the time.
 
-    Weighted draws are resampled and weights aligned as there. R-hat and effective sizes are those
+    Weighted draws are resampled and weights aligned as there, which takes longer than the summary
+    itself for wide layers. R-hat and effective sizes are those
     of Vehtari et al. (2021), as ArviZ computes them.
 
     Args:
@@ -228,12 +231,16 @@ def _statistics(draws: Draws) -> Variables:
 
 
 def _gauged(model: BayesianModel, draws: Draws) -> Tensor:
-    """Return the weights of draws, aligned where there is a symmetry to align by."""
+    """Return the weights of draws, aligned where there is a symmetry to align by: all matched to
+    the mean of some, which costs a third of matching all to the mean of all.
+    """
     if _ungauged(model):
         return draws.theta
-    aligned = align(model, draws)
-    assert isinstance(aligned, Draws)
-    return aligned.theta
+    some = align(model, draws.flat[:: math.ceil(len(draws.flat) / _MATCHED)])
+    assert isinstance(some, Tensor)
+    aligned = align(model, draws.theta, reference=some.mean(0))
+    assert isinstance(aligned, Tensor)
+    return aligned
 
 
 def _ungauged(model: BayesianModel) -> str:
