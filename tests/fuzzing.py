@@ -391,6 +391,10 @@ def _sampling(w: World) -> Iterator[Call]:
     parts = [w.prediction, bf.predict(model, theta[:3], x)]
     shares = torch.tensor([0.3, 0.7])
     yield Call("stacked", predictive.stacked, {"predictions": parts, "weights": shares})
+    flat = w.class_prediction.theta.reshape(2, 6, -1)
+    of_classes = bf.Draws(flat, w.classes.log_joint(flat), info={"method": "HMC"})
+    calibrated = {"model": w.classes, "draws": of_classes}
+    yield Call("calibrate", predictive.calibrate, calibrated)
     densities = {"log_densities": w.normal(ROWS, 2)}
     yield Call("stacking", comparison.stacking, densities)
     yield Call("pseudo_bma", comparison.pseudo_bma, densities | {"seed": 0})

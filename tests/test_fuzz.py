@@ -20,6 +20,7 @@ from tests import fuzzing
 
 RESULTS = {
     "Barrier",
+    "Calibrated",
     "Diagnosis",
     "Plane",
     "Prediction",

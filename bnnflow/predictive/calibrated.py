@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from bnnflow import diagnostics
+from bnnflow.arguments import checked
 from bnnflow.calibration import Calibration
 from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
@@ -17,6 +18,7 @@ __all__ = ["calibrate"]
 _ROWS = 2000  # that are left out in turn, at most
 
 
+@checked
 def calibrate(model: BayesianModel, draws: Draws) -> Draws:
     """Return draws of a classifier whose predictions are as sure as leave-one-out says.
 
