@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bnnflow import data, equivariant, inference, model, predictive, symmetry, transport
     from bnnflow.comparison import compare
+    from bnnflow.diagnosis import diagnose, weight_convergence
     from bnnflow.draws import Draws
     from bnnflow.estimators import BayesianMLPClassifier, BayesianMLPRegressor
     from bnnflow.files import load
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from bnnflow.model import BayesianModel, likelihoods, priors
     from bnnflow.options import Checkpoint, Training
     from bnnflow.predictive import metrics, predict
-    from bnnflow.report import diagnose, report, summary, to_arviz, weight_convergence
+    from bnnflow.report import report, summary, to_arviz
     from bnnflow.symmetry import align
     from bnnflow.transport import Flow, GaussNewtonFlow, correct, fit_flow
     from bnnflow.weights import WeightSpec
@@ -97,6 +98,7 @@ __all__ = [
 # packages it enters.
 _HOMES = {
     "comparison": ("compare",),
+    "diagnosis": ("diagnose", "weight_convergence"),
     "draws": ("Draws",),
     "estimators": ("BayesianMLPClassifier", "BayesianMLPRegressor"),
     "files": ("load",),
@@ -123,7 +125,7 @@ _HOMES = {
     "model": ("BayesianModel", "likelihoods", "priors"),
     "options": ("Checkpoint", "Training"),
     "predictive": ("metrics", "predict"),
-    "report": ("diagnose", "summary", "to_arviz", "weight_convergence"),
+    "report": ("summary", "to_arviz"),
     "symmetry": ("align",),
     "transport": ("Flow", "GaussNewtonFlow", "correct", "fit_flow"),
     "weights": ("WeightSpec",),

@@ -15,7 +15,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["ess", "import_arviz", "is_datatree", "psis", "rhat", "summarised"]
+__all__ = [
+    "autocorrelation_time",
+    "ess",
+    "import_arviz",
+    "is_datatree",
+    "normal_scores",
+    "psis",
+    "rhat",
+    "summarised",
+]
 
 
 def import_arviz() -> ModuleType:
@@ -56,6 +65,13 @@ def ess(values: np.ndarray, method: Literal["bulk", "tail", "mean"]) -> np.ndarr
     if values.shape[1] < 4:
         return np.full(values.shape[2:], np.nan)
     return _of_quantities(_ESS[method], values)
+
+
+def autocorrelation_time(values: np.ndarray) -> np.ndarray:
+    """Return how many draws of ``(chain, draw, ...)`` are worth one, ``(...)``, each chain beside
+    its own mean: chains that disagree do not make it longer. At least 1.
+    """
+    return _of_quantities(_times_within, values)
 
 
 def summarised(values: np.ndarray) -> dict[str, np.ndarray]:
@@ -136,11 +152,12 @@ def _halves(values: np.ndarray) -> np.ndarray:
     return np.concatenate([values[:, :half], values[:, -half:]])
 
 
-def _normal_scores(values: np.ndarray) -> np.ndarray:
-    """Return the normal quantiles of the ranks among all chains (Blom 1958)."""
+def normal_scores(values: np.ndarray) -> np.ndarray:
+    """Return the normal quantiles of ranks among all of ``(chain, draw, ...)`` (Blom 1958)."""
     from scipy.special import ndtri
 
-    flat = np.ascontiguousarray(values.reshape(-1, values.shape[2]).T)
+    count = values.shape[0] * values.shape[1]
+    flat = np.ascontiguousarray(values.reshape(count, -1).T)
     scores = ndtri((_ranks(flat) - 0.375) / (flat.shape[1] + 0.25))
     return scores.T.reshape(values.shape)
 
@@ -172,19 +189,19 @@ def _shared(new: np.ndarray) -> np.ndarray:
 
 
 def _rhat(values: np.ndarray) -> np.ndarray:
-    return _worse_rhat(_halves(values), _normal_scores(_halves(values)))
+    return _worse_rhat(_halves(values), normal_scores(_halves(values)))
 
 
 def _rhat_and_bulk(values: np.ndarray) -> np.ndarray:
     halves = _halves(values)
-    scores = _normal_scores(halves)
+    scores = normal_scores(halves)
     return np.stack([_worse_rhat(halves, scores), _ess_of_means(scores)])
 
 
 def _worse_rhat(halves: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """Return R-hat of the normal scores, or of those of distances from the median if worse."""
     bulk = _ratio(scores)
-    tail = _ratio(_normal_scores(np.abs(halves - np.median(halves, (0, 1)))))
+    tail = _ratio(normal_scores(np.abs(halves - np.median(halves, (0, 1)))))
     return np.where(tail > bulk, tail, bulk)
 
 
@@ -204,21 +221,32 @@ def _ess_of_tails(values: np.ndarray) -> np.ndarray:
 
 def _ess_of_means(chains: np.ndarray) -> np.ndarray:
     """Return how many independent draws would have means as sharp; all where nothing varies."""
-    from scipy import fft
-
     count, draws, _ = chains.shape
-    size = fft.next_fast_len(2 * draws, real=True)
-    means = chains.mean(1, keepdims=True)
-    waves: Any = fft.rfft(chains - means, size, axis=1)
-    power = (waves.real**2 + waves.imag**2).mean(0)
-    covariance = fft.irfft(power, size, axis=0)[:draws] / draws
+    means, covariance = chains.mean(1), _covariance(chains)
     within = covariance[0] * draws / (draws - 1)
-    variance = covariance[0] + (means[:, 0].var(0, ddof=1) if count > 1 else 0.0)
+    variance = covariance[0] + (means.var(0, ddof=1) if count > 1 else 0.0)
     correlations = 1 - (within - covariance) / variance
     total = count * draws
     times = np.array([_time(each) for each in correlations.T.tolist()])
     found = total / np.maximum(times, 1 / math.log10(total))
     return np.where(np.ptp(chains, (0, 1)) < 1e-15, total, found)
+
+
+def _covariance(chains: np.ndarray) -> np.ndarray:
+    """Return the autocovariance by lag, the mean over chains, ``(draw, quantity)``."""
+    from scipy import fft
+
+    draws = chains.shape[1]
+    size = fft.next_fast_len(2 * draws, real=True)
+    waves: Any = fft.rfft(chains - chains.mean(1, keepdims=True), size, axis=1)
+    power = (waves.real**2 + waves.imag**2).mean(0)
+    return fft.irfft(power, size, axis=0)[:draws] / draws
+
+
+def _times_within(chains: np.ndarray) -> np.ndarray:
+    covariance = _covariance(chains)
+    correlations = covariance / np.where(covariance[0] > 0, covariance[0], 1.0)
+    return np.maximum(1.0, [_time(each) for each in correlations.T.tolist()])
 
 
 def _time(correlations: list[float]) -> float:
@@ -241,7 +269,7 @@ def _time(correlations: list[float]) -> float:
 
 
 _ESS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "bulk": lambda values: _ess_of_means(_normal_scores(_halves(values))),
+    "bulk": lambda values: _ess_of_means(normal_scores(_halves(values))),
     "tail": _ess_of_tails,
     "mean": lambda values: _ess_of_means(_halves(values)),
 }

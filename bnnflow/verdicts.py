@@ -10,6 +10,8 @@ __all__ = ["Bounds", "Findings", "Verdict"]
 Verdict = Literal[
     "trust",  # nothing speaks against the draws
     "trust with care",  # reservations, each of which is said
+    # held-out rows vouch for predictions; evidences and summaries of weights are another matter
+    "trust predictions only",
     "trust after correction",  # the corrected draws; those that they were made of will not do
     "approximate: compare with an exact sampler",  # nothing in the draws themselves can tell
     "do not trust",  # something speaks against them
@@ -28,9 +30,49 @@ class Bounds(NamedTuple):
 
 # ---------------------------------------- the thresholds, all of them
 
+P_VALUE = 0.01  # of a test, below which chance is no explanation
+# What is worth a word once chance does not explain it; twice as much forbids the use. Shares of
+# rows inside intervals, and right beyond what they say; means of transforms; nats.
+CALIBRATION = {
+    "inside 50%": 0.08,
+    "inside 90%": 0.05,
+    "inside 95%": 0.04,
+    "mean PIT": 0.07,
+    "KS distance": 0.12,
+    "log probability": 0.15,
+    "right beyond it": 0.05,
+    "right beyond it, less sure": 0.1,
+    "right beyond it, more sure": 0.05,
+}
+IMPOSSIBLE = (
+    20.0  # nats below a constant's, of a row: under the prediction, e^-20 of them are
+)
+RIVAL = Bounds(0.02, 0.2)  # nats a row by which a trivial rival is better
+# of nine predictions of ten, in their standard deviations: .25 cost .03 nats
+MONTE_CARLO = Bounds(0.25, 0.7)
+KHAT = (
+    0.7  # of Pareto-smoothed weights, above which their means mislead (Vehtari et al. 2024)
+)
+LEFT_OUT_FAILS = 0.1  # of the rows: more k-hats above, and leave-one-out says nothing
+# of a chain's mean from that of the others, in standard deviations, beyond chance
+SHIFT = Bounds(0.15, 0.5)
+# of a chain's mean log prior or log joint: directions that data do not determine mix slowly
+SHIFT_OF_DENSITY = Bounds(0.2, 1.0)
+SPREAD = Bounds(0.15, 0.4)  # of the configurational temperature from 1, beyond chance
+SLOPE = Bounds(0.2, 0.5)  # mean gradient in its own standard deviations, beyond chance
+PRIOR_SCALE = Bounds(
+    5.0, 20.0
+)  # of targets, in standard deviations of the prior predictive
+PRIOR_WIDE = 100.0  # times the spread of the targets that the prior predictive has
+PRIOR_CONFLICT = 8.0  # sds by which the log prior of draws is below that of the prior's own
+COLUMN_SCALE = 20.0  # of an input, beside that of the others
+UNITS = 0.5  # share of hidden units that do not respond to the inputs
+COPIED = (
+    0.1  # share of draws that are copies of others, beyond which they are not to be used
+)
+TIES = 0.2  # share of continuous targets whose value comes again
+
 R_HAT = Bounds(1.01, 1.05)  # of functions and weights (Vehtari et al. 2021)
-# of the log prior: directions that the data do not determine mix slowly
-R_HAT_OF_PRIOR = Bounds(1.1, 1.5)
 R_HAT_OF_MANY = Bounds(1.05, 1.2)  # of hundreds of short chains, whose own means are noisy
 ESS = Bounds(400, 100)  # effective draws
 # beyond this share the posterior has regions that the chains cannot enter
@@ -44,7 +86,7 @@ TEMPERATURE = 0.2  # from 1: beyond this the law of the draws is visibly wrong
 ENERGY_VARIANCE = 5.0
 
 # of the first particles, in the mean run: fewer left say nothing of what was lost on the way
-ANCESTORS = 3
+ANCESTORS = Bounds(30, 3)
 # of the particles: a temperature that leaves fewer was too far from the last
 LEFT_EFFECTIVE = 0.1
 EVIDENCE = 1.0  # nats of standard error beyond which an evidence compares little

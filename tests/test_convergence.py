@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import bnnflow as bf
 from bnnflow import likelihoods, priors
 from bnnflow.activations import Sine
+from bnnflow.diagnosis.convergence import compare_chains, nested_r_hat
 from bnnflow.diagnostics import import_arviz
 from bnnflow.report import diagnose, plots, weight_convergence
-from bnnflow.report.convergence import compare_chains, nested_r_hat
 
 F64 = torch.float64
 

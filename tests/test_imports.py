@@ -44,6 +44,7 @@ ROOMS = [
     "equivariant",
     "transport",
     "predictive",
+    "diagnosis",
     "report",
     "estimators",
     "comparison",

@@ -284,17 +284,15 @@ def compare(  # noqa: PLR0913
 
 @app.command()
 def check(run: _Run, as_json: _Json = False) -> None:
-    """Say how far the draws of a run can be trusted.
+    """Say whether the predictions of a run may be used, on the rows that it held out.
 
-    The exit code is 0 to trust, 1 to trust with care, 3 not to trust.
+    The exit code is 0 if they may, 1 if with care, 3 if not.
 
     bnnflow check run && bnnflow predict run new.csv
     """
     found, code = work.check(run)
     if as_json:
-        typer.echo(
-            json.dumps({"verdict": found.verdict, "reasons": found.reasons, "code": code})
-        )
+        typer.echo(json.dumps(found.to_dict() | {"code": code}))
     else:
         typer.echo(str(found))
     raise typer.Exit(code)

@@ -29,8 +29,8 @@ from bnnflow.stopwatch import Stopwatch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bnnflow.diagnosis import Diagnosis
     from bnnflow.predictive import Prediction
-    from bnnflow.report.diagnose import Diagnosis
 
 __all__ = ["METHODS", "Data", "Settings", "check", "compare", "fit", "predict", "report"]
 
@@ -51,7 +51,8 @@ METHODS: dict[str, Callable[[], Method]] = {
 _HELD_OUT = 0.1  # share of the rows that scores are measured on
 _LEVEL = 0.9  # of the intervals whose coverage is measured
 _MARGIN = 0.01  # nats a row, within which methods are equal
-_CODES = {"trust": 0, "do not trust": 3}  # of `check`; any other verdict is 1
+# of `check`; any other verdict is 1
+_CODES = {"trust": 0, "trust predictions only": 0, "do not trust": 3}
 
 
 @dataclass(frozen=True)
@@ -204,14 +205,23 @@ def report(run: Path, out: Path, notes: Notes, path: Path | None = None) -> Path
 
 
 def check(run: Path) -> tuple[Diagnosis, int]:
-    """Return the diagnosis of a run, and an exit code: 0 to trust, 1 with care, 3 not."""
-    estimator, inputs, _ = _run(run)
+    """Return the diagnosis of a run, on the rows that it held out, and an exit code.
+
+    0 where the predictions may be used, 1 with care, 3 where not.
+    """
+    estimator, inputs, described = _run(run)
     notes: Notes = []
     raw = _rows_of(run, None, notes)
     with _telling(notes):
-        found = estimator.diagnose(
-            None if raw is None else _frame(inputs.apply(raw, notes))
-        )
+        if raw is None:
+            found = estimator.diagnose()
+        else:
+            target = _target(described)
+            name = target.column.name
+            raw = _subset(raw, target.known(raw[name]))
+            found = estimator.diagnose(
+                _frame(inputs.apply(raw, notes)), target.read(raw[name], notes)
+            )
     return found, _CODES.get(found.verdict, 1)
 
 

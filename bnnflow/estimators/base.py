@@ -37,7 +37,7 @@ from bnnflow.report import diagnose, report, to_arviz
 from bnnflow.seeding import isolated
 
 if TYPE_CHECKING:
-    from bnnflow.report.diagnose import Diagnosis
+    from bnnflow.diagnosis import Diagnosis
     from bnnflow.report.html import Report
 
 __all__ = ["BayesianEstimator"]
@@ -252,15 +252,19 @@ class BayesianEstimator(BaseEstimator, ABC):
         return self.model_.to(dtype=torch.float64)
 
     def diagnose(self, X: Any = None, y: Any = None) -> Diagnosis:
-        """Say how far the draws can be trusted; see `bnnflow.diagnose`.
+        """Say whether predictions may be used, the model fits, and what the draws are worth.
+
+        See `bnnflow.diagnose`.
 
         Args:
-            X: rows at which predictions are compared; those of training if None.
+            X: rows that were not fitted, ``(n, columns)``; those of training if None.
             y: their targets.
         """
         check_is_fitted(self, "draws_")
         x = None if X is None else self._encoded(X).to(self.model_.dtype)
-        return diagnose(self.model_, self.draws_, x)
+        return diagnose(
+            self.model_, self.draws_, x, None if y is None else self._targets(y)
+        )
 
     def report(self, path: str | Path | None, X: Any, y: Any) -> Report:
         """Write an HTML report on rows that were not fitted; see `bnnflow.report`.

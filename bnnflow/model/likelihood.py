@@ -109,6 +109,11 @@ class Likelihood(Interface, ABC):
         """Whether there is a `sample`."""
         return self._has("sample")
 
+    @property
+    def has_cdf(self) -> bool:
+        """Whether there is a `cdf`."""
+        return self._has("cdf")
+
     def fisher_factor(
         self, outputs: Tensor, parameters: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -429,6 +429,23 @@ class Prediction:
         y = self._targets(y)
         return y if self.kind == "classification" else self._squeeze(y)
 
+    def transforms(self, y: Tensor, seed: Seed) -> Tensor:
+        """Return probability integral transforms of several sets of targets, ``(k, *mean.shape)``
+        in and out: the mixture's cdf, for counts uniform between those before and after the jump.
+        """
+        self._require("regression", "transforms")
+        y = y.reshape(len(y), *self._moments.mean.shape)
+        after = self._cdf(y)
+        if self.discrete:
+            share = torch.rand(
+                after.shape,
+                generator=as_generator(seed, after.device),
+                dtype=after.dtype,
+                device=after.device,
+            )
+            after = torch.lerp(self._cdf(y - 1), after, share)
+        return self._squeeze(after)
+
     # ---------------------------------------- passes over the draws
 
     def _chunks(self, theta: Tensor, index: Tensor | None = None) -> Iterator[Chunk]:

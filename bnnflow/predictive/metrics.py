@@ -14,7 +14,6 @@ from torch import Tensor
 
 from bnnflow.arguments import Count, Fraction, checked
 from bnnflow.predictive.average import Prediction
-from bnnflow.seeding import as_generator
 from bnnflow.types import Seed
 
 __all__ = [
@@ -115,14 +114,7 @@ def pit(prediction: Prediction, y: Tensor | np.ndarray, *, seed: Seed = 0) -> Te
     Returns:
         ``(n,)`` or ``(n, targets)``.
     """
-    after = prediction.cdf(prediction.targets(y))
-    if not prediction.discrete:
-        return after
-    generator = as_generator(seed, after.device)
-    share = torch.rand(
-        after.shape, generator=generator, dtype=after.dtype, device=after.device
-    )
-    return torch.lerp(_cdf_before(prediction, y), after, share)
+    return prediction.transforms(prediction.targets(y)[None], seed)[0]
 
 
 @checked

@@ -6,10 +6,9 @@ import sys
 import types
 from typing import Any
 
+from bnnflow.diagnosis import Diagnosis, WeightConvergence, diagnose, weight_convergence
 from bnnflow.report import plots
 from bnnflow.report.arviz import summary, to_arviz
-from bnnflow.report.convergence import WeightConvergence, weight_convergence
-from bnnflow.report.diagnose import Diagnosis, diagnose
 from bnnflow.report.html import Report, report
 
 __all__ = [

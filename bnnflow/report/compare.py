@@ -14,14 +14,19 @@ import torch
 from torch import Tensor
 
 from bnnflow import arguments
+from bnnflow.diagnosis import Diagnosis, diagnose
 from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
 from bnnflow.predictive import Prediction, metrics, predict
-from bnnflow.report.diagnose import HINTS, Diagnosis, diagnose
 from bnnflow.stopwatch import Stopwatch
 
 __all__ = ["Comparison", "Entry", "Evaluation", "compare", "duration", "gather"]
 
+MARGIN = (
+    0.05  # nats a row: predictions whose difference is known to be smaller are called equal
+)
+_SAME_WIDTH = 1.25  # ratio of predictive widths up to which two methods are as sure
+_CONVERGED = ("trust", "trust with care")
 TAKEN = 4000  # draws that are taken of a posterior given as a distribution
 
 
@@ -64,6 +69,11 @@ class Evaluation:
         )
 
     @property
+    def usable(self) -> bool:
+        """Whether nothing forbids to use the predictions."""
+        return self.diagnosis.verdict in (*_CONVERGED, "trust predictions only")
+
+    @property
     def ess(self) -> float:
         """Bulk effective sample size of the worst prediction; zero if unknown."""
         bulk = self.diagnosis.ess_bulk
@@ -76,13 +86,17 @@ class Comparison:
 
     Attributes:
         evaluations: in the order given.
-        reference: name of the exact sampler that the others are compared with, or None.
+        reference: name of the exact sampler that has converged, or None.
+        chosen: name of the method that the headline recommends and the others are compared with:
+            the reference, else the best of those whose predictions may be used; None if there are
+            none.
         headline: which method to use, in a sentence.
         remarks: a sentence for each method, in the same order.
     """
 
     evaluations: tuple[Evaluation, ...]
     reference: str | None
+    chosen: str | None
     headline: str
     remarks: tuple[str, ...]
 
@@ -136,15 +150,16 @@ def compare(
         for name, value in results
     ]
     _mark_best(evaluations)
-    candidates = [
-        e for e in evaluations if e.exact and e.diagnosis.verdict != "do not trust"
-    ]
+    candidates = [e for e in evaluations if e.exact and e.diagnosis.verdict in _CONVERGED]
     reference = max(candidates, key=lambda e: e.ess, default=None)
+    usable = [e for e in evaluations if e.usable]
+    best = reference or max(usable, key=lambda e: e.row["lppd"], default=None)
     return Comparison(
         tuple(evaluations),
         reference.name if reference else None,
-        _headline(evaluations, reference),
-        tuple(_remark(e, reference, len(y)) for e in evaluations),
+        best.name if best else None,
+        _headline(evaluations, reference, best),
+        tuple(_remark(e, best) for e in evaluations),
     )
 
 
@@ -210,7 +225,7 @@ def _evaluate(entry: Entry, model: BayesianModel, x: Tensor, y: Tensor) -> Evalu
         }
     draws = entry.draws.theta if isinstance(entry.draws, Draws) else entry.draws[0]
     count = draws.shape[:-1].numel()
-    diagnosis = diagnose(model, entry.draws, x)
+    diagnosis = diagnose(model, entry.draws, x, y)
     row |= {
         "log_likelihood": log_likelihood,
         "log_joint": log_joint,
@@ -221,6 +236,7 @@ def _evaluate(entry: Entry, model: BayesianModel, x: Tensor, y: Tensor) -> Evalu
         else 1000 * entry.seconds / count,
         "gradients": entry.info.get("gradients") or None,
         "verdict": diagnosis.verdict,
+        "headline": diagnosis.headline,
         "rows": n,
         "best": (),
     }
@@ -288,95 +304,68 @@ def _difference(a: Tensor, b: Tensor) -> tuple[float, float]:
 # ---------------------------------------- words
 
 
-def _headline(evaluations: list[Evaluation], reference: Evaluation | None) -> str:
-    if reference is None:
-        best = max(evaluations, key=lambda e: e.row["lppd"])
+def _headline(
+    evaluations: list[Evaluation], reference: Evaluation | None, best: Evaluation | None
+) -> str:
+    if len(evaluations) == 1:
+        return evaluations[0].diagnosis.headline
+    if best is None:
+        names = ", ".join(e.name for e in evaluations)
+        worst = evaluations[0].diagnosis
+        return f"None of {names} may be used as it is. {worst.headline}"
+    if reference is not None:
+        start = f"Use {reference.name}, an exact sampler that has converged."
+    else:
         why = {
             0: "no exact sampler is among the methods",
             1: "the exact sampler has not converged",
         }.get(sum(e.exact for e in evaluations), "none of the exact samplers has converged")
-        if len(evaluations) == 1:
-            return f"Nothing here certifies {best.name}: {why}."
-        return (
-            f"{best.name} predicts the test rows best, but {why}: how close it comes to the "
-            "posterior is unknown. "
-            "Run HMC until its verdict is good, then compare."
+        start = (
+            f"Use the predictions of {best.name}, the best here of those that may be used; {why}, "
+            "so evidences and summaries of weights are not known."
         )
-    text = f"Use {reference.name}: an exact sampler"
-    text += (
-        " that has converged."
-        if reference.diagnosis.verdict == "trust"
-        else ", to be trusted with care (see why below)."
-    )
-    stand_ins = [e for e in evaluations if e is not reference and _stands_in(e, reference)]
-    if stand_ins:
-        fastest = min(stand_ins, key=lambda e: e.entry.seconds or math.inf)
-        text += (
-            f" On these rows {fastest.name} predicts as well ({_against(fastest, reference)}) "
-            f"in {duration(fastest.entry.seconds)} instead of {duration(reference.entry.seconds)}: "
-            "a stand-in where speed matters, for inputs like these."
-        )
-    return text
+    return f"{start} {best.diagnosis.headline}"
 
 
-def _stands_in(e: Evaluation, reference: Evaluation) -> bool:
-    """Whether a method is faster and its LPPD at most noise below the reference's, and not by
-    much.
+def _remark(e: Evaluation, best: Evaluation | None) -> str:
+    """Say in a line how a method predicts beside the chosen one; else its own headline."""
+    if best is None or e is best:
+        return e.diagnosis.headline
+    mean, error = _difference(e.scores["log_prob"], best.scores["log_prob"])
+    low, high = mean - 2 * error, mean + 2 * error
+    against = f"{best.name} ({_against(e, best)})"
+    if low >= -MARGIN and high <= MARGIN:
+        text = f"Within {MARGIN} nats a row of {against}{_width(e, best)}."
+    elif high < 0:
+        text = f"Worse than {against}."
+    elif low > 0:
+        text = f"Better than {against} on these rows."
+    else:
+        text = f"These rows do not tell it from {against}."
+    if e.usable:
+        return text
+    return f"{text} {e.diagnosis.headline}"
+
+
+def _width(e: Evaluation, best: Evaluation) -> str:
+    """Say how sure a method is beside another: equal scores on some rows are no promise for
+    others.
     """
     if (
-        e.entry.seconds is None
-        or reference.entry.seconds is None
-        or e.entry.seconds >= reference.entry.seconds
+        e.prediction.kind == "classification"
+        or not e.prediction.model.likelihood.has_variance
     ):
-        return False
-    difference, noise = _difference(e.scores["log_prob"], reference.scores["log_prob"])
-    return (
-        e.diagnosis.verdict != "do not trust"
-        and difference + 2 * noise >= 0
-        and difference >= -0.05
-    )
-
-
-def _remark(e: Evaluation, reference: Evaluation | None, rows: int) -> str:
-    if e is reference:
-        return f"The reference: {_sentence(e.diagnosis.reasons)}"
-    text = ""
-    if reference is not None:
-        difference, noise = _difference(e.scores["log_prob"], reference.scores["log_prob"])
-        if abs(difference) <= 2 * noise:
-            against = f"{reference.name} on {rows:,} rows ({_against(e, reference)})"
-            text = f"Cannot be told apart from {against}. "
-        elif difference < 0:
-            measure = "probability" if e.prediction.kind == "classification" else "density"
-            text = (
-                f"Worse than {reference.name} ({_against(e, reference)}): to a typical test row it "
-                f"gives {_percent(math.exp(difference))} of {reference.name}'s {measure}. "
-            )
-        else:
-            text = (
-                f"Better than {reference.name} on these rows ({_against(e, reference)}), though "
-                f"{reference.name} is "
-                "exact: a sign that the model, not the sampling, could be improved. "
-            )
-    if e.diagnosis.kind == "independent":
-        method = e.entry.info.get("method", "")
-        few = (
-            f"{e.row['draws']} fitted networks"
-            if method == "DeepEnsemble"
-            else "Independent draws"
-        )
-        text += f"{few}: no chains to compare, so its own convergence cannot be certified."
-        return f"{text} {_sentence((HINTS[method],))}" if method in HINTS else text
-    return text + _sentence(e.diagnosis.reasons)
+        return ""
+    ratio = (best.prediction.epistemic / e.prediction.epistemic.clamp(min=1e-300)).flatten()
+    most = float(ratio.quantile(0.95))
+    if most <= _SAME_WIDTH:
+        return ""
+    return f", but surer of its function by up to {most:.2g} times: elsewhere it may be too sure"
 
 
 def _against(e: Evaluation, reference: Evaluation) -> str:
     difference, noise = _difference(e.scores["log_prob"], reference.scores["log_prob"])
     return f"LPPD {difference:+.3f} ± {noise:.3f}".replace("-", "−")
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.0f} %" if fraction >= 0.01 else f"{100 * fraction:.1g} %"
 
 
 def duration(seconds: float | None) -> str:
@@ -386,8 +375,3 @@ def duration(seconds: float | None) -> str:
     if seconds < 120:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _sentence(reasons: tuple[str, ...]) -> str:
-    text = "; ".join(reasons)
-    return text[0].upper() + text[1:] + "."

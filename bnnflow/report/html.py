@@ -1,4 +1,4 @@
-"""The report: one HTML file, no scripts, nothing loaded from anywhere."""
+"""The report: one HTML file that reads without scripts; nothing is loaded from anywhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import platform
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
@@ -20,10 +20,20 @@ from torch import Tensor
 
 from bnnflow import storage
 from bnnflow.arguments import checked
+from bnnflow.diagnosis import weight_convergence
+from bnnflow.diagnosis.convergence import predicted_values
 from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
+from bnnflow.predictive import Prediction
 from bnnflow.report import plots
-from bnnflow.report.compare import Comparison, Evaluation, compare, duration, gather
+from bnnflow.report.compare import (
+    MARGIN,
+    Comparison,
+    Evaluation,
+    compare,
+    duration,
+    gather,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,11 +106,24 @@ _COLUMNS = (
 )
 
 
+_MOST_CLASSES = 20  # of a table of confusion
+_MOST_ALIGNED = 2000  # weights that a report aligns
+_DRAWS_ALIGNED = 400
+_COST = ("log_likelihood", "log_joint", "draws", "seconds_per_1000_draws")
+
+
 class _Picture(NamedTuple):
     """A picture, ready to be put into the page."""
 
     svg: str
     caption: str
+
+
+class _Chains(NamedTuple):
+    """What is shown of one method's chains beside its diagnosis."""
+
+    picture: _Picture
+    layers: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +133,7 @@ class Section:
     title: str
     comparison: Comparison
     figures: tuple[_Picture, ...]
+    chains: dict[str, _Chains]
     about: dict[str, str]
 
 
@@ -194,6 +218,22 @@ class Report:
             date=datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
         )
 
+    def __repr__(self) -> str:
+        """Say what it compares in one line."""
+        names = [e.name for each in self.sections for e in each.comparison.evaluations]
+        where = "" if self.path is None else f", path={str(self.path)!r}"
+        return f"Report({self.title!r}, methods={names}{where})"
+
+    def _repr_html_(self) -> str:
+        """Show the page in a notebook, in a frame of its own."""
+        import html
+
+        page = html.escape(self.html(), quote=True)
+        return (
+            f'<iframe srcdoc="{page}" title="{html.escape(self.title)}" '
+            'style="width:100%;height:40rem;border:0"></iframe>'
+        )
+
     def __str__(self) -> str:
         """Lay the comparison out for a terminal."""
         blocks = []
@@ -239,9 +279,10 @@ def report(
 ) -> Report:
     """Compare methods on test rows and write what a reader needs to judge them into one HTML file.
 
-    The page starts with the verdict in words, then compares the methods in a table, shows
-    calibration and predictions, the convergence of predictions (R-hat, effective sample sizes), the
-    settings of each run, and the versions of the software. It needs no network and no scripts.
+    The page starts with what to do and three answers (may the predictions be used, does the model
+    fit, are these draws of the posterior), then compares the methods in a table, shows calibration
+    and predictions, and, folded, the chains, the settings of each run, and the versions of the
+    software. It needs no network, and no scripts to be read.
 
     Args:
         model: the model that all of them are draws of.
@@ -286,7 +327,11 @@ def report(
     title = title or f"Posterior comparison: {kind}, {model.dim:,} weights"
     comparison = compare(methods, model, x, y, seconds)
     section = Section(
-        title, comparison, _figures(comparison, model, y), _about(model, len(y))
+        title,
+        comparison,
+        _figures(comparison, model, y),
+        _chains(comparison, model),
+        _about(model, len(y)),
     )
     made = Report(title, (section,))
     return made if path is None else made.write(path)
@@ -295,18 +340,31 @@ def report(
 # ---------------------------------------- what the template shows
 
 
+_GRADES = {
+    "yes": "good",
+    "no": "bad",
+    "trust": "good",
+    "trust predictions only": "good",
+    "do not trust": "bad",
+}
+
+
 class _Shown(NamedTuple):
     """A section in the template's terms: text and cells, no logic left."""
 
     number: int
     title: str
     headline: str
+    lead: str
+    answers: list[dict[str, str]]
     methods: list[dict[str, Any]]
     columns: list[_Column]
     rows: list[list[dict[str, Any]]]
+    cost: list[_Column]
+    cost_rows: list[list[dict[str, Any]]]
     several: bool
     regression: bool
-    reference: str | None
+    chosen: str | None
     figures: list[dict[str, Any]]
     convergence: list[dict[str, Any]]
     runs: list[dict[str, Any]]
@@ -314,63 +372,109 @@ class _Shown(NamedTuple):
 
     @classmethod
     def of(cls, section: Section, number: int) -> _Shown:
-        from markupsafe import Markup
-
         comparison = section.comparison
-        columns = _columns(comparison)
-        marked = {key for e in comparison.evaluations for key in e.row["best"]}
-        palette = plots.colours([e.name for e in comparison.evaluations])
+        evaluations = comparison.evaluations
+        every = _columns(comparison)
+        columns = [column for column in every if column.key not in _COST]
+        cost = [column for column in every if column.key in _COST]
+        lead = next((e for e in evaluations if e.name == comparison.chosen), evaluations[0])
         return cls(
             number=number,
             title=section.title,
             headline=comparison.headline,
-            methods=[
-                {
-                    "name": e.name,
-                    "colour": palette[e.name],
-                    "verdict": e.diagnosis.verdict,
-                    "grade": {"trust": "good", "do not trust": "bad"}.get(
-                        e.diagnosis.verdict, "fair"
-                    ),
-                    "remark": remark,
-                }
-                for e, remark in zip(
-                    comparison.evaluations, comparison.remarks, strict=True
-                )
-            ],
+            lead=lead.name,
+            answers=_answers(lead),
+            methods=_methods(comparison),
             columns=columns,
-            rows=[
-                [
-                    {
-                        "text": _plain(e, column),
-                        "mark": "best"
-                        if column.key in e.row["best"]
-                        else "blank"
-                        if column.key in marked
-                        else "",
-                    }
-                    for column in columns
-                ]
-                for e in comparison.evaluations
-            ],
-            several=len(comparison.evaluations) > 1,
-            regression=comparison.evaluations[0].prediction.kind == "regression",
-            reference=comparison.reference,
+            rows=_cells(comparison, columns),
+            cost=cost,
+            cost_rows=_cells(comparison, cost),
+            several=len(evaluations) > 1,
+            regression=evaluations[0].prediction.kind == "regression",
+            chosen=comparison.chosen,
             figures=[
-                {
-                    "svg": Markup(_unique(figure.svg, f"s{number}f{i}-")),
-                    "caption": figure.caption,
-                }
+                _inline(figure, f"s{number}f{i}-")
                 for i, figure in enumerate(section.figures)
             ],
             convergence=[
-                _convergence(e)
-                for e in comparison.evaluations
+                _convergence(e, section.chains.get(e.name), f"s{number}c{i}-")
+                for i, e in enumerate(evaluations)
                 if e.diagnosis.r_hat is not None
             ],
-            runs=[_run(e) for e in comparison.evaluations],
+            runs=[_run(e) for e in evaluations],
             about=section.about,
         )
+
+
+def _inline(picture: _Picture, prefix: str) -> dict[str, Any]:
+    from markupsafe import Markup
+
+    return {"svg": Markup(_unique(picture.svg, prefix)), "caption": picture.caption}
+
+
+def _answers(e: Evaluation) -> list[dict[str, str]]:
+    return [
+        {
+            "question": answer.question,
+            "answer": answer.grade,
+            "grade": _GRADES.get(answer.grade, "fair"),
+            "why": _upper(answer.why),
+            "next": _upper(answer.next),
+        }
+        for answer in e.diagnosis.answers
+    ]
+
+
+def _methods(comparison: Comparison) -> list[dict[str, Any]]:
+    names = [e.name for e in comparison.evaluations]
+    palette = plots.colours(names)
+    return [
+        {
+            "name": e.name,
+            "colour": palette[e.name],
+            "verdict": e.diagnosis.verdict,
+            "grade": _GRADES.get(e.diagnosis.verdict, "fair"),
+            "remark": remark,
+            "answers": [
+                {
+                    "question": answer.question,
+                    "answer": answer.grade,
+                    "grade": _GRADES.get(answer.grade, "fair"),
+                    "findings": [
+                        _upper(str(each)) for each in answer.findings or (answer.why,)
+                    ],
+                }
+                for answer in e.diagnosis.answers
+            ],
+        }
+        for e, remark in zip(comparison.evaluations, comparison.remarks, strict=True)
+    ]
+
+
+def _cells(comparison: Comparison, columns: list[_Column]) -> list[list[dict[str, Any]]]:
+    """Return the text of cells, the values that they are sorted by, and how they are marked."""
+    marked = {key for e in comparison.evaluations for key in e.row["best"]}
+
+    def mark(e: Evaluation, key: str) -> str:
+        if key in e.row["best"]:
+            return "best"
+        return "blank" if key in marked else ""
+
+    return [
+        [
+            {
+                "text": _plain(e, column),
+                "value": e.row.get(column.key),
+                "mark": mark(e, column.key),
+            }
+            for column in columns
+        ]
+        for e in comparison.evaluations
+    ]
+
+
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _columns(comparison: Comparison) -> list[_Column]:
@@ -402,7 +506,7 @@ def _number(value: float, form: str) -> str:
     return format(value, form).replace("-", "−").replace("%", " %")
 
 
-def _convergence(e: Evaluation) -> dict[str, Any]:
+def _convergence(e: Evaluation, chains: _Chains | None, prefix: str) -> dict[str, Any]:
     d = e.diagnosis
     assert d.r_hat is not None
     assert d.ess_bulk is not None
@@ -430,25 +534,27 @@ def _convergence(e: Evaluation) -> dict[str, Any]:
             wanted,
         )
         for label, values, worst, form, wanted in (
-            ("R-hat", d.r_hat, d.r_hat.max(), ".3f", "at most 1.01"),
+            ("R-hat", d.r_hat, d.r_hat.max(), ".3f", "about 1"),
             ("bulk ESS", d.ess_bulk, d.ess_bulk.min(), ",.0f", "at least 400"),
             ("tail ESS", d.ess_tail, d.ess_tail.min(), ",.0f", "at least 400"),
         )
     ]
     counts = {
-        "chains × draws": f"{d.chains} × {d.draws // d.chains:,}",
+        "chains × draws": f"{d.n_chains} × {d.n_draws // d.n_chains:,}",
         "configurational temperature": None
         if d.temperature is None
         else f"{d.temperature:.2f} (1 is right)",
         "acceptance": None if d.acceptance is None else f"{d.acceptance:.2f}",
         "divergences": None
         if d.divergences is None
-        else f"{d.divergences:,} of {d.draws:,}",
+        else f"{d.divergences:,} of {d.n_draws:,}",
         "E-BFMI, smallest": None if d.e_bfmi is None else f"{d.e_bfmi:.2f}",
         "inputs compared": f"{len(d.rows):,}",
     }
     return {
         "name": e.name,
+        "picture": None if chains is None else _inline(chains.picture, prefix),
+        "layers": "" if chains is None else chains.layers,
         "summary": summary,
         "worst": worst,
         "several_outputs": e.prediction.kind == "classification" or d.r_hat.shape[1] > 1,
@@ -543,48 +649,117 @@ def _figures(
     comparison: Comparison, model: BayesianModel, y: Tensor
 ) -> tuple[_Picture, ...]:
     predictions = {e.name: e.prediction for e in comparison.evaluations}
+    classes = model.likelihood.kind == "classification"
+    shown = _of_classes(predictions, y) if classes else _of_numbers(predictions, model, y)
+    if len(predictions) > 1:
+        text = (
+            "Log scores beside the best, with 95 % intervals of the paired differences over test "
+            "rows. Within the grey band methods predict alike for most purposes; an interval that "
+            "leaves it says that these rows cannot tell."
+        )
+        shown.insert(0, (plots.scores(predictions, y, margin=MARGIN), text))
     names = ", ".join(predictions)
-    if model.likelihood.kind == "classification":
-        calibration = (
-            "Calibration. Accuracy against the probability of the predicted class, in 15 bins. A "
-            "calibrated method stays within the grey bars, which hold 95 % of a bin's outcomes; "
-            "below the diagonal it is over-confident. Columns at the foot show the share of rows "
-            "in each bin."
-        )
-        spread = (
-            "Confidence. Test rows by the probability of the predicted class, for those predicted "
-            "right and wrong; the count axis is logarithmic above 10. Mistakes should be made with "
-            "doubt."
-        )
-        shown = [
-            (plots.reliability(predictions, y), calibration),
-            (plots.predictive(predictions, y), spread),
-        ]
-    else:
-        calibration = (
-            "Calibration. Share of test targets inside central predictive intervals of every "
-            "nominal coverage. The grey region holds 95 % of outcomes of a calibrated method, "
-            "level by level; below it intervals are too narrow, above too wide."
-        )
-        single = model.x.flatten(1).shape[1] == 1 and y.shape[-1] == 1
-        if single:
-            figure = plots.predictive_band(predictions, model.x, model.y)
-            spread = (
-                "Predictions. Mean, 50 % and 90 % bands of the target, and between dashed lines 90 "
-                "% of the function itself (without noise), at the test inputs; dots are training "
-                "data. The vertical axis is bounded by the data."
-            )
-        else:
-            figure = plots.predictive(predictions, y)
-            spread = (
-                "Predictions. Mean and 90 % interval of test rows, in the order of the observed "
-                "target; at most 120 rows are drawn."
-            )
-        shown = [(plots.reliability(predictions, y), calibration), (figure, spread)]
     return tuple(
         _Picture(_svg(figure, f"{text.split('.')[0]} of {names}"), text)
         for figure, text in shown
     )
+
+
+def _of_classes(predictions: dict[str, Prediction], y: Tensor) -> list[tuple[Figure, str]]:
+    calibration = (
+        "Calibration. Accuracy against the probability of the predicted class, in as many bins as "
+        "the rows allow. A calibrated method stays within the grey bars, which hold 95 % of a "
+        "bin's outcomes; below the diagonal it is too sure. Columns at the foot show the share of "
+        "rows in each bin."
+    )
+    spread = (
+        "Confidence. Test rows by the probability of the predicted class, for those predicted "
+        "right and wrong; the count axis is logarithmic above 10. Mistakes should be made with "
+        "doubt."
+    )
+    confusion = (
+        "Confusion. Test rows by their label and the class that was predicted; the diagonal is "
+        "right."
+    )
+    shown = [
+        (plots.reliability(predictions, y), calibration),
+        (plots.predictive(predictions, y), spread),
+    ]
+    if next(iter(predictions.values())).probs.shape[1] <= _MOST_CLASSES:
+        shown.append((plots.confusion(predictions, y), confusion))
+    return shown
+
+
+def _of_numbers(
+    predictions: dict[str, Prediction], model: BayesianModel, y: Tensor
+) -> list[tuple[Figure, str]]:
+    calibration = (
+        "Calibration. Share of test targets inside central predictive intervals of every nominal "
+        "coverage. The grey region holds 95 % of outcomes of a calibrated method, level by level; "
+        "below it intervals are too narrow, above too wide."
+    )
+    residuals = (
+        "Residuals. Normal scores of test targets under their predictions, against the predicted "
+        "mean: nine in ten lie between the dashed lines where predictions are calibrated; a trend "
+        "in height is a wrong mean, one in width a wrong noise."
+    )
+    single = model.x.flatten(1).shape[1] == 1 and y.shape[-1] == 1
+    if single:
+        figure = plots.predictive_band(predictions, model.x, model.y)
+        spread = (
+            "Predictions. Mean, 50 % and 90 % bands of the target, and between dashed lines 90 % "
+            "of the function itself (without noise), at the test inputs; dots are training data. "
+            "The vertical axis is bounded by the data."
+        )
+    else:
+        figure = plots.predictive(predictions, y)
+        spread = (
+            "Predictions. Mean and 90 % interval of test rows, in the order of the observed "
+            "target; at most 120 rows are drawn."
+        )
+    return [
+        (plots.reliability(predictions, y), calibration),
+        (figure, spread),
+        (plots.residuals(predictions, y), residuals),
+    ]
+
+
+def _chains(comparison: Comparison, model: BayesianModel) -> dict[str, _Chains]:
+    """Return pictures of chains, and how their weights agree modulo symmetry, by method."""
+    shown = {}
+    for e in comparison.evaluations:
+        d, draws = e.diagnosis, e.entry.draws
+        if d.r_hat is None or d.rows is None or not isinstance(draws, Draws):
+            continue
+        row, output = np.unravel_index(int(d.r_hat.argmax()), d.r_hat.shape)
+        at = int(d.rows[row])
+        values = predicted_values(model, draws, e.prediction.x[at : at + 1])[1][
+            ..., 0, output
+        ]
+        figure = plots.chains(draws, values, f"the prediction of row {at}")
+        text = (
+            f"Chains of {e.name}. Left the log joint, draw by draw, of at most twelve; right the "
+            "ranks of the prediction that chains agree least about, even where they agree."
+        )
+        picture = _Picture(_svg(figure, f"Traces and ranks of {e.name}"), text)
+        shown[e.name] = _Chains(picture, _layers(model, draws))
+    return shown
+
+
+def _layers(model: BayesianModel, draws: Draws) -> str:
+    """Return how chains agree layer by layer; nothing where that would take long or cannot be."""
+    if draws.n_chains < 2 or draws.n_draws < 4 or model.dim > _MOST_ALIGNED:
+        return ""
+    every = max(1, draws.n_chains * draws.n_draws // _DRAWS_ALIGNED)
+    thin = replace(
+        draws,
+        theta=draws.theta[:, ::every],
+        log_joint=draws.log_joint[:, ::every],
+        stats={name: values[:, ::every] for name, values in draws.stats.items()},
+    )
+    if thin.n_draws < 4 or not bool(thin.log_joint.isfinite().all()):
+        return ""
+    return str(weight_convergence(model, thin))
 
 
 def _svg(figure: Figure, label: str) -> str:

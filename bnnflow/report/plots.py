@@ -14,32 +14,51 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from scipy.special import ndtri
 from torch import Tensor
 
 from bnnflow.arguments import Count, checked
 from bnnflow.predictive import Prediction, metrics
-from bnnflow.report.style import BODY, GREY, INK, SMALL, array, colours, quiet
+from bnnflow.report.chain_plots import chains
+from bnnflow.report.style import (
+    BODY,
+    GREY,
+    INK,
+    SMALL,
+    array,
+    colours,
+    markers,
+    quiet,
+)
 from bnnflow.report.weight_plots import barrier, block_structure, convergence, loss_plane
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
 __all__ = [
     "INK",
     "barrier",
     "block_structure",
+    "chains",
     "colours",
+    "confusion",
     "convergence",
     "loss_plane",
     "predictive",
     "predictive_band",
     "reliability",
+    "residuals",
+    "scores",
 ]
 
 _LIGHT, _STRONG = 0.22, 0.42  # opacity of the wide and the narrow band
 _DASHES = (0, (4, 2))
 _MAX_ROWS = 120
+_MOST_POINTS = 300
+_ROWS_OF_A_BIN = 10
+_MOST_NUMBERS = 10  # classes whose counts are written
 _MAX_DRAWS = 2000  # bands need no more
 
 
@@ -130,10 +149,11 @@ def reliability(
     Args:
         predictions: by method.
         y: labels or targets at their inputs.
-        bins: number of bins of the confidence.
+        bins: most bins of the confidence: fewer of few rows, ten or more of which make a bin.
     """
     classes = next(iter(predictions.values())).kind == "classification"
     _check(predictions, "classification" if classes else "regression")
+    bins = min(bins, max(3, len(next(iter(predictions.values()))) // _ROWS_OF_A_BIN))
     figure, axes = _panels(list(predictions), height=0, square=True)
     for (name, prediction), ax in zip(predictions.items(), axes, strict=True):
         colour = colours(list(predictions))[name]
@@ -192,7 +212,119 @@ def predictive(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) ->
     return figure
 
 
+@checked
+def scores(
+    predictions: Mapping[str, Prediction], y: Tensor | np.ndarray, *, margin: float = 0.05
+) -> Figure:
+    """Plot log scores beside those of the best method, with 95 % intervals of the paired
+    differences.
+
+    Args:
+        predictions: by method.
+        y: labels or targets at their inputs.
+        margin: nats a row within which methods count as equal, drawn as a band.
+    """
+    from matplotlib.figure import Figure
+
+    rows = {name: array(each.log_prob(y)) for name, each in predictions.items()}
+    best = max(rows, key=lambda name: rows[name].mean())
+    figure = Figure(figsize=(6.2, 0.9 + 0.27 * len(rows)), layout="constrained")
+    figure.patch.set_alpha(0)
+    ax = figure.subplots()
+    quiet(ax)
+    ax.axvspan(-margin, margin, color=GREY, alpha=0.25, linewidth=0)
+    ax.axvline(0, color=GREY, linewidth=1)
+    colour, marker = colours(list(rows)), markers(list(rows))
+    for place, (name, values) in enumerate(rows.items()):
+        gap = values - rows[best]
+        error = 1.96 * gap.std(ddof=1) / math.sqrt(len(gap)) if len(gap) > 1 else 0.0
+        ax.errorbar(
+            gap.mean(), -place, xerr=error, fmt=marker[name], color=colour[name], capsize=2
+        )
+    ax.set_yticks([-place for place in range(len(rows))], [_plain(name) for name in rows])
+    ax.set_ylim(-len(rows) + 0.4, 0.6)
+    ax.set_xlabel(f"nats a row beside {_plain(best)} (95 %)", fontsize=BODY, color=INK)
+    return figure
+
+
+@checked
+def residuals(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) -> Figure:
+    """Plot normal scores of test rows against what was predicted.
+
+    A calibrated prediction scatters evenly about zero, nine in ten rows between the dashed lines,
+    without a trend in height or width. At most 300 rows, evenly spaced.
+
+    Args:
+        predictions: by method, of numbers.
+        y: their targets.
+    """
+    _check(predictions, "regression")
+    figure, axes = _panels(list(predictions), height=2.3)
+    for (name, prediction), ax in zip(predictions.items(), axes, strict=True):
+        u = array(metrics.pit(prediction, y)).ravel()
+        z = ndtri(np.clip(u, 1e-6, 1 - 1e-6))
+        mean = array(prediction.mean).ravel()
+        kept = np.unique(np.linspace(0, len(z) - 1, min(_MOST_POINTS, len(z))).astype(int))
+        ax.plot(
+            mean[kept],
+            z[kept],
+            markers(list(predictions))[name],
+            color=colours(list(predictions))[name],
+            markersize=3,
+            alpha=0.7,
+        )
+        for edge in (-1.645, 0, 1.645):
+            ax.axhline(edge, color=GREY, linewidth=0.9, linestyle=_DASHES if edge else "-")
+    _labels(figure, axes, "predicted mean", "normal score of the target")
+    return figure
+
+
+@checked
+def confusion(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) -> Figure:
+    """Plot how many rows of each label were given each class.
+
+    Args:
+        predictions: by method, of classes.
+        y: labels at their inputs.
+    """
+    _check(predictions, "classification")
+    figure, axes = _panels(list(predictions), height=0, square=True)
+    for (name, prediction), ax in zip(predictions.items(), axes, strict=True):
+        classes = prediction.probs.shape[1]
+        seen, given = array(prediction.targets(y)), array(prediction.probs.argmax(1))
+        count = np.zeros((classes, classes), int)
+        np.add.at(count, (seen, given), 1)
+        share = count / np.maximum(count.sum(1, keepdims=True), 1)
+        ax.grid(False)
+        colour = colours(list(predictions))[name]
+        for label, predicted in np.argwhere(count):
+            opacity = 0.1 + 0.5 * share[label, predicted]
+            ax.add_patch(_square(predicted, label, colour, opacity))
+            if classes <= _MOST_NUMBERS:
+                ax.text(
+                    predicted,
+                    label,
+                    str(count[label, predicted]),
+                    ha="center",
+                    va="center",
+                    fontsize=SMALL,
+                    color=INK,
+                )
+        ax.set(xlim=(-0.5, classes - 0.5), ylim=(classes - 0.5, -0.5), aspect="equal")
+        ax.set_xticks(range(classes))
+        ax.set_yticks(range(classes))
+    _labels(figure, axes, "class predicted", "label")
+    return figure
+
+
 # ---------------------------------------- panels
+
+
+def _square(column: int, row: int, colour: str, opacity: float) -> Rectangle:
+    from matplotlib.patches import Rectangle
+
+    corner = (column - 0.5, row - 0.5)
+    return Rectangle(corner, 1, 1, facecolor=colour, alpha=opacity, linewidth=0)
 
 
 def _confidence_curve(
@@ -311,7 +443,7 @@ def _panels(
         spare.set_visible(False)
     for index, (name, ax) in enumerate(zip(names, axes, strict=False)):
         ax.set_title(
-            name.replace("$", r"\$"),
+            _plain(name),
             fontsize=BODY + 1,
             color=INK,
             loc="left",
@@ -407,6 +539,11 @@ def _function_quantiles(prediction: Prediction, levels: list[float]) -> np.ndarr
         (below < level).sum(0, keepdim=True).clamp(max=len(values) - 1) for level in levels
     ]
     return array(torch.cat([values.gather(0, i) for i in index]))
+
+
+def _plain(name: str) -> str:
+    """Return a name as text: no dollar sign begins a formula."""
+    return name.replace("$", r"\$")
 
 
 def _check(predictions: Mapping[str, Prediction], kind: str) -> None:

@@ -10,25 +10,47 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["BODY", "GREY", "INK", "PALETTE", "SMALL", "array", "colours", "quiet"]
+__all__ = [
+    "BODY",
+    "GREY",
+    "INK",
+    "PALETTE",
+    "SMALL",
+    "array",
+    "colours",
+    "markers",
+    "quiet",
+]
 
 INK = "#1b1f24"  # text and axes; the HTML report lets it follow the page's own colour
 GREY = "#808890"
-# after Okabe and Ito
+# Twelve hues that are told apart on white and on near black; with the markers, in print too.
 PALETTE = (
     "#0072b2",
     "#d55e00",
     "#009e73",
-    "#b0578d",
-    "#3a9bd9",
-    "#c98a00",
+    "#c0408a",
+    "#b58900",
+    "#6a51c9",
+    "#17a2b8",
+    "#8c4a2f",
+    "#7d9b00",
+    "#c8102e",
+    "#6b7280",
+    "#e38ac0",
 )
+MARKERS = "osD^vPX<>hdp"
 SMALL, BODY = 9, 10  # font sizes in points
 
 
 def colours(names: list[str]) -> dict[str, str]:
     """Return a colour for every method, the same in every plot of the same methods."""
     return {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(names)}
+
+
+def markers(names: list[str]) -> dict[str, str]:
+    """Return a marker for every method, as `colours` does."""
+    return {name: MARKERS[index % len(MARKERS)] for index, name in enumerate(names)}
 
 
 def quiet(ax: Axes) -> None:

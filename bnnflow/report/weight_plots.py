@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnnflow.report.convergence import WeightConvergence
+from bnnflow.diagnosis.convergence import WeightConvergence
 from bnnflow.report.style import BODY, GREY, INK, SMALL, array, colours, quiet
 from bnnflow.symmetry.connectivity import Barrier, Path, Plane
 from bnnflow.verdicts import R_HAT

@@ -82,6 +82,11 @@ class Transformed(Likelihood):
         """Whether the base has one."""
         return self.base.has_sample
 
+    @property
+    def has_cdf(self) -> bool:
+        """Whether the base has one."""
+        return self.base.has_cdf
+
     def fisher_factor(
         self, outputs: Tensor, parameters: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:

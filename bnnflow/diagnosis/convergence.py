@@ -9,15 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.special import ndtri
-from scipy.stats import rankdata
 from torch import Tensor
 
 from bnnflow import diagnostics
 from bnnflow.arguments import Count, checked
 from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
-from bnnflow.report.arviz import function_values
+from bnnflow.predictive import predict
 from bnnflow.symmetry import match, sort_units
 from bnnflow.symmetry.canonical import normalise_scale
 from bnnflow.verdicts import R_HAT
@@ -270,7 +268,8 @@ def predicted_values(
         probability says all.
     """
     rows = np.unique(np.linspace(0, len(x) - 1, min(MAX_ROWS, len(x))).round().astype(int))
-    values = function_values(model, draws, x[rows])
+    each = [chunk.cpu() for chunk in predict(model, draws.theta, x[rows]).functions()]
+    values = torch.cat(each).unflatten(0, draws.theta.shape[:2]).numpy()
     if model.likelihood.kind == "classification" and values.shape[-1] == 2:
         values = values[..., 1:]
     return rows, values
@@ -330,8 +329,8 @@ def nested_r_hat(values: np.ndarray, superchains: int) -> np.ndarray:
         raise ValueError("superchains of one chain of one draw have no variance within")
     folded = np.abs(values - np.median(values, axis=(0, 1)))
     return np.maximum(
-        _plain_nested(_normal_scores(values), superchains),
-        _plain_nested(_normal_scores(folded), superchains),
+        _plain_nested(diagnostics.normal_scores(values), superchains),
+        _plain_nested(diagnostics.normal_scores(folded), superchains),
     )
 
 
@@ -345,13 +344,6 @@ def _plain_nested(values: np.ndarray, superchains: int) -> np.ndarray:
     with np.errstate(all="ignore"):
         ratio = np.sqrt(1 + between / (within + between_chains))
     return np.where(between == 0, 1.0, ratio)
-
-
-def _normal_scores(values: np.ndarray) -> np.ndarray:
-    """Replace ``(chain, draw, ...)`` by the normal quantiles of their ranks among all draws."""
-    pooled = values.reshape(values.shape[0] * values.shape[1], -1)
-    ranks = rankdata(pooled, axis=0)
-    return ndtri((ranks - 0.375) / (len(pooled) + 0.25)).reshape(values.shape)
 
 
 def _check_superchains(superchains: int, chains: int) -> None:
