@@ -1,0 +1,278 @@
+"""The verdict as a test: how often it is wrong about draws of the true posterior, and what it sees.
+
+The quick tests hold the laws at a few data sets; `make validate` measures the table of the docs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+import bnnflow as bf
+from bnnflow import likelihoods, priors
+from bnnflow.diagnosis import Diagnosis
+from bnnflow.diagnosis.chains import disagreement
+from bnnflow.diagnosis.identities import copies
+from bnnflow.draws import Draws
+from tests.problems import F64, built, generator, normal
+
+CHAINS, DRAWS, NOISE = 4, 500, 0.5
+
+
+class Problem:
+    """Linear regression whose prior made the data; exact draws, and rows that were not fitted."""
+
+    def __init__(self, seed: int, rows: int = 100, held_out: int = 100):
+        x = normal(rows + held_out, 3, seed=seed)
+        design = torch.cat([x, torch.ones(len(x), 1, dtype=F64)], 1)
+        truth = normal(4, seed=seed + 10_000)
+        y = design @ truth + NOISE * normal(len(x), seed=seed + 20_000)
+        net = built(lambda: nn.Linear(3, 1))
+        self.x, self.y = x[rows:], y[rows:]
+        likelihood = likelihoods.Gaussian(NOISE)
+        self.model = bf.BayesianModel(net, priors.Normal(), likelihood, x[:rows], y[:rows])
+        fitted = design[:rows]
+        precision = fitted.T @ fitted / NOISE**2 + torch.eye(4, dtype=F64)
+        self.mean = torch.linalg.solve(precision, fitted.T @ y[:rows] / NOISE**2)
+        self.root = torch.linalg.cholesky(torch.linalg.inv(precision))
+        self.seed = seed
+
+    def theta(self, chains: int = CHAINS, draws: int = DRAWS) -> Tensor:
+        return self.mean + normal(chains, draws, 4, seed=self.seed + 30_000) @ self.root.T
+
+    def dressed(self, theta: Tensor, log_joint: Tensor | None = None) -> Draws:
+        """Return weights as the draws of a sampler that accepts nine proposals of ten."""
+        shape = theta.shape[:2]
+        found = self.model.log_joint(theta.flatten(0, 1)).reshape(shape).double()
+        kept = {
+            "acceptance_rate": torch.full(shape, 0.9, dtype=F64),
+            "diverging": torch.zeros(shape, dtype=torch.bool),
+        }
+        return Draws(theta, found if log_joint is None else log_joint, kept)
+
+
+def faults(problem: Problem) -> Iterator[tuple[str, Draws]]:
+    """Yield draws with a fault each, which no honest verdict trusts."""
+    theta, other = problem.theta(), Problem(problem.seed + 500)
+    sd = theta.std((0, 1))
+    shifted = theta.clone()
+    shifted[0] += 0.3 * sd
+    yield "a chain shifted by .3 sd", problem.dressed(shifted)
+    yield "stuck chains", problem.dressed(theta[:, :1].expand_as(theta).clone())
+    nowhere = 0.05 * normal(*theta.shape, seed=problem.seed)
+    yield "all in a mode that ignores x", problem.dressed(nowhere)
+    of_prior = problem.model.sample_prior(CHAINS * DRAWS, seed=problem.seed)
+    yield "the prior", problem.dressed(of_prior.reshape(theta.shape))
+    yield "another data set's posterior", other.dressed(other.theta())
+    half = theta.clone()
+    half[:, DRAWS // 2 :] = half[:, : DRAWS // 2]
+    yield "half the draws copied", problem.dressed(half)
+    twice = theta.clone()
+    twice[2:] = twice[:2]
+    yield "chains copied", problem.dressed(twice)
+    yield "a random log joint", problem.dressed(theta, normal(CHAINS, DRAWS, seed=1))
+    centre = theta.mean((0, 1))
+    yield "shrunk by half", problem.dressed(centre + 0.5 * (theta - centre))
+    yield "weights times 1.5", problem.dressed(1.5 * theta)
+
+
+NAMES = [name for name, _ in faults(Problem(0))]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_draws_of_the_true_posterior_are_trusted(seed: int) -> None:
+    problem = Problem(seed)
+    draws = problem.dressed(problem.theta())
+    for given in ((), (problem.x, problem.y)):
+        found = bf.diagnose(problem.model, draws, *given)
+        assert found.verdict == "trust", str(found)
+        assert [answer.grade for answer in found.answers] == ["yes"] * 3
+        assert found.headline.startswith("Use the predictions and the draws")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_faults_are_seen(name: str) -> None:
+    problem = Problem(0)
+    draws = dict(faults(problem))[name]
+    assert bf.diagnose(problem.model, draws).draws.grade != "yes"
+    seen = bf.diagnose(problem.model, draws, problem.x, problem.y)
+    assert seen.verdict in ("do not trust", "trust predictions only", "trust with care")
+    assert seen.reasons
+    assert all(each.next for each in seen.draws.findings)
+
+
+def test_answers_are_plain_values() -> None:
+    problem = Problem(1)
+    found = bf.diagnose(
+        problem.model, problem.dressed(problem.theta()), problem.x, problem.y
+    )
+    told = json.loads(json.dumps(found.to_dict()))
+    assert told["verdict"] == found.verdict
+    for name in ("predictions", "model", "draws"):
+        assert {"question", "answer", "why", "next", "findings", "figures"} <= set(
+            told[name]
+        )
+    assert told["looked_at"] == "held-out rows"
+    assert found.headline in str(found)
+    assert "<table>" in found._repr_html_()
+
+
+def test_held_out_rows_vouch_for_predictions_only() -> None:
+    """Chains that never met act as an ensemble: good for predictions, and for nothing else."""
+    problem = Problem(2)
+    theta = problem.theta(draws=100)
+    apart = theta + 0.7 * theta.std((0, 1)) * normal(CHAINS, 1, 4, seed=3)
+    found = bf.diagnose(problem.model, problem.dressed(apart), problem.x, problem.y)
+    assert found.draws.grade == "no"
+    assert found.verdict == "trust predictions only"
+    assert "no evidence" in found.headline
+
+
+def net_of(x: Tensor, y: Tensor, noise: float | None = None) -> bf.BayesianModel:
+    net = built(lambda: nn.Sequential(nn.Linear(x.shape[1], 8), nn.Tanh(), nn.Linear(8, 1)))
+    return bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(noise), x, y)
+
+
+def table(seed: int = 0, rows: int = 150) -> tuple[Tensor, Tensor]:
+    x = normal(rows, 3, seed=seed)
+    return x, x[:, 0] + 0.5 * x[:, 1].sin() + 0.3 * normal(rows, seed=seed + 1)
+
+
+def short(model: bf.BayesianModel) -> Draws:
+    return bf.sample(
+        model, bf.HMC(), chains=4, warmup=100, draws=100, seed=0, progress=False
+    )
+
+
+def judged(
+    x: Tensor, y: Tensor, noise: float | None = None, units: Tensor | float = 1.0
+) -> Diagnosis:
+    """Fit two thirds of the rows, and judge on the others, in units of their own."""
+    cut = 2 * len(x) // 3
+    model = net_of(x[:cut], y[:cut], noise)
+    return bf.diagnose(model, short(model), x[cut:] * units, y[cut:])
+
+
+def test_a_wrong_noise_scale_is_seen() -> None:
+    x, y = table()
+    assert judged(x, y).predictions.grade == "yes"
+    for noise in (0.03, 3.0):
+        found = judged(x, y, noise)
+        assert found.predictions.grade != "yes"
+        assert found.model.grade != "yes"
+
+
+def test_raw_targets_are_seen() -> None:
+    x, y = table()
+    found = judged(x, 150 + 80 * y)
+    assert found.verdict == "do not trust"
+    assert "standardise" in str(found)
+
+
+def test_shuffled_targets_are_seen() -> None:
+    x, y = table()
+    found = judged(x, y[torch.randperm(len(y), generator=generator(1))])
+    assert found.predictions.grade != "yes"
+    assert "no better than by a constant" in str(found) or "constant predicts" in str(found)
+
+
+def test_a_column_in_other_units_is_seen() -> None:
+    x, y = table()
+    found = judged(x, y, units=torch.tensor([1.0, 1000.0, 1.0], dtype=F64))
+    assert "column 1" not in str(found.draws)
+    assert found.predictions.grade == "no"
+    raw = x * torch.tensor([1.0, 1.0, 1000.0], dtype=F64)
+    assert "column 2 of x" in str(judged(raw, y).model)
+    offset = bf.diagnose(net_of(x, y), short(net_of(x, y)), x + 100, y)
+    assert "where it was in training" in str(offset.model)
+
+
+def test_few_values_under_a_continuous_law_are_seen() -> None:
+    x, y = table()
+    assert "values only" in str(judged(x, y.round()).model)
+
+
+# ---------------------------------------- the parts
+
+
+@pytest.mark.parametrize(
+    ("chains", "draws", "count"), [(2, 100, 1), (4, 250, 60), (8, 60, 9)]
+)
+def test_chains_of_one_law_agree_whatever_their_number_and_length(
+    chains, draws, count
+) -> None:
+    rng = np.random.default_rng(0)
+    p = []
+    for _ in range(200):
+        common = rng.standard_normal((chains, draws, 2)) @ rng.standard_normal((2, count))
+        own = rng.standard_normal((chains, draws, count))
+        p.append(disagreement(common + own).p_value)
+    low, high = stats.binom.ppf([0.0005, 0.9995], len(p), 0.05)
+    assert np.mean(np.array(p) <= 0.05) * len(p) <= high
+    assert low >= 0
+
+
+def test_slow_chains_that_agree_are_not_told_to_disagree() -> None:
+    """Autoregressive chains from their stationary law, whose means differ by what their length
+    leaves.
+    """
+    rng = np.random.default_rng(1)
+    seen = 0
+    for _ in range(60):
+        values = np.empty((4, 600, 5))
+        values[:, 0] = rng.standard_normal((4, 5))
+        for i in range(1, 600):
+            values[:, i] = 0.9 * values[:, i - 1] + math.sqrt(0.19) * rng.standard_normal(
+                (4, 5)
+            )
+        seen += disagreement(values).p_value <= 0.005
+    assert seen <= 3
+
+
+def test_copies_are_counted() -> None:
+    theta = normal(3, 10, 4)
+    assert copies(theta) == (0.0, 0.0, 0.0)
+    again = theta.clone()
+    again[0, 5] = again[0, 0]
+    assert copies(again).again == pytest.approx(1 / 30)
+    across = theta.clone()
+    across[1, :5] = across[0, :5]
+    assert copies(across).across == pytest.approx(5 / 30)
+    stayed = theta.clone()
+    stayed[2, 1] = stayed[2, 0]
+    assert copies(stayed) == (0.0, 0.0, pytest.approx(1 / 27))
+
+
+# ---------------------------------------- the table of the docs
+
+
+@pytest.mark.validate
+def test_false_alarms_and_detections() -> None:
+    """At most one of twenty true posteriors is not trusted; faults are seen nineteen times of
+    twenty.
+    """
+    alarms: Counter[str] = Counter()
+    caught: Counter[tuple[str, str]] = Counter()
+    for seed in range(200):
+        problem = Problem(seed)
+        draws = problem.dressed(problem.theta())
+        for how, given in (("left out", ()), ("held out", (problem.x, problem.y))):
+            alarms[how] += bf.diagnose(problem.model, draws, *given).verdict != "trust"
+            if seed < 40:
+                for name, wrong in faults(problem):
+                    found = bf.diagnose(problem.model, wrong, *given)
+                    caught[name, how] += found.verdict != "trust"
+    print(dict(alarms), "of 200")
+    for (name, how), count in caught.items():
+        print(f"{name:32} {how}: {count} of 40")
+    bound = stats.binom.ppf(0.999, 200, 0.05)
+    assert all(count <= bound for count in alarms.values())
+    assert min(caught.values()) >= 38
