@@ -361,7 +361,7 @@ def test_arguments_are_checked_by_name():
     with pytest.raises(ValueError, match="margin"):
         bf.compare({"a": pair}, margin=0)
     other = replace(pair[1], info={"model": "2:abc"})
-    with pytest.raises(ValueError, match="draws of another model"):
+    with pytest.raises(ValueError, match="a: these are draws of another model"):
         bf.compare({"a": (model, other)})
     with pytest.raises(ValueError, match="not fitted"):
         bf.compare({"a": bf.BayesianMLPRegressor()})

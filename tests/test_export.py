@@ -172,6 +172,45 @@ def test_axes_are_called_by_what_they_are():
     assert "2.bias[dog]" in names
 
 
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle = nn.Linear(2, 4), nn.Linear(4, 4)
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.first(x))
+        return self.last(hidden + torch.tanh(self.middle(hidden)))
+
+
+def test_inputs_and_outputs_of_other_networks_have_names_where_they_are_known():
+    x, labels = normal(12, 2, seed=1, dtype=torch.float32), torch.arange(12) % 3
+    parts = priors.Normal(1.0), likelihoods.Categorical()
+    model = bf.BayesianModel(built(Residual, torch.float32), *parts, x, labels)
+    posterior = bf.to_arviz(model, independent(model))["posterior"]
+    assert posterior["first.weight"].dims[2:] == ("h1", "input")
+    assert posterior["middle.weight"].dims[2:] == ("h1", "middle.weight_dim_1")
+    assert posterior["last.weight"].dims[2:] == ("class", "h1")
+    assert posterior["last.bias"].dims[2:] == ("class",)
+    images = normal(12, 1, 6, 6, seed=1, dtype=torch.float32)
+    net = built(
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)
+        ),
+        torch.float32,
+    )
+    model = bf.BayesianModel(net, *parts, images, labels)
+    data = bf.to_arviz(model, independent(model))
+    assert data["posterior"]["3.bias"].dims[2:] == ("class",)
+    assert data["posterior"]["0.weight"].dims[2:4] == ("h1", "0.weight_dim_1")
+    assert data["constant_data"]["x"].dims == ("row", "x_dim_1", "x_dim_2", "x_dim_3")
+    head = built(lambda: chain(2, 2, 3, activation=nn.Tanh), torch.float32)
+    head[0].requires_grad_(False)  # what the rest reads are no inputs, though as many
+    model = bf.BayesianModel(head, *parts, x, labels)
+    posterior = bf.to_arviz(model, independent(model))["posterior"]
+    assert posterior["2.weight"].dims[2:] == ("2.weight_dim_0", "2.weight_dim_1")
+
+
 @pytest.mark.parametrize(
     ("coords", "message"),
     [

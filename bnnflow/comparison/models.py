@@ -340,7 +340,10 @@ def _checked(name: str, given: Any) -> tuple[BayesianModel, Draws]:
             f"models[{name!r}] must be a pair (model, draws) or an estimator, got {shown(given)}"
         )
     model, draws = given
-    predict(model, draws)  # refuses draws that are not the model's, or not finite
+    try:
+        predict(model, draws)
+    except ValueError as error:  # draws that are not the model's, or not finite
+        raise ValueError(f"{name}: {error}") from None
     return model, draws
 
 

@@ -128,13 +128,25 @@ class Axes:
         return tuple(found)
 
     def _ends(self) -> dict[tuple[str, int], str]:
-        """Return which axes of a chain of layers are its inputs and its outputs."""
-        layers = self.model.spec.layers
-        if not layers:
-            return {}
-        ends = {(layers[0].weight, 1): "input", (layers[-1].weight, 0): self.outputs}
-        if layers[-1].bias:
-            ends[layers[-1].bias, 0] = self.outputs
+        """Return which axes are inputs and outputs: those without a label of the one tensor that
+        reads, or writes, anything but hidden units.
+        """
+        spec, net = self.model.spec, self.model.net
+        if not all(each.requires_grad for each in net.parameters()):
+            return {}  # constants read and write, too
+        names = [name for name in spec.names if len(spec.shapes[name]) > 1]
+        names = [name for name in names if name not in spec.extras]
+        written = {name: int(name in spec.transposed) for name in names}
+        writers = [name for name in names if spec.axes[name][written[name]] is None]
+        readers = [name for name in names if spec.axes[name][1 - written[name]] is None]
+        ends = {}
+        if len(writers) == 1:
+            (name,) = writers
+            bias = f"{name.removesuffix('weight')}bias"
+            ends = {(name, written[name]): self.outputs, (bias, 0): self.outputs}
+        if len(readers) == 1 and "input" in self.sizes:
+            (name,) = readers
+            ends[name, 1 - written[name]] = "input"
         return ends
 
 
