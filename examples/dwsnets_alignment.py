@@ -131,15 +131,13 @@ def main(networks: int, sinkhorn_pairs: int) -> None:
     print("\n" + midpoints + (published if networks == FULL_NETWORKS else ""))
 
     OUT.mkdir(exist_ok=True)
-    histogram(results).savefig(OUT / "dwsnets_alignment_midpoints.png", dpi=150)
+    save(histogram(results), "midpoints")
     paths = plots.barrier({name: results[name] for name in SHOWN}, y_label="test loss")
-    paths.savefig(OUT / "dwsnets_alignment_paths.png", dpi=150, facecolor="white")
+    save(paths, "paths")
     widest = int(results["none"].maximum.argmax())
     curve = fit_curve(starts[widest], ends[widest], energy, steps=CURVE_STEPS, seed=0)
     plane = loss_plane(*curve.control[[0, 2, 1]], energy)
-    plots.loss_plane(plane, curve).savefig(
-        OUT / "dwsnets_alignment_plane.png", dpi=150, facecolor="white"
-    )
+    save(plots.loss_plane(plane, curve), "plane")
     print(f"pictures: {OUT}/dwsnets_alignment_*.png")
 
 
@@ -149,6 +147,12 @@ def row(name: str, found: Barrier, energies: Barrier, seconds: float) -> str:
 
     cells = f"{interval(found.midpoint):>17}{interval(found.maximum):>17}{found.area.mean():9.3f}"
     return f"{name:36}{cells}{interval(energies.maximum):>18}{1000 * seconds:15.2f}"
+
+
+def save(figure: Figure, name: str) -> None:
+    """Write a picture on white, which plots for reports leave out."""
+    figure.patch.set_alpha(1)
+    figure.savefig(OUT / f"dwsnets_alignment_{name}.png", dpi=150, facecolor="white")
 
 
 def histogram(results: dict[str, Barrier]) -> Figure:
