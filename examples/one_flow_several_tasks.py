@@ -72,7 +72,6 @@ CHAINS, LONG, SHORT = (
 )  # warm-up and draws, to compare and to train
 SOLVER_STEPS = 12
 REFINE = 8, 8  # transitions and the most leapfrog steps of each
-SMC = bf.SMC(particles=500)
 GRID = torch.linspace(-2.5, 2.5, 50)[:, None]
 PULL, OURS, TUNED = "pull", "one flow", "tuned flow"
 FIGURES = ("rms", "ratio", "log lik.", "LPPD", "CPU s")
@@ -92,6 +91,7 @@ class Sizes(NamedTuple):
     own: int  # unseen tasks that get fields of their own, as the sine does
     weighed: int  # draws with a density
     solver: int  # RK4 steps of a density
+    particles: int  # of the SMC that its evidence is compared with
 
 
 FULL = Sizes(
@@ -104,17 +104,19 @@ FULL = Sizes(
     own=1,
     weighed=64,
     solver=12,
+    particles=500,
 )
 SMALL = Sizes(
     tasks=6,
     unseen=2,
-    widths=(16, 32),
+    widths=(16,),
     steps=60,
     tuning=15,
     draws=256,
     own=1,
     weighed=16,
     solver=2,
+    particles=100,
 )
 
 
@@ -404,7 +406,7 @@ def cell(task: Task, hidden: int, starts: Starts, draws: int) -> dict[str, dict[
 
 
 def weighed(
-    model: bf.BayesianModel, flow: bf.Flow, draws: int, steps: int
+    model: bf.BayesianModel, flow: bf.Flow, draws: int, steps: int, particles: int
 ) -> dict[str, Any]:
     """Weigh draws by their exact density, and compare the evidence with that of tempered SMC."""
     began = time.process_time()
@@ -418,7 +420,9 @@ def weighed(
     found |= {"evidence": log_mean(log_weights), "CPU s": time.process_time() - began}
     found["half"] = flow.solver_error(12, 3, solver=Solver("rk4", steps // 2))["log_prob"]
     return found | {
-        "SMC": bf.sample(model, SMC, chains=4, seed=0, progress=False).log_evidence
+        "SMC": bf.sample(
+            model, bf.SMC(particles), chains=4, seed=0, progress=False
+        ).log_evidence
     }
 
 
@@ -539,7 +543,9 @@ def experiment(sizes: Sizes, name: str) -> None:
         model = task.model()
         flows = {PULL: vjp(model), OURS: flow.bind(model)}
         for which, each in flows.items():
-            run = partial(weighed, model, each, sizes.weighed, sizes.solver)
+            run = partial(
+                weighed, model, each, sizes.weighed, sizes.solver, sizes.particles
+            )
             of = f"{task.name}, weights of {which}, {sizes.weighed}, {sizes.solver}"
             key = f"{name}, {sizes.steps} steps, {of}"
             found = results[f"weights, {task.name}, {which}"] = remembered(

@@ -90,7 +90,6 @@ TINY: dict[str, Callable[[ModuleType], dict[str, Any]]] = {
             weighed=4,
             solver=2,
         ),
-        "SMC": bf.SMC(particles=10, moves=1, max_leapfrog=8),
     },
     "thesis_breast_cancer": lambda m: {
         "STARTS": 20,
