@@ -78,8 +78,8 @@ TINY: dict[str, Callable[[ModuleType], dict[str, Any]]] = {
         "SOLVER_STEPS": 1,
         "REFINE": (1, 1),
         "CHAINS": 8,
-        "LONG": (5, 40),
-        "SHORT": (5, 40),
+        "LONG": (100, 40),
+        "SHORT": (100, 40),
         "SMALL": m.SMALL._replace(
             tasks=2,
             unseen=2,
