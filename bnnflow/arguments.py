@@ -596,7 +596,7 @@ def _instance(kind: Any) -> Gate:
 
     def gate(name: str, value: Any) -> Any:
         fits = (
-            all(hasattr(value, member) for member in members)
+            all(_alike(kind, member, value) for member in members)
             if protocol
             else isinstance(value, kind)
         )
@@ -606,6 +606,20 @@ def _instance(kind: Any) -> Gate:
         return value
 
     return gate
+
+
+def _alike(protocol: type, member: str, value: Any) -> bool:
+    """Say whether a value has a member of a protocol, which can be called as that is."""
+    if not hasattr(value, member):
+        return False
+    asked = getattr(protocol, member, None)
+    if isinstance(value, type) or member == "__call__" or not inspect.isfunction(asked):
+        return True
+    every = list(inspect.signature(asked).parameters.values())[1:]  # without self
+    needed = [
+        p for p in every if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
+    return len(needed) < len(every) or _takes(getattr(value, member), len(needed))
 
 
 def _members(protocol: type) -> tuple[str, ...]:

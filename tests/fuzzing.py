@@ -380,7 +380,16 @@ def _sampling(w: World) -> Iterator[Call]:
     yield Call("Prediction.quantile of several", w.prediction.quantile, {"q": [0.1, 0.9]})
     yield Call("Prediction.interval", w.prediction.interval, {"level": 0.9})
     yield Call("Prediction.sample", w.prediction.sample, {"n": 3, "seed": 0})
-    yield Call("diagnose", bf.diagnose, {"draws": draws, "model": model, "x": x})
+    yield Call("diagnose", bf.diagnose, {"draws": draws, "model": model, "x": x, "y": y})
+    checked = {"prediction": w.prediction, "y": y, "replicates": 20, "seed": 0}
+    yield Call("calibration_check", predictive.calibration_check, checked)
+
+    def means(prediction: bf.predictive.Prediction, y: torch.Tensor, generator: Any) -> Any:
+        return {"mean": y.flatten(1).mean(1)}
+
+    yield Call(
+        "predictive_check", predictive.predictive_check, checked | {"statistics": means}
+    )
     both = {"draws": draws, "model": model, "x": x, "superchains": 2, "reference": theta[0]}
     yield Call("weight_convergence", bf.weight_convergence, both)
     exported = {"draws": draws, "model": model, "x": x, "y": y, "seed": 0}

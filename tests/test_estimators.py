@@ -502,10 +502,10 @@ def test_many_rows_are_sampled_by_mini_batches(monkeypatch: pytest.MonkeyPatch) 
 
 def test_diagnosis_and_report(fitted: BayesianMLPRegressor, tmp_path) -> None:
     X, y = load_diabetes(return_X_y=True, as_frame=True)
-    assert (
-        fitted.diagnose(X[100:130], y[100:130]).verdict
-        == fitted.diagnose(X[100:130]).verdict
-    )
+    held_out = fitted.diagnose(X[100:200], y[100:200])
+    assert held_out.looked_at == "held-out rows"
+    assert held_out.predictions.grade in ("yes", "with care")
+    assert fitted.diagnose(X[100:130]).looked_at != "held-out rows"
     assert fitted.diagnose().verdict
     path = tmp_path / "report.html"
     made = fitted.report(path, X[100:200], y[100:200])

@@ -22,6 +22,7 @@ RESULTS = {
     "Barrier",
     "Calibrated",
     "Diagnosis",
+    "PredictiveCheck",
     "Plane",
     "Prediction",
     "Radii",

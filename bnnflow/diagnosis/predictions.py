@@ -122,20 +122,20 @@ def monte_carlo_error(
         ess: effective draws of each, ``(rows, outputs)``.
     """
     ess = np.maximum(ess, len(values))  # a chain is worth a draw, however stuck
+    with np.errstate(all="ignore"):  # of predictions that overflow nothing is finite
+        spread = values.std((0, 1)) / np.sqrt(ess)
     if prediction.kind == "classification":
         probs = values.mean((0, 1))
         sd = np.sqrt(np.maximum(probs * (1 - probs), 1e-12))
-        sd = np.maximum(sd, 0.05)  # what decides nothing needs no digits
-        error = values.std((0, 1)) / np.sqrt(ess) / sd
-        return float(np.quantile(error, _MOST))
+        # what decides nothing needs no digits
+        return float(np.quantile(spread / np.maximum(sd, 0.05), _MOST))
     if not prediction.model.likelihood.has_variance:
         return None
-    sd = prediction.sd.cpu().numpy().reshape(values.shape[2:])
-    mean = values.std((0, 1)) / np.sqrt(ess) / sd
-    if not np.isfinite(mean).all():
+    error = spread / prediction.sd.cpu().numpy().reshape(values.shape[2:])
+    if not np.isfinite(error).all():
         return None
     return float(
-        max(np.quantile(mean, _MOST), _error_of_ends(prediction, values.shape[:2]))
+        max(np.quantile(error, _MOST), _error_of_ends(prediction, values.shape[:2]))
     )
 
 
@@ -145,6 +145,8 @@ def _error_of_ends(prediction: Prediction, shape: tuple[int, ...]) -> float:
     if likelihood.discrete or not _can_be_checked(prediction.model):
         return 0.0
     ends = prediction.quantile([0.05, 0.95])
+    if not bool(ends.isfinite().all()):
+        return math.inf
     theta = prediction.theta.unflatten(0, shape)
     parts = theta if len(theta) > 1 else theta[0].tensor_split(2)
     levels = torch.stack(

@@ -429,6 +429,7 @@ class Prediction:
         y = self._targets(y)
         return y if self.kind == "classification" else self._squeeze(y)
 
+    @checked
     def transforms(self, y: Tensor, seed: Seed) -> Tensor:
         """Return probability integral transforms of several sets of targets, ``(k, *mean.shape)``
         in and out: the mixture's cdf, for counts uniform between those before and after the jump.
