@@ -75,6 +75,11 @@ def left_out(model: BayesianModel, draws: Draws, error: float | None) -> Answer:
     x, y, theta = model.x[rows], model.y[rows], draws.flat
     with torch.no_grad():
         values = model.pointwise_log_likelihood(theta, x, y).double().cpu()  # (k, n)
+    if not bool(values.isfinite().all()):
+        lost = int((~values.isfinite().all(1)).sum())
+        why = f"{lost:,} of {len(values):,} draws give a row of training no finite density"
+        finding = Finding("no", why, "leave them out, or standardise inputs and targets")
+        return Answer.of(QUESTION, [finding], "", {"rows": len(rows)})
     columns = [diagnostics.psis(each) for each in (-values / model.temperature).T.numpy()]
     log_weights = torch.from_numpy(np.stack([each for each, _ in columns], 1))
     khat = np.array([each for _, each in columns])
