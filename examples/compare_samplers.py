@@ -45,7 +45,7 @@ def main() -> None:
     for name, (method, sizes) in METHODS.items():
         results[name] = draws = bf.sample(model, method, seed=0, **sizes)
         line = scores(bf.predict(model, draws, data.x_test), data.y_test)
-        verdict = bf.diagnose(model, draws, data.x_test).verdict
+        verdict = bf.diagnose(model, draws, data.x_test, data.y_test).verdict
         print(
             f"{name:15} {line}  {draws.info['cpu_seconds']:5.1f} CPU s  {verdict}",
             flush=True,

@@ -40,7 +40,7 @@ def compare(
         model, bf.HMC(), chains=16, warmup=400, draws=400, seed=1
     )
     log("Hamiltonian Monte Carlo finished")
-    print(bf.diagnose(model, draws, data.x_test))
+    print(bf.diagnose(model, draws, data.x_test, data.y_test))
 
     spread = bf.align(model, draws).flat.var(0).sum() / draws.flat.var(0).sum()
     log(

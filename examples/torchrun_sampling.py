@@ -43,7 +43,7 @@ def main() -> None:
     # every process has all draws; one of them reports
     if int(os.environ.get("RANK", "0")) == 0:
         pred = bf.predict(model, draws, data.x_test)
-        print(bf.diagnose(model, draws, data.x_test))
+        print(bf.diagnose(model, draws, data.x_test, data.y_test))
         print(
             f"{tuple(draws.theta.shape)} draws in {draws.info['seconds']:.1f} s over all starts, "
             f"kept in {FOLDER}"
