@@ -25,6 +25,7 @@ __all__ = ["Comparison", "Entry", "Evaluation", "compare", "duration", "gather"]
 MARGIN = (
     0.05  # nats a row: predictions whose difference is known to be smaller are called equal
 )
+_SHARE = 0.05  # of the best value of another score, the same
 _SAME_WIDTH = 1.25  # ratio of predictive widths up to which two methods are as sure
 _CONVERGED = ("trust", "trust with care")
 TAKEN = 4000  # draws that are taken of a posterior given as a distribution
@@ -273,26 +274,21 @@ _BETTER |= {"brier": ("brier", -1), "crps": ("crps", -1)}
 
 
 def _mark_best(evaluations: list[Evaluation]) -> None:
-    """Mark, column by column, the values that no other method beats by more than two standard
-    errors.
+    """Mark, column by column, the values that are known to be as good as the best: the 95 %
+    interval of the paired difference lies within a margin. What a test cannot tell apart is not.
     """
     if len(evaluations) < 2:
         return
     for column, (score, sign) in _BETTER.items():
         if column not in evaluations[0].row:
             continue
+        values = {e.name: sign * e.scores[score] for e in evaluations}
+        best = max(float(each.mean()) for each in values.values())
+        margin = MARGIN if column == "lppd" else _SHARE * abs(best)
         for e in evaluations:
-            gaps = [
-                _difference(sign * other.scores[score], sign * e.scores[score])
-                for other in evaluations
-            ]
-            if not any(gap > 2 * noise for gap, noise in gaps):
+            gaps = [_difference(other, values[e.name]) for other in values.values()]
+            if all(gap + 2 * noise <= margin for gap, noise in gaps if gap > 0):
                 e.row["best"] += (column,)
-    for e in evaluations:
-        if "coverage_90" in e.row and abs(e.row["coverage_90"] - 0.9) <= 2 * math.sqrt(
-            0.09 / e.row["rows"]
-        ):
-            e.row["best"] += ("coverage_90",)
 
 
 def _difference(a: Tensor, b: Tensor) -> tuple[float, float]:

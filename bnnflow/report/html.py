@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bnnflow import storage
 from bnnflow.arguments import checked
-from bnnflow.diagnosis import weight_convergence
+from bnnflow.diagnosis import Diagnosis, weight_convergence
 from bnnflow.diagnosis.convergence import predicted_values
 from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
@@ -433,7 +433,7 @@ def _methods(comparison: Comparison) -> list[dict[str, Any]]:
             "name": e.name,
             "colour": palette[e.name],
             "verdict": e.diagnosis.verdict,
-            "grade": _GRADES.get(e.diagnosis.verdict, "fair"),
+            "grade": _grade(e.diagnosis),
             "remark": remark,
             "answers": [
                 {
@@ -449,6 +449,13 @@ def _methods(comparison: Comparison) -> list[dict[str, Any]]:
         }
         for e, remark in zip(comparison.evaluations, comparison.remarks, strict=True)
     ]
+
+
+def _grade(d: Diagnosis) -> str:
+    """Return the colour of a verdict: green only where the predictions are without reserve."""
+    if d.verdict == "trust predictions only" and d.predictions.grade != "yes":
+        return "fair"
+    return _GRADES.get(d.verdict, "fair")
 
 
 def _cells(comparison: Comparison, columns: list[_Column]) -> list[list[dict[str, Any]]]:

@@ -57,6 +57,7 @@ _LIGHT, _STRONG = 0.22, 0.42  # opacity of the wide and the narrow band
 _DASHES = (0, (4, 2))
 _MAX_ROWS = 120
 _MOST_POINTS = 300
+_NATS = (-1000, -100, -10, -1, -0.4, -0.2, 0, 0.2, 0.4, 1, 10, 100)
 _ROWS_OF_A_BIN = 10
 _MOST_NUMBERS = 10  # classes whose counts are written
 _MAX_DRAWS = 2000  # bands need no more
@@ -241,6 +242,12 @@ def scores(
         ax.errorbar(
             gap.mean(), -place, xerr=error, fmt=marker[name], color=colour[name], capsize=2
         )
+    # one bad method leaves room for the others
+    ax.set_xscale("symlog", linthresh=10 * margin, linscale=2)
+    low, high = ax.get_xlim()
+    ticks = [tick for tick in _NATS if low <= tick <= high]
+    ax.set_xticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
+    ax.set_xticks([], minor=True)
     ax.set_yticks([-place for place in range(len(rows))], [_plain(name) for name in rows])
     ax.set_ylim(-len(rows) + 0.4, 0.6)
     ax.set_xlabel(f"nats a row beside {_plain(best)} (95 %)", fontsize=BODY, color=INK)
