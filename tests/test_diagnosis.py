@@ -276,3 +276,98 @@ def test_false_alarms_and_detections() -> None:
     bound = stats.binom.ppf(0.999, 200, 0.05)
     assert all(count <= bound for count in alarms.values())
     assert min(caught.values()) >= 38
+
+
+# ---------------------------------------- any model, any draws
+
+
+def kinds() -> Iterator[tuple[str, nn.Module, likelihoods.Likelihood, Tensor, Tensor]]:
+    """Yield a network, a likelihood, inputs and targets of every kind there is."""
+    x = normal(40, 2, seed=1)
+    line, noise = x.sum(1), 0.3 * normal(40, seed=2)
+    counts = torch.poisson(line.clamp(-1, 1).exp(), generator=generator(3))
+
+    def mlp(out: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, out))
+
+    yield "normal", mlp(1), likelihoods.Gaussian(), x, line + noise
+    yield "two targets", mlp(2), likelihoods.Gaussian(0.3), x, torch.stack([line, -line], 1)
+    yield "varying", mlp(2), likelihoods.HeteroscedasticGaussian(), x, line + noise
+    yield "student", mlp(1), likelihoods.StudentT(), x, line + noise
+    yield "log-normal", mlp(1), likelihoods.LogNormal(likelihoods.Gaussian()), x, line.exp()
+    yield "gamma", mlp(1), likelihoods.Gamma(), x, (line + noise).exp()
+    yield "counts", mlp(1), likelihoods.Poisson(), x, counts
+    yield "overdispersed", mlp(1), likelihoods.NegativeBinomial(), x, counts
+    marks = line.clamp(-1, 1).round()
+    yield "levels", mlp(1), likelihoods.Levels((-1.0, 0.0, 1.0)), x, marks
+    yield "two classes", mlp(1), likelihoods.Bernoulli(), x, (line > 0).long()
+    yield "classes", mlp(3), likelihoods.Categorical(), x, (marks + 1).long()
+    yield "ordered", mlp(1), likelihoods.Ordinal(3), x, (marks + 1).long()
+    images = normal(40, 1, 4, 4, seed=4)
+    conv = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2))
+    yield (
+        "images",
+        conv,
+        likelihoods.Categorical(),
+        images,
+        (images.sum((1, 2, 3)) > 0).long(),
+    )
+    words = torch.randint(0, 5, (40, 2), generator=generator(5))
+    embedded = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 1))
+    yield "words", embedded, likelihoods.Gaussian(0.3), words, words.sum(1) / 5 + noise
+
+
+KINDS = {name: rest for name, *rest in kinds()}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_model_is_diagnosed_and_reported(name: str, seeded) -> None:
+    with seeded(0):
+        net, likelihood, x, y = {other: rest for other, *rest in kinds()}[name]
+    model = bf.BayesianModel(net.double(), priors.Normal(), likelihood, x[:30], y[:30])
+    draws = bf.sample(
+        model, bf.HMC(), chains=2, warmup=30, draws=30, seed=0, progress=False
+    )
+    for given in ((), (x[30:],), (x[30:], y[30:])):
+        found = bf.diagnose(model, draws, *given)
+        json.dumps(found.to_dict(), allow_nan=False)
+        assert all(answer.why for answer in found.answers)
+    made = bf.report(model, {"a": draws, "b": draws.theta[:, :2]}, x[30:], y[30:], None)
+    assert "May the predictions be used?" in made.html()
+
+
+def hostile(problem: Problem) -> Iterator[tuple[str, object]]:
+    theta = problem.theta(draws=50)
+    yield "one draw", theta[:1, :1]
+    yield "one chain", problem.dressed(theta[:1])
+    yield "all draws equal", problem.dressed(theta[:1, :1].expand(2, 50, -1).clone())
+    yield "one draw a chain", problem.dressed(theta[:, :1])
+    yield (
+        "weights of a single draw",
+        (theta.flatten(0, 1), torch.tensor([0.0] + [-1e4] * 199)),
+    )
+    yield "enormous weights", problem.dressed(1e150 * theta)
+    yield "weights zero", problem.dressed(0 * theta)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in hostile(Problem(0))])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_hostile_draws_are_told_and_reported(name: str, rows: int) -> None:
+    problem = Problem(0)
+    draws = dict(hostile(problem))[name]
+    x, y = problem.x[:rows], problem.y[:rows]
+    for given in ((), (x, y)):
+        found = bf.diagnose(problem.model, draws, *given)
+        assert found.verdict != "trust"
+        json.dumps(found.to_dict(), allow_nan=False)
+    assert "<html" in bf.report(problem.model, {"a": draws}, x, y, None).html()
+
+
+def test_a_linearised_model_is_diagnosed() -> None:
+    x, y = table()
+    model = net_of(x[:100], y[:100], 0.3)
+    draws = bf.sample(model, bf.Laplace(), draws=200, seed=0, progress=False)
+    linear = model.linearised(draws.posterior.loc)
+    found = bf.diagnose(linear, draws, x[100:], y[100:])
+    assert found.predictions.grade in ("yes", "with care")
+    assert found.verdict == "trust predictions only"

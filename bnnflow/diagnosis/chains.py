@@ -38,7 +38,9 @@ def disagreement(values: np.ndarray) -> Disagreement:
     of as many as there are independent quantities (by the eigenvalues of their correlations, Galwey
     2009).
     """
-    moving = values.std((0, 1)) > 0
+    with np.errstate(all="ignore"):  # of quantities that overflow nothing is said
+        spread = values.std((0, 1))
+    moving = (spread > 0) & np.isfinite(spread)
     values = values[..., moving]
     if values.shape[-1] == 0 or values.shape[1] < 4:
         return Disagreement(1.0, 0.0)

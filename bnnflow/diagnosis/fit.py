@@ -306,6 +306,8 @@ def _scale(model: BayesianModel, drawn: Tensor, figures: dict[str, Any]) -> list
 
 def _units(model: BayesianModel, theta: Tensor, figures: dict[str, Any]) -> list[Finding]:
     """Count hidden units that do not respond to the inputs."""
+    if model.is_linearised:
+        return []
     rows = torch.linspace(0, len(model.x) - 1, min(len(model.x), _ROWS)).round().long()
     x = model.x[rows.to(model.x.device)]
     still, ends, count = 0.0, 0.0, 0

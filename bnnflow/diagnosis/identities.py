@@ -100,14 +100,17 @@ def stein(theta: Tensor, chosen: Tensor, grads: Tensor) -> Stein | None:
     h = (grads * sd).nan_to_num(0.0, 0.0, 0.0)
     moving = (sd > 0).expand_as(h).double().sum(-1).clamp(min=1)
     each = (-(z * h).sum(-1) / moving).numpy()  # (chain, k)
-    error = each.std() * np.sqrt(_worth_of(each[..., None])[0])
     every = (
         torch.linspace(0, h.shape[-1] - 1, min(_COORDINATES, h.shape[-1])).round().long()
     )
     h = h[..., every].numpy()
-    spread = h.std((0, 1))
-    slope = np.divide(h.mean((0, 1)), spread, where=spread > 0, out=np.zeros_like(spread))
-    p = 2 * norm.sf(np.abs(slope) / np.sqrt(_worth_of(h))) * len(slope)
+    with np.errstate(all="ignore"):  # of gradients that overflow nothing is said
+        error = each.std() * np.sqrt(_worth_of(each[..., None])[0])
+        spread = h.std((0, 1))
+        slope = h.mean((0, 1)) / np.where(spread > 0, spread, 1.0)
+        p = 2 * norm.sf(np.abs(slope) / np.sqrt(_worth_of(h))) * len(slope)
+    if not (np.isfinite(error) and np.isfinite(p).all()):
+        return None
     worst = int(p.argmin())
     return Stein(
         float(each.mean()), float(error), float(abs(slope[worst])), float(min(1.0, p.min()))
@@ -145,5 +148,7 @@ def copies(theta: Tensor) -> Copies:
     repeated = which[:, 1:] == which[:, :-1]
     again = draws - repeated.sum(1) - np.array([len(np.unique(each)) for each in which])
     return Copies(
-        float(across.mean()), float(again.sum() / which.size), float(repeated.mean())
+        float(across.mean()),
+        float(again.sum() / which.size),
+        float(repeated.mean()) if draws > 1 else 0.0,
     )

@@ -562,6 +562,11 @@ class BayesianModel:
             )
         return self.flat_prior.at_mode(self.spec.flatten(params))
 
+    @property
+    def is_linearised(self) -> bool:
+        """Whether the network is expanded about one point, see `linearised`."""
+        return self._anchor is not None
+
     @checked
     def network_at(self, theta: Tensor) -> nn.Module:
         """Return a copy of the network with the weights ``theta`` ``(dim,)``.
@@ -571,7 +576,7 @@ class BayesianModel:
         Raises:
             ValueError: for a linearised model, which is no longer a network.
         """
-        if self._anchor is not None:
+        if self.is_linearised:
             raise ValueError("a linearised model is not a network with other weights")
         if self.spec.check(theta).dim() != 1:
             raise ValueError(f"theta must be ({self.dim},), got {tuple(theta.shape)}")
