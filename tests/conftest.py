@@ -3,6 +3,7 @@ changed.
 """
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,9 @@ torch.set_num_threads(1)
 _BESIDE = Path(__file__).parents[2] / "shared" / "data"
 if _BESIDE.is_dir():
     os.environ.setdefault("BNNFLOW_DATA", str(_BESIDE))
+# A shell that starts the tests in the background has Ctrl-C ignored, which Python inherits.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.load_profile("ci")  # the same examples on every run, and no deadline
 
 
