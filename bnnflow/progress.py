@@ -1,4 +1,4 @@
-"""Progress bars, shown only to a person at a terminal, and loops that Ctrl-C ends."""
+"""Progress bars, shown only to a person at a terminal or a notebook, and loops that Ctrl-C ends."""
 
 from __future__ import annotations
 
@@ -46,12 +46,13 @@ def progress_bar(
 ) -> tqdm:
     """Return a tqdm bar on stderr, ``initial`` steps done.
 
-    Silent unless ``progress`` and stderr is a terminal.
+    Silent unless ``progress`` and stderr is a terminal, or a notebook's.
 
     With ``delay`` it appears only after so many seconds, since what is done sooner needs no bar,
     and goes at the end.
     """
-    shown = progress and sys.stderr.isatty()
+    notebook = type(sys.stderr).__module__.startswith("ipykernel")
+    shown = progress and (sys.stderr.isatty() or notebook)
     return tqdm(
         total=total,
         desc=description,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import bnnflow as bf
 from bnnflow import likelihoods
-from bnnflow.predictive import calibration_check, predict
+from bnnflow.predictive import calibration_check, predict, stacked
 from tests.problems import F64, built
 
 N, TEST = 8, 40
@@ -83,3 +83,15 @@ def test_counts_and_classes_are_looked_at() -> None:
     )
     sure = truth.clone() * math.log(1e3)
     assert calibration_check(predict(model, sure, x), labels).p_value < 0.02
+
+
+def test_a_stacked_prediction_can_be_checked_whatever_its_rows() -> None:
+    model, draws, x, y = conjugate(0)
+    many, seen = x.repeat(15, 1), y.repeat(15)
+    parts = [predict(model, draws[:50], many), predict(model, draws[50:], many)]
+    both = stacked(parts, torch.tensor([0.5, 0.5]))
+    assert calibration_check(both, seen, replicates=20).rows == 500
+    part, rows = both.subset(torch.tensor([3, 1])), [3, 1]
+    assert torch.allclose(part.mean, both.mean[rows])
+    for each in (both, parts[0]):
+        assert each._repr_html_().count("<tr>") == 6

@@ -28,6 +28,7 @@ __all__ = ["Calibrated", "Prediction", "predict"]
 
 _ELEMENTS = 2**21  # of the widest activation of a chunk: 8 MB in float32
 _SECTIONS = 16  # grid points of one pass of the quantile search
+_SHOWN = 5  # rows, in a notebook
 TINY = 1e-300  # a probability, whose logarithm is finite
 _TOLERANCE = 1e-3  # width of a quantile's last bracket, in predictive standard deviations
 
@@ -156,6 +157,36 @@ class Prediction:
     def __repr__(self) -> str:
         """Say what is predicted in one line."""
         return f"Prediction(n={len(self)}, draws={len(self.theta)}, kind={self.kind!r})"
+
+    def _repr_html_(self) -> str:
+        """Show the first rows in a notebook."""
+        first = self.subset(torch.arange(min(_SHOWN, len(self))))
+        if self.kind == "classification":
+            heads = [f"P({label})" for label in range(first.probs.shape[1])]
+            columns = first.probs
+        else:
+            named = {"mean": first.mean}
+            if first._has_variance:
+                named["sd"] = first.sd
+            parts = {name: each.reshape(len(first), -1) for name, each in named.items()}
+            heads = [
+                f"{name} {target}" if part.shape[1] > 1 else name
+                for name, part in parts.items()
+                for target in range(part.shape[1])
+            ]
+            columns = torch.cat(list(parts.values()), 1)
+        top = "".join(f"<th>{head}</th>" for head in ["row", *heads])
+        body = "".join(
+            f"<tr><th>{row}</th>"
+            + "".join(f"<td>{each:.4g}</td>" for each in values)
+            + "</tr>"
+            for row, values in enumerate(columns.tolist())
+        )
+        return f"<p>{self!r}</p><table><tr>{top}</tr>{body}</table>"
+
+    def subset(self, rows: Tensor) -> Prediction:
+        """Return the prediction of some rows, numbers ``(k,)``."""
+        return replace(self, x=self.x[rows.to(self.x.device)])
 
     @property
     def kind(self) -> str:

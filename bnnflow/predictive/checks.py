@@ -5,7 +5,7 @@ that the prediction itself draws.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -112,7 +112,7 @@ def predictive_check(
     """
     y = prediction.targets(y)
     rows = torch.linspace(0, len(y) - 1, min(len(y), _ROWS)).round().long()
-    prediction = replace(prediction, x=prediction.x[rows.to(prediction.x.device)])
+    prediction = prediction.subset(rows)
     y = y[rows.to(y.device)]
     generator = as_generator(seed, prediction.model.device)
     drawn = prediction.sample(replicates, generator)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,11 @@ class Stacked(Prediction):
         """Say what is predicted in one line."""
         size = f"n={len(self)}, models={len(self.parts)}, draws={len(self.theta)}"
         return f"Stacked({size}, kind={self.kind!r})"
+
+    def subset(self, rows: Tensor) -> Stacked:
+        """Return the prediction of some rows, numbers ``(k,)``."""
+        x = self.x[rows.to(self.x.device)]
+        return replace(self, x=x, parts=tuple(part.subset(rows) for part in self.parts))
 
     @property
     def weights(self) -> Tensor:
