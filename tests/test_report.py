@@ -532,6 +532,15 @@ def test_the_page_is_whole_and_needs_nothing_else(made):
     ]
 
 
+def test_a_report_needs_no_test_rows(model):
+    made = report(model, {"HMC": chains(model, draws=400)}, path=None)
+    page = stands_alone(made.html())
+    assert "No rows were held out" in " ".join(page.text)
+    (only,) = made.sections[0].comparison.evaluations
+    assert only.diagnosis.looked_at == "leave-one-out"
+    assert only.row["rows"] == len(model.x)
+
+
 def test_labels_are_escaped_and_every_method_is_there(made, model):
     _, text = made
     words = " ".join(Page(text).text)
@@ -673,7 +682,8 @@ def test_several_experiments_in_one_file(tmp_path):
         ({"results": {"a": 3}}, "expected Draws"),
         ({"results": {"a": torch.zeros(2, 5)}}, "weights must be"),
         ({"y_test": torch.zeros(3)}, "3"),
-        ({"y_test": None}, "y_test must be a tensor"),
+        ({"y_test": None}, "come together"),
+        ({"x_test": None}, "come together"),
         ({"x_test": torch.zeros(4, 7)}, "as in training"),
         ({"seconds": {"b": 1.0}}, "no results: b"),
         ({"path": "."}, "folder"),

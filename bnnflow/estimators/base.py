@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from bnnflow import arguments
 from bnnflow.activations import Sine
+from bnnflow.diagnosis import diagnose
 from bnnflow.draws import Draws
 from bnnflow.estimators import storage
 from bnnflow.estimators.recipe import automatic
@@ -33,7 +34,7 @@ from bnnflow.model import BayesianModel, priors
 from bnnflow.model.likelihoods import Likelihood
 from bnnflow.options import Checkpoint
 from bnnflow.predictive import Prediction, calibrate, predict
-from bnnflow.report import diagnose, report, to_arviz
+from bnnflow.report import report, to_arviz
 from bnnflow.seeding import isolated
 
 if TYPE_CHECKING:
@@ -266,16 +267,17 @@ class BayesianEstimator(BaseEstimator, ABC):
             self.model_, self.draws_, x, None if y is None else self._targets(y)
         )
 
-    def report(self, path: str | Path | None, X: Any, y: Any) -> Report:
+    def report(self, path: str | Path | None, X: Any = None, y: Any = None) -> Report:
         """Write an HTML report on rows that were not fitted; see `bnnflow.report`.
 
         Args:
             path: the file; None writes none.
-            X: rows, ``(n, columns)``.
+            X: rows, ``(n, columns)``; without them the page tells what the rows of training can.
             y: their targets.
         """
-        x = self._encoded(X).to(self.model_.dtype)
-        return report(self.model_, self.draws_, x, self._targets(y), path)
+        x = None if X is None else self._encoded(X).to(self.model_.dtype)
+        targets = None if y is None else self._targets(y)
+        return report(self.model_, self.draws_, x, targets, path)
 
     def to_arviz(self, X: Any = None, y: Any = None) -> Any:
         """Convert the draws for ArviZ, with names of inputs and classes, and targets in units of y;

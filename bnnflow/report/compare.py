@@ -142,12 +142,14 @@ def compare(
     x: Tensor,
     y: Tensor,
     seconds: Mapping[str, float] | None = None,
+    *,
+    held_out: bool = True,
 ) -> Comparison:
-    """Evaluate every method at the test rows (checked by the caller) and put the outcome into
-    words.
+    """Evaluate every method at rows (checked by the caller), those of training if none are held
+    out, and put the outcome into words.
     """
     evaluations = [
-        _evaluate(_entry(name, value, (seconds or {}).get(name)), model, x, y)
+        _evaluate(_entry(name, value, (seconds or {}).get(name)), model, x, y, held_out)
         for name, value in results
     ]
     _mark_best(evaluations)
@@ -202,7 +204,9 @@ def _entry(name: str, value: Any, seconds: float | None) -> Entry:
     )
 
 
-def _evaluate(entry: Entry, model: BayesianModel, x: Tensor, y: Tensor) -> Evaluation:
+def _evaluate(
+    entry: Entry, model: BayesianModel, x: Tensor, y: Tensor, held_out: bool
+) -> Evaluation:
     prediction = predict(model, entry.draws, x)
     scores = metrics.rowwise(prediction, y)
     log_likelihood, log_joint = _mean_densities(prediction)
@@ -226,7 +230,8 @@ def _evaluate(entry: Entry, model: BayesianModel, x: Tensor, y: Tensor) -> Evalu
         }
     draws = entry.draws.theta if isinstance(entry.draws, Draws) else entry.draws[0]
     count = draws.shape[:-1].numel()
-    diagnosis = diagnose(model, entry.draws, x, y)
+    unseen = (x, y) if held_out else ()
+    diagnosis = diagnose(model, entry.draws, *unseen)
     row |= {
         "log_likelihood": log_likelihood,
         "log_joint": log_joint,

@@ -55,7 +55,7 @@ _COLUMNS = (
         "lppd",
         "LPPD",
         ".3f",
-        "mean log density of the test rows under the mixture over "
+        "mean log density of the rows under the mixture over "
         "draws, ± its standard error over rows, nats; higher is better",
     ),
     _Column(
@@ -106,6 +106,10 @@ _COLUMNS = (
 )
 
 
+_NOTE = (
+    "No rows were held out: scores and pictures are of the rows of training, which flatter every "
+    "method; the answers about predictions leave rows out one at a time, where that works."
+)
 _MOST_CLASSES = 20  # of a table of confusion
 _MOST_ALIGNED = 2000  # weights that a report aligns
 _DRAWS_ALIGNED = 400
@@ -135,6 +139,7 @@ class Section:
     figures: tuple[_Picture, ...]
     chains: dict[str, _Chains]
     about: dict[str, str]
+    note: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,14 +275,14 @@ class Report:
 def report(
     model: BayesianModel,
     results: Draws | Mapping[str, Any],
-    x_test: Tensor | np.ndarray,
-    y_test: Tensor | np.ndarray,
+    x_test: Tensor | np.ndarray | None = None,
+    y_test: Tensor | np.ndarray | None = None,
     path: str | Path | None = "report.html",
     *,
     title: str | None = None,
     seconds: Mapping[str, float] | None = None,
 ) -> Report:
-    """Compare methods on test rows and write what a reader needs to judge them into one HTML file.
+    """Compare methods on rows and write what a reader needs to judge them into one HTML file.
 
     The page starts with what to do and three answers (may the predictions be used, does the model
     fit, are these draws of the posterior), then compares the methods in a table, shows calibration
@@ -289,7 +294,8 @@ def report(
         results: `Draws`; or, by name, `Draws`, weights ``(..., dim)``, a pair of weights and log
             weights, anything with ``theta`` and ``log_weights``, or a posterior with
             ``sample(n, seed)``, of which 4,000 draws are taken.
-        x_test: ``(n, ...)``.
+        x_test: ``(n, ...)``, rows that were not fitted. Without them predictions are judged by
+            leave-one-out, and scores are those of the rows of training, as the page says.
         y_test: ``(n,)`` or ``(n, targets)``.
         path: the file; None writes none (see `Report.combine`, which puts several reports into
             one).
@@ -298,8 +304,8 @@ def report(
             be believed.
 
     Raises:
-        ValueError: before any work, for methods, inputs or targets that do not fit, or a path that
-            is a folder.
+        ValueError: before any work, for methods, inputs or targets that do not fit, one of x_test
+            and y_test without the other, or a path that is a folder.
 
     Example:
         >>> net = torch.nn.Linear(2, 2)
@@ -318,6 +324,9 @@ def report(
         else results
     )
     methods = gather(named, model, seconds)
+    held_out = x_test is not None
+    if held_out != (y_test is not None):
+        raise ValueError("x_test and y_test come together: rows and their targets")
     x, y = model.inputs(x_test, "x_test"), model.targets(y_test, "y_test")
     if len(x) != len(y):
         raise ValueError(f"x_test has {len(x)} rows and y_test has {len(y)}")
@@ -325,13 +334,14 @@ def report(
         _check_path(path)
     kind = model.likelihood.kind
     title = title or f"Posterior comparison: {kind}, {model.dim:,} weights"
-    comparison = compare(methods, model, x, y, seconds)
+    comparison = compare(methods, model, x, y, seconds, held_out=held_out)
     section = Section(
         title,
         comparison,
         _figures(comparison, model, y),
         _chains(comparison, model),
-        _about(model, len(y)),
+        _about(model, len(y) if held_out else 0),
+        "" if held_out else _NOTE,
     )
     made = Report(title, (section,))
     return made if path is None else made.write(path)
@@ -369,6 +379,7 @@ class _Shown(NamedTuple):
     convergence: list[dict[str, Any]]
     runs: list[dict[str, Any]]
     about: dict[str, str]
+    note: str
 
     @classmethod
     def of(cls, section: Section, number: int) -> _Shown:
@@ -403,6 +414,7 @@ class _Shown(NamedTuple):
             ],
             runs=[_run(e) for e in evaluations],
             about=section.about,
+            note=section.note,
         )
 
 
@@ -660,7 +672,7 @@ def _figures(
     shown = _of_classes(predictions, y) if classes else _of_numbers(predictions, model, y)
     if len(predictions) > 1:
         text = (
-            "Log scores beside the best, with 95 % intervals of the paired differences over test "
+            "Log scores beside the best, with 95 % intervals of the paired differences over "
             "rows. Within the grey band methods predict alike for most purposes; an interval that "
             "leaves it says that these rows cannot tell."
         )
@@ -680,12 +692,12 @@ def _of_classes(predictions: dict[str, Prediction], y: Tensor) -> list[tuple[Fig
         "rows in each bin."
     )
     spread = (
-        "Confidence. Test rows by the probability of the predicted class, for those predicted "
+        "Confidence. Rows by the probability of the predicted class, for those predicted "
         "right and wrong; the count axis is logarithmic above 10. Mistakes should be made with "
         "doubt."
     )
     confusion = (
-        "Confusion. Test rows by their label and the class that was predicted; the diagonal is "
+        "Confusion. Rows by their label and the class that was predicted; the diagonal is "
         "right."
     )
     shown = [
@@ -701,12 +713,12 @@ def _of_numbers(
     predictions: dict[str, Prediction], model: BayesianModel, y: Tensor
 ) -> list[tuple[Figure, str]]:
     calibration = (
-        "Calibration. Share of test targets inside central predictive intervals of every nominal "
+        "Calibration. Share of targets inside central predictive intervals of every nominal "
         "coverage. The grey region holds 95 % of outcomes of a calibrated method, level by level; "
         "below it intervals are too narrow, above too wide."
     )
     residuals = (
-        "Residuals. Normal scores of test targets under their predictions, against the predicted "
+        "Residuals. Normal scores of targets under their predictions, against the predicted "
         "mean: nine in ten lie between the dashed lines where predictions are calibrated; a trend "
         "in height is a wrong mean, one in width a wrong noise."
     )
@@ -715,13 +727,13 @@ def _of_numbers(
         figure = plots.predictive_band(predictions, model.x, model.y)
         spread = (
             "Predictions. Mean, 50 % and 90 % bands of the target, and between dashed lines 90 % "
-            "of the function itself (without noise), at the test inputs; dots are training data. "
+            "of the function itself (without noise), at these inputs; dots are training data. "
             "The vertical axis is bounded by the data."
         )
     else:
         figure = plots.predictive(predictions, y)
         spread = (
-            "Predictions. Mean and 90 % interval of test rows, in the order of the observed "
+            "Predictions. Mean and 90 % interval of rows, in the order of the observed "
             "target; at most 120 rows are drawn."
         )
     return [

@@ -209,7 +209,7 @@ def predictive(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) ->
         ax.set_xticks([])
     _limit(axes, predictions, y)
     _legend(figure, {"90 % interval": _STRONG, "mean": "o", "observed": "_"})
-    _labels(figure, axes, "test rows in the order of their targets", "target")
+    _labels(figure, axes, "rows in the order of their targets", "target")
     return figure
 
 
@@ -427,7 +427,7 @@ def _confidences(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) 
         ax.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
         ax.set_yticks([], minor=True)
         ax.set_ylim(0, 2.5 * top)
-    _labels(figure, axes, "probability of the predicted class", "test rows")
+    _labels(figure, axes, "probability of the predicted class", "rows")
     return figure
 
 
