@@ -340,6 +340,7 @@ def hostile(problem: Problem) -> Iterator[tuple[str, object]]:
     theta = problem.theta(draws=50)
     yield "one draw", theta[:1, :1]
     yield "one chain", problem.dressed(theta[:1])
+    yield "one chain of odd length", problem.dressed(theta[:1, :49])
     yield "all draws equal", problem.dressed(theta[:1, :1].expand(2, 50, -1).clone())
     yield "one draw a chain", problem.dressed(theta[:, :1])
     yield (

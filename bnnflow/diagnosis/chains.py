@@ -45,13 +45,11 @@ def disagreement(values: np.ndarray) -> Disagreement:
     if values.shape[-1] == 0 or values.shape[1] < 4:
         return Disagreement(1.0, 0.0)
     folded = np.abs(values - np.median(values, (0, 1)))
-    tests = [_tests(diagnostics.normal_scores(each)) for each in (values, folded)]
-    p = np.stack([each for pair in tests for each in pair])  # (4, quantity)
-    count = _independent(diagnostics.normal_scores(values))
+    scores = [diagnostics.normal_scores(each) for each in (values, folded)]
+    p = np.stack([p for each in scores for p in _tests(each)])  # (4, quantity)
+    count = _independent(scores[0])
     worst = int(p.min(0).argmin())
-    shift = max(
-        _shift(diagnostics.normal_scores(each)[..., worst]) for each in (values, folded)
-    )
+    shift = max(_shift(each[..., worst]) for each in scores)
     return Disagreement(float(min(1.0, len(p) * count * p.min())), shift)
 
 
@@ -59,11 +57,8 @@ def _shift(scores: np.ndarray) -> float:
     """Return the largest distance of the mean of a chain from that of others; of one chain, that
     of its halves.
     """
-    parts = (
-        scores if len(scores) > 1 else np.stack(np.array_split(scores[0], 2)[:2])[:, None]
-    )
-    parts = parts.reshape(len(parts), -1)
-    means = parts.mean(1)
+    parts = scores if len(scores) > 1 else np.array_split(scores[0], 2)
+    means = np.array([part.mean() for part in parts])
     others = (means.sum() - means) / (len(means) - 1)
     return float(np.abs(means - others).max() / scores.std())
 
