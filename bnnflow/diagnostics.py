@@ -22,6 +22,7 @@ __all__ = [
     "is_datatree",
     "normal_scores",
     "psis",
+    "psis_of_rows",
     "rhat",
     "summarised",
 ]
@@ -113,6 +114,12 @@ def psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     else:
         smoothed, khat = arviz.psislw(log_weights)
     return np.asarray(smoothed), float(khat)
+
+
+def psis_of_rows(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Smooth each row of ``(n, draws)`` as `psis` does; return them and their k-hats ``(n,)``."""
+    smoothed, khats = zip(*map(psis, log_weights), strict=True)
+    return np.stack(smoothed), np.array(khats)
 
 
 # ---------------------------------------- of (chain, draw, quantity)

@@ -17,7 +17,15 @@ from bnnflow.gaussian import Gaussian
 from bnnflow.posteriors import dimension, pack, unpack
 from bnnflow.types import Posterior
 
-__all__ = ["Draws", "Origin", "as_theta", "origin", "outliers", "unresolved"]
+__all__ = [
+    "Draws",
+    "Origin",
+    "as_theta",
+    "counted_alike",
+    "origin",
+    "outliers",
+    "unresolved",
+]
 
 
 @checked
@@ -241,6 +249,16 @@ def as_theta(
     if len(weights) and bool((weights == -torch.inf).all()):
         raise ValueError(f"{name} must not all have weight zero")
     return flat, weights
+
+
+def counted_alike(log_weights: Tensor, count: int | None = None) -> Tensor:
+    """Return numbers ``(count,)`` of draws that count alike, as many as there are if None, given
+    their log weights: systematic resampling at fixed points, which keeps their order.
+    """
+    weights = log_weights.detach().flatten().double().cpu().softmax(0)
+    count = len(weights) if count is None else count
+    points = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    return torch.searchsorted(weights.cumsum(0), points).clamp_(max=len(weights) - 1)
 
 
 def outliers(log_joint: Tensor) -> Tensor:

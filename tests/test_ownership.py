@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import bnnflow as bf
-from bnnflow.report.arviz import function_values
+from bnnflow.diagnosis.convergence import function_values
 from bnnflow.transport import (
     Flow,
     FlowMap,

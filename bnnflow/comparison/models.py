@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from bnnflow.arguments import Count, Positive, Whole, checked, shown
-from bnnflow.comparison.unseen import KHAT, Unseen, folds_of, k_fold, leave_one_out
+from bnnflow.comparison.unseen import Unseen, folds_of, k_fold, leave_one_out
 from bnnflow.comparison.weights import pseudo_bma, stacking
 from bnnflow.draws import Draws
 from bnnflow.estimators.base import BayesianEstimator
 from bnnflow.model import BayesianModel
 from bnnflow.predictive import Prediction, Stacked, predict, stacked
+from bnnflow.verdicts import KHAT
 
 __all__ = ["Difference", "ModelComparison", "Score", "Standing", "compare", "difference"]
 

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from bnnflow.bridge import bennett
-from bnnflow.draws import Draws, origin
+from bnnflow.draws import Draws, counted_alike, origin
 from bnnflow.inference import refine
 from bnnflow.model import BayesianModel
 from bnnflow.predictive import predict
 from bnnflow.progress import progress_bar
 from bnnflow.transport.correction.importance import psis
+from bnnflow.verdicts import KHAT
 
-__all__ = ["KHAT", "Unseen", "folds_of", "k_fold", "leave_one_out"]
+__all__ = ["Unseen", "folds_of", "k_fold", "leave_one_out"]
 
-KHAT = 0.7  # beyond which importance weights are not to be trusted (Vehtari et al. 2024)
 _ELEMENTS = 2**22  # log densities that are held at once
 _MOST = 1000  # draws that are moved to a posterior without some rows
 _STEPS = 24  # transitions that they are moved by
@@ -199,10 +199,7 @@ def _moved(part: BayesianModel, draws: Draws, seed: int) -> Tensor:
     """Return draws of the posterior of fewer rows ``(draws, dim)``: these, moved there."""
     flat = draws.flat
     if draws.log_weights is not None:
-        weights = draws.log_weights.flatten().double().softmax(0).cpu()
-        points = (torch.arange(len(flat), dtype=torch.float64) + 0.5) / len(flat)
-        chosen = torch.searchsorted(weights.cumsum(0), points).clamp_(max=len(flat) - 1)
-        flat = flat[chosen.to(flat.device)]
+        flat = flat[counted_alike(draws.log_weights).to(flat.device)]
     start = flat[:: math.ceil(len(flat) / _MOST)]
     return refine(part, start, _STEPS, seed=seed, progress=False).flat
 

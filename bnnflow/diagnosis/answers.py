@@ -59,8 +59,7 @@ class Answer:
         figures: dict[str, Any],
     ) -> Answer:
         """Add findings up; ``good`` says why where there are none."""
-        order = ("no", "not looked at", "with care")
-        graded = sorted(findings, key=lambda each: order.index(each.grade))
+        graded = sorted(findings, key=_gravity)
         if not graded:
             return cls(question, "yes", good, "", (), figures)
         first = graded[0]
@@ -172,17 +171,15 @@ class Diagnosis:
         """Return the answer that decides the headline."""
         if self.verdict == "trust predictions only":
             return self.predictions
-        order: list[Grade] = ["yes", "with care", "not looked at", "no"]
         if self.verdict.startswith("approximate"):
             return self.draws
-        return max(self.answers, key=lambda answer: order.index(answer.grade))
+        return min(self.answers, key=_gravity)
 
     @property
     def reasons(self) -> tuple[str, ...]:
         """Everything that speaks against a yes, of all three answers, the gravest first."""
-        order = ("no", "not looked at", "with care")
         every = [each for answer in self.answers for each in answer.findings]
-        return tuple(map(str, sorted(every, key=lambda each: order.index(each.grade))))
+        return tuple(map(str, sorted(every, key=_gravity)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the diagnosis as plain values, for JSON."""
@@ -258,6 +255,11 @@ class Diagnosis:
         if self.temperature is not None:
             counts.append(f"configurational temperature {self.temperature:.2f} (want 1)")
         return lines + ([", ".join(counts)] if counts else [])
+
+
+def _gravity(graded: Finding | Answer) -> int:
+    """Return the place of a grade, the gravest first."""
+    return ("no", "not looked at", "with care", "yes").index(graded.grade)
 
 
 def _plain(value: Any) -> Any:

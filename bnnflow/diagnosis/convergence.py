@@ -25,6 +25,7 @@ __all__ = [
     "WeightConvergence",
     "agreement",
     "compare_chains",
+    "function_values",
     "nested_r_hat",
     "predicted_values",
     "weight_convergence",
@@ -258,6 +259,19 @@ def _by_tensor(
     return compared
 
 
+def function_values(
+    model: BayesianModel, draws: Draws, x: Tensor | np.ndarray | None = None
+) -> np.ndarray:
+    """Return what each draw predicts, ``(chain, draw, n, targets)`` or
+    ``(chain, draw, n, classes)``, float64.
+    """
+    model.check_draws(draws)
+    values = torch.cat(
+        [chunk.cpu() for chunk in predict(model, draws.theta, x).functions()]
+    )
+    return values.reshape(draws.n_chains, draws.n_draws, *values.shape[1:]).numpy()
+
+
 def predicted_values(
     model: BayesianModel, draws: Draws, x: Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -268,8 +282,7 @@ def predicted_values(
         probability says all.
     """
     rows = np.unique(np.linspace(0, len(x) - 1, min(MAX_ROWS, len(x))).round().astype(int))
-    each = [chunk.cpu() for chunk in predict(model, draws.theta, x[rows]).functions()]
-    values = torch.cat(each).unflatten(0, draws.theta.shape[:2]).numpy()
+    values = function_values(model, draws, x[rows])
     if model.likelihood.kind == "classification" and values.shape[-1] == 2:
         values = values[..., 1:]
     return rows, values

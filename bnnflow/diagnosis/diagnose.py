@@ -14,6 +14,7 @@ from bnnflow import verdicts
 from bnnflow.arguments import checked
 from bnnflow.diagnosis import predictions
 from bnnflow.diagnosis.answers import Answer, Diagnosis, Grade, Kind
+from bnnflow.diagnosis.convergence import predicted_values
 from bnnflow.diagnosis.fit import fit
 from bnnflow.diagnosis.sampling import HINTS, Sampling, equal
 from bnnflow.draws import Draws, as_theta
@@ -290,8 +291,6 @@ def _error(look: _Look, sampling: Sampling, ess: np.ndarray) -> float | None:
     """Return the Monte-Carlo error of predictions at the rows where chains were compared."""
     rows, values = sampling.rows, sampling.values
     if rows is None or values is None:
-        from bnnflow.diagnosis.convergence import predicted_values
-
         draws = look.some(_LEFT_OUT_DRAWS)
         rows, values = predicted_values(look.model, draws, look.inputs)
         prediction = predict(look.model, draws, look.inputs[rows])

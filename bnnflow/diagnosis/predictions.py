@@ -80,9 +80,8 @@ def left_out(model: BayesianModel, draws: Draws, error: float | None) -> Answer:
         why = f"{lost:,} of {len(values):,} draws give a row of training no finite density"
         finding = Finding("no", why, "leave them out, or standardise inputs and targets")
         return Answer.of(QUESTION, [finding], "", {"rows": len(rows)})
-    columns = [diagnostics.psis(each) for each in (-values / model.temperature).T.numpy()]
-    log_weights = torch.from_numpy(np.stack([each for each, _ in columns], 1))
-    khat = np.array([each for _, each in columns])
+    smoothed, khat = diagnostics.psis_of_rows((-values / model.temperature).T.numpy())
+    log_weights = torch.from_numpy(smoothed).T
     figures: dict[str, Any] = {
         "rows": len(rows),
         "khat_above_0.7": float((khat > verdicts.KHAT).mean()),
@@ -350,8 +349,7 @@ def _beside(
         mean = float(gap.mean())
         error = float(gap.std() / math.sqrt(len(gap))) if len(gap) > 1 else math.inf
         figures[f"above {name}"] = (mean, error)
-        said = f"{abs(mean):.2f} ± {error:.2f} nats a row"
-        said = f"{name} predicts these rows better, by {said}"
+        said = f"{name} predicts these rows better, by {abs(mean):.2f} ± {error:.2f} nats a row"
         worst = verdicts.RIVAL.bad if name == rivals.LINEAR else verdicts.RIVAL.good
         if mean < -max(3 * error, worst):
             advice = (

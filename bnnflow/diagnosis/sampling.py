@@ -22,7 +22,7 @@ from bnnflow.diagnosis.identities import (
     stein,
     wrong_log_joint,
 )
-from bnnflow.draws import Draws, unresolved
+from bnnflow.draws import Draws, counted_alike, unresolved
 from bnnflow.model import BayesianModel
 from bnnflow.verdicts import Bounds
 
@@ -252,7 +252,4 @@ def equal(theta: Tensor, log_weights: Tensor | None, count: int) -> Tensor:
     if log_weights is None:
         chosen = torch.linspace(0, len(theta) - 1, min(count, len(theta))).round().long()
         return theta[chosen.to(theta.device)]
-    sums = log_weights.double().cpu().softmax(0).cumsum(0)
-    points = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    chosen = torch.searchsorted(sums, points).clamp_(max=len(theta) - 1)
-    return theta[chosen.to(theta.device)]
+    return theta[counted_alike(log_weights, count).to(theta.device)]

@@ -46,7 +46,7 @@ def calibrate(model: BayesianModel, draws: Draws) -> Draws:
         ]
     )
     raw = -seen.clamp(min=TINY).log().T.cpu().numpy()  # (n, draws)
-    weights = torch.stack([torch.from_numpy(diagnostics.psis(row)[0]) for row in raw]).exp()
+    weights = torch.from_numpy(diagnostics.psis_of_rows(raw)[0]).exp()
     left_out, start = torch.zeros((), dtype=torch.float64), 0
     for probs in prediction.functions():
         part = weights[:, start : start + len(probs)].to(probs)

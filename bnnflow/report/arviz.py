@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bnnflow.arguments import checked
 from bnnflow.diagnostics import import_arviz, is_datatree, summarised
-from bnnflow.draws import Draws, origin
+from bnnflow.draws import Draws, counted_alike, origin
 from bnnflow.model import BayesianModel
 from bnnflow.predictive import predict
 from bnnflow.report.axes import Axes, Variables
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from xarray import Dataset
 
-__all__ = ["function_values", "summary", "to_arviz"]
+__all__ = ["summary", "to_arviz"]
 
 _MOST_PRIOR = 1000  # draws of the prior that are exported
 _MATCHED = 200  # draws that a gauge is found from
@@ -182,19 +182,6 @@ def summary(model: BayesianModel, draws: Draws, *, aligned: bool = True) -> Data
     return pandas.DataFrame(summarised(np.concatenate(values, 2)), index=labels)
 
 
-def function_values(
-    model: BayesianModel, draws: Draws, x: Tensor | np.ndarray | None = None
-) -> np.ndarray:
-    """Return what each draw predicts, ``(chain, draw, n, targets)`` or
-    ``(chain, draw, n, classes)``, float64.
-    """
-    model.check_draws(draws)
-    values = torch.cat(
-        [chunk.cpu() for chunk in predict(model, draws.theta, x).functions()]
-    )
-    return values.reshape(draws.n_chains, draws.n_draws, *values.shape[1:]).numpy()
-
-
 def _predicted(
     axes: Axes,
     theta: Tensor,
@@ -278,11 +265,7 @@ def _equally_weighted(draws: Draws) -> Draws:
     """Return as many draws that count alike: systematic resampling at fixed points, order kept."""
     if draws.log_weights is None:
         return draws
-    weights = draws.log_weights.flatten().double().softmax(0)
-    points = (
-        torch.arange(len(weights), dtype=torch.float64, device=weights.device) + 0.5
-    ) / len(weights)
-    chosen = torch.searchsorted(weights.cumsum(0), points).clamp_(max=len(weights) - 1)
+    chosen = counted_alike(draws.log_weights)
 
     def taken(values: Tensor) -> Tensor:
         return values.flatten(0, 1)[chosen.to(values.device)].reshape(values.shape)
