@@ -22,6 +22,7 @@ __all__ = [
     "Origin",
     "as_theta",
     "counted_alike",
+    "evenly",
     "origin",
     "outliers",
     "unresolved",
@@ -249,6 +250,12 @@ def as_theta(
     if len(weights) and bool((weights == -torch.inf).all()):
         raise ValueError(f"{name} must not all have weight zero")
     return flat, weights
+
+
+def evenly(count: int, most: int) -> Tensor:
+    """Return at most so many of the numbers from 0 to ``count - 1``, evenly spaced."""
+    chosen = torch.linspace(0, count - 1, min(count, most)).round().long()
+    return chosen.clamp_(max=count - 1)  # float32 is too coarse for the last of 2^24
 
 
 def counted_alike(log_weights: Tensor, count: int | None = None) -> Tensor:

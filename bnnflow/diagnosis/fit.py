@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bnnflow import verdicts
 from bnnflow.diagnosis.answers import Answer, Finding
-from bnnflow.draws import Draws
+from bnnflow.draws import Draws, evenly
 from bnnflow.model import BayesianModel
 from bnnflow.predictive import Prediction, PredictiveCheck, predict, predictive_check
 
@@ -40,8 +40,7 @@ def fit(model: BayesianModel, draws: Draws, x: Tensor | None) -> Answer:
     likelihood = model.likelihood
     classes = likelihood.kind == "classification"
     if classes or (likelihood.has_sample and likelihood.has_cdf):
-        rows = torch.linspace(0, len(model.x) - 1, min(len(model.x), _ROWS))
-        rows = rows.round().long().to(model.x.device)
+        rows = evenly(len(model.x), _ROWS).to(model.x.device)
         prediction = predict(model, draws, model.x[rows])
         look = _of_labels if classes else _of_numbers
         check = predictive_check(prediction, model.y[rows], look)
@@ -274,8 +273,7 @@ def _prior(model: BayesianModel, theta: Tensor, figures: dict[str, Any]) -> list
 def _scale(model: BayesianModel, drawn: Tensor, figures: dict[str, Any]) -> list[Finding]:
     if model.likelihood.kind == "classification" or not model.likelihood.has_variance:
         return []
-    rows = torch.linspace(0, len(model.x) - 1, min(len(model.x), 100)).round().long()
-    rows = rows.to(model.x.device)
+    rows = evenly(len(model.x), 100).to(model.x.device)
     with torch.no_grad():
         outputs = model.outputs(drawn, model.x[rows]).double()
         parameters = model.likelihood_parameters(drawn)
@@ -308,8 +306,7 @@ def _units(model: BayesianModel, theta: Tensor, figures: dict[str, Any]) -> list
     """Count hidden units that do not respond to the inputs."""
     if model.is_linearised:
         return []
-    rows = torch.linspace(0, len(model.x) - 1, min(len(model.x), _ROWS)).round().long()
-    x = model.x[rows.to(model.x.device)]
+    x = model.x[evenly(len(model.x), _ROWS).to(model.x.device)]
     still, ends, count = 0.0, 0.0, 0
 
     def look(module: nn.Module, given: Any, out: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bnnflow import diagnostics
+from bnnflow.draws import evenly
 from bnnflow.model import BayesianModel
 
 __all__ = [
@@ -36,9 +37,7 @@ def some(theta: Tensor, rows: int) -> Tensor:
     many as their gradients on so many rows are worth.
     """
     most = min(_DRAWS, max(_LEAST, int(_WORK / rows)))
-    per_chain = max(1, most // len(theta))
-    count = min(per_chain, theta.shape[1])
-    return torch.linspace(0, theta.shape[1] - 1, count).round().long().unique()
+    return evenly(theta.shape[1], max(1, most // len(theta)))
 
 
 def log_joint_and_grad(model: BayesianModel, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,10 +99,7 @@ def stein(theta: Tensor, chosen: Tensor, grads: Tensor) -> Stein | None:
     h = (grads * sd).nan_to_num(0.0, 0.0, 0.0)
     moving = (sd > 0).expand_as(h).double().sum(-1).clamp(min=1)
     each = (-(z * h).sum(-1) / moving).numpy()  # (chain, k)
-    every = (
-        torch.linspace(0, h.shape[-1] - 1, min(_COORDINATES, h.shape[-1])).round().long()
-    )
-    h = h[..., every].numpy()
+    h = h[..., evenly(h.shape[-1], _COORDINATES)].numpy()
     with np.errstate(all="ignore"):  # of gradients that overflow nothing is said
         error = each.std() * np.sqrt(_worth_of(each[..., None])[0])
         spread = h.std((0, 1))
@@ -139,8 +135,7 @@ class Copies(NamedTuple):
 def copies(theta: Tensor) -> Copies:
     """Count equal rows of ``(chain, draw, dim)``."""
     chains, draws, dim = theta.shape
-    columns = torch.linspace(0, dim - 1, min(dim, _COLUMNS)).round().long()
-    rows = theta[..., columns].cpu().numpy().reshape(chains * draws, -1) + 0.0
+    rows = theta[..., evenly(dim, _COLUMNS)].cpu().numpy().reshape(chains * draws, -1) + 0.0
     _, first, which = np.unique(rows, axis=0, return_index=True, return_inverse=True)
     which = which.reshape(chains, draws)
     owner = (first // draws)[which]

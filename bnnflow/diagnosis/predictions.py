@@ -12,7 +12,7 @@ from torch import Tensor
 from bnnflow import diagnostics, verdicts
 from bnnflow.diagnosis import rivals
 from bnnflow.diagnosis.answers import Answer, Finding, Grade
-from bnnflow.draws import Draws
+from bnnflow.draws import Draws, evenly
 from bnnflow.model import BayesianModel
 from bnnflow.predictive import Prediction, PredictiveCheck, calibration_check, predict
 from bnnflow.predictive.average import TINY
@@ -70,8 +70,7 @@ def left_out(model: BayesianModel, draws: Draws, error: float | None) -> Answer:
     """Judge predictions of rows of training by Pareto-smoothed importance sampling, each left out
     of the posterior (PSIS-LOO, Vehtari, Gelman & Gabry 2017).
     """
-    rows = torch.linspace(0, len(model.x) - 1, min(len(model.x), _ROWS)).round().long()
-    rows = rows.to(model.x.device)
+    rows = evenly(len(model.x), _ROWS).to(model.x.device)
     x, y, theta = model.x[rows], model.y[rows], draws.flat
     with torch.no_grad():
         values = model.pointwise_log_likelihood(theta, x, y).double().cpu()  # (k, n)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bnnflow.draws import evenly
 from bnnflow.model import BayesianModel
 
 __all__ = ["left_out", "log_scores"]
@@ -25,8 +26,7 @@ def log_scores(model: BayesianModel, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     counts and levels their frequencies, smoothed, and labels theirs and those of logistic
     regression.
     """
-    every = torch.linspace(0, len(model.x) - 1, min(len(model.x), _ROWS)).round().long()
-    rows = every.to(model.x.device)
+    rows = evenly(len(model.x), _ROWS).to(model.x.device)
     return _scores(model, _flat(model.x[rows]), _numpy(model.y[rows]), _flat(x), _numpy(y))
 
 

@@ -22,7 +22,7 @@ from bnnflow.diagnosis.identities import (
     stein,
     wrong_log_joint,
 )
-from bnnflow.draws import Draws, counted_alike, unresolved
+from bnnflow.draws import Draws, counted_alike, evenly, unresolved
 from bnnflow.model import BayesianModel
 from bnnflow.verdicts import Bounds
 
@@ -250,6 +250,5 @@ def equal(theta: Tensor, log_weights: Tensor | None, count: int) -> Tensor:
     their weights (systematic resampling).
     """
     if log_weights is None:
-        chosen = torch.linspace(0, len(theta) - 1, min(count, len(theta))).round().long()
-        return theta[chosen.to(theta.device)]
+        return theta[evenly(len(theta), count).to(theta.device)]
     return theta[counted_alike(log_weights, count).to(theta.device)]

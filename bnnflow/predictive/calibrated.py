@@ -9,7 +9,7 @@ import torch
 from bnnflow import diagnostics
 from bnnflow.arguments import checked
 from bnnflow.calibration import Calibration
-from bnnflow.draws import Draws
+from bnnflow.draws import Draws, evenly
 from bnnflow.model import BayesianModel
 from bnnflow.predictive.average import TINY, predict
 
@@ -33,8 +33,7 @@ def calibrate(model: BayesianModel, draws: Draws) -> Draws:
     Returns:
         The draws with a ``calibration``, or without, where it would not win clearly.
     """
-    rows = torch.linspace(0, len(model.x) - 1, min(len(model.x), _ROWS)).round().long()
-    rows = rows.to(model.device)
+    rows = evenly(len(model.x), _ROWS).to(model.device)
     plain = replace(draws, calibration=None)
     prediction = predict(model, plain, model.x[rows])
     labels = model.y[rows]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bnnflow.arguments import Count, checked
+from bnnflow.draws import evenly
 from bnnflow.predictive.average import Prediction
 from bnnflow.seeding import as_generator
 from bnnflow.types import Seed
@@ -111,7 +112,7 @@ def predictive_check(
         ValueError: if y does not fit, or the likelihood has no ``sample``.
     """
     y = prediction.targets(y)
-    rows = torch.linspace(0, len(y) - 1, min(len(y), _ROWS)).round().long()
+    rows = evenly(len(y), _ROWS)
     prediction = prediction.subset(rows)
     y = y[rows.to(y.device)]
     generator = as_generator(seed, prediction.model.device)
