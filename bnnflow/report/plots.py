@@ -61,6 +61,7 @@ _NATS = (-1000, -100, -10, -1, -0.4, -0.2, 0, 0.2, 0.4, 1, 10, 100)
 _ROWS_OF_A_BIN = 10
 _MOST_NUMBERS = 10  # classes whose counts are written
 _MAX_DRAWS = 2000  # bands need no more
+_LONGEST_NAME = 24  # characters above the narrowest panel
 
 
 @checked
@@ -549,7 +550,9 @@ def _function_quantiles(prediction: Prediction, levels: list[float]) -> np.ndarr
 
 
 def _plain(name: str) -> str:
-    """Return a name as text: no dollar sign begins a formula."""
+    """Return a name as short text, in which no dollar sign begins a formula."""
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[: _LONGEST_NAME - 10]}…{name[-9:]}"
     return name.replace("$", r"\$")
 
 
