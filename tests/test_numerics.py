@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import bnnflow as bf
 from bnnflow import likelihoods, priors
 from bnnflow.equivariant import TensorScaler
-from bnnflow.inference.particles.smc import next_fraction
+from bnnflow.inference.particles.tempering import next_fraction
 from bnnflow.transport import Flow, GaussNewton, Solver, time_grid
 
 F64 = torch.float64

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import bnnflow as bf
 from bnnflow.bridge import bennett
-from bnnflow.inference.particles.smc import (
+from bnnflow.inference.particles.tempering import (
     merging,
     next_fraction,
     relative_variance,

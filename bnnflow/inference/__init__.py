@@ -21,8 +21,9 @@ from bnnflow.inference.mcmc.adjusted_mclmc import AdjustedMCLMC
 from bnnflow.inference.mcmc.hmc import HMC
 from bnnflow.inference.mcmc.mclmc import MCLMC
 from bnnflow.inference.mcmc.pyro_nuts import PyroNUTS
+from bnnflow.inference.particles.evidence import evidence
 from bnnflow.inference.particles.refine import refine
-from bnnflow.inference.particles.smc import SMC, evidence
+from bnnflow.inference.particles.smc import SMC
 from bnnflow.inference.sampling import sample
 from bnnflow.inference.stochastic.schedules import Constant, Cyclical, Polynomial
 from bnnflow.inference.stochastic.sghmc import SGHMC

@@ -14,7 +14,7 @@ from bnnflow.gaussian import Gaussian, positive
 from bnnflow.inference.mcmc.hmc import hmc, rotation
 from bnnflow.inference.mcmc.trajectories import ChainState, TrajectoryInfo, metropolis
 from bnnflow.inference.mcmc.warmup import followed
-from bnnflow.inference.particles.smc import systematic
+from bnnflow.inference.particles.tempering import systematic
 from bnnflow.progress import progress_bar
 from bnnflow.transport.correction.importance import (
     HeldOut,

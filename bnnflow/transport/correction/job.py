@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bnnflow.gaussian import Gaussian
 from bnnflow.inference.mcmc.trajectories import predictions_as_features
-from bnnflow.inference.particles.smc import systematic
+from bnnflow.inference.particles.tempering import systematic
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
 from bnnflow.transport.correction.importance import (

@@ -7,8 +7,8 @@ import math
 import torch
 
 from bnnflow.draws import Draws
+from bnnflow.inference.particles.evidence import evidence
 from bnnflow.inference.particles.refine import refine
-from bnnflow.inference.particles.smc import evidence
 from bnnflow.transport.correction.job import CHUNK, WEIGHED, Job
 from bnnflow.transport.correction.latent import Points
 from bnnflow.transport.correction.verdict import Outcome

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bnnflow.gaussian import Gaussian
 from bnnflow.inference.mcmc.warmup import followed
-from bnnflow.inference.particles.smc import (
+from bnnflow.inference.particles.tempering import (
     merging,
     next_fraction,
     relative_variance,

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from bnnflow.inference.particles.smc import systematic
+from bnnflow.inference.particles.tempering import systematic
 from bnnflow.transport.correction.importance import (
     Student,
     kish_ess,
