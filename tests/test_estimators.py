@@ -480,6 +480,31 @@ def test_chains_are_added_while_they_disagree(monkeypatch: pytest.MonkeyPatch) -
     assert rounds(0.0, 1e-9) == 1
 
 
+@pytest.mark.parametrize(("cheap", "times"), [(1e9, recipe.LONGER), (0, 1)])
+def test_only_cheap_chains_are_made_longer(
+    cheap: float, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "_RISE", -1e9)  # no chain has arrived
+    monkeypatch.setattr(recipe, "CHEAP", cheap)
+    monkeypatch.setattr(recipe, "WARM_UP", 5)
+    monkeypatch.setattr(recipe, "DRAWS", 10)
+    x, y = waves(30)
+    fit = BayesianMLPRegressor((4,), budget=1e-9, n_draws=10**6).fit(x, y)
+    assert fit.draws_.n_draws == 10 * times
+
+
+@pytest.mark.parametrize(
+    ("kind", "activation"),
+    [(BayesianMLPRegressor, nn.Tanh), (BayesianMLPClassifier, nn.ReLU)],
+)
+def test_activations_by_default_and_by_name(kind, activation) -> None:
+    x, y = waves(30)
+    y = y.round() if kind is BayesianMLPRegressor else y > 50
+    for given, found in [({}, activation), ({"activation": "gelu"}, nn.GELU)]:
+        net = kind((4,), method=QUICK, **given).fit(x, y).model_.net
+        assert isinstance(net[1], found)
+
+
 def test_few_rows_of_many_columns_are_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe, "AFFORDABLE", 0)
     monkeypatch.setattr(recipe, "DRAWS", 20)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -56,10 +56,6 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def _activation(name: str) -> nn.Module:
-    return _ACTIVATIONS[arguments.choice("activation", name, tuple(_ACTIVATIONS))]()
-
-
 class BayesianEstimator(BaseEstimator, ABC):
     """Fitting, diagnosis, reports and files; the regressor and the classifier add the rest."""
 
@@ -67,12 +63,13 @@ class BayesianEstimator(BaseEstimator, ABC):
     draws_: Draws
     table_: Table
     n_features_in_: int
+    _activation_by_default: ClassVar[str]
 
     def __init__(
         self,
         network: tuple[int, ...] | nn.Module = (16, 16),
         *,
-        activation: str = "relu",
+        activation: str = "auto",
         prior: Any = "auto",
         likelihood: Any = "auto",
         method: Any = "auto",
@@ -131,9 +128,10 @@ class BayesianEstimator(BaseEstimator, ABC):
     def _network(self, inputs: int, outputs: int) -> nn.Module:
         if isinstance(self.network, nn.Module):
             return self.network
+        activation = self._activation()
         layers: list[nn.Module] = []
         for width in self.network:
-            layers += [nn.Linear(inputs, width), _activation(self.activation)]
+            layers += [nn.Linear(inputs, width), activation()]
             inputs = width
         return nn.Sequential(*layers, nn.Linear(inputs, outputs))
 
@@ -169,7 +167,7 @@ class BayesianEstimator(BaseEstimator, ABC):
                 )
             for width in self.network:
                 arguments.integer("network", width, least=1)
-        _activation(self.activation)
+        self._activation()
         if self.method != "auto" and not isinstance(self.method, Method):
             raise ValueError(
                 f"method must be 'auto' or one of bnnflow's, such as HMC(), got {self.method!r}"
@@ -177,6 +175,13 @@ class BayesianEstimator(BaseEstimator, ABC):
         if self.budget is not None:
             arguments.number("budget", self.budget, above=0)
         arguments.integer("n_draws", self.n_draws, least=1)
+
+    def _activation(self) -> Callable[[], nn.Module]:
+        names = ("auto", *_ACTIVATIONS)
+        name = arguments.choice("activation", self.activation, names)
+        if name == "auto":
+            name = self._activation_by_default
+        return _ACTIVATIONS[name]
 
     def _seed(self) -> int:
         if self.random_state is None:

@@ -59,6 +59,7 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
     """
 
     classes_: np.ndarray
+    _activation_by_default = "relu"
 
     def fit(
         self,

@@ -3,7 +3,8 @@
 1. *Warm start.* Networks are trained on nine tenths of the rows, all in one batch, each of them
    kept as it was when the other tenth liked it best.
 2. *Chains.* From each of them `MCLMC` runs on all rows, and three times as long again where the log
-   joint density still rises; `SGHMC` on mini-batches, where a full gradient is too expensive.
+   joint density still rises (as long again where gradients are expensive); `SGHMC` on mini-batches,
+   where a full gradient is more expensive still.
 3. *More chains, not longer ones.* Chains of a network rarely meet, so what they disagree on is
    averaged over more of them: rounds of eight follow one another until the Monte-Carlo error of
    the predictions is small beside what they say of their own uncertainty.
@@ -38,7 +39,8 @@ __all__ = ["automatic", "warm_start"]
 CHAINS = 8  # of a round
 ROUNDS = 3  # at most
 WARM_UP, DRAWS = 200, 200  # transitions of a chain, of ten steps each
-LONGER = 3  # times as many where chains have not arrived after these
+LONGER = 3  # times as many where chains have not arrived after these,
+CHEAP = 2_000_000  # for up to so many rows of data times weights; beyond as many again
 # of the log joint between the halves of a stage, in standard deviations of a posterior of as many
 # dimensions, below which chains have arrived
 _RISE = 0.2
@@ -176,7 +178,8 @@ def _round(
     if rise < _RISE * math.sqrt(model.dim / 2) or draws.info.get("interrupted"):
         return draws
     end = draws.theta[:, -1]
-    return _stage(model, end, LONGER, third, folder and folder / "long", progress)
+    length = LONGER if len(model.x) * model.dim <= CHEAP else 1
+    return _stage(model, end, length, third, folder and folder / "long", progress)
 
 
 def _stage(

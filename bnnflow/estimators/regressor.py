@@ -31,7 +31,7 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
             ``(n, inputs)`` to the outputs that the likelihood needs, two a target for
             ``"heteroscedastic"``.
         activation: ``"relu"``, ``"tanh"``, ``"gelu"``, ``"silu"``, ``"elu"``, ``"sigmoid"``,
-            ``"softplus"`` or ``"sin"``.
+            ``"softplus"`` or ``"sin"``; ``"auto"`` is tanh here, and ReLU for classes.
         prior: the standard deviation of every weight, or one of `bnnflow.priors`; ``"auto"`` for
             `bnnflow.priors.OutputScales`, or N(0, 1) for a module of your own.
         likelihood: ``"auto"`` chooses by what y looks like, and says so in ``likelihood_``;
@@ -63,6 +63,7 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
     """
 
     likelihood_: str
+    _activation_by_default = "tanh"
 
     def fit(
         self,
