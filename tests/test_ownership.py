@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 import bnnflow as bf
-from bnnflow.diagnosis.convergence import function_values
 from bnnflow.transport import (
     Flow,
     FlowMap,
@@ -51,7 +50,6 @@ USES: dict[str, Callable[[bf.BayesianModel, Any], Any]] = {
     "report": lambda model, draws: bf.report(model, {"HMC": draws}, X, X, path=None),
     "weight_convergence": lambda model, draws: bf.weight_convergence(model, draws),
     "to_arviz": lambda model, draws: bf.to_arviz(model, draws),
-    "function_values": lambda model, draws: function_values(model, draws),
     "align": lambda model, draws: bf.align(model, draws),
     "evidence": lambda model, draws: bf.evidence(
         model, draws, bf.SMC(particles=10), progress=False

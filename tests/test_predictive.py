@@ -9,6 +9,7 @@ from scipy import integrate, stats
 from torch import nn
 from torch.distributions import Normal
 
+import bnnflow as bf
 from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel, likelihoods
 from bnnflow.predictive import metrics, predict
@@ -441,3 +442,51 @@ def test_columns_of_a_frame_are_those_of_training():
             ValueError, match="x must have the columns of training, 'a', 'b', got"
         ):
             predict(model, theta, wrong)
+
+
+def test_a_prediction_that_keeps_its_outputs_says_the_same(seeded) -> None:
+    """Of all rows and of some, by all draws and by some; the network is evaluated once."""
+    with seeded(0):
+        net = torch.nn.Sequential(
+            torch.nn.Linear(2, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)
+        )
+    x = torch.randn(12, 2, generator=torch.Generator().manual_seed(1))
+    model = bf.BayesianModel(
+        net, bf.priors.Normal(1.0), bf.likelihoods.HeteroscedasticGaussian(), x, x.sum(1)
+    )
+    theta = model.sample_prior(50, seed=0)
+    rows = torch.tensor([3, 7, 8])
+    for draws in (theta, (theta, theta[:, 0].double())):
+        plain = bf.predict(model, draws, x)
+        kept = plain.evaluated()
+        assert kept.outputs is not None
+        for change in (
+            lambda p: p,
+            lambda p: p.subset(rows),
+            lambda p: p.thinned(20),
+            lambda p: p.subset(rows).select(torch.tensor([4, 1])),
+        ):
+            a, b = change(plain), change(kept)
+            assert torch.allclose(a.mean, b.mean, rtol=1e-6, atol=1e-6)
+            assert torch.allclose(a.quantile(0.9), b.quantile(0.9), atol=1e-5)
+            assert torch.equal(a.log_weights, b.log_weights)
+            assert b.outputs is not None
+            assert b.outputs.shape == (len(b.theta), len(b), 2)
+
+
+def test_draws_that_are_chosen_count_alike(seeded) -> None:
+    with seeded(0):
+        net = torch.nn.Linear(1, 1)
+    x = torch.linspace(-1, 1, 5)[:, None]
+    model = bf.BayesianModel(net, bf.priors.Normal(), bf.likelihoods.Gaussian(0.1), x, x)
+    theta = model.sample_prior(1000, seed=0)
+    weights = 2 * theta[:, 0].double()
+    whole = bf.predict(model, (theta, weights), x)
+    some = whole.thinned(400)
+    assert len(some.theta) == 400
+    assert torch.allclose(some.log_weights.exp(), torch.full((400,), 1 / 400).double())
+    error = whole.epistemic / 400**0.5
+    assert bool(((some.mean - whole.mean).abs() < 3 * error).all())
+    even = bf.predict(model, theta, x)
+    assert even.thinned(1000) is even
+    assert torch.equal(even.thinned(2).theta, theta[[0, 999]])

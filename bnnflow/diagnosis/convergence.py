@@ -4,6 +4,7 @@ of functions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from bnnflow import diagnostics
 from bnnflow.arguments import Count, checked
-from bnnflow.draws import Draws
+from bnnflow.draws import Draws, evenly
 from bnnflow.model import BayesianModel
-from bnnflow.predictive import predict
+from bnnflow.predictive import Prediction, predict
 from bnnflow.symmetry import match, sort_units
 from bnnflow.symmetry.canonical import normalise_scale
 from bnnflow.verdicts import R_HAT
@@ -25,7 +26,6 @@ __all__ = [
     "WeightConvergence",
     "agreement",
     "compare_chains",
-    "function_values",
     "nested_r_hat",
     "predicted_values",
     "weight_convergence",
@@ -208,10 +208,11 @@ def weight_convergence(
     superchains = draws.n_chains if superchains is None else superchains
     _check_superchains(superchains, draws.n_chains)
     aligned = _modulo_symmetry(draws, model, reference)
+    functions = predicted_values(predict(model, draws.theta, x), draws.theta.shape[:2])[1]
     return WeightConvergence(
         _by_tensor(draws.theta, model, superchains),
         _by_tensor(aligned, model, superchains),
-        agreement(predicted_values(model, draws, model.inputs(x))[1], superchains),
+        agreement(functions, superchains),
         draws.n_chains,
         draws.n_draws,
         superchains,
@@ -259,33 +260,25 @@ def _by_tensor(
     return compared
 
 
-def function_values(
-    model: BayesianModel, draws: Draws, x: Tensor | np.ndarray | None = None
-) -> np.ndarray:
-    """Return what each draw predicts, ``(chain, draw, n, targets)`` or
-    ``(chain, draw, n, classes)``, float64.
-    """
-    model.check_draws(draws)
-    values = torch.cat(
-        [chunk.cpu() for chunk in predict(model, draws.theta, x).functions()]
-    )
-    return values.reshape(draws.n_chains, draws.n_draws, *values.shape[1:]).numpy()
-
-
 def predicted_values(
-    model: BayesianModel, draws: Draws, x: Tensor
+    prediction: Prediction, shape: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return row numbers of up to 100 inputs, spread evenly, and what each draw predicts there.
+
+    Args:
+        prediction: by all draws.
+        shape: of the draws, ``(chain, draw)``.
 
     Returns:
         ``(rows,)`` and ``(chain, draw, rows, outputs)``; of two classes only the second, whose
         probability says all.
     """
-    rows = np.unique(np.linspace(0, len(x) - 1, min(MAX_ROWS, len(x))).round().astype(int))
-    values = function_values(model, draws, x[rows])
-    if model.likelihood.kind == "classification" and values.shape[-1] == 2:
+    rows = evenly(len(prediction), MAX_ROWS)
+    found = torch.cat([chunk.cpu() for chunk in prediction.subset(rows).functions()])
+    values = found.reshape(*shape, *found.shape[1:]).numpy()
+    if prediction.kind == "classification" and values.shape[-1] == 2:
         values = values[..., 1:]
-    return rows, values
+    return rows.numpy(), values
 
 
 def agreement(values: np.ndarray, superchains: int) -> Agreement:

@@ -19,10 +19,10 @@ from bnnflow.diagnosis.fit import fit
 from bnnflow.diagnosis.sampling import HINTS, Sampling, equal
 from bnnflow.draws import Draws, as_theta
 from bnnflow.model import BayesianModel
-from bnnflow.predictive import predict
+from bnnflow.predictive import Prediction, predict
 from bnnflow.verdicts import Bounds
 
-__all__ = ["diagnose"]
+__all__ = ["diagnose", "judge"]
 
 _DRAWS = 400  # of equal weight, by which predictions and model are looked at
 _LEFT_OUT_DRAWS = 1000
@@ -74,24 +74,32 @@ def diagnose(
         >>> diagnose(model, model.sample_prior(100, seed=0)).verdict
         'do not trust'
     """
-    theta, log_weights = as_theta(draws)
-    model.spec.check(theta, "draws")
-    model.check_draws(draws)
-    if len(theta) == 0:
-        raise ValueError("there are no draws to judge")
-    broken = int((~theta.isfinite().all(-1)).sum())
-    if broken:
-        raise ValueError(
-            f"{broken} of {len(theta)} draws have NaN or infinite weights; leave them out"
-        )
+    prediction = predict(model, draws, x)
     if y is not None and x is None:
         raise ValueError("y needs its x: give the inputs of these targets")
-    given = None if x is None else model.inputs(x)
     targets = None if y is None else model.targets(y)
-    if targets is not None and given is not None and len(targets) != len(given):
-        raise ValueError(f"x has {len(given)} rows and y has {len(targets)}")
+    if targets is not None and len(targets) != len(prediction):
+        raise ValueError(f"x has {len(prediction)} rows and y has {len(targets)}")
+    return judge(prediction, draws, None if x is None else prediction.x, targets)
+
+
+def judge(
+    prediction: Prediction,
+    draws: Draws | Tensor | tuple[Tensor, Tensor | None],
+    x: Tensor | None,
+    y: Tensor | None,
+) -> Diagnosis:
+    """Diagnose draws whose prediction is there already.
+
+    Args:
+        prediction: by the draws, at x, or at the rows of training if x is None.
+        draws: as in `diagnose`.
+        x: inputs, those of the prediction.
+        y: their targets, checked.
+    """
+    theta, log_weights = as_theta(draws)
     held = draws if isinstance(draws, Draws) else _plain(theta, log_weights)
-    look = _Look(model, held, theta, log_weights, given, targets)
+    look = _Look(prediction, held, theta, log_weights, x, y)
     if log_weights is not None:
         return _weighted(look)
     if held.stats:
@@ -102,7 +110,7 @@ def diagnose(
 class _Look(NamedTuple):
     """What was given, checked."""
 
-    model: BayesianModel
+    prediction: Prediction  # by all draws
     draws: Draws
     theta: Tensor  # (n, dim)
     log_weights: Tensor | None
@@ -110,12 +118,12 @@ class _Look(NamedTuple):
     y: Tensor | None
 
     @property
-    def method(self) -> str:
-        return str(self.draws.info.get("method", ""))
+    def model(self) -> BayesianModel:
+        return self.prediction.model
 
     @property
-    def inputs(self) -> Tensor:
-        return self.model.x if self.x is None else self.x
+    def method(self) -> str:
+        return str(self.draws.info.get("method", ""))
 
     def some(self, count: int) -> Draws:
         """Return so many draws of equal weight, in the model's type."""
@@ -162,9 +170,9 @@ class _Look(NamedTuple):
         )
 
     def _predictions(self, error: float | None, kind: Kind) -> tuple[Answer, str]:
-        if self.x is not None and self.y is not None:
-            draws = self.some(_DRAWS)
-            answer = predictions.held_out(self.model, draws, self.x, self.y, error)
+        if self.y is not None:
+            prediction = self.prediction.thinned(_DRAWS)
+            answer = predictions.held_out(prediction, self.y, error)
             return answer, predictions.HELD_OUT
         answer = predictions.left_out(self.model, self.some(_LEFT_OUT_DRAWS), error)
         return answer, "" if answer.grade == "not looked at" else predictions.LEFT_OUT
@@ -270,7 +278,7 @@ def _lost_on_the_way(sampling: Sampling) -> None:
 def _chains(look: _Look) -> Diagnosis:
     sampling = Sampling(look.model, look.draws)
     draws = look.draws
-    sampling.compare(look.inputs)
+    sampling.compare(look.prediction)
     if draws.n_chains == 1:
         why = "one chain cannot show what it has not found"
         sampling.say("with care", why, "run at least four")
@@ -290,14 +298,13 @@ def _chains(look: _Look) -> Diagnosis:
 def _error(look: _Look, sampling: Sampling, ess: np.ndarray) -> float | None:
     """Return the Monte-Carlo error of predictions at the rows where chains were compared."""
     rows, values = sampling.rows, sampling.values
+    prediction = look.prediction
     if rows is None or values is None:
-        draws = look.some(_LEFT_OUT_DRAWS)
-        rows, values = predicted_values(look.model, draws, look.inputs)
-        prediction = predict(look.model, draws, look.inputs[rows])
-    else:
-        prediction = predict(look.model, look.theta, look.inputs[rows])
+        prediction = prediction.thinned(_LEFT_OUT_DRAWS)
+        rows, values = predicted_values(prediction, (1, -1))
+    at_rows = prediction.subset(torch.from_numpy(rows))
     ess = np.broadcast_to(ess, values.shape[2:])
-    return predictions.monte_carlo_error(prediction, values, ess)
+    return predictions.monte_carlo_error(at_rows, values, ess)
 
 
 def _transitions(sampling: Sampling) -> None:

@@ -14,7 +14,7 @@ from bnnflow.diagnosis import rivals
 from bnnflow.diagnosis.answers import Answer, Finding, Grade
 from bnnflow.draws import Draws, evenly
 from bnnflow.model import BayesianModel
-from bnnflow.predictive import Prediction, PredictiveCheck, calibration_check, predict
+from bnnflow.predictive import Prediction, PredictiveCheck, calibration_check
 from bnnflow.predictive.average import TINY
 from bnnflow.predictive.checks import LEVELS
 from bnnflow.verdicts import Bounds
@@ -40,19 +40,15 @@ class _Look(NamedTuple):
     p_value: float
 
 
-def held_out(
-    model: BayesianModel, draws: Draws, x: Tensor, y: Tensor, error: float | None
-) -> Answer:
+def held_out(prediction: Prediction, y: Tensor, error: float | None) -> Answer:
     """Judge predictions of rows that were not fitted.
 
     Args:
-        model: the model.
-        draws: a few hundred, of equal weight.
-        x: inputs.
+        prediction: of these rows, by a few hundred draws.
         y: their targets.
         error: `monte_carlo_error` of the predictions, if known.
     """
-    prediction = predict(model, draws, x)
+    model, x = prediction.model, prediction.x
     log_prob = prediction.log_prob(y).cpu()
     beside = rivals.log_scores(model, x, prediction.targets(y))
     figures: dict[str, Any] = {"rows": len(x), "log_score": float(log_prob.mean())}
@@ -150,15 +146,10 @@ def _error_of_ends(prediction: Prediction, shape: tuple[int, ...]) -> float:
     ends = prediction.quantile([0.05, 0.95])
     if not bool(ends.isfinite().all()):
         return math.inf
-    theta = prediction.theta.unflatten(0, shape)
-    parts = theta if len(theta) > 1 else theta[0].tensor_split(2)
+    numbers = torch.arange(len(prediction.theta)).reshape(shape)
+    parts = numbers if len(numbers) > 1 else numbers[0].tensor_split(2)
     levels = torch.stack(
-        [
-            torch.stack(
-                [predict(prediction.model, part, prediction.x).cdf(q) for q in ends]
-            )
-            for part in parts
-        ]
+        [torch.stack([prediction.select(part).cdf(q) for q in ends]) for part in parts]
     )
     # the root mean square over rows: the worst of a few chains is noise
     error = levels.var(0).div(len(parts)).mean().sqrt()

@@ -24,6 +24,7 @@ from bnnflow.diagnosis.identities import (
 )
 from bnnflow.draws import Draws, counted_alike, evenly, unresolved
 from bnnflow.model import BayesianModel
+from bnnflow.predictive import Prediction
 from bnnflow.verdicts import Bounds
 
 __all__ = ["HINTS", "QUESTION", "Sampling"]
@@ -163,7 +164,7 @@ class Sampling:
 
     # ---------------------------------------- of chains
 
-    def compare(self, x: Tensor) -> None:
+    def compare(self, prediction: Prediction) -> None:
         """Compare chains in what they predict, and in the log densities of prior and posterior."""
         draws = self.draws
         if draws.n_draws < 4:
@@ -173,7 +174,8 @@ class Sampling:
                 "draw more",
             )
             return
-        self.rows, self.values = predicted_values(self.model, draws, x)
+        shape = draws.n_chains, draws.n_draws
+        self.rows, self.values = predicted_values(prediction, shape)
         self.r_hat, self.ess_bulk, self.ess_tail = compare_chains(self.values)
         if not bool((self.values != self.values[:1, :1]).any()):
             self.say("no", "no chain ever moved", "reduce the step size")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -138,6 +139,13 @@ class Likelihood(Interface, ABC):
     def cdf(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return P(target <= y) given the weights, ``(..., n, out)``."""
         raise self._lack("cdf")
+
+    def cdfs(
+        self, outputs: Tensor, values: Tensor, parameters: dict[str, Tensor]
+    ) -> Iterator[Tensor]:
+        """Yield the `cdf` at each of several values of y, ``(k, n, targets)``."""
+        for y in values:
+            yield self.cdf(outputs, y, parameters)
 
     def sample(
         self, outputs: Tensor, parameters: dict[str, Tensor], generator: torch.Generator

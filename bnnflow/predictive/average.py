@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bnnflow.arguments import Count, Fraction, checked, finite, tensor
 from bnnflow.calibration import Calibration
-from bnnflow.draws import Draws, as_theta
+from bnnflow.draws import Draws, as_theta, counted_alike, evenly
 from bnnflow.model import BayesianModel
 from bnnflow.model.likelihood import Likelihood, real_targets
 from bnnflow.model.likelihoods.classes import Categorical
@@ -27,6 +27,7 @@ from bnnflow.types import Seed
 __all__ = ["Calibrated", "Prediction", "predict"]
 
 _ELEMENTS = 2**21  # of the widest activation of a chunk: 8 MB in float32
+_KEPT = 2**23  # outputs of a network, at most, that are kept: 32 MB in float32
 _SECTIONS = 16  # grid points of one pass of the quantile search
 _SHOWN = 5  # rows, in a notebook
 TINY = 1e-300  # a probability, whose logarithm is finite
@@ -142,6 +143,7 @@ class Prediction:
         log_weights: ``(draws,)``, normalised.
         x: inputs.
         chunk_size: draws evaluated at once.
+        outputs: ``(draws, n, out)`` of the network, where they are kept (`evaluated`).
     """
 
     model: BayesianModel
@@ -149,6 +151,7 @@ class Prediction:
     log_weights: Tensor
     x: Tensor
     chunk_size: Count
+    outputs: Tensor | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         """Return the number of inputs."""
@@ -186,7 +189,45 @@ class Prediction:
 
     def subset(self, rows: Tensor) -> Prediction:
         """Return the prediction of some rows, numbers ``(k,)``."""
-        return replace(self, x=self.x[rows.to(self.x.device)])
+        rows = rows.to(self.x.device)
+        kept = None if self.outputs is None else self.outputs[:, rows]
+        return replace(self, x=self.x[rows], outputs=kept)
+
+    def select(self, draws: Tensor) -> Prediction:
+        """Return the prediction by some of the draws, numbers ``(k,)``, which count alike."""
+        weights = self.log_weights
+        kept = None if self.outputs is None else self.outputs[draws.to(self.outputs.device)]
+        return replace(
+            self,
+            theta=self.theta[draws.to(self.theta.device)],
+            log_weights=weights.new_full((len(draws),), -math.log(len(draws))),
+            outputs=kept,
+        )
+
+    @checked
+    def thinned(self, most: Count) -> Prediction:
+        """Return the prediction by at most so many draws that count alike: evenly spaced, or, where
+        weights differ, chosen by them.
+        """
+        weights = self.log_weights
+        if bool((weights != weights[0]).any()):
+            return self.select(counted_alike(weights, min(most, len(weights))))
+        return self if len(weights) <= most else self.select(evenly(len(weights), most))
+
+    def evaluated(self) -> Prediction:
+        """Return the prediction with the outputs of its network, which is then evaluated once
+        whatever is asked for; without, where they would take more than 32 MB.
+        """
+        chunks = self.theta.detach().split(self.chunk_size)
+        outputs: list[Tensor] = []
+        for theta in chunks:
+            with torch.no_grad():
+                outputs.append(
+                    self._evaluate(theta.to(self.model.device, self.model.dtype))
+                )
+            if len(self.theta) * outputs[0][0].numel() > _KEPT:
+                return self
+        return replace(self, outputs=torch.cat(outputs))
 
     @property
     def kind(self) -> str:
@@ -484,18 +525,24 @@ class Prediction:
         """Yield the outputs of ``theta``, or of its rows ``index``, ``chunk_size`` draws at a
         time.
         """
-        likelihood, log_weights = self.model.likelihood, self.log_weights
-        features = self.model.features(self.x)
-        for start in range(0, len(theta) if index is None else len(index), self.chunk_size):
-            part = slice(start, start + self.chunk_size)
-            rows = part if index is None else index[part]
-            chosen = theta[rows if isinstance(rows, slice) else rows.to(theta.device)]
-            chosen = chosen.detach().to(self.model.device, self.model.dtype)
+        index = torch.arange(len(theta)) if index is None else index
+        kept = self.outputs
+        for rows in index.split(self.chunk_size):
+            chosen = theta[rows.to(theta.device)].detach()
+            chosen = chosen.to(self.model.device, self.model.dtype)
             with torch.no_grad():
-                # x was looked at when the prediction was made
-                outputs = self.model.density.outputs(chosen, features).double()
+                outputs = (
+                    self._evaluate(chosen) if kept is None else kept[rows.to(kept.device)]
+                )
                 parameters = self.model.likelihood_parameters(chosen.double())
-            yield Chunk(likelihood, outputs, parameters, log_weights[rows])
+            log_weights = self.log_weights[rows.to(self.log_weights.device)]
+            yield Chunk(self.model.likelihood, outputs.double(), parameters, log_weights)
+
+    def _evaluate(self, theta: Tensor) -> Tensor:
+        """Return the outputs of the network, ``(k, n, out)``; x was looked at when the prediction
+        was made.
+        """
+        return self.model.density.outputs(theta, self.model.features(self.x))
 
     def _cdf(self, y: Tensor) -> Tensor:
         """Return the mixture's cdf at several values for every row and target, ``(k, n, targets)``
@@ -504,9 +551,9 @@ class Prediction:
         total = torch.zeros_like(y)
         for chunk in self._chunks(self.theta):
             weights = chunk.log_weights.exp()
-            for values, sums in zip(y, total, strict=True):
-                cdf = chunk.likelihood.cdf(chunk.outputs, values, chunk.parameters)
-                sums += torch.tensordot(weights, cdf, 1)
+            each = chunk.likelihood.cdfs(chunk.outputs, y, chunk.parameters)
+            for values, sums in zip(each, total, strict=True):
+                sums += torch.tensordot(weights, values, 1)
         return total
 
     def _inverted(self, levels: Tensor) -> Tensor:
@@ -637,9 +684,8 @@ class Calibrated(Prediction):
     @cached_property
     def _moved(self) -> Callable[[Tensor], Tensor]:
         """How the probabilities of a draw ``(..., n, classes)`` become others."""
-        plain = Prediction(
-            self.model, self.theta, self.log_weights, self.x, self.chunk_size
-        )
+        parts = self.model, self.theta, self.log_weights, self.x, self.chunk_size
+        plain = Prediction(*parts, outputs=self.outputs)
         before = plain.probs.clamp(min=TINY)
         after = self.calibration(before.log()).exp()
         kept = (after / before).clamp(max=1)

@@ -45,6 +45,10 @@ class Stacked(Prediction):
         x = self.x[rows.to(self.x.device)]
         return replace(self, x=x, parts=tuple(part.subset(rows) for part in self.parts))
 
+    def evaluated(self) -> Stacked:
+        """Return the prediction with the outputs of the networks, where they are not too many."""
+        return replace(self, parts=tuple(part.evaluated() for part in self.parts))
+
     @property
     def weights(self) -> Tensor:
         """The weight of each model, ``(models,)``."""

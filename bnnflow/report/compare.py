@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from bnnflow import arguments
-from bnnflow.diagnosis import Diagnosis, diagnose
+from bnnflow.diagnosis import Diagnosis
+from bnnflow.diagnosis.diagnose import judge
 from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
 from bnnflow.predictive import Prediction, metrics, predict
@@ -207,7 +208,7 @@ def _entry(name: str, value: Any, seconds: float | None) -> Entry:
 def _evaluate(
     entry: Entry, model: BayesianModel, x: Tensor, y: Tensor, held_out: bool
 ) -> Evaluation:
-    prediction = predict(model, entry.draws, x)
+    prediction = predict(model, entry.draws, x).evaluated()
     scores = metrics.rowwise(prediction, y)
     log_likelihood, log_joint = _mean_densities(prediction)
     n = len(scores["log_prob"])
@@ -230,8 +231,8 @@ def _evaluate(
         }
     draws = entry.draws.theta if isinstance(entry.draws, Draws) else entry.draws[0]
     count = draws.shape[:-1].numel()
-    unseen = (x, y) if held_out else ()
-    diagnosis = diagnose(model, entry.draws, *unseen)
+    unseen = (prediction.x, y) if held_out else (None, None)
+    diagnosis = judge(prediction, entry.draws, *unseen)
     row |= {
         "log_likelihood": log_likelihood,
         "log_joint": log_joint,

@@ -752,9 +752,9 @@ def _chains(comparison: Comparison, model: BayesianModel) -> dict[str, _Chains]:
             continue
         row, output = np.unravel_index(int(d.r_hat.argmax()), d.r_hat.shape)
         at = int(d.rows[row])
-        values = predicted_values(model, draws, e.prediction.x[at : at + 1])[1][
-            ..., 0, output
-        ]
+        one = e.prediction.subset(torch.tensor([at]))
+        shape = draws.n_chains, draws.n_draws
+        values = predicted_values(one, shape)[1][..., 0, output]
         figure = plots.chains(draws, values, f"the prediction of row {at}")
         text = (
             f"Chains of {e.name}. Left the log joint, draw by draw, of at most twelve; right the "

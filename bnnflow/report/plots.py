@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,7 +95,7 @@ def predictive_band(
             raise ValueError(f"{name} is not a regression of one target on one feature")
     figure, axes = _panels(list(predictions), height=2.9)
     for (name, prediction), ax in zip(predictions.items(), axes, strict=True):
-        thin, colour = _thin(prediction), colours(list(predictions))[name]
+        thin, colour = prediction.thinned(_MAX_DRAWS), colours(list(predictions))[name]
         x, order = prediction.x.flatten().sort()
         bands = array(thin.quantile([0.05, 0.25, 0.75, 0.95])[:, order])
         x = array(x)
@@ -195,7 +194,9 @@ def predictive(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) ->
     figure, axes = _panels(list(predictions), height=2.7)
     for (name, prediction), ax in zip(predictions.items(), axes, strict=True):
         colour = colours(list(predictions))[name]
-        low, high = (array(end).ravel() for end in _thin(prediction).interval(0.9))
+        low, high = (
+            array(end).ravel() for end in prediction.thinned(_MAX_DRAWS).interval(0.9)
+        )
         mean, seen = array(prediction.mean).ravel(), array(prediction.targets(y)).ravel()
         order = np.argsort(seen)
         order = order[
@@ -522,20 +523,6 @@ def _legend(figure: Figure, key: Mapping[str, Any]) -> None:
 def _labels(figure: Figure, axes: list[Axes], x: str, y: str) -> None:
     figure.supxlabel(x, fontsize=BODY, color=INK)
     figure.supylabel(y, fontsize=BODY, color=INK)
-
-
-def _thin(prediction: Prediction) -> Prediction:
-    """Keep at most `_MAX_DRAWS` draws, evenly spaced; weighted draws are all kept."""
-    every = math.ceil(len(prediction.theta) / _MAX_DRAWS)
-    weights = prediction.log_weights
-    if every == 1 or bool((weights != weights[0]).any()):
-        return prediction
-    theta = prediction.theta[::every]
-    return replace(
-        prediction,
-        theta=theta,
-        log_weights=torch.full_like(weights[::every], -math.log(len(theta))),
-    )
 
 
 def _function_quantiles(prediction: Prediction, levels: list[float]) -> np.ndarray:

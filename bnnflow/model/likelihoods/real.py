@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -201,8 +202,16 @@ class HeteroscedasticGaussian(Likelihood):
 
     def cdf(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return P(target <= y) given the weights, ``(..., n, targets)``."""
+        return next(self.cdfs(outputs, y[None], parameters))
+
+    def cdfs(
+        self, outputs: Tensor, values: Tensor, parameters: dict[str, Tensor]
+    ) -> Iterator[Tensor]:
+        """Yield the `cdf` at each of several values of y, ``(k, n, targets)``."""
         mean, raw = outputs.chunk(2, -1)
-        return torch.special.ndtr((y - mean) / self._scale(raw))
+        scale = self._scale(raw)  # once: it costs more than all the rest
+        for y in values:
+            yield torch.special.ndtr((y - mean) / scale)
 
     def sample(
         self, outputs: Tensor, parameters: dict[str, Tensor], generator: torch.Generator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -102,6 +103,12 @@ class Transformed(Likelihood):
     def cdf(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return P(target <= y) given the weights, ``(..., n, targets)``."""
         return self.base.cdf(outputs, self._z(outputs, y), parameters)
+
+    def cdfs(
+        self, outputs: Tensor, values: Tensor, parameters: dict[str, Tensor]
+    ) -> Iterator[Tensor]:
+        """Yield the `cdf` at each of several values of y, ``(k, n, targets)``."""
+        return self.base.cdfs(outputs, self._z(outputs, values), parameters)
 
     def sample(
         self, outputs: Tensor, parameters: dict[str, Tensor], generator: torch.Generator
