@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, Literal
 
@@ -42,6 +42,7 @@ def is_datatree() -> bool:
 
 
 BLOCK = 2**18  # numbers that are worked on at once
+_TAILS = (0.05, 0.95)  # quantiles
 _SHORTEST_TAIL = 5  # values that a Pareto law is fitted to
 
 
@@ -77,19 +78,17 @@ def autocorrelation_time(values: np.ndarray) -> np.ndarray:
 
 def summarised(values: np.ndarray) -> dict[str, np.ndarray]:
     """Return the columns of a summary of quantities ``(chain, draw, n)``, ``(n,)`` each."""
-    low, high = np.quantile(values, (0.05, 0.95), (0, 1))
-    sd = values.std((0, 1), ddof=1, dtype=np.float64)
-    r_hat, bulk = np.full((2, values.shape[2]), np.nan)
-    if values.shape[1] >= 4:  # from the same ranks
-        r_hat, bulk = _of_quantities(_rhat_and_bulk, values, rows=2)
+    found = _of_quantities(_summary, values, rows=8)
+    mean, sd, low, high, worth, bulk, tail, r_hat = found
+    origin, scale = _units(values)
     return {
-        "mean": values.mean((0, 1), dtype=np.float64),
-        "sd": sd,
-        "5%": low,
-        "95%": high,
-        "mcse_mean": sd / np.sqrt(ess(values, "mean")),
+        "mean": origin + scale * mean,
+        "sd": scale * sd,
+        "5%": origin + scale * low,
+        "95%": origin + scale * high,
+        "mcse_mean": scale * sd / np.sqrt(worth),
         "ess_bulk": bulk,
-        "ess_tail": ess(values, "tail"),
+        "ess_tail": tail,
         "r_hat": r_hat if len(values) > 1 else np.full_like(r_hat, np.nan),
     }
 
@@ -122,7 +121,7 @@ def psis_of_rows(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(smoothed), np.array(khats)
 
 
-# ---------------------------------------- of (chain, draw, quantity)
+# ---------------------------------------- of (quantity, chain, draw)
 
 
 def _of_quantities(
@@ -130,8 +129,8 @@ def _of_quantities(
     values: np.ndarray,
     rows: int | None = None,
 ) -> np.ndarray:
-    """Return a diagnostic of every quantity, or ``rows`` of them, NaN where a draw is NaN, a block
-    of quantities at a time.
+    """Return a diagnostic of every quantity of ``(chain, draw, ...)``, or ``rows`` of them, NaN
+    where a draw is NaN, a block of quantities at a time.
     """
     flat = values.reshape(*values.shape[:2], -1)
     found = np.empty((rows or 1, flat.shape[2]))
@@ -139,144 +138,193 @@ def _of_quantities(
     with np.errstate(all="ignore"):
         for start in range(0, flat.shape[2], size):
             block = _standardised(flat[..., start : start + size])
-            lost = np.isnan(block).any((0, 1))
-            found[:, start : start + size] = np.where(
-                lost, np.nan, diagnostic(np.where(lost, 0.0, block))
-            )
+            lost = np.isnan(block).any((1, 2))
+            block[lost] = 0.0
+            found[:, start : start + size] = np.where(lost, np.nan, diagnostic(block))
     return found.reshape((rows, *values.shape[2:]) if rows else values.shape[2:])
 
 
+def _units(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the origin and the scale of each quantity of ``(chain, draw, n)``: its first draw, and
+    the reach of the others from there.
+    """
+    origin = values[0, 0].astype(np.float64)
+    reach = np.maximum(values.max((0, 1)) - origin, origin - values.min((0, 1)))
+    return origin, np.where(reach > 0, reach, 1.0)
+
+
 def _standardised(values: np.ndarray) -> np.ndarray:
-    """Bring every quantity to one scale: a range below 1e-15 is taken for none."""
-    offset = values.astype(np.float64) - values[:1, :1]
-    reach = np.abs(offset).max((0, 1), keepdims=True, initial=0.0)
-    return offset / np.where(reach > 0, reach, 1.0)
+    """Bring each quantity of ``(chain, draw, n)`` to one scale, ``(n, chain, draw)``: a range below
+    1e-15 is taken for none.
+    """
+    origin, scale = (each[:, None, None] for each in _units(values))
+    moved = np.array(values.transpose(2, 0, 1), np.float64, order="C")
+    moved -= origin
+    moved /= scale
+    return moved
 
 
 def _halves(values: np.ndarray) -> np.ndarray:
     """Make two chains of each, without the draw in the middle of an odd number."""
-    half = values.shape[1] // 2
-    return np.concatenate([values[:, :half], values[:, -half:]])
+    n, _, draws = values.shape
+    even = values if draws % 2 == 0 else np.delete(values, draws // 2, 2)
+    return even.reshape(n, -1, draws // 2)
 
 
 def normal_scores(values: np.ndarray) -> np.ndarray:
     """Return the normal quantiles of ranks among all of ``(chain, draw, ...)`` (Blom 1958)."""
+    count = values.shape[0] * values.shape[1]
+    return _scores(*_ordered(values.reshape(count, -1).T)).T.reshape(values.shape)
+
+
+def _ordered(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the order of all draws of each quantity of ``(n, ...)``, and its values in this
+    order.
+    """
+    flat = values.reshape(len(values), -1)
+    order = flat.argsort(1)
+    return order, np.take_along_axis(flat, order, 1)
+
+
+def _quantile(ascending: np.ndarray, probability: float) -> np.ndarray:
+    """Return a quantile of each sorted row, between two neighbours."""
+    place = probability * (ascending.shape[1] - 1)
+    low, high = ascending[:, math.floor(place)], ascending[:, math.ceil(place)]
+    return low + (high - low) * (place % 1)
+
+
+def _scores(order: np.ndarray, ascending: np.ndarray) -> np.ndarray:
+    """Return the normal quantiles of ranks in each row ``(rows, n)``; ties share their mean
+    rank.
+    """
     from scipy.special import ndtri
 
-    count = values.shape[0] * values.shape[1]
-    flat = np.ascontiguousarray(values.reshape(count, -1).T)
-    scores = ndtri((_ranks(flat) - 0.375) / (flat.shape[1] + 0.25))
-    return scores.T.reshape(values.shape)
+    n = ascending.shape[1]
+    quantiles = ndtri((np.arange(2, 2 * n + 1) / 2 - 0.375) / (n + 0.25))  # by half ranks
+    scores = np.empty(order.shape)
+    np.put_along_axis(scores, order, quantiles[None, ::2], 1)
+    row, place = np.nonzero(ascending[:, 1:] == ascending[:, :-1])  # with the next one
+    if len(row) == 0:
+        return scores
+    begins = np.diff(row * n + place, prepend=-2) != 1
+    ends = np.roll(begins, -1)
+    shared = quantiles[place[begins] + place[ends] + 1][begins.cumsum() - 1]
+    scores[row, order[row, place]] = shared
+    scores[row, order[row, place + 1]] = shared
+    return scores
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Return the ranks, from 1, within each row of ``(rows, n)``; ties share their mean rank."""
-    order = values.argsort(1)
-    ascending = np.take_along_axis(values, order, 1)
-    places = np.broadcast_to(np.arange(1.0, values.shape[1] + 1), values.shape).copy()
-    new = ascending[:, 1:] != ascending[:, :-1]
-    tied = ~new.all(1)
-    places[tied] = _shared(new[tied])
-    ranks = np.empty(values.shape)
-    np.put_along_axis(ranks, order, places, 1)
-    return ranks
-
-
-def _shared(new: np.ndarray) -> np.ndarray:
-    """Return the mean places of sorted values, given which differ from the one before
-    ``(rows, n - 1)``.
+def _summary(values: np.ndarray) -> np.ndarray:
+    """Return ``(8, n)``: mean, standard deviation, two quantiles, the effective sizes of the mean,
+    of ranks and of tails, and R-hat; the latter four NaN for fewer than four draws.
     """
-    rows, n = len(new), new.shape[1] + 1
-    edge, places = np.ones((rows, 1), bool), np.arange(1.0, n + 1)
-    first = np.where(np.hstack([edge, new]), places, 0.0)
-    last = np.where(np.hstack([new, edge]), places, n)
-    first = np.maximum.accumulate(first, 1)
-    last = np.minimum.accumulate(last[:, ::-1], 1)[:, ::-1]
-    return (first + last) / 2
+    ranked = _ordered(values)
+    edges = [_quantile(ranked[1], each) for each in _TAILS]
+    moments = values.mean((1, 2)), values.std((1, 2), ddof=1), *edges
+    if values.shape[2] < 4:
+        return np.stack([*moments, *np.full((4, len(values)), np.nan)])
+    halves = _halves(values)
+    ranked = ranked if halves.size == values.size else _ordered(halves)
+    scores = _scores(*ranked).reshape(halves.shape)
+    sizes = _ess_of_means(halves), _ess_of_means(scores), _ess_of_tails(values, edges)
+    return np.stack([*moments, *sizes, _worse_rhat(scores, *ranked)])
 
 
 def _rhat(values: np.ndarray) -> np.ndarray:
-    return _worse_rhat(_halves(values), normal_scores(_halves(values)))
-
-
-def _rhat_and_bulk(values: np.ndarray) -> np.ndarray:
     halves = _halves(values)
-    scores = normal_scores(halves)
-    return np.stack([_worse_rhat(halves, scores), _ess_of_means(scores)])
+    ranked = _ordered(halves)
+    return _worse_rhat(_scores(*ranked).reshape(halves.shape), *ranked)
 
 
-def _worse_rhat(halves: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Return R-hat of the normal scores, or of those of distances from the median if worse."""
-    bulk = _ratio(scores)
-    tail = _ratio(normal_scores(np.abs(halves - np.median(halves, (0, 1)))))
+def _worse_rhat(scores: np.ndarray, order: np.ndarray, ascending: np.ndarray) -> np.ndarray:
+    """Return R-hat of the normal scores of halves, or of those of distances from the median if
+    worse.
+    """
+    middle = ascending.shape[1] // 2  # of an even number
+    median = ascending[:, middle - 1 : middle + 1].mean(1, keepdims=True)
+    distances = np.abs(ascending - median)
+    merged = distances.argsort(1, kind="stable")  # fast: they fall, then rise
+    folded = _scores(*(np.take_along_axis(each, merged, 1) for each in (order, distances)))
+    bulk, tail = _ratio(scores), _ratio(folded.reshape(scores.shape))
     return np.where(tail > bulk, tail, bulk)
 
 
 def _ratio(chains: np.ndarray) -> np.ndarray:
     """Return the root of the variance of all draws over that within chains."""
-    draws = chains.shape[1]
-    between = draws * chains.mean(1).var(0, ddof=1)
-    return np.sqrt((between / chains.var(1, ddof=1).mean(0) + draws - 1) / draws)
+    draws = chains.shape[2]
+    between = draws * chains.mean(2).var(1, ddof=1)
+    return np.sqrt((between / chains.var(2, ddof=1).mean(1) + draws - 1) / draws)
 
 
-def _ess_of_tails(values: np.ndarray) -> np.ndarray:
-    quantiles = np.quantile(values, (0.05, 0.95), (0, 1))
-    return np.minimum(
-        *(_ess_of_means(_halves((values <= each).astype(float))) for each in quantiles)
-    )
+def _ess_of_tails(values: np.ndarray, edges: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the smaller effective size of the tails below two edges ``(n,)``."""
+    below = [_halves((values <= edge[:, None, None]).astype(float)) for edge in edges]
+    return np.minimum(*map(_ess_of_means, below))
 
 
 def _ess_of_means(chains: np.ndarray) -> np.ndarray:
     """Return how many independent draws would have means as sharp; all where nothing varies."""
-    count, draws, _ = chains.shape
-    means, covariance = chains.mean(1), _covariance(chains)
-    within = covariance[0] * draws / (draws - 1)
-    variance = covariance[0] + (means.var(0, ddof=1) if count > 1 else 0.0)
-    correlations = 1 - (within - covariance) / variance
+    _, count, draws = chains.shape
+    means, covariance = chains.mean(2), _covariance(chains)
+    within = covariance[:, :1] * draws / (draws - 1)
+    between = means.var(1, ddof=1, keepdims=True) if count > 1 else 0.0
+    correlations = 1 - (within - covariance) / (covariance[:, :1] + between)
     total = count * draws
-    times = np.array([_time(each) for each in correlations.T.tolist()])
-    found = total / np.maximum(times, 1 / math.log10(total))
-    return np.where(np.ptp(chains, (0, 1)) < 1e-15, total, found)
+    found = total / np.maximum(_times(correlations), 1 / math.log10(total))
+    return np.where(np.ptp(chains, (1, 2)) < 1e-15, total, found)
 
 
 def _covariance(chains: np.ndarray) -> np.ndarray:
-    """Return the autocovariance by lag, the mean over chains, ``(draw, quantity)``."""
+    """Return the autocovariance by lag, the mean over chains, ``(quantity, draw)``."""
     from scipy import fft
 
-    draws = chains.shape[1]
+    draws = chains.shape[2]
     size = fft.next_fast_len(2 * draws, real=True)
-    waves: Any = fft.rfft(chains - chains.mean(1, keepdims=True), size, axis=1)
-    power = (waves.real**2 + waves.imag**2).mean(0)
-    return fft.irfft(power, size, axis=0)[:draws] / draws
+    waves: Any = fft.rfft(chains - chains.mean(2, keepdims=True), size)
+    power = (waves.real**2 + waves.imag**2).mean(1)
+    covariance: Any = fft.irfft(power, size)
+    return covariance[:, :draws] / draws
 
 
 def _times_within(chains: np.ndarray) -> np.ndarray:
     covariance = _covariance(chains)
-    correlations = covariance / np.where(covariance[0] > 0, covariance[0], 1.0)
-    return np.maximum(1.0, [_time(each) for each in correlations.T.tolist()])
+    first = covariance[:, :1]
+    return np.maximum(1.0, _times(covariance / np.where(first > 0, first, 1.0)))
 
 
-def _time(correlations: list[float]) -> float:
-    """Return the integrated autocorrelation time by the initial positive and monotone sequence of
-    sums of neighbours (Geyer 1992).
+def _times(correlations: np.ndarray) -> np.ndarray:
+    """Return integrated autocorrelation times of ``(quantity, lag)`` by the initial positive and
+    monotone sequence of sums of neighbours (Geyer 1992).
+
+    The pair that ends the sequence counts as ArviZ has it: its first member once, if that or the
+    sum is positive.
     """
-    even, odd = 1.0, correlations[1]
-    kept = [even, odd]
-    while len(kept) < len(correlations) - 2 and even + odd > 0:
-        even, odd = correlations[len(kept)], correlations[len(kept) + 1]
-        kept += [even, odd] if even + odd >= 0 else [0.0, 0.0]
-    last = len(kept) - 2  # its pair is not summed
-    if even > 0:
-        kept[last] = even
-    for i in range(2, last, 2):
-        before = kept[i - 2] + kept[i - 1]
-        if kept[i] + kept[i + 1] > before:
-            kept[i] = kept[i + 1] = before / 2
-    return -1 + 2 * sum(kept[:last]) + kept[last]
+    n = max(1, (correlations.shape[1] - 1) // 2)
+    pairs = correlations[:, : 2 * n].reshape(-1, n, 2).copy()
+    pairs[:, 0, 0] = 1.0
+    sums = pairs.sum(2)
+    ended = ~(sums > 0)
+    ended[:, -1] = True
+    last = ended.argmax(1)[:, None]
+    before = np.arange(n) < last
+    summed = np.where(before, np.minimum.accumulate(sums, 1), 0.0).sum(1, keepdims=True)
+    even = np.take_along_axis(pairs[..., 0], last, 1)
+    counts = (even > 0) | (np.take_along_axis(sums, last, 1) >= 0)
+    return (2 * summed - 1 + np.where(counts, even, 0.0))[:, 0]
+
+
+def _bulk(values: np.ndarray) -> np.ndarray:
+    halves = _halves(values)
+    return _ess_of_means(_scores(*_ordered(halves)).reshape(halves.shape))
+
+
+def _tail(values: np.ndarray) -> np.ndarray:
+    _, ascending = _ordered(values)
+    return _ess_of_tails(values, [_quantile(ascending, each) for each in _TAILS])
 
 
 _ESS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "bulk": lambda values: _ess_of_means(normal_scores(_halves(values))),
-    "tail": _ess_of_tails,
+    "bulk": _bulk,
+    "tail": _tail,
     "mean": lambda values: _ess_of_means(_halves(values)),
 }

@@ -5,16 +5,19 @@ match.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import bnnflow as bf
 from bnnflow import WeightSpec, likelihoods, priors
 from bnnflow.activations import Sine
+from bnnflow.compiled import library
 from bnnflow.symmetry import (
     align,
     frechet_mean,
@@ -26,6 +29,7 @@ from bnnflow.symmetry import (
     sort_units,
 )
 from bnnflow.symmetry.alignment import Method
+from bnnflow.symmetry.matching import assign
 from bnnflow.symmetry.sinkhorn import soft_permutation
 from bnnflow.weights import Symmetries
 
@@ -374,6 +378,61 @@ def test_a_batch_is_its_networks_one_by_one(name: str, matcher: str) -> None:
         for i, j in itertools.product(range(2), range(3)):
             own = reference if reference.dim() == 1 else reference[i, j]
             assert torch.equal(MATCHERS[matcher](theta[i, j], spec, own, name), found[i, j])
+
+
+@pytest.mark.parametrize("name", ["perceptron", "odd residual"])
+def test_blocks_of_networks_change_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, spec = built(name)
+    theta = weights(spec, 40)
+    for reference in (weights(spec, seed=2), weights(spec, 40, seed=2)):
+        whole = match(theta, spec, reference)
+        with monkeypatch.context() as patch:
+            patch.setattr("bnnflow.symmetry.matching._BLOCK", 1)
+            assert torch.equal(match(theta, spec, reference), whole)
+
+
+def gains(kind: str, n: int, dtype: torch.dtype) -> Tensor:
+    """Ten assignment problems, with and without ties."""
+    drawn = torch.randn(10, n, n, generator=torch.Generator().manual_seed(n))
+    ties = {"none": drawn, "some": drawn.round(), "all": torch.zeros_like(drawn)}
+    return ties[kind].to(dtype)
+
+
+@pytest.mark.parametrize("compiles", ["1", "0"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ties", ["none", "some", "all"])
+def test_assignments_have_the_largest_gain(
+    ties: str, dtype: torch.dtype, compiles: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BNNFLOW_FUSED", compiles)
+    library.cache_clear()
+    for n in (1, 2, 3, 7, 8, 9, 33):
+        gain = gains(ties, n, dtype)
+        found = assign(gain)
+        assert torch.equal(found.sort(1)[0], torch.arange(n).expand(10, n))
+        for problem, columns in zip(gain.double(), found, strict=True):
+            best = linear_sum_assignment(problem.numpy(), maximize=True)
+            assert float(problem[range(n), columns].sum()) == pytest.approx(
+                float(problem[best].sum())
+            )
+    library.cache_clear()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_gains_that_are_not_finite_are_refused(value: float) -> None:
+    gain = gains("none", 5, torch.float32)
+    gain[3, 1, 2] = value
+    with pytest.raises(ValueError, match="too large to be matched"):
+        assign(gain)
+
+
+def test_weights_whose_products_overflow_are_refused() -> None:
+    _, spec = built("perceptron")
+    theta = weights(spec, 3).float()
+    with pytest.raises(ValueError, match=r"overflow torch\.float32"):
+        match(1e30 * theta, spec, 1e30 * theta[0])
 
 
 @pytest.mark.parametrize("name", ["perceptron", "relu", "odd convolutional"])

@@ -1,6 +1,9 @@
-"""A library compiled on this machine: random numbers and steps of samplers, where torch is slow."""
+"""A library compiled on this machine: random numbers, steps of samplers and
+assignment problems, where torch or scipy is slow.
+"""
 
 from bnnflow.compiled.routines import (
+    assigned,
     is_tracked,
     is_untracked_cpu,
     key_of,
@@ -13,6 +16,7 @@ from bnnflow.compiled.routines import (
 )
 
 __all__ = [
+    "assigned",
     "is_tracked",
     "is_untracked_cpu",
     "key_of",

@@ -1,5 +1,5 @@
 // The log density of many perceptrons and its gradient, one chain after another, in blocks of rows that stay in cache;
-// at the end random numbers, and what samplers do with them.
+// at the end random numbers, what samplers do with them, and assignment problems.
 //
 // bnnflow/compiled/routines.py compiles this file on first use, once for each SCALAR (float, double), and says what the
 // arguments mean. Rows of data are the lanes of the vectors: a block holds, for every unit, `width` vectors of rows,
@@ -1157,6 +1157,128 @@ extern "C" void bnnflow_turn(int64_t chains, int64_t dim, const T* direction, co
         const double with = std::log((1 + along) / 2) + delta, against = std::log((1 - along) / 2) - delta;
         change[chain] = double(dim - 1) * (std::max(with, against) + std::log1p(std::exp(-std::abs(with - against))));
     }
+}
+
+// ---------------------------------------------------------------- assignment
+
+typedef double Wide __attribute__((vector_size(kBytes)));
+typedef int64_t Places __attribute__((vector_size(kBytes)));
+constexpr int kWide = kBytes / sizeof(double);
+
+// Assignment problems of n rows and n columns by shortest augmenting paths (Jonker and Volgenant 1987), their columns
+// side by side in vectors; those past the end cost infinitely much.
+class Assignment {
+  public:
+    explicit Assignment(int64_t n)
+        : n(n), width(divide_up(n, kWide)), cost(n * width), price(width), length(width), taken(width), before(width),
+          column_of(n), row_of(n) {}
+
+    // Find which columns (n,) of gain (n, n) have the largest sum; return whether all of it is finite.
+    bool solve(const T* gain, int64_t* columns) {
+        bool finite = true;
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t j = 0; j < width * kWide; ++j) {
+                at(cost, i * width * kWide + j) = j < n ? -double(gain[i * n + j]) : INFINITY;
+                finite = finite && (j >= n || std::isfinite(gain[i * n + j]));
+            }
+        if (!finite) return false;
+        start();
+        for (int64_t i = 0; i < n; ++i)
+            if (column_of[i] < 0) augment(i);
+        std::copy(column_of.begin(), column_of.end(), columns);
+        return true;
+    }
+
+  private:
+    const int64_t n, width;
+    std::vector<Wide> cost, price, length, taken;  // taken: infinite where a column has a row
+    std::vector<Places> before;                    // the row from which a column is reached
+    std::vector<int64_t> column_of, row_of;        // -1: none
+    std::vector<std::pair<int64_t, double>> scanned;
+
+    static double& at(std::vector<Wide>& values, int64_t i) { return reinterpret_cast<double*>(values.data())[i]; }
+    int64_t before_column(int64_t j) const { return before[j / kWide][j % kWide]; }
+
+    void match(int64_t i, int64_t j) {
+        column_of[i] = j;
+        row_of[j] = i;
+        at(taken, j) = INFINITY;
+    }
+
+    // Price each column by its cheapest row, which takes it unless it has one.
+    void start() {
+        std::copy(cost.begin(), cost.begin() + width, price.begin());
+        std::fill(before.begin(), before.end(), Places{});
+        for (int64_t i = 1; i < n; ++i)
+            for (int64_t k = 0; k < width; ++k) {
+                const Wide here = cost[i * width + k];
+                const auto less = here < price[k];
+                before[k] = less ? i - Places{} : before[k];
+                price[k] = less ? here : price[k];
+            }
+        for (int64_t j = n; j < width * kWide; ++j) at(price, j) = 0;
+        std::fill(taken.begin(), taken.end(), Wide{});
+        std::fill(column_of.begin(), column_of.end(), -1);
+        std::fill(row_of.begin(), row_of.end(), -1);
+        for (int64_t j = n; j-- > 0;)
+            if (column_of[before_column(j)] < 0) match(before_column(j), j);
+    }
+
+    // Find the shortest path from a row without a column to a column without a row, and exchange along it.
+    void augment(int64_t from) {
+        std::fill(length.begin(), length.end(), INFINITY - Wide{});
+        scanned.clear();
+        double base = 0;
+        int64_t end = -1;
+        for (int64_t i = from;;) {
+            Wide least = INFINITY - Wide{}, least_free = least;
+            Places where{}, where_free{};
+            for (int64_t k = 0; k < width; ++k) {
+                const Wide through = base + (cost[i * width + k] - price[k]);
+                const auto shorter = through < length[k];  // never where it is NaN: scanned
+                length[k] = shorter ? through : length[k];
+                before[k] = shorter ? i - Places{} : before[k];
+                const Wide free = length[k] + taken[k];
+                const auto less = length[k] < least, less_free = free < least_free;
+                least = less ? length[k] : least;
+                where = less ? k - Places{} : where;
+                least_free = less_free ? free : least_free;
+                where_free = less_free ? k - Places{} : where_free;
+            }
+            int lane = 0, lane_free = 0;
+            for (int l = 1; l < kWide; ++l) {
+                lane = least[l] < least[lane] ? l : lane;
+                lane_free = least_free[l] < least_free[lane_free] ? l : lane_free;
+            }
+            if (least_free[lane_free] <= least[lane]) {
+                end = where_free[lane_free] * kWide + lane_free;
+                base = least_free[lane_free];
+                break;
+            }
+            const int64_t j = where[lane] * kWide + lane;
+            scanned.emplace_back(j, least[lane]);
+            at(length, j) = NAN;
+            i = row_of[j];
+            base = least[lane] - (at(cost, i * width * kWide + j) - at(price, j));
+        }
+        for (auto [j, reached] : scanned) at(price, j) += reached - base;
+        for (int64_t j = end; j >= 0;) {
+            const int64_t i = before_column(j), next = column_of[i];
+            match(i, j);
+            j = next;
+        }
+    }
+};
+
+// Solve problems (batch, n, n): which column each row gets, (batch, n), for the largest sum of gains. Return 0, 1 for a
+// gain that is not finite, or 2 for want of memory.
+extern "C" int bnnflow_assign(int64_t batch, int64_t n, const T* gain, int64_t* columns) try {
+    Assignment problem(n);
+    for (int64_t b = 0; b < batch; ++b)
+        if (!problem.solve(gain + b * n * n, columns + b * n)) return 1;
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 2;
 }
 
 // ---------------------------------------------------------------- evaluation

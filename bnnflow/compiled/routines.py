@@ -1,5 +1,5 @@
-"""Compiled for the CPU: random numbers and steps of samplers, and the library that holds them and
-the densities of perceptrons.
+"""Compiled for the CPU: random numbers, steps of samplers and assignment problems, and the library
+that holds them and the densities of perceptrons.
 
 The source is ``fused.cpp`` beside this file. The machine's own C++ compiler (``$CXX``, ``c++``,
 ``g++`` or ``clang++``) makes a library of it the first time that it is needed, which takes a few
@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 from bnnflow.compiled.building import say_once, shared_library
 
 __all__ = [
+    "assigned",
     "is_tracked",
     "is_untracked_cpu",
     "key_of",
@@ -248,6 +249,21 @@ def key_of(generator: torch.Generator) -> int:
     return torch.empty((), dtype=torch.int64).random_(generator=generator).item()  # type: ignore[return-value]
 
 
+def assigned(gain: Tensor) -> Tensor | None:
+    """Solve assignment problems ``(batch, n, n)``: the columns ``(batch, n)`` of largest total
+    gain.
+
+    None where there is no library, or a gain is not finite.
+    """
+    gain = gain.detach().contiguous()
+    compiled = library(gain.dtype) if is_untracked_cpu(gain) else None
+    if compiled is None:
+        return None
+    columns = torch.empty(gain.shape[:2], dtype=torch.int64)
+    failed = compiled.bnnflow_assign(*gain.shape[:2], gain.data_ptr(), columns.data_ptr())
+    return None if failed else columns
+
+
 # ---------------------------------------- the library
 
 
@@ -291,4 +307,5 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     ):
         function.restype = None
     loaded.bnnflow_longest.restype = ctypes.c_double
+    loaded.bnnflow_assign.argtypes = [_Int, _Int, _Pointer, _Pointer]
     return loaded

@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bnnflow.arguments import Count, checked, finite
+from bnnflow.compiled import assigned
 from bnnflow.model.network import ChainNetwork
 from bnnflow.weights import Symmetries, WeightSpec
 
@@ -68,14 +69,15 @@ def match(
     ]
     if not labels:
         return theta
-    search = _Search(flat, spec, target, group)
-    for guess in (labels, labels[::-1]) if len(labels) > 1 else ():
-        other = _Search(flat, spec, target, group)
-        other.guess(guess)
-        other.descend(labels, min(1, sweeps))
-        search.take(other, other.value() > search.value())
-    search.descend(labels, sweeps)
-    return search.apply(theta.reshape(-1, spec.dim)).reshape(theta.shape)
+    given, size = theta.reshape(-1, spec.dim), max(16, _BLOCK // spec.dim)
+    matched = []
+    for start in range(0, max(1, len(flat)), size):
+        rows = slice(start, start + size)
+        theirs = target if len(target) == 1 else target[rows]
+        search = _Search(flat[rows], spec, theirs, group)
+        search.best_of_starts(labels, sweeps)
+        matched.append(search.apply(given[rows]))
+    return torch.cat(matched).reshape(theta.shape)
 
 
 @checked
@@ -143,6 +145,7 @@ def match_activations(
 
 
 _CHUNK = 256  # networks whose activations are held at once
+_BLOCK = 2**21  # weights that are matched at once
 
 
 def paired(theta: Tensor, spec: WeightSpec, reference: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,14 +216,14 @@ class _Search:
     def __init__(
         self, flat: Tensor, spec: WeightSpec, target: Tensor, group: Symmetries
     ) -> None:
-        self.spec, self.group = spec, group
+        self.flat, self.spec, self.target, self.group = flat, spec, target, group
         labels = group.permutation | group.sign
         self.axes, self.ours, self.theirs = {}, {}, {}
         for name in spec.names:
             shape, axes = spec.unit_axes(name)
             if name not in spec.extras and labels.intersection(axes):
                 self.axes[name] = list(zip(axes, spec.scale_exponents(name), strict=True))
-                self.ours[name] = flat[:, spec.slices[name]].reshape(-1, *shape)
+                self.ours[name] = flat[:, spec.slices[name]].reshape(-1, *shape).clone()
                 self.theirs[name] = target[:, spec.slices[name]].reshape(-1, *shape)
         self.batch, self.device = len(flat), flat.device
         self.perms = {
@@ -230,6 +233,19 @@ class _Search:
         self.signs = {
             label: flat.new_ones(len(flat), spec.widths[label]) for label in group.sign
         }
+        self.stale = {
+            label: torch.ones(len(flat), dtype=torch.bool, device=flat.device)
+            for label in labels
+        }
+
+    def best_of_starts(self, labels: list[str], sweeps: int) -> None:
+        """Descend from the best of the units as given and the guesses from either end."""
+        for guess in (labels, labels[::-1]) if len(labels) > 1 else ():
+            other = _Search(self.flat, self.spec, self.target, self.group)
+            other.guess(guess)
+            other.descend(labels, min(1, sweeps))
+            self.take(other, other.value() > self.value())
+        self.descend(labels, sweeps)
 
     def guess(self, labels: list[str]) -> None:
         """Match one label after the other, those still to come compared by what their order and
@@ -243,28 +259,24 @@ class _Search:
                 None,
             )
             unsettled.remove(label)
+        if labels[-1] not in self._neighbours(labels[-1]):
+            self.stale[labels[-1]][:] = False  # the others were settled
 
     def descend(self, labels: list[str], sweeps: int) -> None:
         """Match one label after the other, given all others, until nothing changes.
 
         A network's label is looked at again only after one that shares a tensor with it has
-        changed.
+        changed since.
         """
-        stale = {
-            label: torch.ones(self.batch, dtype=torch.bool, device=self.device)
-            for label in labels
-        }
         for _ in range(sweeps):
             for label in labels:
-                rows = stale[label].nonzero().squeeze(1)
+                rows = self.stale[label].nonzero().squeeze(1)
                 if len(rows):
                     changed = self._improve(label, rows)
-                    stale[label][rows] = False
-                    for other in (
-                        each for each in labels if each in self._neighbours(label)
-                    ):
-                        stale[other][changed] = True
-            if not any(bool(waiting.any()) for waiting in stale.values()):
+                    self.stale[label][rows] = False
+                    for other in self._neighbours(label).intersection(labels):
+                        self.stale[other][changed] = True
+            if not any(bool(waiting.any()) for waiting in self.stale.values()):
                 break
 
     def value(self) -> Tensor:
@@ -283,9 +295,10 @@ class _Search:
             (self.ours, other.ours),
             (self.perms, other.perms),
             (self.signs, other.signs),
+            (self.stale, other.stale),
         ):
             for key in own:
-                own[key] = own[key].index_copy(0, rows, new[key][rows])
+                own[key].index_copy_(0, rows, new[key][rows])
 
     def apply(self, flat: Tensor) -> Tensor:
         """Bring the networks ``(batch, dim)`` from the gauge that they were given in to the current
@@ -387,20 +400,23 @@ class _Search:
     def _write(
         where: dict[str, Tensor], name: str, part: Tensor, rows: Tensor | None
     ) -> None:
-        where[name] = part if rows is None else where[name].index_copy(0, rows, part)
+        if rows is None:
+            where[name] = part
+        else:
+            where[name].index_copy_(0, rows, part)
 
     def _some(self, rows: Tensor) -> Tensor | None:
         """Return None for all rows, which need no copies."""
         return None if len(rows) == self.batch else rows
 
-    def _neighbours(self, label: str) -> set[str | None]:
+    def _neighbours(self, label: str) -> set[str]:
         """Return the labels that share a tensor with this one.
 
         Itself only if it has two axes of one tensor.
         """
-        found: set[str | None] = set()
+        found: set[str] = set()
         for axes in self.axes.values():
-            labels = [each for each, _ in axes]
+            labels = [each for each, _ in axes if each is not None]
             if label in labels:
                 labels.remove(label)
                 found.update(labels)
@@ -413,7 +429,10 @@ def _sorted(side: Tensor, free: list[int], blind: bool) -> Tensor:
     """
     side = side.abs() if blind else side
     for axis in free:
-        side = side.sort(axis + 1)[0]
+        if side.is_cpu and side.dtype in (torch.float32, torch.float64):
+            side = torch.from_numpy(np.sort(side.numpy(), axis + 1))  # ten times as fast
+        else:
+            side = side.sort(axis + 1)[0]
     return side
 
 
@@ -448,9 +467,24 @@ def moved(
 def assign(gain: Tensor) -> Tensor:
     """Solve a batch of assignment problems: which j each i gets, ``(batch, n, n) -> (batch, n)``.
 
-    Where the best j of every i are all different they are the solution; scipy, which has no batched
-    solver, does the rest.
+    By compiled code, or where there is none by scipy; of several solutions they may find different
+    ones.
+
+    Raises:
+        ValueError: if a gain is not finite.
     """
+    columns = assigned(gain)
+    return _by_scipy(gain) if columns is None else columns
+
+
+def _by_scipy(gain: Tensor) -> Tensor:
+    """Solve by scipy, which has no batched solver, what is not solved already since the best j of
+    every i are all different.
+    """
+    if not bool(gain.isfinite().all()):
+        raise ValueError(
+            f"weights are too large to be matched: their products overflow {gain.dtype}"
+        )
     perms = gain.argmax(2)
     taken = torch.zeros_like(perms).scatter_(1, perms, 1)
     rows = (taken.sum(1) < perms.shape[1]).nonzero().squeeze(1)
