@@ -29,6 +29,7 @@ ROOMS = [
     "bridge",
     "diagnostics",
     "compiled",
+    "dynamics",
     "optimisers",
     "gaussian",
     "posteriors",

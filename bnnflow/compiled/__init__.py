@@ -13,6 +13,7 @@ from bnnflow.compiled.routines import (
     normal_like,
     stratified_rows,
     turned,
+    unit,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "normal_like",
     "stratified_rows",
     "turned",
+    "unit",
 ]

@@ -24,6 +24,7 @@
 #include <vector>
 
 #define INLINE __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 
 using T = SCALAR;
 
@@ -77,6 +78,7 @@ struct Problem {
     int64_t learned;                           // where theta holds the logarithms of the likelihood's parameters, or -1
     double scale;                              // fixed scale or dispersion; the least scale of a heteroscedastic Gaussian
     double df, constant;                       // of Student's t: degrees of freedom, log density at zero
+    double log_slope;                          // added to the log likelihood of a row, for targets in other units
     int64_t n_scaled, n_scales;                // weights whose prior has parameters, the first of theta
     const Scale* scales;
     const int64_t* owner;                      // (n_scaled,): the scale of each
@@ -89,9 +91,22 @@ struct Call {
     int64_t theta_stride, x_stride, y_stride, rows_stride;    // from chain to chain; 0 where shared
     const T *theta, *x, *y, *score;                           // x (n_data, in), y (n_data, targets), score (chains, out, n)
     const int64_t* rows;                                      // (n,) or (chains, n), or null for all rows in order
-    double likelihood_weight, prior_weight;
+    const double* weights;                                    // (chains, 2): of the log likelihood, of the log prior
+    int64_t weights_stride;
     double* value;                                            // (chains,)
     T *grad, *outputs;                                        // (chains, dim), (chains, out, n); either may be null
+};
+
+struct Dynamics {  // kicks by gradients and drifts between them, in coordinates that scale maps to weights
+    int64_t microcanonical;               // velocities are of unit length, and turn
+    int64_t steps, drifts;                // drifts of a step; a kick comes before the first, and one after each
+    const double *kick, *drift;           // (drifts + 1,), (drifts,): parts of the time of a step
+    int64_t time_stride, scale_stride;    // from chain to chain; 0 where shared
+    const T *time, *scale;                // (chains,), (chains, dim)
+    T *theta, *velocity;                  // (chains, dim); they, and value and grad of the call, go on from what they hold
+    double* error;                        // (steps, chains): change of the energy, of microcanonical steps
+    const uint64_t* keys;                 // (steps,): after each, velocities are partly drawn anew; or null
+    double share;                         // of what is drawn
 };
 
 // ---------------------------------------------------------------- elementary functions
@@ -155,8 +170,17 @@ static inline Vec clamp(Vec v, T bound) {
 #endif
 }
 
-// 2^t; saturates at 2^-126 and 2^126 (float), keeps NaN.
+// 2^t; saturates, keeps NaN.
 static inline Vec exp2(Vec t) {
+#if defined(__AVX512DQ__)
+    if constexpr (kFloat) {
+        constexpr T c[] = {.99999999576313525f, .69315462000319944f, .24014077009184015f,
+                           .05586328265924882f, .00894621466634761f, .00189510729099489f};
+        Vec f = (Vec)_mm512_reduce_ps((__m512)t, 9);  // t less the integer below
+        return (Vec)_mm512_scalef_ps((__m512)polynomial(c, f), (__m512)t);
+    }
+#endif
+    // Between 2^-126 and 2^126 (float).
     t = clamp(t, kFloat ? 126 : 1022);
     // Adding 1.5 * 2^23 rounds to an integer in the last bits; with the bias of exponents added they are those of 2^i.
     constexpr int mantissa = kFloat ? 23 : 52;
@@ -179,7 +203,7 @@ static inline Vec exp2(Vec t) {
 
 static inline Vec exp(Vec a) { return exp2(a * T(1.442695040888963407)); }
 
-static inline Vec sigmoid(Vec a) { return inverse(T(1) + exp2(a * T(-1.442695040888963407))); }
+static inline Vec sigmoid(Vec a) { return T(1) / (T(1) + exp2(a * T(-1.442695040888963407))); }
 
 // log((1 + s) / (1 - s)) for |s| <= 1/3
 static inline Vec log_ratio(Vec s) {
@@ -675,8 +699,11 @@ struct Worker {
     const Plan& plan;
     const Vec* shared;  // packed blocks of data that every chain uses, its targets perhaps not; or null
     Vec* scratch;
+    double likelihood_weight = 0, prior_weight = 0;  // of the present chain
 
-    void run(int64_t chain) const {
+    void run(int64_t chain) {
+        likelihood_weight = c.weights[chain * c.weights_stride];
+        prior_weight = c.weights[chain * c.weights_stride + 1];
         const T* theta = c.theta + chain * c.theta_stride;
         Vec* sums = scratch + (plan.inputs + 2 * plan.units + 2 * plan.widest) * plan.width;
         Given given(p, theta, sums + plan.sums(p));
@@ -690,10 +717,11 @@ struct Worker {
             Vec rest = sum_lanes(sums + i);
             std::memcpy(grad + i, &rest, (p.dim - i) * sizeof(T));
         }
-        double total = c.likelihood_weight * finished(chain, theta, given, grad);
-        if (c.prior_weight != 0)
-            for (int64_t i = 0; i < p.n_priors; ++i) total += c.prior_weight * prior(p.priors[i], theta, grad);
-        if (c.prior_weight != 0 && p.n_scaled) total += c.prior_weight * scaled_weights(theta, grad);
+        const double likelihood = finished(chain, theta, given, grad) + p.log_slope * double(c.n);
+        double total = likelihood_weight * likelihood;
+        if (prior_weight != 0)
+            for (int64_t i = 0; i < p.n_priors; ++i) total += prior_weight * prior(p.priors[i], theta, grad);
+        if (prior_weight != 0 && p.n_scaled) total += prior_weight * scaled_weights(theta, grad);
         c.value[chain] = total;
     }
 
@@ -740,7 +768,7 @@ struct Worker {
             case kNegativeBinomial: dispersed(chain, given.scale, total, by_parameter); break;
             case kOrdinal: return total + gaps(theta, given, grad);
         }
-        if (p.learned >= 0) grad[p.learned] = T(c.likelihood_weight * by_parameter);
+        if (p.learned >= 0) grad[p.learned] = T(likelihood_weight * by_parameter);
         return total;
     }
 
@@ -773,7 +801,7 @@ struct Worker {
             below += sum_of(given.classes[classes + k + 1]);
             total += rows ? rows * std::log(-std::expm1(-gap)) : 0;
             const double own = rows ? rows / std::expm1(gap) : 0;
-            grad[p.learned + k - 1] = T(c.likelihood_weight * gap * (above - below + own));
+            grad[p.learned + k - 1] = T(likelihood_weight * gap * (above - below + own));
         }
         return total;
     }
@@ -858,8 +886,8 @@ struct Worker {
                 break;
             case kOrdinal: ordinal(b, p.n_classes, given.cutpoints.data(), value, given.classes); break;
         }
-        if (c.likelihood_weight != 1)
-            for (int64_t i = 0; i < b.units * b.width; ++i) b.score[i] *= T(c.likelihood_weight);
+        if (likelihood_weight != 1)
+            for (int64_t i = 0; i < b.units * b.width; ++i) b.score[i] *= T(likelihood_weight);
     }
 
     // Copy a block (units, width) to columns of (units, n), or back with zeros past the end.
@@ -911,7 +939,7 @@ struct Worker {
                 total += double(theta[i]);
                 slope = 1 - scaled * scaled;
             }
-            grad[i] += T(c.prior_weight * slope);
+            grad[i] += T(prior_weight * slope);
         }
         return total - .5 * squares;
     }
@@ -938,11 +966,11 @@ struct Worker {
             Known& own = known[p.owner[i]];
             const double z = theta[i] * own.inverse;
             own.squares += z * z;
-            grad[i] -= T(c.prior_weight * z * own.inverse);
+            grad[i] -= T(prior_weight * z * own.inverse);
         }
         for (int64_t k = 0; k < p.n_scales; ++k) {
             const Scale& scale = p.scales[k];
-            const double slope = c.prior_weight * (known[k].squares - scale.weights), share = known[k].share;
+            const double slope = prior_weight * (known[k].squares - scale.weights), share = known[k].share;
             total -= .5 * known[k].squares;
             if (scale.global >= 0) grad[scale.global] += T(slope * share);
             if (scale.local >= 0) grad[scale.local] += T(slope * share);
@@ -954,7 +982,7 @@ struct Worker {
     double normal_prior(const Prior& prior, const T* theta, T* grad) const {
         Sum squares;
         double tail = 0;
-        T weight = T(c.prior_weight);
+        T weight = T(prior_weight);
         int64_t i = prior.start;
         const T *loc = prior.loc - i, *inverse = prior.inverse_scale - i;
         for (; i + kLanes <= prior.stop; i += kLanes) {
@@ -1056,21 +1084,24 @@ static inline INLINE void normal(BitsVec bits, BitsVec more, Vec& one, Vec& othe
     other = radius * (T(2) * sine * cosine);
 }
 
-// Fill `out` with standard normal numbers of a key.
-extern "C" void bnnflow_normals(uint64_t key, int64_t count, T* out) {
+// Fill `out` with `count` standard normal numbers of a key, from the one numbered `first` on.
+static void normals(uint64_t key, int64_t first, int64_t count, T* out) {
     constexpr int64_t many = 2 * kStreams * kLanes;
-    for (uint64_t start = 0; count > 0; start += kCounters, count -= many, out += many) {
+    for (int64_t block = first / many, start = block * many - first; start < count; ++block, start += many) {
         Words a[kStreams], b[kStreams];
         Vec pairs[2 * kStreams];
-        threefry(key, start, a, b);
+        threefry(key, uint64_t(block) * kCounters, a, b);
         unrolled<kStreams>([&](auto k) INLINE { normal((BitsVec)a[k], (BitsVec)b[k], pairs[2 * k], pairs[2 * k + 1]); });
-        if (count >= many) {
-            std::memcpy(out, pairs, sizeof(pairs));
+        const int64_t from = std::max<int64_t>(0, -start), to = std::min(many, count - start);
+        if (to - from == many) {
+            std::memcpy(out + start, pairs, sizeof(pairs));
         } else {
-            std::memcpy(out, pairs, count * sizeof(T));
+            std::memcpy(out + start + from, reinterpret_cast<const T*>(pairs) + from, (to - from) * sizeof(T));
         }
     }
 }
+
+extern "C" void bnnflow_normals(uint64_t key, int64_t count, T* out) { normals(key, 0, count, out); }
 
 // A step of Langevin dynamics: out = theta + drift * metric * grad + spread * sqrt(metric) * noise, (chains, dim) each.
 extern "C" void bnnflow_langevin(uint64_t key, int64_t chains, int64_t dim, const T* theta, const T* grad, const T* metric,
@@ -1122,7 +1153,7 @@ extern "C" void bnnflow_rows(uint64_t key, int64_t batches, int64_t size, int64_
         }
 }
 
-// ---------------------------------------------------------------- microcanonical dynamics
+// ---------------------------------------------------------------- dynamics
 
 // Sum over dim of a * b, in double precision whatever T.
 static double inner(int64_t dim, const T* a, const T* b) {
@@ -1136,28 +1167,129 @@ static double inner(int64_t dim, const T* a, const T* b) {
     return sum;
 }
 
-// Turn the directions of all chains for the times step[chain * step_stride] towards constant gradients, (chains, dim)
-// each; the kinetic energies change by change[chain]. The formulas are those of inference/mcmc/mclmc.py.
-extern "C" void bnnflow_turn(int64_t chains, int64_t dim, const T* direction, const T* grad, const T* step,
-                             int64_t step_stride, T* turned, double* change) {
+// Give a vector unit length. This and turn are never inlined: wherever they are called they round alike.
+static NOINLINE void normalise(int64_t dim, T* v) {
+    const T length = T(std::sqrt(inner(dim, v, v)));
+    for (int64_t i = 0; i < dim; ++i) v[i] /= length;
+}
+
+// Turn a direction for a time towards a constant gradient, and return by how much the kinetic energy changes. The
+// formulas are those of momentum_update in bnnflow/dynamics.py.
+static NOINLINE double turn(int64_t dim, T* direction, const T* grad, double time) {
     const double tiny = std::numeric_limits<T>::min(), factor = double(std::max<int64_t>(1, dim - 1));
     const double least = std::pow(double(std::numeric_limits<T>::epsilon()), .75);
-    for (int64_t chain = 0; chain < chains; ++chain, direction += dim, grad += dim, turned += dim) {
-        double norm = std::sqrt(inner(dim, grad, grad));
-        norm = norm < tiny ? tiny : norm;  // NaN stays, here and below
-        double along = inner(dim, direction, grad) / norm;
-        along = along > 1 ? 1 : along < -1 ? -1 : along;
-        const double delta = double(step[chain * step_stride]) * norm / factor;
-        double decay = std::exp(-delta);
-        decay = decay < least ? least : decay;
-        const T a = T(2 * decay), b = T((1 - decay) * (1 + along + decay * (1 - along)) / norm);
-        for (int64_t i = 0; i < dim; ++i) turned[i] = a * direction[i] + b * grad[i];
-        const T length = T(std::sqrt(inner(dim, turned, turned)));
-        for (int64_t i = 0; i < dim; ++i) turned[i] /= length;
-        const double with = std::log((1 + along) / 2) + delta, against = std::log((1 - along) / 2) - delta;
-        change[chain] = double(dim - 1) * (std::max(with, against) + std::log1p(std::exp(-std::abs(with - against))));
+    double norm = std::sqrt(inner(dim, grad, grad));
+    norm = norm < tiny ? tiny : norm;  // NaN stays, here and below
+    double along = inner(dim, direction, grad) / norm;
+    along = along > 1 ? 1 : along < -1 ? -1 : along;
+    const double delta = time * norm / factor;
+    double decay = std::exp(-delta);
+    decay = decay < least ? least : decay;
+    const T a = T(2 * decay), b = T((1 - decay) * (1 + along + decay * (1 - along)) / norm);
+    for (int64_t i = 0; i < dim; ++i) direction[i] = a * direction[i] + b * grad[i];
+    normalise(dim, direction);
+    const double with = std::log((1 + along) / 2) + delta, against = std::log((1 - along) / 2) - delta;
+    return double(dim - 1) * (std::max(with, against) + std::log1p(std::exp(-std::abs(with - against))));
+}
+
+extern "C" void bnnflow_normalise(int64_t chains, int64_t dim, T* v) {
+    for (int64_t chain = 0; chain < chains; ++chain) normalise(dim, v + chain * dim);
+}
+
+extern "C" void bnnflow_turn(int64_t chains, int64_t dim, T* direction, const T* grad, const T* time, int64_t time_stride,
+                             double* change) {
+    for (int64_t chain = 0; chain < chains; ++chain)
+        change[chain] = turn(dim, direction + chain * dim, grad + chain * dim, time[chain * time_stride]);
+}
+
+// a * b, which is not contracted with what it is added to.
+static inline Vec product(Vec a, Vec b) { return in_register(a * b); }
+
+// to += factor * (time * scale) * by, every operation rounded as torch rounds it.
+static void add_product(int64_t dim, T* to, T factor, T time, const T* scale, const T* by) {
+    for (int64_t i = 0; i < dim; i += kLanes) {
+        const int64_t size = std::min<int64_t>(kLanes, dim - i) * sizeof(T);
+        Vec sum{}, scales{}, others{};
+        std::memcpy(&sum, to + i, size);
+        std::memcpy(&scales, scale + i, size);
+        std::memcpy(&others, by + i, size);
+        sum += product(splat(factor) * (splat(time) * scales), others);
+        std::memcpy(to + i, &sum, size);
     }
 }
+
+// One chain on its way: to the last bit what bnnflow/dynamics.py does with the same gradient.
+class Traveller {
+  public:
+    Traveller(Worker& worker, const Dynamics& d) : worker(worker), c(worker.c), d(d), dim(worker.p.dim), memory(3 * dim), ones(dim, 1) {}
+
+    void run(int64_t chain) {
+        at = chain;
+        theta = d.theta + at * dim, velocity = d.velocity + at * dim, grad = c.grad + at * dim;
+        scale = d.scale + at * d.scale_stride;
+        T *start = memory.data() + dim, *start_grad = start + dim;
+        for (int64_t step = 0; step < d.steps; ++step) {
+            const double value = c.value[at];
+            std::copy(theta, theta + dim, start);
+            std::copy(grad, grad + dim, start_grad);
+            double kinetic = kick(d.kick[0]);
+            for (int64_t i = 0; i < d.drifts; ++i) {
+                drift(d.drift[i]);
+                worker.run(at);
+                kinetic += kick(d.kick[i + 1]);
+            }
+            const double error = kinetic - (c.value[at] - value);
+            if (d.microcanonical) d.error[step * c.chains + at] = error;
+            if (!d.keys) continue;
+            const bool lost = !(std::abs(error) < kLost);  // NaN counts
+            if (lost) {
+                c.value[at] = value;
+                std::copy(start, start + dim, theta);
+                std::copy(start_grad, start_grad + dim, grad);
+            }
+            refresh(d.keys[step], lost);
+        }
+    }
+
+  private:
+    static constexpr double kLost = 1000;  // nats
+
+    double kick(double part) {
+        if (part == 0) return 0;
+        const T time = d.time[at * d.time_stride];
+        if (!d.microcanonical) {
+            add_product(dim, velocity, T(part), time, scale, grad);
+            return 0;
+        }
+        T* scaled = memory.data();
+        for (int64_t i = 0; i < dim; ++i) scaled[i] = scale[i] * grad[i];
+        return turn(dim, velocity, scaled, T(part) * time);
+    }
+
+    void drift(double part) { add_product(dim, theta, T(part), d.time[at * d.time_stride], scale, velocity); }
+
+    // Add a share of a random direction, or take it alone.
+    void refresh(uint64_t key, bool alone) {
+        T* anew = memory.data();
+        normals(key, at * dim, dim, anew);
+        normalise(dim, anew);
+        if (alone) {
+            std::copy(anew, anew + dim, velocity);
+            return;
+        }
+        add_product(dim, velocity, T(d.share), 1, anew, ones.data());
+        normalise(dim, velocity);
+    }
+
+    Worker& worker;
+    const Call& c;
+    const Dynamics& d;
+    const int64_t dim;
+    std::vector<T> memory, ones;
+    int64_t at = 0;
+    T *theta = nullptr, *velocity = nullptr, *grad = nullptr;
+    const T* scale = nullptr;
+};
 
 // ---------------------------------------------------------------- assignment
 
@@ -1283,8 +1415,9 @@ extern "C" int bnnflow_assign(int64_t batch, int64_t n, const T* gain, int64_t* 
 
 // ---------------------------------------------------------------- evaluation
 
-// Return 0, 1 for a row that does not exist, or 2 for want of memory.
-extern "C" int bnnflow_evaluate(const Problem* problem, const Call* call) try {
+// Evaluate all chains where they are, or let them follow dynamics if there are any. Return 0, 1 for a row that does not
+// exist, or 2 for want of memory.
+extern "C" int bnnflow_evaluate(const Problem* problem, const Call* call, const Dynamics* dynamics) try {
     const Problem& p = *problem;
     Call c = *call;
     std::vector<int64_t> drawn(c.drawn ? c.chains * c.n : 0);
@@ -1311,7 +1444,13 @@ extern "C" int bnnflow_evaluate(const Problem* problem, const Call* call) try {
     // Every chain is computed alone, so that results do not depend on the number of threads.
     auto work = [&](int64_t worker) {
         Worker one{p, c, plan, shared.get(), memory.get() + worker * size};
-        for (int64_t chain = c.chains * worker / workers; chain < c.chains * (worker + 1) / workers; ++chain) one.run(chain);
+        const int64_t first = c.chains * worker / workers, end = c.chains * (worker + 1) / workers;
+        if (!dynamics) {
+            for (int64_t chain = first; chain < end; ++chain) one.run(chain);
+            return;
+        }
+        Traveller traveller(one, *dynamics);
+        for (int64_t chain = first; chain < end; ++chain) traveller.run(chain);
     };
     std::vector<std::thread> threads;
     for (int64_t worker = 1; worker < workers; ++worker) try {

@@ -35,6 +35,7 @@ __all__ = [
     "normal_like",
     "stratified_rows",
     "turned",
+    "unit",
 ]
 
 _SCALARS = {torch.float32: "float", torch.float64: "double"}
@@ -164,40 +165,41 @@ def max_norm(grad: Tensor, root: Tensor, value: Tensor) -> float:
     )
 
 
-def turned(direction: Tensor, grad: Tensor, step: Tensor) -> tuple[Tensor, Tensor] | None:
+def turned(direction: Tensor, grad: Tensor, time: Tensor) -> tuple[Tensor, Tensor] | None:
     """Turn directions towards gradients, ``(chain, dim)`` each, for times ``(1,)`` or
-    ``(chain, 1)``, as `mclmc.turn`.
+    ``(chain, 1)``, as `bnnflow.dynamics.momentum_update` does.
 
     Returns:
         The new directions and the changes of kinetic energy ``(chain,)``; None where the library
         cannot.
     """
-    dense = (
-        direction.is_contiguous()
-        and grad.is_contiguous()
-        and direction.dtype == grad.dtype == step.dtype
-    )
-    compiled = (
-        library(grad.dtype)
-        if dense and grad.is_cpu and is_untracked_cpu(direction, grad)
-        else None
-    )
+    same = direction.dtype == grad.dtype == time.dtype
+    plain = same and is_untracked_cpu(direction, grad, time)
+    compiled = library(grad.dtype) if plain and direction.dim() == 2 else None
     if compiled is None:
         return None
-    new, change = (
-        torch.empty_like(direction),
-        torch.empty(len(direction), dtype=torch.float64),
-    )
+    new, grad, time = direction.clone().contiguous(), grad.contiguous(), time.contiguous()
+    change = torch.empty(len(new), dtype=torch.float64)
     compiled.bnnflow_turn(
-        *direction.shape,
-        direction.data_ptr(),
-        grad.data_ptr(),
-        step.data_ptr(),
-        int(step.dim() == 2),
+        *new.shape,
         new.data_ptr(),
+        grad.data_ptr(),
+        time.data_ptr(),
+        int(time.numel() > 1),
         change.data_ptr(),
     )
     return new, change
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Return vectors ``(chain, dim)`` divided by their lengths."""
+    plain = is_untracked_cpu(vectors) and vectors.dim() == 2
+    compiled = library(vectors.dtype) if plain else None
+    if compiled is None:
+        return vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    vectors = vectors.clone().contiguous()
+    compiled.bnnflow_normalise(*vectors.shape, vectors.data_ptr())
+    return vectors
 
 
 def _dense(theta: Tensor, grad: Tensor, metric: Tensor, root: Tensor) -> bool:
@@ -289,21 +291,16 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
         ctypes.c_uint64, _Int, _Int, *[_Pointer] * 4, _Int, number, number, _Pointer
     ]  # fmt: skip
     loaded.bnnflow_turn.argtypes = [
-        _Int,
-        _Int,
-        _Pointer,
-        _Pointer,
-        _Pointer,
-        _Int,
-        _Pointer,
-        _Pointer,
-    ]
+        _Int, _Int, _Pointer, _Pointer, _Pointer, _Int, _Pointer
+    ]  # fmt: skip
+    loaded.bnnflow_normalise.argtypes = [_Int, _Int, _Pointer]
     loaded.bnnflow_longest.argtypes = [_Int, _Int, _Pointer, _Pointer, _Int, _Pointer]
     for function in (
         loaded.bnnflow_normals,
         loaded.bnnflow_rows,
         loaded.bnnflow_langevin,
         loaded.bnnflow_turn,
+        loaded.bnnflow_normalise,
     ):
         function.restype = None
     loaded.bnnflow_longest.restype = ctypes.c_double

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from bnnflow.arguments import Count, Positive, checked, columns_of, tensor
+from bnnflow.dynamics import HasTarget, Target
 from bnnflow.model import checks, trunk
 from bnnflow.model.curvature import Curvature
 from bnnflow.model.fingerprint import DataVersion, ModelIdentity, Provenance
@@ -47,7 +48,7 @@ class _Parts(NamedTuple):
 
 
 @checked
-class BayesianModel:
+class BayesianModel(HasTarget):
     """What is inferred: p(theta) p(y | net(x; theta)), with every constant.
 
     ``theta`` holds the network's weights in ``named_parameters()`` order, then the parameters of
@@ -475,6 +476,16 @@ class BayesianModel:
         """
         return self.density.log_joint_and_grad(theta, rows)
 
+    @property
+    def target(self) -> Target:
+        """`log_joint_and_grad` as chains move in it, without derivatives: with compiled steps,
+        unless that method was replaced.
+        """
+        method = self.log_joint_and_grad
+        if getattr(method, "__func__", None) is _LOG_JOINT_AND_GRAD:
+            return self.density.target
+        return Target(torch.no_grad()(method))
+
     def minibatch_log_joint_and_grad(
         self, theta: Tensor, generator: torch.Generator, batch_size: int
     ) -> tuple[Tensor, Tensor]:
@@ -679,6 +690,9 @@ class BayesianModel:
 
     def _data_version(self) -> DataVersion:
         return DataVersion(self.x, self.y)
+
+
+_LOG_JOINT_AND_GRAD = BayesianModel.log_joint_and_grad
 
 
 def _labelled(net: nn.Module) -> WeightSpec:

@@ -8,7 +8,9 @@ derivatives, the caller evaluates with torch instead.
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from bnnflow.activations import Activation
 from bnnflow.compiled import is_untracked_cpu, key_of, library
+from bnnflow.dynamics import Point, Scheme
 from bnnflow.model.likelihood import Likelihood
 from bnnflow.model.likelihoods import (
     Bernoulli,
@@ -112,7 +115,7 @@ class _Problem(ctypes.Structure):
         ("layers", ctypes.POINTER(_Layer)),
         ("priors", ctypes.POINTER(_Prior)),
         *((name, _Int) for name in ("likelihood", "n_targets", "n_classes", "learned")),
-        *((name, ctypes.c_double) for name in ("scale", "df", "constant")),
+        *((name, ctypes.c_double) for name in ("scale", "df", "constant", "log_slope")),
         *((name, _Int) for name in ("n_scaled", "n_scales")),
         ("scales", ctypes.POINTER(_Scale)),
         ("owner", _Pointer),
@@ -125,8 +128,20 @@ class _Call(ctypes.Structure):
         ("key", ctypes.c_uint64),
         *((name, _Int) for name in ("theta_stride", "x_stride", "y_stride", "rows_stride")),
         *((name, _Pointer) for name in ("theta", "x", "y", "score", "rows")),
-        *((name, ctypes.c_double) for name in ("likelihood_weight", "prior_weight")),
+        ("weights", _Pointer),
+        ("weights_stride", _Int),
         *((name, _Pointer) for name in ("value", "grad", "outputs")),
+    ]
+
+
+class _Dynamics(ctypes.Structure):
+    _fields_ = [
+        *((name, _Int) for name in ("microcanonical", "steps", "drifts")),
+        *((name, ctypes.POINTER(ctypes.c_double)) for name in ("kick", "drift")),
+        *((name, _Int) for name in ("time_stride", "scale_stride")),
+        *((name, _Pointer) for name in ("time", "scale", "theta", "velocity", "error")),
+        ("keys", ctypes.POINTER(_Int)),
+        ("share", ctypes.c_double),
     ]
 
 
@@ -207,8 +222,8 @@ class FusedNetwork:
             y.data_ptr(),
             None,
             None if rows is None else rows.data_ptr(),
-            -1.0,
-            0.0,
+            weights_of(-1.0, 0.0).data_ptr(),
+            0,
             value.data_ptr(),
             room.data_ptr(),
             None,
@@ -250,8 +265,8 @@ class FusedNetwork:
             None,
             None if score is None else score.data_ptr(),
             None,
-            1.0,
-            0.0,
+            weights_of(1.0, 0.0).data_ptr(),
+            0,
             value.data_ptr(),
             *((None, result.data_ptr()) if score is None else (result.data_ptr(), None)),
         )
@@ -282,7 +297,7 @@ class FusedDensity:
         self._arguments = (spec, likelihood, prior, x, y)
         self._dim = spec.dim
         self._x = x.flatten(1).contiguous()
-        likelihood, y, self._log_slope = reduced(likelihood, y)
+        likelihood, y, log_slope = reduced(likelihood, y)
         self._y = _columns(likelihood, y).to(x.dtype).contiguous()
         self._layers = _layers(spec)
         shared = None if prior.weights is None else prior.weights.shared
@@ -300,6 +315,7 @@ class FusedDensity:
             problem.n_scaled, problem.n_scales = len(shared.owner), len(self._scales)
             problem.scales, problem.owner = self._scales, self._owner.data_ptr()
         problem.n_priors, problem.priors = len(self._priors), self._priors
+        problem.log_slope = log_slope / len(self._x)  # of a row, on average
         problem.likelihood, problem.n_targets = (
             _LIKELIHOODS[type(likelihood)],
             self._y.shape[1],
@@ -350,11 +366,7 @@ class FusedDensity:
         return type(self), self._arguments
 
     def __call__(
-        self,
-        theta: Tensor,
-        rows: Tensor | None,
-        likelihood_weight: float,
-        prior_weight: float,
+        self, theta: Tensor, rows: Tensor | None, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return a weighted sum of log likelihood and log prior, and its gradient.
 
@@ -362,73 +374,130 @@ class FusedDensity:
             theta: ``(..., dim)``.
             rows: int64 indices of rows of data, ``(batch,)`` or ``(networks, batch)``; all of them
                 if None.
-            likelihood_weight: factor of the log likelihood.
-            prior_weight: factor of the log prior; 0 leaves it out.
+            weights: of the log likelihood and of the log prior; see `weights_of`.
 
         Raises:
             IndexError: if a row does not exist.
         """
         if rows is None:
-            return self._run(theta, len(self._x), likelihood_weight, prior_weight)
+            return self._run(theta, len(self._x), weights)
         rows = rows.contiguous()
         stride = rows.shape[-1] if rows.dim() > 1 else 0
-        return self._run(
-            theta, rows.shape[-1], likelihood_weight, prior_weight, rows.data_ptr(), stride
-        )
+        return self._run(theta, rows.shape[-1], weights, rows.data_ptr(), stride)
 
     def minibatch(
         self,
         theta: Tensor,
         generator: torch.Generator,
         batch_size: int,
-        likelihood_weight: float,
-        prior_weight: float,
+        weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Return the same from rows of `stratified_rows`, which nobody sees, for every network its
         own.
         """
-        return self._run(
-            theta,
-            batch_size,
-            likelihood_weight,
-            prior_weight,
-            drawn=1,
-            key=key_of(generator),
-        )
+        return self._run(theta, batch_size, weights, drawn=1, key=key_of(generator))
+
+    def follow(
+        self,
+        point: Point,
+        time: Tensor,
+        scale: Tensor,
+        scheme: Scheme,
+        weights: Tensor,
+        *,
+        microcanonical: bool = False,
+        keys: Sequence[int] | None = None,
+        share: float = 0.0,
+    ) -> tuple[Point, Tensor]:
+        """Let chains follow dynamics in a weighted sum of log likelihood and log prior: what
+        `bnnflow.dynamics` says, without torch.
+
+        Args:
+            point: where they are; all of it in the model's type.
+            time: of a step, one for all or ``(chain, 1)``.
+            scale: ``(dim,)`` or ``(chain, dim)``.
+            scheme: of every step.
+            weights: see `weights_of`.
+            microcanonical: whether velocities are of unit length.
+            keys: one for every step, of the random numbers from which its velocities are partly
+                drawn anew; one step without any if None.
+            share: of what is drawn.
+
+        Returns:
+            Where they come to, and the errors of the energy ``(step, chain)`` of microcanonical
+            steps.
+        """
+        theta, velocity, value, grad = (each.clone().contiguous() for each in point)
+        time, scale = time.to(theta.dtype).contiguous(), scale.contiguous()
+        chains, steps = len(theta), 1 if keys is None else len(keys)
+        error = torch.zeros(steps, chains, dtype=torch.float64)
+        drifts = len(scheme.drift)
+        kick = (ctypes.c_double * (drifts + 1))(*scheme.kick)
+        drift = (ctypes.c_double * drifts)(*scheme.drift)
+        numbers = None if keys is None else (ctypes.c_int64 * steps)(*keys)
+        dynamics = _Dynamics(
+            microcanonical, steps, drifts, kick, drift,
+            int(len(time) > 1), self._dim if scale.dim() > 1 else 0,
+            time.data_ptr(), scale.data_ptr(), theta.data_ptr(), velocity.data_ptr(),
+            error.data_ptr(), numbers, share,
+        )  # fmt: skip
+        call = self._call(theta, len(self._x), weights, value, grad, passes=steps * drifts)
+        _evaluate(theta.dtype, self._problem, call, dynamics)
+        return Point(theta, velocity, value, grad), error
 
     def _run(
         self,
         theta: Tensor,
         used: int,
-        likelihood_weight: float,
-        prior_weight: float,
+        weights: Tensor,
         address: int | None = None,
         stride: int = 0,
         drawn: int = 0,
         key: int = 0,
     ) -> tuple[Tensor, Tensor]:
         flat = _strided(theta if theta.dim() == 2 else theta.reshape(-1, self._dim))
-        batch, n = len(flat), len(self._x)
         value = torch.empty(theta.shape[:-1], dtype=torch.float64)
         grad = (
             torch.empty_like(theta)
             if theta.is_contiguous()
             else theta.new_empty(theta.shape)
         )
-        call = _Call(
-            batch, used, n, threads_for(batch * used * self._dim), drawn, key,
-            flat.stride(0), 0, 0, stride,
-            flat.data_ptr(), self._x.data_ptr(), self._y.data_ptr(), None, address,
-            likelihood_weight, prior_weight,
+        call = self._call(flat, used, weights, value, grad)
+        call.rows, call.rows_stride, call.drawn, call.key = address, stride, drawn, key
+        _evaluate(theta.dtype, self._problem, call)
+        if self.added_prior is not None and bool(weights[:, 1].any()):
+            prior, prior_grad = self.added_prior.log_prob_and_grad(theta)
+            weight = weights[:, 1]
+            value = value + weight * prior
+            grad = grad + weight.to(grad.dtype).unsqueeze(-1) * prior_grad
+        return value, grad
+
+    def _call(
+        self,
+        theta: Tensor,
+        used: int,
+        weights: Tensor,
+        value: Tensor,
+        grad: Tensor,
+        passes: int = 1,
+    ) -> _Call:
+        """Describe what is wanted of weights ``(batch, dim)``, so many times."""
+        batch = len(theta)
+        return _Call(
+            batch, used, len(self._x), threads_for(batch * used * self._dim * passes), 0, 0,
+            theta.stride(0), 0, 0, 0,
+            theta.data_ptr(), self._x.data_ptr(), self._y.data_ptr(), None, None,
+            weights.data_ptr(), 2 if len(weights) > 1 else 0,
             value.data_ptr(), grad.data_ptr(), None,
         )  # fmt: skip
-        _evaluate(theta.dtype, self._problem, call)
-        if self._log_slope:  # of `used` rows, on average
-            value += likelihood_weight * self._log_slope * used / n
-        if self.added_prior is not None and prior_weight:
-            prior, prior_grad = self.added_prior.log_prob_and_grad(theta)
-            value, grad = value + prior_weight * prior, grad + prior_weight * prior_grad
-        return value, grad
+
+
+@functools.lru_cache(maxsize=64)
+def weights_of(likelihood: float, prior: float) -> Tensor:
+    """Return the factors of the log likelihood and of the log prior, float64 ``(1, 2)``, shared by
+    all chains; chains with factors of their own have ``(chain, 2)``.
+    """
+    return torch.tensor([[likelihood, prior]], dtype=torch.float64)
 
 
 # ---------------------------------------- descriptions
@@ -541,10 +610,13 @@ def threads_for(multiplications: int) -> int:
     return max(1, min(torch.get_num_threads(), multiplications // _WORK_OF_A_THREAD))
 
 
-def _evaluate(dtype: torch.dtype, problem: _Problem, call: _Call) -> None:
+def _evaluate(
+    dtype: torch.dtype, problem: _Problem, call: _Call, dynamics: _Dynamics | None = None
+) -> None:
     compiled = library(dtype)
     assert compiled is not None
-    status = compiled.bnnflow_evaluate(ctypes.byref(problem), ctypes.byref(call))
+    steps = None if dynamics is None else ctypes.byref(dynamics)
+    status = compiled.bnnflow_evaluate(ctypes.byref(problem), ctypes.byref(call), steps)
     if status == 1:
         raise IndexError(f"rows must be between 0 and {call.n_data - 1}")
     if status:

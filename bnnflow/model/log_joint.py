@@ -13,13 +13,14 @@ from torch import Tensor
 
 from bnnflow.arguments import tracked
 from bnnflow.compiled import is_tracked, is_untracked_cpu, stratified_rows
-from bnnflow.model.fused import FusedDensity
+from bnnflow.model.fused import FusedDensity, weights_of
 from bnnflow.model.hessian import ChainHessian
 from bnnflow.model.likelihood import Likelihood, Score
 from bnnflow.model.linearised import LinearisedNetwork
 from bnnflow.model.network import ChainNetwork, ModuleNetwork, Pullback
 from bnnflow.model.priors import FlatPrior
 from bnnflow.model.priors.marginals import unvalidated
+from bnnflow.model.target import PosteriorTarget
 from bnnflow.weights import WeightSpec
 
 __all__ = ["LogJoint", "Network", "stretches"]
@@ -79,6 +80,11 @@ class LogJoint:
     def fused(self) -> FusedDensity | None:
         """The compiled density, where the network, the likelihood and the machine allow one."""
         return FusedDensity.of(self.spec, self.likelihood, self.prior, self.x, self.y)
+
+    @cached_property
+    def target(self) -> PosteriorTarget:
+        """The log joint as chains move in it."""
+        return PosteriorTarget(self, 1 / self.temperature, 1 / self.temperature)
 
     @cached_property
     def hessian(self) -> ChainHessian | None:
@@ -159,7 +165,7 @@ class LogJoint:
         theta = self.checked(theta)
         if fused := self.compiled(theta, rows):
             theta, rows, scale = self.batch(theta, rows)
-            return fused(theta, rows, scale, 0.0)
+            return fused(theta, rows, weights_of(scale, 0.0))
         value, grad = self._in_sum(self._value_and_grad, theta, rows)
         return value.reshape(theta.shape[:-1]), grad.reshape(theta.shape)
 
@@ -186,10 +192,27 @@ class LogJoint:
         theta = self.checked(theta)
         if fused := self.compiled(theta, rows):
             theta, rows, scale = self.batch(theta, rows)
-            return fused(theta, rows, scale / self.temperature, 1 / self.temperature)
+            weights = weights_of(scale / self.temperature, 1 / self.temperature)
+            return fused(theta, rows, weights)
         value, grad = self.log_likelihood_and_grad(theta, rows)
         prior, prior_grad = self.prior.log_prob_and_grad(theta)
         return (value + prior) / self.temperature, (grad + prior_grad) / self.temperature
+
+    def weighted_and_grad(self, theta: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a weighted sum of log likelihood and log prior, and its gradient.
+
+        Args:
+            theta: ``(chain, dim)``.
+            weights: of the two, float64 ``(chain, 2)``, or ``(1, 2)`` for all.
+        """
+        theta = self.checked(theta)
+        if fused := self.compiled(theta, None):
+            return fused(theta, None, weights)
+        value, grad = self.log_likelihood_and_grad(theta)
+        prior, prior_grad = self.prior.log_prob_and_grad(theta)
+        ours, priors = weights.to(value.device).unbind(1)
+        near, far = (each.to(grad.dtype)[:, None] for each in (ours, priors))
+        return ours * value + priors * prior, near * grad + far * prior_grad
 
     def _log_likelihoods(
         self, theta: Tensor, x: Tensor, y: Tensor, per_network: bool
@@ -237,9 +260,8 @@ class LogJoint:
         self._check_batch_size(batch_size)
         if fused := self.compiled(theta, None):
             scale = len(self.x) / (batch_size * self.temperature)
-            return fused.minibatch(
-                theta, generator, batch_size, scale, 1 / self.temperature
-            )
+            weights = weights_of(scale, 1 / self.temperature)
+            return fused.minibatch(theta, generator, batch_size, weights)
         return self.log_joint_and_grad(
             theta, self.random_rows(theta.shape[:-1], generator, batch_size)
         )

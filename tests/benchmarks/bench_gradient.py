@@ -1,9 +1,11 @@
-"""CPU microseconds a gradient and chain inside Hamiltonian Monte Carlo: bnnflow, blackjax, numpyro,
-Pyro, vmap(grad).
+"""CPU microseconds a gradient and chain inside Hamiltonian Monte Carlo and MCLMC: bnnflow,
+blackjax, numpyro, Pyro, vmap(grad).
 
-Every rival makes whole transitions of the same 32 leapfrog steps on the same posterior, so that
-random numbers and acceptance are in the price; only "gradient alone" is the bare density. Compiling
-is not counted. Run: ``python tests/benchmarks/bench_gradient.py [--quick]``.
+Every rival makes whole transitions of the same 32 leapfrog steps, or 16 steps of MCLMC with two
+gradients each, on the same posterior, so that random numbers and acceptance are in the price; only
+"gradient alone" is the bare density. "Steps by torch" are the readable form of bnnflow's own, with
+the compiled gradient. Compiling is not counted. Run: ``python tests/benchmarks/bench_gradient.py
+[--quick]``.
 """
 
 import argparse
@@ -13,29 +15,40 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import rivals
 import torch
 
 import bnnflow as bf
+from bnnflow.dynamics import Target
 from bnnflow.inference.mcmc.hmc import hmc
+from bnnflow.inference.mcmc.mclmc import mclmc
+from bnnflow.types import Kernel, LogDensityAndGrad
+
+Measure = Callable[[], float]
 
 N_LEAPFROG, STEP_SIZE = 32, 2e-4
 GRADIENTS = 4096  # over all chains, in one measurement
 ROUNDS = 11
 CHAINS = (16, 64)
 DATA_SETS = ("yacht", "concrete")
-ASKED = {"the better blackjax": ("blackjax", 1.0), "the best of Pyro": ("Pyro", 20.0)}
+ASKED = {
+    "the better blackjax": ("blackjax HMC", 1 / 0.45),
+    "the best of Pyro": ("Pyro", 20.0),
+}
+# at most this multiple of their price is MCLMC's
+MCLMC_ASKED = {
+    "bnnflow HMC": 1.15,
+    "bnnflow MCLMC, steps by torch": 1 / 1.3,
+    "blackjax MCLMC, vmap": 1.0,
+}
+L, MCLMC_STEP = 20.0, 0.1
 
 
-def own_hmc(
-    target: Callable[[torch.Tensor], Any], theta: torch.Tensor, gradients: int
-) -> Callable[[], float]:
-    """Return a measurement of bnnflow's kernel over any gradient."""
-    kernel = hmc(
-        target, STEP_SIZE, N_LEAPFROG, torch.ones(theta.shape[1]), trajectory_jitter=1.0
-    )
+def own(kernel: Kernel, theta: torch.Tensor, each: int, gradients: int) -> Measure:
+    """Return a measurement of a kernel of bnnflow whose transitions take ``each`` gradients."""
     generator = torch.Generator().manual_seed(1)
-    transitions = max(1, gradients // (len(theta) * N_LEAPFROG))
+    transitions = max(1, gradients // (len(theta) * each))
     state = kernel.init(theta, generator)
 
     @torch.no_grad()
@@ -44,7 +57,20 @@ def own_hmc(
         for _ in range(transitions):
             state, _ = kernel.step(state, generator)
 
-    return lambda: rivals.cpu(work) / (transitions * N_LEAPFROG * len(theta)) * 1e6
+    return lambda: rivals.cpu(work) / (transitions * each * len(theta)) * 1e6
+
+
+def own_hmc(target: LogDensityAndGrad, theta: torch.Tensor, gradients: int) -> Measure:
+    """Return a measurement of bnnflow's HMC over any gradient."""
+    ones = torch.ones(theta.shape[1])
+    kernel = hmc(target, STEP_SIZE, N_LEAPFROG, ones, trajectory_jitter=1.0)
+    return own(kernel, theta, N_LEAPFROG, gradients)
+
+
+def own_mclmc(target: LogDensityAndGrad, theta: torch.Tensor) -> Measure:
+    """Return a measurement of bnnflow's MCLMC, with a mass matrix for every chain."""
+    kernel = mclmc(target, MCLMC_STEP, L, torch.ones_like(theta), N_LEAPFROG // 2)
+    return own(kernel, theta, N_LEAPFROG, GRADIENTS)
 
 
 def naive(
@@ -67,7 +93,7 @@ def naive(
 
 def jax_hmc(
     library: str, model: bf.BayesianModel, theta: torch.Tensor, group: int
-) -> Callable[[], float]:
+) -> Measure:
     """Return a measurement of blackjax or numpyro: a compiled scan, ``group`` chains vectorised,
     groups in turn.
     """
@@ -142,9 +168,38 @@ def jax_hmc(
     )
 
 
-def pyro_hmc(
-    model: bf.BayesianModel, theta: torch.Tensor, compiled: bool
-) -> Callable[[], float]:
+def jax_mclmc(model: bf.BayesianModel, theta: torch.Tensor) -> Measure:
+    """Return a measurement of blackjax's MCLMC: a compiled scan, all chains vectorised."""
+    import blackjax
+    import jax
+    import jax.numpy as jnp
+
+    x, y = (
+        jnp.asarray(model.x.mT.contiguous().numpy()),
+        jnp.asarray(model.y.flatten().numpy()),
+    )
+
+    def log_joint(params: tuple[Any, ...]) -> Any:
+        return rivals.jax_log_likelihood(params, (x, y)) + rivals.jax_log_prior(params)
+
+    algorithm = blackjax.mclmc(log_joint, L=L, step_size=MCLMC_STEP)
+    start, steps = rivals.split(jnp.asarray(theta.numpy())), GRADIENTS // (2 * len(theta))
+    keys = jax.random.split(jax.random.key(0), (steps, len(theta)))
+    states = jax.vmap(algorithm.init)(start, keys[0])
+
+    def one(states: Any, keys: Any) -> tuple[Any, Any]:
+        states, info = jax.vmap(algorithm.step)(keys, states)
+        return states, info.energy_change
+
+    everything = jax.jit(lambda states: jax.lax.scan(one, states, keys))
+    return lambda: (
+        rivals.cpu(lambda: jax.block_until_ready(everything(states)))
+        / (2 * steps * len(theta))
+        * 1e6
+    )
+
+
+def pyro_hmc(model: bf.BayesianModel, theta: torch.Tensor, compiled: bool) -> Measure:
     """Return a measurement of Pyro's HMC: one chain, a plain torch potential over four tensors,
     traced or not.
     """
@@ -180,7 +235,7 @@ def pyro_hmc(
     return lambda: rivals.cpu(work) / (transitions * N_LEAPFROG) * 1e6
 
 
-def eager(name: str, chains: int) -> Callable[[], float]:
+def eager(name: str, chains: int) -> Measure:
     """Return a measurement of bnnflow without its compiled path: a process of its own, asked for
     one at a time.
     """
@@ -233,14 +288,20 @@ def main() -> None:
             model, theta = problem(name, chains)
             raw = torch.no_grad()(model.log_joint_and_grad)
             calls = max(1, GRADIENTS // chains)
-            measures: dict[str, Callable[[], float]] = {
+            measures: dict[str, Measure] = {
                 "bnnflow HMC": own_hmc(model.log_joint_and_grad, theta, GRADIENTS),
                 "bnnflow gradient alone": lambda raw=raw, theta=theta, calls=calls: (
                     rivals.cpu(lambda: [raw(theta) for _ in range(calls)])
                     / (calls * len(theta))
                     * 1e6
                 ),
+                "bnnflow HMC, steps by torch": own_hmc(
+                    Target(model.target), theta, GRADIENTS
+                ),
+                "bnnflow MCLMC": own_mclmc(model.target, theta),
+                "bnnflow MCLMC, steps by torch": own_mclmc(Target(model.target), theta),
                 "bnnflow HMC, BNNFLOW_FUSED=0": eager(name, chains),
+                "blackjax MCLMC, vmap": jax_mclmc(model, theta),
                 "blackjax HMC, vmap": jax_hmc("blackjax", model, theta, chains),
                 "numpyro HMC, vmap": jax_hmc("numpyro", model, theta, chains),
             }
@@ -264,6 +325,10 @@ def main() -> None:
                 "bnnflow HMC",
                 ASKED,
             )
+            mine = float(np.median(samples["bnnflow MCLMC"]))
+            for other, most in MCLMC_ASKED.items():
+                ratio = float(np.median(samples[other])) / mine
+                rivals.asked(f"{other} / bnnflow MCLMC", 1 / most, ratio)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bnnflow.draws import Draws
-from bnnflow.inference.mcmc.mclmc import momentum_update, random_directions
+from bnnflow.dynamics import Point, Scheme, Target, random_directions
 from bnnflow.inference.mcmc.trajectories import (
     ChainState,
     Proposal,
@@ -32,6 +32,7 @@ def microcanonical(log_joint_and_grad: LogDensityAndGrad) -> Trajectory:
     They keep exp(log_joint) times the uniform law of directions: what the energy lacks is the
     change of volume.
     """
+    target = Target.of(log_joint_and_grad)
 
     def trajectory(
         state: ChainState,
@@ -40,23 +41,13 @@ def microcanonical(log_joint_and_grad: LogDensityAndGrad) -> Trajectory:
         n_steps: int,
         generator: torch.Generator,
     ) -> Proposal:
-        theta, log_joint, grad = state
-        steps = step_size * scale
-        start_energy = -log_joint
-        direction, kinetic = momentum_update(
-            random_directions(theta, generator), scale * grad, 0.5 * step_size
+        direction = random_directions(state.theta, generator)
+        start = Point(state.theta, direction, state.log_joint, state.grad)
+        end, error = target.microcanonical(
+            start, step_size, scale, Scheme.leapfrog(n_steps)
         )
-        for i in range(n_steps):
-            theta = torch.addcmul(theta, steps, direction)
-            log_joint, grad = log_joint_and_grad(theta)
-            # Two half turns at the same gradient are a whole one.
-            direction, change = momentum_update(
-                direction, scale * grad, step_size if i < n_steps - 1 else 0.5 * step_size
-            )
-            kinetic = kinetic + change
-        return Proposal(
-            ChainState(theta, log_joint, grad), direction, start_energy, kinetic - log_joint
-        )
+        moved = ChainState(end.theta, end.log_joint, end.grad)
+        return Proposal(moved, end.velocity, -state.log_joint, error - state.log_joint)
 
     return trajectory
 

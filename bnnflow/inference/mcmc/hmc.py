@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bnnflow.compiled import normal_like
+from bnnflow.dynamics import Point, Scheme, Target
 from bnnflow.gaussian import Gaussian
 from bnnflow.inference.mcmc.trajectories import (
     ChainState,
@@ -26,6 +27,10 @@ __all__ = ["HMC", "hmc", "leapfrog", "rotation"]
 
 def leapfrog(log_joint_and_grad: LogDensityAndGrad) -> Trajectory:
     """Return the leapfrog trajectories of H = p M^-1 p / 2 - log_joint from momenta p ~ N(0, M)."""
+    target = Target.of(log_joint_and_grad)
+
+    def energy(point: Point) -> Tensor:
+        return 0.5 * point.velocity.square().sum(-1, dtype=torch.float64) - point.log_joint
 
     def trajectory(
         state: ChainState,
@@ -34,22 +39,12 @@ def leapfrog(log_joint_and_grad: LogDensityAndGrad) -> Trajectory:
         n_steps: int,
         generator: torch.Generator,
     ) -> Proposal:
-        theta, log_joint, grad = state
-        steps = step_size * scale
         # Momenta are kept in units of M^(1/2), so that their law is standard normal.
-        momentum = normal_like(theta, generator)
-        start_energy = 0.5 * momentum.square().sum(-1, dtype=torch.float64) - log_joint
-        momentum = torch.addcmul(momentum, steps, grad, value=0.5)
-        for i in range(n_steps):
-            theta = torch.addcmul(theta, steps, momentum)
-            log_joint, grad = log_joint_and_grad(theta)
-            momentum = torch.addcmul(
-                momentum, steps, grad, value=1.0 if i < n_steps - 1 else 0.5
-            )
-        end_energy = 0.5 * momentum.square().sum(-1, dtype=torch.float64) - log_joint
-        return Proposal(
-            ChainState(theta, log_joint, grad), momentum, start_energy, end_energy
-        )
+        momentum = normal_like(state.theta, generator)
+        start = Point(state.theta, momentum, state.log_joint, state.grad)
+        end = target.hamiltonian(start, step_size, scale, Scheme.leapfrog(n_steps))
+        moved = ChainState(end.theta, end.log_joint, end.grad)
+        return Proposal(moved, end.velocity, energy(start), energy(end))
 
     return trajectory
 

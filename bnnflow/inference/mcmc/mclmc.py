@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from bnnflow.arguments import integer, number, settle
-from bnnflow.compiled import normal_like, turned
 from bnnflow.draws import Draws
-from bnnflow.inference.loop import Tuned, WarmUp, run_chains, thinned
+from bnnflow.dynamics import DIVERGENCE, Point, Target, momentum_update, random_directions
+from bnnflow.inference.loop import Tuned, WarmUp, run_chains
 from bnnflow.inference.mcmc.mass import Moments
 from bnnflow.inference.mcmc.warmup import window_ends
 from bnnflow.method import Method, Run
@@ -51,66 +51,19 @@ class MCLMCInfo(NamedTuple):
     n_steps: Tensor
 
 
-# The minimal-norm scheme of second order (McLachlan 1995): twice the gradients of leapfrog, a tenth
-# of its error.
-_OUTER = 0.1931833275037836
-_INNER = 1 - 2 * _OUTER
-
-
-def momentum_update(
-    direction: Tensor, grad: Tensor, step: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    """Turn unit vectors ``(chain, dim)`` towards the gradient for a time ``step``, exactly.
-
-    Solves du/dt = (I - u u^T) grad / (dim - 1) at constant gradient (Robnik et al. 2023; ver Steeg
-    and Galstyan 2021).
-
-    Returns:
-        The new directions, and the change of the kinetic energy ``(chain,)`` in float64: minus the
-        change of the log volume that the dynamics make.
-    """
-    at = torch.as_tensor(step, dtype=grad.dtype, device=grad.device)
-    compiled = turned(direction, grad, at)
-    if compiled is not None:
-        return compiled
-    dim = direction.shape[-1]
-    norm = torch.linalg.vector_norm(grad, dim=-1, keepdim=True).clamp(
-        min=torch.finfo(grad.dtype).tiny
-    )
-    along = ((direction * grad).sum(-1, keepdim=True) / norm).double().clamp(-1, 1)
-    delta = (at * norm).double() / max(1, dim - 1)
-    # The gradient's direction wins over all others; a direction straight against it has nowhere to
-    # turn, and stays.
-    decay = torch.exp(-delta).clamp(min=torch.finfo(grad.dtype).eps ** 0.75)
-    towards = (1 - decay) * (1 + along + decay * (1 - along)) / norm
-    new = torch.addcmul(
-        (2 * decay).to(grad.dtype) * direction, towards.to(grad.dtype), grad
-    )
-    new = new / torch.linalg.vector_norm(new, dim=-1, keepdim=True)
-    change = (dim - 1) * torch.logaddexp(
-        ((1 + along) / 2).log() + delta, ((1 - along) / 2).log() - delta
-    )
-    return new, change.squeeze(-1)
-
-
-def random_directions(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw directions uniform on the sphere, of the shape of ``like``."""
-    noise = normal_like(like, generator)
-    return noise / torch.linalg.vector_norm(noise, dim=-1, keepdim=True)
-
-
 def mclmc(
     log_joint_and_grad: LogDensityAndGrad,
     step_size: float,
     L: float,
     inverse_mass_matrix: Tensor,
+    steps: int = 1,
 ) -> Kernel:
     """Build the unadjusted microcanonical Langevin kernel (Robnik, De Luca, Silverstein and Seljak
     2023).
 
     In coordinates scaled by the root of the ``inverse_mass_matrix``, a particle of unit speed moves
-    by dx/dt = u, du/dt = (I - u u^T) grad log_joint / (dim - 1), one minimal-norm step a
-    transition, and its direction is then partly drawn anew, so that it is forgotten over the length
+    by dx/dt = u, du/dt = (I - u u^T) grad log_joint / (dim - 1) for a minimal-norm step, and
+    its direction is then partly drawn anew, so that it is forgotten over the length
     ``L``. Approximates exp(log_joint) with a bias of order step_size**2 for each expectation; a
     step that is not finite is undone and goes another way.
 
@@ -120,56 +73,27 @@ def mclmc(
         L: distance after which the direction is forgotten.
         inverse_mass_matrix: a diagonal ``(dim,)`` or ``(chain, dim)``, ideally the posterior
             variances.
+        steps: of a transition, whose statistics are their mean.
     """
-    scale = inverse_mass_matrix.sqrt()
-    half = 0.5 * step_size * scale
+    target, scale = Target.of(log_joint_and_grad), inverse_mass_matrix.sqrt()
+    # Of the length that makes the correlation of directions a step apart exp(-step_size / L);
+    # nothing is left of the old one at 80.
+    share = math.sqrt(math.expm1(min(2 * step_size / L, 80.0)))
 
     def init(theta: Tensor, generator: torch.Generator) -> MCLMCState:
-        return MCLMCState(
-            theta, random_directions(theta, generator), *log_joint_and_grad(theta)
-        )
+        return MCLMCState(theta, random_directions(theta, generator), *target(theta))
 
     def step(state: MCLMCState, generator: torch.Generator) -> tuple[MCLMCState, MCLMCInfo]:
-        dim = state.theta.shape[-1]
-        direction, first = momentum_update(
-            state.direction, scale * state.grad, _OUTER * step_size
-        )
-        theta = torch.addcmul(state.theta, half, direction)
-        _, grad = log_joint_and_grad(theta)
-        direction, second = momentum_update(direction, scale * grad, _INNER * step_size)
-        theta = torch.addcmul(theta, half, direction)
-        value, grad = log_joint_and_grad(theta)
-        direction, third = momentum_update(direction, scale * grad, _OUTER * step_size)
-        error = first + second + third - (value - state.log_joint)
-        diverging = ~(error.abs() < _DIVERGENCE)  # NaN counts
-
-        # Of the length that makes the correlation of directions a step apart exp(-step_size / L).
-        anew = random_directions(theta, generator)
-        # nothing is left of the old one at 80
-        share = math.sqrt(math.expm1(min(2 * step_size / L, 80.0)))
-        direction = direction + share * anew
-        direction = direction / torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
-        moved = MCLMCState(theta, direction, value, grad)
-        # To look before mending saves a third of the step's own cost on a CPU, and would hold a GPU
-        # up.
-        if theta.device.type != "cpu" or bool(diverging.any()):
-            lost = diverging[:, None]
-            moved = MCLMCState(
-                torch.where(lost, state.theta, theta),
-                torch.where(lost, anew, direction),
-                torch.where(diverging, state.log_joint, value),
-                torch.where(lost, state.grad, grad),
-            )
-        counts = torch.full((len(theta),), 2, device=theta.device)
+        time, (chains, dim) = scale.new_full((1,), step_size), state.theta.shape
+        end, error = target.langevin(Point(*state), time, scale, share, steps, generator)
+        lost = ~(error.abs() < DIVERGENCE)  # NaN counts
         # A lost step counts like one whose error is of the size of the posterior: a wall must not
         # stop the tuning.
-        variance = torch.where(diverging, 1.0, error.square() / dim)
-        return moved, MCLMCInfo(variance, diverging, counts)
+        variance = torch.where(lost, 1.0, error.square() / dim).mean(0)
+        counts = torch.full((chains,), 2 * steps, device=error.device)
+        return MCLMCState(*end), MCLMCInfo(variance, lost.any(0), counts)
 
     return Kernel(init, step)
-
-
-_DIVERGENCE = 1000.0  # nats of energy error that a step is not allowed to make
 
 
 class _Tuning(NamedTuple):
@@ -224,12 +148,8 @@ def mclmc_warm_up(
         return _Tuning(chain, log, 0.0, 0, mass, first_L, Moments.start(theta, mass), 0)
 
     def kernel(log_step: float, tuning: _Tuning) -> Kernel:
-        return thinned(
-            mclmc(
-                log_joint_and_grad, math.exp(log_step), tuning.L, tuning.inverse_mass_matrix
-            ),
-            thinning,
-        )
+        mass, step = tuning.inverse_mass_matrix, math.exp(log_step)
+        return mclmc(log_joint_and_grad, step, tuning.L, mass, thinning)
 
     def step(tuning: _Tuning, generator: torch.Generator) -> tuple[_Tuning, MCLMCInfo]:
         chain, info = kernel(tuning.log_step, tuning).step(tuning.chain, generator)
@@ -316,7 +236,7 @@ class MCLMC(Method):
             run.draws or 1000,
         )
         process = mclmc_warm_up(
-            torch.no_grad()(model.log_joint_and_grad),
+            model.target,
             warmup,
             energy_variance=self.energy_variance,
             thinning=self.thinning,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bnnflow.arguments import integer, number, settle
 from bnnflow.draws import Draws
+from bnnflow.dynamics import DIVERGENCE
 from bnnflow.inference.loop import Tuned, WarmUp, run_chains
 from bnnflow.inference.mcmc.mass import Moments
 from bnnflow.inference.mcmc.warmup import DualAveraging, TrajectoryLength, window_ends
@@ -80,10 +81,6 @@ class Trajectory(Protocol):
         ...
 
 
-# nats of energy error beyond which a trajectory has left the level set (Stan's bound)
-_DIVERGENCE = 1000.0
-
-
 def _accept(
     state: ChainState,
     proposal: Proposal,
@@ -94,7 +91,7 @@ def _accept(
     """Accept every chain's proposal with probability min(1, exp(-energy error))."""
     end, _, start_energy, end_energy = proposal
     error = end_energy - start_energy
-    diverging = ~(error < _DIVERGENCE)  # NaN counts
+    diverging = ~(error < DIVERGENCE)  # NaN counts
     rate = torch.where(diverging, 0.0, (-error).clamp(max=0).exp())
     accept = (
         torch.rand(rate.shape, generator=generator, device=rate.device, dtype=rate.dtype)
@@ -338,7 +335,7 @@ class Trajectories(Method):
             500 if run.warmup is None else run.warmup,
             run.draws or 1000,
         )
-        target = torch.no_grad()(model.log_joint_and_grad)
+        target = model.target
         process = trajectory_warm_up(
             target,
             self.trajectory(target),

@@ -135,7 +135,7 @@ class _Refinement:
         self.theta, self.chunk_size = theta, chunk_size
         self.n_leapfrog, self.target_acceptance = n_leapfrog, target_acceptance
         self.generator = as_generator(seed, model.device)
-        self.target: LogDensityAndGrad = torch.no_grad()(model.log_joint_and_grad)
+        self.target: LogDensityAndGrad = model.target
         self.mass = _mass(model, theta)
         self.step_size = 0.5 * model.dim**-0.25
         self.acceptance, self.done = torch.zeros(1), 0
