@@ -494,15 +494,20 @@ def test_only_cheap_chains_are_made_longer(
 
 
 @pytest.mark.parametrize(
-    ("kind", "activation"),
-    [(BayesianMLPRegressor, nn.Tanh), (BayesianMLPClassifier, nn.ReLU)],
+    ("kind", "given", "layers"),
+    [
+        (BayesianMLPRegressor, {}, "Linear Tanh Linear Tanh Linear"),
+        (BayesianMLPRegressor, {"activation": "gelu"}, "Linear GELU Linear GELU Linear"),
+        (BayesianMLPRegressor, {"network": [3]}, "Linear Tanh Linear"),
+        (BayesianMLPClassifier, {}, "Linear ReLU Linear"),
+        (BayesianMLPClassifier, {"network": ()}, "Linear"),
+    ],
 )
-def test_activations_by_default_and_by_name(kind, activation) -> None:
+def test_networks_by_default_and_by_name(kind, given, layers: str) -> None:
     x, y = waves(30)
-    y = y.round() if kind is BayesianMLPRegressor else y > 50
-    for given, found in [({}, activation), ({"activation": "gelu"}, nn.GELU)]:
-        net = kind((4,), method=QUICK, **given).fit(x, y).model_.net
-        assert isinstance(net[1], found)
+    y = y if kind is BayesianMLPRegressor else y > 50
+    net = kind(**given, method=QUICK).fit(x, y).model_.net
+    assert " ".join(type(layer).__name__ for layer in net) == layers
 
 
 def test_few_rows_of_many_columns_are_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:

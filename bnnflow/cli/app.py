@@ -97,7 +97,9 @@ _Budget = Annotated[
 _Seed = Annotated[
     int, typer.Option("--seed", min=0, help="The same seed gives the same result.")
 ]
-_Network = Annotated[str, typer.Option("--network", help="Widths of the hidden layers.")]
+_Network = Annotated[
+    str, typer.Option("--network", help="Widths of the hidden layers, such as 16,16.")
+]
 _Draws = Annotated[
     int, typer.Option("--draws", help="Draws of the posterior that are kept.")
 ]
@@ -133,7 +135,7 @@ def fit(  # noqa: PLR0913
     method: Annotated[
         str, typer.Option("--method", help="auto, " + ", ".join(work.METHODS) + ".")
     ] = "auto",
-    network: _Network = "16,16",
+    network: _Network = "auto",
     draws: _Draws = 500,
     budget: _Budget = None,
     seed: _Seed = 0,
@@ -254,7 +256,7 @@ def compare(  # noqa: PLR0913
     ] = "auto,laplace,vi,ensemble",
     task: _Task = "auto",
     likelihood: _Likelihood = "auto",
-    network: _Network = "16,16",
+    network: _Network = "auto",
     draws: _Draws = 500,
     seed: _Seed = 0,
     drop: _Drop = "",
@@ -305,7 +307,9 @@ def _listed(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _widths(text: str) -> tuple[int, ...]:
+def _widths(text: str) -> tuple[int, ...] | str:
+    if text == "auto":
+        return text
     try:
         return tuple(int(part) for part in _listed(text))
     except ValueError:

@@ -84,7 +84,7 @@ class Settings:
 
     method: str = "auto"
     likelihood: str = "auto"
-    network: tuple[int, ...] = (16, 16)
+    network: tuple[int, ...] | str = "auto"
     draws: int = 500
     budget: float | None = None
     seed: int = 0

@@ -63,11 +63,11 @@ class BayesianEstimator(BaseEstimator, ABC):
     draws_: Draws
     table_: Table
     n_features_in_: int
-    _activation_by_default: ClassVar[str]
+    _by_default: ClassVar[tuple[tuple[int, ...], str]]  # widths and activation for "auto"
 
     def __init__(
         self,
-        network: tuple[int, ...] | nn.Module = (16, 16),
+        network: tuple[int, ...] | nn.Module | str = "auto",
         *,
         activation: str = "auto",
         prior: Any = "auto",
@@ -130,7 +130,7 @@ class BayesianEstimator(BaseEstimator, ABC):
             return self.network
         activation = self._activation()
         layers: list[nn.Module] = []
-        for width in self.network:
+        for width in self._widths():
             layers += [nn.Linear(inputs, width), activation()]
             inputs = width
         return nn.Sequential(*layers, nn.Linear(inputs, outputs))
@@ -160,12 +160,7 @@ class BayesianEstimator(BaseEstimator, ABC):
     def _check_settings(self) -> None:
         """Raise ``ValueError`` for settings that make no sense, before any work."""
         if not isinstance(self.network, nn.Module):
-            if not isinstance(self.network, tuple | list):
-                raise TypeError(
-                    "network must be the widths of hidden layers, such as (16, 16), or a "
-                    f"torch.nn.Module, got {self.network!r}"
-                )
-            for width in self.network:
+            for width in self._widths():
                 arguments.integer("network", width, least=1)
         self._activation()
         if self.method != "auto" and not isinstance(self.method, Method):
@@ -176,12 +171,20 @@ class BayesianEstimator(BaseEstimator, ABC):
             arguments.number("budget", self.budget, above=0)
         arguments.integer("n_draws", self.n_draws, least=1)
 
+    def _widths(self) -> tuple[int, ...] | list[int]:
+        if isinstance(self.network, tuple | list):
+            return self.network
+        if self.network == "auto":
+            return self._by_default[0]
+        raise TypeError(
+            "network must be the widths of hidden layers, such as (16, 16), 'auto' or a "
+            f"torch.nn.Module, got {self.network!r}"
+        )
+
     def _activation(self) -> Callable[[], nn.Module]:
         names = ("auto", *_ACTIVATIONS)
         name = arguments.choice("activation", self.activation, names)
-        if name == "auto":
-            name = self._activation_by_default
-        return _ACTIVATIONS[name]
+        return _ACTIVATIONS[self._by_default[1] if name == "auto" else name]
 
     def _seed(self) -> int:
         if self.random_state is None:

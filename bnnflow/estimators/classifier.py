@@ -26,9 +26,9 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
     Columns are typed, categories encoded and inputs standardised inside.
 
     Args:
-        network: widths of the hidden layers; or a module of your own, from the encoded columns
-            ``(n, inputs)`` to an output for every class.
-        activation: see `BayesianMLPRegressor`.
+        network: widths of the hidden layers, (16,) for ``"auto"``; or a module of your own, from
+            the encoded columns ``(n, inputs)`` to an output for every class.
+        activation: see `BayesianMLPRegressor`; ``"auto"`` is ReLU.
         prior: the standard deviation of every weight, 1 for ``"auto"``, or one of
             `bnnflow.priors`.
         likelihood: ``"auto"`` for `bnnflow.likelihoods.Categorical`; ``"ordinal"`` if the classes,
@@ -59,7 +59,7 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
     """
 
     classes_: np.ndarray
-    _activation_by_default = "relu"
+    _by_default = (16,), "relu"
 
     def fit(
         self,

@@ -27,11 +27,11 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
     in units of y.
 
     Args:
-        network: widths of the hidden layers; or a module of your own, from the encoded columns
-            ``(n, inputs)`` to the outputs that the likelihood needs, two a target for
-            ``"heteroscedastic"``.
+        network: widths of the hidden layers, (16, 16) for ``"auto"``; or a module of your own,
+            from the encoded columns ``(n, inputs)`` to the outputs that the likelihood needs, two a
+            target for ``"heteroscedastic"``.
         activation: ``"relu"``, ``"tanh"``, ``"gelu"``, ``"silu"``, ``"elu"``, ``"sigmoid"``,
-            ``"softplus"`` or ``"sin"``; ``"auto"`` is tanh here, and ReLU for classes.
+            ``"softplus"`` or ``"sin"``; ``"auto"`` is tanh.
         prior: the standard deviation of every weight, or one of `bnnflow.priors`; ``"auto"`` for
             `bnnflow.priors.OutputScales`, or N(0, 1) for a module of your own.
         likelihood: ``"auto"`` chooses by what y looks like, and says so in ``likelihood_``;
@@ -63,7 +63,7 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
     """
 
     likelihood_: str
-    _activation_by_default = "tanh"
+    _by_default = (16, 16), "tanh"
 
     def fit(
         self,
