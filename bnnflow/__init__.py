@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         evidence,
         refine,
         sample,
+        update,
     )
     from bnnflow.model import BayesianModel, likelihoods, priors
     from bnnflow.options import Checkpoint, Training
@@ -91,6 +92,7 @@ __all__ = [
     "symmetry",
     "to_arviz",
     "transport",
+    "update",
     "weight_convergence",
 ]
 
@@ -121,6 +123,7 @@ _HOMES = {
         "evidence",
         "refine",
         "sample",
+        "update",
     ),
     "model": ("BayesianModel", "likelihoods", "priors"),
     "options": ("Checkpoint", "Training"),

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import bnnflow as bf
 from bnnflow import likelihoods, priors
 from bnnflow.draws import as_theta
+from bnnflow.importance import khat_limit, kish_ess, log_mean, psis
 from bnnflow.transport import Correction, Density, Flow, GaussianVelocity, Solver
 from bnnflow.transport import correct as correct_function
 from bnnflow.transport.correction.chains import mixed
@@ -27,11 +28,7 @@ from bnnflow.transport.correction.importance import (
     HeldOut,
     Student,
     bridge,
-    khat_limit,
-    kish_ess,
     ks_distance,
-    log_mean,
-    psis,
     rhat_and_ess,
 )
 from bnnflow.transport.correction.latent import Latent, crank_nicolson, log_normal

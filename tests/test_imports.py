@@ -28,6 +28,7 @@ ROOMS = [
     "ranks",
     "bridge",
     "diagnostics",
+    "importance",
     "compiled",
     "dynamics",
     "optimisers",

@@ -190,9 +190,9 @@ def compare(
     """Compare models of the same data by how well they predict rows that they have not seen.
 
     Each row is left out by importance weights (PSIS-LOO, Vehtari, Gelman & Gabry 2017). Where these
-    fail, k-hat above 0.7, the draws are moved by Hamiltonian transitions to the posterior without
-    the row, and both sets of draws give its density; this takes thousands of gradients a row. With
-    ``folds`` rows are left out in as many groups, and the draws moved to the posterior of the rest.
+    fail, k-hat above 0.7, `bnnflow.update` carries the draws to the posterior without the row, and
+    both sets of draws give its density. With ``folds`` rows are left out in as many groups, and the
+    draws carried to the posterior of the rest.
 
     Two models are said to be equal only if the 95 % interval of their paired difference lies inside
     the margin: four nats a data set, below which differences matter little (Sivula, Magnusson &

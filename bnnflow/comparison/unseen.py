@@ -6,25 +6,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from bnnflow.bridge import bennett
 from bnnflow.draws import Draws, counted_alike, origin
-from bnnflow.inference import refine
+from bnnflow.importance import psis
+from bnnflow.inference import update
 from bnnflow.model import BayesianModel
 from bnnflow.predictive import predict
 from bnnflow.progress import progress_bar
-from bnnflow.transport.correction.importance import psis
 from bnnflow.verdicts import KHAT
 
 __all__ = ["Unseen", "folds_of", "k_fold", "leave_one_out"]
 
 _ELEMENTS = 2**22  # log densities that are held at once
-_MOST = 1000  # draws that are moved to a posterior without some rows
-_STEPS = 24  # transitions that they are moved by
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +89,8 @@ def _without(
 ) -> float:
     """Return the log predictive density of a row from draws with it and draws without it."""
     rest = torch.arange(len(model.x)) != row
-    moved = _moved(model.subset(rest.nonzero().squeeze(1).to(model.device)), draws, seed)
+    part = model.subset(rest.nonzero().squeeze(1).to(model.device))
+    moved = _alike(update(part, draws, model, seed=seed, progress=False))
     at = torch.tensor([row])
     seen = _log_likelihoods(model, draws.flat, at).squeeze(1)
     unseen = _log_likelihoods(model, moved, at).squeeze(1)
@@ -174,34 +173,34 @@ def k_fold(
             rest[rows] = False
             part = model.subset(rest.nonzero().squeeze(1).to(model.device))
             fitted = (
-                _moved(part, draws, seed) if refit is None else _refitted(name, refit, part)
+                update(part, draws, model, seed=seed, progress=False)
+                if refit is None
+                else _refitted(name, refit, part)
             )
             at = rows.to(model.device)
-            elpd[rows] = predict(model, fitted, model.x[at]).log_prob(model.y[at]).cpu()
+            elpd[rows] = predict(part, fitted, model.x[at]).log_prob(model.y[at]).cpu()
             bar.update()
     return Unseen(elpd)
 
 
 def _refitted(
     name: str, refit: Callable[[BayesianModel], Draws], part: BayesianModel
-) -> tuple[Tensor, Tensor | None]:
+) -> Draws:
     draws = refit(part)
     if not isinstance(draws, Draws):
         raise TypeError(f"refit of {name} must return Draws, got {type(draws).__name__}")
     part.check_draws(draws)
-    return draws.theta, draws.log_weights
+    return replace(draws, calibration=None)
 
 
 # ---------------------------------------- both
 
 
-def _moved(part: BayesianModel, draws: Draws, seed: int) -> Tensor:
-    """Return draws of the posterior of fewer rows ``(draws, dim)``: these, moved there."""
-    flat = draws.flat
-    if draws.log_weights is not None:
-        flat = flat[counted_alike(draws.log_weights).to(flat.device)]
-    start = flat[:: math.ceil(len(flat) / _MOST)]
-    return refine(part, start, _STEPS, seed=seed, progress=False).flat
+def _alike(draws: Draws) -> Tensor:
+    """Return draws ``(n, dim)`` that count alike."""
+    if draws.log_weights is None:
+        return draws.flat
+    return draws.flat[counted_alike(draws.log_weights).to(draws.flat.device)]
 
 
 def _log_likelihoods(model: BayesianModel, theta: Tensor, rows: Tensor) -> Tensor:

@@ -4,7 +4,8 @@
 `AdjustedMCLMC`, `PyroNUTS`, and `SMC` as its particles grow in number. With a bias that is set:
 `MCLMC`, and on mini-batches `SGLD`, `SGHMC` and `SGNHT`, whose step sizes may follow `Constant`,
 `Polynomial` or `Cyclical`. Fitted: `VI`, `NormalizingFlowVI`, `Laplace`, `SWAG`. To compare with:
-`DeepEnsemble`, `MCDropout`. `evidence` is that of draws of any of the exact ones.
+`DeepEnsemble`, `MCDropout`. `evidence` is that of draws of any of the exact ones, `update`
+carries draws to a neighbouring posterior.
 
 `Method` is what a method of one's own must be, and `Run` what it is told. Kernels (`hmc.hmc`,
 `mclmc.mclmc`, ...) and their warm-up (`trajectories.trajectory_warm_up`, `loop.warm_up`) work on
@@ -24,6 +25,7 @@ from bnnflow.inference.mcmc.pyro_nuts import PyroNUTS
 from bnnflow.inference.particles.evidence import evidence
 from bnnflow.inference.particles.refine import refine
 from bnnflow.inference.particles.smc import SMC
+from bnnflow.inference.particles.update import update
 from bnnflow.inference.sampling import sample
 from bnnflow.inference.stochastic.schedules import Constant, Cyclical, Polynomial
 from bnnflow.inference.stochastic.sghmc import SGHMC
@@ -54,4 +56,5 @@ __all__ = [
     "evidence",
     "refine",
     "sample",
+    "update",
 ]

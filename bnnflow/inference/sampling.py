@@ -118,7 +118,7 @@ def sample(  # noqa: PLR0913 - the one entry point, with eleven
         watch = Stopwatch()
         run = Run(generator, chains, warmup, draws, start, progress, kept, ranks, alike)
         result = _drawn(method, method.draw(model, run), model)
-    info = identity | watch.read()
+    info = identity | {"rows": len(model.x)} | watch.read()
     if kept is not None:  # the seconds of all runs in this folder
         info["seconds"] = kept.seconds
     chains = result.n_chains * result.info.get("gradients_per_chain", 0)

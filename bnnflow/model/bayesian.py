@@ -271,6 +271,25 @@ class BayesianModel(HasTarget):
         part._features = x if self._features is self.x else self._features[rows]
         return part
 
+    @checked
+    def extended(self, x: Tensor | np.ndarray, y: Tensor | np.ndarray) -> BayesianModel:
+        """Return the same model of its rows of data and of new ones after them.
+
+        Args:
+            x: inputs ``(m, ...)``, as the model was given its own.
+            y: targets ``(m,)`` or ``(m, targets)``.
+
+        Raises:
+            ValueError: if they do not fit the model's, or their lengths differ.
+        """
+        more = self.inputs(x)
+        targets = self.targets(y)
+        if len(more) != len(targets):
+            raise ValueError(
+                f"y must have a value for each of the {len(more)} rows of x, got {len(targets)}"
+            )
+        return self._changed(x=torch.cat([self.x, more]), y=torch.cat([self.y, targets]))
+
     def _changed(self, **attributes: Any) -> BayesianModel:
         """Return a copy with other parts, without what was made of the old ones, and of no
         provenance.

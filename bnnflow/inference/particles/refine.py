@@ -18,9 +18,10 @@ from bnnflow.stopwatch import Stopwatch
 from bnnflow.types import Kernel, LogDensityAndGrad, Seed
 from bnnflow.warn import warn
 
-__all__ = ["refine"]
+__all__ = ["PILOTS", "piloted", "refine"]
 
 _BEHIND = 32  # more transitions at most, of draws that have not arrived
+PILOTS = 64  # draws at most that look for a step size
 _PILOT_LEAPFROG = 4  # steps of a transition that only looks for a step size
 _STEEP = 0.5  # acceptance rate that their step scales aim at
 
@@ -89,6 +90,7 @@ def refine(
         "outliers": int(outliers(move.log_joint).sum()),
         **watch.read(),
         "model": model.fingerprint(),
+        "rows": len(model.x),
     }
     return Draws(move.theta.unsqueeze(0), move.log_joint.unsqueeze(0), info=info)
 
@@ -118,6 +120,29 @@ def _mass(model: BayesianModel, theta: Tensor) -> Tensor:
     if scale is None:
         return torch.ones_like(theta[0])
     return scale.square().expand_as(theta[0]).to(theta)
+
+
+def piloted(
+    target: LogDensityAndGrad,
+    theta: Tensor,
+    mass: Tensor,
+    step_size: float,
+    target_acceptance: float,
+    generator: torch.Generator,
+) -> tuple[float, int]:
+    """Return a step size at which some of the draws ``(n, dim)`` move, and the gradients that it
+    took to find.
+    """
+    rows = torch.randperm(len(theta), generator=generator, device=theta.device)[:PILOTS]
+    pilot, tries = theta[rows], 0
+    # until a step is accepted at all, however small it has to be
+    rate = torch.zeros(1)
+    while tries < 12 or (tries < 100 and not float(rate.mean()) > 0.2):
+        kernel = hmc(target, step_size, _PILOT_LEAPFROG, mass, trajectory_jitter=1.0)
+        _, info = kernel.step(kernel.init(pilot, generator), generator)
+        rate, tries = info.acceptance_rate, tries + 1
+        step_size = followed(step_size, float(rate.mean()), target_acceptance)
+    return step_size, tries * (_PILOT_LEAPFROG + 1) * len(pilot)
 
 
 class _Refinement:
@@ -152,25 +177,15 @@ class _Refinement:
 
     def find_step_size(self) -> None:
         """Find a step size at which some draws move."""
-        theta, tries = self.theta, 0
-        rows = torch.randperm(len(theta), generator=self.generator, device=theta.device)[
-            :64
-        ]
-        pilot = theta[rows]
-        # until a step is accepted at all, however small it has to be
-        tried = torch.zeros(1)
-        while tries < 12 or (tries < 100 and not float(tried.mean()) > 0.2):
-            kernel = hmc(
-                self.target,
-                self.step_size,
-                _PILOT_LEAPFROG,
-                self.mass,
-                trajectory_jitter=1.0,
-            )
-            _, info = kernel.step(kernel.init(pilot, self.generator), self.generator)
-            tried, tries = info.acceptance_rate, tries + 1
-            self.adapt(tried)
-        self.gradients += tries * (_PILOT_LEAPFROG + 1) * len(pilot)
+        self.step_size, tries = piloted(
+            self.target,
+            self.theta,
+            self.mass,
+            self.step_size,
+            self.target_acceptance,
+            self.generator,
+        )
+        self.gradients += tries
 
     def run(self, steps: int, progress: bool) -> bool:
         """Move all draws so many times, and say whether Ctrl-C came before the end."""

@@ -126,7 +126,7 @@ class SMC(Method):
             generator.set_state(stream)  # a temperature that was broken off is made anew
         save()
         if taken.interrupted:
-            state = tempering.weighed(state)
+            state = tempering.broken_off(state)
         return self._draws(model, state, steps, ranks, taken.interrupted)
 
     def path(self, model: BayesianModel) -> Path:

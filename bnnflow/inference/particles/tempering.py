@@ -22,6 +22,7 @@ __all__ = [
     "Tempering",
     "merging",
     "next_fraction",
+    "next_step",
     "relative_variance",
     "systematic",
     "weighted_variance",
@@ -143,26 +144,8 @@ class Tempering:
                 return values
             return values.chunk(ranks.size, 1)[ranks.rank].clone()
 
-        mass = weighted_variance(everyone, weights).to(everyone.dtype)  # (run, dim)
-        particles = own(everyone)
-        count = particles.shape[1]
-        target = self.path.tempered(
-            step.fraction.repeat_interleave(count), step.remainder.repeat_interleave(count)
-        )
-        theta, step_size, acceptance, steps = self._move(target, particles, mass, state)
-        log_first, log_last = self.path(theta)
-        gradients = state.gradients + steps + 1
-        bar.update()
-        bar.set_postfix(
-            at=f"{float(step.fraction.min()):.2e}",
-            accept=f"{acceptance:.2f}",
-            step=f"{step_size:.1e}",
-            gradients=f"{gradients:.0f}",
-        )
-        return Particles(
-            theta=theta,
-            log_ratio=log_last - log_first,
-            log_first=log_first,
+        state = state._replace(
+            theta=own(everyone),
             log_weights=own(weights),
             root=own(roots),
             fraction=step.fraction,
@@ -170,6 +153,34 @@ class Tempering:
             log_normaliser=state.log_normaliser + step.log_normaliser,
             merged=state.merged + torch.where(step.last, 0.0, merged),
             least=_least(step.left, state.least),
+        )
+        return self.moved(state, bar)
+
+    def moved(self, state: Particles, bar: Any) -> Particles:
+        """Move all particles at the temperature that they are at."""
+        everyone, weights = (
+            self.ranks.gather(each, 1) for each in (state.theta, state.log_weights)
+        )
+        mass = weighted_variance(everyone, weights).to(everyone.dtype)  # (run, dim)
+        count = state.theta.shape[1]
+        target = self.path.tempered(
+            state.fraction.repeat_interleave(count),
+            state.remainder.repeat_interleave(count),
+        )
+        theta, step_size, acceptance, steps = self._move(target, state.theta, mass, state)
+        log_first, log_last = self.path(theta)
+        gradients = state.gradients + steps + 1
+        bar.update()
+        bar.set_postfix(
+            at=f"{float(state.fraction.min()):.2e}",
+            accept=f"{acceptance:.2f}",
+            step=f"{step_size:.1e}",
+            gradients=f"{gradients:.0f}",
+        )
+        return state._replace(
+            theta=theta,
+            log_ratio=log_last - log_first,
+            log_first=log_first,
             step_size=step_size,
             acceptance=acceptance,
             gradients=gradients,
@@ -183,7 +194,7 @@ class Tempering:
         is effective, and weigh all particles ``(run, particle)`` for it.
         """
         usable = torch.where(ratio.isnan(), -math.inf, ratio)
-        further = _next_step(usable, log_weights, state.fraction, state.remainder, ess)
+        further = next_step(usable, log_weights, state.fraction, state.remainder, ess)
         last = further == state.remainder
         log_weights = log_weights + further[:, None] * usable
         total = log_weights.logsumexp(1)
@@ -226,18 +237,25 @@ class Tempering:
         return chain.theta.unflatten(0, (runs, mine)), step_size, acceptance, steps + 1
 
     def weighed(self, state: Particles) -> Particles:
-        """Weigh the particles for the posterior, wherever they are, and say what that leaves."""
+        """Weigh the particles for the last density, wherever they are."""
         step = self._reweighted(state, state.log_ratio, state.log_weights, ess=0.0)
-        warn(
-            f"interrupted at {float(state.fraction.min()):.2g} of the way: the particles are "
-            "weighed for the posterior, which leaves "
-            f"{float(step.left.min()):.1%} of them effective"
-        )
         return state._replace(
             log_weights=step.log_weights,
             log_normaliser=state.log_normaliser + step.log_normaliser,
+            fraction=step.fraction,
+            remainder=step.remainder,
             least=_least(step.left, state.least),
         )
+
+    def broken_off(self, state: Particles) -> Particles:
+        """Weigh the particles for the last density, and say what that leaves."""
+        ended = self.weighed(state)
+        left = (-(2 * ended.log_weights).logsumexp(1)).exp() / ended.log_weights.shape[1]
+        warn(
+            f"interrupted at {float(state.fraction.min()):.2g} of the way: the particles are "
+            f"weighed for the posterior, which leaves {float(left.min()):.1%} of them effective"
+        )
+        return ended
 
 
 def next_fraction(
@@ -247,11 +265,11 @@ def next_fraction(
     particles effective.
     """
     remainder = 1 - fraction
-    step = _next_step(ratio, log_weights, fraction, remainder, ess)
+    step = next_step(ratio, log_weights, fraction, remainder, ess)
     return torch.where(step == remainder, 1.0, fraction + step)
 
 
-def _next_step(
+def next_step(
     ratio: Tensor, log_weights: Tensor, fraction: Tensor, remainder: Tensor, ess: float
 ) -> Tensor:
     """Return the same as steps from ``fraction``, of which ``remainder`` is the longest."""
@@ -288,9 +306,14 @@ def _spacing(values: Tensor) -> Tensor:
     return torch.nextafter(values, torch.full_like(values, torch.inf)) - values
 
 
-def systematic(log_weights: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw the parents ``(run, particle)`` of the next particles by systematic resampling."""
-    runs, n = log_weights.shape
+def systematic(
+    log_weights: Tensor, generator: torch.Generator, count: int | None = None
+) -> Tensor:
+    """Draw the parents of the next particles, ``(run, count)``, by systematic resampling; as many
+    as there are if count is None.
+    """
+    runs, most = log_weights.shape
+    n = most if count is None else count
     offset = torch.rand(
         runs, 1, generator=generator, device=generator.device, dtype=torch.float64
     )
@@ -298,7 +321,7 @@ def systematic(log_weights: Tensor, generator: torch.Generator) -> Tensor:
         torch.arange(n, device=log_weights.device) + offset.to(log_weights.device)
     ) / n
     heights = log_weights.exp().cumsum(1)
-    return torch.searchsorted(heights / heights[:, -1:], points).clamp(max=n - 1)
+    return torch.searchsorted(heights / heights[:, -1:], points).clamp(max=most - 1)
 
 
 def weighted_variance(theta: Tensor, log_weights: Tensor) -> Tensor:

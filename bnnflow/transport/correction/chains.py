@@ -11,18 +11,13 @@ import torch
 from torch import Tensor
 
 from bnnflow.gaussian import Gaussian, positive
+from bnnflow.importance import kish_ess, psis
 from bnnflow.inference.mcmc.hmc import hmc, rotation
 from bnnflow.inference.mcmc.trajectories import ChainState, TrajectoryInfo, metropolis
 from bnnflow.inference.mcmc.warmup import followed
 from bnnflow.inference.particles.tempering import systematic
 from bnnflow.progress import progress_bar
-from bnnflow.transport.correction.importance import (
-    HeldOut,
-    bridge,
-    kish_ess,
-    psis,
-    rhat_and_ess,
-)
+from bnnflow.transport.correction.importance import HeldOut, bridge, rhat_and_ess
 from bnnflow.transport.correction.job import (
     LATENT,
     Job,

@@ -14,16 +14,12 @@ from torch import Tensor
 from bnnflow import verdicts
 from bnnflow.arguments import Count, checked
 from bnnflow.draws import Draws
+from bnnflow.importance import khat_limit, kish_ess, psis
 from bnnflow.model import BayesianModel
 from bnnflow.seeding import as_generator, seed_in_words
 from bnnflow.stopwatch import Stopwatch
 from bnnflow.transport.correction.chains import latent_metropolis, neutra
-from bnnflow.transport.correction.importance import (
-    HeldOut,
-    khat_limit,
-    kish_ess,
-    psis,
-)
+from bnnflow.transport.correction.importance import HeldOut
 from bnnflow.transport.correction.job import WEIGHED, Job, features_of, starts, weigh
 from bnnflow.transport.correction.latent import Latent, Points, SolverError, Transport
 from bnnflow.transport.correction.refinement import refined

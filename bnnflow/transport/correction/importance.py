@@ -1,4 +1,4 @@
-"""Importance weights: smoothed, judged, and summed to an evidence, from one side or from both."""
+"""Draws of both sides: judged by one another, and summed to an evidence."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from bnnflow import diagnostics
 from bnnflow.bridge import bennett
 from bnnflow.draws import Draws, as_theta
 from bnnflow.gaussian import positive
+from bnnflow.importance import SAME, Estimate, kish_ess
 from bnnflow.model import BayesianModel
 from bnnflow.seeding import as_generator
 from bnnflow.types import Seed
@@ -22,87 +23,15 @@ __all__ = [
     "HeldOut",
     "Student",
     "bridge",
-    "khat_limit",
-    "kish_ess",
     "ks_distance",
-    "log_mean",
-    "psis",
     "rhat_and_ess",
 ]
 
-Estimate = tuple[float, float]
-"""A log evidence and its standard error."""
-
-_SAME = 1e-9  # nats of rounding: log densities have no unit
 _ROUNDING = 1e-13  # of the size of float64 numbers of any unit
 # draws of each side that must be where both are before the two of them make an estimate
 _OVERLAP = 10.0
 _WIDTH = 1.5  # of a Student density, times the standard deviation of what it was fitted to
 _LOG_PI = math.log(math.pi)
-
-
-def psis(log_weights: Tensor) -> tuple[Tensor, float]:
-    """Smooth the largest weights by a generalised Pareto law and return its shape (Vehtari et al.
-    2024).
-
-    The shape, k-hat, says how many moments the weights have: none but those below 1 / k.
-
-    Args:
-        log_weights: ``(n,)``; minus infinity is a weight of zero.
-
-    Returns:
-        The smoothed log weights, normalised to sum to one, and k-hat: infinite where the tail is
-        too short to fit, zero where all weights are equal.
-    """
-    kept = log_weights > -math.inf
-    values = log_weights[kept].double()
-    if not len(values):
-        return torch.full_like(log_weights, -math.inf), math.inf
-    khat = 0.0
-    if float(values.max() - values.min()) > _SAME:
-        fitted, khat = diagnostics.psis(values.cpu().numpy())
-        values = torch.from_numpy(fitted).to(values)
-    result = torch.full_like(log_weights, -math.inf, dtype=torch.float64)
-    result[kept] = values - values.logsumexp(0)
-    return result, khat
-
-
-def khat_limit(n: int) -> float:
-    """Return the k-hat up to which averages over ``n`` smoothed weights can be relied on (Vehtari
-    et al. 2024).
-    """
-    return min(1 - 1 / math.log10(n), 0.7)
-
-
-def kish_ess(log_weights: Tensor) -> float:
-    """Return Kish's effective number of draws, the squared sum of the weights over the sum of their
-    squares.
-    """
-    if not bool((log_weights > -math.inf).any()):
-        return 0.0
-    return float((2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp())
-
-
-def log_mean(log_weights: Tensor, *strata: int) -> Estimate:
-    """Return the log of the mean weight, with the standard error that the delta method gives.
-
-    The mean of raw weights is an unbiased estimate of the evidence, whatever the number of draws.
-    The mean of smoothed ones is not, though it varies less.
-
-    Args:
-        log_weights: ``(n,)``.
-        strata: numbers of draws that belong to each part of a stratified sample, in order; one part
-            if not given.
-    """
-    value = float(log_weights.logsumexp(0)) - math.log(len(log_weights))
-    if value == -math.inf:
-        return value, math.inf
-    relative = (log_weights - value).exp()  # mean 1
-    variance = sum(
-        float(part.var()) * len(part)
-        for part in relative.split(list(strata) or [len(relative)])
-    )
-    return value, math.sqrt(variance) / len(relative)
 
 
 # ---------------------------------------- draws of the posterior itself
@@ -192,7 +121,7 @@ class HeldOut:
         chains, draws = self.shape
         if self.log_weights is not None:
             return kish_ess(self.log_weights)
-        if draws == 1 or float(values.max() - values.min()) < _SAME:
+        if draws == 1 or float(values.max() - values.min()) < SAME:
             return float(len(values))
         if draws < 4:
             return float(chains)

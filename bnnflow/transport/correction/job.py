@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from bnnflow.gaussian import Gaussian
+from bnnflow.importance import psis
 from bnnflow.inference.mcmc.trajectories import predictions_as_features
 from bnnflow.inference.particles.tempering import systematic
 from bnnflow.model import BayesianModel
 from bnnflow.progress import progress_bar
-from bnnflow.transport.correction.importance import (
-    psis,
-)
 from bnnflow.transport.correction.latent import Latent, Points
 from bnnflow.transport.correction.verdict import Findings
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bnnflow.gaussian import Gaussian
+from bnnflow.importance import kish_ess
 from bnnflow.inference.mcmc.warmup import followed
 from bnnflow.inference.particles.tempering import (
     merging,
@@ -16,9 +17,6 @@ from bnnflow.inference.particles.tempering import (
     systematic,
 )
 from bnnflow.progress import progress_bar
-from bnnflow.transport.correction.importance import (
-    kish_ess,
-)
 from bnnflow.transport.correction.job import LATENT, Job, require_weights, shrunk_gaussian
 from bnnflow.transport.correction.latent import Points, crank_nicolson
 from bnnflow.transport.correction.verdict import Outcome

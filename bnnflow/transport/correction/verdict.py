@@ -13,13 +13,8 @@ import torch
 from torch import Tensor
 
 from bnnflow import verdicts
-from bnnflow.transport.correction.importance import (
-    Estimate,
-    HeldOut,
-    bridge,
-    khat_limit,
-    ks_distance,
-)
+from bnnflow.importance import Estimate, khat_limit
+from bnnflow.transport.correction.importance import HeldOut, bridge, ks_distance
 from bnnflow.transport.correction.latent import Latent, Points, SolverError
 from bnnflow.warn import warn
 

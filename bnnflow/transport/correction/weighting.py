@@ -8,13 +8,9 @@ import math
 
 import torch
 
+from bnnflow.importance import kish_ess, log_mean, psis
 from bnnflow.inference.particles.tempering import systematic
-from bnnflow.transport.correction.importance import (
-    Student,
-    kish_ess,
-    log_mean,
-    psis,
-)
+from bnnflow.transport.correction.importance import Student
 from bnnflow.transport.correction.job import Job
 from bnnflow.transport.correction.latent import Points
 from bnnflow.transport.correction.verdict import Outcome
