@@ -25,6 +25,7 @@ ROOMS = [
     "storage",
     "progress",
     "stopwatch",
+    "tables",
     "ranks",
     "bridge",
     "diagnostics",

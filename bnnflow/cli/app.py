@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from bnnflow.cli import work
+from bnnflow.tables import in_columns
 
 __all__ = ["app"]
 
@@ -336,14 +337,7 @@ def _tell(notes: list[str]) -> None:
 def _table(rows: list[dict[str, Any]]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [names, *([_shown(row.get(name, "")) for name in names] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) for cell, width in zip(line, widths, strict=True)
-        ).rstrip()
-        for line in cells
-    ]
-    return "\n".join(lines)
+    return "\n".join(in_columns(cells))
 
 
 def _shown(value: Any) -> str:

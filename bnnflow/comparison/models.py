@@ -19,6 +19,7 @@ from bnnflow.draws import Draws
 from bnnflow.estimators.base import BayesianEstimator
 from bnnflow.model import BayesianModel
 from bnnflow.predictive import Prediction, Stacked, predict, stacked
+from bnnflow.tables import in_columns
 from bnnflow.verdicts import KHAT
 
 __all__ = ["Difference", "ModelComparison", "Score", "Standing", "compare", "difference"]
@@ -141,13 +142,7 @@ class ModelComparison:
             ["", "elpd", "to best", "stacking", "BMA+", "p_loo", "k > 0.7", "log evidence"]
         ]
         table += [[name, *_cells(score)] for name, score in self.scores.items()]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-            ).rstrip()
-            for row in table
-        ]
+        lines = in_columns(table)
         lines += [f"  - {name}: {text}" for name, text in self._remarks()]
         head = (
             f"{self.criterion}; equal: 95 % of the difference within {self.margin:g} nats"

@@ -34,6 +34,7 @@ from bnnflow.report.compare import (
     duration,
     gather,
 )
+from bnnflow.tables import in_columns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -253,16 +254,10 @@ class Report:
                 ]
                 for e in section.comparison.evaluations
             ]
-            widths = [
-                max(len(line[i]) for line in [head, *lines]) for i in range(len(head))
+            rule = [
+                "-" * max(map(len, column)) for column in zip(head, *lines, strict=True)
             ]
-            aligned = [
-                "  ".join(
-                    cell.ljust(width) if i in (0, len(head) - 1) else cell.rjust(width)
-                    for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-                ).rstrip()
-                for line in [head, ["-" * width for width in widths], *lines]
-            ]
+            aligned = in_columns([head, rule, *lines], right=range(1, len(head) - 1))
             blocks.append(
                 "\n".join([section.title, "", *aligned, "", section.comparison.headline])
             )
