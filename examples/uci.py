@@ -45,12 +45,12 @@ BNNFLOW = {
     "vi": bf.VI(),
     "swag": bf.SWAG(),
 }
-RIVALS = {  # and the packages that they need beside scikit-learn
-    "forest": None,
-    "gp": None,
-    "bde": "sklearn-contrib-bde",
-    "ngboost": "ngboost",
-    "catboost": "catboost",
+RIVALS = {  # and the packages of their environments; none for those of scikit-learn, which is here
+    "forest": (),
+    "gp": (),
+    "bde": ("sklearn-contrib-bde",),
+    "ngboost": ("ngboost",),
+    "catboost": ("catboost", "scikit-learn"),
 }
 METHODS = (*BNNFLOW, "flow", *RIVALS)
 FLOW_STEPS = (
@@ -201,7 +201,7 @@ def python_of(method, folder):
     if not python.exists():
         print(f"making {home}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", home], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", RIVALS[method]], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", *RIVALS[method]], check=True)
     return python
 
 

@@ -480,8 +480,10 @@ def test_chains_are_added_while_they_disagree(monkeypatch: pytest.MonkeyPatch) -
     assert rounds(0.0, 1e-9) == 1
 
 
-@pytest.mark.parametrize(("cheap", "times"), [(1e9, recipe.LONGER), (0, 1)])
-def test_only_cheap_chains_are_made_longer(
+@pytest.mark.parametrize(
+    ("cheap", "times"), [(1e9, recipe.LONGER), (30 * 24 * 2, 2), (0, 1)]
+)
+def test_cheap_chains_are_made_longer(
     cheap: float, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recipe, "_RISE", -1e9)  # no chain has arrived

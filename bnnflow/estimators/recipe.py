@@ -2,9 +2,9 @@
 
 1. *Warm start.* Networks are trained on nine tenths of the rows, all in one batch, each of them
    kept as it was when the other tenth liked it best.
-2. *Chains.* From each of them `MCLMC` runs on all rows, and three times as long again where the log
-   joint density still rises (as long again where gradients are expensive); `SGHMC` on mini-batches,
-   where a full gradient is more expensive still.
+2. *Chains.* From each of them `MCLMC` runs on all rows, and once more where the log joint density
+   still rises, the longer the cheaper a gradient is. `SGHMC` runs on mini-batches, where a full
+   gradient is too expensive.
 3. *More chains, not longer ones.* Chains of a network rarely meet, so what they disagree on is
    averaged over more of them: rounds of eight follow one another until the Monte-Carlo error of
    the predictions is small beside what they say of their own uncertainty.
@@ -39,8 +39,10 @@ __all__ = ["automatic", "warm_start"]
 CHAINS = 8  # of a round
 ROUNDS = 3  # at most
 WARM_UP, DRAWS = 200, 200  # transitions of a chain, of ten steps each
-LONGER = 3  # times as many where chains have not arrived after these,
-CHEAP = 2_000_000  # for up to so many rows of data times weights; beyond as many again
+LONGER = (
+    6  # times as many, at most, where chains have not arrived after these: as many as there
+)
+CHEAP = 1_000_000  # are rows of data times weights in this number, and no fewer than once
 # of the log joint between the halves of a stage, in standard deviations of a posterior of as many
 # dimensions, below which chains have arrived
 _RISE = 0.2
@@ -178,14 +180,14 @@ def _round(
     if rise < _RISE * math.sqrt(model.dim / 2) or draws.info.get("interrupted"):
         return draws
     end = draws.theta[:, -1]
-    length = LONGER if len(model.x) * model.dim <= CHEAP else 1
+    length = min(max(1, CHEAP / (len(model.x) * model.dim)), LONGER)
     return _stage(model, end, length, third, folder and folder / "long", progress)
 
 
 def _stage(
     model: BayesianModel,
     start: Tensor,
-    length: int,
+    length: float,
     seed: int,
     folder: Path | None,
     progress: bool,
@@ -195,8 +197,8 @@ def _stage(
         model,
         MCLMC() if full else SGHMC(batch_size=min(_BATCH, len(model.x))),
         chains=len(start),
-        warmup=WARM_UP * length,
-        draws=DRAWS * length,
+        warmup=round(WARM_UP * length),
+        draws=round(DRAWS * length),
         init=start,
         seed=seed,
         checkpoint=folder and Checkpoint(folder, resume=True),
