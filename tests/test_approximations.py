@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import arviz
 import pytest
@@ -922,3 +922,45 @@ def test_numbers_without_sense_are_refused(method, options: dict, message: str) 
 def test_settings_without_sense_are_refused(method: type, options: dict) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
         method(**options)
+
+
+# ---------------------------------------- noise that runs to zero
+
+FEW: dict[str, Any] = {"starts": 2, "steps": 100, "polish": 300}
+LAPLACE: dict[str, dict[str, Any]] = {
+    "full": {},
+    "diagonal": {"structure": "diagonal"},
+    "last layer": {"structure": "last_layer"},
+    "averaged": {"hessian": "averaged"},
+    "tuned": {"prior_precision": "evidence"},
+}
+OTHERS = {
+    "SWAG": bf.SWAG(steps=100),
+    "VI": bf.VI(steps=50),
+    "flow": bf.NormalizingFlowVI(steps=20),
+}
+
+
+def without_noise(noise: float | None) -> bf.BayesianModel:
+    """A network that can fit every row."""
+    x = torch.randn(6, 2, generator=generator())
+    net = built(
+        lambda: nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)), torch.float32
+    )
+    y = 2 * x[:, :1] - x[:, 1:]
+    return bf.BayesianModel(net, priors.Normal(), likelihoods.Gaussian(noise), x, y)
+
+
+@pytest.mark.parametrize("name", [*LAPLACE, "exact"])
+def test_curvature_beyond_double_precision_is_told(name: str) -> None:
+    method = bf.Laplace(**FEW, **LAPLACE.get(name, {"hessian": "exact"}))
+    with pytest.raises(ValueError, match="beyond what double precision holds"):
+        bf.sample(without_noise(1e-9), method, draws=20, seed=0)
+
+
+@pytest.mark.filterwarnings("ignore:no mode was found")
+@pytest.mark.parametrize("name", [*LAPLACE, *OTHERS])
+def test_noise_that_runs_to_zero_leaves_draws_finite(name: str) -> None:
+    method = OTHERS.get(name) or bf.Laplace(**FEW, **LAPLACE[name])
+    draws = bf.sample(without_noise(None), method, draws=20, seed=0)
+    assert bool(draws.theta.isfinite().all())

@@ -101,7 +101,11 @@ def tune_prior(
             if promised < _GAIN or radius < 0.1:
                 break
             factors = dict.fromkeys(tuned, math.exp(found))
-            there = expand(_with_precisions(first.model, own, factors), theta)
+            try:
+                there = expand(_with_precisions(first.model, own, factors), theta)
+            except ValueError:  # no Gaussian there: too far
+                radius = 0.25 * abs(found - log)
+                continue
             gradients += there.info["gradients"]
             if there.info["interrupted"]:
                 raise KeyboardInterrupt

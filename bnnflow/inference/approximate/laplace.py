@@ -286,10 +286,12 @@ class Laplace(Method):
             if not bool((precision > 0).all()):
                 raise ValueError(_INDEFINITE.format(float(precision.min())))
             return Gaussian(mode, precision.rsqrt())
+        free = _indices(model, names)
         try:
-            free = _indices(model, names)
             gaussian = Gaussian.of_precision(mode[free], precision)
         except RuntimeError as error:
+            if self.hessian != "exact":
+                raise _too_stiff(precision) from error
             least = float(torch.linalg.eigvalsh(precision)[0])
             raise ValueError(_INDEFINITE.format(least)) from error
         return gaussian if self.structure == "full" else Conditional(mode, free, gaussian)
@@ -309,6 +311,11 @@ _UNBOUNDED = (
     "log_joint has no mode: it grows without bound on the way up, as under a hierarchical prior "
     "where the scale and the weights of a tensor go to zero together (the prior is {}). Use HMC or "
     "SMC, or a normal prior of fixed scale with prior_precision='evidence'"
+)
+_TOO_STIFF = (
+    "the curvature of log_joint is beyond what double precision holds (it reaches {:.2g}): the "
+    "noise is all but zero, or runs there since the network can fit every row. Use a likelihood "
+    "with a larger fixed scale, more rows, or HMC"
 )
 _INDEFINITE = (
     "the curvature at the mode is not positive definite (smallest value {:.3g}); "
@@ -428,7 +435,9 @@ class _Climb:
         self.look()
         for _ in range(_NEWTON_STEPS if self.newton else 0):
             precision = gauss_newton_precision(self.model, self.mode)
-            factor = torch.linalg.cholesky(precision)
+            factor, failed = torch.linalg.cholesky_ex(precision)
+            if bool(failed):  # for rounding: no step to judge by
+                return math.nan
             step = torch.cholesky_solve(self.grad.T, factor).T  # (1, dim)
             gain = 0.5 * float((step * self.grad).sum())
             self.gradients += 2
@@ -447,9 +456,14 @@ class _Climb:
         for _ in range(_KINKED_ROUNDS):
             if self.newton:
                 precision = gauss_newton_precision(self.model, self.mode)
-                inverse = torch.linalg.inv(precision).cpu().numpy()
+                inverse, failed = torch.linalg.inv_ex(precision)
+                if bool(failed):
+                    raise _too_stiff(precision)
                 point = kinks.minimise(
-                    self.negative, self.mode.cpu().numpy(), inverse, iterations
+                    self.negative,
+                    self.mode.cpu().numpy(),
+                    inverse.cpu().numpy(),
+                    iterations,
                 )
                 self.mode = torch.from_numpy(point).to(self.mode)
             self.look()
@@ -470,11 +484,14 @@ def _left_to_gain(model: BayesianModel, mode: Tensor, grad: Tensor) -> tuple[flo
         curvature = gauss_newton_precision(model, mode, diagonal=not whole)
     if not bool(curvature.isfinite().all()):  # on its way to infinity
         return math.inf, torch.zeros_like(grad)
-    gaussian = (
-        Gaussian(torch.zeros_like(mode), curvature.rsqrt())
-        if curvature.dim() == 1
-        else Gaussian.of_precision(torch.zeros_like(mode), curvature)
-    )
+    try:
+        gaussian = (
+            Gaussian(torch.zeros_like(mode), curvature.rsqrt())
+            if curvature.dim() == 1
+            else Gaussian.of_precision(torch.zeros_like(mode), curvature)
+        )
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise _too_stiff(curvature) from error
     offsets = gaussian.sample(
         min(2 * model.dim, _PIECES), torch.Generator(mode.device).manual_seed(0)
     )
@@ -526,6 +543,10 @@ def _line_search(
 
 
 # ---------------------------------------- curvature
+
+
+def _too_stiff(precision: Tensor) -> ValueError:
+    return ValueError(_TOO_STIFF.format(float(precision.diagonal().max())))
 
 
 def gauss_newton_precision(
@@ -614,7 +635,11 @@ def averaged_precision(
     )
     noise, before = torch.cat([half, -half]).to(precision), math.nan
     for _ in range(_AVERAGES):
-        root = precision.sqrt() if diagonal else torch.linalg.cholesky(precision)
+        root, failed = (
+            (precision.sqrt(), False) if diagonal else torch.linalg.cholesky_ex(precision)
+        )
+        if bool(failed):
+            raise _too_stiff(precision)
         log_det = 2 * float((root if diagonal else root.diagonal()).log().sum())
         if abs(log_det - before) < _SETTLED * len(precision):
             break
