@@ -7,7 +7,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -112,6 +112,11 @@ class Sampleable(Method):
         """
         return 0
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a reader of its draws should know of how it was made; nothing by default."""
+        return {}
+
     def check_model(self, model: BayesianModel) -> None:
         """Raise ``ValueError`` if this is no distribution over the model's weights, or one of
         another posterior.
@@ -139,4 +144,5 @@ class Sampleable(Method):
             "gradients": None if each is None else each * len(theta),
             "interrupted": taken.interrupted,
         }
+        info |= self.about
         return Draws(theta.unsqueeze(0), log_joint.unsqueeze(0), info=info)

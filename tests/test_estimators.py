@@ -647,3 +647,33 @@ def test_intervals_cover_what_they_say() -> None:
         p = law.predict_dist(x).cdf(y).numpy()
         inside.append((np.abs(p[:, None] - 0.5) <= levels / 2).mean(0))
     assert np.abs(np.mean(inside, 0) - levels).max() < 0.02, np.mean(inside, 0)
+
+
+@pytest.mark.parametrize("frames", [False, True])
+def test_a_report_calls_targets_what_the_frame_called_them(frames, tmp_path, monkeypatch):
+    """And the program at its foot fits the estimator again."""
+    x = np.random.default_rng(0).normal(size=(40, 2))
+    y = pd.DataFrame({"height": x[:, 0], "<weight>": 3 * x.sum(1)})
+    y = y if frames else y["<weight>"]
+    fitted = bf.BayesianMLPRegressor((3,), method=bf.Laplace(), random_state=0).fit(x, y)
+    assert fitted.target_names_ == (["height", "<weight>"] if frames else ["<weight>"])
+    units = ["m", "kg"] if frames else ["kg"]
+    fitted.save(tmp_path / "fitted.bnn")
+    for each in (fitted, bf.load(tmp_path / "fitted.bnn")):
+        made = each.report(None, x[:9], y[:9], units=units)
+        assert made.sections[0].names.target(len(units) - 1) == "<weight> (kg)"
+        assert "<weight>" not in made.html()
+    again = {"X": x, "y": y, "X_test": x[:9], "y_test": y[:9]}
+    monkeypatch.chdir(tmp_path)
+    exec(made.sections[0].program, again)
+    assert np.array_equal(again["estimator"].draws_.theta, fitted.draws_.theta)
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_report_calls_classes_by_their_labels() -> None:
+    x = np.random.default_rng(0).normal(size=(40, 2))
+    labels = np.where(x[:, 0] > 0, "yes & no", "<maybe>")
+    fitted = bf.BayesianMLPClassifier((3,), method=bf.Laplace(), random_state=0)
+    page = fitted.fit(x, labels).report(None, x[:9], labels[:9]).html()
+    assert "&lt;maybe&gt;" in page
+    assert "<maybe>" not in page

@@ -508,16 +508,18 @@ def test_the_page_is_whole_and_needs_nothing_else(made):
     result, text = made
     page = stands_alone(text)
     assert result.path is not None
-    chains_shown = 1
-    expected = 4 + chains_shown  # scores, calibration, predictions, residuals or confusion
+    numbers = result.table[0].get("rmse") is not None
+    # scores, calibration, predictions; residuals and transforms, or confusion
+    of_all = 5 if numbers else 4
+    expected = of_all + 3  # the prior, weights of draws, and one method's chains
     assert page.tags.count("svg") == page.tags.count("figure") == expected
     labels = [
         value
         for tag, name, value in page.attributes
         if tag == "svg" and name == "aria-label"
     ]
-    assert all("HMC" in label for label in labels)
-    assert sum("VI <b>&" in label for label in labels) == 4
+    assert sum("HMC" in label for label in labels) == of_all + 1
+    assert sum("VI <b>&" in label for label in labels) == of_all
     ids = [value for _, name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
     targets = {
@@ -546,7 +548,7 @@ def test_labels_are_escaped_and_every_method_is_there(made, model):
     words = " ".join(Page(text).text)
     assert "<b>&" not in text.replace("&lt;b&gt;&amp;", "")
     for name in methods(model):
-        assert words.count(name) >= 4  # verdict, table, run, and the panel of a figure
+        assert words.count(name) >= 5  # verdict, table, run, program, and a figure's panel
     assert "A <title>" in words
 
 
@@ -703,6 +705,119 @@ def test_bad_input_is_refused_before_any_work(change, message, monkeypatch):
     } | change
     with pytest.raises((TypeError, ValueError), match=message):
         report(model=model, **arguments)
+
+
+# ---------------------------------------- names, and what is folded away
+
+
+def test_targets_have_their_names_and_units(model) -> None:
+    x, y = test_data(model)
+    theta = model.sample_prior(30, seed=0)
+    if model.likelihood.kind == "classification":
+        names = {"targets": ["<b>kind"], "classes": ["a & b", "<i>", "$c$"]}
+    else:
+        names = {"targets": ["<b>price"], "units": ["EUR & $"]}
+    made = report(model, {"prior": theta, "again": theta}, x, y, path=None, **names)
+    text = made.html()
+    words = " ".join(stands_alone(text).text)
+    for each in itertools.chain(*names.values()):
+        assert each in words
+    assert "<b>kind" not in text
+    assert "<b>price" not in text
+    assert "<i>" not in text
+    if model.likelihood.kind == "regression":
+        assert "RMSE (EUR & $)" in words
+        assert "<b>price (EUR & $)" in words  # along an axis
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "message"),
+    [
+        ("regression", {"targets": "price"}, "targets must be a list"),
+        ("regression", {"targets": ["a", "b"]}, "targets has 2 names for 1"),
+        ("regression", {"units": [""]}, "units has an empty name"),
+        ("regression", {"targets": [3]}, "must be a string"),
+        ("regression", {"classes": ["a"]}, "classes are those of labels"),
+        ("classification", {"classes": ["a", "b"]}, "classes has 2 names for 3"),
+        ("classification", {"classes": ["a", "b", "a"]}, "classes gives two the same name"),
+        ("classification", {"units": ["m"]}, "units are those of numbers"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(kind, names, message) -> None:
+    model = make_model(kind)
+    with pytest.raises((TypeError, ValueError), match=message):
+        report(model, {"a": model.sample_prior(5, seed=0)}, path=None, **names)
+
+
+def test_several_targets_are_told_one_by_one() -> None:
+    net = built(lambda: nn.Linear(2, 2), torch.float32)
+    x = torch.randn(40, 2, generator=generator(3))
+    y = torch.stack([x[:, 0], 1000 * x[:, 1]], 1)
+    model = BayesianModel(net, Normal(0.0, 1.0), likelihoods.Gaussian(0.3), x, y)
+    theta = model.sample_prior(50, seed=0)
+    names = {"targets": ["height", "weight"], "units": ["m", "kg"]}
+    made = report(model, {"prior": theta}, x, y, path=None, **names)
+    words = " ".join(stands_alone(made.html()).text)
+    (row,) = made.sections[0].by_target
+    p = predict(model, theta, x)
+    expected = (p.mean - y.double()).square().mean(0).sqrt()
+    assert [row["rmse 0"], row["rmse 1"]] == pytest.approx(expected.tolist())
+    assert row["coverage 0"] == pytest.approx(
+        float((((metrics.pit(p, y) - 0.5).abs() <= 0.45).double().mean(0))[0])
+    )
+    assert "height (m): RMSE" in words
+    assert "weight (kg): 90 % cover" in words
+    assert "RMSE (m)" not in words, "there is no unit of both"
+
+
+def test_the_program_of_a_report_makes_it_again(model, tmp_path, monkeypatch) -> None:
+    x, y = test_data(model)
+    method = bf.HMC(step_size=0.1, max_leapfrog=8)
+    draws = bf.sample(model, method, chains=2, warmup=5, draws=6, seed=3, progress=False)
+    given = {"<mine>": draws, "theta": draws.flat}
+    made = report(model, given, x, y, path=None)
+    program = made.sections[0].program
+    assert program.replace("<", "&lt;") in made.html().replace("&#39;", "'").replace(
+        "&gt;", ">"
+    )
+    monkeypatch.chdir(tmp_path)
+    names = {"model": model, "x_test": x, "y_test": y, "given": given}
+    exec(program, names)
+    assert torch.equal(names["results"]["<mine>"].theta, draws.theta)
+    assert (tmp_path / "report.html").exists()
+    assert f"torch {torch.__version__}" in program
+
+
+def test_what_draws_a_flow_made_is_told(model) -> None:
+    x, y = test_data(model)
+    training = bf.Training(steps=8, batch_size=16)
+    draws = chains(model, draws=20)
+    flow = bf.fit_flow(
+        model, draws, velocity="weights", training=training, seed=0, progress=False
+    )
+    sampled = bf.sample(model, flow, draws=40, seed=1, progress=False)
+    made = report(model, {"drawn": sampled, "itself": flow}, x, y, path=None)
+    words = " ".join(stands_alone(made.html()).text)
+    assert "Loss of flows" in words
+    assert "training steps 8" in " ".join(words.split())
+    assert "solver error" in words
+    assert (
+        "results['drawn'] = bf.sample(model, methods['drawn'], draws=40, seed=1)" in words
+    )
+
+
+def test_evidences_stand_side_by_side(model) -> None:
+    theta = chains(model, draws=100).flat[None]
+    even = torch.zeros(theta.shape[:2], dtype=torch.float64)
+    draws = Draws(
+        theta, model.log_joint(theta), log_weights=even, log_evidence=(-12.3456, 0.25)
+    )
+    made = report(model, {"a": draws, "b": theta}, path=None)
+    assert made.table[0]["log_evidence"] == -12.3456
+    assert "log_evidence" not in made.table[1]
+    words = " ".join(Page(made.html()).text)
+    assert "−12.35 ± 0.25" in words
+    assert "Weights of draws" in words
 
 
 # ---------------------------------------- plots

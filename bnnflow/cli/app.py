@@ -235,6 +235,9 @@ def report(
         Path | None,
         typer.Option("--out", "-o", help="The page; report.html in the run if none."),
     ] = None,
+    unit: Annotated[
+        str | None, typer.Option(help="Unit of the target, as EUR, for axes and scores.")
+    ] = None,
 ) -> None:
     """Write a page on how good the predictions are, and how far the draws can be trusted.
 
@@ -243,7 +246,7 @@ def report(
     bnnflow report run new_with_prices.csv -o page.html
     """
     notes: list[str] = []
-    page = work.report(run, out or run / "report.html", notes, data)
+    page = work.report(run, out or run / "report.html", notes, data, unit)
     _tell(notes)
     typer.echo(f"written to {page}")
 

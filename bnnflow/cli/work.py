@@ -182,8 +182,15 @@ def predict(
     return {name: values.ravel().tolist() for name, values in found.items()}
 
 
-def report(run: Path, out: Path, notes: Notes, path: Path | None = None) -> Path:
-    """Write the HTML report on the held-out rows of a run, or on those of a file.
+def report(
+    run: Path,
+    out: Path,
+    notes: Notes,
+    path: Path | None = None,
+    unit: str | None = None,
+) -> Path:
+    """Write the HTML report on the held-out rows of a run, or on those of a file, with the target
+    in a unit, if one is given.
 
     Raises:
         ValueError: if there are no such rows.
@@ -198,9 +205,8 @@ def report(run: Path, out: Path, notes: Notes, path: Path | None = None) -> Path
         raise ValueError(f"the file has no column {name!r}, the target")
     raw = _subset(raw, target.known(raw[name]))
     with _telling(notes):
-        estimator.report(
-            out, _frame(inputs.apply(raw, notes)), target.read(raw[name], notes)
-        )
+        x, y = _frame(inputs.apply(raw, notes)), target.read(raw[name], notes)
+        estimator.report(out, x, y, targets=[name], units=None if unit is None else [unit])
     return out
 
 

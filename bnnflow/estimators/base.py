@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -62,6 +62,7 @@ class BayesianEstimator(BaseEstimator, ABC):
     model_: BayesianModel
     draws_: Draws
     table_: Table
+    target_names_: list[str]
     n_features_in_: int
     _by_default: ClassVar[tuple[tuple[int, ...], str]]  # widths and activation for "auto"
 
@@ -275,17 +276,40 @@ class BayesianEstimator(BaseEstimator, ABC):
             self.model_, self.draws_, x, None if y is None else self._targets(y)
         )
 
-    def report(self, path: str | Path | None, X: Any = None, y: Any = None) -> Report:
+    def report(
+        self,
+        path: str | Path | None,
+        X: Any = None,
+        y: Any = None,
+        *,
+        targets: Sequence[str] | None = None,
+        units: Sequence[str] | None = None,
+    ) -> Report:
         """Write an HTML report on rows that were not fitted; see `bnnflow.report`.
 
         Args:
             path: the file; None writes none.
             X: rows, ``(n, columns)``; without them the page tells what the rows of training can.
             y: their targets.
+            targets: name of each target; those that y had in training if None.
+            units: of each target, as ``["EUR"]``.
         """
+        check_is_fitted(self, "draws_")
         x = None if X is None else self._encoded(X).to(self.model_.dtype)
-        targets = None if y is None else self._targets(y)
-        return report(self.model_, self.draws_, x, targets, path)
+        y = None if y is None else self._targets(y)
+        called = self.__repr__(N_CHAR_MAX=10**6)
+        draws = replace(self.draws_, info=self.draws_.info | {"fitted": called})
+        classes = self._coords().get("class")
+        return report(
+            self.model_,
+            draws,
+            x,
+            y,
+            path,
+            targets=targets or self.target_names_ or None,
+            units=units,
+            classes=None if classes is None else [str(label) for label in classes],
+        )
 
     def to_arviz(self, X: Any = None, y: Any = None) -> Any:
         """Convert the draws for ArviZ, with names of inputs and classes, and targets in units of y;

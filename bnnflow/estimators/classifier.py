@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bnnflow import arguments
 from bnnflow.estimators.base import BayesianEstimator
+from bnnflow.estimators.table import names_of
 from bnnflow.model import likelihoods
 
 __all__ = ["BayesianMLPClassifier"]
@@ -48,6 +49,7 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
             sure: all predictions follow it.
         calibration_: the same in words.
         table_: how columns became inputs.
+        target_names_: the names that y had; empty if it was an array.
 
     Example:
         >>> import numpy as np
@@ -85,6 +87,7 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
         self._check_settings()
         arguments.choice("likelihood", self.likelihood, ("auto", "ordinal"))
         columns = self._columns(X, reset=True)
+        self.target_names_ = names_of(y)
         if y is None:
             raise ValueError("requires y to be passed, but the target y is None")
         y = column_or_1d(y, warn=True)

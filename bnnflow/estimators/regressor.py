@@ -14,6 +14,7 @@ from torch import Tensor
 from bnnflow import arguments
 from bnnflow.estimators.base import BayesianEstimator
 from bnnflow.estimators.likelihood import NAMES, choose
+from bnnflow.estimators.table import names_of
 from bnnflow.model import likelihoods
 
 __all__ = ["BayesianMLPRegressor"]
@@ -51,6 +52,7 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
         model_: the `bnnflow.BayesianModel`, whose x are the encoded rows and whose y are raw.
         draws_: the `bnnflow.Draws` that are kept.
         table_: how columns became inputs.
+        target_names_: the names that y had; empty if it was an array.
         likelihood_: which likelihood was chosen, and why.
 
     Example:
@@ -88,6 +90,7 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
         """
         self._check_settings()
         columns = self._columns(X, reset=True)
+        self.target_names_ = names_of(y)
         x, targets = self._rows(columns, self._numbers(y), sample_weight)
         constant = (targets == targets[:1]).all(0)
         if constant.any():

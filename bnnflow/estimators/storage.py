@@ -34,6 +34,7 @@ def save(estimator: BayesianEstimator, path: str | Path) -> Path:
         "settings": {name: _packed(name, value) for name, value in settings.items()},
         "table": estimator.table_.describe(),
         "names": getattr(estimator, "feature_names_in_", np.empty(0)).tolist(),
+        "targets": estimator.target_names_,
         "inputs": estimator.n_features_in_,
         "fitted": estimator._fitted(),
         "likelihood": _packed("likelihood", estimator.model_.likelihood),
@@ -57,6 +58,7 @@ def load(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> BayesianEstim
     made.n_features_in_ = int(header["inputs"])
     if header["names"]:
         made.feature_names_in_ = np.asarray(header["names"], dtype=object)
+    made.target_names_ = header.get("targets", [])
     made._restore(header["fitted"])
     x, y = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["y"])
     made.model_ = made._model(_unpacked(header["likelihood"]), x, y, header["outputs"])

@@ -140,6 +140,14 @@ def is_frame(X: Any) -> bool:
     return hasattr(X, "columns") and hasattr(X, "shape") and hasattr(X, "__getitem__")
 
 
+def names_of(y: Any) -> list[str]:
+    """Return the names that a frame or a series gives to targets; none of an array."""
+    if is_frame(y):
+        return [str(name) for name in y.columns]
+    name = getattr(y, "name", None)
+    return [name] if isinstance(name, str) and name else []
+
+
 def columns_of(X: Any) -> Columns:
     """Return the columns of a frame or of an array ``(n, columns)`` by name.
 

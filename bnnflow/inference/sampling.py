@@ -118,11 +118,19 @@ def sample(  # noqa: PLR0913 - the one entry point, with eleven
         watch = Stopwatch()
         run = Run(generator, chains, warmup, draws, start, progress, kept, ranks, alike)
         result = _drawn(method, method.draw(model, run), model)
-    info = identity | {"rows": len(model.x)} | watch.read()
+    info = identity | {"rows": len(model.x), "run": _asked(run)} | watch.read()
     if kept is not None:  # the seconds of all runs in this folder
         info["seconds"] = kept.seconds
     chains = result.n_chains * result.info.get("gradients_per_chain", 0)
     return replace(result, info=info | {"gradients": chains} | result.info)
+
+
+def _asked(run: Run) -> dict[str, Any]:
+    """Return the settings that were given, by name."""
+    start = run.init
+    init = f"as given, {tuple(start.shape)}" if isinstance(start, Tensor) else start
+    asked = {"chains": run.chains, "warmup": run.warmup, "draws": run.draws, "init": init}
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def _drawn(method: Method, result: Any, model: BayesianModel) -> Draws:

@@ -8,9 +8,10 @@ import numpy as np
 from scipy.stats import rankdata
 
 from bnnflow.draws import Draws
-from bnnflow.report.style import BODY, GREY, INK, PALETTE, array, quiet
+from bnnflow.report.style import BODY, GREY, INK, PALETTE, SMALL, array, quiet
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["chains"]
@@ -21,9 +22,11 @@ _BINS = 16
 
 
 def chains(draws: Draws, values: np.ndarray, what: str) -> Figure:
-    """Plot the log joint of chains, draw by draw, and the ranks of a prediction in each.
+    """Plot the log joint of chains, draw by draw, the ranks of a prediction in each, and, where
+    energies were recorded, their law beside that of their changes (Betancourt 2017).
 
-    Chains that have converged scatter about one level, and their ranks about the line.
+    Chains that have converged scatter about one level, and their ranks about the line. Energies
+    whose changes are much narrower than they are explored slowly.
 
     Args:
         draws: chains, of which at most twelve are shown.
@@ -32,9 +35,11 @@ def chains(draws: Draws, values: np.ndarray, what: str) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.6, 2.5), layout="constrained")
+    energy = draws.stats.get("energy")
+    panels = 2 if energy is None else 3
+    figure = Figure(figsize=(8.6 if energy is None else 9.4, 2.5), layout="constrained")
     figure.patch.set_alpha(0)
-    trace, ranks = figure.subplots(1, 2)
+    trace, ranks, *rest = figure.subplots(1, panels)
     every = max(1, draws.n_draws // _POINTS)
     log_joint = array(draws.log_joint)[:_CHAINS, ::every]
     for index, chain in enumerate(log_joint):
@@ -49,11 +54,24 @@ def chains(draws: Draws, values: np.ndarray, what: str) -> Figure:
         ranks.stairs(count / expected, edges, color=PALETTE[index % len(PALETTE)])
     ranks.axhline(1, color=GREY, linewidth=1)
     ranks.set_ylim(bottom=0)
-    for ax, across, up in (
-        (trace, "draw", "log joint"),
-        (ranks, f"rank of {what}", "share beside 1"),
-    ):
+    named = [(trace, "draw", "log joint"), (ranks, f"rank of {what}", "share beside 1")]
+    if energy is not None:
+        _energies(rest[0], array(energy))
+        named.append((rest[0], "energy", "density"))
+    for ax, across, up in named:
         quiet(ax)
         ax.set_xlabel(across, fontsize=BODY, color=INK)
         ax.set_ylabel(up, fontsize=BODY, color=INK)
     return figure
+
+
+def _energies(ax: Axes, energy: np.ndarray) -> None:
+    """Plot energies ``(chain, draw)`` about their means, and their changes from draw to draw."""
+    about = (energy - energy.mean(1, keepdims=True)).ravel()
+    changes = np.diff(energy, axis=1).ravel()
+    bins = np.histogram_bin_edges(np.concatenate([about, changes]), 30).tolist()
+    ax.hist(about, bins, density=True, color=GREY, alpha=0.5, label="about its mean")
+    ax.hist(changes, bins, density=True, histtype="step", color=INK, label="changes")
+    ax.set_yticks([])
+    ax.set_ylim(top=1.45 * ax.get_ylim()[1])
+    ax.legend(frameon=False, fontsize=SMALL, labelcolor=INK, loc="upper left")

@@ -20,6 +20,7 @@ from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
 from bnnflow.predictive import Prediction, metrics, predict
 from bnnflow.stopwatch import Stopwatch
+from bnnflow.transport import Flow
 
 __all__ = ["Comparison", "Entry", "Evaluation", "compare", "duration", "gather"]
 
@@ -191,6 +192,9 @@ def _entry(name: str, value: Any, seconds: float | None) -> Entry:
         theta = value.sample(TAKEN, 0)
         info = {"method": type(value).__name__, "draws taken": TAKEN, "seed": 0} | info
         seconds = seconds if seconds is not None else watch.seconds
+    if isinstance(value, Flow):
+        error = value.solver_error(density=False)["theta"]
+        info |= value.about | {"solver error": f"{error:.2g} sd of a weight"}
     weights = value[1] if isinstance(value, tuple) else getattr(value, "log_weights", None)
     return Entry(
         name,
@@ -236,6 +240,7 @@ def _evaluate(
     row |= {
         "log_likelihood": log_likelihood,
         "log_joint": log_joint,
+        **_evidence(entry),
         "draws": count,
         "seconds": entry.seconds,
         "seconds_per_1000_draws": None
@@ -248,6 +253,12 @@ def _evaluate(
         "best": (),
     }
     return Evaluation(entry, prediction, diagnosis, scores, row)
+
+
+def _evidence(entry: Entry) -> dict[str, float]:
+    """Return the log evidence and its error, where the method estimates them."""
+    found = entry.draws.log_evidence if isinstance(entry.draws, Draws) else None
+    return {} if found is None else {"log_evidence": found[0], "log_evidence_se": found[1]}
 
 
 def _mean_densities(prediction: Prediction) -> tuple[float, float]:

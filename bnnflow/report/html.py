@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import datetime
-import io
 import math
 import platform
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,24 +19,23 @@ from torch import Tensor
 
 from bnnflow import storage
 from bnnflow.arguments import checked
-from bnnflow.diagnosis import Diagnosis, weight_convergence
-from bnnflow.diagnosis.convergence import predicted_values
+from bnnflow.diagnosis import Diagnosis
 from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
-from bnnflow.predictive import Prediction
+from bnnflow.predictive import metrics
 from bnnflow.report import plots
-from bnnflow.report.compare import (
-    MARGIN,
-    Comparison,
-    Evaluation,
-    compare,
-    duration,
-    gather,
+from bnnflow.report.compare import Comparison, Evaluation, compare, duration, gather
+from bnnflow.report.figures import (
+    ChainPictures,
+    Picture,
+    Pictures,
+    of_chains,
+    pictures,
+    unique,
 )
+from bnnflow.report.names import Names
+from bnnflow.report.reproduce import program
 from bnnflow.tables import in_columns
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["Report", "report"]
 
@@ -95,9 +93,17 @@ _COLUMNS = (
         ",.1f",
         "log joint density of weights and training data, mean over draws",
     ),
+    _Column(
+        "log_evidence",
+        "log evidence",
+        ",.2f",
+        "of the model, ± its standard error, where the method estimates it",
+    ),
     _Column("draws", "draws", ",", "draws of the weights"),
     _Column("seconds", "seconds", ".3g", "wall-clock time to obtain them"),
-    _Column("seconds_per_1000_draws", "s / 1,000", ".3g", "the same for 1,000 draws"),
+    _Column(
+        "seconds_per_1000_draws", "s / 1,000", ".3g", "wall-clock time for 1,000 draws"
+    ),
     _Column(
         "gradients",
         "gradients",
@@ -111,24 +117,15 @@ _NOTE = (
     "No rows were held out: scores and pictures are of the rows of training, which flatter every "
     "method; the answers about predictions leave rows out one at a time, where that works."
 )
-_MOST_CLASSES = 20  # of a table of confusion
-_MOST_ALIGNED = 2000  # weights that a report aligns
-_DRAWS_ALIGNED = 400
-_COST = ("log_likelihood", "log_joint", "draws", "seconds_per_1000_draws")
-
-
-class _Picture(NamedTuple):
-    """A picture, ready to be put into the page."""
-
-    svg: str
-    caption: str
-
-
-class _Chains(NamedTuple):
-    """What is shown of one method's chains beside its diagnosis."""
-
-    picture: _Picture
-    layers: str
+_COST = (
+    "log_likelihood",
+    "log_joint",
+    "log_evidence",
+    "draws",
+    "seconds_per_1000_draws",
+)
+_WITH_ERROR = ("lppd", "log_evidence")
+_WITH_UNIT = ("rmse", "crps")
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,10 +134,13 @@ class Section:
 
     title: str
     comparison: Comparison
-    figures: tuple[_Picture, ...]
-    chains: dict[str, _Chains]
+    pictures: Pictures
+    chains: dict[str, ChainPictures]
     about: dict[str, str]
     note: str
+    names: Names
+    by_target: tuple[dict[str, float], ...]
+    program: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,7 +244,7 @@ class Report:
         """Lay the comparison out for a terminal."""
         blocks = []
         for section in self.sections:
-            columns = _columns(section.comparison)
+            columns = _columns(section)
             head = ["method", *(column.label for column in columns), "verdict"]
             lines = [
                 [
@@ -276,6 +276,9 @@ def report(
     *,
     title: str | None = None,
     seconds: Mapping[str, float] | None = None,
+    targets: Sequence[str] | None = None,
+    units: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Report:
     """Compare methods on rows and write what a reader needs to judge them into one HTML file.
 
@@ -297,10 +300,13 @@ def report(
         title: heading.
         seconds: wall-clock time of each method, where ``draws.info`` does not have it or should not
             be believed.
+        targets: name of each target, as ``["price"]``; of labels the one name that they have.
+        units: of each target, as ``["EUR"]``.
+        classes: name of each class, as ``["setosa", "versicolor", "virginica"]``.
 
     Raises:
-        ValueError: before any work, for methods, inputs or targets that do not fit, one of x_test
-            and y_test without the other, or a path that is a folder.
+        ValueError: before any work, for methods, inputs, targets or names that do not fit, one of
+            x_test and y_test without the other, or a path that is a folder.
 
     Example:
         >>> net = torch.nn.Linear(2, 2)
@@ -327,16 +333,21 @@ def report(
         raise ValueError(f"x_test has {len(x)} rows and y_test has {len(y)}")
     if path is not None:
         _check_path(path)
+    names = Names.of(model, targets, units, classes)
     kind = model.likelihood.kind
     title = title or f"Posterior comparison: {kind}, {model.dim:,} weights"
     comparison = compare(methods, model, x, y, seconds, held_out=held_out)
+    entries = [e.entry for e in comparison.evaluations]
     section = Section(
         title,
         comparison,
-        _figures(comparison, model, y),
-        _chains(comparison, model),
-        _about(model, len(y) if held_out else 0),
+        pictures(comparison, model, y, names),
+        of_chains(comparison, model),
+        _about(model, len(y) if held_out else 0, names),
         "" if held_out else _NOTE,
+        names,
+        _by_target(comparison, y),
+        program(entries, model, names, _versions(), held_out=held_out),
     )
     made = Report(title, (section,))
     return made if path is None else made.write(path)
@@ -370,7 +381,10 @@ class _Shown(NamedTuple):
     several: bool
     regression: bool
     chosen: str | None
-    figures: list[dict[str, Any]]
+    figures: dict[str, list[dict[str, Any]]]
+    targets: list[_Column]
+    target_rows: list[list[dict[str, Any]]]
+    program: str
     convergence: list[dict[str, Any]]
     runs: list[dict[str, Any]]
     about: dict[str, str]
@@ -380,7 +394,7 @@ class _Shown(NamedTuple):
     def of(cls, section: Section, number: int) -> _Shown:
         comparison = section.comparison
         evaluations = comparison.evaluations
-        every = _columns(comparison)
+        every = _columns(section)
         columns = [column for column in every if column.key not in _COST]
         cost = [column for column in every if column.key in _COST]
         lead = next((e for e in evaluations if e.name == comparison.chosen), evaluations[0])
@@ -398,12 +412,17 @@ class _Shown(NamedTuple):
             several=len(evaluations) > 1,
             regression=evaluations[0].prediction.kind == "regression",
             chosen=comparison.chosen,
-            figures=[
-                _inline(figure, f"s{number}f{i}-")
-                for i, figure in enumerate(section.figures)
-            ],
+            figures={
+                kind: [
+                    _inline(each, f"s{number}{kind}{i}-") for i, each in enumerate(group)
+                ]
+                for kind, group in section.pictures._asdict().items()
+            },
+            targets=_target_columns(section),
+            target_rows=_target_cells(section),
+            program=section.program,
             convergence=[
-                _convergence(e, section.chains.get(e.name), f"s{number}c{i}-")
+                _convergence(e, section, f"s{number}c{i}-")
                 for i, e in enumerate(evaluations)
                 if e.diagnosis.r_hat is not None
             ],
@@ -413,10 +432,10 @@ class _Shown(NamedTuple):
         )
 
 
-def _inline(picture: _Picture, prefix: str) -> dict[str, Any]:
+def _inline(picture: Picture, prefix: str) -> dict[str, Any]:
     from markupsafe import Markup
 
-    return {"svg": Markup(_unique(picture.svg, prefix)), "caption": picture.caption}
+    return {"svg": Markup(unique(picture.svg, prefix)), "caption": picture.caption}
 
 
 def _answers(e: Evaluation) -> list[dict[str, str]]:
@@ -491,12 +510,49 @@ def _upper(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _columns(comparison: Comparison) -> list[_Column]:
-    rows = [e.row for e in comparison.evaluations]
+def _columns(section: Section) -> list[_Column]:
+    rows = [e.row for e in section.comparison.evaluations]
+    unit = section.names.unit
     return [
-        column
+        column._replace(label=f"{column.label} ({unit})")
+        if unit and column.key in _WITH_UNIT
+        else column
         for column in _COLUMNS
         if any(row.get(column.key) is not None for row in rows)
+    ]
+
+
+def _by_target(comparison: Comparison, y: Tensor) -> tuple[dict[str, float], ...]:
+    """Return root mean squared errors and coverage of each target, by method; none of one."""
+    if y.dim() < 2 or y.shape[1] < 2:
+        return ()
+    rows = []
+    for e in comparison.evaluations:
+        targets = e.prediction.targets(y)
+        rmse = (e.prediction.mean - targets).square().mean(0).sqrt()
+        row = {f"rmse {i}": value for i, value in enumerate(rmse.tolist())}
+        if e.prediction.model.likelihood.has_cdf:
+            inside = (metrics.pit(e.prediction, y) - 0.5).abs() <= 0.45
+            covered = inside.double().mean(0).tolist()
+            row |= {f"coverage {i}": value for i, value in enumerate(covered)}
+        rows.append(row)
+    return tuple(rows)
+
+
+def _target_columns(section: Section) -> list[_Column]:
+    """Return the columns of the table by target."""
+    if not section.by_target:
+        return []
+    kinds = {"rmse": ("RMSE", ".4g"), "coverage": ("90 % cover", ".1%")}
+    keys = [key.split() for key in section.by_target[0]]
+    return [
+        _Column(
+            f"{kind} {i}",
+            f"{section.names.target(int(i))}: {kinds[kind][0]}",
+            kinds[kind][1],
+            "",
+        )
+        for kind, i in sorted(keys, key=lambda key: int(key[1]))
     ]
 
 
@@ -505,8 +561,8 @@ def _plain(e: Evaluation, column: _Column) -> str:
     if value is None:
         return "–"
     text = _number(value, column.format)
-    if column.key == "lppd" and not math.isnan(e.row["lppd_se"]):
-        text += f" ± {_number(e.row['lppd_se'], column.format)}"
+    if column.key in _WITH_ERROR and not math.isnan(e.row[f"{column.key}_se"]):
+        text += f" ± {_number(e.row[f'{column.key}_se'], column.format)}"
     return text
 
 
@@ -520,8 +576,19 @@ def _number(value: float, form: str) -> str:
     return format(value, form).replace("-", "−").replace("%", " %")
 
 
-def _convergence(e: Evaluation, chains: _Chains | None, prefix: str) -> dict[str, Any]:
-    d = e.diagnosis
+def _target_cells(section: Section) -> list[list[dict[str, Any]]]:
+    columns = _target_columns(section)
+    return [
+        [
+            {"text": _number(row[c.key], c.format), "value": row[c.key], "mark": ""}
+            for c in columns
+        ]
+        for row in section.by_target
+    ]
+
+
+def _convergence(e: Evaluation, section: Section, prefix: str) -> dict[str, Any]:
+    d, chains, names = e.diagnosis, section.chains.get(e.name), section.names
     assert d.r_hat is not None
     assert d.ess_bulk is not None
     assert d.ess_tail is not None
@@ -530,11 +597,12 @@ def _convergence(e: Evaluation, chains: _Chains | None, prefix: str) -> dict[str
     worst = []
     for row, output in zip(*np.unravel_index(order, d.r_hat.shape), strict=True):
         classes = e.prediction.kind == "classification"
-        output_name = int(output) + (1 if classes and d.r_hat.shape[1] == 1 else 0)
+        number = int(output) + (1 if classes and d.r_hat.shape[1] == 1 else 0)
+        known = names.classes if classes else names.targets
         worst.append(
             {
                 "row": int(d.rows[row]),
-                "output": output_name,
+                "output": known[number] if known else number,
                 "r_hat": _number(float(d.r_hat[row, output]), ".3f"),
                 "bulk": _number(float(d.ess_bulk[row, output]), ",.0f"),
                 "tail": _number(float(d.ess_tail[row, output]), ",.0f"),
@@ -592,7 +660,7 @@ def _run(e: Evaluation) -> dict[str, Any]:
             else f" ({e.entry.info.get('method', 'error unknown')})"
         )
         facts["log evidence"] = f"{value:.2f}".replace("-", "−") + known
-    hidden = {"seconds", "settings", "method"}
+    hidden = {"seconds", "settings", "method", "run", "fitted"}
     for key, value in e.entry.info.items():
         if key not in hidden:
             facts[str(key).replace("_", " ")] = _fact(value)
@@ -613,7 +681,7 @@ def _fact(value: Any) -> str:
     return text if len(text) <= 200 else text[:200] + " …"
 
 
-def _about(model: BayesianModel, rows: int) -> dict[str, str]:
+def _about(model: BayesianModel, rows: int, names: Names) -> dict[str, str]:
     widths = ", ".join(f"{name}: {width}" for name, width in model.spec.widths.items())
     about = {
         "weights": f"{model.dim:,}" + (f" (hidden units {widths})" if widths else ""),
@@ -624,6 +692,11 @@ def _about(model: BayesianModel, rows: int) -> dict[str, str]:
         "test rows": f"{rows:,}",
         "fingerprint": model.fingerprint(),
     }  # fmt: skip
+    if names.targets or names.units:
+        count = max(len(names.targets), len(names.units))
+        about["targets"] = ", ".join(map(names.target, range(count)))
+    if names.classes:
+        about["classes"] = ", ".join(names.classes)
     if model.spec.unknown:
         about["symmetries"] = f"not known: {model.spec.unknown}"
     if model.temperature != 1:
@@ -654,154 +727,3 @@ def _check_path(path: str | Path) -> Path:
     if path.is_dir():
         raise ValueError(f"path must be a file, {path} is a folder")
     return path
-
-
-# ---------------------------------------- pictures
-
-
-def _figures(
-    comparison: Comparison, model: BayesianModel, y: Tensor
-) -> tuple[_Picture, ...]:
-    predictions = {e.name: e.prediction for e in comparison.evaluations}
-    classes = model.likelihood.kind == "classification"
-    shown = _of_classes(predictions, y) if classes else _of_numbers(predictions, model, y)
-    if len(predictions) > 1:
-        text = (
-            "Log scores beside the best, with 95 % intervals of the paired differences over "
-            "rows. Within the grey band methods predict alike for most purposes; an interval that "
-            "leaves it says that these rows cannot tell."
-        )
-        shown.insert(0, (plots.scores(predictions, y, margin=MARGIN), text))
-    names = ", ".join(predictions)
-    return tuple(
-        _Picture(_svg(figure, f"{text.split('.')[0]} of {names}"), text)
-        for figure, text in shown
-    )
-
-
-def _of_classes(predictions: dict[str, Prediction], y: Tensor) -> list[tuple[Figure, str]]:
-    calibration = (
-        "Calibration. Accuracy against the probability of the predicted class, in as many bins as "
-        "the rows allow. A calibrated method stays within the grey bars, which hold 95 % of a "
-        "bin's outcomes; below the diagonal it is too sure. Columns at the foot show the share of "
-        "rows in each bin."
-    )
-    spread = (
-        "Confidence. Rows by the probability of the predicted class, for those predicted "
-        "right and wrong; the count axis is logarithmic above 10. Mistakes should be made with "
-        "doubt."
-    )
-    confusion = (
-        "Confusion. Rows by their label and the class that was predicted; the diagonal is "
-        "right."
-    )
-    shown = [
-        (plots.reliability(predictions, y), calibration),
-        (plots.predictive(predictions, y), spread),
-    ]
-    if next(iter(predictions.values())).probs.shape[1] <= _MOST_CLASSES:
-        shown.append((plots.confusion(predictions, y), confusion))
-    return shown
-
-
-def _of_numbers(
-    predictions: dict[str, Prediction], model: BayesianModel, y: Tensor
-) -> list[tuple[Figure, str]]:
-    calibration = (
-        "Calibration. Share of targets inside central predictive intervals of every nominal "
-        "coverage. The grey region holds 95 % of outcomes of a calibrated method, level by level; "
-        "below it intervals are too narrow, above too wide."
-    )
-    residuals = (
-        "Residuals. Normal scores of targets under their predictions, against the predicted "
-        "mean: nine in ten lie between the dashed lines where predictions are calibrated; a trend "
-        "in height is a wrong mean, one in width a wrong noise."
-    )
-    single = model.x.flatten(1).shape[1] == 1 and y.shape[-1] == 1
-    if single:
-        figure = plots.predictive_band(predictions, model.x, model.y)
-        spread = (
-            "Predictions. Mean, 50 % and 90 % bands of the target, and between dashed lines 90 % "
-            "of the function itself (without noise), at these inputs; dots are training data. "
-            "The vertical axis is bounded by the data."
-        )
-    else:
-        figure = plots.predictive(predictions, y)
-        spread = (
-            "Predictions. Mean and 90 % interval of rows, in the order of the observed "
-            "target; at most 120 rows are drawn."
-        )
-    return [
-        (plots.reliability(predictions, y), calibration),
-        (figure, spread),
-        (plots.residuals(predictions, y), residuals),
-    ]
-
-
-def _chains(comparison: Comparison, model: BayesianModel) -> dict[str, _Chains]:
-    """Return pictures of chains, and how their weights agree modulo symmetry, by method."""
-    shown = {}
-    for e in comparison.evaluations:
-        d, draws = e.diagnosis, e.entry.draws
-        if d.r_hat is None or d.rows is None or not isinstance(draws, Draws):
-            continue
-        row, output = np.unravel_index(int(d.r_hat.argmax()), d.r_hat.shape)
-        at = int(d.rows[row])
-        one = e.prediction.subset(torch.tensor([at]))
-        shape = draws.n_chains, draws.n_draws
-        values = predicted_values(one, shape)[1][..., 0, output]
-        figure = plots.chains(draws, values, f"the prediction of row {at}")
-        text = (
-            f"Chains of {e.name}. Left the log joint, draw by draw, of at most twelve; right the "
-            "ranks of the prediction that chains agree least about, even where they agree."
-        )
-        picture = _Picture(_svg(figure, f"Traces and ranks of {e.name}"), text)
-        shown[e.name] = _Chains(picture, _layers(model, draws))
-    return shown
-
-
-def _layers(model: BayesianModel, draws: Draws) -> str:
-    """Return how chains agree layer by layer; nothing where that would take long or cannot be."""
-    if draws.n_chains < 2 or draws.n_draws < 4 or model.dim > _MOST_ALIGNED:
-        return ""
-    every = max(1, draws.n_chains * draws.n_draws // _DRAWS_ALIGNED)
-    thin = replace(
-        draws,
-        theta=draws.theta[:, ::every],
-        log_joint=draws.log_joint[:, ::every],
-        stats={name: values[:, ::every] for name, values in draws.stats.items()},
-    )
-    if thin.n_draws < 4 or not bool(thin.log_joint.isfinite().all()):
-        return ""
-    return str(weight_convergence(model, thin))
-
-
-def _svg(figure: Figure, label: str) -> str:
-    """Render a figure as an inline picture: text stays text, ink takes the page's colour."""
-    import html
-
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bnnflow"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(
-        r'(<svg[^>]*?) width="([\d.]+)pt" height="[\d.]+pt"',
-        r'\1 style="max-width:\2pt"',
-        text,
-        count=1,
-    )
-    text = text.replace(
-        "<svg ", f'<svg role="img" aria-label="{html.escape(label, quote=True)}" ', 1
-    )
-    return text.replace(plots.INK, "currentColor").strip()
-
-
-def _unique(svg: str, prefix: str) -> str:
-    """Prefix every identifier, so that pictures on one page do not refer to each other's parts."""
-    svg = re.sub(r'\bid="', f'id="{prefix}', svg)
-    svg = re.sub(r'href="#', f'href="#{prefix}', svg)
-    return svg.replace("url(#", f"url(#{prefix}")

@@ -8,7 +8,7 @@ The plots of `bnnflow.report.weight_plots` are here too.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from bnnflow.arguments import Count, checked
+from bnnflow.draws import evenly
 from bnnflow.predictive import Prediction, metrics
 from bnnflow.report.chain_plots import chains
 from bnnflow.report.style import (
@@ -44,9 +45,13 @@ __all__ = [
     "colours",
     "confusion",
     "convergence",
+    "log_weights",
+    "loss_by_time",
     "loss_plane",
+    "pit",
     "predictive",
     "predictive_band",
+    "prior_functions",
     "reliability",
     "residuals",
     "scores",
@@ -58,6 +63,9 @@ _MAX_ROWS = 120
 _MOST_POINTS = 300
 _NATS = (-1000, -100, -10, -1, -0.4, -0.2, 0, 0.2, 0.4, 1, 10, 100)
 _ROWS_OF_A_BIN = 10
+_MOST_BINS = 20  # of a histogram of transforms
+_LEAST_WEIGHT = -6.0  # power of ten, below which weights are counted together
+_SHORT = 3  # letters of names that need not be turned
 _MOST_NUMBERS = 10  # classes whose counts are written
 _MAX_DRAWS = 2000  # bands need no more
 _LONGEST_NAME = 24  # characters above the narrowest panel
@@ -120,7 +128,8 @@ def predictive_band(
                 color=INK,
                 markersize=3.5,
             )
-    _limit(axes, predictions, y_train)
+    means = [array(prediction.mean) for prediction in predictions.values()]
+    _limit(axes, np.concatenate(means) if y_train is None else array(y_train).ravel())
     key = {
         "90 % of y": _LIGHT,
         "50 % of y": _STRONG,
@@ -177,41 +186,42 @@ def reliability(
 
 
 @checked
-def predictive(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) -> Figure:
+def predictive(
+    predictions: Mapping[str, Prediction],
+    y: Tensor | np.ndarray,
+    *,
+    label: str = "target",
+) -> Figure:
     """Plot predictions at test rows against what was observed.
 
     Regression: mean and 90 % interval of each row, in the order of the observed targets (at most
-    120 rows, evenly spaced in that order; several targets are pooled). Classes: histograms of the
-    probability of the predicted class, for rows predicted right and wrong.
+    120 rows, evenly spaced in that order; several targets are pooled, each in its own standard
+    deviations from its mean). Classes: histograms of the probability of the predicted class, for
+    rows predicted right and wrong.
 
     Args:
         predictions: by method.
         y: labels or targets at their inputs.
+        label: of the target, with its unit.
     """
     if next(iter(predictions.values())).kind == "classification":
         return _confidences(predictions, y)
     _check(predictions, "regression")
     figure, axes = _panels(list(predictions), height=2.7)
+    seen = _pooled(array(next(iter(predictions.values())).targets(y)), y)
+    order = np.argsort(seen)[evenly(len(seen), _MAX_ROWS).numpy()]
+    rank = np.arange(len(order))
     for (name, prediction), ax in zip(predictions.items(), axes, strict=True):
         colour = colours(list(predictions))[name]
-        low, high = (
-            array(end).ravel() for end in prediction.thinned(_MAX_DRAWS).interval(0.9)
-        )
-        mean, seen = array(prediction.mean).ravel(), array(prediction.targets(y)).ravel()
-        order = np.argsort(seen)
-        order = order[
-            np.unique(
-                np.linspace(0, len(order) - 1, min(_MAX_ROWS, len(order))).astype(int)
-            )
-        ]
-        rank = np.arange(len(order))
-        ax.vlines(rank, low[order], high[order], color=colour, alpha=_STRONG, linewidth=1.6)
-        ax.plot(rank, mean[order], "o", color=colour, markersize=3)
+        ends = prediction.thinned(_MAX_DRAWS).interval(0.9)
+        low, high, mean = (_pooled(array(v), y)[order] for v in (*ends, prediction.mean))
+        ax.vlines(rank, low, high, color=colour, alpha=_STRONG, linewidth=1.6)
+        ax.plot(rank, mean, "o", color=colour, markersize=3)
         ax.plot(rank, seen[order], "_", color=INK, markersize=6, markeredgewidth=1.2)
         ax.set_xticks([])
-    _limit(axes, predictions, y)
+    _limit(axes, seen)
     _legend(figure, {"90 % interval": _STRONG, "mean": "o", "observed": "_"})
-    _labels(figure, axes, "rows in the order of their targets", "target")
+    _labels(figure, axes, "rows in the order of their targets", _plain(label))
     return figure
 
 
@@ -257,23 +267,30 @@ def scores(
 
 
 @checked
-def residuals(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) -> Figure:
+def residuals(
+    predictions: Mapping[str, Prediction],
+    y: Tensor | np.ndarray,
+    *,
+    label: str = "target",
+) -> Figure:
     """Plot normal scores of test rows against what was predicted.
 
     A calibrated prediction scatters evenly about zero, nine in ten rows between the dashed lines,
-    without a trend in height or width. At most 300 rows, evenly spaced.
+    without a trend in height or width. At most 300 rows, evenly spaced; several targets are pooled,
+    each in its own standard deviations from its mean.
 
     Args:
         predictions: by method, of numbers.
         y: their targets.
+        label: of the target, with its unit.
     """
     _check(predictions, "regression")
     figure, axes = _panels(list(predictions), height=2.3)
     for (name, prediction), ax in zip(predictions.items(), axes, strict=True):
         u = array(metrics.pit(prediction, y)).ravel()
         z = ndtri(np.clip(u, 1e-6, 1 - 1e-6))
-        mean = array(prediction.mean).ravel()
-        kept = np.unique(np.linspace(0, len(z) - 1, min(_MOST_POINTS, len(z))).astype(int))
+        mean = _pooled(array(prediction.mean), y)
+        kept = evenly(len(z), _MOST_POINTS).numpy()
         ax.plot(
             mean[kept],
             z[kept],
@@ -284,24 +301,181 @@ def residuals(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) -> 
         )
         for edge in (-1.645, 0, 1.645):
             ax.axhline(edge, color=GREY, linewidth=0.9, linestyle=_DASHES if edge else "-")
-    _labels(figure, axes, "predicted mean", "normal score of the target")
+    _labels(figure, axes, f"predicted mean of {_plain(label)}", "normal score")
     return figure
 
 
 @checked
-def confusion(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) -> Figure:
+def pit(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) -> Figure:
+    """Plot histograms of probability integral transforms, flat for calibrated predictions.
+
+    The grey band holds 95 % of the columns of a calibrated prediction of so many independent rows.
+    A hump in the middle says that predictions are too wide, a valley that they are too narrow, a
+    slope that they lie to one side.
+
+    Args:
+        predictions: by method, of numbers.
+        y: their targets.
+    """
+    from scipy.stats import binom
+
+    _check(predictions, "regression")
+    figure, axes = _panels(list(predictions), height=2.0)
+    for (name, prediction), ax in zip(predictions.items(), axes, strict=True):
+        u = array(metrics.pit(prediction, y)).ravel()
+        bins = min(_MOST_BINS, max(2, len(u) // _ROWS_OF_A_BIN))
+        low, high = binom.interval(0.95, len(u), 1 / bins)
+        expected = len(u) / bins
+        ax.axhspan(low / expected, high / expected, color=GREY, alpha=0.25, linewidth=0)
+        ax.axhline(1, color=GREY, linewidth=1)
+        count, edges = np.histogram(u, bins, (0, 1))
+        colour = colours(list(predictions))[name]
+        ax.stairs(count / expected, edges, color=colour, linewidth=1.6)
+    top = max(ax.dataLim.y1 for ax in axes)
+    axes[0].set(xlim=(0, 1), ylim=(0, 1.05 * top))
+    _labels(figure, axes, "probability integral transform", "rows beside 1")
+    return figure
+
+
+@checked
+def prior_functions(prior: Prediction, y: Tensor | np.ndarray) -> Figure | None:
+    """Plot what the prior alone predicts, beside the data; None where no function of it is finite,
+    or the targets never change.
+
+    Numbers: how much each function of the prior varies over the rows, and where it lies, beside the
+    targets. Classes: how sure its functions are, and how often they predict each class.
+
+    Args:
+        prior: a prediction by draws of the prior, at rows of training.
+        y: their targets.
+    """
+    from matplotlib.figure import Figure
+
+    values = array(torch.cat(list(prior.functions())))  # (draws, n, targets or classes)
+    seen = array(prior.targets(y))
+    figure = Figure(figsize=(8.6, 2.4), layout="constrained")
+    figure.patch.set_alpha(0)
+    left, right = figure.subplots(1, 2)
+    quiet(left)
+    quiet(right)
+    if prior.kind == "classification":
+        _prior_of_classes(left, right, values, seen)
+        return figure
+    shown = _prior_of_numbers(left, right, values, seen.reshape(len(seen), -1))
+    return figure if shown else None
+
+
+def _prior_of_classes(
+    left: Axes, right: Axes, values: np.ndarray, seen: np.ndarray
+) -> None:
+    left.hist(values.max(-1).ravel(), 30, color=GREY, alpha=0.6)
+    _name(left, "probability of the predicted class", "functions and rows")
+    low, high = np.quantile(values.mean(1), [0.05, 0.95], axis=0)  # over draws
+    place = np.arange(values.shape[-1])
+    share = np.bincount(seen, minlength=len(place)) / len(seen)
+    right.vlines(place, low, high, color=GREY, linewidth=4, alpha=0.6, label="prior, 90 %")
+    right.plot(place, share, "_", color=INK, markersize=14, label="rows")
+    right.set_xticks(place if len(place) <= _MOST_NUMBERS else [])
+    right.legend(frameon=False, fontsize=SMALL, labelcolor=INK)
+    _name(right, "class", "frequency")
+
+
+def _prior_of_numbers(
+    left: Axes, right: Axes, values: np.ndarray, seen: np.ndarray
+) -> bool:
+    """Plot the spread and the place of functions beside those of targets ``(n, targets)``; say
+    whether there was anything to plot.
+    """
+    with np.errstate(all="ignore"):  # of wide priors some functions overflow
+        spread = (values.std(1) / seen.std(0)).ravel()
+        away = ((values.mean(1) - seen.mean(0)) / seen.std(0)).ravel()
+    spread = np.log10(spread[np.isfinite(spread) & (spread > 0)])
+    away = away[np.isfinite(away)]
+    if not len(spread) or not len(away):
+        return False
+    away = away.clip(*np.quantile(away, [0.01, 0.99]))
+    for ax, each in ((left, spread), (right, away)):
+        ax.hist(each, 30, color=GREY, alpha=0.6)
+        ax.axvline(0, color=INK, linewidth=1.4)
+    low, high = math.floor(min(spread.min(), -1)), math.ceil(max(spread.max(), 1))
+    ticks = np.arange(low, high + 1, max(1, (high - low) // 6))
+    left.set_xticks(ticks, [f"{10.0**tick:g}" for tick in ticks])
+    _name(left, "sd over rows, beside that of the targets", "functions")
+    _name(right, "mean over rows, in sds from the targets' mean", "functions")
+    return True
+
+
+@checked
+def log_weights(
+    weights: Mapping[str, Tensor], *, methods: Sequence[str] | None = None
+) -> Figure:
+    """Plot histograms of weights of draws, beside equal ones: how many draws carry the average.
+
+    Args:
+        weights: log weights by method, of any shape; they need not be normalised.
+        methods: all that are compared, whose colours these are; those of ``weights`` if None.
+    """
+    figure, axes = _panels(list(weights), height=2.0)
+    palette = colours(list(methods or weights))
+    for (name, values), ax in zip(weights.items(), axes, strict=True):
+        log_weight = values.flatten().double().log_softmax(0) + math.log(values.numel())
+        shown = array(log_weight[log_weight > -math.inf]) / math.log(10)
+        ax.hist(np.clip(shown, _LEAST_WEIGHT, None), 30, color=palette[name])
+        ax.axvline(0, color=GREY, linewidth=1)
+        effective = float((-(2 * log_weight.log_softmax(0)).logsumexp(0)).exp())
+        text = f"{effective:,.0f} of {values.numel():,} effective"
+        ax.text(
+            0.02, 0.97, text, transform=ax.transAxes, va="top", fontsize=SMALL, color=INK
+        )
+        ax.set_ylim(top=1.25 * ax.get_ylim()[1])
+    _labels(figure, axes, "weight beside an equal one, power of ten", "draws")
+    return figure
+
+
+@checked
+def loss_by_time(
+    losses: Mapping[str, Sequence[float | None]], *, methods: Sequence[str] | None = None
+) -> Figure:
+    """Plot the loss of flows in each part of the time from the prior (0) to the posterior (1).
+
+    Args:
+        losses: by flow, of equal parts of the time; None where it is not known.
+        methods: all that are compared, whose colours these are; those of ``losses`` if None.
+    """
+    figure, axes = _panels(list(losses), height=2.0)
+    palette = colours(list(methods or losses))
+    for (name, values), ax in zip(losses.items(), axes, strict=True):
+        edges = np.linspace(0, 1, len(values) + 1)
+        height = np.array([math.nan if v is None else v for v in values])
+        colour = palette[name]
+        ax.bar(
+            edges[:-1], height, np.diff(edges), align="edge", color=colour, alpha=_STRONG
+        )
+        ax.set_xlim(0, 1)
+    _labels(figure, axes, "time", "loss")
+    return figure
+
+
+@checked
+def confusion(
+    predictions: Mapping[str, Prediction],
+    y: Tensor | np.ndarray,
+    *,
+    classes: Sequence[str] | None = None,
+) -> Figure:
     """Plot how many rows of each label were given each class.
 
     Args:
         predictions: by method, of classes.
         y: labels at their inputs.
+        classes: their names, if they have any.
     """
     _check(predictions, "classification")
     figure, axes = _panels(list(predictions), height=0, square=True)
     for (name, prediction), ax in zip(predictions.items(), axes, strict=True):
-        classes = prediction.probs.shape[1]
+        n_classes = prediction.probs.shape[1]
         seen, given = array(prediction.targets(y)), array(prediction.probs.argmax(1))
-        count = np.zeros((classes, classes), int)
+        count = np.zeros((n_classes, n_classes), int)
         np.add.at(count, (seen, given), 1)
         share = count / np.maximum(count.sum(1, keepdims=True), 1)
         ax.grid(False)
@@ -309,7 +483,7 @@ def confusion(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) -> 
         for label, predicted in np.argwhere(count):
             opacity = 0.1 + 0.5 * share[label, predicted]
             ax.add_patch(_square(predicted, label, colour, opacity))
-            if classes <= _MOST_NUMBERS:
+            if n_classes <= _MOST_NUMBERS:
                 ax.text(
                     predicted,
                     label,
@@ -319,9 +493,12 @@ def confusion(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) -> 
                     fontsize=SMALL,
                     color=INK,
                 )
-        ax.set(xlim=(-0.5, classes - 0.5), ylim=(classes - 0.5, -0.5), aspect="equal")
-        ax.set_xticks(range(classes))
-        ax.set_yticks(range(classes))
+        ends = (-0.5, n_classes - 0.5)
+        ax.set(xlim=ends, ylim=ends[::-1], aspect="equal")
+        names = [_plain(name) for name in classes or map(str, range(n_classes))]
+        turn = 30 if max(map(len, names)) > _SHORT else 0
+        ax.set_xticks(range(n_classes), names, rotation=turn)
+        ax.set_yticks(range(n_classes), names)
     _labels(figure, axes, "class predicted", "label")
     return figure
 
@@ -463,19 +640,22 @@ def _panels(
     return figure, axes[:n]
 
 
-def _limit(
-    axes: list[Axes], predictions: Mapping[str, Prediction], y: Tensor | np.ndarray | None
-) -> None:
-    """Bound the shared y axis by the data and by the means near them, so that a wild band cannot
-    flatten the rest.
-    """
-    means = np.concatenate(
-        [array(prediction.mean).ravel() for prediction in predictions.values()]
-    )
-    seen = means if y is None else array(y).ravel()
+def _limit(axes: list[Axes], seen: np.ndarray) -> None:
+    """Bound the shared y axis by the data, so that a wild band cannot flatten the rest."""
     low, high = seen.min(), seen.max()
     margin = 0.6 * (high - low) if high > low else 1.0
     axes[0].set_ylim(low - margin, high + margin)
+
+
+def _pooled(values: np.ndarray, y: Tensor | np.ndarray) -> np.ndarray:
+    """Return values of targets ``(n,)`` or ``(n, targets)`` in one axis; of several, each in
+    standard deviations of its y from their mean.
+    """
+    if values.ndim == 1:
+        return values
+    seen = array(y).reshape(values.shape)
+    spread = seen.std(0)
+    return ((values - seen.mean(0)) / np.where(spread > 0, spread, 1)).ravel()
 
 
 def _legend(figure: Figure, key: Mapping[str, Any]) -> None:
@@ -518,6 +698,11 @@ def _legend(figure: Figure, key: Mapping[str, Any]) -> None:
         columnspacing=1.4,
         handlelength=1.6,
     )
+
+
+def _name(ax: Axes, x: str, y: str) -> None:
+    ax.set_xlabel(x, fontsize=BODY, color=INK)
+    ax.set_ylabel(y, fontsize=BODY, color=INK)
 
 
 def _labels(figure: Figure, axes: list[Axes], x: str, y: str) -> None:

@@ -136,6 +136,14 @@ class Flow(Sampleable):
         evaluations = self.solver.evaluations
         return None if evaluations is None else evaluations * self.velocity.gradients
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """How the field was fitted, and how its equation is solved."""
+        told = {"steps": "training_steps", "seconds": "training_seconds"}
+        told |= {name: name for name in ("loss", "held_out_loss", "loss_by_time")}
+        known = {told[name]: self.info[name] for name in told if self.info.get(name)}
+        return {"solver": str(self.solver)} | known
+
     def check_model(self, model: BayesianModel) -> None:
         """Raise ``ValueError`` if the flow is one to another model's posterior."""
         if not model.recognises(self.fingerprint):
