@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Normal
 
 from bnnflow.arguments import Count, Positive, checked, columns_of, tensor
 from bnnflow.dynamics import HasTarget, Target
@@ -30,6 +30,7 @@ from bnnflow.model.priors import FixedPrior, FlatPrior, HierarchicalPrior, Prior
 from bnnflow.model.priors.hyperparameters import Hyperparameter
 from bnnflow.model.probe import probe
 from bnnflow.model.pyro import pyro_model
+from bnnflow.model.transported import HasPushforward, Transport, TransportedLogJoint
 from bnnflow.types import LikelihoodMembers, Seed
 from bnnflow.weights import Symmetries, WeightSpec
 
@@ -110,6 +111,7 @@ class BayesianModel(HasTarget):
         self.likelihood = Likelihood.of(likelihood)
         self.temperature = temperature
         self._anchor: Tensor | None = None  # where the network is linearised
+        self._transport: Transport | None = None  # whose push-forward is the prior
         self._provenance = Provenance()
         network_spec = _labelled(self.net)
         own = Hyperparameter.of_prior(self.prior, network_spec)
@@ -181,6 +183,9 @@ class BayesianModel(HasTarget):
             x=checks.placed("x", self.x, device, dtype),
             y=checks.placed("y", self.y, device, self._y_dtype(dtype)),
             flat_prior=self.flat_prior.to(device, dtype),
+            _transport=None
+            if self._transport is None
+            else self._transport.to(device, dtype),
             _anchor=None if self._anchor is None else self._anchor.to(device, dtype),
         )
         moved._provenance = Provenance(expanded=self._provenance.expanded)
@@ -211,6 +216,7 @@ class BayesianModel(HasTarget):
             raise ValueError(f"theta must be ({self.dim},), got {tuple(theta.shape)}")
         if self._anchor is not None:
             return self
+        self._require_weights("linearised")
         shapes = {each.name: each.shape for each in self.hyperparameters}
         moved = self._changed(
             _anchor=theta.detach().to(self.device, self.dtype),
@@ -226,12 +232,60 @@ class BayesianModel(HasTarget):
             ValueError: if one of the two priors has parameters that are inferred: ``theta`` would
                 be another vector.
         """
+        self._require_weights("with_prior")
         prior = as_prior(prior)
         if self.prior.has_parameters or prior.has_parameters:
             raise ValueError(
                 "a prior with inferred parameters cannot take another's place: make a model with it"
             )
         return self._changed(prior=prior, flat_prior=self._laid_out(prior))
+
+    @checked
+    def transported(self, flow: HasPushforward) -> BayesianModel:
+        """Return the same model with the push-forward of a flow as its prior.
+
+        Its ``theta`` are the flow's latent points z: weights are T(z), z ~ N(0, I), where T follows
+        the flow in the fixed steps of its solver.
+        No density of the flow is needed, and its inexactness does not matter: it *is* the prior.
+        Everything that takes a model takes this one; `weights_of` gives the weights of draws.
+        Symmetries of the network that the flow is equivariant to move latent points as they move
+        weights, so they are kept, and the meaning of ``theta`` with them.
+
+        Args:
+            flow: a `bnnflow.Flow` or a map distilled of one, of this network's weights, and of any
+                posterior or prior. Parameters of the likelihood that are learned travel with them.
+
+        Raises:
+            ValueError: if the flow is one of other weights, looks at data, which a prior must not,
+                or the model is transported or linearised already.
+        """
+        self._require_weights("transported")
+        if self.is_linearised:
+            raise ValueError("a linearised model cannot be transported")
+        transport = flow.pushforward()
+        if transport.spec.shapes != self.spec.shapes:
+            raise ValueError("flow is one of other weights than the model's")
+        standard = FlatPrior.standard_normal(self.dim).to(self.device, self.dtype)
+        return self._changed(
+            prior=as_prior(Normal(0.0, 1.0)),
+            flat_prior=standard,
+            _transport=transport.to(self.device, self.dtype),
+        )
+
+    def weights_of(self, draws: Tensor) -> Tensor:
+        """Return the network's weights of ``theta``, ``(..., dim) -> (..., dim)``.
+
+        They are other than ``theta`` for a transported model only.
+        """
+        density = self.density
+        if isinstance(density, TransportedLogJoint):
+            return density.carried(draws)
+        return density.checked(draws)
+
+    def _require_weights(self, what: str) -> None:
+        """Raise ``ValueError`` for a transported model, whose ``theta`` are no weights."""
+        if self._transport is not None:
+            raise ValueError(f"{what} needs a model of weights, not a transported one")
 
     def untransformed(self) -> BayesianModel:
         """Return the model of the targets that the base of a transformed likelihood knows, such as
@@ -329,7 +383,12 @@ class BayesianModel(HasTarget):
         if self._parts is not None and self._anchor is None:
             spec = self._parts.spec
         given = (spec, self.network, self.likelihood, self.flat_prior)
-        return LogJoint(*given, self._features, self.y, self.temperature, self._n_outputs)
+        weights = LogJoint(
+            *given, self._features, self.y, self.temperature, self._n_outputs
+        )
+        if self._transport is None:
+            return weights
+        return TransportedLogJoint(weights, self._transport, self.flat_prior)
 
     @cached_property
     def _parts(self) -> _Parts | None:
@@ -371,7 +430,11 @@ class BayesianModel(HasTarget):
         """Return the symmetries of the posterior: those of the network's function that keep the
         prior.
         """
-        return self.prior.symmetries(self.spec)
+        own = self.prior.symmetries(self.spec)
+        if self._transport is None:
+            return own
+        carried = zip(own, self._transport.symmetries, strict=True)
+        return Symmetries(*(ours & theirs for ours, theirs in carried))
 
     def known_symmetries(self) -> Symmetries:
         """Return `symmetries` for what cannot do without.
@@ -550,6 +613,7 @@ class BayesianModel(HasTarget):
         Raises:
             ValueError: if theta or rows has the wrong shape or dtype.
         """
+        self._require_weights("at")
         return Curvature(self.density, theta, rows)
 
     @property
@@ -579,6 +643,7 @@ class BayesianModel(HasTarget):
         Raises:
             ValueError: if its parameters have other names or shapes, or its constants other values.
         """
+        self._require_weights("theta_of")
         checks.check_alike(net, self.net, self.spec.names)
         given = dict(net.named_parameters())
         params = {
@@ -591,6 +656,11 @@ class BayesianModel(HasTarget):
                 each.shape, start, device=self.device, dtype=self.dtype
             )
         return self.flat_prior.at_mode(self.spec.flatten(params))
+
+    @property
+    def is_transported(self) -> bool:
+        """Whether ``theta`` are latent points of a flow, see `transported`."""
+        return self._transport is not None
 
     @property
     def is_linearised(self) -> bool:
@@ -611,7 +681,7 @@ class BayesianModel(HasTarget):
         if self.spec.check(theta).dim() != 1:
             raise ValueError(f"theta must be ({self.dim},), got {tuple(theta.shape)}")
         net = copy.deepcopy(self.net)
-        params = self.spec.unflatten(theta)
+        params = self.spec.unflatten(self.weights_of(theta))
         for name, parameter in net.named_parameters():
             if name in params:
                 parameter.data.copy_(params[name])
@@ -625,6 +695,7 @@ class BayesianModel(HasTarget):
         inferred parameters are the variables themselves, not their logarithms. Temperature scales
         both prior and likelihood.
         """
+        self._require_weights("to_pyro")
 
         def log_likelihood(theta: Tensor) -> Tensor:
             return self.pointwise_log_likelihood(theta).sum(-1)
@@ -705,6 +776,7 @@ class BayesianModel(HasTarget):
             data=(self.x, self.y),
             temperature=self.temperature,
             anchor=self._anchor,
+            transport=None if self._transport is None else self._transport.identity,
         )
 
     def _data_version(self) -> DataVersion:

@@ -35,6 +35,7 @@ class ModelIdentity:
         data: inputs and targets.
         temperature: by which the log density is divided.
         anchor: where the network is linearised, ``(dim,)``.
+        transport: what tells the flow whose push-forward is the prior from others.
     """
 
     net: nn.Module
@@ -47,6 +48,7 @@ class ModelIdentity:
     data: tuple[Tensor, Tensor]
     temperature: float
     anchor: Tensor | None
+    transport: Any = None
 
     @property
     def fingerprint(self) -> str:
@@ -73,6 +75,8 @@ class ModelIdentity:
             found.add(self.net, "net")
         if self.anchor is not None:
             found.add(self.anchor[: self.spec.network.dim], "anchor")
+        if self.transport is not None:
+            found.add(self.transport, "transport")
         return found
 
     @property

@@ -23,6 +23,7 @@ from bnnflow.transport.field import Field
 from bnnflow.transport.flow import Flow
 from bnnflow.transport.options import default_chunk
 from bnnflow.transport.paths import ProbabilityPath
+from bnnflow.transport.pushforward import Pushforward
 from bnnflow.transport.solvers import integrate, time_grid
 from bnnflow.transport.source import Source
 from bnnflow.transport.stored import (
@@ -67,6 +68,14 @@ class FlowMap(Sampleable):
     def dim(self) -> int:
         """Length of a weight vector."""
         return self.spec.dim
+
+    def pushforward(self) -> Pushforward:
+        """Return the map of latent points to weights, as `BayesianModel.transported` takes it.
+
+        Raises:
+            ValueError: if the field looks at data.
+        """
+        return Pushforward.of(self.velocity, self.source, self.spec, self.times, "euler")
 
     @property
     def gradients_per_draw(self) -> int:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from bnnflow.transport.guidance import GuidedVelocity
 from bnnflow.transport.options import Density, Solver, default_chunk
 from bnnflow.transport.paths import AffinePath
 from bnnflow.transport.proximal_step import ProximalStep
+from bnnflow.transport.pushforward import Pushforward
 from bnnflow.transport.solvers import (
     integrate,
     integrate_sde,
@@ -47,7 +48,7 @@ from bnnflow.transport.stored import (
 )
 from bnnflow.transport.velocity import ScoreVelocity, restore
 from bnnflow.transport.whitened import WhitenedPosterior
-from bnnflow.types import Rule, Seed, Trace
+from bnnflow.types import FixedRule, Rule, Seed, Trace
 from bnnflow.warn import warn
 from bnnflow.weights import WeightSpec
 
@@ -161,6 +162,21 @@ class Flow(Sampleable):
     def bind(self, model: BayesianModel) -> Flow:
         """Return the same field bound to another model's prior and data."""
         return self._on(self.velocity, model)
+
+    def pushforward(self) -> Pushforward:
+        """Return the map of latent points to weights, as `BayesianModel.transported` takes it.
+
+        Raises:
+            ValueError: if the field looks at data, or the solver chooses its steps: the map of a
+                point would depend on the points beside it.
+        """
+        if self.solver.evaluations is None:
+            raise ValueError(
+                f"flow is solved by {self.solver.rule}, which chooses its steps: take fixed ones, "
+                'dataclasses.replace(flow, solver=Solver("midpoint", 4))'
+            )
+        times, rule = self.solver.grid(self._device), cast(FixedRule, self.solver.rule)
+        return Pushforward.of(self.velocity, self.source, self.spec, times, rule)
 
     @checked
     def transfer(self, model: BayesianModel) -> Flow:

@@ -120,6 +120,13 @@ def integrate(
     return state
 
 
+def step(
+    field: Slope, start: Tensor, length: Tensor, state: State, rule: FixedRule
+) -> State:
+    """Make one step of a fixed rule, whatever comes of it."""
+    return _RULES[rule][0](field, start, length, state)
+
+
 @checked
 def integrate_with_error(
     field: Slope, state: State, grid: Tensor, rule: FixedRule = "rk4"

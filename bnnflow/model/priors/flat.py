@@ -90,6 +90,12 @@ class FlatPrior:
                 marginals.append(Marginal(where, each, name in positive))
         return cls(merged(marginals), weights)
 
+    @classmethod
+    def standard_normal(cls, dim: int) -> FlatPrior:
+        """Return N(0, I)."""
+        law = td.Normal(torch.zeros(dim), torch.ones(dim))
+        return cls([Marginal(slice(0, dim), law, False)])
+
     @property
     def _normal(self) -> td.Normal | None:
         """The whole prior as one normal distribution, if it is one: the usual case, and the fast
