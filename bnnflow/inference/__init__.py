@@ -1,11 +1,11 @@
 """Samplers and approximations: everything that turns a model into draws.
 
 `sample` is the entry point to all methods, each of which has a module of its own. Exact: `HMC`,
-`AdjustedMCLMC`, `PyroNUTS`, and `SMC` as its particles grow in number. With a bias that is set:
-`MCLMC`, and on mini-batches `SGLD`, `SGHMC` and `SGNHT`, whose step sizes may follow `Constant`,
-`Polynomial` or `Cyclical`. Fitted: `VI`, `NormalizingFlowVI`, `Laplace`, `SWAG`. To compare with:
-`DeepEnsemble`, `MCDropout`. `evidence` is that of draws of any of the exact ones, `update`
-carries draws to a neighbouring posterior.
+`AdjustedMCLMC`, `ParallelTempering`, `PyroNUTS`, and `SMC` as its particles grow in number. With a
+bias that is set: `MCLMC`, and on mini-batches `SGLD`, `SGHMC` and `SGNHT`, whose step sizes may
+follow `Constant`, `Polynomial` or `Cyclical`. Fitted: `VI`, `NormalizingFlowVI`, `Laplace`, `SWAG`.
+To compare with: `DeepEnsemble`, `MCDropout`. `evidence` is that of draws of any of the exact ones,
+`update` carries draws to a neighbouring posterior.
 
 `Method` is what a method of one's own must be, and `Run` what it is told. Kernels (`hmc.hmc`,
 `mclmc.mclmc`, ...) and their warm-up (`trajectories.trajectory_warm_up`, `loop.warm_up`) work on
@@ -21,6 +21,7 @@ from bnnflow.inference.approximate.vi import VI
 from bnnflow.inference.mcmc.adjusted_mclmc import AdjustedMCLMC
 from bnnflow.inference.mcmc.hmc import HMC
 from bnnflow.inference.mcmc.mclmc import MCLMC
+from bnnflow.inference.mcmc.parallel_tempering import ParallelTempering
 from bnnflow.inference.mcmc.pyro_nuts import PyroNUTS
 from bnnflow.inference.particles.evidence import evidence
 from bnnflow.inference.particles.refine import refine
@@ -50,6 +51,7 @@ __all__ = [
     "MCDropout",
     "Method",
     "NormalizingFlowVI",
+    "ParallelTempering",
     "Polynomial",
     "PyroNUTS",
     "Run",

@@ -90,7 +90,7 @@ def rotation(log_joint_and_grad: LogDensityAndGrad, around: Gaussian) -> Traject
 
 def hmc(
     log_joint_and_grad: LogDensityAndGrad,
-    step_size: float,
+    step_size: float | Tensor,
     n_leapfrog: int,
     inverse_mass_matrix: Tensor,
     *,
@@ -105,7 +105,8 @@ def hmc(
 
     Args:
         log_joint_and_grad: ``(chain, dim) -> (chain,), (chain, dim)``.
-        step_size: leapfrog step in coordinates scaled by the root of ``inverse_mass_matrix``.
+        step_size: leapfrog step in coordinates scaled by the root of ``inverse_mass_matrix``; one
+            for all chains, or ``(chain, 1)``.
         n_leapfrog: the largest number of steps.
         inverse_mass_matrix: a diagonal ``(dim,)`` or ``(chain, dim)``, ideally the posterior
             variances.

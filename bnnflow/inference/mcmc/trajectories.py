@@ -110,7 +110,7 @@ def _accept(
 def metropolis(
     log_joint_and_grad: LogDensityAndGrad,
     trajectory: Trajectory,
-    step_size: float,
+    step_size: float | Tensor,
     n_leapfrog: int,
     inverse_mass_matrix: Tensor,
     *,
@@ -126,7 +126,7 @@ def metropolis(
         log_joint_and_grad: ``(chain, dim) -> (chain,), (chain, dim)``.
         trajectory: the flow.
         step_size: time of one step in coordinates scaled by the square root of
-            ``inverse_mass_matrix``.
+            ``inverse_mass_matrix``; one for all chains, or ``(chain, 1)``.
         n_leapfrog: the largest number of steps.
         inverse_mass_matrix: a diagonal ``(dim,)`` or ``(chain, dim)``, ideally the posterior
             variances.
@@ -153,7 +153,7 @@ def metropolis(
 
 def _jittered(
     theta: Tensor,
-    step_size: float,
+    step_size: float | Tensor,
     step_jitter: float,
     most: int,
     jitter: float,
