@@ -8,6 +8,7 @@ reference for the compiled steps of `bnnflow.model.target`, and the way of every
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -40,22 +41,41 @@ class Point(NamedTuple):
 
 class Scheme(NamedTuple):
     """The parts of a step's time that its kicks and drifts take, in turns: a kick comes first, and
-    one after each drift, at whose end the gradient is computed.
+    one after each drift, at whose end the gradient is computed. Float64, on the CPU.
     """
 
-    kick: tuple[float, ...]
-    drift: tuple[float, ...]
+    kick: Tensor  # (drifts + 1,), or (chain, drifts + 1)
+    drift: Tensor  # (drifts,), or (chain, drifts); chains rest where it is zero
 
     @classmethod
-    def leapfrog(cls, n: int) -> Scheme:
-        """Return ``n`` leapfrog steps; the halves of two kicks at one place are a whole one."""
-        return cls((0.5, *(1.0,) * (n - 1), 0.5), (1.0,) * n)
+    def leapfrog(cls, n: int | Tensor) -> Scheme:
+        """Return ``n`` leapfrog steps, for every chain its own ``(chain,)``; the halves of two
+        kicks at one place are a whole one.
+        """
+        each = torch.as_tensor(n).cpu().unsqueeze(-1)
+        drift = (torch.arange(int(each.max())) < each).double()
+        nothing = torch.zeros_like(drift[..., :1])
+        halves = torch.cat([nothing, drift], -1) + torch.cat([drift, nothing], -1)
+        return cls(0.5 * halves, drift)
+
+    def parts(self, like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield every drift with the kick after it, as factors of ``like`` ``(chain, dim)``."""
+        kick, drift = (each.to(like).unsqueeze(-1) for each in self)
+        for i in range(self.drift.shape[-1]):
+            yield drift[..., i, :], kick[..., i + 1, :]
+
+    def first(self, like: Tensor) -> Tensor:
+        """Return the kick before all drifts."""
+        return self.kick[..., :1].to(like)
 
 
 # The minimal-norm scheme of second order (McLachlan 1995): twice the gradients of leapfrog, a tenth
 # of its error.
 _OUTER = 0.1931833275037836
-MINIMAL_NORM = Scheme((_OUTER, 1 - 2 * _OUTER, _OUTER), (0.5, 0.5))
+MINIMAL_NORM = Scheme(
+    torch.tensor([_OUTER, 1 - 2 * _OUTER, _OUTER], dtype=torch.float64),
+    torch.tensor([0.5, 0.5], dtype=torch.float64),
+)
 
 
 def momentum_update(
@@ -125,6 +145,22 @@ class Target:
         """Return the log density and its gradient."""
         return self._log_joint_and_grad(theta)
 
+    def of_chains(self, some: Tensor) -> Target:
+        """Return the target of some of the chains, ``(chain,)`` bool."""
+        return self
+
+    def _moved(
+        self, drift: Tensor, theta: Tensor, log_joint: Tensor, grad: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return density and gradient after a drift, those from before for chains that rest."""
+        moved = (drift != 0).squeeze(-1).expand(len(theta))
+        if bool(moved.all()):
+            return self(theta)
+        value, slope = self.of_chains(moved)(theta[moved])
+        log_joint, grad = log_joint.clone(), grad.clone()
+        log_joint[moved], grad[moved] = value, slope
+        return log_joint, grad
+
     def hamiltonian(
         self, point: Point, time: Tensor, scale: Tensor, scheme: Scheme
     ) -> Point:
@@ -134,14 +170,14 @@ class Target:
             point: where the chains are.
             time: of a step, ``(chain, 1)``.
             scale: ``(dim,)`` or ``(chain, dim)``, maps the coordinates to weights.
-            scheme: kicks and drifts.
+            scheme: kicks and drifts, the same for all chains or for every chain its own.
         """
         theta, velocity, log_joint, grad = point
         steps = time * scale
-        velocity = velocity + (scheme.kick[0] * steps) * grad
-        for drift, kick in zip(scheme.drift, scheme.kick[1:], strict=True):
+        velocity = velocity + (scheme.first(theta) * steps) * grad
+        for drift, kick in scheme.parts(theta):
             theta = theta + (drift * steps) * velocity
-            log_joint, grad = self(theta)
+            log_joint, grad = self._moved(drift, theta, log_joint, grad)
             velocity = velocity + (kick * steps) * grad
         return Point(theta, velocity, log_joint, grad)
 
@@ -155,7 +191,7 @@ class Target:
             point: see `hamiltonian`.
             time: of a step, one for all or ``(chain, 1)``.
             scale: see `hamiltonian`.
-            scheme: see `hamiltonian`.
+            scheme: kicks and drifts, the same for all chains.
 
         Returns:
             Where the chains come to, and the error of the energy ``(chain,)``, which is what the
@@ -163,8 +199,9 @@ class Target:
         """
         theta, velocity, log_joint, grad = point
         steps = time * scale
-        velocity, kinetic = momentum_update(velocity, scale * grad, scheme.kick[0] * time)
-        for drift, kick in zip(scheme.drift, scheme.kick[1:], strict=True):
+        first = scheme.first(theta) * time
+        velocity, kinetic = momentum_update(velocity, scale * grad, first)
+        for drift, kick in scheme.parts(theta):
             theta = theta + (drift * steps) * velocity
             log_joint, grad = self(theta)
             velocity, change = momentum_update(velocity, scale * grad, kick * time)

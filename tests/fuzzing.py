@@ -293,6 +293,7 @@ def _sampling(w: World) -> Iterator[Call]:
         "Laplace",
         "MCDropout",
         "NormalizingFlowVI",
+        "ParallelTempering",
         "PyroNUTS",
         "Cyclical",
         "Polynomial",

@@ -182,14 +182,29 @@ def test_neither_threads_nor_looks_for_an_interrupt_change_a_bit(
 
 
 def test_parts_of_a_scheme_are_the_scheme() -> None:
-    for scheme in (MINIMAL_NORM, Scheme.leapfrog(1), Scheme.leapfrog(9)):
+    for scheme in (MINIMAL_NORM, Scheme.leapfrog(1), Scheme.leapfrog(torch.tensor([9, 4]))):
         for most in (1, 2, 4, 100):
             parts = compiled_target._parts(scheme, most)
-            assert sum((part.drift for part in parts), ()) == scheme.drift
-            kicks = parts[0].kick[:1] + sum((part.kick[1:] for part in parts), ())
-            assert kicks == scheme.kick
-            assert all(part.kick[0] == 0 for part in parts[1:])
-            assert all(len(part.drift) <= most for part in parts)
+            assert torch.equal(torch.cat([part.drift for part in parts], -1), scheme.drift)
+            kicks = [parts[0].kick[..., :1], *(part.kick[..., 1:] for part in parts)]
+            assert torch.equal(torch.cat(kicks, -1), scheme.kick)
+            assert all(not bool(part.kick[..., 0].any()) for part in parts[1:])
+            assert all(part.drift.shape[-1] <= most for part in parts)
+
+
+def test_chains_may_make_as_many_steps_as_they_like() -> None:
+    model = model_of("learned", (3, 7))
+    at, (time, scale) = start(model), units(model, True, 0.02)
+    n = torch.tensor([3, 1, 7, 7, 2])
+    found = [
+        each.hamiltonian(at, time, scale, Scheme.leapfrog(n))
+        for each in (model.target, Target(model.target))
+    ]
+    for i, steps in enumerate(n.tolist()):
+        alone = model.target.hamiltonian(at, time, scale, Scheme.leapfrog(steps))
+        for each in found:
+            for one, other in zip(each, alone, strict=True):
+                assert torch.equal(one[i], other[i])
 
 
 KERNELS = {

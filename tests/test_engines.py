@@ -64,6 +64,9 @@ ENGINES = {
     "AdjustedMCLMC": Engine(
         bf.AdjustedMCLMC(), CHAINS | {"warmup": 200, "draws": 250}, SMALL, LARGE
     ),
+    "ParallelTempering": Engine(
+        bf.ParallelTempering(levels=8), CHAINS | {"draws": 600}, SMALL, LARGE
+    ),
     "SMC": Engine(bf.SMC(particles=300), {"chains": 16}, {"chains": 1}, {"chains": 2}),
 }
 every_engine = pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)

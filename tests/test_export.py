@@ -25,6 +25,7 @@ ENGINES = {
     "MCLMC": (bf.MCLMC(), SIZES),
     "SGLD": (bf.SGLD(), {"chains": 2, "draws": 100}),
     "SGHMC": (bf.SGHMC(), {"chains": 2, "draws": 100}),
+    "ParallelTempering": (bf.ParallelTempering(levels=5, max_leapfrog=8), SIZES),
     "SMC": (bf.SMC(particles=200), {"chains": 2}),
     "PyroNUTS": (bf.PyroNUTS(), {"chains": 2, "warmup": 20, "draws": 40}),
     "VI": (bf.VI(), {"draws": 100}),

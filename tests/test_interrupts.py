@@ -18,6 +18,7 @@ METHODS: dict[str, tuple[bf.inference.Method, dict[str, Any]]] = {
     "HMC": (bf.HMC(max_leapfrog=8), CHAINS),
     "MCLMC": (bf.MCLMC(), CHAINS),
     "AdjustedMCLMC": (bf.AdjustedMCLMC(max_leapfrog=8), CHAINS),
+    "ParallelTempering": (bf.ParallelTempering(levels=4, max_leapfrog=8), CHAINS),
     "PyroNUTS": (bf.PyroNUTS(max_tree_depth=3), CHAINS),
     "SGLD": (bf.SGLD(batch_size=5), CHAINS),
     "SGHMC": (bf.SGHMC(batch_size=5), CHAINS),
@@ -37,7 +38,7 @@ METHODS: dict[str, tuple[bf.inference.Method, dict[str, Any]]] = {
 }
 UPHILL = {  # what a method does before it has anything to return, as a share of its evaluations
     "HMC": 0.9, "MCLMC": 0.9, "AdjustedMCLMC": 0.9, "PyroNUTS": 0.9, "SGLD": 0.9, "SGHMC": 0.9,
-    "SGNHT": 0.9, "SMC": 0.2, "VI, full": 0.9, "SWAG": 0.9,
+    "ParallelTempering": 0.9, "SGNHT": 0.9, "SMC": 0.2, "VI, full": 0.9, "SWAG": 0.9,
 }  # fmt: skip
 
 

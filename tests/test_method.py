@@ -41,6 +41,10 @@ METHODS: dict[str, tuple[Any, dict[str, int]]] = {
     "SGHMC": (bf.SGHMC(), {"chains": 2, "warmup": 4, "draws": 3}),
     "SGNHT": (bf.SGNHT(), {"chains": 2, "warmup": 4, "draws": 3}),
     "SMC": (bf.SMC(particles=12, moves=1), {"chains": 2}),
+    "ParallelTempering": (
+        bf.ParallelTempering(levels=4, max_leapfrog=4),
+        {"chains": 2, "warmup": 4, "draws": 3},
+    ),
     "PyroNUTS": (bf.PyroNUTS(max_tree_depth=3), {"chains": 1, "warmup": 4, "draws": 3}),
     "VI": (bf.VI(steps=5), {"draws": 3}),
     "NormalizingFlowVI": (bf.NormalizingFlowVI(steps=5), {"draws": 3}),

@@ -31,6 +31,7 @@ METHODS = [
     bf.SGHMC(batch_size=4),
     bf.SGNHT(),
     bf.SMC(particles=40, moves=1),
+    bf.ParallelTempering(levels=4, max_leapfrog=4),
 ]
 names = [type(method).__name__ for method in METHODS]
 

@@ -18,6 +18,7 @@ METHODS: list[type] = [
     bf.SGHMC,
     bf.SGNHT,
     bf.SMC,
+    bf.ParallelTempering,
     bf.PyroNUTS,
     bf.VI,
     bf.NormalizingFlowVI,

@@ -40,6 +40,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "adjusted-mclmc": inference.AdjustedMCLMC,
     "sghmc": inference.SGHMC,
     "smc": inference.SMC,
+    "parallel-tempering": inference.ParallelTempering,
     "laplace": inference.Laplace,
     "vi": inference.VI,
     "swag": inference.SWAG,

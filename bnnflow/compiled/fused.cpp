@@ -100,8 +100,8 @@ struct Call {
 struct Dynamics {  // kicks by gradients and drifts between them, in coordinates that scale maps to weights
     int64_t microcanonical;               // velocities are of unit length, and turn
     int64_t steps, drifts;                // drifts of a step; a kick comes before the first, and one after each
-    const double *kick, *drift;           // (drifts + 1,), (drifts,): parts of the time of a step
-    int64_t time_stride, scale_stride;    // from chain to chain; 0 where shared
+    const double *kick, *drift;           // (chains, drifts + 1), (chains, drifts): parts of the time of a step
+    int64_t kick_stride, drift_stride, time_stride, scale_stride;  // from chain to chain; 0 where shared
     const T *time, *scale;                // (chains,), (chains, dim)
     T *theta, *velocity;                  // (chains, dim); they, and value and grad of the call, go on from what they hold
     double* error;                        // (steps, chains): change of the energy, of microcanonical steps
@@ -1227,16 +1227,19 @@ class Traveller {
         at = chain;
         theta = d.theta + at * dim, velocity = d.velocity + at * dim, grad = c.grad + at * dim;
         scale = d.scale + at * d.scale_stride;
+        const double *kicks = d.kick + at * d.kick_stride, *drifts = d.drift + at * d.drift_stride;
         T *start = memory.data() + dim, *start_grad = start + dim;
         for (int64_t step = 0; step < d.steps; ++step) {
             const double value = c.value[at];
             std::copy(theta, theta + dim, start);
             std::copy(grad, grad + dim, start_grad);
-            double kinetic = kick(d.kick[0]);
+            double kinetic = kick(kicks[0]);
             for (int64_t i = 0; i < d.drifts; ++i) {
-                drift(d.drift[i]);
-                worker.run(at);
-                kinetic += kick(d.kick[i + 1]);
+                if (drifts[i] != 0) {
+                    drift(drifts[i]);
+                    worker.run(at);
+                }
+                kinetic += kick(kicks[i + 1]);
             }
             const double error = kinetic - (c.value[at] - value);
             if (d.microcanonical) d.error[step * c.chains + at] = error;

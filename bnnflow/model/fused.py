@@ -137,8 +137,8 @@ class _Call(ctypes.Structure):
 class _Dynamics(ctypes.Structure):
     _fields_ = [
         *((name, _Int) for name in ("microcanonical", "steps", "drifts")),
-        *((name, ctypes.POINTER(ctypes.c_double)) for name in ("kick", "drift")),
-        *((name, _Int) for name in ("time_stride", "scale_stride")),
+        *((name, _Pointer) for name in ("kick", "drift")),
+        *((f"{name}_stride", _Int) for name in ("kick", "drift", "time", "scale")),
         *((name, _Pointer) for name in ("time", "scale", "theta", "velocity", "error")),
         ("keys", ctypes.POINTER(_Int)),
         ("share", ctypes.c_double),
@@ -431,12 +431,12 @@ class FusedDensity:
         time, scale = time.to(theta.dtype).contiguous(), scale.contiguous()
         chains, steps = len(theta), 1 if keys is None else len(keys)
         error = torch.zeros(steps, chains, dtype=torch.float64)
-        drifts = len(scheme.drift)
-        kick = (ctypes.c_double * (drifts + 1))(*scheme.kick)
-        drift = (ctypes.c_double * drifts)(*scheme.drift)
+        kick, drift = (each.contiguous() for each in scheme)
+        drifts = drift.shape[-1]
         numbers = None if keys is None else (ctypes.c_int64 * steps)(*keys)
         dynamics = _Dynamics(
-            microcanonical, steps, drifts, kick, drift,
+            microcanonical, steps, drifts, kick.data_ptr(), drift.data_ptr(),
+            *(each.shape[-1] if each.dim() > 1 else 0 for each in (kick, drift)),
             int(len(time) > 1), self._dim if scale.dim() > 1 else 0,
             time.data_ptr(), scale.data_ptr(), theta.data_ptr(), velocity.data_ptr(),
             error.data_ptr(), numbers, share,

@@ -49,6 +49,12 @@ class PosteriorTarget(Target):
         """Return the weighted sum and its gradient at ``(chain, dim)``."""
         return self._density.weighted_and_grad(theta, self._weights)
 
+    def of_chains(self, some: Tensor) -> PosteriorTarget:
+        """Return the target of some of the chains, with their own weights."""
+        if len(self._weights) == 1:
+            return self
+        return PosteriorTarget(self._density, *self._weights[some].unbind(1))
+
     def hamiltonian(
         self, point: Point, time: Tensor, scale: Tensor, scheme: Scheme
     ) -> Point:
@@ -92,7 +98,7 @@ class PosteriorTarget(Target):
             with torch.no_grad():
                 return super().langevin(point, time, scale, share, steps, generator)
         keys, errors = [key_of(generator) for _ in range(steps)], []
-        most = max(1, self._most(point) // len(MINIMAL_NORM.drift))
+        most = max(1, self._most(point) // MINIMAL_NORM.drift.shape[-1])
         for start in range(0, steps, most):
             point, error = fused.follow(
                 point, time, scale, MINIMAL_NORM, self._weights,
@@ -124,11 +130,10 @@ def _parts(scheme: Scheme, most: int) -> list[Scheme]:
     of them.
     """
     kick, drift = scheme
-    starts = range(0, len(drift), most)
-    return [
-        Scheme(
-            (kick[0] if start == 0 else 0.0, *kick[start + 1 : start + 1 + most]),
-            drift[start : start + most],
-        )
-        for start in starts
-    ]
+    parts = [scheme]
+    if drift.shape[-1] > most:
+        ends = zip(kick[..., 1:].split(most, -1), drift.split(most, -1), strict=True)
+        none = torch.zeros_like(kick[..., :1])
+        parts = [Scheme(torch.cat([none, kicks], -1), drifts) for kicks, drifts in ends]
+        parts[0].kick[..., 0] = kick[..., 0]
+    return parts

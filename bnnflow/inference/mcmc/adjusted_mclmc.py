@@ -38,7 +38,7 @@ def microcanonical(log_joint_and_grad: LogDensityAndGrad) -> Trajectory:
         state: ChainState,
         step_size: Tensor,
         scale: Tensor,
-        n_steps: int,
+        n_steps: int | Tensor,
         generator: torch.Generator,
     ) -> Proposal:
         direction = random_directions(state.theta, generator)

@@ -36,7 +36,7 @@ def leapfrog(log_joint_and_grad: LogDensityAndGrad) -> Trajectory:
         state: ChainState,
         step_size: Tensor,
         scale: Tensor,
-        n_steps: int,
+        n_steps: int | Tensor,
         generator: torch.Generator,
     ) -> Proposal:
         # Momenta are kept in units of M^(1/2), so that their law is standard normal.
@@ -68,7 +68,7 @@ def rotation(log_joint_and_grad: LogDensityAndGrad, around: Gaussian) -> Traject
         state: ChainState,
         step_size: Tensor,
         scale: Tensor,
-        n_steps: int,
+        n_steps: int | Tensor,
         generator: torch.Generator,
     ) -> Proposal:
         theta, log_joint, grad = state
@@ -91,7 +91,7 @@ def rotation(log_joint_and_grad: LogDensityAndGrad, around: Gaussian) -> Traject
 def hmc(
     log_joint_and_grad: LogDensityAndGrad,
     step_size: float | Tensor,
-    n_leapfrog: int,
+    n_leapfrog: int | Tensor,
     inverse_mass_matrix: Tensor,
     *,
     step_jitter: float = 0.2,
@@ -107,7 +107,8 @@ def hmc(
         log_joint_and_grad: ``(chain, dim) -> (chain,), (chain, dim)``.
         step_size: leapfrog step in coordinates scaled by the root of ``inverse_mass_matrix``; one
             for all chains, or ``(chain, 1)``.
-        n_leapfrog: the largest number of steps.
+        n_leapfrog: the largest number of steps, for all chains or for every chain its own
+            ``(chain,)``.
         inverse_mass_matrix: a diagonal ``(dim,)`` or ``(chain, dim)``, ideally the posterior
             variances.
         step_jitter: step sizes are uniform within this fraction of ``step_size``, per chain.

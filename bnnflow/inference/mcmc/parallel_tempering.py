@@ -70,15 +70,16 @@ class Settings(NamedTuple):
     """Of the levels of ladders."""
 
     fractions: Tensor  # (ladder, level), inverse temperatures from 0 to 1, float64
-    step_size: Tensor  # (level,), float64
+    step_size: Tensor  # (ladder, level), float64
     inverse_mass_matrix: Tensor  # (ladder, level, dim)
 
 
-class Rates(NamedTuple):
-    """How often moves of a transition were accepted; float64."""
+class Seen(NamedTuple):
+    """What a transition has seen of its levels; float64."""
 
-    moves: Tensor  # (ladder, level)
+    moves: Tensor  # (ladder, level), rates of acceptance, but the prior's
     exchanges: Tensor  # (ladder, pair), of neighbours, if each had been tried
+    log_ratio: Tensor  # (ladder, level), log posterior - log prior before they were
 
 
 class Ladder:
@@ -108,17 +109,18 @@ class Ladder:
     ) -> None:
         self.model, self.settings = model, settings
         self._path = FromPrior(model, settings.fractions.numel())
-        self._moves: list[tuple[list[int], Kernel]] = []  # levels, and how they move
-        for rows, n_leapfrog in _groups(
-            settings.step_size, trajectory_length, max_leapfrog
-        ):
-            mass = settings.inverse_mass_matrix[:, rows].flatten(0, 1)
-            fraction = settings.fractions[:, rows].flatten()
-            colder = fraction / model.temperature
-            target = PosteriorTarget(model.density, colder, 1 - fraction + colder)
-            step_size = settings.step_size[rows].repeat(len(settings.fractions))
-            kernel = hmc(target, step_size.unsqueeze(1).to(mass), n_leapfrog, mass)
-            self._moves.append((rows, kernel))
+        mass = settings.inverse_mass_matrix[:, 1:].flatten(0, 1)
+        fraction = settings.fractions[:, 1:].flatten()
+        colder = fraction / model.temperature
+        target = PosteriorTarget(model.density, colder, 1 - fraction + colder)
+        step_size = settings.step_size[:, 1:].flatten()
+        n_leapfrog = (trajectory_length / (0.75 * step_size)).round().clamp(1, max_leapfrog)
+        self._move = hmc(
+            target,
+            step_size.unsqueeze(1).to(mass),
+            n_leapfrog.long(),
+            mass,
+        )
 
     def start(self, theta: Tensor) -> LadderState:
         """Put all levels of every ladder at one point, ``(ladder, dim)``."""
@@ -135,27 +137,25 @@ class Ladder:
 
     def advance(
         self, state: LadderState, generator: torch.Generator
-    ) -> tuple[LadderState, Rates, TrajectoryInfo]:
+    ) -> tuple[LadderState, Seen, TrajectoryInfo]:
         """Make a transition of all ladders.
 
         Returns:
-            Where they come to, rates of acceptance, and what is said of the moves ``(ladder,)``:
-            the gradients are those of all levels, the rest is the posterior's.
+            Where they come to, what was seen of all levels, and what is said of the moves
+            ``(ladder,)``: the gradients are those of all levels, the rest is the posterior's.
         """
         fractions = self.settings.fractions
         ladders, n = fractions.shape
-        levels, rates, infos = state.levels.clone(), torch.ones_like(fractions), []
-        levels[:, 0] = self.model.sample_prior(ladders, generator).to(levels)
-        for rows, kernel in self._moves:
-            some = (ladders, len(rows))
-            chain, info = kernel.step(_chain(state, fractions, rows), generator)
-            levels[:, rows] = chain.theta.unflatten(0, some)
-            rates[:, rows] = info.acceptance_rate.unflatten(0, some)
-            infos.append((len(rows), TrajectoryInfo(*(v.unflatten(0, some) for v in info))))
+        chain, info = self._move.step(_chains(state, fractions), generator)
+        info = TrajectoryInfo(*(each.unflatten(0, (ladders, n - 1)) for each in info))
+        prior = self.model.sample_prior(ladders, generator).to(chain.theta)
+        moved = chain.theta.unflatten(0, (ladders, n - 1))
+        levels = torch.cat([prior.unsqueeze(1), moved], 1)
         state = self._at(levels, state)
         order, exchanges = _exchanged(
             state.exchanges, fractions, state.log_ratio, generator
         )
+        seen = Seen(info.acceptance_rate, exchanges, state.log_ratio)
         rising = state.rising.index_fill(1, order.new_zeros(1), True)
         state = state._replace(rising=rising)
         state = state._replace(
@@ -169,9 +169,9 @@ class Ladder:
             exchanges=state.exchanges + 1,
             round_trips=state.round_trips + arrived,
         )
-        gradients = n + sum(count * info.n_steps[:, 0] for count, info in infos)
-        top = TrajectoryInfo(*(values[:, -1] for values in infos[-1][1]))
-        return state, Rates(rates, exchanges), top._replace(n_steps=gradients)
+        gradients = n + info.n_steps.sum(1)
+        top = TrajectoryInfo(*(values[:, -1] for values in info))
+        return state, seen, top._replace(n_steps=gradients)
 
     def _at(self, levels: Tensor, state: LadderState) -> LadderState:
         """Return ladders whose levels have gone elsewhere."""
@@ -206,29 +206,13 @@ def _ordered(values: Tensor, order: Tensor) -> Tensor:
     return values.gather(1, index)
 
 
-def _chain(state: LadderState, fractions: Tensor, rows: list[int]) -> ChainState:
-    """Return some levels of all ladders as chains."""
-    part = fractions[:, rows]
-    value = state.log_prior[:, rows] + part * state.log_ratio[:, rows]
-    slope = part.to(state.levels).unsqueeze(-1) * state.ratio_grad[:, rows]
-    grad = state.prior_grad[:, rows] + slope
-    return ChainState(
-        *(each.flatten(0, 1) for each in (state.levels[:, rows], value, grad))
-    )
-
-
-def _groups(
-    step_size: Tensor, trajectory_length: float, most: int
-) -> list[tuple[list[int], int]]:
-    """Return the levels that make as many leapfrog steps, a power of two, in their order: they
-    move as one batch.
-    """
-    groups: dict[int, list[int]] = {}
-    for level, step in enumerate(step_size.tolist()[1:], 1):
-        wanted = trajectory_length / (0.75 * step)
-        power = round(math.log2(min(max(wanted, 1.0), float(most))))
-        groups.setdefault(min(most, 2**power), []).append(level)
-    return sorted(((rows, n) for n, rows in groups.items()), key=lambda group: group[0][-1])
+def _chains(state: LadderState, fractions: Tensor) -> ChainState:
+    """Return all levels but the priors as chains."""
+    part = fractions[:, 1:]
+    value = state.log_prior[:, 1:] + part * state.log_ratio[:, 1:]
+    slope = part.to(state.levels).unsqueeze(-1) * state.ratio_grad[:, 1:]
+    parts = (state.levels[:, 1:], value, state.prior_grad[:, 1:] + slope)
+    return ChainState(*(each.flatten(0, 1) for each in parts))
 
 
 def _exchanged(
@@ -274,9 +258,8 @@ def _sampling(ladder: Ladder, log_normalisers: Tensor) -> Kernel:
         return _Counted(state.theta, state.log_joint, state, nothing, nothing)
 
     def step(state: _Counted, generator: torch.Generator) -> tuple[_Counted, LadderInfo]:
-        ladders, rates, info = ladder.advance(state.ladders, generator)
-        gain = ladder.settings.fractions.diff(dim=1)
-        ratio = ladders.log_ratio
+        ladders, seen, info = ladder.advance(state.ladders, generator)
+        gain, ratio = ladder.settings.fractions.diff(dim=1), seen.log_ratio
         up = state.up + (gain * ratio[:, :-1] - log_normalisers).sigmoid()
         down = state.down + (log_normalisers - gain * ratio[:, 1:]).sigmoid()
         after = _Counted(ladders.theta, ladders.log_joint, ladders, up, down)
@@ -285,7 +268,7 @@ def _sampling(ladder: Ladder, log_normalisers: Tensor) -> Kernel:
             info.diverging,
             info.n_steps,
             info.step_size,
-            rates.exchanges.mean(1),
+            seen.exchanges.mean(1),
             ladders.round_trips,
             (log_normalisers + up.log() - down.log()).sum(1),
         )
@@ -326,28 +309,21 @@ class _Tuning(NamedTuple):
     log_joint: Tensor  # (ladder,)
     ladders: LadderState
     fractions: Tensor  # (ladder, level)
-    log_step: Tensor  # (level,), float64
+    log_step: Tensor  # (ladder, level), float64
+    averaged: Tensor  # (ladder, level), the same on average over what was tried of late
     inverse_mass_matrix: Tensor  # (ladder, level, dim)
     moments: Moments
-    seen: int  # transitions since the temperatures changed, and sums over them:
-    log_steps: Tensor  # (level,)
+    sweeps: int  # transitions since the temperatures changed, and sums over them:
     rejected: Tensor  # (ladder, pair)
-    log_up: (
-        Tensor  # (ladder, pair), log of the sum of weights of the lower for the upper level
-    )
+    log_up: Tensor  # (ladder, pair), log, of weights of the lower level for the upper
     done: int
-
-    @property
-    def averaged(self) -> Tensor:
-        """The logarithms of the step sizes to keep."""
-        return self.log_steps / self.seen if self.seen else self.log_step
 
     @property
     def log_normalisers(self) -> Tensor:
         """What the log normalisers of neighbours differ by, as far as known."""
-        if self.seen == 0:
+        if self.sweeps == 0:
             return torch.zeros_like(self.log_up)
-        return (self.log_up - math.log(self.seen)).nan_to_num(0.0, neginf=0.0)
+        return (self.log_up - math.log(self.sweeps)).nan_to_num(0.0, neginf=0.0)
 
 
 def tempering_warm_up(
@@ -359,9 +335,9 @@ def tempering_warm_up(
     """Tune temperatures, step sizes and diagonal mass matrices of ladders in ``n`` transitions.
 
     Every ladder has temperatures of its own, which equalise the rates at which its neighbours
-    exchange states. All ladders share the step size of a level, found by its acceptance rate. Every
-    level of every ladder has a mass matrix of its own, its variances shrunk towards those of that
-    level over all ladders. Temperatures and mass matrices are set at the ends of windows of
+    exchange states. Every level of every ladder has a step size of its own, found by its acceptance
+    rate, and a mass matrix: its variances, shrunk towards those of that level over all ladders.
+    Temperatures and mass matrices are set at the ends of windows of
     doubling length; the last window only settles step sizes and looks at the normalisers.
 
     Args:
@@ -378,36 +354,37 @@ def tempering_warm_up(
 
     def init(theta: Tensor, generator: torch.Generator) -> _Tuning:
         fractions = _first_fractions(model, len(theta), settings.levels, generator)
-        log_step = torch.full_like(fractions[0], math.log(0.1 * model.dim**-0.25))
+        log_step = torch.full_like(fractions, math.log(0.1 * model.dim**-0.25))
         mass = torch.ones_like(theta).unsqueeze(1).repeat(1, settings.levels, 1)
         first = Settings(fractions, log_step.exp(), mass)
         state = Ladder(model, first, 1.0, 1).start(theta)
         moments = Moments.start(state.levels.flatten(1), mass.flatten(1))
         nothing = torch.zeros_like(fractions[:, 1:])
         return _Tuning(
-            state.theta, state.log_joint, state, fractions, log_step, mass, moments,
-            0, torch.zeros_like(log_step), nothing, nothing - math.inf, 0,
+            state.theta, state.log_joint, state, fractions, log_step, log_step, mass, moments,
+            0, nothing, nothing - math.inf, 0,
         )  # fmt: skip
 
     def step(tuning: _Tuning, generator: torch.Generator) -> tuple[_Tuning, TrajectoryInfo]:
-        state, rates, info = ladder(tuning, tuning.log_step).advance(
-            tuning.ladders, generator
-        )
-        seen, done = tuning.seen + 1, tuning.done + 1
-        error = ranks.mean(rates.moves.mean(0)) - settings.target_acceptance
-        log_step = tuning.log_step + error.nan_to_num(-1.0) * max(seen**-0.5, 0.05)
-        gain = tuning.fractions.diff(dim=1) * state.log_ratio[:, :-1]
+        present = ladder(tuning, tuning.log_step)
+        state, seen, info = present.advance(tuning.ladders, generator)
+        sweeps, done = tuning.sweeps + 1, tuning.done + 1
+        gap = seen.moves - settings.target_acceptance
+        log_step = tuning.log_step.clone()
+        log_step[:, 1:] += gap * max(sweeps**-0.5, 0.05)
+        late = 2 / (sweeps + 1)  # weights grow in proportion to the sweeps
+        gain = tuning.fractions.diff(dim=1) * seen.log_ratio[:, :-1]
         tuning = tuning._replace(
             theta=state.theta, log_joint=state.log_joint, ladders=state, log_step=log_step,
-            moments=tuning.moments.update(state.levels.flatten(1)), seen=seen,
-            log_steps=tuning.log_steps + log_step,
-            rejected=tuning.rejected + 1 - rates.exchanges,
+            moments=tuning.moments.update(state.levels.flatten(1)), sweeps=sweeps,
+            averaged=torch.lerp(tuning.averaged, log_step, late),
+            rejected=tuning.rejected + 1 - seen.exchanges,
             log_up=torch.logaddexp(tuning.log_up, gain), done=done,
         )  # fmt: skip
         if done in ends[1:]:
             tuning = _with_mass(tuning, ranks)
         if done in ends:
-            tuning = _with_fractions(tuning, ranks)
+            tuning = _with_fractions(tuning)
         return tuning, info
 
     def tuned(tuning: _Tuning) -> Tuned:
@@ -417,9 +394,9 @@ def tempering_warm_up(
             round_trips=torch.zeros_like(tuning.ladders.round_trips)
         )
         state = _Counted(begun.theta, begun.log_joint, begun, none, none)
-        rejected = tuning.rejected / max(1, tuning.seen)
+        rejected = tuning.rejected / max(1, tuning.sweeps)
         found = {
-            "step_size": float(tuning.averaged[-1].exp()),
+            "step_size": float(ranks.mean(tuning.averaged[:, -1].mean()).exp()),
             "inverse_temperatures": tuning.fractions.tolist(),
             "barrier": float(ranks.mean(rejected.sum(1).mean())),
         }
@@ -432,24 +409,24 @@ def _with_mass(tuning: _Tuning, ranks: Ranks) -> _Tuning:
     """Take the mass matrices that were seen, and the same steps in the new coordinates."""
     before = tuning.inverse_mass_matrix
     mass = tuning.moments.inverse_mass_matrix(before.flatten(1), ranks).view_as(before)
-    grown = ranks.mean((mass.double() / before).log().mean(2).mean(0))
+    grown = (mass.double() / before).log().mean(2)
     return tuning._replace(inverse_mass_matrix=mass, log_step=tuning.log_step - 0.5 * grown)
 
 
-def _with_fractions(tuning: _Tuning, ranks: Ranks) -> _Tuning:
+def _with_fractions(tuning: _Tuning) -> _Tuning:
     """Take the temperatures that equalise rejections, and the step sizes that belong to them."""
     before = tuning.fractions
-    after = equalised(before, tuning.rejected / tuning.seen)
-    old, new = (ranks.mean(each[:, 1:].log().mean(0)).cpu() for each in (before, after))
-    steps = np.interp(new, old, tuning.log_step[1:].cpu())
+    after = equalised(before, tuning.rejected / tuning.sweeps)
     log_step = tuning.log_step.clone()
-    log_step[1:] = torch.from_numpy(steps).to(log_step)
+    for own, old, new in zip(log_step, before, after, strict=True):
+        there, here = (each[1:].log().cpu().numpy() for each in (new, old))
+        own[1:] = torch.from_numpy(np.interp(there, here, own[1:].cpu().numpy())).to(own)
     moments = Moments.start(
         tuning.ladders.levels.flatten(1), tuning.inverse_mass_matrix.flatten(1)
     )
     return tuning._replace(
-        fractions=after, log_step=log_step, moments=moments, seen=0,
-        log_steps=torch.zeros_like(log_step), rejected=torch.zeros_like(tuning.rejected),
+        fractions=after, log_step=log_step, averaged=log_step, moments=moments, sweeps=0,
+        rejected=torch.zeros_like(tuning.rejected),
         log_up=torch.full_like(tuning.log_up, -math.inf),
     )  # fmt: skip
 

@@ -74,10 +74,12 @@ class Trajectory(Protocol):
         state: ChainState,
         step_size: Tensor,
         scale: Tensor,
-        n_steps: int,
+        n_steps: int | Tensor,
         generator: torch.Generator,
     ) -> Proposal:
-        """Take steps of size ``(chain, 1)`` in the coordinates that ``scale`` maps to weights."""
+        """Take steps of size ``(chain, 1)`` in the coordinates that ``scale`` maps to weights, as
+        many for all chains or for every chain its own ``(chain,)``.
+        """
         ...
 
 
@@ -85,7 +87,7 @@ def _accept(
     state: ChainState,
     proposal: Proposal,
     step_size: Tensor,
-    n_steps: int,
+    n_steps: int | Tensor,
     generator: torch.Generator,
 ) -> tuple[ChainState, TrajectoryInfo]:
     """Accept every chain's proposal with probability min(1, exp(-energy error))."""
@@ -103,7 +105,7 @@ def _accept(
         torch.where(accept[:, None], end.grad, state.grad),
     )
     energy = torch.where(accept, end_energy, start_energy)
-    counts = torch.full(rate.shape, n_steps, device=rate.device)
+    counts = torch.as_tensor(n_steps, device=rate.device).expand(rate.shape)
     return moved, TrajectoryInfo(rate, diverging, energy, counts, step_size.squeeze(1))
 
 
@@ -111,7 +113,7 @@ def metropolis(
     log_joint_and_grad: LogDensityAndGrad,
     trajectory: Trajectory,
     step_size: float | Tensor,
-    n_leapfrog: int,
+    n_leapfrog: int | Tensor,
     inverse_mass_matrix: Tensor,
     *,
     step_jitter: float = 0.2,
@@ -127,7 +129,8 @@ def metropolis(
         trajectory: the flow.
         step_size: time of one step in coordinates scaled by the square root of
             ``inverse_mass_matrix``; one for all chains, or ``(chain, 1)``.
-        n_leapfrog: the largest number of steps.
+        n_leapfrog: the largest number of steps, for all chains or for every chain its own
+            ``(chain,)``.
         inverse_mass_matrix: a diagonal ``(dim,)`` or ``(chain, dim)``, ideally the posterior
             variances.
         step_jitter: step sizes are uniform within this fraction of ``step_size``, per chain.
@@ -155,19 +158,26 @@ def _jittered(
     theta: Tensor,
     step_size: float | Tensor,
     step_jitter: float,
-    most: int,
+    most: int | Tensor,
     jitter: float,
     generator: torch.Generator,
-) -> tuple[Tensor, int]:
-    """Draw step sizes ``(chain, 1)`` and the number of steps of all chains."""
+) -> tuple[Tensor, int | Tensor]:
+    """Draw step sizes ``(chain, 1)`` and numbers of steps: one, or the same part of every chain's
+    own.
+    """
     uniform = torch.rand(
         len(theta), 1, generator=generator, device=theta.device, dtype=theta.dtype
     )
+    sizes = step_size * (1 + step_jitter * (2 * uniform - 1))
+    if isinstance(most, Tensor):
+        part = torch.rand((), generator=generator, device=theta.device)
+        part = jitter + (1 - jitter) * part
+        return sizes, (part * most).round().long().clamp(min=1)
     fewest = max(1, round(jitter * most))
     n_steps = int(
         torch.randint(fewest, most + 1, (), generator=generator, device=theta.device)
     )
-    return step_size * (1 + step_jitter * (2 * uniform - 1)), n_steps
+    return sizes, n_steps
 
 
 # ---------------------------------------- warm-up
