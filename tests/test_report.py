@@ -820,6 +820,84 @@ def test_evidences_stand_side_by_side(model) -> None:
     assert "Weights of draws" in words
 
 
+# ---------------------------------------- what cannot be told
+
+
+def test_methods_whose_numbers_are_broken_are_left_out_by_name(model) -> None:
+    x, y = test_data(model)
+    theta = chains(model, draws=50).flat
+    broken = theta.clone()
+    broken[3, 0] = math.nan
+    weights = torch.zeros(len(theta), dtype=torch.float64)
+    weights[7] = math.nan
+    methods = {"good": theta, "lost <draw>": broken, "lost weight": (theta, weights)}
+    made = report(model, methods, x, y, path=None)
+    assert [row["method"] for row in made.table] == ["good"]
+    words = " ".join(" ".join(stands_alone(made.html()).text).split())
+    assert "lost <draw> is left out: 1 of 200 draws have NaN or infinite weights" in words
+    assert "lost weight is left out: log weights must not be NaN" in words
+    assert "lost weight is left out" in str(made)
+    with pytest.raises(ValueError, match="lost weight: log weights must not be NaN"):
+        report(model, {"lost weight": (theta, weights)}, x, y, path=None)
+
+
+def test_one_row_is_enough_for_a_report(model) -> None:
+    x, y = test_data(model)
+    made = report(model, {"HMC": chains(model, draws=50)}, x[:1], y[:1], path=None)
+    stands_alone(made.html())
+    assert made.table[0]["rows"] == 1
+
+
+def test_no_rows_are_told_and_the_page_is_of_those_of_training(model) -> None:
+    x, y = test_data(model)
+    draws = chains(model, draws=50)
+    made = report(model, draws, x[:0], y[:0], path=None)
+    words = " ".join(stands_alone(made.html()).text)
+    assert "x_test has no rows" in words
+    assert "No rows were held out" in words
+    assert made.table[0]["rows"] == len(model.x)
+    with pytest.raises(ValueError, match="y_test"):
+        report(model, draws, x, y[:0], path=None)
+
+
+@pytest.mark.parametrize("case", ["one draw", "one chain", "equal draws"])
+def test_few_draws_or_equal_ones_are_told(model, case) -> None:
+    rows = () if case == "one draw" else test_data(model)
+    shape = {"one draw": (1, 1), "one chain": (1, 40), "equal draws": (3, 5)}[case]
+    theta = model.sample_prior(math.prod(shape), seed=0).reshape(*shape, -1)
+    theta = theta[:1, :1].expand_as(theta).clone() if case == "equal draws" else theta
+    made = report(model, dressed(model, theta), *rows, path=None)
+    found = made.sections[0].comparison.evaluations[0].diagnosis
+    assert found.draws.grade in ("no", "with care")
+    words = " ".join(stands_alone(made.html()).text)
+    assert found.draws.why[1:] in words
+
+
+def test_a_likelihood_without_intervals_is_reported_without_them() -> None:
+    class Cauchy(likelihoods.Likelihood):
+        def validate(self, y, n_outputs):
+            return y.reshape(len(y), -1)
+
+        def log_prob(self, outputs, y, parameters):
+            return -((y - outputs).square() + 1).log().sum(-1) - math.log(math.pi)
+
+        def mean(self, outputs, parameters=None):
+            return outputs
+
+    x = torch.randn(30, 2, generator=generator(1))
+    net = built(lambda: nn.Linear(2, 1), torch.float32)
+    model = BayesianModel(net, Normal(0.0, 1.0), Cauchy(), x, x[:, 0])
+    draws = bf.sample(
+        model, bf.HMC(), chains=2, warmup=20, draws=20, seed=0, progress=False
+    )
+    for rows in ((), (x, x[:, 0])):
+        made = report(model, {"a": draws, "b": draws.flat}, *rows, path=None)
+        words = " ".join(stands_alone(made.html()).text)
+        assert "Cauchy has no cdf and variance" in words
+        assert "rmse" in made.table[0]
+        assert not {"crps", "coverage_90"} & set(made.table[0])
+
+
 # ---------------------------------------- plots
 
 

@@ -111,8 +111,9 @@ def new_targets(
     y = tensor(name, y)
     if y.dim() == 0 or len(y) == 0:
         raise ValueError(f"{name} has no rows")
+    y = finite(name, y)
     try:
-        return likelihood.validate(finite(name, y), n_outputs)
+        return likelihood.validate(y, n_outputs)
     except ValueError as error:
         raise ValueError(str(error) if name == "y" else f"{name}: {error}") from None
 

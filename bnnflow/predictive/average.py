@@ -239,6 +239,11 @@ class Prediction:
         """Whether the targets are counts, so that the cdf is a step function."""
         return self.model.likelihood.discrete
 
+    @property
+    def has_intervals(self) -> bool:
+        """Whether there are quantiles: the likelihood has a ``cdf`` and a ``variance``."""
+        return self.model.likelihood.has_cdf and self._has_variance
+
     # ---------------------------------------- moments
 
     @property

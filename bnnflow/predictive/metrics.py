@@ -175,13 +175,15 @@ def rowwise(prediction: Prediction, y: Tensor | np.ndarray) -> dict[str, Tensor]
     """Return what the metrics average, ``(n,)`` each, for standard errors and paired comparisons.
 
     Returns:
-        ``log_prob`` always; ``correct`` and ``brier`` for classes; ``squared_error`` and ``crps``
-        for regression, means over targets.
+        ``log_prob`` always; ``correct`` and ``brier`` for classes; for regression
+        ``squared_error``, and ``crps`` where the likelihood has intervals, means over targets.
     """
     scores = {"log_prob": prediction.log_prob(y)}
     if prediction.kind == "classification":
         return scores | {"correct": _correct(prediction, y), "brier": _brier(prediction, y)}
-    several = {"squared_error": _squared_error(prediction, y), "crps": _crps(prediction, y)}
+    several = {"squared_error": _squared_error(prediction, y)}
+    if prediction.has_intervals:
+        several["crps"] = _crps(prediction, y)
     return scores | {
         name: values.reshape(len(prediction), -1).mean(-1)
         for name, values in several.items()

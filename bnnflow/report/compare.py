@@ -16,7 +16,7 @@ from torch import Tensor
 from bnnflow import arguments
 from bnnflow.diagnosis import Diagnosis
 from bnnflow.diagnosis.diagnose import judge
-from bnnflow.draws import Draws
+from bnnflow.draws import Draws, as_theta
 from bnnflow.model import BayesianModel
 from bnnflow.predictive import Prediction, metrics, predict
 from bnnflow.stopwatch import Stopwatch
@@ -95,6 +95,7 @@ class Comparison:
             none.
         headline: which method to use, in a sentence.
         remarks: a sentence for each method, in the same order.
+        left_out: why, for methods whose draws or weights are not finite.
     """
 
     evaluations: tuple[Evaluation, ...]
@@ -102,6 +103,7 @@ class Comparison:
     chosen: str | None
     headline: str
     remarks: tuple[str, ...]
+    left_out: dict[str, str]
 
 
 def gather(
@@ -149,10 +151,19 @@ def compare(
 ) -> Comparison:
     """Evaluate every method at rows (checked by the caller), those of training if none are held
     out, and put the outcome into words.
+
+    Raises:
+        ValueError: if no method has draws and weights that are finite.
     """
+    entries = [_entry(name, value, (seconds or {}).get(name)) for name, value in results]
+    broken = {entry.name: _broken(entry) for entry in entries}
+    left_out = {name: why for name, why in broken.items() if why}
+    if len(left_out) == len(entries):
+        raise ValueError("; ".join(f"{name}: {why}" for name, why in left_out.items()))
     evaluations = [
-        _evaluate(_entry(name, value, (seconds or {}).get(name)), model, x, y, held_out)
-        for name, value in results
+        _evaluate(entry, model, x, y, held_out)
+        for entry in entries
+        if entry.name not in left_out
     ]
     _mark_best(evaluations)
     candidates = [e for e in evaluations if e.exact and e.diagnosis.verdict in _CONVERGED]
@@ -165,6 +176,7 @@ def compare(
         best.name if best else None,
         _headline(evaluations, reference, best),
         tuple(_remark(e, best) for e in evaluations),
+        left_out,
     )
 
 
@@ -209,6 +221,16 @@ def _entry(name: str, value: Any, seconds: float | None) -> Entry:
     )
 
 
+def _broken(entry: Entry) -> str:
+    """Say why draws cannot be averaged over; nothing if they can."""
+    try:
+        theta, _ = as_theta(entry.draws)
+    except ValueError as error:
+        return str(error).removeprefix("draws: ")
+    lost = int((~theta.isfinite().all(-1)).sum())
+    return f"{lost} of {len(theta)} draws have NaN or infinite weights" if lost else ""
+
+
 def _evaluate(
     entry: Entry, model: BayesianModel, x: Tensor, y: Tensor, held_out: bool
 ) -> Evaluation:
@@ -230,9 +252,10 @@ def _evaluate(
             "rmse": float(scores["squared_error"].mean().sqrt()),
             "lppd": float(scores["log_prob"].mean()),
             "lppd_se": _standard_error(scores["log_prob"]),
-            "crps": float(scores["crps"].mean()),
-            "coverage_90": metrics.coverage(prediction, y, 0.9),
         }
+        if prediction.has_intervals:
+            row["crps"] = float(scores["crps"].mean())
+            row["coverage_90"] = metrics.coverage(prediction, y, 0.9)
     draws = entry.draws.theta if isinstance(entry.draws, Draws) else entry.draws[0]
     count = draws.shape[:-1].numel()
     unseen = (prediction.x, y) if held_out else (None, None)

@@ -70,9 +70,10 @@ def pictures(
         names: of targets and classes.
     """
     predictions = {e.name: e.prediction for e in comparison.evaluations}
+    answers, detail = [], []
     if model.likelihood.kind == "classification":
-        answers, detail = _of_classes(predictions, y, names), []
-    else:
+        answers = _of_classes(predictions, y, names)
+    elif all(prediction.has_intervals for prediction in predictions.values()):
         answers = _of_numbers(predictions, model, y, names)
         detail = _calibration(predictions, y, names)
     if len(predictions) > 1:

@@ -137,7 +137,7 @@ class Section:
     pictures: Pictures
     chains: dict[str, ChainPictures]
     about: dict[str, str]
-    note: str
+    notes: list[str]
     names: Names
     by_target: tuple[dict[str, float], ...]
     program: str
@@ -259,7 +259,16 @@ class Report:
             ]
             aligned = in_columns([head, rule, *lines], right=range(1, len(head) - 1))
             blocks.append(
-                "\n".join([section.title, "", *aligned, "", section.comparison.headline])
+                "\n".join(
+                    [
+                        section.title,
+                        "",
+                        *aligned,
+                        "",
+                        section.comparison.headline,
+                        *section.notes,
+                    ]
+                )
             )
         if self.path is not None:
             blocks.append(f"written to {self.path}")
@@ -325,9 +334,13 @@ def report(
         else results
     )
     methods = gather(named, model, seconds)
-    held_out = x_test is not None
-    if held_out != (y_test is not None):
+    if (x_test is None) != (y_test is None):
         raise ValueError("x_test and y_test come together: rows and their targets")
+    notes = []
+    if x_test is not None and y_test is not None and len(x_test) == len(y_test) == 0:
+        notes.append("x_test has no rows.")
+        x_test = y_test = None
+    held_out = x_test is not None
     x, y = model.inputs(x_test, "x_test"), model.targets(y_test, "y_test")
     if len(x) != len(y):
         raise ValueError(f"x_test has {len(x)} rows and y_test has {len(y)}")
@@ -344,13 +357,28 @@ def report(
         pictures(comparison, model, y, names),
         of_chains(comparison, model),
         _about(model, len(y) if held_out else 0, names),
-        "" if held_out else _NOTE,
+        notes + _notes(comparison, model, held_out=held_out),
         names,
         _by_target(comparison, y),
         program(entries, model, names, _versions(), held_out=held_out),
     )
     made = Report(title, (section,))
     return made if path is None else made.write(path)
+
+
+def _notes(comparison: Comparison, model: BayesianModel, *, held_out: bool) -> list[str]:
+    """Return what a reader should know of what the page leaves out."""
+    notes = [f"{name} is left out: {why}." for name, why in comparison.left_out.items()]
+    if not held_out:
+        notes.append(_NOTE)
+    likelihood = model.likelihood
+    if likelihood.kind == "regression" and not (
+        likelihood.has_cdf and likelihood.has_variance
+    ):
+        notes.append(
+            f"{likelihood.name} has no cdf and variance: there are no intervals to look at."
+        )
+    return notes
 
 
 # ---------------------------------------- what the template shows
@@ -388,7 +416,7 @@ class _Shown(NamedTuple):
     convergence: list[dict[str, Any]]
     runs: list[dict[str, Any]]
     about: dict[str, str]
-    note: str
+    notes: list[str]
 
     @classmethod
     def of(cls, section: Section, number: int) -> _Shown:
@@ -428,7 +456,7 @@ class _Shown(NamedTuple):
             ],
             runs=[_run(e) for e in evaluations],
             about=section.about,
-            note=section.note,
+            notes=section.notes,
         )
 
 
