@@ -12,6 +12,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from bnnflow.estimators import recipe
+
 PROGRAM = Path(__file__).parents[1] / "examples" / "uci.py"
 
 
@@ -58,6 +60,18 @@ def test_each_fit_is_scored_once(uci, tmp_path, monkeypatch, capsys):
     run("ensemble,gp")
     last = capsys.readouterr().out.splitlines()[-4:]
     assert [line.split()[0] for line in last] == ["line", "ensemble", "forest", "gp"]
+
+
+def test_a_flow_takes_the_place_of_the_chains(uci, monkeypatch):
+    monkeypatch.setattr(uci, "FLOW_STEPS", 2)
+    monkeypatch.setattr(uci, "FLOW_DRAWS", 5)
+    monkeypatch.setattr(recipe, "WARM_UP", 20)
+    monkeypatch.setattr(recipe, "DRAWS", 20)
+    x = np.random.default_rng(0).uniform(-2, 2, (40, 1))
+    prediction, seconds = uci.fit("flow", None, x, 50 + 10 * x[:, 0], x[:5])
+    assert len(prediction.theta) == 5
+    assert np.isfinite(prediction.mean.numpy()).all()
+    assert seconds > 0
 
 
 def test_mixtures_of_normal_laws_have_the_quantiles_of_their_draws(uci):
