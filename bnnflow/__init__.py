@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from bnnflow.predictive import metrics, predict
     from bnnflow.report import report, summary, to_arviz
     from bnnflow.symmetry import align
-    from bnnflow.transport import Flow, GaussNewtonFlow, correct, fit_flow
+    from bnnflow.transport import Flow, GaussNewtonFlow, correct, fit_flow, fit_prior
     from bnnflow.weights import WeightSpec
 
 __version__ = "0.1.0"
@@ -79,6 +79,7 @@ __all__ = [
     "equivariant",
     "evidence",
     "fit_flow",
+    "fit_prior",
     "inference",
     "likelihoods",
     "load",
@@ -133,7 +134,7 @@ _HOMES = {
     "predictive": ("metrics", "predict"),
     "report": ("summary", "to_arviz"),
     "symmetry": ("align",),
-    "transport": ("Flow", "GaussNewtonFlow", "correct", "fit_flow"),
+    "transport": ("Flow", "GaussNewtonFlow", "correct", "fit_flow", "fit_prior"),
     "weights": ("WeightSpec",),
 }
 

@@ -56,7 +56,11 @@ ROOMS = [
     "__main__",
 ]
 STRANGERS = {("transport", "inference")}
-EXCEPT = ("transport/correction/", "transport/bootstrap.py")
+EXCEPT = (
+    "transport/correction/",
+    "transport/bootstrap.py",
+    "transport/learned_prior.py",
+)
 LOADED_ON_FIRST_USE = {
     "pyro",
     "ot",

@@ -17,10 +17,12 @@ from bnnflow.transport.fitting import fit_flow
 from bnnflow.transport.flow import Flow, GaussNewtonFlow
 from bnnflow.transport.geometry import RiemannianPath, TangentVelocity
 from bnnflow.transport.guidance import GuidedVelocity
+from bnnflow.transport.learned_prior import fit_prior
 from bnnflow.transport.manifold import CompletedFlow, ManifoldFlow, Radii, fit_manifold_flow
 from bnnflow.transport.options import Density, Matching, Solver
 from bnnflow.transport.paths import AffinePath, ProbabilityPath
 from bnnflow.transport.proximal_step import GaussNewton, GradientSteps
+from bnnflow.transport.pushforward import Pushforward
 from bnnflow.transport.solvers import (
     integrate,
     integrate_sde,
@@ -66,6 +68,7 @@ __all__ = [
     "MiniBatchOT",
     "PosteriorTargets",
     "ProbabilityPath",
+    "Pushforward",
     "Radii",
     "ResidualVelocity",
     "Reuse",
@@ -88,6 +91,7 @@ __all__ = [
     "fit_flow_without_draws",
     "fit_gaussian",
     "fit_manifold_flow",
+    "fit_prior",
     "integrate",
     "integrate_sde",
     "integrate_with_error",

@@ -400,9 +400,14 @@ class Flow(Sampleable):
     @checked
     def forward(self, x0: Tensor, *, solver: Solver | None = None) -> Tensor:
         """Carry latent points ``(n, dim)`` to weights; differentiable, all in one chunk."""
-        return self.source.from_normal(
-            self._integrate(self._rows("x0", x0), solver or self.solver)
-        )
+        x1 = self._integrate(self._rows("x0", x0), solver or self.solver)
+        return self.source.from_normal(x1)
+
+    @checked
+    def inverse(self, theta: Tensor, *, solver: Solver | None = None) -> Tensor:
+        """Carry weights ``(n, dim)`` back to latent points; differentiable, all in one chunk."""
+        x1 = self.source.to_normal(self._rows("theta", theta))
+        return self._integrate(x1, solver or self.solver, backwards=True)
 
     @checked
     def sample_with_log_prob(
@@ -578,10 +583,14 @@ class Flow(Sampleable):
         total = None if nodes is None else nodes * len(x)
         return progress_bar(total, "log density", progress, "divergence", delay=_PATIENCE)
 
-    def _integrate(self, x: Tensor, solver: Solver) -> Tensor:
-        """Carry ``x`` from t = 0 to t = 1, without a density."""
-        (x1,) = solver.integrate(lambda t, state: (self.velocity(t, state[0]),), (x,))
-        return x1
+    def _integrate(self, x: Tensor, solver: Solver, *, backwards: bool = False) -> Tensor:
+        """Carry ``x`` from t = 0 to t = 1, or back, without a density."""
+
+        def slope(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (self.velocity(t, state[0]),)
+
+        (end,) = solver.integrate(slope, (x,), backwards=backwards)
+        return end
 
     def _transport(
         self, x: Tensor, solve: _Solve, *, backwards: bool = False, bar: tqdm | None = None
