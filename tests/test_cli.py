@@ -468,6 +468,16 @@ def test_what_a_table_holds(tmp_path, content, columns, told):
 
 
 @pytest.mark.parametrize(
+    ("start", "step", "told"), [(0, 1, True), (7, 1, True), (0, 2, False)]
+)
+def test_a_column_that_numbers_the_rows_is_told(tmp_path, start, step, told):
+    rows = [f"{start + i * step},{i % 3}" for i in range(30)]
+    found, notes = table(tmp_path, "\n".join(["id,a", *rows]))
+    assert set(found) == {"id", "a"}
+    assert ("leave it out by --drop id" in notes) == told
+
+
+@pytest.mark.parametrize(
     ("encoding", "told"),
     [
         ("utf-8", ""),

@@ -19,6 +19,7 @@ _MISSING = {"", "na", "n/a", "nan", "null", "#n/a", "#na", "<na>", "nat"}
 _BLANK = {"-", "--", "?", ".", "none", "nil", "missing", "unknown"}  # among numbers
 _ENDLESS = {"inf", "+inf", "-inf", "infinity", "+infinity", "-infinity"}
 _MOSTLY = 0.9  # share of numbers from which the words among them count as missing
+_LONG = 20  # rows that are not numbered by accident
 _MANY = 50  # different words, over half of the rows, that are names rather than categories
 _GROUP = "[ '\u2019\u00a0\u202f\u2009]"  # between thousands, besides points and commas
 _OTHER = {".": ",", ",": "."}
@@ -213,7 +214,13 @@ class Inputs:
         kept = []
         for name, values in raw.items():
             column = Column.look(name, values, decimal, notes)
-            learned = _filled(column, column.read(values, notes)[rows], notes)
+            found = column.read(values, notes)
+            if _counts(column, found):
+                notes.append(
+                    f"column {name!r} numbers the rows: if that says nothing of them, leave it "
+                    f"out by --drop {name}"
+                )
+            learned = _filled(column, found[rows], notes)
             if learned is not None:
                 kept.append(learned)
         marks = {column.indicator_name for column in kept if column.indicator}
@@ -392,6 +399,12 @@ def _moment(name: str, text: str) -> datetime:
 
 
 # ---------------------------------------- gaps
+
+
+def _counts(column: Column, values: np.ndarray) -> bool:
+    """Say whether numbers go up by one from row to row, in a table too long for an accident."""
+    long = column.kind == "numbers" and len(values) >= _LONG
+    return long and bool((np.diff(values) == 1).all())
 
 
 def _filled(column: Column, values: np.ndarray, notes: Notes) -> Column | None:
