@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -100,8 +101,13 @@ def test_fit_predict_check_and_report(tmp_path):
     assert len(rows) == ROWS
     assert (rows["low"] < rows["mean"]).all()
     assert (rows["mean"] < rows["high"]).all()
-    assert run("report", here, data, "-o", tmp_path / "page.html").exit_code == 0
-    assert "<html" in (tmp_path / "page.html").read_text()
+    page = tmp_path / "page.html"
+    assert run("report", here, data, "-o", page, "--unit", "<EUR>").exit_code == 0
+    assert "RMSE (&lt;EUR&gt;)" in page.read_text()
+    holed = pd.read_csv(data, dtype=str)
+    holed.loc[0, "price"] = ""
+    holed.to_csv(tmp_path / "holed.csv", index=False)
+    assert "1 rows without a target" in run("report", here, tmp_path / "holed.csv").stderr
     verdict = run("check", here, "--json")
     found = json.loads(verdict.stdout)
     assert verdict.exit_code == found["code"]

@@ -677,3 +677,14 @@ def test_a_report_calls_classes_by_their_labels() -> None:
     page = fitted.fit(x, labels).report(None, x[:9], labels[:9]).html()
     assert "&lt;maybe&gt;" in page
     assert "<maybe>" not in page
+
+
+def test_labels_that_are_missing_are_told() -> None:
+    x = np.random.default_rng(0).normal(size=(30, 2))
+    labels = np.where(x[:, 0] > 0, "yes", "no").astype(object)
+    fitted = bf.BayesianMLPClassifier((3,), method=bf.Laplace(), random_state=0)
+    fitted.fit(x, labels)
+    labels[4] = None
+    for ask in (fitted.diagnose, lambda x, y: fitted.report(None, x, y)):
+        with pytest.raises(ValueError, match=r"training never saw: \[None\]"):
+            ask(x, labels)

@@ -204,7 +204,7 @@ def report(
     name = target.column.name
     if name not in raw:
         raise ValueError(f"the file has no column {name!r}, the target")
-    raw = _subset(raw, target.known(raw[name]))
+    raw = _with_targets(raw, target, notes)
     with _telling(notes):
         x, y = _frame(inputs.apply(raw, notes)), target.read(raw[name], notes)
         estimator.report(out, x, y, targets=[name], units=None if unit is None else [unit])
@@ -225,7 +225,7 @@ def check(run: Path) -> tuple[Diagnosis, int]:
         else:
             target = _target(described)
             name = target.column.name
-            raw = _subset(raw, target.known(raw[name]))
+            raw = _with_targets(raw, target, notes)
             found = estimator.diagnose(
                 _frame(inputs.apply(raw, notes)), target.read(raw[name], notes)
             )
@@ -305,10 +305,7 @@ def _split(data: Data, seed: int) -> Split:
     raw = {name: values for name, values in raw.items() if name not in data.drop}
     decimal = data.decimal or decimal_mark(raw)
     target = Target.look(data.target, raw[data.target], data.task, decimal, notes)
-    known = target.known(raw[data.target])
-    if not known.all():
-        notes.append(f"{(~known).sum()} rows without a target are left out")
-        raw = _subset(raw, known)
+    raw = _with_targets(raw, target, notes)
     if len(raw[data.target]) < 2:
         raise ValueError(f"{data.path.name} has fewer than two rows with a target")
     y = target.read(raw[data.target], notes)
@@ -424,6 +421,15 @@ def _frame(table: dict[str, np.ndarray]) -> Any:
 
 def _subset(raw: Raw, rows: np.ndarray) -> Raw:
     return {name: values[rows] for name, values in raw.items()}
+
+
+def _with_targets(raw: Raw, target: Target, notes: Notes) -> Raw:
+    """Return the rows whose target is there, and note how many are not."""
+    known = target.known(raw[target.column.name])
+    if known.all():
+        return raw
+    notes.append(f"{(~known).sum()} rows without a target are left out")
+    return _subset(raw, known)
 
 
 @contextmanager

@@ -244,7 +244,9 @@ class Diagnosis:
                 f"ESS of the weights {self.ess_weights:,.0f}   (want >= {verdicts.ESS.good})"
             )
         if self.log_evidence is not None:
-            lines.append("log evidence {:.2f} ± {:.2f}".format(*self.log_evidence))
+            value, error = self.log_evidence
+            known = f" ± {error:.2f}" if math.isfinite(error) else ", of unknown error"
+            lines.append(f"log evidence {value:.2f}{known}")
         counts = []
         if self.acceptance is not None:
             counts.append(f"acceptance {self.acceptance:.2f}")

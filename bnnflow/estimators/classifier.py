@@ -135,13 +135,12 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
         return super()._coords() | {"class": self.classes_.tolist()}
 
     def _targets(self, y: Any) -> Tensor:
-        y = column_or_1d(y)
-        index = np.searchsorted(self.classes_, y).clip(max=len(self.classes_) - 1)
-        if (wrong := self.classes_[index] != y).any():
-            raise ValueError(
-                f"y has labels that training never saw: {np.unique(y[wrong])[:5]}"
-            )
-        return torch.tensor(index)
+        numbers = {label: number for number, label in enumerate(self.classes_.tolist())}
+        labels = column_or_1d(y).tolist()
+        unseen = list(dict.fromkeys(label for label in labels if label not in numbers))
+        if unseen:
+            raise ValueError(f"y has labels that training never saw: {unseen[:5]}")
+        return torch.tensor([numbers[label] for label in labels])
 
     # ---------------------------------------- files
 
