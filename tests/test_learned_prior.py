@@ -25,7 +25,11 @@ def task(
     x = 4 * torch.rand(n, 1, generator=g) - 2
     y = 1.5 + (0.5 + height) * torch.sin(x[:, 0] + 6 * shift)
     y = y + noise * torch.randn(n, generator=g)
-    net = built(lambda: nn.Sequential(nn.Linear(1, width), nn.Tanh(), nn.Linear(width, 1)))
+
+    def perceptron() -> nn.Module:
+        return nn.Sequential(nn.Linear(1, width), nn.Tanh(), nn.Linear(width, 1))
+
+    net = built(perceptron, torch.float32)
     return bf.BayesianModel(net, priors.Normal(scale), likelihoods.Gaussian(noise), x, y)
 
 
