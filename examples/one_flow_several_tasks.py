@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from weight_space import remembered, table
 
 import bnnflow as bf
+from bnnflow.importance import kish_ess, log_mean, psis
 from bnnflow.report import style
 from bnnflow.transport import (
     AffinePath,
@@ -51,7 +52,6 @@ from bnnflow.transport import (
     Solver,
     train,
 )
-from bnnflow.transport.correction.importance import kish_ess, log_mean, psis
 from bnnflow.transport.targets import PosteriorTargets
 from bnnflow.transport.whitened import WhitenedPosterior
 
