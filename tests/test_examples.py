@@ -91,6 +91,11 @@ TINY: dict[str, Callable[[ModuleType], dict[str, Any]]] = {
             solver=2,
         ),
     },
+    "learned_prior": lambda m: {
+        "WIDTH": 4,
+        "SOLVER": m.Solver("midpoint", 1),
+        "SMALL": m.Sizes(tasks=3, steps=2, unseen=2, tempered=2, bank=200, particles=20),
+    },
     "thesis_breast_cancer": lambda m: {
         "STARTS": 20,
         "ITERATES": (2, 4),
