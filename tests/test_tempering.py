@@ -256,6 +256,14 @@ def test_models_without_a_compiled_density_are_tempered() -> None:
     torch.testing.assert_close(draws.log_joint, model.log_joint(draws.theta))
 
 
+def test_states_that_come_back_are_no_copies(ladders: bf.Draws) -> None:
+    model = two_modes()
+    back = ladders.theta.clone()
+    back[0, 5] = back[0, 0]
+    come = bf.diagnose(model, ladders.with_theta(back), model.x, model.y)
+    assert "come again" not in str(come)
+
+
 def test_one_ladder_says_nothing_of_its_error() -> None:
     method = bf.ParallelTempering(levels=4, max_leapfrog=4)
     draws = bf.sample(tiny_network(), method, chains=1, warmup=30, draws=5, seed=0)

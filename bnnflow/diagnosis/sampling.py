@@ -143,7 +143,9 @@ class Sampling:
         found = copies(self.draws.theta)
         self.figures |= found._asdict()
         advice = "draw again: a file was read or written twice, or seeds were the same"
-        for share, where in ((found.across, "in another chain"), (found.again, "later on")):
+        # where levels exchange states, one may go and come back
+        later = 0.0 if "exchange_rate" in self.draws.stats else found.again
+        for share, where in ((found.across, "in another chain"), (later, "later on")):
             if share > 0:
                 why = f"{share:.0%} of the draws come again {where}"
                 # an approximation may have few values: masks of dropout, say

@@ -474,10 +474,10 @@ class ParallelTempering(Method):
         max_leapfrog: bound on the leapfrog steps of a transition.
     """
 
-    levels: int = 16
+    levels: int = 20
     target_acceptance: float = 0.8
-    trajectory_length: float = 1.0
-    max_leapfrog: int = 64
+    trajectory_length: float = 1.5
+    max_leapfrog: int = 128
 
     def __post_init__(self) -> None:
         settle(self, integer, "levels", least=3)
@@ -487,7 +487,7 @@ class ParallelTempering(Method):
 
     def draw(self, model: BayesianModel, run: Run) -> Draws:
         """Run the ladders; see `bnnflow.sample`. ``chains`` is the number of ladders."""
-        chains, draws = run.chains_or(4), run.draws or 1000
+        chains, draws = run.chains_or(8), run.draws or 1000
         warmup = 500 if run.warmup is None else run.warmup
         process = tempering_warm_up(model, warmup, self, run.ranks)
         found = run_chains(
