@@ -361,8 +361,10 @@ static inline INLINE void unrolled(Body body) {
     unrolled(std::make_integer_sequence<int, N>{}, body);
 }
 
-// v, held in a register: gcc reads it from memory again wherever it is used, and loads are as scarce as products.
-static inline __attribute__((always_inline)) Vec in_register(Vec v) {
+// v, a vector or a number, held in a register: gcc reads it from memory again wherever it is used, and loads are as
+// scarce as products.
+template <class V>
+static inline __attribute__((always_inline)) V in_register(V v) {
 #if defined(__AVX512F__)
     asm("" : "+v"(v));
 #elif defined(__AVX__)
@@ -1203,19 +1205,17 @@ extern "C" void bnnflow_turn(int64_t chains, int64_t dim, T* direction, const T*
 }
 
 // a * b, which is not contracted with what it is added to.
-static inline Vec product(Vec a, Vec b) { return in_register(a * b); }
+template <class V>
+static inline V product(V a, V b) {
+    return in_register(a * b);
+}
 
 // to += factor * (time * scale) * by, every operation rounded as torch rounds it.
 static void add_product(int64_t dim, T* to, T factor, T time, const T* scale, const T* by) {
-    for (int64_t i = 0; i < dim; i += kLanes) {
-        const int64_t size = std::min<int64_t>(kLanes, dim - i) * sizeof(T);
-        Vec sum{}, scales{}, others{};
-        std::memcpy(&sum, to + i, size);
-        std::memcpy(&scales, scale + i, size);
-        std::memcpy(&others, by + i, size);
-        sum += product(splat(factor) * (splat(time) * scales), others);
-        std::memcpy(to + i, &sum, size);
-    }
+    int64_t i = 0;
+    for (; i + kLanes <= dim; i += kLanes)
+        store(load(to + i) + product(factor * (time * load(scale + i)), load(by + i)), to + i);
+    for (; i < dim; ++i) to[i] += product(factor * (time * scale[i]), by[i]);
 }
 
 // One chain on its way: to the last bit what bnnflow/dynamics.py does with the same gradient.
