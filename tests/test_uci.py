@@ -62,11 +62,12 @@ def test_each_fit_is_scored_once(uci, tmp_path, monkeypatch, capsys):
     assert [line.split()[0] for line in last] == ["line", "ensemble", "forest", "gp"]
 
 
+@pytest.mark.slow
 def test_a_flow_takes_the_place_of_the_chains(uci, monkeypatch):
-    monkeypatch.setattr(uci, "FLOW_STEPS", 2)
+    monkeypatch.setattr(uci, "FLOW_STEPS", 1)
     monkeypatch.setattr(uci, "FLOW_DRAWS", 5)
-    monkeypatch.setattr(recipe, "WARM_UP", 20)
-    monkeypatch.setattr(recipe, "DRAWS", 20)
+    for name, small in {"WARM_UP": 10, "DRAWS": 10, "LONGER": 1, "ROUNDS": 1}.items():
+        monkeypatch.setattr(recipe, name, small)
     x = np.random.default_rng(0).uniform(-2, 2, (40, 1))
     prediction, seconds = uci.fit("flow", None, x, 50 + 10 * x[:, 0], x[:5])
     assert len(prediction.theta) == 5
