@@ -32,6 +32,10 @@ _PRIOR_DRAWS = 200
 _PRIOR_ROWS = 200
 
 
+_COORDINATES = re.compile(r'\b(?:d|x|y|points|transform)="[^"]*"')
+_LONG = re.compile(r"(\.\d\d)\d+")  # a hundredth of a point is not seen
+
+
 class Picture(NamedTuple):
     """A picture, ready to be put into the page."""
 
@@ -284,6 +288,7 @@ def _svg(figure: Figure, label: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = _COORDINATES.sub(lambda found: _LONG.sub(r"\1", found[0]), text)
     text = re.sub(
         r'(<svg[^>]*?) width="([\d.]+)pt" height="[\d.]+pt"',
         r'\1 style="max-width:\2pt"',
