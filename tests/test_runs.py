@@ -524,7 +524,7 @@ def test_killed_again_and_again(name: str, tmp_path: Path) -> None:
     )
 
 
-SHARED = ("HMC", "MCLMC", "SMC")
+SHARED = ("HMC", "MCLMC", "ParallelTempering", "SMC")
 
 
 @pytest.fixture(scope="module")

@@ -47,9 +47,7 @@ class LadderState(NamedTuple):
     prior_grad: Tensor  # (ladder, level, dim)
     log_ratio: Tensor  # (ladder, level), log posterior - log prior, float64
     ratio_grad: Tensor  # (ladder, level, dim)
-    rising: (
-        Tensor  # (ladder, level), whether the state was at the prior since at the posterior
-    )
+    rising: Tensor  # (ladder, level), at the prior since it was at the posterior
     exchanges: Tensor  # (ladder,), rounds of exchanges so far
     round_trips: Tensor  # (ladder,), arrivals of states from the prior at the posterior
 
@@ -337,8 +335,8 @@ def tempering_warm_up(
     Every ladder has temperatures of its own, which equalise the rates at which its neighbours
     exchange states. Every level of every ladder has a step size of its own, found by its acceptance
     rate, and a mass matrix: its variances, shrunk towards those of that level over all ladders.
-    Temperatures and mass matrices are set at the ends of windows of
-    doubling length; the last window only settles step sizes and looks at the normalisers.
+    Temperatures and mass matrices are set at the ends of windows of doubling length; the last
+    window only settles step sizes and looks at the normalisers.
 
     Args:
         model: whose prior and posterior are the ends.
@@ -397,7 +395,7 @@ def tempering_warm_up(
         rejected = tuning.rejected / max(1, tuning.sweeps)
         found = {
             "step_size": float(ranks.mean(tuning.averaged[:, -1].mean()).exp()),
-            "inverse_temperatures": tuning.fractions.tolist(),
+            "inverse_temperatures": ranks.gather(tuning.fractions).tolist(),
             "barrier": float(ranks.mean(rejected.sum(1).mean())),
         }
         return Tuned(_sampling(final, tuning.log_normalisers), state, found)
