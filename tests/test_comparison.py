@@ -159,6 +159,25 @@ def test_folds_of_a_linear_model_are_exact():
     assert made.criterion == "5-fold cross-validation"
 
 
+def test_folds_of_an_approximation_go_by_its_weights():
+    """Laplace is the posterior of a linear model."""
+    model = line()
+    draws = bf.sample(model, bf.Laplace(), draws=4000, seed=0)
+    compared = bf.compare({"Laplace": (model, draws)}, folds=5, seed=0)
+    for rows in folds_of(30, 5, 0):
+        for row in rows.tolist():
+            right = predictive(model, rows.tolist(), row)
+            assert abs(float(compared.scores["Laplace"].pointwise[row]) - right) < 0.15
+
+
+def test_nine_draws_are_too_few_to_be_carried():
+    model = line(outlier=8.0)
+    draws = exact_draws(model, 9)
+    with pytest.raises(ValueError, match="nine: folds need at least 10 draws"):
+        bf.compare({"nine": (model, draws)}, folds=5)
+    assert bf.compare({"nine": (model, draws)}).scores["nine"].unresolved
+
+
 def test_folds_may_be_fitted_by_the_caller():
     model = line()
     sizes = []

@@ -15,6 +15,7 @@ from bnnflow.bridge import bennett
 from bnnflow.draws import Draws, counted_alike, origin
 from bnnflow.importance import psis
 from bnnflow.inference import update
+from bnnflow.inference.particles.update import FEWEST
 from bnnflow.model import BayesianModel
 from bnnflow.predictive import predict
 from bnnflow.progress import progress_bar
@@ -65,6 +66,8 @@ def leave_one_out(
         for row, column in zip(rows.tolist(), values.T, strict=True):
             elpd[row], khat[row] = _weighed(log_weights, column, model.temperature)
     failed = (khat > KHAT).nonzero().squeeze(1)
+    if len(draws.flat) < FEWEST:
+        failed = failed[:0]
     failed = failed[khat[failed].argsort(descending=True, stable=True)][:refits]
     with progress_bar(len(failed), f"{name}: without a row", progress, "row") as bar:
         for row in failed.tolist():
@@ -90,7 +93,8 @@ def _without(
     """Return the log predictive density of a row from draws with it and draws without it."""
     rest = torch.arange(len(model.x)) != row
     part = model.subset(rest.nonzero().squeeze(1).to(model.device))
-    moved = _alike(update(part, draws, model, seed=seed, progress=False))
+    weighed = _weighed_draws(draws, log_weights)
+    moved = _alike(update(part, weighed, model, seed=seed, progress=False))
     at = torch.tensor([row])
     seen = _log_likelihoods(model, draws.flat, at).squeeze(1)
     unseen = _log_likelihoods(model, moved, at).squeeze(1)
@@ -131,6 +135,15 @@ def _log_weights(name: str, model: BayesianModel, draws: Draws) -> Tensor:
     return weights - weights.logsumexp(0)
 
 
+def _weighed_draws(draws: Draws, log_weights: Tensor) -> Draws:
+    """Return draws of an approximation with the weights that make them the posterior's, and others
+    as they are.
+    """
+    if draws.posterior is None or draws.log_weights is not None:
+        return draws
+    return replace(draws, log_weights=log_weights.reshape(draws.theta.shape[:2]))
+
+
 def _importance(name: str, model: BayesianModel, draws: Draws) -> Tensor:
     assert draws.posterior is not None
     with torch.no_grad():
@@ -165,7 +178,9 @@ def k_fold(
 ) -> Unseen:
     """Predict each fold from the rest: by draws of ``refit``, else by these draws moved there."""
     if refit is None:
-        _log_weights(name, model, draws)  # refuses what is not of the posterior
+        if len(draws.flat) < FEWEST:
+            raise ValueError(f"{name}: folds need at least {FEWEST} draws, or a refit")
+        draws = _weighed_draws(draws, _log_weights(name, model, draws))
     elpd = torch.empty(len(model.x), dtype=torch.float64)
     with progress_bar(len(folds), f"{name}: folds", progress, "fold") as bar:
         for rows in folds:

@@ -31,12 +31,12 @@ from bnnflow.seeding import as_generator, seed_in_words
 from bnnflow.stopwatch import Stopwatch
 from bnnflow.types import Seed
 
-__all__ = ["Route", "update"]
+__all__ = ["FEWEST", "Route", "update"]
 
 Route = Literal["weights", "tempering", "refine"]
 
 _ROWS = 512  # weight vectors whose log joint is computed together
-_FEWEST = 10  # draws that weights can be judged by
+FEWEST = 10  # draws that weights can be judged by
 _PARTICLES = SMC(particles=2000, ess=0.5, moves=1, max_leapfrog=32)
 _STEPS, _N_LEAPFROG = 5, 16  # of draws whose own posterior is not known
 
@@ -177,8 +177,8 @@ class _Start:
         """Look at draws, and at how they fit both models."""
         theta, log_weights = as_theta(draws)
         model.spec.check(theta, "draws")
-        if len(theta) < _FEWEST:
-            raise ValueError(f"draws must be at least {_FEWEST}, got {len(theta)}")
+        if len(theta) < FEWEST:
+            raise ValueError(f"draws must be at least {FEWEST}, got {len(theta)}")
         if broken := int((~theta.isfinite().all(1)).sum()):
             raise ValueError(f"draws: {broken} of {len(theta)} are NaN or infinite")
         if origin(draws) in ("approximation", "networks"):
