@@ -66,6 +66,7 @@ PRIOR_SCALE = Bounds(
 PRIOR_WIDE = 100.0  # times the spread of the targets that the prior predictive has
 PRIOR_CONFLICT = 8.0  # sds by which the log prior of draws is below that of the prior's own
 COLUMN_SCALE = 20.0  # of an input, beside that of the others
+COLUMN_SPREAD = 2.0  # of new rows about the centre of training, beside that of training
 UNITS = 0.5  # share of hidden units that do not respond to the inputs
 COPIED = (
     0.1  # share of draws that are copies of others, beyond which they are not to be used

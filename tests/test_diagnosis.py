@@ -20,6 +20,7 @@ import bnnflow as bf
 from bnnflow import likelihoods, priors
 from bnnflow.diagnosis import Diagnosis
 from bnnflow.diagnosis.chains import disagreement
+from bnnflow.diagnosis.fit import new_inputs
 from bnnflow.diagnosis.identities import copies
 from bnnflow.draws import Draws
 from tests.problems import F64, built, generator, normal
@@ -193,6 +194,29 @@ def test_a_column_in_other_units_is_seen() -> None:
     assert "column 2 of x" in str(judged(raw, y).model)
     offset = bf.diagnose(net_of(x, y), short(net_of(x, y)), x + 100, y)
     assert "where it was in training" in str(offset.model)
+
+
+@pytest.mark.parametrize("factor", [3.0, 1 / 3.0])
+def test_units_that_hardly_change_predictions_are_seen(factor: float) -> None:
+    """A column that says nothing of y, whose units changed between training and use."""
+    problem = Problem(0)
+    draws = problem.dressed(problem.theta())
+    new = problem.x * torch.tensor([1.0, factor, 1.0], dtype=F64)
+    assert "column 1 of the rows looked at" in str(
+        bf.diagnose(problem.model, draws, new, problem.y).model
+    )
+
+
+def test_rows_of_one_law_are_not_taken_for_other_units() -> None:
+    """Few rows, tails that are heavy, and indicators, in a hundred tables of twenty columns."""
+    rng = np.random.default_rng(0)
+    seen = 0
+    for i in range(100):
+        rows = (10, 40, 300)[i % 3]
+        drawn = rng.standard_t(2, (100 + rows, 18)), rng.random((100 + rows, 2)) < 0.2
+        x = torch.from_numpy(np.hstack(drawn).astype(float))
+        seen += bool(new_inputs(x[:100], x[100:]))
+    assert seen <= 2
 
 
 def test_few_values_under_a_continuous_law_are_seen() -> None:

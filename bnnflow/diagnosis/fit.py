@@ -14,7 +14,7 @@ from bnnflow.draws import Draws, evenly
 from bnnflow.model import BayesianModel
 from bnnflow.predictive import Prediction, PredictiveCheck, predict, predictive_check
 
-__all__ = ["QUESTION", "fit"]
+__all__ = ["QUESTION", "fit", "new_inputs"]
 
 QUESTION = "Does the model fit the data?"
 _ROWS = 300
@@ -216,18 +216,40 @@ def _inputs(model: BayesianModel, x: Tensor | None) -> list[Finding]:
         if columns.shape[1] == 1 or len(large) == columns.shape[1]:
             why = f"inputs are raw: values of size {float(size[column]):.3g}"
         findings.append(Finding("with care", why, "standardise the inputs"))
-    if x is not None:
-        used, spread = _columns(x), columns.std(0).clamp(min=1e-12)
-        away = ((used.quantile(0.5, 0) - columns.quantile(0.5, 0)) / spread).abs()
-        far = (away > verdicts.COLUMN_SCALE) & (columns.std(0) > 0)
-        if used.shape[1] == columns.shape[1] and bool(far.any()):
-            column = int(far.nonzero()[0])
-            why = (
-                f"column {column} of the rows looked at lies {float(away[column]):.0f} standard "
-                "deviations from where it was in training"
-            )
-            findings.append(Finding("no", why, "give both in the same units"))
+    if x is not None and _columns(x).shape[1] == columns.shape[1]:
+        findings += new_inputs(columns, _columns(x))
     return findings
+
+
+def new_inputs(columns: Tensor, used: Tensor) -> list[Finding]:
+    """Look for a column that lies, or is spread, otherwise than in training ``(rows, column)``."""
+    centre, spread = columns.quantile(0.5, 0), columns.std(0)
+    away = ((used.quantile(0.5, 0) - centre) / spread.clamp(min=1e-12)).abs()
+    far = (away > verdicts.COLUMN_SCALE) & (spread > 0)
+    if bool(far.any()):
+        column = int(far.nonzero()[0])
+        why = (
+            f"column {column} of the rows looked at lies {float(away[column]):.0f} standard "
+            "deviations from where it was in training"
+        )
+        return [Finding("no", why, "give both in the same units")]
+    from scipy.stats import ks_2samp
+
+    there, here = (columns - centre).abs(), (used - centre).abs()
+    ratio = here.quantile(0.5, 0) / there.quantile(0.5, 0)
+    other = (ratio.log().abs() > math.log(verdicts.COLUMN_SPREAD)) & ratio.isfinite()
+    for column in other.nonzero().flatten().tolist():
+        new, old = (each[:, column].cpu().numpy() for each in (here, there))
+        found: Any = ks_2samp(new, old, method="asymp")
+        if found.pvalue * columns.shape[1] < verdicts.P_VALUE:
+            why = (
+                f"column {column} of the rows looked at lies {float(ratio[column]):.2g} times as "
+                "far from its centre in training as it did there"
+            )
+            return [
+                Finding("with care", why, "give both in the same units, if they are not")
+            ]
+    return []
 
 
 def _ties(model: BayesianModel) -> list[Finding]:
