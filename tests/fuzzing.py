@@ -419,7 +419,8 @@ def _sampling(w: World) -> Iterator[Call]:
         "path": None,
         "title": "A",
     }
-    yield Call("report", bf.report.report, report | {"seconds": {"HMC": 1.0}})
+    report |= {"targets": ["a"], "seconds": {"HMC": 1.0}}
+    yield Call("report", bf.report.report, report)
 
 
 def _networks(w: World) -> Iterator[Call]:

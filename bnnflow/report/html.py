@@ -337,7 +337,10 @@ def report(
     if (x_test is None) != (y_test is None):
         raise ValueError("x_test and y_test come together: rows and their targets")
     notes = []
-    if x_test is not None and y_test is not None and len(x_test) == len(y_test) == 0:
+    empty = [
+        each is not None and tuple(each.shape[:1]) == (0,) for each in (x_test, y_test)
+    ]
+    if all(empty):
         notes.append("x_test has no rows.")
         x_test = y_test = None
     held_out = x_test is not None
