@@ -108,8 +108,6 @@ def update(
     particles = min(smc.particles, len(start.theta))
     left = kish_ess(smoothed) * start.worth
     info = {
-        "method": "update",
-        "settings": f"update({smc!r})",
         "seed": seed_in_words(seed),
         "khat": khat,
         "gradients": 0,
@@ -134,8 +132,14 @@ def update(
             seed=generator,
             progress=progress,
         )
-    info |= result.info | {"method": "update", "route": route, **watch.read()}
-    info |= {"model": model.fingerprint(), "rows": len(model.x)}
+    info |= result.info | {
+        "method": "update",
+        "settings": f"update({smc!r})",
+        "route": route,
+        "model": model.fingerprint(),
+        "rows": len(model.x),
+        **watch.read(),
+    }
     if "exact" in draws.info:  # what a sampler has done to its draws, no weights undo
         info["exact"] = draws.info["exact"]
     if change is not None:
