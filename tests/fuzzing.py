@@ -185,6 +185,8 @@ def _data_and_models(w: World) -> Iterator[Call]:
     for name in ("log_likelihood_and_grad", "log_likelihood_grad", "log_joint_and_grad"):
         yield Call(f"BayesianModel.{name}", getattr(model, name), {"theta": theta})
     yield Call("BayesianModel.subset", model.subset, {"rows": torch.arange(3)})
+    yield Call("BayesianModel.extended", model.extended, {"x": w.x, "y": w.y})
+    yield Call("BayesianModel.transported", model.transported, {"flow": w.flow})
     yield Call("BayesianModel.at", model.at, {"theta": theta})
     given = {"theta": theta, "x": x, "y": y}
     yield Call(
@@ -730,6 +732,35 @@ def _transport(w: World) -> Iterator[Call]:
         "seed": 0,
     }
     yield Call("refine", bf.refine, refine | {"chunk_size": 4, "progress": False})
+    fewer = w.model.subset(torch.arange(ROWS - 1))
+    few = bf.SMC(particles=10, moves=1, max_leapfrog=2)
+    yield Call(
+        "update",
+        bf.update,
+        {
+            "model": fewer,
+            "draws": w.draws,
+            "previous": w.model,
+            "smc": few,
+            "seed": 0,
+            "progress": False,
+        },
+    )
+    yield Call(
+        "fit_prior",
+        bf.fit_prior,
+        {
+            "tasks": [w.model, fewer],
+            "draws": [w.draws, w.draws],
+            "rounds": 1,
+            "draws_per_task": 4,
+            "velocity": w.field,
+            "training": bf.Training(steps=1, batch_size=2),
+            "held_out": 0.5,
+            "seed": 0,
+            "progress": False,
+        },
+    )
     correct = {
         "flow": flow,
         "model": model,

@@ -649,6 +649,7 @@ def test_intervals_cover_what_they_say() -> None:
     assert np.abs(np.mean(inside, 0) - levels).max() < 0.02, np.mean(inside, 0)
 
 
+@pytest.mark.filterwarnings("ignore:no mode was found")  # of targets without noise
 @pytest.mark.parametrize("frames", [False, True])
 def test_a_report_calls_targets_what_the_frame_called_them(frames, tmp_path, monkeypatch):
     """And the program at its foot fits the estimator again."""

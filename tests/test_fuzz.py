@@ -61,7 +61,7 @@ WITHOUT_ARGUMENTS = {
     "Bernoulli",
 }
 # made of parts that were checked before, or of modules alone
-INNER = {"PosteriorTargets", "NetworkLoss"}
+INNER = {"PosteriorTargets", "NetworkLoss", "Pushforward"}
 # set upon by scikit-learn's own checks, whose messages they have
 ESTIMATORS = {"BayesianMLPClassifier", "BayesianMLPRegressor"}
 EVERY = 23  # of the cases, in the suite

@@ -272,15 +272,15 @@ class BayesianModel(HasTarget):
             _transport=transport.to(self.device, self.dtype),
         )
 
-    def weights_of(self, draws: Tensor) -> Tensor:
+    def weights_of(self, theta: Tensor) -> Tensor:
         """Return the network's weights of ``theta``, ``(..., dim) -> (..., dim)``.
 
         They are other than ``theta`` for a transported model only.
         """
         density = self.density
         if isinstance(density, TransportedLogJoint):
-            return density.carried(draws)
-        return density.checked(draws)
+            return density.carried(theta)
+        return density.checked(theta)
 
     def _require_weights(self, what: str) -> None:
         """Raise ``ValueError`` for a transported model, whose ``theta`` are no weights."""
