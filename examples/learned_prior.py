@@ -177,7 +177,8 @@ def drawn(one: Task, priors: dict[str, Tensor]) -> None:
     axes = figure.subplots(2, len(priors), sharex=True, sharey=True)
     grid = torch.linspace(-REACH - 0.5, REACH + 0.5, 120)[:, None]
     for column, (name, bank) in zip(axes.T, priors.items(), strict=True):
-        functions = one.model.outputs(bank[:12], grid)[..., 0]
+        spread = torch.linspace(0, len(bank) - 1, 12).long()  # atoms come task by task
+        functions = one.model.outputs(bank[spread], grid)[..., 0]
         weights = one.model.log_likelihood(bank[:CHUNK]).softmax(0)
         chosen = torch.multinomial(
             weights, 12, replacement=True, generator=torch.Generator().manual_seed(0)
