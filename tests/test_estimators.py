@@ -16,6 +16,7 @@ from sklearn.base import clone
 from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_diabetes, load_iris
 from sklearn.impute import SimpleImputer
+from sklearn.metrics import accuracy_score, r2_score
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
@@ -390,6 +391,55 @@ def test_what_cannot_be_learned_is_refused() -> None:
             reg.predict_interval(x, level)
     with pytest.raises(ValueError, match="quantiles must lie strictly between 0 and 1"):
         reg.predict_quantiles(x, [0.5, 1.0])
+
+
+FEW = "X has 20 rows and y has 5"
+
+
+@pytest.mark.parametrize("kind", [BayesianMLPRegressor, BayesianMLPClassifier])
+def test_errors_speak_of_the_arguments_of_the_caller(kind) -> None:
+    """X and y, whatever the functions inside call them."""
+    x, y = waves(20)
+    y = y if kind is BayesianMLPRegressor else y > 50
+    fit = kind((4,), method=QUICK).fit(x, y)
+    asked = {
+        "diagnose": fit.diagnose,
+        "to_arviz": fit.to_arviz,
+        "report": lambda X, y: fit.report(None, X, y),
+        "score": fit.score,
+    }
+    for name, ask in asked.items():
+        gone = y.astype(object)
+        gone[1] = np.nan
+        bad = [
+            (x, y[:5], FEW),
+            (x, gone, "y (contains NaN|has labels)"),
+            ([["a"]] * 20, y, "X cannot be taken"),
+        ]
+        bad += [(x, np.stack([y, y], 1), "^y ")]
+        if name != "score":
+            bad += [(None, y, "y needs its X")]
+        if name == "report":
+            bad += [(x, None, "X needs its y")]
+        for rows, targets, message in bad:
+            with pytest.raises(ValueError, match=message):
+                ask(rows, targets)
+    with pytest.raises(ValueError, match=FEW):
+        kind((4,), method=QUICK).fit(x, y[:5])
+
+
+@pytest.mark.parametrize("targets", [1, 2])
+def test_scores_are_those_of_scikit_learn(targets: int) -> None:
+    x, y = waves(40)
+    y = np.stack([y, -y * y], 1)[:, :targets].squeeze()
+    fit = BayesianMLPRegressor((4,), method=QUICK).fit(x, y)
+    weights = np.linspace(0.1, 2.3, 40)
+    assert fit.score(x, y, weights) == r2_score(y, fit.predict(x), sample_weight=weights)
+    labels = np.where(x[:, 0] > 0, "up", "down")
+    fit = BayesianMLPClassifier((4,), method=QUICK).fit(x, labels)
+    labels[0] = "never seen"
+    expected = accuracy_score(labels, fit.predict(x), sample_weight=weights)
+    assert fit.score(x, labels, weights) == expected
 
 
 # ---------------------------------------- methods, networks, interrupts

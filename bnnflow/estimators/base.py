@@ -14,7 +14,6 @@ import torch
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import (
     _check_sample_weight,
-    check_consistent_length,
     check_is_fitted,
     check_random_state,
     validate_data,
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     from bnnflow.diagnosis import Diagnosis
     from bnnflow.report.html import Report
 
-__all__ = ["BayesianEstimator"]
+__all__ = ["BayesianEstimator", "check_lengths"]
 
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -213,19 +212,20 @@ class BayesianEstimator(BaseEstimator, ABC):
         least = 2 if reset else 1
         if not is_frame(X):
             checks: Any = {"dtype": np.float64, "ensure_min_samples": least}
-            return columns_of(validate_data(self, X, reset=reset, **checks))
+            try:
+                return columns_of(validate_data(self, X, reset=reset, **checks))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"X cannot be taken: {error}") from error
         validate_data(self, X, reset=reset, skip_check_array=True)
         if len(X) < least:
-            raise ValueError(
-                f"Found array with {len(X)} sample(s) while a minimum of {least} is required."
-            )
+            raise ValueError(f"X has {len(X)} row(s), and at least {least} are needed")
         return columns_of(X)
 
     def _rows(
         self, columns: Columns, y: np.ndarray, sample_weight: Any
     ) -> tuple[np.ndarray, np.ndarray]:
         """Learn the table; return encoded rows and their targets in an order of their own."""
-        check_consistent_length(next(iter(columns.values())), y)
+        check_lengths(len(next(iter(columns.values()))), len(y))
         weights = sample_weight
         if weights is not None:
             try:
@@ -242,6 +242,21 @@ class BayesianEstimator(BaseEstimator, ABC):
     def _encoded(self, X: Any) -> Tensor:
         check_is_fitted(self, "draws_")
         return torch.as_tensor(self.table_.transform(self._columns(X, reset=False)))
+
+    def _not_fitted(self, X: Any, y: Any) -> tuple[Tensor | None, Tensor | None]:
+        """Return rows and targets as the model takes them, each None if it was not given.
+
+        Raises:
+            ValueError: for targets without rows, or another number of them.
+        """
+        check_is_fitted(self, "draws_")
+        if y is not None and X is None:
+            raise ValueError("y needs its X: give the rows of these targets")
+        x = None if X is None else self._encoded(X).to(self.model_.dtype)
+        targets = None if y is None else self.model_.targets(self._targets(y))
+        if x is not None and targets is not None:
+            check_lengths(len(x), len(targets))
+        return x, targets
 
     # ---------------------------------------- predictions
 
@@ -270,11 +285,7 @@ class BayesianEstimator(BaseEstimator, ABC):
             X: rows that were not fitted, ``(n, columns)``; those of training if None.
             y: their targets.
         """
-        check_is_fitted(self, "draws_")
-        x = None if X is None else self._encoded(X).to(self.model_.dtype)
-        return diagnose(
-            self.model_, self.draws_, x, None if y is None else self._targets(y)
-        )
+        return diagnose(self.model_, self.draws_, *self._not_fitted(X, y))
 
     def report(
         self,
@@ -293,10 +304,15 @@ class BayesianEstimator(BaseEstimator, ABC):
             y: their targets.
             targets: name of each target; those that y had in training if None.
             units: of each target, as ``["EUR"]``.
+
+        Raises:
+            ValueError: for one of X and y without the other, or of another length.
         """
-        check_is_fitted(self, "draws_")
-        x = None if X is None else self._encoded(X).to(self.model_.dtype)
-        y = None if y is None else self._targets(y)
+        x, truth = self._not_fitted(X, y)
+        if x is not None and truth is None:
+            raise ValueError(
+                "X needs its y: give the targets of these rows, or leave out both"
+            )
         called = self.__repr__(N_CHAR_MAX=10**6)
         draws = replace(self.draws_, info=self.draws_.info | {"fitted": called})
         classes = self._coords().get("class")
@@ -304,7 +320,7 @@ class BayesianEstimator(BaseEstimator, ABC):
             self.model_,
             draws,
             x,
-            y,
+            truth,
             path,
             targets=targets or self.target_names_ or None,
             units=units,
@@ -319,10 +335,9 @@ class BayesianEstimator(BaseEstimator, ABC):
             X: rows of the group ``predictions``; those of training if None.
             y: their targets.
         """
-        check_is_fitted(self, "draws_")
-        x = None if X is None else self._encoded(X).to(self.model_.dtype)
-        targets = None if y is None else self._targets(y)
-        return to_arviz(self.model_, self.draws_, x, targets, coords=self._coords())
+        return to_arviz(
+            self.model_, self.draws_, *self._not_fitted(X, y), coords=self._coords()
+        )
 
     def _coords(self) -> dict[str, list[Any]]:
         """Return the names along axes of what is exported."""
@@ -356,3 +371,9 @@ class BayesianEstimator(BaseEstimator, ABC):
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "draws_")
+
+
+def check_lengths(rows: int, targets: int) -> None:
+    """Raise ``ValueError`` unless X has as many rows as y."""
+    if rows != targets:
+        raise ValueError(f"X has {rows} rows and y has {targets}")

@@ -8,12 +8,13 @@ from typing import Any, Self
 import numpy as np
 import torch
 from sklearn.base import ClassifierMixin
+from sklearn.metrics import accuracy_score
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import Tensor
 
 from bnnflow import arguments
-from bnnflow.estimators.base import BayesianEstimator
+from bnnflow.estimators.base import BayesianEstimator, check_lengths
 from bnnflow.estimators.table import names_of
 from bnnflow.model import likelihoods
 
@@ -88,11 +89,7 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
         arguments.choice("likelihood", self.likelihood, ("auto", "ordinal"))
         columns = self._columns(X, reset=True)
         self.target_names_ = names_of(y)
-        if y is None:
-            raise ValueError("requires y to be passed, but the target y is None")
-        y = column_or_1d(y, warn=True)
-        if any(label is None or label != label for label in y):
-            raise ValueError("Input y contains NaN: labels are missing")
+        y = _labels(y, warn=True)
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
         x, labels = self._rows(columns, labels, sample_weight)
@@ -123,6 +120,21 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
         """Return the logarithms of `predict_proba`."""
         return np.log(self.predict_proba(X))
 
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Return the share of rows whose most probable label is theirs.
+
+        Args:
+            X: ``(n, columns)``.
+            y: labels ``(n,)``; one that training never saw is missed.
+            sample_weight: any weights of rows, ``(n,)``.
+
+        Raises:
+            ValueError: if y has another length than X.
+        """
+        best, truth = self.predict(X), _labels(y)
+        check_lengths(len(best), len(truth))
+        return float(accuracy_score(truth, best, sample_weight=sample_weight))
+
     def sample_y(self, X: Any, n_samples: int = 1, random_state: Any = 0) -> np.ndarray:
         """Draw labels from the predictive distribution, ``(n, n_samples)``."""
         n = arguments.integer("n_samples", n_samples, least=1)
@@ -149,3 +161,13 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
 
     def _restore(self, fitted: dict[str, Any]) -> None:
         self.classes_ = np.asarray(fitted["classes"], dtype=fitted["dtype"])
+
+
+def _labels(y: Any, *, warn: bool = False) -> np.ndarray:
+    """Return labels as ``(n,)``; ``warn`` if they came as a column."""
+    if y is None:
+        raise ValueError("requires y to be passed, but the target y is None")
+    labels = column_or_1d(y, warn=warn)
+    if any(label is None or label != label for label in labels):
+        raise ValueError("Input y contains NaN: labels are missing")
+    return labels

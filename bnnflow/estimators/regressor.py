@@ -8,11 +8,12 @@ from typing import Any, Literal, Self, overload
 import numpy as np
 import torch
 from sklearn.base import RegressorMixin
+from sklearn.metrics import r2_score
 from sklearn.utils.validation import check_array, column_or_1d
 from torch import Tensor
 
 from bnnflow import arguments
-from bnnflow.estimators.base import BayesianEstimator
+from bnnflow.estimators.base import BayesianEstimator, check_lengths
 from bnnflow.estimators.likelihood import NAMES, choose
 from bnnflow.estimators.table import names_of
 from bnnflow.model import likelihoods
@@ -91,7 +92,7 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
         self._check_settings()
         columns = self._columns(X, reset=True)
         self.target_names_ = names_of(y)
-        x, targets = self._rows(columns, self._numbers(y), sample_weight)
+        x, targets = self._rows(columns, _numbers(y, warn=True), sample_weight)
         constant = (targets == targets[:1]).all(0)
         if constant.any():
             value, n = targets[0, constant.argmax()], len(targets)
@@ -104,17 +105,6 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
         if isinstance(self.likelihood, likelihoods.Likelihood):
             return self.likelihood
         return arguments.choice("likelihood", self.likelihood, NAMES)
-
-    def _numbers(self, y: Any) -> np.ndarray:
-        """Return targets as ``(n, targets)``, float64."""
-        if y is None:
-            raise ValueError("requires y to be passed, but the target y is None")
-        y = check_array(y, ensure_2d=False, dtype="numeric", input_name="y", allow_nd=True)
-        if y.ndim == 2 and y.shape[1] == 1:
-            y = column_or_1d(y, warn=True)
-        if y.ndim > 2:
-            raise ValueError(f"y must be (n,) or (n, targets), got {y.shape}")
-        return y.astype(np.float64).reshape(len(y), -1)
 
     # ---------------------------------------- predictions
 
@@ -134,6 +124,26 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
         prediction = self.predict_dist(X)
         mean = prediction.mean.numpy()
         return (mean, prediction.sd.numpy()) if return_std else mean
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Return R^2 of the predictive mean; with several targets, their average.
+
+        Args:
+            X: ``(n, columns)``.
+            y: ``(n,)`` or ``(n, targets)``.
+            sample_weight: any weights of rows, ``(n,)``.
+
+        Raises:
+            ValueError: if y does not fit X or the targets of training.
+        """
+        mean, truth = self.predict(X), _numbers(y)
+        check_lengths(len(mean), len(truth))
+        mean = mean.reshape(len(mean), -1)
+        if truth.shape != mean.shape:
+            raise ValueError(
+                f"y must hold {mean.shape[1]} target(s) as in training, got {truth.shape[1]}"
+            )
+        return float(r2_score(truth, mean, sample_weight=sample_weight))
 
     def predict_interval(self, X: Any, level: float = 0.9) -> np.ndarray:
         """Return the ends of the central interval that holds ``level`` of the probability.
@@ -174,7 +184,7 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
         return drawn.movedim(0, -1).numpy()
 
     def _targets(self, y: Any) -> Tensor:
-        return torch.tensor(np.asarray(y, dtype=np.float64))
+        return torch.from_numpy(_numbers(y))
 
     # ---------------------------------------- files
 
@@ -188,6 +198,21 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
         tags = super().__sklearn_tags__()
         tags.target_tags.multi_output = True
         return tags
+
+
+def _numbers(y: Any, *, warn: bool = False) -> np.ndarray:
+    """Return targets as ``(n, targets)``, float64; ``warn`` if a vector came as a column."""
+    if y is None:
+        raise ValueError("requires y to be passed, but the target y is None")
+    try:
+        y = check_array(y, ensure_2d=False, dtype="numeric", input_name="y", allow_nd=True)
+        if y.ndim == 2 and y.shape[1] == 1:
+            y = column_or_1d(y, warn=warn)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"y cannot be taken: {error}") from error
+    if y.ndim not in (1, 2):
+        raise ValueError(f"y must be (n,) or (n, targets), got {y.shape}")
+    return y.astype(np.float64).reshape(len(y), -1)
 
 
 def _named(likelihood: Any) -> str:
