@@ -214,6 +214,22 @@ def origin(draws: Draws) -> Origin:
     )
 
 
+def refuse_approximation(draws: Draws, name: str, otherwise: str = "") -> None:
+    """Raise ``ValueError`` for draws that are of no posterior: of an approximation, unweighted, or
+    of trained networks.
+
+    Args:
+        draws: what was given.
+        name: of the argument, for the message.
+        otherwise: what else a caller may do.
+    """
+    if origin(draws) in ("approximation", "networks"):
+        raise ValueError(
+            f"{name} of {draws.info['method']} are of no posterior: move them to one by "
+            f"bf.refine{otherwise}"
+        )
+
+
 @checked
 def as_theta(
     draws: Draws | Tensor | tuple[Tensor, Tensor | None], name: str = "draws"

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Method", "Run", "Sampleable"]
 
-_ROWS = 512  # weight vectors whose log joint is computed together
-
 
 @dataclass(frozen=True)
 class Run:
@@ -138,7 +136,7 @@ class Sampleable(Method):
         if taken.interrupted:
             warn(f"interrupted: returning the {len(theta)} of {wanted} draws made so far")
         with torch.no_grad():
-            log_joint = torch.cat([model.log_joint(rows) for rows in theta.split(_ROWS)])
+            log_joint = model.log_joint(theta)
         each = self.gradients_per_draw
         info = {
             "gradients": None if each is None else each * len(theta),

@@ -127,7 +127,7 @@ def test_weighted_draws_count_by_their_weights():
 
 
 @pytest.mark.parametrize(
-    ("known", "message"), [(False, "none of the posterior"), (True, "too far from")]
+    ("known", "message"), [(False, "of no posterior"), (True, "too far from")]
 )
 def test_draws_of_something_else_are_refused_by_name(known, message):
     model = line()
@@ -189,7 +189,7 @@ def test_folds_may_be_fitted_by_the_caller():
     draws = replace(exact_draws(model, 100), info={"method": "DeepEnsemble"})
     bf.compare({"line": (model, draws)}, folds=7, refit={"line": refit})
     assert sorted(sizes) == [25] * 2 + [26] * 5
-    with pytest.raises(ValueError, match=r"line: .*none of the posterior"):
+    with pytest.raises(ValueError, match=r"line: .*of no posterior"):
         bf.compare({"line": (model, draws)}, folds=7)
     with pytest.raises(TypeError, match="refit of line must return Draws"):
         bf.compare({"line": (model, draws)}, folds=7, refit={"line": lambda part: part.x})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bnnflow.bridge import bennett
-from bnnflow.draws import Draws, counted_alike, origin
+from bnnflow.draws import Draws, counted_alike, refuse_approximation
 from bnnflow.importance import psis
 from bnnflow.inference import update
 from bnnflow.inference.particles.update import FEWEST
@@ -125,12 +125,8 @@ def _log_weights(name: str, model: BayesianModel, draws: Draws) -> Tensor:
         weights = draws.log_weights.flatten().double().cpu()
     elif draws.posterior is not None:
         weights = _importance(name, model, draws)
-    elif origin(draws) in ("approximation", "networks"):
-        raise ValueError(
-            f"{name}: draws of {draws.info['method']} are none of the posterior, which "
-            "leave-one-out weighs: move them there by bf.refine first, or give folds and refit"
-        )
     else:
+        refuse_approximation(draws, f"{name}: draws", ", or give folds and refit")
         weights = torch.zeros(count, dtype=torch.float64)
     return weights - weights.logsumexp(0)
 

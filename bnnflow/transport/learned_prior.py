@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bnnflow.arguments import Count, Share, checked
-from bnnflow.draws import Draws, counted_alike, evenly, origin
+from bnnflow.draws import Draws, counted_alike, evenly, refuse_approximation
 from bnnflow.inference.mcmc.hmc import HMC
 from bnnflow.inference.particles.refine import refine
 from bnnflow.inference.sampling import sample
@@ -29,7 +29,6 @@ __all__ = ["fit_prior", "log_evidence_by_prior"]
 _CHAINS, _WARMUP, _DRAWS, _LONGEST = 16, 150, 24, 128
 _JUDGED_BY = 3  # rows: of more, importance weights from a prior run out
 _PRIOR_DRAWS = 4096
-_ROWS = 512  # weight vectors whose likelihood is computed together
 _FEWEST = 2  # tasks, one to learn from and one to judge by
 _STEPS, _N_LEAPFROG = 2, 8  # of draws that follow a prior's change
 _COARSE = Solver("midpoint", 2)
@@ -133,7 +132,7 @@ def log_evidence_by_prior(tasks: Sequence[BayesianModel], theta: Tensor) -> Tens
     with torch.no_grad():
         for task in tasks:
             first = task.subset(slice(0, _JUDGED_BY))
-            values = torch.cat([first.log_likelihood(rows) for rows in theta.split(_ROWS)])
+            values = first.log_likelihood(theta)
             found.append(values.double().logsumexp(0) - math.log(len(theta)))
     return torch.stack(found)
 
@@ -242,8 +241,4 @@ def _check_draws(tasks: Sequence[BayesianModel], draws: Sequence[Draws]) -> None
             raise ValueError(f"draws[{number}]: {error}") from None
         if not bool(each.theta.isfinite().all()):
             raise ValueError(f"draws[{number}] are NaN or infinite in parts")
-        if origin(each) in ("approximation", "networks"):
-            raise ValueError(
-                f"draws[{number}] of {each.info['method']} are of no posterior: move them to one "
-                "by bf.refine"
-            )
+        refuse_approximation(each, f"draws[{number}]")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bnnflow import diagnostics
 from bnnflow.arguments import checked
-from bnnflow.draws import Draws, as_theta, evenly, origin
+from bnnflow.draws import Draws, as_theta, evenly, refuse_approximation
 from bnnflow.importance import Estimate, khat_limit, kish_ess, psis
 from bnnflow.inference.particles.paths import Ends, Path
 from bnnflow.inference.particles.refine import PILOTS, piloted, refine
@@ -35,9 +35,9 @@ __all__ = ["FEWEST", "Route", "update"]
 
 Route = Literal["weights", "tempering", "refine"]
 
-_ROWS = 512  # weight vectors whose log joint is computed together
 FEWEST = 10  # draws that weights can be judged by
 _PARTICLES = SMC(particles=2000, ess=0.5, moves=1, max_leapfrog=32)
+_PRIOR_DRAWS = 512  # that draws of who knows what are compared with
 _STEPS, _N_LEAPFROG = 5, 16  # of draws whose own posterior is not known
 
 
@@ -185,11 +185,7 @@ class _Start:
             raise ValueError(f"draws must be at least {FEWEST}, got {len(theta)}")
         if broken := int((~theta.isfinite().all(1)).sum()):
             raise ValueError(f"draws: {broken} of {len(theta)} are NaN or infinite")
-        if origin(draws) in ("approximation", "networks"):
-            raise ValueError(
-                f"draws of {draws.info['method']} are of no posterior: move them to one by "
-                "bf.refine first"
-            )
+        refuse_approximation(draws, "draws")
         previous = _known(model, draws) if previous is None else previous
         if previous is not None:
             _check_neighbours(model, previous, draws)
@@ -219,9 +215,9 @@ class _Start:
         )
 
 
+@torch.no_grad()
 def _log_joint(model: BayesianModel, theta: Tensor) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([model.log_joint(rows).double() for rows in theta.split(_ROWS)])
+    return model.log_joint(theta).double()
 
 
 def _known(model: BayesianModel, draws: Draws) -> BayesianModel | None:
@@ -251,10 +247,8 @@ def _check_neighbours(model: BayesianModel, previous: BayesianModel, draws: Draw
 def _check_informed(model: BayesianModel, theta: Tensor) -> None:
     """Raise ``ValueError`` if draws of who knows what tell less of the data than the prior does."""
     with torch.no_grad():
-        own, prior = (
-            torch.cat([model.log_likelihood(rows) for rows in each.split(_ROWS)])
-            for each in (theta, model.sample_prior(_ROWS, seed=0))
-        )
+        own = model.log_likelihood(theta)
+        prior = model.log_likelihood(model.sample_prior(_PRIOR_DRAWS, seed=0))
     if bool((own.nan_to_num(nan=-math.inf) < prior.nanmedian()).all()):
         raise ValueError(
             "draws fit the data of model worse than draws of its prior do: they share nothing; "

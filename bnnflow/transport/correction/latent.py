@@ -250,8 +250,7 @@ class Latent:
     @torch.no_grad()
     def log_joint(self, theta: Tensor) -> Tensor:
         """Evaluate the posterior, ``(n, dim) -> (n,)`` in float64."""
-        moved = theta.to(self.model.device, self.model.dtype)
-        return torch.cat([self.model.log_joint(rows).double() for rows in moved.split(512)])
+        return self.model.log_joint(theta.to(self.model.device, self.model.dtype)).double()
 
     def log_density_and_grad(self, x0: Tensor) -> tuple[Tensor, Tensor]:
         """Return the posterior's log density over latent points and its gradient, ``(n,)`` and
