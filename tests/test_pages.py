@@ -34,7 +34,12 @@ WITH_PROGRAMS = [
     if blocks_of(name)
 ]
 
+QUICK_FIT = {
+    "random_state=0)": "random_state=0, method=bf.DeepEnsemble(members=4, steps=200))"
+}
+
 SMALLER: dict[str, dict[str, str]] = {
+    "coming-from.md": QUICK_FIT,
     "how-to/compare.md": {
         "warmup=150, draws=100": "warmup=50, draws=40",
         "refits=10": "refits=1",
@@ -47,10 +52,11 @@ SMALLER: dict[str, dict[str, str]] = {
     "how-to/serve.md": {
         "method=bf.MCLMC()": "method=bf.DeepEnsemble(members=4, steps=200)"
     },
+    "how-to/table.md": QUICK_FIT,
     "index.md": {
         "chains=16, warmup=500, draws=1000": "chains=4, warmup=50, draws=50",
         "training=bf.Training(budget=60)": (
-            "velocity='weights', training=bf.Training(steps=8, batch_size=32)"
+            "velocity='weights', training=bf.Training(steps=2, batch_size=32)"
         ),
         "draws=4000": "draws=100",
     },
@@ -283,6 +289,9 @@ def test_the_pictures_of_the_explanations_are_drawn(tmp_path, monkeypatch, capsy
         "WARMUP": 5,
         "DRAWS": 50,
         "STEPS": 2,
+        "SHOWN": 20,
+        "SOLVER": 4,
+        "RAW": 50,
         "REPEATS": 20,
     }
     for constant, value in quick.items():

@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 GRID = torch.linspace(-3.5, 3.5, 80)[:, None]
 CHAINS, WARMUP, DRAWS = 16, 300, 1000
 STEPS, PAIRS = 400, 128  # of the flow's training
+SHOWN, SOLVER, RAW = 400, 40, 1000  # networks, steps of their way, scored draws
 REPEATS = 200  # of an estimate by importance sampling
 BLUE, ORANGE, GREEN = style.PALETTE[:3]
 
@@ -167,22 +168,22 @@ def flow() -> Figure:
     seconds = time.process_time() - began
     times, x = (
         (0.0, 0.25, 0.5, 0.75, 1.0),
-        fitted.start(400, torch.Generator().manual_seed(1)),
+        fitted.start(SHOWN, torch.Generator().manual_seed(1)),
     )
     figure, axes = panels([f"t = {each:g}" for each in times], (9.6, 2.4), share=True)
-    solver, now = 40, 0
+    now = 0
     with torch.no_grad():
         for ax, until in zip(axes, times, strict=True):
-            while now < until * solver:  # midpoint rule
-                at = torch.tensor(now / solver)
-                middle = x + 0.5 / solver * fitted.velocity(at, x)
-                x = x + fitted.velocity(at + 0.5 / solver, middle) / solver
+            while now < until * SOLVER:  # midpoint rule
+                at = torch.tensor(now / SOLVER)
+                middle = x + 0.5 / SOLVER * fitted.velocity(at, x)
+                x = x + fitted.velocity(at + 0.5 / SOLVER, middle) / SOLVER
                 now += 1
             band(ax, functions(model, fitted.source.from_normal(x)), BLUE)
             ax.plot(data.x_train, data.y_train, ".", color=style.INK, ms=3)
     axes[0].set(ylim=(-5, 5), ylabel="y")
     axes[2].set_xlabel("x")
-    raw = bf.sample(model, fitted, draws=1000, seed=1)
+    raw = bf.sample(model, fitted, draws=RAW, seed=1)
     for name, each in {
         "HMC": draws,
         "flow": raw,
