@@ -354,7 +354,7 @@ def test_bad_columns_are_named(column, message: str) -> None:
         ({"likelihood": "ordinal"}, {"y": 0.5}, "needs whole numbers as levels"),
         ({}, {"y": np.nan}, "contains NaN"),
         ({}, {"weights": -1.0}, "sample_weight must not be negative"),
-        ({}, {"weights": 0.5}, "sample_weight must hold whole numbers"),
+        ({}, {"weights": 0.5}, "sample_weight must hold whole numbers.*docs/tables.md"),
         ({}, {"weights": 900.0}, "divide it by a common factor"),
     ],
 )

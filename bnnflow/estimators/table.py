@@ -224,8 +224,8 @@ def _counts(weights: np.ndarray) -> np.ndarray:
     counts = np.round(weights).astype(np.int64)
     if not np.allclose(counts, weights):
         raise ValueError(
-            "sample_weight must hold whole numbers, which count a row as often: fractions of a row "
-            "have no likelihood"
+            "sample_weight must hold whole numbers, which count a row as often; for others write a "
+            "likelihood that raises rows to their weights, such as Weighted in docs/tables.md"
         )
     if counts.sum() > _REPEATED * len(weights):
         divisor = np.gcd.reduce(counts)
