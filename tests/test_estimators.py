@@ -57,6 +57,13 @@ def fitted() -> BayesianMLPRegressor:
     return BayesianMLPRegressor().fit(X[:100], y[:100])
 
 
+def hurried(monkeypatch: pytest.MonkeyPatch, **lengths: float) -> None:
+    """Make the recipe short: one round of chains that are not made longer, unless said."""
+    short = {"STEPS": 100, "WARM_UP": 20, "DRAWS": 10, "CHEAP": 0, "SMALL": 1e9}
+    for name, value in (short | lengths).items():
+        monkeypatch.setattr(recipe, name, value)
+
+
 # ---------------------------------------- scikit-learn
 
 
@@ -65,8 +72,7 @@ def test_scikit_learn_accepts_them_at_their_defaults(
     estimator, check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The checks fit 170 tables, and what they ask does not depend on how far the chains run.
-    for length, short in (("STEPS", 500), ("WARM_UP", 10), ("DRAWS", 10)):
-        monkeypatch.setattr(recipe, length, short)
+    hurried(monkeypatch, STEPS=300, WARM_UP=5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         check(estimator)
@@ -227,7 +233,7 @@ def test_likelihoods_by_name_and_by_looks(name, targets, shown) -> None:
     g = rng(4)
     y = targets(g).astype(float)
     x = g.normal(0, 1, (len(y), 2))
-    settled = bf.DeepEnsemble(members=4, steps=1000, learning_rate=0.03)
+    settled = bf.DeepEnsemble(members=4, steps=500, learning_rate=0.03)
     fit = BayesianMLPRegressor((4,), likelihood=name, method=settled).fit(x, y)
     assert fit.likelihood_.startswith(shown), fit.likelihood_
     interval = fit.predict_interval(x, 0.9)
@@ -502,9 +508,7 @@ def test_an_interrupt_keeps_the_rounds_that_are_done(
         return real(*args)
 
     monkeypatch.setattr(recipe, "warm_start", interrupted)
-    monkeypatch.setattr(recipe, "SMALL", 0.0)
-    monkeypatch.setattr(recipe, "WARM_UP", 20)
-    monkeypatch.setattr(recipe, "DRAWS", 20)
+    hurried(monkeypatch, SMALL=0.0)
     x, y = waves(30)
     with pytest.warns(UserWarning, match="interrupted: keeping the 1 rounds"):
         fit = BayesianMLPRegressor((4,)).fit(x, y)
@@ -514,12 +518,10 @@ def test_an_interrupt_keeps_the_rounds_that_are_done(
 
 
 def test_chains_are_added_while_they_disagree(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "WARM_UP", 20)
-    monkeypatch.setattr(recipe, "DRAWS", 20)
     x, y = waves(30)
 
     def rounds(small: float, budget: float | None) -> int:
-        monkeypatch.setattr(recipe, "SMALL", small)
+        hurried(monkeypatch, SMALL=small)
         fit = BayesianMLPRegressor((4,), budget=budget).fit(x, y)
         assert fit.draws_.n_chains == recipe.CHAINS * fit.draws_.info["rounds"]
         assert fit.model_.fingerprint() == fit.draws_.info["model"]
@@ -537,9 +539,7 @@ def test_cheap_chains_are_made_longer(
     cheap: float, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recipe, "_RISE", -1e9)  # no chain has arrived
-    monkeypatch.setattr(recipe, "CHEAP", cheap)
-    monkeypatch.setattr(recipe, "WARM_UP", 5)
-    monkeypatch.setattr(recipe, "DRAWS", 10)
+    hurried(monkeypatch, CHEAP=cheap, WARM_UP=5)
     x, y = waves(30)
     fit = BayesianMLPRegressor((4,), budget=1e-9, n_draws=10**6).fit(x, y)
     assert fit.draws_.n_draws == 10 * times
@@ -656,8 +656,8 @@ def test_iris() -> None:
 
 
 def test_a_sampler_that_was_chosen_goes_on_from_its_checkpoint(tmp_path) -> None:
-    x, y = waves(30)
-    fit = BayesianMLPRegressor((3,), method=bf.SMC(particles=20))
+    x, y = waves(12)
+    fit = BayesianMLPRegressor((2,), likelihood="normal", method=bf.SMC(particles=10))
     whole = fit.fit(x, y).draws_.theta
     kept = fit.fit(x, y, checkpoint=tmp_path / "run").draws_.theta
     assert torch.equal(kept, whole)
@@ -699,25 +699,25 @@ def test_intervals_cover_what_they_say() -> None:
     assert np.abs(np.mean(inside, 0) - levels).max() < 0.02, np.mean(inside, 0)
 
 
-@pytest.mark.filterwarnings("ignore:no mode was found")  # of targets without noise
 @pytest.mark.parametrize("frames", [False, True])
 def test_a_report_calls_targets_what_the_frame_called_them(frames, tmp_path, monkeypatch):
     """And the program at its foot fits the estimator again."""
-    x = np.random.default_rng(0).normal(size=(40, 2))
-    y = pd.DataFrame({"height": x[:, 0], "<weight>": 3 * x.sum(1)})
+    x, noise = rng(0).normal(size=(40, 2)), rng(1).normal(size=(2, 40))
+    y = pd.DataFrame({"height": x[:, 0] + noise[0], "<weight>": 3 * x.sum(1) + noise[1]})
     y = y if frames else y["<weight>"]
     fitted = bf.BayesianMLPRegressor((3,), method=bf.Laplace(), random_state=0).fit(x, y)
     assert fitted.target_names_ == (["height", "<weight>"] if frames else ["<weight>"])
     units = ["m", "kg"] if frames else ["kg"]
     fitted.save(tmp_path / "fitted.bnn")
-    for each in (fitted, bf.load(tmp_path / "fitted.bnn")):
-        made = each.report(None, x[:9], y[:9], units=units)
-        assert made.sections[0].names.target(len(units) - 1) == "<weight> (kg)"
-        assert "<weight>" not in made.html()
-    again = {"X": x, "y": y, "X_test": x[:9], "y_test": y[:9]}
+    again = bf.load(tmp_path / "fitted.bnn")
+    assert again.target_names_ == fitted.target_names_
+    made = again.report(None, x[:9], y[:9], units=units)
+    assert made.sections[0].names.target(len(units) - 1) == "<weight> (kg)"
+    assert "<weight>" not in made.html()
+    names = {"X": x, "y": y, "X_test": x[:9], "y_test": y[:9]}
     monkeypatch.chdir(tmp_path)
-    exec(made.sections[0].program, again)
-    assert np.array_equal(again["estimator"].draws_.theta, fitted.draws_.theta)
+    exec(made.sections[0].program, names)
+    assert np.array_equal(names["estimator"].draws_.theta, fitted.draws_.theta)
     assert (tmp_path / "report.html").exists()
 
 
