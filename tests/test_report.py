@@ -1,5 +1,6 @@
 """The diagnosis is honest, the export is complete, and the page stands on its own."""
 
+import importlib
 import itertools
 import math
 import re
@@ -104,6 +105,13 @@ def dressed(model, theta):
 @pytest.fixture(scope="module", params=["classification", "regression"])
 def model(request):
     return make_model(request.param)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leave pictures empty: for what is asked of tables and words alone."""
+    figures = importlib.import_module("bnnflow.report.figures")
+    monkeypatch.setattr(figures, "_svg", lambda figure, label: "<svg></svg>")
 
 
 # ---------------------------------------- diagnosis
@@ -268,7 +276,7 @@ def test_particles_say_how_well_the_evidence_is_known(model):
         assert ("standard error of 3.0: take more particles" in str(d)) == (error == 3.0)
 
 
-def test_the_report_knows_an_evidence_without_an_error(model):
+def test_the_report_knows_an_evidence_without_an_error(undrawn, model):
     x, y = test_data(model)
     theta = chains(model, draws=15).flat[None]
     info = {"method": "Laplace", "rates": [0.00123456789, 2.0], "gradients": 600.0}
@@ -415,7 +423,7 @@ def weighted(model, shift: float = 0.0) -> Draws:
     )
 
 
-def test_the_report_weighs_draws_whatever_holds_the_weights(model):
+def test_the_report_weighs_draws_whatever_holds_the_weights(undrawn, model):
     x, y = test_data(model)
     theta = model.sample_prior(50, seed=0)
     log_weights = 3 * theta[:, 0].double()
@@ -605,7 +613,7 @@ def test_directions_that_the_inputs_say_nothing_of_are_seen_in_the_prior() -> No
     assert "log prior" in str(found)
 
 
-def test_equal_methods_are_marked_alike_and_beaten_ones_are_not(model):
+def test_equal_methods_are_marked_alike_and_beaten_ones_are_not(undrawn, model):
     x, y = test_data(model)
     theta = chains(model, draws=400).flat
     worse = 30 * model.sample_prior(2, seed=1)
@@ -619,7 +627,7 @@ def test_equal_methods_are_marked_alike_and_beaten_ones_are_not(model):
     assert "lppd" not in table[2]["best"]
 
 
-def test_the_reference_is_the_exact_sampler_that_converged(model):
+def test_the_reference_is_the_exact_sampler_that_converged(undrawn, model):
     x, y = test_data(model)
     good, stuck = (
         chains(model, draws=400),
@@ -770,7 +778,9 @@ def test_several_targets_are_told_one_by_one() -> None:
     assert "RMSE (m)" not in words, "there is no unit of both"
 
 
-def test_the_program_of_a_report_makes_it_again(model, tmp_path, monkeypatch) -> None:
+def test_the_program_of_a_report_makes_it_again(
+    undrawn, model, tmp_path, monkeypatch
+) -> None:
     x, y = test_data(model)
     method = bf.HMC(step_size=0.1, max_leapfrog=8)
     draws = bf.sample(model, method, chains=2, warmup=5, draws=6, seed=3, progress=False)
@@ -788,9 +798,11 @@ def test_the_program_of_a_report_makes_it_again(model, tmp_path, monkeypatch) ->
     assert f"torch {torch.__version__}" in program
 
 
-def test_what_draws_a_flow_made_is_told(model) -> None:
+def test_what_draws_a_flow_made_is_told(monkeypatch) -> None:
+    monkeypatch.setattr("bnnflow.report.compare.TAKEN", 50)
+    model = make_model("regression")
     x, y = test_data(model)
-    training = bf.Training(steps=8, batch_size=16)
+    training = bf.Training(steps=2, batch_size=16)
     draws = chains(model, draws=20)
     flow = bf.fit_flow(
         model, draws, velocity="weights", training=training, seed=0, progress=False
@@ -799,14 +811,14 @@ def test_what_draws_a_flow_made_is_told(model) -> None:
     made = report(model, {"drawn": sampled, "itself": flow}, x, y, path=None)
     words = " ".join(stands_alone(made.html()).text)
     assert "Loss of flows" in words
-    assert "training steps 8" in " ".join(words.split())
+    assert "training steps 2" in " ".join(words.split())
     assert "solver error" in words
     assert (
         "results['drawn'] = bf.sample(model, methods['drawn'], draws=40, seed=1)" in words
     )
 
 
-def test_evidences_stand_side_by_side(model) -> None:
+def test_evidences_stand_side_by_side(undrawn, model) -> None:
     theta = chains(model, draws=100).flat[None]
     even = torch.zeros(theta.shape[:2], dtype=torch.float64)
     draws = Draws(
