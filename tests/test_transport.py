@@ -42,7 +42,7 @@ from bnnflow.transport.divergence import (
 from bnnflow.transport.solvers import integrate, integrate_with_trace, time_grid
 from bnnflow.transport.whitened import WhitenedPosterior
 from bnnflow.weights import Symmetries
-from tests.problems import two_weights
+from tests.problems import built, two_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -574,10 +574,11 @@ def test_nan_velocity_raises_and_says_when():
 def test_fit_is_reproducible_by_steps_and_seed():
     model = network_model("categorical", torch.float32)
     draws = model.sample_prior(200, 1)
-    training = bf.Training(steps=4, batch_size=16)
+    training = bf.Training(steps=2, batch_size=16)
 
     def make(seed):
-        return bf.fit_flow(model, draws, seed=seed, training=training).sample(5, 0)
+        flow = bf.fit_flow(model, draws, seed=seed, training=training)
+        return flow.sample(5, 0, solver=Solver(steps=2))
 
     first, again, other = make(0), make(0), make(1)
     assert torch.equal(first, again)
@@ -607,10 +608,16 @@ def test_fit_by_budget_stops_in_time_and_can_be_repeated_by_its_steps(monkeypatc
 @pytest.mark.parametrize("kind", ["categorical", "learned"])
 def test_save_and_load_round_trip(tmp_path, velocity, kind):
     model = network_model(kind, torch.float32, (4, 3))
+    size = {"width": 8, "depth": 1}
+    proximal_step = GaussNewton(2) if kind == "learned" else GradientSteps()
+    field = {
+        "informed": lambda: InformedVelocity(model.spec, proximal_step, **size),
+        "weights": lambda: WeightsVelocity(model.spec, **size),
+    }[velocity]
     flow = bf.fit_flow(
         model,
         model.sample_prior(100, 1),
-        velocity=velocity,
+        velocity=built(field, torch.float32),
         training=bf.Training(steps=2, batch_size=8),
     )
     path = flow.save(tmp_path / "flow")
