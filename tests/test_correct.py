@@ -147,8 +147,8 @@ def test_the_errors_of_evidences_are_honest(method: Any, many: bool) -> None:
     near one.
     """
     problem, scores = conjugate(), []
-    few = {"refine": 5, "metropolis": 6, "neutra": 6}
-    for seed in range(48 if many else few.get(method, 24)):
+    count = {"refine": 8, "metropolis": 10, "neutra": 8}.get(method, 24)
+    for seed in range(count if many else 5 * count // 8):
         fixed = bf.correct(problem.model, near(problem, 1.4), 400, method, seed=seed)
         value, error = fixed.log_evidence
         scores.append((value - problem.log_normaliser) / error)

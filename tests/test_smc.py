@@ -68,14 +68,21 @@ def test_the_normaliser_is_the_closed_form(
     torch.testing.assert_close(draws.log_joint, problem.model.log_joint(draws.theta))
 
 
+MANY = pytest.mark.parametrize(
+    "many", [False, pytest.param(True, marks=pytest.mark.validate)]
+)
+"""Repetitions: few each day, all of them in `make validate`, by the same bounds."""
+
+
+@MANY
 @pytest.mark.parametrize("runs", [1, 3])
-def test_the_error_of_the_evidence_is_honest(runs: int) -> None:
+def test_the_error_of_the_evidence_is_honest(runs: int, many: bool) -> None:
     """Over independent repetitions the error divided by its own estimate has a standard deviation
     near one.
     """
     problem = conjugate()
     scores = []
-    for seed in range(24):
+    for seed in range(24 if many else 12):
         value, error = bf.sample(
             problem.model, bf.SMC(particles=150), chains=runs, seed=seed
         ).log_evidence
@@ -159,11 +166,12 @@ def test_the_evidence_of_exact_draws_is_the_closed_form(hard: bool, start: Any) 
     assert abs(value - problem.log_normaliser) < 4 * error
 
 
-def test_the_error_of_the_evidence_of_draws_is_honest() -> None:
+@MANY
+def test_the_error_of_the_evidence_of_draws_is_honest(many: bool) -> None:
     problem, smc = conjugate(), bf.SMC(particles=300, ess=0.9)
     found = [
         bf.evidence(problem.model, problem.posterior.sample(300, seed), smc, seed=99 + seed)
-        for seed in range(16)
+        for seed in range(16 if many else 8)
     ]
     value, error = np.array(found).T
     z = (value - problem.log_normaliser) / error
@@ -195,8 +203,11 @@ def ridge(
     return model, posterior, float(law.log_prob(y[:, 0]))
 
 
+@MANY
 @pytest.mark.slow
-def test_the_error_of_the_evidence_of_alike_inputs_is_honest(seeded: Any) -> None:
+def test_the_error_of_the_evidence_of_alike_inputs_is_honest(
+    seeded: Any, many: bool
+) -> None:
     """Directions in which particles hardly move bias the evidence, and make particles and ancestors
     alike.
     """
@@ -204,7 +215,7 @@ def test_the_error_of_the_evidence_of_alike_inputs_is_honest(seeded: Any) -> Non
     with seeded(0):
         found = [
             bf.evidence(model, posterior.sample((250,)), seed=seed, progress=False)
-            for seed in range(6)
+            for seed in range(6 if many else 3)
         ]
     value, error = np.array(found).T
     z = (value - log_evidence) / error
