@@ -89,6 +89,7 @@ TINY: dict[str, Callable[[ModuleType], dict[str, Any]]] = {
             draws=32,
             weighed=4,
             solver=2,
+            particles=10,
         ),
     },
     "learned_prior": lambda m: {
