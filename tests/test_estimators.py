@@ -72,7 +72,7 @@ def test_scikit_learn_accepts_them_at_their_defaults(
     estimator, check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The checks fit 170 tables, and what they ask does not depend on how far the chains run.
-    hurried(monkeypatch, STEPS=300, WARM_UP=5)
+    hurried(monkeypatch, STEPS=150, WARM_UP=5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         check(estimator)
