@@ -243,7 +243,7 @@ class BayesianEstimator(BaseEstimator, ABC):
         check_is_fitted(self, "draws_")
         return torch.as_tensor(self.table_.transform(self._columns(X, reset=False)))
 
-    def _not_fitted(self, X: Any, y: Any) -> tuple[Tensor | None, Tensor | None]:
+    def _unseen_rows(self, X: Any, y: Any) -> tuple[Tensor | None, Tensor | None]:
         """Return rows and targets as the model takes them, each None if it was not given.
 
         Raises:
@@ -285,7 +285,7 @@ class BayesianEstimator(BaseEstimator, ABC):
             X: rows that were not fitted, ``(n, columns)``; those of training if None.
             y: their targets.
         """
-        return diagnose(self.model_, self.draws_, *self._not_fitted(X, y))
+        return diagnose(self.model_, self.draws_, *self._unseen_rows(X, y))
 
     def report(
         self,
@@ -308,7 +308,7 @@ class BayesianEstimator(BaseEstimator, ABC):
         Raises:
             ValueError: for one of X and y without the other, or of another length.
         """
-        x, truth = self._not_fitted(X, y)
+        x, truth = self._unseen_rows(X, y)
         if x is not None and truth is None:
             raise ValueError(
                 "X needs its y: give the targets of these rows, or leave out both"
@@ -336,7 +336,7 @@ class BayesianEstimator(BaseEstimator, ABC):
             y: their targets.
         """
         return to_arviz(
-            self.model_, self.draws_, *self._not_fitted(X, y), coords=self._coords()
+            self.model_, self.draws_, *self._unseen_rows(X, y), coords=self._coords()
         )
 
     def _coords(self) -> dict[str, list[Any]]:
