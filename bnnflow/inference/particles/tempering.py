@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 _FINE = 1e-13  # relative to a step of the temperature: how well it is found,
+_BELOW_ONE = math.nextafter(1.0, 0.0)  # where there is a way left, however little
 _HALVINGS = 1100  # if it is not smaller than all numbers
 
 
@@ -201,7 +202,9 @@ class Tempering:
         log_weights = log_weights - total[:, None]
         return Reweighted(
             log_weights=log_weights,
-            fraction=torch.where(last, 1.0, state.fraction + further),
+            fraction=torch.where(
+                last, 1.0, (state.fraction + further).clamp(max=_BELOW_ONE)
+            ),
             remainder=state.remainder - further,
             last=last,
             log_normaliser=total,
