@@ -4,7 +4,8 @@ changed.
 
 import os
 import signal
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +25,37 @@ if _BESIDE.is_dir():
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.load_profile("ci")  # the same examples on every run, and no deadline
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a `crossed` test, `make test` runs as few cases as show every value of every argument, and
+    `make validate` the other combinations.
+    """
+    cases = defaultdict(list)
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("crossed"):
+            cases[item.nodeid.split("[")[0]].append(item)
+    for of_one_test in cases.values():
+        rest = {item: _values(item) for item in of_one_test}
+        unseen = set().union(*rest.values())
+        while unseen:
+            unseen -= rest.pop(max(rest, key=lambda item: len(unseen & rest[item])))
+        for item in rest:
+            item.add_marker("validate")
+
+
+def _values(item: pytest.Function) -> set[tuple[str, tuple[int, ...]]]:
+    """Return what a case takes from each of its parametrisations."""
+    names = [mark.args[0] for mark in item.iter_markers("parametrize")]
+    given = item.callspec.params
+    return {
+        (str(of), tuple(id(given[name.strip()]) for name in _split(of))) for of in names
+    }
+
+
+def _split(names: str | Sequence[str]) -> Sequence[str]:
+    return names.split(",") if isinstance(names, str) else names
 
 
 @pytest.fixture(autouse=True)

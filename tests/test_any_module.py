@@ -269,6 +269,7 @@ METHODS = [
 ]
 
 
+@pytest.mark.crossed
 @pytest.mark.filterwarnings("ignore")  # of such short runs
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{type(method).__name__}")
 @each_network

@@ -844,6 +844,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("method", SMALL, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 def test_every_method_runs_in_either_precision_and_repeats(

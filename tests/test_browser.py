@@ -120,6 +120,7 @@ def unfold(page) -> None:
 # ---------------------------------------- what every page must be
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_page_is_as_wide_as_the_window(browser, reports, kind, width) -> None:
@@ -137,6 +138,7 @@ def test_a_page_is_as_wide_as_the_window(browser, reports, kind, width) -> None:
         assert cut_off == (width < 768) or width == 768
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_from_what_is_behind_it(browser, reports, kind, scheme) -> None:

@@ -105,6 +105,7 @@ def latent_of(flow: Any, model: bf.BayesianModel) -> Latent:
 # ---------------------------------------- every method against the closed form
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("bend", [0.0, 0.5], ids=["affine", "bent"])
 def test_draws_and_evidence_are_the_closed_forms(method: Any, bend: float) -> None:
@@ -376,7 +377,10 @@ def test_a_flow_trained_on_one_of_two_modes_is_not_trusted(method: Any) -> None:
         )
         assert "lost about 5" in lost.verdict
     kept = bf.correct(model, both, 800, method, seed=2, held_out=exact[:1000])
-    assert kept.verdict.startswith("trust after correction")
+    assert "has lost a part of the posterior" not in kept.verdict
+    # chains that seldom pass between the modes may be worth too few draws, and then say so
+    good = ("trust after correction", *(["trust with care"] if method == "neutra" else []))
+    assert kept.verdict.startswith(good)
 
 
 def test_chains_that_never_change_their_mode_still_show_a_lost_one() -> None:
@@ -636,6 +640,7 @@ class Broken(Affine):
         return x0, self.forward_with_log_prob(x0)[1]
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("how", ["raises", "weights", "density"])
 @pytest.mark.parametrize("method", METHODS)
 def test_draws_without_an_answer_are_survived_and_counted(how: str, method: Any) -> None:

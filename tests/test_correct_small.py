@@ -92,10 +92,18 @@ UNITS = [(1.0, 1.0), (1e-8, 1.0), (1.0, 1e-8), (1e8, 1.0), (1.0, 1e8)]
 @pytest.mark.parametrize(
     ("method", "unit", "inputs"),
     [
-        *(("importance", *units) for units in UNITS),
-        # small weights, and large ones, for what is weighed as above and then moved
-        *(("smc", *units) for units in UNITS[:3]),
-        *(("metropolis", *units) for units in UNITS[:3]),
+        *(("importance", *units) for units in UNITS[:3]),
+        ("smc", *UNITS[3]),
+        ("metropolis", *UNITS[4]),
+        *(
+            pytest.param(method, *units, marks=pytest.mark.validate)
+            for method, others in (
+                ("importance", UNITS[3:]),
+                ("smc", UNITS[:3]),
+                ("metropolis", UNITS[:3]),
+            )
+            for units in others
+        ),
     ],
 )
 def test_a_linear_regression_is_corrected_in_any_units(
@@ -213,6 +221,7 @@ def error_of(solver: Solver) -> float:
     return float(error.square().mean().sqrt())
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("solver", ["midpoint", "rk4"])
 @pytest.mark.parametrize("steps", [8, 16])
 def test_the_cheapest_rule_within_the_tolerance_is_taken(solver: Any, steps: int) -> None:

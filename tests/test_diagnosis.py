@@ -321,7 +321,7 @@ def test_every_kind_of_model_is_diagnosed_and_reported(name: str, seeded) -> Non
         found = bf.diagnose(model, draws, *given)
         json.dumps(found.to_dict(), allow_nan=False)
         assert all(answer.why for answer in found.answers)
-    made = bf.report(model, {"a": draws, "b": draws.theta[:, :2]}, x[30:], y[30:], None)
+    made = bf.report(model, draws, x[30:], y[30:], None)
     assert "May the predictions be used?" in made.html()
 
 
@@ -340,6 +340,7 @@ def hostile(problem: Problem) -> Iterator[tuple[str, object]]:
     yield "weights zero", problem.dressed(0 * theta)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("name", [name for name, _ in hostile(Problem(0))])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_hostile_draws_are_told_and_reported(name: str, rows: int) -> None:

@@ -157,6 +157,7 @@ def check_close(found: Tensor, expected: Tensor) -> None:
 # ---------------------------------------- pipelines
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SPECS)

@@ -130,6 +130,7 @@ def network(kind: str) -> bf.BayesianModel:
     return bf.BayesianModel(net, priors.Normal(3.0), likelihood, x, y)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("structure", ["full", "diagonal", "last_layer"])
 @pytest.mark.parametrize("kind", ["values", "classes"])
 @pytest.mark.slow

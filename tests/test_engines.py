@@ -83,6 +83,7 @@ def agrees(draws: bf.Draws, mean: Tensor, covariance: Tensor) -> None:
         check_runs(draws, moments(draws.theta, mean, covariance))
 
 
+@pytest.mark.crossed
 @every_engine
 @pytest.mark.parametrize("hard", [False, True], ids=["mild", "correlated and badly scaled"])
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=["f32", "f64"])
@@ -100,6 +101,7 @@ def test_engines_find_the_conjugate_posterior(
         assert 0.6 < draws.stats["acceptance_rate"].mean() < 0.98
 
 
+@pytest.mark.crossed
 @every_engine
 @pytest.mark.parametrize("temperature", [0.3, 2.0])
 def test_engines_sample_at_a_temperature(engine: Engine, temperature: float) -> None:
@@ -118,7 +120,7 @@ def test_pyros_sampler_finds_the_conjugate_posterior() -> None:
     check_moments(draws.theta, problem.mean, problem.covariance, least_ess=50)
 
 
-@pytest.mark.slow
+@pytest.mark.validate
 def test_engines_agree_with_pyros_about_a_network() -> None:
     """Means and squares of predictions, within four Monte-Carlo errors of both samplers
     together.

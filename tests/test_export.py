@@ -27,12 +27,12 @@ ENGINES = {
     "SGHMC": (bf.SGHMC(), {"chains": 2, "draws": 100}),
     "ParallelTempering": (bf.ParallelTempering(levels=5, max_leapfrog=8), SIZES),
     "SMC": (bf.SMC(particles=200), {"chains": 2}),
-    "PyroNUTS": (bf.PyroNUTS(), {"chains": 2, "warmup": 60, "draws": 40}),
-    "VI": (bf.VI(), {"draws": 100}),
+    "PyroNUTS": (bf.PyroNUTS(max_tree_depth=4), {"chains": 2, "warmup": 30, "draws": 40}),
+    "VI": (bf.VI(steps=300), {"draws": 100}),
     "Laplace": (bf.Laplace(), {"draws": 100}),
-    "SWAG": (bf.SWAG(), {"draws": 100}),
-    "DeepEnsemble": (bf.DeepEnsemble(members=30), {}),
-    "MCDropout": (bf.MCDropout(), {"draws": 100}),
+    "SWAG": (bf.SWAG(steps=300), {"draws": 100}),
+    "DeepEnsemble": (bf.DeepEnsemble(members=30, steps=200), {}),
+    "MCDropout": (bf.MCDropout(steps=300), {"draws": 100}),
     "flow": (None, {"draws": 100}),
 }
 ORIGINS = dict.fromkeys(("VI", "Laplace", "SWAG", "flow"), "an approximation")

@@ -83,6 +83,7 @@ def test_products_are_those_of_the_matrix(
         tracked.requires_grad_(False)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize(
     "prior", [priors.Normal(1.3), priors.FanIn(1.2, 0.7), priors.Normal(0.8, 0.3)]
@@ -185,6 +186,7 @@ def test_a_matrix_is_taken_where_factors_do_not_pay_or_do_not_fit():
     assert factor(model, Source.gaussian(model, model.sample_prior(200, 0))) is MatrixFactor
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize(
     "prior",

@@ -235,6 +235,7 @@ def test_no_rows_to_draw() -> None:
 # ---------------------------------------- equal to torch
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -449,6 +450,7 @@ def test_large_weights_are_finite(
     assert grad.isfinite().all()
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
 @pytest.mark.parametrize("likelihood", OURS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)

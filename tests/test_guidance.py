@@ -19,6 +19,7 @@ from bnnflow.transport import (
 from tests.problems import F64, network, regression
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("schedule", ["linear", "variance_preserving"])
 @pytest.mark.parametrize("as_function", [False, True])
 def test_guiding_the_prior_by_a_likelihood_gives_the_posterior(schedule, as_function):

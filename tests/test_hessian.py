@@ -290,6 +290,7 @@ def test_hessian_in_single_precision_and_of_a_moved_model():
 # ---------------------------------------- the source's coordinates
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("temperature", [1.0, 0.4])
 @pytest.mark.parametrize("kind", ["categorical", "learned"])
 @pytest.mark.parametrize("prior", PRIORS)
@@ -348,6 +349,7 @@ def test_derivatives_of_coordinates(prior):
 # ---------------------------------------- the score
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("s2", [1.0, 0.3, 1e-6, 0.0])
 @pytest.mark.parametrize(
     "steps",
@@ -386,6 +388,7 @@ def check_drive(
 EXACT = [kind for kind in LIKELIHOODS if kind != "negative binomial"]
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("widths", [(), (4,), (4, 3)])
 @pytest.mark.parametrize("kind", EXACT)
 def test_jacobians_of_gauss_newton_steps_of_every_likelihood(kind, widths):
@@ -436,6 +439,7 @@ def test_jacobians_of_gauss_newton_steps_after_a_last_activation_with_mixed_bias
     check_drive(GaussNewton(2, 0.7), WhitenedPosterior(other))
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize(
     ("kind", "temperature"),
     [
@@ -684,6 +688,7 @@ def counted(monkeypatch):
     return calls
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("schedule", ["linear", "variance_preserving"])
 @pytest.mark.parametrize(
@@ -725,6 +730,7 @@ def test_divergence_of_the_drive_alone(proximal_step, t, counted):
     assert close(trace, of_products, 1e-8)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("proximal_step", [GradientSteps(), GaussNewton(2)])
 def test_divergence_in_single_precision(proximal_step, t):

@@ -90,6 +90,7 @@ def test_every_method_is_here():
     assert every - abstract == {type(method).__name__ for method, _ in METHODS.values()}
 
 
+@pytest.mark.crossed
 @pytest.mark.filterwarnings("ignore:(?!interrupted)")  # of so few steps
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.98])
 @pytest.mark.parametrize("name", METHODS)

@@ -371,6 +371,7 @@ def autograd(function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
     return torch.autograd.grad(function(theta).sum(), theta)[0]
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients_are_those_of_autograd(activation: str, likelihood: str) -> None:

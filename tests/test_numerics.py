@@ -188,12 +188,12 @@ def test_densities_of_gauss_newton_flows_are_smooth_along_the_path(seeded, monke
 # ---------------------------------------- samplers and evidences at every scale
 
 SCALES = [
-    {"noise": 1e-6},
+    pytest.param({"noise": 1e-6}, marks=pytest.mark.validate),
     {"data": 1e5},
     {"data": 1e8, "scale": 1e-8},
     {"data": 1e-8, "noise": 1e-8, "scale": 1.0},
     {"noise": 1e-8, "scale": 1e-8},
-    {"noise": 1e-3, "scale": 1e8},
+    pytest.param({"noise": 1e-3, "scale": 1e8}, marks=pytest.mark.validate),
     {"noise": 1e8, "scale": 1e8},
 ]
 
@@ -213,7 +213,9 @@ def test_tempering_there_and_back_is_right_at_every_scale(shape):
     assert abs(value - problem.log_evidence) < 4 * error + 0.1
 
 
-@pytest.mark.parametrize("seed", [0, 3, 4])
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.validate) for seed in (3, 4))]
+)
 def test_a_way_back_ends_at_the_prior_however_far_it_is(seed: int) -> None:
     """An inverse temperature of 1 - 1e-17 is rounded to 1: what is left of it is not."""
     problem = regression(rows=4, noise=1e-3, scale=1e8)
@@ -347,6 +349,7 @@ def test_draws_of_a_flow_that_are_not_finite_are_counted():
     assert "of 200 draws were not finite and were left out" in fixed.verdict
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize(
     "shape",
     [{}, {"noise": 1e4, "scale": 1e4}, {"noise": 1e-6, "scale": 1e-6}, {"noise": 1e-3}],
@@ -395,6 +398,7 @@ def test_laplace_is_exact_in_all_units(shape):
     assert draws.log_evidence[0] == pytest.approx(problem.log_evidence, rel=1e-6, abs=1e-4)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("shape", SCALES, ids=str)
 @pytest.mark.parametrize(
     "method",

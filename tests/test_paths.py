@@ -246,6 +246,7 @@ def test_context_of_any_source_is_the_posterior_over_it(make, temperature):
     )
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("iterations", [None, 4])
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.schedule)
 @pytest.mark.parametrize(

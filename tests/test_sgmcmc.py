@@ -326,6 +326,7 @@ ENGINES: dict[str, Callable[..., Kernel]] = {
 }
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize(
     ("n", "batch", "temper"),
     [
@@ -637,6 +638,7 @@ def test_the_preconditioner_of_a_diagonal_posterior_is_its_variances(
 # ---------------------------------------- from the outside
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize(
     ("batch", "dtype"),
     [(None, torch.float32), (10, F64)],

@@ -243,6 +243,7 @@ def test_the_informed_field_commutes_with_the_whole_group_of_the_posterior(proxi
     assert torch.allclose(before, after, atol=1e-6)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("velocity", ["informed", "weights"])
 @pytest.mark.parametrize(
     ("prior", "activation", "network"),

@@ -45,6 +45,7 @@ def wide(posterior: bf.Gaussian) -> bf.Gaussian:
     return bf.Gaussian(posterior.loc + sd, 2 * sd)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("hard", [False, True], ids=["mild", "correlated and badly scaled"])
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 @pytest.mark.parametrize("start", [None, wide], ids=["prior", "Gaussian"])

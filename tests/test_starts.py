@@ -283,6 +283,7 @@ def two_outputs() -> tuple[nn.Module, Tensor, Tensor]:
     return net, x, torch.cat([(2 * x[:, :1]).tanh(), x[:, :1].sin()], 1)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("climb", CLIMBS)
 @pytest.mark.parametrize("prior", SCALED)
 def test_climbs_do_not_end_where_scales_and_weights_are_zero(

@@ -79,6 +79,7 @@ def orbit(model: bf.BayesianModel, group: Symmetries, theta: Tensor) -> Tensor:
     return torch.stack(images)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize(
     ("widths", "activation"),
     [

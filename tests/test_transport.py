@@ -197,6 +197,7 @@ def test_density_takes_more_nodes_where_the_divergence_has_a_peak_on_the_way(tra
     assert (few[1][::2] + model.dim * Burst.mass).abs().min() > model.dim
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("steps", [8, tuple((torch.arange(17) / 16).tolist())])
 @pytest.mark.parametrize("sd", [1.0, 0.1, 1e-3])
 @pytest.mark.parametrize("far", [1.0, 100.0])
@@ -304,6 +305,7 @@ def test_context_gradient_is_that_of_log_posterior_over_normal_density(kind, tem
 # ---------------------------------------- densities
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize(
     "proximal_step", [GradientSteps(3), GaussNewton(1), GaussNewton(2)]
 )
@@ -604,6 +606,7 @@ def test_fit_by_budget_stops_in_time_and_can_be_repeated_by_its_steps(monkeypatc
     assert torch.equal(flow.sample(3, 0), again.sample(3, 0))
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("velocity", ["informed", "weights"])
 @pytest.mark.parametrize("kind", ["categorical", "learned"])
 def test_save_and_load_round_trip(tmp_path, velocity, kind):

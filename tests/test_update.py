@@ -99,6 +99,7 @@ KINDS = {name: (*pair, {}, {}) for name, pair in ROWS.items()} | {
 }
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("route", ["weights", "tempering"])
 def test_posterior_and_evidence_are_those_of_the_new_model(kind: str, route: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bnnflow import storage
 from bnnflow.identity import digest
+from bnnflow.optimisers import Muon
 from bnnflow.options import Checkpoint, Training
 from bnnflow.ranks import Ranks
 from bnnflow.transport.field import Field
@@ -334,8 +335,7 @@ def _optimisers(
             torch.optim.AdamW(others, learning_rate, weight_decay=_DECAY, foreach=True)
         )
     if matrices:
-        options = {"weight_decay": _DECAY, "adjust_lr_fn": "match_rms_adamw"}
-        found.append(torch.optim.Muon(matrices, learning_rate, **options))
+        found.append(Muon(matrices, learning_rate, _DECAY))
     return found
 
 
