@@ -9,10 +9,8 @@ BIN := $(VENV)/bin
 .PHONY: help demo test test-libraries validate lint docs bench clean
 
 # The tests that meet other libraries, whose versions differ between Pythons (ArviZ is another program from 3.12 on).
-LIBRARIES := $(patsubst %,tests/test_%.py,approximations arguments baselines bootstrap calibration cli comparison \
-	convergence correct couplings data diagnosis diagnostics estimators export images imports inference interrupts \
-	likelihoods model networks pages predictive predictive_checks priors readme report runs smc solvers stacked storage \
-	transport weight_plots wheel)
+LIBRARIES := $(patsubst %,tests/test_%.py,cli comparison data diagnosis diagnostics estimators export images imports \
+	interrupts likelihoods model optimisers pages predictive predictive_checks readme report stacked storage weight_plots wheel)
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16

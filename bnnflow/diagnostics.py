@@ -61,7 +61,7 @@ def rhat(values: np.ndarray) -> np.ndarray:
 def ess(values: np.ndarray, method: Literal["bulk", "tail", "mean"]) -> np.ndarray:
     """Return the effective sample size of ``(chain, draw, ...)``, ``(...)``, all chains together.
 
-    ``"tail"`` is the smaller one of the 5 % and the 95 % quantile. NaN for fewer than four draws,
+    ``"tail"`` is the smaller one of the 5% and the 95% quantile. NaN for fewer than four draws,
     and where one of them is NaN.
     """
     if values.shape[1] < 4:

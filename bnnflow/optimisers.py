@@ -71,8 +71,9 @@ class Muon(torch.optim.Optimizer):
             for (shape, *_), parameters in alike.items():
                 updates = _orthogonal(torch.stack([self._momentum(p) for p in parameters]))
                 rate = group["lr"] * 0.2 * math.sqrt(max(shape))
-                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(parameters, updates.unbind(), alpha=-rate)
+                for parameter, update in zip(parameters, updates, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(update, alpha=-rate)
 
     def _momentum(self, parameter: nn.Parameter) -> Tensor:
         """Return the gradient, averaged over steps and one step ahead (Nesterov)."""

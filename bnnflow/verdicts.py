@@ -101,7 +101,7 @@ DISTANCE = 0.1  # between held-out and corrected draws, beyond chance
 # of the mean log joint, in its own sds, in the second half of a refinement
 DRIFT = Bounds(0.1, 0.5)
 COPIES = 3.0  # nats by which symmetric copies of a flow's draws are less likely than these
-# share of held-out draws whose log weights exceed by 2 nats those of 98 % of the corrected draws
+# share of held-out draws whose log weights exceed by 2 nats those of 98% of the corrected draws
 UNSEEN = 0.05
 FEW_HELD_OUT = 50  # effective held-out draws that can say little
 

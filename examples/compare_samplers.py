@@ -27,7 +27,7 @@ METHODS = {
 def scores(pred: bf.predictive.Prediction, y: torch.Tensor) -> str:
     lppd, crps = bf.metrics.lppd(pred, y), bf.metrics.crps(pred, y)
     inside = bf.metrics.coverage(pred, y, 0.9)
-    return f"LPPD {lppd:7.3f}  CRPS {crps:.3f}  90 % interval {inside:4.0%}"
+    return f"LPPD {lppd:7.3f}  CRPS {crps:.3f}  90% interval {inside:4.0%}"
 
 
 def main() -> None:

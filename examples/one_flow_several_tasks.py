@@ -445,7 +445,7 @@ def summary(cells: list[dict[str, dict[str, Any]]]) -> str:
 
 
 def picture(cells: list[dict[str, dict[str, Any]]], tasks: list[Task]) -> Figure:
-    """Draw where 90 % of the functions are: those of chains filled, those of the flow between
+    """Draw where 90% of the functions are: those of chains filled, those of the flow between
     lines.
     """
     figure = Figure(figsize=(9.6, 3.4), layout="constrained")
@@ -459,7 +459,7 @@ def picture(cells: list[dict[str, dict[str, Any]]], tasks: list[Task]) -> Figure
             color=style.GREY,
             alpha=0.35,
             linewidth=0,
-            label="90 % of the functions, HMC",
+            label="90% of the functions, HMC",
         )
         ax.plot(x, middle, color=style.GREY, linewidth=1.5)
         for dashes, line in zip(("--", "-", "--"), rows[OURS]["band"], strict=True):

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import arviz
 import numpy as np
+import pytest
 import torch
 from scipy import stats
 from torch import Tensor, nn
@@ -326,3 +327,17 @@ def accepted(
         for a, b in zip(new, old, strict=True)
     )
     return Moved(*chosen), MovedInfo(accept.double())
+
+
+def one_in(step: int, cases: Iterable[Any]) -> list[Any]:
+    """Return cases for `pytest.mark.parametrize`, of which `make test` runs one in so many, and
+    `make validate` the others.
+    """
+    return [
+        case
+        if i % step == 0
+        else pytest.param(
+            *(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.validate
+        )
+        for i, case in enumerate(cases)
+    ]

@@ -310,9 +310,7 @@ def test_a_wrong_model_is_worse_and_gets_no_weight():
     assert made.weights["blind"] < 0.05
     text = str(made)
     assert "(worse)" in text
-    assert text.startswith(
-        "PSIS leave-one-out; equal: 95 % of the difference within 4 nats"
-    )
+    assert text.startswith("PSIS leave-one-out; equal: 95% of the difference within 4 nats")
     assert json.loads(json.dumps(made.to_dict()))["best"] == "right"
     assert repr(made).startswith("ModelComparison(")
     prediction = made.predict({"right": model.x, "blind": model.x[:, :1]})

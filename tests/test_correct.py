@@ -154,7 +154,7 @@ def test_the_errors_of_evidences_are_honest(method: Any, many: bool) -> None:
         value, error = fixed.log_evidence
         scores.append((value - problem.log_normaliser) / error)
     z = np.array(scores)
-    # closer than 99.8 % of the means of 16 squared standard normal numbers
+    # closer than 99.8% of the means of 16 squared standard normal numbers
     assert 0.5 < np.sqrt((z**2).mean()) < 1.6
     assert np.abs(z).max() < 4.5
 

@@ -89,13 +89,13 @@ TINY: dict[str, Callable[[ModuleType], dict[str, Any]]] = {
             draws=32,
             weighed=2,
             solver=2,
-            particles=6,
+            particles=10,
         ),
     },
     "learned_prior": lambda m: {
         "WIDTH": 4,
         "SOLVER": m.Solver("midpoint", 1),
-        "SMALL": m.Sizes(tasks=3, steps=2, unseen=2, tempered=1, bank=100, particles=8),
+        "SMALL": m.Sizes(tasks=3, steps=2, unseen=2, tempered=2, bank=100, particles=10),
     },
     "thesis_breast_cancer": lambda m: {
         "STARTS": 20,

@@ -16,7 +16,7 @@ from torch import nn
 import bnnflow as bf
 from bnnflow import likelihoods, priors
 from bnnflow.diagnostics import ess, import_arviz, is_datatree, rhat
-from tests.problems import built, chain, normal
+from tests.problems import built, chain, normal, one_in
 
 SIZES = {"chains": 2, "warmup": 100, "draws": 100}
 ENGINES = {
@@ -119,7 +119,7 @@ def everything_of_arviz(data, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", one_in(2, ENGINES))
 def test_every_engine_is_exported_whole(engine, tmp_path):
     kind = list(KINDS)[list(ENGINES).index(engine) % len(KINDS)]
     kind = {"PyroNUTS": "classes", "flow": "normal", "Laplace": "classes"}.get(engine, kind)
@@ -132,7 +132,7 @@ def test_every_engine_is_exported_whole(engine, tmp_path):
     assert np.isfinite(elpd)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", one_in(2, KINDS))
 def test_every_kind_of_targets_is_exported_whole(kind, tmp_path):
     model = make(kind)
     data = bf.to_arviz(model, independent(model))

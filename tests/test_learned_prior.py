@@ -84,8 +84,8 @@ def test_a_second_round_goes_on_from_the_first(
     tasks: list[bf.BayesianModel], draws: list[bf.Draws]
 ) -> None:
     few = bf.Training(steps=10, batch_size=64)
-    one = fitted(tasks[:4], draws[:4], training=few)
-    two = fitted(tasks[:4], draws[:4], training=few, rounds=2)
+    one = fitted(tasks[:3], draws[:3], training=few)
+    two = fitted(tasks[:3], draws[:3], training=few, rounds=2)
     assert two.info["rounds"] == 2
     assert two.info["log_evidence"][0] == one.info["log_evidence"][0]
     best = max(two.info["log_evidence"])

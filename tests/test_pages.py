@@ -82,7 +82,7 @@ SMALLER: dict[str, dict[str, str]] = {
             "bf.predict(images, draws, digits.x_test[:20]), digits.y_test[:20]"
         ),
     },
-    "tables.md": {"warmup=200, draws=100": "warmup=50, draws=20"},
+    "tables.md": {"chains=8, warmup=200, draws=100": "chains=2, warmup=20, draws=10"},
     "transport.md": {
         "training=training, seed=0)\n": """training=training, seed=0, velocity=small)
 flow = replace(flow, solver=bf.transport.Solver(steps=3))

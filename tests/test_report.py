@@ -774,7 +774,7 @@ def test_several_targets_are_told_one_by_one() -> None:
         float((((metrics.pit(p, y) - 0.5).abs() <= 0.45).double().mean(0))[0])
     )
     assert "height (m): RMSE" in words
-    assert "weight (kg): 90 % cover" in words
+    assert "weight (kg): 90% cover" in words
     assert "RMSE (m)" not in words, "there is no unit of both"
 
 

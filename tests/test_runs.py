@@ -20,6 +20,7 @@ from torch import nn
 import bnnflow as bf
 from bnnflow import likelihoods, priors
 from bnnflow.inference import checkpoint, loop
+from tests.problems import one_in
 from tests.processes import run, run_ranks
 
 SIZES = {"chains": 2, "warmup": 60, "draws": 30}
@@ -111,7 +112,7 @@ def run_and_count(method) -> tuple[bf.Draws, int]:
     return bf.sample(target, method, seed=3, **sizes(method)), calls
 
 
-@pytest.mark.parametrize("method", METHODS, ids=names)
+@pytest.mark.parametrize("method", one_in(2, METHODS), ids=names)
 def test_a_run_that_was_cut_goes_on_bit_for_bit(
     method, tmp_path: Path, monkeypatch
 ) -> None:
@@ -517,7 +518,7 @@ def script(tmp_path: Path, *chosen: str, seconds: float = 1.0, **options) -> str
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["HMC", "SMC"])
+@pytest.mark.parametrize("name", one_in(2, ["HMC", "SMC"]))
 def test_killed_again_and_again(name: str, tmp_path: Path) -> None:
     """SIGKILL at several steps; the run that gets through is the run that nobody touched."""
     program = script(tmp_path, name)
@@ -634,6 +635,7 @@ def test_processes_that_share_a_run_are_given_the_same(tmp_path: Path) -> None:
 RESUMED = """
 import os, torch, bnnflow as bf
 from tests.test_runs import model
+from tests.problems import one_in
 
 posterior = model()
 draws = posterior.sample_prior(50, 0)

@@ -89,7 +89,7 @@ def test_the_error_of_the_evidence_is_honest(runs: int, many: bool) -> None:
         ).log_evidence
         scores.append((value - problem.log_normaliser) / error)
     z = np.array(scores)
-    # as 99.7 % of the means of 24 squared standard normal numbers
+    # as 99.7% of the means of 24 squared standard normal numbers
     assert 0.6 < np.sqrt((z**2).mean()) < 1.45
     assert np.abs(z).max() < 4.5
 
@@ -176,7 +176,7 @@ def test_the_error_of_the_evidence_of_draws_is_honest(many: bool) -> None:
     ]
     value, error = np.array(found).T
     z = (value - problem.log_normaliser) / error
-    # as 99.7 % of the means of 16 squared standard normal numbers
+    # as 99.7% of the means of 16 squared standard normal numbers
     assert 0.5 < np.sqrt((z**2).mean()) < 1.55
     assert np.abs(z).max() < 4.5
     assert abs(z.mean()) < 3 / 4
@@ -205,7 +205,7 @@ def ridge(
 
 
 @MANY
-@pytest.mark.slow
+@pytest.mark.validate
 def test_the_error_of_the_evidence_of_alike_inputs_is_honest(
     seeded: Any, many: bool
 ) -> None:
@@ -220,7 +220,7 @@ def test_the_error_of_the_evidence_of_alike_inputs_is_honest(
         ]
     value, error = np.array(found).T
     z = (value - log_evidence) / error
-    # as 99.7 % of the means of 6 squared standard normal numbers
+    # as 99.7% of the means of 6 squared standard normal numbers
     assert 0.26 < np.sqrt((z**2).mean()) < 1.89
     assert abs(z.mean()) < 3 / math.sqrt(6)
 

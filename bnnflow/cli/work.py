@@ -242,7 +242,7 @@ def compare(
     """Fit a file by several methods and score them on the same held-out rows.
 
     A method that fails has an ``"error"`` in place of scores. Ctrl-C keeps the methods that are
-    done. Methods are equal if the 95 % interval of the difference of their log scores lies within
+    done. Methods are equal if the 95% interval of the difference of their log scores lies within
     0.01 nats.
     """
     _check(data)

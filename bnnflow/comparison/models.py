@@ -35,7 +35,7 @@ class Difference:
     Attributes:
         elpd: sum over rows of the differences, in nats.
         se: its standard error.
-        low: lower end of the interval of 95 % probability.
+        low: lower end of the interval of 95% probability.
         high: upper end.
         standing: ``"best"``; ``"equal"`` if the interval lies inside the margin; ``"worse"`` if it
             lies below zero, and not inside; ``"undecided"`` if the rows are too few to tell.
@@ -144,9 +144,7 @@ class ModelComparison:
         table += [[name, *_cells(score)] for name, score in self.scores.items()]
         lines = in_columns(table)
         lines += [f"  - {name}: {text}" for name, text in self._remarks()]
-        head = (
-            f"{self.criterion}; equal: 95 % of the difference within {self.margin:g} nats"
-        )
+        head = f"{self.criterion}; equal: 95% of the difference within {self.margin:g} nats"
         return "\n".join([head, *lines])
 
     def _remarks(self) -> list[tuple[str, str]]:
@@ -189,7 +187,7 @@ def compare(
     both sets of draws give its density. With ``folds`` rows are left out in as many groups, and the
     draws carried to the posterior of the rest.
 
-    Two models are said to be equal only if the 95 % interval of their paired difference lies inside
+    Two models are said to be equal only if the 95% interval of their paired difference lies inside
     the margin: four nats a data set, below which differences matter little (Sivula, Magnusson &
     Vehtari 2020). An interval that holds zero and more than the margin says nothing.
 

@@ -208,7 +208,7 @@ def _independent(look: _Look) -> Diagnosis:
         "not looked at",
         "these are not Markov chains: there are no chains to compare, and an approximation cannot "
         "vouch for itself",
-        "compare its predictions with those of an exact sampler such as HMC, or with held-out rows",
+        _CORRECT if look.method == "Flow" else _COMPARE,
     )
     if look.method in HINTS:
         sampling.say("with care", HINTS[look.method])
@@ -219,6 +219,10 @@ def _independent(look: _Look) -> Diagnosis:
     return look.finish(sampling, "independent", "", error)
 
 
+_CORRECT = (
+    "bnnflow.correct(model, flow) weighs them, and tells k-hat and the solver's error"
+)
+_COMPARE = "compare its predictions with those of an exact sampler, or with held-out rows"
 _NO_MODE = (
     "the point that was expanded about is no mode of the posterior",
     "take more steps of training",

@@ -25,7 +25,7 @@ QUESTION = "May the predictions be used?"
 HELD_OUT, LEFT_OUT = "held-out rows", "leave-one-out"
 _ROWS = 200  # of training, that are left out one at a time
 _MOST = 0.9
-_NORMAL_DENSITY = 0.103  # of the standard normal at its 5 % point
+_NORMAL_DENSITY = 0.103  # of the standard normal at its 5% point
 
 
 class _Look(NamedTuple):
@@ -35,7 +35,7 @@ class _Look(NamedTuple):
     where: str
     found: dict[str, float]
     expected: dict[str, float]
-    chance: dict[str, tuple[float, float]]  # 95 % of calibrated predictions lie between
+    chance: dict[str, tuple[float, float]]  # 95% of calibrated predictions lie between
     p_values: dict[str, float]
     p_value: float
 
@@ -112,7 +112,7 @@ def monte_carlo_error(
     prediction: Prediction, values: np.ndarray, ess: np.ndarray
 ) -> float | None:
     """Return the Monte-Carlo standard error of predictive means, below which nine of ten rows are,
-    or that of the ends of 90 % intervals, in predictive standard deviations; None where the
+    or that of the ends of 90% intervals, in predictive standard deviations; None where the
     likelihood has no variance.
 
     Args:
@@ -371,7 +371,7 @@ def _noise(error: float | None, figures: dict[str, Any]) -> list[Finding]:
         return []
     why = (
         f"the Monte-Carlo error of a prediction is {error:.2f} of its standard deviation (of the "
-        "mean, or an end of a 90 % interval)"
+        "mean, or an end of a 90% interval)"
     )
     times = math.ceil((error / bounds.good) ** 2)
     advice = f"take about {times} times as many draws, from more chains"
@@ -384,7 +384,7 @@ def _praise(figures: dict[str, Any], where: str) -> str:
     parts = []
     covered = figures.get("calibration", {}).get("inside 90%")
     if covered:
-        parts.append(f"90 % intervals hold {covered['found']:.0%} of {place}")
+        parts.append(f"90% intervals hold {covered['found']:.0%} of {place}")
     elif "calibration" in figures:
         parts.append(f"probabilities are as right as they say on {place}")
     above = figures.get(f"above {rivals.LINEAR}") or figures.get(f"above {rivals.CONSTANT}")

@@ -38,8 +38,8 @@ class PredictiveCheck:
     Attributes:
         found: the statistics of y, by name.
         expected: their means over the sets drawn.
-        low: the 2.5 % points of each.
-        high: the 97.5 % points.
+        low: the 2.5% points of each.
+        high: the 97.5% points.
         p_values: of each, two-sided.
         p_value: of all together: below .05 for one of twenty predictions that are right.
         rows: how many rows were looked at.

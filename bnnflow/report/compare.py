@@ -314,7 +314,7 @@ _BETTER |= {"brier": ("brier", -1), "crps": ("crps", -1)}
 
 
 def _mark_best(evaluations: list[Evaluation]) -> None:
-    """Mark, column by column, the values that are known to be as good as the best: the 95 %
+    """Mark, column by column, the values that are known to be as good as the best: the 95%
     interval of the paired difference lies within a margin. What a test cannot tell apart is not.
     """
     if len(evaluations) < 2:

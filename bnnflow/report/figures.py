@@ -82,7 +82,7 @@ def pictures(
         detail = _calibration(predictions, y, names)
     if len(predictions) > 1:
         text = (
-            "Log scores beside the best, with 95 % intervals of the paired differences over "
+            "Log scores beside the best, with 95% intervals of the paired differences over "
             "rows. Within the grey band methods predict alike for most purposes; an interval that "
             "leaves it says that these rows cannot tell."
         )
@@ -106,7 +106,7 @@ def _drawn(shown: _Shown, of: str) -> tuple[Picture, ...]:
 def _of_classes(predictions: dict[str, Prediction], y: Tensor, names: Names) -> _Shown:
     calibration = (
         "Calibration. Accuracy against the probability of the predicted class, in as many bins as "
-        "the rows allow. A calibrated method stays within the grey bars, which hold 95 % of a "
+        "the rows allow. A calibrated method stays within the grey bars, which hold 95% of a "
         "bin's outcomes; below the diagonal it is too sure. Columns at the foot show the share of "
         "rows in each bin."
     )
@@ -134,21 +134,21 @@ def _of_numbers(
 ) -> _Shown:
     calibration = (
         "Calibration. Share of targets inside central predictive intervals of every nominal "
-        "coverage. The grey region holds 95 % of outcomes of a calibrated method, level by level; "
+        "coverage. The grey region holds 95% of outcomes of a calibrated method, level by level; "
         "below it intervals are too narrow, above too wide."
     )
     single = model.x.flatten(1).shape[1] == 1 and y.shape[-1] == 1
     if single:
         figure = plots.predictive_band(predictions, model.x, model.y, y_label=names.axis)
         spread = (
-            "Predictions. Mean, 50 % and 90 % bands of the target, and between dashed lines 90 % "
+            "Predictions. Mean, 50% and 90% bands of the target, and between dashed lines 90% "
             "of the function itself (without noise), at these inputs; dots are training data. "
             "The vertical axis is bounded by the data."
         )
     else:
         figure = plots.predictive(predictions, y, label=names.axis)
         spread = (
-            "Predictions. Mean and 90 % interval of rows, in the order of the observed "
+            "Predictions. Mean and 90% interval of rows, in the order of the observed "
             "target; at most 120 rows are drawn."
         ) + _standardised(y)
     return [(plots.reliability(predictions, y), calibration), (figure, spread)]
@@ -163,7 +163,7 @@ def _calibration(predictions: dict[str, Prediction], y: Tensor, names: Names) ->
     transforms = (
         "Probability integral transforms. Flat where predictions are calibrated: a valley in the "
         "middle says that they are too narrow, a hump that they are too wide, a slope that they "
-        "lie to one side. The grey band holds 95 % of the columns of a calibrated method with so "
+        "lie to one side. The grey band holds 95% of the columns of a calibrated method with so "
         "many rows."
     )
     return [

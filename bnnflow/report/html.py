@@ -77,9 +77,9 @@ _COLUMNS = (
     ),
     _Column(
         "coverage_90",
-        "90 % cover",
+        "90% cover",
         ".1%",
-        "targets inside the central 90 % interval; 90 % is best",
+        "targets inside the central 90% interval; 90% is best",
     ),
     _Column(
         "log_likelihood",
@@ -574,7 +574,7 @@ def _target_columns(section: Section) -> list[_Column]:
     """Return the columns of the table by target."""
     if not section.by_target:
         return []
-    kinds = {"rmse": ("RMSE", ".4g"), "coverage": ("90 % cover", ".1%")}
+    kinds = {"rmse": ("RMSE", ".4g"), "coverage": ("90% cover", ".1%")}
     keys = [key.split() for key in section.by_target[0]]
     return [
         _Column(

@@ -81,7 +81,7 @@ def predictive_band(
     x_label: str = "x",
     y_label: str = "y",
 ) -> Figure:
-    """Plot one-dimensional regressions: mean, predictive 50 % and 90 % bands, and the band without
+    """Plot one-dimensional regressions: mean, predictive 50% and 90% bands, and the band without
     noise.
 
     The inputs of the predictions are the grid. Bands use at most 2,000 draws, evenly spaced.
@@ -131,9 +131,9 @@ def predictive_band(
     means = [array(prediction.mean) for prediction in predictions.values()]
     _limit(axes, np.concatenate(means) if y_train is None else array(y_train).ravel())
     key = {
-        "90 % of y": _LIGHT,
-        "50 % of y": _STRONG,
-        "90 % of the function": _DASHES,
+        "90% of y": _LIGHT,
+        "50% of y": _STRONG,
+        "90% of the function": _DASHES,
         "mean": "-",
     }
     _legend(
@@ -153,7 +153,7 @@ def reliability(
     """Plot calibration: accuracy against confidence for classes, empirical against nominal coverage
     for regression.
 
-    The grey region holds 95 % of the curves of a calibrated model with this many rows (for classes
+    The grey region holds 95% of the curves of a calibrated model with this many rows (for classes
     it is the error bar of each bin instead).
 
     Args:
@@ -194,7 +194,7 @@ def predictive(
 ) -> Figure:
     """Plot predictions at test rows against what was observed.
 
-    Regression: mean and 90 % interval of each row, in the order of the observed targets (at most
+    Regression: mean and 90% interval of each row, in the order of the observed targets (at most
     120 rows, evenly spaced in that order; several targets are pooled, each in its own standard
     deviations from its mean). Classes: histograms of the probability of the predicted class, for
     rows predicted right and wrong.
@@ -220,7 +220,7 @@ def predictive(
         ax.plot(rank, seen[order], "_", color=INK, markersize=6, markeredgewidth=1.2)
         ax.set_xticks([])
     _limit(axes, seen)
-    _legend(figure, {"90 % interval": _STRONG, "mean": "o", "observed": "_"})
+    _legend(figure, {"90% interval": _STRONG, "mean": "o", "observed": "_"})
     _labels(figure, axes, "rows in the order of their targets", _plain(label))
     return figure
 
@@ -229,7 +229,7 @@ def predictive(
 def scores(
     predictions: Mapping[str, Prediction], y: Tensor | np.ndarray, *, margin: float = 0.05
 ) -> Figure:
-    """Plot log scores beside those of the best method, with 95 % intervals of the paired
+    """Plot log scores beside those of the best method, with 95% intervals of the paired
     differences.
 
     Args:
@@ -262,7 +262,7 @@ def scores(
     ax.set_xticks([], minor=True)
     ax.set_yticks([-place for place in range(len(rows))], [_plain(name) for name in rows])
     ax.set_ylim(-len(rows) + 0.4, 0.6)
-    ax.set_xlabel(f"nats a row beside {_plain(best)} (95 %)", fontsize=BODY, color=INK)
+    ax.set_xlabel(f"nats a row beside {_plain(best)} (95%)", fontsize=BODY, color=INK)
     return figure
 
 
@@ -309,7 +309,7 @@ def residuals(
 def pit(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) -> Figure:
     """Plot histograms of probability integral transforms, flat for calibrated predictions.
 
-    The grey band holds 95 % of the columns of a calibrated prediction of so many independent rows.
+    The grey band holds 95% of the columns of a calibrated prediction of so many independent rows.
     A hump in the middle says that predictions are too wide, a valley that they are too narrow, a
     slope that they lie to one side.
 
@@ -373,7 +373,7 @@ def _prior_of_classes(
     low, high = np.quantile(values.mean(1), [0.05, 0.95], axis=0)  # over draws
     place = np.arange(values.shape[-1])
     share = np.bincount(seen, minlength=len(place)) / len(seen)
-    right.vlines(place, low, high, color=GREY, linewidth=4, alpha=0.6, label="prior, 90 %")
+    right.vlines(place, low, high, color=GREY, linewidth=4, alpha=0.6, label="prior, 90%")
     right.plot(place, share, "_", color=INK, markersize=14, label="rows")
     right.set_xticks(place if len(place) <= _MOST_NUMBERS else [])
     right.legend(frameon=False, fontsize=SMALL, labelcolor=INK)
@@ -560,7 +560,7 @@ def _coverage_curve(ax: Axes, prediction: Prediction, y: Any, colour: str) -> No
     ax.text(
         0.97,
         0.04,
-        f"90 %: {100 * (distance <= 0.9).mean():.0f} %",
+        f"90%: {100 * (distance <= 0.9).mean():.0f}%",
         color=INK,
         fontsize=SMALL,
         ha="right",

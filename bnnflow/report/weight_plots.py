@@ -32,7 +32,7 @@ MAX_CELLS = 110  # rows of a map whose entries can still be told apart
 
 
 def barrier(barriers: Mapping[str, Barrier], *, y_label: str = "loss") -> Figure:
-    """Plot the losses along paths: the mean over pairs of networks, and the band of the middle 80 %
+    """Plot the losses along paths: the mean over pairs of networks, and the band of the middle 80%
     of them.
 
     Args:

@@ -215,7 +215,7 @@ def fit_coupling(
             None.
         training: how long and how fast: by default 120 seconds, with Adam at a learning rate of
             1e-3, which falls when the likelihood of the held-out draws has not gained for
-            ``training.patience`` looks, one every 25 steps, and in the last 30 %; training ends at
+            ``training.patience`` looks, one every 25 steps, and in the last 30%; training ends at
             the fourth time. There is no other optimiser.
         seed: an int or a generator.
         progress: show a bar at a terminal.
@@ -282,7 +282,7 @@ def fit_cnf(
             None.
         training: how long and how fast: by default 120 seconds, with Adam at a learning rate of
             1e-3, which falls when the likelihood of the held-out draws has not gained for
-            ``training.patience`` looks, one every 25 steps, and in the last 30 %; training ends at
+            ``training.patience`` looks, one every 25 steps, and in the last 30%; training ends at
             the fourth time. There is no other optimiser.
         seed: an int or a generator.
         progress: show a bar at a terminal.
@@ -373,7 +373,7 @@ def _by_adam(training: Training | None) -> Training:
 
 def _rate(training: Training, count: int, spent: float) -> float:
     """Return the learning rate as a fraction: linear warm-up, constant, then straight to zero in
-    the last 30 %.
+    the last 30%.
     """
     done = spent / training.budget if training.steps is None else count / training.steps
     return min(1.0, (count + 1) / 50) * min(1.0, max(0.0, 1 - done) / 0.3)

@@ -43,7 +43,7 @@ def time_grid(
 
     A posterior narrower than its prior bends the path most just before it arrives: at a standard
     deviation sigma of the prior's, where 1 - t is about sigma. Eight steps of the midpoint rule
-    carry N(0, 1) to N(0, sigma^2) with its width off by 8, 4, 0.6 and 0.1 % for sigma = .01, .02,
+    carry N(0, 1) to N(0, sigma^2) with its width off by 8, 4, 0.6 and 0.1% for sigma = .01, .02,
     .1 and 1.
 
     Args:

@@ -58,7 +58,7 @@ def train(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train any field on pairs, in place; `fit_flow` is this for the posterior of a model.
 
-    A linear warm-up, a constant stretch and a cosine to zero over the last 30 %; gradients clipped
+    A linear warm-up, a constant stretch and a cosine to zero over the last 30%; gradients clipped
     to norm 30, steps whose gradient is not finite left out; an exponential moving average of the
     weights.
 

@@ -88,7 +88,7 @@ def times() -> None:
         for what, networks, target in (
             ("independent networks, one reference", theta, reference),
             ("independent networks, a reference each", theta, own),
-            ("one network in many frames, 10 % noise", near, reference),
+            ("one network in many frames, 10% noise", near, reference),
         ):
             _, ms = timed(
                 lambda networks=networks, target=target, spec=spec: match(

@@ -5,7 +5,7 @@ Ten stratified splits, a fifth held out, by seed. Logistic regression with its p
 cross-validated by the log score, a random forest of 500 trees, and a Gaussian process whose kernel
 maximises its evidence; inputs standardised. ``p`` is that of a paired t-test over the splits. ECE
 in ten bins over the held-out rows of all splits together; beside it what a calibrated classifier of
-the same confidences would have, mean and 95 % point of 1,000 draws. One thread. Run:
+the same confidences would have, mean and 95% point of 1,000 draws. One thread. Run:
 ``python tests/benchmarks/bench_classes.py [--sets iris,wine] [--splits 10] [--rivals ...]``.
 """
 
@@ -75,7 +75,7 @@ def ece(confidence: np.ndarray, right: np.ndarray) -> float:
 
 
 def by_chance(confidence: np.ndarray) -> tuple[float, float]:
-    """Return the mean and the 95 % point of the ECE of a calibrated classifier."""
+    """Return the mean and the 95% point of the ECE of a calibrated classifier."""
     rng = np.random.default_rng(0)
     found = [ece(confidence, rng.random(len(confidence)) < confidence) for _ in range(1000)]
     return float(np.mean(found)), float(np.quantile(found, 0.95))

@@ -130,7 +130,7 @@ class Table:
         self.mean, self.sd = functions.mean(0), functions.std(0)
         self.variance = truth.var(0)
         print(
-            f"{'draws':36s} {'LPPD':>8s} {'+-':>6s} {'log lik.':>9s} {'5 %':>8s} "
+            f"{'draws':36s} {'LPPD':>8s} {'+-':>6s} {'log lik.':>9s} {'5%':>8s} "
             f"{'log joint':>9s} {'rms':>6s} {'ratio':>6s} {'gradients':>9s} {'CPU s':>7s}"
         )
         self.row("held-out HMC", truth, 0, 0)

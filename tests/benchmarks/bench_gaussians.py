@@ -3,7 +3,7 @@
 The marginal field of such pairs is (x1_hat - x) / (1 - t). Whoever integrates x1_hat - x0 instead
 ends with too little spread (0.49 in place of 1, exact denoiser). Here a `WeightsVelocity` learns
 the velocity; no Gaussian in closed form, no noise injected. 40,000 draws, so that the standard
-error of each weight's spread is 0.35 %. One thread, CPU seconds. Run: ``python
+error of each weight's spread is 0.35%. One thread, CPU seconds. Run: ``python
 tests/benchmarks/bench_gaussians.py [steps of training]``.
 """
 

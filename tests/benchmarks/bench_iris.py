@@ -79,7 +79,7 @@ def main() -> None:
     print("reference NUTS: LPPD -0.1907, log joint -202.14 (sd 8.05)")
     print(
         f"{'draws':34s} {'LPPD':>8s}    {'MC error':7s} {'log lik.':>8s} {'median':>8s} "
-        f"{'5 %':>8s} {'log joint':>9s} {'gradients':>9s} {'seconds':>9s}"
+        f"{'5%':>8s} {'log joint':>9s} {'gradients':>9s} {'seconds':>9s}"
     )
 
     draws = bf.sample(model, bf.HMC(), chains=64, warmup=300, draws=400, seed=0)

@@ -10,7 +10,7 @@ family itself" is the law that tasks are drawn from: no prior does better on ave
 
 All tasks of a family share a prior, so its atoms are drawn once, their functions kept on the grid
 that inputs are points of, and all tasks are weighed at once: log evidence, log predictive density
-of 60 fresh rows (LPPD, a row) and coverage of 90 % intervals, after 3, 5, 8 and 12 rows. Evidence
+of 60 fresh rows (LPPD, a row) and coverage of 90% intervals, after 3, 5, 8 and 12 rows. Evidence
 from few effective atoms is too low on average: their number is printed beside it. The first dozen
 tasks, and those from outside the family, are also sampled by `bf.SMC` in the coordinates of each
 prior.
@@ -150,7 +150,7 @@ class Scores(NamedTuple):
 
     evidence: Tensor  # log evidence
     density: Tensor  # (tasks, fresh), log predictive density of every fresh row
-    covered: Tensor  # share of the fresh rows inside their intervals of 90 %
+    covered: Tensor  # share of the fresh rows inside their intervals of 90%
     ess: Tensor  # effective number of atoms
     khat: Tensor
 
@@ -165,7 +165,7 @@ class Scores(NamedTuple):
 
 
 def covered(shares: Tensor) -> Tensor:
-    """Return the share of the rows that have between 5 and 95 % of the predictive law below."""
+    """Return the share of the rows that have between 5 and 95% of the predictive law below."""
     return ((shares >= 0.05) & (shares <= 0.95)).double().mean(-1)
 
 
@@ -759,7 +759,7 @@ def show(results: list[dict[str, Any]]) -> None:
             print(
                 f"  {name:26s} evidence {one.evidence.mean():8.3f} "
                 f"({gap(flow.evidence, one.evidence)})  LPPD {one.lppd.mean():7.3f} "
-                f"({gap(flow.lppd, one.lppd)})  covered {100 * one.covered.mean():.1f} %  "
+                f"({gap(flow.lppd, one.lppd)})  covered {100 * one.covered.mean():.1f}%  "
                 f"median ESS {one.ess.median():.0f}, fewer than {LEAST}: "
                 f"{int((one.ess < LEAST).sum())}, k-hat > {KHAT}: {int((one.khat > KHAT).sum())}"
             )

@@ -1,12 +1,13 @@
 """What `bnnflow.transport.train` costs beside the loop that one would write by hand, and where that
 goes.
 
-The bare loop has the same field, path, times, pairs, batch and optimisers, and nothing else: no
-schedule, no weights of errors, no clipping, no check for gradients that are not finite, no moving
-average, no loss by time, no progress bar. Blocks of both alternate in one process, each with a
-fresh copy of the field and a fresh optimiser in its price (a millisecond or two), many of them, so
-that a busy machine hurts both alike; asked is an overhead of at most 5 %, the median of the ratios
-of neighbours. "Calls" are the ATen operators that the profiler counts in a step, which no load
+The bare loop has the same field, path, times, pairs and batch, torch's optimisers (its Muon takes
+matrices one by one, in bfloat16, ours all of a shape in float32), and nothing else: no schedule, no
+weights of errors, no clipping, no check for gradients that are not finite, no moving average, no
+loss by time, no progress bar. Blocks of both alternate in one process, each with a fresh copy of
+the field and a fresh optimiser in its price (a millisecond or two), many of them, so that a busy
+machine hurts both alike; asked is an overhead of at most 5%, the median of the ratios of
+neighbours. "Calls" are the ATen operators that the profiler counts in a step, which no load
 changes. Below that the parts of a step that the bare loop does not have, each timed alone as
 `train` has it. A small field on few weights is the worst case: its step is little beside what is
 done for every tensor. Float32; CPU time of one thread, or time on the GPU's clock. Run: ``python

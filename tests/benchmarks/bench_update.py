@@ -83,8 +83,8 @@ def neighbours(name: str) -> None:
         part = model.subset(kept)
         fewer = chains(part, 1)
         for old, draws, new, way in (
-            (model, every, part, "all rows to 90 %"),
-            (part, fewer, model, "90 % to all rows"),
+            (model, every, part, "all rows to 90%"),
+            (part, fewer, model, "90% to all rows"),
         ):
             own, rerun = timed(lambda new=new: chains(new, 2))
             other = chains(new, 3)

@@ -40,7 +40,7 @@ if hasattr(os, "sched_setaffinity"):
     # no library can start more threads than there are cores
     os.sched_setaffinity(0, {idlest_core()})
 os.environ["OMP_NUM_THREADS"] = "1"
-# 512: a little faster here (0 to 5 %) than jax's default of 256, on a processor with AVX-512.
+# 512: a little faster here (0 to 5%) than jax's default of 256, on a processor with AVX-512.
 os.environ["XLA_FLAGS"] = (
     "--xla_cpu_multi_thread_eigen=false --xla_cpu_prefer_vector_width=512"
 )
@@ -189,9 +189,7 @@ def table(
         targets: least ratio asked, by row: ``(rows that count together, number)``; the fastest of
             them counts.
     """
-    print(
-        f"\n{title}\n{'':34s} {'median':>8s} {'10 %':>8s} {'90 %':>8s} {'times own':>10s}"
-    )
+    print(f"\n{title}\n{'':34s} {'median':>8s} {'10%':>8s} {'90%':>8s} {'times own':>10s}")
     mine = float(np.median(samples[own]))
     for name, values in samples.items():
         low, median, high = np.quantile(values, [0.1, 0.5, 0.9])

@@ -131,7 +131,7 @@ _LENGTHS = 9  # up to sixteen times the first guess
 def windows(n: int) -> list[tuple[int, bool]]:
     """Cut ``n`` transitions into (length, estimates the mass matrix) windows of doubling length.
 
-    The first 15 % of the transitions only find a step size, the last 20 % settle it for the final
+    The first 15% of the transitions only find a step size, the last 20% settle it for the final
     mass matrix.
     """
     first, last = round(0.15 * n), round(0.2 * n)

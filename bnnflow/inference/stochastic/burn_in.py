@@ -144,7 +144,7 @@ class _BurnIn:
     there and cools. Scales are measured at the start and three times in the first half, where also
     an anchor moves to where its chain is, if the density is higher there; the second half averages
     curvature and noise over three measurements. Chains that diverge and have not risen shorten the
-    step, to a quarter where all do, and clean transitions lengthen it by 5 %, never beyond what was
+    step, to a quarter where all do, and clean transitions lengthen it by 5%, never beyond what was
     asked for or found; what is used in the end is the shortest of the last quarter.
     """
 
