@@ -813,6 +813,7 @@ def test_what_draws_a_flow_made_is_told(monkeypatch) -> None:
     assert "Loss of flows" in words
     assert "training steps 2" in " ".join(words.split())
     assert "solver error" in words
+    assert "bnnflow.correct(model, flow) weighs them" in words
     assert (
         "results['drawn'] = bf.sample(model, methods['drawn'], draws=40, seed=1)" in words
     )
