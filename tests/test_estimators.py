@@ -24,7 +24,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
 import bnnflow as bf
-from bnnflow import BayesianMLPClassifier, BayesianMLPRegressor
+from bnnflow import BayesianMLPClassifier, BayesianMLPRegressor, storage
 from bnnflow.estimators import recipe
 from bnnflow.estimators.table import columns_of
 from tests.processes import run
@@ -615,6 +615,17 @@ def test_a_file_gives_the_same_predictions_in_another_process(
     assert again.get_params() == fitted.get_params()
     assert again.diagnose(rows).verdict == fitted.diagnose(rows).verdict
     assert again.likelihood_ == fitted.likelihood_
+
+
+def test_a_file_of_before_targets_had_names_has_none(
+    fitted: BayesianMLPRegressor, tmp_path
+) -> None:
+    X, _ = load_diabetes(return_X_y=True, as_frame=True)
+    header, arrays = storage.read(fitted.save(tmp_path / "new.bnn"), {"estimator": 1})
+    del header["targets"]
+    again = bf.load(storage.write(tmp_path / "old.bnn", "estimator", 1, header, arrays))
+    assert again.target_names_ == []
+    assert np.array_equal(again.predict(X[:5]), fitted.predict(X[:5]))
 
 
 @pytest.mark.parametrize("way", ["file", "pickle", "joblib"])

@@ -1,16 +1,16 @@
 """What `bnnflow.transport.train` costs beside the loop that one would write by hand, and where that
 goes.
 
-The bare loop has the same field, path, times, pairs and batch, torch's optimisers (its Muon takes
-matrices one by one, in bfloat16, ours all of a shape in float32), and nothing else: no schedule, no
-weights of errors, no clipping, no check for gradients that are not finite, no moving average, no
-loss by time, no progress bar. Blocks of both alternate in one process, each with a fresh copy of
-the field and a fresh optimiser in its price (a millisecond or two), many of them, so that a busy
-machine hurts both alike; asked is an overhead of at most 5%, the median of the ratios of
-neighbours. "Calls" are the ATen operators that the profiler counts in a step, which no load
+The bare loop has the same field, path, times, pairs, batch and optimisers, and nothing else: no
+schedule, no weights of errors, no clipping, no check for gradients that are not finite, no moving
+average, no loss by time, no progress bar. Blocks of both alternate in one process, each with a
+fresh copy of the field and a fresh optimiser in its price (a millisecond or two), many of them, so
+that a busy machine hurts both alike; asked is an overhead of at most 5%, the median of the ratios
+of neighbours. "Calls" are the ATen operators that the profiler counts in a step, which no load
 changes. Below that the parts of a step that the bare loop does not have, each timed alone as
 `train` has it. A small field on few weights is the worst case: its step is little beside what is
-done for every tensor. Float32; CPU time of one thread, or time on the GPU's clock. Run: ``python
+done for every tensor. Last, a step of Muon beside torch's, which takes matrices one by one and in
+bfloat16. Float32; CPU time of one thread, or time on the GPU's clock. Run: ``python
 tests/benchmarks/bench_training.py [CASE ...] [--device cuda] [--blocks 15] [--seconds 2]``.
 """
 
@@ -27,6 +27,7 @@ from bench_throughput import clocked
 from torch import Tensor, nn
 
 from bnnflow import WeightSpec
+from bnnflow.optimisers import Muon
 from bnnflow.progress import progress_bar
 from bnnflow.transport import (
     AffinePath,
@@ -78,11 +79,7 @@ def optimisers(
         torch.optim.AdamW(others, LEARNING_RATE, weight_decay=DECAY, foreach=True),
     ]
     if matrices:
-        found.append(
-            torch.optim.Muon(
-                matrices, LEARNING_RATE, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"
-            ),
-        )
+        found.append(Muon(matrices, LEARNING_RATE, DECAY))
     return found
 
 
@@ -171,6 +168,20 @@ def parts(
         "loss by time, every 4th step": loss_by_time,
         "learning rates, hidden bar": lambda: (rates(), bar.update()),
     }
+
+
+def muon(field: nn.Module, device: str) -> str:
+    """Return what a step of Muon takes, torch's and ours in turns."""
+    matrices = [p for p in field.parameters() if p.dim() == 2 and min(p.shape) > 4]
+    for matrix in matrices:
+        matrix.grad = torch.randn_like(matrix)
+    theirs = torch.optim.Muon(matrices, 0.0, adjust_lr_fn="match_rms_adamw")
+    ours = Muon(matrices, 0.0, DECAY)
+    times = [
+        [clocked(each.step, device) for each in (theirs, ours)] for _ in range(REPEATS)
+    ]
+    torchs, own = (1e3 * statistics.median(each) for each in zip(*times, strict=True))
+    return f"torch {torchs:.2f} ms, ours {own:.2f} ms, {torchs / own:.1f} times"
 
 
 def main() -> None:
@@ -270,6 +281,8 @@ def main() -> None:
             ]
             seconds = statistics.median(times)
             print(f"    {part:34s}{seconds * 1e6:8.0f} us {seconds / own:6.1%}")
+        if optimiser == "muon":
+            print(f"  a step of Muon: {muon(copy.deepcopy(field), device)}", flush=True)
 
 
 if __name__ == "__main__":
