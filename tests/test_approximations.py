@@ -19,6 +19,7 @@ from bnnflow import likelihoods, posteriors, priors
 from bnnflow.inference.approximate import laplace
 from bnnflow.inference.approximate.dropout import dropout_factors
 from bnnflow.inference.approximate.swag import gaussian_of_snapshots
+from tests.problems import one_in
 
 F64 = torch.float64
 
@@ -273,7 +274,7 @@ def test_full_rank_vi_is_exact_where_the_posterior_is_gaussian(
         assert draws.info["elbo"] == pytest.approx(problem.log_evidence, abs=1e-6)
 
 
-@pytest.mark.parametrize("n", [25, 2500])
+@pytest.mark.parametrize("n", one_in(2, [25, 2500]))
 def test_the_divergence_from_the_prior_is_counted_once_whatever_the_number_of_rows(
     n: int,
 ) -> None:
@@ -297,6 +298,7 @@ def test_the_divergence_from_the_prior_is_counted_once_whatever_the_number_of_ro
     assert draws.info["elbo"] == pytest.approx(problem.log_evidence - divergence, abs=error)
 
 
+@pytest.mark.validate
 def test_low_rank_vi_lies_between_mean_field_and_full_rank() -> None:
     problem = conjugate(correlation=2.0)
     elbo = [
@@ -334,6 +336,7 @@ def test_learned_scales_and_temperatures_reach_the_guide() -> None:
     assert float(found.scale_tril[-1]) == pytest.approx(sd, rel=0.15)
 
 
+@pytest.mark.validate
 def test_a_flow_follows_a_bend_that_no_gaussian_can() -> None:
     model = banana()
     sizes = {"draws": 1000, "seed": 0}
@@ -517,7 +520,7 @@ def test_what_laplace_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         bf.Laplace("block")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("structure", ["full", "diagonal"])
+@pytest.mark.parametrize("structure", one_in(2, ["full", "diagonal"]))
 def test_a_posterior_without_a_mode_is_refused(
     structure: Literal["full", "diagonal"],
 ) -> None:
@@ -751,7 +754,7 @@ def test_dropout_needs_labelled_hidden_units() -> None:
 # ---------------------------------------- NUTS
 
 
-@pytest.mark.parametrize("full_mass", [False, True])
+@pytest.mark.parametrize("full_mass", one_in(2, [True, False]))
 def test_nuts_finds_the_conjugate_posterior(full_mass: bool) -> None:
     problem = conjugate(temperature=0.5)
     nuts = bf.PyroNUTS(full_mass=full_mass)

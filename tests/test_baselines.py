@@ -19,7 +19,7 @@ from bnnflow.transport.baselines import (
     fit_coupling,
     fit_gaussian,
 )
-from tests.problems import conjugate, generator, linear, network
+from tests.problems import conjugate, generator, linear, network, one_in
 
 SHORT = bf.Training(steps=200, batch_size=128, learning_rate=1e-3, patience=8)
 SMALL = {
@@ -94,7 +94,7 @@ def test_conjugate_posterior_is_recovered(kind):
     assert found.log_prob(unseen).dtype == torch.float64
 
 
-@LEARNED
+@pytest.mark.parametrize("kind", one_in(2, ["coupling", "cnf"]))
 def test_learned_density_leaves_the_gaussian_behind_on_a_banana(kind):
     model = linear(2)
     draws, unseen = bananas(5000, 1), bananas(1000, 2)
@@ -161,7 +161,7 @@ def test_matching_undoes_random_symmetries():
     assert (theta.mean(0) - reference.mean(0)).abs().max() < 0.03
 
 
-@LEARNED
+@pytest.mark.parametrize("kind", one_in(2, ["coupling", "cnf"]))
 def test_early_stopping_never_ends_below_the_gaussian(kind):
     """30 draws in 17 dimensions: everything learned is noise, and the held-out draws know."""
     model = network(width=4, dtype=torch.float32)

@@ -40,6 +40,7 @@ from tests.problems import (
     collected,
     conjugate,
     generator,
+    one_in,
     two_weights,
 )
 
@@ -142,7 +143,7 @@ def test_draws_and_evidence_are_the_closed_forms(method: Any, bend: float) -> No
 
 
 @pytest.mark.parametrize("many", [False, pytest.param(True, marks=pytest.mark.validate)])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", one_in(2, METHODS))
 def test_the_errors_of_evidences_are_honest(method: Any, many: bool) -> None:
     """Over independent repetitions the error divided by its own estimate has a standard deviation
     near one.

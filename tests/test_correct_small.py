@@ -24,7 +24,15 @@ from bnnflow.transport import Density, Flow, GaussianVelocity, GaussNewtonFlow, 
 from bnnflow.transport.correction.importance import rhat_and_ess
 from bnnflow.transport.correction.latent import Latent, log_normal
 from bnnflow.types import Trace
-from tests.problems import F64, built, check_moments, collected, conjugate, generator
+from tests.problems import (
+    F64,
+    built,
+    check_moments,
+    collected,
+    conjugate,
+    generator,
+    one_in,
+)
 
 MODULE = importlib.import_module("bnnflow.transport.correction.latent")
 
@@ -156,7 +164,7 @@ def test_short_chains_count_by_what_their_means_tell(rho: float) -> None:
     )
 
 
-@pytest.mark.parametrize("method", ["metropolis", "neutra"])
+@pytest.mark.parametrize("method", one_in(2, ["metropolis", "neutra"]))
 def test_chains_are_many_where_they_forget(method: Any) -> None:
     model, mean, covariance, _ = linear()
     near = GaussNewtonFlow(model, solver=Solver(steps=6))

@@ -26,7 +26,7 @@ from bnnflow.model import BayesianModel, likelihoods
 from bnnflow.predictive import metrics, predict
 from bnnflow.report import Report, diagnose, plots, report, style, to_arviz
 from bnnflow.report.compare import compare
-from tests.problems import built, normal
+from tests.problems import built, normal, one_in
 
 VOID = {"meta", "br", "hr", "img", "link", "input", "wbr"}
 N_TEST = 40
@@ -102,7 +102,7 @@ def dressed(model, theta):
     return Draws(theta, model.log_joint(theta), stats, info=info)
 
 
-@pytest.fixture(scope="module", params=["classification", "regression"])
+@pytest.fixture(scope="module", params=one_in(2, ["regression", "classification"]))
 def model(request):
     return make_model(request.param)
 

@@ -168,6 +168,7 @@ def test_the_evidence_of_exact_draws_is_the_closed_form(hard: bool, start: Any) 
 
 
 @MANY
+@pytest.mark.validate
 def test_the_error_of_the_evidence_of_draws_is_honest(many: bool) -> None:
     problem, smc = conjugate(), bf.SMC(particles=300, ess=0.9)
     found = [
@@ -247,6 +248,7 @@ def test_the_moves_mend_draws_that_are_too_wide() -> None:
     assert abs(value - problem.log_normaliser) < 0.1 + 4 * error
 
 
+@pytest.mark.validate
 def test_draws_far_below_the_others_are_left_out_of_the_evidence_or_refused() -> None:
     """Left in, three of 200 take all the weight on the way back, where they hardly move: -12 in
     place of 39.

@@ -20,7 +20,7 @@ from bnnflow.progress import progress_bar, until_interrupted
 from bnnflow.seeding import as_generator
 from bnnflow.transport.fitting import fit_flow
 from bnnflow.transport.flow import Flow
-from bnnflow.transport.options import Matching, Solver
+from bnnflow.transport.options import Matching
 from bnnflow.types import Seed
 
 __all__ = ["fit_prior", "log_evidence_by_prior"]
@@ -31,7 +31,6 @@ _JUDGED_BY = 3  # rows: of more, importance weights from a prior run out
 _PRIOR_DRAWS = 4096
 _FEWEST = 2  # tasks, one to learn from and one to judge by
 _STEPS, _N_LEAPFROG = 2, 8  # of draws that follow a prior's change
-_COARSE = Solver("midpoint", 2)
 
 
 @checked
@@ -181,11 +180,11 @@ def _followed(
     progress: bool,
 ) -> list[Tensor]:
     """Move the draws of each task to its posterior under the flow as the prior."""
-    coarse, moved = replace(flow, solver=_COARSE), []
+    moved = []
     with progress_bar(len(tasks), "tasks", progress, "task") as bar:
         for task, pool in zip(tasks, pools, strict=True):
-            carried = task.transported(coarse)
-            latent = coarse.inverse(pool)
+            carried = task.transported(flow)
+            latent = flow.inverse(pool)
             after = refine(
                 carried,
                 latent,
