@@ -57,8 +57,13 @@ def small(model: bf.BayesianModel) -> WeightsVelocity:
 
 
 def fitted(tasks: list[bf.BayesianModel], draws: list[bf.Draws], **options: object) -> Flow:
-    given = {"velocity": small(tasks[0]), "training": TRAINING, "seed": 0}
-    return bf.fit_prior(tasks, draws, draws_per_task=48, **(given | options))
+    given = {
+        "velocity": small(tasks[0]),
+        "training": TRAINING,
+        "seed": 0,
+        "draws_per_task": 48,
+    }
+    return bf.fit_prior(tasks, draws, **(given | options))
 
 
 def test_evidence_of_unseen_tasks_rises(
@@ -83,9 +88,9 @@ def test_evidence_of_unseen_tasks_rises(
 def test_a_second_round_goes_on_from_the_first(
     tasks: list[bf.BayesianModel], draws: list[bf.Draws]
 ) -> None:
-    few = bf.Training(steps=10, batch_size=64)
-    one = fitted(tasks[:3], draws[:3], training=few)
-    two = fitted(tasks[:3], draws[:3], training=few, rounds=2)
+    few = {"training": bf.Training(steps=10, batch_size=64), "draws_per_task": 8}
+    one = fitted(tasks[:2], draws[:2], **few)
+    two = fitted(tasks[:2], draws[:2], rounds=2, **few)
     assert two.info["rounds"] == 2
     assert two.info["log_evidence"][0] == one.info["log_evidence"][0]
     best = max(two.info["log_evidence"])
