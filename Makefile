@@ -9,8 +9,8 @@ BIN := $(VENV)/bin
 .PHONY: help demo test test-libraries validate lint docs bench clean
 
 # The tests that meet other libraries, whose versions differ between Pythons (ArviZ is another program from 3.12 on).
-LIBRARIES := $(patsubst %,tests/test_%.py,cli comparison data diagnosis diagnostics estimators export images imports \
-	interrupts likelihoods model optimisers pages predictive predictive_checks readme report stacked storage weight_plots wheel)
+LIBRARIES := $(patsubst %,tests/test_%.py,cli data diagnostics estimators export images imports model optimisers \
+	predictive report storage weight_plots wheel)
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -20,7 +20,7 @@ demo: $(VENV)/.core  ## Run examples/demo.py
 
 # One thread a worker, or the workers fight for the cores; a file to one worker, which shares its fixtures.
 test: export OMP_NUM_THREADS := 1
-test: $(VENV)/.test  ## Run the tests and the doctests (6 minutes on two cores)
+test: $(VENV)/.test  ## Run the tests and the doctests (minutes on two cores)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-libraries: export OMP_NUM_THREADS := 1
