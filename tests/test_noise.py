@@ -199,7 +199,12 @@ class Counts(LaplaceNoise):
         return Poisson(outputs.exp()).log_prob(y).sum(-1)
 
 
-def test_targets_outside_the_support_of_ones_own_likelihood_are_refused(seeded):
+@pytest.mark.parametrize("checked", [True, False])
+def test_targets_outside_the_support_of_ones_own_likelihood_are_refused(
+    checked: bool, seeded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where torch's checks are off, as they are after the first ``torch.compile``."""
+    monkeypatch.setattr(Distribution, "_validate_args", checked)
     with seeded(0):
         net = nn.Linear(2, 1)
     x = torch.arange(8.0).reshape(4, 2)
@@ -208,6 +213,7 @@ def test_targets_outside_the_support_of_ones_own_likelihood_are_refused(seeded):
         bf.BayesianModel(
             net, priors.Normal(), Counts(), x, torch.tensor([3.0, -1.0, 1.0, 2.0])
         )
+    assert Distribution._validate_args == checked
 
 
 REFUSED = """

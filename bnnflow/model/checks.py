@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bnnflow.arguments import columns_of, finite, tensor
 from bnnflow.model.likelihood import Likelihood
 from bnnflow.model.log_joint import LogJoint
+from bnnflow.model.priors.marginals import validated
 from bnnflow.model.probe import check_outputs, probe_fisher_factor, probe_likelihood
 from bnnflow.seeding import isolated
 from bnnflow.weights import free_parameters
@@ -156,7 +157,8 @@ def check_likelihood(density: LogJoint) -> None:
     with torch.no_grad(), isolated():
         outputs = density.network(theta, density.x[:1]).expand(-1, len(y), -1)
         try:
-            likelihood.log_prob(outputs, y, parameters)
+            with validated():
+                likelihood.log_prob(outputs, y, parameters)
         except ValueError as error:
             if "support" in str(error):
                 raise ValueError(f"y does not fit {likelihood.name}: {error}") from error

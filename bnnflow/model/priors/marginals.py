@@ -28,6 +28,7 @@ __all__ = [
     "parameters_of",
     "rebuild",
     "unvalidated",
+    "validated",
 ]
 
 LOG_2PI = math.log(2 * math.pi)
@@ -189,6 +190,25 @@ def unvalidated() -> Iterator[None]:
         with _UNVALIDATED:
             before = _inside.pop()
             if not _inside:
+                Distribution.set_default_validate_args(before)
+
+
+@contextmanager
+def validated() -> Iterator[None]:
+    """Let distributions refuse what they cannot take, whatever the process has chosen.
+
+    The first ``torch.compile`` of a process, and ``python -O``, turn torch's checks off for good.
+    Where another thread is inside `unvalidated`, its choice stays.
+    """
+    with _UNVALIDATED:
+        alone, before = not _inside, Distribution._validate_args
+        if alone:
+            Distribution.set_default_validate_args(True)
+    try:
+        yield
+    finally:
+        with _UNVALIDATED:
+            if alone and not _inside:
                 Distribution.set_default_validate_args(before)
 
 
