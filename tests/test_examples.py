@@ -79,7 +79,7 @@ TINY: dict[str, Callable[[ModuleType], dict[str, Any]]] = {
         "REFINE": (1, 1),
         "CHAINS": 4,
         "LONG": (40, 20),
-        "SHORT": (40, 20),
+        "SHORT": (100, 100),  # long enough for Stein's identity on any processor
         "SMALL": m.SMALL._replace(
             tasks=2,
             unseen=2,

@@ -176,9 +176,6 @@ class Laplace(Method):
         first = self._expand(model.to(dtype=torch.float64), best.double(), names, polish)
         at, info = first, first.info
         info["interrupted"] |= ascent.steps.interrupted
-        bounded = map(math.isfinite, (info["left_to_gain"], info["gradient_norm"]))
-        if not all(bounded) and not info["interrupted"]:
-            raise ValueError(_UNBOUNDED.format(type(model.prior).__name__))
         if self.prior_precision == "evidence" and not info["interrupted"]:
             at, tuned = tune_prior(
                 first,
@@ -223,8 +220,14 @@ class Laplace(Method):
     def _expand(
         self, model: BayesianModel, theta: Tensor, names: tuple[str, ...], polish: int
     ) -> Expansion:
-        """Climb from ``theta`` ``(dim,)`` to a mode, and put the Gaussian there."""
+        """Climb from ``theta`` ``(dim,)`` to a mode, and put the Gaussian there.
+
+        Without ``polish`` it is put where theta is.
+        """
         mode, info = find_mode(model, theta, polish)
+        bounded = math.isfinite(info["left_to_gain"]) and info["gradient_norm"] < _STEEPEST
+        if polish and not info["interrupted"] and not bounded:
+            raise ValueError(_UNBOUNDED.format(type(model.prior).__name__))
         precision, posterior = self._posterior(model, mode, names)
         log_evidence = float(model.log_joint(mode) - posterior.log_prob(mode))
         return Expansion(model, mode, precision, posterior, log_evidence, info)
@@ -297,6 +300,8 @@ class Laplace(Method):
         return gaussian if self.structure == "full" else Conditional(mode, free, gaussian)
 
 
+# Where the gradient is larger, the rounding of a coordinate near one moves the density by nats.
+_STEEPEST = 1 / torch.finfo(torch.float64).eps
 _NO_MODE = (
     "no mode was found: after {gradients} evaluations another step promises {left_to_gain:.3g} "
     "nats, and the norm of the gradient is {gradient_norm:.2g}; give Laplace more polish or "
