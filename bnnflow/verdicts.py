@@ -76,8 +76,8 @@ TIES = 0.2  # share of continuous targets whose value comes again
 R_HAT = Bounds(1.01, 1.05)  # of functions and weights (Vehtari et al. 2021)
 R_HAT_OF_MANY = Bounds(1.05, 1.2)  # of hundreds of short chains, whose own means are noisy
 ESS = Bounds(400, 100)  # effective draws
-# beyond this share the posterior has regions that the chains cannot enter
-DIVERGENCES = 0.01
+# share of transitions; beyond the second the posterior has regions that the chains cannot enter
+DIVERGENCES = Bounds(0.001, 0.01)
 E_BFMI = 0.3  # below: the momenta do not explore the energy (Betancourt 2016)
 ACCEPTANCE = 0.2  # below: steps are too long for where the chains are
 # of moves in the latent space of a flow, below which the flow hardly helps

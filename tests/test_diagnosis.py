@@ -9,6 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,6 +73,45 @@ def test_answers_are_plain_values() -> None:
     assert told["looked_at"] == "held-out rows"
     assert found.headline in str(found)
     assert "<table>" in found._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("diverging", "grade"), [(1, "yes"), (10, "with care"), (100, "no")]
+)
+def test_one_divergence_in_thousands_is_no_reservation(diverging: int, grade: str) -> None:
+    problem = Problem(0)
+    draws = problem.dressed(problem.theta(draws=500))
+    marked = torch.zeros(CHAINS, 500, dtype=torch.bool)
+    marked.view(-1)[:diverging] = True
+    found = bf.diagnose(
+        problem.model, replace(draws, stats=draws.stats | {"diverging": marked})
+    )
+    assert found.draws.grade == grade
+    assert found.divergences == diverging
+
+
+@pytest.mark.parametrize("factor", [0.2, 4.0])
+def test_nobody_is_told_to_run_an_approximation_longer(factor: float) -> None:
+    """Advice is what the method at hand can follow."""
+    problem = Problem(0)
+    theta = problem.theta(draws=100)
+    wrong = theta.mean((0, 1)) + factor * (theta - theta.mean((0, 1)))
+    by_chains = bf.diagnose(problem.model, problem.dressed(wrong)).draws
+    assert sum("configurational" in each.why for each in by_chains.findings) == 1
+    flat, equal = wrong.flatten(0, 1), torch.zeros(CHAINS * 100)
+    for given, advice in ((flat, "bnnflow.refine"), ((flat, equal), "particles")):
+        found = bf.diagnose(problem.model, given).draws
+        assert any(advice in each.next for each in found.findings)
+        assert not any(word in str(found.findings) for word in ("warm-up", "step size"))
+
+
+def test_masks_that_come_again_are_no_copies() -> None:
+    """A layer of eight units has 256 masks of dropout, however many draws are taken."""
+    x, y = table()
+    model = net_of(x, y, 0.3)
+    draws = bf.sample(model, bf.MCDropout(steps=5), draws=500, seed=0, progress=False)
+    assert copies(draws.theta).again > 0
+    assert "come again" not in str(bf.diagnose(model, draws))
 
 
 def test_held_out_rows_vouch_for_predictions_only() -> None:

@@ -798,6 +798,29 @@ def test_the_program_of_a_report_makes_it_again(
     assert f"torch {torch.__version__}" in program
 
 
+def test_one_method_is_compared_with_none(undrawn, model) -> None:
+    x, y = test_data(model)
+    draws = bf.sample(
+        model, bf.HMC(), chains=2, warmup=5, draws=6, seed=1_234_567, progress=False
+    )
+    words = " ".join(stands_alone(report(model, draws, x, y, path=None).html()).text)
+    assert f"Posterior: {model.likelihood.kind}, {model.dim} weights" in words
+    assert "1234567" in words, "a seed can be copied"
+    assert re.search(r"\d%", words)
+    assert not re.search(r"\d %", words)
+    both = report(model, {"a": draws, "b": draws}, x, y, path=None)
+    assert both.title.startswith("Posterior comparison")
+
+
+def test_classes_of_the_prior_have_their_names() -> None:
+    model = make_model("classification")
+    prior = bf.predict(model, model.sample_prior(50, seed=0), model.x)
+    names = [f"kind {i}" for i in range(prior.probs.shape[1])]
+    figure = plots.prior_functions(prior, model.y, classes=names)
+    labels = [label.get_text() for label in figure.axes[1].get_xticklabels()]
+    assert labels == names
+
+
 def test_what_draws_a_flow_made_is_told(monkeypatch) -> None:
     monkeypatch.setattr("bnnflow.report.compare.TAKEN", 50)
     model = make_model("regression")

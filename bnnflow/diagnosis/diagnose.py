@@ -20,7 +20,6 @@ from bnnflow.diagnosis.sampling import HINTS, Sampling, equal
 from bnnflow.draws import Draws, as_theta
 from bnnflow.model import BayesianModel
 from bnnflow.predictive import Prediction, predict
-from bnnflow.verdicts import Bounds
 
 __all__ = ["diagnose", "judge"]
 
@@ -320,7 +319,7 @@ def _transitions(sampling: Sampling) -> None:
         count = int(diverging.sum())
         sampling.above(
             count / total,
-            Bounds(0.0, verdicts.DIVERGENCES),
+            verdicts.DIVERGENCES,
             f"{count:,} of {total:,} transitions diverged",
             "raise the target acceptance or run a longer warm-up",
         )
@@ -351,7 +350,7 @@ def _bias(sampling: Sampling) -> None:
         )
         sampling.say("no", why, "run a longer warm-up, or an exact sampler such as HMC")
     recorded = sampling.mean("configurational_temperature", 1.0)
-    if not abs(recorded - 1) <= verdicts.TEMPERATURE:
+    if not sampling.off_in_spread and not abs(recorded - 1) <= verdicts.TEMPERATURE:
         what = (
             "chains are still near where they began; run longer"
             if recorded < 1

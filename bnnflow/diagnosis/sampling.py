@@ -38,9 +38,11 @@ HINTS = {
     "MCDropout": "the rate sets the width of the predictions, whatever the data",
 }
 _FEW = 0.05  # of the predictions, which may have fewer effective draws than are wanted
-_ADVICE_LONGER = (
+_LONGER = (
     "run a longer warm-up and more draws, or start from a trained network or an ensemble"
 )
+_MORE = "take more particles, or draw more"
+_MOVE_ON = "move them on with bnnflow.refine(model, draws), or take an exact sampler"
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Sampling:
     r_hat: np.ndarray | None = None
     ess_bulk: np.ndarray | None = None
     ess_tail: np.ndarray | None = None
+    off_in_spread: bool = False  # was said of the configurational temperature
 
     def say(self, grade: Grade, why: str, next: str = "") -> None:
         """Note a finding."""
@@ -121,18 +124,29 @@ class Sampling:
                 f"draws are too {'narrow' if narrow else 'spread'}: their configurational "
                 f"temperature is {found.temperature:.2f} and should be 1"
             )
-            what = (
+            what = self._advice(
                 "chains may still be near where they began; run longer"
                 if narrow
                 else "take a smaller step size, or less noisy gradients"
             )
-            self.above(off, self._allowed(verdicts.SPREAD), why, what)
+            bounds = self._allowed(verdicts.SPREAD)
+            self.off_in_spread = off > bounds.good
+            self.above(off, bounds, why, what)
         if found.slope_p_value <= verdicts.P_VALUE / 2:
             why = (
                 "the log joint still rises where the draws are (mean gradient "
                 f"{found.slope:.2f} of its standard deviation)"
             )
-            self.above(found.slope, self._allowed(verdicts.SLOPE), why, _ADVICE_LONGER)
+            bounds = self._allowed(verdicts.SLOPE)
+            self.above(found.slope, bounds, why, self._advice(_LONGER))
+
+    def _advice(self, to_chains: str) -> str:
+        """Return what to do about draws that are in the wrong place: nobody can run an
+        approximation longer.
+        """
+        if self.draws.log_weights is not None:
+            return _MORE
+        return to_chains if self.draws.stats else _MOVE_ON
 
     def _allowed(self, bounds: Bounds) -> Bounds:
         """An approximation is not told off for what it is, but for what is no approximation."""
@@ -142,13 +156,14 @@ class Sampling:
         """Look for draws that are copies of others."""
         found = copies(self.draws.theta)
         self.figures |= found._asdict()
+        if self.draws.info.get("method") == "MCDropout":
+            return  # few units have few masks
         advice = "draw again: a file was read or written twice, or seeds were the same"
         # where levels exchange states, one may go and come back
         later = 0.0 if "exchange_rate" in self.draws.stats else found.again
         for share, where in ((found.across, "in another chain"), (later, "later on")):
             if share > 0:
                 why = f"{share:.0%} of the draws come again {where}"
-                # an approximation may have few values: masks of dropout, say
                 grave = share > verdicts.COPIED and bool(self.draws.stats)
                 self.say("no" if grave else "with care", why, advice)
         rejected = 1 - self.mean("acceptance_rate", 0.98)
@@ -206,22 +221,22 @@ class Sampling:
         worst = float(self.r_hat.max()) if self.r_hat is not None else math.nan
         if functions.p_value <= verdicts.P_VALUE / 2:
             why = (
-                f"chains disagree about predictions: one lies {functions.shift:.2g} standard "
+                f"chains disagree about predictions: one lies {functions.shift:.1f} standard "
                 f"deviations from the others (R-hat up to {worst:.4g})"
             )
             self.above(
                 functions.shift,
                 verdicts.SHIFT,
                 why,
-                f"{_ADVICE_LONGER}; weight_convergence shows in which layer they differ",
+                f"{_LONGER}; weight_convergence shows in which layer they differ",
             )
         if densities.p_value <= verdicts.P_VALUE / 2:
             why = (
                 "chains disagree about weights that these inputs say little of (their log prior or "
-                f"log joint: one lies {densities.shift:.2g} standard deviations from the others), "
+                f"log joint: one lies {densities.shift:.1f} standard deviations from the others), "
                 "and may about predictions elsewhere"
             )
-            self.above(densities.shift, verdicts.SHIFT_OF_DENSITY, why, _ADVICE_LONGER)
+            self.above(densities.shift, verdicts.SHIFT_OF_DENSITY, why, _LONGER)
 
     def _worth(self) -> None:
         assert self.ess_bulk is not None

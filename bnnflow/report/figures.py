@@ -91,7 +91,7 @@ def pictures(
     return Pictures(
         _drawn(answers, of),
         _drawn(detail, of),
-        _drawn(_prior(model), "the prior"),
+        _drawn(_prior(model, names), "the prior"),
         _drawn(_weights(comparison.evaluations), "these methods"),
     )
 
@@ -180,7 +180,7 @@ def _standardised(y: Tensor) -> str:
     )
 
 
-def _prior(model: BayesianModel) -> _Shown:
+def _prior(model: BayesianModel, names: Names) -> _Shown:
     rows = evenly(len(model.x), _PRIOR_ROWS).to(model.x.device)
     prior = predict(model, model.sample_prior(_PRIOR_DRAWS, seed=0), model.x[rows])
     y = model.y[rows]
@@ -196,7 +196,7 @@ def _prior(model: BayesianModel) -> _Shown:
             "varies, right where it lies, beside the targets (the lines). A prior far from the "
             "line has to be overcome by the data."
         )
-    figure = plots.prior_functions(prior, y)
+    figure = plots.prior_functions(prior, y, classes=names.classes or None)
     return [] if figure is None else [(figure, text)]
 
 

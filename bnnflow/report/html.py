@@ -351,9 +351,10 @@ def report(
         _check_path(path)
     names = Names.of(model, targets, units, classes)
     kind = model.likelihood.kind
-    title = title or f"Posterior comparison: {kind}, {model.dim:,} weights"
     comparison = compare(methods, model, x, y, seconds, held_out=held_out)
     entries = [e.entry for e in comparison.evaluations]
+    what = "Posterior" if len(entries) == 1 else "Posterior comparison"
+    title = title or f"{what}: {kind}, {model.dim:,} weights"
     section = Section(
         title,
         comparison,
@@ -604,7 +605,7 @@ def _number(value: float, form: str) -> str:
         )
     if form in (".3g", ".3f", ",.1f") and abs(value) >= 1000:
         form = ",.0f"
-    return format(value, form).replace("-", "−").replace("%", " %")
+    return format(value, form).replace("-", "−")
 
 
 def _target_cells(section: Section) -> list[list[dict[str, Any]]]:
@@ -694,7 +695,9 @@ def _run(e: Evaluation) -> dict[str, Any]:
     hidden = {"seconds", "settings", "method", "run", "fitted"}
     for key, value in e.entry.info.items():
         if key not in hidden:
-            facts[str(key).replace("_", " ")] = _fact(value)
+            # a seed is a name, to be copied, and no amount
+            shown = str(value) if key == "seed" else _fact(value)
+            facts[str(key).replace("_", " ")] = shown
     settings = (
         e.entry.info.get("settings") or e.entry.info.get("method") or "weights as given"
     )

@@ -338,7 +338,9 @@ def pit(predictions: Mapping[str, Prediction], y: Tensor | np.ndarray) -> Figure
 
 
 @checked
-def prior_functions(prior: Prediction, y: Tensor | np.ndarray) -> Figure | None:
+def prior_functions(
+    prior: Prediction, y: Tensor | np.ndarray, *, classes: Sequence[str] | None = None
+) -> Figure | None:
     """Plot what the prior alone predicts, beside the data; None where no function of it is finite,
     or the targets never change.
 
@@ -348,6 +350,7 @@ def prior_functions(prior: Prediction, y: Tensor | np.ndarray) -> Figure | None:
     Args:
         prior: a prediction by draws of the prior, at rows of training.
         y: their targets.
+        classes: their names, if they have any.
     """
     from matplotlib.figure import Figure
 
@@ -359,14 +362,18 @@ def prior_functions(prior: Prediction, y: Tensor | np.ndarray) -> Figure | None:
     quiet(left)
     quiet(right)
     if prior.kind == "classification":
-        _prior_of_classes(left, right, values, seen)
+        _prior_of_classes(left, right, values, seen, classes)
         return figure
     shown = _prior_of_numbers(left, right, values, seen.reshape(len(seen), -1))
     return figure if shown else None
 
 
 def _prior_of_classes(
-    left: Axes, right: Axes, values: np.ndarray, seen: np.ndarray
+    left: Axes,
+    right: Axes,
+    values: np.ndarray,
+    seen: np.ndarray,
+    classes: Sequence[str] | None,
 ) -> None:
     left.hist(values.max(-1).ravel(), 30, color=GREY, alpha=0.6)
     _name(left, "probability of the predicted class", "functions and rows")
@@ -375,7 +382,10 @@ def _prior_of_classes(
     share = np.bincount(seen, minlength=len(place)) / len(seen)
     right.vlines(place, low, high, color=GREY, linewidth=4, alpha=0.6, label="prior, 90%")
     right.plot(place, share, "_", color=INK, markersize=14, label="rows")
-    right.set_xticks(place if len(place) <= _MOST_NUMBERS else [])
+    if len(place) <= _MOST_NUMBERS:
+        _class_ticks(right, len(place), classes)
+    else:
+        right.set_xticks([])
     right.legend(frameon=False, fontsize=SMALL, labelcolor=INK)
     _name(right, "class", "frequency")
 
@@ -495,15 +505,19 @@ def confusion(
                 )
         ends = (-0.5, n_classes - 0.5)
         ax.set(xlim=ends, ylim=ends[::-1], aspect="equal")
-        names = [_plain(name) for name in classes or map(str, range(n_classes))]
-        turn = 30 if max(map(len, names)) > _SHORT else 0
-        ax.set_xticks(range(n_classes), names, rotation=turn)
-        ax.set_yticks(range(n_classes), names)
+        ax.set_yticks(range(n_classes), _class_ticks(ax, n_classes, classes))
     _labels(figure, axes, "class predicted", "label")
     return figure
 
 
 # ---------------------------------------- panels
+
+
+def _class_ticks(ax: Axes, count: int, classes: Sequence[str] | None) -> list[str]:
+    """Name classes along the horizontal axis; return the names."""
+    names = [_plain(name) for name in classes or map(str, range(count))]
+    ax.set_xticks(range(count), names, rotation=30 if max(map(len, names)) > _SHORT else 0)
+    return names
 
 
 def _square(column: int, row: int, colour: str, opacity: float) -> Rectangle:
