@@ -13,12 +13,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
-import bnnflow as bf
 from bnnflow.cli import app
-from tests.problems import chain, normal
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -82,7 +79,6 @@ SMALLER: dict[str, dict[str, str]] = {
             "bf.predict(images, draws, digits.x_test[:20]), digits.y_test[:20]"
         ),
     },
-    "tables.md": {"chains=8, warmup=200, draws=100": "chains=2, warmup=20, draws=10"},
     "transport.md": {
         "training=training, seed=0)\n": """training=training, seed=0, velocity=small)
 flow = replace(flow, solver=bf.transport.Solver(steps=3))
@@ -125,32 +121,6 @@ def runs_here(block: str) -> bool:
         )
     }
     return all(importlib.util.find_spec(name) for name in imported & set(RIVALS))
-
-
-def test_whole_weights_are_repeated_rows(seeded):
-    """The likelihood of docs/tables.md: density, gradient and so predictions."""
-    (block,) = (each for each in blocks_of("tables.md") if "class Weighted" in each)
-    names = {"__name__": "page", "bf": bf}
-    exec(block[: block.index("x, weight =")], names)
-    with seeded(0):
-        net = chain(3, 4, 1).double()
-    x, y = normal(30, 3), normal(30, seed=1)
-    count = torch.arange(30) % 4
-    rows = torch.arange(30).repeat_interleave(count)
-    weighed = bf.BayesianModel(
-        net, bf.priors.Normal(), names["Weighted"](), x, torch.stack([y, count], 1)
-    )
-    repeated = bf.BayesianModel(
-        net, bf.priors.Normal(), bf.likelihoods.Gaussian(), x[rows], y[rows]
-    )
-    theta = repeated.sample_prior(5, seed=2)
-    for one, other in zip(
-        *(m.log_joint_and_grad(theta) for m in (weighed, repeated)), strict=True
-    ):
-        torch.testing.assert_close(one, other)
-    one, other = (bf.predict(m, theta, x) for m in (weighed, repeated))
-    torch.testing.assert_close(one.log_prob(y), other.log_prob(y))
-    torch.testing.assert_close(one.quantile(0.1), other.quantile(0.1))
 
 
 @pytest.mark.filterwarnings("ignore")  # of so few draws

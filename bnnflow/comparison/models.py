@@ -361,6 +361,8 @@ def _check_same_data(fitted: dict[str, tuple[BayesianModel, Draws]]) -> None:
                 f"{name} and {first} are models of other targets (other rows, another order, or "
                 "other units): compare models of the same y"
             )
+        if not torch.equal(model.counts_of(), reference.counts_of()):
+            raise ValueError(f"{name} and {first} weigh their rows differently")
 
 
 def _measure(likelihood: Any) -> str:

@@ -62,9 +62,10 @@ def leave_one_out(
     size = max(1, _ELEMENTS // len(draws.flat))
     for rows in torch.arange(n).split(size):
         values = _log_likelihoods(model, draws.flat, rows)  # (draws, rows)
+        powers = _powers(model, rows).tolist()
         lpd[rows] = (log_weights[:, None] + values).logsumexp(0)
-        for row, column in zip(rows.tolist(), values.T, strict=True):
-            elpd[row], khat[row] = _weighed(log_weights, column, model.temperature)
+        for row, column, power in zip(rows.tolist(), values.T, powers, strict=True):
+            elpd[row], khat[row] = _weighed(log_weights, column, power)
     failed = (khat > KHAT).nonzero().squeeze(1)
     if len(draws.flat) < FEWEST:
         failed = failed[:0]
@@ -77,10 +78,13 @@ def leave_one_out(
 
 
 def _weighed(
-    log_weights: Tensor, log_likelihood: Tensor, temperature: float
+    log_weights: Tensor, log_likelihood: Tensor, power: float
 ) -> tuple[float, float]:
-    """Return the log predictive density of a row by smoothed weights, and their k-hat."""
-    raw = log_weights - log_likelihood / temperature
+    """Return the log predictive density of a row by smoothed weights, and their k-hat.
+
+    The posterior holds its likelihood to this power.
+    """
+    raw = log_weights - power * log_likelihood
     if bool((raw == math.inf).any()):  # a draw for which the row is impossible
         return -math.inf, math.inf
     smoothed, khat = psis(raw)
@@ -101,7 +105,8 @@ def _without(
     weights = log_weights.exp()
     # each set counts as many draws as it is worth
     shift = math.log(len(unseen) * float(weights.square().sum()))
-    ratios = unseen / model.temperature, seen / model.temperature
+    power = float(_powers(model, at))
+    ratios = power * unseen, power * seen
     normaliser, _, _ = bennett(*ratios, weights, -torch.tensor(shift, dtype=torch.float64))
     # of the posterior without the row over the mixture of both sets
     both = torch.cat([unseen, seen])
@@ -109,7 +114,7 @@ def _without(
         [torch.full_like(unseen, -math.log(len(unseen))), log_weights - shift]
     )
     density = share - torch.logaddexp(
-        torch.zeros_like(both), both / model.temperature - normaliser - shift
+        torch.zeros_like(both), power * both - normaliser - shift
     )
     return float((density + both).logsumexp(0) - density.logsumexp(0))
 
@@ -212,6 +217,11 @@ def _alike(draws: Draws) -> Tensor:
     if draws.log_weights is None:
         return draws.flat
     return draws.flat[counted_alike(draws.log_weights).to(draws.flat.device)]
+
+
+def _powers(model: BayesianModel, rows: Tensor) -> Tensor:
+    """Return the powers to which the posterior holds the likelihoods of rows, ``(rows,)``."""
+    return model.counts_of(rows.to(model.device)).cpu() / model.temperature
 
 
 def _log_likelihoods(model: BayesianModel, theta: Tensor, rows: Tensor) -> Tensor:

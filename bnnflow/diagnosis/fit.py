@@ -40,7 +40,7 @@ def fit(model: BayesianModel, draws: Draws, x: Tensor | None) -> Answer:
     likelihood = model.likelihood
     classes = likelihood.kind == "classification"
     if classes or (likelihood.has_sample and likelihood.has_cdf):
-        rows = evenly(len(model.x), _ROWS).to(model.x.device)
+        rows = model.some_rows(_ROWS)
         prediction = predict(model, draws, model.x[rows])
         look = _of_labels if classes else _of_numbers
         check = predictive_check(prediction, model.y[rows], look)
@@ -295,7 +295,7 @@ def _prior(model: BayesianModel, theta: Tensor, figures: dict[str, Any]) -> list
 def _scale(model: BayesianModel, drawn: Tensor, figures: dict[str, Any]) -> list[Finding]:
     if model.likelihood.kind == "classification" or not model.likelihood.has_variance:
         return []
-    rows = evenly(len(model.x), 100).to(model.x.device)
+    rows = model.some_rows(100)
     with torch.no_grad():
         outputs = model.outputs(drawn, model.x[rows]).double()
         parameters = model.likelihood_parameters(drawn)

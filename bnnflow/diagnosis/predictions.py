@@ -12,7 +12,7 @@ from torch import Tensor
 from bnnflow import diagnostics, verdicts
 from bnnflow.diagnosis import rivals
 from bnnflow.diagnosis.answers import Answer, Finding, Grade
-from bnnflow.draws import Draws, evenly
+from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
 from bnnflow.predictive import Prediction, PredictiveCheck, calibration_check
 from bnnflow.predictive.average import TINY
@@ -66,7 +66,7 @@ def left_out(model: BayesianModel, draws: Draws, error: float | None) -> Answer:
     """Judge predictions of rows of training by Pareto-smoothed importance sampling, each left out
     of the posterior (PSIS-LOO, Vehtari, Gelman & Gabry 2017).
     """
-    rows = evenly(len(model.x), _ROWS).to(model.x.device)
+    rows = model.some_rows(_ROWS)
     x, y, theta = model.x[rows], model.y[rows], draws.flat
     with torch.no_grad():
         values = model.pointwise_log_likelihood(theta, x, y).double().cpu()  # (k, n)
@@ -75,7 +75,8 @@ def left_out(model: BayesianModel, draws: Draws, error: float | None) -> Answer:
         why = f"{lost:,} of {len(values):,} draws give a row of training no finite density"
         finding = Finding("no", why, "leave them out, or standardise inputs and targets")
         return Answer.of(QUESTION, [finding], "", {"rows": len(rows)})
-    smoothed, khat = diagnostics.psis_of_rows((-values / model.temperature).T.numpy())
+    power = 1 / model.temperature * model.counts_of(rows).cpu()
+    smoothed, khat = diagnostics.psis_of_rows((-values * power).T.numpy())
     log_weights = torch.from_numpy(smoothed).T
     figures: dict[str, Any] = {
         "rows": len(rows),

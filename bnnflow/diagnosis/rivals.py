@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnnflow.draws import evenly
 from bnnflow.model import BayesianModel
 
 __all__ = ["left_out", "log_scores"]
@@ -26,7 +25,7 @@ def log_scores(model: BayesianModel, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     counts and levels their frequencies, smoothed, and labels theirs and those of logistic
     regression.
     """
-    rows = evenly(len(model.x), _ROWS).to(model.x.device)
+    rows = model.some_rows(_ROWS)
     return _scores(model, _flat(model.x[rows]), _numpy(model.y[rows]), _flat(x), _numpy(y))
 
 
@@ -35,7 +34,8 @@ def left_out(model: BayesianModel, rows: Tensor) -> dict[str, Tensor]:
     folds.
     """
     x, y = _flat(model.x[rows]), _numpy(model.y[rows])
-    fold = np.arange(len(x)) % _FOLDS
+    # copies of a row are in one fold
+    fold = np.unique(rows.cpu().numpy(), return_inverse=True)[1] % _FOLDS
     found: dict[str, Tensor] = {}
     for each in range(min(_FOLDS, len(x))):
         out = fold == each

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -55,6 +55,14 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+class _Rows(NamedTuple):
+    """A table as a model takes it."""
+
+    x: np.ndarray  # encoded, (n, inputs)
+    y: np.ndarray  # (n, targets) or labels (n,)
+    weights: np.ndarray | None  # how often each counts, (n,)
+
+
 class BayesianEstimator(BaseEstimator, ABC):
     """Fitting, diagnosis, reports and files; the regressor and the classifier add the rest."""
 
@@ -94,8 +102,7 @@ class BayesianEstimator(BaseEstimator, ABC):
 
     def _fit(
         self,
-        x: np.ndarray,
-        y: np.ndarray,
+        rows: _Rows,
         likelihood: Likelihood,
         outputs: int,
         checkpoint: str | Path | None,
@@ -103,18 +110,26 @@ class BayesianEstimator(BaseEstimator, ABC):
         """Draw from the posterior of a network with so many outputs, given encoded rows."""
         generator = torch.Generator().manual_seed(self._seed())
         with self._threads():
-            inputs = torch.as_tensor(x, dtype=torch.float32)
-            self.model_ = self._model(likelihood, inputs, torch.as_tensor(y), outputs)
+            x = torch.as_tensor(rows.x, dtype=torch.float32)
+            y, weights = torch.as_tensor(rows.y), rows.weights
+            self.model_ = self._model(likelihood, x, y, outputs, weights)
             self.draws_ = self._thinned(self._sampled(generator, checkpoint))
             if self.method == "auto" and likelihood.kind == "classification":
                 self.draws_ = calibrate(self._wide, self.draws_)
         return self
 
-    def _model(self, likelihood: Any, x: Tensor, y: Tensor, outputs: int) -> BayesianModel:
+    def _model(
+        self,
+        likelihood: Any,
+        x: Tensor,
+        y: Tensor,
+        outputs: int,
+        row_weights: np.ndarray | None,
+    ) -> BayesianModel:
         prior = self._prior(likelihood)
         with isolated(torch.Generator().manual_seed(0)):  # its weights are not used
             net = self._network(x.shape[1], outputs)
-        return BayesianModel(net, prior, likelihood, x, y)
+        return BayesianModel(net, prior, likelihood, x, y, row_weights=row_weights)
 
     def _prior(self, likelihood: Likelihood) -> Any:
         if isinstance(self.prior, int | float):
@@ -221,9 +236,7 @@ class BayesianEstimator(BaseEstimator, ABC):
             raise ValueError(f"X has {len(X)} row(s), and at least {least} are needed")
         return columns_of(X)
 
-    def _rows(
-        self, columns: Columns, y: np.ndarray, sample_weight: Any
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _rows(self, columns: Columns, y: np.ndarray, sample_weight: Any) -> _Rows:
         """Learn the table; return encoded rows and their targets in an order of their own."""
         check_lengths(len(next(iter(columns.values()))), len(y))
         weights = sample_weight
@@ -234,10 +247,10 @@ class BayesianEstimator(BaseEstimator, ABC):
                 )
             except (TypeError, ValueError, OverflowError) as error:
                 raise ValueError(f"sample_weight cannot be taken: {error}") from error
-        rows = ordered(columns, y, weights)
+        rows, weights = ordered(columns, y, weights)
         columns = {name: values[rows] for name, values in columns.items()}
         self.table_ = Table.fit(columns)
-        return self.table_.transform(columns), y[rows]
+        return _Rows(self.table_.transform(columns), y[rows], weights)
 
     def _encoded(self, X: Any) -> Tensor:
         check_is_fitted(self, "draws_")

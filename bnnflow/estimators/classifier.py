@@ -77,7 +77,8 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
         Args:
             X: a frame of pandas or polars, or an array ``(n, columns)``.
             y: labels ``(n,)``: numbers, words or booleans.
-            sample_weight: whole numbers ``(n,)``, which count a row as often.
+            sample_weight: how often each row counts, ``(n,)``: its likelihood to that power. They
+                are not normalised.
             checkpoint: a folder in which chains are kept as they run: after a kill the same fit
                 goes on from there, bit for bit.
 
@@ -92,14 +93,15 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
         y = _labels(y, warn=True)
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
-        x, labels = self._rows(columns, labels, sample_weight)
+        rows = self._rows(columns, labels, sample_weight)
+        labels = rows.y
         if len(np.unique(labels)) < 2:
             only = self.classes_[labels[0]].item()
             raise ValueError(f"y has one class only, {only!r}: there is nothing to learn")
         count = len(self.classes_)
         if self.likelihood == "ordinal" and count > 2:
-            return self._fit(x, labels, likelihoods.Ordinal(count), 1, checkpoint)
-        return self._fit(x, labels, likelihoods.Categorical(), count, checkpoint)
+            return self._fit(rows, likelihoods.Ordinal(count), 1, checkpoint)
+        return self._fit(rows, likelihoods.Categorical(), count, checkpoint)
 
     @property
     def calibration_(self) -> str:

@@ -81,7 +81,8 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
         Args:
             X: a frame of pandas or polars, or an array ``(n, columns)``.
             y: ``(n,)`` or ``(n, targets)``, in any units.
-            sample_weight: whole numbers ``(n,)``, which count a row as often.
+            sample_weight: how often each row counts, ``(n,)``: its likelihood to that power. They
+                are not normalised.
             checkpoint: a folder in which chains are kept as they run: after a kill the same fit
                 goes on from there, bit for bit.
 
@@ -92,14 +93,15 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
         self._check_settings()
         columns = self._columns(X, reset=True)
         self.target_names_ = names_of(y)
-        x, targets = self._rows(columns, _numbers(y, warn=True), sample_weight)
+        rows = self._rows(columns, _numbers(y, warn=True), sample_weight)
+        targets = rows.y
         constant = (targets == targets[:1]).all(0)
         if constant.any():
             value, n = targets[0, constant.argmax()], len(targets)
             raise ValueError(f"y has only one value, {value:g}, in n_samples={n} rows")
         choice = choose(self._likelihood(), targets)
         self.likelihood_ = f"{_named(choice.likelihood)}: {choice.why}"
-        return self._fit(x, targets, choice.likelihood, choice.outputs, checkpoint)
+        return self._fit(rows, choice.likelihood, choice.outputs, checkpoint)
 
     def _likelihood(self) -> Any:
         if isinstance(self.likelihood, likelihoods.Likelihood):

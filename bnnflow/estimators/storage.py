@@ -43,7 +43,10 @@ def save(estimator: BayesianEstimator, path: str | Path) -> Path:
         ).shape[-1],
     }
     own, arrays = draws.to_file()
-    arrays |= {"x": estimator.model_.x.cpu().numpy(), "y": estimator.model_.y.cpu().numpy()}
+    model = estimator.model_
+    arrays |= {"x": model.x.cpu().numpy(), "y": model.y.cpu().numpy()}
+    if model.row_weights is not None:
+        arrays["row_weights"] = model.row_weights.cpu().numpy()
     return storage.write(path, "estimator", VERSION, header | own, arrays)
 
 
@@ -61,7 +64,8 @@ def load(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> BayesianEstim
     made.target_names_ = header.get("targets", [])
     made._restore(header["fitted"])
     x, y = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["y"])
-    made.model_ = made._model(_unpacked(header["likelihood"]), x, y, header["outputs"])
+    likelihood, weights = _unpacked(header["likelihood"]), arrays.get("row_weights")
+    made.model_ = made._model(likelihood, x, y, header["outputs"], weights)
     made.draws_ = Draws.from_file(header, arrays)
     made.model_.check_draws(made.draws_)
     return made

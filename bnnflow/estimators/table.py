@@ -186,25 +186,34 @@ def columns_of(X: Any) -> Columns:
     return found
 
 
-def ordered(columns: Columns, y: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+def ordered(
+    columns: Columns, y: np.ndarray, weights: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Return rows in an order of their own, so that fits do not depend on that of the caller.
 
     Args:
         columns: of the table.
         y: targets ``(n, targets)`` or labels ``(n,)``.
-        weights: whole numbers ``(n,)``, which count a row as often; rows of weight zero are left
-            out.
+        weights: how often each row counts, ``(n,)``; rows of weight zero are left out.
 
     Returns:
-        int64 ``(m,)``.
+        int64 ``(m,)``, and their weights ``(m,)``: None for whole numbers, as long as these make
+        the table no more than ten times as long. Rows then come as often as they count.
 
     Raises:
-        ValueError: for weights that are negative, no whole numbers, all zero, or so large that they
-            repeat the table more than ten times.
+        ValueError: for weights that are negative or all zero.
     """
     rows = np.arange(len(y))
     if weights is not None:
-        rows = np.repeat(rows, _counts(weights))
+        if (weights < 0).any():
+            raise ValueError(f"sample_weight must not be negative, got {weights.min():g}")
+        if not weights.any():
+            raise ValueError("sample_weight is zero for every row")
+        counts = np.round(weights)
+        if np.allclose(counts, weights) and counts.sum() <= _REPEATED * len(weights):
+            rows, weights = np.repeat(rows, counts.astype(np.int64)), None
+        else:
+            rows = rows[weights > 0]
     keys = [
         np.unique(_levels(values), return_inverse=True)[1]
         if values.dtype == object
@@ -212,28 +221,10 @@ def ordered(columns: Columns, y: np.ndarray, weights: np.ndarray | None) -> np.n
         for values in columns.values()
     ]
     keys += list(y.reshape(len(y), -1).T)
-    return rows[np.lexsort([key[rows] for key in keys])]
-
-
-def _counts(weights: np.ndarray) -> np.ndarray:
-    """Return weights as numbers of repetitions."""
-    if (weights < 0).any():
-        raise ValueError(f"sample_weight must not be negative, got {weights.min():g}")
-    if not weights.any():
-        raise ValueError("sample_weight is zero for every row")
-    counts = np.round(weights).astype(np.int64)
-    if not np.allclose(counts, weights):
-        raise ValueError(
-            "sample_weight must hold whole numbers, which count a row as often; for others write a "
-            "likelihood that raises rows to their weights, such as Weighted in docs/tables.md"
-        )
-    if counts.sum() > _REPEATED * len(weights):
-        divisor = np.gcd.reduce(counts)
-        raise ValueError(
-            f"sample_weight repeats {len(weights)} rows to {counts.sum()}: divide it by a common "
-            f"factor ({divisor} is one), or leave it out"
-        )
-    return counts
+    if weights is not None:
+        keys.append(weights)
+    rows = rows[np.lexsort([key[rows] for key in keys])]
+    return rows, None if weights is None else weights[rows]
 
 
 def _missing(values: np.ndarray) -> np.ndarray:

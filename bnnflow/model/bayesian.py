@@ -16,13 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
-from bnnflow.arguments import Count, Positive, checked, columns_of, tensor
+from bnnflow.arguments import Count, Positive, checked, columns_of, finite, tensor
+from bnnflow.draws import counted_alike, evenly
 from bnnflow.dynamics import HasTarget, Target
+from bnnflow.importance import kish_ess
 from bnnflow.model import checks, trunk
 from bnnflow.model.curvature import Curvature
 from bnnflow.model.fingerprint import DataVersion, ModelIdentity, Provenance
 from bnnflow.model.likelihood import Likelihood
 from bnnflow.model.likelihoods.transformed import Transformed
+from bnnflow.model.likelihoods.weighted import Weighted
 from bnnflow.model.linearised import LinearisedNetwork
 from bnnflow.model.log_joint import LogJoint, Network
 from bnnflow.model.network import ChainNetwork, ModuleNetwork
@@ -37,7 +40,10 @@ from bnnflow.weights import Symmetries, WeightSpec
 __all__ = ["BayesianModel"]
 
 # what a model makes of its parts when it is asked for
-_DERIVED = ("network", "density", "_parts", "_features", "_seen")
+_DERIVED = ("network", "density", "_of_rows", "_parts", "_features", "_seen")
+
+
+_FEW_ROWS = 30  # that a look at data needs, if there are as many
 
 
 class _Parts(NamedTuple):
@@ -72,6 +78,10 @@ class BayesianModel(HasTarget):
         y: targets, ``(n,)`` or ``(n, targets)``.
         temperature: the posterior is p(theta | x, y) ** (1 / temperature): prior and likelihood are
             tempered together.
+        row_weights: how often each row of data counts, positive, ``(n,)``: its likelihood to that
+            power. The weights are not normalised, their sum is how many rows the posterior counts.
+            Each counts once if None. Rows with weights of their own are not evaluated by compiled
+            code.
 
     Raises:
         ValueError: for empty data, NaN or infinite rows, mismatched lengths, labels out of range or
@@ -100,6 +110,7 @@ class BayesianModel(HasTarget):
         y: Tensor | np.ndarray,
         *,
         temperature: Positive = 1.0,
+        row_weights: Tensor | np.ndarray | None = None,
     ) -> None:
         parameter = checks.check_network(net)
         self._dtype, self._device = parameter.dtype, parameter.device
@@ -138,8 +149,9 @@ class BayesianModel(HasTarget):
             )
         checks.check_informative(y)
         self.y = checks.placed("y", y, self._device, self._y_dtype(self._dtype))
+        self.row_weights = self._checked_weights(row_weights, len(self.x))
         self.flat_prior = self._laid_out(self.prior)
-        checks.check_likelihood(self.density)
+        checks.check_likelihood(self._of_rows)
 
     @property
     def dim(self) -> int:
@@ -182,6 +194,7 @@ class BayesianModel(HasTarget):
             net=copy.deepcopy(self.net).to(device, dtype),
             x=checks.placed("x", self.x, device, dtype),
             y=checks.placed("y", self.y, device, self._y_dtype(dtype)),
+            row_weights=None if self.row_weights is None else self.row_weights.to(device),
             flat_prior=self.flat_prior.to(device, dtype),
             _transport=None
             if self._transport is None
@@ -319,19 +332,26 @@ class BayesianModel(HasTarget):
         x, y = self.x[rows], self.y[rows]
         if len(x) == 0:
             raise ValueError("rows has none of the rows of data")
-        part = self._changed(x=x, y=y)
+        weights = None if self.row_weights is None else self.row_weights[rows]
+        part = self._changed(x=x, y=y, row_weights=weights)
         # what knows no data, and what is of the same rows
         part._parts, part.network = self._parts, self.network
         part._features = x if self._features is self.x else self._features[rows]
         return part
 
     @checked
-    def extended(self, x: Tensor | np.ndarray, y: Tensor | np.ndarray) -> BayesianModel:
+    def extended(
+        self,
+        x: Tensor | np.ndarray,
+        y: Tensor | np.ndarray,
+        row_weights: Tensor | np.ndarray | None = None,
+    ) -> BayesianModel:
         """Return the same model of its rows of data and of new ones after them.
 
         Args:
             x: inputs ``(m, ...)``, as the model was given its own.
             y: targets ``(m,)`` or ``(m, targets)``.
+            row_weights: how often each counts, ``(m,)``; once if None.
 
         Raises:
             ValueError: if they do not fit the model's, or their lengths differ.
@@ -342,7 +362,12 @@ class BayesianModel(HasTarget):
             raise ValueError(
                 f"y must have a value for each of the {len(more)} rows of x, got {len(targets)}"
             )
-        return self._changed(x=torch.cat([self.x, more]), y=torch.cat([self.y, targets]))
+        weights = self._checked_weights(row_weights, len(more))
+        if weights is not None or self.row_weights is not None:
+            weights = _ones(len(more), more) if weights is None else weights
+            weights = torch.cat([self.counts_of(), weights])
+        both = torch.cat([self.x, more]), torch.cat([self.y, targets])
+        return self._changed(x=both[0], y=both[1], row_weights=weights)
 
     def _changed(self, **attributes: Any) -> BayesianModel:
         """Return a copy with other parts, without what was made of the old ones, and of no
@@ -353,6 +378,21 @@ class BayesianModel(HasTarget):
             vars(changed).pop(name, None)
         vars(changed).update(attributes, _provenance=Provenance())
         return changed
+
+    def _checked_weights(
+        self, weights: Tensor | np.ndarray | None, rows: int
+    ) -> Tensor | None:
+        if weights is None:
+            return None
+        weights = tensor("row_weights", weights, device=self._device).double()
+        if weights.shape != (rows,):
+            raise ValueError(f"row_weights must be ({rows},), got {tuple(weights.shape)}")
+        if not bool((finite("row_weights", weights) > 0).all()):
+            raise ValueError(
+                f"row_weights must be positive, got {float(weights.min()):g}: leave out rows that "
+                "do not count"
+            )
+        return weights.clone()
 
     def _y_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float64 if self.likelihood.wide_targets else dtype
@@ -379,13 +419,25 @@ class BayesianModel(HasTarget):
     @cached_property
     def density(self) -> LogJoint:
         """The log joint density and its parts, as they are evaluated."""
+        if self.row_weights is None:
+            return self._density(self.likelihood, self.y)
+        return self._density(
+            *Weighted.with_targets(self.likelihood, self.y, self.row_weights)
+        )
+
+    @cached_property
+    def _of_rows(self) -> LogJoint:
+        """The same where every row counts once."""
+        if self.row_weights is None:
+            return self.density
+        return self._density(self.likelihood, self.y)
+
+    def _density(self, likelihood: Likelihood, y: Tensor) -> LogJoint:
         spec = self.spec
         if self._parts is not None and self._anchor is None:
             spec = self._parts.spec
-        given = (spec, self.network, self.likelihood, self.flat_prior)
-        weights = LogJoint(
-            *given, self._features, self.y, self.temperature, self._n_outputs
-        )
+        given = (spec, self.network, likelihood, self.flat_prior)
+        weights = LogJoint(*given, self._features, y, self.temperature, self._n_outputs)
         if self._transport is None:
             return weights
         return TransportedLogJoint(weights, self._transport, self.flat_prior)
@@ -509,7 +561,8 @@ class BayesianModel(HasTarget):
         x: Tensor | np.ndarray | None = None,
         y: Tensor | np.ndarray | None = None,
     ) -> Tensor:
-        """Return the log likelihood of every row, ``(..., dim) -> (..., n)``.
+        """Return the log likelihood of every row, ``(..., dim) -> (..., n)``, as of one that counts
+        once.
 
         Training data if x and y are None.
         """
@@ -518,7 +571,7 @@ class BayesianModel(HasTarget):
             raise ValueError(
                 f"y must have a value for each of the {len(x)} rows of x, got {len(y)}"
             )
-        return self.density.pointwise_log_likelihood(theta, self.features(x), y)
+        return self._of_rows.pointwise_log_likelihood(theta, self.features(x), y)
 
     def log_likelihood_and_grad(
         self, theta: Tensor, rows: Tensor | None = None
@@ -589,6 +642,23 @@ class BayesianModel(HasTarget):
                 shape.
         """
         return self.density.minibatch_log_joint_and_grad(theta, generator, batch_size)
+
+    def counts_of(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Return how often rows of data count, float64 ``(m,)``: all of them, or those of these
+        numbers.
+        """
+        every = _ones(len(self.x), self.x) if self.row_weights is None else self.row_weights
+        return every[rows]
+
+    def some_rows(self, most: int) -> Tensor:
+        """Return numbers of at most so many rows, spread evenly, that count alike: where rows have
+        weights, each comes as often as it counts, and there are hardly more than these are worth.
+        """
+        if self.row_weights is None:
+            return evenly(len(self.x), most).to(self.device)
+        logs = self.row_weights.log()
+        worth = max(kish_ess(logs), min(_FEW_ROWS, len(logs)))
+        return counted_alike(logs, min(most, int(worth))).to(self.device)
 
     def random_rows(
         self, shape: tuple[int, ...], generator: torch.Generator, batch_size: int
@@ -698,7 +768,10 @@ class BayesianModel(HasTarget):
         self._require_weights("to_pyro")
 
         def log_likelihood(theta: Tensor) -> Tensor:
-            return self.pointwise_log_likelihood(theta).sum(-1)
+            values = self.pointwise_log_likelihood(theta)
+            if self.row_weights is not None:
+                values = values * self.row_weights.to(values.dtype)
+            return values.sum(-1)
 
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         return pyro_model(
@@ -773,14 +846,22 @@ class BayesianModel(HasTarget):
             prior=self.prior,
             flat_prior=self.flat_prior,
             likelihood=self.likelihood,
-            data=(self.x, self.y),
+            data=self._data(),
             temperature=self.temperature,
             anchor=self._anchor,
             transport=None if self._transport is None else self._transport.identity,
         )
 
     def _data_version(self) -> DataVersion:
-        return DataVersion(self.x, self.y)
+        return DataVersion(*self._data())
+
+    def _data(self) -> tuple[Tensor, ...]:
+        weights = () if self.row_weights is None else (self.row_weights,)
+        return (self.x, self.y, *weights)
+
+
+def _ones(count: int, like: Tensor) -> Tensor:
+    return torch.ones(count, dtype=torch.float64, device=like.device)
 
 
 _LOG_JOINT_AND_GRAD = BayesianModel.log_joint_and_grad

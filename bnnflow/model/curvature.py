@@ -87,7 +87,7 @@ class Curvature:
         outputs, jacobian = self._network.jacobian(self.theta, self._x, names=names)
         grad_outputs, grad_parameters = density.score(outputs, self._y, parameters)
         if changes is None:
-            factor, information = self._likelihood.fisher_factor(outputs, parameters)
+            factor, information = self._likelihood.information(outputs, self._y, parameters)
         else:
             moves = torch.einsum("bnkd,sd->bsnk", jacobian, changes)
             factor, information = self._averaged_factor(outputs.unsqueeze(1) + moves)
@@ -131,8 +131,8 @@ class Curvature:
         repeated = {
             name: each.repeat_interleave(k, 0) for name, each in self._parameters.items()
         }
-        factor, information = self._likelihood.fisher_factor(
-            outputs.flatten(0, 1), repeated
+        factor, information = self._likelihood.information(
+            outputs.flatten(0, 1), self._y, repeated
         )
         each_of = {
             name: each.unflatten(0, (batch, k)) for name, each in information.items()
@@ -170,7 +170,7 @@ class Curvature:
         grad_outputs, grad_parameters = self._density.score(
             outputs, self._y, self._parameters
         )
-        factor, others = self._likelihood.fisher_factor(outputs, self._parameters)
+        factor, others = self._likelihood.information(outputs, self._y, self._parameters)
         if _shared(others) or factor.shape[1] * factor.shape[-1] >= self._density.dim:
             return None
         by_weights = factored(grad_outputs.unsqueeze(-1)).transposed(
@@ -200,7 +200,7 @@ class Curvature:
             return None
         x = self._x.flatten(1)
         outputs, jvp, back = network.products(theta, x)
-        factor, others = self._likelihood.fisher_factor(outputs, self._parameters)
+        factor, others = self._likelihood.information(outputs, self._y, self._parameters)
         if _shared(others) or factor.shape[1] * factor.shape[-1] < density.dim:
             return None
         factor = factor.permute(0, 2, 3, 1).contiguous()  # (batch, out, rank, n)
@@ -234,7 +234,7 @@ class Curvature:
             return None
         outputs, parameters = self._network(self.theta, self._x), self._parameters
         by_parameters = self._density.score(outputs, self._y, parameters)[1]
-        information = self._likelihood.fisher_factor(outputs, parameters)[1]
+        information = self._likelihood.information(outputs, self._y, parameters)[1]
         of_rows = self._likelihood.whitened_score(outputs, self._y, parameters)
         others = [by_parameters[name] / each.sqrt() for name, each in information.items()]
         return self._scale**0.5 * torch.cat([of_rows.flatten(1), *others], 1)
@@ -289,7 +289,7 @@ class Curvature:
         def product(v: Tensor) -> Tensor:
             tangent = jvp(lambda weights: network(weights, x), (theta,), (v,))[1]
             by_outputs, by_parameters = self._informed(
-                outputs, parameters, tangent, v[:, start:]
+                outputs, y, parameters, tangent, v[:, start:]
             )
             return density.with_parameters(pullback(by_outputs), by_parameters)
 
@@ -374,7 +374,7 @@ class Curvature:
             outputs, y, (along, v[:, self._density.dim - n_parameters :])
         )
         assert given.outputs is not None
-        factor, others = self._likelihood.fisher_factor(outputs, self._parameters)
+        factor, others = self._likelihood.information(outputs, y, self._parameters)
         information, eye = (
             factor @ factor.mT,
             torch.eye(outputs.shape[-1], dtype=theta.dtype, device=theta.device),
@@ -417,7 +417,7 @@ class Curvature:
             parameters = density.parameters(torch.cat([weights, logs], 1))
             by_outputs, by_parameters = density.score(outputs, y, parameters)
             if along is not None:
-                of_outputs, of_parameters = self._informed(outputs, parameters, *along)
+                of_outputs, of_parameters = self._informed(outputs, y, parameters, *along)
                 by_outputs = by_outputs - of_outputs
                 by_parameters = {
                     name: by_parameters[name] - each for name, each in of_parameters.items()
@@ -466,12 +466,17 @@ class Curvature:
             raise ValueError(f"{self._likelihood.name} has no fisher_factor")
 
     def _informed(
-        self, outputs: Tensor, parameters: dict[str, Tensor], along: Tensor, logs: Tensor
+        self,
+        outputs: Tensor,
+        y: Tensor,
+        parameters: dict[str, Tensor],
+        along: Tensor,
+        logs: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the Fisher information of outputs and log parameters times changes of both, by
         each of them.
         """
-        factor, information = self._likelihood.fisher_factor(outputs, parameters)
+        factor, information = self._likelihood.information(outputs, y, parameters)
         sizes = [each.shape[-1] for each in parameters.values()]
         changes = dict(zip(parameters, logs.split(sizes, -1), strict=True))
         inner = (factor.mT @ along.unsqueeze(-1)).squeeze(-1)  # (batch, n, rank)

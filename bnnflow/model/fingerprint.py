@@ -32,7 +32,7 @@ class ModelIdentity:
         prior: as it was given.
         flat_prior: along ``theta``, with the priors of all parameters.
         likelihood: of a row of data.
-        data: inputs and targets.
+        data: inputs, targets, and weights of rows that have any.
         temperature: by which the log density is divided.
         anchor: where the network is linearised, ``(dim,)``.
         transport: what tells the flow whose push-forward is the prior from others.
@@ -45,7 +45,7 @@ class ModelIdentity:
     prior: Prior
     flat_prior: FlatPrior
     likelihood: Likelihood
-    data: tuple[Tensor, Tensor]
+    data: tuple[Tensor, ...]
     temperature: float
     anchor: Tensor | None
     transport: Any = None
@@ -62,7 +62,7 @@ class ModelIdentity:
 
     @cached_property
     def _identity(self) -> Identity:
-        layers, (x, y) = self.architecture.layers, self.data
+        layers, (x, y, *row_weights) = self.architecture.layers, self.data
         found = Identity(free_parameters(self.net), self.written)
         found.add(x, "x").add(y, "y").add(self.temperature, "temperature")
         found.add((self.spec.shapes, repr(layers)), "spec")
@@ -73,6 +73,8 @@ class ModelIdentity:
             found.add(self.prior.given, "prior")
         if not layers:  # the labels do not say what the network computes
             found.add(self.net, "net")
+        for weights in row_weights:
+            found.add(weights, "row_weights")
         if self.anchor is not None:
             found.add(self.anchor[: self.spec.network.dim], "anchor")
         if self.transport is not None:
@@ -117,6 +119,8 @@ class DataVersion:
         """Say whether both are of the same tensors, unchanged between."""
         if not isinstance(other, DataVersion):
             return NotImplemented
+        if len(self._data) != len(other._data):
+            return False
         pairs = zip(self._data, other._data, strict=True)
         return all(a is b and m == n for (a, m), (b, n) in pairs)
 

@@ -123,6 +123,14 @@ class Likelihood(Interface, ABC):
         """
         raise self._lack("fisher_factor")
 
+    def information(
+        self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the `fisher_factor` of the rows that ``y`` are the targets of, which matters only
+        where rows count differently.
+        """
+        return self.fisher_factor(outputs, parameters)
+
     def whitened_score(
         self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]
     ) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from bnnflow import diagnostics
 from bnnflow.arguments import checked
 from bnnflow.calibration import Calibration
-from bnnflow.draws import Draws, evenly
+from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
 from bnnflow.predictive.average import TINY, predict
 
@@ -33,7 +33,7 @@ def calibrate(model: BayesianModel, draws: Draws) -> Draws:
     Returns:
         The draws with a ``calibration``, or without, where it would not win clearly.
     """
-    rows = evenly(len(model.x), _ROWS).to(model.device)
+    rows = model.some_rows(_ROWS)
     plain = replace(draws, calibration=None)
     prediction = predict(model, plain, model.x[rows])
     labels = model.y[rows]
@@ -45,6 +45,7 @@ def calibrate(model: BayesianModel, draws: Draws) -> Draws:
         ]
     )
     raw = -seen.clamp(min=TINY).log().T.cpu().numpy()  # (n, draws)
+    raw = raw * model.counts_of(rows).cpu().numpy()[:, None]
     weights = torch.from_numpy(diagnostics.psis_of_rows(raw)[0]).exp()
     left_out, start = torch.zeros((), dtype=torch.float64), 0
     for probs in prediction.functions():

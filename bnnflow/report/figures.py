@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bnnflow.diagnosis import weight_convergence
 from bnnflow.diagnosis.convergence import predicted_values
-from bnnflow.draws import Draws, evenly
+from bnnflow.draws import Draws
 from bnnflow.model import BayesianModel
 from bnnflow.predictive import Prediction, predict
 from bnnflow.report import plots
@@ -181,7 +181,7 @@ def _standardised(y: Tensor) -> str:
 
 
 def _prior(model: BayesianModel, names: Names) -> _Shown:
-    rows = evenly(len(model.x), _PRIOR_ROWS).to(model.x.device)
+    rows = model.some_rows(_PRIOR_ROWS)
     prior = predict(model, model.sample_prior(_PRIOR_DRAWS, seed=0), model.x[rows])
     y = model.y[rows]
     if prior.kind == "classification":

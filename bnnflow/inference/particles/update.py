@@ -448,7 +448,8 @@ def _rows_apart(
     one that both have, ``(1,)`` in each; a row may come several times.
     """
     before, after = (
-        list(zip(_keys(each.x), _keys(each.y), strict=True)) for each in (old, new)
+        list(zip(*map(_keys, (each.x, each.y, each.counts_of())), strict=True))
+        for each in (old, new)
     )
     came, gone = _beyond(after, before), _beyond(before, after)
     common = sorted(set(range(len(before))) - set(gone))
