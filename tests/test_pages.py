@@ -79,6 +79,11 @@ SMALLER: dict[str, dict[str, str]] = {
             "bf.predict(images, draws, digits.x_test[:20]), digits.y_test[:20]"
         ),
     },
+    "tables.md": {
+        "BayesianMLPRegressor().fit(df[:100]": (
+            "BayesianMLPRegressor(method=bf.DeepEnsemble(members=4, steps=200)).fit(df[:100]"
+        )
+    },
     "transport.md": {
         "training=training, seed=0)\n": """training=training, seed=0, velocity=small)
 flow = replace(flow, solver=bf.transport.Solver(steps=3))

@@ -221,3 +221,34 @@ def test_what_weighs_nothing_is_refused(weights: np.ndarray, message: str) -> No
     net = built(lambda: nn.Linear(2, 1))
     with pytest.raises(ValueError, match=message):
         bf.BayesianModel(net, priors.Normal(), likelihood, X, y, row_weights=weights)
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind != "gamma"]
+)  # has no compiled code
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_compiled_code_weighs_rows_as_torch_does(kind: str, dtype: torch.dtype) -> None:
+    """Of more rows than a vector has lanes, with all of them and with mini-batches."""
+    likelihood, out, _ = KINDS[kind]
+    net = built(lambda: nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, out)))
+    times = torch.arange(37) % len(X)
+    weights = torch.rand(37, generator=torch.Generator().manual_seed(0)) + 0.2
+    model = bf.BayesianModel(
+        net.to(dtype),
+        priors.Normal(),
+        likelihood,
+        X[times].to(dtype),
+        KINDS[kind][2][times],
+        row_weights=weights,
+    )
+    assert model.is_compiled
+    theta = 0.5 * normal(3, model.dim, seed=3).to(dtype)
+    for rows in (None, torch.tensor([4, 36, 4, 11]), torch.arange(30).reshape(3, 10)):
+        compiled = model.log_joint_and_grad(theta, rows)
+        followed = model.log_joint_and_grad(theta.clone().requires_grad_(), rows)
+        tolerance = 1e-9 if dtype == torch.float64 else 2e-4
+        if (
+            rows is None or kind != "log-normal"
+        ):  # whose slope is known as a mean over rows only
+            assert torch.allclose(compiled[0], followed[0], rtol=tolerance)
+        assert torch.allclose(compiled[1], followed[1], rtol=tolerance, atol=tolerance)

@@ -74,7 +74,8 @@ struct Problem {
     int64_t n_layers, n_priors, dim;
     const Layer* layers;
     const Prior* priors;
-    int64_t likelihood, n_targets, n_classes;  // n_targets: columns of y
+    int64_t likelihood, n_targets, n_classes;  // n_targets: columns of y, but for that of the weights of rows
+    int64_t weighted;                          // whether y has such a column, behind the others
     int64_t learned;                           // where theta holds the logarithms of the likelihood's parameters, or -1
     double scale;                              // fixed scale or dispersion; the least scale of a heteroscedastic Gaussian
     double df, constant;                       // of Student's t: degrees of freedom, log density at zero
@@ -82,6 +83,8 @@ struct Problem {
     int64_t n_scaled, n_scales;                // weights whose prior has parameters, the first of theta
     const Scale* scales;
     const int64_t* owner;                      // (n_scaled,): the scale of each
+
+    int64_t columns() const { return n_targets + weighted; }
 };
 
 struct Call {
@@ -532,11 +535,15 @@ struct Sum {
 // A block of rows: out and score are (units, width), y is (targets, width); lanes past the last row score zero.
 struct Block {
     int64_t units, targets, width;
-    const Vec *out, *y;
+    const Vec *out, *y, *weight;  // weight: how often each row counts, or null where each does once
     Vec* score;
     Vec kept;  // of the last vector: 1 for a row, 0 past the end
 
-    Vec keep(Vec v, int64_t r) const { return r + 1 < width ? v : kept > splat(0) ? v : Vec{}; }
+    // What is linear in the weights of rows, with these.
+    Vec keep(Vec v, int64_t r) const {
+        if (weight) v *= weight[r];
+        return r + 1 < width ? v : kept > splat(0) ? v : Vec{};
+    }
 };
 
 // Sum of squared standardised residuals; value and the score of the scale follow from it.
@@ -544,9 +551,9 @@ static void gaussian(const Block& b, T inverse_scale, Sum& squares) {
     for (int64_t k = 0; k < b.units; ++k)
         for (int64_t r = 0; r < b.width; ++r) {
             int64_t i = k * b.width + r;
-            Vec z = b.keep((b.y[i] - b.out[i]) * inverse_scale, r);
-            squares.add(z * z);
-            b.score[i] = z * inverse_scale;
+            Vec z = (b.y[i] - b.out[i]) * inverse_scale;
+            squares.add(b.keep(z * z, r));
+            b.score[i] = b.keep(z * inverse_scale, r);
         }
 }
 
@@ -594,11 +601,11 @@ static void student(const Block& b, T inverse_scale, T df, Sum& value, Sum& by_s
     for (int64_t k = 0; k < b.units; ++k)
         for (int64_t r = 0; r < b.width; ++r) {
             int64_t i = k * b.width + r;
-            Vec z = b.keep((b.y[i] - b.out[i]) * inverse_scale, r), square = z * z;
+            Vec z = (b.y[i] - b.out[i]) * inverse_scale, square = z * z;
             Vec pull = (df + T(1)) * z * inverse(df + square);
-            value.add(log(T(1) + square * (T(1) / df)));
-            by_scale.add(pull * z);
-            b.score[i] = pull * inverse_scale;
+            value.add(b.keep(log(T(1) + square * (T(1) / df)), r));
+            by_scale.add(b.keep(pull * z, r));
+            b.score[i] = b.keep(pull * inverse_scale, r);
         }
 }
 
@@ -631,7 +638,8 @@ static void negative_binomial(const Block& b, T dispersion, T log_dispersion, Su
         }
 }
 
-// Ordered classes with cutpoints; sums, of the classes one after another: by the cutpoint above, by that below, rows.
+// Ordered classes with cutpoints; sums, of the classes one after another: by the cutpoint above, by that below, and of
+// the weights of rows.
 static void ordinal(const Block& b, int64_t classes, const T* cutpoints, Sum& value, Vec* sums) {
     for (int64_t r = 0; r < b.width; ++r) {
         Vec y = b.y[r], above{}, below{};
@@ -672,7 +680,7 @@ struct Plan {
             units += p.layers[l].out;
             widest = std::max(widest, p.layers[l].out);
         }
-        inputs = p.layers[0].in + p.n_targets;
+        inputs = p.layers[0].in + p.columns();
         int64_t vectors = divide_up(c.n, kLanes);
         blocks = std::max<int64_t>(1, divide_up(vectors, kBlock));
         width = std::max<int64_t>(1, divide_up(vectors, blocks));
@@ -719,7 +727,7 @@ struct Worker {
             Vec rest = sum_lanes(sums + i);
             std::memcpy(grad + i, &rest, (p.dim - i) * sizeof(T));
         }
-        const double likelihood = finished(chain, theta, given, grad) + p.log_slope * double(c.n);
+        const double likelihood = finished(chain, theta, given, grad) + p.log_slope * counted(given);
         double total = likelihood_weight * likelihood;
         if (prior_weight != 0)
             for (int64_t i = 0; i < p.n_priors; ++i) total += prior_weight * prior(p.priors[i], theta, grad);
@@ -736,7 +744,7 @@ struct Worker {
         T inverse = 0;
         std::vector<T> cutpoints;
         Vec* classes;  // see ordinal
-        Sum value, by_parameter;
+        Sum value, by_parameter, rows;
 
         Given(const Problem& p, const T* theta, Vec* classes) : classes(classes) {
             if (p.likelihood == kOrdinal) {
@@ -753,10 +761,13 @@ struct Worker {
         }
     };
 
+    // How many rows count.
+    double counted(const Given& given) const { return p.weighted ? given.rows.total() : double(c.n); }
+
     // Return the log likelihood from the sums, and set the gradient by the likelihood's parameters.
     double finished(int64_t chain, const T* theta, const Given& given, T* grad) const {
         double total = given.value.total(), by_parameter = given.by_parameter.total();
-        const double targets = double(c.n) * p.n_targets;
+        const double targets = counted(given) * p.n_targets;
         switch (p.likelihood) {
             case kGaussian:
                 by_parameter = total - targets;
@@ -780,9 +791,10 @@ struct Worker {
         std::vector<double> rows_above;  // by count
         for (int64_t i = 0; i < c.n; ++i)
             for (int64_t k = 0; k < p.n_targets / 2; ++k) {
-                const auto count = size_t(c.y[(rows ? rows[i] : i) * p.n_targets + k]);
+                const T* y = c.y + (rows ? rows[i] : i) * p.columns();
+                const auto count = size_t(y[k]);
                 if (count >= rows_above.size()) rows_above.resize(count + 1);
-                rows_above[count] += 1;
+                rows_above[count] += p.weighted ? double(y[p.n_targets]) : 1;
             }
         double above = 0;
         for (size_t j = rows_above.size(); j-- > 0;) {
@@ -840,7 +852,8 @@ struct Worker {
         const Layer& last = p.layers[p.n_layers - 1];
         if (c.outputs) copy_rows<true>(c.outputs + chain * last.out * c.n, last.out, start, width, const_cast<Vec*>(h));
         if (!c.grad) return;
-        score(Block{last.out, p.n_targets, width, h, y, delta, kept(start, width)}, chain, start, given);
+        const Vec* weight = p.weighted ? y + p.n_targets * width : nullptr;
+        score(Block{last.out, p.n_targets, width, h, y, weight, delta, kept(start, width)}, chain, start, given);
         const Layer* layer = &last;
         slope_end -= last.out * width;
         for (int64_t u = 0, i = 0; u < last.out; ++u) {
@@ -875,6 +888,8 @@ struct Worker {
 
     void score(const Block& b, int64_t chain, int64_t start, Given& given) const {
         Sum& value = given.value;
+        if (b.weight)
+            for (int64_t r = 0; r < b.width; ++r) given.rows.add(b.keep(splat(1), r));
         switch (p.likelihood) {
             case kScore: copy_rows<false>(const_cast<T*>(c.score) + chain * b.units * c.n, b.units, start, b.width, b.score); break;
             case kGaussian: gaussian(b, given.inverse, value); break;
@@ -1005,12 +1020,12 @@ struct Worker {
         const int64_t* rows = c.rows ? c.rows + chain * c.rows_stride : nullptr;
         int64_t in = p.layers[0].in;
         pack(c.x + chain * c.x_stride, in, rows, start, c.n, width, to);
-        if (p.n_targets) pack_targets(p, c, chain, start, width, to + in * width);
+        if (p.columns()) pack_targets(p, c, chain, start, width, to + in * width);
     }
 
     static void pack_targets(const Problem& p, const Call& c, int64_t chain, int64_t start, int64_t width, Vec* to) {
         const int64_t* rows = c.rows ? c.rows + chain * c.rows_stride : nullptr;
-        pack(c.y + chain * c.y_stride, p.n_targets, rows, start, c.n, width, to);
+        pack(c.y + chain * c.y_stride, p.columns(), rows, start, c.n, width, to);
     }
 };
 

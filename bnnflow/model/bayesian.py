@@ -80,8 +80,7 @@ class BayesianModel(HasTarget):
             tempered together.
         row_weights: how often each row of data counts, positive, ``(n,)``: its likelihood to that
             power. The weights are not normalised, their sum is how many rows the posterior counts.
-            Each counts once if None. Rows with weights of their own are not evaluated by compiled
-            code.
+            Each counts once if None.
 
     Raises:
         ValueError: for empty data, NaN or infinite rows, mismatched lengths, labels out of range or

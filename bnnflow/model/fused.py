@@ -114,7 +114,10 @@ class _Problem(ctypes.Structure):
         *((name, _Int) for name in ("n_layers", "n_priors", "dim")),
         ("layers", ctypes.POINTER(_Layer)),
         ("priors", ctypes.POINTER(_Prior)),
-        *((name, _Int) for name in ("likelihood", "n_targets", "n_classes", "learned")),
+        *(
+            (name, _Int)
+            for name in ("likelihood", "n_targets", "n_classes", "weighted", "learned")
+        ),
         *((name, ctypes.c_double) for name in ("scale", "df", "constant", "log_slope")),
         *((name, _Int) for name in ("n_scaled", "n_scales")),
         ("scales", ctypes.POINTER(_Scale)),
@@ -297,8 +300,12 @@ class FusedDensity:
         self._arguments = (spec, likelihood, prior, x, y)
         self._dim = spec.dim
         self._x = x.flatten(1).contiguous()
-        likelihood, y, log_slope = reduced(likelihood, y)
-        self._y = _columns(likelihood, y).to(x.dtype).contiguous()
+        likelihood, y, log_slope, row_weights = reduced(likelihood, y)
+        columns = _columns(likelihood, y).to(x.dtype)
+        counted = float(len(y)) if row_weights is None else float(row_weights.sum())
+        if row_weights is not None:
+            columns = torch.cat([columns, row_weights.to(x.dtype)[:, None]], 1)
+        self._y = columns.contiguous()
         self._layers = _layers(spec)
         shared = None if prior.weights is None else prior.weights.shared
         ours = all(
@@ -315,11 +322,10 @@ class FusedDensity:
             problem.n_scaled, problem.n_scales = len(shared.owner), len(self._scales)
             problem.scales, problem.owner = self._scales, self._owner.data_ptr()
         problem.n_priors, problem.priors = len(self._priors), self._priors
-        problem.log_slope = log_slope / len(self._x)  # of a row, on average
-        problem.likelihood, problem.n_targets = (
-            _LIKELIHOODS[type(likelihood)],
-            self._y.shape[1],
-        )
+        problem.log_slope = log_slope / counted  # of a row, on average
+        problem.likelihood = _LIKELIHOODS[type(likelihood)]
+        problem.weighted = int(row_weights is not None)
+        problem.n_targets = self._y.shape[1] - problem.weighted
         learned = [f"likelihood.log_{name}" for name in likelihood.parameters]
         problem.learned = spec.slices[learned[0]].start if learned else -1
         if isinstance(likelihood, HeteroscedasticGaussian):
@@ -346,7 +352,7 @@ class FusedDensity:
         """Return the compiled density, or None if the network, the likelihood or the machine does
         not allow it.
         """
-        compiled = reduced(likelihood, y).likelihood
+        compiled, simple, *_ = reduced(likelihood, y)
         fits = (
             spec.layers
             and _supported(spec)
@@ -354,7 +360,7 @@ class FusedDensity:
             and x.device.type == "cpu"
         )
         fits = fits and not (
-            isinstance(compiled, NegativeBinomial) and bool((y > LARGEST_COUNT).any())
+            isinstance(compiled, NegativeBinomial) and bool((simple > LARGEST_COUNT).any())
         )
         learned = [spec.shapes[f"likelihood.log_{name}"] for name in compiled.parameters]
         # one for all targets

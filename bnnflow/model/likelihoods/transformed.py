@@ -16,6 +16,7 @@ from bnnflow.model.likelihood import Kind, Likelihood, Score
 from bnnflow.model.likelihoods.counts import Levels
 from bnnflow.model.likelihoods.real import Gaussian, HeteroscedasticGaussian
 from bnnflow.model.likelihoods.shared import positive_targets
+from bnnflow.model.likelihoods.weighted import Weighted
 
 __all__ = ["LogNormal", "Reduced", "Standardised", "Transformed", "reduced"]
 
@@ -254,16 +255,20 @@ class Reduced(NamedTuple):
     likelihood: Likelihood
     y: Tensor
     log_slope: float  # what the log density of all rows has beside that
+    row_weights: Tensor | None  # how often each counts, (n,)
 
 
 def reduced(likelihood: Likelihood, y: Tensor) -> Reduced:
-    """Take all transformations off a likelihood, and the numbers off levels: gradients are the same
-    at the transformed targets.
+    """Take weights of rows and all transformations off a likelihood, and the numbers off levels:
+    gradients are the same at the transformed targets.
     """
-    log_slope = 0.0
+    log_slope, row_weights = 0.0, None
+    if isinstance(likelihood, Weighted):
+        likelihood, (y, row_weights) = likelihood.base, likelihood.parts(y, y)
     while isinstance(likelihood, Transformed):
-        log_slope += float(likelihood.log_slope(y).sum())
+        slopes = likelihood.log_slope(y)
+        log_slope += float((slopes if row_weights is None else slopes * row_weights).sum())
         likelihood, y = likelihood.base, likelihood.inverse(y)
     if isinstance(likelihood, Levels):
         likelihood, y = likelihood.classes, likelihood.labels(y)
-    return Reduced(likelihood, y, log_slope)
+    return Reduced(likelihood, y, log_slope, row_weights)

@@ -59,12 +59,12 @@ class Weighted(Likelihood):
 
     def log_prob(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return ``(..., n)``: the base's log density, times the weights."""
-        y, weights = self._parts(y, outputs)
+        y, weights = self.parts(y, outputs)
         return weights * self.base.log_prob(outputs, y, parameters)
 
     def score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Score:
         """Return the base's gradients, of weighted rows."""
-        y, weights = self._parts(y, outputs)
+        y, weights = self.parts(y, outputs)
         by_outputs, by_names = self.base.score(outputs, y, parameters)
         if by_names:  # sums over rows, which no weights part again
 
@@ -91,7 +91,7 @@ class Weighted(Likelihood):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the base's `fisher_factor`, of weighted rows."""
         factor, others = self.base.fisher_factor(outputs, parameters)
-        weights = self._parts(y, outputs)[1]
+        weights = self.parts(y, outputs)[1]
         roots = weights.sqrt()[..., None, None]
         # what does not depend on outputs is as large for every row
         others = {
@@ -104,13 +104,13 @@ class Weighted(Likelihood):
         self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]
     ) -> Tensor:
         """Return the base's, of weighted rows."""
-        y, weights = self._parts(y, outputs)
+        y, weights = self.parts(y, outputs)
         whitened = self.base.whitened_score(outputs, y, parameters)
         return weights.sqrt().unsqueeze(-1) * whitened
 
-    def _parts(self, y: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return targets as the base takes them, and weights ``(..., n)``."""
-        y, weights = y[..., :-1], y[..., -1].to(outputs.dtype)
+    def parts(self, y: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return targets as the base takes them, and weights ``(..., n)``, in a type like that."""
+        y, weights = y[..., :-1], y[..., -1].to(like.dtype)
         if self.labels:
             return y[..., 0].long(), weights
-        return y if self.base.wide_targets else y.to(outputs.dtype), weights
+        return y if self.base.wide_targets else y.to(like.dtype), weights
