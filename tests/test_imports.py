@@ -27,6 +27,7 @@ ROOMS = [
     "stopwatch",
     "tables",
     "ranks",
+    "parts",
     "bridge",
     "diagnostics",
     "importance",

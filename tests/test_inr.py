@@ -474,9 +474,7 @@ def test_a_fit_has_its_folder_to_itself_and_mends_what_is_damaged(
     first, second, _ = sorted((tmp_path / "run").iterdir())
     first.write_bytes(first.read_bytes()[:-30])
     (tmp_path / "run" / f"{second.name}.1.tmp").write_bytes(b"half")
-    with pytest.warns(
-        UserWarning, match="damaged: .*inrs-000000.npz .*fitted anew"
-    ) as told:
+    with pytest.warns(UserWarning, match="damaged: .*inrs-000000.npz .*made anew") as told:
         found = fit_inrs(x, y, **resumed)
     # the line that called, not one of the package
     assert told.pop(UserWarning).filename == __file__
@@ -486,7 +484,7 @@ def test_a_fit_has_its_folder_to_itself_and_mends_what_is_damaged(
     first.unlink()
     other = resumed | {"seed": 1}
     with (
-        pytest.warns(UserWarning, match="fitted anew"),
+        pytest.warns(UserWarning, match="made anew"),
         pytest.raises(ValueError, match="another seed"),
     ):
         fit_inrs(x, y, **other)

@@ -1,17 +1,21 @@
 """A prior learned from many tasks."""
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import bnnflow as bf
 from bnnflow import likelihoods, priors
-from bnnflow.transport import Flow, Solver, WeightsVelocity
+from bnnflow.transport import Flow, Solver, WeightsVelocity, learned_prior
 from bnnflow.transport.learned_prior import log_evidence_by_prior
 from tests.problems import F64, built, conjugate, generator
+from tests.processes import run_ranks
 
 TRAINING = bf.Training(steps=150, batch_size=64)
 
@@ -115,6 +119,84 @@ def test_the_same_seed_gives_the_same_prior(
     assert first.sample(3, 0).equal(second.sample(3, 0))
     other = fitted(tasks[:4], draws[:4], training=few, seed=1)
     assert not other.sample(3, 0).equal(first.sample(3, 0))
+
+
+def nudged(model: bf.BayesianModel, theta: Tensor, steps: int, **options: Any) -> bf.Draws:
+    """Stand in for `refine`."""
+    moved = theta + 0.01 * torch.randn(theta.shape, generator=generator(options["seed"]))
+    return bf.Draws(moved[None], torch.zeros(1, len(moved)))
+
+
+QUICK = {"_WARMUP": 10, "_LONGEST": 8, "_PRIOR_DRAWS": 64, "refine": nudged}
+
+
+def short(tasks: list[bf.BayesianModel], **options: object) -> Flow:
+    """Fit without draws, in few steps."""
+    few = {"velocity": small(tasks[0]), "training": bf.Training(steps=4), "seed": 0}
+    return bf.fit_prior(tasks, **(few | {"draws_per_task": 8} | options))
+
+
+@pytest.fixture
+def few_tasks(monkeypatch: pytest.MonkeyPatch) -> list[bf.BayesianModel]:
+    for name, value in QUICK.items():
+        monkeypatch.setattr(learned_prior, name, value)
+    return [task(seed, n=5, width=2) for seed in range(4)]
+
+
+def test_a_prior_is_learned_on_where_it_was_killed(
+    few_tasks: list[bf.BayesianModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = short(few_tasks, rounds=2)
+    sampled, calls = learned_prior.sample, []
+
+    def until_the_third(*arguments: object, **options: object) -> bf.Draws:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return sampled(*arguments, **options)
+
+    monkeypatch.setattr(learned_prior, "sample", until_the_third)
+    place = bf.Checkpoint(tmp_path / "prior", resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        short(few_tasks, checkpoint=place)
+    one = short(few_tasks, checkpoint=place)
+    assert len(calls) == 5, "two tasks were kept"
+    assert one.info["rounds"] == 1
+    two = short(few_tasks, checkpoint=place, rounds=2)
+    assert len(calls) == 5, "all tasks were kept"
+    assert two.info["log_evidence"] == whole.info["log_evidence"]
+    assert two.sample(3, 0).equal(whole.sample(3, 0))
+    monkeypatch.setattr(learned_prior, "refine", None)
+    again = short(few_tasks, checkpoint=place, rounds=2)
+    assert again.sample(3, 0).equal(whole.sample(3, 0))
+    with pytest.raises(ValueError, match="holds a fit already"):
+        short(few_tasks, checkpoint=tmp_path / "prior")
+    for other in ({"seed": 1}, {"draws_per_task": 9}, {"held_out": 0.5}):
+        with pytest.raises(ValueError, match="other settings, another seed or other data"):
+            short(few_tasks, checkpoint=place, **other)
+    with pytest.raises(ValueError, match="other settings, another seed or other data"):
+        short(few_tasks[::-1], checkpoint=place)
+
+
+def test_two_processes_learn_one_prior(tmp_path: Path) -> None:
+    program = f"""
+import json, os
+import bnnflow as bf
+from bnnflow.transport import learned_prior
+from tests.test_learned_prior import QUICK, short, task
+vars(learned_prior).update(QUICK)
+tasks = [task(seed, n=5, width=2) for seed in range(3)]
+place = bf.Checkpoint("{tmp_path / "prior"}", resume=True)
+for rounds in (1, 2):
+    flow = short(tasks, checkpoint=place, rounds=rounds)
+total = float(flow.sample(5, 0).double().sum())
+with open(f"{tmp_path}/{{os.environ['RANK']}}.json", "w") as file:
+    json.dump([total, flow.info["log_evidence"]], file)
+"""
+    assert run_ranks(program) == [0, 0]
+    first, second = ((tmp_path / f"{rank}.json").read_text() for rank in (0, 1))
+    assert first == second
+    assert len(json.loads(first)[1]) == 2
 
 
 def test_evidence_by_draws_of_a_prior_is_the_closed_form() -> None:

@@ -26,6 +26,7 @@ from bnnflow.activations import Sine
 from bnnflow.arguments import Count, Positive, checked, finite
 from bnnflow.model.network import ChainNetwork
 from bnnflow.options import Checkpoint
+from bnnflow.parts import Parts
 from bnnflow.progress import progress_bar
 from bnnflow.seeding import as_generator
 from bnnflow.stopwatch import Stopwatch
@@ -200,21 +201,25 @@ def fit_inrs(
         "chunk": chunk,
     }
     described = {"spec": spec.describe(), "signals": len(y), **settings}
-    kept = _ChunkFolder(Checkpoint.of(checkpoint), described, (starts, x, y))
+    data = hashlib.sha256()
+    for tensor in (starts, x, y):
+        data.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    described["data"] = data.hexdigest()
+    kept = Parts(Checkpoint.of(checkpoint), "inrs", described)
     network = ChainNetwork(spec)
     fitted, errors = [], []
     with kept, progress_bar(len(y) * steps, "INRs", progress, "step") as bar:
         for index, some in enumerate(torch.arange(len(y)).split(chunk)):
             part = kept.read(index)
             if part is None:
-                part = fit_chunk(
-                    network, starts[some].to(x), x, y[some].to(x), settings, rows_seed, bar
-                )
-                kept.write(index, *part)
+                given = starts[some].to(x), x, y[some].to(x)
+                found = fit_chunk(network, *given, settings, rows_seed, bar)
+                part = {"theta": found[0].cpu().numpy(), "mse": found[1].cpu().numpy()}
+                kept.write(index, part)
             else:
                 bar.update(steps * len(some))
-            fitted.append(part[0])
-            errors.append(part[1])
+            fitted.append(torch.from_numpy(part["theta"]))
+            errors.append(torch.from_numpy(part["mse"]))
     theta, mse = torch.cat(fitted).to(x), torch.cat(errors).to(x.device)
     diverged = int((~mse.isfinite()).sum())
     if diverged:
@@ -446,86 +451,3 @@ def fit_chunk(
         theta.addcdiv_(mean, root, value=-rate / (1 - _BETAS[0] ** step))
         bar.update(len(theta))
     return theta, network.squared_error(theta, x, y)[0] * (2 / y[0].numel())
-
-
-class _ChunkFolder:
-    """Finished chunks in a folder, which one fit works on alone."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint | None,
-        settings: dict[str, Any],
-        tensors: tuple[Tensor, ...],
-    ) -> None:
-        self._folder = None if checkpoint is None else Path(checkpoint.path)
-        self._lock: storage.Lock | None = None
-        if checkpoint is None or self._folder is None:
-            return
-        if self._folder.is_file():
-            raise ValueError(f"checkpoint must be a folder, {self._folder} is a file")
-        digest = hashlib.sha256()
-        for tensor in tensors:
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        self._run = settings | {"data": digest.hexdigest()}
-        self._lock = storage.Lock(self._folder, folder=True)
-        try:
-            self._check(self._folder, checkpoint.resume)
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def _check(self, folder: Path, resume: bool) -> None:
-        # of a process that was killed
-        for unfinished in folder.glob("inrs-??????.npz.*.tmp"):
-            unfinished.unlink()
-        present = sorted(folder.glob("inrs-??????.npz"))
-        if present and not resume:
-            raise ValueError(
-                f"{folder} holds a fit already: go on with it by Checkpoint({str(folder)!r}, "
-                "resume=True), "
-                "or take another folder"
-            )
-        for index in range(len(present)):
-            if self.read(index) is not None:  # the first that is intact speaks for all
-                return
-
-    def __enter__(self) -> _ChunkFolder:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._lock is not None:
-            self._lock.release()
-
-    def _path(self, index: int) -> Path:
-        assert self._folder is not None
-        return self._folder / f"inrs-{index:06d}.npz"
-
-    def read(self, index: int) -> tuple[Tensor, Tensor] | None:
-        """Return the weights and errors of a chunk, or None if it is not there or damaged: it is
-        then fitted anew.
-
-        Raises:
-            ValueError: if it is one of another fit.
-        """
-        if self._folder is None or not self._path(index).is_file():
-            return None
-        try:
-            header, arrays = storage.read(self._path(index), {"inrs-part": 1})
-            with storage.described(self._path(index)):
-                run, part = (
-                    header["run"],
-                    (torch.from_numpy(arrays["theta"]), torch.from_numpy(arrays["mse"])),
-                )
-        except ValueError as error:
-            warn(f"damaged: {error}. These networks are fitted anew")
-            return None
-        if run != self._run:
-            raise ValueError(
-                f"{self._folder} was filled with other settings, another seed or other data"
-            )
-        return part
-
-    def write(self, index: int, theta: Tensor, mse: Tensor) -> None:
-        if self._folder is not None:
-            arrays = {"theta": theta.cpu().numpy(), "mse": mse.cpu().numpy()}
-            storage.write(self._path(index), "inrs-part", 1, {"run": self._run}, arrays)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from bnnflow.arguments import Count, Share, checked
-from bnnflow.draws import Draws, counted_alike, evenly, refuse_approximation
+from bnnflow.draws import Draws, as_theta, counted_alike, evenly, refuse_approximation
+from bnnflow.identity import digest, seed_identity
 from bnnflow.inference.mcmc.hmc import HMC
 from bnnflow.inference.particles.refine import refine
 from bnnflow.inference.sampling import sample
 from bnnflow.model import BayesianModel
-from bnnflow.options import Training
+from bnnflow.options import Checkpoint, Training
+from bnnflow.parts import Parts
 from bnnflow.progress import progress_bar, until_interrupted
+from bnnflow.ranks import Ranks, connect
 from bnnflow.seeding import as_generator
 from bnnflow.transport.fitting import fit_flow
 from bnnflow.transport.flow import Flow
@@ -43,6 +47,7 @@ def fit_prior(
     velocity: nn.Module | None = None,
     training: Training | None = None,
     held_out: Share = 0.1,
+    checkpoint: Checkpoint | str | Path | None = None,
     seed: Seed = 0,
     progress: bool = True,
 ) -> Flow:
@@ -56,7 +61,8 @@ def fit_prior(
     under the prior so far, in its latent coordinates, and the field learns on.
 
     Tasks that are held out judge: training stops when their loss has not fallen for a while, and
-    rounds stop when the evidence of their first three rows has not risen.
+    rounds stop when the evidence of their first three rows has not risen. Under ``torchrun`` all
+    processes work on one task after the other, and on the training.
 
     Args:
         tasks: models of one network, prior and likelihood, whose data differ.
@@ -66,6 +72,9 @@ def fit_prior(
         velocity: the field; one over weights with the symmetries of network and prior if None.
         training: of every round; see `fit_flow`.
         held_out: share of the tasks that judge, drawn at random; one at least.
+        checkpoint: a folder that keeps the draws of every task and the states of training. A
+            `Checkpoint` with ``resume`` goes on from it, on CPU bit for bit if ``training`` has a
+            number of steps. Only ``rounds`` and the length of the training may change.
         seed: an int or a generator.
         progress: show bars at a terminal.
 
@@ -76,23 +85,39 @@ def fit_prior(
 
     Raises:
         ValueError: before any work, if there are fewer than two tasks, or they differ in network,
-            prior or likelihood; if draws are not as many as tasks, not theirs, or of no posterior.
+            prior or likelihood; if draws are not as many as tasks, not theirs, or of no posterior;
+            if the checkpoint holds another run, or one that is not to be resumed.
     """
     _check_tasks(tasks)
     if draws is not None:
         _check_draws(tasks, draws)
+    run = {
+        "tasks": digest([task.fingerprint() for task in tasks]),
+        "draws": None if draws is None else digest([as_theta(each) for each in draws]),
+        "velocity": None
+        if velocity is None
+        else digest(list(velocity.state_dict().values())),
+        "draws_per_task": draws_per_task,
+        "held_out": held_out,
+        "seed": seed_identity(seed),
+    }
+    place, ranks = Checkpoint.of(checkpoint), connect(tasks[0].device)
     generator = as_generator(seed, tasks[0].device)
     judges = _chosen(len(tasks), held_out, generator)
-    pools = _posteriors(tasks, draws, draws_per_task, generator, progress)
     judged = [tasks[each] for each in judges]
     plain = log_evidence_by_prior(judged, tasks[0].sample_prior(_PRIOR_DRAWS, generator))
+    pools: list[Tensor] = []
     scores: list[float] = []
     best: Flow | None = None
     field = "weights" if velocity is None else velocity
-    with until_interrupted(least=1) as taken:
+    with Parts(place, "task", run, ranks) as kept, until_interrupted(least=1) as taken:
         for number in range(rounds):
-            if best is not None:
-                pools = _followed(tasks, pools, best, generator, progress)
+            of_tasks, of_training, of_score = _seeds(len(tasks), generator)
+            if best is None:
+                moved = _posteriors(tasks, draws, draws_per_task, of_tasks)
+            else:
+                moved = _followed(tasks, pools, best, of_tasks)
+            pools = _kept(moved, tasks, kept, number, ranks, progress)
             flow = fit_flow(
                 tasks[0],
                 torch.cat([pool for i, pool in enumerate(pools) if i not in judges]),
@@ -100,10 +125,12 @@ def fit_prior(
                 matching=Matching(targets="pairs"),
                 training=training,
                 held_out=torch.cat([pools[each] for each in judges]),
-                seed=generator,
+                checkpoint=kept.folder
+                and Checkpoint(kept.folder / f"training-{number + 1}.npz", resume=True),
+                seed=of_training,
                 progress=progress,
             )
-            score = log_evidence_by_prior(judged, flow.sample(_PRIOR_DRAWS, generator))
+            score = log_evidence_by_prior(judged, flow.sample(_PRIOR_DRAWS, of_score))
             scores.append(float(score.mean()))
             if best is not None and scores[-1] <= max(scores[:-1]):
                 break
@@ -139,63 +166,95 @@ def log_evidence_by_prior(tasks: Sequence[BayesianModel], theta: Tensor) -> Tens
 # ---------------------------------------- posteriors of the tasks
 
 
+def _seeds(tasks: int, generator: torch.Generator) -> tuple[list[int], int, int]:
+    """Draw the seeds of a round before anything else of it, so that what is kept needs no
+    generator: of each task, of the training and of its score.
+    """
+    device = generator.device
+    drawn = torch.randint(2**62, (tasks + 2,), generator=generator, device=device).tolist()
+    return drawn[:tasks], *drawn[tasks:]
+
+
+def _kept(
+    moved: Callable[[int], Tensor],
+    tasks: Sequence[BayesianModel],
+    kept: Parts,
+    round_number: int,
+    ranks: Ranks,
+    progress: bool,
+) -> list[Tensor]:
+    """Return draws of every task, ``(count, dim)`` each: those that are kept, or ``moved`` of its
+    number.
+    """
+    pools = []
+    with progress_bar(len(tasks), "tasks", progress, "task") as bar:
+        for number, task in enumerate(tasks):
+            index = round_number * len(tasks) + number
+            part = kept.read(index)
+            if ranks.agree(int(part is not None), task.device):
+                if part is None:
+                    raise ValueError(f"{kept.folder} must be the same in all processes")
+                pools.append(torch.from_numpy(part["theta"]).to(task.device))
+            else:
+                pools.append(moved(number))
+                kept.write(index, {"theta": pools[-1].cpu().numpy()})
+            bar.update()
+    return pools
+
+
 def _posteriors(
     tasks: Sequence[BayesianModel],
     draws: Sequence[Draws] | None,
     count: int,
-    generator: torch.Generator,
-    progress: bool,
-) -> list[Tensor]:
-    """Return draws of each task under its own prior, ``(count, dim)`` each."""
-    pools = []
-    with progress_bar(len(tasks), "tasks", progress, "task") as bar:
-        for number, task in enumerate(tasks):
-            if draws is None:
-                given = sample(
-                    task,
-                    HMC(max_leapfrog=_LONGEST),
-                    chains=_CHAINS,
-                    warmup=_WARMUP,
-                    draws=_DRAWS,
-                    seed=generator,
-                    progress=False,
-                )
-            else:
-                given = draws[number]
-            flat = given.flat.to(task.device, task.dtype)
-            if given.log_weights is not None:
-                rows = counted_alike(given.log_weights, count)
-            else:
-                rows = evenly(len(flat), count)
-            pools.append(flat[rows.to(flat.device)])
-            bar.update()
-    return pools
+    seeds: Sequence[int],
+) -> Callable[[int], Tensor]:
+    """Return what draws from the posterior of a task under its own prior."""
+
+    def of(number: int) -> Tensor:
+        task = tasks[number]
+        if draws is None:
+            given = sample(
+                task,
+                HMC(max_leapfrog=_LONGEST),
+                chains=_CHAINS,
+                warmup=_WARMUP,
+                draws=_DRAWS,
+                seed=seeds[number],
+                progress=False,
+            )
+        else:
+            given = draws[number]
+        flat = given.flat.to(task.device, task.dtype)
+        if given.log_weights is not None:
+            rows = counted_alike(given.log_weights, count)
+        else:
+            rows = evenly(len(flat), count)
+        return flat[rows.to(flat.device)]
+
+    return of
 
 
 def _followed(
     tasks: Sequence[BayesianModel],
     pools: Sequence[Tensor],
     flow: Flow,
-    generator: torch.Generator,
-    progress: bool,
-) -> list[Tensor]:
-    """Move the draws of each task to its posterior under the flow as the prior."""
-    moved = []
-    with progress_bar(len(tasks), "tasks", progress, "task") as bar:
-        for task, pool in zip(tasks, pools, strict=True):
-            carried = task.transported(flow)
-            latent = flow.inverse(pool)
-            after = refine(
-                carried,
-                latent,
-                _STEPS,
-                n_leapfrog=_N_LEAPFROG,
-                seed=generator,
-                progress=False,
-            )
-            moved.append(carried.weights_of(after.flat))
-            bar.update()
-    return moved
+    seeds: Sequence[int],
+) -> Callable[[int], Tensor]:
+    """Return what moves the draws of a task to its posterior under the flow as the prior."""
+
+    def of(number: int) -> Tensor:
+        carried = tasks[number].transported(flow)
+        after = refine(
+            carried,
+            flow.inverse(pools[number]),
+            _STEPS,
+            n_leapfrog=_N_LEAPFROG,
+            seed=seeds[number],
+            progress=False,
+        )
+        return carried.weights_of(after.flat)
+
+    return of
 
 
 # ---------------------------------------- what is given
