@@ -144,7 +144,9 @@ def test_weights_count_rows(kind) -> None:
 
 
 @pytest.mark.parametrize("kind", [BayesianMLPRegressor, BayesianMLPClassifier])
-@pytest.mark.parametrize("weights", [rng(2).uniform(0, 4, 30), np.r_[900, [1] * 28, 0]])
+@pytest.mark.parametrize(
+    "weights", [rng(2).uniform(0, 4, 30), np.r_[900, [1] * 28, 0], np.full(30, 1e-9)]
+)
 def test_any_weights_count_rows(kind, weights, tmp_path: Path) -> None:
     """Fractions, and numbers so large that rows are not repeated."""
     x, y = waves(30)
@@ -576,6 +578,32 @@ def test_cheap_chains_are_made_longer(
     x, y = waves(30)
     fit = BayesianMLPRegressor((4,), budget=1e-9, n_draws=10**6).fit(x, y)
     assert fit.draws_.n_draws == 10 * times
+
+
+@pytest.mark.parametrize(("cheap", "times"), [(1e9, recipe.SETTLING), (0, 1)])
+def test_chains_that_have_arrived_go_on_where_that_is_cheap(
+    cheap: float, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "_RISE", 1e9)
+    monkeypatch.setattr(recipe, "ENERGY_VARIANCE", 1e9)
+    hurried(monkeypatch, CHEAP=cheap, WARM_UP=5)
+    x, y = waves(30)
+    fit = BayesianMLPRegressor((4,), budget=1e-9, n_draws=10**6).fit(x, y)
+    assert fit.draws_.n_draws == 10 * times
+
+
+def test_a_stage_of_large_energy_errors_is_run_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hurried(monkeypatch, CHEAP=0, WARM_UP=5)
+    x, y = waves(30)
+    for bound, stages in ((0.0, {"short", "long", "again"}), (1e9, {"short"})):
+        monkeypatch.setattr(recipe, "ENERGY_VARIANCE", bound)
+        monkeypatch.setattr(recipe, "_RISE", 1e9)
+        place = tmp_path / str(bound)
+        fit = BayesianMLPRegressor((4,), budget=1e-9).fit(x, y, checkpoint=place)
+        assert fit.draws_.n_draws == 10
+        assert {each.name for each in (place / "round-1").iterdir()} == stages
 
 
 @pytest.mark.parametrize(

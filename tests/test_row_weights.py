@@ -206,6 +206,45 @@ def test_diagnosis_and_report_count_rows_as_often(tmp_path) -> None:
     assert bool((gap < 0.5 * draws.flat.std(0)).all())
 
 
+def test_what_sees_no_weights_says_so() -> None:
+    weighted, _ = pair("normal")
+    with pytest.raises(ValueError, match="'kronecker' takes no row_weights"):
+        bf.sample(weighted, bf.Laplace("kronecker"))
+    draws = bf.sample(weighted, bf.HMC(), chains=2, warmup=10, draws=10, seed=0)
+    exported = bf.to_arviz(weighted, draws)
+    assert exported["constant_data"]["row_weights"].values.tolist() == COUNTS.tolist()
+
+
+def test_weights_are_those_that_were_given() -> None:
+    """What a caller does to them later changes nothing, and ones are no weights."""
+    likelihood, _, y = KINDS["normal"]
+    given = COUNTS.clone()
+    net = built(lambda: nn.Linear(2, 1))
+    model = bf.BayesianModel(net, priors.Normal(), likelihood, X, y, row_weights=given)
+    before = model.fingerprint()
+    given.mul_(2)
+    model.row_weights.mul_(2)
+    assert model.row_weights.tolist() == COUNTS.tolist()
+    assert model.fingerprint() == before
+    ones, none = (
+        bf.BayesianModel(net, priors.Normal(), likelihood, X, y, row_weights=weights)
+        for weights in (np.ones(len(X), int), None)
+    )
+    assert ones.row_weights is None
+    assert ones.fingerprint() == none.fingerprint()
+    with pytest.raises(
+        ValueError, match=r"numbers that torch.float32 holds, got .* to 1e\+300"
+    ):
+        bf.BayesianModel(
+            net.float(),
+            priors.Normal(),
+            likelihood,
+            X,
+            y,
+            row_weights=np.r_[1e300, COUNTS[1:].numpy()],
+        )
+
+
 @pytest.mark.parametrize(
     ("weights", "message"),
     [

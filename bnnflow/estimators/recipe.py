@@ -3,8 +3,9 @@
 1. *Warm start.* Networks are trained on nine tenths of the rows, all in one batch, each of them
    kept as it was when the other tenth liked it best.
 2. *Chains.* From each of them `MCLMC` runs on all rows, and once more where the log joint density
-   still rises, the longer the cheaper a gradient is. `SGHMC` runs on mini-batches, where a full
-   gradient is too expensive.
+   still rises, the longer the cheaper a gradient is; twice as long where it does not, if that is
+   cheap, for weights that the data say little of. A stage whose energy errors are far larger than
+   was asked is run again. `SGHMC` runs on mini-batches, where a full gradient is too expensive.
 3. *More chains, not longer ones.* Chains of a network rarely meet, so what they disagree on is
    averaged over more of them: rounds of eight follow one another until the Monte-Carlo error of
    the predictions is small beside what they say of their own uncertainty.
@@ -32,6 +33,7 @@ from bnnflow.predictive import predict
 from bnnflow.progress import progress_bar
 from bnnflow.seeding import as_generator
 from bnnflow.stopwatch import Stopwatch
+from bnnflow.verdicts import ENERGY_VARIANCE
 from bnnflow.warn import warn
 
 __all__ = ["automatic", "warm_start"]
@@ -42,6 +44,7 @@ WARM_UP, DRAWS = 200, 200  # transitions of a chain, of ten steps each
 LONGER = (
     6  # times as many, at most, where chains have not arrived after these: as many as there
 )
+SETTLING = 2  # times as many where they have arrived, if that is cheap
 CHEAP = 1_000_000  # are rows of data times weights in this number, and no fewer than once
 # of the log joint between the halves of a stage, in standard deviations of a posterior of as many
 # dimensions, below which chains have arrived
@@ -80,7 +83,7 @@ def automatic(
     watch, parts, error = Stopwatch(), [], math.inf
     interrupted = False
     for i in range(ROUNDS):
-        seeds = torch.randint(2**31, (3,), generator=generator).tolist()
+        seeds = torch.randint(2**31, (4,), generator=generator).tolist()
         folder = None if checkpoint is None else Path(checkpoint) / f"round-{i + 1}"
         try:
             parts.append(_round(model, seeds, folder, progress))
@@ -169,19 +172,36 @@ def monte_carlo_error(model: BayesianModel, parts: list[Draws]) -> float:
 def _round(
     model: BayesianModel, seeds: list[int], folder: Path | None, progress: bool
 ) -> Draws:
-    """Train networks and run a chain from each: a short one, and where the log joint density
-    still rises in it, a long one from its end.
-    """
-    first, second, third = seeds
+    """Train networks and run a chain from each: a short one, and a long one from its end."""
+    first, second, third, fourth = seeds
     start = warm_start(model, CHAINS, as_generator(first, model.device), progress)
     draws = _stage(model, start, 1, second, folder and folder / "short", progress)
+    affordable = CHEAP / (len(model.x) * model.dim)
     early, late = draws.log_joint.mean(0).chunk(2)
-    rise = float(late.mean() - early.mean())
-    if rise < _RISE * math.sqrt(model.dim / 2) or draws.info.get("interrupted"):
+    if float(late.mean() - early.mean()) >= _RISE * math.sqrt(model.dim / 2):
+        length = min(max(1, affordable), LONGER)
+    elif affordable >= SETTLING:
+        length = SETTLING
+    elif _biased(draws):
+        length = 1
+    else:
         return draws
-    end = draws.theta[:, -1]
-    length = min(max(1, CHEAP / (len(model.x) * model.dim)), LONGER)
-    return _stage(model, end, length, third, folder and folder / "long", progress)
+    for name, seed in (("long", third), ("again", fourth)):
+        if draws.info.get("interrupted"):
+            break
+        end = draws.theta[:, -1]
+        draws = _stage(model, end, length, seed, folder and folder / name, progress)
+        if not _biased(draws):
+            break
+    return draws
+
+
+def _biased(draws: Draws) -> bool:
+    """Say whether energy errors are far larger than was asked; those of `MCLMC` alone are known."""
+    asked, found = draws.info.get("energy_variance"), draws.stats.get("energy_variance")
+    if asked is None or found is None:
+        return False
+    return not float(found.double().mean()) <= ENERGY_VARIANCE * asked
 
 
 def _stage(

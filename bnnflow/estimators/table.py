@@ -210,7 +210,7 @@ def ordered(
         if not weights.any():
             raise ValueError("sample_weight is zero for every row")
         counts = np.round(weights)
-        if np.allclose(counts, weights) and counts.sum() <= _REPEATED * len(weights):
+        if np.array_equal(counts, weights) and counts.sum() <= _REPEATED * len(weights):
             rows, weights = np.repeat(rows, counts.astype(np.int64)), None
         else:
             rows = rows[weights > 0]

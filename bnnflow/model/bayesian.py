@@ -80,7 +80,7 @@ class BayesianModel(HasTarget):
             tempered together.
         row_weights: how often each row of data counts, positive, ``(n,)``: its likelihood to that
             power. The weights are not normalised, their sum is how many rows the posterior counts.
-            Each counts once if None.
+            Each counts once if None, or if all are 1.
 
     Raises:
         ValueError: for empty data, NaN or infinite rows, mismatched lengths, labels out of range or
@@ -148,7 +148,7 @@ class BayesianModel(HasTarget):
             )
         checks.check_informative(y)
         self.y = checks.placed("y", y, self._device, self._y_dtype(self._dtype))
-        self.row_weights = self._checked_weights(row_weights, len(self.x))
+        self._row_weights = self._checked_weights(row_weights, len(self.x))
         self.flat_prior = self._laid_out(self.prior)
         checks.check_likelihood(self._of_rows)
 
@@ -166,6 +166,11 @@ class BayesianModel(HasTarget):
     def device(self) -> torch.device:
         """Where the data are."""
         return self._device
+
+    @property
+    def row_weights(self) -> Tensor | None:
+        """How often each row of data counts, float64 ``(n,)``; None where each does once."""
+        return None if self._row_weights is None else self._row_weights.clone()
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -193,7 +198,9 @@ class BayesianModel(HasTarget):
             net=copy.deepcopy(self.net).to(device, dtype),
             x=checks.placed("x", self.x, device, dtype),
             y=checks.placed("y", self.y, device, self._y_dtype(dtype)),
-            row_weights=None if self.row_weights is None else self.row_weights.to(device),
+            _row_weights=None
+            if self._row_weights is None
+            else self._row_weights.to(device),
             flat_prior=self.flat_prior.to(device, dtype),
             _transport=None
             if self._transport is None
@@ -331,8 +338,8 @@ class BayesianModel(HasTarget):
         x, y = self.x[rows], self.y[rows]
         if len(x) == 0:
             raise ValueError("rows has none of the rows of data")
-        weights = None if self.row_weights is None else self.row_weights[rows]
-        part = self._changed(x=x, y=y, row_weights=weights)
+        weights = None if self._row_weights is None else self._row_weights[rows]
+        part = self._changed(x=x, y=y, _row_weights=weights)
         # what knows no data, and what is of the same rows
         part._parts, part.network = self._parts, self.network
         part._features = x if self._features is self.x else self._features[rows]
@@ -362,11 +369,11 @@ class BayesianModel(HasTarget):
                 f"y must have a value for each of the {len(more)} rows of x, got {len(targets)}"
             )
         weights = self._checked_weights(row_weights, len(more))
-        if weights is not None or self.row_weights is not None:
+        if weights is not None or self._row_weights is not None:
             weights = _ones(len(more), more) if weights is None else weights
             weights = torch.cat([self.counts_of(), weights])
         both = torch.cat([self.x, more]), torch.cat([self.y, targets])
-        return self._changed(x=both[0], y=both[1], row_weights=weights)
+        return self._changed(x=both[0], y=both[1], _row_weights=weights)
 
     def _changed(self, **attributes: Any) -> BayesianModel:
         """Return a copy with other parts, without what was made of the old ones, and of no
@@ -391,7 +398,13 @@ class BayesianModel(HasTarget):
                 f"row_weights must be positive, got {float(weights.min()):g}: leave out rows that "
                 "do not count"
             )
-        return weights.clone()
+        rounded = weights.to(self._dtype)
+        if not bool(((rounded > 0) & rounded.isfinite()).all()):
+            raise ValueError(
+                f"row_weights must be numbers that {self._dtype} holds, got "
+                f"{float(weights.min()):g} to {float(weights.max()):g}"
+            )
+        return None if bool((weights == 1).all()) else weights.clone()
 
     def _y_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float64 if self.likelihood.wide_targets else dtype
@@ -418,16 +431,16 @@ class BayesianModel(HasTarget):
     @cached_property
     def density(self) -> LogJoint:
         """The log joint density and its parts, as they are evaluated."""
-        if self.row_weights is None:
+        if self._row_weights is None:
             return self._density(self.likelihood, self.y)
         return self._density(
-            *Weighted.with_targets(self.likelihood, self.y, self.row_weights)
+            *Weighted.with_targets(self.likelihood, self.y, self._row_weights)
         )
 
     @cached_property
     def _of_rows(self) -> LogJoint:
         """The same where every row counts once."""
-        if self.row_weights is None:
+        if self._row_weights is None:
             return self.density
         return self._density(self.likelihood, self.y)
 
@@ -646,16 +659,18 @@ class BayesianModel(HasTarget):
         """Return how often rows of data count, float64 ``(m,)``: all of them, or those of these
         numbers.
         """
-        every = _ones(len(self.x), self.x) if self.row_weights is None else self.row_weights
+        every = (
+            _ones(len(self.x), self.x) if self._row_weights is None else self._row_weights
+        )
         return every[rows]
 
     def some_rows(self, most: int) -> Tensor:
         """Return numbers of at most so many rows, spread evenly, that count alike: where rows have
         weights, each comes as often as it counts, and there are hardly more than these are worth.
         """
-        if self.row_weights is None:
+        if self._row_weights is None:
             return evenly(len(self.x), most).to(self.device)
-        logs = self.row_weights.log()
+        logs = self._row_weights.log()
         worth = max(kish_ess(logs), min(_FEW_ROWS, len(logs)))
         return counted_alike(logs, min(most, int(worth))).to(self.device)
 
@@ -768,8 +783,8 @@ class BayesianModel(HasTarget):
 
         def log_likelihood(theta: Tensor) -> Tensor:
             values = self.pointwise_log_likelihood(theta)
-            if self.row_weights is not None:
-                values = values * self.row_weights.to(values.dtype)
+            if self._row_weights is not None:
+                values = values * self._row_weights.to(values.dtype)
             return values.sum(-1)
 
         like = torch.empty(0, dtype=self.dtype, device=self.device)
@@ -855,7 +870,7 @@ class BayesianModel(HasTarget):
         return DataVersion(*self._data())
 
     def _data(self) -> tuple[Tensor, ...]:
-        weights = () if self.row_weights is None else (self.row_weights,)
+        weights = () if self._row_weights is None else (self._row_weights,)
         return (self.x, self.y, *weights)
 
 

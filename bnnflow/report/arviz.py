@@ -61,7 +61,8 @@ def to_arviz(
       and the sampler's statistics.
     - ``log_likelihood``, ``posterior_predictive`` and ``observed_data``: ``y`` of the rows of
       training, as ``az.loo``, ``az.plot_ppc`` and ``az.loo_pit`` want it; ``constant_data``: their
-      ``x``.
+      ``x``, and ``row_weights`` where rows have weights. ``log_likelihood`` is then that of rows
+      that count once: ``az.loo`` leaves out a part of a row, and `compare` all of it.
     - ``prior`` and ``prior_predictive``: the same of as many draws of the prior, 1,000 at most.
     - ``predictions``: at x, ``mean``, what each draw predicts, ``y``, drawn from it, and with
       targets ``log_prob``, their log density; ``predictions_constant_data``: ``x``, and ``y`` if it
@@ -128,7 +129,7 @@ def to_arviz(
         "log_likelihood": axes.dataset({"y": here["log_prob"]}),
         "posterior_predictive": axes.dataset(_only(here, "y")),
         "observed_data": axes.dataset({"y": axes.targets(model.y)}, sampled=False),
-        "constant_data": axes.dataset({"x": axes.inputs(model.x)}, sampled=False),
+        "constant_data": axes.dataset(_constants(axes, model), sampled=False),
         "prior": axes.dataset(axes.weights(prior)),
         "prior_predictive": axes.dataset(_only(ahead, "y")),
         "predictions": axes.dataset(there if x is not None else _only(here, "mean", "y")),
@@ -143,6 +144,13 @@ def to_arviz(
         weighted = axes.weights(draws.theta) | _statistics(draws) | log_weight
         groups["weighted_posterior"] = axes.dataset(weighted)
     return _convert({name: group for name, group in groups.items() if group.data_vars})
+
+
+def _constants(axes: Axes, model: BayesianModel) -> Variables:
+    weights = (
+        {} if model.row_weights is None else {"row_weights": (model.row_weights, ("row",))}
+    )
+    return {"x": axes.inputs(model.x), **weights}
 
 
 @checked

@@ -246,6 +246,11 @@ class Laplace(Method):
             check_tunable(model)
         names = _last_layer(model) if self.structure == "last_layer" else model.spec.names
         if self.structure == "kronecker":
+            if model.row_weights is not None:
+                raise ValueError(
+                    "structure='kronecker' takes no row_weights: use 'full', 'diagonal' or "
+                    "'last_layer'"
+                )
             _import_laplace()
             if not isinstance(
                 model.likelihood, likelihoods.Gaussian | likelihoods.Categorical
