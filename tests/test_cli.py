@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -237,6 +238,22 @@ def test_compare_scores_on_the_same_rows(tmp_path, monkeypatch):
         assert row["to_best"] == pytest.approx(row["log_score"] - best["log_score"])
         assert row["standing"] in {"best", "equal", "worse", "undecided"}
     assert sum(row["stacking"] for row in rows) == pytest.approx(1)
+
+
+def test_what_one_method_warns_of_has_its_name(tmp_path, monkeypatch):
+    drawn = bf.VI.draw
+
+    def doubtful(self, *given):
+        warnings.warn("not settled", stacklevel=1)
+        return drawn(self, *given)
+
+    monkeypatch.setitem(work.METHODS, "vi", partial(bf.VI, steps=20))
+    monkeypatch.setattr(bf.VI, "draw", doubtful)
+    data = houses(tmp_path / "houses.csv")
+    done = run("compare", data, "--target", "price", "--methods", "ensemble,vi")
+    assert "vi: not settled" in done.stderr
+    alone = run("compare", data, "--target", "price", "--methods", "vi")
+    assert "note: not settled" in alone.stderr
 
 
 def test_a_target_that_stands_twice_is_refused(tmp_path):

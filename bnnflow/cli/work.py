@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -250,11 +250,13 @@ def compare(
     if not len(split.held_out[data.target]):
         raise ValueError(f"{data.path.name} has too few rows to hold any out")
     rows, densities = [], {}
+    told: dict[str, Notes] = {}
     for name, each in zip(methods, settings, strict=True):
         watch = Stopwatch()
         row: dict[str, Any] = {"method": name}
+        told[name] = []
         try:
-            estimator = _fitted(split, each, progress)
+            estimator = _fitted(replace(split, notes=told[name]), each, progress)
             if estimator.draws_.info.get("interrupted"):  # to be compared with nothing
                 raise KeyboardInterrupt
             row |= _scores(estimator, split)
@@ -271,6 +273,10 @@ def compare(
         rows.append(row | {"seconds": round(watch.seconds, 1)})
     if densities:
         _compare_pairwise(rows, densities)
+    for note in dict.fromkeys(note for notes in told.values() for note in notes):
+        said_by = [name for name, notes in told.items() if note in notes]
+        everywhere = densities.keys() <= set(said_by)
+        split.notes.append(note if everywhere else f"{', '.join(said_by)}: {note}")
     return rows, list(dict.fromkeys(split.notes))
 
 
