@@ -54,6 +54,7 @@ RIVALS = {  # and the packages of their environments; none for those of scikit-l
 }
 METHODS = (*BNNFLOW, "flow", *RIVALS)
 FLOW_STEPS, FLOW_DRAWS = 100, 200  # trained on draws of the default method: minutes
+REFINED = 32  # transitions of HMC from each draw of the flow, which alone are too wide
 LEVEL = 0.9  # of the intervals
 MOST_GP = 2000  # rows that a Gaussian process can take
 FIELDS = ("set", "split", "method", "nll", "rmse", "coverage", "width", "cpu_seconds")
@@ -117,10 +118,11 @@ def fit(method, python, x, y, x_new):
 
 
 def flown(fitted):
-    """Return a fitted regressor whose draws come from a flow instead of its chains."""
+    """Return a fitted regressor whose draws come from a flow, refined, instead of its chains."""
     model, draws, training = fitted.model_, fitted.draws_, bf.Training(steps=FLOW_STEPS)
     flow = bf.fit_flow(model, draws, velocity="weights", training=training, progress=False)
-    fitted.draws_ = bf.sample(model, flow, draws=FLOW_DRAWS, progress=False)
+    raw = bf.sample(model, flow, draws=FLOW_DRAWS, progress=False)
+    fitted.draws_ = bf.refine(model, raw, REFINED, progress=False)
     return fitted
 
 
