@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from bnnflow.arguments import numbers, shown
 from bnnflow.model.likelihood import Kind, Likelihood, Score
+from bnnflow.model.likelihoods.based import Based
 from bnnflow.model.likelihoods.counts import Levels
 from bnnflow.model.likelihoods.real import Gaussian, HeteroscedasticGaussian
 from bnnflow.model.likelihoods.shared import positive_targets
@@ -24,13 +24,12 @@ __all__ = ["LogNormal", "Reduced", "Standardised", "Transformed", "reduced"]
 _MEMBERS = ("kind", "parameters", "validate", "log_prob", "mean")
 
 
-class Transformed(Likelihood):
+class Transformed(Based):
     """y = g(z) with z of another likelihood, for an increasing g that acts on every target alone.
 
     Targets are kept in float64 whatever the model computes in, so that they may be far from zero.
     """
 
-    base: Likelihood
     wide_targets = True
 
     @abstractmethod
@@ -45,11 +44,6 @@ class Transformed(Likelihood):
     def log_slope(self, y: Tensor) -> Tensor:
         """Return log dz/dy summed over the targets, ``(..., n, targets) -> (..., n)``."""
 
-    @property
-    def parameters(self) -> dict[str, Distribution]:
-        """Those of the base."""
-        return self.base.parameters
-
     def validate(self, y: Tensor, n_outputs: int) -> Tensor:
         """Return y as ``(n, targets)``."""
         y = y.double().unsqueeze(-1) if y.dim() == 1 else y.double()
@@ -63,16 +57,6 @@ class Transformed(Likelihood):
     def score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Score:
         """Return the base's gradients at z."""
         return self.base.score(outputs, self._z(outputs, y), parameters)
-
-    @property
-    def has_fisher_factor(self) -> bool:
-        """Whether the base has one."""
-        return self.base.has_fisher_factor
-
-    @property
-    def has_whitened_score(self) -> bool:
-        """Whether the base has one."""
-        return self.base.has_whitened_score
 
     @property
     def has_variance(self) -> bool:

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from bnnflow.model.likelihood import Kind, Likelihood, Score
+from bnnflow.model.likelihoods.based import Based
 
 __all__ = ["Weighted"]
 
 
 @dataclass(frozen=True)
-class Weighted(Likelihood):
+class Weighted(Based):
     """Another likelihood, each row to the power of its weight: a row of weight 2 counts twice.
 
     Weights are the last column of the targets, so that they go wherever these go: into
@@ -48,11 +48,6 @@ class Weighted(Likelihood):
         """Whether those of the base are counts."""
         return self.base.discrete
 
-    @property
-    def parameters(self) -> dict[str, Distribution]:
-        """Those of the base."""
-        return self.base.parameters
-
     def mean(self, outputs: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return the base's: a row is predicted as it is, however often it counted."""
         return self.base.mean(outputs, parameters)
@@ -64,27 +59,11 @@ class Weighted(Likelihood):
 
     def score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Score:
         """Return the base's gradients, of weighted rows."""
+        if parameters:  # whose gradients the base has summed over rows: automatic
+            return super().score(outputs, y, parameters)
         y, weights = self.parts(y, outputs)
-        by_outputs, by_names = self.base.score(outputs, y, parameters)
-        if by_names:  # sums over rows, which no weights part again
-
-            def total(logs: dict[str, Tensor]) -> Tensor:
-                values = {name: log.exp() for name, log in logs.items()}
-                return (weights * self.base.log_prob(outputs, y, values)).sum()
-
-            logs = {name: value.log() for name, value in parameters.items()}
-            by_names = torch.func.grad(total)(logs)
-        return weights.unsqueeze(-1) * by_outputs, by_names
-
-    @property
-    def has_fisher_factor(self) -> bool:
-        """Whether the base has one."""
-        return self.base.has_fisher_factor
-
-    @property
-    def has_whitened_score(self) -> bool:
-        """Whether the base has one."""
-        return self.base.has_whitened_score
+        by_outputs, _ = self.base.score(outputs, y, parameters)
+        return weights.unsqueeze(-1) * by_outputs, {}
 
     def information(
         self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]
