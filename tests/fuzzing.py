@@ -227,6 +227,11 @@ def _data_and_models(w: World) -> Iterator[Call]:
         likelihoods.HeteroscedasticGaussian,
         {"min_scale": 1e-3},
     )
+    yield Call(
+        "likelihoods.HeteroscedasticStudentT",
+        likelihoods.HeteroscedasticStudentT,
+        {"df": 4.0, "min_scale": 1e-3},
+    )
     yield Call("likelihoods.StudentT", likelihoods.StudentT, {"df": 4.0, "scale": 0.1})
     yield Call(
         "likelihoods.NegativeBinomial", likelihoods.NegativeBinomial, {"dispersion": 0.5}

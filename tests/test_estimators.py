@@ -26,7 +26,7 @@ from torch import nn
 
 import bnnflow as bf
 from bnnflow import BayesianMLPClassifier, BayesianMLPRegressor, storage
-from bnnflow.estimators import recipe
+from bnnflow.estimators import recipe, regressor
 from bnnflow.estimators.table import columns_of
 from tests.problems import one_in
 from tests.processes import run
@@ -246,7 +246,7 @@ def test_the_default_fit_of_diabetes_is_calibrated(fitted: BayesianMLPRegressor)
 @pytest.mark.parametrize(
     ("name", "targets", "shown"),
     [
-        ("auto", lambda g: g.normal(0, 1, 200), "Standardised(HeteroscedasticGaussian)"),
+        ("auto", lambda g: g.normal(0, 1, 200), "Standardised(HeteroscedasticStudentT)"),
         ("auto", lambda g: g.integers(3, 9, 200), "Levels"),
         ("auto", lambda g: g.poisson(8, 300), "NegativeBinomial"),
         (
@@ -521,7 +521,7 @@ def test_a_network_of_ones_own(seeded) -> None:
     with seeded(0):
         net = nn.Sequential(nn.Linear(2, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 2))
     fit = BayesianMLPRegressor(net, method=QUICK).fit(x, y)
-    assert fit.model_.dim == sum(p.numel() for p in net.parameters())
+    assert fit.model_.dim == sum(p.numel() for p in net.parameters()) + 1  # excess_df
     assert fit.predict(x).shape == (40,)
     with pytest.raises(
         ValueError, match="cannot be written to a file: pickle the estimator"
@@ -568,7 +568,7 @@ def test_chains_are_added_while_they_disagree(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("cheap", "times"), [(1e9, recipe.LONGER), (30 * 24 * 2, 2), (0, 1)]
+    ("cheap", "times"), [(1e9, recipe.LONGER), (30 * 25 * 2, 2), (0, 1)]
 )
 def test_cheap_chains_are_made_longer(
     cheap: float, times: int, monkeypatch: pytest.MonkeyPatch
@@ -597,13 +597,91 @@ def test_a_stage_of_large_energy_errors_is_run_again(
 ) -> None:
     hurried(monkeypatch, CHEAP=0, WARM_UP=5)
     x, y = waves(30)
-    for bound, stages in ((0.0, {"short", "long", "again"}), (1e9, {"short"})):
+    for bound, stages in (
+        (0.0, {"start", "short", "long", "again"}),
+        (1e9, {"start", "short"}),
+    ):
         monkeypatch.setattr(recipe, "ENERGY_VARIANCE", bound)
         monkeypatch.setattr(recipe, "_RISE", 1e9)
         place = tmp_path / str(bound)
         fit = BayesianMLPRegressor((4,), budget=1e-9).fit(x, y, checkpoint=place)
         assert fit.draws_.n_draws == 10
         assert {each.name for each in (place / "round-1").iterdir()} == stages
+
+
+def test_networks_of_a_large_table_are_trained_to_the_mode(
+    monkeypatch: pytest.MonkeyPatch, seeded
+) -> None:
+    x, y = waves(60)
+    y = (y - y.mean()) / y.std()
+    with seeded(0):
+        net = nn.Linear(x.shape[1], 1)
+    data = map(torch.tensor, (x, y))
+    model = bf.BayesianModel(
+        net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.5), *data
+    )
+    monkeypatch.setattr(recipe, "LARGE", 59)
+    monkeypatch.setattr(recipe, "EPOCHS", 20_000)
+    start = recipe.warm_start(model, 3, torch.Generator().manual_seed(0))
+    ones = np.column_stack([x, np.ones(len(x))])
+    mode = np.linalg.solve(ones.T @ ones + 0.25 * np.eye(ones.shape[1]), ones.T @ y)
+    np.testing.assert_allclose(start, np.tile(mode, (3, 1)), atol=0.02)
+
+
+def test_a_large_table_gets_shorter_chains_of_wider_networks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hurried(monkeypatch, WARM_UP=40, DRAWS=40, EPOCHS=20)
+    monkeypatch.setattr(recipe, "_RISE", 1e9)
+    monkeypatch.setattr(recipe, "ENERGY_VARIANCE", 1e9)
+    x, y = waves(30)
+
+    def fitted_with(large: int) -> tuple[int, list[int]]:
+        for where in (recipe, regressor):
+            monkeypatch.setattr(where, "LARGE", large)
+        fit = BayesianMLPRegressor(n_draws=10**6).fit(x, y)
+        widths = [
+            each.out_features for each in fit.model_.net if isinstance(each, nn.Linear)
+        ]
+        return fit.draws_.n_draws, widths
+
+    assert fitted_with(30) == (40, [16, 16, 2])
+    assert fitted_with(29) == (10, [32, 32, 2])
+    assert fitted_with(7) == (10, [48, 48, 2])
+
+
+def test_a_killed_fit_does_not_train_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hurried(monkeypatch)
+    x, y = waves(30)
+
+    def fit(place: Path) -> BayesianMLPRegressor:
+        return BayesianMLPRegressor((4,)).fit(x, y, checkpoint=place)
+
+    def killed(*args: object) -> None:
+        raise RuntimeError("killed")
+
+    whole, real = fit(tmp_path / "whole"), recipe._stage
+    monkeypatch.setattr(recipe, "_stage", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(tmp_path / "cut")
+    monkeypatch.setattr(recipe, "_stage", real)
+    monkeypatch.setattr(recipe, "warm_start", killed)
+    assert torch.equal(fit(tmp_path / "cut").draws_.theta, whole.draws_.theta)
+
+
+def test_rows_far_away_leave_the_rest_of_a_table_alone() -> None:
+    g = np.random.default_rng(0)
+    x = g.uniform(-2, 2, (120, 1))
+    y = 100 + 10 * x[:, 0] + g.normal(0, 1, 120)
+    y[::12] += 60
+    fit = BayesianMLPRegressor((8,), likelihood="auto").fit(x, y)
+    inside = np.abs(fit.predict_quantiles(x, 0.5)[:, 0] - 100 - 10 * x[:, 0]) < 3
+    assert inside.mean() > 0.95
+    assert (
+        float(fit.draws_.theta[..., -1].exp().median()) < 2
+    )  # degrees of freedom beyond two
 
 
 @pytest.mark.parametrize(

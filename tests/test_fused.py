@@ -51,6 +51,8 @@ OURS: dict[str, tuple[Any, int]] = {  # likelihood, outputs
     "bernoulli": (likelihoods.Bernoulli(), 1),
     "student": (likelihoods.StudentT(), 1),
     "student two": (likelihoods.StudentT(2.5, 0.3), 2),
+    "varying student": (likelihoods.HeteroscedasticStudentT(), 2),
+    "varying student two": (likelihoods.HeteroscedasticStudentT(3.0, 0.1), 4),
     "poisson": (likelihoods.Poisson(), 1),
     "negative binomial": (likelihoods.NegativeBinomial(), 2),
     "dispersed": (likelihoods.NegativeBinomial(0.2), 1),
@@ -107,7 +109,7 @@ def model_of(
     else:
         y = torch.randn(
             n,
-            outputs // (2 if likelihood.startswith("hetero") else 1),
+            outputs // (2 if likelihood.startswith(("hetero", "varying")) else 1),
             generator=g,
             dtype=F64,
         )

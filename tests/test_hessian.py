@@ -40,6 +40,8 @@ LIKELIHOODS = {
     "one": (likelihoods.Gaussian(0.3), 1),
     "learned": (likelihoods.Gaussian(), 2),
     "heteroscedastic": (likelihoods.HeteroscedasticGaussian(), 2),
+    "varying student": (likelihoods.HeteroscedasticStudentT(), 2),
+    "varying robust": (likelihoods.HeteroscedasticStudentT(4.0), 2),
     "student": (likelihoods.StudentT(), 1),
     "robust": (likelihoods.StudentT(scale=0.4), 2),
     "poisson": (likelihoods.Poisson(), 1),
@@ -114,7 +116,7 @@ def model(
 ) -> bf.BayesianModel:
     likelihood, out = LIKELIHOODS[kind]
     x = normal(N, 2, seed=2, dtype=dtype)
-    columns = out // 2 if kind == "heteroscedastic" else out
+    columns = out // 2 if kind.startswith(("hetero", "varying")) else out
     real = torch.stack([(x.sum(1) + k).sin() for k in range(columns)], 1)
     counts = (torch.arange(N) % 4).to(dtype)
     labels = torch.arange(N) % {"bernoulli": 2, "ordinal": 4}.get(kind, 3)

@@ -17,6 +17,7 @@ from scipy import integrate, stats
 from torch import Tensor, nn
 
 from bnnflow import BayesianModel, likelihoods, metrics, predict, priors
+from bnnflow.model.likelihoods.shared import StudentTable
 
 F64 = torch.float64
 LEVELS = torch.tensor([0.0, 1, 3, 4, 7], dtype=F64)
@@ -25,6 +26,8 @@ LIKELIHOODS: dict[str, tuple[Any, int]] = {  # likelihood, outputs
     "gaussian": (likelihoods.Gaussian(0.3), 2),
     "gaussian learned": (likelihoods.Gaussian(), 2),
     "heteroscedastic": (likelihoods.HeteroscedasticGaussian(0.05), 4),
+    "varying student": (likelihoods.HeteroscedasticStudentT(min_scale=0.05), 4),
+    "varying student, fixed": (likelihoods.HeteroscedasticStudentT(3.0), 4),
     "student": (likelihoods.StudentT(3.5, 0.4), 2),
     "student learned": (likelihoods.StudentT(5.0, scale_prior=td.LogNormal(-1.0, 0.5)), 1),
     "standardised": (
@@ -54,9 +57,18 @@ LIKELIHOODS: dict[str, tuple[Any, int]] = {  # likelihood, outputs
 COUNTS = [name for name, (each, _) in LIKELIHOODS.items() if each.discrete]
 REGRESSION = [name for name, (each, _) in LIKELIHOODS.items() if each.kind == "regression"]
 CONTINUOUS = [name for name in REGRESSION if name not in COUNTS]
+VARYING = [name for name in LIKELIHOODS if name.startswith(("hetero", "varying"))]
 POSITIVE = [name for name in CONTINUOUS if name.startswith(("log-normal", "gamma"))]
 TRANSFORMED = [name for name, (each, _) in LIKELIHOODS.items() if each.wide_targets]
 CLASSES = [name for name in LIKELIHOODS if name not in REGRESSION]
+WITH_DIVERGENCE = (
+    "gaussian",
+    "gaussian learned",
+    "heteroscedastic",
+    "poisson",
+    "levels",
+    *CLASSES,
+)
 WITH_FISHER = [name for name, (each, _) in LIKELIHOODS.items() if each.has_fisher_factor]
 
 
@@ -72,7 +84,7 @@ def built(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def n_targets(name: str) -> int:
-    return {"heteroscedastic": 2}.get(name, LIKELIHOODS[name][1])
+    return 2 if name in VARYING else LIKELIHOODS[name][1]
 
 
 def n_classes(name: str) -> int:
@@ -125,7 +137,7 @@ def law_of(
         return td.Independent(td.TransformedDistribution(law.base_dist, map_), 1)
 
     def setting(key: str) -> Any:
-        fixed = getattr(likelihood, key)
+        fixed = getattr(likelihood, key, None)
         return (
             parameters[key].unsqueeze(-1)
             if fixed is None
@@ -134,9 +146,13 @@ def law_of(
 
     if name.startswith("gaussian"):
         return td.Independent(td.Normal(outputs, setting("scale")), 1)
-    if name == "heteroscedastic":
+    if name in VARYING:
         mean, raw = outputs.chunk(2, -1)
-        return td.Independent(td.Normal(mean, nn.functional.softplus(raw) + 0.05), 1)
+        scale = nn.functional.softplus(raw) + likelihood.min_scale
+        if name == "heteroscedastic":
+            return td.Independent(td.Normal(mean, scale), 1)
+        df = likelihood.df or 2 + setting("excess_df")
+        return td.Independent(td.StudentT(df, mean, scale), 1)
     if name.startswith("student"):
         return td.Independent(td.StudentT(likelihood.df, outputs, setting("scale")), 1)
     if name.startswith("gamma"):
@@ -191,7 +207,7 @@ def test_density_has_mass_one(name: str) -> None:
             1, abs=1e-10
         )
     elif name != "standardised":  # which has two targets, and whose base is tested alone
-        one = outputs[..., ::2] if name == "heteroscedastic" else outputs[..., :1]
+        one = outputs[..., ::2] if name in VARYING else outputs[..., :1]
 
         def density(value: float) -> float:
             return math.exp(
@@ -310,7 +326,9 @@ def test_samples_agree_with_mean_variance_and_cdf(name: str) -> None:
     )
     assert ((y.mean(0) - mean).abs() < 5 * (variance / count).sqrt()).all()
     squares = (y - mean).square()
-    if name != "student":  # with 3.5 degrees of freedom the square has no variance
+    if (
+        "student" not in name or name == "student learned"
+    ):  # else the square has no variance
         assert (
             (squares.mean(0) - variance).abs() < 6 * squares.std(0) / math.sqrt(count)
         ).all()
@@ -340,8 +358,18 @@ def test_cdfs_are_those_of_scipy() -> None:
     likelihood, outputs, parameters = case("student", 1, 3)
     found = likelihood.cdf(outputs, y, parameters).numpy()
     np.testing.assert_allclose(
-        found, stats.t.cdf(y.numpy(), 3.5, outputs.numpy(), 0.4), rtol=1e-12
+        found, stats.t.cdf(y.numpy(), 3.5, outputs.numpy(), 0.4), rtol=0, atol=2e-8
     )
+
+
+def test_students_table_is_right_for_all_tails() -> None:
+    df = torch.tensor([2.0, 2.001, 2.7, 5.0, 33.3, 1e3, 1e6], dtype=F64).reshape(-1, 1, 1)
+    z = torch.cat([torch.linspace(-30, 30, 20_001, dtype=F64), 10 ** torch.arange(9.0)])
+    z = z.reshape(1, -1, 1).expand(len(df), -1, 1)
+    found = StudentTable(df)(z)
+    np.testing.assert_allclose(found, stats.t.cdf(z, df), rtol=0, atol=2e-8)
+    assert (found[:, :20_001].diff(dim=1) >= -1e-12).all()
+    assert StudentTable(df.float())(z.float()).dtype == torch.float32
 
 
 def test_probabilities_of_classes() -> None:
@@ -486,16 +514,20 @@ def test_gauss_newton_is_the_fisher_matrix(name: str) -> None:
     grad, factor = model.at(theta).grad_and_factor()
     torch.testing.assert_close(grad, model.log_likelihood_grad(theta), rtol=1e-9, atol=1e-9)
     for row, a in zip(theta, factor, strict=True):
-        # no divergence in closed form, but blocks that do not mix
-        if name.startswith(("student", "negative", "standardised", "log-normal", "gamma")):
+        if name not in WITH_DIVERGENCE:  # in closed form
             jacobian = torch.func.jacrev(model.outputs)(row)  # (n, out, dim)
             parameters = model.likelihood_parameters(row.unsqueeze(0))
             r, information = model.likelihood.fisher_factor(
                 model.outputs(row).unsqueeze(0), parameters
             )
-            expected = torch.einsum("nkd,nkl,nle->de", jacobian, r[0] @ r[0].mT, jacobian)
+            rows = torch.einsum("nkd,nkr->nrd", jacobian, r[0])
+            expected = torch.zeros(model.dim, model.dim, dtype=F64)
             for value in information.values():
-                expected[-1, -1] += value.squeeze()
+                if value.dim() == 4:  # shared with the outputs
+                    rows[..., -1] += value[0, :, 0]
+                else:
+                    expected[-1, -1] += value.squeeze()
+            expected += torch.einsum("nrd,nre->de", rows, rows)
         else:
             expected = torch.func.hessian(
                 lambda other, row=row: _divergence(name, model, row, other)

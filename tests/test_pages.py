@@ -151,7 +151,7 @@ def test_the_program_of_a_page_runs(
 
 def said_by_tables(printed: list[str]) -> None:
     chosen, inside, verdict = printed
-    assert chosen.startswith("Standardised(HeteroscedasticGaussian): y is continuous")
+    assert chosen.startswith("Standardised(HeteroscedasticStudentT): y is continuous")
     assert 70 <= int(inside.split("%")[0]) <= 100
     assert verdict
     assert Path("report.html").exists()

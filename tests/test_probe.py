@@ -585,6 +585,7 @@ FAMILIES = {
     "Gaussian, known noise": (likelihoods.Gaussian, {"scale": 0.1}, 2, 2),
     "StudentT": (likelihoods.StudentT, {}, 2, 2),
     "HeteroscedasticGaussian": (likelihoods.HeteroscedasticGaussian, {}, 2, 1),
+    "HeteroscedasticStudentT": (likelihoods.HeteroscedasticStudentT, {}, 2, 1),
     "Poisson": (likelihoods.Poisson, {}, 1, 1),
     "NegativeBinomial": (likelihoods.NegativeBinomial, {"dispersion": 0.5}, 1, 1),
     "Categorical": (likelihoods.Categorical, {}, 3, 0),

@@ -20,6 +20,7 @@ KINDS = {
     "learned": (likelihoods.Gaussian(), 1, LINE),
     "two targets": (likelihoods.Gaussian(), 2, torch.stack([LINE, -LINE], 1)),
     "varying": (likelihoods.HeteroscedasticGaussian(), 2, LINE),
+    "varying student": (likelihoods.HeteroscedasticStudentT(), 2, LINE),
     "standardised": (
         likelihoods.Standardised(likelihoods.Gaussian(), 100.0, 20.0),
         1,

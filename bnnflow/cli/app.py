@@ -87,8 +87,9 @@ _Likelihood = Annotated[
     str,
     typer.Option(
         "--likelihood",
-        help="heteroscedastic, normal, student, lognormal, gamma, poisson, negative_binomial or "
-        "ordinal; auto chooses by what the target looks like, and says so.",
+        help="heteroscedastic_student, heteroscedastic, normal, student, lognormal, gamma, "
+        "poisson, negative_binomial or ordinal; auto chooses by what the target looks like, and "
+        "says so.",
     ),
 ]
 _Budget = Annotated[

@@ -49,7 +49,8 @@ typedef uint32_t Words __attribute__((vector_size(kBytes)));
 
 enum Activation : int64_t { kIdentity, kTanh, kSigmoid, kRelu, kSilu, kGelu, kGeluTanh, kSine };
 enum Likelihood : int64_t {
-    kScore, kGaussian, kHeteroscedastic, kCategorical, kBernoulli, kStudent, kPoisson, kNegativeBinomial, kOrdinal
+    kScore, kGaussian, kHeteroscedastic, kCategorical, kBernoulli, kStudent, kPoisson, kNegativeBinomial, kOrdinal,
+    kHeteroscedasticStudent
 };
 enum Family : int64_t { kNormal, kLogHalfNormal, kLaplace, kStudentPrior, kLogHalfCauchy, kLogGamma };
 
@@ -77,8 +78,8 @@ struct Problem {
     int64_t likelihood, n_targets, n_classes;  // n_targets: columns of y, but for that of the weights of rows
     int64_t weighted;                          // whether y has such a column, behind the others
     int64_t learned;                           // where theta holds the logarithms of the likelihood's parameters, or -1
-    double scale;                              // fixed scale or dispersion; the least scale of a heteroscedastic Gaussian
-    double df, constant;                       // of Student's t: degrees of freedom, log density at zero
+    double scale;                              // fixed scale or dispersion; the least scale of a heteroscedastic law
+    double df;                                 // degrees of freedom of Student's t, where they are fixed
     double log_slope;                          // added to the log likelihood of a row, for targets in other units
     int64_t n_scaled, n_scales;                // weights whose prior has parameters, the first of theta
     const Scale* scales;
@@ -226,6 +227,12 @@ static inline Vec log(Vec a) {
     Vec e = __builtin_convertvector((SignedVec)exponent >> mantissa, Vec);
     Vec result = e * T(.693147180559945309) + log_ratio((m - T(1)) * inverse(m + T(1)));
     return a - a == splat(0) ? result : a;
+}
+
+// log(1 + a), also where rounding 1 + a loses most of a
+static inline Vec log1p(Vec a) {
+    Vec u = a + T(1);
+    return log(u) + (a - (u - T(1))) / u;
 }
 
 // log(1 + exp(a))
@@ -557,11 +564,13 @@ static void gaussian(const Block& b, T inverse_scale, Sum& squares) {
         }
 }
 
+static inline Vec scale_of(Vec raw, T least) { return (raw > splat(20) ? raw : softplus(raw)) + least; }  // torch's threshold
+
 static void heteroscedastic(const Block& b, T least, Sum& value) {
     for (int64_t k = 0; k < b.targets; ++k)
         for (int64_t r = 0; r < b.width; ++r) {
             int64_t mean = k * b.width + r, raw = mean + b.targets * b.width;
-            Vec scale = (b.out[raw] > splat(20) ? b.out[raw] : softplus(b.out[raw])) + least;  // torch's threshold
+            Vec scale = scale_of(b.out[raw], least);
             Vec z = (b.y[mean] - b.out[mean]) / scale;
             value.add(b.keep(T(-.5) * z * z - log(scale), r));
             b.score[mean] = b.keep(z / scale, r);
@@ -603,9 +612,38 @@ static void student(const Block& b, T inverse_scale, T df, Sum& value, Sum& by_s
             int64_t i = k * b.width + r;
             Vec z = (b.y[i] - b.out[i]) * inverse_scale, square = z * z;
             Vec pull = (df + T(1)) * z * inverse(df + square);
-            value.add(b.keep(log(T(1) + square * (T(1) / df)), r));
+            value.add(b.keep(log1p(square * (T(1) / df)), r));
             by_scale.add(b.keep(pull * z, r));
             b.score[i] = b.keep(pull * inverse_scale, r);
+        }
+}
+
+// Log density of Student's t at zero.
+static double student_constant(double df) {
+    return std::lgamma((df + 1) / 2) - std::lgamma(df / 2) - .5 * std::log(df * 3.14159265358979323846);
+}
+
+// Its derivative by df: the gaps digamma(x + 1/2) - digamma(x) of x + 1, x + 2, ... shrink as a series in 1 / x.
+static double student_slope(double df) {
+    double x = df / 2, gap = 0;
+    for (; x < 12; ++x) gap += 1 / x - 1 / (x + .5);
+    const double u = 1 / (x * x);
+    gap += 1 / (2 * x) + u * (1. / 8 + u * (-1. / 64 + u * (1. / 128 - u * 17. / 2048)));
+    return .5 * (gap - 1 / df);
+}
+
+// The same with scales from the network: but for constants the log density, and the score of df.
+static void heteroscedastic_student(const Block& b, T least, T df, Sum& value, Sum& by_df) {
+    for (int64_t k = 0; k < b.targets; ++k)
+        for (int64_t r = 0; r < b.width; ++r) {
+            int64_t mean = k * b.width + r, raw = mean + b.targets * b.width;
+            Vec scale = scale_of(b.out[raw], least);
+            Vec z = (b.y[mean] - b.out[mean]) / scale, square = z * z;
+            Vec pull = (df + T(1)) * z * inverse(df + square), tail = log1p(square * (T(1) / df));
+            value.add(b.keep(T(-.5) * (df + T(1)) * tail - log(scale), r));
+            by_df.add(b.keep(T(.5) * (pull * z * (T(1) / df) - tail), r));
+            b.score[mean] = b.keep(pull / scale, r);
+            b.score[raw] = b.keep((pull * z - T(1)) / scale * sigmoid(b.out[raw]), r);
         }
 }
 
@@ -741,6 +779,7 @@ struct Worker {
     // What a chain has of the likelihood: its parameters, and what sums over rows.
     struct Given {
         double scale = 1, log_scale = 0;  // of noise, or a dispersion
+        double df = 0;
         T inverse = 0;
         std::vector<T> cutpoints;
         Vec* classes;  // see ordinal
@@ -753,6 +792,11 @@ struct Worker {
                     cutpoint += k ? std::exp(double(theta[p.learned + k - 1])) : 0;
                     cutpoints.push_back(T(cutpoint));
                 }
+                return;
+            }
+            df = p.df;
+            if (p.likelihood == kHeteroscedasticStudent) {
+                if (p.learned >= 0) df = 2 + std::exp(double(theta[p.learned]));
                 return;
             }
             log_scale = p.learned >= 0 ? double(theta[p.learned]) : std::log(p.scale);
@@ -776,7 +820,11 @@ struct Worker {
             case kHeteroscedastic: total -= targets * kHalfLog2Pi; break;
             case kStudent:
                 by_parameter -= targets;
-                total = targets * (p.constant - given.log_scale) - .5 * (p.df + 1) * total;
+                total = targets * (student_constant(p.df) - given.log_scale) - .5 * (p.df + 1) * total;
+                break;
+            case kHeteroscedasticStudent:
+                total += targets * student_constant(given.df);
+                by_parameter = (given.df - 2) * (by_parameter + targets * student_slope(given.df));
                 break;
             case kNegativeBinomial: dispersed(chain, given.scale, total, by_parameter); break;
             case kOrdinal: return total + gaps(theta, given, grad);
@@ -897,6 +945,9 @@ struct Worker {
             case kCategorical: categorical(b, value); break;
             case kBernoulli: bernoulli(b, value); break;
             case kStudent: student(b, given.inverse, T(p.df), value, given.by_parameter); break;
+            case kHeteroscedasticStudent:
+                heteroscedastic_student(b, T(p.scale), T(given.df), value, given.by_parameter);
+                break;
             case kPoisson: poisson(b, value); break;
             case kNegativeBinomial:
                 negative_binomial(b, T(given.scale), T(given.log_scale), value, given.by_parameter);

@@ -71,7 +71,7 @@ class BayesianEstimator(BaseEstimator, ABC):
     table_: Table
     target_names_: list[str]
     n_features_in_: int
-    _by_default: ClassVar[tuple[tuple[int, ...], str]]  # widths and activation for "auto"
+    _activation_by_default: ClassVar[str]
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class BayesianEstimator(BaseEstimator, ABC):
     ) -> BayesianModel:
         prior = self._prior(likelihood)
         with isolated(torch.Generator().manual_seed(0)):  # its weights are not used
-            net = self._network(x.shape[1], outputs)
+            net = self._network(*x.shape, outputs)
         return BayesianModel(net, prior, likelihood, x, y, row_weights=row_weights)
 
     def _prior(self, likelihood: Likelihood) -> Any:
@@ -140,12 +140,12 @@ class BayesianEstimator(BaseEstimator, ABC):
         sized = ours and likelihood.kind == "regression"
         return priors.OutputScales() if sized else priors.Normal(1.0)
 
-    def _network(self, inputs: int, outputs: int) -> nn.Module:
+    def _network(self, rows: int, inputs: int, outputs: int) -> nn.Module:
         if isinstance(self.network, nn.Module):
             return self.network
         activation = self._activation()
         layers: list[nn.Module] = []
-        for width in self._widths():
+        for width in self._widths(rows):
             layers += [nn.Linear(inputs, width), activation()]
             inputs = width
         return nn.Sequential(*layers, nn.Linear(inputs, outputs))
@@ -175,7 +175,7 @@ class BayesianEstimator(BaseEstimator, ABC):
     def _check_settings(self) -> None:
         """Raise ``ValueError`` for settings that make no sense, before any work."""
         if not isinstance(self.network, nn.Module):
-            for width in self._widths():
+            for width in self._widths(1):
                 arguments.integer("network", width, least=1)
         self._activation()
         if self.method != "auto" and not isinstance(self.method, Method):
@@ -186,20 +186,26 @@ class BayesianEstimator(BaseEstimator, ABC):
             arguments.number("budget", self.budget, above=0)
         arguments.integer("n_draws", self.n_draws, least=1)
 
-    def _widths(self) -> tuple[int, ...] | list[int]:
+    def _widths(self, rows: int) -> tuple[int, ...] | list[int]:
+        """Return the widths of the hidden layers for a table of so many rows."""
         if isinstance(self.network, tuple | list):
             return self.network
         if self.network == "auto":
-            return self._by_default[0]
+            return self._widths_by_default(rows)
         raise TypeError(
             "network must be the widths of hidden layers, such as (16, 16), 'auto' or a "
             f"torch.nn.Module, got {self.network!r}"
         )
 
+    @staticmethod
+    @abstractmethod
+    def _widths_by_default(rows: int) -> tuple[int, ...]:
+        """Return the widths for ``"auto"``."""
+
     def _activation(self) -> Callable[[], nn.Module]:
         names = ("auto", *_ACTIVATIONS)
         name = arguments.choice("activation", self.activation, names)
-        return _ACTIVATIONS[self._by_default[1] if name == "auto" else name]
+        return _ACTIVATIONS[self._activation_by_default if name == "auto" else name]
 
     def _seed(self) -> int:
         if self.random_state is None:

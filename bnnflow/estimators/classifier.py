@@ -62,7 +62,7 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
     """
 
     classes_: np.ndarray
-    _by_default = (16,), "relu"
+    _activation_by_default = "relu"
 
     def fit(
         self,
@@ -144,6 +144,10 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
             n, seed=arguments.integer("random_state", random_state)
         )
         return self.classes_[drawn.T.numpy()]
+
+    @staticmethod
+    def _widths_by_default(rows: int) -> tuple[int, ...]:
+        return (16,)
 
     def _coords(self) -> dict[str, list[Any]]:
         return super()._coords() | {"class": self.classes_.tolist()}

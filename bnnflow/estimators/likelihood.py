@@ -17,6 +17,7 @@ __all__ = ["NAMES", "Choice", "choose"]
 NAMES = (
     "auto",
     "heteroscedastic",
+    "heteroscedastic_student",
     "normal",
     "student",
     "lognormal",
@@ -26,6 +27,10 @@ NAMES = (
     "ordinal",
 )
 
+_VARYING = {
+    "heteroscedastic": likelihoods.HeteroscedasticGaussian,
+    "heteroscedastic_student": likelihoods.HeteroscedasticStudentT,
+}
 _FEW = 12  # whole numbers that are levels rather than a scale
 _SKEWED = 2.0  # skewness of positive targets above which their logarithm is modelled
 
@@ -66,9 +71,8 @@ def choose(name: str | Likelihood, y: np.ndarray) -> Choice:
         # one noise for all rows: where it varied, means of y, exp(m + s^2 / 2), would be wild
         base = _standardised(likelihoods.Gaussian(), np.log(y))
         return Choice(likelihoods.LogNormal(base), targets, why)
-    if name == "heteroscedastic":
-        likelihood = _standardised(likelihoods.HeteroscedasticGaussian(), y)
-        return Choice(likelihood, 2 * targets, why)
+    if name in _VARYING:
+        return Choice(_standardised(_VARYING[name](), y), 2 * targets, why)
     inner = likelihoods.Gaussian() if name == "normal" else likelihoods.StudentT()
     return Choice(_standardised(inner, y), targets, why)
 
@@ -92,10 +96,10 @@ def _by_looks(y: np.ndarray) -> tuple[str, str]:
             "lognormal",
             f"y is positive with a long tail (skewness {skewness.min():.1f})",
         )
-    why = "y is continuous; its noise may differ from row to row"
+    why = "y is continuous; its noise may differ from row to row, and have heavy tails"
     if distinct <= len(y) / 10:
         why += f" (it has {distinct} values only, of which narrow densities could make too much)"
-    return "heteroscedastic", why
+    return "heteroscedastic_student", why
 
 
 def _standardised(base: Likelihood, y: np.ndarray) -> Likelihood:

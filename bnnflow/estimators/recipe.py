@@ -1,7 +1,8 @@
 """The recipe behind ``method="auto"``: from a model to draws, without a setting.
 
-1. *Warm start.* Networks are trained on nine tenths of the rows, all in one batch, each of them
-   kept as it was when the other tenth liked it best.
+1. *Warm start.* Networks are trained. On a small table a tenth of the rows is held out, and each
+   network is kept as it was when these liked it best; on a large one all rows are seen, in
+   mini-batches, and the rate falls to zero: climbing is what chains take longest for.
 2. *Chains.* From each of them `MCLMC` runs on all rows, and once more where the log joint density
    still rises, the longer the cheaper a gradient is; twice as long where it does not, if that is
    cheap, for weights that the data say little of. A stage whose energy errors are far larger than
@@ -29,6 +30,7 @@ from bnnflow.inference.start import Climb, random_points
 from bnnflow.model import BayesianModel
 from bnnflow.optimisers import Adam
 from bnnflow.options import Checkpoint
+from bnnflow.parts import Parts
 from bnnflow.predictive import predict
 from bnnflow.progress import progress_bar
 from bnnflow.seeding import as_generator
@@ -40,7 +42,9 @@ __all__ = ["automatic", "warm_start"]
 
 CHAINS = 8  # of a round
 ROUNDS = 3  # at most
+LARGE = 4096  # rows of a table beyond which it counts as large
 WARM_UP, DRAWS = 200, 200  # transitions of a chain, of ten steps each
+ARRIVED = 0.25  # times as many in a large table, where training has done what chains would
 LONGER = (
     6  # times as many, at most, where chains have not arrived after these: as many as there
 )
@@ -51,15 +55,17 @@ CHEAP = 1_000_000  # are rows of data times weights in this number, and no fewer
 _RISE = 0.2
 SMALL = 0.15  # Monte-Carlo error of the predictions, in standard deviations of these
 # rows of data times weights whose full gradients are affordable
-AFFORDABLE = 40_000_000
-_HELD_OUT = 0.1  # share of the rows that stop the warm start,
-_MOST_HELD_OUT = 2000  # and how many of them at most
-_BATCH = 256  # rows of a step of the warm start; all where there are fewer than four times as many
-STEPS = 3000  # of the warm start, at most
-_LOOK = 25  # steps between looks at the held-out rows
-_PATIENCE = 12  # looks without a gain
-_RATE = 0.01  # of Adam
+AFFORDABLE = 200_000_000
 _SEEN = 200  # rows at which predictions are compared
+
+# The warm start
+_RATE = 0.01  # of Adam
+STEPS = 3000  # at most, where held-out rows stop it
+_HELD_OUT = 0.1  # share of the rows that do
+_LOOK = 25  # steps between looks at them
+_PATIENCE = 12  # looks without a gain
+EPOCHS, STEPS_LARGE = 2000, 40_000  # of a large table, whichever is less
+_BATCH = 1024  # rows of a mini-batch
 
 
 def automatic(
@@ -112,17 +118,42 @@ def automatic(
 def warm_start(
     model: BayesianModel, members: int, generator: torch.Generator, progress: bool = False
 ) -> Tensor:
-    """Train networks on nine tenths of the rows, each until the others have not gained for long.
+    """Train networks from which chains can start, ``(members, dim)``."""
+    train = _trained if len(model.x) > LARGE else _stopped_early
+    return train(model, members, generator, progress)
 
-    Returns:
-        ``(members, dim)``: each as the held-out rows liked it best.
+
+def _trained(
+    model: BayesianModel, members: int, generator: torch.Generator, progress: bool
+) -> Tensor:
+    """Train on mini-batches of all rows, at a rate that falls to zero along a cosine."""
+    rows = len(model.x)
+    climb = Climb(model)
+    z = climb.coordinates(random_points(model, members, generator))
+    adam, steps = Adam(z), min(round(EPOCHS * rows / _BATCH), STEPS_LARGE)
+    with torch.no_grad(), progress_bar(steps, "warm start", progress, "step") as bar:
+        for step in range(steps):
+            chosen = torch.randint(
+                rows, (members, _BATCH), generator=generator, device=model.device
+            )
+            _, grad = climb.log_joint_and_grad(z, chosen)
+            rate = _RATE * (1 + math.cos(math.pi * step / steps)) / 2
+            z = adam.step(z, grad / rows, rate)
+            bar.update()
+    return climb.theta(z)
+
+
+def _stopped_early(
+    model: BayesianModel, members: int, generator: torch.Generator, progress: bool
+) -> Tensor:
+    """Train on nine tenths of the rows until the others have not gained for long; return each
+    network as these liked it best.
     """
     n, device = len(model.x), model.device
     order = torch.randperm(n, generator=generator, device=device)
-    unseen = max(1, min(round(_HELD_OUT * n), _MOST_HELD_OUT))
+    unseen = max(1, round(_HELD_OUT * n))
     training, held_out = model.subset(order[unseen:]), model.subset(order[:unseen])
     rows = len(training.x)
-    batch = _BATCH if rows > 4 * _BATCH else None
     climb = Climb(training)
     z = climb.coordinates(random_points(model, members, generator))
     adam, kept = Adam(z), z.clone()
@@ -130,10 +161,7 @@ def warm_start(
     since = torch.zeros(members, device=device)
     with torch.no_grad(), progress_bar(STEPS, "warm start", progress, "step") as bar:
         for step in range(1, STEPS + 1):
-            chosen = batch and torch.randint(
-                rows, (members, batch), generator=generator, device=device
-            )
-            _, grad = climb.log_joint_and_grad(z, chosen)
+            _, grad = climb.log_joint_and_grad(z)
             z = adam.step(z, grad / rows, _RATE)
             bar.update()
             if step % _LOOK:
@@ -174,17 +202,16 @@ def _round(
 ) -> Draws:
     """Train networks and run a chain from each: a short one, and a long one from its end."""
     first, second, third, fourth = seeds
-    start = warm_start(model, CHAINS, as_generator(first, model.device), progress)
-    draws = _stage(model, start, 1, second, folder and folder / "short", progress)
+    start = _started(model, first, folder, progress)
+    length = ARRIVED if len(model.x) > LARGE else 1
+    draws = _stage(model, start, length, second, folder and folder / "short", progress)
     affordable = CHEAP / (len(model.x) * model.dim)
     early, late = draws.log_joint.mean(0).chunk(2)
     if float(late.mean() - early.mean()) >= _RISE * math.sqrt(model.dim / 2):
-        length = min(max(1, affordable), LONGER)
+        length = min(max(length, affordable), LONGER)
     elif affordable >= SETTLING:
         length = SETTLING
-    elif _biased(draws):
-        length = 1
-    else:
+    elif not _biased(draws):
         return draws
     for name, seed in (("long", third), ("again", fourth)):
         if draws.info.get("interrupted"):
@@ -194,6 +221,20 @@ def _round(
         if not _biased(draws):
             break
     return draws
+
+
+def _started(
+    model: BayesianModel, seed: int, folder: Path | None, progress: bool
+) -> Tensor:
+    """Return trained networks, kept in the folder: on a large table they take minutes."""
+    run = {"seed": seed, "model": model.fingerprint()}
+    with Parts(folder and Checkpoint(folder / "start", resume=True), "start", run) as parts:
+        kept = parts.read(0)
+        if kept is not None:
+            return torch.from_numpy(kept["theta"]).to(model.device)
+        theta = warm_start(model, CHAINS, as_generator(seed, model.device), progress)
+        parts.write(0, {"theta": theta.cpu().numpy()})
+    return theta
 
 
 def _biased(draws: Draws) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from bnnflow import arguments
 from bnnflow.estimators.base import BayesianEstimator, check_lengths
 from bnnflow.estimators.likelihood import NAMES, choose
+from bnnflow.estimators.recipe import LARGE
 from bnnflow.estimators.table import names_of
 from bnnflow.model import likelihoods
 
@@ -29,15 +30,17 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
     in units of y.
 
     Args:
-        network: widths of the hidden layers, (16, 16) for ``"auto"``; or a module of your own,
-            from the encoded columns ``(n, inputs)`` to the outputs that the likelihood needs, two a
-            target for ``"heteroscedastic"``.
+        network: widths of the hidden layers, for ``"auto"`` (16, 16), (32, 32) beyond 4,096 rows
+            and (48, 48) beyond 16,384; or a module of your own, from the encoded columns ``(n,
+            inputs)`` to the outputs that the likelihood needs, two a target for
+            ``"heteroscedastic"`` and ``"heteroscedastic_student"``.
         activation: ``"relu"``, ``"tanh"``, ``"gelu"``, ``"silu"``, ``"elu"``, ``"sigmoid"``,
             ``"softplus"`` or ``"sin"``; ``"auto"`` is tanh.
         prior: the standard deviation of every weight, or one of `bnnflow.priors`; ``"auto"`` for
             `bnnflow.priors.OutputScales`, or N(0, 1) for a module of your own.
         likelihood: ``"auto"`` chooses by what y looks like, and says so in ``likelihood_``;
-            ``"heteroscedastic"`` (normal noise that depends on the inputs), ``"normal"``,
+            ``"heteroscedastic"`` (normal noise that depends on the inputs),
+            ``"heteroscedastic_student"`` (the same with tails that are learned), ``"normal"``,
             ``"student"``, ``"lognormal"`` and ``"gamma"`` for positive y, ``"poisson"`` and
             ``"negative_binomial"`` for counts, ``"ordinal"`` for a few whole numbers; or one of
             `bnnflow.likelihoods`, which then sees y as it is.
@@ -66,7 +69,7 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
     """
 
     likelihood_: str
-    _by_default = (16, 16), "tanh"
+    _activation_by_default = "tanh"
 
     def fit(
         self,
@@ -102,6 +105,11 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
         choice = choose(self._likelihood(), targets)
         self.likelihood_ = f"{_named(choice.likelihood)}: {choice.why}"
         return self._fit(rows, choice.likelihood, choice.outputs, checkpoint)
+
+    @staticmethod
+    def _widths_by_default(rows: int) -> tuple[int, ...]:
+        width = 16 if rows <= LARGE else 32 if rows <= 4 * LARGE else 48
+        return width, width
 
     def _likelihood(self) -> Any:
         if isinstance(self.likelihood, likelihoods.Likelihood):

@@ -25,11 +25,13 @@ from bnnflow.model.likelihoods import (
     Categorical,
     Gaussian,
     HeteroscedasticGaussian,
+    HeteroscedasticStudentT,
     NegativeBinomial,
     Ordinal,
     Poisson,
     StudentT,
 )
+from bnnflow.model.likelihoods.shared import student_constant
 from bnnflow.model.likelihoods.transformed import reduced
 from bnnflow.model.priors import FlatPrior
 from bnnflow.model.priors.log_scales import Shared
@@ -58,6 +60,7 @@ _LIKELIHOODS: dict[type, int] = {
     Poisson: 6,
     NegativeBinomial: 7,
     Ordinal: 8,
+    HeteroscedasticStudentT: 9,
 }
 # under a negative binomial law, where each whole number up to it costs a logarithm
 LARGEST_COUNT = 10_000
@@ -118,7 +121,7 @@ class _Problem(ctypes.Structure):
             (name, _Int)
             for name in ("likelihood", "n_targets", "n_classes", "weighted", "learned")
         ),
-        *((name, ctypes.c_double) for name in ("scale", "df", "constant", "log_slope")),
+        *((name, ctypes.c_double) for name in ("scale", "df", "log_slope")),
         *((name, _Int) for name in ("n_scaled", "n_scales")),
         ("scales", ctypes.POINTER(_Scale)),
         ("owner", _Pointer),
@@ -328,7 +331,7 @@ class FusedDensity:
         problem.n_targets = self._y.shape[1] - problem.weighted
         learned = [f"likelihood.log_{name}" for name in likelihood.parameters]
         problem.learned = spec.slices[learned[0]].start if learned else -1
-        if isinstance(likelihood, HeteroscedasticGaussian):
+        if isinstance(likelihood, HeteroscedasticGaussian | HeteroscedasticStudentT):
             problem.scale = likelihood.min_scale
         elif isinstance(likelihood, NegativeBinomial):
             problem.scale = likelihood.dispersion or 1.0
@@ -336,8 +339,8 @@ class FusedDensity:
             problem.n_classes = likelihood.n_classes
         elif isinstance(likelihood, Gaussian | StudentT):
             problem.scale = likelihood.scale or 1.0
-        if isinstance(likelihood, StudentT):
-            problem.df, problem.constant = likelihood.df, _student_constant(likelihood.df)
+        if isinstance(likelihood, StudentT | HeteroscedasticStudentT):
+            problem.df = likelihood.df or 0.0
         self._problem = problem
 
     @classmethod
@@ -557,11 +560,6 @@ def _columns(likelihood: Likelihood, y: Tensor) -> Tensor:
     )
 
 
-def _student_constant(df: float) -> float:
-    """Return the log density of Student's t at zero."""
-    return math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
-
-
 def _prior(marginal: Marginal, dtype: torch.dtype) -> tuple[_Prior, *tuple[Tensor, ...]]:
     """Return the description of a stretch of the prior, and the tensors that it points to."""
     d: Any = rebuild(marginal.distribution, lambda values: values.double())
@@ -586,9 +584,7 @@ def _prior(marginal: Marginal, dtype: torch.dtype) -> tuple[_Prior, *tuple[Tenso
             "HalfNormal": math.log(2) - _HALF_LOG_2PI,
         }.get(name, -_HALF_LOG_2PI)
     if name in ("StudentT", "Cauchy"):
-        at_zero = torch.tensor(
-            [_student_constant(each) for each in df.tolist()], dtype=torch.float64
-        )
+        at_zero = student_constant(df)
     constant = math.fsum(at_zero.tolist()) - float(logs.sum())
     kept = [values.to(dtype).contiguous() for values in (loc, inverse_scale, df)]
     addresses = (values.data_ptr() for values in kept)

@@ -10,7 +10,12 @@ from bnnflow.model.likelihood import Likelihood
 from bnnflow.model.likelihoods.classes import Bernoulli, Categorical, Ordinal
 from bnnflow.model.likelihoods.counts import Levels, NegativeBinomial, Poisson
 from bnnflow.model.likelihoods.positive import Gamma
-from bnnflow.model.likelihoods.real import Gaussian, HeteroscedasticGaussian, StudentT
+from bnnflow.model.likelihoods.real import (
+    Gaussian,
+    HeteroscedasticGaussian,
+    HeteroscedasticStudentT,
+    StudentT,
+)
 from bnnflow.model.likelihoods.transformed import LogNormal, Standardised
 
 __all__ = [
@@ -19,6 +24,7 @@ __all__ = [
     "Gamma",
     "Gaussian",
     "HeteroscedasticGaussian",
+    "HeteroscedasticStudentT",
     "Levels",
     "Likelihood",
     "LogNormal",

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from scipy import special
 from torch import Tensor
 from torch import distributions as td
 from torch.distributions import Distribution
@@ -18,15 +17,16 @@ from bnnflow.model.likelihood import Kind, Likelihood, Score, real_targets
 from bnnflow.model.likelihoods.shared import (
     LOG_2PI,
     Parameters,
-    by_scipy,
+    StudentTable,
     check_owners,
     half_normal,
     over_rows,
     repeated,
+    student_constant,
 )
 from bnnflow.seeding import isolated
 
-__all__ = ["Gaussian", "HeteroscedasticGaussian", "StudentT"]
+__all__ = ["Gaussian", "HeteroscedasticGaussian", "HeteroscedasticStudentT", "StudentT"]
 
 
 @dataclass(frozen=True)
@@ -269,11 +269,7 @@ class StudentT(Likelihood):
         """Return ``(..., n)``, summed over targets."""
         scale = self._scale(outputs, parameters)
         z = (y - outputs) / scale
-        constant = (
-            math.lgamma((self.df + 1) / 2)
-            - math.lgamma(self.df / 2)
-            - 0.5 * math.log(self.df * math.pi)
-        )
+        constant = float(student_constant(torch.tensor(self.df, dtype=torch.float64)))
         return (
             constant - scale.log() - 0.5 * (self.df + 1) * (z * z / self.df).log1p()
         ).sum(-1)
@@ -324,8 +320,16 @@ class StudentT(Likelihood):
 
     def cdf(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return P(target <= y) given the weights, ``(..., n, out)``; not differentiable."""
-        z = (y - outputs) / self._scale(outputs, parameters)
-        return by_scipy(special.stdtr, torch.full_like(z, self.df), z)
+        return next(self.cdfs(outputs, y[None], parameters))
+
+    def cdfs(
+        self, outputs: Tensor, values: Tensor, parameters: dict[str, Tensor]
+    ) -> Iterator[Tensor]:
+        """Yield the `cdf` at each of several values of y, ``(k, n, out)``."""
+        table = StudentTable(torch.tensor(self.df))
+        scale = self._scale(outputs, parameters)
+        for y in values:
+            yield table((y - outputs) / scale)
 
     def sample(
         self, outputs: Tensor, parameters: dict[str, Tensor], generator: torch.Generator
@@ -344,3 +348,164 @@ class StudentT(Likelihood):
         if self.scale is not None:
             return torch.as_tensor(self.scale, dtype=outputs.dtype, device=outputs.device)
         return parameters["scale"].unsqueeze(-2)  # (..., 1, 1)
+
+
+def _juarez_steel() -> Distribution:
+    return td.Gamma(*torch.tensor([2.0, 0.1], dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class HeteroscedasticStudentT(Likelihood):
+    """y ~ m + s * t with m and s from the network: 2 * targets outputs, the means and then the raw
+    scales, as of `HeteroscedasticGaussian`, and tails that are learned.
+
+    Few degrees of freedom mean rows far from what the network says; many of them a normal law.
+
+    Args:
+        df: degrees of freedom, above 2, so that predictions have a variance; None learns them.
+        min_scale: added to softplus(raw scale), in units of y.
+        excess_prior: the prior of df - 2 when it is learned, any distribution on the positive
+            numbers; by default Gamma(2, 0.1), of mean 20 (Juarez & Steel 2010).
+
+    Raises:
+        ValueError: if df is not above 2 or min_scale not positive.
+    """
+
+    df: float | None = None
+    min_scale: float = 1e-3
+    excess_prior: Distribution = field(default_factory=_juarez_steel)
+    kind: Kind = field(default="regression", init=False)
+
+    def __post_init__(self) -> None:
+        settle(self, number, "df", above=2)
+        settle(self, number, "min_scale", above=0)
+
+    @property
+    def parameters(self) -> dict[str, Distribution]:
+        """``excess_df``, the degrees of freedom beyond two, if they are learned."""
+        return {} if self.df is not None else {"excess_df": self.excess_prior}
+
+    def validate(self, y: Tensor, n_outputs: int) -> Tensor:
+        """Return y as ``(n, out / 2)``."""
+        check_owners(self.parameters, 1)
+        if n_outputs % 2:
+            raise ValueError(
+                "HeteroscedasticStudentT needs 2 outputs a target (mean, raw scale), "
+                f"got {n_outputs}"
+            )
+        return real_targets(y, n_outputs // 2)
+
+    def log_prob(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """Return ``(..., n)``, summed over targets."""
+        z, scale, df = self._standardised(outputs, y, parameters)
+        log_tails = -0.5 * (df + 1) * (z * z / df).log1p()
+        return (student_constant(df) - scale.log() + log_tails).sum(-1)
+
+    def score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Score:
+        """Return the gradient by the outputs and by log (df - 2) (summed over rows)."""
+        z, scale, df = self._standardised(outputs, y, parameters)
+        # bounded: an outlier pulls less the farther it lies
+        pull = (df + 1) * z / (df + z * z)
+        raw = outputs.chunk(2, -1)[1]
+        by_outputs = torch.cat(
+            [pull / scale, (pull * z - 1) / scale * torch.sigmoid(raw)], -1
+        )
+        if self.df is not None:
+            return by_outputs, {}
+        slope = torch.digamma((df + 1) / 2) - torch.digamma(df / 2) - 1 / df
+        by_df = 0.5 * (slope - (z * z / df).log1p() + pull * z / df)
+        excess = parameters["excess_df"]
+        return by_outputs, {"excess_df": excess * over_rows(by_df, excess)}
+
+    @property
+    def has_whitened_score(self) -> bool:
+        """Whether the degrees of freedom are fixed: learned ones share information with outputs."""
+        return self.df is not None
+
+    def whitened_score(
+        self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]
+    ) -> Tensor:
+        """Return b with R b the gradient by the outputs, ``(..., n, out)``.
+
+        R as in `fisher_factor`.
+        """
+        if not self.has_whitened_score:
+            raise self._lack("whitened_score")
+        z, _, df = self._standardised(outputs, y, parameters)
+        pull = (df + 1) * z / (df + z * z)
+        by_mean = pull * ((df + 3) / (df + 1)).sqrt()
+        return torch.cat([by_mean, (pull * z - 1) * ((df + 3) / (2 * df)).sqrt()], -1)
+
+    def fisher_factor(
+        self, outputs: Tensor, parameters: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return R with R R^T the Fisher information of a row's outputs; where df is learned, with
+        one column more, and the row below it that log (df - 2) has, ``(..., n, 1, out + 1)``.
+        """
+        raw = outputs.chunk(2, -1)[1]
+        scale, df = self._scale(raw), self._df(outputs, parameters)
+        by_mean = ((df + 1) / (df + 3)).sqrt() / scale
+        by_log_scale = (2 * df / (df + 3)).sqrt()
+        by_raw = by_log_scale * torch.sigmoid(raw) / scale
+        factor = torch.diag_embed(torch.cat([by_mean, by_raw], -1))
+        if self.df is not None:
+            return factor, {}
+        # Lange, Little & Taylor (1989), of df and log scale
+        of_df = (torch.polygamma(1, df / 2) - torch.polygamma(1, (df + 1) / 2)) / 4
+        of_df = of_df - (df + 5) / (2 * df * (df + 1) * (df + 3))
+        shared = -2 / ((df + 1) * (df + 3)) / by_log_scale
+        own = (raw.shape[-1] * (of_df - shared**2)).sqrt()
+        zeros, ones = torch.zeros_like(raw), torch.ones_like(raw)
+        row = torch.cat([zeros, shared * ones, own * ones[..., :1]], -1) * (df - 2)
+        return F.pad(factor, (0, 1)), {"excess_df": row.unsqueeze(-2)}
+
+    def mean(self, outputs: Tensor, parameters: Parameters = None) -> Tensor:
+        """Return the mean of y, ``(..., n, targets)``."""
+        return outputs.chunk(2, -1)[0]
+
+    def variance(self, outputs: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """Return the variance of y given the weights, ``(..., n, targets)``."""
+        df = self._df(outputs, parameters)
+        return self._scale(outputs.chunk(2, -1)[1]) ** 2 * (df / (df - 2))
+
+    def cdf(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """Return P(target <= y) given the weights, ``(..., n, targets)``; not differentiable."""
+        return next(self.cdfs(outputs, y[None], parameters))
+
+    def cdfs(
+        self, outputs: Tensor, values: Tensor, parameters: dict[str, Tensor]
+    ) -> Iterator[Tensor]:
+        """Yield the `cdf` at each of several values of y, ``(k, n, targets)``."""
+        mean, raw = outputs.chunk(2, -1)
+        scale, table = self._scale(raw), StudentTable(self._df(outputs, parameters))
+        for y in values:
+            yield table((y - mean) / scale)
+
+    def sample(
+        self, outputs: Tensor, parameters: dict[str, Tensor], generator: torch.Generator
+    ) -> Tensor:
+        """Draw y given the weights, ``(..., n, targets)``."""
+        mean, raw = outputs.chunk(2, -1)
+        noise = torch.randn(
+            mean.shape, generator=generator, dtype=mean.dtype, device=mean.device
+        )
+        df = self._df(outputs, parameters).expand_as(mean)
+        with isolated(generator):
+            spread = td.Chi2(df).sample()
+        return mean + self._scale(raw) * noise * (df / spread).sqrt()
+
+    def _standardised(
+        self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return residuals in scales, the scales, and the degrees of freedom ``(..., 1, 1)``."""
+        mean, raw = outputs.chunk(2, -1)
+        scale = self._scale(raw)
+        return (y - mean) / scale, scale, self._df(outputs, parameters)
+
+    def _scale(self, raw: Tensor) -> Tensor:
+        return F.softplus(raw) + self.min_scale
+
+    def _df(self, outputs: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        if self.df is not None:
+            return torch.as_tensor(self.df, dtype=outputs.dtype, device=outputs.device)
+        return 2 + parameters["excess_df"].unsqueeze(-2)  # (..., 1, 1)
