@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -488,7 +489,7 @@ class WeightSpec:
                     f"{name} must end in shape {shape}, got {tuple(tensor.shape)}"
                 )
             parts.append(tensor.reshape(*lead, math.prod(shape)))
-        lead = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        lead = np.broadcast_shapes(*(part.shape[:-1] for part in parts))
         # (..., dim)
         return torch.cat([part.expand(*lead, part.shape[-1]) for part in parts], -1)
 
@@ -566,10 +567,10 @@ class WeightSpec:
                     *index.shape[: index.dim() - len(shape)], math.prod(shape)
                 )
             )
-        lead = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        lead = np.broadcast_shapes(*(part.shape[:-1] for part in parts))
         # (..., dim)
         index = torch.cat([part.expand(*lead, part.shape[-1]) for part in parts], -1)
-        shape = torch.broadcast_shapes(theta.shape, index.shape)
+        shape = np.broadcast_shapes(theta.shape, index.shape)
         return theta.expand(shape).gather(-1, index.expand(shape))
 
     @checked
@@ -651,7 +652,7 @@ class WeightSpec:
             parts.append(
                 factor.reshape(*factor.shape[: factor.dim() - len(shape)], math.prod(shape))
             )
-        lead = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        lead = np.broadcast_shapes(*(part.shape[:-1] for part in parts))
         # (..., dim)
         return torch.cat([part.expand(*lead, part.shape[-1]) for part in parts], -1)
 

@@ -347,7 +347,7 @@ def warp(
     if shift is not None:
         finite("shift", shift)
     weight = theta[..., spec.slices[first.weight]].unflatten(-1, spec.shapes[first.weight])
-    lead = torch.broadcast_shapes(
+    lead = np.broadcast_shapes(
         theta.shape[:-1], matrix.shape[:-2], shift.shape[:-1] if shift is not None else ()
     )
     moved = theta.expand(*lead, -1).clone()

@@ -128,7 +128,7 @@ class BayesianEstimator(BaseEstimator, ABC):
     ) -> BayesianModel:
         prior = self._prior(likelihood)
         with isolated(torch.Generator().manual_seed(0)):  # its weights are not used
-            net = self._network(*x.shape, outputs)
+            net = self._network(len(x), x.shape[1], outputs)
         return BayesianModel(net, prior, likelihood, x, y, row_weights=row_weights)
 
     def _prior(self, likelihood: Likelihood) -> Any:

@@ -53,7 +53,7 @@ CHEAP = 1_000_000  # are rows of data times weights in this number, and no fewer
 # of the log joint between the halves of a stage, in standard deviations of a posterior of as many
 # dimensions, below which chains have arrived
 _RISE = 0.2
-SMALL = 0.15  # Monte-Carlo error of the predictions, in standard deviations of these
+SMALL = 0.2  # Monte-Carlo error of the predictions, in standard deviations of these
 # rows of data times weights whose full gradients are affordable
 AFFORDABLE = 200_000_000
 _SEEN = 200  # rows at which predictions are compared
@@ -64,7 +64,7 @@ STEPS = 3000  # at most, where held-out rows stop it
 _HELD_OUT = 0.1  # share of the rows that do
 _LOOK = 25  # steps between looks at them
 _PATIENCE = 12  # looks without a gain
-EPOCHS, STEPS_LARGE = 2000, 40_000  # of a large table, whichever is less
+EPOCHS, STEPS_LARGE = 1500, 40_000  # of a large table, whichever is less
 _BATCH = 1024  # rows of a mini-batch
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
@@ -60,7 +61,7 @@ def pyro_model(
             values[each.key].shape[: values[each.key].dim() - len(each.shape)]
             for each in of_prior
         ]
-        lead = torch.broadcast_shapes(*leads)
+        lead = np.broadcast_shapes(*leads)
         given = prior.conditional(weights, values)
         return {
             name: _site(given[name], shape, like, lead)

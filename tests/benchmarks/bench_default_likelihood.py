@@ -29,6 +29,7 @@ LIKELIHOODS: dict[str, tuple[Any, int]] = {  # and outputs
     "StudentT, fixed": (likelihoods.StudentT(4.0, 0.6), 1),
     "StudentT": (likelihoods.StudentT(), 1),
     "Heteroscedastic": (likelihoods.HeteroscedasticGaussian(), 2),
+    "Heteroscedastic StudentT": (likelihoods.HeteroscedasticStudentT(), 2),
     "Poisson": (likelihoods.Poisson(), 1),
     "NegativeBinomial, fixed": (likelihoods.NegativeBinomial(0.2), 1),
     "NegativeBinomial": (likelihoods.NegativeBinomial(), 1),

@@ -350,8 +350,10 @@ class StudentT(Likelihood):
         return parameters["scale"].unsqueeze(-2)  # (..., 1, 1)
 
 
-def _juarez_steel() -> Distribution:
-    return td.Gamma(*torch.tensor([2.0, 0.1], dtype=torch.float64))
+def _mostly_light() -> Distribution:
+    """Return the usual prior of df - 2, of mean 20 (Juarez & Steel 2010)."""
+    shape, rate = torch.tensor([2.0, 0.1], dtype=torch.float64).unbind()
+    return td.Gamma(shape, rate)
 
 
 @dataclass(frozen=True)
@@ -365,7 +367,7 @@ class HeteroscedasticStudentT(Likelihood):
         df: degrees of freedom, above 2, so that predictions have a variance; None learns them.
         min_scale: added to softplus(raw scale), in units of y.
         excess_prior: the prior of df - 2 when it is learned, any distribution on the positive
-            numbers; by default Gamma(2, 0.1), of mean 20 (Juarez & Steel 2010).
+            numbers; by default Gamma(2, 0.1) (Juarez & Steel 2010).
 
     Raises:
         ValueError: if df is not above 2 or min_scale not positive.
@@ -373,7 +375,7 @@ class HeteroscedasticStudentT(Likelihood):
 
     df: float | None = None
     min_scale: float = 1e-3
-    excess_prior: Distribution = field(default_factory=_juarez_steel)
+    excess_prior: Distribution = field(default_factory=_mostly_light)
     kind: Kind = field(default="regression", init=False)
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributions as td
 from torch import Tensor
@@ -302,8 +303,8 @@ def has_quantiles(distribution: Distribution) -> bool:
 def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     """Whether ``shape`` broadcasts to ``to``."""
     try:
-        return tuple(torch.broadcast_shapes(shape, to)) == tuple(to)
-    except RuntimeError:
+        return np.broadcast_shapes(shape, to) == tuple(to)
+    except ValueError:
         return False
 
 
