@@ -71,6 +71,10 @@ struct Scale {  // of weights that are normal around zero, its logarithm the sum
     int64_t weights;  // that share it
 };
 
+struct Run {  // neighbours in theta that share a scale
+    int64_t start, stop, scale;
+};
+
 struct Problem {
     int64_t n_layers, n_priors, dim;
     const Layer* layers;
@@ -81,9 +85,9 @@ struct Problem {
     double scale;                              // fixed scale or dispersion; the least scale of a heteroscedastic law
     double df;                                 // degrees of freedom of Student's t, where they are fixed
     double log_slope;                          // added to the log likelihood of a row, for targets in other units
-    int64_t n_scaled, n_scales;                // weights whose prior has parameters, the first of theta
+    int64_t n_scales, n_runs;                  // of weights whose prior has parameters, the first of theta
     const Scale* scales;
-    const int64_t* owner;                      // (n_scaled,): the scale of each
+    const Run* runs;
 
     int64_t columns() const { return n_targets + weighted; }
 };
@@ -769,7 +773,7 @@ struct Worker {
         double total = likelihood_weight * likelihood;
         if (prior_weight != 0)
             for (int64_t i = 0; i < p.n_priors; ++i) total += prior_weight * prior(p.priors[i], theta, grad);
-        if (prior_weight != 0 && p.n_scaled) total += prior_weight * scaled_weights(theta, grad);
+        if (prior_weight != 0 && p.n_scales) total += prior_weight * scaled_weights(theta, grad);
         c.value[chain] = total;
     }
 
@@ -1016,7 +1020,7 @@ struct Worker {
     double scaled_weights(const T* theta, T* grad) const {
         struct Known { double inverse, share, squares; };  // share: of changes of the variance, what is not the slab's
         std::vector<Known> known(p.n_scales);
-        double total = -p.n_scaled * kHalfLog2Pi;
+        double total = 0;
         for (int64_t k = 0; k < p.n_scales; ++k) {
             const Scale& scale = p.scales[k];
             double log_scale = scale.offset, share = 1;
@@ -1028,13 +1032,27 @@ struct Worker {
                 share = (above > 0 ? 1 : small) / (1 + small);
             }
             known[k] = {std::exp(-log_scale), share, 0};
-            total -= scale.weights * log_scale;
+            total -= scale.weights * (log_scale + kHalfLog2Pi);
         }
-        for (int64_t i = 0; i < p.n_scaled; ++i) {
-            Known& own = known[p.owner[i]];
-            const double z = theta[i] * own.inverse;
-            own.squares += z * z;
-            grad[i] -= T(prior_weight * z * own.inverse);
+        for (int64_t k = 0; k < p.n_runs; ++k) {
+            const Run& run = p.runs[k];
+            Known& own = known[run.scale];
+            const T inverse = T(own.inverse), back = T(prior_weight * own.inverse);
+            int64_t i = run.start;
+            if (i + kLanes <= run.stop) {
+                Sum squares;
+                for (; i + kLanes <= run.stop; i += kLanes) {
+                    Vec z = load(theta + i) * inverse;
+                    squares.add(z * z);
+                    store(load(grad + i) - back * z, grad + i);
+                }
+                own.squares += squares.total();
+            }
+            for (; i < run.stop; ++i) {
+                const T z = theta[i] * inverse;
+                own.squares += double(z) * z;
+                grad[i] -= back * z;
+            }
         }
         for (int64_t k = 0; k < p.n_scales; ++k) {
             const Scale& scale = p.scales[k];

@@ -112,6 +112,10 @@ class _Scale(ctypes.Structure):
     ]
 
 
+class _Run(ctypes.Structure):
+    _fields_ = [(name, _Int) for name in ("start", "stop", "scale")]
+
+
 class _Problem(ctypes.Structure):
     _fields_ = [
         *((name, _Int) for name in ("n_layers", "n_priors", "dim")),
@@ -122,9 +126,9 @@ class _Problem(ctypes.Structure):
             for name in ("likelihood", "n_targets", "n_classes", "weighted", "learned")
         ),
         *((name, ctypes.c_double) for name in ("scale", "df", "log_slope")),
-        *((name, _Int) for name in ("n_scaled", "n_scales")),
+        *((name, _Int) for name in ("n_scales", "n_runs")),
         ("scales", ctypes.POINTER(_Scale)),
-        ("owner", _Pointer),
+        ("runs", ctypes.POINTER(_Run)),
     ]
 
 
@@ -321,9 +325,9 @@ class FusedDensity:
         self._priors = (_Prior * len(self._kept))(*(struct for struct, *_ in self._kept))
         problem = _problem(self._layers, spec.dim)
         if ours and shared is not None:
-            self._scales, self._owner = _scales(shared), shared.owner.contiguous()
-            problem.n_scaled, problem.n_scales = len(shared.owner), len(self._scales)
-            problem.scales, problem.owner = self._scales, self._owner.data_ptr()
+            self._scales, self._runs = _scales(shared), _runs(shared)
+            problem.n_scales, problem.scales = len(self._scales), self._scales
+            problem.n_runs, problem.runs = len(self._runs), self._runs
         problem.n_priors, problem.priors = len(self._priors), self._priors
         problem.log_slope = log_slope / counted  # of a row, on average
         problem.likelihood = _LIKELIHOODS[type(likelihood)]
@@ -601,6 +605,13 @@ def _scales(shared: Shared) -> ctypes.Array[_Scale]:
     return (_Scale * len(counts))(
         *(_Scale(*where, offset, count) for where, offset, count in columns)
     )
+
+
+def _runs(shared: Shared) -> ctypes.Array[_Run]:
+    owners, lengths = shared.owner.unique_consecutive(return_counts=True)
+    stops = lengths.cumsum(0)
+    columns = zip((stops - lengths).tolist(), stops.tolist(), owners.tolist(), strict=True)
+    return (_Run * len(owners))(*(_Run(*where) for where in columns))
 
 
 def _strided(theta: Tensor) -> Tensor:
