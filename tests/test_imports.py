@@ -130,6 +130,22 @@ def test_importing_the_package_is_light():
     assert not LOADED_ON_FIRST_USE & set(loaded.split())
 
 
+def test_a_first_fit_loads_no_algebra_system():
+    """As `torch.broadcast_shapes` would, which is most of a second of a small table's fit."""
+    script = (
+        "import sys, numpy, bnnflow; x = numpy.eye(9); method = bnnflow.DeepEnsemble(steps=2); "
+        "bnnflow.BayesianMLPRegressor((2,), method=method).fit(x, x[:, 0] + x[:, 1] * 0.5); "
+        "print('sympy' in sys.modules)"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert printed.split() == ["False"]
+
+
 def test_every_module_lies_in_a_known_room():
     top = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in MODULES}
     assert top <= {*ROOMS, "__init__"}, (
