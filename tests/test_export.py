@@ -468,7 +468,7 @@ def test_estimators_export_names_of_columns_and_classes():
     data = classifier.to_arviz()
     assert data["posterior"]["input"].to_numpy().tolist() == ["age", "kind=a", "kind=b"]
     assert data["posterior"]["class"].to_numpy().tolist() == ["left", "right"]
-    y = 900 + 50 * x[:, 0]
+    y = 900 + 50 * x[:, 0] + 5 * normal(40, seed=2).numpy()
     regressor = bf.BayesianMLPRegressor(**sizes).fit(table, y)
     data = regressor.to_arviz(table[:5], y[:5])
     assert sorted(data["observed_data"]["y"].to_numpy()) == pytest.approx(sorted(y))
