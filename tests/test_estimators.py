@@ -7,6 +7,7 @@ import pickle
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import joblib
 import numpy as np
@@ -26,7 +27,7 @@ from torch import nn
 
 import bnnflow as bf
 from bnnflow import BayesianMLPClassifier, BayesianMLPRegressor, storage
-from bnnflow.estimators import recipe, regressor
+from bnnflow.estimators import base, recipe
 from bnnflow.estimators.table import columns_of
 from tests.problems import one_in
 from tests.processes import run
@@ -635,19 +636,21 @@ def test_a_large_table_gets_shorter_chains_of_wider_networks(
     monkeypatch.setattr(recipe, "_RISE", 1e9)
     monkeypatch.setattr(recipe, "ENERGY_VARIANCE", 1e9)
     x, y = waves(30)
+    labels = y > y.mean()
 
-    def fitted_with(large: int) -> tuple[int, list[int]]:
-        for where in (recipe, regressor):
+    def fitted_with(large: int, kind: Any, y: np.ndarray) -> tuple[int, list[int]]:
+        for where in (recipe, base):
             monkeypatch.setattr(where, "LARGE", large)
-        fit = BayesianMLPRegressor(n_draws=10**6).fit(x, y)
+        fit = kind(n_draws=10**6).fit(x, y)
         widths = [
             each.out_features for each in fit.model_.net if isinstance(each, nn.Linear)
         ]
         return fit.draws_.n_draws, widths
 
-    assert fitted_with(30) == (40, [16, 16, 2])
-    assert fitted_with(29) == (10, [32, 32, 2])
-    assert fitted_with(7) == (10, [48, 48, 2])
+    assert fitted_with(30, BayesianMLPRegressor, y) == (40, [16, 16, 2])
+    assert fitted_with(29, BayesianMLPRegressor, y) == (10, [32, 32, 2])
+    assert fitted_with(7, BayesianMLPRegressor, y) == (10, [48, 48, 2])
+    assert fitted_with(7, BayesianMLPClassifier, labels) == (10, [48, 2])
 
 
 def test_a_killed_fit_does_not_train_again(

@@ -25,7 +25,7 @@ from bnnflow.activations import Sine
 from bnnflow.diagnosis import diagnose
 from bnnflow.draws import Draws
 from bnnflow.estimators import storage
-from bnnflow.estimators.recipe import automatic
+from bnnflow.estimators.recipe import LARGE, automatic
 from bnnflow.estimators.table import Columns, Table, columns_of, is_frame, ordered
 from bnnflow.inference import sample
 from bnnflow.method import Method
@@ -71,7 +71,7 @@ class BayesianEstimator(BaseEstimator, ABC):
     table_: Table
     target_names_: list[str]
     n_features_in_: int
-    _activation_by_default: ClassVar[str]
+    _by_default: ClassVar[tuple[int, str]]  # hidden layers and activation for "auto"
 
     def __init__(
         self,
@@ -191,21 +191,17 @@ class BayesianEstimator(BaseEstimator, ABC):
         if isinstance(self.network, tuple | list):
             return self.network
         if self.network == "auto":
-            return self._widths_by_default(rows)
+            width = 16 if rows <= LARGE else 32 if rows <= 4 * LARGE else 48
+            return (width,) * self._by_default[0]
         raise TypeError(
             "network must be the widths of hidden layers, such as (16, 16), 'auto' or a "
             f"torch.nn.Module, got {self.network!r}"
         )
 
-    @staticmethod
-    @abstractmethod
-    def _widths_by_default(rows: int) -> tuple[int, ...]:
-        """Return the widths for ``"auto"``."""
-
     def _activation(self) -> Callable[[], nn.Module]:
         names = ("auto", *_ACTIVATIONS)
         name = arguments.choice("activation", self.activation, names)
-        return _ACTIVATIONS[self._activation_by_default if name == "auto" else name]
+        return _ACTIVATIONS[self._by_default[1] if name == "auto" else name]
 
     def _seed(self) -> int:
         if self.random_state is None:

@@ -28,8 +28,9 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
     Columns are typed, categories encoded and inputs standardised inside.
 
     Args:
-        network: widths of the hidden layers, (16,) for ``"auto"``; or a module of your own, from
-            the encoded columns ``(n, inputs)`` to an output for every class.
+        network: widths of the hidden layers, for ``"auto"`` (16,), (32,) beyond 4,096 rows and
+            (48,) beyond 16,384; or a module of your own, from the encoded columns ``(n, inputs)``
+            to an output for every class.
         activation: see `BayesianMLPRegressor`; ``"auto"`` is ReLU.
         prior: the standard deviation of every weight, 1 for ``"auto"``, or one of
             `bnnflow.priors`.
@@ -62,7 +63,7 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
     """
 
     classes_: np.ndarray
-    _activation_by_default = "relu"
+    _by_default = 1, "relu"
 
     def fit(
         self,
@@ -144,10 +145,6 @@ class BayesianMLPClassifier(ClassifierMixin, BayesianEstimator):
             n, seed=arguments.integer("random_state", random_state)
         )
         return self.classes_[drawn.T.numpy()]
-
-    @staticmethod
-    def _widths_by_default(rows: int) -> tuple[int, ...]:
-        return (16,)
 
     def _coords(self) -> dict[str, list[Any]]:
         return super()._coords() | {"class": self.classes_.tolist()}

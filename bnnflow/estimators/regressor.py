@@ -15,7 +15,6 @@ from torch import Tensor
 from bnnflow import arguments
 from bnnflow.estimators.base import BayesianEstimator, check_lengths
 from bnnflow.estimators.likelihood import NAMES, choose
-from bnnflow.estimators.recipe import LARGE
 from bnnflow.estimators.table import names_of
 from bnnflow.model import likelihoods
 
@@ -69,7 +68,7 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
     """
 
     likelihood_: str
-    _activation_by_default = "tanh"
+    _by_default = 2, "tanh"
 
     def fit(
         self,
@@ -105,11 +104,6 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
         choice = choose(self._likelihood(), targets)
         self.likelihood_ = f"{_named(choice.likelihood)}: {choice.why}"
         return self._fit(rows, choice.likelihood, choice.outputs, checkpoint)
-
-    @staticmethod
-    def _widths_by_default(rows: int) -> tuple[int, ...]:
-        width = 16 if rows <= LARGE else 32 if rows <= 4 * LARGE else 48
-        return width, width
 
     def _likelihood(self) -> Any:
         if isinstance(self.likelihood, likelihoods.Likelihood):
