@@ -5,8 +5,9 @@ The posteriors of ``$BNNFLOW_DATA/reference``: iris (4-16-3 tanh, 131 weights) a
 them and back. "rms" is the error of predictive means at the test rows in posterior standard
 deviations, "sd" the mean ratio of these, both against two other HMC runs together; what one run
 has against them is the floor. With ``--folds`` ten-fold cross-validation of yacht_s01 by
-`bf.compare`, with ten reruns for a rival: five CPU minutes. One thread. Run:
-``python tests/benchmarks/bench_update.py [--folds]``.
+`bf.compare`, with ten reruns for a rival: five CPU minutes. With ``--stream`` a tenth of the rows
+and fifty batches of the others, one after another. One thread. Run:
+``python tests/benchmarks/bench_update.py [--folds] [--stream]``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,14 +130,50 @@ def folds() -> None:
     )
 
 
+def stream(name: str) -> None:
+    """Let a tenth of the rows be followed by the others in fifty batches."""
+    whole, x = problem(name)
+    order = torch.randperm(len(whole.x), generator=torch.Generator().manual_seed(3))
+    first, *batches = order.tensor_split([len(order) // 10])
+    batches = batches[0].tensor_split(50)
+    own, rerun = timed(lambda: chains(whole, 2))
+    other = chains(whole, 3)
+    theta = torch.cat([own.theta, other.theta])
+    truth = moments(whole, bf.Draws(theta, torch.cat([own.log_joint, other.log_joint])), x)
+    model = whole.subset(first)
+    draws, sampled = timed(lambda: chains(model, 1))
+    gradients, spent, change, routes = 0.0, 0.0, 0.0, Counter()
+    for seed, rows in enumerate(batches):
+        model = model.extended(whole.x[rows], whole.y[rows])
+        draws, seconds = timed(
+            lambda model=model, draws=draws, seed=seed: bf.update(
+                model, draws, seed=seed, progress=False
+            )
+        )
+        spent += seconds
+        gradients += draws.info["gradients_per_draw"]
+        change += draws.info["log_evidence_change"][0]
+        routes[draws.info["route"]] += 1
+    print(
+        f"{name}, {len(first)} rows and 50 batches: {dict(routes)}, {draws.flat.shape[0]} draws, "
+        f"{gradients:.0f} gradients a draw  {apart(moments(whole, draws, x), truth)} (floor "
+        f"{apart(moments(whole, own, x), truth)})  log p(later rows | first) {change:+.2f}  "
+        f"{sampled:.1f} + {spent:.1f} CPU s, a rerun {rerun:.1f}",
+        flush=True,
+    )
+
+
 def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--folds", action="store_true", help="cross-validation too")
+    parser.add_argument("--stream", action="store_true", help="fifty batches too")
     torch.set_num_threads(1)
     given = parser.parse_args()
     for name in ("iris", "yacht_s01"):
         neighbours(name)
+        if given.stream:
+            stream(name)
     if given.folds:
         folds()
 
