@@ -237,6 +237,15 @@ def test_no_rows_to_draw() -> None:
 # ---------------------------------------- equal to torch
 
 
+@pytest.mark.parametrize("excess", [-4.0, 0.0, 3.0, 7.0])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
+def test_all_tails_of_students_law(dtype: torch.dtype, excess: float) -> None:
+    model = model_of("varying student", n=200, dtype=dtype)
+    theta = points(model, 3)
+    theta[:, -1] = excess
+    assert_equal_to_torch(model, theta)
+
+
 @pytest.mark.crossed
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)

@@ -372,6 +372,29 @@ def test_students_table_is_right_for_all_tails() -> None:
     assert StudentTable(df.float())(z.float()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("excess", [0.01, 1.0, 30.0, 1e3, 1e5])
+def test_all_tails_in_single_precision(excess: float) -> None:
+    """Constants are small differences of large numbers."""
+    likelihood, outputs, _ = case("varying student", 1, 50)
+    y = targets("varying student", 50)
+    exact = {"excess_df": torch.tensor([[excess]], dtype=F64)}
+    where = outputs.float(), y.float(), {"excess_df": exact["excess_df"].float()}
+    expected, found = (
+        likelihood.log_prob(outputs, y, exact),
+        likelihood.log_prob(*where),
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    expected, found = likelihood.score(outputs, y, exact), likelihood.score(*where)
+    for one, other in (
+        (found[0], expected[0]),
+        (found[1]["excess_df"], expected[1]["excess_df"]),
+    ):
+        torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-5)
+    expected = likelihood.fisher_factor(outputs, exact)[1]["excess_df"]
+    found = likelihood.fisher_factor(where[0], where[2])[1]["excess_df"]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-7)
+
+
 def test_probabilities_of_classes() -> None:
     for name in CLASSES:
         likelihood, outputs, parameters = case(name)

@@ -55,7 +55,7 @@ CHEAP = 1_000_000  # are rows of data times weights in this number, and no fewer
 _RISE = 0.2
 SMALL = 0.2  # Monte-Carlo error of the predictions, in standard deviations of these
 # rows of data times weights whose full gradients are affordable
-AFFORDABLE = 200_000_000
+AFFORDABLE = 100_000_000
 _SEEN = 200  # rows at which predictions are compared
 
 # The warm start
@@ -64,8 +64,12 @@ STEPS = 3000  # at most, where held-out rows stop it
 _HELD_OUT = 0.1  # share of the rows that do
 _LOOK = 25  # steps between looks at them
 _PATIENCE = 12  # looks without a gain
-EPOCHS, STEPS_LARGE = 1500, 40_000  # of a large table, whichever is less
-_BATCH = 1024  # rows of a mini-batch
+_SMALL_BATCH = (
+    256  # rows of its mini-batches; all rows where there are fewer than four times as many
+)
+EPOCHS = 1500  # of a large table,
+TRAINING = 120e9  # but no more rows seen times weights, a network
+_BATCH = 1024  # rows of its mini-batches
 
 
 def automatic(
@@ -130,7 +134,8 @@ def _trained(
     rows = len(model.x)
     climb = Climb(model)
     z = climb.coordinates(random_points(model, members, generator))
-    adam, steps = Adam(z), min(round(EPOCHS * rows / _BATCH), STEPS_LARGE)
+    adam = Adam(z)
+    steps = max(1, round(min(EPOCHS * rows, TRAINING / model.dim) / _BATCH))
     with torch.no_grad(), progress_bar(steps, "warm start", progress, "step") as bar:
         for step in range(steps):
             chosen = torch.randint(
@@ -154,6 +159,7 @@ def _stopped_early(
     unseen = max(1, round(_HELD_OUT * n))
     training, held_out = model.subset(order[unseen:]), model.subset(order[:unseen])
     rows = len(training.x)
+    batch = _SMALL_BATCH if rows > 4 * _SMALL_BATCH else None
     climb = Climb(training)
     z = climb.coordinates(random_points(model, members, generator))
     adam, kept = Adam(z), z.clone()
@@ -161,7 +167,10 @@ def _stopped_early(
     since = torch.zeros(members, device=device)
     with torch.no_grad(), progress_bar(STEPS, "warm start", progress, "step") as bar:
         for step in range(1, STEPS + 1):
-            _, grad = climb.log_joint_and_grad(z)
+            chosen = batch and torch.randint(
+                rows, (members, batch), generator=generator, device=device
+            )
+            _, grad = climb.log_joint_and_grad(z, chosen)
             z = adam.step(z, grad / rows, _RATE)
             bar.update()
             if step % _LOOK:

@@ -366,7 +366,7 @@ class HeteroscedasticStudentT(Likelihood):
     Args:
         df: degrees of freedom, above 2, so that predictions have a variance; None learns them.
         min_scale: added to softplus(raw scale), in units of y.
-        excess_prior: the prior of df - 2 when it is learned, any distribution on the positive
+        excess_df_prior: the prior of df - 2 when it is learned, any distribution on the positive
             numbers; by default Gamma(2, 0.1) (Juarez & Steel 2010).
 
     Raises:
@@ -375,7 +375,7 @@ class HeteroscedasticStudentT(Likelihood):
 
     df: float | None = None
     min_scale: float = 1e-3
-    excess_prior: Distribution = field(default_factory=_mostly_light)
+    excess_df_prior: Distribution = field(default_factory=_mostly_light)
     kind: Kind = field(default="regression", init=False)
 
     def __post_init__(self) -> None:
@@ -385,7 +385,7 @@ class HeteroscedasticStudentT(Likelihood):
     @property
     def parameters(self) -> dict[str, Distribution]:
         """``excess_df``, the degrees of freedom beyond two, if they are learned."""
-        return {} if self.df is not None else {"excess_df": self.excess_prior}
+        return {} if self.df is not None else {"excess_df": self.excess_df_prior}
 
     def validate(self, y: Tensor, n_outputs: int) -> Tensor:
         """Return y as ``(n, out / 2)``."""
@@ -414,7 +414,8 @@ class HeteroscedasticStudentT(Likelihood):
         )
         if self.df is not None:
             return by_outputs, {}
-        slope = torch.digamma((df + 1) / 2) - torch.digamma(df / 2) - 1 / df
+        half = df.double() / 2  # single precision would lose the difference
+        slope = (torch.digamma(half + 0.5) - torch.digamma(half) - 0.5 / half).to(z)
         by_df = 0.5 * (slope - (z * z / df).log1p() + pull * z / df)
         excess = parameters["excess_df"]
         return by_outputs, {"excess_df": excess * over_rows(by_df, excess)}
@@ -452,13 +453,16 @@ class HeteroscedasticStudentT(Likelihood):
         factor = torch.diag_embed(torch.cat([by_mean, by_raw], -1))
         if self.df is not None:
             return factor, {}
-        # Lange, Little & Taylor (1989), of df and log scale
+        # Lange, Little & Taylor (1989), of df and log scale; in double precision, for what is left
+        # of the terms is small
+        df = df.double()
         of_df = (torch.polygamma(1, df / 2) - torch.polygamma(1, (df + 1) / 2)) / 4
         of_df = of_df - (df + 5) / (2 * df * (df + 1) * (df + 3))
         shared = -2 / ((df + 1) * (df + 3)) / by_log_scale
-        own = (raw.shape[-1] * (of_df - shared**2)).sqrt()
+        own = (raw.shape[-1] * (of_df - shared**2)).clamp(min=0).sqrt()
         zeros, ones = torch.zeros_like(raw), torch.ones_like(raw)
         row = torch.cat([zeros, shared * ones, own * ones[..., :1]], -1) * (df - 2)
+        row = row.to(raw)
         return F.pad(factor, (0, 1)), {"excess_df": row.unsqueeze(-2)}
 
     def mean(self, outputs: Tensor, parameters: Parameters = None) -> Tensor:

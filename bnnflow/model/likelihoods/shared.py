@@ -89,8 +89,11 @@ def dispersion_of(
 
 def student_constant(df: Tensor) -> Tensor:
     """Return the log density of Student's t at zero."""
-    half = df / 2
-    return torch.lgamma(half + 0.5) - torch.lgamma(half) - 0.5 * (df * math.pi).log()
+    half = df.double() / 2  # single precision would lose the difference
+    constant = (
+        torch.lgamma(half + 0.5) - torch.lgamma(half) - 0.5 * (2 * math.pi * half).log()
+    )
+    return constant.to(df)
 
 
 class StudentTable:
