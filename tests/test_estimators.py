@@ -674,6 +674,36 @@ def test_a_killed_fit_does_not_train_again(
     assert torch.equal(fit(tmp_path / "cut").draws_.theta, whole.draws_.theta)
 
 
+@pytest.mark.parametrize("far", [1e3, 1e5, 1e9])
+def test_one_wild_value_does_not_set_the_units(far: float) -> None:
+    g = np.random.default_rng(0)
+    x = g.normal(size=(150, 2))
+    y = np.sin(x[:, 0]) + 0.1 * g.normal(size=150)
+    y[0] = far
+    fit = BayesianMLPRegressor((8,), budget=1e-6).fit(x, y)
+    low, high = fit.predict_interval(x[1:]).T
+    assert np.median(high - low) < 0.6
+    assert "the middle half sets its units" in fit.likelihood_
+    normal = BayesianMLPRegressor((8,), likelihood="normal", method=QUICK).fit(x, y)
+    assert "middle half" not in normal.likelihood_
+
+
+@pytest.mark.parametrize("factor", [1e300, 1e-310])
+def test_units_beyond_floating_point_are_refused(factor: float) -> None:
+    x, y = waves(30)
+    with pytest.raises(
+        ValueError, match=r"y has a standard deviation of .*: give it in other"
+    ):
+        BayesianMLPRegressor().fit(x, factor * y)
+
+
+def test_quantiles_beyond_floating_point_are_unknown() -> None:
+    x, y = waves(30)
+    fit = BayesianMLPRegressor((4,), activation="relu", budget=1e-6).fit(x, y)
+    with np.errstate(over="ignore"):
+        assert np.isnan(fit.predict_quantiles(np.full((1, x.shape[1]), 1.7e308))).all()
+
+
 def test_rows_far_away_leave_the_rest_of_a_table_alone() -> None:
     g = np.random.default_rng(0)
     x = g.uniform(-2, 2, (120, 1))

@@ -17,7 +17,7 @@ from scipy import integrate, stats
 from torch import Tensor, nn
 
 from bnnflow import BayesianModel, likelihoods, metrics, predict, priors
-from bnnflow.model.likelihoods.shared import StudentTable
+from bnnflow.model.likelihoods.shared import StudentTable, student_constant, student_slope
 
 F64 = torch.float64
 LEVELS = torch.tensor([0.0, 1, 3, 4, 7], dtype=F64)
@@ -363,13 +363,32 @@ def test_cdfs_are_those_of_scipy() -> None:
 
 
 def test_students_table_is_right_for_all_tails() -> None:
-    df = torch.tensor([2.0, 2.001, 2.7, 5.0, 33.3, 1e3, 1e6], dtype=F64).reshape(-1, 1, 1)
+    df = [2.0, 2.001, 2.7, 5.0, 33.3, 399.0, 401.0, 1e3, 1e6, 1e12, 1e15]
+    df = torch.tensor(df, dtype=F64).reshape(-1, 1, 1)
     z = torch.cat([torch.linspace(-30, 30, 20_001, dtype=F64), 10 ** torch.arange(9.0)])
     z = z.reshape(1, -1, 1).expand(len(df), -1, 1)
     found = StudentTable(df)(z)
     np.testing.assert_allclose(found, stats.t.cdf(z, df), rtol=0, atol=2e-8)
     assert (found[:, :20_001].diff(dim=1) >= -1e-12).all()
     assert StudentTable(df.float())(z.float()).dtype == torch.float32
+    unknown = torch.tensor([[[math.nan], [0.0]]], dtype=F64)
+    assert StudentTable(df[:1])(unknown).isnan().flatten().tolist() == [True, False]
+
+
+def test_students_constant_and_its_slope_hold_for_all_degrees() -> None:
+    exact = [  # by 80 digits
+        (2.0, -1.0397207708399179, 0.05685281944005469),
+        (5.5, -0.9641517248501245, 0.008135852137282313),
+        (30.0, -0.9272703253788457, 0.0002776237981191988),
+        (399.0, -0.9195650989647688, 1.5703369629519677e-06),
+        (401.0, -0.9195619739550032, 1.5547118652951074e-06),
+        (1e4, -0.9189635332046311, 2.4999999875000003e-09),
+        (1e8, -0.9189385357046728, 2.5e-17),
+        (1e15, -0.918938533204673, 2.5e-31),
+    ]
+    df, constant, slope = torch.tensor(exact, dtype=F64).T
+    torch.testing.assert_close(student_constant(df), constant, rtol=0, atol=1e-12)
+    torch.testing.assert_close(student_slope(df), slope, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("excess", [0.01, 1.0, 30.0, 1e3, 1e5])

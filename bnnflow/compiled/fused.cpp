@@ -624,7 +624,9 @@ static void student(const Block& b, T inverse_scale, T df, Sum& value, Sum& by_s
 
 // Log density of Student's t at zero.
 static double student_constant(double df) {
-    return std::lgamma((df + 1) / 2) - std::lgamma(df / 2) - .5 * std::log(df * 3.14159265358979323846);
+    const double half = df / 2, log_2pi = 1.83787706640934548356;
+    const double series = (-1. / 8 + 1 / (192 * half * half)) / half;  // Stirling's, where the difference loses digits
+    return (half > 200 ? series : std::lgamma(half + .5) - std::lgamma(half) - .5 * std::log(half)) - .5 * log_2pi;
 }
 
 // Its derivative by df: the gaps digamma(x + 1/2) - digamma(x) of x + 1, x + 2, ... shrink as a series in 1 / x.

@@ -27,10 +27,17 @@ NAMES = (
     "ordinal",
 )
 
-_VARYING = {
-    "heteroscedastic": likelihoods.HeteroscedasticGaussian,
-    "heteroscedastic_student": likelihoods.HeteroscedasticStudentT,
+_REAL = {  # and outputs a target
+    "normal": (likelihoods.Gaussian, 1),
+    "student": (likelihoods.StudentT, 1),
+    "heteroscedastic": (likelihoods.HeteroscedasticGaussian, 2),
+    "heteroscedastic_student": (likelihoods.HeteroscedasticStudentT, 2),
 }
+_ROBUST = (
+    "student",
+    "heteroscedastic_student",
+)  # whose units a few values far out must not set
+_WILD = 10.0  # standard deviations of the middle half, beyond which such values make that of all
 _FEW = 12  # whole numbers that are levels rather than a scale
 _SKEWED = 2.0  # skewness of positive targets above which their logarithm is modelled
 
@@ -71,10 +78,10 @@ def choose(name: str | Likelihood, y: np.ndarray) -> Choice:
         # one noise for all rows: where it varied, means of y, exp(m + s^2 / 2), would be wild
         base = _standardised(likelihoods.Gaussian(), np.log(y))
         return Choice(likelihoods.LogNormal(base), targets, why)
-    if name in _VARYING:
-        return Choice(_standardised(_VARYING[name](), y), 2 * targets, why)
-    inner = likelihoods.Gaussian() if name == "normal" else likelihoods.StudentT()
-    return Choice(_standardised(inner, y), targets, why)
+    base, outputs = _REAL[name]
+    if name in _ROBUST and _is_wild(y).any():
+        why += "; a few values lie so far out that the middle half sets its units"
+    return Choice(_standardised(base(), y, robust=name in _ROBUST), outputs * targets, why)
 
 
 def _by_looks(y: np.ndarray) -> tuple[str, str]:
@@ -102,8 +109,28 @@ def _by_looks(y: np.ndarray) -> tuple[str, str]:
     return "heteroscedastic_student", why
 
 
-def _standardised(base: Likelihood, y: np.ndarray) -> Likelihood:
-    return likelihoods.Standardised(base, tuple(y.mean(0)), tuple(y.std(0)))
+def _standardised(base: Likelihood, y: np.ndarray, *, robust: bool = False) -> Likelihood:
+    """Return a likelihood of standardised targets, ``robust`` ones by median and quartiles where a
+    few values make the standard deviation.
+    """
+    centre, scale = y.mean(0), y.std(0)
+    if robust:
+        wild = _is_wild(y)
+        centre = np.where(wild, np.median(y, 0), centre)
+        scale = np.where(wild, _middle(y), scale)
+    return likelihoods.Standardised(base, tuple(centre), tuple(scale))
+
+
+def _is_wild(y: np.ndarray) -> np.ndarray:
+    """Say of each target whether a few values make its standard deviation."""
+    middle = _middle(y)
+    return (middle > 0) & (y.std(0) > _WILD * middle)
+
+
+def _middle(y: np.ndarray) -> np.ndarray:
+    """Return the standard deviation of a normal law with these quartiles."""
+    low, high = np.quantile(y, [0.25, 0.75], axis=0)
+    return (high - low) / 1.349
 
 
 def _levels(y: np.ndarray) -> tuple[float, ...]:

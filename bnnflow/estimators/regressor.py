@@ -101,6 +101,12 @@ class BayesianMLPRegressor(RegressorMixin, BayesianEstimator):
         if constant.any():
             value, n = targets[0, constant.argmax()], len(targets)
             raise ValueError(f"y has only one value, {value:g}, in n_samples={n} rows")
+        with np.errstate(over="ignore"):
+            spread = targets.std(0)
+        if not (np.isfinite(spread) & (spread > np.finfo(float).tiny)).all():
+            raise ValueError(
+                f"y has a standard deviation of {spread}: give it in other units"
+            )
         choice = choose(self._likelihood(), targets)
         self.likelihood_ = f"{_named(choice.likelihood)}: {choice.why}"
         return self._fit(rows, choice.likelihood, choice.outputs, checkpoint)

@@ -23,6 +23,7 @@ from bnnflow.model.likelihoods.shared import (
     over_rows,
     repeated,
     student_constant,
+    student_slope,
 )
 from bnnflow.seeding import isolated
 
@@ -414,9 +415,7 @@ class HeteroscedasticStudentT(Likelihood):
         )
         if self.df is not None:
             return by_outputs, {}
-        half = df.double() / 2  # single precision would lose the difference
-        slope = (torch.digamma(half + 0.5) - torch.digamma(half) - 0.5 / half).to(z)
-        by_df = 0.5 * (slope - (z * z / df).log1p() + pull * z / df)
+        by_df = student_slope(df) + 0.5 * (pull * z / df - (z * z / df).log1p())
         excess = parameters["excess_df"]
         return by_outputs, {"excess_df": excess * over_rows(by_df, excess)}
 

@@ -23,10 +23,13 @@ __all__ = [
     "positive_targets",
     "repeated",
     "student_constant",
+    "student_slope",
 ]
 
 
 LOG_2PI = math.log(2 * math.pi)
+# half the degrees of freedom beyond which Stirling's series are right to 1e-13
+_MANY = 200.0
 Parameters = dict[str, Tensor] | None
 
 
@@ -90,10 +93,19 @@ def dispersion_of(
 def student_constant(df: Tensor) -> Tensor:
     """Return the log density of Student's t at zero."""
     half = df.double() / 2  # single precision would lose the difference
-    constant = (
-        torch.lgamma(half + 0.5) - torch.lgamma(half) - 0.5 * (2 * math.pi * half).log()
-    )
-    return constant.to(df)
+    exact = torch.lgamma(half + 0.5) - torch.lgamma(half) - 0.5 * half.log()
+    inverse = 1 / half
+    series = inverse * (-1 / 8 + inverse**2 / 192)  # where double precision would, too
+    return (torch.where(half > _MANY, series, exact) - 0.5 * LOG_2PI).to(df)
+
+
+def student_slope(df: Tensor) -> Tensor:
+    """Return the derivative of `student_constant` by df."""
+    half = df.double() / 2
+    exact = torch.digamma(half + 0.5) - torch.digamma(half) - 0.5 / half
+    inverse = 1 / half
+    series = inverse**2 * (1 / 8 - inverse**2 / 64)
+    return (torch.where(half > _MANY, series, exact) / 2).to(df)
 
 
 class StudentTable:
@@ -128,8 +140,9 @@ class StudentTable:
         where = ((z.detach().double().asinh() + self._REACH) / self._cell).clamp(
             0, self._CELLS - 1e-9
         )
-        left = where.floor()
-        u, left = where - left, left.long().reshape(len(self._values), -1)
+        left = where.floor()  # of NaN any: what comes of it is NaN
+        u = where - left
+        left = left.nan_to_num(0.0).long().reshape(len(self._values), -1)
 
         def at(table: Tensor, shift: int) -> Tensor:
             return table.gather(1, left + shift).reshape(z.shape)
