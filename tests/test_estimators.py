@@ -629,6 +629,29 @@ def test_networks_of_a_large_table_are_trained_to_the_mode(
     np.testing.assert_allclose(start, np.tile(mode, (3, 1)), atol=0.02)
 
 
+@pytest.mark.parametrize(("bound", "steps"), [("EPOCHS", 3), ("TRAINING", 2)])
+def test_training_on_a_large_table_is_bounded(
+    bound: str, steps: int, monkeypatch: pytest.MonkeyPatch, seeded
+) -> None:
+    """By how often it sees each row, and by its arithmetic."""
+    x, y = waves(60)
+    with seeded(0):
+        net = nn.Linear(x.shape[1], 1)
+    model = bf.BayesianModel(net, bf.priors.Normal(1.0), bf.likelihoods.Gaussian(0.5), x, y)
+    work = {"EPOCHS": recipe._BATCH / 60, "TRAINING": recipe._BATCH * model.dim}
+    monkeypatch.setattr(recipe, "LARGE", 59)
+    monkeypatch.setattr(recipe, bound, steps * work[bound])
+    real, made = recipe.Adam.step, []
+
+    def counted(*args: Any) -> torch.Tensor:
+        made.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(recipe.Adam, "step", counted)
+    recipe.warm_start(model, 3, torch.Generator().manual_seed(0))
+    assert len(made) == steps
+
+
 def test_a_large_table_gets_shorter_chains_of_wider_networks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -79,9 +79,10 @@ def choose(name: str | Likelihood, y: np.ndarray) -> Choice:
         base = _standardised(likelihoods.Gaussian(), np.log(y))
         return Choice(likelihoods.LogNormal(base), targets, why)
     base, outputs = _REAL[name]
-    if name in _ROBUST and _is_wild(y).any():
+    wild = _is_wild(y) if name in _ROBUST else np.zeros(targets, bool)
+    if wild.any():
         why += "; a few values lie so far out that the middle half sets its units"
-    return Choice(_standardised(base(), y, robust=name in _ROBUST), outputs * targets, why)
+    return Choice(_standardised(base(), y, wild), outputs * targets, why)
 
 
 def _by_looks(y: np.ndarray) -> tuple[str, str]:
@@ -109,15 +110,12 @@ def _by_looks(y: np.ndarray) -> tuple[str, str]:
     return "heteroscedastic_student", why
 
 
-def _standardised(base: Likelihood, y: np.ndarray, *, robust: bool = False) -> Likelihood:
-    """Return a likelihood of standardised targets, ``robust`` ones by median and quartiles where a
-    few values make the standard deviation.
-    """
-    centre, scale = y.mean(0), y.std(0)
-    if robust:
-        wild = _is_wild(y)
-        centre = np.where(wild, np.median(y, 0), centre)
-        scale = np.where(wild, _middle(y), scale)
+def _standardised(
+    base: Likelihood, y: np.ndarray, wild: np.ndarray | bool = False
+) -> Likelihood:
+    """Return a likelihood of standardised targets, ``wild`` ones by median and quartiles."""
+    centre = np.where(wild, np.median(y, 0), y.mean(0))
+    scale = np.where(wild, _middle(y), y.std(0))
     return likelihoods.Standardised(base, tuple(centre), tuple(scale))
 
 

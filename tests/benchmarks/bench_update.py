@@ -134,8 +134,7 @@ def stream(name: str) -> None:
     """Let a tenth of the rows be followed by the others in fifty batches."""
     whole, x = problem(name)
     order = torch.randperm(len(whole.x), generator=torch.Generator().manual_seed(3))
-    first, *batches = order.tensor_split([len(order) // 10])
-    batches = batches[0].tensor_split(50)
+    first, rest = order.tensor_split([len(order) // 10])
     own, rerun = timed(lambda: chains(whole, 2))
     other = chains(whole, 3)
     theta = torch.cat([own.theta, other.theta])
@@ -143,7 +142,7 @@ def stream(name: str) -> None:
     model = whole.subset(first)
     draws, sampled = timed(lambda: chains(model, 1))
     gradients, spent, change, routes = 0.0, 0.0, 0.0, Counter()
-    for seed, rows in enumerate(batches):
+    for seed, rows in enumerate(rest.tensor_split(50)):
         model = model.extended(whole.x[rows], whole.y[rows])
         draws, seconds = timed(
             lambda model=model, draws=draws, seed=seed: bf.update(

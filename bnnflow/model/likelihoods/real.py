@@ -22,7 +22,8 @@ from bnnflow.model.likelihoods.shared import (
     half_normal,
     over_rows,
     repeated,
-    student_constant,
+    student_log_density,
+    student_pull,
     student_slope,
 )
 from bnnflow.seeding import isolated
@@ -270,17 +271,13 @@ class StudentT(Likelihood):
         """Return ``(..., n)``, summed over targets."""
         scale = self._scale(outputs, parameters)
         z = (y - outputs) / scale
-        constant = float(student_constant(torch.tensor(self.df, dtype=torch.float64)))
-        return (
-            constant - scale.log() - 0.5 * (self.df + 1) * (z * z / self.df).log1p()
-        ).sum(-1)
+        return (student_log_density(z, self._df) - scale.log()).sum(-1)
 
     def score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Score:
         """Return the gradient by the outputs and by log scale (summed over rows)."""
         scale = self._scale(outputs, parameters)
         z = (y - outputs) / scale
-        # bounded: an outlier pulls less the farther it lies
-        slope = (self.df + 1) * z / (self.df + z * z)
+        slope = student_pull(z, self._df)
         grads = {} if self.scale is not None else {"scale": over_rows(slope * z - 1, scale)}
         return slope / scale, grads
 
@@ -327,7 +324,7 @@ class StudentT(Likelihood):
         self, outputs: Tensor, values: Tensor, parameters: dict[str, Tensor]
     ) -> Iterator[Tensor]:
         """Yield the `cdf` at each of several values of y, ``(k, n, out)``."""
-        table = StudentTable(torch.tensor(self.df))
+        table = StudentTable(self._df.to(outputs.device))
         scale = self._scale(outputs, parameters)
         for y in values:
             yield table((y - outputs) / scale)
@@ -344,6 +341,10 @@ class StudentT(Likelihood):
         return (
             outputs + self._scale(outputs, parameters) * noise * (self.df / spread).sqrt()
         )
+
+    @property
+    def _df(self) -> Tensor:
+        return torch.tensor(self.df, dtype=torch.float64)
 
     def _scale(self, outputs: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         if self.scale is not None:
@@ -401,14 +402,12 @@ class HeteroscedasticStudentT(Likelihood):
     def log_prob(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return ``(..., n)``, summed over targets."""
         z, scale, df = self._standardised(outputs, y, parameters)
-        log_tails = -0.5 * (df + 1) * (z * z / df).log1p()
-        return (student_constant(df) - scale.log() + log_tails).sum(-1)
+        return (student_log_density(z, df) - scale.log()).sum(-1)
 
     def score(self, outputs: Tensor, y: Tensor, parameters: dict[str, Tensor]) -> Score:
         """Return the gradient by the outputs and by log (df - 2) (summed over rows)."""
         z, scale, df = self._standardised(outputs, y, parameters)
-        # bounded: an outlier pulls less the farther it lies
-        pull = (df + 1) * z / (df + z * z)
+        pull = student_pull(z, df)
         raw = outputs.chunk(2, -1)[1]
         by_outputs = torch.cat(
             [pull / scale, (pull * z - 1) / scale * torch.sigmoid(raw)], -1
@@ -434,7 +433,7 @@ class HeteroscedasticStudentT(Likelihood):
         if not self.has_whitened_score:
             raise self._lack("whitened_score")
         z, _, df = self._standardised(outputs, y, parameters)
-        pull = (df + 1) * z / (df + z * z)
+        pull = student_pull(z, df)
         by_mean = pull * ((df + 3) / (df + 1)).sqrt()
         return torch.cat([by_mean, (pull * z - 1) * ((df + 3) / (2 * df)).sqrt()], -1)
 

@@ -23,6 +23,8 @@ __all__ = [
     "positive_targets",
     "repeated",
     "student_constant",
+    "student_log_density",
+    "student_pull",
     "student_slope",
 ]
 
@@ -108,6 +110,16 @@ def student_slope(df: Tensor) -> Tensor:
     return (torch.where(half > _MANY, series, exact) / 2).to(df)
 
 
+def student_log_density(z: Tensor, df: Tensor) -> Tensor:
+    """Return the log density of Student's t."""
+    return student_constant(df) - 0.5 * (df + 1) * (z * z / df).log1p()
+
+
+def student_pull(z: Tensor, df: Tensor) -> Tensor:
+    """Return minus its derivative by z: bounded, an outlier pulls less the farther it lies."""
+    return (df + 1) * z / (df + z * z)
+
+
 class StudentTable:
     """Student's cdf for each of several degrees of freedom, tabulated: the exact function would
     take most of the time of an interval.
@@ -131,9 +143,9 @@ class StudentTable:
             device=df.device,
         )
         z = nodes.sinh()
-        log_density = student_constant(df) - 0.5 * (df + 1) * (z * z / df).log1p()
         self._values = by_scipy(special.stdtr, df.expand(-1, len(z)), z.expand(len(df), -1))
-        self._slopes = log_density.exp() * nodes.cosh() * self._cell  # by cells
+        density = student_log_density(z, df).exp()
+        self._slopes = density * nodes.cosh() * self._cell  # by cells
 
     def __call__(self, z: Tensor) -> Tensor:
         """Return P(t <= z), ``(..., n, out)``."""
