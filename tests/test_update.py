@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 import bnnflow as bf
 from bnnflow import likelihoods, priors
+from bnnflow.inference.particles.paths import Path
+from bnnflow.inference.particles.update import _Neighbours
+from bnnflow.transport import Flow, Solver, WeightsVelocity
 from tests.problems import F64, built, generator
 
 N, NOISE, SCALE = 40, 0.5, 1.5
@@ -323,3 +326,31 @@ def test_rows_are_added_after_those_of_the_model() -> None:
         model.extended(X[:2, :2], Y[:2])
     with pytest.raises(ValueError, match="NaN"):
         model.extended(X[:1] * torch.nan, Y[:1])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_one_way_back_through_a_flow_is_the_sum_of_both(
+    seeded: None, temperature: float
+) -> None:
+    """Between two posteriors under a learned prior the gradient of the tempered density goes back
+    through the flow once, in chunks; value and gradient are those of both ends.
+    """
+    whole = linear(temperature=temperature)
+    with seeded(0):
+        field = WeightsVelocity(whole.spec, 8, 1).double()
+        for each in field.parameters():
+            each.data = 0.5 * torch.randn_like(each)
+    flow = Flow.of(field, whole, solver=Solver("euler", 2))
+    whole = whole.transported(flow)
+    z = whole.sample_prior(7, seed=0)
+    fraction = torch.linspace(0, 1, 7, dtype=F64)
+    for old, new in (
+        (whole.subset(FEW), whole),
+        (whole, whole.subset(slice(3, N))),
+        (whole.subset(slice(0, 38)), whole.subset(slice(2, N))),
+    ):
+        path = _Neighbours.of(old, new, chunk_size=3)
+        found = path.tempered(fraction, 1 - fraction)(z)
+        right = Path.tempered(path, fraction, 1 - fraction)(z)
+        for ours, theirs in zip(found, right, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)

@@ -13,6 +13,7 @@ from bnnflow.model.fused import FusedDensity
 from bnnflow.model.hessian import ChainHessian
 from bnnflow.model.log_joint import LogJoint
 from bnnflow.model.priors import FlatPrior
+from bnnflow.types import LogDensityAndGrad
 from bnnflow.weights import Symmetries, WeightSpec
 
 __all__ = ["HasPushforward", "Transport", "TransportedLogJoint"]
@@ -131,6 +132,14 @@ class TransportedLogJoint(LogJoint):
         """Return what `BayesianModel.log_likelihood_and_grad` does: the gradient by the weights,
         compiled where that is so, is pulled back through the map.
         """
+        return self.pulled_back(
+            theta, lambda weights: self.inner.log_likelihood_and_grad(weights, rows)
+        )
+
+    def pulled_back(self, theta: Tensor, of: LogDensityAndGrad) -> tuple[Tensor, Tensor]:
+        """Return a function of the weights and its gradient by latent points,
+        ``(..., dim) -> (...), (..., dim)``, given the function and its gradient by the weights.
+        """
         theta = self.checked(theta)
         tracked = is_tracked(theta)
         flat = theta.reshape(-1, self.dim)
@@ -138,7 +147,7 @@ class TransportedLogJoint(LogJoint):
             z = flat if tracked else flat.detach().requires_grad_()
             weights = self.transport.forward(z)
             at = weights if tracked else weights.detach()
-            value, grad = self.inner.log_likelihood_and_grad(at.reshape(theta.shape), rows)
+            value, grad = of(at.reshape(theta.shape))
             (pulled,) = torch.autograd.grad(
                 weights, z, grad.reshape(weights.shape), create_graph=tracked
             )

@@ -49,6 +49,7 @@ STEPS = 1500
 RANKED, SCALES = 200, (1.0, 2.0, 4.0)
 BLOCK, ATOMS, FLOW_ATOMS = 2**14, 2**20, 2**17
 LEAST, KHAT = 25, 0.7  # effective atoms, and k-hat, of a task that counts as done
+CHOSEN = 4096  # copies of atoms, by the first rows of a task
 RELEVANT, TOP = 14.0, 4096  # nats below the heaviest atom; heaviest atoms that give k-hat
 STARTS, COMPONENTS = 4, (1, 2, 4, 8, 16, 32)
 JUDGED, PATIENCE, LOOKS = (3, 5, 8, 12), 8, 60  # of a neural process
@@ -250,18 +251,26 @@ def by_atoms(
 
 def by_tempering(models: Sequence[bf.BayesianModel], fresh: Tasks) -> Scores:
     """Score a prior by particles that go from it to each task's posterior."""
-    evidence, density, inside = [], [], []
+    found = []
     for model, at, y in zip(models, *fresh, strict=True):
-        method = TEMPERING if model.is_transported else PLAIN
-        draws = bf.sample(model, method, chains=1, seed=0, progress=False)
-        assert draws.log_evidence is not None
-        prediction = bf.predict(model, draws, GRID[at])
-        evidence.append(draws.log_evidence[0])
-        density.append(prediction.log_prob(y).double())
-        inside.append(covered(prediction.cdf(y)))
-    unasked = torch.full((len(models),), math.nan)
-    evidences = torch.tensor(evidence, dtype=torch.float64)
-    return Scores(evidences, torch.stack(density), torch.stack(inside), unasked, unasked)
+        draws = bf.sample(model, PLAIN, chains=1, seed=0, progress=False)
+        found.append(score_of(model, draws, Tasks(at[None], y[None])))
+    return joined(found)
+
+
+def score_of(model: bf.BayesianModel, draws: bf.Draws, fresh: Tasks) -> Scores:
+    """Score draws of the posterior of one task."""
+    assert draws.log_evidence is not None
+    (at,), (y,) = fresh
+    prediction = bf.predict(model, draws, GRID[at])
+    unasked = torch.full((1,), math.nan)
+    return Scores(
+        torch.tensor(draws.log_evidence[:1], dtype=torch.float64),
+        prediction.log_prob(y).double()[None],
+        covered(prediction.cdf(y))[None],
+        unasked,
+        unasked,
+    )
 
 
 # ---------------------------------------- Gaussian processes
@@ -623,12 +632,21 @@ def rivals(name: str, seed: int, known: Learned, unseen: Tasks) -> Results:
 # ---------------------------------------- the learned prior itself
 
 
+def latent(seed: int, block: int, dim: int) -> Tensor:
+    """Return latent points of the learned prior ``(BLOCK, dim)``."""
+    g = torch.Generator().manual_seed(1000 * seed + block)
+    return torch.randn(BLOCK, dim, generator=g)
+
+
 def bank_of(known: Learned, name: str, seed: int) -> Tensor:
     """Return functions of draws of the flow on the grid ``(atoms, grid)``."""
+    model = known.models[0]
 
     def block(number: int) -> Tensor:
-        own = 1000 * seed + number
-        return next(functions_of(known.flow.sample, BLOCK, own, known.models[0]))
+        z = latent(seed, number, model.dim)
+        with torch.no_grad():
+            theta = model.transported(known.flow).weights_of(z)
+            return model.outputs(theta, GRID)[..., 0]
 
     count = FLOW_ATOMS // BLOCK
     return torch.cat(
@@ -639,10 +657,60 @@ def bank_of(known: Learned, name: str, seed: int) -> Tensor:
     )
 
 
-def tempered(known: Learned, unseen: Tasks, rows: int, noise: float) -> Scores:
-    """Score the learned prior by particles in its coordinates."""
-    models = [each.transported(known.flow) for each in unseen.first(rows).models(noise)]
-    return by_tempering(models, unseen.fresh)
+def carried(
+    known: Learned, bank: Tensor, unseen: Tasks, noise: float, seed: int, stem: str
+) -> dict[int, Scores]:
+    """Score the learned prior beyond three rows: atoms chosen by the first three are carried by
+    `bf.update` from each number of rows to the next.
+    """
+    dim = known.models[0].dim
+    points = torch.cat([latent(seed, each, dim) for each in range(len(bank) // BLOCK)])
+
+    def of(task: int) -> dict[int, Scores]:
+        own = Tasks(unseen.at[task : task + 1], unseen.y[task : task + 1])
+        models = {
+            rows: own.first(rows).models(noise)[0].transported(known.flow) for rows in ROWS
+        }
+        draws = chosen(points, log_likelihoods(bank, own.first(ROWS[0]), noise), models[3])
+        found, before = {}, models[ROWS[0]]
+        for rows in ROWS[1:]:
+            draws = bf.update(
+                models[rows], draws, before, TEMPERING, seed=task, progress=False
+            )
+            before = models[rows]
+            found[rows] = score_of(before, draws, own.fresh)
+        return found
+
+    each = [
+        kept(f"{stem}-carried-{task}", lambda t=task: of(t))
+        for task in range(len(unseen.y))
+    ]
+    return {rows: joined([one[rows] for one in each]) for rows in ROWS[1:]}
+
+
+def chosen(points: Tensor, values: Tensor, model: bf.BayesianModel) -> bf.Draws:
+    """Choose among atoms by their log likelihoods ``(atoms, 1)``, which are the model's."""
+    weights = values[:, 0].double()
+    total = weights.logsumexp(0)
+    g = torch.Generator().manual_seed(0)
+    edges = (weights - total).exp().cumsum(0)
+    at = (torch.rand(1, generator=g) + torch.arange(CHOSEN)) / CHOSEN
+    rows, counts = (
+        torch.searchsorted(edges, at.double())
+        .clamp(max=len(edges) - 1)
+        .unique(return_counts=True)
+    )
+    theta = points[rows][None]
+    with torch.no_grad():
+        log_joint = model.log_joint(theta)
+    error = float(((2 * weights).logsumexp(0) - 2 * total).exp().sqrt())
+    return bf.Draws(
+        theta,
+        log_joint,
+        log_weights=(counts.double() / CHOSEN).log()[None],
+        log_evidence=(float(total) - math.log(len(values)), error),
+        info={"method": "atoms", "model": model.fingerprint(), "rows": len(model.x)},
+    )
 
 
 def ranks(known: Learned, bank: Tensor, noise: float, seed: int) -> dict[str, float]:
@@ -709,13 +777,10 @@ def computed(name: str, seed: int, count: int, others: int) -> dict[str, Any]:
     scores = rivals(name, seed, known, unseen)
     model = known.models[0]
     bank = bank_of(known, name, seed)
-    scores["flow"] = by_atoms(bank.split(BLOCK), unseen, noise)
+    atoms = by_atoms(bank.split(BLOCK), unseen, noise)
+    scores["its own atoms"] = atoms
+    scores["flow"] = {3: atoms[3]} | carried(known, bank, unseen, noise, seed, stem)
     result: dict[str, Any] = {"scores": scores}
-    dozen = Tasks(unseen.at[:12], unseen.y[:12])
-    result["both"] = {
-        rows: kept(f"{stem}-both{rows}", lambda n=rows: tempered(known, dozen, n, noise))
-        for rows in (5, 8)
-    }
     result["ranks"] = ranks(known, bank, noise, seed)
     if others:
         few = learned(name, seed, max(2, family.tasks // 4))
@@ -765,13 +830,16 @@ def show(results: list[dict[str, Any]]) -> None:
             )
     for number, result in enumerate(results):
         print(f"\nseed {number}")
-        for rows, one in result["both"].items():
-            n = len(one.evidence)
-            weighed = result["scores"]["flow"][rows]
-            apart = weighed.evidence[:n] - one.evidence
+        for rows in ROWS[1:]:
+            weighed, moved = (
+                result["scores"][each][rows] for each in ("its own atoms", "flow")
+            )
+            sure = weighed.ess >= LEAST
+            apart = (weighed.evidence - moved.evidence)[sure]
             print(
-                f"  evidence at {rows} rows by atoms less by particles: mean {apart.mean():+.3f}, "
-                f"largest {apart.abs().max():.3f}, LPPD {gap(weighed.lppd[:n], one.lppd)}"
+                f"  evidence at {rows} rows by atoms less by particles, where {LEAST} atoms or "
+                f"more are effective ({int(sure.sum())} tasks): mean {apart.mean():+.3f}, largest "
+                f"{apart.abs().max():.3f}"
             )
         print("  ranks, p:", {key: round(p, 3) for key, p in result["ranks"].items()})
         if "few" in result:

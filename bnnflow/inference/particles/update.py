@@ -25,11 +25,12 @@ from bnnflow.inference.particles.tempering import (
     systematic,
 )
 from bnnflow.model import BayesianModel
+from bnnflow.model.transported import TransportedLogJoint
 from bnnflow.progress import progress_bar, until_interrupted
 from bnnflow.ranks import ALONE
 from bnnflow.seeding import as_generator, seed_in_words
 from bnnflow.stopwatch import Stopwatch
-from bnnflow.types import Seed
+from bnnflow.types import LogDensityAndGrad, Seed
 
 __all__ = ["FEWEST", "Route", "update"]
 
@@ -439,6 +440,44 @@ class _Neighbours(Path):
             first = first - sign * value / part.temperature
             first_grad = first_grad - sign * grad / part.temperature
         return first, first_grad, last, last_grad
+
+    def tempered(self, fraction: Tensor, remainder: Tensor) -> LogDensityAndGrad:
+        """Return the density at fractions ``(particle,)`` of the way; see `Path.tempered`.
+
+        Through the map of a transported model the gradient goes back once, not once for every end.
+        """
+        density, apart = self.new.density, self.apart
+        if apart is None or not isinstance(density, TransportedLogJoint):
+            return super().tempered(fraction, remainder)
+        temperature = self.new.temperature
+
+        def likelihood(weights: Tensor, remainder: Tensor) -> tuple[Tensor, Tensor]:
+            value, grad = density.inner.log_likelihood_and_grad(weights)
+            for sign, part in apart:
+                assert isinstance(part.density, TransportedLogJoint)
+                own, own_grad = part.density.inner.log_likelihood_and_grad(weights)
+                less = sign * remainder
+                value = value - less * own
+                grad = grad - less[:, None].to(grad.dtype) * own_grad
+            return value, grad
+
+        @torch.no_grad()
+        def target(theta: Tensor) -> tuple[Tensor, Tensor]:
+            found = [
+                density.pulled_back(
+                    rows, lambda weights, left=left: likelihood(weights, left)
+                )
+                for rows, left in zip(
+                    theta.split(self.chunk_size),
+                    remainder.split(self.chunk_size),
+                    strict=True,
+                )
+            ]
+            value, grad = (torch.cat(each) for each in zip(*found, strict=True))
+            prior, prior_grad = density.prior.log_prob_and_grad(theta)
+            return (value + prior) / temperature, (grad + prior_grad) / temperature
+
+        return target
 
 
 def _rows_apart(
