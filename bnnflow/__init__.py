@@ -39,7 +39,14 @@ if TYPE_CHECKING:
     from bnnflow.predictive import metrics, predict
     from bnnflow.report import report, summary, to_arviz
     from bnnflow.symmetry import align
-    from bnnflow.transport import Flow, GaussNewtonFlow, correct, fit_flow, fit_prior
+    from bnnflow.transport import (
+        Flow,
+        GaussNewtonFlow,
+        correct,
+        fit_amortised,
+        fit_flow,
+        fit_prior,
+    )
     from bnnflow.weights import WeightSpec
 
 __version__ = "0.1.0"
@@ -78,6 +85,7 @@ __all__ = [
     "diagnose",
     "equivariant",
     "evidence",
+    "fit_amortised",
     "fit_flow",
     "fit_prior",
     "inference",
@@ -134,7 +142,14 @@ _HOMES = {
     "predictive": ("metrics", "predict"),
     "report": ("summary", "to_arviz"),
     "symmetry": ("align",),
-    "transport": ("Flow", "GaussNewtonFlow", "correct", "fit_flow", "fit_prior"),
+    "transport": (
+        "Flow",
+        "GaussNewtonFlow",
+        "correct",
+        "fit_amortised",
+        "fit_flow",
+        "fit_prior",
+    ),
     "weights": ("WeightSpec",),
 }
 

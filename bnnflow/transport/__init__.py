@@ -1,6 +1,8 @@
 """The flow-matching transport from prior to posterior."""
 
 from bnnflow.options import Checkpoint, Training
+from bnnflow.transport.amortised import fit_amortised
+from bnnflow.transport.amortised_velocity import AmortisedVelocity
 from bnnflow.transport.baselines import (
     TransformedDensity,
     fit_cnf,
@@ -45,6 +47,7 @@ from bnnflow.transport.velocity import (
 
 __all__ = [
     "AffinePath",
+    "AmortisedVelocity",
     "Beta",
     "Checkpoint",
     "CompletedFlow",
@@ -85,6 +88,7 @@ __all__ = [
     "WeightsVelocity",
     "correct",
     "distil",
+    "fit_amortised",
     "fit_cnf",
     "fit_coupling",
     "fit_flow",

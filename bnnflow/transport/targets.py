@@ -19,7 +19,7 @@ from bnnflow.transport.proximal_step import linearised
 from bnnflow.transport.whitened import WhitenedPosterior
 from bnnflow.weights import Symmetries, WeightSpec
 
-__all__ = ["ROWS", "PosteriorTargets", "obeys_stein"]
+__all__ = ["ROWS", "PosteriorTargets", "Units", "obeys_stein"]
 
 _NODES = 24  # times at which the control is fitted, denser towards 1
 _ROUNDS = 32  # of exchanges of units
@@ -194,7 +194,7 @@ def obeys_stein(posterior: WhitenedPosterior, x1: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class _Units:
+class Units:
     """The weights of the units of one hidden layer.
 
     Attributes:
@@ -278,7 +278,7 @@ class _Units:
         return share / (1 + _ROUNDS), order
 
 
-def _units(spec: WeightSpec, group: Symmetries, device: torch.device) -> list[_Units]:
+def _units(spec: WeightSpec, group: Symmetries, device: torch.device) -> list[Units]:
     """Find the weights of every hidden layer's units.
 
     Layers with weights between their own units are left out.
@@ -300,7 +300,7 @@ def _units(spec: WeightSpec, group: Symmetries, device: torch.device) -> list[_U
         if not tangled and (label in group.permutation or label in group.sign):
             empty = torch.empty(width, 0, dtype=torch.long, device=device)
             weights = (torch.cat([empty, *signed], 1), torch.cat([empty, *still], 1))
-            found.append(_Units(*weights, label in group.permutation))
+            found.append(Units(*weights, label in group.permutation))
     return found
 
 

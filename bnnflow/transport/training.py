@@ -38,7 +38,7 @@ _CHECK = 100  # steps between looks at the held-out draws
 SECONDS = 60.0
 """Time between two states on disk."""
 
-Pairs = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+Pairs = Callable[[int, torch.Generator], tuple[Tensor, ...]]
 """``(n, generator) -> x0 (n, dim), x1 (n, dim)``."""
 
 
@@ -131,13 +131,22 @@ class Task:
         weight = self.way.loss_weight(t)
         return self.field.loss_weight(t) if weight is None else weight
 
-    def batch(
-        self, n: int, pairs: Pairs, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw times ``(n,)``, points and what is regressed on there, ``(n, dim)`` both."""
+    def batch(self, n: int, pairs: Pairs, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Draw times ``(n,)``, what is regressed on and points, ``(n, dim)`` both."""
         x0, x1 = pairs(n, generator)
         t = self.times.sample(n, x0, generator)
-        return t, *self.way.point(x0, x1, t, generator)
+        x_t, target = self.way.point(x0, x1, t, generator)
+        return t, target, x_t
+
+    def check(self, t: Tensor, *given: Tensor) -> bool:
+        """See that the field is one, and say whether it draws random numbers in training."""
+        return check_field(self.field, t, given[0])
+
+    def errors(
+        self, call: Callable[..., Tensor], t: Tensor, target: Tensor, *given: Tensor
+    ) -> Tensor:
+        """Return what training makes small, ``(n,)``, of a batch and what it is called with."""
+        return (call(t, *given) - target).square().sum(-1)
 
 
 def run(
@@ -217,7 +226,7 @@ class _Loop:
         batch_size: int,
         ranks: Ranks,
         file: TrainingFile | None,
-        fixed: tuple[Tensor, Tensor, Tensor] | None,
+        fixed: tuple[Tensor, ...] | None,
     ) -> None:
         self.task, self.training, self.state = task, training, state
         self.batch_size, self.ranks, self.file, self.fixed = batch_size, ranks, file, fixed
@@ -238,12 +247,13 @@ class _Loop:
         """Draw a batch: times, targets, points, and what is precomputed of these if they come
         again.
         """
-        t, x_t, target = self.task.batch(self.batch_size, self.pairs, self.generator)
+        batch = self.task.batch(self.batch_size, self.pairs, self.generator)
         if self.task.reuse.steps == 1:
-            return t, target, x_t
-        return t, target, x_t, *self.task.field.precompute(t, x_t)
+            return batch
+        t, _, x_t = batch
+        return *batch, *self.task.field.precompute(t, x_t)
 
-    def pairs(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def pairs(self, n: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Draw pairs; the first ones of a training tell it apart."""
         ends = self.task.pairs(n, generator)
         if self.file is not None and self.file.pairs is None:
@@ -295,9 +305,9 @@ class _Loop:
         state, training = self.state, self.training
         t, target, *given = self.batches.take()
         if self.random is None:
-            self.random = check_field(self.task.field, t, given[0])
+            self.random = self.task.check(t, *given)
         with self.precision(), _chance(self.random, self.chance + state.count):
-            errors = (self.call(t, *given) - target).square().sum(-1)
+            errors = self.task.errors(self.call, t, target, *given)
         state.step(
             errors, t, self.task.weighting, _rate(state.count, self.total), self.ranks
         )

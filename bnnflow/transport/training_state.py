@@ -105,11 +105,9 @@ class TrainingState:
         self._bins[0].index_add_(0, which, errors.double())
         self._bins[1].index_add_(0, which, torch.ones_like(t, dtype=torch.float64))
 
-    def look(
-        self, batch: tuple[Tensor, Tensor, Tensor], weighting: Weighting, patience: int
-    ) -> bool:
+    def look(self, batch: tuple[Tensor, ...], weighting: Weighting, patience: int) -> bool:
         """Compare the average with the best so far on a fixed batch; say whether to stop."""
-        t, x_t, target = batch
+        t, target, x_t = batch
         with torch.no_grad(), self._swapped():
             errors = (self._field(t, x_t) - target).square().sum(-1)
         loss = float((errors * weighting(t)).mean())
@@ -298,7 +296,7 @@ class TrainingFile:
                     )
         return header, arrays
 
-    def check_pairs(self, first: Callable[[], tuple[Tensor, Tensor]]) -> None:
+    def check_pairs(self, first: Callable[[], tuple[Tensor, ...]]) -> None:
         """Raise ``ValueError`` unless the first batch of the pairs is what it was in the first
         process.
         """

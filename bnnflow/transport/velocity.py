@@ -15,6 +15,7 @@ from bnnflow.compiled import is_tracked
 from bnnflow.equivariant import DWSNet, GraphNet, SignedDWSNet, Wiring
 from bnnflow.equivariant.network import TimeEmbedding
 from bnnflow.seeding import isolated
+from bnnflow.transport.amortised_velocity import AmortisedVelocity
 from bnnflow.transport.divergence import chained_divergence, divergence
 from bnnflow.transport.field import Field
 from bnnflow.transport.geometry import TangentVelocity
@@ -533,6 +534,7 @@ def _check_sizes(description: Any, arrays: Mapping[str, np.ndarray]) -> None:
         "width": math.isqrt(elements),
         "heads": elements,
         "dim": elements,
+        "newton": elements,
     }
     if description.get("kind") == "gaussian":
         largest["dim"] = math.isqrt(elements)
@@ -573,6 +575,8 @@ def _rebuilt(description: dict[str, Any], spec: WeightSpec) -> Field:
         return ResidualVelocity(spec, gaussian, **values)  # type: ignore[arg-type]
     if kind == "tangent":
         return TangentVelocity(spec, **values)
+    if kind == "amortised":
+        return AmortisedVelocity(spec, **values)
     if kind == "two_layer":
         base = values.pop("base")
         return TwoLayerVelocity(

@@ -1,0 +1,141 @@
+"""Perceptrons of one hidden layer, unit by unit, and many data sets at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from bnnflow.activations import Activation
+from bnnflow.model.priors import FlatPrior
+from bnnflow.weights import WeightSpec
+
+__all__ = ["DataSets", "Linearised", "Shallow"]
+
+
+class DataSets(NamedTuple):
+    """Rows of data, a set for each point."""
+
+    x: Tensor  # (batch, rows, inputs)
+    y: Tensor  # (batch, rows)
+    counted: Tensor  # (batch, rows), one for a row and zero for what fills a shorter set up
+    noise: Tensor  # (batch, 1), standard deviation
+
+    def expand(self, batch: int) -> DataSets:
+        """Return one data set for each of so many points."""
+        return DataSets(*(part.expand(batch, *part.shape[1:]) for part in self))
+
+
+class Linearised(NamedTuple):
+    """Networks around some points, whose outputs and rows are in units of the noise."""
+
+    activations: Tensor  # (batch, units, rows)
+    slopes: Tensor  # (batch, units, rows), of the activations
+    outputs: Tensor  # (batch, rows), in units of y
+    residuals: Tensor  # (batch, rows)
+    jacobian: Tensor  # (batch, dim, rows), of the outputs
+
+
+@dataclass(frozen=True, eq=False)
+class Shallow:
+    """Networks of one hidden layer of odd units and one output, their weights in the order of
+    units and in the coordinates in which the prior is N(0, I).
+
+    Attributes:
+        units: in the hidden layer.
+        inputs: of the network.
+        activation: of the units.
+        order: where in ``theta`` each weight stands, ``(dim,)``: for one unit after the other its
+            incoming weights, its bias and its outgoing weight, and the output's bias at the end.
+        scale: the prior's standard deviations in that order, ``(dim,)``.
+    """
+
+    units: int
+    inputs: int
+    activation: Activation
+    order: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, spec: WeightSpec, prior: FlatPrior) -> Self:
+        """Read the network.
+
+        Raises:
+            ValueError: if it is another one, or its prior is not normal around zero.
+        """
+        layers = spec.layers
+        alike = len(layers) == 2 and layers[0].activation.odd and not spec.extras
+        if not alike or None in (layers[0].bias, layers[1].bias):
+            raise ValueError(
+                "model must have a network of one hidden layer of odd units, such as tanh, with "
+                f"biases, and no other parameters, got {spec!r}"
+            )
+        (units, inputs), (outputs, _) = (spec.shapes[each.weight] for each in layers)
+        if outputs != 1:
+            raise ValueError(f"model must have one output, got {outputs}")
+        scale = prior.scale
+        centre = torch.zeros(1, spec.dim, dtype=prior.dtype, device=prior.device)
+        if scale is None or bool((prior.log_prob_and_grad(centre)[1] != 0).any()):
+            raise ValueError("model must have a normal prior around zero on all weights")
+        at = torch.arange(spec.dim, device=prior.device)
+        parts = {name: at[where] for name, where in spec.slices.items()}
+        first, bias, last, end = (
+            parts[name] for each in layers for name in (each.weight, str(each.bias))
+        )
+        by_unit = torch.cat([first.view(units, inputs), bias[:, None], last[:, None]], 1)
+        order = torch.cat([by_unit.flatten(), end])
+        return cls(units, inputs, layers[0].activation, order, scale[order])
+
+    @property
+    def dim(self) -> int:
+        """Length of a weight vector."""
+        return len(self.order)
+
+    @property
+    def of_a_unit(self) -> int:
+        """Weights of a unit."""
+        return self.inputs + 2
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Shallow:
+        """Return the same elsewhere."""
+        return replace(
+            self, order=self.order.to(device), scale=self.scale.to(device, dtype)
+        )
+
+    def by_unit(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Part ``(batch, dim)`` into units ``(batch, units, of_a_unit)`` and the output's bias
+        ``(batch, 1)``.
+        """
+        units, bias = z[:, :-1], z[:, -1:]
+        return units.reshape(len(z), self.units, self.of_a_unit), bias
+
+    def outputs(self, z: Tensor, x: Tensor) -> Tensor:
+        """Return the outputs ``(batch, rows)`` at inputs ``(batch, rows, inputs)``."""
+        return self._evaluated(z, x)[2]
+
+    def linearised(self, z: Tensor, data: DataSets) -> Linearised:
+        """Return the networks around ``(batch, dim)``, on the rows of their own data sets."""
+        design, value, outputs, slope, outgoing = self._evaluated(z, data.x)
+        by_outgoing = value
+        by_incoming = (outgoing * slope).unsqueeze(2) * design.mT.unsqueeze(1)
+        units = torch.cat([by_incoming, by_outgoing.unsqueeze(2)], 2).flatten(1, 2)
+        jacobian = torch.cat([units, torch.ones_like(units[:, :1])], 1)
+        share = data.counted / data.noise
+        return Linearised(
+            value * data.counted.unsqueeze(1),
+            slope * data.counted.unsqueeze(1),
+            outputs,
+            (data.y - outputs) * share,
+            jacobian * self.scale.unsqueeze(-1) * share.unsqueeze(1),
+        )
+
+    def _evaluated(self, z: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        units, bias = self.by_unit(z * self.scale)
+        design = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+        before = units[..., :-1] @ design.mT
+        value = self.activation(before)
+        outgoing = units[..., -1:]
+        outputs = (outgoing * value).sum(1) + bias
+        return design, value, outputs, self.activation.derivative(before, value), outgoing
