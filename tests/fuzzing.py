@@ -766,6 +766,21 @@ def _transport(w: World) -> Iterator[Call]:
             "progress": False,
         },
     )
+    reader = w.built(lambda: t.AmortisedVelocity(w.spec, width=2, depth=1))
+    yield Call(
+        "fit_amortised",
+        bf.fit_amortised,
+        {
+            "model": w.model,
+            "rows": (2, 3),
+            "noise": (0.2, 0.5),
+            "widths": (2, 3),
+            "velocity": reader,
+            "training": bf.Training(steps=1, batch_size=2),
+            "seed": 0,
+            "progress": False,
+        },
+    )
     correct = {
         "flow": flow,
         "model": model,
@@ -847,6 +862,8 @@ def _transport(w: World) -> Iterator[Call]:
     )
     two = {"dim": DIM, "width": 3, "base": None, "path": None}
     yield Call("transport.TwoLayerVelocity", t.TwoLayerVelocity, two)
+    reader = {"spec": w.spec, "width": 2, "depth": 1, "newton": 1}
+    yield Call("transport.AmortisedVelocity", t.AmortisedVelocity, reader)
     yield Call("transport.TangentVelocity", t.TangentVelocity, size | {"spec": w.relu_spec})
     bent = {
         "field": w.field,

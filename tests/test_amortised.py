@@ -13,8 +13,8 @@ from torch import nn
 import bnnflow as bf
 from bnnflow import likelihoods, priors
 from bnnflow.transport import AmortisedVelocity, Flow, Solver
-from bnnflow.transport.amortised import _Simulated, _Simulations, _times
-from bnnflow.transport.amortised_velocity import data_of, shallow_of
+from bnnflow.transport.amortised import _Simulated, _Simulations
+from bnnflow.transport.amortised_velocity import data_of, shallow_of, times
 from bnnflow.transport.batches import Reuse
 from bnnflow.transport.shallow import DataSets
 from bnnflow.transport.times import Uniform
@@ -165,7 +165,7 @@ def test_control_and_averages_have_mean_zero() -> None:
     keep = t < 0.9  # beyond, products have no tails that a mean of so many could stand
     read = task.field.read(shallow_of(one), t, x_t, DataSets(*parts))  # type: ignore[union-attr]
     control = means[:, 0] - read.mean - read.s2 * means[:, 1]
-    control = control - read.s2 * _times(read.gain, _times(read.jacobian.mT, control))
+    control = control - read.s2 * times(read.gain, times(read.jacobian.mT, control))
     about = torch.stack([torch.ones_like(x_t), x_t.tanh(), (read.mean + read.score).tanh()])
     for noise in (x1 - means[:, 0], control):
         products = (about * noise.clamp(-50, 50))[:, keep]

@@ -183,7 +183,7 @@ class AmortisedVelocity(Field):
         s2, mean = c.a * c.a / c.q, x * c.b / c.q
         at, near, inverse = self._steps(shallow, mean, s2, data)
         away = at - mean
-        aims = near.residuals + _rows_of(near.jacobian, away)
+        aims = near.residuals + times(near.jacobian.mT, away)
         gain = near.jacobian @ inverse
         units, rows, whole = self._features(
             shallow, data, near, s2, mean, at, aims, gain, inverse
@@ -200,7 +200,7 @@ class AmortisedVelocity(Field):
         curved = s2.square() * near.jacobian.square().sum(1)  # what a line misses of a row
         row_variances = self.row_variances(rows).squeeze(-1) + (0.05 + curved).log()
         return Read(
-            trust * (gain @ aims.unsqueeze(-1)).squeeze(-1) + moves / (s2.sqrt() + _LEAST),
+            trust * times(gain, aims) + moves / (s2.sqrt() + _LEAST),
             _floored(variances),
             _floored(row_variances),
             (share + 2).sigmoid(),
@@ -216,18 +216,21 @@ class AmortisedVelocity(Field):
         """Return where Gauss-Newton steps lead, the networks there, and (I + s^2 J^T J)^-1."""
         at, scaled = mean, s2.unsqueeze(-1)
         eye = torch.eye(data.x.shape[1], dtype=mean.dtype, device=mean.device)
-        for number in range(self._config["newton"] + 1):
+
+        def around(at: Tensor) -> tuple[Linearised, Tensor]:
             near = shallow.linearised(at, data)
             system = eye + scaled * (near.jacobian.mT @ near.jacobian)
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(system)[0])
-            if number == self._config["newton"]:
-                return at, near, inverse
-            aims = near.residuals + _rows_of(near.jacobian, at - mean)
-            solved = near.jacobian @ (inverse @ aims.unsqueeze(-1))
-            step = mean + s2 * solved.squeeze(-1) - at
+            return near, torch.linalg.cholesky_ex(system)[0]
+
+        for _ in range(self._config["newton"]):
+            near, root = around(at)
+            aims = near.residuals + times(near.jacobian.mT, at - mean)
+            solved = torch.cholesky_solve(aims.unsqueeze(-1), root).squeeze(-1)
+            step = mean + s2 * times(near.jacobian, solved) - at
             length2 = step.square().sum(1, keepdim=True)
             at = at + step / (1 + length2 / _LONGEST**2).sqrt()
-        raise AssertionError("the last round returns")
+        near, root = around(at)
+        return at, near, torch.cholesky_inverse(root)
 
     def _features(
         self,
@@ -246,7 +249,7 @@ class AmortisedVelocity(Field):
         """
         s = s2.sqrt()
         score = (at - mean) / (s + _LEAST)
-        slope = s * (near.jacobian @ near.residuals.unsqueeze(-1)).squeeze(-1)
+        slope = s * times(near.jacobian, near.residuals)
         known = s2 * (gain * near.jacobian).sum(-1)  # share of each weight's variance
         (mean_u, mean_b), (at_u, at_b), (score_u, score_b) = map(
             shallow.by_unit, (mean, at, score)
@@ -397,9 +400,9 @@ def _perceptron(inputs: int, width: int, outputs: int | None = None) -> nn.Seque
     )
 
 
-def _rows_of(jacobian: Tensor, v: Tensor) -> Tensor:
-    """Return J^T v, ``(batch, rows)``."""
-    return (jacobian.mT @ v.unsqueeze(-1)).squeeze(-1)
+def times(matrix: Tensor, v: Tensor) -> Tensor:
+    """Multiply matrices ``(batch, n, m)`` and vectors ``(batch, m)``."""
+    return (matrix @ v.unsqueeze(-1)).squeeze(-1)
 
 
 def _floored(log_variances: Tensor) -> Tensor:

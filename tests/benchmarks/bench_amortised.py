@@ -13,7 +13,7 @@ data sets with an rms above .15. "flagged" is the share of data sets whose `bf.d
 say that the draws may be trusted, of those with an rms above .3 and of the others. "refined" is
 `bf.refine`, ten transitions; "untrained" the same field before training; "short HMC" 16 chains
 with as many draws, warm-up included in its time. One thread. Run:
-``python tests/benchmarks/bench_amortised.py [--steps 7000] [--sets 200] [--others 20]``: an hour;
+``python tests/benchmarks/bench_amortised.py [--steps 16000] [--sets 200] [--others 20]``: two hours;
 the flow stays in out/bench_amortised.
 """
 
@@ -178,7 +178,7 @@ def show(name: str, found: list[dict[str, Found]]) -> None:
 def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=7000, help="of training")
+    parser.add_argument("--steps", type=int, default=16000, help="of training")
     parser.add_argument("--sets", type=int, default=200, help="unseen data sets")
     parser.add_argument("--others", type=int, default=20, help="of each other kind")
     given = parser.parse_args()
@@ -186,7 +186,9 @@ def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     flow = trained(given.steps)
     blank = unseen(0)
-    untrained = Flow.of(AmortisedVelocity(blank.spec, 8, 1), blank, solver=Solver())
+    untrained = Flow.of(
+        AmortisedVelocity(blank.spec, 8, 1), blank, solver=Solver("midpoint", 10)
+    )
     flows = {"amortised": flow, "untrained": untrained}
     for name, models in families(given.sets, given.others):
         show(name, [look(model, flows, seed) for seed, model in enumerate(models)])
