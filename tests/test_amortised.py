@@ -319,6 +319,17 @@ def test_other_models_are_refused(make: Callable[[], bf.BayesianModel], told: st
         Flow.of(bent(model().spec), make())
 
 
+@pytest.mark.parametrize("make", [two_layers, relu])
+def test_a_field_of_other_networks_is_refused(
+    make: Callable[[], bf.BayesianModel],
+) -> None:
+    with pytest.raises(ValueError, match="one hidden layer"):
+        AmortisedVelocity(make().spec)
+    several = built(lambda: nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 2)))
+    with pytest.raises(ValueError, match="one output"):
+        AmortisedVelocity(bf.WeightSpec.of(several))
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [

@@ -15,7 +15,7 @@ from bnnflow.model.likelihoods import Gaussian
 from bnnflow.seeding import isolated
 from bnnflow.transport.field import Field
 from bnnflow.transport.paths import AffinePath, Coefficients
-from bnnflow.transport.shallow import DataSets, Linearised, Shallow
+from bnnflow.transport.shallow import DataSets, Linearised, Shallow, affine_layers
 from bnnflow.transport.whitened import WhitenedPosterior
 from bnnflow.weights import Symmetries, WeightSpec
 
@@ -66,8 +66,8 @@ class AmortisedVelocity(Field):
         path: the path of the pairs.
 
     Raises:
-        ValueError: when bound, if the network has not one hidden layer of odd units and one output,
-            the prior is not normal around zero, or the likelihood not `Gaussian` of known scale.
+        ValueError: if the network has not one hidden layer of odd units and one output; when bound,
+            if the prior is not normal around zero, or the likelihood not `Gaussian` of known scale.
     """
 
     def __init__(
@@ -80,13 +80,13 @@ class AmortisedVelocity(Field):
         path: AffinePath | None = None,
     ) -> None:
         super().__init__()
+        inputs = spec.shapes[affine_layers(spec)[0].weight][1]
+        of_a_unit = inputs + 2
         labels = frozenset(spec.widths)
         self.symmetries = Symmetries(labels, labels, frozenset())
         self.path = path if path is not None else AffinePath()
         self._config = {"width": width, "depth": depth, "newton": newton}
         self._bound: tuple[Shallow, DataSets] | None = None
-        inputs = spec.network.shapes[spec.network.names[0]][1]
-        of_a_unit = inputs + 2
         self.whole = _perceptron(11, width)
         self.odd = nn.Linear(4 * of_a_unit, width, bias=False)
         self.even = _perceptron(5 * of_a_unit, width)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from bnnflow.activations import Activation
 from bnnflow.model.priors import FlatPrior
+from bnnflow.tracing import Layer
 from bnnflow.weights import WeightSpec
 
-__all__ = ["DataSets", "Linearised", "Shallow"]
+__all__ = ["DataSets", "Linearised", "Shallow", "affine_layers"]
 
 
 class DataSets(NamedTuple):
@@ -36,6 +37,24 @@ class Linearised(NamedTuple):
     outputs: Tensor  # (batch, rows), in units of y
     residuals: Tensor  # (batch, rows)
     jacobian: Tensor  # (batch, dim, rows), of the outputs
+
+
+def affine_layers(spec: WeightSpec) -> tuple[Layer, Layer]:
+    """Return the two layers of a perceptron with one hidden layer of odd units and one output.
+
+    Raises:
+        ValueError: if it is another network.
+    """
+    layers = spec.layers
+    alike = len(layers) == 2 and layers[0].activation.odd and not spec.extras
+    if not alike or None in (layers[0].bias, layers[1].bias):
+        raise ValueError(
+            "model must have a network of one hidden layer of odd units, such as tanh, with "
+            f"biases, and no other parameters, got {spec!r}"
+        )
+    if (outputs := spec.shapes[layers[1].weight][0]) != 1:
+        raise ValueError(f"model must have one output, got {outputs}")
+    return layers[0], layers[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,28 +84,21 @@ class Shallow:
         Raises:
             ValueError: if it is another one, or its prior is not normal around zero.
         """
-        layers = spec.layers
-        alike = len(layers) == 2 and layers[0].activation.odd and not spec.extras
-        if not alike or None in (layers[0].bias, layers[1].bias):
-            raise ValueError(
-                "model must have a network of one hidden layer of odd units, such as tanh, with "
-                f"biases, and no other parameters, got {spec!r}"
-            )
-        (units, inputs), (outputs, _) = (spec.shapes[each.weight] for each in layers)
-        if outputs != 1:
-            raise ValueError(f"model must have one output, got {outputs}")
+        first, last = affine_layers(spec)
+        units, inputs = spec.shapes[first.weight]
         scale = prior.scale
         centre = torch.zeros(1, spec.dim, dtype=prior.dtype, device=prior.device)
         if scale is None or bool((prior.log_prob_and_grad(centre)[1] != 0).any()):
             raise ValueError("model must have a normal prior around zero on all weights")
         at = torch.arange(spec.dim, device=prior.device)
         parts = {name: at[where] for name, where in spec.slices.items()}
-        first, bias, last, end = (
-            parts[name] for each in layers for name in (each.weight, str(each.bias))
-        )
-        by_unit = torch.cat([first.view(units, inputs), bias[:, None], last[:, None]], 1)
-        order = torch.cat([by_unit.flatten(), end])
-        return cls(units, inputs, layers[0].activation, order, scale[order])
+        by_unit = [
+            parts[first.weight].view(units, inputs),
+            parts[str(first.bias)].view(units, 1),
+            parts[last.weight].view(units, 1),
+        ]
+        order = torch.cat([torch.cat(by_unit, 1).flatten(), parts[str(last.bias)]])
+        return cls(units, inputs, first.activation, order, scale[order])
 
     @property
     def dim(self) -> int:

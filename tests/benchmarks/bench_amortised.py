@@ -22,7 +22,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +108,7 @@ def trained(steps: int) -> Flow:
     """Train the flow, or go on, or read it: the first steps on one width, the others on all."""
     inputs = torch.linspace(-REACH, REACH, 801)[:, None]
     model = network(WIDTH, inputs, inputs[:, 0], 0.2)
-    velocity = None
+    flow: Flow | None = None
     for stage, widths in enumerate(((WIDTH,), WIDTHS)):
         file = OUT / f"flow-{steps}-{stage}.npz"
         if not file.exists():
@@ -117,14 +117,14 @@ def trained(steps: int) -> Flow:
                 rows=ROWS,
                 noise=NOISE,
                 widths=widths,
-                velocity=velocity,
+                velocity=None if flow is None else cast(AmortisedVelocity, flow.velocity),
                 training=bf.Training(steps=STAGES[stage] * steps // sum(STAGES)),
                 checkpoint=bf.Checkpoint(file.with_suffix(".training.npz"), resume=True),
             )
             flow.save(file)
             print(f"trained in {flow.info['cpu_seconds']:.0f} CPU s", flush=True)
         flow = Flow.load(file, model)
-        velocity = flow.velocity
+    assert flow is not None
     return flow
 
 
