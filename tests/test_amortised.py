@@ -20,6 +20,7 @@ from bnnflow.transport.shallow import DataSets
 from bnnflow.transport.times import Uniform
 from bnnflow.transport.whitened import WhitenedPosterior
 from tests.problems import F64, built, generator, normal
+from tests.processes import run_ranks
 
 ROWS, INPUTS, UNITS = 9, 2, 4
 
@@ -246,17 +247,49 @@ def test_one_flow_serves_other_data_widths_and_files(tmp_path: Path) -> None:
     assert refined.flat.isfinite().all()
 
 
-def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    whole = short()
-    path = tmp_path / "state.npz"
-    short(training=replace(SHORT, steps=15), checkpoint=path)
+def parameters_of(flow: Flow) -> list[torch.Tensor]:
+    return list(flow.velocity.parameters())
+
+
+def test_training_goes_on_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, path = short(), tmp_path / "state.npz"
+    draw, batches = _Simulated.__call__, iter(range(15))
+
+    def until_ctrl_c(
+        self: _Simulated, n: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, ...]:
+        if next(batches, None) is None:
+            raise KeyboardInterrupt
+        return draw(self, n, generator)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Simulated, "__call__", until_ctrl_c)
+        with pytest.warns(UserWarning, match="15 steps"):
+            broken_off = short(checkpoint=path)
+    assert broken_off.info["interrupted"]
     again = short(checkpoint=bf.Checkpoint(path, resume=True))
-    for ours, theirs in zip(
-        whole.velocity.parameters(), again.velocity.parameters(), strict=True
-    ):
-        assert ours.shape == theirs.shape
+    assert again.info["steps"] == 40
+    for ours, theirs in zip(*map(parameters_of, (whole, again)), strict=True):
+        assert torch.equal(ours, theirs)
     with pytest.raises(ValueError, match="rows"):
         short(rows=(3, 7), checkpoint=bf.Checkpoint(path, resume=True))
+
+
+def test_two_processes_train_one_flow(tmp_path: Path) -> None:
+    program = f"""
+import os
+from tests.test_amortised import short
+flow = short(widths=(3, 5))
+flow.save({str(tmp_path)!r} + "/" + os.environ["RANK"] + ".npz")
+"""
+    assert run_ranks(program) == [0, 0]
+    one = model(rows=60, dtype=torch.float32)
+    ours, theirs = (
+        parameters_of(Flow.load(tmp_path / f"{rank}.npz", one)) for rank in (0, 1)
+    )
+    assert all(map(torch.equal, ours, theirs))
 
 
 # ---------------------------------------- bad input
