@@ -33,7 +33,9 @@ _SOLVER = Solver("midpoint", 10)  # with eight steps draws are two hundredths to
 _TIMES = LogUniformNearEnd(share=0.15)  # near the end targets have hardly any noise
 _LAST = 1e-6  # least factor of x0 that is divided by
 _MOST = 40.0  # of a squared error over its variance, for the gradient of that variance
-_OUTLIER = 40.0  # times its usual error a point may be off before it no longer counts
+# times its usual error a point may be off: what lies beyond, where steps led astray, would
+# outweigh a batch
+_OUTLIER = 40.0
 _NEAR = 0.01  # of s where errors are divided by it
 
 
@@ -54,11 +56,8 @@ def fit_amortised(
 
     Weights are drawn from the prior, inputs from those of the model, targets from the likelihood:
     the weights are then an exact draw of the posterior of these data, so that training needs no
-    chains and never sees a pair twice. `Flow.bind` gives the posterior of a data set:
-
-        flow = bf.fit_amortised(model)
-        draws = bf.sample(other, flow.bind(other), draws=1000)   # other: a model with your data
-        exact = bf.refine(other, draws)
+    chains and never sees a pair twice. `Flow.bind` gives the posterior of a data set, `refine` and
+    `correct` make it exact.
 
     The posterior's gradient and the symmetries of hidden units take most noise from what is learned
     (see `PosteriorTargets`), and errors count in units of what is known at each point, so that
@@ -88,6 +87,16 @@ def fit_amortised(
 
     Source: simulation-based inference by flow matching (Wildberger et al. 2023), with the
     likelihood in the field.
+
+    Example:
+        >>> from bnnflow import BayesianModel, likelihoods, priors, sample
+        >>> x = torch.linspace(-2, 2, 100)[:, None]
+        >>> net = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
+        >>> model = BayesianModel(net, priors.Normal(), likelihoods.Gaussian(0.3), x, x[:, 0])
+        >>> flow = fit_amortised(model, training=Training(steps=2), progress=False)
+        >>> data = model.subset(torch.tensor([10, 40, 55, 80]))
+        >>> sample(data, flow.bind(data), draws=20, seed=0).theta.shape
+        torch.Size([1, 20, 13])
     """
     training = (training or _TRAINING).with_defaults(3e-3, "muon")
     if training.autocast or training.compile:

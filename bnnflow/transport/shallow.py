@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import torch
@@ -109,12 +109,6 @@ class Shallow:
     def of_a_unit(self) -> int:
         """Weights of a unit."""
         return self.inputs + 2
-
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> Shallow:
-        """Return the same elsewhere."""
-        return replace(
-            self, order=self.order.to(device), scale=self.scale.to(device, dtype)
-        )
 
     def by_unit(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Part ``(batch, dim)`` into units ``(batch, units, of_a_unit)`` and the output's bias
