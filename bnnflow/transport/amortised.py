@@ -56,8 +56,8 @@ def fit_amortised(
 
     Weights are drawn from the prior, inputs from those of the model, targets from the likelihood:
     the weights are then an exact draw of the posterior of these data, so that training needs no
-    chains and never sees a pair twice. `Flow.bind` gives the posterior of a data set, `refine` and
-    `correct` make it exact.
+    chains and never sees a pair twice. `Flow.bind` gives the posterior of a data set; `refine`
+    brings its draws nearer, `correct` weighs them.
 
     The posterior's gradient and the symmetries of hidden units take most noise from what is learned
     (see `PosteriorTargets`), and errors count in units of what is known at each point, so that

@@ -11,12 +11,13 @@ family itself" is the law that tasks are drawn from: no prior does better on ave
 All tasks of a family share a prior, so its atoms are drawn once, their functions kept on the grid
 that inputs are points of, and all tasks are weighed at once: log evidence, log predictive density
 of 60 fresh rows (LPPD, a row) and coverage of 90% intervals, after 3, 5, 8 and 12 rows. Evidence
-from few effective atoms is too low on average: their number is printed beside it. The first dozen
-tasks, and those from outside the family, are also sampled by `bf.SMC` in the coordinates of each
-prior.
+from few effective atoms is too low on average: their number is printed beside it. Under the learned
+prior, atoms that the first three rows choose are carried on by `bf.update`. Plain priors of tasks
+from outside the family are sampled by `bf.SMC`. The learned prior is a map of a few evaluations
+distilled from the flow, or with ``--evaluations 0`` the flow itself.
 
-What was computed is kept in out/bench_learned_prior and read by the next run. One thread, two to
-four CPU hours for three seeds. Run:
+What was computed is kept in out/bench_learned_prior and read by the next run. One thread, an hour
+a seed by a map of three evaluations and two by the flow. Run:
 ``python tests/benchmarks/bench_learned_prior.py [--family pacoh] [--seeds 0] [--tasks 100]``.
 """
 
