@@ -155,14 +155,7 @@ class AmortisedVelocity(Field):
         """
         with isolated():
             other = AmortisedVelocity(spec, path=self.path, **self._config)
-        other = other.to(next(self.parameters()))
-        try:
-            other.requires_grad_(False).load_state_dict(self.state_dict())
-        except RuntimeError as error:
-            raise ValueError(
-                f"the networks differ in more than the widths of hidden layers: {error}"
-            ) from error
-        return other
+        return self.lent_to(other)
 
     def describe(self) -> dict[str, Any]:
         """Return plain values from which the module is rebuilt."""

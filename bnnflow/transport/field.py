@@ -134,6 +134,21 @@ class Field(nn.Module):
         """
         raise ValueError(f"a {self._get_name()} is tied to its own weights")
 
+    def lent_to(self, other: Field) -> Field:
+        """Return a field of the same kind, for other widths, with the parameters of this one.
+
+        Raises:
+            ValueError: if they have other shapes.
+        """
+        other = other.to(next(self.parameters())).requires_grad_(False)
+        try:
+            other.load_state_dict(self.state_dict())
+        except RuntimeError as error:
+            raise ValueError(
+                f"the networks differ in more than the widths of hidden layers: {error}"
+            ) from error
+        return other
+
     def describe(self) -> dict[str, Any] | None:
         """Return plain values from which the module is rebuilt.
 

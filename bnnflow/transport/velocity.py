@@ -73,14 +73,7 @@ class _OverWeights(Field):
         """
         description = self.describe()
         assert description is not None
-        other = rebuild(description, spec).to(next(self.parameters()))
-        try:
-            other.requires_grad_(False).load_state_dict(self.state_dict())
-        except RuntimeError as error:
-            raise ValueError(
-                f"the networks differ in more than the widths of hidden layers: {error}"
-            ) from error
-        return other
+        return self.lent_to(rebuild(description, spec))
 
 
 @checked
