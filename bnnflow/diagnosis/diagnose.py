@@ -49,7 +49,9 @@ def diagnose(
     `weight_convergence` compares the weights themselves, modulo symmetry.
 
     Draws without statistics of a sampler are independent draws of an approximation, which cannot
-    vouch for itself: held-out rows can, for its predictions.
+    vouch for itself: held-out rows can, for its predictions. What they predict is compared before
+    and after a few Hamiltonian transitions, which leave draws of the posterior draws of it; this
+    takes seconds on one core, and is left out where it would take longer.
 
     Args:
         model: their model.
@@ -189,7 +191,7 @@ def _plain(theta: Tensor, log_weights: Tensor | None) -> Draws:
 
 def _independent(look: _Look) -> Diagnosis:
     sampling = Sampling(look.model, look.draws)
-    info, n = look.draws.info, len(look.theta)
+    info, n, still = look.draws.info, len(look.theta), False
     if info.get("diverged"):
         sampling.say("no", "training diverged", "take a tenth of the learning rate")
     if info.get("converged") is False:
@@ -198,15 +200,16 @@ def _independent(look: _Look) -> Diagnosis:
         why = f"{n} members are {n} fitted networks, not draws: they have no effective sample size"
         sampling.say("not looked at", why, "use their predictions, if held-out rows agree")
     else:
-        sampling.identities(None)
+        if sampling.identities(None) is not None:
+            still = sampling.invariance(look.theta, look.prediction.x)
         sampling.again()
         if n < verdicts.ESS.bad:
             why = f"{n} draws are few: averages over them are noisy"
             sampling.say("with care", why, "take a thousand")
     sampling.say(
         "not looked at",
-        "these are not Markov chains: there are no chains to compare, and an approximation cannot "
-        "vouch for itself",
+        "these are not Markov chains: there are no chains to compare, and "
+        + (_STILL if still else "an approximation cannot vouch for itself"),
         _CORRECT if look.method == "Flow" else _COMPARE,
     )
     if look.method in HINTS:
@@ -221,6 +224,7 @@ def _independent(look: _Look) -> Diagnosis:
 _CORRECT = (
     "bnnflow.correct(model, flow) weighs them, and tells k-hat and the solver's error"
 )
+_STILL = "that transitions leave what they predict alone says nothing of modes that they are not in"
 _COMPARE = "compare its predictions with those of an exact sampler, or with held-out rows"
 _NO_MODE = (
     "the point that was expanded about is no mode of the posterior",

@@ -22,6 +22,7 @@ from bnnflow.diagnosis.identities import (
     stein,
     wrong_log_joint,
 )
+from bnnflow.diagnosis.invariance import drift
 from bnnflow.draws import Draws, counted_alike, evenly, unresolved
 from bnnflow.model import BayesianModel
 from bnnflow.predictive import Prediction
@@ -151,6 +152,31 @@ class Sampling:
     def _allowed(self, bounds: Bounds) -> Bounds:
         """An approximation is not told off for what it is, but for what is no approximation."""
         return bounds if self.draws.stats else Bounds(2 * bounds.bad, 4 * bounds.bad)
+
+    def invariance(self, theta: Tensor, x: Tensor) -> bool:
+        """Look at what transitions that leave the posterior as it is do to independent draws
+        ``(n, dim)``, and say whether they were seen to leave them alone.
+        """
+        found = drift(self.model, theta, x)
+        if found is None:
+            return False
+        self.figures |= {"drift": found.shift, "drift_in_spread": found.spread}
+        start = "transitions that leave the posterior as it is"
+        self.above(
+            found.shift,
+            verdicts.MOVED,
+            f"{start} shift what these draws predict, by up to {found.shift:.2g} of its standard "
+            "deviation",
+            _MOVE_ON,
+        )
+        self.above(
+            abs(math.log(found.spread)),
+            verdicts.MOVED,
+            f"{start} change the spread of what these draws predict, by a factor of up to "
+            f"{found.spread:.2g}",
+            _MOVE_ON,
+        )
+        return found.shift == 0 and found.spread == 1
 
     def again(self) -> None:
         """Look for draws that are copies of others."""
