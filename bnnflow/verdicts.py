@@ -59,8 +59,8 @@ SHIFT = Bounds(0.15, 0.5)
 # of a chain's mean log prior or log joint: directions that data do not determine mix slowly
 SHIFT_OF_DENSITY = Bounds(0.2, 1.0)
 SPREAD = Bounds(0.15, 0.4)  # of the configurational temperature from 1, beyond chance
-# of what approximations predict, once exact transitions have moved them, in standard deviations or
-# the logarithm of a spread, beyond chance: from .4 on, 90% intervals hold 87%
+# of what approximations predict, once exact transitions have moved them, in standard deviations,
+# beyond chance: where place is off by .4, 90% intervals hold 87%
 MOVED = Bounds(0.2, 0.4)
 SLOPE = Bounds(0.2, 0.5)  # mean gradient in its own standard deviations, beyond chance
 PRIOR_SCALE = Bounds(

@@ -224,7 +224,7 @@ def _independent(look: _Look) -> Diagnosis:
 _CORRECT = (
     "bnnflow.correct(model, flow) weighs them, and tells k-hat and the solver's error"
 )
-_STILL = "that transitions leave what they predict alone says nothing of modes that they are not in"
+_STILL = "what transitions leave alone may still lack whole modes"
 _COMPARE = "compare its predictions with those of an exact sampler, or with held-out rows"
 _NO_MODE = (
     "the point that was expanded about is no mode of the posterior",
