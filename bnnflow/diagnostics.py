@@ -106,12 +106,13 @@ def psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     if tail < _SHORTEST_TAIL or ascending[-tail] == ascending[-1]:
         return log_weights - np.logaddexp.reduce(log_weights), math.inf
     arviz = import_arviz()
-    if is_datatree():
-        from arviz_stats.base import array_stats  # type: ignore[import-not-found]  # of 1.x
+    with np.errstate(over="ignore"):  # quantiles of a very heavy tail, which are cut off
+        if is_datatree():
+            from arviz_stats.base import array_stats  # type: ignore[import-not-found]  # of 1.x
 
-        smoothed, khat = array_stats.psislw(-log_weights)
-    else:
-        smoothed, khat = arviz.psislw(log_weights)
+            smoothed, khat = array_stats.psislw(-log_weights)
+        else:
+            smoothed, khat = arviz.psislw(log_weights)
     return np.asarray(smoothed), float(khat)
 
 

@@ -134,3 +134,14 @@ def test_smoothing_knows_no_unit(shift):
     moved, same = psis(raw + shift)
     assert np.allclose(moved, smoothed, atol=1e-6)
     assert same == pytest.approx(khat, abs=1e-6)
+
+
+def test_very_heavy_tails_are_smoothed_without_a_warning(recwarn):
+    """Their quantiles overflow, and are cut off at the largest weight."""
+    for seed in range(5):
+        raw = 1e5 * np.random.default_rng(seed).standard_t(1, size=4096)
+        smoothed, khat = psis(raw)
+        assert khat > 1
+        assert logsumexp(smoothed) == pytest.approx(0, abs=1e-9)
+        assert smoothed.max() <= 0
+    assert not recwarn.list
