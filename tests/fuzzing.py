@@ -20,6 +20,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -767,6 +768,22 @@ def _transport(w: World) -> Iterator[Call]:
         },
     )
     reader = w.built(lambda: t.AmortisedVelocity(w.spec, width=2, depth=1))
+    learned = replace(w.flow, info={"held_out_tasks": [1], "tasks": 1})
+    yield Call(
+        "transport.sharpen",
+        transport.sharpen,
+        {
+            "prior": transport.FlowMap(
+                learned.velocity, learned.source, learned.spec, torch.tensor([0.0, 1.0])
+            ),
+            "flow": learned,
+            "tasks": [w.model, fewer],
+            "draws": [w.draws, w.draws],
+            "training": bf.Training(steps=1, batch_size=2),
+            "seed": 0,
+            "progress": False,
+        },
+    )
     yield Call(
         "fit_amortised",
         bf.fit_amortised,

@@ -25,6 +25,7 @@ from bnnflow.transport.options import Density, Matching, Solver
 from bnnflow.transport.paths import AffinePath, ProbabilityPath
 from bnnflow.transport.proximal_step import GaussNewton, GradientSteps
 from bnnflow.transport.pushforward import Pushforward
+from bnnflow.transport.sharpening import sharpen
 from bnnflow.transport.solvers import (
     integrate,
     integrate_sde,
@@ -100,6 +101,7 @@ __all__ = [
     "integrate_sde",
     "integrate_with_error",
     "largest_chunk",
+    "sharpen",
     "time_grid",
     "train",
 ]

@@ -27,7 +27,14 @@ from bnnflow.transport.flow import Flow
 from bnnflow.transport.options import Matching
 from bnnflow.types import Seed
 
-__all__ = ["fit_prior", "log_evidence_by_prior"]
+__all__ = [
+    "check_draws",
+    "check_tasks",
+    "fit_prior",
+    "log_evidence_by_prior",
+    "posteriors",
+    "seeds_of",
+]
 
 # of a task's first posterior
 _CHAINS, _WARMUP, _DRAWS, _LONGEST = 16, 150, 24, 128
@@ -88,9 +95,9 @@ def fit_prior(
             prior or likelihood; if draws are not as many as tasks, not theirs, or of no posterior;
             if the checkpoint holds another run, or one that is not to be resumed.
     """
-    _check_tasks(tasks)
+    check_tasks(tasks)
     if draws is not None:
-        _check_draws(tasks, draws)
+        check_draws(tasks, draws)
     run = {
         "tasks": digest([task.fingerprint() for task in tasks]),
         "draws": None if draws is None else digest([as_theta(each) for each in draws]),
@@ -112,9 +119,9 @@ def fit_prior(
     field = "weights" if velocity is None else velocity
     with Parts(place, "task", run, ranks) as kept, until_interrupted(least=1) as taken:
         for number in range(rounds):
-            of_tasks, of_training, of_score = _seeds(len(tasks), generator)
+            of_tasks, of_training, of_score = seeds_of(len(tasks), generator)
             if best is None:
-                moved = _posteriors(tasks, draws, draws_per_task, of_tasks)
+                moved = posteriors(tasks, draws, draws_per_task, of_tasks)
             else:
                 moved = _followed(tasks, pools, best, of_tasks)
             pools = _kept(moved, tasks, kept, number, ranks, progress)
@@ -150,15 +157,17 @@ def fit_prior(
     return replace(best, info=info)
 
 
-def log_evidence_by_prior(tasks: Sequence[BayesianModel], theta: Tensor) -> Tensor:
-    """Estimate the log evidence of the first three rows of each task ``(tasks,)``, by the mean
-    likelihood of draws of a prior ``(n, dim)``.
+def log_evidence_by_prior(
+    tasks: Sequence[BayesianModel], theta: Tensor, rows: int = _JUDGED_BY
+) -> Tensor:
+    """Estimate the log evidence of the first rows of each task ``(tasks,)``, by the mean likelihood
+    of draws of a prior ``(n, dim)``.
     """
     found = []
     with torch.no_grad():
         for task in tasks:
-            first = task.subset(slice(0, _JUDGED_BY))
-            values = first.log_likelihood(theta)
+            first = task.subset(slice(0, rows))
+            values = torch.cat([first.log_likelihood(part) for part in theta.split(4096)])
             found.append(values.double().logsumexp(0) - math.log(len(theta)))
     return torch.stack(found)
 
@@ -166,7 +175,7 @@ def log_evidence_by_prior(tasks: Sequence[BayesianModel], theta: Tensor) -> Tens
 # ---------------------------------------- posteriors of the tasks
 
 
-def _seeds(tasks: int, generator: torch.Generator) -> tuple[list[int], int, int]:
+def seeds_of(tasks: int, generator: torch.Generator) -> tuple[list[int], int, int]:
     """Draw the seeds of a round before anything else of it, so that what is kept needs no
     generator: of each task, of the training and of its score.
     """
@@ -202,7 +211,7 @@ def _kept(
     return pools
 
 
-def _posteriors(
+def posteriors(
     tasks: Sequence[BayesianModel],
     draws: Sequence[Draws] | None,
     count: int,
@@ -267,7 +276,7 @@ def _chosen(count: int, share: float, generator: torch.Generator) -> set[int]:
     return set(order[:most].tolist())
 
 
-def _check_tasks(tasks: Sequence[BayesianModel]) -> None:
+def check_tasks(tasks: Sequence[BayesianModel]) -> None:
     """Raise ``ValueError`` unless tasks differ in their data only."""
     if len(tasks) < _FEWEST:
         raise ValueError(f"tasks must be at least {_FEWEST}, got {len(tasks)}")
@@ -287,7 +296,7 @@ def _check_tasks(tasks: Sequence[BayesianModel]) -> None:
             raise ValueError(f"tasks[{number}] has another likelihood than tasks[0]")
 
 
-def _check_draws(tasks: Sequence[BayesianModel], draws: Sequence[Draws]) -> None:
+def check_draws(tasks: Sequence[BayesianModel], draws: Sequence[Draws]) -> None:
     """Raise ``ValueError`` unless there are draws of every task's posterior."""
     if len(draws) != len(tasks):
         raise ValueError(f"draws must be as many as tasks, {len(tasks)}, got {len(draws)}")

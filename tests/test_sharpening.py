@@ -1,0 +1,208 @@
+"""A learned prior whose map climbs the likelihood of its tasks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bnnflow as bf
+from bnnflow.transport import AmortisedVelocity, Flow, FlowMap, distil, sharpen, sharpening
+from bnnflow.transport.sharpening import _Chains
+from tests.problems import F64, built, conjugate, generator, normal
+from tests.test_learned_prior import fitted, posterior, task
+
+STEPS = bf.Training(steps=150, batch_size=64, learning_rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def tasks() -> list[bf.BayesianModel]:
+    return [task(seed) for seed in range(20)]
+
+
+@pytest.fixture(scope="module")
+def draws(tasks: list[bf.BayesianModel]) -> list[bf.Draws]:
+    return [posterior(each, seed) for seed, each in enumerate(tasks)]
+
+
+@pytest.fixture(scope="module")
+def flow(tasks: list[bf.BayesianModel], draws: list[bf.Draws]) -> Flow:
+    return fitted(tasks, draws, held_out=0.3)
+
+
+@pytest.fixture(scope="module")
+def prior(flow: Flow) -> FlowMap:
+    return distil(flow, 2, trajectories=512, training=bf.Training(steps=100))
+
+
+@pytest.fixture(scope="module")
+def sharper(
+    tasks: list[bf.BayesianModel], draws: list[bf.Draws], flow: Flow, prior: FlowMap
+) -> FlowMap:
+    return sharpen(prior, flow, tasks, draws, training=STEPS, seed=0)
+
+
+class Still(nn.Module):
+    """A field that leaves N(0, 1) as it is."""
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def evidence(tasks: list[bf.BayesianModel], prior: FlowMap) -> Tensor:
+    """Return the log evidence of all rows of each task, by draws of a prior."""
+    theta = prior.sample(2**15, 1)
+    values = torch.stack([each.log_likelihood(theta) for each in tasks])
+    return values.double().logsumexp(1) - math.log(theta.shape[0])
+
+
+def test_the_evidence_of_the_tasks_rises(
+    tasks: list[bf.BayesianModel], flow: Flow, prior: FlowMap, sharper: FlowMap
+) -> None:
+    assert sharper.info["held_out_tasks"] == flow.info["held_out_tasks"]
+    assert sharper.info["steps"] == STEPS.steps
+    before, after = sharper.info["log_evidence"]
+    assert after > before
+    learned = [each for n, each in enumerate(tasks) if n not in flow.info["held_out_tasks"]]
+    gain = evidence(learned, sharper) - evidence(learned, prior)
+    assert gain.mean() > 3 * gain.std() / math.sqrt(len(gain))
+    assert not any(p.requires_grad for p in sharper.velocity.parameters())
+
+
+def test_a_sharper_map_keeps_the_symmetries(
+    tasks: list[bf.BayesianModel], sharper: FlowMap
+) -> None:
+    carried = tasks[0].transported(sharper)
+    z = normal(20, sharper.dim, dtype=torch.float32)
+    moved = tasks[0].spec.random_symmetry(z, 3, carried.symmetries())
+    assert not torch.allclose(moved, z)
+    torch.testing.assert_close(
+        carried.log_joint(moved), carried.log_joint(z), rtol=1e-4, atol=1e-3
+    )
+
+
+def test_the_same_seed_gives_the_same_map(
+    monkeypatch,
+    tasks: list[bf.BayesianModel],
+    draws: list[bf.Draws],
+    flow: Flow,
+    prior: FlowMap,
+) -> None:
+    rising = iter(range(6))
+    monkeypatch.setattr(
+        sharpening,
+        "log_evidence_by_prior",
+        lambda *given: torch.tensor([1.0 * next(rising)]),
+    )
+    one, again, other = (
+        sharpen(prior, flow, tasks, draws, training=replace(STEPS, steps=3), seed=seed)
+        for seed in (0, 0, 1)
+    )
+    assert again.sample(3, 0).equal(one.sample(3, 0))
+    assert not other.sample(3, 0).equal(one.sample(3, 0))
+    assert not prior.sample(3, 0).equal(one.sample(3, 0))
+
+
+def test_it_is_kept_in_a_file(tmp_path, sharper: FlowMap) -> None:
+    again = bf.load(sharper.save(tmp_path / "prior.npz"))
+    assert again.sample(3, 0).equal(sharper.sample(3, 0))
+    assert again.info["log_evidence"] == sharper.info["log_evidence"]
+
+
+def test_a_prior_that_gets_no_better_is_returned_as_it_was(
+    monkeypatch,
+    tasks: list[bf.BayesianModel],
+    draws: list[bf.Draws],
+    flow: Flow,
+    prior: FlowMap,
+) -> None:
+    scores = iter([-1.0, -2.0])
+    monkeypatch.setattr(
+        sharpening, "log_evidence_by_prior", lambda *given: torch.tensor([next(scores)])
+    )
+    with pytest.warns(UserWarning, match="has not risen"):
+        same = sharpen(prior, flow, tasks, draws, training=replace(STEPS, steps=2), seed=0)
+    assert same.sample(3, 0).equal(prior.sample(3, 0))
+    assert same.info["log_evidence"] == [-1.0, -2.0]
+
+
+def test_points_follow_their_own_posterior() -> None:
+    """Under the identity as the map they are draws of each task's posterior, in closed form."""
+    first = conjugate()
+    model = first.model.with_prior(bf.priors.Normal(1.0))
+    other = model.subset(torch.arange(6))
+    flow = Flow.of(Still(), model)
+    push = FlowMap(
+        flow.velocity, flow.source, flow.spec, torch.linspace(0, 1, 2)
+    ).pushforward()
+    torch.testing.assert_close(push.forward(normal(3, 4)), normal(3, 4))
+    chains = _Chains([model, other], push, normal(2, 512, 4, seed=1))
+    g = generator(2)
+    for _ in range(60):
+        chains.move(torch.tensor([0]), g)
+        chains.move(torch.tensor([1]), g)
+    for number, task_ in enumerate((model, other)):
+        design = torch.cat([task_.x, torch.ones(len(task_.x), 1, dtype=F64)], 1)
+        covariance = torch.linalg.inv(design.T @ design / 0.25 + torch.eye(4, dtype=F64))
+        mean = covariance @ design.T @ task_.y.flatten() / 0.25
+        points = chains.points[number]
+        sd = covariance.diag().sqrt()
+        assert bool(((points.mean(0) - mean).abs() < 4 * sd / math.sqrt(512)).all())
+        assert bool(((points.std(0) / sd).log().abs() < 0.15).all())
+
+
+def test_the_slope_of_the_map_is_that_of_finite_differences(
+    tasks: list[bf.BayesianModel], prior: FlowMap
+) -> None:
+    push = prior.pushforward().to("cpu", F64)
+    models = [each.to("cpu", F64) for each in tasks[:2]]
+    push.velocity.requires_grad_()
+    z: Tensor = normal(2, 3, prior.dim)
+    chains = _Chains(models, push, z)
+    weight = next(p for p in push.velocity.parameters() if p.dim() > 0 and p.numel() > 3)
+    (slope,) = torch.autograd.grad(
+        chains.log_likelihood(torch.tensor([0, 1]), z).sum(), weight
+    )
+    entry = int(slope.abs().argmax())
+    ends = []
+    with torch.no_grad():
+        for step in (1e-6, -2e-6):
+            weight.view(-1)[entry] += step
+            ends.append(float(chains.log_likelihood(torch.tensor([0, 1]), z).sum()))
+    assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(
+        float(slope.view(-1)[entry]), rel=1e-4
+    )
+
+
+def test_bad_input_is_named(
+    tasks: list[bf.BayesianModel], draws: list[bf.Draws], flow: Flow, prior: FlowMap
+) -> None:
+    def refuse(message: str, **changed: object) -> None:
+        given = {"prior": prior, "flow": flow, "tasks": tasks, "draws": draws} | changed
+        with pytest.raises(ValueError, match=message):
+            sharpen(**given)  # type: ignore[arg-type]  # what is refused
+
+    refuse("flow must come from fit_prior", flow=replace(flow, info={}))
+    refuse(
+        "tasks must be those that the flow was learned from, 20, got 19",
+        tasks=tasks[1:],
+        draws=draws[1:],
+    )
+    wide = [task(seed, width=5) for seed in range(20)]
+    refuse("prior is of another network", tasks=wide, draws=None)
+    refuse(
+        r"tasks\[1\] has another prior", tasks=[tasks[0], task(1, scale=2.0), *tasks[2:]]
+    )
+    refuse("draws must be as many as tasks", draws=draws[:3])
+    refuse(r"draws\[0\]: these are draws of another model", draws=draws[::-1])
+    refuse("neither autocast nor compiled", training=bf.Training(steps=1, autocast=True))
+    looking = FlowMap(
+        built(lambda: AmortisedVelocity(tasks[0].spec, 2, 1)),
+        prior.source,
+        prior.spec,
+        prior.times,
+    )
+    refuse("looks at the data of a posterior", prior=looking)
