@@ -28,11 +28,13 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from scipy import stats
+from sklearn.covariance import LedoitWolf
 from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 
@@ -44,6 +46,8 @@ OUT = Path("out/bench_learned_prior")
 WIDTH, REACH, FRESH = 16, 2.0, 60
 GRID = torch.linspace(-REACH, REACH, 241)[:, None]  # inputs are its points
 ROWS = 3, 5, 8, 12
+FROUDE = 3 + 18 * torch.arange(14)  # the points that are Froude numbers
+FOLDS = 11  # of 22 hulls
 SOLVER = Solver("midpoint", 4)
 FIELD = {"width": 32, "depth": 3, "architecture": "signed"}
 STEPS, TRAJECTORIES = 1500, 2**14
@@ -94,21 +98,6 @@ def pacoh_wave(g: torch.Generator, n: int) -> Tensor:
 OTHERS = step_function, parabola, faster_wave
 
 
-class Family(NamedTuple):
-    """Tasks that share a prior."""
-
-    functions: Functions
-    noise: float  # standard deviation, known to all
-    rows: int  # of a training task
-    tasks: int  # to learn from
-
-
-FAMILIES = {
-    "waves": Family(wave, 0.1, 30, 128),
-    "pacoh": Family(pacoh_wave, 0.05, 5, 20),
-}
-
-
 class Tasks(NamedTuple):
     """Rows of many tasks, whose inputs are points of the grid."""
 
@@ -117,6 +106,10 @@ class Tasks(NamedTuple):
 
     def first(self, rows: int) -> Tasks:
         return Tasks(self.at[:, :rows], self.y[:, :rows])
+
+    def less(self, mean: Tensor) -> Tasks:
+        """Return the same tasks but for a mean ``(grid,)``."""
+        return Tasks(self.at, (self.y - mean[self.at]).float())
 
     @property
     def fresh(self) -> Tasks:
@@ -142,6 +135,66 @@ def drawn(functions: Functions, noise: float, count: int, rows: int, seed: int) 
         at.append(points)
         y.append(values[points] + noise * torch.randn(rows, generator=g))
     return Tasks(torch.stack(at), torch.stack(y))
+
+
+@cache
+def hulls() -> Tensor:
+    """Return the resistance of 22 yacht hulls at 14 Froude numbers, as (sqrt(y) - 2.2) / 2.2,
+    ``(22, 14)``.
+    """
+    data = bf.data.load("yacht")
+    assert data.x_scaler is not None
+    assert data.y_scaler is not None
+    x = data.x_scaler.inverse(torch.cat([data.x_train, data.x_test])).double()
+    y = data.y_scaler.inverse(torch.cat([data.y_train, data.y_test]))
+    _, hull = (1000 * x[:, :-1]).round().unique(dim=0, return_inverse=True)
+    order = (hull + x[:, -1]).argsort()  # Froude numbers are below one
+    return ((y[order].clamp(min=0).sqrt() - 2.2) / 2.2).reshape(22, 14).float()
+
+
+def known_hulls(seed: int, count: int) -> Tasks:
+    """Return the hulls of a fold to learn from."""
+    curves = torch.stack([each for n, each in enumerate(hulls()) if n % FOLDS != seed])
+    return Tasks(FROUDE.expand(count, -1), curves[:count])
+
+
+def unseen_hulls(seed: int, count: int) -> Tasks:
+    """Return the two other hulls, in so many random orders of their rows: the last two of each,
+    many times, are the fresh ones.
+    """
+    g = torch.Generator().manual_seed(seed)
+    orders = torch.rand(count, 14, generator=g).argsort(1)
+    orders = torch.cat([orders, orders[:, -2:].repeat(1, FRESH // 2 - 1)], 1)
+    curves = hulls()[[seed, seed + FOLDS]].repeat_interleave(count // 2, 0)
+    return Tasks(FROUDE[orders], curves.gather(1, orders))
+
+
+def synthetic(functions: Functions, noise: float, rows: int, tasks: int) -> Family:
+    """Return a family that is drawn from, of training tasks of so many rows."""
+    return Family(
+        noise,
+        tasks,
+        lambda seed, count: drawn(functions, noise, count, rows, seed),
+        lambda seed, count: drawn(functions, noise, count, max(ROWS) + FRESH, 100 + seed),
+        functions,
+    )
+
+
+class Family(NamedTuple):
+    """Tasks that share a prior."""
+
+    noise: float  # standard deviation, known to all
+    tasks: int  # to learn from
+    known: Callable[[int, int], Tasks]  # by seed, and how many
+    unseen: Callable[[int, int], Tasks]
+    functions: Functions | None = None  # their law, where it is known
+
+
+FAMILIES = {
+    "waves": synthetic(wave, 0.1, 30, 128),
+    "pacoh": synthetic(pacoh_wave, 0.05, 5, 20),
+    "hulls": Family(0.02, 20, known_hulls, unseen_hulls),
+}
 
 
 # ---------------------------------------- scores
@@ -315,23 +368,62 @@ class Process(NamedTuple):
         given, fresh = tasks.first(rows), tasks.at[:, -FRESH:]
         law = self._law(given, noise)
         x, at = (GRID[:, 0].double()[each] for each in (given.at, fresh))
-        solved = torch.linalg.solve(
-            law.covariance_matrix,
-            torch.cat([(given.y - self.mean)[..., None], self.covariance(x, at)], -1),
+        own = self.log_weights.exp().sum() + noise**2
+        return conditioned(
+            law, given.y, tasks.y[:, -FRESH:], self.mean, self.covariance(at, x), own
         )
-        across = self.covariance(at, x)
-        mean = self.mean + (across @ solved[..., :1])[..., 0]
-        taken = (across * solved[..., 1:].mT).sum(-1)
-        sd = (self.log_weights.exp().sum() - taken + noise**2).sqrt()
-        gaps = (tasks.y[:, -FRESH:] - mean) / sd
-        unasked = torch.full((len(mean),), math.nan)
-        return Scores(
-            law.log_prob(given.y.double()),
-            log_normal(gaps, sd),
-            covered(torch.special.ndtr(gaps)),
-            unasked,
-            unasked,
+
+
+def conditioned(
+    law: torch.distributions.MultivariateNormal,
+    y: Tensor,
+    fresh: Tensor,
+    mean: Tensor,
+    across: Tensor,
+    variance: Tensor,
+) -> Scores:
+    """Score a Gaussian law of rows ``(tasks, n)`` by fresh rows ``(tasks, m)``, of which mean,
+    covariance with the others ``(tasks, m, n)`` and variance are given.
+    """
+    solved = torch.linalg.solve(
+        law.covariance_matrix, torch.cat([(y - law.mean)[..., None], across.mT], -1)
+    )
+    mean = mean + (across @ solved[..., :1])[..., 0]
+    sd = (variance - (across * solved[..., 1:].mT).sum(-1)).sqrt()
+    gaps = (fresh - mean) / sd
+    unasked = torch.full((len(mean),), math.nan)
+    return Scores(
+        law.log_prob(y.double()),
+        log_normal(gaps, sd),
+        covered(torch.special.ndtr(gaps)),
+        unasked,
+        unasked,
+    )
+
+
+class Curves(NamedTuple):
+    """The Gaussian of curves that are all seen at the same points (Ledoit & Wolf 2004)."""
+
+    mean: Tensor  # (grid,)
+    covariance: Tensor  # (grid, grid), of what was seen, noise included
+
+    @classmethod
+    def of(cls, tasks: Tasks) -> Curves:
+        at, fit = tasks.at[0], LedoitWolf().fit(tasks.y.double().numpy())
+        mean = torch.zeros(len(GRID), dtype=torch.float64)
+        covariance = torch.eye(len(GRID), dtype=torch.float64)
+        mean[at] = torch.from_numpy(fit.location_)
+        covariance[at[:, None], at] = torch.from_numpy(fit.covariance_)
+        return cls(mean, covariance)
+
+    def scores(self, tasks: Tasks, rows: int) -> Scores:
+        given, fresh = tasks.first(rows), tasks.at[:, -FRESH:]
+        law = torch.distributions.MultivariateNormal(
+            self.mean[given.at], self.covariance[given.at[:, :, None], given.at[:, None]]
         )
+        across = self.covariance[fresh[:, :, None], given.at[:, None]]
+        own = self.covariance.diagonal()[fresh]
+        return conditioned(law, given.y, tasks.y[:, -FRESH:], self.mean[fresh], across, own)
 
 
 def fitted_process(learned: Tasks, judges: Tasks, noise: float, parts: int) -> Process:
@@ -553,7 +645,7 @@ def learned(name: str, seed: int, count: int, evaluations: int) -> Learned:
     so many evaluations, or read all this; the flow itself for none.
     """
     family, path = FAMILIES[name], OUT / f"{name}-{seed}-{count}"
-    tasks = drawn(family.functions, family.noise, count, family.rows, seed)
+    tasks = family.known(seed, count)
     models = tasks.models(family.noise)
     draws = []
     started = time.process_time()
@@ -602,14 +694,24 @@ def rivals(name: str, seed: int, known: Learned, unseen: Tasks) -> Results:
     def atoms(sample: Callable[[int, int], Tensor], count: int) -> dict[int, Scores]:
         return by_atoms(functions_of(sample, count, seed, model), unseen, noise)
 
-    def itself() -> dict[int, Scores]:
+    def itself(functions: Functions) -> dict[int, Scores]:
         g = torch.Generator().manual_seed(seed)
-        drawn_ones = (family.functions(g, BLOCK) for _ in range(2 * FLOW_ATOMS // BLOCK))
+        drawn_ones = (functions(g, BLOCK) for _ in range(2 * FLOW_ATOMS // BLOCK))
         return by_atoms(drawn_ones, unseen, noise)
 
-    def process(parts: int) -> dict[int, Scores]:
-        one = fitted_process(fitted, judges, noise, parts)
-        return {rows: one.scores(unseen, rows, noise) for rows in ROWS}
+    def process(parts: int, mean: Tensor | None = None) -> dict[int, Scores]:
+        given = fitted, judges, unseen
+        known, chosen_by, asked = (
+            given if mean is None else (one.less(mean) for one in given)
+        )
+        one = fitted_process(known, chosen_by, noise, parts)
+        return {rows: one.scores(asked, rows, noise) for rows in ROWS}
+
+    def tempered() -> dict[int, Scores]:
+        return {
+            rows: by_tempering(unseen.first(rows).models(noise), unseen.fresh)
+            for rows in ROWS
+        }
 
     def neural_process() -> dict[int, Scores]:
         net = fitted_neural_process(fitted, judges, noise, seed)
@@ -628,8 +730,10 @@ def rivals(name: str, seed: int, known: Learned, unseen: Tasks) -> Results:
             fitted_mixture(aligned.flatten(0, 1), judges, noise, seed).sample, ATOMS
         )
 
-    makers = {
-        "the family itself": itself,
+    makers: dict[str, Callable[[], dict[int, Scores]]] = {}
+    if family.functions is not None:
+        makers["the family itself"] = partial(itself, family.functions)
+    makers |= {
         "process, RBF": lambda: process(1),
         "process, spectral mixture": lambda: process(6),
         "neural process": neural_process,
@@ -639,6 +743,16 @@ def rivals(name: str, seed: int, known: Learned, unseen: Tasks) -> Results:
         "Gaussian over orbits": over_orbits,
         "Gaussian mixture": mixture,
     }
+    if bool((tasks.at == tasks.at[0]).all()):  # all were seen at the same points
+        curves = Curves.of(tasks)
+        makers |= {
+            "Gaussian over curves": lambda: {n: curves.scores(unseen, n) for n in ROWS},
+            "process, RBF, of what the mean curve leaves": lambda: process(1, curves.mean),
+            "process, mixture, of what the mean curve leaves": lambda: process(
+                6, curves.mean
+            ),
+            "N(0, 1), tempered": tempered,
+        }
     return {
         title: kept(f"{name}-{seed}-{len(unseen.y)}-{title}", make)
         for title, make in makers.items()
@@ -791,7 +905,7 @@ def computed(
     )
     stem, noise = f"{prior}-{count}", family.noise
     known = learned(name, seed, family.tasks, evaluations)
-    unseen = drawn(family.functions, noise, count, max(ROWS) + FRESH, 100 + seed)
+    unseen = family.unseen(seed, count)
     scores = rivals(name, seed, known, unseen)
     model = known.models[0]
     bank = bank_of(known, prior, seed)
