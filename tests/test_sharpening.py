@@ -69,6 +69,9 @@ def test_the_evidence_of_the_tasks_rises(
     learned = [each for n, each in enumerate(tasks) if n not in flow.info["held_out_tasks"]]
     gain = evidence(learned, sharper) - evidence(learned, prior)
     assert gain.mean() > 3 * gain.std() / math.sqrt(len(gain))
+    unseen = [task(seed) for seed in range(1000, 1040)]
+    gain = evidence(unseen, sharper) - evidence(unseen, prior)
+    assert gain.mean() > 3 * gain.std() / math.sqrt(len(gain))
     assert not any(p.requires_grad for p in sharper.velocity.parameters())
 
 

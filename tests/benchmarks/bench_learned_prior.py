@@ -40,7 +40,15 @@ from torch import Tensor, nn
 
 import bnnflow as bf
 from bnnflow.importance import psis
-from bnnflow.transport import Flow, FlowMap, Solver, WeightsVelocity, distil, fit_gaussian
+from bnnflow.transport import (
+    Flow,
+    FlowMap,
+    Solver,
+    WeightsVelocity,
+    distil,
+    fit_gaussian,
+    sharpen,
+)
 
 OUT = Path("out/bench_learned_prior")
 WIDTH, REACH, FRESH = 16, 2.0, 60
@@ -640,9 +648,9 @@ def sample(model: bf.BayesianModel, seed: int) -> bf.Draws:
     )
 
 
-def learned(name: str, seed: int, count: int, evaluations: int) -> Learned:
-    """Sample the posteriors of the first training tasks, fit the flow and distil it into a map of
-    so many evaluations, or read all this; the flow itself for none.
+def learned(name: str, seed: int, count: int, evaluations: int, steps: int) -> Learned:
+    """Sample the posteriors of the first training tasks, fit the flow, distil it into a map of so
+    many evaluations and sharpen this in so many steps, or read all this; the flow itself for none.
     """
     family, path = FAMILIES[name], OUT / f"{name}-{seed}-{count}"
     tasks = family.known(seed, count)
@@ -676,6 +684,21 @@ def learned(name: str, seed: int, count: int, evaluations: int) -> Learned:
                 evaluations,
                 trajectories=TRAJECTORIES,
                 training=bf.Training(steps=STEPS),
+                seed=seed,
+                progress=False,
+            ),
+        )
+    if steps:
+        assert isinstance(prior, FlowMap)
+        distilled = prior
+        prior = kept(
+            f"{path.name}-sharp{evaluations}-{steps}",
+            lambda: sharpen(
+                distilled,
+                flow,
+                models,
+                draws,
+                training=bf.Training(steps=steps, batch_size=128),
                 seed=seed,
                 progress=False,
             ),
@@ -896,15 +919,14 @@ def averaged(parts: Sequence[Scores], shares: Sequence[float]) -> Tensor:
 
 
 def computed(
-    name: str, seed: int, count: int, others: int, evaluations: int
+    name: str, seed: int, count: int, others: int, evaluations: int, steps: int
 ) -> dict[str, Any]:
     """Do all of one seed, or read it."""
-    family, prior = (
-        FAMILIES[name],
-        f"{name}-{seed}" + f"-map{evaluations}" * bool(evaluations),
-    )
+    family, prior = FAMILIES[name], f"{name}-{seed}"
+    if evaluations:
+        prior += f"-map{evaluations}" if not steps else f"-sharp{evaluations}-{steps}"
     stem, noise = f"{prior}-{count}", family.noise
-    known = learned(name, seed, family.tasks, evaluations)
+    known = learned(name, seed, family.tasks, evaluations, steps)
     unseen = family.unseen(seed, count)
     scores = rivals(name, seed, known, unseen)
     model = known.models[0]
@@ -915,7 +937,7 @@ def computed(
     result: dict[str, Any] = {"scores": scores}
     result["ranks"] = ranks(known, bank, noise, seed)
     if others:
-        few = learned(name, seed, max(2, family.tasks // 4), evaluations)
+        few = learned(name, seed, max(2, family.tasks // 4), evaluations, steps)
         gaussian = fit_gaussian(model, few.pooled, seed=0)
         result["few"] = {
             title: kept(
@@ -1014,6 +1036,9 @@ def main() -> None:
         default=3,
         help="of the distilled prior; 0: the flow itself",
     )
+    parser.add_argument(
+        "--steps", type=int, default=1500, help="of sharpening the distilled prior"
+    )
     parser.add_argument("--others", type=int, default=16, help="tasks outside the family")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -1021,7 +1046,14 @@ def main() -> None:
     results = []
     for seed in given.seeds:
         results.append(
-            computed(given.family, seed, given.tasks, given.others, given.evaluations)
+            computed(
+                given.family,
+                seed,
+                given.tasks,
+                given.others,
+                given.evaluations,
+                given.steps if given.evaluations else 0,
+            )
         )
         show(results)
 
