@@ -36,6 +36,8 @@ __all__ = ["sharpen"]
 
 _TRAINING = Training(steps=1500, batch_size=128)
 _CHAINS = 8  # of each task
+_PAIR = 2  # of them at least in a step: many tasks and few points of each
+_TOGETHER = 16  # tasks, all of whose chains move at once
 _N_LEAPFROG = 4
 _ACCEPTANCE, _GAIN = 0.7, 0.3
 _STEP_SIZE, _LONGEST = 0.02, 0.5  # the first, and the largest; points have a spread of 1
@@ -69,7 +71,7 @@ def sharpen(
             here too, and nothing is learned from them.
         draws: of each task's posterior under its own prior, where chains start; sampled by HMC if
             None.
-        training: 1,500 steps of 128 points with AdamW at a learning rate of 5e-5 unless it says
+        training: 1,500 steps of 128 points with AdamW at a learning rate of 3e-5 unless it says
             otherwise.
         seed: an int or a generator.
         progress: show bars at a terminal.
@@ -82,7 +84,7 @@ def sharpen(
     Raises:
         ValueError: before any work, if tasks, draws, prior and flow do not belong together.
     """
-    training = (training or _TRAINING).with_defaults(5e-5, "adamw")
+    training = (training or _TRAINING).with_defaults(3e-5, "adamw")
     if training.autocast or training.compile:
         raise ValueError("training: a map is neither autocast nor compiled")
     check_tasks(tasks)
@@ -163,9 +165,10 @@ class _Chains:
         )
         return torch.stack(list(of_tasks))
 
-    def move(self, which: Tensor, generator: torch.Generator) -> Tensor:
-        """Move the points of some tasks once, and return them."""
-        before = self.points[which]
+    def move(self, which: Tensor, chains: Tensor, generator: torch.Generator) -> Tensor:
+        """Move some chains ``(some, m)`` of some tasks ``(some,)`` once; return their points."""
+        own = which[:, None], chains
+        before, step_sizes = self.points[own], self.step_sizes[own]
 
         def target(flat: Tensor) -> tuple[Tensor, Tensor]:
             flat = flat.detach().requires_grad_()
@@ -174,34 +177,36 @@ class _Chains:
             (grad,) = torch.autograd.grad(value.sum(), flat)
             return value.detach(), grad
 
-        kernel = hmc(
-            target,
-            self.step_sizes[which].flatten(0, 1),
-            _N_LEAPFROG,
-            torch.ones_like(before[0, 0]),
-        )
+        mass = torch.ones_like(before[0, 0])
+        kernel = hmc(target, step_sizes.flatten(0, 1), _N_LEAPFROG, mass)
         state, info = kernel.step(kernel.init(before.flatten(0, 1), generator), generator)
-        rate = info.acceptance_rate.to(before).reshape(*before.shape[:2], 1).nan_to_num(0.0)
+        rate = info.acceptance_rate.to(before).nan_to_num(0.0).reshape(step_sizes.shape)
         change = (_GAIN * (rate - _ACCEPTANCE)).exp()
-        self.step_sizes[which] = (self.step_sizes[which] * change).clamp(max=_LONGEST)
-        self.points[which] = state.theta.reshape(before.shape)
-        return self.points[which]
+        self.step_sizes[own] = (step_sizes * change).clamp(max=_LONGEST)
+        self.points[own] = state.theta.reshape(before.shape)
+        return self.points[own]
 
     def some(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Move ``n`` points or so; return their tasks' numbers, and them, ``(n, dim)``."""
-        order = torch.randperm(
-            len(self.tasks), generator=generator, device=generator.device
+        """Move ``n`` points or so, of as many tasks as there are; return the tasks' numbers, and
+        the points ``(n, dim)``.
+        """
+        tasks = min(len(self.tasks), max(1, n // _PAIR))
+        each = min(_CHAINS, max(1, n // tasks))
+        order, of_chains = (
+            torch.rand(size, generator=generator, device=generator.device).argsort(-1)
+            for size in ((len(self.tasks),), (tasks, _CHAINS))
         )
-        which = order[: max(1, n // _CHAINS)]
-        return which, self.move(which, generator).flatten(0, 1)
+        which = order[:tasks]
+        return which, self.move(which, of_chains[:, :each], generator).flatten(0, 1)
 
     def settle(self, generator: torch.Generator, progress: bool) -> None:
         """Bring all points to their posteriors under the map as it is."""
-        everyone = torch.arange(len(self.tasks), device=self.points.device)
+        numbers = torch.arange(len(self.tasks), device=self.points.device)
+        chains = torch.arange(_CHAINS, device=self.points.device)
         with progress_bar(_SETTLING, "chains", progress, "step") as bar:
             for _ in range(_SETTLING):
-                for which in everyone.split(_TRAINING.batch_size // _CHAINS):
-                    self.move(which, generator)
+                for which in numbers.split(_TOGETHER):
+                    self.move(which, chains.expand(len(which), -1), generator)
                 bar.update()
 
 
