@@ -15,7 +15,7 @@ from bnnflow.transport.sharpening import _Chains
 from tests.problems import F64, built, conjugate, generator, normal
 from tests.test_learned_prior import fitted, posterior, task
 
-STEPS = bf.Training(steps=150, batch_size=64, learning_rate=1e-3)
+STEPS = bf.Training(steps=150, batch_size=112, learning_rate=1e-3)
 
 
 @pytest.fixture(scope="module")
