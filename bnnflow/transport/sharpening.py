@@ -155,15 +155,15 @@ class _Chains:
         self.rows = sum(len(task.x) for task in tasks) / len(tasks)
 
     def log_likelihood(self, which: Tensor, points: Tensor) -> Tensor:
-        """Return that of each task's rows at its points ``(some, chains, dim)``,
+        """Return that of each task's rows, tempered, at its points ``(some, chains, dim)``,
         ``(some, chains)``.
         """
         theta = self.push.forward(points.flatten(0, 1)).reshape(points.shape)
-        of_tasks = (
-            self.tasks[number].log_likelihood(rows)
-            for number, rows in zip(which.tolist(), theta, strict=True)
-        )
-        return torch.stack(list(of_tasks))
+        found = []
+        for number, own in zip(which.tolist(), theta, strict=True):
+            task = self.tasks[number]
+            found.append(task.log_likelihood(own) / task.temperature)
+        return torch.stack(found)
 
     def move(self, which: Tensor, chains: Tensor, generator: torch.Generator) -> Tensor:
         """Move some chains ``(some, m)`` of some tasks ``(some,)`` once; return their points."""
