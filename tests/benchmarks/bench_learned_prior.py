@@ -994,6 +994,8 @@ def show(results: list[dict[str, Any]]) -> None:
             )
             sure = weighed.ess >= LEAST
             apart = (weighed.evidence - moved.evidence)[sure]
+            if not len(apart):
+                continue
             print(
                 f"  evidence at {rows} rows by atoms less by particles, where {LEAST} atoms or "
                 f"more are effective ({int(sure.sum())} tasks): mean {apart.mean():+.3f}, largest "
