@@ -61,6 +61,7 @@ EXCEPT = (
     "transport/correction/",
     "transport/bootstrap.py",
     "transport/learned_prior.py",
+    "transport/sharpening.py",
 )
 LOADED_ON_FIRST_USE = {
     "pyro",
