@@ -109,6 +109,31 @@ def test_the_same_seed_gives_the_same_map(
     assert not prior.sample(3, 0).equal(one.sample(3, 0))
 
 
+def test_ctrl_c_keeps_what_was_learned(
+    monkeypatch,
+    tasks: list[bf.BayesianModel],
+    draws: list[bf.Draws],
+    flow: Flow,
+    prior: FlowMap,
+) -> None:
+    some, calls, rising = _Chains.some, [], iter((1.0, 2.0))
+
+    def until_the_third(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return some(*given)
+
+    monkeypatch.setattr(_Chains, "some", until_the_third)
+    monkeypatch.setattr(
+        sharpening, "log_evidence_by_prior", lambda *given: torch.tensor([next(rising)])
+    )
+    with pytest.warns(UserWarning, match="interrupted: returning the flow after 2 steps"):
+        short = sharpen(prior, flow, tasks, draws, training=STEPS, seed=0)
+    assert (short.info["steps"], short.info["interrupted"]) == (2, True)
+    assert not short.sample(3, 0).equal(prior.sample(3, 0))
+
+
 def test_it_is_kept_in_a_file(tmp_path, sharper: FlowMap) -> None:
     again = bf.load(sharper.save(tmp_path / "prior.npz"))
     assert again.sample(3, 0).equal(sharper.sample(3, 0))

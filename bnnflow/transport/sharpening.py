@@ -79,7 +79,8 @@ def sharpen(
     Returns:
         The sharper map. ``info["log_evidence"]`` has the mean log evidence of the judging tasks'
         first eight rows before and after, by draws of the prior. If it has not risen, the prior
-        as it was, with a warning.
+        as it was, with a warning. After Ctrl-C as far as training got, with
+        ``info["interrupted"]`` set.
 
     Raises:
         ValueError: before any work, if tasks, draws, prior and flow do not belong together.
