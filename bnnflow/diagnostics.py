@@ -113,7 +113,8 @@ def psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
             smoothed, khat = array_stats.psislw(-log_weights)
         else:
             smoothed, khat = arviz.psislw(log_weights)
-    return np.asarray(smoothed), float(khat)
+    # ArviZ 1.x finds no law of a tail in which one weight is all
+    return np.asarray(smoothed), math.inf if np.isnan(khat) else float(khat)
 
 
 def psis_of_rows(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
