@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import bnnflow as bf
 from bnnflow.transport import AmortisedVelocity, Flow, FlowMap, distil, sharpen, sharpening
+from bnnflow.transport.learned_prior import log_evidence_by_prior
 from bnnflow.transport.sharpening import _Chains
 from tests.problems import F64, built, conjugate, generator, normal
 from tests.test_learned_prior import fitted, posterior, task
@@ -45,6 +47,27 @@ def sharper(
     return sharpen(prior, flow, tasks, draws, training=STEPS, seed=0)
 
 
+@pytest.fixture
+def judged(
+    monkeypatch,
+    tasks: list[bf.BayesianModel],
+    draws: list[bf.Draws],
+    flow: Flow,
+    prior: FlowMap,
+) -> Callable[..., FlowMap]:
+    """Sharpen in a few steps, and be told evidences before and after."""
+
+    def sharpened(before: float, after: float, steps: int, seed: int = 0) -> FlowMap:
+        scores = iter((before, after))
+        monkeypatch.setattr(
+            sharpening, "log_evidence_by_prior", lambda *given: torch.tensor([next(scores)])
+        )
+        few = replace(STEPS, steps=steps)
+        return sharpen(prior, flow, tasks, draws, training=few, seed=seed)
+
+    return sharpened
+
+
 class Still(nn.Module):
     """A field that leaves N(0, 1) as it is."""
 
@@ -54,9 +77,7 @@ class Still(nn.Module):
 
 def evidence(tasks: list[bf.BayesianModel], prior: FlowMap) -> Tensor:
     """Return the log evidence of all rows of each task, by draws of a prior."""
-    theta = prior.sample(2**15, 1)
-    values = torch.stack([each.log_likelihood(theta) for each in tasks])
-    return values.double().logsumexp(1) - math.log(theta.shape[0])
+    return log_evidence_by_prior(tasks, prior.sample(2**15, 1), len(tasks[0].x))
 
 
 def test_the_evidence_of_the_tasks_rises(
@@ -88,35 +109,18 @@ def test_a_sharper_map_keeps_the_symmetries(
 
 
 def test_the_same_seed_gives_the_same_map(
-    monkeypatch,
-    tasks: list[bf.BayesianModel],
-    draws: list[bf.Draws],
-    flow: Flow,
-    prior: FlowMap,
+    judged: Callable[..., FlowMap], prior: FlowMap
 ) -> None:
-    rising = iter(range(6))
-    monkeypatch.setattr(
-        sharpening,
-        "log_evidence_by_prior",
-        lambda *given: torch.tensor([1.0 * next(rising)]),
-    )
-    one, again, other = (
-        sharpen(prior, flow, tasks, draws, training=replace(STEPS, steps=3), seed=seed)
-        for seed in (0, 0, 1)
-    )
+    one, again, other = (judged(0.0, 1.0, steps=3, seed=seed) for seed in (0, 0, 1))
     assert again.sample(3, 0).equal(one.sample(3, 0))
     assert not other.sample(3, 0).equal(one.sample(3, 0))
     assert not prior.sample(3, 0).equal(one.sample(3, 0))
 
 
 def test_ctrl_c_keeps_what_was_learned(
-    monkeypatch,
-    tasks: list[bf.BayesianModel],
-    draws: list[bf.Draws],
-    flow: Flow,
-    prior: FlowMap,
+    monkeypatch, judged: Callable[..., FlowMap], prior: FlowMap
 ) -> None:
-    some, calls, rising = _Chains.some, [], iter((1.0, 2.0))
+    some, calls = _Chains.some, []
 
     def until_the_third(*given):
         calls.append(given)
@@ -125,11 +129,8 @@ def test_ctrl_c_keeps_what_was_learned(
         return some(*given)
 
     monkeypatch.setattr(_Chains, "some", until_the_third)
-    monkeypatch.setattr(
-        sharpening, "log_evidence_by_prior", lambda *given: torch.tensor([next(rising)])
-    )
     with pytest.warns(UserWarning, match="interrupted: returning the flow after 2 steps"):
-        short = sharpen(prior, flow, tasks, draws, training=STEPS, seed=0)
+        short = judged(1.0, 2.0, steps=150)
     assert (short.info["steps"], short.info["interrupted"]) == (2, True)
     assert not short.sample(3, 0).equal(prior.sample(3, 0))
 
@@ -141,18 +142,10 @@ def test_it_is_kept_in_a_file(tmp_path, sharper: FlowMap) -> None:
 
 
 def test_a_prior_that_gets_no_better_is_returned_as_it_was(
-    monkeypatch,
-    tasks: list[bf.BayesianModel],
-    draws: list[bf.Draws],
-    flow: Flow,
-    prior: FlowMap,
+    judged: Callable[..., FlowMap], prior: FlowMap
 ) -> None:
-    scores = iter([-1.0, -2.0])
-    monkeypatch.setattr(
-        sharpening, "log_evidence_by_prior", lambda *given: torch.tensor([next(scores)])
-    )
     with pytest.warns(UserWarning, match="has not risen"):
-        same = sharpen(prior, flow, tasks, draws, training=replace(STEPS, steps=2), seed=0)
+        same = judged(-1.0, -2.0, steps=2)
     assert same.sample(3, 0).equal(prior.sample(3, 0))
     assert same.info["log_evidence"] == [-1.0, -2.0]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -95,8 +94,8 @@ def sharpen(
     for name, given in (("prior", prior), ("flow", flow)):
         if given.spec.shapes != tasks[0].spec.shapes:
             raise ValueError(f"{name} is of another network than the tasks")
-    push = prior.pushforward()
-    learner = replace(push, velocity=copy.deepcopy(push.velocity).requires_grad_())
+    learner = prior.pushforward()  # a copy of its own
+    learner.velocity.requires_grad_()
     generator = as_generator(seed, tasks[0].device)
     of_tasks, _, of_score = seeds_of(len(tasks), generator)
     start = posteriors(tasks, draws, _CHAINS, of_tasks)
