@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,7 @@ from bnnflow.transport import AmortisedVelocity, Flow, FlowMap, distil, sharpen,
 from bnnflow.transport.learned_prior import log_evidence_by_prior
 from bnnflow.transport.sharpening import _Chains
 from tests.problems import F64, built, conjugate, generator, normal
+from tests.processes import run_ranks
 from tests.test_learned_prior import fitted, posterior, task
 
 STEPS = bf.Training(steps=150, batch_size=112, learning_rate=1e-3)
@@ -57,13 +61,16 @@ def judged(
 ) -> Callable[..., FlowMap]:
     """Sharpen in a few steps, and be told evidences before and after."""
 
-    def sharpened(before: float, after: float, steps: int, seed: int = 0) -> FlowMap:
+    def sharpened(
+        before: float, after: float, steps: int, seed: int = 0, **given: object
+    ) -> FlowMap:
         scores = iter((before, after))
         monkeypatch.setattr(
             sharpening, "log_evidence_by_prior", lambda *given: torch.tensor([next(scores)])
         )
         few = replace(STEPS, steps=steps)
-        return sharpen(prior, flow, tasks, draws, training=few, seed=seed)
+        given = {"draws": draws, "training": few, "seed": seed} | given
+        return sharpen(prior, flow, tasks, **given)  # type: ignore[arg-type]
 
     return sharpened
 
@@ -73,6 +80,20 @@ class Still(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         return torch.zeros_like(x)
+
+
+def broken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Ctrl-C come in the third step."""
+    drawn, calls = _Chains.drawn, itertools.count(1)
+
+    def until_the_third(
+        self: _Chains, n: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return drawn(self, n, generator)
+
+    monkeypatch.setattr(_Chains, "drawn", until_the_third)
 
 
 def evidence(tasks: list[bf.BayesianModel], prior: FlowMap) -> Tensor:
@@ -120,19 +141,55 @@ def test_the_same_seed_gives_the_same_map(
 def test_ctrl_c_keeps_what_was_learned(
     monkeypatch, judged: Callable[..., FlowMap], prior: FlowMap
 ) -> None:
-    some, calls = _Chains.some, []
-
-    def until_the_third(*given):
-        calls.append(given)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return some(*given)
-
-    monkeypatch.setattr(_Chains, "some", until_the_third)
+    broken_off(monkeypatch)
     with pytest.warns(UserWarning, match="interrupted: returning the flow after 2 steps"):
         short = judged(1.0, 2.0, steps=150)
     assert (short.info["steps"], short.info["interrupted"]) == (2, True)
     assert not short.sample(3, 0).equal(prior.sample(3, 0))
+
+
+def test_it_goes_on_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, judged: Callable[..., FlowMap]
+) -> None:
+    whole, path = judged(1.0, 2.0, steps=5), tmp_path / "state.npz"
+    with monkeypatch.context() as patch:
+        broken_off(patch)
+        with pytest.warns(UserWarning, match="2 steps"):
+            judged(1.0, 2.0, steps=5, checkpoint=path)
+        # chains have settled, and do so no more
+        patch.setattr(_Chains, "settle", None)
+        go_on = bf.Checkpoint(path, resume=True)
+        again = judged(1.0, 2.0, steps=5, checkpoint=go_on)
+    assert again.info["steps"] == 5
+    assert again.sample(3, 0).equal(whole.sample(3, 0))
+    with pytest.raises(ValueError, match="already holds a training"):
+        judged(1.0, 2.0, steps=5, checkpoint=path)
+    with pytest.raises(ValueError, match="another draws"):
+        judged(1.0, 2.0, steps=5, checkpoint=go_on, draws=None)
+
+
+def test_two_processes_sharpen_one_map(tmp_path: Path) -> None:
+    program = f"""
+import os
+import bnnflow as bf
+from bnnflow.transport import distil, sharpen
+from tests.test_learned_prior import fitted, posterior, task
+tasks = [task(seed) for seed in range(4)]
+draws = [posterior(each, seed) for seed, each in enumerate(tasks)]
+flow = fitted(tasks, draws, held_out=0.3)
+prior = distil(flow, 2, trajectories=64, training=bf.Training(steps=5))
+few = bf.Training(steps=3, batch_size=16, learning_rate=1e-3)
+folder = {str(tmp_path)!r}
+state = bf.Checkpoint(folder + "/state.npz", resume=True)
+sharper = sharpen(prior, flow, tasks, draws, training=few, checkpoint=state)
+sharper.save(folder + "/" + os.environ["RANK"] + ".npz")
+"""
+    assert run_ranks(program) == [0, 0]
+    ours, theirs = (bf.load(tmp_path / f"{rank}.npz") for rank in (0, 1))
+    assert ours.sample(3, 0).equal(theirs.sample(3, 0))
+    points = np.load(tmp_path / "state.npz")["points"]
+    assert points.shape[:1] == (2,)
+    assert not np.isclose(points[0], points[1]).any()  # chains of their own
 
 
 def test_it_is_kept_in_a_file(tmp_path, sharper: FlowMap) -> None:
@@ -163,7 +220,7 @@ def test_points_follow_their_own_posterior() -> None:
     chains = _Chains([model, other] * 32, push, normal(64, 8, 4, seed=1))
     g = generator(2)
     for _ in range(60):
-        chains.some(512, g)
+        chains.move(*chains.drawn(512, g), g)
     for number, task_ in enumerate((model, other)):
         design = torch.cat([task_.x, torch.ones(len(task_.x), 1, dtype=F64)], 1)
         covariance = torch.linalg.inv(design.T @ design / 0.25 + torch.eye(4, dtype=F64))

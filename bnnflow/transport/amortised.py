@@ -262,6 +262,8 @@ def _networks(
     """Return the networks that are simulated, by the length of their weight vectors."""
     if widths is None:
         return {own.dim: own}
+    if model.is_transported:
+        raise ValueError("widths: a learned prior is one of networks of one width")
     if isinstance(widths, str) or not len(widths):
         raise ValueError(f"widths must be some numbers of hidden units, got {widths!r}")
     found = {}

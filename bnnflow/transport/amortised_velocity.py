@@ -12,6 +12,7 @@ from torch.nn.functional import silu
 from bnnflow.arguments import Count, checked
 from bnnflow.model import BayesianModel
 from bnnflow.model.likelihoods import Gaussian
+from bnnflow.model.transported import TransportedLogJoint
 from bnnflow.seeding import isolated
 from bnnflow.transport.field import Field
 from bnnflow.transport.paths import AffinePath, Coefficients
@@ -408,8 +409,6 @@ def shallow_of(model: BayesianModel) -> Shallow:
     Raises:
         ValueError: if the field does not know such a model.
     """
-    if model.is_transported:
-        raise ValueError("model must be one of weights, not of a flow's latent points")
     if model.temperature != 1:
         raise ValueError(f"model must have temperature 1, got {model.temperature}")
     if model.row_weights is not None:
@@ -418,7 +417,16 @@ def shallow_of(model: BayesianModel) -> Shallow:
         raise ValueError(
             f"model must have likelihoods.Gaussian of a known scale, got {model.likelihood}"
         )
-    return Shallow.of(model.spec, model.flat_prior)
+    density = model.density
+    if not isinstance(density, TransportedLogJoint):
+        return Shallow.of(model.spec, model.flat_prior)
+    hidden = frozenset(model.spec.widths)
+    if not (model.symmetries().permutation == model.symmetries().sign == hidden):
+        raise ValueError(
+            "model must have a prior whose flow moves with permuted and mirrored hidden units, "
+            'such as a WeightsVelocity of architecture "signed"'
+        )
+    return Shallow.of(model.spec, model.flat_prior, density.transport)
 
 
 def data_of(posterior: WhitenedPosterior) -> DataSets:

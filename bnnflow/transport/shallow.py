@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from bnnflow.activations import Activation
 from bnnflow.model.priors import FlatPrior
+from bnnflow.model.transported import Transport
 from bnnflow.tracing import Layer
 from bnnflow.weights import WeightSpec
 
@@ -59,8 +61,8 @@ def affine_layers(spec: WeightSpec) -> tuple[Layer, Layer]:
 
 @dataclass(frozen=True, eq=False)
 class Shallow:
-    """Networks of one hidden layer of odd units and one output, their weights in the order of
-    units and in the coordinates in which the prior is N(0, I).
+    """Networks of one hidden layer of odd units and one output, in the coordinates in which the
+    prior is N(0, I), and these in the order of units.
 
     Attributes:
         units: in the hidden layer.
@@ -69,6 +71,7 @@ class Shallow:
         order: where in ``theta`` each weight stands, ``(dim,)``: for one unit after the other its
             incoming weights, its bias and its outgoing weight, and the output's bias at the end.
         scale: the prior's standard deviations in that order, ``(dim,)``.
+        transport: from the coordinates to weights, if the prior is its push-forward.
     """
 
     units: int
@@ -76,9 +79,12 @@ class Shallow:
     activation: Activation
     order: Tensor
     scale: Tensor
+    transport: Transport | None = None
 
     @classmethod
-    def of(cls, spec: WeightSpec, prior: FlatPrior) -> Self:
+    def of(
+        cls, spec: WeightSpec, prior: FlatPrior, transport: Transport | None = None
+    ) -> Self:
         """Read the network.
 
         Raises:
@@ -98,7 +104,7 @@ class Shallow:
             parts[last.weight].view(units, 1),
         ]
         order = torch.cat([torch.cat(by_unit, 1).flatten(), parts[str(last.bias)]])
-        return cls(units, inputs, first.activation, order, scale[order])
+        return cls(units, inputs, first.activation, order, scale[order], transport)
 
     @property
     def dim(self) -> int:
@@ -119,11 +125,12 @@ class Shallow:
 
     def outputs(self, z: Tensor, x: Tensor) -> Tensor:
         """Return the outputs ``(batch, rows)`` at inputs ``(batch, rows, inputs)``."""
-        return self._evaluated(z, x)[2]
+        return self._evaluated(self._weights(z), x)[2]
 
     def linearised(self, z: Tensor, data: DataSets) -> Linearised:
         """Return the networks around ``(batch, dim)``, on the rows of their own data sets."""
-        design, value, outputs, slope, outgoing = self._evaluated(z, data.x)
+        weights, pulled_back = self._weights_and_pullback(z)
+        design, value, outputs, slope, outgoing = self._evaluated(weights, data.x)
         by_outgoing = value
         by_incoming = (outgoing * slope).unsqueeze(2) * design.mT.unsqueeze(1)
         units = torch.cat([by_incoming, by_outgoing.unsqueeze(2)], 2).flatten(1, 2)
@@ -134,11 +141,27 @@ class Shallow:
             slope * data.counted.unsqueeze(1),
             outputs,
             (data.y - outputs) * share,
-            jacobian * self.scale.unsqueeze(-1) * share.unsqueeze(1),
+            pulled_back(jacobian) * share.unsqueeze(1),
         )
 
-    def _evaluated(self, z: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        units, bias = self.by_unit(z * self.scale)
+    def _weights(self, z: Tensor) -> Tensor:
+        if self.transport is None:
+            return z * self.scale
+        return self.transport.forward(z[:, self.order.argsort()])[:, self.order]
+
+    def _weights_and_pullback(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Return the weights, and what turns derivatives by them, ``(batch, dim, rows)``, into
+        those by the coordinates.
+        """
+        if self.transport is None:
+            return self._weights(
+                z
+            ), lambda by_weights: by_weights * self.scale.unsqueeze(-1)
+        weights, pullback, *_ = torch.func.vjp(self._weights, z)
+        return weights, torch.func.vmap(lambda row: pullback(row)[0], 2, 2)
+
+    def _evaluated(self, weights: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        units, bias = self.by_unit(weights)
         design = torch.cat([x, torch.ones_like(x[..., :1])], -1)
         before = units[..., :-1] @ design.mT
         value = self.activation(before)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bnnflow.arguments import checked
-from bnnflow.draws import Draws
+from bnnflow.draws import Draws, as_theta
+from bnnflow.identity import digest, seed_identity
 from bnnflow.inference.mcmc.hmc import hmc
 from bnnflow.model import BayesianModel
-from bnnflow.options import Training
+from bnnflow.options import Checkpoint, Training
 from bnnflow.progress import progress_bar
+from bnnflow.ranks import connect
 from bnnflow.seeding import as_generator
 from bnnflow.transport.batches import Reuse
 from bnnflow.transport.distillation import FlowMap
@@ -52,6 +55,7 @@ def sharpen(
     draws: Sequence[Draws] | None = None,
     *,
     training: Training | None = None,
+    checkpoint: Checkpoint | str | Path | None = None,
     seed: Seed = 0,
     progress: bool = True,
 ) -> FlowMap:
@@ -61,7 +65,8 @@ def sharpen(
     functions. Here the map itself is trained: latent points of every task follow their posterior by
     Hamiltonian transitions, and the map climbs the log likelihood of each task's rows at its
     points, step by step in turns. That is expectation and maximisation of the evidence with
-    persistent chains (alternating back-propagation, Han et al. 2017).
+    persistent chains (alternating back-propagation, Han et al. 2017). Under ``torchrun`` every
+    process has chains of its own in all tasks, and a share of the batch.
 
     Args:
         prior: a map of few evaluations, made from ``flow`` by `distil`.
@@ -72,6 +77,8 @@ def sharpen(
             None.
         training: 1,500 steps of 128 points with AdamW at a learning rate of 3e-5 unless it says
             otherwise.
+        checkpoint: a file that keeps the state of training and of the chains; see
+            `bnnflow.transport.train`.
         seed: an int or a generator.
         progress: show bars at a terminal.
 
@@ -82,7 +89,8 @@ def sharpen(
         ``info["interrupted"]`` set.
 
     Raises:
-        ValueError: before any work, if tasks, draws, prior and flow do not belong together.
+        ValueError: before any work, if tasks, draws, prior and flow do not belong together, or the
+            checkpoint holds another run, or one that is not to be resumed.
     """
     training = (training or _TRAINING).with_defaults(3e-5, "adamw")
     if training.autocast or training.compile:
@@ -96,17 +104,28 @@ def sharpen(
             raise ValueError(f"{name} is of another network than the tasks")
     learner = prior.pushforward()  # a copy of its own
     learner.velocity.requires_grad_()
+    ranks = connect(tasks[0].device)
+    identity = {
+        "tasks": digest([task.fingerprint() for task in tasks]),
+        "draws": None if draws is None else digest([as_theta(each) for each in draws]),
+        "prior": digest(prior.velocity.state_dict()),
+        "flow": digest(flow.velocity.state_dict()),
+    }
     generator = as_generator(seed, tasks[0].device)
+    ranks.check_same(
+        identity | {"training": training, "seed": seed_identity(seed)}, tasks[0].device
+    )
     of_tasks, _, of_score = seeds_of(len(tasks), generator)
     start = posteriors(tasks, draws, _CHAINS, of_tasks)
     known = [number for number in range(len(tasks)) if number not in judges]
     latent = torch.stack([flow.inverse(start(number)) for number in known])
     chains = _Chains([tasks[number] for number in known], learner, latent)
-    chains.settle(generator, progress)
     task = _Likelihood(
-        learner.velocity, chains.some, None, Uniform(), Reuse(), None, chains
+        learner.velocity, chains.drawn, None, Uniform(), Reuse(), None, chains
     )
-    info = run(task, training, None, generator, progress)
+    info = run(
+        task, training, checkpoint, generator, progress, ranks=ranks, identity=identity
+    )
     judged = [tasks[number] for number in judges]
     sharper = FlowMap(learner.velocity, prior.source, prior.spec, prior.times, {})
     scores = [
@@ -186,9 +205,9 @@ class _Chains:
         self.points[own] = state.theta.reshape(before.shape)
         return self.points[own]
 
-    def some(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Move ``n`` points or so, of as many tasks as there are; return the tasks' numbers, and
-        the points ``(n, dim)``.
+    def drawn(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw ``n`` chains or so, of as many tasks as there are; return the tasks' numbers
+        ``(some,)`` and those of their chains ``(some, m)``.
         """
         tasks = min(len(self.tasks), max(1, n // _PAIR))
         each = min(_CHAINS, max(1, n // tasks))
@@ -196,8 +215,7 @@ class _Chains:
             torch.rand(size, generator=generator, device=generator.device).argsort(-1)
             for size in ((len(self.tasks),), (tasks, _CHAINS))
         )
-        which = order[:tasks]
-        return which, self.move(which, of_chains[:, :each], generator).flatten(0, 1)
+        return order[:tasks], of_chains[:, :each]
 
     def settle(self, generator: torch.Generator, progress: bool) -> None:
         """Bring all points to their posteriors under the map as it is."""
@@ -220,9 +238,18 @@ class _Likelihood(Task):
         """All count alike."""
         return torch.ones_like(t)
 
+    def begin(self, generator: torch.Generator, progress: bool) -> None:
+        """Bring all chains to their posteriors."""
+        self.chains.settle(generator, progress)
+
+    def memory(self) -> dict[str, Tensor]:
+        """Return where the chains are."""
+        return {"points": self.chains.points, "step_sizes": self.chains.step_sizes}
+
     def batch(self, n: int, pairs: Pairs, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Return no times, the numbers of some tasks, and their points, moved."""
-        which, points = pairs(n, generator)
+        """Return no times, the numbers of some tasks, and points of theirs ``(n, dim)``, moved."""
+        which, of_chains = pairs(n, generator)
+        points = self.chains.move(which, of_chains, generator).flatten(0, 1)
         return torch.zeros_like(points[:, 0]), which, points
 
     def errors(

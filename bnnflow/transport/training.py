@@ -126,6 +126,15 @@ class Task:
             )
         return first.device
 
+    def begin(self, generator: torch.Generator, progress: bool) -> None:
+        """Do what comes before the first step, but not where training is resumed."""
+
+    def memory(self) -> dict[str, Tensor]:
+        """Return what steps change beside the field; a checkpoint keeps it, and writes to it where
+        training is resumed.
+        """
+        return {}
+
     def weighting(self, t: Tensor) -> Tensor:
         """Return what squared errors at times ``(batch,)`` are multiplied by."""
         weight = self.way.loss_weight(t)
@@ -192,7 +201,10 @@ def run(
     with file as kept:
         if kept is not None and kept.saved is not None:
             kept.check_pairs(lambda: task.pairs(own_batch, _copy(generator)))
-            state.load(kept, generator, ranks)
+            state.load(kept, generator, ranks, task.memory())
+        else:
+            own = torch.Generator(device).manual_seed(chance)
+            task.begin(own, progress and ranks.rank == 0)
         loop = _Loop(
             task, training, state, generator, chance, own_batch, ranks, kept, fixed
         )
@@ -347,7 +359,7 @@ class _Loop:
             clock.cpu_seconds,
             self.total,
         )
-        state.save(self.file, self.batches.stream, self.ranks)
+        state.save(self.file, self.batches.stream, self.ranks, self.task.memory())
 
     def info(self, interrupted: bool) -> dict[str, Any]:
         """Return how the field was trained."""

@@ -138,9 +138,12 @@ class TrainingState:
             parameter.data.copy_(average)
         self._field.requires_grad_(False).eval()
 
-    def save(self, file: TrainingFile, stream: Tensor, ranks: Ranks) -> None:
+    def save(
+        self, file: TrainingFile, stream: Tensor, ranks: Ranks, memory: dict[str, Tensor]
+    ) -> None:
         """Write everything that the rest of training depends on; the first process does."""
-        streams = ranks.gather(stream.unsqueeze(0).to(self._bins.device))
+        own = memory | {"generators": stream.to(self._bins.device)}
+        of_all = {name: ranks.gather(value.unsqueeze(0)) for name, value in own.items()}
         if ranks.rank > 0:
             return
         groups = {
@@ -157,7 +160,7 @@ class TrainingState:
             for optimiser in self._optimisers:
                 moments = optimiser.state.get(parameter, {})
                 arrays |= {f"moments/{i}/{name}": value for name, value in moments.items()}
-        arrays |= {"bins": self._bins, "generators": streams}
+        arrays |= {"bins": self._bins} | of_all
         header = {
             "shapes": [list(parameter.shape) for parameter in self._parameters],
             "count": self.count,
@@ -169,11 +172,17 @@ class TrainingState:
         }
         file.write(header, {name: v.detach().cpu().numpy() for name, v in arrays.items()})
 
-    def load(self, file: TrainingFile, generator: torch.Generator, ranks: Ranks) -> None:
+    def load(
+        self,
+        file: TrainingFile,
+        generator: torch.Generator,
+        ranks: Ranks,
+        memory: dict[str, Tensor],
+    ) -> None:
         """Take over what `save` wrote."""
         assert file.saved is not None
         with storage.described(file.file):
-            self._load(*file.saved, generator, ranks)
+            self._load(*file.saved, generator, ranks, memory)
 
     def _load(
         self,
@@ -181,6 +190,7 @@ class TrainingState:
         arrays: dict[str, np.ndarray],
         generator: torch.Generator,
         ranks: Ranks,
+        memory: dict[str, Tensor],
     ) -> None:
         if header["shapes"] != [list(parameter.shape) for parameter in self._parameters]:
             raise ValueError(
@@ -198,10 +208,7 @@ class TrainingState:
             zip(self._parameters, self._averages, strict=True)
         ):
             for name, own in (("parameter", parameter.data), ("average", average)):
-                # to copy would be to broadcast
-                if values[f"{name}/{i}"].shape != own.shape:
-                    raise ValueError(f"{name} {i} has another shape than the field's")
-                own.copy_(values[f"{name}/{i}"])
+                _take_over(own, values[f"{name}/{i}"], f"{name} {i}")
             moments = f"moments/{i}/"
             found = {
                 name.removeprefix(moments): value
@@ -233,6 +240,8 @@ class TrainingState:
         self.cpu_seconds = float(header["cpu_seconds"])
         self.lowest = math.inf if header["lowest"] is None else float(header["lowest"])
         self.patience_used = header["patience_used"]
+        for name, own in memory.items():
+            _take_over(own, values[name][ranks.rank], name)
         # a copy: of a view torch takes the numbers at the beginning of its storage, or crashes
         generator.set_state(values["generators"][ranks.rank].cpu().clone())
 
@@ -335,6 +344,12 @@ def _optimisers(
     if matrices:
         found.append(Muon(matrices, learning_rate, _DECAY))
     return found
+
+
+def _take_over(own: Tensor, kept: Tensor, name: str) -> None:
+    if kept.shape != own.shape:  # to copy would be to broadcast
+        raise ValueError(f"{name} has another shape than this training's")
+    own.copy_(kept)
 
 
 def _average_gradients(parameters: list[nn.Parameter], ranks: Ranks) -> None:
