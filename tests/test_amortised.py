@@ -22,6 +22,8 @@ from bnnflow.transport.times import Uniform
 from bnnflow.transport.whitened import WhitenedPosterior
 from tests.problems import F64, built, generator, normal
 from tests.processes import run_ranks
+from tests.test_transported import Still
+from tests.test_transported import bent as learned_prior
 
 ROWS, INPUTS, UNITS = 9, 2, 4
 
@@ -48,6 +50,17 @@ def model(
     )
 
 
+def learned(one: bf.BayesianModel) -> bf.BayesianModel:
+    """The same model under a learned prior."""
+    return one.transported(learned_prior(one))
+
+
+PRIORS = pytest.mark.parametrize(
+    "prior", [lambda one: one, learned], ids=["plain", "learned"]
+)
+Prior = Callable[[bf.BayesianModel], bf.BayesianModel]
+
+
 def bent(
     spec: bf.WeightSpec, dtype: torch.dtype = F64, **settings: int
 ) -> AmortisedVelocity:
@@ -64,9 +77,11 @@ def bent(
 # ---------------------------------------- networks, unit by unit
 
 
+@PRIORS
 @pytest.mark.parametrize("scale", [1.0, 0.6])
-def test_networks_unit_by_unit_are_those_of_the_model(scale: float) -> None:
-    one = model(scale=scale)
+def test_networks_unit_by_unit_are_those_of_the_model(prior: Prior, scale: float) -> None:
+    one = prior(model(scale=scale))
+    scale = 1.0 if one.is_transported else scale
     shallow, data = shallow_of(one), data_of(WhitenedPosterior(one))
     z = normal(3, one.dim)
     near = shallow.linearised(z[:, shallow.order], data.expand(3))
@@ -95,8 +110,9 @@ def test_untrained_field_follows_the_mode() -> None:
     torch.testing.assert_close(score, posterior.grad(at), rtol=1e-5, atol=1e-5)
 
 
-def test_moved_weights_move_velocities() -> None:
-    one = model()
+@PRIORS
+def test_moved_weights_move_velocities(prior: Prior) -> None:
+    one = prior(model())
     field = bent(one.spec).bind(WhitenedPosterior(one))
     assert field.symmetries == one.symmetries()
     x, t = normal(6, one.dim), torch.linspace(0, 0.99, 6, dtype=F64)
@@ -130,11 +146,38 @@ def test_rows_that_do_not_count_are_not_seen() -> None:
     torch.testing.assert_close(ours, theirs)
 
 
+def test_a_learned_prior_that_moves_nothing_is_the_plain_one() -> None:
+    one = model()
+    same = one.transported(Flow.of(Still(), one))
+    with pytest.raises(ValueError, match="moves with permuted and mirrored"):
+        shallow_of(same)  # of a field that says nothing of its symmetries
+    still = Still()
+    still.symmetries = one.symmetries()
+    same = one.transported(Flow.of(still, one))
+    field, x = bent(one.spec), normal(4, one.dim)
+    t = torch.linspace(0.1, 0.9, 4, dtype=F64)
+    ours, theirs = (field.bind(WhitenedPosterior(each))(t, x) for each in (one, same))
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_finite_at_both_ends() -> None:
     one = model()
     field = bent(one.spec).bind(WhitenedPosterior(one))
     for t in (0.0, 1.0):
         assert field(torch.tensor(t, dtype=F64), normal(3, one.dim)).isfinite().all()
+
+
+def test_divergence_under_a_learned_prior_is_that_of_finite_differences() -> None:
+    one = learned(model(rows=4, units=2))
+    field = bent(one.spec).bind(WhitenedPosterior(one))
+    x, t, step = normal(2, one.dim), torch.tensor([0.2, 0.8], dtype=F64), 1e-5
+    velocity, found = field.with_divergence(t, x)
+    torch.testing.assert_close(velocity, field(t, x))
+    expected = torch.zeros(2, dtype=F64)
+    for i, along in enumerate(step * torch.eye(one.dim, dtype=F64)):
+        ends = [field(t, x + side * along)[:, i] for side in (1, -1)]
+        expected += (ends[0] - ends[1]) / (2 * step)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_densities_go_both_ways() -> None:
@@ -154,18 +197,20 @@ def simulations(one: bf.BayesianModel) -> _Simulations:
     return _Simulations(bent(one.spec), simulated, None, Uniform(), Reuse(), None)
 
 
-def test_control_and_averages_have_mean_zero() -> None:
+@PRIORS
+def test_control_and_averages_have_mean_zero(prior: Prior) -> None:
     """Whatever depends on x_t and the data alone is uncorrelated with what the averages over
     orders and signs take from x1, and with the control variate.
     """
-    one = model(units=3)
+    one = prior(model(units=3))
     task = simulations(one)
-    n = 20_000
+    n = 4000 if one.is_transported else 20_000
     x0, x1, *parts = task.simulated(n, generator(0))
     # the same pairs once more, at times of their own
     t, means, x_t, *_ = task.batch(n, lambda n, g: (x0, x1, *parts), generator(1))
     keep = t < 0.9  # beyond, products have no tails that a mean of so many could stand
-    read = task.field.read(shallow_of(one), t, x_t, DataSets(*parts))  # type: ignore[union-attr]
+    with torch.no_grad():
+        read = task.field.read(shallow_of(one), t, x_t, DataSets(*parts))  # type: ignore[union-attr]
     control = means[:, 0] - read.mean - read.s2 * means[:, 1]
     control = control - read.s2 * times(read.gain, times(read.jacobian.mT, control))
     about = torch.stack([torch.ones_like(x_t), x_t.tanh(), (read.mean + read.score).tanh()])
@@ -176,11 +221,13 @@ def test_control_and_averages_have_mean_zero() -> None:
         assert products.std(1).max() > 0.05  # something was taken
 
 
-def test_data_sets_are_those_of_the_model() -> None:
-    one = model()
+@PRIORS
+def test_data_sets_are_those_of_the_model(prior: Prior) -> None:
+    one = prior(model())
     simulated = simulations(one).simulated
-    x0, x1, x, y, counted, noise = simulated(4000, generator(0))
-    assert x0.shape == x1.shape == (4000, one.dim)
+    n = 400 if one.is_transported else 4000
+    x0, x1, x, y, counted, noise = simulated(n, generator(0))
+    assert x0.shape == x1.shape == (n, one.dim)
     count = counted.sum(1)
     assert {int(each) for each in count} == {2, 3, 4, 5}
     assert (counted.diff(dim=1) <= 0).all()
@@ -246,6 +293,24 @@ def test_one_flow_serves_other_data_widths_and_files(tmp_path: Path) -> None:
     assert bf.sample(wide, moved, draws=8).theta.shape == (1, 8, wide.dim)
     refined = bf.refine(other, draws, 2, n_leapfrog=2, progress=False)
     assert refined.flat.isfinite().all()
+
+
+def test_one_flow_serves_the_tasks_of_a_learned_prior(tmp_path: Path) -> None:
+    blank = learned(model(rows=60, dtype=torch.float32))
+    field = built(lambda: AmortisedVelocity(blank.spec, 8, 1), torch.float32)
+    given = {"rows": (3, 6), "velocity": field, "training": replace(SHORT, steps=3)}
+    flow = bf.fit_amortised(blank, **given, progress=False)
+    flow.save(tmp_path / "flow.npz")
+    flow = bf.load(tmp_path / "flow.npz", blank)
+    task = learned(model(rows=5, seed=7, dtype=torch.float32))
+    draws = bf.sample(task, flow.bind(task), draws=16, seed=1)
+    assert task.weights_of(draws.theta).shape == (1, 16, task.dim)
+    refined = bf.refine(task, draws, 2, n_leapfrog=2, progress=False)
+    assert refined.flat.isfinite().all()
+    with pytest.raises(
+        ValueError, match="widths: a learned prior is one of networks of one"
+    ):
+        bf.fit_amortised(blank, widths=(3, 4))
 
 
 def parameters_of(flow: Flow) -> list[torch.Tensor]:
@@ -326,6 +391,11 @@ def heavy() -> bf.BayesianModel:
     )
 
 
+def of_no_symmetry() -> bf.BayesianModel:
+    one = model()
+    return one.transported(learned_prior(one, "dws"))
+
+
 def weighted() -> bf.BayesianModel:
     one = model()
     return bf.BayesianModel(
@@ -346,6 +416,7 @@ def weighted() -> bf.BayesianModel:
         (relu, "odd units"),
         (heavy, "normal prior"),
         (weighted, "row_weights"),
+        (of_no_symmetry, "mirrored hidden units"),
     ],
 )
 def test_other_models_are_refused(make: Callable[[], bf.BayesianModel], told: str) -> None:
