@@ -13,7 +13,7 @@ from torch import nn
 
 import bnnflow as bf
 from bnnflow import likelihoods, priors
-from bnnflow.transport import AmortisedVelocity, Flow, Solver
+from bnnflow.transport import AffinePath, AmortisedVelocity, Flow, Solver
 from bnnflow.transport.amortised import _Simulated, _Simulations
 from bnnflow.transport.amortised_velocity import data_of, shallow_of, times
 from bnnflow.transport.batches import Reuse
@@ -432,6 +432,8 @@ def test_a_field_of_other_networks_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match="one hidden layer"):
         AmortisedVelocity(make().spec)
+    with pytest.raises(ValueError, match="sigma = 0"):
+        AmortisedVelocity(model().spec, path=AffinePath(sigma=0.1))
     several = built(lambda: nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 2)))
     with pytest.raises(ValueError, match="one output"):
         AmortisedVelocity(bf.WeightSpec.of(several))

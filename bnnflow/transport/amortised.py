@@ -66,7 +66,8 @@ def fit_amortised(
     Args:
         model: a perceptron of one hidden layer of odd units, such as tanh, with a normal prior and
             a `Gaussian` likelihood of known scale. Its ``x`` are the inputs that data sets have
-            some of; its ``y`` are not looked at.
+            some of; its ``y`` are not looked at. With a learned prior (`BayesianModel.transported`)
+            an evaluation goes back through its flow once for every row, which is most of its cost.
         rows: the fewest and the most rows of a data set; about a hundred at most, as their number
             to the third is what an evaluation costs.
         noise: the least and the largest standard deviation of noise, log-uniform in between; the

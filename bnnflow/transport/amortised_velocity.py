@@ -67,8 +67,9 @@ class AmortisedVelocity(Field):
         path: the path of the pairs.
 
     Raises:
-        ValueError: if the network has not one hidden layer of odd units and one output; when bound,
-            if the prior is not normal around zero, or the likelihood not `Gaussian` of known scale.
+        ValueError: if the network has not one hidden layer of odd units and one output, or the path
+            a sigma; when bound, if the prior is neither normal around zero nor the push-forward of
+            a flow with these symmetries, or the likelihood not `Gaussian` of known scale.
     """
 
     def __init__(
@@ -86,6 +87,8 @@ class AmortisedVelocity(Field):
         labels = frozenset(spec.widths)
         self.symmetries = Symmetries(labels, labels, frozenset())
         self.path = path if path is not None else AffinePath()
+        if self.path.sigma:
+            raise ValueError("path: an amortised field needs one with sigma = 0")
         self._config = {"width": width, "depth": depth, "newton": newton}
         self._bound: tuple[Shallow, DataSets] | None = None
         self.whole = _perceptron(11, width)

@@ -158,7 +158,7 @@ def look(model: bf.BayesianModel, flows: dict[str, Flow], seed: int) -> dict[str
 
 
 def show(name: str, found: list[dict[str, Found]]) -> None:
-    """Print a table."""
+    """Print a table, of seconds for all draws."""
     print(f"\n{name}, {len(found)} data sets")
     for method in found[0]:
         rms, ratio, flagged, seconds = (
