@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bnnflow import data, equivariant, inference, model, predictive, symmetry, transport
-    from bnnflow.comparison import compare
+    from bnnflow.comparison import compare, mix_priors
     from bnnflow.diagnosis import diagnose, weight_convergence
     from bnnflow.draws import Draws
     from bnnflow.estimators import BayesianMLPClassifier, BayesianMLPRegressor
@@ -92,6 +92,7 @@ __all__ = [
     "likelihoods",
     "load",
     "metrics",
+    "mix_priors",
     "model",
     "predict",
     "predictive",
@@ -110,7 +111,7 @@ __all__ = [
 # Where each name lives. They are imported on first use (PEP 562): a script pays only for the
 # packages it enters.
 _HOMES = {
-    "comparison": ("compare",),
+    "comparison": ("compare", "mix_priors"),
     "diagnosis": ("diagnose", "weight_convergence"),
     "draws": ("Draws",),
     "estimators": ("BayesianMLPClassifier", "BayesianMLPRegressor"),

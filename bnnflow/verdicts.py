@@ -67,6 +67,8 @@ PRIOR_SCALE = Bounds(
     5.0, 20.0
 )  # of targets, in standard deviations of the prior predictive
 PRIOR_WIDE = 100.0  # times the spread of the targets that the prior predictive has
+PRIOR_P_VALUE = 0.01  # of the data under a learned prior
+UNLIKE = 3.0  # nats of evidence by which the plain prior is better than a learned one
 PRIOR_CONFLICT = 8.0  # sds by which the log prior of draws is below that of the prior's own
 COLUMN_SCALE = 20.0  # of an input, beside that of the others
 COLUMN_SPREAD = 2.0  # of new rows about the centre of training, beside that of training

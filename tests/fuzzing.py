@@ -418,6 +418,15 @@ def _sampling(w: World) -> Iterator[Call]:
     yield Call("pseudo_bma", comparison.pseudo_bma, densities | {"seed": 0})
     compared = {"models": {"a": (model, draws)}, "margin": 4.0, "seed": 0}
     yield Call("compare", bf.compare, compared | {"refits": 0, "progress": False})
+    few = bf.SMC(particles=10, moves=1, max_leapfrog=2)
+    mixed = {"model": model, "prior": w.flow, "share": 0.4, "smc": few, "seed": 0}
+    yield Call("mix_priors", bf.mix_priors, mixed | {"progress": False})
+    surprise = {"draws": 20, "replicates": 9, "seed": 0}
+    yield Call(
+        "predictive.prior_p_value",
+        bf.predictive.prior_p_value,
+        {"model": model} | surprise,
+    )
     yield Call("compare by folds", bf.compare, compared | {"folds": 2, "refit": None})
     report = {
         "results": {"HMC": draws},

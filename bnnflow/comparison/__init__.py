@@ -9,14 +9,17 @@ from bnnflow.comparison.models import (
     compare,
     difference,
 )
+from bnnflow.comparison.priors import PriorMixture, mix_priors
 from bnnflow.comparison.weights import pseudo_bma, stacking
 
 __all__ = [
     "Difference",
     "ModelComparison",
+    "PriorMixture",
     "Score",
     "compare",
     "difference",
+    "mix_priors",
     "pseudo_bma",
     "stacking",
 ]

@@ -12,7 +12,13 @@ from bnnflow import verdicts
 from bnnflow.diagnosis.answers import Answer, Finding
 from bnnflow.draws import Draws, evenly
 from bnnflow.model import BayesianModel
-from bnnflow.predictive import Prediction, PredictiveCheck, predict, predictive_check
+from bnnflow.predictive import (
+    Prediction,
+    PredictiveCheck,
+    predict,
+    predictive_check,
+    prior_p_value,
+)
 
 __all__ = ["QUESTION", "fit", "new_inputs"]
 
@@ -277,7 +283,8 @@ def _prior(model: BayesianModel, theta: Tensor, figures: dict[str, Any]) -> list
     with torch.no_grad():
         of_prior = model.log_prior(drawn).double().cpu()
         ours = model.log_prior(theta.to(model.device, model.dtype)).double().cpu()
-    findings = _scale(model, drawn, figures)
+    findings = _family(model, figures) if model.is_transported else []
+    findings += _scale(model, drawn, figures)
     low, middle, high = of_prior.quantile(of_prior.new_tensor([0.16, 0.5, 0.84])).tolist()
     below = (middle - float(ours.median())) / max((high - low) / 2, 1e-9)
     if math.isfinite(below):
@@ -290,6 +297,21 @@ def _prior(model: BayesianModel, theta: Tensor, figures: dict[str, Any]) -> list
             )
             findings.append(Finding("with care", why, advice))
     return findings
+
+
+def _family(model: BayesianModel, figures: dict[str, Any]) -> list[Finding]:
+    """Ask whether the data are like those that a learned prior was learned from."""
+    if model.likelihood.kind != "classification" and not model.likelihood.has_sample:
+        return []
+    p = figures["prior_p_value"] = prior_p_value(model)
+    if p > verdicts.PRIOR_P_VALUE:
+        return []
+    why = (
+        "this task is not like those that the prior was learned from: of data sets that it draws "
+        f"{p:.1%} are as unlikely"
+    )
+    advice = "mix it with the plain prior by bf.mix_priors"
+    return [Finding("with care", why, advice)]
 
 
 def _scale(model: BayesianModel, drawn: Tensor, figures: dict[str, Any]) -> list[Finding]:

@@ -3,7 +3,12 @@
 from bnnflow.predictive import metrics
 from bnnflow.predictive.average import Calibrated, Prediction, predict
 from bnnflow.predictive.calibrated import calibrate
-from bnnflow.predictive.checks import PredictiveCheck, calibration_check, predictive_check
+from bnnflow.predictive.checks import (
+    PredictiveCheck,
+    calibration_check,
+    predictive_check,
+    prior_p_value,
+)
 from bnnflow.predictive.stacked import Stacked, stacked
 
 __all__ = [
@@ -16,5 +21,6 @@ __all__ = [
     "metrics",
     "predict",
     "predictive_check",
+    "prior_p_value",
     "stacked",
 ]
