@@ -165,7 +165,10 @@ def said_by_weight_space(printed: list[str]) -> None:
 def said_by_transport(printed: list[str]) -> None:
     assert any(line.startswith("refine ") for line in printed)
     assert f"torch.Size([20, {6 * 3 + 1}])" in printed
-    assert printed[-2].endswith("torch.Size([1, 64, 13])")  # weights under a learned prior
+    weights = next(
+        n for n, line in enumerate(printed) if line.endswith("Size([1, 64, 13])")
+    )
+    assert "learned from" in printed[weights + 1]  # of the mixture with a plain prior
     assert printed[-1].endswith(
         f"torch.Size([1, 200, {8 * 3 + 1}])"
     )  # an amortised posterior
