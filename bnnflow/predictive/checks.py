@@ -144,7 +144,7 @@ def predictive_check(
 
 @checked
 def prior_p_value(
-    model: BayesianModel, *, draws: Count = 4096, replicates: Count = 199, seed: Seed = 0
+    model: BayesianModel, *, draws: Count = 8192, replicates: Count = 499, seed: Seed = 0
 ) -> float:
     """Return how often data sets that a model draws from its prior are as unlikely as its own.
 
@@ -165,7 +165,7 @@ def prior_p_value(
     generator = as_generator(seed, model.device)
     rows = model.some_rows(_PRIOR_ROWS)
     x, y = model.x[rows], model.y[rows]
-    makers = model.sample_prior(draws, generator)
+    makers = model.sample_prior(replicates, generator)
     drawn = predict(model, makers, x).sample(replicates, generator)
     theta = model.sample_prior(draws, generator)
     with torch.no_grad():
