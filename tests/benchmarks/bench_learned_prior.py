@@ -909,6 +909,24 @@ def outside(
     return found
 
 
+def surprises(
+    known: Learned, unseen: Tasks, noise: float, count: int, seed: int
+) -> dict[str, Tensor]:
+    """Return p-values of eight rows under the learned prior, of tasks of its own family and of
+    others.
+    """
+    families = {"its own family": unseen} | {
+        family.__name__: drawn(family, noise, count, 8, 200 + seed) for family in OTHERS
+    }
+    found = {}
+    for title, tasks in families.items():
+        models = tasks.first(8).models(noise)[:count]
+        found[title] = torch.tensor(
+            [bf.predictive.prior_p_value(each.transported(known.flow)) for each in models]
+        )
+    return found
+
+
 def averaged(parts: Sequence[Scores], shares: Sequence[float]) -> Tensor:
     """Return the LPPD of every task under several priors, weighed by share and evidence."""
     logs = torch.stack(
@@ -953,6 +971,7 @@ def computed(
             for title, prior in (("flow", few.flow), ("Gaussian", gaussian))
         }
         result["outside"] = outside(known, bank, noise, others, f"{name}-{seed}", seed)
+        result["surprises"] = surprises(known, unseen, noise, others, seed)
     return result
 
 
@@ -1010,6 +1029,8 @@ def show(results: list[dict[str, Any]]) -> None:
         if "outside" in result:
             for family in OTHERS:
                 show_outside(family.__name__, result["outside"])
+            for title, p in result["surprises"].items():
+                print(f"  p of {title} at most .01: {int((p <= 0.01).sum())} of {len(p)}")
 
 
 def show_outside(family: str, found: Results) -> None:
