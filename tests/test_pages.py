@@ -48,6 +48,16 @@ SMALLER: dict[str, dict[str, str]] = {
         "method=bf.MCLMC()": "method=bf.DeepEnsemble(members=4, steps=200)",
         "warmup=100, draws=50": "warmup=10, draws=5",
     },
+    "how-to/many-tasks.md": {
+        "range(128)": "range(4)",
+        "width=32, depth=3": "width=4, depth=1",
+        "steps=1500": "steps=3",
+        "trajectories=2**14": "trajectories=64",
+        "tasks, seed=0)\nprior.save": (
+            "tasks, seed=0, training=bf.Training(steps=2, batch_size=8))\nprior.save"
+        ),
+        "particles=256": "particles=64",
+    },
     "how-to/network.md": {"warmup=50, draws=50": "warmup=10, draws=5"},
     "how-to/serve.md": {
         "method=bf.MCLMC()": "method=bf.DeepEnsemble(members=4, steps=200)"
@@ -202,8 +212,17 @@ def said_by_strangers(printed: list[str]) -> None:
     assert int(strangers) > 50 > int(others)
 
 
+def said_by_many_tasks(printed: list[str]) -> None:
+    before, after = printed[0].strip("[]").split(", ")
+    assert float(before) < 0
+    assert float(after) < 0
+    assert "learned from" in printed[1]
+    assert "before the data" in printed[2]
+
+
 SAID: dict[str, Callable[[list[str]], None]] = {
     "extending.md": said_by_extending,
+    "how-to/many-tasks.md": said_by_many_tasks,
     "how-to/out-of-distribution.md": said_by_strangers,
     "inference.md": said_by_inference,
     "quickstart.md": said_by_the_quickstart,
