@@ -15,6 +15,8 @@ from bnnflow.diagnosis.invariance import drift
 from bnnflow.verdicts import MOVED, P_VALUE
 from tests.faults import Problem
 from tests.problems import F64, built, generator, normal
+from tests.test_transported import bent as learned_prior
+from tests.test_transported import perceptron
 
 
 def exact(problem: Problem, draws: int = 100) -> Tensor:
@@ -181,3 +183,19 @@ def test_a_classifier_is_judged_by_its_probabilities() -> None:
     shifted[:, 6:] += common  # all biases alike
     assert drift(model, shifted, x).p_value > 0.01
     assert drift(model, model.sample_prior(512, seed=0), x).shift > 0.4
+
+
+def test_a_learned_prior_s_map_counts_once_for_all_rows(monkeypatch) -> None:
+    """Draws under one are moved too, and told from those of the prior."""
+    model = perceptron()
+    carried = model.transported(learned_prior(model))
+    few = carried.subset(slice(0, 3))
+    more = invariance._multiplications(carried) - invariance._multiplications(few)
+    plain = invariance._multiplications(model)
+    assert more == plain * (len(model.x) - 3) // len(model.x)
+    assert invariance._multiplications(few) > 100 * plain
+    found = drift(carried, carried.sample_prior(80, seed=0), model.x)
+    assert found is not None
+    assert found.shift > MOVED.bad
+    monkeypatch.setattr(invariance, "_MAPPED", 1e5)
+    assert drift(carried, carried.sample_prior(80, seed=0), model.x) is None

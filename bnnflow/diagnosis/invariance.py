@@ -22,8 +22,9 @@ _TRANSITIONS = 8
 _LEAPFROG = 16  # steps of one at most; their number is uniform from half of it on
 _DRAWS = 512  # at most, that are moved
 _LEAST = 64  # by which a drift worth a word is told from chance
-# Multiplications of all networks evaluated, some seconds on one core: by compiled code, and not.
-_WORK = {True: 2e10, False: 4e9}
+# Multiplications of all networks evaluated, some seconds on one core: by compiled code, by torch,
+# and by torch in the large matrices of a learned prior's map.
+_COMPILED, _PLAIN, _MAPPED = 2e10, 4e9, 4e10
 
 
 def drift(model: BayesianModel, theta: Tensor, x: Tensor) -> Disagreement | None:
@@ -34,9 +35,9 @@ def drift(model: BayesianModel, theta: Tensor, x: Tensor) -> Disagreement | None
     A change shows that draws are not the posterior's, and how far they are from it at least, since
     so few transitions may not arrive. No change says nothing of modes that no draw is in.
     """
-    affordable = _WORK[model.is_compiled] / (
-        _TRANSITIONS * _LEAPFROG * _multiplications(model)
-    )
+    work = _COMPILED if model.is_compiled else _PLAIN
+    work = _MAPPED if model.is_transported else work
+    affordable = work / (_TRANSITIONS * _LEAPFROG * _multiplications(model))
     theta = theta[evenly(len(theta), min(_DRAWS, int(affordable))).to(theta.device)]
     if len(theta) < _LEAST:
         return None
@@ -48,10 +49,19 @@ def drift(model: BayesianModel, theta: Tensor, x: Tensor) -> Disagreement | None
 
 
 def _multiplications(model: BayesianModel) -> int:
-    """Return how many the network takes for all rows of training."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.outputs(model.sample_prior(1, seed=0), model.x[:1])
-    return max(1, counter.get_total_flops() // 2) * len(model.x)
+    """Return how many a network takes for all rows of training; a learned prior's map takes as many
+    whatever the number of rows.
+    """
+    theta = model.sample_prior(1, seed=0)
+
+    def of(rows: Tensor) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.outputs(theta, rows)
+        return counter.get_total_flops() // 2
+
+    row = model.x[:1]
+    one, two = of(row), of(torch.cat([row, row]))
+    return max(1, one + (two - one) * (len(model.x) - 1))
 
 
 def _quantities(model: BayesianModel, theta: Tensor, x: Tensor) -> np.ndarray:
