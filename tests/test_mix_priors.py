@@ -180,6 +180,13 @@ def test_classes_have_a_p_value_too() -> None:
     assert 0.05 < prior_p_value(model) <= 1
 
 
+def test_ctrl_c_is_not_swallowed(mixed: PriorMixture, monkeypatch) -> None:
+    broken_off = replace(mixed.draws[0], info={"interrupted": True})
+    monkeypatch.setattr("bnnflow.comparison.priors.sample", lambda *a, **k: broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        bf.mix_priors(mixed.models[1], shifted(mixed.models[1], 2.0))
+
+
 def test_bad_input_is_named(mixed: PriorMixture) -> None:
     learned, plain = mixed.draws
     model = mixed.models[1]
@@ -190,6 +197,11 @@ def test_bad_input_is_named(mixed: PriorMixture) -> None:
         bf.mix_priors(model, prior, draws=(learned, replace(plain, log_evidence=None)))
     with pytest.raises(ValueError, match="draws of another model"):
         bf.mix_priors(model, prior, draws=(plain, learned))
+    cold = bf.BayesianModel(
+        model.net, model.prior, model.likelihood, model.x, model.y, temperature=0.5
+    )
+    with pytest.raises(ValueError, match="temperature 1"):
+        bf.mix_priors(cold, prior)
     other = conjugate().model
     with pytest.raises(ValueError, match="other weights"):
         bf.mix_priors(model, Flow.of(Still(), other))

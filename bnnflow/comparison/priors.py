@@ -144,8 +144,8 @@ def mix_priors(
         progress: show bars at a terminal.
 
     Raises:
-        ValueError: before any work, if the prior is none of the model's weights, or draws are of
-            other models or have no ``log_evidence``.
+        ValueError: before any work, if the prior is none of the model's weights, the model's
+            temperature is not 1, or draws are of other models or have no ``log_evidence``.
 
     Example:
         >>> from bnnflow import BayesianModel, fit_prior, likelihoods, priors
@@ -163,12 +163,16 @@ def mix_priors(
         >>> mixed.predict(x).mean.shape
         torch.Size([8, 1])
     """
+    if model.temperature != 1:
+        raise ValueError(f"model must have temperature 1, got {model.temperature}")
     learned = model.transported(prior)
     models = learned, model
     generator = as_generator(seed, model.device)
     if draws is None:
         given = {"chains": _RUNS, "seed": generator, "progress": progress}
         ours, theirs = (sample(each, smc or _PARTICLES, **given) for each in models)
+        if ours.info.get("interrupted") or theirs.info.get("interrupted"):
+            raise KeyboardInterrupt
         draws = ours, theirs
     else:
         for number, (each, own) in enumerate(zip(models, draws, strict=True)):

@@ -154,9 +154,8 @@ class Shallow:
         those by the coordinates.
         """
         if self.transport is None:
-            return self._weights(
-                z
-            ), lambda by_weights: by_weights * self.scale.unsqueeze(-1)
+            scale = self.scale.unsqueeze(-1)
+            return self._weights(z), lambda by_weights: by_weights * scale
         weights, pullback, *_ = torch.func.vjp(self._weights, z)
         return weights, torch.func.vmap(lambda row: pullback(row)[0], 2, 2)
 
