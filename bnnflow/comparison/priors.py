@@ -161,7 +161,7 @@ def mix_priors(
         >>> few = SMC(particles=64, moves=1, max_leapfrog=4)
         >>> mixed = mix_priors(tasks[0].subset(slice(0, 3)), prior, smc=few, progress=False)
         >>> mixed.predict(x).mean.shape
-        torch.Size([8, 1])
+        torch.Size([8])
     """
     if model.temperature != 1:
         raise ValueError(f"model must have temperature 1, got {model.temperature}")
