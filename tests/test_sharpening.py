@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import bnnflow as bf
 from bnnflow.transport import AmortisedVelocity, Flow, FlowMap, distil, sharpen, sharpening
 from bnnflow.transport.learned_prior import log_evidence_by_prior
+from bnnflow.transport.pushforward import Pushforward
 from bnnflow.transport.sharpening import _Chains
 from tests.problems import F64, built, conjugate, generator, normal
 from tests.processes import run_ranks
@@ -80,6 +81,13 @@ class Still(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         return torch.zeros_like(x)
+
+
+def chains_at(points: Tensor, models: list[bf.BayesianModel], push: Pushforward) -> _Chains:
+    """Return chains that are at points ``(tasks, chains, dim)``."""
+    chains = _Chains(models, push, points.__getitem__)
+    chains.points = points
+    return chains
 
 
 def broken_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,12 +164,13 @@ def test_it_goes_on_bit_for_bit(
         broken_off(patch)
         with pytest.warns(UserWarning, match="2 steps"):
             judged(1.0, 2.0, steps=5, checkpoint=path)
-        # chains have settled, and do so no more
-        patch.setattr(_Chains, "settle", None)
+        # chains have started and settled, and do so no more
+        patch.setattr(_Chains, "begin", None)
         go_on = bf.Checkpoint(path, resume=True)
         again = judged(1.0, 2.0, steps=5, checkpoint=go_on)
     assert again.info["steps"] == 5
     assert again.sample(3, 0).equal(whole.sample(3, 0))
+    monkeypatch.setattr(_Chains, "begin", None)  # refused before anything is sampled
     with pytest.raises(ValueError, match="already holds a training"):
         judged(1.0, 2.0, steps=5, checkpoint=path)
     with pytest.raises(ValueError, match="another draws"):
@@ -217,7 +226,7 @@ def test_points_follow_their_own_posterior() -> None:
         flow.velocity, flow.source, flow.spec, torch.linspace(0, 1, 2)
     ).pushforward()
     torch.testing.assert_close(push.forward(normal(3, 4)), normal(3, 4))
-    chains = _Chains([model, other] * 32, push, normal(64, 8, 4, seed=1))
+    chains = chains_at(normal(64, 8, 4, seed=1), [model, other] * 32, push)
     g = generator(2)
     for _ in range(60):
         chains.move(*chains.drawn(512, g), g)
@@ -238,7 +247,7 @@ def test_the_slope_of_the_map_is_that_of_finite_differences(
     models = [each.to("cpu", F64) for each in tasks[:2]]
     push.velocity.requires_grad_()
     z: Tensor = normal(2, 3, prior.dim)
-    chains = _Chains(models, push, z)
+    chains = chains_at(z, models, push)
     weight = next(p for p in push.velocity.parameters() if p.dim() > 0 and p.numel() > 3)
     (slope,) = torch.autograd.grad(
         chains.log_likelihood(torch.tensor([0, 1]), z).sum(), weight

@@ -182,8 +182,7 @@ def mix_priors(
                 )
             each.spec.check(own.theta, f"draws[{number}]")
             each.check_draws(own)
-    can_draw = model.likelihood.kind == "classification" or model.likelihood.has_sample
-    p_value = prior_p_value(learned, seed=generator) if can_draw else None
+    p_value = prior_p_value(learned, seed=generator) if model.likelihood.can_draw else None
     return PriorMixture(models, draws, share, p_value)
 
 

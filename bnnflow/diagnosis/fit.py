@@ -301,7 +301,7 @@ def _prior(model: BayesianModel, theta: Tensor, figures: dict[str, Any]) -> list
 
 def _family(model: BayesianModel, figures: dict[str, Any]) -> list[Finding]:
     """Ask whether the data are like those that a learned prior was learned from."""
-    if model.likelihood.kind != "classification" and not model.likelihood.has_sample:
+    if not model.likelihood.can_draw:
         return []
     p = figures["prior_p_value"] = prior_p_value(model)
     if p > verdicts.PRIOR_P_VALUE:

@@ -111,6 +111,11 @@ class Likelihood(Interface, ABC):
         return self._has("sample")
 
     @property
+    def can_draw(self) -> bool:
+        """Whether targets can be drawn: classes by their probabilities, numbers by a `sample`."""
+        return self.kind == "classification" or self.has_sample
+
+    @property
     def has_cdf(self) -> bool:
         """Whether there is a `cdf`."""
         return self._has("cdf")

@@ -487,10 +487,9 @@ class Prediction:
         y = None if y is None else self._targets(y)
         for chunk in self._chunks(self.theta):
             likelihood, outputs, parameters, _ = chunk
-            drawable = self.kind == "classification" or likelihood.has_sample
             yield ByDraw(
                 likelihood.mean(outputs, parameters),
-                self._replicated(chunk, generator) if drawable else None,
+                self._replicated(chunk, generator) if likelihood.can_draw else None,
                 None if y is None else likelihood.log_prob(outputs, y, parameters),
             )
 

@@ -31,6 +31,7 @@ __all__ = [
     "check_draws",
     "check_tasks",
     "fit_prior",
+    "identity_of",
     "log_evidence_by_prior",
     "posteriors",
     "seeds_of",
@@ -98,9 +99,7 @@ def fit_prior(
     check_tasks(tasks)
     if draws is not None:
         check_draws(tasks, draws)
-    run = {
-        "tasks": digest([task.fingerprint() for task in tasks]),
-        "draws": None if draws is None else digest([as_theta(each) for each in draws]),
+    run = identity_of(tasks, draws) | {
         "velocity": None
         if velocity is None
         else digest(list(velocity.state_dict().values())),
@@ -294,6 +293,16 @@ def check_tasks(tasks: Sequence[BayesianModel]) -> None:
             raise ValueError(f"tasks[{number}] has another prior than tasks[0]")
         if task.likelihood.name != first.likelihood.name:
             raise ValueError(f"tasks[{number}] has another likelihood than tasks[0]")
+
+
+def identity_of(
+    tasks: Sequence[BayesianModel], draws: Sequence[Draws] | None
+) -> dict[str, str | None]:
+    """Return what tells tasks and their draws apart."""
+    return {
+        "tasks": digest([task.fingerprint() for task in tasks]),
+        "draws": None if draws is None else digest([as_theta(each) for each in draws]),
+    }
 
 
 def check_draws(tasks: Sequence[BayesianModel], draws: Sequence[Draws]) -> None:

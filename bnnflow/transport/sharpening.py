@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bnnflow.arguments import checked
-from bnnflow.draws import Draws, as_theta
+from bnnflow.draws import Draws
 from bnnflow.identity import digest, seed_identity
 from bnnflow.inference.mcmc.hmc import hmc
 from bnnflow.model import BayesianModel
@@ -24,6 +24,7 @@ from bnnflow.transport.flow import Flow
 from bnnflow.transport.learned_prior import (
     check_draws,
     check_tasks,
+    identity_of,
     log_evidence_by_prior,
     posteriors,
     seeds_of,
@@ -105,9 +106,7 @@ def sharpen(
     learner = prior.pushforward()  # a copy of its own
     learner.velocity.requires_grad_()
     ranks = connect(tasks[0].device)
-    identity = {
-        "tasks": digest([task.fingerprint() for task in tasks]),
-        "draws": None if draws is None else digest([as_theta(each) for each in draws]),
+    identity = identity_of(tasks, draws) | {
         "prior": digest(prior.velocity.state_dict()),
         "flow": digest(flow.velocity.state_dict()),
     }
@@ -116,10 +115,13 @@ def sharpen(
         identity | {"training": training, "seed": seed_identity(seed)}, tasks[0].device
     )
     of_tasks, _, of_score = seeds_of(len(tasks), generator)
-    start = posteriors(tasks, draws, _CHAINS, of_tasks)
+    posterior = posteriors(tasks, draws, _CHAINS, of_tasks)
     known = [number for number in range(len(tasks)) if number not in judges]
-    latent = torch.stack([flow.inverse(start(number)) for number in known])
-    chains = _Chains([tasks[number] for number in known], learner, latent)
+    chains = _Chains(
+        [tasks[number] for number in known],
+        learner,
+        lambda number: flow.inverse(posterior(known[number])),
+    )
     task = _Likelihood(
         learner.velocity, chains.drawn, None, Uniform(), Reuse(), None, chains
     )
@@ -163,14 +165,20 @@ class _Chains:
     Args:
         tasks: of one network.
         push: the map, whose parameters are trained.
-        points: ``(tasks, chains, dim)``.
+        first: the number of a task to where its chains start, ``(_CHAINS, dim)``.
     """
 
     def __init__(
-        self, tasks: Sequence[BayesianModel], push: Pushforward, points: Tensor
+        self,
+        tasks: Sequence[BayesianModel],
+        push: Pushforward,
+        first: Callable[[int], Tensor],
     ) -> None:
-        self.tasks, self.push, self.points = tasks, push, points
-        self.step_sizes = torch.full_like(points[..., :1], _STEP_SIZE)
+        self.tasks, self.push, self.first = tasks, push, first
+        self.points = torch.zeros(
+            len(tasks), _CHAINS, tasks[0].dim, dtype=tasks[0].dtype, device=tasks[0].device
+        )
+        self.step_sizes = torch.full_like(self.points[..., :1], _STEP_SIZE)
         self.rows = sum(len(task.x) for task in tasks) / len(tasks)
 
     def log_likelihood(self, which: Tensor, points: Tensor) -> Tensor:
@@ -217,8 +225,12 @@ class _Chains:
         )
         return order[:tasks], of_chains[:, :each]
 
-    def settle(self, generator: torch.Generator, progress: bool) -> None:
-        """Bring all points to their posteriors under the map as it is."""
+    def begin(self, generator: torch.Generator, progress: bool) -> None:
+        """Start all chains, and bring them to their posteriors under the map as it is."""
+        with progress_bar(len(self.tasks), "tasks", progress, "task") as bar:
+            for number, points in enumerate(self.points):
+                points.copy_(self.first(number))
+                bar.update()
         numbers = torch.arange(len(self.tasks), device=self.points.device)
         chains = torch.arange(_CHAINS, device=self.points.device)
         with progress_bar(_SETTLING, "chains", progress, "step") as bar:
@@ -240,7 +252,7 @@ class _Likelihood(Task):
 
     def begin(self, generator: torch.Generator, progress: bool) -> None:
         """Bring all chains to their posteriors."""
-        self.chains.settle(generator, progress)
+        self.chains.begin(generator, progress)
 
     def memory(self) -> dict[str, Tensor]:
         """Return where the chains are."""
