@@ -3,6 +3,7 @@
 import math
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 import bnnflow as bf
 from bnnflow import likelihoods, priors
-from bnnflow.inference.particles.paths import Path
+from bnnflow.inference.particles import paths
+from bnnflow.inference.particles.tempering import relative_variance
 from bnnflow.inference.particles.update import _Neighbours
 from bnnflow.transport import Flow, Solver, WeightsVelocity
 from tests.problems import F64, built, generator
@@ -161,6 +163,66 @@ def test_a_stream_of_batches_ends_at_the_posterior_of_all_rows() -> None:
     assert evidences[:, 1].max() < 0.2
     # the draws do not grow in number
     assert all(each.theta.shape[1] in (400, 1000) for each in found)
+
+
+def test_errors_of_a_stream_know_who_is_related() -> None:
+    """Particles that hardly move are no more than their first ancestors, however many updates ago
+    these were.
+    """
+    still = bf.SMC(particles=60, ess=0.9, moves=1, max_leapfrog=1, trajectory_length=1e-3)
+    found, forgetful = [], []
+    for seed in range(6):
+        model = linear(slice(0, 3))
+        draws = exact(model, 100, seed)
+        for start in range(3, N):
+            before, model = (
+                model,
+                model.extended(X[start : start + 1], Y[start : start + 1]),
+            )
+            alone = bf.update(model, replace(draws, stats={}), before, still, seed=seed)
+            draws = bf.update(model, draws, before, still, seed=seed)
+            forgetful.append(alone.info["log_evidence_change"][1])
+        assert draws.log_weights is not None
+        merged = torch.tensor([draws.info["merged"]])
+        own = relative_variance(draws.log_weights, draws.stats["ancestor"], merged)
+        assert draws.log_evidence[1] ** 2 >= 0.99 * own > 0.1
+        found.append(draws)
+    assert max(len(each.stats["ancestor"].unique()) for each in found) < 20
+    value, error = torch.tensor([each.log_evidence for each in found]).T
+    assert error.square().mean() > 1.5 * torch.tensor(forgetful).square().sum() / 6
+    assert ((value - law(linear())[2]) / error).square().mean().sqrt() < 2
+
+
+def test_descendants_of_few_move_far() -> None:
+    x = torch.linspace(-2, 2, 30)[:, None]
+    net = built(lambda: nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)))
+    new = bf.BayesianModel(
+        net, priors.Normal(), likelihoods.Gaussian(0.02), x, torch.sin(2 * x[:, 0])
+    )
+    old = new.subset(torch.arange(27))
+    draws = bf.sample(old, bf.HMC(), chains=32, warmup=200, draws=10)
+    related = replace(draws, stats={"ancestor": torch.arange(320).reshape(32, 10) % 8})
+    ours, theirs = (bf.update(new, each, old, seed=0) for each in (draws, related))
+    assert {ours.info["route"], theirs.info["route"]} == {"tempering"}
+    gradients, more = (each.info["gradients_per_draw"] for each in (ours, theirs))
+    assert more > 2 * gradients
+    assert (
+        len(theirs.stats["ancestor"].unique()) <= 8 < len(ours.stats["ancestor"].unique())
+    )
+
+
+def test_ancestors_are_kept_in_a_file_and_by_weights(tmp_path: Path) -> None:
+    old, new = linear(slice(0, 30)), linear()
+    moved = bf.update(new, exact(old, 800, 0), old, replace(SMALL, particles=800, ess=0.9))
+    again = bf.load(moved.save(tmp_path / "draws.npz"))
+    assert again.stats["ancestor"].equal(moved.stats["ancestor"])
+    weighed = bf.update(linear(noise=0.51), again, new)
+    assert weighed.info["route"] == "weights"
+    assert weighed.info["merged"] == moved.info["merged"]
+    one, other = (
+        each.stats["ancestor"].unique(return_inverse=True)[1] for each in (weighed, moved)
+    )
+    assert one.equal(other)
 
 
 def test_draws_of_an_unknown_posterior_are_refined() -> None:
@@ -351,6 +413,6 @@ def test_one_way_back_through_a_flow_is_the_sum_of_both(
     ):
         path = _Neighbours.of(old, new, chunk_size=3)
         found = path.tempered(fraction, 1 - fraction)(z)
-        right = Path.tempered(path, fraction, 1 - fraction)(z)
+        right = paths.Path.tempered(path, fraction, 1 - fraction)(z)
         for ours, theirs in zip(found, right, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)

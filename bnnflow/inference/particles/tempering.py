@@ -20,6 +20,7 @@ from bnnflow.warn import warn
 __all__ = [
     "Particles",
     "Tempering",
+    "effective_families",
     "merging",
     "next_fraction",
     "next_step",
@@ -342,14 +343,19 @@ def _shares(log_weights: Tensor, root: Tensor) -> Tensor:
     return torch.zeros_like(log_weights).scatter_add_(1, root, log_weights.exp())
 
 
-def merging(log_weights: Tensor, root: Tensor) -> Tensor:
+def effective_families(log_weights: Tensor, root: Tensor) -> Tensor:
+    """Return how many families of equal weight would differ as often as those alive, ``(run,)``."""
+    return 1 / _shares(log_weights, root).square().sum(1)
+
+
+def merging(log_weights: Tensor, root: Tensor, count: int | None = None) -> Tensor:
     """Return minus the log of what systematic resampling leaves, on average, of the chance that
-    families differ.
+    families differ; of ``count`` particles, as many as there are if it is None.
 
     Siblings lie side by side, so that a family's number of children is its expectation rounded up
     or down.
     """
-    n = log_weights.shape[1]
+    n = log_weights.shape[1] if count is None else count
     shares = _shares(log_weights, root)
     part = (n * shares).frac()
     apart = (1 - shares.square().sum(1)).clamp(min=1 / n)

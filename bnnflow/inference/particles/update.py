@@ -20,6 +20,8 @@ from bnnflow.inference.particles.smc import SMC
 from bnnflow.inference.particles.tempering import (
     Particles,
     Tempering,
+    effective_families,
+    merging,
     next_step,
     relative_variance,
     systematic,
@@ -37,7 +39,11 @@ __all__ = ["FEWEST", "Route", "update"]
 Route = Literal["weights", "tempering", "refine"]
 
 FEWEST = 10  # draws that weights can be judged by
-_PARTICLES = SMC(particles=2000, ess=0.5, moves=1, max_leapfrog=32)
+_PARTICLES = SMC(particles=2000, ess=0.5, moves=1, max_leapfrog=128)
+_SHORT = 32  # leapfrog steps at most while families are many
+# Share of the particles. Short trajectories leave weights where their ancestors' were: functions of
+# few families move, and the posterior that they move in is that of few.
+_MANY = 1 / 8
 _PRIOR_DRAWS = 512  # that draws of who knows what are compared with
 _STEPS, _N_LEAPFROG = 5, 16  # of draws whose own posterior is not known
 
@@ -68,15 +74,18 @@ def update(
 
     ``info["log_evidence_change"]`` is the log evidence of the new model over that of the old one
     and its standard error: log p(new rows | old rows) where rows came. If the draws have a
-    ``log_evidence`` so has the result. Updates can follow each other: weights are carried on.
+    ``log_evidence`` so has the result. Updates can follow each other: weights are carried on, and
+    so is from which of the first draws each one descends, ``stats["ancestor"]``, which errors of
+    the evidence are estimated by.
 
     Args:
         model: whose posterior is wanted; ``theta`` must mean the same as in the old one.
         draws: of the old posterior, weighted or not.
         previous: the old model. It is found without where rows were added at the end, as
             `BayesianModel.extended` does.
-        smc: how to temper; ``SMC(particles=2000, ess=0.5, moves=1, max_leapfrog=32)`` if None. Of
-            its particles as many are used as there are draws.
+        smc: how to temper. If None ``SMC(particles=2000, ess=0.5, moves=1, max_leapfrog=128)``,
+            with 32 leapfrog steps at most until resampling, in this update and those before, has
+            left the particles few ancestors. Of the particles as many are used as there are draws.
         seed: an int or a generator.
         progress: show a bar at a terminal.
 
@@ -100,10 +109,11 @@ def update(
         >>> new.info["gradients_per_draw"] <= 64  # chains of its own take hundreds
         True
     """
-    smc = smc or _PARTICLES
-    if smc.start is not None:
+    if smc is not None and smc.start is not None:
         raise ValueError("smc must have no start: the draws are where particles begin")
     start = _Start.of(model, draws, previous)
+    short = _SHORT if smc is None else smc.max_leapfrog
+    smc = smc or _PARTICLES
     watch, generator = Stopwatch(), as_generator(seed, model.device)
     smoothed, khat = psis(start.log_weights + start.log_ratio)
     particles = min(smc.particles, len(start.theta))
@@ -121,7 +131,7 @@ def update(
         result, change = _weighted(start, draws, smoothed)
     elif start.previous is not None:
         route = "tempering"
-        result, change = _tempered(model, start, smc, generator, progress)
+        result, change = _tempered(model, start, smc, short, generator, progress)
     else:
         route, change = "refine", None
         rows = systematic(start.log_weights[None], generator, particles)[0]
@@ -163,6 +173,9 @@ class _Start:
         log_joint: log density of the new posterior, ``(n,)``, float64.
         log_ratio: log density of the new posterior less that of the old one, ``(n,)``, float64.
         worth: independent draws that one is worth.
+        root: which of the first draws each one descends from, ``(n,)``, numbered from 0; None if
+            none has been resampled yet.
+        merged: see `Particles`.
         previous: the old model, if known.
         untempered: whether both models are of temperature 1.
     """
@@ -172,6 +185,8 @@ class _Start:
     log_joint: Tensor
     log_ratio: Tensor
     worth: float
+    root: Tensor | None
+    merged: float
     previous: BayesianModel | None
     untempered: bool
 
@@ -211,9 +226,30 @@ class _Start:
             log_joint,
             ratio.nan_to_num(nan=-math.inf, neginf=-math.inf),
             _worth(draws, ratio),
+            _numbered(draws.stats["ancestor"]) if "ancestor" in draws.stats else None,
+            draws.info.get("merged", 0.0),
             previous,
             unit,
         )
+
+    @property
+    def families(self) -> Tensor:
+        """Which draws belong together, ``(n,)``: each one to none but itself if none has been
+        resampled.
+        """
+        if self.root is None:
+            return torch.arange(len(self.theta), device=self.theta.device)
+        return self.root
+
+    def variance(self, log_weights: Tensor) -> float:
+        """Return the relative variance of the evidence that weights ``(n,)`` leave, by families."""
+        merged = log_weights.new_tensor([self.merged])
+        return float(relative_variance(log_weights[None], self.families[None], merged))
+
+
+def _numbered(ancestor: Tensor) -> Tensor:
+    """Number families from 0; return that of every draw, ``(n,)``."""
+    return ancestor.flatten().unique(return_inverse=True)[1]
 
 
 @torch.no_grad()
@@ -275,7 +311,8 @@ def _weighted(start: _Start, draws: Draws, smoothed: Tensor) -> tuple[Draws, Est
         start.theta.reshape(draws.theta.shape),
         start.log_joint.reshape(shape),
         log_weights=smoothed.reshape(shape),
-        info={"ess": kish_ess(smoothed) * start.worth},
+        info={"ess": kish_ess(smoothed) * start.worth, "merged": start.merged},
+        stats={} if start.root is None else {"ancestor": start.root.reshape(shape)},
     )
     return result, _mean_ratio(start, 1.0)
 
@@ -284,8 +321,10 @@ def _mean_ratio(start: _Start, power: float) -> Estimate:
     """Return the log of the mean of ratio^power over the old posterior, with its standard error."""
     weighted = start.log_weights + power * start.log_ratio
     value = weighted.logsumexp(0)
-    parts = (weighted - value).exp() - start.log_weights.exp()
-    return float(value), float(parts.square().sum().sqrt()) / math.sqrt(start.worth)
+    after = weighted - value
+    alone = float((after.exp() - start.log_weights.exp()).square().sum()) / start.worth
+    families = start.variance(after) - start.variance(start.log_weights)
+    return float(value), math.sqrt(max(alone, families))
 
 
 # ---------------------------------------- by tempering
@@ -295,20 +334,30 @@ def _tempered(
     model: BayesianModel,
     start: _Start,
     smc: SMC,
+    short: int,
     generator: torch.Generator,
     progress: bool,
 ) -> tuple[Draws, Estimate]:
-    """Carry some of the draws along the path between both posteriors."""
+    """Carry some of the draws along the path between both posteriors, by ``short`` trajectories
+    while their families are many.
+    """
     assert start.previous is not None
     count = min(smc.particles, len(start.theta))
     path = _Neighbours.of(start.previous, model, smc.chunk_size)
     tempering = smc.tempering(path, ALONE, generator, generator)
+
+    def paced(state: Particles) -> Tempering:
+        """Return how particles go on whose families are those of ``state``."""
+        families = float(effective_families(state.log_weights, state.root))
+        few = families < _MANY * count
+        return tempering if few else replace(tempering, max_leapfrog=short)
+
     with (
         progress_bar(None, "update", progress, "temperature") as bar,
         until_interrupted() as taken,
     ):
-        state, first = _begun(tempering, start, count)
-        state, taken.done = tempering.moved(state, bar), 1
+        state, first, before = _begun(tempering, start, count)
+        state, taken.done = paced(state).moved(state, bar), 1
         alone = 0.0
         while float(state.fraction) < 1:
             ended = tempering.weighed(state)
@@ -317,11 +366,13 @@ def _tempered(
                 state = ended  # as many effective as moves would leave
                 break
             alone += _step_variance(state, smc.ess)
-            state = tempering.advance(state, bar)
+            state = paced(state).advance(state, bar)
             taken.done += 1
     if taken.interrupted:
         state = tempering.broken_off(state)
-    families = float(relative_variance(state.log_weights, state.root, state.merged))
+    families = (
+        float(relative_variance(state.log_weights, state.root, state.merged)) - before
+    )
     value = first[0] + float(state.log_normaliser)
     error = math.sqrt(first[1] ** 2 + max(alone, families))
     info = {
@@ -331,13 +382,17 @@ def _tempered(
         "step_size": state.step_size,
         "gradients_per_draw": path.cost * state.gradients,
         "gradients": round(path.cost * state.gradients * count),
+        "merged": float(state.merged),
         "interrupted": taken.interrupted,
     }
-    log_joint = state.log_first + state.log_ratio
-    return Draws(state.theta, log_joint, log_weights=state.log_weights, info=info), (
-        value,
-        error,
+    result = Draws(
+        state.theta,
+        state.log_first + state.log_ratio,
+        {"ancestor": state.root},
+        state.log_weights,
+        info=info,
     )
+    return result, (value, error)
 
 
 def _step_variance(state: Particles, ess: float) -> float:
@@ -350,11 +405,14 @@ def _step_variance(state: Particles, ess: float) -> float:
     return float((weights - state.log_weights.exp()).square().sum())
 
 
-def _begun(tempering: Tempering, start: _Start, count: int) -> tuple[Particles, Estimate]:
+def _begun(
+    tempering: Tempering, start: _Start, count: int
+) -> tuple[Particles, Estimate, float]:
     """Go as far as weights of all draws leave so many effective as tempering wants, and choose
     ``count`` particles by them.
 
-    Return them, not yet moved, and the evidence of that temperature over the old one.
+    Return them, not yet moved, the evidence of that temperature over the old one, and the relative
+    variance of the evidence, by families, before any is chosen.
     """
     ratio, weights = start.log_ratio[None], start.log_weights[None]
     zero = torch.zeros(1, dtype=torch.float64, device=ratio.device)
@@ -363,7 +421,15 @@ def _begun(tempering: Tempering, start: _Start, count: int) -> tuple[Particles, 
     reached = (weights + step[:, None] * ratio).log_softmax(1)
     rows = systematic(reached, tempering.generator, count)[0]
     state = tempering.first(start.theta[rows].unsqueeze(0))
-    state = state._replace(fraction=step, remainder=1 - step)
+    # of how many they are, which `relative_variance` assumes of the first ones too
+    numbers = math.log1p(1 / (len(start.theta) - 1)) - math.log1p(1 / (count - 1))
+    merged = start.merged + numbers + merging(reached, start.families[None], count)
+    state = state._replace(
+        root=_numbered(start.families[rows])[None],
+        merged=merged,
+        fraction=step,
+        remainder=1 - step,
+    )
     mass = start.theta[evenly(len(start.theta), count).to(rows.device)].double().var(0)
     pilot = evenly(count, PILOTS).to(rows.device)
     at = (each.expand(len(pilot)) for each in (state.fraction, state.remainder))
@@ -378,7 +444,7 @@ def _begun(tempering: Tempering, start: _Start, count: int) -> tuple[Particles, 
     state = state._replace(
         step_size=step_size, gradients=state.gradients + gradients / count
     )
-    return state, _mean_ratio(start, float(step))
+    return state, _mean_ratio(start, float(step)), start.variance(reached[0])
 
 
 class _Neighbours(Path):
