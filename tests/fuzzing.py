@@ -761,6 +761,13 @@ def _transport(w: World) -> Iterator[Call]:
             "progress": False,
         },
     )
+    given = {"model": w.model, "n": 16, "seed": 0, "progress": False}
+    yield Call("PriorBank.of", bf.PriorBank.of, given)
+    bank = bf.PriorBank.of(**given)
+    yield Call("PriorBank.log_likelihood", bank.log_likelihood, {"model": w.model})
+    yield Call(
+        "update from a bank", bf.update, {"model": w.model, "draws": bank, "smc": few}
+    )
     yield Call(
         "fit_prior",
         bf.fit_prior,

@@ -5,7 +5,7 @@
 bias that is set: `MCLMC`, and on mini-batches `SGLD`, `SGHMC` and `SGNHT`, whose step sizes may
 follow `Constant`, `Polynomial` or `Cyclical`. Fitted: `VI`, `NormalizingFlowVI`, `Laplace`, `SWAG`.
 To compare with: `DeepEnsemble`, `MCDropout`. `evidence` is that of draws of any of the exact ones,
-`update` carries draws to a neighbouring posterior.
+`update` carries draws to a neighbouring posterior, and a `PriorBank` to that of any data set.
 
 `Method` is what a method of one's own must be, and `Run` what it is told. Kernels (`hmc.hmc`,
 `mclmc.mclmc`, ...) and their warm-up (`trajectories.trajectory_warm_up`, `loop.warm_up`) work on
@@ -23,6 +23,7 @@ from bnnflow.inference.mcmc.hmc import HMC
 from bnnflow.inference.mcmc.mclmc import MCLMC
 from bnnflow.inference.mcmc.parallel_tempering import ParallelTempering
 from bnnflow.inference.mcmc.pyro_nuts import PyroNUTS
+from bnnflow.inference.particles.bank import PriorBank
 from bnnflow.inference.particles.evidence import evidence
 from bnnflow.inference.particles.refine import refine
 from bnnflow.inference.particles.smc import SMC
@@ -53,6 +54,7 @@ __all__ = [
     "NormalizingFlowVI",
     "ParallelTempering",
     "Polynomial",
+    "PriorBank",
     "PyroNUTS",
     "Run",
     "evidence",

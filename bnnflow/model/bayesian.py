@@ -19,6 +19,7 @@ from torch.distributions import Distribution, Normal
 from bnnflow.arguments import Count, Positive, checked, columns_of, finite, tensor
 from bnnflow.draws import counted_alike, evenly
 from bnnflow.dynamics import HasTarget, Target
+from bnnflow.identity import digest
 from bnnflow.importance import kish_ess
 from bnnflow.model import checks, trunk
 from bnnflow.model.curvature import Curvature
@@ -811,6 +812,13 @@ class BayesianModel(HasTarget):
         if converted is not None and converted[1] == self._data_version():
             return converted[0]
         return self._identity().fingerprint
+
+    def prior_fingerprint(self) -> str:
+        """Return a hash of what ``theta`` means, how it is distributed before any data, and of the
+        map to weights of a transported model.
+        """
+        carried = None if self._transport is None else self._transport.identity
+        return digest((self.spec.shapes, self.flat_prior.describe(), carried))
 
     @property
     def unidentified(self) -> tuple[str, ...]:

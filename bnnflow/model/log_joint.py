@@ -74,6 +74,11 @@ class LogJoint:
             self._places[key] = (spec.slices[name], spec.shapes[name])
         self.n_parameters = sum(math.prod(shape) for _, shape in self._places.values())
 
+    @property
+    def over_weights(self) -> LogJoint:
+        """What says the same of networks: itself, unless ``theta`` are latent points."""
+        return self
+
     # ---------------------------------------- what is made once
 
     @cached_property

@@ -78,6 +78,11 @@ class TransportedLogJoint(LogJoint):
         )
         self.inner, self.transport = inner, transport
 
+    @property
+    def over_weights(self) -> LogJoint:
+        """What says the same of networks, but for its prior."""
+        return self.inner
+
     # ---------------------------------------- what the composition has not
 
     @cached_property

@@ -228,8 +228,8 @@ class _Chains:
     def begin(self, generator: torch.Generator, progress: bool) -> None:
         """Start all chains, and bring them to their posteriors under the map as it is."""
         with progress_bar(len(self.tasks), "tasks", progress, "task") as bar:
-            for number, points in enumerate(self.points):
-                points.copy_(self.first(number))
+            for number in range(len(self.tasks)):
+                self.points[number] = self.first(number)
                 bar.update()
         numbers = torch.arange(len(self.tasks), device=self.points.device)
         chains = torch.arange(_CHAINS, device=self.points.device)

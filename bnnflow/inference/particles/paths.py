@@ -28,6 +28,11 @@ class Path(ABC):
     def __init__(self, chunk_size: int) -> None:
         self.chunk_size = chunk_size
 
+    @property
+    def cost(self) -> float:
+        """Gradients of the last density that an evaluation costs."""
+        return 1.0
+
     @abstractmethod
     def at(self, theta: Tensor) -> Ends:
         """Evaluate both ends at ``(particle, dim)``."""

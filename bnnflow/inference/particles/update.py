@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,7 +16,8 @@ from bnnflow import diagnostics
 from bnnflow.arguments import checked
 from bnnflow.draws import Draws, as_theta, evenly, refuse_approximation
 from bnnflow.importance import Estimate, khat_limit, kish_ess, psis
-from bnnflow.inference.particles.paths import Ends, Path
+from bnnflow.inference.particles.bank import PriorBank
+from bnnflow.inference.particles.paths import Ends, FromPrior, Path
 from bnnflow.inference.particles.refine import PILOTS, piloted, refine
 from bnnflow.inference.particles.smc import SMC
 from bnnflow.inference.particles.tempering import (
@@ -44,6 +47,9 @@ _SHORT = 32  # leapfrog steps at most while families are many
 # Share of the particles. Short trajectories leave weights where their ancestors' were: functions of
 # few families move, and the posterior that they move in is that of few.
 _MANY = 1 / 8
+# Of a bank: a learned prior makes gradients dear, and latent points hardly need them.
+_OF_PRIOR = replace(_PARTICLES, particles=250, ess=0.4)
+_SHORT_OF_PRIOR = 8
 _PRIOR_DRAWS = 512  # that draws of who knows what are compared with
 _STEPS, _N_LEAPFROG = 5, 16  # of draws whose own posterior is not known
 
@@ -51,7 +57,7 @@ _STEPS, _N_LEAPFROG = 5, 16  # of draws whose own posterior is not known
 @checked
 def update(
     model: BayesianModel,
-    draws: Draws,
+    draws: Draws | PriorBank,
     previous: BayesianModel | None = None,
     smc: SMC | None = None,
     *,
@@ -80,12 +86,15 @@ def update(
 
     Args:
         model: whose posterior is wanted; ``theta`` must mean the same as in the old one.
-        draws: of the old posterior, weighted or not.
+        draws: of the old posterior, weighted or not; or a bank of draws of the prior, which is the
+            posterior of no rows. Of these as many as ``smc`` has particles are returned, chosen by
+            their weights, and ``log_evidence`` is that of the data.
         previous: the old model. It is found without where rows were added at the end, as
             `BayesianModel.extended` does.
         smc: how to temper. If None ``SMC(particles=2000, ess=0.5, moves=1, max_leapfrog=128)``,
             with 32 leapfrog steps at most until resampling, in this update and those before, has
-            left the particles few ancestors. Of the particles as many are used as there are draws.
+            left the particles few ancestors; from a bank 250 particles, an ess of 0.4 and 8 steps.
+            As many are used as there are draws.
         seed: an int or a generator.
         progress: show a bar at a terminal.
 
@@ -97,7 +106,8 @@ def update(
     Raises:
         ValueError: before any work, if the draws are fewer than ten, not finite, of no posterior,
             or of another one than ``previous``; if ``previous`` has another network or shares no
-            row with ``model``; if draws are as unlikely under ``model`` as draws of its prior.
+            row with ``model``, or is given with a bank; if the bank is of another prior; if draws
+            are as unlikely under ``model`` as draws of its prior.
 
     Example:
         >>> from bnnflow import HMC, BayesianModel, likelihoods, priors, sample
@@ -111,11 +121,21 @@ def update(
     """
     if smc is not None and smc.start is not None:
         raise ValueError("smc must have no start: the draws are where particles begin")
-    start = _Start.of(model, draws, previous)
-    short = _SHORT if smc is None else smc.max_leapfrog
-    smc = smc or _PARTICLES
+    if isinstance(draws, PriorBank):
+        if previous is not None:
+            raise ValueError("previous must be None: a bank is the posterior of no rows")
+        start, usual, short = _Start.of_prior(model, draws), _OF_PRIOR, _SHORT_OF_PRIOR
+    else:
+        start, usual, short = _Start.of(model, draws, previous), _PARTICLES, _SHORT
+    if smc is None:
+        smc = usual
+    else:
+        short = smc.max_leapfrog
     watch, generator = Stopwatch(), as_generator(seed, model.device)
-    smoothed, khat = psis(start.log_weights + start.log_ratio)
+    weights = start.log_weights + start.log_ratio
+    smoothed, khat = psis(weights)
+    if start.bounded:
+        smoothed = weights.log_softmax(0)
     particles = min(smc.particles, len(start.theta))
     left = kish_ess(smoothed) * start.worth
     info = {
@@ -126,12 +146,14 @@ def update(
         "interrupted": False,
     }
     change: Estimate | None
-    if khat <= khat_limit(len(smoothed)) and left >= smc.ess * particles:
+    if (start.bounded or khat <= khat_limit(len(smoothed))) and left >= smc.ess * particles:
         route: Route = "weights"
-        result, change = _weighted(start, draws, smoothed)
-    elif start.previous is not None:
+        result, change = _weighted(start, smoothed), _mean_ratio(start, 1.0)
+        if isinstance(draws, PriorBank):
+            result = _few_of(result, particles, generator)
+    elif start.path is not None:
         route = "tempering"
-        result, change = _tempered(model, start, smc, short, generator, progress)
+        result, change = _tempered(start, smc, short, generator, progress)
     else:
         route, change = "refine", None
         rows = systematic(start.log_weights[None], generator, particles)[0]
@@ -151,12 +173,12 @@ def update(
         "rows": len(model.x),
         **watch.read(),
     }
-    if "exact" in draws.info:  # what a sampler has done to its draws, no weights undo
-        info["exact"] = draws.info["exact"]
+    if start.exact is not None:  # what a sampler has done to its draws, no weights undo
+        info["exact"] = start.exact
     if change is not None:
         info["log_evidence_change"] = list(change)
     plain = change is not None and start.untempered and not info["interrupted"]
-    evidence = _sum(draws.log_evidence, change) if plain else None
+    evidence = _sum(start.log_evidence, change) if plain else None
     return replace(result, info=info, log_evidence=evidence)
 
 
@@ -176,8 +198,14 @@ class _Start:
         root: which of the first draws each one descends from, ``(n,)``, numbered from 0; None if
             none has been resampled yet.
         merged: see `Particles`.
-        previous: the old model, if known.
+        bounded: whether no draw can weigh more than the likelihood allows: how many are effective
+            then says all, and k-hat, that tails of those seen are heavy, nothing.
+        path: makes the one to the new posterior, given how many particles are evaluated together;
+            None if the old one is not known.
         untempered: whether both models are of temperature 1.
+        shape: ``(chain, draw)``.
+        log_evidence: of the old posterior, if known.
+        exact: what the sampler says of its draws, if it does.
     """
 
     theta: Tensor
@@ -187,8 +215,12 @@ class _Start:
     worth: float
     root: Tensor | None
     merged: float
-    previous: BayesianModel | None
+    bounded: bool
+    path: Callable[[int], Path] | None
     untempered: bool
+    shape: tuple[int, int]
+    log_evidence: Estimate | None
+    exact: object
 
     @classmethod
     def of(
@@ -211,25 +243,53 @@ class _Start:
         else:
             old = _log_joint(previous, theta)
         log_joint = _log_joint(model, theta)
-        ratio = log_joint - old
-        if not bool(ratio.isfinite().any()):
-            raise ValueError("draws: none of them has a finite density under model")
+        ratio = _usable(log_joint - old)
+        path = None
         if previous is None:
             _check_informed(model, theta)
+        else:
+            path = functools.partial(_Neighbours.of, previous, model)
         if log_weights is None:
             log_weights = ratio.new_full((len(theta),), -math.log(len(theta)))
         weights = log_weights.double().to(model.device)
-        unit = all(each is None or each.temperature == 1 for each in (model, previous))
         return cls(
             theta,
             weights - weights.logsumexp(0),
             log_joint,
-            ratio.nan_to_num(nan=-math.inf, neginf=-math.inf),
+            ratio,
             _worth(draws, ratio),
             _numbered(draws.stats["ancestor"]) if "ancestor" in draws.stats else None,
             draws.info.get("merged", 0.0),
-            previous,
-            unit,
+            False,
+            path,
+            all(each is None or each.temperature == 1 for each in (model, previous)),
+            (draws.n_chains, draws.n_draws),
+            draws.log_evidence,
+            draws.info.get("exact"),
+        )
+
+    @classmethod
+    def of_prior(cls, model: BayesianModel, bank: PriorBank) -> _Start:
+        """Look at draws of the prior, and at how they fit the data."""
+        if len(bank) < FEWEST:
+            raise ValueError(f"draws must be at least {FEWEST}, got {len(bank)}")
+        log_likelihood = bank.log_likelihood(model)
+        log_prior = bank.log_prior.to(model.device)
+        log_joint = (log_prior + log_likelihood) / model.temperature
+        return cls(
+            bank.theta.to(model.device, model.dtype),
+            torch.full_like(log_prior, -math.log(len(bank))),
+            log_joint,
+            _usable(log_joint - log_prior),
+            1.0,
+            None,
+            0.0,
+            True,
+            functools.partial(FromPrior, model),
+            model.temperature == 1,
+            (1, len(bank)),
+            (0.0, 0.0),
+            None,
         )
 
     @property
@@ -245,6 +305,13 @@ class _Start:
         """Return the relative variance of the evidence that weights ``(n,)`` leave, by families."""
         merged = log_weights.new_tensor([self.merged])
         return float(relative_variance(log_weights[None], self.families[None], merged))
+
+
+def _usable(ratio: Tensor) -> Tensor:
+    """Return log ratios of densities with those that are not finite as low as can be."""
+    if not bool(ratio.isfinite().any()):
+        raise ValueError("draws: none of them has a finite density under model")
+    return ratio.nan_to_num(nan=-math.inf, neginf=-math.inf)
 
 
 def _numbered(ancestor: Tensor) -> Tensor:
@@ -305,16 +372,29 @@ def _worth(draws: Draws, ratio: Tensor) -> float:
 # ---------------------------------------- by weights
 
 
-def _weighted(start: _Start, draws: Draws, smoothed: Tensor) -> tuple[Draws, Estimate]:
-    shape = draws.theta.shape[:2]
-    result = Draws(
-        start.theta.reshape(draws.theta.shape),
+def _weighted(start: _Start, smoothed: Tensor) -> Draws:
+    shape = start.shape
+    return Draws(
+        start.theta.reshape(*shape, -1),
         start.log_joint.reshape(shape),
         log_weights=smoothed.reshape(shape),
         info={"ess": kish_ess(smoothed) * start.worth, "merged": start.merged},
         stats={} if start.root is None else {"ancestor": start.root.reshape(shape)},
     )
-    return result, _mean_ratio(start, 1.0)
+
+
+def _few_of(draws: Draws, count: int, generator: torch.Generator) -> Draws:
+    """Choose ``count`` draws of one chain by their weights; return those that are chosen, weighted
+    by how often.
+    """
+    assert draws.log_weights is not None
+    rows, times = systematic(draws.log_weights, generator, count).unique(return_counts=True)
+    return replace(
+        draws,
+        theta=draws.theta[:, rows],
+        log_joint=draws.log_joint[:, rows],
+        log_weights=(times.double() / count).log()[None],
+    )
 
 
 def _mean_ratio(start: _Start, power: float) -> Estimate:
@@ -331,7 +411,6 @@ def _mean_ratio(start: _Start, power: float) -> Estimate:
 
 
 def _tempered(
-    model: BayesianModel,
     start: _Start,
     smc: SMC,
     short: int,
@@ -341,9 +420,9 @@ def _tempered(
     """Carry some of the draws along the path between both posteriors, by ``short`` trajectories
     while their families are many.
     """
-    assert start.previous is not None
+    assert start.path is not None
     count = min(smc.particles, len(start.theta))
-    path = _Neighbours.of(start.previous, model, smc.chunk_size)
+    path = start.path(smc.chunk_size)
     tempering = smc.tempering(path, ALONE, generator, generator)
 
     def paced(state: Particles) -> Tempering:
@@ -431,7 +510,7 @@ def _begun(
         remainder=1 - step,
     )
     mass = start.theta[evenly(len(start.theta), count).to(rows.device)].double().var(0)
-    pilot = evenly(count, PILOTS).to(rows.device)
+    pilot = evenly(count, min(PILOTS, max(1, count // 8))).to(rows.device)
     at = (each.expand(len(pilot)) for each in (state.fraction, state.remainder))
     step_size, gradients = piloted(
         tempering.path.tempered(*at),
