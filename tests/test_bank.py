@@ -22,11 +22,11 @@ def bank_of(model: bf.BayesianModel, n: int = 4000, seed: int = 0) -> bf.PriorBa
     return bf.PriorBank.of(model, n, seed=seed)
 
 
-def noisy(n: int, dtype: torch.dtype = torch.float32) -> bf.BayesianModel:
-    """A network whose noise is learned."""
-    net = built(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), dtype)
-    given = priors.Normal(1.0), likelihoods.Gaussian()
-    return bf.BayesianModel(net, *given, X[:n].to(dtype), Y[:n].to(dtype))
+def noisy(n: int, scale: float | None = None) -> bf.BayesianModel:
+    """A network whose noise is learned, unless it is given."""
+    net = built(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)))
+    given = priors.Normal(1.0), likelihoods.Gaussian(scale)
+    return bf.BayesianModel(net, *given, X[:n].float(), Y[:n].float())
 
 
 def learned(model: bf.BayesianModel) -> Flow:
@@ -83,12 +83,12 @@ def test_heavy_tails_of_bounded_weights_do_no_harm() -> None:
 
 
 def test_a_learned_prior_s_networks_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = noisy(4)
+    plain = noisy(4, scale=0.5)
     model = plain.transported(learned(plain))
     bank = bank_of(model, 3000)
     torch.testing.assert_close(bank.weights, model.weights_of(bank.theta))
     assert not bank.weights.allclose(bank.theta)
-    other = noisy(5).transported(learned(plain))
+    other = noisy(5, scale=0.5).transported(learned(plain))
     torch.testing.assert_close(
         bank.log_likelihood(other), other.log_likelihood(bank.theta).double()
     )
@@ -150,3 +150,37 @@ def test_bad_input_is_named() -> None:
     broken = replace(bank, weights=bank.weights * math.nan)
     with pytest.raises(ValueError, match="none of them has a finite density"):
         bf.update(model, broken)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "bounded"),
+    [
+        (likelihoods.Gaussian(0.3), True),
+        (likelihoods.Gaussian(), False),
+        (likelihoods.StudentT(scale=0.3), True),
+        (likelihoods.StudentT(), False),
+        (likelihoods.HeteroscedasticGaussian(), False),
+        (likelihoods.Gamma(), False),
+        (likelihoods.Poisson(), True),
+        (likelihoods.NegativeBinomial(), True),
+        (likelihoods.Levels((0.0, 1.0)), True),
+        (likelihoods.Bernoulli(), True),
+        (likelihoods.Categorical(), True),
+        (likelihoods.Ordinal(3), True),
+        (likelihoods.LogNormal(likelihoods.Gaussian(0.3)), True),
+        (likelihoods.LogNormal(likelihoods.Gaussian()), False),
+        (likelihoods.Standardised(likelihoods.Gaussian(), 1.0, 2.0), False),
+    ],
+)
+def test_densities_that_have_a_bound_say_so(
+    likelihood: likelihoods.Likelihood, bounded: bool
+) -> None:
+    assert likelihood.is_bounded == bounded
+
+
+def test_where_weights_have_no_bound_k_hat_decides() -> None:
+    """The same heavy tails with a learned noise are moved."""
+    model = noisy(6)
+    draws = bf.update(model, bank_of(model, 2**12), smc=replace(SMALL, ess=0.01))
+    assert draws.info["khat"] > khat_limit(2**12)
+    assert draws.info["route"] == "tempering"

@@ -57,6 +57,7 @@ SMALLER: dict[str, dict[str, str]] = {
             "tasks, seed=0, training=bf.Training(steps=2, batch_size=8))\nprior.save"
         ),
         "particles=256": "particles=64",
+        "2**17": "2**10",
     },
     "how-to/network.md": {"warmup=50, draws=50": "warmup=10, draws=5"},
     "how-to/serve.md": {

@@ -111,6 +111,13 @@ class Likelihood(Interface, ABC):
         return self._has("sample")
 
     @property
+    def is_bounded(self) -> bool:
+        """Whether the density of a row has an upper bound over outputs and parameters, as
+        probabilities have.
+        """
+        return self.discrete or self.kind == "classification"
+
+    @property
     def can_draw(self) -> bool:
         """Whether targets can be drawn: classes by their probabilities, numbers by a `sample`."""
         return self.kind == "classification" or self.has_sample

@@ -194,33 +194,33 @@ class _Start:
         log_weights: ``(n,)``, normalised, float64.
         log_joint: log density of the new posterior, ``(n,)``, float64.
         log_ratio: log density of the new posterior less that of the old one, ``(n,)``, float64.
+        shape: ``(chain, draw)``.
+        path: makes the one to the new posterior, given how many particles are evaluated together;
+            None if the old one is not known.
+        untempered: whether both models are of temperature 1.
+        log_evidence: of the old posterior, if known.
+        exact: what the sampler says of its draws, if it does.
         worth: independent draws that one is worth.
         root: which of the first draws each one descends from, ``(n,)``, numbered from 0; None if
             none has been resampled yet.
         merged: see `Particles`.
-        bounded: whether no draw can weigh more than the likelihood allows: how many are effective
-            then says all, and k-hat, that tails of those seen are heavy, nothing.
-        path: makes the one to the new posterior, given how many particles are evaluated together;
-            None if the old one is not known.
-        untempered: whether both models are of temperature 1.
-        shape: ``(chain, draw)``.
-        log_evidence: of the old posterior, if known.
-        exact: what the sampler says of its draws, if it does.
+        bounded: whether ratios have an upper bound. How many draws are effective then says all, and
+            k-hat, that the tail of those seen is heavy, nothing.
     """
 
     theta: Tensor
     log_weights: Tensor
     log_joint: Tensor
     log_ratio: Tensor
-    worth: float
-    root: Tensor | None
-    merged: float
-    bounded: bool
+    shape: tuple[int, int]
     path: Callable[[int], Path] | None
     untempered: bool
-    shape: tuple[int, int]
     log_evidence: Estimate | None
-    exact: object
+    exact: object = None
+    worth: float = 1.0
+    root: Tensor | None = None
+    merged: float = 0.0
+    bounded: bool = False
 
     @classmethod
     def of(
@@ -257,15 +257,16 @@ class _Start:
             weights - weights.logsumexp(0),
             log_joint,
             ratio,
-            _worth(draws, ratio),
-            _numbered(draws.stats["ancestor"]) if "ancestor" in draws.stats else None,
-            draws.info.get("merged", 0.0),
-            False,
-            path,
-            all(each is None or each.temperature == 1 for each in (model, previous)),
-            (draws.n_chains, draws.n_draws),
-            draws.log_evidence,
-            draws.info.get("exact"),
+            shape=(draws.n_chains, draws.n_draws),
+            path=path,
+            untempered=all(
+                each is None or each.temperature == 1 for each in (model, previous)
+            ),
+            log_evidence=draws.log_evidence,
+            exact=draws.info.get("exact"),
+            worth=_worth(draws, ratio),
+            root=_numbered(draws.stats["ancestor"]) if "ancestor" in draws.stats else None,
+            merged=draws.info.get("merged", 0.0),
         )
 
     @classmethod
@@ -281,15 +282,12 @@ class _Start:
             torch.full_like(log_prior, -math.log(len(bank))),
             log_joint,
             _usable(log_joint - log_prior),
-            1.0,
-            None,
-            0.0,
-            True,
-            functools.partial(FromPrior, model),
-            model.temperature == 1,
-            (1, len(bank)),
-            (0.0, 0.0),
-            None,
+            shape=(1, len(bank)),
+            path=functools.partial(FromPrior, model),
+            untempered=model.temperature == 1,
+            log_evidence=(0.0, 0.0),
+            # at a higher temperature the prior is divided by, too
+            bounded=model.likelihood.is_bounded and model.temperature <= 1,
         )
 
     @property
@@ -467,8 +465,8 @@ def _tempered(
     result = Draws(
         state.theta,
         state.log_first + state.log_ratio,
-        {"ancestor": state.root},
-        state.log_weights,
+        stats={"ancestor": state.root},
+        log_weights=state.log_weights,
         info=info,
     )
     return result, (value, error)

@@ -20,6 +20,11 @@ class Based(Likelihood):
         return self.base.parameters
 
     @property
+    def is_bounded(self) -> bool:
+        """Whether that of the base is."""
+        return self.base.is_bounded
+
+    @property
     def has_fisher_factor(self) -> bool:
         """Whether the base has one."""
         return self.base.has_fisher_factor

@@ -60,6 +60,11 @@ class Gaussian(Likelihood):
         """The scale, if it is learned."""
         return {} if self.scale is not None else {"scale": self.scale_prior}
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether the scale is known: one that is learned can be as small as errors are."""
+        return self.scale is not None
+
     def validate(self, y: Tensor, n_outputs: int) -> Tensor:
         """Return y as ``(n, out)``."""
         check_owners(self.parameters, n_outputs)
@@ -261,6 +266,11 @@ class StudentT(Likelihood):
     def parameters(self) -> dict[str, Distribution]:
         """The scale, if it is learned."""
         return {} if self.scale is not None else {"scale": self.scale_prior}
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether the scale is known: one that is learned can be as small as errors are."""
+        return self.scale is not None
 
     def validate(self, y: Tensor, n_outputs: int) -> Tensor:
         """Return y as ``(n, out)``."""
