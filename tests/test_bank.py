@@ -68,6 +68,8 @@ def test_of_a_weighed_bank_as_many_draws_are_kept_as_asked_for() -> None:
     assert weights is not None
     assert len(draws.flat.unique(dim=0)) == draws.n_draws <= 400
     assert float(weights.exp().sum()) == pytest.approx(1)
+    # as many as all are worth, less what choosing costs
+    assert 0.5 * 400 * 0.4 < draws.info["ess"] < 400
     counts = 400 * weights.exp()
     torch.testing.assert_close(counts, counts.round())
     assert bf.diagnose(model, draws).draws.grade != "no"
@@ -184,3 +186,16 @@ def test_where_weights_have_no_bound_k_hat_decides() -> None:
     draws = bf.update(model, bank_of(model, 2**12), smc=replace(SMALL, ess=0.01))
     assert draws.info["khat"] > khat_limit(2**12)
     assert draws.info["route"] == "tempering"
+
+
+def test_priors_are_mixed_by_the_evidences_of_their_banks() -> None:
+    plain = noisy(4, scale=0.5)
+    flow = learned(plain)
+    carried = plain.transported(flow)
+    draws = (bf.update(carried, bank_of(carried)), bf.update(plain, bank_of(plain)))
+    mixed = bf.mix_priors(plain, flow, draws=draws)
+    ours, theirs = (each.log_evidence for each in draws)
+    assert ours is not None
+    assert theirs is not None
+    assert mixed.log_bayes_factor[0] == pytest.approx(ours[0] - theirs[0])
+    assert mixed.predict(X[:5].float()).mean.shape == (5,)

@@ -57,7 +57,7 @@ class PriorBank:
     def of(
         cls,
         model: BayesianModel,
-        n: Count = 2**16,
+        n: Count = 2**17,
         *,
         seed: Seed = 0,
         progress: bool = True,

@@ -48,7 +48,7 @@ _SHORT = 32  # leapfrog steps at most while families are many
 # few families move, and the posterior that they move in is that of few.
 _MANY = 1 / 8
 # Of a bank: a learned prior makes gradients dear, and latent points hardly need them.
-_OF_PRIOR = replace(_PARTICLES, particles=250, ess=0.4)
+_OF_PRIOR = replace(_PARTICLES, particles=500, ess=0.4)
 _SHORT_OF_PRIOR = 8
 _PRIOR_DRAWS = 512  # that draws of who knows what are compared with
 _STEPS, _N_LEAPFROG = 5, 16  # of draws whose own posterior is not known
@@ -93,7 +93,7 @@ def update(
             `BayesianModel.extended` does.
         smc: how to temper. If None ``SMC(particles=2000, ess=0.5, moves=1, max_leapfrog=128)``,
             with 32 leapfrog steps at most until resampling, in this update and those before, has
-            left the particles few ancestors; from a bank 250 particles, an ess of 0.4 and 8 steps.
+            left the particles few ancestors; from a bank 500 particles, an ess of 0.4 and 8 steps.
             As many are used as there are draws.
         seed: an int or a generator.
         progress: show a bar at a terminal.
@@ -392,6 +392,7 @@ def _few_of(draws: Draws, count: int, generator: torch.Generator) -> Draws:
         theta=draws.theta[:, rows],
         log_joint=draws.log_joint[:, rows],
         log_weights=(times.double() / count).log()[None],
+        info=draws.info | {"ess": 1 / (1 / draws.info["ess"] + 1 / count)},
     )
 
 
