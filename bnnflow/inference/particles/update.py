@@ -48,7 +48,7 @@ _SHORT = 32  # leapfrog steps at most while families are many
 # few families move, and the posterior that they move in is that of few.
 _MANY = 1 / 8
 # Of a bank: a learned prior makes gradients dear, and latent points hardly need them.
-_OF_PRIOR = replace(_PARTICLES, particles=500, ess=0.4)
+_OF_PRIOR = replace(_PARTICLES, particles=500, ess=0.4, moves=2)
 _SHORT_OF_PRIOR = 8
 _PRIOR_DRAWS = 512  # that draws of who knows what are compared with
 _STEPS, _N_LEAPFROG = 5, 16  # of draws whose own posterior is not known
@@ -93,8 +93,8 @@ def update(
             `BayesianModel.extended` does.
         smc: how to temper. If None ``SMC(particles=2000, ess=0.5, moves=1, max_leapfrog=128)``,
             with 32 leapfrog steps at most until resampling, in this update and those before, has
-            left the particles few ancestors; from a bank 500 particles, an ess of 0.4 and 8 steps.
-            As many are used as there are draws.
+            left the particles few ancestors; from a bank 500 particles, an ess of 0.4, and two
+            moves of 8 steps. As many are used as there are draws.
         seed: an int or a generator.
         progress: show a bar at a terminal.
 
