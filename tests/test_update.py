@@ -186,7 +186,11 @@ def test_errors_of_a_stream_know_who_is_related() -> None:
         merged = torch.tensor([draws.info["merged"]])
         own = relative_variance(draws.log_weights, draws.stats["ancestor"], merged)
         assert draws.log_evidence[1] ** 2 >= 0.99 * own > 0.1
+        assert draws.info["first_ancestors"] == len(draws.stats["ancestor"].unique())
         found.append(draws)
+    told = str(bf.diagnose(model, found[0]))
+    assert "descend from" in told
+    assert "sample the posterior anew" in told
     assert max(len(each.stats["ancestor"].unique()) for each in found) < 20
     value, error = torch.tensor([each.log_evidence for each in found]).T
     assert error.square().mean() > 1.5 * torch.tensor(forgetful).square().sum() / 6

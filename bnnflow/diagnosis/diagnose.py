@@ -238,6 +238,12 @@ _FLOW = (
 _UNSETTLED = {"VI": _FLOW, "NormalizingFlowVI": _FLOW}
 
 
+_MORE = {
+    "SMC": "take more particles",
+    "update": "take more particles, or sample the posterior anew",
+}
+
+
 def _weighted(look: _Look) -> Diagnosis:
     assert look.log_weights is not None
     sampling = Sampling(look.model, look.draws)
@@ -245,8 +251,8 @@ def _weighted(look: _Look) -> Diagnosis:
     log_weights = log_weights - log_weights.logsumexp(0)
     ess = float((-(2 * log_weights).logsumexp(0)).exp())
     sampling.figures["ess_weights"] = ess
-    more = "take more particles" if look.method == "SMC" else "draw more"
-    _lost_on_the_way(sampling)
+    more = _MORE.get(look.method, "draw more")
+    _lost_on_the_way(sampling, more)
     sampling.identities(log_weights)
     if not ess >= verdicts.ESS.good:
         why = f"the weights leave {ess:.0f} effective draws of {len(log_weights):,}"
@@ -262,8 +268,10 @@ def _weighted(look: _Look) -> Diagnosis:
     return look.finish(sampling, "weighted", good, error)
 
 
-def _lost_on_the_way(sampling: Sampling) -> None:
-    """Say what speaks against particles that were tempered; nothing for other weighted draws."""
+def _lost_on_the_way(sampling: Sampling, more: str) -> None:
+    """Say what speaks against particles that were tempered, and what to do: ``more``; nothing for
+    other weighted draws.
+    """
     info = sampling.draws.info
     if not info.get("least_effective_share", 1.0) >= verdicts.LEFT_EFFECTIVE:
         why = (
@@ -279,7 +287,7 @@ def _lost_on_the_way(sampling: Sampling) -> None:
             "is lost, and the error of the evidence is not known"
         )
         grade: Grade = "with care" if ancestors >= verdicts.ANCESTORS.bad else "no"
-        sampling.say(grade, why, "take more particles")
+        sampling.say(grade, why, more)
 
 
 def _chains(look: _Look) -> Diagnosis:

@@ -372,12 +372,17 @@ def _worth(draws: Draws, ratio: Tensor) -> float:
 
 def _weighted(start: _Start, smoothed: Tensor) -> Draws:
     shape = start.shape
+    info, stats = {"ess": kish_ess(smoothed) * start.worth}, {}
+    if start.root is not None:
+        stats["ancestor"] = start.root.reshape(shape)
+        families = float(len(start.root.unique()))
+        info |= {"merged": start.merged, "first_ancestors": families}
     return Draws(
         start.theta.reshape(*shape, -1),
         start.log_joint.reshape(shape),
+        stats=stats,
         log_weights=smoothed.reshape(shape),
-        info={"ess": kish_ess(smoothed) * start.worth, "merged": start.merged},
-        stats={} if start.root is None else {"ancestor": start.root.reshape(shape)},
+        info=info,
     )
 
 
@@ -461,6 +466,8 @@ def _tempered(
         "gradients_per_draw": path.cost * state.gradients,
         "gradients": round(path.cost * state.gradients * count),
         "merged": float(state.merged),
+        "first_ancestors": float(len(state.root.unique())),
+        "least_effective_share": float(state.least),
         "interrupted": taken.interrupted,
     }
     result = Draws(
