@@ -145,14 +145,19 @@ def test_a_file_keeps_the_calibration(tmp_path: Path) -> None:
     assert found.weights == SURER.weights
 
 
-def test_draws_are_weighed_as_if_rows_were_left_out(monkeypatch) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_draws_are_weighed_as_if_rows_were_left_out(
+    monkeypatch, temperature: float
+) -> None:
     """Two parameters on a grid: the draws without a row are known."""
     x = torch.tensor([[-2.0], [-0.3], [0.1], [0.4], [1.5]], dtype=F64)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         net = nn.Linear(1, 1).double()
     y = torch.tensor([0, 1, 0, 1, 1])
-    model = bf.BayesianModel(net, priors.Normal(), likelihoods.Bernoulli(), x, y)
+    model = bf.BayesianModel(
+        net, priors.Normal(), likelihoods.Bernoulli(), x, y, temperature=temperature
+    )
     grid = torch.cartesian_prod(*2 * [torch.linspace(-5, 5, 161, dtype=F64)])
     weights = model.log_joint(grid).softmax(0)
     chosen = torch.multinomial(

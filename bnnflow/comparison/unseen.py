@@ -62,7 +62,7 @@ def leave_one_out(
     size = max(1, _ELEMENTS // len(draws.flat))
     for rows in torch.arange(n).split(size):
         values = _log_likelihoods(model, draws.flat, rows)  # (draws, rows)
-        powers = _powers(model, rows).tolist()
+        powers = model.powers_of(rows.to(model.device)).tolist()
         lpd[rows] = (log_weights[:, None] + values).logsumexp(0)
         for row, column, power in zip(rows.tolist(), values.T, powers, strict=True):
             elpd[row], khat[row] = _weighed(log_weights, column, power)
@@ -105,7 +105,7 @@ def _without(
     weights = log_weights.exp()
     # each set counts as many draws as it is worth
     shift = math.log(len(unseen) * float(weights.square().sum()))
-    power = float(_powers(model, at))
+    power = float(model.powers_of(at.to(model.device)))
     ratios = power * unseen, power * seen
     normaliser, _, _ = bennett(*ratios, weights, -torch.tensor(shift, dtype=torch.float64))
     # of the posterior without the row over the mixture of both sets
@@ -217,11 +217,6 @@ def _alike(draws: Draws) -> Tensor:
     if draws.log_weights is None:
         return draws.flat
     return draws.flat[counted_alike(draws.log_weights).to(draws.flat.device)]
-
-
-def _powers(model: BayesianModel, rows: Tensor) -> Tensor:
-    """Return the powers to which the posterior holds the likelihoods of rows, ``(rows,)``."""
-    return model.counts_of(rows.to(model.device)).cpu() / model.temperature
 
 
 def _log_likelihoods(model: BayesianModel, theta: Tensor, rows: Tensor) -> Tensor:

@@ -75,8 +75,8 @@ def left_out(model: BayesianModel, draws: Draws, error: float | None) -> Answer:
         why = f"{lost:,} of {len(values):,} draws give a row of training no finite density"
         finding = Finding("no", why, "leave them out, or standardise inputs and targets")
         return Answer.of(QUESTION, [finding], "", {"rows": len(rows)})
-    power = 1 / model.temperature * model.counts_of(rows).cpu()
-    smoothed, khat = diagnostics.psis_of_rows((-values * power).T.numpy())
+    powers = model.powers_of(rows).cpu()
+    smoothed, khat = diagnostics.psis_of_rows((-values * powers).T.numpy())
     log_weights = torch.from_numpy(smoothed).T
     figures: dict[str, Any] = {
         "rows": len(rows),

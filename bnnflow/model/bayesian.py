@@ -665,6 +665,12 @@ class BayesianModel(HasTarget):
         )
         return every[rows]
 
+    def powers_of(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Return to which powers the posterior holds the likelihoods of rows, float64 ``(m,)``:
+        how often each counts, divided by the temperature.
+        """
+        return self.counts_of(rows) / self.temperature
+
     def some_rows(self, most: int) -> Tensor:
         """Return numbers of at most so many rows, spread evenly, that count alike: where rows have
         weights, each comes as often as it counts, and there are hardly more than these are worth.

@@ -45,7 +45,7 @@ def calibrate(model: BayesianModel, draws: Draws) -> Draws:
         ]
     )
     raw = -seen.clamp(min=TINY).log().T.cpu().numpy()  # (n, draws)
-    raw = raw * model.counts_of(rows).cpu().numpy()[:, None]
+    raw = raw * model.powers_of(rows).cpu().numpy()[:, None]
     weights = torch.from_numpy(diagnostics.psis_of_rows(raw)[0]).exp()
     left_out, start = torch.zeros((), dtype=torch.float64), 0
     for probs in prediction.functions():
