@@ -374,10 +374,10 @@ def test_a_variational_fit_is_right_or_says_that_it_has_not_settled(shape, rank)
     if converged:
         assert (off.abs() < 0.7).all()
         assert ((width - 1).abs() < 0.5).all()
-    # transitions see what steps that have become small do not
-    good = converged and bool(((width - 1).abs() < 0.15).all())
-    assert (found.grade == "no") <= (not good)
-    assert converged or found.grade == "no"
+        # transitions may see what steps that have become small do not
+        assert found.grade != "no" or ((width - 1).abs() > 0.15).any()
+    else:
+        assert found.grade == "no"
     assert converged or shape
     assert rank == "full" or converged == (not shape)
 

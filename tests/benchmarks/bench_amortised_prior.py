@@ -177,11 +177,12 @@ def by_bank(prior: FlowMap, tasks: Tasks, own: bf.PriorBank, bank: Tensor) -> No
                 continue
             each = torch.tensor(values, dtype=torch.float64)
             rms, (_, ratio, gradients, draws, seconds) = each[:, 0], each.mean(0)
+            spread = each[:, 1].std(correction=0)
             print(
                 f"{rows} rows, {route:9s} {len(each):3d} tasks  rms {rms.median():.3f} (mean "
                 f"{rms.mean():.3f}, at most .15: {float((rms <= 0.15).double().mean()):.2f}, above "
-                f".3: {float((rms > 0.3).double().mean()):.2f})  ratio {ratio:.3f} ± "
-                f"{each[:, 1].std(correction=0):.3f}  {gradients:.0f} gradients a draw, {draws:.0f} draws, "
+                f".3: {float((rms > 0.3).double().mean()):.2f})  ratio {ratio:.3f} ± {spread:.3f}  "
+                f"{gradients:.0f} gradients a draw, {draws:.0f} draws, "
                 f"{seconds:.2f} CPU s",
                 flush=True,
             )
