@@ -252,6 +252,7 @@ class _Start:
         if log_weights is None:
             log_weights = ratio.new_full((len(theta),), -math.log(len(theta)))
         weights = log_weights.double().to(model.device)
+        ancestor = draws.stats.get("ancestor")
         return cls(
             theta,
             weights - weights.logsumexp(0),
@@ -265,7 +266,7 @@ class _Start:
             log_evidence=draws.log_evidence,
             exact=draws.info.get("exact"),
             worth=_worth(draws, ratio),
-            root=_numbered(draws.stats["ancestor"]) if "ancestor" in draws.stats else None,
+            root=None if ancestor is None else _numbered(ancestor.to(model.device)),
             merged=draws.info.get("merged", 0.0),
         )
 
