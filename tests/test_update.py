@@ -279,6 +279,36 @@ def test_correlated_chains_have_an_evidence_of_honest_error() -> None:
     check_change(found, law(new)[2] - law(old)[2])
 
 
+def test_correlated_chains_are_not_forgotten_after_one_update() -> None:
+    """Each independent draw repeated ten times is worth a tenth in every update."""
+    found = []
+    for seed in range(40):
+        model = linear(slice(0, 36))
+        one = exact(model, 400, seed)
+        theta = one.theta.repeat_interleave(10, 1)
+        draws = replace(one, theta=theta, log_joint=model.log_joint(theta))
+        for row in range(36, N):
+            model = model.extended(X[row : row + 1], Y[row : row + 1])
+            draws = bf.update(model, draws, smc=replace(SMALL, ess=1e-3), seed=seed)
+            assert draws.info["route"] == "weights"
+            assert draws.info["ess"] < 800
+        found.append(draws)
+    value, error = torch.tensor([each.log_evidence for each in found]).T
+    off = (value - law(linear())[2]) / error
+    assert 0.3 < off.square().mean() < 3
+
+
+def test_previous_may_be_in_another_floating_point_type() -> None:
+    old, new = linear(slice(0, 36)), linear()
+    draws = exact(old, 400, 0)
+    as_given = bf.update(new, draws, old, SMALL, seed=0)
+    single = bf.update(new.to("cpu", torch.float32), draws, old, SMALL, seed=0)
+    assert single.theta.dtype == torch.float32
+    assert single.info["log_evidence_change"] == pytest.approx(
+        as_given.info["log_evidence_change"], abs=1e-3
+    )
+
+
 def test_a_network_s_posterior_follows_a_row() -> None:
     """Chains, float32 and compiled gradients; the same posterior by chains of its own."""
     x = torch.linspace(-2, 2, 30)[:, None]

@@ -39,7 +39,7 @@ class PriorBank:
         ...     given = bf.priors.Normal(), bf.likelihoods.Gaussian(0.3)
         ...     return bf.BayesianModel(torch.nn.Sequential(*layers), *given, x, y)
         >>> x = torch.linspace(-1, 1, 3)[:, None]
-        >>> bank = PriorBank.of(task(x, x), 2**14)
+        >>> bank = PriorBank.of(task(x, x))
         >>> for y in (x.sin(), x.cos()):
         ...     draws = bf.update(task(x, y), bank)
         ...     print(draws.info["route"])
@@ -78,6 +78,10 @@ class PriorBank:
                 bar.update(len(part))
             log_prior = model.log_prior(theta).double()
         return cls(theta, torch.cat(weights), log_prior, model.prior_fingerprint())
+
+    def __repr__(self) -> str:
+        """Return how many there are of what."""
+        return f"PriorBank({len(self):,} draws of {self.theta.shape[1]:,} weights)"
 
     def __len__(self) -> int:
         """Return how many draws there are."""

@@ -47,9 +47,10 @@ _SHORT = 32  # leapfrog steps at most while families are many
 # Share of the particles. Short trajectories leave weights where their ancestors' were: functions of
 # few families move, and the posterior that they move in is that of few.
 _MANY = 1 / 8
-# Of a bank: a learned prior makes gradients dear, and latent points hardly need them.
-_OF_PRIOR = replace(_PARTICLES, particles=500, ess=0.4, moves=2)
-_SHORT_OF_PRIOR = 8
+_OF_PRIOR = replace(_PARTICLES, moves=4)  # the way from a bank is long
+# A learned prior makes gradients dear, and latent points hardly need them.
+_OF_LEARNED = replace(_PARTICLES, particles=500, ess=0.4, moves=2)
+_SHORT_OF_LEARNED = 8
 _PRIOR_DRAWS = 512  # that draws of who knows what are compared with
 _STEPS, _N_LEAPFROG = 5, 16  # of draws whose own posterior is not known
 
@@ -93,21 +94,24 @@ def update(
             `BayesianModel.extended` does.
         smc: how to temper. If None ``SMC(particles=2000, ess=0.5, moves=1, max_leapfrog=128)``,
             with 32 leapfrog steps at most until resampling, in this update and those before, has
-            left the particles few ancestors; from a bank 500 particles, an ess of 0.4, and two
-            moves of 8 steps. As many are used as there are draws.
+            left the particles few ancestors. From a bank four moves; if the prior is learned 500
+            particles, an ess of 0.4, and two moves of 8 steps. As many particles are used as there
+            are draws.
         seed: an int or a generator.
         progress: show a bar at a terminal.
 
     Returns:
         Draws of the new posterior: the old ones with weights, in their chains, or one chain of
-        moved ones, weighted as the last temperature left them. After Ctrl-C weighted for the new
-        posterior from where they were, with ``info["interrupted"]`` set.
+        moved ones, weighted as the last temperature left them. After Ctrl-C, but in the first
+        temperature, weighted for the new posterior from where they were, with
+        ``info["interrupted"]`` set.
 
     Raises:
         ValueError: before any work, if the draws are fewer than ten, not finite, of no posterior,
             or of another one than ``previous``; if ``previous`` has another network or shares no
-            row with ``model``, or is given with a bank; if the bank is of another prior; if draws
-            are as unlikely under ``model`` as draws of its prior.
+            row with ``model``, or is given with a bank; if the bank is of another prior, or the
+            temperature of ``model`` above 1; if draws are as unlikely under ``model`` as draws of
+            its prior.
 
     Example:
         >>> from bnnflow import HMC, BayesianModel, likelihoods, priors, sample
@@ -124,13 +128,19 @@ def update(
     if isinstance(draws, PriorBank):
         if previous is not None:
             raise ValueError("previous must be None: a bank is the posterior of no rows")
-        start, usual, short = _Start.of_prior(model, draws), _OF_PRIOR, _SHORT_OF_PRIOR
+        start = _Start.of_prior(model, draws)
+        usual, short = (
+            (_OF_LEARNED, _SHORT_OF_LEARNED)
+            if model.is_transported
+            else (_OF_PRIOR, _SHORT)
+        )
     else:
         start, usual, short = _Start.of(model, draws, previous), _PARTICLES, _SHORT
+    paces = f", {short} steps while families are many"
     if smc is None:
         smc = usual
     else:
-        short = smc.max_leapfrog
+        short, paces = smc.max_leapfrog, ""
     watch, generator = Stopwatch(), as_generator(seed, model.device)
     weights = start.log_weights + start.log_ratio
     smoothed, khat = psis(weights)
@@ -167,7 +177,7 @@ def update(
         )
     info |= result.info | {
         "method": "update",
-        "settings": f"update({smc!r})",
+        "settings": f"update({smc!r}{paces})",
         "route": route,
         "model": model.fingerprint(),
         "rows": len(model.x),
@@ -234,7 +244,10 @@ class _Start:
         if broken := int((~theta.isfinite().all(1)).sum()):
             raise ValueError(f"draws: {broken} of {len(theta)} are NaN or infinite")
         refuse_approximation(draws, "draws")
-        previous = _known(model, draws) if previous is None else previous
+        if previous is None:
+            previous = _known(model, draws)
+        else:
+            previous = previous.to(model.device, model.dtype)
         if previous is not None:
             _check_neighbours(model, previous, draws)
         theta = theta.to(model.device, model.dtype)
@@ -275,6 +288,11 @@ class _Start:
         """Look at draws of the prior, and at how they fit the data."""
         if len(bank) < FEWEST:
             raise ValueError(f"draws must be at least {FEWEST}, got {len(bank)}")
+        if model.temperature > 1:  # weights divide by the prior, and have no bound
+            raise ValueError(
+                f"model must have a temperature of at most 1, got {model.temperature:g}: its "
+                "posterior may be wider than the prior that the bank is of"
+            )
         log_likelihood = bank.log_likelihood(model)
         log_prior = bank.log_prior.to(model.device)
         log_joint = (log_prior + log_likelihood) / model.temperature
@@ -287,8 +305,7 @@ class _Start:
             path=functools.partial(FromPrior, model),
             untempered=model.temperature == 1,
             log_evidence=(0.0, 0.0),
-            # at a higher temperature the prior is divided by, too
-            bounded=model.likelihood.is_bounded and model.temperature <= 1,
+            bounded=model.likelihood.is_bounded,
         )
 
     @property
@@ -360,9 +377,11 @@ def _check_informed(model: BayesianModel, theta: Tensor) -> None:
 
 
 def _worth(draws: Draws, ratio: Tensor) -> float:
-    """Return how many independent draws tell as much of the ratio as one of the chains does."""
+    """Return how many independent draws tell as much of the ratio as one of the chains does; of
+    chains that an update has weighed already what it found.
+    """
     if draws.log_weights is not None or draws.n_draws < 4:
-        return 1.0
+        return float(draws.info.get("worth", 1.0))
     values = ratio.clamp(min=float(ratio[ratio.isfinite()].min())).cpu().numpy()
     found = float(diagnostics.ess(values.reshape(draws.theta.shape[:2]), "mean"))
     return min(1.0, found / len(values)) if found > 0 else 1.0
@@ -373,7 +392,7 @@ def _worth(draws: Draws, ratio: Tensor) -> float:
 
 def _weighted(start: _Start, smoothed: Tensor) -> Draws:
     shape = start.shape
-    info, stats = {"ess": kish_ess(smoothed) * start.worth}, {}
+    info, stats = {"ess": kish_ess(smoothed) * start.worth, "worth": start.worth}, {}
     if start.root is not None:
         stats["ancestor"] = start.root.reshape(shape)
         families = float(len(start.root.unique()))
