@@ -246,7 +246,7 @@ class _Start:
         refuse_approximation(draws, "draws")
         if previous is None:
             previous = _known(model, draws)
-        else:
+        elif (previous.device, previous.dtype) != (model.device, model.dtype):
             previous = previous.to(model.device, model.dtype)
         if previous is not None:
             _check_neighbours(model, previous, draws)
