@@ -177,6 +177,17 @@ def test_it_goes_on_bit_for_bit(
         judged(1.0, 2.0, steps=5, checkpoint=go_on, draws=None)
 
 
+def test_chains_may_start_at_few_draws(
+    judged: Callable[..., FlowMap], draws: list[bf.Draws], prior: FlowMap
+) -> None:
+    few = [
+        replace(each, theta=each.theta[:1, :3], log_joint=each.log_joint[:1, :3], stats={})
+        for each in draws
+    ]
+    sharper = judged(1.0, 2.0, steps=2, draws=few)
+    assert not sharper.sample(3, 0).equal(prior.sample(3, 0))
+
+
 def test_two_processes_sharpen_one_map(tmp_path: Path) -> None:
     program = f"""
 import os

@@ -165,7 +165,7 @@ class _Chains:
     Args:
         tasks: of one network.
         push: the map, whose parameters are trained.
-        first: the number of a task to where its chains start, ``(_CHAINS, dim)``.
+        first: the number of a task to points ``(some, dim)`` where its chains start, in turns.
     """
 
     def __init__(
@@ -227,12 +227,13 @@ class _Chains:
 
     def begin(self, generator: torch.Generator, progress: bool) -> None:
         """Start all chains, and bring them to their posteriors under the map as it is."""
+        chains = torch.arange(_CHAINS, device=self.points.device)
         with progress_bar(len(self.tasks), "tasks", progress, "task") as bar:
             for number in range(len(self.tasks)):
-                self.points[number] = self.first(number)
+                first = self.first(number)
+                self.points[number] = first[chains % len(first)]
                 bar.update()
         numbers = torch.arange(len(self.tasks), device=self.points.device)
-        chains = torch.arange(_CHAINS, device=self.points.device)
         with progress_bar(_SETTLING, "chains", progress, "step") as bar:
             for _ in range(_SETTLING):
                 for which in numbers.split(_TOGETHER):
